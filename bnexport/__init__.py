@@ -1,0 +1,62 @@
+"""Fold BatchNorm exactly, export to ONNX and TorchScript, and prove that the outputs match.
+
+The public functions are loaded on first use, so that ``import bnexport`` costs no torch import.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bnexport.bundle import Bundle
+    from bnexport.errors import BnexportError
+    from bnexport.folding.fold import FoldResult, fold
+    from bnexport.folding.report import FoldReport
+    from bnexport.nn.lenet import bn_lenet
+    from bnexport.pipeline import fold_and_export
+    from bnexport.pipeline import predict_images as predict
+    from bnexport.verification.verdict import VerificationReport
+    from bnexport.verification.verify import verify
+
+__all__ = [
+    "BnexportError",
+    "Bundle",
+    "FoldReport",
+    "FoldResult",
+    "VerificationReport",
+    "__version__",
+    "bn_lenet",
+    "fold",
+    "fold_and_export",
+    "predict",
+    "verify",
+]
+
+__version__ = "0.1.0"
+
+_HOME: dict[str, tuple[str, str]] = {
+    "BnexportError": ("bnexport.errors", "BnexportError"),
+    "Bundle": ("bnexport.bundle", "Bundle"),
+    "FoldReport": ("bnexport.folding.report", "FoldReport"),
+    "FoldResult": ("bnexport.folding.fold", "FoldResult"),
+    "VerificationReport": ("bnexport.verification.verdict", "VerificationReport"),
+    "bn_lenet": ("bnexport.nn.lenet", "bn_lenet"),
+    "fold": ("bnexport.folding.fold", "fold"),
+    "fold_and_export": ("bnexport.pipeline", "fold_and_export"),
+    "predict": ("bnexport.pipeline", "predict_images"),
+    "verify": ("bnexport.verification.verify", "verify"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, attribute = _HOME[name]
+    value = getattr(importlib.import_module(module), attribute)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,267 @@
+"""A bundle: one directory with a model in every format, what it needs to be fed, and the proof that it is right.
+
+::
+
+    models/bn_lenet/1/model.onnx            folded, dynamic batch
+    models/bn_lenet/1/model.pt              TorchScript made from the same folded weights
+    models/bn_lenet/1/weights.safetensors   the unfolded weights
+    models/bn_lenet/1/manifest.json         signature, preprocessing, labels, hashes, versions, fold report, verdicts
+    models/bn_lenet/1/test_data_set_0/      golden input_0.pb / output_0.pb (the layout of onnx_test_runner)
+    models/bn_lenet/1/report.html           one self-contained page
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from bnexport.errors import BundleError
+from bnexport.files import sha256, write_atomically
+from bnexport.optional import one_line, require
+from bnexport.tensors import Array, Signature
+
+FORMAT = "bnexport-bundle"
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+MODEL_ONNX = "model.onnx"
+MODEL_TORCHSCRIPT = "model.pt"
+WEIGHTS = "weights.safetensors"
+REPORT = "report.html"
+GOLDEN = "test_data_set_0"
+_MAX_MANIFEST_BYTES = 64 * 2**20
+_REBUILD = "Write the bundle again with bnexport fold-and-export, or copy it again from its source"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What manifest.json says.
+
+    Attributes:
+        name: The model's name, also its folder's name in a model repository.
+        version: The model's version, also its folder's name.
+        signature: Inputs and outputs of every model file in the bundle.
+        network: Where the unfolded network comes from: ``{"source": "bn_lenet", "options": {...}}``.
+        dataset: Name of the data set that the network was trained on, if it is one that bnexport knows.
+        preprocessing: How an image becomes an input (``data.preprocessing.Preprocessing.to_json``).
+        labels: Class names in the order of the logits.
+        onnx: ``{"opset": 18, "ir_version": 8}``.
+        environment: Hardware and versions at export.
+        fold: The fold report (``folding.FoldReport.to_json``).
+        verification: The verdict at export (``verification.VerificationReport.to_json``).
+        files: Path inside the bundle -> ``{"sha256": ..., "size": ...}``; every file but the manifest.
+    """
+
+    name: str
+    version: int
+    signature: Signature
+    network: Mapping[str, Any]
+    dataset: str | None = None
+    preprocessing: Mapping[str, Any] | None = None
+    labels: tuple[str, ...] | None = None
+    onnx: Mapping[str, Any] = field(default_factory=dict)
+    environment: Mapping[str, Any] = field(default_factory=dict)
+    fold: Mapping[str, Any] = field(default_factory=dict)
+    verification: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values, with the format's name and version first."""
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        values["signature"] = self.signature.to_json()
+        values["labels"] = None if self.labels is None else list(self.labels)
+        return {"format": FORMAT, "format_version": FORMAT_VERSION, **values}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Manifest:
+        """Read what ``to_json`` wrote.
+
+        Raises:
+            BundleError: Not a manifest, one of a newer format, or one with missing or unknown keys.
+        """
+        if not isinstance(value, dict) or value.get("format") != FORMAT:
+            raise BundleError(f"{MANIFEST} is not a bnexport manifest", remedy=_REBUILD)
+        if value.get("format_version") != FORMAT_VERSION:
+            raise BundleError(
+                f"{MANIFEST} has format version {value.get('format_version')!r}, this bnexport reads {FORMAT_VERSION}",
+                remedy="Install a newer bnexport, or write the bundle again",
+            )
+        known = {item.name for item in fields(cls)}
+        given = set(value) - {"format", "format_version", "digest"}
+        if given != known:
+            odd = ", ".join(sorted(given ^ known))
+            raise BundleError(f"{MANIFEST} has missing or unknown keys: {odd}", remedy=_REBUILD)
+        try:
+            values = {name: value[name] for name in known}
+            values["signature"] = Signature.from_json(value["signature"])
+            values["labels"] = None if value["labels"] is None else tuple(map(str, value["labels"]))
+            manifest = cls(**values)
+            _check_file_table(manifest.files)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise BundleError(f"{MANIFEST} can't be understood: {one_line(error)}", remedy=_REBUILD) from error
+        return manifest
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle. Opening reads and checks the manifest alone; ``check`` reads every file.
+
+    Attributes:
+        path: The directory.
+        manifest: What its manifest says.
+    """
+
+    path: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, path: str | Path) -> Bundle:
+        """Open a bundle's directory.
+
+        Raises:
+            BundleError: No such directory, no manifest in it, or a manifest that is damaged or was changed.
+        """
+        folder = Path(path)
+        if not folder.is_dir():
+            what = "is a file, not a bundle's directory" if folder.exists() else "does not exist"
+            raise BundleError(f"{folder} {what}", remedy="Give a directory written by bnexport fold-and-export")
+        file = folder / MANIFEST
+        if not file.is_file():
+            raise BundleError(f"{folder} has no {MANIFEST}, so it is not a bundle", remedy=_hint(folder))
+        try:
+            if file.stat().st_size > _MAX_MANIFEST_BYTES:
+                raise ValueError(f"more than {_MAX_MANIFEST_BYTES} bytes")
+            value = json.loads(file.read_bytes())
+        except (OSError, ValueError, RecursionError) as error:
+            raise BundleError(f"{file} can't be read: {one_line(error)}", remedy=_REBUILD) from error
+        manifest = Manifest.from_json(value)
+        if value.get("digest") != _digest(value):
+            raise BundleError(f"{file} was changed after it was written (its digest does not match)", remedy=_REBUILD)
+        return cls(folder, manifest)
+
+    def file(self, name: str) -> Path:
+        """Path of one file.
+
+        Raises:
+            BundleError: The manifest does not list it, or it is not there.
+        """
+        path = self.path / name
+        if name not in self.manifest.files or not path.is_file():
+            raise BundleError(f"{self.path} has no {name}", remedy=_REBUILD)
+        return path
+
+    def problem(self, name: str) -> str | None:
+        """Why a listed file is not the one that was written; None when its size and SHA-256 hold."""
+        path, expected = self.path / name, self.manifest.files[name]
+        if path.is_symlink() or not path.is_file():
+            return f"{name} is missing" if not path.exists() else f"{name} is not a plain file"
+        if (size := path.stat().st_size) != expected["size"]:
+            return f"{name} has {size} bytes, the manifest says {expected['size']}"
+        if sha256(path) != expected["sha256"]:
+            return f"{name} was changed: its SHA-256 is not the manifest's"
+        return None
+
+    def problems(self) -> list[str]:
+        """Every listed file's problem, and every file that the manifest does not list."""
+        found = [problem for name in self.manifest.files if (problem := self.problem(name)) is not None]
+        strangers = sorted(set(_names(self.path)) - set(self.manifest.files))
+        return found + [f"{name} is not in the manifest" for name in strangers]
+
+    def check(self) -> None:
+        """Refuse a bundle that is not as it was written.
+
+        Raises:
+            BundleError: Naming the first file that is missing, changed or unlisted.
+        """
+        if problems := self.problems():
+            raise BundleError(f"{self.path}: {problems[0]}", remedy=_REBUILD)
+
+    def golden(self) -> tuple[dict[str, Array], dict[str, Array]]:
+        """Golden inputs and outputs by name; the outputs are the unfolded network's in float64, rounded once.
+
+        Raises:
+            BundleError: A file is missing or is not a tensor.
+        """
+        signature = self.manifest.signature
+        return (
+            {s.name: self._tensor(f"{GOLDEN}/input_{i}.pb") for i, s in enumerate(signature.inputs)},
+            {s.name: self._tensor(f"{GOLDEN}/output_{i}.pb") for i, s in enumerate(signature.outputs)},
+        )
+
+    def _tensor(self, name: str) -> Array:
+        onnx = require("onnx", purpose="reading golden vectors")
+        try:
+            proto = onnx.TensorProto.FromString(self.file(name).read_bytes())
+            array: Array = onnx.numpy_helper.to_array(proto)
+        except BundleError:
+            raise
+        except Exception as error:  # protobuf's and numpy's errors share no base class
+            raise BundleError(f"{self.path / name} is not a tensor: {one_line(error)}", remedy=_REBUILD) from error
+        return array
+
+
+def seal(folder: Path, manifest: Manifest) -> Bundle:
+    """Write the manifest of a complete directory, with the size and SHA-256 of every file in it.
+
+    Args:
+        folder: A bundle's directory, complete but for its manifest.
+        manifest: Its manifest; ``files`` is filled in here.
+    """
+    files = {
+        name: {"sha256": sha256(folder / name), "size": (folder / name).stat().st_size} for name in _names(folder)
+    }
+    sealed = replace(manifest, files=files)
+    value = sealed.to_json()
+    value["digest"] = _digest(value)
+    write_atomically(folder / MANIFEST, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
+    return Bundle(folder, sealed)
+
+
+def write_golden(folder: Path, signature: Signature, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
+    """Write golden vectors into a bundle's directory as serialised TensorProtos.
+
+    Args:
+        folder: The bundle's directory.
+        signature: Gives the order and the element types.
+        inputs: By name, (n, ...).
+        outputs: By name, (n, ...); cast to the signature's element types.
+    """
+    onnx = require("onnx", purpose="writing golden vectors")
+    (folder / GOLDEN).mkdir(exist_ok=True)
+    for kind, specs, arrays in (("input", signature.inputs, inputs), ("output", signature.outputs, outputs)):
+        for index, spec in enumerate(specs):
+            proto = onnx.numpy_helper.from_array(arrays[spec.name].astype(spec.dtype), spec.name)
+            (folder / GOLDEN / f"{kind}_{index}.pb").write_bytes(proto.SerializeToString(deterministic=True))
+
+
+def _names(folder: Path) -> list[str]:
+    """Every file below ``folder`` but the manifest, as sorted POSIX paths."""
+    entries = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    return sorted(name for path in entries if (name := path.relative_to(folder).as_posix()) != MANIFEST)
+
+
+def _digest(value: Mapping[str, Any]) -> str:
+    """SHA-256 of the manifest's canonical JSON without its digest."""
+    rest = {key: item for key, item in value.items() if key != "digest"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _check_file_table(files: Mapping[str, Mapping[str, Any]]) -> None:
+    for name, entry in files.items():
+        path = PurePosixPath(name)
+        if not name or path.is_absolute() or ".." in path.parts or "\\" in name or path.as_posix() != name:
+            raise ValueError(f"file name {name!r} is not a plain path inside the bundle")
+        if not re.fullmatch("[0-9a-f]{64}", entry["sha256"]) or not isinstance(entry["size"], int):
+            raise ValueError(f"the entry of {name!r} is not a SHA-256 and a size")
+
+
+def _hint(folder: Path) -> str:
+    """Where the bundle probably is, when a folder above it was given."""
+    inside = sorted(path.parent for path in folder.glob(f"*/{MANIFEST}"))
+    if not inside:
+        return "Give a directory written by bnexport fold-and-export, such as models/bn_lenet/1"
+    return f"Did you mean {inside[-1]}?"

@@ -1,0 +1,1 @@
+"""Data sets, images, and the one preprocessing for training and serving."""

@@ -1,0 +1,82 @@
+"""The record of hardware and versions that travels with every number."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+#: Distributions whose versions decide numerical results; the first of a group that is installed speaks for it.
+PACKAGES: tuple[tuple[str, ...], ...] = (
+    ("bnexport",),
+    ("torch",),
+    ("torchvision",),
+    ("onnx",),
+    ("onnxscript",),
+    ("onnxruntime-gpu", "onnxruntime"),
+    ("numpy",),
+)
+
+
+def environment() -> dict[str, Any]:
+    """Hardware and versions as plain JSON values; imports nothing heavy and never fails.
+
+    ``gpu`` is filled only when torch is loaded already: asking for it would cost seconds.
+    """
+    return {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cpu": cpu_name(),
+        "cores": available_cores(),
+        "gpu": gpu_name(),
+        "packages": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of PACKAGES; what is not installed is left out."""
+    found: dict[str, str] = {}
+    for group in PACKAGES:
+        for name in group:
+            try:
+                found[name] = metadata.version(name)
+            except metadata.PackageNotFoundError:
+                continue
+            break
+    return found
+
+
+def available_cores() -> int:
+    """Cores that this process may use, which in a container can be fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def cpu_name() -> str:
+    """The processor's marketing name where the system tells it, else its architecture."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def gpu_name() -> str | None:
+    """Name of the first CUDA device that torch sees; None without one or while torch is not loaded."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return None
+    return str(torch.cuda.get_device_name(0))
+
+
+def describe(record: dict[str, Any]) -> str:
+    """One line for a terminal or a caption: processor, cores, GPU, versions."""
+    packages = ", ".join(f"{name} {version}" for name, version in record["packages"].items() if name != "bnexport")
+    gpu = f", {record['gpu']}" if record.get("gpu") else ""
+    return f"{record['cpu']} ({record['cores']} cores{gpu}), Python {record['python']}, {packages}"

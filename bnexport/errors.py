@@ -1,0 +1,108 @@
+"""Every error that bnexport raises on purpose.
+
+Each carries a message (what is wrong, and where) and a remedy (what to do about it); both are required::
+
+    BnexportError
+    |-- BadInput                what was given can't be used
+    |   |-- UsageError          options or arguments that do not fit together
+    |   |-- ModelError          a model, factory or weights file that can't be loaded
+    |   |   `-- UntracedError   torch.export can't trace the model
+    |   |-- RefusedModel        a model that loads but must not be shipped (NaN weights, untrained statistics, ...)
+    |   |-- ExportError         a file that can't be written as asked (opset, IR version, size)
+    |   |-- DataError           a data set, image or array that can't be read
+    |   |-- FeedError           inputs that do not fit a model's signature
+    |   |-- BundleError         a bundle that is incomplete, changed or not a bundle
+    |   `-- OutputError         an output path that exists already or can't be written
+    |-- Unavailable             this machine can't do it
+    |   |-- MissingDependency   a package is not installed
+    |   |-- RuntimeUnavailable  an engine or device that is not here, or fell back to another
+    |   `-- NetworkError        a download that did not come
+    `-- ProofError              bnexport's own check of its own work failed; nothing was written
+"""
+
+from __future__ import annotations
+
+
+class BnexportError(Exception):
+    """Base of the tree.
+
+    Args:
+        message: One sentence: what is wrong, and where.
+        remedy: One sentence: what to do about it.
+    """
+
+    def __init__(self, message: str, *, remedy: str) -> None:
+        super().__init__(message)
+        self.message = message
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.message}. {self.remedy}" if self.remedy else self.message
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # The keyword-only remedy does not survive the default pickling of exceptions (worker processes send errors so).
+        return _rebuild, (type(self), self.message, self.remedy)
+
+
+def _rebuild(kind: type[BnexportError], message: str, remedy: str) -> BnexportError:
+    return kind(message, remedy=remedy)
+
+
+class BadInput(BnexportError):
+    """What was given can't be used."""
+
+
+class UsageError(BadInput):
+    """Options or arguments that do not fit together."""
+
+
+class ModelError(BadInput):
+    """A model, factory or weights file that can't be loaded."""
+
+
+class UntracedError(ModelError):
+    """A model that torch.export can't trace."""
+
+
+class RefusedModel(BadInput):
+    """A model that loads but must not be shipped as it is."""
+
+
+class ExportError(BadInput):
+    """A file that can't be written as asked."""
+
+
+class DataError(BadInput):
+    """A data set, image or array that can't be read."""
+
+
+class FeedError(BadInput):
+    """Inputs that do not fit a model's signature."""
+
+
+class BundleError(BadInput):
+    """A bundle that is incomplete, changed, or not a bundle."""
+
+
+class OutputError(BadInput):
+    """An output path that exists already or can't be written."""
+
+
+class Unavailable(BnexportError):
+    """This machine can't do what was asked."""
+
+
+class MissingDependency(Unavailable):
+    """A package that is not installed."""
+
+
+class RuntimeUnavailable(Unavailable):
+    """An engine or device that is not here, or that fell back to another."""
+
+
+class NetworkError(Unavailable):
+    """A download that did not come."""
+
+
+class ProofError(BnexportError):
+    """bnexport's own check of its own work failed."""

@@ -1,0 +1,1 @@
+"""Writing a folded model to files."""

@@ -1,0 +1,130 @@
+"""Files that are whole or absent: write beside, fsync, rename."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from bnexport.errors import OutputError
+from bnexport.optional import one_line
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file, as 64 hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that a reader sees the old content or the new, never a part.
+
+    Raises:
+        OutputError: The folder can't be written, or the disk is full. The old file, if any, is untouched.
+    """
+    with output_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            Path(beside).chmod(0o666 & ~_umask())  # mkstemp gives 0600; a service under another user must read it
+            Path(beside).replace(path)
+        except BaseException:
+            Path(beside).unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def staged_directory(path: Path, *, force: bool = False) -> Iterator[Path]:
+    """A folder to write in, which becomes ``path`` when the block ends well and vanishes when it does not.
+
+    Args:
+        path: Where the folder ends up.
+        force: Replace ``path`` if it exists. The old folder stays whole until the new one is complete.
+
+    Raises:
+        OutputError: ``path`` exists and ``force`` is false, or the disk can't take it.
+    """
+    refuse_existing(path, force=force)
+    with output_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stage = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))
+    try:
+        with output_errors(path):
+            yield stage
+            stage.chmod(0o777 & ~_umask())
+            for file in (entry for entry in stage.rglob("*") if entry.is_file()):
+                _sync_file(file)
+            _swap_in(stage, path)
+            sync_folder(path.parent)
+    except BaseException:
+        shutil.rmtree(stage, ignore_errors=True)
+        raise
+
+
+def refuse_existing(path: Path, *, force: bool) -> None:
+    """Raise OutputError when ``path`` exists and may not be replaced; called early, before long work."""
+    if not path.exists() and not path.is_symlink():
+        return
+    if not force:
+        raise OutputError(f"{path} exists already", remedy="Choose another folder, or pass --force to replace it")
+    if not path.is_dir() or path.is_symlink():
+        raise OutputError(f"{path} is not a folder, so --force does not replace it", remedy="Choose another folder")
+
+
+@contextlib.contextmanager
+def output_errors(path: Path) -> Iterator[None]:
+    """Turn the system's errors while writing below ``path`` into one clear sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"{path} can't be written: {one_line(error)}",
+            remedy="Free some space or choose a folder that this user may write; what was there is unchanged",
+        ) from error
+
+
+def _swap_in(stage: Path, path: Path) -> None:
+    """Rename ``stage`` to ``path``; an old folder is moved aside first and comes back if that fails."""
+    if not path.exists():
+        stage.rename(path)
+        return
+    aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".old"))
+    path.rename(aside / "old")
+    try:
+        stage.rename(path)
+    except BaseException:
+        (aside / "old").rename(path)
+        aside.rmdir()
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename inside ``folder`` durable where the system lets a folder be opened (not on Windows)."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

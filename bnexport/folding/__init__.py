@@ -1,0 +1,1 @@
+"""Folding of BatchNorm into the neighbouring linear layers, every BatchNorm accounted for."""

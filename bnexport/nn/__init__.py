@@ -1,0 +1,1 @@
+"""Networks, their BatchNorm layers, and the ways to load them."""

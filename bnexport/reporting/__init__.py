@@ -1,0 +1,1 @@
+"""Results made readable: terminal tables, one HTML page, figures."""

@@ -1,0 +1,1 @@
+"""Engines that run an exported file."""

@@ -1,0 +1,107 @@
+"""What goes into a model and what comes out: names, element types, shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from bnexport.errors import FeedError
+
+#: A dimension is a size, or the name of one that varies ("batch").
+Dim = int | str
+Array = np.ndarray[Any, np.dtype[Any]]
+
+#: Element types that a signature may hold (numpy's names).
+DTYPES = ("float16", "float32", "float64", "uint8", "int8", "int16", "int32", "int64", "bool")
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One input or output.
+
+    Attributes:
+        name: As in the exported file: "input", "logits".
+        dtype: numpy's name of the element type, one of DTYPES.
+        shape: Batch first; a name stands for a dimension that varies: ``("batch", 1, 28, 28)``.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[Dim, ...]
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise FeedError(f"{self.name!r} has the unknown element type {self.dtype!r}", remedy=f"Known: {DTYPES}")
+
+    @property
+    def sample_shape(self) -> tuple[Dim, ...]:
+        """The shape of one sample: without the batch dimension."""
+        return self.shape[1:]
+
+    def problem(self, array: Array) -> str | None:
+        """Why ``array`` does not fit, as a sentence without its full stop; None when it fits."""
+        if array.dtype.name != self.dtype:
+            return f"{self.name!r} is {array.dtype.name}, expected {self.dtype}"
+        expected = "x".join(str(dim) for dim in self.shape)
+        if array.ndim != len(self.shape) or any(
+            isinstance(want, int) and want != have for want, have in zip(self.shape, array.shape, strict=True)
+        ):
+            return f"{self.name!r} has shape {'x'.join(map(str, array.shape)) or 'scalar'}, expected {expected}"
+        return None
+
+    def to_json(self) -> dict[str, Any]:
+        """As written in manifest.json."""
+        return {"name": self.name, "dtype": self.dtype, "shape": list(self.shape)}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> TensorSpec:
+        """From manifest.json; KeyError and TypeError are the caller's to explain."""
+        return cls(str(value["name"]), str(value["dtype"]), tuple(value["shape"]))
+
+
+@dataclass(frozen=True)
+class Signature:
+    """All inputs and outputs of a model, in order."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """As written in manifest.json."""
+        return {"inputs": [s.to_json() for s in self.inputs], "outputs": [s.to_json() for s in self.outputs]}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Signature:
+        """From manifest.json."""
+        return cls(
+            tuple(TensorSpec.from_json(item) for item in value["inputs"]),
+            tuple(TensorSpec.from_json(item) for item in value["outputs"]),
+        )
+
+
+def check_feeds(signature: Signature, feeds: Mapping[str, Array]) -> None:
+    """Refuse inputs that do not fit: a missing or unknown name, an element type, a shape, unequal named dimensions.
+
+    Raises:
+        FeedError: Naming the input, what it is and what it should be.
+    """
+    specs = {spec.name: spec for spec in signature.inputs}
+    expected = ", ".join(repr(name) for name in specs)
+    for name in feeds:
+        if name not in specs:
+            raise FeedError(f"there is no input {name!r}", remedy=f"The inputs are {expected}")
+    sizes: dict[str, int] = {}
+    for name, spec in specs.items():
+        if name not in feeds:
+            raise FeedError(f"the input {name!r} is missing", remedy=f"The inputs are {expected}")
+        if (problem := spec.problem(feeds[name])) is not None:
+            raise FeedError(f"input {problem}", remedy="Feed arrays of the signature's element type and shape")
+        for dim, size in zip(spec.shape, feeds[name].shape, strict=True):
+            if isinstance(dim, str) and sizes.setdefault(dim, size) != size:
+                raise FeedError(
+                    f"input {name!r} has {dim} = {size}, another input has {dim} = {sizes[dim]}",
+                    remedy=f"Feed every input with the same {dim}",
+                )

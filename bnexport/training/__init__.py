@@ -1,0 +1,1 @@
+"""Training of a classifier, with checkpoints that survive a kill at any moment."""

@@ -1,0 +1,1 @@
+"""Proof that what was written computes what was meant."""
