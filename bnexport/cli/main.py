@@ -1,0 +1,101 @@
+"""The command group, and the one place where errors become exit codes."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import click
+
+from bnexport import __version__
+from bnexport.errors import BadInput, BnexportError, ProofError, Unavailable
+
+#: Command -> (module that holds its click ``command``, one line of help). The module is imported when the command runs.
+COMMANDS: dict[str, tuple[str, str]] = {
+    "train": ("bnexport.cli.train", "Train a BatchNorm-LeNet."),
+    "fold-and-export": ("bnexport.cli.fold_and_export", "Fold BatchNorm, export, verify: write one bundle."),
+    "verify": ("bnexport.cli.verify", "Prove that a bundle computes what its network computes."),
+    "predict": ("bnexport.cli.predict", "Label images with a bundle."),
+    "inspect": ("bnexport.cli.inspect", "Show the BatchNorm statistics of a checkpoint or bundle."),
+    "doctor": ("bnexport.cli.doctor", "Try every runtime on this machine."),
+}
+
+#: 0 done, 1 the verdict is FAIL, 2 usage or bad input, 3 this machine can't run it.
+EXIT_CODES: tuple[tuple[type[BnexportError], int], ...] = ((BadInput, 2), (Unavailable, 3), (ProofError, 1))
+EXIT_INTERRUPTED = 130
+
+
+class LazyGroup(click.Group):
+    """A group that imports a command's module only when that command is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 -- click's signature
+        """Names in the order of a user's work."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        """The command itself; None for an unknown name."""
+        if cmd_name not in COMMANDS:
+            return None
+        command = importlib.import_module(COMMANDS[cmd_name][0]).command
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        """List the commands without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="bnexport")
+def cli() -> None:
+    """Fold BatchNorm exactly, export to ONNX and TorchScript, and prove that the outputs match.
+
+    Exit codes: 0 done, 1 the verdict is FAIL, 2 bad input, 3 this machine can't run it.
+    """
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and leave the process with its exit code."""
+    _tolerate_narrow_streams()
+    try:
+        code = run(arguments)
+    except BrokenPipeError:  # the reader (head, less) went away: not an error of ours
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    raise SystemExit(code)
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code and prints at most one sentence per error."""
+    try:
+        result: Any = cli.main(args=arguments, prog_name="bnexport", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("Interrupted. Files already complete are kept; nothing is half-written.", err=True)
+        return EXIT_INTERRUPTED
+    except BnexportError as error:
+        click.echo("\n".join(_sentences(error)), err=True)
+        return next(code for kind, code in EXIT_CODES if isinstance(error, kind))
+    except MemoryError:
+        click.echo("Error: this machine has too little memory for it.\nTry a smaller batch or model.", err=True)
+        return 3
+    return result if isinstance(result, int) else 0
+
+
+def _sentences(error: BnexportError) -> Iterator[str]:
+    yield f"Error: {error.message.rstrip('.')}."
+    if error.remedy:
+        yield f"{error.remedy.rstrip('.')}."
+
+
+def _tolerate_narrow_streams() -> None:
+    """Under an ASCII locale a character that can't be shown becomes '?' instead of a crash."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")

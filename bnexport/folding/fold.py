@@ -1,0 +1,141 @@
+"""The public door of folding: trace, find, fold, prove, account."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+
+from bnexport.errors import ProofError
+from bnexport.folding.constants import Constants
+from bnexport.folding.proof import fold_error
+from bnexport.folding.report import FoldReport, FoldRow
+from bnexport.folding.rules import RULES
+from bnexport.folding.sites import Site, batch_norm_nodes, channels_of, describe, find_sites, module_path
+from bnexport.folding.trace import trace
+
+#: Float64 rounding through a deep network stays far below; the smallest real fault (a dropped eps) is far above.
+MAX_FLOAT64_ERROR = 1e-9
+
+
+@dataclass(frozen=True)
+class FoldResult:
+    """What ``fold`` returns.
+
+    Attributes:
+        model: The folded network in eval mode. It shares no memory with the user's module.
+        report: What became of each BatchNorm.
+    """
+
+    model: GraphModule
+    report: FoldReport
+
+
+def fold(
+    model: nn.Module, example_inputs: Tensor | Sequence[Any], *, dynamic_shapes: Any = None, prove: bool = True
+) -> FoldResult:
+    """Fold every BatchNorm that can be folded exactly into the linear layer before it.
+
+    ``model`` is never changed. It is taken in eval mode: a model in training mode is traced as if ``eval()`` had been
+    called on it; in a model in eval mode, a layer that is in training mode is so on purpose and stays as it is.
+    Arithmetic is in float64, cast once to the layer's element type.
+
+    Args:
+        model: Any module that torch.export can trace.
+        example_inputs: The inputs of one call, batch first: a tensor, or a sequence of forward's positional arguments.
+        dynamic_shapes: As for ``torch.export.export``. Default: the first dimension of every tensor input is one shared
+            batch dimension that may vary.
+        prove: Check the folded graph against the original, both in float64.
+
+    Returns:
+        The folded graph and the account: one row per BatchNorm call.
+
+    Raises:
+        UntracedError: torch.export can't trace the model.
+        ProofError: The folded graph does not compute what the original does; that is a fault in bnexport.
+    """
+    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+    original = trace(model, inputs, dynamic_shapes=dynamic_shapes)
+    folded = _copy(original)
+    with torch.no_grad():
+        rows, exact = _fold_sites(folded)
+        error = fold_error(original, folded, exact, inputs) if prove else None
+    if error is not None and not error <= MAX_FLOAT64_ERROR:
+        raise ProofError(
+            f"the folded {type(model).__name__} differs from the original by {error:.1e} of scale in float64",
+            remedy="Please report it with the model: a fold that is not exact is a fault in bnexport",
+        )
+    remaining = sum(1 for _ in batch_norm_nodes(folded))
+    return FoldResult(folded, FoldReport(tuple(rows), remaining, error))
+
+
+def _fold_sites(graph_module: GraphModule) -> tuple[list[FoldRow], dict[str, Tensor]]:
+    """Apply the rules to every site; returns the account and the folded tensors in float64, by attribute."""
+    constants = Constants(graph_module)
+    exact: dict[str, Tensor] = {}
+    rows = []
+    for site in find_sites(graph_module, constants):
+        site.locate()
+        row, tensors = _fold_site(site)
+        exact.update(tensors)
+        rows.append(row)
+    _drop_unused(graph_module)
+    return rows, exact
+
+
+def _fold_site(site: Site) -> tuple[FoldRow, dict[str, Tensor]]:
+    facts = {
+        "module": site.module_path,
+        "kind": site.kind,
+        "channels": channels_of(site) or 0,
+        "max_scale": None if site.affine is None else float(site.affine.scale.abs().max()),
+    }
+    into = module_path(site.producer)
+    rule = next((rule for rule in RULES if rule.matches(site)), None)
+    if site.affine is None:
+        reason = site.why_not
+    elif rule is None:
+        reason = f"it follows {describe(site.producer)}, and no rule folds a batch norm into that"
+    elif (reason := rule.check(site)) is None:
+        tensors = rule.rewrite(site)
+        return FoldRow(outcome="folded", rule=rule.name, into=into, reason="", **facts), tensors  # type: ignore[arg-type]
+    return FoldRow(outcome="kept", rule="", into="", reason=reason or "", **facts), {}  # type: ignore[arg-type]
+
+
+def _copy(graph_module: GraphModule) -> GraphModule:
+    """A graph module with its own memory; parameters that were one stay one."""
+    memo: dict[int, Any] = {}
+    for tensor in (*graph_module.parameters(), *graph_module.buffers()):
+        memo[id(tensor)] = _clone(tensor)
+    import copy
+
+    return copy.deepcopy(graph_module, memo)
+
+
+def _clone(tensor: Tensor) -> Tensor:
+    copied = tensor.detach().clone()
+    return nn.Parameter(copied, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copied
+
+
+def _drop_unused(graph_module: GraphModule) -> None:
+    """Remove constants and attributes that nothing reads any more: folded statistics must not travel on."""
+    for node in reversed(list(graph_module.graph.nodes)):
+        mutable = getattr(getattr(node.target, "_schema", None), "is_mutable", False)
+        if node.op in ("get_attr", "call_function") and not node.users and not mutable and _only_constants(node):
+            graph_module.graph.erase_node(node)
+    used = {str(node.target) for node in graph_module.graph.nodes if node.op in ("get_attr", "call_module")}
+    for path, module in list(graph_module.named_modules()):
+        for name in [*module._parameters, *module._buffers]:
+            if (f"{path}.{name}" if path else name) not in used:
+                delattr(module, name)
+    graph_module.delete_all_unused_submodules()
+    graph_module.graph.lint()
+    graph_module.recompile()
+
+
+def _only_constants(node: Any) -> bool:
+    return node.op == "get_attr" or all(parent.op == "get_attr" or _only_constants(parent) for parent in node.all_input_nodes)

@@ -1,0 +1,122 @@
+"""The one interface of every engine: a context manager with one verb."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from bnexport.errors import BnexportError, BundleError, RuntimeUnavailable, UsageError
+from bnexport.optional import one_line
+from bnexport.tensors import Array, Signature, TensorSpec, check_feeds
+
+REBUILD = "Write the bundle again with bnexport fold-and-export, or copy it again from its source"
+DOCTOR = "Run bnexport doctor to see what works here and what is missing"
+
+
+class Runner(ABC):
+    """Runs one file on one engine. Open with ``with``; outputs belong to the caller.
+
+    A subclass sets the attributes in its ``__init__``, which leaves the engine ready to run, and writes ``_run`` and
+    ``close``. What every engine must promise is checked here, once: inputs that fit, every output there, with the
+    signature's element type and shape, in memory of its own. Whether values are right is the verifier's question.
+
+    Attributes:
+        name: As in ``catalogue.RUNNERS``: "onnxruntime-cpu".
+        signature: Inputs and outputs, in order.
+        effective_device: Read back from the engine, never copied from the request: "cpu", "cuda:0".
+        description: What really runs: engine, version, file, providers of the nodes. Plain JSON values.
+    """
+
+    name: str
+    signature: Signature
+    effective_device: str
+    description: dict[str, Any]
+    _closed: bool = False
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Run one batch.
+
+        Args:
+            feeds: Input name -> array of the signature's element type and shape.
+
+        Returns:
+            Output name -> array; the caller may keep and change it.
+
+        Raises:
+            FeedError: The feeds do not fit the signature.
+            BundleError: The file can't be run, or its outputs do not fit the signature.
+            RuntimeUnavailable: The device failed (out of memory, a library that is missing).
+            UsageError: The runner was closed.
+        """
+        if self._closed:
+            raise UsageError(f"the runner {self.name} is closed", remedy="Run inside its with block")
+        check_feeds(self.signature, feeds)
+        contiguous = {spec.name: np.ascontiguousarray(feeds[spec.name]) for spec in self.signature.inputs}
+        try:
+            outputs = self._run(contiguous)
+        except BnexportError:
+            raise
+        except Exception as error:  # engines raise classes of their own without a common base
+            raise self._translated(error) from error
+        return self._checked(outputs, named_sizes(self.signature, feeds))
+
+    @abstractmethod
+    def _run(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
+        """Run feeds that were checked and are contiguous; foreign exceptions may pass."""
+
+    def close(self) -> None:
+        """Free what the engine holds; the runner can't run afterwards."""
+        self._closed = True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def probe(self) -> None:
+        """Run two samples of zeros, so that libraries loaded on first use and the outputs are known to be there.
+
+        Skipped when a dimension other than the first varies: no size is known to be valid for it.
+        """
+        specs = self.signature.inputs
+        if all(isinstance(dim, int) for spec in specs for dim in spec.shape[1:]):
+            self.run({s.name: np.zeros([d if isinstance(d, int) else 2 for d in s.shape], s.dtype) for s in specs})
+
+    def _translated(self, error: Exception) -> BnexportError:
+        """A foreign exception of the engine as one of the tree."""
+        if self.effective_device.startswith("cuda"):
+            return RuntimeUnavailable(
+                f"{self.name} failed on {self.effective_device}: {one_line(error)}",
+                remedy="Free the GPU's memory or run on the CPU; bnexport doctor says what works here",
+            )
+        return BundleError(f"{self.name} can't run its file: {one_line(error)}", remedy=REBUILD)
+
+    def _checked(self, outputs: Mapping[str, Array], sizes: Mapping[str, int]) -> dict[str, Array]:
+        checked = {}
+        for spec in self.signature.outputs:
+            if spec.name not in outputs:
+                have = ", ".join(map(repr, outputs)) or "none"
+                raise BundleError(f"{self.name} gave no output {spec.name!r}, only {have}", remedy=REBUILD)
+            array = np.array(outputs[spec.name], copy=True, order="C")
+            shape = tuple(sizes.get(dim, dim) if isinstance(dim, str) else dim for dim in spec.shape)
+            if (problem := TensorSpec(spec.name, spec.dtype, shape).problem(array)) is not None:
+                raise BundleError(f"{self.name}: output {problem}", remedy=REBUILD)
+            checked[spec.name] = array
+        return checked
+
+
+def named_sizes(signature: Signature, feeds: Mapping[str, Array]) -> dict[str, int]:
+    """Size of each named dimension in feeds that fit the signature: ``{"batch": 64}``."""
+    return {
+        dim: size
+        for spec in signature.inputs
+        for dim, size in zip(spec.shape, feeds[spec.name].shape, strict=True)
+        if isinstance(dim, str)
+    }

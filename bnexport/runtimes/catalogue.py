@@ -1,0 +1,108 @@
+"""The table of runners: the CLI's choices, the docs' table and the parametrised tests read it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from bnexport.bundle import MODEL_ONNX, MODEL_TORCHSCRIPT, WEIGHTS, Bundle
+from bnexport.errors import UsageError
+from bnexport.runtimes.base import Runner
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class RunnerSpec:
+    """One row of RUNNERS.
+
+    Attributes:
+        engine: "torch", "torchscript", "onnxruntime".
+        device: "cpu" or "cuda".
+        file: The file of the bundle that it reads.
+        opener: (bundle, device, module, threads) -> an open runner.
+        prober: device -> why it can't run here, or None.
+    """
+
+    engine: str
+    device: str
+    file: str
+    opener: Callable[[Bundle, str, nn.Module | None, int | None], Runner]
+    prober: Callable[[str], str | None]
+
+    @property
+    def name(self) -> str:
+        """As on the command line: "onnxruntime-cpu"."""
+        return f"{self.engine}-{self.device}"
+
+    def open(self, bundle: Bundle, *, module: nn.Module | None = None, threads: int | None = None) -> Runner:
+        """An open runner of a bundle's file; use it in a ``with`` block.
+
+        Args:
+            bundle: Its file is opened as it lies there; whether its hash holds is ``Bundle.check``'s question.
+            module: The original network, for torch eager on a bundle whose network only its author has.
+            threads: Threads inside one operator, for onnxruntime; torch's are a setting of the process.
+
+        Raises:
+            BundleError: The file is missing, damaged, or does not fit the manifest.
+            Unavailable: The engine, the device or a library is not here.
+        """
+        return self.opener(bundle, self.device, module, threads)
+
+    def available(self) -> str | None:
+        """None when it can run here, else the reason in one line. A GPU is believed only after it ran a batch."""
+        return self.prober(self.device)
+
+
+def _open_torch(bundle: Bundle, device: str, module: nn.Module | None, _threads: int | None) -> Runner:
+    from bnexport.runtimes.torch_eager import open_bundle
+
+    return open_bundle(bundle, device=device, module=module)
+
+
+def _open_torchscript(bundle: Bundle, device: str, _module: nn.Module | None, _threads: int | None) -> Runner:
+    from bnexport.runtimes.torchscript import TorchScriptRunner
+
+    return TorchScriptRunner(bundle.file(MODEL_TORCHSCRIPT), bundle.manifest.signature, device=device)
+
+
+def _open_onnxruntime(bundle: Bundle, device: str, _module: nn.Module | None, threads: int | None) -> Runner:
+    from bnexport.runtimes.onnxruntime import OnnxRuntimeRunner
+
+    return OnnxRuntimeRunner(bundle.file(MODEL_ONNX), bundle.manifest.signature, device=device, threads=threads)
+
+
+def _torch_problem(device: str) -> str | None:
+    from bnexport.runtimes.torch_outputs import problem
+
+    return problem(device)
+
+
+def _onnxruntime_problem(device: str) -> str | None:
+    from bnexport.runtimes.onnxruntime import problem
+
+    return problem(device)
+
+
+RUNNERS: tuple[RunnerSpec, ...] = (
+    RunnerSpec("torch", "cpu", WEIGHTS, _open_torch, _torch_problem),
+    RunnerSpec("torch", "cuda", WEIGHTS, _open_torch, _torch_problem),
+    RunnerSpec("torchscript", "cpu", MODEL_TORCHSCRIPT, _open_torchscript, _torch_problem),
+    RunnerSpec("torchscript", "cuda", MODEL_TORCHSCRIPT, _open_torchscript, _torch_problem),
+    RunnerSpec("onnxruntime", "cpu", MODEL_ONNX, _open_onnxruntime, _onnxruntime_problem),
+    RunnerSpec("onnxruntime", "cuda", MODEL_ONNX, _open_onnxruntime, _onnxruntime_problem),
+)
+
+
+def runner_spec(name: str) -> RunnerSpec:
+    """The row of a name.
+
+    Raises:
+        UsageError: There is no such runtime.
+    """
+    for spec in RUNNERS:
+        if spec.name == name:
+            return spec
+    raise UsageError(f"there is no runtime {name!r}", remedy=f"Known: {', '.join(spec.name for spec in RUNNERS)}")

@@ -1,0 +1,102 @@
+"""What both torch runners share: devices, feeds to tensors, outputs to arrays."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from bnexport.errors import RuntimeUnavailable
+from bnexport.optional import one_line
+from bnexport.reproducibility import strict_float32
+from bnexport.runtimes.base import DOCTOR
+from bnexport.tensors import Array, Signature
+
+if TYPE_CHECKING:
+    import torch
+
+
+def problem(device: str) -> str | None:
+    """Why torch can't run on a device ("cpu" or "cuda") here, one line; None when it can."""
+    if importlib.util.find_spec("torch") is None:
+        return "torch is not installed"
+    if device == "cpu":
+        return None
+    import torch
+
+    if not torch.backends.cuda.is_built():
+        return f"this torch ({torch.__version__}) is built without CUDA"
+    with warnings.catch_warnings(record=True) as caught:  # an old driver is only a warning to torch, and the reason
+        warnings.simplefilter("always")
+        available = torch.cuda.is_available()
+    if available:
+        return None
+    return (
+        one_line(caught[0].message)
+        if caught and isinstance(caught[0].message, Warning)
+        else "torch sees no CUDA device"
+    )
+
+
+def need(name: str, device: str) -> torch.device:
+    """The torch device of a runner.
+
+    Raises:
+        RuntimeUnavailable: It is not here.
+    """
+    if (reason := problem(device)) is not None:
+        raise RuntimeUnavailable(
+            f"{name} can't run here: {reason}", remedy="Run bnexport doctor to see what works here"
+        )
+    import torch
+
+    return torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device("cpu")
+
+
+def call(
+    function: Callable[..., Any], signature: Signature, feeds: Mapping[str, Array], device: torch.device
+) -> tuple[dict[str, Array], torch.device]:
+    """Call a module with arrays in the signature's order, in strict float32.
+
+    Returns:
+        Outputs by name (fewer than the signature's when the module gives fewer), and the device they came from.
+    """
+    import torch
+
+    # from_numpy refuses read-only arrays with a warning; the copy also keeps the caller's arrays from in-place modules.
+    tensors = [torch.from_numpy(np.array(feeds[spec.name], copy=True)).to(device) for spec in signature.inputs]
+    with torch.inference_mode(), strict_float32():
+        results = flatten(function(*tensors))
+    names = [spec.name for spec in signature.outputs]
+    where = results[0].device if results else device
+    return {name: tensor.cpu().numpy() for name, tensor in zip(names, results, strict=False)}, where
+
+
+def flatten(result: Any) -> list[torch.Tensor]:
+    """The tensors of a module's result in order: a tensor, or tuples, lists and dicts of them."""
+    import torch
+
+    if isinstance(result, torch.Tensor):
+        return [result]
+    if isinstance(result, Mapping):
+        result = list(result.values())
+    if isinstance(result, list | tuple):
+        return [tensor for item in result for tensor in flatten(item)]
+    return []
+
+
+def describe(engine: str, where: torch.device) -> dict[str, Any]:
+    """Engine, version and device as plain JSON values."""
+    import torch
+
+    gpu = {"gpu": torch.cuda.get_device_name(where)} if where.type == "cuda" else {}
+    return {
+        "engine": engine,
+        "version": str(torch.__version__),
+        "device": str(where),
+        **gpu,
+        "precision": "strict float32",
+    }

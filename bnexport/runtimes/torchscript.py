@@ -1,0 +1,74 @@
+"""model.pt in torch's TorchScript interpreter."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bnexport.errors import BundleError
+from bnexport.optional import one_line, require
+from bnexport.runtimes import torch_outputs
+from bnexport.runtimes.base import REBUILD, Runner
+from bnexport.tensors import Array, Signature
+
+if TYPE_CHECKING:
+    import torch
+
+
+class TorchScriptRunner(Runner):
+    """Runs a TorchScript file.
+
+    Args:
+        file: model.pt.
+        signature: What the file must take and give, in the order of its arguments and results.
+        device: "cpu" or "cuda".
+
+    Raises:
+        RuntimeUnavailable: The device is not here.
+        BundleError: Not a TorchScript file, or one with another signature.
+    """
+
+    def __init__(self, file: Path, signature: Signature, *, device: str = "cpu") -> None:
+        self.name = f"torchscript-{device}"
+        self.signature = signature
+        self._device = torch_outputs.need(self.name, device)
+        self.effective_device = str(self._device)
+        self._module = load(file, self._device)
+        self._refuse_other_arguments(file)
+        self.description = torch_outputs.describe("torchscript", self._device) | {"file": file.name}
+        self.probe()
+
+    def _refuse_other_arguments(self, file: Path) -> None:
+        expected = len(self.signature.inputs)
+        taken = len(list(self._module.graph.inputs())) - 1  # the first is the module itself
+        if taken != expected:
+            raise BundleError(f"{file} takes {taken} inputs, the manifest says {expected}", remedy=REBUILD)
+
+    def _run(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
+        outputs, where = torch_outputs.call(self._module, self.signature, feeds, self._device)
+        self.effective_device = str(where)
+        return outputs
+
+    def close(self) -> None:
+        """Free the module."""
+        super().close()
+        del self._module
+
+
+def load(file: Path, device: str | torch.device = "cpu") -> Any:
+    """Load a TorchScript file in eval mode.
+
+    Raises:
+        BundleError: Not a TorchScript file, or a damaged one.
+    """
+    torch = require("torch", purpose="the TorchScript runner")
+    try:
+        with warnings.catch_warnings():
+            # Deprecated upstream; TorchScript is one of the formats asked of this project.
+            warnings.filterwarnings("ignore", message=r".*torch\.jit\..*")
+            module = torch.jit.load(str(file), map_location=device)
+        return module.eval()
+    except Exception as error:  # RuntimeError, ValueError, UnpicklingError: depends on where the bytes are wrong
+        raise BundleError(f"{file} is not a TorchScript file: {one_line(error, 160)}", remedy=REBUILD) from error

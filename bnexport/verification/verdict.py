@@ -1,0 +1,148 @@
+"""The verdict as a value: rows, what was skipped, and whether it all passes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+#: Stages without which a report is no proof, whatever its other rows say.
+REQUIRED_STAGES = ("integrity", "golden", "file-proof", "strict")
+
+
+@dataclass(frozen=True)
+class Flips:
+    """What became of the top-1 labels (see ``metrics.count_flips``).
+
+    Attributes:
+        certified: Samples whose reference margin is too large for the allowed error to change the label.
+        uncertain: Samples with a smaller margin whose label stayed.
+        explained: Samples with a smaller margin whose label changed.
+        unexplained: Samples with a larger margin whose label changed all the same: a fault.
+        rate_bound: 95 % upper bound of the flip rate when none of the n samples flipped, 3 / n; None when one did.
+    """
+
+    certified: int
+    uncertain: int
+    explained: int
+    unexplained: int
+    rate_bound: float | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison and its verdict.
+
+    Attributes:
+        stage: A key of ``tolerances.TOLERANCES``, or "integrity", "weights", "accuracy".
+        subject: What was tested: a runtime's name, a file of the bundle, or "reference".
+        case: On which inputs: "images", "noise", "zeros", "batch 7", ...
+        passed: The verdict.
+        reason: Why it failed, one sentence; what was compared, when it passed and there is something to say.
+        n: Samples (for "weights" and "integrity": tensors or files) compared.
+        error: max |candidate - reference| / max |reference|, worst output; None when it has no finite value.
+        max_abs: max |candidate - reference|.
+        rms: Root mean square of candidate - reference.
+        bound: The largest ``error`` that passes.
+        device: Where the candidate ran, as its engine says.
+        flips: Top-1 labels, where an output is one score per class.
+    """
+
+    stage: str
+    subject: str
+    case: str
+    passed: bool
+    reason: str = ""
+    n: int = 0
+    error: float | None = None
+    max_abs: float | None = None
+    rms: float | None = None
+    bound: float | None = None
+    device: str = ""
+    flips: Flips | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values; ``from_json`` reads them back."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Row:
+        """From ``to_json``."""
+        flips = value.get("flips")
+        return cls(**{**value, "flips": None if flips is None else Flips(**flips)})
+
+
+@dataclass(frozen=True)
+class VerificationReport:
+    """Everything that ``verify`` found. It passes only when every required stage is there and every row passes.
+
+    Attributes:
+        rows: Every comparison.
+        skipped: Runtime -> why it was not run. A skip is no pass: it says what this report does not cover.
+        runtimes: Runtime -> what really ran: engine, version, device, providers.
+        reference: What the candidates were compared with.
+        inputs: Which real inputs were used, or why none.
+        accuracy: Of the reference on the real images: ``{"dataset", "n", "correct"}``; empty without images.
+        seed: Of the synthetic inputs.
+        environment: Hardware and versions.
+    """
+
+    rows: tuple[Row, ...]
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    runtimes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    reference: str = ""
+    inputs: str = ""
+    accuracy: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    environment: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def missing_stages(self) -> tuple[str, ...]:
+        """Required stages without a single row."""
+        present = {row.stage for row in self.rows}
+        return tuple(stage for stage in REQUIRED_STAGES if stage not in present)
+
+    @property
+    def failures(self) -> tuple[Row, ...]:
+        """Rows that failed."""
+        return tuple(row for row in self.rows if not row.passed)
+
+    @property
+    def passed(self) -> bool:
+        """True only for a complete report without a failure."""
+        return bool(self.rows) and not self.missing_stages and not self.failures
+
+    def worst(self, stage: str) -> Row | None:
+        """The row of a stage with the largest error; None when the stage has no measured row."""
+        measured = [row for row in self.rows if row.stage == stage and row.error is not None]
+        return max(measured, key=lambda row: row.error or 0.0, default=None)
+
+    def summary(self) -> str:
+        """One line: the verdict, and what decided it."""
+        if self.failures:
+            first = self.failures[0]
+            return f"FAIL: {len(self.failures)} of {len(self.rows)} rows failed, first {first.stage}: {first.reason}"
+        if self.missing_stages:
+            return f"FAIL: nothing was checked in {', '.join(self.missing_stages)}"
+        return f"PASS: {len(self.rows)} rows"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values without NaN; ``from_json`` reads them back."""
+        return {
+            "passed": self.passed,
+            "summary": self.summary(),
+            "reference": self.reference,
+            "inputs": self.inputs,
+            "accuracy": dict(self.accuracy),
+            "seed": self.seed,
+            "rows": [row.to_json() for row in self.rows],
+            "skipped": dict(self.skipped),
+            "runtimes": {name: dict(value) for name, value in self.runtimes.items()},
+            "environment": dict(self.environment),
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> VerificationReport:
+        """From ``to_json``; the verdict is computed again from the rows."""
+        rest = {key: item for key, item in value.items() if key not in ("passed", "summary", "rows")}
+        return cls(rows=tuple(Row.from_json(row) for row in value["rows"]), **rest)
