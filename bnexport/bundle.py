@@ -168,8 +168,11 @@ class Bundle:
     def problems(self) -> list[str]:
         """Every listed file's problem, and every file that the manifest does not list."""
         found = [problem for name in self.manifest.files if (problem := self.problem(name)) is not None]
-        strangers = sorted(set(_names(self.path)) - set(self.manifest.files))
-        return found + [f"{name} is not in the manifest" for name in strangers]
+        return found + [f"{name} is not in the manifest" for name in self.strangers()]
+
+    def strangers(self) -> list[str]:
+        """Files in the directory that the manifest does not list."""
+        return sorted(set(_names(self.path)) - set(self.manifest.files))
 
     def check(self) -> None:
         """Refuse a bundle that is not as it was written.
@@ -211,9 +214,7 @@ def seal(folder: Path, manifest: Manifest) -> Bundle:
         folder: A bundle's directory, complete but for its manifest.
         manifest: Its manifest; ``files`` is filled in here.
     """
-    files = {
-        name: {"sha256": sha256(folder / name), "size": (folder / name).stat().st_size} for name in _names(folder)
-    }
+    files = {name: {"sha256": sha256(folder / name), "size": (folder / name).stat().st_size} for name in _names(folder)}
     sealed = replace(manifest, files=files)
     value = sealed.to_json()
     value["digest"] = _digest(value)

@@ -1,8 +1,13 @@
-"""Imports of packages that may be missing, with an error that names the remedy."""
+"""Foreign packages: importing those that may be missing, and keeping their chatter off the user's terminal."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
 from types import ModuleType
 
 from bnexport.errors import MissingDependency
@@ -38,3 +43,17 @@ def one_line(error: BaseException, limit: int = 300) -> str:
     """The text of a foreign error as one line of at most ``limit`` characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep torch's own warnings, log lines and prints off the user's terminal."""
+    logger = logging.getLogger("torch")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

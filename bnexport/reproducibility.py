@@ -32,7 +32,7 @@ def strict_float32() -> Iterator[None]:
         torch.backends.cuda.matmul,
         torch.backends.cudnn,
         torch.backends.cudnn.conv,  # type: ignore[attr-defined]
-        torch.backends.cudnn.rnn,  # type: ignore[attr-defined]
+        torch.backends.cudnn.rnn,
         torch.backends.mkldnn,
         torch.backends.mkldnn.matmul,  # type: ignore[attr-defined]
         torch.backends.mkldnn.conv,  # type: ignore[attr-defined]

@@ -52,7 +52,9 @@ CAPABILITIES: dict[str, Callable[[], str | None]] = {
 def required() -> set[str]:
     names = {name.strip() for name in os.environ.get("BNEXPORT_REQUIRE", "").split(",") if name.strip()}
     if unknown := names - set(CAPABILITIES):
-        raise pytest.UsageError(f"BNEXPORT_REQUIRE names unknown capabilities {sorted(unknown)}; known: {sorted(CAPABILITIES)}")
+        raise pytest.UsageError(
+            f"BNEXPORT_REQUIRE names unknown capabilities {sorted(unknown)}; known: {sorted(CAPABILITIES)}"
+        )
     return names
 
 

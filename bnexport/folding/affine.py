@@ -83,12 +83,16 @@ def read_batch_norm(node: Node, constants: Constants) -> AffineStep | None:
     if not isinstance(value, Node):
         return None
     if mean is None or var is None:
-        return AffineStep(value, None, 1, "it keeps no moving statistics (track_running_stats=False), so it uses batch statistics")
+        return AffineStep(
+            value, None, 1, "it keeps no moving statistics (track_running_stats=False), so it uses batch statistics"
+        )
     if training:
         return AffineStep(value, None, 1, "it is in training mode, so it uses batch statistics")
     found = [None if item is None else constants.value(item) for item in (gamma, beta, mean, var)]
     if any(item is not None and tensor is None for item, tensor in zip((gamma, beta, mean, var), found, strict=True)):
-        return AffineStep(value, None, 1, "its statistics or parameters are computed from the input or changed in forward")
+        return AffineStep(
+            value, None, 1, "its statistics or parameters are computed from the input or changed in forward"
+        )
     assert found[2] is not None
     assert found[3] is not None
     return AffineStep(value, ChannelAffine.from_statistics(found[2], found[3], eps, found[0], found[1]), 1)

@@ -23,11 +23,15 @@ class Constants:
 
     A parameter or buffer that some operator of the graph changes in place (also through a view) is not a constant: what
     it holds depends on when it is read.
+
+    Attributes:
+        exact: Folded attributes in float64, before their one cast.
     """
 
     def __init__(self, module: GraphModule) -> None:
         self._module = module
         self._values: dict[Node, Tensor | None] = {}
+        self.exact: dict[str, Tensor] = {}
         self._mutated = set(_mutated_attributes(module))
 
     def value(self, item: Any) -> Tensor | None:
@@ -44,8 +48,9 @@ class Constants:
             self._resolve(item)
         return self._values[item]
 
-    def forget(self) -> None:
-        """Drop computed values after the module's attributes have changed."""
+    def replace(self, target: str, value: Tensor) -> None:
+        """Take note of a folded attribute: a second fold into it starts from the float64 value, not from its cast."""
+        self.exact[target] = value
         self._values.clear()
 
     def _resolve(self, target: Node) -> None:
@@ -65,7 +70,7 @@ class Constants:
         if node.op == "get_attr":
             if node.target in self._mutated:
                 return None
-            value = attribute(self._module, str(node.target))
+            value = self.exact.get(str(node.target), attribute(self._module, str(node.target)))
             if not isinstance(value, Tensor):
                 return None
             return value.detach().double() if value.is_floating_point() else value.detach()

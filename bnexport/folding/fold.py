@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -76,34 +77,37 @@ def fold(
 def _fold_sites(graph_module: GraphModule) -> tuple[list[FoldRow], dict[str, Tensor]]:
     """Apply the rules to every site; returns the account and the folded tensors in float64, by attribute."""
     constants = Constants(graph_module)
-    exact: dict[str, Tensor] = {}
     rows = []
     for site in find_sites(graph_module, constants):
         site.locate()
-        row, tensors = _fold_site(site)
-        exact.update(tensors)
-        rows.append(row)
+        rows.append(_fold_site(site))
     _drop_unused(graph_module)
-    return rows, exact
+    return rows, constants.exact
 
 
-def _fold_site(site: Site) -> tuple[FoldRow, dict[str, Tensor]]:
-    facts = {
-        "module": site.module_path,
-        "kind": site.kind,
-        "channels": channels_of(site) or 0,
-        "max_scale": None if site.affine is None else float(site.affine.scale.abs().max()),
-    }
-    into = module_path(site.producer)
+def _fold_site(site: Site) -> FoldRow:
+    """Apply the first rule that matches, if its check allows it; the row says what happened, or why nothing did."""
     rule = next((rule for rule in RULES if rule.matches(site)), None)
     if site.affine is None:
         reason = site.why_not
     elif rule is None:
         reason = f"it follows {describe(site.producer)}, and no rule folds a batch norm into that"
-    elif (reason := rule.check(site)) is None:
-        tensors = rule.rewrite(site)
-        return FoldRow(outcome="folded", rule=rule.name, into=into, reason="", **facts), tensors  # type: ignore[arg-type]
-    return FoldRow(outcome="kept", rule="", into="", reason=reason or "", **facts), {}  # type: ignore[arg-type]
+    else:
+        reason = rule.check(site)
+    folded = rule if reason is None else None
+    row = FoldRow(
+        module=site.module_path,
+        kind=site.kind,
+        outcome="kept" if folded is None else "folded",
+        rule="" if folded is None else folded.name,
+        into="" if folded is None else module_path(site.producer),
+        reason=reason or "",
+        channels=channels_of(site) or 0,
+        max_scale=None if site.affine is None else float(site.affine.scale.abs().max()),
+    )
+    if folded is not None:
+        folded.rewrite(site)
+    return row
 
 
 def _copy(graph_module: GraphModule) -> GraphModule:
@@ -111,9 +115,10 @@ def _copy(graph_module: GraphModule) -> GraphModule:
     memo: dict[int, Any] = {}
     for tensor in (*graph_module.parameters(), *graph_module.buffers()):
         memo[id(tensor)] = _clone(tensor)
-    import copy
-
-    return copy.deepcopy(graph_module, memo)
+    copied = copy.deepcopy(graph_module, memo)
+    # torch.export's guards on input shapes stop other tracers; what does not fit fails in the operators anyway.
+    copied._forward_pre_hooks.clear()
+    return copied
 
 
 def _clone(tensor: Tensor) -> Tensor:
@@ -138,4 +143,6 @@ def _drop_unused(graph_module: GraphModule) -> None:
 
 
 def _only_constants(node: Any) -> bool:
-    return node.op == "get_attr" or all(parent.op == "get_attr" or _only_constants(parent) for parent in node.all_input_nodes)
+    return node.op == "get_attr" or all(
+        parent.op == "get_attr" or _only_constants(parent) for parent in node.all_input_nodes
+    )

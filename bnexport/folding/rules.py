@@ -26,13 +26,13 @@ class FoldRule:
         name: As it appears in the report.
         pattern: Kinds of layers in the order of the data flow.
         check: None when the rewrite is exact at this site, else why not.
-        rewrite: Does it. Called only after ``check`` returned None; returns the new tensors in float64 by attribute.
+        rewrite: Does it. Called only after ``check`` returned None.
     """
 
     name: str
     pattern: tuple[str, ...]
     check: Callable[[Site], str | None]
-    rewrite: Callable[[Site], dict[str, Tensor]]
+    rewrite: Callable[[Site], None]
 
     def matches(self, site: Site) -> bool:
         """Whether the layer before the affine is of the pattern's kind."""
@@ -41,7 +41,7 @@ class FoldRule:
 
 def check_backward(site: Site) -> str | None:
     """Whether the linear layer before the affine may take it in."""
-    checks = (_consumers, _axis, _shared_call, _constant_weights, _element_types, _representable)
+    checks = (_consumers, _axis, _constant_weights, _shared_call, _element_types, _representable)
     return next((reason for check in checks if (reason := check(site)) is not None), None)
 
 
@@ -67,7 +67,9 @@ def _axis(site: Site) -> str | None:
         )
     shape = shape_of(site.producer)
     if site.affine.channels != 1 and (shape is None or shape[axis] != site.affine.channels):
-        return f"it has {site.affine.channels} channels, {describe(site.producer)} has another number of output channels"
+        return (
+            f"it has {site.affine.channels} channels, {describe(site.producer)} has another number of output channels"
+        )
     return None
 
 
@@ -107,7 +109,7 @@ def _representable(site: Site) -> str | None:
     return None
 
 
-def rewrite_backward(site: Site) -> dict[str, Tensor]:
+def rewrite_backward(site: Site) -> None:
     """Put the folded weight and bias in place of the layer's own and take the affine out of the graph."""
     assert site.absorber is not None
     dtype = dtype_of(site.producer)
@@ -123,8 +125,8 @@ def rewrite_backward(site: Site) -> dict[str, Tensor]:
     site.result.replace_all_uses_with(site.value)
     for node in reversed(site.nodes):
         site.graph_module.graph.erase_node(node)
-    site.constants.forget()
-    return {str(weight_node.target): weight, str(bias_node.target): bias}
+    site.constants.replace(str(weight_node.target), weight)
+    site.constants.replace(str(bias_node.target), bias)
 
 
 def _folded(site: Site) -> tuple[Tensor, Tensor]:
@@ -145,10 +147,8 @@ def _store(site: Site, name: str, old: Node | None, value: Tensor, dtype: torch.
     """
     cast = value.to(dtype)
     cast = torch.where(cast.abs() < torch.finfo(dtype).tiny, torch.zeros_like(cast), cast)
-    if old is not None and old.op == "get_attr":
-        target = str(old.target)
-    else:
-        target = _free_name(site, name)
+    stored = old is not None and old.op == "get_attr"
+    target = str(old.target) if old is not None and stored else _free_name(site, name)
     holder, _, leaf = target.rpartition(".")
     module = site.graph_module.get_submodule(holder) if holder else site.graph_module
     old_value = getattr(module, leaf, None)
@@ -156,7 +156,7 @@ def _store(site: Site, name: str, old: Node | None, value: Tensor, dtype: torch.
     if leaf in module._buffers:
         del module._buffers[leaf]
     setattr(module, leaf, torch.nn.Parameter(cast.to(device), requires_grad=False))
-    if old is not None and old.op == "get_attr":
+    if old is not None and stored:
         old.meta["val"] = cast
         return old
     with site.graph_module.graph.inserting_before(site.producer):
@@ -188,6 +188,6 @@ def _device(site: Site) -> torch.device:
 
 #: Every rule, in the order in which they are tried.
 RULES: tuple[FoldRule, ...] = (
-    FoldRule("batch norm into the convolution before it", ("conv", "affine"), check_backward, rewrite_backward),
-    FoldRule("batch norm into the linear layer before it", ("linear", "affine"), check_backward, rewrite_backward),
+    FoldRule("convolution <- batch norm", ("conv", "affine"), check_backward, rewrite_backward),
+    FoldRule("linear <- batch norm", ("linear", "affine"), check_backward, rewrite_backward),
 )

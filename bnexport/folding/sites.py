@@ -17,7 +17,13 @@ aten = torch.ops.aten
 #: The one operator that is a BatchNorm by itself; each call of it has a row of its own in the report.
 BATCH_NORM = aten.batch_norm.default
 #: Operators that hand on their input unchanged. Dropout belongs here only when its ``train`` argument is false.
-_IDENTITIES = (aten.alias.default, aten.clone.default, aten.contiguous.default, aten.detach.default, aten.lift_fresh_copy.default)
+_IDENTITIES = (
+    aten.alias.default,
+    aten.clone.default,
+    aten.contiguous.default,
+    aten.detach.default,
+    aten.lift_fresh_copy.default,
+)
 _DROPOUTS = (aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default)
 
 
@@ -94,7 +100,7 @@ def find_sites(graph_module: GraphModule, constants: Constants) -> list[Site]:
             site = Site(graph_module, constants, (node,), step.value, step.affine, step.axis, step.why_not)
         else:
             chain = _elementwise_chain(node, step, constants)
-            if not _is_norm([node for node, _ in chain]):
+            if not _is_norm([node for node, _ in chain], constants):
                 continue
             nodes = tuple(node for node, _ in chain)
             affine, axis = _compose([step for _, step in chain])
@@ -128,7 +134,7 @@ def module_class(node: Node) -> str:
     """Class name of the innermost module that a node was traced in; the operator's name in the root module."""
     path, qualified = _module_stack(node)[-1][1:]
     if not path:
-        return str(getattr(getattr(node.target, "_schema", None), "name", node.target)).rpartition("::")[2]
+        return operator_name(node)
     return qualified.rpartition(".")[2]
 
 
@@ -136,9 +142,14 @@ def describe(node: Node) -> str:
     """A node in a sentence: its operator and module."""
     if node.op == "placeholder":
         return f"the model's input {node.name!r}"
-    name = str(getattr(getattr(node.target, "_schema", None), "name", node.target)).rpartition("::")[2]
     path = module_path(node)
-    return f"{name} ({path})" if path else name
+    return f"{operator_name(node)} ({path})" if path else operator_name(node)
+
+
+def operator_name(node: Node) -> str:
+    """``aten.conv2d.default`` -> "conv2d"; a Python operator's own name."""
+    schema = getattr(node.target, "_schema", None)
+    return str(getattr(node.target, "__name__", node.target)) if schema is None else schema.name.rpartition("::")[2]
 
 
 def _elementwise_chain(node: Node, step: AffineStep, constants: Constants) -> list[tuple[Node, AffineStep]]:
@@ -161,29 +172,11 @@ def _axes_agree(chain: list[tuple[Node, AffineStep]], following: AffineStep) -> 
     return len(axes - {None}) <= 1
 
 
-def _is_norm(nodes: list[Node]) -> bool:
+def _is_norm(nodes: list[Node], constants: Constants) -> bool:
     """Scale and shift by stored constants: a norm written out. A lone ``x * 2`` or ``x + bias`` is not one."""
-    names = {str(getattr(getattr(node.target, "_schema", None), "name", node.target)).rpartition("::")[2] for node in nodes}
-    stored = any(_depends_on_attribute(node) for node in nodes)
-    return stored and bool(names & {"mul", "div"}) and bool(names & {"add", "sub"})
-
-
-def _depends_on_attribute(node: Node) -> bool:
-    return any(parent.op == "get_attr" or _constant_parent(parent) for parent in node.all_input_nodes)
-
-
-def _constant_parent(node: Node) -> bool:
-    """Whether a node is computed from stored attributes alone."""
-    stack, seen = [node], set()
-    while stack:
-        item = stack.pop()
-        if item in seen:
-            continue
-        seen.add(item)
-        if item.op == "placeholder":
-            return False
-        stack.extend(item.all_input_nodes)
-    return any(item.op == "get_attr" for item in seen)
+    names = {operator_name(node) for node in nodes}
+    stored = any(constants.value(parent) is not None for node in nodes for parent in node.all_input_nodes)
+    return stored and bool(names & {"mul", "div", "truediv"}) and bool(names & {"add", "sub"})
 
 
 def _compose(steps: list[AffineStep]) -> tuple[ChannelAffine, int | None]:

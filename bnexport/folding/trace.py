@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import io
-import logging
+import inspect
 import os
 import traceback
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
 
 from bnexport.errors import UntracedError
-from bnexport.optional import one_line
+from bnexport.optional import one_line, quiet
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
@@ -33,7 +32,7 @@ def trace(model: nn.Module, inputs: tuple[Any, ...], *, dynamic_shapes: Any = No
     Raises:
         UntracedError: With the line of the user's code at which tracing stopped.
     """
-    shapes = batch_shapes(inputs) if dynamic_shapes is None else dynamic_shapes
+    shapes = batch_shapes(model, inputs) if dynamic_shapes is None else dynamic_shapes
     with eval_mode(model), quiet(), torch.no_grad():
         try:
             program = torch.export.export(model, inputs, dynamic_shapes=shapes)
@@ -47,10 +46,19 @@ def trace(model: nn.Module, inputs: tuple[Any, ...], *, dynamic_shapes: Any = No
     return graph_module
 
 
-def batch_shapes(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Dynamic shapes in which the first dimension of every tensor input is the shared dimension "batch"."""
+def batch_shapes(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Any]:
+    """Dynamic shapes, by forward's argument names: the first dimension of every tensor is the shared dimension "batch"."""
     batch = torch.export.Dim("batch")
-    return tuple({0: batch} if isinstance(item, Tensor) and item.ndim else None for item in inputs)
+    try:
+        arguments = inspect.signature(model.forward).bind(*inputs).arguments
+    except TypeError as error:
+        raise UntracedError(
+            f"forward of {type(model).__name__} does not take {len(inputs)} inputs: {one_line(error)}",
+            remedy="Give one example (--input) per argument of forward",
+        ) from error
+    return dict(
+        pytree.tree_map(lambda item: {0: batch} if isinstance(item, Tensor) and item.ndim else None, dict(arguments))
+    )
 
 
 @contextlib.contextmanager
@@ -68,20 +76,6 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, flag in flags:
             module.training = flag
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep the exporter's own warnings, log lines and prints off the user's terminal."""
-    logger = logging.getLogger("torch")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
 
 
 def _where(error: BaseException) -> str:

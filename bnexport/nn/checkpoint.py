@@ -52,7 +52,7 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
     safetensors = require("safetensors.torch", purpose="writing a checkpoint")
     # clone: safetensors refuses tensors that share memory, as tied weights do.
     state = {name: value.detach().cpu().clone().contiguous() for name, value in checkpoint.state.items()}
-    text = json.dumps(checkpoint.metadata, allow_nan=False, sort_keys=True)
+    text = json.dumps(checkpoint.metadata, allow_nan=False)
     write_atomically(Path(path), safetensors.save(state, metadata={METADATA_KEY: text}))
 
 

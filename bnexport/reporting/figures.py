@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from bnexport.reporting.summary import Group
+
 #: Runtime name -> (error per sample, margin per sample), both (n,) and as fractions of the reference's largest |logit|.
 Samples = Mapping[str, tuple[Array, Array]]
 
@@ -39,7 +41,7 @@ CURVES: dict[str, tuple[str, str, str]] = {
 _PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 _STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1, 1, 1)))
 _INK, _MUTED = "#222222", "#666666"
-_EXACT = 1e-10  # where an error of exactly 0, or a margin of 0, is drawn on a logarithmic axis
+_LEAST, _MOST = 1e-10, 1e6  # logarithmic axes show what is smaller (an exact 0) or larger at these ends
 
 
 def learning_curves(history: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:
@@ -71,6 +73,34 @@ def learning_curves(history: Sequence[Mapping[str, Any]], path: Path, *, title: 
     write_atomically(path, _render(figure, path.suffix.lower(), where=path))
 
 
+def error_overview(gathered: Sequence[Group]) -> bytes:
+    """Draw every measured comparison of a verification as a dot, one line per stage and subject, with its bound.
+
+    Args:
+        gathered: From ``summary.groups``; groups without a finite error are left out.
+
+    Returns:
+        A PNG.
+    """
+    drawn = [group for group in gathered if any(_finite(row.error) for row in group.rows)]
+    figure, (axes,) = _figure(4.6, 0.9 + 0.22 * max(2, len(drawn)), panels=1)
+    for line, group in enumerate(drawn):
+        rows = [row for row in group.rows if _finite(row.error)]
+        for passed, marker, colour, alpha in ((True, "o", _PALETTE[0], 0.7), (False, "X", _PALETTE[1], 1.0)):
+            errors = _drawable(np.array([row.error for row in rows if row.passed is passed], dtype=np.float64))
+            axes.scatter(
+                errors, np.full(errors.size, line), s=22, marker=marker, color=colour, alpha=alpha, linewidths=0
+            )
+        bounds = np.array(sorted({row.bound for row in rows if row.bound}))
+        axes.scatter(bounds, np.full(bounds.size, line), s=90, marker="|", color=_INK)
+    axes.set_xscale("log")
+    axes.set_yticks(range(len(drawn)), [_short(f"{g.subject}, {g.stage}", 34) for g in drawn], parse_math=False)
+    axes.set_ylim(max(1, len(drawn)) - 0.5, -0.5)
+    axes.grid(axis="x", color="#dddddd", linewidth=0.6)
+    axes.set_xlabel("error / scale; | is the bound, x a failure")
+    return _render(figure, ".png")
+
+
 def error_histogram(samples: Samples, *, tolerance: float) -> bytes:
     """Draw how many samples have which error, one line per runtime, beside the tolerance.
 
@@ -93,7 +123,7 @@ def error_histogram(samples: Samples, *, tolerance: float) -> bytes:
     axes.set_xlabel("largest error of a sample / scale of the reference")
     axes.set_ylabel("samples")
     if samples:  # matplotlib warns about a legend without entries
-        axes.legend(frameon=False, fontsize=8, loc="upper left")
+        figure.legend(frameon=False, fontsize=8, loc="outside upper center", ncols=min(3, len(samples)))
     return _render(figure, ".png")
 
 
@@ -166,9 +196,9 @@ def _render(figure: Figure, suffix: str, *, where: Path | None = None) -> bytes:
 
 
 def _drawable(values: Array) -> Array:
-    """Finite values as float64 (n,), with zeros lifted to where a logarithmic axis can show them."""
+    """Finite values as float64 (n,), moved to where a logarithmic axis can show them."""
     array = np.asarray(values, dtype=np.float64).ravel()
-    return np.clip(np.where(np.isfinite(array), array, np.nan), _EXACT, None)
+    return np.clip(np.where(np.isfinite(array), array, np.nan), _LEAST, _MOST)
 
 
 def _limits(arrays: Sequence[Array]) -> tuple[float, float]:
@@ -185,8 +215,12 @@ def _number(value: object) -> float:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else math.nan
 
 
-def _short(name: str) -> str:
-    return name if len(name) <= 24 else name[:21] + "..."
+def _finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)
+
+
+def _short(name: str, limit: int = 24) -> str:
+    return name if len(name) <= limit else name[: limit - 3] + "..."
 
 
 def _colour(index: int) -> str:

@@ -14,7 +14,6 @@ from bnexport.optional import one_line
 from bnexport.tensors import Array, Signature, TensorSpec, check_feeds
 
 REBUILD = "Write the bundle again with bnexport fold-and-export, or copy it again from its source"
-DOCTOR = "Run bnexport doctor to see what works here and what is missing"
 
 
 class Runner(ABC):
@@ -110,6 +109,11 @@ class Runner(ABC):
                 raise BundleError(f"{self.name}: output {problem}", remedy=REBUILD)
             checked[spec.name] = array
         return checked
+
+
+def plain_reason(name: str, error: BnexportError) -> str:
+    """Why a runner is not here, without its name, for a list that names it already."""
+    return error.message.removeprefix(f"{name} can't run here: ")
 
 
 def named_sizes(signature: Signature, feeds: Mapping[str, Array]) -> dict[str, int]:

@@ -11,13 +11,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bnexport.errors import BnexportError
 from bnexport.optional import one_line
 
-REMEDY = (
-    "Install an NVIDIA driver and pip install 'onnxruntime-gpu[cuda,cudnn]'; "
-    "a container needs the GPU handed through. bnexport doctor says more"
-)
+REMEDY = "Install an NVIDIA driver and pip install 'onnxruntime-gpu[cuda,cudnn]'; in a container hand the GPU through"
 
 
 @functools.cache
@@ -39,7 +35,7 @@ def preload(ort: Any) -> str:
 
 
 def reason(ort: Any) -> str | None:
-    """Every missing piece in one line: the driver, and the library that the CUDA provider can't load; None when all load."""
+    """Every missing piece in one line: the driver, and the library that the CUDA provider lacks; None when all load."""
     preload(ort)
     capi = Path(ort.__file__).parent / "capi"
     prefix, suffix = ("", ".dll") if sys.platform == "win32" else ("lib", ".so")

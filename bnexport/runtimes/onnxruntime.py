@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import sys
+import functools
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bnexport.errors import BnexportError, BundleError, RuntimeUnavailable
+from bnexport.errors import BnexportError, BundleError, RuntimeUnavailable, Unavailable
 from bnexport.optional import one_line, require
-from bnexport.runtimes import cuda_libraries
-from bnexport.runtimes.base import DOCTOR, REBUILD, Runner
+from bnexport.runtimes import cuda_libraries, small_model
+from bnexport.runtimes.base import REBUILD, Runner
 from bnexport.tensors import Array, Signature, TensorSpec
 
 #: onnxruntime's names of element types -> numpy's.
@@ -164,17 +165,18 @@ def node_providers(session: Any) -> dict[str, int]:
     return counts
 
 
+@functools.cache
 def problem(device: str) -> str | None:
-    """Why onnxruntime can't run on a device here, one line; None when it can. For CUDA it runs a convolution."""
-    if device == "cpu":
-        try:
-            load_engine()
-        except BnexportError as error:
-            return error.message
-        return None
-    if "onnxruntime" not in sys.modules and (missing := problem("cpu")) is not None:
-        return missing
-    return cuda_libraries.problem(load_engine(), CUDA_OPTIONS)
+    """Why onnxruntime can't run on a device here, one line; None when it can. A GPU has to run a small model first."""
+    try:
+        load_engine()
+        if device == "cuda":
+            with tempfile.TemporaryDirectory() as folder:
+                small_model.write_onnx(file := Path(folder) / "small.onnx")
+                OnnxRuntimeRunner(file, small_model.SIGNATURE, device=device).close()
+    except Unavailable as error:
+        return error.message
+    return None
 
 
 def _model(file: Path) -> bytes | str:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from bnexport.bundle import WEIGHTS, Bundle
-from bnexport.errors import BundleError, RuntimeUnavailable
-from bnexport.optional import one_line, require
+from bnexport.errors import RuntimeUnavailable
 from bnexport.runtimes import torch_outputs
-from bnexport.runtimes.base import REBUILD, Runner
+from bnexport.runtimes.base import Runner
 from bnexport.tensors import Array, Signature
 
 if TYPE_CHECKING:
@@ -26,7 +24,8 @@ class TorchEagerRunner(Runner):
         device: "cpu" or "cuda".
 
     Raises:
-        RuntimeUnavailable: The device is not here.
+        RuntimeUnavailable: The device is not here, or full.
+        ModelError: The module can't be copied.
         BundleError: The module's outputs do not fit the signature.
     """
 
@@ -35,7 +34,7 @@ class TorchEagerRunner(Runner):
         self.signature = signature
         self._device = torch_outputs.need(self.name, device)
         self.effective_device = str(self._device)
-        self._module = copy.deepcopy(module).to(self._device).eval()
+        self._module = torch_outputs.private_copy(module, self._device)
         self.description = torch_outputs.describe("torch eager", self._device)
         self.probe()
 
@@ -59,33 +58,31 @@ def open_bundle(bundle: Bundle, *, device: str = "cpu", module: nn.Module | None
         module: The live network, for a bundle whose network only its author has.
 
     Raises:
-        RuntimeUnavailable: The device is not here, or the network is not known and ``module`` not given.
-        BundleError: The weights do not fit the network.
+        RuntimeUnavailable: The device is not here, or ``module`` is missing for a network that bnexport does not know.
+        BundleError: The bundle holds no weights.
+        ModelError: The weights do not fit the network.
     """
-    original = module if module is not None else original_network(bundle)
-    if original is None:
-        raise RuntimeUnavailable(
-            f"torch-{device} needs the original network, which comes from {bundle.manifest.network.get('source')}",
-            remedy="Pass the module, or --source file.py:factory",
-        )
-    return TorchEagerRunner(original, bundle.manifest.signature, device=device)
+    if module is None:
+        from bnexport.nn.loading import KNOWN
+
+        if (source := bundle.manifest.network.get("source")) not in KNOWN:
+            raise RuntimeUnavailable(
+                f"torch-{device} needs the original network, whose code ({source}) only its author has",
+                remedy="Pass the module, or --source file.py:factory",
+            )
+        module = original_network(bundle)
+    return TorchEagerRunner(module, bundle.manifest.signature, device=device)
 
 
-def original_network(bundle: Bundle) -> nn.Module | None:
-    """The unfolded network rebuilt from the bundle's weights, in eval mode; None when its code is not bnexport's own.
+def original_network(bundle: Bundle) -> nn.Module:
+    """The unfolded network, rebuilt from what the manifest says and the bundle's weights, in eval mode.
 
     Raises:
-        BundleError: The weights are damaged or are another network's.
+        BundleError: The bundle holds no weights.
+        ModelError: Not a network that bnexport knows, or the weights are damaged or another network's.
     """
-    if bundle.manifest.network.get("source") != "bn_lenet":
-        return None
-    safetensors = require("safetensors.torch", purpose="reading a bundle's weights")
-    from bnexport.nn.lenet import bn_lenet
+    from bnexport.nn.loading import build_known, load_weights
 
-    file = bundle.file(WEIGHTS)
-    try:
-        network: nn.Module = bn_lenet(**bundle.manifest.network.get("options", {}))
-        network.load_state_dict(safetensors.load_file(file))
-    except Exception as error:  # safetensors' own class, torch's RuntimeError, TypeError for odd options
-        raise BundleError(f"{file} does not hold the weights of bn_lenet: {one_line(error)}", remedy=REBUILD) from error
+    network = build_known(bundle.manifest.network)
+    load_weights(network, bundle.file(WEIGHTS))
     return network.eval()

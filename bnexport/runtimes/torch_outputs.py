@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import warnings
 from collections.abc import Callable, Mapping
@@ -9,14 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bnexport.errors import RuntimeUnavailable
+from bnexport.errors import ModelError, RuntimeUnavailable
 from bnexport.optional import one_line
 from bnexport.reproducibility import strict_float32
-from bnexport.runtimes.base import DOCTOR
 from bnexport.tensors import Array, Signature
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
+
+REMEDY = "Install an NVIDIA driver and a torch built for CUDA; in a container hand the GPU through"
 
 
 def problem(device: str) -> str | None:
@@ -27,7 +30,7 @@ def problem(device: str) -> str | None:
         return None
     import torch
 
-    if not torch.backends.cuda.is_built():
+    if not torch.backends.cuda.is_built():  # type: ignore[no-untyped-call]
         return f"this torch ({torch.__version__}) is built without CUDA"
     with warnings.catch_warnings(record=True) as caught:  # an old driver is only a warning to torch, and the reason
         warnings.simplefilter("always")
@@ -48,12 +51,27 @@ def need(name: str, device: str) -> torch.device:
         RuntimeUnavailable: It is not here.
     """
     if (reason := problem(device)) is not None:
-        raise RuntimeUnavailable(
-            f"{name} can't run here: {reason}", remedy="Run bnexport doctor to see what works here"
-        )
+        raise RuntimeUnavailable(f"{name} can't run here: {reason}", remedy=REMEDY)
     import torch
 
     return torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device("cpu")
+
+
+def private_copy(module: nn.Module, device: torch.device | str, dtype: torch.dtype | None = None) -> nn.Module:
+    """A copy of a user's module in eval mode on a device; the module itself is never changed.
+
+    Raises:
+        ModelError: It can't be copied.
+        RuntimeUnavailable: The GPU's memory does not take it.
+    """
+    try:
+        return copy.deepcopy(module).eval().to(device, dtype)
+    except Exception as error:  # the module is the user's code
+        if str(device).startswith("cuda"):
+            raise RuntimeUnavailable(f"{device} does not take the module: {one_line(error)}", remedy=REMEDY) from error
+        raise ModelError(
+            f"the module can't be copied: {one_line(error)}", remedy="Make copy.deepcopy(module) work"
+        ) from error
 
 
 def call(

@@ -126,6 +126,16 @@ class VerificationReport:
             return f"FAIL: nothing was checked in {', '.join(self.missing_stages)}"
         return f"PASS: {len(self.rows)} rows"
 
+    def parity(self) -> str:
+        """The verdict for the model file's own metadata: only figures that do not depend on the machine."""
+        proof, strict = self.worst("file-proof"), self.worst("strict")
+        if proof is None or strict is None or proof.error is None:
+            return "not proven"
+        return (
+            f"{'PASS' if self.passed else 'FAIL'}: float64 proof of this file {proof.error:.1e} of scale"
+            f" (bound {proof.bound:g}); strict float32 within {strict.bound:g} of scale of the unfolded network in float64"
+        )
+
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values without NaN; ``from_json`` reads them back."""
         return {

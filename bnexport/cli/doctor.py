@@ -1,0 +1,51 @@
+"""``bnexport doctor``: what runs on this machine."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import click
+
+from bnexport.runtimes.catalogue import RUNNERS
+
+if TYPE_CHECKING:
+    from bnexport.runtimes.doctor import Diagnosis
+
+
+@click.command(name="doctor")
+@click.option(
+    "--require",
+    multiple=True,
+    type=click.Choice([spec.name for spec in RUNNERS]),
+    help="Exit with 3 unless this runtime works; may be given again. Default: all CPU runtimes.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.pass_context
+def command(ctx: click.Context, require: tuple[str, ...], as_json: bool) -> None:
+    """Run a convolution and a gemm on every runtime and say what is missing.
+
+    Exits with 0 when all CPU runtimes work, or those of --require, else with 3.
+    """
+    from bnexport.runtimes.doctor import diagnose
+
+    diagnosis = diagnose()
+    if as_json:
+        click.echo(json.dumps(diagnosis.to_json(), indent=1, allow_nan=False))
+    else:
+        _print(diagnosis)
+    ctx.exit(3 if diagnosis.broken(require) else 0)
+
+
+def _print(diagnosis: Diagnosis) -> None:
+    from bnexport.reporting.tables import make_console, print_environment
+
+    width = max(len(health.runtime) for health in diagnosis.runtimes)
+    for health in diagnosis.runtimes:
+        if health.works:
+            ran = f"{health.details['engine']} {health.details['version']} on {health.device}"
+            click.echo(f"{health.runtime:{width}}  works    {ran}, error {health.error:.1e} of scale")
+        else:
+            click.echo(f"{health.runtime:{width}}  missing  {health.reason}")
+            click.echo(f"{'':{width}}           {health.remedy}")
+    print_environment(diagnosis.environment, make_console())

@@ -1,0 +1,40 @@
+"""``bnexport fold-and-export``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command("fold-and-export")
+@click.argument("source")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The bundle: models/<name>/<version>.")
+@click.option("--weights", type=click.Path(path_type=Path), help="Safetensors or a torch state dict, for a factory.")
+@click.option(
+    "--input", "inputs", multiple=True, metavar="[NAME=]SHAPE[:TYPE]", help="One sample, as 1x28x28; repeatable."
+)
+@click.option("--labels", type=click.Path(path_type=Path), help="Text file with one class name per line.")
+@click.option("--mean", help="Per channel, as 0.485,0.456,0.406; with it images are accepted by predict.")
+@click.option("--std", help="Per channel, as 0.229,0.224,0.225.")
+@click.option("--dataset", help="Verify on this data set's test images (a checkpoint names its own).")
+@click.option("--data-dir", type=click.Path(path_type=Path), help="Folder of data sets.")
+@click.option("--opset", type=int, default=18, show_default=True, help="ONNX operator set.")
+@click.option("--ir-version", type=int, help="ONNX file format.  [default: lowest possible, at least 8]")
+@click.option("--format", "formats", multiple=True, help="onnx, torchscript; repeatable.  [default: both]")
+@click.option("--allow-untrained", is_flag=True, help="Accept BatchNorm layers that were never trained.")
+@click.option("--force", is_flag=True, help="Replace an existing bundle.")
+@click.option("--json", "as_json", is_flag=True, help="Print the fold report and the verdict as JSON.")
+def command(source: str, out: Path, weights: Path | None, as_json: bool, **options: object) -> int:
+    """Fold BatchNorm, export to ONNX and TorchScript, verify, and write one bundle.
+
+    SOURCE is a run directory or checkpoint of bnexport train, or your own network as file.py:factory or
+    package.module:factory (with --weights and --input). The bundle appears whole, after the verdict is PASS, or not at all.
+    """
+    from bnexport.cli.options import export_request
+    from bnexport.pipeline import fold_and_export
+    from bnexport.reporting.results import print_export
+
+    result = fold_and_export(source, out, weights=weights, request=export_request(**options))  # type: ignore[arg-type]
+    print_export(result.fold, result.verification, result.bundle, as_json=as_json)
+    return 0 if result.bundle is not None else 1

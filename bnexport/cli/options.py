@@ -1,0 +1,88 @@
+"""Words of the command line turned into the library's values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from bnexport.data.datasets import DATASETS
+from bnexport.data.preprocessing import Preprocessing
+from bnexport.errors import UsageError
+from bnexport.exporting.formats import FORMATS
+from bnexport.exporting.onnx_graph import OnnxTarget
+from bnexport.exporting.request import ExportRequest, parse_inputs
+from bnexport.optional import one_line
+
+
+def export_request(
+    *,
+    inputs: tuple[str, ...],
+    labels: Path | None,
+    mean: str | None,
+    std: str | None,
+    dataset: str | None,
+    data_dir: Path | None,
+    opset: int,
+    ir_version: int | None,
+    formats: tuple[str, ...],
+    allow_untrained: bool,
+    force: bool,
+) -> ExportRequest:
+    """The request that the options of fold-and-export stand for.
+
+    Raises:
+        UsageError: A value that is not one of the choices, or that can't be read.
+    """
+    known = [row.name for row in FORMATS]
+    if unknown := [name for name in formats if name not in known]:
+        raise UsageError(f"there is no format {unknown[0]!r}", remedy=f"Choose from {', '.join(known)}")
+    if dataset is not None and dataset not in DATASETS:
+        raise UsageError(f"there is no data set {dataset!r}", remedy=f"Choose from {', '.join(DATASETS)}")
+    if formats and "onnx" not in formats:
+        raise UsageError("a bundle without model.onnx can't be verified", remedy="Add --format onnx")
+    return ExportRequest(
+        inputs=inputs,
+        labels=None if labels is None else read_labels(labels),
+        dataset=dataset,
+        preprocessing=preprocessing(inputs, mean, std),
+        onnx=OnnxTarget(opset, ir_version),
+        formats=formats or tuple(known),
+        allow_untrained=allow_untrained,
+        force=force,
+        data_dir=data_dir,
+    )
+
+
+def read_labels(path: Path) -> tuple[str, ...]:
+    """Class names from a text file, one per line."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"{path} can't be read: {one_line(error)}", remedy="Give a text file, one label per line"
+        ) from error
+    labels = tuple(line.strip() for line in lines if line.strip())
+    if not labels:
+        raise UsageError(f"{path} holds no label", remedy="Give a text file, one label per line")
+    return labels
+
+
+def preprocessing(inputs: tuple[str, ...], mean: str | None, std: str | None) -> dict[str, Any] | None:
+    """Preprocessing of a network that takes one image, when --mean or --std says that it is one."""
+    if mean is None and std is None:
+        return None
+    if len(inputs) != 1 or len(shape := parse_inputs(inputs)[0].shape) != 3:
+        raise UsageError("--mean and --std are for one image input", remedy="Pass --input with its shape, as 3x224x224")
+    channels, height, width = shape
+    means = _numbers(mean, "--mean") if mean is not None else (0.0,) * channels
+    stds = _numbers(std, "--std") if std is not None else (1.0,) * channels
+    return Preprocessing(channels, height, width, mean=means, std=stds).to_json()
+
+
+def _numbers(text: str, option: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise UsageError(
+            f"{option} {text!r} is not a list of numbers", remedy="Write it as 0.485,0.456,0.406"
+        ) from error

@@ -1,0 +1,20 @@
+"""``bnexport predict``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command("predict")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--runtime", default="onnxruntime-cpu", show_default=True, help="Engine and device.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per image, one per line.")
+def command(bundle: Path, images: tuple[Path, ...], runtime: str, as_json: bool) -> None:
+    """Label IMAGES (PNG, JPEG, .npy, IDX) with BUNDLE's own preprocessing: label and probability per image."""
+    from bnexport.pipeline import predict_images
+    from bnexport.reporting.results import print_predictions
+
+    print_predictions(predict_images(bundle, *images, runtime=runtime), as_json=as_json)

@@ -1,0 +1,101 @@
+"""How ``bnexport train`` shows a run: a progress bar on a terminal, plain lines in a log."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from bnexport.training.config import TrainingConfig
+from bnexport.training.progress import EpochMetrics, Progress
+from bnexport.training.run import TrainingResult
+
+_MEGABYTE = 1e6
+
+
+class TrainingDisplay(Progress):
+    """Listener that prints; use it in a ``with`` block, which ends the bar also after an error."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console(highlight=False, markup=False, soft_wrap=True)
+        self._bar = Bar(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            console=self._console,
+            transient=True,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task("", total=None, visible=False)
+        self._config = TrainingConfig()
+        self._epoch = 1
+        self._file = ""
+
+    def __enter__(self) -> TrainingDisplay:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def on_download(self, file: str, done: int, total: int | None) -> None:
+        """Show the bytes on the bar; in a log, name each file once."""
+        if file != self._file:
+            self._file = file
+            size = f" ({total / _MEGABYTE:.1f} MB)" if total else ""
+            self._console.print(f"downloading {file}{size}")
+        self._bar.update(self._task, description=file, completed=done, total=total, visible=True)
+
+    def on_start(self, config: TrainingConfig, device: str, origin: str, first_epoch: int) -> None:
+        """Say what is trained on what."""
+        self._config, self._epoch = config, first_epoch
+        self._console.print(f"{config.dataset}: {origin}")
+        self._console.print(
+            f"BN-LeNet, norm {config.norm}, {config.epochs} epochs, lr {config.lr:g}, "
+            f"batch {config.batch_size}, seed {config.seed}, on {device}"
+        )
+        if first_epoch > config.epochs:
+            self._console.print(f"all {config.epochs} epochs are done already")
+        elif first_epoch > 1:
+            self._console.print(f"resuming after epoch {first_epoch - 1}")
+
+    def on_batch(self, done: int, total: int) -> None:
+        """Move the bar."""
+        description = f"epoch {self._epoch}/{self._config.epochs}"
+        self._bar.update(self._task, description=description, completed=done, total=total, visible=True)
+
+    def on_epoch(self, metrics: EpochMetrics) -> None:
+        """Print the epoch's line."""
+        self._epoch = metrics.epoch + 1
+        width = len(str(self._config.epochs))
+        self._console.print(
+            f"epoch {metrics.epoch:{width}}/{self._config.epochs}  loss {metrics.train_loss:.3f}  "
+            f"train acc {metrics.train_accuracy:.3f}  test acc {metrics.test_accuracy:.3f}  "
+            f"{metrics.examples_per_s:.0f} examples/s"
+        )
+
+    def show_result(self, result: TrainingResult, written: Sequence[Path]) -> None:
+        """Print gamma and beta of the first BatchNorm, the accuracies and the paths."""
+        lines = ["the network has no BatchNorm, so no gamma and beta"]
+        if result.gamma is not None and result.beta is not None:
+            lines = [f"gamma of the first BatchNorm: {_row(result.gamma)}"]
+            lines.append(f"beta of the first BatchNorm:  {_row(result.beta)}")
+        if result.recalibrated_accuracy is None:
+            lines.append(f"test accuracy: {result.test_accuracy:.4f}")
+        else:
+            lines.append(f"test accuracy with the moving statistics of training:  {result.test_accuracy:.4f}")
+            lines.append(f"test accuracy with statistics of the whole training set: {result.recalibrated_accuracy:.4f}")
+        lines += [f"written: {path}" for path in written]
+        for line in lines:
+            self._console.print(line)
+
+
+def _row(values: Sequence[float]) -> str:
+    return " ".join(f"{value:.4f}" for value in values)

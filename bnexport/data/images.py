@@ -1,0 +1,138 @@
+"""Image files of users as pixel arrays that fit a model's preprocessing."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from bnexport.data.idx import GZIP_MAGIC, read_idx
+from bnexport.data.preprocessing import Preprocessing
+from bnexport.errors import DataError
+from bnexport.optional import one_line, require
+from bnexport.tensors import Array
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+#: An image file may unpack to no more than this many pixels.
+MAX_PIXELS = 50_000_000
+_NPY_MAGIC = b"\x93NUMPY"
+_REMEDY = "Give a PNG, JPEG, .npy or IDX file of images"
+
+
+def load_images(
+    path: str | Path,
+    preprocessing: Preprocessing = Preprocessing(),  # noqa: B008  (frozen)
+) -> list[tuple[str, Array]]:
+    """Read a PNG, JPEG, .npy or IDX file (packed or not), told by its content.
+
+    Images are turned upright as their EXIF tag says, laid on black where they are transparent, converted to grey or
+    RGB and resized to the preprocessing's size by bilinear filtering; the aspect ratio is not kept. Pixels are not
+    inverted: the known data sets are light on dark.
+
+    Args:
+        path: A file with one image, or with a stack: .npy uint8 (H, W), (H, W, 1|3|4), (n, H, W) or (n, H, W, 1|3|4),
+            or IDX (n, H, W).
+        preprocessing: Of the model: size and channels.
+
+    Returns:
+        One (name, image) per image: uint8 (height, width) for one channel, else (height, width, channels). The name
+        is the file's, with [index] in a stack.
+
+    Raises:
+        DataError: The file is missing, damaged, too large, or not images.
+    """
+    file = Path(path)
+    start = _start(file)
+    if start[:2] == GZIP_MAGIC or start[:2] == b"\0\0":
+        return _stack(file, read_idx(file), preprocessing)
+    if start.startswith(_NPY_MAGIC):
+        return _stack(file, _read_npy(file), preprocessing)
+    return [(str(file), _read_picture(file, preprocessing))]
+
+
+def _start(file: Path) -> bytes:
+    if file.is_dir():
+        raise DataError(f"{file} is a folder, not an image", remedy=_REMEDY)
+    try:
+        with file.open("rb") as opened:
+            start = opened.read(len(_NPY_MAGIC))
+    except OSError as error:
+        what = "does not exist" if isinstance(error, FileNotFoundError) else f"can't be read: {one_line(error)}"
+        raise DataError(f"{file} {what}", remedy="Check the path") from error
+    if not start:
+        raise DataError(f"{file} is empty", remedy=_REMEDY)
+    return start
+
+
+def _read_npy(file: Path) -> Array:
+    try:
+        # Mapping the file first: a header that promises more than the file holds fails without an allocation.
+        array: Array = np.array(np.load(file, mmap_mode="r", allow_pickle=False))
+    except (OSError, ValueError, EOFError, MemoryError, OverflowError) as error:
+        raise DataError(f"{file} is not a whole .npy file: {one_line(error)}", remedy=_REMEDY) from error
+    return array
+
+
+def _stack(file: Path, array: Array, preprocessing: Preprocessing) -> list[tuple[str, Array]]:
+    """Split an array into images, each fitted."""
+    if array.dtype != np.uint8:
+        raise DataError(
+            f"{file} holds {array.dtype.name}, expected pixels as uint8", remedy="Save pixels from 0 to 255 as uint8"
+        )
+    coloured = array.ndim >= 3 and array.shape[-1] in (1, 3, 4)
+    sample_dims = 3 if coloured else 2
+    if array.ndim not in (sample_dims, sample_dims + 1) or array.size == 0:
+        raise DataError(f"{file} holds an array of shape {array.shape}, which is not images", remedy=_REMEDY)
+    if array.ndim == sample_dims:
+        return [(str(file), _fit(_picture(array), preprocessing))]
+    return [(f"{file}[{index}]", _fit(_picture(image), preprocessing)) for index, image in enumerate(array)]
+
+
+def _picture(image: Array) -> Image:
+    """A pillow image from uint8 (H, W) or (H, W, 1|3|4)."""
+    module = require("PIL.Image", purpose="reading images")
+    picture: Image = module.fromarray(np.ascontiguousarray(image[..., 0] if image.shape[2:] == (1,) else image))
+    return picture
+
+
+def _read_picture(file: Path, preprocessing: Preprocessing) -> Array:
+    """A PNG or JPEG; its size is checked before it is unpacked."""
+    module = require("PIL.Image", purpose="reading images")
+    ops = require("PIL.ImageOps", purpose="reading images")
+    try:
+        with warnings.catch_warnings():
+            # Pillow's own warnings (a bomb, odd metadata) are for its callers: the limit below decides.
+            warnings.simplefilter("ignore")
+            with module.open(io.BytesIO(file.read_bytes()), formats=("PNG", "JPEG")) as picture:
+                if picture.width * picture.height > MAX_PIXELS:
+                    raise ValueError(f"it has {picture.width}x{picture.height} pixels, the limit is {MAX_PIXELS}")
+                return _fit(ops.exif_transpose(picture), preprocessing)
+    except module.UnidentifiedImageError as error:
+        raise DataError(f"{file} is not a PNG, JPEG, .npy or IDX file", remedy=_REMEDY) from error
+    except Exception as error:  # pillow raises OSError, SyntaxError, ValueError, struct.error and its bomb error
+        raise DataError(f"{file} can't be read as an image: {one_line(error)}", remedy=_REMEDY) from error
+
+
+def _fit(picture: Image, preprocessing: Preprocessing) -> Array:
+    """Convert and resize to what the preprocessing asks."""
+    module = require("PIL.Image", purpose="reading images")
+    if preprocessing.channels not in (1, 3):
+        raise DataError(
+            f"the model takes images of {preprocessing.channels} channels",
+            remedy="Feed it arrays through the Python API",
+        )
+    if picture.mode.startswith("I"):  # 16 bits per pixel: pillow would clip instead of scaling
+        picture = module.fromarray((np.asarray(picture, np.int64) // 257).clip(0, 255).astype(np.uint8))
+    if picture.has_transparency_data:
+        black = module.new("RGBA", picture.size, (0, 0, 0, 255))
+        picture = module.alpha_composite(black, picture.convert("RGBA"))
+    picture = picture.convert("L" if preprocessing.channels == 1 else "RGB")
+    size = (preprocessing.width, preprocessing.height)
+    if picture.size != size:
+        picture = picture.resize(size, module.Resampling.BILINEAR)
+    return np.asarray(picture).copy()

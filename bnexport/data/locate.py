@@ -1,0 +1,133 @@
+"""Where a data set's files are: a given folder, the folder that BNEXPORT_DATA names, the user's cache, or the network."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from bnexport.data.catalogue import DataFile, DatasetInfo
+from bnexport.data.download import DownloadProgress, download_file
+from bnexport.errors import DataError
+from bnexport.optional import one_line
+
+#: A folder of data sets that is only read, never written.
+DATA_VARIABLE = "BNEXPORT_DATA"
+
+
+@dataclass(frozen=True)
+class Located:
+    """Files of a data set, checked.
+
+    Attributes:
+        paths: In the order they were asked for; packed or unpacked.
+        origin: Where they came from, in words.
+    """
+
+    paths: tuple[Path, ...]
+    origin: str
+
+
+def locate(
+    info: DatasetInfo,
+    files: Sequence[DataFile],
+    *,
+    data_dir: str | Path | None = None,
+    fetch: bool = False,
+    progress: DownloadProgress | None = None,
+) -> Located:
+    """Find files, or download them.
+
+    The first of ``data_dir``, BNEXPORT_DATA and the cache that has all of them wins. A packed file's MD5 is checked; an
+    unpacked one has no published MD5, so its reader checks its structure alone.
+
+    Args:
+        info: The set.
+        files: Those of its files that are needed.
+        data_dir: A root of data sets: it holds ``FashionMNIST/raw/`` and the like.
+        fetch: Download what is found nowhere, into ``data_dir`` if given, else into the cache.
+        progress: Told of each download's bytes.
+
+    Raises:
+        DataError: A file has a wrong MD5 (in the cache it is downloaded again instead), or none is found without
+        ``fetch``.
+        NetworkError: No mirror delivered a file.
+        OutputError: A downloaded file can't be written.
+    """
+    cache = cache_folder()
+    roots = [*(Path(root) for root in (data_dir, os.environ.get(DATA_VARIABLE)) if root), cache]
+    for root in roots:
+        paths = [path for file in files if (path := _find(raw_folder(root, info), file)) is not None]
+        if len(paths) < len(files):
+            continue
+        wrong = [path for path, file in zip(paths, files, strict=True) if not _is_right(path, file)]
+        if not wrong:
+            return Located(tuple(paths), str(raw_folder(root, info)))
+        if root != cache or not fetch:
+            raise _wrong_md5(wrong[0])
+    if not fetch:
+        places = ", ".join(str(raw_folder(root, info)) for root in roots)
+        raise DataError(f"{info.title} is not here (looked in {places})", remedy=remedy(info))
+    return _download_missing(info, files, Path(data_dir) if data_dir else cache, progress)
+
+
+def cache_folder() -> Path:
+    """The user's cache of data sets, in the system's own place for caches."""
+    from platformdirs import user_cache_dir
+
+    return Path(user_cache_dir("bnexport"))
+
+
+def raw_folder(root: Path, info: DatasetInfo) -> Path:
+    """Where a set's files are below a root (torchvision's layout)."""
+    return root / info.folder / "raw"
+
+
+def remedy(info: DatasetInfo) -> str:
+    """What to do when a set is not here and can't be fetched."""
+    return (
+        f"Put its four .gz files into DIR/{info.folder}/raw and pass --data-dir DIR or set {DATA_VARIABLE}=DIR, "
+        "or use --dataset digits, which needs no files"
+    )
+
+
+def _download_missing(
+    info: DatasetInfo, files: Sequence[DataFile], target: Path, progress: DownloadProgress | None
+) -> Located:
+    folder = raw_folder(target, info)
+    paths = []
+    for file in files:
+        path = _find(folder, file)
+        if path is not None and not _is_right(path, file):
+            if target != cache_folder():
+                raise _wrong_md5(path)  # a user's file is not ours to overwrite
+            path = None
+        if path is None:
+            path = folder / file.name
+            download_file(path, [mirror + file.name for mirror in info.mirrors], file.md5, remedy(info), progress)
+        paths.append(path)
+    return Located(tuple(paths), f"downloaded to {folder}")
+
+
+def _find(folder: Path, file: DataFile) -> Path | None:
+    """The packed file, which can be checked, else the unpacked one, else None."""
+    return next((path for path in (folder / file.name, folder / file.name.removesuffix(".gz")) if path.is_file()), None)
+
+
+def _is_right(path: Path, file: DataFile) -> bool:
+    """Whether a packed file has its MD5; an unpacked one is taken as it is."""
+    if path.name != file.name:
+        return True
+    try:
+        with path.open("rb") as opened:
+            return hashlib.file_digest(opened, lambda: hashlib.md5(usedforsecurity=False)).hexdigest() == file.md5
+    except OSError as error:
+        raise DataError(f"{path} can't be read: {one_line(error)}", remedy="Check the file's permissions") from error
+
+
+def _wrong_md5(path: Path) -> DataError:
+    return DataError(
+        f"{path} has a wrong MD5, so it is damaged or another file", remedy="Delete it, or copy the official file there"
+    )

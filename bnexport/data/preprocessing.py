@@ -1,0 +1,110 @@
+"""How an image becomes an input: one definition for training, verification and serving."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from bnexport.errors import DataError
+from bnexport.optional import one_line
+from bnexport.tensors import Array
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Pixels 0 to 255 to ``(pixel * scale - mean) / std``, channels first, in float32.
+
+    Attributes:
+        channels: 1 for grey, 3 for RGB.
+        height: Pixels.
+        width: Pixels.
+        scale: Factor on the pixels.
+        mean: Subtracted after scaling, one value per channel.
+        std: Divided by, one value per channel.
+    """
+
+    channels: int = 1
+    height: int = 28
+    width: int = 28
+    scale: float = 1 / 255
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+
+    def __post_init__(self) -> None:
+        if (problem := self._problem()) is not None:
+            raise DataError(
+                f"the preprocessing {problem}", remedy="Mend the preprocessing of the model or the manifest"
+            )
+
+    def _problem(self) -> str | None:
+        if min(self.channels, self.height, self.width) < 1:
+            return f"asks for images of {self.channels}x{self.height}x{self.width}"
+        if len(self.mean) != self.channels or len(self.std) != self.channels:
+            return f"has {len(self.mean)} means and {len(self.std)} deviations for {self.channels} channel(s)"
+        if not all(map(math.isfinite, (self.scale, *self.mean, *self.std))) or min(self.std) <= 0 or self.scale <= 0:
+            return "has numbers that are not finite, or a scale or deviation that is not positive"
+        return None
+
+    def apply(self, images: Array) -> Array:
+        """Turn images into inputs.
+
+        Args:
+            images: uint8 (n, height, width), or (n, height, width, channels).
+
+        Returns:
+            float32 (n, channels, height, width), a new array.
+
+        Raises:
+            DataError: Another element type or shape. (``data.images`` fits image files to the shape.)
+        """
+        if images.dtype != np.uint8:
+            raise DataError(
+                f"the images are {images.dtype.name}, expected uint8", remedy="Give pixels from 0 to 255 as uint8"
+            )
+        stacked = images[..., np.newaxis] if images.ndim == 3 else images  # (n, height, width, channels)
+        expected = (self.height, self.width, self.channels)
+        if stacked.shape[1:] != expected:
+            raise DataError(
+                f"the images have shape {'x'.join(map(str, images.shape[1:]))}, expected "
+                f"{'x'.join(map(str, expected))} (height, width, channels)",
+                remedy="Resize the images, or convert them between grey and RGB, first",
+            )
+        inputs = np.ascontiguousarray(stacked.transpose(0, 3, 1, 2), dtype=np.float32)
+        if np.shares_memory(inputs, images):
+            inputs = inputs.copy()
+        inputs *= np.float32(self.scale)
+        if any(self.mean):
+            inputs -= np.asarray(self.mean, np.float32).reshape(-1, 1, 1)
+        if any(value != 1.0 for value in self.std):
+            inputs /= np.asarray(self.std, np.float32).reshape(-1, 1, 1)
+        return inputs
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Preprocessing:
+        """Read what ``to_json`` wrote.
+
+        Raises:
+            DataError: Missing or unknown keys, or values of the wrong kind.
+        """
+        try:
+            return cls(
+                channels=int(value["channels"]),
+                height=int(value["height"]),
+                width=int(value["width"]),
+                scale=float(value["scale"]),
+                mean=tuple(map(float, value["mean"])),
+                std=tuple(map(float, value["std"])),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(
+                f"the preprocessing can't be understood: {one_line(error)}",
+                remedy="Write the bundle or the checkpoint again",
+            ) from error

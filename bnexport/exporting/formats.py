@@ -1,0 +1,64 @@
+"""The table of formats that a bundle holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+from torch.fx import GraphModule
+
+from bnexport.bundle import MODEL_ONNX, MODEL_TORCHSCRIPT
+from bnexport.exporting.onnx_graph import OnnxTarget, export_onnx
+from bnexport.exporting.torchscript import export_torchscript
+from bnexport.tensors import Signature
+
+
+@dataclass(frozen=True)
+class ExportJob:
+    """What every format is written from.
+
+    Attributes:
+        folded: The folded network, in eval mode.
+        inputs: Example inputs, batch of at least 2.
+        signature: Names, element types, shapes.
+        onnx: Operator set and file format.
+        remaining: batch_norm operators left by the fold.
+    """
+
+    folded: GraphModule
+    inputs: tuple[Tensor, ...]
+    signature: Signature
+    onnx: OnnxTarget
+    remaining: int
+
+
+@dataclass(frozen=True)
+class Format:
+    """One kind of file.
+
+    Attributes:
+        name: As on the command line.
+        file: Its name in the bundle.
+        write: Writes it.
+    """
+
+    name: str
+    file: str
+    write: Callable[[ExportJob, Path], None]
+
+
+def _write_onnx(job: ExportJob, path: Path) -> None:
+    export_onnx(job.folded, job.inputs, path, signature=job.signature, target=job.onnx, remaining=job.remaining)
+
+
+def _write_torchscript(job: ExportJob, path: Path) -> None:
+    export_torchscript(job.folded, path)
+
+
+#: Every format. A new one is a new row.
+FORMATS: tuple[Format, ...] = (
+    Format("onnx", MODEL_ONNX, _write_onnx),
+    Format("torchscript", MODEL_TORCHSCRIPT, _write_torchscript),
+)

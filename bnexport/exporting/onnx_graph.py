@@ -1,0 +1,229 @@
+"""ONNX: exported from the folded graph, cleaned, and then checked against what was asked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from bnexport.bundle import Manifest
+from bnexport.errors import ExportError
+from bnexport.exporting.prepare import BATCH, flat
+from bnexport.files import write_atomically
+from bnexport.optional import one_line, quiet
+from bnexport.tensors import Signature
+
+#: Opset 18 with IR version 8 is read by ONNX Runtime 1.14 and newer, and so by the serving images in use.
+DEFAULT_OPSET = 18
+DEFAULT_IR_VERSION = 8
+#: The opset that the exporter writes by itself; another one is converted from it.
+_NATIVE_OPSET = 18
+_MAX_BYTES = 2**31 - 1
+_PRODUCER = "bnexport"
+
+
+@dataclass(frozen=True)
+class OnnxTarget:
+    """What the file must be.
+
+    Attributes:
+        opset: Version of the default operator set.
+        ir_version: Version of the file format; None: the lowest that the opset allows, at least 8.
+    """
+
+    opset: int = DEFAULT_OPSET
+    ir_version: int | None = None
+
+    def resolved_ir_version(self) -> int:
+        """The IR version to write.
+
+        Raises:
+            ExportError: The opset is unknown, or needs a newer IR version than asked.
+        """
+        newest = onnx.defs.onnx_opset_version()
+        if not 11 <= self.opset <= newest:
+            raise ExportError(f"opset {self.opset} is not one of 11 to {newest}", remedy=f"Use --opset {DEFAULT_OPSET}")
+        lowest = onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", self.opset)])
+        if self.ir_version is None:
+            return max(lowest, DEFAULT_IR_VERSION)
+        if not lowest <= self.ir_version <= onnx.IR_VERSION:
+            raise ExportError(
+                f"IR version {self.ir_version} does not go with opset {self.opset} (possible: {lowest} to {onnx.IR_VERSION})",
+                remedy="Leave --ir-version out, or choose an older --opset",
+            )
+        return self.ir_version
+
+
+def export_onnx(
+    folded: GraphModule,
+    inputs: tuple[Tensor, ...],
+    path: Path,
+    *,
+    signature: Signature,
+    target: OnnxTarget = OnnxTarget(),
+    remaining: int = 0,
+) -> None:
+    """Write ``model.onnx``: one file, dynamic batch, the same bytes for the same folded network.
+
+    Args:
+        folded: The folded network, in eval mode.
+        inputs: Example inputs with a batch of at least 2: a batch of 1 would be taken for a constant.
+        path: The file.
+        signature: Names, element types and shapes that the file must have.
+        target: Operator set and file format.
+        remaining: Number of batch_norm operators that the fold report says are left.
+
+    Raises:
+        ExportError: The exporter can't write the graph, or what it wrote is not what was asked.
+    """
+    ir_version = target.resolved_ir_version()
+    model = _convert(folded, inputs, signature, target.opset)
+    model.ir_version = ir_version
+    _clean(model, signature)
+    check_model(model, signature, target.opset, ir_version, remaining=remaining)
+    write_atomically(path, model.SerializeToString(deterministic=True))
+
+
+def model_metadata(manifest: Manifest, *, parity: str) -> dict[str, str]:
+    """What a server that has only the model file wants to know, as ONNX metadata: text values under "bnexport." keys."""
+    values = {
+        "name": manifest.name,
+        "labels": json.dumps(manifest.labels),
+        "preprocessing": json.dumps(manifest.preprocessing, sort_keys=True),
+        "parity": parity,
+    }
+    return {f"bnexport.{key}": value for key, value in values.items()}
+
+
+def stamp_metadata(path: Path, metadata: Mapping[str, str]) -> None:
+    """Write key-value metadata into a model file; the graph and the weights stay as they are, byte for byte."""
+    model = onnx.load(path, load_external_data=False)
+    del model.metadata_props[:]
+    for key in sorted(metadata):
+        model.metadata_props.add(key=key, value=metadata[key])
+    write_atomically(path, model.SerializeToString(deterministic=True))
+
+
+def check_model(
+    model: onnx.ModelProto, signature: Signature, opset: int, ir_version: int, *, remaining: int = 0
+) -> None:
+    """Assert on the written model what was asked for: the exporter has been seen to write something else.
+
+    Raises:
+        ExportError: Naming the first thing that is not as asked.
+    """
+    opsets = {entry.domain: entry.version for entry in model.opset_import}
+    normalisations = sum(node.op_type == "BatchNormalization" for node in _nodes(model.graph))
+    facts = (
+        (opsets, {"": opset}, "operator sets"),
+        (model.ir_version, ir_version, "IR version"),
+        (_specs(model.graph.input), [(s.name, s.dtype, s.shape) for s in signature.inputs], "inputs"),
+        (_specs(model.graph.output), [(s.name, s.dtype, s.shape) for s in signature.outputs], "outputs"),
+        (normalisations, remaining, "BatchNormalization nodes"),
+        (any(t.data_location == onnx.TensorProto.EXTERNAL for t in model.graph.initializer), False, "external data"),
+    )
+    for have, want, what in facts:
+        if have != want:
+            raise ExportError(
+                f"the exporter wrote {what} {have}, asked was {want}", remedy="Try another --opset, or report the model"
+            )
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except Exception as error:  # the checker's and the shape inference's errors share no base class
+        raise ExportError(
+            f"the exported file is not valid ONNX: {one_line(error)}", remedy="Try another --opset"
+        ) from error
+
+
+def _convert(folded: GraphModule, inputs: tuple[Tensor, ...], signature: Signature, opset: int) -> onnx.ModelProto:
+    batch = torch.export.Dim(BATCH)
+    shapes = tuple({0: batch} if item.ndim else None for item in inputs)
+    with quiet(), torch.no_grad():
+        try:
+            program = torch.export.export(flat(folded), inputs, dynamic_shapes=shapes)
+            exported = torch.onnx.export(
+                program,
+                input_names=[spec.name for spec in signature.inputs],
+                output_names=[spec.name for spec in signature.outputs],
+                opset_version=_NATIVE_OPSET,
+                external_data=False,
+                dynamo=True,
+                verbose=False,
+            )
+            assert exported is not None
+            model = exported.model_proto
+        except Exception as error:  # the exporter raises many unrelated classes
+            raise ExportError(
+                f"torch.onnx can't export the folded graph: {one_line(error)}",
+                remedy="Replace the operator it names, or leave it out of the exported part of the model",
+            ) from error
+        written = {entry.domain: entry.version for entry in model.opset_import}.get("")
+        if written != opset:
+            try:
+                model = onnx.version_converter.convert_version(model, opset)
+            except Exception as error:  # the converter raises bare RuntimeErrors
+                raise ExportError(
+                    f"the model can't be converted from opset {written} to {opset}: {one_line(error)}",
+                    remedy=f"Use --opset {DEFAULT_OPSET}",
+                ) from error
+    if model.ByteSize() > _MAX_BYTES:
+        raise ExportError(
+            f"the model has {model.ByteSize()} bytes, one ONNX file holds less than {_MAX_BYTES}",
+            remedy="Export it in float16, or in parts",
+        )
+    return model
+
+
+def _clean(model: onnx.ModelProto, signature: Signature) -> None:
+    """Take out what differs between two runs or names the exporting machine, and name the batch dimension."""
+    model.producer_name, model.producer_version, model.doc_string = _PRODUCER, "", ""
+    graph = model.graph
+    graph.doc_string = ""
+    del model.metadata_props[:], graph.metadata_props[:], graph.value_info[:]
+    for node in _nodes(graph):
+        node.doc_string = ""
+        del node.metadata_props[:]
+    for tensor in graph.initializer:
+        tensor.doc_string = ""
+        del tensor.metadata_props[:]
+    for values, specs in ((graph.input, signature.inputs), (graph.output, signature.outputs)):
+        for value, spec in zip(values, specs, strict=True):
+            value.doc_string = ""
+            del value.metadata_props[:]
+            for dim, want in zip(value.type.tensor_type.shape.dim, spec.shape, strict=False):
+                # Only a dimension that the exporter left open is named: a batch that it pinned must not look dynamic.
+                if isinstance(want, str) and not dim.HasField("dim_value"):
+                    dim.dim_param = want
+    used = {entry.domain for entry in model.opset_import} & {node.domain for node in _nodes(graph)} | {""}
+    kept = [entry for entry in model.opset_import if entry.domain in used]
+    del model.opset_import[:]
+    model.opset_import.extend(kept)
+
+
+def _nodes(graph: onnx.GraphProto) -> Iterable[onnx.NodeProto]:
+    """Every node, also inside subgraphs."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                yield from _nodes(inner)
+
+
+def _specs(values: Iterable[onnx.ValueInfoProto]) -> list[tuple[str, str, tuple[int | str, ...]]]:
+    return [
+        (
+            value.name,
+            onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type).name,
+            tuple(
+                dim.dim_value if dim.HasField("dim_value") else dim.dim_param
+                for dim in value.type.tensor_type.shape.dim
+            ),
+        )
+        for value in values
+    ]

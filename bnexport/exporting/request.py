@@ -1,0 +1,118 @@
+"""What a user asks for: where the bundle goes, what goes into the network, what the files must be."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bnexport.errors import UsageError
+from bnexport.exporting.onnx_graph import OnnxTarget
+from bnexport.tensors import DTYPES
+
+_INPUT = re.compile(r"(?:(?P<name>[A-Za-z_]\w*)=)?(?P<shape>\d+(?:x\d+)*|scalar)(?::(?P<dtype>\w+))?")
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """How to export.
+
+    Attributes:
+        inputs: One text per input: ``[NAME=]SHAPE[:TYPE]``, the shape of one sample: "1x28x28", "tokens=16:int64". Empty:
+            as the checkpoint says.
+        labels: Class names in the order of the logits; None: as the checkpoint says.
+        dataset: Data set whose test images the verification uses; None: as the checkpoint says.
+        preprocessing: JSON of the preprocessing; None: as the checkpoint says.
+        onnx: Operator set and file format.
+        formats: Names from ``exporting.formats.FORMATS``.
+        allow_untrained: Accept BatchNorm layers that were never trained.
+        force: Replace an existing bundle.
+        data_dir: Where the data set lies; None: the usual places.
+    """
+
+    inputs: tuple[str, ...] = ()
+    labels: tuple[str, ...] | None = None
+    dataset: str | None = None
+    preprocessing: Mapping[str, Any] | None = None
+    onnx: OnnxTarget = field(default_factory=OnnxTarget)
+    formats: tuple[str, ...] = ("onnx", "torchscript")
+    allow_untrained: bool = False
+    force: bool = False
+    data_dir: Path | None = None
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """One input of the network, without its batch dimension."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+
+    def example(self, batch: int, generator: torch.Generator) -> Tensor:
+        """A batch of noise; of zeros for integers and flags, which are valid indices of every table."""
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        if dtype.is_floating_point:
+            return torch.randn(batch, *self.shape, generator=generator).to(dtype)
+        return torch.zeros(batch, *self.shape, dtype=dtype)
+
+
+def parse_inputs(texts: tuple[str, ...], *, default_shape: tuple[int, ...] | None = None) -> tuple[InputSpec, ...]:
+    """Read ``[NAME=]SHAPE[:TYPE]`` texts. Names default to "input", or "input_0", "input_1", ... for several.
+
+    Raises:
+        UsageError: No text and no default, a text of another form, an unknown type, or one name twice.
+    """
+    if not texts:
+        if default_shape is None:
+            raise UsageError(
+                "the shape of the network's input is not known",
+                remedy="Pass --input with one sample's shape, as 1x28x28",
+            )
+        return (InputSpec("input", default_shape),)
+    specs = tuple(_parse(text, "input" if len(texts) == 1 else f"input_{index}") for index, text in enumerate(texts))
+    if len({spec.name for spec in specs}) != len(specs):
+        raise UsageError("two inputs have the same name", remedy="Name them apart: --input a=1x28x28 --input b=10")
+    return specs
+
+
+def _parse(text: str, default_name: str) -> InputSpec:
+    match = _INPUT.fullmatch(text)
+    if match is None:
+        raise UsageError(
+            f"--input {text!r} is not of the form [NAME=]SHAPE[:TYPE]", remedy="Write it as 1x28x28 or tokens=16:int64"
+        )
+    shape = () if match["shape"] == "scalar" else tuple(map(int, match["shape"].split("x")))
+    dtype = match["dtype"] or "float32"
+    if dtype not in DTYPES:
+        raise UsageError(f"--input {text!r} has the unknown type {dtype!r}", remedy=f"Known: {', '.join(DTYPES)}")
+    if 0 in shape:
+        raise UsageError(f"--input {text!r} has a dimension of size 0", remedy="Give the shape of one sample")
+    return InputSpec(match["name"] or default_name, shape, dtype)
+
+
+def example_inputs(specs: tuple[InputSpec, ...], *, batch: int = 2, seed: int = 0) -> tuple[Tensor, ...]:
+    """One example batch; of 2 samples, because exporters take a batch of 1 for a constant."""
+    generator = torch.Generator().manual_seed(seed)
+    return tuple(spec.example(batch, generator) for spec in specs)
+
+
+def model_and_version(out: Path) -> tuple[str, int]:
+    """Name and version from ``models/<name>/<version>``.
+
+    Raises:
+        UsageError: The last part is no positive integer, or there is no name before it.
+    """
+    absolute = Path(out).absolute()
+    version, name = absolute.name, absolute.parent.name
+    if not re.fullmatch(r"[1-9]\d{0,17}", version) or not re.fullmatch(r"[A-Za-z0-9][\w.\-]*", name):
+        raise UsageError(
+            f"{out} is not of the form FOLDER/<name>/<version> with a version of 1, 2, 3, ...",
+            remedy="A model repository needs that layout: pass --out models/my_model/1",
+        )
+    return name, int(version)

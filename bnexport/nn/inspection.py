@@ -1,0 +1,55 @@
+"""The BatchNorm statistics of whatever holds some: a run, a checkpoint, plain safetensors, a bundle."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from bnexport.bundle import MANIFEST, WEIGHTS, Bundle
+from bnexport.errors import ModelError
+from bnexport.nn.checkpoint import METADATA_KEY, load_checkpoint, read_safetensors
+from bnexport.nn.loading import build_known, checkpoint_file
+from bnexport.nn.statistics import LayerStatistics, layer_statistics
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What ``bnexport inspect`` shows.
+
+    Attributes:
+        file: The file that was read.
+        layers: Every BatchNorm.
+        note: What the reader should know about the numbers; "" for nothing.
+    """
+
+    file: Path
+    layers: tuple[LayerStatistics, ...]
+    note: str = ""
+
+
+def inspect_path(path: Path) -> Inspection:
+    """Read the statistics.
+
+    Raises:
+        ModelError: The file is missing, damaged, or holds no BatchNorm.
+        BundleError: A bundle whose weights were changed.
+    """
+    if (path / MANIFEST).exists():
+        bundle = Bundle.open(path)
+        bundle.check()
+        file = bundle.file(WEIGHTS)
+    else:
+        file = checkpoint_file(path)
+    state, metadata = read_safetensors(file)
+    module, note = None, "eps is not in this file: 1e-05 is assumed"
+    if METADATA_KEY in metadata:
+        try:
+            module, note = build_known(load_checkpoint(file).metadata["network"]), ""
+        except ModelError:  # a user's network: its statistics can be read all the same
+            module = None
+    layers = tuple(layer_statistics(state, module=module))
+    if not layers:
+        raise ModelError(
+            f"{file} holds no BatchNorm", remedy="Inspect a network that was trained with batch normalization"
+        )
+    return Inspection(file, layers, note)

@@ -1,0 +1,66 @@
+"""Models that load but must not be shipped: broken weights, impossible or never-trained statistics."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from bnexport.errors import RefusedModel
+from bnexport.nn.batch_norm import BatchNorm
+
+_VARIANCES = ("running_var", "moving_var")
+
+
+def check_sound(model: nn.Module, *, allow_untrained: bool = False) -> None:
+    """Refuse a model whose outputs would be nonsense.
+
+    Args:
+        model: Any module; read only.
+        allow_untrained: Accept BatchNorm layers that still have the statistics they were created with.
+
+    Raises:
+        RefusedModel: Naming the tensor: not finite, a negative variance, or a BatchNorm that was never trained.
+    """
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            what = "NaN" if bool(torch.isnan(tensor).any()) else "infinity"
+            raise RefusedModel(
+                f"{name} holds {what} ({_first(~torch.isfinite(tensor))})",
+                remedy="The training diverged or the file is damaged: train again, with a lower learning rate if need be",
+            )
+        if name.rpartition(".")[2] in _VARIANCES and bool((tensor < 0).any()):
+            raise RefusedModel(
+                f"{name} holds a negative variance ({_first(tensor < 0)})",
+                remedy="A variance is never negative: the file is damaged or its tensors are mixed up",
+            )
+    if not allow_untrained:
+        for name, module in model.named_modules():
+            if is_untrained(module):
+                raise RefusedModel(
+                    f"{name or 'the model'} is a {type(module).__name__} that was never trained (its moving mean is 0 and"
+                    " its moving variance 1 in every channel)",
+                    remedy="Load trained weights with --weights, or pass --allow-untrained if that is what you want",
+                )
+
+
+def is_untrained(module: nn.Module) -> bool:
+    """Whether a BatchNorm still has its initial statistics and has counted no batch."""
+    mean: Tensor | None
+    var: Tensor | None
+    batches: Tensor | None
+    if isinstance(module, BatchNorm):
+        mean, var, batches = module.moving_mean, module.moving_var, None
+    elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+        mean, var, batches = module.running_mean, module.running_var, module.num_batches_tracked
+    else:
+        return False
+    if mean is None or var is None:
+        return False
+    counted = batches is not None and int(batches) > 0
+    return not counted and bool((mean == 0).all()) and bool((var == 1).all())
+
+
+def _first(mask: Tensor) -> str:
+    """Where a mask is true first: "at [3, 0]", or "as its value" for a scalar."""
+    index = mask.nonzero()[0].tolist()
+    return f"at {index}" if index else "as its value"

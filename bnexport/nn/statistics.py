@@ -1,0 +1,135 @@
+"""What the BatchNorm layers of a network hold, channel by channel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bnexport.errors import ModelError
+
+#: Entry names of the layers that are understood: (gamma, beta, moving mean, moving variance).
+_NAMES = (("gamma", "beta", "moving_mean", "moving_var"), ("weight", "bias", "running_mean", "running_var"))
+_COLUMNS = ("gamma", "beta", "moving_mean", "moving_var", "scale")
+#: eps where only a state dict is there, which does not hold it: the default of torch and of the chapter.
+DEFAULT_EPS = 1e-5
+#: A channel whose output varies less than this, relative to the layer's liveliest channel, carries no information.
+DEAD_BELOW = 1e-3
+#: A channel that is scaled this many times more than the layer's median channel amplifies noise, TF32's and fp16's too.
+EXPLODING_ABOVE = 30.0
+
+
+@dataclass(frozen=True)
+class Channel:
+    """One channel of one BatchNorm.
+
+    Attributes:
+        gamma: Learned scale.
+        beta: Learned shift.
+        moving_mean: Of the layer's input.
+        moving_var: Of the layer's input.
+        scale: gamma / sqrt(moving_var + eps): what folding multiplies the layer before it with.
+        mark: "dead", "exploding", "not finite" or "".
+    """
+
+    gamma: float
+    beta: float
+    moving_mean: float
+    moving_var: float
+    scale: float
+    mark: str
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """One BatchNorm layer.
+
+    Attributes:
+        name: Its path in the network.
+        eps: Added to the variance.
+        channels: Every channel in order.
+    """
+
+    name: str
+    eps: float
+    channels: tuple[Channel, ...]
+
+    def marked(self, mark: str) -> list[int]:
+        """Indices of the channels with a mark."""
+        return [index for index, channel in enumerate(self.channels) if channel.mark == mark]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values; numbers that are not finite become None."""
+        rows = [{key: _json(getattr(channel, key)) for key in (*_COLUMNS, "mark")} for channel in self.channels]
+        return {"name": self.name, "eps": self.eps, "channels": rows}
+
+
+def layer_statistics(state: Mapping[str, Tensor], *, module: nn.Module | None = None) -> list[LayerStatistics]:
+    """Read every BatchNorm of a state dict.
+
+    A channel is marked *dead* when its output hardly varies (|gamma| * sqrt(var / (var + eps)) below 1/1000 of the
+    layer's largest), *exploding* when its scale is over 30 times the layer's median, and *not finite* when a number is
+    NaN or infinite or the variance negative.
+
+    Args:
+        state: Entries of torch's or the scratch BatchNorm.
+        module: The network, if known: it has each layer's eps, which a state dict lacks.
+
+    Raises:
+        ModelError: The tensors of one layer do not have one size.
+    """
+    layers = {name: float(eps) for name, child in _modules(module) if (eps := getattr(child, "eps", None)) is not None}
+    return [
+        _layer(prefix, names, state, layers.get(prefix.rstrip("."), DEFAULT_EPS)) for prefix, names in _groups(state)
+    ]
+
+
+def _modules(module: nn.Module | None) -> Iterator[tuple[str, nn.Module]]:
+    return iter(()) if module is None else module.named_modules()
+
+
+def _groups(state: Mapping[str, Tensor]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Prefix and entry names of each layer that has moving statistics."""
+    for key in state:
+        prefix, dot, leaf = key.rpartition(".")
+        for names in _NAMES:
+            if leaf == names[2] and prefix + dot + names[3] in state:
+                yield prefix + dot, names
+
+
+def _layer(prefix: str, names: tuple[str, ...], state: Mapping[str, Tensor], eps: float) -> LayerStatistics:
+    mean, var = (state[prefix + name].double().reshape(-1) for name in names[2:])
+    gamma = state[prefix + names[0]].double().reshape(-1) if prefix + names[0] in state else torch.ones_like(mean)
+    beta = state[prefix + names[1]].double().reshape(-1) if prefix + names[1] in state else torch.zeros_like(mean)
+    if len({tensor.numel() for tensor in (mean, var, gamma, beta)}) != 1:
+        raise ModelError(
+            f"the tensors of {prefix.rstrip('.')} differ in size", remedy="The file is damaged: write it again"
+        )
+    scale = gamma / torch.sqrt(var + eps)
+    liveliness = gamma.abs() * torch.sqrt(var / (var + eps))
+    columns = (gamma, beta, mean, var, scale)
+    finite = torch.stack([torch.isfinite(column) for column in columns]).all(dim=0) & (var >= 0)
+    largest = float(liveliness[finite].max()) if bool(finite.any()) else 0.0
+    median = float(scale[finite].abs().median()) if bool(finite.any()) else 0.0
+    channels = []
+    for index in range(mean.numel()):
+        if not finite[index]:
+            mark = "not finite"
+        elif float(liveliness[index]) <= DEAD_BELOW * largest:
+            mark = "dead"
+        elif float(scale[index].abs()) > EXPLODING_ABOVE * median:
+            mark = "exploding"
+        else:
+            mark = ""
+        numbers = dict(zip(_COLUMNS, (float(column[index]) for column in columns), strict=True))
+        channels.append(Channel(**numbers, mark=mark))
+    return LayerStatistics(prefix.rstrip("."), eps, tuple(channels))
+
+
+def _json(value: float | str) -> float | str | None:
+    if isinstance(value, float) and value - value != 0.0:  # NaN and infinity
+        return None
+    return value

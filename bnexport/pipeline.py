@@ -1,0 +1,148 @@
+"""The whole flow on one page: check, fold, export, verify, and only then let the bundle appear."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import nn
+
+from bnexport.bundle import MODEL_ONNX, REPORT, WEIGHTS, Bundle, Manifest, seal, write_golden
+from bnexport.environment import environment
+from bnexport.exporting.formats import FORMATS, ExportJob
+from bnexport.exporting.onnx_graph import model_metadata, stamp_metadata
+from bnexport.exporting.prepare import signature_of
+from bnexport.exporting.request import ExportRequest, InputSpec, example_inputs, model_and_version, parse_inputs
+from bnexport.exporting.triton import check_triton_config, write_triton_config
+from bnexport.files import refuse_existing, staged_directory, write_atomically
+from bnexport.folding.fold import FoldResult, fold
+from bnexport.folding.report import FoldReport
+from bnexport.nn.checkpoint import save_checkpoint
+from bnexport.nn.loading import LoadedModel, checkpoint_of, load_source
+from bnexport.nn.soundness import check_sound
+from bnexport.reporting.html import render_report
+from bnexport.serving.predictor import DEFAULT_RUNTIME, Prediction, Predictor
+from bnexport.verification.golden import golden_inputs, real_images
+from bnexport.verification.reference import Reference
+from bnexport.verification.verdict import VerificationReport
+from bnexport.verification.verify import verify
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What ``fold_and_export`` did.
+
+    Attributes:
+        bundle: The bundle; None when the verdict is FAIL, in which case nothing was written.
+        fold: What became of each BatchNorm.
+        verification: The verdict.
+    """
+
+    bundle: Bundle | None
+    fold: FoldReport
+    verification: VerificationReport
+
+
+class _Failed(Exception):
+    """Leaves the staged directory, so that it vanishes."""
+
+
+def fold_and_export(
+    source: str | nn.Module | LoadedModel,
+    out: str | Path,
+    *,
+    weights: Path | None = None,
+    request: ExportRequest | None = None,
+) -> ExportResult:
+    """Fold, export and verify a network, and write one bundle: all of it, or nothing.
+
+    Args:
+        source: What ``nn.loading.load_source`` takes, or a module.
+        out: The bundle's directory, ``models/<name>/<version>``.
+        weights: Weights for a source that has none.
+        request: How to export; default: as the checkpoint says.
+
+    Raises:
+        BadInput: Something about the source, the request or the output path; nothing was written.
+        ProofError: A fold that is not exact; nothing was written.
+    """
+    request, path = request or ExportRequest(), Path(out)
+    name, version = model_and_version(path)
+    refuse_existing(path, force=request.force)
+    loaded = _loaded(source, weights, request)
+    check_sound(loaded.module, allow_untrained=request.allow_untrained)
+    specs = parse_inputs(request.inputs, default_shape=loaded.input_shape)
+    inputs = example_inputs(specs)
+    result = fold(loaded.module, inputs)
+    signature = signature_of(result.model, inputs, input_names=tuple(spec.name for spec in specs))
+    check_triton_config(path, name, signature, force=request.force)
+    manifest = Manifest(
+        name, version, signature, loaded.network, loaded.dataset, loaded.preprocessing, loaded.labels,
+        {"opset": request.onnx.opset, "ir_version": request.onnx.resolved_ir_version()},
+        environment(), result.report.to_json(),
+    )  # fmt: skip
+    try:
+        with staged_directory(path, force=request.force) as stage:
+            _write_models(
+                stage, ExportJob(result.model, inputs, signature, request.onnx, result.report.remaining), request
+            )
+            _write_evidence(stage, loaded, manifest, specs, request)
+            report = verify(seal(stage, manifest), module=loaded.module, data_dir=request.data_dir)
+            if not report.passed:
+                raise _Failed
+            _finish(stage, manifest, result, report, path)
+    except _Failed:
+        return ExportResult(None, result.report, report)
+    write_triton_config(path, name, signature, force=request.force)
+    return ExportResult(Bundle.open(path), result.report, report)
+
+
+def predict_images(
+    bundle: Bundle | str | Path, *images: str | Path, runtime: str = DEFAULT_RUNTIME
+) -> list[Prediction]:
+    """Label image files (PNG, JPEG, .npy, IDX) with a bundle; see ``serving.predictor.Predictor.files``."""
+    with Predictor(bundle, runtime=runtime) as predictor:
+        return predictor.files(*images)
+
+
+def _loaded(source: str | nn.Module | LoadedModel, weights: Path | None, request: ExportRequest) -> LoadedModel:
+    if isinstance(source, nn.Module):
+        source = LoadedModel(source, type(source).__name__, {"source": type(source).__qualname__, "options": {}})
+    loaded = load_source(source, weights=weights) if isinstance(source, str) else source
+    return replace(
+        loaded,
+        labels=request.labels or loaded.labels,
+        dataset=request.dataset or loaded.dataset,
+        preprocessing=request.preprocessing or loaded.preprocessing,
+    )
+
+
+def _write_models(stage: Path, job: ExportJob, request: ExportRequest) -> None:
+    for row in FORMATS:
+        if row.name in request.formats:
+            row.write(job, stage / row.file)
+
+
+def _write_evidence(
+    stage: Path, loaded: LoadedModel, manifest: Manifest, specs: tuple[InputSpec, ...], request: ExportRequest
+) -> None:
+    """The unfolded weights, and what the unfolded network answers in float64."""
+    save_checkpoint(stage / WEIGHTS, checkpoint_of(loaded))
+    images = real_images(manifest, data_dir=request.data_dir)
+    feeds = golden_inputs(manifest.signature, sizes={spec.name: spec.shape for spec in specs}, images=images)
+    reference = Reference(loaded.module, manifest.signature, description="the original module, in float64")
+    write_golden(stage, manifest.signature, feeds, reference.evaluate(feeds))
+
+
+def _finish(stage: Path, manifest: Manifest, result: FoldResult, report: VerificationReport, path: Path) -> None:
+    """Put the verdict into the model file's metadata, the page and the manifest."""
+    stamp_metadata(stage / MODEL_ONNX, model_metadata(manifest, parity=report.parity()))
+    page = render_report(
+        manifest,
+        fold=result.report,
+        verification=report,
+        environment=manifest.environment,
+        commands=[f"bnexport verify {path}", f"bnexport inspect {path}"],
+    )
+    write_atomically(stage / REPORT, page.encode())
+    seal(stage, replace(manifest, verification=report.to_json()))

@@ -1,0 +1,96 @@
+"""Results of the commands on a terminal, or as JSON for a program."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from bnexport.bundle import REPORT, Bundle
+from bnexport.folding.report import FoldReport
+from bnexport.reporting.tables import _table, _text, make_console, print_fold_report, print_verification
+from bnexport.verification.verdict import VerificationReport
+
+if TYPE_CHECKING:
+    from bnexport.nn.inspection import Inspection
+    from bnexport.nn.statistics import LayerStatistics
+    from bnexport.serving.predictor import Prediction
+
+#: Marked channels that are listed by number; the rest is counted.
+_LISTED = 8
+
+
+def print_export(
+    fold: FoldReport, verification: VerificationReport, bundle: Bundle | None, *, as_json: bool = False
+) -> None:
+    """What was folded, the verdict, and where the bundle is; a failed verdict says that nothing was written."""
+    if as_json:
+        path = None if bundle is None else str(bundle.path)
+        print_json({"bundle": path, "fold": fold.to_json(), "verification": verification.to_json()})
+        return
+    console = make_console()
+    print_fold_report(fold, console)
+    print_verification(verification, console)
+    if bundle is None:
+        console.print(_text("Nothing was written: a bundle appears only with the verdict PASS.", console))
+        return
+    size = sum(entry["size"] for entry in bundle.manifest.files.values())
+    console.print(_text(f"Bundle: {bundle.path} ({size / 1000:.0f} kB)", console), soft_wrap=True)
+    console.print(_text(f"Report: {bundle.path / REPORT}", console), soft_wrap=True)
+
+
+def print_predictions(predictions: Sequence[Prediction], *, as_json: bool = False) -> None:
+    """Label and probability per image, the image's name last so that the columns stay aligned."""
+    if as_json:
+        for prediction in predictions:
+            click.echo(json.dumps(prediction.to_json(), allow_nan=False))
+        return
+    console = make_console()
+    table = _table(console)
+    table.add_column("label", overflow="fold")
+    table.add_column("probability", justify="right", no_wrap=True)
+    table.add_column("image", overflow="fold")
+    for prediction in predictions:
+        table.add_row(
+            _text(prediction.label, console), f"{prediction.probability:.4f}", _text(prediction.image, console)
+        )
+    console.print(table)
+
+
+def print_statistics(inspection: Inspection, *, as_json: bool = False) -> None:
+    """One table per BatchNorm, one row per channel, and a line that names the marked channels."""
+    if as_json:
+        layers = [layer.to_json() for layer in inspection.layers]
+        print_json({"file": str(inspection.file), "note": inspection.note, "layers": layers})
+        return
+    console = make_console()
+    for layer in inspection.layers:
+        table = _table(console)
+        table.title, table.title_justify = f"{layer.name} ({len(layer.channels)} channels, eps {layer.eps:g})", "left"
+        table.add_column("channel", justify="right")
+        for heading in ("gamma", "beta", "moving mean", "moving var", "scale"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        table.add_column("")
+        for index, channel in enumerate(layer.channels):
+            numbers = (channel.gamma, channel.beta, channel.moving_mean, channel.moving_var, channel.scale)
+            table.add_row(str(index), *(f"{value:.4g}" for value in numbers), channel.mark)
+        console.print(table)
+        console.print(_text(_summary(layer), console))
+    if inspection.note:
+        console.print(_text(inspection.note, console))
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """One JSON document on standard output, and nothing else."""
+    click.echo(json.dumps(value, indent=1, allow_nan=False))
+
+
+def _summary(layer: LayerStatistics) -> str:
+    parts = []
+    for mark in ("dead", "exploding", "not finite"):
+        if found := layer.marked(mark):
+            shown = ", ".join(map(str, found[:_LISTED])) + (", ..." if len(found) > _LISTED else "")
+            parts.append(f"{len(found)} {mark} (channel {shown})")
+    return f"{layer.name}: " + ("; ".join(parts) or "no dead or exploding channel")

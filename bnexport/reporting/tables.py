@@ -1,0 +1,113 @@
+"""Reports on a terminal: 80 columns are enough, ASCII is enough, and no verdict depends on colour."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from bnexport.environment import describe
+from bnexport.reporting.summary import NOTHING, certified, groups, module_name, number, word
+
+if TYPE_CHECKING:
+    from bnexport.folding.report import FoldReport
+    from bnexport.verification.verdict import VerificationReport
+
+#: Colour of a word in a table; the word itself carries the meaning.
+STYLES: dict[str, str] = {
+    "PASS": "bold green",
+    "FAIL": "bold red",
+    "folded": "green",
+    "affine": "yellow",
+    "kept": "yellow",
+}
+
+
+def make_console(stderr: bool = False) -> Console:
+    """A console for reports: no markup, no emoji codes, so that a hostile label is printed as it is.
+
+    Args:
+        stderr: Write to standard error, for what is not the result itself.
+    """
+    return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+
+
+def print_fold_report(report: FoldReport, console: Console) -> None:
+    """One row per BatchNorm call site: what became of it, into what, or why not."""
+    table = _table(console)
+    table.add_column("outcome", no_wrap=True)
+    table.add_column("BatchNorm", overflow="fold")
+    table.add_column("into what, or why not", overflow="fold")
+    table.add_column("max |scale|", justify="right", no_wrap=True)
+    for row in report.rows:
+        target = f"{row.into} ({row.rule})" if row.into and row.rule else row.into or row.rule
+        table.add_row(
+            _text(row.outcome, console),
+            _text(f"{module_name(row.module)} ({row.kind}, {row.channels})", console),
+            _text("; ".join(part for part in (target, row.reason) if part) or NOTHING, console),
+            number(row.max_scale) if row.channels else NOTHING,
+        )
+    if report.rows:
+        console.print(table)
+    folded = report.count("folded")
+    remaining = f"{report.remaining} batch_norm operation{'' if report.remaining == 1 else 's'} left in the graph"
+    console.print(
+        _text(f"{folded} of {len(report.rows)} BatchNorm call sites folded, {remaining}", console), soft_wrap=True
+    )
+
+
+def print_verification(report: VerificationReport, console: Console) -> None:
+    """One row per stage and subject with its worst comparison, then each failure with its reason, then the verdict."""
+    table = _table(console)
+    table.add_column("verdict", no_wrap=True)
+    table.add_column("stage", no_wrap=True)
+    table.add_column("subject", overflow="fold")
+    for heading in ("n", "error", "bound", "flips", "certified"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for group in groups(report):
+        worst = group.worst
+        table.add_row(
+            _text(word(group.passed), console),
+            _text(group.stage, console),
+            _text(group.subject, console),
+            str(group.n),
+            number(worst.error if worst else None),
+            number(worst.bound if worst else None),
+            NOTHING if group.flips is None else str(group.flips.explained + group.flips.unexplained),
+            certified(group.flips),
+        )
+    if report.rows:
+        console.print(table)
+        console.print("error: largest |difference| / largest |reference|, worst case of each row", style="dim")
+    for note in (report.inputs, report.reference):
+        if note:
+            console.print(_text(note, console, style="dim"))
+    for name, why in report.skipped.items():
+        console.print(_text(f"not run: {name}: {why}", console))
+    for row in report.failures:
+        console.print(
+            _text(f"FAIL {row.stage}, {row.subject}, {row.case}: {row.reason}", console, style=STYLES["FAIL"])
+        )
+    style = STYLES[word(report.passed)]
+    console.print(_text(report.summary(), console, style=style), soft_wrap=True)
+
+
+def print_environment(record: Mapping[str, Any], console: Console) -> None:
+    """Hardware and versions in one paragraph, as the conditions of the numbers above it."""
+    console.print(_text(describe(dict(record)), console, style="dim"))
+
+
+def _table(console: Console) -> Table:
+    style = box.SIMPLE_HEAD if console.encoding.lower().startswith("utf") else box.ASCII
+    return Table(box=style, header_style="bold", padding=(0, 1, 0, 0), pad_edge=False)
+
+
+def _text(value: str, console: Console, *, style: str | None = None) -> Text:
+    """Literal text that the console's encoding can take and that can't steer the terminal (no escape sequences)."""
+    printable = "".join(char if char.isprintable() else "?" for char in value)
+    safe = printable.encode(console.encoding, "replace").decode(console.encoding)
+    return Text(safe, style=STYLES.get(safe, "") if style is None else style)

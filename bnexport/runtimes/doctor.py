@@ -1,0 +1,92 @@
+"""What runs on this machine: every runtime computes a convolution and a gemm, compared with numpy."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bnexport.bundle import Bundle
+from bnexport.environment import environment
+from bnexport.errors import BnexportError
+from bnexport.runtimes.base import plain_reason
+from bnexport.runtimes.catalogue import RUNNERS, RunnerSpec, runner_spec
+from bnexport.runtimes.small_model import expected, small_bundle, torch_module
+from bnexport.runtimes.torch_outputs import REMEDY as TORCH_REMEDY
+
+#: max |engine - numpy| / max |numpy|. Strict float32 stays near 1e-7 here, TF32 near 1e-3.
+BOUND = 1e-5
+
+
+@dataclass(frozen=True)
+class Health:
+    """What one runtime did.
+
+    Attributes:
+        runtime: Its name in RUNNERS.
+        works: It ran, on the device asked for, and its numbers are right.
+        device: Where it ran, read back from the engine; "" when it did not.
+        error: max |engine - numpy| / max |numpy|; None when it did not run.
+        reason: What is missing or wrong, one line; "" when it works.
+        remedy: What to do about it.
+        details: Engine, version, providers.
+    """
+
+    runtime: str
+    works: bool
+    device: str = ""
+    error: float | None = None
+    reason: str = ""
+    remedy: str = ""
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """Every runtime's health, and the machine."""
+
+    runtimes: tuple[Health, ...]
+    environment: dict[str, Any]
+
+    def broken(self, names: Sequence[str] = ()) -> tuple[Health, ...]:
+        """Of the runtimes named, and of all CPU runtimes when none is named, those that do not work.
+
+        Raises:
+            UsageError: A name is not in RUNNERS.
+        """
+        wanted = [runner_spec(name).name for name in names] or [s.name for s in RUNNERS if s.device == "cpu"]
+        return tuple(health for health in self.runtimes if health.runtime in wanted and not health.works)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {"runtimes": [asdict(health) for health in self.runtimes], "environment": self.environment}
+
+
+def diagnose() -> Diagnosis:
+    """Open a real session on each runtime and run a convolution and a gemm; takes seconds."""
+    with tempfile.TemporaryDirectory() as folder:
+        bundle = small_bundle(Path(folder))
+        results = tuple(_examine(spec, bundle) for spec in RUNNERS)
+    return Diagnosis(results, environment())
+
+
+def _examine(spec: RunnerSpec, bundle: Bundle) -> Health:
+    if spec.engine == "torch" and (missing := spec.available()) is not None:
+        return Health(spec.name, works=False, reason=missing, remedy=TORCH_REMEDY)
+    images = np.random.default_rng(1).standard_normal((4, 1, 8, 8)).astype(np.float32)
+    try:
+        with spec.open(bundle, module=torch_module() if spec.engine == "torch" else None) as runner:
+            answer = runner.run({"input": images})["logits"]
+            device, details = runner.effective_device, runner.description
+    except BnexportError as error:
+        return Health(spec.name, works=False, reason=plain_reason(spec.name, error), remedy=error.remedy)
+    truth = expected(images)
+    difference = float(np.abs(answer - truth).max() / np.abs(truth).max())
+    works = difference <= BOUND  # NaN compares false: it does not work
+    reason = "" if works else f"its numbers are wrong: error {difference:.1e} of scale, allowed {BOUND:.0e}"
+    remedy = "" if works else "Check the driver's version, and for other settings of precision in the environment"
+    return Health(spec.name, works, device, difference if np.isfinite(difference) else None, reason, remedy, details)

@@ -1,0 +1,141 @@
+"""From images to labels with a bundle: preprocessing, one runner, probabilities. No torch, no HTTP."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from bnexport.bundle import Bundle
+from bnexport.data.images import load_images
+from bnexport.data.preprocessing import Preprocessing
+from bnexport.errors import BundleError, DataError
+from bnexport.runtimes.catalogue import runner_spec
+from bnexport.tensors import Array
+
+DEFAULT_RUNTIME = "onnxruntime-cpu"
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One image's answer.
+
+    Attributes:
+        image: Where it came from, with [index] in a file of several.
+        index: Class with the largest logit.
+        label: Its name; the index as text when the bundle has no labels.
+        probability: Softmax of the logits at that class.
+        logits: As the model gave them, one per class.
+    """
+
+    image: str
+    index: int
+    label: str
+    probability: float
+    logits: tuple[float, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {
+            "image": self.image,
+            "index": self.index,
+            "label": self.label,
+            "probability": self.probability,
+            "logits": list(self.logits),
+        }
+
+
+class Predictor:
+    """An open bundle that labels images. Use it in a ``with`` block.
+
+    Args:
+        bundle: A bundle or its directory. Its hashes are checked before any engine opens a file.
+        runtime: A name from ``runtimes.catalogue.RUNNERS``.
+        batch_size: Images per call of the engine.
+
+    Raises:
+        BundleError: The bundle was changed, or is no image classifier with one input and one output.
+        RuntimeUnavailable: The engine or device is not here.
+    """
+
+    def __init__(self, bundle: Bundle | str | Path, *, runtime: str = DEFAULT_RUNTIME, batch_size: int = 256) -> None:
+        self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+        self.bundle.check()
+        self.preprocessing = _image_preprocessing(self.bundle)
+        self._batch_size = batch_size
+        self._runner = runner_spec(runtime).open(self.bundle)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._runner.close()
+
+    def files(self, *paths: str | Path) -> list[Prediction]:
+        """Label every image of some PNG, JPEG, .npy or IDX files, in order.
+
+        Raises:
+            DataError: A file is missing, damaged, or holds no images.
+        """
+        predictions = []
+        for path in paths:
+            named = load_images(path, self.preprocessing)
+            if not named:
+                raise DataError(f"{path} holds no image", remedy="Give a file with at least one image")
+            logits = self.logits(np.stack([image for _, image in named]))
+            predictions += [self._prediction(name, row) for (name, _), row in zip(named, logits, strict=True)]
+        return predictions
+
+    def logits(self, images: Array) -> Array:
+        """Logits of images.
+
+        Args:
+            images: uint8 (n, height, width), or (n, height, width, channels), of the preprocessing's size.
+
+        Returns:
+            (n, classes) in the model's element type.
+
+        Raises:
+            DataError: The images do not fit, or the model's answer is not finite.
+        """
+        name, output = self.bundle.manifest.signature.inputs[0].name, self.bundle.manifest.signature.outputs[0].name
+        starts = range(0, max(len(images), 1), self._batch_size)
+        parts = [
+            self._runner.run({name: self.preprocessing.apply(images[start : start + self._batch_size])})[output]
+            for start in starts
+        ]
+        logits: Array = np.concatenate(parts)
+        if not np.isfinite(logits).all():
+            raise DataError("the model's answer holds NaN or infinity", remedy="Run bnexport verify on the bundle")
+        return logits
+
+    def _prediction(self, image: str, logits: Array) -> Prediction:
+        index = int(logits.argmax())
+        exact = logits.astype(np.float64)
+        weights = np.exp(exact - exact.max())
+        labels = self.bundle.manifest.labels
+        label = labels[index] if labels is not None and index < len(labels) else str(index)
+        return Prediction(image, index, label, float(weights[index] / weights.sum()), tuple(map(float, logits)))
+
+
+def _image_preprocessing(bundle: Bundle) -> Preprocessing:
+    """The bundle's preprocessing.
+
+    Raises:
+        BundleError: The bundle has none, or does not take one image and give one row of logits.
+    """
+    manifest = bundle.manifest
+    one_each = len(manifest.signature.inputs) == len(manifest.signature.outputs) == 1
+    if manifest.preprocessing is None or not one_each or len(manifest.signature.outputs[0].shape) != 2:
+        raise BundleError(
+            f"{bundle.path} does not say how an image becomes an input, or is no image classifier",
+            remedy="Export it with --scale, --mean and --std, or feed model.onnx yourself",
+        )
+    preprocessing: Mapping[str, Any] = manifest.preprocessing
+    return Preprocessing.from_json(preprocessing)

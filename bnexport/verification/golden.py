@@ -1,0 +1,71 @@
+"""Golden vectors: inputs with the outputs that the unfolded network gives for them in float64.
+
+They travel in the bundle, so that a machine without torch, or one that has never seen the network's code, can tell whether
+what it runs is what was meant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from bnexport.bundle import Manifest
+from bnexport.data.datasets import DATASETS, load_test_images
+from bnexport.data.preprocessing import Preprocessing
+from bnexport.errors import BnexportError
+from bnexport.tensors import Array, Signature, TensorSpec
+
+_IMAGES = 8
+_NOISE = 6
+_MAX_BYTES = 2**19
+
+
+def golden_inputs(
+    signature: Signature, *, sizes: Mapping[str, tuple[int, ...]], images: Array | None = None, seed: int = 0
+) -> dict[str, Array]:
+    """Inputs worth keeping: some real images, seeded noise, zeros and ones.
+
+    Args:
+        signature: Inputs by name and element type.
+        sizes: Shape of one sample of each input.
+        images: Real inputs (n, ...) for a network with one input, if there are some.
+        seed: Of the noise.
+
+    Returns:
+        Input name -> (n, ...), the same n for all; fewer samples where one is large.
+    """
+    largest = max(
+        int(np.prod(shape, dtype=np.int64)) * np.dtype(_spec.dtype).itemsize for _spec, shape in _each(signature, sizes)
+    )
+    budget = max(2, min(_IMAGES + _NOISE + 2, _MAX_BYTES // max(largest, 1)))
+    rng = np.random.default_rng(seed)
+    feeds = {}
+    for spec, shape in _each(signature, sizes):
+        real = [] if images is None or len(signature.inputs) != 1 else [images[: min(_IMAGES, budget - 1)]]
+        rows = [*real, _noise(spec, (_NOISE, *shape), rng), np.zeros((1, *shape)), np.ones((1, *shape))]
+        feeds[spec.name] = np.concatenate([row.astype(spec.dtype) for row in rows])[:budget]
+    return feeds
+
+
+def _each(signature: Signature, sizes: Mapping[str, tuple[int, ...]]) -> list[tuple[TensorSpec, tuple[int, ...]]]:
+    return [(spec, sizes[spec.name]) for spec in signature.inputs]
+
+
+def _noise(spec: TensorSpec, shape: tuple[int, ...], rng: np.random.Generator) -> Array:
+    """Standard normal noise; for integers and flags 0 and 1, which are valid indices of every table."""
+    if spec.dtype.startswith("float"):
+        return rng.standard_normal(shape)
+    return rng.integers(0, 2, size=shape)
+
+
+def real_images(manifest: Manifest, *, data_dir: Path | None = None) -> Array | None:
+    """The first test images of the manifest's data set as inputs; None where there are none on this machine."""
+    if manifest.preprocessing is None or manifest.dataset not in DATASETS:
+        return None
+    try:
+        pixels, _ = load_test_images(manifest.dataset, data_dir=data_dir, download=False)
+    except BnexportError:
+        return None
+    return Preprocessing.from_json(manifest.preprocessing).apply(pixels[:_IMAGES])

@@ -1,0 +1,143 @@
+"""What the comparison is made on: real images where there are some, and inputs that no image set contains.
+
+Random inputs alone do not do: with two random samples every finite fault of the sabotage table shows no label flip.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bnexport.bundle import Manifest
+from bnexport.errors import BnexportError
+from bnexport.tensors import Array, TensorSpec
+
+#: Sizes compared with the whole batch; 0 is asked for besides.
+BATCH_SIZES = (1, 2, 7, 64)
+_NOISE = 256
+_ONE_HOT = 784
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Named inputs of n samples.
+
+    Attributes:
+        name: "images", "noise", "zeros", "ones", "one-hot".
+        feeds: Input name -> (n, ...).
+    """
+
+    name: str
+    feeds: Mapping[str, Array]
+
+    @property
+    def n(self) -> int:
+        """Samples."""
+        return len(next(iter(self.feeds.values())))
+
+    def head(self, n: int) -> Batch:
+        """The first n samples."""
+        return Batch(self.name, {name: array[:n] for name, array in self.feeds.items()})
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Every batch, and the real images' labels.
+
+    Attributes:
+        batches: Real images first, where there are some.
+        images: Which real images, or why none.
+        labels: Of the images: int64 (n,); None without images.
+    """
+
+    batches: tuple[Batch, ...]
+    images: str
+    labels: Array | None = None
+
+
+def build_suite(
+    manifest: Manifest, golden: Mapping[str, Array], *, data_dir: str | Path | None, seed: int, limit: int
+) -> Suite:
+    """Inputs for a bundle.
+
+    Args:
+        manifest: Signature, data set and preprocessing.
+        golden: The bundle's golden inputs: sizes of dimensions that vary, and valid values of integer inputs.
+        data_dir: Where the data set lies; None searches the usual places. Nothing is downloaded.
+        seed: Of the noise.
+        limit: At most so many samples per batch.
+
+    Raises:
+        DataError: ``data_dir`` was given and does not hold the data set.
+    """
+    specs = manifest.signature.inputs
+    fixed = specs[0].shape[0] if isinstance(specs[0].shape[0], int) else None
+    images, labels, told = _images(manifest, data_dir, limit if fixed is None else fixed)
+    batches = [] if images is None or len(images) < (fixed or 1) else [Batch("images", {specs[0].name: images})]
+    for name, size, fill in (
+        ("noise", _NOISE, _noise),
+        ("zeros", 2, _zeros),
+        ("ones", 2, _ones),
+        ("one-hot", _ONE_HOT, _one_hot),
+    ):
+        if name != "noise" and not any(spec.dtype.startswith("float") for spec in specs):
+            continue
+        rng = np.random.default_rng(seed)
+        n = fixed or max(1, min(size, limit))
+        batches.append(Batch(name, {spec.name: _filled(fill, spec, golden[spec.name], n, rng) for spec in specs}))
+    return Suite(tuple(batches), told, labels if batches and batches[0].name == "images" else None)
+
+
+def _filled(fill: Any, spec: TensorSpec, golden: Array, n: int, rng: np.random.Generator) -> Array:
+    """One input's array. Integers are indices or flags: only values seen in the golden inputs are known to be valid."""
+    shape = (n, *golden.shape[1:])
+    if not spec.dtype.startswith("float"):
+        return rng.choice(golden.reshape(-1), size=shape).astype(spec.dtype)
+    array: Array = fill(shape, rng).astype(spec.dtype)
+    return array
+
+
+def _noise(shape: tuple[int, ...], rng: np.random.Generator) -> Array:
+    return rng.standard_normal(shape)
+
+
+def _zeros(shape: tuple[int, ...], _rng: np.random.Generator) -> Array:
+    return np.zeros(shape)
+
+
+def _ones(shape: tuple[int, ...], _rng: np.random.Generator) -> Array:
+    return np.ones(shape)
+
+
+def _one_hot(shape: tuple[int, ...], _rng: np.random.Generator) -> Array:
+    """One element of each sample is 1, spread evenly over all positions."""
+    array = np.zeros((shape[0], int(np.prod(shape[1:]))))
+    array[np.arange(shape[0]), np.linspace(0, array.shape[1] - 1, shape[0]).round().astype(int)] = 1
+    return array.reshape(shape)
+
+
+def _images(manifest: Manifest, data_dir: str | Path | None, limit: int) -> tuple[Array | None, Array | None, str]:
+    """Test images as inputs (n, channels, height, width), their labels, and what to tell; None where there are none."""
+    name = manifest.dataset
+    if name is None or manifest.preprocessing is None or len(manifest.signature.inputs) != 1:
+        return None, None, "no real images: the bundle names no data set that bnexport knows"
+    from bnexport.data.datasets import DATASETS, load_test_images
+    from bnexport.data.preprocessing import Preprocessing
+
+    if name not in DATASETS:
+        return None, None, f"no real images: {name} is not a data set that bnexport knows"
+    try:
+        pixels, labels = load_test_images(name, data_dir=data_dir, download=False)
+        images = Preprocessing.from_json(manifest.preprocessing).apply(pixels[:limit])
+    except BnexportError as error:
+        if data_dir is not None:
+            raise
+        return None, None, f"no real images: {error.message}"
+    spec = manifest.signature.inputs[0]
+    if (problem := spec.problem(images)) is not None and isinstance(spec.shape[0], str):
+        return None, None, f"no real images: of {name}, {problem}"
+    return images, labels[:limit], f"{len(images)} test images of {name}"

@@ -1,0 +1,116 @@
+"""Measuring: numbers only, no verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from bnexport.tensors import Array
+from bnexport.verification.verdict import Flips
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """How far a candidate is from its reference.
+
+    Attributes:
+        error: max |candidate - reference| / max |reference|; the worst output's. Where a reference is all zeros its
+            scale counts as 1, so the error is absolute.
+        max_abs: max |candidate - reference|.
+        rms: Root mean square of candidate - reference, over the worst output.
+        n: Samples compared.
+        problem: Why the numbers mean nothing: a missing output, another shape, nothing to compare, not finite; else "".
+        flips: Top-1 labels of the first output that holds one score per class; None without one.
+    """
+
+    error: float = 0.0
+    max_abs: float = 0.0
+    rms: float = 0.0
+    n: int = 0
+    problem: str = ""
+    flips: Flips | None = None
+
+
+def measure(candidate: Mapping[str, Array], reference: Mapping[str, Array], *, bound: float) -> Measurement:
+    """Compare every output of the reference.
+
+    Args:
+        candidate: Output name -> array (n, ...).
+        reference: Output name -> array (n, ...), float64 where it is a real one.
+        bound: Allowed error of scale; the margin certificate of the labels rests on it.
+    """
+    if not reference:
+        return Measurement(problem="there is no output to compare")
+    parts = []
+    for name, expected in reference.items():
+        if name not in candidate:
+            return Measurement(problem=f"output {name!r} is missing")
+        if (problem := incomparable(name, candidate[name], expected)) is not None:
+            return Measurement(n=len(expected) if expected.ndim else 0, problem=problem)
+        parts.append(_distance(candidate[name], expected))
+    worst = max(parts, key=lambda part: part.error)
+    flips = next(
+        (count_flips(candidate[name], values, bound=bound) for name, values in reference.items() if has_labels(values)),
+        None,
+    )
+    return Measurement(worst.error, max(part.max_abs for part in parts), worst.rms, worst.n, "", flips)
+
+
+def incomparable(name: str, candidate: Array, reference: Array) -> str | None:
+    """Why two arrays can't be compared, as a sentence without its full stop; None when they can."""
+    if candidate.shape != reference.shape:
+        return f"output {name!r} has shape {candidate.shape}, the reference {reference.shape}"
+    if reference.size == 0:
+        return f"output {name!r} is empty: nothing was compared"
+    for who, array in (("the reference", reference), ("the candidate", candidate)):
+        if not np.isfinite(array).all():
+            return f"output {name!r} of {who} has {int((~np.isfinite(array)).sum())} values that are not finite"
+    return None
+
+
+def count_flips(candidate: Array, reference: Array, *, bound: float) -> Flips:
+    """Compare top-1 labels, with the margin certificate.
+
+    No score may be off by more than ``bound`` times the scale. Where the reference's best score leads by more than
+    twice that, the label can't change: one score would have to fall and another rise by the allowed error each.
+
+    Args:
+        candidate: (n, classes).
+        reference: (n, classes), finite.
+        bound: Allowed error of scale.
+    """
+    allowed = bound * scale(reference)
+    top = np.sort(reference, axis=1)[:, -2:]
+    firm = (top[:, 1] - top[:, 0]) > 2 * allowed
+    flipped = candidate.argmax(axis=1) != reference.argmax(axis=1)
+    return Flips(
+        certified=int((firm & ~flipped).sum()),
+        uncertain=int((~firm & ~flipped).sum()),
+        explained=int((~firm & flipped).sum()),
+        unexplained=int((firm & flipped).sum()),
+        rate_bound=None if flipped.any() else rule_of_three(len(reference)),
+    )
+
+
+def rule_of_three(n: int) -> float:
+    """95 % upper bound of a rate of which n trials showed nothing: 3 / n (Hanley and Lippman-Hand, JAMA 1983)."""
+    return min(1.0, 3.0 / n) if n else 1.0
+
+
+def has_labels(array: Array) -> bool:
+    """Whether an output holds one score per class: (n, classes) of floats, at least two classes."""
+    return array.ndim == 2 and array.shape[1] >= 2 and np.issubdtype(array.dtype, np.floating)
+
+
+def scale(reference: Array) -> float:
+    """The largest |reference|, or 1 where all of it is zero."""
+    return float(np.abs(reference.astype(np.float64)).max()) or 1.0
+
+
+def _distance(candidate: Array, reference: Array) -> Measurement:
+    difference = candidate.astype(np.float64) - reference.astype(np.float64)
+    max_abs = float(np.abs(difference).max())
+    rms = float(np.sqrt(np.mean(np.square(difference))))
+    return Measurement(max_abs / scale(reference), max_abs, rms, len(reference))

@@ -1,0 +1,94 @@
+"""Reading a written ONNX file: parse, refuse, and count its work. Independent of every runtime."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bnexport.errors import BundleError
+from bnexport.optional import one_line, require
+
+if TYPE_CHECKING:
+    from onnx import GraphProto, ModelProto, NodeProto, TensorProto
+
+_REBUILD = "Write the bundle again with bnexport fold-and-export, or copy it again from its source"
+#: Operators whose constant weight decides the work, and whose weight and bias are trained numbers.
+LINEAR = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+
+
+def read_model(source: bytes | Path) -> ModelProto:
+    """Parse an ONNX file.
+
+    Raises:
+        BundleError: Not an ONNX model, an empty one (zero bytes parse as a model without nodes), or one that keeps
+            its weights in other files.
+    """
+    onnx = require("onnx", purpose="reading the written file")
+    name = "the model" if isinstance(source, bytes) else str(source)
+    try:
+        model: ModelProto = onnx.load_model_from_string(source if isinstance(source, bytes) else source.read_bytes())
+    except Exception as error:  # protobuf's DecodeError has no stable import path
+        raise BundleError(f"{name} is not an ONNX model: {one_line(error, 160)}", remedy=_REBUILD) from error
+    if not model.graph.node or not model.graph.output:
+        raise BundleError(f"{name} is an ONNX file without a single node", remedy=_REBUILD)
+    for graph in graphs(model):
+        for tensor in graph.initializer:
+            if tensor.data_location == onnx.TensorProto.EXTERNAL:
+                raise BundleError(f"{name} keeps {tensor.name!r} in another file", remedy="Export it as one file")
+    return model
+
+
+def graphs(model: ModelProto) -> Iterator[GraphProto]:
+    """The main graph and every graph inside a node (If, Loop, Scan), functions' nodes included."""
+    yield model.graph
+    for owner in (model.graph, *model.functions):
+        yield from _inner(owner.node)
+
+
+def nodes(model: ModelProto) -> Iterator[NodeProto]:
+    """Every node of every graph and function."""
+    for graph in graphs(model):
+        yield from graph.node
+    for function in model.functions:
+        yield from function.node
+
+
+def _inner(group: Any) -> Iterator[GraphProto]:
+    for node in group:
+        for attribute in node.attribute:
+            for graph in (attribute.g, *attribute.graphs) if attribute.type in (5, 10) else ():  # GRAPH, GRAPHS
+                yield graph
+                yield from _inner(graph.node)
+
+
+def trained_tensors(model: ModelProto) -> list[TensorProto]:
+    """Weights and biases of the main graph's linear operators, each once, in order of use."""
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    used = [name for node in model.graph.node if node.op_type in LINEAR for name in node.input if name in stored]
+    return [stored[name] for name in dict.fromkeys(used)]
+
+
+def multiplications(model: ModelProto) -> int:
+    """Multiplications per sample, estimated from the weights of linear operators and their outputs' sizes.
+
+    A convolution uses each weight once per output position. Where the file does not tell the size of an output, one
+    position is counted; the number only chooses how many samples are checked.
+    """
+    onnx = require("onnx", purpose="reading the written file")
+    try:
+        inferred = onnx.shape_inference.infer_shapes(model)
+    except Exception:  # an estimate may go without
+        inferred = model
+    shapes = {
+        value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim]
+        for value in (*inferred.graph.value_info, *inferred.graph.output)
+    }
+    stored = {tensor.name: math.prod(tensor.dims) for tensor in model.graph.initializer}
+    total = 0
+    for node in model.graph.node:
+        if node.op_type in LINEAR:
+            positions = math.prod(max(dim, 1) for dim in shapes.get(node.output[0], [])[2:])
+            total += sum(stored.get(name, 0) for name in node.input[1:2]) * positions
+    return max(total, 1)

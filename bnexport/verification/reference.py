@@ -1,0 +1,110 @@
+"""The original network in float64: what everything is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from bnexport.bundle import WEIGHTS, Bundle
+from bnexport.errors import BnexportError, ModelError
+from bnexport.optional import one_line
+from bnexport.tensors import Array, Signature
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_CHUNK = 512
+
+
+class Reference:
+    """Evaluates an unfolded module in float64, in eval mode; the module given is never changed.
+
+    Args:
+        module: The original network.
+        signature: Its inputs and outputs in order.
+        description: Where it comes from, for the report.
+    """
+
+    def __init__(self, module: nn.Module, signature: Signature, *, description: str) -> None:
+        self.description = description
+        self._signature = signature
+        import torch
+
+        from bnexport.runtimes.torch_outputs import private_copy
+
+        self._module = private_copy(module, "cpu", torch.float64)
+
+    def evaluate(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Outputs in float64: input name -> (n, ...) to output name -> (n, ...).
+
+        Raises:
+            ModelError: The module can't run in float64, or gives other outputs than the signature's.
+        """
+        size = len(feeds[self._signature.inputs[0].name])
+        # A batch dimension that is fixed can't be cut; an empty batch still has to go through once.
+        step = _CHUNK if isinstance(self._signature.inputs[0].shape[0], str) else max(size, 1)
+        parts = [self._part(feeds, at, at + step) for at in range(0, max(size, 1), step)]
+        return {spec.name: np.concatenate([p[i] for p in parts]) for i, spec in enumerate(self._signature.outputs)}
+
+    def _part(self, feeds: Mapping[str, Array], start: int, stop: int) -> list[Array]:
+        import torch
+
+        from bnexport.runtimes.torch_outputs import flatten
+
+        arrays = [np.array(feeds[spec.name][start:stop]) for spec in self._signature.inputs]
+        tensors = [torch.from_numpy(array.astype(np.float64) if array.dtype.kind == "f" else array) for array in arrays]
+        try:
+            with torch.inference_mode():
+                results = [tensor.numpy() for tensor in flatten(self._module(*tensors))]
+        except Exception as error:  # the module is the user's code
+            raise _unusable(one_line(error, 200)) from error
+        if len(results) < len(self._signature.outputs):
+            raise _unusable(f"it gives {len(results)} outputs, expected {len(self._signature.outputs)}")
+        if narrow := [array.dtype.name for array in results if array.dtype.kind == "f" and array.dtype != np.float64]:
+            raise _unusable(f"it gives {narrow[0]}")
+        return results
+
+
+def find_reference(bundle: Bundle, module: nn.Module | None) -> Reference | None:
+    """The best float64 reference there is; None when only the bundle's golden vectors speak for the original.
+
+    The live module comes first, then a network that bnexport knows, rebuilt from the bundle's unfolded weights.
+
+    Raises:
+        BundleError: The weights are missing.
+        ModelError: The weights are damaged or another network's, or ``module`` can't be copied.
+    """
+    signature = bundle.manifest.signature
+    if module is not None:
+        return Reference(module, signature, description="the original module, in float64")
+    if not is_known(bundle):
+        return None
+    from bnexport.runtimes.torch_eager import original_network
+
+    source = bundle.manifest.network["source"]
+    return Reference(original_network(bundle), signature, description=f"{source} rebuilt from {WEIGHTS}, in float64")
+
+
+def is_known(bundle: Bundle) -> bool:
+    """Whether bnexport can rebuild the original network without its author's code."""
+    from bnexport.nn.loading import KNOWN
+
+    return bundle.manifest.network.get("source") in KNOWN
+
+
+def takes_empty_batch(reference: Reference, feeds: Mapping[str, Array]) -> bool:
+    """Whether the original itself gives an answer for zero samples; only then the exported files have to."""
+    try:
+        reference.evaluate({name: array[:0] for name, array in feeds.items()})
+    except BnexportError:
+        return False
+    return True
+
+
+def _unusable(why: str) -> ModelError:
+    return ModelError(
+        f"the original module can't be evaluated in float64: {why}",
+        remedy="Remove fixed float32 casts and tensors from its forward, or verify against the golden vectors alone",
+    )

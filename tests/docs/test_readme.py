@@ -1,0 +1,116 @@
+"""The README can't rot: its commands, options, tables and Python are those of the code."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+
+from bnexport.bundle import GOLDEN, MANIFEST, MODEL_ONNX, MODEL_TORCHSCRIPT, REPORT, WEIGHTS
+from bnexport.cli.main import COMMANDS, EXIT_CODES, EXIT_INTERRUPTED, cli
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+REFERENCE = ROOT / "models" / "bn_lenet" / "1"
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")]
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+def commands(text: str) -> list[list[str]]:
+    lines = [line for block in blocks(text, "console") for line in block.splitlines() if line.startswith("$ ")]
+    return [shlex.split(line[2:]) for line in lines]
+
+
+def table(heading: str) -> list[list[str]]:
+    """Rows of the first table below a heading, without its first two lines."""
+    section = README.split(f"## {heading}\n")[1].split("\n## ")[0]
+    lines = [line for line in section.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def problem(words: list[str]) -> str | None:
+    """Why a command line can't be run as written; None when it can."""
+    if words[0].startswith(("scripts/", ".ci/")):
+        return None if os.access(ROOT / words[0], os.X_OK) else f"{words[0]} is not an executable file"
+    if words[0] != "bnexport":
+        return f"{words[0]} is not a command of this project"
+    context = click.Context(cli, info_name="bnexport")
+    command = cli.get_command(context, words[1])
+    if command is None:
+        return f"bnexport has no command {words[1]}"
+    try:
+        inner = click.Context(command, info_name=words[1], parent=context)
+        command.make_parser(inner).parse_args(words[2:])
+    except click.UsageError as error:
+        return error.format_message()
+    return None
+
+
+@pytest.mark.parametrize("words", [words for file in DOCUMENTS for words in commands(file.read_text(encoding="utf-8"))])
+def test_console_lines_are_real_commands(words: list[str]) -> None:
+    assert problem(words) is None
+
+
+@pytest.mark.parametrize(
+    "line", ["bnexport tarin", "bnexport train --epoch-count 3", "bnexport verify --json", "scripts/none", "rm -r x"]
+)
+def test_console_check_finds_what_is_wrong(line: str) -> None:
+    assert problem(shlex.split(line)) is not None
+
+
+def test_every_command_is_shown() -> None:
+    assert {words[1] for words in commands(README) if words[0] == "bnexport"} == set(COMMANDS)
+
+
+def test_exit_codes_are_those_of_the_code() -> None:
+    codes = {0, *(code for _, code in EXIT_CODES), EXIT_INTERRUPTED}
+    assert {int(row[0]) for row in table("Exit codes")} == codes
+
+
+def test_bundle_files_are_those_of_the_code() -> None:
+    named = {row[0].strip("`") for row in table("What is in a bundle")}
+    assert named == {MODEL_ONNX, MODEL_TORCHSCRIPT, WEIGHTS, MANIFEST, f"{GOLDEN}/", REPORT}
+
+
+def test_code_map_names_folders() -> None:
+    named = [name.strip("` ") for row in table("Code map") for name in row[0].split(",")]
+    assert all((ROOT / name).is_dir() for name in named)
+    missing = {path.parent.name for path in (ROOT / "bnexport").glob("*/__init__.py")} - {
+        Path(name).name for name in named
+    }
+    assert missing == set()
+
+
+def test_links_lead_somewhere() -> None:
+    for file in DOCUMENTS:
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", file.read_text(encoding="utf-8")):
+            assert target.startswith("https://") or (file.parent / target).exists(), f"{file.name}: {target}"
+
+
+def test_result_blocks_can_be_filled() -> None:
+    for name in ("accuracy-table", "parity-table"):
+        assert re.search(rf"<!-- {name} -->\n.*<!-- /{name} -->", README, re.DOTALL)
+
+
+@pytest.mark.skipif(not REFERENCE.is_dir(), reason="models/bn_lenet/1 is not there yet")
+def test_python_block_runs(tmp_path: Path) -> None:
+    (source,) = blocks(README, "python")
+    environ = {
+        key: value for key, value in os.environ.items() if key != "BNEXPORT_DATA"
+    }  # real images have their own test
+    environ |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "default", "XDG_CACHE_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", source], cwd=ROOT, env=environ, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "1 folded 0" in done.stdout
+    assert "PASS" in done.stdout

@@ -1,0 +1,143 @@
+"""The scripts: short, executable, runnable from anywhere, and honest when something is missing."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+ALL = [*sorted(path for path in (ROOT / "scripts").iterdir() if path.is_file()), ROOT / ".ci" / "run"]
+SHELL = [path for path in ALL if path.suffix != ".py"]
+NAMES = {"scripts/demo", "scripts/check", "scripts/make_venv", "scripts/train_reference", ".ci/run"}
+
+
+def run(command: list[str], **kwargs: object) -> subprocess.CompletedProcess[str]:
+    options: dict[str, object] = {"capture_output": True, "text": True, "timeout": 60, "check": False} | kwargs
+    return subprocess.run(command, **options)  # type: ignore[call-overload,no-any-return]
+
+
+def executable(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    path.chmod(0o755)
+
+
+def test_the_scripts_are_there() -> None:
+    assert {path.relative_to(ROOT).as_posix() for path in SHELL} == NAMES
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda path: path.name)
+def test_scripts_are_short(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 50
+
+
+@pytest.mark.parametrize("path", SHELL, ids=lambda path: path.name)
+def test_shell_scripts_are_sound(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    lines = text.splitlines()
+    assert lines[0] == "#!/usr/bin/env bash"
+    assert lines[1].startswith("# "), "it says what it does"
+    assert "set -euo pipefail" in lines
+    assert 'cd "$(dirname "${BASH_SOURCE[0]}")/.."' in lines, "it works from any folder"
+    assert os.access(path, os.X_OK)
+    assert run(["bash", "-n", str(path)]).returncode == 0
+
+
+@pytest.mark.parametrize("path", [path for path in ALL if path.suffix == ".py"], ids=lambda path: path.name)
+def test_python_scripts_compile(path: Path) -> None:
+    compile(path.read_bytes(), str(path), "exec")
+
+
+@pytest.mark.parametrize(
+    ("body", "sentence"),
+    [
+        ("exit 1", "Python 3.11 or newer is needed"),
+        ('case "$2" in *ensurepip*) exit 1;; esac', "has no venv module"),
+    ],
+    ids=["old Python", "no venv module"],
+)
+def test_make_venv_names_what_is_missing(tmp_path: Path, body: str, sentence: str) -> None:
+    for name in ("python3", "python3.11", "python3.12", "python3.13"):
+        executable(tmp_path / "bin" / name, f"#!/bin/sh\n{body}\n")
+    environ = {"PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin", "BNEXPORT_VENV": str(tmp_path / "venv")}
+    done = run([str(ROOT / "scripts" / "make_venv"), "x"], env=environ, cwd=tmp_path)
+    assert done.returncode == 3
+    assert done.stderr.count("\n") == 1
+    assert sentence in done.stderr
+    assert not (tmp_path / "venv").exists()
+
+
+def test_make_venv_leaves_another_folder_alone(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("x")
+    done = run([str(ROOT / "scripts" / "make_venv"), "x"], env={**os.environ, "BNEXPORT_VENV": str(tmp_path)})
+    assert done.returncode == 3
+    assert "is not a virtual environment" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["precious"]
+
+
+@pytest.mark.parametrize(("beside", "given"), [(True, None), (False, None), (True, "/elsewhere")])
+def test_ci_finds_the_data_beside_the_repository(tmp_path: Path, beside: bool, given: str | None) -> None:
+    repository = tmp_path / "clone"
+    executable(repository / ".ci" / "run", (ROOT / ".ci" / "run").read_text(encoding="utf-8"))
+    executable(repository / "scripts" / "check", '#!/bin/sh\necho "check $* with ${BNEXPORT_DATA:-nothing}"\n')
+    if beside:
+        (tmp_path / "shared" / "data").mkdir(parents=True)
+    environ = {key: value for key, value in os.environ.items() if key != "BNEXPORT_DATA"}
+    environ |= {"BNEXPORT_DATA": given} if given else {}
+    done = run([str(repository / ".ci" / "run"), "-k", "x"], env=environ, cwd="/")
+    expected = given or (str(tmp_path / "shared" / "data") if beside else "nothing")
+    assert done.stdout.splitlines()[-1] == f"check -k x with {expected}"
+    assert done.returncode == 0
+
+
+#: A bnexport that writes down how it was called; training on Fashion-MNIST ends with the code in $TRAIN.
+FAKE = """#!/bin/sh
+echo "$@" >> calls
+case "$*" in *digits*) ;; train*) exit "$TRAIN" ;; esac
+"""
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    (tmp_path / "scripts").mkdir()
+    shutil.copy(ROOT / "scripts" / "demo", tmp_path / "scripts" / "demo")
+    executable(tmp_path / "scripts" / "make_venv", "#!/bin/sh\n")
+    executable(tmp_path / ".venv" / "bin" / "bnexport", FAKE)
+    executable(tmp_path / ".venv" / "bin" / "python", '#!/bin/sh\nmkdir -p "$3" && echo "$2" > "$3/a.png"\n')
+    return tmp_path
+
+
+def demo(clone: Path, code: int) -> tuple[subprocess.CompletedProcess[str], list[str]]:
+    environ = {"PATH": os.environ["PATH"], "TRAIN": str(code)}
+    done = run([str(clone / "scripts" / "demo")], env=environ, cwd="/")
+    return done, [line.split()[0] for line in (clone / "calls").read_text().splitlines()]
+
+
+def test_demo_runs_the_whole_flow_twice(clone: Path) -> None:
+    for _ in range(2):
+        (clone / "calls").unlink(missing_ok=True)
+        done, calls = demo(clone, 0)
+        assert done.returncode == 0, done.stderr
+        assert calls == ["train", "fold-and-export", "predict", "verify"]
+        assert done.stdout.rstrip().endswith("runs/demo/models/bn_lenet/1/report.html")
+        assert (clone / "runs" / "demo" / "images" / "a.png").read_text() == "fashion-mnist\n"
+    assert not (clone / "models").exists(), "the committed models are not the demo's to write"
+
+
+def test_demo_falls_back_to_digits_only_without_network(clone: Path) -> None:
+    done, calls = demo(clone, 3)
+    assert done.returncode == 0, done.stderr
+    assert calls == ["train", "train", "fold-and-export", "predict", "verify"]
+    assert "embedded digits set instead" in done.stdout
+    assert (clone / "runs" / "demo" / "images" / "a.png").read_text() == "digits\n"
+
+
+@pytest.mark.parametrize("code", [1, 2, 130])
+def test_demo_ends_with_the_code_of_a_failure(clone: Path, code: int) -> None:
+    done, calls = demo(clone, code)
+    assert done.returncode == code
+    assert calls == ["train"]

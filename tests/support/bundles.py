@@ -1,0 +1,173 @@
+"""Small bundles made without bnexport's own folding and exporting: what verification is tested against.
+
+The fold is a few lines of float64 arithmetic of this file, so that a fault in ``bnexport.folding`` can't hide here, and a
+sabotage is one changed number in it.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import safetensors.torch
+import torch
+from onnx import numpy_helper
+from torch import nn
+
+from bnexport.bundle import MODEL_ONNX, MODEL_TORCHSCRIPT, WEIGHTS, Bundle, Manifest, seal, write_golden
+from bnexport.data.datasets import load_dataset
+from bnexport.data.preprocessing import Preprocessing
+from bnexport.nn.lenet import bn_lenet
+from bnexport.tensors import Signature, TensorSpec
+
+SIGNATURE = Signature(
+    (TensorSpec("input", "float32", ("batch", 1, 28, 28)),), (TensorSpec("logits", "float32", ("batch", 10)),)
+)
+#: BatchNorm -> the layer that absorbs it.
+PAIRS = (("bn1", "conv1"), ("bn2", "conv2"), ("bn3", "fc1"), ("bn4", "fc2"))
+Affine = Callable[[nn.Module], tuple[torch.Tensor, torch.Tensor]]
+
+
+def exact_affine(bn: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale and shift of a BatchNorm in eval mode, float64."""
+    scale = bn.weight.double() / torch.sqrt(bn.running_var.double() + bn.eps)
+    return scale, bn.bias.double() - scale * bn.running_mean.double()
+
+
+def fold_by_hand(network: nn.Module, affine: Affine = exact_affine) -> dict[str, torch.Tensor]:
+    """State dict of the network without its norms, float32, folded in float64."""
+    state = {}
+    with torch.no_grad():
+        for bn_name, layer_name in PAIRS:
+            layer = network.get_submodule(layer_name)
+            scale, shift = affine(network.get_submodule(bn_name))
+            weight = layer.weight.double() * scale.reshape(-1, *[1] * (layer.weight.ndim - 1))
+            state[f"{layer_name}.weight"] = weight.float()
+            state[f"{layer_name}.bias"] = (layer.bias.double() * scale + shift).float()
+        state["fc3.weight"], state["fc3.bias"] = network.fc3.weight.clone(), network.fc3.bias.clone()
+    return {name: tensor.detach().contiguous() for name, tensor in state.items()}
+
+
+@functools.cache
+def network() -> nn.Module:
+    """A bn_lenet in eval mode with random statistics in every channel, whose last layer reads the digits set."""
+    generator = torch.Generator().manual_seed(3)
+    torch.manual_seed(3)
+    model = bn_lenet()
+    with torch.no_grad():
+        for name, _ in PAIRS:
+            bn = model.get_submodule(name)
+            bn.weight.copy_(torch.randn(bn.num_features, generator=generator) + 0.3)
+            bn.weight[0] = 0.0
+            bn.bias.copy_(torch.randn(bn.num_features, generator=generator))
+            bn.running_mean.copy_(torch.randn(bn.num_features, generator=generator) * 0.5)
+            bn.running_var.copy_(torch.exp(torch.randn(bn.num_features, generator=generator)))
+            bn.running_var[1], bn.running_var[2] = 1e-3, 50.0
+            bn.num_batches_tracked.fill_(100)
+    model.eval()
+    _read_digits(model)
+    return model
+
+
+def _read_digits(model: nn.Module) -> None:
+    """Least squares for the last layer: enough for an accuracy that depends on the preprocessing."""
+    data = load_dataset("digits")
+    images = torch.from_numpy(Preprocessing().apply(data.train_images))
+    with torch.no_grad():
+        features = nn.Sequential(*list(model.children())[:-1])(images).double()
+        wide = torch.cat([features, torch.ones(len(features), 1, dtype=torch.float64)], 1)
+        targets = nn.functional.one_hot(torch.from_numpy(data.train_labels), 10).double() * 10
+        gram = wide.T @ wide + 3.0 * torch.eye(wide.shape[1], dtype=torch.float64)
+        solution = torch.linalg.solve(gram, wide.T @ targets)
+        model.fc3.weight.copy_(solution[:-1].T)
+        model.fc3.bias.copy_(solution[-1])
+
+
+@functools.cache
+def _exported() -> bytes:
+    """The folded network as ONNX; its initializers carry the state dict's names."""
+    plain = bn_lenet("none")
+    plain.load_state_dict(fold_by_hand(network()))
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.onnx"
+        torch.onnx.export(
+            plain.eval(),
+            (torch.zeros(2, 1, 28, 28),),
+            str(file),
+            dynamo=True,
+            opset_version=18,
+            input_names=["input"],
+            output_names=["logits"],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            external_data=False,
+            verbose=False,
+        )
+        model = onnx.load(file)
+    model.ir_version = 8
+    return model.SerializeToString()
+
+
+def write_onnx(file: Path, state: Mapping[str, torch.Tensor]) -> None:
+    model = onnx.load_model_from_string(_exported())
+    for tensor in model.graph.initializer:
+        if tensor.name in state:
+            tensor.CopyFrom(numpy_helper.from_array(state[tensor.name].numpy(), tensor.name))
+    file.write_bytes(model.SerializeToString())
+
+
+def write_torchscript(file: Path, state: Mapping[str, torch.Tensor]) -> None:
+    plain = bn_lenet("none")
+    plain.load_state_dict(dict(state))
+    traced = torch.jit.trace(plain.eval(), torch.zeros(2, 1, 28, 28), check_trace=False)
+    torch.jit.save(torch.jit.freeze(traced), str(file))
+
+
+def write_bundle(folder: Path, state: Mapping[str, torch.Tensor] | None = None) -> Bundle:
+    """A sealed bundle of ``network()``.
+
+    Args:
+        folder: Created.
+        state: Folded weights for both model files; the right ones by default.
+    """
+    folder.mkdir(parents=True)
+    model = network()
+    folded = fold_by_hand(model) if state is None else state
+    write_onnx(folder / MODEL_ONNX, folded)
+    write_torchscript(folder / MODEL_TORCHSCRIPT, folded)
+    safetensors.torch.save_file(model.state_dict(), folder / WEIGHTS)
+    golden = np.random.default_rng(5).random((3, 1, 28, 28), dtype=np.float32)
+    with torch.no_grad():
+        answer = copy.deepcopy(model).double()(torch.from_numpy(golden).double()).numpy()
+    write_golden(folder, SIGNATURE, {"input": golden}, {"logits": answer})
+    return seal(folder, manifest())
+
+
+def manifest() -> Manifest:
+    return Manifest(
+        "bn_lenet",
+        1,
+        SIGNATURE,
+        {"source": "bn_lenet", "options": {}},
+        dataset="digits",
+        preprocessing=Preprocessing().to_json(),
+        labels=tuple("0123456789"),
+        onnx={"opset": 18, "ir_version": 8},
+    )
+
+
+def copy_bundle(bundle: Bundle, folder: Path) -> Path:
+    """A copy to spoil."""
+    shutil.copytree(bundle.path, folder)
+    return folder
+
+
+def reseal(folder: Path, **changes: object) -> Bundle:
+    """Seal a spoiled bundle again, so that its hashes hold and the other stages have to find the fault."""
+    return seal(folder, replace(Bundle.open(folder).manifest, **changes))

@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+
+import pytest
+from rich.console import Console
+
+from bnexport.environment import environment
+from bnexport.folding.report import FoldReport
+from bnexport.reporting.tables import make_console, print_environment, print_fold_report, print_verification
+from bnexport.verification.verdict import VerificationReport
+
+ENCODINGS = ("utf-8", "ascii", "latin-1")
+
+
+def console_with(encoding: str, width: int = 80) -> tuple[Console, io.BytesIO]:
+    raw = io.BytesIO()
+    console = make_console()
+    console.file = io.TextIOWrapper(raw, encoding=encoding, errors="strict", write_through=True)
+    console.width = width
+    return console, raw
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_fold_report_fits_80_columns_and_any_encoding(fold: FoldReport, encoding: str) -> None:
+    console, raw = console_with(encoding)
+    print_fold_report(fold, console)
+    text = raw.getvalue().decode(encoding)
+    assert max(len(line) for line in text.splitlines()) <= 80
+    assert "1 of 4 BatchNorm call sites folded, 2 batch_norm operations left in the graph" in text
+    assert "0 (conv-bn)" in text
+    assert "(root)" in text
+    assert "second consumer" in text
+    assert "3.2" in text
+    assert "\x1b[31m" not in text, "a module path must not steer the terminal"
+    assert "<script>" in text, "markup is printed as it is"
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_verdict_is_a_word_on_the_last_line(passing: VerificationReport, encoding: str) -> None:
+    console, raw = console_with(encoding)
+    print_verification(passing, console)
+    lines = raw.getvalue().decode(encoding).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[-1] == passing.summary() == "PASS: 8 rows"
+    strict = next(line for line in lines if "strict" in line and "torch-cpu" in line)
+    assert strict.replace("|", " ").split() == [
+        "PASS",
+        "strict",
+        "torch-cpu",
+        "1064",
+        "3.8e-07",
+        "1e-05",
+        "0",
+        "99.8",
+        "%",
+    ]
+    assert "not run: torch-cuda: torch sees no CUDA device" in lines
+
+
+def test_failures_are_named_with_their_reasons(failing: VerificationReport) -> None:
+    console, raw = console_with("ascii", width=200)
+    print_verification(failing, console)
+    lines = raw.getvalue().decode("ascii").splitlines()
+    assert lines[-1].startswith("FAIL: 2 of 10 rows failed")
+    assert "FAIL strict, onnxruntime-cpu, ones: 12 values are not finite" in lines
+    assert any(line.startswith("FAIL strict, torch-cpu, zeros: </td><script>") for line in lines)
+    table = [line.strip("|").split() for line in lines if line.startswith("|FAIL")]
+    assert [row[0] for row in table] == ["FAIL", "FAIL"]
+
+
+def test_an_empty_report_fails_and_prints() -> None:
+    console, raw = console_with("ascii")
+    print_verification(VerificationReport(()), console)
+    assert raw.getvalue().decode().splitlines()[-1].startswith("FAIL")
+    print_fold_report(FoldReport((), 0), console)
+    assert "0 of 0 BatchNorm call sites folded" in raw.getvalue().decode()
+
+
+def test_environment_says_versions() -> None:
+    console, raw = console_with("ascii", width=1000)
+    print_environment(environment(), console)
+    assert f"Python {sys.version.split()[0]}" in raw.getvalue().decode()
+
+
+def test_stdout_in_ascii_does_not_crash() -> None:
+    code = (
+        "from bnexport.folding.report import FoldReport, FoldRow\n"
+        "from bnexport.reporting.tables import make_console, print_fold_report\n"
+        "row = FoldRow('\\u5c42.\\u00e9', 'BatchNorm2d', 'kept', '', '', '\\u2192', 3, 1.0)\n"
+        "print_fold_report(FoldReport((row,), 1), make_console())\n"
+    )
+    environ = {"PYTHONIOENCODING": "ascii", "PATH": "/usr/bin:/bin"}
+    done = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+    assert b"?.?" in done.stdout
+    assert done.stdout.isascii()
+
+
+def test_make_console_chooses_the_stream() -> None:
+    assert make_console(stderr=True).stderr
+    assert not make_console().stderr

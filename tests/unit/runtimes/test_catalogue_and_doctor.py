@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from bnexport.errors import UsageError
+from bnexport.runtimes import doctor, small_model
+from bnexport.runtimes.catalogue import RUNNERS, runner_spec
+
+
+def test_names_are_unique_and_found() -> None:
+    names = [spec.name for spec in RUNNERS]
+    assert len(set(names)) == len(names) == 6
+    assert all(runner_spec(name).name == name for name in names)
+    assert {spec.device for spec in RUNNERS} == {"cpu", "cuda"}
+    with pytest.raises(UsageError, match="no runtime 'tensorflow'") as caught:
+        runner_spec("tensorflow")
+    assert "onnxruntime-cpu" in caught.value.remedy
+
+
+def test_availability_is_a_reason_or_none() -> None:
+    for spec in RUNNERS:
+        reason = spec.available()
+        assert reason is None if spec.device == "cpu" else reason is None or "\n" not in reason
+
+
+def test_the_small_model_is_the_same_in_numpy_and_torch() -> None:
+    import torch
+
+    images = np.random.default_rng(3).standard_normal((6, 1, 8, 8)).astype(np.float32)
+    with torch.no_grad():
+        theirs = small_model.torch_module().double()(torch.from_numpy(images).double()).numpy()
+    np.testing.assert_allclose(small_model.expected(images), theirs, rtol=1e-12)
+
+
+def test_the_doctor_runs_every_cpu_runtime() -> None:
+    diagnosis = doctor.diagnose()
+    assert [health.runtime for health in diagnosis.runtimes] == [spec.name for spec in RUNNERS]
+    for health in diagnosis.runtimes:
+        if health.runtime.endswith("-cpu"):
+            assert health.works, health
+            assert health.device == "cpu"
+            assert health.error is not None
+            assert health.error < 1e-6
+        elif not health.works:
+            assert health.reason
+            assert health.remedy
+            assert health.device == ""
+    assert diagnosis.broken() == ()
+    assert json.loads(json.dumps(diagnosis.to_json(), allow_nan=False))["environment"]["packages"]["torch"]
+    with pytest.raises(UsageError):
+        diagnosis.broken(["tensorflow"])
+
+
+@pytest.mark.parametrize("wrong", [1.001, np.nan])
+def test_the_doctor_does_not_believe_wrong_numbers(monkeypatch: pytest.MonkeyPatch, wrong: float) -> None:
+    right = small_model.expected
+    monkeypatch.setattr(doctor, "expected", lambda images: right(images) * wrong)
+    diagnosis = doctor.diagnose()
+    assert {health.runtime for health in diagnosis.broken()} == {"torch-cpu", "torchscript-cpu", "onnxruntime-cpu"}
+    assert "numbers are wrong" in diagnosis.broken()[0].reason
+    json.dumps(diagnosis.to_json(), allow_nan=False)
+
+
+@pytest.mark.needs("cuda", "ort-cuda")
+def test_the_doctor_runs_every_gpu_runtime() -> None:
+    names = [spec.name for spec in RUNNERS if spec.device == "cuda"]
+    diagnosis = doctor.diagnose()
+    assert diagnosis.broken(names) == ()
+    assert all(health.device == "cuda:0" for health in diagnosis.runtimes if health.runtime in names)

@@ -1,0 +1,410 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from dataclasses import replace
+
+import pytest
+import torch
+
+from bnexport.data import digits
+from bnexport.data.datasets import Dataset
+from bnexport.data.preprocessing import Preprocessing
+from bnexport.errors import ModelError, OutputError, RuntimeUnavailable, UsageError
+from bnexport.nn.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from bnexport.nn.lenet import NORMS, bn_lenet
+from bnexport.training.config import TrainingConfig
+from bnexport.training.directory import RunDirectory
+from bnexport.training.progress import Progress
+from bnexport.training.run import choose_device, train
+
+CONFIG = TrainingConfig(dataset="digits", epochs=3, batch_size=64, lr=0.5, device="cpu", seed=3)
+
+
+def small_dataset(name="digits", **_):
+    """330 drawings for training: five batches of 64 and one of 10."""
+    train_part, test_part = digits.draw(330, seed=1), digits.draw(100, seed=2)
+    return Dataset("digits", *train_part, *test_part, tuple("0123456789"), "a test")
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch):
+    monkeypatch.setattr("bnexport.training.run.load_dataset", small_dataset)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The run of CONFIG without an interruption."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bnexport.training.run.load_dataset", small_dataset)
+        return train(CONFIG, out=tmp_path_factory.mktemp("whole"))
+
+
+def same(one, other):
+    first, second = load_checkpoint(one), load_checkpoint(other)
+    assert set(first.state) == set(second.state)
+    return all(torch.equal(value, second.state[name]) for name, value in first.state.items())
+
+
+class Stopped(Exception):
+    pass
+
+
+class StopAt(Progress):
+    """Leaves the run in the middle of an epoch."""
+
+    def __init__(self, epoch, batch=3):
+        self.epoch, self.batch, self.now = epoch, batch, 0
+
+    def on_start(self, config, device, origin, first_epoch):
+        self.now = first_epoch
+
+    def on_batch(self, done, total):
+        assert total == 6
+        if (self.now, done) == (self.epoch, self.batch):
+            raise Stopped
+
+    def on_epoch(self, metrics):
+        self.now += 1
+
+
+# --- what a run writes
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_run_directory(tmp_path, norm):
+    out = tmp_path / "runs" / "a"
+    config = replace(CONFIG, norm=norm, epochs=2)
+    result = train(config, out=out)
+    names = {"checkpoint.safetensors", "config.json", "metrics.jsonl", "model.safetensors"}
+    assert {path.name for path in out.iterdir()} == names
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1, 2]
+    assert set(rows[0]) == {"epoch", "train_loss", "train_accuracy", "test_accuracy", "examples_per_s"}
+    assert rows == list(result.history)
+    assert TrainingConfig.from_json(json.loads((out / "config.json").read_text())) == config
+    metadata = load_checkpoint(result.model).metadata
+    assert metadata["network"] == {
+        "source": "bn_lenet",
+        "options": {"norm": norm, "in_channels": 1, "num_classes": 10},
+    }
+    assert metadata["dataset"] == "digits"
+    assert metadata["labels"] == list("0123456789")
+    assert Preprocessing.from_json(metadata["preprocessing"]) == Preprocessing()
+    training = metadata["training"]
+    assert (training["epoch"], training["epochs"], training["history"]) == (2, 2, rows)
+    assert metadata["recalibrated"] is (norm != "none")
+    assert load_checkpoint(result.checkpoint).metadata["recalibrated"] is False
+    if norm == "none":
+        assert result.gamma is result.beta is result.recalibrated_accuracy is None
+    else:
+        assert len(result.gamma) == len(result.beta) == 6
+        assert training["test_accuracy"] == {
+            "moving": result.test_accuracy,
+            "recalibrated": result.recalibrated_accuracy,
+        }
+
+
+def accuracy_of(file):
+    checkpoint = load_checkpoint(file)
+    network = bn_lenet(**checkpoint.metadata["network"]["options"]).eval()
+    network.load_state_dict(checkpoint.state)
+    dataset = small_dataset()
+    with torch.no_grad():
+        logits = network(torch.from_numpy(Preprocessing().apply(dataset.test_images)))
+    return (logits.argmax(1).numpy() == dataset.test_labels).mean()
+
+
+def test_the_accuracies_are_those_of_the_files(tmp_path):
+    result = train(CONFIG, out=tmp_path / "a")
+    assert accuracy_of(result.checkpoint) == pytest.approx(result.test_accuracy)
+    assert accuracy_of(result.model) == pytest.approx(result.recalibrated_accuracy)
+    statistics = [load_checkpoint(file).state for file in (result.checkpoint, result.model)]
+    assert not torch.equal(statistics[0]["bn1.running_var"], statistics[1]["bn1.running_var"])
+    assert torch.equal(statistics[0]["fc1.weight"], statistics[1]["fc1.weight"])
+    assert result.gamma == tuple(statistics[1]["bn1.weight"].tolist())
+
+
+def test_without_recalibration_the_model_has_the_moving_statistics(tmp_path):
+    result = train(replace(CONFIG, epochs=1, recalibrate=False), out=tmp_path / "a")
+    assert result.recalibrated_accuracy is None
+    assert load_checkpoint(result.model).metadata["recalibrated"] is False
+    assert same(result.checkpoint, result.model)
+
+
+def test_the_network_learns_the_embedded_digits(tmp_path, monkeypatch):
+    monkeypatch.undo()
+    result = train(TrainingConfig(dataset="digits", epochs=3, batch_size=128, device="cpu"), out=tmp_path / "a")
+    assert result.recalibrated_accuracy > 0.9
+
+
+def test_a_seed_gives_one_result_and_leaves_the_callers_random_state(tmp_path):
+    torch.manual_seed(42)
+    before = torch.get_rng_state()
+    train(replace(CONFIG, epochs=1), out=tmp_path / "a")
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(3)
+    train(replace(CONFIG, epochs=1), out=tmp_path / "b")
+    train(replace(CONFIG, epochs=1, seed=4), out=tmp_path / "c")
+    assert same(tmp_path / "a" / "model.safetensors", tmp_path / "b" / "model.safetensors")
+    assert not same(tmp_path / "a" / "model.safetensors", tmp_path / "c" / "model.safetensors")
+
+
+# --- interruptions
+
+
+@pytest.mark.parametrize("epoch", [1, 2, 3])
+def test_a_resumed_run_ends_with_the_same_weights(tmp_path, whole, epoch):
+    with pytest.raises(Stopped):
+        train(CONFIG, out=tmp_path / "a", progress=StopAt(epoch))
+    resumed = train(CONFIG, out=tmp_path / "a", resume=True)
+    assert same(resumed.model, whole.model)
+    assert same(resumed.checkpoint, whole.checkpoint)
+    for one, other in zip(resumed.history, whole.history, strict=True):
+        assert {**one, "examples_per_s": 0} == {**other, "examples_per_s": 0}
+
+
+@pytest.mark.parametrize("norm", ["scratch", "none"])
+def test_a_resumed_run_of_the_other_norms(tmp_path, norm):
+    config = replace(CONFIG, norm=norm, epochs=2)
+    with pytest.raises(Stopped):
+        train(config, out=tmp_path / "a", progress=StopAt(2))
+    assert same(train(config, out=tmp_path / "a", resume=True).model, train(config, out=tmp_path / "b").model)
+
+
+def test_more_epochs_go_on_from_the_end(tmp_path, whole):
+    train(replace(CONFIG, epochs=2), out=tmp_path / "a")
+    grown = train(CONFIG, out=tmp_path / "a", resume=True)
+    assert same(grown.model, whole.model)
+    assert json.loads((tmp_path / "a" / "config.json").read_text())["epochs"] == 3
+
+
+def test_resuming_a_complete_run_writes_the_model_again(tmp_path):
+    first = train(CONFIG, out=tmp_path / "a")
+    content = first.model.read_bytes()
+    first.model.unlink()
+    (tmp_path / "a" / "metrics.jsonl").unlink()
+    (tmp_path / "a" / ".checkpoint.safetensors.abc.part").write_bytes(b"half")
+    again = train(CONFIG, out=tmp_path / "a", resume=True, progress=StopAt(4, 1))
+    assert again.model.read_bytes() == content
+    assert len((tmp_path / "a" / "metrics.jsonl").read_text().splitlines()) == 3
+    assert not list((tmp_path / "a").glob(".*"))
+
+
+CHILD = """
+import os, signal, sys
+from pathlib import Path
+import test_run
+from bnexport.training import run
+run.load_dataset = test_run.small_dataset
+
+class Kill(test_run.StopAt):
+    def on_batch(self, done, total):
+        if (self.now, done) == (self.epoch, self.batch):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+def kill_in_write(count):
+    replace, left = Path.replace, [count]
+    def dying(self, target):
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return replace(self, target)
+    Path.replace = dying
+
+if sys.argv[2] == "batch":
+    progress = Kill(2)
+else:
+    progress = None
+    kill_in_write(int(sys.argv[3]))
+run.train(test_run.CONFIG, out=sys.argv[1], progress=progress)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
+@pytest.mark.parametrize(
+    ("moment", "epochs"),
+    [
+        (("batch",), 1),
+        (("write", "1"), 0),  # config.json
+        (("write", "4"), 1),  # the second checkpoint
+    ],
+)
+def test_a_killed_run_is_readable_and_resumes_to_the_same_weights(tmp_path, whole, moment, epochs):
+    out = tmp_path / "a"
+    folder = os.path.dirname(os.path.abspath(__file__))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([folder, os.environ.get("PYTHONPATH", "")])}
+    child = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(CHILD), str(out), *moment], env=environment, capture_output=True
+    )
+    assert child.returncode == -signal.SIGKILL, child.stderr.decode()
+    if epochs:
+        checkpoint = load_checkpoint(out / "checkpoint.safetensors")
+        assert checkpoint.metadata["training"]["epoch"] == epochs
+        rows = (out / "metrics.jsonl").read_text().splitlines()
+        assert all(json.loads(row) for row in rows)
+    else:
+        assert not (out / "checkpoint.safetensors").exists()
+    resumed = train(CONFIG, out=out, resume=True)
+    assert same(resumed.model, whole.model)
+    assert not list(out.glob(".*"))
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+    out = tmp_path / "a"
+    train(replace(CONFIG, epochs=1), out=out)
+    before = (out / "checkpoint.safetensors").read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("bnexport.files.os.fsync", full)
+    with pytest.raises(OutputError, match="No space left"):
+        train(CONFIG, out=out, resume=True)
+    assert (out / "checkpoint.safetensors").read_bytes() == before
+
+
+# --- refusals
+
+
+def test_an_existing_run_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
+    out = tmp_path / "a"
+    train(replace(CONFIG, epochs=1), out=out)
+    content = (out / "model.safetensors").read_bytes()
+    (out / "notes.txt").write_text("mine")
+
+    def never(*_, **__):
+        raise AssertionError("loaded")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("bnexport.training.run.load_dataset", never)
+        with pytest.raises(OutputError, match="holds a run already") as caught:
+            train(CONFIG, out=out)
+    assert "--resume" in caught.value.remedy
+    assert (out / "model.safetensors").read_bytes() == content
+    train(replace(CONFIG, epochs=1, seed=9), out=out, force=True)
+    assert (out / "model.safetensors").read_bytes() != content
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+def test_force_keeps_the_old_run_until_the_data_are_there(tmp_path, monkeypatch):
+    out = tmp_path / "a"
+    train(replace(CONFIG, epochs=1), out=out)
+
+    def broken(*_, **__):
+        raise ModelError("no data", remedy="none")
+
+    monkeypatch.setattr("bnexport.training.run.load_dataset", broken)
+    with pytest.raises(ModelError, match="no data"):
+        train(CONFIG, out=out, force=True)
+    assert load_checkpoint(out / "model.safetensors").metadata["training"]["epoch"] == 1
+
+
+def test_an_empty_folder_is_filled(tmp_path):
+    train(replace(CONFIG, epochs=1), out=tmp_path)
+    assert (tmp_path / "model.safetensors").exists()
+
+
+def foreign_folder(out):
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+
+
+def plain_file(out):
+    out.write_text("mine")
+
+
+@pytest.mark.parametrize("make", [foreign_folder, plain_file])
+@pytest.mark.parametrize("resume", [True, False])
+def test_what_is_not_a_run_is_left_alone(tmp_path, make, resume):
+    make(tmp_path / "a")
+    with pytest.raises(OutputError):
+        train(CONFIG, out=tmp_path / "a", resume=resume)
+    assert len(list(tmp_path.rglob("*"))) == (2 if make is foreign_folder else 1)
+
+
+def test_other_options_are_named(tmp_path):
+    out = tmp_path / "a"
+    train(replace(CONFIG, epochs=2), out=out)
+    with pytest.raises(UsageError, match=r"lr 0\.5.*lr 0\.25"):
+        train(replace(CONFIG, lr=0.25), out=out, resume=True)
+    with pytest.raises(UsageError, match="epochs 2"):
+        train(replace(CONFIG, epochs=1), out=out, resume=True)
+    with pytest.raises(UsageError, match="contradict"):
+        train(CONFIG, out=out, resume=True, force=True)
+
+
+def test_options_of_a_run_killed_before_its_first_epoch(tmp_path):
+    with pytest.raises(Stopped):
+        train(CONFIG, out=tmp_path / "a", progress=StopAt(1))
+    with pytest.raises(UsageError, match="seed 3"):
+        train(replace(CONFIG, seed=4), out=tmp_path / "a", resume=True)
+
+
+def test_the_options_of_the_run_that_is_here(tmp_path):
+    assert RunDirectory(tmp_path / "none").config_to_resume({"lr": 0.1}) == TrainingConfig(lr=0.1)
+    train(replace(CONFIG, epochs=1), out=tmp_path / "a")
+    assert RunDirectory(tmp_path / "a").config_to_resume({"epochs": 7}) == replace(CONFIG, epochs=7)
+
+
+def metadata_without_history(checkpoint):
+    training = {**checkpoint.metadata["training"], "history": []}
+    return Checkpoint(checkpoint.state, {**checkpoint.metadata, "training": training})
+
+
+def metadata_without_training(checkpoint):
+    return Checkpoint(checkpoint.state, {"network": checkpoint.metadata["network"]})
+
+
+def other_weights(checkpoint):
+    return Checkpoint({"x": torch.zeros(1)}, checkpoint.metadata)
+
+
+@pytest.mark.parametrize("damage", [metadata_without_history, metadata_without_training, other_weights])
+def test_a_damaged_checkpoint(tmp_path, damage):
+    out = tmp_path / "a"
+    result = train(replace(CONFIG, epochs=1), out=out)
+    save_checkpoint(result.checkpoint, damage(load_checkpoint(result.checkpoint)))
+    with pytest.raises(ModelError, match=r"checkpoint\.safetensors") as caught:
+        train(CONFIG, out=out, resume=True)
+    assert "\n" not in str(caught.value)
+    result.checkpoint.write_bytes(b"half a file")
+    with pytest.raises(ModelError, match="not a whole safetensors file"):
+        train(CONFIG, out=out, resume=True)
+
+
+def test_a_diverged_run_keeps_its_last_whole_epoch(tmp_path):
+    out = tmp_path / "a"
+    config = replace(CONFIG, norm="none", lr=1e38)
+    with pytest.raises(UsageError, match="diverged"):
+        train(config, out=out)
+    assert not (out / "checkpoint.safetensors").exists()
+    assert not (out / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("batch_size", [1, 47, 329])
+def test_a_last_batch_of_one_image_is_refused_at_once(tmp_path, batch_size):
+    with pytest.raises(UsageError, match="a batch of one of the 330 images"):
+        train(replace(CONFIG, batch_size=batch_size), out=tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+    train(replace(CONFIG, batch_size=329, norm="none", epochs=1), out=tmp_path / "b")
+
+
+def test_cuda_without_a_gpu(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device("auto").type == "cpu"
+    with pytest.raises(RuntimeUnavailable, match="no CUDA device"):
+        train(replace(CONFIG, device="cuda"), out=tmp_path / "a")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert choose_device("auto").type == choose_device("cuda").type == "cuda"
+    assert choose_device("cpu").type == "cpu"
+
+
+@pytest.mark.needs("cuda")
+def test_training_on_a_gpu(tmp_path):
+    result = train(replace(CONFIG, device="cuda"), out=tmp_path / "a")
+    assert result.device == "cuda"
+    assert accuracy_of(result.model) == pytest.approx(result.recalibrated_accuracy, abs=0.02)
+    assert train(replace(CONFIG, device="cuda", epochs=4), out=tmp_path / "a", resume=True).history[3]["epoch"] == 4

@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
+from support.bundles import network
+
+from bnexport.bundle import MODEL_ONNX, Bundle
+from bnexport.errors import BundleError, ProofError
+from bnexport.verification import proof
+from bnexport.verification.onnx_file import multiplications, read_model, trained_tensors
+from bnexport.verification.proof import Float64Evaluator, average_pool, prove_file, widen
+
+X = np.random.default_rng(0).random((5, 1, 28, 28), dtype=np.float32)
+
+
+def answer(x: np.ndarray) -> np.ndarray:
+    import copy
+
+    with torch.no_grad():
+        return copy.deepcopy(network()).double()(torch.from_numpy(x).double()).numpy()
+
+
+def model_of(
+    nodes: list[onnx.NodeProto], *, initializers: dict[str, np.ndarray] | None = None, opset: int = 18, rank: int = 2
+) -> bytes:
+    shape = ["batch", 3, 6, 6][:rank] if rank > 2 else ["batch", 3]
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(array, name) for name, array in (initializers or {}).items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8).SerializeToString()
+
+
+def test_the_written_file_is_the_original_but_for_one_rounding(bundle: Bundle) -> None:
+    error = prove_file(bundle.file(MODEL_ONNX), {"input": X}, {"logits": answer(X)})
+    assert 1e-9 < error < 2e-7
+    assert prove_file(bundle.file(MODEL_ONNX).read_bytes(), {"input": X}, {"logits": answer(X)}) == error
+
+
+def test_one_changed_weight_is_seen(bundle: Bundle) -> None:
+    model = onnx.load(bundle.file(MODEL_ONNX))
+    tensor = next(item for item in model.graph.initializer if item.name == "fc1.bias")
+    array = numpy_helper.to_array(tensor).copy()
+    array[7] += 0.01
+    tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
+    assert prove_file(model.SerializeToString(), {"input": X}, {"logits": answer(X)}) > 1e-6
+
+
+def test_chunks_do_not_change_the_answer(bundle: Bundle) -> None:
+    whole = Float64Evaluator(bundle.file(MODEL_ONNX), chunk=100).evaluate({"input": X})["logits"]
+    assert whole.dtype == np.float64
+    np.testing.assert_allclose(
+        Float64Evaluator(bundle.file(MODEL_ONNX), chunk=2).evaluate({"input": X})["logits"], whole, rtol=1e-13
+    )
+
+
+def test_onnxs_own_average_pool_agrees(bundle: Bundle) -> None:
+    mine = Float64Evaluator(bundle.file(MODEL_ONNX)).evaluate({"input": X})["logits"]
+    theirs = ReferenceEvaluator(widen(read_model(bundle.file(MODEL_ONNX)))).run(None, {"input": X.astype(np.float64)})[0]
+    np.testing.assert_allclose(mine, theirs, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "fast"),
+    [
+        ({"strides": [2, 2]}, True),
+        ({"strides": [1, 2], "pads": [0, 0, 0, 0], "auto_pad": "VALID"}, True),
+        ({}, True),
+        ({"pads": [1, 1, 1, 1], "strides": [2, 2]}, False),
+        ({"pads": [1, 0, 0, 1], "strides": [2, 2], "count_include_pad": 1}, False),
+        ({"ceil_mode": 1, "strides": [2, 2]}, False),
+        ({"dilations": [2, 2]}, False),
+    ],
+)
+def test_average_pooling_is_fast_only_where_it_is_plain(attributes: dict[str, object], fast: bool) -> None:
+    node = helper.make_node("AveragePool", ["x"], ["y"], kernel_shape=[2, 3], **attributes)
+    source = model_of([node], opset=19, rank=4)
+    assert (proof._fast_operators(read_model(source)) is not None) == fast
+    x = np.random.default_rng(1).standard_normal((2, 3, 6, 6))
+    expected = ReferenceEvaluator(widen(read_model(source))).run(None, {"x": x})[0]
+    np.testing.assert_allclose(Float64Evaluator(source).evaluate({"x": x})["y"], expected, rtol=1e-13)
+
+
+def test_average_pool_in_one_dimension() -> None:
+    assert average_pool(np.arange(6.0).reshape(1, 1, 6), (2,), (3,)).tolist() == [[[0.5, 3.5]]]
+
+
+def test_every_kind_of_float_in_the_file_is_widened() -> None:
+    third = np.float32(1 / 3)
+    nodes = [
+        helper.make_node("Cast", ["x"], ["a"], to=TensorProto.FLOAT),
+        helper.make_node("Constant", [], ["b"], value_float=float(third)),
+        helper.make_node("Constant", [], ["c"], value_floats=[float(third)] * 3),
+        helper.make_node("Constant", [], ["d"], value=numpy_helper.from_array(np.array([1, 2, 3], np.float32))),
+        helper.make_node("Constant", [], ["size"], value=numpy_helper.from_array(np.array([1, 3], np.int64))),
+        helper.make_node("ConstantOfShape", ["size"], ["e"], value=numpy_helper.from_array(np.array([0.1], np.float32))),
+        helper.make_node("Sum", ["a", "b", "c", "d", "e", "half"], ["f"]),
+        helper.make_node("Mul", ["f", "third"], ["y"]),
+    ]
+    source = model_of(nodes, initializers={"half": np.array([0.1], np.float16), "third": np.array([third], np.float32)})
+    x = np.random.default_rng(2).standard_normal((4, 3)).astype(np.float32)
+    wide = [np.float64(value) for value in (third, np.float32(0.1), np.float16(0.1))]
+    expected = (x.astype(np.float64) + 2 * wide[0] + np.array([1, 2, 3]) + wide[1] + wide[2]) * wide[0]
+    result = Float64Evaluator(source).evaluate({"x": x})["y"]
+    assert result.dtype == np.float64
+    np.testing.assert_allclose(result, expected, rtol=1e-15, atol=1e-15)
+
+
+def test_floats_inside_subgraphs_are_widened() -> None:
+    branches = {}
+    for name, value in (("then_branch", 0.1), ("else_branch", 0.2)):
+        constant = helper.make_node("Constant", [], [name], value=numpy_helper.from_array(np.array([value], np.float32)))
+        output = helper.make_tensor_value_info(name, TensorProto.FLOAT, [1])
+        branches[name] = helper.make_graph([constant], name, [], [output])
+    nodes = [helper.make_node("If", ["yes"], ["a"], **branches), helper.make_node("Add", ["x", "a"], ["y"])]
+    source = model_of(nodes, initializers={"yes": np.array(True)})
+    result = Float64Evaluator(source).evaluate({"x": np.zeros((2, 3), np.float32)})["y"]
+    assert result.dtype == np.float64
+    assert result[0, 0] == np.float64(np.float32(0.1))
+
+
+def test_an_evaluation_that_leaves_float64_proves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = model_of([helper.make_node("Cast", ["x"], ["a"], to=1), helper.make_node("Identity", ["a"], ["y"])])
+    monkeypatch.setattr(proof, "_TYPE_ATTRIBUTES", ())  # as an operator would that rounds by itself
+    with pytest.raises(ProofError, match="left float64 at 'a'"):
+        Float64Evaluator(source).evaluate({"x": np.ones((2, 3), np.float32)})
+
+
+def test_outputs_that_cannot_be_compared_prove_nothing(bundle: Bundle) -> None:
+    with pytest.raises(ProofError, match="not finite"):
+        prove_file(bundle.file(MODEL_ONNX), {"input": X}, {"logits": answer(X) * np.nan})
+    with pytest.raises(ProofError, match="'other' is missing"):
+        prove_file(bundle.file(MODEL_ONNX), {"input": X}, {"other": answer(X)})
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(b"", "without a single node"), (b"x" * 64, "without a single node|not an ONNX model"), ("half", "not an ONNX model")],
+)
+def test_a_file_that_is_no_model_is_refused(bundle: Bundle, content: bytes | str, words: str) -> None:
+    whole = bundle.file(MODEL_ONNX).read_bytes()
+    with pytest.raises(BundleError, match=words):
+        Float64Evaluator(whole[: len(whole) // 2] if isinstance(content, str) else content)
+
+
+def test_a_missing_file_and_a_file_with_weights_elsewhere_are_refused(bundle: Bundle, tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match="not an ONNX model"):
+        read_model(tmp_path / "none.onnx")
+    model = onnx.load(bundle.file(MODEL_ONNX))
+    onnx.save(model, tmp_path / "m.onnx", save_as_external_data=True, location="m.data", size_threshold=16)
+    with pytest.raises(BundleError, match="in another file"):
+        read_model(tmp_path / "m.onnx")
+
+
+def test_an_operator_that_nobody_knows_is_one_sentence() -> None:
+    source = model_of([helper.make_node("Teleport", ["x"], ["y"])])
+    with pytest.raises(BundleError, match="can't be evaluated in float64") as caught:
+        Float64Evaluator(source).evaluate({"x": np.ones((2, 3), np.float32)})
+    assert "\n" not in caught.value.message
+
+
+def test_the_work_of_a_lenet_is_counted(bundle: Bundle) -> None:
+    model = read_model(bundle.file(MODEL_ONNX))
+    assert multiplications(model) == 6 * 25 * 24 * 24 + 16 * 6 * 25 * 8 * 8 + 256 * 120 + 120 * 84 + 84 * 10
+    assert {tensor.name for tensor in trained_tensors(model)} >= {"conv1.weight", "conv1.bias", "fc3.bias"}
+    assert len(trained_tensors(model)) == 10

@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from bnexport.verification.stages import compare, judge
+from bnexport.verification.metrics import Measurement
+from bnexport.verification.tolerances import TOLERANCES
+from bnexport.verification.verdict import REQUIRED_STAGES, Flips, Row, VerificationReport
+
+GOOD = tuple(Row(stage, "a", "b", passed=True, n=3, error=1e-8, bound=1e-6) for stage in REQUIRED_STAGES)
+
+
+def test_a_complete_report_without_failure_passes() -> None:
+    report = VerificationReport(GOOD)
+    assert report.passed
+    assert report.summary() == "PASS: 4 rows"
+
+
+def test_an_empty_report_is_no_proof() -> None:
+    assert not VerificationReport(()).passed
+    assert VerificationReport(()).missing_stages == REQUIRED_STAGES
+
+
+@pytest.mark.parametrize("stage", REQUIRED_STAGES)
+def test_a_required_stage_that_is_absent_fails(stage: str) -> None:
+    report = VerificationReport(tuple(row for row in GOOD if row.stage != stage), skipped={"x": "not here"})
+    assert not report.passed
+    assert stage in report.summary()
+
+
+@pytest.mark.parametrize("index", range(len(GOOD)))
+def test_one_failed_row_fails_it_all(index: int) -> None:
+    rows = list(GOOD)
+    rows[index] = replace(rows[index], passed=False, reason="because")
+    report = VerificationReport(tuple(rows))
+    assert not report.passed
+    assert report.failures == (rows[index],)
+    assert "because" in report.summary()
+
+
+def test_json_there_and_back() -> None:
+    flips = Flips(9, 1, 0, 0, 0.3)
+    report = VerificationReport(
+        (*GOOD, Row("strict", "a", "c", passed=False, reason="r", flips=flips)),
+        skipped={"x": "y"},
+        runtimes={"a": {"engine": "e", "nodes": {"p": 3}}},
+        reference="ref",
+        inputs="in",
+        accuracy={"dataset": "digits", "n": 5, "correct": 4},
+        seed=7,
+        environment={"python": "3"},
+    )
+    value = json.loads(json.dumps(report.to_json(), allow_nan=False))
+    assert value["passed"] is False
+    assert VerificationReport.from_json(value) == report
+    value["passed"] = True  # the verdict is computed, never believed
+    assert not VerificationReport.from_json(value).passed
+
+
+def test_the_worst_row_of_a_stage() -> None:
+    rows = (Row("strict", "a", "b", True, error=0.1), Row("strict", "a", "c", True, error=0.3), Row("strict", "a", "d", False))
+    report = VerificationReport(rows)
+    assert report.worst("strict") == rows[1]
+    assert report.worst("golden") is None
+
+
+@pytest.mark.parametrize(
+    ("found", "words"),
+    [
+        (Measurement(problem="output 'y' is missing"), "output 'y' is missing"),
+        (Measurement(error=2e-5, n=1), "above 1e-05"),
+        (Measurement(error=float("nan"), n=1), "above 1e-05"),
+        (Measurement(error=float("inf"), n=1), "above 1e-05"),
+        (Measurement(error=0.0, n=1, flips=Flips(0, 0, 0, 1, None)), "1 labels flipped"),
+    ],
+)
+def test_judging(found: Measurement, words: str) -> None:
+    passed, reason = judge("strict", found, bound=1e-5)
+    assert not passed
+    assert words in reason
+    assert judge("strict", Measurement(error=1e-5, n=1, flips=Flips(1, 1, 1, 0, None)), bound=1e-5) == (True, "")
+
+
+def test_a_row_carries_no_numbers_of_what_was_not_measured() -> None:
+    row = compare("strict", "a", "b", {}, {"y": __import__("numpy").ones((2, 2))})
+    assert (row.passed, row.error, row.flips) == (False, None, None)
+    json.dumps(row.to_json(), allow_nan=False)
+
+
+def test_every_tolerance_has_its_reason_and_stays_below_the_smallest_fault() -> None:
+    smallest_fault = 6.8e-5  # eps dropped, on a trained BN-LeNet
+    for stage, tolerance in TOLERANCES.items():
+        assert tolerance.bound < smallest_fault / 5, stage
+        assert len(tolerance.reason) > 20

@@ -1,0 +1,242 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support.bundles import copy_bundle, network, reseal
+from torch import nn
+
+from bnexport.bundle import GOLDEN, Bundle
+from bnexport.errors import BundleError, DataError, ModelError, RuntimeUnavailable, UsageError
+from bnexport.runtimes.catalogue import RUNNERS, RunnerSpec
+from bnexport.runtimes.torch_eager import TorchEagerRunner
+from bnexport.verification import verify as module_under_test
+from bnexport.verification.reference import Reference
+from bnexport.verification.verdict import VerificationReport
+from bnexport.verification.verify import verify
+
+CPU = [spec.name for spec in RUNNERS if spec.device == "cpu"]
+FAST = ["onnxruntime-cpu"]
+
+
+@pytest.fixture(scope="module")
+def report(bundle: Bundle) -> VerificationReport:
+    return verify(bundle.path)
+
+
+def test_the_right_bundle_passes_on_every_cpu_runtime(report: VerificationReport) -> None:
+    assert report.passed, report.failures
+    assert set(report.runtimes) >= set(CPU)
+    for name in CPU:
+        assert {row.stage for row in report.rows if row.subject == name} == {"golden", "strict", "batch-size", "repeat"}
+        assert {row.device for row in report.rows if row.subject == name} == {"cpu"}
+        cases = [row.case for row in report.rows if row.subject == name and row.stage == "strict"]
+        assert cases == ["images", "noise", "zeros", "ones", "one-hot"]
+        sizes = [row.case.split(" ")[1] for row in report.rows if row.subject == name and row.stage == "batch-size"]
+        assert sizes == ["1", "2", "7", "64", "0"]
+
+
+def test_the_report_says_what_it_covers(report: VerificationReport) -> None:
+    assert "weights.safetensors" in report.reference
+    assert report.inputs == "1000 test images of digits"
+    assert report.accuracy["n"] == 1000
+    assert 250 < report.accuracy["correct"] < 1000
+    assert report.environment["packages"]["onnx"]
+    assert set(report.skipped) == {spec.name for spec in RUNNERS} - set(report.runtimes)
+    assert VerificationReport.from_json(json.loads(json.dumps(report.to_json(), allow_nan=False))) == report
+
+
+def test_errors_are_measured_against_float64(report: VerificationReport) -> None:
+    proof, strict, golden = (report.worst(stage) for stage in ("file-proof", "strict", "golden"))
+    assert proof is not None
+    assert strict is not None
+    assert golden is not None
+    assert 1e-9 < (proof.error or 0) < 2e-7
+    assert 1e-8 < (strict.error or 0) < 1e-5
+    images = next(row for row in report.rows if row.stage == "strict" and row.case == "images")
+    assert images.flips is not None
+    assert images.flips.certified > 900
+    assert images.flips.unexplained == 0
+
+
+def test_model_pt_holds_the_weights_of_model_onnx(report: VerificationReport) -> None:
+    row = next(row for row in report.rows if row.stage == "weights")
+    assert row.passed
+    assert row.n == 10
+
+
+def test_a_changed_file_is_named_and_not_opened(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = copy_bundle(bundle, tmp_path / "1")
+    content = bytearray((folder / "model.onnx").read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / "model.onnx").write_bytes(content)
+
+    def never(*_args: object, **_options: object) -> None:
+        raise AssertionError("the changed file was opened")
+
+    monkeypatch.setattr("bnexport.runtimes.onnxruntime.OnnxRuntimeRunner", never)
+    monkeypatch.setattr("bnexport.verification.stages.Float64Evaluator", never)
+    found = verify(folder, runtimes=[*FAST, "torchscript-cpu"])
+    assert not found.passed
+    assert [row.subject for row in found.failures if row.stage == "integrity"] == ["model.onnx"]
+    reasons = {(row.stage, row.subject): row.reason for row in found.failures}
+    assert "was changed" in reasons["strict", "onnxruntime-cpu"]
+    assert "not opened" in reasons["file-proof", "model.onnx"]
+    assert all(row.passed for row in found.rows if row.subject == "torchscript-cpu")
+
+
+def test_a_stranger_and_a_missing_file_fail(bundle: Bundle, tmp_path: Path) -> None:
+    folder = copy_bundle(bundle, tmp_path / "1")
+    (folder / "an extra.txt").write_text("hello")
+    (folder / "weights.safetensors").unlink()
+    found = verify(folder, runtimes=FAST)
+    failed = {row.subject for row in found.failures if row.stage == "integrity"}
+    assert failed == {"an extra.txt", "weights.safetensors"}
+    assert any("no reference could be built" in row.reason for row in found.failures)
+
+
+def test_damaged_golden_vectors_fail(bundle: Bundle, tmp_path: Path) -> None:
+    folder = copy_bundle(bundle, tmp_path / "1")
+    (folder / GOLDEN / "input_0.pb").write_bytes(b"")
+    assert any(row.stage == "golden" and "not opened" in row.reason for row in verify(folder, runtimes=FAST).failures)
+    found = verify(reseal(folder), runtimes=FAST)
+    assert not found.passed
+
+
+def test_what_is_not_a_bundle_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(BundleError):
+        verify(tmp_path / "nothing")
+
+
+def test_runtimes_by_name(bundle: Bundle) -> None:
+    with pytest.raises(UsageError, match="no runtime 'tensorrt'"):
+        verify(bundle, runtimes=["tensorrt"])
+    found = verify(bundle, runtimes=FAST)
+    assert list(found.runtimes) == FAST
+    assert found.skipped == {}
+    for spec in RUNNERS:
+        if spec.device == "cuda" and spec.available() is not None:
+            with pytest.raises(RuntimeUnavailable, match=f"{spec.name} can't run here"):
+                verify(bundle, runtimes=[spec.name])
+
+
+def test_nothing_run_is_no_pass(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unavailable(*_args: object) -> None:
+        raise RuntimeUnavailable("x can't run here: no y", remedy="z")
+
+    broken = tuple(replace(spec, opener=unavailable) for spec in RUNNERS)
+    monkeypatch.setattr(module_under_test, "RUNNERS", broken)
+    found = verify(bundle)
+    assert not found.passed
+    assert found.missing_stages == ("strict",)
+    assert len(found.skipped) == len(RUNNERS)
+
+
+def test_a_bundle_written_without_a_format(bundle: Bundle, tmp_path: Path) -> None:
+    folder = copy_bundle(bundle, tmp_path / "1")
+    (folder / "model.pt").unlink()
+    without = reseal(folder)
+    found = verify(without)
+    assert found.passed, found.failures
+    assert found.skipped["torchscript-cpu"] == "the bundle was written without model.pt"
+    assert not verify(without, runtimes=["torchscript-cpu"]).passed
+
+
+def test_the_live_module_is_the_first_reference(bundle: Bundle) -> None:
+    module = network()
+    found = verify(bundle, runtimes=["torch-cpu", *FAST], module=module)
+    assert found.passed, found.failures
+    assert found.reference == "the original module, in float64"
+    assert next(module.parameters()).dtype == torch.float32
+    other = nn.Sequential(nn.Flatten(), nn.Linear(784, 10))
+    wrong = verify(bundle, runtimes=FAST, module=other)
+    assert {row.stage for row in wrong.failures} >= {"golden", "file-proof", "strict"}
+    assert next(row for row in wrong.failures if row.stage == "golden").subject == "reference"
+
+
+def test_only_the_golden_vectors_speak_for_a_users_network(bundle: Bundle, tmp_path: Path) -> None:
+    foreign = reseal(copy_bundle(bundle, tmp_path / "1"), network={"source": "mine.py:net", "options": {}})
+    found = verify(foreign)
+    assert found.passed, found.failures
+    assert found.reference == "the bundle's golden vectors"
+    assert "mine.py:net" in found.skipped["torch-cpu"]
+    assert {row.case for row in found.rows if row.stage in ("strict", "file-proof")} == {"golden"}
+    with pytest.raises(RuntimeUnavailable, match=r"mine\.py:net"):
+        verify(foreign, runtimes=["torch-cpu"])
+
+
+def test_a_missing_data_folder_is_an_error_only_when_it_was_named(bundle: Bundle, tmp_path: Path) -> None:
+    real = reseal(copy_bundle(bundle, tmp_path / "1"), dataset="fashion-mnist")
+    with pytest.raises(DataError):
+        verify(real, runtimes=FAST, data_dir=tmp_path / "nothing")
+
+
+@pytest.mark.needs("data")
+def test_all_test_images_of_a_known_data_set_are_used(bundle: Bundle, tmp_path: Path) -> None:
+    real = reseal(copy_bundle(bundle, tmp_path / "1"), dataset="fashion-mnist")
+    found = verify(real, runtimes=FAST)
+    assert found.passed, found.failures
+    images = next(row for row in found.rows if row.stage == "strict" and row.case == "images")
+    assert images.n == 10_000
+    assert images.flips is not None
+    assert sum((images.flips.certified, images.flips.uncertain, images.flips.explained)) == 10_000
+
+
+def test_the_accuracy_at_export_must_come_out_again(bundle: Bundle, report: VerificationReport, tmp_path: Path) -> None:
+    again = reseal(copy_bundle(bundle, tmp_path / "1"), verification=report.to_json())
+    rows = [row for row in verify(again, runtimes=FAST).rows if row.stage == "accuracy"]
+    assert [row.passed for row in rows] == [True]
+    wrong = dict(report.accuracy, correct=report.accuracy["correct"] - 40)
+    told = reseal(again.path, verification={"accuracy": wrong})
+    assert [row.stage for row in verify(told, runtimes=FAST).failures] == ["accuracy"]
+
+
+class Sometimes(TorchEagerRunner):
+    """A runner with a fault that only repeats or small batches show."""
+
+    fault = ""
+    calls = 0
+
+    def _run(self, feeds):
+        outputs = dict(super()._run(feeds))
+        self.calls += 1
+        n = len(feeds["input"])
+        if (self.fault == "jitter" and self.calls % 2) or (self.fault == "batch of seven" and n == 7):
+            outputs["logits"] = outputs["logits"] * np.float32(1.001)
+        return outputs
+
+
+@pytest.mark.parametrize(("fault", "stage"), [("", None), ("jitter", "repeat"), ("batch of seven", "batch-size")])
+def test_faults_of_repeats_and_batch_sizes_are_seen(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, fault: str, stage: str | None
+) -> None:
+    def open_it(opened: Bundle, *_rest: object) -> TorchEagerRunner:
+        runner = Sometimes(network(), opened.manifest.signature)
+        runner.fault = fault
+        return runner
+
+    spec = RunnerSpec("torch", "cpu", "weights.safetensors", open_it, lambda _device: None)
+    monkeypatch.setattr(module_under_test, "runner_spec", lambda _name: spec)
+    failures = verify(bundle, runtimes=["torch-cpu"]).failures
+    assert (stage in {row.stage for row in failures}) if stage else failures == ()
+
+
+def test_a_reference_that_is_not_float64_is_refused(bundle: Bundle) -> None:
+    class Narrow(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.flatten(1)[:, :10].float()
+
+    with pytest.raises(ModelError, match="it gives float32"):
+        verify(bundle, runtimes=FAST, module=Narrow())
+
+
+def test_a_reference_in_chunks_is_the_same(bundle: Bundle) -> None:
+    reference = Reference(network(), bundle.manifest.signature, description="")
+    x = np.random.default_rng(0).random((700, 1, 28, 28), dtype=np.float32)
+    whole = reference.evaluate({"input": x})["logits"]
+    assert whole.dtype == np.float64
+    np.testing.assert_allclose(whole[600:], reference.evaluate({"input": x[600:]})["logits"], rtol=1e-12)
