@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from bnexport.folding.report import FoldReport
     from bnexport.nn.lenet import bn_lenet
     from bnexport.pipeline import fold_and_export
-    from bnexport.pipeline import predict_images as predict
+    from bnexport.serving.predictor import predict_images as predict
     from bnexport.verification.verdict import VerificationReport
     from bnexport.verification.verify import verify
 
@@ -44,7 +44,7 @@ _HOME: dict[str, tuple[str, str]] = {
     "bn_lenet": ("bnexport.nn.lenet", "bn_lenet"),
     "fold": ("bnexport.folding.fold", "fold"),
     "fold_and_export": ("bnexport.pipeline", "fold_and_export"),
-    "predict": ("bnexport.pipeline", "predict_images"),
+    "predict": ("bnexport.serving.predictor", "predict_images"),
     "verify": ("bnexport.verification.verify", "verify"),
 }
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 from torch import nn
 
-from bnexport.bundle import MODEL_ONNX, REPORT, WEIGHTS, Bundle, Manifest, seal, write_golden
+from bnexport.bundle import MODEL_ONNX, REPORT, WEIGHTS, Bundle, Manifest, seal
 from bnexport.environment import environment
 from bnexport.exporting.formats import FORMATS, ExportJob
 from bnexport.exporting.onnx_graph import model_metadata, stamp_metadata
 from bnexport.exporting.prepare import signature_of
-from bnexport.exporting.request import ExportRequest, InputSpec, example_inputs, model_and_version, parse_inputs
+from bnexport.exporting.request import ExportRequest, example_inputs, model_and_version, parse_inputs
 from bnexport.exporting.triton import check_triton_config, write_triton_config
 from bnexport.files import refuse_existing, staged_directory, write_atomically
 from bnexport.folding.fold import FoldResult, fold
@@ -21,9 +21,7 @@ from bnexport.nn.checkpoint import save_checkpoint
 from bnexport.nn.loading import LoadedModel, checkpoint_of, load_source
 from bnexport.nn.soundness import check_sound
 from bnexport.reporting.html import render_report
-from bnexport.serving.predictor import DEFAULT_RUNTIME, Prediction, Predictor
-from bnexport.verification.golden import golden_inputs, real_images
-from bnexport.verification.reference import Reference
+from bnexport.verification.golden import write_golden_vectors
 from bnexport.verification.verdict import VerificationReport
 from bnexport.verification.verify import verify
 
@@ -83,10 +81,10 @@ def fold_and_export(
     )  # fmt: skip
     try:
         with staged_directory(path, force=request.force) as stage:
-            _write_models(
-                stage, ExportJob(result.model, inputs, signature, request.onnx, result.report.remaining), request
-            )
-            _write_evidence(stage, loaded, manifest, specs, request)
+            _write_models(stage, ExportJob(result.model, inputs, signature, request.onnx), request)
+            save_checkpoint(stage / WEIGHTS, checkpoint_of(loaded))
+            shapes = {spec.name: spec.shape for spec in specs}
+            write_golden_vectors(stage, manifest, loaded.module, shapes=shapes, data_dir=request.data_dir)
             report = verify(seal(stage, manifest), module=loaded.module, data_dir=request.data_dir)
             if not report.passed:
                 raise _Failed
@@ -95,14 +93,6 @@ def fold_and_export(
         return ExportResult(None, result.report, report)
     write_triton_config(path, name, signature, force=request.force)
     return ExportResult(Bundle.open(path), result.report, report)
-
-
-def predict_images(
-    bundle: Bundle | str | Path, *images: str | Path, runtime: str = DEFAULT_RUNTIME
-) -> list[Prediction]:
-    """Label image files (PNG, JPEG, .npy, IDX) with a bundle; see ``serving.predictor.Predictor.files``."""
-    with Predictor(bundle, runtime=runtime) as predictor:
-        return predictor.files(*images)
 
 
 def _loaded(source: str | nn.Module | LoadedModel, weights: Path | None, request: ExportRequest) -> LoadedModel:
@@ -121,17 +111,6 @@ def _write_models(stage: Path, job: ExportJob, request: ExportRequest) -> None:
     for row in FORMATS:
         if row.name in request.formats:
             row.write(job, stage / row.file)
-
-
-def _write_evidence(
-    stage: Path, loaded: LoadedModel, manifest: Manifest, specs: tuple[InputSpec, ...], request: ExportRequest
-) -> None:
-    """The unfolded weights, and what the unfolded network answers in float64."""
-    save_checkpoint(stage / WEIGHTS, checkpoint_of(loaded))
-    images = real_images(manifest, data_dir=request.data_dir)
-    feeds = golden_inputs(manifest.signature, sizes={spec.name: spec.shape for spec in specs}, images=images)
-    reference = Reference(loaded.module, manifest.signature, description="the original module, in float64")
-    write_golden(stage, manifest.signature, feeds, reference.evaluate(feeds))
 
 
 def _finish(stage: Path, manifest: Manifest, result: FoldResult, report: VerificationReport, path: Path) -> None:

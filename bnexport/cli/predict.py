@@ -14,7 +14,7 @@ import click
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per image, one per line.")
 def command(bundle: Path, images: tuple[Path, ...], runtime: str, as_json: bool) -> None:
     """Label IMAGES (PNG, JPEG, .npy, IDX) with BUNDLE's own preprocessing: label and probability per image."""
-    from bnexport.pipeline import predict_images
     from bnexport.reporting.results import print_predictions
+    from bnexport.serving.predictor import predict_images
 
     print_predictions(predict_images(bundle, *images, runtime=runtime), as_json=as_json)

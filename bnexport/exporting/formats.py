@@ -24,14 +24,12 @@ class ExportJob:
         inputs: Example inputs, batch of at least 2.
         signature: Names, element types, shapes.
         onnx: Operator set and file format.
-        remaining: batch_norm operators left by the fold.
     """
 
     folded: GraphModule
     inputs: tuple[Tensor, ...]
     signature: Signature
     onnx: OnnxTarget
-    remaining: int
 
 
 @dataclass(frozen=True)
@@ -50,7 +48,7 @@ class Format:
 
 
 def _write_onnx(job: ExportJob, path: Path) -> None:
-    export_onnx(job.folded, job.inputs, path, signature=job.signature, target=job.onnx, remaining=job.remaining)
+    export_onnx(job.folded, job.inputs, path, signature=job.signature, target=job.onnx)
 
 
 def _write_torchscript(job: ExportJob, path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, Self
 
@@ -109,6 +109,27 @@ class Runner(ABC):
                 raise BundleError(f"{self.name}: output {problem}", remedy=REBUILD)
             checked[spec.name] = array
         return checked
+
+
+def declared_problem(spec: TensorSpec, dtype: str, shape: Sequence[int | str | None], *, strict: bool) -> str | None:
+    """How what a file declares differs from the manifest, as a sentence without its full stop; None when it fits.
+
+    Args:
+        spec: What the manifest says.
+        dtype: What the file declares, as numpy's name.
+        shape: What the file declares; anything but a number is a dimension left open.
+        strict: Whether a size in the manifest must be declared. An output's may be left open by the file, an input's not.
+    """
+    if dtype != spec.dtype:
+        return f"{spec.name!r} is {dtype}, the manifest says {spec.dtype}"
+    fits = len(shape) == len(spec.shape) and all(
+        (have == want if isinstance(have, int) else not strict) if isinstance(want, int) else not isinstance(have, int)
+        for want, have in zip(spec.shape, shape, strict=True)
+    )
+    if not fits:
+        have, want = ("x".join("?" if dim is None else str(dim) for dim in dims) for dims in (shape, spec.shape))
+        return f"{spec.name!r} has shape {have or 'scalar'}, the manifest says {want}"
+    return None
 
 
 def plain_reason(name: str, error: BnexportError) -> str:

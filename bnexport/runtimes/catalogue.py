@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from bnexport.bundle import MODEL_ONNX, MODEL_TORCHSCRIPT, WEIGHTS, Bundle
-from bnexport.errors import UsageError
+from bnexport.errors import RuntimeUnavailable, UsageError
 from bnexport.runtimes.base import Runner
 
 if TYPE_CHECKING:
@@ -54,6 +54,16 @@ class RunnerSpec:
     def available(self) -> str | None:
         """None when it can run here, else the reason in one line. A GPU is believed only after it ran a batch."""
         return self.prober(self.device)
+
+    def require(self) -> None:
+        """Raise when it can't run here, before long work.
+
+        Raises:
+            RuntimeUnavailable: With the reason in one line.
+        """
+        if (reason := self.available()) is not None:
+            start = f"{self.name} can't run here: "
+            raise RuntimeUnavailable(start + reason.removeprefix(start), remedy="bnexport doctor says what to install")
 
 
 def _open_torch(bundle: Bundle, device: str, module: nn.Module | None, _threads: int | None) -> Runner:

@@ -11,8 +11,8 @@ from typing import Any
 from bnexport.errors import BnexportError, BundleError, RuntimeUnavailable, Unavailable
 from bnexport.optional import one_line, require
 from bnexport.runtimes import cuda_libraries, small_model
-from bnexport.runtimes.base import REBUILD, Runner
-from bnexport.tensors import Array, Signature, TensorSpec
+from bnexport.runtimes.base import REBUILD, Runner, declared_problem
+from bnexport.tensors import Array, Signature
 
 #: onnxruntime's names of element types -> numpy's.
 ELEMENTS = {
@@ -121,7 +121,8 @@ class OnnxRuntimeRunner(Runner):
                     f"{self._file} has the {kind}s {names or 'none'}, the manifest says {expected}", remedy=REBUILD
                 )
             for spec, item in zip(specs, declared, strict=True):
-                if (problem := _difference(spec, item, strict=kind == "input")) is not None:
+                dtype = ELEMENTS.get(item.type, item.type)
+                if (problem := declared_problem(spec, dtype, item.shape, strict=kind == "input")) is not None:
                     raise BundleError(f"{self._file}: {kind} {problem}", remedy=REBUILD)
 
     def _device_of(self, nodes: Mapping[str, int], device: str) -> str:
@@ -185,19 +186,3 @@ def _model(file: Path) -> bytes | str:
         return file.read_bytes() if file.stat().st_size <= _PROTOBUF_LIMIT else str(file)
     except OSError as error:
         raise BundleError(f"{file} can't be read: {one_line(error)}", remedy=REBUILD) from error
-
-
-def _difference(spec: TensorSpec, declared: Any, *, strict: bool) -> str | None:
-    """How what the file declares differs from the manifest. An output's dimension may be left open by the file."""
-    dtype = ELEMENTS.get(declared.type, declared.type)
-    if dtype != spec.dtype:
-        return f"{spec.name!r} is {dtype}, the manifest says {spec.dtype}"
-    shape = list(declared.shape)
-    fits = len(shape) == len(spec.shape) and all(
-        (have == want if isinstance(have, int) else not strict) if isinstance(want, int) else not isinstance(have, int)
-        for want, have in zip(spec.shape, shape, strict=True)
-    )
-    if not fits:
-        want = "x".join(map(str, spec.shape))
-        return f"{spec.name!r} has shape {'x'.join(map(str, shape)) or 'scalar'}, the manifest says {want}"
-    return None

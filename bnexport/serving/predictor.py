@@ -124,6 +124,14 @@ class Predictor:
         return Prediction(image, index, label, float(weights[index] / weights.sum()), tuple(map(float, logits)))
 
 
+def predict_images(
+    bundle: Bundle | str | Path, *images: str | Path, runtime: str = DEFAULT_RUNTIME
+) -> list[Prediction]:
+    """Label image files (PNG, JPEG, .npy, IDX) with a bundle; see ``Predictor``."""
+    with Predictor(bundle, runtime=runtime) as predictor:
+        return predictor.files(*images)
+
+
 def _image_preprocessing(bundle: Bundle) -> Preprocessing:
     """The bundle's preprocessing.
 

@@ -8,28 +8,58 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bnexport.bundle import Manifest
+from bnexport.bundle import Manifest, write_golden
 from bnexport.data.datasets import DATASETS, load_test_images
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import BnexportError
 from bnexport.tensors import Array, Signature, TensorSpec
+from bnexport.verification.reference import Reference
+
+if TYPE_CHECKING:
+    from torch import nn
 
 _IMAGES = 8
 _NOISE = 6
 _MAX_BYTES = 2**19
 
 
+def write_golden_vectors(
+    folder: Path,
+    manifest: Manifest,
+    module: nn.Module,
+    *,
+    shapes: Mapping[str, tuple[int, ...]],
+    data_dir: Path | None = None,
+) -> None:
+    """Write golden vectors into a bundle's directory.
+
+    Args:
+        folder: The directory.
+        manifest: Its signature, and its data set if it names one.
+        module: The unfolded network; evaluated in float64, never changed.
+        shapes: Shape of one sample of each input.
+        data_dir: Where the data set lies; None: the usual places.
+
+    Raises:
+        ModelError: The network can't be evaluated in float64.
+    """
+    feeds = golden_inputs(manifest.signature, shapes=shapes, images=real_images(manifest, data_dir=data_dir))
+    reference = Reference(module, manifest.signature, description="the original module, in float64")
+    write_golden(folder, manifest.signature, feeds, reference.evaluate(feeds))
+
+
 def golden_inputs(
-    signature: Signature, *, sizes: Mapping[str, tuple[int, ...]], images: Array | None = None, seed: int = 0
+    signature: Signature, *, shapes: Mapping[str, tuple[int, ...]], images: Array | None = None, seed: int = 0
 ) -> dict[str, Array]:
     """Inputs worth keeping: some real images, seeded noise, zeros and ones.
 
     Args:
         signature: Inputs by name and element type.
-        sizes: Shape of one sample of each input.
+        shapes: Shape of one sample of each input.
         images: Real inputs (n, ...) for a network with one input, if there are some.
         seed: Of the noise.
 
@@ -37,20 +67,21 @@ def golden_inputs(
         Input name -> (n, ...), the same n for all; fewer samples where one is large.
     """
     largest = max(
-        int(np.prod(shape, dtype=np.int64)) * np.dtype(_spec.dtype).itemsize for _spec, shape in _each(signature, sizes)
+        int(np.prod(shape, dtype=np.int64)) * np.dtype(_spec.dtype).itemsize
+        for _spec, shape in _each(signature, shapes)
     )
     budget = max(2, min(_IMAGES + _NOISE + 2, _MAX_BYTES // max(largest, 1)))
     rng = np.random.default_rng(seed)
     feeds = {}
-    for spec, shape in _each(signature, sizes):
+    for spec, shape in _each(signature, shapes):
         real = [] if images is None or len(signature.inputs) != 1 else [images[: min(_IMAGES, budget - 1)]]
         rows = [*real, _noise(spec, (_NOISE, *shape), rng), np.zeros((1, *shape)), np.ones((1, *shape))]
         feeds[spec.name] = np.concatenate([row.astype(spec.dtype) for row in rows])[:budget]
     return feeds
 
 
-def _each(signature: Signature, sizes: Mapping[str, tuple[int, ...]]) -> list[tuple[TensorSpec, tuple[int, ...]]]:
-    return [(spec, sizes[spec.name]) for spec in signature.inputs]
+def _each(signature: Signature, shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[TensorSpec, tuple[int, ...]]]:
+    return [(spec, shapes[spec.name]) for spec in signature.inputs]
 
 
 def _noise(spec: TensorSpec, shape: tuple[int, ...], rng: np.random.Generator) -> Array:

@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bnexport.bundle import Manifest
 from bnexport.errors import BundleError
 from bnexport.optional import one_line, require
+from bnexport.runtimes.base import declared_problem
 
 if TYPE_CHECKING:
-    from onnx import GraphProto, ModelProto, NodeProto, TensorProto
+    from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
 
 _REBUILD = "Write the bundle again with bnexport fold-and-export, or copy it again from its source"
 #: Operators whose constant weight decides the work, and whose weight and bias are trained numbers.
@@ -61,6 +63,43 @@ def _inner(group: Any) -> Iterator[GraphProto]:
             for graph in (attribute.g, *attribute.graphs) if attribute.type in (5, 10) else ():  # GRAPH, GRAPHS
                 yield graph
                 yield from _inner(graph.node)
+
+
+def declaration_problem(model: ModelProto, manifest: Manifest) -> str | None:
+    """How the written file differs from what the manifest says of it: names, types, shapes, opset, IR version."""
+    stored = {tensor.name for tensor in model.graph.initializer}
+    inputs = [value for value in model.graph.input if value.name not in stored]
+    for kind, specs, values in (
+        ("input", manifest.signature.inputs, inputs),
+        ("output", manifest.signature.outputs, list(model.graph.output)),
+    ):
+        names, expected = [value.name for value in values], [spec.name for spec in specs]
+        if names != expected:
+            return f"the file has the {kind}s {names}, the manifest says {expected}"
+        for spec, value in zip(specs, values, strict=True):
+            problem = declared_problem(spec, _dtype(value), _shape(value), strict=kind == "input")
+            if problem is not None:
+                return f"{kind} {problem}"
+    opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
+    for what, have in (("opset", opset), ("ir_version", model.ir_version)):
+        if (want := manifest.onnx.get(what, have)) != have:
+            return f"the file has {what} {have}, the manifest says {want}"
+    return None
+
+
+def _dtype(value: ValueInfoProto) -> str:
+    from onnx import helper
+
+    number = value.type.tensor_type.elem_type
+    try:
+        return str(helper.tensor_dtype_to_np_dtype(number).name)
+    except (KeyError, ValueError):
+        return f"element type {number}"
+
+
+def _shape(value: ValueInfoProto) -> list[int | str | None]:
+    dims = value.type.tensor_type.shape.dim
+    return [dim.dim_value if dim.HasField("dim_value") else dim.dim_param or None for dim in dims]
 
 
 def trained_tensors(model: ModelProto) -> list[TensorProto]:

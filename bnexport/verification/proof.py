@@ -55,18 +55,18 @@ class Float64Evaluator:
     """Evaluates an ONNX file with every float widened to float64.
 
     Args:
-        source: The file, or its bytes.
+        source: The file, its bytes, or the model read from it (which is not changed).
         chunk: Samples evaluated at once where the batch dimension varies; bounds the memory.
 
     Raises:
         BundleError: Not a model, or one with an operator that onnx's reference implementation lacks.
     """
 
-    def __init__(self, source: bytes | Path, *, chunk: int = 64) -> None:
+    def __init__(self, source: bytes | Path | ModelProto, *, chunk: int = 64) -> None:
         require("onnx", purpose="the float64 proof")
         from onnx.reference import ReferenceEvaluator
 
-        model = widen(read_model(source))
+        model = widen(read_model(source) if isinstance(source, bytes | Path) else source)
         self.inputs = tuple(item.name for item in model.graph.input)
         self.outputs = tuple(item.name for item in model.graph.output)
         first: Any = model.graph.input[0].type.tensor_type.shape.dim if model.graph.input else ()

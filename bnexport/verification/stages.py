@@ -14,6 +14,7 @@ from bnexport.runtimes.base import Runner
 from bnexport.tensors import Array
 from bnexport.verification.inputs import BATCH_SIZES, Batch
 from bnexport.verification.metrics import Measurement, measure
+from bnexport.verification.onnx_file import declaration_problem, read_model
 from bnexport.verification.proof import Float64Evaluator
 from bnexport.verification.tolerances import TOLERANCES
 from bnexport.verification.verdict import Row
@@ -63,11 +64,9 @@ def judge(stage: str, found: Measurement, *, bound: float) -> tuple[bool, str]:
     return True, ""
 
 
-def compare(
-    stage: str, subject: str, case: str, candidate: _Outputs, expected: _Outputs, *, tolerance: str = ""
-) -> Row:
-    """One row: measure, then judge by the stage's tolerance, or by another row of TOLERANCES."""
-    bound = TOLERANCES[tolerance or stage].bound
+def compare(stage: str, subject: str, case: str, candidate: _Outputs, expected: _Outputs) -> Row:
+    """One row: measure, then judge by the stage's tolerance."""
+    bound = TOLERANCES[stage].bound
     found = measure(candidate, expected, bound=bound)
     passed, reason = judge(stage, found, bound=bound)
     row = Row(stage, subject, case, passed, reason, n=found.n, bound=bound)
@@ -91,12 +90,17 @@ def integrity_rows(bundle: Bundle) -> list[Row]:
 
 
 def proof_rows(bundle: Bundle, cases: Sequence[Case], *, limit: int) -> list[Row]:
-    """Stage 1: model.onnx in float64 against the reference, on the first ``limit`` samples of each case."""
+    """Stage 1: model.onnx in float64 against the reference, on the first ``limit`` samples of each case.
+
+    What the file declares of itself is compared with the manifest before.
+    """
     try:
-        evaluator = Float64Evaluator(bundle.file(MODEL_ONNX))
+        model = read_model(bundle.file(MODEL_ONNX))
+        evaluator = Float64Evaluator(model)
     except BnexportError as error:
         return [failed("file-proof", MODEL_ONNX, "open", error.message)]
-    rows = []
+    problem = declaration_problem(model, bundle.manifest)
+    rows = [Row("declaration", MODEL_ONNX, "signature", problem is None, problem or "")]
     for case in cases:
         n = min(limit, case.batch.n) if evaluator.varies else case.batch.n
         try:

@@ -34,7 +34,7 @@ class Row:
     """One comparison and its verdict.
 
     Attributes:
-        stage: A key of ``tolerances.TOLERANCES``, or "integrity", "weights", "accuracy".
+        stage: A key of ``tolerances.TOLERANCES``, or "integrity", "declaration", "weights", "accuracy".
         subject: What was tested: a runtime's name, a file of the bundle, or "reference".
         case: On which inputs: "images", "noise", "zeros", "batch 7", ...
         passed: The verdict.

@@ -69,27 +69,27 @@ def check(dataset):
     assert np.array_equal(dataset.train_images, generator.integers(0, 256, (6, 28, 28)))
 
 
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        name = self.path.rpartition("/")[2]
+        self.server.asked.append(name)
+        if name not in self.server.files:
+            self.send_error(404)
+            return
+        self.send_response(200)
+        self.send_header("Content-Length", str(self.server.claimed or len(self.server.files[name])))
+        self.end_headers()
+        self.wfile.write(self.server.files[name])
+
+    def log_message(self, *_):
+        pass
+
+
 class Server(http.server.ThreadingHTTPServer):
     """Serves ``files`` by name; ``claimed`` replaces the announced length."""
 
     def __init__(self, files, claimed=None):
         self.files, self.claimed, self.asked = files, claimed, []
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(handler):
-                name = handler.path.rpartition("/")[2]
-                self.asked.append(name)
-                if name not in self.files:
-                    handler.send_error(404)
-                    return
-                handler.send_response(200)
-                handler.send_header("Content-Length", str(self.claimed or len(self.files[name])))
-                handler.end_headers()
-                handler.wfile.write(self.files[name])
-
-            def log_message(handler, *_):
-                pass
-
         super().__init__(("127.0.0.1", 0), Handler)
         self.thread = threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True)
 
@@ -225,13 +225,13 @@ def test_the_table():
 def test_a_wrong_md5_names_the_file(tiny, tmp_path, monkeypatch, where):
     root = place(tmp_path / "here", [*contents()[:3], contents(seed=1)[3][:-1]])
     monkeypatch.setenv("BNEXPORT_DATA", str(root) if where == "variable" else "")
-    with pytest.raises(DataError, match="t10k-labels-idx1-ubyte.gz has a wrong MD5"):
+    with pytest.raises(DataError, match=r"t10k-labels-idx1-ubyte\.gz has a wrong MD5"):
         load_dataset("mnist", data_dir=root if where == "data_dir" else None)
 
 
 def test_a_wrong_file_in_the_cache_is_downloaded_again(tiny, tmp_path, monkeypatch):
     cache = place(tmp_path / "cache", [b"broken", *contents()[1:]])
-    with pytest.raises(DataError, match="train-images-idx3-ubyte.gz has a wrong MD5"):
+    with pytest.raises(DataError, match=r"train-images-idx3-ubyte\.gz has a wrong MD5"):
         load_dataset("mnist", download=False)
     with Server(good()) as server:
         mirrors(monkeypatch, tiny, server.url)

@@ -16,7 +16,11 @@ X = np.random.default_rng(0).random((5, 1, 28, 28), dtype=np.float32)
 
 
 def signature(
-    *, name: str = "input", dtype: str = "float32", shape: tuple[int | str, ...] = ("batch", 1, 28, 28), classes: int = 10
+    *,
+    name: str = "input",
+    dtype: str = "float32",
+    shape: tuple[int | str, ...] = ("batch", 1, 28, 28),
+    classes: int = 10,
 ) -> Signature:
     return Signature((TensorSpec(name, dtype, shape),), (TensorSpec("logits", "float32", ("batch", classes)),))
 
@@ -37,7 +41,12 @@ def test_it_says_what_really_ran(bundle: Bundle, capfd: pytest.CaptureFixture[st
 )
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_a_bad_file_is_one_sentence(
-    bundle: Bundle, tmp_path: Path, capfd: pytest.CaptureFixture[str], content: bytes | str | None, words: str, device: str
+    bundle: Bundle,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    content: bytes | str | None,
+    words: str,
+    device: str,
 ) -> None:
     file = tmp_path / "model.onnx"
     if content is not None:

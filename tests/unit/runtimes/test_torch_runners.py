@@ -114,7 +114,9 @@ def test_a_bad_torchscript_file_is_one_sentence(bundle: Bundle, tmp_path: Path, 
         (Signature(TWO.inputs, TWO.outputs), "takes 1 inputs, the manifest says 2"),
         (Signature((TensorSpec("input", "float32", ("batch", 3, 28, 28)),), TWO.outputs[:1]), "can't run its file"),
         (
-            Signature((TensorSpec("input", "float32", ("batch", 1, 28, 28)),), (TensorSpec("y", "float32", ("batch", 7)),)),
+            Signature(
+                (TensorSpec("input", "float32", ("batch", 1, 28, 28)),), (TensorSpec("y", "float32", ("batch", 7)),)
+            ),
             "has shape 2x10, expected 2x7",
         ),
     ],

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,9 @@ from support.bundles import network
 
 from bnexport.bundle import MODEL_ONNX, Bundle
 from bnexport.errors import BundleError, ProofError
+from bnexport.tensors import Signature
 from bnexport.verification import proof
-from bnexport.verification.onnx_file import multiplications, read_model, trained_tensors
+from bnexport.verification.onnx_file import declaration_problem, multiplications, read_model, trained_tensors
 from bnexport.verification.proof import Float64Evaluator, average_pool, prove_file, widen
 
 X = np.random.default_rng(0).random((5, 1, 28, 28), dtype=np.float32)
@@ -65,7 +67,9 @@ def test_chunks_do_not_change_the_answer(bundle: Bundle) -> None:
 
 def test_onnxs_own_average_pool_agrees(bundle: Bundle) -> None:
     mine = Float64Evaluator(bundle.file(MODEL_ONNX)).evaluate({"input": X})["logits"]
-    theirs = ReferenceEvaluator(widen(read_model(bundle.file(MODEL_ONNX)))).run(None, {"input": X.astype(np.float64)})[0]
+    theirs = ReferenceEvaluator(widen(read_model(bundle.file(MODEL_ONNX)))).run(None, {"input": X.astype(np.float64)})[
+        0
+    ]
     np.testing.assert_allclose(mine, theirs, rtol=1e-13, atol=1e-13)
 
 
@@ -102,7 +106,9 @@ def test_every_kind_of_float_in_the_file_is_widened() -> None:
         helper.make_node("Constant", [], ["c"], value_floats=[float(third)] * 3),
         helper.make_node("Constant", [], ["d"], value=numpy_helper.from_array(np.array([1, 2, 3], np.float32))),
         helper.make_node("Constant", [], ["size"], value=numpy_helper.from_array(np.array([1, 3], np.int64))),
-        helper.make_node("ConstantOfShape", ["size"], ["e"], value=numpy_helper.from_array(np.array([0.1], np.float32))),
+        helper.make_node(
+            "ConstantOfShape", ["size"], ["e"], value=numpy_helper.from_array(np.array([0.1], np.float32))
+        ),
         helper.make_node("Sum", ["a", "b", "c", "d", "e", "half"], ["f"]),
         helper.make_node("Mul", ["f", "third"], ["y"]),
     ]
@@ -118,7 +124,9 @@ def test_every_kind_of_float_in_the_file_is_widened() -> None:
 def test_floats_inside_subgraphs_are_widened() -> None:
     branches = {}
     for name, value in (("then_branch", 0.1), ("else_branch", 0.2)):
-        constant = helper.make_node("Constant", [], [name], value=numpy_helper.from_array(np.array([value], np.float32)))
+        constant = helper.make_node(
+            "Constant", [], [name], value=numpy_helper.from_array(np.array([value], np.float32))
+        )
         output = helper.make_tensor_value_info(name, TensorProto.FLOAT, [1])
         branches[name] = helper.make_graph([constant], name, [], [output])
     nodes = [helper.make_node("If", ["yes"], ["a"], **branches), helper.make_node("Add", ["x", "a"], ["y"])]
@@ -144,7 +152,11 @@ def test_outputs_that_cannot_be_compared_prove_nothing(bundle: Bundle) -> None:
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(b"", "without a single node"), (b"x" * 64, "without a single node|not an ONNX model"), ("half", "not an ONNX model")],
+    [
+        (b"", "without a single node"),
+        (b"x" * 64, "without a single node|not an ONNX model"),
+        ("half", "not an ONNX model"),
+    ],
 )
 def test_a_file_that_is_no_model_is_refused(bundle: Bundle, content: bytes | str, words: str) -> None:
     whole = bundle.file(MODEL_ONNX).read_bytes()
@@ -173,3 +185,29 @@ def test_the_work_of_a_lenet_is_counted(bundle: Bundle) -> None:
     assert multiplications(model) == 6 * 25 * 24 * 24 + 16 * 6 * 25 * 8 * 8 + 256 * 120 + 120 * 84 + 84 * 10
     assert {tensor.name for tensor in trained_tensors(model)} >= {"conv1.weight", "conv1.bias", "fc3.bias"}
     assert len(trained_tensors(model)) == 10
+
+
+def test_what_the_file_declares_is_compared_with_the_manifest(bundle: Bundle) -> None:
+    manifest, model = bundle.manifest, read_model(bundle.file(MODEL_ONNX))
+    assert declaration_problem(model, manifest) is None
+    (spec,), (out,) = manifest.signature.inputs, manifest.signature.outputs
+
+    def told(**changes: object) -> str:
+        return declaration_problem(model, replace(manifest, **changes)) or ""
+
+    assert "has the inputs ['input']" in told(signature=Signature((replace(spec, name="x"),), (out,)))
+    assert "has the outputs ['logits']" in told(signature=Signature((spec,), (out, out)))
+    assert "float32, the manifest says float16" in told(signature=Signature((replace(spec, dtype="float16"),), (out,)))
+    assert "says 3x1x28x28" in told(signature=Signature((replace(spec, shape=(3, 1, 28, 28)),), (out,)))
+    assert "says batchx9" in told(signature=Signature((spec,), (replace(out, shape=("batch", 9)),)))
+    assert told(onnx={"opset": 17}) == "the file has opset 18, the manifest says 17"
+    assert told(onnx={"ir_version": 9}) == "the file has ir_version 8, the manifest says 9"
+    assert told(onnx={}) == ""
+    # A file may leave an output's size open, not an input's, and must leave the batch open.
+    model.graph.output[0].type.tensor_type.shape.dim[1].dim_param = "classes"
+    assert declaration_problem(model, manifest) is None
+    model.graph.input[0].type.tensor_type.shape.dim[2].dim_param = "height"
+    assert "has shape" in (declaration_problem(model, manifest) or "")
+    model.graph.input[0].type.tensor_type.shape.dim[2].dim_value = 28
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 2
+    assert "has shape 2x1x28x28" in (declaration_problem(model, manifest) or "")

@@ -3,10 +3,11 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
-from bnexport.verification.stages import compare, judge
 from bnexport.verification.metrics import Measurement
+from bnexport.verification.stages import compare, judge
 from bnexport.verification.tolerances import TOLERANCES
 from bnexport.verification.verdict import REQUIRED_STAGES, Flips, Row, VerificationReport
 
@@ -61,7 +62,11 @@ def test_json_there_and_back() -> None:
 
 
 def test_the_worst_row_of_a_stage() -> None:
-    rows = (Row("strict", "a", "b", True, error=0.1), Row("strict", "a", "c", True, error=0.3), Row("strict", "a", "d", False))
+    rows = (
+        Row("strict", "a", "b", True, error=0.1),
+        Row("strict", "a", "c", True, error=0.3),
+        Row("strict", "a", "d", False),
+    )
     report = VerificationReport(rows)
     assert report.worst("strict") == rows[1]
     assert report.worst("golden") is None
@@ -85,7 +90,7 @@ def test_judging(found: Measurement, words: str) -> None:
 
 
 def test_a_row_carries_no_numbers_of_what_was_not_measured() -> None:
-    row = compare("strict", "a", "b", {}, {"y": __import__("numpy").ones((2, 2))})
+    row = compare("strict", "a", "b", {}, {"y": np.ones((2, 2))})
     assert (row.passed, row.error, row.flips) == (False, None, None)
     json.dumps(row.to_json(), allow_nan=False)
 

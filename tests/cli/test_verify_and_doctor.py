@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from support.bundles import copy_bundle, reseal, write_bundle
+
+from bnexport.bundle import Bundle
+from bnexport.cli.main import run
+from bnexport.runtimes.catalogue import RUNNERS
+from bnexport.verification import verify as verifying
+
+FAST = ["--runtime", "onnxruntime-cpu"]
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return write_bundle(tmp_path_factory.mktemp("bundle") / "1")
+
+
+@pytest.fixture(autouse=True)
+def few_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verifying, "_RUNTIME_WORK", 3e7)
+    monkeypatch.setattr(verifying, "_PROOF_WORK", 9e6)
+
+
+def test_verify_passes_and_writes_json(bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["verify", str(bundle.path), *FAST, "--json", str(tmp_path / "report.json")]) == 0
+    told = capsys.readouterr()
+    assert "PASS" in told.out
+    assert "FAIL" not in told.out
+    assert told.err == ""
+    assert json.loads((tmp_path / "report.json").read_text())["passed"] is True
+
+
+def test_verify_prints_json_alone(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["verify", str(bundle.path), *FAST, "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out)["passed"] is True
+
+
+def test_a_changed_byte_is_a_verdict_that_names_the_file(
+    bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = copy_bundle(bundle, tmp_path / "1")
+    content = bytearray((folder / "model.onnx").read_bytes())
+    content[-1] ^= 1
+    (folder / "model.onnx").write_bytes(content)
+    assert run(["verify", str(folder), *FAST]) == 1
+    told = " ".join(capsys.readouterr().out.split())
+    assert "model.onnx was changed" in told
+    assert "FAIL" in told
+
+
+def test_what_is_no_bundle_and_no_runtime_is_bad_usage(
+    bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["verify", str(tmp_path / "none")]) == 2
+    assert "does not exist" in capsys.readouterr().err
+    assert run(["verify", str(bundle.path), "--runtime", "tensorrt"]) == 2
+    told = capsys.readouterr().err
+    assert all(spec.name in told for spec in RUNNERS)
+
+
+@pytest.mark.parametrize("name", [spec.name for spec in RUNNERS if spec.device == "cuda"])
+def test_a_gpu_runtime_without_a_gpu_is_exit_3(bundle: Bundle, capfd: pytest.CaptureFixture[str], name: str) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    assert run(["verify", str(bundle.path), "--runtime", name]) == 3
+    told = capfd.readouterr()
+    assert told.out == ""
+    assert f"Error: {name} can't run here: " in told.err
+    assert len(told.err.splitlines()) == 2
+
+
+def test_the_code_of_a_users_network_makes_it_the_reference(
+    bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = reseal(copy_bundle(bundle, tmp_path / "1"), network={"source": "mine.py:net", "options": {}}).path
+    (tmp_path / "mine.py").write_text("from bnexport.nn.lenet import bn_lenet\n\n\ndef net():\n    return bn_lenet()\n")
+    arguments = ["verify", str(folder), "--runtime", "torch-cpu"]
+    assert run(arguments) == 3
+    assert "mine.py:net" in capsys.readouterr().err
+    assert run([*arguments, "--source", f"{tmp_path / 'mine.py'}:net", "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out)["reference"] == "the original module, in float64"
+
+
+def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["doctor"]) == 0
+    told = capsys.readouterr().out
+    assert all(spec.name in told for spec in RUNNERS)
+    assert "torch" in told
+    assert run(["doctor", "--json", "--require", "onnxruntime-cpu"]) == 0
+    health = {row["runtime"]: row for row in json.loads(capsys.readouterr().out)["runtimes"]}
+    assert health["onnxruntime-cpu"]["works"] is True
+    if not health["onnxruntime-cuda"]["works"]:
+        assert run(["doctor", "--require", "onnxruntime-cuda"]) == 3
+    assert run(["doctor", "--require", "tensorrt"]) == 2

@@ -1,0 +1,356 @@
+"""Every sabotage on every runtime has to FAIL; the untouched bundle has to PASS.
+
+The spoiled bundles are sealed again, so that the hashes hold and the numbers themselves have to give the fault away; the
+faults of files as such (a flipped bit, a truncated file) are left with the old seal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import safetensors.torch
+import torch
+from onnx import numpy_helper
+from support import bundles
+from support.bundles import PAIRS, copy_bundle, exact_affine, fold_by_hand, network, reseal
+
+from bnexport.bundle import MODEL_ONNX, MODEL_TORCHSCRIPT, WEIGHTS, Bundle
+from bnexport.data.preprocessing import Preprocessing
+from bnexport.runtimes.catalogue import RUNNERS
+from bnexport.tensors import Signature, TensorSpec
+from bnexport.verification import verify as verifying
+from bnexport.verification.verify import verify
+
+State = dict[str, torch.Tensor]
+#: CUDA twins run the same table on a machine that has the device.
+NEEDS = {"torch-cuda": "cuda", "torchscript-cuda": "cuda", "onnxruntime-cuda": "ort-cuda"}
+RUNTIMES = [
+    pytest.param(spec.name, marks=pytest.mark.needs(NEEDS[spec.name]) if spec.name in NEEDS else []) for spec in RUNNERS
+]
+#: Those that read an exported file.
+EXPORTED = [param for param in RUNTIMES if not str(param.values[0]).startswith("torch-")]
+
+
+@pytest.fixture(autouse=True)
+def few_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fault has to be seen on a hundred samples; the full number only costs time here."""
+    monkeypatch.setattr(verifying, "_RUNTIME_WORK", 3e7)
+    monkeypatch.setattr(verifying, "_PROOF_WORK", 9e6)
+
+
+def scale_and_shift(bn: torch.nn.Module, variance: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    scale = bn.weight.double() / torch.sqrt(variance)
+    return scale, bn.bias.double() - scale * bn.running_mean.double()
+
+
+def eps_dropped(bn: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    return scale_and_shift(bn, bn.running_var.double())
+
+
+def biased_variance(bn: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    return scale_and_shift(bn, bn.running_var.double() * 256 / 255 + bn.eps)
+
+
+def other_eps(bn: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    return scale_and_shift(bn, bn.running_var.double() + 1e-3)
+
+
+def mean_forgotten(bn: torch.nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    return exact_affine(bn)[0], bn.bias.double()
+
+
+def fold_with(affine: Callable[..., tuple[torch.Tensor, torch.Tensor]]) -> State:
+    return fold_by_hand(network(), affine)
+
+
+def changed(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> State:
+    state = fold_by_hand(network())
+    state[name] = change(state[name].clone())
+    return state
+
+
+def one_channel(factor: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    def change(weight: torch.Tensor) -> torch.Tensor:
+        weight[3] *= factor
+        return weight
+
+    return change
+
+
+def nan_in(weight: torch.Tensor) -> torch.Tensor:
+    weight.view(-1)[11] = float("nan")
+    return weight
+
+
+def swapped(weight: torch.Tensor) -> torch.Tensor:
+    return weight[[0, 1, 2, 4, 3, *range(5, len(weight))]].contiguous()
+
+
+def other_weights() -> State:
+    state = fold_by_hand(network())
+    generator = torch.Generator().manual_seed(99)
+    return {name: tensor + 0.01 * torch.randn(tensor.shape, generator=generator) for name, tensor in state.items()}
+
+
+#: Name -> folded weights with one fault.
+WRONG_WEIGHTS: dict[str, Callable[[], State]] = {
+    "eps dropped": lambda: fold_with(eps_dropped),
+    "biased variance": lambda: fold_with(biased_variance),
+    "another eps": lambda: fold_with(other_eps),
+    "mean forgotten": lambda: fold_with(mean_forgotten),
+    "scale x 1.01 in one channel": lambda: changed("conv2.weight", one_channel(1.01)),
+    "scale x 1.01 in one channel of a linear layer": lambda: changed("fc2.weight", one_channel(1.01)),
+    "one sign": lambda: changed("conv1.weight", one_channel(-1)),
+    "swapped channels": lambda: changed("conv2.weight", swapped),
+    "swapped biases": lambda: changed("fc1.bias", swapped),
+    "NaN in a weight": lambda: changed("fc1.weight", nan_in),
+    "infinite bias": lambda: changed("fc3.bias", lambda bias: bias.index_fill(0, torch.tensor([2]), float("inf"))),
+    "weights of a later epoch": other_weights,
+}
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_the_untouched_bundle_passes(bundle: Bundle, tmp_path: Path, runtime: str) -> None:
+    report = verify(bundle, runtimes=[runtime])
+    assert report.passed, report.failures
+    # Written once more and sealed again, as the sabotages are: still right.
+    folder = copy_bundle(bundle, tmp_path / "1")
+    write_models(folder, fold_by_hand(network()))
+    report = verify(reseal(folder), runtimes=[runtime])
+    assert report.passed, report.failures
+
+
+def write_models(folder: Path, state: State) -> None:
+    bundles.write_onnx(folder / MODEL_ONNX, state)
+    bundles.write_torchscript(folder / MODEL_TORCHSCRIPT, state)
+
+
+@pytest.mark.parametrize("runtime", EXPORTED)
+@pytest.mark.parametrize("fault", WRONG_WEIGHTS)
+def test_a_wrong_fold_fails_in_the_proof_and_on_the_runtime(
+    bundle: Bundle, tmp_path: Path, fault: str, runtime: str
+) -> None:
+    folder = copy_bundle(bundle, tmp_path / "1")
+    write_models(folder, WRONG_WEIGHTS[fault]())
+    report = verify(reseal(folder), runtimes=[runtime])
+    assert not report.passed
+    assert "integrity" not in {row.stage for row in report.failures}
+    proof = [row for row in report.rows if row.stage == "file-proof"]
+    assert any(not row.passed for row in proof)
+    # The runtime's own comparison sees it too, without help from the proof.
+    assert any(not row.passed for row in report.rows if row.stage == "strict" and row.subject == runtime)
+    assert all(row.reason for row in report.failures)
+
+
+@pytest.mark.parametrize("fault", ["scale x 1.01 in one channel", "NaN in a weight", "weights of a later epoch"])
+def test_one_format_made_from_other_weights_fails_the_bit_comparison(
+    bundle: Bundle, tmp_path: Path, fault: str
+) -> None:
+    folder = copy_bundle(bundle, tmp_path / "1")
+    bundles.write_torchscript(folder / MODEL_TORCHSCRIPT, WRONG_WEIGHTS[fault]())
+    report = verify(reseal(folder), runtimes=["onnxruntime-cpu"])
+    assert [row.stage for row in report.failures] == ["weights"]
+
+
+def test_one_bit_of_one_weight_fails_the_bit_comparison(bundle: Bundle, tmp_path: Path) -> None:
+    """Too small for every tolerance, so only the bits tell."""
+    folder = copy_bundle(bundle, tmp_path / "1")
+    state = changed("fc2.weight", lambda weight: weight)
+    bits = state["fc2.weight"].view(torch.int32)
+    bits[5, 5] ^= 1
+    bundles.write_torchscript(folder / MODEL_TORCHSCRIPT, state)
+    report = verify(reseal(folder), runtimes=["torchscript-cpu"])
+    assert [row.stage for row in report.failures] == ["weights"]
+    assert "'fc2.weight'" in report.failures[0].reason
+
+
+def spoil_statistic(folder: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    state = safetensors.torch.load_file(folder / WEIGHTS)
+    state[name] = change(state[name].clone())
+    safetensors.torch.save_file(state, folder / WEIGHTS)
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [("bn2.weight", one_channel(-1)), ("bn1.running_var", one_channel(1.01)), ("bn3.running_mean", nan_in)],
+    ids=["one sign", "variance x 1.01", "NaN"],
+)
+def test_other_unfolded_weights_fail(
+    bundle: Bundle, tmp_path: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor], runtime: str
+) -> None:
+    """Stale weights.safetensors: the rebuilt network is no longer what the golden vectors and the files were made of."""
+    folder = copy_bundle(bundle, tmp_path / "1")
+    spoil_statistic(folder, name, change)
+    report = verify(reseal(folder), runtimes=[runtime])
+    assert any(row.stage == "golden-reference" for row in report.failures)
+    if runtime.startswith("torch-"):
+        assert any(row.stage == "golden" and row.subject == runtime for row in report.failures)
+
+
+@pytest.mark.parametrize("runtime", EXPORTED)
+def test_a_foreign_network_without_its_code_still_fails_on_the_golden_vectors(
+    bundle: Bundle, tmp_path: Path, runtime: str
+) -> None:
+    folder = copy_bundle(bundle, tmp_path / "1")
+    write_models(folder, WRONG_WEIGHTS["eps dropped"]())
+    report = verify(reseal(folder, network={"source": "mine.py:net"}), runtimes=[runtime])
+    assert {"golden", "file-proof", "strict"} <= {row.stage for row in report.failures}
+
+
+def rename_output(file: Path) -> None:
+    model = onnx.load(file)
+    model.graph.output[0].name = model.graph.node[-1].output[0] = "scores"
+    onnx.save(model, file)
+
+
+def cut_classes(file: Path) -> None:
+    model = onnx.load(file)
+    for tensor in model.graph.initializer:
+        if tensor.name.startswith("fc3."):
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor)[:9].copy(), tensor.name))
+    model.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 9
+    del model.graph.value_info[:]
+    onnx.save(model, file)
+
+
+def fix_batch(file: Path) -> None:
+    model = onnx.load(file)
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 2
+    onnx.save(model, file)
+
+
+def another_model(file: Path) -> None:
+    from bnexport.runtimes.small_model import write_onnx
+
+    write_onnx(file)
+
+
+def another_torchscript(file: Path) -> None:
+    from bnexport.runtimes.small_model import write_torchscript
+
+    write_torchscript(file)
+
+
+def flip_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def empty(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+def text(file: Path) -> None:
+    file.write_text("this is not a model\n" * 20)
+
+
+def remove(file: Path) -> None:
+    file.unlink()
+
+
+#: What happens to a file as such.
+BAD_FILES = {
+    "one flipped bit": flip_bit,
+    "truncated": truncate,
+    "empty": empty,
+    "a foreign file": text,
+    "missing": remove,
+}
+#: Valid files that are not this bundle's.
+OTHER_FILES = {
+    (MODEL_ONNX, "a missing output"): rename_output,
+    (MODEL_ONNX, "fewer classes"): cut_classes,
+    (MODEL_ONNX, "a fixed batch"): fix_batch,
+    (MODEL_ONNX, "another model"): another_model,
+    (MODEL_TORCHSCRIPT, "another model"): another_torchscript,
+}
+FILE_OF = {spec.name: spec.file for spec in RUNNERS}
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("fault", BAD_FILES)
+def test_a_bad_file_fails_by_its_hash_and_is_not_opened(
+    bundle: Bundle, tmp_path: Path, fault: str, runtime: str
+) -> None:
+    folder = copy_bundle(bundle, tmp_path / "1")
+    BAD_FILES[fault](folder / FILE_OF[runtime])
+    report = verify(folder, runtimes=[runtime])
+    assert not report.passed
+    assert [row.subject for row in report.failures if row.stage == "integrity"] == [FILE_OF[runtime]]
+    own = [row for row in report.rows if row.subject == runtime]
+    assert [(row.stage, row.passed) for row in own] == [("strict", False)]
+    assert "not opened" in own[0].reason
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("fault", [name for name in BAD_FILES if name not in ("one flipped bit", "missing")])
+def test_a_bad_file_under_a_new_seal_fails_in_one_sentence(
+    bundle: Bundle, tmp_path: Path, fault: str, runtime: str
+) -> None:
+    folder = copy_bundle(bundle, tmp_path / "1")
+    BAD_FILES[fault](folder / FILE_OF[runtime])
+    report = verify(reseal(folder), runtimes=[runtime])
+    own = [row for row in report.failures if row.subject == runtime]
+    assert own
+    assert all(row.reason and "\n" not in row.reason for row in report.failures)
+
+
+@pytest.mark.parametrize("runtime", EXPORTED)
+@pytest.mark.parametrize(("file", "fault"), OTHER_FILES, ids=lambda value: str(value))
+def test_another_model_under_a_new_seal_fails(
+    bundle: Bundle, tmp_path: Path, file: str, fault: str, runtime: str
+) -> None:
+    folder = copy_bundle(bundle, tmp_path / "1")
+    OTHER_FILES[file, fault](folder / file)
+    report = verify(reseal(folder), runtimes=[runtime])
+    assert not report.passed
+    assert any(row.subject in (runtime, file) for row in report.failures)
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize(
+    "output", [TensorSpec("scores", "float32", ("batch", 10)), TensorSpec("logits", "float16", ("batch", 10))]
+)
+def test_a_manifest_that_promises_another_output_fails(
+    bundle: Bundle, tmp_path: Path, output: TensorSpec, runtime: str
+) -> None:
+    folder = copy_bundle(bundle, tmp_path / "1")
+    other = Signature(bundle.manifest.signature.inputs, (output,))
+    if output.name == "scores" and not runtime.startswith("onnxruntime"):
+        pytest.skip("torch outputs have no names of their own")
+    report = verify(reseal(folder, signature=other), runtimes=[runtime])
+    assert any(row.subject == runtime for row in report.failures)
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("change", [{"scale": 1.0}, {"scale": 0.5 / 255}, {"mean": (0.5,), "std": (0.5,)}], ids=str)
+def test_other_preprocessing_fails_by_the_accuracy_at_export(
+    bundle: Bundle, tmp_path: Path, change: dict[str, object], runtime: str
+) -> None:
+    """Reference and candidate get the same wrong inputs, so no comparison sees it: only the accuracy does."""
+    before = verify(bundle, runtimes=[runtime]).to_json()
+    folder = copy_bundle(bundle, tmp_path / "1")
+    report = verify(
+        reseal(folder, verification=before, preprocessing=Preprocessing(**change).to_json()), runtimes=[runtime]
+    )
+    assert [row.stage for row in report.failures] == ["accuracy"]
+
+
+def test_the_faults_are_real_faults() -> None:
+    """Each wrong fold differs from the right one; a sabotage that changes nothing would pass for a caught one."""
+    right = fold_by_hand(network())
+    for name, make in WRONG_WEIGHTS.items():
+        state = make()
+        assert set(state) == set(right)
+        assert any(not np.array_equal(state[key].numpy(), right[key].numpy()) for key in right), name
+    assert len(PAIRS) == 4
