@@ -63,6 +63,7 @@ def staged_directory(path: Path, *, force: bool = False) -> Iterator[Path]:
             stage.chmod(0o777 & ~_umask())
             for file in (entry for entry in stage.rglob("*") if entry.is_file()):
                 _sync_file(file)
+            refuse_existing(path, force=force)  # it may have appeared while the block ran
             _swap_in(stage, path)
             sync_folder(path.parent)
     except BaseException:
@@ -98,14 +99,13 @@ def _swap_in(stage: Path, path: Path) -> None:
         stage.rename(path)
         return
     aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".old"))
-    path.rename(aside / "old")
     try:
+        path.rename(aside / "old")
         stage.rename(path)
-    except BaseException:
-        (aside / "old").rename(path)
-        aside.rmdir()
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
+    finally:
+        if not path.exists():
+            (aside / "old").rename(path)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _sync_file(path: Path) -> None:

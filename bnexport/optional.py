@@ -12,7 +12,7 @@ from types import ModuleType
 
 from bnexport.errors import MissingDependency
 
-#: Import name -> what to install. A package that is missing here is installed under its own name.
+#: Top-level import name -> what to install. A package that is missing here is installed under its own name.
 INSTALL: dict[str, str] = {
     "torch": "torch",
     "onnxruntime": "onnxruntime-gpu[cuda,cudnn]",
@@ -33,9 +33,10 @@ def require(name: str, *, purpose: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ImportError as error:
+        package = name.partition(".")[0]
         raise MissingDependency(
             f"{purpose} needs {name}, which can't be imported here ({one_line(error)})",
-            remedy=f"Install it: pip install '{INSTALL.get(name, name)}'",
+            remedy=f"Install it: pip install '{INSTALL.get(package, package)}'",
         ) from error
 
 

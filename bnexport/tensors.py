@@ -41,10 +41,12 @@ class TensorSpec:
         """The shape of one sample: without the batch dimension."""
         return self.shape[1:]
 
-    def problem(self, array: Array) -> str | None:
+    def problem(self, array: object) -> str | None:
         """Why ``array`` does not fit, as a sentence without its full stop; None when it fits."""
-        if array.dtype.name != self.dtype:
-            return f"{self.name!r} is {array.dtype.name}, expected {self.dtype}"
+        if not isinstance(array, np.ndarray):
+            return f"{self.name!r} is a {type(array).__name__}, expected a numpy array"
+        if array.dtype != np.dtype(self.dtype):  # a foreign byte order too: onnxruntime would misread it
+            return f"{self.name!r} is {array.dtype}, expected {self.dtype}"
         expected = "x".join(str(dim) for dim in self.shape)
         if array.ndim != len(self.shape) or any(
             isinstance(want, int) and want != have for want, have in zip(self.shape, array.shape, strict=True)

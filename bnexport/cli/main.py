@@ -12,6 +12,7 @@ import click
 
 from bnexport import __version__
 from bnexport.errors import BadInput, BnexportError, ProofError, Unavailable
+from bnexport.optional import one_line
 
 #: Command -> (module that holds its click ``command``, one line of help). The module is imported when the command runs.
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -26,6 +27,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
 #: 0 done, 1 the verdict is FAIL, 2 usage or bad input, 3 this machine can't run it.
 EXIT_CODES: tuple[tuple[type[BnexportError], int], ...] = ((BadInput, 2), (Unavailable, 3), (ProofError, 1))
 EXIT_INTERRUPTED = 130
+#: An error that bnexport does not know: a fault of its own (EX_SOFTWARE in sysexits.h).
+EXIT_FAULT = 70
+DEBUG = "BNEXPORT_DEBUG"
 
 
 class LazyGroup(click.Group):
@@ -85,6 +89,14 @@ def run(arguments: list[str] | None = None) -> int:
     except MemoryError:
         click.echo("Error: this machine has too little memory for it.\nTry a smaller batch or model.", err=True)
         return 3
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        if os.environ.get(DEBUG):
+            raise
+        click.echo(f"Error: unexpected {type(error).__name__}: {one_line(error)}.", err=True)
+        click.echo(f"This is a fault in bnexport: please report it with what {DEBUG}=1 shows.", err=True)
+        return EXIT_FAULT
     return result if isinstance(result, int) else 0
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bnexport.errors import BnexportError, BundleError, RuntimeUnavailable, Unavailable
+from bnexport.errors import BnexportError, BundleError, RuntimeUnavailable
 from bnexport.optional import one_line, require
 from bnexport.runtimes import cuda_libraries, small_model
 from bnexport.runtimes.base import REBUILD, Runner, declared_problem
@@ -175,7 +175,7 @@ def problem(device: str) -> str | None:
             with tempfile.TemporaryDirectory() as folder:
                 small_model.write_onnx(file := Path(folder) / "small.onnx")
                 OnnxRuntimeRunner(file, small_model.SIGNATURE, device=device).close()
-    except Unavailable as error:
+    except BnexportError as error:  # also a BundleError: an onnxruntime that can't load even the small model
         return error.message
     return None
 

@@ -223,8 +223,10 @@ class _Work:
 
     def _accuracy_row(self, images: Case) -> None:
         """The original on these images must be as right as it was at export: else the preprocessing is another one."""
-        before = self.bundle.manifest.verification.get("accuracy") or {}
+        before = self.bundle.manifest.verification.get("accuracy")
         now = self.accuracy
+        if not isinstance(before, dict) or not isinstance(before.get("correct"), int):
+            return  # made without images, or by another version
         if before.get("dataset") != now["dataset"] or before.get("n") != now["n"]:
             return
         scores = next(iter(images.expected.values()))

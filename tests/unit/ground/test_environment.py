@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from bnexport import environment as module
+from bnexport.environment import available_cores, cpu_name, describe, environment, gpu_name, versions
+
+
+def test_the_record_is_plain_json_with_every_entry():
+    record = environment()
+    assert json.loads(json.dumps(record, allow_nan=False)) == record
+    assert list(record) == ["python", "system", "cpu", "cores", "gpu", "packages"]
+    assert record["python"] == ".".join(map(str, sys.version_info[:3]))
+    assert record["packages"]["torch"] == metadata.version("torch")
+    assert record["packages"]["bnexport"] == metadata.version("bnexport")
+    assert record["cpu"]
+
+
+def test_the_record_loads_nothing_heavy():
+    code = (
+        "import sys; from bnexport.environment import environment; r = environment();"
+        "assert r['gpu'] is None; assert not {'torch', 'onnx', 'onnxruntime', 'numpy'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_what_is_not_installed_is_left_out(monkeypatch):
+    have = {"onnxruntime": "1.30", "numpy": "2.1"}
+
+    def version(name):
+        if name not in have:
+            raise metadata.PackageNotFoundError(name)
+        return have[name]
+
+    monkeypatch.setattr(module.metadata, "version", version)
+    assert versions() == {"onnxruntime": "1.30", "numpy": "2.1"}
+    have["onnxruntime-gpu"] = "1.31"
+    assert versions() == {"onnxruntime-gpu": "1.31", "numpy": "2.1"}
+
+
+def test_cores_are_those_that_the_process_may_use(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 3, 5}, raising=False)
+    assert available_cores() == 3
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert available_cores() == 1
+
+
+def test_a_system_without_cpuinfo_still_names_a_processor(monkeypatch):
+    def refuse(*_args, **_options):
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    monkeypatch.setattr(module.platform, "processor", lambda: "")
+    monkeypatch.setattr(module.platform, "machine", lambda: "arm64")
+    assert cpu_name() == "arm64"
+    monkeypatch.setattr(Path, "read_text", lambda *_args, **_options: "x : 1\nmodel name\t: Fast  CPU: 3\n")
+    assert cpu_name() == "Fast  CPU: 3"
+
+
+def test_the_gpu_is_not_asked_for_while_torch_is_not_loaded(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert gpu_name() is None
+
+
+@pytest.mark.parametrize(("gpu", "shown"), [(None, ""), ("Big GPU", ", Big GPU")])
+def test_describe_is_one_line(gpu, shown):
+    record = {"python": "3.11.7", "cpu": "Fast", "cores": 2, "gpu": gpu, "packages": {"bnexport": "1", "torch": "2.15"}}
+    assert describe(record) == f"Fast (2 cores{shown}), Python 3.11.7, torch 2.15"

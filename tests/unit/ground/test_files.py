@@ -1,0 +1,224 @@
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from bnexport.errors import DataError, OutputError
+from bnexport.files import refuse_existing, sha256, staged_directory, write_atomically
+
+
+def full(*_args, **_options):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def content_of(folder: Path) -> dict[str, str]:
+    """Every file below a folder, hidden ones too; an empty folder counts as one."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_text() if path.is_file() else "<empty>"
+        for path in folder.rglob("*")
+        if path.is_file() or not any(path.iterdir())
+    }
+
+
+@pytest.fixture(params=[0o022, 0o077, 0o002])
+def umask(request):
+    before = os.umask(request.param)
+    yield request.param
+    os.umask(before)
+
+
+def test_sha256(tmp_path):
+    (tmp_path / "a").write_bytes(b"abc")
+    assert sha256(tmp_path / "a") == hashlib.sha256(b"abc").hexdigest()
+
+
+def test_a_file_is_written_and_replaced(tmp_path):
+    file = tmp_path / "deep" / "er" / "a.txt"
+    write_atomically(file, b"old")
+    write_atomically(file, b"new\r\n\0")
+    assert file.read_bytes() == b"new\r\n\0"
+    assert [entry.name for entry in file.parent.iterdir()] == ["a.txt"]
+
+
+def test_permissions_follow_the_umask(tmp_path, umask):
+    write_atomically(tmp_path / "a", b"x")
+    with staged_directory(tmp_path / "folder") as stage:
+        (stage / "b").write_text("x")
+    modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("a", "folder", "folder/b")]
+    assert modes == [0o666 & ~umask, 0o777 & ~umask, 0o666 & ~umask]
+
+
+@pytest.mark.parametrize("step", ["os.fsync", "os.fdopen", "pathlib.Path.replace", "pathlib.Path.chmod"])
+def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch, step):
+    write_atomically(tmp_path / "a", b"old")
+    with monkeypatch.context() as patch:
+        patch.setattr(step, full)
+        with pytest.raises(OutputError, match=r"a can't be written: .*No space left") as caught:
+            write_atomically(tmp_path / "a", b"new")
+    assert isinstance(caught.value.__cause__, OSError)
+    assert content_of(tmp_path) == {"a": "old"}
+
+
+def test_ctrl_c_leaves_the_old_file(tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    write_atomically(tmp_path / "a", b"old")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            write_atomically(tmp_path / "a", b"new")
+    assert content_of(tmp_path) == {"a": "old"}
+
+
+def test_a_file_that_can_not_be_there(tmp_path):
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "folder").mkdir()
+    for path in ("file/a", "folder", "x" * 300):
+        with pytest.raises(OutputError, match="can't be written"):
+            write_atomically(tmp_path / path, b"new")
+    with pytest.raises(OutputError, match="can't be written"), staged_directory(tmp_path / "file" / "a"):
+        pytest.fail("the block must not run")
+    assert content_of(tmp_path) == {"file": "old", "folder": "<empty>"}
+
+
+def test_a_staged_folder_appears_at_the_end(tmp_path):
+    target = tmp_path / "models" / "1"
+    with staged_directory(target) as stage:
+        (stage / "deep").mkdir()
+        (stage / "deep" / "a").write_text("x")
+        assert not target.exists()
+        assert stage.parent == target.parent  # one file system, so that the rename is atomic
+    assert content_of(tmp_path) == {"models/1/deep/a": "x"}
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit, GeneratorExit, DataError])
+@pytest.mark.parametrize("force", [False, True])
+def test_an_exception_in_the_block_leaves_nothing(tmp_path, error, force):
+    if force:
+        (tmp_path / "1").mkdir()
+        (tmp_path / "1" / "a").write_text("old")
+    raised = error("odd", remedy="") if error is DataError else error("odd")
+    with pytest.raises(error) as caught, staged_directory(tmp_path / "1", force=force) as stage:
+        (stage / "a").write_text("new")
+        raise raised
+    assert caught.value is raised
+    assert content_of(tmp_path) == ({"1/a": "old"} if force else {})
+
+
+@pytest.mark.parametrize("step", ["os.fsync", "pathlib.Path.rename", "pathlib.Path.chmod", "tempfile.mkdtemp"])
+@pytest.mark.parametrize("force", [False, True])
+def test_a_full_disk_leaves_no_staged_folder(tmp_path, monkeypatch, step, force):
+    if force:
+        (tmp_path / "1").mkdir()
+        (tmp_path / "1" / "a").write_text("old")
+
+    def write():
+        with staged_directory(tmp_path / "1", force=force) as stage:
+            (stage / "a").write_text("new")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(step, full)
+        with pytest.raises(OutputError, match=r"1 can't be written: .*No space left"):
+            write()
+    assert content_of(tmp_path) == ({"1/a": "old"} if force else {})
+
+
+def test_the_block_s_own_system_errors_become_one_sentence(tmp_path):
+    with pytest.raises(OutputError, match="No space left"), staged_directory(tmp_path / "1"):
+        full()
+    assert content_of(tmp_path) == {}
+
+
+def test_an_existing_folder_needs_force(tmp_path):
+    (tmp_path / "1").mkdir()
+    (tmp_path / "1" / "a").write_text("old")
+    with pytest.raises(OutputError, match="exists already") as caught, staged_directory(tmp_path / "1"):
+        pytest.fail("the block must not run")
+    assert "--force" in caught.value.remedy
+    assert content_of(tmp_path) == {"1/a": "old"}
+
+
+def test_force_replaces_the_whole_folder(tmp_path):
+    (tmp_path / "1").mkdir()
+    (tmp_path / "1" / "left over").write_text("old")
+    with staged_directory(tmp_path / "1", force=True) as stage:
+        (stage / "a").write_text("new")
+        assert content_of(tmp_path / "1") == {"left over": "old"}
+    assert content_of(tmp_path) == {"1/a": "new"}
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EBUSY, "busy"), KeyboardInterrupt()])
+@pytest.mark.parametrize("failing", [1, 2])
+def test_a_failed_swap_keeps_the_old_folder(tmp_path, monkeypatch, error, failing):
+    """The first rename moves the old folder aside, the second moves the new one in."""
+    (tmp_path / "1").mkdir()
+    (tmp_path / "1" / "a").write_text("old")
+    rename, calls = Path.rename, []
+
+    def flaky(self, target):
+        calls.append(self)
+        if len(calls) == failing:
+            raise error
+        return rename(self, target)
+
+    def write():
+        with staged_directory(tmp_path / "1", force=True) as stage:
+            (stage / "a").write_text("new")
+
+    monkeypatch.setattr(Path, "rename", flaky)
+    with pytest.raises((OutputError, KeyboardInterrupt)):
+        write()
+    assert len(calls) == failing + (failing == 2)
+    assert content_of(tmp_path) == {"1/a": "old"}
+
+
+def test_an_interrupt_after_the_swap_keeps_the_new_folder(tmp_path, monkeypatch):
+    (tmp_path / "1").mkdir()
+    rename = Path.rename
+
+    def late(self, target):
+        done = rename(self, target)
+        if target == tmp_path / "1":
+            raise KeyboardInterrupt
+        return done
+
+    def write():
+        with staged_directory(tmp_path / "1", force=True) as stage:
+            (stage / "a").write_text("new")
+
+    monkeypatch.setattr(Path, "rename", late)
+    with pytest.raises(KeyboardInterrupt):
+        write()
+    assert content_of(tmp_path) == {"1/a": "new"}
+
+
+def test_a_folder_that_appeared_meanwhile_is_not_replaced_without_force(tmp_path):
+    def write():
+        with staged_directory(tmp_path / "1") as stage:
+            (stage / "a").write_text("mine")
+            (tmp_path / "1").mkdir()
+            (tmp_path / "1" / "a").write_text("somebody else's")
+
+    with pytest.raises(OutputError, match="exists already"):
+        write()
+    assert content_of(tmp_path) == {"1/a": "somebody else's"}
+
+
+def test_force_replaces_folders_alone(tmp_path):
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    for name in ("file", "link", "dangling"):
+        with pytest.raises(OutputError, match="is not a folder"):
+            refuse_existing(tmp_path / name, force=True)
+        with pytest.raises(OutputError, match="exists already"):
+            refuse_existing(tmp_path / name, force=False)
+    refuse_existing(tmp_path / "elsewhere", force=True)
+    refuse_existing(tmp_path / "new", force=False)

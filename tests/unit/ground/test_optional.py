@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+
+import pytest
+
+from bnexport.errors import MissingDependency
+from bnexport.optional import one_line, quiet, require
+
+
+def test_require_gives_the_module():
+    assert require("json.decoder", purpose="a test").JSONDecodeError is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "install"),
+    [
+        ("no_such_package_of_bnexport", "no_such_package_of_bnexport"),
+        ("onnxruntime", "onnxruntime-gpu[cuda,cudnn]"),
+        ("PIL.Image", "pillow"),
+        ("safetensors.torch", "safetensors"),
+    ],
+)
+def test_a_missing_package_is_named_with_what_to_install(name, install, monkeypatch):
+    if not name.startswith("no_such"):
+        monkeypatch.setitem(sys.modules, name, None)  # import then raises ImportError
+    with pytest.raises(MissingDependency) as caught:
+        require(name, purpose="the example runner")
+    assert caught.value.message.startswith(f"the example runner needs {name}, which can't be imported here (")
+    assert f"pip install '{install}'" in caught.value.remedy
+
+
+def test_a_package_that_fails_inside_is_named_too(tmp_path, monkeypatch):
+    (tmp_path / "bnexport_broken_example.py").write_text("raise ImportError('libfoo.so.3: cannot\\nopen')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(MissingDependency, match=r"\(libfoo\.so\.3: cannot open\)"):
+        require("bnexport_broken_example", purpose="a test")
+
+
+def test_one_line():
+    assert one_line(ValueError("a\n  b\tc ")) == "a b c"
+    assert one_line(ValueError("")) == "ValueError"
+    assert one_line(KeyboardInterrupt()) == "KeyboardInterrupt"
+    assert one_line(ValueError("x" * 300)) == "x" * 300
+    assert one_line(ValueError("x" * 301)) == "x" * 297 + "..."
+    assert one_line(ValueError("abcdefgh"), 6) == "abc..."
+
+
+def test_quiet_silences_and_puts_everything_back(capsys):
+    logger = logging.getLogger("torch")
+    before, stdout, filters = logger.level, sys.stdout, list(warnings.filters)
+    with pytest.raises(ZeroDivisionError), quiet():
+        print("chatter")
+        warnings.warn("chatter", stacklevel=1)
+        logger.error("chatter")
+        assert not logger.isEnabledFor(logging.ERROR)
+        raise ZeroDivisionError
+    assert (logger.level, sys.stdout, list(warnings.filters)) == (before, stdout, filters)
+    assert capsys.readouterr() == ("", "")
