@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from bnexport.errors import BundleError
+from bnexport.errors import BundleError, FeedError
 from bnexport.files import sha256, write_atomically
 from bnexport.optional import one_line, require
 from bnexport.tensors import Array, Signature
@@ -34,6 +34,14 @@ WEIGHTS = "weights.safetensors"
 REPORT = "report.html"
 GOLDEN = "test_data_set_0"
 _MAX_MANIFEST_BYTES = 64 * 2**20
+#: What the JSON value of a key of the manifest is; those that are not here are objects.
+_KINDS: dict[str, tuple[type, ...]] = {
+    "name": (str,),
+    "version": (int,),
+    "dataset": (str, type(None)),
+    "preprocessing": (dict, type(None)),
+    "labels": (list, type(None)),
+}
 _REBUILD = "Write the bundle again with bnexport fold-and-export, or copy it again from its source"
 
 
@@ -97,11 +105,14 @@ class Manifest:
             raise BundleError(f"{MANIFEST} has missing or unknown keys: {odd}", remedy=_REBUILD)
         try:
             values = {name: value[name] for name in known}
+            _check_kinds(values)
             values["signature"] = Signature.from_json(value["signature"])
+            if not values["signature"].inputs or not values["signature"].outputs:
+                raise ValueError("its signature has no input or no output")
             values["labels"] = None if value["labels"] is None else tuple(map(str, value["labels"]))
             manifest = cls(**values)
             _check_file_table(manifest.files)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (FeedError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise BundleError(f"{MANIFEST} can't be understood: {one_line(error)}", remedy=_REBUILD) from error
         return manifest
 
@@ -126,13 +137,13 @@ class Bundle:
             BundleError: No such directory, no manifest in it, or a manifest that is damaged or was changed.
         """
         folder = Path(path)
-        if not folder.is_dir():
-            what = "is a file, not a bundle's directory" if folder.exists() else "does not exist"
-            raise BundleError(f"{folder} {what}", remedy="Give a directory written by bnexport fold-and-export")
         file = folder / MANIFEST
-        if not file.is_file():
-            raise BundleError(f"{folder} has no {MANIFEST}, so it is not a bundle", remedy=_hint(folder))
         try:
+            if not folder.is_dir():
+                what = "is a file, not a bundle's directory" if folder.exists() else "does not exist"
+                raise BundleError(f"{folder} {what}", remedy="Give a directory written by bnexport fold-and-export")
+            if not file.is_file():
+                raise BundleError(f"{folder} has no {MANIFEST}, so it is not a bundle", remedy=_hint(folder))
             if file.stat().st_size > _MAX_MANIFEST_BYTES:
                 raise ValueError(f"more than {_MAX_MANIFEST_BYTES} bytes")
             value = json.loads(file.read_bytes())
@@ -157,12 +168,15 @@ class Bundle:
     def problem(self, name: str) -> str | None:
         """Why a listed file is not the one that was written; None when its size and SHA-256 hold."""
         path, expected = self.path / name, self.manifest.files[name]
-        if path.is_symlink() or not path.is_file():
-            return f"{name} is missing" if not path.exists() else f"{name} is not a plain file"
-        if (size := path.stat().st_size) != expected["size"]:
-            return f"{name} has {size} bytes, the manifest says {expected['size']}"
-        if sha256(path) != expected["sha256"]:
-            return f"{name} was changed: its SHA-256 is not the manifest's"
+        try:
+            if path.is_symlink() or not path.is_file():
+                return f"{name} is missing" if not path.exists() else f"{name} is not a plain file"
+            if (size := path.stat().st_size) != expected["size"]:
+                return f"{name} has {size} bytes, the manifest says {expected['size']}"
+            if sha256(path) != expected["sha256"]:
+                return f"{name} was changed: its SHA-256 is not the manifest's"
+        except OSError as error:
+            return f"{name} can't be read: {one_line(error)}"
         return None
 
     def problems(self) -> list[str]:
@@ -251,10 +265,18 @@ def _digest(value: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
+def _check_kinds(values: Mapping[str, Any]) -> None:
+    for name, value in values.items():
+        kinds = _KINDS.get(name, (dict,))
+        if type(value) not in kinds:  # not isinstance: true is no version
+            raise TypeError(f"{name} is a {type(value).__name__}, expected {' or '.join(k.__name__ for k in kinds)}")
+
+
 def _check_file_table(files: Mapping[str, Mapping[str, Any]]) -> None:
     for name, entry in files.items():
         path = PurePosixPath(name)
-        if not name or path.is_absolute() or ".." in path.parts or "\\" in name or path.as_posix() != name:
+        odd = not path.parts or path.is_absolute() or ".." in path.parts or path.as_posix() != name
+        if odd or "\\" in name or "\0" in name:
             raise ValueError(f"file name {name!r} is not a plain path inside the bundle")
         if not re.fullmatch("[0-9a-f]{64}", entry["sha256"]) or not isinstance(entry["size"], int):
             raise ValueError(f"the entry of {name!r} is not a SHA-256 and a size")
@@ -262,7 +284,9 @@ def _check_file_table(files: Mapping[str, Mapping[str, Any]]) -> None:
 
 def _hint(folder: Path) -> str:
     """Where the bundle probably is, when a folder above it was given."""
-    inside = sorted(path.parent for path in folder.glob(f"*/{MANIFEST}"))
+    inside = sorted(
+        (path.parent for path in folder.glob(f"*/{MANIFEST}")), key=lambda path: (len(path.name), path.name)
+    )
     if not inside:
         return "Give a directory written by bnexport fold-and-export, such as models/bn_lenet/1"
     return f"Did you mean {inside[-1]}?"

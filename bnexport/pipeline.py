@@ -68,8 +68,8 @@ def fold_and_export(
     name, version = model_and_version(path)
     refuse_existing(path, force=request.force)
     loaded = _loaded(source, weights, request)
-    check_sound(loaded.module, allow_untrained=request.allow_untrained)
     specs = parse_inputs(request.inputs, default_shape=loaded.input_shape)
+    check_sound(loaded.module, allow_untrained=request.allow_untrained)
     inputs = example_inputs(specs)
     result = fold(loaded.module, inputs)
     signature = signature_of(result.model, inputs, input_names=tuple(spec.name for spec in specs))
@@ -121,6 +121,7 @@ def _finish(stage: Path, manifest: Manifest, result: FoldResult, report: Verific
         fold=result.report,
         verification=report,
         environment=manifest.environment,
+        samples=report.samples or None,
         commands=[f"bnexport verify {path}", f"bnexport inspect {path}"],
     )
     write_atomically(stage / REPORT, page.encode())

@@ -61,7 +61,10 @@ class TensorSpec:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> TensorSpec:
         """From manifest.json; KeyError and TypeError are the caller's to explain."""
-        return cls(str(value["name"]), str(value["dtype"]), tuple(value["shape"]))
+        shape = tuple(value["shape"])
+        if not all(isinstance(dim, int | str) for dim in shape):
+            raise TypeError(f"{value['name']!r} has a dimension that is neither a size nor a name")
+        return cls(str(value["name"]), str(value["dtype"]), shape)
 
 
 @dataclass(frozen=True)

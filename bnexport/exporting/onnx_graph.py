@@ -170,6 +170,7 @@ def _convert(folded: GraphModule, inputs: tuple[Tensor, ...], signature: Signatu
         if written != opset:
             try:
                 model = onnx.version_converter.convert_version(model, opset)
+                _drop_newer_defaults(model, opset)
             except Exception as error:  # the converter raises bare RuntimeErrors
                 raise ExportError(
                     f"the model can't be converted from opset {written} to {opset}: {one_line(error)}",
@@ -181,6 +182,15 @@ def _convert(folded: GraphModule, inputs: tuple[Tensor, ...], signature: Signatu
             remedy="Export it in float16, or in parts",
         )
     return model
+
+
+def _drop_newer_defaults(model: onnx.ModelProto, opset: int) -> None:
+    """Remove attributes that an older operator lacks, when they say what it does anyway; the converter leaves them in."""
+    for node in _nodes(model.graph):
+        kept = [item for item in node.attribute if not (item.name == "noop_with_empty_axes" and item.i == 0)]
+        if onnx.defs.get_schema(node.op_type, opset, node.domain).attributes.keys() >= {item.name for item in kept}:
+            del node.attribute[:]
+            node.attribute.extend(kept)
 
 
 def _simplify(model: onnx_ir.Model) -> None:

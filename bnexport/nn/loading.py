@@ -16,6 +16,7 @@ import importlib.util
 import pickle
 import sys
 import traceback
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -301,7 +302,9 @@ def _read_weights(path: Path) -> Any:
     if not zipfile.is_zipfile(path) and path.suffix == ".safetensors":
         return read_safetensors(path)[0]
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch remarks on old pickle protocols; what matters is raised
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ModelError(
             f"{path} is not a plain state dict: it holds Python objects or code, which bnexport does not run,"

@@ -32,11 +32,11 @@ STAGES: dict[str, str] = {
     "integrity": "Is every file the one that was written?",
     "golden": "Do the stored inputs give the stored outputs on each runtime?",
     "golden-reference": "Are the stored outputs those of the unfolded network?",
+    "declaration": "Does model.onnx declare the names, types, shapes and versions of the manifest?",
     "weights": "Do all formats hold the same weights, bit by bit?",
     "file-proof": "Is the fold exact? The written file, evaluated in float64, against the unfolded network in float64.",
     "strict": "Do the kernels compute it? Each runtime in strict float32 against the float64 reference.",
     "batch-size": "Does the answer for a sample depend on how many others are fed with it?",
-    "repeat": "Does the same input give the same answer twice?",
     "accuracy": "Is the reference the trained network?",
 }
 

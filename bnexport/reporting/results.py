@@ -10,7 +10,7 @@ import click
 
 from bnexport.bundle import REPORT, Bundle
 from bnexport.folding.report import FoldReport
-from bnexport.reporting.tables import _table, _text, make_console, print_fold_report, print_verification
+from bnexport.reporting.tables import literal, make_console, make_table, print_fold_report, print_verification
 from bnexport.verification.verdict import VerificationReport
 
 if TYPE_CHECKING:
@@ -34,11 +34,11 @@ def print_export(
     print_fold_report(fold, console)
     print_verification(verification, console)
     if bundle is None:
-        console.print(_text("Nothing was written: a bundle appears only with the verdict PASS.", console))
+        console.print(literal("Nothing was written: a bundle appears only with the verdict PASS.", console))
         return
     size = sum(entry["size"] for entry in bundle.manifest.files.values())
-    console.print(_text(f"Bundle: {bundle.path} ({size / 1000:.0f} kB)", console), soft_wrap=True)
-    console.print(_text(f"Report: {bundle.path / REPORT}", console), soft_wrap=True)
+    console.print(literal(f"Bundle: {bundle.path} ({size / 1000:.0f} kB)", console), soft_wrap=True)
+    console.print(literal(f"Report: {bundle.path / REPORT}", console), soft_wrap=True)
 
 
 def print_predictions(predictions: Sequence[Prediction], *, as_json: bool = False) -> None:
@@ -48,13 +48,13 @@ def print_predictions(predictions: Sequence[Prediction], *, as_json: bool = Fals
             click.echo(json.dumps(prediction.to_json(), allow_nan=False))
         return
     console = make_console()
-    table = _table(console)
+    table = make_table(console)
     table.add_column("label", overflow="fold")
     table.add_column("probability", justify="right", no_wrap=True)
     table.add_column("image", overflow="fold")
     for prediction in predictions:
         table.add_row(
-            _text(prediction.label, console), f"{prediction.probability:.4f}", _text(prediction.image, console)
+            literal(prediction.label, console), f"{prediction.probability:.4f}", literal(prediction.image, console)
         )
     console.print(table)
 
@@ -67,7 +67,7 @@ def print_statistics(inspection: Inspection, *, as_json: bool = False) -> None:
         return
     console = make_console()
     for layer in inspection.layers:
-        table = _table(console)
+        table = make_table(console)
         table.title, table.title_justify = f"{layer.name} ({len(layer.channels)} channels, eps {layer.eps:g})", "left"
         table.add_column("channel", justify="right")
         for heading in ("gamma", "beta", "moving mean", "moving var", "scale"):
@@ -77,9 +77,9 @@ def print_statistics(inspection: Inspection, *, as_json: bool = False) -> None:
             numbers = (channel.gamma, channel.beta, channel.moving_mean, channel.moving_var, channel.scale)
             table.add_row(str(index), *(f"{value:.4g}" for value in numbers), channel.mark)
         console.print(table)
-        console.print(_text(_summary(layer), console))
+        console.print(literal(_summary(layer), console))
     if inspection.note:
-        console.print(_text(inspection.note, console))
+        console.print(literal(inspection.note, console))
 
 
 def print_json(value: dict[str, Any]) -> None:

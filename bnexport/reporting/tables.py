@@ -38,7 +38,7 @@ def make_console(stderr: bool = False) -> Console:
 
 def print_fold_report(report: FoldReport, console: Console) -> None:
     """One row per BatchNorm call site: what became of it, into what, or why not."""
-    table = _table(console)
+    table = make_table(console)
     table.add_column("outcome", no_wrap=True)
     table.add_column("BatchNorm", overflow="fold")
     table.add_column("into what, or why not", overflow="fold")
@@ -46,9 +46,9 @@ def print_fold_report(report: FoldReport, console: Console) -> None:
     for row in report.rows:
         target = f"{row.into} ({row.rule})" if row.into and row.rule else row.into or row.rule
         table.add_row(
-            _text(row.outcome, console),
-            _text(f"{module_name(row.module)} ({row.kind}, {row.channels})", console),
-            _text("; ".join(part for part in (target, row.reason) if part) or NOTHING, console),
+            literal(row.outcome, console),
+            literal(f"{module_name(row.module)} ({row.kind}, {row.channels})", console),
+            literal("; ".join(part for part in (target, row.reason) if part) or NOTHING, console),
             number(row.max_scale) if row.channels else NOTHING,
         )
     if report.rows:
@@ -56,13 +56,13 @@ def print_fold_report(report: FoldReport, console: Console) -> None:
     folded = report.count("folded")
     remaining = f"{report.remaining} batch_norm operation{'' if report.remaining == 1 else 's'} left in the graph"
     console.print(
-        _text(f"{folded} of {len(report.rows)} BatchNorm call sites folded, {remaining}", console), soft_wrap=True
+        literal(f"{folded} of {len(report.rows)} BatchNorm call sites folded, {remaining}", console), soft_wrap=True
     )
 
 
 def print_verification(report: VerificationReport, console: Console) -> None:
     """One row per stage and subject with its worst comparison, then each failure with its reason, then the verdict."""
-    table = _table(console)
+    table = make_table(console)
     table.add_column("verdict", no_wrap=True)
     table.add_column("stage", no_wrap=True)
     table.add_column("subject", overflow="fold")
@@ -71,9 +71,9 @@ def print_verification(report: VerificationReport, console: Console) -> None:
     for group in groups(report):
         worst = group.worst
         table.add_row(
-            _text(word(group.passed), console),
-            _text(group.stage, console),
-            _text(group.subject, console),
+            literal(word(group.passed), console),
+            literal(group.stage, console),
+            literal(group.subject, console),
             str(group.n),
             number(worst.error if worst else None),
             number(worst.bound if worst else None),
@@ -85,28 +85,29 @@ def print_verification(report: VerificationReport, console: Console) -> None:
         console.print("error: largest |difference| / largest |reference|, worst case of each row", style="dim")
     for note in (report.inputs, report.reference):
         if note:
-            console.print(_text(note, console, style="dim"))
+            console.print(literal(note, console, style="dim"))
     for name, why in report.skipped.items():
-        console.print(_text(f"not run: {name}: {why}", console))
+        console.print(literal(f"not run: {name}: {why}", console))
     for row in report.failures:
         console.print(
-            _text(f"FAIL {row.stage}, {row.subject}, {row.case}: {row.reason}", console, style=STYLES["FAIL"])
+            literal(f"FAIL {row.stage}, {row.subject}, {row.case}: {row.reason}", console, style=STYLES["FAIL"])
         )
     style = STYLES[word(report.passed)]
-    console.print(_text(report.summary(), console, style=style), soft_wrap=True)
+    console.print(literal(report.summary(), console, style=style), soft_wrap=True)
 
 
 def print_environment(record: Mapping[str, Any], console: Console) -> None:
     """Hardware and versions in one paragraph, as the conditions of the numbers above it."""
-    console.print(_text(describe(dict(record)), console, style="dim"))
+    console.print(literal(describe(dict(record)), console, style="dim"))
 
 
-def _table(console: Console) -> Table:
+def make_table(console: Console) -> Table:
+    """An empty table with the lines that the console's encoding can show."""
     style = box.SIMPLE_HEAD if console.encoding.lower().startswith("utf") else box.ASCII
     return Table(box=style, header_style="bold", padding=(0, 1, 0, 0), pad_edge=False)
 
 
-def _text(value: str, console: Console, *, style: str | None = None) -> Text:
+def literal(value: str, console: Console, *, style: str | None = None) -> Text:
     """Literal text that the console's encoding can take and that can't steer the terminal (no escape sequences)."""
     printable = "".join(char if char.isprintable() else "?" for char in value)
     safe = printable.encode(console.encoding, "replace").decode(console.encoding)

@@ -94,6 +94,22 @@ def count_flips(candidate: Array, reference: Array, *, bound: float) -> Flips:
     )
 
 
+def per_sample(candidate: Mapping[str, Array], reference: Mapping[str, Array]) -> tuple[Array, Array] | None:
+    """Error and margin of each sample, for the plots; None without an output that holds one score per class.
+
+    Returns:
+        max |candidate - reference| (n,), and the reference's best score less its second best (n,), both as a share of
+        the reference's scale.
+    """
+    name = next((name for name, values in reference.items() if has_labels(values)), None)
+    if name is None or candidate[name].shape != reference[name].shape:
+        return None
+    scores = reference[name].astype(np.float64)
+    top = np.sort(scores, axis=1)[:, -2:]
+    errors = np.abs(candidate[name].astype(np.float64) - scores).max(axis=1)
+    return errors / scale(scores), (top[:, 1] - top[:, 0]) / scale(scores)
+
+
 def rule_of_three(n: int) -> float:
     """95 % upper bound of a rate of which n trials showed nothing: 3 / n (Hanley and Lippman-Hand, JAMA 1983)."""
     return min(1.0, 3.0 / n) if n else 1.0

@@ -13,7 +13,7 @@ from bnexport.errors import BnexportError
 from bnexport.runtimes.base import Runner
 from bnexport.tensors import Array
 from bnexport.verification.inputs import BATCH_SIZES, Batch
-from bnexport.verification.metrics import Measurement, measure
+from bnexport.verification.metrics import Measurement, measure, per_sample
 from bnexport.verification.onnx_file import declaration_problem, read_model
 from bnexport.verification.proof import Float64Evaluator
 from bnexport.verification.tolerances import TOLERANCES
@@ -113,25 +113,33 @@ def proof_rows(bundle: Bundle, cases: Sequence[Case], *, limit: int) -> list[Row
     return rows
 
 
-def runner_rows(runner: Runner, plan: Plan) -> list[Row]:
-    """Golden vectors, stage 2, batch sizes and a repeat on one runtime."""
-    rows = []
+def runner_rows(runner: Runner, plan: Plan) -> tuple[list[Row], tuple[Array, Array] | None]:
+    """Golden vectors, stage 2, batch sizes and a repeat on one runtime.
+
+    Returns:
+        The rows, and error and margin of each sample of the first batch of stage 2 (``metrics.per_sample``).
+    """
+    rows, samples = [], None
     if plan.golden is not None:
-        rows.append(_run_and_compare("golden", runner, plan.golden))
-    rows += [_run_and_compare("strict", runner, case) for case in plan.cases]
+        rows.append(_run_and_compare("golden", runner, plan.golden)[0])
+    for case in plan.cases:
+        row, outputs = _run_and_compare("strict", runner, case)
+        rows.append(row)
+        if case is plan.cases[0] and row.error is not None:
+            samples = per_sample(outputs, case.expected)
     if plan.sizes is not None:
         rows += _batch_rows(runner, plan.sizes, empty=plan.empty)
     if plan.cases:
         rows.append(_repeat_row(runner, plan.cases[0].batch))
-    return [replace(row, device=runner.effective_device) for row in rows]
+    return [replace(row, device=runner.effective_device) for row in rows], samples
 
 
-def _run_and_compare(stage: str, runner: Runner, case: Case) -> Row:
+def _run_and_compare(stage: str, runner: Runner, case: Case) -> tuple[Row, _Outputs]:
     try:
         outputs = run_in_chunks(runner, case.batch)
     except BnexportError as error:
-        return failed(stage, runner.name, case.batch.name, error.message)
-    return compare(stage, runner.name, case.batch.name, outputs, case.expected)
+        return failed(stage, runner.name, case.batch.name, error.message), {}
+    return compare(stage, runner.name, case.batch.name, outputs, case.expected), outputs
 
 
 def _batch_rows(runner: Runner, batch: Batch, *, empty: bool) -> list[Row]:

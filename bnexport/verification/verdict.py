@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from bnexport.tensors import Array
+
 #: Stages without which a report is no proof, whatever its other rows say.
 REQUIRED_STAGES = ("integrity", "golden", "file-proof", "strict")
 
@@ -85,6 +87,7 @@ class VerificationReport:
         accuracy: Of the reference on the real images: ``{"dataset", "n", "correct"}``; empty without images.
         seed: Of the synthetic inputs.
         environment: Hardware and versions.
+        samples: Runtime -> error (n,) and margin (n,) of each sample, for the plots; not part of the JSON.
     """
 
     rows: tuple[Row, ...]
@@ -95,6 +98,7 @@ class VerificationReport:
     accuracy: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
     environment: Mapping[str, Any] = field(default_factory=dict)
+    samples: Mapping[str, tuple[Array, Array]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def missing_stages(self) -> tuple[str, ...]:

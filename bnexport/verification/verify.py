@@ -12,7 +12,7 @@ from bnexport.environment import environment
 from bnexport.errors import BnexportError, Unavailable
 from bnexport.runtimes.base import plain_reason
 from bnexport.runtimes.catalogue import RUNNERS, RunnerSpec, runner_spec
-from bnexport.tensors import check_feeds
+from bnexport.tensors import Array, check_feeds
 from bnexport.verification.inputs import Batch, Suite, build_suite
 from bnexport.verification.metrics import count_flips
 from bnexport.verification.onnx_file import multiplications, read_model
@@ -88,6 +88,7 @@ def verify(
         accuracy=work.accuracy,
         seed=seed,
         environment=environment(),
+        samples=work.samples,
     )
 
 
@@ -105,6 +106,7 @@ class _Work:
     reference: str = ""
     inputs: str = ""
     accuracy: Mapping[str, Any] = field(default_factory=dict)
+    samples: dict[str, tuple[Array, Array]] = field(default_factory=dict)
 
     def changed(self, name: str) -> str | None:
         """Why a file must not be opened."""
@@ -158,7 +160,10 @@ class _Work:
             return
         with runner:
             self.runtimes[spec.name] = runner.description
-            self.rows += runner_rows(runner, plan)
+            rows, samples = runner_rows(runner, plan)
+        self.rows += rows
+        if samples is not None:
+            self.samples[spec.name] = samples
 
     def _golden(self) -> Case | None:
         files = [name for name in self.bundle.manifest.files if name.startswith(f"{GOLDEN}/")]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -72,25 +71,39 @@ def test_golden_outputs_are_the_original_networks(result: bnexport.pipeline.Expo
     assert result.bundle is not None
     inputs, outputs = result.bundle.golden()
     with torch.no_grad():
-        expected = network().eval().double()(torch.from_numpy(inputs["input"]).double()).numpy()
+        expected = network().eval().double()(torch.tensor(inputs["input"]).double()).numpy()
     np.testing.assert_array_equal(outputs["logits"], expected.astype(np.float32))
     session = onnxruntime.InferenceSession(result.bundle.file(MODEL_ONNX), providers=["CPUExecutionProvider"])
     (have,) = session.run(None, inputs)
     assert float(np.abs(have - expected).max()) <= 1e-5 * float(np.abs(expected).max())
 
 
-def test_unfolded_weights_are_the_networks(result: bnexport.pipeline.ExportResult, tmp_path: Path) -> None:
+NET = """
+from torch import nn
+def build():
+    return nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6, eps={first}), nn.ReLU(), nn.Dropout(), nn.Flatten(),
+                         nn.Linear(216, 5), nn.BatchNorm1d(5, eps={second}))
+"""
+
+
+def test_unfolded_weights_and_the_networks_code_verify(result: bnexport.pipeline.ExportResult, tmp_path: Path) -> None:
     assert result.bundle is not None
-    (tmp_path / "net.py").write_text(
-        "from torch import nn\n"
-        "def build():\n"
-        "    return nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(), nn.Flatten(),\n"
-        "                         nn.Linear(216, 5), nn.BatchNorm1d(5))\n"
-    )
+    model = network()
+    (tmp_path / "net.py").write_text(NET.format(first=model[1].eps, second=model[6].eps))
     loaded = load_source(f"{tmp_path}/net.py:build", weights=result.bundle.file(WEIGHTS))
-    for name, tensor in network().state_dict().items():
+    for name, tensor in model.state_dict().items():
         assert torch.equal(loaded.module.state_dict()[name], tensor), name
     assert bnexport.verify(result.bundle, module=loaded.module).passed
+
+
+def test_code_with_another_eps_does_not_verify(result: bnexport.pipeline.ExportResult, tmp_path: Path) -> None:
+    """eps is in no weights file: the golden vectors tell that this is not the network that was exported."""
+    assert result.bundle is not None
+    (tmp_path / "net.py").write_text(NET.format(first=1e-5, second=1e-5))
+    loaded = load_source(f"{tmp_path}/net.py:build", weights=result.bundle.file(WEIGHTS))
+    report = bnexport.verify(result.bundle, module=loaded.module)
+    assert not report.passed
+    assert report.failures[0].stage == "golden-reference"
 
 
 def test_same_bytes_again(result: bnexport.pipeline.ExportResult, tmp_path: Path) -> None:
@@ -170,14 +183,13 @@ def test_wrong_requests(tmp_path: Path) -> None:
         bnexport.fold_and_export(network(), tmp_path / "small", request=REQUEST)
     with pytest.raises(UsageError, match="input is not known"):
         bnexport.fold_and_export(network(), tmp_path / "small" / "1")
+    request = ExportRequest(inputs=("3x8x8",), onnx=OnnxTarget(21, 8))
     with pytest.raises(ExportError, match="IR version"):
-        request = ExportRequest(inputs=("3x8x8",), onnx=OnnxTarget(21, 8))
         bnexport.fold_and_export(network(), tmp_path / "small" / "1", request=request)
     assert files(tmp_path) == []
 
 
 @pytest.fixture(autouse=True)
-def _no_data(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _no_data(monkeypatch: pytest.MonkeyPatch) -> None:
     """The flow must not depend on a data set."""
     monkeypatch.delenv("BNEXPORT_DATA", raising=False)
-    yield

@@ -16,7 +16,9 @@ TOKENS = TensorSpec("tokens", "int64", ("batch", 3))
 SIGNATURE = Signature((IMAGE, TOKENS), (TensorSpec("logits", "float32", ("batch", 10)),))
 
 dims = st.one_of(st.integers(0, 4), st.sampled_from(["batch", "n", "width"]))
-specs = st.builds(TensorSpec, st.text("aé \n", max_size=3), st.sampled_from(DTYPES), st.lists(dims, max_size=4).map(tuple))
+specs = st.builds(
+    TensorSpec, st.text("aé \n", max_size=3), st.sampled_from(DTYPES), st.lists(dims, max_size=4).map(tuple)
+)
 
 
 def feeds(**changes):
@@ -42,7 +44,7 @@ WRONG = {
         "input 'image' has shape 2x3x4x5, expected batchx1x4xwidth",
     ),
     "rank": ({"tokens": np.zeros(3, np.int64)}, "input 'tokens' has shape 3, expected batchx3"),
-    "scalar": ({"tokens": np.int64(3).reshape(())}, "input 'tokens' has shape scalar, expected batchx3"),
+    "scalar": ({"tokens": np.array(3, np.int64)}, "input 'tokens' has shape scalar, expected batchx3"),
     "list": ({"tokens": [[1, 2, 3]]}, "input 'tokens' is a list, expected a numpy array"),
     "unequal batch": (
         {"tokens": np.zeros((3, 3), np.int64)},
