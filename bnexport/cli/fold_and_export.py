@@ -6,6 +6,11 @@ from pathlib import Path
 
 import click
 
+from bnexport.data.catalogue import DATASETS
+from bnexport.exporting.formats import FORMATS
+
+_FORMAT = click.Choice([row.name for row in FORMATS])
+
 
 @click.command("fold-and-export")
 @click.argument("source")
@@ -17,11 +22,13 @@ import click
 @click.option("--labels", type=click.Path(path_type=Path), help="Text file with one class name per line.")
 @click.option("--mean", help="Per channel, as 0.485,0.456,0.406; with it images are accepted by predict.")
 @click.option("--std", help="Per channel, as 0.229,0.224,0.225.")
-@click.option("--dataset", help="Verify on this data set's test images (a checkpoint names its own).")
+@click.option(
+    "--dataset", type=click.Choice(tuple(DATASETS)), help="Verify on its test images (a checkpoint names its own)."
+)
 @click.option("--data-dir", type=click.Path(path_type=Path), help="Folder of data sets.")
 @click.option("--opset", type=int, default=18, show_default=True, help="ONNX operator set.")
 @click.option("--ir-version", type=int, help="ONNX file format.  [default: lowest possible, at least 8]")
-@click.option("--format", "formats", multiple=True, help="onnx, torchscript; repeatable.  [default: both]")
+@click.option("--format", "formats", multiple=True, type=_FORMAT, help="Write only this; repeatable.  [default: all]")
 @click.option("--allow-untrained", is_flag=True, help="Accept BatchNorm layers that were never trained.")
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 @click.option("--json", "as_json", is_flag=True, help="Print the fold report and the verdict as JSON.")

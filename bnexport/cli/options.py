@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bnexport.data.datasets import DATASETS
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import UsageError
 from bnexport.exporting.formats import FORMATS
@@ -31,13 +30,8 @@ def export_request(
     """The request that the options of fold-and-export stand for.
 
     Raises:
-        UsageError: A value that is not one of the choices, or that can't be read.
+        UsageError: Values that do not go together, or that can't be read.
     """
-    known = [row.name for row in FORMATS]
-    if unknown := [name for name in formats if name not in known]:
-        raise UsageError(f"there is no format {unknown[0]!r}", remedy=f"Choose from {', '.join(known)}")
-    if dataset is not None and dataset not in DATASETS:
-        raise UsageError(f"there is no data set {dataset!r}", remedy=f"Choose from {', '.join(DATASETS)}")
     if formats and "onnx" not in formats:
         raise UsageError("a bundle without model.onnx can't be verified", remedy="Add --format onnx")
     return ExportRequest(
@@ -46,7 +40,7 @@ def export_request(
         dataset=dataset,
         preprocessing=preprocessing(inputs, mean, std),
         onnx=OnnxTarget(opset, ir_version),
-        formats=formats or tuple(known),
+        formats=formats or tuple(row.name for row in FORMATS),
         allow_untrained=allow_untrained,
         force=force,
         data_dir=data_dir,

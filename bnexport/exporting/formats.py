@@ -1,18 +1,20 @@
-"""The table of formats that a bundle holds."""
+"""The table of formats that a bundle holds; it loads no exporter before one is used."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-
-from torch import Tensor
-from torch.fx import GraphModule
+from typing import TYPE_CHECKING
 
 from bnexport.bundle import MODEL_ONNX, MODEL_TORCHSCRIPT
-from bnexport.exporting.onnx_graph import OnnxTarget, export_onnx
-from bnexport.exporting.torchscript import export_torchscript
 from bnexport.tensors import Signature
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.fx import GraphModule
+
+    from bnexport.exporting.onnx_graph import OnnxTarget
 
 
 @dataclass(frozen=True)
@@ -48,10 +50,14 @@ class Format:
 
 
 def _write_onnx(job: ExportJob, path: Path) -> None:
+    from bnexport.exporting.onnx_graph import export_onnx
+
     export_onnx(job.folded, job.inputs, path, signature=job.signature, target=job.onnx)
 
 
 def _write_torchscript(job: ExportJob, path: Path) -> None:
+    from bnexport.exporting.torchscript import export_torchscript
+
     export_torchscript(job.folded, path)
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
+
+from torch import nn
 
 from bnexport.bundle import MANIFEST, WEIGHTS, Bundle
 from bnexport.errors import ModelError
@@ -18,7 +21,7 @@ class Inspection:
 
     Attributes:
         file: The file that was read.
-        layers: Every BatchNorm.
+        layers: Every BatchNorm, in the network's order if that is known, else by name.
         note: What the reader should know about the numbers; "" for nothing.
     """
 
@@ -47,9 +50,21 @@ def inspect_path(path: Path) -> Inspection:
             module, note = build_known(load_checkpoint(file).metadata["network"]), ""
         except ModelError:  # a user's network: its statistics can be read all the same
             module = None
-    layers = tuple(layer_statistics(state, module=module))
+    layers = _in_order(layer_statistics(state, module=module), module)
     if not layers:
         raise ModelError(
             f"{file} holds no BatchNorm", remedy="Inspect a network that was trained with batch normalization"
         )
     return Inspection(file, layers, note)
+
+
+def _in_order(layers: list[LayerStatistics], module: nn.Module | None) -> tuple[LayerStatistics, ...]:
+    """Layers in a fixed order, which safetensors does not keep; in names, numbers count as numbers."""
+    names = [] if module is None else [name for name, _ in module.named_modules()]
+    places = {name: place for place, name in enumerate(names)}
+
+    def key(layer: LayerStatistics) -> tuple[int, list[str | int]]:
+        parts = re.split(r"(\d+)", layer.name)  # text and numbers in turn
+        return places.get(layer.name, len(names)), [int(part) if at % 2 else part for at, part in enumerate(parts)]
+
+    return tuple(sorted(layers, key=key))

@@ -11,6 +11,7 @@ Four kinds of source::
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import pickle
@@ -18,13 +19,14 @@ import sys
 import traceback
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from bnexport.errors import ModelError, UsageError
 from bnexport.nn.checkpoint import METADATA_KEY, Checkpoint, load_checkpoint, read_safetensors
@@ -33,6 +35,8 @@ from bnexport.optional import one_line
 
 #: Networks that are rebuilt from their name and options alone, without a user's code.
 KNOWN: dict[str, Callable[..., nn.Module]] = {"bn_lenet": bn_lenet}
+#: First byte of a pickle, which torch's older format is.
+_PICKLE = b"\x80"
 #: The files of a run directory that hold weights, the finished one first.
 RUN_FILES = ("model.safetensors", "checkpoint.safetensors")
 
@@ -81,11 +85,10 @@ def load_source(source: str, *, weights: Path | None = None) -> LoadedModel:
     if source in KNOWN:
         if weights is None:
             raise ModelError(f"{source} needs weights", remedy="Pass --weights FILE")
-        module = KNOWN[source](**_options_of(weights))
+        network = {"source": source, "options": _options_of(weights)}
+        module = build_known(network)
         load_weights(module, weights)
-        return LoadedModel(
-            _in_eval_mode(module), source, {"source": source, "options": _options_of(weights)}, (1, 28, 28)
-        )
+        return LoadedModel(_in_eval_mode(module), source, network, _sample_shape(network))
     if ":" not in source:
         raise ModelError(
             f"{source} does not exist",
@@ -131,7 +134,7 @@ def load_weights(module: nn.Module, path: Path) -> None:
     expected = module.state_dict()
     missing = sorted(set(expected) - set(state))
     unexpected = sorted(set(state) - set(expected))
-    misshapen = sorted(key for key in set(state) & set(expected) if state[key].shape != expected[key].shape)
+    misshapen = sorted(key for key in set(state) & set(expected) if _misfit(state[key], expected[key]))
     if missing or unexpected:
         raise ModelError(
             f"{path} does not fit {type(module).__name__}: {_list('missing', missing)}{_list('unexpected', unexpected)}"
@@ -171,12 +174,12 @@ def model_of(checkpoint: Checkpoint, path: Path) -> LoadedModel:
         raise ModelError(
             f"{path} does not hold the weights of the network that it names: {one_line(error)}", remedy="Train again"
         ) from error
-    labels, options = metadata.get("labels"), metadata["network"].get("options") or {}
+    labels = metadata.get("labels")
     return LoadedModel(
         _in_eval_mode(module),
         str(metadata["network"]["source"]),
         metadata["network"],
-        (int(options.get("in_channels", 1)), 28, 28),
+        _sample_shape(metadata["network"]),
         metadata.get("dataset"),
         None if labels is None else tuple(labels),
         metadata.get("preprocessing"),
@@ -215,16 +218,29 @@ def checkpoint_file(path: Path) -> Path:
     )
 
 
-def _options_of(weights: Path) -> dict[str, Any]:
+def _options_of(weights: Path) -> Any:
     """Options that a bnexport checkpoint states; none for plain weights."""
-    if zipfile.is_zipfile(weights) or METADATA_KEY not in read_safetensors(weights)[1]:
+    if not _is_safetensors(weights) or METADATA_KEY not in read_safetensors(weights)[1]:
         return {}
-    return dict(load_checkpoint(weights).metadata["network"].get("options") or {})
+    return load_checkpoint(weights).metadata["network"].get("options") or {}
+
+
+def _sample_shape(network: Mapping[str, Any]) -> tuple[int, int, int]:
+    """Shape of one image of a network in the table KNOWN."""
+    return int((network.get("options") or {}).get("in_channels", 1)), 28, 28
 
 
 def _call_factory(source: str) -> nn.Module:
+    place = source.rpartition(":")[0]
+    file = Path(place) if place.endswith(".py") else None
+    # A file finds its own neighbours, as by python FILE; a package in the current folder is found, as by python -m.
+    with _importing_from("" if file is None else str(file.parent.resolve())):
+        module = _import_module(place) if file is None else _import_file(file)
+        return _made_by(module, source)
+
+
+def _made_by(module: Any, source: str) -> nn.Module:
     place, _, name = source.rpartition(":")
-    module = _import_file(Path(place)) if place.endswith(".py") else _import_module(place)
     factory = getattr(module, name, None)
     if not callable(factory):
         raise ModelError(
@@ -232,7 +248,7 @@ def _call_factory(source: str) -> nn.Module:
         )
     try:
         network = factory()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ModelError(
             f"{source} failed{_line_of(error, place)}: {type(error).__name__}: {one_line(error)}",
             remedy="The factory is called without arguments and must return a torch.nn.Module",
@@ -254,9 +270,6 @@ def _import_file(path: Path) -> Any:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pickles of the user's module look themselves up here
-    sys.path.insert(
-        0, str(path.parent.resolve())
-    )  # so that the file's own neighbours can be imported, as by python FILE
     try:
         spec.loader.exec_module(module)
     except BaseException as error:
@@ -267,27 +280,34 @@ def _import_file(path: Path) -> Any:
             f"{path} can't be run{_line_of(error, str(path))}: {type(error).__name__}: {one_line(error)}",
             remedy="Mend that line; python FILE shows the whole error",
         ) from error
-    finally:
-        sys.path.pop(0)
     return module
 
 
 def _import_module(name: str) -> Any:
-    sys.path.insert(0, "")  # as python -m does: a package in the current folder is found
     try:
         return importlib.import_module(name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ModelError(
             f"the module {name} can't be imported: {type(error).__name__}: {one_line(error)}",
             remedy="Install it, run from the folder that holds it, or name its file: path/file.py:factory",
         ) from error
+
+
+@contextlib.contextmanager
+def _importing_from(folder: str) -> Iterator[None]:
+    """Let imports look into ``folder`` first; what the user's code adds to the path meanwhile stays."""
+    sys.path.insert(0, folder)
+    try:
+        yield
     finally:
-        sys.path.pop(0)
+        with contextlib.suppress(ValueError):
+            sys.path.remove(folder)
 
 
 def _line_of(error: BaseException, place: str) -> str:
     if isinstance(error, SyntaxError) and error.lineno:
         return f" at line {error.lineno}"
+    place = str(Path(place))  # ./net.py is net.py in a traceback
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename.endswith(place)]
     return f" at line {lines[-1]}" if lines else ""
 
@@ -299,12 +319,13 @@ def _read_weights(path: Path) -> Any:
         raise ModelError(f"{path} is a folder, not a weights file", remedy="Give a file")
     if path.stat().st_size == 0:
         raise ModelError(f"{path} is empty", remedy="Copy or write the weights again")
-    if not zipfile.is_zipfile(path) and path.suffix == ".safetensors":
+    if _is_safetensors(path):
         return read_safetensors(path)[0]
     try:
-        with warnings.catch_warnings():
+        # Given a name, torch would choose the format by the name's ending.
+        with path.open("rb") as file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch remarks on old pickle protocols; what matters is raised
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ModelError(
             f"{path} is not a plain state dict: it holds Python objects or code, which bnexport does not run,"
@@ -316,6 +337,15 @@ def _read_weights(path: Path) -> Any:
             f"{path} is neither safetensors nor a torch state dict ({type(error).__name__}: {one_line(error, 120)})",
             remedy="Save the weights with torch.save(model.state_dict(), FILE), or as .safetensors",
         ) from error
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Whether a file is to be read as safetensors: by its content, a JSON header after 8 bytes, else by its name."""
+    if not path.is_file() or zipfile.is_zipfile(path):
+        return False
+    with path.open("rb") as file:
+        start = file.read(9)
+    return start[8:] == b"{" or (path.suffix == ".safetensors" and start[:1] != _PICKLE)
 
 
 def _unwrap(value: Any) -> dict[str, Tensor]:
@@ -342,6 +372,10 @@ def _list(what: str, names: list[str]) -> str:
         return ""
     shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
     return f"{len(names)} {what} ({shown}) "
+
+
+def _misfit(given: Tensor, expected: Tensor) -> bool:
+    return not is_lazy(expected) and given.shape != expected.shape
 
 
 def _shape(tensor: Tensor) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from bnexport.errors import RefusedModel
 from bnexport.nn.batch_norm import BatchNorm
@@ -19,9 +20,15 @@ def check_sound(model: nn.Module, *, allow_untrained: bool = False) -> None:
         allow_untrained: Accept BatchNorm layers that still have the statistics they were created with.
 
     Raises:
-        RefusedModel: Naming the tensor: not finite, a negative variance, or a BatchNorm that was never trained.
+        RefusedModel: Naming the tensor: without a value (a lazy layer), not finite, a negative variance, or a BatchNorm
+            that was never trained.
     """
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if is_lazy(tensor):
+            raise RefusedModel(
+                f"{name} has no value yet",
+                remedy="Run the network once on an example inside the factory, so that its lazy layers get their shapes",
+            )
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             what = "NaN" if bool(torch.isnan(tensor).any()) else "infinity"
             raise RefusedModel(

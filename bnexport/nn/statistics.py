@@ -19,6 +19,7 @@ DEFAULT_EPS = 1e-5
 #: A channel whose output varies less than this, relative to the layer's liveliest channel, carries no information.
 DEAD_BELOW = 1e-3
 #: A channel that is scaled this many times more than the layer's median channel amplifies noise, TF32's and fp16's too.
+#: Dead channels are left out of the median.
 EXPLODING_ABOVE = 30.0
 
 
@@ -71,8 +72,8 @@ def layer_statistics(state: Mapping[str, Tensor], *, module: nn.Module | None = 
     """Read every BatchNorm of a state dict.
 
     A channel is marked *dead* when its output hardly varies (|gamma| * sqrt(var / (var + eps)) below 1/1000 of the
-    layer's largest), *exploding* when its scale is over 30 times the layer's median, and *not finite* when a number is
-    NaN or infinite or the variance negative.
+    layer's largest), *exploding* when its scale is over 30 times the median of the layer's channels that are not dead,
+    and *not finite* when a number is NaN or infinite or the variance negative.
 
     Args:
         state: Entries of torch's or the scratch BatchNorm.
@@ -113,12 +114,13 @@ def _layer(prefix: str, names: tuple[str, ...], state: Mapping[str, Tensor], eps
     columns = (gamma, beta, mean, var, scale)
     finite = torch.stack([torch.isfinite(column) for column in columns]).all(dim=0) & (var >= 0)
     largest = float(liveliness[finite].max()) if bool(finite.any()) else 0.0
-    median = float(scale[finite].abs().median()) if bool(finite.any()) else 0.0
+    live = finite & (liveliness > DEAD_BELOW * largest)  # dead channels would draw a pruned layer's median to 0
+    median = float(scale[live].abs().quantile(0.5)) if bool(live.any()) else 0.0
     channels = []
     for index in range(mean.numel()):
         if not finite[index]:
             mark = "not finite"
-        elif float(liveliness[index]) <= DEAD_BELOW * largest:
+        elif not live[index]:
             mark = "dead"
         elif float(scale[index].abs()) > EXPLODING_ABOVE * median:
             mark = "exploding"

@@ -133,10 +133,11 @@ def _images(manifest: Manifest, data_dir: str | Path | None, limit: int) -> tupl
     try:
         pixels, labels = load_test_images(name, data_dir=data_dir, download=False)
         images = Preprocessing.from_json(manifest.preprocessing).apply(pixels[:limit])
-    except BnexportError as error:
+    except BnexportError:
         if data_dir is not None:
             raise
-        return None, None, f"no real images: {error.message}"
+        # Not the error's own words: they name folders of this machine, and this text travels in the bundle.
+        return None, None, f"no real images: {name} can't be read here; BNEXPORT_DATA or --data-dir names its folder"
     spec = manifest.signature.inputs[0]
     if (problem := spec.problem(images)) is not None and isinstance(spec.shape[0], str):
         return None, None, f"no real images: of {name}, {problem}"

@@ -30,10 +30,12 @@ class Case:
     Attributes:
         batch: Inputs.
         expected: Output name -> (n, ...); float64 of the original, or the golden vectors.
+        scales: Output name -> what errors are a share of; None: the largest |expected| of this batch.
     """
 
     batch: Batch
     expected: _Outputs
+    scales: Mapping[str, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -64,10 +66,18 @@ def judge(stage: str, found: Measurement, *, bound: float) -> tuple[bool, str]:
     return True, ""
 
 
-def compare(stage: str, subject: str, case: str, candidate: _Outputs, expected: _Outputs) -> Row:
+def compare(
+    stage: str,
+    subject: str,
+    case: str,
+    candidate: _Outputs,
+    expected: _Outputs,
+    *,
+    scales: Mapping[str, float] | None = None,
+) -> Row:
     """One row: measure, then judge by the stage's tolerance."""
     bound = TOLERANCES[stage].bound
-    found = measure(candidate, expected, bound=bound)
+    found = measure(candidate, expected, bound=bound, scales=scales)
     passed, reason = judge(stage, found, bound=bound)
     row = Row(stage, subject, case, passed, reason, n=found.n, bound=bound)
     if found.problem:
@@ -108,7 +118,7 @@ def proof_rows(bundle: Bundle, cases: Sequence[Case], *, limit: int) -> list[Row
         except BnexportError as error:
             rows.append(failed("file-proof", MODEL_ONNX, case.batch.name, error.message))
             continue
-        row = compare("file-proof", MODEL_ONNX, case.batch.name, outputs, _head(case.expected, n))
+        row = compare("file-proof", MODEL_ONNX, case.batch.name, outputs, _head(case.expected, n), scales=case.scales)
         rows.append(replace(row, device="float64 in numpy"))
     return rows
 
@@ -126,7 +136,7 @@ def runner_rows(runner: Runner, plan: Plan) -> tuple[list[Row], tuple[Array, Arr
         row, outputs = _run_and_compare("strict", runner, case)
         rows.append(row)
         if case is plan.cases[0] and row.error is not None:
-            samples = per_sample(outputs, case.expected)
+            samples = per_sample(outputs, case.expected, case.scales)
     if plan.sizes is not None:
         rows += _batch_rows(runner, plan.sizes, empty=plan.empty)
     if plan.cases:
@@ -139,7 +149,8 @@ def _run_and_compare(stage: str, runner: Runner, case: Case) -> tuple[Row, _Outp
         outputs = run_in_chunks(runner, case.batch)
     except BnexportError as error:
         return failed(stage, runner.name, case.batch.name, error.message), {}
-    return compare(stage, runner.name, case.batch.name, outputs, case.expected), outputs
+    row = compare(stage, runner.name, case.batch.name, outputs, case.expected, scales=case.scales)
+    return row, outputs
 
 
 def _batch_rows(runner: Runner, batch: Batch, *, empty: bool) -> list[Row]:

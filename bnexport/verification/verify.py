@@ -14,7 +14,7 @@ from bnexport.runtimes.base import plain_reason
 from bnexport.runtimes.catalogue import RUNNERS, RunnerSpec, runner_spec
 from bnexport.tensors import Array, check_feeds
 from bnexport.verification.inputs import Batch, Suite, build_suite
-from bnexport.verification.metrics import count_flips
+from bnexport.verification.metrics import common_scales, count_flips
 from bnexport.verification.onnx_file import multiplications, read_model
 from bnexport.verification.reference import Reference, find_reference, is_known, takes_empty_batch
 from bnexport.verification.stages import (
@@ -182,7 +182,9 @@ class _Work:
     def _answers(self, reference: Reference, suite: Suite) -> tuple[Case, ...]:
         """What the original says to each batch; empty, with a failed row, when the rebuilt one does not fit."""
         try:
-            return tuple(Case(batch, reference.evaluate(batch.feeds)) for batch in suite.batches)
+            answers = [reference.evaluate(batch.feeds) for batch in suite.batches]
+            scales = common_scales(answers)
+            return tuple(Case(batch, answer, scales) for batch, answer in zip(suite.batches, answers, strict=True))
         except BnexportError as error:
             if self.module is not None:
                 raise  # the caller's own module can't be used: no verdict on the bundle

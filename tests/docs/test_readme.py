@@ -13,7 +13,7 @@ import click
 import pytest
 
 from bnexport.bundle import GOLDEN, MANIFEST, MODEL_ONNX, MODEL_TORCHSCRIPT, REPORT, WEIGHTS
-from bnexport.cli.main import COMMANDS, EXIT_CODES, EXIT_INTERRUPTED, cli
+from bnexport.cli.main import COMMANDS, EXIT_CODES, EXIT_FAULT, EXIT_INTERRUPTED, cli
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -72,7 +72,7 @@ def test_every_command_is_shown() -> None:
 
 
 def test_exit_codes_are_those_of_the_code() -> None:
-    codes = {0, *(code for _, code in EXIT_CODES), EXIT_INTERRUPTED}
+    codes = {0, *(code for _, code in EXIT_CODES), EXIT_FAULT, EXIT_INTERRUPTED}
     assert {int(row[0]) for row in table("Exit codes")} == codes
 
 

@@ -104,9 +104,14 @@ def test_an_exception_in_the_block_leaves_nothing(tmp_path, error, force):
         (tmp_path / "1").mkdir()
         (tmp_path / "1" / "a").write_text("old")
     raised = error("odd", remedy="") if error is DataError else error("odd")
-    with pytest.raises(error) as caught, staged_directory(tmp_path / "1", force=force) as stage:
-        (stage / "a").write_text("new")
-        raise raised
+
+    def write():
+        with staged_directory(tmp_path / "1", force=force) as stage:
+            (stage / "a").write_text("new")
+            raise raised
+
+    with pytest.raises(error) as caught:
+        write()
     assert caught.value is raised
     assert content_of(tmp_path) == ({"1/a": "old"} if force else {})
 

@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+from bnexport.bundle import MODEL_ONNX
+from bnexport.cli import fold_and_export
+from bnexport.cli.main import run
+from bnexport.cli.options import export_request, preprocessing, read_labels
+from bnexport.data.datasets import DATASETS
+from bnexport.data.preprocessing import Preprocessing
+from bnexport.errors import DataError, UsageError
+from bnexport.exporting.formats import FORMATS
+from bnexport.exporting.onnx_graph import OnnxTarget
+from bnexport.exporting.request import ExportRequest
+
+
+def options(*arguments: str) -> dict[str, Any]:
+    """What click hands to the command."""
+    with fold_and_export.command.make_context("fold-and-export", ["net.py:make", "--out", "m/1", *arguments]) as context:
+        return {name: value for name, value in context.params.items() if name not in ("source", "out", "weights", "as_json")}
+
+
+def request(*arguments: str) -> ExportRequest:
+    return export_request(**options(*arguments))
+
+
+def refusal(*arguments: str, kind: type[Exception] = UsageError) -> str:
+    with pytest.raises(kind) as caught:
+        request(*arguments)
+    assert caught.value.remedy
+    return caught.value.message
+
+
+def test_without_options_the_request_is_the_default():
+    assert request() == ExportRequest()
+    assert request().formats == tuple(row.name for row in FORMATS)
+
+
+def test_every_option_reaches_the_request(tmp_path: Path):
+    (tmp_path / "labels.txt").write_text("cat\ndog\n")
+    given = request(
+        "--input", "image=3x8x9", "--labels", str(tmp_path / "labels.txt"), "--mean", "0.1,0.2,0.3", "--std", "1,2,3",
+        "--dataset", "digits", "--data-dir", str(tmp_path), "--opset", "17", "--ir-version", "9", "--format", "onnx",
+        "--allow-untrained", "--force",
+    )  # fmt: skip
+    assert given == ExportRequest(
+        inputs=("image=3x8x9",),
+        labels=("cat", "dog"),
+        dataset="digits",
+        preprocessing=Preprocessing(3, 8, 9, mean=(0.1, 0.2, 0.3), std=(1.0, 2.0, 3.0)).to_json(),
+        onnx=OnnxTarget(17, 9),
+        formats=("onnx",),
+        allow_untrained=True,
+        force=True,
+        data_dir=tmp_path,
+    )
+
+
+def test_the_choices_are_the_tables():
+    choices = {
+        parameter.name: list(parameter.type.choices)
+        for parameter in fold_and_export.command.params
+        if isinstance(parameter.type, click.Choice)
+    }
+    assert choices == {"formats": [row.name for row in FORMATS], "dataset": list(DATASETS)}
+
+
+@pytest.mark.parametrize("arguments", [["--format", "coreml"], ["--dataset", "cifar"], ["--opset", "x"]])
+def test_what_is_no_choice_is_refused_by_name(arguments, capsys):
+    assert run(["fold-and-export", "net.py:make", "--out", "m/1", *arguments]) == 2
+    told = capsys.readouterr().err
+    assert arguments[0] in told
+    assert arguments[1] in told
+
+
+def test_onnx_can_not_be_left_out():
+    assert MODEL_ONNX in refusal("--format", "torchscript")
+    assert request("--format", "torchscript", "--format", "onnx").formats == ("torchscript", "onnx")
+
+
+# --labels
+
+
+def test_labels_are_lines(tmp_path: Path):
+    file = tmp_path / "labels.txt"
+    file.write_bytes("\r\n cat \r\nçà va\r\n\r\ndog".encode())
+    assert read_labels(file) == ("cat", "çà va", "dog")
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_label(tmp_path: Path):
+    (tmp_path / "labels.txt").write_text("cat\ndog\n", encoding="utf-8-sig")
+    assert read_labels(tmp_path / "labels.txt") == ("cat", "dog")
+
+
+@pytest.mark.parametrize(
+    ("content", "told"), [(b"", "holds no label"), (b" \n\n\t\n", "holds no label"), (b"caf\xe9\n", "can't be read")]
+)
+def test_a_file_without_labels(tmp_path: Path, content: bytes, told: str):
+    file = tmp_path / "labels.txt"
+    file.write_bytes(content)
+    assert told in refusal("--labels", str(file))
+    assert str(file) in refusal("--labels", str(file))
+
+
+def test_labels_that_are_not_there(tmp_path: Path):
+    assert "can't be read" in refusal("--labels", str(tmp_path / "nowhere"))
+    assert "can't be read" in refusal("--labels", str(tmp_path))
+
+
+# --mean and --std
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "want"),
+    [
+        (None, None, None),
+        ("0.5", None, Preprocessing(1, 4, 5, mean=(0.5,), std=(1.0,))),
+        (None, "0.25", Preprocessing(1, 4, 5, mean=(0.0,), std=(0.25,))),
+        (" -1e-3 ", "2", Preprocessing(1, 4, 5, mean=(-0.001,), std=(2.0,))),
+    ],
+)
+def test_one_of_mean_and_std_is_enough(mean, std, want):
+    assert preprocessing(("1x4x5",), mean, std) == (None if want is None else want.to_json())
+
+
+@pytest.mark.parametrize("inputs", [[], ["10"], ["3x8"], ["3x8x8", "a=3x8x8"], ["2x3x8x8"], ["x=scalar"]])
+def test_mean_and_std_are_for_one_image(inputs):
+    arguments = [word for text in inputs for word in ("--input", text)]
+    assert "for one image input" in refusal(*arguments, "--mean", "0")
+
+
+@pytest.mark.parametrize("text", ["", "a", "0.1,,0.3", "0.1;0.2", "0.1 0.2 0.3"])
+@pytest.mark.parametrize("option", ["--mean", "--std"])
+def test_what_is_no_list_of_numbers(option, text):
+    assert refusal("--input", "3x4x5", option, text) == f"{option} {text!r} is not a list of numbers"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--mean", "0.1,0.2"), "2 means and 3 deviations for 3 channel"),
+        (("--std", "1"), "3 means and 1 deviations for 3 channel"),
+        (("--std", "1,0,1"), "not positive"),
+        (("--std", "1,-1,1"), "not positive"),
+        (("--mean", "nan,0,0"), "not finite"),
+        (("--std", "1,inf,1"), "not finite"),
+    ],
+)
+def test_numbers_that_are_no_preprocessing(arguments, told):
+    assert told in refusal("--input", "3x4x5", *arguments, kind=DataError)
+
+
+def test_a_bad_input_is_named_first():
+    assert "'3xx4'" in refusal("--input", "3xx4", "--mean", "0")
