@@ -50,7 +50,7 @@ def export_request(
 def read_labels(path: Path) -> tuple[str, ...]:
     """Class names from a text file, one per line."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()  # Windows editors write a byte order mark
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(
             f"{path} can't be read: {one_line(error)}", remedy="Give a text file, one label per line"

@@ -77,9 +77,16 @@ def _shared_call(site: Site) -> str | None:
     """A weight that another call reads must stay as it is."""
     assert site.absorber is not None
     for node in (site.absorber.weight_node(site.producer), site.absorber.bias_node(site.producer)):
-        if node is not None and len(node.users) > 1:
-            return f"the weights of {describe(site.producer)} are used {len(node.users)} times (a shared layer or parameter)"
+        if node is not None and (uses := _uses(node)) > 1:
+            return f"the weights of {describe(site.producer)} are used {uses} times (a shared layer or parameter)"
     return None
+
+
+def _uses(node: Node) -> int:
+    """How many operators read a value; an attribute may be read by several nodes."""
+    if node.op != "get_attr":
+        return len(node.users)
+    return sum(len(item.users) for item in node.graph.find_nodes(op="get_attr", target=node.target))
 
 
 def _constant_weights(site: Site) -> str | None:

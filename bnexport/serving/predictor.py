@@ -13,7 +13,7 @@ import numpy as np
 from bnexport.bundle import Bundle
 from bnexport.data.images import load_images
 from bnexport.data.preprocessing import Preprocessing
-from bnexport.errors import BundleError, DataError
+from bnexport.errors import BundleError, DataError, UsageError
 from bnexport.runtimes.catalogue import runner_spec
 from bnexport.tensors import Array
 
@@ -60,9 +60,12 @@ class Predictor:
     Raises:
         BundleError: The bundle was changed, or is no image classifier with one input and one output.
         RuntimeUnavailable: The engine or device is not here.
+        UsageError: An unknown runtime, or a batch size below 1.
     """
 
     def __init__(self, bundle: Bundle | str | Path, *, runtime: str = DEFAULT_RUNTIME, batch_size: int = 256) -> None:
+        if batch_size < 1:
+            raise UsageError(f"the batch size is {batch_size}", remedy="Give at least 1")
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         self.bundle.check()
         self.preprocessing = _image_preprocessing(self.bundle)
@@ -143,7 +146,7 @@ def _image_preprocessing(bundle: Bundle) -> Preprocessing:
     if manifest.preprocessing is None or not one_each or len(manifest.signature.outputs[0].shape) != 2:
         raise BundleError(
             f"{bundle.path} does not say how an image becomes an input, or is no image classifier",
-            remedy="Export it with --scale, --mean and --std, or feed model.onnx yourself",
+            remedy="Export it with --mean and --std, or feed model.onnx yourself",
         )
     preprocessing: Mapping[str, Any] = manifest.preprocessing
     return Preprocessing.from_json(preprocessing)

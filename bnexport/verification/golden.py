@@ -75,7 +75,7 @@ def golden_inputs(
     feeds = {}
     for spec, shape in _each(signature, shapes):
         real = [] if images is None or len(signature.inputs) != 1 else [images[: min(_IMAGES, budget - 1)]]
-        rows = [*real, _noise(spec, (_NOISE, *shape), rng), np.zeros((1, *shape)), np.ones((1, *shape))]
+        rows = [*real, _noise(spec, (min(_NOISE, budget), *shape), rng), np.zeros((1, *shape)), np.ones((1, *shape))]
         feeds[spec.name] = np.concatenate([row.astype(spec.dtype) for row in rows])[:budget]
     return feeds
 
@@ -92,11 +92,12 @@ def _noise(spec: TensorSpec, shape: tuple[int, ...], rng: np.random.Generator) -
 
 
 def real_images(manifest: Manifest, *, data_dir: Path | None = None) -> Array | None:
-    """The first test images of the manifest's data set as inputs; None where there are none on this machine."""
+    """The first test images of the manifest's data set as inputs; None where there are none here, or they do not fit."""
     if manifest.preprocessing is None or manifest.dataset not in DATASETS:
         return None
     try:
         pixels, _ = load_test_images(manifest.dataset, data_dir=data_dir, download=False)
+        images = Preprocessing.from_json(manifest.preprocessing).apply(pixels[:_IMAGES])
     except BnexportError:
         return None
-    return Preprocessing.from_json(manifest.preprocessing).apply(pixels[:_IMAGES])
+    return images if manifest.signature.inputs[0].problem(images) is None else None

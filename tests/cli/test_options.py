@@ -20,8 +20,12 @@ from bnexport.exporting.request import ExportRequest
 
 def options(*arguments: str) -> dict[str, Any]:
     """What click hands to the command."""
-    with fold_and_export.command.make_context("fold-and-export", ["net.py:make", "--out", "m/1", *arguments]) as context:
-        return {name: value for name, value in context.params.items() if name not in ("source", "out", "weights", "as_json")}
+    with fold_and_export.command.make_context(
+        "fold-and-export", ["net.py:make", "--out", "m/1", *arguments]
+    ) as context:
+        return {
+            name: value for name, value in context.params.items() if name not in ("source", "out", "weights", "as_json")
+        }
 
 
 def request(*arguments: str) -> ExportRequest:

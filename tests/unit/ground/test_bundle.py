@@ -193,12 +193,12 @@ def test_a_manifest_that_is_too_large_is_not_read(folder: Path, monkeypatch: pyt
 
 
 def test_no_byte_of_the_manifest_can_change(folder: Path) -> None:
-    """Every position, three bits each: what still reads as the same JSON is the same manifest."""
+    """Every position, one bit each: what still reads as the same JSON is the same manifest."""
     file = folder / MANIFEST
     right = file.read_bytes()
-    for position, bit in ((at, bit) for at in range(len(right)) for bit in (1, 4, 32)):
+    for position in range(len(right)):
         wrong = bytearray(right)
-        wrong[position] ^= bit
+        wrong[position] ^= (1, 4, 32)[position % 3]
         file.write_bytes(wrong)
         try:
             Bundle.open(folder)

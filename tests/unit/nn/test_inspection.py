@@ -92,7 +92,9 @@ def test_what_holds_no_batch_norm(tmp_path):
         inspect_path(tmp_path / "a.safetensors")
 
 
-@pytest.mark.parametrize(("name", "told"), [("nowhere", "does not exist"), (".", "holds no model"), ("t", "not a whole")])
+@pytest.mark.parametrize(
+    ("name", "told"), [("nowhere", "does not exist"), (".", "holds no model"), ("t", "not a whole")]
+)
 def test_what_can_not_be_read(tmp_path, name, told):
     (tmp_path / "t").write_text("text " * 9)
     with pytest.raises(ModelError, match=told):

@@ -264,7 +264,7 @@ def test_a_whole_pickled_module_is_refused(tmp_path, factory):
 BROKEN = {
     "empty": (b"", "is empty"),
     "text": (b"these are no weights\n" * 9, "w"),
-    "text in braces": (b"\x01{\"a\": 1}" + b"{" * 99, "w"),
+    "text in braces": (b'\x01{"a": 1}' + b"{" * 99, "w"),
     "half a zip file": (b"PK\x03\x04" + b"\0" * 200, "w"),
     "a header without tensors": ((300).to_bytes(8, "little") + b"{}", "w"),
 }
@@ -289,7 +289,9 @@ def test_half_a_torch_file(tmp_path, factory):
     assert "w.pt" in message(f"{factory}:make", tmp_path / "w.pt")
 
 
-@pytest.mark.parametrize("value", [[1, 2], {"a": 3}, torch.ones(3), {1: torch.ones(3)}, {"state_dict": {"a": "b"}}, None])
+@pytest.mark.parametrize(
+    "value", [[1, 2], {"a": 3}, torch.ones(3), {1: torch.ones(3)}, {"state_dict": {"a": "b"}}, None]
+)
 def test_a_file_of_something_else(tmp_path, factory, value):
     torch.save(value, tmp_path / "w.pt")
     assert "is not a state dict" in message(f"{factory}:make", tmp_path / "w.pt")
@@ -399,7 +401,9 @@ def test_a_factory_file_may_import_its_neighbours(tmp_path, monkeypatch, late):
     (tmp_path / f"{name}.py").write_text("WIDTH = 5\n")
     imports = f"from {name} import WIDTH"
     where = ("", f"    {imports}\n") if late else (imports, "")
-    (tmp_path / "net.py").write_text(f"from torch import nn\n{where[0]}\ndef make():\n{where[1]}    return nn.ReLU6()\n")
+    (tmp_path / "net.py").write_text(
+        f"from torch import nn\n{where[0]}\ndef make():\n{where[1]}    return nn.ReLU6()\n"
+    )
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     before = list(sys.path)

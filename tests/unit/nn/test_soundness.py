@@ -74,7 +74,9 @@ def test_a_negative_variance_is_named(norm, name):
     check_sound(network)
 
 
-@pytest.mark.parametrize("norm", [nn.BatchNorm2d(4), BatchNorm(4, 4), nn.SyncBatchNorm(4), nn.BatchNorm2d(4, affine=False)])
+@pytest.mark.parametrize(
+    "norm", [nn.BatchNorm2d(4), BatchNorm(4, 4), nn.SyncBatchNorm(4), nn.BatchNorm2d(4, affine=False)]
+)
 def test_a_norm_that_was_never_trained(norm):
     network = nn.Sequential(nn.Conv2d(2, 4, 3), norm)
     assert refusal(network).startswith(f"1 is a {type(norm).__name__} that was never trained")
@@ -99,7 +101,12 @@ def test_what_counts_as_trained():
     counted = nn.BatchNorm2d(4)
     counted.num_batches_tracked.fill_(1)
     assert not is_untrained(counted)
-    for layer in (nn.BatchNorm2d(4, track_running_stats=False), nn.GroupNorm(2, 4), nn.Linear(2, 3), nn.InstanceNorm2d(4)):
+    for layer in (
+        nn.BatchNorm2d(4, track_running_stats=False),
+        nn.GroupNorm(2, 4),
+        nn.Linear(2, 3),
+        nn.InstanceNorm2d(4),
+    ):
         assert not is_untrained(layer)
 
 

@@ -20,7 +20,6 @@ from bnexport.serving.predictor import Predictor, predict_images
 from bnexport.tensors import Signature, TensorSpec
 
 IMAGES = load_dataset("digits").test_images[:20]
-LABELS = load_dataset("digits").test_labels[:20]
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +47,11 @@ def test_images_are_labelled_as_the_network_does(bundle: Bundle, tmp_path: Path)
     names = [f"{tmp_path / 'stack.npy'}[{index}]" for index in range(20)] + [str(tmp_path / "one.png")]
     assert [prediction.image for prediction in predictions] == names
     want = expected(np.concatenate([IMAGES, IMAGES[3:4]]))
-    assert np.allclose([prediction.logits for prediction in predictions], want, rtol=1e-4, atol=1e-4)
+    assert np.allclose([prediction.logits for prediction in predictions], want, rtol=0, atol=2e-5)
     assert [prediction.index for prediction in predictions] == want.argmax(1).tolist()
     assert [prediction.label for prediction in predictions] == [str(index) for index in want.argmax(1)]
     softmax = torch.from_numpy(want).double().softmax(1).amax(1).tolist()
     assert [prediction.probability for prediction in predictions] == pytest.approx(softmax, rel=1e-3)
-    assert (want.argmax(1)[:20] == LABELS).mean() >= 0.5  # the images reach the network the right way round
 
 
 def test_a_prediction_is_plain_json(bundle: Bundle, tmp_path: Path) -> None:
@@ -68,11 +66,9 @@ def test_a_prediction_is_plain_json(bundle: Bundle, tmp_path: Path) -> None:
 def test_the_batch_size_changes_nothing_but_speed(bundle: Bundle, batch_size: int, monkeypatch) -> None:
     with Predictor(bundle, batch_size=batch_size) as predictor:
         sizes, run = [], predictor._runner.run
-        monkeypatch.setattr(
-            predictor._runner, "run", lambda feeds: sizes.append(len(feeds["input"])) or run(feeds)
-        )
+        monkeypatch.setattr(predictor._runner, "run", lambda feeds: sizes.append(len(feeds["input"])) or run(feeds))
         logits = predictor.logits(IMAGES)
-    assert np.allclose(logits, expected(IMAGES), rtol=1e-4, atol=1e-4)
+    assert np.allclose(logits, expected(IMAGES), rtol=0, atol=2e-5)
     assert max(sizes) <= batch_size
     assert len(sizes) == math.ceil(20 / batch_size)
 
@@ -101,14 +97,14 @@ def test_the_bundle_s_own_preprocessing_is_used(bundle: Bundle, tmp_path: Path) 
     other = reseal(copy_bundle(bundle, tmp_path / "1"), preprocessing=preprocessing.to_json())
     with Predictor(other) as predictor, torch.no_grad():
         want = network()(torch.from_numpy(preprocessing.apply(IMAGES))).numpy()
-        assert np.allclose(predictor.logits(IMAGES), want, rtol=1e-4, atol=1e-4)
-        assert not np.allclose(want, expected(IMAGES), atol=0.1)
+        assert np.allclose(predictor.logits(IMAGES), want, rtol=0, atol=2e-5)
+        assert not np.allclose(want, expected(IMAGES), rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("runtime", ["torch-cpu", "torchscript-cpu"])
 def test_another_runtime_agrees(bundle: Bundle, runtime: str) -> None:
     with Predictor(bundle, runtime=runtime) as predictor:
-        assert np.allclose(predictor.logits(IMAGES), expected(IMAGES), rtol=1e-4, atol=1e-4)
+        assert np.allclose(predictor.logits(IMAGES), expected(IMAGES), rtol=0, atol=2e-5)
 
 
 def test_it_needs_no_torch(bundle: Bundle, tmp_path: Path) -> None:

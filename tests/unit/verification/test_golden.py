@@ -67,7 +67,7 @@ def test_all_inputs_have_as_many_samples_and_their_own_types() -> None:
         assert set(feeds[name].tolist()) == {0, 1}
 
 
-@pytest.mark.parametrize(("side", "samples"), [(128, 8), (200, 3), (4000, 2)])
+@pytest.mark.parametrize(("side", "samples"), [(128, 8), (200, 3), (1000, 2)])
 def test_large_inputs_have_fewer_samples(side: int, samples: int) -> None:
     signature = Signature((TensorSpec("x", "float32", ("batch", side, side)),), ())
     array = golden_inputs(signature, shapes={"x": (side, side)})["x"]
@@ -77,7 +77,9 @@ def test_large_inputs_have_fewer_samples(side: int, samples: int) -> None:
 
 def test_a_large_image_leaves_room_for_noise() -> None:
     signature = Signature((TensorSpec("x", "float32", ("batch", 1, 400, 400)),), ())
-    array = golden_inputs(signature, shapes={"x": (1, 400, 400)}, images=np.full((8, 1, 400, 400), 0.5, np.float32))["x"]
+    array = golden_inputs(signature, shapes={"x": (1, 400, 400)}, images=np.full((8, 1, 400, 400), 0.5, np.float32))[
+        "x"
+    ]
     assert len(array) == 2
     assert (array[0] == 0.5).all()
     assert array[1].std() > 0.9
@@ -110,7 +112,7 @@ def test_the_outputs_are_the_network_s_in_float64_rounded_once(tmp_path: Path) -
     inputs, outputs = seal(tmp_path, manifest()).golden()
     assert len(inputs["input"]) == 16
     with torch.no_grad():
-        exact = copy.deepcopy(module).double()(torch.from_numpy(inputs["input"]).double())
+        exact = copy.deepcopy(module).double()(torch.tensor(inputs["input"].copy()).double())
     assert np.array_equal(outputs["logits"], exact.float().numpy())
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
 
@@ -133,6 +135,4 @@ def test_a_network_that_can_not_run_in_float64_is_refused(tmp_path: Path) -> Non
             return x.float(), x.float()
 
     with pytest.raises(ModelError, match="can't be evaluated in float64: it gives float32"):
-        write_golden_vectors(
-            tmp_path, replace(manifest(), signature=TWO, dataset=None), Narrow(), shapes=TWO_SHAPES
-        )
+        write_golden_vectors(tmp_path, replace(manifest(), signature=TWO, dataset=None), Narrow(), shapes=TWO_SHAPES)
