@@ -37,6 +37,7 @@ STAGES: dict[str, str] = {
     "file-proof": "Is the fold exact? The written file, evaluated in float64, against the unfolded network in float64.",
     "strict": "Do the kernels compute it? Each runtime in strict float32 against the float64 reference.",
     "batch-size": "Does the answer for a sample depend on how many others are fed with it?",
+    "repeat": "Does the same input give the same answer twice?",
     "accuracy": "Is the reference the trained network?",
 }
 

@@ -63,10 +63,10 @@ def print_fold_report(report: FoldReport, console: Console) -> None:
 def print_verification(report: VerificationReport, console: Console) -> None:
     """One row per stage and subject with its worst comparison, then each failure with its reason, then the verdict."""
     table = make_table(console)
-    table.add_column("verdict", no_wrap=True)
+    table.add_column("", no_wrap=True)
     table.add_column("stage", no_wrap=True)
     table.add_column("subject", overflow="fold")
-    for heading in ("n", "error", "bound", "flips", "certified"):
+    for heading in ("n", "error", "bound", "flips", "sure"):
         table.add_column(heading, justify="right", no_wrap=True)
     for group in groups(report):
         worst = group.worst
@@ -83,6 +83,7 @@ def print_verification(report: VerificationReport, console: Console) -> None:
     if report.rows:
         console.print(table)
         console.print("error: largest |difference| / largest |reference|, worst case of each row", style="dim")
+        console.print("sure: labels that no error within the bound could change", style="dim")
     for note in (report.inputs, report.reference):
         if note:
             console.print(literal(note, console, style="dim"))
