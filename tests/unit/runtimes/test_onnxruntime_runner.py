@@ -48,6 +48,8 @@ def test_a_bad_file_is_one_sentence(
     words: str,
     device: str,
 ) -> None:
+    if device == "cuda" and "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        pytest.skip("this onnxruntime is built without CUDA, which is refused before the file is read")
     file = tmp_path / "model.onnx"
     if content is not None:
         whole = bundle.file(MODEL_ONNX).read_bytes()
