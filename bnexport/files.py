@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from bnexport import interrupts
 from bnexport.errors import OutputError
 from bnexport.optional import one_line
 
@@ -25,7 +26,9 @@ def write_atomically(path: Path, content: bytes) -> None:
 
     Raises:
         OutputError: The folder can't be written, or the disk is full. The old file, if any, is untouched.
+        KeyboardInterrupt: Ctrl-C was pressed before, and the exception got lost.
     """
+    interrupts.check()
     with output_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, beside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
@@ -63,6 +66,7 @@ def staged_directory(path: Path, *, force: bool = False) -> Iterator[Path]:
             stage.chmod(0o777 & ~_umask())
             for file in (entry for entry in stage.rglob("*") if entry.is_file()):
                 _sync_file(file)
+            interrupts.check()
             refuse_existing(path, force=force)  # it may have appeared while the block ran
             _swap_in(stage, path)
             sync_folder(path.parent)

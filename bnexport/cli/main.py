@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from bnexport import __version__
+from bnexport import __version__, interrupts
 from bnexport.errors import BadInput, BnexportError, ProofError, Unavailable
 from bnexport.optional import one_line
 
@@ -76,7 +76,8 @@ def main(arguments: list[str] | None = None) -> None:
 def run(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code and prints at most one sentence per error."""
     try:
-        result: Any = cli.main(args=arguments, prog_name="bnexport", standalone_mode=False)
+        with interrupts.noted():
+            result: Any = cli.main(args=arguments, prog_name="bnexport", standalone_mode=False)
     except click.ClickException as error:
         error.show()
         return error.exit_code

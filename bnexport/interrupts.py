@@ -1,0 +1,54 @@
+"""Ctrl-C that can't get lost.
+
+Python raises KeyboardInterrupt in whatever code runs at that moment, and some of it swallows the exception: finalisers,
+weak reference callbacks, bare ``except`` clauses in compilers and tracers. So the signal is noted as well, and asked about
+at the points after which something new appears on disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from types import FrameType
+
+_noted = threading.Event()
+
+
+@contextlib.contextmanager
+def noted() -> Iterator[None]:
+    """Note interrupts inside the block; they are raised as usual, too. Outside the main thread nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    _noted.clear()
+    before, hook = signal.signal(signal.SIGINT, _note), sys.unraisablehook
+
+    def report(lost: sys.UnraisableHookArgs) -> None:
+        if not isinstance(lost.exc_value, KeyboardInterrupt):  # a lost interrupt is noted; its traceback tells nothing
+            hook(lost)
+
+    sys.unraisablehook = report
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook
+        signal.signal(signal.SIGINT, before)
+
+
+def check() -> None:
+    """Raise the KeyboardInterrupt that was noted and got lost.
+
+    Raises:
+        KeyboardInterrupt: Once per interrupt, so that what cleans up after it is not stopped again.
+    """
+    if _noted.is_set():
+        _noted.clear()
+        raise KeyboardInterrupt
+
+
+def _note(_number: int, _frame: FrameType | None) -> None:
+    _noted.set()
+    raise KeyboardInterrupt
