@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -57,6 +58,7 @@ def staged_directory(path: Path, *, force: bool = False) -> Iterator[Path]:
         OutputError: ``path`` exists and ``force`` is false, or the disk can't take it.
     """
     refuse_existing(path, force=force)
+    missing = [folder for folder in path.parents if not folder.exists()]
     with output_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         stage = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))
@@ -72,7 +74,15 @@ def staged_directory(path: Path, *, force: bool = False) -> Iterator[Path]:
             sync_folder(path.parent)
     except BaseException:
         shutil.rmtree(stage, ignore_errors=True)
+        with contextlib.suppress(OSError):  # another export may have begun in one of them
+            for folder in missing:
+                folder.rmdir()
         raise
+
+
+def forget_reader() -> None:
+    """Send what is still to be printed nowhere, after the reader of standard output (head, less) went away."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def refuse_existing(path: Path, *, force: bool) -> None:

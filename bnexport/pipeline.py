@@ -11,7 +11,7 @@ from bnexport.bundle import MODEL_ONNX, REPORT, WEIGHTS, Bundle, Manifest, seal
 from bnexport.environment import environment
 from bnexport.exporting.formats import FORMATS, ExportJob
 from bnexport.exporting.onnx_graph import model_metadata, stamp_metadata
-from bnexport.exporting.prepare import signature_of
+from bnexport.exporting.prepare import check_labels, signature_of
 from bnexport.exporting.request import ExportRequest, example_inputs, model_and_version, parse_inputs
 from bnexport.exporting.triton import check_triton_config, write_triton_config
 from bnexport.files import refuse_existing, staged_directory, write_atomically
@@ -73,6 +73,7 @@ def fold_and_export(
     inputs = example_inputs(specs)
     result = fold(loaded.module, inputs)
     signature = signature_of(result.model, inputs, input_names=tuple(spec.name for spec in specs))
+    check_labels(signature, loaded.labels)
     check_triton_config(path, name, signature, force=request.force)
     manifest = Manifest(
         name, version, signature, loaded.network, loaded.dataset, loaded.preprocessing, loaded.labels,

@@ -12,6 +12,7 @@ import click
 
 from bnexport import __version__, interrupts
 from bnexport.errors import BadInput, BnexportError, ProofError, Unavailable
+from bnexport.files import forget_reader
 from bnexport.optional import one_line
 
 #: Command -> (module that holds its click ``command``, one line of help). The module is imported when the command runs.
@@ -68,7 +69,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         code = run(arguments)
     except BrokenPipeError:  # the reader (head, less) went away: not an error of ours
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        forget_reader()
         code = 0
     raise SystemExit(code)
 
@@ -92,6 +93,9 @@ def run(arguments: list[str] | None = None) -> int:
         return 3
     except BrokenPipeError:
         raise
+    except OSError as error:  # files are explained where they are read and written: what is left is standard output
+        click.echo(f"Error: {one_line(error)}.\nCheck the disk, or where the output goes.", err=True)
+        return 2
     except Exception as error:
         if os.environ.get(DEBUG):
             raise
@@ -102,9 +106,14 @@ def run(arguments: list[str] | None = None) -> int:
 
 
 def _sentences(error: BnexportError) -> Iterator[str]:
-    yield f"Error: {error.message.rstrip('.')}."
+    yield f"Error: {_ended(error.message)}"
     if error.remedy:
-        yield f"{error.remedy.rstrip('.')}."
+        yield _ended(error.remedy)
+
+
+def _ended(text: str) -> str:
+    """A sentence with its full stop; a question and a text cut short by "..." have their end already."""
+    return text if text.endswith((".", "?", "!")) else f"{text}."
 
 
 def _tolerate_narrow_streams() -> None:

@@ -77,9 +77,12 @@ def _module(source: str, bundle: Bundle) -> nn.Module:
 
 
 def _write(target: str, text: str) -> None:
-    from bnexport.files import write_atomically
+    from bnexport.files import forget_reader, write_atomically
 
     if target == _STDOUT:
-        click.echo(text, nl=False)
+        try:
+            click.echo(text, nl=False)
+        except BrokenPipeError:  # the exit code still has to tell the verdict
+            forget_reader()
     else:
         write_atomically(Path(target), text.encode())

@@ -210,8 +210,10 @@ def _simplify(model: onnx_ir.Model) -> None:
 def expected_normalisations(folded: GraphModule) -> int:
     """BatchNormalization nodes that the file must have: the batch norms left, and instance norms by moving statistics."""
     aten = torch.ops.aten
-    batch = sum(node.target is aten.batch_norm.default for node in folded.graph.nodes)
-    return batch + sum(node.target is aten.instance_norm.default and not node.args[5] for node in folded.graph.nodes)
+    graphs = [module.graph for module in folded.modules() if isinstance(module, GraphModule)]  # branches too
+    nodes = [node for graph in graphs for node in graph.nodes]
+    batch = sum(node.target is aten.batch_norm.default for node in nodes)
+    return batch + sum(node.target is aten.instance_norm.default and not node.args[5] for node in nodes)
 
 
 def _clean(model: onnx.ModelProto, signature: Signature) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.fx import Graph, GraphModule
+from torch.fx import Graph, GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from bnexport.errors import ExportError
@@ -24,11 +24,14 @@ def signature_of(folded: GraphModule, inputs: tuple[Tensor, ...], *, input_names
         input_names: One name per input.
 
     Raises:
-        ExportError: An output that is no tensor, has no batch dimension, or an element type that no engine takes.
+        ExportError: An input with an output's name, or an output that is no tensor, has no batch dimension, or has an element
+            type that no engine takes.
     """
     with torch.no_grad():
         outputs = pytree.tree_leaves(folded(*inputs))
     names = ("logits",) if len(outputs) == 1 else tuple(f"output_{index}" for index in range(len(outputs)))
+    if clash := set(names) & set(input_names):
+        raise ExportError(f"{clash.pop()!r} names an input and an output", remedy="Name the input otherwise in --input")
     batch = inputs[0].shape[0]
     for name, output in zip(names, outputs, strict=True):
         if not isinstance(output, Tensor) or output.ndim == 0 or output.shape[0] != batch:
@@ -43,10 +46,30 @@ def signature_of(folded: GraphModule, inputs: tuple[Tensor, ...], *, input_names
     )
 
 
+def check_labels(signature: Signature, labels: tuple[str, ...] | None) -> None:
+    """Refuse class names that are not one for each score; an output that is no row of scores says nothing of them.
+
+    Raises:
+        ExportError: Another number of labels than of scores.
+    """
+    shape = signature.outputs[0].sample_shape
+    if labels is not None and len(signature.outputs) == 1 and len(shape) == 1 and shape[0] != len(labels):
+        raise ExportError(
+            f"there are {len(labels)} labels, the network gives {shape[0]} scores",
+            remedy="Name every class in the order of the scores, one per line",
+        )
+
+
 def flat(folded: GraphModule) -> GraphModule:
-    """A copy of the graph that takes and gives plain tensors in the signature's order, whatever forward nests them in."""
+    """A copy of the graph that takes and gives plain tensors in the signature's order, whatever forward nests them in.
+
+    An output that is an input is copied: in a file every input and output has a name of its own.
+    """
     graph = Graph()
     outputs = pytree.tree_leaves(graph.graph_copy(folded.graph, {}))
+    for index, node in enumerate(outputs):
+        if isinstance(node, Node) and node.op == "placeholder":
+            outputs[index] = graph.call_function(torch.ops.aten.clone.default, (node,))
     graph.output(outputs[0] if len(outputs) == 1 else tuple(outputs))
     return GraphModule(folded, graph)
 

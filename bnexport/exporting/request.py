@@ -13,6 +13,7 @@ from torch import Tensor
 
 from bnexport.errors import UsageError
 from bnexport.exporting.onnx_graph import OnnxTarget
+from bnexport.optional import one_line
 from bnexport.tensors import DTYPES
 
 _INPUT = re.compile(r"(?:(?P<name>[A-Za-z_]\w*)=)?(?P<shape>\d+(?:x\d+)*|scalar)(?::(?P<dtype>\w+))?")
@@ -99,7 +100,12 @@ def _parse(text: str, default_name: str) -> InputSpec:
 def example_inputs(specs: tuple[InputSpec, ...], *, batch: int = 2, seed: int = 0) -> tuple[Tensor, ...]:
     """One example batch; of 2 samples, because exporters take a batch of 1 for a constant."""
     generator = torch.Generator().manual_seed(seed)
-    return tuple(spec.example(batch, generator) for spec in specs)
+    try:
+        return tuple(spec.example(batch, generator) for spec in specs)
+    except RuntimeError as error:  # torch's allocator raises no class of its own
+        raise UsageError(
+            f"an example input can't be made: {one_line(error)}", remedy="Check the sizes given with --input"
+        ) from error
 
 
 def model_and_version(out: Path) -> tuple[str, int]:
@@ -112,7 +118,8 @@ def model_and_version(out: Path) -> tuple[str, int]:
     version, name = absolute.name, absolute.parent.name
     if not re.fullmatch(r"[1-9]\d{0,17}", version) or not re.fullmatch(r"[A-Za-z0-9][\w.\-]*", name):
         raise UsageError(
-            f"{out} is not of the form FOLDER/<name>/<version> with a version of 1, 2, 3, ...",
+            f"{out} is not of the form FOLDER/<name>/<version>, with a name of letters, digits and . _ - and a version"
+            " from 1 upwards",
             remedy="A model repository needs that layout: pass --out models/my_model/1",
         )
     return name, int(version)

@@ -77,8 +77,10 @@ def _conv_axis(spatial: int) -> Callable[[Node], int | str]:
 
 
 def _last_axis(node: Node) -> int | str:
-    shape = shape_of(node)
-    return "its output is not a tensor" if shape is None else len(shape) - 1
+    before, after = shape_of(node.args[0]) if isinstance(node.args[0], Node) else None, shape_of(node)
+    if before is None or after is None or len(before) != len(after):
+        return "the linear layer's weight is a vector, so its output has no channel axis"
+    return len(after) - 1
 
 
 def _conv(spatial: int) -> Absorber:

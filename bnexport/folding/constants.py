@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,10 +12,17 @@ from torch.fx import GraphModule, Node
 
 aten = torch.ops.aten
 
-#: Casts between floating types inside a constant: skipped, so that the constant keeps its float64 precision.
+#: Casts to a wider floating type inside a constant are skipped, so that the constant keeps its float64 precision. One that
+#: rounds (to float16, to an integer) is part of what the network computes.
 _CASTS = (aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout, aten.to.device)
 #: Operators that return their input itself although their schema does not say so.
-_MAY_RETURN_INPUT = (aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default, aten.clone.default)
+_MAY_RETURN_INPUT = (
+    aten.dropout.default,
+    aten.feature_dropout.default,
+    aten.alpha_dropout.default,
+    aten.clone.default,
+    operator.getitem,  # one of the views that chunk, split or unbind return
+)
 _NOT_DETERMINED: Any = object()
 
 
@@ -32,7 +40,7 @@ class Constants:
         self._module = module
         self._values: dict[Node, Tensor | None] = {}
         self.exact: dict[str, Tensor] = {}
-        self._mutated = set(_mutated_attributes(module))
+        self._mutated = set(_mutated_memory(module))
 
     def value(self, item: Any) -> Tensor | None:
         """The constant that an operator's argument stands for, in float64; None when it is not a constant.
@@ -67,9 +75,9 @@ class Constants:
                 self._values[stack.pop()] = self._compute(node)
 
     def _compute(self, node: Node) -> Tensor | None:
+        if _memory(node) in self._mutated:
+            return None
         if node.op == "get_attr":
-            if node.target in self._mutated:
-                return None
             value = self.exact.get(str(node.target), attribute(self._module, str(node.target)))
             if not isinstance(value, Tensor):
                 return None
@@ -81,11 +89,13 @@ class Constants:
             return None
         args = torch.fx.map_arg(node.args, self._values.__getitem__)
         kwargs = torch.fx.map_arg(node.kwargs, self._values.__getitem__)
-        if node.target in _CASTS and isinstance(args[0], Tensor) and args[0].is_floating_point():
+        if node.target in _CASTS and isinstance(args[0], Tensor) and _widens(node):
             return args[0]
         with torch.no_grad():
             result = node.target(*args, **kwargs)  # type: ignore[operator]
-        return result if isinstance(result, Tensor) else None
+        if not isinstance(result, Tensor):
+            return None
+        return result.double() if result.is_floating_point() else result
 
 
 def attribute(module: torch.nn.Module, target: str) -> Any:
@@ -104,8 +114,20 @@ def _is_pure(node: Node) -> bool:
     return torch.Tag.nondeterministic_seeded not in node.target.tags  # type: ignore[union-attr]
 
 
-def _mutated_attributes(module: GraphModule) -> Iterator[str]:
-    """Targets of the attributes that some in-place operator changes, directly or through a view."""
+def _widens(cast: Node) -> bool:
+    """Whether a cast keeps every value: from a floating type to itself or to one with more bits."""
+    source = cast.args[0]
+    before = source.meta.get("val") if isinstance(source, Node) else None
+    after = cast.meta.get("val")
+    if not isinstance(before, Tensor) or not isinstance(after, Tensor):
+        return False
+    if not before.is_floating_point() or not after.is_floating_point():
+        return False
+    return before.dtype == after.dtype or torch.finfo(after.dtype).bits > torch.finfo(before.dtype).bits
+
+
+def _mutated_memory(module: GraphModule) -> Iterator[str | Node]:
+    """What some in-place operator changes, directly or through a view: targets of attributes, and computed nodes."""
     for node in module.graph.nodes:
         schema = getattr(node.target, "_schema", None)
         if node.op != "call_function" or schema is None or not schema.is_mutable:
@@ -114,13 +136,11 @@ def _mutated_attributes(module: GraphModule) -> Iterator[str]:
             if argument.alias_info is None or not argument.alias_info.is_write:
                 continue
             given = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
-            for root in (_root(item) for item in _nodes(given)):
-                if root.op == "get_attr":
-                    yield str(root.target)
+            yield from map(_memory, _nodes(given))
     # Training-mode batch_norm changes its statistics without saying so in its schema.
     for node in module.graph.nodes:
         if node.op == "call_function" and node.target is aten.batch_norm.default and node.args[5]:
-            yield from (str(item.target) for item in node.args[3:5] if isinstance(item, Node) and item.op == "get_attr")
+            yield from (_memory(item) for item in node.args[3:5] if isinstance(item, Node))
 
 
 def _nodes(value: Any) -> list[Node]:
@@ -129,12 +149,12 @@ def _nodes(value: Any) -> list[Node]:
     return found
 
 
-def _root(node: Node) -> Node:
-    """The node whose memory ``node`` may share."""
+def _memory(node: Node) -> str | Node:
+    """Whose memory ``node`` may share: the target of an attribute, or the node that computed it."""
     while node.op == "call_function" and node.args and isinstance(node.args[0], Node):
         schema = getattr(node.target, "_schema", None)
         shares = schema is not None and any(item.alias_info is not None for item in schema.returns)
         if not shares and node.target not in _MAY_RETURN_INPUT:
             break
         node = node.args[0]
-    return node
+    return str(node.target) if node.op == "get_attr" else node

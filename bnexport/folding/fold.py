@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from bnexport.errors import ProofError
+from bnexport.folding.affine import ChannelAffine, shape_of
 from bnexport.folding.constants import Constants
 from bnexport.folding.proof import fold_error
 from bnexport.folding.report import FoldReport, FoldRow
 from bnexport.folding.rules import RULES
-from bnexport.folding.sites import Site, batch_norm_nodes, channels_of, describe, find_sites, module_path
+from bnexport.folding.sites import Site, batch_norm_nodes, channels_of, describe, find_sites, module_class, module_path
 from bnexport.folding.trace import trace
 
 #: Float64 rounding through a deep network stays far below; the smallest real fault (a dropped eps) is far above.
@@ -81,6 +83,7 @@ def _fold_sites(graph_module: GraphModule) -> tuple[list[FoldRow], dict[str, Ten
     for site in find_sites(graph_module, constants):
         site.locate()
         rows.append(_fold_site(site))
+    rows += [_inner_row(node) for node in batch_norm_nodes(graph_module) if node.graph is not graph_module.graph]
     _drop_unused(graph_module)
     return rows, constants.exact
 
@@ -103,11 +106,32 @@ def _fold_site(site: Site) -> FoldRow:
         into="" if folded is None else module_path(site.producer),
         reason=reason or "",
         channels=channels_of(site) or 0,
-        max_scale=None if site.affine is None else float(site.affine.scale.abs().max()),
+        max_scale=_largest(site.affine),
     )
     if folded is not None:
         folded.rewrite(site)
     return row
+
+
+def _largest(affine: ChannelAffine | None) -> float | None:
+    """Largest |scale|; None when there is none, or when it is not finite (JSON has no infinity)."""
+    largest = math.nan if affine is None else float(affine.scale.abs().max())
+    return largest if math.isfinite(largest) else None
+
+
+def _inner_row(node: Node) -> FoldRow:
+    """The row of a BatchNorm that no rule sees, because torch.export keeps the region around it as a graph of its own."""
+    shape = shape_of(node.all_input_nodes[0])
+    return FoldRow(
+        module=module_path(node),
+        kind=module_class(node),
+        outcome="kept",
+        rule="",
+        into="",
+        reason="it is inside a branch (torch.cond) or a region with its own autocast or gradient mode",
+        channels=(shape[1] or 0) if shape is not None and len(shape) > 1 else 0,
+        max_scale=None,
+    )
 
 
 def _copy(graph_module: GraphModule) -> GraphModule:

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
+from bnexport.folding.affine import dtype_of
+
 
 def fold_error(
     original: GraphModule, folded: GraphModule, exact: dict[str, Tensor], inputs: tuple[Any, ...], *, seed: int = 0
@@ -27,21 +29,36 @@ def fold_error(
         seed: Of the noise.
 
     Returns:
-        The error; infinity when an output is not finite in one graph only; None when the graph can't run in float64
-        (an operator that pins another type).
+        The error; infinity when the folded graph alone fails, or when an output is not finite in one graph only; None when
+        the original can't run in float64 (an operator that pins another type) or gives no finite number to compare.
     """
-    probes = _probes(inputs, seed)
+    wide = _double(original, {})
+    # A network may take positive numbers alone, and answer noise with NaN: the user's own example is the second try.
+    for probes in (_probes(inputs, seed), _widened(inputs)):
+        try:
+            reference = _run(wide, probes)
+        except (RuntimeError, TypeError):
+            return None
+        if all(_comparable(output) for output in reference):
+            break
+    else:
+        return None
     try:
-        reference = _run(_double(original, {}), probes)
         candidate = _run(_double(folded, exact), probes)
     except (RuntimeError, TypeError):
-        return None
+        return float("inf")
     return max((_scale_error(a, b) for a, b in zip(candidate, reference, strict=True)), default=0.0)
 
 
 def _double(graph_module: GraphModule, exact: dict[str, Tensor]) -> GraphModule:
     """A float64 copy, with some attributes replaced."""
     module = copy.deepcopy(graph_module).double()
+    for node in module.graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
+        module.graph.erase_node(node)  # torch.export pins the element types before every cast
+    for node in module.graph.find_nodes(op="call_function", target=torch.ops.aten.to.dtype):
+        if node.args[1] is torch.float32 and dtype_of(node.args[0]) is not torch.float64:
+            node.update_arg(1, torch.float64)  # ``x.float()``: the algebra is compared, not its rounding
+    module.recompile()
     for target, value in exact.items():
         holder, _, leaf = target.rpartition(".")
         parent = module.get_submodule(holder) if holder else module
@@ -59,6 +76,17 @@ def _probes(inputs: tuple[Any, ...], seed: int) -> tuple[Any, ...]:
         return item
 
     return tuple(pytree.tree_map(probe, inputs))
+
+
+def _widened(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    def widened(item: Any) -> Any:
+        return item.double() if isinstance(item, Tensor) and item.is_floating_point() else item
+
+    return tuple(pytree.tree_map(widened, inputs))
+
+
+def _comparable(output: Tensor) -> bool:
+    return not output.numel() or not output.is_floating_point() or bool(torch.isfinite(output).any())
 
 
 def _run(module: GraphModule, inputs: tuple[Any, ...]) -> list[Tensor]:

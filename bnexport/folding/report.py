@@ -22,7 +22,8 @@ class FoldRow:
         into: Module path of the layer that took it in; "" for none.
         reason: Why it was not folded; "" when it was.
         channels: Number of channels; 0 when unknown.
-        max_scale: Largest |gamma / sqrt(moving_var + eps)| over the channels; None when it can't be read.
+        max_scale: Largest |gamma / sqrt(moving_var + eps)| over the channels; None when it can't be read or is
+            not finite.
     """
 
     module: str

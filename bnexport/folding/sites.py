@@ -211,5 +211,6 @@ def channels_of(site: Site) -> int | None:
 
 
 def batch_norm_nodes(graph_module: GraphModule) -> Iterator[Node]:
-    """The batch_norm operators of a graph."""
-    return (node for node in graph_module.graph.nodes if node.op == "call_function" and node.target is BATCH_NORM)
+    """The batch_norm operators of a graph, and of the graphs inside it (branches, regions under autocast)."""
+    graphs = (module.graph for module in graph_module.modules() if isinstance(module, GraphModule))
+    return (node for graph in graphs for node in graph.find_nodes(op="call_function", target=BATCH_NORM))

@@ -79,8 +79,12 @@ def load_source(source: str, *, weights: Path | None = None) -> LoadedModel:
     """
     path = Path(source)
     if path.exists():
+        if path.suffix == ".py":
+            raise ModelError(
+                f"{source} names no factory", remedy=f"Write {source}:NAME, a function that returns the network"
+            )
         if weights is not None:
-            raise UsageError(f"{source} brings its own weights", remedy="Leave --weights out")
+            raise UsageError(f"{source} brings its own weights", remedy="Name the network's code: file.py:factory")
         return _from_checkpoint(checkpoint_file(path))
     if source in KNOWN:
         if weights is None:
@@ -89,9 +93,9 @@ def load_source(source: str, *, weights: Path | None = None) -> LoadedModel:
         module = build_known(network)
         load_weights(module, weights)
         return LoadedModel(_in_eval_mode(module), source, network, _sample_shape(network))
-    if ":" not in source:
+    if not all(source.rpartition(":")[::2]):
         raise ModelError(
-            f"{source} does not exist",
+            f"{source!r} does not exist" if not source.strip(":") else f"{source} does not exist",
             remedy="Give a run directory, a .safetensors checkpoint, or file.py:factory of your own network",
         )
     module = _call_factory(source)
@@ -234,7 +238,11 @@ def _call_factory(source: str) -> nn.Module:
     place = source.rpartition(":")[0]
     file = Path(place) if place.endswith(".py") else None
     # A file finds its own neighbours, as by python FILE; a package in the current folder is found, as by python -m.
-    with _importing_from("" if file is None else str(file.parent.resolve())):
+    # What the user's code prints is no result of ours: on standard output it would break --json.
+    with (
+        _importing_from("" if file is None else str(file.parent.resolve())),
+        contextlib.redirect_stdout(sys.stderr),
+    ):
         module = _import_module(place) if file is None else _import_file(file)
         return _made_by(module, source)
 

@@ -21,7 +21,7 @@ def check_sound(model: nn.Module, *, allow_untrained: bool = False) -> None:
 
     Raises:
         RefusedModel: Naming the tensor: without a value (a lazy layer), not finite, a negative variance, or a BatchNorm
-            that was never trained.
+            that was never trained or, in a model in eval mode, is in training mode.
     """
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if is_lazy(tensor):
@@ -39,6 +39,13 @@ def check_sound(model: nn.Module, *, allow_untrained: bool = False) -> None:
             raise RefusedModel(
                 f"{name} holds a negative variance ({_first(tensor < 0)})",
                 remedy="A variance is never negative: the file is damaged or its tensors are mixed up",
+            )
+    for name, module in model.named_modules():
+        if not model.training and isinstance(module, (BatchNorm, nn.modules.batchnorm._BatchNorm)) and module.training:
+            raise RefusedModel(
+                f"{name or 'the model'} is a {type(module).__name__} in training mode: what it gives for one sample depends"
+                " on the others in the batch",
+                remedy="Call eval() on it, so that it uses its moving statistics",
             )
     if not allow_untrained:
         for name, module in model.named_modules():

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bnexport.environment import describe
+from bnexport.files import forget_reader
 from bnexport.reporting.summary import NOTHING, certified, groups, module_name, number, word
 
 if TYPE_CHECKING:
@@ -25,6 +26,15 @@ STYLES: dict[str, str] = {
     "affine": "yellow",
     "kept": "yellow",
 }
+#: Failed rows that are printed with their reason: one fault fails every runtime on every input, and the first tells it.
+_LISTED_FAILURES = 8
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Go on in silence when the reader went away: the exit code still has to tell the verdict."""
+        self.quiet = True
+        forget_reader()
 
 
 def make_console(stderr: bool = False) -> Console:
@@ -33,7 +43,7 @@ def make_console(stderr: bool = False) -> Console:
     Args:
         stderr: Write to standard error, for what is not the result itself.
     """
-    return Console(stderr=stderr, markup=False, emoji=False, highlight=False)
+    return _Console(stderr=stderr, markup=False, emoji=False, highlight=False)
 
 
 def print_fold_report(report: FoldReport, console: Console) -> None:
@@ -89,10 +99,12 @@ def print_verification(report: VerificationReport, console: Console) -> None:
             console.print(literal(note, console, style="dim"))
     for name, why in report.skipped.items():
         console.print(literal(f"not run: {name}: {why}", console))
-    for row in report.failures:
+    for row in report.failures[:_LISTED_FAILURES]:
         console.print(
             literal(f"FAIL {row.stage}, {row.subject}, {row.case}: {row.reason}", console, style=STYLES["FAIL"])
         )
+    if (more := len(report.failures) - _LISTED_FAILURES) > 0:
+        console.print(literal(f"and {more} more failed rows, all of them in the JSON report", console))
     style = STYLES[word(report.passed)]
     console.print(literal(report.summary(), console, style=style), soft_wrap=True)
 

@@ -123,8 +123,10 @@ def _one_hot(shape: tuple[int, ...], _rng: np.random.Generator) -> Array:
 def _images(manifest: Manifest, data_dir: str | Path | None, limit: int) -> tuple[Array | None, Array | None, str]:
     """Test images as inputs (n, channels, height, width), their labels, and what to tell; None where there are none."""
     name = manifest.dataset
-    if name is None or manifest.preprocessing is None or len(manifest.signature.inputs) != 1:
+    if name is None:
         return None, None, "no real images: the bundle names no data set that bnexport knows"
+    if manifest.preprocessing is None or len(manifest.signature.inputs) != 1:
+        return None, None, f"no real images: the bundle does not say how an image of {name} becomes an input"
     from bnexport.data.datasets import DATASETS, load_test_images
     from bnexport.data.preprocessing import Preprocessing
 

@@ -52,11 +52,12 @@ class Reference:
         import torch
 
         from bnexport.runtimes.torch_outputs import flatten
+        from bnexport.verification.widening import wide_casts
 
         arrays = [np.array(feeds[spec.name][start:stop]) for spec in self._signature.inputs]
         tensors = [torch.from_numpy(array.astype(np.float64) if array.dtype.kind == "f" else array) for array in arrays]
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), wide_casts():
                 results = [tensor.numpy() for tensor in flatten(self._module(*tensors))]
         except Exception as error:  # the module is the user's code
             raise _unusable(one_line(error, 200)) from error

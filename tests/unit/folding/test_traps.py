@@ -1,0 +1,141 @@
+"""Graphs made to mislead a fold: each must be folded exactly, or kept with a reason; none may vanish from the account."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from cases import randomise
+from torch import Tensor, nn
+
+import bnexport
+from bnexport.errors import ProofError
+from bnexport.folding import fold as fold_module
+
+
+class Parts(nn.Module):
+    """A convolution, a BatchNorm, and a norm's scale and shift as plain parameters."""
+
+    def __init__(self, forward: Callable[[Parts, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.gamma, self.beta = nn.Parameter(torch.randn(4, 1, 1)), nn.Parameter(torch.randn(4, 1, 1))
+        self._forward = forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._forward(self, x)
+
+
+def parts(forward: Callable[[Parts, Tensor], Tensor]) -> Parts:
+    torch.manual_seed(0)
+    model = randomise(Parts(forward)).eval()
+    assert isinstance(model, Parts)
+    return model
+
+
+def images(*shape: int) -> Tensor:
+    return torch.rand(*(shape or (2, 3, 8, 8)), generator=torch.Generator().manual_seed(1)) + 0.1
+
+
+def check(model: nn.Module, x: Tensor) -> bnexport.FoldResult:
+    """Fold, and compare the folded graph with the model in float32."""
+    with torch.no_grad():
+        expected = model(x)
+        result = bnexport.fold(model, x)
+        error = float((result.model(x) - expected).abs().max() / expected.abs().max())
+    assert error <= 1e-6
+    return result
+
+
+def test_a_cast_that_rounds_is_part_of_the_constant() -> None:
+    to_int = parts(lambda m, x: m.conv(x) * (3 * m.gamma).to(torch.int32) + m.beta)
+    assert [row.outcome for row in check(to_int, images()).report.rows] in ([], ["kept"])
+    to_half = check(parts(lambda m, x: m.conv(x) * m.gamma.half().float() + m.beta), images())
+    assert [row.outcome for row in to_half.report.rows] == ["folded"]
+    assert to_half.report.error is not None
+
+
+def test_a_computed_constant_changed_through_a_view_is_none() -> None:
+    def forward(m: Parts, x: Tensor) -> Tensor:
+        scale = m.gamma + 0
+        scale.chunk(2)[0].mul_(2)
+        return m.conv(x) * scale + m.beta
+
+    assert check(parts(forward), images()).report.count("folded") == 0
+
+
+def test_a_vector_as_the_weight_of_a_linear_layer_has_no_channels() -> None:
+    class Dot(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.gamma, self.beta = (nn.Parameter(torch.randn(size)) for size in ((8,), (), ()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return nn.functional.linear(x, self.weight) * self.gamma + self.beta
+
+    torch.manual_seed(0)
+    (row,) = check(Dot(), images(3, 8)).report.rows
+    assert row.outcome == "kept"
+    assert "vector" in row.reason
+
+
+def test_a_network_of_positive_inputs_is_proved_on_its_example() -> None:
+    result = check(parts(lambda m, x: m.bn(m.conv(torch.log(x)))), images())
+    assert result.report.count("folded") == 1
+    assert result.report.error is not None
+    assert result.report.error <= 1e-12
+
+
+def test_a_network_that_casts_is_proved() -> None:
+    result = check(parts(lambda m, x: m.bn(m.conv(x.float() / 255))), images())
+    assert result.report.count("folded") == 1
+    assert result.report.error is not None
+
+
+def _cond(m: Parts, x: Tensor) -> Tensor:
+    answer: Tensor = torch.cond(x.sum() > 0, lambda y: m.bn(m.conv(y)), lambda y: m.conv(y), (x,))
+    return answer
+
+
+def _autocast(m: Parts, x: Tensor) -> Tensor:
+    with torch.autocast("cpu", enabled=False):
+        return m.bn(m.conv(x))
+
+
+def _grad(m: Parts, x: Tensor) -> Tensor:
+    with torch.enable_grad():
+        return m.bn(m.conv(x))
+
+
+@pytest.mark.parametrize("forward", [_cond, _autocast, _grad])
+def test_a_batch_norm_in_a_region_of_its_own_is_accounted(forward: Callable[[Parts, Tensor], Tensor]) -> None:
+    report = check(parts(forward), images()).report
+    assert [(row.outcome, row.channels) for row in report.rows] == [("kept", 4)]
+    assert "region" in report.rows[0].reason
+    assert report.remaining == 1
+
+
+def test_a_scale_that_is_infinite_is_kept_and_has_no_number() -> None:
+    model = parts(lambda m, x: m.bn(m.conv(x)))
+    model.bn.eps = 0.0
+    model.bn.running_var.zero_()
+    result = bnexport.fold(model, images())
+    (row,) = result.report.rows
+    assert (row.outcome, row.max_scale) == ("kept", None)
+    assert "not finite" in row.reason
+
+
+def test_a_folded_graph_that_fails_is_no_proof(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The original runs in float64, the folded graph does not: that is a fault, not "can't tell"."""
+    original = fold_module._fold_sites
+
+    def broken(graph_module: torch.fx.GraphModule) -> object:
+        rows = original(graph_module)
+        bias = graph_module.get_parameter("conv.bias")
+        rows[1]["conv.bias"] = bias.new_zeros(5).double()
+        return rows
+
+    monkeypatch.setattr(fold_module, "_fold_sites", broken)
+    with pytest.raises(ProofError, match="inf"):
+        bnexport.fold(parts(lambda m, x: m.bn(m.conv(x))), images())
