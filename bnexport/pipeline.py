@@ -90,9 +90,9 @@ def fold_and_export(
             if not report.passed:
                 raise _Failed
             _finish(stage, manifest, result, report, path)
+            write_triton_config(path, name, signature, force=request.force)  # before the bundle: all of it, or nothing
     except _Failed:
         return ExportResult(None, result.report, report)
-    write_triton_config(path, name, signature, force=request.force)
     return ExportResult(Bundle.open(path), result.report, report)
 
 

@@ -50,7 +50,7 @@ def export_request(
 def read_labels(path: Path) -> tuple[str, ...]:
     """Class names from a text file, one per line."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()  # Windows editors write a byte order mark
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # Windows editors write a byte order mark
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(
             f"{path} can't be read: {one_line(error)}", remedy="Give a text file, one label per line"
@@ -58,6 +58,8 @@ def read_labels(path: Path) -> tuple[str, ...]:
     labels = tuple(line.strip() for line in lines if line.strip())
     if not labels:
         raise UsageError(f"{path} holds no label", remedy="Give a text file, one label per line")
+    if odd := [label for label in labels if not label.isprintable()]:
+        raise UsageError(f"{path} holds the label {odd[0]!r} with control characters", remedy="Give plain text")
     return labels
 
 

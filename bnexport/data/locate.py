@@ -40,7 +40,8 @@ def locate(
 ) -> Located:
     """Find files, or download them.
 
-    The first of ``data_dir``, BNEXPORT_DATA and the cache that has all of them wins. A packed file's MD5 is checked; an
+    A ``data_dir`` that is given is the only place looked at; else the first of BNEXPORT_DATA and the cache that has all of
+    them wins. A packed file's MD5 is checked; an
     unpacked one has no published MD5, so its reader checks its structure alone.
 
     Args:
@@ -57,7 +58,8 @@ def locate(
         OutputError: A downloaded file can't be written.
     """
     cache = cache_folder()
-    roots = [*(Path(root) for root in (data_dir, os.environ.get(DATA_VARIABLE)) if root), cache]
+    variable = os.environ.get(DATA_VARIABLE)
+    roots = [Path(data_dir)] if data_dir else [*([Path(variable)] if variable else []), cache]
     for root in roots:
         paths = [path for file in files if (path := _find(raw_folder(root, info), file)) is not None]
         if len(paths) < len(files):

@@ -25,6 +25,8 @@ from bnexport.tensors import Signature
 #: Opset 18 with IR version 8 is read by ONNX Runtime 1.14 and newer, and so by the serving images in use.
 DEFAULT_OPSET = 18
 DEFAULT_IR_VERSION = 8
+#: Older operator sets lack what the exporter writes, and onnx's converter has no adapters for much of it.
+OLDEST_OPSET = 17
 #: The opset that the exporter writes by itself; another one is converted from it.
 _NATIVE_OPSET = 18
 _MAX_BYTES = 2**31 - 1
@@ -50,8 +52,10 @@ class OnnxTarget:
             ExportError: The opset is unknown, or needs a newer IR version than asked.
         """
         newest = onnx.defs.onnx_opset_version()
-        if not 11 <= self.opset <= newest:
-            raise ExportError(f"opset {self.opset} is not one of 11 to {newest}", remedy=f"Use --opset {DEFAULT_OPSET}")
+        if not OLDEST_OPSET <= self.opset <= newest:
+            raise ExportError(
+                f"opset {self.opset} is not one of {OLDEST_OPSET} to {newest}", remedy=f"Use --opset {DEFAULT_OPSET}"
+            )
         lowest = onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", self.opset)])
         if self.ir_version is None:
             return max(lowest, DEFAULT_IR_VERSION)

@@ -24,14 +24,19 @@ def signature_of(folded: GraphModule, inputs: tuple[Tensor, ...], *, input_names
         input_names: One name per input.
 
     Raises:
-        ExportError: An input with an output's name, or an output that is no tensor, has no batch dimension, or has an element
-            type that no engine takes.
+        ExportError: A network in another precision than float32, an input with an output's name, one tensor returned twice,
+            or an output that is no tensor, has no batch dimension, or has an element type that no engine takes.
     """
+    _refuse_other_precisions(folded)
     with torch.no_grad():
         outputs = pytree.tree_leaves(folded(*inputs))
     names = ("logits",) if len(outputs) == 1 else tuple(f"output_{index}" for index in range(len(outputs)))
     if clash := set(names) & set(input_names):
         raise ExportError(f"{clash.pop()!r} names an input and an output", remedy="Name the input otherwise in --input")
+    if len({id(output) for output in outputs}) < len(outputs):
+        raise ExportError(
+            "forward returns one tensor twice", remedy="Return it once: every output has a name of its own"
+        )
     batch = inputs[0].shape[0]
     for name, output in zip(names, outputs, strict=True):
         if not isinstance(output, Tensor) or output.ndim == 0 or output.shape[0] != batch:
@@ -72,6 +77,16 @@ def flat(folded: GraphModule) -> GraphModule:
             outputs[index] = graph.call_function(torch.ops.aten.clone.default, (node,))
     graph.output(outputs[0] if len(outputs) == 1 else tuple(outputs))
     return GraphModule(folded, graph)
+
+
+def _refuse_other_precisions(folded: GraphModule) -> None:
+    """Say so at once, not by a failed verdict: its bounds are those of float32 kernels."""
+    for name, tensor in folded.named_parameters():
+        if tensor.is_floating_point() and tensor.dtype is not torch.float32:
+            raise ExportError(
+                f"{name} is {str(tensor.dtype).removeprefix('torch.')}; only networks that compute in float32 are exported",
+                remedy="Call float() on the network before exporting it",
+            )
 
 
 def _spec(name: str, tensor: Tensor) -> TensorSpec:

@@ -88,7 +88,7 @@ def _noise(spec: TensorSpec, shape: tuple[int, ...], rng: np.random.Generator) -
     """Standard normal noise; for integers and flags 0 and 1, which are valid indices of every table."""
     if spec.dtype.startswith("float"):
         return rng.standard_normal(shape)
-    return rng.integers(0, 2, size=shape)
+    return rng.integers(0, 256 if spec.dtype == "uint8" else 2, size=shape)
 
 
 def real_images(manifest: Manifest, *, data_dir: Path | None = None) -> Array | None:

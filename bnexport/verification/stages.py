@@ -164,7 +164,9 @@ def _batch_rows(runner: Runner, batch: Batch, *, empty: bool) -> list[Row]:
         try:
             alone = runner.run(batch.head(size).feeds)
         except BnexportError as error:
-            rows.append(failed("batch-size", runner.name, f"batch {size}", error.message))
+            # An engine that refuses an empty batch gives no wrong answer; one that refuses a sample is of no use.
+            told = f"this engine refuses an empty batch: {error.message}" if size == 0 else error.message
+            rows.append(Row("batch-size", runner.name, f"batch {size}", passed=size == 0, reason=told))
             continue
         rows.append(
             compare("batch-size", runner.name, f"batch {size} of {batch.n}", alone, _head(whole, size))

@@ -160,3 +160,10 @@ def test_numbers_that_are_no_preprocessing(arguments, told):
 
 def test_a_bad_input_is_named_first():
     assert "'3xx4'" in refusal("--input", "3xx4", "--mean", "0")
+
+
+@pytest.mark.parametrize("text", ["a\nb\x1b[31m\n", "a\x00\nb\n"])
+def test_labels_that_would_steer_a_terminal_are_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "labels.txt").write_text(text)
+    with pytest.raises(UsageError, match="control characters"):
+        read_labels(tmp_path / "labels.txt")

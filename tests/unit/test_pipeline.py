@@ -15,7 +15,7 @@ from torch import nn
 
 import bnexport
 from bnexport.bundle import GOLDEN, MANIFEST, MODEL_ONNX, MODEL_TORCHSCRIPT, REPORT, WEIGHTS
-from bnexport.errors import ExportError, OutputError, RefusedModel, UsageError
+from bnexport.errors import ExportError, ModelError, OutputError, RefusedModel, UsageError
 from bnexport.exporting.onnx_graph import OnnxTarget
 from bnexport.exporting.request import ExportRequest
 from bnexport.nn.loading import load_source
@@ -176,6 +176,41 @@ def test_several_inputs_and_outputs(tmp_path: Path) -> None:
     assert [spec.name for spec in signature.inputs] == ["image", "side"]
     assert [spec.shape for spec in signature.outputs] == [("batch", 6), ("batch", 8, 8)]
     assert result.bundle.manifest.onnx == {"opset": 17, "ir_version": 8}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_precisions_get_one_sentence(dtype: torch.dtype, tmp_path: Path) -> None:
+    request = ExportRequest(inputs=(f"3x8x8:{'float32' if dtype is torch.bfloat16 else str(dtype)[6:]}",))
+    with pytest.raises((ExportError, ModelError)):
+        bnexport.fold_and_export(network().to(dtype), tmp_path / "small" / "1", request=request)
+    assert files(tmp_path) == []
+
+
+def test_bytes_as_input(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = randomise(Graph(lambda m, x: m.bn(m.conv(x.float() / 255)), conv=nn.Conv2d(3, 6, 3), bn=nn.BatchNorm2d(6)))
+    request = ExportRequest(inputs=("3x8x8:uint8",))
+    result = bnexport.fold_and_export(model, tmp_path / "bytes" / "1", request=request)
+    assert result.verification.passed, result.verification.summary()
+    assert result.bundle is not None
+    assert int(result.bundle.golden()[0]["input"].max()) > 200
+
+
+def test_one_output_returned_twice_is_refused(tmp_path: Path) -> None:
+    model = randomise(Graph(lambda m, x: (lambda y: (y, y))(m.bn(x)), bn=nn.BatchNorm2d(3)))
+    with pytest.raises(ExportError, match="one tensor twice"):
+        bnexport.fold_and_export(model, tmp_path / "twice" / "1", request=ExportRequest(inputs=("3x8x8",)))
+    assert files(tmp_path) == []
+
+
+def test_a_full_disk_at_the_end_leaves_no_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_args: object, **_options: object) -> None:
+        raise OutputError("the disk is full", remedy="Free some space")
+
+    monkeypatch.setattr("bnexport.pipeline.write_triton_config", full)
+    with pytest.raises(OutputError):
+        bnexport.fold_and_export(network(), tmp_path / "small" / "1", request=REQUEST)
+    assert files(tmp_path) == []
 
 
 def test_wrong_requests(tmp_path: Path) -> None:
