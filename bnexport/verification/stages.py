@@ -110,7 +110,7 @@ def proof_rows(bundle: Bundle, cases: Sequence[Case], *, limit: int) -> list[Row
     except BnexportError as error:
         return [failed("file-proof", MODEL_ONNX, "open", error.message)]
     problem = declaration_problem(model, bundle.manifest)
-    rows = [Row("declaration", MODEL_ONNX, "signature", problem is None, problem or "")]
+    rows = [Row("declaration", MODEL_ONNX, "signature", problem is None, problem or "", n=1)]
     for case in cases:
         n = min(limit, case.batch.n) if evaluator.varies else case.batch.n
         try:

@@ -50,6 +50,8 @@ def test_flips_add_up_without_a_bound() -> None:
 def test_rate_bound_is_the_weakest_and_only_of_images(passing: VerificationReport, failing: VerificationReport) -> None:
     assert rate_bound(passing) == 0.003
     assert rate_bound(VerificationReport(passing.rows[:3])) is None
+    fewer = Row("repeat", "x", "images", True, n=9, flips=Flips(9, 0, 0, 0, 0.33))
+    assert rate_bound(VerificationReport((*passing.rows, fewer))) == 0.003
     flipped_once = Row("strict", "x", "images", True, n=9, flips=Flips(8, 0, 1, 0, None))
     assert rate_bound(VerificationReport((*passing.rows, flipped_once))) is None
 
