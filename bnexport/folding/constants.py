@@ -23,7 +23,6 @@ _MAY_RETURN_INPUT = (
     aten.clone.default,
     operator.getitem,  # one of the views that chunk, split or unbind return
 )
-_NOT_DETERMINED: Any = object()
 
 
 class Constants:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from bnexport.bundle import WEIGHTS, Bundle
 from bnexport.errors import RuntimeUnavailable
 from bnexport.runtimes import torch_outputs
-from bnexport.runtimes.base import Runner
-from bnexport.tensors import Array, Signature
+from bnexport.tensors import Signature
 
 if TYPE_CHECKING:
     from torch import nn
 
 
-class TorchEagerRunner(Runner):
+class TorchEagerRunner(torch_outputs.TorchRunner):
     """Runs a copy of a module in eval mode; the module given is never changed.
 
     Args:
@@ -37,16 +35,6 @@ class TorchEagerRunner(Runner):
         self._module = torch_outputs.private_copy(module, self._device)
         self.description = torch_outputs.describe("torch eager", self._device)
         self.probe()
-
-    def _run(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
-        outputs, where = torch_outputs.call(self._module, self.signature, feeds, self._device)
-        self.effective_device = str(where)
-        return outputs
-
-    def close(self) -> None:
-        """Free the copy of the module."""
-        super().close()
-        del self._module
 
 
 def open_bundle(bundle: Bundle, *, device: str = "cpu", module: nn.Module | None = None) -> TorchEagerRunner:

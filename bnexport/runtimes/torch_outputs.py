@@ -1,4 +1,4 @@
-"""What both torch runners share: devices, feeds to tensors, outputs to arrays."""
+"""What both torch runners share: calling a module, devices, feeds to tensors, outputs to arrays."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import numpy as np
 from bnexport.errors import ModelError, RuntimeUnavailable
 from bnexport.optional import one_line
 from bnexport.reproducibility import strict_float32
+from bnexport.runtimes.base import Runner
 from bnexport.tensors import Array, Signature
 
 if TYPE_CHECKING:
@@ -20,6 +21,23 @@ if TYPE_CHECKING:
     from torch import nn
 
 REMEDY = "Install an NVIDIA driver and a torch built for CUDA; in a container hand the GPU through"
+
+
+class TorchRunner(Runner):
+    """A runner that calls a module: eager or TorchScript. A subclass sets ``_module`` and ``_device``."""
+
+    _module: Any
+    _device: torch.device
+
+    def _run(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
+        outputs, where = call(self._module, self.signature, feeds, self._device)
+        self.effective_device = str(where)
+        return outputs
+
+    def close(self) -> None:
+        """Free the module."""
+        super().close()
+        del self._module
 
 
 def problem(device: str) -> str | None:

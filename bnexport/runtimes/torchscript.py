@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bnexport.errors import BundleError
 from bnexport.optional import one_line, require
 from bnexport.runtimes import torch_outputs
-from bnexport.runtimes.base import REBUILD, Runner
-from bnexport.tensors import Array, Signature
+from bnexport.runtimes.base import REBUILD
+from bnexport.tensors import Signature
 
 if TYPE_CHECKING:
     import torch
 
 
-class TorchScriptRunner(Runner):
+class TorchScriptRunner(torch_outputs.TorchRunner):
     """Runs a TorchScript file.
 
     Args:
@@ -45,16 +44,6 @@ class TorchScriptRunner(Runner):
         taken = len(list(self._module.graph.inputs())) - 1  # the first is the module itself
         if taken != expected:
             raise BundleError(f"{file} takes {taken} inputs, the manifest says {expected}", remedy=REBUILD)
-
-    def _run(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
-        outputs, where = torch_outputs.call(self._module, self.signature, feeds, self._device)
-        self.effective_device = str(where)
-        return outputs
-
-    def close(self) -> None:
-        """Free the module."""
-        super().close()
-        del self._module
 
 
 def load(file: Path, device: str | torch.device = "cpu") -> Any:
