@@ -1,21 +1,9 @@
-"""Seeds, strict float32 and deterministic algorithms."""
+"""Strict float32 and deterministic algorithms."""
 
 from __future__ import annotations
 
 import contextlib
-import random
 from collections.abc import Iterator
-
-import numpy as np
-
-
-def seed_everything(seed: int) -> None:
-    """Seed Python, numpy and torch (all devices)."""
-    import torch
-
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
 
 
 @contextlib.contextmanager

@@ -112,7 +112,11 @@ def _sentences(error: BnexportError) -> Iterator[str]:
 
 
 def _ended(text: str) -> str:
-    """A sentence with its full stop; a question and a text cut short by "..." have their end already."""
+    """A sentence with its full stop; a question and a text cut short by "..." have their end already.
+
+    Names in it come from other people's files: what would steer a terminal is shown as "?".
+    """
+    text = "".join(char if char.isprintable() else "?" for char in text)
     return text if text.endswith((".", "?", "!")) else f"{text}."
 
 

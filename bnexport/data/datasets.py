@@ -55,9 +55,9 @@ def load_dataset(
 ) -> Dataset:
     """Load the training and the test part.
 
-    Files are looked for in ``data_dir``, in the folder that BNEXPORT_DATA names, then in the user's cache; the first
-    that has them all wins. Else they are downloaded, into ``data_dir`` if given, otherwise into the cache. Reading
-    never writes.
+    Files are looked for in ``data_dir`` alone if it is given, else in the folder that BNEXPORT_DATA names and then in
+    the user's cache; the first that has them all wins. Else they are downloaded, into ``data_dir`` if given, otherwise
+    into the cache. Reading never writes.
 
     Args:
         name: A row of DATASETS.

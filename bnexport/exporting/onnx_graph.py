@@ -183,7 +183,7 @@ def _convert(folded: GraphModule, inputs: tuple[Tensor, ...], signature: Signatu
     if model.ByteSize() > _MAX_BYTES:
         raise ExportError(
             f"the model has {model.ByteSize()} bytes, one ONNX file holds less than {_MAX_BYTES}",
-            remedy="Export it in float16, or in parts",
+            remedy="Export it in parts",
         )
     return model
 

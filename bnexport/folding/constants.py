@@ -56,9 +56,13 @@ class Constants:
         return self._values[item]
 
     def replace(self, target: str, value: Tensor) -> None:
-        """Take note of a folded attribute: a second fold into it starts from the float64 value, not from its cast."""
+        """Take note of a folded attribute: a second fold into it starts from the float64 value, not from its cast.
+
+        Nothing else is computed anew: an attribute that is folded into has one reader, the layer itself.
+        """
         self.exact[target] = value
-        self._values.clear()
+        for node in self._module.graph.find_nodes(op="get_attr", target=target):
+            self._values.pop(node, None)
 
     def _resolve(self, target: Node) -> None:
         """Compute ``target`` and what it needs, without recursion: constant subgraphs can be long."""

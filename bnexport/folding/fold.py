@@ -152,9 +152,8 @@ def _clone(tensor: Tensor) -> Tensor:
 
 def _drop_unused(graph_module: GraphModule) -> None:
     """Remove constants and attributes that nothing reads any more: folded statistics must not travel on."""
-    for node in reversed(list(graph_module.graph.nodes)):
-        mutable = getattr(getattr(node.target, "_schema", None), "is_mutable", False)
-        if node.op in ("get_attr", "call_function") and not node.users and not mutable and _only_constants(node):
+    for node in reversed(_constant_nodes(graph_module)):
+        if not node.users:
             graph_module.graph.erase_node(node)
     used = {str(node.target) for node in graph_module.graph.nodes if node.op in ("get_attr", "call_module")}
     for path, module in list(graph_module.named_modules()):
@@ -166,7 +165,16 @@ def _drop_unused(graph_module: GraphModule) -> None:
     graph_module.recompile()
 
 
-def _only_constants(node: Any) -> bool:
-    return node.op == "get_attr" or all(
-        parent.op == "get_attr" or _only_constants(parent) for parent in node.all_input_nodes
-    )
+def _constant_nodes(graph_module: GraphModule) -> list[Node]:
+    """Attributes and what is computed from them alone, without side effects; in the graph's order, in one pass.
+
+    What looks at an input stays, though nothing reads it: torch.export's assertions have no readers either.
+    """
+    found: dict[Node, None] = {}
+    for node in graph_module.graph.nodes:
+        mutable = getattr(getattr(node.target, "_schema", None), "is_mutable", False)
+        parents = node.all_input_nodes
+        computed = node.op == "call_function" and not mutable and parents and all(item in found for item in parents)
+        if node.op == "get_attr" or computed:
+            found[node] = None
+    return list(found)

@@ -157,19 +157,6 @@ def load_weights(module: nn.Module, path: Path) -> None:
 
 def _from_checkpoint(path: Path) -> LoadedModel:
     checkpoint = load_checkpoint(path)
-    return model_of(checkpoint, path)
-
-
-def model_of(checkpoint: Checkpoint, path: Path) -> LoadedModel:
-    """The network of a checkpoint.
-
-    Args:
-        checkpoint: Weights with their metadata.
-        path: Where it came from, for messages.
-
-    Raises:
-        ModelError: Its network is unknown or its tensors do not fit.
-    """
     metadata = checkpoint.metadata
     module = build_known(metadata["network"])
     try:

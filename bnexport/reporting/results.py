@@ -68,7 +68,8 @@ def print_statistics(inspection: Inspection, *, as_json: bool = False) -> None:
     console = make_console()
     for layer in inspection.layers:
         table = make_table(console)
-        table.title, table.title_justify = f"{layer.name} ({len(layer.channels)} channels, eps {layer.eps:g})", "left"
+        title = f"{layer.name} ({len(layer.channels)} channels, eps {layer.eps:g})"
+        table.title, table.title_justify = literal(title, console), "left"
         table.add_column("channel", justify="right")
         for heading in ("gamma", "beta", "moving mean", "moving var", "scale"):
             table.add_column(heading, justify="right", no_wrap=True)

@@ -90,12 +90,9 @@ def failed(stage: str, subject: str, case: str, reason: str) -> Row:
     return Row(stage, subject, case, passed=False, reason=reason)
 
 
-def integrity_rows(bundle: Bundle) -> list[Row]:
+def integrity_rows(bundle: Bundle, problems: Mapping[str, str | None]) -> list[Row]:
     """One row per listed file, and one for each file that is not listed."""
-    rows = []
-    for name in bundle.manifest.files:
-        problem = bundle.problem(name)
-        rows.append(Row("integrity", name, "sha256", problem is None, problem or "", n=1))
+    rows = [Row("integrity", name, "sha256", found is None, found or "", n=1) for name, found in problems.items()]
     return rows + [failed("integrity", name, "listed", f"{name} is not in the manifest") for name in bundle.strangers()]
 
 

@@ -75,7 +75,7 @@ def verify(
         for spec in specs:
             spec.require()
     work = _Work(opened, module, seed, named=runtimes is not None)
-    work.rows += integrity_rows(opened)
+    work.rows += integrity_rows(opened, work.problems)
     plan = work.prepare(data_dir)
     for spec in specs:
         work.run(spec, plan)
@@ -107,12 +107,15 @@ class _Work:
     inputs: str = ""
     accuracy: Mapping[str, Any] = field(default_factory=dict)
     samples: dict[str, tuple[Array, Array]] = field(default_factory=dict)
+    problems: dict[str, str | None] = field(init=False)
+
+    def __post_init__(self) -> None:
+        # Once: a model of a gigabyte takes seconds to hash, and every stage asks.
+        self.problems = {name: self.bundle.problem(name) for name in self.bundle.manifest.files}
 
     def changed(self, name: str) -> str | None:
         """Why a file must not be opened."""
-        if name not in self.bundle.manifest.files:
-            return f"{name} is not in the bundle"
-        return self.bundle.problem(name)
+        return self.problems.get(name, f"{name} is not in the bundle")
 
     def prepare(self, data_dir: str | Path | None) -> Plan:
         """Reference, inputs, and the rows that need no runtime."""
@@ -167,7 +170,7 @@ class _Work:
 
     def _golden(self) -> Case | None:
         files = [name for name in self.bundle.manifest.files if name.startswith(f"{GOLDEN}/")]
-        problems = [problem for name in files if (problem := self.bundle.problem(name)) is not None]
+        problems = [problem for name in files if (problem := self.changed(name)) is not None]
         try:
             if problems:
                 self.rows.append(failed("golden", GOLDEN, "open", f"{problems[0]}, so it was not opened"))

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import randomise
+from safetensors.torch import save_file
 
 import bnexport
 from bnexport.bundle import MODEL_ONNX, seal
@@ -260,6 +261,24 @@ def test_ascii_terminal(good: Path, tmp_path: Path) -> None:
         assert process.returncode == 0, said
         assert shown.isascii()
         assert max(map(len, shown.splitlines())) <= 80
+
+
+def test_names_in_files_do_not_steer_the_terminal(bad: Run, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    hostile = "layer\x1b[31m"
+    state = {f"{hostile}.{name}": torch.rand(3) for name in ("weight", "bias", "running_mean", "running_var")}
+    save_file(state, tmp_path / "other.safetensors")
+    assert run(["inspect", str(tmp_path / "other.safetensors")]) == 0
+    shown = capfd.readouterr().out
+    assert "layer?[31m" in shown
+    assert "\x1b" not in shown
+    (tmp_path / "net.py").write_text(NET)
+    code, said = bad(
+        "fold-and-export", f"{tmp_path}/net.py:build", "--weights", tmp_path / "other.safetensors",
+        "--input", "1x8x8", "--out", tmp_path / "m" / "1",
+    )  # fmt: skip
+    assert code == 2
+    assert "layer?[31m" in said
+    assert "\x1b" not in said
 
 
 def test_unknown_fault_is_one_sentence(bad: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,10 +8,12 @@ import pytest
 import torch
 from cases import randomise
 from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
 
 import bnexport
 from bnexport.errors import ProofError
 from bnexport.folding import fold as fold_module
+from bnexport.folding.constants import Constants
 
 
 class Parts(nn.Module):
@@ -139,3 +141,47 @@ def test_a_folded_graph_that_fails_is_no_proof(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(fold_module, "_fold_sites", broken)
     with pytest.raises(ProofError, match="inf"):
         bnexport.fold(parts(lambda m, x: m.bn(m.conv(x))), images())
+
+
+def deep(norm: Callable[[int], nn.Module], depth: int) -> nn.Module:
+    """Residual blocks one after the other, and a cast at the end, before which torch.export puts an assertion."""
+
+    class Deep(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(
+                nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), norm(4), nn.Tanh()) for _ in range(depth)
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self.blocks:
+                x = x + block(x)
+            return x.to(torch.float32)
+
+    torch.manual_seed(0)
+    return randomise(Deep()).eval()
+
+
+def test_a_deep_residual_network_is_cleaned_in_one_pass() -> None:
+    """Walking up from each node without readers would take every path: two to the power of the depth."""
+    result = bnexport.fold(deep(nn.BatchNorm2d, 40), images(2, 4, 6, 6))
+    assert result.report.count("folded") == 40
+    assert not [name for name in result.model.state_dict() if "running" in name]
+    targets = [node.target for node in result.model.graph.nodes]
+    assert torch.ops.aten._assert_tensor_metadata.default in targets
+
+
+def test_constants_are_not_computed_again_after_each_fold(monkeypatch: pytest.MonkeyPatch) -> None:
+    computed = 0
+    original = Constants._compute
+
+    def counting(self: Constants, node: torch.fx.Node) -> Tensor | None:
+        nonlocal computed
+        computed += 1
+        return original(self, node)
+
+    monkeypatch.setattr(Constants, "_compute", counting)
+    result = bnexport.fold(deep(FrozenBatchNorm2d, 12), images(2, 4, 6, 6), prove=False)
+    assert result.report.count("folded") == 12
+    traced = 12 * 30  # nodes of a block, rounded up
+    assert computed <= traced
