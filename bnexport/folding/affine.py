@@ -1,4 +1,4 @@
-"""Readers: everything that acts like a BatchNorm in eval mode is read into one ChannelAffine.
+"""What a BatchNorm in eval mode does to a value, and how that looks on the other side of a change of layout.
 
 In eval mode a BatchNorm is the affine map ``y = gamma * (x - moving_mean) / sqrt(moving_var + eps) + beta`` (Ioffe and
 Szegedy 2015, algorithm 2), so ``scale = gamma / sqrt(moving_var + eps)`` and ``shift = beta - scale * moving_mean``.
@@ -6,18 +6,18 @@ Szegedy 2015, algorithm 2), so ``scale = gamma / sqrt(moving_var + eps)`` and ``
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import sympy  # type: ignore[import-untyped]
 import torch
 from torch import Tensor
-from torch.fx import Node
 
-from bnexport.folding.constants import Constants
-
-aten = torch.ops.aten
+#: A size (int), or the sympy expression of one that varies.
+Dim = Any
+#: Elements of a scale that is spread over merged axes (channels times height times width); more is not worth a fold.
+_MAX_ELEMENTS = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -46,147 +46,136 @@ class ChannelAffine:
         shift = -scale * mean.double()
         return cls(scale, shift if beta is None else beta.double() + shift)
 
-    def after(self, first: ChannelAffine) -> ChannelAffine:
-        """The map ``x -> self(first(x))``; one of the two may have a single channel that stands for all."""
-        return ChannelAffine(self.scale * first.scale, self.scale * first.shift + self.shift)
-
-    @property
-    def channels(self) -> int:
-        """Number of channels."""
-        return self.scale.numel()
+    def on_axis(self, axis: int, rank: int) -> Affine:
+        """The same map on a value of ``rank`` axes whose channels are on ``axis``."""
+        shape = [1] * rank
+        shape[axis] = -1
+        return Affine(self.scale.reshape(shape), self.shift.reshape(shape))
 
 
 @dataclass(frozen=True)
-class AffineStep:
-    """One graph node read as a channel affine.
+class Affine:
+    """``y = scale * x + shift`` on a whole value: each axis has the value's size, or 1 where nothing varies along it.
 
     Attributes:
-        value: The node that the affine is applied to.
-        affine: What is applied; None when the node is a BatchNorm that can't be read.
-        axis: The channel axis of ``value``; None when the affine is the same for every element.
-        why_not: Why the node can't be read, as a sentence without its full stop.
+        scale: float64, of the value's rank.
+        shift: float64, of the same shape.
     """
 
-    value: Node
-    affine: ChannelAffine | None
-    axis: int | None
-    why_not: str | None = None
+    scale: Tensor
+    shift: Tensor
+
+    @classmethod
+    def of(cls, scale: Tensor, shift: Tensor) -> Affine:
+        """From two tensors of one rank, in the smallest shape that holds both."""
+        scale, shift = torch.broadcast_tensors(scale, shift)  # type: ignore[no-untyped-call]
+        for axis in range(scale.ndim):
+            if scale.shape[axis] > 1 and _constant(scale, axis) and _constant(shift, axis):
+                scale, shift = scale.narrow(axis, 0, 1), shift.narrow(axis, 0, 1)
+        return cls(scale, shift)
+
+    @classmethod
+    def identity(cls, rank: int) -> Affine:
+        """Changes nothing."""
+        ones = torch.ones([1] * rank, dtype=torch.float64)
+        return cls(ones, torch.zeros_like(ones))
+
+    @property
+    def has_scale(self) -> bool:
+        """Whether any scale is not one."""
+        return bool((self.scale != 1).any())
+
+    @property
+    def has_shift(self) -> bool:
+        """Whether any shift is not zero."""
+        return bool((self.shift != 0).any())
+
+    @property
+    def rank(self) -> int:
+        """Number of axes."""
+        return self.scale.ndim
+
+    def after(self, first: Affine) -> Affine:
+        """The map ``x -> self(first(x))``."""
+        return Affine.of(self.scale * first.scale, self.scale * first.shift + self.shift)
+
+    def scale_alone(self) -> Affine:
+        """The map without its shift."""
+        return Affine.of(self.scale, torch.zeros_like(self.shift))
+
+    def shift_alone(self) -> Affine:
+        """The map without its scale."""
+        return Affine.of(torch.ones_like(self.scale), self.shift)
+
+    def varies_along(self, axis: int) -> bool:
+        """Whether the map differs between positions of an axis."""
+        return self.scale.shape[axis] > 1
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Affine:
+        """The map after a change of layout, applied to scale and shift alike."""
+        return Affine.of(change(self.scale), change(self.shift))
+
+    def __call__(self, value: Tensor) -> Tensor:
+        """Apply it."""
+        return self.scale.to(value) * value + self.shift.to(value)
+
+    def channels(self, axis: int, size: int) -> ChannelAffine | None:
+        """The map as one scale and shift per position of ``axis``; None when it varies along another axis."""
+        if any(self.varies_along(other) for other in range(self.rank) if other != axis):
+            return None
+        if self.scale.shape[axis] not in (1, size):
+            return None
+        return ChannelAffine(self.scale.reshape(-1).expand(size), self.shift.reshape(-1).expand(size))
+
+    def reshaped(self, before: Sequence[Dim], after: Sequence[Dim]) -> Affine | None:
+        """The map on a value that is reshaped from ``before`` to ``after``.
+
+        None when an axis along which the map varies is merged with one of varying size.
+        """
+        sizes, target = list(self.scale.shape), [1] * len(after)
+        for left, right in matching_axes(before, after):
+            if all(self.scale.shape[axis] == 1 for axis in left):
+                continue
+            here, there = [before[axis] for axis in left], [after[axis] for axis in right]
+            if not all(isinstance(size, int) for size in (*here, *there)):
+                return None
+            for axis in left:
+                sizes[axis] = int(before[axis])
+            for axis in right:
+                target[axis] = int(after[axis])
+        if torch.Size(sizes).numel() > _MAX_ELEMENTS:
+            return None
+        return self.mapped(lambda tensor: tensor.expand(sizes).reshape(target))
 
 
-Reader = Callable[[Node, Constants], AffineStep | None]
+def matching_axes(before: Sequence[Dim], after: Sequence[Dim]) -> list[tuple[list[int], list[int]]]:
+    """Cut two shapes of equally many elements into the finest runs of axes that hold equally many each."""
+    found: list[tuple[list[int], list[int]]] = []
+    i = j = 0
+    while i < len(before) and j < len(after):
+        left, right = [i], [j]
+        here, there = before[i], after[j]
+        i, j = i + 1, j + 1
+        while here != there and (i < len(before) or j < len(after)):
+            if i < len(before) and (j >= len(after) or _smaller(here, there)):
+                left.append(i)
+                here, i = here * before[i], i + 1
+            else:
+                right.append(j)
+                there, j = there * after[j], j + 1
+        found.append((left, right))
+    if found:  # what is left are axes of size 1
+        found[-1][0].extend(range(i, len(before)))
+        found[-1][1].extend(range(j, len(after)))
+    return found
 
 
-def read_batch_norm(node: Node, constants: Constants) -> AffineStep | None:
-    """``aten.batch_norm``: nn.BatchNorm1d/2d/3d, SyncBatchNorm in eval mode, F.batch_norm, any subclass."""
-    value, gamma, beta, mean, var, training = node.args[:6]
-    eps = float(node.args[7])  # type: ignore[arg-type]
-    if not isinstance(value, Node):
-        return None
-    if mean is None or var is None:
-        return AffineStep(
-            value, None, 1, "it keeps no moving statistics (track_running_stats=False), so it uses batch statistics"
-        )
-    if training:
-        return AffineStep(value, None, 1, "it is in training mode, so it uses batch statistics")
-    found = [None if item is None else constants.value(item) for item in (gamma, beta, mean, var)]
-    if any(item is not None and tensor is None for item, tensor in zip((gamma, beta, mean, var), found, strict=True)):
-        return AffineStep(
-            value, None, 1, "its statistics or parameters are computed from the input or changed in forward"
-        )
-    assert found[2] is not None
-    assert found[3] is not None
-    return AffineStep(value, ChannelAffine.from_statistics(found[2], found[3], eps, found[0], found[1]), 1)
+def _smaller(here: Dim, there: Dim) -> bool:
+    if isinstance(here, int) and isinstance(there, int):
+        return bool(here < there)
+    ratio: Any = sympy.cancel(sympy.sympify(there) / sympy.sympify(here))
+    return bool(ratio > 1) if ratio.is_number else True
 
 
-def read_elementwise(node: Node, constants: Constants) -> AffineStep | None:
-    """``x + c``, ``x - c``, ``c - x``, ``x * c``, ``x / c`` with a constant of one value per channel, or one value."""
-    left, right = node.args[:2]
-    alpha = float(node.kwargs.get("alpha", 1))  # type: ignore[arg-type]
-    left_constant, right_constant = constants.value(left), constants.value(right)
-    if (left_constant is None) == (right_constant is None):
-        return None
-    value, constant = (left, right_constant) if left_constant is None else (right, left_constant)
-    if not isinstance(value, Node) or constant is None or not constant.is_floating_point():
-        return None
-    placed = _channel_axis(value, constant)
-    if placed is None:
-        return None
-    axis, vector = placed
-    pair = _ELEMENTWISE[node.target](vector, alpha, left_constant is not None)
-    return None if pair is None else AffineStep(value, ChannelAffine(*pair), axis)
-
-
-def _add(constant: Tensor, alpha: float, constant_first: bool) -> tuple[Tensor, Tensor]:
-    if constant_first:  # c + alpha * x
-        return torch.full_like(constant, alpha), constant
-    return torch.ones_like(constant), alpha * constant
-
-
-def _sub(constant: Tensor, alpha: float, constant_first: bool) -> tuple[Tensor, Tensor]:
-    if constant_first:  # c - alpha * x
-        return torch.full_like(constant, -alpha), constant
-    return torch.ones_like(constant), -alpha * constant
-
-
-def _mul(constant: Tensor, _alpha: float, _constant_first: bool) -> tuple[Tensor, Tensor]:
-    return constant, torch.zeros_like(constant)
-
-
-def _div(constant: Tensor, _alpha: float, constant_first: bool) -> tuple[Tensor, Tensor] | None:
-    if constant_first:  # c / x is not affine
-        return None
-    return constant.reciprocal(), torch.zeros_like(constant)
-
-
-_ELEMENTWISE: dict[Any, Callable[[Tensor, float, bool], tuple[Tensor, Tensor] | None]] = {
-    aten.add.Tensor: _add,
-    aten.sub.Tensor: _sub,
-    aten.mul.Tensor: _mul,
-    aten.div.Tensor: _div,
-    operator.add: _add,
-    operator.sub: _sub,
-    operator.mul: _mul,
-    operator.truediv: _div,
-}
-
-#: Operator -> reader. A new norm is a new row.
-READERS: dict[Any, Reader] = {
-    aten.batch_norm.default: read_batch_norm,
-    **dict.fromkeys(_ELEMENTWISE, read_elementwise),
-}
-
-
-def _channel_axis(value: Node, constant: Tensor) -> tuple[int | None, Tensor] | None:
-    """Where a constant is broadcast: (axis, one value per channel), or None when it is not per channel.
-
-    A constant whose size differs from the value's along the axis would enlarge the value; that is no affine map.
-    """
-    shape = shape_of(value)
-    if shape is None or constant.ndim > len(shape):
-        return None
-    if constant.numel() == 1:
-        return None, constant.reshape(1)
-    wide = [axis for axis, size in enumerate(constant.shape) if size != 1]
-    if len(wide) != 1:
-        return None
-    axis = wide[0] + len(shape) - constant.ndim
-    if shape[axis] != constant.numel():
-        return None
-    return axis, constant.reshape(-1)
-
-
-def shape_of(node: Node) -> tuple[int | None, ...] | None:
-    """Shape of a node's value as traced, None for a dimension that varies; None when it is not a tensor.
-
-    A symbolic size is never compared with a number: in torch that would pin it to that number.
-    """
-    value = node.meta.get("val")
-    if not isinstance(value, Tensor):
-        return None
-    return tuple(size if isinstance(size, int) else None for size in value.shape)
-
-
-def dtype_of(node: Node) -> torch.dtype | None:
-    """Element type of a node's value as traced; None when it is not a tensor."""
-    value = node.meta.get("val")
-    return value.dtype if isinstance(value, Tensor) else None
+def _constant(tensor: Tensor, axis: int) -> bool:
+    return tensor.stride(axis) == 0 or bool((tensor == tensor.narrow(axis, 0, 1)).all())

@@ -32,14 +32,13 @@ class Constants:
     it holds depends on when it is read.
 
     Attributes:
-        exact: Folded attributes in float64, before their one cast.
+        mutated: What some operator changes in place: targets of attributes, and computed nodes.
     """
 
     def __init__(self, module: GraphModule) -> None:
         self._module = module
         self._values: dict[Node, Tensor | None] = {}
-        self.exact: dict[str, Tensor] = {}
-        self._mutated = set(_mutated_memory(module))
+        self.mutated = set(_mutated_memory(module))
 
     def value(self, item: Any) -> Tensor | None:
         """The constant that an operator's argument stands for, in float64; None when it is not a constant.
@@ -51,18 +50,18 @@ class Constants:
             return None
         if isinstance(item, (int, float)):
             return torch.tensor(float(item), dtype=torch.float64)
-        if item not in self._values:
-            self._resolve(item)
-        return self._values[item]
+        found = self._stored(item)
+        return None if found is None else _wide(found)
 
-    def replace(self, target: str, value: Tensor) -> None:
-        """Take note of a folded attribute: a second fold into it starts from the float64 value, not from its cast.
+    def known(self, item: Any) -> bool:
+        """Whether ``value`` has an answer; without the cost of widening it."""
+        return isinstance(item, (int, float)) or (isinstance(item, Node) and self._stored(item) is not None)
 
-        Nothing else is computed anew: an attribute that is folded into has one reader, the layer itself.
-        """
-        self.exact[target] = value
-        for node in self._module.graph.find_nodes(op="get_attr", target=target):
-            self._values.pop(node, None)
+    def _stored(self, node: Node) -> Tensor | None:
+        """The value in the element type that it has; only computed constants are held in float64."""
+        if node not in self._values:
+            self._resolve(node)
+        return self._values[node]
 
     def _resolve(self, target: Node) -> None:
         """Compute ``target`` and what it needs, without recursion: constant subgraphs can be long."""
@@ -78,27 +77,33 @@ class Constants:
                 self._values[stack.pop()] = self._compute(node)
 
     def _compute(self, node: Node) -> Tensor | None:
-        if _memory(node) in self._mutated:
+        if memory_of(node) in self.mutated:
             return None
         if node.op == "get_attr":
-            value = self.exact.get(str(node.target), attribute(self._module, str(node.target)))
-            if not isinstance(value, Tensor):
-                return None
-            return value.detach().double() if value.is_floating_point() else value.detach()
+            value = attribute(self._module, str(node.target))
+            return value.detach() if isinstance(value, Tensor) else None
         parents = node.all_input_nodes
         if node.op != "call_function" or not _is_pure(node) or not parents:
             return None
         if any(self._values[parent] is None for parent in parents):
             return None
-        args = torch.fx.map_arg(node.args, self._values.__getitem__)
-        kwargs = torch.fx.map_arg(node.kwargs, self._values.__getitem__)
+        args = torch.fx.map_arg(node.args, self._wide_value)
+        kwargs = torch.fx.map_arg(node.kwargs, self._wide_value)
         if node.target in _CASTS and isinstance(args[0], Tensor) and _widens(node):
             return args[0]
         with torch.no_grad():
             result = node.target(*args, **kwargs)  # type: ignore[operator]
         if not isinstance(result, Tensor):
             return None
-        return result.double() if result.is_floating_point() else result
+        return _wide(result)
+
+    def _wide_value(self, node: Node) -> Tensor | None:
+        value = self._values[node]
+        return None if value is None else _wide(value)
+
+
+def _wide(value: Tensor) -> Tensor:
+    return value.double() if value.is_floating_point() else value
 
 
 def attribute(module: torch.nn.Module, target: str) -> Any:
@@ -139,11 +144,11 @@ def _mutated_memory(module: GraphModule) -> Iterator[str | Node]:
             if argument.alias_info is None or not argument.alias_info.is_write:
                 continue
             given = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
-            yield from map(_memory, _nodes(given))
+            yield from map(memory_of, _nodes(given))
     # Training-mode batch_norm changes its statistics without saying so in its schema.
     for node in module.graph.nodes:
         if node.op == "call_function" and node.target is aten.batch_norm.default and node.args[5]:
-            yield from (_memory(item) for item in node.args[3:5] if isinstance(item, Node))
+            yield from (memory_of(item) for item in node.args[3:5] if isinstance(item, Node))
 
 
 def _nodes(value: Any) -> list[Node]:
@@ -152,7 +157,7 @@ def _nodes(value: Any) -> list[Node]:
     return found
 
 
-def _memory(node: Node) -> str | Node:
+def memory_of(node: Node) -> str | Node:
     """Whose memory ``node`` may share: the target of an attribute, or the node that computed it."""
     while node.op == "call_function" and node.args and isinstance(node.args[0], Node):
         schema = getattr(node.target, "_schema", None)

@@ -1,28 +1,29 @@
-"""The public door of folding: trace, find, fold, prove, account."""
+"""The public door of folding: trace, read, fold, prove, account."""
 
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from bnexport.errors import ProofError
-from bnexport.folding.affine import ChannelAffine, shape_of
-from bnexport.folding.constants import Constants
-from bnexport.folding.proof import fold_error
+from bnexport.errors import ProofError, UsageError
+from bnexport.folding.engine import Account, Engine
+from bnexport.folding.functionalise import functionalise
+from bnexport.folding.names import batch_norm_nodes, module_class, module_path, shape_of
+from bnexport.folding.plan import Budget
 from bnexport.folding.report import FoldReport, FoldRow
-from bnexport.folding.rules import RULES
-from bnexport.folding.sites import Site, batch_norm_nodes, channels_of, describe, find_sites, module_class, module_path
+from bnexport.folding.torch_graph import TorchGraph
+from bnexport.folding.torch_write import Writer
 from bnexport.folding.trace import trace
+from bnexport.folding.whole_proof import fold_error
 
-#: Float64 rounding through a deep network stays far below; the smallest real fault (a dropped eps) is far above.
-MAX_FLOAT64_ERROR = 1e-9
+DEFAULT_MAX_GROWTH = 1.1
 
 
 @dataclass(frozen=True)
@@ -32,16 +33,24 @@ class FoldResult:
     Attributes:
         model: The folded network in eval mode. It shares no memory with the user's module.
         report: What became of each BatchNorm.
+        seconds: What took how long: "trace", "fold" (with each fold's own proof), "proof" (of the whole).
     """
 
     model: GraphModule
     report: FoldReport
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 def fold(
-    model: nn.Module, example_inputs: Tensor | Sequence[Any], *, dynamic_shapes: Any = None, prove: bool = True
+    model: nn.Module,
+    example_inputs: Tensor | Sequence[Any],
+    *,
+    dynamic_shapes: Any = None,
+    max_growth: float = DEFAULT_MAX_GROWTH,
+    clamps: bool = False,
+    prove: bool = True,
 ) -> FoldResult:
-    """Fold every BatchNorm that can be folded exactly into the linear layer before it.
+    """Fold every BatchNorm that can be folded exactly, and say of each what became of it.
 
     ``model`` is never changed. It is taken in eval mode: a model in training mode is traced as if ``eval()`` had been
     called on it; in a model in eval mode, a layer that is in training mode is so on purpose and stays as it is.
@@ -52,85 +61,70 @@ def fold(
         example_inputs: The inputs of one call, batch first: a tensor, or a sequence of forward's positional arguments.
         dynamic_shapes: As for ``torch.export.export``. Default: the first dimension of every tensor input is one shared
             batch dimension that may vary.
-        prove: Check the folded graph against the original, both in float64.
+        max_growth: The folded weights may have so many times as many elements as the original's: what a fold may spend on
+            copies of shared weights and on maps of constants.
+        clamps: Let a batch norm cross a ReLU by turning it into a maximum with a constant per channel. It leaves fewer
+            operations, but ONNX Runtime is slower with them on a CPU (docs/affine_form.md).
+        prove: Check each fold on its own, and the folded graph against the original, in float64.
 
     Returns:
         The folded graph and the account: one row per BatchNorm call.
 
     Raises:
+        UsageError: ``max_growth`` is below 1.
         UntracedError: torch.export can't trace the model.
         ProofError: The folded graph does not compute what the original does; that is a fault in bnexport.
     """
+    if not max_growth >= 1.0:
+        raise UsageError(f"max_growth is {max_growth:g}", remedy="Give a factor of 1 or more; 1 allows no copies")
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+    clock = _Clock()
     original = trace(model, inputs, dynamic_shapes=dynamic_shapes)
+    clock.note("trace")
     folded = _copy(original)
     with torch.no_grad():
-        rows, exact = _fold_sites(folded)
-        error = fold_error(original, folded, exact, inputs) if prove else None
-    if error is not None and not error <= MAX_FLOAT64_ERROR:
+        account, exact, growth = _fold_graph(folded, max_growth, clamps, prove)
+        rows = [
+            *account.rows,
+            *(_inner_row(node) for node in batch_norm_nodes(folded) if node.graph is not folded.graph),
+        ]
+        clock.note("fold")
+        proof = fold_error(original, folded, exact, inputs) if prove else None
+        clock.note("proof")
+    error, bound = (None, 0.0) if proof is None else proof
+    if error is not None and not error <= bound:
         raise ProofError(
             f"the folded {type(model).__name__} differs from the original by {error:.1e} of scale in float64",
             remedy="Please report it with the model: a fold that is not exact is a fault in bnexport",
         )
     remaining = sum(1 for _ in batch_norm_nodes(folded))
-    return FoldResult(folded, FoldReport(tuple(rows), remaining, error))
+    return FoldResult(folded, FoldReport(tuple(rows), remaining, error, growth, account.warnings), clock.seconds)
 
 
-def _fold_sites(graph_module: GraphModule) -> tuple[list[FoldRow], dict[str, Tensor]]:
-    """Apply the rules to every site; returns the account and the folded tensors in float64, by attribute."""
-    constants = Constants(graph_module)
-    rows = []
-    for site in find_sites(graph_module, constants):
-        site.locate()
-        rows.append(_fold_site(site))
-    rows += [_inner_row(node) for node in batch_norm_nodes(graph_module) if node.graph is not graph_module.graph]
-    _drop_unused(graph_module)
-    return rows, constants.exact
-
-
-def _fold_site(site: Site) -> FoldRow:
-    """Apply the first rule that matches, if its check allows it; the row says what happened, or why nothing did."""
-    rule = next((rule for rule in RULES if rule.matches(site)), None)
-    if site.affine is None:
-        reason = site.why_not
-    elif rule is None:
-        reason = f"it follows {describe(site.producer)}, and no rule folds a batch norm into that"
-    else:
-        reason = rule.check(site)
-    folded = rule if reason is None else None
-    row = FoldRow(
-        module=site.module_path,
-        kind=site.kind,
-        outcome="kept" if folded is None else "folded",
-        rule="" if folded is None else folded.name,
-        into="" if folded is None else module_path(site.producer),
-        reason=reason or "",
-        channels=channels_of(site) or 0,
-        max_scale=_largest(site.affine),
-    )
-    if folded is not None:
-        folded.rewrite(site)
-    return row
-
-
-def _largest(affine: ChannelAffine | None) -> float | None:
-    """Largest |scale|; None when there is none, or when it is not finite (JSON has no infinity)."""
-    largest = math.nan if affine is None else float(affine.scale.abs().max())
-    return largest if math.isfinite(largest) else None
+def _fold_graph(
+    module: GraphModule, max_growth: float, clamps: bool, prove: bool
+) -> tuple[Account, dict[str, Tensor], float]:
+    """Fold a graph in place; returns the account, the folded tensors in float64 by attribute, and the growth."""
+    functionalise(module)
+    graph = TorchGraph(module)
+    budget = Budget(graph.elements, max_growth)
+    account = Engine(graph, budget, clamps=clamps, prove=prove).run()
+    writer = Writer(graph)
+    writer.write(account.dropped)
+    _drop_unused(module)
+    return account, writer.exact, 1.0 + budget.added / max(budget.elements, 1)
 
 
 def _inner_row(node: Node) -> FoldRow:
     """The row of a BatchNorm that no rule sees, because torch.export keeps the region around it as a graph of its own."""
     shape = shape_of(node.all_input_nodes[0])
     return FoldRow(
-        module=module_path(node),
-        kind=module_class(node),
-        outcome="kept",
-        rule="",
-        into="",
+        module_path(node),
+        module_class(node),
+        "kept",
         reason="it is inside a branch (torch.cond) or a region with its own autocast or gradient mode",
+        unlock="the same code outside of that region",
         channels=(shape[1] or 0) if shape is not None and len(shape) > 1 else 0,
-        max_scale=None,
     )
 
 
@@ -178,3 +172,16 @@ def _constant_nodes(graph_module: GraphModule) -> list[Node]:
         if node.op == "get_attr" or computed:
             found[node] = None
     return list(found)
+
+
+class _Clock:
+    """Seconds between notes."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def note(self, name: str) -> None:
+        """What has been done since the last note."""
+        now = time.perf_counter()
+        self.seconds[name], self._last = now - self._last, now

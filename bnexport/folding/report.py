@@ -7,7 +7,18 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-Outcome = Literal["folded", "affine", "kept"]
+Outcome = Literal["backward", "forward", "through", "merged", "affine", "kept"]
+
+#: Outcome -> what it means. In the first four the BatchNorm is gone and costs nothing any more.
+OUTCOMES: dict[Outcome, str] = {
+    "backward": "gone: its scale and shift are part of the weights of the layer before it",
+    "forward": "gone: its scale and shift are part of the weights of the layer after it",
+    "through": "gone: moved across other operations into the weights of layers farther away",
+    "merged": "gone: part of another BatchNorm's affine, or of a parallel convolution",
+    "affine": "left as one scale and one shift per channel",
+    "kept": "left as it was",
+}
+GONE: tuple[Outcome, ...] = ("backward", "forward", "through", "merged")
 
 
 @dataclass(frozen=True)
@@ -15,29 +26,51 @@ class FoldRow:
     """One BatchNorm call.
 
     Attributes:
-        module: Module path of the BatchNorm as in ``named_modules``; "" when it is called in the root's forward.
-        kind: Class of that module: "BatchNorm2d".
-        outcome: "folded" into a linear layer; "affine": left as one scale and shift; "kept" as it was.
+        module: Module path of the BatchNorm as in ``named_modules``; "" when it is called in the root's forward. In an
+            ONNX file: the node's name, or the name of its output.
+        kind: Class of that module: "BatchNorm2d"; in an ONNX file the operator.
+        outcome: A key of OUTCOMES.
         rule: The rule that was applied; "" for none.
-        into: Module path of the layer that took it in; "" for none.
-        reason: Why it was not folded; "" when it was.
+        into: Where its numbers are now, module paths joined by ", "; "" for nowhere.
+        equation: What was computed, with W, b of the layer and s, t of the affine; "" when nothing was.
+        reason: Why it is not gone; "" when it is.
+        unlock: What the network's author could change so that it goes; "" when it is gone or nothing would help.
         channels: Number of channels; 0 when unknown.
-        max_scale: Largest |gamma / sqrt(moving_var + eps)| over the channels; None when it can't be read or is
-            not finite.
+        gain: Smallest and largest |gamma / sqrt(moving_var + eps)|; None when it can't be read or is not finite.
+        dead: Channels whose scale is 0: what they give does not depend on the input.
+        error: Largest difference of this fold alone, against the untouched part of the graph, both in float64, as a share
+            of that part's largest output; None when nothing was folded.
     """
 
     module: str
     kind: str
     outcome: Outcome
-    rule: str
-    into: str
-    reason: str
-    channels: int
-    max_scale: float | None
+    rule: str = ""
+    into: str = ""
+    equation: str = ""
+    reason: str = ""
+    unlock: str = ""
+    channels: int = 0
+    gain: tuple[float, float] | None = None
+    dead: int = 0
+    error: float | None = None
+
+    @property
+    def gone(self) -> bool:
+        """Whether nothing of the BatchNorm is left to compute."""
+        return self.outcome in GONE
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return asdict(self)
+        value = asdict(self)
+        value["gain"] = None if self.gain is None else list(self.gain)
+        return value
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> FoldRow:
+        """Read what ``to_json`` wrote."""
+        gain = value["gain"]
+        return cls(**{**value, "gain": None if gain is None else (float(gain[0]), float(gain[1]))})
 
 
 @dataclass(frozen=True)
@@ -46,14 +79,24 @@ class FoldReport:
 
     Attributes:
         rows: One per call, in the order of the graph.
-        remaining: batch_norm operators left in the folded graph.
+        remaining: Norm operators left in the folded graph: standalone affines, and BatchNorms kept as they were.
         error: Largest difference between the folded and the original graph, both in float64, on random inputs, as a
             fraction of the output's largest value; None when the graph can't run in float64.
+        growth: Elements of the folded graph's weights, as a multiple of the original's; above 1 where shared weights had
+            to be cloned.
+        warnings: What a reader must know: a fold that failed its proof and was rolled back.
     """
 
     rows: tuple[FoldRow, ...]
     remaining: int
     error: float | None = None
+    growth: float = 1.0
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def folded(self) -> int:
+        """Number of BatchNorm calls that are gone."""
+        return sum(row.gone for row in self.rows)
 
     def count(self, outcome: Outcome) -> int:
         """Number of rows with this outcome."""
@@ -61,9 +104,16 @@ class FoldReport:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values, as in manifest.json."""
-        return {"rows": [row.to_json() for row in self.rows], "remaining": self.remaining, "error": self.error}
+        return {
+            "rows": [row.to_json() for row in self.rows],
+            "remaining": self.remaining,
+            "error": self.error,
+            "growth": self.growth,
+            "warnings": list(self.warnings),
+        }
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> FoldReport:
         """Read what ``to_json`` wrote."""
-        return cls(tuple(FoldRow(**row) for row in value["rows"]), value["remaining"], value["error"])
+        rows = tuple(FoldRow.from_json(row) for row in value["rows"])
+        return cls(rows, value["remaining"], value["error"], value["growth"], tuple(value["warnings"]))

@@ -1,7 +1,6 @@
-"""The table of rules: what may be rewritten, when it is safe, and how.
+"""The table of rules: the ways in which one affine can disappear, cheapest first.
 
-A rule's ``check`` returns None when the rewrite is exact, else a sentence that says why not; the sentence goes into the
-report, so that nothing is left alone in silence.
+Each rule fills a plan or refuses with a sentence; the sentences of all that refused are the reason that the account gives.
 """
 
 from __future__ import annotations
@@ -10,191 +9,112 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-from torch.fx import Node
 
-from bnexport.folding.affine import dtype_of, shape_of
-from bnexport.folding.constants import attribute
-from bnexport.folding.sites import Site, describe, module_path
+from bnexport.folding.affine import Affine
+from bnexport.folding.graph import Clamp, Homogeneous, Identity, Layer, Norm, Op
+from bnexport.folding.plan import Plan, Refused
+from bnexport.folding.report import Outcome
 
 
 @dataclass(frozen=True)
-class FoldRule:
-    """One way to make an affine disappear.
+class Rule:
+    """One way to make an affine disappear, or smaller.
 
     Attributes:
         name: As it appears in the report.
-        pattern: Kinds of layers in the order of the data flow.
-        check: None when the rewrite is exact at this site, else why not.
-        rewrite: Does it. Called only after ``check`` returned None.
+        equation: What is computed; W, b are the layer's weight and bias, s, t the affine's scale and shift.
+        plan: Fills the plan for a site, or raises Refused.
+        outcome: Of a site that it was used on; None: told by where the affine went.
+        maps: Whether it may use maps of constants behind zero padding.
     """
 
     name: str
-    pattern: tuple[str, ...]
-    check: Callable[[Site], str | None]
-    rewrite: Callable[[Site], None]
-
-    def matches(self, site: Site) -> bool:
-        """Whether the layer before the affine is of the pattern's kind."""
-        return site.absorber is not None and self.pattern == (site.absorber.kind, "affine")
+    equation: str
+    plan: Callable[[Plan, Op, Affine], None]
+    outcome: Outcome | None = None
+    maps: bool = False
 
 
-def check_backward(site: Site) -> str | None:
-    """Whether the linear layer before the affine may take it in."""
-    checks = (_consumers, _axis, _constant_weights, _shared_call, _element_types, _representable)
-    return next((reason for check in checks if (reason := check(site)) is not None), None)
+def _backward(plan: Plan, site: Op, affine: Affine) -> None:
+    plan.edit(site, Identity())
+    plan.pull(site.inputs[0], affine, site)
 
 
-def _consumers(site: Site) -> str | None:
-    """The value before the affine must be seen by the affine alone."""
-    for node in (site.producer, *site.between):
-        if len(node.users) > 1:
-            return f"the output of {describe(node)} has a second consumer, which needs it as it is"
-    return None
+def _forward(plan: Plan, site: Op, affine: Affine) -> None:
+    plan.edit(site, Identity())
+    plan.push(site, affine)
 
 
-def _axis(site: Site) -> str | None:
-    """The affine's channels must be the layer's output channels."""
-    assert site.absorber is not None
-    assert site.affine is not None
-    axis = site.absorber.channel_axis(site.producer)
-    if isinstance(axis, str):
-        return axis
-    if site.axis is not None and site.axis != axis:
-        return (
-            f"it normalises axis {site.axis}, the output channels of {describe(site.producer)} are on axis {axis}"
-            " (equal sizes would not make it right)"
-        )
-    shape = shape_of(site.producer)
-    if site.affine.channels != 1 and (shape is None or shape[axis] != site.affine.channels):
-        return (
-            f"it has {site.affine.channels} channels, {describe(site.producer)} has another number of output channels"
-        )
-    return None
+def _both(plan: Plan, site: Op, affine: Affine) -> None:
+    if not affine.has_scale or not affine.has_shift:
+        raise Refused("there are no two parts to part")
+    plan.edit(site, Identity())
+    plan.pull(site.inputs[0], affine.scale_alone(), site)
+    plan.push(site, affine.shift_alone())
 
 
-def _shared_call(site: Site) -> str | None:
-    """A weight that another call reads must stay as it is."""
-    assert site.absorber is not None
-    for node in (site.absorber.weight_node(site.producer), site.absorber.bias_node(site.producer)):
-        if node is not None and (uses := _uses(node)) > 1:
-            return f"the weights of {describe(site.producer)} are used {uses} times (a shared layer or parameter)"
-    return None
+def _scale_forward(plan: Plan, site: Op, affine: Affine) -> None:
+    """``W (s x + t) = (W s) (x + t / s)``: what stays before the layer is one addition."""
+    _refuse_scaleless(affine)
+    plan.edit(site, Norm(Affine.of(torch.ones_like(affine.scale), affine.shift / affine.scale)))
+    plan.push(site, affine.scale_alone())
 
 
-def _uses(node: Node) -> int:
-    """How many operators read a value; an attribute may be read by several nodes."""
-    if node.op != "get_attr":
-        return len(node.users)
-    return sum(len(item.users) for item in node.graph.find_nodes(op="get_attr", target=node.target))
+def _sign_rule(plan: Plan, site: Op, affine: Affine) -> None:
+    """``f(s x + t) = s f(x + t / s)`` for s > 0 and every f with f(a x) = a f(x), a > 0."""
+    _refuse_scaleless(affine)
+    for user in dict.fromkeys(site.users):
+        relu = isinstance(user.kind, Clamp) and _is_relu(user.kind)
+        if not relu and not isinstance(user.kind, Homogeneous):
+            raise Refused(f"{user.name} is no ReLU, LeakyReLU or PReLU")
+    if bool((affine.scale < 0).any()):
+        raise Refused("some of its scales are negative, so a multiplication by the sign would stay", "positive gammas")
+    plan.edit(site, Norm(Affine.of(torch.ones_like(affine.scale), affine.shift / affine.scale)))
+    for user in dict.fromkeys(site.users):
+        plan.visit(user)
+        plan.push(user, affine.scale_alone())
 
 
-def _constant_weights(site: Site) -> str | None:
-    assert site.absorber is not None
-    weight, bias = site.absorber.weight_node(site.producer), site.absorber.bias_node(site.producer)
-    if site.constants.value(weight) is None or (bias is not None and site.constants.value(bias) is None):
-        return f"the weights of {describe(site.producer)} are computed from the input or changed in forward"
-    return None
+def _refuse_scaleless(affine: Affine) -> None:
+    if not affine.has_scale:
+        raise Refused("it has no scale to move")
+    if bool((affine.scale == 0).any()):
+        raise Refused(f"{int((affine.scale == 0).sum())} of its scales are 0, and the shift can't be divided by them")
 
 
-def _element_types(site: Site) -> str | None:
-    before, after = dtype_of(site.producer), dtype_of(site.result)
-    if before != after:
-        return f"it turns {before} into {after}; folded, that conversion would be lost"
-    return None
-
-
-def _representable(site: Site) -> str | None:
-    """Folded weights must be finite in the layer's own element type (float16 ends at 65504)."""
-    dtype = dtype_of(site.producer)
-    assert dtype is not None
-    for name, tensor in zip(("weight", "bias"), _folded(site), strict=True):
-        if not bool(torch.isfinite(tensor).all()):
-            return f"the folded {name} is not finite"
-        if not bool(torch.isfinite(tensor.to(dtype)).all()):
-            return f"the folded {name} does not fit into {dtype}"
-    return None
-
-
-def rewrite_backward(site: Site) -> None:
-    """Put the folded weight and bias in place of the layer's own and take the affine out of the graph."""
-    assert site.absorber is not None
-    dtype = dtype_of(site.producer)
-    assert dtype is not None
-    weight, bias = _folded(site)
-    weight_node = _store(site, "weight", site.absorber.weight_node(site.producer), weight, dtype)
-    bias_node = _store(site, "bias", site.absorber.bias_node(site.producer), bias, dtype)
-    arguments = list(site.producer.args)
-    arguments += [None] * (site.absorber.bias + 1 - len(arguments))
-    arguments[site.absorber.weight], arguments[site.absorber.bias] = weight_node, bias_node
-    kwargs = {name: value for name, value in site.producer.kwargs.items() if name not in ("weight", "bias")}
-    site.producer.args, site.producer.kwargs = tuple(arguments), kwargs
-    site.result.replace_all_uses_with(site.value)
-    for node in reversed(site.nodes):
-        site.graph_module.graph.erase_node(node)
-    site.constants.replace(str(weight_node.target), weight)
-    site.constants.replace(str(bias_node.target), bias)
-
-
-def _folded(site: Site) -> tuple[Tensor, Tensor]:
-    """The folded weight and bias in float64."""
-    assert site.absorber is not None
-    assert site.affine is not None
-    weight = site.constants.value(site.absorber.weight_node(site.producer))
-    bias_node = site.absorber.bias_node(site.producer)
-    bias = None if bias_node is None else site.constants.value(bias_node)
-    assert weight is not None
-    return site.absorber.after(weight, bias, site.affine)
-
-
-def _store(site: Site, name: str, old: Node | None, value: Tensor, dtype: torch.dtype) -> Node:
-    """A node that reads ``value``, cast once; under the old attribute's name where there is one.
-
-    A subnormal result is flushed to zero: it is below the resolution of every sum it enters, and slows a CPU several times.
-    """
-    cast = value.to(dtype)
-    cast = torch.where(cast.abs() < torch.finfo(dtype).tiny, torch.zeros_like(cast), cast)
-    stored = old is not None and old.op == "get_attr"
-    target = str(old.target) if old is not None and stored else _free_name(site, name)
-    holder, _, leaf = target.rpartition(".")
-    module = site.graph_module.get_submodule(holder) if holder else site.graph_module
-    old_value = getattr(module, leaf, None)
-    device = old_value.device if isinstance(old_value, Tensor) else _device(site)
-    if leaf in module._buffers:
-        del module._buffers[leaf]
-    setattr(module, leaf, torch.nn.Parameter(cast.to(device), requires_grad=False))
-    if old is not None and stored:
-        old.meta["val"] = cast
-        return old
-    with site.graph_module.graph.inserting_before(site.producer):
-        node = site.graph_module.graph.get_attr(target)
-    node.meta["val"] = cast
-    return node
-
-
-def _free_name(site: Site, name: str) -> str:
-    """An attribute name in the layer's module that nothing uses yet."""
-    path = module_path(site.producer)
-    holder: torch.nn.Module = site.graph_module
-    for part in path.split(".") if path else ():
-        if not isinstance(getattr(holder, part, None), torch.nn.Module):
-            holder.add_module(part, torch.nn.Module())
-        holder = attribute(holder, part)
-    candidate, number = name, 1
-    while hasattr(holder, candidate):
-        candidate, number = f"{name}_{number}", number + 1
-    return f"{path}.{candidate}" if path else candidate
-
-
-def _device(site: Site) -> torch.device:
-    assert site.absorber is not None
-    value = site.constants.value(site.absorber.weight_node(site.producer))
-    assert value is not None
-    return value.device
+def _is_relu(kind: Clamp) -> bool:
+    return bool((kind.low == 0).all()) and bool((kind.high == torch.inf).all())
 
 
 #: Every rule, in the order in which they are tried.
-RULES: tuple[FoldRule, ...] = (
-    FoldRule("convolution <- batch norm", ("conv", "affine"), check_backward, rewrite_backward),
-    FoldRule("linear <- batch norm", ("linear", "affine"), check_backward, rewrite_backward),
+RULES: tuple[Rule, ...] = (
+    Rule("into what comes before", "W' = s W, b' = s b + t", _backward),
+    Rule("into what comes after", "W' = W s, b' = b + W t", _forward),
+    Rule("scale before, shift after", "W1' = s W1, b1' = s b1; b2' = b2 + W2 t", _both),
+    Rule("map of constants behind zero padding", "W' = W s, y = W' x + b + W t", _forward, maps=True),
+    Rule("scale after, one addition stays", "W' = W s, x' = x + t / s", _scale_forward, "affine"),
+    Rule("sign rule, one addition stays", "f(s x + t) = s f(x + t / s), W' = W s", _sign_rule, "affine"),
 )
+
+
+def outcome_of(rule: Rule, plan: Plan, site: Op) -> Outcome:
+    """Where the affine went: into the next layer, across others, or into another affine."""
+    if rule.outcome is not None:
+        return rule.outcome
+    if any(isinstance(plan.edits.get(op), Norm) for op in plan.into):
+        return "merged"
+    passive = [op for op in plan.path if op is not site and not isinstance(op.kind, (Layer, Identity))]
+    if passive or rule.plan is _both:
+        return "through"
+    return "backward" if rule.plan is _backward else "forward"
+
+
+def equation_of(rule: Rule, plan: Plan) -> str:
+    """The rule's equation, with what it did to activations."""
+    clamps = [kind for op, kind in plan.edits.items() if isinstance(kind, Clamp) and kind is not op.kind]
+    merged = [kind for kind in plan.edits.values() if isinstance(kind, Norm)]
+    if merged and rule.outcome is None:
+        return "s' = s2 s, t' = s2 t + t2"
+    if clamps:
+        return f"{rule.equation}; clamp(s x + t, a, b) = s clamp(x, (a - t) / s, (b - t) / s) + t"
+    return rule.equation

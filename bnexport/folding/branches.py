@@ -1,0 +1,284 @@
+"""Parallel linear branches of one value, summed: they are one convolution (RepVGG, Ding et al. 2021, section 3.3).
+
+A convolution with a smaller kernel, a 1x1 convolution, or the affine of an identity branch fits into the largest kernel of
+the sum where its taps look at the same positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bnexport.folding.affine import Affine
+from bnexport.folding.graph import Add, Geometry, Identity, Layer, Norm, Op
+from bnexport.folding.layers import channels_of
+from bnexport.folding.plan import Plan, Refused
+
+EQUATION = "W' = W + s at the centre tap, b' = b + t"
+#: Host -> what is added to its weight and to its bias; or Refused.
+_Taps = Callable[[Layer], tuple[Tensor, Tensor | None]]
+
+
+@dataclass(frozen=True)
+class _Branch:
+    """One operand of a sum.
+
+    Attributes:
+        first: The addition that takes it in.
+        operand: The value that is added.
+        value: What the branch is computed from; the operand itself where nothing is done to it.
+        members: The operations that vanish with it.
+    """
+
+    first: Op
+    operand: Op
+    value: Op
+    members: tuple[Op, ...]
+
+
+def merge_affine(plan: Plan, site: Op, affine: Affine) -> Op:
+    """Put an affine into a convolution of the same value that it is added to.
+
+    Returns:
+        The convolution.
+
+    Raises:
+        Refused: No such sum, or taps that do not line up.
+    """
+    return _merge(plan, _branch_of(site), lambda host: _affine_taps(affine, host))
+
+
+def merge_convolution(plan: Plan, guest: Op) -> Op:
+    """Put a convolution into a parallel one with a kernel that covers it; as ``merge_affine``."""
+    layer = guest.kind
+    assert isinstance(layer, Layer)
+    if layer.weight.readers > 1:
+        raise Refused(f"the weight of {guest.name} is shared")
+    return _merge(plan, _branch_of(guest), lambda host: _convolution_taps(layer, host))
+
+
+def merge_skip(plan: Plan, total: Op) -> Op:
+    """Put a skip connection into a convolution of the same value: ``W x + x = (W + I) x``; as ``merge_affine``.
+
+    Args:
+        plan: Is filled.
+        total: The value of a sum, which one reader alone takes.
+    """
+    refusals = [Refused(f"{total.name} is no sum of a value and a convolution of it")]
+    for add, parent in _edges(total):
+        if (isinstance(parent.kind, Add) and len(parent.users) == 1) or parent.rank < 3:
+            continue
+        branch, identity = _Branch(add, parent, parent, ()), Affine.identity(parent.rank)
+
+        def attempt(branch: _Branch = branch, identity: Affine = identity) -> None:
+            _merge(plan, branch, lambda host: _affine_taps(identity, host))
+
+        refused = plan.attempt(attempt)
+        if refused is None:
+            return next(iter(plan.into))
+        refusals.append(refused)
+    raise refusals[-1]
+
+
+def _edges(total: Op) -> list[tuple[Op, Op]]:
+    """(addition, operand) of every operand of a tree of additions, each addition read by the next alone."""
+    found, stack = [], [total]
+    while stack:
+        op = stack.pop()
+        if _passes(op) and len(op.inputs[0].users) == 1:
+            stack.append(op.inputs[0])
+        if not isinstance(op.kind, Add):
+            continue
+        for parent in op.inputs:
+            found.append((op, parent))
+            if len(parent.users) == 1:
+                stack.append(parent)
+    return found
+
+
+def _branch_of(guest: Op) -> _Branch:
+    members, op = [guest], guest
+    while len(op.users) == 1 and _passes(op.users[0]):
+        op = op.users[0]
+        members.append(op)
+    if len(op.users) != 1 or not isinstance(op.users[0].kind, Add):
+        raise Refused(f"{guest.name} is not a branch of a sum")
+    return _Branch(op.users[0], op, guest.inputs[0], tuple(members))
+
+
+def _merge(plan: Plan, branch: _Branch, taps: _Taps) -> Op:
+    chain = _sum_from(branch.first)
+    refusals = []
+    for host in _leaves(chain[-1]):
+        layer = host.kind
+        if not isinstance(layer, Layer) or layer.geometry is None or layer.layout != "rows" or host in branch.members:
+            continue
+        if host.inputs[0] is not branch.value:
+            continue
+        try:
+            weight, bias = taps(layer)
+            sign = _factor(chain, branch.operand) / _factor(_sum_path(host, chain[-1]), host)
+            _carry_out(plan, chain, branch, host, weight * sign, None if bias is None else bias * sign)
+        except Refused as refused:
+            refusals.append(refused)
+        else:
+            return host
+    raise refusals[0] if refusals else Refused("nothing parallel to it is a convolution that could hold it")
+
+
+def _carry_out(plan: Plan, chain: list[Op], branch: _Branch, host: Op, weight: Tensor, bias: Tensor | None) -> None:
+    layer = host.kind
+    assert isinstance(layer, Layer)
+    if layer.weight.readers > 1 or (layer.bias is not None and layer.bias.readers > 1):
+        raise Refused(f"the weight of {host.name} is shared")
+    if bias is not None and layer.bias is not None:
+        bias = bias + layer.bias.load()
+    plan.layer(host, layer, weight=layer.weight.load() + weight, bias=bias, after=None)
+    for op in (*branch.members, *_sum_path(host, chain[-1]), *chain, host):
+        plan.path.setdefault(op)
+    plan.edit(branch.first, _without(branch.first, branch.operand))
+
+
+def _without(op: Op, operand: Op) -> Identity:
+    """A sum that has lost an operand."""
+    kind = op.kind
+    assert isinstance(kind, Add)
+    other = 1 - op.inputs.index(operand)
+    if kind.factors[other] != 1 or op.inputs[0] is op.inputs[1]:
+        raise Refused(f"{op.name} does not simply add what would be left of it")
+    return Identity(other)
+
+
+def _sum_from(first: Op) -> list[Op]:
+    """The additions (and identities) that feed only each other, from the first up to the last of the sum."""
+    chain, op = [first], first
+    while len(op.users) == 1 and (isinstance(op.users[0].kind, Add) or _passes(op.users[0])):
+        op = op.users[0]
+        chain.append(op)
+    while not isinstance(chain[-1].kind, Add):
+        chain.pop()
+    for op in chain:
+        if isinstance(op.kind, Add) and any(parent.shape != op.shape for parent in op.inputs):
+            raise Refused(f"{op.name} broadcasts one of its operands")
+    return chain
+
+
+def _passes(op: Op) -> bool:
+    return isinstance(op.kind, Identity) and len(op.inputs) == 1
+
+
+def _leaves(root: Op) -> list[Op]:
+    """The operands of a sum that it alone reads; the largest weights first."""
+    leaves = [
+        parent
+        for _, parent in _edges(root)
+        if len(parent.users) == 1 and not isinstance(parent.kind, Add) and not _passes(parent)
+    ]
+    leaves += [op.inputs[0] for _, op in _edges(root) if _passes(op) and len(op.inputs[0].users) == 1]
+    return sorted(leaves, key=lambda op: op.kind.weight.elements if isinstance(op.kind, Layer) else 0, reverse=True)
+
+
+def _sum_path(op: Op, root: Op) -> list[Op]:
+    path = []
+    while op is not root:
+        op = op.users[0]
+        path.append(op)
+    return path
+
+
+def _factor(path: list[Op], op: Op) -> float:
+    factor = 1.0
+    for user in path:
+        if isinstance(user.kind, Add):
+            factor *= user.kind.factors[user.inputs.index(op)]
+        op = user
+    return factor
+
+
+def _affine_taps(affine: Affine, host: Layer) -> tuple[Tensor, Tensor | None]:
+    geometry = host.geometry
+    assert geometry is not None
+    inputs, outputs = channels_of(host.layout, host.weight.shape, host.groups)
+    vector = affine.channels(1, inputs) if affine.rank == len(geometry.stride) + 2 else None
+    if vector is None or inputs != outputs:
+        raise Refused("it has other channels than the convolution beside it")
+    weight = torch.zeros(inputs, 1, *[1] * len(geometry.stride), dtype=torch.float64)
+    weight[:, 0] = vector.scale.reshape(-1, *[1] * len(geometry.stride))
+    ones, zeros = tuple(1 for _ in geometry.stride), tuple(0 for _ in geometry.stride)
+    bias = vector.shift.clone() if affine.has_shift else None
+    return _placed(weight, inputs, Geometry(ones, ones, zeros), host), bias
+
+
+def _convolution_taps(guest: Layer, host: Layer) -> tuple[Tensor, Tensor | None]:
+    if guest.geometry is None or guest.layout != "rows" or guest.after is not None or host.after is not None:
+        raise Refused("it is no plain convolution")
+    if guest.weight.dtype != host.weight.dtype:
+        raise Refused("the two convolutions have different element types")
+    bias = None if guest.bias is None else guest.bias.load()
+    return _placed(guest.weight.load(), guest.groups, guest.geometry, host), bias
+
+
+def _placed(weight: Tensor, groups: int, geometry: Geometry, host: Layer) -> Tensor:
+    """A guest's weight (out, in / groups, *kernel) in the layout of the host's.
+
+    Tap i of the guest looks at position ``o * stride - padding + i * dilation`` of the input for output position o; the host
+    needs a tap at the same place.
+    """
+    assert host.geometry is not None
+    if geometry.stride != host.geometry.stride:
+        raise Refused("the two branches have different strides")
+    shape = host.weight.shape
+    if shape[0] != weight.shape[0] or shape[1] * host.groups != weight.shape[1] * groups:
+        raise Refused("the two branches have different channels")
+    taps = [
+        _taps_of(weight.shape[2 + axis], geometry, host.geometry, shape[2 + axis], axis)
+        for axis in range(len(geometry.stride))
+    ]
+    weight = _regrouped(weight, groups, host.groups)
+    placed = torch.zeros(shape, dtype=torch.float64)
+    places: Any = (slice(None), slice(None), *torch.meshgrid(*[torch.tensor(axis) for axis in taps], indexing="ij"))
+    placed[places] = weight
+    return placed
+
+
+def _taps_of(kernel: int, guest: Geometry, host: Geometry, room: int, axis: int) -> list[int]:
+    found = []
+    for tap in range(kernel):
+        offset = host.padding[axis] - guest.padding[axis] + tap * guest.dilation[axis]
+        place, rest = divmod(offset, host.dilation[axis])
+        if rest or not 0 <= place < room:
+            raise Refused("the taps of the two branches do not look at the same positions")
+        found.append(place)
+    return found
+
+
+def _regrouped(weight: Tensor, groups: int, wanted: int) -> Tensor:
+    """(out, in / groups, ...) as (out, in / wanted, ...), with zeros where a guest's group does not reach."""
+    if groups == wanted:
+        return weight
+    if groups % wanted:
+        raise Refused("the groups of the two branches do not fit into each other")
+    outputs, width = weight.shape[:2]
+    wide = torch.zeros(outputs, width * groups // wanted, *weight.shape[2:], dtype=weight.dtype)
+    for output in range(outputs):
+        group = output // (outputs // groups)
+        start = (group % (groups // wanted)) * width
+        wide[output, start : start + width] = weight[output]
+    return wide
+
+
+def sum_guests(ops: list[Op], touched: set[Op]) -> list[Op]:
+    """Convolutions that a fold has touched, or whose sum one has, and that stand beside a larger one in a sum."""
+    return [
+        op
+        for op in ops
+        if op in touched
+        and isinstance(op.kind, Layer)
+        and op.kind.geometry is not None
+        and len(op.users) == 1
+        and not isinstance(op.users[0].kind, Norm)
+    ]

@@ -1,0 +1,241 @@
+"""The engine: every BatchNorm call of a graph in turn, by the first rule that fits, each fold proved before it is made."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from bnexport.folding.affine import Affine
+from bnexport.folding.branches import EQUATION, merge_affine, merge_convolution, merge_skip, sum_guests
+from bnexport.folding.graph import Add, Graph, Identity, Layer, Norm, NormCall, Op
+from bnexport.folding.plan import Budget, Plan, Refused
+from bnexport.folding.proof import MAX_SITE_ERROR, plan_error
+from bnexport.folding.report import GONE, FoldRow
+from bnexport.folding.rules import RULES, Rule, equation_of, outcome_of
+
+_BRANCHES = "parallel branches"
+
+
+@dataclass
+class _Site:
+    """One BatchNorm call while the engine works on it."""
+
+    op: Op
+    call: NormCall
+    row: FoldRow
+    into: tuple[Op, ...] = ()
+
+
+@dataclass
+class Account:
+    """What the engine did.
+
+    Attributes:
+        rows: One per call, in the order of the graph.
+        warnings: Folds that failed their proof.
+        dropped: Operations that nothing reads any more.
+    """
+
+    rows: tuple[FoldRow, ...]
+    warnings: tuple[str, ...]
+    dropped: tuple[Op, ...]
+
+
+@dataclass
+class Engine:
+    """Folds one graph; its operations are changed in place.
+
+    Attributes:
+        graph: A backend's reading of a network.
+        budget: Of clones.
+        clamps: Whether a ReLU may become a maximum with a constant per channel.
+        prove: Whether each fold is checked on its own before it is made.
+        seed: Of the probes.
+    """
+
+    graph: Graph
+    budget: Budget
+    clamps: bool = False
+    prove: bool = True
+    seed: int = 0
+    sites: list[_Site] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    dropped: dict[Op, None] = field(default_factory=dict)
+
+    def run(self) -> Account:
+        """Fold what can be folded exactly.
+
+        First every call by the rules, then sums of parallel branches, then once more what is left: a merged branch may
+        have opened the way.
+        """
+        self.sites = [_Site(op, op.norm, _first_row(op.norm)) for op in self.graph.ops if op.norm is not None]
+        for site in self.sites:
+            self._fold(site)
+        merged = [site for site in self._left() if self._merge_affine(site)]
+        merged_layers = self._merge_convolutions()
+        if merged or merged_layers:
+            for site in self._left():
+                self._fold(site)
+        return Account(tuple(self._row(site) for site in self.sites), tuple(self.warnings), tuple(self.dropped))
+
+    def _left(self) -> list[_Site]:
+        return [site for site in self.sites if site.row.outcome == "affine" and isinstance(site.op.kind, Norm)]
+
+    def _fold(self, site: _Site) -> None:
+        """Use the first rule whose plan nobody refuses and whose proof holds; else tell why none does."""
+        if not isinstance(site.op.kind, Norm):
+            return
+        refusals: list[tuple[Rule, Refused]] = []
+        self._merge_skips(site)
+        for rule in RULES:
+            plan = Plan(self.graph, self.budget, maps=rule.maps, clamps=self.clamps)
+            plan.path[site.op] = None
+            try:
+                rule.plan(plan, site.op, site.op.kind.affine)
+            except Refused as refused:
+                refusals.append((rule, refused))
+                continue
+            error = self._proved(site, plan)
+            if error is None:
+                return
+            into = tuple(plan.into)
+            row = replace(site.row, rule=rule.name, equation=equation_of(rule, plan), error=error)
+            reason, unlock = _why(refusals, rule)
+            site.row = replace(row, outcome=outcome_of(rule, plan, site.op), reason=reason, unlock=unlock)
+            site.into = into
+            self._carry_out(plan)
+            return
+        reason, unlock = _why(refusals, None)
+        site.row = replace(site.row, outcome="affine", reason=reason, unlock=unlock)
+
+    def _proved(self, site: _Site, plan: Plan) -> float | None:
+        """The error of a plan; None when it is too large: then the call stays as it is, and the run says so."""
+        error = plan_error(self.graph, plan, seed=self.seed) if self.prove else 0.0
+        if error <= MAX_SITE_ERROR:
+            return error
+        what = f"{site.call.module or site.op.name}: a fold failed its proof ({error:.1e} of scale in float64)"
+        self.warnings.append(f"{what} and was rolled back; please report it with the model")
+        site.row = replace(site.row, outcome="kept", reason=what, unlock="", rule="", equation="", error=error)
+        return None
+
+    def _merge_skips(self, site: _Site) -> None:
+        """A BatchNorm after ``conv(x) + x`` can go back only when the skip connection is part of the convolution."""
+        total = site.op.inputs[0]
+        while len(total.users) == 1 and isinstance(total.kind, Add | Identity):
+            plan = Plan(self.graph, self.budget)
+            try:
+                merge_skip(plan, total)
+            except Refused:
+                return
+            if self._proved(site, plan) is None:
+                return
+            self._carry_out(plan)
+
+    def _merge_affine(self, site: _Site) -> bool:
+        plan = Plan(self.graph, self.budget)
+        try:
+            assert isinstance(site.op.kind, Norm)
+            host = merge_affine(plan, site.op, site.op.kind.affine)
+        except Refused:
+            return False
+        if (error := self._proved(site, plan)) is None:
+            return False
+        row = replace(site.row, outcome="merged", rule=_BRANCHES, equation=EQUATION, error=error)
+        site.row, site.into = replace(row, reason="", unlock=""), (host,)
+        self._carry_out(plan)
+        return True
+
+    def _merge_convolutions(self) -> bool:
+        """Sums of convolutions that took in a BatchNorm become one convolution, the smaller kernels into the larger."""
+        touched = {op for site in self.sites for op in site.into}
+        guests = sum_guests(list(self.graph.ops), touched)
+        guests.sort(key=lambda op: op.kind.weight.elements if isinstance(op.kind, Layer) else 0)
+        merged = False
+        for guest in guests:
+            plan = Plan(self.graph, self.budget)
+            try:
+                host = merge_convolution(plan, guest)
+            except Refused:
+                continue
+            sites = [site for site in self.sites if guest in site.into]
+            if not sites or guest in self.dropped or self._proved(sites[0], plan) is None:
+                continue
+            for site in sites:
+                site.into = tuple(host if op is guest else op for op in site.into)
+                site.row = replace(site.row, rule=f"{site.row.rule}, then {_BRANCHES}")
+            self._carry_out(plan)
+            merged = True
+        return merged
+
+    def _carry_out(self, plan: Plan) -> None:
+        self.budget.added += plan.grown
+        for op, kind in plan.edits.items():
+            if isinstance(op.kind, Layer) and isinstance(kind, Layer):
+                if op.kind.weight is not kind.weight:
+                    op.kind.weight.readers -= 1
+                if op.kind.bias is not None and op.kind.bias is not kind.bias:
+                    op.kind.bias.readers -= 1
+            if isinstance(op.kind, Add) and isinstance(kind, Identity):
+                self._leave_out(op, op.inputs[1 - kind.index])
+                kind = Identity()
+            op.kind = kind
+
+    def _leave_out(self, op: Op, parent: Op) -> None:
+        """``op`` no longer reads ``parent``, and what nothing reads any more reads nothing either."""
+        op.inputs = [item for item in op.inputs if item is not parent]
+        stack = [(op, parent)]
+        while stack:
+            reader, value = stack.pop()
+            value.users.remove(reader)
+            if not value.users:
+                self.dropped[value] = None
+                stack += [(value, above) for above in value.inputs]
+
+    def _row(self, site: _Site) -> FoldRow:
+        """The finished row: where the numbers are in the end, whatever they were moved to meanwhile."""
+        names = dict.fromkeys(_name(op) for op in self._resting_places(site, set()))
+        return replace(site.row, into=", ".join(names))
+
+    def _resting_places(self, site: _Site, seen: set[Op]) -> list[Op]:
+        found: list[Op] = []
+        for op in site.into:
+            other = next((item for item in self.sites if item.op is op), None)
+            if other is not None and other.into and op not in seen and other.row.outcome in GONE:
+                seen.add(op)
+                found += self._resting_places(other, seen)
+            else:
+                found.append(op)
+        return found
+
+
+def _first_row(call: NormCall) -> FoldRow:
+    gain, dead = _gain(call.affine)
+    row = FoldRow(call.module, call.kind, "kept", channels=call.channels, gain=gain, dead=dead)
+    return row if call.affine is not None else replace(row, reason=call.why_not, unlock=call.unlock)
+
+
+def _gain(affine: Affine | None) -> tuple[tuple[float, float] | None, int]:
+    """Smallest and largest |scale| and the number of dead channels; no number that is not finite (JSON has none)."""
+    if affine is None:
+        return None, 0
+    size = affine.scale.abs()
+    low, high = float(size.min()), float(size.max())
+    return ((low, high) if math.isfinite(low + high) else None), int((size == 0).sum())
+
+
+def _why(refusals: Sequence[tuple[Rule, Refused]], used: Rule | None) -> tuple[str, str]:
+    """Reason and remedy of a call that is not gone: what stood in the way before it, and after it."""
+    if used is not None and used.outcome is None:
+        return "", ""
+    first = {rule.name: refused for rule, refused in refusals}
+    before, after = first.get(RULES[0].name), first.get(RULES[1].name)
+    parts = [f"{side}: {refused.reason}" for side, refused in (("before", before), ("after", after)) if refused]
+    unlocks = [refused.unlock for refused in (after, before) if refused and refused.unlock]
+    return "; ".join(parts), "; or ".join(dict.fromkeys(unlocks))
+
+
+def _name(op: Op) -> str:
+    if op.norm is not None:
+        return op.norm.module or op.name
+    return op.path or op.name

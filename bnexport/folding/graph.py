@@ -1,0 +1,311 @@
+"""A network as folding sees it: values, what computes each, and who reads it. No framework is named here.
+
+A backend (``torch_graph`` for graphs of torch.export, ``onnx_folding`` for ONNX files) reads its nodes into these kinds,
+evaluates them, and writes the changed ones back; the rules in between are one set for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from bnexport.folding.affine import Affine, Dim
+
+
+@dataclass(eq=False)
+class Weight:
+    """A stored tensor that a layer computes with.
+
+    Attributes:
+        name: What the backend calls it; "" for a tensor made by folding.
+        shape: As stored.
+        dtype: Element type that it is stored in.
+        load: Reads it in float64.
+        readers: Operations that read it.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    load: Callable[[], Tensor]
+    readers: int = 1
+
+    @property
+    def elements(self) -> int:
+        """Number of elements."""
+        return torch.Size(self.shape).numel()
+
+    @classmethod
+    def folded(cls, value: Tensor, dtype: torch.dtype) -> Weight:
+        """A tensor made by folding, float64, to be stored in ``dtype``."""
+        return cls("", tuple(value.shape), dtype, lambda: value)
+
+
+class Kind:
+    """What an operation does. A subclass per kind; ``moves`` says how an affine crosses it."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Stride, dilation and zero padding (at the low end) of a convolution, per spatial axis."""
+
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    padding: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Layer(Kind):
+    """A linear layer: ``W x + b``, then ``after`` added.
+
+    Attributes:
+        name: In sentences: "convolution", "linear layer".
+        layout: Key of ABSORBERS.
+        weight: Its weight.
+        bias: Its bias, one value per output channel.
+        groups: Of a convolution.
+        out_axis: Axis of the output's channels; a sentence where there is none.
+        in_axis: Axis of the input's channels; a sentence where there is none.
+        geometry: Of a convolution.
+        zero_padded: Whether zeros are put around the input.
+        takes_bias: Whether the operation has a place for a bias.
+        after: float64, broadcast over the output: a shift that its bias can't hold.
+    """
+
+    name: str
+    layout: str
+    weight: Weight
+    bias: Weight | None
+    groups: int = 1
+    out_axis: int | str = 1
+    in_axis: int | str = 1
+    geometry: Geometry | None = None
+    zero_padded: bool = False
+    takes_bias: bool = True
+    after: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Norm(Kind):
+    """A scale and a shift by constants: a BatchNorm, or plain arithmetic.
+
+    Attributes:
+        affine: What it does.
+    """
+
+    affine: Affine
+
+
+@dataclass(frozen=True)
+class Identity(Kind):
+    """Hands on one of its inputs unchanged."""
+
+    index: int = 0
+
+
+@dataclass(frozen=True)
+class Reshape(Kind):
+    """Another shape, the same order of elements."""
+
+
+@dataclass(frozen=True)
+class Permute(Kind):
+    """Axes in another order: output axis i is input axis ``axes[i]``."""
+
+    axes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Reorder(Kind):
+    """Positions of one axis in another order: output position i is input position ``index[i]``."""
+
+    axis: int
+    index: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PixelShuffle(Kind):
+    """Channels to space by a factor, as ``torch.nn.PixelShuffle``; ``inverse`` as ``PixelUnshuffle``."""
+
+    factor: int
+    inverse: bool = False
+
+
+@dataclass(frozen=True)
+class Average(Kind):
+    """Every output is a weighted mean along some axes (pooling, interpolation, padding by copies).
+
+    Attributes:
+        axes: Where values are mixed.
+        exact: Whether the weights add up to one everywhere; False where zeros are averaged in or padded.
+    """
+
+    axes: tuple[int, ...]
+    exact: bool = True
+
+
+@dataclass(frozen=True)
+class Mean(Kind):
+    """The mean over whole axes."""
+
+    axes: tuple[int, ...]
+    keepdim: bool
+
+
+@dataclass(frozen=True)
+class MaxPool(Kind):
+    """The largest value along some axes."""
+
+    axes: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Clamp(Kind):
+    """``min(max(x, low), high)``: ReLU is (0, inf), ReLU6 (0, 6). Bounds are float64 and broadcast over the value."""
+
+    low: Tensor
+    high: Tensor
+
+
+@dataclass(frozen=True)
+class Homogeneous(Kind):
+    """``f(a x) = a f(x)`` for every a > 0: LeakyReLU, PReLU."""
+
+
+@dataclass(frozen=True)
+class Concat(Kind):
+    """Inputs one after the other along an axis."""
+
+    axis: int
+
+
+@dataclass(frozen=True)
+class Slice(Kind):
+    """A run of positions along an axis."""
+
+    axis: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Add(Kind):
+    """``factors[0] * a + factors[1] * b`` of two values, broadcast."""
+
+    factors: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Multiply(Kind):
+    """The product of two values, or (``inverse``) the first divided by the second."""
+
+    inverse: bool = False
+
+
+@dataclass(frozen=True)
+class Opaque(Kind):
+    """Anything else.
+
+    Attributes:
+        reason: Why an affine can't cross it, when there is more to say than its name.
+        is_output: Whether it is the network's output.
+    """
+
+    reason: str = ""
+    is_output: bool = False
+
+
+@dataclass(eq=False)
+class Op:
+    """One value and what computes it.
+
+    Attributes:
+        kind: What it computes now; folding changes it.
+        inputs: The values it reads, without constants.
+        shape: Sizes and expressions; () when the value is no tensor.
+        dtype: Element type.
+        name: In sentences: "relu (features.2)".
+        path: Module path.
+        source: The backend's own nodes.
+        index: Position in the graph's order.
+        users: Who reads it, once per reading.
+        original: What it computed before folding.
+        norm: Set for an operation that counts as a BatchNorm call.
+    """
+
+    kind: Kind
+    inputs: list[Op]
+    shape: tuple[Dim, ...]
+    dtype: torch.dtype | None
+    name: str
+    path: str
+    source: Any
+    index: int = 0
+    users: list[Op] = field(default_factory=list)
+    original: Kind = field(init=False)
+    norm: NormCall | None = None
+
+    def __post_init__(self) -> None:
+        self.original = self.kind
+
+    @property
+    def rank(self) -> int:
+        """Number of axes."""
+        return len(self.shape)
+
+    @property
+    def changed(self) -> bool:
+        """Whether folding changed it."""
+        return self.kind is not self.original
+
+
+@dataclass(frozen=True)
+class NormCall:
+    """A BatchNorm call, as the account names it.
+
+    Attributes:
+        module: Module path.
+        kind: Class of the module.
+        channels: Number of channels; 0 when unknown.
+        affine: What it did before folding; None when it can't be read.
+        why_not: Why it can't be read.
+        unlock: What would make it readable.
+    """
+
+    module: str
+    kind: str
+    channels: int
+    affine: Affine | None
+    why_not: str = ""
+    unlock: str = ""
+
+
+class Graph(Protocol):
+    """What a backend offers."""
+
+    @property
+    def ops(self) -> Sequence[Op]:
+        """Every operation, in an order in which each comes after what it reads."""
+        ...
+
+    def evaluate(self, op: Op, kind: Kind, inputs: Sequence[Tensor]) -> Tensor:
+        """What ``op`` gives in float64 if it did ``kind``; its own nodes run where ``kind`` is what they compute."""
+        ...
+
+    def probe(self, op: Op, generator: torch.Generator, *, largest: int | None) -> Tensor:
+        """A random float64 value of ``op``'s shape, its spatial axes cut to ``largest`` positions when that is given."""
+        ...
+
+
+def connect(ops: Sequence[Op]) -> None:
+    """Number the operations and tell every value its readers."""
+    for index, op in enumerate(ops):
+        op.index = index
+        op.users = []
+    for op in ops:
+        for parent in op.inputs:
+            parent.users.append(op)

@@ -1,0 +1,93 @@
+"""Absorbers: how each kind of linear layer takes in a channel affine, after it or before it.
+
+For ``z = W x + b``: an affine after it gives ``s z + t = (s W) x + (s b + t)``, one before it ``W (s x + t) + b = (W s) x +
+(W t + b)``. What differs between the kinds is which axis of the stored weight the output's and the input's channels are on,
+and how groups cut it. All tensors are float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Absorber:
+    """The index arithmetic of one layout of weights.
+
+    Attributes:
+        scale_outputs: ``(weight, (out,) scale, groups) -> weight``: what each output channel is computed from, scaled.
+        scale_inputs: ``(weight, (in,) scale, groups) -> weight``: what each input channel contributes to, scaled.
+        push_shift: ``(weight, (in,) shift, groups) -> (out,)`` that a constant input gives; for a matrix with axes in front,
+            (..., out).
+    """
+
+    scale_outputs: Callable[[Tensor, Tensor, int], Tensor]
+    scale_inputs: Callable[[Tensor, Tensor, int], Tensor]
+    push_shift: Callable[[Tensor, Tensor, int], Tensor]
+
+
+def _first_axis(vector: Tensor, weight: Tensor) -> Tensor:
+    return vector.reshape(-1, *[1] * (weight.ndim - 1))
+
+
+def _by_group(vector: Tensor, weight: Tensor, groups: int) -> Tensor:
+    """Spread a vector over the second axis of a weight whose first axis runs through the groups one after the other."""
+    rows = weight.shape[0] // groups
+    spread = vector.reshape(groups, 1, -1).expand(groups, rows, -1).reshape(weight.shape[0], -1)
+    return spread.reshape(*spread.shape, *[1] * (weight.ndim - 2))
+
+
+def _rows_scaled(weight: Tensor, scale: Tensor, _groups: int) -> Tensor:
+    return weight * _first_axis(scale, weight)
+
+
+def _columns_scaled(weight: Tensor, scale: Tensor, groups: int) -> Tensor:
+    return weight * _by_group(scale, weight, groups)
+
+
+def _rows_summed(weight: Tensor, shift: Tensor, groups: int) -> Tensor:
+    return (weight * _by_group(shift, weight, groups)).reshape(weight.shape[0], -1).sum(1)
+
+
+def _transposed_summed(weight: Tensor, shift: Tensor, groups: int) -> Tensor:
+    """What a constant input adds where every kernel tap reaches: exact only away from the edges, so no rule uses it."""
+    taps = (weight * _first_axis(shift, weight)).reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
+    return taps.sum((1, 3)).reshape(-1)
+
+
+#: Layout of a weight -> absorber. A new kind of linear layer is a new row.
+ABSORBERS: dict[str, Absorber] = {
+    # (out, in / groups, *kernel): convolution; without a kernel a linear layer's (out, in)
+    "rows": Absorber(_rows_scaled, _columns_scaled, _rows_summed),
+    # (in, out / groups, *kernel): transposed convolution, whose channel multiplier is out / groups
+    "transposed": Absorber(_columns_scaled, _rows_scaled, _transposed_summed),
+    # (..., in, out): x @ W
+    "right": Absorber(
+        lambda weight, scale, _groups: weight * scale,
+        lambda weight, scale, _groups: weight * scale.unsqueeze(-1),
+        lambda weight, shift, _groups: torch.einsum("...io,i->...o", weight, shift),
+    ),
+    # (..., out, in): W @ x
+    "left": Absorber(
+        lambda weight, scale, _groups: weight * scale.unsqueeze(-1),
+        lambda weight, scale, _groups: weight * scale,
+        lambda weight, shift, _groups: torch.einsum("...oi,i->...o", weight, shift),
+    ),
+}
+
+
+def channels_of(layout: str, shape: tuple[int, ...], groups: int) -> tuple[int, int]:
+    """(input, output) channels of a weight of this layout and shape."""
+    match layout:
+        case "rows":
+            return shape[1] * groups, shape[0]
+        case "transposed":
+            return shape[0], shape[1] * groups
+        case "right":
+            return shape[-2], shape[-1]
+        case _:
+            return shape[-1], shape[-2]

@@ -1,0 +1,79 @@
+"""What the nodes of a graph are called in sentences: operators, modules, classes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from bnexport.folding.affine import Affine
+
+#: The one operator that is a BatchNorm by itself; each call of it has a row of its own in the report.
+BATCH_NORM = torch.ops.aten.batch_norm.default
+
+
+def shape_of(node: object) -> tuple[int | None, ...] | None:
+    """Shape of a node's value as traced, None for a dimension that varies; None when it is not a tensor.
+
+    A symbolic size is never compared with a number: in torch that would pin it to that number.
+    """
+    value = node.meta.get("val") if isinstance(node, Node) else None
+    if not isinstance(value, Tensor):
+        return None
+    return tuple(size if isinstance(size, int) else None for size in value.shape)
+
+
+def dtype_of(node: object) -> torch.dtype | None:
+    """Element type of a node's value as traced; None when it is not a tensor."""
+    value = node.meta.get("val") if isinstance(node, Node) else None
+    return value.dtype if isinstance(value, Tensor) else None
+
+
+def module_path(node: Node) -> str:
+    """Path of the innermost module that a node was traced in; "" for the root."""
+    return module_stack(node)[-1][1]
+
+
+def module_class(node: Node) -> str:
+    """Class name of the innermost module that a node was traced in; the operator's name in the root module."""
+    path, qualified = module_stack(node)[-1][1:]
+    if not path:
+        return operator_name(node)
+    return qualified.rpartition(".")[2]
+
+
+def describe(node: Node) -> str:
+    """A node in a sentence: its operator and module."""
+    if node.op == "placeholder":
+        return f"the model's input {node.name!r}"
+    path = module_path(node)
+    return f"{operator_name(node)} ({path})" if path else operator_name(node)
+
+
+def operator_name(node: Node) -> str:
+    """``aten.conv2d.default`` -> "conv2d"; a Python operator's own name."""
+    schema = getattr(node.target, "_schema", None)
+    return str(getattr(node.target, "__name__", node.target)) if schema is None else schema.name.rpartition("::")[2]
+
+
+def module_stack(node: Node) -> list[tuple[str, str, str]]:
+    """(key, path, class) from the root inwards. A second call of one module has another key."""
+    stack = node.meta.get("nn_module_stack") or {}
+    found = [(str(key), str(path), str(kind)) for key, (path, kind) in stack.items()]
+    return found or [("", "", "")]
+
+
+def channels_of(value: Node, axis: int | None, affine: Affine | None) -> int:
+    """Number of channels that a norm's input has; 0 when the axis is not fixed."""
+    shape = shape_of(value)
+    if shape is None or axis is None or axis >= len(shape):
+        return 0 if affine is None else max(affine.scale.shape, default=1)
+    return shape[axis] or 0
+
+
+def batch_norm_nodes(graph_module: GraphModule) -> Iterator[Node]:
+    """The batch_norm operators of a graph, and of the graphs inside it (branches, regions under autocast)."""
+    graphs = (module.graph for module in graph_module.modules() if isinstance(module, GraphModule))
+    return (node for graph in graphs for node in graph.find_nodes(op="call_function", target=BATCH_NORM))

@@ -1,0 +1,230 @@
+"""A plan: what has to change so that an affine disappears, found by demand, changing nothing yet.
+
+``pull`` asks a value to come out already scaled and shifted; ``push`` asks all readers of a value to do without its scale and
+shift. Both walk the graph through what commutes (``moves``) until a linear layer takes the affine in, or someone refuses;
+a refusal is a sentence, so that nothing is left alone in silence. A plan is proved before it is carried out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from bnexport.folding.affine import Affine
+from bnexport.folding.graph import Graph, Identity, Kind, Layer, Norm, Op, Slice, Weight
+
+#: Operations that one plan may touch: a bound on the work per BatchNorm, far above what real networks need.
+MAX_STEPS = 512
+
+
+class Refused(Exception):
+    """An affine can't go this way.
+
+    Args:
+        reason: Why, as a sentence without its full stop.
+        unlock: What the network's author could change.
+    """
+
+    def __init__(self, reason: str, unlock: str = "") -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.unlock = unlock
+
+
+@dataclass
+class Budget:
+    """How much larger the weights may become by cloning shared ones.
+
+    Attributes:
+        elements: Elements of all weights of the original.
+        max_growth: The result may have so many times as many.
+        added: Elements added so far.
+    """
+
+    elements: int
+    max_growth: float = 1.1
+    added: int = 0
+
+    def allows(self, more: int) -> bool:
+        """Whether ``more`` elements still fit."""
+        return self.added + more <= (self.max_growth - 1.0) * self.elements
+
+
+class Plan:
+    """The changes that make one affine disappear.
+
+    Args:
+        graph: Is not changed.
+        budget: Of clones.
+        maps: Whether a shift may become a constant map over the positions behind a zero-padded layer.
+        clamps: Whether an activation may get a bound of its own in each channel.
+
+    Attributes:
+        edits: What each operation would compute.
+        path: Every operation that was looked at, in the order of the walk.
+        into: Operations that took the affine in.
+        grown: Elements that the plan adds to the weights.
+    """
+
+    def __init__(self, graph: Graph, budget: Budget, *, maps: bool = False, clamps: bool = False) -> None:
+        self.graph = graph
+        self.clamps = clamps
+        self.budget = budget
+        self.maps = maps
+        self.edits: dict[Op, Kind] = {}
+        self.path: dict[Op, None] = {}
+        self.into: dict[Op, None] = {}
+        self.grown = 0
+
+    def pull(self, op: Op, affine: Affine, reader: Op) -> None:
+        """Make ``op`` give ``affine(op)`` to its only reader.
+
+        Raises:
+            Refused: Nothing was changed that a plan in use could show; the caller drops the plan.
+        """
+        from bnexport.folding.moves import PULL
+
+        if not affine.has_scale and not affine.has_shift:
+            return
+        self._only_reader(op, reader)
+        self.visit(op)
+        PULL[type(op.kind)](self, op, op.kind, affine)
+
+    def push(self, op: Op, affine: Affine) -> None:
+        """Make every reader of ``op`` do with a value to which ``affine`` was not applied.
+
+        Raises:
+            Refused: As ``pull``.
+        """
+        from bnexport.folding.moves import PUSH
+
+        if not affine.has_scale and not affine.has_shift:
+            return
+        if not op.users:
+            raise Refused("nothing reads it")
+        for user in dict.fromkeys(op.users):
+            places = [index for index, parent in enumerate(user.inputs) if parent is op]
+            if len(places) > 1:
+                raise Refused(f"{user.name} reads it {len(places)} times")
+            self.visit(user)
+            PUSH[type(user.kind)](self, user, user.kind, places[0], affine)
+
+    def visit(self, op: Op) -> None:
+        """Note that the plan touches an operation; each once, so that two changes can't meet."""
+        if op in self.path:
+            raise Refused(f"two ways from it meet again at {op.name}")
+        if len(self.path) >= MAX_STEPS:
+            raise Refused(f"more than {MAX_STEPS} operations would have to change")
+        self.path[op] = None
+
+    def edit(self, op: Op, kind: Kind) -> None:
+        """Note what an operation would compute."""
+        self.edits[op] = kind
+
+    def attempt(self, action: Callable[[], None]) -> Refused | None:
+        """Try something; when it is refused, the plan is as before."""
+        before = dict(self.edits), dict(self.path), dict(self.into), self.grown
+        try:
+            action()
+        except Refused as refused:
+            self.edits, self.path, self.into, self.grown = before
+            return refused
+        return None
+
+    def layer(self, op: Op, layer: Layer, *, weight: Tensor | None, bias: Tensor | None, after: Tensor | None) -> None:
+        """Give a layer new numbers, float64; None leaves what is there."""
+        changes: dict[str, object] = {"after": after if after is not None else layer.after}
+        dtype = layer.weight.dtype
+        if weight is not None:
+            self._clone(op, layer.weight, "weight")
+            changes["weight"] = Weight.folded(self.storable(weight, dtype, "weight"), dtype)
+        if bias is not None:
+            if layer.bias is not None:
+                self._clone(op, layer.bias, "bias")
+            changes["bias"] = Weight.folded(self.storable(bias, dtype, "bias"), dtype)
+        if after is not None:
+            self.storable(after, dtype, "bias")
+        self.edit(op, replace(layer, **changes))  # type: ignore[arg-type]
+        self.into[op] = None
+
+    def storable(self, value: Tensor, dtype: torch.dtype, what: str) -> Tensor:
+        """``value``, if it is finite in its element type (float16 ends at 65504).
+
+        Raises:
+            Refused: It is not.
+        """
+        # One pass: a sum of finite numbers in float64 is finite, and only a sum that is not needs a closer look.
+        if math.isfinite(float(value.to(dtype).sum(dtype=torch.float64))):
+            return value
+        if not bool(torch.isfinite(value).all()):
+            raise Refused(f"the folded {what} is not finite", "statistics with a variance and eps that are not both 0")
+        if not bool(torch.isfinite(value.to(dtype)).all()):
+            raise Refused(f"the folded {what} does not fit into {dtype}", "weights in float32 or bfloat16")
+        return value
+
+    def _only_reader(self, op: Op, reader: Op) -> None:
+        if len(op.users) == 1:
+            return
+        if isinstance(reader.kind, Slice) and all(_apart(reader, other) for other in op.users if other is not reader):
+            for other in op.users:
+                self.path.setdefault(other)
+            return
+        raise Refused(
+            f"the output of {op.name} has a second consumer, which needs it as it is",
+            "a layer of its own for each consumer",
+        )
+
+    def _clone(self, op: Op, weight: Weight, what: str) -> None:
+        """A weight that other calls read stays; this call gets its own, if the budget allows."""
+        if weight.readers <= 1 or self._alike(op, weight):
+            return
+        if not self.budget.allows(self.grown + weight.elements):
+            growth = 1 + (self.budget.added + self.grown + weight.elements) / max(self.budget.elements, 1)
+            raise Refused(
+                f"the {what} of {op.name} is used {weight.readers} times (a shared layer or parameter), and a copy for this"
+                f" call would exceed the size budget of {self.budget.max_growth:g}",
+                f"--max-growth {growth:.2f}",
+            )
+        self.grown += weight.elements
+
+    def _alike(self, op: Op, weight: Weight) -> bool:
+        """Whether every call that reads a weight is followed by the same affine alone: then all share one folded weight."""
+        first: Affine | None = None
+        readers = [o for o in self.graph.ops if isinstance(o.kind, Layer) and weight in (o.kind.weight, o.kind.bias)]
+        if len(readers) < weight.readers:
+            return False
+        for other in readers:
+            user = _next_norm(other)
+            if user is None or not isinstance(user.kind, Norm):
+                return False
+            first = first or user.kind.affine
+            if not _equal(first, user.kind.affine):
+                return False
+        return op in readers
+
+
+def _next_norm(op: Op) -> Op | None:
+    """The norm that alone reads a value, behind identities."""
+    while len(op.users) == 1:
+        op = op.users[0]
+        if isinstance(op.kind, Norm):
+            return op
+        if not isinstance(op.kind, Identity):
+            return None
+    return None
+
+
+def _equal(first: Affine, second: Affine) -> bool:
+    return torch.equal(first.scale, second.scale) and torch.equal(first.shift, second.shift)
+
+
+def _apart(slice_op: Op, other: Op) -> bool:
+    """Whether two readers look at different positions of one axis."""
+    here, there = slice_op.kind, other.kind
+    if not isinstance(here, Slice) or not isinstance(there, Slice) or here.axis != there.axis:
+        return False
+    return here.stop <= there.start or there.stop <= here.start
