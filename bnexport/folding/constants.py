@@ -103,6 +103,8 @@ class Constants:
 
 
 def _wide(value: Tensor) -> Tensor:
+    """In float64 on the CPU, wherever the network is: the algebra is small, and one device knows no mix-ups."""
+    value = value.cpu()
     return value.double() if value.is_floating_point() else value
 
 

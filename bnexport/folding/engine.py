@@ -8,7 +8,8 @@ from dataclasses import dataclass, field, replace
 
 from bnexport.folding.affine import Affine
 from bnexport.folding.branches import EQUATION, merge_affine, merge_convolution, merge_skip, sum_guests
-from bnexport.folding.graph import Add, Graph, Identity, Layer, Norm, NormCall, Op
+from bnexport.folding.graph import Add, Graph, Identity, Layer, Norm, NormCall, Op, Opaque
+from bnexport.folding.moves import MOVES
 from bnexport.folding.plan import Budget, Plan, Refused
 from bnexport.folding.proof import MAX_SITE_ERROR, plan_error
 from bnexport.folding.report import GONE, FoldRow
@@ -89,7 +90,7 @@ class Engine:
         refusals: list[tuple[Rule, Refused]] = []
         self._merge_skips(site)
         for rule in RULES:
-            plan = Plan(self.graph, self.budget, maps=rule.maps, clamps=self.clamps)
+            plan = Plan(self.graph, MOVES, self.budget, maps=rule.maps, clamps=self.clamps)
             plan.path[site.op] = None
             try:
                 rule.plan(plan, site.op, site.op.kind.affine)
@@ -117,13 +118,14 @@ class Engine:
         what = f"{site.call.module or site.op.name}: a fold failed its proof ({error:.1e} of scale in float64)"
         self.warnings.append(f"{what} and was rolled back; please report it with the model")
         site.row = replace(site.row, outcome="kept", reason=what, unlock="", rule="", equation="", error=error)
+        site.op.kind = Opaque("its own fold failed its proof")  # nothing is merged into it or moved across it
         return None
 
     def _merge_skips(self, site: _Site) -> None:
         """A BatchNorm after ``conv(x) + x`` can go back only when the skip connection is part of the convolution."""
         total = site.op.inputs[0]
         while len(total.users) == 1 and isinstance(total.kind, Add | Identity):
-            plan = Plan(self.graph, self.budget)
+            plan = Plan(self.graph, MOVES, self.budget)
             try:
                 merge_skip(plan, total)
             except Refused:
@@ -133,7 +135,7 @@ class Engine:
             self._carry_out(plan)
 
     def _merge_affine(self, site: _Site) -> bool:
-        plan = Plan(self.graph, self.budget)
+        plan = Plan(self.graph, MOVES, self.budget)
         try:
             assert isinstance(site.op.kind, Norm)
             host = merge_affine(plan, site.op, site.op.kind.affine)
@@ -153,7 +155,7 @@ class Engine:
         guests.sort(key=lambda op: op.kind.weight.elements if isinstance(op.kind, Layer) else 0)
         merged = False
         for guest in guests:
-            plan = Plan(self.graph, self.budget)
+            plan = Plan(self.graph, MOVES, self.budget)
             try:
                 host = merge_convolution(plan, guest)
             except Refused:

@@ -153,7 +153,7 @@ def pull_norm(plan: Plan, op: Op, kind: Norm, affine: Affine) -> None:
         plan.pull(op.inputs[0], both, op)
 
     if plan.attempt(onwards) is not None:
-        plan.edit(op, Norm(both))
+        plan.norm(op, both)
         plan.into[op] = None
 
 
@@ -166,7 +166,7 @@ def push_norm(plan: Plan, op: Op, kind: Norm, _index: int, affine: Affine) -> No
         plan.push(op, both)
 
     if op.norm is not None or plan.attempt(onwards) is not None:
-        plan.edit(op, Norm(both))
+        plan.norm(op, both)
         plan.into[op] = None
 
 

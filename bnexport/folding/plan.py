@@ -8,8 +8,9 @@ a refusal is a sentence, so that nothing is left alone in silence. A plan is pro
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,11 +55,25 @@ class Budget:
         return self.added + more <= (self.max_growth - 1.0) * self.elements
 
 
+@dataclass(frozen=True)
+class Moves:
+    """How an affine crosses each kind of operation; the tables are in ``folding.moves``.
+
+    Attributes:
+        pull: Kind -> ``(plan, op, kind, affine)``: what comes after it is wanted before it.
+        push: Kind -> ``(plan, op, kind, index of the input, affine)``: what comes before it is wanted after it.
+    """
+
+    pull: Mapping[type[Kind], Callable[[Plan, Op, Any, Affine], None]]
+    push: Mapping[type[Kind], Callable[[Plan, Op, Any, int, Affine], None]]
+
+
 class Plan:
     """The changes that make one affine disappear.
 
     Args:
         graph: Is not changed.
+        moves: How an affine crosses each kind of operation.
         budget: Of clones.
         maps: Whether a shift may become a constant map over the positions behind a zero-padded layer.
         clamps: Whether an activation may get a bound of its own in each channel.
@@ -70,8 +85,9 @@ class Plan:
         grown: Elements that the plan adds to the weights.
     """
 
-    def __init__(self, graph: Graph, budget: Budget, *, maps: bool = False, clamps: bool = False) -> None:
+    def __init__(self, graph: Graph, moves: Moves, budget: Budget, *, maps: bool = False, clamps: bool = False) -> None:
         self.graph = graph
+        self.moves = moves
         self.clamps = clamps
         self.budget = budget
         self.maps = maps
@@ -86,13 +102,11 @@ class Plan:
         Raises:
             Refused: Nothing was changed that a plan in use could show; the caller drops the plan.
         """
-        from bnexport.folding.moves import PULL
-
         if not affine.has_scale and not affine.has_shift:
             return
         self._only_reader(op, reader)
         self.visit(op)
-        PULL[type(op.kind)](self, op, op.kind, affine)
+        self.moves.pull[type(op.kind)](self, op, op.kind, affine)
 
     def push(self, op: Op, affine: Affine) -> None:
         """Make every reader of ``op`` do with a value to which ``affine`` was not applied.
@@ -100,8 +114,6 @@ class Plan:
         Raises:
             Refused: As ``pull``.
         """
-        from bnexport.folding.moves import PUSH
-
         if not affine.has_scale and not affine.has_shift:
             return
         if not op.users:
@@ -111,7 +123,7 @@ class Plan:
             if len(places) > 1:
                 raise Refused(f"{user.name} reads it {len(places)} times")
             self.visit(user)
-            PUSH[type(user.kind)](self, user, user.kind, places[0], affine)
+            self.moves.push[type(user.kind)](self, user, user.kind, places[0], affine)
 
     def visit(self, op: Op) -> None:
         """Note that the plan touches an operation; each once, so that two changes can't meet."""
@@ -150,6 +162,13 @@ class Plan:
             self.storable(after, dtype, "bias")
         self.edit(op, replace(layer, **changes))  # type: ignore[arg-type]
         self.into[op] = None
+
+    def norm(self, op: Op, affine: Affine) -> None:
+        """Give a norm another scale and shift; both have to be finite in its element type."""
+        if op.dtype is not None:
+            self.storable(affine.scale, op.dtype, "scale")
+            self.storable(affine.shift, op.dtype, "shift")
+        self.edit(op, Norm(affine))
 
     def storable(self, value: Tensor, dtype: torch.dtype, what: str) -> Tensor:
         """``value``, if it is finite in its element type (float16 ends at 65504).

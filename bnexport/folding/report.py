@@ -79,7 +79,7 @@ class FoldReport:
 
     Attributes:
         rows: One per call, in the order of the graph.
-        remaining: Norm operators left in the folded graph: standalone affines, and BatchNorms kept as they were.
+        remaining: batch_norm operators left in the folded graph: standalone affines, and BatchNorms kept as they were.
         error: Largest difference between the folded and the original graph, both in float64, on random inputs, as a
             fraction of the output's largest value; None when the graph can't run in float64.
         growth: Elements of the folded graph's weights, as a multiple of the original's; above 1 where shared weights had

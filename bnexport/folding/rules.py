@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from bnexport.folding.affine import Affine
-from bnexport.folding.graph import Clamp, Homogeneous, Identity, Layer, Norm, Op
+from bnexport.folding.graph import Clamp, Identity, Kind, Layer, Norm, Op
 from bnexport.folding.plan import Plan, Refused
 from bnexport.folding.report import Outcome
 
@@ -54,25 +54,16 @@ def _both(plan: Plan, site: Op, affine: Affine) -> None:
 
 
 def _scale_forward(plan: Plan, site: Op, affine: Affine) -> None:
-    """``W (s x + t) = (W s) (x + t / s)``: what stays before the layer is one addition."""
+    """``W (s x + t) = (W s) (x + t / s)``: what stays before the layer is one addition.
+
+    For s > 0 the scale also crosses ReLU, LeakyReLU and PReLU: ``f(s x + t) = s f(x + t / s)``. With a negative scale in some
+    channel a multiplication by the sign would stay beside the addition, which is no less than what was there.
+    """
     _refuse_scaleless(affine)
-    plan.edit(site, Norm(Affine.of(torch.ones_like(affine.scale), affine.shift / affine.scale)))
+    plan.norm(site, Affine.of(torch.ones_like(affine.scale), affine.shift / affine.scale))
     plan.push(site, affine.scale_alone())
-
-
-def _sign_rule(plan: Plan, site: Op, affine: Affine) -> None:
-    """``f(s x + t) = s f(x + t / s)`` for s > 0 and every f with f(a x) = a f(x), a > 0."""
-    _refuse_scaleless(affine)
-    for user in dict.fromkeys(site.users):
-        relu = isinstance(user.kind, Clamp) and _is_relu(user.kind)
-        if not relu and not isinstance(user.kind, Homogeneous):
-            raise Refused(f"{user.name} is no ReLU, LeakyReLU or PReLU")
-    if bool((affine.scale < 0).any()):
-        raise Refused("some of its scales are negative, so a multiplication by the sign would stay", "positive gammas")
-    plan.edit(site, Norm(Affine.of(torch.ones_like(affine.scale), affine.shift / affine.scale)))
-    for user in dict.fromkeys(site.users):
-        plan.visit(user)
-        plan.push(user, affine.scale_alone())
+    if any(isinstance(plan.edits[op], Norm) for op in plan.into):
+        raise Refused("another affine would take its scale in, and both would stay")
 
 
 def _refuse_scaleless(affine: Affine) -> None:
@@ -82,10 +73,6 @@ def _refuse_scaleless(affine: Affine) -> None:
         raise Refused(f"{int((affine.scale == 0).sum())} of its scales are 0, and the shift can't be divided by them")
 
 
-def _is_relu(kind: Clamp) -> bool:
-    return bool((kind.low == 0).all()) and bool((kind.high == torch.inf).all())
-
-
 #: Every rule, in the order in which they are tried.
 RULES: tuple[Rule, ...] = (
     Rule("into what comes before", "W' = s W, b' = s b + t", _backward),
@@ -93,7 +80,6 @@ RULES: tuple[Rule, ...] = (
     Rule("scale before, shift after", "W1' = s W1, b1' = s b1; b2' = b2 + W2 t", _both),
     Rule("map of constants behind zero padding", "W' = W s, y = W' x + b + W t", _forward, maps=True),
     Rule("scale after, one addition stays", "W' = W s, x' = x + t / s", _scale_forward, "affine"),
-    Rule("sign rule, one addition stays", "f(s x + t) = s f(x + t / s), W' = W s", _sign_rule, "affine"),
 )
 
 
@@ -111,10 +97,14 @@ def outcome_of(rule: Rule, plan: Plan, site: Op) -> Outcome:
 
 def equation_of(rule: Rule, plan: Plan) -> str:
     """The rule's equation, with what it did to activations."""
-    clamps = [kind for op, kind in plan.edits.items() if isinstance(kind, Clamp) and kind is not op.kind]
+    clamps = [op for op, kind in plan.edits.items() if isinstance(kind, Clamp) and not _same_bounds(op.kind, kind)]
     merged = [kind for kind in plan.edits.values() if isinstance(kind, Norm)]
     if merged and rule.outcome is None:
         return "s' = s2 s, t' = s2 t + t2"
     if clamps:
         return f"{rule.equation}; clamp(s x + t, a, b) = s clamp(x, (a - t) / s, (b - t) / s) + t"
     return rule.equation
+
+
+def _same_bounds(before: Kind, after: Clamp) -> bool:
+    return isinstance(before, Clamp) and bool((before.low == after.low).all() and (before.high == after.high).all())

@@ -28,7 +28,7 @@ from bnexport.folding.graph import (
 from bnexport.folding.names import channels_of, describe, module_class, module_path
 from bnexport.folding.norms import NormReading, read_norms
 from bnexport.folding.torch_readers import READERS
-from bnexport.folding.torch_readers_values import POOLS_WITH_POSITIONS, SPLITS
+from bnexport.folding.torch_readers_values import POOLS_WITH_POSITIONS, SPLITS, is_whole_slice
 from bnexport.folding.torch_reading import Reader, Reading
 
 aten = torch.ops.aten
@@ -64,6 +64,11 @@ class TorchGraph:
 
     Args:
         module: Of torch.export; not changed here.
+
+    Attributes:
+        ops: As ``folding.graph.Graph``.
+        by_node: The operation whose value a node gives.
+        aliases: Nodes that give another node's whole value, as the slices that ``x[:, 2:]`` begins with.
     """
 
     def __init__(self, module: GraphModule) -> None:
@@ -71,6 +76,7 @@ class TorchGraph:
         self.constants = Constants(module)
         self.ops: list[Op] = []
         self.by_node: dict[Node, Op] = {}
+        self.aliases: list[Node] = []
         self._weights: dict[str | Node, Weight] = {}
         self._norms = read_norms(module, self.constants)
         for node in module.graph.nodes:
@@ -88,6 +94,13 @@ class TorchGraph:
         if node.target in _SHAPE_ONLY or self._is_inner(node) or self._is_constant(node):
             return
         if _is_transparent_split(node) or (node.op == "call_function" and _is_size(node)):
+            return
+        if not node.users and node.target is operator.getitem and _is_transparent_split(node.args[0]):
+            return  # positions of a pooling that nobody asks for
+        whole = node.args[0] if is_whole_slice(node) else None
+        if isinstance(whole, Node) and whole in self.by_node:
+            self.by_node[node] = self.by_node[whole]
+            self.aliases.append(node)
             return
         norm = self._norms.get(node)
         if norm is not None:
@@ -200,7 +213,7 @@ class TorchGraph:
         """As ``Graph.evaluate``."""
         if isinstance(kind, Identity):
             return inputs[kind.index]  # a cast to the type that the value has anyway would leave float64
-        if kind is op.original:
+        if kind is op.original or isinstance(kind, Opaque):
             return self._run(op, inputs, {})
         if isinstance(kind, Layer):
             source: Source = op.source
@@ -279,12 +292,12 @@ def _readable(source: Source, by_node: dict[Node, Op]) -> list[Node]:
     return found
 
 
-def _is_transparent_split(node: Node) -> bool:
+def _is_transparent_split(node: Any) -> bool:
     """A split whose pieces are all taken by getitem: each piece is a slice of what was split; a pooling without positions."""
     if not all(user.target is operator.getitem for user in node.users):
         return False
     if node.target in POOLS_WITH_POSITIONS:
-        return all(user.args[1] == 0 for user in node.users)
+        return all(user.args[1] == 0 or not user.users for user in node.users)
     return node.target in SPLITS
 
 

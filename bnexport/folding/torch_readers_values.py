@@ -142,6 +142,14 @@ POOLS_WITH_POSITIONS = {
 }
 
 
+def is_whole_slice(node: Node) -> bool:
+    """A slice that takes every position, such as the one of axis 0 in ``x[:, 2:]``."""
+    if node.target is not aten.slice.Tensor:
+        return False
+    start, stop, step = (argument(node, 2, "start"), argument(node, 3, "end"), argument(node, 4, "step", 1))
+    return start in (None, 0) and step == 1 and (stop is None or (isinstance(stop, int) and stop >= 2**62))
+
+
 def read_concat(node: Node, _graph: TorchGraph) -> Reading | None:
     """Concatenation of values of one type and rank."""
     shape, parts = shape_of(node), node.args[0]

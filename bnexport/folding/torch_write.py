@@ -49,13 +49,28 @@ class Writer:
         """Write every changed operation, and take out what nothing reads any more."""
         left_out = set(dropped)
         for op in self.graph.ops:
-            if op.changed and op not in left_out:
+            if op not in left_out and (op.changed or self._needs_canonical_form(op)):
                 self._write(op)
-        gone = [node for op in dropped for node in op.source.nodes] + self._obsolete
+        gone = [node for op in dropped for node in op.source.nodes] + self._obsolete + self.graph.aliases
         order = {node: index for index, node in enumerate(self.module.graph.nodes)}
         for node in sorted(dict.fromkeys(gone), key=order.__getitem__, reverse=True):
             if not node.users:
                 self.module.graph.erase_node(node)
+
+    def _needs_canonical_form(self, op: Op) -> bool:
+        """A norm that stays and was written in several steps, or whose parameters have another type than its value.
+
+        ONNX Runtime has no BatchNormalization of mixed types.
+        """
+        if op.norm is None or not isinstance(op.kind, Norm) or op.dtype is None:
+            return False
+        stored = {
+            item.meta["val"].dtype for item in op.source.result.all_input_nodes if self.graph.constants.known(item)
+        }
+        if len(op.source.nodes) == 1 and stored <= {op.dtype}:
+            return False
+        affine = op.kind.affine
+        return bool(torch.isfinite(affine.scale.to(op.dtype)).all() and torch.isfinite(affine.shift.to(op.dtype)).all())
 
     def _write(self, op: Op) -> None:
         kind, source = op.kind, op.source

@@ -142,7 +142,8 @@ def _double(graph_module: GraphModule, exact: dict[str, Tensor]) -> GraphModule:
         holder, _, leaf = target.rpartition(".")
         parent = module.get_submodule(holder) if holder else module
         if leaf in parent._parameters:
-            parent._parameters[leaf] = torch.nn.Parameter(value, requires_grad=False)
+            device = parent.get_parameter(leaf).device
+            parent._parameters[leaf] = torch.nn.Parameter(value.to(device), requires_grad=False)
     return module
 
 

@@ -3,80 +3,90 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import functools
+import json
 
 import pytest
 import torch
 from cases import CASES, Case, randomise
+from support.models import AddCMul
 from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
 
 import bnexport
-from bnexport.errors import ProofError, UntracedError
-from bnexport.folding import fold as fold_module
+from bnexport.errors import ProofError, UntracedError, UsageError
+from bnexport.folding import layers, plan, torch_write
+from bnexport.nn.batch_norm import BatchNorm
 
 ids = [case.name for case in CASES]
+#: What a hook on a module does not see: arithmetic in the root's forward, a call of the operator itself.
+UNSEEN = ("chapter", "functional")
 
 
 def flat(outputs: object) -> list[Tensor]:
     return [item for item in torch.utils._pytree.tree_leaves(outputs) if isinstance(item, Tensor)]
 
 
-def fold_case(case: Case, model: nn.Module) -> bnexport.FoldResult:
-    shapes = {"inputs": (None,) * len(case.shapes)} if case.name.startswith("unbatched") else None
-    return bnexport.fold(model, case.inputs(), dynamic_shapes=shapes)
-
-
-def model_of(case: Case) -> nn.Module:
-    """In eval mode; the case that is about training mode sets its own flags."""
+@functools.cache
+def folded(case: Case) -> tuple[nn.Module, bnexport.FoldResult]:
+    """The model and its fold; the model is compared with a fresh one afterwards."""
     model = case.model()
-    if case.name == "training-mode":
-        model[1].train()
-    return model
+    shapes = {"inputs": (None,) * len(case.shapes)} if case.name.startswith("unbatched") else None
+    options = {"dynamic_shapes": shapes, "max_growth": case.max_growth, "clamps": case.clamps}
+    return model, bnexport.fold(model, case.inputs(), **options)
+
+
+def test_there_are_enough_cases_and_no_name_twice() -> None:
+    assert len(set(ids)) == len(ids) >= 80
 
 
 @pytest.mark.parametrize("case", CASES, ids=ids)
 def test_outcome_and_reason_of_every_batch_norm(case: Case) -> None:
-    report = fold_case(case, model_of(case)).report
+    report = folded(case)[1].report
     assert tuple((row.module, row.outcome) for row in report.rows) == case.outcomes
-    assert all(bool(row.reason) != (row.outcome == "folded") for row in report.rows)
-    assert all(bool(row.rule) == (row.outcome == "folded") for row in report.rows)
-    left = [row for row in report.rows if row.outcome != "folded"]
+    assert all(bool(row.reason) != row.gone for row in report.rows)
+    assert all(bool(row.rule and row.equation and row.into) for row in report.rows if row.gone)
+    assert all(row.error is not None and row.error <= 1e-12 for row in report.rows if row.gone)
+    assert report.warnings == ()
+    left = [row for row in report.rows if not row.gone]
     if left:
-        assert case.because, "a case with a kept BatchNorm must say why"
+        assert case.because, "a case with a BatchNorm that stays must say why"
         assert case.because in left[0].reason
 
 
 @pytest.mark.parametrize("case", CASES, ids=ids)
 def test_folded_model_computes_what_the_original_does(case: Case) -> None:
-    model = model_of(case)
-    result = fold_case(case, model)
+    result = folded(case)[1]
     batch = None if case.name.startswith(("unbatched", "training-mode", "no-statistics")) else 5
-    inputs = case.inputs(seed=9, batch=batch)
+    inputs, original = case.inputs(seed=9, batch=batch), case.model().double()
     with torch.no_grad():
-        expected = flat(copy.deepcopy(model).double()(*(item.double() for item in inputs)))
-        folded = flat(result.model(*inputs))
-    assert len(folded) == len(expected)
-    for have, want in zip(folded, expected, strict=True):
-        assert float((have - want).abs().max()) <= 3e-6 * float(want.abs().max())
+        torch.manual_seed(0)
+        expected = flat(original(*(item.double() for item in inputs)))
+        torch.manual_seed(0)
+        have = flat(result.model.double()(*(item.double() for item in inputs)))
+        result.model.float()
+    assert len(have) == len(expected)
+    for a, b in zip(have, expected, strict=True):
+        # The weights were cast to float32 once; all else is float64.
+        assert float((a - b).abs().max()) <= 2e-6 * float(b.abs().max())
 
 
 @pytest.mark.parametrize("case", CASES, ids=ids)
 def test_proof_holds_and_every_operator_is_counted(case: Case) -> None:
-    result = fold_case(case, model_of(case))
-    if case.name not in ("weight-changed-in-forward",):
-        assert result.report.error is not None
-        assert result.report.error <= 1e-12
+    result = folded(case)[1]
+    assert result.report.error is not None
+    assert result.report.error <= 1e-12
     left = sum(node.target is torch.ops.aten.batch_norm.default for node in result.model.graph.nodes)
     assert result.report.remaining == left
 
 
 @pytest.mark.parametrize("case", CASES, ids=ids)
 def test_the_users_model_is_not_changed(case: Case) -> None:
-    model = model_of(case)
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    flags = [module.training for module in model.modules()]
-    result = fold_case(case, model)
-    assert [module.training for module in model.modules()] == flags
-    after = model.state_dict()
+    model, result = folded(case)
+    fresh = case.model()
+    assert [module.training for module in model.modules()] == [module.training for module in fresh.modules()]
+    before, after = fresh.state_dict(), model.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[name], value) for name, value in before.items())
     owned = {tensor.untyped_storage().data_ptr() for tensor in result.model.state_dict().values() if tensor.numel()}
@@ -85,21 +95,18 @@ def test_the_users_model_is_not_changed(case: Case) -> None:
 
 def test_every_call_of_a_batch_norm_is_in_the_report_once() -> None:
     calls: list[str] = []
+    kinds = (nn.modules.batchnorm._BatchNorm, BatchNorm, FrozenBatchNorm2d, AddCMul)
     for case in CASES:
-        model = model_of(case)
-        if case.name in ("chapter", "functional"):
+        if case.name in UNSEEN:
             continue
+        model = case.model()
         calls.clear()
-        kinds = (nn.modules.batchnorm._BatchNorm, bnexport.nn.batch_norm.BatchNorm)
         for name, module in model.named_modules():
-            frozen = type(module).__name__ == "FrozenBatchNorm2d"
-            if isinstance(module, kinds) or frozen:
+            if isinstance(module, kinds):
                 module.register_forward_pre_hook(lambda _module, _inputs, name=name: calls.append(name))
         with torch.no_grad():
             model(*case.inputs())
-        seen = list(calls)
-        report = fold_case(case, model_of(case)).report
-        assert [row.module for row in report.rows] == seen, case.name
+        assert [row.module for row in folded(case)[1].report.rows] == calls, case.name
 
 
 def test_model_in_training_mode_is_folded_as_in_eval_mode() -> None:
@@ -107,7 +114,7 @@ def test_model_in_training_mode_is_folded_as_in_eval_mode() -> None:
     model.train()
     inputs = torch.randn(4, 3, 8, 8)
     result = bnexport.fold(model, inputs)
-    assert [row.outcome for row in result.report.rows] == ["folded"]
+    assert [row.outcome for row in result.report.rows] == ["backward"]
     assert model.training
     assert model[1].training
     with torch.no_grad():
@@ -138,7 +145,8 @@ def test_row_facts() -> None:
     norm = model[1]
     scale = norm.weight.detach().double() / (norm.running_var.double() + norm.eps).sqrt()
     assert (row.kind, row.into, row.channels) == ("BatchNorm2d", "0", 6)
-    assert row.max_scale == pytest.approx(float(scale.abs().max()), rel=1e-12)
+    assert row.gain == pytest.approx((float(scale.abs().min()), float(scale.abs().max())), rel=1e-12)
+    assert row.dead == int((scale == 0).sum()) == 1
 
 
 def test_half_precision_overflow_is_refused_before_the_cast() -> None:
@@ -147,8 +155,9 @@ def test_half_precision_overflow_is_refused_before_the_cast() -> None:
         model[1].running_var.fill_(1e-7)
         model[1].weight.fill_(60000.0)
     result = bnexport.fold(model, torch.randn(2, 3, 8, 8).half())
-    assert [row.outcome for row in result.report.rows] == ["kept"]
+    assert [row.outcome for row in result.report.rows] == ["affine"]
     assert "does not fit into torch.float16" in result.report.rows[0].reason
+    assert "float32" in result.report.rows[0].unlock
 
 
 def test_mixed_precision_is_refused() -> None:
@@ -161,7 +170,8 @@ def test_mixed_precision_is_refused() -> None:
             return self.bn(self.conv(x).float())
 
     result = bnexport.fold(Mixed().eval(), torch.randn(2, 3, 8, 8).half())
-    assert [row.outcome for row in result.report.rows] == ["kept"]
+    assert [row.outcome for row in result.report.rows] == ["affine"]
+    assert "it follows to" in result.report.rows[0].reason
 
 
 def test_subnormal_results_are_flushed() -> None:
@@ -175,19 +185,65 @@ def test_subnormal_results_are_flushed() -> None:
     assert bool((folded == 0).any())
 
 
-def test_a_wrong_rewrite_is_caught_by_the_proof(monkeypatch: pytest.MonkeyPatch) -> None:
-    from bnexport.folding import affine
+def test_a_wrong_fold_is_rolled_back_alone_and_loudly(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fault in one absorber: its sites stay as they were, the others are folded, and the report says so."""
+    right = layers.ABSORBERS["transposed"]
 
-    right = affine.ChannelAffine.from_statistics.__func__
+    def swapped(weight: Tensor, scale: Tensor, groups: int) -> Tensor:
+        return right.scale_outputs(weight, scale.roll(1), groups)
 
-    def eps_dropped(cls, mean, var, eps, gamma=None, beta=None):
-        return right(cls, mean, var, 0.0, gamma, beta)
+    monkeypatch.setitem(layers.ABSORBERS, "transposed", dataclasses.replace(right, scale_outputs=swapped))
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ConvTranspose2d(6, 6, 3), nn.BatchNorm2d(6), nn.GELU()
+    )
+    model = randomise(model).eval()
+    result = bnexport.fold(model, torch.randn(2, 3, 8, 8))
+    assert [row.outcome for row in result.report.rows] == ["backward", "kept"]
+    assert "failed its proof" in result.report.rows[1].reason
+    assert len(result.report.warnings) == 1
+    assert result.report.warnings[0].startswith("3: ")
+    assert result.report.remaining == 1
+    assert result.report.error is not None
+    assert result.report.error <= 1e-12
 
-    monkeypatch.setattr(affine.ChannelAffine, "from_statistics", classmethod(eps_dropped))
+
+def test_a_wrong_fold_that_no_site_shows_is_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written differs from what was planned: only the proof of the whole can see that."""
+    flushed = torch_write.Writer._set
+
+    def damaged(self: torch_write.Writer, target: str, value: Tensor, dtype: torch.dtype) -> None:
+        flushed(self, target, value * 1.001, dtype)
+
+    monkeypatch.setattr(torch_write.Writer, "_set", damaged)
     model = randomise(nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6))).eval()
     with pytest.raises(ProofError, match="differs from the original"):
         bnexport.fold(model, torch.randn(2, 3, 8, 8))
-    assert fold_module.MAX_FLOAT64_ERROR < 1e-6
+
+
+def test_a_reading_that_misses_a_consumer_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The proof compares every value that leaves the changed part, whatever the plan believes about its readers."""
+    monkeypatch.setattr(plan.Plan, "_only_reader", lambda *_: None)
+    model = next(case for case in CASES if case.name == "second-consumer").model()
+    report = bnexport.fold(model, torch.randn(2, 3, 8, 8)).report
+    assert [row.outcome for row in report.rows] == ["kept"]
+    assert report.warnings
+
+
+def test_shared_weights_stay_shared() -> None:
+    case = next(case for case in CASES if case.name == "conv-and-norm-called-twice")
+    result = folded(case)[1]
+    assert sorted(result.model.state_dict()) == ["conv.bias", "conv.weight"]
+    assert result.report.growth == 1.0
+
+
+def test_the_size_budget_is_kept() -> None:
+    case = next(case for case in CASES if case.name == "conv-called-twice-unshared")
+    grown = folded(case)[1]
+    before = sum(tensor.numel() for tensor in case.model().state_dict().values())
+    assert 1.0 < grown.report.growth <= 2.0
+    assert sum(tensor.numel() for tensor in grown.model.state_dict().values()) <= 2.0 * before
+    with pytest.raises(UsageError, match="max_growth"):
+        bnexport.fold(case.model(), case.inputs(), max_growth=0.5)
 
 
 def test_untraceable_model_names_the_line() -> None:
@@ -200,7 +256,7 @@ def test_untraceable_model_names_the_line() -> None:
 
 
 def test_report_survives_json() -> None:
-    model = randomise(nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.BatchNorm2d(6))).eval()
+    model = randomise(nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.GELU(), nn.BatchNorm2d(6))).eval()
     report = bnexport.fold(model, torch.randn(2, 3, 8, 8)).report
-    assert bnexport.FoldReport.from_json(report.to_json()) == report
-    assert (report.count("folded"), report.count("kept"), report.remaining) == (1, 1, 1)
+    assert bnexport.FoldReport.from_json(json.loads(json.dumps(report.to_json()))) == report
+    assert (report.folded, report.count("backward"), report.count("affine"), report.remaining) == (1, 1, 1, 1)
