@@ -9,17 +9,27 @@ from torch import nn
 
 from bnexport.bundle import MODEL_ONNX, REPORT, WEIGHTS, Bundle, Manifest, seal
 from bnexport.environment import environment
+from bnexport.errors import RefusedModel, UsageError
+from bnexport.exporting.dynamic_size import check_sizes_vary, larger_example
 from bnexport.exporting.formats import FORMATS, ExportJob
 from bnexport.exporting.onnx_graph import model_metadata, stamp_metadata
 from bnexport.exporting.prepare import check_labels, signature_of
-from bnexport.exporting.request import ExportRequest, example_inputs, model_and_version, parse_inputs
+from bnexport.exporting.request import (
+    ExportRequest,
+    example_inputs,
+    fitted_preprocessing,
+    model_and_version,
+    parse_inputs,
+)
 from bnexport.exporting.triton import check_triton_config, write_triton_config
 from bnexport.files import refuse_existing, staged_directory, write_atomically
 from bnexport.folding.fold import FoldResult, fold
 from bnexport.folding.report import FoldReport
+from bnexport.folding.trace import size_shapes
 from bnexport.nn.checkpoint import save_checkpoint
 from bnexport.nn.loading import LoadedModel, checkpoint_of, load_source
 from bnexport.nn.soundness import check_sound
+from bnexport.nn.zoo import zoo_of
 from bnexport.reporting.html import render_report
 from bnexport.verification.golden import write_golden_vectors
 from bnexport.verification.verdict import VerificationReport
@@ -69,10 +79,16 @@ def fold_and_export(
     refuse_existing(path, force=request.force)
     loaded = _loaded(source, weights, request)
     specs = parse_inputs(request.inputs, default_shape=loaded.input_shape)
+    loaded = replace(loaded, preprocessing=request.preprocessing or fitted_preprocessing(loaded.preprocessing, specs))
     check_sound(loaded.module, allow_untrained=request.allow_untrained)
-    inputs = example_inputs(specs)
-    result = fold(loaded.module, inputs)
-    signature = signature_of(result.model, inputs, input_names=tuple(spec.name for spec in specs))
+    inputs, sizes = example_inputs(specs), None
+    if request.dynamic_size:
+        check_sizes_vary(loaded.module, specs)
+        inputs = example_inputs(larger_example(specs))
+        sizes = size_shapes(loaded.module, inputs)
+    result = fold(loaded.module, inputs, dynamic_shapes=sizes, max_growth=request.max_growth, clamps=request.clamps)
+    names = tuple(spec.name for spec in specs)
+    signature = signature_of(result.model, inputs, input_names=names, dynamic_size=request.dynamic_size)
     check_labels(signature, loaded.labels)
     check_triton_config(path, name, signature, force=request.force)
     manifest = Manifest(
@@ -99,13 +115,18 @@ def fold_and_export(
 def _loaded(source: str | nn.Module | LoadedModel, weights: Path | None, request: ExportRequest) -> LoadedModel:
     if isinstance(source, nn.Module):
         source = LoadedModel(source, type(source).__name__, {"source": type(source).__qualname__, "options": {}})
-    loaded = load_source(source, weights=weights) if isinstance(source, str) else source
-    return replace(
-        loaded,
-        labels=request.labels or loaded.labels,
-        dataset=request.dataset or loaded.dataset,
-        preprocessing=request.preprocessing or loaded.preprocessing,
-    )
+    if isinstance(source, LoadedModel):
+        if request.model_options:
+            raise UsageError("the network is built already, so it takes no options", remedy="Leave model_options out")
+        loaded = source
+    else:
+        loaded = load_source(source, weights=weights, options=request.model_options)
+        if weights is None and zoo_of(source) is not None and not request.allow_untrained:
+            raise RefusedModel(
+                f"{source} has random weights",
+                remedy="Pass --weights FILE, or --allow-untrained if that is what you want",
+            )
+    return replace(loaded, labels=request.labels or loaded.labels, dataset=request.dataset or loaded.dataset)
 
 
 def _write_models(stage: Path, job: ExportJob, request: ExportRequest) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,3 +111,22 @@ def check_feeds(signature: Signature, feeds: Mapping[str, Array]) -> None:
                     f"input {name!r} has {dim} = {size}, another input has {dim} = {sizes[dim]}",
                     remedy=f"Feed every input with the same {dim}",
                 )
+
+
+#: Number of dimensions of a batch of images, channels second -> what its sizes are called, from axis 2 on.
+SIZE_WORDS: dict[int, tuple[str, ...]] = {3: ("length",), 4: ("height", "width"), 5: ("depth", "height", "width")}
+
+
+def size_axes(ndim: int) -> dict[int, str]:
+    """Axis -> word of the sizes of a batch of images (or sounds, or volumes); empty for anything else."""
+    return dict(enumerate(SIZE_WORDS.get(ndim, ()), start=2))
+
+
+def other_sizes(names: Sequence[str]) -> Iterator[dict[str, int]]:
+    """By how much each varying size may be made larger to try a network at another one, the most telling first.
+
+    Odd and unequal steps come first: they show what was rounded, and what took width for height. Networks that halve
+    their input several times, or take squares only, need the later ones.
+    """
+    for steps in ((7, 13, 5), (32, 64, 32), (32, 32, 32), (64, 128, 64), (128, 128, 128)):
+        yield dict(zip(names, itertools.cycle(steps), strict=False))

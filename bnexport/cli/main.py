@@ -20,6 +20,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("bnexport.cli.train", "Train a BatchNorm-LeNet."),
     "fold-and-export": ("bnexport.cli.fold_and_export", "Fold BatchNorm, export, verify: write one bundle."),
     "verify": ("bnexport.cli.verify", "Prove that a bundle computes what its network computes."),
+    "audit": ("bnexport.cli.audit", "Show which other tools fold a network wrongly."),
     "predict": ("bnexport.cli.predict", "Label images with a bundle."),
     "inspect": ("bnexport.cli.inspect", "Show the BatchNorm statistics of a checkpoint or bundle."),
     "doctor": ("bnexport.cli.doctor", "Try every runtime on this machine."),

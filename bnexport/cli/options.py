@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,10 @@ def export_request(
     std: str | None,
     dataset: str | None,
     data_dir: Path | None,
+    model_options: tuple[str, ...],
+    dynamic_size: bool,
+    max_growth: float,
+    clamps: bool,
     opset: int,
     ir_version: int | None,
     formats: tuple[str, ...],
@@ -39,12 +46,50 @@ def export_request(
         labels=None if labels is None else read_labels(labels),
         dataset=dataset,
         preprocessing=preprocessing(inputs, mean, std),
+        model_options=read_model_options(model_options),
+        dynamic_size=dynamic_size,
+        max_growth=max_growth,
+        clamps=clamps,
         onnx=OnnxTarget(opset, ir_version),
         formats=formats or tuple(row.name for row in FORMATS),
         allow_untrained=allow_untrained,
         force=force,
         data_dir=data_dir,
     )
+
+
+def read_model_options(texts: tuple[str, ...]) -> dict[str, bool | int | float | str]:
+    """``KEY=VALUE`` texts as a constructor's named arguments: whole numbers, numbers, true and false, else text.
+
+    Raises:
+        UsageError: A text of another form, or one key twice.
+    """
+    options: dict[str, bool | int | float | str] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals or not key.isidentifier():
+            raise UsageError(
+                f"--model-option {text!r} is not of the form KEY=VALUE", remedy="Write it as num_classes=10"
+            )
+        if key in options:
+            raise UsageError(f"--model-option {key} is given twice", remedy="Give each option once")
+        options[key] = _value(value)
+    return options
+
+
+def _value(text: str) -> bool | int | float | str:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            if math.isfinite(value := kind(text)):  # JSON, in which the options are kept, has no infinity
+                return value
+    return text
+
+
+def prints_aside() -> contextlib.AbstractContextManager[object]:
+    """What a user's network prints while it runs goes to standard error: it is no result of ours, and would break --json."""
+    return contextlib.redirect_stdout(sys.stderr)
 
 
 def read_labels(path: Path) -> tuple[str, ...]:

@@ -53,12 +53,14 @@ def command(
     runtime in strict float32 on real test images and synthetic inputs.
     """
     from bnexport.bundle import Bundle
+    from bnexport.cli.options import prints_aside
     from bnexport.reporting.tables import make_console, print_environment, print_verification
     from bnexport.verification.verify import verify
 
     opened = Bundle.open(bundle)
-    module = _module(source, opened) if source else None
-    report = verify(opened, runtimes=runtimes or None, data_dir=data_dir, module=module)
+    with prints_aside():
+        module = _module(source, opened) if source else None
+        report = verify(opened, runtimes=runtimes or None, data_dir=data_dir, module=module)
     if json_file is not None:
         _write(json_file, json.dumps(report.to_json(), indent=1, allow_nan=False) + "\n")
     if json_file != _STDOUT:
@@ -69,11 +71,16 @@ def command(
 
 
 def _module(source: str, bundle: Bundle) -> nn.Module:
-    """The original network with the bundle's own unfolded weights."""
+    """The original network with the bundle's own options and unfolded weights."""
     from bnexport.bundle import WEIGHTS
     from bnexport.nn.loading import load_source
 
-    return load_source(source, weights=bundle.file(WEIGHTS)).module
+    network = bundle.manifest.network
+    same = (
+        str(network.get("source")).rpartition(":")[2] == source.rpartition(":")[2]
+    )  # the file may lie elsewhere by now
+    options = network.get("options") if same else None
+    return load_source(source, weights=bundle.file(WEIGHTS), options=options).module
 
 
 def _write(target: str, text: str) -> None:

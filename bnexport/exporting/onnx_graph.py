@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 
 from bnexport.bundle import Manifest
 from bnexport.errors import ExportError
-from bnexport.exporting.prepare import BATCH, flat
+from bnexport.exporting.varying import export_flat
 from bnexport.files import write_atomically
 from bnexport.optional import one_line, quiet
 from bnexport.tensors import Signature
@@ -88,6 +88,7 @@ def export_onnx(
         ExportError: The exporter can't write the graph, or what it wrote is not what was asked.
     """
     ir_version = target.resolved_ir_version()
+    _refuse_dropped(folded)
     model = _convert(folded, inputs, signature, target.opset)
     model.ir_version = ir_version
     _clean(model, signature)
@@ -146,12 +147,28 @@ def check_model(
         ) from error
 
 
+def _refuse_dropped(folded: GraphModule) -> None:
+    """Refuse what the exporter leaves out without a word: ONNX's AveragePool has no divisor of its own."""
+    aten = torch.ops.aten
+    for node in folded.graph.nodes:
+        if (
+            node.target in (aten.avg_pool2d.default, aten.avg_pool3d.default)
+            and node.args[6:]
+            and node.args[6] is not None
+        ):
+            raise ExportError(
+                f"an average pooling has divisor_override={node.args[6]}, which ONNX can't say",
+                remedy="Leave it out, and multiply by kernel size / divisor_override instead",
+            )
+
+
 def _convert(folded: GraphModule, inputs: tuple[Tensor, ...], signature: Signature, opset: int) -> onnx.ModelProto:
-    batch = torch.export.Dim(BATCH)
-    shapes = tuple({0: batch} if item.ndim else None for item in inputs)
+    varying = tuple(
+        tuple(at for at, dim in enumerate(s.shape) if at and isinstance(dim, str)) for s in signature.inputs
+    )
     with quiet(), torch.no_grad():
         try:
-            program = torch.export.export(flat(folded), inputs, dynamic_shapes=shapes)
+            program = export_flat(folded, inputs, varying)
             exported = torch.onnx.export(
                 program,
                 input_names=[spec.name for spec in signature.inputs],

@@ -1,27 +1,34 @@
-"""A folded network made ready for the exporters: its signature, and its graph without nesting."""
+"""What goes into a folded network and what comes out: names, element types, shapes."""
 
 from __future__ import annotations
 
+import re
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from bnexport.errors import ExportError
+from bnexport.exporting.varying import BATCH, with_varying_sizes
 from bnexport.tensors import DTYPES, Signature, TensorSpec
 
-BATCH = "batch"
 
-
-def signature_of(folded: GraphModule, inputs: tuple[Tensor, ...], *, input_names: tuple[str, ...]) -> Signature:
+def signature_of(
+    folded: GraphModule, inputs: tuple[Tensor, ...], *, input_names: tuple[str, ...], dynamic_size: bool = False
+) -> Signature:
     """Run the network once and name what goes in and out.
 
-    One output is called "logits", several "output_0", "output_1", ... in the order in which forward returns them.
+    A tensor returned alone is called "logits". Others are called by their keys or fields, joined by "." where they are
+    nested: "out", "features.0"; and "output_0", "output_1", ... in the order in which forward returns them where they have
+    none. None is no output.
 
     Args:
         folded: The folded network.
         inputs: Example inputs, batch first.
         input_names: One name per input.
+        dynamic_size: Height and width of image inputs vary: they, and what depends on them, are names in the signature.
 
     Raises:
         ExportError: A network in another precision than float32, an input with an output's name, one tensor returned twice,
@@ -29,8 +36,11 @@ def signature_of(folded: GraphModule, inputs: tuple[Tensor, ...], *, input_names
     """
     _refuse_other_precisions(folded)
     with torch.no_grad():
-        outputs = pytree.tree_leaves(folded(*inputs))
-    names = ("logits",) if len(outputs) == 1 else tuple(f"output_{index}" for index in range(len(outputs)))
+        found = pytree.tree_flatten_with_path(folded(*inputs))[0]
+    found = [(path, output) for path, output in found if output is not None]
+    if not found:
+        raise ExportError("forward returns no tensor", remedy="Return what the network computes")
+    names, outputs = _output_names([path for path, _ in found]), [output for _, output in found]
     if clash := set(names) & set(input_names):
         raise ExportError(f"{clash.pop()!r} names an input and an output", remedy="Name the input otherwise in --input")
     if len({id(output) for output in outputs}) < len(outputs):
@@ -45,10 +55,30 @@ def signature_of(folded: GraphModule, inputs: tuple[Tensor, ...], *, input_names
                 f"output {name!r} {what} for a batch of {batch}, so its first dimension is not the batch",
                 remedy="Return tensors with the batch first; reduce over the batch outside the model",
             )
-    return Signature(
+    plain = Signature(
         tuple(_spec(name, tensor) for name, tensor in zip(input_names, inputs, strict=True)),
         tuple(_spec(name, tensor) for name, tensor in zip(names, outputs, strict=True)),
     )
+    return with_varying_sizes(plain, folded, inputs) if dynamic_size else plain
+
+
+def _output_names(paths: list[tuple[Any, ...]]) -> tuple[str, ...]:
+    """One name per output from its place in what forward returns."""
+    names = tuple(_path_name(path, index) for index, path in enumerate(paths))
+    if len(paths) == 1 and names == ("output_0",):
+        return ("logits",)
+    if len(set(names)) < len(names):  # keys that differ only in characters that a name can't hold
+        return tuple(f"output_{index}" for index in range(len(names)))
+    return names
+
+
+def _path_name(path: tuple[Any, ...], index: int) -> str:
+    """Keys and fields joined by "."; "output_3" where there are none, or as a start where the first part is a position."""
+    if all(isinstance(key, pytree.SequenceKey) for key in path):
+        return f"output_{index}"
+    first, *rest = (getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))) for key in path)
+    start = f"output_{first}" if isinstance(first, int) else str(first)
+    return re.sub(r"[^\w.\-]", "_", ".".join([start, *map(str, rest)]))
 
 
 def check_labels(signature: Signature, labels: tuple[str, ...] | None) -> None:
@@ -63,20 +93,6 @@ def check_labels(signature: Signature, labels: tuple[str, ...] | None) -> None:
             f"there are {len(labels)} labels, the network gives {shape[0]} scores",
             remedy="Name every class in the order of the scores, one per line",
         )
-
-
-def flat(folded: GraphModule) -> GraphModule:
-    """A copy of the graph that takes and gives plain tensors in the signature's order, whatever forward nests them in.
-
-    An output that is an input is copied: in a file every input and output has a name of its own.
-    """
-    graph = Graph()
-    outputs = pytree.tree_leaves(graph.graph_copy(folded.graph, {}))
-    for index, node in enumerate(outputs):
-        if isinstance(node, Node) and node.op == "placeholder":
-            outputs[index] = graph.call_function(torch.ops.aten.clone.default, (node,))
-    graph.output(outputs[0] if len(outputs) == 1 else tuple(outputs))
-    return GraphModule(folded, graph)
 
 
 def _refuse_other_precisions(folded: GraphModule) -> None:

@@ -28,7 +28,11 @@ class ExportRequest:
             as the checkpoint says.
         labels: Class names in the order of the logits; None: as the checkpoint says.
         dataset: Data set whose test images the verification uses; None: as the checkpoint says.
-        preprocessing: JSON of the preprocessing; None: as the checkpoint says.
+        preprocessing: JSON of the preprocessing; None: as the checkpoint, or the package of the network, says.
+        model_options: Named arguments of the network's constructor or factory: ``{"num_classes": 10}``.
+        dynamic_size: Let height and width of image inputs vary, as the batch does.
+        max_growth: As for ``folding.fold``: how much larger the weights may become for the sake of a fold.
+        clamps: As for ``folding.fold``: fold across ReLU, at the price of a bound per channel.
         onnx: Operator set and file format.
         formats: Names from ``exporting.formats.FORMATS``.
         allow_untrained: Accept BatchNorm layers that were never trained.
@@ -40,6 +44,10 @@ class ExportRequest:
     labels: tuple[str, ...] | None = None
     dataset: str | None = None
     preprocessing: Mapping[str, Any] | None = None
+    model_options: Mapping[str, Any] = field(default_factory=dict)
+    dynamic_size: bool = False
+    max_growth: float = 1.1
+    clamps: bool = False
     onnx: OnnxTarget = field(default_factory=OnnxTarget)
     formats: tuple[str, ...] = ("onnx", "torchscript")
     allow_untrained: bool = False
@@ -106,6 +114,18 @@ def example_inputs(specs: tuple[InputSpec, ...], *, batch: int = 2, seed: int = 
         raise UsageError(
             f"an example input can't be made: {one_line(error)}", remedy="Check the sizes given with --input"
         ) from error
+
+
+def fitted_preprocessing(
+    preprocessing: Mapping[str, Any] | None, specs: tuple[InputSpec, ...]
+) -> Mapping[str, Any] | None:
+    """What a source says of its preprocessing, for the inputs asked for: another size is that size, other channels are None."""
+    if preprocessing is None or len(specs) != 1 or len(specs[0].shape) != 3:
+        return None
+    channels, height, width = specs[0].shape
+    if channels != preprocessing.get("channels"):
+        return None
+    return {**preprocessing, "height": height, "width": width}
 
 
 def model_and_version(out: Path) -> tuple[str, int]:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.fx import Node
 
 from bnexport.folding.graph import Geometry, Layer
 from bnexport.folding.names import shape_of
-from bnexport.folding.torch_reading import Reader, Reading, argument
-
-if TYPE_CHECKING:
-    from bnexport.folding.torch_graph import TorchGraph
+from bnexport.folding.torch_reading import Reader, Reading, Surroundings, argument
 
 aten = torch.ops.aten
 
@@ -20,7 +17,7 @@ aten = torch.ops.aten
 def read_conv(spatial: int, transposed: bool = False) -> Reader:
     """Convolutions; (out, in / groups, *kernel), transposed (in, out / groups, *kernel)."""
 
-    def read(node: Node, graph: TorchGraph) -> Reading | str | None:
+    def read(node: Node, graph: Surroundings) -> Reading | str | None:
         weight, bias = graph.weight(node.args[1]), graph.weight(argument(node, 2, "bias"))
         if weight is None or (bias is None and argument(node, 2, "bias") is not None):
             return "its weights are computed from the input or changed in forward"
@@ -68,7 +65,7 @@ def _pads_after(node: Node, shape: tuple[int, ...]) -> bool:
     return argument(node, 4, "padding", 0) == "same" and any(kernel > 1 for kernel in shape[2:])
 
 
-def read_linear(node: Node, graph: TorchGraph) -> Reading | str | None:
+def read_linear(node: Node, graph: Surroundings) -> Reading | str | None:
     """``x W^T + b`` on the last axis."""
     weight, bias = graph.weight(node.args[1]), graph.weight(argument(node, 2, "bias"))
     if weight is None or (bias is None and argument(node, 2, "bias") is not None):
@@ -83,7 +80,7 @@ def read_linear(node: Node, graph: TorchGraph) -> Reading | str | None:
     return Reading(layer, (node.args[0],), 1, 2)
 
 
-def read_product(node: Node, graph: TorchGraph) -> Reading | str | None:
+def read_product(node: Node, graph: Surroundings) -> Reading | str | None:
     """matmul, mm, bmm with one constant: ``x @ W`` or ``W @ x``."""
     right, left = graph.weight(node.args[1]), graph.weight(node.args[0])
     shape = shape_of(node)
@@ -107,7 +104,7 @@ def read_product(node: Node, graph: TorchGraph) -> Reading | str | None:
     return Reading(layer, (value,), 1 if right is not None else 0, None)
 
 
-def read_addmm(node: Node, graph: TorchGraph) -> Reading | str | None:
+def read_addmm(node: Node, graph: Surroundings) -> Reading | str | None:
     """``b + x @ W``."""
     bias, weight = graph.weight(node.args[0]), graph.weight(node.args[2])
     shape = shape_of(node)

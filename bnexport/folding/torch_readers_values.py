@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,35 +26,32 @@ from bnexport.folding.graph import (
     Slice,
 )
 from bnexport.folding.names import dtype_of, shape_of
-from bnexport.folding.torch_reading import Reader, Reading, argument
-
-if TYPE_CHECKING:
-    from bnexport.folding.torch_graph import TorchGraph
+from bnexport.folding.torch_reading import Reader, Reading, Surroundings, argument
 
 aten = torch.ops.aten
 
 
-def read_same(node: Node, _graph: TorchGraph) -> Reading:
+def read_same(node: Node, _graph: Surroundings) -> Reading:
     """What hands on its input."""
     return Reading(Identity(), (node.args[0],))
 
 
-def read_dropout(node: Node, _graph: TorchGraph) -> Reading | None:
+def read_dropout(node: Node, _graph: Surroundings) -> Reading | None:
     """Dropout hands on its input unless it is in training mode."""
     return Reading(Identity(), (node.args[0],)) if node.args[2] is False else None
 
 
-def read_cast(node: Node, _graph: TorchGraph) -> Reading | None:
+def read_cast(node: Node, _graph: Surroundings) -> Reading | None:
     """A cast to the type that the value has already."""
     return Reading(Identity(), (node.args[0],)) if dtype_of(node.args[0]) == dtype_of(node) else None
 
 
-def read_reshape(node: Node, _graph: TorchGraph) -> Reading:
+def read_reshape(node: Node, _graph: Surroundings) -> Reading:
     """Another shape, the same order of elements."""
     return Reading(Reshape(), (node.args[0],))
 
 
-def read_permute(node: Node, _graph: TorchGraph) -> Reading | None:
+def read_permute(node: Node, _graph: Surroundings) -> Reading | None:
     """permute, transpose, t."""
     shape = shape_of(node)
     if shape is None:
@@ -68,7 +65,7 @@ def read_permute(node: Node, _graph: TorchGraph) -> Reading | None:
     return Reading(Permute(tuple(axes)), (node.args[0],))
 
 
-def read_channel_shuffle(node: Node, _graph: TorchGraph) -> Reading | None:
+def read_channel_shuffle(node: Node, _graph: Surroundings) -> Reading | None:
     """``channel_shuffle(x, groups)``: channel g * n + i goes to i * groups + g."""
     shape = shape_of(node)
     if shape is None or shape[1] is None:
@@ -77,7 +74,7 @@ def read_channel_shuffle(node: Node, _graph: TorchGraph) -> Reading | None:
     return Reading(Reorder(1, tuple(order.tolist())), (node.args[0],))
 
 
-def read_index_select(node: Node, graph: TorchGraph) -> Reading | None:
+def read_index_select(node: Node, graph: Surroundings) -> Reading | None:
     """Positions of an axis by a constant index."""
     index, shape = graph.constants.value(node.args[2]), shape_of(node)
     if index is None or shape is None or index.ndim != 1:
@@ -88,13 +85,13 @@ def read_index_select(node: Node, graph: TorchGraph) -> Reading | None:
 def read_pixels(inverse: bool) -> Reader:
     """pixel_shuffle and pixel_unshuffle."""
 
-    def read(node: Node, _graph: TorchGraph) -> Reading:
+    def read(node: Node, _graph: Surroundings) -> Reading:
         return Reading(PixelShuffle(int(node.args[1]), inverse), (node.args[0],))  # type: ignore[arg-type]
 
     return read
 
 
-def read_slice(node: Node, _graph: TorchGraph) -> Reading | None:
+def read_slice(node: Node, _graph: Surroundings) -> Reading | None:
     """A slice with constant ends and step 1."""
     value, axis, start, stop, step = (*node.args, *(None,) * 5)[:5]
     shape = shape_of(value)
@@ -110,7 +107,7 @@ def read_slice(node: Node, _graph: TorchGraph) -> Reading | None:
     return Reading(Slice(axis % len(shape), begin, end), (value,))
 
 
-def read_piece(node: Node, _graph: TorchGraph) -> Reading | None:
+def read_piece(node: Node, _graph: Surroundings) -> Reading | None:
     """Getitem of a split: positions that the pieces before it leave."""
     split, index = node.args
     pieces = split.meta.get("val") if isinstance(split, Node) else None
@@ -150,7 +147,7 @@ def is_whole_slice(node: Node) -> bool:
     return start in (None, 0) and step == 1 and (stop is None or (isinstance(stop, int) and stop >= 2**62))
 
 
-def read_concat(node: Node, _graph: TorchGraph) -> Reading | None:
+def read_concat(node: Node, _graph: Surroundings) -> Reading | None:
     """Concatenation of values of one type and rank."""
     shape, parts = shape_of(node), node.args[0]
     if shape is None or not isinstance(parts, (list, tuple)) or not all(isinstance(part, Node) for part in parts):
@@ -163,7 +160,7 @@ def read_concat(node: Node, _graph: TorchGraph) -> Reading | None:
 def read_pool(spatial: int) -> Reader:
     """Average pooling; exact unless zeros are averaged in or another divisor is used."""
 
-    def read(node: Node, _graph: TorchGraph) -> Reading | None:
+    def read(node: Node, _graph: Surroundings) -> Reading | None:
         shape = shape_of(node)
         if shape is None or len(shape) < spatial + 1:
             return None
@@ -180,7 +177,7 @@ def read_pool(spatial: int) -> Reader:
 def read_averaging(spatial: int) -> Reader:
     """Adaptive average pooling and interpolation: weights that add up to one."""
 
-    def read(node: Node, _graph: TorchGraph) -> Reading | None:
+    def read(node: Node, _graph: Surroundings) -> Reading | None:
         shape = shape_of(node)
         return None if shape is None else Reading(Average(_last(len(shape), spatial)), (node.args[0],))
 
@@ -190,7 +187,7 @@ def read_averaging(spatial: int) -> Reader:
 def read_max_pool(spatial: int) -> Reader:
     """Max pooling; its padding is minus infinity."""
 
-    def read(node: Node, _graph: TorchGraph) -> Reading | None:
+    def read(node: Node, _graph: Surroundings) -> Reading | None:
         shape = shape_of(node)
         return None if shape is None else Reading(MaxPool(_last(len(shape), spatial)), (node.args[0],))
 
@@ -201,7 +198,7 @@ def _last(rank: int, spatial: int) -> tuple[int, ...]:
     return tuple(range(rank - spatial, rank))
 
 
-def read_mean(node: Node, _graph: TorchGraph) -> Reading | None:
+def read_mean(node: Node, _graph: Surroundings) -> Reading | None:
     """The mean over axes, or over all."""
     shape = shape_of(node.args[0])
     if shape is None or node.kwargs.get("dtype") is not None:
@@ -212,7 +209,7 @@ def read_mean(node: Node, _graph: TorchGraph) -> Reading | None:
     return Reading(Mean(tuple(sorted(int(axis) % len(shape) for axis in axes)), keepdim), (node.args[0],))
 
 
-def read_pad(node: Node, _graph: TorchGraph) -> Reading | None:
+def read_pad(node: Node, _graph: Surroundings) -> Reading | None:
     """Padding by zeros (a scale crosses it) or by copies (a shift too)."""
     shape, amounts = shape_of(node), node.args[1]
     mode = argument(node, 2, "mode", "constant") if node.target is aten.pad.default else "constant"
@@ -229,7 +226,7 @@ def read_clamp(low: Any, high: Any) -> Reader:
         found = argument(node, *given) if isinstance(given, tuple) else given
         return absent if found is None else found
 
-    def read(node: Node, _graph: TorchGraph) -> Reading | None:
+    def read(node: Node, _graph: Surroundings) -> Reading | None:
         shape = shape_of(node)
         least, most = bound(node, low, -math.inf), bound(node, high, math.inf)
         if (
@@ -246,7 +243,7 @@ def read_clamp(low: Any, high: Any) -> Reader:
     return read
 
 
-def read_homogeneous(node: Node, graph: TorchGraph) -> Reading | None:
+def read_homogeneous(node: Node, graph: Surroundings) -> Reading | None:
     """LeakyReLU, and PReLU with constant slopes."""
     if node.target is aten.prelu.default and graph.constants.value(node.args[1]) is None:
         return None
@@ -256,7 +253,7 @@ def read_homogeneous(node: Node, graph: TorchGraph) -> Reading | None:
 def read_sum(sign: float) -> Reader:
     """``a + alpha b`` or ``a - alpha b`` of two values."""
 
-    def read(node: Node, _graph: TorchGraph) -> Reading | None:
+    def read(node: Node, _graph: Surroundings) -> Reading | None:
         left, right = node.args[:2]
         if not _joins(node, left, right):
             return None
@@ -269,7 +266,7 @@ def read_sum(sign: float) -> Reader:
 def read_times(inverse: bool) -> Reader:
     """The product of two values, or their quotient."""
 
-    def read(node: Node, _graph: TorchGraph) -> Reading | None:
+    def read(node: Node, _graph: Surroundings) -> Reading | None:
         left, right = node.args[:2]
         if not _joins(node, left, right) or "rounding_mode" in node.kwargs:
             return None

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from torch.fx import Node
 
-from bnexport.folding.graph import Kind
+from bnexport.folding.constants import Constants
+from bnexport.folding.graph import Kind, Weight
 
-if TYPE_CHECKING:
-    from bnexport.folding.torch_graph import TorchGraph
+
+class Surroundings(Protocol):
+    """What a reader may ask of the graph around a node."""
+
+    constants: Constants
+
+    def weight(self, node: Any) -> Weight | None:
+        """The stored tensor that a node stands for; None when it is no constant."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -32,7 +40,7 @@ class Reading:
 
 
 #: Reads a node; None for what has no kind, a sentence for why not when there is more to say.
-Reader = Callable[[Node, "TorchGraph"], Reading | str | None]
+Reader = Callable[[Node, Surroundings], Reading | str | None]
 
 
 def argument(node: Node, position: int, name: str, default: Any = None) -> Any:

@@ -9,9 +9,10 @@ from pathlib import Path
 from torch import nn
 
 from bnexport.bundle import MANIFEST, WEIGHTS, Bundle
-from bnexport.errors import ModelError
+from bnexport.errors import MissingDependency, ModelError
 from bnexport.nn.checkpoint import METADATA_KEY, load_checkpoint, read_safetensors
-from bnexport.nn.loading import build_known, checkpoint_file
+from bnexport.nn.known import build_known
+from bnexport.nn.loading import checkpoint_file
 from bnexport.nn.statistics import LayerStatistics, layer_statistics
 
 
@@ -48,7 +49,7 @@ def inspect_path(path: Path) -> Inspection:
     if METADATA_KEY in metadata:
         try:
             module, note = build_known(load_checkpoint(file).metadata["network"]), ""
-        except ModelError:  # a user's network: its statistics can be read all the same
+        except (ModelError, MissingDependency):  # a user's or timm's network: its statistics can be read all the same
             module = None
     layers = _in_order(layer_statistics(state, module=module), module)
     if not layers:

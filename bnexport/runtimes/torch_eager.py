@@ -46,16 +46,16 @@ def open_bundle(bundle: Bundle, *, device: str = "cpu", module: nn.Module | None
         module: The live network, for a bundle whose network only its author has.
 
     Raises:
-        RuntimeUnavailable: The device is not here, or ``module`` is missing for a network that bnexport does not know.
+        RuntimeUnavailable: The device is not here, or ``module`` is missing for a network that can't be rebuilt here.
         BundleError: The bundle holds no weights.
         ModelError: The weights do not fit the network.
     """
     if module is None:
-        from bnexport.nn.loading import KNOWN
+        from bnexport.nn.known import unknown_reason
 
-        if (source := bundle.manifest.network.get("source")) not in KNOWN:
+        if (reason := unknown_reason(bundle.manifest.network)) is not None:
             raise RuntimeUnavailable(
-                f"torch-{device} needs the original network, whose code ({source}) only its author has",
+                f"torch-{device} needs the original network, {reason}",
                 remedy="Pass the module, or --source file.py:factory",
             )
         module = original_network(bundle)
@@ -68,8 +68,10 @@ def original_network(bundle: Bundle) -> nn.Module:
     Raises:
         BundleError: The bundle holds no weights.
         ModelError: Not a network that bnexport knows, or the weights are damaged or another network's.
+        MissingDependency: The package that defines the network is not installed.
     """
-    from bnexport.nn.loading import build_known, load_weights
+    from bnexport.nn.known import build_known
+    from bnexport.nn.weights import load_weights
 
     network = build_known(bundle.manifest.network)
     load_weights(network, bundle.file(WEIGHTS))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib.util
 import warnings
 from collections.abc import Callable, Mapping
@@ -112,13 +113,18 @@ def call(
 
 
 def flatten(result: Any) -> list[torch.Tensor]:
-    """The tensors of a module's result in order: a tensor, or tuples, lists and dicts of them."""
+    """The tensors of a module's result in order: a tensor, or tuples, lists, dicts and dataclasses of them.
+
+    None and other values are left out.
+    """
     import torch
 
     if isinstance(result, torch.Tensor):
         return [result]
     if isinstance(result, Mapping):
         result = list(result.values())
+    elif dataclasses.is_dataclass(result) and not isinstance(result, type):
+        result = [getattr(result, item.name) for item in dataclasses.fields(result) if item.init]
     if isinstance(result, list | tuple):
         return [tensor for item in result for tensor in flatten(item)]
     return []

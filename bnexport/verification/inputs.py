@@ -5,7 +5,7 @@ Random inputs alone do not do: with two random samples every finite fault of the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,13 @@ import numpy as np
 
 from bnexport.bundle import Manifest
 from bnexport.errors import BnexportError
-from bnexport.tensors import Array, TensorSpec
+from bnexport.tensors import Array, Signature, TensorSpec, other_sizes
 
 #: Sizes compared with the whole batch; 0 is asked for besides.
 BATCH_SIZES = (1, 2, 7, 64)
 _NOISE = 256
 _ONE_HOT = 784
+_OTHER_SIZED = 2
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,24 @@ def build_suite(
         n = fixed or max(1, min(size, limit))
         batches.append(Batch(name, {spec.name: _filled(fill, spec, golden[spec.name], n, rng) for spec in specs}))
     return Suite(tuple(batches), told, labels if batches and batches[0].name == "images" else None)
+
+
+def other_sized_batches(signature: Signature, golden: Mapping[str, Array], *, seed: int) -> Iterator[Batch]:
+    """Two samples of noise in other sizes than the exported one, the most telling first; none where no size varies."""
+    names = [dim for spec in signature.inputs for dim in spec.shape[1:] if isinstance(dim, str)]
+    if not names:
+        return
+    for steps in other_sizes(list(dict.fromkeys(names))):
+        rng = np.random.default_rng(seed)
+        feeds, shown = {}, ""
+        for spec in signature.inputs:
+            given = golden[spec.name]
+            more = [steps[dim] if isinstance(dim, str) else 0 for dim in spec.shape[1:]]
+            shape = [size + step for size, step in zip(given.shape[1:], more, strict=True)]
+            like = np.resize(given, (1, *shape))  # its values are valid for integers; noise replaces floats
+            feeds[spec.name] = _filled(_noise, spec, like, _OTHER_SIZED, rng)
+            shown = shown or "x".join(str(size) for size, step in zip(shape, more, strict=True) if step)
+        yield Batch(f"noise {shown}", feeds)
 
 
 def _filled(fill: Any, spec: TensorSpec, golden: Array, n: int, rng: np.random.Generator) -> Array:

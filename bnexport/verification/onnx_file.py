@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -87,6 +87,18 @@ def declaration_problem(model: ModelProto, manifest: Manifest) -> str | None:
     return None
 
 
+def _sized(model: ModelProto, sizes: Mapping[str, Sequence[int]]) -> ModelProto:
+    """A copy of a model whose inputs have the given sizes behind the batch; what its outputs declare is dropped."""
+    copy = type(model)()
+    copy.CopyFrom(model)
+    for value in copy.graph.input:
+        for dim, size in zip(list(value.type.tensor_type.shape.dim)[1:], sizes.get(value.name, ()), strict=False):
+            dim.dim_value = size
+    for value in copy.graph.output:
+        value.type.tensor_type.ClearField("shape")
+    return copy
+
+
 def _dtype(value: ValueInfoProto) -> str:
     from onnx import helper
 
@@ -109,15 +121,19 @@ def trained_tensors(model: ModelProto) -> list[TensorProto]:
     return [stored[name] for name in dict.fromkeys(used)]
 
 
-def multiplications(model: ModelProto) -> int:
+def multiplications(model: ModelProto, sizes: Mapping[str, Sequence[int]] | None = None) -> int:
     """Multiplications per sample, estimated from the weights of linear operators and their outputs' sizes.
 
     A convolution uses each weight once per output position. Where the file does not tell the size of an output, one
     position is counted; the number only chooses how many samples are checked.
+
+    Args:
+        model: As written; not changed.
+        sizes: Input name -> shape of one sample, for dimensions that the file leaves open.
     """
     onnx = require("onnx", purpose="reading the written file")
     try:
-        inferred = onnx.shape_inference.infer_shapes(model)
+        inferred = onnx.shape_inference.infer_shapes(_sized(model, sizes) if sizes else model)
     except Exception:  # an estimate may go without
         inferred = model
     shapes = {

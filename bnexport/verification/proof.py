@@ -18,6 +18,7 @@ from bnexport.optional import one_line, require
 from bnexport.tensors import Array
 from bnexport.verification.metrics import measure
 from bnexport.verification.onnx_file import graphs, nodes, read_model
+from bnexport.verification.pooling import fast_operators
 from bnexport.verification.tolerances import TOLERANCES
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ class Float64Evaluator:
         self.varies = bool(first) and not first[0].HasField("dim_value")
         self._chunk = chunk if self.varies else None
         try:
-            self._engine: Any = ReferenceEvaluator(model, new_ops=_fast_operators(model))
+            self._engine: Any = ReferenceEvaluator(model, new_ops=fast_operators(model))
         except Exception as error:  # NotImplementedError, RuntimeError, onnx's own
             raise _not_evaluated(error) from error
         self._checked = False
@@ -168,42 +169,6 @@ def _widen_attribute(node: NodeProto, attribute: AttributeProto) -> None:
 def _is_narrow(dtype: np.dtype[Any]) -> bool:
     """A float that is not float64; bfloat16 is a "V" to numpy."""
     return dtype.kind in "fV" and dtype != np.float64
-
-
-def _fast_operators(model: ModelProto) -> list[Any] | None:
-    """A vectorised AveragePool where every one in the model is plain: onnx's loops over each output position.
-
-    It makes the proof of a LeNet seven times faster, which is seven times more images.
-    """
-    pools = [node for node in nodes(model) if node.op_type == "AveragePool"]
-    if not pools or not all(_is_plain(node) for node in pools):
-        return None
-    from onnx.reference.op_run import OpRun
-
-    class AveragePool(OpRun):
-        def _run(self, x: Array, kernel_shape: Any = None, strides: Any = None, **_defaults: Any) -> tuple[Array]:
-            return (average_pool(x, tuple(kernel_shape), tuple(strides or (1,) * len(kernel_shape))),)
-
-    return [AveragePool]
-
-
-def average_pool(x: Array, kernel: tuple[int, ...], strides: tuple[int, ...]) -> Array:
-    """Mean over windows without padding: (n, channels, *size) to (n, channels, *positions)."""
-    axes = tuple(range(2, x.ndim))
-    windows = np.lib.stride_tricks.sliding_window_view(x, kernel, axis=axes)  # (n, channels, *starts, *kernel)
-    steps = (slice(None), slice(None), *(slice(None, None, step) for step in strides))
-    result: Array = windows[steps].mean(axis=tuple(range(-len(kernel), 0)))
-    return result
-
-
-def _is_plain(node: NodeProto) -> bool:
-    """No padding, no dilation, no rounding up, nothing that changes what is averaged."""
-    values = {item.name: item for item in node.attribute}
-    ones = all(step == 1 for step in values["dilations"].ints) if "dilations" in values else True
-    zeros = all(pad == 0 for pad in values["pads"].ints) if "pads" in values else True
-    up = values["ceil_mode"].i if "ceil_mode" in values else 0
-    auto = values["auto_pad"].s if "auto_pad" in values else b"NOTSET"
-    return ones and zeros and not up and auto in (b"NOTSET", b"VALID")
 
 
 def _not_evaluated(error: Exception) -> BundleError:

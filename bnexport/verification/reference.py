@@ -89,10 +89,15 @@ def find_reference(bundle: Bundle, module: nn.Module | None) -> Reference | None
 
 
 def is_known(bundle: Bundle) -> bool:
-    """Whether bnexport can rebuild the original network without its author's code."""
-    from bnexport.nn.loading import KNOWN
+    """Whether the original network can be rebuilt here without its author's code."""
+    return not_rebuilt(bundle) is None
 
-    return bundle.manifest.network.get("source") in KNOWN
+
+def not_rebuilt(bundle: Bundle) -> str | None:
+    """Why the original network can't be rebuilt here, as the end of a sentence; None when it can."""
+    from bnexport.nn.known import unknown_reason
+
+    return unknown_reason(bundle.manifest.network)
 
 
 def takes_empty_batch(reference: Reference, feeds: Mapping[str, Array]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +13,10 @@ from bnexport.errors import BnexportError, Unavailable
 from bnexport.runtimes.base import plain_reason
 from bnexport.runtimes.catalogue import RUNNERS, RunnerSpec, runner_spec
 from bnexport.tensors import Array, check_feeds
-from bnexport.verification.inputs import Batch, Suite, build_suite
+from bnexport.verification.inputs import Batch, Suite, build_suite, other_sized_batches
 from bnexport.verification.metrics import common_scales, count_flips
 from bnexport.verification.onnx_file import multiplications, read_model
-from bnexport.verification.reference import Reference, find_reference, is_known, takes_empty_batch
+from bnexport.verification.reference import Reference, find_reference, is_known, not_rebuilt, takes_empty_batch
 from bnexport.verification.stages import (
     Case,
     Plan,
@@ -121,7 +121,7 @@ class _Work:
         """Reference, inputs, and the rows that need no runtime."""
         golden = self._golden()
         reference = self._find_reference()
-        cost = self._cost()
+        cost = self._cost(golden)
         if golden is None:
             return Plan(None, (), None, empty=False)
         cases: tuple[Case, ...] = (golden,)
@@ -132,6 +132,7 @@ class _Work:
             suite = build_suite(
                 self.bundle.manifest, golden.batch.feeds, data_dir=data_dir, seed=self.seed, limit=limit
             )
+            suite = replace(suite, batches=(*suite.batches, *self._other_sized(reference, golden)))
             answered = self._answers(reference, suite)
             if answered:
                 cases = answered
@@ -194,6 +195,20 @@ class _Work:
             self.rows.append(failed("golden-reference", "reference", "open", error.message))
             return ()
 
+    def _other_sized(self, reference: Reference, golden: Case) -> list[Batch]:
+        """A batch in another size, where sizes vary; a failed row where the original takes none of those tried."""
+        signature, refused = self.bundle.manifest.signature, ""
+        for batch in other_sized_batches(signature, golden.batch.feeds, seed=self.seed):
+            try:
+                reference.evaluate(batch.feeds)
+            except BnexportError as error:
+                refused = refused or error.message
+            else:
+                return [batch]
+        if refused:
+            self.rows.append(failed("strict", "reference", "another size", f"no other size could be tried: {refused}"))
+        return []
+
     def _find_reference(self) -> Reference | None:
         rebuilt = self.module is None and is_known(self.bundle)
         problem = self.changed(WEIGHTS) if rebuilt else None
@@ -207,14 +222,17 @@ class _Work:
         if problem is not None:
             self.rows.append(failed("golden-reference", "reference", "open", f"no reference could be built: {problem}"))
         self.reference = reference.description if reference else "the bundle's golden vectors"
+        if reference is None and problem is None and (reason := not_rebuilt(self.bundle)) is not None:
+            self.reference += f", not the original network, {reason}"
         return reference
 
-    def _cost(self) -> int:
+    def _cost(self, golden: Case | None) -> int:
         """Multiplications per sample; where the file can't say, its size stands in."""
         size = int(self.bundle.manifest.files.get(MODEL_ONNX, {}).get("size", 0))
         try:
             if self.changed(MODEL_ONNX) is None:
-                return multiplications(read_model(self.bundle.file(MODEL_ONNX)))
+                sizes = {} if golden is None else {name: x.shape[1:] for name, x in golden.batch.feeds.items()}
+                return multiplications(read_model(self.bundle.file(MODEL_ONNX)), sizes)
         except BnexportError:
             pass  # the file's own rows say what is wrong with it
         return max(size, 1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +17,21 @@ def weights_row(onnx_file: Path, torchscript_file: Path) -> Row:
     """Look for every weight and bias of the ONNX file's linear operators among the TorchScript file's tensors.
 
     A tensor is known by its type, its number of elements and its bits in sorted order, so that one which a format
-    stores transposed is still found; where an element sits is what the other stages check.
+    stores transposed is still found; where an element sits is what the other stages check. Equal tensors (biases that are
+    all zero) may be one: TorchScript keeps equal constants once. A bias of zeros may be missing: the ONNX exporter writes
+    one for some layers that have none.
 
     Raises:
         BundleError: A file can't be read.
     """
     from onnx import numpy_helper
 
-    available = Counter(_key(array) for array in _torchscript_tensors(torchscript_file))
+    available = {_key(array) for array in _torchscript_tensors(torchscript_file)}
     tensors = trained_tensors(read_model(onnx_file))
-    missing = []
-    for tensor in tensors:
-        key = _key(numpy_helper.to_array(tensor))
-        if not available[key]:
-            missing.append(tensor.name)
-        available[key] -= 1
+    arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in tensors}
+    missing = [
+        name for name, array in arrays.items() if _key(array) not in available and (array.ndim != 1 or array.any())
+    ]
     reason = f"{torchscript_file.name} holds the same {len(tensors)} tensors bit for bit"
     if not tensors:
         reason = f"{onnx_file.name} has no weight to compare"

@@ -101,7 +101,7 @@ def test_sources(bad: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         (("net.py:build", "--weights", "other.pt", "--input", "1x8x8"), "does not fit Sequential"),
         (("net.py:build", "--input", "1x8x8"), "never trained"),
         (("net.py:build", "--input", "1,8,8"), "not of the form"),
-        (("net.py:build", "--input", "2x8x8", "--allow-untrained"), "can't trace"),
+        (("net.py:build", "--input", "2x8x8", "--allow-untrained"), "fails on an example input of shape 2x2x8x8"),
     ):
         code, said = bad(*export, *arguments)
         assert code == 2, said

@@ -28,7 +28,7 @@ def test_it_is_the_chapters_network_folded_and_proven_on_real_images() -> None:
     assert manifest.labels is not None
     assert manifest.labels[-1] == "ankle boot"
     fold = FoldReport.from_json(manifest.fold)
-    assert [row.outcome for row in fold.rows] == ["folded"] * 4
+    assert [row.outcome for row in fold.rows] == ["backward"] * 4
     assert fold.remaining == 0
     assert manifest.verification["passed"] is True
     assert manifest.verification["accuracy"]["n"] == 10_000

@@ -18,6 +18,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("cli",),
     ("pipeline",),
     ("reporting",),
+    ("onnx_folding", "auditing"),
     ("verification", "benchmarking", "serving", "deploying"),
     ("training", "folding", "exporting", "runtimes"),
     ("nn", "data"),

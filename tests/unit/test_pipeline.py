@@ -54,7 +54,7 @@ def test_manifest_tells_what_a_server_needs(result: bnexport.pipeline.ExportResu
     assert value["signature"]["inputs"] == [{"name": "input", "dtype": "float32", "shape": ["batch", 3, 8, 8]}]
     assert value["labels"] == list("abcde")
     assert value["onnx"] == {"opset": 18, "ir_version": 8}
-    assert [row["outcome"] for row in value["fold"]["rows"]] == ["folded", "folded"]
+    assert [row["outcome"] for row in value["fold"]["rows"]] == ["backward", "backward"]
     assert value["verification"]["passed"] is True
     assert {"torch", "onnx", "numpy"} <= set(value["environment"]["packages"])
 

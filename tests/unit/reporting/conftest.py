@@ -14,16 +14,48 @@ LONG = "backbone.stage3.block12.attention.projection.normalisation"
 
 @pytest.fixture
 def fold() -> FoldReport:
+    """One row of each outcome, and one with texts that try to break out."""
+    gone = {"channels": 6, "gain": (0.25, 3.2145), "error": 2.3e-16}
     return FoldReport(
         (
-            FoldRow("1", "BatchNorm2d", "folded", "conv-bn", "0", "", 6, 3.2145),
-            FoldRow("", "BatchNorm1d", "affine", "lone", "", "no linear layer before it", 3, 0.0),
-            FoldRow(LONG, "SyncBatchNorm", "kept", "", "", f"{LONG} has a second consumer", 960, None),
-            FoldRow(HOSTILE, "BatchNorm2d", "kept", "", "", "its input is ⟨odd⟩", 0, None),
+            FoldRow("1", "BatchNorm2d", "backward", "conv <- batch norm", "0", "W' = s W, b' = s b + t", dead=1, **gone),
+            FoldRow("head.norm", "BatchNorm1d", "forward", "batch norm -> linear", "head.fc", "W' = W s, b' = b + W t", **gone),
+            FoldRow("cat", "BatchNorm2d", "through", "backward", "left, right", **gone),
+            FoldRow("beside", "BatchNorm2d", "merged", "parallel branches", "3x3", "W' = W + s", **gone),
+            FoldRow(
+                "", "BatchNorm1d", "affine", reason="before: it follows relu", unlock="gammas of one sign", channels=3,
+                gain=(0.0, 0.0),
+            ),
+            FoldRow(LONG, "SyncBatchNorm", "kept", reason=f"{LONG} has a second consumer", channels=960),
+            FoldRow(HOSTILE, "BatchNorm2d", "kept", reason="its input is ⟨odd⟩", unlock=HOSTILE),
         ),
-        remaining=2,
+        remaining=3,
         error=3.1e-15,
-    )
+        growth=1.25,
+        warnings=(f"{HOSTILE}: a fold failed its proof and was rolled back",),
+    )  # fmt: skip
+
+
+@pytest.fixture
+def large() -> FoldReport:
+    """250 calls: most are gone, three are not."""
+    gone = [
+        FoldRow(f"stage{index % 4}.block{index}.norm", "BatchNorm2d", "backward", "conv <- batch norm", f"conv{index}",
+                "W' = s W, b' = s b + t", channels=64, gain=(0.1, 4.0), dead=index % 3, error=1e-16)
+        for index in range(200)
+    ]  # fmt: skip
+    across = [
+        FoldRow(f"dense{index}.norm", "BatchNorm2d", "through", "scale forward", "conv, other",
+                "W (s x + t) = (W s) (x + t / s)",
+                channels=32, gain=(0.2, 2.0), error=3e-16)
+        for index in range(47)
+    ]  # fmt: skip
+    left = [
+        FoldRow(f"{LONG}{index}", "BatchNorm2d", "affine", reason="before: it follows relu", unlock="a linear layer after it",
+                channels=8, gain=(0.1, 1.0))
+        for index in range(3)
+    ]  # fmt: skip
+    return FoldReport((*gone[:150], *left, *across, *gone[150:]), remaining=3, error=2e-15)
 
 
 def strict_rows(runtime: str) -> list[Row]:

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from bnexport.bundle import Manifest
-from bnexport.folding.report import FoldReport
+from bnexport.folding.report import OUTCOMES, FoldReport
 from bnexport.reporting.figures import Samples
-from bnexport.reporting.html import OUTCOMES, STAGES, render_report
+from bnexport.reporting.html import OPEN_CALLS, STAGES, render_report
 from bnexport.verification.tolerances import TOLERANCES
 from bnexport.verification.verdict import REQUIRED_STAGES, VerificationReport
 
@@ -97,10 +97,14 @@ def test_an_incomplete_report_is_no_proof(render: Render) -> None:
 def test_everything_is_told(render: Render, passing: VerificationReport) -> None:
     words = " ".join(Page(render(verification=passing)).words.split())
     for expected in (
-        "1 of 4 BatchNorm calls folded",
-        "conv-bn",
+        "4 of 7 BatchNorm calls gone, 3 norm operations left in the graph; the weights are 1.25 times as large",
+        "conv <- batch norm",
+        "W' = s W, b' = s b + t",
         "(root) BatchNorm1d",
-        "no linear layer before it",
+        "it follows relu",
+        "would go with: gammas of one sign",
+        "0.25..3.2",
+        "2.3e-16",
         "3.1e-15",
         "strict: worst error 3.8e-07 of the scale, bound 1e-05",
         "Not covered: torch-cuda",
@@ -114,6 +118,26 @@ def test_everything_is_told(render: Render, passing: VerificationReport) -> None
         "CPUExecutionProvider",
     ):
         assert expected in words, expected
+
+
+def test_warnings_stand_in_the_verdict_and_before_the_calls(render: Render, passing: VerificationReport) -> None:
+    words = " ".join(Page(render(verification=passing)).words.split())
+    first, second = (match.start() for match in re.finditer("WARNING: ", words))
+    assert first < words.index("What was folded") < second < words.index("(root) BatchNorm1d")
+
+
+def test_many_calls_are_counted_first_and_listed_on_a_click(
+    render: Render, passing: VerificationReport, large: FoldReport
+) -> None:
+    text = render(verification=passing, fold=large)
+    words = " ".join(Page(text).words.split())
+    section = text[text.index("What was folded") : text.index("<h2>Verification")]
+    assert re.findall(r"<details( open)?>", section) == [" open", ""]
+    assert section.index("200") < section.index("The 3 that are not gone") < section.index("All 250 BatchNorm calls")
+    assert section.index(OUTCOMES["through"]) < section.index("<details")
+    assert words.count("stage0.block0.norm") == 1
+    short = render(verification=passing, fold=FoldReport(large.rows[:OPEN_CALLS], 0))
+    assert "<details" not in short[short.index("What was folded") : short.index("<h2>Verification")]
 
 
 def test_hostile_texts_stay_text(render: Render, passing: VerificationReport, failing: VerificationReport) -> None:

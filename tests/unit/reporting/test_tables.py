@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import re
 import subprocess
 import sys
 
@@ -8,8 +9,14 @@ import pytest
 from rich.console import Console
 
 from bnexport.environment import environment
-from bnexport.folding.report import FoldReport
-from bnexport.reporting.tables import make_console, print_environment, print_fold_report, print_verification
+from bnexport.folding.report import OUTCOMES, FoldReport
+from bnexport.reporting.tables import (
+    STYLES,
+    make_console,
+    print_environment,
+    print_fold_report,
+    print_verification,
+)
 from bnexport.verification.verdict import VerificationReport
 
 ENCODINGS = ("utf-8", "ascii", "latin-1")
@@ -28,14 +35,50 @@ def test_fold_report_fits_80_columns_and_any_encoding(fold: FoldReport, encoding
     console, raw = console_with(encoding)
     print_fold_report(fold, console)
     text = raw.getvalue().decode(encoding)
-    assert max(len(line) for line in text.splitlines()) <= 80
-    assert "1 of 4 BatchNorm call sites folded, 2 batch_norm operations left in the graph" in text
-    assert "0 (conv-bn)" in text
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines[-2] == "the weights are 1.25 times as large as before: shared ones had to be cloned"
+    assert lines[-1] == "4 of 7 BatchNorm calls gone, 3 norm operations left in the graph"
+    assert "0 (conv <-" in text
+    assert "dead channel" in text
+    assert "would go with: gammas of" in text
+    assert "0.25..3.2" in text
     assert "(root)" in text
     assert "second consumer" in text
-    assert "3.2" in text
     assert "\x1b[31m" not in text, "a module path must not steer the terminal"
     assert "<script>" in text, "markup is printed as it is"
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_of_many_calls_those_that_are_gone_are_counted(large: FoldReport, encoding: str) -> None:
+    console, raw = console_with(encoding)
+    print_fold_report(large, console)
+    text = raw.getvalue().decode(encoding)
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert len(lines) < 60
+    counted = [line.replace("|", " ").split()[:2] for line in lines[:-1] if re.match(r"\W*\d+\W+[a-z]+", line)]
+    assert counted == [["200", "backward"], ["47", "through"], ["3", "affine"]]
+    assert text.count("it follows relu") == 3
+    assert "247 of 250 BatchNorm calls gone, 3 norm operations left in the graph" in text
+
+
+def test_thirty_calls_are_listed_one_by_one(large: FoldReport) -> None:
+    for count, listed in ((30, 30), (31, 0)):
+        console, raw = console_with("ascii", width=120)
+        print_fold_report(FoldReport(large.rows[:count], 0), console)
+        assert raw.getvalue().decode().count("block") == listed
+
+
+def test_warnings_come_first(fold: FoldReport) -> None:
+    console, raw = console_with("ascii", width=200)
+    print_fold_report(fold, console)
+    assert raw.getvalue().decode().startswith("WARNING: </td><script>")
+    assert "a fold failed its proof and was rolled back" in raw.getvalue().decode().splitlines()[0]
+
+
+def test_every_outcome_has_a_colour() -> None:
+    assert set(OUTCOMES) <= set(STYLES)
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
@@ -76,7 +119,7 @@ def test_an_empty_report_fails_and_prints() -> None:
     print_verification(VerificationReport(()), console)
     assert raw.getvalue().decode().splitlines()[-1].startswith("FAIL")
     print_fold_report(FoldReport((), 0), console)
-    assert "0 of 0 BatchNorm call sites folded" in raw.getvalue().decode()
+    assert "0 of 0 BatchNorm calls gone" in raw.getvalue().decode()
 
 
 def test_environment_says_versions() -> None:
@@ -89,7 +132,7 @@ def test_stdout_in_ascii_does_not_crash() -> None:
     code = (
         "from bnexport.folding.report import FoldReport, FoldRow\n"
         "from bnexport.reporting.tables import make_console, print_fold_report\n"
-        "row = FoldRow('\\u5c42.\\u00e9', 'BatchNorm2d', 'kept', '', '', '\\u2192', 3, 1.0)\n"
+        "row = FoldRow('\\u5c42.\\u00e9', 'BatchNorm2d', 'kept', reason='\\u2192', channels=3, gain=(1.0, 2.0))\n"
         "print_fold_report(FoldReport((row,), 1), make_console())\n"
     )
     environ = {"PYTHONIOENCODING": "ascii", "PATH": "/usr/bin:/bin"}

@@ -1,0 +1,195 @@
+"""Run every tool on one network, and judge each by the network in float64."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bnexport import interrupts
+from bnexport.auditing.blame import first_culprit
+from bnexport.auditing.catalogue import TOOLS
+from bnexport.auditing.report import AuditReport, AuditRow
+from bnexport.auditing.subject import Deviation, Subject, batch_of, deviation, subject_of
+from bnexport.auditing.tool import Job, Tool
+from bnexport.environment import environment
+from bnexport.errors import BnexportError, ModelError, Unavailable, UsageError
+from bnexport.exporting.request import InputSpec
+from bnexport.nn.soundness import check_sound
+from bnexport.optional import one_line, quiet
+from bnexport.verification.tolerances import TOLERANCES
+
+#: A fold reorders float32 arithmetic: it may be this many times as far off as the network itself in float32.
+ALLOWANCE = 10.0
+#: A network that float32 alone takes this far from float64 leaves nothing to judge tools by.
+_HOPELESS = 1e-2
+#: Packages whose versions matter here and are not part of every record.
+_EXTRA_PACKAGES = ("onnxslim", "onnxsim")
+_REASON = 200
+
+
+@dataclass(frozen=True)
+class _Finding:
+    """One tool's answers: the farthest off, how many BatchNorms were left, which batch sizes it took, and why not others."""
+
+    worst: Deviation
+    batch_norms: int | None
+    batches: tuple[int, ...]
+    refusal: str
+
+
+def audit(
+    module: nn.Module,
+    inputs: tuple[InputSpec, ...],
+    *,
+    tools: Sequence[str] = (),
+    seed: int = 0,
+    progress: Callable[[str], None] | None = None,
+) -> AuditReport:
+    """Compare what tools make of a network with the network itself in float64.
+
+    The network is never changed; it is taken in eval mode, on the CPU.
+
+    Args:
+        module: The network.
+        inputs: One per argument of forward.
+        tools: Names in TOOLS; empty: all. The control always runs, because the bound rests on it.
+        seed: Of the probes.
+        progress: Is told the name of each tool before it runs.
+
+    Raises:
+        UsageError: An unknown tool.
+        RefusedModel: Weights that are not finite, or a BatchNorm in training mode.
+        ModelError: A network that can't be copied, run, or evaluated in float64.
+    """
+    chosen = _chosen(tools)
+    check_sound(module, allow_untrained=True)
+    subject = subject_of(module, inputs, seed=seed)
+    rows: list[AuditRow] = []
+    bound, rule = 0.0, ""
+    for tool in chosen:
+        if progress is not None:
+            progress(tool.name)
+        if tool.control:
+            bound, rule = _bound_of(row := _control_row(tool, subject))
+        else:
+            row = _row(tool, subject, bound)
+        interrupts.check()
+        rows.append(row)
+    return AuditReport(tuple(rows), bound, rule, seed, subject.batches, _notes(subject), _environment())
+
+
+def _chosen(names: Sequence[str]) -> tuple[Tool, ...]:
+    known = [tool.name for tool in TOOLS]
+    if unknown := [name for name in names if name not in known]:
+        raise UsageError(f"there is no tool {unknown[0]!r}", remedy=f"Known: {', '.join(known)}")
+    return tuple(tool for tool in TOOLS if tool.control or not names or tool.name in names)
+
+
+def _control_row(tool: Tool, subject: Subject) -> AuditRow:
+    """The network itself in float32.
+
+    Raises:
+        ModelError: It is too far from float64 for anything to be judged.
+    """
+    found = _examine(tool, subject, subject.module)
+    if found.worst.problem or found.worst.error > _HOPELESS:
+        why = found.worst.problem or f"it is {found.worst.error:.1e} of scale away"
+        raise ModelError(
+            f"in its own precision the network does not give its float64 answers: {why}",
+            remedy="Audit it in float32, and check its weights: no tool can be judged by it",
+        )
+    return AuditRow(tool.name, "right", True, found.batch_norms, found.worst.error, batches=found.batches)
+
+
+def _bound_of(control: AuditRow) -> tuple[float, str]:
+    """The largest error that is right, and where it comes from."""
+    noise, strict = ALLOWANCE * (control.error or 0.0), TOLERANCES["strict"].bound
+    rule = f"the larger of {strict:g} and {ALLOWANCE:g} x the error of {control.tool}"
+    return max(strict, noise), rule
+
+
+def _row(tool: Tool, subject: Subject, bound: float) -> AuditRow:
+    """One tool, judged. Only a wrong answer is wrong: no answer is a failure that its user would notice."""
+    try:
+        found = _examine(tool, subject, subject.module)
+    except Unavailable as error:
+        return AuditRow(tool.name, "not run", reason=error.message)
+    except BnexportError as error:
+        return AuditRow(tool.name, "failed", reason=error.message)
+    except Exception as error:  # the tool's own classes
+        return AuditRow(tool.name, "failed", reason=f"{type(error).__name__}: {one_line(error, _REASON)}")
+    refused = sorted({*subject.batches} - {*found.batches})
+    reason = f"not with a batch of {' or '.join(map(str, refused))}: {found.refusal}" if refused else ""
+    worst = found.worst
+    row = AuditRow(
+        tool.name,
+        "right",
+        batch_norms=found.batch_norms,
+        error=worst.error,
+        reason=reason,
+        batches=found.batches,
+    )
+    if worst.error <= bound:
+        return row
+    return replace(
+        row,
+        verdict="wrong",
+        output=worst.output,
+        channel=worst.channel,
+        batch_norm=first_culprit(subject, lambda module: not _examine(tool, subject, module).worst.error <= bound),
+        reason=worst.problem or reason,
+    )
+
+
+def _examine(tool: Tool, subject: Subject, module: nn.Module) -> _Finding:
+    """Open a tool on a copy of a module and compare its answers.
+
+    A batch size other than the traced one may be refused; that is no wrong answer, and the finding names it.
+
+    Args:
+        tool: The tool.
+        subject: Probes and expected answers.
+        module: The subject's, or one that computes the same.
+    """
+    deviations, batches, refusal = [], [], ""
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="bnexport-audit-"))
+        stack.enter_context(quiet())
+        stack.enter_context(torch.no_grad())
+        job = Job(copy.deepcopy(module), subject.example, Path(folder))
+        product = stack.enter_context(tool.open(job))
+        for probe, expected in zip(subject.probes, subject.expected, strict=True):
+            try:
+                answer = product.run(probe)
+            except Exception as error:  # the tool's own classes
+                if batch_of(probe) == batch_of(subject.example):
+                    raise
+                refusal = one_line(error, _REASON)
+                continue
+            deviations.append(deviation(answer, expected, subject.scales))
+            batches.append(batch_of(probe))
+    return _Finding(max(deviations, key=lambda item: item.error), product.batch_norms, tuple(batches), refusal)
+
+
+def _notes(subject: Subject) -> tuple[str, ...]:
+    if not subject.untrained:
+        return ()
+    layers = "1 BatchNorm layer was" if subject.untrained == 1 else f"{subject.untrained} BatchNorm layers were"
+    return (f"{layers} never trained; for the audit alone they have random numbers, as a fresh one hides wrong folds",)
+
+
+def _environment() -> dict[str, Any]:
+    record = environment()
+    for name in _EXTRA_PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            record["packages"][name] = metadata.version(name)
+    return record

@@ -1,0 +1,61 @@
+"""``bnexport audit``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from bnexport.auditing.catalogue import TOOLS
+
+_NAMES = [tool.name for tool in TOOLS]
+
+
+@click.command("audit")
+@click.argument("source")
+@click.option(
+    "--weights", type=click.Path(path_type=Path), help="Safetensors or a torch state dict, for a network without."
+)
+@click.option(
+    "--model-option", "model_options", multiple=True, metavar="KEY=VALUE", help="For its constructor; repeatable."
+)
+@click.option(
+    "--input", "inputs", multiple=True, metavar="[NAME=]SHAPE[:TYPE]", help="One sample, as 1x28x28; repeatable."
+)
+@click.option(
+    "--tool",
+    "tools",
+    multiple=True,
+    type=click.Choice(_NAMES),
+    metavar="NAME",
+    help=f"Audit only this one; repeatable. One of {', '.join(_NAMES)}.  [default: all]",
+)
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Of the random inputs.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def command(
+    source: str, weights: Path | None, inputs: tuple[str, ...], tools: tuple[str, ...], seed: int, **options: Any
+) -> int:
+    """Show which tools that fold BatchNorm by themselves give a wrong answer on a network.
+
+    SOURCE is what fold-and-export takes. torch.jit, torch.fx, torch.compile, torch.onnx.export, ONNX Runtime at each
+    optimisation level, and bnexport get random inputs and are compared with the network in float64. Exits with 1 when a
+    tool is wrong; one that gives no answer, or is not installed, is not wrong.
+    """
+    from bnexport.auditing.audit import audit
+    from bnexport.cli.options import prints_aside, read_model_options
+    from bnexport.exporting.request import parse_inputs
+    from bnexport.nn.loading import load_source
+    from bnexport.reporting.audits import print_audit
+
+    with prints_aside():
+        loaded = load_source(source, weights=weights, options=read_model_options(options["model_options"]))
+        specs = parse_inputs(inputs, default_shape=loaded.input_shape)
+        report = audit(loaded.module, specs, tools=tools, seed=seed, progress=_tell)
+    print_audit(report, as_json=options["as_json"])
+    return 1 if report.wrong else 0
+
+
+def _tell(tool: str) -> None:
+    """On standard error, where it disturbs neither the table nor --json."""
+    click.echo(f"running {tool}", err=True)

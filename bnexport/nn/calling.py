@@ -1,0 +1,134 @@
+"""Calling a user's module as plain Python: whether it runs at all, and the line at which it does not."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import os
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from bnexport.optional import one_line, quiet
+
+#: Start of a file's name in a traceback that is torch's, bnexport's, or no file; Python's inspect calls for us.
+_NOT_THEIRS = (
+    os.path.dirname(torch.__file__) + os.sep,
+    os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep,
+    os.path.dirname(inspect.__file__) + os.sep + "inspect.py",
+    "<",
+)
+_INSTALLED = f"{os.sep}site-packages{os.sep}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one call gave.
+
+    Attributes:
+        result: What forward returned; None when it failed.
+        problem: Where and why it failed, as the end of a sentence: "at net.py:7: ..."; None when it ran.
+    """
+
+    result: Any = None
+    problem: str | None = None
+
+
+def call_once(model: nn.Module, inputs: tuple[Any, ...], *, on_itself: bool = False) -> Outcome:
+    """Run a copy of a module in eval mode; the module itself is never changed.
+
+    Args:
+        model: Any module. A root in eval mode keeps layers that are in training mode on purpose.
+        inputs: Positional arguments of forward; copies are fed.
+        on_itself: Run the module that was given: for a caller that has made a copy of its own.
+    """
+    feeds = pytree.tree_map(lambda item: item.clone() if isinstance(item, Tensor) else item, inputs)
+    with quiet(), torch.no_grad():
+        try:
+            copied = model if on_itself else copy.deepcopy(model)
+            return Outcome(result=(copied.eval() if model.training else copied)(*feeds))
+        except Exception as error:  # the module is the user's code
+            return Outcome(
+                problem=f"{place_of(error, model).removeprefix(' ')}: {one_line(error, 200)}".removeprefix(": ")
+            )
+
+
+@contextlib.contextmanager
+def unchanged(model: nn.Module) -> Iterator[list[str]]:
+    """Give every module its plain attributes back after the block, and every list and dict among them its contents.
+
+    A forward that keeps something (``self.last = y``, ``self.seen.append(y)``) would keep the tracer's tensors, which hold
+    no numbers and can't be copied.
+
+    Yields:
+        A list that, after the block, has the names of the attributes that were changed in it.
+    """
+    kept = [
+        (module, path, dict(vars(module)))
+        for path, module in model.named_modules()
+        if not isinstance(module, torch.jit.ScriptModule)
+    ]
+    contents = [
+        (value, value.copy(), f"{path}.{name}".lstrip("."))
+        for _, path, attributes in kept
+        for name, value in attributes.items()
+        if type(value) in (list, dict) and not name.startswith("_")
+    ]
+    changed: list[str] = []
+    try:
+        yield changed
+    finally:
+        altered = [name for value, before, name in contents if not _same(value, before)]
+        for value, before, _ in contents:
+            value.clear()
+            value.extend(before) if isinstance(value, list) else value.update(before)
+        for module, path, attributes in kept:
+            now = vars(module)
+            altered += [f"{path}.{name}".lstrip(".") for name in now if not _same(now[name], attributes.get(name))]
+            now.clear()
+            now.update(attributes)
+        changed += dict.fromkeys(altered)
+
+
+def _same(value: Any, before: Any) -> bool:
+    """Whether an attribute is the object that it was, or a container of the objects that it held: the tracer copies those."""
+    if value is before or (isinstance(value, int | float | str) and value == before):
+        return True
+    if type(value) is not type(before) or not isinstance(value, list | tuple | dict) or len(value) != len(before):
+        return False
+    if isinstance(value, dict):
+        return all(key in before and _same(item, before[key]) for key, item in value.items())
+    return all(_same(a, b) for a, b in zip(value, before, strict=True))
+
+
+def place_of(error: BaseException | None, model: nn.Module | None = None) -> str:
+    """`` at FILE:LINE`` of the innermost frame of the user's code.
+
+    Code of installed packages counts only where there is no other. Without any frame: the line where forward of ``model``
+    is defined, if it is the user's; else empty.
+    """
+    frames = [
+        (frame.filename, frame.lineno)
+        for frame in traceback.extract_tb(None if error is None else error.__traceback__)
+        if not frame.filename.startswith(_NOT_THEIRS)
+    ]
+    own = [frame for frame in frames if _INSTALLED not in frame[0]] or frames or _definition(model)
+    return f" at {os.path.basename(own[-1][0])}:{own[-1][1]}" if own else ""
+
+
+def _definition(model: nn.Module | None) -> list[tuple[str, int | None]]:
+    """File and line of a module's forward; empty when it is torch's, or was not written in a file."""
+    forward: Any = getattr(type(model), "forward", None)
+    try:
+        file = inspect.getsourcefile(forward)
+        if file is None or file.startswith(_NOT_THEIRS):
+            return []
+        return [(file, inspect.getsourcelines(forward)[1])]
+    except (OSError, TypeError, AttributeError):
+        return []

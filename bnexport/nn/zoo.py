@@ -1,0 +1,245 @@
+"""Networks of torchvision and timm by name: ``torchvision:resnet18``, ``timm:repvgg_a0``.
+
+They are built without pretrained weights, so nothing is downloaded; weights come from a file.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import inspect
+import re
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from bnexport.errors import MissingDependency, ModelError
+from bnexport.optional import one_line, require
+
+#: Shape of one sample and preprocessing as JSON; None for what is not known.
+Facts = tuple[tuple[int, ...] | None, dict[str, Any] | None]
+
+#: Options that would fetch or open something: weights come from the user's file alone.
+_FETCHING = (
+    "weights", "weights_backbone", "pretrained", "progress", "quantize", "checkpoint_path", "cache_dir", "pretrained_cfg",
+    "pretrained_cfg_overlay",
+)  # fmt: skip
+#: Sub-package of torchvision.models -> why its networks can't be exported; those not here can.
+_REFUSED = {
+    "detection": "takes a list of images and gives boxes, not a batch of tensors",
+    "quantization": "is meant for integer arithmetic; name the float network without quantized_",
+    "optical_flow": "gives a list of refinements that its training code reads, not one answer per sample",
+}
+#: Height and width for a segmentation network, which takes any. torchvision evaluates at 520, which is no multiple of 32 and
+#: whose proof in float64 takes minutes; another one is asked for with --input, all of them with --dynamic-size.
+_SEGMENTATION_SIZE = 256
+#: Frames of a video: what torchvision's recipes train on.
+_FRAMES = 16
+#: Networks that change their input when built with torchvision's own weights; what an image becomes hangs on an option.
+_TRANSFORMING = ("googlenet", "inception_v3")
+_MAX_HINTS = 3
+
+
+@dataclass(frozen=True)
+class Zoo:
+    """A package with networks by name.
+
+    Attributes:
+        package: Import name.
+        install: What pip installs.
+        names: -> every name.
+        build: (name, options) -> the network, with random weights.
+        facts: (name, options, network) -> shape of one sample, preprocessing.
+    """
+
+    package: str
+    install: str
+    names: Callable[[], list[str]]
+    build: Callable[[str, Mapping[str, Any]], nn.Module]
+    facts: Callable[[str, Mapping[str, Any], nn.Module], Facts]
+
+
+def zoo_of(source: str) -> Zoo | None:
+    """The zoo that a source names by its start, ``torchvision:`` or ``timm:``; None for another kind of source."""
+    prefix, colon, _ = source.partition(":")
+    return ZOOS.get(prefix) if colon else None
+
+
+def zoo_problem(source: str) -> str | None:
+    """Why a zoo's network can't be built here, without building it; None when it can be tried."""
+    zoo, name = ZOOS[source.partition(":")[0]], source.partition(":")[2]
+    if importlib.util.find_spec(zoo.package) is None:
+        return f"{zoo.package} is not installed (pip install '{zoo.install}')"
+    return None if name in zoo.names() else f"this {zoo.package} has no model {name!r}"
+
+
+def build_from_zoo(source: str, options: Mapping[str, Any]) -> nn.Module:
+    """Build a network by its name, with random weights.
+
+    Args:
+        source: ``torchvision:NAME`` or ``timm:NAME``.
+        options: Named arguments of its constructor: numbers, flags, texts.
+
+    Raises:
+        ModelError: There is no such network, or it takes no such option.
+        MissingDependency: The package is not installed.
+    """
+    zoo, name = ZOOS[source.partition(":")[0]], source.partition(":")[2]
+    try:
+        require(zoo.package, purpose=source)
+    except MissingDependency as error:
+        raise MissingDependency(error.message, remedy=f"Install it: pip install '{zoo.install}'") from error
+    names = zoo.names()
+    if name not in names:
+        raise ModelError(f"{zoo.package} has no model {name!r}", remedy=_hint(name, names, zoo.package))
+    if not isinstance(options, Mapping):
+        raise ModelError(f"{source} has no such options: {options!r}", remedy="Write the file again")
+    if fetching := [key for key in options if key in _FETCHING]:
+        raise ModelError(
+            f"{source} takes no option {fetching[0]!r} here: bnexport fetches no weights",
+            remedy="Pass the weights as a file, with --weights",
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # remarks on initialisation: the weights come from a file
+            return zoo.build(name, options)
+    except ModelError:
+        raise
+    except Exception as error:  # what a constructor says to a wrong value
+        raise _not_built(source, options, error) from error
+
+
+def zoo_facts(source: str, options: Mapping[str, Any], module: nn.Module) -> Facts:
+    """What the package says of a network's input: the shape of one sample, and the preprocessing as JSON."""
+    zoo, name = ZOOS[source.partition(":")[0]], source.partition(":")[2]
+    return zoo.facts(name, options, module)
+
+
+def _hint(name: str, names: list[str], package: str) -> str:
+    close = difflib.get_close_matches(name.lower(), names, n=_MAX_HINTS)
+    return f"Did you mean {' or '.join(close)}?" if close else f"{package}.list_models() lists the names"
+
+
+def _not_built(source: str, options: Mapping[str, Any], error: Exception) -> ModelError:
+    if isinstance(error, TypeError) and (match := re.search(r"unexpected keyword argument '(\w+)'", str(error))):
+        return _no_option(source, match[1])
+    given = ", ".join(f"{key}={value}" for key, value in options.items())
+    return ModelError(
+        f"{source} can't be built{f' with {given}' if given else ''}: {type(error).__name__}: {one_line(error)}",
+        remedy="Check the values given with --model-option" if given else "Try another version of the package",
+    )
+
+
+def _no_option(source: str, key: str) -> ModelError:
+    return ModelError(
+        f"{source} takes no option {key!r}", remedy="Leave it out of --model-option, or check its spelling"
+    )
+
+
+def _torchvision_names() -> list[str]:
+    models = require("torchvision.models", purpose="a torchvision network")
+    return list(models.list_models())
+
+
+def _build_torchvision(name: str, options: Mapping[str, Any]) -> nn.Module:
+    models = require("torchvision.models", purpose="a torchvision network")
+    builder = models.get_model_builder(name)
+    kind = _torchvision_kind(builder)
+    if kind in _REFUSED:
+        raise ModelError(
+            f"torchvision:{name} {_REFUSED[kind]}",
+            remedy="Write a file.py:factory around the part of it that takes and gives tensors",
+        )
+    if unknown := sorted(set(options) - _options_of(builder)):
+        raise _no_option(f"torchvision:{name}", unknown[0])
+    # Segmentation networks would download their backbone's weights.
+    without = {key: None for key in ("weights", "weights_backbone") if key in inspect.signature(builder).parameters}
+    network: nn.Module = builder(**without, **options)
+    return network
+
+
+def _torchvision_kind(builder: Callable[..., Any]) -> str:
+    """``"segmentation"`` for torchvision.models.segmentation.fcn; "" for a classifier, which lies in models itself."""
+    parts = builder.__module__.split(".")
+    return parts[2] if len(parts) > 3 else ""
+
+
+def _options_of(builder: Callable[..., Any]) -> set[str]:
+    """Names that a builder takes.
+
+    Some builders hand **options on to a configuration or a class that swallows what it does not know, so no TypeError
+    tells. Where a builder names the number of classes itself, its own parameters are all; else those of the functions and
+    networks of its module count too.
+    """
+    own = set(inspect.signature(builder).parameters)
+    if "num_classes" in own:
+        return own
+    module = sys.modules[builder.__module__]
+    found = [item for item in vars(module).values() if getattr(item, "__module__", "") == module.__name__]
+    functions = [inspect.signature(item).parameters for item in found if inspect.isfunction(item)]
+    classes = [
+        inspect.signature(item).parameters for item in found if inspect.isclass(item) and issubclass(item, nn.Module)
+    ]
+    return own.union(*functions, *(names for names in classes if "num_classes" in names))
+
+
+def _torchvision_facts(name: str, options: Mapping[str, Any], module: nn.Module) -> Facts:
+    models = require("torchvision.models", purpose="a torchvision network")
+    weights = models.get_model_weights(name)
+    kind = _torchvision_kind(models.get_model_builder(name))
+    transforms = next(iter([weights.DEFAULT] if len(weights) else []), None)
+    recipe: Any = None if transforms is None else transforms.transforms()
+    # A transformer is built for one size of image, which may not be that of its newest weights.
+    size = getattr(module, "image_size", None) or (getattr(recipe, "crop_size", None) or [224])[0]
+    if kind == "segmentation":
+        size = _SEGMENTATION_SIZE
+    if kind == "video":
+        return (3, _FRAMES, size, size), None
+    shape = (3, size, size)
+    if recipe is None or (name in _TRANSFORMING and options.get("transform_input") is not True):
+        return shape, None
+    return shape, _image(shape, recipe.mean, recipe.std)
+
+
+def _timm_names() -> list[str]:
+    timm = require("timm", purpose="a timm network")
+    return [*timm.list_models(), *timm.list_models(pretrained=True)]  # the second with their tags: resnet18.a1_in1k
+
+
+def _build_timm(name: str, options: Mapping[str, Any]) -> nn.Module:
+    timm = require("timm", purpose="a timm network")
+    network: nn.Module = timm.create_model(name, pretrained=False, **options)
+    return network
+
+
+def _timm_facts(_name: str, options: Mapping[str, Any], module: nn.Module) -> Facts:
+    config: Any = getattr(module, "pretrained_cfg", None) or {}
+    if "input_size" not in config:
+        return None, None
+    channels, height, width = config["input_size"]
+    size = options.get("img_size")
+    shape = (int(options.get("in_chans", channels)), int(size or height), int(size or width))
+    mean, std = config.get("mean"), config.get("std")
+    if mean is None or std is None or not len(mean) == len(std) == shape[0]:
+        return shape, None
+    return shape, _image(shape, mean, std)
+
+
+def _image(shape: tuple[int, ...], mean: Any, std: Any) -> dict[str, Any]:
+    """JSON of the preprocessing (``data.preprocessing.Preprocessing``), which both packages state for pixels of 0 to 1."""
+    channels, height, width = shape
+    return {
+        "channels": channels, "height": height, "width": width, "scale": 1 / 255,
+        "mean": list(map(float, mean)), "std": list(map(float, std)),
+    }  # fmt: skip
+
+
+#: Start of a source -> the zoo. A new one is a new row.
+ZOOS: dict[str, Zoo] = {
+    "torchvision": Zoo("torchvision", "torchvision", _torchvision_names, _build_torchvision, _torchvision_facts),
+    "timm": Zoo("timm", "bnexport[timm]", _timm_names, _build_timm, _timm_facts),
+}

@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+
+from bnexport.auditing import audit as auditing
+from bnexport.auditing.catalogue import TOOLS
+from bnexport.auditing.subject import call
+from bnexport.auditing.tool import Job, Product, Tool
+
+Maker = Callable[[Job], Any]
+
+
+@pytest.fixture
+def with_tools(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Replace TOOLS by the control and tools of the test: name=function from a job to a torch callable."""
+
+    def replace(**makers: Maker) -> None:
+        rows = (Tool(name, partial(_open, maker)) for name, maker in makers.items())
+        monkeypatch.setattr(auditing, "TOOLS", (TOOLS[0], *rows))
+
+    return replace
+
+
+@contextlib.contextmanager
+def _open(maker: Maker, job: Job) -> Iterator[Product]:
+    yield Product(partial(call, maker(job)), 0)

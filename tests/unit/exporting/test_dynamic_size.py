@@ -1,0 +1,130 @@
+"""Height and width that vary: names in the signature, and a sentence where they can't."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from cases import Graph, randomise
+from torch import Tensor, nn
+
+import bnexport
+from bnexport.errors import BnexportError, ExportError, UntracedError, UsageError
+from bnexport.exporting.dynamic_size import check_sizes_vary, larger_example
+from bnexport.exporting.prepare import signature_of
+from bnexport.exporting.request import InputSpec, example_inputs, fitted_preprocessing
+from bnexport.folding.trace import size_shapes
+from bnexport.tensors import other_sizes, size_axes
+
+IMAGE = (InputSpec("input", (3, 32, 32)),)
+
+
+def model(forward: Callable[..., Any], **layers: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    layers = {"conv": nn.Conv2d(3, 4, 3), "bn": nn.BatchNorm2d(4)} | layers
+    return randomise(Graph(lambda m, *x: forward(m, m.bn(m.conv(x[0])), *x[1:]), **layers)).eval()
+
+
+def pooled(y: Tensor) -> Tensor:
+    return nn.functional.max_pool2d(y, 4)
+
+
+def shapes(network: nn.Module, specs: tuple[InputSpec, ...] = IMAGE) -> list[tuple[int | str, ...]]:
+    check_sizes_vary(network, specs)
+    inputs = example_inputs(larger_example(specs))
+    folded = bnexport.fold(network, inputs, dynamic_shapes=size_shapes(network, inputs)).model
+    names = tuple(spec.name for spec in specs)
+    signature = signature_of(folded, inputs, input_names=names, dynamic_size=True)
+    return [spec.shape for spec in (*signature.inputs, *signature.outputs)]
+
+
+def test_axes_by_rank() -> None:
+    assert size_axes(4) == {2: "height", 3: "width"}
+    assert (size_axes(3), size_axes(2)) == ({2: "length"}, {})
+    assert list(size_axes(5).values()) == ["depth", "height", "width"]
+    first = next(iter(other_sizes(["height", "width"])))
+    assert first["height"] % 2 == first["width"] % 2 == 1
+    assert first["height"] != first["width"]
+
+
+def test_a_size_that_comes_out_as_it_went_in_keeps_its_name() -> None:
+    network = model(
+        lambda m, y: {"same": nn.functional.pad(y, (1, 1, 1, 1)), "pooled": pooled(y), "mean": y.mean((2, 3))}
+    )
+    assert shapes(network) == [
+        ("batch", 3, "height", "width"),
+        ("batch", 4, "height", "width"),
+        ("batch", 4, "pooled_height", "pooled_width"),
+        ("batch", 4),
+    ]
+
+
+def test_squares_have_one_name_for_both() -> None:
+    assert shapes(model(lambda m, y: y + y.transpose(2, 3)))[0] == ("batch", 3, "height", "height")
+
+
+def test_several_images() -> None:
+    network = model(lambda m, y, z, t: y.mean((2, 3)) + m.conv(z).mean((2, 3)) + t)
+    specs = (*IMAGE, InputSpec("small", (3, 16, 20)), InputSpec("t", (4,)))
+    assert shapes(network, specs) == [
+        ("batch", 3, "height", "width"),
+        ("batch", 3, "small_height", "small_width"),
+        ("batch", 4),
+        ("batch", 4),
+    ]
+    assert shapes(model(lambda m, y, z: y * m.conv(z)), (IMAGE[0], InputSpec("other", (3, 32, 32))))[:2] == [
+        ("batch", 3, "height", "width"),
+        ("batch", 3, "height", "width"),
+    ]
+
+
+def test_multiples_are_found() -> None:
+    unet = model(
+        lambda m, y: torch.cat([y, m.up(nn.functional.max_pool2d(y, 8))], 1),
+        conv=nn.Conv2d(3, 4, 3, padding=1), up=nn.ConvTranspose2d(4, 4, 8, 8),
+    )  # fmt: skip
+    assert shapes(unet)[1] == ("batch", 8, "height", "width")
+
+
+def refusal(network: nn.Module, specs: tuple[InputSpec, ...] = IMAGE, kind: type[BnexportError] = ExportError) -> str:
+    with pytest.raises(kind) as caught:
+        shapes(network, specs)
+    assert "--dynamic-size" in caught.value.remedy or kind is UsageError
+    assert "\n" not in str(caught.value)
+    return caught.value.message
+
+
+def test_what_pins_a_size_is_said() -> None:
+    both = refusal(model(lambda m, y: m.fc(y.flatten(1)), fc=nn.Linear(4 * 30 * 30, 5)))
+    assert "the height of the input of Graph is pinned to 32" in both
+    assert "at test_dynamic_size.py:" in both
+    assert "the width of the input of Graph is pinned to 32" in refusal(
+        model(lambda m, y: m.fc(y), fc=nn.Linear(30, 5))
+    )
+    baked = refusal(model(lambda m, y: y * float(y.shape[2])), kind=UntracedError)
+    assert "the height of the input of Graph" in baked
+    assert "is pinned" in baked
+
+
+def test_without_an_image_there_is_no_size() -> None:
+    network = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5)).eval()
+    assert "no input here has a height" in refusal(network, (InputSpec("input", (4,)),), UsageError)
+
+
+def test_a_network_down_to_one_pixel_is_traced_larger() -> None:
+    """At 32 pixels the last map has one, which torch.export would take for a constant."""
+    layers = [nn.Conv2d(4, 4, 3, 2, 1) for _ in range(5)]
+    network = model(
+        lambda m, y: m.rest(y).mean((2, 3)), conv=nn.Conv2d(3, 4, 3, padding=1), rest=nn.Sequential(*layers)
+    )
+    assert shapes(network)[0] == ("batch", 3, "height", "width")
+
+
+def test_preprocessing_follows_the_input() -> None:
+    stated = {"channels": 3, "height": 224, "width": 224, "scale": 1.0, "mean": [0.0] * 3, "std": [1.0] * 3}
+    assert fitted_preprocessing(stated, (InputSpec("input", (3, 64, 96)),)) == {**stated, "height": 64, "width": 96}
+    assert fitted_preprocessing(stated, (InputSpec("input", (1, 64, 96)),)) is None
+    assert fitted_preprocessing(stated, (InputSpec("a", (3, 8, 8)), InputSpec("b", (3, 8, 8)))) is None
+    assert fitted_preprocessing(None, IMAGE) is None

@@ -1,0 +1,324 @@
+"""The table of small ONNX graphs: what must become of each BatchNormalization, and why it stays where it does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from onnx import ModelProto, TensorProto, helper
+from support.onnx_builder import Builder
+
+
+@dataclass(frozen=True)
+class Case:
+    """One graph.
+
+    Attributes:
+        name: Of the test.
+        build: Fills the builder.
+        outcomes: Node -> outcome, in the order of the account.
+        because: Part of the reason of the first that stays.
+        options: Of the builder: opset, ir, dtype.
+        fold: Of ``fold_onnx``.
+        runs: Whether onnxruntime has a kernel for it and gives finite numbers.
+    """
+
+    name: str
+    build: Callable[[Builder], None]
+    outcomes: tuple[tuple[str, str], ...]
+    because: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+    fold: dict[str, Any] = field(default_factory=dict)
+    runs: bool = True
+
+    def model(self) -> ModelProto:
+        builder = Builder(**self.options)
+        self.build(builder)
+        return builder.model()
+
+
+def image(between: Callable[[Builder, str], str], channels: int = 6, *, rank: int | None = 4, **conv: Any) -> Any:
+    """Conv (3 to 6 channels), something, BatchNormalization, Sigmoid."""
+
+    def build(g: Builder) -> None:
+        y = between(g, g.conv(g.input("n", 3, 8, 9), 3, 6, **conv))
+        g.output(g.node("Sigmoid", g.bn(y, channels), outputs=("out",)), rank=rank)
+
+    return build
+
+
+def before(between: Callable[[Builder, str], str], **conv: Any) -> Any:
+    """Sigmoid, BatchNormalization (3 channels), something, Conv."""
+
+    def build(g: Builder) -> None:
+        y = between(g, g.bn(g.node("Sigmoid", g.input("n", 3, 8, 9)), 3))
+        g.output(g.conv(y, 3, 6, **conv), rank=4)
+
+    return build
+
+
+def direct(_g: Builder, x: str) -> str:
+    return x
+
+
+def doubled(g: Builder, x: str) -> str:
+    return g.node("Resize", x, "", g.init("scales", value=np.asarray([1, 1, 2, 2.0])), mode="linear")
+
+
+def through(operator: str, *constants: Any, **attributes: Any) -> Callable[[Builder, str], str]:
+    def add(g: Builder, x: str) -> str:
+        names = [g.init(f"c{len(g.stored)}", value=np.asarray(item)) for item in constants]
+        return g.node(operator, x, *names, **attributes)
+
+    return add
+
+
+def transposed(g: Builder, *, group: int, cout: int, **attributes: Any) -> None:
+    w = g.init("w", 4, cout // group, 3, 3)
+    y = g.node("ConvTranspose", g.input("n", 4, 5, 6), w, name="up", group=group, **attributes)
+    g.output(g.bn(y, cout), rank=4)
+
+
+def gemm(g: Builder, *, trans_b: int = 0, bias: Any = None, **attributes: Any) -> None:
+    x = g.input("n", 5)
+    inputs = [x, g.init("w", *((7, 5) if trans_b else (5, 7)))]
+    if bias is not None:
+        inputs.append(g.init("b", value=bias))
+    g.output(g.bn(g.node("Gemm", *inputs, name="fc", transB=trans_b, **attributes), 7), rank=2)
+
+
+def matmul(g: Builder, *, features: int, add: bool = True, swapped: bool = False, channels: int = 4) -> None:
+    """(n, 4, 5) @ (5, features) + bias, normalised over axis 1."""
+    y = g.node("MatMul", g.input("n", 4, 5), g.init("w", 5, features), name="product")
+    if add:
+        b = g.init("b", features)
+        y = g.node("Add", *((b, y) if swapped else (y, b)), name="plus")
+    g.output(g.bn(y, channels), rank=3)
+
+
+def matmul_2d(g: Builder, *, swapped: bool = False, add: bool = True) -> None:
+    y = g.node("MatMul", g.input("n", 5), g.init("w", 5, 7), name="product")
+    if add:
+        b = g.init("b", 7)
+        y = g.node("Add", *((b, y) if swapped else (y, b)), name="plus")
+    g.output(g.node("Sigmoid", g.bn(y, 7)), rank=2)
+
+
+def channels_last(g: Builder) -> None:
+    """(n, 5, 3) @ W, the channels moved to axis 1, normalised, and moved back."""
+    y = g.node("MatMul", g.input("n", 5, 3), g.init("w", 3, 4), name="product")
+    y = g.bn(g.node("Transpose", y, perm=[0, 2, 1]), 4)
+    g.output(g.node("Transpose", y, perm=[0, 2, 1], outputs=("out",)), rank=3)
+
+
+def second_consumer(g: Builder) -> None:
+    y = g.conv(g.input("n", 3, 8, 9), 3, 6)
+    g.output(g.bn(y, 6), g.node("Relu", y), rank=4)
+
+
+def output_between(g: Builder) -> None:
+    y = g.conv(g.input("n", 3, 8, 9), 3, 6)
+    g.output(y, g.bn(y, 6), rank=4)
+
+
+def two_convs(g: Builder, *, alike: bool) -> None:
+    """One weight in two convolutions, a norm behind each."""
+    x = g.input("n", 3, 8, 9)
+    w = g.init("w", 6, 3, 3, 3)
+    first, second = (g.node("Conv", x, w, name=f"conv{index}") for index in (1, 2))
+    parameters = g.statistics(6, "shared")
+    a = g.bn(first, 6, name="bn1", parameters=parameters)
+    b = g.node(
+        "BatchNormalization", second, *(parameters if alike else g.statistics(6, "own")), name="bn2", epsilon=1e-3
+    )
+    if alike:
+        g.nodes[-2].attribute[0].f = 1e-3
+    g.output(g.node("Tanh", a), g.node("Tanh", b), rank=4)
+
+
+def shared_weight(g: Builder) -> None:
+    """The weight of a folded convolution is read by another one, without a norm."""
+    x, w = g.input("n", 3, 8, 9), g.init("w", 6, 3, 3, 3)
+    a, b = g.bn(g.node("Conv", x, w, name="conv1"), 6), g.node("Conv", x, w, name="conv2")
+    g.output(g.node("Tanh", a), g.node("Tanh", b), rank=4)
+
+
+def weight_is_output(g: Builder) -> None:
+    y = g.bn(g.conv(g.input("n", 3, 8, 9), 3, 6), 6)
+    g.output(y, rank=4)
+    g.outputs.append(helper.make_tensor_value_info("conv.w", TensorProto.FLOAT, [6, 3, 3, 3]))
+
+
+def overridable(g: Builder, *, what: str) -> None:
+    w = g.init("conv.w", 6, 3, 3, 3, overridable=what == "weight")
+    y = g.node("Conv", g.input("n", 3, 8, 9), w, name="conv")
+    g.output(g.node("Sigmoid", g.bn(y, 6, overridable=what == "statistics")), rank=4)
+
+
+def constant_nodes(g: Builder) -> None:
+    """The weight behind Constant, Identity and Reshape nodes."""
+    flat = g.rng.standard_normal(6 * 27).astype("float32")
+    c = g.node("Constant", outputs=("flat",), value=helper.make_tensor("value", TensorProto.FLOAT, [6 * 27], flat))
+    w = g.node("Reshape", g.node("Identity", c), g.init("shape", value=[6, 3, 3, 3]))
+    g.output(g.bn(g.node("Conv", g.input("n", 3, 8, 9), w, name="conv"), 6), rank=4)
+
+
+def computed_weight(g: Builder) -> None:
+    """A weight that depends on the input."""
+    x = g.input("n", 3, 8, 9)
+    w = g.node("Mul", g.init("w", 6, 3, 3, 3), g.node("ReduceMax", x, keepdims=0))
+    g.output(g.bn(g.node("Conv", x, w, name="conv"), 6), rank=4)
+
+
+def training(g: Builder) -> None:
+    y = g.conv(g.input("n", 3, 8, 9), 3, 6)
+    y = g.bn(y, 6, outputs=("y", "m", "v"), training_mode=1)
+    g.output(g.bn(g.conv(y, 6, 6, name="conv2"), 6, name="bn2"), rank=4)
+
+
+def five_outputs(g: Builder) -> None:
+    y = g.conv(g.input("n", 3, 8, 9), 3, 6)
+    g.output(g.bn(y, 6, outputs=("y", "mean", "var", "saved_mean", "saved_var")), rank=4)
+
+
+def branch(g: Builder, name: str, nodes: list[Any]) -> Any:
+    value = helper.make_tensor_value_info(nodes[-1].output[0], TensorProto.FLOAT, None)
+    return helper.make_graph(nodes, name, [], [value])
+
+
+def inside_if(g: Builder) -> None:
+    """A norm in a branch, and one before the If."""
+    flag = g.init("flag", value=np.asarray(True))
+    y = g.bn(g.conv(g.input("n", 3, 8, 9), 3, 6), 6)
+    inner = helper.make_node("BatchNormalization", [y, *g.statistics(6, "inner")], ["inside"], name="bn_inside")
+    other = helper.make_node("Relu", [y], ["other"])
+    z = g.node("If", flag, then_branch=branch(g, "then", [inner]), else_branch=branch(g, "else", [other]))
+    g.output(z, rank=4)
+
+
+def read_by_if(g: Builder) -> None:
+    """The value that the norm reads is read by a branch too: the convolution must stay as it is."""
+    flag = g.init("flag", value=np.asarray(True))
+    y = g.conv(g.input("n", 3, 8, 9), 3, 6)
+    then, other = helper.make_node("Relu", [y], ["a"]), helper.make_node("Tanh", [y], ["b"])
+    z = g.node("If", flag, then_branch=branch(g, "then", [then]), else_branch=branch(g, "else", [other]))
+    g.output(g.bn(y, 6), z, rank=4)
+
+
+def weight_in_if(g: Builder) -> None:
+    """The convolution's weight is read by a branch too: it must keep its numbers."""
+    flag, x = g.init("flag", value=np.asarray(True)), g.input("n", 3, 8, 9)
+    y = g.bn(g.conv(x, 3, 6), 6)
+    then, other = helper.make_node("Conv", [x, "conv.w"], ["a"]), helper.make_node("Conv", [x, "conv.w"], ["b"])
+    z = g.node("If", flag, then_branch=branch(g, "then", [then]), else_branch=branch(g, "else", [other]))
+    g.output(g.node("Tanh", y), z, rank=4)
+
+
+def in_function(g: Builder) -> None:
+    g.opsets.append(helper.make_opsetid("mine", 1))
+    inner = helper.make_node("BatchNormalization", ["x", "s", "b", "m", "v"], ["y"], name="bn_inside")
+    g.functions.append(
+        helper.make_function(
+            "mine", "Norm", ["x", "s", "b", "m", "v"], ["y"], [inner], [helper.make_opsetid("", g.opset)]
+        )
+    )
+    y = g.node("Norm", g.conv(g.input("n", 3, 8, 9), 3, 6), *g.statistics(6, "f"), domain="mine")
+    g.output(g.bn(g.conv(y, 6, 6, name="conv2"), 6, name="bn2"), rank=4)
+
+
+def rep_vgg(g: Builder) -> None:
+    """conv3(x) + conv1(x) + BN(x)."""
+    x = g.node("Sigmoid", g.input("n", 6, 8, 9))
+    a = g.bn(g.conv(x, 6, 6, name="c3", pads=[1] * 4), 6, name="bn3")
+    b = g.bn(g.conv(x, 6, 6, 1, name="c1"), 6, name="bn1")
+    total = g.node("Add", g.node("Add", a, b), g.bn(x, 6, name="bn0"))
+    g.output(g.node("Relu", total, outputs=("out",)), rank=4)
+
+
+def branches(g: Builder, operator: str, *, second_norm: bool = False) -> None:
+    x = g.input("n", 3, 8, 9)
+    a, b = g.conv(x, 3, 6, name="a"), g.conv(x, 3, 6, name="b")
+    b = g.bn(b, 6, name="bn_b") if second_norm else b
+    joined = g.node(operator, a, b, **({"axis": 1} if operator == "Concat" else {}))
+    g.output(g.node("Sigmoid", g.bn(joined, 12 if operator == "Concat" else 6), outputs=("out",)), rank=4)
+
+
+def split(g: Builder) -> None:
+    """One half of a convolution's channels is normalised, the other is not."""
+    y = g.conv(g.input("n", 3, 8, 9), 3, 6)
+    more = (g.init("sizes", value=[2, 4]),) if g.opset >= 13 else ()
+    given = {} if g.opset >= 13 else {"split": [2, 4]}
+    left = g.node("Split", y, *more, outputs=("left", "right"), axis=1, **given)
+    g.output(g.node("Tanh", left), g.bn("right", 4), rank=4)
+
+
+def flattened(g: Builder) -> None:
+    """Norm, pooling, flatten, linear: each channel becomes several features."""
+    y = g.bn(g.node("Sigmoid", g.input("n", 3, 4, 4)), 3)
+    y = g.node("Flatten", g.node("AveragePool", y, kernel_shape=[2, 2], strides=[2, 2]))
+    g.output(g.node("Gemm", y, g.init("w", 12, 5), name="fc"), rank=2)
+
+
+def shuffle(g: Builder) -> None:
+    """Channel shuffle by Reshape, Transpose, Reshape."""
+    y = g.conv(g.input("n", 3, 8, 9), 3, 6)
+    y = g.node("Reshape", y, g.init("s1", value=[-1, 2, 3, 6, 7]))
+    y = g.node("Reshape", g.node("Transpose", y, perm=[0, 2, 1, 3, 4]), g.init("s2", value=[-1, 6, 6, 7]))
+    g.output(g.bn(y, 6), rank=4)
+
+
+def shaped_by_input(g: Builder) -> None:
+    """A Reshape whose target is computed from the shape of the value itself."""
+    y = g.conv(g.input("n", 3, 8, 9), 3, 6)
+    n = g.node("Gather", g.node("Shape", y), g.init("zero", value=[0]), axis=0)
+    target = g.node("Concat", n, g.init("rest", value=[6, -1]), axis=0)
+    g.output(g.bn(g.node("Reshape", y, target), 6), rank=3)
+
+
+def plain_arithmetic(g: Builder) -> None:
+    y = g.conv(g.input("n", 3, 8, 9), 3, 6)
+    y = g.node("Mul", g.node("Sub", y, g.init("m", 6, 1, 1)), g.init("s", 1, 6, 1, 1))
+    g.output(g.bn(g.node("Neg", y), 6), rank=4)
+
+
+def big_half(g: Builder) -> None:
+    """Gains that float16 can't hold."""
+    y = g.conv(g.input("n", 3, 8, 9), 3, 6)
+    values = [np.full(6, 60000.0), np.zeros(6), np.zeros(6), np.full(6, 1e-4)]
+    names = [g.init(f"p{index}", value=value) for index, value in enumerate(values)]
+    g.output(g.bn(y, 6, parameters=names), rank=4)
+
+
+def two_norms(g: Builder) -> None:
+    g.output(g.bn(g.bn(g.conv(g.input("n", 3, 8, 9), 3, 6), 6, name="bn1"), 6, name="bn2"), rank=4)
+
+
+def stuck_twice(g: Builder) -> None:
+    """Two norms in a row that no layer can take: one remains."""
+    y = g.bn(g.bn(g.node("Sigmoid", g.input("n", 6, 8, 9)), 6, name="bn1"), 6, name="bn2")
+    g.output(g.node("Sigmoid", y, outputs=("out",)), rank=4)
+
+
+def output_is_taken_over(g: Builder) -> None:
+    g.output(g.bn(g.node("Identity", g.conv(g.input("n", 3, 8, 9), 3, 6)), 6, outputs=("answer",)), rank=4)
+
+
+def static_map(g: Builder) -> None:
+    """A shift behind zero padding with fixed sizes and a stride: a map of constants is smaller than the input."""
+    y = g.bn(g.node("Sigmoid", g.input("n", 3, 8, 8)), 3)
+    g.output(g.conv(y, 3, 2, name="conv", pads=[1] * 4, strides=[4, 4]), rank=4)
+
+
+def positive_before(operator: str) -> Any:
+    def build(g: Builder) -> None:
+        y = g.node(operator, g.conv(g.input("n", 3, 8, 9), 3, 6), **POOL)
+        g.output(g.node("Sigmoid", g.bn(y, 6, positive=True)), rank=4)
+
+    return build
+
+
+POOL: dict[str, Any] = {"kernel_shape": [2, 2], "strides": [2, 2]}
+GONE, IN, OUT = (("bn", "through"),), (("bn", "backward"),), (("bn", "forward"),)
+STAYS, KEPT = (("bn", "affine"),), (("bn", "kept"),)

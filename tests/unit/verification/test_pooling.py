@@ -1,0 +1,66 @@
+"""Pooling of the float64 proof against torch, which rounds window counts up as the exporter means it."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from onnx import TensorProto, helper
+from torch.nn import functional
+
+from bnexport.verification.onnx_file import read_model
+from bnexport.verification.pooling import average_pool, fast_operators, max_pool
+from bnexport.verification.proof import Float64Evaluator
+
+GEOMETRIES = [
+    (kernel, stride, pad, dilation, ceil)
+    for kernel, stride, pad, dilation, ceil in itertools.product((2, 3), (1, 2, 3), (0, 1), (1, 2), (False, True))
+    if pad <= kernel // 2
+]
+
+
+@pytest.mark.parametrize(("kernel", "stride", "pad", "dilation", "ceil"), GEOMETRIES)
+def test_max_pool_is_torch_s(kernel: int, stride: int, pad: int, dilation: int, ceil: bool) -> None:
+    for size in (7, 8, 9):
+        x = np.random.default_rng(size).standard_normal((2, 3, size, size + 1)) - 5.0  # a padding of zeros would win
+        want = functional.max_pool2d(torch.from_numpy(x), kernel, stride, pad, dilation, ceil_mode=ceil).numpy()
+        have = max_pool(x, (kernel,) * 2, (stride,) * 2, (pad,) * 4, (dilation,) * 2, ceil=ceil)
+        np.testing.assert_array_equal(have, want)
+
+
+@pytest.mark.parametrize("pad", [0, 1])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_average_pool_counts_the_padding_in(stride: int, pad: int) -> None:
+    x = np.random.default_rng(0).standard_normal((2, 3, 9, 8))
+    want = functional.avg_pool2d(torch.from_numpy(x), 3, stride, pad).numpy()
+    np.testing.assert_allclose(average_pool(x, (3, 3), (stride,) * 2, (pad,) * 4), want, rtol=1e-13, atol=1e-15)
+
+
+def test_max_pool_of_whole_numbers() -> None:
+    x = np.arange(-8, 1, dtype=np.int64).reshape(1, 1, 9)
+    assert max_pool(x, (2,), (2,), (1, 1)).tolist() == [[[-8, -6, -4, -2, 0]]]
+
+
+def model(outputs: list[str], **attributes: object) -> bytes:
+    node = helper.make_node("MaxPool", ["x"], outputs, kernel_shape=[3, 3], **attributes)
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 3, None, None]) for name in ("x", "y"))
+    made = helper.make_model(helper.make_graph([node], "g", [x], [y]), opset_imports=[helper.make_opsetid("", 18)])
+    return made.SerializeToString()
+
+
+@pytest.mark.parametrize(
+    ("outputs", "attributes", "fast"),
+    [(["y"], {"ceil_mode": 1}, True), (["y", "at"], {}, False), (["y"], {"auto_pad": "SAME_UPPER"}, False)],
+)
+def test_only_what_is_understood_is_replaced(outputs: list[str], attributes: dict[str, object], fast: bool) -> None:
+    assert (fast_operators(read_model(model(outputs, **attributes))) is not None) == fast
+
+
+def test_the_proof_takes_a_padded_rounded_up_window() -> None:
+    """The shape of GoogLeNet's pooling branch, which onnx's reference implementation gets two pixels too large."""
+    source = model(["y"], strides=[1, 1], pads=[1, 1, 1, 1], ceil_mode=1)
+    x = np.random.default_rng(3).standard_normal((2, 3, 8, 8))
+    want = functional.max_pool2d(torch.from_numpy(x), 3, 1, 1, ceil_mode=True).numpy()
+    np.testing.assert_array_equal(Float64Evaluator(source).evaluate({"x": x})["y"], want)
