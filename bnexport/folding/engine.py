@@ -88,6 +88,7 @@ class Engine:
         if not isinstance(site.op.kind, Norm):
             return
         refusals: list[tuple[Rule, Refused]] = []
+        self._take_in_arithmetic(site)
         self._merge_skips(site)
         for rule in RULES:
             plan = Plan(self.graph, MOVES, self.budget, maps=rule.maps, clamps=self.clamps)
@@ -120,6 +121,32 @@ class Engine:
         site.row = replace(site.row, outcome="kept", reason=what, unlock="", rule="", equation="", error=error)
         site.op.kind = Opaque("its own fold failed its proof")  # nothing is merged into it or moved across it
         return None
+
+    def _take_in_arithmetic(self, site: _Site) -> None:
+        """What plain scales and shifts follow a BatchNorm alone become part of it, before it looks for a place."""
+        op = site.op
+        while len(op.users) == 1:
+            op = op.users[0]
+            if isinstance(op.kind, Identity) and len(op.inputs) == 1:
+                continue
+            if not isinstance(op.kind, Norm) or op.norm is not None or not isinstance(site.op.kind, Norm):
+                return
+            plan = Plan(self.graph, MOVES, self.budget)
+            plan.path.update(dict.fromkeys((site.op, op)))
+            above = site.op
+            while above is not op:
+                plan.path[above] = None
+                above = above.users[0]
+            if op.rank != site.op.rank or op.shape != site.op.shape:
+                return
+            try:
+                plan.norm(site.op, op.kind.affine.after(site.op.kind.affine))
+            except Refused:
+                return
+            plan.edit(op, Identity())
+            if self._proved(site, plan) is None:
+                return
+            self._carry_out(plan)
 
     def _merge_skips(self, site: _Site) -> None:
         """A BatchNorm after ``conv(x) + x`` can go back only when the skip connection is part of the convolution."""

@@ -109,7 +109,7 @@ def _bounds(plan: Plan, op: Op, low: Tensor, high: Tensor) -> Clamp:
     clamp = Clamp(found.scale, found.shift)
     if not plan.clamps and not is_plain(clamp):
         raise Refused(
-            f"across {op.name} it would become a bound per channel, which ONNX Runtime computes more slowly on a CPU than the"
+            f"across {op.name} it would become a bound per channel, which ONNX Runtime computes no faster on a CPU than the"
             " batch norm (docs/affine_form.md)",
             "--clamps",
         )

@@ -203,7 +203,8 @@ READERS: dict[Any, Reader] = {
 def _chain(first: NormReading, constants: Constants) -> NormReading:
     """The run of arithmetic that starts here, within one call of one module, without other readers, as one norm.
 
-    It counts as a norm when it has a scale and a shift by stored constants; a lone ``x * 2`` or ``x + bias`` does not.
+    It counts as a norm when it has a stored scale and a shift, along one axis at most; a lone ``x * 2`` or ``x + bias`` does
+    not, and neither does the scale and the table of positions of an attention.
     """
     links = [first]
     node = first.nodes[0]
@@ -224,14 +225,15 @@ def _chain(first: NormReading, constants: Constants) -> NormReading:
         affine = link.affine.after(affine)
     assert affine is not None
     whole = _plain(first.nodes[0], first.value, affine)
-    return NormReading(nodes, first.value, affine, whole.axis, _is_norm(nodes, constants))
+    varying = sum(affine.varies_along(axis) for axis in range(affine.rank))
+    return NormReading(nodes, first.value, affine, whole.axis, varying <= 1 and _is_norm(nodes, constants))
 
 
 def _is_norm(nodes: tuple[Node, ...], constants: Constants) -> bool:
     names = {operator_name(node) for node in nodes}
-    stored = any(constants.value(parent) is not None for node in nodes for parent in node.all_input_nodes)
-    scales, shifts = bool(names & {"mul", "div", "truediv"}), bool(names & {"add", "sub", "rsub"})
-    return stored and ("addcmul" in names or (scales and shifts))
+    scales = [node for node in nodes if operator_name(node) in ("mul", "div", "truediv", "addcmul")]
+    stored = any(constants.known(parent) for node in scales for parent in node.all_input_nodes)
+    return stored and bool(names & {"add", "sub", "rsub", "addcmul"})
 
 
 def _typed(reading: NormReading) -> NormReading:

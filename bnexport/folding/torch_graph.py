@@ -139,6 +139,8 @@ class TorchGraph:
         changed = memory_of(norm.nodes[-1]) in self.constants.mutated
         if norm.affine is None or changed or norm.why_not:
             return Opaque(norm.why_not or "its memory is changed in place")
+        if not norm.counts and not norm.affine.has_scale and not norm.affine.has_shift:
+            return Identity()  # x + 0, x * 1
         return Norm(norm.affine)
 
     def _call(self, norm: NormReading) -> NormCall | None:

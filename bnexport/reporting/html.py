@@ -11,8 +11,9 @@ from typing import Any
 import jinja2
 
 from bnexport.bundle import Manifest
-from bnexport.folding.report import FoldReport
+from bnexport.folding.report import GONE, OUTCOMES, FoldReport
 from bnexport.reporting.figures import Samples, error_against_margin, error_histogram, error_overview
+from bnexport.reporting.fold_summary import gain_of, growth_of, tallies, verdict_of
 from bnexport.reporting.summary import certified, flipped, groups, module_name, number, rate_bound, total_flips, word
 from bnexport.tensors import Signature
 from bnexport.verification.tolerances import TOLERANCES
@@ -20,12 +21,8 @@ from bnexport.verification.verdict import VerificationReport
 
 TEMPLATE = "report.html.jinja"
 
-#: Outcome of a fold -> what it means.
-OUTCOMES: dict[str, str] = {
-    "folded": "gone: its scale and shift are part of the layer's weights",
-    "affine": "left as one multiplication and one addition per channel",
-    "kept": "left as it was",
-}
+#: BatchNorm calls up to which the page shows its table open; a longer one unfolds on a click.
+OPEN_CALLS = 40
 
 #: Stage of a verification -> the question that it answers. Why its bound is what it is stands in TOLERANCES.
 STAGES: dict[str, str] = {
@@ -69,6 +66,9 @@ def render_report(
         outputs=_specs(manifest.signature)[1],
         fold=fold,
         outcomes=OUTCOMES,
+        gone=GONE,
+        tallies=tallies(fold),
+        many=len(fold.rows) > OPEN_CALLS,
         verification=verification,
         groups=gathered,
         stages=_stages(verification),
@@ -93,7 +93,15 @@ def _environment() -> jinja2.Environment:
         keep_trailing_newline=True,
     )
     environment.filters.update(
-        number=number, word=word, flipped=flipped, certified=certified, module_name=module_name, compact=_compact
+        number=number,
+        word=word,
+        flipped=flipped,
+        certified=certified,
+        module_name=module_name,
+        gain=gain_of,
+        fold_verdict=verdict_of,
+        growth=growth_of,
+        compact=_compact,
     )
     return environment
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -12,22 +12,23 @@ from rich.text import Text
 
 from bnexport.environment import describe
 from bnexport.files import forget_reader
+from bnexport.folding.report import GONE, OUTCOMES, FoldReport, FoldRow
+from bnexport.reporting.fold_summary import account_of, gain_of, growth_of, tallies, verdict_of
 from bnexport.reporting.summary import NOTHING, certified, groups, module_name, number, word
 
 if TYPE_CHECKING:
-    from bnexport.folding.report import FoldReport
     from bnexport.verification.verdict import VerificationReport
 
 #: Colour of a word in a table; the word itself carries the meaning.
 STYLES: dict[str, str] = {
     "PASS": "bold green",
     "FAIL": "bold red",
-    "folded": "green",
-    "affine": "yellow",
-    "kept": "yellow",
+    **{outcome: "green" if outcome in GONE else "yellow" for outcome in OUTCOMES},
 }
 #: Failed rows that are printed with their reason: one fault fails every runtime on every input, and the first tells it.
 _LISTED_FAILURES = 8
+#: BatchNorm calls up to which each has its row; of more, those that are gone are counted by outcome and rule.
+_LISTED_CALLS = 30
 
 
 class _Console(Console):
@@ -47,27 +48,52 @@ def make_console(stderr: bool = False) -> Console:
 
 
 def print_fold_report(report: FoldReport, console: Console) -> None:
-    """One row per BatchNorm call site: what became of it, into what, or why not."""
+    """What became of each BatchNorm call. Warnings come first; of many calls those that are gone are only counted."""
+    for warning in report.warnings:
+        console.print(literal(f"WARNING: {warning}", console, style=STYLES["FAIL"]))
+    rows = list(report.rows)
+    if len(rows) > _LISTED_CALLS:
+        _print_tallies(report, console)
+        rows = [row for row in rows if not row.gone]
+    if rows:
+        _print_calls(rows, console)
+    for sentence in (growth_of(report), verdict_of(report)):
+        if sentence:
+            console.print(literal(sentence, console), soft_wrap=True)
+
+
+def _print_tallies(report: FoldReport, console: Console) -> None:
+    table = make_table(console)
+    table.add_column("calls", justify="right", no_wrap=True)
+    table.add_column("outcome", no_wrap=True)
+    table.add_column("rule", overflow="fold")
+    table.add_column("what it means", overflow="fold")
+    meanings = dict(OUTCOMES)
+    for tally in tallies(report):
+        meaning = meanings.pop(tally.outcome, "")  # once each
+        table.add_row(
+            str(tally.count),
+            literal(tally.outcome, console),
+            literal(tally.rule or NOTHING, console),
+            literal(meaning, console, style="dim"),
+        )
+    console.print(table)
+
+
+def _print_calls(rows: Sequence[FoldRow], console: Console) -> None:
     table = make_table(console)
     table.add_column("outcome", no_wrap=True)
     table.add_column("BatchNorm", overflow="fold")
     table.add_column("into what, or why not", overflow="fold")
-    table.add_column("max |scale|", justify="right", no_wrap=True)
-    for row in report.rows:
-        target = f"{row.into} ({row.rule})" if row.into and row.rule else row.into or row.rule
+    table.add_column("|scale|", justify="right", no_wrap=True)
+    for row in rows:
         table.add_row(
             literal(row.outcome, console),
             literal(f"{module_name(row.module)} ({row.kind}, {row.channels})", console),
-            literal("; ".join(part for part in (target, row.reason) if part) or NOTHING, console),
-            number(row.max_scale) if row.channels else NOTHING,
+            literal(account_of(row), console),
+            gain_of(row) if row.channels else NOTHING,
         )
-    if report.rows:
-        console.print(table)
-    folded = report.count("folded")
-    remaining = f"{report.remaining} batch_norm operation{'' if report.remaining == 1 else 's'} left in the graph"
-    console.print(
-        literal(f"{folded} of {len(report.rows)} BatchNorm call sites folded, {remaining}", console), soft_wrap=True
-    )
+    console.print(table)
 
 
 def print_verification(report: VerificationReport, console: Console) -> None:

@@ -76,8 +76,8 @@ class Builder:
     def bn(self, x: str, channels: int, *, name: str = "bn", outputs: tuple[str, ...] = (), positive: bool = False,
            overridable: bool = False, parameters: list[str] | None = None, **attributes: Any) -> str:  # fmt: skip
         given = parameters or self.statistics(channels, name, positive=positive, overridable=overridable)
-        epsilon = (1e-5, 1e-3, 3e-2)[len(self.nodes) % 3]
-        return self.node("BatchNormalization", x, *given, name=name, outputs=outputs, epsilon=epsilon, **attributes)
+        epsilon = {} if len(self.nodes) % 4 == 0 else {"epsilon": (1e-5, 1e-3, 3e-2)[len(self.nodes) % 3]}
+        return self.node("BatchNormalization", x, *given, name=name, outputs=outputs, **epsilon, **attributes)
 
     def model(self) -> ModelProto:
         graph = helper.make_graph(self.nodes, "graph", self.inputs, self.outputs, self.stored)

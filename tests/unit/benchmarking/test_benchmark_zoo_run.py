@@ -109,5 +109,5 @@ def test_the_page_tells_totals_targets_and_failures(tmp_path: Path) -> None:
 def test_a_page_of_the_tools_alone(tmp_path: Path) -> None:
     write_document([line("timm:x", "tools", left={"before": 3, "onnxslim": 1}, failed={})], tmp_path / "zoo.md")
     text = (tmp_path / "zoo.md").read_text()
-    assert "| timm:x | 64 | 3 | - | - | - | - | - | - | - | 1 |" in text
+    assert "| timm:x | 64 | 3 | - | - | - | - | - | - | - | - | 1 |" in text
     assert "None." in text

@@ -6,12 +6,14 @@ import copy
 import dataclasses
 import functools
 import json
+from collections.abc import Callable
 
 import pytest
 import torch
 from cases import CASES, Case, randomise
-from support.models import AddCMul
+from support.models import AddCMul, bn, graph, sequential
 from torch import Tensor, nn
+from torch.nn import functional
 from torchvision.ops import FrozenBatchNorm2d
 
 import bnexport
@@ -227,6 +229,40 @@ def test_a_reading_that_misses_a_consumer_is_caught(monkeypatch: pytest.MonkeyPa
     report = bnexport.fold(model, torch.randn(2, 3, 8, 8)).report
     assert [row.outcome for row in report.rows] == ["kept"]
     assert report.warnings
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        graph(lambda m, x: functional.gelu(m.bn(x) * 2.0 + 1.0), bn=bn(3)),
+        graph(lambda m, x: functional.gelu(0.5 - m.drop(m.bn(x)) / 4.0 + 0.0), bn=bn(3), drop=nn.Dropout),
+        sequential(lambda: BatchNorm(3, 4), nn.GELU),
+        sequential(lambda: FrozenBatchNorm2d(3), bn(3), nn.GELU),
+    ],
+    ids=["then-arithmetic", "between-arithmetic", "written-out", "two-kinds"],
+)
+def test_what_stays_is_one_operation(build: Callable[[], nn.Module]) -> None:
+    model = randomise(build()).eval()
+    x = torch.randn(2, 3, 8, 8)
+    result = bnexport.fold(model, x)
+    assert not any(row.gone for row in result.report.rows if row.outcome != "merged")
+    work = {node.target for node in result.model.graph.nodes if node.op == "call_function"}
+    assert work - {torch.ops.aten.dropout.default} == {torch.ops.aten.batch_norm.default, torch.ops.aten.gelu.default}
+    assert result.report.remaining == 1
+    with torch.no_grad():
+        torch.testing.assert_close(result.model(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_scale_and_a_table_of_positions_are_no_batch_norm() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = nn.Parameter(torch.randn(1, 2, 4, 4))
+
+        def forward(self, q: Tensor, k: Tensor) -> Tensor:
+            return (q @ k.transpose(-2, -1) * 0.35 + self.table).softmax(-1)
+
+    assert bnexport.fold(Attention(), (torch.randn(2, 2, 4, 3), torch.randn(2, 2, 4, 3))).report.rows == ()
 
 
 def test_shared_weights_stay_shared() -> None:

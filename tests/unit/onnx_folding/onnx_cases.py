@@ -113,6 +113,15 @@ def channels_last(g: Builder) -> None:
     g.output(g.node("Transpose", y, perm=[0, 2, 1], outputs=("out",)), rank=3)
 
 
+def default_epsilon(g: Builder) -> None:
+    """No epsilon attribute: the default is 1e-5 in float32, which a tiny variance shows."""
+    y = g.node("Identity", g.conv(g.input("n", 3, 8, 9), 3, 6))
+    names = g.statistics(6, "bn")
+    del g.stored[-1]  # the variance
+    given = g.node("BatchNormalization", y, *names[:3], g.init("tiny", value=np.full(6, 1e-6)), name="bn")
+    g.output(given, rank=4)
+
+
 def second_consumer(g: Builder) -> None:
     y = g.conv(g.input("n", 3, 8, 9), 3, 6)
     g.output(g.bn(y, 6), g.node("Relu", y), rank=4)

@@ -17,6 +17,7 @@ from onnx_cases import (
     channels_last,
     computed_weight,
     constant_nodes,
+    default_epsilon,
     direct,
     doubled,
     five_outputs,
@@ -73,6 +74,7 @@ CASES = (
     Case("matmul-3d-equal-sizes", lambda g: matmul(g, features=4), STAYS, "equal sizes would not make it right"),
     Case("matmul-channels-last", channels_last, GONE),
     Case("constant-nodes", constant_nodes, IN),
+    Case("default-epsilon", default_epsilon, IN),
     # across what lies between
     Case("dropout", image(through("Dropout")), IN),
     Case("average-pool", image(through("AveragePool", **POOL)), GONE),

@@ -1,0 +1,164 @@
+"""One network of the zoo, with random weights and statistics that make a wrong fold show."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils import _pytree as pytree
+from torch.utils.hooks import RemovableHandle
+
+from bnexport.errors import ModelError
+from bnexport.nn.zoo import build_from_zoo, zoo_facts
+from bnexport.optional import one_line, quiet
+
+#: Heights and widths that are tried before the network's own: a fold does not depend on it, the time does.
+SIZES = (64, 96, 128)
+#: Samples that the statistics are taken from, and samples of the example that is traced.
+CALIBRATION, EXAMPLE = 8, 2
+_EPS = (1e-5, 1e-3, 3e-2)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A network to be measured.
+
+    Attributes:
+        module: In eval mode, float32.
+        shape: Of one sample.
+        norms: BatchNorm modules.
+    """
+
+    module: nn.Module
+    shape: tuple[int, ...]
+    norms: int
+
+    def batch(self, size: int, seed: int) -> Tensor:
+        """Noise of this seed, (size, *shape)."""
+        return torch.randn(size, *self.shape, generator=torch.Generator().manual_seed(seed))
+
+
+def make_subject(source: str, *, seed: int = 0) -> Subject:
+    """Build a network and give it weights and statistics; the same seed gives the same network.
+
+    Raises:
+        ModelError: There is no such network, or it can't run on images of any of the sizes.
+        MissingDependency: Its package is not installed.
+    """
+    torch.manual_seed(seed)
+    with quiet():
+        module = build_from_zoo(source, {}).eval()
+    norms = [item for item in module.modules() if isinstance(item, _BatchNorm)]
+    subject = Subject(module, _sample_shape(source, module), len(norms))
+    if norms:
+        randomise(module, subject.batch(CALIBRATION, seed), seed=seed)
+    return subject
+
+
+def randomise(module: nn.Module, batch: Tensor, *, seed: int = 0) -> None:
+    """Make every BatchNorm far from the identity, while the numbers stay of a size through the deepest network.
+
+    Fresh networks hide faults: their gammas are 1, their statistics 0 and 1, and layer scales of 1e-6 switch whole
+    branches off. Per channel gamma is of both signs and sometimes 0, the mean is shifted and the variance spread over two
+    decades. One batch runs through the network while that is done, so each layer is set by what really reaches it.
+
+    Args:
+        module: Changed in place; in eval mode.
+        batch: One input, several samples.
+        seed: Of the numbers.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    _wake(module, generator)
+    module.train().eval()  # some networks keep what they computed of their weights in eval mode
+    norms = [item for item in module.modules() if isinstance(item, _BatchNorm)]
+    handles: list[RemovableHandle] = []
+    for number, norm in enumerate(norms):
+        norm.eps = _EPS[number % len(_EPS)]
+        _set_affine(norm, generator)
+        handles.append(norm.register_forward_pre_hook(_Calibrate(generator)))
+    try:
+        with torch.no_grad(), quiet():
+            module(batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def outputs_of(module: nn.Module, batch: Tensor) -> list[Tensor]:
+    """What a network gives for a batch, as a flat list of tensors."""
+    with torch.no_grad(), quiet():
+        return [item for item in pytree.tree_leaves(module(batch)) if isinstance(item, Tensor)]
+
+
+class _Calibrate:
+    """Forward pre-hook: at the first call, moving statistics from what comes in, perturbed per channel."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        self._generator = generator
+        self._done = False
+
+    def __call__(self, norm: Any, inputs: tuple[Tensor, ...]) -> None:
+        if self._done or norm.running_mean is None:
+            return
+        self._done = True
+        values = inputs[0].transpose(0, 1).flatten(1)  # (channels, samples and positions)
+        mean, var = values.mean(1), values.var(1, correction=0)
+        var = torch.where(var < 1e-12, torch.ones_like(var), var)  # a channel that a gamma of 0 made constant
+        norm.running_mean.copy_(mean + 0.3 * var.sqrt() * self._normal(var))
+        # Without the factor the mean of 1 / var would double at each layer.
+        norm.running_var.copy_(var * 10 ** (2 * self._uniform(var) - 1) * 2.15)
+        norm.num_batches_tracked.fill_(1)
+
+    def _normal(self, like: Tensor) -> Tensor:
+        return torch.randn(like.shape, generator=self._generator)
+
+    def _uniform(self, like: Tensor) -> Tensor:
+        return torch.rand(like.shape, generator=self._generator)
+
+
+def _set_affine(norm: Any, generator: torch.Generator) -> None:
+    """gamma: 0.5 to 1.5, a quarter of it negative, one channel in fifty 0; beta: small noise."""
+    if norm.weight is None:
+        return
+    draw = torch.rand(3, norm.num_features, generator=generator)
+    gamma = (0.5 + draw[0]) * torch.where(draw[1] < 0.25, -1.0, 1.0)
+    gamma[draw[2] < 0.02] = 0.0
+    gamma[-1] = -gamma[-1].abs().clamp(min=0.5)
+    with torch.no_grad():
+        norm.weight.copy_(gamma)
+        norm.bias.copy_(0.3 * torch.randn(norm.num_features, generator=generator))
+
+
+def _wake(module: nn.Module, generator: torch.Generator) -> None:
+    """Replace what is constant and near 0 in a fresh network: biases, layer scales, gains that switch a branch off."""
+    inside = {id(item) for norm in module.modules() if isinstance(norm, _BatchNorm) for item in norm.parameters()}
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if id(parameter) in inside or not parameter.numel():
+                continue
+            first = float(parameter.flatten()[0])
+            if abs(first) >= 0.01 or not bool((parameter == first).all()):
+                continue
+            if first:
+                parameter.copy_(0.5 + torch.rand(parameter.shape, generator=generator))
+            else:
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+
+
+def _sample_shape(source: str, module: nn.Module) -> tuple[int, ...]:
+    """The smallest of SIZES that the network takes, else its own size."""
+    own = zoo_facts(source, {}, module)[0] or (3, 224, 224)
+    problem = ""
+    for shape in (*((own[0], size, size) for size in SIZES), own):
+        try:
+            outputs = outputs_of(module, torch.randn(EXAMPLE, *shape))
+        except Exception as error:  # whatever a network says to an image of another size
+            problem = one_line(error, 200)
+            continue
+        if outputs and all(bool(torch.isfinite(item).all()) for item in outputs):
+            return shape
+        problem = "its outputs are not finite"
+    raise ModelError(f"{source} can't run on an image: {problem}", remedy="Try another version of its package")
