@@ -18,7 +18,6 @@ from bnexport.optional import one_line, require
 from bnexport.tensors import Array
 from bnexport.verification.metrics import measure
 from bnexport.verification.onnx_file import graphs, nodes, read_model
-from bnexport.verification.pooling import fast_operators
 from bnexport.verification.tolerances import TOLERANCES
 
 if TYPE_CHECKING:
@@ -67,6 +66,8 @@ class Float64Evaluator:
         require("onnx", purpose="the float64 proof")
         from onnx.reference import ReferenceEvaluator
 
+        from bnexport.verification.operators import better_operators
+
         model = widen(read_model(source) if isinstance(source, bytes | Path) else source)
         self.inputs = tuple(item.name for item in model.graph.input)
         self.outputs = tuple(item.name for item in model.graph.output)
@@ -74,7 +75,7 @@ class Float64Evaluator:
         self.varies = bool(first) and not first[0].HasField("dim_value")
         self._chunk = chunk if self.varies else None
         try:
-            self._engine: Any = ReferenceEvaluator(model, new_ops=fast_operators(model))
+            self._engine: Any = ReferenceEvaluator(model, new_ops=better_operators(model))
         except Exception as error:  # NotImplementedError, RuntimeError, onnx's own
             raise _not_evaluated(error) from error
         self._checked = False
@@ -100,11 +101,11 @@ class Float64Evaluator:
                     self._engine.run(None, {name: array[at : at + step] for name, array in wide.items()})
                     for at in range(0, max(size, 1), step)
                 ]
+                return {name: np.concatenate([part[i] for part in parts]) for i, name in enumerate(self.outputs)}
         except BnexportError:
             raise
         except Exception as error:  # whatever numpy says inside an operator
             raise _not_evaluated(error) from error
-        return {name: np.concatenate([part[i] for part in parts]) for i, name in enumerate(self.outputs)}
 
     def _refuse_narrow_values(self, wide: Mapping[str, Array]) -> None:
         """Run a sample or two with all intermediate values, once, and look at their types."""

@@ -66,7 +66,7 @@ def test_a_file_as_json(source: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert [row["module"] for row in value["fold"]["rows"]] == ["bn", "bn2"]
 
 
-@pytest.mark.parametrize("opset", [14, 18])
+@pytest.mark.parametrize("opset", [9, 14, 18])
 def test_a_bundle(tmp_path: Path, opset: int, capsys: pytest.CaptureFixture[str]):
     source = written(tmp_path, opset=opset)
     (tmp_path / "labels.txt").write_text("a\nb\nc\nd\ne\n")

@@ -16,7 +16,7 @@ MAX_LINES = 400
 #: From the top to the ground. A unit is a package or a module directly inside bnexport.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("cli",),
-    ("pipeline",),
+    ("pipeline", "onnx_pipeline"),
     ("reporting",),
     ("onnx_folding", "auditing"),
     ("verification", "benchmarking", "serving", "deploying"),

@@ -1,0 +1,1 @@
+"""Folding of BatchNormalization in an existing ONNX file, by the rules of ``bnexport.folding``."""

@@ -1,0 +1,136 @@
+"""The public door for ONNX files: read, fold, write, prove, account."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from onnx import ModelProto, NodeProto
+from torch import Tensor
+
+from bnexport.errors import ExportError, ModelError, ProofError, UsageError
+from bnexport.folding.engine import Account, Engine
+from bnexport.folding.fold import DEFAULT_MAX_GROWTH
+from bnexport.folding.plan import Budget
+from bnexport.folding.report import FoldReport, FoldRow
+from bnexport.onnx_folding.inventory import BATCH_NORM, count_batch_norms, inner_batch_norms, label
+from bnexport.onnx_folding.onnx_graph import OnnxGraph
+from bnexport.onnx_folding.reading import MAX_BYTES, check_valid, is_fully_valid, read_source
+from bnexport.onnx_folding.whole_proof import NotEvaluated, fold_error
+from bnexport.onnx_folding.write import Writer
+from bnexport.optional import one_line
+
+#: Float64 rounding through a deep network stays below; the smallest real fault (a dropped eps) is far above.
+_MAX_ERROR = 1e-9
+
+
+@dataclass(frozen=True)
+class OnnxFoldResult:
+    """What ``fold_onnx`` returns.
+
+    Attributes:
+        model: The folded model, of the same operator set and IR version.
+        report: What became of each BatchNormalization.
+        original: The model as it was read, external data inside.
+        changed: Whether ``model`` differs from ``original``.
+    """
+
+    model: ModelProto
+    report: FoldReport
+    original: ModelProto
+    changed: bool
+
+
+def fold_onnx(
+    source: str | Path | bytes | ModelProto,
+    *,
+    max_growth: float = DEFAULT_MAX_GROWTH,
+    clamps: bool = False,
+    prove: bool = True,
+) -> OnnxFoldResult:
+    """Fold every BatchNormalization of an ONNX file that can be folded exactly, and say of each what became of it.
+
+    The rules are those of ``bnexport.fold``. ``source`` is never changed. Names of nodes, values, weights and outputs stay;
+    a weight that something else reads too keeps its numbers, and the fold gets a copy under a new name. Arithmetic is in
+    float64, rounded once to the weight's element type.
+
+    Args:
+        source: A file (external data beside it), its bytes, or a model.
+        max_growth: The folded weights may have so many times as many elements as the original's: what a fold may spend on
+            copies of shared weights and on maps of constants.
+        clamps: Let a batch norm cross a ReLU by turning it into a maximum with a constant per channel, as in ``bnexport.fold``.
+        prove: Check each fold on its own, and the folded model against the original, in float64.
+
+    Returns:
+        The folded model and the account: one row per BatchNormalization of the file, functions and subgraphs included.
+
+    Raises:
+        UsageError: ``max_growth`` is below 1.
+        ModelError: No valid ONNX model.
+        ExportError: The result has 2 GB or more, which one file can't hold.
+        ProofError: The folded model does not compute what the original does; that is a fault in bnexport.
+    """
+    if not max_growth >= 1.0:
+        raise UsageError(f"max_growth is {max_growth:g}", remedy="Give a factor of 1 or more; 1 allows no copies")
+    original = read_source(source)
+    model = ModelProto()
+    model.CopyFrom(original)
+    graph = OnnxGraph(model)
+    budget = Budget(graph.elements, max_growth)
+    account = _account(Engine(graph, budget, clamps=clamps, prove=prove), original)
+    writer = Writer(graph)
+    changed = writer.write(account.dropped)
+    if changed:
+        _check_written(original, model)
+    rows = (*account.rows, *(_inner_row(node, where) for node, where in inner_batch_norms(original)))
+    error, unproved = _proof(original, model, writer.exact if changed else None) if prove else (None, ())
+    growth = 1.0 + budget.added / max(budget.elements, 1)
+    report = FoldReport(rows, count_batch_norms(model), error, growth, (*account.warnings, *unproved))
+    return OnnxFoldResult(model, report, original, changed)
+
+
+def _account(engine: Engine, original: ModelProto) -> Account:
+    """Run the engine; what it stumbles over in a file that is not quite valid is the file's fault."""
+    try:
+        return engine.run()
+    except (RuntimeError, ValueError, IndexError) as error:
+        if is_fully_valid(original):
+            raise
+        raise ModelError(
+            f"the sizes in the file contradict each other: {one_line(error, 160)}",
+            remedy="Check the file with onnx.checker and full_check=True, or export it again",
+        ) from error
+
+
+def _proof(
+    original: ModelProto, model: ModelProto, exact: Mapping[str, Tensor] | None
+) -> tuple[float | None, tuple[str, ...]]:
+    """The error of the whole, 0 where nothing was changed; None, and why, where it can't be evaluated."""
+    if exact is None:
+        return 0.0, ()
+    try:
+        error = fold_error(original, model, exact)
+    except NotEvaluated as reason:
+        return None, (f"the folded model as a whole could not be evaluated in float64: {reason}",)
+    if not error <= _MAX_ERROR:
+        raise ProofError(
+            f"the folded model differs from the original by {error:.1e} of scale in float64",
+            remedy="Please report it with the file: a fold that is not exact is a fault in bnexport",
+        )
+    return error, ()
+
+
+def _check_written(original: ModelProto, model: ModelProto) -> None:
+    """What was written is held to what the original was: valid, and valid in the checker's strictest reading."""
+    if (size := model.ByteSize()) > MAX_BYTES:
+        raise ExportError(f"the folded model has {size} bytes, one file holds 2 GB", remedy="Fold it in parts")
+    if is_fully_valid(original) and not is_fully_valid(model):
+        raise ProofError("the folded model is not valid ONNX", remedy="Please report it with the file")
+    check_valid(model, "the folded model")
+
+
+def _inner_row(node: NodeProto, where: str) -> FoldRow:
+    """The row of a BatchNormalization that no rule sees."""
+    unlock = "functions inlined (onnx.inliner)" if "function" in where else "the same nodes outside of it"
+    return FoldRow(label(node), BATCH_NORM, "kept", reason=f"it is inside {where}", unlock=unlock)

@@ -1,0 +1,326 @@
+"""How each ONNX operator is read into a kind of folding's graph: one table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from bnexport.folding.graph import (
+    Add,
+    Average,
+    Clamp,
+    Concat,
+    Homogeneous,
+    Identity,
+    Kind,
+    MaxPool,
+    Mean,
+    Multiply,
+    Permute,
+    PixelShuffle,
+    Reorder,
+    Reshape,
+    Slice,
+)
+from bnexport.onnx_folding.norms import placed_constant, read_arithmetic, read_batch_norm, read_neg
+from bnexport.onnx_folding.readers_linear import read_conv, read_gemm, read_matmul
+from bnexport.onnx_folding.view import Reading, View
+
+#: Reads a node; None for what has no kind, a sentence for why not when there is more to say.
+Reader = Callable[[View], Reading | str | None]
+
+#: First operator set in which Max and Min broadcast: a clamp by one bound per channel can be written from here on.
+_BROADCASTING_MAX = 8
+
+
+def _of(view: View, kind: Kind) -> Reading:
+    return Reading(kind, (view.input(0),))
+
+
+# --- layout -----------------------------------------------------------------------------------------------------------
+
+
+def _same(view: View) -> Reading:
+    return _of(view, Identity())
+
+
+def _cast(view: View) -> Reading | None:
+    return _of(view, Identity()) if view.is_floating and view.dtype() == view.output_dtype else None
+
+
+def _dropout(view: View) -> Reading | str:
+    if view.uses_output(1):
+        return "its mask is used"
+    training = view.constant(2) if view.input(2) else None
+    if view.input(2) and (training is None or bool(training.any())):
+        return "it is in training mode"
+    return _of(view, Identity())
+
+
+def _reshape(view: View) -> Reading | None:
+    return _of(view, Reshape()) if view.shape() is not None and view.output_shape is not None else None
+
+
+def _transpose(view: View) -> Reading | None:
+    shape = view.shape()
+    if shape is None:
+        return None
+    axes = view.integers("perm") or list(reversed(range(len(shape))))
+    return _of(view, Permute(tuple(axes)))
+
+
+def _gather(view: View) -> Reading | None:
+    shape, index = view.shape(), view.constant(1)
+    if shape is None or index is None or index.ndim != 1 or view.is_constant(0):
+        return None
+    axis = int(view.attribute("axis", 0)) % len(shape)
+    size = shape[axis]
+    if not isinstance(size, int):
+        return None
+    return _of(view, Reorder(axis, tuple(int(item) % size for item in index)))
+
+
+def _depth_to_space(view: View) -> Reading | str:
+    if view.attribute("mode", "DCR") != "CRD":
+        return "it spreads each channel's neighbours over distant channels (mode DCR)"
+    return _of(view, PixelShuffle(int(view.attribute("blocksize"))))
+
+
+def _slice(view: View) -> Reading | None:
+    shape = view.shape()
+    starts, ends = view.integers("starts", 1), view.integers("ends", 2)
+    steps = view.integers("steps", 4) if view.input(4) else None
+    if shape is None or starts is None or ends is None or (steps is None) != (not view.input(4)):
+        return None
+    axes = view.integers("axes", 3) or list(range(len(starts)))
+    if (view.input(3) and not view.is_constant(3)) or any(step != 1 for step in steps or ()):
+        return None
+    cuts = [(axis % len(shape), start, end) for axis, start, end in zip(axes, starts, ends, strict=True)]
+    found = [cut for cut in cuts if not _is_whole(shape[cut[0]], cut[1], cut[2])]
+    if not found:
+        return _of(view, Identity())
+    axis, start, end = found[0]
+    size = shape[axis]
+    if len(found) > 1 or not isinstance(size, int):
+        return None
+    begin, stop, _ = slice(start, end).indices(size)
+    return _of(view, Slice(axis, begin, max(stop, begin)))
+
+
+def _is_whole(size: object, start: int, end: int) -> bool:
+    if isinstance(size, int):
+        return slice(start, end).indices(size)[:2] == (0, size)
+    return start == 0 and end >= 2**31 - 1
+
+
+def _concat(view: View) -> Reading | None:
+    rank, names = view.rank, tuple(view.node.input)
+    if rank is None or any(view.is_constant(index) for index in range(len(names))):
+        return None
+    return Reading(Concat(int(view.attribute("axis", 1)) % rank), names)
+
+
+# --- what mixes positions ---------------------------------------------------------------------------------------------
+
+
+def _spatial(view: View) -> tuple[int, ...] | None:
+    return None if view.rank is None else tuple(range(2, view.rank))
+
+
+def _average_pool(view: View) -> Reading | None:
+    axes = _spatial(view)
+    padded = any(view.attribute("pads", ())) or view.attribute("auto_pad", "NOTSET") not in ("NOTSET", "VALID")
+    counted = bool(view.attribute("count_include_pad", 0)) and (padded or bool(view.attribute("ceil_mode", 0)))
+    return None if axes is None else _of(view, Average(axes, not counted))
+
+
+def _global_average(view: View) -> Reading | None:
+    axes = _spatial(view)
+    return None if axes is None else _of(view, Mean(axes, keepdim=True))
+
+
+def _max_pool(view: View) -> Reading | str | None:
+    axes = _spatial(view)
+    if view.uses_output(1):
+        return "the positions that it gives are used"
+    return None if axes is None else _of(view, MaxPool(axes))
+
+
+def _reduce_mean(view: View) -> Reading | None:
+    shape, axes = view.shape(), view.integers("axes", 1)
+    if shape is None or not view.is_floating or (view.input(1) and axes is None):
+        return None
+    if not axes:
+        if view.attribute("noop_with_empty_axes", 0):
+            return _of(view, Identity())
+        axes = list(range(len(shape)))
+    found = tuple(sorted({axis % len(shape) for axis in axes}))
+    if len(found) != len(axes):
+        return None
+    return _of(view, Mean(found, bool(view.attribute("keepdims", 1))))
+
+
+def _resize(view: View) -> Reading | None:
+    """Interpolation: every output is a weighted mean; the weights of every mode add up to one."""
+    shape, after = view.shape(), view.output_shape
+    if shape is None or after is None or "crop" in view.attribute("coordinate_transformation_mode", ""):
+        return None
+    if view.node.op_type == "Resize" and view.opset >= 11 and view.input(1) and not view.is_constant(1):
+        return None
+    listed = [axis % len(shape) for axis in view.integers("axes") or range(len(shape))]
+    slot = 1 if view.node.op_type == "Upsample" or view.opset < 11 else 2
+    scales = view.attribute("scales") if view.opset < 9 else view.constant(slot)
+    if scales is not None and len(scales):
+        mixed = [axis for axis, scale in zip(listed, scales, strict=True) if scale != 1]
+    elif view.input(slot) and slot == 1:
+        return None
+    else:  # given as sizes: where the size is the same, so is every position
+        kept = view.attribute("keep_aspect_ratio_policy", "stretch") == "stretch"
+        mixed = [axis for axis in listed if not kept or shape[axis] != after[axis]]
+    return _of(view, Average(tuple(mixed)))
+
+
+def _pad(view: View) -> Reading | None:
+    shape, mode = view.shape(), view.attribute("mode", "constant")
+    pads = view.integers("pads", 1)
+    given = view.constant(2) if view.input(2) else None
+    if shape is None or pads is None or (view.input(2) and given is None):
+        return None
+    value = float(given.reshape(-1)[0]) if given is not None and given.size else float(view.attribute("value", 0.0))
+    axes = view.integers("axes", 3) if view.input(3) else list(range(len(shape)))
+    if axes is None or len(pads) != 2 * len(axes) or (mode == "constant" and value != 0):
+        return None
+    padded = [axis % len(shape) for at, axis in enumerate(axes) if pads[at] or pads[len(axes) + at]]
+    only_cut = all(pad <= 0 for pad in pads)
+    return _of(view, Average(tuple(padded), mode != "constant" or only_cut))
+
+
+# --- activations ------------------------------------------------------------------------------------------------------
+
+
+def _clamped(view: View, low: torch.Tensor | float, high: torch.Tensor | float, value: int = 0) -> Reading | str | None:
+    shape = view.shape(value)
+    if not shape or not view.is_floating:
+        return None
+    if view.opset < _BROADCASTING_MAX:
+        return f"operator set {view.opset} has no maximum with one bound per channel"
+    ones = torch.ones([1] * len(shape), dtype=torch.float64)
+    bounds = low * ones, high * ones
+    return None if bool((bounds[0] > bounds[1]).any()) else Reading(Clamp(*bounds), (view.input(value),))
+
+
+def _relu(view: View) -> Reading | str | None:
+    if view.opset < _BROADCASTING_MAX:
+        return _of(view, Homogeneous())
+    return _clamped(view, 0.0, math.inf)
+
+
+def _clip(view: View) -> Reading | str | None:
+    if view.opset < 11:
+        low, high = view.attribute("min", -math.inf), view.attribute("max", math.inf)
+        return _clamped(view, float(low), float(high))
+    bounds = [-math.inf, math.inf]
+    for index in (1, 2):
+        given = view.constant(index)
+        if view.input(index) and (given is None or given.size != 1):
+            return None
+        if given is not None:
+            bounds[index - 1] = float(given.reshape(-1)[0])
+    return _clamped(view, bounds[0], bounds[1])
+
+
+def _extreme(view: View) -> Reading | str | None:
+    """Max or Min with a constant."""
+    if len(view.node.input) != 2 or view.is_constant(0) == view.is_constant(1):
+        return None
+    value = 1 if view.is_constant(0) else 0
+    bound = placed_constant(view, 1 - value, view.shape(value))
+    if bound is None or bool(torch.isnan(bound).any()):
+        return None
+    if view.node.op_type == "Max":
+        return _clamped(view, bound, math.inf, value)
+    return _clamped(view, -math.inf, bound, value)
+
+
+def _leaky_relu(view: View) -> Reading:
+    return _of(view, Homogeneous())
+
+
+def _prelu(view: View) -> Reading | None:
+    shape = view.shape()
+    if shape is None or not view.is_constant(1) or placed_constant(view, 1, shape) is None:
+        return None
+    return _of(view, Homogeneous())
+
+
+# --- branches ---------------------------------------------------------------------------------------------------------
+
+
+def _add(view: View) -> Reading | None:
+    if view.is_constant(0) or view.is_constant(1):
+        return read_arithmetic(view)
+    return _joined(view, Add((1.0, 1.0)))
+
+
+def _sub(view: View) -> Reading | None:
+    if view.is_constant(0) or view.is_constant(1):
+        return read_arithmetic(view)
+    return _joined(view, Add((1.0, -1.0)))
+
+
+def _mul(view: View) -> Reading | None:
+    if view.is_constant(0) or view.is_constant(1):
+        return read_arithmetic(view)
+    return _joined(view, Multiply())
+
+
+def _div(view: View) -> Reading | None:
+    if view.is_constant(0) or view.is_constant(1):
+        return read_arithmetic(view)
+    return _joined(view, Multiply(inverse=True))
+
+
+def _joined(view: View, kind: Kind) -> Reading | None:
+    """Two floating values of one type."""
+    if len(view.node.input) != 2 or not view.is_floating or view.shape(0) is None or view.shape(1) is None:
+        return None
+    return Reading(kind, tuple(view.node.input))
+
+
+#: Operator -> reader. A new operation that an affine can cross is a new row.
+READERS: dict[str, Reader] = {
+    "BatchNormalization": read_batch_norm,
+    "Conv": read_conv,
+    "ConvTranspose": read_conv,
+    "Gemm": read_gemm,
+    "MatMul": read_matmul,
+    "Identity": _same,
+    **dict.fromkeys(("Cast", "CastLike"), _cast),
+    "Dropout": _dropout,
+    **dict.fromkeys(("Reshape", "Flatten", "Squeeze", "Unsqueeze"), _reshape),
+    "Transpose": _transpose,
+    "Gather": _gather,
+    "DepthToSpace": _depth_to_space,
+    "Slice": _slice,
+    "Concat": _concat,
+    "AveragePool": _average_pool,
+    "GlobalAveragePool": _global_average,
+    "MaxPool": _max_pool,
+    "GlobalMaxPool": _max_pool,
+    "ReduceMean": _reduce_mean,
+    **dict.fromkeys(("Resize", "Upsample"), _resize),
+    "Pad": _pad,
+    "Relu": _relu,
+    "Clip": _clip,
+    **dict.fromkeys(("Max", "Min"), _extreme),
+    "LeakyRelu": _leaky_relu,
+    "PRelu": _prelu,
+    "Add": _add,
+    "Sum": _add,
+    "Sub": _sub,
+    "Mul": _mul,
+    "Div": _div,
+    "Neg": read_neg,
+}

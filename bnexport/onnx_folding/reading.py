@@ -1,0 +1,148 @@
+"""From what a user names to a model: parsed, whole, valid, and with every weight inside."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx
+from onnx import ModelProto, TensorProto, numpy_helper
+
+from bnexport.errors import ModelError
+from bnexport.onnx_folding.inventory import opset_of
+from bnexport.optional import one_line
+from bnexport.verification.onnx_file import graphs, nodes
+
+#: protobuf reads and writes messages below this size.
+MAX_BYTES = 2**31 - 1
+#: Older operator sets broadcast by an attribute, and their BatchNormalization tells by another one that it is not training.
+OLDEST_OPSET = 7
+_CHECK = "Check the file with onnx.checker, or export it again"
+
+
+def read_source(source: str | Path | bytes | ModelProto) -> ModelProto:
+    """A model of one's own, to be changed freely.
+
+    Args:
+        source: A file, whose external data must lie in its own folder; the bytes of one; or a model.
+
+    Raises:
+        ModelError: No such file, no ONNX model, one that the checker refuses, of an operator set older than 7, or with
+            weights in files that are not there or lie elsewhere.
+    """
+    if isinstance(source, ModelProto):
+        model, folder, name = ModelProto(), None, "the model"
+        model.CopyFrom(source)
+    elif isinstance(source, bytes):
+        model, folder, name = _parsed(source, "the model"), None, "the model"
+    else:
+        path = Path(source)
+        model, folder, name = _parsed(_content(path), str(path)), path.parent, str(path)
+    if not model.graph.node or not model.graph.output:
+        raise ModelError(f"{name} is an ONNX file without a single node", remedy="Export the network again")
+    for tensor in _tensors(model):
+        if tensor.data_location == TensorProto.EXTERNAL:
+            _load_external(tensor, folder, name)
+    check_valid(model, name)
+    if opset_of(model) < OLDEST_OPSET:
+        raise ModelError(
+            f"{name} uses operator set {opset_of(model)}; {OLDEST_OPSET} and newer are read",
+            remedy="Convert it with onnx.version_converter, or export it again",
+        )
+    return model
+
+
+def check_valid(model: ModelProto, name: str) -> None:
+    """Let onnx's checker read a model.
+
+    Raises:
+        ModelError: It refuses it.
+    """
+    try:
+        onnx.checker.check_model(model)
+        _check_sizes(model)
+    except Exception as error:  # the checker's errors share no base class
+        raise ModelError(f"{name} is not valid ONNX: {one_line(error, 200)}", remedy=_CHECK) from error
+
+
+def is_fully_valid(model: ModelProto) -> bool:
+    """Whether the checker's strictest reading, with shape inference, accepts a model."""
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except Exception:  # the checker's and the shape inference's errors share no base class
+        return False
+    return True
+
+
+def _content(path: Path) -> bytes:
+    try:
+        if path.is_dir():
+            raise ModelError(f"{path} is a folder, not an ONNX file", remedy="Give the file itself")
+        if path.stat().st_size > MAX_BYTES:
+            raise ModelError(f"{path} is larger than 2 GB, which is no ONNX file", remedy=_CHECK)
+        return path.read_bytes()
+    except OSError as error:
+        raise ModelError(f"{path} can't be read: {one_line(error)}", remedy="Check the path") from error
+
+
+def _parsed(content: bytes, name: str) -> ModelProto:
+    try:
+        return onnx.load_model_from_string(content)
+    except Exception as error:  # protobuf's DecodeError has no stable import path
+        raise ModelError(f"{name} is not an ONNX model: {one_line(error, 160)}", remedy="Check the file") from error
+
+
+def _tensors(model: ModelProto) -> Iterator[TensorProto]:
+    """Every stored tensor: initializers and attributes of all graphs."""
+    for graph in graphs(model):
+        yield from graph.initializer
+    for node in nodes(model):
+        for attribute in node.attribute:
+            if attribute.type == attribute.TENSOR:
+                yield attribute.t
+            yield from attribute.tensors
+
+
+def _check_sizes(model: ModelProto) -> None:
+    """The checker does not compare a tensor's sizes with its data."""
+    for tensor in _tensors(model):
+        if any(size < 0 for size in tensor.dims):
+            raise ValueError(f"{tensor.name!r} has a negative size")
+        numpy_helper.to_array(tensor)
+
+
+def _load_external(tensor: TensorProto, folder: Path | None, name: str) -> None:
+    """Put a tensor's bytes into the model. Only a plain file inside the model's own folder is read."""
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    location = entries.get("location", "")
+    what = f"{name} keeps {tensor.name!r} in the file {location!r}"
+    if folder is None:
+        raise ModelError(f"{what}, but has no folder of its own", remedy="Give the path of the model's file")
+    home, path = folder.resolve(), (folder / location).resolve()
+    if not location or not path.is_relative_to(home):
+        raise ModelError(f"{what}, which is not inside its folder", remedy="Put the data beside the model")
+    if not path.is_file():
+        raise ModelError(f"{what}, which is not there", remedy="Copy the data file beside the model")
+    try:
+        offset = int(entries.get("offset") or 0)
+        length = int(entries.get("length") or path.stat().st_size - offset)
+        if offset < 0 or length < 0 or offset + length > path.stat().st_size:
+            raise ValueError("the file is shorter than the model says")
+        if length > MAX_BYTES:
+            raise ValueError("one tensor has more than 2 GB")
+        with path.open("rb") as file:
+            file.seek(offset)
+            content = file.read(length)
+        if len(content) != _bytes_of(tensor):
+            raise ValueError(f"it holds {len(content)} bytes, expected {_bytes_of(tensor)}")
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{what}, which can't be used: {one_line(error)}", remedy="Copy both files again") from error
+    tensor.raw_data = content
+    tensor.data_location = TensorProto.DEFAULT
+    del tensor.external_data[:]
+
+
+def _bytes_of(tensor: TensorProto) -> int:
+    width = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    return int(math.prod(tensor.dims) * width)

@@ -1,0 +1,172 @@
+"""Proof of a whole fold: the folded model against the original, both in float64 by onnx's reference implementation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import ModelProto, ValueInfoProto, numpy_helper
+from onnx.reference import ReferenceEvaluator
+from torch import Tensor
+
+from bnexport.folding.proof import scale_error
+from bnexport.optional import one_line
+from bnexport.tensors import Array
+from bnexport.verification.operators import better_operators
+from bnexport.verification.proof import widen
+
+_BATCH = 2
+#: Numbers for sizes that vary, the cheapest first; a network that halves its input often takes the larger ones alone.
+_SIZES = (32, 64, 224)
+
+
+class NotEvaluated(Exception):
+    """The original can't be evaluated: why, as a sentence without its full stop."""
+
+
+def fold_error(original: ModelProto, folded: ModelProto, exact: Mapping[str, Tensor], *, seed: int = 0) -> float:
+    """Largest difference of any output, as a fraction of that output's largest value.
+
+    The folded model is evaluated with the folded tensors as they were before their one rounding, so that the figure shows
+    the algebra alone.
+
+    Args:
+        original: As it was read.
+        folded: As it is written.
+        exact: Folded tensors in float64, by initializer.
+        seed: Of the random inputs.
+
+    Returns:
+        The error; infinity when the folded model alone can't be evaluated.
+
+    Raises:
+        NotEvaluated: The original can't be, or not in float64.
+    """
+    before = evaluator(original)
+    feeds, reference = first_that_works(before, original, seed)
+    try:
+        candidate = run(evaluator(_exactly(folded, exact)), feeds)
+    except NotEvaluated:
+        return float("inf")
+    error = max((scale_error(_tensor(a), _tensor(b)) for a, b in zip(candidate, reference, strict=True)), default=0.0)
+    if not error <= 1e-12 and (narrow := _narrow_value(before, feeds)) is not None:
+        raise NotEvaluated(f"onnx's reference implementation leaves float64 at {narrow!r}")
+    return error
+
+
+def evaluator(model: ModelProto) -> Any:
+    """A model with every float widened to float64, ready to run.
+
+    Raises:
+        NotEvaluated: It has an operator that onnx's reference implementation lacks.
+    """
+    try:
+        return ReferenceEvaluator(widen(model), new_ops=better_operators(model))
+    except Exception as error:  # NotImplementedError, RuntimeError, onnx's own
+        raise NotEvaluated(one_line(error, 160)) from error
+
+
+def run(engine: Any, feeds: Mapping[str, Array]) -> list[Array]:
+    """Outputs in order.
+
+    Raises:
+        NotEvaluated: An operator fails on these inputs.
+    """
+    try:
+        with np.errstate(all="ignore"):
+            return list(engine.run(None, dict(feeds)))
+    except Exception as error:  # whatever numpy says inside an operator
+        raise NotEvaluated(one_line(error, 160)) from error
+
+
+def example_feeds(model: ModelProto, seed: int, *, batch: int = _BATCH) -> Iterator[dict[str, Array]]:
+    """Random inputs for a model, floats in float64, by several choices of the sizes that vary.
+
+    Raises:
+        NotEvaluated: An input whose shape or type the file does not tell, or that memory can't hold.
+    """
+    stored = {tensor.name for tensor in model.graph.initializer}
+    inputs = [value for value in model.graph.input if value.name not in stored]
+    varies = any(not dim.HasField("dim_value") for value in inputs for dim in value.type.tensor_type.shape.dim[1:])
+    for size in _SIZES if varies else _SIZES[:1]:
+        rng = np.random.default_rng(seed)
+        try:
+            yield {value.name: _random(value, batch, size, rng) for value in inputs}
+        except (MemoryError, ValueError) as error:
+            raise NotEvaluated(f"an input of its sizes can't be made: {one_line(error, 100)}") from error
+
+
+def first_that_works(engine: Any, model: ModelProto, seed: int) -> tuple[dict[str, Array], list[Array]]:
+    """The first of the example inputs that a model takes, and what it gives for them.
+
+    Raises:
+        NotEvaluated: It takes none of them.
+    """
+    refused = None
+    for feeds in example_feeds(model, seed):
+        try:
+            outputs = run(engine, feeds)
+        except NotEvaluated as error:
+            refused = refused or error
+            continue
+        if not all(isinstance(output, np.ndarray) for output in outputs):
+            raise NotEvaluated("it has an output that is no tensor")
+        if all(map(_comparable, outputs)):
+            return feeds, outputs
+        refused = NotEvaluated("it gives no finite number for noise")
+    raise refused or NotEvaluated("it takes no input")
+
+
+def _comparable(output: Array) -> bool:
+    return not output.size or output.dtype.kind != "f" or bool(np.isfinite(output).any())
+
+
+def _random(value: ValueInfoProto, batch: int, size: int, rng: np.random.Generator) -> Array:
+    """Noise; for integers and flags 0 and 1, which are valid indices of every table."""
+    kind = value.type.tensor_type
+    if value.type.WhichOneof("value") != "tensor_type" or not kind.HasField("shape"):
+        raise NotEvaluated(f"the file does not tell the shape of its input {value.name!r}")
+    shape = [
+        dim.dim_value if dim.HasField("dim_value") else (size if axis else batch)
+        for axis, dim in enumerate(kind.shape.dim)
+    ]
+    try:
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
+    except KeyError as error:
+        raise NotEvaluated(f"its input {value.name!r} has an unknown element type") from error
+    if np.issubdtype(dtype, np.integer) or dtype == np.bool_:
+        return rng.integers(0, 2, size=shape).astype(dtype)
+    if dtype.kind in "fV":
+        return rng.standard_normal(shape)
+    raise NotEvaluated(f"its input {value.name!r} is {dtype.name}")
+
+
+def _exactly(folded: ModelProto, exact: Mapping[str, Tensor]) -> ModelProto:
+    """The folded model with its new tensors as they were before their one rounding."""
+    copy = ModelProto()
+    copy.CopyFrom(folded)
+    for tensor in copy.graph.initializer:
+        if tensor.name in exact:
+            tensor.CopyFrom(numpy_helper.from_array(exact[tensor.name].numpy(), tensor.name))
+    return copy
+
+
+def _tensor(array: Array) -> Tensor:
+    return torch.from_numpy(np.array(array))
+
+
+def _narrow_value(engine: Any, feeds: Mapping[str, Array]) -> str | None:
+    """Name of a value that is a float but not float64."""
+    with np.errstate(all="ignore"):
+        values = dict(engine.run(None, dict(feeds), intermediate=True))
+    return next(
+        (
+            name
+            for name, value in values.items()
+            if isinstance(value, np.ndarray) and value.dtype.kind in "fV" and value.dtype != np.float64
+        ),
+        None,
+    )

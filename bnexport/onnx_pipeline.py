@@ -1,0 +1,256 @@
+"""The flow for an existing ONNX file: fold it, and write one file, or one bundle after its verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import ModelProto, TensorProto, ValueInfoProto
+
+from bnexport.bundle import MODEL_ONNX, REPORT, Bundle, Manifest, seal, write_golden
+from bnexport.environment import environment
+from bnexport.errors import ExportError, OutputError, UsageError
+from bnexport.exporting.onnx_graph import model_metadata
+from bnexport.exporting.prepare import check_labels
+from bnexport.exporting.request import ExportRequest, InputSpec, model_and_version, parse_inputs
+from bnexport.exporting.triton import check_triton_config, write_triton_config
+from bnexport.files import refuse_existing, staged_directory, write_atomically
+from bnexport.folding.fold import DEFAULT_MAX_GROWTH
+from bnexport.folding.report import FoldReport
+from bnexport.onnx_folding.fold import OnnxFoldResult, fold_onnx
+from bnexport.onnx_folding.inventory import opset_of
+from bnexport.onnx_folding.whole_proof import NotEvaluated, evaluator, first_that_works, run
+from bnexport.reporting.html import render_report
+from bnexport.tensors import DTYPES, Array, Signature, TensorSpec
+from bnexport.verification.golden import golden_inputs, real_images
+from bnexport.verification.proof import widen_array
+from bnexport.verification.verdict import VerificationReport
+from bnexport.verification.verify import verify
+
+_FILE_ALONE = "Pass --out FILE.onnx to write the folded file alone"
+_HALVES = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
+
+
+@dataclass(frozen=True)
+class OnnxExportResult:
+    """What ``fold_and_export_onnx`` did.
+
+    Attributes:
+        bundle: The bundle; None when the verdict is FAIL, in which case nothing was written.
+        fold: What became of each BatchNormalization.
+        verification: The verdict.
+    """
+
+    bundle: Bundle | None
+    fold: FoldReport
+    verification: VerificationReport
+
+
+class _Failed(Exception):
+    """Leaves the staged directory, so that it vanishes."""
+
+
+def fold_onnx_file(
+    source: str | Path,
+    out: str | Path,
+    *,
+    force: bool = False,
+    max_growth: float = DEFAULT_MAX_GROWTH,
+    clamps: bool = False,
+) -> OnnxFoldResult:
+    """Fold an ONNX file and write the result as one file, after its proof.
+
+    Args:
+        source: The file.
+        out: The file to write, with weights inside.
+        force: Replace ``out`` if it exists.
+        max_growth: As for ``fold_onnx``.
+        clamps: As for ``fold_onnx``.
+
+    Raises:
+        OutputError: ``out`` exists already, or can't be written.
+        BadInput: As ``fold_onnx``; nothing was written.
+        ProofError: As ``fold_onnx``; nothing was written.
+    """
+    path = Path(out)
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder", remedy="Choose another file")
+    if path.exists() and not force:
+        raise OutputError(f"{path} exists already", remedy="Choose another file, or pass --force to replace it")
+    result = fold_onnx(source, max_growth=max_growth, clamps=clamps)
+    write_atomically(path, result.model.SerializeToString(deterministic=True))
+    return result
+
+
+def fold_and_export_onnx(
+    source: str | Path,
+    out: str | Path,
+    *,
+    request: ExportRequest | None = None,
+    max_growth: float = DEFAULT_MAX_GROWTH,
+    clamps: bool = False,
+) -> OnnxExportResult:
+    """Fold an ONNX file and write a bundle of it: ``model.onnx`` alone, with golden vectors of the original in float64.
+
+    Args:
+        source: The file.
+        out: The bundle's directory, ``models/<name>/<version>``.
+        request: Labels, preprocessing, data set, sizes that vary, ``force``; the rest does not apply to a file.
+        max_growth: As for ``fold_onnx``.
+        clamps: As for ``fold_onnx``.
+
+    Raises:
+        ExportError: The file can't be verified: inputs or outputs without a batch or a shape, another precision than
+            float32, an operator that can't be evaluated in float64.
+        BadInput: Something else about the source, the request or the output path; nothing was written.
+        ProofError: A fold that is not exact; nothing was written.
+    """
+    request, path = request or ExportRequest(), Path(out)
+    name, version = model_and_version(path)
+    refuse_existing(path, force=request.force)
+    result = fold_onnx(source, max_growth=max_growth, clamps=clamps)
+    signature = signature_of_file(result.model)
+    check_labels(signature, request.labels)
+    check_triton_config(path, name, signature, force=request.force)
+    manifest = Manifest(
+        name, version, signature, {"source": Path(source).name, "options": {}}, request.dataset, request.preprocessing,
+        request.labels, {"opset": opset_of(result.model), "ir_version": result.model.ir_version}, environment(),
+        result.report.to_json(),
+    )  # fmt: skip
+    try:
+        with staged_directory(path, force=request.force) as stage:
+            write_atomically(stage / MODEL_ONNX, _stamped(result.model, manifest, parity=""))
+            _write_golden(stage, manifest, result.original, request)
+            report = verify(seal(stage, manifest), data_dir=request.data_dir)
+            if not report.passed:
+                raise _Failed
+            _finish(stage, manifest, result, report, path)
+            write_triton_config(path, name, signature, force=request.force)
+    except _Failed:
+        return OnnxExportResult(None, result.report, report)
+    return OnnxExportResult(Bundle.open(path), result.report, report)
+
+
+def signature_of_file(model: ModelProto) -> Signature:
+    """Names, element types and shapes that a file declares; sizes that it leaves open without a name get one.
+
+    Raises:
+        ExportError: A shape that is not declared, no batch, or a precision that the strict float32 bounds do not fit.
+    """
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    for name, tensor in stored.items():
+        if tensor.data_type in _HALVES:
+            raise ExportError(f"{name!r} is in half precision; bundles are verified in float32", remedy=_FILE_ALONE)
+    inputs = [_spec(value) for value in model.graph.input if value.name not in stored]
+    if not inputs:
+        raise ExportError("the file takes no input", remedy=_FILE_ALONE)
+    return Signature(tuple(inputs), tuple(_spec(value) for value in model.graph.output))
+
+
+def _spec(value: ValueInfoProto) -> TensorSpec:
+    kind = value.type.tensor_type
+    if value.type.WhichOneof("value") != "tensor_type" or not kind.HasField("shape") or not kind.shape.dim:
+        raise ExportError(
+            f"the file does not declare a shape with a batch for {value.name!r}, which a bundle must tell",
+            remedy=f"Run onnx.shape_inference over it first. {_FILE_ALONE}",
+        )
+    dtype = str(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type).name)
+    if dtype not in DTYPES or kind.elem_type in _HALVES:
+        raise ExportError(f"{value.name!r} is {dtype}; bundles are verified in float32", remedy=_FILE_ALONE)
+    shape = tuple(
+        int(dim.dim_value)
+        if dim.HasField("dim_value")
+        else dim.dim_param or (f"{value.name}_{axis}" if axis else "batch")
+        for axis, dim in enumerate(kind.shape.dim)
+    )
+    return TensorSpec(value.name, dtype, shape)
+
+
+def _write_golden(stage: Path, manifest: Manifest, original: ModelProto, request: ExportRequest) -> None:
+    """Inputs, and what the file as it was gives for them in float64."""
+    signature = manifest.signature
+    try:
+        engine = evaluator(original)
+        shapes = _sample_shapes(signature, request.inputs)
+        if shapes is None:
+            shapes = {name: array.shape[1:] for name, array in first_that_works(engine, original, 0)[0].items()}
+        feeds = golden_inputs(signature, shapes=shapes, images=real_images(manifest, data_dir=request.data_dir))
+        feeds = {spec.name: _of_fixed_batch(spec, feeds[spec.name]) for spec in signature.inputs}
+        outputs = run(engine, {name: widen_array(array) for name, array in feeds.items()})
+    except NotEvaluated as reason:
+        raise ExportError(
+            f"the file can't be evaluated in float64, so a bundle of it could not be verified: {reason}",
+            remedy=_FILE_ALONE,
+        ) from reason
+    named = {spec.name: np.asarray(output) for spec, output in zip(signature.outputs, outputs, strict=True)}
+    write_golden(stage, signature, feeds, named)
+
+
+def _of_fixed_batch(spec: TensorSpec, array: Array) -> Array:
+    """As many samples as a fixed batch holds, in turn."""
+    n = spec.shape[0]
+    return array if isinstance(n, str) else np.resize(array, (n, *array.shape[1:]))
+
+
+def _sample_shapes(signature: Signature, texts: tuple[str, ...]) -> dict[str, tuple[int, ...]] | None:
+    """Shape of one sample of each input, as asked for or as declared; None when sizes vary and none were asked for.
+
+    Raises:
+        UsageError: --input does not fit what the file declares.
+    """
+    if not texts:
+        fixed = {spec.name: tuple(d for d in spec.sample_shape if isinstance(d, int)) for spec in signature.inputs}
+        whole = all(len(fixed[spec.name]) == len(spec.sample_shape) for spec in signature.inputs)
+        return fixed if whole else None
+    given = _named(parse_inputs(texts), signature)
+    for spec in signature.inputs:
+        asked = given[spec.name]
+        sizes = zip(spec.sample_shape, asked.shape, strict=False)
+        wrong = len(asked.shape) != len(spec.sample_shape) or any(isinstance(d, int) and d != s for d, s in sizes)
+        if wrong or asked.dtype != spec.dtype:
+            declared = "x".join(map(str, spec.sample_shape)) or "scalar"
+            raise UsageError(
+                f"--input does not fit {spec.name!r}, which the file declares as {declared}:{spec.dtype}",
+                remedy="Give numbers for the sizes that vary, and leave the rest as it is",
+            )
+    return {name: asked.shape for name, asked in given.items()}
+
+
+def _named(specs: tuple[InputSpec, ...], signature: Signature) -> Mapping[str, InputSpec]:
+    names = [spec.name for spec in signature.inputs]
+    if len(specs) == len(names) == 1:
+        return {names[0]: specs[0]}
+    given = {spec.name: spec for spec in specs}
+    if set(given) != set(names):
+        raise UsageError(f"the file has the inputs {', '.join(names)}", remedy="Name each: --input NAME=3x224x224")
+    return given
+
+
+def _stamped(model: ModelProto, manifest: Manifest, *, parity: str) -> bytes:
+    """The file's bytes with what a server wants to know in its metadata; what was there stays."""
+    copy = ModelProto()
+    copy.CopyFrom(model)
+    entries = {item.key: item.value for item in copy.metadata_props} | model_metadata(manifest, parity=parity)
+    del copy.metadata_props[:]
+    for key in sorted(entries):
+        copy.metadata_props.add(key=key, value=entries[key])
+    content: bytes = copy.SerializeToString(deterministic=True)
+    return content
+
+
+def _finish(stage: Path, manifest: Manifest, result: OnnxFoldResult, report: VerificationReport, path: Path) -> None:
+    """Put the verdict into the model file's metadata, the page and the manifest."""
+    write_atomically(stage / MODEL_ONNX, _stamped(result.model, manifest, parity=report.parity()))
+    page = render_report(
+        manifest,
+        fold=result.report,
+        verification=report,
+        environment=manifest.environment,
+        samples=report.samples or None,
+        commands=[f"bnexport verify {path}"],
+    )
+    write_atomically(stage / REPORT, page.encode())
+    seal(stage, replace(manifest, verification=report.to_json()))
