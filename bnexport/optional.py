@@ -17,6 +17,8 @@ INSTALL: dict[str, str] = {
     "torch": "torch",
     "onnxruntime": "onnxruntime-gpu[cuda,cudnn]",
     "PIL": "pillow",
+    "timm": "bnexport[timm]",
+    "onnxslim": "bnexport[audit]",
 }
 
 

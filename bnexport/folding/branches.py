@@ -89,7 +89,7 @@ def _edges(total: Op) -> list[tuple[Op, Op]]:
     found, stack = [], [total]
     while stack:
         op = stack.pop()
-        if _passes(op) and len(op.inputs[0].users) == 1:
+        if _passes(op) and len(op.users) == len(op.inputs[0].users) == 1:
             stack.append(op.inputs[0])
         if not isinstance(op.kind, Add):
             continue
@@ -120,6 +120,7 @@ def _merge(plan: Plan, branch: _Branch, taps: _Taps) -> Op:
         if host.inputs[0] is not branch.value:
             continue
         try:
+            _refuse_broadcast(_sum_path(host, chain[-1]))
             weight, bias = taps(layer)
             sign = _factor(chain, branch.operand) / _factor(_sum_path(host, chain[-1]), host)
             _carry_out(plan, chain, branch, host, weight * sign, None if bias is None else bias * sign)
@@ -161,10 +162,14 @@ def _sum_from(first: Op) -> list[Op]:
         chain.append(op)
     while not isinstance(chain[-1].kind, Add):
         chain.pop()
-    for op in chain:
+    _refuse_broadcast(chain)
+    return chain
+
+
+def _refuse_broadcast(path: list[Op]) -> None:
+    for op in path:
         if isinstance(op.kind, Add) and any(parent.shape != op.shape for parent in op.inputs):
             raise Refused(f"{op.name} broadcasts one of its operands")
-    return chain
 
 
 def _passes(op: Op) -> bool:
@@ -178,7 +183,7 @@ def _leaves(root: Op) -> list[Op]:
         for _, parent in _edges(root)
         if len(parent.users) == 1 and not isinstance(parent.kind, Add) and not _passes(parent)
     ]
-    leaves += [op.inputs[0] for _, op in _edges(root) if _passes(op) and len(op.inputs[0].users) == 1]
+    leaves += [op.inputs[0] for _, op in _edges(root) if _passes(op) and len(op.users) == len(op.inputs[0].users) == 1]
     return sorted(leaves, key=lambda op: op.kind.weight.elements if isinstance(op.kind, Layer) else 0, reverse=True)
 
 

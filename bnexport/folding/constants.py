@@ -10,19 +10,15 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from bnexport.folding.aliasing import memory_of
+
 aten = torch.ops.aten
 
 #: Casts to a wider floating type inside a constant are skipped, so that the constant keeps its float64 precision. One that
 #: rounds (to float16, to an integer) is part of what the network computes.
 _CASTS = (aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout, aten.to.device)
-#: Operators that return their input itself although their schema does not say so.
-_MAY_RETURN_INPUT = (
-    aten.dropout.default,
-    aten.feature_dropout.default,
-    aten.alpha_dropout.default,
-    aten.clone.default,
-    operator.getitem,  # one of the views that chunk, split or unbind return
-)
+#: Operators that cut a constant into pieces, which getitem takes.
+_CUTS = (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int)
 
 
 class Constants:
@@ -37,8 +33,12 @@ class Constants:
 
     def __init__(self, module: GraphModule) -> None:
         self._module = module
-        self._values: dict[Node, Tensor | None] = {}
+        self._values: dict[Node, Tensor | tuple[Tensor, ...] | None] = {}
         self.mutated = set(_mutated_memory(module))
+
+    def changes(self, *nodes: Node) -> bool:
+        """Whether the memory of some value is changed in place, so that it matters when it is read."""
+        return bool(self.mutated) and any(not self.mutated.isdisjoint(memory_of(node)) for node in nodes)
 
     def value(self, item: Any) -> Tensor | None:
         """The constant that an operator's argument stands for, in float64; None when it is not a constant.
@@ -61,7 +61,8 @@ class Constants:
         """The value in the element type that it has; only computed constants are held in float64."""
         if node not in self._values:
             self._resolve(node)
-        return self._values[node]
+        found = self._values[node]
+        return found if isinstance(found, Tensor) else None
 
     def _resolve(self, target: Node) -> None:
         """Compute ``target`` and what it needs, without recursion: constant subgraphs can be long."""
@@ -76,8 +77,8 @@ class Constants:
             else:
                 self._values[stack.pop()] = self._compute(node)
 
-    def _compute(self, node: Node) -> Tensor | None:
-        if memory_of(node) in self.mutated:
+    def _compute(self, node: Node) -> Tensor | tuple[Tensor, ...] | None:
+        if self.changes(node):
             return None
         if node.op == "get_attr":
             value = attribute(self._module, str(node.target))
@@ -87,25 +88,51 @@ class Constants:
             return None
         if any(self._values[parent] is None for parent in parents):
             return None
-        args = torch.fx.map_arg(node.args, self._wide_value)
-        kwargs = torch.fx.map_arg(node.kwargs, self._wide_value)
-        if node.target in _CASTS and isinstance(args[0], Tensor) and _widens(node):
-            return args[0]
-        with torch.no_grad():
-            result = node.target(*args, **kwargs)  # type: ignore[operator]
-        if not isinstance(result, Tensor):
-            return None
-        return _wide(result)
+        if node.target in _CASTS and isinstance(node.args[0], Node) and _widens(node):
+            return self._values[node.args[0]]
+        for look_up in (self._wide_value, self._narrow_value)[_looks_at_bits(node) :]:
+            try:
+                with torch.no_grad():
+                    args: Any = torch.fx.map_arg(node.args, look_up)
+                    kwargs: Any = torch.fx.map_arg(node.kwargs, look_up)
+                    result = node.target(*args, **kwargs)  # type: ignore[operator]
+            except (RuntimeError, TypeError, ValueError, NotImplementedError):
+                continue  # an operator for float32 alone, such as those of quantisation
+            if node.target in _CUTS:
+                return tuple(_wide(item) for item in result)
+            if isinstance(result, Tensor) and _fits(result, node):
+                return result if result.is_quantized else _wide(result)
+        return None
 
-    def _wide_value(self, node: Node) -> Tensor | None:
+    def _wide_value(self, node: Node) -> Any:
         value = self._values[node]
-        return None if value is None else _wide(value)
+        return _wide(value) if isinstance(value, Tensor) else value
+
+    def _narrow_value(self, node: Node) -> Any:
+        """In the element type that the network computes it in."""
+        value, traced = self._values[node], node.meta.get("val")
+        if not isinstance(value, Tensor) or not isinstance(traced, Tensor) or not value.is_floating_point():
+            return value
+        return value.cpu().to(traced.dtype)
 
 
 def _wide(value: Tensor) -> Tensor:
     """In float64 on the CPU, wherever the network is: the algebra is small, and one device knows no mix-ups."""
+    if value.is_quantized:
+        return value
     value = value.cpu()
     return value.double() if value.is_floating_point() else value
+
+
+def _looks_at_bits(node: Node) -> bool:
+    """Whether an operator's result depends on the element type itself, so that widening would change it."""
+    name = getattr(getattr(node.target, "_schema", None), "name", "")
+    return node.target is aten.view.dtype or any(part in name for part in ("quantize", "bitwise", "frexp", "nextafter"))
+
+
+def _fits(result: Tensor, node: Node) -> bool:
+    traced = node.meta.get("val")
+    return not isinstance(traced, Tensor) or tuple(result.shape) == tuple(traced.shape)
 
 
 def attribute(module: torch.nn.Module, target: str) -> Any:
@@ -120,7 +147,7 @@ def _is_pure(node: Node) -> bool:
     """Deterministic, without side effects: safe to compute once, ahead of time."""
     schema = getattr(node.target, "_schema", None)
     if schema is None or schema.is_mutable:
-        return False
+        return node.target is operator.getitem
     return torch.Tag.nondeterministic_seeded not in node.target.tags  # type: ignore[union-attr]
 
 
@@ -146,25 +173,17 @@ def _mutated_memory(module: GraphModule) -> Iterator[str | Node]:
             if argument.alias_info is None or not argument.alias_info.is_write:
                 continue
             given = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
-            yield from map(memory_of, _nodes(given))
+            for item in _nodes(given):
+                yield from memory_of(item)
     # Training-mode batch_norm changes its statistics without saying so in its schema.
     for node in module.graph.nodes:
         if node.op == "call_function" and node.target is aten.batch_norm.default and node.args[5]:
-            yield from (memory_of(item) for item in node.args[3:5] if isinstance(item, Node))
+            for item in node.args[3:5]:
+                if isinstance(item, Node):
+                    yield from memory_of(item)
 
 
 def _nodes(value: Any) -> list[Node]:
     found: list[Node] = []
     torch.fx.map_arg(value, found.append)
     return found
-
-
-def memory_of(node: Node) -> str | Node:
-    """Whose memory ``node`` may share: the target of an attribute, or the node that computed it."""
-    while node.op == "call_function" and node.args and isinstance(node.args[0], Node):
-        schema = getattr(node.target, "_schema", None)
-        shares = schema is not None and any(item.alias_info is not None for item in schema.returns)
-        if not shares and node.target not in _MAY_RETURN_INPUT:
-            break
-        node = node.args[0]
-    return str(node.target) if node.op == "get_attr" else node

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from bnexport.folding.affine import Affine
 from bnexport.folding.branches import EQUATION, merge_affine, merge_convolution, merge_skip, sum_guests
-from bnexport.folding.graph import Add, Graph, Identity, Layer, Norm, NormCall, Op, Opaque
+from bnexport.folding.graph import Add, Graph, Identity, Kind, Layer, Norm, NormCall, Op, Opaque
 from bnexport.folding.moves import MOVES
 from bnexport.folding.plan import Budget, Plan, Refused
 from bnexport.folding.proof import MAX_SITE_ERROR, plan_error
@@ -91,10 +91,13 @@ class Engine:
         self._take_in_arithmetic(site)
         self._merge_skips(site)
         for rule in RULES:
+            kind: Kind = site.op.kind
+            if not isinstance(kind, Norm):
+                return  # one of the two failed its proof
             plan = Plan(self.graph, MOVES, self.budget, maps=rule.maps, clamps=self.clamps)
             plan.path[site.op] = None
             try:
-                rule.plan(plan, site.op, site.op.kind.affine)
+                rule.plan(plan, site.op, kind.affine)
             except Refused as refused:
                 refusals.append((rule, refused))
                 continue
@@ -123,27 +126,20 @@ class Engine:
         return None
 
     def _take_in_arithmetic(self, site: _Site) -> None:
-        """What plain scales and shifts follow a BatchNorm alone become part of it, before it looks for a place."""
-        op = site.op
-        while len(op.users) == 1:
-            op = op.users[0]
-            if isinstance(op.kind, Identity) and len(op.inputs) == 1:
-                continue
-            if not isinstance(op.kind, Norm) or op.norm is not None or not isinstance(site.op.kind, Norm):
-                return
+        """Plain scales and shifts beside a BatchNorm become part of it, before it looks for a place."""
+        while (chain := _arithmetic_before(site.op)) or (chain := _arithmetic_after(site.op)):
+            other = chain[-1]
+            assert isinstance(other.kind, Norm)
+            assert isinstance(site.op.kind, Norm)
+            here, there = site.op.kind.affine, other.kind.affine
             plan = Plan(self.graph, MOVES, self.budget)
-            plan.path.update(dict.fromkeys((site.op, op)))
-            above = site.op
-            while above is not op:
-                plan.path[above] = None
-                above = above.users[0]
-            if op.rank != site.op.rank or op.shape != site.op.shape:
-                return
+            plan.path.update(dict.fromkeys((site.op, *chain)))
             try:
-                plan.norm(site.op, op.kind.affine.after(site.op.kind.affine))
+                both = here.after(there) if other.index < site.op.index else there.after(here)
+                plan.norm(site.op, both, held=there.scale.numel())
             except Refused:
                 return
-            plan.edit(op, Identity())
+            plan.edit(other, Identity())
             if self._proved(site, plan) is None:
                 return
             self._carry_out(plan)
@@ -201,10 +197,9 @@ class Engine:
         self.budget.added += plan.grown
         for op, kind in plan.edits.items():
             if isinstance(op.kind, Layer) and isinstance(kind, Layer):
-                if op.kind.weight is not kind.weight:
-                    op.kind.weight.readers -= 1
-                if op.kind.bias is not None and op.kind.bias is not kind.bias:
-                    op.kind.bias.readers -= 1
+                for old, new in ((op.kind.weight, kind.weight), (op.kind.bias, kind.bias)):
+                    if old is not None and new is not old:
+                        old.readers -= 1
             if isinstance(op.kind, Add) and isinstance(kind, Identity):
                 self._leave_out(op, op.inputs[1 - kind.index])
                 kind = Identity()
@@ -236,6 +231,32 @@ class Engine:
             else:
                 found.append(op)
         return found
+
+
+def _arithmetic_before(site: Op) -> list[Op]:
+    """Plain arithmetic that the site alone reads, at the end of the identities between them; empty when there is none."""
+    chain, op = [], site.inputs[0]
+    while len(op.users) == 1 and op.shape == site.shape:
+        chain.append(op)
+        if isinstance(op.kind, Norm) and op.norm is None:
+            return chain
+        if not isinstance(op.kind, Identity):
+            return []
+        op = op.inputs[op.kind.index]
+    return []
+
+
+def _arithmetic_after(site: Op) -> list[Op]:
+    """As ``_arithmetic_before``, with the data flow."""
+    chain, op = [], site
+    while len(op.users) == 1 and op.users[0].shape == site.shape:
+        op = op.users[0]
+        chain.append(op)
+        if isinstance(op.kind, Norm) and op.norm is None:
+            return chain
+        if not isinstance(op.kind, Identity) or len(op.inputs) != 1:
+            return []
+    return []
 
 
 def _first_row(call: NormCall) -> FoldRow:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from bnexport.folding.aliasing import shares_memory
+
 
 def functionalise(graph_module: GraphModule) -> None:
     """Replace in-place operators, in one pass over the graph, where that is exact."""
@@ -56,29 +58,8 @@ def _owned(node: Node, order: dict[Node, int]) -> bool:
             return False
         if not shares_memory(value):
             return True
-        if len(value.users) > 1:
+        tensors = [item for item in value.all_input_nodes if isinstance(item.meta.get("val"), Tensor | list | tuple)]
+        if len(value.users) > 1 or len(tensors) != 1:
             return False
-        reader, value = value, value.args[0] if value.args else None
+        reader, value = value, tensors[0]
     return False
-
-
-def shares_memory(node: Node) -> bool:
-    """Whether an operator's result may be a view of its first input (or that input itself)."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None:
-        return True  # getitem: one of the views that chunk or split return
-    # A functional operator that was in place has a schema without aliases.
-    return any(item.alias_info is not None for item in schema.returns) or node.target in _MAY_RETURN_INPUT
-
-
-_MAY_RETURN_INPUT = (
-    torch.ops.aten.dropout.default,
-    torch.ops.aten.feature_dropout.default,
-    torch.ops.aten.alpha_dropout.default,
-    torch.ops.aten.contiguous.default,
-    torch.ops.aten.reshape.default,
-    torch.ops.aten.flatten.using_ints,
-    torch.ops.aten.to.dtype,
-    torch.ops.aten.to.device,
-    torch.ops.aten.to.dtype_layout,
-)

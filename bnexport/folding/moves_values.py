@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -145,29 +147,42 @@ def _check_homogeneous(op: Op, affine: Affine) -> None:
 
 
 def pull_norm(plan: Plan, op: Op, kind: Norm, affine: Affine) -> None:
-    """Two affines in a row are one; it goes on upwards if it can, else it stays here."""
+    """Two affines in a row are one; it goes on upwards if it can, else another BatchNorm's affine takes it in.
+
+    Plain arithmetic takes nothing in: a BatchNorm that ended there would be gone from the account and not from the graph.
+    """
     both = affine.after(kind.affine)
 
     def onwards() -> None:
         plan.edit(op, Identity())
         plan.pull(op.inputs[0], both, op)
 
-    if plan.attempt(onwards) is not None:
-        plan.norm(op, both)
-        plan.into[op] = None
+    _onwards_or_here(plan, op, onwards, both, affine)
 
 
 def push_norm(plan: Plan, op: Op, kind: Norm, _index: int, affine: Affine) -> None:
-    """The later of two affines takes in the earlier one; its own turn comes later, or never if it is plain arithmetic."""
+    """The later of two affines takes in the earlier one, and has its own turn; plain arithmetic is crossed."""
     both = kind.affine.after(affine)
 
     def onwards() -> None:
         plan.edit(op, Identity())
         plan.push(op, both)
 
-    if op.norm is not None or plan.attempt(onwards) is not None:
-        plan.norm(op, both)
+    if op.norm is not None:
+        plan.norm(op, both, held=affine.scale.numel())
         plan.into[op] = None
+    else:
+        _onwards_or_here(plan, op, onwards, both, affine)
+
+
+def _onwards_or_here(plan: Plan, op: Op, onwards: Callable[[], None], both: Affine, moved: Affine) -> None:
+    refused = plan.attempt(onwards)
+    if refused is None:
+        return
+    if op.norm is None:
+        raise refused
+    plan.norm(op, both, held=moved.scale.numel())
+    plan.into[op] = None
 
 
 def pull_opaque(_plan: Plan, op: Op, kind: Opaque, _affine: Affine) -> None:

@@ -14,6 +14,7 @@ from torch.fx import GraphModule, Node
 from bnexport.folding.affine import Affine, ChannelAffine
 from bnexport.folding.constants import Constants
 from bnexport.folding.names import BATCH_NORM, dtype_of, module_stack, operator_name, shape_of
+from bnexport.folding.torch_reading import argument
 
 aten = torch.ops.aten
 
@@ -97,7 +98,8 @@ def _batch_norm(node: Node, constants: Constants) -> NormReading | None:
 def _elementwise(node: Node, constants: Constants) -> NormReading | None:
     """``x + c``, ``x - c``, ``c - x``, ``x * c``, ``x / c`` with a constant that does not enlarge the value."""
     left, right = node.args[:2]
-    alpha = float(node.kwargs.get("alpha", 1))  # type: ignore[arg-type]
+    given: Any = argument(node, 2, "alpha", 1)  # the one positional argument that rsub.Scalar has more than the others
+    alpha = float(given)
     left_constant, right_constant = constants.value(left), constants.value(right)
     if (left_constant is None) == (right_constant is None):
         return None

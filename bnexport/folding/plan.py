@@ -7,9 +7,11 @@ a refusal is a sentence, so that nothing is left alone in silence. A plan is pro
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,8 +20,10 @@ from torch import Tensor
 from bnexport.folding.affine import Affine
 from bnexport.folding.graph import Graph, Identity, Kind, Layer, Norm, Op, Slice, Weight
 
-#: Operations that one plan may touch: a bound on the work per BatchNorm, far above what real networks need.
-MAX_STEPS = 512
+#: Operations that one plan may look at, ways that turn out closed included, and operations one behind the other: bounds on
+#: the work per BatchNorm and on Python's stack, far above what real networks need.
+MAX_STEPS = 1024
+MAX_DEPTH = 64
 
 
 class Refused(Exception):
@@ -43,16 +47,36 @@ class Budget:
     Attributes:
         elements: Elements of all weights of the original.
         max_growth: The result may have so many times as many.
+        apart: Whether calls that fold alike get weights of their own all the same.
         added: Elements added so far.
     """
 
     elements: int
     max_growth: float = 1.1
+    apart: bool = False
     added: int = 0
+    _together: dict[tuple[Weight, bytes], Weight] = field(default_factory=dict)
 
     def allows(self, more: int) -> bool:
         """Whether ``more`` elements still fit."""
         return self.added + more <= (self.max_growth - 1.0) * self.elements
+
+    def folded(self, old: Weight | None, value: Tensor, dtype: torch.dtype, *, together: bool) -> Weight:
+        """A folded weight; one for all calls that shared ``old`` and fold it into the same numbers.
+
+        Args:
+            old: What the call read before.
+            value: float64.
+            dtype: Element type to store it in.
+            together: Whether other calls are expected to fold alike.
+        """
+        if old is None or not (together or any(known is old for known, _ in self._together)):
+            return Weight.folded(value, dtype)
+        key = old, hashlib.sha256(value.contiguous().numpy().tobytes()).digest()
+        if key not in self._together:
+            self._together[key] = Weight.folded(value, dtype)
+            self._together[key].readers = old.readers
+        return self._together[key]
 
 
 @dataclass(frozen=True)
@@ -95,6 +119,15 @@ class Plan:
         self.path: dict[Op, None] = {}
         self.into: dict[Op, None] = {}
         self.grown = 0
+        self._steps = self._depth = 0
+
+    @contextlib.contextmanager
+    def _deeper(self) -> Iterator[None]:
+        self._depth += 1
+        try:
+            yield
+        finally:
+            self._depth -= 1
 
     def pull(self, op: Op, affine: Affine, reader: Op) -> None:
         """Make ``op`` give ``affine(op)`` to its only reader.
@@ -106,7 +139,12 @@ class Plan:
             return
         self._only_reader(op, reader)
         self.visit(op)
-        self.moves.pull[type(op.kind)](self, op, op.kind, affine)
+        while isinstance(op.kind, Identity):  # a folded BatchNorm is one, too: long chains need no deep stack
+            reader, op = op, op.inputs[op.kind.index]
+            self._only_reader(op, reader)
+            self.visit(op)
+        with self._deeper():
+            self.moves.pull[type(op.kind)](self, op, op.kind, affine)
 
     def push(self, op: Op, affine: Affine) -> None:
         """Make every reader of ``op`` do with a value to which ``affine`` was not applied.
@@ -123,14 +161,16 @@ class Plan:
             if len(places) > 1:
                 raise Refused(f"{user.name} reads it {len(places)} times")
             self.visit(user)
-            self.moves.push[type(user.kind)](self, user, user.kind, places[0], affine)
+            with self._deeper():
+                self.moves.push[type(user.kind)](self, user, user.kind, places[0], affine)
 
     def visit(self, op: Op) -> None:
         """Note that the plan touches an operation; each once, so that two changes can't meet."""
         if op in self.path:
             raise Refused(f"two ways from it meet again at {op.name}")
-        if len(self.path) >= MAX_STEPS:
-            raise Refused(f"more than {MAX_STEPS} operations would have to change")
+        self._steps += 1
+        if self._steps > MAX_STEPS or self._depth > MAX_DEPTH:
+            raise Refused("too many operations lie between it and a layer that could take it in")
         self.path[op] = None
 
     def edit(self, op: Op, kind: Kind) -> None:
@@ -149,22 +189,30 @@ class Plan:
 
     def layer(self, op: Op, layer: Layer, *, weight: Tensor | None, bias: Tensor | None, after: Tensor | None) -> None:
         """Give a layer new numbers, float64; None leaves what is there."""
+        new = {"weight": weight, "bias": bias}
+        old = {"weight": layer.weight, "bias": layer.bias}
+        together = self._clone(op, [old[name] for name, value in new.items() if value is not None])
         changes: dict[str, object] = {"after": after if after is not None else layer.after}
-        dtype = layer.weight.dtype
-        if weight is not None:
-            self._clone(op, layer.weight, "weight")
-            changes["weight"] = Weight.folded(self.storable(weight, dtype, "weight"), dtype)
-        if bias is not None:
-            if layer.bias is not None:
-                self._clone(op, layer.bias, "bias")
-            changes["bias"] = Weight.folded(self.storable(bias, dtype, "bias"), dtype)
+        for name, value in new.items():
+            if value is not None:
+                stored = self.storable(value, layer.weight.dtype, name)
+                changes[name] = self.budget.folded(old[name], stored, layer.weight.dtype, together=together)
         if after is not None:
-            self.storable(after, dtype, "bias")
+            self.storable(after, layer.weight.dtype, "bias")
         self.edit(op, replace(layer, **changes))  # type: ignore[arg-type]
         self.into[op] = None
 
-    def norm(self, op: Op, affine: Affine) -> None:
-        """Give a norm another scale and shift; both have to be finite in its element type."""
+    def norm(self, op: Op, affine: Affine, *, held: int = 0) -> None:
+        """Give a norm another scale and shift; both have to be finite in its element type.
+
+        Args:
+            op: The norm.
+            affine: What it does from now on.
+            held: Elements of what is merged into it: a scale per channel and a map of positions would give a much larger map.
+        """
+        assert isinstance(op.kind, Norm)
+        if affine.scale.numel() > op.kind.affine.scale.numel() + held:
+            raise Refused(f"together with {op.name} it would vary along more axes than each of the two")
         if op.dtype is not None:
             self.storable(affine.scale, op.dtype, "scale")
             self.storable(affine.shift, op.dtype, "shift")
@@ -177,12 +225,16 @@ class Plan:
             Refused: It is not.
         """
         # One pass: a sum of finite numbers in float64 is finite, and only a sum that is not needs a closer look.
-        if math.isfinite(float(value.to(dtype).sum(dtype=torch.float64))):
-            return value
-        if not bool(torch.isfinite(value).all()):
-            raise Refused(f"the folded {what} is not finite", "statistics with a variance and eps that are not both 0")
-        if not bool(torch.isfinite(value.to(dtype)).all()):
-            raise Refused(f"the folded {what} does not fit into {dtype}", "weights in float32 or bfloat16")
+        cast = value.to(dtype)
+        if not math.isfinite(float(cast.sum(dtype=torch.float64))):
+            if not bool(torch.isfinite(value).all()):
+                raise Refused(
+                    f"the folded {what} is not finite", "statistics with a variance and eps that are not both 0"
+                )
+            if not bool(torch.isfinite(cast).all()):
+                raise Refused(f"the folded {what} does not fit into {dtype}", "weights in float32 or bfloat16")
+        if dtype is torch.float16 and what == "weight" and _underflows(value, cast):
+            raise Refused(f"the folded {what} would lose its last digits in {dtype}", "weights in float32 or bfloat16")
         return value
 
     def _only_reader(self, op: Op, reader: Op) -> None:
@@ -197,18 +249,28 @@ class Plan:
             "a layer of its own for each consumer",
         )
 
-    def _clone(self, op: Op, weight: Weight, what: str) -> None:
-        """A weight that other calls read stays; this call gets its own, if the budget allows."""
-        if weight.readers <= 1 or self._alike(op, weight):
-            return
-        if not self.budget.allows(self.grown + weight.elements):
-            growth = 1 + (self.budget.added + self.grown + weight.elements) / max(self.budget.elements, 1)
+    def _clone(self, op: Op, weights: Sequence[Weight | None]) -> bool:
+        """What other calls read stays; this call gets its own, if the budget allows.
+
+        Returns:
+            Whether the other calls will fold alike, so that all of them share what is folded.
+        """
+        shared = [weight for weight in weights if weight is not None and weight.readers > 1]
+        if not shared:
+            return False
+        if not self.budget.apart and all(self._alike(op, weight) for weight in shared):
+            return True
+        more = sum(weight.elements for weight in shared)
+        if not self.budget.allows(self.grown + more):
+            calls = max(weight.readers for weight in shared)
+            growth = 1 + (self.budget.added + self.grown + (calls - 1) * more) / max(self.budget.elements, 1)
             raise Refused(
-                f"the {what} of {op.name} is used {weight.readers} times (a shared layer or parameter), and a copy for this"
+                f"the weight of {op.name} is used {calls} times (a shared layer or parameter), and a copy for this"
                 f" call would exceed the size budget of {self.budget.max_growth:g}",
-                f"--max-growth {growth:.2f}",
+                f"--max-growth {math.ceil(growth * 100) / 100:.2f}",
             )
-        self.grown += weight.elements
+        self.grown += more
+        return False
 
     def _alike(self, op: Op, weight: Weight) -> bool:
         """Whether every call that reads a weight is followed by the same affine alone: then all share one folded weight."""
@@ -224,6 +286,16 @@ class Plan:
             if not _equal(first, user.kind.affine):
                 return False
         return op in readers
+
+
+def _underflows(value: Tensor, cast: Tensor) -> bool:
+    """Whether rounding changes some row of a weight by more than the type's own resolution: its numbers are too small."""
+    if value.ndim < 2:
+        return False
+    lost = (value - cast.double()).abs().flatten(1)
+    by_row = bool((lost.amax(1) > 2 * torch.finfo(cast.dtype).eps * value.abs().flatten(1).amax(1)).any())
+    columns, size = lost.reshape(*value.shape[:2], -1).amax((0, 2)), value.abs().flatten(2).amax((0, 2))
+    return by_row or bool((columns > 2 * torch.finfo(cast.dtype).eps * size).any())
 
 
 def _next_norm(op: Op) -> Op | None:

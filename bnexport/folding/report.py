@@ -82,9 +82,9 @@ class FoldReport:
         remaining: batch_norm operators left in the folded graph: standalone affines, and BatchNorms kept as they were.
         error: Largest difference between the folded and the original graph, both in float64, on random inputs, as a
             fraction of the output's largest value; None when the graph can't run in float64.
-        growth: Elements of the folded graph's weights, as a multiple of the original's; above 1 where shared weights had
-            to be cloned.
-        warnings: What a reader must know: a fold that failed its proof and was rolled back.
+        growth: Elements of the folded graph's parameters and buffers, as a multiple of the original's: below 1 where
+            statistics are gone, above 1 where shared weights had to be copied. The scales and shifts that stay do not count.
+        warnings: What a reader must know: a fold that failed its proof and was rolled back, a whole that can't be compared.
     """
 
     rows: tuple[FoldRow, ...]

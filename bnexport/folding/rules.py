@@ -66,11 +66,17 @@ def _scale_forward(plan: Plan, site: Op, affine: Affine) -> None:
         raise Refused("another affine would take its scale in, and both would stay")
 
 
+#: Below it a product with a scale may become a subnormal number in float32, which is stored as 0, and t / s is no help.
+_SMALLEST_DIVISOR = 1e-25
+
+
 def _refuse_scaleless(affine: Affine) -> None:
     if not affine.has_scale:
         raise Refused("it has no scale to move")
     if bool((affine.scale == 0).any()):
         raise Refused(f"{int((affine.scale == 0).sum())} of its scales are 0, and the shift can't be divided by them")
+    if bool((affine.scale.abs() < _SMALLEST_DIVISOR).any()):
+        raise Refused("some of its scales are so small that a weight would vanish when multiplied by them")
 
 
 #: Every rule, in the order in which they are tried.

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from bnexport.folding.affine import Dim
-from bnexport.folding.constants import Constants, attribute, memory_of
+from bnexport.folding.constants import Constants, attribute
 from bnexport.folding.graph import (
     Clamp,
     Identity,
@@ -33,6 +33,9 @@ from bnexport.folding.torch_reading import Reader, Reading
 
 aten = torch.ops.aten
 
+_CHANGED = "what it reads or gives is changed in forward"
+#: Operators that take only the shape of their second argument.
+_LIKE = (aten.view_as.default, aten.reshape_as.default)
 #: Operators that look at a tensor's shape or type, never at its elements.
 _SHAPE_ONLY = (aten.sym_size.int, aten.sym_numel.default, aten.sym_stride.int, aten._assert_tensor_metadata.default)
 
@@ -122,9 +125,8 @@ class TorchGraph:
         if node.op == "output":
             return Reading(Opaque(is_output=True), everything)
         reader: Reader | None = READERS.get(node.target) if node.op == "call_function" else None
-        changed = memory_of(node) in self.constants.mutated
-        if changed:
-            return Reading(Opaque("its memory is changed in place"), everything)
+        if self.constants.changes(node, *everything):
+            return Reading(Opaque(_CHANGED), everything)
         found = reader(node, self) if reader is not None else None
         if isinstance(found, str):
             return Reading(Opaque(found), everything)
@@ -136,9 +138,9 @@ class TorchGraph:
         return node in self.by_node or _is_transparent_split(node)
 
     def _norm(self, norm: NormReading) -> Kind:
-        changed = memory_of(norm.nodes[-1]) in self.constants.mutated
+        changed = self.constants.changes(norm.value, *norm.nodes)
         if norm.affine is None or changed or norm.why_not:
-            return Opaque(norm.why_not or "its memory is changed in place")
+            return Opaque(norm.why_not or _CHANGED)
         if not norm.counts and not norm.affine.has_scale and not norm.affine.has_shift:
             return Identity()  # x + 0, x * 1
         return Norm(norm.affine)
@@ -153,7 +155,7 @@ class TorchGraph:
             module_class(node),
             channels_of(norm.value, norm.axis, norm.affine),
             affine,
-            norm.why_not or ("" if affine is not None else "its memory is changed in place"),
+            norm.why_not or ("" if affine is not None else _CHANGED),
             norm.unlock,
         )
 
@@ -175,6 +177,8 @@ class TorchGraph:
                 else [self.by_node[item] for item in read.all_input_nodes if item in self.by_node]
             )
             inputs += parents
+        if not inputs and not isinstance(kind, Opaque):
+            kind = Opaque()
         value = node.meta.get("val")
         shape = tuple(map(_dim, value.shape)) if isinstance(value, Tensor) else ()
         dtype = value.dtype if isinstance(value, Tensor) else None
@@ -199,10 +203,21 @@ class TorchGraph:
         if key not in self._weights:
             stored = attribute(self.module, str(node.target)) if node.op == "get_attr" else node.meta["val"]
             nodes = node.graph.find_nodes(op="get_attr", target=node.target) if node.op == "get_attr" else [node]
-            readers = sum(len(item.users) for item in nodes)
+            readers = sum(len(item.users) for item in nodes) + self._is_computed_from_shared(node)
             name = key if isinstance(key, str) else node.name
             self._weights[key] = Weight(name, tuple(stored.shape), stored.dtype, lambda: self._loaded(node), readers)
         return self._weights[key]
+
+    def _is_computed_from_shared(self, node: Node) -> bool:
+        """Whether folding a computed weight would add it to what it is computed from, because others read that too."""
+        inside, stack = {node}, [node]
+        while stack:
+            for parent in stack.pop().all_input_nodes:
+                if parent not in inside:
+                    inside.add(parent)
+                    stack.append(parent)
+        others = {user for item in inside - {node} for user in item.users} - inside
+        return any(user.users or user.op == "output" for user in others if user.target not in _SHAPE_ONLY)
 
     def _loaded(self, node: Node) -> Tensor:
         value = self.constants.value(node)
@@ -252,6 +267,8 @@ class TorchGraph:
             hint = item.meta.get("val")
             if isinstance(hint, (torch.SymInt, int)):
                 return _hint(hint)
+            if node.target in _LIKE and isinstance(hint, Tensor):
+                return torch.empty((), dtype=torch.float64).expand([_hint(size) for size in hint.shape])
             raise RuntimeError(f"{item.name} has no value here")
 
         args = list(torch.fx.map_arg(node.args, look_up))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-
 import torch
 from torch import Tensor
 from torch.fx import Node
@@ -20,8 +18,11 @@ def flushed(value: Tensor, dtype: torch.dtype) -> Tensor:
     """A float64 tensor in its element type, rounded once.
 
     A subnormal result is flushed to zero: it is below the resolution of every sum it enters, and slows a CPU several times.
+    Not so in float16, whose subnormal numbers (below 6e-5) are the size of many a weight.
     """
     cast = value.to(dtype)
+    if dtype is torch.float16:
+        return cast
     return torch.where(cast.abs() < torch.finfo(dtype).tiny, torch.zeros_like(cast), cast)
 
 
@@ -33,14 +34,15 @@ class Writer:
 
     Attributes:
         exact: What was written, in float64 before its one cast, by attribute.
+        beside: Elements of the affines that stay, which are no copies of anything.
     """
 
     def __init__(self, graph: TorchGraph) -> None:
         self.graph = graph
         self.module = graph.module
         self.exact: dict[str, Tensor] = {}
-        self._shared: dict[tuple[str, bytes] | None, str] = {}
-        self._several: set[str] = set()
+        self.beside = 0
+        self._written: dict[Weight, str] = {}
         self._kept = self._names_still_read()
         self._obsolete: list[Node] = []
         self._now: dict[Op, Node] = {op: op.source.result for op in graph.ops}
@@ -110,7 +112,7 @@ class Writer:
                 continue
             arguments += [None] * (position + 1 - len(arguments))
             given = node.args[position] if position < len(node.args) else node.kwargs.get(name)
-            arguments[position] = self._stored(op, name, new, old, given if isinstance(given, Node) else None)
+            arguments[position] = self._stored(op, name, new, given if isinstance(given, Node) else None)
             kwargs.pop(name, None)
         node.args, node.kwargs = tuple(arguments), kwargs
         if kind.after is not None:
@@ -127,19 +129,15 @@ class Writer:
         total.args = (node, constant)
         self._now[op] = _like(total, node)
 
-    def _stored(self, op: Op, name: str, new: Weight, old: Weight | None, given: Node | None) -> Node:
+    def _stored(self, op: Op, name: str, new: Weight, given: Node | None) -> Node:
         """A node that reads a folded weight: under the old attribute's name, unless others still read that."""
         value = new.load()
-        key = None
-        if old is not None and old.name in self._several:  # calls that shared a weight may share the folded one as well
-            key = (old.name, hashlib.sha256(value.contiguous().cpu().numpy().tobytes()).digest())
-        target = self._shared.get(key)
+        target = self._written.get(new)  # calls that fold alike go on sharing one weight
         if target is None:
             own = given is not None and given.op == "get_attr" and str(given.target) not in self._kept
             target = str(given.target) if own and given is not None else self._free_name(op, name)
             self._kept.add(target)
-            if key is not None:
-                self._shared[key] = target
+            self._written[new] = target
             self._set(target, value, new.dtype)
         return self._attribute_node(op.source.nodes[0], target)
 
@@ -162,6 +160,7 @@ class Writer:
     def _constant(self, op: Op, name: str, value: Tensor, dtype: torch.dtype) -> Node:
         """A new attribute beside an operation, and a node that reads it; to be called with a place in the graph."""
         target = self._free_name(op, name)
+        self.beside += 0 if isinstance(op.kind, Layer) else value.numel()
         self._set(target, value, dtype)
         node = self.module.graph.get_attr(target)
         node.meta["val"] = attribute(self.module, target)
@@ -196,7 +195,6 @@ class Writer:
         readers: dict[str, int] = {}
         for node in self.module.graph.find_nodes(op="get_attr"):
             readers[str(node.target)] = readers.get(str(node.target), 0) + len(node.users)
-        self._several = {name for name, count in replaced.items() if count > 1}
         return {name for name, count in readers.items() if count > replaced.get(name, 0)}
 
     # --- what stays beside the layers ---
@@ -206,7 +204,8 @@ class Writer:
         assert op.dtype is not None
         graph, value = self.module.graph, self._input(op)
         channels = op.shape[1] if op.rank >= 2 else None
-        vector = affine.channels(1, channels) if isinstance(channels, int) else None
+        single = affine.scale.numel() == 1  # the same for all channels: no vector is worth storing
+        vector = affine.channels(1, channels) if isinstance(channels, int) and not single else None
         with graph.inserting_before(before):
             if vector is not None and affine.has_scale:
                 scale = self._constant(op, "scale", vector.scale.clone(), op.dtype)

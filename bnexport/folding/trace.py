@@ -95,6 +95,17 @@ def batch_shapes(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Any]:
     return _shapes(model, inputs, lambda item: {0: batch} if item.ndim else None)
 
 
+def two_samples(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Example inputs of a single sample, twice: torch.export takes a size of 1 for a constant."""
+    tensors = [item for item in pytree.tree_leaves(inputs) if isinstance(item, Tensor) and item.ndim]
+    if not tensors or any(item.shape[0] != 1 for item in tensors):
+        return inputs
+    twice = pytree.tree_map(
+        lambda item: torch.cat([item, item]) if isinstance(item, Tensor) and item.ndim else item, inputs
+    )
+    return tuple(twice)
+
+
 def size_shapes(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Any]:
     """As ``batch_shapes``, and the height and width (length; depth) of image inputs vary as well.
 

@@ -112,5 +112,5 @@ def test_python_block_runs(tmp_path: Path) -> None:
         [sys.executable, "-c", source], cwd=ROOT, env=environ, capture_output=True, text=True, timeout=240, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "bn1 folded conv1" in done.stdout
+    assert "bn1 backward conv1" in done.stdout
     assert "PASS" in done.stdout

@@ -269,11 +269,11 @@ def test_shared_weights_stay_shared() -> None:
     case = next(case for case in CASES if case.name == "conv-and-norm-called-twice")
     result = folded(case)[1]
     assert sorted(result.model.state_dict()) == ["conv.bias", "conv.weight"]
-    assert result.report.growth == 1.0
+    assert result.report.growth < 1.0  # the statistics are gone
 
 
 def test_the_size_budget_is_kept() -> None:
-    case = next(case for case in CASES if case.name == "conv-called-twice-unshared")
+    case = next(case for case in CASES if case.name == "conv-with-two-norms-unshared")
     grown = folded(case)[1]
     before = sum(tensor.numel() for tensor in case.model().state_dict().values())
     assert 1.0 < grown.report.growth <= 2.0

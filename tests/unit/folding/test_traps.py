@@ -132,8 +132,8 @@ def test_a_folded_graph_that_fails_is_no_proof(monkeypatch: pytest.MonkeyPatch) 
     """The original runs in float64, the folded graph does not: that is a fault, not "can't tell"."""
     original = fold_module._fold_graph
 
-    def broken(graph_module: torch.fx.GraphModule, *options: object) -> object:
-        account, exact, growth = original(graph_module, *options)  # type: ignore[arg-type]
+    def broken(graph_module: torch.fx.GraphModule, *options: object, **more: object) -> object:
+        account, exact, growth = original(graph_module, *options, **more)  # type: ignore[arg-type]
         exact["conv.bias"] = graph_module.get_parameter("conv.bias").new_zeros(5).double()
         return account, exact, growth
 

@@ -1,0 +1,281 @@
+"""Graphs found by attacking the engine: what moved a read, shared memory, hid a copy, or took too long."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from support.models import Graph, bn, conv, graph, linear, positive, randomise
+from torch import Tensor, nn
+from torch.nn import functional
+
+import bnexport
+
+
+def model_of(forward: Callable[..., Any], **layers: Callable[[], nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    return randomise(graph(forward, **layers)()).eval()
+
+
+def images(channels: int = 3, size: int = 8, batch: int = 2) -> Tensor:
+    return torch.randn(batch, channels, size, size, generator=torch.Generator().manual_seed(batch))
+
+
+def check(model: nn.Module, *inputs: Tensor, **options: Any) -> bnexport.FoldReport:
+    """Fold, compare with the model on another batch, and look at the account's invariants."""
+    before = sum(tensor.numel() for tensor in model.state_dict().values())
+    result = bnexport.fold(model, inputs, **options)
+    others = [torch.cat([item, item.flip(0), item[:1]]) for item in inputs]
+    with torch.no_grad():
+        expected = torch.utils._pytree.tree_leaves(model(*(item.clone() for item in others)))
+        have = torch.utils._pytree.tree_leaves(result.model(*(item.clone() for item in others)))
+    for want, got in zip(expected, have, strict=True):
+        assert got.shape == want.shape
+        assert float((got - want).abs().max()) <= 2e-5 * float(want.abs().max()) + 1e-12
+    report = result.report
+    assert report.warnings == ()
+    left = sum(node.target is torch.ops.aten.batch_norm.default for node in result.model.graph.nodes)
+    assert report.remaining == left <= sum(not row.gone for row in report.rows)
+    after = sum(tensor.numel() for tensor in result.model.state_dict().values())
+    assert report.growth <= options.get("max_growth", 1.1)
+    if all(row.gone for row in report.rows):
+        assert after <= report.growth * before + 1
+    return report
+
+
+def add_later(m: Graph, x: Tensor) -> Tensor:
+    y = m.conv(x)
+    view = y.flatten(2)
+    z = m.bn(y)
+    y.add_(1.0)
+    return m.out(z) + view.mean()
+
+
+def input_changed_later(m: Graph, x: Tensor) -> Tensor:
+    z = m.bn(x)
+    x.add_(1.0)
+    return m.out(z)
+
+
+def through_einsum(m: Graph, x: Tensor) -> Tensor:
+    y = m.conv(x)
+    torch.einsum("nchw->nhwc", y).mul_(2.0)
+    return m.bn(y)
+
+
+def through_broadcast(m: Graph, x: Tensor) -> Tensor:
+    y = m.conv(x)
+    torch.broadcast_tensors(y)[0].mul_(2.0)
+    return m.bn(y)
+
+
+@pytest.mark.parametrize("forward", [add_later, through_einsum, through_broadcast])
+def test_a_read_is_not_moved_past_a_change_of_what_it_reads(forward: Callable[..., Tensor]) -> None:
+    report = check(model_of(forward, conv=conv(), bn=bn(), out=conv(6, 6, 1)), images())
+    assert report.folded == 0
+    assert report.rows[0].reason
+
+
+def test_a_read_of_a_changed_input_is_not_moved() -> None:
+    report = check(model_of(input_changed_later, bn=bn(3), out=conv()), images())
+    assert report.folded == 0
+
+
+def test_a_split_of_a_parameter_is_a_constant() -> None:
+    def forward(m: Graph, x: Tensor) -> Tensor:
+        first, second = m.bn6.weight.reshape(6, 1, 1).chunk(2, 0)
+        return m.bn(m.conv(x) * second + first)
+
+    report = check(model_of(forward, conv=conv(3, 3), bn=bn(3), bn6=bn(6)), images())
+    assert report.rows[-1].outcome == "backward"
+
+
+def test_calls_that_fold_alike_first_and_apart_later_stay_in_the_budget() -> None:
+    def forward(m: Graph, x: Tensor, y: Tensor) -> Tensor:
+        return m.p(m.bn(m.conv(x))) + m.q(m.bn(m.conv(y))).tanh()
+
+    layers = {"conv": conv(3, 32), "bn": bn(32), "p": bn(32), "q": bn(32)}
+    tight = check(model_of(forward, **layers), images(), images(size=8))
+    loose = check(model_of(forward, **layers), images(), images(size=8), max_growth=2.0)
+    assert tight.growth <= 1.1
+    assert loose.folded == 4
+    assert 1.1 < loose.growth <= 2.0
+
+
+def test_the_advice_to_allow_growth_unlocks() -> None:
+    def forward(m: Graph, x: Tensor) -> Tensor:
+        return m.p(m.conv(x)) + m.q(m.conv(x.tanh())).tanh() + m.r(m.conv(x.sin())).tanh()
+
+    for channels in (6, 11):
+        layers = {"conv": conv(3, channels), "p": bn(channels), "q": bn(channels), "r": bn(channels)}
+        model = model_of(forward, **layers)
+        refused = check(model, images())
+        advice = next(row.unlock for row in refused.rows if "--max-growth" in row.unlock)
+        growth = float(advice.split("--max-growth ")[1].split(";")[0])
+        assert check(model, images(), max_growth=growth).folded == 3
+
+
+@pytest.mark.parametrize("change", [lambda x: x + 1.0, lambda x: -x, lambda x: x * 2.0, lambda x: 1.0 - x / 3.0])
+def test_arithmetic_before_a_norm_that_stays_does_not_hide_it(change: Callable[[Tensor], Tensor]) -> None:
+    report = check(model_of(lambda m, x: functional.gelu(m.bn(change(x))), bn=bn(3)), images())
+    assert [row.outcome for row in report.rows] == ["affine"]
+
+
+@pytest.mark.parametrize("place", [lambda m, x: m.bn(m.p(x)), lambda m, x: torch.tanh(m.p(m.bn(x.sigmoid())))])
+def test_a_map_of_positions_is_not_multiplied_by_channels(place: Callable[..., Tensor]) -> None:
+    class Window(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.map = nn.Parameter(torch.randn(8, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.map
+
+    model = model_of(place, p=Window, bn=bn(16))
+    result = bnexport.fold(model, images(16))
+    assert max(tensor.numel() for tensor in result.model.state_dict().values()) <= 64
+    check(model, images(16))
+
+
+def test_an_example_of_one_sample_is_enough() -> None:
+    model = model_of(lambda m, x: m.bn(m.conv(x)), conv=conv(), bn=bn())
+    result = bnexport.fold(model, images(batch=1))
+    assert result.report.folded == 1
+    assert result.model(images(batch=5)).shape[0] == 5
+
+
+@pytest.mark.parametrize("like", [lambda y, x: y.view_as(x), lambda y, x: y.reshape_as(x)])
+def test_a_shape_taken_from_another_value(like: Callable[..., Tensor]) -> None:
+    model = model_of(lambda m, x: m.bn(like(m.conv(x), x)), conv=conv(6, 6, 1), bn=bn(6))
+    assert check(model, images(6)).folded == 1
+
+
+def test_rsub_with_a_factor() -> None:
+    model = model_of(lambda m, x: m.bn(torch.rsub(m.conv(x), 2.0, alpha=3)), conv=conv(), bn=bn())
+    assert check(model, images()).folded == 1
+
+
+def test_weights_computed_by_operators_for_float32_alone() -> None:
+    def faked(m: Graph, x: Tensor) -> Tensor:
+        scales, zeros = torch.full((6,), 0.1), torch.zeros(6, dtype=torch.int32)
+        weight = torch.fake_quantize_per_channel_affine(m.conv.weight, scales, zeros, 0, -128, 127)
+        return m.bn(functional.conv2d(x, weight))
+
+    def truncated(m: Graph, x: Tensor) -> Tensor:
+        bits = m.conv.weight.view(torch.int32) & -65536
+        return m.bn(functional.conv2d(x, bits.view(torch.float32)))
+
+    for forward in (faked, truncated):
+        model = model_of(forward, conv=conv(), bn=bn())
+        result = bnexport.fold(model, images())
+        with torch.no_grad():
+            error = (result.model(images(batch=5)) - model(images(batch=5))).abs().max()
+        assert float(error) <= 1e-4
+
+
+def test_a_sum_that_broadcasts_its_convolution_is_not_merged() -> None:
+    def forward(m: Graph, x: Tensor) -> Tensor:
+        return m.b0(x) + (m.c(x) + m.z(x.tanh()))
+
+    report = check(model_of(forward, b0=bn(6), c=conv(6, 6, 8), z=conv(6, 6, 1)), images(6))
+    assert report.folded == 0
+
+
+def test_a_branch_that_is_read_elsewhere_is_not_merged_into() -> None:
+    def forward(m: Graph, x: Tensor) -> tuple[Tensor, Tensor]:
+        a = m.b3(m.c3(x))
+        return a, a + m.b0(x)
+
+    report = check(model_of(forward, b3=bn(6), c3=conv(6, 6, padding=1), b0=bn(6)), images(6))
+    assert [row.outcome for row in report.rows] == ["backward", "affine"]
+
+
+def test_a_weight_computed_from_shared_factors_counts_as_a_copy() -> None:
+    class Factors(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Parameter(torch.randn(24, 2)), nn.Parameter(torch.randn(2, 24))
+            self.bn = nn.BatchNorm1d(24)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.bn(functional.linear(x, self.a @ self.b)) + functional.linear(x, self.b) @ self.a.t()
+
+    torch.manual_seed(0)
+    model = randomise(Factors()).eval()
+    assert check(model, torch.randn(2, 24)).folded == 0
+    assert check(model, torch.randn(2, 24), max_growth=6.0).folded == 1
+
+
+class Branches(nn.Module):
+    """``y = c_i(x) + y`` again and again, over a value that no scale can enter."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Conv2d(3, 3, 1) for _ in range(number))
+        self.bn = nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.tanh()
+        for layer in self.layers:
+            y = layer(x) + y
+        return self.bn(y)
+
+
+def test_a_sum_of_many_branches_takes_no_exponential_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    visits = itertools.count()
+    visit = bnexport.folding.plan.Plan.visit
+
+    def counting(self: Any, op: Any) -> None:
+        next(visits)
+        visit(self, op)
+
+    monkeypatch.setattr(bnexport.folding.plan.Plan, "visit", counting)
+    result = bnexport.fold(randomise(Branches(40)).eval(), images(size=4))
+    assert result.report.folded == 0
+    assert next(visits) < 20_000
+
+
+@pytest.mark.parametrize("layer", [nn.Dropout, lambda: nn.AvgPool2d(1), lambda: nn.BatchNorm2d(4)])
+def test_long_chains_need_no_deep_stack(layer: Callable[[], nn.Module]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), *(layer() for _ in range(300)), nn.BatchNorm2d(4))
+    report = bnexport.fold(positive(randomise(model)).eval(), images()).report
+    assert len(report.rows) == sum(isinstance(item, nn.BatchNorm2d) for item in model)
+    assert all(row.gone or "too many operations" in row.reason for row in report.rows)
+
+
+@pytest.mark.parametrize("size", [1e-2, 1e-3])
+def test_small_weights_in_float16_keep_their_digits(size: float) -> None:
+    torch.manual_seed(0)
+    model = randomise(nn.Sequential(nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3, padding=1), nn.BatchNorm2d(4))).eval()
+    with torch.no_grad():
+        model[0].weight.fill_(size)
+        model[0].bias.fill_(1.0)
+    half = model.half()
+    result = bnexport.fold(half, images(8).half())
+    x = images(8, batch=5).half()
+    with torch.no_grad():
+        exact = model.double()(x.double())
+        folded = result.model.half()(x).double()
+        plain = half.half()(x).double()
+    noise = float((plain - exact).abs().max() / exact.abs().max())
+    assert float((folded - exact).abs().max() / exact.abs().max()) <= 8 * noise + 1e-3
+
+
+def test_a_scale_that_would_vanish_is_not_divided_by() -> None:
+    torch.manual_seed(0)
+    model = randomise(nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3, padding=1))).eval()
+    with torch.no_grad():
+        model[0].weight.fill_(1e-37)
+    check(model, images())
+
+
+def test_the_whole_that_can_not_be_compared_is_told() -> None:
+    def forward(m: Graph, x: Tensor) -> Tensor:
+        return m.bn(m.conv(x)) + functional.linear(x.float().mean((2, 3)), torch.ones(3, 3)).mean()
+
+    result = bnexport.fold(model_of(forward, conv=conv(), bn=bn(), fc=linear()), images())
+    assert result.report.error is not None or any("can't be compared" in text for text in result.report.warnings)
