@@ -64,7 +64,7 @@ def fold(
         max_growth: The folded weights may have so many times as many elements as the original's: what a fold may spend on
             copies of shared weights and on maps of constants.
         clamps: Let a batch norm cross a ReLU by turning it into a maximum with a constant per channel. It leaves fewer
-            operations, but ONNX Runtime is slower with them on a CPU (docs/affine_form.md).
+            operations, but ONNX Runtime is no faster with them on a CPU (docs/affine_form.md).
         prove: Check each fold on its own, and the folded graph against the original, in float64.
 
     Returns:
