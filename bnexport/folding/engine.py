@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from bnexport.folding.affine import Affine
 from bnexport.folding.branches import EQUATION, merge_affine, merge_convolution, merge_skip, sum_guests
-from bnexport.folding.graph import Add, Graph, Identity, Kind, Layer, Norm, NormCall, Op, Opaque
+from bnexport.folding.graph import Add, Graph, Identity, Kind, Layer, Norm, NormCall, Op
 from bnexport.folding.moves import MOVES
 from bnexport.folding.plan import Budget, Plan, Refused
 from bnexport.folding.proof import MAX_SITE_ERROR, plan_error
-from bnexport.folding.report import GONE, FoldRow
+from bnexport.folding.report import FoldRow
 from bnexport.folding.rules import RULES, Rule, equation_of, outcome_of
 
 _BRANCHES = "parallel branches"
@@ -63,6 +63,7 @@ class Engine:
     sites: list[_Site] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     dropped: dict[Op, None] = field(default_factory=dict)
+    failed: set[Op] = field(default_factory=set)
 
     def run(self) -> Account:
         """Fold what can be folded exactly.
@@ -78,10 +79,16 @@ class Engine:
         if merged or merged_layers:
             for site in self._left():
                 self._fold(site)
-        return Account(tuple(self._row(site) for site in self.sites), tuple(self.warnings), tuple(self.dropped))
+        by_op = {site.op: site for site in self.sites}
+        rows = tuple(self._row(site, by_op) for site in self.sites)
+        return Account(rows, tuple(self.warnings), tuple(self.dropped))
 
     def _left(self) -> list[_Site]:
-        return [site for site in self.sites if site.row.outcome == "affine" and isinstance(site.op.kind, Norm)]
+        left = [site for site in self.sites if site.row.outcome == "affine" and isinstance(site.op.kind, Norm)]
+        return [site for site in left if site.op not in self.failed]
+
+    def _plan(self, *, maps: bool = False) -> Plan:
+        return Plan(self.graph, MOVES, self.budget, maps=maps, clamps=self.clamps, fixed=self.failed)
 
     def _fold(self, site: _Site) -> None:
         """Use the first rule whose plan nobody refuses and whose proof holds; else tell why none does."""
@@ -92,9 +99,9 @@ class Engine:
         self._merge_skips(site)
         for rule in RULES:
             kind: Kind = site.op.kind
-            if not isinstance(kind, Norm):
-                return  # one of the two failed its proof
-            plan = Plan(self.graph, MOVES, self.budget, maps=rule.maps, clamps=self.clamps)
+            if not isinstance(kind, Norm) or site.op in self.failed:
+                return
+            plan = self._plan(maps=rule.maps)
             plan.path[site.op] = None
             try:
                 rule.plan(plan, site.op, kind.affine)
@@ -116,14 +123,24 @@ class Engine:
 
     def _proved(self, site: _Site, plan: Plan) -> float | None:
         """The error of a plan; None when it is too large: then the call stays as it is, and the run says so."""
+        error = self._error(site, plan)
+        if error <= MAX_SITE_ERROR:
+            return error
+        what = f"a fold failed its proof ({error:.1e} of scale in float64)"
+        site.row = replace(site.row, outcome="kept", reason=what, unlock="", rule="", equation="", error=None)
+        self.failed.add(site.op)  # nothing is merged into it or moved across it any more
+        return None
+
+    def _error(self, site: _Site, plan: Plan) -> float:
+        """The error of a plan, infinite where it is no number; one that is too large becomes a warning."""
         error = plan_error(self.graph, plan, seed=self.seed) if self.prove else 0.0
         if error <= MAX_SITE_ERROR:
             return error
-        what = f"{site.call.module or site.op.name}: a fold failed its proof ({error:.1e} of scale in float64)"
-        self.warnings.append(f"{what} and was rolled back; please report it with the model")
-        site.row = replace(site.row, outcome="kept", reason=what, unlock="", rule="", equation="", error=error)
-        site.op.kind = Opaque("its own fold failed its proof")  # nothing is merged into it or moved across it
-        return None
+        self.warnings.append(
+            f"{site.call.module or site.op.name}: a fold failed its proof ({error:.1e} of scale in float64) and was rolled"
+            " back; please report it with the model"
+        )
+        return math.inf
 
     def _take_in_arithmetic(self, site: _Site) -> None:
         """Plain scales and shifts beside a BatchNorm become part of it, before it looks for a place."""
@@ -132,7 +149,7 @@ class Engine:
             assert isinstance(other.kind, Norm)
             assert isinstance(site.op.kind, Norm)
             here, there = site.op.kind.affine, other.kind.affine
-            plan = Plan(self.graph, MOVES, self.budget)
+            plan = self._plan()
             plan.path.update(dict.fromkeys((site.op, *chain)))
             try:
                 both = here.after(there) if other.index < site.op.index else there.after(here)
@@ -148,7 +165,7 @@ class Engine:
         """A BatchNorm after ``conv(x) + x`` can go back only when the skip connection is part of the convolution."""
         total = site.op.inputs[0]
         while len(total.users) == 1 and isinstance(total.kind, Add | Identity):
-            plan = Plan(self.graph, MOVES, self.budget)
+            plan = self._plan()
             try:
                 merge_skip(plan, total)
             except Refused:
@@ -158,7 +175,7 @@ class Engine:
             self._carry_out(plan)
 
     def _merge_affine(self, site: _Site) -> bool:
-        plan = Plan(self.graph, MOVES, self.budget)
+        plan = self._plan()
         try:
             assert isinstance(site.op.kind, Norm)
             host = merge_affine(plan, site.op, site.op.kind.affine)
@@ -178,14 +195,14 @@ class Engine:
         guests.sort(key=lambda op: op.kind.weight.elements if isinstance(op.kind, Layer) else 0)
         merged = False
         for guest in guests:
-            plan = Plan(self.graph, MOVES, self.budget)
+            plan = self._plan()
             try:
                 host = merge_convolution(plan, guest)
             except Refused:
                 continue
             sites = [site for site in self.sites if guest in site.into]
-            if not sites or guest in self.dropped or self._proved(sites[0], plan) is None:
-                continue
+            if not sites or guest in self.dropped or self._error(sites[0], plan) > MAX_SITE_ERROR:
+                continue  # the fold that was made before stays right
             for site in sites:
                 site.into = tuple(host if op is guest else op for op in site.into)
                 site.row = replace(site.row, rule=f"{site.row.rule}, then {_BRANCHES}")
@@ -216,21 +233,19 @@ class Engine:
                 self.dropped[value] = None
                 stack += [(value, above) for above in value.inputs]
 
-    def _row(self, site: _Site) -> FoldRow:
+    def _row(self, site: _Site, by_op: Mapping[Op, _Site]) -> FoldRow:
         """The finished row: where the numbers are in the end, whatever they were moved to meanwhile."""
-        names = dict.fromkeys(_name(op) for op in self._resting_places(site, set()))
-        return replace(site.row, into=", ".join(names))
-
-    def _resting_places(self, site: _Site, seen: set[Op]) -> list[Op]:
-        found: list[Op] = []
-        for op in site.into:
-            other = next((item for item in self.sites if item.op is op), None)
-            if other is not None and other.into and op not in seen and other.row.outcome in GONE:
+        names: dict[str, None] = {}
+        stack, seen = list(reversed(site.into)), set()
+        while stack:
+            op = stack.pop()
+            other = by_op.get(op)
+            if other is not None and other.into and op not in seen and other.row.gone:
                 seen.add(op)
-                found += self._resting_places(other, seen)
+                stack += reversed(other.into)
             else:
-                found.append(op)
-        return found
+                names[_name(op)] = None
+        return replace(site.row, into=", ".join(names))
 
 
 def _arithmetic_before(site: Op) -> list[Op]:

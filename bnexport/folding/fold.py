@@ -21,7 +21,7 @@ from bnexport.folding.report import FoldReport, FoldRow
 from bnexport.folding.torch_graph import TorchGraph
 from bnexport.folding.torch_write import Writer
 from bnexport.folding.trace import trace, two_samples
-from bnexport.folding.whole_proof import fold_error
+from bnexport.folding.whole_proof import ROUGH_ERROR, fold_error, rough_error
 
 DEFAULT_MAX_GROWTH = 1.1
 
@@ -92,19 +92,25 @@ def fold(
         clock.note("fold")
         proof = fold_error(original, folded, exact, inputs) if prove else None
         clock.note("proof")
-    error, bound = (None, 0.0) if proof is None else proof
-    if error is not None and not error <= bound:
-        raise ProofError(
-            f"the folded {type(model).__name__} differs from the original by {error:.1e} of scale in float64",
-            remedy="Please report it with the model: a fold that is not exact is a fault in bnexport",
-        )
     warnings = account.warnings
+    error, bound = (None, 0.0) if proof is None else proof
     if prove and proof is None and any(row.gone for row in rows):
         warnings += (
             "the whole can't be compared in float64 (an operator pins another type): each fold was proved alone",
         )
+        rough = rough_error(original, folded, inputs)
+        _refuse_wrong(model, rough, ROUGH_ERROR, "its own element types")
+    _refuse_wrong(model, error, bound, "float64")
     remaining = sum(1 for _ in batch_norm_nodes(folded))
     return FoldResult(folded, FoldReport(tuple(rows), remaining, error, growth, warnings), clock.seconds)
+
+
+def _refuse_wrong(model: nn.Module, error: float | None, bound: float, types: str) -> None:
+    if error is not None and not error <= bound:
+        raise ProofError(
+            f"the folded {type(model).__name__} differs from the original by {error:.1e} of scale in {types}",
+            remedy="Please report it with the model: a fold that is not exact is a fault in bnexport",
+        )
 
 
 def _fold_copy(

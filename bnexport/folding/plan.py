@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -101,6 +101,7 @@ class Plan:
         budget: Of clones.
         maps: Whether a shift may become a constant map over the positions behind a zero-padded layer.
         clamps: Whether an activation may get a bound of its own in each channel.
+        fixed: Operations that must stay as they are.
 
     Attributes:
         edits: What each operation would compute.
@@ -109,7 +110,17 @@ class Plan:
         grown: Elements that the plan adds to the weights.
     """
 
-    def __init__(self, graph: Graph, moves: Moves, budget: Budget, *, maps: bool = False, clamps: bool = False) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        moves: Moves,
+        budget: Budget,
+        *,
+        maps: bool = False,
+        clamps: bool = False,
+        fixed: Collection[Op] = (),
+    ) -> None:
+        self.fixed = fixed
         self.graph = graph
         self.moves = moves
         self.clamps = clamps
@@ -168,6 +179,8 @@ class Plan:
         """Note that the plan touches an operation; each once, so that two changes can't meet."""
         if op in self.path:
             raise Refused(f"two ways from it meet again at {op.name}")
+        if op in self.fixed:
+            raise Refused(f"{op.name} stays as it is, because its own fold failed its proof")
         self._steps += 1
         if self._steps > MAX_STEPS or self._depth > MAX_DEPTH:
             raise Refused("too many operations lie between it and a layer that could take it in")

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from bnexport.errors import ProofError
 from bnexport.folding.affine import Affine
 from bnexport.folding.constants import attribute
 from bnexport.folding.graph import Clamp, Identity, Layer, Norm, Op, Weight
@@ -24,6 +25,18 @@ def flushed(value: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype is torch.float16:
         return cast
     return torch.where(cast.abs() < torch.finfo(dtype).tiny, torch.zeros_like(cast), cast)
+
+
+def _check_stored(stored: Tensor, value: Tensor, target: str) -> None:
+    """The proofs run on float64; here is seen that what is stored is that, rounded once."""
+    info = torch.finfo(stored.dtype)
+    finite = torch.isfinite(value)  # an absent bound of a clamp is infinite
+    allowed = info.eps * value.abs() + info.tiny
+    if not bool(((stored.double() - value).abs() <= allowed)[finite].all()):
+        raise ProofError(
+            f"what is stored as {target} is not the folded tensor rounded once",
+            remedy="Please report it with the model: that is a fault in bnexport",
+        )
 
 
 class Writer:
@@ -154,7 +167,9 @@ class Writer:
         device = old.device if isinstance(old, Tensor) else self._device()
         if leaf in module._buffers:
             del module._buffers[leaf]
-        setattr(module, leaf, torch.nn.Parameter(flushed(value, dtype).to(device), requires_grad=False))
+        stored = flushed(value, dtype)
+        _check_stored(stored, value, target)
+        setattr(module, leaf, torch.nn.Parameter(stored.to(device), requires_grad=False))
         self.exact[target] = value
 
     def _constant(self, op: Op, name: str, value: Tensor, dtype: torch.dtype) -> Node:

@@ -18,6 +18,8 @@ MAX_ERROR = 1e-12
 #: Changes of the last digit of the input that a fold may amount to, and what no rounding may exceed.
 _DEPTH = 100
 _MAX_ROUNDING = 1e-9
+#: Rounding in float16 and bfloat16 stays below in ordinary networks; a wrong fold is far above.
+ROUGH_ERROR = 0.05
 #: Multiplications that one run may take before images are cut, and the smallest side that they are cut to.
 _WORK = 2_000_000_000
 _SMALLEST = 64
@@ -63,6 +65,17 @@ def fold_error(
         if found <= MAX_ERROR or full:
             return found, MAX_ERROR if found <= MAX_ERROR else max(MAX_ERROR, _rounding(wide, probes, reference))
     return None
+
+
+def rough_error(original: GraphModule, folded: GraphModule, inputs: tuple[Any, ...]) -> float | None:
+    """As ``fold_error``, in the network's own element types, for one that can't run in float64; None where nothing can run."""
+    try:
+        reference = _run(original, inputs)
+    except (RuntimeError, TypeError, ValueError, AssertionError):
+        return None
+    if not all(_comparable(output) for output in reference):
+        return None
+    return _error(folded, inputs, reference)
 
 
 def _error(narrow: GraphModule, probes: tuple[Any, ...], reference: list[Tensor]) -> float:
@@ -171,7 +184,7 @@ def _comparable(output: Tensor) -> bool:
 
 def _run(module: GraphModule, inputs: tuple[Any, ...]) -> list[Tensor]:
     # Random operators that are kept (dropout in training mode on purpose) must draw the same numbers in both runs.
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         outputs = module(*pytree.tree_map(lambda item: item.clone() if isinstance(item, Tensor) else item, inputs))
     return [item for item in pytree.tree_leaves(outputs) if isinstance(item, Tensor)]

@@ -75,7 +75,10 @@ def fold_onnx(
         raise UsageError(f"max_growth is {max_growth:g}", remedy="Give a factor of 1 or more; 1 allows no copies")
     original = read_source(source)
     before = max(OnnxGraph(original).elements, 1)
-    for apart in (False, True):  # again where calls that should have folded alike did not, and their copies are too many
+    for apart in (
+        False,
+        True,
+    ):  # again where calls that should have folded alike did not, and their copies are too many
         model = ModelProto()
         model.CopyFrom(original)
         graph = OnnxGraph(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import bnexport
+from bnexport.errors import ProofError
+from bnexport.folding import branches, layers, torch_write
 
 
 def model_of(forward: Callable[..., Any], **layers: Callable[[], nn.Module]) -> nn.Module:
@@ -279,3 +282,37 @@ def test_the_whole_that_can_not_be_compared_is_told() -> None:
 
     result = bnexport.fold(model_of(forward, conv=conv(), bn=bn(), fc=linear()), images())
     assert result.report.error is not None or any("can't be compared" in text for text in result.report.warnings)
+
+
+def test_two_thousand_norms_in_a_row_are_accounted() -> None:
+    torch.manual_seed(0)
+    model = positive(randomise(nn.Sequential(*(nn.BatchNorm2d(2) for _ in range(1500)), nn.GELU()))).eval()
+    for layer in model[:-1]:
+        layer.running_var.fill_(1.0)
+        layer.weight.data.clamp_(0.99, 1.01)
+    report = bnexport.fold(model, images(2, 2)).report
+    assert [row.outcome for row in report.rows].count("merged") == 1499
+    assert {row.into for row in report.rows[:-1]} == {"1499"}
+
+
+def test_what_is_stored_is_what_was_proved(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_write, "flushed", lambda value, dtype: value.to(dtype) * 1.01)
+    with pytest.raises(ProofError, match="rounded once"):
+        bnexport.fold(model_of(lambda m, x: m.bn(m.conv(x)), conv=conv(), bn=bn()), images())
+
+
+@pytest.mark.parametrize("late", ["merge", "second"])
+def test_a_late_failure_leaves_what_was_right(monkeypatch: pytest.MonkeyPatch, late: str) -> None:
+    """A merge of branches, or of a norm that took in another one, fails its proof after folds were made."""
+    if late == "merge":
+        monkeypatch.setattr(branches, "_factor", lambda *_: 1.0)
+        model = model_of(lambda m, x: m.p(m.a(x)) - m.q(m.b(x)), a=conv(), b=conv(), p=bn(), q=bn())
+    else:
+        right = layers.ABSORBERS["rows"]
+        wrong = dataclasses.replace(right, push_shift=lambda *given: right.push_shift(*given) * 1.01)
+        monkeypatch.setitem(layers.ABSORBERS, "rows", wrong)
+        model = model_of(lambda m, x: m.out(m.q(m.p(x))), p=bn(3), q=bn(3), out=conv())
+    result = bnexport.fold(model, images())
+    assert result.report.warnings
+    with torch.no_grad():
+        torch.testing.assert_close(result.model(images(batch=3)), model(images(batch=3)), rtol=1e-3, atol=1e-3)
