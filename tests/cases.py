@@ -253,6 +253,8 @@ def _forward() -> tuple[Case, ...]:
         Case("before-zero-padding-positive", sequential(bn(3), conv(padding=1)), IMAGE, left, "zeros around its input",
              positive=True),
         Case("before-zero-padding-map", sequential(bn(3), conv(3, 2, padding=1, stride=2)), IMAGE, gone, max_growth=4.0),
+        Case("before-transposed-positive", sequential(bn(6), transposed(6, 12, groups=6)), SIX, left, "edges see fewer taps",
+             positive=True),
         Case("before-transposed", sequential(bn(3), transposed(3, 4)), IMAGE, left, "edges see fewer taps"),
         Case("before-linear", sequential(bn(5, dims=1), nn.Dropout, linear()), ((3, 5),), gone),
         Case("before-matmul", sequential(bn(5, dims=1), lambda: Product(5, 7)), ((3, 5),), gone),

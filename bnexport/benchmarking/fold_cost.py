@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from bnexport.benchmarking.clock import Spread
 from bnexport.benchmarking.zoo_subject import EXAMPLE, make_subject
-from bnexport.folding.fold import fold
+from bnexport.folding.fold import FoldResult, fold
 
 #: Deep networks of three kinds; the last has more operations than any other of timm's convolutional ones tried.
 DEEP = ("torchvision:resnet152", "torchvision:densenet201", "timm:resnetrs420")
@@ -65,6 +66,17 @@ def fold_cost(module: nn.Module, example: Tensor, *, seconds: float = 10.0, repe
         Spread.of([rest / trace for rest, trace in plain]),
         Spread.of([rest / trace for rest, trace in proved]),
     )
+
+
+def cost_of(results: Sequence[FoldResult], traced: float) -> Cost:
+    """The cost of folds of one traced graph, a plain one and a proved one.
+
+    Args:
+        results: Without and with proof.
+        traced: Seconds of the trace.
+    """
+    plain, proved = (sum(result.seconds.values()) for result in results)
+    return Cost(*(Spread.of([value]) for value in (traced, plain, proved, plain / traced, proved / traced)))
 
 
 def cost_row(source: str, *, seconds: float, repeats: int = MOST_REPEATS) -> str:

@@ -206,7 +206,7 @@ def _cost(folded: Sequence[Entry]) -> Iterator[str]:
     if not folded:
         return
     yield "## Cost\n"
-    yield "Seconds of a fold without its `torch.export` as a multiple of that, both of one call; median over its repeats.\n"
+    yield "Seconds of a fold without its `torch.export` as a multiple of that, once each, two networks at a time.\n"
     yield "| | median network | largest | all networks together |"
     yield "|---|---|---|---|"
     for key, ratio, what in (("fold", "ratio", "without the proofs"), ("proved", "ratio_proved", "with the proofs")):

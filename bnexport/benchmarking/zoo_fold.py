@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import time
 from collections import Counter
 from typing import Any
 
@@ -11,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from bnexport.benchmarking.fold_cost import fold_cost
+from bnexport.benchmarking.fold_cost import cost_of
 from bnexport.benchmarking.zoo_subject import EXAMPLE, Subject, make_subject, outputs_of
-from bnexport.folding.fold import fold
+from bnexport.folding.fold import fold_traced
 from bnexport.folding.names import module_path
 from bnexport.folding.report import FoldReport, FoldRow
 from bnexport.folding.trace import trace
@@ -42,13 +43,12 @@ _NOTHING_BETWEEN = (
 )  # fmt: skip
 
 
-def measure_fold(source: str, *, seed: int = 0, seconds: float = 5.0) -> dict[str, Any]:
+def measure_fold(source: str, *, seed: int = 0) -> dict[str, Any]:
     """Fold one network; plain JSON values.
 
     Args:
         source: ``torchvision:NAME`` or ``timm:NAME``.
         seed: Of weights, statistics and inputs.
-        seconds: The timing is repeated until this long is over, or often enough.
 
     Raises:
         BnexportError: The network can't be made, traced or folded.
@@ -58,9 +58,11 @@ def measure_fold(source: str, *, seed: int = 0, seconds: float = 5.0) -> dict[st
     if not subject.norms:
         return found
     example = subject.batch(EXAMPLE, seed + 1)
+    started = time.perf_counter()
     original = trace(subject.module, (example,))
-    result = fold(subject.module, example)
-    cost = fold_cost(subject.module, example, seconds=seconds)
+    traced = time.perf_counter() - started
+    result, plain = (fold_traced(original, (example,), name=source, prove=prove) for prove in (True, False))
+    cost = cost_of((plain, result), traced)
     found |= {
         "parameters": sum(item.numel() for item in subject.module.parameters()),
         "nodes": len(original.graph.nodes),
@@ -68,7 +70,7 @@ def measure_fold(source: str, *, seed: int = 0, seconds: float = 5.0) -> dict[st
     places = places_of(original)
     found |= account(result.report, places)
     found |= {"cost": cost.to_json()} | independent_check(subject, result.model, seed=seed + _OTHER_SEED)
-    clamped = fold(subject.module, example, clamps=True)
+    clamped = fold_traced(original, (example,), name=source, clamps=True)
     check = independent_check(subject, clamped.model, seed=seed + _OTHER_SEED)
     return found | {"clamped": account(clamped.report, places) | check}
 

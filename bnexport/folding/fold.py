@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -80,9 +80,37 @@ def fold(
     inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     if dynamic_shapes is None:
         inputs = two_samples(inputs)
-    clock = _Clock()
+    started = time.perf_counter()
     original = trace(model, inputs, dynamic_shapes=dynamic_shapes)
-    clock.note("trace")
+    traced = time.perf_counter() - started
+    name = type(model).__name__
+    result = fold_traced(original, inputs, name=name, max_growth=max_growth, clamps=clamps, prove=prove)
+    return replace(result, seconds={"trace": traced, **result.seconds})
+
+
+def fold_traced(
+    original: GraphModule,
+    inputs: tuple[Any, ...],
+    *,
+    name: str = "network",
+    max_growth: float = DEFAULT_MAX_GROWTH,
+    clamps: bool = False,
+    prove: bool = True,
+) -> FoldResult:
+    """As ``fold``, of a graph that ``trace`` gave; the graph is not changed.
+
+    Args:
+        original: A traced network.
+        inputs: The inputs that it was traced with.
+        name: In sentences.
+        max_growth: As for ``fold``.
+        clamps: As for ``fold``.
+        prove: As for ``fold``.
+
+    Raises:
+        ProofError: As ``fold``.
+    """
+    clock = _Clock()
     with torch.no_grad():
         folded, account, exact, growth = _fold_copy(original, max_growth, clamps, prove)
         rows = [
@@ -99,16 +127,16 @@ def fold(
             "the whole can't be compared in float64 (an operator pins another type): each fold was proved alone",
         )
         rough = rough_error(original, folded, inputs)
-        _refuse_wrong(model, rough, ROUGH_ERROR, "its own element types")
-    _refuse_wrong(model, error, bound, "float64")
+        _refuse_wrong(name, rough, ROUGH_ERROR, "its own element types")
+    _refuse_wrong(name, error, bound, "float64")
     remaining = sum(1 for _ in batch_norm_nodes(folded))
     return FoldResult(folded, FoldReport(tuple(rows), remaining, error, growth, warnings), clock.seconds)
 
 
-def _refuse_wrong(model: nn.Module, error: float | None, bound: float, types: str) -> None:
+def _refuse_wrong(name: str, error: float | None, bound: float, types: str) -> None:
     if error is not None and not error <= bound:
         raise ProofError(
-            f"the folded {type(model).__name__} differs from the original by {error:.1e} of scale in {types}",
+            f"the folded {name} differs from the original by {error:.1e} of scale in {types}",
             remedy="Please report it with the model: a fold that is not exact is a fault in bnexport",
         )
 

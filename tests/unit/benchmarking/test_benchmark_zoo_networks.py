@@ -131,7 +131,7 @@ def test_the_account_is_counted_by_place() -> None:
 
 
 def test_a_fold_is_measured(tiny: Callable[[], nn.Module]) -> None:
-    found = zoo_fold.measure_fold("x", seconds=0)
+    found = zoo_fold.measure_fold("x")
     assert found["norms"] == found["calls"] == 2
     assert found["outcomes"]["adjacent"] == {"backward": 1}
     assert not found["wrong"]

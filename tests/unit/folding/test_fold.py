@@ -265,6 +265,30 @@ def test_a_scale_and_a_table_of_positions_are_no_batch_norm() -> None:
     assert bnexport.fold(Attention(), (torch.randn(2, 2, 4, 3), torch.randn(2, 2, 4, 3))).report.rows == ()
 
 
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [
+        ("conv2d", "into what comes before"),
+        ("at-the-input", "into what comes after"),
+        ("scale-before-shift-after", "scale before, shift after"),
+        ("before-zero-padding-map", "map of constants behind zero padding"),
+        ("before-zero-padding-positive", "scale after, one addition stays"),
+        ("before-transposed-positive", "scale after, one addition stays"),
+        ("before-prelu-sign-rule", "scale after, one addition stays"),
+        ("before-relu-sign-rule", "scale after, one addition stays"),
+        ("before-zero-padding", ""),  # a scale of 0 can't be divided by
+    ],
+)
+def test_the_rule_is_the_one_that_is_meant(name: str, rule: str) -> None:
+    case = next(case for case in CASES if case.name == name)
+    (row,) = folded(case)[1].report.rows
+    assert row.rule == rule
+    if rule.endswith("stays"):
+        targets = [node.target for node in folded(case)[1].model.graph.nodes]
+        assert torch.ops.aten.add.Tensor in targets
+        assert torch.ops.aten.batch_norm.default not in targets
+
+
 def test_shared_weights_stay_shared() -> None:
     case = next(case for case in CASES if case.name == "conv-and-norm-called-twice")
     result = folded(case)[1]
