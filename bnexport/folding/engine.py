@@ -113,6 +113,8 @@ class Engine:
                 return
             into = tuple(plan.into)
             row = replace(site.row, rule=rule.name, equation=equation_of(rule, plan), error=error)
+            if not into:
+                row = replace(row, rule="nothing to move", equation="s = 1, t = 0 wherever it is read")
             reason, unlock = _why(refusals, rule)
             site.row = replace(row, outcome=outcome_of(rule, plan, site.op), reason=reason, unlock=unlock)
             site.into = into
@@ -297,6 +299,7 @@ def _why(refusals: Sequence[tuple[Rule, Refused]], used: Rule | None) -> tuple[s
     before, after = first.get(RULES[0].name), first.get(RULES[1].name)
     parts = [f"{side}: {refused.reason}" for side, refused in (("before", before), ("after", after)) if refused]
     unlocks = [refused.unlock for refused in (after, before) if refused and refused.unlock]
+    unlocks += [refused.unlock for _, refused in refusals if refused.unlock.startswith("--")]
     return "; ".join(parts), "; or ".join(dict.fromkeys(unlocks))
 
 

@@ -274,6 +274,8 @@ class NormCall:
         affine: What it did before folding; None when it can't be read.
         why_not: Why it can't be read.
         unlock: What would make it readable.
+        offset: Largest |moving mean| as a multiple of the standard deviation: how much a sum in which the mean is taken away
+            later than before has to cancel.
     """
 
     module: str
@@ -282,6 +284,7 @@ class NormCall:
     affine: Affine | None
     why_not: str = ""
     unlock: str = ""
+    offset: float = 0.0
 
 
 class Graph(Protocol):

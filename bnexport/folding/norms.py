@@ -31,6 +31,7 @@ class NormReading:
         counts: Whether it is a BatchNorm (or a norm written out), and not just arithmetic.
         why_not: Why it can't be read.
         unlock: What would make it readable.
+        offset: Largest |moving mean| as a multiple of the standard deviation; 0 where it is not known.
     """
 
     nodes: tuple[Node, ...]
@@ -40,6 +41,7 @@ class NormReading:
     counts: bool
     why_not: str = ""
     unlock: str = ""
+    offset: float = 0.0
 
 
 Reader = Callable[[Node, Constants], NormReading | None]
@@ -92,7 +94,8 @@ def _batch_norm(node: Node, constants: Constants) -> NormReading | None:
     affine = ChannelAffine.from_statistics(found[2], found[3], eps, found[0], found[1])
     if not bool(torch.isfinite(affine.scale).all() and torch.isfinite(affine.shift).all()):
         return unread("its scale or shift is not finite", "statistics with a variance and eps that are not both 0")
-    return NormReading((node,), value, affine.on_axis(1, len(shape)), 1, True)
+    offset = float((found[2].abs() * torch.rsqrt(found[3] + eps)).max())
+    return NormReading((node,), value, affine.on_axis(1, len(shape)), 1, True, offset=offset)
 
 
 def _elementwise(node: Node, constants: Constants) -> NormReading | None:

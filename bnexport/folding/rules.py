@@ -40,7 +40,22 @@ def _backward(plan: Plan, site: Op, affine: Affine) -> None:
     plan.pull(site.inputs[0], affine, site)
 
 
+#: Element type -> largest |mean| / deviation with which a shift may be moved behind the sum that a layer computes: above it,
+#: what was taken away exactly before the layer has to cancel in the layer's own rounding.
+_LARGEST_OFFSET = {torch.float16: 2.0**4, torch.bfloat16: 2.0**2, torch.float32: 2.0**10}
+
+
+def _refuse_cancellation(site: Op) -> None:
+    offset = site.norm.offset if site.norm is not None else 0.0
+    if site.dtype is not None and offset > _LARGEST_OFFSET.get(site.dtype, float("inf")):
+        raise Refused(
+            f"its mean is up to {offset:.3g} times its deviation: taken away behind the layer, it would cancel in {site.dtype}",
+            "inputs nearer to a mean of 0",
+        )
+
+
 def _forward(plan: Plan, site: Op, affine: Affine) -> None:
+    _refuse_cancellation(site)
     plan.edit(site, Identity())
     plan.push(site, affine)
 
@@ -48,6 +63,7 @@ def _forward(plan: Plan, site: Op, affine: Affine) -> None:
 def _both(plan: Plan, site: Op, affine: Affine) -> None:
     if not affine.has_scale or not affine.has_shift:
         raise Refused("there are no two parts to part")
+    _refuse_cancellation(site)
     plan.edit(site, Identity())
     plan.pull(site.inputs[0], affine.scale_alone(), site)
     plan.push(site, affine.shift_alone())

@@ -34,6 +34,7 @@ from bnexport.folding.torch_reading import Reader, Reading
 aten = torch.ops.aten
 
 _CHANGED = "what it reads or gives is changed in forward"
+_CONSTANT = "its input is a constant, so that what it gives is one, too"
 #: Operators that take only the shape of their second argument.
 _LIKE = (aten.view_as.default, aten.reshape_as.default)
 #: Operators that look at a tensor's shape or type, never at its elements.
@@ -94,7 +95,10 @@ class TorchGraph:
     # --- reading ---
 
     def _read(self, node: Node) -> None:
-        if node.target in _SHAPE_ONLY or self._is_inner(node) or self._is_constant(node):
+        if node.target in _SHAPE_ONLY or self._is_inner(node):
+            return
+        if self._is_constant(node):
+            self._note_constant_norm(node)
             return
         if _is_transparent_split(node) or (node.op == "call_function" and _is_size(node)):
             return
@@ -111,6 +115,17 @@ class TorchGraph:
             return
         reading = self._reading(node)
         self._add(reading.kind, (node,), reading.inputs, weight=reading.weight, bias=reading.bias)
+
+    def _note_constant_norm(self, node: Node) -> None:
+        """A BatchNorm of a constant is a call like any other in the account, and no value that an affine could cross."""
+        norm = self._norms.get(node)
+        if norm is not None and norm.counts:
+            call = NormCall(
+                module_path(node), module_class(node), channels_of(norm.value, norm.axis, norm.affine), None, _CONSTANT
+            )
+            self.ops.append(
+                Op(Opaque(), [], (), None, describe(node), module_path(node), Source(norm.nodes, ()), norm=call)
+            )
 
     def _is_inner(self, node: Node) -> bool:
         """Whether a node is inside a norm written out in several steps, whose last step stands for all."""
@@ -157,6 +172,7 @@ class TorchGraph:
             affine,
             norm.why_not or ("" if affine is not None else _CHANGED),
             norm.unlock,
+            norm.offset,
         )
 
     def _add(

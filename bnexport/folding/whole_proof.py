@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from bnexport.folding.proof import scale_error
 
 #: Rounding of float64 through a network of usual depth stays below; the smallest real fault (a dropped eps) is far above.
 MAX_ERROR = 1e-12
-#: Changes of the last digit of the input that a fold may amount to, and what no rounding may exceed.
+#: Changes of the last digit of the input that a fold may amount to, and above which rounding hides a real fault.
 _DEPTH = 100
 _MAX_ROUNDING = 1e-9
 #: Rounding in float16 and bfloat16 stays below in ordinary networks; a wrong fold is far above.
@@ -42,7 +43,8 @@ def fold_error(
         seed: Of the noise.
 
     Returns:
-        The error, and the bound that rounding of float64 explains. The error is infinity when the folded graph alone fails,
+        The error, and the bound that rounding of float64 explains; infinite where a network turns the last digit of its input
+        into so much of its output that the comparison decides nothing. The error is infinity when the folded graph alone fails,
         or when an output is not finite in one graph only. None when the original can't run in float64 (an operator that pins
         another type) or gives no finite number to compare.
     """
@@ -102,7 +104,8 @@ def _rounding(wide: GraphModule, probes: tuple[Any, ...], reference: list[Tensor
 
     other = _run(wide, tuple(pytree.tree_map(nudged, probes)))
     change = max((scale_error(a, b) for a, b in zip(other, reference, strict=True)), default=0.0)
-    return min(_DEPTH * change, _MAX_ROUNDING)
+    bound = _DEPTH * change
+    return bound if bound <= _MAX_ROUNDING else math.inf
 
 
 def _sizes(original: GraphModule, inputs: tuple[Any, ...]) -> list[int | None]:

@@ -316,3 +316,67 @@ def test_a_late_failure_leaves_what_was_right(monkeypatch: pytest.MonkeyPatch, l
     assert result.report.warnings
     with torch.no_grad():
         torch.testing.assert_close(result.model(images(batch=3)), model(images(batch=3)), rtol=1e-3, atol=1e-3)
+
+
+def test_a_chaotic_network_is_no_fault_of_the_fold() -> None:
+    """Whose outputs are all rounding: nothing to compare, but every fold is proved on its own."""
+
+    class Chaotic(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.bn = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.bn(self.conv(x)).sigmoid()
+            for _ in range(60):
+                x = 3.99 * x * (1 - x)
+            return x
+
+    torch.manual_seed(0)
+    report = bnexport.fold(randomise(Chaotic()).eval(), images()).report
+    assert report.folded == 1
+    assert any("last digit" in text for text in report.warnings)
+
+
+def test_a_batch_norm_of_a_constant_has_a_row() -> None:
+    def forward(m: Graph, x: Tensor) -> Tensor:
+        return m.conv(x) + m.bn(m.fc.weight[None, :, :, None]).mean()
+
+    report = check(model_of(forward, conv=conv(), bn=bn(7, dims=2), fc=linear(5, 7)), images())
+    assert [(row.module, row.outcome) for row in report.rows] == [("bn", "kept")]
+    assert "constant" in report.rows[0].reason
+
+
+def test_what_changes_nothing_says_so() -> None:
+    model = nn.Sequential(nn.Tanh(), nn.BatchNorm2d(3, eps=0.0), nn.GELU()).eval()
+    (row,) = bnexport.fold(model, images()).report.rows
+    assert (row.rule, row.into) == ("nothing to move", "")
+    assert row.gone
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_large_mean_is_not_moved_behind_a_sum(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.BatchNorm2d(2), nn.Conv2d(2, 2, 1, groups=2)).eval()
+    with torch.no_grad():
+        model[0].running_mean.fill_(3000.0)
+    x = images(2) + 3000
+    (row,) = bnexport.fold(model.to(dtype), x.to(dtype)).report.rows
+    assert not row.gone
+    assert "cancel" in row.reason
+    assert bnexport.fold(model.double(), x.double()).report.folded == 1
+
+
+def test_the_advice_names_the_size_of_a_map() -> None:
+    model = model_of(lambda m, x: m.out(m.bn(x)), bn=bn(3), out=conv(3, 2, padding=1, stride=2))
+    (row,) = check(model, images()).rows
+    growth = float(row.unlock.split("--max-growth ")[1].split(",")[0].split(";")[0])
+    assert check(model, images(), max_growth=max(growth, 4.0)).folded == 1
+
+
+def test_heads_that_are_never_run_do_not_widen_the_budget() -> None:
+    def forward(m: Graph, x: Tensor) -> Tensor:
+        return m.p(m.conv(x)) + m.q(m.conv(x.tanh())).tanh()
+
+    model = model_of(forward, conv=conv(), p=bn(), q=bn(), unused=linear(100, 100))
+    assert check(model, images()).folded == 0
