@@ -58,6 +58,8 @@ _ADVICE = re.compile(
     r"\(unhinted:|Caused by:|For more information|The error above occurred|Please see|See https?:|If you're using torch\."
 )
 
+#: What torch.export says of a class among the outputs that it can't see into; the second is torch 2.11's.
+_UNKNOWN_TYPE = ("not a known type", "unhashable type")
 #: Sizes from here on are "no limit".
 _ENDLESS = 2**31
 
@@ -151,7 +153,8 @@ def _export(model: nn.Module, inputs: tuple[Any, ...], shapes: Any) -> ExportedP
     try:
         return torch.export.export(model, inputs, dynamic_shapes=shapes)
     except Exception as error:
-        if "not a known type" not in str(error) or not _register_dataclasses(call_once(model, inputs).result):
+        unknown = any(text in str(error) for text in _UNKNOWN_TYPE)
+        if not unknown or not _register_dataclasses(call_once(model, inputs).result):
             raise
         return torch.export.export(model, inputs, dynamic_shapes=shapes)
 

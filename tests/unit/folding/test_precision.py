@@ -88,7 +88,7 @@ def test_a_weight_above_float16_stays_unfolded_and_finite() -> None:
     model = KeepsStatisticsWide(torch.float16)
     with torch.no_grad():
         model.bn.running_var.fill_(1e-6)
-        model.bn.eps = 0.0
+        model.bn.eps = 1e-12
         model.bn.weight.fill_(1e6)
     result = folded(model, torch.float16)
     assert result.report.rows[0].outcome == "affine"
