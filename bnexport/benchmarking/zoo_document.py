@@ -14,6 +14,7 @@ from bnexport.benchmarking.zoo_fold import PLACES, WRONG_FACTOR, WRONG_SHARE
 from bnexport.benchmarking.zoo_subject import CALIBRATION, EXAMPLE
 from bnexport.environment import describe
 from bnexport.folding.report import GONE, OUTCOMES
+from bnexport.folding.whole_proof import MAX_ERROR
 
 #: Column of the tools -> its heading.
 TOOLS: dict[str, str] = {
@@ -30,7 +31,7 @@ channel, folded by bnexport and by the tools that most people have. Written by `
 """
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Entry:
     """One network, both parts; empty where a part was not measured or failed.
 
@@ -149,11 +150,10 @@ def _totals(entries: Sequence[Entry], folded: Sequence[Entry]) -> Iterator[str]:
 
 def _targets(folded: Sequence[Entry]) -> Iterator[str]:
     wrong = [entry.name for entry in folded if entry.fold["wrong"]]
-    warned = [entry.name for entry in folded if entry.fold["warnings"]]
+    warned = [entry.name for entry in folded if any("failed its proof" in text for text in entry.fold["warnings"])]
     adjacent = [entry for entry in folded if entry.count("adjacent", list(OUTCOMES)) > entry.count("adjacent", GONE)]
     apart, gone = sum(e.count("apart", list(OUTCOMES)) for e in folded), sum(e.count("apart", GONE) for e in folded)
     more = [entry.name for entry in folded if entry.fold["remaining"] > entry.standing]
-    errors = [entry.fold["error"] for entry in folded if entry.fold["error"] is not None]
     yield "## Targets\n"
     yield (
         f"- No network wrong: {_verdict(wrong)}. Wrong is a folded network whose float32 error, on other inputs and another"
@@ -161,8 +161,7 @@ def _targets(folded: Sequence[Entry]) -> Iterator[str]:
         " against the unfolded network in float64."
     )
     yield f"- No fold failed its own proof: {_verdict(warned)}."
-    if errors:
-        yield f"- Exact in float64: worst {max(errors):.1e} of the scale over {len(errors)} networks."
+    yield from _exactness(folded)
     yield f"- No adjacent BatchNorm left: {_verdict([entry.name for entry in adjacent])}."
     if apart:
         yield f"- Apart and gone: {gone} of {apart} ({100 * gone / apart:.1f} %)."
@@ -171,18 +170,43 @@ def _targets(folded: Sequence[Entry]) -> Iterator[str]:
     yield ""
 
 
+def _exactness(folded: Sequence[Entry]) -> Iterator[str]:
+    """How many wholes agree to 1e-12, and which networks amplify rounding so that theirs do not."""
+    errors = {entry: entry.fold["error"] for entry in folded if entry.fold["error"] is not None}
+    exact = [error for error in errors.values() if error <= MAX_ERROR]
+    if not errors:
+        return
+    yield (
+        f"- Exact in float64: {len(exact)} of {len(errors)} networks to {MAX_ERROR:g} of the scale (worst"
+        f" {max(exact, default=0.0):.1e}). The others turn the last digit of their input into more than that; each of their"
+        " folds was proved alone: "
+        + (
+            ", ".join(
+                f"{entry.name} ({error:.1e}, its own float32 error {_size(entry.fold['check_noise'])})"
+                for entry, error in errors.items()
+                if error > MAX_ERROR
+            )
+            or "none"
+        )
+        + "."
+    )
+
+
 def _clamped(folded: Sequence[Entry], apart: int) -> Iterator[str]:
     if not folded or not apart:
         return
     found = [entry.fold["clamped"] for entry in folded]
     gone = sum(entry.count("apart", GONE, clamped=True) for entry in folded)
-    wrong = [entry.name for entry in folded if entry.fold["clamped"]["wrong"] or entry.fold["clamped"]["warnings"]]
-    errors = [item["error"] for item in found if item["error"] is not None]
+    wrong = [
+        entry.name
+        for entry, item in zip(folded, found, strict=True)
+        if item["wrong"] or any("failed its proof" in text for text in item["warnings"])
+    ]
     yield (
         f"- With `--clamps` (a bound per channel in place of a BatchNorm before or after a ReLU; no faster on a CPU,"
         f" [affine_form.md](affine_form.md)): apart and gone {gone} of {apart} ({100 * gone / apart:.1f} %); norm operators"
         f" left {sum(item['remaining'] for item in found)} instead of {sum(entry.fold['remaining'] for entry in folded)};"
-        f" no network wrong and no proof failed: {_verdict(wrong)}; worst error in float64 {max(errors, default=0.0):.1e}."
+        f" no network wrong and no proof failed: {_verdict(wrong)}."
     )
 
 
