@@ -146,8 +146,16 @@ def _cut(probes: tuple[Any, ...], size: int | None) -> tuple[Any, ...]:
 
 
 def _double(graph_module: GraphModule, exact: dict[str, Tensor]) -> GraphModule:
-    """A float64 copy, with some attributes replaced."""
-    module = copy.deepcopy(graph_module).double()
+    """A float64 copy, with some attributes replaced; what is replaced is never copied, what is copied is so once."""
+    memo: dict[int, Any] = {}
+    for name, tensor in (*graph_module.named_parameters(), *graph_module.named_buffers()):
+        value = exact.get(name, tensor.detach()).to(tensor.device)
+        wide = value.double() if value.is_floating_point() else value
+        if not isinstance(tensor, torch.nn.Parameter):
+            memo[id(tensor)] = wide.clone()  # forward may change a buffer
+        else:
+            memo[id(tensor)] = torch.nn.Parameter(wide, requires_grad=False)
+    module = copy.deepcopy(graph_module, memo)
     for node in module.graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
         module.graph.erase_node(node)  # torch.export pins the element types before every cast
     for node in module.graph.find_nodes(op="call_function", target=torch.ops.aten.to.dtype):
