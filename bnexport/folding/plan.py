@@ -305,10 +305,10 @@ def _underflows(value: Tensor, cast: Tensor) -> bool:
     """Whether rounding changes some row of a weight by more than the type's own resolution: its numbers are too small."""
     if value.ndim < 2:
         return False
-    lost = (value - cast.double()).abs().flatten(1)
-    by_row = bool((lost.amax(1) > 2 * torch.finfo(cast.dtype).eps * value.abs().flatten(1).amax(1)).any())
-    columns, size = lost.reshape(*value.shape[:2], -1).amax((0, 2)), value.abs().flatten(2).amax((0, 2))
-    return by_row or bool((columns > 2 * torch.finfo(cast.dtype).eps * size).any())
+    taps = value.reshape(*value.shape[:2], -1)  # (rows, columns, whatever the rest is)
+    lost = (taps - cast.double().reshape(taps.shape)).abs()
+    resolution = 2 * torch.finfo(cast.dtype).eps
+    return any(bool((lost.amax(rest) > resolution * taps.abs().amax(rest)).any()) for rest in ((1, 2), (0, 2)))
 
 
 def _next_norm(op: Op) -> Op | None:

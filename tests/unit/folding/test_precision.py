@@ -73,6 +73,16 @@ def test_the_cast_is_the_last_step(dtype: torch.dtype) -> None:
     assert not bool(bigger.any())
 
 
+@pytest.mark.parametrize("dtype", HALVES)
+def test_linear_layers_too(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = randomise(nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.GELU())).to(dtype).eval()
+    with torch.no_grad():
+        model[1].weight.copy_(torch.linspace(-1, 1, 7))
+    (row,) = bnexport.fold(model, torch.randn(3, 5).to(dtype)).report.rows
+    assert row.outcome == "backward"
+
+
 def test_a_variance_above_float16_is_no_infinity() -> None:
     """running_var of 1e6 cast to float16 would be infinity, and every output of the channel its shift."""
     model = KeepsStatisticsWide(torch.float16)
