@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +19,11 @@ from bnexport.exporting.request import ExportRequest, InputSpec, model_and_versi
 from bnexport.exporting.triton import check_triton_config, write_triton_config
 from bnexport.files import refuse_existing, staged_directory, write_atomically
 from bnexport.folding.fold import DEFAULT_MAX_GROWTH
-from bnexport.folding.report import FoldReport
 from bnexport.onnx_folding.fold import OnnxFoldResult, fold_onnx
 from bnexport.onnx_folding.inventory import opset_of
 from bnexport.onnx_folding.whole_proof import NotEvaluated, evaluator, first_that_works, run
 from bnexport.reporting.html import render_report
+from bnexport.reporting.results import ExportResult
 from bnexport.tensors import DTYPES, Array, Signature, TensorSpec
 from bnexport.verification.golden import golden_inputs, real_images
 from bnexport.verification.proof import widen_array
@@ -32,21 +32,6 @@ from bnexport.verification.verify import verify
 
 _FILE_ALONE = "Pass --out FILE.onnx to write the folded file alone"
 _HALVES = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
-
-
-@dataclass(frozen=True)
-class OnnxExportResult:
-    """What ``fold_and_export_onnx`` did.
-
-    Attributes:
-        bundle: The bundle; None when the verdict is FAIL, in which case nothing was written.
-        fold: What became of each BatchNormalization.
-        verification: The verdict.
-    """
-
-    bundle: Bundle | None
-    fold: FoldReport
-    verification: VerificationReport
 
 
 class _Failed(Exception):
@@ -92,7 +77,7 @@ def fold_and_export_onnx(
     request: ExportRequest | None = None,
     max_growth: float = DEFAULT_MAX_GROWTH,
     clamps: bool = False,
-) -> OnnxExportResult:
+) -> ExportResult:
     """Fold an ONNX file and write a bundle of it: ``model.onnx`` alone, with golden vectors of the original in float64.
 
     Args:
@@ -130,8 +115,8 @@ def fold_and_export_onnx(
             _finish(stage, manifest, result, report, path)
             write_triton_config(path, name, signature, force=request.force)
     except _Failed:
-        return OnnxExportResult(None, result.report, report)
-    return OnnxExportResult(Bundle.open(path), result.report, report)
+        return ExportResult(None, result.report, report)
+    return ExportResult(Bundle.open(path), result.report, report)
 
 
 def signature_of_file(model: ModelProto) -> Signature:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
@@ -24,31 +24,16 @@ from bnexport.exporting.request import (
 from bnexport.exporting.triton import check_triton_config, write_triton_config
 from bnexport.files import refuse_existing, staged_directory, write_atomically
 from bnexport.folding.fold import FoldResult, fold
-from bnexport.folding.report import FoldReport
 from bnexport.folding.trace import size_shapes
 from bnexport.nn.checkpoint import save_checkpoint
 from bnexport.nn.loading import LoadedModel, checkpoint_of, load_source
 from bnexport.nn.soundness import check_sound
 from bnexport.nn.zoo import zoo_of
 from bnexport.reporting.html import render_report
+from bnexport.reporting.results import ExportResult
 from bnexport.verification.golden import write_golden_vectors
 from bnexport.verification.verdict import VerificationReport
 from bnexport.verification.verify import verify
-
-
-@dataclass(frozen=True)
-class ExportResult:
-    """What ``fold_and_export`` did.
-
-    Attributes:
-        bundle: The bundle; None when the verdict is FAIL, in which case nothing was written.
-        fold: What became of each BatchNorm.
-        verification: The verdict.
-    """
-
-    bundle: Bundle | None
-    fold: FoldReport
-    verification: VerificationReport
 
 
 class _Failed(Exception):

@@ -117,7 +117,7 @@ class Engine:
                 row = replace(row, rule="nothing to move", equation="s = 1, t = 0 wherever it is read")
             reason, unlock = _why(refusals, rule)
             site.row = replace(row, outcome=outcome_of(rule, plan, site.op), reason=reason, unlock=unlock)
-            site.into = into
+            site.into = (*site.into, *into)  # a scale may have gone into a layer before, and what stayed goes now
             self._carry_out(plan)
             return
         reason, unlock = _why(refusals, None)
@@ -142,7 +142,7 @@ class Engine:
             f"{site.call.module or site.op.name}: a fold failed its proof ({error:.1e} of scale in float64) and was rolled"
             " back; please report it with the model"
         )
-        return math.inf
+        return error if error > MAX_SITE_ERROR else math.inf
 
     def _take_in_arithmetic(self, site: _Site) -> None:
         """Plain scales and shifts beside a BatchNorm become part of it, before it looks for a place."""
@@ -186,7 +186,7 @@ class Engine:
         if (error := self._proved(site, plan)) is None:
             return False
         row = replace(site.row, outcome="merged", rule=_BRANCHES, equation=EQUATION, error=error)
-        site.row, site.into = replace(row, reason="", unlock=""), (host,)
+        site.row, site.into = replace(row, reason="", unlock=""), (*site.into, host)
         self._carry_out(plan)
         return True
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -20,6 +21,21 @@ if TYPE_CHECKING:
 
 #: Marked channels that are listed by number; the rest is counted.
 _LISTED = 8
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """What a flow that writes a bundle did.
+
+    Attributes:
+        bundle: The bundle; None when the verdict is FAIL, in which case nothing was written.
+        fold: What became of each BatchNorm.
+        verification: The verdict.
+    """
+
+    bundle: Bundle | None
+    fold: FoldReport
+    verification: VerificationReport
 
 
 def print_export(
