@@ -24,9 +24,9 @@ from bnexport.onnx_folding.inventory import opset_of
 from bnexport.onnx_folding.whole_proof import NotEvaluated, evaluator, first_that_works, run
 from bnexport.reporting.html import render_report
 from bnexport.reporting.results import ExportResult
+from bnexport.runtimes.float64 import widen_array
 from bnexport.tensors import DTYPES, Array, Signature, TensorSpec
 from bnexport.verification.golden import golden_inputs, real_images
-from bnexport.verification.proof import widen_array
 from bnexport.verification.verdict import VerificationReport
 from bnexport.verification.verify import verify
 

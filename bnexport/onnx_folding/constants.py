@@ -16,9 +16,9 @@ from torch import Tensor
 from bnexport.onnx_folding.element_types import TORCH, widened
 from bnexport.onnx_folding.inventory import is_default, mentions
 from bnexport.onnx_folding.shapes import Shapes
+from bnexport.runtimes.float64 import widen
+from bnexport.runtimes.operators import better_operators
 from bnexport.tensors import Array
-from bnexport.verification.operators import better_operators
-from bnexport.verification.proof import widen
 
 #: Operators that are computed ahead when all they read is constant.
 _COMPUTED = frozenset(

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 
 from onnx import GraphProto, ModelProto, NodeProto
 
-from bnexport.verification.onnx_file import graphs, nodes
+from bnexport.runtimes.onnx_file import graphs, nodes
 
 BATCH_NORM = "BatchNormalization"
 _DEFAULT_DOMAIN = ("", "ai.onnx")

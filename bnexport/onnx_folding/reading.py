@@ -12,7 +12,7 @@ from onnx import ModelProto, TensorProto, numpy_helper
 from bnexport.errors import ModelError
 from bnexport.onnx_folding.inventory import opset_of
 from bnexport.optional import one_line
-from bnexport.verification.onnx_file import graphs, nodes
+from bnexport.runtimes.onnx_file import graphs, nodes
 
 #: protobuf reads and writes messages below this size.
 MAX_BYTES = 2**31 - 1

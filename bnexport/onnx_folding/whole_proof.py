@@ -14,9 +14,9 @@ from torch import Tensor
 
 from bnexport.folding.proof import scale_error
 from bnexport.optional import one_line
+from bnexport.runtimes.float64 import widen
+from bnexport.runtimes.operators import better_operators
 from bnexport.tensors import Array
-from bnexport.verification.operators import better_operators
-from bnexport.verification.proof import widen
 
 _BATCH = 2
 #: Numbers for sizes that vary, the cheapest first; a network that halves its input often takes the larger ones alone.

@@ -11,11 +11,11 @@ import numpy as np
 from bnexport.bundle import MODEL_ONNX, Bundle
 from bnexport.errors import BnexportError
 from bnexport.runtimes.base import Runner
+from bnexport.runtimes.float64 import Float64Evaluator
+from bnexport.runtimes.onnx_file import declaration_problem, read_model
 from bnexport.tensors import Array
 from bnexport.verification.inputs import BATCH_SIZES, Batch
 from bnexport.verification.metrics import Measurement, measure, per_sample
-from bnexport.verification.onnx_file import declaration_problem, read_model
-from bnexport.verification.proof import Float64Evaluator
 from bnexport.verification.tolerances import TOLERANCES
 from bnexport.verification.verdict import Row
 

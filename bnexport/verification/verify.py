@@ -12,10 +12,10 @@ from bnexport.environment import environment
 from bnexport.errors import BnexportError, Unavailable
 from bnexport.runtimes.base import plain_reason
 from bnexport.runtimes.catalogue import RUNNERS, RunnerSpec, runner_spec
+from bnexport.runtimes.onnx_file import multiplications, read_model
 from bnexport.tensors import Array, check_feeds
 from bnexport.verification.inputs import Batch, Suite, build_suite, other_sized_batches
 from bnexport.verification.metrics import common_scales, count_flips
-from bnexport.verification.onnx_file import multiplications, read_model
 from bnexport.verification.reference import Reference, find_reference, is_known, not_rebuilt, takes_empty_batch
 from bnexport.verification.stages import (
     Case,

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from bnexport.runtimes.onnx_file import read_model, trained_tensors
 from bnexport.tensors import Array
-from bnexport.verification.onnx_file import read_model, trained_tensors
 from bnexport.verification.verdict import Row
 
 

@@ -12,9 +12,9 @@ from torch import nn
 import bnexport
 from bnexport.bundle import MODEL_ONNX, Bundle
 from bnexport.exporting.request import ExportRequest
+from bnexport.runtimes.onnx_file import multiplications, read_model
 from bnexport.tensors import Signature, TensorSpec
 from bnexport.verification.inputs import other_sized_batches
-from bnexport.verification.onnx_file import multiplications, read_model
 
 IMAGE = TensorSpec("a", "float32", ("batch", 3, "height", "width"))
 

@@ -13,11 +13,12 @@ from support.bundles import network
 
 from bnexport.bundle import MODEL_ONNX, Bundle
 from bnexport.errors import BundleError, ProofError
+from bnexport.runtimes import float64
+from bnexport.runtimes.float64 import Float64Evaluator, widen
+from bnexport.runtimes.onnx_file import declaration_problem, multiplications, read_model, trained_tensors
+from bnexport.runtimes.pooling import average_pool, fast_operators
 from bnexport.tensors import Signature
-from bnexport.verification import proof
-from bnexport.verification.onnx_file import declaration_problem, multiplications, read_model, trained_tensors
-from bnexport.verification.pooling import average_pool, fast_operators
-from bnexport.verification.proof import Float64Evaluator, prove_file, widen
+from bnexport.verification.proof import prove_file
 
 X = np.random.default_rng(0).random((5, 1, 28, 28), dtype=np.float32)
 
@@ -139,7 +140,7 @@ def test_floats_inside_subgraphs_are_widened() -> None:
 
 def test_an_evaluation_that_leaves_float64_proves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     source = model_of([helper.make_node("Cast", ["x"], ["a"], to=1), helper.make_node("Identity", ["a"], ["y"])])
-    monkeypatch.setattr(proof, "_TYPE_ATTRIBUTES", ())  # as an operator would that rounds by itself
+    monkeypatch.setattr(float64, "_TYPE_ATTRIBUTES", ())  # as an operator would that rounds by itself
     with pytest.raises(ProofError, match="left float64 at 'a'"):
         Float64Evaluator(source).evaluate({"x": np.ones((2, 3), np.float32)})
 

@@ -10,9 +10,9 @@ import torch
 from onnx import TensorProto, helper
 from torch.nn import functional
 
-from bnexport.verification.onnx_file import read_model
-from bnexport.verification.pooling import average_pool, fast_operators, max_pool
-from bnexport.verification.proof import Float64Evaluator
+from bnexport.runtimes.float64 import Float64Evaluator
+from bnexport.runtimes.onnx_file import read_model
+from bnexport.runtimes.pooling import average_pool, fast_operators, max_pool
 
 GEOMETRIES = [
     (kernel, stride, pad, dilation, ceil)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bnexport.runtimes.onnx_file import nodes
 from bnexport.tensors import Array
-from bnexport.verification.onnx_file import nodes
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto

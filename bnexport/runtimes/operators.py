@@ -15,9 +15,9 @@ import numpy as np
 from onnx import ModelProto, NodeProto, helper
 from onnx.reference.op_run import OpRun
 
+from bnexport.runtimes.onnx_file import nodes
+from bnexport.runtimes.pooling import fast_operators
 from bnexport.tensors import Array
-from bnexport.verification.onnx_file import nodes
-from bnexport.verification.pooling import fast_operators
 
 
 class BatchNormalization(OpRun):
