@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from bnexport.bundle import MODEL_ONNX, MODEL_TORCHSCRIPT, WEIGHTS, Bundle
 from bnexport.errors import RuntimeUnavailable, UsageError
 from bnexport.runtimes.base import Runner
+from bnexport.runtimes.settings import RunSettings
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,34 +23,44 @@ class RunnerSpec:
         engine: "torch", "torchscript", "onnxruntime".
         device: "cpu" or "cuda".
         file: The file of the bundle that it reads.
-        opener: (bundle, device, module, threads) -> an open runner.
+        opener: (bundle, device, module, settings) -> an open runner.
         prober: device -> why it can't run here, or None.
+        served: Precision of its kernels as people serve with it: its own default. TF32 on most GPU engines.
+        precisions: What ``RunSettings.precision`` may ask of it.
     """
 
     engine: str
     device: str
     file: str
-    opener: Callable[[Bundle, str, nn.Module | None, int | None], Runner]
+    opener: Callable[[Bundle, str, nn.Module | None, RunSettings], Runner]
     prober: Callable[[str], str | None]
+    served: str = "float32"
+    precisions: tuple[str, ...] = ("float32",)
 
     @property
     def name(self) -> str:
         """As on the command line: "onnxruntime-cpu"."""
         return f"{self.engine}-{self.device}"
 
-    def open(self, bundle: Bundle, *, module: nn.Module | None = None, threads: int | None = None) -> Runner:
+    def open(self, bundle: Bundle, *, module: nn.Module | None = None, settings: RunSettings | None = None) -> Runner:
         """An open runner of a bundle's file; use it in a ``with`` block.
 
         Args:
             bundle: Its file is opened as it lies there; whether its hash holds is ``Bundle.check``'s question.
             module: The original network, for torch eager on a bundle whose network only its author has.
-            threads: Threads inside one operator, for onnxruntime; torch's are a setting of the process.
+            settings: How to run it; default: strict float32 as users serve it.
 
         Raises:
             BundleError: The file is missing, damaged, or does not fit the manifest.
             Unavailable: The engine, the device or a library is not here.
+            UsageError: The settings ask for a precision that this engine does not have.
         """
-        return self.opener(bundle, self.device, module, threads)
+        settings = settings or RunSettings()
+        if settings.precision not in self.precisions:
+            raise UsageError(
+                f"{self.name} has no {settings.precision} kernels", remedy=f"It has: {', '.join(self.precisions)}"
+            )
+        return self.opener(bundle, self.device, module, settings)
 
     def available(self) -> str | None:
         """None when it can run here, else the reason in one line. A GPU is believed only after it ran a batch."""
@@ -66,22 +77,24 @@ class RunnerSpec:
             raise RuntimeUnavailable(start + reason.removeprefix(start), remedy="bnexport doctor says what to install")
 
 
-def _open_torch(bundle: Bundle, device: str, module: nn.Module | None, _threads: int | None) -> Runner:
+def _open_torch(bundle: Bundle, device: str, module: nn.Module | None, _settings: RunSettings) -> Runner:
     from bnexport.runtimes.torch_eager import open_bundle
 
     return open_bundle(bundle, device=device, module=module)
 
 
-def _open_torchscript(bundle: Bundle, device: str, _module: nn.Module | None, _threads: int | None) -> Runner:
+def _open_torchscript(bundle: Bundle, device: str, _module: nn.Module | None, _settings: RunSettings) -> Runner:
     from bnexport.runtimes.torchscript import TorchScriptRunner
 
     return TorchScriptRunner(bundle.file(MODEL_TORCHSCRIPT), bundle.manifest.signature, device=device)
 
 
-def _open_onnxruntime(bundle: Bundle, device: str, _module: nn.Module | None, threads: int | None) -> Runner:
+def _open_onnxruntime(bundle: Bundle, device: str, _module: nn.Module | None, settings: RunSettings) -> Runner:
     from bnexport.runtimes.onnxruntime import OnnxRuntimeRunner
 
-    return OnnxRuntimeRunner(bundle.file(MODEL_ONNX), bundle.manifest.signature, device=device, threads=threads)
+    return OnnxRuntimeRunner(
+        bundle.file(MODEL_ONNX), bundle.manifest.signature, device=device, threads=settings.threads
+    )
 
 
 def _torch_problem(device: str) -> str | None:
@@ -96,13 +109,16 @@ def _onnxruntime_problem(device: str) -> str | None:
     return problem(device)
 
 
+#: IEEE float32, and kernels that round the inputs of convolutions and products to TF32.
+_GPU_PRECISIONS = ("float32", "tf32")
+
 RUNNERS: tuple[RunnerSpec, ...] = (
     RunnerSpec("torch", "cpu", WEIGHTS, _open_torch, _torch_problem),
-    RunnerSpec("torch", "cuda", WEIGHTS, _open_torch, _torch_problem),
+    RunnerSpec("torch", "cuda", WEIGHTS, _open_torch, _torch_problem, "tf32", _GPU_PRECISIONS),
     RunnerSpec("torchscript", "cpu", MODEL_TORCHSCRIPT, _open_torchscript, _torch_problem),
-    RunnerSpec("torchscript", "cuda", MODEL_TORCHSCRIPT, _open_torchscript, _torch_problem),
+    RunnerSpec("torchscript", "cuda", MODEL_TORCHSCRIPT, _open_torchscript, _torch_problem, "tf32", _GPU_PRECISIONS),
     RunnerSpec("onnxruntime", "cpu", MODEL_ONNX, _open_onnxruntime, _onnxruntime_problem),
-    RunnerSpec("onnxruntime", "cuda", MODEL_ONNX, _open_onnxruntime, _onnxruntime_problem),
+    RunnerSpec("onnxruntime", "cuda", MODEL_ONNX, _open_onnxruntime, _onnxruntime_problem, "tf32", _GPU_PRECISIONS),
 )
 
 

@@ -7,9 +7,16 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from bnexport.tensors import Array
+from bnexport.verification.findings import Findings
 
 #: Stages without which a report is no proof, whatever its other rows say.
 REQUIRED_STAGES = ("integrity", "golden", "file-proof", "strict")
+#: What does as well: a file in half precision has no strict float32.
+INSTEAD: dict[str, str] = {"strict": "shipping"}
+
+#: Name and version of the JSON report: a new key needs no new version, a changed meaning does.
+FORMAT = "bnexport-verification"
+FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,9 @@ class Row:
         bound: The largest ``error`` that passes.
         device: Where the candidate ran, as its engine says.
         flips: Top-1 labels, where an output is one score per class.
+        predicted: The error of scale that the emulated precision makes on the same inputs; None without a prediction.
+        detected: Precision that the error itself tells of: "float32", "tf32", ...; "" where it was not looked at.
+        settings: How the engine was run, where not in strict float32 as users serve it: "tf32, IO binding".
     """
 
     stage: str
@@ -62,6 +72,14 @@ class Row:
     bound: float | None = None
     device: str = ""
     flips: Flips | None = None
+    predicted: float | None = None
+    detected: str = ""
+    settings: str = ""
+
+    @property
+    def ratio(self) -> float | None:
+        """Error over the predicted noise: 1.3 means "1.3 x what this precision does to this model"; None without."""
+        return self.error / self.predicted if self.error is not None and self.predicted else None
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; ``from_json`` reads them back."""
@@ -87,7 +105,9 @@ class VerificationReport:
         accuracy: Of the reference on the real images: ``{"dataset", "n", "correct"}``; empty without images.
         seed: Of the synthetic inputs.
         environment: Hardware and versions.
+        findings: Predictions, drift by layer, changed labels, the self-test, what was waived.
         samples: Runtime -> error (n,) and margin (n,) of each sample, for the plots; not part of the JSON.
+        pictures: Index -> the input (channels, height, width) of each changed label; not part of the JSON.
     """
 
     rows: tuple[Row, ...]
@@ -98,13 +118,15 @@ class VerificationReport:
     accuracy: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
     environment: Mapping[str, Any] = field(default_factory=dict)
+    findings: Findings = field(default_factory=Findings)
     samples: Mapping[str, tuple[Array, Array]] = field(default_factory=dict, compare=False, repr=False)
+    pictures: Mapping[int, Array] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def missing_stages(self) -> tuple[str, ...]:
-        """Required stages without a single row."""
-        present = {row.stage for row in self.rows}
-        return tuple(stage for stage in REQUIRED_STAGES if stage not in present)
+        """Required stages without a single row that nothing stands in for."""
+        present = {row.stage for row in self.rows} | set(self.findings.waived)
+        return tuple(s for s in REQUIRED_STAGES if s not in present and INSTEAD.get(s) not in present)
 
     @property
     def failures(self) -> tuple[Row, ...]:
@@ -128,7 +150,8 @@ class VerificationReport:
             return f"FAIL: {len(self.failures)} of {len(self.rows)} rows failed, first {first.stage}: {first.reason}"
         if self.missing_stages:
             return f"FAIL: nothing was checked in {', '.join(self.missing_stages)}"
-        return f"PASS: {len(self.rows)} rows"
+        waived = "".join(f"; {stage} was not run here" for stage in self.findings.waived)
+        return f"PASS: {len(self.rows)} rows{waived}"
 
     def parity(self) -> str:
         """The verdict for the model file's own metadata: only figures that do not depend on the machine."""
@@ -143,6 +166,8 @@ class VerificationReport:
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values without NaN; ``from_json`` reads them back."""
         return {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
             "passed": self.passed,
             "summary": self.summary(),
             "reference": self.reference,
@@ -153,10 +178,13 @@ class VerificationReport:
             "skipped": dict(self.skipped),
             "runtimes": {name: dict(value) for name, value in self.runtimes.items()},
             "environment": dict(self.environment),
+            "findings": self.findings.to_json(),
         }
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> VerificationReport:
         """From ``to_json``; the verdict is computed again from the rows."""
-        rest = {key: item for key, item in value.items() if key not in ("passed", "summary", "rows")}
-        return cls(rows=tuple(Row.from_json(row) for row in value["rows"]), **rest)
+        computed = ("format", "format_version", "passed", "summary", "rows", "findings")
+        rest = {key: item for key, item in value.items() if key not in computed}
+        rows = tuple(Row.from_json(row) for row in value["rows"])
+        return cls(rows, findings=Findings.from_json(value.get("findings", {})), **rest)
