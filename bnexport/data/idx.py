@@ -16,12 +16,15 @@ import numpy as np
 
 from bnexport.errors import DataError
 from bnexport.optional import one_line
+from bnexport.screening.limits import limit
+from bnexport.screening.paths import check_regular
+from bnexport.screening.refusal import refusing
 from bnexport.tensors import Array
 
 #: The third byte of the file -> numpy's name of the element type in the file.
 ELEMENT_TYPES: dict[int, str] = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 #: No file may unpack to more than this: 20 times the largest known set, and far below a machine's memory.
-MAX_BYTES = 2**30
+MAX_BYTES = limit("array-bytes")
 GZIP_MAGIC = b"\x1f\x8b"
 _MAX_DIMS = 8
 _REMEDY = "Copy or download the file again"
@@ -42,6 +45,8 @@ def read_idx(path: str | Path, *, max_bytes: int = MAX_BYTES) -> Array:
     """
     file = Path(path)
     try:
+        with refusing(file, DataError, remedy=_REMEDY):
+            check_regular(file)
         with file.open("rb") as raw:
             packed = raw.read(2) == GZIP_MAGIC
             raw.seek(0)

@@ -13,6 +13,9 @@ from bnexport.errors import ModelError
 from bnexport.onnx_folding.inventory import opset_of
 from bnexport.optional import one_line
 from bnexport.runtimes.onnx_file import graphs, nodes
+from bnexport.screening.onnx_file import screen_onnx
+from bnexport.screening.paths import check_regular
+from bnexport.screening.refusal import refusing
 
 #: protobuf reads and writes messages below this size.
 MAX_BYTES = 2**31 - 1
@@ -29,16 +32,16 @@ def read_source(source: str | Path | bytes | ModelProto) -> ModelProto:
 
     Raises:
         ModelError: No such file, no ONNX model, one that the checker refuses, of an operator set older than 7, or with
-            weights in files that are not there or lie elsewhere.
+            weights in files that are not there or lie elsewhere; or one that the screening refuses.
     """
     if isinstance(source, ModelProto):
         model, folder, name = ModelProto(), None, "the model"
         model.CopyFrom(source)
     elif isinstance(source, bytes):
-        model, folder, name = _parsed(source, "the model"), None, "the model"
+        model, folder, name = _parsed(source, "the model", None), None, "the model"
     else:
         path = Path(source)
-        model, folder, name = _parsed(_content(path), str(path)), path.parent, str(path)
+        model, folder, name = _parsed(_content(path), str(path), path.parent), path.parent, str(path)
     if not model.graph.node or not model.graph.output:
         raise ModelError(f"{name} is an ONNX file without a single node", remedy="Export the network again")
     for tensor in _tensors(model):
@@ -79,6 +82,8 @@ def _content(path: Path) -> bytes:
     try:
         if path.is_dir():
             raise ModelError(f"{path} is a folder, not an ONNX file", remedy="Give the file itself")
+        with refusing(path, ModelError, remedy=_CHECK):
+            check_regular(path)
         if path.stat().st_size > MAX_BYTES:
             raise ModelError(f"{path} is larger than 2 GB, which is no ONNX file", remedy=_CHECK)
         return path.read_bytes()
@@ -86,7 +91,9 @@ def _content(path: Path) -> bytes:
         raise ModelError(f"{path} can't be read: {one_line(error)}", remedy="Check the path") from error
 
 
-def _parsed(content: bytes, name: str) -> ModelProto:
+def _parsed(content: bytes, name: str, folder: Path | None) -> ModelProto:
+    with refusing(f"{name} is not an ONNX model that bnexport opens: it", ModelError, remedy=_CHECK):
+        screen_onnx(content, folder=folder, inside=False)
     try:
         return onnx.load_model_from_string(content)
     except Exception as error:  # protobuf's DecodeError has no stable import path

@@ -1,0 +1,220 @@
+"""Archives of torch and numpy, looked at from outside: sizes, names, pickles and code, before a reader opens them."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from bnexport.errors import BadInput, BundleError, DataError, ModelError, UsageError
+from bnexport.optional import one_line
+from bnexport.screening import exported_program, npy, script_code
+from bnexport.screening.limits import limit
+from bnexport.screening.paths import check_regular
+from bnexport.screening.pickle_names import is_script_name, is_weight_name
+from bnexport.screening.pickles import Storage, check_one_pickle, check_pickle
+from bnexport.screening.refusal import Refusal, refusing, shown
+from bnexport.screening.zip_directory import DEFLATED, MAGIC, Entry, read_directory, read_entry, read_start
+
+_REBUILD = "Write the bundle again with bnexport fold-and-export, or copy it again from its source"
+#: Pickles at the start of torch's format before 1.6: its number, its version, the system, the object, the storages.
+_OLD_PICKLES = 5
+_PICKLE = b"\x80"
+
+
+@dataclass(frozen=True)
+class _Archive:
+    """An archive whose table of contents holds.
+
+    Attributes:
+        file: Open.
+        entries: Name inside the archive's one folder -> its entry; the whole name for .npz.
+    """
+
+    file: BinaryIO
+    entries: dict[str, Entry]
+
+    def read(self, name: str, max_bytes: int) -> bytes:
+        if name not in self.entries:
+            raise Refusal(f"has no {name} inside")
+        return read_entry(self.file, self.entries[name], max_bytes)
+
+
+@dataclass(frozen=True)
+class ArchiveKind:
+    """A row of ARCHIVES.
+
+    Attributes:
+        title: What the file should be, with its article.
+        error: What is raised.
+        remedy: What to do about it.
+        inflated: Row of LIMITS for what may be unpacked in all.
+        check: Looks at the contents.
+    """
+
+    title: str
+    error: type[BadInput]
+    remedy: str
+    inflated: str
+    check: Callable[[_Archive], None]
+
+
+def screen_archive(path: str | Path, kind: str, *, error: type[BadInput] | None = None) -> None:
+    """Refuse an archive that could harm whoever opens it. It is not unpacked, and nothing in it runs.
+
+    Sizes that it says, sizes that it has, names, nesting, every pickle's steps and names, TorchScript's code, the
+    expressions in a .pt2 file, object arrays in an .npz file. Weights are not read, so gigabytes take milliseconds.
+
+    Args:
+        path: The file.
+        kind: A row of ARCHIVES: "torchscript", "pt2", "checkpoint", "npz".
+        error: Raised instead of the kind's own error.
+
+    Raises:
+        UsageError: An unknown kind.
+        BadInput: The file is missing or refused; which one is in ARCHIVES.
+    """
+    if kind not in ARCHIVES:
+        raise UsageError(f"there are no archives of the kind {kind!r}", remedy=f"Choose one of {', '.join(ARCHIVES)}")
+    row = ARCHIVES[kind]
+    raised = error or row.error
+    try:
+        with refusing(f"{path} is not {row.title} that bnexport opens: it", raised, remedy=row.remedy):
+            check_regular(Path(path))
+            with Path(path).open("rb") as file:
+                _screen(file, row)
+    except OSError as problem:
+        what = "does not exist" if isinstance(problem, FileNotFoundError) else f"can't be read: {one_line(problem)}"
+        raise raised(f"{path} {what}", remedy=row.remedy) from problem
+
+
+def screen_weights(file: BinaryIO) -> None:
+    """Refuse a torch state dict, in an archive or in the older format, that holds more than tensors.
+
+    Args:
+        file: Open, at any place.
+
+    Raises:
+        Refusal: It names code, is damaged, or is neither of the two formats.
+    """
+    file.seek(0)
+    start = file.read(4)
+    if start == MAGIC:
+        _screen(file, ARCHIVES["checkpoint"])
+    elif start[:1] == _PICKLE:
+        _check_old_weights(file)
+    else:
+        raise Refusal("is neither safetensors nor a file of torch.save")
+
+
+def _screen(file: BinaryIO, kind: ArchiveKind) -> None:
+    file.seek(0)
+    start = file.read(4)
+    if start != MAGIC:
+        raise Refusal("is no zip archive" if start else "is empty")
+    entries = read_directory(file)
+    _check_growth(entries, limit(kind.inflated))
+    folder = "" if kind.inflated == "npz-inflated" else _common_folder(entries)
+    kind.check(_Archive(file, {entry.name.removeprefix(folder): entry for entry in entries}))
+
+
+def _check_growth(entries: Sequence[Entry], most: int) -> None:
+    """What is packed may neither be large in all, nor grow much."""
+    packed = [entry for entry in entries if entry.method == DEFLATED]
+    total = sum(entry.size for entry in packed)
+    if total > most:
+        raise Refusal(f"unpacks to {total} bytes, more than {most}")
+    for entry in packed:
+        if entry.size > limit("ratio-free") and entry.size > limit("archive-ratio") * entry.packed:
+            raise Refusal(f"unpacks {shown(entry.name)} to {entry.size // max(entry.packed, 1)} times its size")
+    if total > limit("ratio-free") and total > limit("archive-ratio") * sum(entry.packed for entry in packed):
+        raise Refusal(f"unpacks to more than {limit('archive-ratio')} times its size")
+
+
+def _common_folder(entries: Sequence[Entry]) -> str:
+    """The folder around every file. torch takes that of the first one for that of all, so there must be just one."""
+    folder = entries[0].name.partition("/")[0] + "/"
+    for entry in entries:
+        if not entry.name.startswith(folder):
+            raise Refusal(f"is an archive in which {shown(entry.name)} lies outside its folder {shown(folder)}")
+    return folder
+
+
+def _check_script(archive: _Archive) -> None:
+    for name in archive.entries:
+        if name.endswith(".py") and name.startswith("code/"):
+            script_code.check(archive.read(name, limit("code-bytes")))
+        elif name.endswith("pkl"):
+            pickle = archive.read(name, limit("pickle-bytes"))
+            folder = {"data.pkl": "data", "constants.pkl": "constants"}.get(name, "data")
+            _check_storages(archive, check_pickle(pickle, is_script_name), folder)
+        elif name.partition("/")[0] not in _SCRIPT_FILES:
+            raise Refusal(f"holds {shown(name)}, which no TorchScript file has")
+    for name in ("data.pkl", "constants.pkl"):
+        if name not in archive.entries:
+            raise Refusal(f"is no TorchScript file: it has no {name}")
+
+
+#: Files and folders beside the pickles and the code. ``extra`` is what its author put there; nothing reads it.
+_SCRIPT_FILES = frozenset({"data", "constants", "version", "byteorder", ".data", "extra", ".format_version"}) | {
+    ".storage_alignment"
+}
+
+
+def _check_checkpoint(archive: _Archive) -> None:
+    storages = check_pickle(archive.read("data.pkl", limit("pickle-bytes")), is_weight_name)
+    _check_storages(archive, storages, "data")
+
+
+def _check_storages(archive: _Archive, storages: Sequence[Storage], folder: str) -> None:
+    """Each storage's file must be there and hold what the pickle says."""
+    for storage in storages:
+        entry = archive.entries.get(f"{folder}/{storage.key}")
+        needed = storage.numel * storage.itemsize
+        if entry is None and needed:
+            raise Refusal(f"has no data for the tensor storage {shown(storage.key)}")
+        if entry is not None and entry.size < needed:
+            raise Refusal(f"says that a tensor storage has {needed} bytes; {shown(entry.name)} has {entry.size}")
+
+
+def _check_exported(archive: _Archive) -> None:
+    def pickled(name: str) -> None:
+        """A file that torch will unpickle."""
+        screen_weights(io.BytesIO(archive.read(name, limit("npz-inflated"))))
+
+    sizes = {name: entry.size for name, entry in archive.entries.items()}
+    exported_program.check(sizes, archive.read, pickled)
+
+
+def _check_arrays(archive: _Archive) -> None:
+    for name, entry in archive.entries.items():
+        npy.check_header(read_start(archive.file, entry, limit("npy-header") + 12), entry.size)
+        if not name.endswith(".npy"):
+            raise Refusal(f"holds {shown(name)}, which is no array")
+
+
+def _check_old_weights(file: BinaryIO) -> None:
+    """The format of torch before 1.6: five pickles, then the bytes of the storages."""
+    size = file.seek(0, 2)
+    file.seek(0)
+    start = io.BytesIO(file.read(limit("pickle-bytes")))
+    storages: list[Storage] = []
+    for _ in range(_OLD_PICKLES):
+        storages += check_one_pickle(start, is_weight_name)
+    # A storage is named once for each tensor in it; 8 bytes in front of it tell its length.
+    needed = sum({storage.key: 8 + storage.numel * storage.itemsize for storage in storages}.values())
+    if needed > size - start.tell():
+        raise Refusal(f"says that its tensors have {needed} bytes; {size - start.tell()} are there")
+
+
+_SAVE = "Save the weights alone: torch.save(model.state_dict(), FILE), or safetensors.torch.save_file"
+ARCHIVES: dict[str, ArchiveKind] = {
+    "torchscript": ArchiveKind("a TorchScript file", BundleError, _REBUILD, "archive-inflated", _check_script),
+    "pt2": ArchiveKind("a file of torch.export (.pt2)", BundleError, _REBUILD, "archive-inflated", _check_exported),
+    "checkpoint": ArchiveKind("a file of torch.save", ModelError, _SAVE, "archive-inflated", _check_checkpoint),
+    "npz": ArchiveKind(
+        "an .npz file", DataError, "Save plain arrays again with numpy.savez", "npz-inflated", _check_arrays
+    ),
+}

@@ -1,0 +1,83 @@
+"""Every limit of a screen with its reason, in one table: what documentation and tests read."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Limit(NamedTuple):
+    """One row of LIMITS.
+
+    Attributes:
+        value: The largest number that passes.
+        what: What is counted.
+        reason: Why this number.
+    """
+
+    value: int
+    what: str
+    reason: str
+
+
+_KB, _MB, _GB = 2**10, 2**20, 2**30
+
+LIMITS: dict[str, Limit] = {
+    # Names
+    "name-bytes": Limit(255, "bytes in one part of a file name", "file systems take no longer ones"),
+    "name-parts": Limit(16, "folders deep a file may lie", "a bundle has two levels, an archive of torch about eight"),
+    "bundle-files": Limit(10_000, "files in a bundle", "a bundle has about ten; each one is hashed"),
+    "bundle-file-bytes": Limit(16 * _GB, "bytes of one file of a bundle", "each one is hashed, a gigabyte a second"),
+    # JSON
+    "manifest-bytes": Limit(8 * _MB, "bytes of manifest.json", "a LeNet needs 24 kB, and a BatchNorm about 300 bytes"),
+    "json-depth": Limit(64, "levels of lists and objects in JSON", "a manifest has 8; Python's parser recurses"),
+    "json-values": Limit(2_000_000, "lists, objects and separators in JSON", "each value takes about 80 bytes"),
+    "json-digits": Limit(20, "digits of a whole number in JSON", "64 bits need no more"),
+    "sample-elements": Limit(
+        2**28, "elements in one sample of an input or output", "1 GB of float32; runners try two samples on opening"
+    ),
+    # Archives
+    "archive-files": Limit(
+        65_536, "files in an archive", "one per tensor, or four per layer: EfficientNetV2-L has 1,825"
+    ),
+    "archive-directory": Limit(32 * _MB, "bytes of an archive's table of contents", "the files above, long names"),
+    "archive-inflated": Limit(
+        256 * _MB,
+        "unpacked bytes of what torch archives pack",
+        "torch packs source text only: 0.3 to 0.9 MB of a large network",
+    ),
+    "npz-inflated": Limit(4 * _GB, "unpacked bytes of an .npz file", "7,000 images of 3x224x224 in float32"),
+    "archive-ratio": Limit(
+        200, "times that packed data may grow", "source text grows 6 to 11 times, a bomb 1,000 times"
+    ),
+    "ratio-free": Limit(4 * _MB, "unpacked bytes below which the growth does not count", "that much harms nobody"),
+    # Pickles
+    "pickle-bytes": Limit(64 * _MB, "bytes of one pickle", "a checkpoint needs about 170 per tensor"),
+    "pickle-steps": Limit(2_000_000, "steps of one pickle", "a checkpoint needs about 40 per tensor"),
+    "pickle-depth": Limit(64, "levels of values in a pickle", "a state dict has 4; what walks through it recurses"),
+    # Texts in archives
+    "code-bytes": Limit(64 * _MB, "bytes of one text in an archive", "the code of EfficientNetV2-L has 0.07 MB"),
+    "expression": Limit(
+        65_536, "characters of one expression in a .pt2 file", "sums and products of sizes, a page at the most"
+    ),
+    # ONNX
+    "onnx-bytes": Limit(2 * _GB - 1, "bytes of an ONNX file", "protobuf reads no larger message"),
+    "onnx-depth": Limit(64, "levels of messages in an ONNX file", "three per subgraph; protobuf itself stops at 100"),
+    "onnx-fields": Limit(
+        2_000_000, "fields of an ONNX file", "EfficientNetV2-L has 55,000; an empty one may take 160 bytes in memory"
+    ),
+    "onnx-rank": Limit(64, "dimensions of a tensor", "numpy takes 64"),
+    "onnx-dense": Limit(2**28, "elements of all sparse tensors made dense", "1 GB of float32; engines make them dense"),
+    "onnx-expanded": Limit(
+        1_000_000, "nodes after each function is put in place of its calls", "engines do so when they load a file"
+    ),
+    # Weights, arrays and pictures
+    "safetensors-header": Limit(16 * _MB, "bytes of a safetensors header", "160,000 tensors; the format allows 100 MB"),
+    "array-bytes": Limit(_GB, "bytes of an array of images", "20 times the largest known set"),
+    "npy-header": Limit(10_000, "bytes of a .npy header", "numpy's own limit; a plain one has 118"),
+    "picture-bytes": Limit(256 * _MB, "bytes of a picture's file", "50 million pixels as PNG stay below it"),
+}
+
+
+def limit(name: str) -> int:
+    """The number of a row of LIMITS."""
+    return LIMITS[name].value

@@ -1,0 +1,94 @@
+"""Protobuf's wire format, read without protobuf: fields in turn, bounded, from bytes that nobody has checked.
+
+Source: protobuf.dev, "Encoding". Groups, which ONNX never used, are refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from bnexport.screening.refusal import Refusal
+
+VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
+_WIDTH = {FIXED64: 8, FIXED32: 4}
+_MAX_VARINT = 10
+
+
+class Field(NamedTuple):
+    """One field of a message.
+
+    Attributes:
+        number: Which one.
+        wire: VARINT, FIXED64, BYTES or FIXED32.
+        value: The number of a VARINT, else 0.
+        start: Where its bytes start.
+        end: Where they end.
+    """
+
+    number: int
+    wire: int
+    value: int
+    start: int
+    end: int
+
+
+def read_fields(content: bytes, start: int, end: int) -> Iterator[Field]:
+    """The fields between two places.
+
+    Raises:
+        Refusal: A field that reaches beyond the end, a number that does not end, an unknown kind of field.
+    """
+    at = start
+    while at < end:
+        tag, at = read_varint(content, at, end)
+        number, wire = tag >> 3, tag & 7
+        value = 0
+        if wire == VARINT:
+            begin = at
+            value, at = read_varint(content, at, end)
+        elif wire == BYTES:
+            length, begin = read_varint(content, at, end)
+            at = begin + length
+        elif wire in _WIDTH:
+            begin, at = at, at + _WIDTH[wire]
+        else:
+            raise Refusal(f"is damaged at byte {at}: protobuf has no field of the kind {wire} here")
+        if at > end or not 0 < number < 2**29:
+            raise Refusal(f"is damaged or cut off: a field at byte {begin} reaches beyond the end of its message")
+        yield Field(number, wire, value, begin, at)
+
+
+def read_varint(content: bytes, at: int, end: int) -> tuple[int, int]:
+    """A number of variable length and the place behind it.
+
+    Raises:
+        Refusal: It does not end, or has more than 64 bits.
+    """
+    if at < end and (first := content[at]) < 0x80:  # nearly all have one byte
+        return first, at + 1
+    value = 0
+    for place in range(at, min(end, at + _MAX_VARINT)):
+        byte = content[place]
+        value |= (byte & 0x7F) << (7 * (place - at))
+        if byte < 0x80:
+            if value >= 2**64:
+                break
+            return value, place + 1
+    raise Refusal(f"is damaged or cut off: a number at byte {at} does not end")
+
+
+def signed(value: int) -> int:
+    """A 64-bit number as protobuf's int64 means it."""
+    return value - 2**64 if value >= 2**63 else value
+
+
+def read_packed(content: bytes, field: Field) -> Iterator[int]:
+    """The numbers of one occurrence of a repeated int64: one, or several packed."""
+    if field.wire == VARINT:
+        yield signed(field.value)
+        return
+    at = field.start
+    while at < field.end:
+        value, at = read_varint(content, at, field.end)
+        yield signed(value)

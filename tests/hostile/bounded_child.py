@@ -1,0 +1,45 @@
+"""Opens hostile files in a process that may use little memory and time. ``python bounded_child.py MB SECONDS KIND FILE ...``
+
+Prints one line per file: the sentence that refused it. Anything else ends the process with an error.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+from pathlib import Path
+
+from bnexport.bundle import Bundle
+from bnexport.errors import BnexportError
+from bnexport.screening import screen_archive
+from bnexport.screening.archives import screen_weights
+from bnexport.screening.onnx_file import screen_onnx
+from bnexport.screening.refusal import Refusal
+from bnexport.screening.safetensors import screen_safetensors
+
+OPENERS = {
+    "bundle": lambda path: Bundle.open(path).check(),
+    "torchscript": lambda path: screen_archive(path, "torchscript"),
+    "pt2": lambda path: screen_archive(path, "pt2"),
+    "npz": lambda path: screen_archive(path, "npz"),
+    "weights": lambda path: screen_weights(path.open("rb")),
+    "onnx": lambda path: screen_onnx(path.read_bytes(), folder=path.parent, inside=False),
+    "safetensors": lambda path: screen_safetensors(path.open("rb")),
+}
+
+
+def main(megabytes: str, seconds: str, *words: str) -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (int(megabytes) * 2**20,) * 2)
+    resource.setrlimit(resource.RLIMIT_CPU, (int(seconds),) * 2)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    for kind, path in zip(words[::2], words[1::2], strict=True):
+        try:
+            OPENERS[kind](Path(path))
+        except (BnexportError, Refusal) as error:
+            print(str(error).replace("\n", " "))
+        else:
+            raise SystemExit(f"{path} was not refused")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

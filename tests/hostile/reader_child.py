@@ -1,0 +1,77 @@
+"""Reads files that a parent names, one per line on standard input: "KIND PATH". Answers one line each.
+
+A reader may end in native code that crashes: then this process dies, and not the one that tests.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import nn
+
+from bnexport.data.images import load_images
+from bnexport.errors import BnexportError
+from bnexport.nn.checkpoint import load_checkpoint, read_safetensors
+from bnexport.nn.weights import load_weights
+from bnexport.onnx_folding.reading import read_source
+from bnexport.runtimes import torchscript
+from bnexport.runtimes.onnx_file import read_model
+from bnexport.runtimes.onnxruntime import OnnxRuntimeRunner
+from bnexport.tensors import Signature, TensorSpec
+
+_SIGNATURE = Signature(
+    (TensorSpec("input", "float32", ("batch", 1, 28, 28)),), (TensorSpec("logits", "float32", ("batch", 10)),)
+)
+
+
+def exported(path: Path) -> None:
+    """What a runner of .pt2 files does: the screen, then torch."""
+    import torch
+
+    from bnexport.screening import screen_archive
+
+    screen_archive(path, "pt2")
+    try:
+        torch.export.load(path)
+    except Exception as error:  # a runner makes a sentence of it; here only what the screen lets through is of interest
+        raise BnexportError(f"torch refuses it: {type(error).__name__}", remedy="") from error
+
+
+def weights(path: Path) -> None:
+    load_weights(nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)), path)
+
+
+READERS: dict[str, Callable[[Path], object]] = {
+    "torchscript": torchscript.load,
+    "onnx": lambda path: OnnxRuntimeRunner(path, _SIGNATURE, threads=1).close(),
+    "onnx-parsed": read_model,
+    "onnx-source": read_source,
+    "safetensors": read_safetensors,
+    "checkpoint": load_checkpoint,
+    "weights": weights,
+    "pt2": exported,
+    "images": load_images,
+}
+
+
+def main() -> None:
+    warnings.simplefilter("ignore")
+    for line in sys.stdin:
+        kind, _, path = line.strip().partition(" ")
+        try:
+            READERS[kind](Path(path))
+            answer = "opened"
+        except BnexportError as error:
+            answer = "refused " + " ".join(str(error).split())
+        except BaseException:
+            answer = "FAULT " + " | ".join(traceback.format_exc().split("\n")[-6:])
+        sys.__stdout__.write(answer + "\n")  # type: ignore[union-attr]
+        sys.__stdout__.flush()  # type: ignore[union-attr]
+
+
+if __name__ == "__main__":
+    main()

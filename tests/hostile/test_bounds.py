@@ -1,0 +1,160 @@
+"""Bombs cost little memory and time, and the limits are where their table says."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from bounded_child import OPENERS
+from support.hostile import Good, Member, write_zip
+from support.hostile_archives import npy
+from test_corpus import CORPUS
+
+from bnexport.bundle import MODEL_TORCHSCRIPT, WEIGHTS, Bundle
+from bnexport.data.images import load_images
+from bnexport.errors import BadInput, BundleError, DataError
+from bnexport.nn.checkpoint import read_safetensors
+from bnexport.runtimes.onnx_file import read_screened
+from bnexport.screening import screen_archive
+from bnexport.screening.archives import screen_weights
+from bnexport.screening.limits import LIMITS
+from bnexport.screening.onnx_file import screen_onnx
+from bnexport.screening.refusal import Refusal
+from bnexport.screening.zip_directory import read_directory
+
+#: Memory for addresses: the interpreter, numpy and its threads take about 250 MB of it.
+_MEGABYTES, _SECONDS = 900, 40
+
+
+def test_every_bomb_in_bounded_memory_and_time(good: Good, tmp_path: Path) -> None:
+    """All hostile files that need no engine, in one process that is killed when it takes too much."""
+    words = []
+    for number, (name, row) in enumerate(CORPUS.items()):
+        if row.reader not in OPENERS or "a pipe" in name:
+            continue
+        folder = tmp_path / str(number) / "1"
+        if row.reader == "bundle":
+            shutil.copytree(good.bundle, folder)
+        else:
+            folder.mkdir(parents=True)
+        words += [row.reader, str(row.build(folder, good))]
+    child = Path(__file__).with_name("bounded_child.py")
+    ended = subprocess.run(
+        [sys.executable, str(child), str(_MEGABYTES), str(_SECONDS), *words],
+        capture_output=True, text=True, timeout=200, check=False, cwd=tmp_path,
+        env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert len(ended.stdout.splitlines()) == len(words) // 2 >= 100
+    assert not (tmp_path / "hacked").exists()
+
+
+def test_weights_are_not_read(tmp_path: Path) -> None:
+    torch.save({"w": torch.zeros(4)}, tmp_path / "small.pt")
+    file = _Counting((tmp_path / "small.pt").read_bytes())
+    screen_weights(file)
+    (weights,) = (entry for entry in read_directory(file) if entry.name.endswith("/data/0"))
+    assert not any(place <= weights.start < place + length for place, length in file.spans)
+
+
+class _Counting(io.BytesIO):
+    """Bytes that remember what was read of them."""
+
+    def __init__(self, content: bytes) -> None:
+        super().__init__(content)
+        self.spans: list[tuple[int, int]] = []
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        place = self.tell()
+        content = super().read(size)
+        self.spans.append((place, len(content)))
+        return content
+
+
+def test_compressed_arrays_of_everyday_pass(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    np.savez_compressed(tmp_path / "a.npz", x=rng.random((64, 1, 28, 28), np.float32), labels=np.arange(64))
+    screen_archive(tmp_path / "a.npz", "npz")
+    np.savez(tmp_path / "b.npz", x=np.zeros((64, 3, 64, 64), np.float32), empty=np.zeros((0, 5)))
+    screen_archive(tmp_path / "b.npz", "npz")
+    np.savez_compressed(tmp_path / "c.npz", x=np.zeros((8, 3, 64, 64), np.float32))
+    screen_archive(tmp_path / "c.npz", "npz")
+
+
+def test_the_number_of_files_has_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(LIMITS, "archive-files", LIMITS["archive-files"]._replace(value=10))
+    header = npy("{'descr': '<f4', 'fortran_order': False, 'shape': (0,)}")
+    write_zip(tmp_path / "a.npz", [Member(f"{index}.npy", header) for index in range(10)])
+    screen_archive(tmp_path / "a.npz", "npz")
+    write_zip(tmp_path / "b.npz", [Member(f"{index}.npy", header) for index in range(11)])
+    with pytest.raises(DataError, match="holds 11 files, more than 10"):
+        screen_archive(tmp_path / "b.npz", "npz")
+
+
+def test_the_number_of_fields_has_its_limit(good: Good, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = good.onnx.read_bytes()
+    screen_onnx(content)
+    monkeypatch.setitem(LIMITS, "onnx-fields", LIMITS["onnx-fields"]._replace(value=50))
+    with pytest.raises(Refusal, match="more than 50 fields"):
+        screen_onnx(content)
+
+
+#: Limit -> a number that is too small for a valid file, who reads it, and what the refusal says.
+LOWERED: dict[str, tuple[int, Callable[[Good], object], str]] = {
+    "pickle-bytes": (
+        10,
+        lambda good: screen_archive(good.checkpoint, "checkpoint"),
+        "bytes in .*data.pkl', more than 10",
+    ),
+    "pickle-steps": (10, lambda good: screen_archive(good.checkpoint, "checkpoint"), "more than 10 steps"),
+    "pickle-depth": (1, lambda good: screen_archive(good.checkpoint, "checkpoint"), "more than 1 levels of values"),
+    "archive-directory": (50, lambda good: screen_archive(good.checkpoint, "checkpoint"), "table of contents of"),
+    "code-bytes": (50, lambda good: screen_archive(good.exported, "pt2"), "more than 50"),
+    "expression": (4, lambda good: screen_archive(good.exported, "pt2"), "longer than 4 characters"),
+    "archive-inflated": (9, lambda good: screen_archive(good.bundle / MODEL_TORCHSCRIPT, "torchscript"), "more than 9"),
+    "manifest-bytes": (50, lambda good: Bundle.open(good.bundle), "more than 50 bytes of JSON"),
+    "json-depth": (2, lambda good: Bundle.open(good.bundle), "more than 2 levels deep"),
+    "json-values": (9, lambda good: Bundle.open(good.bundle), "more than 9 values"),
+    "sample-elements": (9, lambda good: Bundle.open(good.bundle), "784 elements, more than 9"),
+    "bundle-files": (2, lambda good: Bundle.open(good.bundle), "files, more than 2"),
+    "bundle-file-bytes": (99, lambda good: Bundle.open(good.bundle), "bytes, more than 99"),
+    "name-bytes": (9, lambda good: Bundle.open(good.bundle), "more than 9 bytes"),
+    "name-parts": (1, lambda good: Bundle.open(good.bundle), "2 folders deep, more than 1"),
+    "onnx-depth": (4, lambda good: read_screened(good.onnx), "more than 4 levels deep"),
+    "onnx-expanded": (1, lambda good: read_screened(good.onnx), "nodes, more than 1"),
+    "onnx-rank": (3, lambda good: read_screened(good.onnx), "dimensions, more than 3"),
+    "safetensors-header": (9, lambda good: read_safetensors(good.bundle / WEIGHTS), "bytes, more than 9"),
+    "picture-bytes": (9, lambda good: load_images(good.picture), "the limit is 9"),
+}
+
+
+@pytest.mark.parametrize("name", LOWERED)
+def test_each_limit_counts(name: str, good: Good, monkeypatch: pytest.MonkeyPatch) -> None:
+    value, read, words = LOWERED[name]
+    read(good)
+    monkeypatch.setitem(LIMITS, name, LIMITS[name]._replace(value=value))
+    with pytest.raises(BadInput, match=words):
+        read(good)
+
+
+def test_a_model_beyond_protobuf_is_not_parsed(good: Good, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(LIMITS, "onnx-bytes", LIMITS["onnx-bytes"]._replace(value=50))
+    with pytest.raises(Refusal, match="more than 2 GB"):
+        screen_onnx(good.onnx.read_bytes())
+    with pytest.raises(BundleError, match="more than 2 GB"):
+        read_screened(good.onnx)
+
+
+def test_every_limit_has_a_reason() -> None:
+    for name, row in LIMITS.items():
+        assert row.value > 0, name
+        assert len(row.what) > 10, name
+        assert len(row.reason) > 10, name

@@ -1,0 +1,229 @@
+"""The corpus: every hostile file is refused by its reader and on the command line, before an engine opens it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from support.hostile import Good, Hostile
+from support.hostile_archives import ARRAYS, CHECKPOINTS, SCRIPTS
+from support.hostile_bundles import BUNDLES, PICTURES
+from support.hostile_exported import PT2
+from support.hostile_models import GOLDEN, ONNX, SAFETENSORS
+
+import bnexport
+from bnexport.bundle import MODEL_ONNX, MODEL_TORCHSCRIPT, Bundle
+from bnexport.cli.main import run
+from bnexport.data.images import load_images
+from bnexport.errors import BadInput
+from bnexport.nn.checkpoint import read_safetensors
+from bnexport.nn.weights import load_weights
+from bnexport.onnx_folding.reading import read_source
+from bnexport.runtimes import onnxruntime, torchscript
+from bnexport.runtimes.onnx_file import read_model
+from bnexport.screening import screen_archive
+
+CORPUS: dict[str, Hostile] = {
+    **SCRIPTS, **PT2, **CHECKPOINTS, **ARRAYS, **ONNX, **GOLDEN, **SAFETENSORS, **BUNDLES, **PICTURES
+}  # fmt: skip
+Words = Callable[[Path, Good, Path], tuple[object, ...]]
+
+
+def weights_of(path: Path) -> None:
+    from torch import nn
+
+    load_weights(nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4)), path)
+
+
+class Reader(NamedTuple):
+    """Who reads a kind of file.
+
+    Attributes:
+        library: The function of the library that opens it.
+        command: The command line that opens it, given the file, the good files and a place for output; None: none does.
+        inside: Whether the file is a part of a bundle, which is given to the command line instead.
+    """
+
+    library: Callable[[Path], object]
+    command: Words | None
+    inside: str = ""
+
+
+def predict(*more: str) -> Words:
+    return lambda path, good, out: ("predict", path, good.picture, *more)
+
+
+READERS: dict[str, Reader] = {
+    "bundle": Reader(lambda path: Bundle.open(path).check(), predict()),
+    "golden": Reader(lambda path: Bundle.open(path).golden(), None),
+    "torchscript": Reader(torchscript.load, predict("--runtime", "torchscript-cpu"), MODEL_TORCHSCRIPT),
+    "pt2": Reader(lambda path: screen_archive(path, "pt2"), None),
+    "npz": Reader(lambda path: screen_archive(path, "npz"), None),
+    "onnx": Reader(read_source, lambda path, good, out: ("fold-and-export", path, "--out", out / "folded.onnx")),
+    "safetensors": Reader(read_safetensors, lambda path, good, out: ("inspect", path)),
+    "weights": Reader(
+        weights_of,
+        lambda path, good, out: (
+            "fold-and-export", good.network, "--weights", path, "--input", "1x8x8", "--out", out / "m" / "1",
+        ),
+    ),
+    "images": Reader(load_images, lambda path, good, out: ("predict", good.bundle, path)),
+}  # fmt: skip
+#: Hostile files that a command opens; the large one takes seconds to walk through, and once is enough.
+COMMANDED = [
+    name for name, row in CORPUS.items() if READERS[row.reader].command and name != "onnx: two million empty nodes"
+]
+#: What opens files in the engines; while a hostile file is read, none of them may be reached.
+ENGINES = (
+    "torch.jit.load", "torch.load", "torch.export.load", "onnx.load_model_from_string", "onnx.load",
+    "onnxruntime.InferenceSession", "safetensors.torch.load", "numpy.load",
+)  # fmt: skip
+
+
+@pytest.fixture
+def no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every engine is a trap."""
+
+    def reached(*_arguments: object, **_options: object) -> None:
+        raise AssertionError("a hostile file reached an engine")
+
+    for name in ENGINES:
+        monkeypatch.setattr(name, reached)
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of the hostile file, inside one that is watched; the process stands in the watched one."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
+    return tmp_path
+
+
+def build(name: str, good: Good, place: Path) -> Path:
+    row = CORPUS[name]
+    folder = place / "lenet" / "1"
+    if row.reader in ("bundle", "golden"):
+        shutil.copytree(good.bundle, folder)
+    else:
+        folder.mkdir(parents=True)
+    return row.build(folder, good)
+
+
+def everything(folder: Path) -> set[Path]:
+    return {path for path in folder.rglob("*") if "__pycache__" not in path.parts}
+
+
+@pytest.mark.usefixtures("no_engine")
+@pytest.mark.parametrize("name", CORPUS)
+def test_the_library_refuses_in_one_sentence(name: str, good: Good, place: Path) -> None:
+    path = build(name, good, place)
+    before = everything(place)
+    with pytest.raises(BadInput) as caught:
+        READERS[CORPUS[name].reader].library(path)
+    assert CORPUS[name].words in caught.value.message
+    assert caught.value.remedy
+    assert len(caught.value.message) < 600
+    assert "\n" not in caught.value.message
+    assert everything(place) == before
+
+
+@pytest.mark.parametrize("name", COMMANDED)
+def test_the_command_line_refuses_with_2(name: str, good: Good, place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = build(name, good, place)
+    reader = READERS[CORPUS[name].reader]
+    if reader.inside:
+        path = sealed_with(path, reader.inside, good, place)
+    before = everything(place)
+    assert reader.command is not None
+    code = run([str(word) for word in reader.command(path, good, place / "out")])
+    shown, said = capfd.readouterr()
+    assert code == 2, said
+    assert CORPUS[name].words in said
+    assert said.startswith("Error: ")
+    assert len(said.strip().splitlines()) == 2, said
+    assert "Traceback" not in shown + said
+    assert all(char.isprintable() or char == "\n" for char in said)
+    assert everything(place) == before
+
+
+def sealed_with(file: Path, name: str, good: Good, place: Path) -> Path:
+    """A bundle with one hostile file whose hash holds."""
+    from support.hostile import reseal_file
+
+    content = file.read_bytes()
+    return reseal_file(Path(shutil.copytree(good.bundle, place / "sealed" / "1")), name, content)
+
+
+#: Hostile ONNX files that stand in a bundle: a verdict must come, and it must be FAIL.
+@pytest.mark.parametrize(
+    "name",
+    [
+        "onnx: cut off",
+        "onnx: more elements than data",
+        "onnx: data at an absolute place",
+        "onnx: 22 graphs in each other",
+    ],
+)
+def test_a_bundle_with_a_hostile_model_fails(
+    name: str, good: Good, place: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    bundle = sealed_with(build(name, good, place), MODEL_ONNX, good, place)
+    with pytest.raises(BadInput):
+        read_model(bundle / MODEL_ONNX)
+    with pytest.raises(BadInput):
+        onnxruntime.OnnxRuntimeRunner(bundle / MODEL_ONNX, Bundle.open(bundle).manifest.signature)
+    assert run(["verify", str(bundle), "--runtime", "onnxruntime-cpu"]) == 1
+    assert "FAIL" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("name", [name for name in GOLDEN if "gigabytes" not in name])  # those take seconds to hash
+def test_a_bundle_with_hostile_golden_vectors_fails(
+    name: str, good: Good, place: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["verify", str(build(name, good, place)), "--runtime", "onnxruntime-cpu"]) in (1, 2)
+    shown, said = capfd.readouterr()
+    assert "Traceback" not in shown + said
+    assert "FAIL" in shown or "Error: " in said
+
+
+@pytest.mark.parametrize("name", ["place: pipe", "script: pickle with code", "onnx: sizes that overflow"])
+def test_a_real_process_refuses_too(name: str, good: Good, place: Path) -> None:
+    path = build(name, good, place)
+    reader = READERS[CORPUS[name].reader]
+    path = sealed_with(path, reader.inside, good, place) if reader.inside else path
+    assert reader.command is not None
+    words = [str(word) for word in reader.command(path, good, place / "out")]
+    ended = subprocess.run(
+        [sys.executable, "-m", "bnexport", *words],
+        capture_output=True, text=True, timeout=120, check=False, cwd=place, env={**os.environ, "COLUMNS": "80"},
+    )  # fmt: skip
+    assert ended.returncode == 2, ended.stderr
+    assert len(ended.stderr.strip().splitlines()) == 2
+    assert CORPUS[name].words in ended.stderr
+
+
+def test_the_good_files_pass(good: Good) -> None:
+    """A screen that refuses everything would pass the tests above."""
+    Bundle.open(good.bundle).check()
+    Bundle.open(good.bundle).golden()
+    torchscript.load(good.bundle / MODEL_TORCHSCRIPT)
+    read_model(good.bundle / MODEL_ONNX)
+    read_source(good.onnx)
+    read_safetensors(good.bundle / "weights.safetensors")
+    screen_archive(good.exported, "pt2")
+    screen_archive(good.checkpoint, "checkpoint")
+    assert run(["predict", str(good.bundle), str(good.picture)]) == 0
+    for weights in (good.checkpoint, good.old_checkpoint):
+        weights_of(weights)
+    assert bnexport.fold_onnx(good.onnx)
+
+
+def test_the_corpus_is_large() -> None:
+    assert len(CORPUS) >= 60
+    assert {row.reader for row in CORPUS.values()} == set(READERS)

@@ -1,0 +1,395 @@
+"""Hostile archives: TorchScript, .pt2, checkpoints, .npz."""
+
+from __future__ import annotations
+
+import pickle
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from support.hostile import Good, Hostile, Member, members_of, replaced, write_zip, zeros_deflated
+
+_BIG = 2**30
+
+
+class Code:
+    """What a pickle does when it is loaded."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        import os
+
+        return os.mkdir, ("hacked",)
+
+
+def call(name: str, argument: bytes = b"X\x06\x00\x00\x00hacked") -> bytes:
+    """A pickle of protocol 2 that calls a function by its name."""
+    module, _, function = name.rpartition(".")
+    return b"\x80\x02c" + module.encode() + b"\n" + function.encode() + b"\n" + argument + b"\x85R."
+
+
+def tensor(
+    sizes: tuple[int, ...], strides: tuple[int, ...], numel: int, offset: int = 0, kind: str = "FloatStorage"
+) -> bytes:
+    """A pickle of one tensor in the storage "0"."""
+
+    def numbers(values: tuple[int, ...]) -> bytes:
+        return b"(" + b"".join(number(value) for value in values) + b"t"
+
+    def number(value: int) -> bytes:
+        raw = value.to_bytes(9, "little", signed=True)
+        return b"\x8a" + bytes([len(raw)]) + raw
+
+    storage = (
+        b"(X\x07\x00\x00\x00storagectorch\n" + kind.encode() + b"\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpu"
+        + number(numel) + b"tQ"
+    )  # fmt: skip
+    rest = number(offset) + numbers(sizes) + numbers(strides) + b"\x89ccollections\nOrderedDict\n)R"
+    return b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(" + storage + rest + b"tR."
+
+
+def script(ending: str, data: bytes) -> Callable[[Path, Good], Path]:
+    return lambda folder, good: write_zip(
+        folder / "model.pt", replaced(members_of(good.bundle / "model.pt"), ending, data)
+    )
+
+
+def script_with(change: Callable[[list[Member]], object], **options: Any) -> Callable[[Path, Good], Path]:
+    def build(folder: Path, good: Good) -> Path:
+        members = members_of(good.bundle / "model.pt")
+        change(members)
+        return write_zip(folder / "model.pt", members, **options)
+
+    return build
+
+
+def code(line: str) -> Callable[[Path, Good], Path]:
+    """A TorchScript file whose forward has one more line."""
+
+    def build(folder: Path, good: Good) -> Path:
+        members = members_of(good.bundle / "model.pt")
+        for member in members:
+            if member.name.endswith(".py"):
+                member.data = member.data.replace(b"  return", f"  {line}\n  return".encode(), 1)
+                member.__post_init__()
+        return write_zip(folder / "model.pt", members)
+
+    return build
+
+
+def checkpoint(data: bytes, *more: Member) -> Callable[[Path, Good], Path]:
+    members = [Member("x/data.pkl", data), Member("x/version", b"3\n"), Member("x/data/0", bytes(16)), *more]
+    return lambda folder, good: write_zip(folder / "weights.pt", members)
+
+
+def raw(name: str, content: bytes) -> Callable[[Path, Good], Path]:
+    def build(folder: Path, good: Good) -> Path:
+        (folder / name).write_bytes(content)
+        return folder / name
+
+    return build
+
+
+def saved(value: object) -> Callable[[Path, Good], Path]:
+    def build(folder: Path, good: Good) -> Path:
+        torch.save(value, folder / "weights.pt")
+        return folder / "weights.pt"
+
+    return build
+
+
+def old_checkpoint_cut(folder: Path, good: Good) -> Path:
+    content = good.old_checkpoint.read_bytes()
+    (folder / "weights.pt").write_bytes(content[:-40])
+    return folder / "weights.pt"
+
+
+def npy(header: str, data: bytes = b"") -> bytes:
+    text = header.encode() + b"\n"
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text + data
+
+
+def npz(*members: Member, **options: Any) -> Callable[[Path, Good], Path]:
+    return lambda folder, good: write_zip(folder / "samples.npz", list(members), **options)
+
+
+ARRAY = npy("{'descr': '<f4', 'fortran_order': False, 'shape': (2,), }", bytes(8))
+PLAIN = Member("x.npy", ARRAY)
+#: Each level holds the one before in a tuple of its own, so a reader that walks down runs out of stack.
+DEEP = b"\x80\x02)" + b"\x85" * 5000 + b"."
+SELF = b"\x80\x02]q\x00h\x00\x85a."
+MANY = [Member(f"{index:05}.npy", b"") for index in range(65_537)]
+BOMB = Member("model/code/bomb.py", b"", 8, size=_BIG, packed=zeros_deflated(_BIG))
+LIAR = Member("model/code/bomb.py", b"", 8, size=10, packed=zeros_deflated(2**28))
+
+
+def not_utf8(folder: Path, good: Good) -> Path:
+    path = npz(Member("xy.npy", ARRAY))(folder, good)
+    path.write_bytes(path.read_bytes().replace(b"xy.npy", b"\xff\xfe.npy"))
+    return path
+
+
+def wide(*, length: int = 44, shift: int = 0, count: int = 1) -> Callable[[Path, Good], Path]:
+    """An .npz file with a 64-bit end record."""
+
+    def build(folder: Path, good: Good) -> Path:
+        path = write_zip(folder / "samples.npz", [Member("x.npy", ARRAY)])
+        content, end = path.read_bytes()[:-22], path.read_bytes()[-22:]
+        size, start = struct.unpack("<2I", end[12:20])
+        record = struct.pack("<4sQ2H2I4Q", b"PK\x06\x06", length, 45, 45, 0, 0, count, count, size, start)
+        locator = struct.pack("<4sIQI", b"PK\x06\x07", 0, len(content) + shift, 1)
+        path.write_bytes(content + record + locator + end)
+        return path
+
+    return build
+
+
+def several_parts(folder: Path, good: Good) -> Path:
+    path = write_zip(folder / "weights.pt", [Member("x/data.pkl", b"\x80\x02).")])
+    content = bytearray(path.read_bytes())
+    content[-18] = 1  # the number of this part
+    path.write_bytes(content)
+    return path
+
+
+def overlapping(members: list[Member]) -> None:
+    """Two entries over the same bytes, as in the bombs that unpack to much more than their ratio tells."""
+    first = next(member for member in members if member.name.endswith("data.pkl"))
+    members.append(Member(first.name + "2", first.data, header=0))
+
+
+def in_the_directory(**changes: Any) -> Callable[[list[Member]], object]:
+    def change(members: list[Member]) -> None:
+        for name, value in changes.items():
+            setattr(members[0], name, value)
+
+    return change
+
+
+def append(member: Member) -> Callable[[list[Member]], object]:
+    return lambda members: members.append(member)
+
+
+SCRIPTS: dict[str, Hostile] = {
+    "script: pickle with code": Hostile("torchscript", script("data.pkl", call("os.mkdir")), "names 'os.mkdir'"),
+    "script: constants with code": Hostile(
+        "torchscript", script("constants.pkl", call("builtins.eval")), "names 'builtins.eval'"
+    ),
+    "script: debug pickle with code": Hostile(
+        "torchscript", script("debug_pkl", call("posix.system")), "names 'posix.system'"
+    ),
+    "script: native class": Hostile(
+        "torchscript", script("data.pkl", call("__torch__.torch.classes.dist_c10d.Store")), "dist_c10d"
+    ),
+    "script: code saves a file": Hostile("torchscript", code('torch.save(input, "hacked")'), "calls save"),
+    "script: code saves by its operator": Hostile("torchscript", code('ops.aten.save(input, "hacked")'), "calls save"),
+    "script: code maps a file": Hostile(
+        "torchscript", code('_9 = torch.from_file("/etc/passwd", False, 9)'), "calls from_file"
+    ),
+    "script: code gives save another name": Hostile("torchscript", code("_9 = torch.save"), "calls save"),
+    "script: code saves in brackets": Hostile("torchscript", code('(torch.save)(input, "hacked")'), "calls save"),
+    "script: code gives torch another name": Hostile("torchscript", code("_9 = torch"), "gives torch another name"),
+    "script: code gives ops.aten another name": Hostile("torchscript", code("_9 = ops.aten"), "another name"),
+    "script: code fetches save by a text": Hostile(
+        "torchscript", code('getattr(torch, "sa" "ve")(input, "hacked")'), "another name"
+    ),
+    "script: code fetches save in pieces": Hostile(
+        "torchscript", code('getattr(self.x, "sa" "ve")(input, "hacked")'), "fetches an operator by a text"
+    ),
+    "script: code fetches save by escapes": Hostile(
+        "torchscript", code('getattr(self.x, "s\\x61ve")(input, "hacked")'), "calls save"
+    ),
+    "script: code in a comment's quotes": Hostile(
+        "torchscript", code("_8 = 1 # \"\n  torch.save(input, 'hacked') # \""), "calls save"
+    ),
+    "script: quote without an end": Hostile("torchscript", code('_9 = "'), "does not end"),
+    "script: operators of others": Hostile("torchscript", code("_9 = ops.evil.run(input)"), "operators of 'evil'"),
+    "script: code makes a native object": Hostile(
+        "torchscript", code("_9 = __torch__.torch.classes.dist_c10d.Store.__new__()"), "native class 'dist_c10d'"
+    ),
+    "script: bomb of a gigabyte": Hostile("torchscript", script_with(append(BOMB)), "unpacks to"),
+    "script: bomb that lies": Hostile("torchscript", script_with(append(LIAR)), "is damaged"),
+    "script: 65537 files": Hostile("torchscript", script_with(lambda members: members.extend(MANY)), "files, more than 65536"),
+    "script: one name twice": Hostile(
+        "torchscript", script_with(lambda members: members.append(members[0])), "one file on some systems"
+    ),
+    "script: names that differ in case": Hostile(
+        "torchscript", script_with(lambda m: m.append(Member(m[0].name.upper(), b""))), "one file on some systems"
+    ),
+    "script: name that climbs": Hostile(
+        "torchscript", script_with(append(Member("model/../../hacked", b""))), "has the part '..'"
+    ),
+    "script: absolute name": Hostile("torchscript", script_with(append(Member("/tmp/hacked", b""))), "is absolute"),
+    "script: name of Windows": Hostile(
+        "torchscript", script_with(append(Member("C:/hacked", b""))), "is absolute"
+    ),
+    "script: two folders": Hostile("torchscript", script_with(append(Member("other/x", b""))), "outside its folder"),
+    "script: symbolic link": Hostile(
+        "torchscript", script_with(in_the_directory(attributes=0o120777 << 16)), "is a symbolic link"
+    ),
+    "script: encrypted": Hostile("torchscript", script_with(in_the_directory(flags=0x0801)), "is encrypted"),
+    "script: packed by another method": Hostile("torchscript", script_with(in_the_directory(method=12)), "method 12"),
+    "script: two names for one file": Hostile(
+        "torchscript", script_with(in_the_directory(central_name="model/data.pkx")), "in two ways"
+    ),
+    "script: two sizes for one file": Hostile(
+        "torchscript", script_with(in_the_directory(local_size=3)), "two sizes"
+    ),
+    "script: sizes of 64 bits without their field": Hostile(
+        "torchscript", script_with(in_the_directory(size=2**32 - 1)), "odd 64-bit size"
+    ),
+    "script: overlapping files": Hostile("torchscript", script_with(overlapping), "overlaps what follows"),
+    "script: bytes in front": Hostile("torchscript", script_with(lambda m: None, front=b"GIF89a"), "no zip archive"),
+    "script: archive in front": Hostile("torchscript", script_with(lambda m: None, front=b"PK\x03\x04" * 9), "foreign bytes"),
+    "script: bytes behind": Hostile("torchscript", script_with(lambda m: None, behind=b"x"), "something follows"),
+    "script: comment": Hostile("torchscript", script_with(lambda m: None, comment=b"hi"), "its end is missing"),
+    "script: fewer files than said": Hostile("torchscript", script_with(lambda m: None, count=99), "cut off"),
+    "script: more files than said": Hostile("torchscript", script_with(lambda m: None, count=2), "more entries"),
+    "script: table elsewhere": Hostile(
+        "torchscript", script_with(lambda m: None, gap=b"PK\x01\x02" * 9, table_size=7), "where its end record says"
+    ),
+    "script: cut off": Hostile(
+        "torchscript",
+        lambda folder, good: raw("model.pt", (good.bundle / "model.pt").read_bytes()[:-300])(folder, good),
+        "its end is missing",
+    ),
+    "script: no code, a checkpoint": Hostile(
+        "torchscript", lambda folder, good: raw("model.pt", good.checkpoint.read_bytes())(folder, good), "no TorchScript"
+    ),
+    "script: values 5000 levels deep": Hostile("torchscript", script("constants.pkl", DEEP), "levels of values"),
+    "script: place far away": Hostile(
+        "torchscript", script("constants.pkl", b"\x80\x02Nr\xff\xff\xff\xff."), "at the place 4294967295"
+    ),
+    "script: empty stack": Hostile("torchscript", script("constants.pkl", b"\x80\x02R."), "takes more than is there"),
+    "script: puts what is not there": Hostile("torchscript", script("constants.pkl", b"\x80\x02q\x00."), "takes more"),
+    "script: length beyond the end": Hostile(
+        "torchscript", script("constants.pkl", b"\x80\x02X\xff\xff\xff\x7fabc"), "damaged pickle"
+    ),
+    "script: tensor beyond its storage": Hostile(
+        "torchscript", script("constants.pkl", tensor((2**40,), (1,), 4)), "of a storage of 4"
+    ),
+    "script: storage beyond its file": Hostile(
+        "torchscript", script("constants.pkl", tensor((2,), (1,), 2**40)), "says that a tensor storage has"
+    ),
+    "script: step with a warning": Hostile("torchscript", script("constants.pkl", b"S'\\o'\n."), "do not need"),
+    "script: text of negative length": Hostile(
+        "torchscript", script("constants.pkl", b"\x80\x02T\xff\xff\xff\xff."), "negative length"
+    ),
+    "script: name cut off": Hostile("torchscript", script("constants.pkl", b"\x80\x02ctorch"), "inside a name"),
+    "script: value that was never put": Hostile("torchscript", script("constants.pkl", b"\x80\x02h\x07."), "never put"),
+    "script: no mark": Hostile("torchscript", script("constants.pkl", b"\x80\x02Nt."), "has no mark"),
+    "script: bytes behind a pickle": Hostile("torchscript", script("constants.pkl", b"\x80\x02).cos\n"), "behind its end"),
+    "script: calls a number": Hostile("torchscript", script("constants.pkl", b"\x80\x02K\x01)R."), "no name"),
+    "script: something kept outside": Hostile("torchscript", script("constants.pkl", b"\x80\x02NQ."), "no storage"),
+    "script: storage of negative size": Hostile("torchscript", script("constants.pkl", tensor((1,), (1,), -4)), "-4 elements"),
+    "script: tensor of nothing": Hostile(
+        "torchscript", script("constants.pkl", b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n)R."), "is not made of"
+    ),
+    "script: two million steps": Hostile("torchscript", script("constants.pkl", b"\x80\x02" + b"N" * 2_000_001), "steps"),
+    "script: two small bombs": Hostile(
+        "torchscript",
+        script_with(lambda members: members.extend(
+            Member(f"model/code/{name}.py", b"", 8, size=5 * 2**19, packed=b"x") for name in "abc")),
+        "to more than 200 times its size",
+    ),
+    "script: bomb beside an honest file": Hostile(
+        "npz",
+        npz(Member("x.npy", b"", 8, size=2**24, packed=zeros_deflated(2**24)),
+            Member("y.npy", b"", 8, size=2**20, packed=bytes(2**20))),
+        "unpacks 'x.npy' to",
+    ),
+    "script: packed code that is none": Hostile(
+        "torchscript",
+        script_with(append(Member("model/code/x.py", b"", 8, size=99, packed=b"\xff\xff\xff"))), "can't be unpacked",
+    ),
+    "script: foreign file": Hostile("torchscript", script_with(append(Member("model/x.so", b"\x7fELF"))), "no TorchScript"),
+}  # fmt: skip
+
+CHECKPOINTS: dict[str, Hostile] = {
+    "checkpoint: code": Hostile("weights", checkpoint(call("os.mkdir")), "names 'os.mkdir'"),
+    "checkpoint: code of pickle.dumps": Hostile(
+        "weights", raw("weights.pt", pickle.dumps(Code())), "which weights do not need"
+    ),
+    "checkpoint: code in the old format": Hostile(
+        "weights", raw("weights.pt", pickle.dumps(0x1950A86A20F9469CFC6C, 2) + call("os.mkdir")), "names 'os.mkdir'"
+    ),
+    "checkpoint: old format cut off": Hostile("weights", old_checkpoint_cut, "says that its tensors have"),
+    "checkpoint: a whole module": Hostile("weights", saved(torch.nn.ReLU()), "names 'torch.nn.modules.activation.ReLU'"),
+    "checkpoint: getattr": Hostile("weights", checkpoint(call("builtins.getattr")), "names 'builtins.getattr'"),
+    "checkpoint: name with dots": Hostile(
+        "weights", checkpoint(b"\x80\x02ctorch\nserialization.os.mkdir\n)R."), "names 'torch.serialization.os.mkdir'"
+    ),
+    "checkpoint: tensor beyond its storage": Hostile(
+        "weights", checkpoint(tensor((2**40,), (1,), 4)), "of a storage of 4"
+    ),
+    "checkpoint: sizes that overflow": Hostile(
+        "weights", checkpoint(tensor((2**32, 2**32), (0, 0), 4)), "beyond 64 bits"
+    ),
+    "checkpoint: one number a terabyte wide": Hostile(
+        "weights", checkpoint(tensor((2**38,), (0,), 4)), "repeats 4 elements"
+    ),
+    "checkpoint: negative offset": Hostile("weights", checkpoint(tensor((2,), (1,), 4, -9)), "an offset that do"),
+    "checkpoint: storage beyond its file": Hostile(
+        "weights", checkpoint(tensor((2,), (1,), 2**40)), "says that a tensor storage has"
+    ),
+    "checkpoint: storage that is not there": Hostile(
+        "weights", lambda folder, good: write_zip(folder / "weights.pt", [Member("x/data.pkl", tensor((2,), (1,), 4))]),
+        "has no data for",
+    ),
+    "checkpoint: storage of a terabyte by a call": Hostile(
+        "weights", checkpoint(call("torch.FloatStorage", b"\x8a\x06\0\0\0\0\0\x01")), "takes as much memory"
+    ),
+    "checkpoint: list in itself": Hostile("weights", checkpoint(b"\x80\x02]q\x00h\x00a."), "that holds itself"),
+    "checkpoint: list that holds itself": Hostile("weights", checkpoint(SELF), "changes a value after its use"),
+    "checkpoint: values 5000 levels deep": Hostile("weights", checkpoint(DEEP), "levels of values"),
+    "checkpoint: bomb": Hostile(
+        "weights", checkpoint(b"\x80\x02).", Member("x/z", b"", 8, size=_BIG, packed=zeros_deflated(_BIG))), "unpacks to"
+    ),
+    "checkpoint: ratio of a thousand": Hostile(
+        "weights", checkpoint(b"\x80\x02).", Member("x/z", b"", 8, size=2**26, packed=zeros_deflated(2**26))), "times"
+    ),
+    "checkpoint: no pickle": Hostile(
+        "weights", lambda folder, good: write_zip(folder / "weights.pt", [Member("x/version", b"3")]), "has no data.pkl"
+    ),
+    "checkpoint: an empty archive": Hostile("weights", lambda folder, good: write_zip(
+        folder / "weights.pt", [Member("x/data.pkl", b"")], count=0, table_size=0, gap=b""), "where its end record"),
+    "checkpoint: an archive of nothing": Hostile(
+        "weights", lambda folder, good: write_zip(folder / "weights.pt", [], gap=b"PK\x03\x04"), "an empty archive"
+    ),
+    "checkpoint: several parts": Hostile("weights", several_parts, "in several parts"),
+    "checkpoint: text": Hostile("weights", raw("weights.pt", b"import os\n" * 9), "nor a file of torch.save"),
+}  # fmt: skip
+
+ARRAYS: dict[str, Hostile] = {
+    "npz: objects": Hostile(
+        "npz", npz(Member("x.npy", npy("{'descr': '|O', 'fortran_order': False, 'shape': (1,), }", pickle.dumps([1])))),
+        "not of plain numbers",
+    ),
+    "npz: larger than said": Hostile(
+        "npz", npz(Member("x.npy", npy("{'descr': '<f4', 'fortran_order': False, 'shape': (9999999999,), }"))), "says that"
+    ),
+    "npz: sizes that overflow": Hostile(
+        "npz", npz(Member("x.npy", npy(f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({2**33}, {2**33}), }}"))),
+        "beyond 64 bits",
+    ),
+    "npz: header that is code": Hostile("npz", npz(Member("x.npy", npy("__import__('os').mkdir('hacked')"))), "header"),
+    "npz: header nested deep": Hostile("npz", npz(Member("x.npy", npy("(" * 9000))), "header"),
+    "npz: 64-bit end record elsewhere": Hostile("npz", wide(shift=4), "not where it should be"),
+    "npz: 64-bit end record of another length": Hostile("npz", wide(length=99), "odd 64-bit end record"),
+    "npz: two end records that differ": Hostile("npz", wide(count=2), "end records differ"),
+    "npz: packed data that are none": Hostile(
+        "npz", npz(Member("x.npy", b"", 8, size=99, packed=b"\xff\xff\xff")), "can't be unpacked"
+    ),
+    "npz: no header": Hostile("npz", npz(Member("x.npy", b"\x93NUMPY")), "not a whole .npy"),
+    "npz: header of 60 kB": Hostile("npz", npz(Member("x.npy", npy(" " * 60_000))), "header of 60001 bytes"),
+    "npz: header without a shape": Hostile("npz", npz(Member("x.npy", npy("{'descr': '<f4'}"))), "has no shape"),
+    "npz: header that is a list": Hostile("npz", npz(Member("x.npy", npy("['<f4']"))), "is no table"),
+    "npz: name that is not UTF-8": Hostile("npz", not_utf8, "not UTF-8"),
+    "npz: foreign file": Hostile("npz", npz(PLAIN, Member("x.exe", ARRAY)), "which is no array"),
+    "npz: name that climbs": Hostile("npz", npz(Member("../x.npy", ARRAY)), "has the part '..'"),
+    "npz: hidden letters": Hostile("npz", npz(Member("x\u202eypn.npy", ARRAY)), "hidden character U+202E"),
+    "npz: bomb": Hostile("npz", npz(Member("x.npy", b"", 8, size=_BIG, packed=zeros_deflated(_BIG))), "times"),
+    "npz: no archive": Hostile("npz", raw("samples.npz", ARRAY), "no zip archive"),
+    "npz: 65537 files": Hostile("npz", npz(*MANY[:20], count=0xFFFF), "cut off"),
+}  # fmt: skip
