@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import sys
@@ -9,9 +10,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from bnexport.optional import installed
+
 #: Distributions whose versions decide numerical results; the first of a group that is installed speaks for it.
 PACKAGES: tuple[tuple[str, ...], ...] = (
-    ("bnexport",),
+    ("bnexport", "bnexport-runtime"),
     ("torch",),
     ("torchvision",),
     ("onnx",),
@@ -19,6 +22,7 @@ PACKAGES: tuple[tuple[str, ...], ...] = (
     ("onnxruntime-gpu", "onnxruntime"),
     ("numpy",),
 )
+_DRIVER = Path("/proc/driver/nvidia/gpus")
 
 
 def environment() -> dict[str, Any]:
@@ -49,6 +53,11 @@ def versions() -> dict[str, str]:
     return found
 
 
+def runtime_only() -> bool:
+    """Whether bnexport-runtime is installed here, which is whole without torch, instead of bnexport."""
+    return "bnexport-runtime" in versions()
+
+
 def available_cores() -> int:
     """Cores that this process may use, which in a container can be fewer than the machine has."""
     if hasattr(os, "sched_getaffinity"):
@@ -68,15 +77,31 @@ def cpu_name() -> str:
 
 
 def gpu_name() -> str | None:
-    """Name of the first CUDA device that torch sees; None without one or while torch is not loaded."""
+    """Name of the first CUDA device that torch sees; None without one or while torch is not loaded.
+
+    Where torch is not installed, as on serving machines, the first GPU that the driver lists.
+    """
+    if not installed("torch"):
+        return _driver_gpu_name()
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_available():
         return None
     return str(torch.cuda.get_device_name(0))
 
 
+def _driver_gpu_name() -> str | None:
+    """From what NVIDIA's driver writes of each GPU ("Model: <tab> NVIDIA H100 80GB HBM3")."""
+    for file in sorted(_DRIVER.glob("*/information")):
+        with contextlib.suppress(OSError):
+            for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+                if line.startswith("Model:"):
+                    return line.partition(":")[2].strip()
+    return None
+
+
 def describe(record: dict[str, Any]) -> str:
     """One line for a terminal or a caption: processor, cores, GPU, versions."""
-    packages = ", ".join(f"{name} {version}" for name, version in record["packages"].items() if name != "bnexport")
+    own = PACKAGES[0]
+    packages = ", ".join(f"{name} {version}" for name, version in record["packages"].items() if name not in own)
     gpu = f", {record['gpu']}" if record.get("gpu") else ""
     return f"{record['cpu']} ({record['cores']} cores{gpu}), Python {record['python']}, {packages}"

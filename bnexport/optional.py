@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import io
 import logging
+import sys
 import warnings
 from collections.abc import Iterator
 from types import ModuleType
@@ -17,9 +19,50 @@ INSTALL: dict[str, str] = {
     "torch": "torch",
     "onnxruntime": "onnxruntime-gpu[cuda,cudnn]",
     "PIL": "pillow",
+    "onnx_ir": "onnx-ir",
     "timm": "bnexport[timm]",
     "onnxslim": "bnexport[audit]",
+    "openvino": "bnexport[openvino]",
 }
+
+
+def installed(name: str) -> bool:
+    """Whether a package is here, without importing it; whether it also works is ``require``'s question.
+
+    A folder of that name in the working directory is no package: Python would import it as an empty one.
+
+    Args:
+        name: Top-level import name, such as ``"torch"``.
+    """
+    if name in sys.modules:
+        return sys.modules[name] is not None
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        return False
+    return spec is not None and spec.origin is not None
+
+
+def need_packages(purpose: str, *names: str) -> None:
+    """Refuse what can't be done for want of packages, before any of them is imported.
+
+    Args:
+        purpose: What needs them, as the start of a sentence: "bnexport train".
+        names: Top-level import names; on a serving machine (bnexport-runtime) most are missing.
+
+    Raises:
+        MissingDependency: Some are not here.
+    """
+    missing = [INSTALL.get(name, name) for name in names if not installed(name)]
+    if not missing:
+        return
+    listed = ", ".join(missing[:-1]) + " and " + missing[-1] if len(missing) > 1 else missing[0]
+    remedy = "Install the whole tool: pip install bnexport, after pip uninstall bnexport-runtime if that is here"
+    if installed("torch"):
+        remedy = f"Install what is missing: pip install {' '.join(missing)}"
+    raise MissingDependency(
+        f"{purpose} needs {listed}, which {'is' if len(missing) == 1 else 'are'} not installed here", remedy=remedy
+    )
 
 
 def require(name: str, *, purpose: str) -> ModuleType:

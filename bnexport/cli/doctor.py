@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     "--require",
     multiple=True,
     type=click.Choice([spec.name for spec in RUNNERS]),
-    help="Exit with 3 unless this runtime works; may be given again. Default: all CPU runtimes.",
+    help="Exit with 3 unless this runtime works; may be given again. Default: all CPU runtimes of this installation.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_context
 def command(ctx: click.Context, require: tuple[str, ...], as_json: bool) -> None:
     """Run a convolution and a gemm on every runtime and say what is missing.
 
-    Exits with 0 when all CPU runtimes work, or those of --require, else with 3.
+    Exits with 0 when all CPU runtimes work (with bnexport-runtime: ONNX Runtime), or those of --require, else with 3.
     """
     from bnexport.runtimes.doctor import diagnose
 

@@ -9,6 +9,7 @@ import click
 
 from bnexport.data.catalogue import DATASETS
 from bnexport.nn.lenet import NORMS
+from bnexport.optional import need_packages
 from bnexport.training.config import DEVICES, TrainingConfig
 
 _DEFAULT = TrainingConfig()
@@ -36,6 +37,7 @@ def command(
     context: click.Context, /, data_dir: Path | None, out: Path, resume: bool, force: bool, **options: Any
 ) -> None:
     """Train BN-LeNet; the defaults are those of "Dive into Deep Learning", section 8.5."""
+    need_packages("bnexport train", "torch", "safetensors", "matplotlib")
     from bnexport.cli.training_display import TrainingDisplay
     from bnexport.reporting.figures import learning_curves
     from bnexport.training.directory import CURVES, RunDirectory

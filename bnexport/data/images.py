@@ -13,6 +13,10 @@ from bnexport.data.idx import GZIP_MAGIC, read_idx
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import DataError
 from bnexport.optional import one_line, require
+from bnexport.screening.limits import limit
+from bnexport.screening.npy import check_header
+from bnexport.screening.paths import check_regular
+from bnexport.screening.refusal import Refusal, refusing
 from bnexport.tensors import Array
 
 if TYPE_CHECKING:
@@ -49,9 +53,9 @@ def load_images(
     file = Path(path)
     start = _start(file)
     if start[:2] == GZIP_MAGIC or start[:2] == b"\0\0":
-        return _stack(file, read_idx(file), preprocessing)
+        return fit_stack(file, read_idx(file), preprocessing)
     if start.startswith(_NPY_MAGIC):
-        return _stack(file, _read_npy(file), preprocessing)
+        return fit_stack(file, _read_npy(file), preprocessing)
     return [(str(file), _read_picture(file, preprocessing))]
 
 
@@ -59,6 +63,8 @@ def _start(file: Path) -> bytes:
     if file.is_dir():
         raise DataError(f"{file} is a folder, not an image", remedy=_REMEDY)
     try:
+        with refusing(file, DataError, remedy=_REMEDY):
+            check_regular(file)
         with file.open("rb") as opened:
             start = opened.read(len(_NPY_MAGIC))
     except OSError as error:
@@ -71,6 +77,10 @@ def _start(file: Path) -> bytes:
 
 def _read_npy(file: Path) -> Array:
     try:
+        with refusing(f"{file} is not a whole .npy file: it", DataError, remedy=_REMEDY), file.open("rb") as opened:
+            check_header(opened.read(limit("npy-header") + 12), size := file.stat().st_size)
+            if size > limit("array-bytes"):
+                raise Refusal(f"has {size} bytes, more than {limit('array-bytes')}")
         # Mapping the file first: a header that promises more than the file holds fails without an allocation.
         array: Array = np.array(np.load(file, mmap_mode="r", allow_pickle=False))
     except (OSError, ValueError, EOFError, MemoryError, OverflowError) as error:
@@ -78,8 +88,20 @@ def _read_npy(file: Path) -> Array:
     return array
 
 
-def _stack(file: Path, array: Array, preprocessing: Preprocessing) -> list[tuple[str, Array]]:
-    """Split an array into images, each fitted."""
+def fit_stack(file: Path, array: Array, preprocessing: Preprocessing) -> list[tuple[str, Array]]:
+    """Split an array into images, each fitted.
+
+    Args:
+        file: Where it came from, for names and errors.
+        array: uint8 (H, W), (H, W, 1|3|4), (n, H, W) or (n, H, W, 1|3|4).
+        preprocessing: Of the model: size and channels.
+
+    Returns:
+        As ``load_images``.
+
+    Raises:
+        DataError: It is not images.
+    """
     if array.dtype != np.uint8:
         raise DataError(
             f"{file} holds {array.dtype.name}, expected pixels as uint8", remedy="Save pixels from 0 to 255 as uint8"
@@ -89,15 +111,18 @@ def _stack(file: Path, array: Array, preprocessing: Preprocessing) -> list[tuple
     if array.ndim not in (sample_dims, sample_dims + 1) or array.size == 0:
         raise DataError(f"{file} holds an array of shape {array.shape}, which is not images", remedy=_REMEDY)
     if array.ndim == sample_dims:
-        return [(str(file), _fit(_picture(array), preprocessing))]
-    return [(f"{file}[{index}]", _fit(_picture(image), preprocessing)) for index, image in enumerate(array)]
+        return [(str(file), _fit_array(array, preprocessing))]
+    return [(f"{file}[{index}]", _fit_array(image, preprocessing)) for index, image in enumerate(array)]
 
 
-def _picture(image: Array) -> Image:
-    """A pillow image from uint8 (H, W) or (H, W, 1|3|4)."""
-    module = require("PIL.Image", purpose="reading images")
-    picture: Image = module.fromarray(np.ascontiguousarray(image[..., 0] if image.shape[2:] == (1,) else image))
-    return picture
+def _fit_array(image: Array, preprocessing: Preprocessing) -> Array:
+    """Fit uint8 (H, W) or (H, W, 1|3|4). What fits already needs no pillow, which a serving machine may lack."""
+    plain = image[..., 0] if image.shape[2:] == (1,) else image
+    colours = {1: (), 3: (3,)}.get(preprocessing.channels)
+    if colours is not None and plain.shape == (preprocessing.height, preprocessing.width, *colours):
+        return np.array(plain, order="C")
+    module = require("PIL.Image", purpose="fitting images to the model's size")
+    return _fit(module.fromarray(np.ascontiguousarray(plain)), preprocessing)
 
 
 def _read_picture(file: Path, preprocessing: Preprocessing) -> Array:
@@ -108,6 +133,8 @@ def _read_picture(file: Path, preprocessing: Preprocessing) -> Array:
         with warnings.catch_warnings():
             # Pillow's own warnings (a bomb, odd metadata) are for its callers: the limit below decides.
             warnings.simplefilter("ignore")
+            if (size := file.stat().st_size) > (most := limit("picture-bytes")):
+                raise ValueError(f"it has {size} bytes, the limit is {most}")
             with module.open(io.BytesIO(file.read_bytes()), formats=("PNG", "JPEG")) as picture:
                 if picture.width * picture.height > MAX_PIXELS:
                     raise ValueError(f"it has {picture.width}x{picture.height} pixels, the limit is {MAX_PIXELS}")
@@ -125,6 +152,11 @@ def _fit(picture: Image, preprocessing: Preprocessing) -> Array:
         raise DataError(
             f"the model takes images of {preprocessing.channels} channels",
             remedy="Feed it arrays through the Python API",
+        )
+    if preprocessing.width * preprocessing.height > MAX_PIXELS:
+        raise DataError(
+            f"the model takes images of {preprocessing.width}x{preprocessing.height} pixels, the limit is {MAX_PIXELS}",
+            remedy="Mend the preprocessing of the model or the manifest",
         )
     if picture.mode.startswith("I"):  # 16 bits per pixel: pillow would clip instead of scaling
         picture = module.fromarray((np.asarray(picture, np.int64) // 257).clip(0, 255).astype(np.uint8))

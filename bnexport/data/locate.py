@@ -11,7 +11,7 @@ from pathlib import Path
 from bnexport.data.catalogue import DataFile, DatasetInfo
 from bnexport.data.download import DownloadProgress, download_file
 from bnexport.errors import DataError
-from bnexport.optional import one_line
+from bnexport.optional import installed, one_line
 
 #: A folder of data sets that is only read, never written.
 DATA_VARIABLE = "BNEXPORT_DATA"
@@ -76,7 +76,12 @@ def locate(
 
 
 def cache_folder() -> Path:
-    """The user's cache of data sets, in the system's own place for caches."""
+    """The user's cache of data sets, in the system's own place for caches.
+
+    On a serving machine without platformdirs it is the place that platformdirs knows for Linux.
+    """
+    if not installed("platformdirs"):
+        return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "bnexport"
     from platformdirs import user_cache_dir
 
     return Path(user_cache_dir("bnexport"))

@@ -16,17 +16,32 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+import numpy as np
 
 from bnexport.errors import ModelError
 from bnexport.files import write_atomically
 from bnexport.optional import one_line, require
+from bnexport.screening.json_text import parse_json
+from bnexport.screening.limits import limit
+from bnexport.screening.paths import check_regular
+from bnexport.screening.refusal import refusing
+from bnexport.screening.safetensors import screen_safetensors
+from bnexport.tensors import Array
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 #: Key of the JSON text in the safetensors header.
 METADATA_KEY = "bnexport"
-_MAX_HEADER_BYTES = 100 * 2**20  # the limit of the format itself
+#: The files of a run directory that hold weights, the finished one first.
+RUN_FILES = ("model.safetensors", "checkpoint.safetensors")
+#: Element types of safetensors that numpy has, and bfloat16 as its bits.
+_NUMPY: dict[str, str] = {
+    "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
+    "U8": "u1", "BOOL": "?",
+}  # fmt: skip
 _REMEDY = "Give a file written by bnexport train, or another safetensors file that is whole"
 
 
@@ -69,8 +84,10 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
             remedy="Name the network too, as file.py:factory or package.module:factory with --weights",
         )
     try:
-        value = json.loads(metadata[METADATA_KEY])
-    except (ValueError, RecursionError) as error:
+        text = metadata[METADATA_KEY].encode()
+        with refusing(f"the metadata of {path} can't be read: it", ModelError, remedy=_REMEDY):
+            value = parse_json(text, max_bytes=limit("safetensors-header"))
+    except UnicodeEncodeError as error:
         raise ModelError(f"the metadata of {path} can't be read: {one_line(error)}", remedy=_REMEDY) from error
     network = value.get("network") if isinstance(value, dict) else None
     if not isinstance(network, dict) or not isinstance(network.get("source"), str):
@@ -87,32 +104,69 @@ def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str
         ModelError: The file is missing, empty, damaged or not safetensors.
     """
     safetensors = require("safetensors.torch", purpose="reading a checkpoint")
-    content = _read(Path(path))
+    content, header = _read(Path(path))
     try:
         state: dict[str, Tensor] = safetensors.load(content)
-        return state, _header_metadata(content)
+        return state, dict(header.get("__metadata__") or {})
     except Exception as error:  # safetensors raises its own error, ValueError, TypeError or KeyError (unknown dtype)
         raise ModelError(f"{path} is not a whole safetensors file: {one_line(error)}", remedy=_REMEDY) from error
 
 
-def _read(path: Path) -> bytes:
+def read_arrays(path: str | Path) -> tuple[dict[str, Array], dict[str, str]]:
+    """As ``read_safetensors``, but into numpy and without torch and safetensors: a serving machine has neither.
+
+    bfloat16 becomes float32; tensors of types that numpy lacks (8-bit floats) are left out.
+
+    Raises:
+        ModelError: The file is missing, empty, damaged or not safetensors.
+    """
+    content, header = _read(Path(path))
+    data = memoryview(content)[8 + int.from_bytes(content[:8], "little") :]
+    metadata = dict(header.pop("__metadata__", None) or {})
+    arrays = {
+        name: _array(data[slice(*entry["data_offsets"])], entry["dtype"]).reshape(entry["shape"])
+        for name, entry in header.items()
+        if entry["dtype"] in _NUMPY
+    }
+    return arrays, metadata
+
+
+def _array(data: memoryview, dtype: str) -> Array:
+    array: Array = np.frombuffer(data, _NUMPY[dtype])
+    return (array.astype(np.uint32) << 16).view(np.float32) if dtype == "BF16" else array
+
+
+def checkpoint_file(path: Path) -> Path:
+    """The checkpoint that a path stands for: itself, or the best file of a run directory.
+
+    Raises:
+        ModelError: A folder without a checkpoint.
+    """
+    if not path.is_dir():
+        return path
+    for name in RUN_FILES:
+        if (path / name).is_file():
+            return path / name
+    raise ModelError(
+        f"{path} holds no {' or '.join(RUN_FILES)}",
+        remedy="Give a run directory of bnexport train, or a checkpoint file",
+    )
+
+
+def _read(path: Path) -> tuple[bytes, dict[str, Any]]:
+    """The file's bytes and its header, which was looked at before the rest was read."""
     if not path.exists():
         raise ModelError(f"{path} does not exist", remedy="Check the path; bnexport train writes model.safetensors")
     if path.is_dir():
         raise ModelError(f"{path} is a folder, not a checkpoint", remedy="Give the model.safetensors inside it")
     try:
-        content = path.read_bytes()
+        with refusing(f"{path} is not a whole safetensors file: it", ModelError, remedy=_REMEDY):
+            check_regular(path)
+            with path.open("rb") as file:
+                if not file.read(1):
+                    raise ModelError(f"{path} is empty", remedy=_REMEDY)
+                header = screen_safetensors(file)
+                file.seek(0)
+                return file.read(), header
     except OSError as error:
         raise ModelError(f"{path} can't be read: {one_line(error)}", remedy="Check the file's permissions") from error
-    if not content:
-        raise ModelError(f"{path} is empty", remedy=_REMEDY)
-    return content
-
-
-def _header_metadata(content: bytes) -> dict[str, str]:
-    """The ``__metadata__`` entry; a file starts with its header's length (8 little-endian bytes), then the header."""
-    length = int.from_bytes(content[:8], "little")
-    if length > min(len(content), _MAX_HEADER_BYTES):
-        raise ValueError("the header is longer than the file")
-    header = json.loads(content[8 : 8 + length])
-    return dict(header.get("__metadata__") or {})

@@ -5,15 +5,18 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from bnexport.bundle import MANIFEST, WEIGHTS, Bundle
 from bnexport.errors import MissingDependency, ModelError
-from bnexport.nn.checkpoint import METADATA_KEY, load_checkpoint, read_safetensors
-from bnexport.nn.known import build_known
-from bnexport.nn.loading import checkpoint_file
-from bnexport.nn.statistics import LayerStatistics, layer_statistics
+from bnexport.nn.checkpoint import METADATA_KEY, checkpoint_file, load_checkpoint, read_arrays
+from bnexport.nn.statistics import DEFAULT_EPS, LayerStatistics, layer_statistics
+from bnexport.optional import installed
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_ASSUMED = f"eps is not in this file: {DEFAULT_EPS:g} is assumed"
 
 
 @dataclass(frozen=True)
@@ -44,19 +47,26 @@ def inspect_path(path: Path) -> Inspection:
         file = bundle.file(WEIGHTS)
     else:
         file = checkpoint_file(path)
-    state, metadata = read_safetensors(file)
-    module, note = None, "eps is not in this file: 1e-05 is assumed"
-    if METADATA_KEY in metadata:
-        try:
-            module, note = build_known(load_checkpoint(file).metadata["network"]), ""
-        except (ModelError, MissingDependency):  # a user's or timm's network: its statistics can be read all the same
-            module = None
+    state, metadata = read_arrays(file)
+    module = _network(file) if METADATA_KEY in metadata else None
     layers = _in_order(layer_statistics(state, module=module), module)
     if not layers:
         raise ModelError(
             f"{file} holds no BatchNorm", remedy="Inspect a network that was trained with batch normalization"
         )
-    return Inspection(file, layers, note)
+    return Inspection(file, layers, _ASSUMED if module is None else "")
+
+
+def _network(file: Path) -> nn.Module | None:
+    """The network of a checkpoint, which knows the order of its layers and their eps; None where it can't be built."""
+    if not installed("torch"):
+        return None
+    from bnexport.nn.known import build_known
+
+    try:
+        return build_known(load_checkpoint(file).metadata["network"])
+    except (ModelError, MissingDependency):  # a user's or timm's network: its statistics can be read all the same
+        return None
 
 
 def _in_order(layers: list[LayerStatistics], module: nn.Module | None) -> tuple[LayerStatistics, ...]:

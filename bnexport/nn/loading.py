@@ -21,15 +21,12 @@ from typing import Any
 from torch import nn
 
 from bnexport.errors import ModelError, UsageError
-from bnexport.nn.checkpoint import METADATA_KEY, Checkpoint, load_checkpoint, read_safetensors
+from bnexport.nn.checkpoint import METADATA_KEY, Checkpoint, checkpoint_file, load_checkpoint, read_safetensors
 from bnexport.nn.factories import call_factory
 from bnexport.nn.known import KNOWN, build_known, sample_facts
 from bnexport.nn.weights import is_safetensors, load_weights
 from bnexport.nn.zoo import zoo_of
 from bnexport.optional import one_line
-
-#: The files of a run directory that hold weights, the finished one first.
-RUN_FILES = ("model.safetensors", "checkpoint.safetensors")
 
 
 @dataclass(frozen=True)
@@ -149,23 +146,6 @@ def checkpoint_of(loaded: LoadedModel) -> Checkpoint:
         "recalibrated": bool(loaded.training.get("recalibrated")),
     }
     return Checkpoint(loaded.module.state_dict(), metadata)
-
-
-def checkpoint_file(path: Path) -> Path:
-    """The checkpoint that a path stands for: itself, or the best file of a run directory.
-
-    Raises:
-        ModelError: A folder without a checkpoint.
-    """
-    if not path.is_dir():
-        return path
-    for name in RUN_FILES:
-        if (path / name).is_file():
-            return path / name
-    raise ModelError(
-        f"{path} holds no {' or '.join(RUN_FILES)}",
-        remedy="Give a run directory of bnexport train, or a checkpoint file",
-    )
 
 
 def _options_of(weights: Path, source: str) -> Any:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
+import numpy as np
 
 from bnexport.errors import ModelError
+from bnexport.tensors import Array
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    Values = Tensor | Array
 
 #: Entry names of the layers that are understood: (gamma, beta, moving mean, moving variance).
 _NAMES = (("gamma", "beta", "moving_mean", "moving_var"), ("weight", "bias", "running_mean", "running_var"))
@@ -68,7 +73,7 @@ class LayerStatistics:
         return {"name": self.name, "eps": self.eps, "channels": rows}
 
 
-def layer_statistics(state: Mapping[str, Tensor], *, module: nn.Module | None = None) -> list[LayerStatistics]:
+def layer_statistics(state: Mapping[str, Values], *, module: nn.Module | None = None) -> list[LayerStatistics]:
     """Read every BatchNorm of a state dict.
 
     A channel is marked *dead* when its output hardly varies (|gamma| * sqrt(var / (var + eps)) below 1/1000 of the
@@ -92,7 +97,7 @@ def _modules(module: nn.Module | None) -> Iterator[tuple[str, nn.Module]]:
     return iter(()) if module is None else module.named_modules()
 
 
-def _groups(state: Mapping[str, Tensor]) -> Iterator[tuple[str, tuple[str, ...]]]:
+def _groups(state: Mapping[str, Values]) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Prefix and entry names of each layer that has moving statistics."""
     for key in state:
         prefix, dot, leaf = key.rpartition(".")
@@ -101,34 +106,41 @@ def _groups(state: Mapping[str, Tensor]) -> Iterator[tuple[str, tuple[str, ...]]
                 yield prefix + dot, names
 
 
-def _layer(prefix: str, names: tuple[str, ...], state: Mapping[str, Tensor], eps: float) -> LayerStatistics:
-    mean, var = (state[prefix + name].double().reshape(-1) for name in names[2:])
-    gamma = state[prefix + names[0]].double().reshape(-1) if prefix + names[0] in state else torch.ones_like(mean)
-    beta = state[prefix + names[1]].double().reshape(-1) if prefix + names[1] in state else torch.zeros_like(mean)
-    if len({tensor.numel() for tensor in (mean, var, gamma, beta)}) != 1:
+def _layer(prefix: str, names: tuple[str, ...], state: Mapping[str, Values], eps: float) -> LayerStatistics:
+    mean, var = (_numbers(state[prefix + name]) for name in names[2:])
+    gamma = _numbers(state[prefix + names[0]]) if prefix + names[0] in state else np.ones_like(mean)
+    beta = _numbers(state[prefix + names[1]]) if prefix + names[1] in state else np.zeros_like(mean)
+    if len({column.size for column in (mean, var, gamma, beta)}) != 1:
         raise ModelError(
             f"the tensors of {prefix.rstrip('.')} differ in size", remedy="The file is damaged: write it again"
         )
-    scale = gamma / torch.sqrt(var + eps)
-    liveliness = gamma.abs() * torch.sqrt(var / (var + eps))
+    with np.errstate(all="ignore"):  # what is not finite gets a mark below
+        scale = gamma / np.sqrt(var + eps)
+        liveliness = np.abs(gamma) * np.sqrt(var / (var + eps))
     columns = (gamma, beta, mean, var, scale)
-    finite = torch.stack([torch.isfinite(column) for column in columns]).all(dim=0) & (var >= 0)
-    largest = float(liveliness[finite].max()) if bool(finite.any()) else 0.0
+    finite = np.isfinite(columns).all(axis=0) & (var >= 0)
+    largest = float(liveliness[finite].max()) if finite.any() else 0.0
     live = finite & (liveliness > DEAD_BELOW * largest)  # dead channels would draw a pruned layer's median to 0
-    median = float(scale[live].abs().quantile(0.5)) if bool(live.any()) else 0.0
+    median = float(np.median(np.abs(scale[live]))) if live.any() else 0.0
     channels = []
-    for index in range(mean.numel()):
+    for index in range(mean.size):
         if not finite[index]:
             mark = "not finite"
         elif not live[index]:
             mark = "dead"
-        elif float(scale[index].abs()) > EXPLODING_ABOVE * median:
+        elif abs(float(scale[index])) > EXPLODING_ABOVE * median:
             mark = "exploding"
         else:
             mark = ""
         numbers = dict(zip(_COLUMNS, (float(column[index]) for column in columns), strict=True))
         channels.append(Channel(**numbers, mark=mark))
     return LayerStatistics(prefix.rstrip("."), eps, tuple(channels))
+
+
+def _numbers(values: Values) -> Array:
+    """A tensor or an array as float64 (channels,)."""
+    array = values if isinstance(values, np.ndarray) else values.detach().double().cpu().numpy()
+    return array.astype(np.float64).reshape(-1)
 
 
 def _json(value: float | str) -> float | str | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pickle
 import warnings
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,14 @@ from torch.nn.parameter import is_lazy
 from bnexport.errors import ModelError
 from bnexport.nn.checkpoint import read_safetensors
 from bnexport.optional import one_line
+from bnexport.screening.archives import screen_weights
+from bnexport.screening.paths import check_regular
+from bnexport.screening.refusal import refusing
+from bnexport.screening.zip_directory import MAGIC
 
 #: First byte of a pickle, which torch's older format is.
 _PICKLE = b"\x80"
+_SAVE = "Save the weights alone: torch.save(model.state_dict(), FILE), or safetensors.torch.save_file"
 
 
 def load_weights(module: nn.Module, path: Path) -> None:
@@ -62,6 +66,7 @@ def _read_weights(path: Path) -> Any:
         raise ModelError(f"{path} is empty", remedy="Copy or write the weights again")
     if is_safetensors(path):
         return read_safetensors(path)[0]
+    _screen(path)
     try:
         # Given a name, torch would choose the format by the name's ending.
         with path.open("rb") as file, warnings.catch_warnings():
@@ -71,7 +76,7 @@ def _read_weights(path: Path) -> Any:
         raise ModelError(
             f"{path} is not a plain state dict: it holds Python objects or code, which bnexport does not run,"
             " or it is no torch file",
-            remedy="Save the weights alone: torch.save(model.state_dict(), FILE), or safetensors.torch.save_file",
+            remedy=_SAVE,
         ) from error
     except Exception as error:  # torch.load raises RuntimeError, KeyError, EOFError, ValueError on foreign bytes
         raise ModelError(
@@ -80,12 +85,25 @@ def _read_weights(path: Path) -> Any:
         ) from error
 
 
+def _screen(path: Path) -> None:
+    """Refuse what is more than tensors, before torch opens it."""
+    try:
+        with refusing(f"{path} is not a plain state dict: it", ModelError, remedy=_SAVE):
+            check_regular(path)
+            with path.open("rb") as file:
+                screen_weights(file)
+    except OSError as error:
+        raise ModelError(f"{path} can't be read: {one_line(error)}", remedy="Check the file's permissions") from error
+
+
 def is_safetensors(path: Path) -> bool:
     """Whether a file is to be read as safetensors: by its content, a JSON header after 8 bytes, else by its name."""
-    if not path.is_file() or zipfile.is_zipfile(path):
+    if not path.is_file():
         return False
     with path.open("rb") as file:
         start = file.read(9)
+    if start[:4] == MAGIC:  # a zip archive: what torch.save writes
+        return False
     return start[8:] == b"{" or (path.suffix == ".safetensors" and start[:1] != _PICKLE)
 
 

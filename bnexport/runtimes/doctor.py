@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from bnexport.bundle import Bundle
-from bnexport.environment import environment
+from bnexport.environment import environment, runtime_only
 from bnexport.errors import BnexportError
+from bnexport.optional import installed
 from bnexport.runtimes.base import plain_reason
 from bnexport.runtimes.catalogue import RUNNERS, RunnerSpec, runner_spec
 from bnexport.runtimes.small_model import expected, small_bundle, torch_module
@@ -20,6 +21,8 @@ from bnexport.runtimes.torch_outputs import REMEDY as TORCH_REMEDY
 
 #: max |engine - numpy| / max |numpy|. Strict float32 stays near 1e-7 here, TF32 near 1e-3.
 BOUND = 1e-5
+#: Engines that bnexport-runtime brings, the distribution for serving machines.
+_SERVING = ("onnxruntime",)
 
 
 @dataclass(frozen=True)
@@ -53,17 +56,21 @@ class Diagnosis:
     environment: dict[str, Any]
 
     def broken(self, names: Sequence[str] = ()) -> tuple[Health, ...]:
-        """Of the runtimes named, and of all CPU runtimes when none is named, those that do not work.
+        """Of the runtimes named, and when none is named of all CPU runtimes that this distribution brings, those that fail.
 
         Raises:
             UsageError: A name is not in RUNNERS.
         """
-        wanted = [runner_spec(name).name for name in names] or [s.name for s in RUNNERS if s.device == "cpu"]
+        wanted = [runner_spec(name).name for name in names] or [s.name for s in RUNNERS if _is_expected(s)]
         return tuple(health for health in self.runtimes if health.runtime in wanted and not health.works)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
         return {"runtimes": [asdict(health) for health in self.runtimes], "environment": self.environment}
+
+
+def _is_expected(spec: RunnerSpec) -> bool:
+    return spec.device == "cpu" and (spec.engine in _SERVING or not runtime_only())
 
 
 def diagnose() -> Diagnosis:
@@ -75,8 +82,10 @@ def diagnose() -> Diagnosis:
 
 
 def _examine(spec: RunnerSpec, bundle: Bundle) -> Health:
-    if spec.engine == "torch" and (missing := spec.available()) is not None:
-        return Health(spec.name, works=False, reason=missing, remedy=TORCH_REMEDY)
+    written = spec.file in bundle.manifest.files  # without torch its formats can't be
+    if (spec.engine == "torch" or not written) and (missing := spec.available()) is not None:
+        remedy = TORCH_REMEDY if installed("torch") else "Install it: pip install torch"
+        return Health(spec.name, works=False, reason=missing, remedy=remedy)
     images = np.random.default_rng(1).standard_normal((4, 1, 8, 8)).astype(np.float32)
     try:
         with spec.open(bundle, module=torch_module() if spec.engine == "torch" else None) as runner:

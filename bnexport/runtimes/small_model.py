@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bnexport.bundle import MODEL_ONNX, MODEL_TORCHSCRIPT, Bundle, Manifest, seal
-from bnexport.errors import MissingDependency
-from bnexport.optional import require
+from bnexport.bundle import MODEL_EXPORTED, MODEL_ONNX, MODEL_TORCHSCRIPT, Bundle, Manifest, seal
+from bnexport.optional import quiet
+from bnexport.tensor_proto import message, write_tensor
 from bnexport.tensors import Array, Signature, TensorSpec
 
 if TYPE_CHECKING:
@@ -52,30 +52,43 @@ def expected(images: Array) -> Array:
 
 
 def write_onnx(file: Path) -> None:
-    """Write the model as ONNX.
+    """Write the model as ONNX, without the onnx package: a serving machine has none, and its GPU has to be tried all the same.
 
-    Raises:
-        MissingDependency: onnx is not installed.
+    Source of the field numbers: onnx.proto, IR version 8.
     """
-    require("onnx", purpose="building a small model")
-    from onnx import TensorProto, helper, numpy_helper, save_model
-
     weights = small_weights()
-    names = ("kernel", "shift", "matrix", "bias")
+    tensors = [write_tensor(getattr(weights, name), name) for name in ("kernel", "shift", "matrix", "bias")]
     nodes = [
-        helper.make_node("Conv", ["input", "kernel", "shift"], ["maps"], kernel_shape=[3, 3]),
-        helper.make_node("Flatten", ["maps"], ["flat"], axis=1),
-        helper.make_node("Gemm", ["flat", "matrix", "bias"], ["logits"], transB=1),
+        _node("Conv", ("input", "kernel", "shift"), "maps", _attribute("kernel_shape", 3, 3)),
+        _node("Flatten", ("maps",), "flat", _attribute("axis", 1)),
+        _node("Gemm", ("flat", "matrix", "bias"), "logits", _attribute("transB", 1)),
     ]
-    graph = helper.make_graph(
-        nodes,
-        "small",
-        [helper.make_tensor_value_info("input", TensorProto.FLOAT, ["batch", 1, 8, 8])],
-        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 3])],
-        [numpy_helper.from_array(getattr(weights, name), name) for name in names],
+    graph = message(
+        *((1, node) for node in nodes),
+        (2, "small"),
+        *((5, tensor) for tensor in tensors),
+        *((11, _value(spec)) for spec in SIGNATURE.inputs),
+        *((12, _value(spec)) for spec in SIGNATURE.outputs),
     )
-    opsets = [helper.make_opsetid("", OPSET)]
-    save_model(helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION), str(file))
+    file.write_bytes(message((1, IR_VERSION), (7, graph), (8, message((1, ""), (2, OPSET)))))
+
+
+def _node(operator: str, inputs: tuple[str, ...], output: str, attribute: bytes) -> bytes:
+    return message(*((1, name) for name in inputs), (2, output), (4, operator), (5, attribute))
+
+
+def _attribute(name: str, *values: int) -> bytes:
+    """One number (kind INT, 2), or several (kind INTS, 7)."""
+    if len(values) == 1:
+        return message((1, name), (3, values[0]), (20, 2))
+    return message((1, name), *((8, value) for value in values), (20, 7))
+
+
+def _value(spec: TensorSpec) -> bytes:
+    """Name, element type (FLOAT, 1) and sizes of an input or output."""
+    dims = [message((1, dim) if isinstance(dim, int) else (2, dim)) for dim in spec.shape]
+    shape = message(*((1, dim) for dim in dims))
+    return message((1, spec.name), (2, message((1, message((1, 1), (2, shape))))))
 
 
 def torch_module() -> nn.Module:
@@ -102,14 +115,22 @@ def write_torchscript(file: Path) -> None:
         torch.jit.save(torch.jit.freeze(traced), str(file))
 
 
+def write_exported(file: Path) -> None:
+    """Write the model as an exported program."""
+    import torch
+
+    batch = torch.export.Dim("batch")
+    program = torch.export.export(torch_module(), (torch.zeros(2, 1, 8, 8),), dynamic_shapes=({0: batch},))
+    torch.export.save(program, str(file))
+
+
 def small_bundle(folder: Path) -> Bundle:
     """A bundle of the model in a folder; a format whose package is missing here is left out."""
-    try:
-        write_onnx(folder / MODEL_ONNX)
-    except MissingDependency:
-        (folder / MODEL_ONNX).unlink(missing_ok=True)
-    try:
-        write_torchscript(folder / MODEL_TORCHSCRIPT)
-    except ImportError:
-        (folder / MODEL_TORCHSCRIPT).unlink(missing_ok=True)
+    write_onnx(folder / MODEL_ONNX)
+    for name, write in ((MODEL_TORCHSCRIPT, write_torchscript), (MODEL_EXPORTED, write_exported)):
+        try:
+            with quiet():  # torch 2.11 warns of its own classes
+                write(folder / name)
+        except ImportError:
+            (folder / name).unlink(missing_ok=True)
     return seal(folder, Manifest("small", 1, SIGNATURE, {"source": "doctor"}))

@@ -4,6 +4,7 @@ import http.server
 import os
 import stat
 import struct
+import sys
 import threading
 from dataclasses import replace
 
@@ -350,3 +351,12 @@ def test_a_full_disk_is_not_taken_for_the_network(tiny, tmp_path, monkeypatch):
 
 def test_the_default_cache_is_the_systems():
     assert "bnexport" in locate.cache_folder().parts
+
+
+def test_the_cache_without_platformdirs_is_where_linux_keeps_caches(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "platformdirs", None)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert locate.cache_folder() == tmp_path / "bnexport"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert locate.cache_folder() == tmp_path / ".cache" / "bnexport"

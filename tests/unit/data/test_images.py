@@ -1,6 +1,7 @@
 import gzip
 import io
 import struct
+import sys
 import zlib
 
 import numpy as np
@@ -9,7 +10,7 @@ from PIL import Image
 
 from bnexport.data.images import load_images
 from bnexport.data.preprocessing import Preprocessing
-from bnexport.errors import DataError
+from bnexport.errors import DataError, MissingDependency
 
 RGB = Preprocessing(3, 20, 30, mean=(0.0,) * 3, std=(1.0,) * 3)
 
@@ -168,3 +169,27 @@ def test_a_model_of_other_channels(tmp_path):
     file = saved(tmp_path, Image.fromarray(picture(28, 28)))
     with pytest.raises(DataError, match="2 channels"):
         load_images(file, Preprocessing(2, mean=(0.0, 0.0), std=(1.0, 1.0)))
+
+
+@pytest.mark.parametrize(("preprocessing", "shape"), [(Preprocessing(1, 20, 30), (20, 30)), (RGB, (20, 30, 3))])
+def test_pixels_that_fit_need_no_pillow(tmp_path, monkeypatch, preprocessing, shape):
+    stack = picture(4, *shape)
+    np.save(tmp_path / "fit.npy", stack)
+    np.save(tmp_path / "one.npy", stack[0])
+    np.save(tmp_path / "large.npy", picture(4, 21, *shape[1:]))
+    with_pillow = [image for _, image in load_images(tmp_path / "fit.npy", preprocessing)]
+    for name in ("PIL", "PIL.Image"):
+        monkeypatch.setitem(sys.modules, name, None)
+    images = [image for _, image in load_images(tmp_path / "fit.npy", preprocessing)]
+    assert np.array_equal(images, stack)
+    assert np.array_equal(images, with_pillow)
+    assert np.array_equal(one(tmp_path / "one.npy", preprocessing), stack[0])
+    with pytest.raises(MissingDependency, match="fitting images to the model's size needs PIL"):
+        load_images(tmp_path / "large.npy", preprocessing)
+
+
+def test_grey_pixels_with_an_axis_for_the_channel_need_no_pillow(tmp_path, monkeypatch):
+    np.save(tmp_path / "fit.npy", stack := picture(4, 28, 28, 1))
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    monkeypatch.setitem(sys.modules, "PIL.Image", None)
+    assert np.array_equal([image for _, image in load_images(tmp_path / "fit.npy")], stack[..., 0])

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from bnexport import environment as module
-from bnexport.environment import available_cores, cpu_name, describe, environment, gpu_name, versions
+from bnexport.environment import available_cores, cpu_name, describe, environment, gpu_name, runtime_only, versions
 
 
 def test_the_record_is_plain_json_with_every_entry():
@@ -66,9 +66,44 @@ def test_a_system_without_cpuinfo_still_names_a_processor(monkeypatch):
     assert cpu_name() == "Fast  CPU: 3"
 
 
-def test_the_gpu_is_not_asked_for_while_torch_is_not_loaded(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch", None)
+def test_the_gpu_is_not_asked_for_while_torch_is_not_loaded(monkeypatch, tmp_path):
+    monkeypatch.setattr(module, "_DRIVER", tmp_path)
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0" / "information").write_text("Model: \t\t NVIDIA Example\n")
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
     assert gpu_name() is None
+
+
+def test_without_torch_the_driver_names_the_gpu(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setattr(module, "_DRIVER", tmp_path / "nowhere")
+    assert gpu_name() is None
+    for number, text in (
+        ("0000:0", "IRQ: 3\n"),
+        ("0000:1", "Model: \t\t NVIDIA H9\nIRQ: 5\n"),
+        ("0000:2", "Model: other\n"),
+    ):
+        (tmp_path / number).mkdir()
+        (tmp_path / number / "information").write_text(text)
+    monkeypatch.setattr(module, "_DRIVER", tmp_path)
+    assert gpu_name() == "NVIDIA H9"
+
+
+def test_the_distribution_for_serving_machines_is_told_apart(monkeypatch):
+    have = {"bnexport-runtime": "2.0"}
+
+    def version(name):
+        if name not in have:
+            raise metadata.PackageNotFoundError(name)
+        return have[name]
+
+    monkeypatch.setattr(module.metadata, "version", version)
+    assert versions() == {"bnexport-runtime": "2.0"}
+    assert runtime_only()
+    record = {"python": "3", "cpu": "c", "cores": 1, "packages": {**versions(), "numpy": "2"}}
+    assert describe(record) == "c (1 cores), Python 3, numpy 2"
+    have["bnexport"] = "2.0"
+    assert not runtime_only()
 
 
 @pytest.mark.parametrize(("gpu", "shown"), [(None, ""), ("Big GPU", ", Big GPU")])

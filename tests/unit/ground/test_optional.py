@@ -7,7 +7,7 @@ import warnings
 import pytest
 
 from bnexport.errors import MissingDependency
-from bnexport.optional import one_line, quiet, require
+from bnexport.optional import INSTALL, installed, need_packages, one_line, quiet, require
 
 
 def test_require_gives_the_module():
@@ -63,3 +63,36 @@ def test_quiet_silences_and_puts_everything_back(capsys):
         chat()
     assert (logger.level, sys.stdout, list(warnings.filters)) == (before, stdout, filters)
     assert capsys.readouterr() == ("", "")
+
+
+def test_installed_imports_nothing(tmp_path, monkeypatch):
+    (tmp_path / "bnexport_bare_folder").mkdir()
+    (tmp_path / "bnexport_broken_example.py").write_text("raise ImportError\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert installed("bnexport_broken_example")
+    assert installed("sys")
+    assert not installed("no_such_package_of_bnexport")
+    assert not installed("bnexport_bare_folder"), "a folder of that name is no package"
+    monkeypatch.setitem(sys.modules, "json", None)
+    assert not installed("json")
+    monkeypatch.setitem(sys.modules, "bnexport_broken_example", logging)
+    assert installed("bnexport_broken_example")
+
+
+def test_all_missing_packages_are_named_at_once(monkeypatch):
+    need_packages("an example", "json", "logging")
+    with pytest.raises(MissingDependency) as caught:
+        need_packages("an example", "json", "no_such_a", "no_such_b", "no_such_c")
+    assert caught.value.message == "an example needs no_such_a, no_such_b and no_such_c, which are not installed here"
+    assert caught.value.remedy == "Install what is missing: pip install no_such_a no_such_b no_such_c"
+    with pytest.raises(MissingDependency, match="an example needs no_such_a, which is not installed here"):
+        need_packages("an example", "no_such_a")
+
+
+def test_without_torch_the_whole_tool_is_what_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setitem(sys.modules, "onnx_ir", None)
+    with pytest.raises(MissingDependency, match=f"needs torch and {INSTALL['onnx_ir']}, which are") as caught:
+        need_packages("an example", "torch", "onnx_ir")
+    assert "pip install bnexport" in caught.value.remedy
+    assert "pip uninstall bnexport-runtime" in caught.value.remedy

@@ -1,12 +1,15 @@
 import json
 import pickle
+import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 
 from bnexport.errors import ModelError, OutputError
-from bnexport.nn.checkpoint import Checkpoint, load_checkpoint, read_safetensors, save_checkpoint
+from bnexport.nn.checkpoint import Checkpoint, load_checkpoint, read_arrays, read_safetensors, save_checkpoint
 from bnexport.nn.lenet import bn_lenet
 
 METADATA = {
@@ -95,3 +98,27 @@ def test_foreign_safetensors_are_read_as_weights(tmp_path):
     state, metadata = read_safetensors(file)
     assert state["x"].tolist() == [1.0, 1.0]
     assert metadata == {"format": "pt"}
+
+
+def test_arrays_are_read_without_torch_and_safetensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
+    state = {kind: torch.tensor([[-1.5, 0.0, 3.0]]).to(getattr(torch, kind)) for kind in kinds}
+    state |= {"number": torch.tensor(2.5), "none": torch.zeros(0, 4)}
+    content = safetensors.torch.save({**state, "odd": torch.ones(2).to(torch.float8_e4m3fn)}, metadata={"a": "b"})
+    (tmp_path / "x.safetensors").write_bytes(content)
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    arrays, metadata = read_arrays(tmp_path / "x.safetensors")
+    assert metadata == {"a": "b"}
+    assert set(arrays) == set(state)  # numpy has no 8-bit floats
+    for name, tensor in state.items():
+        want = tensor.float().numpy() if name == "bfloat16" else tensor.numpy()
+        assert (arrays[name].dtype, arrays[name].shape) == (want.dtype, want.shape)
+        assert np.array_equal(arrays[name], want)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff" * 20, b"{}"])
+def test_arrays_of_a_damaged_file(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "x.safetensors").write_bytes(content)
+    with pytest.raises(ModelError, match=r"x\.safetensors"):
+        read_arrays(tmp_path / "x.safetensors")

@@ -1,0 +1,344 @@
+"""A user's own inputs for a verification: arrays, or images that go through the bundle's preprocessing.
+
+What is wrong with them is said before any engine sees them: nothing in an engine tells pixels from 0 to 255 from those
+between 0 and 1, and NaN in gives NaN out on both sides of a comparison.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from bnexport.data.images import fit_stack, load_images
+from bnexport.data.preprocessing import Preprocessing
+from bnexport.errors import DataError, FeedError
+from bnexport.optional import one_line
+from bnexport.screening import screen_archive
+from bnexport.screening.limits import limit as screen_limit
+from bnexport.screening.npy import MAGIC as NPY_MAGIC
+from bnexport.screening.npy import check_header
+from bnexport.screening.paths import check_regular
+from bnexport.screening.refusal import refusing
+from bnexport.tensors import Array, Signature, TensorSpec, check_feeds
+
+#: Name of the array in an .npz file that holds the true classes.
+LABELS = "labels"
+#: Of any zip archive, also an empty one.
+_ZIP = b"PK"
+_PICTURES = (".png", ".jpg", ".jpeg")
+_REMEDY = "Give a .npy or .npz file of inputs or uint8 images, an image, or a folder of PNG and JPEG images"
+#: Values this many times beyond what the preprocessing can give are worth a word: pixels that were not scaled are 255 times.
+_FAR = 4.0
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Inputs that fit a signature.
+
+    Attributes:
+        feeds: Input name -> (n, ...).
+        labels: True class of each sample, int64 (n,); None where they are not known.
+        described: What they are, for the report; it names no folder of this machine.
+    """
+
+    feeds: Mapping[str, Array]
+    labels: Array | None
+    described: str
+
+
+@dataclass(frozen=True)
+class _Target:
+    """What the samples are for."""
+
+    path: Path
+    signature: Signature
+    preprocessing: Preprocessing | None
+    labels: tuple[str, ...] | None
+    limit: int | None
+
+    @property
+    def classes(self) -> int | None:
+        """How many classes there are; None where nothing tells."""
+        if self.labels is not None:
+            return len(self.labels)
+        shape = self.signature.outputs[0].shape
+        return shape[1] if len(shape) == 2 and isinstance(shape[1], int) else None
+
+    def chosen(self, n: int) -> Array:
+        """Indices of the samples that are looked at: all, or ``limit`` of them spread evenly, so that no class is left out."""
+        fixed = isinstance(self.signature.inputs[0].shape[0], int)
+        if self.limit is None or n <= self.limit or fixed:
+            return np.arange(n)
+        return np.linspace(0, n - 1, self.limit).round().astype(np.int64)
+
+
+def load_samples(
+    path: str | Path,
+    signature: Signature,
+    preprocessing: Preprocessing | None,
+    *,
+    labels: Sequence[str] | None = None,
+    limit: int | None = None,
+) -> Samples:
+    """Read a user's samples and check that they fit.
+
+    Args:
+        path: A .npy file for a network with one input: arrays of its type and shape, or uint8 images, which go through the
+            preprocessing; an .npz file with one array for each input, by name, and perhaps "labels"; a PNG, JPEG or IDX
+            file; or a folder of PNG and JPEG images, whose sub-folders, if there are some, are named after the labels.
+        signature: Of the bundle.
+        preprocessing: Of the bundle, if it has one.
+        labels: Class names of the bundle, if it has some.
+        limit: At most so many samples, spread evenly over those that are there.
+
+    Raises:
+        DataError: They are missing, damaged, empty, pickled, not finite, or do not fit; with the file and the index.
+        MissingDependency: They are pictures, and pillow is not here.
+    """
+    target = _Target(Path(path), signature, preprocessing, None if labels is None else tuple(labels), limit)
+    if target.path.is_dir():
+        return _from_folder(target)
+    start = _start(target.path)
+    if start.startswith(_ZIP):
+        return _from_npz(target)
+    if start.startswith(NPY_MAGIC):
+        return _from_npy(target)
+    return _from_images(target, load_images(target.path, _preprocessing(target)))
+
+
+def _start(path: Path) -> bytes:
+    try:
+        with refusing(path, DataError, remedy=_REMEDY):
+            check_regular(path)
+        with path.open("rb") as file:
+            start = file.read(len(NPY_MAGIC))
+    except OSError as error:
+        what = "does not exist" if isinstance(error, FileNotFoundError) else f"can't be read: {one_line(error)}"
+        raise DataError(f"{path} {what}", remedy="Check the path") from error
+    if not start:
+        raise DataError(f"{path} is empty", remedy=_REMEDY)
+    return start
+
+
+def _from_npy(target: _Target) -> Samples:
+    if len(target.signature.inputs) != 1:
+        names = ", ".join(repr(spec.name) for spec in target.signature.inputs)
+        raise DataError(
+            f"{target.path} holds one array, the network takes {len(target.signature.inputs)} inputs",
+            remedy=f"Save an .npz file with the arrays {names}",
+        )
+    spec = target.signature.inputs[0]
+    with _reading(target.path):
+        array = _map_npy(target.path)
+    return _checked(target, {spec.name: array}, None)
+
+
+def _map_npy(path: Path) -> Array:
+    """The array, mapped: only the samples that are looked at are read."""
+    with path.open("rb") as file:
+        check_header(file.read(screen_limit("npy-header") + 12), path.stat().st_size)
+    array: Array = np.load(path, mmap_mode="r", allow_pickle=False)
+    return array
+
+
+def _from_npz(target: _Target) -> Samples:
+    screen_archive(target.path, "npz")
+    with _reading(target.path):
+        arrays = _read_npz(target.path)
+    is_input = any(spec.name == LABELS for spec in target.signature.inputs)
+    labels = None if is_input else arrays.pop(LABELS, None)
+    return _checked(target, arrays, labels)
+
+
+def _read_npz(path: Path) -> dict[str, Array]:
+    with np.load(path, allow_pickle=False) as archive:
+        return {name: archive[name] for name in archive.files}
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """A screen's, numpy's, zipfile's and zlib's errors as one of ours."""
+    try:
+        with refusing(f"{path} can't be used: it", DataError, remedy=_REMEDY):
+            yield
+    except (OSError, ValueError, EOFError, MemoryError, KeyError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"{path} can't be read: {one_line(error)}", remedy="Save plain arrays again") from error
+
+
+def _checked(target: _Target, arrays: Mapping[str, Array], labels: Array | None) -> Samples:
+    """Arrays by name as feeds: images preprocessed, the rest as they are, all of them of one length and finite."""
+    for name, array in arrays.items():
+        if array.ndim == 0 or len(array) == 0:
+            raise DataError(f"{target.path} holds no sample of {name!r}", remedy="Give at least one sample")
+    specs = {spec.name: spec for spec in target.signature.inputs}
+    images = [name for name, array in arrays.items() if name in specs and _is_image(specs[name], array)]
+    if images:
+        return _from_pixels(target, arrays, labels)
+    _check_fit(target, arrays)
+    n = len(next(iter(arrays.values())))
+    if any(len(array) != n for array in arrays.values()):
+        counts = ", ".join(f"{len(array)} of {name!r}" for name, array in arrays.items())
+        raise DataError(f"{target.path} holds unequal numbers of samples: {counts}", remedy="Give as many of each")
+    kept = target.chosen(n)
+    feeds = {name: np.array(array[kept]) for name, array in arrays.items()}
+    for name, array in feeds.items():
+        _check_finite(target.path, name, array, kept)
+    true = _check_labels(target, labels, n)
+    told = _told(target, len(kept), n, "samples", true) + _far_off(target, feeds)
+    return Samples(feeds, None if true is None else true[kept], told)
+
+
+def _is_image(spec: TensorSpec, array: Array) -> bool:
+    return array.dtype == np.uint8 and spec.dtype != "uint8"
+
+
+def _from_pixels(target: _Target, arrays: Mapping[str, Array], labels: Array | None) -> Samples:
+    if len(arrays) != 1:
+        raise DataError(f"{target.path} holds uint8 images beside other inputs", remedy="Give inputs as they are fed")
+    preprocessing = _preprocessing(target)
+    pixels = next(iter(arrays.values()))
+    stack = fit_stack(target.path, np.asarray(pixels), preprocessing)
+    return _from_images(target, stack, _check_labels(target, labels, len(stack)))
+
+
+def _from_images(target: _Target, named: Sequence[tuple[str, Array]], labels: Array | None = None) -> Samples:
+    """Images that fit the preprocessing, as inputs."""
+    if not named:
+        raise DataError(f"{target.path} holds no image", remedy="Give at least one image")
+    kept = target.chosen(len(named))
+    inputs = _preprocessing(target).apply(np.stack([named[index][1] for index in kept]))
+    feeds = _as_feed(target, inputs)
+    told = _told(target, len(kept), len(named), "images", labels)
+    return Samples(feeds, None if labels is None else labels[kept], told)
+
+
+def _as_feed(target: _Target, inputs: Array) -> dict[str, Array]:
+    """Preprocessed images (n, channels, height, width) in the input's element type."""
+    spec = target.signature.inputs[0]
+    feeds = {spec.name: inputs.astype(spec.dtype) if spec.dtype.startswith("float") else inputs}
+    _check_fit(target, feeds)
+    return feeds
+
+
+def _preprocessing(target: _Target) -> Preprocessing:
+    if target.preprocessing is None or len(target.signature.inputs) != 1:
+        raise DataError(
+            f"{target.path} can only be read as images, and the bundle does not say how an image becomes an input",
+            remedy="Give arrays as the network takes them, or export the bundle with --mean and --std",
+        )
+    return target.preprocessing
+
+
+def _from_folder(target: _Target) -> Samples:
+    """A folder of pictures, or of one folder per class."""
+    files, folders, others = _listing(target.path)
+    if folders and files:
+        raise DataError(
+            f"{target.path} holds pictures beside folders of pictures, such as {files[0].name} and {folders[0].name}",
+            remedy="Put every picture into the folder of its label, or all of them into one",
+        )
+    true: list[int] = []
+    for folder in folders:
+        inside, deeper, odd = _listing(folder)
+        others += odd + len(deeper)
+        index = _class_of(target, folder)
+        files += inside
+        true += [index] * len(inside)
+    if not files:
+        raise DataError(f"{target.path} holds no PNG or JPEG image", remedy=_REMEDY)
+    preprocessing = _preprocessing(target)
+    kept = target.chosen(len(files))
+    pixels = [load_images(files[index], preprocessing)[0][1] for index in kept]
+    labels = np.array(true, np.int64)[kept] if folders else None
+    told = _told(target, len(kept), len(files), "images", labels)
+    left = f"; {others} other entries of the folder were left out" if others else ""
+    return Samples(_as_feed(target, preprocessing.apply(np.stack(pixels))), labels, told + left)
+
+
+def _listing(folder: Path) -> tuple[list[Path], list[Path], int]:
+    """Pictures and folders in the order of their names, and how many other entries there are; hidden ones don't count."""
+    try:
+        entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    except OSError as error:
+        raise DataError(f"{folder} can't be read: {one_line(error)}", remedy="Check its permissions") from error
+    folders = [entry for entry in entries if entry.is_dir()]
+    files = [entry for entry in entries if entry not in folders and entry.suffix.lower() in _PICTURES]
+    return files, folders, len(entries) - len(files) - len(folders)
+
+
+def _class_of(target: _Target, folder: Path) -> int:
+    """The class that a folder is named after: by its label, or by its number where the bundle has no labels."""
+    name, known = folder.name, target.labels or tuple(map(str, range(target.classes or 0)))
+    if name in known:
+        return known.index(name)
+    shown = ", ".join(map(repr, known[:10])) + (", ..." if len(known) > 10 else "")
+    raise DataError(
+        f"{folder} is named after no label of the bundle",
+        remedy=f"The labels are {shown}" if known else "The bundle has no labels: put all pictures into one folder",
+    )
+
+
+def _check_fit(target: _Target, feeds: Mapping[str, Array]) -> None:
+    try:
+        check_feeds(target.signature, feeds)
+    except FeedError as error:
+        raise DataError(f"{target.path} does not fit the bundle: {error.message}", remedy=error.remedy) from error
+
+
+def _check_finite(path: Path, name: str, array: Array, indices: Array) -> None:
+    if array.dtype.kind != "f":
+        return
+    odd = ~np.isfinite(array).reshape(len(array), -1).all(axis=1)
+    if odd.any():
+        index = int(indices[int(odd.argmax())])
+        raise DataError(f"{path} holds NaN or infinity in sample {index} of {name!r}", remedy="Give finite numbers")
+
+
+def _check_labels(target: _Target, labels: Array | None, n: int) -> Array | None:
+    if labels is None:
+        return None
+    if labels.dtype.kind not in "iu" or labels.shape != (n,):
+        raise DataError(
+            f"{target.path} holds labels of {labels.dtype.name} and shape {labels.shape} for {n} samples",
+            remedy="Give one whole number per sample",
+        )
+    if target.classes is None:
+        raise DataError(
+            f"{target.path} holds labels, and the bundle's first output is not one score per class",
+            remedy="Leave them out",
+        )
+    odd = (labels < 0) | (labels >= target.classes)
+    if odd.any():
+        index = int(odd.argmax())
+        raise DataError(
+            f"{target.path} holds the label {labels[index]} at index {index}, the bundle has {target.classes} classes",
+            remedy="Count the classes from 0, in the order of the bundle's labels",
+        )
+    return labels.astype(np.int64)
+
+
+def _told(target: _Target, n: int, there: int, what: str, labels: Array | None) -> str:
+    """What the samples are: "20 of 100 images of shoes, with labels". Of the path only its end, since the text travels."""
+    of = "" if n == there else f" of {there}"
+    name = target.path.resolve().name
+    return f"{n}{of} {what} of {name}, {'without' if labels is None else 'with'} labels"
+
+
+def _far_off(target: _Target, feeds: Mapping[str, Array]) -> str:
+    """A word where values are far beyond what the bundle's own preprocessing can give; "" where they are not."""
+    preprocessing = target.preprocessing
+    if preprocessing is None or len(feeds) != 1:
+        return ""
+    array = next(iter(feeds.values()))
+    mean, std = np.array(preprocessing.mean), np.array(preprocessing.std)
+    ends = np.concatenate([-mean / std, (255 * preprocessing.scale - mean) / std])
+    largest = float(np.abs(array.astype(np.float64)).max()) if array.size else 0.0
+    if largest <= _FAR * float(np.abs(ends).max()):
+        return ""
+    return f"; their values reach {largest:g}, the bundle's preprocessing gives {ends.min():.3g} to {ends.max():.3g}"
