@@ -4,6 +4,7 @@
 
     models/bn_lenet/1/model.onnx            folded, dynamic batch
     models/bn_lenet/1/model.pt              TorchScript made from the same folded weights
+    models/bn_lenet/1/model.pt2             torch.export's file of the same
     models/bn_lenet/1/weights.safetensors   the unfolded weights
     models/bn_lenet/1/manifest.json         signature, preprocessing, labels, hashes, versions, fold report, verdicts
     models/bn_lenet/1/test_data_set_0/      golden input_0.pb / output_0.pb (the layout of onnx_test_runner)
@@ -17,7 +18,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,17 +26,26 @@ import numpy as np
 from bnexport.errors import BundleError, FeedError
 from bnexport.files import sha256, write_atomically
 from bnexport.optional import one_line, require
-from bnexport.tensors import Array, Signature
+from bnexport.screening.json_text import check_keys, parse_json
+from bnexport.screening.limits import limit
+from bnexport.screening.onnx_file import screen_tensor
+from bnexport.screening.paths import check_twins, name_problem, place_problem
+from bnexport.screening.refusal import Refusal, refusing, shown
+from bnexport.screening.tensor_sizes import count_elements
+from bnexport.tensor_proto import read_tensor
+from bnexport.tensors import Array, Signature, TensorSpec
 
 FORMAT = "bnexport-bundle"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 MODEL_ONNX = "model.onnx"
 MODEL_TORCHSCRIPT = "model.pt"
+MODEL_EXPORTED = "model.pt2"
 WEIGHTS = "weights.safetensors"
 REPORT = "report.html"
 GOLDEN = "test_data_set_0"
-_MAX_MANIFEST_BYTES = 64 * 2**20
+#: What the weights of a model file may be stored and computed in; ``Manifest.onnx`` says which, under "precision".
+STORED_PRECISIONS = ("float32", "float16", "bfloat16")
 #: What the JSON value of a key of the manifest is; those that are not here are objects.
 _KINDS: dict[str, tuple[type, ...]] = {
     "name": (str,),
@@ -43,6 +53,13 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "dataset": (str, type(None)),
     "preprocessing": (dict, type(None)),
     "labels": (list, type(None)),
+}
+#: Keys of objects inside the manifest that have no others; what is read from them decides what a model is fed.
+_INNER_KEYS: dict[str, tuple[str, ...]] = {
+    "signature": ("inputs", "outputs"),
+    "network": ("source", "options"),
+    "preprocessing": ("channels", "height", "width", "scale", "mean", "std"),
+    "onnx": ("opset", "ir_version", "precision"),
 }
 _REBUILD = "Write the bundle again with bnexport fold-and-export, or copy it again from its source"
 
@@ -59,7 +76,7 @@ class Manifest:
         dataset: Name of the data set that the network was trained on, if it is one that bnexport knows.
         preprocessing: How an image becomes an input (``data.preprocessing.Preprocessing.to_json``).
         labels: Class names in the order of the logits.
-        onnx: ``{"opset": 18, "ir_version": 8}``.
+        onnx: ``{"opset": 18, "ir_version": 8, "precision": "float32"}``.
         environment: Hardware and versions at export.
         fold: The fold report (``folding.FoldReport.to_json``).
         verification: The verdict at export (``verification.VerificationReport.to_json``).
@@ -108,10 +125,15 @@ class Manifest:
         try:
             values = {name: value[name] for name in known}
             _check_kinds(values)
+            for name, keys in _INNER_KEYS.items():
+                check_keys(values[name], keys, name)
+            _check_specs(values["signature"])
             values["signature"] = Signature.from_json(value["signature"])
             if not values["signature"].inputs or not values["signature"].outputs:
                 raise ValueError("its signature has no input or no output")
             values["labels"] = None if value["labels"] is None else tuple(map(str, value["labels"]))
+            if (stored := values["onnx"].get("precision", "float32")) not in STORED_PRECISIONS:
+                raise ValueError(f"its files are in the unknown precision {stored!r}")
             manifest = cls(**values)
             _check_file_table(manifest.files)
         except (FeedError, KeyError, TypeError, ValueError, AttributeError) as error:
@@ -146,10 +168,12 @@ class Bundle:
                 raise BundleError(f"{folder} {what}", remedy="Give a directory written by bnexport fold-and-export")
             if not file.is_file():
                 raise BundleError(f"{folder} has no {MANIFEST}, so it is not a bundle", remedy=_hint(folder))
-            if file.stat().st_size > _MAX_MANIFEST_BYTES:
-                raise ValueError(f"more than {_MAX_MANIFEST_BYTES} bytes")
-            value = json.loads(file.read_bytes())
-        except (OSError, ValueError, RecursionError) as error:
+            if (problem := place_problem(folder, MANIFEST)) is not None:
+                raise BundleError(f"{folder}: {problem}", remedy=_REBUILD)
+            with refusing(f"{file} can't be read: it", BundleError, remedy=_REBUILD), file.open("rb") as opened:
+                most = limit("manifest-bytes")
+                value = parse_json(opened.read(most + 1), max_bytes=most)
+        except OSError as error:
             raise BundleError(f"{file} can't be read: {one_line(error)}", remedy=_REBUILD) from error
         manifest = Manifest.from_json(value)
         if value.get("digest") != _digest(value):
@@ -160,19 +184,29 @@ class Bundle:
         """Path of one file.
 
         Raises:
-            BundleError: The manifest does not list it, or it is not there.
+            BundleError: The manifest does not list it, it is not there, or it is a link to something else.
         """
         path = self.path / name
         if name not in self.manifest.files or not path.is_file():
             raise BundleError(f"{self.path} has no {name}", remedy=_REBUILD)
+        if (problem := self._place_problem(name)) is not None:
+            raise BundleError(f"{self.path}: {problem}", remedy=_REBUILD)
         return path
+
+    def _place_problem(self, name: str) -> str | None:
+        try:
+            return place_problem(self.path, name)
+        except OSError as error:
+            return f"{name} can't be read: {one_line(error)}"
 
     def problem(self, name: str) -> str | None:
         """Why a listed file is not the one that was written; None when its size and SHA-256 hold."""
         path, expected = self.path / name, self.manifest.files[name]
         try:
-            if path.is_symlink() or not path.is_file():
-                return f"{name} is missing" if not path.exists() else f"{name} is not a plain file"
+            if (found := place_problem(self.path, name)) is not None:
+                return found
+            if not path.is_file():
+                return f"{name} is missing"
             if (size := path.stat().st_size) != expected["size"]:
                 return f"{name} has {size} bytes, the manifest says {expected['size']}"
             if sha256(path) != expected["sha256"]:
@@ -206,21 +240,30 @@ class Bundle:
             BundleError: A file is missing or is not a tensor.
         """
         signature = self.manifest.signature
+        for name in [f"{GOLDEN}/{kind}_{i}.pb" for kind, specs in _sides(signature) for i in range(len(specs))]:
+            self._screen_tensor(name)
         return (
             {s.name: self._tensor(f"{GOLDEN}/input_{i}.pb") for i, s in enumerate(signature.inputs)},
             {s.name: self._tensor(f"{GOLDEN}/output_{i}.pb") for i, s in enumerate(signature.outputs)},
         )
 
+    def _screen_tensor(self, name: str) -> None:
+        path = self.file(name)
+        with refusing(f"{path} is not a tensor that bnexport reads: it", BundleError, remedy=_REBUILD):
+            try:
+                if path.stat().st_size > limit("onnx-bytes"):
+                    raise Refusal("has more than 2 GB, which protobuf can't read")
+                screen_tensor(path.read_bytes())
+            except OSError as error:
+                raise BundleError(f"{path} can't be read: {one_line(error)}", remedy=_REBUILD) from error
+
     def _tensor(self, name: str) -> Array:
-        onnx = require("onnx", purpose="reading golden vectors")
-        try:
-            proto = onnx.TensorProto.FromString(self.file(name).read_bytes())
-            array: Array = onnx.numpy_helper.to_array(proto)
-        except BundleError:
-            raise
-        except Exception as error:  # protobuf's and numpy's errors share no base class
-            raise BundleError(f"{self.path / name} is not a tensor: {one_line(error)}", remedy=_REBUILD) from error
-        return array
+        path = self.file(name)
+        with refusing(f"{path} is not a tensor that bnexport reads: it", BundleError, remedy=_REBUILD):
+            try:
+                return read_tensor(path.read_bytes())[1]
+            except OSError as error:
+                raise BundleError(f"{path} can't be read: {one_line(error)}", remedy=_REBUILD) from error
 
 
 def seal(folder: Path, manifest: Manifest) -> Bundle:
@@ -249,7 +292,7 @@ def write_golden(folder: Path, signature: Signature, inputs: Mapping[str, Array]
     """
     onnx = require("onnx", purpose="writing golden vectors")
     (folder / GOLDEN).mkdir(exist_ok=True)
-    for kind, specs, arrays in (("input", signature.inputs, inputs), ("output", signature.outputs, outputs)):
+    for (kind, specs), arrays in zip(_sides(signature), (inputs, outputs), strict=True):
         for index, spec in enumerate(specs):
             with np.errstate(over="ignore"):  # infinity in the file is what the verification looks for
                 narrow = arrays[spec.name].astype(spec.dtype)
@@ -276,14 +319,36 @@ def _check_kinds(values: Mapping[str, Any]) -> None:
             raise TypeError(f"{name} is a {type(value).__name__}, expected {' or '.join(k.__name__ for k in kinds)}")
 
 
+def _check_specs(signature: Mapping[str, Any]) -> None:
+    """Inputs and outputs as to_json writes them, of a size that a runner can try."""
+    names = []
+    for side in ("inputs", "outputs"):
+        for spec in signature[side]:
+            check_keys(spec, ("name", "dtype", "shape"), f"one of its {side}")
+            names.append((side, spec["name"]))
+            sizes = [dim for dim in spec["shape"] if not isinstance(dim, str)]
+            if (elements := count_elements(sizes)) > (most := limit("sample-elements")):
+                raise ValueError(f"{spec['name']!r} has {elements} elements, more than {most}")
+    if len(set(names)) < len(names):
+        raise ValueError("two inputs or two outputs have one name")
+
+
+def _sides(signature: Signature) -> tuple[tuple[str, tuple[TensorSpec, ...]], ...]:
+    return ("input", signature.inputs), ("output", signature.outputs)
+
+
 def _check_file_table(files: Mapping[str, Mapping[str, Any]]) -> None:
+    if len(files) > (most := limit("bundle-files")):
+        raise ValueError(f"it lists {len(files)} files, more than {most}")
     for name, entry in files.items():
-        path = PurePosixPath(name)
-        odd = not path.parts or path.is_absolute() or ".." in path.parts or path.as_posix() != name
-        if odd or "\\" in name or "\0" in name:
-            raise ValueError(f"file name {name!r} is not a plain path inside the bundle")
-        if not re.fullmatch("[0-9a-f]{64}", entry["sha256"]) or not isinstance(entry["size"], int):
-            raise ValueError(f"the entry of {name!r} is not a SHA-256 and a size")
+        if (problem := name_problem(name)) is not None:
+            raise ValueError(f"file name {shown(name)} is not a plain path inside the bundle: it {problem}")
+        check_keys(entry, ("sha256", "size"), f"the entry of {shown(name)}")
+        if not re.fullmatch("[0-9a-f]{64}", entry["sha256"]) or type(entry["size"]) is not int or entry["size"] < 0:
+            raise ValueError(f"the entry of {shown(name)} is not a SHA-256 and a size")
+        if entry["size"] > (most := limit("bundle-file-bytes")):
+            raise ValueError(f"{shown(name)} has {entry['size']} bytes, more than {most}")
+    check_twins((*files, MANIFEST))
 
 
 def _hint(folder: Path) -> str:

@@ -100,10 +100,14 @@ def fold_and_export_onnx(
     signature = signature_of_file(result.model)
     check_labels(signature, request.labels)
     check_triton_config(path, name, signature, force=request.force)
+    onnx_facts = {
+        "opset": opset_of(result.model),
+        "ir_version": result.model.ir_version,
+        "precision": "float32",
+    }
     manifest = Manifest(
         name, version, signature, {"source": Path(source).name, "options": {}}, request.dataset, request.preprocessing,
-        request.labels, {"opset": opset_of(result.model), "ir_version": result.model.ir_version}, environment(),
-        result.report.to_json(),
+        request.labels, onnx_facts, environment(), result.report.to_json(),
     )  # fmt: skip
     try:
         with staged_directory(path, force=request.force) as stage:

@@ -12,6 +12,7 @@ from bnexport.environment import environment
 from bnexport.errors import RefusedModel, UsageError
 from bnexport.exporting.dynamic_size import check_sizes_vary, larger_example
 from bnexport.exporting.formats import FORMATS, ExportJob
+from bnexport.exporting.half import in_precision
 from bnexport.exporting.onnx_graph import model_metadata, stamp_metadata
 from bnexport.exporting.prepare import check_labels, signature_of
 from bnexport.exporting.request import (
@@ -78,12 +79,12 @@ def fold_and_export(
     check_triton_config(path, name, signature, force=request.force)
     manifest = Manifest(
         name, version, signature, loaded.network, loaded.dataset, loaded.preprocessing, loaded.labels,
-        {"opset": request.onnx.opset, "ir_version": request.onnx.resolved_ir_version()},
-        environment(), result.report.to_json(),
+        _onnx_facts(request), environment(), result.report.to_json(),
     )  # fmt: skip
     try:
         with staged_directory(path, force=request.force) as stage:
-            _write_models(stage, ExportJob(result.model, inputs, signature, request.onnx), request)
+            shipped = in_precision(result.model, inputs, request.precision)
+            _write_models(stage, ExportJob(shipped, inputs, signature, request.onnx), request)
             save_checkpoint(stage / WEIGHTS, checkpoint_of(loaded))
             shapes = {spec.name: spec.shape for spec in specs}
             write_golden_vectors(stage, manifest, loaded.module, shapes=shapes, data_dir=request.data_dir)
@@ -118,6 +119,14 @@ def _write_models(stage: Path, job: ExportJob, request: ExportRequest) -> None:
     for row in FORMATS:
         if row.name in request.formats:
             row.write(job, stage / row.file)
+
+
+def _onnx_facts(request: ExportRequest) -> dict[str, str | int]:
+    return {
+        "opset": request.onnx.opset,
+        "ir_version": request.onnx.resolved_ir_version(),
+        "precision": request.precision,
+    }
 
 
 def _finish(stage: Path, manifest: Manifest, result: FoldResult, report: VerificationReport, path: Path) -> None:

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from bnexport.auditing.tool import Job, Product
 from bnexport.optional import require
-from bnexport.runtimes.onnxruntime import load_engine
+from bnexport.runtimes.onnxruntime_session import load_engine
 from bnexport.tensors import Array
 
 

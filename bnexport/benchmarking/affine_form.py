@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from bnexport.benchmarking.clock import Spread
 from bnexport.runtimes.catalogue import runner_spec
-from bnexport.runtimes.onnxruntime import load_engine
+from bnexport.runtimes.onnxruntime_session import load_engine
 from bnexport.tensors import Array
 
 #: What the other forms are compared with.

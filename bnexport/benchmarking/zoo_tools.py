@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bnexport.benchmarking.zoo_subject import EXAMPLE, make_subject
 from bnexport.optional import one_line, quiet, require
-from bnexport.runtimes.onnxruntime import load_engine
+from bnexport.runtimes.onnxruntime_session import load_engine
 
 _FILE = "model.onnx"
 

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from bnexport.auditing.catalogue import TOOLS
+from bnexport.optional import need_packages
 
 _NAMES = [tool.name for tool in TOOLS]
 
@@ -42,8 +43,10 @@ def command(
     optimisation level, and bnexport get random inputs and are compared with the network in float64. Exits with 1 when a
     tool is wrong; one that gives no answer, or is not installed, is not wrong.
     """
+    need_packages("bnexport audit", "torch", "onnx", "onnxscript", "onnx_ir")
     from bnexport.auditing.audit import audit
-    from bnexport.cli.options import prints_aside, read_model_options
+    from bnexport.cli.aside import prints_aside
+    from bnexport.cli.options import read_model_options
     from bnexport.exporting.request import parse_inputs
     from bnexport.nn.loading import load_source
     from bnexport.reporting.audits import print_audit

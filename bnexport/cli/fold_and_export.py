@@ -6,8 +6,10 @@ from pathlib import Path
 
 import click
 
+from bnexport.bundle import STORED_PRECISIONS
 from bnexport.data.catalogue import DATASETS
 from bnexport.exporting.formats import FORMATS
+from bnexport.optional import need_packages
 
 _FORMAT = click.Choice([row.name for row in FORMATS])
 
@@ -29,6 +31,10 @@ _FORMAT = click.Choice([row.name for row in FORMATS])
     "--max-growth", type=float, default=1.1, show_default=True, help="How much larger the weights may become by copies."
 )
 @click.option("--clamps", is_flag=True, help="Fold across ReLU too: a bound per channel instead of a BatchNorm.")
+@click.option(
+    "--precision", type=click.Choice(tuple(STORED_PRECISIONS)), default="float32", show_default=True,
+    help="Of weights and arithmetic in the files; inputs and outputs keep their types.",
+)  # fmt: skip
 @click.option("--labels", type=click.Path(path_type=Path), help="Text file with one class name per line.")
 @click.option("--mean", help="Per channel, as 0.485,0.456,0.406; with it images are accepted by predict.")
 @click.option("--std", help="Per channel, as 0.229,0.224,0.225.")
@@ -49,8 +55,12 @@ def command(source: str, out: Path, weights: Path | None, as_json: bool, **optio
     network as file.py:factory or package.module:factory (with --weights and --input). The bundle appears whole, after the
     verdict is PASS, or not at all. An ONNX file as SOURCE is folded as it is, into a bundle or into --out FILE.onnx.
     """
+    need_packages(
+        "bnexport fold-and-export", "torch", "onnx", "onnxscript", "onnx_ir", "safetensors", "matplotlib", "jinja2"
+    )
+    from bnexport.cli.aside import prints_aside
     from bnexport.cli.onnx_source import fold_onnx_source, is_onnx
-    from bnexport.cli.options import export_request, prints_aside
+    from bnexport.cli.options import export_request
 
     if is_onnx(source):
         return fold_onnx_source(source, out, options, as_json=as_json)

@@ -17,6 +17,7 @@ _REFUSED: dict[str, str] = {
     "dynamic_size": "an ONNX file keeps the sizes that it declares",
     "opset": "an ONNX file keeps its operator set",
     "ir_version": "an ONNX file keeps its IR version",
+    "precision": "an ONNX file keeps its precision",
     "allow_untrained": "an ONNX file is taken as it is",
 }
 #: Those that say something of a bundle and nothing of a file alone.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ def export_request(
     dynamic_size: bool,
     max_growth: float,
     clamps: bool,
+    precision: str,
     opset: int,
     ir_version: int | None,
     formats: tuple[str, ...],
@@ -50,6 +50,7 @@ def export_request(
         dynamic_size=dynamic_size,
         max_growth=max_growth,
         clamps=clamps,
+        precision=precision,
         onnx=OnnxTarget(opset, ir_version),
         formats=formats or tuple(row.name for row in FORMATS),
         allow_untrained=allow_untrained,
@@ -85,11 +86,6 @@ def _value(text: str) -> bool | int | float | str:
             if math.isfinite(value := kind(text)):  # JSON, in which the options are kept, has no infinity
                 return value
     return text
-
-
-def prints_aside() -> contextlib.AbstractContextManager[object]:
-    """What a user's network prints while it runs goes to standard error: it is no result of ours, and would break --json."""
-    return contextlib.redirect_stdout(sys.stderr)
 
 
 def read_labels(path: Path) -> tuple[str, ...]:

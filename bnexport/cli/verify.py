@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from bnexport.runtimes.catalogue import RUNNERS
+from bnexport.runtimes.settings import CONV_SEARCHES, KERNEL_PRECISIONS, OPTIMISATIONS
 
 if TYPE_CHECKING:
     from torch import nn
 
     from bnexport.bundle import Bundle
+    from bnexport.verification.verdict import VerificationReport
 
 _STDOUT = "-"
 
@@ -25,12 +27,50 @@ _STDOUT = "-"
     "runtimes",
     multiple=True,
     type=click.Choice([spec.name for spec in RUNNERS]),
-    help="Verify on this runtime; may be given again. Default: all that work here.",
+    metavar="NAME",
+    help="Verify on this runtime; may be given again. Default: all that work here. "
+    f"Known: {', '.join(spec.name for spec in RUNNERS)}.",
+)
+@click.option(
+    "--precision",
+    "precisions",
+    multiple=True,
+    type=click.Choice(KERNEL_PRECISIONS),
+    help="Of the kernels; may be given again. Default: float32, and what each runtime is served with.",
+)
+@click.option(
+    "--optimisation",
+    "optimisations",
+    multiple=True,
+    type=click.Choice(OPTIMISATIONS),
+    help="ONNX Runtime's level of graph optimisation; may be given again. Default: all, as users serve it.",
+)
+@click.option(
+    "--io-binding", is_flag=True, help="ONNX Runtime also with inputs and outputs bound to the device's memory."
+)
+@click.option(
+    "--conv-search",
+    "conv_searches",
+    multiple=True,
+    type=click.Choice(CONV_SEARCHES),
+    help="How cuDNN chooses a convolution's algorithm; may be given again. Default: heuristic.",
 )
 @click.option(
     "--data-dir",
     type=click.Path(path_type=Path),
     help="Where the data set's files lie. Nothing is downloaded. Default: BNEXPORT_DATA, then the cache.",
+)
+@click.option(
+    "--samples",
+    type=click.Path(path_type=Path),
+    help="Your own inputs instead of the data set's images: .npy, .npz, or a folder of images.",
+)
+@click.option("--max-samples", type=click.IntRange(min=1), help="At most so many samples of each kind.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the synthetic inputs.")
+@click.option(
+    "--drift/--no-drift",
+    default=None,
+    help="Compare layer by layer. Default: where it is cheap, and where a runtime failed.",
 )
 @click.option(
     "--source",
@@ -39,40 +79,55 @@ _STDOUT = "-"
 )
 @click.option("--json", "json_file", metavar="FILE", help="Write the report as JSON; - prints it instead of the table.")
 @click.pass_context
-def command(
-    ctx: click.Context,
-    bundle: Path,
-    runtimes: tuple[str, ...],
-    data_dir: Path | None,
-    source: str | None,
-    json_file: str | None,
-) -> None:
+def command(ctx: click.Context, /, bundle: Path, **options: Any) -> None:
     """Prove that BUNDLE computes what its network computes: exit 0 for PASS, 1 for FAIL.
 
-    Checks every file's hash, replays the golden vectors, proves the written file in float64, and compares each
-    runtime in strict float32 on real test images and synthetic inputs.
+    Checks every file's hash, replays the golden vectors, proves the written files in float64, and compares each
+    runtime in strict float32 and in the precision that it is served with, on real test images and synthetic inputs.
     """
     from bnexport.bundle import Bundle
-    from bnexport.cli.options import prints_aside
+    from bnexport.cli.aside import prints_aside
     from bnexport.reporting.tables import make_console, print_environment, print_verification
-    from bnexport.verification.verify import verify
 
     opened = Bundle.open(bundle)
     with prints_aside():
-        module = _module(source, opened) if source else None
-        report = verify(opened, runtimes=runtimes or None, data_dir=data_dir, module=module)
-    if json_file is not None:
-        _write(json_file, json.dumps(report.to_json(), indent=1, allow_nan=False) + "\n")
-    if json_file != _STDOUT:
+        report = _verified(opened, options)
+    _write_files(report, options)
+    if options["json_file"] != _STDOUT:
         console = make_console()
         print_verification(report, console)
         print_environment(report.environment, console)
     ctx.exit(0 if report.passed else 1)
 
 
+def _verified(opened: Bundle, options: dict[str, Any]) -> VerificationReport:
+    from bnexport.verification.scope import Scope
+    from bnexport.verification.verify import verify
+
+    common = {
+        "runtimes": options["runtimes"] or None,
+        "data_dir": options["data_dir"],
+        "samples": options["samples"],
+        "module": _module(options["source"], opened) if options["source"] else None,
+        "seed": options["seed"],
+    }
+    scope = Scope(
+        options["precisions"] or None,
+        options["optimisations"] or ("all",),
+        (False, True) if options["io_binding"] else (False,),
+        options["conv_searches"] or ("heuristic",),
+        options["max_samples"],
+        options["drift"],
+    )
+    return verify(opened, **common, scope=scope)
+
+
 def _module(source: str, bundle: Bundle) -> nn.Module:
     """The original network with the bundle's own options and unfolded weights."""
     from bnexport.bundle import WEIGHTS
+    from bnexport.optional import require
+
+    require("torch", purpose="--source")
     from bnexport.nn.loading import load_source
 
     network = bundle.manifest.network
@@ -83,13 +138,19 @@ def _module(source: str, bundle: Bundle) -> nn.Module:
     return load_source(source, weights=bundle.file(WEIGHTS), options=options).module
 
 
-def _write(target: str, text: str) -> None:
+def _write_files(report: VerificationReport, options: dict[str, Any]) -> None:
+    """What was asked for beside the table."""
+    if (target := options["json_file"]) is not None:
+        _write(target, (json.dumps(report.to_json(), indent=1, allow_nan=False) + "\n").encode())
+
+
+def _write(target: str, content: bytes) -> None:
     from bnexport.files import forget_reader, write_atomically
 
     if target == _STDOUT:
         try:
-            click.echo(text, nl=False)
+            click.echo(content.decode(), nl=False)
         except BrokenPipeError:  # the exit code still has to tell the verdict
             forget_reader()
     else:
-        write_atomically(Path(target), text.encode())
+        write_atomically(Path(target), content)

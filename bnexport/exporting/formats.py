@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bnexport.bundle import MODEL_ONNX, MODEL_TORCHSCRIPT
+from bnexport.bundle import MODEL_EXPORTED, MODEL_ONNX, MODEL_TORCHSCRIPT
 from bnexport.tensors import Signature
 
 if TYPE_CHECKING:
@@ -61,8 +61,15 @@ def _write_torchscript(job: ExportJob, path: Path) -> None:
     export_torchscript(job.folded, path)
 
 
+def _write_exported(job: ExportJob, path: Path) -> None:
+    from bnexport.exporting.exported_program import export_program
+
+    export_program(job.folded, job.inputs, path, signature=job.signature)
+
+
 #: Every format. A new one is a new row.
 FORMATS: tuple[Format, ...] = (
     Format("onnx", MODEL_ONNX, _write_onnx),
     Format("torchscript", MODEL_TORCHSCRIPT, _write_torchscript),
+    Format("exported-program", MODEL_EXPORTED, _write_exported),
 )

@@ -11,11 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bnexport.bundle import STORED_PRECISIONS
 from bnexport.errors import UsageError
 from bnexport.exporting.onnx_graph import OnnxTarget
 from bnexport.optional import one_line
 from bnexport.tensors import DTYPES
 
+#: The first operator set whose Conv, pooling and so on take bfloat16.
+BFLOAT16_OPSET = 22
 _INPUT = re.compile(r"(?:(?P<name>[A-Za-z_]\w*)=)?(?P<shape>\d+(?:x\d+)*|scalar)(?::(?P<dtype>\w+))?")
 
 
@@ -33,6 +36,8 @@ class ExportRequest:
         dynamic_size: Let height and width of image inputs vary, as the batch does.
         max_growth: As for ``folding.fold``: how much larger the weights may become for the sake of a fold.
         clamps: As for ``folding.fold``: fold across ReLU, at the price of a bound per channel.
+        precision: Of weights and arithmetic in the model files (``bundle.STORED_PRECISIONS``); inputs and outputs keep
+            their types.
         onnx: Operator set and file format.
         formats: Names from ``exporting.formats.FORMATS``.
         allow_untrained: Accept BatchNorm layers that were never trained.
@@ -48,11 +53,23 @@ class ExportRequest:
     dynamic_size: bool = False
     max_growth: float = 1.1
     clamps: bool = False
+    precision: str = "float32"
     onnx: OnnxTarget = field(default_factory=OnnxTarget)
-    formats: tuple[str, ...] = ("onnx", "torchscript")
+    formats: tuple[str, ...] = ("onnx", "torchscript", "exported-program")
     allow_untrained: bool = False
     force: bool = False
     data_dir: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.precision not in STORED_PRECISIONS:
+            raise UsageError(
+                f"the precision {self.precision!r} is not known", remedy=f"Known: {', '.join(STORED_PRECISIONS)}"
+            )
+        if self.precision == "bfloat16" and self.onnx.opset < BFLOAT16_OPSET:
+            raise UsageError(
+                f"operator set {self.onnx.opset} has no convolution in bfloat16",
+                remedy=f"Pass --opset {BFLOAT16_OPSET}",
+            )
 
 
 @dataclass(frozen=True)

@@ -33,9 +33,12 @@ STAGES: dict[str, str] = {
     "weights": "Do all formats hold the same weights, bit by bit?",
     "file-proof": "Is the fold exact? The written file, evaluated in float64, against the unfolded network in float64.",
     "strict": "Do the kernels compute it? Each runtime in strict float32 against the float64 reference.",
+    "shipping": "Is the noise what this precision makes? Each runtime as it is served, against the float64 reference.",
+    "precision": "Which precision does the error itself tell of, and was that asked for?",
     "batch-size": "Does the answer for a sample depend on how many others are fed with it?",
     "repeat": "Does the same input give the same answer twice?",
     "accuracy": "Is the reference the trained network?",
+    "accuracy-change": "Does the runtime label worse than the reference, by McNemar's exact test?",
 }
 
 

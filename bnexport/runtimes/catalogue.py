@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from bnexport.bundle import MODEL_ONNX, MODEL_TORCHSCRIPT, WEIGHTS, Bundle
+from bnexport.bundle import MODEL_EXPORTED, MODEL_ONNX, MODEL_TORCHSCRIPT, WEIGHTS, Bundle
 from bnexport.errors import RuntimeUnavailable, UsageError
+from bnexport.optional import installed
 from bnexport.runtimes.base import Runner
 from bnexport.runtimes.settings import RunSettings
 
@@ -20,13 +21,14 @@ class RunnerSpec:
     """One row of RUNNERS.
 
     Attributes:
-        engine: "torch", "torchscript", "onnxruntime".
-        device: "cpu" or "cuda".
+        engine: "torch", "torchscript", "torch-export", "onnxruntime", "openvino", "reference".
+        device: "cpu", "cuda", or "tensorrt": onnxruntime's provider of that name on the same GPU.
         file: The file of the bundle that it reads.
         opener: (bundle, device, module, settings) -> an open runner.
         prober: device -> why it can't run here, or None.
         served: Precision of its kernels as people serve with it: its own default. TF32 on most GPU engines.
         precisions: What ``RunSettings.precision`` may ask of it.
+        default: Whether ``verify`` runs it unasked.
     """
 
     engine: str
@@ -36,6 +38,7 @@ class RunnerSpec:
     prober: Callable[[str], str | None]
     served: str = "float32"
     precisions: tuple[str, ...] = ("float32",)
+    default: bool = True
 
     @property
     def name(self) -> str:
@@ -60,7 +63,14 @@ class RunnerSpec:
             raise UsageError(
                 f"{self.name} has no {settings.precision} kernels", remedy=f"It has: {', '.join(self.precisions)}"
             )
-        return self.opener(bundle, self.device, module, settings)
+        if settings.isolated and module is None:
+            from bnexport.runtimes.isolation import IsolatedRunner
+
+            return IsolatedRunner(self.name, bundle, settings)
+        runner = self.opener(bundle, self.device, module, settings)
+        if settings.isolated:
+            runner.description["process"] = "this one: a live module can't be sent to another"
+        return runner
 
     def available(self) -> str | None:
         """None when it can run here, else the reason in one line. A GPU is believed only after it ran a batch."""
@@ -77,24 +87,42 @@ class RunnerSpec:
             raise RuntimeUnavailable(start + reason.removeprefix(start), remedy="bnexport doctor says what to install")
 
 
-def _open_torch(bundle: Bundle, device: str, module: nn.Module | None, _settings: RunSettings) -> Runner:
+def _open_torch(bundle: Bundle, device: str, module: nn.Module | None, settings: RunSettings) -> Runner:
     from bnexport.runtimes.torch_eager import open_bundle
 
-    return open_bundle(bundle, device=device, module=module)
+    return open_bundle(bundle, device=device, module=module, settings=settings)
 
 
-def _open_torchscript(bundle: Bundle, device: str, _module: nn.Module | None, _settings: RunSettings) -> Runner:
+def _open_torchscript(bundle: Bundle, device: str, _module: nn.Module | None, settings: RunSettings) -> Runner:
     from bnexport.runtimes.torchscript import TorchScriptRunner
 
-    return TorchScriptRunner(bundle.file(MODEL_TORCHSCRIPT), bundle.manifest.signature, device=device)
+    file = bundle.file(MODEL_TORCHSCRIPT)
+    return TorchScriptRunner(file, bundle.manifest.signature, device=device, settings=settings)
+
+
+def _open_exported(bundle: Bundle, device: str, _module: nn.Module | None, settings: RunSettings) -> Runner:
+    from bnexport.runtimes.exported_program import ExportedProgramRunner
+
+    file = bundle.file(MODEL_EXPORTED)
+    return ExportedProgramRunner(file, bundle.manifest.signature, device=device, settings=settings)
+
+
+def _open_reference(bundle: Bundle, _device: str, _module: nn.Module | None, _settings: RunSettings) -> Runner:
+    from bnexport.runtimes.reference import ReferenceRunner
+
+    return ReferenceRunner(bundle)
 
 
 def _open_onnxruntime(bundle: Bundle, device: str, _module: nn.Module | None, settings: RunSettings) -> Runner:
     from bnexport.runtimes.onnxruntime import OnnxRuntimeRunner
 
-    return OnnxRuntimeRunner(
-        bundle.file(MODEL_ONNX), bundle.manifest.signature, device=device, threads=settings.threads
-    )
+    return OnnxRuntimeRunner(bundle.file(MODEL_ONNX), bundle.manifest.signature, device=device, settings=settings)
+
+
+def _open_openvino(bundle: Bundle, _device: str, _module: nn.Module | None, settings: RunSettings) -> Runner:
+    from bnexport.runtimes.openvino import OpenVinoRunner
+
+    return OpenVinoRunner(bundle.file(MODEL_ONNX), bundle.manifest.signature, settings=settings)
 
 
 def _torch_problem(device: str) -> str | None:
@@ -103,8 +131,18 @@ def _torch_problem(device: str) -> str | None:
     return problem(device)
 
 
+def _reference_problem(_device: str) -> str | None:
+    return None if installed("onnx") else "onnx is not installed"
+
+
 def _onnxruntime_problem(device: str) -> str | None:
     from bnexport.runtimes.onnxruntime import problem
+
+    return problem(device)
+
+
+def _openvino_problem(device: str) -> str | None:
+    from bnexport.runtimes.openvino import problem
 
     return problem(device)
 
@@ -117,8 +155,15 @@ RUNNERS: tuple[RunnerSpec, ...] = (
     RunnerSpec("torch", "cuda", WEIGHTS, _open_torch, _torch_problem, "tf32", _GPU_PRECISIONS),
     RunnerSpec("torchscript", "cpu", MODEL_TORCHSCRIPT, _open_torchscript, _torch_problem),
     RunnerSpec("torchscript", "cuda", MODEL_TORCHSCRIPT, _open_torchscript, _torch_problem, "tf32", _GPU_PRECISIONS),
+    RunnerSpec("torch-export", "cpu", MODEL_EXPORTED, _open_exported, _torch_problem),
+    RunnerSpec("torch-export", "cuda", MODEL_EXPORTED, _open_exported, _torch_problem, "tf32", _GPU_PRECISIONS),
     RunnerSpec("onnxruntime", "cpu", MODEL_ONNX, _open_onnxruntime, _onnxruntime_problem),
     RunnerSpec("onnxruntime", "cuda", MODEL_ONNX, _open_onnxruntime, _onnxruntime_problem, "tf32", _GPU_PRECISIONS),
+    RunnerSpec("onnxruntime", "tensorrt", MODEL_ONNX, _open_onnxruntime, _onnxruntime_problem, "tf32", _GPU_PRECISIONS),
+    # On a CPU without bfloat16 its bfloat16 is float32, and the report says so.
+    RunnerSpec("openvino", "cpu", MODEL_ONNX, _open_openvino, _openvino_problem, "bfloat16", ("float32", "bfloat16")),
+    # Not unasked: the proof of the written file evaluates it anyway.
+    RunnerSpec("reference", "cpu", MODEL_ONNX, _open_reference, _reference_problem, default=False),
 )
 
 

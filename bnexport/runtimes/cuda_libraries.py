@@ -1,19 +1,33 @@
-"""Which CUDA library keeps onnxruntime from the GPU, in the loader's own words."""
+"""Which library keeps onnxruntime from the GPU, in the loader's own words."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import functools
-import importlib.util
 import io
 import sys
+from collections.abc import Iterator
+from importlib import util
 from pathlib import Path
 from typing import Any
 
-from bnexport.optional import one_line
+from bnexport.optional import installed, one_line
 
-REMEDY = "Install an NVIDIA driver and pip install 'onnxruntime-gpu[cuda,cudnn]'; in a container hand the GPU through"
+#: Device -> what to do when onnxruntime does not get there.
+REMEDIES = {
+    "cuda": "Install an NVIDIA driver and pip install 'onnxruntime-gpu[cuda,cudnn]'; in a container hand the GPU through",
+    "tensorrt": "Make onnxruntime-cuda work, then install the TensorRT that this onnxruntime was built for: "
+    "pip install 'tensorrt-cu13<11' brings libnvinfer.so.10 for CUDA 13",
+}
+#: Device -> providers it needs, as onnxruntime names their libraries and as people say them.
+_PROVIDERS = {
+    "cuda": (("cuda", "CUDA"),),
+    "tensorrt": (("cuda", "CUDA"), ("tensorrt", "TensorRT")),
+}
+#: The Python package that TensorRT's wheels put their libraries into, and those that onnxruntime's provider needs.
+_TENSORRT_PACKAGE = "tensorrt_libs"
+_TENSORRT_LIBRARIES = ("libnvinfer.so.*", "libnvinfer_plugin.so.*", "libnvonnxparser.so.*")
 
 
 @functools.cache
@@ -25,7 +39,7 @@ def preload(ort: Any) -> str:
     Returns:
         What could not be loaded, as onnxruntime prints it; "" when all is there.
     """
-    if importlib.util.find_spec("torch") is not None:
+    if installed("torch"):
         import torch  # noqa: F401
 
     said = io.StringIO()
@@ -34,19 +48,40 @@ def preload(ort: Any) -> str:
     return said.getvalue()
 
 
-def reason(ort: Any) -> str | None:
-    """Every missing piece in one line: the driver, and the library that the CUDA provider lacks; None when all load."""
+def preload_tensorrt() -> None:
+    """Load TensorRT from the Python package that carries it; one that lies elsewhere is the loader's to find."""
+    for library in _tensorrt_files():
+        _load(str(library), globally=True)
+
+
+def _tensorrt_files() -> Iterator[Path]:
+    """In the order in which they need each other."""
+    spec = util.find_spec(_TENSORRT_PACKAGE)
+    for folder in (spec.submodule_search_locations or ()) if spec is not None else ():
+        for pattern in _TENSORRT_LIBRARIES:
+            yield from sorted(Path(folder).glob(pattern))
+
+
+def reason(ort: Any, device: str = "cuda") -> str | None:
+    """Every missing piece in one line: the driver, and the library that each provider lacks; None when all load.
+
+    Args:
+        ort: The module.
+        device: "cuda" or "tensorrt".
+    """
     preload(ort)
+    if device == "tensorrt":
+        preload_tensorrt()
     capi = Path(ort.__file__).parent / "capi"
     prefix, suffix = ("", ".dll") if sys.platform == "win32" else ("lib", ".so")
-    driver = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
-    missing = []
-    if (problem := _load(driver)) is not None:
-        missing.append(f"no NVIDIA driver ({problem})")
-    # The provider takes symbols from the shared part, which therefore has to be loaded globally before it.
+    driver = _load("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    missing = [] if driver is None else [f"no NVIDIA driver ({driver})"]
+    # A provider takes symbols from the shared part, which therefore has to be loaded globally before it.
     _load(str(capi / f"{prefix}onnxruntime_providers_shared{suffix}"), globally=True)
-    if (problem := _load(str(capi / f"{prefix}onnxruntime_providers_cuda{suffix}"))) is not None:
-        missing.append(f"onnxruntime's CUDA provider can't be loaded ({problem})")
+    for name, words in _PROVIDERS[device]:
+        problem = _load(str(capi / f"{prefix}onnxruntime_providers_{name}{suffix}"))
+        if problem is not None and problem != driver:
+            missing.append(f"onnxruntime's {words} provider can't be loaded ({problem})")
     return "; ".join(missing) or None
 
 

@@ -84,6 +84,20 @@ class Float64Evaluator:
         except Exception as error:  # whatever numpy says inside an operator
             raise _not_evaluated(error) from error
 
+    def intermediate(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Every array that is computed on the way, by its name in the file; all samples at once, so give few.
+
+        Raises:
+            BundleError: The file can't be evaluated with these inputs.
+        """
+        wide = {name: widen_array(feeds[name]) for name in self.inputs if name in feeds}
+        try:
+            with np.errstate(all="ignore"):
+                values = self._engine.run(None, wide, intermediate=True)
+        except Exception as error:  # whatever numpy says inside an operator
+            raise _not_evaluated(error) from error
+        return {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
+
     def _refuse_narrow_values(self, wide: Mapping[str, Array]) -> None:
         """Run a sample or two with all intermediate values, once, and look at their types."""
         if self._checked:

@@ -11,11 +11,18 @@ from bnexport.bundle import Manifest
 from bnexport.errors import BundleError
 from bnexport.optional import one_line, require
 from bnexport.runtimes.base import declared_problem
+from bnexport.screening.limits import limit
+from bnexport.screening.onnx_file import screen_onnx
+from bnexport.screening.paths import check_regular
+from bnexport.screening.refusal import Refusal, refusing
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
 
 _REBUILD = "Write the bundle again with bnexport fold-and-export, or copy it again from its source"
+_NOT = "is not an ONNX model that bnexport opens: it"
+#: TensorProto's number of a float type -> its name.
+_FLOATS = {1: "float32", 10: "float16", 11: "float64", 16: "bfloat16"}
 #: Operators whose constant weight decides the work, and whose weight and bias are trained numbers.
 LINEAR = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
@@ -24,13 +31,14 @@ def read_model(source: bytes | Path) -> ModelProto:
     """Parse an ONNX file.
 
     Raises:
-        BundleError: Not an ONNX model, an empty one (zero bytes parse as a model without nodes), or one that keeps
-            its weights in other files.
+        BundleError: Not an ONNX model, an empty one (zero bytes parse as a model without nodes), one that keeps its
+            weights in other files, or one that the screening refuses.
     """
     onnx = require("onnx", purpose="reading the written file")
     name = "the model" if isinstance(source, bytes) else str(source)
+    content = _screened(source, name) if isinstance(source, bytes) else read_screened(source)
     try:
-        model: ModelProto = onnx.load_model_from_string(source if isinstance(source, bytes) else source.read_bytes())
+        model: ModelProto = onnx.load_model_from_string(content)
     except Exception as error:  # protobuf's DecodeError has no stable import path
         raise BundleError(f"{name} is not an ONNX model: {one_line(error, 160)}", remedy=_REBUILD) from error
     if not model.graph.node or not model.graph.output:
@@ -40,6 +48,32 @@ def read_model(source: bytes | Path) -> ModelProto:
             if tensor.data_location == onnx.TensorProto.EXTERNAL:
                 raise BundleError(f"{name} keeps {tensor.name!r} in another file", remedy="Export it as one file")
     return model
+
+
+def read_screened(file: Path) -> bytes:
+    """The bytes of an ONNX file, after a look at them from outside and before any engine sees them.
+
+    Engines get these bytes and not the file's name, so that nothing beside the file is followed.
+
+    Raises:
+        BundleError: The file can't be read, or could harm whoever opens it.
+    """
+    try:
+        with refusing(f"{file} {_NOT}", BundleError, remedy=_REBUILD):
+            check_regular(file)
+            if file.stat().st_size > limit("onnx-bytes"):
+                raise Refusal("has more than 2 GB, which protobuf can't read")
+        return _screened(file.read_bytes(), str(file))
+    except OSError as error:
+        raise BundleError(
+            f"{file} is not an ONNX model: it can't be read: {one_line(error)}", remedy=_REBUILD
+        ) from error
+
+
+def _screened(content: bytes, name: str) -> bytes:
+    with refusing(f"{name} {_NOT}", BundleError, remedy=_REBUILD):
+        screen_onnx(content)
+    return content
 
 
 def graphs(model: ModelProto) -> Iterator[GraphProto]:
@@ -84,6 +118,15 @@ def declaration_problem(model: ModelProto, manifest: Manifest) -> str | None:
     for what, have in (("opset", opset), ("ir_version", model.ir_version)):
         if (want := manifest.onnx.get(what, have)) != have:
             return f"the file has {what} {have}, the manifest says {want}"
+    return _precision_problem(model, str(manifest.onnx.get("precision", "float32")))
+
+
+def _precision_problem(model: ModelProto, precision: str) -> str | None:
+    """A weight of another float type than the manifest says: a coarser one would be judged by a wider bound."""
+    for tensor in trained_tensors(model):
+        stored = _FLOATS.get(tensor.data_type)
+        if stored is not None and stored != precision:
+            return f"the file holds {tensor.name!r} in {stored}, the manifest says {precision}"
     return None
 
 

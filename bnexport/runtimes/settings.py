@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from bnexport.errors import UsageError
 
 #: What an engine's float32 kernels may round to. A file that is written in float16 or bfloat16 keeps its own precision.
-KERNEL_PRECISIONS = ("float32", "tf32")
+KERNEL_PRECISIONS = ("float32", "tf32", "bfloat16")
 #: ONNX Runtime's levels of graph optimisation, the one that users serve with first.
 OPTIMISATIONS = ("all", "extended", "basic", "none")
 #: How cuDNN chooses a convolution's algorithm. "exhaustive" goes by the stopwatch: results jitter between sessions.
@@ -20,6 +20,7 @@ class RunSettings:
 
     Attributes:
         precision: "float32": IEEE float32, TF32 off. "tf32": the engine's TF32 kernels, for convolutions and products.
+            "bfloat16": what OpenVINO makes of a float32 file on CPUs that have it.
         optimisation: Level of graph optimisation; one of OPTIMISATIONS.
         conv_search: One of CONV_SEARCHES.
         binding: Inputs and outputs are bound to the device's memory, instead of being copied by each call.

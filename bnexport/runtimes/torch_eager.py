@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from bnexport.bundle import WEIGHTS, Bundle
 from bnexport.errors import RuntimeUnavailable
 from bnexport.runtimes import torch_outputs
+from bnexport.runtimes.settings import RunSettings
 from bnexport.tensors import Signature
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ class TorchEagerRunner(torch_outputs.TorchRunner):
         module: The original, unfolded network.
         signature: Its inputs and outputs in the order of its arguments and results.
         device: "cpu" or "cuda".
+        settings: Precision, search and threads; default: strict float32.
 
     Raises:
         RuntimeUnavailable: The device is not here, or full.
@@ -27,29 +29,31 @@ class TorchEagerRunner(torch_outputs.TorchRunner):
         BundleError: The module's outputs do not fit the signature.
     """
 
-    def __init__(self, module: nn.Module, signature: Signature, *, device: str = "cpu") -> None:
-        self.name = f"torch-{device}"
-        self.signature = signature
-        self._device = torch_outputs.need(self.name, device)
-        self.effective_device = str(self._device)
+    def __init__(
+        self, module: nn.Module, signature: Signature, *, device: str = "cpu", settings: RunSettings | None = None
+    ) -> None:
+        self.start("torch", signature, device, settings)
         self._module = torch_outputs.private_copy(module, self._device)
-        self.description = torch_outputs.describe("torch eager", self._device)
         self.probe()
 
 
-def open_bundle(bundle: Bundle, *, device: str = "cpu", module: nn.Module | None = None) -> TorchEagerRunner:
+def open_bundle(
+    bundle: Bundle, *, device: str = "cpu", module: nn.Module | None = None, settings: RunSettings | None = None
+) -> TorchEagerRunner:
     """The runner of a bundle's original network.
 
     Args:
         bundle: Its manifest says where the network comes from.
         device: "cpu" or "cuda".
         module: The live network, for a bundle whose network only its author has.
+        settings: As for ``TorchEagerRunner``.
 
     Raises:
         RuntimeUnavailable: The device is not here, or ``module`` is missing for a network that can't be rebuilt here.
         BundleError: The bundle holds no weights.
         ModelError: The weights do not fit the network.
     """
+    torch_outputs.need(f"torch-{device}", device)
     if module is None:
         from bnexport.nn.known import unknown_reason
 
@@ -59,7 +63,7 @@ def open_bundle(bundle: Bundle, *, device: str = "cpu", module: nn.Module | None
                 remedy="Pass the module, or --source file.py:factory",
             )
         module = original_network(bundle)
-    return TorchEagerRunner(module, bundle.manifest.signature, device=device)
+    return TorchEagerRunner(module, bundle.manifest.signature, device=device, settings=settings)
 
 
 def original_network(bundle: Bundle) -> nn.Module:

@@ -1,44 +1,86 @@
-"""What both torch runners share: calling a module, devices, feeds to tensors, outputs to arrays."""
+"""What all torch runners share: calling a module, devices, precision, feeds to tensors, outputs to arrays."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import importlib.util
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from bnexport.errors import ModelError, RuntimeUnavailable
 from bnexport.optional import one_line
-from bnexport.reproducibility import strict_float32
+from bnexport.reproducibility import effective_precision, float32_precision, override_problem
 from bnexport.runtimes.base import Runner
+from bnexport.runtimes.settings import RunSettings
 from bnexport.tensors import Array, Signature
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
+#: Name of a runner without its device -> what its description calls the engine.
+ENGINES = {"torch": "torch eager", "torchscript": "torchscript", "torch-export": "torch.export"}
 REMEDY = "Install an NVIDIA driver and a torch built for CUDA; in a container hand the GPU through"
 
 
 class TorchRunner(Runner):
-    """A runner that calls a module: eager or TorchScript. A subclass sets ``_module`` and ``_device``."""
+    """A runner that calls a module: eager, TorchScript or exported program. A subclass sets ``_module`` and calls ``start``."""
 
     _module: Any
     _device: torch.device
+    _settings: RunSettings
+
+    def start(self, name: str, signature: Signature, device: str, settings: RunSettings | None) -> None:
+        """Set what every torch runner has, before the file is opened.
+
+        Raises:
+            RuntimeUnavailable: The device is not here, or the environment forbids the precision.
+        """
+        self.name = f"{name}-{device}"
+        self.signature = signature
+        self._settings = settings or RunSettings()
+        self._device = need(self.name, device)
+        if device == "cuda" and (reason := override_problem(self._settings.precision)) is not None:
+            raise RuntimeUnavailable(
+                f"{self.name} can't run here: {reason}", remedy="Unset it, or run in a process of its own"
+            )
+        self.effective_device = str(self._device)
+        self.description = describe(name, self._device)
 
     def _run(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
-        outputs, where = call(self._module, self.signature, feeds, self._device)
-        self.effective_device = str(where)
+        settings = self._settings
+        exhaustive = settings.conv_search == "exhaustive"
+        with float32_precision(settings.precision, exhaustive=exhaustive), _threads(settings.threads):
+            outputs, where = call(self._module, self.signature, feeds, self._device)
+            # After the call, so that a forward which sets a precision of its own is told on.
+            self.description["precision"] = effective_precision(where.type)
+        self.effective_device = self.description["device"] = str(where)
         return outputs
 
     def close(self) -> None:
         """Free the module."""
         super().close()
-        del self._module
+        self._module = None
+
+
+@contextlib.contextmanager
+def _threads(number: int | None) -> Iterator[None]:
+    """Threads inside one operator, in this block; None leaves it as it is."""
+    import torch
+
+    before = torch.get_num_threads()
+    try:
+        if number is not None:
+            torch.set_num_threads(number)
+        yield
+    finally:
+        if number is not None:
+            torch.set_num_threads(before)
 
 
 def problem(device: str) -> str | None:
@@ -96,7 +138,7 @@ def private_copy(module: nn.Module, device: torch.device | str, dtype: torch.dty
 def call(
     function: Callable[..., Any], signature: Signature, feeds: Mapping[str, Array], device: torch.device
 ) -> tuple[dict[str, Array], torch.device]:
-    """Call a module with arrays in the signature's order, in strict float32.
+    """Call a module with arrays in the signature's order; the precision of float32 kernels is the caller's to set.
 
     Returns:
         Outputs by name (fewer than the signature's when the module gives fewer), and the device they came from.
@@ -105,7 +147,7 @@ def call(
 
     # from_numpy refuses read-only arrays with a warning; the copy also keeps the caller's arrays from in-place modules.
     tensors = [torch.from_numpy(np.array(feeds[spec.name], copy=True)).to(device) for spec in signature.inputs]
-    with torch.inference_mode(), strict_float32():
+    with torch.inference_mode():
         results = flatten(function(*tensors))
     names = [spec.name for spec in signature.outputs]
     where = results[0].device if results else device
@@ -131,14 +173,8 @@ def flatten(result: Any) -> list[torch.Tensor]:
 
 
 def describe(engine: str, where: torch.device) -> dict[str, Any]:
-    """Engine, version and device as plain JSON values."""
+    """Engine, version and device as plain JSON values; each run adds the precision that was in effect."""
     import torch
 
     gpu = {"gpu": torch.cuda.get_device_name(where)} if where.type == "cuda" else {}
-    return {
-        "engine": engine,
-        "version": str(torch.__version__),
-        "device": str(where),
-        **gpu,
-        "precision": "strict float32",
-    }
+    return {"engine": ENGINES[engine], "version": str(torch.__version__), "device": str(where), **gpu}

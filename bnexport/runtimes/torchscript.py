@@ -10,6 +10,8 @@ from bnexport.errors import BundleError
 from bnexport.optional import one_line, require
 from bnexport.runtimes import torch_outputs
 from bnexport.runtimes.base import REBUILD
+from bnexport.runtimes.settings import RunSettings
+from bnexport.screening import screen_archive
 from bnexport.tensors import Signature
 
 if TYPE_CHECKING:
@@ -23,20 +25,20 @@ class TorchScriptRunner(torch_outputs.TorchRunner):
         file: model.pt.
         signature: What the file must take and give, in the order of its arguments and results.
         device: "cpu" or "cuda".
+        settings: Precision, search and threads; default: strict float32.
 
     Raises:
         RuntimeUnavailable: The device is not here.
         BundleError: Not a TorchScript file, or one with another signature.
     """
 
-    def __init__(self, file: Path, signature: Signature, *, device: str = "cpu") -> None:
-        self.name = f"torchscript-{device}"
-        self.signature = signature
-        self._device = torch_outputs.need(self.name, device)
-        self.effective_device = str(self._device)
+    def __init__(
+        self, file: Path, signature: Signature, *, device: str = "cpu", settings: RunSettings | None = None
+    ) -> None:
+        self.start("torchscript", signature, device, settings)
+        self.description["file"] = file.name
         self._module = load(file, self._device)
         self._refuse_other_arguments(file)
-        self.description = torch_outputs.describe("torchscript", self._device) | {"file": file.name}
         self.probe()
 
     def _refuse_other_arguments(self, file: Path) -> None:
@@ -50,8 +52,9 @@ def load(file: Path, device: str | torch.device = "cpu") -> Any:
     """Load a TorchScript file in eval mode.
 
     Raises:
-        BundleError: Not a TorchScript file, or a damaged one.
+        BundleError: Not a TorchScript file, a damaged one, or one that the screening refuses.
     """
+    screen_archive(file, "torchscript")
     torch = require("torch", purpose="the TorchScript runner")
     try:
         with warnings.catch_warnings():
@@ -61,3 +64,12 @@ def load(file: Path, device: str | torch.device = "cpu") -> Any:
         return module.eval()
     except Exception as error:  # RuntimeError, ValueError, UnpicklingError: depends on where the bytes are wrong
         raise BundleError(f"{file} is not a TorchScript file: {one_line(error, 160)}", remedy=REBUILD) from error
+
+
+def tensor_constants(graph: Any) -> list[Any]:
+    """Nodes of a TorchScript graph, and of the blocks inside it, that hold a tensor: freezing makes weights of them."""
+    return [
+        node
+        for node in graph.findAllNodes("prim::Constant", True)
+        if node.hasAttribute("value") and node.kindOf("value") == "t"
+    ]

@@ -13,11 +13,14 @@ from typing import Any
 import numpy as np
 
 from bnexport.bundle import Manifest
-from bnexport.errors import BnexportError
+from bnexport.errors import BnexportError, DataError
 from bnexport.tensors import Array, Signature, TensorSpec, other_sizes
+from bnexport.verification.samples import Samples
 
 #: Sizes compared with the whole batch; 0 is asked for besides.
 BATCH_SIZES = (1, 2, 7, 64)
+#: Names of batches that are no synthetic inputs.
+REAL = ("images", "samples")
 _NOISE = 256
 _ONE_HOT = 784
 _OTHER_SIZED = 2
@@ -47,21 +50,29 @@ class Batch:
 
 @dataclass(frozen=True)
 class Suite:
-    """Every batch, and the real images' labels.
+    """Every batch, and the real samples' labels.
 
     Attributes:
-        batches: Real images first, where there are some.
-        images: Which real images, or why none.
-        labels: Of the images: int64 (n,); None without images.
+        batches: Real images or the caller's samples first, where there are some.
+        images: Which real inputs, or why none.
+        labels: Of the first batch: int64 (n,); None without.
+        dataset: What the labels belong to, for the record.
     """
 
     batches: tuple[Batch, ...]
     images: str
     labels: Array | None = None
+    dataset: str | None = None
 
 
 def build_suite(
-    manifest: Manifest, golden: Mapping[str, Array], *, data_dir: str | Path | None, seed: int, limit: int
+    manifest: Manifest,
+    golden: Mapping[str, Array],
+    *,
+    data_dir: str | Path | None,
+    seed: int,
+    limit: int,
+    samples: Samples | None = None,
 ) -> Suite:
     """Inputs for a bundle.
 
@@ -71,14 +82,20 @@ def build_suite(
         data_dir: Where the data set lies; None searches the usual places. Nothing is downloaded.
         seed: Of the noise.
         limit: At most so many samples per batch.
+        samples: The caller's own inputs, in place of the data set's images.
 
     Raises:
-        DataError: ``data_dir`` was given and does not hold the data set.
+        DataError: ``data_dir`` was given and does not hold the data set, or there are fewer samples than a fixed batch.
     """
     specs = manifest.signature.inputs
     fixed = specs[0].shape[0] if isinstance(specs[0].shape[0], int) else None
-    images, labels, told = _images(manifest, data_dir, limit if fixed is None else fixed)
-    batches = [] if images is None or len(images) < (fixed or 1) else [Batch("images", {specs[0].name: images})]
+    dataset = manifest.dataset
+    if samples is not None:
+        batches, labels, told = _given(samples, limit, fixed)
+        dataset = samples.described
+    else:
+        images, labels, told = _images(manifest, data_dir, limit if fixed is None else fixed)
+        batches = [] if images is None or len(images) < (fixed or 1) else [Batch("images", {specs[0].name: images})]
     for name, size, fill in (
         ("noise", _NOISE, _noise),
         ("zeros", 2, _zeros),
@@ -90,7 +107,8 @@ def build_suite(
         rng = np.random.default_rng(seed)
         n = fixed or max(1, min(size, limit))
         batches.append(Batch(name, {spec.name: _filled(fill, spec, golden[spec.name], n, rng) for spec in specs}))
-    return Suite(tuple(batches), told, labels if batches and batches[0].name == "images" else None)
+    real = bool(batches) and batches[0].name in REAL
+    return Suite(tuple(batches), told, labels if real else None, dataset)
 
 
 def other_sized_batches(signature: Signature, golden: Mapping[str, Array], *, seed: int) -> Iterator[Batch]:
@@ -137,6 +155,19 @@ def _one_hot(shape: tuple[int, ...], _rng: np.random.Generator) -> Array:
     array = np.zeros((shape[0], int(np.prod(shape[1:]))))
     array[np.arange(shape[0]), np.linspace(0, array.shape[1] - 1, shape[0]).round().astype(int)] = 1
     return array.reshape(shape)
+
+
+def _given(samples: Samples, limit: int, fixed: int | None) -> tuple[list[Batch], Array | None, str]:
+    """The caller's samples as the first batch, their labels, and what to tell."""
+    there = len(next(iter(samples.feeds.values())))
+    if fixed is not None and there < fixed:
+        raise DataError(
+            f"{samples.described} are fewer than the {fixed} of one batch", remedy="Give at least that many samples"
+        )
+    n = fixed or min(there, limit)
+    told = samples.described if n == there else f"the first {n} of {samples.described}"
+    labels = None if samples.labels is None else samples.labels[:n]
+    return [Batch("samples", samples.feeds).head(n)], labels, told
 
 
 def _images(manifest: Manifest, data_dir: str | Path | None, limit: int) -> tuple[Array | None, Array | None, str]:

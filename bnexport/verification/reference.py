@@ -9,7 +9,7 @@ import numpy as np
 
 from bnexport.bundle import WEIGHTS, Bundle
 from bnexport.errors import BnexportError, ModelError
-from bnexport.optional import one_line
+from bnexport.optional import installed, one_line
 from bnexport.tensors import Array, Signature
 
 if TYPE_CHECKING:
@@ -95,6 +95,8 @@ def is_known(bundle: Bundle) -> bool:
 
 def not_rebuilt(bundle: Bundle) -> str | None:
     """Why the original network can't be rebuilt here, as the end of a sentence; None when it can."""
+    if not installed("torch"):
+        return "which needs torch, which is not installed here"
     from bnexport.nn.known import unknown_reason
 
     return unknown_reason(bundle.manifest.network)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from bnexport.tensors import Array
-from bnexport.verification.findings import Findings
+from bnexport.verification.findings import FaultResult, Findings
 
 #: Stages without which a report is no proof, whatever its other rows say.
 REQUIRED_STAGES = ("integrity", "golden", "file-proof", "strict")
@@ -134,9 +134,18 @@ class VerificationReport:
         return tuple(row for row in self.rows if not row.passed)
 
     @property
+    def missed(self) -> tuple[FaultResult, ...]:
+        """Faults of the self-test that no stage caught; empty where it was not asked for."""
+        return tuple(fault for fault in self.findings.self_test or () if fault.outcome == "missed")
+
+    @property
     def passed(self) -> bool:
-        """True only for a complete report without a failure."""
-        return bool(self.rows) and not self.missing_stages and not self.failures
+        """True only for a complete report without a failure, of a verifier that missed no fault put before it."""
+        return bool(self.rows) and not self.missing_stages and not self.failures and not self.missed
+
+    def with_self_test(self, faults: Sequence[FaultResult]) -> VerificationReport:
+        """The same report with the outcome of the verifier's own test beside it."""
+        return replace(self, findings=replace(self.findings, self_test=tuple(faults)))
 
     def worst(self, stage: str) -> Row | None:
         """The row of a stage with the largest error; None when the stage has no measured row."""
@@ -150,7 +159,10 @@ class VerificationReport:
             return f"FAIL: {len(self.failures)} of {len(self.rows)} rows failed, first {first.stage}: {first.reason}"
         if self.missing_stages:
             return f"FAIL: nothing was checked in {', '.join(self.missing_stages)}"
-        waived = "".join(f"; {stage} was not run here" for stage in self.findings.waived)
+        if self.missed:
+            fault = self.missed[0]
+            return f"FAIL: the self-test missed {len(self.missed)} faults, first {fault.fault} in {fault.where}"
+        waived = "".join(f"; {told}" for told in self.findings.waived.values())
         return f"PASS: {len(self.rows)} rows{waived}"
 
     def parity(self) -> str:

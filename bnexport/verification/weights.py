@@ -1,58 +1,94 @@
-"""Whether model.pt holds the very weights of model.onnx, bit for bit."""
+"""Whether model.pt and model.pt2 hold the very weights of model.onnx, bit for bit."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bnexport.bundle import MODEL_EXPORTED, MODEL_TORCHSCRIPT
+from bnexport.optional import require
 from bnexport.runtimes.onnx_file import read_model, trained_tensors
 from bnexport.tensors import Array
 from bnexport.verification.verdict import Row
 
+if TYPE_CHECKING:
+    from torch import Tensor
 
-def weights_row(onnx_file: Path, torchscript_file: Path) -> Row:
-    """Look for every weight and bias of the ONNX file's linear operators among the TorchScript file's tensors.
+
+def weights_row(onnx_file: Path, other_file: Path) -> Row:
+    """Look for every weight and bias of the ONNX file's linear operators among the tensors of a file of another format.
 
     A tensor is known by its type, its number of elements and its bits in sorted order, so that one which a format
     stores transposed is still found; where an element sits is what the other stages check. Equal tensors (biases that are
     all zero) may be one: TorchScript keeps equal constants once. A bias of zeros may be missing: the ONNX exporter writes
     one for some layers that have none.
 
+    Args:
+        onnx_file: model.onnx.
+        other_file: A file with the name of a row of TENSORS, or its ending.
+
     Raises:
         BundleError: A file can't be read.
+        MissingDependency: onnx or torch is not installed.
     """
+    require("onnx", purpose="comparing weights")
     from onnx import numpy_helper
 
-    available = {_key(array) for array in _torchscript_tensors(torchscript_file)}
+    read = next(read for name, read in TENSORS.items() if Path(name).suffix == other_file.suffix)
+    available = {_tensor_key(tensor) for tensor in read(other_file)}
     tensors = trained_tensors(read_model(onnx_file))
     arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in tensors}
     missing = [
         name for name, array in arrays.items() if _key(array) not in available and (array.ndim != 1 or array.any())
     ]
-    reason = f"{torchscript_file.name} holds the same {len(tensors)} tensors bit for bit"
+    reason = f"{other_file.name} holds the same {len(tensors)} tensors bit for bit"
     if not tensors:
         reason = f"{onnx_file.name} has no weight to compare"
     elif missing:
         named = ", ".join(map(repr, missing[:3]))
-        reason = f"{len(missing)} of {len(tensors)} tensors are not the same in {torchscript_file.name}: {named}"
+        reason = f"{len(missing)} of {len(tensors)} tensors are not the same in {other_file.name}: {named}"
     # A network without a single weight has nothing that could differ.
-    return Row("weights", torchscript_file.name, "bits", not missing, reason, n=len(tensors))
+    return Row("weights", other_file.name, "bits", not missing, reason, n=len(tensors))
 
 
-def _torchscript_tensors(file: Path) -> list[Array]:
+def _torchscript_tensors(file: Path) -> list[Tensor]:
     """Constants (freezing makes weights constants), parameters and buffers of a TorchScript file."""
-    from bnexport.runtimes.torchscript import load
+    from bnexport.runtimes.torchscript import load, tensor_constants
 
     module: Any = load(file)
-    constants = [node.t("value") for node in module.graph.findAllNodes("prim::Constant", True) if _holds_tensor(node)]
-    return [tensor.detach().numpy() for tensor in (*constants, *module.parameters(), *module.buffers())]
+    constants = [node.t("value") for node in tensor_constants(module.graph)]
+    return [*constants, *module.parameters(), *module.buffers()]
 
 
-def _holds_tensor(node: Any) -> bool:
-    return bool(node.hasAttribute("value") and node.kindOf("value") == "t")
+def _exported_tensors(file: Path) -> list[Tensor]:
+    """Parameters, buffers and constants of an exported program."""
+    import torch
+
+    from bnexport.runtimes.exported_program import load
+
+    program = load(file)
+    found = (*program.state_dict.values(), *program.constants.values())
+    return [value for value in found if isinstance(value, torch.Tensor)]
+
+
+#: File of a bundle -> every tensor in it.
+TENSORS: dict[str, Callable[[Path], list[Tensor]]] = {
+    MODEL_TORCHSCRIPT: _torchscript_tensors,
+    MODEL_EXPORTED: _exported_tensors,
+}
+
+
+def _tensor_key(tensor: Tensor) -> tuple[str, int, bytes]:
+    import torch
+
+    plain = tensor.detach()
+    if plain.dtype is torch.bfloat16:  # numpy has no such type of its own
+        return "bfloat16", *_key(plain.view(torch.int16).numpy())[1:]
+    return _key(plain.numpy())
 
 
 def _key(array: Array) -> tuple[str, int, bytes]:

@@ -78,7 +78,7 @@ def test_a_bundle(tmp_path: Path, opset: int, capsys: pytest.CaptureFixture[str]
     assert bundle.problems() == []
     assert set(bundle.manifest.files) == {MODEL_ONNX, REPORT, f"{GOLDEN}/input_0.pb", f"{GOLDEN}/output_0.pb"}
     assert bundle.manifest.network["source"] == "network.onnx"
-    assert bundle.manifest.onnx == {"opset": opset, "ir_version": 8}
+    assert bundle.manifest.onnx == {"opset": opset, "ir_version": 8, "precision": "float32"}
     assert bundle.manifest.labels == tuple("abcde")
     assert (out.parent / "config.pbtxt").is_file()
     assert run(["verify", str(out)]) == 0

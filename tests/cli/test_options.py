@@ -6,7 +6,7 @@ from typing import Any
 import click
 import pytest
 
-from bnexport.bundle import MODEL_ONNX
+from bnexport.bundle import MODEL_ONNX, STORED_PRECISIONS
 from bnexport.cli import fold_and_export
 from bnexport.cli.main import run
 from bnexport.cli.options import export_request, preprocessing, read_labels
@@ -70,7 +70,11 @@ def test_the_choices_are_the_tables():
         for parameter in fold_and_export.command.params
         if isinstance(parameter.type, click.Choice)
     }
-    assert choices == {"formats": [row.name for row in FORMATS], "dataset": list(DATASETS)}
+    assert choices == {
+        "formats": [row.name for row in FORMATS],
+        "dataset": list(DATASETS),
+        "precision": list(STORED_PRECISIONS),
+    }
 
 
 @pytest.mark.parametrize("arguments", [["--format", "coreml"], ["--dataset", "cifar"], ["--opset", "x"]])

@@ -10,7 +10,7 @@ from support.bundles import copy_bundle, reseal, write_bundle
 from bnexport.bundle import Bundle
 from bnexport.cli.main import run
 from bnexport.runtimes.catalogue import RUNNERS
-from bnexport.verification import verify as verifying
+from bnexport.verification import work as verifying
 
 FAST = ["--runtime", "onnxruntime-cpu"]
 

@@ -11,7 +11,7 @@ from bnexport.errors import FeedError, UsageError
 from bnexport.runtimes.catalogue import RUNNERS, runner_spec
 from bnexport.verification.reference import Reference
 
-NEEDS = {"torch-cuda": "cuda", "torchscript-cuda": "cuda", "onnxruntime-cuda": "ort-cuda"}
+NEEDS = {spec.name: "ort-cuda" if spec.engine == "onnxruntime" else "cuda" for spec in RUNNERS if spec.device == "cuda"}
 RUNTIMES = [
     pytest.param(spec.name, marks=pytest.mark.needs(NEEDS[spec.name]) if spec.name in NEEDS else []) for spec in RUNNERS
 ]

@@ -22,12 +22,12 @@ from bnexport.bundle import MODEL_ONNX, MODEL_TORCHSCRIPT, WEIGHTS, Bundle
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.runtimes.catalogue import RUNNERS
 from bnexport.tensors import Signature, TensorSpec
-from bnexport.verification import verify as verifying
+from bnexport.verification import work as verifying
 from bnexport.verification.verify import verify
 
 State = dict[str, torch.Tensor]
 #: CUDA twins run the same table on a machine that has the device.
-NEEDS = {"torch-cuda": "cuda", "torchscript-cuda": "cuda", "onnxruntime-cuda": "ort-cuda"}
+NEEDS = {spec.name: "ort-cuda" if spec.engine == "onnxruntime" else "cuda" for spec in RUNNERS if spec.device == "cuda"}
 RUNTIMES = [
     pytest.param(spec.name, marks=pytest.mark.needs(NEEDS[spec.name]) if spec.name in NEEDS else []) for spec in RUNNERS
 ]

@@ -10,6 +10,7 @@ import copy
 import functools
 import shutil
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ import torch
 from onnx import numpy_helper
 from torch import nn
 
-from bnexport.bundle import MODEL_ONNX, MODEL_TORCHSCRIPT, WEIGHTS, Bundle, Manifest, seal, write_golden
+from bnexport.bundle import MODEL_EXPORTED, MODEL_ONNX, MODEL_TORCHSCRIPT, WEIGHTS, Bundle, Manifest, seal, write_golden
 from bnexport.data.datasets import load_dataset
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.nn.lenet import bn_lenet
@@ -129,6 +130,16 @@ def write_torchscript(file: Path, state: Mapping[str, torch.Tensor]) -> None:
     torch.jit.save(torch.jit.freeze(traced), str(file))
 
 
+def write_exported(file: Path, state: Mapping[str, torch.Tensor]) -> None:
+    plain = bn_lenet("none")
+    plain.load_state_dict(dict(state))
+    batch = torch.export.Dim("batch")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch 2.11 warns of its own classes
+        program = torch.export.export(plain.eval(), (torch.zeros(2, 1, 28, 28),), dynamic_shapes=({0: batch},))
+        torch.export.save(program, str(file))
+
+
 def write_bundle(folder: Path, state: Mapping[str, torch.Tensor] | None = None) -> Bundle:
     """A sealed bundle of ``network()``.
 
@@ -141,6 +152,7 @@ def write_bundle(folder: Path, state: Mapping[str, torch.Tensor] | None = None) 
     folded = fold_by_hand(model) if state is None else state
     write_onnx(folder / MODEL_ONNX, folded)
     write_torchscript(folder / MODEL_TORCHSCRIPT, folded)
+    write_exported(folder / MODEL_EXPORTED, folded)
     safetensors.torch.save_file(model.state_dict(), folder / WEIGHTS)
     golden = np.random.default_rng(5).random((3, 1, 28, 28), dtype=np.float32)
     with torch.no_grad():

@@ -24,7 +24,18 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("nn", "data"),
 )
 #: Floor 0 has an order of its own, from top to bottom; each may import those after it.
-GROUND = ("bundle", "reproducibility", "environment", "tensors", "files", "interrupts", "optional", "errors")
+GROUND = (
+    "bundle",
+    "tensor_proto",
+    "screening",
+    "reproducibility",
+    "environment",
+    "tensors",
+    "files",
+    "interrupts",
+    "optional",
+    "errors",
+)
 #: The door and ``python -m`` may import anything; the door's lazy imports would make every unit depend on every other.
 DOORS = ("__init__", "__main__")
 

@@ -14,7 +14,7 @@ from cases import Graph, randomise
 from torch import nn
 
 import bnexport
-from bnexport.bundle import GOLDEN, MANIFEST, MODEL_ONNX, MODEL_TORCHSCRIPT, REPORT, WEIGHTS
+from bnexport.bundle import GOLDEN, MANIFEST, MODEL_EXPORTED, MODEL_ONNX, MODEL_TORCHSCRIPT, REPORT, WEIGHTS
 from bnexport.errors import ExportError, ModelError, OutputError, RefusedModel, UsageError
 from bnexport.exporting.onnx_graph import OnnxTarget
 from bnexport.exporting.request import ExportRequest
@@ -41,7 +41,15 @@ def test_bundle_is_complete_and_passes(result: bnexport.pipeline.ExportResult) -
     assert result.verification.passed
     assert result.bundle is not None
     folder = result.bundle.path
-    expected = {MODEL_ONNX, MODEL_TORCHSCRIPT, WEIGHTS, REPORT, f"{GOLDEN}/input_0.pb", f"{GOLDEN}/output_0.pb"}
+    expected = {
+        MODEL_ONNX,
+        MODEL_TORCHSCRIPT,
+        MODEL_EXPORTED,
+        WEIGHTS,
+        REPORT,
+        f"{GOLDEN}/input_0.pb",
+        f"{GOLDEN}/output_0.pb",
+    }
     assert set(result.bundle.manifest.files) == expected
     assert result.bundle.problems() == []
     assert sorted(item.name for item in folder.parent.iterdir()) == ["1", "config.pbtxt"]
@@ -53,7 +61,7 @@ def test_manifest_tells_what_a_server_needs(result: bnexport.pipeline.ExportResu
     value = json.loads((result.bundle.path / MANIFEST).read_text())
     assert value["signature"]["inputs"] == [{"name": "input", "dtype": "float32", "shape": ["batch", 3, 8, 8]}]
     assert value["labels"] == list("abcde")
-    assert value["onnx"] == {"opset": 18, "ir_version": 8}
+    assert value["onnx"] == {"opset": 18, "ir_version": 8, "precision": "float32"}
     assert [row["outcome"] for row in value["fold"]["rows"]] == ["backward", "backward"]
     assert value["verification"]["passed"] is True
     assert {"torch", "onnx", "numpy"} <= set(value["environment"]["packages"])
@@ -175,7 +183,7 @@ def test_several_inputs_and_outputs(tmp_path: Path) -> None:
     signature = result.bundle.manifest.signature
     assert [spec.name for spec in signature.inputs] == ["image", "side"]
     assert [spec.shape for spec in signature.outputs] == [("batch", 6), ("batch", 8, 8)]
-    assert result.bundle.manifest.onnx == {"opset": 17, "ir_version": 8}
+    assert result.bundle.manifest.onnx == {"opset": 17, "ir_version": 8, "precision": "float32"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

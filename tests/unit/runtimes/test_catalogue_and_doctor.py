@@ -1,8 +1,12 @@
 from __future__ import annotations
 
 import json
+import sys
+from pathlib import Path
 
 import numpy as np
+import onnx
+import onnx.reference
 import pytest
 
 from bnexport.errors import UsageError
@@ -12,7 +16,7 @@ from bnexport.runtimes.catalogue import RUNNERS, runner_spec
 
 def test_names_are_unique_and_found() -> None:
     names = [spec.name for spec in RUNNERS]
-    assert len(set(names)) == len(names) == 6
+    assert len(set(names)) == len(names) == 9
     assert all(runner_spec(name).name == name for name in names)
     assert {spec.device for spec in RUNNERS} == {"cpu", "cuda"}
     with pytest.raises(UsageError, match="no runtime 'tensorflow'") as caught:
@@ -33,6 +37,28 @@ def test_the_small_model_is_the_same_in_numpy_and_torch() -> None:
     with torch.no_grad():
         theirs = small_model.torch_module().double()(torch.from_numpy(images).double()).numpy()
     np.testing.assert_allclose(small_model.expected(images), theirs, rtol=1e-12)
+
+
+def test_the_small_model_is_onnx_and_is_written_without_onnx(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "onnx", None)
+        small_model.write_onnx(tmp_path / "small.onnx")
+    model = onnx.load(tmp_path / "small.onnx")
+    onnx.checker.check_model(model, full_check=True)
+    assert [node.op_type for node in model.graph.node] == ["Conv", "Flatten", "Gemm"]
+    assert (model.ir_version, model.opset_import[0].version) == (small_model.IR_VERSION, small_model.OPSET)
+    images = np.random.default_rng(4).standard_normal((5, 1, 8, 8)).astype(np.float32)
+    (answer,) = onnx.reference.ReferenceEvaluator(model).run(None, {"input": images})
+    truth = small_model.expected(images)
+    assert np.abs(answer - truth).max() <= doctor.BOUND * np.abs(truth).max()
+
+
+def test_of_the_distribution_for_serving_only_onnxruntime_is_expected(monkeypatch: pytest.MonkeyPatch) -> None:
+    sick = doctor.Diagnosis(tuple(doctor.Health(spec.name, works=False) for spec in RUNNERS), {})
+    assert {"torch-cpu", "onnxruntime-cpu"} <= {health.runtime for health in sick.broken()}
+    monkeypatch.setattr(doctor, "runtime_only", lambda: True)
+    assert [health.runtime for health in sick.broken()] == ["onnxruntime-cpu"]
+    assert [health.runtime for health in sick.broken(["torch-cpu"])] == ["torch-cpu"]
 
 
 def test_the_doctor_runs_every_cpu_runtime() -> None:
@@ -59,7 +85,7 @@ def test_the_doctor_does_not_believe_wrong_numbers(monkeypatch: pytest.MonkeyPat
     right = small_model.expected
     monkeypatch.setattr(doctor, "expected", lambda images: right(images) * wrong)
     diagnosis = doctor.diagnose()
-    assert {health.runtime for health in diagnosis.broken()} == {"torch-cpu", "torchscript-cpu", "onnxruntime-cpu"}
+    assert {health.runtime for health in diagnosis.broken()} == {spec.name for spec in RUNNERS if spec.device == "cpu"}
     assert "numbers are wrong" in diagnosis.broken()[0].reason
     json.dumps(diagnosis.to_json(), allow_nan=False)
 

@@ -11,6 +11,8 @@ import pytest
 from bnexport.bundle import MODEL_ONNX, Bundle
 from bnexport.errors import BundleError, RuntimeUnavailable
 from bnexport.runtimes.onnxruntime import OnnxRuntimeRunner, problem
+from bnexport.runtimes.onnxruntime_session import CUDA, LEVELS, provider_options
+from bnexport.runtimes.settings import CONV_SEARCHES, OPTIMISATIONS, RunSettings
 from bnexport.tensors import Signature, TensorSpec
 
 X = np.random.default_rng(0).random((5, 1, 28, 28), dtype=np.float32)
@@ -27,17 +29,58 @@ def signature(
 
 
 def test_it_says_what_really_ran(bundle: Bundle, capfd: pytest.CaptureFixture[str]) -> None:
-    with OnnxRuntimeRunner(bundle.file(MODEL_ONNX), bundle.manifest.signature, threads=1) as runner:
+    with OnnxRuntimeRunner(
+        bundle.file(MODEL_ONNX), bundle.manifest.signature, settings=RunSettings(threads=1)
+    ) as runner:
         assert runner.run({"input": X})["logits"].shape == (5, 10)
         assert runner.effective_device == "cpu"
+        assert runner.description["threads"] == 1
+        assert runner.description["optimisation"] == "all"
         assert list(runner.description["nodes"]) == ["CPUExecutionProvider"]
         assert runner.description["nodes"]["CPUExecutionProvider"] >= 10
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize("level", OPTIMISATIONS)
+@pytest.mark.parametrize("binding", [False, True])
+def test_every_setting_gives_the_same_answer(bundle: Bundle, level: str, binding: bool) -> None:
+    """And every batch size: memory that was bound for another one must not be used again."""
+    file, signature = bundle.file(MODEL_ONNX), bundle.manifest.signature
+    with OnnxRuntimeRunner(file, signature) as runner:
+        expected = runner.run({"input": X})["logits"]
+    settings = RunSettings(optimisation=level, binding=binding)
+    with OnnxRuntimeRunner(file, signature, settings=settings) as runner:
+        assert runner.description["optimisation"] == level
+        assert runner.description["memory"].startswith("bound" if binding else "copied")
+        for size in (5, 1, 0, 3, 5):
+            answer = runner.run({"input": X[:size]})["logits"]
+            assert answer.shape == (size, 10)
+            np.testing.assert_allclose(answer, expected[:size], rtol=0, atol=1e-5 * np.abs(expected).max())
+        answer[:] = 7  # the caller's own memory
+        np.testing.assert_array_equal(runner.run({"input": X[:1]})["logits"] == 7, False)
+
+
+def test_the_levels_are_really_different_graphs(bundle: Bundle) -> None:
+    nodes = {}
+    for level in OPTIMISATIONS:
+        settings = RunSettings(optimisation=level)
+        with OnnxRuntimeRunner(bundle.file(MODEL_ONNX), bundle.manifest.signature, settings=settings) as runner:
+            nodes[level] = runner._session.get_session_options().graph_optimization_level.name
+    assert nodes == LEVELS
+
+
+def test_what_cuda_is_asked_for() -> None:
+    assert provider_options(CUDA, RunSettings())["use_tf32"] == "0"
+    assert provider_options(CUDA, RunSettings("tf32"))["use_tf32"] == "1"
+    searches = {
+        name: provider_options(CUDA, RunSettings(conv_search=name))["cudnn_conv_algo_search"] for name in CONV_SEARCHES
+    }
+    assert searches == {"heuristic": "HEURISTIC", "default": "DEFAULT", "exhaustive": "EXHAUSTIVE"}
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
-    [(b"", "not a model"), (b"hello world\n" * 50, "not a model"), ("half", "not a model"), (None, "can't be read")],
+    [(b"", "not an? "), (b"hello world\n" * 50, "not an? "), ("half", "not an? "), (None, "can't be read")],
     ids=["empty", "foreign", "truncated", "missing"],
 )
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

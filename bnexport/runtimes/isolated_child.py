@@ -1,0 +1,72 @@
+"""The other process of an isolated runner: ``python -m bnexport.runtimes.isolated_child``, started by ``isolation`` alone.
+
+It opens one runner, answers until its standard input ends, and leaves. Whatever an engine prints goes to standard error,
+so that it can't get between the messages.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from bnexport.bundle import Bundle, Manifest
+from bnexport.errors import BnexportError
+from bnexport.runtimes.base import Runner
+from bnexport.runtimes.catalogue import runner_spec
+from bnexport.runtimes.frames import receive, send
+from bnexport.runtimes.settings import RunSettings
+
+
+def main() -> None:
+    """Open the runner that the first message names, then run one batch per message."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the parent decides what ends
+    requests, answers = sys.stdin.buffer, _private_output()
+    try:
+        request, _ = receive(requests)
+        with _open(request) as runner:
+            send(answers, _state(runner))
+            _answer(runner, requests, answers)
+    except BnexportError as error:
+        send(answers, _told(error))
+    except (EOFError, BrokenPipeError):
+        pass  # the parent is gone, or has had enough
+
+
+def _open(request: dict[str, Any]) -> Runner:
+    # The parent's manifest and not the folder's: what was checked is what is opened.
+    bundle = Bundle(Path(request["bundle"]), Manifest.from_json(request["manifest"]))
+    return runner_spec(request["runtime"]).open(bundle, settings=RunSettings(**request["settings"]))
+
+
+def _answer(runner: Runner, requests: BinaryIO, answers: BinaryIO) -> None:
+    while True:
+        _, feeds = receive(requests)
+        try:
+            outputs = runner.run(feeds)
+        except BnexportError as error:
+            send(answers, _told(error))
+        else:
+            send(answers, _state(runner), outputs)
+
+
+def _state(runner: Runner) -> dict[str, Any]:
+    return {"device": runner.effective_device, "description": runner.description}
+
+
+def _told(error: BnexportError) -> dict[str, Any]:
+    return {"error": type(error).__name__, "message": error.message, "remedy": error.remedy}
+
+
+def _private_output() -> BinaryIO:
+    """Standard output for the messages alone; what is printed goes to standard error from now on."""
+    sys.stdout.flush()
+    private = os.dup(1)
+    os.dup2(2, 1)
+    return os.fdopen(private, "wb")
+
+
+if __name__ == "__main__":
+    main()

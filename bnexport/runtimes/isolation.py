@@ -1,0 +1,245 @@
+"""A runner in a child process with a clean environment, so that nobody's global state leaks in or out."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import weakref
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import IO, Any, BinaryIO, cast
+
+from bnexport import errors
+from bnexport.bundle import Bundle
+from bnexport.errors import BnexportError, BundleError, RuntimeUnavailable
+from bnexport.optional import one_line
+from bnexport.runtimes.base import REBUILD, Runner
+from bnexport.runtimes.frames import receive, send
+from bnexport.runtimes.settings import RunSettings
+from bnexport.tensors import Array
+
+#: Seconds for one answer, opening included: TensorRT may build an engine for minutes. A deadline, not a measurement.
+DEADLINE = 1800.0
+#: Seconds for a child to leave by itself.
+_GRACE = 5.0
+_CHILD = "bnexport.runtimes.isolated_child"
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One row of ENVIRONMENT.
+
+    Attributes:
+        name: Of the variable; one that ends with * stands for all that start so.
+        float32: Its value for strict float32; None: it must not be there.
+        tf32: Its value for TF32.
+        reason: What it does.
+    """
+
+    name: str
+    float32: str | None
+    tf32: str | None
+    reason: str
+
+
+#: Variables that change numbers. Everything else (paths, devices, threads) is the user's and stays.
+ENVIRONMENT: tuple[Variable, ...] = (
+    Variable("NVIDIA_TF32_OVERRIDE", "0", None, "cuBLAS and cuDNN obey it before any setting; TensorRT obeys it alone"),
+    Variable("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", None, None, "torch starts with TF32 in products"),
+    Variable("CUBLAS_WORKSPACE_CONFIG", ":4096:8", ":4096:8", "cuBLAS adds in the same order in every run"),
+    Variable("CUBLAS_EMULATE_*", None, None, "cuBLAS emulates float32 and float64 by narrower numbers"),
+    Variable("CUBLAS_EMULATION_STRATEGY", None, None, "when cuBLAS emulates"),
+    Variable("ONEDNN_DEFAULT_FPMATH_MODE", None, None, "oneDNN rounds float32 factors to TF32 or bfloat16 on the CPU"),
+    Variable("DNNL_DEFAULT_FPMATH_MODE", None, None, "its older name"),
+    Variable("ORT_TENSORRT_*", None, None, "ONNX Runtime's TensorRT provider takes precisions and caches from them"),
+    Variable("ORT_CUDA_GEMM_OPTIONS", None, None, "ONNX Runtime's half-precision products add up in half precision"),
+    Variable("PYTHONINSPECT", None, None, "Python would wait for a user at its end"),
+    Variable("PYTHONSTARTUP", None, None, "Python would run a file of the user's"),
+)
+
+
+class IsolatedRunner(Runner):
+    """Runs a row of RUNNERS in a process of its own.
+
+    Device and description are those that the child's engine tells. Errors come back as they were raised there. A child
+    that dies or does not answer is an error of one sentence; nothing is left running after ``close``, at an interrupt, or
+    when the interpreter ends.
+
+    Args:
+        name: Of the row: "onnxruntime-cuda".
+        bundle: What it reads.
+        settings: How to run it.
+        deadline: Seconds for one answer.
+
+    Raises:
+        BnexportError: What opening raised in the child.
+        BundleError: The child died of its file on the CPU.
+        RuntimeUnavailable: There is no Python to start, or the child died on a GPU, or did not answer in time.
+    """
+
+    def __init__(self, name: str, bundle: Bundle, settings: RunSettings, *, deadline: float = DEADLINE) -> None:
+        self.name = name
+        self.signature = bundle.manifest.signature
+        self.effective_device = name.rpartition("-")[2]
+        self._deadline = deadline
+        self.description: dict[str, Any] = {}
+        self._dead: BnexportError | None = None
+        self._turn = threading.Lock()
+        self._said: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 -- as long as the child
+        self._child = _start(self.name, settings.precision, self._said)
+        self._stop = weakref.finalize(self, _stop, self._child, self._said)
+        request = {
+            "runtime": name,
+            "bundle": str(Path(bundle.path).resolve()),
+            "manifest": bundle.manifest.to_json(),
+            "settings": asdict(replace(settings, isolated=False)),
+        }
+        try:
+            self._exchange(request, {})
+        except BaseException:
+            self._stop()
+            raise
+
+    @property
+    def process(self) -> int:
+        """The child's process id."""
+        return self._child.pid
+
+    def _run(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
+        return self._exchange({}, feeds)
+
+    def _exchange(self, head: Mapping[str, Any], arrays: Mapping[str, Array]) -> dict[str, Array]:
+        """Send a message, and take the answer in."""
+        with self._turn:  # two threads' messages must not mix
+            if self._dead is not None:
+                raise self._dead
+            answer, outputs = self._ask(head, arrays)
+        if "error" in answer:
+            raise _raised(answer)
+        self.effective_device = str(answer["device"])
+        self.description = {**answer["description"], "process": "its own"}
+        return outputs
+
+    def _ask(self, head: Mapping[str, Any], arrays: Mapping[str, Array]) -> tuple[dict[str, Any], dict[str, Array]]:
+        requests, answers = cast(BinaryIO, self._child.stdin), cast(BinaryIO, self._child.stdout)
+        late = threading.Event()
+        try:
+            with _killed_after(self._deadline, self._child, late):
+                send(requests, head, arrays)
+                return receive(answers)
+        except (EOFError, OSError, ValueError) as error:
+            self._child.kill()  # a child that talks nonsense, or has closed its pipe and lingers
+            self._dead = self._death(late=late.is_set())
+            raise self._dead from error
+        except BaseException:  # an interrupt in the middle of a message: the next one would be misread
+            self._child.kill()
+            self._dead = RuntimeUnavailable(f"{self.name} was interrupted", remedy="Open it again")
+            raise
+
+    def _death(self, *, late: bool) -> BnexportError:
+        """Why there is no answer, in one sentence."""
+        code = self._child.wait()
+        how = f"did not answer for {self._deadline:g} s and was stopped" if late else f"ended: {_how(code)}"
+        words = "" if late else _last_words(self._said)
+        message = f"the process of {self.name} {how}" + (f" ({words})" if words else "")
+        if self.effective_device == "cpu" and not late:
+            return BundleError(message, remedy=REBUILD)
+        return RuntimeUnavailable(message, remedy="Check memory and drivers; bnexport doctor says what works here")
+
+    def close(self) -> None:
+        """End the child."""
+        super().close()
+        self._stop()
+
+
+def child_environment(precision: str) -> dict[str, str]:
+    """The environment of a child: this process's, with what ENVIRONMENT says of a precision."""
+    rest = {name: value for name, value in os.environ.items() if not any(_names(row, name) for row in ENVIRONMENT)}
+    wanted = {row.name: row.float32 if precision == "float32" else row.tf32 for row in ENVIRONMENT}
+    # The child must find the packages that this process found, however it found them.
+    here = str(Path(__file__).resolve().parents[2])
+    paths = dict.fromkeys([*(str(Path(path or ".").resolve()) for path in sys.path), here])
+    return {
+        **rest,
+        **{name: value for name, value in wanted.items() if value is not None},
+        "PYTHONPATH": os.pathsep.join(paths),
+    }
+
+
+def _names(row: Variable, name: str) -> bool:
+    return name.startswith(row.name[:-1]) if row.name.endswith("*") else name == row.name
+
+
+def _start(name: str, precision: str, said: IO[bytes]) -> subprocess.Popen[bytes]:
+    """Start a child: no fork, which takes libraries along, nor multiprocessing, which imports the user's script."""
+    # -P: nothing in the working directory may stand in for a package.
+    command = [sys.executable, "-P", "-m", _CHILD]
+    try:
+        return subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, env=child_environment(precision)
+        )
+    except (OSError, ValueError) as error:
+        raise RuntimeUnavailable(
+            f"{name} can't start a process of its own: {one_line(error)}", remedy="Run it without isolation"
+        ) from error
+
+
+def _stop(child: subprocess.Popen[bytes], said: IO[bytes]) -> None:
+    """End a child: it leaves when its input ends; one that does not is killed."""
+    try:
+        for pipe in (child.stdin, child.stdout):
+            with contextlib.suppress(OSError):  # what was still to be sent has no reader
+                pipe.close()  # type: ignore[union-attr]
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(_GRACE)
+    finally:  # also when the wait was interrupted
+        if child.poll() is None:
+            child.kill()
+            child.wait()
+        said.close()
+
+
+@contextlib.contextmanager
+def _killed_after(seconds: float, child: subprocess.Popen[bytes], late: threading.Event) -> Iterator[None]:
+    """Kill a child that does not answer in time, which ends the wait for it on every system."""
+
+    def kill() -> None:
+        late.set()
+        child.kill()
+
+    timer = threading.Timer(seconds, kill)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _raised(answer: Mapping[str, Any]) -> BnexportError:
+    """An error of the child's as the same class."""
+    found = getattr(errors, str(answer["error"]), None)
+    kind = found if isinstance(found, type) and issubclass(found, BnexportError) else RuntimeUnavailable
+    return kind(str(answer["message"]), remedy=str(answer["remedy"]))
+
+
+def _how(code: int) -> str:
+    if code >= 0:
+        return f"exit code {code}"
+    with contextlib.suppress(ValueError):
+        name = signal.Signals(-code).name
+        return f"killed by {name}" + (", perhaps for want of memory" if name == "SIGKILL" else "")
+    return f"killed by signal {-code}"
+
+
+def _last_words(said: IO[bytes]) -> str:
+    """The last line that the child wrote to standard error."""
+    said.seek(max(0, said.seek(0, os.SEEK_END) - 4096))
+    lines = [line.strip() for line in said.read().decode(errors="replace").split("\n")]
+    return next((one_line(Exception(line), 200) for line in reversed(lines) if line), "")

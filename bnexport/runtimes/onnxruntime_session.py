@@ -1,0 +1,281 @@
+"""Opening a session of onnxruntime as RunSettings say, and reading back from it what really is in effect."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bnexport.errors import RuntimeUnavailable
+from bnexport.optional import require
+from bnexport.runtimes import cuda_libraries
+from bnexport.runtimes.settings import RunSettings
+
+CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
+#: Provider -> where its nodes run.
+DEVICES = {CPU: "cpu", CUDA: "cuda:0", TENSORRT: "cuda:0"}
+#: cuBLAS, cuDNN and TensorRT read it once, when they are loaded: "0" forbids TF32, whatever a provider is told.
+TF32_OVERRIDE = "NVIDIA_TF32_OVERRIDE"
+_CHANGED = "changed"
+#: Variables that TensorRT's provider obeys before its options -> the value that leaves numbers and engines alone.
+_TENSORRT_VARIABLES = {
+    "ORT_TENSORRT_FP16_ENABLE": "0",
+    "ORT_TENSORRT_BF16_ENABLE": "0",
+    "ORT_TENSORRT_INT8_ENABLE": "0",
+    "ORT_TENSORRT_ENGINE_CACHE_ENABLE": "0",
+}
+
+
+@dataclass(frozen=True)
+class Target:
+    """One row of TARGETS.
+
+    Attributes:
+        providers: In order of preference. Without the CPU's, so that no node can end there unseen.
+        must: The provider that has to take at least one node.
+        words: As people say it.
+    """
+
+    providers: tuple[str, ...]
+    must: str
+    words: str
+
+
+#: Device of a runner -> its providers.
+TARGETS: dict[str, Target] = {
+    "cpu": Target((CPU,), CPU, "the CPU"),
+    "cuda": Target((CUDA,), CUDA, "CUDA"),
+    # TensorRT leaves what it does not know to CUDA; how many nodes, the description tells.
+    "tensorrt": Target((TENSORRT, CUDA), TENSORRT, "TensorRT"),
+}
+#: RunSettings.optimisation -> onnxruntime's name.
+LEVELS = {
+    "all": "ORT_ENABLE_ALL",
+    "extended": "ORT_ENABLE_EXTENDED",
+    "basic": "ORT_ENABLE_BASIC",
+    "none": "ORT_DISABLE_ALL",
+}
+#: Options of providers that decide about numbers; the others (memory, streams) are left out of a description.
+_TOLD = (
+    "device_id",
+    "use_tf32",
+    "cudnn_conv_algo_search",
+    "cudnn_conv_use_max_workspace",
+    "prefer_nhwc",
+    "fuse_conv_bias",
+    "enable_cuda_graph",
+    "trt_fp16_enable",
+    "trt_bf16_enable",
+    "trt_int8_enable",
+    "trt_engine_cache_enable",
+    "trt_timing_cache_enable",
+    "trt_builder_optimization_level",
+)
+
+
+def load_engine() -> Any:
+    """onnxruntime, without its warnings on stderr.
+
+    Raises:
+        MissingDependency: It is not installed, or a library of its own is missing.
+    """
+    ort = require("onnxruntime", purpose="the onnxruntime runner")
+    ort.set_default_logger_severity(4)
+    return ort
+
+
+def provider_options(provider: str, settings: RunSettings) -> dict[str, str]:
+    """What a provider is told.
+
+    Sources: onnxruntime, "CUDA Execution Provider" and "TensorRT Execution Provider", configuration options.
+    """
+    if provider == CUDA:
+        return {
+            "device_id": "0",
+            "use_tf32": "1" if settings.precision == "tf32" else "0",
+            # EXHAUSTIVE, onnxruntime's own default, goes by the stopwatch: results jitter between sessions.
+            "cudnn_conv_algo_search": settings.conv_search.upper(),
+        }
+    if provider == TENSORRT:
+        return {
+            "device_id": "0",
+            "trt_fp16_enable": "0",
+            "trt_bf16_enable": "0",
+            "trt_int8_enable": "0",
+            # A cached engine may be one of another precision.
+            "trt_engine_cache_enable": "0",
+            "trt_timing_cache_enable": "0",
+        }
+    return {}
+
+
+def open_session(ort: Any, model: bytes, device: str, settings: RunSettings) -> Any:
+    """A session that holds the providers of a device alone; what onnxruntime raises passes.
+
+    Args:
+        ort: The module.
+        model: Bytes of the file.
+        device: A key of TARGETS.
+        settings: How to run.
+    """
+    options = ort.SessionOptions()
+    options.log_severity_level = 4  # what goes wrong comes as an exception, in our words
+    options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, LEVELS[settings.optimisation])
+    options.intra_op_num_threads = settings.threads or 0
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    if device != "cpu":
+        options.use_deterministic_compute = settings.precision == "float32"
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    providers = [(name, provider_options(name, settings)) for name in TARGETS[device].providers]
+    return ort.InferenceSession(model, options, providers=providers, enable_fallback=0)
+
+
+def prepare_device(ort: Any, name: str, device: str, settings: RunSettings) -> None:
+    """Load a device's libraries, or say what keeps this process from the device.
+
+    Args:
+        ort: The module.
+        name: Of the runner.
+        device: A key of TARGETS.
+        settings: How to run.
+
+    Raises:
+        RuntimeUnavailable: This onnxruntime is built without a provider, TensorRT's libraries are not here, or the
+            environment forbids the precision.
+    """
+    if device == "cpu":
+        return
+    target = TARGETS[device]
+    if not set(target.providers) <= set(ort.get_available_providers()):
+        raise RuntimeUnavailable(
+            f"{name} can't run here: this onnxruntime ({ort.__version__}) is built without {target.words}",
+            remedy="Replace it: pip uninstall onnxruntime, then pip install 'onnxruntime-gpu[cuda,cudnn]'",
+        )
+    cuda_libraries.preload(ort)
+    if device == "tensorrt":
+        cuda_libraries.preload_tensorrt()
+        # Before the session: its own words for a missing library are a path in onnxruntime's source.
+        if (problem := cuda_libraries.reason(ort, device)) is not None:
+            raise RuntimeUnavailable(f"{name} can't run here: {problem}", remedy=cuda_libraries.REMEDIES[device])
+    if (problem := environment_problem(device, settings.precision)) is not None:
+        raise RuntimeUnavailable(
+            f"{name} can't run here in {settings.precision}: {problem}",
+            remedy="Run it in a process of its own (RunSettings.isolated), as bnexport verify does",
+        )
+
+
+def environment_problem(device: str, precision: str) -> str | None:
+    """Which variable of this process's environment keeps a GPU from a precision; None when none does."""
+    override = tf32_override()
+    if override == _CHANGED:
+        return f"{TF32_OVERRIDE} was changed after this process had started, so what its libraries read is not known"
+    if precision == "tf32" and override == "0":
+        return f"{TF32_OVERRIDE}=0 in the environment forbids TF32"
+    if precision == "float32" and override == "1":
+        return f"{TF32_OVERRIDE}=1 in the environment forces TF32"
+    if device != "tensorrt":
+        return None
+    if precision == "float32" and override != "0":
+        return f"TensorRT rounds to TF32 unless {TF32_OVERRIDE}=0 is in the environment when its process starts"
+    for name, harmless in _TENSORRT_VARIABLES.items():
+        if (value := os.environ.get(name, harmless)) != harmless:
+            return f"{name}={value} in the environment overrules what TensorRT is told"
+    return None
+
+
+def tf32_override() -> str | None:
+    """NVIDIA_TF32_OVERRIDE as the libraries of this process read it; None when it is not set.
+
+    They may have read it long ago, so a value that is another one than at the start of the process is "changed". Where the
+    system does not tell the start's (only Linux does), today's value.
+    """
+    now = os.environ.get(TF32_OVERRIDE)
+    if not sys.platform.startswith("linux"):
+        return now
+    try:
+        entries = Path("/proc/self/environ").read_bytes().split(b"\0")
+    except OSError:
+        return now
+    start = os.fsencode(TF32_OVERRIDE) + b"="
+    before = next((os.fsdecode(entry[len(start) :]) for entry in entries if entry.startswith(start)), None)
+    return now if now == before else _CHANGED
+
+
+def node_providers(session: Any) -> dict[str, int]:
+    """Provider -> how many nodes it was given; empty where this onnxruntime does not record it."""
+    if not hasattr(session, "get_provider_graph_assignment_info"):
+        return {}
+    counts: dict[str, int] = {}
+    for part in session.get_provider_graph_assignment_info():
+        counts[part.ep_name] = counts.get(part.ep_name, 0) + len(part.get_nodes())
+    return counts
+
+
+def device_of(session: Any, nodes: Mapping[str, int], name: str, device: str) -> str:
+    """Where the nodes were put, or where the first provider is when onnxruntime does not tell (before 1.23).
+
+    Args:
+        session: Open.
+        nodes: ``node_providers``.
+        name: Of the runner.
+        device: A key of TARGETS.
+
+    Raises:
+        RuntimeUnavailable: A node is on another device, or the provider asked for took none.
+    """
+    used = list(nodes) or [session.get_providers()[0]]
+    devices = sorted({DEVICES.get(provider, provider) for provider in used})
+    target = TARGETS[device]
+    if devices != [DEVICES[target.must]] or not set(used) <= set(target.providers):
+        raise RuntimeUnavailable(
+            f"{name} fell back: nodes run on {', '.join(devices)}", remedy=cuda_libraries.REMEDIES.get(device, "")
+        )
+    if target.must not in used:
+        raise RuntimeUnavailable(
+            f"{name} fell back: {target.words} took none of the nodes, {', '.join(used)} took them",
+            remedy=cuda_libraries.REMEDIES[device],
+        )
+    return devices[0]
+
+
+def in_effect(ort: Any, session: Any, device: str) -> dict[str, Any]:
+    """Settings as the session tells them, not as they were asked for: plain JSON values.
+
+    Returns:
+        "optimisation", "threads", "deterministic", "options" (provider -> option -> value), and on a GPU "environment".
+    """
+    options = session.get_session_options()
+    level = options.graph_optimization_level
+    told = {
+        provider: {key: str(value) for key, value in given.items() if key in _TOLD}
+        for provider, given in session.get_provider_options().items()
+    }
+    found: dict[str, Any] = {
+        "optimisation": next(
+            (ours for ours, name in LEVELS.items() if getattr(ort.GraphOptimizationLevel, name) == level), str(level)
+        ),
+        "threads": options.intra_op_num_threads or "one per core",
+        "deterministic": bool(options.use_deterministic_compute),
+        "options": {provider: given for provider, given in told.items() if given},
+    }
+    if device != "cpu":
+        found["environment"] = {TF32_OVERRIDE: tf32_override() or "not set"}
+    return found
+
+
+def precision_of(device: str, effect: Mapping[str, Any]) -> str:
+    """Precision of float32 kernels by what the session and the environment tell: "float32" or "tf32".
+
+    Args:
+        device: A key of TARGETS.
+        effect: ``in_effect``.
+    """
+    if device == "cpu" or effect["environment"][TF32_OVERRIDE] == "0":
+        return "float32"
+    if device == "tensorrt":
+        return "tf32"
+    told = effect["options"].get(CUDA, {})
+    return "float32" if told.get("use_tf32") == "0" else "tf32"  # one that does not tell has its default, TF32

@@ -1,0 +1,180 @@
+"""model.onnx in OpenVINO on the CPU, in a precision that is pinned and read back from every layer."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bnexport.environment import cpu_name
+from bnexport.errors import BnexportError, BundleError, FeedError, RuntimeUnavailable
+from bnexport.optional import one_line, require
+from bnexport.runtimes.base import REBUILD, Runner, declared_problem
+from bnexport.runtimes.onnx_file import read_screened
+from bnexport.runtimes.settings import RunSettings
+from bnexport.tensors import Array, Signature
+
+_DEVICE = "CPU"
+#: OpenVINO's names of precisions -> ours.
+_PRECISIONS = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "float32": "float32", "float16": "float16"}
+#: RunSettings.precision -> (inference precision, execution mode). Left alone, OpenVINO computes a float32 file in bfloat16 on
+#: every CPU that has it (OpenVINO, "Precision Control", "CPU Device").
+_HINTS = {"float32": ("f32", "ACCURACY"), "bfloat16": ("bf16", "PERFORMANCE")}
+#: Layers that compute nothing.
+_PASSIVE = frozenset(
+    {
+        "Input",
+        "Output",
+        "Const",
+        "Reorder",
+        "Convert",
+        "Reshape",
+        "Flatten",
+        "Subgraph",
+        "ShapeOf",
+        "Split",
+        "Concatenation",
+    }
+)
+
+
+class OpenVinoRunner(Runner):
+    """Runs an ONNX file.
+
+    Args:
+        file: model.onnx.
+        signature: What the file must declare.
+        settings: Precision: "float32", or "bfloat16", which is what OpenVINO serves with where the CPU has it. Threads.
+            Whatever else is set is no setting of this engine.
+
+    Raises:
+        BundleError: Not an ONNX model that OpenVINO can load, or one with another signature.
+        RuntimeUnavailable: OpenVINO does not obey the precision.
+        MissingDependency: openvino is not installed.
+    """
+
+    def __init__(self, file: Path, signature: Signature, *, settings: RunSettings | None = None) -> None:
+        self.name = "openvino-cpu"
+        self.signature = signature
+        self.effective_device = "cpu"
+        self._file = file
+        self._settings = settings or RunSettings()
+        self._engine = require("openvino", purpose="the OpenVINO runner")
+        self._compiled = self._opened()
+        self._refuse_other_signature()
+        self.effective_device = ", ".join(map(str.lower, self._told("EXECUTION_DEVICES")))
+        self.description = self._described()
+        self._refuse_coarser()
+        self._request = self._compiled.create_infer_request()
+        self.probe()
+
+    def _opened(self) -> Any:
+        # The bytes and not the file's name, so that no external data beside it is followed.
+        content = read_screened(self._file)
+        precision, mode = _HINTS[self._settings.precision]
+        hints: dict[str, Any] = {"INFERENCE_PRECISION_HINT": precision, "EXECUTION_MODE_HINT": mode}
+        if self._settings.threads is not None:
+            hints["INFERENCE_NUM_THREADS"] = self._settings.threads
+        try:
+            core = self._engine.Core()
+            return core.compile_model(core.read_model(content), _DEVICE, hints)
+        except Exception as error:  # RuntimeError, and classes of its frontends
+            raise BundleError(
+                f"{self._file} is not a model that OpenVINO can load: {own_reason(error)}", remedy=REBUILD
+            ) from error
+
+    def _refuse_other_signature(self) -> None:
+        for kind, specs, ports in (
+            ("input", self.signature.inputs, self._compiled.inputs),
+            ("output", self.signature.outputs, self._compiled.outputs),
+        ):
+            if len(ports) != len(specs) or any(
+                spec.name not in port.get_names() for spec, port in zip(specs, ports, strict=True)
+            ):
+                names = [min(port.get_names(), default="?") for port in ports]
+                expected = [spec.name for spec in specs]
+                raise BundleError(
+                    f"{self._file} has the {kind}s {names or 'none'}, the manifest says {expected}", remedy=REBUILD
+                )
+            for spec, port in zip(specs, ports, strict=True):
+                dtype = np.dtype(port.get_element_type().to_dtype()).name
+                shape = [None if dim.is_dynamic else dim.get_length() for dim in port.get_partial_shape()]
+                if (problem := declared_problem(spec, dtype, shape, strict=kind == "input")) is not None:
+                    raise BundleError(f"{self._file}: {kind} {problem}", remedy=REBUILD)
+
+    def _described(self) -> dict[str, Any]:
+        precision = self._told("INFERENCE_PRECISION_HINT").get_type_name()
+        return {
+            "engine": "openvino",
+            "version": str(self._engine.__version__).partition("-")[0],
+            "device": self.effective_device,
+            "processor": cpu_name(),
+            "file": self._file.name,
+            "precision": _PRECISIONS.get(precision, precision),
+            "execution mode": str(self._told("EXECUTION_MODE_HINT")).rpartition(".")[2].lower(),
+            "threads": int(self._told("INFERENCE_NUM_THREADS")),
+            "layers": self._layers(),
+        }
+
+    def _layers(self) -> dict[str, int]:
+        """Precision in which layers compute -> how many, read from the compiled graph; {} when it does not tell."""
+        try:
+            infos = [operation.get_rt_info() for operation in self._compiled.get_runtime_model().get_ops()]
+            told = [(str(info["layerType"].astype(str)), str(info["runtimePrecision"].astype(str))) for info in infos]
+        except Exception:  # a report of what happened, not what happens: other versions may not have it
+            return {}
+        counts = Counter(precision for kind, precision in told if kind not in _PASSIVE)
+        return {_PRECISIONS.get(precision, precision): n for precision, n in sorted(counts.items())}
+
+    def _told(self, name: str) -> Any:
+        return self._compiled.get_property(name)
+
+    def _refuse_coarser(self) -> None:
+        """A layer in half precision where float32 was asked for, and the file itself asks for nothing else."""
+        if self._settings.precision != "float32" or any(spec.dtype != "float32" for spec in self.signature.inputs):
+            return
+        coarse = {name: n for name, n in self.description["layers"].items() if name in ("bfloat16", "float16")}
+        if self.description["precision"] != "float32" or coarse:
+            layers = ", ".join(f"{n} layers in {name}" for name, n in coarse.items()) or "its own word"
+            raise RuntimeUnavailable(
+                f"openvino-cpu does not compute in float32 as it was asked to: {layers}",
+                remedy="Update openvino; this version does not obey the setting",
+            )
+
+    def _run(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
+        if any(array.size == 0 for array in feeds.values()):
+            # Some models raise there; others give the answer to the batch before.
+            raise FeedError("OpenVINO takes no empty batch", remedy="Give at least one sample")
+        try:
+            outputs = self._request.infer(dict(feeds))
+        except RuntimeError as error:
+            raise BundleError(f"{self.name} can't run its file: {own_reason(error)}", remedy=REBUILD) from error
+        return {spec.name: outputs[spec.name] for spec in self.signature.outputs}
+
+    def close(self) -> None:
+        """Free the compiled model."""
+        super().close()
+        del self._request, self._compiled
+
+
+def own_reason(error: Exception) -> str:
+    """What OpenVINO itself says went wrong: its last sentence, without the places in its source that it lists before."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    said = [line for line in lines if line and not line.startswith(("Exception from ", "Check '"))]
+    return one_line(Exception(said[-1] if said else str(error)), 200).rstrip(".")
+
+
+@functools.cache
+def problem(_device: str) -> str | None:
+    """Why OpenVINO can't run here, one line; None when it can."""
+    try:
+        devices = require("openvino", purpose="the OpenVINO runner").Core().available_devices
+    except BnexportError as error:
+        return error.message
+    except Exception as error:  # a plugin that can't be loaded
+        return f"OpenVINO can't start: {own_reason(error)}"
+    return None if _DEVICE in devices else f"OpenVINO sees no CPU, only {', '.join(devices) or 'nothing'}"

@@ -1,0 +1,208 @@
+"""model.pt and model.pt2 evaluated in float64: the weights inside them, with nothing but exact arithmetic around.
+
+Every float of a copy of the file's graph is widened without loss: weights, constants, and the types that casts and tensors
+made on the way name. What is left of the difference to the original is the one rounding of the weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Interpreter, Node
+from torch.utils import _pytree as pytree
+
+from bnexport.bundle import MODEL_EXPORTED, MODEL_TORCHSCRIPT
+from bnexport.errors import BnexportError, BundleError, ProofError
+from bnexport.optional import one_line, quiet
+from bnexport.runtimes import exported_program, torchscript
+from bnexport.runtimes.torch_outputs import flatten
+from bnexport.tensors import Array, Signature
+
+_NARROW = (torch.float16, torch.bfloat16, torch.float32)
+#: The same as TorchScript counts types (c10::ScalarType), and float64.
+_NARROW_NUMBERS, _DOUBLE_NUMBER = (5, 6, 15), 7
+
+
+class TorchFloat64Evaluator:
+    """Evaluates a file of torch with every float widened to float64.
+
+    Args:
+        file: With the name of a row of WIDENED.
+        signature: Inputs and outputs in the file's order.
+        chunk: Samples evaluated at once where the batch dimension varies; bounds the memory.
+
+    Raises:
+        BundleError: The file can't be read, or its graph can't be widened.
+    """
+
+    def __init__(self, file: Path, signature: Signature, *, chunk: int = 64) -> None:
+        self._name = file.name
+        self._signature = signature
+        self.varies = all(isinstance(spec.shape[0], str) for spec in signature.inputs)
+        self._chunk = chunk if self.varies else None
+        try:
+            self._function = WIDENED[self._name](file)
+        except BnexportError:
+            raise
+        except Exception as error:  # torch's compilers raise many unrelated classes
+            raise self._not_evaluated(error) from error
+
+    def evaluate(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Outputs in float64.
+
+        Args:
+            feeds: Input name -> (n, ...), floats of any width, n >= 1.
+
+        Raises:
+            BundleError: The file can't be evaluated with these inputs, or gives other outputs than the signature's.
+            ProofError: A value was not float64: the result would prove nothing.
+        """
+        size = len(feeds[self._signature.inputs[0].name])
+        step = self._chunk or max(size, 1)
+        parts = [self._part(feeds, at, at + step) for at in range(0, max(size, 1), step)]
+        return {spec.name: np.concatenate([p[i] for p in parts]) for i, spec in enumerate(self._signature.outputs)}
+
+    def _part(self, feeds: Mapping[str, Array], start: int, stop: int) -> list[Array]:
+        arrays = [np.array(feeds[spec.name][start:stop]) for spec in self._signature.inputs]
+        tensors = [torch.from_numpy(array.astype(np.float64) if array.dtype.kind == "f" else array) for array in arrays]
+        try:
+            with torch.inference_mode(), _float64_by_default(), quiet():
+                results = flatten(self._function(*tensors))
+        except BnexportError:
+            raise
+        except Exception as error:  # whatever torch says inside an operator
+            raise self._not_evaluated(error) from error
+        expected = len(self._signature.outputs)
+        if len(results) != expected:
+            raise BundleError(
+                f"{self._name} gives {len(results)} outputs, the manifest says {expected}",
+                remedy="Check that the file is the one that was exported",
+            )
+        for spec, tensor in zip(self._signature.outputs, results, strict=True):
+            _refuse_narrow(spec.name, tensor)
+        return [tensor.numpy() for tensor in results]
+
+    def _not_evaluated(self, error: Exception) -> BundleError:
+        return BundleError(
+            f"{self._name} can't be evaluated in float64: {one_line(error, 200)}",
+            remedy="Check that the file is the one that was exported",
+        )
+
+
+def _widened_program(file: Path) -> Callable[..., Any]:
+    """The graph of an exported program, run node by node, so that every value on the way is looked at."""
+    with quiet():
+        module = exported_program.load(file).module(check_guards=False)
+    module._forward_pre_hooks.clear()  # they refuse inputs of another type than the exported one
+    assert isinstance(module, GraphModule)
+    module.double()
+    for inner in module.modules():
+        if isinstance(inner, GraphModule):
+            _widen_graph(inner)
+    return _LookingInterpreter(module).run
+
+
+def _widen_graph(module: GraphModule) -> None:
+    for node in module.graph.nodes:
+        if node.op == "get_attr":
+            owner, _, name = str(node.target).rpartition(".")
+            value = getattr(module.get_submodule(owner), name)
+            if isinstance(value, Tensor) and value.dtype in _NARROW:  # a constant that is no parameter and no buffer
+                setattr(module.get_submodule(owner), name, value.double())
+        elif node.op == "call_function":
+            node.args = tuple(pytree.tree_map(_wide_type, node.args))
+            node.kwargs = dict(pytree.tree_map(_wide_type, node.kwargs))
+    module.recompile()
+
+
+class _LookingInterpreter(Interpreter):
+    """Runs a graph and refuses a value that left float64."""
+
+    def run_node(self, n: Node) -> Any:
+        result = super().run_node(n)
+        for value in pytree.tree_leaves(result):
+            _refuse_narrow(n.name, value)
+        return result
+
+
+def _widened_script(file: Path) -> Callable[..., Any]:
+    """A TorchScript function made of a copy of the file's graph."""
+    module = torchscript.load(file)
+    with quiet():
+        if next(module.parameters(), None) is not None or next(module.buffers(), None) is not None:
+            module = torch.jit.freeze(module, optimize_numerics=False)  # weights become constants of one graph
+        graph = module.graph.copy()
+        for node in torchscript.tensor_constants(graph):
+            if node.t("value").dtype in _NARROW:
+                wide = node.t("value").double()
+                node.t_("value", wide)
+                node.output().inferTypeFrom(wide)
+        _widen_script_types(graph)
+        itself = next(iter(graph.inputs()))
+        if list(itself.uses()):
+            raise BundleError(
+                f"{file.name} can't be evaluated in float64: it changes its own weights while it runs",
+                remedy="Export a network in eval mode, which keeps nothing between two calls",
+            )
+        graph.eraseInput(0)
+        function: Callable[..., Any] = torch._C._create_function_from_graph("forward", graph)
+    return function
+
+
+def _widen_script_types(graph: Any) -> None:
+    """Casts and new tensors that name a narrower type name float64; TorchScript keeps types as numbers."""
+    for node in _script_nodes(graph):
+        if node.schema() == "(no schema)":
+            continue
+        names = [argument.name for argument in torch._C.parse_schema(node.schema()).arguments]
+        for at, (name, value) in enumerate(zip(names, node.inputs(), strict=False)):
+            if name == "dtype" and value.toIValue() in _NARROW_NUMBERS:
+                constant = graph.create("prim::Constant")
+                constant.i_("value", _DOUBLE_NUMBER)
+                constant.output().setType(torch._C.IntType.get())
+                constant.insertBefore(node)
+                node.replaceInput(at, constant.output())
+
+
+def _script_nodes(block: Any) -> Iterator[Any]:
+    """Every node, also in the blocks of branches and loops."""
+    for node in list(block.nodes()):
+        yield node
+        for inner in node.blocks():
+            yield from _script_nodes(inner)
+
+
+#: File of a bundle -> its function on tensors, all of it in float64.
+WIDENED: dict[str, Callable[[Path], Callable[..., Any]]] = {
+    MODEL_TORCHSCRIPT: _widened_script,
+    MODEL_EXPORTED: _widened_program,
+}
+
+
+def _wide_type(value: Any) -> Any:
+    return torch.float64 if isinstance(value, torch.dtype) and value in _NARROW else value
+
+
+def _refuse_narrow(name: str, value: Any) -> None:
+    if isinstance(value, Tensor) and value.is_floating_point() and value.dtype is not torch.float64:
+        raise ProofError(
+            f"the float64 evaluation left float64 at {name!r}",
+            remedy="Report this with the model: an operator of its graph names a type where none was expected",
+        )
+
+
+@contextlib.contextmanager
+def _float64_by_default() -> Iterator[None]:
+    """Tensors made without a type are float64 inside the block."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

@@ -1,0 +1,159 @@
+"""The noise that each precision makes on this very model, computed once for each input batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from bnexport.errors import BnexportError
+from bnexport.runtimes.emulation import Emulator
+from bnexport.runtimes.float64 import Float64Evaluator
+from bnexport.tensors import Array
+from bnexport.verification.cases import Case, Outputs
+from bnexport.verification.findings import Prediction
+from bnexport.verification.metrics import measure
+from bnexport.verification.prediction import rounding_noise
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+#: Error over prediction that passes. A prediction is one draw of the same roundings in another order of summation.
+FACTOR = 3.0
+#: Samples on which the rounding of weights is measured: each needs several evaluations of the model.
+_ROUNDED = 64
+
+
+@dataclass(frozen=True)
+class Emulated:
+    """A batch, or as much of it as time allows, under an emulated precision.
+
+    Attributes:
+        n: Samples from the front of the batch.
+        outputs: Output name -> (n, ...).
+        exact: The same of the file in float64: what is left between the two is this precision's doing alone.
+        error: max |outputs - exact| / scale; infinite where the precision overflows.
+        rms: Root mean square of outputs - exact, over scale.
+        flips: Labels that differ from the file's own in float64; None where no output is one score per class.
+    """
+
+    n: int
+    outputs: Mapping[str, Array]
+    exact: Mapping[str, Array]
+    error: float
+    rms: float
+    flips: int | None
+
+
+class Forecast:
+    """Evaluates model.onnx in float64, emulates precisions on demand, and keeps what it found.
+
+    The noise of a precision is measured against the same file in float64, never against the reference: a fault of the
+    file must not widen the bound that it is judged by.
+
+    Args:
+        model: model.onnx as read; None when it can't be read here, so that only ``recorded`` predictions remain.
+        limit: Samples per batch.
+        stored: Precision of the file's weights.
+        recorded: Precision -> error of scale, predicted when the bundle was made.
+    """
+
+    def __init__(
+        self,
+        model: ModelProto | None,
+        *,
+        limit: int,
+        stored: str = "float32",
+        recorded: Mapping[str, float] | None = None,
+    ) -> None:
+        self._model = model
+        self.limit = limit
+        self._stored = stored
+        self._recorded = dict(recorded or {})
+        self._evaluator: Float64Evaluator | None = None
+        self._engines: dict[str, Emulator | None] = {}
+        self._exact: dict[str, tuple[int, Outputs]] = {}
+        self._rounding: dict[str, float] = {}
+        self._found: dict[tuple[str, str], Emulated | None] = {}
+
+    @property
+    def possible(self) -> bool:
+        """Whether the model can be read here at all."""
+        return self._model is not None
+
+    def exact(self, case: Case) -> tuple[int, Outputs]:
+        """The file in float64: how many samples from the front of the batch, and output name -> (n, ...).
+
+        Raises:
+            BundleError: The file can't be evaluated.
+            ProofError: The evaluation left float64.
+        """
+        if case.batch.name not in self._exact:
+            assert self._model is not None, "ask possible first"
+            self._evaluator = self._evaluator or Float64Evaluator(self._model)
+            n = min(self.limit, case.batch.n) if self._evaluator.varies else case.batch.n
+            self._exact[case.batch.name] = n, self._evaluator.evaluate(case.batch.head(n).feeds)
+        return self._exact[case.batch.name]
+
+    def rounding(self, case: Case) -> float | None:
+        """What rounding the weights to the file's type does to its outputs, as a share of scale; None for float32.
+
+        The fixed bound of the proof covers it in float32. In half precision it is most of the error, so it is measured.
+
+        Raises:
+            BundleError: The file can't be evaluated.
+        """
+        if self._stored == "float32" or self._model is None:
+            return None
+        if case.batch.name not in self._rounding:
+            n, _ = self.exact(case)
+            feeds = case.batch.head(min(n, _ROUNDED) if n < case.batch.n else n).feeds
+            self._rounding[case.batch.name] = rounding_noise(self._model, feeds)
+        return self._rounding[case.batch.name]
+
+    def noise(self, precision: str, case: Case) -> float | None:
+        """Predicted max |candidate - reference| / scale of a batch; None when nothing is known."""
+        found = self.emulated(precision, case)
+        if found is None:
+            return self._recorded.get(precision)
+        return found.error + (self.rounding(case) or 0.0)
+
+    def emulated(self, precision: str, case: Case) -> Emulated | None:
+        """A batch under an emulated precision; None when the file can't be evaluated."""
+        key = (precision, case.batch.name)
+        if key not in self._found:
+            try:
+                self._found[key] = self._emulate(precision, case)
+            except BnexportError:
+                self._found[key] = None
+        return self._found[key]
+
+    def prediction(self, precision: str, case: Case) -> Prediction | None:
+        """What the report tells of a precision; None when nothing is known or it overflows."""
+        found = self.emulated(precision, case)
+        if found is None or not np.isfinite(found.error):
+            return None
+        return Prediction(precision, found.error, found.rms, found.n, found.flips, case.batch.name)
+
+    def _emulate(self, precision: str, case: Case) -> Emulated | None:
+        engine = self._engine(precision)
+        if engine is None:
+            return None
+        n, exact = self.exact(case)
+        outputs = engine.evaluate(case.batch.head(n).feeds)
+        found = measure(outputs, exact, bound=0.0, scales=case.scales)
+        if found.problem:  # infinity or NaN: this precision can't hold the model's values
+            return Emulated(n, outputs, exact, float("inf"), float("inf"), None)
+        flips = None if found.flips is None else found.flips.explained + found.flips.unexplained
+        relative = found.rms * (found.error / found.max_abs) if found.max_abs else 0.0
+        return Emulated(n, outputs, exact, found.error, relative, flips)
+
+    def _engine(self, precision: str) -> Emulator | None:
+        if self._model is None:
+            return None
+        if precision not in self._engines:
+            self._engines[precision] = None
+            self._engines[precision] = Emulator(self._model, precision)
+        return self._engines[precision]

@@ -1,0 +1,249 @@
+"""Which precision an error looks like, and what rounding the weights alone does.
+
+Rounding is deterministic: TF32, float16 and bfloat16 round the same numbers in the same way on every machine, and what is
+left, the order of sums in float32, is thousands of times smaller. So an error made by such a precision points in the
+direction of its emulation, and its cosine with it is near 1; an error of the same size that has another cause points
+elsewhere.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from bnexport.errors import ProofError
+from bnexport.runtimes.emulation import SETTINGS, precision_of
+from bnexport.runtimes.float64 import Float64Evaluator
+from bnexport.runtimes.onnx_file import graphs, nodes
+from bnexport.runtimes.rounding import BFLOAT16, FLOAT16, FLOAT32, Format, step_of
+from bnexport.tensors import Array
+from bnexport.verification.metrics import scale
+
+if TYPE_CHECKING:
+    from onnx import ModelProto, TensorProto
+
+#: Precision -> how coarse: bits of the mantissa lost against float32, and one more where every stored value loses them.
+_COARSENESS: dict[str, int] = {
+    "float32": 0,
+    "tf32-convolutions": 13,
+    "tf32": 13,
+    "tf32-cut": 13,
+    "float16": 14,
+    "bfloat16-products": 16,
+    "bfloat16": 17,
+}
+#: Coarser than any precision.
+_TOO_COARSE = 99
+#: (operator, place of an input) whose constant is no weight. A negative number to the power of 2.0000001 is NaN.
+_FIXED = SETTINGS | {("Pow", 1)}
+#: Cosine from which on an error is the doing of the precision that it was compared with. Real engines against their
+#: emulation: 1.00 as a rule, 0.68 in networks of a hundred layers, where numbers close to a tie go either way.
+ALIKE = 0.5
+#: Cosine from which on an error of the right size may be that of the precision. Faults were below 0.2.
+_PERHAPS = 0.25
+#: What an error is called that no precision makes, and one that may be a precision's.
+UNKNOWN, UNDECIDED = "none", "undecided"
+#: Sizes of errors that are apart by less are the same size.
+_SAME_SIZE = 3.0
+#: How much noisier than numpy's float32 another engine's may be: 8.9 x was seen, where it sums thousands of numbers in line.
+_FLOAT32_SPREAD = 10.0
+#: Two emulations are told apart when one leaves this much more of the error unexplained than the other.
+_CLEARER = 1.25
+#: Noise of float32 where its emulation happens to be exact.
+_LEAST = 2.0**-26
+
+
+@dataclass(frozen=True)
+class Detected:
+    """What an error looks like.
+
+    Attributes:
+        precision: A key of ``emulation.PRECISIONS``, several joined by " or " that can't be told apart, "none", or
+            "undecided": as large as a precision's, and not clearly in its direction.
+        size: Root mean square of the error, over the scale of the outputs.
+        cosine: Of the error with the emulated error of ``precision``; with the one of the nearest size where there is no
+            such; None where directions mean nothing: for float32, and for other weights than those emulated.
+        coarseness: Rank of the precision, 0 for float32; of the finest one that fits where several do, and of the finest
+            one that makes errors this large where none does.
+        sentence: For the report.
+    """
+
+    precision: str
+    size: float
+    cosine: float | None
+    coarseness: int
+    sentence: str
+
+
+def detect(
+    candidate: Mapping[str, Array],
+    exact: Mapping[str, Array],
+    emulated: Mapping[str, Mapping[str, Array]],
+    *,
+    same_weights: bool = True,
+) -> Detected:
+    """Which precision made this error.
+
+    Args:
+        candidate: Output name -> (n, ...), as the engine gave them.
+        exact: The same in float64, of the very weights that the engine used.
+        emulated: Precision -> its outputs for the same inputs; "float32" must be there. One that overflows is left out.
+        same_weights: Whether the engine used the weights that were emulated. The unfolded network rounds other numbers, so
+            its errors have the size of the emulated ones, but not their direction.
+    """
+    error = _difference(candidate, exact)
+    if not np.isfinite(error).all():
+        told = "the outputs are not all finite, so their error is that of no precision"
+        return Detected(UNKNOWN, math.inf, None, _TOO_COARSE, told)
+    size = _rms(error)
+    errors = {name: _difference(outputs, exact) for name, outputs in emulated.items()}
+    errors = {name: values for name, values in errors.items() if np.isfinite(values).all()}
+    sizes = {name: _rms(values) for name, values in errors.items()}
+    if size <= _limit_of_float32(sizes):
+        return Detected("float32", size, None, 0, f"the error (rms {size:.1e} of scale) is that of float32")
+    coarse = [name for name in errors if name != "float32"]
+    if not same_weights:
+        return _by_size(size, sizes, coarse)
+    cosines = {name: _cosine(error, errors[name]) for name in coarse}
+    alike = [name for name in coarse if cosines[name] >= ALIKE and size <= _SAME_SIZE * sizes[name]]
+    if not alike:
+        return _unknown(size, sizes, coarse, cosines)
+    left = {name: _rms(error - errors[name]) / size for name in alike}
+    found = [name for name in alike if left[name] <= _CLEARER * min(left.values())]
+    best = max(cosines[name] for name in found)
+    told = f"the error is that of {_listed(found)} (cosine {best:.3f} with its emulation)"
+    told += ", which can't be told apart here" if len(found) > 1 else ""
+    return Detected(" or ".join(found), size, best, min(_COARSENESS[name] for name in found), told)
+
+
+def compatible(asked: str, seen: Detected) -> bool:
+    """Whether what was asked for explains the error: it must not be coarser. A finer one is no fault, and the report tells.
+
+    Args:
+        asked: A key of ``emulation.PRECISIONS``.
+        seen: What ``detect`` found.
+    """
+    return seen.coarseness <= _COARSENESS[asked]
+
+
+def rounding_noise(model: ModelProto, feeds: Mapping[str, Array], *, seeds: int = 3) -> float:
+    """What rounding the weights to the file's own types does to its outputs: the largest change over the seeds, of scale.
+
+    The weights before they were rounded are not in the file, but how far off they can have been is known: half a unit in
+    the last place. So each stored number is moved by a random part of that, in float64, and the outputs are compared.
+
+    Args:
+        model: As read; not changed.
+        feeds: Input name -> (n, ...), few samples.
+        seeds: How often.
+
+    Raises:
+        BundleError: The file can't be evaluated.
+        ProofError: The outputs are not finite.
+    """
+    exact = Float64Evaluator(model).evaluate(feeds)
+    worst = 0.0
+    for seed in range(seeds):
+        moved = Float64Evaluator(_moved(model, np.random.default_rng(seed))).evaluate(feeds)
+        for name, values in exact.items():
+            if not (np.isfinite(values).all() and np.isfinite(moved[name]).all()):
+                raise ProofError(
+                    "the file gives values that are not finite in float64", remedy="Check the network's weights"
+                )
+            worst = max(worst, float(np.abs(moved[name] - values).max(initial=0.0)) / scale(values))
+    return worst
+
+
+def _moved(model: ModelProto, rng: np.random.Generator) -> ModelProto:
+    """A copy whose weights are float64 and off by up to half a unit in the last place of the type that they had."""
+    from onnx import numpy_helper
+
+    copy = type(model)()
+    copy.CopyFrom(model)
+    for tensor, of in _weights(copy):
+        wide = numpy_helper.to_array(tensor).astype(np.float64)
+        # A zero is exact more often than not: padding, pruning, a bias that never was.
+        reach = np.where(wide == 0, 0.0, 0.5 * step_of(wide, of))
+        wide = wide + reach * rng.uniform(-1, 1, wide.shape)
+        tensor.CopyFrom(numpy_helper.from_array(wide, tensor.name))
+    return copy
+
+
+def _weights(model: ModelProto) -> Iterator[tuple[TensorProto, Format]]:
+    """Stored numbers that were rounded when they were stored; not settings of operators, and no exponents."""
+    fixed = {name for node in nodes(model) for at, name in enumerate(node.input) if (node.op_type, at) in _FIXED}
+    formats = {1: FLOAT32, 10: FLOAT16, 16: BFLOAT16}  # TensorProto's FLOAT, FLOAT16, BFLOAT16
+    stored = [(tensor.name, tensor) for graph in graphs(model) for tensor in graph.initializer]
+    for node in nodes(model):
+        if node.op_type == "Constant":
+            stored += [(node.output[0], item.t) for item in node.attribute if item.name == "value"]
+    for name, tensor in stored:
+        if name not in fixed and tensor.data_type in formats:
+            yield tensor, formats[tensor.data_type]
+
+
+def _limit_of_float32(sizes: Mapping[str, float]) -> float:
+    """Up to which an error is float32's: halfway, by ratio, to the next coarser precision, but never less than its spread.
+
+    The order of summation is each engine's own, and fast algorithms (Winograd) lose some bits more than it.
+    """
+    own = sizes.get("float32", 0.0) or _LEAST
+    next_up = min((value for name, value in sizes.items() if name != "float32" and value > 0), default=0.0)
+    return max(_FLOAT32_SPREAD * own, math.sqrt(own * next_up))
+
+
+def _by_size(size: float, sizes: Mapping[str, float], names: list[str]) -> Detected:
+    fitting = [name for name in names if sizes[name] / _SAME_SIZE <= size <= sizes[name] * _SAME_SIZE]
+    if not fitting:
+        return _unknown(size, sizes, names, {})
+    nearest = min(fitting, key=lambda name: abs(math.log(size / sizes[name])))
+    told = f"the error (rms {size:.1e} of scale) has the size of {precision_of(nearest).words}'s"
+    others = [name for name in fitting if name != nearest]
+    told += f", as it has of {_listed(others)}'s" if others else ""
+    return Detected(nearest, size, None, min(_COARSENESS[name] for name in fitting), told)
+
+
+def _unknown(size: float, sizes: Mapping[str, float], names: list[str], cosines: Mapping[str, float]) -> Detected:
+    fine = [_COARSENESS[name] for name, own in sizes.items() if size <= _SAME_SIZE * own]
+    coarseness = min(fine, default=_TOO_COARSE)
+    told = f"the error (rms {size:.1e} of scale) is that of no precision"
+    some = [name for name in names if sizes[name]]
+    if not some:
+        return Detected(UNKNOWN, size, None, coarseness, told)
+    nearest = min(some, key=lambda name: abs(math.log(size / sizes[name])))
+    times, cosine = size / sizes[nearest], cosines.get(nearest)
+    compared = f"{times:.2g} x the noise of {precision_of(nearest).words}"
+    compared += "" if cosine is None else f", cosine {cosine:.2f} with it"
+    if cosine is not None and cosine >= _PERHAPS and 1 / _SAME_SIZE <= times <= _SAME_SIZE:
+        return Detected(
+            UNDECIDED, size, cosine, coarseness, f"the error may be that of a precision, or a fault: {compared}"
+        )
+    return Detected(UNKNOWN, size, cosine, coarseness, f"{told}: {compared}")
+
+
+def _listed(names: list[str]) -> str:
+    return " or ".join(precision_of(name).words for name in names)
+
+
+def _difference(one: Mapping[str, Array], other: Mapping[str, Array]) -> Array:
+    """All float outputs in one row, each over its own scale."""
+    with np.errstate(invalid="ignore"):  # infinity less infinity: the caller looks for what is not finite
+        parts = [
+            (one[name].astype(np.float64) - values).ravel() / scale(values)
+            for name, values in other.items()
+            if np.issubdtype(values.dtype, np.floating)
+        ]
+    return np.concatenate(parts) if parts else np.zeros(1)
+
+
+def _rms(values: Array) -> float:
+    return float(np.sqrt(np.mean(np.square(values))))
+
+
+def _cosine(one: Array, other: Array) -> float:
+    lengths = float(np.linalg.norm(one) * np.linalg.norm(other))
+    return float(one @ other) / lengths if lengths else 0.0

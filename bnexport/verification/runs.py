@@ -1,0 +1,180 @@
+"""Stages 2 and 3: what one runtime, in one setting, is put through."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from bnexport.errors import BnexportError
+from bnexport.runtimes.base import Runner
+from bnexport.runtimes.settings import RunSettings
+from bnexport.tensors import Array
+from bnexport.verification.cases import Case, Outputs, Plan, heads
+from bnexport.verification.findings import FlippedSample
+from bnexport.verification.flipped import flipped_samples
+from bnexport.verification.forecast import Forecast
+from bnexport.verification.inputs import BATCH_SIZES, Batch
+from bnexport.verification.metrics import has_labels, per_sample
+from bnexport.verification.significance import SIGNIFICANT, accuracy_change
+from bnexport.verification.stages import compare, failed
+from bnexport.verification.verdict import Row
+
+_CHUNK = 1024
+
+
+@dataclass
+class Run:
+    """One runtime in one setting.
+
+    Attributes:
+        runner: Open.
+        settings: As it was opened with.
+        plan: What it is put through.
+        forecast: Predicts the noise of its precision.
+        stored: Precision of what the runtime reads: that of the bundle's files; float32 for the original network.
+        rows: Filled by ``go``.
+        samples: Error and margin of each sample of the first batch (``metrics.per_sample``).
+        flipped: Changed labels of the first batch.
+        first: Outputs of the first batch; empty when it could not be run.
+    """
+
+    runner: Runner
+    settings: RunSettings
+    plan: Plan
+    forecast: Forecast
+    stored: str = "float32"
+    rows: list[Row] = field(default_factory=list)
+    samples: tuple[Array, Array] | None = None
+    flipped: tuple[FlippedSample, ...] = ()
+    first: Outputs = field(default_factory=dict)
+
+    @property
+    def precision(self) -> str:
+        """What is expected of the numbers: the file's own precision, or that of the kernels for a float32 file."""
+        return self.settings.precision if self.stored == "float32" else self.stored
+
+    @property
+    def varies(self) -> bool:
+        """Whether the batch dimension is free, so that a batch may be cut."""
+        return isinstance(self.runner.signature.inputs[0].shape[0], str)
+
+    @property
+    def stage(self) -> str:
+        """Stage 2 for IEEE float32, stage 3 for what is coarser."""
+        return "strict" if self.precision == "float32" else "shipping"
+
+    def go(self) -> None:
+        """Golden vectors, every batch, batch sizes, a repeat, the change of accuracy."""
+        if self.plan.golden is not None:
+            self._case("golden", self.plan.golden)
+        for case in self.plan.cases:
+            self._case(self.stage, case)
+        if self.plan.sizes is not None:
+            self._batch_sizes(self.plan.sizes)
+        if self.plan.cases:
+            self._repeat(self.plan.cases[0].batch)
+            self._accuracy(self.plan.cases[0])
+        where, how = self.runner.effective_device, self.settings.describe()
+        self.rows = [replace(row, device=where, settings=how) for row in self.rows]
+
+    def _predicted(self, case: Case, *, exact: bool = False) -> float | None:
+        """Predicted noise of a batch. In strict float32 it is asked for only where the fixed bound does not do (``exact``)."""
+        return self.forecast.noise(self.precision, case) if exact or self.stage == "shipping" else None
+
+    def _case(self, stage: str, case: Case) -> None:
+        try:
+            outputs = run_in_chunks(self.runner, case.batch)
+        except BnexportError as error:
+            self.rows.append(failed(stage, self.runner.name, case.batch.name, error.message))
+            return
+        leads = bool(self.plan.cases) and case is self.plan.cases[0]
+        row = self._judged(stage, case, outputs, exact=leads)
+        if not row.passed and row.predicted is None and row.error is not None:
+            row = self._judged(stage, case, outputs, exact=True)  # a network whose own float32 is that noisy
+        self.rows.append(row)
+        if leads and stage == self.stage:
+            self.first = outputs
+            self._look_closer(case, outputs, row)
+
+    def _judged(self, stage: str, case: Case, outputs: Outputs, *, exact: bool) -> Row:
+        return compare(
+            stage, self.runner.name, case.batch.name, outputs, case.expected,
+            scales=case.scales, predicted=self._predicted(case, exact=exact),
+        )  # fmt: skip
+
+    def _look_closer(self, case: Case, outputs: Outputs, row: Row) -> None:
+        if row.error is None or row.bound is None:
+            return
+        self.samples = per_sample(outputs, case.expected, case.scales)
+        self.flipped = flipped_samples(
+            outputs, case.expected, bound=row.bound, labels=self.plan.labels, scales=case.scales
+        )
+
+    def _batch_sizes(self, batch: Batch) -> None:
+        """The first 1, 2, 7, 64 samples alone against the same samples in the whole batch, and the shape for none."""
+        try:
+            whole = self.runner.run(batch.feeds)
+        except BnexportError as error:
+            self.rows.append(failed("batch-size", self.runner.name, f"batch {batch.n}", error.message))
+            return
+        for size in [size for size in BATCH_SIZES if size < batch.n] + ([0] if self.plan.empty else []):
+            try:
+                alone = self.runner.run(batch.head(size).feeds)
+            except BnexportError as error:
+                # An engine that refuses an empty batch gives no wrong answer; one that refuses a sample is of no use.
+                told = f"this engine refuses an empty batch: {error.message}" if size == 0 else error.message
+                self.rows.append(Row("batch-size", self.runner.name, f"batch {size}", passed=size == 0, reason=told))
+                continue
+            self.rows.append(self._same(size, batch.n, alone, whole) if size else self._empty(alone, whole))
+
+    def _same(self, size: int, n: int, alone: Outputs, whole: Outputs) -> Row:
+        case = f"batch {size} of {n}"
+        return compare(
+            "batch-size", self.runner.name, case, alone, heads(whole, size), predicted=self._noise_of_first()
+        )
+
+    def _noise_of_first(self) -> float | None:
+        return self._predicted(self.plan.cases[0]) if self.plan.cases else None
+
+    def _empty(self, alone: Outputs, whole: Outputs) -> Row:
+        name = self.runner.name
+        wrong = [output for output, array in whole.items() if alone[output].shape != (0, *array.shape[1:])]
+        if wrong:
+            return failed("batch-size", name, "batch 0", f"output {wrong[0]!r} has shape {alone[wrong[0]].shape}")
+        shapes = ", ".join(str(array.shape) for array in alone.values())
+        return Row("batch-size", name, "batch 0", passed=True, reason=f"shape {shapes}")
+
+    def _repeat(self, whole: Batch) -> None:
+        """Two runs of the same samples, at most one chunk of them."""
+        batch = whole.head(_CHUNK) if self.varies else whole
+        try:
+            first, second = self.runner.run(batch.feeds), self.runner.run(batch.feeds)
+        except BnexportError as error:
+            self.rows.append(failed("repeat", self.runner.name, batch.name, error.message))
+            return
+        self.rows.append(
+            compare("repeat", self.runner.name, batch.name, second, first, predicted=self._noise_of_first())
+        )
+
+    def _accuracy(self, case: Case) -> None:
+        """Whether the change of accuracy on labelled samples is more than chance."""
+        name = next((name for name, values in case.expected.items() if has_labels(values)), None)
+        labels = self.plan.labels
+        if labels is None or name is None or name not in self.first or not np.isfinite(self.first[name]).all():
+            return
+        found = accuracy_change(case.expected[name], self.first[name], labels[: case.batch.n])
+        passed, told = found.p >= SIGNIFICANT or found.won > found.lost, found.sentence()
+        self.rows.append(Row("accuracy-change", self.runner.name, case.batch.name, passed, told, n=found.n))
+
+
+def run_in_chunks(runner: Runner, batch: Batch) -> dict[str, Any]:
+    """Outputs of a batch that may be larger than the device's memory takes at once."""
+    if batch.n <= _CHUNK or isinstance(runner.signature.inputs[0].shape[0], int):
+        return runner.run(batch.feeds)
+    parts = [
+        runner.run({name: array[at : at + _CHUNK] for name, array in batch.feeds.items()})
+        for at in range(0, batch.n, _CHUNK)
+    ]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}

@@ -1,0 +1,200 @@
+"""Stage 3 on an engine that rounds as a GPU does: right when it is, wrong when it is not, and never wrong for the other.
+
+The engine is emulated, so that every row runs on every machine; real ones are in ``tests/gpu``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import support.bundles as bundles
+from must_fail.test_sabotage import WRONG_WEIGHTS, write_models
+from support.bundles import copy_bundle, reseal
+
+from bnexport.bundle import MODEL_ONNX, Bundle
+from bnexport.runtimes import catalogue
+from bnexport.runtimes.base import Runner
+from bnexport.runtimes.catalogue import RunnerSpec
+from bnexport.runtimes.emulation import EmulatedRunner
+from bnexport.runtimes.settings import RunSettings
+from bnexport.verification.scope import Scope
+from bnexport.verification.verdict import Row, VerificationReport
+from bnexport.verification.verify import verify
+
+Opener = Callable[[Bundle, str, object, RunSettings], Runner]
+NAME = "gpu-emulated"
+
+
+def obedient(bundle: Bundle, _device: str, _module: object, settings: RunSettings) -> Runner:
+    return EmulatedRunner(bundle, settings.precision)
+
+
+def always(precision: str) -> Opener:
+    return lambda bundle, _device, _module, _settings: EmulatedRunner(bundle, precision)
+
+
+def install(monkeypatch: pytest.MonkeyPatch, opener: Opener) -> None:
+    row = RunnerSpec(
+        "gpu", "emulated", MODEL_ONNX, opener, lambda _device: None, served="tf32", precisions=("float32", "tf32")
+    )
+    monkeypatch.setattr(catalogue, "RUNNERS", (*catalogue.RUNNERS, row))
+    monkeypatch.setattr(Scope, "settings_of", unisolated(Scope.settings_of))
+
+
+def unisolated(settings_of: Callable[..., tuple[RunSettings, ...]]) -> Callable[..., tuple[RunSettings, ...]]:
+    """The row is this process's own: a child would not know it."""
+    from dataclasses import replace
+
+    def patched(self: Scope, *arguments: object, **options: object) -> tuple[RunSettings, ...]:
+        return tuple(replace(item, isolated=False) for item in settings_of(self, *arguments, **options))
+
+    return patched
+
+
+def run(bundle: Bundle | Path, **options: object) -> VerificationReport:
+    return verify(bundle, runtimes=[NAME], scope=Scope(max_samples=400, **options))
+
+
+def stages(report: VerificationReport) -> set[tuple[str, str]]:
+    return {(row.stage, row.settings) for row in report.failures}
+
+
+def rows_of(report: VerificationReport, stage: str) -> list[Row]:
+    return [row for row in report.rows if row.stage == stage]
+
+
+def test_an_engine_that_does_as_it_is_told_passes_both_stages(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, obedient)
+    report = run(bundle)
+    assert report.passed, report.failures
+    strict, shipping = rows_of(report, "strict"), rows_of(report, "shipping")
+    assert {row.settings for row in strict} == {""}
+    assert {row.settings for row in shipping} == {"tf32"}
+    images = shipping[0]
+    assert images.case == "images"
+    assert images.ratio == pytest.approx(1, rel=1e-3)
+    assert images.error is not None
+    assert images.error > 1e-4  # so that no bound for strict float32 would let it pass
+    assert {(row.settings, row.detected) for row in rows_of(report, "precision")} == {("", "float32"), ("tf32", "tf32")}
+    assert set(report.runtimes) == {NAME, f"{NAME}, tf32"}
+
+
+def test_tf32_left_on_in_strict_mode_is_caught_twice(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, always("tf32"))
+    report = run(bundle)
+    assert ("strict", "") in stages(report)
+    assert ("precision", "") in stages(report)
+    assert not any(settings == "tf32" for _, settings in stages(report))
+    told = next(row for row in report.failures if row.stage == "precision")
+    assert told.detected == "tf32"
+
+
+def test_tf32_in_convolutions_alone_is_caught_in_strict_mode(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What torch does by default on a GPU."""
+    install(monkeypatch, always("tf32-convolutions"))
+    assert {("strict", ""), ("precision", "")} <= stages(run(bundle))
+
+
+@pytest.mark.parametrize("coarser", ["bfloat16", "bfloat16-products"])
+def test_a_coarser_precision_than_asked_for_is_caught(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, coarser: str
+) -> None:
+    install(monkeypatch, always(coarser))
+    found = stages(run(bundle))
+    assert ("shipping", "tf32") in found
+    assert ("precision", "tf32") in found
+
+
+def test_a_finer_precision_than_asked_for_passes_and_is_told(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An old GPU has no TF32: nothing is wrong, but the report must not say that TF32 was measured."""
+    install(monkeypatch, always("float32"))
+    report = run(bundle)
+    assert report.passed
+    assert [row.detected for row in rows_of(report, "precision") if row.settings == "tf32"] == ["float32"]
+
+
+@pytest.mark.parametrize("fault", WRONG_WEIGHTS)
+def test_a_wrong_fold_fails_whatever_the_precision(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    """Also "eps dropped", which moves outputs ten times less than correct TF32 does."""
+    install(monkeypatch, obedient)
+    folder = copy_bundle(bundle, tmp_path / "1")
+    write_models(folder, WRONG_WEIGHTS[fault]())
+    report = run(reseal(folder), precisions=("tf32",))
+    assert any(row.stage == "file-proof" for row in report.failures)
+
+
+def test_twice_the_allowed_noise_fails(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Noisy(EmulatedRunner):
+        def _run(self, feeds: object) -> dict[str, np.ndarray]:
+            outputs = super()._run(feeds)
+            exact = EmulatedRunner(bundle, "float32").run(feeds)
+            return {name: exact[name] + 7 * (array - exact[name]) for name, array in outputs.items()}
+
+    install(monkeypatch, lambda bundle, _device, _module, settings: Noisy(bundle, settings.precision))
+    report = run(bundle, precisions=("tf32",))
+    failed = [row for row in report.failures if row.stage == "shipping"]
+    assert failed
+    assert any("x the predicted noise, allowed 3 x" in row.reason for row in failed)
+
+
+def test_a_runtime_without_strict_float32_is_no_whole_proof_of_kernels_but_a_shipped_one(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(monkeypatch, obedient)
+    report = run(bundle, precisions=("tf32",))
+    assert report.passed
+    assert not rows_of(report, "strict")
+    assert bundle.manifest.signature == bundles.SIGNATURE
+
+
+def test_a_manifest_that_claims_a_coarser_precision_to_widen_the_bounds_fails(bundle: Bundle, tmp_path: Path) -> None:
+    folder = copy_bundle(bundle, tmp_path / "1")
+    write_models(folder, WRONG_WEIGHTS["eps dropped"]())
+    lying = {**bundle.manifest.onnx, "precision": "float16"}
+    report = verify(reseal(folder, onnx=lying), runtimes=["onnxruntime-cpu"], scope=Scope(max_samples=100))
+    assert {"declaration", "file-proof"} <= {row.stage for row in report.failures}
+    assert any("in float32, the manifest says float16" in row.reason for row in report.failures)
+
+
+@pytest.mark.parametrize("precision", ["float16"])
+def test_a_wrong_fold_in_half_precision_fails(bundle: Bundle, tmp_path: Path, precision: str) -> None:
+    """The rounding of the weights widens the bound of the proof, but not up to a fault of a few per cent."""
+    import onnx
+    from onnx import numpy_helper
+
+    def halved(folder: Path) -> None:
+        model = onnx.load(folder / MODEL_ONNX)
+        for tensor in model.graph.initializer:
+            if tensor.data_type == onnx.TensorProto.FLOAT:
+                half = numpy_helper.to_array(tensor).astype(np.float16)
+                tensor.CopyFrom(numpy_helper.from_array(half, tensor.name))
+        first, last = model.graph.node[0], model.graph.node[-1]
+        assert first.input
+        taken = [node for node in model.graph.node if "input" in node.input]
+        for node in taken:
+            for at, name in enumerate(node.input):
+                if name == "input":
+                    node.input[at] = "input_half"
+        last.output[0] = "logits_half"
+        model.graph.node.insert(0, onnx.helper.make_node("Cast", ["input"], ["input_half"], to=10))
+        model.graph.node.append(onnx.helper.make_node("Cast", ["logits_half"], ["logits"], to=1))
+        del model.graph.value_info[:]
+        onnx.save(model, folder / MODEL_ONNX)
+
+    told = {**bundle.manifest.onnx, "precision": precision}
+    right, wrong = copy_bundle(bundle, tmp_path / "1"), copy_bundle(bundle, tmp_path / "2")
+    write_models(wrong, WRONG_WEIGHTS["another eps"]())
+    for folder in (right, wrong):
+        halved(folder)
+        (folder / "model.pt").unlink()
+    scope = Scope(max_samples=100)
+    good = verify(reseal(right, onnx=told), runtimes=["onnxruntime-cpu"], scope=scope)
+    assert good.passed, good.failures
+    assert {row.stage for row in good.rows if row.subject == "onnxruntime-cpu"} >= {"golden", "shipping"}
+    bad = verify(reseal(wrong, onnx=told), runtimes=["onnxruntime-cpu"], scope=scope)
+    assert any(row.stage == "file-proof" for row in bad.failures)

@@ -1,0 +1,201 @@
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from bnexport.bundle import MODEL_ONNX, Bundle, Manifest, seal
+from bnexport.errors import BundleError, UsageError
+from bnexport.runtimes.base import Runner
+from bnexport.runtimes.catalogue import RunnerSpec, runner_spec
+from bnexport.runtimes.emulation import EmulatedRunner, open_emulated
+from bnexport.runtimes.settings import RunSettings
+from bnexport.tensors import Signature, TensorSpec
+from bnexport.verification.drift import layer_drift
+
+ORT = runner_spec("onnxruntime-cpu")
+STRICT = RunSettings()
+FEEDS = {"input": np.random.default_rng(0).random((6, 1, 28, 28), dtype=np.float32)}
+
+
+def emulated(precision: str) -> RunnerSpec:
+    """An engine that computes in one precision whatever it is asked for."""
+    return RunnerSpec("gpu", "cpu", MODEL_ONNX, lambda bundle, *_: EmulatedRunner(bundle, precision), lambda _: None)
+
+
+def test_a_real_engine_in_strict_float32_stays_with_its_prediction(bundle: Bundle) -> None:
+    files = {path: path.stat().st_mtime_ns for path in bundle.path.rglob("*")}
+    drift = layer_drift(bundle, ORT, STRICT, FEEDS, precision="float32")
+    assert [layer.operator for layer in drift] == ["Conv", "Conv", "Gemm", "Gemm", "Gemm"]
+    assert drift[-1].layer == "logits"
+    assert not any(layer.left for layer in drift)
+    assert all(1e-9 < layer.error < 1e-5 and 1e-9 < layer.predicted < 1e-5 for layer in drift)
+    assert {path: path.stat().st_mtime_ns for path in bundle.path.rglob("*")} == files
+
+
+def test_tf32_left_on_is_seen_from_the_first_layer_that_multiplies(bundle: Bundle) -> None:
+    drift = layer_drift(bundle, emulated("tf32"), STRICT, FEEDS, precision="float32")
+    assert drift[0].left
+    expected = layer_drift(bundle, emulated("tf32"), STRICT, FEEDS, precision="tf32")
+    assert not any(layer.left for layer in expected)
+    assert [layer.error for layer in expected] == pytest.approx([layer.predicted for layer in expected])
+
+
+class _FaultyLayer(Runner):
+    """An engine with one wrong kernel: whatever follows from ``layer`` is wrong with it."""
+
+    def __init__(self, bundle: Bundle, layer: str, by: float) -> None:
+        model = onnx.load(bundle.file(MODEL_ONNX))
+        node = next(node for node in model.graph.node if layer in node.output)
+        weight = next(item for item in model.graph.initializer if item.name == node.input[1])
+        array = numpy_helper.to_array(weight) * np.float32(by)
+        weight.CopyFrom(numpy_helper.from_array(array, weight.name))
+        onnx.save(model, bundle.path / MODEL_ONNX)
+        self._inner = ORT.open(bundle)
+        self.name, self.effective_device, self.description = "faulty", "cpu", {}
+        self.signature = bundle.manifest.signature
+
+    def _run(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return self._inner.run(feeds)
+
+
+@pytest.mark.parametrize("wrong", range(5))
+@pytest.mark.parametrize("by", [1.01, np.nan])
+def test_the_first_layer_that_leaves_is_the_faulty_one(bundle: Bundle, wrong: int, by: float) -> None:
+    names = [layer.layer for layer in layer_drift(bundle, ORT, STRICT, FEEDS, precision="float32")]
+    spec = RunnerSpec(
+        "faulty", "cpu", MODEL_ONNX, lambda opened, *_: _FaultyLayer(opened, names[wrong], by), lambda _: None
+    )
+    drift = layer_drift(bundle, spec, STRICT, FEEDS, precision="float32")
+    assert next(at for at, layer in enumerate(drift) if layer.left) == wrong
+    json.dumps([asdict(layer) for layer in drift], allow_nan=False)
+
+
+def write(
+    folder: Path, nodes: list[onnx.NodeProto], weights: dict[str, np.ndarray], shape: tuple[int, ...], **more: object
+) -> Bundle:
+    dtype = str(more.get("dtype", "float32"))
+    element = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    graph = helper.make_graph(
+        nodes,
+        "g",
+        [helper.make_tensor_value_info("x", element, ["batch", *shape])],
+        [helper.make_tensor_value_info("y", element, None)],
+        [numpy_helper.from_array(array, name) for name, array in weights.items()],
+    )
+    opsets = [helper.make_opsetid("", 18)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=8), folder / MODEL_ONNX)
+    out = TensorSpec("y", dtype, tuple(more.get("out", ("batch", 4))))  # type: ignore[arg-type]
+    signature = Signature((TensorSpec("x", dtype, ("batch", *shape)),), (out,))
+    return seal(folder, Manifest("small", 1, signature, {"source": "test"}))
+
+
+def test_a_dimension_that_has_the_size_of_the_batch_by_chance_is_no_batch(tmp_path: Path) -> None:
+    """Four samples, four channels, four pixels: only what one sample more changes is the batch."""
+    rng = np.random.default_rng(1)
+    nodes = [
+        helper.make_node("Conv", ["x", "k"], ["maps"]),
+        helper.make_node("Transpose", ["maps"], ["turned"], perm=[1, 0, 2, 3]),  # channels first
+        helper.make_node("MatMul", ["turned", "m"], ["products"]),
+        helper.make_node("Transpose", ["products"], ["back"], perm=[1, 0, 2, 3]),
+        helper.make_node("Flatten", ["back"], ["y"]),
+    ]
+    weights = {
+        "k": rng.standard_normal((4, 4, 1, 1)).astype(np.float32),
+        "m": rng.standard_normal((4, 4)).astype(np.float32),
+    }
+    bundle = write(tmp_path, nodes, weights, (4, 4, 4), out=("batch", 64))
+    feeds = {"x": rng.standard_normal((4, 4, 4, 4)).astype(np.float32)}
+    drift = layer_drift(bundle, ORT, STRICT, feeds, precision="float32")
+    assert [layer.layer for layer in drift] == ["maps", "products"]
+    assert not any(layer.left for layer in drift)
+
+
+def test_a_file_in_half_precision_is_compared_in_its_own(tmp_path: Path) -> None:
+    rng = np.random.default_rng(2)
+    weights = {
+        "m": rng.standard_normal((8, 16)).astype(np.float16),
+        "n": rng.standard_normal((16, 4)).astype(np.float16),
+    }
+    nodes = [
+        helper.make_node("MatMul", ["x", "m"], ["a"]),
+        helper.make_node("Relu", ["a"], ["b"]),
+        helper.make_node("MatMul", ["b", "n"], ["y"]),
+    ]
+    bundle = write(tmp_path, nodes, weights, (8,), dtype="float16")
+    feeds = {"x": rng.standard_normal((16, 8)).astype(np.float16)}
+    drift = layer_drift(bundle, ORT, STRICT, feeds, precision="float16")
+    assert [layer.layer for layer in drift] == ["a", "y"]
+    assert not any(layer.left for layer in drift)
+    assert all(layer.error > 1e-5 for layer in drift)
+    assert any(layer.left for layer in layer_drift(bundle, ORT, STRICT, feeds, precision="float32"))
+
+
+def test_what_the_file_itself_makes_infinite_is_nobodys_drift(tmp_path: Path) -> None:
+    weights = {"m": np.eye(4, dtype=np.float32), "b": np.array([0, np.inf, 0, 0], np.float32)}
+    bundle = write(tmp_path, [helper.make_node("Gemm", ["x", "m", "b"], ["y"])], weights, (4,))
+    feeds = {"x": np.random.default_rng(3).standard_normal((3, 4)).astype(np.float32)}
+    (layer,) = layer_drift(bundle, ORT, STRICT, feeds, precision="float32")
+    assert (layer.left, layer.error < 1e-6) == (False, True)
+
+
+def test_a_model_without_a_linear_layer_has_no_drift(tmp_path: Path) -> None:
+    bundle = write(tmp_path, [helper.make_node("Relu", ["x"], ["y"])], {}, (4,))
+    assert layer_drift(bundle, ORT, STRICT, {"x": np.ones((2, 4), np.float32)}, precision="float32") == ()
+
+
+def test_a_fixed_batch_is_run_as_it_is(bundle: Bundle, tmp_path: Path) -> None:
+    model = onnx.load(bundle.file(MODEL_ONNX))
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.shape.dim[0].dim_value = 2
+    onnx.save(model, tmp_path / MODEL_ONNX)
+    told = bundle.manifest.signature
+    fixed = [replace(spec, shape=(2, *spec.shape[1:])) for spec in (*told.inputs, *told.outputs)]
+    small = seal(tmp_path, replace(bundle.manifest, signature=Signature((fixed[0],), (fixed[1],))))
+    drift = layer_drift(small, ORT, STRICT, {"input": FEEDS["input"][:2]}, precision="float32")
+    assert len(drift) == 5
+
+
+def test_who_cannot_tell_says_why(bundle: Bundle) -> None:
+    with pytest.raises(UsageError, match=r"torchscript-cpu can't be looked at: it reads model\.pt"):
+        layer_drift(bundle, runner_spec("torchscript-cpu"), STRICT, FEEDS, precision="float32")
+    with pytest.raises(UsageError, match="has no tf32 kernels"):
+        layer_drift(bundle, ORT, RunSettings(precision="tf32"), FEEDS, precision="tf32")
+    with pytest.raises(UsageError, match="'fp8' is not known"):
+        layer_drift(bundle, ORT, STRICT, FEEDS, precision="fp8")
+    with pytest.raises(BundleError, match="can't be evaluated"):
+        layer_drift(bundle, ORT, STRICT, {"input": FEEDS["input"][:, :, :3]}, precision="float32")
+
+    def refuses(_bundle: Bundle, *_rest: object) -> Runner:
+        raise BundleError("this engine fuses everything", remedy="Ask another")
+
+    with pytest.raises(BundleError, match="fuses everything"):
+        layer_drift(
+            bundle, RunnerSpec("odd", "cpu", MODEL_ONNX, refuses, lambda _: None), STRICT, FEEDS, precision="float32"
+        )
+
+
+def test_the_opener_of_emulations_fits(bundle: Bundle) -> None:
+    spec = RunnerSpec("gpu", "emulated", MODEL_ONNX, open_emulated, lambda _: None, "tf32", ("float32", "tf32"))
+    for precision in ("float32", "tf32"):
+        drift = layer_drift(bundle, spec, RunSettings(precision=precision), FEEDS, precision=precision)
+        assert not any(layer.left for layer in drift)
+
+
+def test_bfloat16_values_are_left_out_since_no_runner_can_give_them_out(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("Cast", ["x"], ["c"], to=TensorProto.BFLOAT16),
+        helper.make_node("Cast", ["w"], ["v"], to=TensorProto.BFLOAT16),
+        helper.make_node("MatMul", ["c", "v"], ["p"]),
+        helper.make_node("Cast", ["p"], ["q"], to=TensorProto.FLOAT),
+        helper.make_node("MatMul", ["q", "w"], ["y"]),
+    ]
+    bundle = write(tmp_path, nodes, {"w": np.eye(4, dtype=np.float32)}, (4,))
+    feeds = {"x": np.random.default_rng(4).standard_normal((3, 4)).astype(np.float32)}
+    drift = layer_drift(bundle, emulated("bfloat16"), STRICT, feeds, precision="bfloat16")
+    assert [layer.layer for layer in drift] == ["y"]
