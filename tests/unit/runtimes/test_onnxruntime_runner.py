@@ -11,7 +11,7 @@ import pytest
 from bnexport.bundle import MODEL_ONNX, Bundle
 from bnexport.errors import BundleError, RuntimeUnavailable
 from bnexport.runtimes.onnxruntime import OnnxRuntimeRunner, problem
-from bnexport.runtimes.onnxruntime_session import CUDA, LEVELS, provider_options
+from bnexport.runtimes.onnxruntime_session import CUDA, LEVELS, device_of, provider_options
 from bnexport.runtimes.settings import CONV_SEARCHES, OPTIMISATIONS, RunSettings
 from bnexport.tensors import Signature, TensorSpec
 
@@ -134,7 +134,7 @@ def test_weights_in_another_file_are_not_followed(bundle: Bundle, tmp_path: Path
     shutil.copy(bundle.file(MODEL_ONNX), file := tmp_path / "model.onnx")
     model = onnx.load(file)
     onnx.save(model, file, save_as_external_data=True, location="beside.data", size_threshold=16)
-    with pytest.raises(BundleError, match="not a model that onnxruntime can load"):
+    with pytest.raises(BundleError, match="in another file"):
         OnnxRuntimeRunner(file, bundle.manifest.signature)
 
 
@@ -180,5 +180,5 @@ def test_an_onnxruntime_without_cuda_says_so(bundle: Bundle, monkeypatch: pytest
 def test_nodes_on_another_provider_are_a_fall_back(bundle: Bundle) -> None:
     with OnnxRuntimeRunner(bundle.file(MODEL_ONNX), bundle.manifest.signature) as runner:
         with pytest.raises(RuntimeUnavailable, match="fell back: nodes run on cpu, cuda:0"):
-            runner._device_of({"CUDAExecutionProvider": 11, "CPUExecutionProvider": 1}, "cuda")
-        assert runner._device_of({"CUDAExecutionProvider": 11}, "cuda") == "cuda:0"
+            device_of(runner._session, {"CUDAExecutionProvider": 11, "CPUExecutionProvider": 1}, "x", "cuda")
+        assert device_of(runner._session, {"CUDAExecutionProvider": 11}, "x", "cuda") == "cuda:0"
