@@ -31,6 +31,18 @@ def _ort_cuda() -> str | None:
     return None
 
 
+def _tensorrt() -> str | None:
+    from bnexport.runtimes.catalogue import runner_spec
+
+    return runner_spec("onnxruntime-tensorrt").available()
+
+
+def _openvino() -> str | None:
+    from bnexport.runtimes.catalogue import runner_spec
+
+    return runner_spec("openvino-cpu").available()
+
+
 def _data() -> str | None:
     root = os.environ.get("BNEXPORT_DATA")
     found = root and (Path(root) / "FashionMNIST" / "raw" / "t10k-images-idx3-ubyte.gz").is_file()
@@ -44,6 +56,8 @@ def _chromium() -> str | None:
 CAPABILITIES: dict[str, Callable[[], str | None]] = {
     "cuda": functools.cache(_cuda),
     "ort-cuda": functools.cache(_ort_cuda),
+    "tensorrt": functools.cache(_tensorrt),
+    "openvino": functools.cache(_openvino),
     "data": functools.cache(_data),
     "chromium": functools.cache(_chromium),
 }

@@ -27,7 +27,7 @@ def send(stream: BinaryIO, head: Mapping[str, Any], arrays: Mapping[str, Array] 
     Raises:
         OSError: The other side is gone.
     """
-    contiguous = {name: np.ascontiguousarray(array) for name, array in (arrays or {}).items()}
+    contiguous = {name: np.asarray(array, order="C") for name, array in (arrays or {}).items()}
     table = [[name, array.dtype.name, list(array.shape)] for name, array in contiguous.items()]
     text = json.dumps({**head, _ARRAYS: table}).encode()
     stream.write(len(text).to_bytes(8, "little") + text)

@@ -185,6 +185,7 @@ def _start(name: str, precision: str, said: IO[bytes]) -> subprocess.Popen[bytes
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, env=child_environment(precision)
         )
     except (OSError, ValueError) as error:
+        said.close()
         raise RuntimeUnavailable(
             f"{name} can't start a process of its own: {one_line(error)}", remedy="Run it without isolation"
         ) from error

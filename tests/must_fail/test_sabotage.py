@@ -17,6 +17,7 @@ import torch
 from onnx import numpy_helper
 from support import bundles
 from support.bundles import PAIRS, copy_bundle, exact_affine, fold_by_hand, network, reseal
+from support.runtimes import EXPORTED, RUNTIMES
 
 from bnexport.bundle import MODEL_ONNX, MODEL_TORCHSCRIPT, WEIGHTS, Bundle
 from bnexport.data.preprocessing import Preprocessing
@@ -26,13 +27,6 @@ from bnexport.verification import work as verifying
 from bnexport.verification.verify import verify
 
 State = dict[str, torch.Tensor]
-#: CUDA twins run the same table on a machine that has the device.
-NEEDS = {spec.name: "ort-cuda" if spec.engine == "onnxruntime" else "cuda" for spec in RUNNERS if spec.device == "cuda"}
-RUNTIMES = [
-    pytest.param(spec.name, marks=pytest.mark.needs(NEEDS[spec.name]) if spec.name in NEEDS else []) for spec in RUNNERS
-]
-#: Those that read an exported file.
-EXPORTED = [param for param in RUNTIMES if not str(param.values[0]).startswith("torch-")]
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,9 @@ from bnexport.runtimes.catalogue import RUNNERS, runner_spec
 
 def test_names_are_unique_and_found() -> None:
     names = [spec.name for spec in RUNNERS]
-    assert len(set(names)) == len(names) == 9
+    assert len(set(names)) == len(names)
+    assert {"torch-export-cpu", "torch-export-cuda", "reference-cpu"} <= set(names)
+    assert not runner_spec("reference-cpu").default
     assert all(runner_spec(name).name == name for name in names)
     assert {spec.device for spec in RUNNERS} == {"cpu", "cuda"}
     with pytest.raises(UsageError, match="no runtime 'tensorflow'") as caught:

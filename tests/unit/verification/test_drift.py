@@ -144,6 +144,17 @@ def test_what_the_file_itself_makes_infinite_is_nobodys_drift(tmp_path: Path) ->
     assert (layer.left, layer.error < 1e-6) == (False, True)
 
 
+def test_a_layer_whose_emulation_is_exact_may_still_round(tmp_path: Path) -> None:
+    bundle = write(tmp_path, [helper.make_node("MatMul", ["x", "m"], ["y"])], {"m": np.eye(4, dtype=np.float32)}, (4,))
+    feeds = {"x": np.random.default_rng(3).standard_normal((3, 4)).astype(np.float32)}
+    for by, left in ((1 + 1e-6, False), (1 + 1e-4, True)):
+        spec = RunnerSpec(
+            "odd", "cpu", MODEL_ONNX, lambda opened, *_, by=by: _FaultyLayer(opened, "y", by), lambda _: None
+        )
+        (layer,) = layer_drift(bundle, spec, STRICT, feeds, precision="float32")
+        assert (layer.predicted, layer.left) == (0, left)
+
+
 def test_a_model_without_a_linear_layer_has_no_drift(tmp_path: Path) -> None:
     bundle = write(tmp_path, [helper.make_node("Relu", ["x"], ["y"])], {}, (4,))
     assert layer_drift(bundle, ORT, STRICT, {"x": np.ones((2, 4), np.float32)}, precision="float32") == ()
