@@ -20,6 +20,7 @@ PACKAGES: tuple[tuple[str, ...], ...] = (
     ("onnx",),
     ("onnxscript",),
     ("onnxruntime-gpu", "onnxruntime"),
+    ("openvino",),
     ("numpy",),
 )
 _DRIVER = Path("/proc/driver/nvidia/gpus")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from bnexport.optional import need_packages
 from bnexport.runtimes.catalogue import RUNNERS
 from bnexport.runtimes.settings import CONV_SEARCHES, KERNEL_PRECISIONS, OPTIMISATIONS
 
@@ -78,6 +79,8 @@ _STDOUT = "-"
     help="The code of the original network, for a bundle of your own model. Its weights come from the bundle.",
 )
 @click.option("--json", "json_file", metavar="FILE", help="Write the report as JSON; - prints it instead of the table.")
+@click.option("--junit", "junit_file", metavar="FILE", help="Write the report as JUnit XML, for CI systems.")
+@click.option("--html", "html_file", metavar="FILE", help="Write the report as one self-contained page.")
 @click.pass_context
 def command(ctx: click.Context, /, bundle: Path, **options: Any) -> None:
     """Prove that BUNDLE computes what its network computes: exit 0 for PASS, 1 for FAIL.
@@ -89,10 +92,12 @@ def command(ctx: click.Context, /, bundle: Path, **options: Any) -> None:
     from bnexport.cli.aside import prints_aside
     from bnexport.reporting.tables import make_console, print_environment, print_verification
 
+    if options["html_file"] is not None:
+        need_packages("bnexport verify --html", "jinja2", "matplotlib", "PIL")
     opened = Bundle.open(bundle)
     with prints_aside():
         report = _verified(opened, options)
-    _write_files(report, options)
+    _write_files(report, opened, bundle, options)
     if options["json_file"] != _STDOUT:
         console = make_console()
         print_verification(report, console)
@@ -138,10 +143,18 @@ def _module(source: str, bundle: Bundle) -> nn.Module:
     return load_source(source, weights=bundle.file(WEIGHTS), options=options).module
 
 
-def _write_files(report: VerificationReport, options: dict[str, Any]) -> None:
+def _write_files(report: VerificationReport, opened: Bundle, path: Path, options: dict[str, Any]) -> None:
     """What was asked for beside the table."""
     if (target := options["json_file"]) is not None:
         _write(target, (json.dumps(report.to_json(), indent=1, allow_nan=False) + "\n").encode())
+    if (target := options["junit_file"]) is not None:
+        from bnexport.reporting.junit import junit
+
+        _write(target, junit(report, name=str(path)))
+    if (target := options["html_file"]) is not None:
+        from bnexport.reporting.html import verification_page
+
+        _write(target, verification_page(opened, report, command=f"bnexport verify {path}").encode())
 
 
 def _write(target: str, content: bytes) -> None:

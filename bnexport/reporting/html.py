@@ -10,11 +10,22 @@ from typing import Any
 
 import jinja2
 
-from bnexport.bundle import Manifest
+from bnexport.bundle import Bundle, Manifest
 from bnexport.folding.report import GONE, OUTCOMES, FoldReport
 from bnexport.reporting.figures import Samples, error_against_margin, error_histogram, error_overview
+from bnexport.reporting.flips import SHOWN_FLIPS, class_name, flipped_rows
 from bnexport.reporting.fold_summary import gain_of, growth_of, tallies, verdict_of
-from bnexport.reporting.summary import certified, flipped, groups, module_name, number, rate_bound, total_flips, word
+from bnexport.reporting.summary import (
+    certified,
+    flipped,
+    groups,
+    module_name,
+    number,
+    rate_bound,
+    run_name,
+    total_flips,
+    word,
+)
 from bnexport.tensors import Signature
 from bnexport.verification.tolerances import TOLERANCES
 from bnexport.verification.verdict import VerificationReport
@@ -62,6 +73,7 @@ def render_report(
         samples: Error and margin per sample by runtime; with it the page shows their distribution.
     """
     gathered = groups(verification)
+    changed = flipped_rows(verification)
     page = _environment().get_template(TEMPLATE)
     return page.render(
         manifest=manifest,
@@ -79,8 +91,29 @@ def render_report(
         flips=total_flips(group.flips for group in gathered if group.flips is not None),
         rate_bound=rate_bound(verification),
         plots=_plots(verification, samples),
+        flipped_rows=changed[:SHOWN_FLIPS],
+        flipped_more=max(0, len(changed) - SHOWN_FLIPS),
         environment=environment,
         commands=list(commands),
+    )
+
+
+def verification_page(bundle: Bundle, report: VerificationReport, *, command: str) -> str:
+    """The page of a later verification, made on whatever machine it ran on.
+
+    Args:
+        bundle: What was verified; its manifest tells the model and the account of the fold.
+        report: The verdict.
+        command: How to run it again.
+    """
+    fold = FoldReport.from_json(bundle.manifest.fold) if bundle.manifest.fold else FoldReport((), 0, None)
+    return render_report(
+        bundle.manifest,
+        fold=fold,
+        verification=report,
+        environment=report.environment,
+        commands=[command],
+        samples=report.samples or None,
     )
 
 
@@ -105,6 +138,8 @@ def _environment() -> jinja2.Environment:
         fold_verdict=verdict_of,
         growth=growth_of,
         compact=_compact,
+        run_name=run_name,
+        class_name=class_name,
     )
     return environment
 

@@ -24,7 +24,7 @@ class Group:
 
     Attributes:
         stage: As in the rows.
-        subject: As in the rows.
+        subject: As in the rows, with the settings where there are some.
         rows: In the report's order; never empty.
     """
 
@@ -61,11 +61,31 @@ class Group:
 
 
 def groups(report: VerificationReport) -> tuple[Group, ...]:
-    """The report's rows by stage and subject, in the order of first appearance."""
+    """The report's rows by stage, subject and settings, in the order of first appearance."""
     gathered: dict[tuple[str, str], list[Row]] = {}
     for row in report.rows:
-        gathered.setdefault((row.stage, FILE_STAGES.get(row.stage, row.subject)), []).append(row)
+        gathered.setdefault((row.stage, FILE_STAGES.get(row.stage, run_name(row))), []).append(row)
     return tuple(Group(stage, subject, tuple(rows)) for (stage, subject), rows in gathered.items())
+
+
+def run_name(row: Row) -> str:
+    """What was tested, and how it was run where that is not in strict float32: "onnxruntime-cuda, tf32"."""
+    return f"{row.subject}, {row.settings}" if row.settings else row.subject
+
+
+def predicted_sentences(report: VerificationReport) -> list[str]:
+    """What each precision is predicted to do to this model, and by how much the runs in that precision exceeded it."""
+    told = []
+    for item in report.findings.predictions:
+        flips = "" if item.flips is None else f" and changes {item.flips} of {item.n} labels"
+        told.append(
+            f"predicted: {item.precision} moves outputs by {number(item.error)} of scale{flips} ({item.inputs})"
+        )
+    for group in groups(report):
+        worst = max((row.ratio for row in group.rows if row.ratio is not None), default=None)
+        if group.stage == "shipping" and worst is not None:
+            told.append(f"{group.subject}: at most {worst:.2g} x the noise predicted for its inputs")
+    return told
 
 
 def total_flips(flips: Iterable[Flips]) -> Flips:

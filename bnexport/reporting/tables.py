@@ -14,7 +14,16 @@ from bnexport.environment import describe
 from bnexport.files import forget_reader
 from bnexport.folding.report import GONE, OUTCOMES, FoldReport, FoldRow
 from bnexport.reporting.fold_summary import account_of, gain_of, growth_of, tallies, verdict_of
-from bnexport.reporting.summary import NOTHING, certified, groups, module_name, number, word
+from bnexport.reporting.summary import (
+    NOTHING,
+    certified,
+    groups,
+    module_name,
+    number,
+    predicted_sentences,
+    run_name,
+    word,
+)
 
 if TYPE_CHECKING:
     from bnexport.verification.verdict import VerificationReport
@@ -101,7 +110,7 @@ def print_verification(report: VerificationReport, console: Console) -> None:
     table = make_table(console)
     table.add_column("", no_wrap=True)
     table.add_column("stage", no_wrap=True)
-    table.add_column("subject", overflow="fold")
+    table.add_column("subject", overflow="fold", min_width=17)
     for heading in ("n", "error", "bound", "flips", "sure"):
         table.add_column(heading, justify="right", no_wrap=True)
     for group in groups(report):
@@ -120,14 +129,16 @@ def print_verification(report: VerificationReport, console: Console) -> None:
         console.print(table)
         console.print("error: largest |difference| / largest |reference|, worst case of each row", style="dim")
         console.print("sure: labels that no error within the bound could change", style="dim")
-    for note in (report.inputs, report.reference):
+    for note in (report.inputs, report.reference, *predicted_sentences(report)):
         if note:
             console.print(literal(note, console, style="dim"))
+    for warning in report.findings.warnings:
+        console.print(literal(f"WARNING: {warning}", console))
     for name, why in report.skipped.items():
         console.print(literal(f"not run: {name}: {why}", console))
     for row in report.failures[:_LISTED_FAILURES]:
         console.print(
-            literal(f"FAIL {row.stage}, {row.subject}, {row.case}: {row.reason}", console, style=STYLES["FAIL"])
+            literal(f"FAIL {row.stage}, {run_name(row)}, {row.case}: {row.reason}", console, style=STYLES["FAIL"])
         )
     if (more := len(report.failures) - _LISTED_FAILURES) > 0:
         console.print(literal(f"and {more} more failed rows, all of them in the JSON report", console))
@@ -142,8 +153,10 @@ def print_environment(record: Mapping[str, Any], console: Console) -> None:
 
 def make_table(console: Console) -> Table:
     """An empty table with the lines that the console's encoding can show."""
-    style = box.SIMPLE_HEAD if console.encoding.lower().startswith("utf") else box.ASCII
-    return Table(box=style, header_style="bold", padding=(0, 1, 0, 0), pad_edge=False)
+    plain = not console.encoding.lower().startswith("utf")
+    # ASCII lines touch the words beside them; the others are spaces, and a second space would cost a column its width.
+    style, padding = (box.ASCII, (0, 1, 0, 0)) if plain else (box.SIMPLE_HEAD, (0, 0, 0, 0))
+    return Table(box=style, header_style="bold", padding=padding, pad_edge=False)
 
 
 def literal(value: str, console: Console, *, style: str | None = None) -> Text:

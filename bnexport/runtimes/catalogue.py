@@ -29,6 +29,7 @@ class RunnerSpec:
         served: Precision of its kernels as people serve with it: its own default. TF32 on most GPU engines.
         precisions: What ``RunSettings.precision`` may ask of it.
         default: Whether ``verify`` runs it unasked.
+        extra: The package, and extra of bnexport, that it needs beside what every installation has; "" when it needs none.
     """
 
     engine: str
@@ -39,6 +40,7 @@ class RunnerSpec:
     served: str = "float32"
     precisions: tuple[str, ...] = ("float32",)
     default: bool = True
+    extra: str = ""
 
     @property
     def name(self) -> str:
@@ -161,7 +163,16 @@ RUNNERS: tuple[RunnerSpec, ...] = (
     RunnerSpec("onnxruntime", "cuda", MODEL_ONNX, _open_onnxruntime, _onnxruntime_problem, "tf32", _GPU_PRECISIONS),
     RunnerSpec("onnxruntime", "tensorrt", MODEL_ONNX, _open_onnxruntime, _onnxruntime_problem, "tf32", _GPU_PRECISIONS),
     # On a CPU without bfloat16 its bfloat16 is float32, and the report says so.
-    RunnerSpec("openvino", "cpu", MODEL_ONNX, _open_openvino, _openvino_problem, "bfloat16", ("float32", "bfloat16")),
+    RunnerSpec(
+        "openvino",
+        "cpu",
+        MODEL_ONNX,
+        _open_openvino,
+        _openvino_problem,
+        "bfloat16",
+        ("float32", "bfloat16"),
+        extra="openvino",
+    ),
     # Not unasked: the proof of the written file evaluates it anyway.
     RunnerSpec("reference", "cpu", MODEL_ONNX, _open_reference, _reference_problem, default=False),
 )

@@ -16,6 +16,7 @@ from bnexport.errors import BnexportError
 from bnexport.optional import installed
 from bnexport.runtimes.base import plain_reason
 from bnexport.runtimes.catalogue import RUNNERS, RunnerSpec, runner_spec
+from bnexport.runtimes.settings import RunSettings
 from bnexport.runtimes.small_model import expected, small_bundle, torch_module
 from bnexport.runtimes.torch_outputs import REMEDY as TORCH_REMEDY
 
@@ -70,6 +71,8 @@ class Diagnosis:
 
 
 def _is_expected(spec: RunnerSpec) -> bool:
+    if spec.extra:
+        return installed(spec.extra)
     return spec.device == "cpu" and (spec.engine in _SERVING or not runtime_only())
 
 
@@ -87,8 +90,11 @@ def _examine(spec: RunnerSpec, bundle: Bundle) -> Health:
         remedy = TORCH_REMEDY if installed("torch") else "Install it: pip install torch"
         return Health(spec.name, works=False, reason=missing, remedy=remedy)
     images = np.random.default_rng(1).standard_normal((4, 1, 8, 8)).astype(np.float32)
+    # TensorRT is strict only in a process that was started for it; one that is not here says so without.
+    settings = RunSettings(isolated=spec.device == "tensorrt" and spec.available() is None)
     try:
-        with spec.open(bundle, module=torch_module() if spec.engine == "torch" else None) as runner:
+        module = torch_module() if spec.engine == "torch" else None
+        with spec.open(bundle, module=module, settings=settings) as runner:
             answer = runner.run({"input": images})["logits"]
             device, details = runner.effective_device, runner.description
     except BnexportError as error:

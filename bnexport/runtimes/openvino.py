@@ -24,6 +24,8 @@ _PRECISIONS = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "float32"
 #: RunSettings.precision -> (inference precision, execution mode). Left alone, OpenVINO computes a float32 file in bfloat16 on
 #: every CPU that has it (OpenVINO, "Precision Control", "CPU Device").
 _HINTS = {"float32": ("f32", "ACCURACY"), "bfloat16": ("bf16", "PERFORMANCE")}
+#: How lines of its errors start that say nothing of the error.
+_ASIDE = ("Exception from ", "Check '", "To facilitate ")
 #: Layers that compute nothing.
 _PASSIVE = frozenset(
     {
@@ -162,9 +164,9 @@ class OpenVinoRunner(Runner):
 
 
 def own_reason(error: Exception) -> str:
-    """What OpenVINO itself says went wrong: its last sentence, without the places in its source that it lists before."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    said = [line for line in lines if line and not line.startswith(("Exception from ", "Check '"))]
+    """What OpenVINO itself says went wrong: its last sentence, without places in its source and where to read on."""
+    lines = [line.strip().removeprefix("-- ") for line in str(error).splitlines()]
+    said = [line for line in lines if line and not line.startswith(_ASIDE)]
     return one_line(Exception(said[-1] if said else str(error)), 200).rstrip(".")
 
 

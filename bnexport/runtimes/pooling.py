@@ -1,4 +1,8 @@
-"""Pooling in numpy for the float64 proof: onnx's own loops over each output position, and pads a rounded-up window wrongly."""
+"""Pooling in numpy for the float64 proof: onnx's own loops over each output position, and is wrong about rounded-up windows.
+
+onnx 1.23 gets their number wrong where there is padding, and their mean: it divides by the whole kernel where the window
+hangs out of the padded input (torch, ONNX Runtime and the operator's text since opset 19 count what is inside).
+"""
 
 from __future__ import annotations
 
@@ -24,14 +28,15 @@ def fast_operators(model: ModelProto) -> list[Any] | None:
 
     class AveragePool(OpRun):
         def _run(self, x: Array, kernel_shape: Any = None, **options: Any) -> tuple[Array]:
-            return (average_pool(x, tuple(kernel_shape), **_geometry(len(kernel_shape), options)),)
+            counted = bool(options.get("count_include_pad"))
+            return (average_pool(x, tuple(kernel_shape), **_geometry(len(kernel_shape), options), counted=counted),)
 
     class MaxPool(OpRun):
         def _run(self, x: Array, kernel_shape: Any = None, **options: Any) -> tuple[Array]:
             return (max_pool(x, tuple(kernel_shape), **_geometry(len(kernel_shape), options)),)
 
     replaced = []
-    for operator, possible in ((AveragePool, _averages), (MaxPool, _takes_largest)):
+    for operator, possible in ((AveragePool, _explicit), (MaxPool, _takes_largest)):
         pools = [node for node in nodes(model) if node.op_type == operator.__name__]
         if pools and all(possible(node) for node in pools):
             replaced.append(operator)
@@ -46,9 +51,30 @@ def average_pool(
     dilations: tuple[int, ...] = (),
     *,
     ceil: bool = False,
+    counted: bool = True,
 ) -> Array:
-    """Mean over windows, zeros of the padding counted in: (n, channels, *size) to (n, channels, *positions)."""
-    return _pooled(x, kernel, strides, pads, dilations, ceil=ceil, outside=0.0, reduce=np.mean)
+    """Mean over windows: (n, channels, *size) to (n, channels, *positions).
+
+    Args:
+        x: Values.
+        kernel: One size per axis, as strides and dilations.
+        strides: Steps between windows.
+        pads: All beginnings, then all ends; empty: none.
+        dilations: Steps inside a window; empty: 1.
+        ceil: Round the number of windows up. What hangs out of the padded input is never counted.
+        counted: Count the zeros of the padding in.
+    """
+    total = _pooled(x, kernel, strides, pads, dilations, ceil=ceil, outside=0.0, reduce=np.sum)
+    dims = len(kernel)
+    pads, dilations = pads or (0,) * (2 * dims), dilations or (1,) * dims
+    divisor = np.ones((1,) * x.ndim)
+    for at in range(dims):
+        taps = np.arange(total.shape[2 + at])[:, None] * strides[at] + np.arange(kernel[at]) * dilations[at] - pads[at]
+        first, end = (-pads[at], x.shape[2 + at] + pads[dims + at]) if counted else (0, x.shape[2 + at])
+        inside = ((taps >= first) & (taps < end)).sum(axis=1)  # (positions,)
+        divisor = divisor * inside.reshape([-1 if axis == 2 + at else 1 for axis in range(x.ndim)])
+    result: Array = total / divisor
+    return result
 
 
 def max_pool(
@@ -109,15 +135,6 @@ def _geometry(dims: int, options: dict[str, Any]) -> dict[str, Any]:
         "dilations": tuple(options.get("dilations") or ()),
         "ceil": bool(options.get("ceil_mode")),
     }
-
-
-def _averages(node: NodeProto) -> bool:
-    """No rounding up, and padding, if any, counted in: the other kinds divide by another number at the border."""
-    values = {item.name: item for item in node.attribute}
-    padded = any(values["pads"].ints) if "pads" in values else False
-    counted = bool(values["count_include_pad"].i) if "count_include_pad" in values else False
-    up = values["ceil_mode"].i if "ceil_mode" in values else 0
-    return _explicit(node) and not up and (counted or not padded)
 
 
 def _takes_largest(node: NodeProto) -> bool:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 FACTOR = 3.0
 #: Samples on which the rounding of weights is measured: each needs several evaluations of the model.
 _ROUNDED = 64
+#: Samples below which a batch's own noise is no bound.
+_FEW = 8
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,10 @@ class Forecast:
         limit: Samples per batch.
         stored: Precision of the file's weights.
         recorded: Precision -> error of scale, predicted when the bundle was made.
+
+    Attributes:
+        lead: The batch of many real samples, if there is one: the largest error of a few samples says little of what other
+            roundings would have made of them, so for those its noise counts where it is larger.
     """
 
     def __init__(
@@ -70,6 +76,7 @@ class Forecast:
     ) -> None:
         self._model = model
         self.limit = limit
+        self.lead: Case | None = None
         self._stored = stored
         self._recorded = dict(recorded or {})
         self._evaluator: Float64Evaluator | None = None
@@ -118,7 +125,11 @@ class Forecast:
         found = self.emulated(precision, case)
         if found is None:
             return self._recorded.get(precision)
-        return found.error + (self.rounding(case) or 0.0)
+        error = found.error
+        if found.n < _FEW and self.lead is not None and self.lead is not case:
+            lead = self.emulated(precision, self.lead)
+            error = max(error, 0.0 if lead is None else lead.error)
+        return error + (self.rounding(case) or 0.0)
 
     def emulated(self, precision: str, case: Case) -> Emulated | None:
         """A batch under an emulated precision; None when the file can't be evaluated."""

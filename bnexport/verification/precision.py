@@ -11,7 +11,7 @@ from bnexport.verification.runs import Run
 from bnexport.verification.verdict import Row
 
 #: What an engine can have in effect without saying so; a half precision needs a cast, which the file would show.
-_LOOKED_FOR = ("float32", "tf32-convolutions", "tf32", "float16", "bfloat16")
+_LOOKED_FOR = ("float32", "tf32-convolutions", "tf32", "tf32-cut", "float16", "bfloat16")
 #: Where emulating costs more than the verdict is worth, only what engines do by default is looked for.
 _AT_LEAST = ("float32", "tf32")
 _CHEAP_SAMPLES = 64

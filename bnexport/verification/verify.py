@@ -36,7 +36,7 @@ _PICTURES = 64
 def verify(
     bundle: Bundle | str | Path,
     *,
-    runtimes: Sequence[str] | None = None,
+    runtimes: Sequence[str | RunnerSpec] | None = None,
     data_dir: str | Path | None = None,
     samples: str | Path | None = None,
     module: nn.Module | None = None,
@@ -52,7 +52,8 @@ def verify(
 
     Args:
         bundle: A bundle or its directory.
-        runtimes: Names from RUNNERS. None: every one that works here; what does not is listed as skipped.
+        runtimes: Names from RUNNERS, or rows of the same kind. None: every one that works here; what does not is listed as
+            skipped.
         data_dir: Where the data set lies. Nothing is downloaded.
         samples: A file or folder of inputs to use in place of the data set's images (``samples.load_samples``).
         module: The original network, for a bundle whose network only its author has. Never changed.
@@ -98,11 +99,11 @@ def _samples(bundle: Bundle, path: Path, scope: Scope) -> Samples:
     return load_samples(path, manifest.signature, preprocessing, labels=manifest.labels, limit=scope.max_samples)
 
 
-def _specs(runtimes: Sequence[str] | None, scope: Scope) -> tuple[RunnerSpec, ...]:
+def _specs(runtimes: Sequence[str | RunnerSpec] | None, scope: Scope) -> tuple[RunnerSpec, ...]:
     """The runtimes to try; those that were named must work."""
     if runtimes is None:
         return tuple(spec for spec in RUNNERS if spec.default)
-    specs = tuple(runner_spec(name) for name in dict.fromkeys(runtimes))
+    specs = tuple(runner_spec(row) if isinstance(row, str) else row for row in dict.fromkeys(runtimes))
     for spec in specs:
         scope.require(spec)
         spec.require()

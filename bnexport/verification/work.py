@@ -120,6 +120,7 @@ class Work:
                 self._reference_rows(reference, golden, suite, cases)
                 sizes = next(case.batch for case in cases if case.batch.name == "noise")
                 empty = takes_empty_batch(reference, sizes.feeds)
+        self.forecast.lead = cases[0]
         self._file_rows(cases, model)
         self._warn_of_synthetic(cases)
         varies = all(isinstance(spec.shape[0], str) for spec in self.bundle.manifest.signature.inputs)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from support.bundles import copy_bundle, reseal, write_bundle
@@ -97,3 +98,57 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     if not health["onnxruntime-cuda"]["works"]:
         assert run(["doctor", "--require", "onnxruntime-cuda"]) == 3
     assert run(["doctor", "--require", "tensorrt"]) == 2
+
+
+def test_the_verdict_as_a_page_and_for_ci(bundle: Bundle, tmp_path: Path) -> None:
+    page, xml, value = tmp_path / "a.html", tmp_path / "a.xml", tmp_path / "a.json"
+    options = [
+        "--runtime",
+        "onnxruntime-cpu",
+        "--max-samples",
+        "40",
+        "--drift",
+        "--io-binding",
+        "--optimisation",
+        "basic",
+    ]
+    assert (
+        run(["verify", str(bundle.path), *options, "--html", str(page), "--junit", str(xml), "--json", str(value)]) == 0
+    )
+    text = page.read_text()
+    assert "onnxruntime-cpu, IO binding, optimisation basic" in text
+    assert "What each precision does to this model" in text
+    assert "layer by layer" in text
+    assert f"bnexport verify {bundle.path}" in text
+    assert b"<testsuite " in xml.read_bytes()
+    report = json.loads(value.read_text())
+    assert report["format"] == "bnexport-verification"
+    assert {row["settings"] for row in report["rows"] if row["stage"] == "strict"} == {
+        "optimisation basic",
+        "IO binding, optimisation basic",
+    }
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--precision", "tf32", "--runtime", "torch-cpu"], "torch-cpu has no tf32 kernels"),
+        (["--samples", "nowhere.npy"], "nowhere.npy"),
+    ],
+)
+def test_what_can_not_be_asked_for(
+    bundle: Bundle, options: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["verify", str(bundle.path), *options]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_the_users_own_samples(bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (30, 28, 28), dtype=np.uint8)
+    np.savez(tmp_path / "x.npz", input=images, labels=rng.integers(0, 10, 30))
+    options = ["--runtime", "onnxruntime-cpu", "--samples", str(tmp_path / "x.npz")]
+    assert run(["verify", str(bundle.path), *options]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "30 samples" in out
+    assert "accuracy-change" in out

@@ -21,6 +21,7 @@ from bnexport.onnx_folding.reading import read_source
 from bnexport.runtimes import torchscript
 from bnexport.runtimes.onnx_file import read_model
 from bnexport.runtimes.onnxruntime import OnnxRuntimeRunner
+from bnexport.runtimes.settings import RunSettings
 from bnexport.tensors import Signature, TensorSpec
 
 _SIGNATURE = Signature(
@@ -47,7 +48,7 @@ def weights(path: Path) -> None:
 
 READERS: dict[str, Callable[[Path], object]] = {
     "torchscript": torchscript.load,
-    "onnx": lambda path: OnnxRuntimeRunner(path, _SIGNATURE, threads=1).close(),
+    "onnx": lambda path: OnnxRuntimeRunner(path, _SIGNATURE, settings=RunSettings(threads=1)).close(),
     "onnx-parsed": read_model,
     "onnx-source": read_source,
     "safetensors": read_safetensors,

@@ -191,7 +191,8 @@ def test_a_wrong_fold_in_half_precision_fails(bundle: Bundle, tmp_path: Path, pr
     write_models(wrong, WRONG_WEIGHTS["another eps"]())
     for folder in (right, wrong):
         halved(folder)
-        (folder / "model.pt").unlink()
+        for other in ("model.pt", "model.pt2"):
+            (folder / other).unlink(missing_ok=True)
     scope = Scope(max_samples=100)
     good = verify(reseal(right, onnx=told), runtimes=["onnxruntime-cpu"], scope=scope)
     assert good.passed, good.failures

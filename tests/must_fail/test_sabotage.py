@@ -19,7 +19,7 @@ from support import bundles
 from support.bundles import PAIRS, copy_bundle, exact_affine, fold_by_hand, network, reseal
 from support.runtimes import EXPORTED, RUNTIMES
 
-from bnexport.bundle import MODEL_ONNX, MODEL_TORCHSCRIPT, WEIGHTS, Bundle
+from bnexport.bundle import MODEL_EXPORTED, MODEL_ONNX, MODEL_TORCHSCRIPT, WEIGHTS, Bundle
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.runtimes.catalogue import RUNNERS
 from bnexport.tensors import Signature, TensorSpec
@@ -27,6 +27,7 @@ from bnexport.verification import work as verifying
 from bnexport.verification.verify import verify
 
 State = dict[str, torch.Tensor]
+FILE_OF = {spec.name: spec.file for spec in RUNNERS}
 
 
 @pytest.fixture(autouse=True)
@@ -121,6 +122,7 @@ def test_the_untouched_bundle_passes(bundle: Bundle, tmp_path: Path, runtime: st
 def write_models(folder: Path, state: State) -> None:
     bundles.write_onnx(folder / MODEL_ONNX, state)
     bundles.write_torchscript(folder / MODEL_TORCHSCRIPT, state)
+    bundles.write_exported(folder / MODEL_EXPORTED, state)
 
 
 @pytest.mark.parametrize("runtime", EXPORTED)
@@ -182,7 +184,7 @@ def test_other_unfolded_weights_fail(
     spoil_statistic(folder, name, change)
     report = verify(reseal(folder), runtimes=[runtime])
     assert any(row.stage == "golden-reference" for row in report.failures)
-    if runtime.startswith("torch-"):
+    if FILE_OF[runtime] == WEIGHTS:
         assert any(row.stage == "golden" and row.subject == runtime for row in report.failures)
 
 
@@ -268,7 +270,6 @@ OTHER_FILES = {
     (MODEL_ONNX, "another model"): another_model,
     (MODEL_TORCHSCRIPT, "another model"): another_torchscript,
 }
-FILE_OF = {spec.name: spec.file for spec in RUNNERS}
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
@@ -320,7 +321,7 @@ def test_a_manifest_that_promises_another_output_fails(
 ) -> None:
     folder = copy_bundle(bundle, tmp_path / "1")
     other = Signature(bundle.manifest.signature.inputs, (output,))
-    if output.name == "scores" and not runtime.startswith("onnxruntime"):
+    if output.name == "scores" and FILE_OF[runtime] != MODEL_ONNX:
         pytest.skip("torch outputs have no names of their own")
     report = verify(reseal(folder, signature=other), runtimes=[runtime])
     assert any(row.subject == runtime for row in report.failures)

@@ -20,7 +20,7 @@ def test_names_are_unique_and_found() -> None:
     assert {"torch-export-cpu", "torch-export-cuda", "reference-cpu"} <= set(names)
     assert not runner_spec("reference-cpu").default
     assert all(runner_spec(name).name == name for name in names)
-    assert {spec.device for spec in RUNNERS} == {"cpu", "cuda"}
+    assert {spec.device for spec in RUNNERS} >= {"cpu", "cuda"}
     with pytest.raises(UsageError, match="no runtime 'tensorflow'") as caught:
         runner_spec("tensorflow")
     assert "onnxruntime-cpu" in caught.value.remedy
@@ -59,15 +59,40 @@ def test_of_the_distribution_for_serving_only_onnxruntime_is_expected(monkeypatc
     sick = doctor.Diagnosis(tuple(doctor.Health(spec.name, works=False) for spec in RUNNERS), {})
     assert {"torch-cpu", "onnxruntime-cpu"} <= {health.runtime for health in sick.broken()}
     monkeypatch.setattr(doctor, "runtime_only", lambda: True)
+    monkeypatch.setattr(doctor, "installed", lambda _name: False)
     assert [health.runtime for health in sick.broken()] == ["onnxruntime-cpu"]
     assert [health.runtime for health in sick.broken(["torch-cpu"])] == ["torch-cpu"]
+
+
+def test_an_extra_is_expected_where_it_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    sick = doctor.Diagnosis(tuple(doctor.Health(spec.name, works=False) for spec in RUNNERS), {})
+    for there in (True, False):
+        monkeypatch.setattr(doctor, "installed", lambda name, there=there: there or name != "openvino")
+        assert ("openvino-cpu" in {health.runtime for health in sick.broken()}) is there
+    assert [health.runtime for health in sick.broken(["openvino-cpu"])] == ["openvino-cpu"]
+
+
+def test_what_to_install_for_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bnexport.runtimes import openvino
+
+    openvino.problem.cache_clear()
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    try:
+        health = next(item for item in doctor.diagnose().runtimes if item.runtime == "openvino-cpu")
+        assert not health.works
+        assert "needs openvino, which can't be imported here" in health.reason
+        assert health.remedy == "Install it: pip install 'bnexport[openvino]'"
+    finally:
+        openvino.problem.cache_clear()
 
 
 def test_the_doctor_runs_every_cpu_runtime() -> None:
     diagnosis = doctor.diagnose()
     assert [health.runtime for health in diagnosis.runtimes] == [spec.name for spec in RUNNERS]
     for health in diagnosis.runtimes:
-        if health.runtime.endswith("-cpu"):
+        if runner_spec(health.runtime).extra and not health.works:
+            assert "which can't be imported here" in health.reason  # another test environment
+        elif health.runtime.endswith("-cpu"):
             assert health.works, health
             assert health.device == "cpu"
             assert health.error is not None

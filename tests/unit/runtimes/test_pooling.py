@@ -30,12 +30,20 @@ def test_max_pool_is_torch_s(kernel: int, stride: int, pad: int, dilation: int, 
         np.testing.assert_array_equal(have, want)
 
 
-@pytest.mark.parametrize("pad", [0, 1])
-@pytest.mark.parametrize("stride", [1, 2])
-def test_average_pool_counts_the_padding_in(stride: int, pad: int) -> None:
-    x = np.random.default_rng(0).standard_normal((2, 3, 9, 8))
-    want = functional.avg_pool2d(torch.from_numpy(x), 3, stride, pad).numpy()
-    np.testing.assert_allclose(average_pool(x, (3, 3), (stride,) * 2, (pad,) * 4), want, rtol=1e-13, atol=1e-15)
+@pytest.mark.parametrize("counted", [False, True])
+@pytest.mark.parametrize(("kernel", "stride", "pad", "dilation", "ceil"), [item for item in GEOMETRIES if item[3] == 1])
+def test_average_pool_is_torch_s(kernel: int, stride: int, pad: int, dilation: int, ceil: bool, counted: bool) -> None:
+    for size in (7, 8, 9):
+        x = np.random.default_rng(size).standard_normal((2, 3, size, size + 1)) + 5.0
+        want = functional.avg_pool2d(torch.from_numpy(x), kernel, stride, pad, ceil, counted).numpy()
+        have = average_pool(x, (kernel,) * 2, (stride,) * 2, (pad,) * 4, (dilation,) * 2, ceil=ceil, counted=counted)
+        np.testing.assert_allclose(have, want, rtol=1e-13, atol=1e-15)
+
+
+def test_average_pool_with_steps_inside_a_window() -> None:
+    x = np.arange(1.0, 8.0).reshape(1, 1, 7)
+    assert average_pool(x, (2,), (3,), (1, 0), (2,), counted=True).tolist() == [[[1.0, 4.0]]]
+    assert average_pool(x, (2,), (3,), (1, 0), (2,), counted=False).tolist() == [[[2.0, 4.0]]]
 
 
 def test_max_pool_of_whole_numbers() -> None:
@@ -43,8 +51,8 @@ def test_max_pool_of_whole_numbers() -> None:
     assert max_pool(x, (2,), (2,), (1, 1)).tolist() == [[[-8, -6, -4, -2, 0]]]
 
 
-def model(outputs: list[str], **attributes: object) -> bytes:
-    node = helper.make_node("MaxPool", ["x"], outputs, kernel_shape=[3, 3], **attributes)
+def model(outputs: list[str], operator: str = "MaxPool", **attributes: object) -> bytes:
+    node = helper.make_node(operator, ["x"], outputs, kernel_shape=[3, 3], **attributes)
     x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", 3, None, None]) for name in ("x", "y"))
     made = helper.make_model(helper.make_graph([node], "g", [x], [y]), opset_imports=[helper.make_opsetid("", 18)])
     return made.SerializeToString()
@@ -64,3 +72,12 @@ def test_the_proof_takes_a_padded_rounded_up_window() -> None:
     x = np.random.default_rng(3).standard_normal((2, 3, 8, 8))
     want = functional.max_pool2d(torch.from_numpy(x), 3, 1, 1, ceil_mode=True).numpy()
     np.testing.assert_array_equal(Float64Evaluator(source).evaluate({"x": x})["y"], want)
+
+
+@pytest.mark.parametrize("counted", [0, 1])
+def test_the_proof_takes_a_mean_that_hangs_out(counted: int) -> None:
+    """onnx's reference implementation divides by the whole kernel there."""
+    source = model(["y"], "AveragePool", strides=[4, 4], ceil_mode=1, count_include_pad=counted)
+    x = np.random.default_rng(3).standard_normal((2, 3, 6, 9)) + 1.0
+    want = functional.avg_pool2d(torch.from_numpy(x), 3, 4, ceil_mode=True).numpy()
+    np.testing.assert_allclose(Float64Evaluator(source).evaluate({"x": x})["y"], want, rtol=1e-13)

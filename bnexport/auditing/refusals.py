@@ -1,0 +1,123 @@
+"""Libraries hidden from a child process: the runtime that needs them must refuse, with exit code 3 and their name."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bnexport.runtimes.isolation import child_environment
+
+#: Exit code of "this machine can't do it".
+UNAVAILABLE = 3
+#: A refusal takes seconds; what takes longer has not refused.
+_DEADLINE = 300.0
+#: bnexport's command line in a process that loads no library from Python packages first.
+_WITHOUT_PRELOAD = """\
+from bnexport.runtimes import cuda_libraries
+cuda_libraries.preload = lambda ort: ""
+cuda_libraries.preload_tensorrt = lambda: None
+"""
+_COMMAND = "from bnexport.cli.main import main\nmain()\n"
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """One row of REFUSALS.
+
+    Attributes:
+        name: What is missing, for a table.
+        runtime: Who needs it.
+        hidden: Libraries that the loader finds only as empty files.
+        preload: Whether bnexport may load the libraries of Python packages before, past the loader's search.
+        environment: Further variables.
+    """
+
+    name: str
+    runtime: str
+    hidden: tuple[str, ...] = ()
+    preload: bool = True
+    environment: Mapping[str, str] = field(default_factory=dict, hash=False)
+
+
+@dataclass(frozen=True)
+class Refused:
+    """What became of a refusal.
+
+    Attributes:
+        refusal: What was tried.
+        passed: Exit code 3, in one sentence, with the name of what is missing.
+        code: The exit code; None when the process did not end.
+        said: What it printed.
+    """
+
+    refusal: Refusal
+    passed: bool
+    code: int | None
+    said: str
+
+
+REFUSALS: tuple[Refusal, ...] = (
+    Refusal("no NVIDIA driver", "onnxruntime-cuda", ("libcuda.so.1",)),
+    Refusal("no GPU in sight", "onnxruntime-cuda", environment={"CUDA_VISIBLE_DEVICES": ""}),
+    Refusal("no GPU in sight", "torch-cuda", environment={"CUDA_VISIBLE_DEVICES": ""}),
+    # What an onnxruntime-gpu without its extras lacks: its session runs on the CPU without a word.
+    Refusal("no cuRAND", "onnxruntime-cuda", ("libcurand.so.10",), preload=False),
+    Refusal("no TensorRT", "onnxruntime-tensorrt", ("libnvinfer.so.10",), preload=False),
+)
+
+
+def refuse(refusal: Refusal, bundle: Path) -> Refused:
+    """Run ``bnexport verify BUNDLE --runtime NAME`` in a child process that lacks something.
+
+    Args:
+        refusal: What to hide.
+        bundle: Directory of a bundle.
+    """
+    code = ("" if refusal.preload else _WITHOUT_PRELOAD) + _COMMAND
+    command = [sys.executable, "-P", "-c", code, "verify", str(Path(bundle).resolve()), "--runtime", refusal.runtime]
+    with tempfile.TemporaryDirectory() as folder:
+        for library in refusal.hidden:
+            (Path(folder) / library).touch()  # the loader takes the first of that name, and refuses it
+        try:
+            done = subprocess.run(
+                command,
+                env=_environment(refusal, folder),
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=_DEADLINE,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            return Refused(refusal, passed=False, code=None, said=f"it did not end within {_DEADLINE:g} s")
+    said = " ".join((done.stderr or done.stdout).replace(f"{folder}/", "").split())
+    return Refused(refusal, refused_rightly(refusal, done.returncode, said), done.returncode, said)
+
+
+def _environment(refusal: Refusal, folder: str) -> dict[str, str]:
+    """Of the child: libraries of a folder come before all others, and those of Python packages are found without loading."""
+    environ = child_environment("float32") | dict(refusal.environment)
+    if refusal.hidden:
+        packages = [] if refusal.preload else map(str, _package_folders())
+        before = environ.get("LD_LIBRARY_PATH", "")
+        environ["LD_LIBRARY_PATH"] = os.pathsep.join(filter(None, (folder, *packages, before)))
+    return environ
+
+
+def _package_folders() -> Iterator[Path]:
+    """Where Python packages keep the libraries of CUDA, cuDNN and TensorRT."""
+    for place in dict.fromkeys(map(Path, sys.path)):
+        yield from sorted(path for path in place.glob("nvidia/*/lib") if path.is_dir())
+        yield from sorted(path for path in place.glob("tensorrt_libs") if path.is_dir())
+
+
+def refused_rightly(refusal: Refusal, code: int, said: str) -> bool:
+    """Whether a process refused as it should: by its exit code, in words, and by the name of what is missing."""
+    if code != UNAVAILABLE or "Traceback" in said or refusal.runtime not in said:
+        return False
+    return "is built without" in said or all(library in said for library in refusal.hidden)

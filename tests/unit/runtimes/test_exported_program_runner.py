@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support.bundles import network
+from torch import nn
+
+from bnexport.bundle import MODEL_EXPORTED, MODEL_ONNX, Bundle
+from bnexport.errors import BundleError, RuntimeUnavailable
+from bnexport.runtimes import torch_outputs
+from bnexport.runtimes.catalogue import runner_spec
+from bnexport.runtimes.exported_program import ExportedProgramRunner
+from bnexport.runtimes.reference import ReferenceRunner
+from bnexport.runtimes.settings import RunSettings
+from bnexport.runtimes.torch_eager import TorchEagerRunner
+from bnexport.tensors import Signature, TensorSpec
+from bnexport.verification.reference import Reference
+
+X = np.random.default_rng(0).random((5, 1, 28, 28), dtype=np.float32)
+
+
+def test_it_says_what_runs(bundle: Bundle) -> None:
+    with ExportedProgramRunner(bundle.file(MODEL_EXPORTED), bundle.manifest.signature) as runner:
+        assert runner.name == "torch-export-cpu"
+        assert runner.description == {
+            "engine": "torch.export",
+            "version": torch.__version__,
+            "device": "cpu",
+            "file": "model.pt2",
+            "precision": "strict float32",
+        }
+
+
+@pytest.mark.parametrize("content", [b"", b"hello world\n" * 50, "half", "onnx"])
+def test_a_bad_file_is_one_sentence(bundle: Bundle, tmp_path: Path, content: bytes | str) -> None:
+    whole = bundle.file(MODEL_EXPORTED).read_bytes()
+    other = {"half": whole[: len(whole) // 2], "onnx": bundle.file(MODEL_ONNX).read_bytes()}
+    (file := tmp_path / "model.pt2").write_bytes(other[content] if isinstance(content, str) else content)
+    with pytest.raises(BundleError, match=r"is not a file of torch\.export") as caught:
+        ExportedProgramRunner(file, bundle.manifest.signature)
+    assert "\n" not in caught.value.message
+
+
+SPECS = (TensorSpec("a", "float32", ("batch", 3)), TensorSpec("b", "float32", ("batch", 3)))
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        (Signature(SPECS, SPECS[:1]), "takes 1 inputs, the manifest says 2"),
+        (Signature((TensorSpec("input", "float32", ("batch", 3, 28, 28)),), SPECS[:1]), "can't run its file"),
+        (
+            Signature(
+                (TensorSpec("input", "float32", ("batch", 1, 28, 28)),), (TensorSpec("y", "float32", ("batch", 7)),)
+            ),
+            "has shape 2x10, expected 2x7",
+        ),
+    ],
+)
+def test_a_file_with_another_signature_is_refused(bundle: Bundle, other: Signature, words: str) -> None:
+    with pytest.raises(BundleError, match=words):
+        ExportedProgramRunner(bundle.file(MODEL_EXPORTED), other)
+
+
+class Look(nn.Module):
+    """Keeps what is in effect while it runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[object, ...]] = []
+
+    def __deepcopy__(self, memo: object) -> Look:
+        return self
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        backends = torch.backends
+        precision = backends.cuda.matmul.fp32_precision, backends.cudnn.conv.fp32_precision
+        self.seen.append((*precision, backends.cudnn.benchmark, torch.get_num_threads()))
+        return x.flatten(1)[:, :10]
+
+
+@pytest.mark.parametrize("precision", ["float32", "tf32"])
+@pytest.mark.parametrize("search", ["heuristic", "exhaustive"])
+def test_settings_hold_in_the_call_and_not_after_it(bundle: Bundle, precision: str, search: str) -> None:
+    before = torch.backends.cuda.matmul.fp32_precision, torch.backends.cudnn.benchmark, torch.get_num_threads()
+    settings = RunSettings(precision, conv_search=search, threads=before[2] + 1)
+    with TorchEagerRunner(look := Look(), bundle.manifest.signature, settings=settings) as runner:
+        runner.run({"input": X})
+    value = {"float32": "ieee", "tf32": "tf32"}[precision]
+    assert set(look.seen) == {(value, value, search == "exhaustive", before[2] + 1)}
+    assert before == (
+        torch.backends.cuda.matmul.fp32_precision,
+        torch.backends.cudnn.benchmark,
+        torch.get_num_threads(),
+    )
+
+
+def test_a_forward_that_sets_a_precision_of_its_own_is_told_on(bundle: Bundle) -> None:
+    class Fast(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+            return x.flatten(1)[:, :10]
+
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    with TorchEagerRunner(Fast(), bundle.manifest.signature) as runner:
+        assert runner.description["precision"].startswith("mkldnn.matmul bf16, ")
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
+@pytest.mark.parametrize("name", ["torch-cuda", "torchscript-cuda", "torch-export-cuda"])
+def test_a_variable_that_goes_before_settings_is_refused(
+    bundle: Bundle, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A TF32 run under NVIDIA_TF32_OVERRIDE=0 would be a strict one in TF32's name."""
+    monkeypatch.setattr(torch_outputs, "need", lambda name, device: torch.device("cpu"))
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
+    with pytest.raises(RuntimeUnavailable, match="NVIDIA_TF32_OVERRIDE=0 is set"):
+        runner_spec(name).open(bundle, settings=RunSettings("tf32"))
+
+
+def test_the_reference_is_float64_rounded_once(bundle: Bundle) -> None:
+    with ReferenceRunner(bundle) as runner:
+        logits = runner.run({"input": X})["logits"]
+        assert runner.description["precision"] == "float64, outputs rounded once"
+        assert runner.description["engine"] == "onnx.reference"
+    exact = Reference(network(), bundle.manifest.signature, description="").evaluate({"input": X})["logits"]
+    error = np.abs(logits - exact).max() / np.abs(exact).max()
+    with runner_spec("onnxruntime-cpu").open(bundle) as runner:
+        usual = np.abs(runner.run({"input": X})["logits"] - exact).max() / np.abs(exact).max()
+    # Half a unit in the last place of the outputs, and the rounding of the weights; no engine's sums.
+    assert error < 1.5e-7 < 1e-5
+    assert error <= usual
+
+
+def test_the_reference_refuses_another_signature(bundle: Bundle) -> None:
+    signature = bundle.manifest.signature
+    renamed = replace(signature, inputs=(replace(signature.inputs[0], name="image"),))
+    with pytest.raises(BundleError, match=r"has the inputs \['input'\], the manifest says \['image'\]"):
+        ReferenceRunner(Bundle(bundle.path, replace(bundle.manifest, signature=renamed)))
+    named = replace(signature, outputs=(replace(signature.outputs[0], name="scores"),))
+    with pytest.raises(BundleError, match="gave no output 'scores'"):
+        ReferenceRunner(Bundle(bundle.path, replace(bundle.manifest, signature=named)))

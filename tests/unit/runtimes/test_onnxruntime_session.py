@@ -1,0 +1,257 @@
+"""What a session is told and what it tells, with sessions of other machines played by fakes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from bnexport.bundle import MODEL_ONNX, Bundle
+from bnexport.errors import RuntimeUnavailable
+from bnexport.runtimes import cuda_libraries, onnxruntime_session
+from bnexport.runtimes.catalogue import runner_spec
+from bnexport.runtimes.onnxruntime import OnnxRuntimeRunner
+from bnexport.runtimes.onnxruntime_session import (
+    CUDA,
+    TENSORRT,
+    TF32_OVERRIDE,
+    device_of,
+    environment_problem,
+    in_effect,
+    precision_of,
+    provider_options,
+)
+from bnexport.runtimes.settings import RunSettings
+
+ALL_PROVIDERS = [TENSORRT, CUDA, "CPUExecutionProvider"]
+
+
+def session(**options: dict[str, str]) -> SimpleNamespace:
+    """A session on a GPU."""
+    told = onnxruntime.SessionOptions()
+    told.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    told.intra_op_num_threads = 3
+    return SimpleNamespace(
+        get_session_options=lambda: told, get_provider_options=lambda: options, get_providers=lambda: list(options)
+    )
+
+
+@pytest.fixture
+def override(monkeypatch: pytest.MonkeyPatch) -> object:
+    """Sets what the libraries of this process are taken to have read."""
+    return lambda value: monkeypatch.setattr(onnxruntime_session, "tf32_override", lambda: value)
+
+
+@pytest.mark.parametrize(
+    ("device", "told", "variable", "precision"),
+    [
+        ("cpu", {}, None, "float32"),
+        ("cuda", {"use_tf32": "0"}, None, "float32"),
+        ("cuda", {"use_tf32": "1"}, None, "tf32"),
+        ("cuda", {}, None, "tf32"),  # a version that does not tell has its default
+        ("cuda", {"use_tf32": "1"}, "0", "float32"),
+        ("tensorrt", {"use_tf32": "0"}, None, "tf32"),  # which is CUDA's option, not TensorRT's
+        ("tensorrt", {}, "0", "float32"),
+    ],
+)
+def test_the_precision_is_what_the_session_and_the_environment_tell(
+    override: object, device: str, told: dict[str, str], variable: str | None, precision: str
+) -> None:
+    override(variable)
+    assert precision_of(device, in_effect(onnxruntime, session(**{CUDA: told}), device)) == precision
+
+
+def test_what_is_in_effect_is_read_back(override: object) -> None:
+    override("0")
+    given = session(**{CUDA: {"use_tf32": "0", "cudnn_conv_algo_search": "DEFAULT", "gpu_mem_limit": "7"}})
+    found = in_effect(onnxruntime, given, "cuda")
+    assert found == {
+        "optimisation": "basic",
+        "threads": 3,
+        "deterministic": False,
+        "options": {CUDA: {"use_tf32": "0", "cudnn_conv_algo_search": "DEFAULT"}},
+        "environment": {TF32_OVERRIDE: "0"},
+    }
+
+
+@pytest.mark.parametrize("precision", ["float32", "tf32"])
+def test_tensorrt_is_given_no_half_precision_and_no_cache(precision: str) -> None:
+    options = provider_options(TENSORRT, RunSettings(precision))
+    off = {
+        "trt_fp16_enable",
+        "trt_bf16_enable",
+        "trt_int8_enable",
+        "trt_engine_cache_enable",
+        "trt_timing_cache_enable",
+    }
+    assert {name: options[name] for name in off} == dict.fromkeys(off, "0")
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "variable", "words"),
+    [
+        ("cuda", "float32", None, None),
+        ("cuda", "float32", "0", None),
+        ("cuda", "float32", "1", "forces TF32"),
+        ("cuda", "tf32", "0", "forbids TF32"),
+        ("cuda", "tf32", None, None),
+        ("tensorrt", "float32", "0", None),
+        ("tensorrt", "float32", None, "TensorRT rounds to TF32 unless NVIDIA_TF32_OVERRIDE=0"),
+        ("tensorrt", "float32", "1", "forces TF32"),
+        ("tensorrt", "tf32", None, None),
+        ("tensorrt", "tf32", "0", "forbids TF32"),
+        ("cuda", "float32", "changed", "was changed after this process had started"),
+    ],
+)
+def test_an_environment_that_contradicts_is_refused(
+    override: object, device: str, precision: str, variable: str | None, words: str | None
+) -> None:
+    override(variable)
+    found = environment_problem(device, precision)
+    assert found is None if words is None else words in (found or "")
+
+
+@pytest.mark.parametrize("name", ["FP16", "BF16", "INT8", "ENGINE_CACHE"])
+def test_a_variable_that_overrules_tensorrt_is_refused(
+    override: object, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    override(None)
+    monkeypatch.setenv(f"ORT_TENSORRT_{name}_ENABLE", "1")
+    assert f"ORT_TENSORRT_{name}_ENABLE=1" in (environment_problem("tensorrt", "tf32") or "")
+    assert environment_problem("cuda", "tf32") is None
+    monkeypatch.setenv(f"ORT_TENSORRT_{name}_ENABLE", "0")
+    assert environment_problem("tensorrt", "tf32") is None
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells a process's first environment")
+@pytest.mark.parametrize(
+    ("start", "later", "expected"),
+    [
+        (None, None, "None"), ("0", None, "0"), (None, "0", "changed"), ("0", "1", "changed"), ("0", "0", "0"),
+    ],
+)  # fmt: skip
+def test_a_variable_set_too_late_does_not_count(start: str | None, later: str | None, expected: str) -> None:
+    """Libraries read it when they are loaded, and nobody can tell when that was."""
+    code = "import os; from bnexport.runtimes.onnxruntime_session import tf32_override as t\n"
+    code += f"os.environ['{TF32_OVERRIDE}'] = '{later}'\n" if later else ""
+    environ = {key: value for key, value in os.environ.items() if key != TF32_OVERRIDE}
+    environ |= {TF32_OVERRIDE: start} if start else {}
+    done = subprocess.run(
+        [sys.executable, "-c", code + "print(t())"], env=environ, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == expected
+
+
+@pytest.mark.parametrize(
+    ("nodes", "device", "words"),
+    [
+        ({TENSORRT: 9, CUDA: 2}, "tensorrt", None),
+        ({TENSORRT: 9}, "tensorrt", None),
+        ({CUDA: 11}, "tensorrt", "TensorRT took none of the nodes, CUDAExecutionProvider took them"),
+        ({TENSORRT: 9, "CPUExecutionProvider": 1}, "tensorrt", "nodes run on cpu, cuda:0"),
+        ({TENSORRT: 3}, "cuda", "nodes run on cuda:0"),
+        ({"CPUExecutionProvider": 3}, "cuda", "nodes run on cpu"),
+        ({"OtherExecutionProvider": 3}, "cpu", "nodes run on OtherExecutionProvider"),
+    ],
+)
+def test_nodes_elsewhere_are_a_fall_back(nodes: dict[str, int], device: str, words: str | None) -> None:
+    if words is None:
+        assert device_of(session(), nodes, "x", device) == "cuda:0"
+        return
+    with pytest.raises(RuntimeUnavailable, match="x fell back") as caught:
+        device_of(session(), nodes, "x", device)
+    assert words in caught.value.message
+
+
+def loader(monkeypatch: pytest.MonkeyPatch, **missing: str) -> None:
+    """Every library loads but those named."""
+
+    def load(library: str, *, globally: bool = False) -> str | None:
+        return next((reason for part, reason in missing.items() if part in library), None)
+
+    monkeypatch.setattr(cuda_libraries, "preload", lambda _ort: "")
+    monkeypatch.setattr(cuda_libraries, "_load", load)
+
+
+def test_every_missing_library_is_named_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    loader(
+        monkeypatch,
+        libcuda="libcuda.so.1: none",
+        providers_cuda="libcuda.so.1: none",
+        tensorrt="libnvinfer.so.10: none",
+    )
+    assert cuda_libraries.reason(onnxruntime) == "no NVIDIA driver (libcuda.so.1: none)"
+    assert cuda_libraries.reason(onnxruntime, "tensorrt") == (
+        "no NVIDIA driver (libcuda.so.1: none); onnxruntime's TensorRT provider can't be loaded (libnvinfer.so.10: none)"
+    )
+
+
+def test_tensorrt_from_a_python_package_is_loaded_in_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("libnvonnxparser.so.10", "libnvinfer.so.10", "libnvinfer_plugin.so.10", "libother.so"):
+        (tmp_path / name).touch()
+    found = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr(cuda_libraries.util, "find_spec", lambda _name: found)
+    loaded = []
+    monkeypatch.setattr(cuda_libraries, "_load", lambda name, *, globally: loaded.append((Path(name).name, globally)))
+    cuda_libraries.preload_tensorrt()
+    assert loaded == [
+        ("libnvinfer.so.10", True), ("libnvinfer_plugin.so.10", True), ("libnvonnxparser.so.10", True)
+    ]  # fmt: skip
+
+
+def test_a_strict_tensorrt_session_in_the_wrong_process_is_refused(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, override: object
+) -> None:
+    """All libraries are there, so that only the environment is left to object to."""
+    loader(monkeypatch)
+    override(None)
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ALL_PROVIDERS)
+    with pytest.raises(RuntimeUnavailable, match="can't run here in float32: TensorRT rounds to TF32 unless") as caught:
+        OnnxRuntimeRunner(bundle.file(MODEL_ONNX), bundle.manifest.signature, device="tensorrt")
+    assert "process of its own" in caught.value.remedy
+
+
+def test_tensorrt_without_its_libraries_names_them(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    loader(monkeypatch, tensorrt="libnvinfer.so.10: cannot open shared object file")
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ALL_PROVIDERS)
+    with pytest.raises(RuntimeUnavailable, match=r"libnvinfer\.so\.10") as caught:
+        OnnxRuntimeRunner(bundle.file(MODEL_ONNX), bundle.manifest.signature, device="tensorrt")
+    assert "tensorrt" in caught.value.remedy
+
+
+def test_an_engine_that_does_not_obey_is_refused(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RuntimeUnavailable, match="asked for the precision tf32, but float32 is in effect"):
+        OnnxRuntimeRunner(bundle.file(MODEL_ONNX), bundle.manifest.signature, settings=RunSettings("tf32"))
+    monkeypatch.setitem(onnxruntime_session.LEVELS, "none", "ORT_ENABLE_ALL")
+    with pytest.raises(RuntimeUnavailable, match="asked for the optimisation none, but all is in effect"):
+        OnnxRuntimeRunner(bundle.file(MODEL_ONNX), bundle.manifest.signature, settings=RunSettings(optimisation="none"))
+
+
+def test_bound_values_that_lie_elsewhere_are_refused(bundle: Bundle) -> None:
+    settings = RunSettings(binding=True)
+    with OnnxRuntimeRunner(bundle.file(MODEL_ONNX), bundle.manifest.signature, settings=settings) as runner:
+        assert runner.description["memory"] == "bound on cpu"
+        lying = SimpleNamespace(device_name=lambda: "cpu")
+        with pytest.raises(RuntimeUnavailable, match="did not keep its bound values on cuda: they lie on cpu"):
+            runner._refuse_other_memory([lying], "cuda")
+
+
+def test_bound_runs_really_go_through_the_binding(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = RunSettings(binding=True)
+    with OnnxRuntimeRunner(bundle.file(MODEL_ONNX), bundle.manifest.signature, settings=settings) as runner:
+        monkeypatch.setattr(runner._session, "run", None)
+        feed = np.ones((2, 1, 28, 28), np.float32)
+        assert runner.run({"input": feed})["logits"].flags.owndata
+
+
+def test_the_table_hands_the_settings_on(bundle: Bundle) -> None:
+    settings = RunSettings(optimisation="basic", binding=True, threads=1)
+    with runner_spec("onnxruntime-cpu").open(bundle, settings=settings) as runner:
+        told = {name: runner.description[name] for name in ("optimisation", "memory", "threads", "precision")}
+    assert told == {"optimisation": "basic", "memory": "bound on cpu", "threads": 1, "precision": "float32"}

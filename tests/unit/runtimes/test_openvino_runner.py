@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from bnexport.bundle import MODEL_ONNX, Bundle
+from bnexport.errors import BundleError, RuntimeUnavailable
+from bnexport.runtimes import openvino
+from bnexport.runtimes.emulation import Emulator
+from bnexport.runtimes.float64 import Float64Evaluator
+from bnexport.runtimes.openvino import OpenVinoRunner, own_reason
+from bnexport.runtimes.settings import RunSettings
+from bnexport.tensors import Signature, TensorSpec
+
+pytestmark = pytest.mark.needs("openvino")
+
+X = np.random.default_rng(0).random((33, 1, 28, 28), dtype=np.float32)
+
+
+def opened(bundle: Bundle, precision: str = "float32", threads: int | None = None) -> OpenVinoRunner:
+    settings = RunSettings(precision, threads=threads)
+    return OpenVinoRunner(bundle.file(MODEL_ONNX), bundle.manifest.signature, settings=settings)
+
+
+def test_strict_is_float32_in_every_layer(bundle: Bundle, capfd: pytest.CaptureFixture[str]) -> None:
+    with opened(bundle, threads=1) as runner:
+        told = runner.description
+    assert told["precision"] == "float32"
+    assert list(told["layers"]) == ["float32"]
+    assert told["layers"]["float32"] >= 7  # two convolutions, two poolings, three products
+    assert told["execution mode"] == "accuracy"
+    assert told["threads"] == 1
+    assert told["version"]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_what_it_serves_with_is_told_and_is_as_large_as_predicted(bundle: Bundle) -> None:
+    """Bfloat16 where the CPU has it: the only coarse precision that a CPU really serves with."""
+    exact = Float64Evaluator(bundle.file(MODEL_ONNX)).evaluate({"input": X})["logits"]
+    with opened(bundle, "bfloat16") as runner:
+        told, found = runner.description, runner.run({"input": X})["logits"]
+    error = np.abs(found - exact).max() / np.abs(exact).max()
+    if told["precision"] == "float32":  # this CPU has no bfloat16
+        assert error < 1e-5
+        return
+    assert told["precision"] == "bfloat16"
+    assert told["layers"]["bfloat16"] >= 5
+    predicted = Emulator(bundle.file(MODEL_ONNX), "bfloat16").evaluate({"input": X})["logits"]
+    noise = np.abs(predicted - exact).max() / np.abs(exact).max()
+    assert noise / 3 < error < noise * 3
+    assert error > 1e-4
+
+
+def test_layers_left_in_half_precision_are_refused(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(OpenVinoRunner, "_layers", lambda self: {"float32": 5, "bfloat16": 2})
+    with pytest.raises(
+        RuntimeUnavailable, match="does not compute in float32 as it was asked to: 2 layers in bfloat16"
+    ):
+        opened(bundle)
+
+
+def test_an_engine_that_keeps_its_default_is_refused(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(openvino._HINTS, "float32", ("bf16", "PERFORMANCE"))
+    with opened(bundle, "bfloat16") as runner:
+        if runner.description["precision"] == "float32":
+            pytest.skip("this CPU has no bfloat16")
+    with pytest.raises(RuntimeUnavailable, match="does not compute in float32"):
+        opened(bundle)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"name": "image"}, r"has the inputs \['input'\], the manifest says \['image'\]"),
+        ({"dtype": "float64"}, "is float32, the manifest says float64"),
+        ({"shape": ("batch", 3, 28, 28)}, "the manifest says batchx3x28x28"),
+        ({"shape": (4, 1, 28, 28)}, "the manifest says 4x1x28x28"),
+    ],
+    ids=str,
+)
+def test_a_file_with_another_signature_is_refused(bundle: Bundle, change: dict[str, object], words: str) -> None:
+    given = {"name": "input", "dtype": "float32", "shape": ("batch", 1, 28, 28)} | change
+    signature = Signature((TensorSpec(**given),), bundle.manifest.signature.outputs)  # type: ignore[arg-type]
+    with pytest.raises(BundleError, match=words):
+        OpenVinoRunner(bundle.file(MODEL_ONNX), signature)
+
+
+def test_an_operator_that_it_lacks_is_one_sentence(bundle: Bundle, tmp_path: Path) -> None:
+    model = onnx.load(bundle.file(MODEL_ONNX))
+    model.graph.node[-1].op_type = "NoSuchOperator"
+    onnx.save(model, file := tmp_path / "model.onnx")
+    with pytest.raises(BundleError, match=r"is not a model that OpenVINO can load: .*NoSuchOperator") as caught:
+        OpenVinoRunner(file, bundle.manifest.signature)
+    assert "\n" not in caught.value.message
+    assert "src/" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Exception from src/a.cpp:105:\nException from src/b.cpp:188:\nUnable to read.\n\n", "Unable to read"),
+        ("plain", "plain"),
+        ("Exception from src/a.cpp:1:\n", "Exception from src/a.cpp:1:"),
+    ],
+)  # fmt: skip
+def test_its_own_reason_is_the_sentence_without_places_in_its_source(text: str, expected: str) -> None:
+    assert own_reason(RuntimeError(text)) == expected
