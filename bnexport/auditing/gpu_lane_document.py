@@ -37,8 +37,8 @@ _SESSIONS = (
 )
 _REFUSALS = (
     "`bnexport verify --runtime NAME` in a process from which something is hidden: it must end with exit code 3 and the name "
-    "of what is missing, never with an answer from the CPU. Libraries are hidden by empty files of their names, which the loader "
-    "finds first.\n"
+    "of what is missing, never with an answer from the CPU. Libraries are hidden by empty files of their names, which the "
+    "loader finds first.\n"
 )
 
 
@@ -164,7 +164,7 @@ def _absent(lane: Lane) -> Iterator[str]:
 
 _HOW = (
     "## How to run it\n\n"
-    "```console\n"
+    "```sh\n"
     "$ python scripts/gpu_lane.py --data-dir DIR\n"
     "$ BNEXPORT_REQUIRE=cuda,ort-cuda python -m pytest tests/gpu\n"
     "```\n\n"

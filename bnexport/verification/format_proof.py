@@ -38,6 +38,7 @@ def format_rows(
     Raises:
         Unavailable: torch or onnx is not here.
     """
+    require("torch", purpose=f"the proof of {name}")
     rows = _weights_rows(bundle, name) if MODEL_ONNX in bundle.manifest.files else []
     return rows + proof_of_weights(bundle, name, cases, limit=limit, rounding=rounding)
 

@@ -310,8 +310,8 @@ class Work:
     def _warn_of_synthetic(self, cases: Sequence[Case]) -> None:
         if cases[0].batch.name not in REAL and any(map(has_labels, cases[0].expected.values())):
             self.warnings.append(
-                "the inputs are synthetic: noise lies far from the borders between classes and can't show changed labels; "
-                "give real ones with --samples or --data-dir"
+                "the inputs are synthetic: how many labels change on noise says little of real samples; "
+                "give some with --samples or --data-dir"
             )
 
 

@@ -150,5 +150,5 @@ def test_the_users_own_samples(bundle: Bundle, tmp_path: Path, capsys: pytest.Ca
     options = ["--runtime", "onnxruntime-cpu", "--samples", str(tmp_path / "x.npz")]
     assert run(["verify", str(bundle.path), *options]) == 0
     out = " ".join(capsys.readouterr().out.split())
-    assert "30 samples" in out
+    assert "30 images of x.npz, with labels" in out
     assert "accuracy-change" in out

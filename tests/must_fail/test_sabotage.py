@@ -149,7 +149,10 @@ def test_one_format_made_from_other_weights_fails_the_bit_comparison(
     folder = copy_bundle(bundle, tmp_path / "1")
     bundles.write_torchscript(folder / MODEL_TORCHSCRIPT, WRONG_WEIGHTS[fault]())
     report = verify(reseal(folder), runtimes=["onnxruntime-cpu"])
-    assert [row.stage for row in report.failures] == ["weights"]
+    assert {(row.stage, row.subject) for row in report.failures} == {
+        ("weights", MODEL_TORCHSCRIPT),
+        ("file-proof", MODEL_TORCHSCRIPT),
+    }
 
 
 def test_one_bit_of_one_weight_fails_the_bit_comparison(bundle: Bundle, tmp_path: Path) -> None:

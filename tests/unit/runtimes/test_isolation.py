@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -185,6 +185,15 @@ def test_without_a_python_to_start_it_says_so(bundle: Bundle, monkeypatch: pytes
         IsolatedRunner(QUICK, bundle, ISOLATED)
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C as usual, also where the tests run in the background and their shell ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_ends_the_child_and_no_later_answer_is_taken_for_another(bundle: Bundle) -> None:
     with IsolatedRunner(QUICK, bundle, ISOLATED) as runner:
         os.kill(runner.process, signal.SIGSTOP)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
@@ -81,9 +82,9 @@ def test_onnxs_own_average_pool_agrees(bundle: Bundle) -> None:
         ({"strides": [2, 2]}, True),
         ({"strides": [1, 2], "pads": [0, 0, 0, 0], "auto_pad": "VALID"}, True),
         ({}, True),
-        ({"pads": [1, 1, 1, 1], "strides": [2, 2]}, False),
+        ({"pads": [1, 1, 1, 1], "strides": [2, 2]}, True),
         ({"pads": [1, 0, 0, 1], "strides": [2, 2], "count_include_pad": 1}, True),
-        ({"ceil_mode": 1, "strides": [2, 2]}, False),
+        ({"ceil_mode": 1, "strides": [2, 2]}, True),
         ({"dilations": [2, 2]}, True),
     ],
 )
@@ -92,8 +93,12 @@ def test_average_pooling_is_fast_only_where_it_is_plain(attributes: dict[str, ob
     source = model_of([node], opset=19, rank=4)
     assert (fast_operators(read_model(source)) is not None) == fast
     x = np.random.default_rng(1).standard_normal((2, 3, 6, 6))
-    expected = ReferenceEvaluator(widen(read_model(source))).run(None, {"x": x})[0]
-    np.testing.assert_allclose(Float64Evaluator(source).evaluate({"x": x})["y"], expected, rtol=1e-13)
+    # onnx's own operator is wrong where the windows are rounded up and one hangs out; onnxruntime is not.
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+    expected = session.run(None, {"x": x.astype(np.float32)})[0]
+    np.testing.assert_allclose(Float64Evaluator(source).evaluate({"x": x})["y"], expected, rtol=1e-5, atol=1e-6)
 
 
 def test_average_pool_in_one_dimension() -> None:
