@@ -146,6 +146,10 @@ def test_an_engine_that_fails_midway_fails_the_lane(bundle: Bundle) -> None:
     assert not found.passed
     assert found.broken == {"onnxruntime-cuda": "onnxruntime-cuda can't run here: no y"}
     assert "- onnxruntime-cuda: onnxruntime-cuda can't run here: no y" in "\n".join(page(found))
+    sweeps = [Sweep(spec, Scope(("float32",), drift=False)) for spec in (emulated_spec(), replace(gpu(), opener=never))]
+    found = run_lane(bundle, sweeps=sweeps, refusals=(), max_samples=20)
+    assert [run.passed for run in found.runs] == [True]
+    assert not found.passed
 
 
 def test_a_spoiled_bundle_fails_the_lane(bundle: Bundle, tmp_path: Path) -> None:

@@ -77,7 +77,8 @@ def test_the_proof_takes_a_padded_rounded_up_window() -> None:
 @pytest.mark.parametrize("counted", [0, 1])
 def test_the_proof_takes_a_mean_that_hangs_out(counted: int) -> None:
     """onnx's reference implementation divides by the whole kernel there."""
-    source = model(["y"], "AveragePool", strides=[4, 4], ceil_mode=1, count_include_pad=counted)
+    pads = {"pads": [1, 1, 1, 1], "count_include_pad": counted}
+    source = model(["y"], "AveragePool", strides=[4, 4], ceil_mode=1, **pads)
     x = np.random.default_rng(3).standard_normal((2, 3, 6, 9)) + 1.0
-    want = functional.avg_pool2d(torch.from_numpy(x), 3, 4, ceil_mode=True).numpy()
+    want = functional.avg_pool2d(torch.from_numpy(x), 3, 4, 1, ceil_mode=True, count_include_pad=bool(counted)).numpy()
     np.testing.assert_allclose(Float64Evaluator(source).evaluate({"x": x})["y"], want, rtol=1e-13)
