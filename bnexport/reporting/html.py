@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import json
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -12,15 +11,19 @@ import jinja2
 
 from bnexport.bundle import Bundle, Manifest
 from bnexport.folding.report import GONE, OUTCOMES, FoldReport
-from bnexport.reporting.figures import Samples, error_against_margin, error_histogram, error_overview
-from bnexport.reporting.flips import SHOWN_FLIPS, class_name, flipped_rows
+from bnexport.reporting.flips import SHOWN_CONFUSIONS, SHOWN_FLIPS, class_name, confusions, flips, pictures
 from bnexport.reporting.fold_summary import gain_of, growth_of, tallies, verdict_of
+from bnexport.reporting.page_charts import SHOWN_DRIFTS, SHOWN_MAPS, Samples, drifts, maps, strips
+from bnexport.reporting.runs import cell, columns, command_of, file_groups, flips_on_real_inputs, runs
+from bnexport.reporting.self_test import ordered_faults, self_test_sentence
 from bnexport.reporting.summary import (
+    Group,
     certified,
     flipped,
     groups,
     module_name,
     number,
+    predicted_sentence,
     rate_bound,
     run_name,
     total_flips,
@@ -34,6 +37,14 @@ TEMPLATE = "report.html.jinja"
 
 #: BatchNorm calls up to which the page shows its table open; a longer one unfolds on a click.
 OPEN_CALLS = 40
+#: Faults of the self-test up to which the page shows their table open; of more, only those that were not caught.
+OPEN_FAULTS = 12
+#: Failed rows in the verdict: one fault fails every run on every input, and the first ones tell it.
+SHOWN_FAILURES = 12
+#: Class names that are listed.
+SHOWN_LABELS = 40
+#: Stages that stand in the verdict, where they were reached: one for each cause.
+HEADLINE = ("file-proof", "strict", "shipping")
 
 #: Stage of a verification -> the question that it answers. Why its bound is what it is stands in TOLERANCES.
 STAGES: dict[str, str] = {
@@ -56,7 +67,7 @@ STAGES: dict[str, str] = {
 def render_report(
     manifest: Manifest,
     *,
-    fold: FoldReport,
+    fold: FoldReport | None,
     verification: VerificationReport,
     environment: Mapping[str, Any],
     commands: Sequence[str],
@@ -66,35 +77,50 @@ def render_report(
 
     Args:
         manifest: Name, signature, labels and so on; its ``fold``, ``verification`` and ``environment`` are not read.
-        fold: What became of each BatchNorm.
+        fold: What became of each BatchNorm; None where nobody knows.
         verification: The verdict.
         environment: As from ``bnexport.environment.environment``.
-        commands: How to reproduce, one shell command each.
-        samples: Error and margin per sample by runtime; with it the page shows their distribution.
+        commands: How to reproduce, one shell command each. The first verifies: the command of each run is made from it.
+        samples: Error and margin per sample by run; with it the page shows their distribution.
     """
-    gathered = groups(verification)
-    changed = flipped_rows(verification)
+    lines, account = runs(verification), fold or FoldReport((), 0)
+    counted = total_flips(group.flips for group in groups(verification) if group.flips is not None)
+    commanded = [(run.name, command_of(run, commands[0] if commands else "", seed=verification.seed)) for run in lines]
+    faults = ordered_faults(verification)
+    files, changed = file_groups(verification), flips(verification)
     page = _environment().get_template(TEMPLATE)
     return page.render(
         manifest=manifest,
         inputs=_specs(manifest.signature)[0],
         outputs=_specs(manifest.signature)[1],
-        fold=fold,
+        fold=account,
+        no_fold="The bundle holds no account of a fold." if fold is None else "The network has no BatchNorm.",
         outcomes=OUTCOMES,
         gone=GONE,
-        tallies=tallies(fold),
-        many=len(fold.rows) > OPEN_CALLS,
+        tallies=tallies(account),
+        many=len(account.rows) > OPEN_CALLS,
         verification=verification,
-        groups=gathered,
+        runs=lines,
+        columns=columns(lines),
+        files=files,
+        file_rows=[row for group in files for row in group.rows],
         stages=_stages(verification),
         headline=_headline(verification),
-        flips=total_flips(group.flips for group in gathered if group.flips is not None),
+        flips=counted,
+        labelled=counted.certified + counted.uncertain + counted.explained + counted.unexplained,
         rate_bound=rate_bound(verification),
-        plots=_plots(verification, samples),
-        flipped_rows=changed[:SHOWN_FLIPS],
-        flipped_more=max(0, len(changed) - SHOWN_FLIPS),
+        self_test=self_test_sentence(verification),
+        faults=faults,
+        folded_faults=len(faults) > OPEN_FAULTS,
+        strips=strips(lines, samples or {}),
+        maps=maps(lines, samples or {}),
+        drifts=drifts(verification),
+        changed=changed,
+        pictures=pictures(verification, changed[:SHOWN_FLIPS]),
+        confused=confusions(verification),
         environment=environment,
         commands=list(commands),
+        run_commands=[(name, command) for name, command in commanded if command],
     )
 
 
@@ -106,10 +132,10 @@ def verification_page(bundle: Bundle, report: VerificationReport, *, command: st
         report: The verdict.
         command: How to run it again.
     """
-    fold = FoldReport.from_json(bundle.manifest.fold) if bundle.manifest.fold else FoldReport((), 0, None)
+    fold = bundle.manifest.fold
     return render_report(
         bundle.manifest,
-        fold=fold,
+        fold=FoldReport.from_json(fold) if fold else None,
         verification=report,
         environment=report.environment,
         commands=[command],
@@ -119,14 +145,23 @@ def verification_page(bundle: Bundle, report: VerificationReport, *, command: st
 
 def _environment() -> jinja2.Environment:
     """Autoescape is on for every template: labels and module paths come from other people's files."""
-    source = resources.files("bnexport.reporting").joinpath("templates", TEMPLATE).read_text(encoding="utf-8")
+    folder = resources.files("bnexport.reporting").joinpath("templates")
+    sources = {file.name: file.read_text(encoding="utf-8") for file in folder.iterdir() if file.name.endswith(".jinja")}
     environment = jinja2.Environment(
-        loader=jinja2.DictLoader({TEMPLATE: source}),
+        loader=jinja2.DictLoader(sources),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
+    )
+    environment.globals.update(
+        shown_failures=SHOWN_FAILURES,
+        shown_flips=SHOWN_FLIPS,
+        shown_confusions=SHOWN_CONFUSIONS,
+        shown_labels=SHOWN_LABELS,
+        shown_maps=SHOWN_MAPS,
+        shown_drifts=SHOWN_DRIFTS,
     )
     environment.filters.update(
         number=number,
@@ -140,17 +175,23 @@ def _environment() -> jinja2.Environment:
         compact=_compact,
         run_name=run_name,
         class_name=class_name,
+        cell_of=cell,
+        real_flips=flips_on_real_inputs,
+        predicted=predicted_sentence,
     )
     return environment
 
 
-def _headline(verification: VerificationReport) -> list[tuple[str, str, str]]:
-    """(stage, worst error, bound) of every stage that measures one, for the top of the page."""
-    found: list[tuple[str, str, str]] = []
-    for stage in dict.fromkeys(row.stage for row in verification.rows):
-        worst = verification.worst(stage)
-        if worst is not None and worst.bound is not None:
-            found.append((stage, number(worst.error), number(worst.bound)))
+def _headline(verification: VerificationReport) -> list[tuple[str, str, str, str]]:
+    """(stage, error nearest to its bound, bound, "1.3" x predicted or "") of each cause, for the top of the page."""
+    found: list[tuple[str, str, str, str]] = []
+    for stage in HEADLINE:
+        gathered = [group for group in groups(verification) if group.stage == stage]
+        if gathered:
+            whole = Group(stage, "", tuple(row for group in gathered for row in group.rows))
+            worst, ratio = whole.worst, whole.ratio if stage == "shipping" else None
+            if worst is not None and worst.error is not None:
+                found.append((stage, number(worst.error), number(worst.bound), "" if ratio is None else number(ratio)))
     return found
 
 
@@ -162,42 +203,6 @@ def _stages(verification: VerificationReport) -> dict[str, str]:
         because = f"Bound {number(tolerance.bound)}: {tolerance.reason}." if tolerance else ""
         found[stage] = " ".join(part for part in (STAGES.get(stage, ""), because) if part)
     return found
-
-
-def _plots(verification: VerificationReport, samples: Samples | None) -> list[tuple[str, str, str]]:
-    """(data URI, alternative text, caption) of each picture; empty when nothing was measured."""
-    strict = verification.worst("strict")
-    found: list[tuple[str, str, str]] = []
-    if any(row.error is not None for row in verification.rows):
-        found.append(
-            (
-                _data_uri(error_overview(groups(verification))),
-                "Error of every comparison beside its bound, by subject and stage",
-                "Every comparison: largest |difference| / largest |reference|. "
-                "Errors of 1e-10 and less are drawn at 1e-10.",
-            )
-        )
-    if samples and strict is not None and strict.bound is not None:
-        found.append(
-            (
-                _data_uri(error_histogram(samples, tolerance=strict.bound)),
-                "Histogram of the error per sample for each runtime",
-                "Error per sample, by runtime.",
-            )
-        )
-        found.append(
-            (
-                _data_uri(error_against_margin(samples, tolerance=strict.bound)),
-                "Error against margin of each sample, one panel per runtime",
-                "Error against margin (the reference's largest logit less its second largest). "
-                "Below the grey region no label can change.",
-            )
-        )
-    return found
-
-
-def _data_uri(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
 
 
 def _specs(signature: Signature) -> tuple[list[str], list[str]]:

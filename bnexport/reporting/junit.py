@@ -2,38 +2,44 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from xml.etree import ElementTree
 
 from bnexport.environment import describe
 from bnexport.reporting.summary import number, run_name
+from bnexport.verification.findings import FaultResult
 from bnexport.verification.verdict import Row, VerificationReport
+
+#: Times are no part of a verdict; 0 keeps readers that insist on the attribute.
+_TIME = "0"
 
 
 def junit(report: VerificationReport, *, name: str) -> bytes:
-    """One test suite: a test case per comparison, a failure with its reason, a skipped case per runtime that did not run.
+    """One test suite: a test case per comparison and per fault of the self-test, a failure with its reason.
 
-    A report that fails without a failed row (a stage is missing, the self-test missed a fault) has a failed case of its own,
-    so that no CI system takes it for a pass.
+    What did not run here is a skipped case. A report that fails without a failed case (a stage is missing) has one of its
+    own, so that no CI system takes it for a pass.
 
     Args:
         report: The verdict.
         name: Of the suite: the bundle's path as the user gave it.
     """
-    cases = [*(_case(row) for row in report.rows), *_skipped(report)]
-    if not report.passed and not report.failures:
-        cases.append(_failed("verdict", "verdict", report.summary()))
+    cases = [*(_case(row) for row in report.rows), *map(_fault, report.findings.self_test or ()), *_skipped(report)]
+    if not report.passed and all(case.find("failure") is None for case in cases):
+        cases.append(_failed("verdict", "verdict", report.summary(), kind="verdict"))
     counts = {
         "tests": str(len(cases)),
         "failures": str(sum(case.find("failure") is not None for case in cases)),
         "errors": "0",
         "skipped": str(sum(case.find("skipped") is not None for case in cases)),
+        "time": _TIME,
     }
     suites = ElementTree.Element("testsuites", {"name": "bnexport verify", **counts})
     suite = ElementTree.SubElement(suites, "testsuite", {"name": _clean(name), **counts})
     properties = ElementTree.SubElement(suite, "properties")
     for key, value in _properties(report):
-        ElementTree.SubElement(properties, "property", {"name": key, "value": _clean(value)})
+        ElementTree.SubElement(properties, "property", {"name": _clean(key), "value": _clean(value)})
     suite.extend(cases)
     ElementTree.indent(suites)
     content: bytes = ElementTree.tostring(suites, encoding="utf-8", xml_declaration=True)
@@ -44,37 +50,67 @@ def _properties(report: VerificationReport) -> Iterator[tuple[str, str]]:
     yield "verdict", report.summary()
     yield "reference", report.reference
     yield "inputs", report.inputs
+    yield "seed", str(report.seed)
     if report.environment:
         yield "environment", describe(dict(report.environment))
+    for run, what in report.runtimes.items():
+        yield f"runtime: {run}", json.dumps(dict(what), ensure_ascii=False, default=str)
+    for at, warning in enumerate(report.findings.warnings, 1):
+        yield f"warning {at}", warning
 
 
 def _case(row: Row) -> ElementTree.Element:
     if not row.passed:
-        return _failed(f"{row.stage}.{run_name(row)}", row.case, row.reason or "over its bound")
+        return _failed(f"{row.stage}.{run_name(row)}", row.case, row.reason or "over its bound", kind=row.stage)
     case = _named(f"{row.stage}.{run_name(row)}", row.case)
+    told = [row.reason] if row.reason else []
     if row.error is not None:
-        told = f"error {number(row.error)} of scale, bound {number(row.bound)}, n = {row.n}"
-        ElementTree.SubElement(case, "system-out").text = told
-    return case
+        told.append(f"error {number(row.error)} of scale, bound {number(row.bound)}, n = {row.n}")
+    if row.ratio is not None:
+        told.append(f"{number(row.ratio)} x predicted")
+    return _with_output(case, "; ".join(told))
+
+
+def _fault(fault: FaultResult) -> ElementTree.Element:
+    """A fault that was missed is a failure of the verifier."""
+    where = f"{fault.fault} in {fault.where}"
+    if fault.outcome == "missed":
+        reason = f"no stage caught it; {fault.expected} exists to" + (f": {fault.reason}" if fault.reason else "")
+        return _failed("self-test", where, reason, kind="self-test")
+    if fault.outcome == "not tried":
+        return _left_out("self-test", where, fault.reason or "not tried")
+    told = f"caught by {', '.join(fault.caught)}" if fault.caught else fault.outcome
+    return _with_output(_named("self-test", where), f"{told}: {fault.reason}" if fault.reason else told)
 
 
 def _skipped(report: VerificationReport) -> Iterator[ElementTree.Element]:
     for name, why in report.skipped.items():
-        case = _named("runtime", name)
-        ElementTree.SubElement(case, "skipped", {"message": _clean(why)})
-        yield case
+        yield _left_out("runtime", name, why)
+    for stage, why in report.findings.waived.items():
+        yield _left_out(stage, "not run here", why)
 
 
-def _failed(group: str, name: str, reason: str) -> ElementTree.Element:
+def _left_out(group: str, name: str, why: str) -> ElementTree.Element:
     case = _named(group, name)
-    failure = ElementTree.SubElement(case, "failure", {"message": _clean(reason), "type": "FAIL"})
+    ElementTree.SubElement(case, "skipped", {"message": _clean(why)})
+    return case
+
+
+def _failed(group: str, name: str, reason: str, *, kind: str) -> ElementTree.Element:
+    case = _named(group, name)
+    failure = ElementTree.SubElement(case, "failure", {"message": _clean(reason), "type": _clean(kind)})
     failure.text = _clean(reason)
     return case
 
 
 def _named(group: str, name: str) -> ElementTree.Element:
-    # Times are no part of a verdict; "0" keeps readers that insist on the attribute.
-    return ElementTree.Element("testcase", {"classname": _clean(group), "name": _clean(name), "time": "0"})
+    return ElementTree.Element("testcase", {"classname": _clean(group), "name": _clean(name), "time": _TIME})
+
+
+def _with_output(case: ElementTree.Element, text: str) -> ElementTree.Element:
+    if text:
+        ElementTree.SubElement(case, "system-out").text = _clean(text)
+    return case
 
 
 def _clean(text: str) -> str:

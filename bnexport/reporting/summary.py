@@ -6,6 +6,8 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from bnexport.verification.findings import Prediction
+from bnexport.verification.inputs import REAL
 from bnexport.verification.verdict import Flips, Row, VerificationReport
 
 #: Shown where there is no number.
@@ -14,8 +16,17 @@ NOTHING = "-"
 #: Stages whose rows are one per file: gathered under one subject, because only a failure needs the file's name.
 FILE_STAGES: dict[str, str] = {"integrity": "files"}
 
-#: The case of a row that compares on real images.
-IMAGES = "images"
+#: What one of each precision is called in a sentence.
+PRECISION_NAMES: dict[str, str] = {
+    "float32": "float32",
+    "tf32": "TF32",
+    "tf32-convolutions": "TF32 in convolutions alone",
+    "tf32-cut": "TF32 that cuts instead of rounding",
+    "float16": "float16",
+    "bfloat16": "bfloat16",
+}
+#: Stands for infinity in reports, which are JSON.
+_INFINITE = 1e300
 
 
 @dataclass(frozen=True)
@@ -54,6 +65,11 @@ class Group:
         return max(judged, key=_pressure, default=None)
 
     @property
+    def ratio(self) -> float | None:
+        """The largest error in units of the noise predicted for the same inputs; None without a prediction."""
+        return max((row.ratio for row in self.rows if row.ratio is not None), default=None)
+
+    @property
     def flips(self) -> Flips | None:
         """Top-1 labels over all rows; None where no row counts them."""
         counted = [row.flips for row in self.rows if row.flips is not None]
@@ -73,19 +89,14 @@ def run_name(row: Row) -> str:
     return f"{row.subject}, {row.settings}" if row.settings else row.subject
 
 
-def predicted_sentences(report: VerificationReport) -> list[str]:
-    """What each precision is predicted to do to this model, and by how much the runs in that precision exceeded it."""
-    told = []
-    for item in report.findings.predictions:
-        flips = "" if item.flips is None else f" and changes {item.flips} of {item.n} labels"
-        told.append(
-            f"predicted: {item.precision} moves outputs by {number(item.error)} of scale{flips} ({item.inputs})"
-        )
-    for group in groups(report):
-        worst = max((row.ratio for row in group.rows if row.ratio is not None), default=None)
-        if group.stage == "shipping" and worst is not None:
-            told.append(f"{group.subject}: at most {worst:.2g} x the noise predicted for its inputs")
-    return told
+def predicted_sentence(item: Prediction) -> str:
+    """What a precision is predicted to do to this model: "TF32 is predicted to move outputs by 0.0011 of scale ..."."""
+    name = PRECISION_NAMES.get(item.precision, item.precision)
+    moves = f"{name} is predicted to move outputs by {number(item.error)} of scale"
+    on = f" ({item.inputs})" if item.inputs else ""
+    if item.flips is None:
+        return f"{moves}{on}"
+    return f"{moves} and to change {item.flips or 'none'} of {item.n} labels{on}"
 
 
 def total_flips(flips: Iterable[Flips]) -> Flips:
@@ -105,17 +116,17 @@ def rate_bound(report: VerificationReport) -> float | None:
 
     Of the runtimes alone: the proof of the file and the repeats look at the same images, but at fewer of them.
     """
-    rows = [row for row in report.rows if row.stage == "strict" and row.case == IMAGES]
+    rows = [row for row in report.rows if row.stage == "strict" and row.case in REAL]
     counted = [row.flips for row in rows if row.flips is not None]
     bounds = [flips.rate_bound for flips in counted if flips.rate_bound is not None]
     return max(bounds) if bounds and len(bounds) == len(counted) else None
 
 
 def number(value: float | None) -> str:
-    """A measured size in two significant digits: '3.8e-07', '12', or NOTHING for None and what is not finite."""
+    """A measured size in two significant digits: '3.8e-07', '12', 'infinite', or NOTHING for what is no number."""
     if value is None or not math.isfinite(value):
         return NOTHING
-    return f"{value:.2g}"
+    return "infinite" if abs(value) >= _INFINITE else f"{value:.2g}"
 
 
 def flipped(flips: Flips | None) -> str:

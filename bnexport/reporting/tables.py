@@ -13,20 +13,14 @@ from rich.text import Text
 from bnexport.environment import describe
 from bnexport.files import forget_reader
 from bnexport.folding.report import GONE, OUTCOMES, FoldReport, FoldRow
+from bnexport.reporting.flips import flips
 from bnexport.reporting.fold_summary import account_of, gain_of, growth_of, tallies, verdict_of
-from bnexport.reporting.summary import (
-    NOTHING,
-    certified,
-    groups,
-    module_name,
-    number,
-    predicted_sentences,
-    run_name,
-    word,
-)
+from bnexport.reporting.runs import KERNEL_STAGES, Run, file_groups, runs
+from bnexport.reporting.self_test import ordered_faults, self_test_sentence
+from bnexport.reporting.summary import NOTHING, certified, module_name, number, run_name, word
 
 if TYPE_CHECKING:
-    from bnexport.verification.verdict import VerificationReport
+    from bnexport.verification.verdict import Flips, VerificationReport
 
 #: Colour of a word in a table; the word itself carries the meaning.
 STYLES: dict[str, str] = {
@@ -36,6 +30,8 @@ STYLES: dict[str, str] = {
 }
 #: Failed rows that are printed with their reason: one fault fails every runtime on every input, and the first tells it.
 _LISTED_FAILURES = 8
+#: Samples with a changed label that are printed, those that nothing explains first.
+_LISTED_FLIPS = 8
 #: BatchNorm calls up to which each has its row; of more, those that are gone are counted by outcome and rule.
 _LISTED_CALLS = 30
 
@@ -106,14 +102,38 @@ def _print_calls(rows: Sequence[FoldRow], console: Console) -> None:
 
 
 def print_verification(report: VerificationReport, console: Console) -> None:
-    """One row per stage and subject with its worst comparison, then each failure with its reason, then the verdict."""
+    """The files and the runs with their worst comparisons, what else was found, each failure, then the verdict."""
+    lines = runs(report)
+    _print_files(report, console)
+    _print_runs(lines, console)
+    for note in (report.inputs, report.reference, *_found(report, lines)):
+        if note:
+            console.print(literal(note, console, style="dim"))
+    _print_flips(report, console)
+    _print_self_test(report, console)
+    for warning in report.findings.warnings:
+        console.print(literal(f"WARNING: {warning}", console))
+    for name, why in report.skipped.items():
+        console.print(literal(f"not run: {name}: {why}", console))
+    if not report.passed:  # the verdict says it itself when it is PASS
+        for told in report.findings.waived.values():
+            console.print(literal(f"not run: {told}", console))
+    _print_failures(report, console)
+    console.print(literal(report.summary(), console, style=STYLES[word(report.passed)]), soft_wrap=True)
+
+
+def _print_files(report: VerificationReport, console: Console) -> None:
+    """What was checked without an engine, and what no run has gone through."""
+    gathered = file_groups(report)
+    if not gathered:
+        return
     table = make_table(console)
     table.add_column("", no_wrap=True)
     table.add_column("stage", no_wrap=True)
-    table.add_column("subject", overflow="fold", min_width=17)
-    for heading in ("n", "error", "bound", "flips", "sure"):
+    table.add_column("file", overflow="fold")
+    for heading in ("n", "error", "bound"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for group in groups(report):
+    for group in gathered:
         worst = group.worst
         table.add_row(
             literal(word(group.passed), console),
@@ -122,28 +142,134 @@ def print_verification(report: VerificationReport, console: Console) -> None:
             str(group.n),
             number(worst.error if worst else None),
             number(worst.bound if worst else None),
-            NOTHING if group.flips is None else str(group.flips.explained + group.flips.unexplained),
-            certified(group.flips),
         )
-    if report.rows:
+    console.print(table)
+
+
+def _print_runs(lines: Sequence[Run], console: Console) -> None:
+    """One line per runtime and settings. A stage that failed says so in place of its number."""
+    if not lines:
+        return
+    table = make_table(console)
+    table.add_column("", no_wrap=True)
+    table.add_column("runtime", overflow="fold", min_width=17)
+    for heading in ("golden", "error", "x pred", "again", "flips", "sure"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for run in lines:
+        kernels = run.kernels
+        table.add_row(
+            literal(word(run.passed), console),
+            literal(run.name, console),
+            *(literal(_stage_cell(run, stages), console) for stages in (("golden",), KERNEL_STAGES)),
+            number(kernels.ratio if kernels else None),
+            literal(_stage_cell(run, ("batch-size", "repeat")), console),
+            _changed(kernels.flips if kernels else None),
+            certified(kernels.flips if kernels else None),
+        )
+    console.print(table)
+    for note in (
+        f"error: largest |difference| / largest |reference|, worst case of each row{_bounds(lines)}",
+        "x pred: in units of the noise predicted for this precision on the same inputs",
+        "again: in other batch sizes, and a second time",
+        "sure: labels that no error within the bound could change",
+    ):
+        console.print(literal(note, console, style="dim"))
+
+
+def _stage_cell(run: Run, stages: Sequence[str]) -> str:
+    """The largest error of some stages, FAIL where one failed, "ok" where none has a number."""
+    rows = [row for stage in stages if stage in run.stages for row in run.stages[stage].rows]
+    if not rows:
+        return NOTHING
+    if not all(row.passed for row in rows):
+        return "FAIL"
+    errors = [row.error for row in rows if row.error is not None]
+    return number(max(errors)) if errors else "ok"
+
+
+def _bounds(lines: Sequence[Run]) -> str:
+    """What passes, by stage: "; bound: strict 1e-05, shipping 0.02 to 0.028"."""
+    told = []
+    for stage in KERNEL_STAGES:
+        rows = [row for run in lines if stage in run.stages for row in run.stages[stage].rows]
+        bounds = sorted(row.bound for row in rows if row.bound is not None)
+        if bounds:
+            low, high = number(bounds[0]), number(bounds[-1])
+            told.append(f"{stage} {low}" if low == high else f"{stage} {low} to {high}")
+    return f"; bound: {', '.join(told)}" if told else ""
+
+
+def _changed(flips: Flips | None) -> str:
+    return NOTHING if flips is None else str(flips.explained + flips.unexplained)
+
+
+def _found(report: VerificationReport, lines: Sequence[Run]) -> list[str]:
+    """Predictions, precisions that are not float32, changes of accuracy, layers that left their prediction."""
+    told = []
+    for item in report.findings.predictions:
+        labels = "" if item.flips is None else f", {item.flips} of {item.n} labels change"
+        told.append(f"predicted: {item.precision} {number(item.error)} of scale{labels} ({item.inputs})")
+    for run in lines:
+        told += [f"{run.name}: {row.reason}" for row in run.rows if row.detected not in ("", "float32") and row.passed]
+    same: dict[str, list[str]] = {}
+    for run in lines:
+        for row in run.stages["accuracy-change"].rows if "accuracy-change" in run.stages else ():
+            same.setdefault(row.reason, []).append(run.name)
+    told += [f"accuracy-change: {reason}: {'; '.join(names)}" for reason, names in same.items()]
+    for name, layers in report.findings.drift.items():
+        first = next((layer for layer in layers if layer.left), None)
+        if first is not None:
+            told.append(
+                f"{name}: {first.layer} ({first.operator}) is the first layer that leaves its prediction:"
+                f" {number(first.error)} of scale, {number(first.predicted)} predicted"
+            )
+    return told
+
+
+def _print_flips(report: VerificationReport, console: Console) -> None:
+    changed = flips(report)
+    for flip in changed[:_LISTED_FLIPS]:
+        item = flip.sample
+        true = "" if item.label is None else f" (true {item.label})"
+        why = "explained" if item.explained else "NOT explained"
+        console.print(
+            literal(
+                f"flip {item.index}: {item.reference} -> {item.candidate}{true}, margin"
+                f" {number(item.margin)}, {why}; {'; '.join(flip.runs)}",
+                console,
+                style="dim" if item.explained else STYLES["FAIL"],
+            )
+        )
+    if (more := len(changed) - _LISTED_FLIPS) > 0:
+        console.print(literal(f"and {more} more flips, all of them in the JSON report", console, style="dim"))
+
+
+def _print_self_test(report: VerificationReport, console: Console) -> None:
+    faults = ordered_faults(report)
+    if faults:
+        table = make_table(console)
+        table.add_column("self-test", no_wrap=True)
+        table.add_column("fault", overflow="fold")
+        table.add_column("where", overflow="fold")
+        table.add_column("made for it", overflow="fold")
+        table.add_column("caught by", overflow="fold")
+        for fault in faults:
+            shown = literal("MISSED" if fault.outcome == "missed" else fault.outcome, console)
+            shown.stylize(STYLES["FAIL"] if fault.outcome == "missed" else "")
+            cells = (fault.fault, fault.where, fault.expected, ", ".join(fault.caught) or "nothing")
+            table.add_row(shown, *(literal(cell, console) for cell in cells))
         console.print(table)
-        console.print("error: largest |difference| / largest |reference|, worst case of each row", style="dim")
-        console.print("sure: labels that no error within the bound could change", style="dim")
-    for note in (report.inputs, report.reference, *predicted_sentences(report)):
-        if note:
-            console.print(literal(note, console, style="dim"))
-    for warning in report.findings.warnings:
-        console.print(literal(f"WARNING: {warning}", console))
-    for name, why in report.skipped.items():
-        console.print(literal(f"not run: {name}: {why}", console))
+    if told := self_test_sentence(report):
+        console.print(literal(f"self-test: {told}", console, style=STYLES["FAIL"] if report.missed else ""))
+
+
+def _print_failures(report: VerificationReport, console: Console) -> None:
     for row in report.failures[:_LISTED_FAILURES]:
         console.print(
             literal(f"FAIL {row.stage}, {run_name(row)}, {row.case}: {row.reason}", console, style=STYLES["FAIL"])
         )
     if (more := len(report.failures) - _LISTED_FAILURES) > 0:
         console.print(literal(f"and {more} more failed rows, all of them in the JSON report", console))
-    style = STYLES[word(report.passed)]
-    console.print(literal(report.summary(), console, style=style), soft_wrap=True)
 
 
 def print_environment(record: Mapping[str, Any], console: Console) -> None:

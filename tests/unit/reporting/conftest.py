@@ -2,13 +2,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from support.reports import HOSTILE
 
 from bnexport.bundle import Manifest
 from bnexport.folding.report import FoldReport, FoldRow
 from bnexport.tensors import Signature, TensorSpec
 from bnexport.verification.verdict import Flips, Row, VerificationReport
 
-HOSTILE = "</td><script>alert('x')</script><img src=//example.org/x.png onerror=alert(1)>\x1b[31m"
 LONG = "backbone.stage3.block12.attention.projection.normalisation"
 
 

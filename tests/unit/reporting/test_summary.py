@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from bnexport.reporting.summary import certified, flipped, groups, number, rate_bound, total_flips
+from bnexport.reporting.summary import certified, flipped, groups, number, predicted_sentence, rate_bound, total_flips
+from bnexport.verification.findings import Prediction
 from bnexport.verification.verdict import Flips, Row, VerificationReport
 
 
@@ -66,6 +67,7 @@ def test_rate_bound_is_the_weakest_and_only_of_images(passing: VerificationRepor
         (None, "-"),
         (float("nan"), "-"),
         (float("inf"), "-"),
+        (1.7976931348623157e308, "infinite"),
     ],
 )
 def test_number(value: float | None, text: str) -> None:
@@ -83,3 +85,40 @@ def test_flipped_names_the_unexplained() -> None:
     assert flipped(Flips(1, 1, 2, 0, None)) == "2"
     assert flipped(Flips(1, 1, 2, 3, None)) == "5 (3 unexplained)"
     assert flipped(None) == "-"
+
+
+def test_ratio_is_the_largest_and_knows_what_has_no_prediction() -> None:
+    rows = (
+        Row("shipping", "a", "images", True, error=3e-4, bound=1e-2, predicted=2e-4, settings="tf32"),
+        Row("shipping", "a", "zeros", True, error=1e-4, bound=1e-2, predicted=2e-4, settings="tf32"),
+        Row("shipping", "a", "noise", True, error=9e-4, bound=1e-2, settings="tf32"),
+        Row("strict", "a", "noise", True, error=9e-4, bound=1e-2),
+    )
+    shipping, strict = groups(VerificationReport(rows))
+    assert shipping.subject == "a, tf32"
+    assert shipping.ratio == pytest.approx(1.5)
+    assert strict.ratio is None
+
+
+@pytest.mark.parametrize(
+    ("prediction", "sentence"),
+    [
+        (
+            Prediction("tf32", 7.6e-4, 1e-4, 2000, 1, "images"),
+            "TF32 is predicted to move outputs by 0.00076 of scale and to change 1 of 2000 labels (images)",
+        ),
+        (
+            Prediction("float32", 3e-7, 1e-8, 9, 0),
+            "float32 is predicted to move outputs by 3e-07 of scale and to change none of 9 labels",
+        ),
+        (Prediction("int4", 0.2, 0.1, 9, None, "noise"), "int4 is predicted to move outputs by 0.2 of scale (noise)"),
+    ],
+)
+def test_predicted_sentence(prediction: Prediction, sentence: str) -> None:
+    assert predicted_sentence(prediction) == sentence
+
+
+def test_the_users_own_samples_are_real_inputs(passing: VerificationReport) -> None:
+    flips = Flips(9, 0, 0, 0, 0.33)
+    row = Row("strict", "x", "samples", True, n=9, error=1e-7, bound=1e-5, flips=flips)
+    assert rate_bound(VerificationReport((*passing.rows, row))) == 0.33

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from rich.console import Console
+from support.reports import full_report, large_report
 
 from bnexport.environment import environment
 from bnexport.folding.report import OUTCOMES, FoldReport
@@ -88,18 +89,14 @@ def test_verdict_is_a_word_on_the_last_line(passing: VerificationReport, encodin
     lines = raw.getvalue().decode(encoding).splitlines()
     assert max(map(len, lines)) <= 80
     assert lines[-1] == passing.summary() == "PASS: 8 rows"
-    strict = next(line for line in lines if "strict" in line and "torch-cpu" in line)
-    assert strict.replace("|", " ").split() == [
-        "PASS",
-        "strict",
-        "torch-cpu",
-        "1064",
-        "3.8e-07",
-        "1e-05",
-        "0",
-        "99.8",
-        "%",
+    runs = [line.replace("|", " ").split() for line in lines if "PASS" in line and "-cpu" in line]
+    assert runs == [
+        ["PASS", "onnxruntime-cpu", "2.1e-07", "3.8e-07", "-", "-", "0", "99.8", "%"],
+        ["PASS", "torch-cpu", "-", "3.8e-07", "-", "-", "0", "99.8", "%"],
     ]
+    proof = next(line for line in lines if "file-proof" in line)
+    assert proof.replace("|", " ").split() == ["PASS", "file-proof", "model.onnx", "64", "4.4e-08", "1e-06"]
+    assert "bound: strict 1e-05" in " ".join(lines)
     assert "not run: torch-cuda: torch sees no CUDA device" in lines
 
 
@@ -112,6 +109,68 @@ def test_failures_are_named_with_their_reasons(failing: VerificationReport) -> N
     assert any(line.startswith("FAIL strict, torch-cpu, zeros: </td><script>") for line in lines)
     table = [line.strip("|").split() for line in lines if line.startswith("|FAIL")]
     assert [row[0] for row in table] == ["FAIL", "FAIL"]
+    assert all("FAIL" in row[2:] for row in table), "the stage that failed says so"
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize(
+    "report", [full_report(), full_report(passed=True), large_report()], ids=["fail", "pass", "large"]
+)
+def test_every_report_fits_80_columns(report: VerificationReport, encoding: str) -> None:
+    console, raw = console_with(encoding)
+    print_verification(report, console)
+    lines = raw.getvalue().decode(encoding).splitlines()
+    # Only the verdict runs on: a program reads it as one line.
+    assert max(map(len, lines[:-1])) <= 80
+    assert lines[-1] == "".join(char if char.isprintable() else "?" for char in report.summary())
+    assert "\x1b[31m" not in "".join(lines)
+
+
+def words_of(report: VerificationReport) -> str:
+    console, raw = console_with("utf-8", width=200)
+    print_verification(report, console)
+    return " ".join(raw.getvalue().decode().split())
+
+
+def test_everything_that_was_found_is_told_in_short() -> None:
+    words = words_of(full_report())
+    for expected in (
+        "PASS onnxruntime-cuda, tf32 0.00038 0.00076 1.3 0.00019 3 98.7 %",
+        "FAIL torchscript-cpu - FAIL - - 3 99 %",
+        "bound: strict 1e-05, shipping 0.0017",
+        "predicted: tf32 0.00076 of scale, 1 of 2000 labels change (images)",
+        "predicted: bfloat16 0.009 of scale (noise)",
+        "onnxruntime-cuda, tf32: asked for tf32: it is",
+        "accuracy-change: 871 of 1000 labels right before, 870 after (2 lost, 1 won; exact McNemar p = 1): torch-cpu;"
+        " onnxruntime-cuda; onnxruntime-cuda, tf32",
+        "onnxruntime-cuda, tf32: conv3 (Conv) is the first layer that leaves its prediction: 0.002 of scale, 0.00018",
+        "flip 2: 0 -> 3 (true 0), margin 0.001, NOT explained; onnxruntime-cuda, tf32; torchscript-cpu",
+        "MISSED one flipped bit",
+        "caught eps dropped model.onnx file-proof file-proof, golden",
+        "self-test: 5 faults: 1 MISSED, 1 not tried here, 1 harmless to this model, 2 caught",
+        "not run: the float64 proof was not repeated here: onnx is not installed",
+        "synthetic inputs can't show flips",
+    ):
+        assert expected in words, expected
+
+
+def test_flips_are_listed_up_to_a_number() -> None:
+    words = words_of(large_report())
+    assert words.count("flip ") == 8
+    assert "and 492 more flips, all of them in the JSON report" in words
+
+
+def test_a_missed_fault_is_the_verdict() -> None:
+    report = full_report(passed=True).with_self_test(full_report().findings.self_test or ())
+    assert "FAIL: the self-test missed 1 faults, first one flipped bit" in words_of(report)
+    assert "self-test" not in words_of(VerificationReport(report.rows))
+
+
+def test_no_picture_is_made_for_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Serving machines have no pillow."""
+    monkeypatch.setitem(sys.modules, "PIL", None)
+    monkeypatch.setitem(sys.modules, "markupsafe", None)
+    assert "flip 2" in words_of(full_report())
 
 
 def test_an_empty_report_fails_and_prints() -> None:

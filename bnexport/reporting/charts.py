@@ -1,0 +1,188 @@
+"""Charts as inline SVG: a few kB each, sharp at any size, in the page's own colours by day, in the dark and on paper.
+
+A chart holds numbers and fixed words only. Names, which come from other people's files, stand beside it as HTML.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from markupsafe import Markup
+
+from bnexport.reporting.summary import number
+from bnexport.tensors import Array
+from bnexport.verification.findings import LayerDrift
+
+#: Logarithmic axes end here: what is smaller (an exact 0) or larger (infinity) is drawn at the end.
+LEAST, MOST = 1e-10, 1e3
+_BINS = 96
+_COLUMNS, _ROWS = 64, 44
+_LEVELS = 4
+_DOTTED = 40  # layers up to which each has its dot
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A logarithmic axis of whole decades.
+
+    Attributes:
+        low: Exponent of 10 at its beginning.
+        high: Exponent at its end; larger than ``low``.
+    """
+
+    low: int
+    high: int
+
+    def at(self, values: Array | float) -> Array:
+        """Where values lie on it, from 0 to 1. NaN stays NaN."""
+        drawn = np.clip(np.asarray(values, dtype=np.float64), 10.0**self.low, 10.0**self.high)
+        return (np.log10(drawn) - self.low) / (self.high - self.low)
+
+    def ticks(self, most: int = 5) -> list[tuple[float, str]]:
+        """(place from 0 to 1, label) of at most ``most`` whole decades, its ends among them where the step allows."""
+        step = max(1, math.ceil((self.high - self.low) / (most - 1)))
+        return [
+            ((at - self.low) / (self.high - self.low), number(10.0**at)) for at in range(self.low, self.high + 1, step)
+        ]
+
+
+def axis_of(parts: Iterable[Array | float | None]) -> Axis:
+    """The axis that holds every finite number; 1e-9 to 1 where there is none."""
+    numbers = [np.asarray(part, dtype=np.float64).ravel() for part in parts if part is not None]
+    joined = np.concatenate(numbers) if numbers else np.array([])
+    finite = np.clip(joined[np.isfinite(joined)], LEAST, MOST)
+    if finite.size == 0:
+        return Axis(-9, 0)
+    low = math.floor(math.log10(float(finite.min())) + 1e-9)
+    return Axis(low, max(low + 1, math.ceil(math.log10(float(finite.max())) - 1e-9)))
+
+
+def histogram(errors: Array, worst: Sequence[float], bound: float | None, axis: Axis) -> Markup:
+    """The distribution of one run's errors as a strip: an area for the samples, a dot for each batch's worst, its bound.
+
+    The strip stretches with the page; every run of a page shares the axis. The height grows with the logarithm of the
+    count, so that one bad sample of thousands can be seen.
+
+    Args:
+        errors: Of each sample (n,), as a share of the scale; may be empty.
+        worst: The largest error of each batch.
+        bound: The largest error that passes.
+        axis: From ``axis_of``.
+    """
+    finite = np.asarray(errors, dtype=np.float64)
+    finite = finite[np.isfinite(finite)]
+    parts = [_grid(axis, 24)]
+    if finite.size:
+        counts, edges = np.histogram(axis.at(finite), bins=_BINS, range=(0.0, 1.0))
+        heights = 22 * np.log1p(counts) / np.log1p(counts.max())
+        steps = "".join(
+            f"V{_n(24 - height)}H{_n(1000 * right)}" for height, right in zip(heights, edges[1:], strict=True)
+        )
+        parts.append(f'<path class="area" d="M0 24{steps}V24Z"/>')
+    places = axis.at(np.array([error for error in worst if math.isfinite(error)]))
+    parts += [f'<path class="dot" d="M{_n(1000 * place)} 12v.01"/>' for place in places]
+    if bound is not None and math.isfinite(bound):
+        parts.append(f'<path class="bound" d="M{_n(1000 * float(axis.at(bound)))} 0V24"/>')
+    return _svg("strip", 1000, 24, "errors of the samples on a logarithmic axis", "".join(parts), stretch=True)
+
+
+def margins(errors: Array, margin: Array, bound: float | None, across: Axis, up: Axis) -> Markup:
+    """Error against margin of one run's samples as a map of counts; no label can change outside the shaded corner.
+
+    The margin is the reference's best score less its second best. While it exceeds twice the error, no error of that
+    size can change the label.
+
+    Args:
+        errors: Of each sample (n,), as a share of the scale.
+        margin: Of each sample (n,), as a share of the scale.
+        bound: The largest error that passes.
+        across: Axis of the margins.
+        up: Axis of the errors.
+    """
+    left, width, height = 46, 256, 150
+    known = np.isfinite(errors) & np.isfinite(margin)
+    counts, _, _ = np.histogram2d(
+        across.at(np.asarray(margin)[known]),
+        up.at(np.asarray(errors)[known]),
+        bins=(_COLUMNS, _ROWS),
+        range=((0.0, 1.0), (0.0, 1.0)),
+    )
+    parts = [_corner(across, up, left, width, height)]
+    for share, label in up.ticks(4):
+        y = _n(height * (1 - share))
+        parts.append(
+            f'<path class="grid" d="M{left} {y}h{width}"/><text x="{left - 4}" y="{y}" dy="3.5">{label}</text>'
+        )
+    for share, label in across.ticks(4):
+        x = _n(left + width * share)
+        parts.append(f'<text class="x" x="{x}" y="{height + 13}">{label}</text>')
+    if counts.size and counts.max() > 0:
+        levels = np.ceil(_LEVELS * np.log1p(counts) / np.log1p(counts.max())).astype(int)
+        for level in range(1, _LEVELS + 1):
+            cells = "".join(
+                f"M{_n(left + width * column / _COLUMNS)} {_n(height - height * row / _ROWS)}h{_n(width / _COLUMNS)}"
+                f"v-{_n(height / _ROWS)}h-{_n(width / _COLUMNS)}z"
+                for column, row in zip(*np.nonzero(levels == level), strict=True)
+            )
+            if cells:
+                parts.append(f'<path class="level{level}" d="{cells}"/>')
+    if bound is not None and math.isfinite(bound):
+        parts.append(f'<path class="bound" d="M{left} {_n(height * (1 - float(up.at(bound))))}h{width}"/>')
+    return _svg("map", left + width + 12, height + 18, "error against margin of each sample", "".join(parts))
+
+
+def drift(layers: Sequence[LayerDrift]) -> Markup:
+    """Measured and predicted error layer by layer, in the order of computation; crosses where a layer left its prediction."""
+    left, width, height = 46, 256, 120
+    measured = np.array([layer.error for layer in layers], dtype=np.float64)
+    predicted = np.array([layer.predicted for layer in layers], dtype=np.float64)
+    up = axis_of([measured, predicted])
+    xs = left + width * (np.arange(len(layers)) + 0.5) / max(1, len(layers))
+    ys, expected = height * (1 - up.at(measured)), height * (1 - up.at(predicted))
+    parts = []
+    for share, label in up.ticks(4):
+        y = _n(height * (1 - share))
+        parts.append(
+            f'<path class="grid" d="M{left} {y}h{width}"/><text x="{left - 4}" y="{y}" dy="3.5">{label}</text>'
+        )
+    parts.append(f'<path class="expected" d="{_line(xs, expected)}"/><path class="line" d="{_line(xs, ys)}"/>')
+    for x, y, layer in zip(xs, ys, layers, strict=True):
+        if layer.left:
+            parts.append(f'<path class="left" d="M{_n(x - 3)} {_n(y - 3)}l6 6m0-6l-6 6"/>')
+        elif len(layers) <= _DOTTED:
+            parts.append(f'<path class="dot" d="M{_n(x)} {_n(y)}v.01"/>')
+    parts.append(f'<text class="x" x="{left}" y="{height + 13}" style="text-anchor:start">first layer</text>')
+    parts.append(f'<text class="x" x="{left + width}" y="{height + 13}" style="text-anchor:end">last layer</text>')
+    return _svg("drift", left + width + 12, height + 18, "error of each layer beside its prediction", "".join(parts))
+
+
+def _corner(across: Axis, up: Axis, left: int, width: int, height: int) -> str:
+    """The region where the error is at least half of the margin."""
+    edge = np.logspace(across.low, across.high, 2)
+    lower = np.log10(edge / 2)
+    ys = height * (1 - (lower - up.low) / (up.high - up.low))
+    points = f"M{left} {_n(ys[0])}L{left + width} {_n(ys[1])}L{left + width} {-height}L{left} {-height}Z"
+    return f'<path class="risk" d="{points}"/>'
+
+
+def _grid(axis: Axis, height: int) -> str:
+    return "".join(f'<path class="grid" d="M{_n(1000 * share)} 0V{height}"/>' for share, _ in axis.ticks())
+
+
+def _line(xs: Array, ys: Array) -> str:
+    points = [f"{_n(x)} {_n(y)}" for x, y in zip(xs, ys, strict=True) if math.isfinite(y)]
+    return "M" + "L".join(points) if points else "M0 0"
+
+
+def _n(value: float) -> str:
+    return f"{float(value):.1f}".removesuffix(".0")
+
+
+def _svg(kind: str, width: int, height: int, told: str, content: str, *, stretch: bool = False) -> Markup:
+    ratio = ' preserveAspectRatio="none"' if stretch else ""
+    top = 0 if stretch else -8  # half of the uppermost label
+    text = f'<svg class="{kind}" viewBox="0 {top} {width} {height - top}"{ratio} role="img" aria-label="{told}">{content}</svg>'
+    return Markup(text)  # numbers and the fixed words of this file: nothing to escape
