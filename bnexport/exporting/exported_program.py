@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import io
+import math
+import operator
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule, Node
 
 from bnexport.errors import ExportError
 from bnexport.exporting.varying import export_flat
@@ -37,6 +41,7 @@ def export_program(folded: GraphModule, inputs: tuple[Tensor, ...], path: Path, 
     with quiet(), torch.no_grad():
         try:
             program = export_flat(folded, inputs, axes)
+            _divide_in_whole_numbers(program.graph)
             _strip(program)
             torch.export.save(program, buffer)
         except Exception as error:  # torch.export raises many unrelated classes
@@ -47,12 +52,53 @@ def export_program(folded: GraphModule, inputs: tuple[Tensor, ...], path: Path, 
     write_atomically(path, buffer.getvalue())
 
 
-def _strip(program: ExportedProgram) -> None:
-    """Take out what no reader needs: lines and paths of the exporting machine, addresses of objects, example inputs.
+def _divide_in_whole_numbers(graph: Graph) -> None:
+    """Write a rounded quotient of two sizes, as TensorFlow's padding has it, as a division of whole numbers.
 
-    The examples would be a pickle inside the file; an absent one is an empty file to torch.
+    torch.export traces ``math.ceil(size / 2)``, and has no word for it in its file (torch 2.11 to 2.14). ``-(-size // 2)`` is
+    the same number, and exact for every size.
+    """
+    for node in list(graph.nodes):
+        quotient = node.args[0] if node.target in (math.ceil, math.floor) else None
+        if not isinstance(quotient, Node) or quotient.target is not operator.truediv or not _is_whole(quotient.args):
+            continue
+        above, below = quotient.args
+        with graph.inserting_before(node):
+            if node.target is math.ceil:
+                result = _call(
+                    graph, operator.neg, _call(graph, operator.floordiv, _call(graph, operator.neg, above), below)
+                )
+            else:
+                result = _call(graph, operator.floordiv, above, below)
+        node.replace_all_uses_with(result)
+        graph.erase_node(node)
+        if not quotient.users:
+            graph.erase_node(quotient)
+
+
+def _is_whole(items: Sequence[Any]) -> bool:
+    return all(isinstance(_value(item), int | torch.SymInt) for item in items)
+
+
+def _call(graph: Graph, function: Callable[..., Any], *items: Any) -> Node:
+    """A node with its value, which the file tells of every size."""
+    made = graph.call_function(function, items)
+    made.meta["val"] = function(*map(_value, items))
+    return made
+
+
+def _value(item: Any) -> Any:
+    return item.meta.get("val") if isinstance(item, Node) else item
+
+
+def _strip(program: ExportedProgram) -> None:
+    """Take out what no reader needs: lines and paths of the exporting machine, addresses of objects, example inputs, guards.
+
+    The examples would be a pickle inside the file; an absent one is an empty file to torch. Guards are Python expressions
+    that a reader would evaluate; sizes that do not fit fail in the operators anyway.
     """
     for module in program.graph_module.modules():
         for node in module.graph.nodes if isinstance(module, GraphModule) else ():
             node.meta = {key: value for key, value in node.meta.items() if key == "val"}
     program._example_inputs = None
+    program._guards_code = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import torch
 from cases import CASES, Case
 from torch import Tensor, nn
+from torch.nn import functional
 
 import bnexport
 from bnexport.errors import ExportError
@@ -25,6 +27,8 @@ from bnexport.folding.trace import size_shapes
 from bnexport.runtimes.torch_outputs import flatten
 from bnexport.screening import screen_archive
 
+#: torch 2.11's, of its own buffers.
+pytestmark = pytest.mark.filterwarnings("ignore:The given buffer is not writable")
 #: torch.export can't trace it at all: its batch is no batch.
 BATCHED = tuple(case for case in CASES if case.name != "unbatched-conv1d")
 #: Drawn anew in every call.
@@ -48,7 +52,7 @@ def same(program: torch.nn.Module, folded: torch.nn.Module, inputs: tuple[Tensor
     return len(found) == len(wanted) and all(map(torch.equal, found, wanted))
 
 
-@pytest.mark.filterwarnings("ignore:Using padding='same'", "ignore:The given buffer is not writable")
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
 @pytest.mark.parametrize("case", BATCHED, ids=lambda case: case.name)
 def test_every_case_loads_and_agrees_bit_for_bit_in_every_batch_size(case: Case, tmp_path: Path) -> None:
     folded = write(case, file := tmp_path / "model.pt2")
@@ -92,6 +96,35 @@ def test_sizes_vary_where_the_signature_says_so_and_not_elsewhere(tmp_path: Path
         torch.export.load(str(tmp_path / "fixed.pt2")).module()(*other)
 
 
+class SamePadding(nn.Module):
+    """As TensorFlow pads: so that a step of 2 gives half the size, rounded up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[2:]
+        rows = max((math.ceil(height / 2) - 1) * 2 + 3 - height, 0)
+        columns = max((math.ceil(width / 2) - 1) * 2 + 3 - width, 0)
+        y = self.conv(functional.pad(x, [columns // 2, columns - columns // 2, rows // 2, rows - rows // 2]))
+        return y[:, :, : math.floor(height / 3)]
+
+
+def test_rounded_quotients_of_sizes_are_written_and_exact(tmp_path: Path) -> None:
+    """torch.export has no word for math.ceil in its file."""
+    model, inputs = SamePadding().eval(), (torch.randn(2, 3, 32, 32),)
+    folded = bnexport.fold(model, inputs, dynamic_shapes=size_shapes(model, inputs)).model
+    signature = signature_of(folded, inputs, input_names=("x",), dynamic_size=True)
+    export_program(folded, inputs, tmp_path / "m.pt2", signature=signature)
+    program = torch.export.load(str(tmp_path / "m.pt2")).module()
+    screen_archive(tmp_path / "m.pt2", "pt2")
+    for height, width in ((32, 32), (33, 32), (35, 47), (40, 41)):
+        x = torch.randn(3, 3, height, width)
+        assert program(x).shape == (3, 6, height // 3, -(-width // 2))
+        assert torch.equal(program(x), model(x))
+
+
 SCRIPT = "import sys; from test_exported_program import CONV, write; from pathlib import Path; write(CONV, Path(sys.argv[1]))"
 
 
@@ -112,6 +145,7 @@ def test_nothing_in_it_is_unpickled_and_nothing_tells_of_the_machine(tmp_path: P
         config = json.loads(archive.read(names["data/weights/model_weights_config.json"]))
         assert {item.date_time[0] for item in archive.infolist()} == {1980}
     assert not [node for node in model["graph_module"]["graph"]["nodes"] if node["metadata"]]
+    assert model["guards_code"] == []
     assert not any(entry["use_pickle"] for entry in config["config"].values())
 
 
