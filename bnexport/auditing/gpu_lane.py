@@ -26,7 +26,7 @@ from bnexport.runtimes.catalogue import RUNNERS, RunnerSpec, runner_spec
 from bnexport.runtimes.emulation import open_emulated
 from bnexport.runtimes.settings import CONV_SEARCHES, OPTIMISATIONS, RunSettings
 from bnexport.verification.scope import Scope
-from bnexport.verification.verdict import Row, VerificationReport
+from bnexport.verification.verdict import Row, VerificationReport, run_name
 from bnexport.verification.verify import verify
 
 if TYPE_CHECKING:
@@ -295,7 +295,7 @@ def _run_of(name: str, settings: str, rows: Sequence[Row], report: VerificationR
     measured = [row for row in compared if row.error is not None]
     worst = max(measured, key=lambda row: (row.error or 0.0) / (row.bound or 1.0), default=None)
     failed = next((row for row in rows if not row.passed), None)
-    told = report.runtimes.get(f"{name}, {settings}" if settings else name, {})
+    told = report.runtimes.get(run_name(name, settings), {})
     flips = [row.flips for row in compared if row.flips is not None]
     return Run(
         name,

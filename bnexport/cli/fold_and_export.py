@@ -55,9 +55,7 @@ def command(source: str, out: Path, weights: Path | None, as_json: bool, **optio
     network as file.py:factory or package.module:factory (with --weights and --input). The bundle appears whole, after the
     verdict is PASS, or not at all. An ONNX file as SOURCE is folded as it is, into a bundle or into --out FILE.onnx.
     """
-    need_packages(
-        "bnexport fold-and-export", "torch", "onnx", "onnxscript", "onnx_ir", "safetensors", "matplotlib", "jinja2"
-    )
+    need_packages("bnexport fold-and-export", "torch", "onnx", "onnxscript", "onnx_ir", "safetensors", "jinja2")
     from bnexport.cli.aside import prints_aside
     from bnexport.cli.onnx_source import fold_onnx_source, is_onnx
     from bnexport.cli.options import export_request

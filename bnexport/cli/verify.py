@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,14 +94,14 @@ def command(ctx: click.Context, /, bundle: Path, **options: Any) -> None:
     from bnexport.reporting.tables import make_console, print_environment, print_verification
 
     if options["html_file"] is not None:
-        need_packages("bnexport verify --html", "jinja2", "matplotlib", "PIL")
+        need_packages("bnexport verify --html", "jinja2", "PIL")
     opened = Bundle.open(bundle)
     with prints_aside():
         report = _verified(opened, options)
     _write_files(report, opened, bundle, options)
     if options["json_file"] != _STDOUT:
         console = make_console()
-        print_verification(report, console)
+        print_verification(report, console, labels=opened.manifest.labels)
         print_environment(report.environment, console)
     ctx.exit(0 if report.passed else 1)
 
@@ -154,7 +155,17 @@ def _write_files(report: VerificationReport, opened: Bundle, path: Path, options
     if (target := options["html_file"]) is not None:
         from bnexport.reporting.html import verification_page
 
-        _write(target, verification_page(opened, report, command=f"bnexport verify {path}").encode())
+        _write(target, verification_page(opened, report, command=_again(path, options)).encode())
+
+
+#: Options that say on what a bundle is verified; the page adds those of each run, and the seed.
+_INPUTS = {"data_dir": "--data-dir", "samples": "--samples", "max_samples": "--max-samples", "source": "--source"}
+
+
+def _again(path: Path, options: dict[str, Any]) -> str:
+    """The command that verifies this bundle on the same inputs, as a shell takes it."""
+    given = [word for name, word in _INPUTS.items() if options[name] is not None for word in (word, str(options[name]))]
+    return shlex.join(["bnexport", "verify", str(path), *given])
 
 
 def _write(target: str, content: bytes) -> None:

@@ -51,7 +51,7 @@ def load_images(
         DataError: The file is missing, damaged, too large, or not images.
     """
     file = Path(path)
-    start = _start(file)
+    start = start_of(file)
     if start[:2] == GZIP_MAGIC or start[:2] == b"\0\0":
         return fit_stack(file, read_idx(file), preprocessing)
     if start.startswith(_NPY_MAGIC):
@@ -59,7 +59,12 @@ def load_images(
     return [(str(file), _read_picture(file, preprocessing))]
 
 
-def _start(file: Path) -> bytes:
+def start_of(file: Path) -> bytes:
+    """The first bytes of a file, as many as tell its kind.
+
+    Raises:
+        DataError: It is a folder, missing, empty, no plain file, or can't be read.
+    """
     if file.is_dir():
         raise DataError(f"{file} is a folder, not an image", remedy=_REMEDY)
     try:

@@ -6,7 +6,6 @@ They are built without pretrained weights, so nothing is downloaded; weights com
 from __future__ import annotations
 
 import difflib
-import importlib.util
 import inspect
 import re
 import sys
@@ -18,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from bnexport.errors import MissingDependency, ModelError
-from bnexport.optional import one_line, require
+from bnexport.optional import installed, one_line, require
 
 #: Shape of one sample and preprocessing as JSON; None for what is not known.
 Facts = tuple[tuple[int, ...] | None, dict[str, Any] | None]
@@ -72,7 +71,7 @@ def zoo_of(source: str) -> Zoo | None:
 def zoo_problem(source: str) -> str | None:
     """Why a zoo's network can't be built here, without building it; None when it can be tried."""
     zoo, name = ZOOS[source.partition(":")[0]], source.partition(":")[2]
-    if importlib.util.find_spec(zoo.package) is None:
+    if not installed(zoo.package):
         return f"{zoo.package} is not installed (pip install '{zoo.install}')"
     return None if name in zoo.names() else f"this {zoo.package} has no model {name!r}"
 

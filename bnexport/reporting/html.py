@@ -25,7 +25,6 @@ from bnexport.reporting.summary import (
     number,
     predicted_sentence,
     rate_bound,
-    run_name,
     total_flips,
     word,
 )
@@ -173,7 +172,6 @@ def _environment() -> jinja2.Environment:
         fold_verdict=verdict_of,
         growth=growth_of,
         compact=_compact,
-        run_name=run_name,
         class_name=class_name,
         cell_of=cell,
         real_flips=flips_on_real_inputs,

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from xml.etree import ElementTree
 
 from bnexport.environment import describe
-from bnexport.reporting.summary import number, run_name
+from bnexport.reporting.summary import number
 from bnexport.verification.findings import FaultResult
 from bnexport.verification.verdict import Row, VerificationReport
 
@@ -61,8 +61,8 @@ def _properties(report: VerificationReport) -> Iterator[tuple[str, str]]:
 
 def _case(row: Row) -> ElementTree.Element:
     if not row.passed:
-        return _failed(f"{row.stage}.{run_name(row)}", row.case, row.reason or "over its bound", kind=row.stage)
-    case = _named(f"{row.stage}.{run_name(row)}", row.case)
+        return _failed(f"{row.stage}.{row.run}", row.case, row.reason or "over its bound", kind=row.stage)
+    case = _named(f"{row.stage}.{row.run}", row.case)
     told = [row.reason] if row.reason else []
     if row.error is not None:
         told.append(f"error {number(row.error)} of scale, bound {number(row.bound)}, n = {row.n}")

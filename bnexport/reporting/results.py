@@ -48,7 +48,7 @@ def print_export(
         return
     console = make_console()
     print_fold_report(fold, console)
-    print_verification(verification, console)
+    print_verification(verification, console, labels=None if bundle is None else bundle.manifest.labels)
     if bundle is None:
         console.print(literal("Nothing was written: a bundle appears only with the verdict PASS.", console))
         return

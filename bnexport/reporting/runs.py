@@ -10,7 +10,7 @@ from bnexport.reporting.summary import NOTHING, Group, groups, number
 from bnexport.runtimes.catalogue import RUNNERS
 from bnexport.runtimes.settings import CONV_SEARCHES, KERNEL_PRECISIONS, OPTIMISATIONS
 from bnexport.verification.inputs import REAL
-from bnexport.verification.verdict import Row, VerificationReport
+from bnexport.verification.verdict import Row, VerificationReport, run_name
 
 #: Stages that a run goes through -> heading of their column, in the order of the table. The others look at files.
 RUN_STAGES: dict[str, str] = {
@@ -50,7 +50,7 @@ class Run:
     @property
     def name(self) -> str:
         """As in the findings: "onnxruntime-cuda, tf32"."""
-        return f"{self.subject}, {self.settings}" if self.settings else self.subject
+        return run_name(self.subject, self.settings)
 
     @property
     def rows(self) -> tuple[Row, ...]:

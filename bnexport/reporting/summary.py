@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from bnexport.runtimes.emulation import PRECISIONS
 from bnexport.verification.findings import Prediction
 from bnexport.verification.inputs import REAL
 from bnexport.verification.verdict import Flips, Row, VerificationReport
@@ -16,15 +17,6 @@ NOTHING = "-"
 #: Stages whose rows are one per file: gathered under one subject, because only a failure needs the file's name.
 FILE_STAGES: dict[str, str] = {"integrity": "files"}
 
-#: What one of each precision is called in a sentence.
-PRECISION_NAMES: dict[str, str] = {
-    "float32": "float32",
-    "tf32": "TF32",
-    "tf32-convolutions": "TF32 in convolutions alone",
-    "tf32-cut": "TF32 that cuts instead of rounding",
-    "float16": "float16",
-    "bfloat16": "bfloat16",
-}
 #: Stands for infinity in reports, which are JSON.
 _INFINITE = 1e300
 
@@ -80,18 +72,13 @@ def groups(report: VerificationReport) -> tuple[Group, ...]:
     """The report's rows by stage, subject and settings, in the order of first appearance."""
     gathered: dict[tuple[str, str], list[Row]] = {}
     for row in report.rows:
-        gathered.setdefault((row.stage, FILE_STAGES.get(row.stage, run_name(row))), []).append(row)
+        gathered.setdefault((row.stage, FILE_STAGES.get(row.stage, row.run)), []).append(row)
     return tuple(Group(stage, subject, tuple(rows)) for (stage, subject), rows in gathered.items())
-
-
-def run_name(row: Row) -> str:
-    """What was tested, and how it was run where that is not in strict float32: "onnxruntime-cuda, tf32"."""
-    return f"{row.subject}, {row.settings}" if row.settings else row.subject
 
 
 def predicted_sentence(item: Prediction) -> str:
     """What a precision is predicted to do to this model: "TF32 is predicted to move outputs by 0.0011 of scale ..."."""
-    name = PRECISION_NAMES.get(item.precision, item.precision)
+    name = PRECISIONS[item.precision].words if item.precision in PRECISIONS else item.precision
     moves = f"{name} is predicted to move outputs by {number(item.error)} of scale"
     on = f" ({item.inputs})" if item.inputs else ""
     if item.flips is None:

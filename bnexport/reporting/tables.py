@@ -13,11 +13,11 @@ from rich.text import Text
 from bnexport.environment import describe
 from bnexport.files import forget_reader
 from bnexport.folding.report import GONE, OUTCOMES, FoldReport, FoldRow
-from bnexport.reporting.flips import flips
+from bnexport.reporting.flips import class_name, flips
 from bnexport.reporting.fold_summary import account_of, gain_of, growth_of, tallies, verdict_of
 from bnexport.reporting.runs import KERNEL_STAGES, Run, file_groups, runs
 from bnexport.reporting.self_test import ordered_faults, self_test_sentence
-from bnexport.reporting.summary import NOTHING, certified, module_name, number, run_name, word
+from bnexport.reporting.summary import NOTHING, certified, module_name, number, word
 
 if TYPE_CHECKING:
     from bnexport.verification.verdict import Flips, VerificationReport
@@ -101,7 +101,7 @@ def _print_calls(rows: Sequence[FoldRow], console: Console) -> None:
     console.print(table)
 
 
-def print_verification(report: VerificationReport, console: Console) -> None:
+def print_verification(report: VerificationReport, console: Console, *, labels: Sequence[str] | None = None) -> None:
     """The files and the runs with their worst comparisons, what else was found, each failure, then the verdict."""
     lines = runs(report)
     _print_files(report, console)
@@ -109,7 +109,7 @@ def print_verification(report: VerificationReport, console: Console) -> None:
     for note in (report.inputs, report.reference, *_found(report, lines)):
         if note:
             console.print(literal(note, console, style="dim"))
-    _print_flips(report, console)
+    _print_flips(report, console, labels)
     _print_self_test(report, console)
     for warning in report.findings.warnings:
         console.print(literal(f"WARNING: {warning}", console))
@@ -226,15 +226,16 @@ def _found(report: VerificationReport, lines: Sequence[Run]) -> list[str]:
     return told
 
 
-def _print_flips(report: VerificationReport, console: Console) -> None:
+def _print_flips(report: VerificationReport, console: Console, labels: Sequence[str] | None) -> None:
     changed = flips(report)
     for flip in changed[:_LISTED_FLIPS]:
         item = flip.sample
-        true = "" if item.label is None else f" (true {item.label})"
+        true = "" if item.label is None else f" (true {class_name(item.label, labels)})"
+        before, after = class_name(item.reference, labels), class_name(item.candidate, labels)
         why = "explained" if item.explained else "NOT explained"
         console.print(
             literal(
-                f"flip {item.index}: {item.reference} -> {item.candidate}{true}, margin"
+                f"flip {item.index}: {before} -> {after}{true}, margin"
                 f" {number(item.margin)}, {why}; {'; '.join(flip.runs)}",
                 console,
                 style="dim" if item.explained else STYLES["FAIL"],
@@ -265,9 +266,7 @@ def _print_self_test(report: VerificationReport, console: Console) -> None:
 
 def _print_failures(report: VerificationReport, console: Console) -> None:
     for row in report.failures[:_LISTED_FAILURES]:
-        console.print(
-            literal(f"FAIL {row.stage}, {run_name(row)}, {row.case}: {row.reason}", console, style=STYLES["FAIL"])
-        )
+        console.print(literal(f"FAIL {row.stage}, {row.run}, {row.case}: {row.reason}", console, style=STYLES["FAIL"]))
     if (more := len(report.failures) - _LISTED_FAILURES) > 0:
         console.print(literal(f"and {more} more failed rows, all of them in the JSON report", console))
 

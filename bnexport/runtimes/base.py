@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -130,6 +131,28 @@ def declared_problem(spec: TensorSpec, dtype: str, shape: Sequence[int | str | N
         have, want = ("x".join("?" if dim is None else str(dim) for dim in dims) for dims in (shape, spec.shape))
         return f"{spec.name!r} has shape {have or 'scalar'}, the manifest says {want}"
     return None
+
+
+def check_declared(
+    file: Path, kind: str, specs: Sequence[TensorSpec], declared: Sequence[tuple[str, str, Sequence[int | str | None]]]
+) -> None:
+    """Refuse a file whose inputs or outputs are not the manifest's.
+
+    Args:
+        file: For the sentence.
+        kind: "input" or "output".
+        specs: What the manifest says, in order.
+        declared: (name, numpy's element type, shape) as the engine read them from the file.
+
+    Raises:
+        BundleError: Naming the first difference.
+    """
+    names, expected = [name for name, _, _ in declared], [spec.name for spec in specs]
+    if names != expected:
+        raise BundleError(f"{file} has the {kind}s {names or 'none'}, the manifest says {expected}", remedy=REBUILD)
+    for spec, (_, dtype, shape) in zip(specs, declared, strict=True):
+        if (problem := declared_problem(spec, dtype, shape, strict=kind == "input")) is not None:
+            raise BundleError(f"{file}: {kind} {problem}", remedy=REBUILD)
 
 
 def plain_reason(name: str, error: BnexportError) -> str:

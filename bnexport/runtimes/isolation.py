@@ -19,6 +19,7 @@ from bnexport import errors
 from bnexport.bundle import Bundle
 from bnexport.errors import BnexportError, BundleError, RuntimeUnavailable
 from bnexport.optional import one_line
+from bnexport.reproducibility import OVERRIDE
 from bnexport.runtimes.base import REBUILD, Runner
 from bnexport.runtimes.frames import receive, send
 from bnexport.runtimes.settings import RunSettings
@@ -50,7 +51,7 @@ class Variable:
 
 #: Variables that change numbers. Everything else (paths, devices, threads) is the user's and stays.
 ENVIRONMENT: tuple[Variable, ...] = (
-    Variable("NVIDIA_TF32_OVERRIDE", "0", None, "cuBLAS and cuDNN obey it before any setting; TensorRT obeys it alone"),
+    Variable(OVERRIDE, "0", None, "cuBLAS and cuDNN obey it before any setting; TensorRT obeys it alone"),
     Variable("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE", None, None, "torch starts with TF32 in products"),
     Variable("CUBLAS_WORKSPACE_CONFIG", ":4096:8", ":4096:8", "cuBLAS adds in the same order in every run"),
     Variable("CUBLAS_EMULATE_*", None, None, "cuBLAS emulates float32 and float64 by narrower numbers"),

@@ -11,7 +11,7 @@ from typing import Any
 from bnexport.errors import BnexportError, BundleError, RuntimeUnavailable
 from bnexport.optional import one_line
 from bnexport.runtimes import cuda_libraries, small_model
-from bnexport.runtimes.base import REBUILD, Runner, declared_problem
+from bnexport.runtimes.base import REBUILD, Runner, check_declared
 from bnexport.runtimes.onnx_file import read_screened
 from bnexport.runtimes.onnxruntime_session import (
     device_of,
@@ -113,19 +113,12 @@ class OnnxRuntimeRunner(Runner):
         return True
 
     def _refuse_other_signature(self) -> None:
-        for kind, specs, declared in (
+        for kind, specs, found in (
             ("input", self.signature.inputs, self._session.get_inputs()),
             ("output", self.signature.outputs, self._session.get_outputs()),
         ):
-            names, expected = [item.name for item in declared], [spec.name for spec in specs]
-            if names != expected:
-                raise BundleError(
-                    f"{self._file} has the {kind}s {names or 'none'}, the manifest says {expected}", remedy=REBUILD
-                )
-            for spec, item in zip(specs, declared, strict=True):
-                dtype = ELEMENTS.get(item.type, item.type)
-                if (problem := declared_problem(spec, dtype, item.shape, strict=kind == "input")) is not None:
-                    raise BundleError(f"{self._file}: {kind} {problem}", remedy=REBUILD)
+            declared = [(item.name, ELEMENTS.get(item.type, item.type), item.shape) for item in found]
+            check_declared(self._file, kind, specs, declared)
 
     def _refuse_other_settings(self) -> None:
         """What was read back must be what was asked for."""

@@ -11,14 +11,13 @@ from typing import Any
 
 from bnexport.errors import RuntimeUnavailable
 from bnexport.optional import require
+from bnexport.reproducibility import OVERRIDE
 from bnexport.runtimes import cuda_libraries
 from bnexport.runtimes.settings import RunSettings
 
 CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
 #: Provider -> where its nodes run.
 DEVICES = {CPU: "cpu", CUDA: "cuda:0", TENSORRT: "cuda:0"}
-#: cuBLAS, cuDNN and TensorRT read it once, when they are loaded: "0" forbids TF32, whatever a provider is told.
-TF32_OVERRIDE = "NVIDIA_TF32_OVERRIDE"
 _CHANGED = "changed"
 #: Variables that TensorRT's provider obeys before its options -> the value that leaves numbers and engines alone.
 _TENSORRT_VARIABLES = {
@@ -171,15 +170,15 @@ def environment_problem(device: str, precision: str) -> str | None:
     """Which variable of this process's environment keeps a GPU from a precision; None when none does."""
     override = tf32_override()
     if override == _CHANGED:
-        return f"{TF32_OVERRIDE} was changed after this process had started, so what its libraries read is not known"
+        return f"{OVERRIDE} was changed after this process had started, so what its libraries read is not known"
     if precision == "tf32" and override == "0":
-        return f"{TF32_OVERRIDE}=0 in the environment forbids TF32"
+        return f"{OVERRIDE}=0 in the environment forbids TF32"
     if precision == "float32" and override == "1":
-        return f"{TF32_OVERRIDE}=1 in the environment forces TF32"
+        return f"{OVERRIDE}=1 in the environment forces TF32"
     if device != "tensorrt":
         return None
     if precision == "float32" and override != "0":
-        return f"TensorRT rounds to TF32 unless {TF32_OVERRIDE}=0 is in the environment when its process starts"
+        return f"TensorRT rounds to TF32 unless {OVERRIDE}=0 is in the environment when its process starts"
     for name, harmless in _TENSORRT_VARIABLES.items():
         if (value := os.environ.get(name, harmless)) != harmless:
             return f"{name}={value} in the environment overrules what TensorRT is told"
@@ -187,19 +186,19 @@ def environment_problem(device: str, precision: str) -> str | None:
 
 
 def tf32_override() -> str | None:
-    """NVIDIA_TF32_OVERRIDE as the libraries of this process read it; None when it is not set.
+    """NVIDIA_OVERRIDE as the libraries of this process read it; None when it is not set.
 
     They may have read it long ago, so a value that is another one than at the start of the process is "changed". Where the
     system does not tell the start's (only Linux does), today's value.
     """
-    now = os.environ.get(TF32_OVERRIDE)
+    now = os.environ.get(OVERRIDE)
     if not sys.platform.startswith("linux"):
         return now
     try:
         entries = Path("/proc/self/environ").read_bytes().split(b"\0")
     except OSError:
         return now
-    start = os.fsencode(TF32_OVERRIDE) + b"="
+    start = os.fsencode(OVERRIDE) + b"="
     before = next((os.fsdecode(entry[len(start) :]) for entry in entries if entry.startswith(start)), None)
     return now if now == before else _CHANGED
 
@@ -262,7 +261,7 @@ def in_effect(ort: Any, session: Any, device: str) -> dict[str, Any]:
         "options": {provider: given for provider, given in told.items() if given},
     }
     if device != "cpu":
-        found["environment"] = {TF32_OVERRIDE: tf32_override() or "not set"}
+        found["environment"] = {OVERRIDE: tf32_override() or "not set"}
     return found
 
 
@@ -273,7 +272,7 @@ def precision_of(device: str, effect: Mapping[str, Any]) -> str:
         device: A key of TARGETS.
         effect: ``in_effect``.
     """
-    if device == "cpu" or effect["environment"][TF32_OVERRIDE] == "0":
+    if device == "cpu" or effect["environment"][OVERRIDE] == "0":
         return "float32"
     if device == "tensorrt":
         return "tf32"

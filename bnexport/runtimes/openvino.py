@@ -13,7 +13,7 @@ import numpy as np
 from bnexport.environment import cpu_name
 from bnexport.errors import BnexportError, BundleError, FeedError, RuntimeUnavailable
 from bnexport.optional import one_line, require
-from bnexport.runtimes.base import REBUILD, Runner, declared_problem
+from bnexport.runtimes.base import REBUILD, Runner, check_declared
 from bnexport.runtimes.onnx_file import read_screened
 from bnexport.runtimes.settings import RunSettings
 from bnexport.tensors import Array, Signature
@@ -94,19 +94,8 @@ class OpenVinoRunner(Runner):
             ("input", self.signature.inputs, self._compiled.inputs),
             ("output", self.signature.outputs, self._compiled.outputs),
         ):
-            if len(ports) != len(specs) or any(
-                spec.name not in port.get_names() for spec, port in zip(specs, ports, strict=True)
-            ):
-                names = [min(port.get_names(), default="?") for port in ports]
-                expected = [spec.name for spec in specs]
-                raise BundleError(
-                    f"{self._file} has the {kind}s {names or 'none'}, the manifest says {expected}", remedy=REBUILD
-                )
-            for spec, port in zip(specs, ports, strict=True):
-                dtype = np.dtype(port.get_element_type().to_dtype()).name
-                shape = [None if dim.is_dynamic else dim.get_length() for dim in port.get_partial_shape()]
-                if (problem := declared_problem(spec, dtype, shape, strict=kind == "input")) is not None:
-                    raise BundleError(f"{self._file}: {kind} {problem}", remedy=REBUILD)
+            wanted = {spec.name for spec in specs}
+            check_declared(self._file, kind, specs, [_declared(port, wanted) for port in ports])
 
     def _described(self) -> dict[str, Any]:
         precision = self._told("INFERENCE_PRECISION_HINT").get_type_name()
@@ -161,6 +150,14 @@ class OpenVinoRunner(Runner):
         """Free the compiled model."""
         super().close()
         del self._request, self._compiled
+
+
+def _declared(port: Any, wanted: set[str]) -> tuple[str, str, list[int | None]]:
+    """Name, element type and shape of an input or output; of its several names one that is wanted, if there is one."""
+    names = port.get_names()
+    shape = [None if dim.is_dynamic else dim.get_length() for dim in port.get_partial_shape()]
+    name = min(names & wanted, default=None) or min(names, default="?")
+    return name, np.dtype(port.get_element_type().to_dtype()).name, shape
 
 
 def own_reason(error: Exception) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import importlib.util
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bnexport.errors import ModelError, RuntimeUnavailable
-from bnexport.optional import one_line
+from bnexport.optional import installed, one_line
 from bnexport.reproducibility import effective_precision, float32_precision, override_problem
 from bnexport.runtimes.base import Runner
 from bnexport.runtimes.settings import RunSettings
@@ -85,7 +84,7 @@ def _threads(number: int | None) -> Iterator[None]:
 
 def problem(device: str) -> str | None:
     """Why torch can't run on a device ("cpu" or "cuda") here, one line; None when it can."""
-    if importlib.util.find_spec("torch") is None:
+    if not installed("torch"):
         return "torch is not installed"
     if device == "cpu":
         return None

@@ -26,6 +26,8 @@ FACTOR = 3.0
 _ROUNDED = 64
 #: Samples below which a batch's own noise is no bound.
 _FEW = 8
+#: Samples that are evaluated of each batch from which on another evaluation takes no time worth mention.
+_CHEAP = 64
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,11 @@ class Forecast:
     def possible(self) -> bool:
         """Whether the model can be read here at all."""
         return self._model is not None
+
+    @property
+    def cheap(self) -> bool:
+        """Whether the model is so small that evaluations nobody asked for take no time worth mention."""
+        return self.limit >= _CHEAP
 
     def exact(self, case: Case) -> tuple[int, Outputs]:
         """The file in float64: how many samples from the front of the batch, and output name -> (n, ...).

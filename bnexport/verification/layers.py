@@ -14,8 +14,6 @@ from bnexport.verification.work import Work
 
 #: Samples that each layer is compared on.
 _SAMPLES = 4
-#: Samples that the evaluators in numpy are given, from which on comparing every layer takes no time worth mention.
-_CHEAP_SAMPLES = 64
 _STAGES = ("golden", "strict", "shipping")
 
 
@@ -37,7 +35,7 @@ def look_at_layers(spec: RunnerSpec, run: Run, work: Work, *, wanted: bool | Non
     failed = next((i for i, row in enumerate(run.rows) if not row.passed and row.stage in _STAGES), None)
     if wanted is False or spec.file != MODEL_ONNX or not run.plan.cases or not run.forecast.possible:
         return ()
-    if wanted is None and failed is None and run.forecast.limit < _CHEAP_SAMPLES:
+    if wanted is None and failed is None and not run.forecast.cheap:
         return ()
     case = run.plan.cases[0]
     feeds = case.batch.head(min(_SAMPLES, run.forecast.limit)).feeds if run.varies else case.batch.feeds

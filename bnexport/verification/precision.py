@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from bnexport.bundle import WEIGHTS
-from bnexport.runtimes.emulation import PRECISIONS
 from bnexport.verification.cases import heads
 from bnexport.verification.metrics import incomparable
 from bnexport.verification.prediction import compatible, detect
@@ -12,9 +11,8 @@ from bnexport.verification.verdict import Row
 
 #: What an engine can have in effect without saying so; a half precision needs a cast, which the file would show.
 _LOOKED_FOR = ("float32", "tf32-convolutions", "tf32", "tf32-cut", "float16", "bfloat16")
-#: Where emulating costs more than the verdict is worth, only what engines do by default is looked for.
+#: Where emulating costs more than the verdict is worth, only these and what was asked for are looked for.
 _AT_LEAST = ("float32", "tf32")
-_CHEAP_SAMPLES = 64
 
 
 def precision_row(run: Run, file: str) -> Row | None:
@@ -31,8 +29,7 @@ def precision_row(run: Run, file: str) -> Row | None:
     if not run.plan.cases or not run.first:
         return None
     case = run.plan.cases[0]
-    names: tuple[str, ...] = _LOOKED_FOR if run.forecast.limit >= _CHEAP_SAMPLES else _AT_LEAST
-    names = tuple(name for name in names if name in PRECISIONS)
+    names = dict.fromkeys((*(_LOOKED_FOR if run.forecast.cheap else _AT_LEAST), run.precision))
     found = {name: emulated for name in names if (emulated := run.forecast.emulated(name, case)) is not None}
     if run.precision not in found:
         return None

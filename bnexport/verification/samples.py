@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bnexport.data.images import fit_stack, load_images
+from bnexport.data.images import fit_stack, load_images, start_of
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import DataError, FeedError
 from bnexport.optional import one_line
@@ -23,7 +23,6 @@ from bnexport.screening import screen_archive
 from bnexport.screening.limits import limit as screen_limit
 from bnexport.screening.npy import MAGIC as NPY_MAGIC
 from bnexport.screening.npy import check_header
-from bnexport.screening.paths import check_regular
 from bnexport.screening.refusal import refusing
 from bnexport.tensors import Array, Signature, TensorSpec, check_feeds
 
@@ -104,26 +103,12 @@ def load_samples(
     target = _Target(Path(path), signature, preprocessing, None if labels is None else tuple(labels), limit)
     if target.path.is_dir():
         return _from_folder(target)
-    start = _start(target.path)
+    start = start_of(target.path)
     if start.startswith(_ZIP):
         return _from_npz(target)
     if start.startswith(NPY_MAGIC):
         return _from_npy(target)
     return _from_images(target, load_images(target.path, _preprocessing(target)))
-
-
-def _start(path: Path) -> bytes:
-    try:
-        with refusing(path, DataError, remedy=_REMEDY):
-            check_regular(path)
-        with path.open("rb") as file:
-            start = file.read(len(NPY_MAGIC))
-    except OSError as error:
-        what = "does not exist" if isinstance(error, FileNotFoundError) else f"can't be read: {one_line(error)}"
-        raise DataError(f"{path} {what}", remedy="Check the path") from error
-    if not start:
-        raise DataError(f"{path} is empty", remedy=_REMEDY)
-    return start
 
 
 def _from_npy(target: _Target) -> Samples:

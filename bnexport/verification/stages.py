@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -96,17 +96,39 @@ def proof_rows(bundle: Bundle, model: ModelProto, cases: Sequence[Case], forecas
         forecast: Evaluates the file.
     """
     problem = declaration_problem(model, bundle.manifest)
-    rows = [Row("declaration", MODEL_ONNX, "signature", problem is None, problem or "", n=1)]
+    declared = Row("declaration", MODEL_ONNX, "signature", problem is None, problem or "", n=1)
+    rows = float64_rows(MODEL_ONNX, cases, forecast.exact, forecast.rounding, device="float64 in numpy")
+    return [declared, *rows]
+
+
+def float64_rows(
+    name: str,
+    cases: Sequence[Case],
+    evaluate: Callable[[Case], tuple[int, Outputs]],
+    rounding: Callable[[Case], float | None],
+    *,
+    device: str,
+) -> list[Row]:
+    """One row of the stage "file-proof" per case.
+
+    Args:
+        name: The file.
+        cases: Batches with the right answer.
+        evaluate: The file in float64: how many samples from the front of the case, and output name -> (n, ...).
+        rounding: ``Forecast.rounding``.
+        device: What evaluated it.
+    """
+    rows = []
     for case in cases:
         try:
-            n, outputs = forecast.exact(case)
-            predicted = forecast.rounding(case)
+            n, outputs = evaluate(case)
+            predicted = rounding(case)
         except BnexportError as error:
-            rows.append(failed("file-proof", MODEL_ONNX, case.batch.name, error.message))
+            rows.append(failed("file-proof", name, case.batch.name, error.message))
             continue
         row = compare(
-            "file-proof", MODEL_ONNX, case.batch.name, outputs, heads(case.expected, n),
+            "file-proof", name, case.batch.name, outputs, heads(case.expected, n),
             scales=case.scales, predicted=predicted,
         )  # fmt: skip
-        rows.append(replace(row, device="float64 in numpy"))
+        rows.append(replace(row, device=device))
     return rows

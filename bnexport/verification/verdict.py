@@ -19,6 +19,11 @@ FORMAT = "bnexport-verification"
 FORMAT_VERSION = 1
 
 
+def run_name(subject: str, settings: str) -> str:
+    """A runtime in one setting (``RunSettings.describe``), as the findings and reports call it."""
+    return f"{subject}, {settings}" if settings else subject
+
+
 @dataclass(frozen=True)
 class Flips:
     """What became of the top-1 labels (see ``metrics.count_flips``).
@@ -75,6 +80,11 @@ class Row:
     predicted: float | None = None
     detected: str = ""
     settings: str = ""
+
+    @property
+    def run(self) -> str:
+        """What was tested, and how it was run where that is not in strict float32: "onnxruntime-cuda, tf32"."""
+        return run_name(self.subject, self.settings)
 
     @property
     def ratio(self) -> float | None:

@@ -23,7 +23,7 @@ from bnexport.verification.runs import Run
 from bnexport.verification.samples import Samples, load_samples
 from bnexport.verification.scope import Scope
 from bnexport.verification.stages import failed, integrity_rows
-from bnexport.verification.verdict import VerificationReport
+from bnexport.verification.verdict import VerificationReport, run_name
 from bnexport.verification.work import Work
 
 if TYPE_CHECKING:
@@ -137,15 +137,16 @@ class _Runs:
         if not every:
             work.skipped[spec.name] = f"it has no {' or '.join(self.scope.precisions or ())} kernels"
         for settings in every:
+            key = run_name(spec.name, settings.describe())
             if settings.precision != "float32" and not self._predictable(settings.precision):
-                work.skipped[_key(spec, settings)] = "its noise can't be predicted here: model.onnx can't be evaluated"
+                work.skipped[key] = "its noise can't be predicted here: model.onnx can't be evaluated"
                 continue
             if not self._one(spec, settings):
                 return
 
     def _one(self, spec: RunnerSpec, settings: RunSettings) -> bool:
         """One setting; False when the runtime is not here, so that its other settings need not be tried."""
-        work, key = self.work, _key(spec, settings)
+        work, key = self.work, run_name(spec.name, settings.describe())
         try:
             runner = spec.open(work.bundle, module=work.module, settings=settings)
         except Unavailable as error:
@@ -188,8 +189,3 @@ class _Runs:
             return {}
         wanted = sorted({item.index for items in self.flipped.values() for item in items})[:_PICTURES]
         return {index: feeds[0][index] for index in wanted}
-
-
-def _key(spec: RunnerSpec, settings: RunSettings) -> str:
-    how = settings.describe()
-    return f"{spec.name}, {how}" if how else spec.name

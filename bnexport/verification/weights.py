@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bnexport.bundle import MODEL_EXPORTED, MODEL_TORCHSCRIPT
-from bnexport.optional import require
-from bnexport.runtimes.onnx_file import read_model, trained_tensors
+from bnexport.bundle import MODEL_EXPORTED, MODEL_ONNX, MODEL_TORCHSCRIPT
+from bnexport.runtimes.onnx_file import trained_tensors
 from bnexport.tensors import Array
 from bnexport.verification.verdict import Row
 
 if TYPE_CHECKING:
+    from onnx import ModelProto
     from torch import Tensor
 
 
-def weights_row(onnx_file: Path, other_file: Path) -> Row:
-    """Look for every weight and bias of the ONNX file's linear operators among the tensors of a file of another format.
+def weights_row(model: ModelProto, other_file: Path) -> Row:
+    """Look for every weight and bias of model.onnx's linear operators among the tensors of a file of another format.
 
     A tensor is known by its type, its number of elements and its bits in sorted order, so that one which a format
     stores transposed is still found; where an element sits is what the other stages check. Equal tensors (biases that are
@@ -28,26 +28,25 @@ def weights_row(onnx_file: Path, other_file: Path) -> Row:
     one for some layers that have none.
 
     Args:
-        onnx_file: model.onnx.
+        model: model.onnx as read.
         other_file: A file with the name of a row of TENSORS, or its ending.
 
     Raises:
-        BundleError: A file can't be read.
-        MissingDependency: onnx or torch is not installed.
+        BundleError: The file can't be read.
+        MissingDependency: torch is not installed.
     """
-    require("onnx", purpose="comparing weights")
     from onnx import numpy_helper
 
     read = next(read for name, read in TENSORS.items() if Path(name).suffix == other_file.suffix)
     available = {_tensor_key(tensor) for tensor in read(other_file)}
-    tensors = trained_tensors(read_model(onnx_file))
+    tensors = trained_tensors(model)
     arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in tensors}
     missing = [
         name for name, array in arrays.items() if _key(array) not in available and (array.ndim != 1 or array.any())
     ]
     reason = f"{other_file.name} holds the same {len(tensors)} tensors bit for bit"
     if not tensors:
-        reason = f"{onnx_file.name} has no weight to compare"
+        reason = f"{MODEL_ONNX} has no weight to compare"
     elif missing:
         named = ", ".join(map(repr, missing[:3]))
         reason = f"{len(missing)} of {len(tensors)} tensors are not the same in {other_file.name}: {named}"

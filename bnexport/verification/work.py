@@ -38,7 +38,6 @@ _MIN_PROOF_SAMPLES = 2
 #: Precisions that the report predicts; those that are not asked for only where the proof is cheap.
 _ALWAYS = ("float32", "tf32")
 _WHERE_CHEAP = ("float16", "bfloat16")
-_CHEAP_SAMPLES = 64
 
 
 @dataclass
@@ -57,7 +56,6 @@ class Work:
         reference: What the candidates are compared with.
         inputs: Which real inputs were used, or why none.
         accuracy: Of the reference on labelled samples.
-        proof_limit: Samples per batch for evaluators in numpy.
         forecast: Predicts the noise of precisions; set by ``prepare``.
     """
 
@@ -72,7 +70,6 @@ class Work:
     reference: str = ""
     inputs: str = ""
     accuracy: Mapping[str, Any] = field(default_factory=dict)
-    proof_limit: int = _MIN_PROOF_SAMPLES
     forecast: Forecast = field(init=False)
     problems: dict[str, str | None] = field(init=False)
 
@@ -96,8 +93,8 @@ class Work:
         if samples is not None and reference is None:
             self._refuse_samples()
         cost = self._cost(golden, model)
-        self.proof_limit = self._at_most(max(_MIN_PROOF_SAMPLES, int(_PROOF_WORK // cost)))
-        self.forecast = Forecast(model, limit=self.proof_limit, stored=self.precision, recorded=self._recorded())
+        limit = self._at_most(max(_MIN_PROOF_SAMPLES, int(_PROOF_WORK // cost)))
+        self.forecast = Forecast(model, limit=limit, stored=self.precision, recorded=self._recorded())
         if golden is None:
             return Plan(None, (), None, empty=False)
         cases: tuple[Case, ...] = (golden,)
@@ -143,7 +140,7 @@ class Work:
         """What each precision does to the first batch; those that nobody asked for only where that is cheap."""
         if not plan.cases:
             return ()
-        names = _ALWAYS + (_WHERE_CHEAP if self.proof_limit >= _CHEAP_SAMPLES else ())
+        names = _ALWAYS + (_WHERE_CHEAP if self.forecast.cheap else ())
         found = [self.forecast.prediction(name, plan.cases[0]) for name in names]
         return tuple(item for item in found if item is not None)
 
@@ -271,11 +268,14 @@ class Work:
             self.rows += proof_rows(self.bundle, model, cases, self.forecast)
         for name in TENSORS:
             if self.changed(name) is None:  # else it was not written, or its runtime's row says what is wrong
-                self._format_rows(name, cases)
+                self._format_rows(name, cases, model)
 
-    def _format_rows(self, name: str, cases: Sequence[Case]) -> None:
+    def _format_rows(self, name: str, cases: Sequence[Case], model: ModelProto | None) -> None:
+        forecast = self.forecast
         try:
-            self.rows += format_rows(self.bundle, name, cases, limit=self.proof_limit, rounding=self.forecast.rounding)
+            self.rows += format_rows(
+                self.bundle, name, cases, model=model, limit=forecast.limit, rounding=forecast.rounding
+            )
         except Unavailable as error:
             self.skipped[f"proof of {name}"] = error.message
         except BnexportError as error:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import html
 import json
 from pathlib import Path
 
@@ -152,3 +153,27 @@ def test_the_users_own_samples(bundle: Bundle, tmp_path: Path, capsys: pytest.Ca
     out = " ".join(capsys.readouterr().out.split())
     assert "30 images of x.npz, with labels" in out
     assert "accuracy-change" in out
+
+
+def test_the_page_tells_the_command_that_was_given(bundle: Bundle, tmp_path: Path) -> None:
+    """Another command would verify on other inputs."""
+    folder = tmp_path / "a b"
+    folder.mkdir()
+    images = np.random.default_rng(0).integers(0, 256, (20, 28, 28), dtype=np.uint8)
+    np.save(samples := folder / "x.npy", images)
+    options = ["--runtime", "onnxruntime-cpu", "--samples", str(samples), "--max-samples", "10", "--seed", "3"]
+    assert run(["verify", str(bundle.path), *options, "--html", str(folder / "page.html")]) == 0
+    text = html.unescape((folder / "page.html").read_text())
+    asked = f"bnexport verify {bundle.path} --samples '{samples}' --max-samples 10"
+    assert f"{asked} --runtime onnxruntime-cpu --seed 3" in text
+
+
+def test_changed_labels_are_called_by_their_names(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
+    from bnexport.reporting.tables import make_console, print_verification
+    from bnexport.verification.findings import Findings, FlippedSample
+    from bnexport.verification.verdict import VerificationReport
+
+    flip = FlippedSample(7, 1, 0, 2, 0.001, 0.002, explained=True)
+    report = VerificationReport((), findings=Findings(flipped={"x": (flip,)}))
+    print_verification(report, make_console(), labels=("shoe", "bag", "coat"))
+    assert "flip 7: shoe -> coat (true bag)" in capsys.readouterr().out

@@ -20,7 +20,7 @@ from bnexport.runtimes.onnxruntime import OnnxRuntimeRunner
 from bnexport.runtimes.onnxruntime_session import (
     CUDA,
     TENSORRT,
-    TF32_OVERRIDE,
+    OVERRIDE,
     device_of,
     environment_problem,
     in_effect,
@@ -76,7 +76,7 @@ def test_what_is_in_effect_is_read_back(override: object) -> None:
         "threads": 3,
         "deterministic": False,
         "options": {CUDA: {"use_tf32": "0", "cudnn_conv_algo_search": "DEFAULT"}},
-        "environment": {TF32_OVERRIDE: "0"},
+        "environment": {OVERRIDE: "0"},
     }
 
 
@@ -139,9 +139,9 @@ def test_a_variable_that_overrules_tensorrt_is_refused(
 def test_a_variable_set_too_late_does_not_count(start: str | None, later: str | None, expected: str) -> None:
     """Libraries read it when they are loaded, and nobody can tell when that was."""
     code = "import os; from bnexport.runtimes.onnxruntime_session import tf32_override as t\n"
-    code += f"os.environ['{TF32_OVERRIDE}'] = '{later}'\n" if later else ""
-    environ = {key: value for key, value in os.environ.items() if key != TF32_OVERRIDE}
-    environ |= {TF32_OVERRIDE: start} if start else {}
+    code += f"os.environ['{OVERRIDE}'] = '{later}'\n" if later else ""
+    environ = {key: value for key, value in os.environ.items() if key != OVERRIDE}
+    environ |= {OVERRIDE: start} if start else {}
     done = subprocess.run(
         [sys.executable, "-c", code + "print(t())"], env=environ, capture_output=True, text=True, check=True
     )
