@@ -19,8 +19,8 @@ from bnexport.runtimes.catalogue import runner_spec
 from bnexport.runtimes.onnxruntime import OnnxRuntimeRunner
 from bnexport.runtimes.onnxruntime_session import (
     CUDA,
-    TENSORRT,
     OVERRIDE,
+    TENSORRT,
     device_of,
     environment_problem,
     in_effect,
