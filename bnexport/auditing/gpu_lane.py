@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bnexport.auditing.refusals import REFUSALS, Refusal, Refused, refuse
+from bnexport.benchmarking.training_gpu import GpuSpeed, gpu_speeds
 from bnexport.bundle import MODEL_ONNX, Bundle
 from bnexport.environment import environment
 from bnexport.errors import BnexportError, RuntimeUnavailable
@@ -106,6 +107,7 @@ class Lane:
         machine: GPU, driver, CUDA; empty without a GPU.
         environment: Hardware and versions.
         reference: What the candidates were compared with, and on which inputs.
+        training: How fast the GPU trains; empty without one.
     """
 
     real: bool
@@ -118,6 +120,7 @@ class Lane:
     machine: Mapping[str, str]
     environment: Mapping[str, Any]
     reference: str
+    training: tuple[GpuSpeed, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -208,8 +211,17 @@ def run_lane(
     real = any(sweep.spec.device != "cpu" for sweep in chosen)
     return Lane(
         real, state.every_run(), state.sessions, state.drift, tuple(refused), absent, state.broken,
-        gpu_machine() if real else {}, environment(), state.reference,
+        gpu_machine() if real else {}, environment(), state.reference, _training(tell),
     )  # fmt: skip
+
+
+def _training(tell: Callable[[str], None]) -> tuple[GpuSpeed, ...]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return ()
+    tell("training")
+    return gpu_speeds(torch.device("cuda"))
 
 
 def require(names: str) -> None:

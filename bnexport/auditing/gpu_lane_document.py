@@ -7,6 +7,7 @@ from pathlib import Path
 
 from bnexport.auditing.gpu_lane import Lane, Run
 from bnexport.benchmarking.pages import write_page
+from bnexport.benchmarking.training_gpu import speed_table
 from bnexport.environment import describe
 from bnexport.errors import UsageError
 
@@ -75,6 +76,7 @@ def page(lane: Lane) -> Iterator[str]:
     yield from _drift(lane)
     yield from _refusals(lane)
     yield from _absent(lane)
+    yield from speed_table(lane.training)
     yield _HOW
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from bnexport.benchmarking import training_speed
+from bnexport.benchmarking.training_gpu import gpu_speeds, speed_table
 from bnexport.benchmarking.training_speed import OPERATIONS_PER_IMAGE, Speeds, measure, speed_page
 from bnexport.benchmarking.training_ways import WAYS, Way, _Unfolded, gemm_rate, images_per_second
 from bnexport.errors import RuntimeUnavailable
@@ -125,3 +126,12 @@ def test_the_script_refuses_an_unknown_way():
     )
     assert child.returncode == 2
     assert "unknown way tpu" in child.stderr
+
+
+def test_the_gpus_measurement_and_its_table():
+    rows = gpu_speeds(torch.device("cpu"), train=64, test=16, batch_sizes=(32,))
+    assert [(row.norm, row.captured) for row in rows] == [("torch", False), ("scratch", False)]
+    assert all(0 < row.images_per_s.low <= row.images_per_s.high for row in rows)
+    table = "\n".join(speed_table(rows))
+    assert "| torch | 32 | one kernel at a time |" in table
+    assert "Not measured yet: no GPU was there." in "\n".join(speed_table(()))
