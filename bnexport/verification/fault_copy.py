@@ -39,13 +39,13 @@ class Subject:
     Attributes:
         bundle: As it lies there; never changed.
         module: The original network, if the caller gave it.
-        bound: The largest error of scale that the proof of its model.onnx lets pass.
+        harmless: Error of scale up to which a fault does nothing that anybody has to see.
         accuracy: Of the original on the samples of the self-test: ``{"dataset", "n", "correct"}``; empty without labels.
     """
 
     bundle: Bundle
     module: nn.Module | None
-    bound: float
+    harmless: float
     accuracy: Mapping[str, Any]
 
     @cached_property
@@ -83,10 +83,10 @@ class Subject:
         return folded_weights(self.network, self.example)
 
     def effect(self, module: nn.Module) -> float:
-        """max |module - original| / scale on the golden inputs, both in float64; infinite where it is not finite."""
+        """Max |module - original| / scale on the golden inputs, both in float64; infinite where it is not finite."""
         signature = self.bundle.manifest.signature
         outputs = Reference(module, signature, description="with a fault").evaluate(self.golden[0])
-        found = measure(outputs, self.golden[1], bound=self.bound)
+        found = measure(outputs, self.golden[1], bound=self.harmless)
         return float("inf") if found.problem else found.error
 
 
@@ -166,7 +166,7 @@ def evaluate_torch(name: str) -> Evaluate:
 
 
 def effect_of(bundle: Bundle, evaluate: Evaluate | None) -> float | None:
-    """max |faulty - golden| / scale on the golden inputs; None where there is no such number.
+    """Max |faulty - golden| / scale on the golden inputs; None where there is no such number.
 
     Args:
         bundle: With the fault in it.

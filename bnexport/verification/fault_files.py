@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import struct
-import zipfile
-import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -95,7 +91,10 @@ def _flip_one_of(copy: Copy, name: str, arrays: list[Array], *, high: bool) -> s
             if len(raw) >= _FEWEST_BYTES and (at := content.find(raw)) >= 0:
                 number = np.frombuffer(raw, array.dtype)
                 place = at + int(np.abs(number.astype(np.float64)).argmax()) * array.itemsize
-                path.write_bytes(_flipped(content, place, _bit(array, high=high), path))
+                bit = _bit(array, high=high)
+                changed = bytearray(content)
+                changed[place + bit // 8] ^= 1 << (bit % 8)  # every format is little-endian
+                path.write_bytes(changed)  # torch does not compare the check sums of its archives
                 copy.seal()
                 return name
     raise NotTried(f"the numbers of {name} do not lie in it one after the other")
@@ -105,29 +104,6 @@ def _bit(array: Array, *, high: bool) -> int:
     if not high:
         return 0
     return _HIGH_BIT_OF_BFLOAT16 if array.dtype.name == "bfloat16" else _HIGH_BIT[array.itemsize]
-
-
-def _flipped(content: bytes, place: int, bit: int, path: Path) -> bytes:
-    """The file with one bit flipped, little-endian; in an archive the check sum is mended, as whoever did this would."""
-    changed = bytearray(content)
-    changed[place + bit // 8] ^= 1 << (bit % 8)
-    if not zipfile.is_zipfile(path):
-        return bytes(changed)
-    with zipfile.ZipFile(path) as archive:
-        entry = max((item for item in archive.infolist() if item.header_offset < place), key=lambda i: i.header_offset)
-        before = archive.read(entry)
-    start = content.find(before, entry.header_offset)
-    after = zlib.crc32(changed[start : start + len(before)])
-    for at in _places(content, struct.pack("<L", entry.CRC)):
-        changed[at : at + 4] = struct.pack("<L", after)
-    return bytes(changed)
-
-
-def _places(content: bytes, wanted: bytes) -> Iterator[int]:
-    at = content.find(wanted)
-    while at >= 0:
-        yield at
-        at = content.find(wanted, at + 1)
 
 
 def put_nan(copy: Copy) -> str:
@@ -167,7 +143,7 @@ def retype_output(copy: Copy) -> str:
     return f"{helper.tensor_dtype_to_np_dtype(number).name} in {MODEL_ONNX}"
 
 
-def _append(model: ModelProto, operator: str, name: str, **attributes: int) -> None:
+def _append(model: ModelProto, operator: str, name: str, **attributes: Any) -> None:
     """Put an operator behind the first output, which is called ``name`` from now on."""
     from onnx import helper
 

@@ -1,9 +1,9 @@
 """Faults in BatchNorm parameters, put where a wrong fold would leave them: into the weights of model.onnx.
 
-The network is folded again with one wrong parameter, by ``fold`` itself, and the weights that differ take the place of the right
-ones in the written file. Each fault goes into one BatchNorm alone: of a few spread over the network, into the one where it does
-least and still more than the proof lets pass. Where the network can't be rebuilt, the first folded layer is changed as such a
-fault would change it if the layer's variance were 1.
+The network is folded again with one wrong parameter, by ``fold`` itself, and the weights that differ take the place of the
+right ones in the written file. Each fault goes into one BatchNorm alone: of a few spread over the network, into the one where
+it does least and still more than nothing. Where the network can't be rebuilt, the first folded layer is changed as such a fault
+would change it if the layer's variance were 1.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def _hardest(subject: Subject, change: Change) -> tuple[str, nn.Module]:
             reason = "the outputs would not be finite"
     if not tried:
         raise NotTried(reason)
-    felt = [item for item in tried if item[0] > subject.bound]
+    felt = [item for item in tried if item[0] > subject.harmless]
     _, name, spoiled = min(felt, key=_effect) if felt else max(tried, key=_effect)
     return name, spoiled
 
@@ -193,7 +193,7 @@ def _torch_types() -> dict[int, object]:
 
 def _stored(tensor: Tensor, data_type: int) -> bytes:
     """The bytes that an ONNX file keeps of a tensor."""
-    return _bits(tensor.to(_torch_types()[data_type]))  # type: ignore[call-overload, no-any-return]
+    return _bits(tensor.to(_torch_types()[data_type]))  # type: ignore[call-overload]
 
 
 def _bits(tensor: Tensor) -> bytes:
@@ -223,7 +223,9 @@ def _edit_layer(copy: Copy, edit: Edit | None) -> str:
 
 def _first_layer(model: ModelProto, stored: dict[str, TensorProto], copy: Copy) -> NodeProto:
     """The first convolution or product that took a BatchNorm in; the first of all where names don't tell."""
-    layers = [node for node in model.graph.node if node.op_type in ("Conv", "Gemm") and node.input[1] in stored]
+    layers: list[NodeProto] = [
+        node for node in model.graph.node if node.op_type in ("Conv", "Gemm") and node.input[1] in stored
+    ]
     if not layers:
         raise NotTried(f"{MODEL_ONNX} has no convolution or linear layer with stored weights")
     rows = copy.subject.bundle.manifest.fold.get("rows") or ()

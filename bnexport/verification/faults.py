@@ -92,10 +92,7 @@ _MODELS: dict[str, Evaluate] = {
 }
 
 FAULTS: tuple[Fault, ...] = (
-    *(
-        Fault(row.name, MODEL_ONNX, "file-proof", partial(spoil_norm, fault=row), evaluate_onnx)
-        for row in NORM_FAULTS
-    ),
+    *(Fault(row.name, MODEL_ONNX, "file-proof", partial(spoil_norm, fault=row), evaluate_onnx) for row in NORM_FAULTS),
     Fault("NaN in a weight", MODEL_ONNX, "file-proof", put_nan, evaluate_onnx),
     *(
         Fault("high bit of a weight, sealed again", name, "file-proof", flip_weight(name, high=True), evaluate)
