@@ -108,7 +108,7 @@ def _refold(copy: Copy, change: Change) -> str | None:
         right, wrong = subject.folded, folded_weights(spoiled, subject.example)
     except BnexportError:  # a network that was exported with options that are not known here
         return None
-    if right.keys() != wrong.keys() or not _replace_weights(model, right, wrong):
+    if wrong.keys() - right.keys() or not _replace_weights(model, right, wrong):
         return None
     copy.write_model(model)
     return f"{name} in {MODEL_ONNX}"
@@ -159,10 +159,11 @@ def _spread(count: int) -> list[int]:
 
 def _replace_weights(model: ModelProto, right: dict[str, Tensor], wrong: dict[str, Tensor]) -> bool:
     """Put what differs in place of what is there; False where a tensor of the right fold is not in the file."""
-    for name, tensor in wrong.items():
-        if _bits(tensor) == _bits(right[name]):
+    for name, before in right.items():
+        tensor = wrong.get(name, before * 0)  # a bias of zeros is left out
+        if _bits(tensor) == _bits(before):
             continue
-        found = _find(model, name, right[name])
+        found = _find(model, name, before)
         if found is None:
             return False
         target, transposed = found
@@ -223,9 +224,8 @@ def _edit_layer(copy: Copy, edit: Edit | None) -> str:
 
 def _first_layer(model: ModelProto, stored: dict[str, TensorProto], copy: Copy) -> NodeProto:
     """The first convolution or product that took a BatchNorm in; the first of all where names don't tell."""
-    layers: list[NodeProto] = [
-        node for node in model.graph.node if node.op_type in ("Conv", "Gemm") and node.input[1] in stored
-    ]
+    kinds = ("Conv", "Gemm")
+    layers: list[NodeProto] = [node for node in model.graph.node if node.op_type in kinds and node.input[1] in stored]
     if not layers:
         raise NotTried(f"{MODEL_ONNX} has no convolution or linear layer with stored weights")
     rows = copy.subject.bundle.manifest.fold.get("rows") or ()
