@@ -31,6 +31,8 @@ _OTHER_EPS = 1e-3
 _UNBIASED = 256 / 255
 #: Weight of the old moving statistics in each update: the chapter's momentum. One update more or less is a stale set.
 _MOMENTUM = 0.9
+#: TensorProto's number of a float type (float32, float16, float64, bfloat16) -> four steps of it at 1.
+_STEPS = {1: 2.0**-21, 10: 2.0**-8, 11: 2.0**-50, 16: 2.0**-5}
 #: BatchNorms that each fault is tried in.
 _TRIED = 4
 
@@ -159,48 +161,42 @@ def _spread(count: int) -> list[int]:
 
 def _replace_weights(model: ModelProto, right: dict[str, Tensor], wrong: dict[str, Tensor]) -> bool:
     """Put what differs in place of what is there; False where a tensor of the right fold is not in the file."""
+    from onnx import numpy_helper
+
     for name, before in right.items():
-        tensor = wrong.get(name, before * 0)  # a bias of zeros is left out
-        if _bits(tensor) == _bits(before):
+        after = wrong.get(name, before * 0)  # a bias of zeros is left out
+        if after.equal(before):
             continue
-        found = _find(model, name, before)
+        found = _find(model, name, before.double().numpy())
         if found is None:
             return False
         target, transposed = found
-        target.raw_data = _stored(tensor.T if transposed else tensor, target.data_type)
+        values = (after.T if transposed else after).double().numpy().reshape(tuple(target.dims))
+        with np.errstate(over="ignore"):  # infinity is a fault as well
+            narrow = values.astype(numpy_helper.to_array(target).dtype)
+        target.CopyFrom(numpy_helper.from_array(narrow, target.name))
     return True
 
 
-def _find(model: ModelProto, name: str, tensor: Tensor) -> tuple[TensorProto, bool] | None:
-    """The stored tensor with these very bits, and whether it is transposed; None where none or several have them."""
+def _find(model: ModelProto, name: str, wanted: Array) -> tuple[TensorProto, bool] | None:
+    """The stored tensor with these numbers, and whether it is transposed; None where none or several have them.
+
+    Another machine may have folded with another order of sums, so the last bits need not be the same.
+    """
+    from onnx import numpy_helper
+
     found = []
     for stored in model.graph.initializer:
-        if stored.data_type not in _torch_types() or math.prod(stored.dims) != tensor.numel() or not stored.raw_data:
+        if stored.data_type not in _STEPS or math.prod(stored.dims) != wanted.size:
             continue
-        for view, transposed in ((tensor, False), (tensor.T, True)) if tensor.ndim == 2 else ((tensor, False),):
-            if _stored(view, stored.data_type) == stored.raw_data:
+        values = numpy_helper.to_array(stored).astype(np.float64).reshape(-1)
+        most = _STEPS[stored.data_type] * float(np.abs(values).max(initial=0.0))
+        for view, transposed in ((wanted, False), (wanted.T, True)) if wanted.ndim == 2 else ((wanted, False),):
+            if np.abs(view.reshape(-1) - values).max(initial=0.0) <= most:
                 found.append((stored, transposed))
                 break
     named = [item for item in found if item[0].name == name]
     return (named or found)[0] if named or len(found) == 1 else None
-
-
-def _torch_types() -> dict[int, object]:
-    """TensorProto's number of a float type -> torch's type."""
-    import torch
-
-    return {1: torch.float32, 10: torch.float16, 11: torch.float64, 16: torch.bfloat16}
-
-
-def _stored(tensor: Tensor, data_type: int) -> bytes:
-    """The bytes that an ONNX file keeps of a tensor."""
-    return _bits(tensor.to(_torch_types()[data_type]))  # type: ignore[call-overload]
-
-
-def _bits(tensor: Tensor) -> bytes:
-    import torch
-
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _edit_layer(copy: Copy, edit: Edit | None) -> str:
