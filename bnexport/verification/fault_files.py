@@ -39,7 +39,9 @@ def flip_anywhere(name: str) -> Callable[[Copy], str]:
 
 
 def flip_weight(name: str, *, high: bool) -> Callable[[Copy], str]:
-    """Flip one bit of the largest number of a weight in model.onnx, model.pt or model.pt2, and seal the copy again.
+    """Flip one bit of the largest number of the last weight in model.onnx, model.pt or model.pt2, and seal the copy again.
+
+    What a number in the middle of a network does may end in a channel that is dead; the last layer's reaches the outputs.
 
     Args:
         name: The file.
@@ -51,7 +53,7 @@ def flip_weight(name: str, *, high: bool) -> Callable[[Copy], str]:
 
         copy.file(name)
         arrays = [numpy_helper.to_array(tensor) for tensor in trained_tensors(copy.model())]
-        return _flip_one_of(copy, name, sorted(arrays, key=_size, reverse=True), high=high)
+        return _flip_one_of(copy, name, _weights_last_first(arrays), high=high)
 
     return put
 
@@ -59,12 +61,14 @@ def flip_weight(name: str, *, high: bool) -> Callable[[Copy], str]:
 def flip_unfolded_weight(copy: Copy) -> str:
     """Flip a high bit of a number in weights.safetensors, and seal the copy again."""
     import safetensors.torch
+    import torch
 
     if not copy.subject.rebuilt:
         raise NotTried(f"nothing here reads {WEIGHTS}: the original network is not rebuilt from it")
     state = safetensors.torch.load_file(copy.file(WEIGHTS))
-    arrays = [tensor.numpy() for tensor in state.values() if tensor.is_floating_point() and tensor.ndim > 1]
-    return _flip_one_of(copy, WEIGHTS, sorted(arrays, key=_size, reverse=True), high=True)
+    order = copy.subject.network.state_dict() if copy.subject.network else state  # the file is sorted by name
+    kept = [state[name] for name in order if name in state and state[name].dtype in (torch.float32, torch.float64)]
+    return _flip_one_of(copy, WEIGHTS, _weights_last_first([tensor.numpy() for tensor in kept]), high=True)
 
 
 def flip_golden(kind: str) -> Callable[[Copy], str]:
@@ -78,8 +82,10 @@ def flip_golden(kind: str) -> Callable[[Copy], str]:
     return put
 
 
-def _size(array: Array) -> int:
-    return array.size
+def _weights_last_first(arrays: list[Array]) -> list[Array]:
+    """Weights from the last layer to the first, and then what is no weight of a layer."""
+    backwards = arrays[::-1]
+    return sorted(backwards, key=lambda array: array.ndim < 2)
 
 
 def _flip_one_of(copy: Copy, name: str, arrays: list[Array], *, high: bool) -> str:

@@ -18,6 +18,7 @@ from bnexport.bundle import MODEL_ONNX, Bundle
 from bnexport.errors import BundleError
 from bnexport.files import output_errors
 from bnexport.runtimes.catalogue import RunnerSpec
+from bnexport.runtimes.onnx_file import multiplications, read_model
 from bnexport.verification.fault_copy import Copy, NotTried, Subject, effect_of
 from bnexport.verification.faults import Fault, faults_of
 from bnexport.verification.findings import FaultResult
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 #: Samples of each kind. The fewer there are, the harder a fault is to see; a verification uses up to 10,000.
 _SAMPLES = 64
+#: Fewer where a batch would cost more multiplications than this, but not fewer than these.
+_WORK, _MIN_SAMPLES = 5e8, 8
 #: The same where a fault shows in the number of right labels alone.
 _MANY_SAMPLES = 256
 #: Error of scale up to which a fault is none: rounding the folded weights to float32 is 1e-7. It is the proof's own bound, but
@@ -57,7 +60,9 @@ def self_test(
     seed: int = 0,
     progress: Progress = _silent,
 ) -> tuple[FaultResult, ...]:
-    """Put every fault into a copy of a bundle and verify the copy, in strict float32, on at most 64 samples of each kind.
+    """Put every fault into a copy of a bundle and verify the copy, in strict float32, on few samples.
+
+    At most 64 samples of each kind, of a large network fewer; 256 where a fault shows in accuracy alone.
 
     The copies lie in a temporary folder, one at a time, and are removed whatever happens. The bundle itself is verified first:
     if that fails, a copy that fails shows nothing, and no fault is tried.
@@ -83,17 +88,17 @@ def self_test(
     """
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     tester = _Tester(tuple(runtimes or (_RUNTIME,)), data_dir, samples, module, seed)
-    control = tester.verify(opened, many=True)
+    control = tester.verify(opened, _MANY_SAMPLES)
     faults = faults_of(opened)
     if not control.passed:
         reason = f"the bundle fails without it: {control.summary()}"
         return tuple(_not_tried(fault, reason) for fault in faults)
     subject = Subject(opened, module, _harmless(control), control.accuracy)
-    results = []
+    few, results = _few(opened), []
     for number, fault in enumerate(faults, 1):
         interrupts.check()
         progress(number, len(faults), f"{fault.name} in {fault.where}")
-        results.append(tester.result(subject, fault))
+        results.append(tester.result(subject, fault, few))
     return tuple(results)
 
 
@@ -107,7 +112,7 @@ class _Tester:
     module: nn.Module | None
     seed: int
 
-    def verify(self, bundle: Bundle, *, many: bool = False, runner: RunnerSpec | None = None) -> VerificationReport:
+    def verify(self, bundle: Bundle, most: int, *, runner: RunnerSpec | None = None) -> VerificationReport:
         """A verification of the same kind as any, of few samples and in strict float32 only."""
         return verify(
             bundle,
@@ -116,10 +121,10 @@ class _Tester:
             samples=self.samples,
             module=self.module,
             seed=self.seed,
-            scope=Scope(("float32",), max_samples=_MANY_SAMPLES if many else _SAMPLES, drift=False),
+            scope=Scope(("float32",), max_samples=most, drift=False),
         )
 
-    def result(self, subject: Subject, fault: Fault) -> FaultResult:
+    def result(self, subject: Subject, fault: Fault, few: int) -> FaultResult:
         """Copy, spoil, verify, and remove the copy."""
         with tempfile.TemporaryDirectory(prefix="bnexport-self-test-") as folder:
             copy = Copy(subject, Path(folder) / "copy")
@@ -136,7 +141,8 @@ class _Tester:
                     fault.name, where, fault.expected, ("integrity",), "caught", None, _told(error, copy)
                 )
             effect = effect_of(spoiled, fault.evaluate)
-            return _judged(subject, fault, where, effect, self.verify(spoiled, many=fault.many, runner=fault.runner))
+            most = _MANY_SAMPLES if fault.many else few
+            return _judged(subject, fault, where, effect, self.verify(spoiled, most, runner=fault.runner))
 
 
 def _judged(
@@ -159,6 +165,13 @@ def _not_tried(fault: Fault, reason: str) -> FaultResult:
 def _told(error: BundleError, copy: Copy) -> str:
     """Without the folder's name, which is gone when it is read."""
     return error.message.replace(f"{copy.folder}/", "")
+
+
+def _few(bundle: Bundle) -> int:
+    """Samples of each kind that a copy is verified on."""
+    inputs, _ = bundle.golden()
+    cost = multiplications(read_model(bundle.file(MODEL_ONNX)), {name: x.shape[1:] for name, x in inputs.items()})
+    return max(_MIN_SAMPLES, min(_SAMPLES, int(_WORK // cost)))
 
 
 def _harmless(control: VerificationReport) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import tempfile
 from collections.abc import Callable, Iterable
@@ -256,24 +255,20 @@ def test_half_precision(tmp_path: Path, only: Callable[..., None]) -> None:
     assert found["TF32 left on in strict mode"].outcome == "not tried"
 
 
-@dataclasses.dataclass
-class Stopwatch:
-    """Counts verifications; each is asked for as few samples as the module says."""
-
-    scopes: list[Scope] = dataclasses.field(default_factory=list)
-
-
 def test_few_samples_of_strict_float32_alone(
     proven: Bundle, only: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     only("another opset claimed", "other mean and deviation")
-    watch = Stopwatch()
+    scopes: list[Scope] = []
 
     def watched(*arguments: object, **options: object) -> object:
-        watch.scopes.append(options["scope"])
+        scopes.append(options["scope"])
         return verify(*arguments, **options)
 
     monkeypatch.setattr(testing, "verify", watched)
     self_test(proven)
-    assert [scope.max_samples for scope in watch.scopes] == [256, 256, 64]
-    assert {scope.precisions for scope in watch.scopes} == {("float32",)}
+    assert [scope.max_samples for scope in scopes] == [256, 256, 64]
+    assert {scope.precisions for scope in scopes} == {("float32",)}
+    monkeypatch.setattr(testing, "_WORK", 1.0)  # as of a large network
+    self_test(proven)
+    assert [scope.max_samples for scope in scopes[3:]] == [256, 256, 8]
