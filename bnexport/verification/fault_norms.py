@@ -344,7 +344,7 @@ NORM_FAULTS: tuple[NormFault, ...] = (
     NormFault("moving mean dropped", _drop_mean, _drop_bias),
     NormFault("stale moving statistics", _make_stale),
     NormFault("sign of one gamma", _turn_sign, _turn_channel),
-    NormFault("|gamma| for gamma", _drop_signs),
+    NormFault("absolute gamma", _drop_signs),
     NormFault("beta dropped", _drop_beta),
     NormFault("two channels swapped", _swap_channels, _swap_rows),
     NormFault("a BatchNorm skipped", _skip),
