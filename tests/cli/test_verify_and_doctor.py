@@ -10,6 +10,7 @@ import torch
 from support.bundles import copy_bundle, reseal, write_bundle
 
 from bnexport.bundle import Bundle
+from bnexport.cli.counting import counting
 from bnexport.cli.main import run
 from bnexport.runtimes.catalogue import RUNNERS
 from bnexport.verification import faults, stages
@@ -225,3 +226,17 @@ def test_changed_labels_are_called_by_their_names(bundle: Bundle, capsys: pytest
     report = VerificationReport((), findings=Findings(flipped={"x": (flip,)}))
     print_verification(report, make_console(), labels=("shoe", "bag", "coat"))
     assert "flip 7: shoe -> coat (true bag)" in capsys.readouterr().out
+
+
+def test_progress_is_lines_in_a_log_and_a_bar_on_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for terminal in (False, True):
+        monkeypatch.setattr("rich.console.Console.is_terminal", property(lambda _, is_one=terminal: is_one))
+        with counting("self-test") as show:
+            show(1, 2, "one [bit]")
+            show(2, 2, "NaN")
+        told = capsys.readouterr()
+        assert told.out == ""
+        assert (told.err == "self-test 1/2: one [bit]\nself-test 2/2: NaN\n") is not terminal
+        assert ("self-test: NaN" in told.err) is terminal
