@@ -103,6 +103,15 @@ class Manifest:
         values["labels"] = None if self.labels is None else list(self.labels)
         return {"format": FORMAT, "format_version": FORMAT_VERSION, **values}
 
+    def model_facts(self) -> dict[str, str]:
+        """What model.onnx repeats of the manifest in its own metadata, for a server that has only that file."""
+        values = {
+            "name": self.name,
+            "labels": json.dumps(self.labels),
+            "preprocessing": json.dumps(self.preprocessing, sort_keys=True),
+        }
+        return {f"bnexport.{key}": value for key, value in values.items()}
+
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Manifest:
         """Read what ``to_json`` wrote.

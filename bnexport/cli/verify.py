@@ -79,6 +79,12 @@ _STDOUT = "-"
     metavar="FILE.py:FACTORY",
     help="The code of the original network, for a bundle of your own model. Its weights come from the bundle.",
 )
+@click.option(
+    "--self-test",
+    "with_self_test",
+    is_flag=True,
+    help="Also put faults into copies of the bundle and show which stage catches each; one that is missed is a FAIL.",
+)
 @click.option("--json", "json_file", metavar="FILE", help="Write the report as JSON; - prints it instead of the table.")
 @click.option("--junit", "junit_file", metavar="FILE", help="Write the report as JUnit XML, for CI systems.")
 @click.option("--html", "html_file", metavar="FILE", help="Write the report as one self-contained page.")
@@ -95,6 +101,8 @@ def command(ctx: click.Context, /, bundle: Path, **options: Any) -> None:
 
     if options["html_file"] is not None:
         need_packages("bnexport verify --html", "jinja2", "PIL")
+    if options["with_self_test"]:
+        need_packages("bnexport verify --self-test", "torch", "onnx", "safetensors")
     opened = Bundle.open(bundle)
     with prints_aside():
         report = _verified(opened, options)
@@ -125,7 +133,14 @@ def _verified(opened: Bundle, options: dict[str, Any]) -> VerificationReport:
         options["max_samples"],
         options["drift"],
     )
-    return verify(opened, **common, scope=scope)
+    report = verify(opened, **common, scope=scope)
+    if not options["with_self_test"]:
+        return report
+    from bnexport.cli.counting import counting
+    from bnexport.verification.self_test import self_test
+
+    with counting("self-test") as progress:
+        return report.with_self_test(self_test(opened, **common, progress=progress))
 
 
 def _module(source: str, bundle: Bundle) -> nn.Module:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,13 +97,7 @@ def export_onnx(
 
 def model_metadata(manifest: Manifest, *, parity: str) -> dict[str, str]:
     """What a server that has only the model file wants to know, as ONNX metadata: text values under "bnexport." keys."""
-    values = {
-        "name": manifest.name,
-        "labels": json.dumps(manifest.labels),
-        "preprocessing": json.dumps(manifest.preprocessing, sort_keys=True),
-        "parity": parity,
-    }
-    return {f"bnexport.{key}": value for key, value in values.items()}
+    return {**manifest.model_facts(), "bnexport.parity": parity}
 
 
 def stamp_metadata(path: Path, metadata: Mapping[str, str]) -> None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     Values = Tensor | Array
 
 #: Entry names of the layers that are understood: (gamma, beta, moving mean, moving variance).
-_NAMES = (("gamma", "beta", "moving_mean", "moving_var"), ("weight", "bias", "running_mean", "running_var"))
+PARAMETER_NAMES = (("gamma", "beta", "moving_mean", "moving_var"), ("weight", "bias", "running_mean", "running_var"))
 _COLUMNS = ("gamma", "beta", "moving_mean", "moving_var", "scale")
 #: eps where only a state dict is there, which does not hold it: the default of torch and of the chapter.
 DEFAULT_EPS = 1e-5
@@ -101,7 +101,7 @@ def _groups(state: Mapping[str, Values]) -> Iterator[tuple[str, tuple[str, ...]]
     """Prefix and entry names of each layer that has moving statistics."""
     for key in state:
         prefix, dot, leaf = key.rpartition(".")
-        for names in _NAMES:
+        for names in PARAMETER_NAMES:
             if leaf == names[2] and prefix + dot + names[3] in state:
                 yield prefix + dot, names
 

@@ -100,7 +100,7 @@ def _inner(group: Any) -> Iterator[GraphProto]:
 
 
 def declaration_problem(model: ModelProto, manifest: Manifest) -> str | None:
-    """How the written file differs from what the manifest says of it: names, types, shapes, opset, IR version."""
+    """How the written file differs from what the manifest says of it: names, types, shapes, opset, IR version, metadata."""
     stored = {tensor.name for tensor in model.graph.initializer}
     inputs = [value for value in model.graph.input if value.name not in stored]
     for kind, specs, values in (
@@ -118,6 +118,10 @@ def declaration_problem(model: ModelProto, manifest: Manifest) -> str | None:
     for what, have in (("opset", opset), ("ir_version", model.ir_version)):
         if (want := manifest.onnx.get(what, have)) != have:
             return f"the file has {what} {have}, the manifest says {want}"
+    facts = manifest.model_facts()
+    for item in model.metadata_props:  # a file that was not stamped yet has none
+        if facts.get(item.key, item.value) != item.value:
+            return f"the file's metadata {item.key!r} is not what the manifest says"
     return _precision_problem(model, str(manifest.onnx.get("precision", "float32")))
 
 

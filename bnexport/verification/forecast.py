@@ -136,6 +136,8 @@ class Forecast:
         if found.n < _FEW and self.lead is not None and self.lead is not case:
             lead = self.emulated(precision, self.lead)
             error = max(error, 0.0 if lead is None else lead.error)
+        if not np.isfinite(error):  # values that are no numbers have no rounding that could be measured
+            return error
         return error + (self.rounding(case) or 0.0)
 
     def emulated(self, precision: str, case: Case) -> Emulated | None:

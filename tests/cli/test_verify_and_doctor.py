@@ -10,9 +10,12 @@ import torch
 from support.bundles import copy_bundle, reseal, write_bundle
 
 from bnexport.bundle import Bundle
+from bnexport.cli.counting import counting
 from bnexport.cli.main import run
 from bnexport.runtimes.catalogue import RUNNERS
+from bnexport.verification import faults, stages
 from bnexport.verification import work as verifying
+from bnexport.verification.faults import Fault
 
 FAST = ["--runtime", "onnxruntime-cpu"]
 
@@ -155,6 +158,52 @@ def test_the_users_own_samples(bundle: Bundle, tmp_path: Path, capsys: pytest.Ca
     assert "accuracy-change" in out
 
 
+@pytest.fixture
+def few_faults(monkeypatch: pytest.MonkeyPatch) -> tuple[Fault, ...]:
+    names = ("eps dropped", "another opset claimed", "other mean and deviation", "one flipped bit")
+    kept = tuple(fault for fault in faults.FAULTS if fault.name in names)
+    monkeypatch.setattr(faults, "FAULTS", kept)
+    return kept
+
+
+def test_the_self_test_stands_beside_the_verdict(
+    bundle: Bundle, few_faults: tuple[Fault, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page, xml, value = tmp_path / "a.html", tmp_path / "a.xml", tmp_path / "a.json"
+    files = ["--html", str(page), "--junit", str(xml), "--json", str(value)]
+    assert run(["verify", str(bundle.path), *FAST, "--max-samples", "16", "--self-test", *files]) == 0
+    told = capsys.readouterr()
+    count = len(few_faults) + len(bundle.manifest.files) + 1
+    lines = told.err.splitlines()
+    assert lines[0] == f"self-test 1/{count}: eps dropped in model.onnx"
+    assert lines[-1] == f"self-test {count}/{count}: one flipped bit in manifest.json"
+    assert len(lines) == count
+    assert f"self-test: {count} faults: 1 not tried here, {count - 1} caught" in told.out
+    assert "PASS" in told.out
+    found = {item["fault"]: item for item in json.loads(value.read_text())["findings"]["self_test"]}
+    assert found["eps dropped"]["outcome"] == "caught"
+    assert "file-proof" in found["eps dropped"]["caught"]
+    assert found["eps dropped"]["where"].endswith(" in model.onnx")
+    assert found["other mean and deviation"]["reason"].startswith("the bundle records no accuracy")
+    assert "The self-test puts each fault into a copy of this bundle" in page.read_text()
+    assert xml.read_text().count('classname="self-test"') == count
+
+
+def test_a_fault_that_is_missed_is_exit_1(
+    bundle: Bundle,
+    few_faults: tuple[Fault, ...],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The bundle is right; a verifier that is blind where it should see proves nothing of it."""
+    monkeypatch.setattr(stages, "declaration_problem", lambda *_: None)
+    assert run(["verify", str(bundle.path), *FAST, "--max-samples", "16", "--self-test"]) == 1
+    told = " ".join(capsys.readouterr().out.split())
+    assert "MISSED another opset" in told
+    assert "manifest.json declaration nothing" in told
+    assert "FAIL: the self-test missed 1 faults, first another opset claimed in manifest.json" in told
+
+
 def test_the_page_tells_the_command_that_was_given(bundle: Bundle, tmp_path: Path) -> None:
     """Another command would verify on other inputs."""
     folder = tmp_path / "a b"
@@ -177,3 +226,17 @@ def test_changed_labels_are_called_by_their_names(bundle: Bundle, capsys: pytest
     report = VerificationReport((), findings=Findings(flipped={"x": (flip,)}))
     print_verification(report, make_console(), labels=("shoe", "bag", "coat"))
     assert "flip 7: shoe -> coat (true bag)" in capsys.readouterr().out
+
+
+def test_progress_is_lines_in_a_log_and_a_bar_on_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for terminal in (False, True):
+        monkeypatch.setattr("rich.console.Console.is_terminal", property(lambda _, is_one=terminal: is_one))
+        with counting("self-test") as show:
+            show(1, 2, "one [bit]")
+            show(2, 2, "NaN")
+        told = capsys.readouterr()
+        assert told.out == ""
+        assert (told.err == "self-test 1/2: one [bit]\nself-test 2/2: NaN\n") is not terminal
+        assert ("self-test: NaN" in told.err) is terminal

@@ -214,6 +214,12 @@ def test_what_the_file_declares_is_compared_with_the_manifest(bundle: Bundle) ->
     assert told(onnx={"opset": 17}) == "the file has opset 18, the manifest says 17"
     assert told(onnx={"ir_version": 9}) == "the file has ir_version 8, the manifest says 9"
     assert told(onnx={}) == ""
+    for key, text in manifest.model_facts().items():  # what an export repeats in the file itself
+        model.metadata_props.add(key=key, value=text)
+    assert told() == ""
+    assert "metadata 'bnexport.labels'" in told(labels=(*manifest.labels[1:], manifest.labels[0]))
+    assert "metadata 'bnexport.preprocessing'" in told(preprocessing={**manifest.preprocessing, "scale": 1.0})
+    assert "metadata 'bnexport.name'" in told(name="another")
     # A file may leave an output's size open, not an input's, and must leave the batch open.
     model.graph.output[0].type.tensor_type.shape.dim[1].dim_param = "classes"
     assert declaration_problem(model, manifest) is None

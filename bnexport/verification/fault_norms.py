@@ -1,0 +1,351 @@
+"""Faults in BatchNorm parameters, put where a wrong fold would leave them: into the weights of model.onnx.
+
+The network is folded again with one wrong parameter, by ``fold`` itself, and the weights that differ take the place of the
+right ones in the written file. Each fault goes into one BatchNorm alone: of a few spread over the network, into the one where
+it does least and still more than nothing. Where the network can't be rebuilt, the first folded layer is changed as such a fault
+would change it if the layer's variance were 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from bnexport.bundle import MODEL_ONNX
+from bnexport.errors import BnexportError
+from bnexport.nn.statistics import DEFAULT_EPS, PARAMETER_NAMES
+from bnexport.tensors import Array
+from bnexport.verification.fault_copy import Copy, NotTried, Subject, folded_weights
+
+if TYPE_CHECKING:
+    from onnx import ModelProto, NodeProto, TensorProto
+    from torch import Tensor, nn
+
+#: A common wrong eps: the default of TensorFlow and Keras. Where it is the network's own, torch's is the wrong one.
+_OTHER_EPS = 1e-3
+#: Unbiased over biased variance of 256 values: the batch of the chapter, at a layer of one value per channel and image.
+_UNBIASED = 256 / 255
+#: Weight of the old moving statistics in each update: the chapter's momentum. One update more or less is a stale set.
+_MOMENTUM = 0.9
+#: TensorProto's number of a float type (float32, float16, float64, bfloat16) -> four steps of it at 1.
+_STEPS = {1: 2.0**-21, 10: 2.0**-8, 11: 2.0**-50, 16: 2.0**-5}
+#: BatchNorms that each fault is tried in.
+_TRIED = 4
+
+
+@dataclass(frozen=True)
+class Norm:
+    """One BatchNorm of a network, whose tensors are changed in place.
+
+    Attributes:
+        name: Its path in the network.
+        module: Holds eps.
+        gamma: Learned scale; None without.
+        beta: Learned shift; None without.
+        mean: Moving mean.
+        var: Moving variance.
+    """
+
+    name: str
+    module: nn.Module
+    gamma: Tensor | None
+    beta: Tensor | None
+    mean: Tensor
+    var: Tensor
+
+
+Change = Callable[[Norm], None]
+#: Weight (out, ...) and bias (out,) or None, float64, changed in place.
+Edit = Callable[[Array, Array | None], None]
+
+
+@dataclass(frozen=True)
+class NormFault:
+    """One row of NORM_FAULTS.
+
+    Attributes:
+        name: For the report.
+        change: Makes one BatchNorm of a network wrong.
+        edit: Makes a folded layer wrong where the network is not known; None: nothing like it can be done.
+    """
+
+    name: str
+    change: Change
+    edit: Edit | None = None
+
+
+def spoil_norm(copy: Copy, fault: NormFault) -> str:
+    """Put one fault into model.onnx and seal the copy again.
+
+    Returns:
+        Where it was put.
+
+    Raises:
+        NotTried: The network has nothing that could be made wrong so, or is not known.
+    """
+    placed = None if copy.subject.network is None else _refold(copy, fault.change)
+    return _edit_layer(copy, fault.edit) if placed is None else placed
+
+
+def norms_of(network: nn.Module) -> list[Norm]:
+    """Every layer with moving statistics, in order."""
+    found = []
+    for path, module in network.named_modules():
+        for names in PARAMETER_NAMES:
+            gamma, beta, mean, var = (getattr(module, name, None) for name in names)
+            if mean is not None and var is not None and hasattr(module, "eps"):
+                found.append(Norm(path, module, gamma, beta, mean, var))
+    return found
+
+
+def _refold(copy: Copy, change: Change) -> str | None:
+    """Fold with one wrong BatchNorm; None where the folded weights are not those of the file."""
+    subject, model = copy.subject, copy.model()
+    name, spoiled = _hardest(subject, change)
+    try:
+        right, wrong = subject.folded, folded_weights(spoiled, subject.example)
+    except BnexportError:  # a network that was exported with options that are not known here
+        return None
+    if wrong.keys() - right.keys() or not _replace_weights(model, right, wrong):
+        return None
+    copy.write_model(model)
+    return f"{name} in {MODEL_ONNX}"
+
+
+def _hardest(subject: Subject, change: Change) -> tuple[str, nn.Module]:
+    """The network with the fault in the BatchNorm where it is hardest to see, and that one's name."""
+    assert subject.network is not None
+    tried: list[tuple[float, str, nn.Module]] = []
+    reason = "the network has no BatchNorm with moving statistics"
+    for index in _spread(len(norms_of(subject.network))):
+        try:
+            name, spoiled = _spoiled(subject.network, index, change)
+        except NotTried as why:
+            reason = str(why)
+            continue
+        if math.isfinite(effect := subject.effect(spoiled)):
+            tried.append((effect, name, spoiled))
+        else:
+            reason = "the outputs would not be finite"
+    if not tried:
+        raise NotTried(reason)
+    felt = [item for item in tried if item[0] > subject.harmless]
+    _, name, spoiled = min(felt, key=_effect) if felt else max(tried, key=_effect)
+    return name, spoiled
+
+
+def _effect(item: tuple[float, str, nn.Module]) -> float:
+    return item[0]
+
+
+def _spoiled(network: nn.Module, index: int, change: Change) -> tuple[str, nn.Module]:
+    import torch
+
+    from bnexport.runtimes.torch_outputs import private_copy
+
+    spoiled = private_copy(network, "cpu")
+    norm = norms_of(spoiled)[index]
+    with torch.no_grad():
+        change(norm)
+    return norm.name, spoiled
+
+
+def _spread(count: int) -> list[int]:
+    """At most ``_TRIED`` indices from the first to the last."""
+    return sorted({round(at) for at in np.linspace(0, count - 1, min(count, _TRIED))}) if count else []
+
+
+def _replace_weights(model: ModelProto, right: dict[str, Tensor], wrong: dict[str, Tensor]) -> bool:
+    """Put what differs in place of what is there; False where a tensor of the right fold is not in the file."""
+    from onnx import numpy_helper
+
+    for name, before in right.items():
+        after = wrong.get(name, before * 0)  # a bias of zeros is left out
+        if after.equal(before):
+            continue
+        found = _find(model, name, before.double().numpy())
+        if found is None:
+            return False
+        target, transposed = found
+        values = (after.T if transposed else after).double().numpy().reshape(tuple(target.dims))
+        with np.errstate(over="ignore"):  # infinity is a fault as well
+            narrow = values.astype(numpy_helper.to_array(target).dtype)
+        target.CopyFrom(numpy_helper.from_array(narrow, target.name))
+    return True
+
+
+def _find(model: ModelProto, name: str, wanted: Array) -> tuple[TensorProto, bool] | None:
+    """The stored tensor with these numbers, and whether it is transposed; None where none or several have them.
+
+    Another machine may have folded with another order of sums, so the last bits need not be the same.
+    """
+    from onnx import numpy_helper
+
+    found = []
+    for stored in model.graph.initializer:
+        if stored.data_type not in _STEPS or math.prod(stored.dims) != wanted.size:
+            continue
+        values = numpy_helper.to_array(stored).astype(np.float64).reshape(-1)
+        most = _STEPS[stored.data_type] * float(np.abs(values).max(initial=0.0))
+        for view, transposed in ((wanted, False), (wanted.T, True)) if wanted.ndim == 2 else ((wanted, False),):
+            if np.abs(view.reshape(-1) - values).max(initial=0.0) <= most:
+                found.append((stored, transposed))
+                break
+    named = [item for item in found if item[0].name == name]
+    return (named or found)[0] if named or len(found) == 1 else None
+
+
+def _edit_layer(copy: Copy, edit: Edit | None) -> str:
+    """Change the first folded layer of model.onnx, without knowing the network."""
+    from onnx import numpy_helper
+
+    if edit is None:
+        raise NotTried("the original network can't be folded again here, and its statistics are not known without it")
+    model = copy.model()
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    node = _first_layer(model, stored, copy)
+    targets = [stored[name] for name in node.input[1:3] if name in stored]
+    arrays = [numpy_helper.to_array(tensor) for tensor in targets]
+    wide = [array.astype(np.float64) for array in arrays]
+    edit(np.moveaxis(wide[0], _out_axis(node), 0), wide[1] if len(wide) > 1 else None)
+    for tensor, array, values in zip(targets, arrays, wide, strict=True):
+        tensor.CopyFrom(numpy_helper.from_array(values.astype(array.dtype), tensor.name))
+    copy.write_model(model)
+    return f"{node.name or node.output[0]} in {MODEL_ONNX}"
+
+
+def _first_layer(model: ModelProto, stored: dict[str, TensorProto], copy: Copy) -> NodeProto:
+    """The first convolution or product that took a BatchNorm in; the first of all where names don't tell."""
+    kinds = ("Conv", "Gemm")
+    layers: list[NodeProto] = [node for node in model.graph.node if node.op_type in kinds and node.input[1] in stored]
+    if not layers:
+        raise NotTried(f"{MODEL_ONNX} has no convolution or linear layer with stored weights")
+    rows = copy.subject.bundle.manifest.fold.get("rows") or ()
+    into = {name for row in rows for name in str(row.get("into", "")).split(", ")} - {""}
+    named = [
+        node for node in layers if {node.name, node.output[0], node.input[1].rpartition(".")[0]} & into
+    ]  # module paths, or nodes of an ONNX file
+    return (named or layers)[0]
+
+
+def _out_axis(node: NodeProto) -> int:
+    """Axis of a weight that holds the output channels."""
+    plain = node.op_type == "Conv" or any(item.name == "transB" and item.i for item in node.attribute)
+    return 0 if plain else 1
+
+
+def _needed(tensor: Tensor | None, what: str) -> Tensor:
+    if tensor is None:
+        raise NotTried(f"no BatchNorm of this network has a {what}")
+    return tensor
+
+
+def _middle(sizes: Tensor) -> int:
+    """The channel of median size: neither the one that shows a fault best nor one that is dead."""
+    return int(sizes.detach().abs().reshape(-1).argsort()[sizes.numel() // 2])
+
+
+def _set_eps(norm: Norm, eps: float) -> None:
+    norm.module.eps = eps  # type: ignore[assignment]
+
+
+def _drop_eps(norm: Norm) -> None:
+    _set_eps(norm, 0.0)
+
+
+def _other_eps(norm: Norm) -> None:
+    _set_eps(norm, DEFAULT_EPS if norm.module.eps == _OTHER_EPS else _OTHER_EPS)
+
+
+def _bias_variance(norm: Norm) -> None:
+    norm.var.mul_(_UNBIASED)
+
+
+def _drop_mean(norm: Norm) -> None:
+    norm.mean.zero_()
+
+
+def _make_stale(norm: Norm) -> None:
+    """One update short: with the initial statistics, 0 and 1, where the last batch's should be."""
+    norm.mean.mul_(_MOMENTUM)
+    norm.var.mul_(_MOMENTUM).add_(1 - _MOMENTUM)
+
+
+def _turn_sign(norm: Norm) -> None:
+    gamma = _needed(norm.gamma, "gamma")
+    gamma.view(-1)[_middle(gamma)].neg_()
+
+
+def _drop_signs(norm: Norm) -> None:
+    _needed(norm.gamma, "gamma").abs_()
+
+
+def _drop_beta(norm: Norm) -> None:
+    _needed(norm.beta, "beta").zero_()
+
+
+def _swap_channels(norm: Norm) -> None:
+    if (count := norm.var.numel()) < 2:
+        raise NotTried("no BatchNorm of this network has two channels")
+    one = _middle(norm.var if norm.gamma is None else norm.gamma)
+    two = (one + 1) % count
+    for tensor in (norm.gamma, norm.beta, norm.mean, norm.var):
+        if tensor is not None:
+            flat = tensor.view(-1)
+            flat[[one, two]] = flat[[two, one]]
+
+
+def _skip(norm: Norm) -> None:
+    _set_eps(norm, 0.0)
+    for tensor, value in ((norm.gamma, 1.0), (norm.beta, 0.0), (norm.mean, 0.0), (norm.var, 1.0)):
+        if tensor is not None:
+            tensor.fill_(value)
+
+
+def _scaled(factor: float) -> Edit:
+    def edit(weight: Array, _bias: Array | None) -> None:
+        weight *= factor
+
+    return edit
+
+
+def _drop_bias(_weight: Array, bias: Array | None) -> None:
+    if bias is None or not bias.any():
+        raise NotTried("the folded layer has no bias that could be dropped")
+    bias[:] = 0
+
+
+def _turn_channel(weight: Array, _bias: Array | None) -> None:
+    weight[_middle_row(weight)] *= -1
+
+
+def _swap_rows(weight: Array, bias: Array | None) -> None:
+    if len(weight) < 2:
+        raise NotTried("the folded layer has one channel")
+    one = _middle_row(weight)
+    two = (one + 1) % len(weight)
+    for array in (weight, bias):
+        if array is not None:
+            array[[one, two]] = array[[two, one]]
+
+
+def _middle_row(weight: Array) -> int:
+    return int(np.abs(weight).reshape(len(weight), -1).max(axis=1).argsort()[len(weight) // 2])
+
+
+NORM_FAULTS: tuple[NormFault, ...] = (
+    NormFault("eps dropped", _drop_eps, _scaled(math.sqrt(1 + DEFAULT_EPS))),
+    NormFault("another eps, 1e-3", _other_eps, _scaled(math.sqrt((1 + DEFAULT_EPS) / (1 + _OTHER_EPS)))),
+    NormFault("variance times 256/255", _bias_variance, _scaled(math.sqrt(1 / _UNBIASED))),
+    NormFault("moving mean dropped", _drop_mean, _drop_bias),
+    NormFault("stale moving statistics", _make_stale),
+    NormFault("sign of one gamma", _turn_sign, _turn_channel),
+    NormFault("absolute gamma", _drop_signs),
+    NormFault("beta dropped", _drop_beta),
+    NormFault("two channels swapped", _swap_channels, _swap_rows),
+    NormFault("a BatchNorm skipped", _skip),
+)

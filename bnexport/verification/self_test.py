@@ -1,0 +1,180 @@
+"""The verifier's own test: does it see the faults that it exists to see, on this very bundle?
+
+A verification that passes proves little unless one that should fail does. So each fault of ``faults.FAULTS`` is put into a copy
+of the bundle, and the copy is verified as the bundle was.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bnexport import interrupts
+from bnexport.bundle import MODEL_ONNX, Bundle
+from bnexport.errors import BundleError
+from bnexport.files import output_errors
+from bnexport.runtimes.catalogue import RunnerSpec
+from bnexport.runtimes.onnx_file import multiplications, read_model
+from bnexport.verification.fault_copy import Copy, NotTried, Subject, effect_of
+from bnexport.verification.faults import Fault, faults_of
+from bnexport.verification.findings import FaultResult
+from bnexport.verification.forecast import FACTOR
+from bnexport.verification.scope import Scope
+from bnexport.verification.verdict import VerificationReport
+from bnexport.verification.verify import verify
+
+if TYPE_CHECKING:
+    from torch import nn
+
+#: Samples of each kind. The fewer there are, the harder a fault is to see; a verification uses up to 10,000.
+_SAMPLES = 64
+#: Fewer where a batch would cost more multiplications than this, but not fewer than these.
+_WORK, _MIN_SAMPLES = 5e8, 8
+#: The same where a fault shows in the number of right labels alone.
+_MANY_SAMPLES = 256
+#: Error of scale up to which a fault is none: rounding the folded weights to float32 is 1e-7. It is the proof's own bound, but
+#: not read from there: a bound that somebody made too wide must not excuse what it lets pass.
+_HARMLESS = 1e-6
+#: One runtime that reads model.onnx: the proofs look at every file, whatever runs.
+_RUNTIME = "onnxruntime-cpu"
+
+#: Called before each fault with its number from 1, how many there are, and what it is.
+Progress = Callable[[int, int, str], None]
+
+
+def _silent(_number: int, _count: int, _fault: str) -> None:
+    """No progress is shown."""
+
+
+def self_test(
+    bundle: Bundle | str | Path,
+    *,
+    runtimes: Sequence[str | RunnerSpec] | None = None,
+    data_dir: str | Path | None = None,
+    samples: str | Path | None = None,
+    module: nn.Module | None = None,
+    seed: int = 0,
+    progress: Progress = _silent,
+) -> tuple[FaultResult, ...]:
+    """Put every fault into a copy of a bundle and verify the copy, in strict float32, on few samples.
+
+    At most 64 samples of each kind, of a large network fewer; 256 where a fault shows in accuracy alone.
+
+    The copies lie in a temporary folder, one at a time, and are removed whatever happens. The bundle itself is verified first:
+    if that fails, a copy that fails shows nothing, and no fault is tried.
+
+    Args:
+        bundle: A bundle or its directory; never changed.
+        runtimes: As for ``verify``. Default: onnxruntime-cpu alone.
+        data_dir: As for ``verify``.
+        samples: As for ``verify``.
+        module: As for ``verify``; BatchNorm faults are put into copies of it.
+        seed: As for ``verify``.
+        progress: Called before each fault.
+
+    Returns:
+        One result per fault, in the order of ``faults.faults_of``.
+
+    Raises:
+        BundleError: Not a bundle, or its manifest is damaged.
+        OutputError: A copy can't be written.
+        Unavailable: A runtime or a package is not here.
+        DataError: As ``verify``.
+        ModelError: ``module`` can't be evaluated in float64.
+    """
+    opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    tester = _Tester(tuple(runtimes or (_RUNTIME,)), data_dir, samples, module, seed)
+    control = tester.verify(opened, _MANY_SAMPLES)
+    faults = faults_of(opened)
+    if not control.passed:
+        reason = f"the bundle fails without it: {control.summary()}"
+        return tuple(_not_tried(fault, reason) for fault in faults)
+    subject = Subject(opened, module, _harmless(control), control.accuracy)
+    few, results = _few(opened), []
+    for number, fault in enumerate(faults, 1):
+        interrupts.check()
+        progress(number, len(faults), f"{fault.name} in {fault.where}")
+        results.append(tester.result(subject, fault, few))
+    return tuple(results)
+
+
+@dataclass(frozen=True)
+class _Tester:
+    """How every copy is verified: the arguments of ``self_test``."""
+
+    runtimes: tuple[str | RunnerSpec, ...]
+    data_dir: str | Path | None
+    samples: str | Path | None
+    module: nn.Module | None
+    seed: int
+
+    def verify(self, bundle: Bundle, most: int, *, runner: RunnerSpec | None = None) -> VerificationReport:
+        """A verification of the same kind as any, of few samples and in strict float32 only."""
+        return verify(
+            bundle,
+            runtimes=self.runtimes if runner is None else (runner,),
+            data_dir=self.data_dir,
+            samples=self.samples,
+            module=self.module,
+            seed=self.seed,
+            scope=Scope(("float32",), max_samples=most, drift=False),
+        )
+
+    def result(self, subject: Subject, fault: Fault, few: int) -> FaultResult:
+        """Copy, spoil, verify, and remove the copy."""
+        with tempfile.TemporaryDirectory(prefix="bnexport-self-test-") as folder:
+            copy = Copy(subject, Path(folder) / "copy")
+            try:
+                with output_errors(copy.folder):
+                    shutil.copytree(subject.bundle.path, copy.folder)
+                    where = fault.put(copy) or fault.where
+            except NotTried as why:
+                return _not_tried(fault, str(why))
+            try:
+                spoiled = Bundle.open(copy.folder)
+            except BundleError as error:  # the manifest's own digest, which ``verify`` meets first of all
+                return FaultResult(
+                    fault.name, where, fault.expected, ("integrity",), "caught", None, _told(error, copy)
+                )
+            effect = effect_of(spoiled, fault.evaluate)
+            most = _MANY_SAMPLES if fault.many else few
+            return _judged(subject, fault, where, effect, self.verify(spoiled, most, runner=fault.runner))
+
+
+def _judged(
+    subject: Subject, fault: Fault, where: str, effect: float | None, report: VerificationReport
+) -> FaultResult:
+    """Caught by the stage that is there for it, or harmless, or caught by another, or missed."""
+    caught = tuple(dict.fromkeys((*(row.stage for row in report.failures), *report.missing_stages)))
+    found = FaultResult(fault.name, where, fault.expected, caught, "caught" if caught else "missed", effect)
+    if fault.expected not in caught and effect is not None and effect <= subject.harmless:
+        told = f"it changes no golden output by more than {subject.harmless:.0e} of scale"
+        return replace(found, outcome="harmless", reason=told)
+    rows = sorted(report.failures, key=lambda row: row.stage != fault.expected)
+    return replace(found, reason=rows[0].reason if rows else "")
+
+
+def _not_tried(fault: Fault, reason: str) -> FaultResult:
+    return FaultResult(fault.name, fault.where, fault.expected, (), "not tried", None, reason)
+
+
+def _told(error: BundleError, copy: Copy) -> str:
+    """Without the folder's name, which is gone when it is read."""
+    return error.message.replace(f"{copy.folder}/", "")
+
+
+def _few(bundle: Bundle) -> int:
+    """Samples of each kind that a copy is verified on."""
+    inputs, _ = bundle.golden()
+    cost = multiplications(read_model(bundle.file(MODEL_ONNX)), {name: x.shape[1:] for name, x in inputs.items()})
+    return max(_MIN_SAMPLES, min(_SAMPLES, int(_WORK // cost)))
+
+
+def _harmless(control: VerificationReport) -> float:
+    """What rounding the weights may do to this bundle: more in half precision, where it is measured."""
+    rows = [row for row in control.rows if (row.stage, row.subject) == ("file-proof", MODEL_ONNX)]
+    return max([_HARMLESS, *(FACTOR * row.predicted for row in rows if row.predicted is not None)])
