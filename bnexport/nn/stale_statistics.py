@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bnexport.nn.moving_statistics import Batch, RunningMoments, exact_moments, norm_layers, statistics_of
+from bnexport.nn.moving_statistics import Batch, exact_moments, norm_layers, statistics_of
 
 #: A layer's error above which statistics count as stale. docs/statistics.md has the runs that it was chosen on.
 STALE_ABOVE = 0.25
@@ -135,7 +135,17 @@ def staleness(
     counted = _Counted(batches)
     layers = norm_layers(model)
     found = exact_moments(model, counted, device=device)
-    return StalenessReport(tuple(compare(name, layers[name], moments) for name, moments in found.items()), counted.images)
+    rows = tuple(
+        compare(name, layers[name], moving=mean_and_var(layers[name]), exact=(moments.mean, moments.var))
+        for name, moments in found.items()
+    )
+    return StalenessReport(rows, counted.images)
+
+
+def mean_and_var(layer: nn.Module) -> tuple[Tensor, Tensor]:
+    """A layer's moving mean and variance (channels,): the buffers themselves."""
+    mean, var, *_ = statistics_of(layer)
+    return mean, var
 
 
 class _Counted:
@@ -151,29 +161,33 @@ class _Counted:
             yield batch
 
 
-def compare(name: str, layer: nn.Module, exact: RunningMoments) -> LayerStaleness:
+def compare(
+    name: str, layer: nn.Module, *, moving: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor]
+) -> LayerStaleness:
     """One layer's moving statistics against exact ones.
 
     Args:
         name: Its path.
-        layer: A BatchNorm of torch or from scratch.
-        exact: Of the values that reach it.
+        layer: A BatchNorm of torch or from scratch, for its gamma and eps.
+        moving: Mean and variance (channels,).
+        exact: Mean and population variance (channels,) of what reaches it.
     """
-    moving_mean, moving_var = (value.detach().double().cpu() for value in statistics_of(layer)[:2])
-    mean, var, eps = exact.mean.cpu(), exact.var.cpu(), float(layer.eps)  # type: ignore[arg-type]  # every norm has one
+    moving_mean, moving_var, mean, var = (value.detach().double().cpu() for value in (*moving, *exact))
+    eps = float(layer.eps)  # type: ignore[arg-type]  # every norm has one
     s, moving_s = torch.sqrt(var + eps), torch.sqrt(moving_var + eps)
     shift = (moving_mean - mean).abs() / s
     log_scale = torch.log(moving_s / s).abs()
     error = torch.sqrt((s / moving_s - 1) ** 2 * var / s**2 + (shift * s / moving_s) ** 2)
     weight = _gamma(layer, mean) ** 2
+    live = weight > 0
     return LayerStaleness(
         name,
         float(_rms(shift)),
         float(shift.max()),
         float(torch.exp(_rms(log_scale))),
         float(torch.exp(log_scale.max())),
-        float(torch.sqrt((weight * error**2).sum() / weight.sum())) if bool(weight.any()) else 0.0,
-        float(error[weight > 0].max()) if bool(weight.any()) else 0.0,
+        float(torch.sqrt((weight * error**2)[live].sum() / weight[live].sum())) if bool(live.any()) else 0.0,
+        float(error[live].max()) if bool(live.any()) else 0.0,
     )
 
 
