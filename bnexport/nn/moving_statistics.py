@@ -63,13 +63,21 @@ class RunningMoments:
         return self.squares / self.count
 
     def add(self, X: Tensor) -> None:
-        """Add a batch (N, C) or (N, C, ...)."""
+        """Add a batch (N, C) or (N, C, ...).
+
+        Its own deviations are summed in two passes, corrected by what the first left in the mean (Chan, Golub and LeVeque,
+        "Algorithms for computing the sample variance", 1983): what torch gives in one pass is off by eps * mean / deviation.
+        """
         count = X.numel() // X.shape[1]
-        dims = [dim for dim in range(X.dim()) if dim != 1]
-        var, mean = torch.var_mean(X.double(), dim=dims, correction=0)
-        total, delta = self.count + count, mean - self.mean.to(mean.device)
+        dims, shape = [dim for dim in range(X.dim()) if dim != 1], (1, -1, *[1] * (X.dim() - 2))
+        wide = X.double()
+        mean = wide.mean(dims)
+        deviations = wide - mean.view(shape)
+        drift = deviations.mean(dims)
+        squares = (deviations**2).sum(dims) - count * drift**2
+        total, delta = self.count + count, mean + drift - self.mean.to(mean.device)
         self.mean = self.mean.to(mean.device) + delta * (count / total)
-        self.squares = self.squares.to(mean.device) + var * count + delta**2 * (self.count * count / total)
+        self.squares = self.squares.to(mean.device) + squares + delta**2 * (self.count * count / total)
         self.count = total
         self.calls += 1
 

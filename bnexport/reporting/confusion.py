@@ -71,7 +71,7 @@ def _name_classes(axes: Axes, labels: Sequence[str]) -> None:
 
 def _write_counts(axes: Axes, counts: Array, shares: Array) -> None:
     for row, column in np.argwhere(counts > 0):
-        light = shares[row, column] > 0.35  # the square root of it is where the colour turns dark
+        light = shares[row, column] > 0.3  # the square root of it is where the colour turns dark
         colour = "white" if light else INK
         axes.text(column, row, str(counts[row, column]), ha="center", va="center", fontsize=6.5, color=colour)
 
