@@ -78,4 +78,4 @@ def _write_counts(axes: Axes, counts: Array, shares: Array) -> None:
 
 def _short(label: str) -> str:
     plain = "".join(char if char.isprintable() else "?" for char in label)
-    return plain if len(plain) <= _LONGEST else plain[: _LONGEST - 3] + "..."
+    return plain if len(plain) <= _LONGEST else plain[: _LONGEST - 3].rstrip() + "..."
