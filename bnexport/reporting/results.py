@@ -127,12 +127,12 @@ def print_staleness(report: StalenessReport, console: Console) -> None:
             f"x {layer.scale:.3f}",
             f"x {layer.worst_scale:.3f}",
             f"{layer.error:.3f}",
-            "stale" if layer.stale else "",
+            "stale" if report.is_stale(layer) else "",
         )
     console.print(table)
     notes = (
         "mean off: in standard deviations, root mean square over channels; scale off: a factor, either way",
-        f"error: what the layer's output is off, as a share of what it varies; stale above {report.threshold:g}",
+        f"error: what the layer's output is off, as a share of what it varies; stale above {report.threshold:.2g}",
     )
     for note in notes:
         console.print(literal(note, console, style="dim"))

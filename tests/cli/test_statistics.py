@@ -34,7 +34,9 @@ def _small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("COLUMNS", "80")
 
     def offline(*_: object, **__: object) -> None:
-        raise NetworkError("train-images could not be downloaded", remedy="Put the files into DIR and pass --data-dir DIR")
+        raise NetworkError(
+            "train-images could not be downloaded", remedy="Put the files into DIR and pass --data-dir DIR"
+        )
 
     monkeypatch.setattr("bnexport.data.locate.download_file", offline)
 

@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.bundles import network, write_bundle
 from torch import nn
 from unit.evaluating.conftest import TEST, Write, inputs, lenet
 
 from bnexport.errors import BundleError, DataError, ModelError, NetworkError, UsageError
 from bnexport.evaluating.evaluate import EvaluationRequest, evaluate_path
-from support.bundles import network, write_bundle
 
 IMAGES, LABELS = TEST
 
@@ -32,7 +32,12 @@ def test_a_checkpoint(write: Write, batch_size: int) -> None:
     expected = np.zeros((10, 10), int)
     np.add.at(expected, (LABELS, given(lenet())), 1)
     assert (found.confusion == expected).all()
-    assert (found.n, found.correct, found.runtime, found.dataset) == (80, int(np.trace(expected)), "torch-cpu", "digits")
+    assert (found.n, found.correct, found.runtime, found.dataset) == (
+        80,
+        int(np.trace(expected)),
+        "torch-cpu",
+        "digits",
+    )
     assert found.interval[0] < found.accuracy < found.interval[1]
     assert done[-1] == (80, 80)
     with torch.no_grad():
@@ -134,9 +139,7 @@ def test_networks_that_are_no_classifiers(tmp_path: Path, name: str, error: type
     (tmp_path / "net.py").write_text(NETWORKS)
     torch.save({"p": torch.zeros(1)}, tmp_path / "weights.pt")
     with pytest.raises(error, match=words):
-        evaluate_path(
-            tmp_path / "weights.pt", EvaluationRequest(source=f"{tmp_path}/net.py:{name}", dataset="digits")
-        )
+        evaluate_path(tmp_path / "weights.pt", EvaluationRequest(source=f"{tmp_path}/net.py:{name}", dataset="digits"))
 
 
 def test_no_data_and_no_network(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

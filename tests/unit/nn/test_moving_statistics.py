@@ -184,7 +184,11 @@ def furthest(first, second):
 def test_population_statistics_do_not_depend_on_the_batches():
     X = images(24)
     expected = by_layer(X, 24)
-    for other in (by_layer(X, 1, 1, 2, 20), by_layer(X, *[3] * 8), by_layer(images(24, sorted_by_brightness=True), *[4] * 6)):
+    for other in (
+        by_layer(X, 1, 1, 2, 20),
+        by_layer(X, *[3] * 8),
+        by_layer(images(24, sorted_by_brightness=True), *[4] * 6),
+    ):
         assert furthest(other, expected) < 1e-5
 
 
@@ -273,7 +277,7 @@ def test_population_is_all_or_nothing(second):
 
 def test_population_without_batches():
     with pytest.raises(DataError):
-        recalibrate_by_layer(mixed_lenet(), lambda: [])
+        recalibrate_by_layer(mixed_lenet(), list)
 
 
 @settings(max_examples=60, deadline=None)

@@ -38,7 +38,6 @@ def test_exact_statistics_are_at_no_distance() -> None:
     found = row(norm([3.0, -2.0], [4.0, 1e-4], gamma=[-1.0, 2.0]), [3.0, -2.0], [4.0, 1e-4])
     assert found.error == found.worst_error == found.shift == found.worst_shift == 0.0
     assert found.scale == found.worst_scale == 1.0
-    assert not found.stale
 
 
 def test_shift_and_scale_are_in_units_of_the_deviation() -> None:
@@ -74,10 +73,10 @@ def test_the_error_is_what_the_output_is_really_off(seed: int) -> None:
 
 def test_a_dead_channel_is_not_seen() -> None:
     found = row(norm([100.0, 0.0], [1.0, 1.0], gamma=[0.0, -3.0]), [0.0, 0.0], [1.0, 1.0])
-    assert (found.error, found.worst_error, found.stale) == (0.0, 0.0, False)
+    assert (found.error, found.worst_error) == (0.0, 0.0)
     assert found.worst_shift > 99
     dead = row(norm([100.0], [1.0], gamma=[0.0]), [0.0], [1.0])
-    assert (dead.error, dead.stale) == (0.0, False)
+    assert dead.error == 0.0
 
 
 def test_a_channel_that_is_always_the_same_is_judged_by_eps() -> None:
@@ -122,7 +121,9 @@ def test_statistics_of_earlier_weights_are_stale() -> None:
     assert report.worst is not None
     assert report.worst.name == "bn1"
     assert report.worst.worst_shift == pytest.approx(3.0, rel=1e-2)
-    assert [layer.stale for layer in report.layers] == [True, False, False, False], "later layers see the same inputs"
+    assert [report.is_stale(layer) for layer in report.layers] == [True, False, False, False], (
+        "later layers see the same inputs"
+    )
 
 
 def test_the_sentence() -> None:
@@ -135,7 +136,9 @@ def test_the_sentence() -> None:
         " of what it varies"
     )
     stale = report(0.1, 0.75, 0.3)
-    assert stale.sentence().startswith("the moving statistics are stale on 1024 training images: bn1's output is off by 0.75")
+    assert stale.sentence().startswith(
+        "the moving statistics are stale on 1024 training images: bn1's output is off by 0.75"
+    )
     assert "bnexport recalibrate" in stale.sentence()
     assert report().sentence() == "the network has no moving statistics"
     assert not report().stale
@@ -146,6 +149,24 @@ def test_the_sentence() -> None:
     value = json.loads(json.dumps(broken.to_json(), allow_nan=False))
     assert value["layers"][1]["error"] is None
     assert value["layers"][1]["stale"] is value["stale"] is True
+
+
+def test_few_images_need_a_larger_error_to_tell() -> None:
+    row = LayerStaleness("bn", 0.2, 0.2, 1.0, 1.0, 0.2, 0.2)
+    assert StalenessReport((row,), 1024).stale
+    assert StalenessReport((row,), 1024).threshold == STALE_ABOVE
+    assert not StalenessReport((row,), 100).stale
+
+
+@pytest.mark.parametrize("n", [128, 1024])
+def test_sampling_alone_is_not_stale(n: int) -> None:
+    """Exact statistics of many inputs, looked at through few."""
+    torch.manual_seed(0)
+    layer = randomise(nn.BatchNorm1d(200))
+    recalibrate(layer, [values(20_000, 200, seed=1)])
+    report = staleness(layer, [values(n, 200, seed=2)])
+    assert 0.5 / math.sqrt(n) < report.layers[0].error < 2 / math.sqrt(n)
+    assert not report.stale
 
 
 def test_without_batches() -> None:

@@ -27,9 +27,7 @@ def told(found: Evaluation, capsys: pytest.CaptureFixture[str], monkeypatch: pyt
     return capsys.readouterr().out
 
 
-def test_every_number_has_its_conditions(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_number_has_its_conditions(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     text = told(evaluation(7), capsys, monkeypatch)
     assert "model.safetensors: 100 test images of digits, torch-cpu" in text
     assert "accuracy 0.9000 (95 % Wilson interval 0.8000 to 0.9500; 90 of 100)" in text
