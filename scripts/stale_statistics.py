@@ -19,7 +19,7 @@ from bnexport.nn.lenet import bn_lenet
 from bnexport.nn.moving_statistics import recalibrate
 
 NAME, APPLY = "fashion-mnist", Preprocessing()
-#: Learning rate, momentum of torch's BatchNorm, seed, epochs after which a row is printed.
+#: Learning rate, momentum of BatchNorm, seed, epochs to print.
 RUNS = ((0.01, 0.1, 0, (1,)), (0.1, 0.1, 0, (1, 2)), (1.0, 0.1, 0, (1, 2, 5, 10)), (1.0, 0.1, 1, (1, 2)),
         (2.0, 0.1, 0, (1, 2)), (1.0, 0.01, 0, (1,)), (1.0, 0.001, 0, (1,)), (0.1, 0.001, 0, (1,)))  # fmt: skip
 data = load_dataset(NAME)
@@ -27,17 +27,18 @@ images, labels = torch.from_numpy(APPLY.apply(data.train_images)), torch.from_nu
 
 
 def accuracy(network: nn.Module) -> float:
-    with torch.no_grad():
-        given = network.eval()(torch.from_numpy(APPLY.apply(data.test_images))).argmax(1)
-    return float((given == torch.from_numpy(data.test_labels)).double().mean())
+    inputs = torch.from_numpy(APPLY.apply(data.test_images))
+    return float((network.eval()(inputs).argmax(1).numpy() == data.test_labels).mean())
 
 
-print("| lr | momentum | seed | epoch | error of the worst layer | accuracy | accuracy, exact statistics |")
-print("|---|---|---|---|---|---|---|")
+print(
+    "| lr | momentum | seed | epoch | error of the worst layer | accuracy | accuracy, exact statistics |\n"
+    + "|---" * 7
+    + "|"
+)
 for lr, momentum, seed, epochs in RUNS:
     torch.manual_seed(seed)
-    network = bn_lenet()
-    for layer in network.modules():
+    for layer in (network := bn_lenet()).modules():
         layer.momentum = momentum
     optimizer = torch.optim.SGD(network.parameters(), lr=lr)
     for epoch in range(1, max(epochs) + 1):
