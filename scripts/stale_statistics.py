@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 
 import torch
-from torch import nn
 
 from bnexport.data.datasets import load_dataset
 from bnexport.data.preprocessing import Preprocessing
@@ -22,29 +21,26 @@ NAME, APPLY = "fashion-mnist", Preprocessing()
 #: Learning rate, momentum of BatchNorm, seed, epochs to print.
 RUNS = ((0.01, 0.1, 0, (1,)), (0.1, 0.1, 0, (1, 2)), (1.0, 0.1, 0, (1, 2, 5, 10)), (1.0, 0.1, 1, (1, 2)),
         (2.0, 0.1, 0, (1, 2)), (1.0, 0.01, 0, (1,)), (1.0, 0.001, 0, (1,)), (0.1, 0.001, 0, (1,)))  # fmt: skip
+HEAD = "| lr | momentum | seed | epoch | error of the worst layer | accuracy | accuracy, exact statistics |\n"
 data = load_dataset(NAME)
 images, labels = torch.from_numpy(APPLY.apply(data.train_images)), torch.from_numpy(data.train_labels)
 
 
-def accuracy(network: nn.Module) -> float:
-    inputs = torch.from_numpy(APPLY.apply(data.test_images))
-    return float((network.eval()(inputs).argmax(1).numpy() == data.test_labels).mean())
+def accuracy(network: torch.nn.Module) -> float:
+    found = network.eval()(torch.from_numpy(APPLY.apply(data.test_images)))
+    return float((found.argmax(1).numpy() == data.test_labels).mean())
 
 
-print(
-    "| lr | momentum | seed | epoch | error of the worst layer | accuracy | accuracy, exact statistics |\n"
-    + "|---" * 7
-    + "|"
-)
+print(HEAD + "|---" * 7 + "|")
 for lr, momentum, seed, epochs in RUNS:
     torch.manual_seed(seed)
-    for layer in (network := bn_lenet()).modules():
+    optimizer = torch.optim.SGD((network := bn_lenet()).parameters(), lr=lr)
+    for layer in network:
         layer.momentum = momentum
-    optimizer = torch.optim.SGD(network.parameters(), lr=lr)
     for epoch in range(1, max(epochs) + 1):
         for batch in torch.split(torch.randperm(len(labels)), 256):
             optimizer.zero_grad()
-            nn.functional.cross_entropy(network.train()(images[batch]), labels[batch]).backward()
+            torch.nn.functional.cross_entropy(network.train()(images[batch]), labels[batch]).backward()
             optimizer.step()
         if epoch in epochs:
             worst, exact = sampled_staleness(Subject(network, NAME, APPLY.to_json())).worst, copy.deepcopy(network)
