@@ -75,6 +75,11 @@ def load_trained(path: Path, *, source: str | None = None) -> Trained:
     metadata: dict[str, Any] = {}
     if is_safetensors(file) and METADATA_KEY in read_safetensors(file)[1]:
         metadata = load_checkpoint(file).metadata
+    elif source is None and is_safetensors(file):
+        raise ModelError(
+            f"{file} holds weights but no bnexport metadata, so its network is unknown",
+            remedy="Name its code with --source file.py:factory, which evaluate and recalibrate take",
+        )
     if source is None:
         return Trained(file, load_source(str(file)), metadata)
     options = (metadata.get("network") or {}).get("options")

@@ -111,11 +111,12 @@ def recalibrate_by_layer(
 ) -> int:
     """Replace the moving statistics of every BatchNorm by the exact ones, by the definition "population".
 
-    Everything else is as in ``recalibrate``; a batch may leave one value per channel to a layer that is called once.
+    Everything else is as in ``recalibrate``; a batch may leave one value per channel to a layer that is called once. Which
+    layers are called, and in which order, the first batch tells.
 
     Args:
         model: Changed in place, its moving statistics only.
-        batches: Called once per layer: begins the same batches anew.
+        batches: Called once per layer and once before: begins the same batches anew.
         device: Where to put each batch; None means the device of the model's first parameter.
 
     Returns:

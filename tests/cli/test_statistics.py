@@ -13,6 +13,7 @@ import pytest
 import torch
 from cases import randomise
 from PIL import Image
+from safetensors.torch import save_file
 
 from bnexport.cli.main import run
 from bnexport.data import digits
@@ -142,6 +143,14 @@ def test_what_is_no_checkpoint(command: str, tmp_path: Path, capfd: pytest.Captu
     assert "does not exist" in refused(capfd, 2, command, tmp_path / "missing.safetensors")
     assert "not a whole safetensors file" in refused(capfd, 2, command, tmp_path / "text.safetensors")
     assert "holds no model.safetensors" in refused(capfd, 2, command, tmp_path / "empty")
+
+
+@pytest.mark.parametrize("words", [("evaluate",), ("recalibrate",), ("inspect", "--statistics")])
+def test_weights_without_a_network(words: tuple[str, ...], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    save_file(randomise(bn_lenet()).state_dict(), tmp_path / "plain.safetensors")
+    told = refused(capfd, 2, *words, tmp_path / "plain.safetensors")
+    assert "its network is unknown" in told
+    assert "--source" in told
 
 
 @pytest.mark.parametrize("command", ["evaluate", "recalibrate"])
