@@ -23,6 +23,7 @@ INSTALL: dict[str, str] = {
     "timm": "bnexport[timm]",
     "onnxslim": "bnexport[audit]",
     "openvino": "bnexport[openvino]",
+    "tensorboard": "bnexport[tensorboard]",
 }
 
 

@@ -13,7 +13,8 @@ from bnexport.environment import describe, environment
 from bnexport.errors import BnexportError
 from bnexport.nn.lenet import NORMS
 from bnexport.training.config import TrainingConfig
-from bnexport.training.run import TrainingResult, train
+from bnexport.training.result import TrainingResult
+from bnexport.training.run import train
 
 
 def cell(values: list[float]) -> str:

@@ -173,7 +173,7 @@ def _evaluate_checkpoint(path: Path, request: EvaluationRequest, on_batch: OnBat
         )
     need_packages("evaluating a checkpoint", "torch", "safetensors")
     from bnexport.evaluating.network import NetworkClassifier, load_trained
-    from bnexport.training.run import choose_device
+    from bnexport.training.processes import choose_device
 
     device = choose_device(request.device or "auto")
     trained = load_trained(path, source=request.source)

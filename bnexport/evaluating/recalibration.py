@@ -24,7 +24,7 @@ from bnexport.nn.moving_statistics import norm_layers, recalibrate, recalibrate_
 from bnexport.nn.stale_statistics import StalenessReport, compare, mean_and_var
 from bnexport.reproducibility import strict_float32
 from bnexport.tensors import Array
-from bnexport.training.run import choose_device
+from bnexport.training.processes import choose_device
 
 #: Added to the name of the checkpoint that is read.
 SUFFIX = ".recalibrated.safetensors"
