@@ -10,6 +10,7 @@ from torch import nn
 from bnexport.bundle import MODEL_ONNX, REPORT, WEIGHTS, Bundle, Manifest, seal
 from bnexport.environment import environment
 from bnexport.errors import RefusedModel, UsageError
+from bnexport.evaluating.staleness import Subject, stale_warning
 from bnexport.exporting.dynamic_size import check_sizes_vary, larger_example
 from bnexport.exporting.formats import FORMATS, ExportJob
 from bnexport.exporting.half import in_precision
@@ -73,6 +74,7 @@ def fold_and_export(
         inputs = example_inputs(larger_example(specs))
         sizes = size_shapes(loaded.module, inputs)
     result = fold(loaded.module, inputs, dynamic_shapes=sizes, max_growth=request.max_growth, clamps=request.clamps)
+    result = _warned_of_stale_statistics(result, loaded, request)
     names = tuple(spec.name for spec in specs)
     signature = signature_of(result.model, inputs, input_names=names, dynamic_size=request.dynamic_size)
     check_labels(signature, loaded.labels)
@@ -113,6 +115,14 @@ def _loaded(source: str | nn.Module | LoadedModel, weights: Path | None, request
                 remedy="Pass --weights FILE, or --allow-untrained if that is what you want",
             )
     return replace(loaded, labels=request.labels or loaded.labels, dataset=request.dataset or loaded.dataset)
+
+
+def _warned_of_stale_statistics(result: FoldResult, loaded: LoadedModel, request: ExportRequest) -> FoldResult:
+    """A fold makes moving statistics part of the weights; the account says when they do not fit the network."""
+    subject = Subject(loaded.module, loaded.dataset, loaded.preprocessing)
+    warning = stale_warning(subject, data_dir=request.data_dir) if result.report.rows else ""
+    warnings = (*result.report.warnings, *([warning] if warning else []))
+    return replace(result, report=replace(result.report, warnings=warnings))
 
 
 def _write_models(stage: Path, job: ExportJob, request: ExportRequest) -> None:

@@ -18,6 +18,8 @@ from bnexport.optional import one_line
 #: Command -> (module that holds its click ``command``, one line of help). The module is imported when the command runs.
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("bnexport.cli.train", "Train a BatchNorm-LeNet."),
+    "recalibrate": ("bnexport.cli.recalibrate", "Re-estimate a checkpoint's moving statistics exactly."),
+    "evaluate": ("bnexport.cli.evaluate", "Count what a checkpoint or bundle gets right, class by class."),
     "fold-and-export": ("bnexport.cli.fold_and_export", "Fold BatchNorm, export, verify: write one bundle."),
     "verify": ("bnexport.cli.verify", "Prove that a bundle computes what its network computes."),
     "audit": ("bnexport.cli.audit", "Show which other tools fold a network wrongly."),

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from bnexport.cli.output import STDOUT, write_json, write_result
 from bnexport.optional import need_packages
 from bnexport.runtimes.catalogue import RUNNERS
 from bnexport.runtimes.settings import CONV_SEARCHES, KERNEL_PRECISIONS, OPTIMISATIONS
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
     from bnexport.bundle import Bundle
     from bnexport.verification.verdict import VerificationReport
-
-_STDOUT = "-"
 
 
 @click.command(name="verify")
@@ -107,7 +105,7 @@ def command(ctx: click.Context, /, bundle: Path, **options: Any) -> None:
     with prints_aside():
         report = _verified(opened, options)
     _write_files(report, opened, bundle, options)
-    if options["json_file"] != _STDOUT:
+    if options["json_file"] != STDOUT:
         console = make_console()
         print_verification(report, console, labels=opened.manifest.labels)
         print_environment(report.environment, console)
@@ -162,15 +160,15 @@ def _module(source: str, bundle: Bundle) -> nn.Module:
 def _write_files(report: VerificationReport, opened: Bundle, path: Path, options: dict[str, Any]) -> None:
     """What was asked for beside the table."""
     if (target := options["json_file"]) is not None:
-        _write(target, (json.dumps(report.to_json(), indent=1, allow_nan=False) + "\n").encode())
+        write_json(target, report.to_json())
     if (target := options["junit_file"]) is not None:
         from bnexport.reporting.junit import junit
 
-        _write(target, junit(report, name=str(path)))
+        write_result(target, junit(report, name=str(path)))
     if (target := options["html_file"]) is not None:
         from bnexport.reporting.html import verification_page
 
-        _write(target, verification_page(opened, report, command=_again(path, options)).encode())
+        write_result(target, verification_page(opened, report, command=_again(path, options)).encode())
 
 
 #: Options that say on what a bundle is verified; the page adds those of each run, and the seed.
@@ -181,15 +179,3 @@ def _again(path: Path, options: dict[str, Any]) -> str:
     """The command that verifies this bundle on the same inputs, as a shell takes it."""
     given = [word for name, word in _INPUTS.items() if options[name] is not None for word in (word, str(options[name]))]
     return shlex.join(["bnexport", "verify", str(path), *given])
-
-
-def _write(target: str, content: bytes) -> None:
-    from bnexport.files import forget_reader, write_atomically
-
-    if target == _STDOUT:
-        try:
-            click.echo(content.decode(), nl=False)
-        except BrokenPipeError:  # the exit code still has to tell the verdict
-            forget_reader()
-    else:
-        write_atomically(Path(target), content)

@@ -16,7 +16,16 @@ from bnexport.data.idx import read_idx
 from bnexport.data.locate import DATA_VARIABLE, locate
 from bnexport.errors import DataError
 
-__all__ = ["DATASETS", "DATA_VARIABLE", "Dataset", "DatasetInfo", "dataset_info", "load_dataset", "load_test_images"]
+__all__ = [
+    "DATASETS",
+    "DATA_VARIABLE",
+    "Dataset",
+    "DatasetInfo",
+    "dataset_info",
+    "load_dataset",
+    "load_test_images",
+    "load_train_images",
+]
 
 Images = npt.NDArray[np.uint8]
 Labels = npt.NDArray[np.int64]
@@ -95,6 +104,25 @@ def load_test_images(name: str, *, data_dir: str | Path | None = None, download:
     if info.embedded:
         return digits.test_set()
     return _read_part(info, locate(info, info.test, data_dir=data_dir, fetch=download).paths)
+
+
+def load_train_images(
+    name: str, *, data_dir: str | Path | None = None, download: bool = False
+) -> tuple[Images, Labels]:
+    """Load the training part alone; the test files need not be there.
+
+    Returns:
+        Images uint8 (n, 28, 28) and labels int64 (n,).
+
+    Raises:
+        UsageError: An unknown name.
+        DataError: As ``load_dataset``.
+        NetworkError: As ``load_dataset``.
+    """
+    info = dataset_info(name)
+    if info.embedded:
+        return digits.training_set()
+    return _read_part(info, locate(info, info.train, data_dir=data_dir, fetch=download).paths)
 
 
 def _read_part(info: DatasetInfo, paths: Sequence[Path]) -> tuple[Images, Labels]:

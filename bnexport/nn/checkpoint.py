@@ -9,6 +9,8 @@ Safetensors holds no code, so opening an unknown file runs nothing. The metadata
     preprocessing  how an image becomes an input
     training       {"epoch": 3, "epochs": 10, "config": {...}, "history": [{...}, ...]}
     recalibrated   whether the moving statistics were re-estimated over the training set
+    recalibration  how, if ``bnexport recalibrate`` did it:
+                   {"definition": "batch", "dataset": ..., "images": 60000, "batch_size": 256, "seed": 0}
 
 A checkpoint to go on from also holds what the optimiser remembers, under names that start with ``optimizer/``; whoever asks
 for weights does not see it.

@@ -28,6 +28,9 @@ from bnexport.nn.weights import is_safetensors, load_weights
 from bnexport.nn.zoo import zoo_of
 from bnexport.optional import one_line
 
+#: What a checkpoint says about its moving statistics; a loaded network has it beside the words on its training.
+_RECALIBRATED = ("recalibrated", "recalibration")
+
 
 @dataclass(frozen=True)
 class LoadedModel:
@@ -130,14 +133,14 @@ def _from_checkpoint(path: Path) -> LoadedModel:
         metadata.get("dataset"),
         None if labels is None else tuple(labels),
         metadata.get("preprocessing"),
-        {**(metadata.get("training") or {}), "recalibrated": metadata.get("recalibrated")},
+        {**(metadata.get("training") or {}), **{key: metadata.get(key) for key in _RECALIBRATED if key in metadata}},
     )
 
 
 def checkpoint_of(loaded: LoadedModel) -> Checkpoint:
     """A loaded network as a checkpoint: what ``load_source`` reads back."""
-    training = {key: value for key, value in loaded.training.items() if key != "recalibrated"}
-    metadata = {
+    training = {key: value for key, value in loaded.training.items() if key not in _RECALIBRATED}
+    metadata: dict[str, Any] = {
         "network": dict(loaded.network),
         "dataset": loaded.dataset,
         "labels": None if loaded.labels is None else list(loaded.labels),
@@ -145,6 +148,8 @@ def checkpoint_of(loaded: LoadedModel) -> Checkpoint:
         "training": training,
         "recalibrated": bool(loaded.training.get("recalibrated")),
     }
+    if (how := loaded.training.get("recalibration")) is not None:
+        metadata["recalibration"] = how
     return Checkpoint(loaded.module.state_dict(), metadata)
 
 

@@ -1,22 +1,34 @@
 """Exact re-estimation of moving statistics from data.
 
-This is "precise BatchNorm" (Wu and Johnson, "Rethinking 'Batch' in BatchNorm", 2021).
-
 An exponential average over the last few noisy batches is a poor estimate of the statistics that a network's weights
-were trained with. Here they are computed over a whole training set instead, with the final weights.
+were trained with. Here they are computed over a whole set of inputs instead, with the final weights.
 
-What is computed, exactly: the data pass through the network once. Every BatchNorm normalises each batch with that
-batch's own statistics, as it did in training, so all layers are estimated in one pass and none depends on old moving
-statistics. Per layer and channel the mean and the population variance are those of ALL values that reached the layer:
-batch variances and the spread of the batch means together (law of total variance), so batches count by their size.
-Sums are kept in float64 as (count, mean, sum of squared deviations) and merged by the formula of Chan, Golub and
-LeVeque (1979): memory is constant in the number of batches, and their order changes the result by rounding only.
+Which values a layer's statistics are those of depends on what the layers before it do. There are two definitions:
+
+batch
+    "Precise BatchNorm" (Wu and Johnson, "Rethinking 'Batch' in BatchNorm", 2021, section 3). The data pass through the
+    network once. Every BatchNorm normalises each batch with that batch's own statistics, as it did in training, so all
+    layers are estimated in one pass and none depends on old moving statistics. Exact for the inputs that layers see in
+    training; the first layer's do not depend on how the data are cut into batches, those of deeper layers do, a little.
+population
+    Layer by layer: a layer's inputs are those that it sees in eval mode, when every layer before it has its exact
+    statistics already. It takes one pass per layer; in return neither the size nor the order nor the mixture of the
+    batches matters, and the result is consistent: the statistics of the network's own inputs in eval mode. A layer that
+    is called several times in one forward pass has no order of this kind; it normalises with its batch's statistics
+    during its own pass, so there the size of the batches does matter.
+
+Per layer and channel the mean and the population variance are those of ALL values that reached the layer: batch
+variances and the spread of the batch means together (law of total variance), so batches count by their size. They are
+kept in float64 as (count, mean, sum of squared deviations) and merged by the formula of Chan, Golub and LeVeque (1979):
+memory is constant in the number of batches, their order changes the result by rounding only, and a mean that is large
+beside the deviation costs no digits.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +36,9 @@ from torch import Tensor, nn
 
 from bnexport.errors import DataError, FeedError, ModelError
 from bnexport.nn.batch_norm import BatchNorm
+
+#: A batch of inputs, or a sequence whose first item is one, as a DataLoader yields (images, labels).
+Batch = Tensor | Sequence[Any]
 
 
 class RunningMoments:
@@ -42,22 +57,33 @@ class RunningMoments:
         self.mean = torch.zeros(1, dtype=torch.float64)
         self.squares = torch.zeros(1, dtype=torch.float64)
 
+    @property
+    def var(self) -> Tensor:
+        """Population variance (channels,)."""
+        return self.squares / self.count
+
     def add(self, X: Tensor) -> None:
-        """Add a batch (N, C) or (N, C, ...)."""
+        """Add a batch (N, C) or (N, C, ...).
+
+        Its own deviations are summed in two passes, corrected by what the first left in the mean (Chan, Golub and LeVeque,
+        "Algorithms for computing the sample variance", 1983): what torch gives in one pass is off by eps * mean / deviation.
+        """
         count = X.numel() // X.shape[1]
-        dims = [dim for dim in range(X.dim()) if dim != 1]
-        var, mean = torch.var_mean(X.double(), dim=dims, correction=0)
-        total, delta = self.count + count, mean - self.mean.to(mean.device)
+        dims, shape = [dim for dim in range(X.dim()) if dim != 1], (1, -1, *[1] * (X.dim() - 2))
+        wide = X.double()
+        mean = wide.mean(dims)
+        deviations = wide - mean.view(shape)
+        drift = deviations.mean(dims)
+        squares = (deviations**2).sum(dims) - count * drift**2
+        total, delta = self.count + count, mean + drift - self.mean.to(mean.device)
         self.mean = self.mean.to(mean.device) + delta * (count / total)
-        self.squares = self.squares.to(mean.device) + var * count + delta**2 * (self.count * count / total)
+        self.squares = self.squares.to(mean.device) + squares + delta**2 * (self.count * count / total)
         self.count = total
         self.calls += 1
 
 
-def recalibrate(
-    model: nn.Module, batches: Iterable[Tensor | Sequence[Any]], *, device: torch.device | str | None = None
-) -> int:
-    """Replace the moving statistics of every BatchNorm by the exact ones over ``batches``.
+def recalibrate(model: nn.Module, batches: Iterable[Batch], *, device: torch.device | str | None = None) -> int:
+    """Replace the moving statistics of every BatchNorm by the exact ones over ``batches``, by the definition "batch".
 
     Works on ``nn.BatchNorm1d/2d/3d`` with moving statistics and on ``BatchNorm`` from scratch; a layer called several
     times in one forward pass gets the statistics of all its calls together, one that is never called keeps what it
@@ -66,7 +92,7 @@ def recalibrate(
 
     Args:
         model: Changed in place, its moving statistics only. ``num_batches_tracked`` becomes the number of calls seen.
-        batches: Inputs (N, ...), or sequences whose first item is the input, as a DataLoader yields (images, labels).
+        batches: Inputs (N, ...), or sequences whose first item is the input.
         device: Where to put each batch; None means the device of the model's first parameter.
 
     Returns:
@@ -77,26 +103,109 @@ def recalibrate(
         FeedError: A batch leaves one value per channel to a BatchNorm, whose statistics are then undefined.
         ModelError: Values that are not finite reach a BatchNorm.
     """
-    layers = _norm_layers(model)
-    moments = {name: RunningMoments() for name in layers}
+    return _store_all(norm_layers(model), exact_moments(model, batches, device=device))
+
+
+def recalibrate_by_layer(
+    model: nn.Module, batches: Callable[[], Iterable[Batch]], *, device: torch.device | str | None = None
+) -> int:
+    """Replace the moving statistics of every BatchNorm by the exact ones, by the definition "population".
+
+    Everything else is as in ``recalibrate``; a batch may leave one value per channel to a layer that is called once. Which
+    layers are called, and in which order, the first batch tells.
+
+    Args:
+        model: Changed in place, its moving statistics only.
+        batches: Called once per layer and once before: begins the same batches anew.
+        device: Where to put each batch; None means the device of the model's first parameter.
+
+    Returns:
+        The number of layers whose statistics were replaced.
+
+    Raises:
+        DataError: No batches.
+        FeedError: A batch leaves one value per channel to a BatchNorm that is called several times.
+        ModelError: Values that are not finite reach a BatchNorm.
+    """
+    layers = norm_layers(model)
+    results: dict[str, RunningMoments] = {}
+    with _statistics_kept(layers):
+        order = _calls(model, layers, batches(), device)
+        for name, calls in order.items():
+            layer = layers[name]
+            results |= _pass({name: layer}, model, batches(), device, training=[layer] if calls > 1 else [])
+            _check_finite(name, results[name])
+            _store(layer, results[name])
+    return _store_all(layers, results)
+
+
+def exact_moments(
+    model: nn.Module, batches: Iterable[Batch], *, device: torch.device | str | None = None
+) -> dict[str, RunningMoments]:
+    """The exact statistics of every BatchNorm that is called, by path, by the definition "batch"; nothing is changed.
+
+    Args:
+        model: Its modes and statistics are as before afterwards.
+        batches: As for ``recalibrate``.
+        device: As for ``recalibrate``.
+
+    Raises:
+        DataError: No batches.
+        FeedError: A batch leaves one value per channel to a BatchNorm, whose statistics are then undefined.
+        ModelError: Values that are not finite reach a BatchNorm.
+    """
+    layers = norm_layers(model)
+    with _statistics_kept(layers):
+        found = _pass(layers, model, batches, device, training=list(layers.values()))
+    for name, moments in found.items():
+        _check_finite(name, moments)
+    return found
+
+
+def _pass(
+    watched: dict[str, nn.Module],
+    model: nn.Module,
+    batches: Iterable[Batch],
+    device: torch.device | str | None,
+    *,
+    training: Sequence[nn.Module],
+) -> dict[str, RunningMoments]:
+    """Moments of the inputs of the watched layers that are called, over one pass with some layers in training mode."""
+    moments = {name: RunningMoments() for name in watched}
     where = device if device is not None else next((p.device for p in model.parameters()), None)
-    with _statistics_kept(layers), _estimation_mode(model, layers), _watching(layers, moments), torch.no_grad():
-        seen = 0
+    seen = 0
+    with _estimation_mode(model, training), _watching(watched, moments), torch.no_grad():
         for batch in batches:
             X = batch if isinstance(batch, Tensor) else batch[0]
             model(X.to(where) if where is not None else X)
             seen += 1
     if seen == 0:
         raise DataError("there are no batches to estimate moving statistics from", remedy="Give at least one batch")
-    results = {name: found for name, found in moments.items() if found.calls}
-    for name, found in results.items():
-        _check_finite(name, found)
-    for name, found in results.items():
-        _store(layers[name], found)
-    return len(results)
+    return {name: found for name, found in moments.items() if found.calls}
 
 
-def _norm_layers(model: nn.Module) -> dict[str, nn.Module]:
+def _calls(
+    model: nn.Module, layers: dict[str, nn.Module], batches: Iterable[Batch], device: torch.device | str | None
+) -> dict[str, int]:
+    """Calls per forward pass of each layer that is called, in the order of first calls; the first batch tells."""
+    calls: dict[str, int] = {}
+
+    def count(name: str) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            calls[name] = calls.get(name, 0) + 1
+
+        return hook
+
+    handles = [layer.register_forward_pre_hook(count(name)) for name, layer in layers.items()]
+    try:
+        _pass({}, model, itertools.islice(batches, 1), device, training=[])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def norm_layers(model: nn.Module) -> dict[str, nn.Module]:
     """BatchNorm layers that hold moving statistics, by path; a shared layer appears once."""
     return {
         name or type(module).__name__: module
@@ -106,7 +215,7 @@ def _norm_layers(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def _statistics(layer: nn.Module) -> list[Tensor]:
+def statistics_of(layer: nn.Module) -> list[Tensor]:
     """The buffers that hold statistics: mean, variance and torch's count of batches where there is one."""
     names = ("moving_mean", "moving_var", "running_mean", "running_var", "num_batches_tracked")
     return [buffer for name in names if (buffer := getattr(layer, name, None)) is not None]
@@ -115,22 +224,22 @@ def _statistics(layer: nn.Module) -> list[Tensor]:
 @contextlib.contextmanager
 def _statistics_kept(layers: dict[str, nn.Module]) -> Iterator[None]:
     """Undo what the forward passes in training mode do to the statistics."""
-    before = {name: [buffer.clone() for buffer in _statistics(layer)] for name, layer in layers.items()}
+    before = {name: [buffer.clone() for buffer in statistics_of(layer)] for name, layer in layers.items()}
     try:
         yield
     finally:
         for name, layer in layers.items():
-            for buffer, value in zip(_statistics(layer), before[name], strict=True):
+            for buffer, value in zip(statistics_of(layer), before[name], strict=True):
                 buffer.copy_(value)
 
 
 @contextlib.contextmanager
-def _estimation_mode(model: nn.Module, layers: dict[str, nn.Module]) -> Iterator[None]:
-    """BatchNorm layers in training mode, all others in eval mode; every module's own mode is put back."""
+def _estimation_mode(model: nn.Module, training: Sequence[nn.Module]) -> Iterator[None]:
+    """Some BatchNorm layers in training mode, all other modules in eval mode; every module's own mode is put back."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         model.eval()
-        for layer in layers.values():
+        for layer in training:
             layer.training = True
         yield
     finally:
@@ -143,10 +252,10 @@ def _watching(layers: dict[str, nn.Module], moments: dict[str, RunningMoments]) 
     """Add every input of every layer to its moments."""
 
     def watch(name: str) -> Any:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             X = args[0] if args else next(iter(kwargs.values()))
             count = X.numel() // max(X.shape[1], 1)
-            if count < 2:
+            if count < 2 and layer.training:
                 raise FeedError(
                     f"a batch leaves {count} value(s) per channel to {name}, it needs at least 2",
                     remedy="Use larger batches, or drop the last partial one",
@@ -171,9 +280,15 @@ def _check_finite(name: str, found: RunningMoments) -> None:
         )
 
 
+def _store_all(layers: dict[str, nn.Module], results: dict[str, RunningMoments]) -> int:
+    for name, found in results.items():
+        _store(layers[name], found)
+    return len(results)
+
+
 def _store(layer: nn.Module, found: RunningMoments) -> None:
-    mean, var, *counter = _statistics(layer)
+    mean, var, *counter = statistics_of(layer)
     mean.copy_(found.mean)
-    var.copy_(found.squares / found.count)
+    var.copy_(found.var)
     for count in counter:
         count.fill_(found.calls)

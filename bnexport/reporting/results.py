@@ -8,14 +8,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
+from rich.console import Console
 
 from bnexport.bundle import REPORT, Bundle
 from bnexport.folding.report import FoldReport
-from bnexport.reporting.tables import literal, make_console, make_table, print_fold_report, print_verification
+from bnexport.reporting.tables import STYLES, literal, make_console, make_table, print_fold_report, print_verification
 from bnexport.verification.verdict import VerificationReport
 
 if TYPE_CHECKING:
     from bnexport.nn.inspection import Inspection
+    from bnexport.nn.stale_statistics import StalenessReport
     from bnexport.nn.statistics import LayerStatistics
     from bnexport.serving.predictor import Prediction
 
@@ -75,11 +77,18 @@ def print_predictions(predictions: Sequence[Prediction], *, as_json: bool = Fals
     console.print(table)
 
 
-def print_statistics(inspection: Inspection, *, as_json: bool = False) -> None:
-    """One table per BatchNorm, one row per channel, and a line that names the marked channels."""
+def print_statistics(inspection: Inspection, *, stale: StalenessReport | None = None, as_json: bool = False) -> None:
+    """One table per BatchNorm, one row per channel, and a line that names the marked channels.
+
+    Args:
+        inspection: What the file holds.
+        stale: Its moving statistics against exact ones, if they were compared; shown last.
+        as_json: Print JSON instead.
+    """
     if as_json:
         layers = [layer.to_json() for layer in inspection.layers]
-        print_json({"file": str(inspection.file), "note": inspection.note, "layers": layers})
+        value: dict[str, Any] = {"file": str(inspection.file), "note": inspection.note, "layers": layers}
+        print_json(value if stale is None else {**value, "staleness": stale.to_json()})
         return
     console = make_console()
     for layer in inspection.layers:
@@ -97,6 +106,36 @@ def print_statistics(inspection: Inspection, *, as_json: bool = False) -> None:
         console.print(literal(_summary(layer), console))
     if inspection.note:
         console.print(literal(inspection.note, console))
+    if stale is not None:
+        print_staleness(stale, console)
+        style = STYLES["FAIL"] if stale.stale else None
+        console.print(literal(stale.sentence(), console, style=style), soft_wrap=True)
+
+
+def print_staleness(report: StalenessReport, console: Console) -> None:
+    """One row per BatchNorm: how far its moving statistics are from the exact ones. The sentence is the caller's to print."""
+    table = make_table(console)
+    table.add_column("BatchNorm", overflow="fold")
+    for heading in ("mean off", "at most", "scale off", "at most", "error"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("")
+    for layer in report.layers:
+        table.add_row(
+            literal(layer.name, console),
+            f"{layer.shift:.3f}",
+            f"{layer.worst_shift:.3f}",
+            f"x {layer.scale:.3f}",
+            f"x {layer.worst_scale:.3f}",
+            f"{layer.error:.3f}",
+            "stale" if report.is_stale(layer) else "",
+        )
+    console.print(table)
+    notes = (
+        "mean off: in standard deviations, root mean square over channels; scale off: a factor, either way",
+        f"error: what the layer's output is off, as a share of what it varies; stale above {report.threshold:.2g}",
+    )
+    for note in notes:
+        console.print(literal(note, console, style="dim"))
 
 
 def print_json(value: dict[str, Any]) -> None:

@@ -147,6 +147,13 @@ def test_predict_inspect_and_doctor(without: Run, files: Path) -> None:
     assert doctor["code"] == 3, "from a checkout the whole tool is expected"
 
 
+def test_evaluate_counts_with_onnxruntime_alone(without: Run) -> None:
+    (result,) = without([["evaluate", str(REFERENCE), "--dataset", "digits", "--json", "-"]])
+    assert result["code"] == 0, told(result)
+    report = report_of(result)
+    assert report["n"] == sum(map(sum, report["confusion"])) == 1000
+
+
 def offered(words: list[str]) -> bool:
     """Whether a command line names only options that there are."""
     options = {option for parameter in verify.params for option in parameter.opts}
@@ -157,6 +164,10 @@ NEEDS: dict[str, tuple[list[str], str]] = {
     "train": (["train", "--dataset", "digits"], "bnexport train needs torch"),
     "fold a network": (["fold-and-export", "torchvision:resnet18"], "bnexport fold-and-export needs torch"),
     "fold a file": (["fold-and-export", str(REFERENCE / MODEL_ONNX)], "bnexport fold-and-export needs torch"),
+    "recalibrate": (["recalibrate", "model.safetensors"], "bnexport recalibrate needs torch"),
+    "evaluate a network": (["evaluate", "model.safetensors"], "evaluating a checkpoint needs torch"),
+    "confusion": (["evaluate", str(REFERENCE), "--confusion", "a.png"], "--confusion needs matplotlib"),
+    "statistics": (["inspect", str(REFERENCE), "--statistics"], "bnexport inspect --statistics needs torch"),
     "audit": (["audit", "torchvision:resnet18"], "bnexport audit needs torch"),
     "self-test": (["verify", str(REFERENCE), "--self-test"], "needs torch"),
     "page": (["verify", str(REFERENCE), "--html", "OUT"], "needs jinja2"),

@@ -18,7 +18,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("cli",),
     ("pipeline", "onnx_pipeline"),
     ("reporting",),
-    ("onnx_folding", "auditing"),
+    ("onnx_folding", "auditing", "evaluating"),
     ("verification", "benchmarking", "serving", "deploying"),
     ("training", "folding", "exporting", "runtimes"),
     ("nn", "data"),

@@ -1,0 +1,228 @@
+"""recalibrate, evaluate and inspect --statistics: what they print and write, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cases import randomise
+from PIL import Image
+from safetensors.torch import save_file
+
+from bnexport.cli.main import run
+from bnexport.data import digits
+from bnexport.data.preprocessing import Preprocessing
+from bnexport.errors import NetworkError
+from bnexport.nn.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from bnexport.nn.lenet import bn_lenet
+
+REFERENCE = Path(__file__).parents[2] / "models" / "bn_lenet" / "1"
+TRAIN, TEST = digits.draw(200, seed=1), digits.draw(60, seed=2)
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("bnexport.data.digits.training_set", lambda: TRAIN)
+    monkeypatch.setattr("bnexport.data.digits.test_set", lambda: TEST)
+    monkeypatch.delenv("BNEXPORT_DATA", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("COLUMNS", "80")
+
+    def offline(*_: object, **__: object) -> None:
+        raise NetworkError(
+            "train-images could not be downloaded", remedy="Put the files into DIR and pass --data-dir DIR"
+        )
+
+    monkeypatch.setattr("bnexport.data.locate.download_file", offline)
+
+
+def write(path: Path, *, classes: int = 10, dataset: str | None = "digits") -> Path:
+    torch.manual_seed(0)
+    metadata = {
+        "network": {"source": "bn_lenet", "options": {"norm": "torch", "in_channels": 1, "num_classes": classes}},
+        "dataset": dataset,
+        "labels": None,
+        "preprocessing": Preprocessing().to_json(),
+        "training": {},
+        "recalibrated": False,
+    }
+    save_checkpoint(path, Checkpoint(randomise(bn_lenet(num_classes=classes)).state_dict(), metadata))
+    return path
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    return write(tmp_path / "model.safetensors")
+
+
+def test_recalibrate(checkpoint: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(["recalibrate", str(checkpoint), "--device", "cpu"]) == 0
+    out, err = capfd.readouterr()
+    written = checkpoint.with_name("model.recalibrated.safetensors")
+    for words in (
+        "re-estimated over 200 training images of digits, batches of 256; definition: batch",
+        "test accuracy before: ",
+        "test accuracy after:  ",
+        f"written: {written}",
+        "stale",
+        "numpy ",
+    ):
+        assert words in out, words
+    assert err == "re-estimating: 200 images\n", "a log has one plain line"
+    table = [line for line in out.splitlines() if line.lstrip().startswith("bn")]
+    assert [line.split()[0] for line in table] == ["bn1", "bn2", "bn3", "bn4"]
+    assert max(map(len, table)) <= 80
+    assert load_checkpoint(written).metadata["recalibration"]["definition"] == "batch"
+    assert run(["inspect", str(written), "--statistics"]) == 0
+    assert "the moving statistics are up to date on 200 training images" in " ".join(capfd.readouterr().out.split())
+
+
+def test_recalibrate_by_layer_as_json(checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    words = ["--definition", "population", "--samples", "90", "--out", str(tmp_path / "new.safetensors"), "--json"]
+    assert run(["recalibrate", str(checkpoint), *words]) == 0
+    out, err = capfd.readouterr()
+    value = json.loads(out)
+    assert value["recalibration"]["images"] == 90
+    assert value["before"]["n"] == value["after"]["n"] == 60
+    assert value["distance"]["stale"] is True
+    assert err == "re-estimating: 360 images\n", "one pass per layer"
+
+
+def test_inspect_shows_stale_statistics(checkpoint: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(["inspect", str(checkpoint)]) == 0
+    assert "stale" not in capfd.readouterr().out
+    assert run(["inspect", str(checkpoint), "--statistics", "--json"]) == 0
+    value = json.loads(capfd.readouterr().out)
+    assert value["staleness"]["images"] == 200
+    assert [layer["name"] for layer in value["staleness"]["layers"]] == ["bn1", "bn2", "bn3", "bn4"]
+    assert run(["inspect", str(checkpoint), "--data-dir", "anywhere"]) == 0
+    assert "bnexport recalibrate" in capfd.readouterr().out
+
+
+def test_evaluate(checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    picture, report = tmp_path / "a" / "confusion.png", tmp_path / "report.json"
+    assert run(["evaluate", str(checkpoint), "--confusion", str(picture), "--json", str(report)]) == 0
+    out, err = capfd.readouterr()
+    value = json.loads(report.read_text())
+    assert sum(map(sum, value["confusion"])) == value["n"] == 60
+    assert f"accuracy {value['accuracy']:.4f} (95 % Wilson interval" in out
+    assert f"written: {picture}" in out
+    assert f"written: {report}" in out
+    with Image.open(picture) as image:
+        assert image.width > 400
+    assert err == "evaluating: 60 images\n"
+    assert run(["evaluate", str(checkpoint), "--json", "-"]) == 0
+    assert json.loads(capfd.readouterr().out)["correct"] == value["correct"]
+
+
+def test_evaluate_a_bundle(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run(["evaluate", str(REFERENCE), "--dataset", "digits", "--batch-size", "7"]) == 0
+    out = capfd.readouterr().out
+    assert "60 test images of digits, onnxruntime-cpu" in out
+    assert "WARNING: the network was trained on fashion-mnist" in out
+
+
+def refused(capfd: pytest.CaptureFixture[str], code: int, *words: object) -> str:
+    assert run([str(word) for word in words]) == code
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "Traceback" not in err
+    return err
+
+
+@pytest.mark.parametrize("command", ["evaluate", "recalibrate", "inspect"])
+def test_what_is_no_checkpoint(command: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text.safetensors").write_text("this is a text file, not a checkpoint\n" * 9)
+    (tmp_path / "empty").mkdir()
+    assert "does not exist" in refused(capfd, 2, command, tmp_path / "missing.safetensors")
+    assert "not a whole safetensors file" in refused(capfd, 2, command, tmp_path / "text.safetensors")
+    assert "holds no model.safetensors" in refused(capfd, 2, command, tmp_path / "empty")
+
+
+@pytest.mark.parametrize("words", [("evaluate",), ("recalibrate",), ("inspect", "--statistics")])
+def test_weights_without_a_network(words: tuple[str, ...], tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    save_file(randomise(bn_lenet()).state_dict(), tmp_path / "plain.safetensors")
+    told = refused(capfd, 2, *words, tmp_path / "plain.safetensors")
+    assert "its network is unknown" in told
+    assert "--source" in told
+
+
+@pytest.mark.parametrize("command", ["evaluate", "recalibrate"])
+def test_data_that_do_not_fit_or_are_not_here(command: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    good, odd = write(tmp_path / "good.safetensors"), write(tmp_path / "odd.safetensors", classes=7)
+    unnamed = write(tmp_path / "unnamed.safetensors", dataset=None)
+    assert "gives 7 scores, the data set has 10 classes" in refused(capfd, 2, command, odd)
+    assert "pass --dataset" in refused(capfd, 2, command, unnamed).lower()
+    assert "'imagenet' is not one of" in refused(capfd, 2, command, good, "--dataset", "imagenet")
+    told = refused(capfd, 3, command, good, "--dataset", "mnist")
+    assert "could not be downloaded" in told
+    assert "--data-dir" in told
+    assert sorted(path.name for path in tmp_path.glob("*recalibrated*")) == []
+
+
+def test_outputs_that_can_not_be(checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    before = checkpoint.read_bytes()
+    assert "is the checkpoint that is read" in refused(
+        capfd, 2, "recalibrate", checkpoint, "--out", checkpoint, "--force"
+    )
+    assert checkpoint.read_bytes() == before
+    shutil.copy(checkpoint, tmp_path / "model.recalibrated.safetensors")
+    assert "--force" in refused(capfd, 2, "recalibrate", checkpoint)
+    assert "neither a .png nor a .svg" in refused(capfd, 2, "evaluate", checkpoint, "--confusion", tmp_path / "a.gif")
+
+
+def test_options_that_can_not_be(checkpoint: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for words in (
+        ("recalibrate", checkpoint, "--samples", "0"),
+        ("recalibrate", checkpoint, "--batch-size", "0"),
+        ("recalibrate", checkpoint, "--batch-size", "1"),
+        ("recalibrate", checkpoint, "--definition", "best"),
+        ("evaluate", checkpoint, "--batch-size", "0"),
+        ("evaluate", checkpoint, "--runtime", "onnxruntime-cpu"),
+        ("evaluate", REFERENCE, "--device", "cpu"),
+        ("evaluate", REFERENCE, "--runtime", "abacus"),
+    ):
+        assert refused(capfd, 2, *words) != ""
+
+
+def test_no_gpu(checkpoint: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for command in ("recalibrate", "evaluate"):
+        assert "no CUDA device" in refused(capfd, 3, command, checkpoint, "--device", "cuda")
+
+
+def test_an_interrupt_leaves_nothing(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object, **__: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bnexport.evaluating.recalibration.recalibrate", interrupted)
+    assert run(["recalibrate", str(checkpoint)]) == 130
+    assert [path.name for path in checkpoint.parent.glob("*.safetensors")] == ["model.safetensors"]
+
+
+def test_an_ascii_terminal(checkpoint: Path) -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0", "COLUMNS": "80"}
+    for words in (["evaluate", str(checkpoint)], ["inspect", str(checkpoint), "--statistics"]):
+        command = [sys.executable, "-m", "bnexport", *words]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.isascii()
+
+
+def test_help_loads_no_torch() -> None:
+    code = (
+        "import sys; from bnexport.cli.main import run\n"
+        "for name in ('recalibrate', 'evaluate', 'inspect'):\n"
+        "    assert run([name, '--help']) == 0\n"
+        "heavy = {'torch', 'onnx', 'onnxruntime', 'matplotlib', 'PIL'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL, timeout=120)

@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from unit.evaluating.conftest import TRAIN, Write, inputs, lenet
+
+import bnexport
+from bnexport.data.preprocessing import Preprocessing
+from bnexport.errors import BnexportError, UsageError
+from bnexport.evaluating.recalibration import recalibrate_checkpoint
+from bnexport.evaluating.request import RecalibrationRequest
+from bnexport.evaluating.staleness import Subject, sampled_staleness, stale_warning, subject_of
+from bnexport.exporting.request import ExportRequest
+from bnexport.nn.moving_statistics import recalibrate
+from bnexport.reporting.html import render_report
+
+DIGITS = {"dataset": "digits", "preprocessing": Preprocessing().to_json()}
+
+
+def fresh() -> nn.Module:
+    network = lenet()
+    recalibrate(network, [inputs(TRAIN[0])])
+    return network
+
+
+class Keeps(nn.Sequential):
+    """Keeps its last input and draws random numbers: what a user's forward may do."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.last = x
+        torch.rand(1)
+        return super().forward(x)
+
+
+def test_a_fresh_network_is_not_warned_of_and_a_stale_one_is() -> None:
+    assert stale_warning(Subject(fresh(), **DIGITS)) == ""
+    told = stale_warning(Subject(lenet(), **DIGITS))
+    assert told.startswith("the moving statistics are stale on 300 training images")
+    assert sampled_staleness(Subject(fresh(), **DIGITS)).images == len(TRAIN[0])
+
+
+def test_the_network_and_the_random_state_are_as_before() -> None:
+    network = Keeps(*lenet().children())
+    network.last = None
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    assert stale_warning(Subject(network, **DIGITS)) != ""
+    assert torch.equal(torch.rand(3), expected)
+    assert network.last is None
+
+
+@pytest.mark.parametrize(
+    ("network", "changes"),
+    [
+        (lenet(), {"dataset": None}),
+        (lenet(), {"preprocessing": None}),
+        (lenet(), {"dataset": "imagenet"}),
+        (lenet(), {"preprocessing": Preprocessing(height=32, width=32).to_json()}),
+        (nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3)), {}),
+        (nn.Sequential(nn.Flatten(), nn.Linear(784, 3)), {}),
+    ],
+)
+def test_where_nothing_tells_there_is_no_warning(network: nn.Module, changes: dict[str, object]) -> None:
+    assert stale_warning(Subject(network, **{**DIGITS, **changes})) == ""
+
+
+def test_without_data_there_is_no_warning(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("BNEXPORT_DATA", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    subject = Subject(lenet(), "fashion-mnist", Preprocessing().to_json())
+    assert stale_warning(subject) == ""
+    with pytest.raises(BnexportError, match="is not here"):
+        sampled_staleness(subject)
+
+
+def test_asked_for_it_is_said_why_not() -> None:
+    with pytest.raises(UsageError, match="not known on which images"):
+        sampled_staleness(Subject(lenet(), None, None))
+
+
+def test_the_fold_s_account_carries_the_warning(write: Write, tmp_path) -> None:
+    request = ExportRequest(formats=("onnx",))
+    stale = bnexport.fold_and_export(str(write()), tmp_path / "models" / "stale" / "1", request=request)
+    assert stale.bundle is not None, "a warning, not a refusal"
+    (warning,) = stale.fold.warnings
+    assert "bnexport recalibrate" in warning
+    assert stale.bundle.manifest.fold["warnings"] == [warning]
+    assert "the moving statistics are stale" in (stale.bundle.path / "report.html").read_text()
+    page = render_report(
+        stale.bundle.manifest, fold=stale.fold, verification=stale.verification, environment={}, commands=[]
+    )
+    assert "WARNING: the moving statistics are stale" in page
+    found = sampled_staleness(subject_of(stale.bundle.path))
+    assert found.sentence() == warning, "a bundle keeps the unfolded weights, so it can be asked later"
+    mended = recalibrate_checkpoint(write(), tmp_path / "mended.safetensors", RecalibrationRequest())
+    exact = bnexport.fold_and_export(str(mended.out), tmp_path / "models" / "exact" / "1", request=request)
+    assert exact.fold.warnings == ()
+    assert np.isclose(exact.verification.rows[0].error or 0.0, 0.0)
