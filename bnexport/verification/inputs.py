@@ -177,14 +177,17 @@ def _images(manifest: Manifest, data_dir: str | Path | None, limit: int) -> tupl
         return None, None, "no real images: the bundle names no data set that bnexport knows"
     if manifest.preprocessing is None or len(manifest.signature.inputs) != 1:
         return None, None, f"no real images: the bundle does not say how an image of {name} becomes an input"
-    from bnexport.data.datasets import DATASETS, load_test_images
+    from bnexport.data.catalogue import is_dataset
+    from bnexport.data.datasets import load_test_images
+    from bnexport.data.prepare import prepared
     from bnexport.data.preprocessing import Preprocessing
 
-    if name not in DATASETS:
+    if not is_dataset(name):
         return None, None, f"no real images: {name} is not a data set that bnexport knows"
     try:
-        pixels, labels = load_test_images(name, data_dir=data_dir, download=False)
-        images = Preprocessing.from_json(manifest.preprocessing).apply(pixels[:limit])
+        preprocessing = Preprocessing.from_json(manifest.preprocessing)
+        pixels, labels = load_test_images(name, data_dir=data_dir, download=False, preprocessing=preprocessing)
+        images = preprocessing.apply(prepared(pixels[:limit], preprocessing))
     except BnexportError:
         if data_dir is not None:
             raise

@@ -135,7 +135,7 @@ def npy(array, **options):
     [
         (None, "does not exist"),
         (b"", "is empty"),
-        (b"hello, this is text", "not a PNG, JPEG, .npy or IDX"),
+        (b"hello, this is text", "not a PNG, JPEG, BMP, WebP, GIF, .npy or IDX"),
         (png(picture(28, 28))[:200], "can't be read as an image"),
         (bomb(), "can't be read as an image"),
         (bomb(9000), "pixels, the limit is"),
