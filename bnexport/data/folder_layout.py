@@ -74,13 +74,13 @@ def folder_layout(root: Path) -> FolderLayout:
         raise DataError(f"{root} {what}", remedy="Check the path, or give the folder's new place with --data-dir DIR")
     train, test, ignored = _parts(root)
     labels = _classes(train)
+    if test is not None:
+        _check_same_classes(train, labels, test, _classes(test))
     if len(labels) < 2:
         raise DataError(
             f"{train} has the one class {labels[0]!r}" if labels else f"{train} holds no class folders",
             remedy="A classifier needs at least two classes" if labels else _LAYOUT,
         )
-    if test is not None:
-        _check_same_classes(train, labels, test, _classes(test))
     return FolderLayout(root, labels, train, test, ignored)
 
 
