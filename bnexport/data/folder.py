@@ -11,7 +11,15 @@ import numpy as np
 from bnexport.data.arrays import Dataset, Images, Labels
 from bnexport.data.catalogue import FOLDER
 from bnexport.data.decoded import Decoded, OnBad, PictureProgress, PictureSet, decode_once
-from bnexport.data.folder_layout import FolderLayout, PictureFile, check_apart, folder_layout, hold_out, list_part
+from bnexport.data.folder_layout import (
+    FolderLayout,
+    PictureFile,
+    check_apart,
+    folder_layout,
+    hold_out,
+    list_part,
+    mixed,
+)
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import DataError
 from bnexport.optional import need_packages
@@ -49,7 +57,8 @@ def load_folder(
         on_bad: "skip" leaves out pictures that can't be read, and ``origin`` says how many.
 
     Returns:
-        Images uint8 (n, channels, height, width), read-only maps of files; labels int64 (n,).
+        Images uint8 (n, channels, height, width), read-only maps of files; labels int64 (n,). Those to train with are in
+        the order of their classes and names; those to test with are mixed, so that the first n are a fair sample.
 
     Raises:
         DataError: The folder is not there or not laid out so; fewer than two classes, or one without pictures; a picture
@@ -91,7 +100,7 @@ def load_folder_part(path: str | Path, part: Part, *, preprocessing: Preprocessi
     if layout.test is None:
         files = _parts(layout, 0, HOLDOUT)[part == "test"]
     else:
-        files = list_part(layout, layout.train if part == "train" else layout.test)
+        files = list_part(layout, layout.train) if part == "train" else mixed(list_part(layout, layout.test))
     found = decode_once(PictureSet(layout.root, part, files, _fitting(preprocessing)))
     return found.images, _labels(found)
 
@@ -106,12 +115,13 @@ def folder_labels(path: str | Path) -> tuple[str, ...]:
 
 
 def _parts(layout: FolderLayout, seed: int, holdout: float) -> tuple[list[PictureFile], list[PictureFile]]:
-    """Pictures to train with and to test with."""
+    """Pictures to train with, by class and name, and to test with, mixed."""
     seen: dict[tuple[int, int], Path] = {}
-    files = list_part(layout, layout.train, seen)
+    train = list_part(layout, layout.train, seen)
     if layout.test is None:
-        return hold_out(files, share=holdout, seed=seed)
-    return files, list_part(layout, layout.test, seen)
+        train, test = hold_out(train, share=holdout, seed=seed)
+        return train, mixed(test)
+    return train, mixed(list_part(layout, layout.test, seen))
 
 
 def _fitting(preprocessing: Preprocessing) -> Preprocessing:

@@ -140,6 +140,11 @@ def hold_out(
     return [file for file in files if file.name not in held], [file for file in files if file.name in held]
 
 
+def mixed(files: Sequence[PictureFile]) -> list[PictureFile]:
+    """The pictures in an order that has nothing to do with their classes, so that the first n are a fair sample."""
+    return sorted(files, key=lambda file: _rank(file.name, 0))
+
+
 def check_apart(layout: FolderLayout, train: Sequence[PictureFile], test: Sequence[PictureFile]) -> None:
     """Refuse a picture that is in both parts under one name: it would be tested on what it was trained with.
 
