@@ -9,6 +9,7 @@ import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from bnexport.data.images import ENDINGS
 from bnexport.errors import DataError, UsageError
@@ -23,8 +24,7 @@ _OTHER_ENDINGS = (".ppm", ".pgm", ".tif", ".tiff")
 _LAYOUT = "Lay it out as PATH/train/CLASS/x.png and PATH/val/CLASS/y.png, or as PATH/CLASS/x.png"
 
 
-@dataclass(frozen=True)
-class PictureFile:
+class PictureFile(NamedTuple):
     """One picture.
 
     Attributes:
@@ -127,9 +127,11 @@ def hold_out(
     """
     if not 0 < share < 1:
         raise UsageError(f"the share to hold out is {share}", remedy="Give a number between 0 and 1, as 0.1")
+    classes: dict[int, list[str]] = {}
+    for file in files:
+        classes.setdefault(file.label, []).append(file.name)
     held: set[str] = set()
-    for label in sorted({file.label for file in files}):
-        names = [file.name for file in files if file.label == label]
+    for names in classes.values():
         if len(names) == 1:
             raise DataError(
                 f"{names[0]} is the only picture of its class, so none can be held out for testing",
@@ -224,12 +226,12 @@ def _walk(
     if depth > limit("name-parts"):
         raise DataError(f"{folder} lies more than {limit('name-parts')} folders deep", remedy="Move it up")
     folders, files = _entries(folder)
-    found = []
+    found, below = [], folder.relative_to(root).as_posix()
     for file in (entry for entry in files if _is_picture(entry.name)):
         status = _status(file)
         if not stat.S_ISREG(status.st_mode):
             raise DataError(f"{file} is not a plain file", remedy="Remove it")
-        found.append(PictureFile(file.relative_to(root).as_posix(), label, status.st_size, status.st_mtime_ns))
+        found.append(PictureFile(f"{below}/{file.name}", label, status.st_size, status.st_mtime_ns))
     for deeper in folders:
         found += _walk(root, deeper, label, seen, depth=depth + 1)
     return found

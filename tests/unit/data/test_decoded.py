@@ -102,6 +102,17 @@ def test_the_map_is_what_one_by_one_decoding_gives(tmp_path_factory, kinds, size
         assert sorted(image.tobytes() for image in dataset.test_images) == sorted(image.tobytes() for image in test)
 
 
+def test_names_in_any_encoding(tmp_path):
+    root = write_parts(tmp_path / "set")
+    odd = os.path.join(os.fsencode(root), b"train", b"cat", b"\xff\xe9.png")
+    try:
+        os.rename(root / "train" / "cat" / "1.png", odd)
+    except OSError:
+        pytest.skip("this file system takes UTF-8 alone")
+    for _ in range(2):
+        assert len(load(root).train_images) == 6
+
+
 def test_of_an_animation_the_first_frame_counts(tmp_path):
     frames = [random_picture(seed, mode="L", size=(5, 6)) for seed in (1, 2)]
     for name in ("a/1.gif", "a/2.gif", "b/1.gif", "b/2.gif"):
