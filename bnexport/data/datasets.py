@@ -28,6 +28,7 @@ __all__ = [
     "dataset_labels",
     "load_dataset",
     "load_test_images",
+    "load_train_images",
 ]
 
 _SIDE = 28
@@ -113,6 +114,36 @@ def load_test_images(
     if info.embedded:
         return digits.test_set()
     return _read_part(info, locate(info, info.test, data_dir=data_dir, fetch=download).paths)
+
+
+def load_train_images(
+    name: str,
+    *,
+    data_dir: str | Path | None = None,
+    download: bool = False,
+    preprocessing: Preprocessing | None = None,
+) -> tuple[Images, Labels]:
+    """Load the training part alone; a row's test files need not be there, a folder's are not decoded.
+
+    Args:
+        name: As of ``load_dataset``.
+        data_dir: As of ``load_dataset``.
+        download: As of ``load_dataset``.
+        preprocessing: As of ``load_dataset``; needed for a folder.
+
+    Returns:
+        Images uint8 (n, 28, 28), of a folder (n, channels, height, width), and labels int64 (n,).
+
+    Raises:
+        BnexportError: As ``load_test_images``.
+    """
+    if (folder := folder_of(name)) is not None:
+        place = Path(data_dir) if data_dir else folder
+        return load_folder_part(place, "train", preprocessing=_needed(preprocessing, name))
+    info = dataset_info(name)
+    if info.embedded:
+        return digits.training_set()
+    return _read_part(info, locate(info, info.train, data_dir=data_dir, fetch=download).paths)
 
 
 def dataset_labels(name: str, *, data_dir: str | Path | None = None) -> tuple[str, ...]:

@@ -29,8 +29,11 @@ MAX_PIXELS = 50_000_000
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "GIF")
 #: Endings of their files, in lower case. The content counts, not the name; a folder is searched by them.
 ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif")
+#: The formats in words, for errors.
+PICTURES = "PNG, JPEG, BMP, WebP or GIF file"
 _NPY_MAGIC = b"\x93NUMPY"
-_REMEDY = "Give a PNG, JPEG, BMP, WebP, GIF, .npy or IDX file of images"
+_FILES = "PNG, JPEG, BMP, WebP, GIF, .npy or IDX file"
+_REMEDY = f"Give a {_FILES} with images"
 
 
 def load_images(
@@ -61,7 +64,7 @@ def load_images(
         return fit_stack(file, read_idx(file), preprocessing)
     if start.startswith(_NPY_MAGIC):
         return fit_stack(file, _read_npy(file), preprocessing)
-    return [(str(file), read_picture_file(file, preprocessing))]
+    return [(str(file), read_picture_file(file, preprocessing, kinds=_FILES))]
 
 
 def start_of(file: Path) -> bytes:
@@ -176,8 +179,13 @@ class _SharedSilence:
 _silence = _SharedSilence()
 
 
-def read_picture_file(file: Path, preprocessing: Preprocessing) -> Array:
+def read_picture_file(file: Path, preprocessing: Preprocessing, *, kinds: str = PICTURES) -> Array:
     """A picture's file as pixels that fit; its size is checked before it is read.
+
+    Args:
+        file: Where it is.
+        preprocessing: Of the model: size and channels.
+        kinds: For errors: what could have been given.
 
     Returns:
         As ``read_picture``.
@@ -191,16 +199,17 @@ def read_picture_file(file: Path, preprocessing: Preprocessing) -> Array:
         content = file.read_bytes()
     except OSError as error:
         raise DataError(f"{file} can't be read as an image: {one_line(error)}", remedy=_REMEDY) from error
-    return read_picture(content, preprocessing, name=str(file))
+    return read_picture(content, preprocessing, name=str(file), kinds=kinds)
 
 
-def read_picture(content: bytes, preprocessing: Preprocessing, *, name: str) -> Array:
+def read_picture(content: bytes, preprocessing: Preprocessing, *, name: str, kinds: str = PICTURES) -> Array:
     """A picture in memory as pixels that fit; its size in pixels is checked before it is unpacked.
 
     Args:
         content: Of the file.
         preprocessing: Of the model: size and channels.
         name: For errors.
+        kinds: For errors: what could have been given.
 
     Returns:
         uint8 (height, width) for one channel, else (height, width, channels).
@@ -211,6 +220,7 @@ def read_picture(content: bytes, preprocessing: Preprocessing, *, name: str) -> 
     """
     module = require("PIL.Image", purpose="reading images")
     ops = require("PIL.ImageOps", purpose="reading images")
+    remedy = f"Give a {kinds} with an image"
     try:
         # Pillow's own warnings (a bomb, odd metadata) are for its callers: the limit below decides.
         with _silence, module.open(io.BytesIO(content), formats=FORMATS) as picture:
@@ -218,9 +228,9 @@ def read_picture(content: bytes, preprocessing: Preprocessing, *, name: str) -> 
                 raise ValueError(f"it has {picture.width}x{picture.height} pixels, the limit is {MAX_PIXELS}")
             return _fit(ops.exif_transpose(picture), preprocessing)
     except module.UnidentifiedImageError as error:
-        raise DataError(f"{name} is not a PNG, JPEG, BMP, WebP, GIF, .npy or IDX file", remedy=_REMEDY) from error
+        raise DataError(f"{name} is not a {kinds}", remedy=remedy) from error
     except Exception as error:  # pillow raises OSError, SyntaxError, ValueError, struct.error and its bomb error
-        raise DataError(f"{name} can't be read as an image: {one_line(error)}", remedy=_REMEDY) from error
+        raise DataError(f"{name} can't be read as an image: {one_line(error)}", remedy=remedy) from error
 
 
 def _fit(picture: Image, preprocessing: Preprocessing) -> Array:

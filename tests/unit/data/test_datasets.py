@@ -13,7 +13,7 @@ import pytest
 from support.pictures import COLOURS, write_parts
 
 from bnexport.data import catalogue, download, locate
-from bnexport.data.datasets import dataset_labels, load_dataset, load_test_images
+from bnexport.data.datasets import dataset_labels, load_dataset, load_test_images, load_train_images
 from bnexport.errors import DataError, NetworkError, OutputError, UsageError
 
 NAMES = [file.name for file in (*catalogue.DATASETS["mnist"].train, *catalogue.DATASETS["mnist"].test)]
@@ -382,6 +382,9 @@ def test_a_folder_goes_by_its_name(pictures, tmp_path):
     images, labels = load_test_images(pictures, preprocessing=COLOURS)
     assert np.array_equal(images, dataset.test_images)
     assert np.array_equal(labels, dataset.test_labels)
+    images, labels = load_train_images(pictures, preprocessing=COLOURS)
+    assert np.array_equal(images, dataset.train_images)
+    assert np.array_equal(labels, dataset.train_labels)
     assert dataset_labels(pictures) == dataset.labels == ("cat", "dog")
     assert dataset_labels("digits") == tuple("0123456789")
 
@@ -394,10 +397,19 @@ def test_a_folder_that_moved_is_found_by_data_dir(pictures, tmp_path):
         assert "--data-dir" in caught.value.remedy
     assert load_dataset(pictures, data_dir=tmp_path / "new", preprocessing=COLOURS).name == pictures
     assert len(load_test_images(pictures, data_dir=tmp_path / "new", preprocessing=COLOURS)[1]) == 4
+    assert len(load_train_images(pictures, data_dir=tmp_path / "new", preprocessing=COLOURS)[1]) == 6
     assert dataset_labels(pictures, data_dir=tmp_path / "new") == ("cat", "dog")
 
 
-@pytest.mark.parametrize("load", [load_dataset, load_test_images])
+def test_the_training_part_alone(tiny, tmp_path):
+    root = place(tmp_path / "given", [*contents()[:2], None, None])
+    images, labels = load_train_images("mnist", data_dir=root)
+    assert images.shape == (6, 28, 28)
+    assert labels.tolist() == [0, 1, 2, 3, 4, 5]
+    assert np.array_equal(load_train_images("digits")[0], load_dataset("digits").train_images)
+
+
+@pytest.mark.parametrize("load", [load_dataset, load_test_images, load_train_images])
 def test_a_folder_needs_a_size_and_a_path(pictures, load):
     with pytest.raises(UsageError, match="the size"):
         load(pictures)
