@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from bnexport.bundle import STORED_PRECISIONS
-from bnexport.data.catalogue import DATASETS
+from bnexport.cli.dataset_name import DatasetName
 from bnexport.exporting.formats import FORMATS
 from bnexport.optional import need_packages
 
@@ -38,9 +38,7 @@ _FORMAT = click.Choice([row.name for row in FORMATS])
 @click.option("--labels", type=click.Path(path_type=Path), help="Text file with one class name per line.")
 @click.option("--mean", help="Per channel, as 0.485,0.456,0.406; with it images are accepted by predict.")
 @click.option("--std", help="Per channel, as 0.229,0.224,0.225.")
-@click.option(
-    "--dataset", type=click.Choice(tuple(DATASETS)), help="Verify on its test images (a checkpoint names its own)."
-)
+@click.option("--dataset", type=DatasetName(), help="Verify on its test images (a checkpoint names its own).")
 @click.option("--data-dir", type=click.Path(path_type=Path), help="Folder of data sets.")
 @click.option("--opset", type=int, default=18, show_default=True, help="ONNX operator set.")
 @click.option("--ir-version", type=int, help="ONNX file format.  [default: lowest possible, at least 8]")

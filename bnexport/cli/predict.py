@@ -17,7 +17,7 @@ _RUNTIME = click.Choice([spec.name for spec in RUNNERS])
 @click.option("--runtime", type=_RUNTIME, default="onnxruntime-cpu", show_default=True, help="Engine and device.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per image, one per line.")
 def command(bundle: Path, images: tuple[Path, ...], runtime: str, as_json: bool) -> None:
-    """Label IMAGES (PNG, JPEG, .npy, IDX) with BUNDLE's own preprocessing: label and probability per image."""
+    """Label IMAGES (PNG, JPEG, BMP, WebP, GIF, .npy, IDX) with BUNDLE's own preprocessing: label and probability per image."""
     from bnexport.reporting.results import print_predictions
     from bnexport.serving.predictor import predict_images
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from bnexport.errors import UsageError
+
+#: A data set of this beginning is a folder of the user's own images: "folder:PATH".
+FOLDER = "folder:"
 
 _DIGITS = tuple(str(digit) for digit in range(10))
 
@@ -118,5 +122,25 @@ def dataset_info(name: str) -> DatasetInfo:
         UsageError: There is none of that name.
     """
     if name not in DATASETS:
-        raise UsageError(f"the data set {name!r} is unknown", remedy=f"Choose one of {', '.join(DATASETS)}")
+        raise UsageError(
+            f"the data set {name!r} is unknown", remedy=f"Choose one of {', '.join(DATASETS)}, or {FOLDER}PATH"
+        )
     return DATASETS[name]
+
+
+def folder_of(name: str) -> Path | None:
+    """The folder of images that a data set's name stands for; None for a row of DATASETS or what is no name at all.
+
+    Raises:
+        UsageError: ``folder:`` without a path.
+    """
+    if not name.startswith(FOLDER):
+        return None
+    if not (path := name.removeprefix(FOLDER)):
+        raise UsageError(f"{name!r} names no folder", remedy=f"Write it as {FOLDER}PATH")
+    return Path(path)
+
+
+def is_dataset(name: str) -> bool:
+    """Whether a name is a row of DATASETS or ``folder:PATH``."""
+    return name in DATASETS or (name.startswith(FOLDER) and name != FOLDER)

@@ -1,20 +1,23 @@
-"""The data sets as arrays."""
+"""The data sets by their names, as arrays."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from bnexport.data import digits
-from bnexport.data.catalogue import DATASETS, DatasetInfo, dataset_info
+from bnexport.data.arrays import Dataset, Images, Labels
+from bnexport.data.catalogue import DATASETS, DatasetInfo, dataset_info, folder_of
+from bnexport.data.decoded import PictureProgress
 from bnexport.data.download import DownloadProgress
+from bnexport.data.folder import folder_labels, load_folder, load_folder_part
 from bnexport.data.idx import read_idx
 from bnexport.data.locate import DATA_VARIABLE, locate
-from bnexport.errors import DataError
+from bnexport.data.preprocessing import Preprocessing
+from bnexport.errors import DataError, UsageError
 
 __all__ = [
     "DATASETS",
@@ -22,37 +25,13 @@ __all__ = [
     "Dataset",
     "DatasetInfo",
     "dataset_info",
+    "dataset_labels",
     "load_dataset",
     "load_test_images",
     "load_train_images",
 ]
 
-Images = npt.NDArray[np.uint8]
-Labels = npt.NDArray[np.int64]
 _SIDE = 28
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """A data set in memory.
-
-    Attributes:
-        name: Its row in DATASETS.
-        train_images: uint8 (n, 28, 28).
-        train_labels: int64 (n,).
-        test_images: uint8 (n, 28, 28).
-        test_labels: int64 (n,).
-        labels: Class names in the order of the labels.
-        origin: Where it came from, in words.
-    """
-
-    name: str
-    train_images: Images
-    train_labels: Labels
-    test_images: Images
-    test_labels: Labels
-    labels: tuple[str, ...]
-    origin: str
 
 
 def load_dataset(
@@ -61,6 +40,8 @@ def load_dataset(
     data_dir: str | Path | None = None,
     download: bool = True,
     progress: DownloadProgress | None = None,
+    preprocessing: Preprocessing | None = None,
+    on_picture: PictureProgress | None = None,
 ) -> Dataset:
     """Load the training and the test part.
 
@@ -68,19 +49,32 @@ def load_dataset(
     the user's cache; the first that has them all wins. Else they are downloaded, into ``data_dir`` if given, otherwise
     into the cache. Reading never writes.
 
+    ``folder:PATH`` is a folder of images, see ``data.folder.load_folder``, with its defaults.
+
     Args:
-        name: A row of DATASETS.
-        data_dir: A root: it holds ``FashionMNIST/raw/*.gz`` (or the unpacked files).
+        name: A row of DATASETS, or ``folder:PATH``.
+        data_dir: A root: it holds ``FashionMNIST/raw/*.gz`` (or the unpacked files). For ``folder:PATH``: where the
+            folder is now, instead of PATH.
         download: Whether to fetch files that are found nowhere.
         progress: Called with a file's name, the bytes so far and the bytes in all (None when unknown).
+        preprocessing: Of the model: a folder's pictures are decoded to its size and channels. The others come as they
+            are, for ``data.prepare.prepared``.
+        on_picture: Called with the pictures decoded so far and in all.
+
+    Returns:
+        Images as uint8 (n, 28, 28), those of a folder (n, channels, height, width).
 
     Raises:
-        UsageError: An unknown name.
+        UsageError: An unknown name, or a folder without a preprocessing.
         DataError: A file with a wrong MD5, truncated, or not what it should be; or none found and ``download`` is
-        false.
+        false. Of a folder: see ``load_folder``.
         NetworkError: No mirror delivered a file.
-        OutputError: A downloaded file can't be written.
+        OutputError: A downloaded file, or the cache, can't be written.
     """
+    if (folder := folder_of(name)) is not None:
+        place = Path(data_dir) if data_dir else folder
+        dataset = load_folder(place, preprocessing=_needed(preprocessing, name), progress=on_picture)
+        return replace(dataset, name=name)
     info = dataset_info(name)
     if info.embedded:
         return Dataset(name, *digits.training_set(), *digits.test_set(), info.labels, "drawn by bnexport (embedded)")
@@ -89,17 +83,33 @@ def load_dataset(
     return Dataset(name, *train, *test, info.labels, found.origin)
 
 
-def load_test_images(name: str, *, data_dir: str | Path | None = None, download: bool = False) -> tuple[Images, Labels]:
-    """Load the test part alone; the training files need not be there.
+def load_test_images(
+    name: str,
+    *,
+    data_dir: str | Path | None = None,
+    download: bool = False,
+    preprocessing: Preprocessing | None = None,
+) -> tuple[Images, Labels]:
+    """Load the test part alone; a row's training files need not be there, a folder's are not decoded.
+
+    Args:
+        name: As of ``load_dataset``.
+        data_dir: As of ``load_dataset``.
+        download: As of ``load_dataset``.
+        preprocessing: As of ``load_dataset``; needed for a folder.
 
     Returns:
-        Images uint8 (n, 28, 28) and labels int64 (n,).
+        Images uint8 (n, 28, 28), of a folder (n, channels, height, width), and labels int64 (n,).
 
     Raises:
-        UsageError: An unknown name.
+        UsageError: An unknown name, or a folder without a preprocessing.
         DataError: As ``load_dataset``.
         NetworkError: As ``load_dataset``.
+        OutputError: As ``load_dataset``.
     """
+    if (folder := folder_of(name)) is not None:
+        place = Path(data_dir) if data_dir else folder
+        return load_folder_part(place, "test", preprocessing=_needed(preprocessing, name))
     info = dataset_info(name)
     if info.embedded:
         return digits.test_set()
@@ -107,22 +117,53 @@ def load_test_images(name: str, *, data_dir: str | Path | None = None, download:
 
 
 def load_train_images(
-    name: str, *, data_dir: str | Path | None = None, download: bool = False
+    name: str,
+    *,
+    data_dir: str | Path | None = None,
+    download: bool = False,
+    preprocessing: Preprocessing | None = None,
 ) -> tuple[Images, Labels]:
-    """Load the training part alone; the test files need not be there.
+    """Load the training part alone; a row's test files need not be there, a folder's are not decoded.
+
+    Args:
+        name: As of ``load_dataset``.
+        data_dir: As of ``load_dataset``.
+        download: As of ``load_dataset``.
+        preprocessing: As of ``load_dataset``; needed for a folder.
 
     Returns:
-        Images uint8 (n, 28, 28) and labels int64 (n,).
+        Images uint8 (n, 28, 28), of a folder (n, channels, height, width), and labels int64 (n,).
 
     Raises:
-        UsageError: An unknown name.
-        DataError: As ``load_dataset``.
-        NetworkError: As ``load_dataset``.
+        BnexportError: As ``load_test_images``.
     """
+    if (folder := folder_of(name)) is not None:
+        place = Path(data_dir) if data_dir else folder
+        return load_folder_part(place, "train", preprocessing=_needed(preprocessing, name))
     info = dataset_info(name)
     if info.embedded:
         return digits.training_set()
     return _read_part(info, locate(info, info.train, data_dir=data_dir, fetch=download).paths)
+
+
+def dataset_labels(name: str, *, data_dir: str | Path | None = None) -> tuple[str, ...]:
+    """Class names in the order of the labels; those of a folder are its sub-folders.
+
+    Raises:
+        UsageError: An unknown name.
+        DataError: A folder that is not there or not laid out as it should be.
+    """
+    if (folder := folder_of(name)) is not None:
+        return folder_labels(Path(data_dir) if data_dir else folder)
+    return dataset_info(name).labels
+
+
+def _needed(preprocessing: Preprocessing | None, name: str) -> Preprocessing:
+    if preprocessing is None:
+        raise UsageError(
+            f"{name} can't be read without knowing the size that the model takes", remedy="Pass preprocessing="
+        )
+    return preprocessing
 
 
 def _read_part(info: DatasetInfo, paths: Sequence[Path]) -> tuple[Images, Labels]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import threading
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,15 +25,22 @@ if TYPE_CHECKING:
 
 #: An image file may unpack to no more than this many pixels.
 MAX_PIXELS = 50_000_000
+#: Pillow's names of the formats that are read; of an animation, the first frame.
+FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "GIF")
+#: Endings of their files, in lower case. The content counts, not the name; a folder is searched by them.
+ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif")
+#: The formats in words, for errors.
+PICTURES = "PNG, JPEG, BMP, WebP or GIF file"
 _NPY_MAGIC = b"\x93NUMPY"
-_REMEDY = "Give a PNG, JPEG, .npy or IDX file of images"
+_FILES = "PNG, JPEG, BMP, WebP, GIF, .npy or IDX file"
+_REMEDY = f"Give a {_FILES} with images"
 
 
 def load_images(
     path: str | Path,
     preprocessing: Preprocessing = Preprocessing(),  # noqa: B008  (frozen)
 ) -> list[tuple[str, Array]]:
-    """Read a PNG, JPEG, .npy or IDX file (packed or not), told by its content.
+    """Read a picture (PNG, JPEG, BMP, WebP, a GIF's first frame), .npy or IDX file (packed or not), told by its content.
 
     Images are turned upright as their EXIF tag says, laid on black where they are transparent, converted to grey or
     RGB and resized to the preprocessing's size by bilinear filtering; the aspect ratio is not kept. Pixels are not
@@ -56,7 +64,7 @@ def load_images(
         return fit_stack(file, read_idx(file), preprocessing)
     if start.startswith(_NPY_MAGIC):
         return fit_stack(file, _read_npy(file), preprocessing)
-    return [(str(file), _read_picture(file, preprocessing))]
+    return [(str(file), read_picture_file(file, preprocessing, kinds=_FILES))]
 
 
 def start_of(file: Path) -> bytes:
@@ -116,12 +124,24 @@ def fit_stack(file: Path, array: Array, preprocessing: Preprocessing) -> list[tu
     if array.ndim not in (sample_dims, sample_dims + 1) or array.size == 0:
         raise DataError(f"{file} holds an array of shape {array.shape}, which is not images", remedy=_REMEDY)
     if array.ndim == sample_dims:
-        return [(str(file), _fit_array(array, preprocessing))]
-    return [(f"{file}[{index}]", _fit_array(image, preprocessing)) for index, image in enumerate(array)]
+        return [(str(file), fit_array(array, preprocessing))]
+    return [(f"{file}[{index}]", fit_array(image, preprocessing)) for index, image in enumerate(array)]
 
 
-def _fit_array(image: Array, preprocessing: Preprocessing) -> Array:
-    """Fit uint8 (H, W) or (H, W, 1|3|4). What fits already needs no pillow, which a serving machine may lack."""
+def fit_array(image: Array, preprocessing: Preprocessing) -> Array:
+    """Fit one image. What fits already needs no pillow, which a serving machine may lack.
+
+    Args:
+        image: uint8 (H, W) or (H, W, 1|3|4).
+        preprocessing: Of the model: size and channels.
+
+    Returns:
+        As ``read_picture``; a new array.
+
+    Raises:
+        DataError: The model takes no grey or RGB images.
+        MissingDependency: pillow is needed, and not installed.
+    """
     plain = image[..., 0] if image.shape[2:] == (1,) else image
     colours = {1: (), 3: (3,)}.get(preprocessing.channels)
     if colours is not None and plain.shape == (preprocessing.height, preprocessing.width, *colours):
@@ -130,24 +150,87 @@ def _fit_array(image: Array, preprocessing: Preprocessing) -> Array:
     return _fit(module.fromarray(np.ascontiguousarray(plain)), preprocessing)
 
 
-def _read_picture(file: Path, preprocessing: Preprocessing) -> Array:
-    """A PNG or JPEG; its size is checked before it is unpacked."""
+class _SharedSilence:
+    """No warnings while at least one thread is inside: the first one saves the filters, the last one restores them.
+
+    Nested ``warnings.catch_warnings`` of several threads would restore each other's filters in the wrong order.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._saved = warnings.catch_warnings()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._saved = warnings.catch_warnings()
+                self._saved.__enter__()
+                warnings.simplefilter("ignore")
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._saved.__exit__(None, None, None)
+
+
+_silence = _SharedSilence()
+
+
+def read_picture_file(file: Path, preprocessing: Preprocessing, *, kinds: str = PICTURES) -> Array:
+    """A picture's file as pixels that fit; its size is checked before it is read.
+
+    Args:
+        file: Where it is.
+        preprocessing: Of the model: size and channels.
+        kinds: For errors: what could have been given.
+
+    Returns:
+        As ``read_picture``.
+
+    Raises:
+        DataError: As ``read_picture``, or it can't be read.
+    """
+    try:
+        if (size := file.stat().st_size) > (most := limit("picture-bytes")):
+            raise DataError(f"{file} has {size} bytes, the limit is {most}", remedy=_REMEDY)
+        content = file.read_bytes()
+    except OSError as error:
+        raise DataError(f"{file} can't be read as an image: {one_line(error)}", remedy=_REMEDY) from error
+    return read_picture(content, preprocessing, name=str(file), kinds=kinds)
+
+
+def read_picture(content: bytes, preprocessing: Preprocessing, *, name: str, kinds: str = PICTURES) -> Array:
+    """A picture in memory as pixels that fit; its size in pixels is checked before it is unpacked.
+
+    Args:
+        content: Of the file.
+        preprocessing: Of the model: size and channels.
+        name: For errors.
+        kinds: For errors: what could have been given.
+
+    Returns:
+        uint8 (height, width) for one channel, else (height, width, channels).
+
+    Raises:
+        DataError: It is damaged, too large, or no picture.
+        MissingDependency: pillow is not installed.
+    """
     module = require("PIL.Image", purpose="reading images")
     ops = require("PIL.ImageOps", purpose="reading images")
+    remedy = f"Give a {kinds} with an image"
     try:
-        with warnings.catch_warnings():
-            # Pillow's own warnings (a bomb, odd metadata) are for its callers: the limit below decides.
-            warnings.simplefilter("ignore")
-            if (size := file.stat().st_size) > (most := limit("picture-bytes")):
-                raise ValueError(f"it has {size} bytes, the limit is {most}")
-            with module.open(io.BytesIO(file.read_bytes()), formats=("PNG", "JPEG")) as picture:
-                if picture.width * picture.height > MAX_PIXELS:
-                    raise ValueError(f"it has {picture.width}x{picture.height} pixels, the limit is {MAX_PIXELS}")
-                return _fit(ops.exif_transpose(picture), preprocessing)
+        # Pillow's own warnings (a bomb, odd metadata) are for its callers: the limit below decides.
+        with _silence, module.open(io.BytesIO(content), formats=FORMATS) as picture:
+            if picture.width * picture.height > MAX_PIXELS:
+                raise ValueError(f"it has {picture.width}x{picture.height} pixels, the limit is {MAX_PIXELS}")
+            return _fit(ops.exif_transpose(picture), preprocessing)
     except module.UnidentifiedImageError as error:
-        raise DataError(f"{file} is not a PNG, JPEG, .npy or IDX file", remedy=_REMEDY) from error
+        raise DataError(f"{name} is not a {kinds}", remedy=remedy) from error
     except Exception as error:  # pillow raises OSError, SyntaxError, ValueError, struct.error and its bomb error
-        raise DataError(f"{file} can't be read as an image: {one_line(error)}", remedy=_REMEDY) from error
+        raise DataError(f"{name} can't be read as an image: {one_line(error)}", remedy=remedy) from error
 
 
 def _fit(picture: Image, preprocessing: Preprocessing) -> Array:

@@ -53,27 +53,20 @@ class Preprocessing:
         """Turn images into inputs.
 
         Args:
-            images: uint8 (n, height, width), or (n, height, width, channels).
+            images: uint8 (n, height, width), (n, height, width, channels) or (n, channels, height, width).
 
         Returns:
             float32 (n, channels, height, width), a new array.
 
         Raises:
-            DataError: Another element type or shape. (``data.images`` fits image files to the shape.)
+            DataError: Another element type or shape; ``data.prepare`` fits images to the shape. Or one that could be
+            read both ways: pictures of 3x3 pixels with 3 channels.
         """
         if images.dtype != np.uint8:
             raise DataError(
                 f"the images are {images.dtype.name}, expected uint8", remedy="Give pixels from 0 to 255 as uint8"
             )
-        stacked = images[..., np.newaxis] if images.ndim == 3 else images  # (n, height, width, channels)
-        expected = (self.height, self.width, self.channels)
-        if stacked.shape[1:] != expected:
-            raise DataError(
-                f"the images have shape {'x'.join(map(str, images.shape[1:]))}, expected "
-                f"{'x'.join(map(str, expected))} (height, width, channels)",
-                remedy="Resize the images, or convert them between grey and RGB, first",
-            )
-        inputs = np.ascontiguousarray(stacked.transpose(0, 3, 1, 2), dtype=np.float32)
+        inputs = np.ascontiguousarray(self._channels_first(images), dtype=np.float32)
         if np.shares_memory(inputs, images):
             inputs = inputs.copy()
         inputs *= np.float32(self.scale)
@@ -82,6 +75,25 @@ class Preprocessing:
         if any(value != 1.0 for value in self.std):
             inputs /= np.asarray(self.std, np.float32).reshape(-1, 1, 1)
         return inputs
+
+    def _channels_first(self, images: Array) -> Array:
+        """The same images as (n, channels, height, width)."""
+        first, last = (self.channels, self.height, self.width), (self.height, self.width, self.channels)
+        if first == last and self.channels > 1 and images.ndim == 4:
+            raise DataError(
+                f"images of {'x'.join(map(str, first))} may have their channels first or last",
+                remedy="Let the model take another size",
+            )
+        stacked = images[..., np.newaxis] if images.ndim == 3 else images
+        if stacked.shape[1:] == last:
+            return stacked.transpose(0, 3, 1, 2)
+        if images.ndim == 4 and images.shape[1:] == first:
+            return images
+        raise DataError(
+            f"the images have shape {'x'.join(map(str, images.shape[1:]))}, expected "
+            f"{'x'.join(map(str, last))} (height, width, channels)",
+            remedy="Resize the images, or convert them between grey and RGB, first",
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""

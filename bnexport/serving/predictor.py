@@ -81,7 +81,7 @@ class Predictor:
         self._runner.close()
 
     def files(self, *paths: str | Path) -> list[Prediction]:
-        """Label every image of some PNG, JPEG, .npy or IDX files, in order.
+        """Label every image of some PNG, JPEG, BMP, WebP, GIF, .npy or IDX files, in order.
 
         Raises:
             DataError: A file is missing, damaged, or holds no images.
@@ -130,7 +130,7 @@ class Predictor:
 def predict_images(
     bundle: Bundle | str | Path, *images: str | Path, runtime: str = DEFAULT_RUNTIME
 ) -> list[Prediction]:
-    """Label image files (PNG, JPEG, .npy, IDX) with a bundle; see ``Predictor``."""
+    """Label image files (PNG, JPEG, BMP, WebP, GIF, .npy, IDX) with a bundle; see ``Predictor``."""
     with Predictor(bundle, runtime=runtime) as predictor:
         return predictor.files(*images)
 

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bnexport.bundle import Manifest, write_golden
-from bnexport.data.datasets import DATASETS, load_test_images
+from bnexport.data.catalogue import is_dataset
+from bnexport.data.datasets import load_test_images
+from bnexport.data.prepare import prepared
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import BnexportError
 from bnexport.tensors import Array, Signature, TensorSpec
@@ -93,11 +95,12 @@ def _noise(spec: TensorSpec, shape: tuple[int, ...], rng: np.random.Generator) -
 
 def real_images(manifest: Manifest, *, data_dir: Path | None = None) -> Array | None:
     """The first test images of the manifest's data set as inputs; None where there are none here, or they do not fit."""
-    if manifest.preprocessing is None or manifest.dataset not in DATASETS:
+    if manifest.preprocessing is None or manifest.dataset is None or not is_dataset(manifest.dataset):
         return None
     try:
-        pixels, _ = load_test_images(manifest.dataset, data_dir=data_dir, download=False)
-        images = Preprocessing.from_json(manifest.preprocessing).apply(pixels[:_IMAGES])
+        preprocessing = Preprocessing.from_json(manifest.preprocessing)
+        pixels, _ = load_test_images(manifest.dataset, data_dir=data_dir, download=False, preprocessing=preprocessing)
+        images = preprocessing.apply(prepared(pixels[:_IMAGES], preprocessing))
     except BnexportError:
         return None
     return images if manifest.signature.inputs[0].problem(images) is None else None

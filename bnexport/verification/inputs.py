@@ -177,19 +177,25 @@ def _images(manifest: Manifest, data_dir: str | Path | None, limit: int) -> tupl
         return None, None, "no real images: the bundle names no data set that bnexport knows"
     if manifest.preprocessing is None or len(manifest.signature.inputs) != 1:
         return None, None, f"no real images: the bundle does not say how an image of {name} becomes an input"
-    from bnexport.data.datasets import DATASETS, load_test_images
+    from bnexport.data.catalogue import is_dataset
+    from bnexport.data.datasets import dataset_labels, load_test_images
+    from bnexport.data.prepare import prepared
     from bnexport.data.preprocessing import Preprocessing
 
-    if name not in DATASETS:
+    if not is_dataset(name):
         return None, None, f"no real images: {name} is not a data set that bnexport knows"
     try:
-        pixels, labels = load_test_images(name, data_dir=data_dir, download=False)
-        images = Preprocessing.from_json(manifest.preprocessing).apply(pixels[:limit])
+        preprocessing = Preprocessing.from_json(manifest.preprocessing)
+        classes = len(dataset_labels(name, data_dir=data_dir))
+        pixels, labels = load_test_images(name, data_dir=data_dir, download=False, preprocessing=preprocessing)
+        images = preprocessing.apply(prepared(pixels[:limit], preprocessing))
     except BnexportError:
         if data_dir is not None:
             raise
         # Not the error's own words: they name folders of this machine, and this text travels in the bundle.
         return None, None, f"no real images: {name} can't be read here; BNEXPORT_DATA or --data-dir names its folder"
+    if manifest.labels is not None and len(manifest.labels) != classes:
+        return None, None, f"no real images: {name} has {classes} classes, the bundle names {len(manifest.labels)}"
     spec = manifest.signature.inputs[0]
     if (problem := spec.problem(images)) is not None and isinstance(spec.shape[0], str):
         return None, None, f"no real images: of {name}, {problem}"

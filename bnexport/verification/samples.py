@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bnexport.data.images import fit_stack, load_images, start_of
+from bnexport.data.images import ENDINGS, fit_stack, load_images, start_of
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import DataError, FeedError
 from bnexport.optional import one_line
@@ -30,8 +30,7 @@ from bnexport.tensors import Array, Signature, TensorSpec, check_feeds
 LABELS = "labels"
 #: Of any zip archive, also an empty one.
 _ZIP = b"PK"
-_PICTURES = (".png", ".jpg", ".jpeg")
-_REMEDY = "Give a .npy or .npz file of inputs or uint8 images, an image, or a folder of PNG and JPEG images"
+_REMEDY = "Give a .npy or .npz file of inputs or uint8 images, an image, or a folder of images"
 #: Values this many times beyond what the preprocessing can give are worth a word: pixels that were not scaled are 255 times.
 _FAR = 4.0
 
@@ -89,8 +88,8 @@ def load_samples(
 
     Args:
         path: A .npy file for a network with one input: arrays of its type and shape, or uint8 images, which go through the
-            preprocessing; an .npz file with one array for each input, by name, and perhaps "labels"; a PNG, JPEG or IDX
-            file; or a folder of PNG and JPEG images, whose sub-folders, if there are some, are named after the labels.
+            preprocessing; an .npz file with one array for each input, by name, and perhaps "labels"; a picture or IDX
+            file; or a folder of pictures, whose sub-folders, if there are some, are named after the labels.
         signature: Of the bundle.
         preprocessing: Of the bundle, if it has one.
         labels: Class names of the bundle, if it has some.
@@ -236,7 +235,7 @@ def _from_folder(target: _Target) -> Samples:
         files += inside
         true += [index] * len(inside)
     if not files:
-        raise DataError(f"{target.path} holds no PNG or JPEG image", remedy=_REMEDY)
+        raise DataError(f"{target.path} holds no picture (PNG, JPEG, BMP, WebP, GIF)", remedy=_REMEDY)
     preprocessing = _preprocessing(target)
     kept = target.chosen(len(files))
     pixels = [load_images(files[index], preprocessing)[0][1] for index in kept]
@@ -253,7 +252,7 @@ def _listing(folder: Path) -> tuple[list[Path], list[Path], int]:
     except OSError as error:
         raise DataError(f"{folder} can't be read: {one_line(error)}", remedy="Check its permissions") from error
     folders = [entry for entry in entries if entry.is_dir()]
-    files = [entry for entry in entries if entry not in folders and entry.suffix.lower() in _PICTURES]
+    files = [entry for entry in entries if entry not in folders and entry.suffix.lower() in ENDINGS]
     return files, folders, len(entries) - len(files) - len(folders)
 
 

@@ -171,3 +171,18 @@ def test_labels_that_would_steer_a_terminal_are_refused(text: str, tmp_path: Pat
     (tmp_path / "labels.txt").write_text(text)
     with pytest.raises(UsageError, match="control characters"):
         read_labels(tmp_path / "labels.txt")
+
+
+# --dataset
+
+
+def test_a_folder_of_images_is_a_data_set():
+    assert request("--dataset", "folder:some/where").dataset == "folder:some/where"
+
+
+@pytest.mark.parametrize("name", ["folder:", "foldr:x"])
+def test_what_is_no_data_set_is_refused_with_all_names(name, capsys):
+    assert run(["fold-and-export", "net.py:make", "--out", "m/1", "--dataset", name]) == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert "folder:PATH" in told
+    assert "fashion-mnist" in told

@@ -51,6 +51,13 @@ def test_colours_become_grey_and_grey_becomes_colours(tmp_path):
     assert np.array_equal(image[..., 0], image[..., 2])
 
 
+@pytest.mark.parametrize("name", ["x.bmp", "x.webp", "x.gif"])
+def test_other_formats_without_loss(tmp_path, name):
+    pixels = picture(28, 28)
+    options = {"lossless": True} if name == "x.webp" else {}
+    assert np.array_equal(one(saved(tmp_path, Image.fromarray(pixels), name, **options)), pixels)
+
+
 def test_resizing_averages(tmp_path):
     board = np.indices((280, 280)).sum(0) % 2 * 255
     image = one(saved(tmp_path, Image.fromarray(board.astype(np.uint8))))
@@ -118,6 +125,24 @@ def bomb(side=60_000):
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
 
 
+def gif_bomb(side=60_000):
+    """A GIF whose screen and first frame are side x side."""
+    screen = b"GIF89a" + struct.pack("<2H3B", side, side, 0x80, 0, 0) + bytes(6)
+    return screen + b"," + struct.pack("<4HB", 0, 0, side, side, 0) + b"\x02\x02\x44\x01\0;"
+
+
+def bmp_bomb(side=60_000):
+    header = struct.pack("<IiiHH6I", 40, side, side, 1, 24, 0, 0, 0, 0, 0, 0)
+    return b"BM" + struct.pack("<IHHI", 54 + 100, 0, 0, 54) + header + bytes(100)
+
+
+def webp_bomb(side=16_384):
+    """A lossless WebP of the largest size that its header can state."""
+    bits = struct.pack("<I", (side - 1) | (side - 1) << 14) + bytes(59)
+    chunk = b"VP8L" + struct.pack("<I", 64) + b"\x2f" + bits
+    return b"RIFF" + struct.pack("<I", 4 + len(chunk)) + b"WEBP" + chunk
+
+
 def png(array):
     stream = io.BytesIO()
     Image.fromarray(array).save(stream, "PNG")
@@ -135,10 +160,16 @@ def npy(array, **options):
     [
         (None, "does not exist"),
         (b"", "is empty"),
-        (b"hello, this is text", "not a PNG, JPEG, .npy or IDX"),
+        (b"hello, this is text", "not a PNG, JPEG, BMP, WebP, GIF, .npy or IDX"),
         (png(picture(28, 28))[:200], "can't be read as an image"),
         (bomb(), "can't be read as an image"),
         (bomb(9000), "pixels, the limit is"),
+        (gif_bomb(), "can't be read as an image"),
+        (gif_bomb(9000), "pixels, the limit is"),
+        (bmp_bomb(), "can't be read as an image"),
+        (bmp_bomb(9000), "pixels, the limit is"),
+        (webp_bomb(), "can't be read as an image"),
+        (webp_bomb(9000), "pixels, the limit is"),
         (npy(picture(28, 28))[:-5], "not a whole .npy file"),
         (npy(picture(28, 28)).replace(b"28, 28", b"28, 99"), "not a whole .npy file"),
         (npy(np.array([{}], object), allow_pickle=True), "not a whole .npy file"),

@@ -72,3 +72,17 @@ def test_bad_json(change):
         Preprocessing.from_json({**Preprocessing().to_json(), **change})
     with pytest.raises(DataError, match="preprocessing"):
         Preprocessing.from_json({})
+
+
+def test_channels_first():
+    images = pixels(2, 3, 4, 5)
+    inputs = RGB.apply(images)
+    assert np.array_equal(inputs, RGB.apply(images.transpose(0, 2, 3, 1)))
+    assert not np.shares_memory(inputs, images)
+    assert np.array_equal(images, pixels(2, 3, 4, 5))
+
+
+def test_images_that_could_be_read_both_ways_are_refused():
+    square = Preprocessing(3, 3, 3, mean=(0.0,) * 3, std=(1.0,) * 3)
+    with pytest.raises(DataError, match="first or last"):
+        square.apply(pixels(2, 3, 3, 3))

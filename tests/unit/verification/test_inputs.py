@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.bundles import manifest
+from support.pictures import COLOURS, write_parts
 
 from bnexport.bundle import Manifest
 from bnexport.data.datasets import load_test_images
@@ -98,3 +99,53 @@ def test_a_fixed_batch_dimension_is_kept() -> None:
     described = replace(manifest(), signature=Signature((TensorSpec("input", "float32", (4, 1, 28, 28)),), ()))
     suite = suite_of(described, {"input": np.zeros((4, 1, 28, 28), np.float32)})
     assert [batch.n for batch in suite.batches] == [4, 4, 4, 4, 4]
+
+
+def pictures(folder: Path, monkeypatch: pytest.MonkeyPatch, **changes: object) -> Manifest:
+    """A bundle of a network that was trained on a folder of images."""
+    monkeypatch.setattr("bnexport.data.decoded.cache_folder", lambda: folder / "cache")
+    described = replace(
+        manifest(),
+        dataset=f"folder:{write_parts(folder / 'set')}",
+        preprocessing=COLOURS.to_json(),
+        labels=("cat", "dog"),
+        signature=Signature((TensorSpec("input", "float32", ("batch", 3, 6, 5)),), ()),
+    )
+    return replace(described, **changes)
+
+
+def test_a_folder_of_images_is_decoded_to_the_bundles_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    described = pictures(tmp_path, monkeypatch)
+    suite = suite_of(described, {"input": np.zeros((2, 3, 6, 5), np.float32)})
+    pixels, labels = load_test_images(described.dataset, preprocessing=COLOURS)
+    np.testing.assert_array_equal(suite.batches[0].feeds["input"], pixels * np.float32(1 / 255))
+    np.testing.assert_array_equal(suite.labels, labels)
+    assert suite.images == f"4 test images of {described.dataset}"
+
+
+def test_a_folder_whose_classes_have_changed_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    described = pictures(tmp_path, monkeypatch, labels=("cat", "dog", "emu"))
+    suite = suite_of(described, {"input": np.zeros((2, 3, 6, 5), np.float32)})
+    assert suite.images.endswith("has 2 classes, the bundle names 3")
+    assert suite.labels is None
+
+
+def test_a_folder_that_is_gone_is_found_by_data_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    described = pictures(tmp_path, monkeypatch)
+    (tmp_path / "set").rename(tmp_path / "new")
+    assert "can't be read here" in suite_of(described, {"input": np.zeros((2, 3, 6, 5), np.float32)}).images
+    moved = suite_of(described, {"input": np.zeros((2, 3, 6, 5), np.float32)}, data_dir=tmp_path / "new")
+    assert moved.images.startswith("4 test images")
+
+
+def test_images_are_fitted_to_the_model() -> None:
+    described = replace(
+        manifest(),
+        preprocessing=Preprocessing(3, 32, 32, mean=(0.0,) * 3, std=(1.0,) * 3).to_json(),
+        signature=Signature((TensorSpec("input", "float32", ("batch", 3, 32, 32)),), ()),
+    )
+    suite = suite_of(described, {"input": np.zeros((2, 3, 32, 32), np.float32)}, limit=30)
+    images = suite.batches[0]
+    assert (images.name, images.n) == ("images", 30)
+    np.testing.assert_array_equal(images.feeds["input"][:, 0], images.feeds["input"][:, 2])
+    assert suite.images == "30 test images of digits"

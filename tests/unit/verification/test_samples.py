@@ -247,7 +247,7 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "NaN": (npy(spoiled(FLOATS, 4, np.nan)), "x.npy holds NaN or infinity in sample 4 of 'input'"),
     "infinity": (npy(spoiled(FLOATS, 0, -np.inf)), "in sample 0 of 'input'"),
     "pixels channels first": (npy(PIXELS[:, None]), "which is not images"),
-    "a pickle": (file("x.npy", pickle.dumps(Evil())), "is not a PNG, JPEG, .npy or IDX file"),
+    "a pickle": (file("x.npy", pickle.dumps(Evil())), "is not a PNG, JPEG, BMP, WebP, GIF, .npy or IDX file"),
     "objects": (npy(OBJECTS, allow_pickle=True), "not of plain numbers"),
     "texts": (npy(np.array(["a", "b"])), "not of plain numbers"),
     "cut off": (file("x.npy", npy_bytes(FLOATS)[:-1]), "says that its array has"),
@@ -269,15 +269,15 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "one label too few for pixels": (npz(input=PIXELS, labels=np.arange(6)), "for 7 samples"),
     "a bomb": (bomb, "times its size"),
     "a cut npz": (file("x.npz", b"PK\x03\x04" + bytes(40)), "is not an .npz file"),
-    "a text": (file("x.txt", b"hello"), "is not a PNG, JPEG, .npy or IDX file"),
+    "a text": (file("x.txt", b"hello"), "is not a PNG, JPEG, BMP, WebP, GIF, .npy or IDX file"),
     "half a PNG": (file("x.png", b"\x89PNG\r\n\x1a\n" + bytes(20)), "x.png"),
-    "an empty folder": (lambda folder: pictures(folder), "holds no PNG or JPEG image"),
+    "an empty folder": (lambda folder: pictures(folder), "holds no picture"),
     "an unknown label": (lambda folder: pictures(folder, bird__a_png=PIXELS[0]), "bird is named after no label"),
     "pictures beside folders": (
         lambda folder: pictures(folder, a_png=PIXELS[0], cat__a_png=PIXELS[1]),
         "holds pictures beside folders of pictures, such as a.png and cat",
     ),
-    "a folder of empty labels": (lambda folder: [(folder / "cat").mkdir(), folder][1], "holds no PNG or JPEG image"),
+    "a folder of empty labels": (lambda folder: [(folder / "cat").mkdir(), folder][1], "holds no picture"),
 }
 
 

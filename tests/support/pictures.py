@@ -1,0 +1,57 @@
+"""Small folders of images."""
+
+from __future__ import annotations
+
+import io
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from bnexport.data.preprocessing import Preprocessing
+
+GREY = Preprocessing(1, 6, 5)
+COLOURS = Preprocessing(3, 6, 5, mean=(0.0,) * 3, std=(1.0,) * 3)
+
+
+def random_picture(seed: int, *, mode: str = "RGB", size: tuple[int, int] = (9, 7)) -> Image.Image:
+    """A picture of noise; ``size`` is (width, height), ``mode`` one of Pillow's, or "16 bits"."""
+    rng = np.random.default_rng(seed)
+    width, height = size
+    if mode == "16 bits":
+        return Image.fromarray(rng.integers(0, 65536, (height, width)).astype(np.uint16))
+    colours = Image.fromarray(rng.integers(0, 256, (height, width, 4)).astype(np.uint8))
+    if mode == "RGBA":
+        return colours
+    flat = colours.convert("RGB")
+    return flat.quantize(16) if mode == "P" else flat.convert(mode)
+
+
+def write_picture(file: Path, seed: int | None = None, *, mode: str = "RGB", **options: Any) -> Path:
+    """A picture of noise as a file of the format that its ending names; without a seed, one that follows from the name."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    seed = zlib.crc32(str(file.relative_to(file.parents[2])).encode()) if seed is None else seed
+    random_picture(seed, mode=mode).save(file, **options)
+    return file
+
+
+def write_pictures(root: Path, *names: str) -> Path:
+    """A folder with such files by their relative names."""
+    for name in names:
+        write_picture(root / name)
+    return root
+
+
+def write_parts(root: Path, *, train: int = 3, test: int = 2, name: str = "val") -> Path:
+    """A folder with the classes cat and dog in ``train`` and in another part."""
+    for part, count in (("train", train), (name, test)):
+        write_pictures(root, *(f"{part}/{label}/{index}.png" for label in ("cat", "dog") for index in range(count)))
+    return root
+
+
+def png(image: Image.Image) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, "PNG")
+    return stream.getvalue()
