@@ -1,4 +1,4 @@
-"""The learning curves of a training run. The charts of a verification are in ``charts.py``.
+"""The learning curves of a training run, and what all figures share. The charts of a verification are in ``charts.py``.
 
 Only matplotlib's object API is used: pyplot keeps global state and may look for a display. The colours are those of
 Okabe and Ito (2008, "Color Universal Design"), and every curve also differs in its line style, so that no
@@ -30,7 +30,8 @@ CURVES: dict[str, tuple[str, str, str]] = {
     "test_accuracy": ("test accuracy", "#009E73", "-."),
 }
 
-_INK = "#222222"
+#: Of all words in a figure.
+INK = "#222222"
 
 
 def learning_curves(history: Sequence[Mapping[str, Any]], path: Path, *, title: str) -> None:
@@ -47,7 +48,7 @@ def learning_curves(history: Sequence[Mapping[str, Any]], path: Path, *, title: 
     """
     from matplotlib.ticker import MaxNLocator
 
-    figure, axes = _figure(5.2, 3.4)
+    figure, axes = new_figure(5.2, 3.4)
     epochs = [_number(row.get("epoch")) for row in history]
     for key, (label, colour, style) in CURVES.items():
         values = [_number(row.get(key)) for row in history]
@@ -57,31 +58,45 @@ def learning_curves(history: Sequence[Mapping[str, Any]], path: Path, *, title: 
     axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
-    axes.set_title(title, fontsize=10, color=_INK, loc="left", parse_math=False)
+    axes.set_title(title, fontsize=10, color=INK, loc="left", parse_math=False)
     axes.legend(frameon=False, fontsize=9)
-    write_atomically(path, _render(figure, path.suffix.lower(), where=path))
+    write_atomically(path, render(figure, path))
 
 
-def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
     """A figure of ``width`` x ``height`` inches with one panel."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
     axes: Axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(labelsize=8, colors=_INK)
-    axes.xaxis.label.set(fontsize=9, color=_INK)
-    axes.yaxis.label.set(fontsize=9, color=_INK)
+    axes.tick_params(labelsize=8, colors=INK)
+    axes.xaxis.label.set(fontsize=9, color=INK)
+    axes.yaxis.label.set(fontsize=9, color=INK)
     return figure, axes
 
 
-def _render(figure: Figure, suffix: str, *, where: Path | None = None) -> bytes:
-    """The figure's bytes, the same for the same data."""
+def check_suffix(path: Path) -> None:
+    """Refuse a picture of another kind, before long work.
+
+    Raises:
+        OutputError: Neither .png nor .svg.
+    """
+    if path.suffix.lower() not in FORMATS:
+        raise OutputError(f"{path} is neither a .png nor a .svg file", remedy="Choose one of these suffixes")
+
+
+def render(figure: Figure, path: Path) -> bytes:
+    """The figure's bytes in the format of a path's suffix, the same for the same data.
+
+    Raises:
+        OutputError: Neither .png nor .svg.
+    """
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    if suffix not in FORMATS:
-        raise OutputError(f"{where} is neither a .png nor a .svg file", remedy="Choose one of these suffixes")
+    check_suffix(path)
+    suffix = path.suffix.lower()
     FigureCanvasAgg(figure)
     content = io.BytesIO()
     with mpl.rc_context({"svg.hashsalt": "bnexport"}):  # ids in an SVG are random without it
