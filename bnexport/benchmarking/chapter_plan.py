@@ -85,7 +85,7 @@ class Plan:
     images: int = 60_000
     test_images: int = 10_000
     epochs: int = 5
-    convention_images: int = 20_000
+    convention_images: int = 20_480
     convention_epochs: int = 6
     batch_images: int = 30_000
     quick: bool = False
@@ -112,7 +112,7 @@ QUICK = Plan(
     epochs=2,
     convention_images=512,
     convention_epochs=2,
-    batch_images=512,
+    batch_images=1024,
     quick=True,
 )
 

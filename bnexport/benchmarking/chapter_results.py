@@ -41,7 +41,7 @@ class Mean:
         return cls(statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Setting:
     """The trainings of one specification with every seed.
 
@@ -62,9 +62,9 @@ class Setting:
         """Those of one outcome."""
         return tuple(run for run in self.runs if run.outcome == outcome)
 
-    def mean(self, of: Callable[[EpochResult], float | None]) -> Mean | None:
-        """Over the runs that learned, after their last epoch."""
-        values = [of(run.history[-1]) for run in self.learned]
+    def mean(self, of: Callable[[EpochResult], float | None], *, epoch: int = 0) -> Mean | None:
+        """Over the runs that learned, after an epoch from 1; 0: after the last."""
+        values = [of(run.history[epoch - 1]) for run in self.learned]
         return Mean.of([value for value in values if value is not None])
 
     def summary(self) -> dict[str, Any]:

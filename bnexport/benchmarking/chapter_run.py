@@ -19,11 +19,11 @@ from bnexport.environment import environment, versions_of
 from bnexport.errors import DataError, Diverged, UsageError
 from bnexport.nn.batch_norm import BatchNorm
 from bnexport.nn.moving_statistics import recalibrate
-from bnexport.nn.statistics import LayerStatistics, layer_statistics
+from bnexport.nn.statistics import DEFAULT_EPS, LayerStatistics, layer_statistics
 from bnexport.tensors import Array
 from bnexport.training.config import TrainingConfig
 from bnexport.training.cpu_kernels import pooling_by_products
-from bnexport.training.loop import Epochs, batches_of, epoch_order, evaluate
+from bnexport.training.loop import Epochs, Outcome, batches_of, epoch_order, evaluate
 from bnexport.training.networks import build_network
 from bnexport.training.optimisers import make_optimizer
 from bnexport.training.samples import Samples, make_samples
@@ -70,7 +70,7 @@ class RunResult:
         diverged: The epoch in which loss or weights ceased to be finite; None when they did not.
         classes: Of the data set.
         affine: Layer -> its gamma and beta (channels,) at the end; empty without BatchNorm, and of a diverged run.
-        moving_var: Layer -> geometric mean over the channels of its moving variance at the end, likewise.
+        moving_var: Layer -> geometric mean over the channels of its moving variance + eps at the end, likewise.
         conditions: Hardware, versions and threads.
         seconds: That it took.
     """
@@ -86,7 +86,7 @@ class RunResult:
 
     @property
     def outcome(self) -> str:
-        """ "learned", "chance" or "diverged"."""
+        """One of "learned", "chance" and "diverged"."""
         if self.diverged is not None:
             return "diverged"
         return "learned" if self.history[-1].train_accuracy > CHANCE_FACTOR / self.classes else "chance"
@@ -131,12 +131,10 @@ def measure(spec: RunSpec) -> RunResult:
         for epoch in range(1, spec.epochs + 1):
             try:
                 trained = epochs.take(epoch_order(train.count, seed=spec.seed, epoch=epoch))
+                history.append(_after_epoch(model, trained, train, test, spec))
             except Diverged:
                 diverged = epoch
                 break
-            tested = evaluate(model, test)
-            exact = _with_exact_statistics(model, train, test, spec) if spec.norm != "none" else ()
-            history.append(EpochResult(trained.loss, trained.accuracy, tested.loss, tested.accuracy, *exact))
     layers = layer_statistics(model.state_dict()) if diverged is None else []
     return RunResult(
         spec,
@@ -182,6 +180,20 @@ def _config(spec: RunSpec) -> TrainingConfig:
     )
 
 
+def _after_epoch(model: nn.Module, trained: Outcome, train: Samples, test: Samples, spec: RunSpec) -> EpochResult:
+    """What is asked of the network after an epoch.
+
+    Raises:
+        Diverged: Its weights are finite, but so large that its answers are not.
+    """
+    tested = evaluate(model, test)
+    exact = _with_exact_statistics(model, train, test, spec) if spec.norm != "none" else ()
+    result = EpochResult(trained.loss, trained.accuracy, tested.loss, tested.accuracy, *exact)
+    if not all(math.isfinite(value) for value in vars(result).values() if value is not None):
+        raise Diverged("the loss on the test set is not finite", remedy="Lower the learning rate")
+    return result
+
+
 def _with_exact_statistics(
     model: nn.Module, train: Samples, test: Samples, spec: RunSpec
 ) -> tuple[float, float, float]:
@@ -192,15 +204,15 @@ def _with_exact_statistics(
     accuracy = evaluate(model, test).accuracy
     moving, exact = _all_channels(before), _all_channels(model.state_dict())
     model.load_state_dict(before)
-    shift = (moving["moving_mean"] - exact["moving_mean"]) / np.sqrt(exact["moving_var"])
-    scale = 0.5 * np.log(moving["moving_var"] / exact["moving_var"])
+    deviation, exact_deviation = np.sqrt(moving[1] + DEFAULT_EPS), np.sqrt(exact[1] + DEFAULT_EPS)
+    shift, scale = (moving[0] - exact[0]) / exact_deviation, np.log(deviation / exact_deviation)
     return accuracy, _root_mean_square(shift), _root_mean_square(scale)
 
 
-def _all_channels(state: Mapping[str, Tensor]) -> dict[str, Array]:
-    """Moving means and variances (channels,) of all layers together."""
+def _all_channels(state: Mapping[str, Tensor]) -> Array:
+    """Moving means and variances of all layers together, (2, channels)."""
     channels = [channel for layer in layer_statistics(state) for channel in layer.channels]
-    return {name: np.array([getattr(channel, name) for channel in channels]) for name in ("moving_mean", "moving_var")}
+    return np.array([(channel.moving_mean, channel.moving_var) for channel in channels]).T
 
 
 def _root_mean_square(values: Array) -> float:
@@ -213,4 +225,4 @@ def _affine(layer: LayerStatistics) -> dict[str, list[float]]:
 
 
 def _geometric_mean(layer: LayerStatistics) -> float:
-    return math.exp(sum(math.log(channel.moving_var) for channel in layer.channels) / len(layer.channels))
+    return math.exp(sum(math.log(channel.moving_var + DEFAULT_EPS) for channel in layer.channels) / len(layer.channels))
