@@ -102,7 +102,7 @@ def _lower_loss(one: RunResult, other: RunResult) -> bool:
 
 def _passes(one: RunResult, other: RunResult) -> int | None:
     """The epoch, before the last, in which one passes the training accuracy that the other ends with."""
-    if not other.history:
+    if not other.history or one.outcome == "diverged":
         return None
     aim = other.history[-1].train_accuracy
     before = one.history[:-1]
@@ -116,7 +116,8 @@ def _conventions(results: Results) -> list[Claim]:
         torch, unbiased, biased = (by_place[size, norm] for norm in ("torch", "scratch-unbiased", "scratch"))
         apart, spread = _apart(torch, unbiased), torch.mean(lambda epoch: epoch.train_loss)
         deviation = (spread.deviation if spread is not None else None) or 0.0
-        same = same and apart <= SAME * deviation
+        learned = all(len(setting.learned) == results.plan.seeds for setting in (torch, unbiased))
+        same = same and learned and apart <= SAME * deviation
         told.append(f"{apart:.1e} with batches of {size} (seeds deviate by {deviation:.1e})")
         expected, factor = size / (size - 1), _variance_factor(unbiased, biased)
         equal = equal and abs(factor - expected) < FACTOR_TOLERANCE * (expected - 1) and _apart(unbiased, biased) == 0.0

@@ -6,6 +6,7 @@ white. Thin lines and small marks are single seeds, thick ones means over the se
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -112,15 +113,17 @@ def _batches(results: Results) -> Figure:
     for axes, lr in zip(row, BATCH_RATES, strict=True):
         settings = [setting for setting in results.settings("c") if setting.spec.lr == lr]
         for series, of, aside in ((_MOVING, _test_accuracy, 0.96), (_EXACT, _exact_accuracy, 1.04)):
-            means = []
-            for setting in settings:
-                values = [value for run in setting.runs if run.history and (value := of(run.history[-1])) is not None]
-                place = setting.spec.batch_size * aside
-                axes.plot([place] * len(values), values, color=series.colour, marker=series.mark, linestyle="",
-                          markersize=3, alpha=0.6)  # fmt: skip
-                means.append(statistics.mean(values) if values else float("nan"))
             places = [setting.spec.batch_size * aside for setting in settings]
-            axes.plot(places, means, color=series.colour, linestyle=series.line, linewidth=1.8, label=series.label)
+            for place, setting in zip(places, settings, strict=True):
+                for run in setting.runs:
+                    values = [value for epoch in run.history[-1:] if (value := of(epoch)) is not None]
+                    axes.plot(
+                        [place] * len(values), values, color=series.colour, marker=series.mark, linestyle="", markersize=4,
+                        markerfacecolor=series.colour if run.outcome == "learned" else "none",
+                    )  # fmt: skip
+            means = [setting.mean(of) for setting in settings]
+            axes.plot(places, [mean.mean if mean is not None else math.nan for mean in means], color=series.colour,
+                      linestyle=series.line, linewidth=1.8, label=series.label)  # fmt: skip
         axes.set_xscale("log", base=2)
         axes.set_xticks(BATCHES, [str(size) for size in BATCHES])
         axes.set_title(f"learning rate {lr:g}", fontsize=9, color=INK)
@@ -186,13 +189,14 @@ def write_figures(results: Results, folder: Path) -> None:
 
 
 def _curves(axes: Axes, setting: Setting, series: Series, of: Value) -> None:
-    """Thin lines for the seeds, ended by a cross where one diverged; a thick one for the mean of those that learned."""
+    """Thin lines for the seeds, a cross in the epoch where one diverged; a thick one for the mean of those that learned."""
     for run in setting.runs:
         values = [value for epoch in run.history if (value := of(epoch)) is not None]
         epochs = range(1, len(values) + 1)
         axes.plot(epochs, values, color=series.colour, linestyle=series.line, linewidth=0.6, alpha=0.7)
-        if run.diverged is not None and values:
-            axes.plot(epochs[-1:], values[-1:], color=series.colour, marker="X", markersize=8, linestyle="")
+        if run.diverged is not None:
+            above = axes.get_xaxis_transform()  # a diverged run has no value: the cross stands at the upper edge
+            axes.plot([run.diverged], [0.96], color=series.colour, marker="X", linestyle="", transform=above)
     means = _means(setting, of)
     axes.plot(
         range(1, len(means) + 1), means, color=series.colour, linestyle=series.line, linewidth=1.8, marker=series.mark,
@@ -210,7 +214,7 @@ def _columns(grid: list[list[Axes]], heads: tuple[str, str]) -> None:
     """Titles, axis titles and legends of two rows of panels, a column for each learning rate."""
     for row, head in zip(grid, heads, strict=True):
         for number, (axes, lr) in enumerate(zip(row, RATES, strict=True)):
-            _finish(axes, "epoch", head if number == 0 else "", legend=number == 0)
+            _finish(axes, "epoch", head if number == 0 else "", legend=number == 0 and row is grid[0])
             if row is grid[0]:
                 axes.set_title(f"learning rate {lr:g}", fontsize=9, color=INK)
 
@@ -225,4 +229,4 @@ def _finish(axes: Axes, across: str, up: str, *, legend: bool = True) -> None:
     if across == "epoch":
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     if legend:
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(frameon=False, fontsize=8, handlelength=3.2)

@@ -124,7 +124,8 @@ _MEANS = ["seeds that learned", "train loss, nats", "train accuracy", "test accu
 def _rates_text(plan: Plan) -> str:
     return (
         f"The same network with and without BatchNorm, {plan.epochs} epochs of {plan.images:,} images in batches of"
-        f" {CHAPTER_BATCH}. Thin lines are seeds, thick ones the mean of those that learned."
+        f" {CHAPTER_BATCH}. Thin lines are seeds, thick ones the mean of those that learned; a cross at the upper edge"
+        " marks the epoch in which one diverged."
     )
 
 
@@ -152,7 +153,8 @@ def _batches_text(plan: Plan) -> str:
         f"One epoch of {plan.batch_images:,} images for every batch size, so small batches make more steps; at two learning"
         " rates, each kept for all sizes. The epoch is shorter than in A: the whole training set in batches of 2 would take"
         " half of the time of this page. In a batch of 2 a channel behind a linear layer has two values; normalised they are"
-        " -1 and 1, whatever they were (but for eps), so only their order is left."
+        " -1 and 1, whatever they were (but for eps), so only their order is left. Hollow marks are"
+        " seeds that did not learn."
     )
 
 
