@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from bnexport.benchmarking.chapter_plan import BATCH_RATES, BATCHES, CONVENTION_BATCHES, RATES
+from bnexport.benchmarking.chapter_plan import BATCH_RATES, BATCHES, CHAPTER_BATCH, CONVENTION_BATCHES, RATES
 from bnexport.benchmarking.chapter_results import Mean, Results, Setting
 from bnexport.benchmarking.chapter_run import EpochResult, RunResult
 
@@ -111,19 +112,21 @@ def _passes(one: RunResult, other: RunResult) -> int | None:
 
 def _conventions(results: Results) -> list[Claim]:
     by_place = {(setting.spec.batch_size, setting.spec.norm): setting for setting in results.settings("b")}
-    same, equal, told, factors = True, True, [], []
+    same, equal, told, factors = False, True, [], []
     for size in CONVENTION_BATCHES:
         torch, unbiased, biased = (by_place[size, norm] for norm in ("torch", "scratch-unbiased", "scratch"))
         apart, spread = _apart(torch, unbiased), torch.mean(lambda epoch: epoch.train_loss)
         deviation = (spread.deviation if spread is not None else None) or 0.0
         learned = all(len(setting.learned) == results.plan.seeds for setting in (torch, unbiased))
-        same = same and learned and apart <= SAME * deviation
+        if size == CHAPTER_BATCH:  # in many small, noisy steps rounding alone grows until the two are as two seeds
+            same = learned and apart <= SAME * deviation
         told.append(f"{apart:.1e} with batches of {size} (seeds deviate by {deviation:.1e})")
         expected, factor = size / (size - 1), _variance_factor(unbiased, biased)
         equal = equal and abs(factor - expected) < FACTOR_TOLERANCE * (expected - 1) and _apart(unbiased, biased) == 0.0
         change = Mean.of(changes_of(unbiased, biased))
         factors.append(
-            f"with batches of {size} the moving variances behind the linear layers are {factor:.4f} times the biased ones"
+            f"with batches of {size} the moving variances behind the linear layers are"
+            f" {'-' if math.isnan(factor) else f'{factor:.4f}'} times the biased ones"
             f" (n/(n-1) = {expected:.4f}), and test accuracy changes by {plus_minus(change, 4)}"
         )
     bits = [_apart(by_place[size, "scratch-unbiased"], by_place[size, "scratch"]) for size in CONVENTION_BATCHES]
@@ -132,7 +135,8 @@ def _conventions(results: Results) -> list[Claim]:
     )
     return [
         Claim(
-            "The layer from scratch trains as the framework's does, if both keep the same variance.",
+            f"With batches of {CHAPTER_BATCH} the layer from scratch trains as the framework's does, if both keep the same"
+            " variance.",
             same,
             f"Largest difference between training losses of one seed and epoch: {'; '.join(told)}.",
         ),
@@ -170,7 +174,7 @@ def _variance_factor(one: Setting, other: Setting) -> float:
         for layer in ("bn3", "bn4")
         if layer in run.moving_var and layer in twin.moving_var
     ]
-    return statistics.geometric_mean(ratios) if ratios else float("nan")
+    return statistics.geometric_mean(ratios) if ratios else math.nan
 
 
 def _batches(results: Results) -> list[Claim]:

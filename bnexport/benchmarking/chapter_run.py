@@ -31,7 +31,8 @@ from bnexport.training.step import Step
 
 #: Training images that statistics are re-estimated over after each epoch.
 RECALIBRATION = 10_000
-#: A run whose training accuracy ends below so many times that of guessing has not learned.
+#: A run none of whose accuracies ends above so many times that of guessing has not learned. All are asked: with stale
+#: statistics a trained network guesses in eval mode, with tiny batches in training.
 CHANCE_FACTOR = 2.0
 _CPU = torch.device("cpu")
 
@@ -89,7 +90,9 @@ class RunResult:
         """One of "learned", "chance" and "diverged"."""
         if self.diverged is not None:
             return "diverged"
-        return "learned" if self.history[-1].train_accuracy > CHANCE_FACTOR / self.classes else "chance"
+        last = self.history[-1]
+        best = max(last.train_accuracy, last.test_accuracy, last.exact_accuracy or 0.0)
+        return "learned" if best > CHANCE_FACTOR / self.classes else "chance"
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""

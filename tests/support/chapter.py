@@ -84,6 +84,13 @@ def with_epochs(run: RunResult, **values: Any) -> RunResult:
     return replace(run, history=tuple(map(changed, run.history)))
 
 
+def at_chance(run: RunResult) -> RunResult:
+    """The same run, which has learned nothing."""
+    return with_epochs(
+        run, train_accuracy=0.1, test_accuracy=0.1, exact_accuracy=lambda old: None if old is None else 0.1
+    )
+
+
 def diverged(run: RunResult, epoch: int = 1) -> RunResult:
     """The same run, diverged in an epoch."""
     return replace(run, history=run.history[: epoch - 1], diverged=epoch, affine={}, moving_var={})

@@ -39,7 +39,8 @@ def test_a_training_is_the_same_with_and_without_its_questions(monkeypatch: pyte
 
 def test_layers_are_the_ones_that_were_asked_for() -> None:
     found = {
-        norm: measure(replace(SPEC, norm=norm, batch_size=4, images=512, epochs=1)) for norm in ("scratch", "scratch-unbiased")
+        norm: measure(replace(SPEC, norm=norm, batch_size=4, images=512, epochs=1))
+        for norm in ("scratch", "scratch-unbiased")
     }
     biased, unbiased = found.values()
     assert biased.history[0].train_loss == unbiased.history[0].train_loss
