@@ -88,8 +88,8 @@ def _conditions(results: Results, folder: str) -> Iterator[str]:
         " the normalization. Shown is mean +/- sample standard deviation over the seeds that learned"
     )
     yield (
-        "- a run *diverged* when its loss or weights were no longer finite, and stayed *at chance* when none of its accuracies in"
-        f" the last epoch was above {CHANCE_FACTOR:g} times that of guessing; such runs are counted, not averaged"
+        "- a run *diverged* when its loss or weights were no longer finite, and stayed *at chance* when none of its accuracies"
+        f" in the last epoch was above {CHANCE_FACTOR:g} times that of guessing; such runs are counted, not averaged"
     )
     yield (
         f"- re-estimated statistics are those of {min(RECALIBRATION, plan.images):,} training images, taken after each epoch in"
