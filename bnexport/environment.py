@@ -45,12 +45,16 @@ def versions() -> dict[str, str]:
     """Installed versions of PACKAGES; what is not installed is left out."""
     found: dict[str, str] = {}
     for group in PACKAGES:
-        for name in group:
-            try:
-                found[name] = metadata.version(name)
-            except metadata.PackageNotFoundError:
-                continue
-            break
+        found |= dict(list(versions_of(*group).items())[:1])
+    return found
+
+
+def versions_of(*names: str) -> dict[str, str]:
+    """Installed versions of distributions by their names; what is not installed is left out."""
+    found: dict[str, str] = {}
+    for name in names:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
     return found
 
 

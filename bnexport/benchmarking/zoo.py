@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import multiprocessing
 import signal
@@ -10,13 +9,12 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from importlib import metadata
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from bnexport.benchmarking.zoo_names import sources
-from bnexport.environment import environment
+from bnexport.environment import environment, versions_of
 from bnexport.errors import BnexportError, DataError, UsageError
 from bnexport.optional import one_line
 
@@ -135,15 +133,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def _conditions() -> dict[str, Any]:
     """Hardware and versions, those of the tools among them."""
     record = environment()
-    return record | {"packages": record["packages"] | _versions("timm", "onnxslim")}
-
-
-def _versions(*names: str) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for name in names:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
+    return record | {"packages": record["packages"] | versions_of("timm", "onnxslim")}
 
 
 def _todo(run: ZooRun) -> list[tuple[str, str]]:
