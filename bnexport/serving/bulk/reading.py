@@ -1,0 +1,98 @@
+"""The rows of a shard as batches of pixels that fit the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from bnexport.data.images import fit_stack, load_images, read_picture
+from bnexport.data.preprocessing import Preprocessing
+from bnexport.errors import DataError
+from bnexport.serving.bulk.npz import images_in_npz
+from bnexport.serving.bulk.parquet import encoded_images
+from bnexport.serving.bulk.request import BulkRequest
+from bnexport.serving.bulk.sources import Shard, map_npy
+from bnexport.tensors import Array
+
+#: Ids, and uint8 (n, height, width) or (n, height, width, channels).
+Batch = tuple[list[str], Array]
+
+
+def read_shard(shard: Shard, request: BulkRequest, preprocessing: Preprocessing) -> Iterator[Batch]:
+    """Batches of a shard, in order.
+
+    Raises:
+        DataError: An image is missing or damaged; the message names it.
+    """
+    return READERS[shard.kind](shard, request, preprocessing)
+
+
+def _read_folder(shard: Shard, request: BulkRequest, preprocessing: Preprocessing) -> Iterator[Batch]:
+    for start in range(0, shard.rows, request.batch_size):
+        found = []
+        for part in shard.parts[start : start + request.batch_size]:
+            images = load_images(Path(shard.path, str(part)), preprocessing)
+            if len(images) != 1:  # a stack under a picture's name
+                raise DataError(f"{images[0][0]} is one of several images in a picture", remedy="Name it .npy")
+            found += images
+        yield [name for name, _ in found], np.stack([image for _, image in found])
+
+
+def _read_npy(shard: Shard, request: BulkRequest, preprocessing: Preprocessing) -> Iterator[Batch]:
+    array = map_npy(Path(shard.path))
+    end = shard.start + shard.rows
+    pieces = (array[at : min(at + request.batch_size, end)] for at in range(shard.start, end, request.batch_size))
+    return _stacks(shard, pieces, preprocessing)
+
+
+def _read_npz(shard: Shard, request: BulkRequest, preprocessing: Preprocessing) -> Iterator[Batch]:
+    pieces = images_in_npz(
+        Path(shard.path), request.column, start=shard.start, rows=shard.rows, batch=request.batch_size
+    )
+    return _stacks(shard, pieces, preprocessing)
+
+
+def _stacks(shard: Shard, pieces: Iterator[Array], preprocessing: Preprocessing) -> Iterator[Batch]:
+    row = shard.start
+    for piece in pieces:
+        ids = [f"{shard.path}[{number}]" for number in range(row, row + len(piece))]
+        row += len(piece)
+        yield ids, _fitted(shard.path, piece, preprocessing)
+
+
+def _fitted(path: str, stack: Array, preprocessing: Preprocessing) -> Array:
+    """A stack that fits as it is, in one copy; another one image by image."""
+    colours = () if preprocessing.channels == 1 else (preprocessing.channels,)
+    plain = stack[..., 0] if stack.ndim == 4 and stack.shape[3] == 1 else stack
+    if plain.dtype == np.uint8 and plain.shape[1:] == (preprocessing.height, preprocessing.width, *colours):
+        return np.array(plain, order="C")
+    return np.stack([image for _, image in fit_stack(Path(path), np.array(stack), preprocessing)])
+
+
+def _read_parquet(shard: Shard, request: BulkRequest, preprocessing: Preprocessing) -> Iterator[Batch]:
+    groups = [int(part) for part in shard.parts]
+    for ids, contents in encoded_images(Path(shard.path), request, row_groups=groups, start=shard.start):
+        yield ids, np.stack(_decoded(shard.path, ids, contents, preprocessing))
+
+
+def _decoded(
+    path: str, ids: Sequence[str], contents: Sequence[bytes | None], preprocessing: Preprocessing
+) -> list[Array]:
+    images = []
+    for name, content in zip(ids, contents, strict=True):
+        named = name if name.startswith(path) else f"{path}, {name}"
+        if not content:
+            raise DataError(f"{named} has no image", remedy="Leave such rows out")
+        images.append(read_picture(content, preprocessing, name=named))
+    return images
+
+
+#: Kind of shard -> its reader; ``sources.SOURCES`` has a row for each.
+READERS: dict[str, Callable[[Shard, BulkRequest, Preprocessing], Iterator[Batch]]] = {
+    "folder": _read_folder,
+    "npy": _read_npy,
+    "npz": _read_npz,
+    "parquet": _read_parquet,
+}
