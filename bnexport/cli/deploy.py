@@ -10,7 +10,7 @@ import click
 
 from bnexport.deploying.releases import DEFAULT_RELEASE, TRITON_RELEASES
 from bnexport.deploying.request import DEVICES, SCALE_METRICS, DeployRequest, Scaling
-from bnexport.optional import need_packages
+from bnexport.optional import require
 
 if TYPE_CHECKING:
     from bnexport.deploying.request import Deployment
@@ -80,7 +80,7 @@ def triton(bundle: Path, out: Path, **options: Any) -> None:
 @click.option("--scale-target", type=int, default=8, show_default=True, help="Of the metric, per pod.")
 def kserve(bundle: Path, out: Path, storage_uri: str, namespace: str | None, **options: Any) -> None:
     """Write BUNDLE as a KServe InferenceService that runs Triton, and the repository to upload."""
-    need_packages("bnexport deploy kserve", "yaml", "jsonschema")
+    _need_yaml("bnexport deploy kserve")
     from bnexport.bundle import Bundle
     from bnexport.deploying.kserve import deploy_kserve
 
@@ -96,11 +96,16 @@ def kserve(bundle: Path, out: Path, storage_uri: str, namespace: str | None, **o
 )
 def docker(bundle: Path, out: Path, wheel: Path | None, **options: Any) -> None:
     """Write BUNDLE with a Dockerfile for bnexport serve, and a compose file for it and for Triton."""
-    need_packages("bnexport deploy docker", "yaml", "jsonschema")
+    _need_yaml("bnexport deploy docker")
     from bnexport.bundle import Bundle
     from bnexport.deploying.docker import deploy_docker
 
     _tell(deploy_docker(Bundle.open(bundle), out, DeployRequest(**options), wheel=wheel))
+
+
+def _need_yaml(purpose: str) -> None:
+    for name in ("yaml", "jsonschema"):
+        require(name, purpose=purpose)
 
 
 def _tell(done: Deployment) -> None:

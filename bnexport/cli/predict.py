@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bnexport.errors import UsageError
-from bnexport.optional import need_packages
+from bnexport.optional import require
 from bnexport.runtimes.catalogue import RUNNERS
 
 if TYPE_CHECKING:
@@ -64,9 +64,8 @@ def command(bundle: Path, images: tuple[Path, ...], runtime: str, as_json: bool,
 
 def _in_bulk(bundle: Path, sources: tuple[Path, ...], out: Path, options: dict[str, Any], *, as_json: bool) -> None:
     engine = options.pop("engine", "local")
-    need_packages("bnexport predict --out", "pyarrow")
-    if engine == "ray":
-        need_packages("bnexport predict --engine ray", "ray")
+    for name in ("pyarrow", *(["ray"] if engine == "ray" else [])):
+        require(name, purpose=f"bnexport predict --out with --engine {engine}")
     from bnexport.cli.bulk_display import BulkDisplay
     from bnexport.serving.bulk.predict import predict_in_bulk
     from bnexport.serving.bulk.request import BulkRequest

@@ -58,7 +58,7 @@ def deploy_docker(
     name = deployed_name("docker", request, bundle.manifest.name)
     folder = deployed_name("triton", DeployRequest(), bundle.manifest.name)
     if wheel is not None and not (_WHEEL.fullmatch(wheel.name) and wheel.is_file()):
-        raise UsageError(f"{wheel} is no wheel of bnexport", remedy="Make one: pip wheel --no-deps -w FOLDER .")
+        raise UsageError(f"{wheel} is no wheel of bnexport", remedy="Make one: python scripts/runtime_wheel.py FOLDER")
     checked(bundle, out, request)
     with staged_directory(out, force=request.force) as stage:
         (stage / MODELS).mkdir()
@@ -83,13 +83,13 @@ def deploy_docker(
 def dockerfile(wheel: str | None) -> str:
     """The Dockerfile's text; it installs a wheel of the build context, or this version from a package index."""
     install = ['RUN pip install --no-cache-dir "$BNEXPORT"']
-    source = f"bnexport[serve]=={__version__}"
+    source = f"bnexport-runtime[serve]=={__version__}"
     if wheel is not None:
         source = f"/{WHEELS}/{wheel}[serve]"
         install.insert(0, f"COPY {WHEELS} /{WHEELS}")
     health = f"import urllib.request as r; r.urlopen('http://127.0.0.1:{PORT}/v2/health/ready', timeout=3)"
     lines = [
-        "# bnexport serve with one model. The wheels bring what they need of CUDA; the base is the plain Python image.",
+        "# bnexport serve with one model, in bnexport-runtime: the part of bnexport that needs no torch.",
         "ARG PYTHON_VERSION=3.11.13",
         "FROM python:${PYTHON_VERSION}-slim-bookworm",
         "ENV PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1",

@@ -117,7 +117,7 @@ def encode(ids: Sequence[str], logits: Array, *, labels: Sequence[str], keep_log
     chosen = arrow.array(logits.argmax(1).astype(np.int32))
     columns = {
         "id": arrow.array(ids, arrow.string()),
-        "label": arrow.DictionaryArray.from_arrays(chosen, arrow.array(list(labels), arrow.string())),
+        "label": arrow.array(list(labels), arrow.string()).take(chosen),
         "probabilities": arrow.FixedSizeListArray.from_arrays(arrow.array(probabilities.ravel()), classes),
     }
     if keep_logits:
@@ -125,7 +125,7 @@ def encode(ids: Sequence[str], logits: Array, *, labels: Sequence[str], keep_log
     table = arrow.table(columns).replace_schema_metadata({"bnexport": about})
     file = io.BytesIO()
     # Probabilities and logits are noise to a dictionary and to a compressor: they would only cost time.
-    parquet.write_table(table, file, use_dictionary=["label"], compression="snappy", store_schema=False)
+    parquet.write_table(table, file, use_dictionary=["label"], compression="snappy")
     return file.getvalue()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -41,10 +42,18 @@ def _read_folder(shard: Shard, request: BulkRequest, preprocessing: Preprocessin
 
 
 def _read_npy(shard: Shard, request: BulkRequest, preprocessing: Preprocessing) -> Iterator[Batch]:
+    return _stacks(shard, _npy_pieces(shard, request.batch_size), preprocessing)
+
+
+def _npy_pieces(shard: Shard, batch: int) -> Iterator[Array]:
+    """Read and not mapped: the pages of a mapped file count as this process's memory."""
     array = map_npy(Path(shard.path))
-    end = shard.start + shard.rows
-    pieces = (array[at : min(at + request.batch_size, end)] for at in range(shard.start, end, request.batch_size))
-    return _stacks(shard, pieces, preprocessing)
+    size = math.prod(array.shape[1:])
+    with Path(shard.path).open("rb") as file:
+        file.seek(array.offset + shard.start * size * array.itemsize)
+        for done in range(0, shard.rows, batch):
+            piece = np.fromfile(file, array.dtype, min(batch, shard.rows - done) * size)
+            yield piece.reshape(-1, *array.shape[1:])
 
 
 def _read_npz(shard: Shard, request: BulkRequest, preprocessing: Preprocessing) -> Iterator[Batch]:

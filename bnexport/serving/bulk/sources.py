@@ -145,8 +145,11 @@ def _stat(file: Path) -> str:
 
 def _plan_npy(path: Path, request: BulkRequest) -> Plan:
     array = map_npy(path)
-    if array.ndim < 3:
-        raise DataError(f"{path} holds an array of shape {array.shape}, not a stack of images", remedy=_REMEDY)
+    if array.ndim < 3 or array.dtype != "uint8" or not array.flags.c_contiguous:
+        raise DataError(
+            f"{path} holds {array.dtype} of shape {array.shape}, expected a stack of uint8 images in C order",
+            remedy=_REMEDY,
+        )
     return Plan(_cut("npy", path, len(array), request), _stat(path))
 
 

@@ -115,7 +115,7 @@ def test_text_that_is_no_service(text: str) -> None:
 
 
 def test_a_build_context(bundle: Bundle, tmp_path: Path) -> None:
-    wheel = tmp_path / "bnexport-0.1.0-py3-none-any.whl"
+    wheel = tmp_path / "bnexport_runtime-0.1.0-py3-none-any.whl"
     wheel.write_bytes(b"wheel")
     deploy_docker(bundle, tmp_path / "out", DeployRequest(triton="24.05"), wheel=wheel)
     out = tmp_path / "out"
@@ -138,7 +138,7 @@ def test_a_build_context(bundle: Bundle, tmp_path: Path) -> None:
 def test_without_a_wheel_this_version_is_installed(foreign: Bundle, tmp_path: Path) -> None:
     done = deploy_docker(foreign, tmp_path / "out", DeployRequest(name="foreign", device="cuda"))
     text = (tmp_path / "out" / "Dockerfile").read_text()
-    assert "ARG BNEXPORT=bnexport[serve]==" in text
+    assert "ARG BNEXPORT=bnexport-runtime[serve]==" in text
     assert "COPY wheels" not in text
     assert not any(name.startswith("wheels") for name in done.files)
     services = yaml.safe_load((tmp_path / "out" / "compose.yaml").read_text())["services"]
