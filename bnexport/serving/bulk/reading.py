@@ -11,7 +11,7 @@ import numpy as np
 from bnexport.data.images import fit_stack, load_images, read_picture
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import DataError
-from bnexport.serving.bulk.npz import images_in_npz
+from bnexport.serving.bulk.npz import NpzFiles
 from bnexport.serving.bulk.parquet import encoded_images
 from bnexport.serving.bulk.request import BulkRequest
 from bnexport.serving.bulk.sources import Shard, map_npy
@@ -21,16 +21,22 @@ from bnexport.tensors import Array
 Batch = tuple[list[str], Array]
 
 
-def read_shard(shard: Shard, request: BulkRequest, preprocessing: Preprocessing) -> Iterator[Batch]:
+def read_shard(shard: Shard, request: BulkRequest, preprocessing: Preprocessing, files: NpzFiles) -> Iterator[Batch]:
     """Batches of a shard, in order.
+
+    Args:
+        shard: Which rows.
+        request: Batch size and columns.
+        preprocessing: Of the model: size and channels.
+        files: Of the worker, which closes them.
 
     Raises:
         DataError: An image is missing or damaged; the message names it.
     """
-    return READERS[shard.kind](shard, request, preprocessing)
+    return READERS[shard.kind](shard, request, preprocessing, files)
 
 
-def _read_folder(shard: Shard, request: BulkRequest, preprocessing: Preprocessing) -> Iterator[Batch]:
+def _read_folder(shard: Shard, request: BulkRequest, preprocessing: Preprocessing, _: NpzFiles) -> Iterator[Batch]:
     for start in range(0, shard.rows, request.batch_size):
         found = []
         for part in shard.parts[start : start + request.batch_size]:
@@ -41,7 +47,7 @@ def _read_folder(shard: Shard, request: BulkRequest, preprocessing: Preprocessin
         yield [name for name, _ in found], np.stack([image for _, image in found])
 
 
-def _read_npy(shard: Shard, request: BulkRequest, preprocessing: Preprocessing) -> Iterator[Batch]:
+def _read_npy(shard: Shard, request: BulkRequest, preprocessing: Preprocessing, _: NpzFiles) -> Iterator[Batch]:
     return _stacks(shard, _npy_pieces(shard, request.batch_size), preprocessing)
 
 
@@ -56,10 +62,9 @@ def _npy_pieces(shard: Shard, batch: int) -> Iterator[Array]:
             yield piece.reshape(-1, *array.shape[1:])
 
 
-def _read_npz(shard: Shard, request: BulkRequest, preprocessing: Preprocessing) -> Iterator[Batch]:
-    pieces = images_in_npz(
-        Path(shard.path), request.column, start=shard.start, rows=shard.rows, batch=request.batch_size
-    )
+def _read_npz(shard: Shard, request: BulkRequest, preprocessing: Preprocessing, files: NpzFiles) -> Iterator[Batch]:
+    stream = files.stream(Path(shard.path), request.column, start=shard.start)
+    pieces = stream.batches(shard.start, shard.rows, batch=request.batch_size)
     return _stacks(shard, pieces, preprocessing)
 
 
@@ -80,7 +85,7 @@ def _fitted(path: str, stack: Array, preprocessing: Preprocessing) -> Array:
     return np.stack([image for _, image in fit_stack(Path(path), np.array(stack), preprocessing)])
 
 
-def _read_parquet(shard: Shard, request: BulkRequest, preprocessing: Preprocessing) -> Iterator[Batch]:
+def _read_parquet(shard: Shard, request: BulkRequest, preprocessing: Preprocessing, _: NpzFiles) -> Iterator[Batch]:
     groups = [int(part) for part in shard.parts]
     for ids, contents in encoded_images(Path(shard.path), request, row_groups=groups, start=shard.start):
         yield ids, np.stack(_decoded(shard.path, ids, contents, preprocessing))
@@ -99,7 +104,7 @@ def _decoded(
 
 
 #: Kind of shard -> its reader; ``sources.SOURCES`` has a row for each.
-READERS: dict[str, Callable[[Shard, BulkRequest, Preprocessing], Iterator[Batch]]] = {
+READERS: dict[str, Callable[[Shard, BulkRequest, Preprocessing, NpzFiles], Iterator[Batch]]] = {
     "folder": _read_folder,
     "npy": _read_npy,
     "npz": _read_npz,

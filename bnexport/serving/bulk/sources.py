@@ -5,6 +5,7 @@ A shard is the unit of work, of writing and of going on after a kill, so it must
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Iterator
@@ -169,10 +170,11 @@ def map_npy(path: Path) -> Any:
 
 
 def _plan_npz(path: Path, request: BulkRequest) -> Plan:
-    from bnexport.serving.bulk.npz import shape_in_npz
+    from bnexport.serving.bulk.npz import NpzStream
 
     screen_archive(path, "npz", error=DataError)
-    return Plan(_cut("npz", path, shape_in_npz(path, request.column)[0], request), _stat(path))
+    with contextlib.closing(NpzStream(path, request.column)) as stream:
+        return Plan(_cut("npz", path, stream.shape[0], request), _stat(path))
 
 
 def _plan_parquet(path: Path, request: BulkRequest) -> Plan:

@@ -13,6 +13,7 @@ from bnexport.files import write_atomically
 from bnexport.runtimes.catalogue import runner_spec
 from bnexport.runtimes.settings import RunSettings
 from bnexport.serving.bulk.job import Job, part_file
+from bnexport.serving.bulk.npz import NpzFiles
 from bnexport.serving.bulk.parquet import encode
 from bnexport.serving.bulk.reading import read_shard
 from bnexport.serving.bulk.request import BulkRequest
@@ -38,6 +39,7 @@ class ShardWorker:
     def __init__(self, bundle: str, out: str, request: BulkRequest, about: str) -> None:
         opened = Bundle.open(bundle)
         self._out, self._request, self._about = Path(out), request, about
+        self._files = NpzFiles()
         self._preprocessing = image_preprocessing(opened)
         signature = opened.manifest.signature
         self._input, self._output = signature.inputs[0].name, signature.outputs[0].name
@@ -50,7 +52,8 @@ class ShardWorker:
         return cls(job.bundle, job.out, job.request, json.dumps(job.description, sort_keys=True))
 
     def close(self) -> None:
-        """Free the session."""
+        """Free the session and what is open."""
+        self._files.close()
         self._runner.close()
 
     def run(self, shard: Shard) -> int:
@@ -65,7 +68,7 @@ class ShardWorker:
         """
         ids: list[str] = []
         parts: list[Array] = []
-        for names, images in read_shard(shard, self._request, self._preprocessing):
+        for names, images in read_shard(shard, self._request, self._preprocessing, self._files):
             logits = self._runner.run({self._input: self._preprocessing.apply(images)})[self._output]
             if not np.isfinite(logits).all():
                 row = int(np.flatnonzero(~np.isfinite(logits).all(1))[0])

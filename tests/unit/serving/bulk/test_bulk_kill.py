@@ -135,15 +135,14 @@ print(next(line.split()[1] for line in Path("/proc/self/status").read_text().spl
 @pytest.mark.parametrize("ending", ["npy", "npz"])
 def test_memory_does_not_grow_with_the_source(bundle: Bundle, tmp_path: Path, ending: str) -> None:
     peaks = []
-    for rows in (4_000, 80_000):
+    for rows in (4_000, 50_000):
         source = tmp_path / f"{rows}.{ending}"
         images = np.random.default_rng(0).integers(0, 16, (rows, 28, 28), np.uint8)  # zeros would pack like a bomb
         np.save(source, images) if ending == "npy" else np.savez_compressed(source, image=images)
         words = [sys.executable, "-c", PEAK, str(bundle.path), str(source), str(tmp_path / f"out-{rows}")]
         done = subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, timeout=LIMIT, check=True)
         peaks.append(int(done.stdout) / 1024)
-    print(peaks)
-    assert peaks[1] - peaks[0] < 25, f"{peaks} MB for 3 and 63 MB of images"
+    assert peaks[1] - peaks[0] < 15, f"{peaks} MB for 3 and 39 MB of images"
 
 
 @pytest.mark.needs("ray")
@@ -155,7 +154,7 @@ def test_ray_with_an_actor_killed_in_between(bundle: Bundle, stack: Path, tmp_pa
     with started(words) as process:
         told, said = process.communicate(timeout=240)
     assert process.returncode == 0, said[-2000:]
-    assert told.split() == ["killed", "1", "rows", "9000"]
+    assert told.splitlines()[-1] == "killed 1 rows 9000", "what stands before is Ray's word of the death"
     predict_in_bulk(bundle, [stack], whole, request=BulkRequest(workers=1, shard_rows=SHARD_ROWS))
     assert pq.read_table(out).equals(pq.read_table(whole))
     assert len(parts(out)) == 90
