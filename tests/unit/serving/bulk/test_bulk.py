@@ -15,6 +15,7 @@ from unit.serving.bulk.conftest import IMAGES, png, rows, write_parquet
 from bnexport.bundle import MODEL_ONNX, Bundle
 from bnexport.errors import BnexportError, BundleError, DataError, OutputError, UsageError
 from bnexport.serving.bulk.job import JOB, make_job
+from bnexport.serving.bulk.measure import side_by_side
 from bnexport.serving.bulk.predict import BulkResult, predict_in_bulk
 from bnexport.serving.bulk.reading import READERS
 from bnexport.serving.bulk.request import BulkProgress, BulkRequest
@@ -283,3 +284,14 @@ def test_shards_do_not_depend_on_who_asks(bundle: Bundle, sources: dict[str, Pat
     assert jobs[0].shards == jobs[1].shards
     assert jobs[0].description == jobs[1].description
     assert [shard.number for shard in jobs[0].shards] == list(range(len(jobs[0].shards)))
+
+
+def test_the_measured_table(bundle: Bundle, sources: dict[str, Path]) -> None:
+    head, _, bare, ours, _, ratio, conditions = side_by_side(
+        bundle, sources["a.npy"], workers=1, repeats=2
+    ).splitlines()
+    assert head.count("|") == bare.count("|") == ours.count("|") == 5
+    rates = [[float(cell) for cell in row.split("|")[2:5]] for row in (bare, ours)]
+    assert all(0 < least <= median <= most for median, least, most in rates)
+    assert "n = 2 pairs of 90 images, 1 workers" in ratio
+    assert "onnxruntime" in conditions
