@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from bnexport.bundle import MANIFEST, Bundle
-from bnexport.errors import OutputError
+from bnexport.errors import OutputError, UsageError
 from bnexport.files import output_errors, sha256, write_atomically
 from bnexport.optional import one_line
 from bnexport.serving.bulk.parquet import rows_in
@@ -52,6 +52,10 @@ class Job:
         """Rows of all shards."""
         return sum(shard.rows for shard in self.shards)
 
+    def without_shards(self) -> Job:
+        """What a worker has to know; the shards may be many, and come one by one."""
+        return replace(self, shards=())
+
     def missing(self) -> list[Shard]:
         """Shards whose file is not there, or is not whole."""
         return [shard for shard in self.shards if rows_in(part_file(Path(self.out), shard)) != shard.rows]
@@ -67,8 +71,11 @@ def make_job(bundle: Bundle, sources: tuple[Path, ...], out: Path, request: Bulk
 
     Raises:
         DataError: Something about a source.
-        UsageError: Sources that overlap.
+        UsageError: Sources that overlap, or a folder of predictions that lies in one.
     """
+    for source in sources:
+        if out.resolve().is_relative_to(source.resolve()):
+            raise UsageError(f"{out} lies in the source {source}", remedy="Choose a folder outside of it")
     planned = plan(sources, request)
     description = {
         "format": FORMAT,

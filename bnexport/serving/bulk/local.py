@@ -1,6 +1,6 @@
 """The engine for one machine: one process per core, each with a session of one thread.
 
-Processes and not threads: decoding pictures and naming rows hold Python's lock (docs/predicting.md has the figures).
+Processes and not threads: decoding pictures and naming rows hold Python's lock (docs/predicting.md).
 """
 
 from __future__ import annotations
@@ -20,8 +20,13 @@ from bnexport.serving.bulk.worker import ShardWorker
 
 #: Shards that wait for each worker: one is enough to keep it busy, and more would only be held in memory.
 _AHEAD = 2
-#: The worker of this process, in a process that has one: a pool hands its initialiser's result to nobody.
-_WORKERS: list[ShardWorker] = []
+
+
+class _Process:
+    """What a worker's process holds: a pool hands its initialiser's result to nobody."""
+
+    job: Job | None = None
+    worker: ShardWorker | None = None
 
 
 def run_locally(job: Job, shards: Sequence[Shard]) -> Iterator[int]:
@@ -36,7 +41,7 @@ def run_locally(job: Job, shards: Sequence[Shard]) -> Iterator[int]:
         yield from _in_this_process(job, shards)
         return
     context = multiprocessing.get_context("spawn")  # a fork would take over locks of engines that run already
-    with ProcessPoolExecutor(workers, context, _start, (job,)) as pool:
+    with ProcessPoolExecutor(workers, context, _start, (job.without_shards(),)) as pool:
         try:
             yield from _in_turn(pool, shards, workers)
         except BrokenProcessPool as error:
@@ -75,7 +80,7 @@ def _start(job: Job) -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
-    _WORKERS.append(ShardWorker.of(job))
+    _Process.job = job
 
 
 def _leave_with(parent: multiprocessing.process.BaseProcess) -> None:
@@ -85,4 +90,8 @@ def _leave_with(parent: multiprocessing.process.BaseProcess) -> None:
 
 
 def _run(shard: Shard) -> int:
-    return _WORKERS[0].run(shard)
+    """The worker is opened here, at the first shard: what an initialiser raises reaches nobody."""
+    if _Process.worker is None:
+        assert _Process.job is not None
+        _Process.worker = ShardWorker.of(_Process.job)
+    return _Process.worker.run(shard)

@@ -47,7 +47,7 @@ def run_on_ray(job: Job, shards: Sequence[Shard]) -> Iterator[int]:
         RuntimeUnavailable: Ray gave up.
     """
     ray, data = require("ray", purpose="--engine ray"), require("ray.data", purpose="--engine ray")
-    bare = pickle.dumps(Job(job.bundle, job.out, job.request, (), job.description))
+    bare = pickle.dumps(job.without_shards())
     workers = min(job.request.resolved_workers(), len(shards))
     started = not ray.is_initialized()
     if started:

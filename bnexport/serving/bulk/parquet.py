@@ -91,9 +91,15 @@ def encoded_images(
             if request.id_column is None:
                 ids = [f"{path}[{number}]" for number in range(row, row + len(column))]
             else:
-                ids = [str(value) for value in batch.column(request.id_column).to_pylist()]
+                ids = _ids(path, row, batch.column(request.id_column).to_pylist())
             row += len(column)
             yield ids, column.to_pylist()
+
+
+def _ids(path: Path, start: int, values: Sequence[Any]) -> list[str]:
+    if None in values:
+        raise DataError(f"{path}[{start + values.index(None)}] has no id", remedy="Leave such rows out")
+    return [str(value) for value in values]
 
 
 def encode(ids: Sequence[str], logits: Array, *, labels: Sequence[str], keep_logits: bool, about: str) -> bytes:

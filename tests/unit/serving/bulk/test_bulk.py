@@ -12,7 +12,7 @@ from support.bundles import copy_bundle, reseal
 from unit.deploying.conftest import foreign_bundle
 from unit.serving.bulk.conftest import IMAGES, png, rows, write_parquet
 
-from bnexport.bundle import MODEL_ONNX, Bundle
+from bnexport.bundle import MODEL_ONNX, MODEL_TORCHSCRIPT, Bundle
 from bnexport.errors import BnexportError, BundleError, DataError, OutputError, UsageError
 from bnexport.serving.bulk.job import JOB, make_job
 from bnexport.serving.bulk.measure import side_by_side
@@ -252,6 +252,26 @@ def test_an_image_is_given_once(bundle: Bundle, sources: dict[str, Path], tmp_pa
 def test_bad_requests(options: dict[str, object]) -> None:
     with pytest.raises(UsageError):
         BulkRequest(**options)
+
+
+def test_a_row_without_an_id_is_refused(bundle: Bundle, tmp_path: Path) -> None:
+    write_parquet(tmp_path / "a.parquet", {"image": [png(IMAGES[0])] * 3, "sku": ["a", None, "c"]}, 2)
+    with pytest.raises(DataError, match=r"a\.parquet\[1\] has no id"):
+        predict(bundle, tmp_path / "a.parquet", tmp_path / "out", id_column="sku")
+
+
+def test_predictions_are_not_written_into_their_source(bundle: Bundle, sources: dict[str, Path]) -> None:
+    for out in (sources["pictures"] / "out", sources["pictures"]):
+        with pytest.raises(UsageError, match="lies in the source"):
+            predict(bundle, sources["pictures"], out)
+
+
+def test_a_worker_that_can_not_open_its_file_says_so(bundle: Bundle, sources: dict[str, Path], tmp_path: Path) -> None:
+    """In a process of its own, too."""
+    folder = copy_bundle(bundle, tmp_path / "1")
+    (folder / MODEL_TORCHSCRIPT).unlink()
+    with pytest.raises(BundleError, match=r"has no model\.pt"):
+        predict(reseal(folder), sources["a.npy"], tmp_path / "out", workers=2, runtime="torchscript-cpu")
 
 
 def test_an_unknown_engine(bundle: Bundle, sources: dict[str, Path], tmp_path: Path) -> None:
