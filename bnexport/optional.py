@@ -28,6 +28,7 @@ INSTALL: dict[str, str] = {
     "jsonschema": "bnexport[deploy]",
     "pyarrow": "bnexport[parquet]",
     "ray": "bnexport[ray]",
+    "tensorboard": "bnexport[tensorboard]",
 }
 
 
