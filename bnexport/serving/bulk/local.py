@@ -1,6 +1,6 @@
 """The engine for one machine: one process per core, each with a session of one thread.
 
-Processes and not threads: a crash takes one worker along, and decoding holds Python's lock (docs/predicting.md).
+Processes and not threads: the parent outlives a crash of an engine, and decoding holds Python's lock (docs/predicting.md).
 """
 
 from __future__ import annotations
