@@ -23,6 +23,11 @@ INSTALL: dict[str, str] = {
     "timm": "bnexport[timm]",
     "onnxslim": "bnexport[audit]",
     "openvino": "bnexport[openvino]",
+    "google": "protobuf",
+    "yaml": "bnexport[deploy]",
+    "jsonschema": "bnexport[deploy]",
+    "pyarrow": "bnexport[parquet]",
+    "ray": "bnexport[ray]",
     "tensorboard": "bnexport[tensorboard]",
 }
 

@@ -53,12 +53,26 @@ def _chromium() -> str | None:
     return None if shutil.which("chromium") else "chromium is not installed"
 
 
+def _tritonclient() -> str | None:
+    from bnexport.optional import installed
+
+    return None if installed("tritonclient") and installed("grpc") else "tritonclient[grpc] is not installed"
+
+
+def _ray() -> str | None:
+    from bnexport.optional import installed
+
+    return None if installed("ray") else "ray is not installed"
+
+
 CAPABILITIES: dict[str, Callable[[], str | None]] = {
     "cuda": functools.cache(_cuda),
     "ort-cuda": functools.cache(_ort_cuda),
     "tensorrt": functools.cache(_tensorrt),
     "openvino": functools.cache(_openvino),
     "data": functools.cache(_data),
+    "tritonclient": functools.cache(_tritonclient),
+    "ray": functools.cache(_ray),
     "chromium": functools.cache(_chromium),
 }
 

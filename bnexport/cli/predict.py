@@ -1,24 +1,87 @@
-"""``bnexport predict``."""
+"""``bnexport predict``: labels of a few images on the terminal, or of many in Parquet files."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from bnexport.errors import UsageError
+from bnexport.optional import require
 from bnexport.runtimes.catalogue import RUNNERS
 
+if TYPE_CHECKING:
+    from bnexport.serving.bulk.predict import BulkResult
+
 _RUNTIME = click.Choice([spec.name for spec in RUNNERS])
+#: Options that mean something with --out alone -> their flags.
+_BULK = {
+    "engine": "--engine", "workers": "--workers", "batch_size": "--batch-size", "shard_rows": "--shard-rows",
+    "column": "--column", "id_column": "--id-column", "logits": "--logits", "force": "--force",
+}  # fmt: skip
 
 
 @click.command("predict")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--runtime", type=_RUNTIME, default="onnxruntime-cpu", show_default=True, help="Engine and device.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object per image, one per line.")
-def command(bundle: Path, images: tuple[Path, ...], runtime: str, as_json: bool) -> None:
-    """Label IMAGES (PNG, JPEG, BMP, WebP, GIF, .npy, IDX) with BUNDLE's own preprocessing: label and probability per image."""
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per image, one per line; with --out one in all.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Write Parquet files into this folder instead of printing."
+)
+@click.option(
+    "--engine",
+    type=click.Choice(("local", "ray")),
+    help="With --out: processes here, or a Ray cluster.  [default: local]",
+)
+@click.option(
+    "--workers", type=click.IntRange(min=1), help="With --out: one-thread sessions.  [default: one per core; GPU: 1]"
+)
+@click.option("--batch-size", type=click.IntRange(min=1), help="With --out: images per call.  [default: 256]")
+@click.option("--shard-rows", type=click.IntRange(min=1), help="With --out: rows per file.  [default: 10000]")
+@click.option("--column", help="With --out: of Parquet and .npz files, where the images are.  [default: image]")
+@click.option("--id-column", help="With --out: of Parquet files.  [default: file name and row]")
+@click.option("--logits", is_flag=True, default=None, help="With --out: write the raw logits too.")
+@click.option("--force", is_flag=True, default=None, help="With --out: throw away the predictions of another job.")
+def command(bundle: Path, images: tuple[Path, ...], runtime: str, as_json: bool, out: Path | None, **bulk: Any) -> None:
+    """Label IMAGES (PNG, JPEG, BMP, WebP, GIF, .npy, IDX) with BUNDLE's own preprocessing: label and probability per image.
+
+    With --out, IMAGES are folders of pictures, .npy and .npz files of uint8 images, and Parquet files with image bytes, of
+    any size. OUT gets Parquet files with id, label and probabilities. The same command goes on after a kill.
+    """
+    given = {key: value for key, value in bulk.items() if value is not None}
+    if out is not None:
+        _in_bulk(bundle, images, out, {"runtime": runtime, **given}, as_json=as_json)
+        return
+    if given:
+        raise UsageError(f"{_BULK[next(iter(given))]} is for --out", remedy="Pass --out FOLDER, or leave it away")
     from bnexport.reporting.results import print_predictions
     from bnexport.serving.predictor import predict_images
 
     print_predictions(predict_images(bundle, *images, runtime=runtime), as_json=as_json)
+
+
+def _in_bulk(bundle: Path, sources: tuple[Path, ...], out: Path, options: dict[str, Any], *, as_json: bool) -> None:
+    engine = options.pop("engine", "local")
+    for name in ("pyarrow", *(["ray"] if engine == "ray" else [])):
+        require(name, purpose=f"bnexport predict --out with --engine {engine}")
+    from bnexport.cli.bulk_display import BulkDisplay
+    from bnexport.serving.bulk.predict import predict_in_bulk
+    from bnexport.serving.bulk.request import BulkRequest
+
+    with BulkDisplay() as display:
+        result = predict_in_bulk(bundle, sources, out, engine=engine, request=BulkRequest(**options), progress=display)
+    _tell(result, as_json=as_json)
+
+
+def _tell(result: BulkResult, *, as_json: bool) -> None:
+    if as_json:
+        from bnexport.reporting.results import print_json
+
+        print_json(result.to_json())
+        return
+    fresh = result.rows - result.resumed_rows
+    rate = f", {fresh / result.seconds:.0f} images/s" if fresh and result.seconds else ""
+    before = f" ({result.resumed_rows} were there already)" if result.resumed_rows else ""
+    click.echo(f"{result.rows} rows in {result.shards} files of {result.out}{before}{rate}")

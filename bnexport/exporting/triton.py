@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from bnexport.bundle import MODEL_ONNX
@@ -18,7 +19,14 @@ _TYPES = {
 }  # fmt: skip
 
 
-def triton_config(name: str, signature: Signature, *, max_batch_size: int = 64) -> str:
+def triton_config(
+    name: str,
+    signature: Signature,
+    *,
+    max_batch_size: int = 64,
+    label_filename: str | None = None,
+    more: Sequence[str] = (),
+) -> str:
     """The text of ``config.pbtxt`` (Triton Inference Server, "Model Configuration").
 
     ``dynamic_batching`` without a delay batches what has queued while the previous batch ran. Triton's ONNX Runtime
@@ -26,30 +34,61 @@ def triton_config(name: str, signature: Signature, *, max_batch_size: int = 64) 
 
     Args:
         name: The model's name, which must be its folder's.
-        signature: Inputs and outputs, batch first. Triton writes the dimensions without the batch.
-        max_batch_size: Largest batch that Triton forms.
+        signature: Inputs and outputs, batch first. Triton writes the dimensions without the batch, and the batch with
+            them where it does not vary.
+        max_batch_size: Largest batch that Triton forms; of no use where the batch does not vary.
+        label_filename: File of class names beside the configuration, for the first output: Triton's classification
+            extension answers with them.
+        more: Further blocks, such as instance groups.
     """
+    batched = batch_varies(signature)
+    labels = [label_filename, *[None] * len(signature.outputs)]
     blocks = [
         f"name: {json.dumps(name)}",
         'backend: "onnxruntime"',
         f"default_model_filename: {json.dumps(MODEL_ONNX)}",
-        f"max_batch_size: {max_batch_size}",
-        *(f"input [\n{_tensor(spec)}\n]" for spec in signature.inputs),
-        *(f"output [\n{_tensor(spec)}\n]" for spec in signature.outputs),
-        "dynamic_batching { }",
+        f"max_batch_size: {max_batch_size if batched else 0}",
+        *(f"input [\n{_tensor(spec, batched)}\n]" for spec in signature.inputs),
+        *(
+            f"output [\n{_tensor(spec, batched, label)}\n]"
+            for spec, label in zip(signature.outputs, labels, strict=False)
+        ),
+        *(["dynamic_batching { }"] if batched else []),
         'parameters { key: "intra_op_thread_count" value: { string_value: "1" } }',
+        *more,
     ]
     return "\n".join(blocks) + "\n"
 
 
-def _tensor(spec: TensorSpec) -> str:
-    dims = [-1 if isinstance(dim, str) else dim for dim in spec.sample_shape]
-    # Triton takes no empty dims; one value per sample is written as [ 1 ] with a reshape to [ ].
-    shape = ", ".join(map(str, dims)) or "1"
-    reshape = "" if dims else "\n    reshape: { shape: [ ] }"
+def batch_varies(signature: Signature) -> bool:
+    """Whether every input and output takes any batch; Triton batches for no other model."""
+    return all(spec.shape and isinstance(spec.shape[0], str) for spec in (*signature.inputs, *signature.outputs))
+
+
+def triton_type(spec: TensorSpec) -> str:
+    """Triton's name of an element type: "TYPE_FP32".
+
+    Raises:
+        ExportError: It has none.
+    """
     if spec.dtype not in _TYPES:
         raise ExportError(f"Triton has no type for {spec.dtype} ({spec.name!r})", remedy="Use another element type")
-    return f"  {{\n    name: {json.dumps(spec.name)}\n    data_type: {_TYPES[spec.dtype]}\n    dims: [ {shape} ]{reshape}\n  }}"
+    return _TYPES[spec.dtype]
+
+
+def triton_dims(spec: TensorSpec, *, batched: bool) -> list[int]:
+    """Dimensions as Triton counts them, -1 for one that varies; empty where a sample is a single value."""
+    return [-1 if isinstance(dim, str) else dim for dim in (spec.sample_shape if batched else spec.shape)]
+
+
+def _tensor(spec: TensorSpec, batched: bool, label_filename: str | None = None) -> str:
+    dims = triton_dims(spec, batched=batched)
+    # Triton takes no empty dims; one value per sample is written as [ 1 ] with a reshape to [ ].
+    shape = ", ".join(map(str, dims)) or "1"
+    lines = [f"name: {json.dumps(spec.name)}", f"data_type: {triton_type(spec)}", f"dims: [ {shape} ]"]
+    lines += [] if dims else ["reshape: { shape: [ ] }"]
+    lines += [] if label_filename is None else [f"label_filename: {json.dumps(label_filename)}"]
+    return "\n".join(["  {", *(f"    {line}" for line in lines), "  }"])
 
 
 def write_triton_config(bundle_path: Path, name: str, signature: Signature, *, force: bool = False) -> None:

@@ -68,7 +68,7 @@ class Predictor:
             raise UsageError(f"the batch size is {batch_size}", remedy="Give at least 1")
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         self.bundle.check()
-        self.preprocessing = _image_preprocessing(self.bundle)
+        self.preprocessing = image_preprocessing(self.bundle)
         self._batch_size = batch_size
         self._runner = runner_spec(runtime).open(self.bundle)
 
@@ -135,7 +135,7 @@ def predict_images(
         return predictor.files(*images)
 
 
-def _image_preprocessing(bundle: Bundle) -> Preprocessing:
+def image_preprocessing(bundle: Bundle) -> Preprocessing:
     """The bundle's preprocessing.
 
     Raises:

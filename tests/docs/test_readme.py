@@ -47,9 +47,14 @@ def problem(words: list[str]) -> str | None:
     command = cli.get_command(context, words[1])
     if command is None:
         return f"bnexport has no command {words[1]}"
+    rest = words[2:]
+    while isinstance(command, click.Group):
+        context = click.Context(command, info_name=words[1], parent=context)
+        if not rest or (command := command.get_command(context, rest.pop(0))) is None:
+            return f"{' '.join(words[:3])} is no command"
     try:
         inner = click.Context(command, info_name=words[1], parent=context)
-        command.make_parser(inner).parse_args(words[2:])
+        command.make_parser(inner).parse_args(rest)
     except click.UsageError as error:
         return error.format_message()
     return None
@@ -61,7 +66,16 @@ def test_console_lines_are_real_commands(words: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "line", ["bnexport tarin", "bnexport train --epoch-count 3", "bnexport verify --json", "scripts/none", "rm -r x"]
+    "line",
+    [
+        "bnexport tarin",
+        "bnexport train --epoch-count 3",
+        "bnexport verify --json",
+        "scripts/none",
+        "rm -r x",
+        "bnexport deploy nomad x",
+        "bnexport deploy triton x --uri",
+    ],
 )
 def test_console_check_finds_what_is_wrong(line: str) -> None:
     assert problem(shlex.split(line)) is not None

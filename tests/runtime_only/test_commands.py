@@ -125,6 +125,20 @@ def test_a_spoiled_bundle_fails(without: Run, copy: Path, name: str) -> None:
     assert "FAIL:" in told(result)
 
 
+def test_deploy_for_triton(without: Run, tmp_path: Path) -> None:
+    """The check of config.pbtxt needs protobuf, which comes with onnxruntime; YAML needs an extra, which is named."""
+    written, refused = without(
+        [
+            ["deploy", "triton", str(REFERENCE), "--out", str(tmp_path / "repository")],
+            ["deploy", "docker", str(REFERENCE), "--out", str(tmp_path / "docker")],
+        ]
+    )
+    assert written["code"] == 0, told(written)
+    assert (tmp_path / "repository" / "bn_lenet" / "config.pbtxt").is_file()
+    assert refused["code"] == 3
+    assert "bnexport[deploy]" in told(refused)
+
+
 def test_predict_inspect_and_doctor(without: Run, files: Path) -> None:
     predicted, listed, doctor, required = without(
         [

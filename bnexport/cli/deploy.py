@@ -1,0 +1,115 @@
+"""``bnexport deploy``: one subcommand per target."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from bnexport.deploying.releases import DEFAULT_RELEASE, TRITON_RELEASES
+from bnexport.deploying.request import DEVICES, SCALE_METRICS, DeployRequest, Scaling
+from bnexport.optional import require
+
+if TYPE_CHECKING:
+    from bnexport.deploying.request import Deployment
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+#: What every target takes.
+_COMMON = (
+    click.argument("bundle", type=click.Path(path_type=Path)),
+    click.option("--out", required=True, type=click.Path(path_type=Path), help="The folder to write."),
+    click.option("--name", help="Name there.  [default: the bundle's]"),
+    click.option(
+        "--triton", metavar="RELEASE", default=DEFAULT_RELEASE, show_default=True,
+        help=f"Triton's release, {list(TRITON_RELEASES)[-1]} to {DEFAULT_RELEASE}: it must be able to load the file.",
+    ),
+    click.option(
+        "--device", type=click.Choice(DEVICES), default="cpu", show_default=True, help="What Triton runs it on."
+    ),
+    click.option(
+        "--instances", type=click.IntRange(min=1), default=1, show_default=True,
+        help="Copies in one Triton that run at once; on CPUs one per core.",
+    ),
+    click.option(
+        "--max-batch-size", type=click.IntRange(min=1), default=64, show_default=True, help="Largest batch in Triton."
+    ),
+    click.option("--force", is_flag=True, help="Replace an existing folder."),
+)  # fmt: skip
+
+
+def _common(command: Command) -> Command:
+    for decorate in reversed(_COMMON):
+        command = decorate(command)
+    return command
+
+
+@click.group("deploy")
+def command() -> None:
+    """Write the files with which other servers serve a bundle.
+
+    Each file is checked before it is written: Triton's configuration by protobuf, YAML by a strict schema, the model's
+    operator set and file format against the ONNX Runtime in that release of Triton.
+    """
+
+
+@command.command("triton")
+@_common
+def triton(bundle: Path, out: Path, **options: Any) -> None:
+    """Write BUNDLE as a model repository of Triton Inference Server."""
+    from bnexport.bundle import Bundle
+    from bnexport.deploying.repository import deploy_triton
+
+    _tell(deploy_triton(Bundle.open(bundle), out, DeployRequest(**options)))
+
+
+@command.command("kserve")
+@_common
+@click.option(
+    "--storage-uri", required=True, metavar="URI", help="Where the repository's root will lie, as s3://bucket/models."
+)
+@click.option("--namespace", help="Of the service.  [default: kubectl's]")
+@click.option("--min-replicas", type=int, default=1, show_default=True, help="0 lets it sleep (Knative only).")
+@click.option("--max-replicas", type=int, default=4, show_default=True, help="Pods at the most.")
+@click.option(
+    "--scale-metric", type=click.Choice(SCALE_METRICS), default="concurrency", show_default=True,
+    help="concurrency and rps need Knative, cpu and memory a standard deployment.",
+)  # fmt: skip
+@click.option("--scale-target", type=int, default=8, show_default=True, help="Of the metric, per pod.")
+def kserve(bundle: Path, out: Path, storage_uri: str, namespace: str | None, **options: Any) -> None:
+    """Write BUNDLE as a KServe InferenceService that runs Triton, and the repository to upload."""
+    _need_yaml("bnexport deploy kserve")
+    from bnexport.bundle import Bundle
+    from bnexport.deploying.kserve import deploy_kserve
+
+    sizes = {key: options.pop(key) for key in ("min_replicas", "max_replicas")}
+    scaling = Scaling(storage_uri, **sizes, metric=options.pop("scale_metric"), target=options.pop("scale_target"))
+    _tell(deploy_kserve(Bundle.open(bundle), out, DeployRequest(**options), scaling, namespace=namespace))
+
+
+@command.command("docker")
+@_common
+@click.option(
+    "--wheel", type=click.Path(path_type=Path), help="Install this wheel of bnexport.  [default: from pip's index]"
+)
+def docker(bundle: Path, out: Path, wheel: Path | None, **options: Any) -> None:
+    """Write BUNDLE with a Dockerfile for bnexport serve, and a compose file for it and for Triton."""
+    _need_yaml("bnexport deploy docker")
+    from bnexport.bundle import Bundle
+    from bnexport.deploying.docker import deploy_docker
+
+    _tell(deploy_docker(Bundle.open(bundle), out, DeployRequest(**options), wheel=wheel))
+
+
+def _need_yaml(purpose: str) -> None:
+    for name in ("yaml", "jsonschema"):
+        require(name, purpose=purpose)
+
+
+def _tell(done: Deployment) -> None:
+    for name in done.files:
+        click.echo(f"written: {done.path / name}")
+    for step in done.next_steps:
+        click.echo(f"next: {step}")

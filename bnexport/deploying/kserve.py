@@ -1,0 +1,97 @@
+"""A KServe InferenceService, with the model repository that it fetches."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+from bnexport.bundle import MODEL_ONNX, Bundle
+from bnexport.deploying.repository import checked, names_in, write_model
+from bnexport.deploying.request import Deployment, DeployRequest, Scaling, deployed_name
+from bnexport.deploying.yaml_text import INFERENCE_SERVICE, checked_yaml
+from bnexport.files import staged_directory, write_atomically
+
+SERVICE = "inference_service.yaml"
+REPOSITORY = "repository"
+#: Memory of a pod beside the model: what Triton with its ONNX Runtime backend takes, rounded up; GPU libraries take more.
+_BASE_MEMORY = {"cpu": 1, "cuda": 4, "tensorrt": 4}
+_GIB = 2**30
+
+
+def deploy_kserve(
+    bundle: Bundle, out: Path, request: DeployRequest, scaling: Scaling, *, namespace: str | None = None
+) -> Deployment:
+    """Write ``inference_service.yaml`` and the repository to upload.
+
+    Args:
+        bundle: Its hashes are checked first.
+        out: The folder.
+        request: Name, release, device.
+        scaling: Storage and autoscaling.
+        namespace: Of the service; None: the one that kubectl uses.
+
+    Raises:
+        BundleError: The bundle is not as it was written.
+        ExportError: The release can't load the model file, or a value that KServe would refuse.
+        MissingDependency: PyYAML or jsonschema is not here (extra ``deploy``).
+        OutputError: ``out`` exists already, or can't be written.
+        UsageError: A name that is no DNS label, or an unknown release.
+    """
+    name = deployed_name("kserve", request, bundle.manifest.name)
+    checked(bundle, out, request)
+    size = bundle.file(MODEL_ONNX).stat().st_size
+    text = checked_yaml(
+        inference_service(name, request, scaling, model_bytes=size, namespace=namespace), INFERENCE_SERVICE
+    )
+    with staged_directory(out, force=request.force) as stage:
+        (stage / REPOSITORY).mkdir()
+        write_model(bundle, stage / REPOSITORY, name, request)
+        write_atomically(stage / SERVICE, text.encode())
+        files = names_in(stage)
+    return Deployment(
+        out,
+        files,
+        (
+            f"Upload what is in {out / REPOSITORY} to {scaling.storage_uri}",
+            f"kubectl apply -f {shlex.quote(str(out / SERVICE))}",
+            f"Ask it at /v2/models/{name}/infer",
+        ),
+    )
+
+
+def inference_service(
+    name: str, request: DeployRequest, scaling: Scaling, *, model_bytes: int, namespace: str | None = None
+) -> dict[str, Any]:
+    """The document, plain JSON values.
+
+    ``protocolVersion: v2`` is not the default, and without it KServe finds no runtime for ONNX. ``storageUri`` is the
+    repository's root, so the model's name in URLs is its folder's. Requests equal limits, which keeps the pod's cores.
+
+    Source: KServe, "Control Plane API", serving.kserve.io/v1beta1.
+    """
+    memory = _BASE_MEMORY[request.device] + -(-2 * model_bytes * request.instances // _GIB)
+    quantities = {"cpu": str(request.instances), "memory": f"{memory}Gi"}
+    if request.device != "cpu":
+        quantities["nvidia.com/gpu"] = "1"
+    return {
+        "apiVersion": "serving.kserve.io/v1beta1",
+        "kind": "InferenceService",
+        "metadata": {"name": name} | ({} if namespace is None else {"namespace": namespace}),
+        "spec": {
+            "predictor": {
+                "minReplicas": scaling.min_replicas,
+                "maxReplicas": scaling.max_replicas,
+                "scaleMetric": scaling.metric,
+                "scaleTarget": scaling.target,
+                "model": {
+                    "modelFormat": {"name": "onnx", "version": "1"},
+                    "protocolVersion": "v2",
+                    "runtime": "kserve-tritonserver",
+                    "runtimeVersion": f"{request.triton}-py3",
+                    "storageUri": scaling.storage_uri,
+                    "resources": {"requests": dict(quantities), "limits": dict(quantities)},
+                },
+            }
+        },
+    }

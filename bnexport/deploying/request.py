@@ -1,0 +1,155 @@
+"""What a user asks for: where the model goes, under which name, on what it runs."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from bnexport.deploying.releases import DEFAULT_RELEASE
+from bnexport.errors import UsageError
+
+DEVICES = ("cpu", "cuda", "tensorrt")
+SCALE_METRICS = ("concurrency", "rps", "cpu", "memory")
+#: Where KServe's storage initialiser can fetch a repository from ("Storage", KServe's documentation).
+STORAGE_SCHEMES = ("s3", "gs", "pvc", "hdfs", "webhdfs", "https", "http")
+
+
+@dataclass(frozen=True)
+class DeployRequest:
+    """What every target is asked.
+
+    Attributes:
+        name: Name there; None: the bundle's.
+        triton: Release of Triton Inference Server, a key of ``releases.TRITON_RELEASES``.
+        device: One of DEVICES, for Triton.
+        instances: Copies of the model that run at once; on a CPU one thread each.
+        max_batch_size: Largest batch that Triton forms.
+        force: Replace an existing folder.
+    """
+
+    name: str | None = None
+    triton: str = DEFAULT_RELEASE
+    device: str = "cpu"
+    instances: int = 1
+    max_batch_size: int = 64
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        if self.device not in DEVICES:
+            raise UsageError(f"the device {self.device!r} is not known", remedy=f"Known: {', '.join(DEVICES)}")
+        for what, value in (("instances", self.instances), ("the largest batch", self.max_batch_size)):
+            if value < 1:
+                raise UsageError(f"{what} can't be {value}", remedy="Give at least 1")
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """Autoscaling of an InferenceService.
+
+    Attributes:
+        storage_uri: Where the model repository's root is uploaded to: "s3://bucket/models".
+        min_replicas: At least so many pods; 0 lets it sleep, which needs Knative.
+        max_replicas: At most so many.
+        metric: One of SCALE_METRICS. Knative scales by concurrency and rps, a standard deployment by cpu and memory.
+        target: Of the metric per pod: requests at once, requests per second, percent of the CPU or of the memory asked for.
+    """
+
+    storage_uri: str
+    min_replicas: int = 1
+    max_replicas: int = 4
+    metric: str = "concurrency"
+    target: int = 8
+
+    def __post_init__(self) -> None:
+        scheme = re.fullmatch(r"([a-z0-9]+)://\S+", self.storage_uri)
+        if scheme is None or scheme[1] not in STORAGE_SCHEMES:
+            raise UsageError(
+                f"the storage {self.storage_uri!r} is not a URI that KServe fetches from",
+                remedy=f"Write it as s3://bucket/models; schemes: {', '.join(STORAGE_SCHEMES)}",
+            )
+        if self.metric not in SCALE_METRICS:
+            raise UsageError(f"the metric {self.metric!r} is not known", remedy=f"Known: {', '.join(SCALE_METRICS)}")
+        if not 0 <= self.min_replicas <= self.max_replicas or self.max_replicas < 1:
+            raise UsageError(
+                f"{self.min_replicas} to {self.max_replicas} replicas is no range",
+                remedy="Give 0 <= min <= max, max >= 1",
+            )
+        if self.min_replicas == 0 and self.metric in ("cpu", "memory"):
+            raise UsageError(
+                f"a service that is scaled by {self.metric} can't go down to 0 replicas",
+                remedy="Pass --min-replicas 1, or scale by concurrency or rps",
+            )
+        most = 100 if self.metric in ("cpu", "memory") else 1_000_000
+        if not 1 <= self.target <= most:
+            raise UsageError(f"the target {self.target} of {self.metric} is not 1 to {most}", remedy="Give another one")
+
+
+class NameRule(NamedTuple):
+    """What a target takes as a name.
+
+    Attributes:
+        pattern: Regular expression of the whole name.
+        longest: Characters.
+        joint: What a suggestion puts in the place of a character that is not allowed.
+        words: The rule as people read it.
+    """
+
+    pattern: str
+    longest: int
+    joint: str
+    words: str
+
+
+#: Target -> its rule. A new target is a new row.
+NAME_RULES: dict[str, NameRule] = {
+    # A folder's name and part of a URL: Triton itself would take more, clients and shells would not.
+    "triton": NameRule(r"[A-Za-z0-9][A-Za-z0-9_.\-]*", 128, "_", "letters, digits, _ . and -"),
+    # A DNS label (RFC 1035); Knative appends "-predictor-00001" and Kubernetes ends labels at 63 characters.
+    "kserve": NameRule(
+        r"[a-z]([a-z0-9\-]*[a-z0-9])?", 47, "-", "small letters, digits and -, a letter first, no - last"
+    ),
+    # The project's name (Compose specification, "Version and name top-level elements").
+    "docker": NameRule(r"[a-z0-9][a-z0-9_\-]*", 63, "-", "small letters, digits, _ and -, no sign first"),
+}
+
+
+def deployed_name(target: str, request: DeployRequest, bundle_name: str) -> str:
+    """The name there.
+
+    Raises:
+        UsageError: The target would refuse it; the remedy proposes one that it takes.
+    """
+    rule, name = NAME_RULES[target], request.name if request.name is not None else bundle_name
+    if re.fullmatch(rule.pattern, name) and len(name) <= rule.longest:
+        return name
+    raise UsageError(
+        f"{target} takes no name like {name!r}: it takes up to {rule.longest} {rule.words}",
+        remedy=f"Pass --name {suggested_name(target, name)}",
+    )
+
+
+def suggested_name(target: str, name: str) -> str:
+    """A name that the target takes, as near to the given one as possible."""
+    rule = NAME_RULES[target]
+    plain = re.sub(r"[^A-Za-z0-9]+", rule.joint, name).strip(rule.joint)[: rule.longest].strip(rule.joint)
+    for tried in (plain, plain.lower(), f"model{rule.joint}{plain.lower()}"[: rule.longest].strip(rule.joint)):
+        if re.fullmatch(rule.pattern, tried):
+            return tried
+    return "model"
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """What was written.
+
+    Attributes:
+        path: The folder.
+        files: Inside it, as sorted POSIX paths.
+        next_steps: What to do with it, one command or sentence each.
+    """
+
+    path: Path
+    files: tuple[str, ...]
+    next_steps: tuple[str, ...]

@@ -1,0 +1,1 @@
+"""Predictions for many images: folders, arrays and Parquet in, Parquet out, shard by shard."""

@@ -1,0 +1,148 @@
+"""A folder of predictions: what is to be written there, what is there already, and whether both belong together.
+
+::
+
+    OUT/_job.json             what was asked for: bundle, sources, columns
+    OUT/part-00000.parquet    one file per shard, whole or absent
+
+Names that start with _ or . are left out by everything that reads a folder of Parquet files.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from bnexport.bundle import MANIFEST, Bundle
+from bnexport.errors import OutputError, UsageError
+from bnexport.files import output_errors, sha256, write_atomically
+from bnexport.optional import one_line
+from bnexport.serving.bulk.parquet import rows_in
+from bnexport.serving.bulk.request import BulkRequest
+from bnexport.serving.bulk.sources import Shard, plan
+
+JOB = "_job.json"
+FORMAT = "bnexport-predictions"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be done.
+
+    Attributes:
+        bundle: Directory of the bundle.
+        out: The folder of predictions.
+        request: How.
+        shards: All of them, in order.
+        description: What _job.json holds.
+    """
+
+    bundle: str
+    out: str
+    request: BulkRequest
+    shards: tuple[Shard, ...]
+    description: dict[str, Any]
+
+    @property
+    def rows(self) -> int:
+        """Rows of all shards."""
+        return sum(shard.rows for shard in self.shards)
+
+    def without_shards(self) -> Job:
+        """What a worker has to know; the shards may be many, and come one by one."""
+        return replace(self, shards=())
+
+    def missing(self) -> list[Shard]:
+        """Shards whose file is not there, or is not whole."""
+        return [shard for shard in self.shards if rows_in(part_file(Path(self.out), shard)) != shard.rows]
+
+
+def part_file(out: Path, shard: Shard) -> Path:
+    """Where a shard is written."""
+    return out / f"part-{shard.number:05d}.parquet"
+
+
+def make_job(bundle: Bundle, sources: tuple[Path, ...], out: Path, request: BulkRequest) -> Job:
+    """Look at the sources; nothing is written.
+
+    Raises:
+        DataError: Something about a source.
+        UsageError: Sources that overlap, or a folder of predictions that lies in one.
+    """
+    for source in sources:
+        if out.resolve().is_relative_to(source.resolve()):
+            raise UsageError(f"{out} lies in the source {source}", remedy="Choose a folder outside of it")
+    planned = plan(sources, request)
+    description = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "model": bundle.manifest.name,
+        "version": bundle.manifest.version,
+        "manifest": sha256(bundle.path / MANIFEST),
+        "sources": [str(path) for path in sources],
+        "fingerprint": planned.fingerprint,
+        "rows": sum(shard.rows for shard in planned.shards),
+        "shards": len(planned.shards),
+        "shard_rows": request.shard_rows,
+        "column": request.column,
+        "id_column": request.id_column,
+        "logits": request.logits,
+        "runtime": request.runtime,
+    }
+    return Job(str(bundle.path), str(out), request, tuple(planned.shards), description)
+
+
+def open_folder(job: Job) -> None:
+    """Make the folder of predictions, or find it as this very job has left it.
+
+    Raises:
+        OutputError: It holds something else, or the predictions of another job and ``force`` is false.
+    """
+    out = Path(job.out)
+    before = _description(out)
+    if before == job.description:
+        _remove(out.glob(".part-*.part"))  # what a killed process had begun
+        return
+    if before is None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise OutputError(
+            f"{out} is no folder of predictions", remedy="Choose another folder; --force does not replace it"
+        )
+    if before is not None:
+        if not job.request.force:
+            raise OutputError(
+                f"{out} holds the predictions of another job: {_difference(before, job.description)}",
+                remedy="Choose another folder, or pass --force to throw them away",
+            )
+        _remove([*out.glob("part-*.parquet"), *out.glob(".part-*.part")])
+    write_atomically(out / JOB, (json.dumps(job.description, indent=1) + "\n").encode())
+
+
+def _description(out: Path) -> dict[str, Any] | None:
+    """What the folder's _job.json says; None where there is none."""
+    file = out / JOB
+    try:
+        value = json.loads(file.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{file} can't be read: {one_line(error)}", remedy="Choose another folder") from error
+    if not isinstance(value, dict) or value.get("format") != FORMAT:
+        raise OutputError(f"{file} is not bnexport's", remedy="Choose another folder")
+    return value
+
+
+def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
+    key = next(key for key in (*now, *before) if before.get(key) != now.get(key))
+    if key == "fingerprint":
+        return "a source has changed since"
+    return f"{key} was {before.get(key)!r}, now {now.get(key)!r}"
+
+
+def _remove(files: Iterator[Path] | list[Path]) -> None:
+    for file in files:
+        with output_errors(file):
+            file.unlink(missing_ok=True)

@@ -1,0 +1,144 @@
+"""Parquet: columns of image bytes in, predictions out. Needs pyarrow (extra ``parquet``)."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bnexport.errors import DataError
+from bnexport.optional import one_line, require
+from bnexport.serving.bulk.request import BulkRequest
+from bnexport.tensors import Array
+
+_REMEDY = "Give Parquet with PNG or JPEG bytes in a binary column, named with --column"
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """A ``pyarrow.parquet.ParquetFile``.
+
+    Raises:
+        DataError: It can't be read.
+        MissingDependency: pyarrow is not here.
+    """
+    arrow, parquet = _arrow(), require("pyarrow.parquet", purpose="Parquet")
+    try:
+        with parquet.ParquetFile(path) as file:
+            yield file
+    except (OSError, arrow.ArrowException) as error:
+        raise DataError(
+            f"{path} is not a Parquet file that pyarrow reads: {one_line(error)}", remedy=_REMEDY
+        ) from error
+
+
+def _arrow() -> Any:
+    return require("pyarrow", purpose="Parquet")
+
+
+def check_columns(path: Path, schema: Any, request: BulkRequest) -> None:
+    """Refuse a file without a column of bytes, or of structs that hold "bytes" as Hugging Face writes them.
+
+    Raises:
+        DataError: Naming the columns that are there.
+    """
+    names = ", ".join(map(repr, schema.names)) or "none"
+    for name in (request.column, request.id_column):
+        if name is not None and name not in schema.names:
+            raise DataError(
+                f"{path} has no column {name!r}, it has {names}", remedy="Name it with --column or --id-column"
+            )
+    kind = schema.field(request.column).type
+    if not _is_binary(kind) and not (_arrow().types.is_struct(kind) and _has_bytes(kind)):
+        raise DataError(f"{path}: column {request.column!r} is {kind}, expected bytes", remedy=_REMEDY)
+
+
+def _is_binary(kind: Any) -> bool:
+    types = _arrow().types
+    return bool(types.is_binary(kind) or types.is_large_binary(kind))
+
+
+def _has_bytes(kind: Any) -> bool:
+    index = kind.get_field_index("bytes")
+    return index >= 0 and _is_binary(kind.field(index).type)
+
+
+def encoded_images(
+    path: Path, request: BulkRequest, *, row_groups: Sequence[int], start: int
+) -> Iterator[tuple[list[str], list[bytes | None]]]:
+    """Ids and image bytes of some row groups, in batches; None where a row has no image.
+
+    Args:
+        path: Of the file.
+        request: Columns and batch size.
+        row_groups: Numbers.
+        start: Number of their first row in the file.
+
+    Raises:
+        DataError: The file is damaged.
+    """
+    columns = [name for name in (request.column, request.id_column) if name is not None]
+    row = start
+    with opened(path) as file:
+        for batch in file.iter_batches(request.batch_size, row_groups=list(row_groups), columns=columns):
+            column = batch.column(request.column)
+            if _arrow().types.is_struct(column.type):
+                column = column.field("bytes")
+            if request.id_column is None:
+                ids = [f"{path}[{number}]" for number in range(row, row + len(column))]
+            else:
+                ids = _ids(path, row, batch.column(request.id_column).to_pylist())
+            row += len(column)
+            yield ids, column.to_pylist()
+
+
+def _ids(path: Path, start: int, values: Sequence[Any]) -> list[str]:
+    if None in values:
+        raise DataError(f"{path}[{start + values.index(None)}] has no id", remedy="Leave such rows out")
+    return [str(value) for value in values]
+
+
+def encode(ids: Sequence[str], logits: Array, *, labels: Sequence[str], keep_logits: bool, about: str) -> bytes:
+    """Predictions as the bytes of a Parquet file.
+
+    Columns: ``id`` (string), ``label`` (string), ``probabilities`` (float32, one per class), and ``logits`` (as the model
+    gives them) if asked for.
+
+    Args:
+        ids: One per row.
+        logits: (n, classes), finite.
+        labels: One per class.
+        keep_logits: Write the column of logits.
+        about: Kept in the file's metadata under "bnexport".
+    """
+    arrow, parquet = _arrow(), require("pyarrow.parquet", purpose="Parquet")
+    exact = logits.astype(np.float64)
+    weights = np.exp(exact - exact.max(1, keepdims=True))
+    probabilities = (weights / weights.sum(1, keepdims=True)).astype(np.float32)
+    classes = logits.shape[1]
+    chosen = arrow.array(logits.argmax(1).astype(np.int32))
+    columns = {
+        "id": arrow.array(ids, arrow.string()),
+        "label": arrow.array(list(labels), arrow.string()).take(chosen),
+        "probabilities": arrow.FixedSizeListArray.from_arrays(arrow.array(probabilities.ravel()), classes),
+    }
+    if keep_logits:
+        columns["logits"] = arrow.FixedSizeListArray.from_arrays(arrow.array(logits.ravel()), classes)
+    table = arrow.table(columns).replace_schema_metadata({"bnexport": about})
+    file = io.BytesIO()
+    # Probabilities and logits are noise to a dictionary and to a compressor: they would only cost time.
+    parquet.write_table(table, file, use_dictionary=["label"], compression="snappy")
+    return file.getvalue()
+
+
+def rows_in(path: Path) -> int | None:
+    """Rows of a written file by its footer; None when it is not whole."""
+    arrow, parquet = _arrow(), require("pyarrow.parquet", purpose="Parquet")
+    try:
+        return int(parquet.read_metadata(path).num_rows)
+    except (OSError, arrow.ArrowException):
+        return None

@@ -1,0 +1,62 @@
+"""What a user asks of a bulk prediction, and what it tells while it runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from bnexport.environment import available_cores
+from bnexport.errors import UsageError
+from bnexport.runtimes.catalogue import runner_spec
+
+DEFAULT_RUNTIME = "onnxruntime-cpu"
+
+
+@dataclass(frozen=True)
+class BulkRequest:
+    """How to predict.
+
+    Attributes:
+        column: Of Parquet files, and name of the array in .npz files: where the images are.
+        id_column: Of Parquet files: where the rows' ids are; None: file name and row number.
+        logits: Write the raw logits beside the probabilities.
+        runtime: A name from ``runtimes.catalogue.RUNNERS``.
+        batch_size: Images per call of the engine.
+        shard_rows: Rows of one written file; what is lost when a process is killed.
+        workers: Processes (local) or actors (Ray), each with a session of one thread; None: one per core, one on a GPU.
+        force: Throw away the predictions of another job.
+    """
+
+    column: str = "image"
+    id_column: str | None = None
+    logits: bool = False
+    runtime: str = DEFAULT_RUNTIME
+    batch_size: int = 256
+    shard_rows: int = 10_000
+    workers: int | None = None
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        runner_spec(self.runtime)
+        for what, value in (
+            ("the batch size", self.batch_size),
+            ("the rows of a shard", self.shard_rows),
+            ("the number of workers", 1 if self.workers is None else self.workers),
+        ):
+            if value < 1:
+                raise UsageError(f"{what} can't be {value}", remedy="Give at least 1")
+
+    def resolved_workers(self) -> int:
+        """How many workers there are to be."""
+        if self.workers is not None:
+            return self.workers
+        return available_cores() if runner_spec(self.runtime).device == "cpu" else 1
+
+
+class BulkProgress:
+    """Listener of a bulk prediction; every method may be overridden and does nothing here."""
+
+    def on_start(self, rows: int, done: int, workers: int) -> None:
+        """Rows in all, and how many of them an earlier run has written already."""
+
+    def on_shard(self, rows: int) -> None:
+        """One more file is written, with so many rows."""

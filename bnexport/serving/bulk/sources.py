@@ -1,0 +1,219 @@
+"""Where images come from, cut into shards: always the same ones for the same source.
+
+A shard is the unit of work, of writing and of going on after a kill, so it must not depend on who asks or when.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from bnexport.errors import DataError, UsageError
+from bnexport.optional import one_line, require
+from bnexport.screening import screen_archive
+from bnexport.screening.limits import limit
+from bnexport.screening.npy import check_header
+from bnexport.screening.refusal import refusing
+from bnexport.serving.bulk.request import BulkRequest
+
+PICTURES = (".png", ".jpg", ".jpeg")
+_REMEDY = "Give a folder of PNG and JPEG images, a .npy or .npz file of uint8 images, or Parquet with image bytes"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Rows that one worker predicts and writes as one file.
+
+    Attributes:
+        number: Of its file, from 0.
+        kind: A key of SOURCES.
+        path: Of the folder or file.
+        start: Number of its first row in the file.
+        rows: How many.
+        parts: Names of the pictures below the folder, or numbers of the row groups.
+    """
+
+    number: int
+    kind: str
+    path: str
+    start: int
+    rows: int
+    parts: tuple[str | int, ...] = ()
+
+
+class Plan(NamedTuple):
+    """One source, looked at but not read.
+
+    Attributes:
+        shards: Its rows in order; numbered from 0.
+        fingerprint: Changes when the source does: sizes and times of its files, not their content.
+    """
+
+    shards: list[Shard]
+    fingerprint: str
+
+
+def plan(sources: tuple[Path, ...], request: BulkRequest) -> Plan:
+    """Cut sources into shards.
+
+    Raises:
+        DataError: One is missing, empty, damaged, or nothing that images are read from.
+        MissingDependency: Parquet without pyarrow.
+        UsageError: One source is given twice, or lies in another.
+    """
+    _refuse_overlaps(sources)
+    shards: list[Shard] = []
+    digest = hashlib.sha256()
+    for path in sources:
+        kind = _kind_of(path)
+        found = SOURCES[kind](path, request)
+        if not found.shards:
+            raise DataError(f"{path} holds no image", remedy=_REMEDY)
+        digest.update(f"{path} {kind} {found.fingerprint}\n".encode())
+        for shard in found.shards:
+            shards.append(Shard(len(shards), shard.kind, shard.path, shard.start, shard.rows, shard.parts))
+    return Plan(shards, digest.hexdigest())
+
+
+def _refuse_overlaps(sources: tuple[Path, ...]) -> None:
+    places = [path.resolve() for path in sources]
+    for index, place in enumerate(places):
+        for other in (*places[:index], *places[index + 1 :]):
+            if place == other or place.is_relative_to(other):
+                raise UsageError(
+                    f"{sources[index]} is given twice, or lies in another source", remedy="Give each image once"
+                )
+
+
+def _kind_of(path: Path) -> str:
+    try:
+        if path.is_dir():
+            return "parquet" if next(path.rglob("*.parquet"), None) is not None else "folder"
+        if not path.exists():
+            raise DataError(f"{path} does not exist", remedy="Check the path")
+    except OSError as error:
+        raise DataError(f"{path} can't be read: {one_line(error)}", remedy="Check the path") from error
+    kind = path.suffix.lower().removeprefix(".")
+    if kind not in SOURCES:
+        raise DataError(f"{path} is nothing that many images are read from", remedy=_REMEDY)
+    return kind
+
+
+def _cut(kind: str, path: Path, rows: int, request: BulkRequest) -> list[Shard]:
+    size = request.shard_rows
+    return [Shard(0, kind, str(path), start, min(size, rows - start)) for start in range(0, rows, size)]
+
+
+def _plan_folder(path: Path, request: BulkRequest) -> Plan:
+    digest, names = hashlib.sha256(), []
+    for name, stat in sorted(_walk(path)):
+        names.append(name)
+        digest.update(f"{name} {stat}\n".encode("utf-8", "surrogateescape"))
+    pieces = [names[start : start + request.shard_rows] for start in range(0, len(names), request.shard_rows)]
+    starts = range(0, len(names), request.shard_rows)
+    shards = [
+        Shard(0, "folder", str(path), start, len(piece), tuple(piece))
+        for start, piece in zip(starts, pieces, strict=True)
+    ]
+    return Plan(shards, digest.hexdigest())
+
+
+def _walk(folder: Path) -> Iterator[tuple[str, str]]:
+    """Every picture below a folder: POSIX path inside it, and its stat as text. Links to folders are not followed."""
+
+    def failed(error: OSError) -> None:
+        raise DataError(f"{folder} can't be read: {one_line(error)}", remedy="Check the folder") from error
+
+    for place, _, names in os.walk(folder, onerror=failed):
+        for name in names:
+            if name.lower().endswith(PICTURES):
+                file = Path(place, name)
+                yield file.relative_to(folder).as_posix(), _stat(file)
+
+
+def _stat(file: Path) -> str:
+    try:
+        found = file.stat()
+    except OSError as error:
+        raise DataError(f"{file} can't be read: {one_line(error)}", remedy="Check the file") from error
+    return f"{found.st_size} {found.st_mtime_ns}"
+
+
+def _plan_npy(path: Path, request: BulkRequest) -> Plan:
+    array = map_npy(path)
+    if array.ndim < 3 or array.dtype != "uint8" or not array.flags.c_contiguous:
+        raise DataError(
+            f"{path} holds {array.dtype} of shape {array.shape}, expected a stack of uint8 images in C order",
+            remedy=_REMEDY,
+        )
+    return Plan(_cut("npy", path, len(array), request), _stat(path))
+
+
+def map_npy(path: Path) -> Any:
+    """The array of a .npy file, mapped and not read.
+
+    Raises:
+        DataError: It is damaged, or holds no plain numbers.
+    """
+    numpy = require("numpy", purpose="reading arrays")
+    try:
+        with refusing(f"{path} is not a whole .npy file: it", DataError, remedy=_REMEDY), path.open("rb") as file:
+            check_header(file.read(limit("npy-header") + 12), path.stat().st_size)
+        return numpy.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError, OverflowError) as error:
+        raise DataError(f"{path} is not a whole .npy file: {one_line(error)}", remedy=_REMEDY) from error
+
+
+def _plan_npz(path: Path, request: BulkRequest) -> Plan:
+    from bnexport.serving.bulk.npz import NpzStream
+
+    screen_archive(path, "npz", error=DataError)
+    with contextlib.closing(NpzStream(path, request.column)) as stream:
+        return Plan(_cut("npz", path, stream.shape[0], request), _stat(path))
+
+
+def _plan_parquet(path: Path, request: BulkRequest) -> Plan:
+    """Whole row groups, as many as make a shard: a smaller unit could not be read without reading its group."""
+    files = [path]
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*.parquet") if not file.name.startswith((".", "_")))
+        if (picture := next(_walk(path), None)) is not None:
+            raise DataError(
+                f"{path} holds Parquet files and pictures ({picture[0]})", remedy="Give the one or the other"
+            )
+    shards, digest = [], hashlib.sha256()
+    for file in files:
+        digest.update(f"{file} {_stat(file)}\n".encode())
+        groups: list[str | int] = []
+        start = rows = 0
+        sizes = _row_groups(file, request)
+        for index, size in enumerate(sizes):
+            groups.append(index)
+            rows += size
+            if rows and (rows >= request.shard_rows or index == len(sizes) - 1):
+                shards.append(Shard(0, "parquet", str(file), start, rows, tuple(groups)))
+                groups, start, rows = [], start + rows, 0
+    return Plan(shards, digest.hexdigest())
+
+
+def _row_groups(path: Path, request: BulkRequest) -> list[int]:
+    """Rows of each row group, after a look at the columns."""
+    from bnexport.serving.bulk.parquet import check_columns, opened
+
+    with opened(path) as file:
+        check_columns(path, file.schema_arrow, request)
+        return [file.metadata.row_group(index).num_rows for index in range(file.metadata.num_row_groups)]
+
+
+#: Kind of source, a file's ending or "folder" -> what cuts it into shards. ``reading.READERS`` has a row for each.
+SOURCES: dict[str, Callable[[Path, BulkRequest], Plan]] = {
+    "folder": _plan_folder,
+    "npy": _plan_npy,
+    "npz": _plan_npz,
+    "parquet": _plan_parquet,
+}

@@ -1,0 +1,189 @@
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from bnexport.bundle import MODEL_ONNX, Bundle
+from bnexport.deploying.docker import check_dockerfile, deploy_docker, dockerfile
+from bnexport.deploying.kserve import deploy_kserve, inference_service
+from bnexport.deploying.model_config import read_config
+from bnexport.deploying.request import DeployRequest, Scaling
+from bnexport.deploying.yaml_text import COMPOSE, INFERENCE_SERVICE, check_yaml, checked_yaml
+from bnexport.errors import ExportError, OutputError, UsageError
+from bnexport.exporting.triton import CONFIG
+
+SCALING = Scaling("s3://bucket/models", 0, 6, "rps", 50)
+NAMED = DeployRequest(name="bn-lenet", triton="24.05")
+
+
+def test_an_inference_service(bundle: Bundle, tmp_path: Path) -> None:
+    done = deploy_kserve(bundle, tmp_path / "out", NAMED, SCALING, namespace="vision")
+    service = yaml.safe_load((tmp_path / "out" / "inference_service.yaml").read_text())
+    assert service["metadata"] == {"name": "bn-lenet", "namespace": "vision"}
+    predictor = service["spec"]["predictor"]
+    assert [predictor[key] for key in ("minReplicas", "maxReplicas", "scaleMetric", "scaleTarget")] == [0, 6, "rps", 50]
+    model = predictor["model"]
+    assert (model["protocolVersion"], model["runtimeVersion"]) == ("v2", "24.05-py3")
+    assert model["storageUri"] == "s3://bucket/models", "the root, not the model's folder"
+    assert model["resources"]["requests"] == model["resources"]["limits"] == {"cpu": "1", "memory": "2Gi"}
+    config = read_config((tmp_path / "out" / "repository" / "bn-lenet" / CONFIG).read_text())
+    assert config.name == "bn-lenet", "the folder's name is the one in URLs"
+    assert (tmp_path / "out" / "repository" / "bn-lenet" / "1" / MODEL_ONNX).is_file()
+    assert any("/v2/models/bn-lenet/infer" in step for step in done.next_steps)
+
+
+def test_a_gpu_is_asked_for() -> None:
+    service = inference_service("m", DeployRequest(device="tensorrt"), SCALING, model_bytes=3 * 2**30)
+    limits = service["spec"]["predictor"]["model"]["resources"]["limits"]
+    assert limits == {"cpu": "1", "memory": "10Gi", "nvidia.com/gpu": "1"}
+
+
+def test_a_foreign_model_on_kserve(foreign: Bundle, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"takes no name like 'Foreign\.v2'") as caught:
+        deploy_kserve(foreign, tmp_path / "out", DeployRequest(), SCALING)
+    assert caught.value.remedy == "Pass --name foreign-v2"
+    deploy_kserve(foreign, tmp_path / "out", DeployRequest(name="foreign-v2"), SCALING)
+    assert (tmp_path / "out" / "repository" / "foreign-v2" / "4" / MODEL_ONNX).is_file()
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"storage_uri": "bucket/models"}, "not a URI"),
+        ({"storage_uri": "ftp://host/models"}, "not a URI"),
+        ({"storage_uri": "s3://a b"}, "not a URI"),
+        ({"min_replicas": 5, "max_replicas": 2}, "no range"),
+        ({"min_replicas": -1}, "no range"),
+        ({"min_replicas": 0, "max_replicas": 0}, "no range"),
+        ({"min_replicas": 0, "metric": "cpu"}, "can't go down to 0"),
+        ({"metric": "cpu", "target": 101}, "not 1 to 100"),
+        ({"target": 0}, "not 1 to"),
+        ({"metric": "latency"}, "latency"),
+    ],
+)
+def test_scaling_that_can_not_be(options: dict[str, object], told: str) -> None:
+    with pytest.raises(UsageError, match=told):
+        Scaling(**({"storage_uri": "s3://b/m"} | options))
+
+
+SERVICE = inference_service("m", DeployRequest(), SCALING, model_bytes=1)
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ("metadata/name", "Big"),
+        ("metadata/namespace", "a_b"),
+        ("metadata/labels", {}),
+        ("spec/predictor/minReplicas", "1"),
+        ("spec/predictor/scaleMetric", "latency"),
+        ("spec/predictor/model/protocolVersion", "v1"),
+        ("spec/predictor/model/storageUri", "models"),
+        ("spec/predictor/model/runtimeVersion", "24.05"),
+        ("spec/predictor/model/resources/limits/cpu", 1),
+        ("spec/predictor/model/resources/limits/gpu", "1"),
+        ("kind", "Service"),
+    ],
+)
+def test_services_that_kserve_would_refuse(place: str, value: object) -> None:
+    checked_yaml(SERVICE, INFERENCE_SERVICE)
+    service = copy.deepcopy(SERVICE)
+    *path, last = place.split("/")
+    inner = service
+    for part in path:
+        inner = inner[part]
+    inner[last] = value
+    with pytest.raises(ExportError, match="inference_service: "):
+        checked_yaml(service, INFERENCE_SERVICE)
+
+
+def test_no_protocol_version_is_refused() -> None:
+    service = copy.deepcopy(SERVICE)
+    del service["spec"]["predictor"]["model"]["protocolVersion"]
+    with pytest.raises(ExportError, match="protocolVersion"):
+        checked_yaml(service, INFERENCE_SERVICE)
+
+
+@pytest.mark.parametrize("text", ["a: [", "- x", "", "a: !!python/object:os.system {}"])
+def test_text_that_is_no_service(text: str) -> None:
+    with pytest.raises(ExportError):
+        check_yaml(text, INFERENCE_SERVICE)
+
+
+def test_a_build_context(bundle: Bundle, tmp_path: Path) -> None:
+    wheel = tmp_path / "bnexport_runtime-0.1.0-py3-none-any.whl"
+    wheel.write_bytes(b"wheel")
+    deploy_docker(bundle, tmp_path / "out", DeployRequest(triton="24.05"), wheel=wheel)
+    out = tmp_path / "out"
+    Bundle.open(out / "models" / "bn_lenet" / "1").check()
+    read_config((out / "models" / "bn_lenet" / CONFIG).read_text())
+    assert (out / "wheels" / wheel.name).read_bytes() == b"wheel"
+    lines = [line.partition(" ")[::2] for line in (out / "Dockerfile").read_text().splitlines()]
+    assert ("ARG", f"BNEXPORT=/wheels/{wheel.name}[serve]") in lines
+    assert json.loads(dict(lines)["CMD"]) == ["serve", "/models", "--host", "0.0.0.0", "--port", "8000"]
+    services = yaml.safe_load((out / "compose.yaml").read_text())["services"]
+    assert services["triton"]["image"] == "nvcr.io/nvidia/tritonserver:24.05-py3"
+    assert services["triton"]["command"] == ["tritonserver", "--model-repository=/models"]
+    assert services["triton"]["volumes"][0]["source"] == "./models"
+    published = [port for service in services.values() for port in service["ports"]]
+    assert len({port.split(":")[1] for port in published}) == len(published) == 4
+    assert all(port.startswith("127.0.0.1:") for port in published)
+    assert "deploy" not in services["triton"]
+
+
+def test_without_a_wheel_this_version_is_installed(foreign: Bundle, tmp_path: Path) -> None:
+    done = deploy_docker(foreign, tmp_path / "out", DeployRequest(name="foreign", device="cuda"))
+    text = (tmp_path / "out" / "Dockerfile").read_text()
+    assert "ARG BNEXPORT=bnexport-runtime[serve]==" in text
+    assert "COPY wheels" not in text
+    assert not any(name.startswith("wheels") for name in done.files)
+    services = yaml.safe_load((tmp_path / "out" / "compose.yaml").read_text())["services"]
+    (device,) = services["triton"]["deploy"]["resources"]["reservations"]["devices"]
+    assert device["capabilities"] == ["gpu"]
+
+
+def test_docker_refusals(bundle: Bundle, foreign: Bundle, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with pytest.raises(OutputError, match="exists already"):
+        deploy_docker(bundle, tmp_path / "out")
+    with pytest.raises(UsageError, match="docker takes no name like"):
+        deploy_docker(foreign, tmp_path / "new")
+    (tmp_path / "other-1.0-py3-none-any.whl").write_bytes(b"")
+    for wheel in ("other-1.0-py3-none-any.whl", "bnexport-0.1.0-py3-none-any.whl"):
+        with pytest.raises(UsageError, match="no wheel of bnexport"):
+            deploy_docker(bundle, tmp_path / "new", wheel=tmp_path / wheel)
+    assert not (tmp_path / "new").exists()
+
+
+DOCKERFILE = dockerfile(None)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("COPY models", "COPY weights", "copies weights"),
+        ("USER 10001", "USER root", "as root"),
+        ("USER 10001\n", "", "as root"),
+        ("USER 10001", "USER 10001\nRUN true", "as root"),
+        ('ENTRYPOINT ["bnexport"]', "ENTRYPOINT bnexport", "no JSON list"),
+        ("EXPOSE 8000", "EXPOSED 8000", "unknown line"),
+        ("FROM python", "RUN true\nFROM python", "start from one image"),
+        ("EXPOSE 8000", "FROM scratch", "start from one image"),
+    ],
+)
+def test_dockerfiles_that_are_refused(tmp_path: Path, old: str, new: str, told: str) -> None:
+    (tmp_path / "models").mkdir()
+    check_dockerfile(DOCKERFILE, tmp_path)
+    assert old in DOCKERFILE
+    with pytest.raises(ExportError, match=told):
+        check_dockerfile(DOCKERFILE.replace(old, new), tmp_path)
+
+
+def test_a_compose_file_that_opens_a_port_to_the_world_is_refused() -> None:
+    text = "name: x\nservices:\n  serve: {build: ., ports: ['8000:8000'], restart: unless-stopped}\n"
+    with pytest.raises(ExportError, match="compose: "):
+        check_yaml(text, COMPOSE)

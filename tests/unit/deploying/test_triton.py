@@ -1,0 +1,223 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnxruntime
+import pytest
+from support.bundles import copy_bundle
+from unit.deploying.conftest import FOREIGN, fixed, foreign_bundle
+
+from bnexport.bundle import MODEL_ONNX, Bundle
+from bnexport.deploying.model_config import ENUMERATIONS, MESSAGES, check_config, read_config
+from bnexport.deploying.repository import LABELS, deploy_triton
+from bnexport.deploying.request import DEVICES, NAME_RULES, DeployRequest, deployed_name, suggested_name
+from bnexport.errors import BundleError, ExportError, OutputError, UsageError
+from bnexport.exporting.triton import CONFIG, triton_config
+
+ROOT = Path(__file__).parents[3]
+FILES = frozenset({MODEL_ONNX, LABELS})
+
+
+def deployed(bundle: Bundle, out: Path, **options: object) -> object:
+    deploy_triton(bundle, out, DeployRequest(**options))
+    (folder,) = out.iterdir()
+    return read_config((folder / CONFIG).read_text())
+
+
+def test_a_repository_of_the_reference_model(bundle: Bundle, tmp_path: Path) -> None:
+    done = deploy_triton(bundle, tmp_path / "out", DeployRequest(triton="24.05", instances=3))
+    assert done.files == ("bn_lenet/1/model.onnx", f"bn_lenet/{CONFIG}", f"bn_lenet/{LABELS}")
+    folder = tmp_path / "out" / "bn_lenet"
+    assert (folder / "1" / MODEL_ONNX).read_bytes() == bundle.file(MODEL_ONNX).read_bytes()
+    assert (folder / LABELS).read_text().splitlines() == list(bundle.manifest.labels or ())
+    config = read_config((folder / CONFIG).read_text())
+    assert (config.name, config.max_batch_size) == ("bn_lenet", 64)
+    assert list(config.input[0].dims) == [1, 28, 28], "without the batch"
+    assert (list(config.output[0].dims), config.output[0].label_filename) == ([10], LABELS)
+    assert config.HasField("dynamic_batching")
+    assert config.dynamic_batching.max_queue_delay_microseconds == 0
+    assert config.parameters["intra_op_thread_count"].string_value == "1"
+    (group,) = config.instance_group
+    assert (group.count, group.kind) == (3, ENUMERATIONS["ModelInstanceGroup.Kind"]["KIND_CPU"])
+    assert "24.05-py3" in done.next_steps[0]
+    assert "--gpus" not in done.next_steps[0]
+
+
+def test_the_committed_configuration_reads_the_same_way() -> None:
+    """models/ is a repository already: what is deployed adds the device and the labels, and changes nothing."""
+    reference = ROOT / "models" / "bn_lenet"
+    config = read_config((reference / CONFIG).read_text())
+    signature = Bundle.open(reference / "1").manifest.signature
+    check_config((reference / CONFIG).read_text(), "bn_lenet", signature, files=FILES)
+    again = read_config(triton_config("bn_lenet", signature, more=["instance_group [ { kind: KIND_CPU } ]"]))
+    again.ClearField("instance_group")
+    assert again == config
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_devices(bundle: Bundle, tmp_path: Path, device: str) -> None:
+    config = deployed(bundle, tmp_path / "out", device=device, max_batch_size=16)
+    kinds = {"cpu": "KIND_CPU"}.get(device, "KIND_GPU")
+    assert [group.kind for group in config.instance_group] == [ENUMERATIONS["ModelInstanceGroup.Kind"][kinds]]
+    accelerators = config.optimization.execution_accelerators.gpu_execution_accelerator
+    assert [item.name for item in accelerators] == (["tensorrt"] if device == "tensorrt" else [])
+    assert all(item.parameters["precision_mode"] == "FP32" for item in accelerators)
+    assert ("cudnn_conv_algo_search" in config.parameters) == (device == "cuda")
+    warm = [(item.batch_size, list(item.inputs["input"].dims)) for item in config.model_warmup]
+    assert warm == ([] if device == "cpu" else [(1, [1, 28, 28]), (16, [1, 28, 28])])
+
+
+def test_a_foreign_model_of_two_inputs(foreign: Bundle, tmp_path: Path) -> None:
+    done = deploy_triton(foreign, tmp_path / "out")
+    assert done.files == ("Foreign.v2/4/model.onnx", f"Foreign.v2/{CONFIG}"), "no labels, no file of labels"
+    config = read_config((tmp_path / "out" / "Foreign.v2" / CONFIG).read_text())
+    assert [tensor.name for tensor in config.input] == ["tokens", "scale"]
+    assert (list(config.input[1].dims), list(config.input[1].reshape.shape)) == ([1], [])
+    assert config.input[1].HasField("reshape")
+    assert not config.output[0].label_filename
+
+
+def test_a_batch_that_does_not_vary(tmp_path: Path) -> None:
+    signature = fixed(FOREIGN, 3)
+    config = deployed(foreign_bundle(tmp_path / "4", signature), tmp_path / "out", device="cuda")
+    assert config.max_batch_size == 0
+    assert list(config.input[0].dims) == [3, 6], "with the batch"
+    assert not config.HasField("dynamic_batching")
+    assert [item.batch_size for item in config.model_warmup] == [1], "Triton allows no other without batching"
+
+
+def test_what_is_deployed_runs(foreign: Bundle, tmp_path: Path) -> None:
+    deploy_triton(foreign, tmp_path / "out")
+    inputs, outputs = foreign.golden()
+    file = tmp_path / "out" / "Foreign.v2" / "4" / MODEL_ONNX
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    for name, answer in zip(outputs, session.run(list(outputs), inputs), strict=True):
+        assert answer == pytest.approx(outputs[name], rel=1e-6, abs=1e-6)
+
+
+def test_an_existing_folder_stays_without_force(bundle: Bundle, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("x")
+    with pytest.raises(OutputError, match="exists already"):
+        deploy_triton(bundle, tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["precious"]
+    deploy_triton(bundle, tmp_path / "out", DeployRequest(force=True))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["bn_lenet"]
+
+
+def test_whole_or_absent(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ExportError("no", remedy="x")
+
+    monkeypatch.setattr("bnexport.deploying.repository.check_config", broken)
+    with pytest.raises(ExportError):
+        deploy_triton(bundle, tmp_path / "below" / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_changed_bundle_and_an_old_release_are_refused(bundle: Bundle, tmp_path: Path) -> None:
+    spoiled = copy_bundle(bundle, tmp_path / "bn_lenet" / "1")
+    (spoiled / MODEL_ONNX).write_bytes((spoiled / MODEL_ONNX).read_bytes() + b"\0")
+    with pytest.raises(BundleError, match=r"model\.onnx"):
+        deploy_triton(Bundle.open(spoiled), tmp_path / "out")
+    new = foreign_bundle(tmp_path / "new" / "1", opset=22, ir_version=10)
+    with pytest.raises(ExportError, match="operator set 22"):
+        deploy_triton(new, tmp_path / "out", DeployRequest(triton="24.05"))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [({"device": "tpu"}, "tpu"), ({"instances": 0}, "instances can't be 0"), ({"max_batch_size": -1}, "can't be -1")],
+)
+def test_bad_requests(options: dict[str, object], told: str) -> None:
+    with pytest.raises(UsageError, match=told):
+        DeployRequest(**options)
+
+
+@pytest.mark.parametrize(
+    ("target", "name", "proposed"),
+    [
+        ("triton", "a b/c", "a_b_c"),
+        ("triton", "../up", "up"),
+        ("triton", "", "model"),
+        ("kserve", "bn_lenet", "bn-lenet"),
+        ("kserve", "BN.LeNet-", "bn-lenet"),
+        ("kserve", "7up", "model-7up"),
+        ("kserve", "x" * 60, "x" * 47),
+        ("docker", "Model 1", "model-1"),
+        ("docker", "_x", "x"),
+    ],
+)
+def test_names_that_a_target_refuses(target: str, name: str, proposed: str) -> None:
+    with pytest.raises(UsageError, match="takes no name") as caught:
+        deployed_name(target, DeployRequest(name=name), "bundle")
+    assert caught.value.remedy == f"Pass --name {proposed}"
+    assert deployed_name(target, DeployRequest(name=proposed), "bundle") == proposed
+
+
+@pytest.mark.parametrize("target", NAME_RULES)
+@pytest.mark.parametrize("name", ["\u00fc\u00df", "-" * 200, "\n", "9" * 300, "a\nb", "model"])
+def test_every_suggestion_is_taken(target: str, name: str) -> None:
+    proposed = suggested_name(target, name)
+    assert deployed_name(target, DeployRequest(name=proposed), "x") == proposed
+
+
+TEXT = triton_config("foreign", FOREIGN)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("max_batch_size: 64", "max_batch_sise: 64", "can't read"),
+        ("max_batch_size: 64", 'max_batch_size: "64"', "can't read"),
+        ("max_batch_size: 64", "max_batch_size: 64 max_batch_size: 64", "can't read"),
+        ("dynamic_batching { }", "dynamic_batching {", "can't read"),
+        ("TYPE_FP32", "TYPE_FP31", "can't read"),
+        ("dims: [ 6 ]", "dims: [ six ]", "can't read"),
+        ('name: "foreign"', 'name: "other"', "named 'other'"),
+        ('"onnxruntime"', '"pytorch"', "backend"),
+        ('"model.onnx"', '"model.pt"', "there is no 'model.pt'"),
+        ("max_batch_size: 64", "max_batch_size: 0", "max_batch_size is 0"),
+        ('"tokens"', '"words"', "inputs are"),
+        ("dims: [ 6 ]", "dims: [ -1, 6 ]", "inputs are"),
+        ("    reshape: { shape: [ ] }\n", "", "inputs are"),
+        ("TYPE_FP32", "TYPE_FP16", "inputs are"),
+        ("intra_op_thread_count", "intra_op_threads", "all cores"),
+        ('name: "scores"', 'name: "scores" label_filename: "names.txt"', "there is no 'names.txt'"),
+    ],
+)
+def test_configurations_that_triton_would_refuse(old: str, new: str, told: str) -> None:
+    check_config(TEXT, "foreign", FOREIGN, files=FILES)
+    assert old in TEXT
+    with pytest.raises(ExportError, match=told):
+        check_config(TEXT.replace(old, new), "foreign", FOREIGN, files=FILES)
+
+
+@pytest.mark.needs("tritonclient")
+def test_the_table_of_messages_is_tritons(bundle: Bundle, tmp_path: Path) -> None:
+    from google.protobuf import text_format
+    from tritonclient.grpc import model_config_pb2
+
+    types = {3: "int64", 4: "uint64", 5: "int32", 8: "bool", 9: "string", 13: "uint32"}
+
+    def of(name: str) -> object:
+        found = model_config_pb2.DESCRIPTOR.message_types_by_name[name.partition(".")[0]]
+        for part in name.split(".")[1:]:
+            found = found.nested_types_by_name[part]
+        return found
+
+    for name, fields in MESSAGES.items():
+        theirs = of(name).fields_by_name
+        for field, row in fields.items():
+            inner = theirs[field].message_type or theirs[field].enum_type
+            kind = types[theirs[field].type] if inner is None else inner.full_name.removeprefix("inference.")
+            assert (theirs[field].number, kind) == (row.number, row.kind), f"{name}.{field}"
+            repeated = getattr(theirs[field], "is_repeated", None)
+            assert (theirs[field].label == 3 if repeated is None else repeated) == row.many, f"{name}.{field}"
+    assert ENUMERATIONS["DataType"] == dict(model_config_pb2.DataType.items())
+    assert ENUMERATIONS["ModelInstanceGroup.Kind"] == dict(model_config_pb2.ModelInstanceGroup.Kind.items())
+    for device in DEVICES:
+        deploy_triton(bundle, tmp_path / device, DeployRequest(device=device))
+        text = (tmp_path / device / "bn_lenet" / CONFIG).read_text()
+        assert text_format.Parse(text, model_config_pb2.ModelConfig()).name == "bn_lenet"
