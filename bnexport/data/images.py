@@ -131,23 +131,45 @@ def _fit_array(image: Array, preprocessing: Preprocessing) -> Array:
 
 
 def _read_picture(file: Path, preprocessing: Preprocessing) -> Array:
-    """A PNG or JPEG; its size is checked before it is unpacked."""
+    """A PNG or JPEG file; its size is checked before it is read."""
+    try:
+        if (size := file.stat().st_size) > (most := limit("picture-bytes")):
+            raise DataError(f"{file} has {size} bytes, the limit is {most}", remedy=_REMEDY)
+        content = file.read_bytes()
+    except OSError as error:
+        raise DataError(f"{file} can't be read as an image: {one_line(error)}", remedy=_REMEDY) from error
+    return read_picture(content, preprocessing, name=str(file))
+
+
+def read_picture(content: bytes, preprocessing: Preprocessing, *, name: str) -> Array:
+    """A PNG or JPEG in memory as pixels that fit; its size in pixels is checked before it is unpacked.
+
+    Args:
+        content: Of the file.
+        preprocessing: Of the model: size and channels.
+        name: For errors.
+
+    Returns:
+        uint8 (height, width) for one channel, else (height, width, channels).
+
+    Raises:
+        DataError: It is damaged, too large, or no picture.
+        MissingDependency: pillow is not installed.
+    """
     module = require("PIL.Image", purpose="reading images")
     ops = require("PIL.ImageOps", purpose="reading images")
     try:
         with warnings.catch_warnings():
             # Pillow's own warnings (a bomb, odd metadata) are for its callers: the limit below decides.
             warnings.simplefilter("ignore")
-            if (size := file.stat().st_size) > (most := limit("picture-bytes")):
-                raise ValueError(f"it has {size} bytes, the limit is {most}")
-            with module.open(io.BytesIO(file.read_bytes()), formats=("PNG", "JPEG")) as picture:
+            with module.open(io.BytesIO(content), formats=("PNG", "JPEG")) as picture:
                 if picture.width * picture.height > MAX_PIXELS:
                     raise ValueError(f"it has {picture.width}x{picture.height} pixels, the limit is {MAX_PIXELS}")
                 return _fit(ops.exif_transpose(picture), preprocessing)
     except module.UnidentifiedImageError as error:
-        raise DataError(f"{file} is not a PNG, JPEG, .npy or IDX file", remedy=_REMEDY) from error
+        raise DataError(f"{name} is not a PNG, JPEG, .npy or IDX file", remedy=_REMEDY) from error
     except Exception as error:  # pillow raises OSError, SyntaxError, ValueError, struct.error and its bomb error
-        raise DataError(f"{file} can't be read as an image: {one_line(error)}", remedy=_REMEDY) from error
+        raise DataError(f"{name} can't be read as an image: {one_line(error)}", remedy=_REMEDY) from error
 
 
 def _fit(picture: Image, preprocessing: Preprocessing) -> Array:
