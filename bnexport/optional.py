@@ -23,6 +23,8 @@ INSTALL: dict[str, str] = {
     "timm": "bnexport[timm]",
     "onnxslim": "bnexport[audit]",
     "openvino": "bnexport[openvino]",
+    "uvicorn": "uvicorn[standard]",
+    "prometheus_client": "prometheus-client",
 }
 
 

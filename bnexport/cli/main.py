@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "verify": ("bnexport.cli.verify", "Prove that a bundle computes what its network computes."),
     "audit": ("bnexport.cli.audit", "Show which other tools fold a network wrongly."),
     "predict": ("bnexport.cli.predict", "Label images with a bundle."),
+    "serve": ("bnexport.cli.serve", "Serve bundles over the Open Inference Protocol."),
     "inspect": ("bnexport.cli.inspect", "Show the BatchNorm statistics of a checkpoint or bundle."),
     "doctor": ("bnexport.cli.doctor", "Try every runtime on this machine."),
 }

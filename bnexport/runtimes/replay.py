@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -81,7 +82,7 @@ def golden_bound(manifest: Manifest, runtime: str) -> float:
     return max(GOLDEN_BOUND, *found)
 
 
-def _golden_rows(manifest: Manifest) -> list[Mapping[str, object]]:
+def _golden_rows(manifest: Manifest) -> list[Mapping[str, Any]]:
     """Rows of the verdict at export that judged the golden vectors on kernels of the file's own precision."""
     rows = manifest.verification.get("rows")
     return [
