@@ -130,6 +130,22 @@ class Batcher:
         self._wake(loop)
         return future
 
+    def run_now(self, inputs: dict[str, Array], rows: int) -> Mapping[str, Array] | None:
+        """Run a request that has no company, without a queue and a turn of the loop; None when it has to queue.
+
+        Raises:
+            BnexportError: The engine failed.
+        """
+        if self._queue or len(self._runners) > 1 or not self._idle:
+            return None
+        if self._cost.seconds(sum(array.nbytes for array in inputs.values())) >= INLINE_SECONDS:
+            return None
+        outcome, ns = _run(self._idle[0], inputs)
+        self.statistics.executed(requests=1, rows=rows, queue_ns=0, infer_ns=ns)
+        if isinstance(outcome, BnexportError):
+            raise outcome
+        return outcome
+
     def expire(self) -> None:
         """Fail every request whose deadline has passed; to be called now and then."""
         now = asyncio.get_running_loop().time()
@@ -158,10 +174,10 @@ class Batcher:
             self._running.append(batch)
             size = sum(item.size for item in batch)
             if len(self._runners) == 1 and self._cost.seconds(size) < INLINE_SECONDS:
-                outcome, ns = _run(runner, batch)
+                outcome, ns = _run(runner, _together(batch))
                 self._finish(runner, batch, outcome, ns)
                 break  # the loop reads what has come meanwhile, which is the next batch
-            future = loop.run_in_executor(self._threads, _run, runner, batch)
+            future = loop.run_in_executor(self._threads, _run_batch, runner, batch)
             future.add_done_callback(functools.partial(self._returned, loop, runner, batch))
         self._wake(loop)
 
@@ -212,14 +228,23 @@ class Batcher:
             start += item.rows
 
 
-def _run(runner: Runner, batch: list[_Waiting]) -> tuple[Mapping[str, Array] | BnexportError, int]:
+def _together(batch: list[_Waiting]) -> dict[str, Array]:
+    """The inputs of a batch."""
+    feeds = batch[0].inputs
+    if len(batch) == 1:
+        return feeds
+    return {name: np.concatenate([item.inputs[name] for item in batch]) for name in feeds}
+
+
+def _run_batch(runner: Runner, batch: list[_Waiting]) -> tuple[Mapping[str, Array] | BnexportError, int]:
+    return _run(runner, _together(batch))
+
+
+def _run(runner: Runner, feeds: dict[str, Array]) -> tuple[Mapping[str, Array] | BnexportError, int]:
     """Run a batch; the outputs or the error, and the nanoseconds of the engine."""
     start = time.perf_counter_ns()
     try:
-        feeds = batch[0].inputs
-        if len(batch) > 1:
-            feeds = {name: np.concatenate([item.inputs[name] for item in batch]) for name in feeds}
-        outcome: Mapping[str, Array] | BnexportError = runner.run(feeds)
+        outcome: Mapping[str, Array] | BnexportError = runner.run_fitting(feeds)
     except BnexportError as error:
         outcome = error
     except MemoryError:

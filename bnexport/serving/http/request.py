@@ -1,4 +1,4 @@
-"""Reading a request: its headers, and its body within the limits of size and time."""
+"""Reading a request: its headers, and its body within the limits of size. Time is the connection's (connection.py)."""
 
 from __future__ import annotations
 
@@ -39,16 +39,18 @@ class Intake:
         """The whole body, unpacked. What it holds is counted until ``release``.
 
         Raises:
-            RequestError: Too large (413), too slow (408), packed in a way that is not known (415) or badly (400).
+            RequestError: Too large (413), packed in a way that is not known (415) or badly (400).
             NotServing: The bodies of all clients together are too large.
-            Disconnected: The client went away.
+            Disconnected: The client went away, or was too slow: that is the connection's to tell.
         """
         declared = headers.get(b"content-length")
         if declared is not None and int(declared) > self.limits.body_bytes:
             if b"expect" not in headers:
                 await _linger(receive, 4 * self.limits.body_bytes)
             raise self._too_large(int(declared))
-        message = await self._first(receive)
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise Disconnected
         body: bytes = message.get("body", b"")
         self._hold(len(body))
         if message.get("more_body", False):
@@ -72,35 +74,22 @@ class Intake:
             raise NotServing("the requests that are being answered fill the memory", remedy="Try again in a second")
         self.held += size
 
-    async def _first(self, receive: Receive) -> Mapping[str, Any]:
-        try:
-            async with asyncio.timeout(self.limits.body_seconds):
-                message = await receive()
-        except TimeoutError:
-            raise self._too_slow() from None
-        if message["type"] == "http.disconnect":
-            raise Disconnected
-        return message
-
     async def _rest(self, receive: Receive, start: bytes) -> bytes:
         chunks, size, more = [start], len(start), True
         try:
-            async with asyncio.timeout(self.limits.body_seconds):
-                while more:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        raise Disconnected
-                    chunk, more = message.get("body", b""), message.get("more_body", False)
-                    self._hold(len(chunk))
-                    chunks.append(chunk)
-                    size += len(chunk)
-                    if size > self.limits.body_bytes:
-                        await _linger(receive, 4 * self.limits.body_bytes)
-                        raise self._too_large(None)
-        except BaseException as error:
+            while more:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise Disconnected
+                chunk, more = message.get("body", b""), message.get("more_body", False)
+                self._hold(len(chunk))
+                chunks.append(chunk)
+                size += len(chunk)
+                if size > self.limits.body_bytes:
+                    await _linger(receive, 4 * self.limits.body_bytes)
+                    raise self._too_large(None)
+        except BaseException:
             self.held -= size
-            if isinstance(error, TimeoutError):
-                raise self._too_slow() from None
             raise
         return b"".join(chunks)
 
@@ -108,11 +97,6 @@ class Intake:
         told = "more bytes" if size is None else f"{size} bytes"
         return RequestError(
             f"the body has {told}, the limit is {self.limits.body_bytes}", remedy="Send several requests", status=413
-        )
-
-    def _too_slow(self) -> RequestError:
-        return RequestError(
-            f"the body was not there after {self.limits.body_seconds:g} seconds", remedy="Send it faster", status=408
         )
 
 

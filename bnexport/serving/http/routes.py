@@ -101,7 +101,7 @@ async def infer(state: State, exchange: Exchange, name: str, version: str | None
         model = exchange.model = state.repository.resolve(name, version)  # it may have been switched meanwhile
         request = model.decoder.decode(body, header_length(headers))
         exchange.rows = request.rows
-        response = await model.infer(request)
+        response = await model.infer(request, alone=state.alone())
     finally:
         state.intake.release(body)
     content, length = encode_response(response)

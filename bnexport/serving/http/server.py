@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import importlib
 import math
 import signal
@@ -107,6 +108,7 @@ class DrainingServer(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, state: State, settings: ServerSettings) -> None:
         super().__init__(config)
         self._state, self._settings = state, settings
+        state.tasks = self.server_state.tasks
         self._stop_at: float | None = None
         self._polled, self._polling = time.monotonic(), False
         self._poll_task: asyncio.Task[None] | None = None
@@ -120,6 +122,8 @@ class DrainingServer(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen."""
         await super().startup(sockets)
+        gc.collect()
+        gc.freeze()  # what was loaded stays: the collector needs not look through it again and again
         self._on_start()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 -- uvicorn's signature
@@ -233,7 +237,7 @@ def _config(app: Any, settings: ServerSettings) -> uvicorn.Config:
     tls = {} if settings.tls is None else {"ssl_certfile": str(settings.tls[0]), "ssl_keyfile": str(settings.tls[1])}
     config = uvicorn.Config(
         app,
-        http=limited(head_bytes=limits.head_bytes, head_seconds=limits.head_seconds),
+        http=limited(limits),
         ws="none",
         lifespan="off",
         interface="asgi3",

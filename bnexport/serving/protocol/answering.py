@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from bnexport.errors import RequestError
-from bnexport.serving.protocol.messages import BYTES, DATATYPES, OutputTensor, RequestedOutput
+from bnexport.serving.protocol.json_data import all_finite
+from bnexport.serving.protocol.messages import BYTES, OutputTensor, RequestedOutput
 from bnexport.tensors import Array
 
 
@@ -27,7 +28,7 @@ def answer(
     tensors = []
     for want in wanted:
         array = arrays[want.name]
-        if array.dtype.kind == "f" and not np.isfinite(array).all():
+        if not all_finite(array):
             raise RequestError(
                 f"the model's answer {want.name!r} to these inputs holds NaN or infinity",
                 remedy="Send inputs in the range that the model was trained on",
@@ -36,8 +37,7 @@ def answer(
             texts, shape = classify(array, want.classes, labels)
             tensors.append(OutputTensor(want.name, BYTES, shape, texts, want.binary))
         else:
-            datatype = DATATYPES[array.dtype.name]
-            tensors.append(OutputTensor(want.name, datatype, array.shape, array, want.binary))
+            tensors.append(OutputTensor(want.name, want.datatype, array.shape, array, want.binary))
     return tuple(tensors)
 
 

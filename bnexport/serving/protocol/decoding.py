@@ -212,7 +212,7 @@ class Decoder:
 
     def _wanted(self, given: object, *, binary: bool) -> tuple[RequestedOutput, ...]:
         if given is None or given == []:
-            return tuple(RequestedOutput(name, binary) for name in self._outputs)
+            return tuple(RequestedOutput(name, DATATYPES[spec.dtype], binary) for name, spec in self._outputs.items())
         if not isinstance(given, list) or len(given) > len(self._outputs):
             raise RequestError('"outputs" is no list of outputs of this model', remedy=_SHAPES)
         wanted = tuple(self._output(item, binary=binary) for item in given)
@@ -236,7 +236,8 @@ class Decoder:
                 f"output {spec.name!r} can't be classified into {shown(str(classes))} classes",
                 remedy="Ask for a whole number of classes, of an output with one score per class",
             )
-        return RequestedOutput(spec.name, _flag(parameters, "binary_data", default=binary), classes)
+        binary = _flag(parameters, "binary_data", default=binary)
+        return RequestedOutput(spec.name, DATATYPES[spec.dtype], binary, classes)
 
 
 def load_json(text: bytes, *, brackets: int) -> Any:

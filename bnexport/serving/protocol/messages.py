@@ -29,11 +29,13 @@ class RequestedOutput:
 
     Attributes:
         name: Of the model's output.
+        datatype: The protocol's, of the tensor.
         binary: Wanted as bytes after the JSON.
         classes: How many of the best classes are wanted as texts instead of the tensor; 0 for the tensor.
     """
 
     name: str
+    datatype: str
     binary: bool = False
     classes: int = 0
 
