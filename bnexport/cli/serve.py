@@ -36,9 +36,9 @@ class _Workers(click.ParamType[int | None]):
 )
 @click.option("--workers", type=_Workers(), default="auto", show_default=True, help="Sessions, of one thread each.")
 @click.option("--max-batch", type=click.IntRange(1, 65536), default=64, show_default=True, help="Samples run together.")
-@click.option("--queue", type=click.IntRange(1), default=1024, show_default=True, help="Requests that may wait.")
-@click.option("--deadline", type=click.FloatRange(0.001), default=30.0, show_default=True, help="Seconds to an answer.")
-@click.option("--max-body", type=click.IntRange(1024), default=2**26, show_default=True, help="Bytes of a request.")
+@click.option(
+    "--limit", "limits", multiple=True, metavar="NAME=N", help="Of one client; docs/serving.md has the table."
+)
 @click.option("--poll", type=click.FloatRange(0.1), help="Look for new versions every so many seconds.")
 @click.option("--grace", type=click.FloatRange(0.1), default=30.0, show_default=True, help="Seconds to stop in.")
 @click.option("--token-file", type=_FILE, help="Clients must show the token in this file.")
@@ -61,15 +61,15 @@ def command(path: Path, **options: Any) -> None:
 def _settings(options: dict[str, Any]) -> Any:
     from bnexport.errors import UsageError
     from bnexport.serving.http.server import ServerSettings
-    from bnexport.serving.limits import ServingLimits
+    from bnexport.serving.limits import limits_from
     from bnexport.serving.served_model import ServingSettings
 
     certificate, key = options["tls_cert"], options["tls_key"]
     if (certificate is None) != (key is None):
         raise UsageError("--tls-cert and --tls-key go together", remedy="Give both, or none")
-    body = options["max_body"]
-    limits = ServingLimits(body_bytes=body, inflated_bytes=body, queue=options["queue"], deadline=options["deadline"])
-    models = ServingSettings(options["runtime"], options["workers"], options["max_batch"], limits)
+    models = ServingSettings(
+        options["runtime"], options["workers"], options["max_batch"], limits_from(options["limits"])
+    )
     return ServerSettings(
         **{name: options[name] for name in ("host", "port", "grace", "poll", "access_log", "token_file", "middleware")},
         tls=None if certificate is None else (certificate, key),

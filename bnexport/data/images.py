@@ -138,16 +138,17 @@ def _read_picture(file: Path, preprocessing: Preprocessing) -> Array:
         content = file.read_bytes()
     except OSError as error:
         raise DataError(f"{file} can't be read as an image: {one_line(error)}", remedy=_REMEDY) from error
-    return read_picture(content, preprocessing, name=str(file))
+    return read_picture(content, preprocessing, name=str(file), kinds="PNG, JPEG, .npy or IDX file")
 
 
-def read_picture(content: bytes, preprocessing: Preprocessing, *, name: str) -> Array:
+def read_picture(content: bytes, preprocessing: Preprocessing, *, name: str, kinds: str = "PNG or JPEG") -> Array:
     """A PNG or JPEG in memory as pixels that fit; its size in pixels is checked before it is unpacked.
 
     Args:
         content: Of the file.
         preprocessing: Of the model: size and channels.
         name: For errors.
+        kinds: For errors: what could have been given.
 
     Returns:
         uint8 (height, width) for one channel, else (height, width, channels).
@@ -167,9 +168,10 @@ def read_picture(content: bytes, preprocessing: Preprocessing, *, name: str) -> 
                     raise ValueError(f"it has {picture.width}x{picture.height} pixels, the limit is {MAX_PIXELS}")
                 return _fit(ops.exif_transpose(picture), preprocessing)
     except module.UnidentifiedImageError as error:
-        raise DataError(f"{name} is not a PNG, JPEG, .npy or IDX file", remedy=_REMEDY) from error
+        raise DataError(f"{name} is not a {kinds}", remedy=f"Give a {kinds} of images") from error
     except Exception as error:  # pillow raises OSError, SyntaxError, ValueError, struct.error and its bomb error
-        raise DataError(f"{name} can't be read as an image: {one_line(error)}", remedy=_REMEDY) from error
+        remedy = f"Give a {kinds} of images"
+        raise DataError(f"{name} can't be read as an image: {one_line(error)}", remedy=remedy) from error
 
 
 def _fit(picture: Image, preprocessing: Preprocessing) -> Array:

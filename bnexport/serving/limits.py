@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any
+
+from bnexport.errors import UsageError
 
 _KB, _MB = 2**10, 2**20
 
@@ -35,6 +39,27 @@ class ServingLimits:
     head_seconds: float = _limit(10.0, "seconds for a request's headers", "a slow client must not hold a connection")
     body_seconds: float = _limit(30.0, "seconds for a request's body", "64 MB at 20 Mbit/s")
     deadline: float = _limit(30.0, "seconds from a whole request to its answer", "clients give up after about as long")
+
+
+def limits_from(texts: Iterable[str]) -> ServingLimits:
+    """Limits of which some are given as texts: "batch=64".
+
+    Raises:
+        UsageError: An unknown name, or a value that is no positive number.
+    """
+    kinds: dict[str, type[int] | type[float]] = {name: type(value) for name, value, _, _ in rows()}
+    values: dict[str, Any] = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        if name not in kinds:
+            raise UsageError(f"there is no limit {name!r}", remedy=f"Known: {', '.join(kinds)}")
+        try:
+            values[name] = kinds[name](value)
+        except ValueError:
+            values[name] = 0
+        if not 0 < values[name] < math.inf:
+            raise UsageError(f"the limit {text!r} is no positive number", remedy=f"Write it as {name}=10")
+    return ServingLimits(**values)
 
 
 def rows() -> list[tuple[str, Any, str, str]]:

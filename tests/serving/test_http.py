@@ -198,7 +198,9 @@ def test_many_clients_get_their_own_answers(server: Server, images: np.ndarray, 
     for thread in threads:
         thread.join(PATIENCE)
     assert wrong == []
-    sizes = {s["batch_size"] for s in server.ask("GET", "/v2/models/bn_lenet/stats").json["model_stats"][0]["batch_stats"]}
+    sizes = {
+        s["batch_size"] for s in server.ask("GET", "/v2/models/bn_lenet/stats").json["model_stats"][0]["batch_stats"]
+    }
     assert max(sizes - {12}) > 3, "no request ever shared a batch"
 
 
