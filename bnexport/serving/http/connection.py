@@ -23,6 +23,11 @@ class LimitedConnection(HttpToolsProtocol):
         self._since = self.loop.time()
         super().connection_made(transport)
 
+    @property
+    def expected(self) -> bool:
+        """Whether the first request has not come yet, or a part of the headers of the next one has."""
+        return self._head_open and (self._head_size > 0 or self.cycle is None) and not self.transport.is_closing()
+
     def data_received(self, data: bytes) -> None:
         """Bytes came. Those of headers that do not end are counted here, before the parser has them together."""
         if self._head_open:
@@ -68,8 +73,7 @@ class LimitedConnection(HttpToolsProtocol):
         One that is idle between two requests is uvicorn's to close.
         """
         if self._head_open:
-            began = self._head_size > 0 or self.cycle is None
-            if began and now - self._since > self.limits.head_seconds:
+            if self.expected and now - self._since > self.limits.head_seconds:
                 self._too_slow(f"the headers were not there after {self.limits.head_seconds:g} seconds")
         elif now - self._since > self.limits.body_seconds:
             self._too_slow(f"the body was not there after {self.limits.body_seconds:g} seconds")

@@ -11,7 +11,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -171,6 +171,7 @@ class DrainingServer(uvicorn.Server):
         """Close the socket, answer what was accepted, free the models."""
         expiring = asyncio.create_task(self._keep_expiring())
         try:
+            await self._stop_accepting(sockets or [])
             await super().shutdown(sockets)
         finally:
             expiring.cancel()
@@ -181,10 +182,48 @@ class DrainingServer(uvicorn.Server):
                 await asyncio.wait_for(self._state.repository.close(), 5.0)
         self._state.log.event("stopped")
 
+    async def _stop_accepting(self, sockets: Sequence[socket.socket]) -> None:
+        """Close the listening socket so that nobody whom the system has connected already is cut off.
+
+        What waits in the socket's backlog would be reset by closing it, and uvicorn closes connections on which no request
+        has come yet.
+        """
+        loop = asyncio.get_running_loop()
+        waiting = [client for listener in sockets for client in _backlog(listener)]
+        for server in self.servers:
+            server.close()
+        for client in waiting:
+            with contextlib.suppress(OSError):
+                await loop.connect_accepted_socket(self._connection, client, ssl=self.config.ssl)
+        end = loop.time() + QUIET
+        while loop.time() < end and not self.force_exit and any(map(_expected, self.server_state.connections)):
+            await asyncio.sleep(0.01)
+
+    def _connection(self) -> asyncio.Protocol:
+        kind: Any = self.config.http_protocol_class
+        protocol: asyncio.Protocol = kind(config=self.config, server_state=self.server_state, app_state={})
+        return protocol
+
     async def _keep_expiring(self) -> None:
         while True:
             self._state.expire()
             await asyncio.sleep(0.1)
+
+
+def _backlog(listener: socket.socket) -> Iterator[socket.socket]:
+    """Connections that the system has made and nobody has accepted."""
+    while True:
+        try:
+            client, _ = listener.accept()
+        except OSError:  # none is left
+            return
+        client.setblocking(False)
+        yield client
+
+
+def _expected(connection: object) -> bool:
+    """Whether a connection's first request, or the rest of its next one's headers, is on its way."""
+    return isinstance(connection, LimitedConnection) and connection.expected
 
 
 def bound(host: str, port: int) -> socket.socket:
