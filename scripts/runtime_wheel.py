@@ -1,7 +1,7 @@
 """Build bnexport-runtime, the distribution for serving machines: the same package without torch, onnx and what they bring.
 
 Use: python scripts/runtime_wheel.py FOLDER     Needs pip, and a package index for the build backend.
-Its dependencies are those of pyproject.toml that [tool.bnexport] names. Install it instead of bnexport, not beside it.
+Its dependencies and extras are those of pyproject.toml that [tool.bnexport] names. Install it instead of bnexport.
 """
 
 import json
@@ -31,8 +31,10 @@ def derived(source: dict) -> str:
     light = {name: text for text in full["dependencies"] if (name := re.match(r"[\w.-]+", text).group()) in wanted}
     if missing := set(wanted) - set(light):
         sys.exit(f"runtime_wheel: {', '.join(sorted(missing))} is no dependency of bnexport.")
+    extras = {name: full["optional-dependencies"][name] for name in source["tool"]["bnexport"]["runtime-extras"]}
     project = {key: value for key, value in full.items() if key not in DROPPED}
     project |= {"name": "bnexport-runtime", "description": DESCRIPTION, "dependencies": list(light.values())}
+    project["optional-dependencies"] = extras
     tables = {"build-system": source["build-system"], "project": project, "tool": {"hatch": source["tool"]["hatch"]}}
     return "".join(f"{name} = {toml(table)}\n" for name, table in tables.items())
 

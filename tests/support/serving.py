@@ -22,6 +22,7 @@ import numpy as np
 ROOT = Path(__file__).parents[2]
 #: Seconds that anything may take here; a deadline and no measurement.
 PATIENCE = 60.0
+PROGRAM = (sys.executable, "-m", "bnexport")
 INFER = "/v2/models/bn_lenet/infer"
 
 
@@ -107,9 +108,11 @@ def _whole(got: bytes) -> bool:
 
 
 @contextlib.contextmanager
-def serving(path: Path, log: Path, *options: str, env: dict[str, str] | None = None) -> Iterator[Server]:
+def serving(
+    path: Path, log: Path, *options: str, env: dict[str, str] | None = None, program: tuple[str, ...] = PROGRAM
+) -> Iterator[Server]:
     """A server of a bundle or a folder of models, on a free port; killed at the end, whatever happens."""
-    words = [sys.executable, "-m", "bnexport", "serve", str(path), "--port", "0", *options]
+    words = [*program, "serve", str(path), "--port", "0", *options]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(env or {})}
     with log.open("w") as stderr:
         process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment)
