@@ -4,25 +4,10 @@ from __future__ import annotations
 
 import json
 import subprocess
-import venv
 from pathlib import Path
 
 import numpy as np
-import pytest
 from support.serving import Server
-
-#: With protobuf 7 pip silently takes tritonclient 2.41, of 2023.
-PINS = ("tritonclient[http]>=2.60", "protobuf>=6.33.5,<7", "numpy>=2")
-
-
-@pytest.fixture(scope="module")
-def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("client") / "venv"
-    venv.create(folder, with_pip=True)
-    pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *PINS]
-    done = subprocess.run(pip, capture_output=True, text=True, timeout=280, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return folder / "bin" / "python"
 
 
 def test_every_call(python: Path, server: Server, images: np.ndarray, logits: np.ndarray, tmp_path: Path) -> None:
