@@ -77,6 +77,12 @@ class Decoder:
         if header_length == 0:
             return self._raw(body)
         if header_length is None:
+            if len(body) > self._limits.json_bytes:
+                raise RequestError(
+                    f"the JSON has {len(body)} bytes, the limit is {self._limits.json_bytes}",
+                    remedy="Send the tensors in binary",
+                    status=413,
+                )
             plan, start = self._plan(body), len(body)
         else:
             if header_length > len(body) or header_length > self._limits.header_json_bytes:
