@@ -13,10 +13,12 @@ Each carries a message (what is wrong, and where) and a remedy (what to do about
     |   |-- DataError           a data set, image or array that can't be read
     |   |-- FeedError           inputs that do not fit a model's signature
     |   |-- BundleError         a bundle that is incomplete, changed or not a bundle
+    |   |-- RequestError        a request over the network that can't be answered as it was asked
     |   `-- OutputError         an output path that exists already or can't be written
     |-- Unavailable             this machine can't do it
     |   |-- MissingDependency   a package is not installed
     |   |-- RuntimeUnavailable  an engine or device that is not here, or fell back to another
+    |   |-- NotServing          a server that can't take a request now: not ready, full, too late
     |   `-- NetworkError        a download that did not come
     `-- ProofError              bnexport's own check of its own work failed; nothing was written
 """
@@ -89,6 +91,20 @@ class BundleError(BadInput):
     """A bundle that is incomplete, changed, or not a bundle."""
 
 
+class RequestError(BadInput):
+    """A request over the network that can't be answered as it was asked.
+
+    Args:
+        message: As in BnexportError.
+        remedy: As in BnexportError.
+        status: The HTTP status that says so (RFC 9110, chapter 15.5); another protocol translates it.
+    """
+
+    def __init__(self, message: str, *, remedy: str, status: int = 400) -> None:
+        super().__init__(message, remedy=remedy)
+        self.status = status
+
+
 class OutputError(BadInput):
     """An output path that exists already or can't be written."""
 
@@ -103,6 +119,20 @@ class MissingDependency(Unavailable):
 
 class RuntimeUnavailable(Unavailable):
     """An engine or device that is not here, or that fell back to another."""
+
+
+class NotServing(Unavailable):
+    """A server that can't take a request now.
+
+    Args:
+        message: As in BnexportError.
+        remedy: As in BnexportError.
+        status: The HTTP status that says so (RFC 9110, chapter 15.6): 503, or 504 when it took too long.
+    """
+
+    def __init__(self, message: str, *, remedy: str, status: int = 503) -> None:
+        super().__init__(message, remedy=remedy)
+        self.status = status
 
 
 class NetworkError(Unavailable):

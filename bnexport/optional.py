@@ -28,6 +28,8 @@ INSTALL: dict[str, str] = {
     "jsonschema": "bnexport[deploy]",
     "pyarrow": "bnexport[parquet]",
     "ray": "bnexport[ray]",
+    "uvicorn": "uvicorn[standard]",
+    "prometheus_client": "prometheus-client",
     "tensorboard": "bnexport[tensorboard]",
 }
 

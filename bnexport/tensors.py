@@ -17,6 +17,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 #: Element types that a signature may hold (numpy's names).
 DTYPES = ("float16", "float32", "float64", "uint8", "int8", "int16", "int32", "int64", "bool")
+_NUMPY = {name: np.dtype(name) for name in DTYPES}
 
 
 @dataclass(frozen=True)
@@ -46,12 +47,13 @@ class TensorSpec:
         """Why ``array`` does not fit, as a sentence without its full stop; None when it fits."""
         if not isinstance(array, np.ndarray):
             return f"{self.name!r} is a {type(array).__name__}, expected a numpy array"
-        if array.dtype != np.dtype(self.dtype):  # a foreign byte order too: onnxruntime would misread it
+        if array.dtype != _NUMPY[self.dtype]:  # a foreign byte order too: onnxruntime would misread it
             return f"{self.name!r} is {array.dtype}, expected {self.dtype}"
-        expected = "x".join(str(dim) for dim in self.shape)
-        if array.ndim != len(self.shape) or any(
-            isinstance(want, int) and want != have for want, have in zip(self.shape, array.shape, strict=True)
+        shape = array.shape
+        if len(shape) != len(self.shape) or any(
+            want != have and isinstance(want, int) for want, have in zip(self.shape, shape, strict=True)
         ):
+            expected = "x".join(str(dim) for dim in self.shape)
             return f"{self.name!r} has shape {'x'.join(map(str, array.shape)) or 'scalar'}, expected {expected}"
         return None
 
@@ -95,14 +97,13 @@ def check_feeds(signature: Signature, feeds: Mapping[str, Array]) -> None:
         FeedError: Naming the input, what it is and what it should be.
     """
     specs = {spec.name: spec for spec in signature.inputs}
-    expected = ", ".join(repr(name) for name in specs)
     for name in feeds:
         if name not in specs:
-            raise FeedError(f"there is no input {name!r}", remedy=f"The inputs are {expected}")
+            raise FeedError(f"there is no input {name!r}", remedy=f"The inputs are {_listed(specs)}")
     sizes: dict[str, int] = {}
     for name, spec in specs.items():
         if name not in feeds:
-            raise FeedError(f"the input {name!r} is missing", remedy=f"The inputs are {expected}")
+            raise FeedError(f"the input {name!r} is missing", remedy=f"The inputs are {_listed(specs)}")
         if (problem := spec.problem(feeds[name])) is not None:
             raise FeedError(f"input {problem}", remedy="Feed arrays of the signature's element type and shape")
         for dim, size in zip(spec.shape, feeds[name].shape, strict=True):
@@ -111,6 +112,10 @@ def check_feeds(signature: Signature, feeds: Mapping[str, Array]) -> None:
                     f"input {name!r} has {dim} = {size}, another input has {dim} = {sizes[dim]}",
                     remedy=f"Feed every input with the same {dim}",
                 )
+
+
+def _listed(specs: Mapping[str, TensorSpec]) -> str:
+    return ", ".join(map(repr, specs))
 
 
 #: Number of dimensions of a batch of images, channels second -> what its sizes are called, from axis 2 on.

@@ -14,9 +14,10 @@ from bnexport.errors import BnexportError, ModelError
 from bnexport.exporting.request import InputSpec, example_inputs
 from bnexport.nn.soundness import is_untrained
 from bnexport.optional import one_line, quiet
+from bnexport.runtimes.replay import incomparable
 from bnexport.runtimes.torch_outputs import flatten, private_copy
 from bnexport.tensors import Array
-from bnexport.verification.metrics import common_scales, incomparable
+from bnexport.verification.metrics import common_scales
 from bnexport.verification.widening import wide_casts
 
 #: Batch sizes of the probes. The first is what tools trace; a fold that is right for one size alone shows on the others.

@@ -25,6 +25,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "audit": ("bnexport.cli.audit", "Show which other tools fold a network wrongly."),
     "predict": ("bnexport.cli.predict", "Label images with a bundle."),
     "deploy": ("bnexport.cli.deploy", "Write a bundle's files for Triton, KServe or Docker."),
+    "serve": ("bnexport.cli.serve", "Serve bundles over the Open Inference Protocol."),
     "inspect": ("bnexport.cli.inspect", "Show the BatchNorm statistics of a checkpoint or bundle."),
     "doctor": ("bnexport.cli.doctor", "Try every runtime on this machine."),
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -119,12 +119,22 @@ class Predictor:
         return logits
 
     def _prediction(self, image: str, logits: Array) -> Prediction:
-        index = int(logits.argmax())
-        exact = logits.astype(np.float64)
-        weights = np.exp(exact - exact.max())
-        labels = self.bundle.manifest.labels
-        label = labels[index] if labels is not None and index < len(labels) else str(index)
-        return Prediction(image, index, label, float(weights[index] / weights.sum()), tuple(map(float, logits)))
+        return labelled(image, logits, self.bundle.manifest.labels)
+
+
+def labelled(image: str, logits: Array, labels: Sequence[str] | None) -> Prediction:
+    """The answer that logits stand for.
+
+    Args:
+        image: Where it came from.
+        logits: (classes,), finite.
+        labels: Class names; a class without one goes by its index.
+    """
+    index = int(logits.argmax())
+    exact = logits.astype(np.float64)
+    weights = np.exp(exact - exact.max())
+    label = labels[index] if labels is not None and index < len(labels) else str(index)
+    return Prediction(image, index, label, float(weights[index] / weights.sum()), tuple(map(float, logits)))
 
 
 def predict_images(

@@ -18,11 +18,11 @@ from bnexport.runtimes.catalogue import RunnerSpec
 from bnexport.runtimes.emulation import Emulator
 from bnexport.runtimes.float64 import Float64Evaluator
 from bnexport.runtimes.onnx_file import LINEAR, read_model
+from bnexport.runtimes.replay import scale
 from bnexport.runtimes.settings import RunSettings
 from bnexport.tensors import DTYPES, Array, Signature, TensorSpec
 from bnexport.verification.findings import LayerDrift
 from bnexport.verification.forecast import FACTOR
-from bnexport.verification.metrics import scale
 
 if TYPE_CHECKING:
     from onnx import ModelProto

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from bnexport.runtimes.replay import scale
 from bnexport.tensors import Array
 from bnexport.verification.findings import FlippedSample
-from bnexport.verification.metrics import has_labels, scale
+from bnexport.verification.metrics import has_labels
 
 
 def flipped_samples(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from bnexport.runtimes.replay import incomparable, scale
 from bnexport.tensors import Array
 from bnexport.verification.verdict import Flips
 
@@ -67,18 +68,6 @@ def measure(
         None,
     )
     return Measurement(worst.error, max(part.max_abs for part in parts), worst.rms, worst.n, "", flips)
-
-
-def incomparable(name: str, candidate: Array, reference: Array) -> str | None:
-    """Why two arrays can't be compared, as a sentence without its full stop; None when they can."""
-    if candidate.shape != reference.shape:
-        return f"output {name!r} has shape {candidate.shape}, the reference {reference.shape}"
-    if reference.size == 0:
-        return f"output {name!r} is empty: nothing was compared"
-    for who, array in (("the reference", reference), ("the candidate", candidate)):
-        if not np.isfinite(array).all():
-            return f"output {name!r} of {who} has {int((~np.isfinite(array)).sum())} values that are not finite"
-    return None
 
 
 def count_flips(candidate: Array, reference: Array, *, bound: float, of: float | None = None) -> Flips:
@@ -147,11 +136,6 @@ def rule_of_three(n: int) -> float:
 def has_labels(array: Array) -> bool:
     """Whether an output holds one score per class: (n, classes) of floats, at least two classes."""
     return array.ndim == 2 and array.shape[1] >= 2 and np.issubdtype(array.dtype, np.floating)
-
-
-def scale(reference: Array) -> float:
-    """The largest |reference|, or 1 where all of it is zero."""
-    return float(np.abs(reference.astype(np.float64)).max()) or 1.0
 
 
 def _scale_of(name: str, reference: Array, scales: Mapping[str, float] | None) -> float:

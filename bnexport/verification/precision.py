@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from bnexport.bundle import WEIGHTS
+from bnexport.runtimes.replay import incomparable
 from bnexport.verification.cases import heads
-from bnexport.verification.metrics import incomparable
 from bnexport.verification.prediction import compatible, detect
 from bnexport.verification.runs import Run
 from bnexport.verification.verdict import Row

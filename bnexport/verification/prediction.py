@@ -19,9 +19,9 @@ from bnexport.errors import ProofError
 from bnexport.runtimes.emulation import SETTINGS, precision_of
 from bnexport.runtimes.float64 import Float64Evaluator
 from bnexport.runtimes.onnx_file import graphs, nodes
+from bnexport.runtimes.replay import scale
 from bnexport.runtimes.rounding import BFLOAT16, FLOAT16, FLOAT32, Format, step_of
 from bnexport.tensors import Array
-from bnexport.verification.metrics import scale
 
 if TYPE_CHECKING:
     from onnx import ModelProto, TensorProto

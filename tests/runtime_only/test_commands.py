@@ -189,6 +189,7 @@ NEEDS: dict[str, tuple[list[str], str]] = {
     "samples": (["verify", str(REFERENCE), "--samples", "FILES/floats.npy"], "needs torch"),
     "torch runtime": (["verify", str(REFERENCE), "--runtime", "torch-cpu"], "torch is not installed"),
     "torchscript": (["predict", str(REFERENCE), "FILES/pixels.npy", "--runtime", "torchscript-cpu"], "torch"),
+    "serve": (["serve", str(REFERENCE), "--port", "0"], "needs uvicorn"),
     "a picture": (["predict", str(REFERENCE), "FILES/picture.png"], "needs PIL"),
     "another size": (["predict", str(REFERENCE), "FILES/large.npy"], "fitting images to the model's size needs PIL"),
 }

@@ -15,14 +15,18 @@ from email.message import Message
 from importlib import metadata
 from pathlib import Path
 
+import numpy as np
 import pytest
 from runtime_only.absence import REFERENCE
+from support.serving import logits_of, serving, tensor
 
 from bnexport import __version__
-from bnexport.bundle import GOLDEN, MODEL_ONNX
+from bnexport.bundle import GOLDEN, MODEL_ONNX, Bundle
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "runtime_wheel.py"
+#: Of the extra "serve"; without pillow, which one can do without.
+SERVE = ("uvicorn", "httptools", "uvloop", "orjson", "prometheus-client")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
@@ -53,7 +57,8 @@ def machine(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("machine") / "venv"
     venv.create(folder, with_pip=True)
     engine = "onnxruntime-gpu" if _has("onnxruntime-gpu") else "onnxruntime"
-    light = [f"{name}=={metadata.version(name)}" for name in (engine, "numpy", "click", "rich")]
+    names = (engine, "numpy", "click", "rich", *SERVE)
+    light = [f"{name}=={metadata.version(name)}" for name in names]
     pip = [folder / "bin" / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     for words in (light, ["--no-deps", str(wheel)]):
         done = call(*pip, *words)
@@ -83,14 +88,17 @@ def metadata_of(wheel: Path) -> Message:
 def test_the_wheel_has_the_whole_package_and_the_light_list(wheel: Path) -> None:
     told = metadata_of(wheel)
     assert (told["Name"], told["Version"]) == ("bnexport-runtime", __version__)
-    required = told.get_all("Requires-Dist") or []
+    every = told.get_all("Requires-Dist") or []
+    required = [text for text in every if "extra ==" not in text]
     assert {name_of(text) for text in required} == {"numpy", "onnxruntime-gpu", "onnxruntime", "click", "rich"}
     for text in PROJECT["project"]["dependencies"]:
         if name_of(text) in {name_of(other) for other in required}:
             assert text.replace(" ", "") in {other.replace(" ", "") for other in required}, (
                 "floors are those of bnexport"
             )
-    assert told.get_all("Provides-Extra") is None
+    assert told.get_all("Provides-Extra") == ["serve"]
+    extra = {name_of(text) for text in every if "extra ==" in text}
+    assert extra == {name_of(text) for text in PROJECT["project"]["optional-dependencies"]["serve"]}
     with zipfile.ZipFile(wheel) as archive:
         packed = {name for name in archive.namelist() if name.startswith("bnexport/")}
     there = {path.relative_to(ROOT).as_posix() for path in (ROOT / "bnexport").rglob("*") if path.is_file()}
@@ -137,6 +145,19 @@ def test_the_other_commands_there(machine: Path, files: Path) -> None:
     code, out = bnexport(machine, "train", "--out", machine / "run")
     assert code == 3
     assert "pip install bnexport, after pip uninstall bnexport-runtime" in out
+
+
+def test_a_bundle_is_served_there(machine: Path, tmp_path: Path) -> None:
+    program = (str(machine / "bin" / "bnexport"),)
+    with serving(REFERENCE, tmp_path / "log", env={"PYTHONPATH": ""}, program=program) as server:
+        inputs, outputs = Bundle.open(REFERENCE).golden()
+        answer = server.infer({"inputs": [tensor(inputs["input"])]})
+        largest = np.abs(outputs["logits"]).max()
+        assert np.allclose(logits_of(answer), outputs["logits"], rtol=0, atol=1e-5 * largest)
+        refused = server.ask("POST", "/v2/models/bn_lenet/classify", b"x", {"content-type": "image/png"})
+        assert (refused.status, "needs PIL" in refused.error) == (501, True)
+        assert server.stop() == 0
+    assert "Traceback" not in (tmp_path / "log").read_text()
 
 
 ISOLATED = """

@@ -3,7 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from bnexport.verification.metrics import count_flips, incomparable, measure, rule_of_three, scale
+from bnexport.runtimes.replay import incomparable, scale
+from bnexport.verification.metrics import count_flips, measure, rule_of_three
 from bnexport.verification.verdict import Flips
 
 REFERENCE = np.array([[8.0, 1.0, 0.0], [0.0, 4.0, 2.0]])

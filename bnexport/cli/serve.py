@@ -1,0 +1,80 @@
+"""``bnexport serve``: the Open Inference Protocol over HTTP."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from bnexport.runtimes.catalogue import RUNNERS
+
+_FILE = click.Path(path_type=Path)
+
+
+class _Workers(click.ParamType[int | None]):
+    name = "auto|N"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
+        """A number from 1, or None for "auto"."""
+        if value in (None, "auto"):
+            return None
+        return int(click.IntRange(1, 256).convert(value, param, ctx))
+
+
+@click.command("serve")
+@click.argument("path", type=_FILE)
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 is every one.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
+@click.option("--reuse-port", is_flag=True, help="Share the port with other servers started so, one per core.")
+@click.option(
+    "--runtime",
+    type=click.Choice([spec.name for spec in RUNNERS]),
+    default="onnxruntime-cpu",
+    show_default=True,
+    metavar="NAME",
+    help="Engine and device; one that is not here is an error, never replaced by another.",
+)
+@click.option("--workers", type=_Workers(), default="auto", show_default=True, help="Sessions, of one thread each.")
+@click.option("--max-batch", type=click.IntRange(1, 65536), default=64, show_default=True, help="Samples run together.")
+@click.option(
+    "--limit", "limits", multiple=True, metavar="NAME=N", help="Of one client; docs/serving.md has the table."
+)
+@click.option("--poll", type=click.FloatRange(0.1), help="Look for new versions every so many seconds.")
+@click.option("--grace", type=click.FloatRange(0.1), default=30.0, show_default=True, help="Seconds to stop in.")
+@click.option("--token-file", type=_FILE, help="Clients must show the token in this file.")
+@click.option("--tls-cert", type=_FILE, help="Certificate (PEM), with --tls-key.")
+@click.option("--tls-key", type=_FILE, help="Its key (PEM).")
+@click.option("--allow-load", is_flag=True, help="Let clients load and unload models.")
+@click.option("--access-log/--no-access-log", default=True, show_default=True, help="One JSON line per request.")
+@click.option("--middleware", metavar="MODULE:NAME", help="Wrap the ASGI application, for OpenTelemetry and the like.")
+def command(path: Path, **options: Any) -> None:
+    """Serve PATH, a bundle or a folder of models, over the Open Inference Protocol v2 until SIGTERM or Ctrl-C."""
+    from bnexport.optional import require
+
+    for name in ("uvicorn", "httptools", "orjson", "prometheus_client"):
+        require(name, purpose="bnexport serve")
+    from bnexport.serving.http.server import serve
+
+    serve(path, _settings(options), announce=click.echo)
+
+
+def _settings(options: dict[str, Any]) -> Any:
+    from bnexport.errors import UsageError
+    from bnexport.serving.http.server import ServerSettings
+    from bnexport.serving.limits import limits_from
+    from bnexport.serving.served_model import ServingSettings
+
+    certificate, key = options["tls_cert"], options["tls_key"]
+    if (certificate is None) != (key is None):
+        raise UsageError("--tls-cert and --tls-key go together", remedy="Give both, or none")
+    models = ServingSettings(
+        options["runtime"], options["workers"], options["max_batch"], limits_from(options["limits"])
+    )
+    return ServerSettings(
+        **{name: options[name] for name in ("host", "port", "grace", "poll", "access_log", "token_file", "middleware")},
+        tls=None if certificate is None else (certificate, key),
+        allow_load=options["allow_load"],
+        reuse_port=options["reuse_port"],
+        models=models,
+    )

@@ -1,0 +1,116 @@
+"""Golden vectors replayed on an open runner: what verification and a server that starts have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from bnexport.bundle import Bundle, Manifest
+from bnexport.errors import BundleError
+from bnexport.runtimes.base import REBUILD, Runner
+from bnexport.tensors import Array
+
+#: Largest error of scale of a float32 file: golden outputs are float64 rounded once; the rest is the kernels' noise.
+GOLDEN_BOUND = 1e-5
+#: What a bundle in half precision may ask for at most. Its noise is 1e-4 to 1e-2 of scale; a tenth is another network.
+WIDEST_BOUND = 0.05
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What a replay showed.
+
+    Attributes:
+        n: Samples.
+        error: max |answer - golden| / max |golden|, the worst output's.
+        bound: The largest error that passes.
+    """
+
+    n: int
+    error: float
+    bound: float
+
+
+def replay_golden(runner: Runner, bundle: Bundle) -> Replay:
+    """Run a bundle's golden inputs and compare the answers with its golden outputs.
+
+    Args:
+        runner: Open, on a file of the bundle; the very one that will be used.
+        bundle: Its hashes must have been checked.
+
+    Raises:
+        BundleError: The answers are not those that were stored, or nothing says how far they may be off.
+        RuntimeUnavailable: The device failed.
+    """
+    bound = golden_bound(bundle.manifest, runner.name)
+    inputs, expected = bundle.golden()
+    answers = runner.run(inputs)
+    for name, values in expected.items():
+        if (problem := incomparable(name, answers[name], values)) is not None:
+            raise BundleError(f"{bundle.path}: {runner.name} on the golden vectors: {problem}", remedy=REBUILD)
+    error = max(largest_error(answers[name], values) for name, values in expected.items())
+    if not error <= bound:  # NaN fails
+        raise BundleError(
+            f"{bundle.path}: {runner.name} answers the golden vectors with an error of {error:.1e} of scale, "
+            f"more than {bound:.1e}",
+            remedy="Run bnexport verify on the bundle, here; it says which stage fails",
+        )
+    return Replay(len(next(iter(expected.values()))), error, bound)
+
+
+def golden_bound(manifest: Manifest, runtime: str) -> float:
+    """How far a runtime's answers to the golden inputs may be off, as a share of scale.
+
+    For a file in half precision the noise of that precision on this very model decides; it was predicted at export, and
+    stands in the verdict that the manifest holds.
+
+    Raises:
+        BundleError: A bundle in half precision without a verdict that passed on a runtime of this engine.
+    """
+    if manifest.onnx.get("precision", "float32") == "float32":
+        return GOLDEN_BOUND
+    engine = runtime.rpartition("-")[0]
+    found = [float(row["bound"]) for row in _golden_rows(manifest) if str(row["subject"]).rpartition("-")[0] == engine]
+    if not found or not 0 < max(found) <= WIDEST_BOUND:
+        raise BundleError(
+            f"the bundle {manifest.name!r} is in {manifest.onnx['precision']} and was not verified on {engine} at export",
+            remedy="Export it again where bnexport can verify it on that engine",
+        )
+    return max(GOLDEN_BOUND, *found)
+
+
+def _golden_rows(manifest: Manifest) -> list[Mapping[str, Any]]:
+    """Rows of the verdict at export that judged the golden vectors on kernels of the file's own precision."""
+    rows = manifest.verification.get("rows")
+    return [
+        row
+        for row in (rows if isinstance(rows, list) else [])
+        if isinstance(row, dict)
+        and (row.get("stage"), row.get("passed"), row.get("settings", "")) == ("golden", True, "")
+        and isinstance(row.get("bound"), float)
+    ]
+
+
+def incomparable(name: str, candidate: Array, reference: Array) -> str | None:
+    """Why two arrays can't be compared, as a sentence without its full stop; None when they can."""
+    if candidate.shape != reference.shape:
+        return f"output {name!r} has shape {candidate.shape}, the reference {reference.shape}"
+    if reference.size == 0:
+        return f"output {name!r} is empty: nothing was compared"
+    for who, array in (("the reference", reference), ("the candidate", candidate)):
+        if not np.isfinite(array).all():
+            return f"output {name!r} of {who} has {int((~np.isfinite(array)).sum())} values that are not finite"
+    return None
+
+
+def scale(reference: Array) -> float:
+    """The largest |reference|, or 1 where all of it is zero."""
+    return float(np.abs(reference.astype(np.float64)).max()) or 1.0
+
+
+def largest_error(candidate: Array, reference: Array) -> float:
+    """Max |candidate - reference| / scale of arrays that can be compared."""
+    return float(np.abs(candidate.astype(np.float64) - reference.astype(np.float64)).max()) / scale(reference)

@@ -1,0 +1,263 @@
+"""Natural batching: a batch is whatever has queued while the previous one ran. Nobody waits for company.
+
+All of it lives on the event loop's thread; engines that take long run in threads of their own. A request of a small model
+costs less than the way to a thread and back, so where there is one session and a batch is expected to take less than
+INLINE_SECONDS it runs on the loop itself. Requests that arrived together are still one batch: they queue in the turn of the
+loop in which they were read, and the batch is made in the next.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from bnexport.errors import BnexportError, NotServing
+from bnexport.optional import one_line
+from bnexport.runtimes.base import Runner
+from bnexport.serving.statistics import ModelStatistics
+from bnexport.tensors import Array
+
+#: A batch may keep the event loop for so long; health checks and other models wait meanwhile.
+INLINE_SECONDS = 0.002
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a batch takes: ``fixed`` seconds, and ``per_byte`` for each byte of its inputs."""
+
+    fixed: float
+    per_byte: float
+
+    def seconds(self, size: int) -> float:
+        """Of a batch with so many bytes of inputs."""
+        return self.fixed + self.per_byte * size
+
+
+@dataclass(frozen=True)
+class BatchLimits:
+    """How much may wait and run at a time.
+
+    Attributes:
+        rows: Samples of one batch; a request with more runs alone.
+        queue: Requests that may wait.
+        deadline: Seconds from a request's coming to its answer.
+    """
+
+    rows: int = 64
+    queue: int = 1024
+    deadline: float = 30.0
+
+
+class _Waiting:
+    """A request in the queue, or in the batch that runs."""
+
+    __slots__ = ("deadline", "future", "inputs", "key", "queued_ns", "rows", "size")
+
+    def __init__(self, inputs: dict[str, Array], rows: int, future: asyncio.Future[dict[str, Array]], deadline: float):
+        self.inputs, self.rows, self.future, self.deadline = inputs, rows, future, deadline
+        self.key = (
+            [array.shape[1:] for array in inputs.values()] if len(inputs) > 1 else next(iter(inputs.values())).shape[1:]
+        )
+        self.size = sum(array.nbytes for array in inputs.values())
+        self.queued_ns = time.perf_counter_ns()
+
+
+class Batcher:
+    """The queue in front of the sessions of one model.
+
+    Args:
+        runners: Open; each runs one batch at a time.
+        cost: What a batch takes on one of them.
+        limits: Of the queue and the batches.
+        batches: Whether samples of several requests may run together: False where the first dimension is fixed.
+    """
+
+    def __init__(self, runners: Sequence[Runner], cost: Cost, limits: BatchLimits, *, batches: bool = True) -> None:
+        self.statistics = ModelStatistics()
+        self.limits = limits
+        self._runners, self._idle = tuple(runners), list(runners)
+        self._cost = cost
+        self._rows = limits.rows if batches else 0
+        self._queue: deque[_Waiting] = deque()
+        self._running: list[list[_Waiting]] = []
+        self._threads = ThreadPoolExecutor(len(self._runners), thread_name_prefix="bnexport-session")
+        self._woken = False
+
+    @property
+    def waiting(self) -> int:
+        """Requests in the queue."""
+        return len(self._queue)
+
+    @property
+    def pending(self) -> int:
+        """Requests in the queue and in batches that run."""
+        return len(self._queue) + sum(map(len, self._running))
+
+    @property
+    def workers(self) -> int:
+        """Sessions."""
+        return len(self._runners)
+
+    def submit(
+        self, inputs: dict[str, Array], rows: int, timeout: float | None = None
+    ) -> asyncio.Future[dict[str, Array]]:
+        """Queue a request that fits the model; its future gives output name -> (rows, ...).
+
+        Args:
+            inputs: Input name -> array.
+            rows: Samples.
+            timeout: Seconds that the client waits, if it waits less than the server lets it.
+
+        Raises:
+            NotServing: The queue is full.
+        """
+        if len(self._queue) >= self.limits.queue:
+            raise NotServing(
+                f"{len(self._queue)} requests are waiting, which is the limit", remedy="Try again in a second"
+            )
+        loop = asyncio.get_running_loop()
+        patience = self.limits.deadline if timeout is None else min(timeout, self.limits.deadline)
+        future: asyncio.Future[dict[str, Array]] = loop.create_future()
+        self._queue.append(_Waiting(inputs, rows, future, loop.time() + patience))
+        self._wake(loop)
+        return future
+
+    def run_now(self, inputs: dict[str, Array], rows: int) -> Mapping[str, Array] | None:
+        """Run a request that has no company, without a queue and a turn of the loop; None when it has to queue.
+
+        Raises:
+            BnexportError: The engine failed.
+        """
+        if self._queue or len(self._runners) > 1 or not self._idle:
+            return None
+        if self._cost.seconds(sum(array.nbytes for array in inputs.values())) >= INLINE_SECONDS:
+            return None
+        outcome, ns = _run(self._idle[0], inputs)
+        self.statistics.executed(requests=1, rows=rows, queue_ns=0, infer_ns=ns)
+        if isinstance(outcome, BnexportError):
+            raise outcome
+        return outcome
+
+    def expire(self) -> None:
+        """Fail every request whose deadline has passed; to be called now and then."""
+        now = asyncio.get_running_loop().time()
+        for item in (*self._queue, *(item for batch in self._running for item in batch)):
+            if item.deadline <= now:
+                _fail(item, _late())
+
+    async def close(self) -> None:
+        """Wait until everything that was queued is answered, then free the sessions."""
+        while self.pending:
+            await asyncio.sleep(0.01)
+        self._threads.shutdown()
+        for runner in self._runners:
+            runner.close()
+
+    def _wake(self, loop: asyncio.AbstractEventLoop) -> None:
+        if not self._woken and self._idle and self._queue:
+            self._woken = True
+            loop.call_soon(self._start, loop)
+
+    def _start(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Give batches to the idle sessions."""
+        self._woken = False
+        while self._idle and (batch := self._take(loop.time())):
+            runner = self._idle.pop()
+            self._running.append(batch)
+            size = sum(item.size for item in batch)
+            if len(self._runners) == 1 and self._cost.seconds(size) < INLINE_SECONDS:
+                outcome, ns = _run(runner, _together(batch))
+                self._finish(runner, batch, outcome, ns)
+                break  # the loop reads what has come meanwhile, which is the next batch
+            future = loop.run_in_executor(self._threads, _run_batch, runner, batch)
+            future.add_done_callback(functools.partial(self._returned, loop, runner, batch))
+        self._wake(loop)
+
+    def _returned(
+        self, loop: asyncio.AbstractEventLoop, runner: Runner, batch: list[_Waiting], done: asyncio.Future[Any]
+    ) -> None:
+        self._finish(runner, batch, *done.result())
+        self._wake(loop)
+
+    def _take(self, now: float) -> list[_Waiting]:
+        """The next batch: from the front of the queue, as long as shapes agree and the rows suffice."""
+        batch: list[_Waiting] = []
+        rows = 0
+        while self._queue:
+            item = self._queue[0]
+            if item.future.done() or item.deadline <= now:
+                _fail(item, _late())
+            elif not batch:
+                batch.append(item)
+                rows = item.rows
+            elif item.key == batch[0].key and rows + item.rows <= self._rows:
+                batch.append(item)
+                rows += item.rows
+            else:
+                break
+            self._queue.popleft()
+        return batch
+
+    def _finish(
+        self, runner: Runner, batch: list[_Waiting], outcome: Mapping[str, Array] | BnexportError, infer_ns: int
+    ) -> None:
+        self._idle.append(runner)
+        self._running.remove(batch)
+        now = time.perf_counter_ns()
+        rows = sum(item.rows for item in batch)
+        waited = sum(now - infer_ns - item.queued_ns for item in batch)
+        self.statistics.executed(requests=len(batch), rows=rows, queue_ns=max(waited, 0), infer_ns=infer_ns)
+        if isinstance(outcome, BnexportError):
+            for item in batch:
+                _fail(item, outcome)
+            return
+        start = 0
+        for item in batch:
+            if not item.future.done():
+                whole = len(batch) == 1
+                part = dict(outcome) if whole else {k: v[start : start + item.rows] for k, v in outcome.items()}
+                item.future.set_result(part)
+            start += item.rows
+
+
+def _together(batch: list[_Waiting]) -> dict[str, Array]:
+    """The inputs of a batch."""
+    feeds = batch[0].inputs
+    if len(batch) == 1:
+        return feeds
+    return {name: np.concatenate([item.inputs[name] for item in batch]) for name in feeds}
+
+
+def _run_batch(runner: Runner, batch: list[_Waiting]) -> tuple[Mapping[str, Array] | BnexportError, int]:
+    return _run(runner, _together(batch))
+
+
+def _run(runner: Runner, feeds: dict[str, Array]) -> tuple[Mapping[str, Array] | BnexportError, int]:
+    """Run a batch; the outputs or the error, and the nanoseconds of the engine."""
+    start = time.perf_counter_ns()
+    try:
+        outcome: Mapping[str, Array] | BnexportError = runner.run_fitting(feeds)
+    except BnexportError as error:
+        outcome = error
+    except MemoryError:
+        outcome = NotServing("this machine has too little memory for the batch", remedy="Send fewer samples")
+    except Exception as error:  # whatever it is, nobody may wait for it for ever
+        outcome = NotServing(f"the batch failed: {one_line(error)}", remedy="Look into the log", status=500)
+    return outcome, time.perf_counter_ns() - start
+
+
+def _fail(item: _Waiting, error: BnexportError) -> None:
+    if not item.future.done():
+        item.future.set_exception(error)
+
+
+def _late() -> NotServing:
+    return NotServing("the answer was not there in time", remedy="Wait longer, or send less", status=504)

@@ -1,0 +1,85 @@
+"""Log lines as JSON, one object per line, written by a thread: a reader who is slow must not stop the server."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+import time
+from typing import IO, Any
+
+import orjson
+
+#: Seconds that a line may wait for others, and lines that are handed over at once.
+_DELAY, _MANY = 0.1, 1000
+#: Pieces that may wait for a slow reader; what comes when there are more is dropped, and counted.
+_PIECES = 256
+#: Seconds for the last lines at the end.
+_PATIENCE = 2.0
+
+
+class JsonLog:
+    """Writes events to a stream. A stream whose reader went away is no reason to stop serving.
+
+    Args:
+        stream: Text; standard error of the process.
+        access: Whether each request gets a line, too.
+    """
+
+    def __init__(self, stream: IO[str], *, access: bool = True) -> None:
+        self.access = access
+        self._stream = stream
+        self._lines: list[bytes] = []
+        self._dropped = 0
+        self._timer: asyncio.TimerHandle | None = None
+        self._pieces: queue.Queue[bytes | None] = queue.Queue(_PIECES)
+        self._thread = threading.Thread(target=self._write, name="bnexport-log", daemon=True)
+        self._thread.start()
+
+    def event(self, what: str, /, **fields: Any) -> None:
+        """Log an event at once."""
+        self._lines.append(_line({"time": round(time.time(), 6), "event": what, **fields}))
+        self.flush()
+
+    def request(self, fields: dict[str, Any]) -> None:
+        """Log a request, soon."""
+        self._lines.append(_line(fields))
+        if len(self._lines) >= _MANY:
+            self.flush()
+        elif self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(_DELAY, self.flush)
+
+    def flush(self) -> None:
+        """Hand over what waits."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        lines, self._lines = self._lines, []
+        if self._dropped:
+            lines.append(_line({"time": round(time.time(), 6), "event": "log lines dropped", "lines": self._dropped}))
+        try:
+            self._pieces.put_nowait(b"".join(lines))
+            self._dropped = 0
+        except queue.Full:
+            self._dropped += len(lines) - bool(self._dropped)
+
+    def close(self) -> None:
+        """Write what waits, unless nobody reads it."""
+        self.flush()
+        try:
+            self._pieces.put(None, timeout=_PATIENCE)
+        except queue.Full:
+            return
+        self._thread.join(_PATIENCE)
+
+    def _write(self) -> None:
+        while (piece := self._pieces.get()) is not None:
+            try:
+                self._stream.write(piece.decode())
+                self._stream.flush()
+            except (OSError, ValueError):  # the reader went away, or the disk is full
+                continue
+
+
+def _line(fields: dict[str, Any]) -> bytes:
+    return orjson.dumps(fields, default=str, option=orjson.OPT_APPEND_NEWLINE)

@@ -1,0 +1,77 @@
+"""Counters in Prometheus's text format, made of the statistics when they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from bnexport.serving.http.state import State
+from bnexport.serving.statistics import Histogram
+
+_MODEL = ("model", "version")
+
+
+class _StateCollector(Collector):
+    def __init__(self, state: State) -> None:
+        self._state = state
+
+    def collect(self) -> Iterator[Metric]:
+        """Everything that is counted."""
+        requests = CounterMetricFamily(
+            "bnexport_http_requests", "Requests by route and status.", labels=("route", "status")
+        )
+        for (route, status), count in self._state.requests.items():
+            requests.add_metric((route or "none", str(status)), count)
+        yield requests
+        active = GaugeMetricFamily("bnexport_http_requests_active", "Requests that are being answered.")
+        active.add_metric((), self._state.active)
+        yield active
+        yield from self._models()
+
+    def _models(self) -> Iterator[Metric]:
+        ready = GaugeMetricFamily("bnexport_model_ready", "1 when the version answers requests.", labels=_MODEL)
+        waiting = GaugeMetricFamily("bnexport_queue_length", "Requests that wait for a session.", labels=_MODEL)
+        workers = GaugeMetricFamily("bnexport_sessions", "Sessions of the engine.", labels=_MODEL)
+        rows = CounterMetricFamily("bnexport_samples", "Samples that an engine ran.", labels=_MODEL)
+        failed = CounterMetricFamily("bnexport_failures", "Requests to a model that failed.", labels=_MODEL)
+        queue = CounterMetricFamily("bnexport_queue_seconds", "Seconds that requests waited.", labels=_MODEL)
+        infer = CounterMetricFamily("bnexport_inference_seconds", "Seconds of the engine, by request.", labels=_MODEL)
+        seconds = HistogramMetricFamily(
+            "bnexport_request_seconds", "Seconds from a request to its answer.", labels=_MODEL
+        )
+        batches = HistogramMetricFamily("bnexport_batch_rows", "Samples in a batch.", labels=_MODEL)
+        for name, version, entry in self._state.repository.each():
+            key, served = (name, version), entry.served
+            ready.add_metric(key, 0 if served is None else 1)
+            if served is None:
+                continue
+            counted = served.statistics
+            waiting.add_metric(key, served.batcher.waiting)
+            workers.add_metric(key, served.batcher.workers)
+            rows.add_metric(key, counted.rows)
+            failed.add_metric(key, counted.fail.count)
+            queue.add_metric(key, counted.queue.ns * 1e-9)
+            infer.add_metric(key, counted.infer.ns * 1e-9)
+            seconds.add_metric(key, _buckets(counted.seconds), counted.seconds.total)
+            batches.add_metric(key, _buckets(counted.batches), counted.batches.total)
+        yield from (ready, waiting, workers, rows, failed, queue, infer, seconds, batches)
+
+
+def render(state: State) -> bytes:
+    """The text, with the process's own figures (memory, CPU time, open files) where the system tells them."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_StateCollector(state))
+    ProcessCollector(registry=registry)
+    return generate_latest(registry)
+
+
+def _buckets(histogram: Histogram) -> list[tuple[str, float]]:
+    """Edges with the counts up to each, as Prometheus has them."""
+    total, buckets = 0, []
+    for edge, count in zip((*map(str, histogram.edges), "+Inf"), histogram.counts, strict=True):
+        total += count
+        buckets.append((edge, float(total)))
+    return buckets

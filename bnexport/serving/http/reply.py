@@ -1,0 +1,86 @@
+"""Answers of the server: bodies, headers, and errors as one sentence each."""
+
+from __future__ import annotations
+
+import gzip
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from bnexport.errors import BadInput, BnexportError, BundleError, MissingDependency, NotServing, RequestError
+
+#: Bodies below this are not packed: it would cost more than it saves. (Some clients always say that they take gzip.)
+PACKED_BYTES = 1024
+JSON, BINARY, TEXT = b"application/json", b"application/octet-stream", b"text/plain; version=0.0.4; charset=utf-8"
+
+
+@dataclass(slots=True)
+class Reply:
+    """One answer.
+
+    Attributes:
+        status: HTTP's.
+        body: Whole.
+        content_type: Its media type.
+        headers: Beside those of every answer.
+    """
+
+    status: int
+    body: bytes = b""
+    content_type: bytes = JSON
+    headers: tuple[tuple[bytes, bytes], ...] = ()
+
+
+def json_reply(value: Any, status: int = 200) -> Reply:
+    """A value as JSON."""
+    return Reply(status, orjson.dumps(value))
+
+
+def error_reply(error: BnexportError) -> Reply:
+    """An error as {"error": "what is wrong, and what to do"} (Open Inference Protocol v2, "Inference Errors")."""
+    status = status_of(error)
+    headers: tuple[tuple[bytes, bytes], ...] = ()
+    if status == 401:
+        headers = ((b"www-authenticate", b"Bearer"),)
+    elif status == 503:
+        headers = ((b"retry-after", b"1"),)
+    text = str(error)
+    sentence = "".join(char if char.isprintable() else "?" for char in text)
+    return Reply(status, orjson.dumps({"error": sentence}), JSON, headers)
+
+
+def status_of(error: BnexportError) -> int:
+    """The HTTP status of an error of the tree."""
+    if isinstance(error, RequestError | NotServing):
+        return error.status
+    if isinstance(error, MissingDependency):
+        return 501
+    # A bundle that fails while it serves is no fault of the client's.
+    return 400 if isinstance(error, BadInput) and not isinstance(error, BundleError) else 500
+
+
+def packed(reply: Reply, accepted: bytes) -> Reply:
+    """The same answer packed, if the client takes that and it is worth it.
+
+    Args:
+        reply: With a body.
+        accepted: The request's Accept-Encoding; its preferences (q=) are read only as yes or no.
+    """
+    if len(reply.body) < PACKED_BYTES:
+        return reply
+    taken = {
+        name.strip().lower()
+        for item in accepted.split(b",")
+        for name, _, weight in (item.partition(b";"),)
+        if weight.replace(b" ", b"") not in (b"q=0", b"q=0.0")
+    }
+    if b"gzip" in taken:
+        coding, body = b"gzip", gzip.compress(reply.body, 1, mtime=0)
+    elif b"deflate" in taken:
+        coding, body = b"deflate", zlib.compress(reply.body, 1)
+    else:
+        return reply
+    headers = (*reply.headers, (b"content-encoding", coding), (b"vary", b"accept-encoding"))
+    return Reply(reply.status, body, reply.content_type, headers)

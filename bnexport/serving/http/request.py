@@ -1,0 +1,170 @@
+"""Reading a request: its headers, and its body within the limits of size. Time is the connection's (connection.py)."""
+
+from __future__ import annotations
+
+import asyncio
+import zlib
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+from bnexport.errors import NotServing, RequestError
+from bnexport.screening.refusal import shown
+from bnexport.serving.limits import ServingLimits
+
+Receive = Callable[[], Awaitable[Mapping[str, Any]]]
+#: zlib's window bits: gzip's header (RFC 1952), or zlib's (RFC 1950, which HTTP calls deflate).
+_WINDOWS = {b"gzip": 31, b"x-gzip": 31, b"deflate": 15}
+#: Seconds for which the rest of a body that is refused is read, so that the client gets to read the reason.
+_LINGER = 1.0
+#: Headers that must not come twice: two readers would take different ones.
+_ONCE = (b"content-length", b"content-encoding", b"content-type", b"inference-header-content-length", b"authorization")
+
+
+class Disconnected(Exception):
+    """The client is gone."""
+
+
+class Intake:
+    """Reads bodies, and knows how many bytes all of those that are held have together.
+
+    Args:
+        limits: Of one body and of all.
+    """
+
+    def __init__(self, limits: ServingLimits) -> None:
+        self.limits = limits
+        self.held = 0
+
+    async def read(self, receive: Receive, headers: Mapping[bytes, bytes]) -> bytes:
+        """The whole body, unpacked. What it holds is counted until ``release``.
+
+        Raises:
+            RequestError: Too large (413), packed in a way that is not known (415) or badly (400).
+            NotServing: The bodies of all clients together are too large.
+            Disconnected: The client went away, or was too slow: that is the connection's to tell.
+        """
+        declared = headers.get(b"content-length")
+        if declared is not None and int(declared) > self.limits.body_bytes:
+            if b"expect" not in headers:
+                await _linger(receive, 4 * self.limits.body_bytes)
+            raise self._too_large(int(declared))
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise Disconnected
+        body: bytes = message.get("body", b"")
+        if len(body) > self.limits.body_bytes:
+            raise self._too_large(len(body))
+        self._hold(len(body))
+        if message.get("more_body", False):
+            body = await self._rest(receive, body)
+        coding = headers.get(b"content-encoding")
+        if coding is None or coding.lower() == b"identity":
+            return body
+        try:
+            # In a thread: a bomb takes a tenth of a second until it is known as one.
+            content = await asyncio.to_thread(unpacked, body, coding.lower(), self.limits.inflated_bytes)
+            self._hold(len(content))
+        finally:
+            self.release(body)
+        return content
+
+    def release(self, body: bytes) -> None:
+        """Tell that a body which ``read`` gave is not held any more."""
+        self.held -= len(body)
+
+    def _hold(self, size: int) -> None:
+        if self.held + size > self.limits.held_bytes:
+            raise NotServing("the requests that are being answered fill the memory", remedy="Try again in a second")
+        self.held += size
+
+    async def _rest(self, receive: Receive, start: bytes) -> bytes:
+        chunks, size, more = [start], len(start), True
+        try:
+            while more:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise Disconnected
+                chunk, more = message.get("body", b""), message.get("more_body", False)
+                self._hold(len(chunk))
+                chunks.append(chunk)
+                size += len(chunk)
+                if size > self.limits.body_bytes:
+                    await _linger(receive, 4 * self.limits.body_bytes)
+                    raise self._too_large(None)
+        except BaseException:
+            self.held -= size
+            raise
+        return b"".join(chunks)
+
+    def _too_large(self, size: int | None) -> RequestError:
+        told = "more bytes" if size is None else f"{size} bytes"
+        return RequestError(
+            f"the body has {told}, the limit is {self.limits.body_bytes}", remedy="Send several requests", status=413
+        )
+
+
+def check_once(pairs: list[tuple[bytes, bytes]]) -> None:
+    """Refuse headers that are there twice and must not be.
+
+    Raises:
+        RequestError: Naming one.
+    """
+    names = [name for name, _ in pairs]
+    for name in _ONCE:
+        if names.count(name) > 1:
+            raise RequestError(f"the header {name.decode()} is there twice", remedy="Send it once")
+
+
+def unpacked(body: bytes, coding: bytes, most: int) -> bytes:
+    """Unpack a body; never more than the limit, whatever it promises.
+
+    Raises:
+        RequestError: An unknown coding (415), damaged (400), or more than ``most`` bytes (413).
+    """
+    if coding not in _WINDOWS:
+        raise RequestError(
+            f"the content-encoding {shown(coding.decode('latin-1'))} is not known",
+            remedy="Pack the body with gzip or deflate, or not at all",
+            status=415,
+        )
+    inflater = zlib.decompressobj(_WINDOWS[coding])
+    try:
+        content = inflater.decompress(body, most + 1)
+    except zlib.error as error:
+        raise RequestError(f"the body is no {coding.decode()} data", remedy="Pack it again") from error
+    if len(content) > most:
+        raise RequestError(f"the body unpacks to more than {most} bytes", remedy="Send several requests", status=413)
+    if not inflater.eof or inflater.unused_data:
+        raise RequestError(f"the {coding.decode()} data of the body ends too early or too late", remedy="Pack it again")
+    return content
+
+
+async def _linger(receive: Receive, most: int) -> None:
+    """Read and drop what still comes: a connection closed under a client that sends loses the answer on its way."""
+    seen = 0
+    try:
+        async with asyncio.timeout(_LINGER):
+            while seen < most:
+                message = await receive()
+                seen += len(message.get("body", b""))
+                if message["type"] == "http.disconnect" or not message.get("more_body", False):
+                    return
+    except TimeoutError:
+        return
+
+
+def header_length(headers: Mapping[bytes, bytes]) -> int | None:
+    """Inference-Header-Content-Length; None without it.
+
+    Raises:
+        RequestError: It is no number.
+    """
+    text = headers.get(b"inference-header-content-length")
+    if text is None:
+        return None
+    if not text.isdigit() or len(text) > 12:
+        raise RequestError(
+            "Inference-Header-Content-Length is no whole number",
+            remedy="Give the length of the JSON before the tensors",
+        )
+    return int(text)

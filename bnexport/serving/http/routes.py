@@ -1,0 +1,234 @@
+"""The table of routes, and the handlers of the protocol. A web page or another door adds rows here."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any, NamedTuple
+
+from bnexport import __version__
+from bnexport.errors import NotServing, RequestError
+from bnexport.screening.refusal import shown
+from bnexport.serving.http.classify import classify
+from bnexport.serving.http.exchange import Exchange
+from bnexport.serving.http.metrics import render
+from bnexport.serving.http.reply import BINARY, JSON, TEXT, Reply, json_reply
+from bnexport.serving.http.request import header_length
+from bnexport.serving.http.state import State
+from bnexport.serving.protocol.encoding import encode_response
+
+Handler = Callable[..., Awaitable[Reply]]
+EXTENSIONS = (
+    "binary_tensor_data",
+    "classification",
+    "model_configuration",
+    "model_repository",
+    "schedule_policy",
+    "statistics",
+)
+_INFER_TYPES = (b"", b"application/json", b"application/octet-stream")
+_MOST_KNOWN = 1024
+
+
+async def live(_state: State, _exchange: Exchange) -> Reply:
+    """The process answers."""
+    return json_reply({"live": True})
+
+
+async def ready(state: State, _exchange: Exchange) -> Reply:
+    """Whether requests should be sent here; if not, why not."""
+    problems = state.repository.problems()
+    reason = "the server is stopping" if state.draining else ""
+    if not reason and not state.repository.ready():
+        reason = "; ".join(f"{name}: {text}" for name, text in problems.items()) or "there is no model"
+    if reason:
+        return json_reply({"ready": False, "reason": reason}, 503)
+    return json_reply({"ready": True, "problems": problems} if problems else {"ready": True})
+
+
+async def server_metadata(_state: State, _exchange: Exchange) -> Reply:
+    """The protocol's "Server Metadata"."""
+    return json_reply({"name": "bnexport", "version": __version__, "extensions": EXTENSIONS})
+
+
+async def model_metadata(state: State, _exchange: Exchange, name: str, version: str | None = None) -> Reply:
+    """The protocol's "Model Metadata"."""
+    model = state.repository.resolve(name, version)
+    versions = [number for number, entry in state.repository.models[name].items() if entry.served is not None]
+    return json_reply(model.metadata(sorted(versions, key=int) if version is None else [version]))
+
+
+async def model_ready(state: State, _exchange: Exchange, name: str, version: str | None = None) -> Reply:
+    """Whether a model answers; 404 for one that is not known."""
+    try:
+        state.repository.resolve(name, version)
+        reason = "the server is stopping" if state.draining else ""
+    except NotServing as error:
+        reason = str(error)
+    value: dict[str, Any] = {"name": name, "ready": not reason}
+    return json_reply(value | {"reason": reason}, 503) if reason else json_reply(value)
+
+
+async def model_config(state: State, _exchange: Exchange, name: str, version: str | None = None) -> Reply:
+    """Triton's model configuration."""
+    return json_reply(state.repository.resolve(name, version).config())
+
+
+async def statistics(state: State, _exchange: Exchange, name: str | None = None, version: str | None = None) -> Reply:
+    """Counters of one model, or of all."""
+    if name is not None:
+        state.repository.resolve(name, version)
+    entries = [
+        entry.served.statistics.to_json(model, number)
+        for model, number, entry in state.repository.each()
+        if entry.served is not None and name in (None, model) and version in (None, number)
+    ]
+    return json_reply({"model_stats": entries})
+
+
+async def infer(state: State, exchange: Exchange, name: str, version: str | None = None) -> Reply:
+    """The hot path: decode, queue, encode."""
+    headers = exchange.headers
+    exchange.model = state.repository.resolve(name, version)  # before the body, which may be large
+    kind = headers.get(b"content-type", b"")
+    if kind not in _INFER_TYPES and kind.partition(b";")[0].strip().lower() not in _INFER_TYPES:
+        raise RequestError(
+            f"the content-type {shown(kind.decode('latin-1'))} is not the protocol's",
+            remedy="Send application/json, or application/octet-stream with binary tensors",
+            status=415,
+        )
+    body = await state.body(exchange)
+    try:
+        model = exchange.model = state.repository.resolve(name, version)  # it may have been switched meanwhile
+        request = model.decoder.decode(body, header_length(headers))
+        exchange.rows = request.rows
+        response = await model.infer(request, alone=state.alone())
+    finally:
+        state.intake.release(body)
+    content, length = encode_response(response)
+    if length is None:
+        return Reply(200, content, JSON)
+    return Reply(200, content, BINARY, ((b"inference-header-content-length", b"%d" % length),))
+
+
+async def repository_index(state: State, exchange: Exchange) -> Reply:
+    """Every model version with its state."""
+    state.intake.release(await state.body(exchange))
+    return json_reply(state.repository.index())
+
+
+async def load(state: State, exchange: Exchange, name: str) -> Reply:
+    """Load a model's versions from disk."""
+    await _permitted(state, exchange)
+    await state.repository.reload(name)
+    return json_reply({})
+
+
+async def unload(state: State, exchange: Exchange, name: str) -> Reply:
+    """Close a model's versions."""
+    await _permitted(state, exchange)
+    state.repository.unload(name)
+    return json_reply({})
+
+
+async def _permitted(state: State, exchange: Exchange) -> None:
+    state.intake.release(await state.body(exchange))
+    if not state.settings.allow_load:
+        raise RequestError(
+            "this server does not load or unload models by request",
+            remedy="Start it with --allow-load, or let it look for changes with --poll",
+            status=403,
+        )
+
+
+async def metrics(state: State, _exchange: Exchange) -> Reply:
+    """Counters in Prometheus's text format."""
+    return Reply(200, render(state), TEXT)
+
+
+class Route(NamedTuple):
+    """One row of ROUTES.
+
+    Attributes:
+        method: HTTP's.
+        pattern: Segments of the path; {..} takes any one segment, and what stands in [..] may be missing.
+        handler: (state, exchange, *captured segments) -> reply.
+        probe: Whether it is a probe of a supervisor: open without a token, and no work that a stop waits for.
+    """
+
+    method: str
+    pattern: str
+    handler: Handler
+    probe: bool = False
+
+
+_MODEL = "v2/models/{name}[/versions/{version}]"
+ROUTES: tuple[Route, ...] = (
+    Route("GET", "v2/health/live", live, probe=True),
+    Route("GET", "v2/health/ready", ready, probe=True),
+    Route("GET", "v2", server_metadata),
+    Route("GET", "v2/models/stats", statistics),
+    Route("GET", _MODEL, model_metadata),
+    Route("GET", f"{_MODEL}/ready", model_ready, probe=True),
+    Route("GET", f"{_MODEL}/config", model_config),
+    Route("GET", f"{_MODEL}/stats", statistics),
+    Route("POST", f"{_MODEL}/infer", infer),
+    Route("POST", f"{_MODEL}/classify", classify),
+    Route("POST", "v2/repository/index", repository_index),
+    Route("POST", "v2/repository/models/{name}/load", load),
+    Route("POST", "v2/repository/models/{name}/unload", unload),
+    Route("GET", "metrics", metrics),
+)
+
+
+class Found(NamedTuple):
+    """A route with what its pattern took from the path; ``name`` is for counters."""
+
+    name: str
+    handler: Handler
+    captured: tuple[str, ...]
+    probe: bool
+
+
+def _expanded(pattern: str) -> list[tuple[str, ...]]:
+    """The segments of a pattern, with and without what may be missing."""
+    before, bracket, rest = pattern.partition("[")
+    inside, _, after = rest.partition("]")
+    texts = [before + inside + after, before + after] if bracket else [pattern]
+    return [tuple(text.split("/")) for text in texts]
+
+
+_BY_LENGTH: dict[int, list[tuple[tuple[str, ...], Route]]] = {}
+for _route in ROUTES:
+    for _segments in _expanded(_route.pattern):
+        _BY_LENGTH.setdefault(len(_segments), []).append((_segments, _route))
+_known: dict[tuple[str, str], Found] = {}
+
+
+def find_route(method: str, path: str) -> Found:
+    """The handler of a path.
+
+    Raises:
+        RequestError: There is no such path (404), or not with this method (405).
+    """
+    if (found := _known.get((method, path))) is not None:
+        return found
+    found = _search(method, path)
+    if len(_known) >= _MOST_KNOWN:
+        _known.clear()
+    _known[method, path] = found
+    return found
+
+
+def _search(method: str, path: str) -> Found:
+    segments = path.removeprefix("/").split("/")
+    wanted = "GET" if method == "HEAD" else method
+    methods = []
+    for pattern, route in _BY_LENGTH.get(len(segments), ()):
+        if all(part == have or (part[0] == "{" and have) for part, have in zip(pattern, segments, strict=True)):
+            if route.method == wanted:
+                captured = tuple(have for part, have in zip(pattern, segments, strict=True) if part[0] == "{")
+                return Found(route.pattern, route.handler, captured, route.probe)
+            methods.append(route.method)
+    if methods:
+        raise RequestError(f"{path[:200]} does not take {method}", remedy=f"It takes {methods[0]}", status=405)
+    raise RequestError(f"there is nothing at {shown(path, 200)}", remedy="GET v2 tells what this server is", status=404)

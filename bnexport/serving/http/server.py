@@ -1,0 +1,330 @@
+"""The process: a socket, uvicorn on it, and a stop that loses no request."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import gc
+import importlib
+import math
+import socket
+import struct
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import uvicorn
+
+from bnexport.errors import BnexportError, UsageError
+from bnexport.optional import one_line
+from bnexport.serving.http.access_log import JsonLog
+from bnexport.serving.http.app import App
+from bnexport.serving.http.connection import LimitedConnection, limited
+from bnexport.serving.http.state import AppSettings, State
+from bnexport.serving.repository import Repository
+from bnexport.serving.served_model import ServingSettings
+
+#: Seconds without a request after which a server that is to stop does so; balancers stop sending when it is not ready.
+QUIET = 1.0
+#: Seconds for connections that are half made when the server stops to listen.
+_HANDSHAKES = 0.05
+_SO_ATTACH_FILTER, _BPF_RETURN = 26, 0x06
+#: Seconds that an idle connection is kept; longer than balancers keep theirs, so that they close first.
+_KEEP_ALIVE = 75
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """How the process serves.
+
+    Attributes:
+        host: Address to bind.
+        port: 0 takes a free one.
+        reuse_port: Whether several processes share the port; the system spreads the connections among them.
+        grace: Seconds from SIGTERM until what is still not answered is given up.
+        poll: Seconds between looks for new versions; None looks never.
+        access_log: Whether each request gets a line on standard error.
+        token_file: A file with the token that clients must show.
+        tls: Files of the certificate and of its key.
+        middleware: "package.module:callable" that wraps the ASGI application, such as OpenTelemetry's.
+        allow_load: Whether models may be loaded and unloaded by request.
+        models: How models are opened, and the limits.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    reuse_port: bool = False
+    grace: float = 30.0
+    poll: float | None = None
+    access_log: bool = True
+    token_file: Path | None = None
+    tls: tuple[Path, Path] | None = None
+    middleware: str | None = None
+    allow_load: bool = False
+    models: ServingSettings = field(default_factory=ServingSettings)
+
+
+def serve(path: Path, settings: ServerSettings, *, announce: Callable[[str], None]) -> None:
+    """Serve until SIGTERM or Ctrl-C.
+
+    Args:
+        path: A bundle, or a folder of models.
+        settings: How.
+        announce: Called with one sentence once requests can come.
+
+    Raises:
+        BundleError: There is no model.
+        UsageError: The port, the token file, the certificate or the middleware can't be used.
+        Unavailable: The runtime does not work here.
+    """
+    token = None if settings.token_file is None else read_token(settings.token_file)
+    log = JsonLog(sys.stderr, access=settings.access_log)
+    try:
+        with contextlib.closing(bound(settings.host, settings.port, reuse=settings.reuse_port)) as listener:
+            repository = Repository(path, settings.models, log.event)
+            repository.load()
+            state = State(repository, AppSettings(settings.models.limits, token, settings.allow_load), log)
+            server = DrainingServer(_config(_wrapped(App(state), settings.middleware), settings), state, settings)
+            server.run([listener], on_start=lambda: announce(_told(repository, listener, tls=settings.tls is not None)))
+    finally:
+        log.close()
+
+
+def _told(repository: Repository, listener: socket.socket, *, tls: bool) -> str:
+    host, port = listener.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    names = ", ".join(f"{name} {version} ({entry.state.lower()})" for name, version, entry in repository.each())
+    return f"Serving {names} on {'https' if tls else 'http'}://{shown}:{port}"
+
+
+class DrainingServer(uvicorn.Server):
+    """uvicorn, which at SIGTERM first says that it is not ready, then goes on until nobody asks any more.
+
+    uvicorn itself closes its socket at once, when balancers do not know yet that they must not send requests here.
+
+    Args:
+        config: Of uvicorn.
+        state: Of the application.
+        settings: Grace and polling.
+    """
+
+    def __init__(self, config: uvicorn.Config, state: State, settings: ServerSettings) -> None:
+        super().__init__(config)
+        self._state, self._settings = state, settings
+        state.tasks = self.server_state.tasks
+        self._stop_at: float | None = None
+        self._polled = time.monotonic()
+        self._poll_task: asyncio.Task[None] | None = None
+        self._on_start: Callable[[], None] = lambda: None
+
+    def run(self, sockets: list[socket.socket] | None = None, *, on_start: Callable[[], None] = lambda: None) -> None:
+        """Serve until told to stop; ``on_start`` is called once the socket accepts."""
+        self._on_start = on_start
+        super().run(sockets)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen."""
+        await super().startup(sockets)
+        gc.collect()
+        gc.freeze()  # what was loaded stays: the collector needs not look through it again and again
+        self._on_start()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 -- uvicorn's signature
+        """The first signal starts the drain, the second one ends it."""
+        if self._stop_at is None:
+            self._state.draining = True
+            self._state.last_work = time.monotonic()
+            self._stop_at = time.monotonic() + self._settings.grace
+        else:
+            self.should_exit = self.force_exit = True
+
+    async def on_tick(self, counter: int) -> bool:
+        """Ten times a second: deadlines, slow clients, new versions, and whether to stop."""
+        self._state.expire()
+        now, loop_now = time.monotonic(), asyncio.get_running_loop().time()
+        for connection in list(self.server_state.connections):
+            if isinstance(connection, LimitedConnection):
+                connection.sweep(loop_now)
+        poll = self._settings.poll
+        if poll is not None and self._poll_task is None and now - self._polled >= poll and self._stop_at is None:
+            self._poll_task = asyncio.create_task(self._poll())
+        if self._stop_at is not None and not self.should_exit:
+            self._consider_exit(now, self._stop_at)
+        return await super().on_tick(counter)
+
+    def _consider_exit(self, now: float, stop_at: float) -> None:
+        quiet = self._state.active == 0 and now - self._state.last_work >= QUIET
+        # Half of the time is for requests that come, the other half for those that are being answered.
+        if quiet or now >= stop_at - self._settings.grace / 2:
+            self._state.log.event("closing", quiet=quiet, active=self._state.active)
+            self.config.timeout_graceful_shutdown = max(1, math.ceil(stop_at - now))
+            self.should_exit = True
+
+    async def _poll(self) -> None:
+        try:
+            await self._state.repository.poll()
+        except BnexportError as error:
+            self._state.log.event("poll failed", reason=str(error))
+        except Exception as error:  # a fault in one look must not end the looking
+            self._state.log.event("fault", error=f"{type(error).__name__}: {one_line(error)}")
+        finally:
+            self._polled, self._poll_task = time.monotonic(), None
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Close the socket, answer what was accepted, free the models."""
+        expiring = asyncio.create_task(self._keep_expiring())
+        try:
+            await self._stop_accepting(sockets or [])
+            await super().shutdown(sockets)
+        finally:
+            expiring.cancel()
+        if self._poll_task is not None:
+            self._poll_task.cancel()
+        if not self.force_exit:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._state.repository.close(), 5.0)
+        self._state.log.event("stopped")
+
+    async def _stop_accepting(self, sockets: Sequence[socket.socket]) -> None:
+        """Close the listening socket so that nobody whom the system has connected already is cut off.
+
+        What waits in the socket's backlog would be reset by closing it, and uvicorn closes connections on which no request
+        has come yet.
+        """
+        loop = asyncio.get_running_loop()
+        if all(_deafen(listener) for listener in sockets):
+            await asyncio.sleep(_HANDSHAKES)
+        waiting = [client for listener in sockets for client in _backlog(listener)]
+        for server in self.servers:
+            server.close()
+        for client in waiting:
+            with contextlib.suppress(OSError):
+                await loop.connect_accepted_socket(self._connection, client, ssl=self.config.ssl)
+        end = loop.time() + QUIET
+        while loop.time() < end and not self.force_exit and any(map(_expected, self.server_state.connections)):
+            await asyncio.sleep(0.01)
+
+    def _connection(self) -> asyncio.Protocol:
+        kind: Any = self.config.http_protocol_class
+        protocol: asyncio.Protocol = kind(config=self.config, server_state=self.server_state, app_state={})
+        return protocol
+
+    async def _keep_expiring(self) -> None:
+        while True:
+            self._state.expire()
+            await asyncio.sleep(0.1)
+
+
+def _deafen(listener: socket.socket) -> bool:
+    """Let the system drop what new clients send to a listening socket, so that its backlog stays empty once it is.
+
+    They try again after a second, and are refused then, or find another server. (Linux, socket(7): SO_ATTACH_FILTER with a
+    program of one instruction, which keeps no byte of any packet; connections that were made before are not touched.)
+
+    Returns:
+        Whether the system can do it. Where it can't, a client may be reset in the microseconds before the socket closes.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    program = ctypes.create_string_buffer(struct.pack("HBBI", _BPF_RETURN, 0, 0, 0))
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("@HP", 1, ctypes.addressof(program)))
+    except OSError:
+        return False
+    return True
+
+
+def _backlog(listener: socket.socket) -> Iterator[socket.socket]:
+    """Connections that the system has made and nobody has accepted."""
+    while True:
+        try:
+            client, _ = listener.accept()
+        except OSError:  # none is left
+            return
+        client.setblocking(False)
+        yield client
+
+
+def _expected(connection: object) -> bool:
+    """Whether a connection's first request, or the rest of its next one's headers, is on its way."""
+    return isinstance(connection, LimitedConnection) and connection.expected
+
+
+def bound(host: str, port: int, *, reuse: bool = False) -> socket.socket:
+    """A socket that is bound, so that the port is known before anything is loaded.
+
+    Args:
+        host: Address.
+        port: 0 takes a free one.
+        reuse: Whether other processes that say so too may listen there (SO_REUSEPORT).
+
+    Raises:
+        UsageError: The address or port can't be had.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=2048, reuse_port=reuse)
+    except (OSError, OverflowError, UnicodeError, ValueError) as error:
+        raise UsageError(
+            f"{host} port {port} can't be served on: {one_line(error)}", remedy="Choose another --host or --port"
+        ) from error
+
+
+def read_token(file: Path) -> bytes:
+    """The token in a file, without the white space around it.
+
+    Raises:
+        UsageError: The file can't be read, is empty, or holds what no header can.
+    """
+    try:
+        token = file.read_bytes().strip()
+    except OSError as error:
+        raise UsageError(f"{file} can't be read: {one_line(error)}", remedy="Give a file with one token") from error
+    if len(token) < 16 or len(token) > 4096 or any(not 0x21 <= byte <= 0x7E for byte in token):
+        raise UsageError(
+            f"{file} holds no token of 16 to 4096 visible ASCII characters", remedy="Write one: openssl rand -hex 32"
+        )
+    return token
+
+
+def _wrapped(app: Any, middleware: str | None) -> Any:
+    if middleware is None:
+        return app
+    module, _, name = middleware.partition(":")
+    try:
+        return getattr(importlib.import_module(module), name)(app)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise UsageError(
+            f"the middleware {middleware!r} can't be used: {one_line(error)}",
+            remedy="Write it as package.module:callable",
+        ) from error
+
+
+def _config(app: Any, settings: ServerSettings) -> uvicorn.Config:
+    limits = settings.models.limits
+    tls = {} if settings.tls is None else {"ssl_certfile": str(settings.tls[0]), "ssl_keyfile": str(settings.tls[1])}
+    config = uvicorn.Config(
+        app,
+        http=limited(limits),
+        ws="none",
+        lifespan="off",
+        interface="asgi3",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        date_header=False,
+        proxy_headers=False,
+        limit_concurrency=limits.connections,
+        timeout_keep_alive=_KEEP_ALIVE,
+        **tls,  # type: ignore[arg-type]
+    )
+    try:
+        config.load()
+    except (OSError, ValueError) as error:
+        raise UsageError(f"the TLS files can't be used: {one_line(error)}", remedy="Give PEM files") from error
+    return config

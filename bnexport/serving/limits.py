@@ -1,0 +1,70 @@
+"""Every limit of the server with its reason, in one place: what documentation and tests read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from bnexport.errors import UsageError
+
+_KB, _MB = 2**10, 2**20
+
+
+def _limit(value: Any, what: str, reason: str) -> Any:
+    return field(default=value, metadata={"what": what, "reason": reason})
+
+
+@dataclass(frozen=True)
+class ServingLimits:
+    """What one client may ask for. Each field says in its metadata what is counted, and why this number."""
+
+    body_bytes: int = _limit(64 * _MB, "bytes of a request's body", "20,000 images of 28x28 in float32")
+    inflated_bytes: int = _limit(64 * _MB, "bytes of a packed body after unpacking", "as much as an unpacked one")
+    held_bytes: int = _limit(
+        512 * _MB, "bytes of all bodies held at a time", "many clients together fill the memory too"
+    )
+    head_bytes: int = _limit(32 * _KB, "bytes of a request's line and headers", "a browser sends 1 kB")
+    json_bytes: int = _limit(
+        16 * _MB, "bytes of a request that is all JSON", "a fifth of a second to parse; binary is faster"
+    )
+    header_json_bytes: int = _limit(
+        _MB, "bytes of JSON before binary tensors", "names and shapes; the tensors come after"
+    )
+    brackets: int = _limit(
+        200_000, "lists and objects in JSON", "each takes 60 to 200 bytes in memory; 6,000 images of 28x28 row by row"
+    )
+    batch: int = _limit(1024, "samples of one request", "one request must not keep the others waiting for long")
+    queue: int = _limit(1024, "requests that wait", "more would wait longer than clients do")
+    connections: int = _limit(4096, "open connections", "each takes about 20 kB")
+    parts: int = _limit(64, "pictures of one request", "each is unpacked")
+    head_seconds: float = _limit(10.0, "seconds for a request's headers", "a slow client must not hold a connection")
+    body_seconds: float = _limit(30.0, "seconds for a request's body", "64 MB at 20 Mbit/s")
+    deadline: float = _limit(30.0, "seconds from a whole request to its answer", "clients give up after about as long")
+
+
+def limits_from(texts: Iterable[str]) -> ServingLimits:
+    """Limits of which some are given as texts: "batch=64".
+
+    Raises:
+        UsageError: An unknown name, or a value that is no positive number.
+    """
+    kinds: dict[str, type[int] | type[float]] = {name: type(value) for name, value, _, _ in rows()}
+    values: dict[str, Any] = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        if name not in kinds:
+            raise UsageError(f"there is no limit {name!r}", remedy=f"Known: {', '.join(kinds)}")
+        try:
+            values[name] = kinds[name](value)
+        except ValueError:
+            values[name] = 0
+        if not 0 < values[name] < math.inf:
+            raise UsageError(f"the limit {text!r} is no positive number", remedy=f"Write it as {name}=10")
+    return ServingLimits(**values)
+
+
+def rows() -> list[tuple[str, Any, str, str]]:
+    """(name, value, what is counted, reason) of every limit."""
+    return [(item.name, item.default, item.metadata["what"], item.metadata["reason"]) for item in fields(ServingLimits)]

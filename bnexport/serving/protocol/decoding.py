@@ -1,0 +1,318 @@
+"""Requests decoded and checked before any engine sees them.
+
+Sources: Open Inference Protocol v2, "Inference Request JSON Object"; Triton Inference Server, "Binary Tensor Data Extension",
+"Classification Extension" and "Schedule Policy Extension" (the timeout).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import orjson
+
+from bnexport.errors import FeedError, RequestError
+from bnexport.optional import one_line
+from bnexport.screening.refusal import shown
+from bnexport.serving.limits import ServingLimits
+from bnexport.serving.protocol.json_data import array_from_json, check_finite, checked_flags
+from bnexport.serving.protocol.messages import DATATYPES, InferRequest, RequestedOutput
+from bnexport.tensors import Array, Signature, TensorSpec, check_feeds
+
+#: Headers no longer than this are remembered, as many as _REMEMBERED: a client sends the same one again and again.
+_SHORT, _REMEMBERED = 2048, 256
+#: numpy's element type -> what its bytes are read as.
+_STORED = {name: np.dtype("uint8" if name == "bool" else name) for name in DATATYPES}
+_SHAPES = "GET v2/models/NAME tells names, shapes and datatypes"
+
+
+@dataclass(frozen=True, slots=True)
+class _Input:
+    """One input as the JSON describes it: where its data is."""
+
+    spec: TensorSpec
+    shape: tuple[int, ...]
+    count: int  # elements
+    size: int  # bytes in the binary part
+    data: Any  # JSON's data, when it is there
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """A request's JSON, understood."""
+
+    inputs: tuple[_Input, ...]
+    request: InferRequest  # without its inputs
+    binary_bytes: int
+
+
+class Decoder:
+    """Decodes the requests to one model.
+
+    Args:
+        signature: Of the model; the first dimension of every input is the batch.
+        limits: What a request may ask for.
+    """
+
+    def __init__(self, signature: Signature, limits: ServingLimits) -> None:
+        self.signature = signature
+        self._limits = limits
+        self._specs = {spec.name: spec for spec in signature.inputs}
+        self._outputs = {spec.name: spec for spec in signature.outputs}
+        self._plans: dict[bytes, _Plan] = {}
+
+    def decode(self, body: bytes, header_length: int | None = None) -> InferRequest:
+        """Decode one request.
+
+        Args:
+            body: JSON, and behind it the binary tensors, in the order of the inputs that have no JSON data.
+            header_length: Length of the JSON; None when all of it is JSON, 0 when all of it is the data of the one input.
+
+        Raises:
+            RequestError: What is wrong, and what would be right.
+        """
+        if header_length == 0:
+            return self._raw(body)
+        if header_length is None:
+            if len(body) > self._limits.json_bytes:
+                raise RequestError(
+                    f"the JSON has {len(body)} bytes, the limit is {self._limits.json_bytes}",
+                    remedy="Send the tensors in binary",
+                    status=413,
+                )
+            plan, start = self._plan(body), len(body)
+        else:
+            if header_length > len(body) or header_length > self._limits.header_json_bytes:
+                raise RequestError(
+                    f"Inference-Header-Content-Length is {header_length}, the body has {len(body)} bytes",
+                    remedy=f"Give the length of the JSON before the tensors, at most {self._limits.header_json_bytes}",
+                )
+            plan, start = self._remembered(body[:header_length]), header_length
+        if len(body) - start != plan.binary_bytes:
+            raise RequestError(
+                f"there are {len(body) - start} bytes after the JSON, its binary_data_size add up to {plan.binary_bytes}",
+                remedy="Send exactly the bytes of each tensor, in the order of the inputs",
+            )
+        arrays = {}
+        for item in plan.inputs:
+            if item.data is None:
+                arrays[item.spec.name] = _from_bytes(body, start, item)
+                start += item.size
+            else:
+                arrays[item.spec.name] = array_from_json(item.data, item.spec, item.shape)
+        if len(arrays) > 1:
+            _check_together(self.signature, arrays)
+        request = plan.request
+        return InferRequest(arrays, request.rows, request.outputs, request.id, request.timeout)
+
+    def _remembered(self, header: bytes) -> _Plan:
+        if (plan := self._plans.get(header)) is not None:
+            return plan
+        plan = self._plan(header)
+        if len(header) <= _SHORT and all(item.data is None for item in plan.inputs):
+            if len(self._plans) >= _REMEMBERED:
+                self._plans.clear()
+            self._plans[header] = plan
+        return plan
+
+    def _raw(self, body: bytes) -> InferRequest:
+        """A body that is the data of the one input; the batch follows from its size (Triton, "Raw Binary Request")."""
+        spec = self.signature.inputs[0]
+        sizes = [dim for dim in spec.shape[1:] if isinstance(dim, int)]
+        if len(self._specs) != 1 or len(sizes) != len(spec.shape) - 1 or isinstance(spec.shape[0], int):
+            raise RequestError(
+                "this model takes no raw binary request: its shape does not follow from the number of bytes",
+                remedy="Send JSON with the shapes before the bytes",
+            )
+        row = math.prod(sizes) * np.dtype(spec.dtype).itemsize
+        if not body or len(body) % row:
+            raise RequestError(
+                f"the body has {len(body)} bytes, one sample of {spec.name!r} has {row}", remedy="Send whole samples"
+            )
+        shape = (len(body) // row, *sizes)
+        item = _Input(spec, self._checked_shape(spec, list(shape)), math.prod(shape), len(body), None)
+        return InferRequest({spec.name: _from_bytes(body, 0, item)}, shape[0], self._wanted(None, binary=True))
+
+    def _plan(self, text: bytes) -> _Plan:
+        value = load_json(text, brackets=self._limits.brackets)
+        if not isinstance(value, dict):
+            raise RequestError("the request is no JSON object", remedy='Send {"inputs": [...]}')
+        given = value.get("inputs")
+        if not isinstance(given, list) or not given:
+            raise RequestError('the request has no list "inputs"', remedy=_SHAPES)
+        if len(given) > len(self._specs):
+            raise RequestError(
+                f"the request has {len(given)} inputs, the model takes {len(self._specs)}", remedy=_SHAPES
+            )
+        inputs = tuple(self._input(item) for item in given)
+        names = [item.spec.name for item in inputs]
+        if len(set(names)) < len(names):
+            raise RequestError("the request has one input twice", remedy="Send each input once")
+        if missing := self._specs.keys() - set(names):
+            raise RequestError(f"the input {min(missing)!r} is missing", remedy=_SHAPES)
+        rows = {item.shape[0] for item in inputs if item.shape}
+        if len(rows) > 1:
+            raise RequestError(
+                f"the inputs have batches of {sorted(rows)}", remedy="Send as many samples of each input"
+            )
+        parameters = _object(value, "parameters")
+        outputs = self._wanted(value.get("outputs"), binary=_flag(parameters, "binary_data_output"))
+        request = InferRequest({}, max(rows, default=1), outputs, _id(value), _timeout(parameters))
+        return _Plan(inputs, request, sum(item.size for item in inputs))
+
+    def _input(self, item: object) -> _Input:
+        if not isinstance(item, dict):
+            raise RequestError("an input is no JSON object", remedy=_SHAPES)
+        spec = self._specs.get(name) if isinstance(name := item.get("name"), str) else None
+        if spec is None:
+            raise RequestError(
+                f"there is no input {shown(str(name))}", remedy=f"The inputs are {', '.join(self._specs)}"
+            )
+        if item.get("datatype") != (expected := DATATYPES[spec.dtype]):
+            told = shown(str(item.get("datatype")))
+            raise RequestError(f"input {spec.name!r} has the datatype {told}", remedy=f"Send {expected}")
+        shape = self._checked_shape(spec, item.get("shape"))
+        parameters = _object(item, "parameters")
+        if "shared_memory_region" in parameters:
+            raise RequestError("shared memory is not supported", remedy="Send the data in the request")
+        size, data = parameters.get("binary_data_size"), item.get("data")
+        if (size is None) == (data is None):
+            raise RequestError(
+                f"input {spec.name!r} has {'no data' if size is None else 'both data and binary_data_size'}",
+                remedy='Send "data", or the parameter "binary_data_size" and the bytes after the JSON',
+            )
+        if size is None:
+            return _Input(spec, shape, 0, 0, data)
+        expected_size = math.prod(shape) * np.dtype(spec.dtype).itemsize
+        if type(size) is not int or size != expected_size:
+            raise RequestError(
+                f"input {spec.name!r} has binary_data_size {shown(str(size))}, its shape needs {expected_size}",
+                remedy="Send the bytes of the whole tensor",
+            )
+        return _Input(spec, shape, math.prod(shape), size, None)
+
+    def _checked_shape(self, spec: TensorSpec, shape: object) -> tuple[int, ...]:
+        """Numbers that fit; Python's do not overflow, and the data has to be as long as they say."""
+        if not isinstance(shape, list) or any(type(dim) is not int or dim < 1 for dim in shape):
+            raise RequestError(f"input {spec.name!r} has no shape of whole numbers from 1", remedy=_SHAPES)
+        fits = len(shape) == len(spec.shape) and all(
+            isinstance(want, str) or want == have for want, have in zip(spec.shape, shape, strict=True)
+        )
+        if not fits:
+            have = shown("x".join(map(str, shape[:16])))
+            expected = "x".join(map(str, spec.shape))
+            raise RequestError(f"input {spec.name!r} has the shape {have}", remedy=f"Send {expected}")
+        if shape and shape[0] > self._limits.batch:
+            raise RequestError(
+                f"the batch is {shape[0]}, the limit is {self._limits.batch}",
+                remedy="Send several requests",
+                status=413,
+            )
+        if (size := math.prod(shape) * np.dtype(spec.dtype).itemsize) > self._limits.inflated_bytes:
+            raise RequestError(
+                f"input {spec.name!r} would have {size} bytes, the limit is {self._limits.inflated_bytes}",
+                remedy="Send smaller tensors",
+                status=413,
+            )
+        return tuple(shape)
+
+    def _wanted(self, given: object, *, binary: bool) -> tuple[RequestedOutput, ...]:
+        if given is None or given == []:
+            return tuple(RequestedOutput(name, DATATYPES[spec.dtype], binary) for name, spec in self._outputs.items())
+        if not isinstance(given, list) or len(given) > len(self._outputs):
+            raise RequestError('"outputs" is no list of outputs of this model', remedy=_SHAPES)
+        wanted = tuple(self._output(item, binary=binary) for item in given)
+        if len({want.name for want in wanted}) < len(wanted):
+            raise RequestError("the request asks for one output twice", remedy="Ask for each output once")
+        return wanted
+
+    def _output(self, item: object, *, binary: bool) -> RequestedOutput:
+        if not isinstance(item, dict):
+            raise RequestError("an output is no JSON object", remedy=_SHAPES)
+        spec = self._outputs.get(name) if isinstance(name := item.get("name"), str) else None
+        if spec is None:
+            told = ", ".join(self._outputs)
+            raise RequestError(f"there is no output {shown(str(name))}", remedy=f"The outputs are {told}")
+        parameters = _object(item, "parameters")
+        if "shared_memory_region" in parameters:
+            raise RequestError("shared memory is not supported", remedy="Take the data from the answer")
+        classes = parameters.get("classification", 0)
+        if type(classes) is not int or classes < 0 or (classes and len(spec.shape) != 2):
+            raise RequestError(
+                f"output {spec.name!r} can't be classified into {shown(str(classes))} classes",
+                remedy="Ask for a whole number of classes, of an output with one score per class",
+            )
+        binary = _flag(parameters, "binary_data", default=binary)
+        return RequestedOutput(spec.name, DATATYPES[spec.dtype], binary, classes)
+
+
+def load_json(text: bytes, *, brackets: int) -> Any:
+    """Parse JSON; how many lists and objects it may build is counted before.
+
+    Raises:
+        RequestError: It is no JSON (NaN, Infinity and numbers too large for a float64 included), too deep, or too much.
+    """
+    if text.count(b"[") + text.count(b"{") > brackets:
+        raise RequestError(
+            f"the JSON has more than {brackets} lists and objects",
+            remedy="Send the data flat, or in binary",
+            status=413,
+        )
+    try:
+        return orjson.loads(text)
+    except orjson.JSONDecodeError as error:
+        raise RequestError(f"the request is not JSON: {one_line(error, 120)}", remedy="Send JSON in UTF-8") from error
+
+
+def _from_bytes(body: bytes, start: int, item: _Input) -> Array:
+    array: Array = np.frombuffer(body, _STORED[item.spec.dtype], item.count, start).reshape(item.shape)
+    if item.spec.dtype == "bool":
+        return checked_flags(array, item.spec.name)
+    check_finite(array, item.spec.name)
+    return array
+
+
+def _check_together(signature: Signature, arrays: Mapping[str, Array]) -> None:
+    """Named dimensions have one size in all inputs."""
+    try:
+        check_feeds(signature, arrays)
+    except FeedError as error:
+        raise RequestError(error.message, remedy=error.remedy) from error
+
+
+def _object(value: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    found = value.get(key)
+    if found is None:
+        return {}
+    if not isinstance(found, dict):
+        raise RequestError(f'"{key}" is no JSON object', remedy=f'Leave "{key}" out, or send an object')
+    return found
+
+
+def _flag(parameters: Mapping[str, Any], key: str, *, default: bool = False) -> bool:
+    found = parameters.get(key, default)
+    if not isinstance(found, bool):
+        raise RequestError(f'the parameter "{key}" is neither true nor false', remedy="Send true or false")
+    return found
+
+
+def _id(value: Mapping[str, Any]) -> str:
+    found = value.get("id", "")
+    if not isinstance(found, str) or len(found) > 256:
+        raise RequestError('"id" is no text of at most 256 characters', remedy="Send a shorter text, or none")
+    return found
+
+
+def _timeout(parameters: Mapping[str, Any]) -> float | None:
+    """Microseconds, as Triton has them."""
+    found = parameters.get("timeout")
+    if found is None or found == 0:
+        return None
+    if type(found) is not int or found < 0:
+        raise RequestError(
+            'the parameter "timeout" is no whole number of microseconds', remedy="Send a positive number, or none"
+        )
+    return found / 1e6

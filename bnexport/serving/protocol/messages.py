@@ -1,0 +1,95 @@
+"""What goes between a client and a model, whatever carries it (Open Inference Protocol v2, "Inference")."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from bnexport.tensors import Array
+
+#: numpy's element type -> the protocol's ("Tensor Data Types").
+DATATYPES: dict[str, str] = {
+    "float16": "FP16",
+    "float32": "FP32",
+    "float64": "FP64",
+    "uint8": "UINT8",
+    "int8": "INT8",
+    "int16": "INT16",
+    "int32": "INT32",
+    "int64": "INT64",
+    "bool": "BOOL",
+}
+#: Texts; only answers have them (classes by name).
+BYTES = "BYTES"
+
+
+@dataclass(frozen=True, slots=True)
+class RequestedOutput:
+    """One output that a client asks for.
+
+    Attributes:
+        name: Of the model's output.
+        datatype: The protocol's, of the tensor.
+        binary: Wanted as bytes after the JSON.
+        classes: How many of the best classes are wanted as texts instead of the tensor; 0 for the tensor.
+    """
+
+    name: str
+    datatype: str
+    binary: bool = False
+    classes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class InferRequest:
+    """A request that fits its model.
+
+    Attributes:
+        inputs: Input name -> array of the signature's element type and shape; may be read-only.
+        rows: Samples: the size of the batch dimension.
+        outputs: What is wanted, in order; every output of the model where the client named none.
+        id: The client's, to be repeated in the answer; "" without one.
+        timeout: Seconds that the client waits; None leaves it to the server.
+    """
+
+    inputs: dict[str, Array]
+    rows: int
+    outputs: tuple[RequestedOutput, ...]
+    id: str = ""
+    timeout: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class OutputTensor:
+    """One output of an answer.
+
+    Attributes:
+        name: Of the model's output.
+        datatype: The protocol's.
+        shape: Of the tensor.
+        data: The tensor; for BYTES its texts in row-major order.
+        binary: To be sent as bytes after the JSON.
+    """
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+    data: Array | Sequence[str]
+    binary: bool
+
+
+@dataclass(frozen=True, slots=True)
+class InferResponse:
+    """An answer.
+
+    Attributes:
+        model: Name of the model that answered.
+        version: Its version.
+        outputs: In the order that was asked for.
+        id: The client's.
+    """
+
+    model: str
+    version: str
+    outputs: tuple[OutputTensor, ...]
+    id: str = ""

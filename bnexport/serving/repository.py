@@ -1,0 +1,277 @@
+"""The models of a server: a bundle, or a folder of models with versions, kept up with what lies on disk.
+
+A version that came is loaded beside those that serve, verified, and only then switched in; one that changed is replaced in
+the same way; the old one answers what it had accepted and is closed after that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bnexport.bundle import MANIFEST, Bundle
+from bnexport.errors import BnexportError, BundleError, NotServing, RequestError, Unavailable
+from bnexport.optional import one_line
+from bnexport.screening.refusal import shown
+from bnexport.serving.served_model import ServedModel, ServingSettings, open_served
+
+#: Names of models that can stand in a URL as they are, and of versions, as Triton has them.
+_NAME, _VERSION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}"), re.compile(r"[1-9][0-9]{0,17}")
+READY, UNAVAILABLE = "READY", "UNAVAILABLE"
+Log = Callable[..., None]
+
+
+@dataclass
+class Version:
+    """One version of a model.
+
+    Attributes:
+        path: Its bundle.
+        seen: What its files looked like when it was loaded; another value means that it changed.
+        served: The open model; None while there is none.
+        reason: Why there is none, or why what lies on disk now is not what is served.
+        missed: How often in a row it was not on disk; a folder that is being replaced is missing for a moment.
+    """
+
+    path: Path
+    seen: object = None
+    served: ServedModel | None = None
+    reason: str = ""
+    missed: int = 0
+
+    @property
+    def state(self) -> str:
+        """READY or UNAVAILABLE."""
+        return READY if self.served is not None else UNAVAILABLE
+
+
+@dataclass
+class Repository:
+    """What a server serves.
+
+    Args:
+        path: A bundle, or a folder of models: NAME/VERSION/manifest.json.
+        settings: How models are opened.
+        log: Called with an event's name and its fields.
+    """
+
+    path: Path
+    settings: ServingSettings
+    log: Log
+    models: dict[str, dict[str, Version]] = field(default_factory=dict)
+    _newest: dict[str, ServedModel] = field(default_factory=dict)
+    _closing: set[asyncio.Task[None]] = field(default_factory=set)
+
+    def load(self) -> None:
+        """Open everything, before the server listens.
+
+        Raises:
+            BundleError: There is no model at all at the path.
+            Unavailable: The runtime does not work here.
+        """
+        places = find_bundles(self.path)
+        if not places:
+            raise BundleError(
+                f"{self.path} holds no bundle",
+                remedy="Give a bundle such as models/bn_lenet/1, or a folder of models such as models/",
+            )
+        for (name, version), folder in places.items():
+            entry = self.models.setdefault(name, {}).setdefault(version, Version(folder))
+            entry.seen = _looks(folder)
+            self._switch(name, version, entry, self._opened(name, version, folder, strict=True))
+
+    def newest(self, name: str) -> ServedModel | None:
+        """The newest version that is ready."""
+        return self._newest.get(name)
+
+    def resolve(self, name: str, version: str | None = None) -> ServedModel:
+        """The model that a URL names.
+
+        Raises:
+            RequestError: There is none of that name or version (404).
+            NotServing: It is not ready.
+        """
+        if version is None and (found := self._newest.get(name)) is not None:
+            return found
+        versions = self.models.get(name)
+        if versions is None:
+            raise RequestError(
+                f"there is no model {shown(name)}", remedy="POST v2/repository/index lists them", status=404
+            )
+        entry = versions[max(versions, key=int)] if version is None else versions.get(version)
+        if entry is None:
+            raise RequestError(
+                f"model {name!r} has no version {shown(str(version))}",
+                remedy=f"It has: {', '.join(versions)}",
+                status=404,
+            )
+        if entry.served is None:
+            raise NotServing(
+                f"model {name!r} is not ready: {entry.reason}", remedy="Mend the bundle, then load it again"
+            )
+        return entry.served
+
+    def problems(self) -> dict[str, str]:
+        """Model and version, as in "bn_lenet/1" -> why it is not served as it lies on disk."""
+        return {f"{name}/{version}": entry.reason for name, version, entry in self.each() if entry.reason}
+
+    def ready(self) -> bool:
+        """Whether each model has a version that can answer."""
+        return bool(self.models) and all(name in self._newest for name in self.models)
+
+    def each(self) -> Iterator[tuple[str, str, Version]]:
+        """Every version that is known."""
+        for name, versions in self.models.items():
+            for version, entry in versions.items():
+                yield name, version, entry
+
+    def index(self) -> list[dict[str, Any]]:
+        """The answer to v2/repository/index (Triton, "Model Repository Extension")."""
+        return [
+            {"name": name, "version": version, "state": entry.state, "reason": entry.reason}
+            for name, version, entry in self.each()
+        ]
+
+    async def poll(self) -> None:
+        """Compare with what lies on disk, once: load what came or changed, close what went."""
+        places = await asyncio.to_thread(find_bundles, self.path)
+        for (name, version), folder in places.items():
+            entry = self.models.get(name, {}).get(version) or Version(folder)
+            looks = await asyncio.to_thread(_looks, folder)
+            if looks != entry.seen:
+                entry.seen = looks
+                served = await asyncio.to_thread(self._opened, name, version, folder)
+                self.models.setdefault(name, {})[version] = entry
+                self._switch(name, version, entry, served)
+        for name, version, entry in list(self.each()):
+            entry.missed = 0 if (name, version) in places else entry.missed + 1
+            if entry.missed > 1:
+                self._forget(name, version, entry)
+
+    async def reload(self, name: str) -> None:
+        """Load every version of a model again, even where its files look the same.
+
+        Raises:
+            RequestError: There is no such model on disk, or a version could not be loaded.
+        """
+        places = {
+            key: folder for key, folder in (await asyncio.to_thread(find_bundles, self.path)).items() if key[0] == name
+        }
+        if not places:
+            raise RequestError(f"there is no model {shown(name)}", remedy="Put its folder there first", status=404)
+        for (_, version), folder in places.items():
+            entry = self.models.setdefault(name, {}).setdefault(version, Version(folder))
+            entry.seen = await asyncio.to_thread(_looks, folder)
+            self._switch(name, version, entry, await asyncio.to_thread(self._opened, name, version, folder))
+        if reasons := [entry.reason for entry in self.models[name].values() if entry.reason]:
+            raise RequestError(f"model {name!r} can't be loaded: {reasons[0]}", remedy="Mend the bundle")
+
+    def unload(self, name: str) -> None:
+        """Close every version of a model; it stays known, as unavailable.
+
+        Raises:
+            RequestError: There is no such model.
+        """
+        if name not in self.models:
+            raise RequestError(
+                f"there is no model {shown(name)}", remedy="POST v2/repository/index lists them", status=404
+            )
+        for version, entry in self.models[name].items():
+            self._replace(name, version, entry, None)
+            entry.reason = "unloaded"
+
+    async def close(self) -> None:
+        """Close everything, after its last answer."""
+        for name, version, entry in list(self.each()):
+            self._forget(name, version, entry)
+        await asyncio.gather(*self._closing)
+
+    def _opened(self, name: str, version: str, folder: Path, *, strict: bool = False) -> ServedModel | str:
+        """An open model, or why not. ``strict`` lets through what is this machine's fault and not the bundle's."""
+        try:
+            return open_served(name, version, folder, self.settings)
+        except Unavailable as error:
+            if strict:
+                raise
+            return str(error)
+        except BnexportError as error:
+            return str(error)
+        except (OSError, MemoryError) as error:
+            return one_line(error)
+
+    def _switch(self, name: str, version: str, entry: Version, opened: ServedModel | str) -> None:
+        if isinstance(opened, str):
+            entry.reason = opened
+            self.log("model not loaded", model=name, version=version, reason=opened, serving=entry.served is not None)
+            return
+        self._replace(name, version, entry, opened)
+        entry.reason = ""
+        replay = opened.replay
+        self.log(
+            "model ready", model=name, version=version, runtime=opened.spec.name, workers=opened.batcher.workers,
+            golden={"n": replay.n, "error": replay.error, "bound": replay.bound},
+        )  # fmt: skip
+
+    def _replace(self, name: str, version: str, entry: Version, served: ServedModel | None) -> None:
+        """From here on requests get the other one; what the old one accepted it still answers."""
+        old, entry.served = entry.served, served
+        ready = [item for item in self.models[name].values() if item.served is not None]
+        newest = max(ready, key=lambda item: int(item.served.version) if item.served else 0, default=None)
+        if newest is None or newest.served is None:
+            self._newest.pop(name, None)
+        else:
+            self._newest[name] = newest.served
+        if old is not None:
+            task = asyncio.get_running_loop().create_task(old.close())
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
+            self.log("model closing", model=name, version=version)
+
+    def _forget(self, name: str, version: str, entry: Version) -> None:
+        self._replace(name, version, entry, None)
+        del self.models[name][version]
+        if not self.models[name]:
+            del self.models[name]
+
+
+def find_bundles(path: Path) -> Mapping[tuple[str, str], Path]:
+    """Bundles below a path: (name, version) -> folder.
+
+    A bundle goes by the name and version of its manifest; in a folder of models the folders' names count, as in Triton.
+
+    Raises:
+        BundleError: The path is a bundle that can't be opened, or is no folder.
+    """
+    if (path / MANIFEST).is_file():
+        manifest = Bundle.open(path).manifest
+        if not _NAME.fullmatch(manifest.name):
+            told = shown(manifest.name)
+            raise BundleError(f"{path} has the name {told}, which no URL holds", remedy="Export it under another name")
+        return {(manifest.name, str(manifest.version)): path}
+    if not path.is_dir():
+        raise BundleError(f"{path} is no folder", remedy="Give a bundle, or a folder of models such as models/")
+    try:
+        return {
+            (model.name, version.name): version
+            for model in sorted(path.iterdir())
+            if _NAME.fullmatch(model.name) and model.is_dir()
+            for version in sorted(model.iterdir(), key=lambda item: (len(item.name), item.name))
+            if _VERSION.fullmatch(version.name) and (version / MANIFEST).is_file()
+        }
+    except OSError as error:
+        raise BundleError(f"{path} can't be read: {one_line(error)}", remedy="Check its permissions") from error
+
+
+def _looks(folder: Path) -> object:
+    """Sizes and times of a bundle's files: another value whenever one was written."""
+    try:
+        stats = [
+            (item.relative_to(folder).as_posix(), item.stat()) for item in sorted(folder.rglob("*")) if item.is_file()
+        ]
+    except OSError:
+        return None
+    return tuple((name, found.st_size, found.st_mtime_ns, found.st_ino) for name, found in stats)

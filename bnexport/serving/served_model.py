@@ -1,0 +1,285 @@
+"""One version of one model that is ready to answer: verified on the very sessions that serve it."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bnexport.bundle import MODEL_EXPORTED, MODEL_ONNX, MODEL_TORCHSCRIPT, WEIGHTS, Bundle
+from bnexport.data.preprocessing import Preprocessing
+from bnexport.errors import BnexportError
+from bnexport.runtimes.base import Runner
+from bnexport.runtimes.catalogue import RunnerSpec, runner_spec
+from bnexport.runtimes.replay import Replay, replay_golden
+from bnexport.runtimes.settings import RunSettings
+from bnexport.serving.batcher import INLINE_SECONDS, Batcher, BatchLimits, Cost
+from bnexport.serving.limits import ServingLimits
+from bnexport.serving.predictor import DEFAULT_RUNTIME, image_preprocessing
+from bnexport.serving.protocol.answering import answer
+from bnexport.serving.protocol.decoding import Decoder
+from bnexport.serving.protocol.messages import DATATYPES, InferRequest, InferResponse
+from bnexport.serving.statistics import ModelStatistics
+from bnexport.tensors import Array, TensorSpec
+
+#: File that a runtime reads -> what Triton calls such a platform.
+PLATFORMS = {
+    MODEL_ONNX: "onnxruntime_onnx",
+    MODEL_TORCHSCRIPT: "pytorch_libtorch",
+    MODEL_EXPORTED: "pytorch_export",
+    WEIGHTS: "pytorch_eager",
+}
+#: Seconds of one measurement of ``--workers auto``, and by how much another session must be worth its memory.
+_MEASURED_SECONDS, _WORTH = 0.2, 1.1
+
+
+@dataclass(frozen=True)
+class ServingSettings:
+    """How models are opened.
+
+    Attributes:
+        runtime: A name from ``runtimes.catalogue.RUNNERS``.
+        workers: Sessions per model, each with one thread; None measures how many are worth it.
+        max_batch: Samples of a batch that is made of several requests.
+        limits: What one request may ask for.
+    """
+
+    runtime: str = DEFAULT_RUNTIME
+    workers: int | None = None
+    max_batch: int = 64
+    limits: ServingLimits = field(default_factory=ServingLimits)
+
+
+@dataclass
+class ServedModel:
+    """A model that answers requests. Made by ``open_served``.
+
+    Attributes:
+        name: As in URLs.
+        version: As in URLs.
+        bundle: What it was opened from.
+        spec: Of its runtime.
+        batcher: The queue before its sessions.
+        replay: What its golden vectors showed; the worst session's.
+        decoder: Of requests to it.
+        preprocessing: From pictures to its input; None where it is no image classifier.
+    """
+
+    name: str
+    version: str
+    bundle: Bundle
+    spec: RunnerSpec
+    batcher: Batcher
+    replay: Replay
+    decoder: Decoder
+    preprocessing: Preprocessing | None = None
+
+    def __post_init__(self) -> None:
+        self.signature = self.bundle.manifest.signature
+        self.labels = self.bundle.manifest.labels
+        self.platform = PLATFORMS[self.spec.file]
+
+    @property
+    def statistics(self) -> ModelStatistics:
+        """Its counters."""
+        return self.batcher.statistics
+
+    async def infer(self, request: InferRequest, *, alone: bool = False) -> InferResponse:
+        """Answer one request.
+
+        Args:
+            request: Decoded.
+            alone: Whether no other request is known that could share its batch.
+
+        Raises:
+            RequestError: The answer to these inputs is not finite.
+            NotServing: The queue is full, or the deadline has passed.
+            BnexportError: The engine failed.
+        """
+        arrays = self.batcher.run_now(request.inputs, request.rows) if alone else None
+        if arrays is None:
+            arrays = await self.batcher.submit(request.inputs, request.rows, request.timeout)
+        return InferResponse(self.name, self.version, answer(arrays, request.outputs, self.labels), request.id)
+
+    async def logits(self, pixels: Array) -> Array:
+        """Logits (n, classes) of images that fit; uint8 (n, height, width[, channels])."""
+        assert self.preprocessing is not None
+        name, output = self.signature.inputs[0].name, self.signature.outputs[0].name
+        arrays = await self.batcher.submit({name: self.preprocessing.apply(pixels)}, len(pixels))
+        return arrays[output]
+
+    def metadata(self, versions: Sequence[str]) -> dict[str, Any]:
+        """The protocol's "Model Metadata Response JSON Object"."""
+        return {
+            "name": self.name,
+            "versions": list(versions),
+            "platform": self.platform,
+            "inputs": [_tensor(spec) for spec in self.signature.inputs],
+            "outputs": [_tensor(spec) for spec in self.signature.outputs],
+        }
+
+    def config(self) -> dict[str, Any]:
+        """Triton's model configuration as JSON ("Model Configuration Extension")."""
+        return {
+            "name": self.name,
+            "platform": self.platform,
+            "backend": self.platform.partition("_")[0],
+            "max_batch_size": self.batcher.limits.rows,
+            "input": [_config_tensor(spec) for spec in self.signature.inputs],
+            "output": [_config_tensor(spec) for spec in self.signature.outputs],
+            "dynamic_batching": {},
+            "instance_group": [
+                {"count": self.batcher.workers, "kind": "KIND_CPU" if self.spec.device == "cpu" else "KIND_GPU"}
+            ],
+            "parameters": {"intra_op_thread_count": {"string_value": "1"}},
+        }
+
+    async def close(self) -> None:
+        """Answer what was accepted, then free the sessions."""
+        await self.batcher.close()
+
+
+def open_served(name: str, version: str, path: Path, settings: ServingSettings) -> ServedModel:
+    """Check a bundle, open its sessions, and replay the golden vectors on each of them.
+
+    Args:
+        name: For URLs.
+        version: For URLs.
+        path: The bundle.
+        settings: How.
+
+    Raises:
+        BundleError: The bundle is not as it was written, or a session gives other answers than those stored in it.
+        Unavailable: The engine or the device is not here.
+    """
+    bundle = Bundle.open(path)
+    bundle.check()
+    spec = runner_spec(settings.runtime)
+    spec.require()
+    with ExitStack() as opened:
+        runners: list[Runner] = []
+        replays: list[Replay] = []
+
+        def another() -> Runner:
+            # TensorRT takes its precision from the environment that its process starts with.
+            isolated = spec.device == "tensorrt"
+            runner = opened.enter_context(spec.open(bundle, settings=RunSettings(threads=1, isolated=isolated)))
+            replays.append(replay_golden(runner, bundle))
+            runners.append(runner)
+            return runner
+
+        another()
+        feeds = _sample(bundle)
+        cost = measured_cost(runners[0], feeds)
+        if settings.workers is None:
+            add_workers(runners, another, feeds, cost)
+        while len(runners) < (settings.workers or 1):
+            another()
+        limits = settings.limits
+        varies = all(spec.shape and isinstance(spec.shape[0], str) for spec in bundle.manifest.signature.inputs)
+        batcher = Batcher(runners, cost, BatchLimits(settings.max_batch, limits.queue, limits.deadline), batches=varies)
+        worst = max(replays, key=lambda replay: replay.error)
+        decoder = Decoder(bundle.manifest.signature, limits)
+        opened.pop_all()
+        return ServedModel(name, version, bundle, spec, batcher, worst, decoder, _preprocessing(bundle))
+
+
+def _preprocessing(bundle: Bundle) -> Preprocessing | None:
+    try:
+        return image_preprocessing(bundle)
+    except BnexportError:
+        return None
+
+
+def measured_cost(runner: Runner, feeds: dict[str, Array]) -> Cost:
+    """What one sample and what all of ``feeds`` take, the better of several runs."""
+    one = {name: array[:1] for name, array in feeds.items()}
+    size_one, size_all = (sum(array.nbytes for array in side.values()) for side in (one, feeds))
+    first, rest = _best(lambda: runner.run(one)), _best(lambda: runner.run(feeds))
+    per_byte = max(rest - first, 0.0) / (size_all - size_one) if size_all > size_one else first / max(size_one, 1)
+    return Cost(max(first - per_byte * size_one, 0.0), per_byte)
+
+
+def add_workers(
+    runners: list[Runner], another: Callable[[], Runner], feeds: dict[str, Array], cost: Cost, most: int | None = None
+) -> None:
+    """Open more sessions as long as each is worth its memory.
+
+    A model that runs on the event loop needs one alone: there the loop is the limit, and not the session.
+
+    Args:
+        runners: Those open; extended.
+        another: Opens and appends one.
+        feeds: One batch.
+        cost: Of a batch on one session.
+        most: Sessions at most; default: the cores that this process may use.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    one = {name: array[:1] for name, array in feeds.items()}
+    if cost.seconds(sum(array.nbytes for array in one.values())) < INLINE_SECONDS:
+        return
+    rate = throughput(runners, one)
+    while len(runners) < (cores if most is None else most):
+        another()
+        more = throughput(runners, one)
+        if more < rate * _WORTH:
+            runners.pop().close()
+            return
+        rate = more
+
+
+def throughput(runners: Sequence[Runner], feeds: dict[str, Array], seconds: float = _MEASURED_SECONDS) -> float:
+    """Batches per second of sessions that run at the same time, each in its own thread."""
+    counts = [0] * len(runners)
+    end = time.perf_counter() + seconds
+
+    def work(index: int) -> None:
+        while time.perf_counter() < end:
+            runners[index].run(feeds)
+            counts[index] += 1
+
+    start = time.perf_counter()
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(runners))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return sum(counts) / (time.perf_counter() - start)
+
+
+def _sample(bundle: Bundle) -> dict[str, Array]:
+    """The golden inputs, at least eight samples where the batch varies."""
+    inputs, _ = bundle.golden()
+    if not all(spec.shape and isinstance(spec.shape[0], str) for spec in bundle.manifest.signature.inputs):
+        return inputs
+    return {name: np.concatenate([array] * -(-8 // len(array))) for name, array in inputs.items()}
+
+
+def _best(call: Callable[[], object], runs: int = 5) -> float:
+    times = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+        if sum(times) > 1.0:
+            break
+    return min(times)
+
+
+def _tensor(spec: TensorSpec) -> dict[str, Any]:
+    return {"name": spec.name, "datatype": DATATYPES[spec.dtype], "shape": _sizes(spec.shape)}
+
+
+def _config_tensor(spec: TensorSpec) -> dict[str, Any]:
+    return {"name": spec.name, "data_type": f"TYPE_{DATATYPES[spec.dtype]}", "dims": _sizes(spec.sample_shape)}
+
+
+def _sizes(shape: Sequence[int | str]) -> list[int]:
+    return [-1 if isinstance(dim, str) else dim for dim in shape]

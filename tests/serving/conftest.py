@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import copy
+import subprocess
+import venv
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support.bundles import network, write_bundle
+from support.serving import Server, serving
+
+from bnexport.data.datasets import load_dataset
+from bnexport.data.preprocessing import Preprocessing
+
+#: With protobuf 7 pip silently takes tritonclient 2.41, of 2023.
+PINS = ("tritonclient[http]>=2.60", "protobuf>=6.33.5,<7", "numpy>=2")
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of models with one version of one model; not to be changed."""
+    folder = tmp_path_factory.mktemp("models")
+    write_bundle(folder / "bn_lenet" / "1")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def server(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One server for all tests that leave it as it is."""
+    with serving(models, tmp_path_factory.mktemp("log") / "log") as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def pixels() -> np.ndarray:
+    return load_dataset("digits").test_images[:12]
+
+
+@pytest.fixture(scope="session")
+def images(pixels: np.ndarray) -> np.ndarray:
+    return Preprocessing().apply(pixels)
+
+
+@pytest.fixture(scope="session")
+def logits(images: np.ndarray) -> np.ndarray:
+    """What the unfolded network says, in float64."""
+    with torch.no_grad():
+        return copy.deepcopy(network()).double()(torch.from_numpy(images).double()).numpy()
+
+
+@pytest.fixture(scope="session")
+def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Python of an environment with tritonclient: its protobuf is older than the one onnx brings."""
+    folder = tmp_path_factory.mktemp("client") / "venv"
+    venv.create(folder, with_pip=True)
+    pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *PINS]
+    done = subprocess.run(pip, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return folder / "bin" / "python"

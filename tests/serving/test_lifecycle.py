@@ -1,0 +1,374 @@
+"""Readiness, new versions, and stopping: no request is lost, and nothing serves that was not verified."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.bundles import fold_by_hand, network, reseal, write_onnx
+from support.serving import INFER, PATIENCE, ROOT, Server, binary, logits_of, serving, tensor
+
+from bnexport.bundle import GOLDEN, MODEL_ONNX
+
+
+def until(check: Callable[[], Any]) -> Any:
+    deadline = time.monotonic() + PATIENCE
+    while not (found := check()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return found
+
+
+def another(models: Path, folder: Path, version: int, factor: float = 1.0) -> Path:
+    """A copy of the bundle as another version, whose answers and golden answers are ``factor`` times as large."""
+    shutil.copytree(models / "bn_lenet" / "1", folder)
+    if factor != 1.0:
+        state = fold_by_hand(network())
+        state |= {name: state[name] * factor for name in ("fc3.weight", "fc3.bias")}
+        write_onnx(folder / MODEL_ONNX, state)
+        from onnx import TensorProto, numpy_helper
+
+        file = folder / GOLDEN / "output_0.pb"
+        proto = TensorProto.FromString(file.read_bytes())
+        scaled = numpy_helper.from_array(numpy_helper.to_array(proto) * np.float32(factor), proto.name)
+        file.write_bytes(scaled.SerializeToString())
+    reseal(folder, version=version)
+    return folder
+
+
+def spoil(folder: Path, how: str) -> None:
+    if how == "hash":
+        content = bytearray((folder / MODEL_ONNX).read_bytes())
+        content[len(content) // 2] ^= 1
+        (folder / MODEL_ONNX).write_bytes(content)
+    else:  # a fault whose hashes hold: eps dropped from one BatchNorm is below what anybody sees, a shift is not
+        state = fold_by_hand(network())
+        state["conv1.bias"] = state["conv1.bias"] + 1e-3
+        write_onnx(folder / MODEL_ONNX, state)
+        reseal(folder)
+
+
+class Clients:
+    """Threads that ask without a pause; each answer must be right, whichever version gives it."""
+
+    def __init__(
+        self, server: Server, images: np.ndarray, logits: np.ndarray, *, count: int = 6, stubborn: bool = True
+    ):
+        self.server, self.logits, self.stubborn = server, logits, stubborn
+        self.body, self.headers = binary(images, parameters={"binary_data_output": True})
+        self.stop, self.answers, self.failures = threading.Event(), [], []  # type: ignore[var-annotated]
+        self.threads = [threading.Thread(target=self._run) for _ in range(count)]
+
+    def __enter__(self) -> Clients:
+        for thread in self.threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop.set()
+        for thread in self.threads:
+            thread.join(PATIENCE)
+        assert not any(thread.is_alive() for thread in self.threads)
+
+    def _run(self) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", self.server.port, timeout=PATIENCE)
+        while not self.stop.is_set():
+            if connection.sock is None:  # the server asked for a new connection
+                try:
+                    connection.connect()
+                except (ConnectionRefusedError, ConnectionResetError):  # it does not listen any more: nothing was sent
+                    break
+            try:
+                answer = self.server.ask("POST", INFER, self.body, self.headers, connection)
+                logits = logits_of(answer)
+                version = json.loads(answer.body[: int(answer.headers["inference-header-content-length"])])[
+                    "model_version"
+                ]
+                self.answers.append((version, float(np.abs(logits / self.logits).mean())))
+            except Exception as error:  # everything is a lost request
+                self.failures.append(repr(error))
+                break
+        connection.close()
+
+
+def test_sigterm_loses_nothing(models: Path, tmp_path: Path, images: np.ndarray, logits: np.ndarray) -> None:
+    with (
+        serving(models, tmp_path / "log", "--grace", "4") as server,
+        Clients(server, images, logits) as clients,
+    ):
+        until(lambda: len(clients.answers) > 50)
+        server.process.send_signal(signal.SIGTERM)
+        until(lambda: server.ask("GET", "/v2/health/ready").status == 503)
+        told = server.ask("GET", "/v2/health/ready").json
+        before = len(clients.answers)
+        assert server.process.wait(PATIENCE) == 0
+    assert told == {"ready": False, "reason": "the server is stopping"}
+    assert clients.failures == []
+    assert len(clients.answers) > before, "it went on answering after it was told to stop"
+    assert [event["event"] for event in server.events() if "event" in event][-1] == "stopped"
+
+
+def test_a_server_that_nobody_asks_stops_at_once(models: Path, tmp_path: Path) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        with serving(models, tmp_path / "log", "--grace", "1000") as server:
+            idle = http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)
+            server.ask("GET", "/v2/health/live", connection=idle)  # an idle connection does not keep it
+            assert server.stop(number) == 0
+            idle.close()
+
+
+def test_a_request_whose_body_is_on_its_way_is_answered(models: Path, tmp_path: Path, images: np.ndarray) -> None:
+    body, headers = binary(images)
+    with serving(models, tmp_path / "log", "--grace", "20") as server:
+        client = http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)
+        client.putrequest("POST", INFER)
+        for name, value in (headers | {"content-length": str(len(body))}).items():
+            client.putheader(name, value)
+        client.endheaders(body[:1000])
+        until(lambda: "bnexport_http_requests_active 2.0" in server.ask("GET", "/metrics").body.decode())
+        server.process.send_signal(signal.SIGTERM)
+        until(lambda: server.ask("GET", "/v2/health/ready").status == 503)
+        client.send(body[1000:])
+        answer = client.getresponse()
+        assert (answer.status, answer.getheader("connection")) == (200, "close")
+        assert json.loads(answer.read())["outputs"][0]["shape"] == [12, 10]
+        client.close()
+        assert server.process.wait(PATIENCE) == 0
+
+
+@pytest.mark.parametrize("how", ["hash", "golden"])
+def test_what_is_not_as_it_was_verified_is_not_ready(
+    models: Path, tmp_path: Path, images: np.ndarray, how: str
+) -> None:
+    spoil(another(models, tmp_path / "m" / "bn_lenet" / "1", 1), how)
+    says = {"hash": "model.onnx was changed", "golden": "answers the golden vectors with an error of"}[how]
+    with serving(tmp_path / "m", tmp_path / "log") as server:
+        for path in ("/v2/health/ready", "/v2/models/bn_lenet/ready", "/v2/models/bn_lenet/versions/1/ready"):
+            answer = server.ask("GET", path)
+            assert (answer.status, answer.json["ready"]) == (503, False)
+            assert says in answer.json["reason"]
+        assert server.ask("GET", "/v2/health/live").status == 200
+        refused = server.infer({"inputs": [tensor(images)]})
+        assert (refused.status, says in refused.error, refused.headers["retry-after"]) == (503, True, "1")
+        (index,) = server.ask("POST", "/v2/repository/index").json
+        assert (index["state"], says in index["reason"]) == ("UNAVAILABLE", True)
+        assert [says in event["reason"] for event in server.events() if event["event"] == "model not loaded"] == [True]
+
+
+def test_the_newest_version_answers_unless_one_is_named(models: Path, tmp_path: Path, images: np.ndarray) -> None:
+    for version, factor in ((1, 1.0), (2, 2.0), (10, 3.0)):
+        another(models, tmp_path / "m" / "bn_lenet" / str(version), version, factor)
+    with serving(tmp_path / "m", tmp_path / "log") as server:
+        assert server.ask("GET", "/v2/models/bn_lenet").json["versions"] == ["1", "2", "10"]
+        answer = server.infer({"inputs": [tensor(images)]})
+        newest = logits_of(answer)
+        assert answer.json["model_version"] == "10"
+        for version, factor in ((1, 1.0), (2, 2.0), (10, 3.0)):
+            named = server.infer({"inputs": [tensor(images)]}, f"/v2/models/bn_lenet/versions/{version}/infer")
+            assert named.json["model_version"] == str(version)
+            assert np.allclose(logits_of(named) * 3 / factor, newest, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def polled(models: Path, tmp_path: Path) -> Iterator[tuple[Server, Path]]:
+    another(models, tmp_path / "m" / "bn_lenet" / "1", 1)
+    with serving(tmp_path / "m", tmp_path / "log", "--poll", "0.2") as server:
+        yield server, tmp_path / "m" / "bn_lenet"
+
+
+def versions(server: Server) -> list[str]:
+    return server.ask("GET", "/v2/models/bn_lenet").json["versions"]
+
+
+def test_versions_come_change_and_go_without_a_lost_request(
+    polled: tuple[Server, Path], models: Path, tmp_path: Path, images: np.ndarray, logits: np.ndarray
+) -> None:
+    server, folder = polled
+    with Clients(server, images, logits) as clients:
+        until(lambda: len(clients.answers) > 20)
+        another(models, tmp_path / "new", 2, 2.0).rename(folder / "2")
+        until(lambda: versions(server) == ["1", "2"])
+        until(lambda: clients.answers[-1][0] == "2")
+        another(models, tmp_path / "other", 2, 4.0)
+        (folder / "2").rename(tmp_path / "old")
+        (tmp_path / "other").rename(folder / "2")
+        until(lambda: clients.answers[-1][1] > 3.9)
+        shutil.rmtree(folder / "2")
+        until(lambda: versions(server) == ["1"])
+        count = len(clients.answers)
+        until(lambda: len(clients.answers) > count + 20)
+    assert clients.failures == []
+    told = {(version, round(factor)) for version, factor in clients.answers}
+    assert told == {("1", 1), ("2", 2), ("2", 4)}
+    closing = [event["version"] for event in server.events() if event.get("event") == "model closing"]
+    assert closing == ["2", "2"]
+
+
+def test_a_bad_version_does_not_replace_a_good_one(
+    polled: tuple[Server, Path], models: Path, tmp_path: Path, images: np.ndarray
+) -> None:
+    server, folder = polled
+    bad = another(models, tmp_path / "bad", 2)
+    spoil(bad, "golden")
+    bad.rename(folder / "2")
+    problems = until(lambda: server.ask("GET", "/v2/health/ready").json.get("problems"))
+    assert "answers the golden vectors" in problems["bn_lenet/2"]
+    assert server.infer({"inputs": [tensor(images)]}).json["model_version"] == "1"
+    assert server.ask("GET", "/v2/models/bn_lenet/versions/2/ready").status == 503
+    shutil.rmtree(folder / "2")
+    another(models, tmp_path / "good", 2).rename(folder / "2")
+    until(lambda: server.infer({"inputs": [tensor(images)]}).json["model_version"] == "2")
+    assert server.ask("GET", "/v2/health/ready").json == {"ready": True}
+
+
+def test_loading_by_request(models: Path, tmp_path: Path, images: np.ndarray) -> None:
+    another(models, tmp_path / "m" / "bn_lenet" / "1", 1)
+    with serving(tmp_path / "m", tmp_path / "log", "--allow-load") as server:
+        assert server.ask("POST", "/v2/repository/models/bn_lenet/unload", b"{}").status == 200
+        assert server.infer({"inputs": [tensor(images)]}).status == 503
+        assert server.ask("GET", "/v2/health/ready").json["reason"] == "bn_lenet/1: unloaded"
+        assert server.ask("POST", "/v2/repository/models/bn_lenet/load", b"{}").status == 200
+        assert server.infer({"inputs": [tensor(images)]}).status == 200
+        spoil(tmp_path / "m" / "bn_lenet" / "1", "hash")
+        answer = server.ask("POST", "/v2/repository/models/bn_lenet/load", b"{}")
+        assert (answer.status, "was changed" in answer.error) == (400, True)
+        assert server.infer({"inputs": [tensor(images)]}).status == 200, "what serves goes on"
+        for what in ("load", "unload"):
+            assert server.ask("POST", f"/v2/repository/models/nobody/{what}", b"{}").status == 404
+
+
+def test_one_bundle_goes_by_its_own_name(models: Path, tmp_path: Path) -> None:
+    with serving(models / "bn_lenet" / "1", tmp_path / "log") as server:
+        assert server.ask("GET", "/v2/models/bn_lenet/versions/1/ready").status == 200
+
+
+def test_a_token(models: Path, tmp_path: Path, images: np.ndarray) -> None:
+    token = "correct-horse-battery-staple"
+    (tmp_path / "token").write_text(token + "\n")
+    with serving(models, tmp_path / "log", "--token-file", str(tmp_path / "token")) as server:
+        assert server.infer({"inputs": [tensor(images)]}, authorization=f"Bearer {token}").status == 200
+        for given in (
+            {},
+            {"authorization": token},
+            {"authorization": "Bearer " + token[:-1]},
+            {"authorization": "Bearer é"},
+        ):
+            answer = server.infer({"inputs": [tensor(images)]}, **given)
+            assert (answer.status, answer.headers["www-authenticate"]) == (401, "Bearer")
+            assert token not in answer.error
+        for path in ("/metrics", "/v2/models/bn_lenet", "/v2"):
+            assert server.ask("GET", path).status == 401
+        for path in ("/v2/health/live", "/v2/health/ready"):
+            assert server.ask("GET", path).status == 200
+    assert token not in server.log.read_text()
+
+
+def test_a_full_queue(models: Path, tmp_path: Path, images: np.ndarray) -> None:
+    """Two sessions run in threads, so that the queue is real; one request of it may wait."""
+    few = ["--workers", "2", "--max-batch", "1", "--limit", "queue=1"]
+    with serving(models, tmp_path / "log", *few) as server:
+        big = np.tile(images, (60, 1, 1, 1))
+        body, headers = binary(big)
+        statuses: list[tuple[int, str | None]] = []
+
+        def ask() -> None:
+            for _ in range(6):
+                answer = server.ask("POST", INFER, body, headers)
+                statuses.append((answer.status, answer.headers.get("retry-after")))
+
+        threads = [threading.Thread(target=ask) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(PATIENCE)
+        assert set(statuses) == {(200, None), (503, "1")}
+        assert server.infer({"inputs": [tensor(images)]}).status == 200
+
+
+def refused(*words: str, code: int) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "bnexport", "serve", *words],
+        capture_output=True, text=True, timeout=PATIENCE, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+def test_what_can_not_be_served_ends_with_a_sentence(models: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "short").write_text("x")
+    path = str(models)
+    assert "holds no bundle" in refused(str(tmp_path / "empty"), code=2)
+    assert "is no folder" in refused(str(tmp_path / "nowhere"), code=2)
+    assert "there is no limit 'bodies'" in refused(path, "--limit", "bodies=3", code=2)
+    assert "no positive number" in refused(path, "--limit", "queue=-3", code=2)
+    assert "holds no token" in refused(path, "--port", "0", "--token-file", str(tmp_path / "short"), code=2)
+    assert "go together" in refused(path, "--tls-cert", "x.pem", code=2)
+    assert "the middleware 'nowhere:x'" in refused(path, "--port", "0", "--middleware", "nowhere:x", code=2)
+    assert "can't run here" in refused(path, "--port", "0", "--runtime", "onnxruntime-tensorrt", code=3)
+
+
+def test_a_port_that_is_taken(server: Server, models: Path) -> None:
+    assert f"port {server.port} can't be served on" in refused(str(models), "--port", str(server.port), code=2)
+
+
+def test_two_servers_share_a_port(models: Path, tmp_path: Path, images: np.ndarray) -> None:
+    with serving(models, tmp_path / "a", "--reuse-port") as first:
+        words = ["--reuse-port", "--port", str(first.port)]
+        with serving(models, tmp_path / "b", *words) as second:
+            assert first.port == second.port
+            value = {"inputs": [tensor(images)]}
+            until(lambda: first.infer(value).status == 200 and all(map(_answered, (first, second))))
+            assert second.stop() == 0
+        assert {first.infer(value).status for _ in range(20)} == {200}, "what is left answers all"
+
+
+def _answered(server: Server) -> bool:
+    return any(event.get("status") == 200 for event in server.events())
+
+
+def test_middleware_wraps_the_application(models: Path, tmp_path: Path) -> None:
+    (tmp_path / "tracing.py").write_text(
+        "class Trace:\n"
+        "    def __init__(self, app):\n"
+        "        self.app = app\n"
+        "    async def __call__(self, scope, receive, send):\n"
+        "        async def tell(message):\n"
+        "            if message['type'] == 'http.response.start':\n"
+        "                message['headers'].append((b'x-span', scope['path'].encode()))\n"
+        "            await send(message)\n"
+        "        await self.app(scope, receive, tell)\n"
+    )
+    words = ["--middleware", "tracing:Trace"]
+    with serving(models, tmp_path / "log", *words, env={"PYTHONPATH": f"{tmp_path}:{ROOT}"}) as server:
+        assert server.ask("GET", "/v2").headers["x-span"] == "/v2"
+
+
+def test_tls(models: Path, tmp_path: Path) -> None:
+    import ssl
+
+    key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
+    made = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
+    made += ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(certificate)]
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl is not installed")
+    subprocess.run(made, check=True, capture_output=True, timeout=PATIENCE)
+    with serving(models, tmp_path / "log", "--tls-cert", str(certificate), "--tls-key", str(key)) as server:
+        context = ssl.create_default_context(cafile=str(certificate))
+        client = http.client.HTTPSConnection("127.0.0.1", server.port, timeout=PATIENCE, context=context)
+        assert server.ask("GET", "/v2/health/ready", connection=client).status == 200
+        client.close()
+    assert "can't be used" in refused(str(models), "--port", "0", "--tls-cert", str(key), "--tls-key", str(key), code=2)

@@ -1,0 +1,74 @@
+"""docs/serving.md can't rot: its blocks are run, its tables are those of the code."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from support.serving import ROOT, Server
+
+from bnexport.serving.http.routes import ROUTES
+from bnexport.serving.limits import rows
+
+TEXT = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
+
+
+def table(first: str) -> list[list[str]]:
+    lines = TEXT[TEXT.index(f"| {first} |") :].split("\n\n")[0].splitlines()[2:]
+    return [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_the_shell_blocks_run(server: Server, pixels: np.ndarray, tmp_path: Path) -> None:
+    for name, image in (("shoe", pixels[0]), ("shirt", pixels[1])):
+        Image.fromarray(image).save(tmp_path / f"{name}.png")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").symlink_to(sys.executable)
+    environ = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
+    outputs = []
+    for block in blocks("sh"):
+        script = "set -e\n" + block.replace("localhost:8000", f"127.0.0.1:{server.port}")
+        words = ["bash", "-c", script]
+        done = subprocess.run(words, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 0, (block, done.stdout, done.stderr)
+        outputs.append(done.stdout)
+    assert '"ready":true' in outputs[0]
+    assert outputs[1].count('"probability"') == 3
+    assert '"model_name":"bn_lenet"' in outputs[2]
+
+
+def test_the_python_block_runs(python: Path, server: Server, tmp_path: Path) -> None:
+    (source,) = blocks("python")
+    source = source.replace("localhost:8000", f"127.0.0.1:{server.port}")
+    done = subprocess.run(
+        [str(python), "-c", source], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(re.findall(r"b'[-\d.]+:\d:\d'", done.stdout)) == 3
+
+
+def test_routes_are_those_of_the_code() -> None:
+    told = {row[0] for row in table("route")}
+    names = {"{name}": "NAME", "{version}": "V"}
+    assert told == {f"{r.method} {re.sub(r'{name}|{version}', lambda m: names[m[0]], r.pattern)}" for r in ROUTES}
+
+
+def test_limits_are_those_of_the_code() -> None:
+    told = [(name, value.replace(",", ""), what, why) for name, value, what, why in table("limit")]
+    assert told == [
+        (name, f"{value:g}" if isinstance(value, float) else str(value), what, why) for name, value, what, why in rows()
+    ]
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 405, 408, 413, 415, 431, 503, 504])
+def test_statuses_are_told(status: int) -> None:
+    assert f"{status} " in TEXT.split("## Safety")[1]

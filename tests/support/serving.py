@@ -1,0 +1,155 @@
+"""A server in a process of its own, and clients that may misbehave."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import re
+import select
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).parents[2]
+#: Seconds that anything may take here; a deadline and no measurement.
+PATIENCE = 60.0
+PROGRAM = (sys.executable, "-m", "bnexport")
+INFER = "/v2/models/bn_lenet/infer"
+
+
+@dataclass
+class Answer:
+    """What a server said: status, headers in lower case, body."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def error(self) -> str:
+        return str(self.json["error"])
+
+
+@dataclass
+class Server:
+    """A running ``bnexport serve``."""
+
+    process: subprocess.Popen[str]
+    port: int
+    log: Path
+
+    def ask(
+        self,
+        method: str,
+        path: str,
+        body: bytes | str | None = None,
+        headers: dict[str, str] | None = None,
+        connection: http.client.HTTPConnection | None = None,
+    ) -> Answer:
+        client = connection or http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE)
+        try:
+            client.request(method, path, body, headers or {})
+            found = client.getresponse()
+            return Answer(found.status, {k.lower(): v for k, v in found.getheaders()}, found.read())
+        finally:
+            if connection is None:
+                client.close()
+
+    def infer(self, value: object, path: str = INFER, **headers: str) -> Answer:
+        named = {"content-type": "application/json"} | {k.replace("_", "-"): v for k, v in headers.items()}
+        return self.ask("POST", path, json.dumps(value), named)
+
+    def raw(self, data: bytes, *, seconds: float = PATIENCE, end: bool = False) -> bytes:
+        """All that comes back for bytes sent as they are, until the server closes or an answer is whole."""
+        with socket.create_connection(("127.0.0.1", self.port), timeout=seconds) as client:
+            with contextlib.suppress(OSError):
+                client.sendall(data)
+                if end:
+                    client.shutdown(socket.SHUT_WR)
+            return read_answer(client)
+
+    def events(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        self.process.send_signal(number)
+        return self.process.wait(PATIENCE)
+
+
+def read_answer(client: socket.socket) -> bytes:
+    got = b""
+    while True:
+        try:
+            chunk = client.recv(65536)
+        except ConnectionResetError:
+            return got
+        got += chunk
+        if not chunk or _whole(got):
+            return got
+
+
+def _whole(got: bytes) -> bool:
+    head, gap, body = got.partition(b"\r\n\r\n")
+    length = re.search(rb"content-length: (\d+)", head)
+    return bool(gap) and length is not None and len(body) >= int(length[1])
+
+
+@contextlib.contextmanager
+def serving(
+    path: Path, log: Path, *options: str, env: dict[str, str] | None = None, program: tuple[str, ...] = PROGRAM
+) -> Iterator[Server]:
+    """A server of a bundle or a folder of models, on a free port; killed at the end, whatever happens."""
+    words = [*program, "serve", str(path), "--port", "0", *options]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(env or {})}
+    with log.open("w") as stderr:
+        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=stderr, text=True, env=environment)
+    assert process.stdout is not None
+    try:
+        ready, _, _ = select.select([process.stdout], [], [], PATIENCE)
+        line = process.stdout.readline() if ready else ""
+        match = re.search(r":(\d+)$", line.strip())
+        assert match, (line, log.read_text(), process.poll())
+        yield Server(process, int(match[1]), log)
+    finally:
+        process.kill()
+        process.wait(PATIENCE)
+        process.stdout.close()
+
+
+def tensor(array: np.ndarray, name: str = "input", datatype: str = "FP32") -> dict[str, Any]:
+    """An input of a request in JSON."""
+    return {"name": name, "shape": list(array.shape), "datatype": datatype, "data": array.reshape(-1).tolist()}
+
+
+def binary(array: np.ndarray, **extra: Any) -> tuple[bytes, dict[str, str]]:
+    """Body and headers of a request with its input in binary."""
+    item = {"name": "input", "shape": list(array.shape), "datatype": "FP32"}
+    item["parameters"] = {"binary_data_size": array.nbytes}
+    head = json.dumps({"inputs": [item], **extra}).encode()
+    headers = {"content-type": "application/octet-stream", "inference-header-content-length": str(len(head))}
+    return head + array.tobytes(), headers
+
+
+def logits_of(answer: Answer) -> np.ndarray:
+    """The first output of an answer, in JSON or in binary."""
+    assert answer.status == 200, answer.body
+    length = answer.headers.get("inference-header-content-length")
+    head = json.loads(answer.body if length is None else answer.body[: int(length)])
+    output = head["outputs"][0]
+    if length is None:
+        return np.array(output["data"], np.float32).reshape(output["shape"])
+    assert output["parameters"]["binary_data_size"] == len(answer.body) - int(length)
+    return np.frombuffer(answer.body, np.float32, offset=int(length)).reshape(output["shape"])

@@ -1,0 +1,224 @@
+"""Natural batching with a runner that is as slow as a test wants it."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Mapping
+
+import numpy as np
+import pytest
+
+from bnexport.errors import BundleError, NotServing
+from bnexport.runtimes.base import Runner
+from bnexport.serving.batcher import INLINE_SECONDS, Batcher, BatchLimits, Cost
+from bnexport.serving.served_model import add_workers, measured_cost, throughput
+from bnexport.tensors import Array, Signature, TensorSpec
+
+SIGNATURE = Signature((TensorSpec("x", "float32", ("batch", "n")),), (TensorSpec("y", "float32", ("batch", "n")),))
+QUICK, SLOW = Cost(0.0, 0.0), Cost(1.0, 0.0)
+
+
+class Doubler(Runner):
+    """Twice its input; notes each batch. Waits for ``gate``, and fails on negative numbers."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.name, self.signature, self.effective_device, self.description = "doubler", SIGNATURE, "cpu", {}
+        self.batches: list[tuple[int, ...]] = []
+        self.threads: set[int] = set()
+        self.gate = threading.Event()
+        self.gate.set()
+        self.seconds = seconds
+
+    def _run(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
+        assert self.gate.wait(30)
+        time.sleep(self.seconds)
+        self.batches.append(feeds["x"].shape)
+        self.threads.add(threading.get_ident())
+        if (feeds["x"] < 0).any():
+            raise RuntimeError("negative")
+        return {"y": feeds["x"] * 2}
+
+
+def rows(first: float, count: int = 1, width: int = 2) -> dict[str, Array]:
+    return {"x": np.full((count, width), first, np.float32)}
+
+
+async def ask(batcher: Batcher, first: float, count: int = 1, width: int = 2, timeout: float | None = None) -> None:
+    got = await batcher.submit(rows(first, count, width), count, timeout)
+    assert np.array_equal(got["y"], np.full((count, width), 2 * first))
+
+
+def test_what_came_together_runs_together() -> None:
+    async def main() -> None:
+        runner = Doubler()
+        batcher = Batcher([runner], QUICK, BatchLimits(rows=64))
+        await asyncio.gather(*(ask(batcher, value, 1 + value % 3) for value in range(10)))
+        assert runner.batches == [(19, 2)]
+        assert runner.threads == {threading.get_ident()}, "a quick model runs on the loop itself"
+        await batcher.close()
+
+    asyncio.run(main())
+
+
+def test_one_request_alone_does_not_wait() -> None:
+    async def main() -> None:
+        runner = Doubler()
+        batcher = Batcher([runner], QUICK, BatchLimits())
+        assert np.array_equal((batcher.run_now(rows(3.0), 1) or {})["y"], [[6, 6]])
+        with pytest.raises(BundleError, match="negative"):
+            batcher.run_now(rows(-1.0), 1)
+        slow = Batcher([runner], SLOW, BatchLimits())
+        assert slow.run_now(rows(3.0), 1) is None
+        waiting = batcher.submit(rows(1.0), 1)
+        assert batcher.run_now(rows(3.0), 1) is None, "it must not overtake"
+        await waiting
+        await asyncio.gather(batcher.close(), slow.close())
+
+    asyncio.run(main())
+
+
+def test_what_comes_while_a_batch_runs_is_the_next_one() -> None:
+    async def main() -> None:
+        runner = Doubler()
+        runner.gate.clear()
+        batcher = Batcher([runner], SLOW, BatchLimits(rows=8))
+        first = asyncio.create_task(ask(batcher, 1.0))
+        await asyncio.sleep(0.01)
+        rest = [asyncio.create_task(ask(batcher, float(value))) for value in range(2, 14)]
+        await asyncio.sleep(0.01)
+        assert (batcher.waiting, batcher.pending) == (12, 13)
+        runner.gate.set()
+        await asyncio.gather(first, *rest)
+        assert runner.batches == [(1, 2), (8, 2), (4, 2)]
+        assert threading.get_ident() not in runner.threads
+        assert batcher.statistics.executions == 3
+        assert (batcher.statistics.rows, batcher.statistics.queue.count) == (13, 13)
+        await batcher.close()
+
+    asyncio.run(main())
+
+
+def test_other_shapes_and_large_requests_run_apart_and_in_order() -> None:
+    async def main() -> None:
+        runner = Doubler()
+        batcher = Batcher([runner], QUICK, BatchLimits(rows=4))
+        sizes = [(1, 2), (2, 2), (9, 2), (1, 3), (1, 2)]
+        await asyncio.gather(*(ask(batcher, 1.0, count, width) for count, width in sizes))
+        assert runner.batches == [(3, 2), (9, 2), (1, 3), (1, 2)]
+        fixed = Batcher([runner], QUICK, BatchLimits(rows=4), batches=False)
+        await asyncio.gather(*(ask(fixed, 1.0) for _ in range(3)))
+        assert runner.batches[4:] == [(1, 2)] * 3
+        await asyncio.gather(batcher.close(), fixed.close())
+
+    asyncio.run(main())
+
+
+def test_a_full_queue_refuses_and_recovers() -> None:
+    async def main() -> None:
+        runner = Doubler()
+        runner.gate.clear()
+        batcher = Batcher([runner], SLOW, BatchLimits(queue=2))
+        tasks = [asyncio.create_task(ask(batcher, 1.0))]
+        await asyncio.sleep(0.01)
+        tasks += [asyncio.create_task(ask(batcher, 1.0)) for _ in range(2)]
+        await asyncio.sleep(0.01)
+        with pytest.raises(NotServing, match="2 requests are waiting") as caught:
+            batcher.submit(rows(1.0), 1)
+        assert caught.value.status == 503
+        runner.gate.set()
+        await asyncio.gather(*tasks)
+        await ask(batcher, 4.0)
+        await batcher.close()
+
+    asyncio.run(main())
+
+
+def test_deadlines_hold_in_the_queue_and_while_a_batch_runs() -> None:
+    async def main() -> None:
+        runner = Doubler()
+        runner.gate.clear()
+        batcher = Batcher([runner], SLOW, BatchLimits(deadline=0.05))
+        running = batcher.submit(rows(1.0), 1)
+        await asyncio.sleep(0)
+        queued = batcher.submit(rows(2.0), 1, timeout=0.01)
+        while not (running.done() and queued.done()):
+            await asyncio.sleep(0.01)
+            batcher.expire()
+        for future in (running, queued):
+            with pytest.raises(NotServing, match="not there in time") as caught:
+                await future
+            assert caught.value.status == 504
+        runner.gate.set()
+        await batcher.close()
+        assert runner.batches == [(1, 2)], "nobody waits for the second any more"
+
+    asyncio.run(main())
+
+
+def test_an_engine_that_fails_tells_everybody_and_goes_on() -> None:
+    async def main() -> None:
+        batcher = Batcher([Doubler()], QUICK, BatchLimits())
+        results = await asyncio.gather(ask(batcher, -1.0), ask(batcher, 1.0), return_exceptions=True)
+        assert [type(result) for result in results] == [BundleError, BundleError]
+        await ask(batcher, 1.0)
+        await batcher.close()
+
+    asyncio.run(main())
+
+
+def test_several_sessions_run_at_the_same_time() -> None:
+    async def main() -> None:
+        runners = [Doubler(), Doubler()]
+        for runner in runners:
+            runner.gate.clear()
+        batcher = Batcher(runners, QUICK, BatchLimits(rows=1))
+        tasks = [asyncio.create_task(ask(batcher, 1.0)) for _ in range(2)]
+        await asyncio.sleep(0.05)
+        assert (batcher.waiting, batcher.pending) == (0, 2)
+        for runner in runners:
+            runner.gate.set()
+        await asyncio.gather(*tasks)
+        assert [runner.batches for runner in runners] == [[(1, 2)], [(1, 2)]]
+        await batcher.close()
+
+    asyncio.run(main())
+
+
+def test_closing_answers_what_was_accepted() -> None:
+    async def main() -> None:
+        runner = Doubler(seconds=0.02)
+        batcher = Batcher([runner], SLOW, BatchLimits(rows=1))
+        futures = [batcher.submit(rows(1.0), 1) for _ in range(5)]
+        await batcher.close()
+        assert all(future.done() and future.exception() is None for future in futures)
+        assert runner._closed
+
+    asyncio.run(main())
+
+
+def test_quick_models_get_one_session_and_slow_ones_as_many_as_pay() -> None:
+    feeds = rows(1.0, 8)
+    assert measured_cost(Doubler(seconds=0.01), feeds).seconds(8) >= 0.01
+    quick = [Doubler()]
+    add_workers(quick, lambda: pytest.fail("not needed"), feeds, Cost(INLINE_SECONDS / 2, 0.0), most=4)  # type: ignore[arg-type,return-value]
+    slow: list[Runner] = [Doubler(seconds=0.02)]
+
+    def another() -> Runner:
+        slow.append(Doubler(seconds=0.02))
+        return slow[-1]
+
+    add_workers(slow, another, feeds, Cost(0.02, 0.0), most=3)  # runners that sleep do not disturb each other
+    assert len(slow) == 3
+    lock = threading.Lock()
+
+    class Locked(Doubler):
+        def _run(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
+            with lock:
+                return super()._run(feeds)
+
+    locked: list[Runner] = [Locked(seconds=0.02)]
+    add_workers(locked, lambda: locked.append(Locked(seconds=0.02)) or locked[-1], feeds, Cost(0.02, 0.0), most=8)  # type: ignore[func-returns-value]
+    assert len(locked) <= 2, "a second one is not faster, so there is no third"
+    assert throughput(slow, feeds, 0.1) > 0
