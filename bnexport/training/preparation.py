@@ -12,12 +12,14 @@ from torch import nn
 
 from bnexport.data.datasets import Dataset, load_dataset
 from bnexport.data.preprocessing import Preprocessing
+from bnexport.environment import cpu_name
 from bnexport.errors import ModelError, RuntimeUnavailable, UsageError
 from bnexport.nn.batch_norm import BatchNorm
+from bnexport.nn.synced_batch_norm import synchronised
 from bnexport.optional import one_line
 from bnexport.training.config import TrainingConfig
 from bnexport.training.directory import CHECKPOINT, Saved
-from bnexport.training.networks import build_network
+from bnexport.training.networks import build_network, leaves_parameters_unused
 from bnexport.training.optimisers import make_optimizer, restore_optimizer
 from bnexport.training.processes import World
 from bnexport.training.progress import Progress
@@ -39,6 +41,7 @@ class Prepared:
         test: The test part.
         world: The processes.
         scaler: State of the scaling of the loss, from the checkpoint.
+        unused: Whether a step leaves parameters without a gradient; asked for several processes only.
     """
 
     config: TrainingConfig
@@ -50,11 +53,19 @@ class Prepared:
     test: Samples
     world: World
     scaler: Mapping[str, Any]
+    unused: bool = False
 
     def step(self, model: nn.Module) -> Step:
         """The step of a network that has this one's parameters."""
         config = self.config
-        step = Step(model, self.optimizer, label_smoothing=config.label_smoothing, amp=config.amp, world=self.world)
+        step = Step(
+            model,
+            self.optimizer,
+            label_smoothing=config.label_smoothing,
+            amp=config.amp,
+            world=self.world,
+            unused=self.unused,
+        )
         if self.scaler:
             step.scaler.load_state_dict(dict(self.scaler))
         return step
@@ -72,7 +83,7 @@ def prepare(
 
     Raises:
         DataError, NetworkError: As ``data.datasets.load_dataset``.
-        ModelError: The network can't be built, or the saved weights do not fit it.
+        ModelError: The network can't be built, the saved weights do not fit it, or its BatchNorm can't be synchronised.
         UsageError: A batch would leave a BatchNorm without a variance.
         RuntimeUnavailable: float16 was asked for on a CPU.
     """
@@ -87,7 +98,10 @@ def prepare(
     check_last_batch(config, model, len(dataset.train_labels), world)
     if saved is not None:
         _restore(model, saved)
+    unused = world.size > 1 and leaves_parameters_unused(model, preprocessing)
     model.to(world.device)
+    if config.sync_batch_norm and world.size > 1:
+        model = synchronised(model)
     optimizer = make_optimizer(model, config, world.device)
     if saved is not None and saved.optimizer:
         restore_optimizer(optimizer, saved.optimizer)
@@ -99,7 +113,7 @@ def prepare(
         )
     )
     scaler = saved.scaler if saved is not None else {}
-    return Prepared(config, dataset, preprocessing, model, optimizer, train, test, world, scaler)
+    return Prepared(config, dataset, preprocessing, model, optimizer, train, test, world, scaler, unused)
 
 
 def _load(config: TrainingConfig, data_dir: str | Path | None, listener: Progress) -> Dataset:
@@ -152,12 +166,14 @@ class MadeBy:
 
     Attributes:
         device: "cpu", or the GPU's name.
+        processor: The CPU's name: kernels are chosen by it.
         processes: How many trained together.
         threads: Of each process, on a CPU.
         torch: Version.
     """
 
     device: str
+    processor: str
     processes: int
     threads: int
     torch: str
@@ -169,7 +185,7 @@ class MadeBy:
     def differs_from(self, before: Mapping[str, Any]) -> str | None:
         """Why a resumed run may end with other weights than one without the interruption; None when it does not."""
         changed = [
-            f"{name} {before[name]} before, {value} now"
+            f"{name} was {before[name]}, is {value}"
             for name, value in self.to_json().items()
             if name in before and before[name] != value
         ]
@@ -184,4 +200,4 @@ def made_by(world: World) -> MadeBy:
     """What this run's weights depend on."""
     cpu = world.device.type == "cpu"
     device = "cpu" if cpu else torch.cuda.get_device_name(world.device)
-    return MadeBy(device, world.size, torch.get_num_threads() if cpu else 0, torch.__version__)
+    return MadeBy(device, cpu_name(), world.size, torch.get_num_threads() if cpu else 0, torch.__version__)
