@@ -101,8 +101,9 @@ def _from_factory(source: str, weights: Path | None, options: Mapping[str, Any])
         metadata = load_checkpoint(weights).metadata
         if Path(metadata["network"]["source"]).name == Path(source).name:  # the folder may have moved
             told = metadata
-    network = {"source": source, "options": {**((told.get("network") or {}).get("options") or {}), **options}}
-    module = call_factory(source, network["options"])
+    options = {**((told.get("network") or {}).get("options") or {}), **options}
+    network = {"source": source, "options": options}
+    module = call_factory(source, options)
     if weights is not None:
         load_weights(module, weights)
     return _told(module, network, None, told)
@@ -145,11 +146,9 @@ def _told(
 ) -> LoadedModel:
     """A network with what its checkpoint's metadata say; ``shape`` of a sample where they do not."""
     labels, image = metadata.get("labels"), metadata.get("preprocessing")
-    sides = [image.get(side) for side in ("channels", "height", "width")] if isinstance(image, dict) else [None]
-    if all(
-        isinstance(side, int) for side in sides
-    ):  # a zoo's network may be trained on another size than its package names
-        shape = tuple(sides)
+    if isinstance(image, dict):  # a zoo's network may be trained on another size than its package names
+        sides = [side for name in ("channels", "height", "width") if isinstance(side := image.get(name), int)]
+        shape = tuple(sides) if len(sides) == 3 else shape
     return LoadedModel(
         _in_eval_mode(module),
         str(network["source"]).rpartition(":")[2],

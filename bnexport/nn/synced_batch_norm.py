@@ -64,7 +64,8 @@ def _synced(layer: nn.Module) -> nn.Module:
         on_gpu: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(layer)  # type: ignore[no-untyped-call]
         return on_gpu
     new = _twin(layer, SyncedBatchNorm.__new__(SyncedBatchNorm))
-    new.__dict__["_check_input_dim"] = getattr(layer, "_check_input_dim")  # noqa: B009 -- 2-D, 3-D, ... as the layer had it
+    dimensions: Any = layer._check_input_dim
+    new.__dict__["_check_input_dim"] = dimensions  # 2-D, 3-D, ... as the layer had it
     return new
 
 
@@ -80,7 +81,7 @@ class SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
         """Normalise X of shape (N, C) or (N, C, ...)."""
         if not self.training or self.running_mean is None or self.running_var is None:
             return super().forward(X)
-        self._check_input_dim(X)
+        self._check_input_dim(X)  # type: ignore[no-untyped-call]
         Y, mean, var, count = _normalised(X, self.weight, self.bias, self.eps)
         with torch.no_grad():
             assert self.num_batches_tracked is not None
