@@ -139,6 +139,9 @@ def asked_rank() -> int:
 def open_world(device: str) -> Iterator[World]:
     """Join the processes that torchrun started; alone without it.
 
+    A program that trains several times joins them once, by ``torch.distributed.init_process_group``: torch's meeting place
+    of a closed group can't be used again.
+
     Args:
         device: One of ``config.DEVICES``.
 
@@ -168,13 +171,20 @@ def open_world(device: str) -> Iterator[World]:
         torch.cuda.set_device(kind)
     with _lost_process_named():
         backend = "nccl" if kind.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=_PATIENCE, device_id=kind if kind.type == "cuda" else None)
+        joined = dist.is_initialized()
+        if not joined:
+            dist.init_process_group(backend, timeout=_PATIENCE, device_id=kind if kind.type == "cuda" else None)
         try:
             yield World(rank, size, kind)
         finally:
-            with contextlib.suppress(Exception), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                dist.destroy_process_group()
+            if not joined:
+                _leave()
+
+
+def _leave() -> None:
+    with contextlib.suppress(Exception), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dist.destroy_process_group()
 
 
 def choose_device(name: str) -> torch.device:
