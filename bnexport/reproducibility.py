@@ -1,10 +1,10 @@
-"""Strict float32, TF32 on purpose, and deterministic algorithms in torch: set inside a block, restored after it."""
+"""Strict float32, TF32 on purpose, deterministic algorithms, and seeds: set inside a block, restored after it."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from bnexport.errors import UsageError
@@ -78,6 +78,31 @@ def float32_precision(precision: str, *, exhaustive: bool = False) -> Iterator[N
 def strict_float32() -> contextlib.AbstractContextManager[None]:
     """IEEE float32 in torch inside the block (TF32 off, also for cuDNN), with deterministic cuDNN algorithms."""
     return float32_precision("float32")
+
+
+@contextlib.contextmanager
+def seeded(seed: int, *, devices: Sequence[Any] = ()) -> Iterator[None]:
+    """The generators of torch, numpy and Python start from a seed inside the block, and go on as before after it.
+
+    Args:
+        seed: 0 to 2**63 - 1; numpy takes its lowest 32 bits.
+        devices: CUDA devices whose generators are put back too.
+    """
+    import random
+
+    import numpy as np
+    import torch
+
+    python, numpys = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=list(devices)):
+            torch.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpys)
 
 
 def effective_precision(device: str) -> str:

@@ -44,13 +44,18 @@ def was_given(context: click.Context, name: str) -> bool:
 def _values(command: click.Command, path: Path, table: str) -> dict[str, Any]:
     """The file's values by the names that click has for the options."""
     found = _read(path)
-    found = found[table] if isinstance(found.get(table), dict) else found
     options = {
         flag.removeprefix("--"): option
         for option in command.params
         if isinstance(option, click.Option) and option.expose_value
         for flag in option.opts
     }
+    if isinstance(inner := found.get(table), dict):
+        if outside := [key for key in found if key.replace("_", "-") in options]:
+            raise UsageError(
+                f"{path} has {outside[0]!r} outside of its table [{table}]", remedy=f"Move it below [{table}]"
+            )
+        found = inner
     values = {}
     for key, value in found.items():
         option = options.get(key.replace("_", "-"))
@@ -78,10 +83,18 @@ def _value(path: Path, key: str, value: Any, option: click.Option) -> Any:
     if isinstance(value, list):
         items = [_text(item) for item in value]
         return items if option.multiple else ",".join(items)
-    if isinstance(value, dict) or option.is_flag is not isinstance(value, bool):
-        kind = "true or false" if option.is_flag else "a number or a text"
+    kind, fits = "a number or a text", isinstance(value, int | float | str) and not isinstance(value, bool)
+    if option.is_flag:
+        kind, fits = "true or false", isinstance(value, bool)
+    elif option.type is click.INT:
+        kind, fits = "a whole number", type(value) is int
+    elif option.type is click.FLOAT:
+        kind, fits = "a number", type(value) in (int, float)
+    if not fits:
         raise UsageError(f"{path}: {key} is {value!r}", remedy=f"Give {kind}")
-    return [_text(value)] if option.multiple else value
+    if option.multiple:
+        return [_text(value)]
+    return value if option.is_flag else _text(value)
 
 
 def _text(value: Any) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from bnexport.data.catalogue import DATASETS
+from bnexport.cli.dataset_name import DatasetName
 from bnexport.optional import need_packages
 from bnexport.runtimes.catalogue import RUNNERS
 from bnexport.training.config import DEVICES
@@ -15,7 +15,7 @@ from bnexport.training.config import DEVICES
 
 @click.command("evaluate")
 @click.argument("path", type=click.Path(path_type=Path))
-@click.option("--dataset", type=click.Choice(tuple(DATASETS)), help="Whose test images.  [default: PATH's own]")
+@click.option("--dataset", type=DatasetName(), help="Whose test images.  [default: PATH's own]")
 @click.option("--data-dir", type=click.Path(path_type=Path), metavar="DIR", help="Folder of data sets.")
 @click.option(
     "--runtime",

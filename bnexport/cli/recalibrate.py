@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from bnexport.data.catalogue import DATASETS
+from bnexport.cli.dataset_name import DatasetName
 from bnexport.evaluating.request import DEFINITIONS, RecalibrationRequest
 from bnexport.optional import need_packages
 from bnexport.training.config import DEVICES
@@ -24,7 +24,7 @@ _DEFAULT = RecalibrationRequest()
     default=_DEFAULT.definition,
     help="; ".join(f"{name}: {meaning}" for name, meaning in DEFINITIONS.items()) + ".",
 )
-@click.option("--dataset", type=click.Choice(tuple(DATASETS)), help="Whose images.  [default: CHECKPOINT's own]")
+@click.option("--dataset", type=DatasetName(), help="Whose images.  [default: CHECKPOINT's own]")
 @click.option("--data-dir", type=click.Path(path_type=Path), metavar="DIR", help="Folder of data sets.")
 @click.option("--samples", type=int, metavar="N", help="Training images, chosen at random.  [default: all]")
 @click.option("--batch-size", type=int, default=_DEFAULT.batch_size, help="Images at once, at most.")

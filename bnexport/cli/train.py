@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bnexport.cli.config_file import config_option, was_given
-from bnexport.data.catalogue import DATASETS
+from bnexport.cli.dataset_name import DatasetName
 from bnexport.nn.lenet import NORMS
 from bnexport.optional import need_packages
 from bnexport.training.config import AMP, DEVICES, OPTIMIZERS, SCHEDULES, TrainingConfig
@@ -23,9 +23,9 @@ _DEFAULT = TrainingConfig()
 @config_option("train")
 @click.option(
     "--dataset",
+    type=DatasetName(),
     default=_DEFAULT.dataset,
-    metavar="NAME",
-    help=f"What to train on: {', '.join(DATASETS)}, or folder:PATH with train/CLASS/*.png and val/CLASS/*.png.",
+    help="What to train on; a folder has train/CLASS/*.png and val/CLASS/*.png.",
 )
 @click.option("--data-dir", type=click.Path(path_type=Path), metavar="DIR", help="Folder that holds FashionMNIST/raw.")
 @click.option(

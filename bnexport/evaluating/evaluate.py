@@ -11,8 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from bnexport.bundle import MANIFEST, Bundle
-from bnexport.data.catalogue import dataset_info
-from bnexport.data.datasets import load_test_images
+from bnexport.data.datasets import dataset_labels, load_test_images
+from bnexport.data.prepare import prepared
+from bnexport.data.preprocessing import Preprocessing
 from bnexport.environment import environment
 from bnexport.errors import DataError, UsageError
 from bnexport.evaluating.confusion import TOP_K, ClassScores, Confusion, wilson_interval
@@ -150,6 +151,14 @@ def count_confusion(
     return confusion
 
 
+class _FittingPredictor(Predictor):
+    """A predictor for images of any size, as data sets have them: (n, H, W) or (n, C, H, W)."""
+
+    def logits(self, images: Array) -> Array:
+        """See ``Predictor.logits``."""
+        return super().logits(prepared(images, self.preprocessing))
+
+
 def _evaluate_bundle(path: Path, request: EvaluationRequest, on_batch: OnBatch | None) -> Evaluation:
     for option, value in (("--device", request.device), ("--source", request.source)):
         if value is not None:
@@ -160,8 +169,8 @@ def _evaluate_bundle(path: Path, request: EvaluationRequest, on_batch: OnBatch |
     bundle = Bundle.open(path)
     dataset = _named(request.dataset or bundle.manifest.dataset, path)
     runtime = request.runtime or DEFAULT_RUNTIME
-    with Predictor(bundle, runtime=runtime, batch_size=request.batch_size) as predictor:
-        subject = _Subject(path, runtime, dataset, bundle.manifest.dataset)
+    with _FittingPredictor(bundle, runtime=runtime, batch_size=request.batch_size) as predictor:
+        subject = _Subject(path, runtime, dataset, bundle.manifest.dataset, predictor.preprocessing)
         return _evaluation(predictor, subject, request, on_batch)
 
 
@@ -179,7 +188,7 @@ def _evaluate_checkpoint(path: Path, request: EvaluationRequest, on_batch: OnBat
     trained = load_trained(path, source=request.source)
     dataset = trained.dataset(request.dataset)
     classifier = NetworkClassifier(trained.model.module, trained.preprocessing, device)
-    subject = _Subject(trained.file, f"torch-{device.type}", dataset, trained.model.dataset)
+    subject = _Subject(trained.file, f"torch-{device.type}", dataset, trained.model.dataset, trained.preprocessing)
     return _evaluation(classifier, subject, request, on_batch)
 
 
@@ -195,13 +204,16 @@ class _Subject:
     runtime: str
     dataset: str
     trained_on: str | None
+    preprocessing: Preprocessing
 
 
 def _evaluation(
     classifier: Classifier, subject: _Subject, request: EvaluationRequest, on_batch: OnBatch | None
 ) -> Evaluation:
-    labels = dataset_info(subject.dataset).labels
-    images, truth = load_test_images(subject.dataset, data_dir=request.data_dir, download=True)
+    labels = dataset_labels(subject.dataset, data_dir=request.data_dir)
+    images, truth = load_test_images(
+        subject.dataset, data_dir=request.data_dir, download=True, preprocessing=subject.preprocessing
+    )
     found = count_confusion(
         classifier, images, truth, classes=len(labels), batch_size=request.batch_size, on_batch=on_batch
     )

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bnexport.data.prepare import prepared
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import DataError, ModelError, RuntimeUnavailable, UsageError
 from bnexport.nn.calling import place_of
@@ -109,7 +110,7 @@ class NetworkClassifier:
         self._device = device
 
     def logits(self, images: Array) -> Array:
-        """Scores (n, classes) of uint8 images (n, height, width) or (n, height, width, channels).
+        """Scores (n, classes) of uint8 images (n, height, width) or (n, channels, height, width) of any size.
 
         Raises:
             DataError: The images do not fit the preprocessing, or the scores are not finite.
@@ -144,15 +145,15 @@ def fails_on(X: Tensor, error: Exception, module: nn.Module) -> ModelError:
 
 
 def inputs_of(images: Array, preprocessing: Preprocessing) -> Tensor:
-    """uint8 images as an input (n, channels, height, width)."""
-    return torch.from_numpy(preprocessing.apply(images))
+    """uint8 images (n, H, W) or (n, C, H, W) as an input (n, channels, height, width), resized where they do not fit."""
+    return torch.from_numpy(preprocessing.apply(prepared(images, preprocessing)))
 
 
 def input_batches(images: Array, order: Array, batch_size: int, preprocessing: Preprocessing) -> Iterator[Tensor]:
     """Inputs in batches of nearly equal size, at most ``batch_size``, so that no single image is left for the last.
 
     Args:
-        images: uint8 (n, height, width) or with channels.
+        images: uint8 (n, height, width) or (n, channels, height, width).
         order: Indices of the images that are used.
         batch_size: At least 1.
         preprocessing: Of the network.

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bnexport.data.catalogue import dataset_info
-from bnexport.data.datasets import load_test_images, load_train_images
+from bnexport.data.datasets import dataset_labels, load_test_images, load_train_images
+from bnexport.data.preprocessing import Preprocessing
 from bnexport.environment import environment
 from bnexport.errors import BnexportError, ModelError, OutputError
 from bnexport.evaluating.confusion import wilson_interval
@@ -115,17 +115,18 @@ def recalibrate_checkpoint(
             remedy="Give a network that was trained with batch normalization",
         )
     name = trained.dataset(request.dataset)
-    train, _ = load_train_images(name, data_dir=request.data_dir, download=True)
+    fitting = trained.preprocessing
+    train, _ = load_train_images(name, data_dir=request.data_dir, download=True, preprocessing=fitting)
     order = _chosen(len(train), request)
     classifier = NetworkClassifier(module, trained.preprocessing, device)
-    before = _accuracy(classifier, name, request)
+    before = _accuracy(classifier, name, request, fitting)
     old = {path: tuple(value.clone() for value in mean_and_var(layer)) for path, layer in layers.items()}
     _recalibrate(trained, _Feed(train, order, request, trained, on_batch), device)
     rows = tuple(
         compare(path, layer, moving=(old[path][0], old[path][1]), exact=mean_and_var(layer))
         for path, layer in layers.items()
     )
-    after = _accuracy(classifier, name, request)
+    after = _accuracy(classifier, name, request, fitting)
     facts = {
         "definition": request.definition,
         "dataset": name,
@@ -186,9 +187,11 @@ def _chosen(n: int, request: RecalibrationRequest) -> Array:
     return np.random.default_rng(request.seed).permutation(n)[: request.samples]
 
 
-def _accuracy(classifier: NetworkClassifier, name: str, request: RecalibrationRequest) -> Accuracy:
-    images, labels = load_test_images(name, data_dir=request.data_dir, download=True)
-    classes = len(dataset_info(name).labels)
+def _accuracy(
+    classifier: NetworkClassifier, name: str, request: RecalibrationRequest, fitting: Preprocessing
+) -> Accuracy:
+    images, labels = load_test_images(name, data_dir=request.data_dir, download=True, preprocessing=fitting)
+    classes = len(dataset_labels(name, data_dir=request.data_dir))
     found = count_confusion(classifier, images, labels, classes=classes, batch_size=BATCH_SIZE, on_batch=None)
     return Accuracy(found.correct, found.n)
 

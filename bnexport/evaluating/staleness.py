@@ -79,7 +79,7 @@ def sampled_staleness(
     preprocessing = Preprocessing.from_json(subject.preprocessing)
     if not norm_layers(subject.module):
         return StalenessReport((), 0)
-    images, _ = load_train_images(subject.dataset, data_dir=data_dir, download=download)
+    images, _ = load_train_images(subject.dataset, data_dir=data_dir, download=download, preprocessing=preprocessing)
     order = np.random.default_rng(0).permutation(len(images))[:SAMPLE]
     batches = list(input_batches(images, order, BATCH_SIZE, preprocessing))
     with strict_float32(), torch.random.fork_rng(devices=[]):

@@ -3,6 +3,7 @@
 Safetensors holds no code, so opening an unknown file runs nothing. The metadata is JSON under the one key
 ``bnexport``::
 
+    format         number of this layout, FORMAT; files from before it had one have none
     network        {"source": "bn_lenet", "options": {"norm": "torch", "in_channels": 1, "num_classes": 10}}
     dataset        name of the data set
     labels         class names in the order of the logits
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
 
 #: Key of the JSON text in the safetensors header.
 METADATA_KEY = "bnexport"
+#: Of the files written here. It grows when an older version would misunderstand them; such files are refused there.
+FORMAT = 1
 #: Start of the names of the optimiser's tensors; no module has a slash in its name.
 OPTIMIZER = "optimizer/"
 #: The files of a run directory that hold weights, the finished one first.
@@ -58,7 +61,7 @@ class Checkpoint:
 
     Attributes:
         state: State dict, on the CPU when loaded.
-        metadata: JSON values; the keys are in this module's docstring.
+        metadata: JSON values; the keys are in this module's docstring, but for ``format``, which belongs to the file.
         optimizer: What the optimiser remembers, by names of its own; {} for one that remembers nothing.
     """
 
@@ -77,7 +80,7 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
     # clone: safetensors refuses tensors that share memory, as tied weights do.
     named = {**checkpoint.state, **{OPTIMIZER + name: value for name, value in checkpoint.optimizer.items()}}
     state = {name: value.detach().cpu().clone().contiguous() for name, value in named.items()}
-    text = json.dumps(checkpoint.metadata, allow_nan=False)
+    text = json.dumps({"format": FORMAT, **checkpoint.metadata}, allow_nan=False)
     write_atomically(Path(path), safetensors.save(state, metadata={METADATA_KEY: text}))
 
 
@@ -85,7 +88,8 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     """Read a file written by ``save_checkpoint``.
 
     Raises:
-        ModelError: The file is missing, empty, damaged, not safetensors, or safetensors without bnexport's metadata.
+        ModelError: The file is missing, empty, damaged, not safetensors, safetensors without bnexport's metadata, or of a
+            newer format.
     """
     every, metadata = _read_tensors(path)
     state = _weights_of(every)
@@ -101,10 +105,22 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
             value = parse_json(text, max_bytes=limit("safetensors-header"))
     except UnicodeEncodeError as error:
         raise ModelError(f"the metadata of {path} can't be read: {one_line(error)}", remedy=_REMEDY) from error
+    if isinstance(value, dict):
+        _check_format(path, value.pop("format", FORMAT))
     network = value.get("network") if isinstance(value, dict) else None
     if not isinstance(network, dict) or not isinstance(network.get("source"), str):
         raise ModelError(f"the metadata of {path} does not name a network", remedy=_REMEDY)
     return Checkpoint(state, value, optimizer)
+
+
+def _check_format(path: str | Path, found: Any) -> None:
+    if type(found) is not int or found < 1:
+        raise ModelError(f"the metadata of {path} names the format {found!r}, which is no number", remedy=_REMEDY)
+    if found > FORMAT:
+        raise ModelError(
+            f"{path} has format {found}, this bnexport reads up to {FORMAT}",
+            remedy="Update bnexport: pip install --upgrade bnexport",
+        )
 
 
 def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -7,7 +7,7 @@ Kinds of source, tried in this order::
     bn_lenet                      a network of bnexport, with weights
     torchvision:resnet18          a network of torchvision by its name
     timm:repvgg_a0                a network of timm by its name
-    file.py:factory               a function that returns a module
+    file.py:factory               a function that returns a module; with a run's checkpoint as weights, also what it says
     package.module:factory
 """
 
@@ -82,11 +82,7 @@ def load_source(source: str, *, weights: Path | None = None, options: Mapping[st
             remedy="Give a run directory, a .safetensors checkpoint, torchvision:NAME, timm:NAME, or file.py:factory of"
             " your own network",
         )
-    module = call_factory(source, options)
-    if weights is not None:
-        load_weights(module, weights)
-    name = source.rpartition(":")[2]
-    return LoadedModel(_in_eval_mode(module), name, {"source": source, "options": options})
+    return _from_factory(source, weights, options)
 
 
 def _from_path(path: Path, source: str, weights: Path | None, options: Mapping[str, Any]) -> LoadedModel:
@@ -99,6 +95,21 @@ def _from_path(path: Path, source: str, weights: Path | None, options: Mapping[s
     if options:
         raise UsageError(f"{source} brings its own options", remedy="Leave --model-option out")
     return _from_checkpoint(checkpoint_file(path))
+
+
+def _from_factory(source: str, weights: Path | None, options: Mapping[str, Any]) -> LoadedModel:
+    """A user's own network; a checkpoint that was trained with this very factory tells its options, labels and the rest."""
+    told: Mapping[str, Any] = {}
+    if weights is not None and is_safetensors(weights) and METADATA_KEY in read_safetensors(weights)[1]:
+        metadata = load_checkpoint(weights).metadata
+        if Path(metadata["network"]["source"]).name == Path(source).name:  # the folder may have moved
+            told = metadata
+    options = {**((told.get("network") or {}).get("options") or {}), **options}
+    network = {"source": source, "options": options}
+    module = call_factory(source, options)
+    if weights is not None:
+        load_weights(module, weights)
+    return _told(module, network, None, told)
 
 
 def _from_name(source: str, weights: Path | None, options: Mapping[str, Any]) -> LoadedModel:
@@ -117,6 +128,12 @@ def _from_name(source: str, weights: Path | None, options: Mapping[str, Any]) ->
 def _from_checkpoint(path: Path) -> LoadedModel:
     checkpoint = load_checkpoint(path)
     metadata = checkpoint.metadata
+    source = str(metadata["network"]["source"])
+    if source not in KNOWN and zoo_of(source) is None:
+        raise ModelError(
+            f"{path} holds the weights of your own network {source}, but not its code",
+            remedy=f"Name its code and these weights: {source} --weights {path}",
+        )
     module = build_known(metadata["network"])
     try:
         module.load_state_dict(checkpoint.state)
@@ -124,15 +141,25 @@ def _from_checkpoint(path: Path) -> LoadedModel:
         raise ModelError(
             f"{path} does not hold the weights of the network that it names: {one_line(error)}", remedy="Train again"
         ) from error
-    labels = metadata.get("labels")
+    return _told(module, metadata["network"], sample_facts(metadata["network"], module)[0], metadata)
+
+
+def _told(
+    module: nn.Module, network: Mapping[str, Any], shape: tuple[int, ...] | None, metadata: Mapping[str, Any]
+) -> LoadedModel:
+    """A network with what its checkpoint's metadata say; ``shape`` of a sample where they do not."""
+    labels, image = metadata.get("labels"), metadata.get("preprocessing")
+    if isinstance(image, dict):  # a zoo's network may be trained on another size than its package names
+        sides = [side for name in ("channels", "height", "width") if isinstance(side := image.get(name), int)]
+        shape = tuple(sides) if len(sides) == 3 else shape
     return LoadedModel(
         _in_eval_mode(module),
-        str(metadata["network"]["source"]).rpartition(":")[2],
-        metadata["network"],
-        sample_facts(metadata["network"], module)[0],
+        str(network["source"]).rpartition(":")[2],
+        network,
+        shape,
         metadata.get("dataset"),
         None if labels is None else tuple(labels),
-        metadata.get("preprocessing"),
+        image,
         {**(metadata.get("training") or {}), **{key: metadata.get(key) for key in _RECALIBRATED if key in metadata}},
     )
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from bnexport.errors import FeedError
+from bnexport.errors import FeedError, ModelError
 from bnexport.nn.batch_norm import BatchNorm
 
 
@@ -28,19 +28,45 @@ def synchronised(model: nn.Module) -> nn.Module:
 
     Returns:
         The model, or the new layer where the model is itself a BatchNorm.
+
+    Raises:
+        ModelError: A layer of the user's own kind, whose forward does something else too.
     """
-    if isinstance(model, BatchNorm):
-        return _twin(model, SyncedScratchBatchNorm.__new__(SyncedScratchBatchNorm))
-    if isinstance(model, nn.modules.batchnorm._BatchNorm) and model.running_mean is not None:
-        if model.running_mean.is_cuda:
-            on_gpu: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
-            return on_gpu
-        return _twin(model, SyncedBatchNorm.__new__(SyncedBatchNorm))
-    for name, child in list(model.named_children()):
-        new = synchronised(child)
-        if new is not child:
-            setattr(model, name, new)
-    return model
+    made: dict[int, nn.Module] = {}  # a layer may have several names in the network
+
+    def visit(module: nn.Module) -> nn.Module:
+        if id(module) not in made:
+            made[id(module)] = _synced(module)
+            if made[id(module)] is module:
+                for name, child in module._modules.items():
+                    if child is not None:
+                        module._modules[name] = visit(child)
+        return made[id(module)]
+
+    return visit(model)
+
+
+def _synced(layer: nn.Module) -> nn.Module:
+    """The layer over all processes; the same object for what is no BatchNorm with moving statistics, or is synced."""
+    scratch = isinstance(layer, BatchNorm)
+    if not scratch and (not isinstance(layer, nn.modules.batchnorm._BatchNorm) or layer.running_mean is None):
+        return layer
+    if isinstance(layer, SyncedScratchBatchNorm | SyncedBatchNorm | nn.SyncBatchNorm):
+        return layer
+    if type(layer).forward is not (BatchNorm if scratch else nn.modules.batchnorm._BatchNorm).forward:
+        raise ModelError(
+            f"a {type(layer).__name__} does more than BatchNorm in its forward, so it can't be synchronised",
+            remedy="Leave --sync-batch-norm out, or build the network with torch's own BatchNorm",
+        )
+    if scratch:
+        return _twin(layer, SyncedScratchBatchNorm.__new__(SyncedScratchBatchNorm))
+    if next(layer.buffers()).is_cuda:
+        on_gpu: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(layer)  # type: ignore[no-untyped-call]
+        return on_gpu
+    new = _twin(layer, SyncedBatchNorm.__new__(SyncedBatchNorm))
+    dimensions: Any = layer._check_input_dim
+    new.__dict__["_check_input_dim"] = dimensions  # 2-D, 3-D, ... as the layer had it
+    return new
 
 
 def _twin(layer: nn.Module, new: nn.Module) -> nn.Module:
@@ -55,6 +81,7 @@ class SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
         """Normalise X of shape (N, C) or (N, C, ...)."""
         if not self.training or self.running_mean is None or self.running_var is None:
             return super().forward(X)
+        self._check_input_dim(X)  # type: ignore[no-untyped-call]
         Y, mean, var, count = _normalised(X, self.weight, self.bias, self.eps)
         with torch.no_grad():
             assert self.num_batches_tracked is not None
@@ -63,13 +90,6 @@ class SyncedBatchNorm(nn.modules.batchnorm._BatchNorm):
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), weight)
             self.running_var.lerp_((var * (count / (count - 1))).to(self.running_var.dtype), weight)
         return Y
-
-    def _check_input_dim(self, X: Tensor) -> None:
-        if X.dim() < 2:
-            raise FeedError(
-                f"BatchNorm got an input of {X.dim()} dimensions, expected (N, C, ...)",
-                remedy="Give it batches of samples",
-            )
 
 
 class SyncedScratchBatchNorm(BatchNorm):
@@ -82,13 +102,18 @@ class SyncedScratchBatchNorm(BatchNorm):
         Y, mean, var, count = _normalised(X, self.gamma, self.beta, self.eps)
         with torch.no_grad():
             kept = var * (count / (count - 1)) if self.unbiased else var
-            self.moving_mean.mul_(self.momentum).add_(mean.to(X.dtype), alpha=1.0 - self.momentum)
-            self.moving_var.mul_(self.momentum).add_(kept.to(X.dtype), alpha=1.0 - self.momentum)
+            self.moving_mean.mul_(self.momentum).add_(mean.to(self.moving_mean.dtype), alpha=1.0 - self.momentum)
+            self.moving_var.mul_(self.momentum).add_(kept.to(self.moving_var.dtype), alpha=1.0 - self.momentum)
         return Y
 
 
 def _normalised(X: Tensor, gamma: Any, beta: Any, eps: float) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Y, and over all processes the mean and biased variance (float64 (C,)) and the number of values per channel."""
+    """Y, and over all processes the mean and biased variance (float64 (C,)) and the number of values per channel.
+
+    Half precision is widened, as torch's own kernels do.
+    """
+    given = X.dtype
+    X = X.float() if given in (torch.bfloat16, torch.float16) else X
     local = X.numel() // X.shape[1]
     dims = [dim for dim in range(X.dim()) if dim != 1]
     with torch.no_grad():
@@ -106,7 +131,8 @@ def _normalised(X: Tensor, gamma: Any, beta: Any, eps: float) -> tuple[Tensor, T
     X_hat = _Normalise.apply(X, mean.view(shape), var.view(shape), eps, count)
     if gamma is not None:
         X_hat = X_hat * gamma.view(shape)
-    return (X_hat if beta is None else X_hat + beta.view(shape)), mean, var, count
+    Y = X_hat if beta is None else X_hat + beta.view(shape)
+    return Y.to(given), mean, var, count
 
 
 def _merged(mean: Tensor, var: Tensor, count: int) -> tuple[Tensor, Tensor, int]:

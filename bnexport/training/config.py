@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from bnexport.data.catalogue import DATASETS
+from bnexport.data.catalogue import DATASETS, FOLDER, is_dataset
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import UsageError
 from bnexport.nn.lenet import NORMS
@@ -17,8 +17,6 @@ OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("constant", "cosine")
 #: Automatic mixed precision; float16 scales the loss and is for CUDA alone.
 AMP = ("off", "bfloat16", "float16")
-#: Start of a data set's name: a folder of images, as torchvision's ImageFolder.
-FOLDER = "folder:"
 LENET = "bn_lenet"
 _START_ANEW = "Start the training anew with --force"
 
@@ -82,18 +80,22 @@ class TrainingConfig:
             raise UsageError(f"--norm {self.norm} is for bn_lenet, not {self.model}", remedy="Leave --norm out")
         if self.momentum and self.optimizer != "sgd":
             raise UsageError(f"{self.optimizer} has no momentum of its own to set", remedy="Leave --momentum out")
+        if self.dataset.startswith(FOLDER) and self.model != LENET and not self.input:
+            raise UsageError(
+                f"the pictures of {self.dataset} have no one size", remedy="Pass the model's with --input, as 3x64x64"
+            )
         self.preprocessing((1, 28, 28))
 
     def _check_choices(self) -> None:
         for name, value, choices in (
-            ("dataset", self.dataset, (*DATASETS, "folder:PATH")),
+            ("dataset", self.dataset, (*DATASETS, f"{FOLDER}PATH")),
             ("norm", self.norm, NORMS),
             ("optimizer", self.optimizer, OPTIMIZERS),
             ("schedule", self.schedule, SCHEDULES),
             ("amp", self.amp, AMP),
             ("device", self.device, DEVICES),
         ):
-            if value not in choices and not (name == "dataset" and value.startswith(FOLDER) and value != FOLDER):
+            if value not in choices and not (name == "dataset" and is_dataset(value)):
                 raise UsageError(f"the {name} {value!r} is unknown", remedy=f"Choose one of {', '.join(choices)}")
 
     def _check_numbers(self) -> None:

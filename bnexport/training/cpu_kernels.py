@@ -46,7 +46,7 @@ def pooling_by_products(model: nn.Module) -> Iterator[None]:
     Args:
         model: Its ``nn.AvgPool2d`` layers are changed inside the block, and put back after it.
     """
-    changed = [module for module in model.modules() if type(module) is nn.AvgPool2d and _without_overlap(module)]
+    changed = [module for module in model.modules() if type(module) is nn.AvgPool2d and _replaceable(module)]
     for module in changed:
         module.__dict__["forward"] = _Pooling(module)
     try:
@@ -56,10 +56,12 @@ def pooling_by_products(model: nn.Module) -> Iterator[None]:
             del module.__dict__["forward"]
 
 
-def _without_overlap(module: nn.AvgPool2d) -> bool:
+def _replaceable(module: nn.AvgPool2d) -> bool:
+    """Whether the windows do not overlap, and nobody else has put a forward of his own there."""
     kernel = module.kernel_size
     return (
-        isinstance(kernel, int)
+        "forward" not in module.__dict__
+        and isinstance(kernel, int)
         and module.stride in (kernel, (kernel, kernel))
         and module.padding == 0
         and not module.ceil_mode
@@ -84,6 +86,7 @@ class _Pooling:
             or X.shape[2] % k
             or X.shape[3] % k
             or not X.is_contiguous()
+            or torch.is_autocast_enabled("cpu")  # it would round the product to bfloat16, a pooling it does not
         ):
             pooled: Tensor = self._torch(X)
             return pooled

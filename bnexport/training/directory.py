@@ -118,13 +118,13 @@ class RunDirectory:
         with output_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.path / LOCK, timeout=0)
-        try:
-            with output_errors(self.path):
+        with output_errors(self.path):
+            try:
                 lock.acquire()
-        except Timeout as error:
-            raise OutputError(
-                f"another run is writing into {self.path}", remedy="Wait for its end, or choose another --out"
-            ) from error
+            except Timeout as error:  # an OSError too
+                raise OutputError(
+                    f"another run is writing into {self.path}", remedy="Wait for its end, or choose another --out"
+                ) from error
         try:
             yield
         finally:

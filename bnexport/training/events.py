@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from bnexport.files import output_errors
 from bnexport.optional import require
+from bnexport.training.config import TrainingConfig
 from bnexport.training.progress import EpochMetrics, Progress
 
 #: Name in TensorBoard -> field of EpochMetrics. Both losses share one chart, both accuracies another.
@@ -23,16 +25,24 @@ class EventFiles(Progress):
     """Listener that writes each epoch's numbers."""
 
     def __init__(self, folder: Path) -> None:
-        """Open the folder.
+        """Find the package; the folder is written from ``on_start`` on, so that a refused run leaves none behind.
 
         Raises:
             MissingDependency: tensorboard is not installed.
-            OutputError: The folder can't be written.
         """
         require("tensorboard", purpose="--tensorboard")
-        writer = require("torch.utils.tensorboard", purpose="--tensorboard").SummaryWriter
-        with output_errors(folder):
-            self._writer = writer(str(folder))
+        self._make = require("torch.utils.tensorboard", purpose="--tensorboard").SummaryWriter
+        self._folder = folder
+        self._writer: Any = None
+
+    def on_start(self, config: TrainingConfig, device: str, origin: str, first_epoch: int) -> None:  # noqa: ARG002
+        """Open a file.
+
+        Raises:
+            OutputError: The folder can't be written.
+        """
+        with output_errors(self._folder):
+            self._writer = self._make(str(self._folder))
 
     def on_epoch(self, metrics: EpochMetrics) -> None:
         """Write the epoch's numbers; they are on disk afterwards."""
@@ -42,4 +52,5 @@ class EventFiles(Progress):
 
     def on_end(self) -> None:
         """Close the file."""
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()

@@ -102,6 +102,7 @@ class Epochs:
             if on_batch is not None:
                 on_batch(number + 1, len(batches))
         self.world.add_up(sums.loss, sums.hits, sums.losses)
+        self.world.same_buffers(self.step.model)
         _refuse_diverged(self.step.model, sums.losses)
         return Outcome(sums.loss.item() / len(order), sums.hits.item() / len(order))
 

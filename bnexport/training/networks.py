@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from bnexport.nn.factories import call_factory
 from bnexport.nn.known import KNOWN, build_known
 from bnexport.nn.zoo import zoo_of
 from bnexport.optional import one_line
+from bnexport.reproducibility import seeded
 from bnexport.training.config import LENET, TrainingConfig
 
 _LENET_SIDE = 28
@@ -37,14 +39,24 @@ def build_network(config: TrainingConfig, classes: int, preprocessing: Preproces
         MissingDependency: The package that defines it is not installed.
     """
     facts = network_facts(config, classes, preprocessing)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+    with seeded(config.seed):
         if facts["source"] in KNOWN or zoo_of(facts["source"]) is not None:
             network = build_known(facts)
         else:
             network = call_factory(facts["source"], facts["options"])
         _check_scores(network, facts, classes, preprocessing)
     return network.train()
+
+
+def leaves_parameters_unused(network: nn.Module, preprocessing: Preprocessing) -> bool:
+    """Whether a step gives some parameter no gradient, as one of a head that is switched off; a copy is tried."""
+    twin = copy.deepcopy(network).train()
+    with seeded(0), torch.enable_grad():
+        scores = twin(torch.rand(2, preprocessing.channels, preprocessing.height, preprocessing.width))
+        if not isinstance(scores, Tensor):  # the first step will say what is wrong
+            return False
+        torch.autograd.backward(scores.sum())
+    return any(parameter.requires_grad and parameter.grad is None for parameter in twin.parameters())
 
 
 def _check_scores(network: nn.Module, facts: Mapping[str, Any], classes: int, preprocessing: Preprocessing) -> None:

@@ -90,13 +90,13 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Te
     try:
         for key, value in tensors.items():
             number, _, name = key.partition(".")
+            if int(number) not in range(len(parameters)):
+                raise ValueError(f"{key} is of no parameter")
             if value.dim() and value.shape != parameters[int(number)].shape:
                 raise ValueError(f"{key} has shape {tuple(value.shape)}")
             state.setdefault(int(number), {})[name] = value
-        if state and set(state) != set(range(len(parameters))):
-            raise ValueError(f"{len(state)} of {len(parameters)} parameters have a state")
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    except (ValueError, IndexError, KeyError) as error:
+    except (ValueError, KeyError) as error:
         raise ModelError(
             f"the optimiser's state in the checkpoint does not fit the network: {one_line(error)}",
             remedy="Start anew with --force",

@@ -11,18 +11,24 @@ import torch
 from torch import nn
 
 from bnexport.data.datasets import Dataset, load_dataset
+from bnexport.data.prepare import prepared
 from bnexport.data.preprocessing import Preprocessing
+from bnexport.environment import cpu_name
 from bnexport.errors import ModelError, RuntimeUnavailable, UsageError
 from bnexport.nn.batch_norm import BatchNorm
+from bnexport.nn.synced_batch_norm import synchronised
 from bnexport.optional import one_line
 from bnexport.training.config import TrainingConfig
 from bnexport.training.directory import CHECKPOINT, Saved
-from bnexport.training.networks import build_network
+from bnexport.training.networks import build_network, leaves_parameters_unused
 from bnexport.training.optimisers import make_optimizer, restore_optimizer
 from bnexport.training.processes import World
 from bnexport.training.progress import Progress
 from bnexport.training.samples import Samples, make_samples
 from bnexport.training.step import Step
+
+#: Channels, height and width of the images of DATASETS, where --input does not say another shape.
+_SHAPE = (1, 28, 28)
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,7 @@ class Prepared:
         test: The test part.
         world: The processes.
         scaler: State of the scaling of the loss, from the checkpoint.
+        unused: Whether a step leaves parameters without a gradient; asked for several processes only.
     """
 
     config: TrainingConfig
@@ -50,11 +57,19 @@ class Prepared:
     test: Samples
     world: World
     scaler: Mapping[str, Any]
+    unused: bool = False
 
     def step(self, model: nn.Module) -> Step:
         """The step of a network that has this one's parameters."""
         config = self.config
-        step = Step(model, self.optimizer, label_smoothing=config.label_smoothing, amp=config.amp, world=self.world)
+        step = Step(
+            model,
+            self.optimizer,
+            label_smoothing=config.label_smoothing,
+            amp=config.amp,
+            world=self.world,
+            unused=self.unused,
+        )
         if self.scaler:
             step.scaler.load_state_dict(dict(self.scaler))
         return step
@@ -72,7 +87,7 @@ def prepare(
 
     Raises:
         DataError, NetworkError: As ``data.datasets.load_dataset``.
-        ModelError: The network can't be built, or the saved weights do not fit it.
+        ModelError: The network can't be built, the saved weights do not fit it, or its BatchNorm can't be synchronised.
         UsageError: A batch would leave a BatchNorm without a variance.
         RuntimeUnavailable: float16 was asked for on a CPU.
     """
@@ -80,36 +95,41 @@ def prepare(
         raise RuntimeUnavailable(
             "--amp float16 needs a CUDA device", remedy="Use --amp bfloat16, which a CPU can do too, or leave it out"
         )
+    preprocessing = config.preprocessing(_SHAPE)
     # The leading process downloads and decodes; the others read what it left.
-    dataset = world.leader_first(lambda: _load(config, data_dir, listener))
-    preprocessing = config.preprocessing(_shape_of(dataset))
+    dataset = world.leader_first(lambda: _load(config, preprocessing, data_dir, listener))
     model = build_network(config, len(dataset.labels), preprocessing)
     check_last_batch(config, model, len(dataset.train_labels), world)
     if saved is not None:
         _restore(model, saved)
+    unused = world.size > 1 and leaves_parameters_unused(model, preprocessing)
     model.to(world.device)
+    if config.sync_batch_norm and world.size > 1:
+        model = synchronised(model)
     optimizer = make_optimizer(model, config, world.device)
     if saved is not None and saved.optimizer:
         restore_optimizer(optimizer, saved.optimizer)
     train, test = (
-        make_samples(images, labels, preprocessing, world.device)
+        make_samples(prepared(images, preprocessing), labels, preprocessing, world.device)
         for images, labels in (
             (dataset.train_images, dataset.train_labels),
             (dataset.test_images, dataset.test_labels),
         )
     )
     scaler = saved.scaler if saved is not None else {}
-    return Prepared(config, dataset, preprocessing, model, optimizer, train, test, world, scaler)
+    return Prepared(config, dataset, preprocessing, model, optimizer, train, test, world, scaler, unused)
 
 
-def _load(config: TrainingConfig, data_dir: str | Path | None, listener: Progress) -> Dataset:
-    return load_dataset(config.dataset, data_dir=data_dir, progress=listener.on_download)
-
-
-def _shape_of(dataset: Dataset) -> tuple[int, int, int]:
-    """Channels, height and width of a data set's images."""
-    shape = dataset.train_images.shape[1:]
-    return (1, *shape) if len(shape) == 2 else (shape[0], shape[1], shape[2])
+def _load(
+    config: TrainingConfig, preprocessing: Preprocessing, data_dir: str | Path | None, listener: Progress
+) -> Dataset:
+    return load_dataset(
+        config.dataset,
+        data_dir=data_dir,
+        progress=listener.on_download,
+        preprocessing=preprocessing,
+        on_picture=listener.on_files,
+    )
 
 
 def _restore(model: nn.Module, saved: Saved) -> None:
@@ -152,12 +172,14 @@ class MadeBy:
 
     Attributes:
         device: "cpu", or the GPU's name.
+        processor: The CPU's name: kernels are chosen by it.
         processes: How many trained together.
         threads: Of each process, on a CPU.
         torch: Version.
     """
 
     device: str
+    processor: str
     processes: int
     threads: int
     torch: str
@@ -169,7 +191,7 @@ class MadeBy:
     def differs_from(self, before: Mapping[str, Any]) -> str | None:
         """Why a resumed run may end with other weights than one without the interruption; None when it does not."""
         changed = [
-            f"{name} {before[name]} before, {value} now"
+            f"{name} was {before[name]}, is {value}"
             for name, value in self.to_json().items()
             if name in before and before[name] != value
         ]
@@ -184,4 +206,4 @@ def made_by(world: World) -> MadeBy:
     """What this run's weights depend on."""
     cpu = world.device.type == "cpu"
     device = "cpu" if cpu else torch.cuda.get_device_name(world.device)
-    return MadeBy(device, world.size, torch.get_num_threads() if cpu else 0, torch.__version__)
+    return MadeBy(device, cpu_name(), world.size, torch.get_num_threads() if cpu else 0, torch.__version__)

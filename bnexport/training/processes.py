@@ -87,18 +87,47 @@ class World:
         result: T = told[0]
         return result
 
+    def same_buffers(self, model: nn.Module) -> None:
+        """Give every process the leading one's buffers: without synchronised BatchNorm each has statistics of its own."""
+        if self.size > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, src=0)
+
+    def all_do(self, act: Callable[[], T]) -> T:
+        """What each process finds by itself; an error of bnexport in one is raised by all, so that the first one tells it."""
+        if self.size == 1:
+            return act()
+        found: list[T] = []
+        error: BnexportError | None = None
+        try:
+            found.append(act())
+        except BnexportError as caught:
+            error = caught
+        errors: list[Any] = [None] * self.size
+        dist.all_gather_object(errors, error)
+        for rank, one in enumerate(errors):
+            if one is not None:
+                where = "" if rank == 0 else f"process {rank}: "
+                raise type(one)(f"{where}{one.message}", remedy=one.remedy) from error
+        return found[0]
+
     def leader_first(self, act: Callable[[], T]) -> T:
         """What each process finds, the leading one before the others: it may leave files that they then read."""
         found: list[T] = []
         self.told_by_leader(lambda: found.append(act()))
         return found[0] if self.leads else act()
 
-    def parallel(self, model: nn.Module) -> nn.Module:
-        """The network as this process calls it in training: with gradients averaged over all."""
+    def parallel(self, model: nn.Module, *, unused: bool = False) -> nn.Module:
+        """The network as this process calls it in training: with gradients averaged over all.
+
+        Args:
+            model: The network.
+            unused: Whether a step may leave parameters without a gradient; looking for them takes time.
+        """
         if self.size == 1:
             return model
         ids = [self.device.index or 0] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(model, device_ids=ids)
+        return nn.parallel.DistributedDataParallel(model, device_ids=ids, find_unused_parameters=unused)
 
 
 def asked_rank() -> int:
@@ -110,6 +139,9 @@ def asked_rank() -> int:
 def open_world(device: str) -> Iterator[World]:
     """Join the processes that torchrun started; alone without it.
 
+    A program that trains several times joins them once, by ``torch.distributed.init_process_group``: torch's meeting place
+    of a closed group can't be used again.
+
     Args:
         device: One of ``config.DEVICES``.
 
@@ -119,11 +151,16 @@ def open_world(device: str) -> Iterator[World]:
     """
     rank, size, local = asked_rank(), _number("WORLD_SIZE", 1), _number("LOCAL_RANK", 0)
     kind = choose_device(device)
+    if rank >= size:
+        raise UsageError(f"RANK is {rank} of WORLD_SIZE {size}", remedy="Start the processes with torchrun")
     if size == 1:
         yield World(device=kind)
         return
-    if rank >= size:
-        raise UsageError(f"RANK is {rank} of WORLD_SIZE {size}", remedy="Start the processes with torchrun")
+    for variable in ("MASTER_ADDR", "MASTER_PORT"):
+        if not os.environ.get(variable):
+            raise UsageError(
+                f"WORLD_SIZE is {size}, but {variable} is not set", remedy="Start the processes with torchrun"
+            )
     if kind.type == "cuda":
         if local >= torch.cuda.device_count():
             raise RuntimeUnavailable(
@@ -134,13 +171,20 @@ def open_world(device: str) -> Iterator[World]:
         torch.cuda.set_device(kind)
     with _lost_process_named():
         backend = "nccl" if kind.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=_PATIENCE, device_id=kind if kind.type == "cuda" else None)
+        joined = dist.is_initialized()
+        if not joined:
+            dist.init_process_group(backend, timeout=_PATIENCE, device_id=kind if kind.type == "cuda" else None)
         try:
             yield World(rank, size, kind)
         finally:
-            with contextlib.suppress(Exception), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                dist.destroy_process_group()
+            if not joined:
+                _leave()
+
+
+def _leave() -> None:
+    with contextlib.suppress(Exception), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dist.destroy_process_group()
 
 
 def choose_device(name: str) -> torch.device:

@@ -8,12 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from bnexport.errors import Diverged, UsageError
 from bnexport.nn.checkpoint import Checkpoint
 from bnexport.nn.moving_statistics import recalibrate
-from bnexport.nn.synced_batch_norm import synchronised
+from bnexport.reproducibility import seeded
 from bnexport.training.config import TrainingConfig
 from bnexport.training.cpu_kernels import pooling_by_products
 from bnexport.training.directory import RunDirectory, Saved
@@ -37,7 +35,7 @@ def train(
 ) -> TrainingResult:
     """Train a classifier and write a run directory.
 
-    Under torchrun every process calls it, with the same arguments; the first one writes and tells.
+    Under torchrun every process calls it; the first one's recipe counts for all, and it alone writes and tells.
 
     Args:
         config: The recipe.
@@ -59,9 +57,11 @@ def train(
     """
     if resume and force:
         raise UsageError("--resume and --force contradict each other", remedy="Give one of them")
-    directory = RunDirectory(out)
+    directory, given = RunDirectory(out), config
     with open_world(config.device) as world, contextlib.ExitStack() as held:
         listener = progress if progress is not None and world.leads else Progress()
+        held.callback(listener.on_end)
+        config = world.told_by_leader(lambda: given)
 
         def examined() -> Saved | None:
             directory.examine(config, resume=resume, force=force)  # a folder of somebody else's is not even locked
@@ -69,10 +69,8 @@ def train(
             return directory.examine(config, resume=resume, force=force)
 
         saved = world.told_by_leader(examined)
-        prepared = prepare(config, saved, world, data_dir=data_dir, listener=listener)
-        if world.leads:
-            directory.prepare(config, saved)
-        held.callback(listener.on_end)
+        prepared = world.all_do(lambda: prepare(config, saved, world, data_dir=data_dir, listener=listener))
+        world.told_by_leader(lambda: directory.prepare(config, saved))
         with pooling_by_products(prepared.model):
             return _Run(config, prepared, directory, world, listener).go(saved)
 
@@ -86,8 +84,6 @@ class _Run:
         self.config, self.directory, self.world, self.listener = config, directory, world, listener
         self.prepared, self.model, self.dataset = prepared, prepared.model, prepared.dataset
         self.history: list[dict[str, Any]] = []
-        if config.sync_batch_norm and world.size > 1:
-            self.model = synchronised(self.model)
         step = prepared.step(self.model)
         capture = can_capture(prepared.train, world, config.amp)
         self.epochs = Epochs(step, prepared.train, batch_size=config.batch_size, capture=capture)
@@ -101,8 +97,7 @@ class _Run:
             self.listener.on_note(note)
         for epoch in range(len(self.history) + 1, self.config.epochs + 1):
             metrics = self._take_epoch(epoch)
-            if self.world.leads:
-                self.directory.save(self._checkpoint())
+            self.world.told_by_leader(lambda: self.directory.save(self._checkpoint()))
             self.listener.on_epoch(metrics)
         return self._finish()
 
@@ -144,10 +139,11 @@ class _Run:
         plain = float(self.history[-1]["test_accuracy"])
         recalibrated = self._recalibrate() if self.config.recalibrate else None
         accuracies = {"moving": plain, "recalibrated": recalibrated}
-        if self.world.leads:
-            self.directory.save_model(
+        self.world.told_by_leader(
+            lambda: self.directory.save_model(
                 self._checkpoint(recalibrated=recalibrated is not None, accuracies=accuracies, whole=False)
             )
+        )
         return result_of(
             self.config, self.model, self.directory, self.dataset.origin, self.world, self.history, accuracies
         )
@@ -197,8 +193,7 @@ class _Run:
 
 @contextlib.contextmanager
 def _own_randomness(seed: int, epoch: int, world: World) -> Iterator[None]:
-    """Dropout and the like draw from the seed, the epoch and the process: a resumed run draws the same."""
+    """Dropout and a network's own draws start from the seed, the epoch and the process: a resumed run draws the same."""
     devices = [world.device] if world.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(epoch_seed(seed, epoch, world.rank, 1))
+    with seeded(epoch_seed(seed, epoch, world.rank, 1), devices=devices):
         yield

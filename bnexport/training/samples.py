@@ -69,7 +69,7 @@ class Streamed:
         forwards = np.argsort(batch)
         pixels = np.empty((len(batch), *self.images.shape[1:]), np.uint8)
         pixels[forwards] = self.images[batch[forwards]]
-        X = torch.from_numpy(self.preprocessing.apply(_channels_last(pixels)))
+        X = torch.from_numpy(self.preprocessing.apply(pixels))
         return X, torch.from_numpy(np.ascontiguousarray(self.labels[batch]))
 
     def _arrived(self, X: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,10 +89,5 @@ def make_samples(images: Array, labels: Array, preprocessing: Preprocessing, dev
     """
     if images.size * 4 > RESIDENT_BYTES:
         return Streamed(images, labels, preprocessing, device)
-    inputs = torch.from_numpy(preprocessing.apply(_channels_last(images)))
+    inputs = torch.from_numpy(preprocessing.apply(images))
     return Resident(inputs.to(device), torch.from_numpy(np.ascontiguousarray(labels)).to(device))
-
-
-def _channels_last(images: Array) -> Array:
-    """As ``Preprocessing.apply`` takes them: (n, height, width) or (n, height, width, channels)."""
-    return images if images.ndim == 3 else images.transpose(0, 2, 3, 1)

@@ -53,9 +53,10 @@ class Step:
         label_smoothing: float = 0.0,
         amp: str = "off",
         world: World | None = None,
+        unused: bool = False,
     ) -> None:
         self.world = world or World()
-        self.model, self.optimizer = self.world.parallel(model), optimizer
+        self.model, self.optimizer = self.world.parallel(model, unused=unused), optimizer
         self.loss_of = nn.CrossEntropyLoss(reduction="sum", label_smoothing=label_smoothing)
         self.amp = _AMP.get(amp)
         self.scaler = torch.amp.GradScaler("cuda", enabled=amp == "float16")

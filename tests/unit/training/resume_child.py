@@ -1,0 +1,23 @@
+"""A process of test_processes: ``resume_child.py RUN`` goes on with it for one more epoch."""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from bnexport.cli.training_display import TrainingDisplay
+from bnexport.nn.checkpoint import load_checkpoint, save_checkpoint
+from bnexport.training.config import TrainingConfig
+from bnexport.training.processes import asked_rank
+from bnexport.training.run import train
+
+if __name__ == "__main__":
+    out = Path(sys.argv[1])
+    checkpoint = load_checkpoint(out / "checkpoint.safetensors")
+    epochs = checkpoint.metadata["training"]["epoch"]
+    # The run was started for more: as if it had been asked for one more than it has.
+    checkpoint.metadata["training"]["config"]["epochs"] = epochs
+    if asked_rank() == 0:
+        save_checkpoint(out / "checkpoint.safetensors", checkpoint)
+    config = TrainingConfig.from_json(checkpoint.metadata["training"]["config"])
+    with TrainingDisplay() as display:
+        train(replace(config, epochs=epochs + 1), out=out, resume=True, progress=display)

@@ -1,0 +1,205 @@
+"""Kill -9 at random moments, a disk that is full, two runs at once: real processes, real signals, real limits."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from bnexport.nn.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from bnexport.training.preparation import MadeBy
+
+HERE = Path(__file__).parent
+ROOT = Path(__file__).parents[3]
+TRAIN = [sys.executable, "-m", "bnexport", "train", "--dataset", "digits", "--device", "cpu", "--batch-size", "1024"]
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs POSIX signals")
+
+
+def environment():
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"}
+
+
+def bnexport_train(*options, limit=None, timeout=120):
+    """The command in a process of its own, whose files may not grow beyond ``limit`` bytes."""
+    limited = None if limit is None else lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    return subprocess.run(
+        [*TRAIN, *map(str, options)],
+        env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False, preexec_fn=limited,
+    )  # fmt: skip
+
+
+def test_twenty_kills_at_random_moments_resume_to_the_same_weights(tmp_path):
+    """Momentum, AdamW, cosine with warm-up, dropout, draws of numpy and Python, bfloat16: bit by bit, optimiser included."""
+    done = subprocess.run(
+        [sys.executable, str(HERE / "killed_child.py"), str(tmp_path), "1"],
+        env=environment(), capture_output=True, text=True, timeout=280, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    kills = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(kills) == 20
+    assert [kill for kill in kills if kill["difference"] or kill["left"]] == []
+    assert len({(kill["recipe"], kill["at"], kill["count"]) for kill in kills}) >= 15
+    assert {kill["epochs"] for kill in kills} >= {0, 1, 2}
+    assert any(kill["parts"] for kill in kills), "none hit a file that was written beside its place"
+
+
+@pytest.fixture(scope="module")
+def one_epoch(tmp_path_factory):
+    out = tmp_path_factory.mktemp("run") / "a"
+    done = bnexport_train("--epochs", 1, "--out", out)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def sentences(done):
+    assert "Traceback" not in done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == 2, done.stderr
+    return lines
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "config.json"}
+
+
+def test_a_file_that_may_not_grow_leaves_the_checkpoint(tmp_path, one_epoch):
+    out = tmp_path / "a"
+    shutil.copytree(one_epoch, out)
+    before = contents(out)
+    limit = (out / "checkpoint.safetensors").stat().st_size // 2
+    done = bnexport_train("--out", out, "--resume", "--epochs", 2, limit=limit)
+    assert done.returncode == 2
+    assert "checkpoint.safetensors can't be written: [Errno 27] File too large" in sentences(done)[0]
+    assert contents(out) == before
+    assert bnexport_train("--out", out, "--resume", "--epochs", 2).returncode == 0
+
+
+def namespaces():
+    command = ["unshare", "-Urm", "sh", "-c", "mount -t tmpfs -o size=64k none /mnt"]
+    try:
+        return subprocess.run(command, capture_output=True, timeout=20, check=False).returncode == 0
+    except OSError:
+        return False
+
+
+FULL = """
+set -e
+mount -t tmpfs -o size=800k none "$1"
+cp -r "$2" "$1/a"
+dd if=/dev/zero of="$1/filler" bs=1k 2>/dev/null || true
+shift 2
+"$@" && code=0 || code=$?
+cp -r "$DISK/a" "$KEPT"
+exit $code
+"""
+
+
+@pytest.mark.skipif(not namespaces(), reason="this system lets no user mount a disk of his own")
+def test_a_full_disk_leaves_the_checkpoint(tmp_path, one_epoch):
+    disk, kept = tmp_path / "disk", tmp_path / "kept"
+    disk.mkdir()
+    command = [*TRAIN, "--out", str(disk / "a"), "--resume", "--epochs", "2"]
+    done = subprocess.run(
+        ["unshare", "-Urm", "sh", "-c", FULL, "sh", str(disk), str(one_epoch), *command],
+        env={**environment(), "DISK": str(disk), "KEPT": str(kept)},
+        cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "can't be written: [Errno 28] No space left on device" in sentences(done)[0]
+    assert contents(kept) == contents(one_epoch)
+
+
+def wait_until(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_two_runs_at_once_and_a_killed_one(tmp_path):
+    out = tmp_path / "a"
+    with subprocess.Popen(
+        [*TRAIN, "--epochs", "500", "--out", str(out)],
+        env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    ) as first:  # fmt: skip
+        try:
+            wait_until(lambda: (out / "checkpoint.safetensors").exists())
+            for option in ("--resume", "--force"):
+                second = bnexport_train("--out", out, option)
+                assert second.returncode == 2
+                assert f"another run is writing into {out}" in sentences(second)[0]
+            before = load_checkpoint(out / "checkpoint.safetensors").metadata["training"]["epoch"]
+            wait_until(lambda: load_checkpoint(out / "checkpoint.safetensors").metadata["training"]["epoch"] > before)
+            assert first.poll() is None
+        finally:
+            first.send_signal(signal.SIGKILL)
+            first.communicate()
+    assert (out / ".run.lock").exists()
+    done = bnexport_train("--out", out, "--force", "--epochs", 1)
+    assert done.returncode == 0, done.stderr
+
+
+BREAKS = """
+import torch
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.steps = torch.nn.Linear(784, 10), 0
+
+    def forward(self, X):
+        self.steps += self.training
+        return self.linear(X.flatten(1)) * (1.0 if self.steps != 2 * 6 + 2 else float("inf"))
+
+def build():
+    return Net()
+"""
+
+
+# --- what is said of a resumed run that may differ
+
+
+def test_what_differs_is_named():
+    now = MadeBy("cpu", "a", 2, 1, "2.14")
+    assert now.differs_from(now.to_json()) is None
+    assert now.differs_from({}) is None, "older checkpoints do not say"
+    for name, value in {"processor": "b", "processes": 3, "threads": 4, "torch": "2.13"}.items():
+        note = now.differs_from({**now.to_json(), name: value})
+        assert note is not None
+        assert f"{name} was {value}, is {now.to_json()[name]}" in note
+    assert "on a GPU" in str(MadeBy("H100", "a", 1, 0, "2.14").differs_from({}))
+
+
+def test_a_resumed_run_with_other_threads_says_so(tmp_path, one_epoch):
+    out = tmp_path / "a"
+    shutil.copytree(one_epoch, out)
+    saved = load_checkpoint(out / "checkpoint.safetensors")
+    saved.metadata["training"]["made_by"]["threads"] = 64
+    save_checkpoint(out / "checkpoint.safetensors", Checkpoint(saved.state, saved.metadata, saved.optimizer))
+    done = bnexport_train("--out", out, "--resume", "--epochs", 2)
+    assert done.returncode == 0, done.stderr
+    assert "note: the resumed weights may differ by rounding" in done.stdout
+    assert "threads was 64, is 1" in done.stdout
+
+
+def test_a_loss_that_is_not_finite_names_epoch_batch_and_checkpoint(tmp_path):
+    """The network becomes infinite in the middle of its third epoch."""
+    (tmp_path / "net.py").write_text(BREAKS)
+    out = tmp_path / "a"
+    done = bnexport_train("--model", f"{tmp_path / 'net.py'}:build", "--out", out, "--lr", 0.01, "--epochs", 4)
+    assert done.returncode == 2
+    message, remedy = sentences(done)
+    assert "no longer finite in batch 2 of 6 of epoch 3" in message
+    assert f"{out / 'checkpoint.safetensors'} holds epoch 2, which was sound" in remedy
+    assert load_checkpoint(out / "checkpoint.safetensors").metadata["training"]["epoch"] == 2
+    assert not (out / "model.safetensors").exists()
