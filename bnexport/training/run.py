@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from bnexport.errors import Diverged, UsageError
 from bnexport.nn.checkpoint import Checkpoint
-from bnexport.nn.moving_statistics import recalibrate
+from bnexport.nn.moving_statistics import norm_layers, recalibrate
+from bnexport.nn.stale_statistics import staleness
 from bnexport.reproducibility import seeded
 from bnexport.training.config import TrainingConfig
 from bnexport.training.cpu_kernels import pooling_by_products
@@ -75,6 +77,10 @@ def train(
             return _Run(config, prepared, directory, world, listener).go(saved)
 
 
+#: Training images on which the statistics are looked at: enough to tell 0.15 standard deviations from chance.
+_LOOKED_AT = 1024
+
+
 class _Run:
     """A run between its preparation and its result."""
 
@@ -137,36 +143,35 @@ class _Run:
     def _finish(self) -> TrainingResult:
         """Re-estimate the moving statistics if asked for, and write the result."""
         plain = float(self.history[-1]["test_accuracy"])
+        stale = self._look_at_statistics()
         recalibrated = self._recalibrate() if self.config.recalibrate else None
         accuracies = {"moving": plain, "recalibrated": recalibrated}
         self.world.told_by_leader(
             lambda: self.directory.save_model(
-                self._checkpoint(recalibrated=recalibrated is not None, accuracies=accuracies, whole=False)
+                self._result(recalibrated is not None, {"test_accuracy": accuracies, "staleness": stale})
             )
         )
         return result_of(
             self.config, self.model, self.directory, self.dataset.origin, self.world, self.history, accuracies
         )
 
-    def _checkpoint(
-        self,
-        *,
-        recalibrated: bool = False,
-        accuracies: dict[str, float | None] | None = None,
-        whole: bool = True,
-    ) -> Checkpoint:
-        """The weights now, with what is known about them; ``whole``: and what it takes to go on."""
+    def _checkpoint(self) -> Checkpoint:
+        """The weights now, with what is known about them and what it takes to go on."""
+        found = self._result(False, {})
+        if scaler := self.epochs.step.scaler.state_dict():
+            found.metadata["training"]["scaler"] = scaler
+        return replace(found, optimizer=optimizer_tensors(self.prepared.optimizer))
+
+    def _result(self, recalibrated: bool, facts: Mapping[str, Any]) -> Checkpoint:
+        """The weights now, with what is known about them."""
         training: dict[str, Any] = {
             "epoch": len(self.history),
             "epochs": self.config.epochs,
             "config": self.config.to_json(),
             "history": self.history,
             "made_by": made_by(self.world).to_json(),
+            **facts,
         }
-        if whole and (scaler := self.epochs.step.scaler.state_dict()):
-            training["scaler"] = scaler
-        if accuracies is not None:
-            training["test_accuracy"] = accuracies
         metadata = {
             "network": network_facts(self.config, len(self.dataset.labels), self.prepared.preprocessing),
             "dataset": self.dataset.name,
@@ -175,15 +180,26 @@ class _Run:
             "training": training,
             "recalibrated": recalibrated,
         }
-        remembered = optimizer_tensors(self.prepared.optimizer) if whole else {}
-        return Checkpoint(self.model.state_dict(), metadata, remembered)
+        return Checkpoint(self.model.state_dict(), metadata)
+
+    def _look_at_statistics(self) -> dict[str, Any] | None:
+        """Tell how stale the moving statistics are, on some training images; None for a network without."""
+        if not norm_layers(self.model):
+            return None
+        samples, size = self.prepared.train, self.config.batch_size
+        order = epoch_order(samples.count, seed=self.config.seed, epoch=0)[: max(_LOOKED_AT, size)]
+        whole = order[: max(len(order) // size * size, min(size, len(order)))]  # no batch of one image at the end
+        report = staleness(self.model, batches_of(samples, whole, size))
+        if report.stale:
+            done = "; model.safetensors holds them re-estimated" if self.config.recalibrate else ""
+            self.listener.on_note(report.sentence() + done)
+        return report.to_json()
 
     def _recalibrate(self) -> float | None:
         """Test accuracy with re-estimated statistics; None for a network without moving statistics."""
         samples = self.prepared.train
-        order = epoch_order(
-            samples.count, seed=self.config.seed, epoch=0
-        )  # a set sorted by label would skew the batches
+        # A set that is sorted by label would skew the batches.
+        order = epoch_order(samples.count, seed=self.config.seed, epoch=0)
         layers = recalibrate(self.model, batches_of(samples, order, self.config.batch_size))
         return self._tested().accuracy if layers else None
 
