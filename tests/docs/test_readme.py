@@ -41,6 +41,8 @@ def problem(words: list[str]) -> str | None:
     """Why a command line can't be run as written; None when it can."""
     if words[0].startswith(("scripts/", ".ci/")):
         return None if os.access(ROOT / words[0], os.X_OK) else f"{words[0]} is not an executable file"
+    if words[0] == "torchrun" and "bnexport" in words:
+        words = words[words.index("bnexport") :]
     if words[0] != "bnexport":
         return f"{words[0]} is not a command of this project"
     context = click.Context(cli, info_name="bnexport")

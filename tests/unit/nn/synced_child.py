@@ -1,4 +1,4 @@
-"""A process of test_synced_batch_norm: ``synced_child.py RANK SIZE FOLDER``. Writes what it computed, by case."""
+"""A process of test_synced_batch_norm: ``synced_child.py RANK SIZE FOLDER``. Saves what it computed, by case."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 
 from bnexport.errors import ModelError, OutputError
-from bnexport.nn.checkpoint import Checkpoint, load_checkpoint, read_arrays, read_safetensors, save_checkpoint
+from bnexport.nn.checkpoint import FORMAT, Checkpoint, load_checkpoint, read_arrays, read_safetensors, save_checkpoint
 from bnexport.nn.lenet import bn_lenet
 
 METADATA = {
@@ -122,3 +122,22 @@ def test_arrays_of_a_damaged_file(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "x.safetensors").write_bytes(content)
     with pytest.raises(ModelError, match=r"x\.safetensors"):
         read_arrays(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [(FORMAT + 1, f"has format {FORMAT + 1}, this bnexport reads up to {FORMAT}"), ("x", "'x'"), (0, "0")],
+)
+def test_the_format_is_numbered_and_a_newer_one_refused(tmp_path, number, message):
+    file = tmp_path / "a"
+    save_checkpoint(file, Checkpoint({"x": torch.ones(1)}, METADATA))
+    assert json.loads(read_safetensors(file)[1]["bnexport"])["format"] == FORMAT
+    save_checkpoint(file, Checkpoint({"x": torch.ones(1)}, {**METADATA, "format": number}))
+    with pytest.raises(ModelError, match=message):
+        load_checkpoint(file)
+
+
+def test_a_file_from_before_formats_were_numbered(tmp_path):
+    content = safetensors.torch.save({"x": torch.ones(1)}, metadata={"bnexport": json.dumps(METADATA)})
+    (tmp_path / "a").write_bytes(content)
+    assert load_checkpoint(tmp_path / "a").metadata == METADATA

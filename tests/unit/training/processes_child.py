@@ -1,7 +1,4 @@
-"""A process of test_processes, started by torchrun: ``processes_child.py FOLDER``.
-
-Several checks, because a start takes seconds.
-"""
+"""A process of test_processes, started by torchrun with a folder. Several checks, because a start takes seconds."""
 
 from __future__ import annotations
 
@@ -72,6 +69,14 @@ def recorded(seen: list[list[int]]) -> Any:
     return batches
 
 
+def code_of(words: list[str]) -> object:
+    """The exit code; processes that follow leave silently."""
+    try:
+        return run(words)
+    except SystemExit as left:
+        return left.code
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -90,13 +95,13 @@ def main(folder: Path) -> None:
     words = ["train", "--dataset", "digits", "--device", "cpu", "--epochs", "2", "--batch-size", "15"]
     own = ["--model", f"{folder / 'net.py'}:Net", "--momentum", "0.5", "--lr", "0.01"]
     found["codes"] = {
-        "told once": run([*words, "--out", str(folder / "told"), *own]),
-        "resumed": run(["train", "--out", str(folder / "told"), "--resume", "--epochs", "3"]),
-        "small batch": run([*words[:-1], "2", "--out", str(folder / "small")]),
-        "diverged": run([*words, "--norm", "none", "--lr", "1e38", "--out", str(folder / "diverged")]),
+        "told once": code_of([*words, "--out", str(folder / "told"), *own]),
+        "resumed": code_of(["train", "--out", str(folder / "told"), "--resume", "--epochs", "3"]),
+        "small batch": code_of([*words[:-1], "2", "--out", str(folder / "small")]),
+        "diverged": code_of([*words, "--norm", "none", "--lr", "1e38", "--out", str(folder / "diverged")]),
     }
     preparation.load_dataset = broken_for_one  # type: ignore[assignment]
-    found["codes"]["one is broken"] = run([*words, "--out", str(folder / "broken")])
+    found["codes"]["one is broken"] = code_of([*words, "--out", str(folder / "broken")])
     (folder / f"{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 
