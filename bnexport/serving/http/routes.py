@@ -1,4 +1,4 @@
-"""The table of routes, and the handlers of the protocol. A web page or another door adds rows here."""
+"""The table of routes, and the handlers of the protocol."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from bnexport.screening.refusal import shown
 from bnexport.serving.http.classify import classify
 from bnexport.serving.http.exchange import Exchange
 from bnexport.serving.http.metrics import render
+from bnexport.serving.http.page import models, page, report
 from bnexport.serving.http.reply import BINARY, JSON, TEXT, Reply, json_reply
 from bnexport.serving.http.request import header_length
 from bnexport.serving.http.state import State
@@ -177,6 +178,9 @@ ROUTES: tuple[Route, ...] = (
     Route("POST", "v2/repository/models/{name}/load", load),
     Route("POST", "v2/repository/models/{name}/unload", unload),
     Route("GET", "metrics", metrics),
+    Route("GET", "", page, probe=True),
+    Route("GET", "models", models),
+    Route("GET", "models/{name}/versions/{version}/report", report),
 )
 
 
@@ -224,9 +228,9 @@ def _search(method: str, path: str) -> Found:
     wanted = "GET" if method == "HEAD" else method
     methods = []
     for pattern, route in _BY_LENGTH.get(len(segments), ()):
-        if all(part == have or (part[0] == "{" and have) for part, have in zip(pattern, segments, strict=True)):
+        if all(part == have or (part[:1] == "{" and have) for part, have in zip(pattern, segments, strict=True)):
             if route.method == wanted:
-                captured = tuple(have for part, have in zip(pattern, segments, strict=True) if part[0] == "{")
+                captured = tuple(have for part, have in zip(pattern, segments, strict=True) if part[:1] == "{")
                 return Found(route.pattern, route.handler, captured, route.probe)
             methods.append(route.method)
     if methods:
