@@ -26,6 +26,7 @@ class _Workers(click.ParamType[int | None]):
 @click.argument("path", type=_FILE)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 is every one.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
+@click.option("--reuse-port", is_flag=True, help="Share the port with other servers started so, one per core.")
 @click.option(
     "--runtime",
     type=click.Choice([spec.name for spec in RUNNERS]),
@@ -74,5 +75,6 @@ def _settings(options: dict[str, Any]) -> Any:
         **{name: options[name] for name in ("host", "port", "grace", "poll", "access_log", "token_file", "middleware")},
         tls=None if certificate is None else (certificate, key),
         allow_load=options["allow_load"],
+        reuse_port=options["reuse_port"],
         models=models,
     )

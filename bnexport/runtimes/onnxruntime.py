@@ -66,6 +66,7 @@ class OnnxRuntimeRunner(Runner):
         self.signature = signature
         self.effective_device = "cpu" if device == "cpu" else "cuda:0"
         self._file, self._device = file, device
+        self._outputs = [spec.name for spec in signature.outputs]
         self._settings = settings or RunSettings()
         self._ort = load_engine()
         self._session = self._opened()
@@ -133,8 +134,7 @@ class OnnxRuntimeRunner(Runner):
     def _run(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
         if self._settings.binding:
             return self._run_bound(feeds)
-        names = [spec.name for spec in self.signature.outputs]
-        return dict(zip(names, self._session.run(names, dict(feeds)), strict=True))
+        return dict(zip(self._outputs, self._session.run(self._outputs, dict(feeds)), strict=True))
 
     def _run_bound(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
         """Inputs put into the device's memory, outputs left there by the engine and fetched."""

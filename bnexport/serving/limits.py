@@ -26,6 +26,9 @@ class ServingLimits:
         512 * _MB, "bytes of all bodies held at a time", "many clients together fill the memory too"
     )
     head_bytes: int = _limit(32 * _KB, "bytes of a request's line and headers", "a browser sends 1 kB")
+    json_bytes: int = _limit(
+        16 * _MB, "bytes of a request that is all JSON", "a fifth of a second to parse; binary is faster"
+    )
     header_json_bytes: int = _limit(
         _MB, "bytes of JSON before binary tensors", "names and shapes; the tensors come after"
     )

@@ -128,6 +128,7 @@ CASES: tuple[Case, ...] = (
     Case("a single surrogate", 400, "not JSON", text(r'{"id": "\ud800", "inputs": []}')),
     Case("JSON 100,000 levels deep", 400, "not JSON", text("[" * 100_000 + "]" * 100_000)),
     Case("a million lists", 413, "lists and objects", text("[" + ",".join(["[]"] * 1_000_000) + "]")),
+    Case("20 MB of JSON", 413, "the limit is", text(_BODY + b" " * 20_000_000)),
     Case("a list for an object", 400, "no JSON object", text("[]")),
     Case("null", 400, "no JSON object", text("null")),
     Case("no inputs", 400, '"inputs"', text("{}")),

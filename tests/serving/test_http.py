@@ -7,15 +7,18 @@ import http.client
 import json
 import re
 import struct
+import subprocess
+import sys
 import threading
 import time
 import zlib
 
 import numpy as np
 import pytest
-from support.serving import INFER, PATIENCE, Server, binary, logits_of, tensor
+from support.serving import INFER, PATIENCE, Server, binary, logits_of, serving, tensor
 
 from bnexport import __version__
+from bnexport.runtimes.catalogue import runner_spec
 
 
 def close(got: np.ndarray, want: np.ndarray) -> bool:
@@ -202,6 +205,24 @@ def test_many_clients_get_their_own_answers(server: Server, images: np.ndarray, 
         s["batch_size"] for s in server.ask("GET", "/v2/models/bn_lenet/stats").json["model_stats"][0]["batch_stats"]
     }
     assert max(sizes - {12}) > 3, "no request ever shared a batch"
+
+
+def test_nothing_heavy_is_imported() -> None:
+    code = (
+        "import sys, bnexport.serving.http.server; "
+        "print(sorted({'torch', 'onnx', 'pydantic', 'starlette', 'PIL', 'matplotlib'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE, check=True)
+    assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("runtime", ["torchscript-cpu", "torch-cpu", "openvino-cpu"])
+def test_other_runtimes_serve_too(models, tmp_path, images: np.ndarray, logits: np.ndarray, runtime: str) -> None:
+    if (reason := runner_spec(runtime).available()) is not None:
+        pytest.skip(reason)
+    with serving(models, tmp_path / "log", "--runtime", runtime) as other:
+        assert close(logits_of(other.infer({"inputs": [tensor(images)]})), logits)
+        assert other.ask("GET", "/v2/models/bn_lenet/config").json["instance_group"][0]["kind"] == "KIND_CPU"
 
 
 def test_models_are_not_loaded_by_request_unless_allowed(server: Server) -> None:

@@ -325,6 +325,21 @@ def test_a_port_that_is_taken(server: Server, models: Path) -> None:
     assert f"port {server.port} can't be served on" in refused(str(models), "--port", str(server.port), code=2)
 
 
+def test_two_servers_share_a_port(models: Path, tmp_path: Path, images: np.ndarray) -> None:
+    with serving(models, tmp_path / "a", "--reuse-port") as first:
+        words = ["--reuse-port", "--port", str(first.port)]
+        with serving(models, tmp_path / "b", *words) as second:
+            assert first.port == second.port
+            value = {"inputs": [tensor(images)]}
+            until(lambda: first.infer(value).status == 200 and all(map(_answered, (first, second))))
+            assert second.stop() == 0
+        assert {first.infer(value).status for _ in range(20)} == {200}, "what is left answers all"
+
+
+def _answered(server: Server) -> bool:
+    return any(event.get("status") == 200 for event in server.events())
+
+
 def test_middleware_wraps_the_application(models: Path, tmp_path: Path) -> None:
     (tmp_path / "tracing.py").write_text(
         "class Trace:\n"

@@ -1,15 +1,21 @@
-"""Log lines as JSON, one object per line, written together and not one by one."""
+"""Log lines as JSON, one object per line, written by a thread: a reader who is slow must not stop the server."""
 
 from __future__ import annotations
 
 import asyncio
+import queue
+import threading
 import time
 from typing import IO, Any
 
 import orjson
 
-#: Seconds that a line may wait for others, and lines that are written at once.
+#: Seconds that a line may wait for others, and lines that are handed over at once.
 _DELAY, _MANY = 0.1, 1000
+#: Pieces that may wait for a slow reader; what comes when there are more is dropped, and counted.
+_PIECES = 256
+#: Seconds for the last lines at the end.
+_PATIENCE = 2.0
 
 
 class JsonLog:
@@ -24,7 +30,11 @@ class JsonLog:
         self.access = access
         self._stream = stream
         self._lines: list[bytes] = []
+        self._dropped = 0
         self._timer: asyncio.TimerHandle | None = None
+        self._pieces: queue.Queue[bytes | None] = queue.Queue(_PIECES)
+        self._thread = threading.Thread(target=self._write, name="bnexport-log", daemon=True)
+        self._thread.start()
 
     def event(self, what: str, /, **fields: Any) -> None:
         """Log an event at once."""
@@ -40,16 +50,35 @@ class JsonLog:
             self._timer = asyncio.get_running_loop().call_later(_DELAY, self.flush)
 
     def flush(self) -> None:
-        """Write what waits."""
+        """Hand over what waits."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
         lines, self._lines = self._lines, []
+        if self._dropped:
+            lines.append(_line({"time": round(time.time(), 6), "event": "log lines dropped", "lines": self._dropped}))
         try:
-            self._stream.write(b"".join(lines).decode())
-            self._stream.flush()
-        except (OSError, ValueError):  # the reader went away, or the disk is full
+            self._pieces.put_nowait(b"".join(lines))
+            self._dropped = 0
+        except queue.Full:
+            self._dropped += len(lines) - bool(self._dropped)
+
+    def close(self) -> None:
+        """Write what waits, unless nobody reads it."""
+        self.flush()
+        try:
+            self._pieces.put(None, timeout=_PATIENCE)
+        except queue.Full:
             return
+        self._thread.join(_PATIENCE)
+
+    def _write(self) -> None:
+        while (piece := self._pieces.get()) is not None:
+            try:
+                self._stream.write(piece.decode())
+                self._stream.flush()
+            except (OSError, ValueError):  # the reader went away, or the disk is full
+                continue
 
 
 def _line(fields: dict[str, Any]) -> bytes:

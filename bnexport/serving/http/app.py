@@ -126,7 +126,7 @@ async def _answer(send: Send, reply: Reply, exchange: Exchange, *, close: bool) 
     ]
     # What was not read of a request would be taken for the next one's time and memory.
     unread = not exchange.read and reply.status >= 400 and exchange.method == "POST"
-    if close or reply.close or unread:
+    if close or unread:
         headers.append((b"connection", b"close"))
     await send({"type": "http.response.start", "status": reply.status, "headers": headers})
     await send({"type": "http.response.body", "body": reply.body})

@@ -11,7 +11,9 @@ from bnexport.screening.refusal import shown
 _PICTURES = (b"image/png", b"image/jpeg", b"image/jpg", b"application/octet-stream", b"")
 _BOUNDARY = re.compile(rb'boundary=(?:"([^"\r\n]{1,70})"|([^\s";,]{1,70}))(?:\s*;|\s*\Z)', re.IGNORECASE)
 _FILENAME = re.compile(rb'filename="([^"\r\n]*)"')
+_CODING = re.compile(rb"content-transfer-encoding:\s*(?!(?:binary|8bit|7bit)\s*(?:\r|\Z))", re.IGNORECASE)
 _PART_HEADERS = 8192
+_AGAIN = "Let the HTTP library write the body"
 
 
 class Picture(NamedTuple):
@@ -66,21 +68,12 @@ def _parts(body: bytes, content_type: bytes, most: int) -> list[Picture]:
     return [_part(piece, index) for index, piece in enumerate(pieces)]
 
 
-_AGAIN = "Let the HTTP library write the body"
-
-
 def _part(piece: bytes, index: int) -> Picture:
     """One part: what stands after its boundary."""
     head, gap, content = piece.partition(b"\r\n\r\n")
     if not head.startswith(b"\r\n") or not gap or len(head) > _PART_HEADERS:
         raise RequestError(f"part {index} of the multipart data has no headers of its own", remedy=_AGAIN)
-    if (coding := re.search(rb"content-transfer-encoding:\s*([\w-]+)", head, re.IGNORECASE)) and coding[
-        1
-    ].lower() not in (
-        b"binary",
-        b"8bit",
-        b"7bit",
-    ):
+    if _CODING.search(head):
         raise RequestError(
             f"part {index} of the multipart data is coded", remedy="Send the picture's bytes as they are"
         )

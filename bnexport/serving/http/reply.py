@@ -14,7 +14,6 @@ from bnexport.errors import BadInput, BnexportError, MissingDependency, NotServi
 #: Bodies below this are not packed: it would cost more than it saves. (Some clients always say that they take gzip.)
 PACKED_BYTES = 1024
 JSON, BINARY, TEXT = b"application/json", b"application/octet-stream", b"text/plain; version=0.0.4; charset=utf-8"
-Headers = list[tuple[bytes, bytes]]
 
 
 @dataclass(slots=True)
@@ -26,14 +25,12 @@ class Reply:
         body: Whole.
         content_type: Its media type.
         headers: Beside those of every answer.
-        close: Whether the connection can't be used again, because not all of the request was read.
     """
 
     status: int
     body: bytes = b""
     content_type: bytes = JSON
     headers: tuple[tuple[bytes, bytes], ...] = ()
-    close: bool = False
 
 
 def json_reply(value: Any, status: int = 200) -> Reply:
@@ -85,4 +82,4 @@ def packed(reply: Reply, accepted: bytes) -> Reply:
     else:
         return reply
     headers = (*reply.headers, (b"content-encoding", coding), (b"vary", b"accept-encoding"))
-    return Reply(reply.status, body, reply.content_type, headers, reply.close)
+    return Reply(reply.status, body, reply.content_type, headers)

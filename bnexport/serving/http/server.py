@@ -7,7 +7,6 @@ import contextlib
 import gc
 import importlib
 import math
-import signal
 import socket
 import sys
 import time
@@ -41,6 +40,7 @@ class ServerSettings:
     Attributes:
         host: Address to bind.
         port: 0 takes a free one.
+        reuse_port: Whether several processes share the port; the system spreads the connections among them.
         grace: Seconds from SIGTERM until what is still not answered is given up.
         poll: Seconds between looks for new versions; None looks never.
         access_log: Whether each request gets a line on standard error.
@@ -53,6 +53,7 @@ class ServerSettings:
 
     host: str = "127.0.0.1"
     port: int = 8000
+    reuse_port: bool = False
     grace: float = 30.0
     poll: float | None = None
     access_log: bool = True
@@ -78,20 +79,22 @@ def serve(path: Path, settings: ServerSettings, *, announce: Callable[[str], Non
     """
     token = None if settings.token_file is None else read_token(settings.token_file)
     log = JsonLog(sys.stderr, access=settings.access_log)
-    listener = bound(settings.host, settings.port)
-    with contextlib.closing(listener):
-        repository = Repository(path, settings.models, log.event)
-        repository.load()
-        state = State(repository, AppSettings(settings.models.limits, token, settings.allow_load), log)
-        server = DrainingServer(_config(_wrapped(App(state), settings.middleware), settings), state, settings)
-        scheme = "https" if settings.tls else "http"
-        host, port = listener.getsockname()[:2]
-        shown = f"[{host}]" if ":" in host else host
-        names = ", ".join(f"{name} {version} ({entry.state.lower()})" for name, version, entry in repository.each())
-        try:
-            server.run([listener], on_start=lambda: announce(f"Serving {names} on {scheme}://{shown}:{port}"))
-        finally:
-            log.flush()
+    try:
+        with contextlib.closing(bound(settings.host, settings.port, reuse=settings.reuse_port)) as listener:
+            repository = Repository(path, settings.models, log.event)
+            repository.load()
+            state = State(repository, AppSettings(settings.models.limits, token, settings.allow_load), log)
+            server = DrainingServer(_config(_wrapped(App(state), settings.middleware), settings), state, settings)
+            server.run([listener], on_start=lambda: announce(_told(repository, listener, tls=settings.tls is not None)))
+    finally:
+        log.close()
+
+
+def _told(repository: Repository, listener: socket.socket, *, tls: bool) -> str:
+    host, port = listener.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    names = ", ".join(f"{name} {version} ({entry.state.lower()})" for name, version, entry in repository.each())
+    return f"Serving {names} on {'https' if tls else 'http'}://{shown}:{port}"
 
 
 class DrainingServer(uvicorn.Server):
@@ -110,7 +113,7 @@ class DrainingServer(uvicorn.Server):
         self._state, self._settings = state, settings
         state.tasks = self.server_state.tasks
         self._stop_at: float | None = None
-        self._polled, self._polling = time.monotonic(), False
+        self._polled = time.monotonic()
         self._poll_task: asyncio.Task[None] | None = None
         self._on_start: Callable[[], None] = lambda: None
 
@@ -226,16 +229,21 @@ def _expected(connection: object) -> bool:
     return isinstance(connection, LimitedConnection) and connection.expected
 
 
-def bound(host: str, port: int) -> socket.socket:
+def bound(host: str, port: int, *, reuse: bool = False) -> socket.socket:
     """A socket that is bound, so that the port is known before anything is loaded.
+
+    Args:
+        host: Address.
+        port: 0 takes a free one.
+        reuse: Whether other processes that say so too may listen there (SO_REUSEPORT).
 
     Raises:
         UsageError: The address or port can't be had.
     """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=2048)
-    except (OSError, OverflowError, UnicodeError) as error:
+        return socket.create_server((host, port), family=family, backlog=2048, reuse_port=reuse)
+    except (OSError, OverflowError, UnicodeError, ValueError) as error:
         raise UsageError(
             f"{host} port {port} can't be served on: {one_line(error)}", remedy="Choose another --host or --port"
         ) from error
@@ -294,7 +302,3 @@ def _config(app: Any, settings: ServerSettings) -> uvicorn.Config:
     except (OSError, ValueError) as error:
         raise UsageError(f"the TLS files can't be used: {one_line(error)}", remedy="Give PEM files") from error
     return config
-
-
-#: What the drain listens to.
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)

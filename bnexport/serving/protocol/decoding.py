@@ -24,6 +24,8 @@ from bnexport.tensors import Array, Signature, TensorSpec, check_feeds
 
 #: Headers no longer than this are remembered, as many as _REMEMBERED: a client sends the same one again and again.
 _SHORT, _REMEMBERED = 2048, 256
+#: numpy's element type -> what its bytes are read as.
+_STORED = {name: np.dtype("uint8" if name == "bool" else name) for name in DATATYPES}
 _SHAPES = "GET v2/models/NAME tells names, shapes and datatypes"
 
 
@@ -33,6 +35,7 @@ class _Input:
 
     spec: TensorSpec
     shape: tuple[int, ...]
+    count: int  # elements
     size: int  # bytes in the binary part
     data: Any  # JSON's data, when it is there
 
@@ -74,6 +77,12 @@ class Decoder:
         if header_length == 0:
             return self._raw(body)
         if header_length is None:
+            if len(body) > self._limits.json_bytes:
+                raise RequestError(
+                    f"the JSON has {len(body)} bytes, the limit is {self._limits.json_bytes}",
+                    remedy="Send the tensors in binary",
+                    status=413,
+                )
             plan, start = self._plan(body), len(body)
         else:
             if header_length > len(body) or header_length > self._limits.header_json_bytes:
@@ -124,7 +133,7 @@ class Decoder:
                 f"the body has {len(body)} bytes, one sample of {spec.name!r} has {row}", remedy="Send whole samples"
             )
         shape = (len(body) // row, *sizes)
-        item = _Input(spec, self._checked_shape(spec, list(shape)), len(body), None)
+        item = _Input(spec, self._checked_shape(spec, list(shape)), math.prod(shape), len(body), None)
         return InferRequest({spec.name: _from_bytes(body, 0, item)}, shape[0], self._wanted(None, binary=True))
 
     def _plan(self, text: bytes) -> _Plan:
@@ -176,14 +185,14 @@ class Decoder:
                 remedy='Send "data", or the parameter "binary_data_size" and the bytes after the JSON',
             )
         if size is None:
-            return _Input(spec, shape, 0, data)
+            return _Input(spec, shape, 0, 0, data)
         expected_size = math.prod(shape) * np.dtype(spec.dtype).itemsize
         if type(size) is not int or size != expected_size:
             raise RequestError(
                 f"input {spec.name!r} has binary_data_size {shown(str(size))}, its shape needs {expected_size}",
                 remedy="Send the bytes of the whole tensor",
             )
-        return _Input(spec, shape, size, None)
+        return _Input(spec, shape, math.prod(shape), size, None)
 
     def _checked_shape(self, spec: TensorSpec, shape: object) -> tuple[int, ...]:
         """Numbers that fit; Python's do not overflow, and the data has to be as long as they say."""
@@ -259,8 +268,7 @@ def load_json(text: bytes, *, brackets: int) -> Any:
 
 
 def _from_bytes(body: bytes, start: int, item: _Input) -> Array:
-    array = np.frombuffer(body, item.spec.dtype if item.spec.dtype != "bool" else "uint8", -1 if item.size == 0 else
-                          item.size // np.dtype(item.spec.dtype).itemsize, start).reshape(item.shape)  # fmt: skip
+    array: Array = np.frombuffer(body, _STORED[item.spec.dtype], item.count, start).reshape(item.shape)
     if item.spec.dtype == "bool":
         return checked_flags(array, item.spec.name)
     check_finite(array, item.spec.name)

@@ -10,6 +10,10 @@ import orjson
 
 from bnexport.serving.protocol.messages import BYTES, InferResponse, OutputTensor
 
+#: The JSON of answers that are all binary is the same again and again.
+_heads: dict[tuple[Any, ...], bytes] = {}
+_REMEMBERED = 256
+
 
 def encode_response(response: InferResponse) -> tuple[bytes, int | None]:
     """The body of an answer.
@@ -17,6 +21,9 @@ def encode_response(response: InferResponse) -> tuple[bytes, int | None]:
     Returns:
         The body, and the length of the JSON at its start; None when all of it is JSON.
     """
+    key = _key(response)
+    if key is not None and (head := _heads.get(key)) is not None:
+        return b"".join((head, *(tensor.data.tobytes() for tensor in response.outputs))), len(head)  # type: ignore[union-attr]
     chunks: list[bytes] = []
     outputs = [_described(tensor, chunks) for tensor in response.outputs]
     value: dict[str, Any] = {
@@ -29,7 +36,23 @@ def encode_response(response: InferResponse) -> tuple[bytes, int | None]:
     text = orjson.dumps(value, option=orjson.OPT_SERIALIZE_NUMPY)
     if not any(tensor.binary for tensor in response.outputs):
         return text, None
+    if key is not None:
+        if len(_heads) >= _REMEMBERED:
+            _heads.clear()
+        _heads[key] = text
     return b"".join((text, *chunks)), len(text)
+
+
+def _key(response: InferResponse) -> tuple[Any, ...] | None:
+    """All that the JSON before binary tensors depends on; None where it holds data or a client's id."""
+    if response.id:
+        return None
+    parts: list[Any] = [response.model, response.version]
+    for tensor in response.outputs:
+        if not tensor.binary or tensor.datatype == BYTES:
+            return None
+        parts += (tensor.name, tensor.datatype, tensor.shape)
+    return tuple(parts)
 
 
 def _described(tensor: OutputTensor, chunks: list[bytes]) -> dict[str, Any]:

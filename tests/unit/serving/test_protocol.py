@@ -9,16 +9,19 @@ from typing import Any
 import numpy as np
 import orjson
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from bnexport.errors import RequestError
 from bnexport.serving.limits import ServingLimits, limits_from, rows
 from bnexport.serving.protocol.answering import answer, classify
 from bnexport.serving.protocol.decoding import Decoder, load_json
 from bnexport.serving.protocol.encoding import encode_response
-from bnexport.serving.protocol.messages import DATATYPES, InferResponse, RequestedOutput
+from bnexport.serving.protocol.messages import DATATYPES, InferRequest, InferResponse, RequestedOutput
 from bnexport.tensors import DTYPES, Signature, TensorSpec
 
 LIMITS = ServingLimits()
+KEYS = ("inputs", "outputs", "parameters", "id", "name", "shape", "datatype", "data", "binary_data_size", "timeout")
 TWO = Signature(
     (TensorSpec("x", "float32", ("batch", 3)), TensorSpec("mask", "bool", ("batch", "length"))),
     (TensorSpec("y", "float32", ("batch", 3)), TensorSpec("n", "int64", ("batch",))),
@@ -148,6 +151,43 @@ def test_a_remembered_header_is_checked_against_each_body() -> None:
         text = head[:length].replace(b"{", b'{"id": "%d", ' % index, 1)
         assert decoder.decode(text + head[length:], len(text)).id == str(index)
     assert len(decoder._plans) <= 256
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from(["x", "FP32", [1, 4]]),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=6),
+    max_leaves=25,
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(value=JSON, key=st.sampled_from(KEYS), place=st.integers(0, 3), tail=st.binary(max_size=20))
+def test_no_json_gets_beyond_a_refusal(value: Any, key: str, place: int, tail: bytes) -> None:
+    """Anything instead of one value of a good request: decoded or refused, nothing else."""
+    request: dict[str, Any] = {"inputs": [{"name": "x", "shape": [1, 4], "datatype": "FP32", "data": [0.0] * 4}]}
+    places: list[dict[str, Any]] = [request, request["inputs"][0], request["inputs"][0], {}]
+    places[place][key] = value
+    text = json.dumps(value if place == 3 else request).encode()
+    for length in (None, len(text)):
+        outcome = decoded(text + (b"" if length is None else tail), length)
+        if isinstance(outcome, RequestError):
+            assert outcome.message
+            assert outcome.remedy
+            assert 400 <= outcome.status < 500
+        else:
+            assert np.isfinite(outcome.inputs["x"]).all()
+
+
+def decoded(body: bytes, length: int | None) -> InferRequest | RequestError:
+    try:
+        return Decoder(of("float32"), LIMITS).decode(body, length)
+    except RequestError as error:
+        return error
 
 
 @pytest.mark.parametrize("text", ["", "[1, 2", "nan", '{"a": Infinity}', "1e400", "\x00", "'a'"])

@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import io
+import json
+import threading
+
+from bnexport.serving.http.access_log import JsonLog
+
+
+class Stuck(io.StringIO):
+    """A stream whose reader does not read until told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = threading.Event()
+
+    def write(self, text: str) -> int:
+        assert self.gate.wait(30)
+        return super().write(text)
+
+
+class Gone(io.StringIO):
+    def write(self, text: str) -> int:
+        raise BrokenPipeError
+
+
+def test_one_object_per_line_in_order() -> None:
+    stream = io.StringIO()
+    log = JsonLog(stream)
+    for index in range(5):
+        log.event("step", index=index, text="é\n")
+    log.close()
+    lines = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert [(line["event"], line["index"], line["text"]) for line in lines] == [("step", i, "é\n") for i in range(5)]
+
+
+def test_a_slow_reader_stops_nobody_and_what_is_dropped_is_counted() -> None:
+    stream = Stuck()
+    log = JsonLog(stream)
+    for index in range(1000):
+        log.event("step", index=index)
+    stream.gate.set()
+    while not log._pieces.empty():
+        pass
+    log.event("last")
+    log.close()
+    lines = [json.loads(line) for line in stream.getvalue().splitlines()]
+    (dropped,) = [line["lines"] for line in lines if line["event"] == "log lines dropped"]
+    assert sum(line["event"] == "step" for line in lines) + dropped == 1000
+    assert dropped > 500
+
+
+def test_a_reader_that_went_away_stops_nobody() -> None:
+    log = JsonLog(Gone())
+    log.event("one")
+    log.event("two")
+    log.close()
+    assert not log._thread.is_alive()
