@@ -11,6 +11,7 @@ from bnexport.screening.refusal import shown
 from bnexport.serving.http.classify import classify
 from bnexport.serving.http.exchange import Exchange
 from bnexport.serving.http.metrics import render
+from bnexport.serving.http.openapi import document
 from bnexport.serving.http.page import models, page, report
 from bnexport.serving.http.reply import BINARY, JSON, TEXT, Reply, json_reply
 from bnexport.serving.http.request import header_length
@@ -146,6 +147,11 @@ async def metrics(state: State, _exchange: Exchange) -> Reply:
     return Reply(200, render(state), TEXT)
 
 
+async def openapi(_state: State, _exchange: Exchange) -> Reply:
+    """This list of routes."""
+    return json_reply(document(ROUTES))
+
+
 class Route(NamedTuple):
     """One row of ROUTES.
 
@@ -177,6 +183,7 @@ ROUTES: tuple[Route, ...] = (
     Route("POST", "v2/repository/index", repository_index),
     Route("POST", "v2/repository/models/{name}/load", load),
     Route("POST", "v2/repository/models/{name}/unload", unload),
+    Route("GET", "v2/openapi.json", openapi),
     Route("GET", "metrics", metrics),
     Route("GET", "", page, probe=True),
     Route("GET", "models", models),
@@ -234,5 +241,6 @@ def _search(method: str, path: str) -> Found:
                 return Found(route.pattern, route.handler, captured, route.probe)
             methods.append(route.method)
     if methods:
-        raise RequestError(f"{path[:200]} does not take {method}", remedy=f"It takes {methods[0]}", status=405)
+        allow = tuple(dict.fromkeys(["GET", "HEAD"] if "GET" in methods else methods))
+        raise RequestError(f"{path[:200]} does not take {method}", remedy=f"It takes {allow[0]}", status=405, allow=allow)
     raise RequestError(f"there is nothing at {shown(path, 200)}", remedy="GET v2 tells what this server is", status=404)
