@@ -13,7 +13,7 @@ import jsonschema
 import numpy as np
 import pytest
 from serving.test_classify import picture
-from support.serving import PATIENCE, Server, serving, tensor
+from support.serving import Server, serving, tensor
 
 from bnexport.serving.http.openapi import TOLD, document
 from bnexport.serving.http.openapi_schemas import SCHEMAS
@@ -111,20 +111,19 @@ def test_a_fuzzer_finds_no_fault(models: Path, tmp_path: Path, images: np.ndarra
     """schemathesis makes requests from the document, right and wrong ones, and checks the answers against it."""
     (tmp_path / "plan.json").write_text(json.dumps(plan("bn_lenet")))
     program = [str(Path(sys.executable).parent / "schemathesis"), "run", str(tmp_path / "plan.json")]
-    program += ["--checks", CHECKS, "--phases", "coverage,fuzzing", "--max-examples", "40", "--seed", "7"]
+    program += ["--checks", CHECKS, "--phases", "fuzzing", "--max-examples", "40", "--seed", "7"]
     program += ["--max-time", str(BUDGET), "--no-color", "--warnings", "off", "--continue-on-failure"]
     if options:  # a model that another request has unloaded is not ready, and 503 says so
         program[program.index(CHECKS)] = CHECKS.replace("not_a_server_error,", "")
     with serving(models, tmp_path / "log", "--no-access-log", *options) as server:
         program += ["--url", f"http://127.0.0.1:{server.port}"]
         done = subprocess.run(program, cwd=tmp_path, capture_output=True, text=True, timeout=250, check=False)
+        told = server.ask("GET", "/metrics").body.decode()
         assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
         assert server.process.poll() is None
         assert [event for event in server.events() if event["event"] == "fault"] == []
         if options:
             assert server.ask("POST", "/v2/repository/models/bn_lenet/load").status == 200
         assert server.infer({"inputs": [tensor(images)]}).status == 200
-        text = server.ask("GET", "/metrics").body.decode()
-    reached = [line for line in text.splitlines() if "infer" in line and '200"' in line]
-    assert PATIENCE
-    assert reached
+    counted = [line for line in told.splitlines() if line.startswith("bnexport_http_requests_total{")]
+    assert any("/infer" in line for line in counted), "the fuzzer never came to a model"

@@ -31,7 +31,9 @@ def test_the_page_is_one_file_whose_policy_lets_nothing_else_in(server: Server) 
     for tag in ("script", "style"):
         (text,) = re.findall(rf"<{tag}>(.*?)</{tag}>".encode(), answer.body, re.DOTALL)
         assert found[f"{tag}-src"] == [f"'sha256-{base64.b64encode(hashlib.sha256(text).digest()).decode()}'"]
-    outside = re.findall(rb'(?:src|href|url|action)\s*[=(]\s*["\']?(?!data:|#)[^"\'\s)]+', answer.body.split(b"<script>")[0])
+    outside = re.findall(
+        rb'(?:src|href|url|action)\s*[=(]\s*["\']?(?!data:|#)[^"\'\s)]+', answer.body.split(b"<script>")[0]
+    )
     assert outside == []
     assert server.ask("HEAD", "/").status == 200
 

@@ -95,7 +95,9 @@ class Browser:
         """The value of a JavaScript expression once it is true."""
         deadline = time.monotonic() + _PATIENCE
         while not (value := self.evaluate(expression)):
-            assert time.monotonic() < deadline, f"{expression} stays {value!r}: {self.evaluate('document.body.innerText')}"
+            assert time.monotonic() < deadline, (
+                f"{expression} stays {value!r}: {self.evaluate('document.body.innerText')}"
+            )
             time.sleep(0.02)
         return value
 

@@ -86,7 +86,10 @@ SCHEMAS: dict[str, dict[str, Any]] = {
             "execution_count": _WHOLE,
             "inference_stats": _exact(dict.fromkeys(_DURATIONS, _DURATION)),
             "batch_stats": _list(
-                _exact({"batch_size": _WHOLE} | dict.fromkeys([f"compute_{k}" for k in ("input", "infer", "output")], _DURATION))
+                _exact(
+                    {"batch_size": _WHOLE}
+                    | dict.fromkeys([f"compute_{k}" for k in ("input", "infer", "output")], _DURATION)
+                )
             ),
         }
     ),

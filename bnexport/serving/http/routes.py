@@ -242,5 +242,7 @@ def _search(method: str, path: str) -> Found:
             methods.append(route.method)
     if methods:
         allow = tuple(dict.fromkeys(["GET", "HEAD"] if "GET" in methods else methods))
-        raise RequestError(f"{path[:200]} does not take {method}", remedy=f"It takes {allow[0]}", status=405, allow=allow)
+        raise RequestError(
+            f"{path[:200]} does not take {method}", remedy=f"It takes {allow[0]}", status=405, allow=allow
+        )
     raise RequestError(f"there is nothing at {shown(path, 200)}", remedy="GET v2 tells what this server is", status=404)
