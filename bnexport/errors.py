@@ -5,6 +5,7 @@ Each carries a message (what is wrong, and where) and a remedy (what to do about
     BnexportError
     |-- BadInput                what was given can't be used
     |   |-- UsageError          options or arguments that do not fit together
+    |   |   `-- Diverged        a training whose loss is no longer finite
     |   |-- ModelError          a model, factory or weights file that can't be loaded
     |   |   `-- UntracedError   torch.export can't trace the model
     |   |-- RefusedModel        a model that loads but must not be shipped (NaN weights, untrained statistics, ...)
@@ -56,6 +57,10 @@ class BadInput(BnexportError):
 
 class UsageError(BadInput):
     """Options or arguments that do not fit together."""
+
+
+class Diverged(UsageError):
+    """A training whose loss or weights are no longer finite."""
 
 
 class ModelError(BadInput):

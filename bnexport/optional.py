@@ -25,6 +25,7 @@ INSTALL: dict[str, str] = {
     "openvino": "bnexport[openvino]",
     "uvicorn": "uvicorn[standard]",
     "prometheus_client": "prometheus-client",
+    "tensorboard": "bnexport[tensorboard]",
 }
 
 

@@ -13,7 +13,8 @@ from bnexport.environment import describe, environment
 from bnexport.errors import BnexportError
 from bnexport.nn.lenet import NORMS
 from bnexport.training.config import TrainingConfig
-from bnexport.training.run import TrainingResult, train
+from bnexport.training.result import TrainingResult
+from bnexport.training.run import train
 
 
 def cell(values: list[float]) -> str:
@@ -38,9 +39,7 @@ def main(seeds: int) -> None:
         print(row(norm, results), flush=True)
     recipe = results[0].config
     used = f"{recipe.dataset}, lr {recipe.lr}, {recipe.epochs} epochs, batch {recipe.batch_size}, {results[0].device}"
-    print(
-        f"\nMean +/- standard deviation over n = {seeds} seeds (0 to {seeds - 1}); {used}; {describe(environment())}."
-    )
+    print(f"\nMean +/- standard deviation over n = {seeds} seeds from 0; {used}; {describe(environment())}.")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-DROPPED = ("dependencies", "optional-dependencies")
 DESCRIPTION = "Verify and run models exported by bnexport: the part of bnexport for serving machines, without torch."
 
 
@@ -31,10 +30,9 @@ def derived(source: dict) -> str:
     light = {name: text for text in full["dependencies"] if (name := re.match(r"[\w.-]+", text).group()) in wanted}
     if missing := set(wanted) - set(light):
         sys.exit(f"runtime_wheel: {', '.join(sorted(missing))} is no dependency of bnexport.")
-    extras = {name: full["optional-dependencies"][name] for name in source["tool"]["bnexport"]["runtime-extras"]}
-    project = {key: value for key, value in full.items() if key not in DROPPED}
-    project |= {"name": "bnexport-runtime", "description": DESCRIPTION, "dependencies": list(light.values())}
-    project["optional-dependencies"] = extras
+    project = full | {"name": "bnexport-runtime", "description": DESCRIPTION, "dependencies": list(light.values())}
+    extras = source["tool"]["bnexport"]["runtime-extras"]
+    project["optional-dependencies"] = {name: full["optional-dependencies"][name] for name in extras}
     tables = {"build-system": source["build-system"], "project": project, "tool": {"hatch": source["tool"]["hatch"]}}
     return "".join(f"{name} = {toml(table)}\n" for name, table in tables.items())
 

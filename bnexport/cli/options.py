@@ -111,12 +111,17 @@ def preprocessing(inputs: tuple[str, ...], mean: str | None, std: str | None) ->
     if len(inputs) != 1 or len(shape := parse_inputs(inputs)[0].shape) != 3:
         raise UsageError("--mean and --std are for one image input", remedy="Pass --input with its shape, as 3x224x224")
     channels, height, width = shape
-    means = _numbers(mean, "--mean") if mean is not None else (0.0,) * channels
-    stds = _numbers(std, "--std") if std is not None else (1.0,) * channels
+    means = numbers(mean, "--mean") if mean is not None else (0.0,) * channels
+    stds = numbers(std, "--std") if std is not None else (1.0,) * channels
     return Preprocessing(channels, height, width, mean=means, std=stds).to_json()
 
 
-def _numbers(text: str, option: str) -> tuple[float, ...]:
+def numbers(text: str, option: str) -> tuple[float, ...]:
+    """A text like "0.485,0.456,0.406" as numbers.
+
+    Raises:
+        UsageError: It is not a list of numbers.
+    """
     try:
         return tuple(float(part) for part in text.split(","))
     except ValueError as error:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -10,18 +11,36 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from bnexport.training.config import TrainingConfig
+from bnexport.errors import BadInput
+from bnexport.training.config import LENET, TrainingConfig
+from bnexport.training.processes import asked_rank
 from bnexport.training.progress import EpochMetrics, Progress
-from bnexport.training.run import TrainingResult
+from bnexport.training.result import TrainingResult
 
 _MEGABYTE = 1e6
+
+
+def leading() -> bool:
+    """Whether this process writes and prints: it is alone, or torchrun's first."""
+    return asked_rank() == 0
+
+
+@contextlib.contextmanager
+def quiet_followers() -> Iterator[None]:
+    """What is wrong with the input is said once, by the leading process; the others end with the same exit code."""
+    try:
+        yield
+    except BadInput:
+        if leading():
+            raise
+        raise SystemExit(2) from None
 
 
 class TrainingDisplay(Progress):
     """Listener that prints; use it in a ``with`` block, which ends the bar also after an error."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self._console = console or Console(highlight=False, markup=False, soft_wrap=True)
+        self._console = console or Console(highlight=False, markup=False, soft_wrap=True, quiet=not leading())
         self._bar = Bar(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -57,14 +76,26 @@ class TrainingDisplay(Progress):
         """Say what is trained on what."""
         self._config, self._epoch = config, first_epoch
         self._console.print(f"{config.dataset}: {origin}")
+        network = f"BN-LeNet, norm {config.norm}" if config.model == LENET else config.model
         self._console.print(
-            f"BN-LeNet, norm {config.norm}, {config.epochs} epochs, lr {config.lr:g}, "
+            f"{network}, {config.epochs} epochs, {config.optimizer}, lr {config.lr:g}{_schedule(config)}, "
             f"batch {config.batch_size}, seed {config.seed}, on {device}"
         )
         if first_epoch > config.epochs:
             self._console.print(f"all {config.epochs} epochs are done already")
         elif first_epoch > 1:
             self._console.print(f"resuming after epoch {first_epoch - 1}")
+
+    def on_files(self, done: int, total: int) -> None:
+        """Show the decoded files on the bar; in a log, say it once."""
+        if self._file != "images":
+            self._file = "images"
+            self._console.print(f"decoding {total} image files, once")
+        self._bar.update(self._task, description="decoding", completed=done, total=total, visible=True)
+
+    def on_note(self, text: str) -> None:
+        """Print it."""
+        self._console.print(f"note: {text}")
 
     def on_batch(self, done: int, total: int) -> None:
         """Move the bar."""
@@ -95,6 +126,11 @@ class TrainingDisplay(Progress):
         lines += [f"written: {path}" for path in written]
         for line in lines:
             self._console.print(line)
+
+
+def _schedule(config: TrainingConfig) -> str:
+    warmup = f", warm-up {config.warmup_epochs:g} epochs" if config.warmup_epochs else ""
+    return warmup + (f", {config.schedule}" if config.schedule != "constant" else "")
 
 
 def _row(values: Sequence[float]) -> str:

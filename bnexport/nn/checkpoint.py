@@ -9,12 +9,15 @@ Safetensors holds no code, so opening an unknown file runs nothing. The metadata
     preprocessing  how an image becomes an input
     training       {"epoch": 3, "epochs": 10, "config": {...}, "history": [{...}, ...]}
     recalibrated   whether the moving statistics were re-estimated over the training set
+
+A checkpoint to go on from also holds what the optimiser remembers, under names that start with ``optimizer/``; whoever asks
+for weights does not see it.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +38,8 @@ if TYPE_CHECKING:
 
 #: Key of the JSON text in the safetensors header.
 METADATA_KEY = "bnexport"
+#: Start of the names of the optimiser's tensors; no module has a slash in its name.
+OPTIMIZER = "optimizer/"
 #: The files of a run directory that hold weights, the finished one first.
 RUN_FILES = ("model.safetensors", "checkpoint.safetensors")
 #: Element types of safetensors that numpy has, and bfloat16 as its bits.
@@ -52,10 +57,12 @@ class Checkpoint:
     Attributes:
         state: State dict, on the CPU when loaded.
         metadata: JSON values; the keys are in this module's docstring.
+        optimizer: What the optimiser remembers, by names of its own; {} for one that remembers nothing.
     """
 
     state: dict[str, Tensor]
     metadata: dict[str, Any]
+    optimizer: dict[str, Tensor] = field(default_factory=dict)
 
 
 def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
@@ -66,7 +73,8 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
     """
     safetensors = require("safetensors.torch", purpose="writing a checkpoint")
     # clone: safetensors refuses tensors that share memory, as tied weights do.
-    state = {name: value.detach().cpu().clone().contiguous() for name, value in checkpoint.state.items()}
+    named = {**checkpoint.state, **{OPTIMIZER + name: value for name, value in checkpoint.optimizer.items()}}
+    state = {name: value.detach().cpu().clone().contiguous() for name, value in named.items()}
     text = json.dumps(checkpoint.metadata, allow_nan=False)
     write_atomically(Path(path), safetensors.save(state, metadata={METADATA_KEY: text}))
 
@@ -77,7 +85,9 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     Raises:
         ModelError: The file is missing, empty, damaged, not safetensors, or safetensors without bnexport's metadata.
     """
-    state, metadata = read_safetensors(path)
+    every, metadata = _read_tensors(path)
+    state = _weights_of(every)
+    optimizer = {name.removeprefix(OPTIMIZER): value for name, value in every.items() if name not in state}
     if METADATA_KEY not in metadata:
         raise ModelError(
             f"{path} holds weights but no bnexport metadata, so its network is unknown",
@@ -92,17 +102,26 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     network = value.get("network") if isinstance(value, dict) else None
     if not isinstance(network, dict) or not isinstance(network.get("source"), str):
         raise ModelError(f"the metadata of {path} does not name a network", remedy=_REMEDY)
-    return Checkpoint(state, value)
+    return Checkpoint(state, value, optimizer)
 
 
 def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read any safetensors file: its tensors and its string metadata.
+    """Read any safetensors file: its weights and its string metadata.
 
     The file is read once, so that what is replaced meanwhile can't be mixed.
 
     Raises:
         ModelError: The file is missing, empty, damaged or not safetensors.
     """
+    state, metadata = _read_tensors(path)
+    return _weights_of(state), metadata
+
+
+def _weights_of(state: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in state.items() if not name.startswith(OPTIMIZER)}
+
+
+def _read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     safetensors = require("safetensors.torch", purpose="reading a checkpoint")
     content, header = _read(Path(path))
     try:
@@ -128,7 +147,7 @@ def read_arrays(path: str | Path) -> tuple[dict[str, Array], dict[str, str]]:
         for name, entry in header.items()
         if entry["dtype"] in _NUMPY
     }
-    return arrays, metadata
+    return _weights_of(arrays), metadata
 
 
 def _array(data: memoryview, dtype: str) -> Array:

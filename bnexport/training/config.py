@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from bnexport.data.catalogue import DATASETS
+from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import UsageError
 from bnexport.nn.lenet import NORMS
 
 DEVICES = ("auto", "cpu", "cuda")
+OPTIMIZERS = ("sgd", "adamw")
+SCHEDULES = ("constant", "cosine")
+#: Automatic mixed precision; float16 scales the loss and is for CUDA alone.
+AMP = ("off", "bfloat16", "float16")
+#: Start of a data set's name: a folder of images, as torchvision's ImageFolder.
+FOLDER = "folder:"
+LENET = "bn_lenet"
+_START_ANEW = "Start the training anew with --force"
 
 
 @dataclass(frozen=True)
@@ -19,77 +28,172 @@ class TrainingConfig:
     """The recipe; the defaults are those of "Dive into Deep Learning", section 8.5.
 
     Attributes:
-        dataset: A row of ``data.catalogue.DATASETS``.
-        norm: One of ``nn.lenet.NORMS``.
+        dataset: A row of ``data.catalogue.DATASETS``, or ``folder:PATH``.
+        model: ``bn_lenet``, ``torchvision:NAME``, ``timm:NAME`` or ``file.py:factory``.
+        model_options: Named arguments of the network's constructor.
+        input: Shape of an image as the network takes it, ``"3x64x64"``; "" is the data set's own or the network's.
+        mean: Subtracted from pixels of 0 to 1, one value per channel; () is 0.
+        std: Divided by, likewise; () is 1.
+        norm: One of ``nn.lenet.NORMS``; of bn_lenet.
         epochs: Passes over the training set.
-        lr: Learning rate of plain SGD.
-        batch_size: Images per step; the last, partial batch is kept.
+        lr: Learning rate; with a schedule its largest value.
+        batch_size: Images per step, of all processes together; the last, partial batch is kept.
+        optimizer: One of OPTIMIZERS.
+        momentum: Of SGD.
+        weight_decay: L2 penalty of SGD; decoupled in AdamW (Loshchilov and Hutter, 2019). Not on biases, gamma and beta.
+        schedule: One of SCHEDULES; "cosine" falls to 0 at the end (Loshchilov and Hutter, 2017).
+        warmup_epochs: Over which the learning rate grows linearly from 0 first.
+        label_smoothing: Share of the target that goes to all classes alike (Szegedy et al., 2016).
+        amp: One of AMP.
+        sync_batch_norm: Whether BatchNorm takes its statistics over all processes.
         device: One of DEVICES; "auto" is the first CUDA device if there is one.
-        seed: Of the initial weights and the order of the images.
+        seed: Of the initial weights, the order of the images, and dropout.
         recalibrate: Whether to re-estimate the moving statistics over the training set at the end.
     """
 
     dataset: str = "fashion-mnist"
+    model: str = LENET
+    model_options: Mapping[str, bool | int | float | str] = field(default_factory=dict)
+    input: str = ""
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
     norm: str = "torch"
     epochs: int = 10
     lr: float = 1.0
     batch_size: int = 256
+    optimizer: str = "sgd"
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    schedule: str = "constant"
+    warmup_epochs: float = 0.0
+    label_smoothing: float = 0.0
+    amp: str = "off"
+    sync_batch_norm: bool = False
     device: str = "auto"
     seed: int = 0
     recalibrate: bool = True
 
     def __post_init__(self) -> None:
+        self._check_choices()
+        self._check_numbers()
+        if self.model == LENET and self.model_options:
+            raise UsageError("bn_lenet takes no --model-option", remedy="Leave it out; --norm chooses its BatchNorm")
+        if self.model != LENET and self.norm != "torch":
+            raise UsageError(f"--norm {self.norm} is for bn_lenet, not {self.model}", remedy="Leave --norm out")
+        if self.momentum and self.optimizer != "sgd":
+            raise UsageError(f"{self.optimizer} has no momentum of its own to set", remedy="Leave --momentum out")
+        self.preprocessing((1, 28, 28))
+
+    def _check_choices(self) -> None:
         for name, value, choices in (
-            ("dataset", self.dataset, tuple(DATASETS)),
+            ("dataset", self.dataset, (*DATASETS, "folder:PATH")),
             ("norm", self.norm, NORMS),
+            ("optimizer", self.optimizer, OPTIMIZERS),
+            ("schedule", self.schedule, SCHEDULES),
+            ("amp", self.amp, AMP),
             ("device", self.device, DEVICES),
         ):
-            if value not in choices:
+            if value not in choices and not (name == "dataset" and value.startswith(FOLDER) and value != FOLDER):
                 raise UsageError(f"the {name} {value!r} is unknown", remedy=f"Choose one of {', '.join(choices)}")
+
+    def _check_numbers(self) -> None:
         for name, number in (("epochs", self.epochs), ("batch_size", self.batch_size)):
             if number < 1:
                 raise UsageError(f"{name} is {number}", remedy="Give at least 1")
         if not math.isfinite(self.lr) or self.lr <= 0:
             raise UsageError(f"the learning rate is {self.lr}", remedy="Give a positive number")
+        for name, share in (("momentum", self.momentum), ("label_smoothing", self.label_smoothing)):
+            if not 0 <= share < 1:
+                raise UsageError(f"{name} is {share}", remedy="Give a number from 0 to below 1")
+        for name, value in (("weight_decay", self.weight_decay), ("warmup_epochs", self.warmup_epochs)):
+            if not math.isfinite(value) or value < 0:
+                raise UsageError(f"{name} is {value}", remedy="Give 0 or a positive number")
+        if self.warmup_epochs > self.epochs:
+            raise UsageError(
+                f"the warm-up of {self.warmup_epochs:g} epochs is longer than the training of {self.epochs}",
+                remedy="Lower --warmup-epochs or raise --epochs",
+            )
         if not 0 <= self.seed < 2**63:
             raise UsageError(f"the seed is {self.seed}", remedy="Give a number from 0 to 2**63 - 1")
 
+    def preprocessing(self, shape: tuple[int, int, int]) -> Preprocessing:
+        """How an image becomes an input.
+
+        Args:
+            shape: Channels, height and width where ``input`` does not say them.
+
+        Raises:
+            UsageError: ``input``, ``mean`` or ``std`` can't be understood, or do not fit each other.
+        """
+        channels, height, width = self._shape() or shape
+        mean, std = self.mean or (0.0,) * channels, self.std or (1.0,) * channels
+        if self._shape() is not None and not len(mean) == len(std) == channels:
+            raise UsageError(
+                f"there are {len(mean)} means and {len(std)} deviations for {channels} channel(s)",
+                remedy="Give one value per channel: --mean 0.485,0.456,0.406",
+            )
+        if len(mean) != channels:  # without --input, the number of means says how many channels there are
+            mean, std = mean[:1] * channels, std[:1] * channels
+        return Preprocessing(channels, height, width, mean=mean, std=std)
+
+    def _shape(self) -> tuple[int, int, int] | None:
+        if not self.input:
+            return None
+        parts = self.input.lower().split("x")
+        if len(parts) != 3 or not all(part.isdecimal() and 0 < int(part) <= 65536 for part in parts):
+            raise UsageError(f"--input {self.input!r} is no shape of an image", remedy="Write it as 3x64x64")
+        return int(parts[0]), int(parts[1]), int(parts[2])
+
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return asdict(self)
+        return {**asdict(self), "model_options": dict(self.model_options), "mean": [*self.mean], "std": [*self.std]}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> TrainingConfig:
-        """Read what ``to_json`` wrote.
+        """Read what ``to_json`` wrote; an option that is missing, as in a run of an older version, has its default.
 
         Raises:
-            UsageError: Missing or unknown options, or values out of range.
+            UsageError: Unknown options, or values out of range or of the wrong kind.
         """
-        known = {item.name for item in fields(cls)}
-        if not isinstance(value, Mapping) or set(value) != known:
-            raise UsageError(
-                "the saved configuration has missing or unknown options", remedy="Start the training anew with --force"
-            )
+        known = {item.name: item.default for item in fields(cls)}
+        if not isinstance(value, Mapping) or "dataset" not in value or not set(value) <= set(known):
+            raise UsageError("the saved configuration has missing or unknown options", remedy=_START_ANEW)
+        wrong = UsageError("the saved configuration holds values of the wrong kind", remedy=_START_ANEW)
+        if not all(_same_kind(given, known[name]) for name, given in value.items() if name != "model_options"):
+            raise wrong
         try:
-            return cls(**value)
-        except TypeError as error:
-            raise UsageError(
-                "the saved configuration holds values of the wrong kind", remedy="Start the training anew with --force"
-            ) from error
+            lists = {name: tuple(map(float, value[name])) for name in ("mean", "std") if name in value}
+            return cls(**{**value, **lists, "model_options": dict(value.get("model_options", {}))})
+        except (TypeError, ValueError) as error:
+            raise wrong from error
 
     def check_continues(self, before: TrainingConfig) -> None:
-        """Refuse to continue a run with other options; only the number of epochs may grow.
+        """Refuse to continue a run with other options; only the number of epochs may grow, and the device change.
 
         Raises:
             UsageError: Naming the first option that differs.
         """
         for item in fields(self):
             old, new = getattr(before, item.name), getattr(self, item.name)
-            if item.name == "epochs" and new >= old:
+            if old == new or item.name == "device":
                 continue
-            if old != new:
-                option = item.name.replace("_", "-")
+            option = item.name.replace("_", "-")
+            if item.name != "epochs":
                 raise UsageError(
                     f"the run was started with {option} {old}, it can't be resumed with {option} {new}",
                     remedy=f"Resume with {option} {old}, or choose another --out",
                 )
+            if new < old or self.schedule != "constant":
+                why = "" if new < old else f": its {self.schedule} schedule ends there"
+                raise UsageError(
+                    f"the run was started with epochs {old}, it can't be resumed with epochs {new}{why}",
+                    remedy=f"Resume with epochs {old}, or choose another --out",
+                )
+
+
+def _same_kind(value: Any, default: Any) -> bool:
+    if isinstance(default, tuple):
+        return isinstance(value, list | tuple)
+    if isinstance(default, float):
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return type(value) is type(default)

@@ -2,19 +2,21 @@
 
 ::
 
-    checkpoint.safetensors   weights and history after the last whole epoch: the truth that a resumed run starts from
+    checkpoint.safetensors   weights, optimiser and history after the last whole epoch: what a resumed run starts from
     config.json              the recipe
     metrics.jsonl            one line per epoch, rewritten from the history
     model.safetensors        the result, with re-estimated moving statistics if asked for
+    .run.lock                locked while a run writes here, so that two can't
 
 Each file is replaced atomically, the checkpoint first, so the directory is readable after a kill at any moment.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 MODEL = "model.safetensors"
 CURVES = "learning_curves.png"
+LOCK = ".run.lock"
 _OURS = (CHECKPOINT, CONFIG, METRICS, MODEL, CURVES)
 
 
@@ -42,11 +45,17 @@ class Saved:
         state: State dict.
         epoch: Whole epochs done.
         history: One row per epoch (``EpochMetrics.to_json``).
+        optimizer: What the optimiser remembers.
+        made_by: What the weights depend on to the last bit: device, processes, threads, torch.
+        scaler: State of the scaling of the loss (float16).
     """
 
     state: dict[str, Tensor]
     epoch: int
     history: list[dict[str, Any]]
+    optimizer: dict[str, Tensor] = field(default_factory=dict)
+    made_by: Mapping[str, Any] = field(default_factory=dict)
+    scaler: Mapping[str, Any] = field(default_factory=dict)
 
 
 class RunDirectory:
@@ -54,6 +63,8 @@ class RunDirectory:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self.checkpoint_path = self.path / CHECKPOINT
+        self.model_path = self.path / MODEL
 
     def examine(self, config: TrainingConfig, *, resume: bool, force: bool) -> Saved | None:
         """Say whether the run may go here, before anything is loaded or written.
@@ -73,7 +84,7 @@ class RunDirectory:
         """
         if not resume:
             # An empty folder may be a mounted volume, which can't be replaced but can be filled.
-            if not (self.path.is_dir() and not any(self.path.iterdir())):
+            if not self.path.is_dir() or self._entries():
                 self._refuse_taken(force)
             return None
         before, saved = self._read()
@@ -91,6 +102,38 @@ class RunDirectory:
         """
         before, _ = self._read()
         return replace(before or TrainingConfig(), **given)
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the directory for one run; the system lets go of it when a process ends, however it ends.
+
+        Raises:
+            OutputError: Another run is writing here, or the directory can't be written.
+        """
+        from filelock import FileLock, Timeout
+
+        made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
+        if self.path.exists() and not self.path.is_dir():
+            raise OutputError(f"{self.path} is not a folder", remedy="Choose another --out")
+        with output_errors(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.path / LOCK, timeout=0)
+        try:
+            with output_errors(self.path):
+                lock.acquire()
+        except Timeout as error:
+            raise OutputError(
+                f"another run is writing into {self.path}", remedy="Wait for its end, or choose another --out"
+            ) from error
+        try:
+            yield
+        finally:
+            if made and not self._entries():  # a run that was refused leaves no folder behind
+                (self.path / LOCK).unlink(missing_ok=True)
+            lock.release()
+            for folder in made:
+                with contextlib.suppress(OSError):
+                    folder.rmdir()
 
     def prepare(self, config: TrainingConfig, saved: Saved | None) -> None:
         """Make the directory ready; to begin anew, the files of an old run in it are removed, others stay.
@@ -112,13 +155,15 @@ class RunDirectory:
 
     def save(self, checkpoint: Checkpoint) -> None:
         """Keep the state after a whole epoch: the checkpoint, then the metrics that its history holds."""
-        save_checkpoint(self.path / CHECKPOINT, checkpoint)
+        save_checkpoint(self.checkpoint_path, checkpoint)
         self._write_metrics(checkpoint.metadata["training"]["history"])
 
-    def save_model(self, checkpoint: Checkpoint) -> Path:
+    def save_model(self, checkpoint: Checkpoint) -> None:
         """Write the result of the run."""
-        save_checkpoint(self.path / MODEL, checkpoint)
-        return self.path / MODEL
+        save_checkpoint(self.model_path, checkpoint)
+
+    def _entries(self) -> list[str]:
+        return [entry.name for entry in self.path.iterdir() if entry.name != LOCK]
 
     def _refuse_taken(self, force: bool) -> None:
         if not force and (self.path / CONFIG).exists():
@@ -137,7 +182,14 @@ class RunDirectory:
         checkpoint = load_checkpoint(file)
         try:
             training = checkpoint.metadata["training"]
-            saved = Saved(checkpoint.state, int(training["epoch"]), [dict(row) for row in training["history"]])
+            saved = Saved(
+                checkpoint.state,
+                int(training["epoch"]),
+                [dict(row) for row in training["history"]],
+                checkpoint.optimizer,
+                dict(training.get("made_by") or {}),
+                dict(training.get("scaler") or {}),
+            )
             if len(saved.history) != saved.epoch:
                 raise ValueError(f"{len(saved.history)} rows for {saved.epoch} epochs")
             return TrainingConfig.from_json(training["config"]), saved
@@ -155,7 +207,7 @@ class RunDirectory:
         try:
             return TrainingConfig.from_json(json.loads((self.path / CONFIG).read_bytes()))
         except FileNotFoundError:
-            if any(not entry.name.startswith(".") for entry in self.path.iterdir()):
+            if any(not name.startswith(".") for name in self._entries()):
                 raise OutputError(
                     f"{self.path} holds no run to resume", remedy="Check --out, or train without --resume"
                 ) from None

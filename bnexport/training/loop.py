@@ -1,24 +1,37 @@
-"""One epoch of training, and evaluation.
-
-The whole data set is one tensor on the device: a step gathers its rows, and nothing is done per image in Python. Loss
-and hits are summed on the device and read once per epoch, so a GPU never waits for the host inside an epoch.
-"""
+"""One epoch of training, and evaluation."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bnexport.errors import UsageError
+from bnexport.errors import Diverged
+from bnexport.training.processes import World
+from bnexport.training.samples import Resident, Samples
+from bnexport.training.step import CapturedStep, Step, Sums
 
 #: Called after each step with the steps done and the steps in all.
 OnBatch = Callable[[int, int], None]
 
-_EVALUATION_BATCH = 1000  # bounds the memory of evaluation; it does not change the result
+_EVALUATION_BATCH = 500  # bounds the memory of evaluation; it does not change the result
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Means over the images of an epoch or a test set.
+
+    Attributes:
+        loss: Mean cross-entropy, in nats.
+        accuracy: 0 to 1.
+    """
+
+    loss: float
+    accuracy: float
 
 
 def epoch_order(count: int, *, seed: int, epoch: int) -> Tensor:
@@ -29,82 +42,136 @@ def epoch_order(count: int, *, seed: int, epoch: int) -> Tensor:
     Returns:
         A permutation of 0 ... count - 1, int64 on the CPU.
     """
-    mixed = int(np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0])
-    return torch.randperm(count, generator=torch.Generator().manual_seed(mixed >> 1))
+    return torch.randperm(count, generator=torch.Generator().manual_seed(epoch_seed(seed, epoch)))
 
 
-def train_epoch(
-    model: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    optimizer: torch.optim.Optimizer,
-    *,
-    order: Tensor,
-    batch_size: int,
-    on_batch: OnBatch | None = None,
-) -> tuple[float, float]:
-    """Take one pass over the training set.
+def epoch_seed(*parts: int) -> int:
+    """One seed from several numbers, such that neighbours have nothing in common; 0 to 2**63 - 1."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0]) >> 1
 
-    Args:
-        model: Trained in place.
-        images: (n, channels, height, width) on the model's device.
-        labels: int64 (n,) there.
-        optimizer: Of the model's parameters.
-        order: Permutation of the images.
-        batch_size: Images per step; the last batch holds what is left.
-        on_batch: Told after each step; it must not wait for the device.
 
-    Returns:
-        Mean loss and accuracy over the epoch, each image as the network was when it came (as the chapter reports them).
+class Epochs:
+    """The epochs of one training: what lasts from one to the next is the recorded step."""
 
-    Raises:
-        UsageError: The training diverged.
-    """
-    model.train()
-    loss_of = nn.CrossEntropyLoss()
-    total_loss = torch.zeros((), dtype=torch.float64, device=images.device)
-    hits = torch.zeros((), dtype=torch.int64, device=images.device)
-    batches = torch.split(order.to(images.device), batch_size)
-    for done, batch in enumerate(batches, start=1):
-        X, y = images.index_select(0, batch), labels.index_select(0, batch)
-        optimizer.zero_grad(set_to_none=True)
-        logits = model(X)
-        loss = loss_of(logits, y)
-        loss.backward()
-        optimizer.step()
-        total_loss += loss.detach() * len(batch)
-        hits += (logits.detach().argmax(1) == y).sum()
-        if on_batch is not None:
-            on_batch(done, len(batches))
-    mean_loss = total_loss.item() / len(order)
-    _refuse_diverged(model, mean_loss)
-    return mean_loss, hits.item() / len(order)
+    def __init__(self, step: Step, samples: Samples, *, batch_size: int, capture: bool = False) -> None:
+        """Prepare.
+
+        Args:
+            step: The step.
+            samples: The training set.
+            batch_size: Images per step, of all processes together.
+            capture: Record the step as a CUDA graph.
+        """
+        self.step, self.samples, self.batch_size, self.capture = step, samples, batch_size, capture
+        self.world = step.world
+        self._sums: Sums | None = None
+        self._captured: CapturedStep | None = None
+        self._eager = 0
+
+    def steps(self) -> int:
+        """Steps of one epoch."""
+        return math.ceil(self.samples.count / self.batch_size)
+
+    def take(
+        self, order: Tensor, *, before_step: Callable[[int], None] | None = None, on_batch: OnBatch | None = None
+    ) -> Outcome:
+        """Take one pass over the training set.
+
+        Args:
+            order: Permutation of the images, int64 on the CPU.
+            before_step: Told the number of the step in this epoch, from 0, before it is taken.
+            on_batch: Told after each step; it must not wait for the device.
+
+        Returns:
+            Means over the epoch, each image as the network was when it came (as the chapter reports them).
+
+        Raises:
+            Diverged: The loss or the weights are no longer finite; the message names the batch.
+        """
+        self.step.model.train()
+        batches = torch.split(order, self.batch_size)
+        sums = self._fresh_sums(len(batches))
+        parts = [self.world.share(batch) for batch in batches]
+        for number, (X, y) in enumerate(self.samples.batches(parts)):
+            if before_step is not None:
+                before_step(number)
+            loss = self._take_step(X, y, len(batches[number]), sums)
+            sums.losses[number] = loss
+            if loss.device.type == "cpu" and self.world.size == 1 and not math.isfinite(loss.item()):
+                break  # on a GPU, and with several processes, it is found at the end of the epoch: nobody waits for it
+            if on_batch is not None:
+                on_batch(number + 1, len(batches))
+        self.world.add_up(sums.loss, sums.hits, sums.losses)
+        _refuse_diverged(self.step.model, sums.losses)
+        return Outcome(sums.loss.item() / len(order), sums.hits.item() / len(order))
+
+    def _fresh_sums(self, steps: int) -> Sums:
+        """Zeros; the same tensors every epoch, because a recorded step adds to those that it was recorded with."""
+        if self._sums is None or len(self._sums.losses) != steps:
+            self._sums, self._captured = Sums.zeros(steps, self.samples.device), None
+        for value in (self._sums.loss, self._sums.hits, self._sums.losses):
+            value.zero_()
+        return self._sums
+
+    def _take_step(self, X: Tensor, y: Tensor, images: int, sums: Sums) -> Tensor:
+        captured = self._captured
+        if captured is not None and (len(y), images) == (captured.size, captured.images):
+            return captured(X, y)
+        self._eager += 1
+        if not self.capture or self._eager <= CapturedStep.WARM_UP or images != self.batch_size or captured is not None:
+            return self._on_side_stream(X, y, images, sums) if self.capture else self.step(X, y, images, sums)
+        self._captured = CapturedStep(self.step, X, y, images, sums)
+        return self._captured(X, y)
+
+    def _on_side_stream(self, X: Tensor, y: Tensor, images: int, sums: Sums) -> Tensor:
+        """A step on another stream, as torch asks for before a recording."""
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            loss = self.step(X, y, images, sums)
+        torch.cuda.current_stream().wait_stream(stream)
+        return loss
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Accuracy in eval mode, so with the moving statistics; the model's mode is put back."""
-    was_training = model.training
+def evaluate(model: nn.Module, samples: Samples, world: World | None = None) -> Outcome:
+    """Loss and accuracy in eval mode, so with the moving statistics; the model's mode is put back.
+
+    With several processes each takes its part of the samples.
+    """
+    world, was_training = world or World(), model.training
+    sums = Sums.zeros(0, samples.device)
     model.eval()
     try:
-        hits = torch.zeros((), dtype=torch.int64, device=images.device)
-        for X, y in zip(torch.split(images, _EVALUATION_BATCH), torch.split(labels, _EVALUATION_BATCH), strict=True):
-            hits += (model(X).argmax(1) == y).sum()
-        return hits.item() / len(labels)
+        mine = torch.split(world.share(torch.arange(samples.count)), _EVALUATION_BATCH)
+        for X, y in samples.batches([part for part in mine if len(part)]):
+            logits = model(X)
+            sums.loss += nn.functional.cross_entropy(logits, y, reduction="sum")
+            sums.hits += (logits.argmax(1) == y).sum()
     finally:
         model.train(was_training)
+    world.add_up(sums.loss, sums.hits)
+    return Outcome(sums.loss.item() / samples.count, sums.hits.item() / samples.count)
 
 
-def batches_of(images: Tensor, order: Tensor, batch_size: int) -> Iterator[Tensor]:
+def batches_of(samples: Samples, order: Tensor, batch_size: int) -> Iterator[Tensor]:
     """The images in an order, in batches; for the re-estimation of moving statistics."""
-    for batch in torch.split(order.to(images.device), batch_size):
-        yield images.index_select(0, batch)
+    for X, _ in samples.batches(torch.split(order, batch_size)):
+        yield X
 
 
-def _refuse_diverged(model: nn.Module, mean_loss: float) -> None:
-    if math.isfinite(mean_loss) and all(bool(torch.isfinite(value).all()) for value in model.state_dict().values()):
+def can_capture(samples: Samples, world: World, amp: str) -> bool:
+    """Whether the step can be recorded as a CUDA graph: one process, data on the device, no scaling of the loss."""
+    return samples.device.type == "cuda" and world.size == 1 and isinstance(samples, Resident) and amp != "float16"
+
+
+def _refuse_diverged(model: nn.Module, losses: Tensor) -> None:
+    """Name the first batch whose loss is not finite; weights may also break after the last one."""
+    broken = (~torch.isfinite(losses)).nonzero()
+    if len(broken):
+        where = f"in batch {int(broken[0]) + 1} of {len(losses)}"
+    elif not all(bool(torch.isfinite(value).all()) for value in model.state_dict().values()):
+        where = f"after batch {len(losses)} of {len(losses)}"
+    else:
         return
-    raise UsageError(
-        "the training diverged: the loss or the weights are no longer finite",
-        remedy="Lower --lr; the checkpoint of the last whole epoch, if there was one, is unchanged",
-    )
+    raise Diverged(f"the training diverged: the loss or the weights are no longer finite {where}", remedy="Lower --lr")

@@ -16,14 +16,18 @@ class EpochMetrics:
         epoch: From 1.
         train_loss: Mean cross-entropy over the epoch, in nats.
         train_accuracy: Over the epoch, 0 to 1.
-        test_accuracy: After the epoch, with the plain moving statistics, 0 to 1.
-        examples_per_s: Training images per second; evaluation is not timed.
+        test_loss: Mean cross-entropy after the epoch, with the plain moving statistics, in nats.
+        test_accuracy: Likewise, 0 to 1.
+        learning_rate: Of the last step.
+        examples_per_s: Training images per second, of all processes; evaluation is not timed.
     """
 
     epoch: int
     train_loss: float
     train_accuracy: float
+    test_loss: float
     test_accuracy: float
+    learning_rate: float
     examples_per_s: float
 
     def to_json(self) -> dict[str, Any]:
@@ -40,8 +44,59 @@ class Progress:
     def on_start(self, config: TrainingConfig, device: str, origin: str, first_epoch: int) -> None:
         """The data are loaded; ``first_epoch`` is above 1 in a resumed run, above ``epochs`` in a complete one."""
 
+    def on_files(self, done: int, total: int) -> None:
+        """Image files of a folder that were decoded, so far and in all; only the first time."""
+
+    def on_note(self, text: str) -> None:
+        """Something that the user should know, as a sentence without its full stop."""
+
     def on_batch(self, done: int, total: int) -> None:
         """Steps of the running epoch, so far and in all; it must be quick and not wait for the device."""
 
     def on_epoch(self, metrics: EpochMetrics) -> None:
         """An epoch is over and saved."""
+
+    def on_end(self) -> None:
+        """The run is over, well or not."""
+
+
+class Both(Progress):
+    """Two listeners as one."""
+
+    def __init__(self, *listeners: Progress) -> None:
+        self._listeners = listeners
+
+    def on_download(self, file: str, done: int, total: int | None) -> None:
+        """Tell all."""
+        for listener in self._listeners:
+            listener.on_download(file, done, total)
+
+    def on_start(self, config: TrainingConfig, device: str, origin: str, first_epoch: int) -> None:
+        """Tell all."""
+        for listener in self._listeners:
+            listener.on_start(config, device, origin, first_epoch)
+
+    def on_files(self, done: int, total: int) -> None:
+        """Tell all."""
+        for listener in self._listeners:
+            listener.on_files(done, total)
+
+    def on_note(self, text: str) -> None:
+        """Tell all."""
+        for listener in self._listeners:
+            listener.on_note(text)
+
+    def on_batch(self, done: int, total: int) -> None:
+        """Tell all."""
+        for listener in self._listeners:
+            listener.on_batch(done, total)
+
+    def on_epoch(self, metrics: EpochMetrics) -> None:
+        """Tell all."""
+        for listener in self._listeners:
+            listener.on_epoch(metrics)
+
+    def on_end(self) -> None:
+        """Tell all."""
+        for listener in self._listeners:
+            listener.on_end()

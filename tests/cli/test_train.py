@@ -10,7 +10,7 @@ from bnexport.data.catalogue import DATASETS
 from bnexport.data.datasets import Dataset
 from bnexport.errors import NetworkError
 from bnexport.nn.lenet import NORMS
-from bnexport.training.config import DEVICES, TrainingConfig
+from bnexport.training.config import AMP, DEVICES, OPTIMIZERS, SCHEDULES, TrainingConfig
 
 FAST = ["train", "--dataset", "digits", "--device", "cpu", "--batch-size", "64", "--lr", "0.5"]
 
@@ -24,7 +24,7 @@ def small_dataset(name="digits", progress=None, **_):
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch):
-    monkeypatch.setattr("bnexport.training.run.load_dataset", small_dataset)
+    monkeypatch.setattr("bnexport.training.preparation.load_dataset", small_dataset)
 
 
 def test_a_run_and_its_resumption(tmp_path, capsys):
@@ -33,7 +33,7 @@ def test_a_run_and_its_resumption(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "downloading train.gz (1.0 MB)"
     assert lines[1] == "digits: a test"
-    assert lines[2] == "BN-LeNet, norm torch, 2 epochs, lr 0.5, batch 64, seed 0, on cpu"
+    assert lines[2] == "BN-LeNet, norm torch, 2 epochs, sgd, lr 0.5, batch 64, seed 0, on cpu"
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     for line, row in zip(lines[3:5], rows, strict=True):
         assert line == (
@@ -97,7 +97,7 @@ def test_refusals(tmp_path, capsys, monkeypatch):
     def no_network(*_, **__):
         raise NetworkError("x.gz could not be downloaded", remedy="Use --dataset digits")
 
-    monkeypatch.setattr("bnexport.training.run.load_dataset", no_network)
+    monkeypatch.setattr("bnexport.training.preparation.load_dataset", no_network)
     assert "could not be downloaded" in refused(capsys, 3, "--out", str(tmp_path / "d"))
     assert run([*FAST, "--out", str(out), "--force"]) == 3
     assert (out / "model.safetensors").exists()
@@ -133,7 +133,8 @@ def test_a_terminal_shows_a_bar(tmp_path, monkeypatch):
 
 def test_help_shows_the_tables_and_the_defaults():
     text = click.testing.CliRunner().invoke(command, ["--help"], terminal_width=200).output
-    for choices in (DATASETS, NORMS, DEVICES):
+    for choices in (NORMS, DEVICES, OPTIMIZERS, SCHEDULES, AMP):
         assert "|".join(choices) in text
+    assert ", ".join(DATASETS) in " ".join(text.split())
     for default in ("fashion-mnist", "torch", "10", "1.0", "256", "auto", "runs/bn_lenet"):
         assert f"[default: {default}" in text

@@ -88,7 +88,7 @@ class Clients:
             if connection.sock is None:  # the server asked for a new connection
                 try:
                     connection.connect()
-                except ConnectionRefusedError:  # it does not listen any more: nothing was sent
+                except (ConnectionRefusedError, ConnectionResetError):  # it does not listen any more: nothing was sent
                     break
             try:
                 answer = self.server.ask("POST", INFER, self.body, self.headers, connection)

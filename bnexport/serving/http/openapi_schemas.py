@@ -38,6 +38,7 @@ def _or_null(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 _DURATION = _exact({"count": _WHOLE, "ns": _WHOLE})
+_STEPS = ("compute_input", "compute_infer", "compute_output")
 _DURATIONS = ("success", "fail", "queue", "compute_input", "compute_infer", "compute_output", "cache_hit", "cache_miss")
 _CONFIG_TENSOR = _exact({"name": _TEXT, "data_type": _TEXT, "dims": _list({"type": "integer", "minimum": -1})})
 _STATE = {"enum": [READY, UNAVAILABLE]}
@@ -102,7 +103,7 @@ SCHEMAS: dict[str, dict[str, Any]] = {
         },
     ),
     "InputTensor": _object(
-        {"name": _TEXT, "shape": _SHAPE | {"items": {"type": "integer", "minimum": 1}}, "datatype": _DATATYPE},
+        {"name": _TEXT, "shape": _SHAPE, "datatype": _DATATYPE},
         {
             "data": {"type": "array", "description": "Values in row-major order, flat or nested as the shape says."},
             "parameters": _object({}, {"binary_data_size": _WHOLE}),

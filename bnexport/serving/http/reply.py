@@ -9,7 +9,7 @@ from typing import Any
 
 import orjson
 
-from bnexport.errors import BadInput, BnexportError, MissingDependency, NotServing, RequestError
+from bnexport.errors import BadInput, BnexportError, BundleError, MissingDependency, NotServing, RequestError
 
 #: Bodies below this are not packed: it would cost more than it saves. (Some clients always say that they take gzip.)
 PACKED_BYTES = 1024
@@ -59,7 +59,8 @@ def status_of(error: BnexportError) -> int:
         return error.status
     if isinstance(error, MissingDependency):
         return 501
-    return 400 if isinstance(error, BadInput) else 500
+    # A bundle that fails while it serves is no fault of the client's.
+    return 400 if isinstance(error, BadInput) and not isinstance(error, BundleError) else 500
 
 
 def packed(reply: Reply, accepted: bytes) -> Reply:

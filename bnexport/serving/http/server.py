@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
 import gc
 import importlib
 import math
 import socket
+import struct
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +31,9 @@ from bnexport.serving.served_model import ServingSettings
 
 #: Seconds without a request after which a server that is to stop does so; balancers stop sending when it is not ready.
 QUIET = 1.0
+#: Seconds for connections that are half made when the server stops to listen.
+_HANDSHAKES = 0.05
+_SO_ATTACH_FILTER, _BPF_RETURN = 26, 0x06
 #: Seconds that an idle connection is kept; longer than balancers keep theirs, so that they close first.
 _KEEP_ALIVE = 75
 
@@ -192,6 +197,8 @@ class DrainingServer(uvicorn.Server):
         has come yet.
         """
         loop = asyncio.get_running_loop()
+        if all(_deafen(listener) for listener in sockets):
+            await asyncio.sleep(_HANDSHAKES)
         waiting = [client for listener in sockets for client in _backlog(listener)]
         for server in self.servers:
             server.close()
@@ -211,6 +218,25 @@ class DrainingServer(uvicorn.Server):
         while True:
             self._state.expire()
             await asyncio.sleep(0.1)
+
+
+def _deafen(listener: socket.socket) -> bool:
+    """Let the system drop what new clients send to a listening socket, so that its backlog stays empty once it is.
+
+    They try again after a second, and are refused then, or find another server. (Linux, socket(7): SO_ATTACH_FILTER with a
+    program of one instruction, which keeps no byte of any packet; connections that were made before are not touched.)
+
+    Returns:
+        Whether the system can do it. Where it can't, a client may be reset in the microseconds before the socket closes.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    program = ctypes.create_string_buffer(struct.pack("HBBI", _BPF_RETURN, 0, 0, 0))
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("@HP", 1, ctypes.addressof(program)))
+    except OSError:
+        return False
+    return True
 
 
 def _backlog(listener: socket.socket) -> Iterator[socket.socket]:

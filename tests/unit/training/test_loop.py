@@ -2,8 +2,10 @@ import pytest
 import torch
 from torch import nn
 
-from bnexport.errors import UsageError
-from bnexport.training.loop import batches_of, epoch_order, evaluate, train_epoch
+from bnexport.errors import Diverged
+from bnexport.training.loop import Epochs, batches_of, epoch_order, evaluate
+from bnexport.training.samples import Resident
+from bnexport.training.step import Step
 
 
 def linear(seed=0):
@@ -31,9 +33,8 @@ def test_an_epoch_is_plain_sgd_over_every_image():
     model, twin = linear(), linear()
     told = []
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    loss, accuracy = train_epoch(
-        model, images, labels, optimizer, order=order, batch_size=4, on_batch=lambda *now: told.append(now)
-    )
+    epochs = Epochs(Step(model, optimizer), Resident(images, labels), batch_size=4)
+    outcome = epochs.take(order, on_batch=lambda *now: told.append(now))
     losses, hits = 0.0, 0
     for start in (0, 4, 8):
         batch = order[start : start + 4]
@@ -47,8 +48,8 @@ def test_an_epoch_is_plain_sgd_over_every_image():
         losses += value.item() * len(batch)
         hits += (logits.argmax(1) == labels[batch]).sum().item()
     assert told == [(1, 3), (2, 3), (3, 3)]
-    assert loss == pytest.approx(losses / 10, rel=1e-6)
-    assert accuracy == hits / 10
+    assert outcome.loss == pytest.approx(losses / 10, rel=1e-6)
+    assert outcome.accuracy == hits / 10
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(model.parameters(), twin.parameters(), strict=True))
 
 
@@ -58,7 +59,7 @@ def test_evaluation_uses_eval_mode_and_puts_the_mode_back(monkeypatch):
     model = nn.Sequential(linear(), nn.BatchNorm1d(3)).train()
     model[1].running_mean.copy_(torch.tensor([5.0, -3.0, 1.0]))
     before = model[1].running_mean.clone()
-    accuracy = evaluate(model, images, labels)
+    accuracy = evaluate(model, Resident(images, labels)).accuracy
     assert model.training
     assert torch.equal(model[1].running_mean, before)
     expected = (model.eval()(images).argmax(1) == labels).float().mean().item()
@@ -74,12 +75,16 @@ def test_a_diverged_epoch_is_an_error(broken):
     else:  # an infinite weight whose loss is still finite until the last step
         model.register_buffer("statistic", torch.tensor(float("nan")))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    with pytest.raises(UsageError, match="diverged") as caught:
-        train_epoch(model, images, labels, optimizer, order=torch.arange(10), batch_size=4)
+    where = "in batch 2 of 3" if broken == "image" else "after batch 3 of 3"
+    with pytest.raises(Diverged, match=where) as caught:
+        Epochs(Step(model, optimizer), Resident(images, labels), batch_size=4).take(torch.arange(10))
     assert "--lr" in caught.value.remedy
 
 
 def test_batches_follow_the_order():
     images = torch.arange(5.0).reshape(5, 1)
-    batches = [batch.flatten().tolist() for batch in batches_of(images, torch.tensor([4, 2, 0, 1, 3]), 2)]
+    batches = [
+        batch.flatten().tolist()
+        for batch in batches_of(Resident(images, torch.zeros(5)), torch.tensor([4, 2, 0, 1, 3]), 2)
+    ]
     assert batches == [[4.0, 2.0], [0.0, 1.0], [3.0]]

@@ -30,14 +30,14 @@ def small_dataset(name="digits", **_):
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch):
-    monkeypatch.setattr("bnexport.training.run.load_dataset", small_dataset)
+    monkeypatch.setattr("bnexport.training.preparation.load_dataset", small_dataset)
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """The run of CONFIG without an interruption."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bnexport.training.run.load_dataset", small_dataset)
+        patch.setattr("bnexport.training.preparation.load_dataset", small_dataset)
         return train(CONFIG, out=tmp_path_factory.mktemp("whole"))
 
 
@@ -78,10 +78,12 @@ def test_the_run_directory(tmp_path, norm):
     config = replace(CONFIG, norm=norm, epochs=2)
     result = train(config, out=out)
     names = {"checkpoint.safetensors", "config.json", "metrics.jsonl", "model.safetensors"}
-    assert {path.name for path in out.iterdir()} == names
+    assert {path.name for path in out.iterdir()} == names | {".run.lock"}
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [1, 2]
-    assert set(rows[0]) == {"epoch", "train_loss", "train_accuracy", "test_accuracy", "examples_per_s"}
+    assert set(rows[0]) == {
+        "epoch", "train_loss", "train_accuracy", "test_loss", "test_accuracy", "learning_rate", "examples_per_s"
+    }  # fmt: skip
     assert rows == list(result.history)
     assert TrainingConfig.from_json(json.loads((out / "config.json").read_text())) == config
     metadata = load_checkpoint(result.model).metadata
@@ -189,15 +191,15 @@ def test_resuming_a_complete_run_writes_the_model_again(tmp_path):
     again = train(CONFIG, out=tmp_path / "a", resume=True, progress=StopAt(4, 1))
     assert again.model.read_bytes() == content
     assert len((tmp_path / "a" / "metrics.jsonl").read_text().splitlines()) == 3
-    assert not list((tmp_path / "a").glob(".*"))
+    assert [path.name for path in (tmp_path / "a").glob(".*")] == [".run.lock"]
 
 
 CHILD = """
 import os, signal, sys
 from pathlib import Path
 import test_run
-from bnexport.training import run
-run.load_dataset = test_run.small_dataset
+from bnexport.training import preparation, run
+preparation.load_dataset = test_run.small_dataset
 
 class Kill(test_run.StopAt):
     def on_batch(self, done, total):
@@ -248,7 +250,7 @@ def test_a_killed_run_is_readable_and_resumes_to_the_same_weights(tmp_path, whol
         assert not (out / "checkpoint.safetensors").exists()
     resumed = train(CONFIG, out=out, resume=True)
     assert same(resumed.model, whole.model)
-    assert not list(out.glob(".*"))
+    assert [path.name for path in out.glob(".*")] == [".run.lock"]
 
 
 def test_a_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):

@@ -10,7 +10,8 @@ from bnexport.errors import ModelError, OutputError, RuntimeUnavailable, UsageEr
 from bnexport.nn.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from bnexport.training.config import TrainingConfig
 from bnexport.training.directory import RunDirectory
-from bnexport.training.run import choose_device, train
+from bnexport.training.processes import choose_device
+from bnexport.training.run import train
 
 
 def test_an_existing_run_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
@@ -23,7 +24,7 @@ def test_an_existing_run_is_refused_before_anything_is_loaded(tmp_path, monkeypa
         raise AssertionError("loaded")
 
     with monkeypatch.context() as patch:
-        patch.setattr("bnexport.training.run.load_dataset", never)
+        patch.setattr("bnexport.training.preparation.load_dataset", never)
         with pytest.raises(OutputError, match="holds a run already") as caught:
             train(CONFIG, out=out)
     assert "--resume" in caught.value.remedy
@@ -40,7 +41,7 @@ def test_force_keeps_the_old_run_until_the_data_are_there(tmp_path, monkeypatch)
     def broken(*_, **__):
         raise ModelError("no data", remedy="none")
 
-    monkeypatch.setattr("bnexport.training.run.load_dataset", broken)
+    monkeypatch.setattr("bnexport.training.preparation.load_dataset", broken)
     with pytest.raises(ModelError, match="no data"):
         train(CONFIG, out=out, force=True)
     assert load_checkpoint(out / "model.safetensors").metadata["training"]["epoch"] == 1

@@ -37,7 +37,7 @@ def test_json_round_trip():
     assert TrainingConfig.from_json(json.loads(json.dumps(config.to_json()))) == config
 
 
-@pytest.mark.parametrize("value", [[], {}, {**TrainingConfig().to_json(), "momentum": 1}])
+@pytest.mark.parametrize("value", [[], {}, {**TrainingConfig().to_json(), "inertia": 1}])
 def test_bad_json(value):
     with pytest.raises(UsageError, match="missing or unknown options"):
         TrainingConfig.from_json(value)

@@ -1,0 +1,187 @@
+"""What a run needs before its first epoch: data set, network, optimiser; and what its weights depend on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bnexport.data.datasets import Dataset, load_dataset
+from bnexport.data.preprocessing import Preprocessing
+from bnexport.errors import ModelError, RuntimeUnavailable, UsageError
+from bnexport.nn.batch_norm import BatchNorm
+from bnexport.optional import one_line
+from bnexport.training.config import TrainingConfig
+from bnexport.training.directory import CHECKPOINT, Saved
+from bnexport.training.networks import build_network
+from bnexport.training.optimisers import make_optimizer, restore_optimizer
+from bnexport.training.processes import World
+from bnexport.training.progress import Progress
+from bnexport.training.samples import Samples, make_samples
+from bnexport.training.step import Step
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that a run works with.
+
+    Attributes:
+        config: The recipe.
+        dataset: The images and labels.
+        preprocessing: How an image becomes an input.
+        model: The network on this process's device, with the saved weights where there are some.
+        optimizer: Of its parameters, likewise.
+        train: The training part.
+        test: The test part.
+        world: The processes.
+        scaler: State of the scaling of the loss, from the checkpoint.
+    """
+
+    config: TrainingConfig
+    dataset: Dataset
+    preprocessing: Preprocessing
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    train: Samples
+    test: Samples
+    world: World
+    scaler: Mapping[str, Any]
+
+    def step(self, model: nn.Module) -> Step:
+        """The step of a network that has this one's parameters."""
+        config = self.config
+        step = Step(model, self.optimizer, label_smoothing=config.label_smoothing, amp=config.amp, world=self.world)
+        if self.scaler:
+            step.scaler.load_state_dict(dict(self.scaler))
+        return step
+
+
+def prepare(
+    config: TrainingConfig,
+    saved: Saved | None,
+    world: World,
+    *,
+    data_dir: str | Path | None,
+    listener: Progress,
+) -> Prepared:
+    """Load the data, build the network and its optimiser.
+
+    Raises:
+        DataError, NetworkError: As ``data.datasets.load_dataset``.
+        ModelError: The network can't be built, or the saved weights do not fit it.
+        UsageError: A batch would leave a BatchNorm without a variance.
+        RuntimeUnavailable: float16 was asked for on a CPU.
+    """
+    if config.amp == "float16" and world.device.type != "cuda":
+        raise RuntimeUnavailable(
+            "--amp float16 needs a CUDA device", remedy="Use --amp bfloat16, which a CPU can do too, or leave it out"
+        )
+    # The leading process downloads and decodes; the others read what it left.
+    dataset = world.leader_first(lambda: _load(config, data_dir, listener))
+    preprocessing = config.preprocessing(_shape_of(dataset))
+    model = build_network(config, len(dataset.labels), preprocessing)
+    check_last_batch(config, model, len(dataset.train_labels), world)
+    if saved is not None:
+        _restore(model, saved)
+    model.to(world.device)
+    optimizer = make_optimizer(model, config, world.device)
+    if saved is not None and saved.optimizer:
+        restore_optimizer(optimizer, saved.optimizer)
+    train, test = (
+        make_samples(images, labels, preprocessing, world.device)
+        for images, labels in (
+            (dataset.train_images, dataset.train_labels),
+            (dataset.test_images, dataset.test_labels),
+        )
+    )
+    scaler = saved.scaler if saved is not None else {}
+    return Prepared(config, dataset, preprocessing, model, optimizer, train, test, world, scaler)
+
+
+def _load(config: TrainingConfig, data_dir: str | Path | None, listener: Progress) -> Dataset:
+    return load_dataset(config.dataset, data_dir=data_dir, progress=listener.on_download)
+
+
+def _shape_of(dataset: Dataset) -> tuple[int, int, int]:
+    """Channels, height and width of a data set's images."""
+    shape = dataset.train_images.shape[1:]
+    return (1, *shape) if len(shape) == 2 else (shape[0], shape[1], shape[2])
+
+
+def _restore(model: nn.Module, saved: Saved) -> None:
+    try:
+        model.load_state_dict(saved.state)
+    except RuntimeError as error:
+        raise ModelError(
+            f"{CHECKPOINT} does not fit the network: {one_line(error)}", remedy="Start anew with --force"
+        ) from error
+
+
+def check_last_batch(config: TrainingConfig, model: nn.Module, count: int, world: World) -> None:
+    """BatchNorm has no variance of one image after a fully connected layer; say so before an epoch is spent.
+
+    Raises:
+        UsageError: A process would be left with too small a part of a batch.
+    """
+    if not any(isinstance(module, BatchNorm | nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+        return
+    together = config.sync_batch_norm and world.size > 1
+    least = 2 if not together else 1  # over all processes a part may be a single image, but not none
+    for batch in (min(config.batch_size, count), count % config.batch_size):
+        if batch and (world.smallest_share(batch) < least or batch < 2):
+            if world.size == 1:
+                raise UsageError(
+                    f"with batch-size {config.batch_size} a batch of one of the {count} images is left, "
+                    "and BatchNorm needs at least 2",
+                    remedy="Choose another --batch-size",
+                )
+            raise UsageError(
+                f"with batch-size {config.batch_size} a batch of {batch} of the {count} images is left for "
+                f"{world.size} processes, and BatchNorm needs at least {least} in each",
+                remedy="Choose another --batch-size, or --sync-batch-norm, or fewer processes",
+            )
+
+
+@dataclass(frozen=True)
+class MadeBy:
+    """What a run's weights depend on, to the last bit, beside its recipe.
+
+    Attributes:
+        device: "cpu", or the GPU's name.
+        processes: How many trained together.
+        threads: Of each process, on a CPU.
+        torch: Version.
+    """
+
+    device: str
+    processes: int
+    threads: int
+    torch: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+    def differs_from(self, before: Mapping[str, Any]) -> str | None:
+        """Why a resumed run may end with other weights than one without the interruption; None when it does not."""
+        changed = [
+            f"{name} {before[name]} before, {value} now"
+            for name, value in self.to_json().items()
+            if name in before and before[name] != value
+        ]
+        if changed:
+            return f"the resumed weights may differ by rounding from an uninterrupted run's: {'; '.join(changed)}"
+        if self.device != "cpu":
+            return "on a GPU sums are taken in no fixed order: the resumed weights may differ by rounding"
+        return None
+
+
+def made_by(world: World) -> MadeBy:
+    """What this run's weights depend on."""
+    cpu = world.device.type == "cpu"
+    device = "cpu" if cpu else torch.cuda.get_device_name(world.device)
+    return MadeBy(device, world.size, torch.get_num_threads() if cpu else 0, torch.__version__)

@@ -1,0 +1,178 @@
+"""Several processes that train one network: who they are, what each takes, and what happens when one is lost.
+
+Started by torchrun, which sets the environment variables that are read here (torch documentation, "torchrun").
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from bnexport.errors import BnexportError, RuntimeUnavailable, UsageError
+from bnexport.optional import one_line
+
+T = TypeVar("T")
+
+#: How long a process waits for the others: they may be decoding a folder of images for the first time. That one is gone
+#: is noticed at once, by its closed connection.
+_PATIENCE = datetime.timedelta(minutes=30)
+#: What backends say, in their errors, of a process that is gone.
+_LOST = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe", "timed out", "distbackend", "peer")
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of one training.
+
+    Attributes:
+        rank: This process's number; 0 writes and prints.
+        size: How many there are.
+        device: Of this process.
+    """
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the process that writes and prints."""
+        return self.rank == 0
+
+    def share(self, batch: Tensor) -> Tensor:
+        """This process's part of a batch; the parts of all are the batch, none twice, and differ by one at most."""
+        return batch.tensor_split(self.size)[self.rank]
+
+    def smallest_share(self, count: int) -> int:
+        """The length of the shortest part of a batch of ``count``."""
+        return count // self.size
+
+    def add_up(self, *values: Tensor) -> None:
+        """Replace each tensor by its sum over all processes."""
+        if self.size > 1:
+            for value in values:
+                dist.all_reduce(value)
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        if self.size > 1:
+            self.add_up(torch.zeros(1, device=self.device))
+
+    def told_by_leader(self, find: Callable[[], T]) -> T:
+        """What the leading process finds, for all; an error of bnexport there is raised by all.
+
+        Args:
+            find: Called by the leading process alone; its result must be picklable.
+        """
+        if self.size == 1:
+            return find()
+        told: list[Any] = [None]
+        if self.leads:
+            try:
+                told = [find()]
+            except BnexportError as error:
+                told = [error]
+        dist.broadcast_object_list(told, src=0)
+        if isinstance(told[0], BnexportError):
+            raise told[0]
+        result: T = told[0]
+        return result
+
+    def leader_first(self, act: Callable[[], T]) -> T:
+        """What each process finds, the leading one before the others: it may leave files that they then read."""
+        found: list[T] = []
+        self.told_by_leader(lambda: found.append(act()))
+        return found[0] if self.leads else act()
+
+    def parallel(self, model: nn.Module) -> nn.Module:
+        """The network as this process calls it in training: with gradients averaged over all."""
+        if self.size == 1:
+            return model
+        ids = [self.device.index or 0] if self.device.type == "cuda" else None
+        return nn.parallel.DistributedDataParallel(model, device_ids=ids)
+
+
+def asked_rank() -> int:
+    """The number that torchrun gave this process; 0 without torchrun."""
+    return _number("RANK", 0)
+
+
+@contextlib.contextmanager
+def open_world(device: str) -> Iterator[World]:
+    """Join the processes that torchrun started; alone without it.
+
+    Args:
+        device: One of ``config.DEVICES``.
+
+    Raises:
+        RuntimeUnavailable: CUDA was asked for and is not here, there are fewer GPUs than processes, or a process was lost.
+        UsageError: The environment variables contradict each other.
+    """
+    rank, size, local = asked_rank(), _number("WORLD_SIZE", 1), _number("LOCAL_RANK", 0)
+    kind = choose_device(device)
+    if size == 1:
+        yield World(device=kind)
+        return
+    if rank >= size:
+        raise UsageError(f"RANK is {rank} of WORLD_SIZE {size}", remedy="Start the processes with torchrun")
+    if kind.type == "cuda":
+        if local >= torch.cuda.device_count():
+            raise RuntimeUnavailable(
+                f"process {local} has no GPU: there are {torch.cuda.device_count()} here",
+                remedy="Start as many processes as GPUs, or pass --device cpu",
+            )
+        kind = torch.device("cuda", local)
+        torch.cuda.set_device(kind)
+    with _lost_process_named():
+        backend = "nccl" if kind.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=_PATIENCE, device_id=kind if kind.type == "cuda" else None)
+        try:
+            yield World(rank, size, kind)
+        finally:
+            with contextlib.suppress(Exception), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                dist.destroy_process_group()
+
+
+def choose_device(name: str) -> torch.device:
+    """The device for one of ``config.DEVICES``.
+
+    Raises:
+        RuntimeUnavailable: CUDA was asked for by name and torch finds no GPU.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise RuntimeUnavailable(
+            "torch finds no CUDA device here", remedy="Use --device cpu, or install a CUDA build of torch and a driver"
+        )
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _number(variable: str, default: int) -> int:
+    text = os.environ.get(variable, str(default))
+    if not text.isdecimal():
+        raise UsageError(f"{variable} is {text!r}, not a number", remedy="Start the processes with torchrun")
+    return int(text)
+
+
+@contextlib.contextmanager
+def _lost_process_named() -> Iterator[None]:
+    """One sentence for the many errors that a lost process makes in the others."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = f"{type(error).__name__} {error}".lower()
+        if not any(word in text for word in _LOST):
+            raise
+        raise RuntimeUnavailable(
+            f"another process of this training is gone: {one_line(error)}",
+            remedy="The last whole epoch is kept: start again with --resume, with any number of processes",
+        ) from error

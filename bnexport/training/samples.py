@@ -1,0 +1,98 @@
+"""Images and labels on the way to the network: resident on the device, or gathered from a file as they are needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bnexport.data.preprocessing import Preprocessing
+from bnexport.tensors import Array
+
+#: A part that is larger than this as float32 stays where it is, as uint8, and is gathered batch by batch.
+RESIDENT_BYTES = 2 << 30
+
+
+class Samples(Protocol):
+    """One part of a data set.
+
+    Attributes:
+        count: Images.
+        device: Where its batches come out.
+    """
+
+    count: int
+    device: torch.device
+
+    def batches(self, indices: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Inputs float32 (n, channels, height, width) and labels int64 (n,) of each group of indices (int64, on the CPU)."""
+
+
+class Resident:
+    """The whole part as one float32 tensor on the device: a batch is one gather, nothing is done per image."""
+
+    def __init__(self, images: Tensor, labels: Tensor) -> None:
+        self.images, self.labels = images, labels
+        self.count, self.device = len(labels), images.device
+
+    def batches(self, indices: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """See ``Samples``. The indices travel once, together, so that a GPU is not waited for."""
+        together = torch.cat(list(indices)).to(self.device) if indices else torch.empty(0, dtype=torch.int64)
+        for batch in torch.split(together, [len(part) for part in indices]):
+            yield self.images.index_select(0, batch), self.labels.index_select(0, batch)
+
+
+class Streamed:
+    """A part that is too large for memory: the next batch is read and converted while this one is computed with."""
+
+    def __init__(self, images: Array, labels: Array, preprocessing: Preprocessing, device: torch.device) -> None:
+        self.images, self.labels, self.preprocessing = images, labels, preprocessing
+        self.count, self.device = len(labels), device
+
+    def batches(self, indices: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+        """See ``Samples``."""
+        with ThreadPoolExecutor(1) as reader:
+            ahead: Future[tuple[Tensor, Tensor]] | None = None
+            for batch in indices:
+                now, ahead = ahead, reader.submit(self._read, batch.numpy())
+                if now is not None:
+                    yield self._arrived(*now.result())
+            if ahead is not None:
+                yield self._arrived(*ahead.result())
+
+    def _read(self, batch: Array) -> tuple[Tensor, Tensor]:
+        # A file is read forwards: sorted on the way in, put in order in memory.
+        forwards = np.argsort(batch)
+        pixels = np.empty((len(batch), *self.images.shape[1:]), np.uint8)
+        pixels[forwards] = self.images[batch[forwards]]
+        X = torch.from_numpy(self.preprocessing.apply(_channels_last(pixels)))
+        return X, torch.from_numpy(np.ascontiguousarray(self.labels[batch]))
+
+    def _arrived(self, X: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        if self.device.type == "cpu":
+            return X, y
+        return X.pin_memory().to(self.device, non_blocking=True), y.pin_memory().to(self.device, non_blocking=True)
+
+
+def make_samples(images: Array, labels: Array, preprocessing: Preprocessing, device: torch.device) -> Samples:
+    """One part of a data set, where it is fastest.
+
+    Args:
+        images: uint8 (n, height, width) or (n, channels, height, width), as ``data.prepare.prepared`` gives them.
+        labels: int64 (n,).
+        preprocessing: Of the pixels.
+        device: Where the network is.
+    """
+    if images.size * 4 > RESIDENT_BYTES:
+        return Streamed(images, labels, preprocessing, device)
+    inputs = torch.from_numpy(preprocessing.apply(_channels_last(images)))
+    return Resident(inputs.to(device), torch.from_numpy(np.ascontiguousarray(labels)).to(device))
+
+
+def _channels_last(images: Array) -> Array:
+    """As ``Preprocessing.apply`` takes them: (n, height, width) or (n, height, width, channels)."""
+    return images if images.ndim == 3 else images.transpose(0, 2, 3, 1)
