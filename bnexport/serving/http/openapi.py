@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from bnexport import __version__
 from bnexport.serving.http.openapi_schemas import SCHEMAS
-
-if TYPE_CHECKING:
-    from bnexport.serving.http.routes import Route
+from bnexport.serving.http.route import Route
 
 #: Status -> what it means here. Those of an answer that is an error; each has a schema "Error".
 ERRORS: dict[int, str] = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple
 
 from bnexport import __version__
@@ -15,10 +14,10 @@ from bnexport.serving.http.openapi import document
 from bnexport.serving.http.page import models, page, report
 from bnexport.serving.http.reply import BINARY, JSON, TEXT, Reply, json_reply
 from bnexport.serving.http.request import header_length
+from bnexport.serving.http.route import Handler, Route
 from bnexport.serving.http.state import State
 from bnexport.serving.protocol.encoding import encode_response
 
-Handler = Callable[..., Awaitable[Reply]]
 EXTENSIONS = (
     "binary_tensor_data",
     "classification",
@@ -150,22 +149,6 @@ async def metrics(state: State, _exchange: Exchange) -> Reply:
 async def openapi(_state: State, _exchange: Exchange) -> Reply:
     """This list of routes."""
     return json_reply(document(ROUTES))
-
-
-class Route(NamedTuple):
-    """One row of ROUTES.
-
-    Attributes:
-        method: HTTP's.
-        pattern: Segments of the path; {..} takes any one segment, and what stands in [..] may be missing.
-        handler: (state, exchange, *captured segments) -> reply.
-        probe: Whether it is a probe of a supervisor: open without a token, and no work that a stop waits for.
-    """
-
-    method: str
-    pattern: str
-    handler: Handler
-    probe: bool = False
 
 
 _MODEL = "v2/models/{name}[/versions/{version}]"
