@@ -98,11 +98,13 @@ class RequestError(BadInput):
         message: As in BnexportError.
         remedy: As in BnexportError.
         status: The HTTP status that says so (RFC 9110, chapter 15.5); another protocol translates it.
+        allow: Of 405, the methods that would do.
     """
 
-    def __init__(self, message: str, *, remedy: str, status: int = 400) -> None:
+    def __init__(self, message: str, *, remedy: str, status: int = 400, allow: tuple[str, ...] = ()) -> None:
         super().__init__(message, remedy=remedy)
         self.status = status
+        self.allow = allow
 
 
 class OutputError(BadInput):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import fcntl
 import itertools
 import json
@@ -46,7 +47,7 @@ class Browser:
             "--disable-extensions",
         ]
         command += ["--remote-debugging-pipe", f"--user-data-dir={profile}", "--disable-dev-shm-usage"]
-        command += ["--host-resolver-rules=MAP * ~NOTFOUND", "--disable-background-networking"]
+        command += ["--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1", "--disable-background-networking"]
         command += ["--no-sandbox"] if os.geteuid() == 0 else []
         theirs_in, self._out = self._pipe()
         self._in, theirs_out = self._pipe()
@@ -89,6 +90,27 @@ class Browser:
         )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", media=media, features=[scheme])
+
+    def until(self, expression: str) -> Any:
+        """The value of a JavaScript expression once it is true."""
+        deadline = time.monotonic() + _PATIENCE
+        while not (value := self.evaluate(expression)):
+            assert time.monotonic() < deadline, (
+                f"{expression} stays {value!r}: {self.evaluate('document.body.innerText')}"
+            )
+            time.sleep(0.02)
+        return value
+
+    def drag(self, *points: tuple[float, float]) -> None:
+        """Draw with the left button held, from point to point, in CSS pixels of the window."""
+        kinds = ["mousePressed", *["mouseMoved"] * (len(points) - 1)]
+        for kind, (x, y) in [*zip(kinds, points, strict=True), ("mouseReleased", points[-1])]:
+            button = {"button": "left", "buttons": 1, "clickCount": 1}
+            self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, **button)
+
+    def screenshot(self) -> bytes:
+        """The whole page as PNG."""
+        return base64.b64decode(self.call("Page.captureScreenshot", captureBeyondViewport=True)["data"])
 
     def evaluate(self, expression: str) -> Any:
         """The value of a JavaScript expression in the page."""

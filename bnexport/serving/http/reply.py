@@ -44,6 +44,8 @@ def error_reply(error: BnexportError) -> Reply:
     headers: tuple[tuple[bytes, bytes], ...] = ()
     if status == 401:
         headers = ((b"www-authenticate", b"Bearer"),)
+    elif isinstance(error, RequestError) and error.allow:
+        headers = ((b"allow", ", ".join(error.allow).encode()),)
     elif status == 503:
         headers = ((b"retry-after", b"1"),)
     text = str(error)

@@ -1,8 +1,7 @@
-"""The table of routes, and the handlers of the protocol. A web page or another door adds rows here."""
+"""The table of routes, and the handlers of the protocol."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
 from typing import Any, NamedTuple
 
 from bnexport import __version__
@@ -11,12 +10,14 @@ from bnexport.screening.refusal import shown
 from bnexport.serving.http.classify import classify
 from bnexport.serving.http.exchange import Exchange
 from bnexport.serving.http.metrics import render
+from bnexport.serving.http.openapi import document
+from bnexport.serving.http.page import models, page, report
 from bnexport.serving.http.reply import BINARY, JSON, TEXT, Reply, json_reply
 from bnexport.serving.http.request import header_length
+from bnexport.serving.http.route import Handler, Route
 from bnexport.serving.http.state import State
 from bnexport.serving.protocol.encoding import encode_response
 
-Handler = Callable[..., Awaitable[Reply]]
 EXTENSIONS = (
     "binary_tensor_data",
     "classification",
@@ -145,20 +146,9 @@ async def metrics(state: State, _exchange: Exchange) -> Reply:
     return Reply(200, render(state), TEXT)
 
 
-class Route(NamedTuple):
-    """One row of ROUTES.
-
-    Attributes:
-        method: HTTP's.
-        pattern: Segments of the path; {..} takes any one segment, and what stands in [..] may be missing.
-        handler: (state, exchange, *captured segments) -> reply.
-        probe: Whether it is a probe of a supervisor: open without a token, and no work that a stop waits for.
-    """
-
-    method: str
-    pattern: str
-    handler: Handler
-    probe: bool = False
+async def openapi(_state: State, _exchange: Exchange) -> Reply:
+    """This list of routes."""
+    return json_reply(document(ROUTES))
 
 
 _MODEL = "v2/models/{name}[/versions/{version}]"
@@ -176,7 +166,11 @@ ROUTES: tuple[Route, ...] = (
     Route("POST", "v2/repository/index", repository_index),
     Route("POST", "v2/repository/models/{name}/load", load),
     Route("POST", "v2/repository/models/{name}/unload", unload),
+    Route("GET", "v2/openapi.json", openapi),
     Route("GET", "metrics", metrics),
+    Route("GET", "", page, probe=True),
+    Route("GET", "models", models),
+    Route("GET", "models/{name}/versions/{version}/report", report),
 )
 
 
@@ -224,11 +218,14 @@ def _search(method: str, path: str) -> Found:
     wanted = "GET" if method == "HEAD" else method
     methods = []
     for pattern, route in _BY_LENGTH.get(len(segments), ()):
-        if all(part == have or (part[0] == "{" and have) for part, have in zip(pattern, segments, strict=True)):
+        if all(part == have or (part[:1] == "{" and have) for part, have in zip(pattern, segments, strict=True)):
             if route.method == wanted:
-                captured = tuple(have for part, have in zip(pattern, segments, strict=True) if part[0] == "{")
+                captured = tuple(have for part, have in zip(pattern, segments, strict=True) if part[:1] == "{")
                 return Found(route.pattern, route.handler, captured, route.probe)
             methods.append(route.method)
     if methods:
-        raise RequestError(f"{path[:200]} does not take {method}", remedy=f"It takes {methods[0]}", status=405)
+        allow = tuple(dict.fromkeys(["GET", "HEAD"] if "GET" in methods else methods))
+        raise RequestError(
+            f"{path[:200]} does not take {method}", remedy=f"It takes {allow[0]}", status=405, allow=allow
+        )
     raise RequestError(f"there is nothing at {shown(path, 200)}", remedy="GET v2 tells what this server is", status=404)
