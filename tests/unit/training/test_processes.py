@@ -32,7 +32,7 @@ def environment(**more):
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **more}
 
 
-def torchrun(size, *words, timeout=90):
+def torchrun(size, *words, timeout=280):
     starter = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(size)]
     with subprocess.Popen(
         [*starter, *map(str, words)], env=environment(), cwd=ROOT, start_new_session=True,
