@@ -80,7 +80,7 @@ def _value(path: Path, key: str, value: Any, option: click.Option) -> Any:
     """A value as the command line would give it; TOML's own kinds must be the option's."""
     if isinstance(value, dict) and option.multiple:  # [model-option] with num_classes = 10
         return [f"{name}={_text(item)}" for name, item in value.items()]
-    if isinstance(value, list):
+    if isinstance(value, list) and (option.multiple or option.type is click.STRING):
         items = [_text(item) for item in value]
         return items if option.multiple else ",".join(items)
     kind, fits = "a number or a text", isinstance(value, int | float | str) and not isinstance(value, bool)

@@ -86,7 +86,7 @@ def test_a_table_of_model_options(tmp_path):
         ("config = 'x'", "the option 'config', which is unknown"),
         ("lr = 2020-01-01", "lr is datetime.date(2020, 1, 1)"),
         ("lr = true", "lr is True"),
-        ("lr = [1.0]", "'1.0'"),
+        ("lr = [1.0]", "lr is [1.0]"),
         ("epochs = 2.5", "epochs is 2.5"),
         ("epochs = {a = 1}", "epochs is {'a': 1}"),
         ("resume = 1", "resume is 1"),
@@ -98,13 +98,11 @@ def test_a_table_of_model_options(tmp_path):
 )
 def test_what_is_wrong_in_the_file(tmp_path, capsys, text, message):
     (tmp_path / "c.toml").write_text(text)
-    code = run(["train", "--config", "c.toml", "--out", "a"])
+    assert run(["train", "--config", "c.toml", "--out", "a"]) == 2
     error = capsys.readouterr().err
-    if "lr = [1.0]" not in text:  # a list of one number reads as that number, as --mean does
-        assert code == 2, error
-        assert message in error
+    assert message in error
     assert "Traceback" not in error
-    assert not (tmp_path / "a").exists() or "lr = [1.0]" in text
+    assert not (tmp_path / "a").exists()
 
 
 def test_a_file_that_is_not_there(capsys):
