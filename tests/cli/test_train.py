@@ -34,6 +34,7 @@ def test_a_run_and_its_resumption(tmp_path, capsys):
     assert lines[0] == "downloading train.gz (1.0 MB)"
     assert lines[1] == "digits: a test"
     assert lines[2] == "BN-LeNet, norm torch, 2 epochs, sgd, lr 0.5, batch 64, seed 0, on cpu"
+    assert lines.pop(5).startswith("note: the moving statistics are stale on 192 training images")
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     for line, row in zip(lines[3:5], rows, strict=True):
         assert line == (
@@ -135,6 +136,6 @@ def test_help_shows_the_tables_and_the_defaults():
     text = click.testing.CliRunner().invoke(command, ["--help"], terminal_width=200).output
     for choices in (NORMS, DEVICES, OPTIMIZERS, SCHEDULES, AMP):
         assert "|".join(choices) in text
-    assert ", ".join(DATASETS) in " ".join(text.split())
+    assert f"[{'|'.join(DATASETS)}|folder:PATH]" in "".join(text.split())
     for default in ("fashion-mnist", "torch", "10", "1.0", "256", "auto", "runs/bn_lenet"):
         assert f"[default: {default}" in text

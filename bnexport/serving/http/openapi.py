@@ -60,7 +60,7 @@ def _ref(name: str) -> dict[str, Any]:
     return {"$ref": f"#/components/schemas/{name}"}
 
 
-_ANY: dict[str, Any] = {_JSON: {}}
+_ANY: dict[str, dict[str, Any]] = {_JSON: {}}
 _FORM = {"type": "object", "additionalProperties": {"type": "string", "contentMediaType": "image/png"}}
 #: (method, pattern) of a route -> what is told of it.
 TOLD: dict[tuple[str, str], Told] = {

@@ -123,7 +123,7 @@ def test_a_user_s_own_network(write: Write, tmp_path: Path) -> None:
     named = {"source": "net.py:lenet", "options": {"norm": "torch"}}
     path = write(module=lenet(), network=named)
     assert evaluate_path(path, EvaluationRequest(source=f"{tmp_path}/net.py:lenet")).dataset == "digits"
-    with pytest.raises(ModelError, match="does not know how to build"):
+    with pytest.raises(ModelError, match="but not its code"):
         evaluate_path(path, EvaluationRequest())
 
 
