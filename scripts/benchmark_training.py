@@ -1,6 +1,6 @@
 """How fast training is beside the chapter's own code, in turn in one run; writes docs/training_speed.md.
 
-Use: python scripts/benchmark_training.py [--out FILE] [--rounds N] [--seconds S] [WAY ...]
+Use: python scripts/benchmark_training.py [--out FILE] [--rounds N] [--seconds S] [--note TEXT] [WAY ...]
 Fashion-MNIST must lie where BNEXPORT_DATA says. Nothing else should run meanwhile.
 """
 
@@ -23,6 +23,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("docs/training_speed.md"))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=8.0)
+    parser.add_argument("--note", default="", help="what else a reader must know of the conditions")
     given = parser.parse_args()
     if unknown := sorted(set(given.ways) - set(WAYS)):
         parser.error(f"unknown way {unknown[0]}")
@@ -33,7 +34,7 @@ def main() -> int:
             seconds=given.seconds,
             tell=lambda line: print(line, flush=True),
         )
-        write_page(speed_page(speeds, describe(environment())), given.out)
+        write_page(speed_page(speeds, f"{describe(environment())}. {given.note}".rstrip(". ")), given.out)
     except BnexportError as error:
         print(f"benchmark_training.py: {error}", file=sys.stderr)
         return 2 if isinstance(error, BadInput) else 3

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -114,6 +115,11 @@ def test_a_real_child_measures():
     rates, _ = training_speed._in_child("bnexport", 0.0)
     assert len(rates) == 2
     assert all(rate > 0 for rate in rates)
+
+
+def test_the_committed_page_holds_every_way():
+    page = (Path(__file__).parents[3] / "docs" / "training_speed.md").read_text(encoding="utf-8")
+    assert all(f"| {way.words} |" in page for way in WAYS.values())
 
 
 def test_the_script_refuses_an_unknown_way():
