@@ -39,9 +39,8 @@ def main(seeds: int) -> None:
         print(row(norm, results), flush=True)
     recipe = results[0].config
     used = f"{recipe.dataset}, lr {recipe.lr}, {recipe.epochs} epochs, batch {recipe.batch_size}, {results[0].device}"
-    print(
-        f"\nMean +/- standard deviation over n = {seeds} seeds (0 to {seeds - 1}); {used}; {describe(environment())}."
-    )
+    print(f"\nMean +/- standard deviation over n = {seeds} seeds (0 to {seeds - 1});", end=" ")
+    print(f"{used}; {describe(environment())}.")
 
 
 if __name__ == "__main__":
