@@ -175,7 +175,12 @@ def open_world(device: str) -> Iterator[World]:
         if not joined:
             dist.init_process_group(backend, timeout=_PATIENCE, device_id=kind if kind.type == "cuda" else None)
         try:
-            yield World(rank, size, kind)
+            world = World(rank, size, kind)
+            yield world
+            with contextlib.suppress(
+                RuntimeError
+            ):  # all is written; nobody closes connections that another still reads
+                world.wait()
         finally:
             if not joined:
                 _leave()
