@@ -17,7 +17,7 @@ from bnexport.errors import ProofError, UsageError
 from bnexport.folding.engine import Account, Engine
 from bnexport.folding.functionalise import functionalise
 from bnexport.folding.names import batch_norm_nodes, module_class, module_path, shape_of
-from bnexport.folding.plan import Budget
+from bnexport.folding.plan import ATTEMPTS, Budget
 from bnexport.folding.report import FoldReport, FoldRow
 from bnexport.folding.torch_graph import TorchGraph
 from bnexport.folding.torch_write import Writer
@@ -150,24 +150,24 @@ def _refuse_wrong(name: str, error: float | None, bound: float, types: str) -> N
 def _fold_copy(
     original: GraphModule, max_growth: float, clamps: bool, prove: bool
 ) -> tuple[GraphModule, Account, dict[str, Tensor], float]:
-    """Fold a copy; once more where calls that should have folded alike did not, and their copies exceed the budget."""
-    for apart in (False, True):
+    """Fold a copy; again and stricter where the result exceeds the budget, as when calls did not fold alike after all."""
+    for apart, biases in ATTEMPTS:
         folded = _copy(original)
-        account, exact, growth = _fold_graph(folded, max_growth, clamps, prove, apart=apart)
+        account, exact, growth = _fold_graph(folded, max_growth, clamps, prove, apart=apart, biases=biases)
         if growth <= max_growth:
             break
     return folded, account, exact, growth
 
 
 def _fold_graph(
-    module: GraphModule, max_growth: float, clamps: bool, prove: bool, *, apart: bool = False
+    module: GraphModule, max_growth: float, clamps: bool, prove: bool, *, apart: bool, biases: bool
 ) -> tuple[Account, dict[str, Tensor], float]:
     """Fold a graph in place; returns the account, the folded tensors in float64 by attribute, and the growth."""
     functionalise(module)
     _drop_unused(module)  # heads that eval mode never runs are no measure for the budget
     graph = TorchGraph(module)
     before = graph.elements
-    budget = Budget(before, max_growth, apart)
+    budget = Budget(before, max_growth, apart, biases)
     account = Engine(graph, budget, clamps=clamps, prove=prove).run()
     writer = Writer(graph)
     writer.write(account.dropped)

@@ -20,6 +20,8 @@ from torch import Tensor
 from bnexport.folding.affine import Affine
 from bnexport.folding.graph import Graph, Identity, Kind, Layer, Norm, Op, Slice, Weight
 
+#: Values of ``Budget.apart`` and ``Budget.biases`` to fold with in turn, each stricter, until the result is within the budget.
+ATTEMPTS = ((False, False), (True, False), (True, True))
 #: Operations that one plan may look at, ways that turn out closed included, and operations one behind the other: bounds on
 #: the work per BatchNorm and on Python's stack, far above what real networks need.
 MAX_STEPS = 1024
@@ -48,12 +50,15 @@ class Budget:
         elements: Elements of all weights of the original.
         max_growth: The result may have so many times as many.
         apart: Whether calls that fold alike get weights of their own all the same.
+        biases: Whether the bias of a layer that had none counts too. It rarely has to: a BatchNorm that goes frees more, but
+            one whose other call stays frees nothing.
         added: Elements added so far.
     """
 
     elements: int
     max_growth: float = 1.1
     apart: bool = False
+    biases: bool = False
     added: int = 0
     _together: dict[tuple[Weight, bytes], Weight] = field(default_factory=dict)
 
@@ -205,6 +210,8 @@ class Plan:
         new = {"weight": weight, "bias": bias}
         old = {"weight": layer.weight, "bias": layer.bias}
         together = self._clone(op, [old[name] for name, value in new.items() if value is not None])
+        if self.budget.biases and layer.bias is None and bias is not None:
+            self._spend(bias.numel(), f"the bias that {op.name} would get")
         changes: dict[str, object] = {"after": after if after is not None else layer.after}
         for name, value in new.items():
             if value is not None:
@@ -273,17 +280,29 @@ class Plan:
             return False
         if not self.budget.apart and all(self._alike(op, weight) for weight in shared):
             return True
-        more = sum(weight.elements for weight in shared)
+        more, calls = sum(weight.elements for weight in shared), max(weight.readers for weight in shared)
+        what = f"the weight of {op.name} is used {calls} times (a shared layer or parameter), and a copy for this call"
+        self._spend(more, what, in_all=(calls - 1) * more)
+        return False
+
+    def _spend(self, more: int, what: str, *, in_all: int | None = None) -> None:
+        """Take elements from the budget.
+
+        Args:
+            more: How many this plan needs.
+            what: What needs them, as the start of a sentence.
+            in_all: How many it takes with the plans that need the same; for the remedy.
+
+        Raises:
+            Refused: There are not so many left.
+        """
         if not self.budget.allows(self.grown + more):
-            calls = max(weight.readers for weight in shared)
-            growth = 1 + (self.budget.added + self.grown + (calls - 1) * more) / max(self.budget.elements, 1)
+            spent = self.budget.added + self.grown + (more if in_all is None else in_all)
             raise Refused(
-                f"the weight of {op.name} is used {calls} times (a shared layer or parameter), and a copy for this"
-                f" call would exceed the size budget of {self.budget.max_growth:g}",
-                f"--max-growth {math.ceil(growth * 100) / 100:.2f}",
+                f"{what} would exceed the size budget of {self.budget.max_growth:g}",
+                f"--max-growth {math.ceil((1 + spent / max(self.budget.elements, 1)) * 100) / 100:.2f}",
             )
         self.grown += more
-        return False
 
     def _alike(self, op: Op, weight: Weight) -> bool:
         """Whether every call that reads a weight is followed by the same affine alone: then all share one folded weight."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from bnexport.errors import ExportError, ModelError, ProofError, UsageError
 from bnexport.folding.engine import Account, Engine
 from bnexport.folding.fold import DEFAULT_MAX_GROWTH
-from bnexport.folding.plan import Budget
+from bnexport.folding.plan import ATTEMPTS, Budget
 from bnexport.folding.report import FoldReport, FoldRow
 from bnexport.onnx_folding.inventory import BATCH_NORM, count_batch_norms, inner_batch_norms, label
 from bnexport.onnx_folding.onnx_graph import OnnxGraph
@@ -75,14 +75,11 @@ def fold_onnx(
         raise UsageError(f"max_growth is {max_growth:g}", remedy="Give a factor of 1 or more; 1 allows no copies")
     original = read_source(source)
     before = max(OnnxGraph(original).elements, 1)
-    for apart in (
-        False,
-        True,
-    ):  # again where calls that should have folded alike did not, and their copies are too many
+    for apart, biases in ATTEMPTS:  # again and stricter where the result exceeds the budget
         model = ModelProto()
         model.CopyFrom(original)
         graph = OnnxGraph(model)
-        budget = Budget(before, max_growth, apart)
+        budget = Budget(before, max_growth, apart, biases)
         account = _account(Engine(graph, budget, clamps=clamps, prove=prove), original)
         writer = Writer(graph)
         changed = writer.write(account.dropped)

@@ -108,6 +108,23 @@ def test_calls_that_fold_alike_first_and_apart_later_stay_in_the_budget() -> Non
     assert 1.1 < loose.growth <= 2.0
 
 
+def test_a_new_bias_counts_where_nothing_is_freed_for_it() -> None:
+    """The BatchNorm stays in one of its two calls, so its tensors stay; the other call would give ``out`` a bias."""
+
+    def forward(m: Graph, x: Tensor) -> Tensor:
+        return m.out(m.bn(m.bn(x) - x))
+
+    model = model_of(forward, bn=bn(3), out=conv(3, 4, bias=False))
+    tight = check(model, images(), max_growth=1.0)
+    assert [row.outcome for row in tight.rows] == ["affine", "affine"]
+    assert tight.growth == 1.0
+    assert "the bias that conv2d (out) would get would exceed the size budget of 1" in tight.rows[1].reason
+    growth = float(tight.rows[1].unlock.split("--max-growth ")[1].split(";")[0])
+    loose = check(model, images(), max_growth=growth)
+    assert [row.outcome for row in loose.rows] == ["affine", "forward"]
+    assert 1.0 < loose.growth <= growth
+
+
 def test_the_advice_to_allow_growth_unlocks() -> None:
     def forward(m: Graph, x: Tensor) -> Tensor:
         return m.p(m.conv(x)) + m.q(m.conv(x.tanh())).tanh() + m.r(m.conv(x.sin())).tanh()

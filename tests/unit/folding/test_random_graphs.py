@@ -54,11 +54,7 @@ def test_a_random_graph_is_folded_exactly(program: Program, clamps: bool, max_gr
         assert row.outcome in OUTCOMES
         assert bool(row.reason) == (row.outcome not in GONE)
         assert row.error is None or row.error <= 1e-12
-    # The budget counts copies of shared weights. A BatchNorm that is called twice and folds in one call alone leaves an affine
-    # in the other, and with the biases of layers that had none that may be more than its parameters and statistics were.
-    elements = sum(tensor.numel() for tensor in (*program.parameters(), *program.buffers()))
-    beside = sum(row.channels for row in report.rows if calls.count(row.module) > 1)
-    assert report.growth <= max_growth + beside / elements + 1e-9
+    assert report.growth <= max_growth + 1e-9
     # Once more without bnexport's own proof: another batch, other numbers, the weights as they were written.
     probe = torch.randn(3, *channels, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     with torch.no_grad():
