@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,12 +44,12 @@ class Way:
 
     Attributes:
         words: What it is.
-        epoch: Called once; gives a function that trains one epoch with evaluation and says how many images it took.
+        measure: Images per second of some epochs, and the threads that were used, when given the seconds to spend.
         kept: Whether ``bnexport train`` does it.
     """
 
     words: str
-    epoch: Callable[[], Callable[[], int]]
+    measure: Callable[[float], tuple[list[float], int]]
     kept: bool = False
 
 
@@ -154,27 +154,40 @@ def _tensor_loop(
     return epoch
 
 
-def _two_processes() -> list[float]:
+def _two_processes(_seconds: float) -> tuple[list[float], int]:
     """Two processes with one thread each, by torchrun, gloo and statistics over both; training alone, without evaluation."""
     with tempfile.TemporaryDirectory(prefix="bnexport-benchmark-") as folder:
         run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "bnexport", "train"]
-        options = [
-            "--epochs",
-            "4",
-            "--no-recalibrate",
-            "--sync-batch-norm",
-            "--device",
-            "cpu",
-            "--out",
-            f"{folder}/run",
-        ]
-        subprocess.run([*run, *options], check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        options = ["--epochs", "4", "--no-recalibrate", "--sync-batch-norm", "--device", "cpu", "--out"]
+        command = [*run, *options, f"{folder}/run"]
+        subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
         rows = Path(folder, "run", "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [float(json.loads(row)["examples_per_s"]) for row in rows[1:]]
+    return [float(json.loads(row)["examples_per_s"]) for row in rows[1:]], 2
 
 
-def _refused() -> Callable[[], int]:
-    raise NotImplementedError("measured by torchrun, see _two_processes")
+def epochs_of(prepare: Callable[[], Callable[[], int]]) -> Callable[[float], tuple[list[float], int]]:
+    """How to measure what trains epoch by epoch: whole epochs with evaluation, after one that is not counted.
+
+    Args:
+        prepare: Called once; gives a function that trains one epoch with evaluation and says how many images it took.
+
+    Returns:
+        Given seconds, the images per second of each epoch and the threads; no new epoch is begun after so long, but two are
+        always measured.
+    """
+
+    def measure(seconds: float) -> tuple[list[float], int]:
+        epoch = prepare()
+        epoch()
+        rates: list[float] = []
+        started = time.perf_counter()
+        while len(rates) < 2 or time.perf_counter() - started < seconds:
+            begun = time.perf_counter()
+            images = epoch()
+            rates.append(images / (time.perf_counter() - begun))
+        return rates, torch.get_num_threads()
+
+    return measure
 
 
 def _compiled(network: nn.Module) -> Any:
@@ -183,54 +196,43 @@ def _compiled(network: nn.Module) -> Any:
 
 #: Name -> way. The first is what people use, the last but the tries what bnexport does.
 WAYS: dict[str, Way] = {
-    "chapter-4": Way("the chapter's code, 4 workers (its default)", lambda: _chapter(4)),
-    "chapter-2": Way("the chapter's code, 2 workers", lambda: _chapter(2)),
-    "chapter-0": Way("the chapter's code, no workers", lambda: _chapter(0)),
-    "plain": Way("data set as one tensor, sums on the device", _tensor_loop, kept=True),
-    "fused": Way("... and a fused optimiser", lambda: _tensor_loop(fused=True), kept=True),
-    "memory": Way("... and freed memory kept", lambda: _tensor_loop(fused=True, kept_memory=True), kept=True),
+    "chapter-4": Way("the chapter's code, 4 workers (its default)", epochs_of(lambda: _chapter(4))),
+    "chapter-2": Way("the chapter's code, 2 workers", epochs_of(lambda: _chapter(2))),
+    "chapter-0": Way("the chapter's code, no workers", epochs_of(lambda: _chapter(0))),
+    "plain": Way("data set as one tensor, sums on the device", epochs_of(_tensor_loop), kept=True),
+    "fused": Way("... and a fused optimiser", epochs_of(lambda: _tensor_loop(fused=True)), kept=True),
+    "memory": Way(
+        "... and freed memory kept", epochs_of(lambda: _tensor_loop(fused=True, kept_memory=True)), kept=True
+    ),
     "bnexport": Way(
         "... and pooling as a product: bnexport train",
-        lambda: _tensor_loop(fused=True, kept_memory=True, products=True),
+        epochs_of(lambda: _tensor_loop(fused=True, kept_memory=True, products=True)),
         kept=True,
     ),
     "one-thread": Way(
-        "bnexport with one thread", lambda: _tensor_loop(fused=True, kept_memory=True, products=True, threads=1)
+        "bnexport with one thread",
+        epochs_of(lambda: _tensor_loop(fused=True, kept_memory=True, products=True, threads=1)),
     ),
     "unfold": Way(
         "bnexport with convolution by unfold and product",
-        lambda: _tensor_loop(_unfolded, fused=True, kept_memory=True, products=True),
+        epochs_of(lambda: _tensor_loop(_unfolded, fused=True, kept_memory=True, products=True)),
     ),
     "channels-last": Way(
         "bnexport with channels last, torch's pooling",
-        lambda: _tensor_loop(
-            lambda network: network.to(memory_format=torch.channels_last),
-            fused=True,
-            kept_memory=True,
-            channels_last=True,
+        epochs_of(
+            lambda: _tensor_loop(
+                lambda network: network.to(memory_format=torch.channels_last),
+                fused=True,
+                kept_memory=True,
+                channels_last=True,
+            )
         ),
     ),
-    "compiled": Way("torch.compile, torch's pooling", lambda: _tensor_loop(_compiled, fused=True, kept_memory=True)),
-    "processes": Way("two processes of bnexport, synchronised BatchNorm (training alone)", _refused),
+    "compiled": Way(
+        "torch.compile, torch's pooling", epochs_of(lambda: _tensor_loop(_compiled, fused=True, kept_memory=True))
+    ),
+    "processes": Way("two processes of bnexport, synchronised BatchNorm (training alone)", _two_processes),
 }
-
-
-def images_per_second(way: Way, *, seconds: float) -> tuple[list[float], int]:
-    """Images per second of whole epochs with evaluation, after one that is not counted, and the number of threads.
-
-    Args:
-        way: What to measure.
-        seconds: No new epoch is begun after so long; two are always measured.
-    """
-    epoch = way.epoch()
-    epoch()
-    rates: list[float] = []
-    started = time.perf_counter()
-    while len(rates) < 2 or time.perf_counter() - started < seconds:
-        begun = time.perf_counter()
-        images = epoch()
-        rates.append(images / (time.perf_counter() - begun))
-    return rates, torch.get_num_threads()
 
 
 def gemm_rate(*, side: int = 1024, repeats: int = 30) -> float:
@@ -244,19 +246,11 @@ def gemm_rate(*, side: int = 1024, repeats: int = 30) -> float:
     return 2 * side**3 / sorted(times)[len(times) // 2]
 
 
-def _lines(arguments: list[str]) -> Iterator[str]:
-    name, seconds = arguments
-    if name == "gemm":
-        yield json.dumps({"rates": [gemm_rate()], "threads": torch.get_num_threads()})
-        return
-    if name == "processes":
-        yield json.dumps({"rates": _two_processes(), "threads": 2})
-        return
-    rates, threads = images_per_second(WAYS[name], seconds=float(seconds))
-    yield json.dumps({"rates": rates, "threads": threads})
+def _measured(name: str, seconds: float) -> tuple[list[float], int]:
+    return ([gemm_rate()], torch.get_num_threads()) if name == "gemm" else WAYS[name].measure(seconds)
 
 
 if __name__ == "__main__":
     warnings.simplefilter("ignore")  # a DataLoader with more workers than cores says so at every epoch
-    for line in _lines(sys.argv[1:]):
-        print(line)
+    rates, threads = _measured(sys.argv[1], float(sys.argv[2]))
+    print(json.dumps({"rates": rates, "threads": threads}))

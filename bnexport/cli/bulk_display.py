@@ -6,8 +6,8 @@ import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from bnexport.cli.progress_bar import make_bar
 from bnexport.serving.bulk.request import BulkProgress
 
 #: Seconds between two lines of a log.
@@ -19,15 +19,7 @@ class BulkDisplay(BulkProgress):
 
     def __init__(self, console: Console | None = None, *, pause: float = _PAUSE) -> None:
         self._console = console or Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=self._console,
-            transient=True,
-            disable=not self._console.is_terminal,
-        )
+        self._bar = make_bar(self._console)
         self._task = self._bar.add_task("images", total=None, visible=False)
         self._pause, self._told = pause, time.monotonic()
         self._rows = self._done = 0

@@ -8,9 +8,8 @@ from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
 
+from bnexport.cli.progress_bar import make_bar
 from bnexport.errors import BadInput
 from bnexport.training.config import LENET, TrainingConfig
 from bnexport.training.processes import asked_rank
@@ -41,15 +40,7 @@ class TrainingDisplay(Progress):
 
     def __init__(self, console: Console | None = None) -> None:
         self._console = console or Console(highlight=False, markup=False, soft_wrap=True, quiet=not leading())
-        self._bar = Bar(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            console=self._console,
-            transient=True,
-            disable=not self._console.is_terminal,
-        )
+        self._bar = make_bar(self._console)
         self._task = self._bar.add_task("", total=None, visible=False)
         self._config = TrainingConfig()
         self._epoch = 1

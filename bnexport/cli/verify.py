@@ -134,7 +134,7 @@ def _verified(opened: Bundle, options: dict[str, Any]) -> VerificationReport:
     report = verify(opened, **common, scope=scope)
     if not options["with_self_test"]:
         return report
-    from bnexport.cli.counting import counting
+    from bnexport.cli.progress_bar import counting
     from bnexport.verification.self_test import self_test
 
     with counting("self-test") as progress:

@@ -13,7 +13,7 @@ from bnexport.data.arrays import Dataset, Images, Labels
 from bnexport.data.catalogue import DATASETS, DatasetInfo, dataset_info, folder_of
 from bnexport.data.decoded import PictureProgress
 from bnexport.data.download import DownloadProgress
-from bnexport.data.folder import folder_labels, load_folder, load_folder_part
+from bnexport.data.folder import Part, folder_labels, load_folder, load_folder_part
 from bnexport.data.idx import read_idx
 from bnexport.data.locate import DATA_VARIABLE, locate
 from bnexport.data.preprocessing import Preprocessing
@@ -107,13 +107,7 @@ def load_test_images(
         NetworkError: As ``load_dataset``.
         OutputError: As ``load_dataset``.
     """
-    if (folder := folder_of(name)) is not None:
-        place = Path(data_dir) if data_dir else folder
-        return load_folder_part(place, "test", preprocessing=_needed(preprocessing, name))
-    info = dataset_info(name)
-    if info.embedded:
-        return digits.test_set()
-    return _read_part(info, locate(info, info.test, data_dir=data_dir, fetch=download).paths)
+    return _load_part(name, "test", data_dir=data_dir, download=download, preprocessing=preprocessing)
 
 
 def load_train_images(
@@ -137,13 +131,7 @@ def load_train_images(
     Raises:
         BnexportError: As ``load_test_images``.
     """
-    if (folder := folder_of(name)) is not None:
-        place = Path(data_dir) if data_dir else folder
-        return load_folder_part(place, "train", preprocessing=_needed(preprocessing, name))
-    info = dataset_info(name)
-    if info.embedded:
-        return digits.training_set()
-    return _read_part(info, locate(info, info.train, data_dir=data_dir, fetch=download).paths)
+    return _load_part(name, "train", data_dir=data_dir, download=download, preprocessing=preprocessing)
 
 
 def dataset_labels(name: str, *, data_dir: str | Path | None = None) -> tuple[str, ...]:
@@ -156,6 +144,19 @@ def dataset_labels(name: str, *, data_dir: str | Path | None = None) -> tuple[st
     if (folder := folder_of(name)) is not None:
         return folder_labels(Path(data_dir) if data_dir else folder)
     return dataset_info(name).labels
+
+
+def _load_part(
+    name: str, part: Part, *, data_dir: str | Path | None, download: bool, preprocessing: Preprocessing | None
+) -> tuple[Images, Labels]:
+    if (folder := folder_of(name)) is not None:
+        place = Path(data_dir) if data_dir else folder
+        return load_folder_part(place, part, preprocessing=_needed(preprocessing, name))
+    info = dataset_info(name)
+    if info.embedded:
+        return digits.training_set() if part == "train" else digits.test_set()
+    files = info.train if part == "train" else info.test
+    return _read_part(info, locate(info, files, data_dir=data_dir, fetch=download).paths)
 
 
 def _needed(preprocessing: Preprocessing | None, name: str) -> Preprocessing:

@@ -10,8 +10,8 @@ import torch
 from support.bundles import copy_bundle, reseal, write_bundle
 
 from bnexport.bundle import Bundle
-from bnexport.cli.counting import counting
 from bnexport.cli.main import run
+from bnexport.cli.progress_bar import counting
 from bnexport.runtimes.catalogue import RUNNERS
 from bnexport.verification import faults, stages
 from bnexport.verification import work as verifying

@@ -11,7 +11,7 @@ from torch import nn
 from bnexport.benchmarking import training_speed
 from bnexport.benchmarking.training_gpu import gpu_speeds, speed_table
 from bnexport.benchmarking.training_speed import OPERATIONS_PER_IMAGE, Speeds, measure, speed_page
-from bnexport.benchmarking.training_ways import WAYS, Way, _Unfolded, gemm_rate, images_per_second
+from bnexport.benchmarking.training_ways import WAYS, _Unfolded, epochs_of, gemm_rate
 from bnexport.errors import RuntimeUnavailable
 from bnexport.nn.lenet import bn_lenet
 
@@ -94,8 +94,7 @@ def test_the_unfolded_convolution_is_a_convolution():
 
 def test_an_epoch_that_warms_up_is_not_counted():
     taken = []
-    way = Way("", lambda: lambda: taken.append(1) or 100)
-    rates, threads = images_per_second(way, seconds=0.0)
+    rates, threads = epochs_of(lambda: lambda: taken.append(1) or 100)(0.0)
     assert len(taken) == 3
     assert len(rates) == 2
     assert min(rates) > 0
