@@ -123,7 +123,7 @@ def measure(spec: RunSpec) -> RunResult:
     started = time.perf_counter()
     train, test, classes = _samples(spec.dataset, spec.images, spec.test_images)
     config = _config(spec)
-    model = build_network(config, classes, config.preprocessing((1, 28, 28)))
+    model = build_network(config, classes, config.preprocessing())
     for layer in model.modules():
         if isinstance(layer, BatchNorm):
             layer.unbiased = spec.norm == "scratch-unbiased"
@@ -165,7 +165,7 @@ def _samples(dataset: str, images: int, test_images: int) -> tuple[Samples, Samp
     for asked, there in ((images, len(found.train_labels)), (test_images, len(found.test_labels))):
         if asked > there:
             raise UsageError(f"{dataset} has {there} images, not {asked}", remedy="Take --quick for a small data set")
-    preprocessing = TrainingConfig(dataset=dataset).preprocessing((1, 28, 28))
+    preprocessing = TrainingConfig(dataset=dataset).preprocessing()
     train = make_samples(found.train_images[:images], found.train_labels[:images], preprocessing, _CPU)
     test = make_samples(found.test_images[:test_images], found.test_labels[:test_images], preprocessing, _CPU)
     return train, test, len(found.labels)

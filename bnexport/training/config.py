@@ -18,6 +18,8 @@ SCHEDULES = ("constant", "cosine")
 #: Automatic mixed precision; float16 scales the loss and is for CUDA alone.
 AMP = ("off", "bfloat16", "float16")
 LENET = "bn_lenet"
+#: Channels, height and width of the images of DATASETS, where ``input`` does not say another shape.
+_SHAPE = (1, 28, 28)
 _START_ANEW = "Start the training anew with --force"
 
 
@@ -29,7 +31,7 @@ class TrainingConfig:
         dataset: A row of ``data.catalogue.DATASETS``, or ``folder:PATH``.
         model: ``bn_lenet``, ``torchvision:NAME``, ``timm:NAME`` or ``file.py:factory``.
         model_options: Named arguments of the network's constructor.
-        input: Shape of an image as the network takes it, ``"3x64x64"``; "" is the data set's own or the network's.
+        input: Shape of an image as the network takes it, ``"3x64x64"``; "" is that of DATASETS, 1x28x28.
         mean: Subtracted from pixels of 0 to 1, one value per channel; () is 0.
         std: Divided by, likewise; () is 1.
         norm: One of ``nn.lenet.NORMS``; of bn_lenet.
@@ -84,7 +86,7 @@ class TrainingConfig:
             raise UsageError(
                 f"the pictures of {self.dataset} have no one size", remedy="Pass the model's with --input, as 3x64x64"
             )
-        self.preprocessing((1, 28, 28))
+        self.preprocessing()
 
     def _check_choices(self) -> None:
         for name, value, choices in (
@@ -118,29 +120,25 @@ class TrainingConfig:
         if not 0 <= self.seed < 2**63:
             raise UsageError(f"the seed is {self.seed}", remedy="Give a number from 0 to 2**63 - 1")
 
-    def preprocessing(self, shape: tuple[int, int, int]) -> Preprocessing:
+    def preprocessing(self) -> Preprocessing:
         """How an image becomes an input.
-
-        Args:
-            shape: Channels, height and width where ``input`` does not say them.
 
         Raises:
             UsageError: ``input``, ``mean`` or ``std`` can't be understood, or do not fit each other.
+            DataError: A deviation is not positive.
         """
-        channels, height, width = self._shape() or shape
+        channels, height, width = self._shape()
         mean, std = self.mean or (0.0,) * channels, self.std or (1.0,) * channels
-        if self._shape() is not None and not len(mean) == len(std) == channels:
+        if not len(mean) == len(std) == channels:
             raise UsageError(
                 f"there are {len(mean)} means and {len(std)} deviations for {channels} channel(s)",
-                remedy="Give one value per channel: --mean 0.485,0.456,0.406",
+                remedy="Give one value per channel, as --input 3x64x64 --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225",
             )
-        if len(mean) != channels:  # without --input, the number of means says how many channels there are
-            mean, std = mean[:1] * channels, std[:1] * channels
         return Preprocessing(channels, height, width, mean=mean, std=std)
 
-    def _shape(self) -> tuple[int, int, int] | None:
+    def _shape(self) -> tuple[int, int, int]:
         if not self.input:
-            return None
+            return _SHAPE
         parts = self.input.lower().split("x")
         if len(parts) != 3 or not all(part.isdecimal() and 0 < int(part) <= 65536 for part in parts):
             raise UsageError(f"--input {self.input!r} is no shape of an image", remedy="Write it as 3x64x64")

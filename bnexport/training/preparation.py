@@ -27,9 +27,6 @@ from bnexport.training.progress import Progress
 from bnexport.training.samples import Samples, make_samples
 from bnexport.training.step import Step
 
-#: Channels, height and width of the images of DATASETS, where --input does not say another shape.
-_SHAPE = (1, 28, 28)
-
 
 @dataclass(frozen=True)
 class Prepared:
@@ -95,7 +92,7 @@ def prepare(
         raise RuntimeUnavailable(
             "--amp float16 needs a CUDA device", remedy="Use --amp bfloat16, which a CPU can do too, or leave it out"
         )
-    preprocessing = config.preprocessing(_SHAPE)
+    preprocessing = config.preprocessing()
     # The leading process downloads and decodes; the others read what it left.
     dataset = world.leader_first(lambda: _load(config, preprocessing, data_dir, listener))
     model = build_network(config, len(dataset.labels), preprocessing)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,6 @@ from torch import Tensor, nn
 
 from bnexport.nn.batch_norm import BatchNorm
 from bnexport.training.config import TrainingConfig
-from bnexport.training.directory import RunDirectory
-from bnexport.training.processes import World
 
 
 @dataclass(frozen=True)
@@ -44,34 +41,6 @@ class TrainingResult:
     out: Path
     checkpoint: Path
     model: Path
-
-
-def result_of(
-    config: TrainingConfig,
-    model: nn.Module,
-    directory: RunDirectory,
-    origin: str,
-    world: World,
-    history: Sequence[dict[str, Any]],
-    accuracies: Mapping[str, float | None],
-) -> TrainingResult:
-    """Put a result together from a finished run."""
-    first = first_batch_norm(model)
-    moving = accuracies["moving"]
-    assert moving is not None
-    return TrainingResult(
-        config=config,
-        device=world.device.type,
-        origin=origin,
-        history=tuple(history),
-        test_accuracy=moving,
-        recalibrated_accuracy=accuracies["recalibrated"],
-        gamma=None if first is None else tuple(first[0].tolist()),
-        beta=None if first is None else tuple(first[1].tolist()),
-        out=directory.path,
-        checkpoint=directory.checkpoint_path,
-        model=directory.model_path,
-    )
 
 
 def first_batch_norm(model: nn.Module) -> tuple[Tensor, Tensor] | None:

@@ -23,7 +23,7 @@ from bnexport.training.optimisers import learning_rate, optimizer_tensors, set_l
 from bnexport.training.preparation import Prepared, made_by, prepare
 from bnexport.training.processes import World, open_world
 from bnexport.training.progress import EpochMetrics, Progress
-from bnexport.training.result import TrainingResult, result_of
+from bnexport.training.result import TrainingResult, first_batch_norm
 
 
 def train(
@@ -151,8 +151,19 @@ class _Run:
                 self._result(recalibrated is not None, {"test_accuracy": accuracies, "staleness": stale})
             )
         )
-        return result_of(
-            self.config, self.model, self.directory, self.dataset.origin, self.world, self.history, accuracies
+        first = first_batch_norm(self.model)
+        return TrainingResult(
+            config=self.config,
+            device=self.world.device.type,
+            origin=self.dataset.origin,
+            history=tuple(self.history),
+            test_accuracy=plain,
+            recalibrated_accuracy=recalibrated,
+            gamma=None if first is None else tuple(first[0].tolist()),
+            beta=None if first is None else tuple(first[1].tolist()),
+            out=self.directory.path,
+            checkpoint=self.directory.checkpoint_path,
+            model=self.directory.model_path,
         )
 
     def _checkpoint(self) -> Checkpoint:

@@ -15,7 +15,7 @@ from bnexport.optional import one_line, require
 from bnexport.serving.bulk.request import BulkRequest
 from bnexport.tensors import Array
 
-_REMEDY = "Give Parquet with PNG or JPEG bytes in a binary column, named with --column"
+_REMEDY = "Give Parquet with the bytes of PNG, JPEG, BMP, WebP or GIF files in a binary column, named with --column"
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bnexport.data.images import ENDINGS
 from bnexport.errors import DataError, UsageError
 from bnexport.optional import one_line, require
 from bnexport.screening import screen_archive
@@ -21,8 +22,7 @@ from bnexport.screening.npy import check_header
 from bnexport.screening.refusal import refusing
 from bnexport.serving.bulk.request import BulkRequest
 
-PICTURES = (".png", ".jpg", ".jpeg")
-_REMEDY = "Give a folder of PNG and JPEG images, a .npy or .npz file of uint8 images, or Parquet with image bytes"
+_REMEDY = "Give a folder of PNG, JPEG, BMP, WebP or GIF images, a .npy or .npz file of uint8 images, or Parquet with image bytes"
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def _walk(folder: Path) -> Iterator[tuple[str, str]]:
 
     for place, _, names in os.walk(folder, onerror=failed):
         for name in names:
-            if name.lower().endswith(PICTURES):
+            if name.lower().endswith(ENDINGS):
                 file = Path(place, name)
                 yield file.relative_to(folder).as_posix(), _stat(file)
 

@@ -166,7 +166,7 @@ def difference(one: Path, other: Path) -> str:
 
 def warm_up(config: TrainingConfig) -> None:
     """Import what a run imports as it goes, before the forks: torch's optimisers take a second of it."""
-    preparation.build_network(config, 10, config.preprocessing((1, 28, 28)))
+    preparation.build_network(config, 10, config.preprocessing())
     preparation.make_optimizer(torch.nn.Linear(1, 1), config, torch.device("cpu")).state_dict()
     require("filelock", purpose="a test")
 

@@ -25,6 +25,10 @@ def test_the_defaults_are_the_chapters():
         ({"lr": float("nan")}, "learning rate is nan"),
         ({"lr": float("inf")}, "learning rate is inf"),
         ({"seed": -1}, "seed is -1"),
+        ({"mean": (0.5, 0.5, 0.5)}, "3 means and 1 deviations for 1 channel"),
+        ({"input": "3x8x8", "mean": (0.5,)}, "1 means and 3 deviations for 3 channel"),
+        ({"input": "8x8"}, "no shape of an image"),
+        ({"dataset": "folder:x", "model": "net.py:net"}, "no one size"),
     ],
 )
 def test_values_out_of_range(options, message):

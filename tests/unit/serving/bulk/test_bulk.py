@@ -8,11 +8,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 from support.bundles import copy_bundle, reseal
 from unit.deploying.conftest import foreign_bundle
 from unit.serving.bulk.conftest import IMAGES, png, rows, write_parquet
 
 from bnexport.bundle import MODEL_ONNX, MODEL_TORCHSCRIPT, Bundle
+from bnexport.data.images import ENDINGS
 from bnexport.errors import BnexportError, BundleError, DataError, OutputError, UsageError
 from bnexport.serving.bulk.job import JOB, make_job
 from bnexport.serving.bulk.measure import side_by_side
@@ -272,6 +274,16 @@ def test_a_worker_that_can_not_open_its_file_says_so(bundle: Bundle, sources: di
     (folder / MODEL_TORCHSCRIPT).unlink()
     with pytest.raises(BundleError, match=r"has no model\.pt"):
         predict(reseal(folder), sources["a.npy"], tmp_path / "out", workers=2, runtime="torchscript-cpu")
+
+
+def test_every_kind_of_picture_is_found(bundle: Bundle, tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for image, ending in zip(IMAGES, ENDINGS, strict=False):
+        Image.fromarray(image.squeeze()).save(folder / f"a{ending}")
+    (folder / "notes.txt").write_text("no picture")
+    predict(bundle, folder, tmp_path / "out", workers=1)
+    assert sorted(Path(str(name)).suffix for name in rows(tmp_path / "out")["id"]) == sorted(ENDINGS)
 
 
 def test_an_unknown_engine(bundle: Bundle, sources: dict[str, Path], tmp_path: Path) -> None:
