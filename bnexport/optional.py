@@ -28,8 +28,10 @@ INSTALL: dict[str, str] = {
     "jsonschema": "bnexport[deploy]",
     "pyarrow": "bnexport[parquet]",
     "ray": "bnexport[ray]",
-    "uvicorn": "uvicorn[standard]",
-    "prometheus_client": "prometheus-client",
+    "uvicorn": "bnexport[serve]",
+    "httptools": "bnexport[serve]",
+    "orjson": "bnexport[serve]",
+    "prometheus_client": "bnexport[serve]",
     "tensorboard": "bnexport[tensorboard]",
 }
 
@@ -89,8 +91,14 @@ def require(name: str, *, purpose: str) -> ModuleType:
         package = name.partition(".")[0]
         raise MissingDependency(
             f"{purpose} needs {name}, which can't be imported here ({one_line(error)})",
-            remedy=f"Install it: pip install '{INSTALL.get(package, package)}'",
+            remedy=f"Install it: pip install '{_to_install(package)}'",
         ) from error
+
+
+def _to_install(package: str) -> str:
+    """What to give to pip; the extra of serving is bnexport-runtime's too, which a machine without torch has."""
+    what = INSTALL.get(package, package)
+    return "bnexport-runtime[serve]" if what == "bnexport[serve]" and not installed("torch") else what
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:

@@ -17,6 +17,8 @@ from bnexport.training.progress import EpochMetrics, Progress
 from bnexport.training.result import TrainingResult
 
 _MEGABYTE = 1e6
+#: Values of a line; as many as a terminal of 80 columns has room for twice.
+_MOST_VALUES = 16
 
 
 def leading() -> bool:
@@ -125,4 +127,7 @@ def _schedule(config: TrainingConfig) -> str:
 
 
 def _row(values: Sequence[float]) -> str:
+    """All values of a small layer, the range of a large one."""
+    if len(values) > _MOST_VALUES:
+        return f"{min(values):.4f} to {max(values):.4f} ({len(values)} channels)"
     return " ".join(f"{value:.4f}" for value in values)

@@ -96,8 +96,12 @@ class StalenessReport:
         """Whether any layer's statistics are stale."""
         return any(map(self.is_stale, self.layers))
 
-    def sentence(self) -> str:
-        """The report in one sentence without its full stop."""
+    def sentence(self, *, remedy: str = "bnexport recalibrate re-estimates them") -> str:
+        """The report in one sentence without its full stop.
+
+        Args:
+            remedy: What to do about stale ones.
+        """
         if self.worst is None:
             return "the network has no moving statistics"
         most = f"{self.worst.name}'s output is off by {self.worst.error:.2g} of what it varies"
@@ -105,7 +109,7 @@ class StalenessReport:
             return f"the moving statistics are up to date on {self.images} training images: at most, {most}"
         return (
             f"the moving statistics are stale on {self.images} training images: {most}, and above {self.threshold:.2g} that"
-            " may cost accuracy; bnexport recalibrate re-estimates them"
+            f" may cost accuracy; {remedy}"
         )
 
     def to_json(self) -> dict[str, Any]:

@@ -202,8 +202,8 @@ class _Run:
         whole = order[: max(len(order) // size * size, min(size, len(order)))]  # no batch of one image at the end
         report = staleness(self.model, batches_of(samples, whole, size))
         if report.stale:
-            done = "; model.safetensors holds them re-estimated" if self.config.recalibrate else ""
-            self.listener.on_note(report.sentence() + done)
+            done = {"remedy": "model.safetensors holds them re-estimated"} if self.config.recalibrate else {}
+            self.listener.on_note(report.sentence(**done))
         return report.to_json()
 
     def _recalibrate(self) -> float | None:

@@ -22,7 +22,7 @@ from bnexport.screening.npy import check_header
 from bnexport.screening.refusal import refusing
 from bnexport.serving.bulk.request import BulkRequest
 
-_REMEDY = "Give a folder of PNG, JPEG, BMP, WebP or GIF images, a .npy or .npz file of uint8 images, or Parquet with image bytes"
+_REMEDY = "Give a folder of pictures, a .npy or .npz file of uint8 images, or Parquet with image bytes"
 
 
 @dataclass(frozen=True)
