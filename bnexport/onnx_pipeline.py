@@ -113,7 +113,7 @@ def fold_and_export_onnx(
         with staged_directory(path, force=request.force) as stage:
             write_atomically(stage / MODEL_ONNX, _stamped(result.model, manifest, parity=""))
             _write_golden(stage, manifest, result.original, request)
-            report = verify(seal(stage, manifest), data_dir=request.data_dir)
+            report = verify(seal(stage, manifest), data_dir=request.images_at(request.dataset))
             if not report.passed:
                 raise _Failed
             _finish(stage, manifest, result, report, path)

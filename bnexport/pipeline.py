@@ -90,7 +90,7 @@ def fold_and_export(
             save_checkpoint(stage / WEIGHTS, checkpoint_of(loaded))
             shapes = {spec.name: spec.shape for spec in specs}
             write_golden_vectors(stage, manifest, loaded.module, shapes=shapes, data_dir=request.data_dir)
-            report = verify(seal(stage, manifest), module=loaded.module, data_dir=request.data_dir)
+            report = verify(seal(stage, manifest), module=loaded.module, data_dir=request.images_at(loaded.dataset))
             if not report.passed:
                 raise _Failed
             _finish(stage, manifest, result, report, path)

@@ -84,4 +84,5 @@ def _tell(result: BulkResult, *, as_json: bool) -> None:
     fresh = result.rows - result.resumed_rows
     rate = f", {fresh / result.seconds:.0f} images/s" if fresh and result.seconds else ""
     before = f" ({result.resumed_rows} were there already)" if result.resumed_rows else ""
-    click.echo(f"{result.rows} rows in {result.shards} files of {result.out}{before}{rate}")
+    files = "1 file" if result.shards == 1 else f"{result.shards} files"
+    click.echo(f"{result.rows} rows in {files} of {result.out}{before}{rate}")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bnexport.bundle import STORED_PRECISIONS
+from bnexport.data.catalogue import folder_of
 from bnexport.errors import UsageError
 from bnexport.exporting.onnx_graph import OnnxTarget
 from bnexport.optional import one_line
@@ -59,6 +60,14 @@ class ExportRequest:
     allow_untrained: bool = False
     force: bool = False
     data_dir: Path | None = None
+
+    def images_at(self, dataset: str | None) -> Path | None:
+        """Where the verification of an export finds images: ``data_dir``, or the folder that the data set itself is.
+
+        A bundle from elsewhere may name any folder, so ``verify`` reads one only where it is told to; here the user names it.
+        """
+        folder = None if dataset is None else folder_of(dataset)
+        return self.data_dir or (folder if folder is not None and folder.is_dir() else None)
 
     def __post_init__(self) -> None:
         if self.precision not in STORED_PRECISIONS:

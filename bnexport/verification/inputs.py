@@ -177,13 +177,15 @@ def _images(manifest: Manifest, data_dir: str | Path | None, limit: int) -> tupl
         return None, None, "no real images: the bundle names no data set that bnexport knows"
     if manifest.preprocessing is None or len(manifest.signature.inputs) != 1:
         return None, None, f"no real images: the bundle does not say how an image of {name} becomes an input"
-    from bnexport.data.catalogue import is_dataset
+    from bnexport.data.catalogue import folder_of, is_dataset
     from bnexport.data.datasets import dataset_labels, load_test_images
     from bnexport.data.prepare import prepared
     from bnexport.data.preprocessing import Preprocessing
 
     if not is_dataset(name):
         return None, None, f"no real images: {name} is not a data set that bnexport knows"
+    if data_dir is None and folder_of(name) is not None:
+        return None, None, "no real images: a bundle may name any folder, so its images are read where --data-dir says"
     try:
         preprocessing = Preprocessing.from_json(manifest.preprocessing)
         classes = len(dataset_labels(name, data_dir=data_dir))

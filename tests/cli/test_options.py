@@ -180,6 +180,15 @@ def test_a_folder_of_images_is_a_data_set():
     assert request("--dataset", "folder:some/where").dataset == "folder:some/where"
 
 
+def test_an_export_reads_the_folder_that_its_data_set_is(tmp_path: Path) -> None:
+    own = request("--dataset", f"folder:{tmp_path}")
+    assert own.images_at(own.dataset) == tmp_path
+    moved = request("--dataset", f"folder:{tmp_path}", "--data-dir", "elsewhere")
+    assert moved.images_at(moved.dataset) == Path("elsewhere")
+    for dataset in ("digits", f"folder:{tmp_path}/gone", None):
+        assert request().images_at(dataset) is None
+
+
 @pytest.mark.parametrize("name", ["folder:", "foldr:x"])
 def test_what_is_no_data_set_is_refused_with_all_names(name, capsys):
     assert run(["fold-and-export", "net.py:make", "--out", "m/1", "--dataset", name]) == 2

@@ -116,7 +116,7 @@ def pictures(folder: Path, monkeypatch: pytest.MonkeyPatch, **changes: object) -
 
 def test_a_folder_of_images_is_decoded_to_the_bundles_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     described = pictures(tmp_path, monkeypatch)
-    suite = suite_of(described, {"input": np.zeros((2, 3, 6, 5), np.float32)})
+    suite = suite_of(described, {"input": np.zeros((2, 3, 6, 5), np.float32)}, data_dir=tmp_path / "set")
     pixels, labels = load_test_images(described.dataset, preprocessing=COLOURS)
     np.testing.assert_array_equal(suite.batches[0].feeds["input"], pixels * np.float32(1 / 255))
     np.testing.assert_array_equal(suite.labels, labels)
@@ -125,15 +125,21 @@ def test_a_folder_of_images_is_decoded_to_the_bundles_size(tmp_path: Path, monke
 
 def test_a_folder_whose_classes_have_changed_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     described = pictures(tmp_path, monkeypatch, labels=("cat", "dog", "emu"))
-    suite = suite_of(described, {"input": np.zeros((2, 3, 6, 5), np.float32)})
+    suite = suite_of(described, {"input": np.zeros((2, 3, 6, 5), np.float32)}, data_dir=tmp_path / "set")
     assert suite.images.endswith("has 2 classes, the bundle names 3")
     assert suite.labels is None
 
 
-def test_a_folder_that_is_gone_is_found_by_data_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_is_read_only_where_data_dir_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bundle comes from anywhere, and may name any folder of this machine."""
     described = pictures(tmp_path, monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr("bnexport.data.datasets.load_folder_part", lambda *_, **__: pytest.fail("it was read"))
+        patch.setattr("bnexport.data.datasets.folder_labels", lambda *_, **__: pytest.fail("it was looked at"))
+        suite = suite_of(described, {"input": np.zeros((2, 3, 6, 5), np.float32)})
+    assert suite.images == "no real images: a bundle may name any folder, so its images are read where --data-dir says"
+    assert suite.labels is None
     (tmp_path / "set").rename(tmp_path / "new")
-    assert "can't be read here" in suite_of(described, {"input": np.zeros((2, 3, 6, 5), np.float32)}).images
     moved = suite_of(described, {"input": np.zeros((2, 3, 6, 5), np.float32)}, data_dir=tmp_path / "new")
     assert moved.images.startswith("4 test images")
 
