@@ -11,6 +11,7 @@ from typing import Any
 from bnexport.serving.http.access_log import JsonLog
 from bnexport.serving.http.exchange import Exchange
 from bnexport.serving.http.request import Intake
+from bnexport.serving.http.totals import Share, Totals, totals_of
 from bnexport.serving.limits import ServingLimits
 from bnexport.serving.repository import Repository
 
@@ -37,6 +38,7 @@ class State:
         repository: Loaded.
         settings: What clients may do.
         log: Of requests and events.
+        share: Where this process's counters are kept for the others; None where it serves alone.
 
     Attributes:
         intake: Reads bodies.
@@ -47,8 +49,10 @@ class State:
         tasks: The server's, one for each request that has come, also those that have not begun; None when not known.
     """
 
-    def __init__(self, repository: Repository, settings: AppSettings, log: JsonLog) -> None:
-        self.repository, self.settings, self.log = repository, settings, log
+    def __init__(
+        self, repository: Repository, settings: AppSettings, log: JsonLog, *, share: Share | None = None
+    ) -> None:
+        self.repository, self.settings, self.log, self.share = repository, settings, log, share
         self.intake = Intake(settings.limits)
         self.draining = False
         self.active = 0
@@ -60,11 +64,22 @@ class State:
         """Whether the request that asks is the only one."""
         return self.active == 1 and self.tasks is not None and len(self.tasks) == 1
 
-    def expire(self) -> None:
-        """Fail what is past its deadline; to be called now and then."""
+    def totals(self) -> Totals:
+        """What has been counted, by all processes."""
+        own = totals_of(self.repository, self.requests, self.active)
+        return own if self.share is None else self.share.together(own)
+
+    def publish(self) -> None:
+        """Let the other processes know what this one has counted."""
+        if self.share is not None:
+            self.share.publish(totals_of(self.repository, self.requests, self.active))
+
+    def tick(self) -> None:
+        """Fail what is past its deadline, and publish; to be called ten times a second."""
         for _, _, entry in self.repository.each():
             if entry.served is not None:
                 entry.served.batcher.expire()
+        self.publish()
 
     async def body(self, exchange: Exchange) -> bytes:
         """The request's body; the caller gives it back to ``intake.release``."""
