@@ -1,6 +1,6 @@
-"""Traffic on bnexport serve for some minutes, right and malformed, while its processes are killed; ends with a verdict.
+"""Traffic on bnexport serve, right and malformed, while its processes are killed; ends with a verdict.
 
-Use: python scripts/soak_serving.py [BUNDLE] [--seconds S] [--processes N] [--clients N] [--seed N] [--kill-every S] [--out FILE]
+Use: python scripts/soak_serving.py [BUNDLE] [--seconds S] [--processes N] [--clients N] [--seed N] [--kill-every S] [--out F]
 Exit code 0 when every demand was met, else 1. Linux alone; the server runs on a free port of 127.0.0.1.
 """
 

@@ -11,6 +11,8 @@ from pathlib import Path
 #: Field of /proc/PID/stat after the name: the state. Z and X have ended, T is stopped.
 _ENDED, _STOPPED = "ZX", "T"
 _STEP = 0.002
+#: The table of connections is read in pieces, and misses one now and then while others come and go.
+_LOOKS = 3
 
 
 def resident(pid: int) -> int:
@@ -29,8 +31,15 @@ def state(pid: int) -> str:
 
 
 def running(pid: int) -> bool:
-    """Whether a process has not ended."""
-    return state(pid) not in _ENDED
+    """Whether a process has not ended.
+
+    Its first thread may have ended before the others, which hold the connections as well.
+    """
+    try:
+        threads = [task.name for task in Path(f"/proc/{pid}/task").iterdir()]
+    except OSError:
+        return False
+    return len(threads) > 1 or state(pid) not in _ENDED
 
 
 def accepted(pid: int, port: int) -> frozenset[int]:
@@ -40,11 +49,12 @@ def accepted(pid: int, port: int) -> frozenset[int]:
         with contextlib.suppress(OSError):  # it was closed meanwhile
             inodes.add(os.readlink(entry).removeprefix("socket:[").removesuffix("]"))
     found = set()
-    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
-        fields = line.split()
-        local, remote = (int(text.rpartition(":")[2], 16) for text in fields[1:3])
-        if local == port and remote and fields[9] in inodes:
-            found.add(remote)
+    for _ in range(_LOOKS):
+        for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+            fields = line.split()
+            local, remote = (int(text.rpartition(":")[2], 16) for text in fields[1:3])
+            if local == port and remote and fields[9] in inodes:
+                found.add(remote)
     return frozenset(found)
 
 

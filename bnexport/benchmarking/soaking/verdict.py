@@ -27,7 +27,16 @@ def _wrong(soak: Soak) -> Iterator[str]:
 
 def _lost(soak: Soak) -> Iterator[str]:
     for fault in unexplained(soak):
-        yield f"{fault.kind}: {fault.reason}"
+        before = [kill for kill in soak.kills if kill.begun <= fault.ended]
+        since = (
+            f", {fault.started - before[-1].done:+.3f} s after process {before[-1].process} was gone" if before else ""
+        )
+        whose = (
+            "" if not before else ", of its connections" if fault.port in before[-1].ports else ", not its connection"
+        )
+        yield f"{fault.kind}: {fault.reason}{since}{whose}"
+    if more := soak.ledger.outcomes(LOST) - len(soak.ledger.lost):
+        yield f"{more} more, of which nothing is kept"
 
 
 def _recovered(soak: Soak) -> Iterator[str]:

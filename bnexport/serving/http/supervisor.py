@@ -36,8 +36,9 @@ from bnexport.serving.http.worker import Job
 _WORKER = "bnexport.serving.http.worker"
 #: Seconds after which a process that served counts as sound: its end is no reason to wait with the next one.
 _SOUND = 10.0
-#: Seconds before a new start: the first of them that follow each other, and the longest.
-_PAUSE, _LONGEST_PAUSE = 0.25, 30.0
+#: Seconds before a new start: the first of them that follow each other, and the longest. Connections wait for a process that
+#: has served before, so it may not be away for as long as one that could not start, whose share the others get.
+_PAUSE, _LONGEST_WAIT, _LONGEST_PAUSE = 0.25, 5.0, 30.0
 #: Starts in a row of one process that fail while no other one serves, before the supervisor gives up.
 _STARTS = 5
 #: Seconds over the grace until a process that should have stopped is killed.
@@ -260,7 +261,7 @@ class Supervisor:
         sound = served is not None and time.monotonic() - served >= _SOUND
         seat.failures = 0 if sound else seat.failures + 1
         seat.vain = seat.vain + 1 if served is None else 0
-        pause = 0.0 if seat.failures <= 1 and served is not None else _pause(seat.failures)
+        pause = _pause(seat.failures, served=served is not None)
         reason = {} if seat.error is None else {"reason": str(seat.error)}
         self._log.event("process died", process=seat.number, pid=pid, how=how, **reason, restart_in=pause)
         if not self._announced or (seat.vain >= _STARTS and all(other.ready_at is None for other in self._seats)):
@@ -312,6 +313,8 @@ class Supervisor:
         os.close(self._memory)
 
 
-def _pause(failures: int) -> float:
-    """Seconds before the next start; twice as long after each failure."""
-    return float(min(_PAUSE * 2.0 ** (failures - 1), _LONGEST_PAUSE))
+def _pause(failures: int, *, served: bool) -> float:
+    """Seconds before the next start: none after one end of a process that served, twice as long after each further one."""
+    if served and failures <= 1:
+        return 0.0
+    return min(_PAUSE * 2.0 ** min(failures - 1, 10), _LONGEST_WAIT if served else _LONGEST_PAUSE)
