@@ -92,6 +92,7 @@ def test_each_demand_can_be_broken(spoil: Callable[[Soak], object], demand: str)
 def test_a_soak_that_killed_nobody_shows_nothing() -> None:
     soak = good_soak()
     soak.kills, soak.ledger.lost = [], []
+    del soak.ledger.counts["JSON", "lost"]
     assert [name for name, reasons in verdict(soak).items() if reasons] == ["processes were killed"]
     soak.settings = SoakSettings(seconds=60, kill_every=None)
     assert not any(verdict(soak).values())
