@@ -7,6 +7,7 @@ import http.client
 import os
 import re
 import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.bundles import another
-from support.serving import PATIENCE, Server, logits_of, refused, serving, tensor, until
+from support.serving import PATIENCE, PROGRAM, ROOT, Server, logits_of, refused, serving, tensor, until
 from support.serving_clients import Clients
 
 TWO = ("--processes", "2")
@@ -48,6 +49,19 @@ def killed(server: Server, number: int) -> None:
     before = running(server)[number]
     os.kill(before, signal.SIGKILL)
     until(lambda: running(server).get(number, before) != before)
+
+
+@contextlib.contextmanager
+def asked(server: Server, count: int) -> Iterator[list[http.client.HTTPConnection]]:
+    """Connections with a request each, whose answers are still to be read."""
+    with contextlib.ExitStack() as stack:
+        connections = []
+        for index in range(count):
+            connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)
+            stack.callback(connection.close)
+            connection.request("GET", "/v2", headers={"x-request-id": f"waiting-{index}"})
+            connections.append(connection)
+        yield connections
 
 
 def counted(server: Server, pattern: str) -> float:
@@ -156,14 +170,40 @@ def test_what_waits_for_a_killed_process_is_answered_by_the_next(server: Server)
     """Connections that the system has made and nobody has accepted are no casualties."""
     stopped = running(server)[0]
     os.kill(stopped, signal.SIGSTOP)
-    connections = [http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE) for _ in range(24)]
-    for index, connection in enumerate(connections):
-        connection.request("GET", "/v2", headers={"x-request-id": f"waiting-{index}"})
-    killed(server, 0)
-    assert [connection.getresponse().status for connection in connections] == [200] * 24
-    for connection in connections:
-        connection.close()
+    with asked(server, 24) as connections:
+        killed(server, 0)
+        assert [connection.getresponse().status for connection in connections] == [200] * 24
     until(lambda: {e["process"] for e in server.events() if str(e.get("id", "")).startswith("waiting")} == {0, 1})
+
+
+def test_a_stop_waits_for_a_process_for_which_clients_wait(server: Server) -> None:
+    stopped = running(server)[0]
+    os.kill(stopped, signal.SIGSTOP)
+    with asked(server, 24) as connections:
+        os.kill(stopped, signal.SIGKILL)
+        until(lambda: len(told(server, "process started")) == 3)
+        server.process.send_signal(signal.SIGTERM)
+        assert [connection.getresponse().status for connection in connections] == [200] * 24
+    assert server.process.wait(PATIENCE) == 0
+    assert len(told(server, "stopped")) == 2
+
+
+def test_a_stop_before_all_serve_is_at_once(models: Path, tmp_path: Path) -> None:
+    words = [*PROGRAM, "serve", str(models), "--port", "0", "--processes", "8", "--grace", "1000"]
+    with (tmp_path / "log").open("w") as log:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=log, env=environment)
+    try:
+        server = Server(process, 0, tmp_path / "log")  # type: ignore[arg-type]
+        until(lambda: told(server, "process started"))
+        process.send_signal(signal.SIGTERM)
+        out, _ = process.communicate(timeout=PATIENCE)
+        assert (process.returncode, out) == (130, b"")
+        assert not any(alive(line["pid"]) for line in told(server, "process started"))
+        assert "Traceback" not in server.log.read_text()
+    finally:
+        process.kill()
+        process.wait(PATIENCE)
 
 
 def test_counters_are_sums_that_survive_a_kill(server: Server, images: np.ndarray) -> None:

@@ -69,9 +69,9 @@ class State:
         own = totals_of(self.repository, self.requests, self.active)
         return own if self.share is None else self.share.together(own)
 
-    def publish(self) -> None:
+    def publish(self, *, at_once: bool = True) -> None:
         """Let the other processes know what this one has counted."""
-        if self.share is not None:
+        if self.share is not None and (at_once or self.share.due()):
             self.share.publish(totals_of(self.repository, self.requests, self.active))
 
     def tick(self) -> None:
@@ -79,7 +79,7 @@ class State:
         for _, _, entry in self.repository.each():
             if entry.served is not None:
                 entry.served.batcher.expire()
-        self.publish()
+        self.publish(at_once=False)
 
     async def body(self, exchange: Exchange) -> bytes:
         """The request's body; the caller gives it back to ``intake.release``."""

@@ -31,7 +31,7 @@ from bnexport.serving.http.access_log import JsonLog
 from bnexport.serving.http.records import Records, new_memory
 from bnexport.serving.http.server import ServerSettings, bound
 from bnexport.serving.http.totals import note_end, note_start
-from bnexport.serving.http.worker import Job
+from bnexport.serving.http.worker import BLOCKED, Job
 
 _WORKER = "bnexport.serving.http.worker"
 #: Seconds after which a process that served counts as sound: its end is no reason to wait with the next one.
@@ -193,7 +193,13 @@ class Supervisor:
                 # Each process closes its own; one that is held here would keep the system sending connections to it.
                 self._close_listener(seat)
                 if seat.process is not None:
-                    seat.process.send_signal(signal.SIGTERM if first else signal.SIGINT)
+                    seat.process.send_signal(self._signal(first=first))
+
+    def _signal(self, *, first: bool) -> signal.Signals:
+        """What tells a process to stop; nobody waits for one of those that were to be announced together."""
+        if not self._announced:
+            return signal.SIGKILL
+        return signal.SIGTERM if first else signal.SIGINT
 
     def _start(self, seat: _Seat) -> None:
         """Start a process: no fork, which takes libraries along, nor multiprocessing, which imports the user's script."""
@@ -207,11 +213,12 @@ class Supervisor:
         with theirs:
             # -P: nothing in the working directory may stand in for a package. A group of its own: Ctrl-C is ours to hear.
             try:
-                seat.process = subprocess.Popen(
-                    [sys.executable, "-P", "-m", _WORKER, str(theirs.fileno())],
-                    stdin=subprocess.DEVNULL, pass_fds=descriptors, process_group=0,
-                    env={**os.environ, "PYTHONPATH": import_path()},
-                )  # fmt: skip
+                with _blocked():
+                    seat.process = subprocess.Popen(
+                        [sys.executable, "-P", "-m", _WORKER, str(theirs.fileno())],
+                        stdin=subprocess.DEVNULL, pass_fds=descriptors, process_group=0,
+                        env={**os.environ, "PYTHONPATH": import_path()},
+                    )  # fmt: skip
             except OSError as error:
                 ours.close()
                 seat.line = None
@@ -311,6 +318,16 @@ class Supervisor:
                 seat.process.kill()
                 self._reaped(seat)
         os.close(self._memory)
+
+
+@contextlib.contextmanager
+def _blocked() -> Iterator[None]:
+    """Processes that are started in the block get the signals in ``BLOCKED`` when they unblock them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _pause(failures: int, *, served: bool) -> float:

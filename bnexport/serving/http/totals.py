@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,6 +16,8 @@ from bnexport.serving.repository import Repository
 from bnexport.serving.statistics import ModelStatistics
 
 Key = tuple[str, str]
+#: Publishing unasked may take one part in so many of the time.
+_SPARE = 20.0
 
 
 @dataclass
@@ -124,7 +127,7 @@ class Share:
 
     Counters never fall: a process that is started again goes on where its predecessor was, and whatever has been shown by
     one process was written before, so that the next one that is asked knows it. What the others counted in the last tenth
-    of a second is missing.
+    of a second may be missing.
 
     Args:
         records: Of all processes.
@@ -137,9 +140,15 @@ class Share:
         self._before = read_totals(records, slot).ended()
         self._counted: dict[Key, ModelStatistics] = {}
         self._written = b""
+        self._due_at = 0.0
+
+    def due(self) -> bool:
+        """Whether to publish unasked; with very many models, less often than ten times a second."""
+        return time.monotonic() >= self._due_at
 
     def publish(self, own: Totals) -> Totals:
         """Write this process's totals with its predecessors' before; returns them."""
+        start = time.monotonic()
         self._keep_replaced(own)
         total = Totals(processes={self.slot: os.getpid()})
         total.merge(_of_known(self._before, own))
@@ -147,6 +156,8 @@ class Share:
         record = orjson.dumps(total.to_record())
         if record != self._written and self._records.write(self.slot, record):
             self._written = record
+        end = time.monotonic()
+        self._due_at = end + _SPARE * (end - start)
         return total
 
     def together(self, own: Totals) -> Totals:
