@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from bnexport.benchmarking.serving_wires import Request
 from bnexport.errors import RuntimeUnavailable
@@ -109,7 +108,9 @@ class Running:
         return RuntimeUnavailable(f"{what}: {(lines or ['no output'])[-1][:200]}", remedy="Start it by hand and look")
 
 
-def ask(port: int, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] | None = None) -> Any:
+def ask(
+    port: int, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] | None = None
+) -> tuple[int, dict[str, str], bytes]:
     """Ask a server of this machine once.
 
     Returns:

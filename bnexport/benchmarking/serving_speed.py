@@ -204,7 +204,8 @@ class _Bench:
         """Whether the server answers; what it answers must be right."""
         wire = WIRES[WAYS[name].wire]
         if wire.grpc:
-            headers, body = {}, grpc_answer(server.ports.grpc, request)
+            headers: dict[str, str] = {}
+            body = grpc_answer(server.ports.grpc, request)
         else:
             status, headers, body = server.post(request)
             if status != 200:
