@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from bnexport.benchmarking.clock import Spread
-from bnexport.benchmarking.serving_speed import Sample, Speeds
+from bnexport.benchmarking.serving_speed import Sample, Speeds, in_words
 from bnexport.benchmarking.serving_targets import cpu_ratios, infer_share, outcomes, overheads
 from bnexport.benchmarking.serving_venvs import VENVS
 from bnexport.benchmarking.serving_ways import WAYS
@@ -30,7 +30,8 @@ def serving_page(speeds: Speeds, conditions: str) -> Iterator[str]:
         "round. Before and after its loads each server's answer is compared with ONNX Runtime's own logits; a wrong one stops "
         "the benchmark. CPU time is user and system time of all the server's processes, so it does not depend on how "
         "many cores were free, as answer times do: the load tool (`wrk`, for gRPC `h2load`, one thread) shares the cores, and "
-        "nothing is pinned. `wrk` counts a slow answer once more for each request that it held up, so its 99th "
+        "nothing is pinned. FastAPI's endpoint is `async def`, which costs it less than the other usual form. "
+        "`wrk` counts a slow answer once more for each request that it held up, so its 99th "
         "percentile is the stricter one.\n"
     )
     yield f"{conditions}. Other servers: {_peers()}, each in an environment of its own.\n"
@@ -83,7 +84,7 @@ def _errors(speeds: Speeds) -> Iterator[str]:
                 counts[kind] = counts.get(kind, 0) + count
             if counts:
                 told = ", ".join(f"{count} {kind}" for kind, count in counts.items())
-                yield f"\n{WAYS[name].words} at {clients} clients had errors, so its figures do not count: {told}."
+                yield f"\n{WAYS[name].words} at {in_words(clients)} had errors, so its figures do not count: {told}."
 
 
 def _sizes(speeds: Speeds) -> str:

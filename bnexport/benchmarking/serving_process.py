@@ -105,7 +105,9 @@ class Running:
 
     def _silent(self, what: str) -> RuntimeUnavailable:
         lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        return RuntimeUnavailable(f"{what}: {(lines or ['no output'])[-1][:200]}", remedy="Start it by hand and look")
+        return RuntimeUnavailable(
+            f"{what}: {(lines or ['no output'])[-1][:200].rstrip('.')}", remedy="Start it by hand and look"
+        )
 
 
 def ask(

@@ -108,6 +108,11 @@ class Speeds:
     memory: Memory | None = None
 
 
+def in_words(clients: int) -> str:
+    """A number of clients."""
+    return f"{clients} client" + "s" * (clients > 1)
+
+
 def measure(names: Sequence[str], plan: Plan, *, tell: Callable[[str], None] = lambda _: None) -> Speeds:
     """Measure servers in turn; each is started anew in every round.
 
@@ -128,7 +133,6 @@ def measure(names: Sequence[str], plan: Plan, *, tell: Callable[[str], None] = l
     pythons = bench.prepare(names)
     samples: dict[str, dict[int, list[Sample]]] = {name: {n: [] for n in plan.clients} for name in pythons}
     alone: dict[int, list[float]] = {size: [] for size in BATCHES}
-    tell(f"{len(pythons)} servers, {plan.rounds} rounds")
     for number in range(plan.rounds):
         for size, us in _alone(bench.bundle.path).items():
             alone[size].append(us)
@@ -178,7 +182,7 @@ class _Bench:
                 for clients, rows in samples.items():
                     rows.append(self._sample(WAYS[name], server, request, clients))
                     told = f"{rows[-1].load.per_second:,.0f}/s, {rows[-1].cpu_us:.0f} us of CPU each"
-                    self.tell(f"{prefix}  {WAYS[name].words}, {clients} clients: {told}")
+                    self.tell(f"{prefix}  {WAYS[name].words}, {in_words(clients)}: {told}")
         except RuntimeUnavailable as error:
             self._give_up(name, error)
 

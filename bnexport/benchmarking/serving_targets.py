@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from bnexport.benchmarking.clock import Spread
-from bnexport.benchmarking.serving_speed import Sample, Speeds
+from bnexport.benchmarking.serving_speed import Sample, Speeds, in_words
 from bnexport.benchmarking.serving_ways import WAYS
 
 #: Rows of bnexport whose answer times are judged. Two processes beside the load tool are more than two cores hold.
@@ -66,7 +66,7 @@ def _clean(speeds: Speeds, *names: str) -> bool:
 
 
 def _each(spreads: Mapping[int, Spread]) -> Iterator[str]:
-    return (f"{_ranged(spread)} at {count} client{'s' * (count > 1)}" for count, spread in spreads.items())
+    return (f"{_ranged(spread)} at {in_words(count)}" for count, spread in spreads.items())
 
 
 def _faster(speeds: Speeds) -> Outcome:
