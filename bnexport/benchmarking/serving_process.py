@@ -105,9 +105,8 @@ class Running:
 
     def _silent(self, what: str) -> RuntimeUnavailable:
         lines = self.log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        return RuntimeUnavailable(
-            f"{what}: {(lines or ['no output'])[-1][:200].rstrip('.')}", remedy="Start it by hand and look"
-        )
+        last = (lines or ["no output"])[-1][:200].rstrip(".")
+        return RuntimeUnavailable(f"{what}: {last}", remedy="Start it by hand and look")
 
 
 def ask(

@@ -14,8 +14,12 @@ Running 1s test @ http://127.0.0.1:9130/x
   30419 requests in 1.10s, 8.12MB read
 Requests/sec:  27658.64
 Transfer/sec:      7.39MB
-{"requests": 30419, "us": 1099801, "p50_us": 238, "p99_us": 692, "errors": {"connect": 0, "read": 0, "write": 0, "status": 0, "timeout": 0}}
 """
+#: The line that serving_load.wrk_script prints.
+WRK += (
+    '{"requests": 30419, "us": 1099801, "p50_us": 238, "p99_us": 692, '
+    '"errors": {"connect": 0, "read": 0, "write": 0, "status": 0, "timeout": 0}}\n'
+)
 
 H2LOAD = """\
 starting benchmark...

@@ -179,7 +179,7 @@ def test_the_page_holds_figures_sizes_and_what_is_missing():
     assert "**not measured**" in "\n".join(serving_page(without, "a machine"))
 
 
-def bench(monkeypatch, answer):
+def bench(answer):
     """A bench, and a server in place of a process that answers ``answer(request)``."""
 
     class Stub:
@@ -190,8 +190,8 @@ def bench(monkeypatch, answer):
 
 
 @pytest.mark.parametrize(("change", "ok"), [(0.0, True), (0.01, False), (float("nan"), False)])
-def test_a_wrong_answer_stops_the_benchmark(monkeypatch, change, ok):
-    made, server = bench(monkeypatch, lambda _: (200, {}, body))
+def test_a_wrong_answer_stops_the_benchmark(change, ok):
+    made, server = bench(lambda _: (200, {}, body))
     logits = made.logits.copy()
     logits[3] += change
     body = ('{"logits": [' + ", ".join(map(str, logits.tolist())) + "]}").replace("nan", "NaN").encode()
@@ -204,8 +204,8 @@ def test_a_wrong_answer_stops_the_benchmark(monkeypatch, change, ok):
             made._check("fastapi", server, request)
 
 
-def test_an_answer_that_is_none(monkeypatch):
-    made, server = bench(monkeypatch, lambda _: (503, {}, b"not ready"))
+def test_an_answer_that_is_none():
+    made, server = bench(lambda _: (503, {}, b"not ready"))
     request = WIRES["oip-binary"].request(made.image)
     assert not made._check("binary", server, request)
     for body, headers in ((b"{}", {}), (b"abc", {"inference-header-content-length": "0"})):
@@ -219,7 +219,7 @@ def test_an_answer_that_is_none(monkeypatch):
 
 
 def test_a_server_that_can_not_be_had_is_named_and_the_needed_ones_are_not_left_out(monkeypatch):
-    made, _ = bench(monkeypatch, None)
+    made, _ = bench(None)
 
     def broken(*_):
         raise RuntimeUnavailable("pip has no index", remedy="Get one")
