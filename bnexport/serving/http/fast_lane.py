@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE
 
@@ -19,9 +19,6 @@ from bnexport.serving.http.exchange import Exchange
 from bnexport.serving.http.reply import Reply, reply_headers
 from bnexport.serving.http.routes import Found, find_route, infer, infer_reply, infer_request, infer_target
 from bnexport.tensors import Array
-
-if TYPE_CHECKING:
-    from bnexport.serving.http.connection import LimitedConnection
 
 #: Bytes of a body: uvicorn reads no more before somebody asks for it.
 SHORT_BODY = 65536
@@ -40,6 +37,29 @@ class Head(NamedTuple):
     headers: dict[bytes, bytes]
 
 
+class Line(Protocol):
+    """What the fast lane needs of a connection.
+
+    Attributes:
+        parser: httptools'.
+        url: As the request has it.
+        headers: Of the request that is being read.
+        client: Address and port.
+        transport: asyncio's.
+        known_head: Of the last request that was taken.
+    """
+
+    parser: Any
+    url: bytes
+    headers: list[tuple[bytes, bytes]]
+    client: tuple[str, int] | None
+    transport: Any
+    known_head: Head | None
+
+    def answered(self) -> None:
+        """A request was answered."""
+
+
 class FastLane:
     """Decides which requests are short, and how they are answered.
 
@@ -50,14 +70,14 @@ class FastLane:
     def __init__(self, app: App) -> None:
         self.app = app
         self._known: dict[bytes, Found | None] = {}
-        self._previous: LimitedConnection | None = None
+        self._previous: Line | None = None
 
-    def alone(self, connection: LimitedConnection) -> bool:
+    def alone(self, connection: Line) -> bool:
         """Whether a connection has sent the previous request, too: then nobody's request could share its batch."""
         before, self._previous = self._previous, connection
         return before is connection
 
-    def call(self, connection: LimitedConnection) -> FastCall | None:
+    def call(self, connection: Line) -> FastCall | None:
         """The request whose headers a connection has read, if it is a short one for inference."""
         parser = connection.parser
         if parser.get_method() != b"POST" or not parser.should_keep_alive() or self.app.state.draining:
@@ -69,7 +89,7 @@ class FastLane:
             connection.known_head = head
         return FastCall(connection, self, head)
 
-    def _understood(self, connection: LimitedConnection) -> Head | None:
+    def _understood(self, connection: Line) -> Head | None:
         """The head of a request that has all that the fast lane asks for."""
         url, pairs = connection.url, connection.headers
         found, headers = self._found(url), dict(pairs)
@@ -137,7 +157,7 @@ class FastCall(Exchange):
     )
     message_event = _NoEvent()
 
-    def __init__(self, connection: LimitedConnection, lane: FastLane, head: Head) -> None:
+    def __init__(self, connection: Line, lane: FastLane, head: Head) -> None:
         super().__init__("POST", head.path, head.headers, _no_more, lane.app.id_of(head.headers))
         self._connection, self._lane, self._route = connection, lane, head.found
         self.body = b""
