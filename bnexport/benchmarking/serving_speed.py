@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,6 +30,8 @@ NEEDED = ("binary", "echo")
 _TOLERANCE = 1e-5
 _WARM_SECONDS, _WARM_CLIENTS = 1, 8
 _ALONE_SECONDS = 1.0
+#: Requests between two readings of the memory.
+_MEMORY_STEP = 50_000
 
 
 @dataclass(frozen=True)
@@ -247,13 +250,14 @@ class _Bench:
         way = WAYS["binary"]
         with self._running("binary", python) as (server, request):
             warm, rate = 0, 1.0
-            while warm < self.plan.warm_requests:
+            while warm < self.plan.warm_requests or not warm:
                 load = self._load(way, server, request, _WARM_CLIENTS, 1)
                 warm, rate = warm + load.requests, load.per_second
             requests, resident = [0], [server.resident_bytes()]
             while requests[-1] < self.plan.memory_requests:
-                left = min(self.plan.memory_requests - requests[-1], 50_000)
-                load = self._load(way, server, request, _WARM_CLIENTS, max(1, round(left / rate)))
+                left = min(self.plan.memory_requests - requests[-1], _MEMORY_STEP)
+                load = self._load(way, server, request, _WARM_CLIENTS, math.ceil(left / rate))
+                rate = load.per_second
                 requests.append(requests[-1] + load.requests)
                 resident.append(server.resident_bytes())
                 self.tell(f"memory  {requests[-1]:,} requests: {resident[-1] / 2**20:.1f} MiB")
