@@ -34,7 +34,7 @@ def serving_page(speeds: Speeds, conditions: str) -> Iterator[str]:
         "`wrk` counts a slow answer once more for each request that it held up, so its 99th "
         "percentile is the stricter one.\n"
     )
-    yield f"{conditions}. Other servers: {_peers()}, each in an environment of its own.\n"
+    yield f"{_amount(speeds)} {conditions}. Environments of the other servers: {_peers()}.\n"
     yield "## Targets\n"
     yield "A ratio is the median of the rounds, with its range; the worst one decides.\n"
     for outcome in outcomes(speeds):
@@ -51,7 +51,18 @@ def serving_page(speeds: Speeds, conditions: str) -> Iterator[str]:
 
 
 def _peers() -> str:
-    return "; ".join(", ".join(item.replace("==", " ") for item in items) for items in VENVS.values())
+    rows = ((name, ", ".join(item.replace("==", " ") for item in items)) for name, items in VENVS.items())
+    return "; ".join(f"{name} ({items})" for name, items in rows)
+
+
+def _amount(speeds: Speeds) -> str:
+    """How much was measured, from the loads themselves."""
+    loads = [row.load for columns in speeds.samples.values() for rows in columns.values() for row in rows]
+    seconds = Spread.of([load.seconds for load in loads])
+    return (
+        f"{len(speeds.alone[1])} rounds, each load {seconds.low:.1f} to {seconds.high:.1f} s, {min(load.requests for load in loads):,} "
+        f"to {max(load.requests for load in loads):,} requests."
+    )
 
 
 def _table(speeds: Speeds) -> Iterator[str]:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from bnexport.data.locate import cache_folder
 from bnexport.environment import versions_of
 from bnexport.errors import RuntimeUnavailable
 from bnexport.files import write_atomically
@@ -25,9 +26,7 @@ _COMPLETE = "bnexport.json"
 
 def default_folder() -> Path:
     """Where environments are kept: in the user's cache."""
-    from platformdirs import user_cache_path
-
-    return user_cache_path("bnexport") / "benchmark"
+    return cache_folder() / "benchmark"
 
 
 def requirements(name: str) -> tuple[str, ...]:
