@@ -28,11 +28,10 @@ def serving_page(speeds: Speeds, conditions: str) -> Iterator[str]:
         "`python scripts/benchmark_serving.py`. Every server has one session of one thread of ONNX Runtime on the CPU and no "
         "access log, and runs alone, started anew in each round; all take turns, round after round, and a ratio is of one "
         "round. Before and after its loads each server's answer is compared with ONNX Runtime's own logits; a wrong one stops "
-        "the benchmark. CPU time is user and system time of all the server's processes, so it does not depend on how "
-        "many cores were free, as answer times do: the load tool (`wrk`, for gRPC `h2load`, one thread) shares the cores, and "
+        "the benchmark. CPU time is user and system time of all the server's processes, and depends less on how busy "
+        "the cores were than answer times do: the load tool (`wrk`, for gRPC `h2load`, one thread) shares the cores, and "
         "nothing is pinned. FastAPI's endpoint is `async def`, which costs it less than the other usual form. "
-        "`wrk` counts a slow answer once more for each request that it held up, so its 99th "
-        "percentile is the stricter one.\n"
+        "`wrk` counts a slow answer once more for each request that it held up, so its 99th percentile is the stricter one.\n"
     )
     yield f"{_amount(speeds)} {conditions}. Environments of the other servers: {_peers()}.\n"
     yield "## Targets\n"
@@ -58,10 +57,10 @@ def _peers() -> str:
 def _amount(speeds: Speeds) -> str:
     """How much was measured, from the loads themselves."""
     loads = [row.load for columns in speeds.samples.values() for rows in columns.values() for row in rows]
-    seconds = Spread.of([load.seconds for load in loads])
+    seconds, requests = Spread.of([load.seconds for load in loads]), Spread.of([load.requests for load in loads])
     return (
-        f"{len(speeds.alone[1])} rounds, each load {seconds.low:.1f} to {seconds.high:.1f} s, {min(load.requests for load in loads):,} "
-        f"to {max(load.requests for load in loads):,} requests."
+        f"Rounds: {len(speeds.alone[1])}; each load took {seconds.low:.1f} to {seconds.high:.1f} s and "
+        f"{requests.low:,} to {requests.high:,} requests."
     )
 
 

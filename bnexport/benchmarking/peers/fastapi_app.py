@@ -2,8 +2,8 @@
 
 ``python fastapi_app.py MODEL.onnx PORT``
 
-The endpoint is ``async def``: of the two usual forms the one that costs less, since ``def`` goes through a thread (two rounds in
-turn on two cores that were busy, 1, 8 and 64 clients: 0.51 to 0.63 of its CPU time for each request).
+The endpoint is ``async def``: of the two usual forms the one that costs less, since ``def`` goes through a thread (two rounds
+of 2 s in turn, on two cores that were busy, 1, 8 and 64 clients: 0.51 to 0.63 of its CPU time for each request).
 """
 
 from __future__ import annotations

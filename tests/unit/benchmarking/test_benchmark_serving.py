@@ -173,6 +173,7 @@ def test_the_page_holds_figures_sizes_and_what_is_missing():
     assert "| bnexport, binary tensors | 8 | 1,000 to 1,000 | 60 | 100 | 200 | 2.0 | 7.50 |" in page
     assert "bnexport, gRPC: not measured, no option." in page
     assert "bnexport, binary tensors 3,298 and 185" in page
+    assert "Rounds: 2; each load took 1.0 to 1.0 s and 1,000 to 1,000 requests. a machine." in page
     assert "| 1,000,100 | 104.0 |" in page
     without = made_up()
     del without.samples["fastapi"]
