@@ -18,7 +18,7 @@ from bnexport.optional import installed
 VENVS: Mapping[str, tuple[str, ...]] = {
     "fastapi": ("fastapi==0.165.0", "pydantic==2.14.4", "uvicorn[standard]==0.54.0"),
     "litserve": ("litserve==0.2.19", "fastapi==0.165.0", "uvicorn[standard]==0.54.0"),
-    "mlserver": ("mlserver==1.7.1", "uvloop==0.21.0"),
+    "mlserver": ("mlserver==1.7.1", "fastapi==0.115.14", "uvicorn==0.54.0", "uvloop==0.21.0"),
 }
 _PATIENCE = 600.0
 _COMPLETE = "bnexport.json"
