@@ -65,6 +65,10 @@ def _ray() -> str | None:
     return None if installed("ray") else "ray is not installed"
 
 
+def _wrk() -> str | None:
+    return None if shutil.which("wrk") and shutil.which("h2load") else "wrk or h2load is not installed"
+
+
 CAPABILITIES: dict[str, Callable[[], str | None]] = {
     "cuda": functools.cache(_cuda),
     "ort-cuda": functools.cache(_ort_cuda),
@@ -74,6 +78,7 @@ CAPABILITIES: dict[str, Callable[[], str | None]] = {
     "tritonclient": functools.cache(_tritonclient),
     "ray": functools.cache(_ray),
     "chromium": functools.cache(_chromium),
+    "wrk": functools.cache(_wrk),
 }
 
 
