@@ -1,8 +1,8 @@
 """A program for an environment with KServe's SDK: every call of its inference clients that speaks protocol version 2.
 
-Use: python kserve_program.py < task.json, with {"url": of HTTP, "grpc": HOST:PORT or null, "token": for a server that wants
-one or null, "inputs": file, "logits": file}. Prints one JSON object: what was tried, and what was wrong. Nothing comes by
-the command line, for the SDK parses that of whoever imports it.
+Use: python kserve_program.py < task.json, with {"drive": a name of DRIVES, "url": of HTTP, "grpc": HOST:PORT, "token": text,
+"inputs": file, "logits": file}. Prints one JSON object: what was tried, and what was wrong. Nothing comes by the command
+line, for the SDK parses that of whoever imports it.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ async def answers(client: InferenceRESTClient, url: str) -> None:
         for what, asked in ways_to_ask():
             for name in ("bn_lenet", "bn_lenet/versions/1"):
                 request = InferRequest(name, [item], request_id="r1", **asked)
-                answer = await client.infer(url, request, name, headers={"x-request-id": "trace-1"})
+                answer = await client.infer(url, request, name)
                 good = close(answer.outputs[0].as_numpy()) and (answer.id, answer.model_name) == ("r1", "bn_lenet")
                 check(f"infer {name} with {how}, asking for {what}", good)
     plain = {"inputs": [{"name": "input", "shape": list(inputs.shape), "datatype": "FP32", "data": inputs.tolist()}]}
@@ -159,7 +159,9 @@ async def drive_token(url: str, token: str) -> None:
     headers = {"Authorization": f"Bearer {token}"}
     request = InferRequest("bn_lenet", [tensor(binary=False)])
     async with InferenceRESTClient(RESTConfig(protocol="v2")) as client:
-        check("ready without a token", await client.is_server_ready(url) and await client.is_model_ready(url, "bn_lenet"))
+        check(
+            "ready without a token", await client.is_server_ready(url) and await client.is_model_ready(url, "bn_lenet")
+        )
         await refused("no token", client.infer(url, request, "bn_lenet"), 401)
         await refused("a wrong token", client.infer(url, request, "bn_lenet", {"Authorization": "Bearer no"}), 401)
         answer = await client.infer(url, request, "bn_lenet", headers)
@@ -209,16 +211,23 @@ async def drive_grpc(url: str) -> None:
         check("grpc live after all refusals", await client.is_server_live() is True)
 
 
-async def main() -> None:
-    if task["token"]:
-        await drive_token(task["url"], task["token"])
-    elif task["grpc"]:
-        await drive_grpc(task["grpc"])
-    else:
-        await drive_rest(task["url"])
+async def drive_unready(url: str) -> None:
+    """A server whose only model did not pass its verification."""
+    async with InferenceRESTClient(RESTConfig(protocol="v2")) as client:
+        check("live without a model", await client.is_server_live(url) is True)
+        check("a model that is not ready", await client.is_model_ready(url, "bn_lenet") is False)
+        await refused("readiness", client.is_server_ready(url), 503)
+        request = InferRequest("bn_lenet", [tensor()])
+        await refused("a model that is not served", client.infer(url, request, "bn_lenet"), 503, "model.onnx")
 
 
+DRIVES = {
+    "rest": lambda: drive_rest(task["url"]),
+    "token": lambda: drive_token(task["url"], task["token"]),
+    "unready": lambda: drive_unready(task["url"]),
+    "grpc": lambda: drive_grpc(task["grpc"]),
+}
 logging.basicConfig(stream=sys.stderr)
-asyncio.run(main())
+asyncio.run(DRIVES[task["drive"]]())
 versions = {name: metadata.version(name) for name in ("kserve", "protobuf", "httpx", "grpcio")}
 print(json.dumps({"done": done, "wrong": wrong, "versions": versions}))

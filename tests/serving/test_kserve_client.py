@@ -1,9 +1,16 @@
-"""KServe's own clients, unchanged, in an environment of their own: their protobuf is older than the one onnx brings."""
+"""KServe's own SDK, unchanged, in an environment of its own: its protobuf is older than the one onnx brings.
+
+Its clients ask ``bnexport serve``, and its classes read what ``bnexport deploy kserve`` writes.
+"""
 
 from __future__ import annotations
 
+import copy
+import functools
+import itertools
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -13,6 +20,10 @@ from typing import Any
 import numpy as np
 import pytest
 from support.serving import ROOT, Server, serving
+
+from bnexport.bundle import MODEL_ONNX
+from bnexport.deploying.kserve import inference_service
+from bnexport.deploying.request import DEVICES, SCALE_METRICS, DeployRequest, Scaling
 
 TOKEN = "correct-horse-battery-staple"
 
@@ -25,7 +36,7 @@ def arrays(tmp_path_factory: pytest.TempPathFactory, images: np.ndarray, logits:
     return {name: str(folder / f"{name}.npy") for name in ("inputs", "logits")}
 
 
-def run(python: Path, program: str, task: dict[str, Any]) -> Any:
+def run(python: Path, program: str, task: object) -> Any:
     """What a program said about its task."""
     words = [str(python), str(Path(__file__).with_name(program))]
     environment = {**os.environ, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
@@ -33,17 +44,19 @@ def run(python: Path, program: str, task: dict[str, Any]) -> Any:
         words, input=json.dumps(task), capture_output=True, text=True, timeout=120, check=False, env=environment
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    told = json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout)
+
+
+def drive(python: Path, what: str, server: Server, arrays: dict[str, str], **more: str) -> Any:
+    """What the clients did, of which nothing was wrong."""
+    task = {"drive": what, "url": f"http://127.0.0.1:{server.port}", **arrays, **more}
+    told = run(python, "kserve_program.py", task)
     assert told["wrong"] == []
     return told
 
 
-def task(arrays: dict[str, str], port: int, **more: str) -> dict[str, Any]:
-    return {"url": f"http://127.0.0.1:{port}", "grpc": None, "token": None, **arrays, **more}
-
-
 def test_every_call_over_http(kserve_python: Path, server: Server, arrays: dict[str, str]) -> None:
-    told = run(kserve_python, "kserve_program.py", task(arrays, server.port))
+    told = drive(kserve_python, "rest", server, arrays)
     assert tuple(map(int, told["versions"]["kserve"].split(".")[:2])) >= (0, 17)
     assert int(told["versions"]["protobuf"].partition(".")[0]) < 7
     assert len(told["done"]) > 100
@@ -52,8 +65,18 @@ def test_every_call_over_http(kserve_python: Path, server: Server, arrays: dict[
 def test_a_token(kserve_python: Path, models: Path, arrays: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "token").write_text(TOKEN)
     with serving(models, tmp_path / "log", "--token-file", str(tmp_path / "token")) as guarded:
-        told = run(kserve_python, "kserve_program.py", task(arrays, guarded.port, token=TOKEN))
+        told = drive(kserve_python, "token", guarded, arrays, token=TOKEN)
     assert len(told["done"]) == 5
+
+
+def test_a_model_that_is_not_ready(kserve_python: Path, models: Path, arrays: dict[str, str], tmp_path: Path) -> None:
+    folder = tmp_path / "models" / "bn_lenet" / "1"
+    shutil.copytree(models / "bn_lenet" / "1", folder)
+    with (folder / MODEL_ONNX).open("ab") as file:
+        file.write(b"more")
+    with serving(tmp_path / "models", tmp_path / "log") as server:
+        told = drive(kserve_python, "unready", server, arrays)
+    assert len(told["done"]) == 4
 
 
 def test_every_call_over_grpc(kserve_python: Path, models: Path, arrays: dict[str, str], tmp_path: Path) -> None:
@@ -66,5 +89,40 @@ def test_every_call_over_grpc(kserve_python: Path, models: Path, arrays: dict[st
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with serving(models, tmp_path / "log", "--grpc-port", str(port)) as server:
-        told = run(kserve_python, "kserve_program.py", task(arrays, server.port, grpc=f"127.0.0.1:{port}"))
+        told = drive(kserve_python, "grpc", server, arrays, grpc=f"127.0.0.1:{port}")
     assert len(told["done"]) > 15
+
+
+def changed(service: dict[str, Any], place: str, value: object) -> dict[str, Any]:
+    """A copy with one field set, or taken away where the value is None."""
+    service = copy.deepcopy(service)
+    *path, last = place.split("/")
+    inner = functools.reduce(dict.__getitem__, path, service)
+    inner[last] = value
+    if value is None:
+        del inner[last]
+    return service
+
+
+def test_services_are_kserves_own(kserve_python: Path) -> None:
+    """Every field has the name and the type that the SDK's classes give it; one that does not is seen."""
+    services = [
+        inference_service("m", DeployRequest(device=device), scaling, model_bytes=2**20, namespace=namespace)
+        for device, metric, namespace in itertools.product(DEVICES, SCALE_METRICS, (None, "vision"))
+        for scaling in (Scaling("s3://bucket/models", 1, 6, metric, 50),)
+    ]
+    good, model = services[0], "spec/predictor/model"
+    bad = [
+        changed(good, "spec/replicas", 3),
+        changed(good, "spec/predictor/scaleMetrics", "x"),
+        changed(good, "spec/predictor/minReplicas", "many"),
+        changed(good, f"{model}/storageURI", "x"),
+        changed(good, f"{model}/modelFormat", None),
+        changed(good, f"{model}/modelFormat", {"version": "1"}),
+        changed(good, f"{model}/resources", {"limit": {"cpu": "1"}}),
+        changed(good, "metadata/nameSpace", "x"),
+    ]
+    documents = [*services, *bad]
+    told = run(kserve_python, "kserve_service_program.py", documents)
+    agrees = [answer == document for answer, document in zip(told, documents, strict=True)]
+    assert agrees == [True] * len(services) + [False] * len(bad), told[-len(bad) :]
