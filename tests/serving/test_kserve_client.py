@@ -8,10 +8,8 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -19,12 +17,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.environments import run_program
 from support.serving import ROOT, Server, serving
+from support.triton import free_ports
 
 from bnexport.bundle import MODEL_ONNX
 from bnexport.deploying.kserve import inference_service
 from bnexport.deploying.request import DEVICES, SCALE_METRICS, DeployRequest, Scaling
 
+HERE = Path(__file__).parent
 TOKEN = "correct-horse-battery-staple"
 
 
@@ -36,21 +37,10 @@ def arrays(tmp_path_factory: pytest.TempPathFactory, images: np.ndarray, logits:
     return {name: str(folder / f"{name}.npy") for name in ("inputs", "logits")}
 
 
-def run(python: Path, program: str, task: object) -> Any:
-    """What a program said about its task."""
-    words = [str(python), str(Path(__file__).with_name(program))]
-    environment = {**os.environ, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
-    done = subprocess.run(
-        words, input=json.dumps(task), capture_output=True, text=True, timeout=120, check=False, env=environment
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
-
-
 def drive(python: Path, what: str, server: Server, arrays: dict[str, str], **more: str) -> Any:
     """What the clients did, of which nothing was wrong."""
     task = {"drive": what, "url": f"http://127.0.0.1:{server.port}", **arrays, **more}
-    told = run(python, "kserve_program.py", task)
+    told = run_program(python, HERE / "kserve_program.py", task)
     assert told["wrong"] == []
     return told
 
@@ -85,9 +75,7 @@ def test_every_call_over_grpc(kserve_python: Path, models: Path, arrays: dict[st
     help_text = subprocess.run(words, capture_output=True, text=True, timeout=60, check=True, env=environment).stdout
     if "--grpc-port" not in help_text:
         pytest.skip("bnexport serve has no --grpc-port yet")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    (port,) = free_ports(1)
     with serving(models, tmp_path / "log", "--grpc-port", str(port)) as server:
         told = drive(kserve_python, "grpc", server, arrays, grpc=f"127.0.0.1:{port}")
     assert len(told["done"]) > 15
@@ -123,6 +111,6 @@ def test_services_are_kserves_own(kserve_python: Path) -> None:
         changed(good, "metadata/nameSpace", "x"),
     ]
     documents = [*services, *bad]
-    told = run(kserve_python, "kserve_service_program.py", documents)
+    told = run_program(kserve_python, HERE / "kserve_service_program.py", documents)
     agrees = [answer == document for answer, document in zip(told, documents, strict=True)]
     assert agrees == [True] * len(services) + [False] * len(bad), told[-len(bad) :]

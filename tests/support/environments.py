@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
 import subprocess
 import venv
 from pathlib import Path
+from typing import Any
 
 
 def environment(folder: Path, *requirements: str) -> Path:
@@ -24,3 +27,19 @@ def environment(folder: Path, *requirements: str) -> Path:
     done = subprocess.run([*pip, *requirements], capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return python
+
+
+def run_program(python: Path, program: Path, task: object) -> Any:
+    """What a program says about its task, both in JSON, through standard input and output."""
+    environ = {**os.environ, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+    done = subprocess.run(
+        [str(python), str(program)],
+        input=json.dumps(task),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env=environ,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
