@@ -6,9 +6,11 @@ configurations of which two words are changed, those that name the backend and i
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,13 +25,22 @@ from unit.deploying.conftest import FOREIGN, fixed, foreign_bundle
 
 from bnexport.bundle import MODEL_ONNX, Bundle
 from bnexport.deploying.model_config import read_config
-from bnexport.deploying.repository import deploy_triton
+from bnexport.deploying.repository import LABELS, deploy_triton
 from bnexport.deploying.request import DEVICES, DeployRequest
 from bnexport.exporting.triton import CONFIG
 
 pytestmark = pytest.mark.needs("triton")
 HERE = Path(__file__).parent
 MISSING = "unable to find backend library for backend 'onnxruntime'"
+#: Bundle and device of the models that are served.
+SERVED = (
+    *(("bn_lenet", device) for device in DEVICES),
+    ("foreign", "cpu"),
+    ("foreign", "cuda"),
+    ("fixed", "cpu"),
+    ("fixed", "cuda"),
+)
+WARMUPS = {"bn_lenet": ["batch_1", "batch_64"], "foreign": ["batch_1", "batch_64"], "fixed": ["batch_1"]}
 NAMES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 
 
@@ -59,11 +70,15 @@ def server(found: Installation, tmp_path_factory: pytest.TempPathFactory) -> Ite
         yield running
 
 
-def deploy(server: Triton, bundle: Bundle, name: str, **options: Any) -> Path:
-    """A model's folder in the server's repository, as bnexport writes it."""
-    out = server.repository.parent / f"out_{name}"
+def deploy(repository: Path, bundle: Bundle, name: str, **options: Any) -> Path:
+    """A model's folder in a server's repository, as bnexport writes it."""
+    out = repository.parent / f"out_{name}"
     deploy_triton(bundle, out, DeployRequest(name=name, **options))
-    return shutil.move(out / name, server.repository / name)
+    return shutil.move(out / name, repository / name)
+
+
+def unused(server: Triton) -> str:
+    return f"mistake_{len(list(server.repository.iterdir()))}"
 
 
 def for_python(folder: Path) -> Path:
@@ -93,7 +108,7 @@ def understood(log: str) -> Any:
 @pytest.mark.parametrize("which", ["bn_lenet", "foreign", "fixed"])
 def test_only_the_backend_is_missing(server: Triton, bundles: dict[str, Bundle], which: str, device: str) -> None:
     name = f"read_{which}_{device}"
-    folder = deploy(server, bundles[which], name, device=device, instances=2)
+    folder = deploy(server.repository, bundles[which], name, device=device, instances=2)
     error, log = server.load(name)
     assert error.startswith(f"load failed for model '{name}': version ")
     assert MISSING in error
@@ -121,8 +136,8 @@ def test_mistakes_are_refused_for_what_they_are(
     server: Triton, bundles: dict[str, Bundle], old: str, new: str, told: str
 ) -> None:
     """The control of the test above: this server does look."""
-    name = f"mistake_{len(list(server.repository.iterdir()))}"
-    folder = deploy(server, bundles["bn_lenet"], name)
+    name = unused(server)
+    folder = deploy(server.repository, bundles["bn_lenet"], name)
     change(folder, (old, new))
     error, log = server.load(name)
     assert error
@@ -130,25 +145,69 @@ def test_mistakes_are_refused_for_what_they_are(
     assert MISSING not in error + log
 
 
-def test_it_serves_by_these_configurations(
-    found: Installation, server: Triton, bundles: dict[str, Bundle], tmp_path: Path
-) -> None:
-    """Numbers, labels, batches and shapes by the stock client; the same client gets the same from bnexport serve."""
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        (LABELS, "names.txt", "failed to open text file"),
+        ("count: 1 kind: KIND_CPU", "count: 1 kind: KIND_GPU gpus: [ 99 ]", "invalid or unsupported gpu id 99"),
+    ],
+)
+def test_mistakes_that_loading_shows(server: Triton, bundles: dict[str, Bundle], old: str, new: str, told: str) -> None:
+    """Those that show before the backend makes an instance: this one aborts at times while it gives one up."""
+    name = unused(server)
+    change(for_python(deploy(server.repository, bundles["bn_lenet"], name)), (old, new))
+    error, _ = server.load(name)
+    assert told in error
+
+
+@pytest.fixture
+def served(server: Triton, bundles: dict[str, Bundle], tmp_path: Path) -> list[dict[str, Any]]:
+    """Loaded models, as client_program.py wants them described."""
     models = []
-    for which, device in (*(("bn_lenet", device) for device in DEVICES), ("foreign", "cpu"), ("fixed", "cpu")):
-        bundle, name = bundles[which], which if device == "cpu" else f"{which}_{device}"
-        for_python(deploy(server, bundle, name, device=device))
+    for which, device in SERVED:
+        bundle, name = bundles[which], f"{which}_{device}"
+        for_python(deploy(server.repository, bundle, name, device=device))
         error, log = server.load(name)
         assert error == ""
-        for batch in ("batch_1", "batch_64"):
-            assert (f"is running warmup sample '{batch}'" in log) == (device != "cpu"), "before the model is ready"
+        assert warmed(log) == ([] if device == "cpu" else WARMUPS[which]), "before the model is ready"
         inputs, outputs = bundle.golden()
         arrays = {f"in:{key}": array for key, array in inputs.items()} | {f"out:{k}": v for k, v in outputs.items()}
         np.savez(tmp_path / f"{name}.npz", **arrays)
-        labels, most = (NAMES if name == "bn_lenet" else None), (0 if which == "fixed" else 64)
+        labels, most = (NAMES if which == "bn_lenet" else None), (0 if which == "fixed" else 64)
         models.append({"name": name, "arrays": str(tmp_path / f"{name}.npz"), "labels": labels, "max_batch": most})
-    with serving(bundles["bn_lenet"].path.parents[1], tmp_path / "log") as ours:
-        task = {"http": server.http, "grpc": server.grpc, "ours": ours.port, "models": models}
+    return models
+
+
+def warmed(log: str) -> list[str]:
+    return sorted(re.findall(r"is running warmup sample '(\w+)'", log))
+
+
+def test_it_serves_by_these_configurations(
+    found: Installation, server: Triton, bundles: dict[str, Bundle], served: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    """Numbers, labels, batches and shapes by the stock client; the same client gets the same from bnexport serve."""
+    for model in served:
+        if model["labels"]:
+            shutil.copytree(bundles["bn_lenet"].path, tmp_path / "models" / model["name"] / "1")
+    with serving(tmp_path / "models", tmp_path / "log") as ours:
+        task = {"http": server.http, "grpc": server.grpc, "ours": ours.port, "models": served}
         told = run_program(found.python, HERE / "client_program.py", task)
     assert told["wrong"] == []
     assert len(told["done"]) > 1000
+
+
+def test_it_passes_the_test_of_our_own_server(found: Installation, bundles: dict[str, Bundle], tmp_path: Path) -> None:
+    """The control of tests/serving/test_tritonclient.py: what it asks of bnexport serve is what Triton does."""
+    (tmp_path / "triton" / "repository").mkdir(parents=True)
+    for_python(deploy(tmp_path / "triton" / "repository", bundles["bn_lenet"], "bn_lenet"))
+    inputs, outputs = bundles["bn_lenet"].golden()
+    np.save(tmp_path / "inputs.npy", inputs["input"])
+    np.save(tmp_path / "logits.npy", outputs["logits"])
+    with triton(found, tmp_path / "triton", mode="none") as server:
+        words = [str(found.python), str(HERE.parent / "serving" / "triton_program.py"), str(server.http)]
+        words += [str(tmp_path / name) for name in ("inputs.npy", "logits.npy")]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = json.loads(done.stdout)
+    assert set(told["wrong"]) == {"get_server_metadata", "a wrong shape is refused"}, "its own name and its own words"
+    assert len(told["done"]) > 60

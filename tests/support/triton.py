@@ -54,7 +54,7 @@ def installation(python: Path) -> Installation:
 
 @dataclass
 class Triton:
-    """A running server without models; ``load`` brings one."""
+    """A running server."""
 
     process: subprocess.Popen[bytes]
     repository: Path
@@ -89,9 +89,15 @@ def free_ports(count: int) -> list[int]:
 
 
 @contextlib.contextmanager
-def triton(found: Installation, folder: Path) -> Iterator[Triton]:
-    """A server with an empty repository in a new folder, which completes no configuration; ended whatever happens."""
-    (folder / "repository").mkdir(parents=True)
+def triton(found: Installation, folder: Path, *, mode: str = "explicit") -> Iterator[Triton]:
+    """A server that completes no configuration; ended whatever happens.
+
+    Args:
+        found: Its programs.
+        folder: With its ``repository``; made where it is not there.
+        mode: Of model control: "none" loads all at the start, "explicit" none.
+    """
+    (folder / "repository").mkdir(parents=True, exist_ok=True)
     shutil.copytree(found.root / "backends" / "python", folder / "backends" / "python")
     stub = "triton_python_backend_stub"
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
@@ -103,7 +109,7 @@ def triton(found: Installation, folder: Path) -> Iterator[Triton]:
         f"--model-repository={folder / 'repository'}",
         f"--backend-directory={folder / 'backends'}",
         f"--backend-config=python,shm-region-prefix-name={shared}",
-        "--model-control-mode=explicit",
+        f"--model-control-mode={mode}",
         "--disable-auto-complete-config",
         "--http-address=127.0.0.1",
         f"--http-port={http_port}",
