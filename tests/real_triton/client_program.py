@@ -8,8 +8,10 @@ with labels. Prints one JSON object: what was tried, and what was wrong.
 from __future__ import annotations
 
 import json
+import queue
 import re
 import sys
+from functools import partial
 from importlib import metadata
 from typing import Any
 
@@ -94,22 +96,31 @@ def refused(what: str, client: Any, name: str, sent: list[Any], word: str = "") 
 
 def batching(port: int, model: dict[str, Any]) -> None:
     """Requests at the same time share batches, and each gets its own answer."""
-    with over_http.InferenceServerClient(f"127.0.0.1:{port}", concurrency=32) as client:
-        before = client.get_inference_statistics(model["name"])["model_stats"][0]
-        count = len(next(iter(model["inputs"].values())))
-        handles = [
-            client.async_infer(model["name"], items(over_http, model, number % count, number % count + 1))
-            for number in range(REQUESTS)
-        ]
-        for number, handle in enumerate(handles):
-            row, result = number % count, handle.get_result()
+    name, count = model["name"], len(next(iter(model["inputs"].values())))
+    answers: queue.Queue[tuple[int, Any, Any]] = queue.Queue()
+
+    def counters() -> tuple[int, int, set[int]]:
+        (found,) = client.get_inference_statistics(name).model_stats
+        return found.inference_count, found.execution_count, {item.batch_size for item in found.batch_stats}
+
+    with over_grpc.InferenceServerClient(f"127.0.0.1:{port}") as client:
+        before = counters()
+        for number in range(REQUESTS):
+            sent, told = items(over_grpc, model, number % count, number % count + 1), partial(keep, answers, number)
+            client.async_infer(name, sent, callback=told)
+        for _ in range(REQUESTS):
+            number, result, error = answers.get(timeout=60)
             for output, expected in model["outputs"].items():
-                check(f"batched {output} {number}", close(result.as_numpy(output), expected[row : row + 1]))
-        after = client.get_inference_statistics(model["name"])["model_stats"][0]
-    samples, runs = (after[key] - before[key] for key in ("inference_count", "execution_count"))
-    sizes = [item["batch_size"] for item in after["batch_stats"]]
-    check(f"{samples} samples in {runs} runs of sizes {sizes}", samples == REQUESTS > runs)
-    check("batches within the bound", 1 < max(sizes) <= model["max_batch"])
+                row = expected[number % count : number % count + 1]
+                check(f"batched {output} {number}", error is None and close(result.as_numpy(output), row))
+        after = counters()
+    samples, runs = (after[index] - before[index] for index in (0, 1))
+    check(f"{samples} samples of {name} in {runs} runs", samples == REQUESTS > 4 * runs)
+    check(f"batches of {sorted(after[2])} are within the bound", max(after[2]) <= model["max_batch"])
+
+
+def keep(answers: queue.Queue[tuple[int, Any, Any]], number: int, result: Any, error: Any) -> None:
+    answers.put((number, result, error))
 
 
 def same_as_ours(port: int, ours: int, model: dict[str, Any]) -> None:
@@ -138,7 +149,7 @@ for model in task["models"]:
             drive(f"{kit.__name__} {model['name']}", kit, client, model)
             release = client.get_server_metadata()
     if model["max_batch"]:
-        batching(task["http"], model)
+        batching(task["grpc"], model)
     if model["labels"]:
         same_as_ours(task["http"], task["ours"], model)
 versions = {name: metadata.version(name) for name in ("nvidia-pytriton", "tritonclient", "onnxruntime", "numpy")}
