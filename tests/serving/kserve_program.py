@@ -41,6 +41,11 @@ def tensor(array: np.ndarray = inputs, *, binary: bool = True, datatype: str = "
     return item
 
 
+def large() -> InferInput:
+    """3 MB, which take longer than a millisecond; clocks of clients are no finer."""
+    return tensor(np.tile(inputs, (80, 1, 1, 1)))
+
+
 def ways_to_send() -> Iterator[tuple[str, InferInput]]:
     yield "binary", tensor()
     yield "JSON", tensor(binary=False)
@@ -82,8 +87,8 @@ async def drive_rest(url: str) -> None:
         calls = [client.infer(url, InferRequest("bn_lenet", [tensor()]), "bn_lenet") for _ in range(32)]
         check("many at a time", all(close(a.outputs[0].as_numpy()) for a in await asyncio.gather(*calls)))
         try:
-            await client.infer(url, InferRequest("bn_lenet", [tensor()]), "bn_lenet", timeout=1e-6)
-            wrong.append("no time at all was enough")
+            await client.infer(url, InferRequest("bn_lenet", [large()]), "bn_lenet", timeout=0.001)
+            wrong.append("a millisecond was enough")
         except httpx.TimeoutException:
             check("a timeout", True)
         again = await client.infer(url, InferRequest("bn_lenet", [tensor()]), "bn_lenet")
@@ -206,7 +211,7 @@ async def drive_grpc(url: str) -> None:
         await fails("grpc wrong shape", client.infer(narrow), grpc.StatusCode.INVALID_ARGUMENT)
         unknown = InferRequest("nobody", [tensor()])
         await fails("grpc unknown model", client.infer(unknown), grpc.StatusCode.NOT_FOUND)
-        late = client.infer(InferRequest("bn_lenet", [tensor()]), timeout=1e-6)
+        late = client.infer(InferRequest("bn_lenet", [large()]), timeout=0.001)
         await fails("grpc deadline", late, grpc.StatusCode.DEADLINE_EXCEEDED)
         check("grpc live after all refusals", await client.is_server_live() is True)
 
