@@ -16,7 +16,6 @@ from bnexport.data.preprocessing import Preprocessing
 
 #: With protobuf 7 pip silently takes tritonclient 2.41, of 2023.
 PINS = ("tritonclient[http]>=2.60", "protobuf>=6.33.5,<7", "numpy>=2")
-KSERVE_PINS = ("kserve>=0.17", "protobuf<7")
 
 
 @pytest.fixture(scope="session")
@@ -60,4 +59,4 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def kserve_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The Python of an environment with KServe's SDK, which needs an old protobuf too: 330 MB."""
-    return environment(tmp_path_factory.mktemp("kserve") / "venv", *KSERVE_PINS)
+    return environment(tmp_path_factory.mktemp("kserve") / "venv", "kserve>=0.17", "protobuf<7")
