@@ -59,6 +59,11 @@ def _tritonclient() -> str | None:
     return None if installed("tritonclient") and installed("grpc") else "tritonclient[grpc] is not installed"
 
 
+def _triton() -> str | None:
+    named = os.environ.get("BNEXPORT_TRITON")
+    return None if named else "BNEXPORT_TRITON names no Python with nvidia-pytriton ('install' makes one, 405 MB)"
+
+
 def _ray() -> str | None:
     from bnexport.optional import installed
 
@@ -76,6 +81,7 @@ CAPABILITIES: dict[str, Callable[[], str | None]] = {
     "openvino": functools.cache(_openvino),
     "data": functools.cache(_data),
     "tritonclient": functools.cache(_tritonclient),
+    "triton": functools.cache(_triton),
     "ray": functools.cache(_ray),
     "chromium": functools.cache(_chromium),
     "wrk": functools.cache(_wrk),
