@@ -54,7 +54,7 @@ class Intake:
         body: bytes = message.get("body", b"")
         if len(body) > self.limits.body_bytes:
             raise self._too_large(len(body))
-        self._hold(len(body))
+        self.hold(len(body))
         if message.get("more_body", False):
             body = await self._rest(receive, body)
         coding = headers.get(b"content-encoding")
@@ -63,16 +63,21 @@ class Intake:
         try:
             # In a thread: a bomb takes a tenth of a second until it is known as one.
             content = await asyncio.to_thread(unpacked, body, coding.lower(), self.limits.inflated_bytes)
-            self._hold(len(content))
+            self.hold(len(content))
         finally:
             self.release(body)
         return content
 
-    def release(self, body: bytes) -> None:
-        """Tell that a body which ``read`` gave is not held any more."""
+    def release(self, body: bytes | bytearray) -> None:
+        """Tell that a body is not held any more."""
         self.held -= len(body)
 
-    def _hold(self, size: int) -> None:
+    def hold(self, size: int) -> None:
+        """Tell that a body of so many bytes is held.
+
+        Raises:
+            NotServing: The bodies of all clients together are too large.
+        """
         if self.held + size > self.limits.held_bytes:
             raise NotServing("the requests that are being answered fill the memory", remedy="Try again in a second")
         self.held += size
@@ -85,7 +90,7 @@ class Intake:
                 if message["type"] == "http.disconnect":
                     raise Disconnected
                 chunk, more = message.get("body", b""), message.get("more_body", False)
-                self._hold(len(chunk))
+                self.hold(len(chunk))
                 chunks.append(chunk)
                 size += len(chunk)
                 if size > self.limits.body_bytes:

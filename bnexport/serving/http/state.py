@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Set
 from dataclasses import dataclass, field
-from typing import Any
 
 from bnexport.serving.http.access_log import JsonLog
 from bnexport.serving.http.exchange import Exchange
@@ -46,7 +44,6 @@ class State:
         active: Requests that are being answered.
         last_work: When the last request came that was no probe, by ``time.monotonic``.
         requests: (route, status) -> requests.
-        tasks: The server's, one for each request that has come, also those that have not begun; None when not known.
     """
 
     def __init__(
@@ -58,11 +55,6 @@ class State:
         self.active = 0
         self.last_work = time.monotonic()
         self.requests: Counter[tuple[str, int]] = Counter()
-        self.tasks: Set[Any] | None = None
-
-    def alone(self) -> bool:
-        """Whether the request that asks is the only one."""
-        return self.active == 1 and self.tasks is not None and len(self.tasks) == 1
 
     def totals(self) -> Totals:
         """What has been counted, by all processes."""

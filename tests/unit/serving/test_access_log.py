@@ -46,7 +46,7 @@ def test_a_slow_reader_stops_nobody_and_what_is_dropped_is_counted() -> None:
     log.event("last")
     log.close()
     lines = [json.loads(line) for line in stream.getvalue().splitlines()]
-    (dropped,) = [line["lines"] for line in lines if line["event"] == "log lines dropped"]
+    dropped = sum(line["lines"] for line in lines if line["event"] == "log lines dropped")
     assert sum(line["event"] == "step" for line in lines) + dropped == 1000
     assert dropped > 500
 
@@ -69,7 +69,7 @@ def test_lines_of_one_process_among_several_name_it_and_come_in_pieces_that_a_pi
 
     log = JsonLog(Pieces(), process=3)
     for index in range(100):
-        log._lines.append(b'{"index":%d,"text":"%s"}\n' % (index, b"x" * 300))
+        log._entries.append({"index": index, "text": "x" * 300})
     log.event("long", text="y" * 3 * select.PIPE_BUF)
     log.event("short")
     log.close()
