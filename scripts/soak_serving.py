@@ -39,6 +39,9 @@ def main() -> int:
     except BnexportError as error:
         print(f"soak_serving.py: {error}", file=sys.stderr)
         return 2 if isinstance(error, BadInput) else 3
+    except KeyboardInterrupt:
+        print("soak_serving.py: interrupted, so there is no verdict", file=sys.stderr)
+        return 130
     return 0 if found["passed"] else 1
 
 

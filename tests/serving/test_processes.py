@@ -267,6 +267,21 @@ def test_processes_do_not_outlive_their_supervisor(server: Server) -> None:
     assert [line["process"] for line in told(server, "stopped")] in ([0, 1], [1, 0]), "they drained as they should"
 
 
+def test_a_supervisor_that_is_killed_at_the_start_leaves_nobody_and_no_traceback(models: Path, tmp_path: Path) -> None:
+    words = [*PROGRAM, "serve", str(models), "--port", "0", *TWO]
+    with (tmp_path / "log").open("w") as log:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=log, env=environment)
+    try:
+        server = Server(process, 0, tmp_path / "log")  # type: ignore[arg-type]
+        started = until(lambda: told(server, "process started"))
+    finally:
+        process.kill()
+        process.wait(PATIENCE)
+    until(lambda: not any(alive(line["pid"]) for line in started))
+    assert "Traceback" not in server.log.read_text()
+
+
 def test_a_process_that_can_not_start_again_is_tried_again_until_it_can(
     models: Path, tmp_path: Path, images: np.ndarray
 ) -> None:

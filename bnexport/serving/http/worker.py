@@ -51,11 +51,13 @@ def main(line: Connection) -> None:
     signal.signal(signal.SIGTERM, lambda number, _frame: early.append(number))
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the supervisor's way to say at once
     signal.pthread_sigmask(signal.SIG_UNBLOCK, BLOCKED)
-    job: Job = line.recv()
+    try:
+        job: Job = line.recv()
+    except EOFError:  # the supervisor is gone already
+        return
 
     def serving(told: str) -> None:
-        with contextlib.suppress(OSError):  # the supervisor is gone, which is another reason to stop
-            line.send(told)
+        _tell(line, told)
         if early:
             signal.raise_signal(signal.SIGTERM)
 
@@ -65,9 +67,14 @@ def main(line: Connection) -> None:
         with socket.socket(fileno=job.listener) as listener:
             serve_on(listener, job.path, job.settings, announce=serving, share=share)
     except (BnexportError, MemoryError) as error:
-        line.send(error)
+        _tell(line, error)
     except Exception as error:  # the supervisor tells it as one process would
-        line.send(RuntimeError(f"{type(error).__name__}: {one_line(error)}"))
+        _tell(line, RuntimeError(f"{type(error).__name__}: {one_line(error)}"))
+
+
+def _tell(line: Connection, what: str | Exception) -> None:
+    with contextlib.suppress(OSError):  # the supervisor is gone, which ``_leave_with`` sees to
+        line.send(what)
 
 
 def _leave_with(line: Connection) -> None:
