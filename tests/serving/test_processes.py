@@ -117,6 +117,15 @@ def test_a_stop_loses_nothing_and_leaves_nobody(
         assert not any(map(alive, pids))
 
 
+def test_who_does_not_stop_in_time_is_killed_and_that_is_told(models: Path, tmp_path: Path) -> None:
+    with serving_twice(models, tmp_path / "log", "--grace", "0.5") as server:
+        stuck = running(server)[1]
+        os.kill(stuck, signal.SIGSTOP)
+        assert server.stop() == 3
+        assert not alive(stuck)
+        assert "processes 1 did not stop in time" in server.log.read_text()
+
+
 def test_signals_to_everybody_are_one_stop(
     models: Path, tmp_path: Path, images: np.ndarray, logits: np.ndarray
 ) -> None:

@@ -137,7 +137,8 @@ class Supervisor:
             self._clear()
         if self._killed:
             raise NotServing(
-                f"processes {self._killed} did not stop in time and were killed", remedy="Give them more --grace"
+                f"processes {', '.join(map(str, self._killed))} did not stop in time and were killed",
+                remedy="Give them more --grace",
             )
         if not self._announced:
             raise KeyboardInterrupt
