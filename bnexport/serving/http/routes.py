@@ -81,9 +81,9 @@ async def statistics(state: State, _exchange: Exchange, name: str | None = None,
     if name is not None:
         state.repository.resolve(name, version)
     entries = [
-        entry.served.statistics.to_json(model, number)
-        for model, number, entry in state.repository.each()
-        if entry.served is not None and name in (None, model) and version in (None, number)
+        found.statistics.to_json(model, number)
+        for (model, number), found in state.totals().models.items()
+        if found.statistics is not None and name in (None, model) and version in (None, number)
     ]
     return json_reply({"model_stats": entries})
 
