@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import os
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from bnexport.errors import BnexportError, NotServing, RequestError
+from bnexport.errors import BnexportError, NotServing
 from bnexport.optional import one_line
 from bnexport.serving.http.exchange import Exchange
 from bnexport.serving.http.reply import Reply, error_reply, packed
@@ -51,7 +50,7 @@ class App:
             found = find_route(exchange.method, exchange.path)
             route = found.name
             if not found.probe:
-                self._let_in(headers)
+                state.let_in(headers.get(b"authorization", b""))
                 state.last_work = time.monotonic()
             reply = await found.handler(state, exchange, *found.captured)
         except BnexportError as error:
@@ -71,18 +70,6 @@ class App:
             reply = packed(reply, headers[b"accept-encoding"])
         self._count_and_log(exchange, scope, route, reply, time.perf_counter_ns() - start)
         await _answer(send, reply, exchange, close=state.draining)
-
-    def _let_in(self, headers: dict[bytes, bytes]) -> None:
-        token = self.state.settings.token
-        if token is None:
-            return
-        kind, _, shown = headers.get(b"authorization", b"").partition(b" ")
-        if kind.lower() != b"bearer" or not hmac.compare_digest(shown.strip(), token):
-            raise RequestError(
-                "the request shows no token, or another one",
-                remedy="Send the header Authorization: Bearer TOKEN",
-                status=401,
-            )
 
     def _id(self, given: bytes | None) -> str:
         """The client's, if it can be logged and sent back as it is."""

@@ -8,14 +8,14 @@ from prometheus_client import CollectorRegistry, ProcessCollector, generate_late
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from bnexport.serving.http.state import State
+from bnexport.serving.state import ServerState
 from bnexport.serving.statistics import Histogram
 
 _MODEL = ("model", "version")
 
 
 class _StateCollector(Collector):
-    def __init__(self, state: State) -> None:
+    def __init__(self, state: ServerState) -> None:
         self._state = state
 
     def collect(self) -> Iterator[Metric]:
@@ -27,7 +27,14 @@ class _StateCollector(Collector):
             requests.add_metric((route or "none", str(status)), count)
         yield requests
         active = GaugeMetricFamily("bnexport_http_requests_active", "Requests that are being answered.")
-        active.add_metric((), self._state.active)
+        active.add_metric((), self._state.active - self._state.calls_active)
+        yield active
+        calls = CounterMetricFamily("bnexport_grpc_calls", "Calls by method and code.", labels=("method", "code"))
+        for key, count in self._state.calls.items():
+            calls.add_metric(key, count)
+        yield calls
+        active = GaugeMetricFamily("bnexport_grpc_calls_active", "Calls that are being answered.")
+        active.add_metric((), self._state.calls_active)
         yield active
         yield from self._models()
 
@@ -60,7 +67,7 @@ class _StateCollector(Collector):
         yield from (ready, waiting, workers, rows, failed, queue, infer, seconds, batches)
 
 
-def render(state: State) -> bytes:
+def render(state: ServerState) -> bytes:
     """The text, with the process's own figures (memory, CPU time, open files) where the system tells them."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_StateCollector(state))

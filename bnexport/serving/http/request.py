@@ -7,9 +7,10 @@ import zlib
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-from bnexport.errors import NotServing, RequestError
+from bnexport.errors import RequestError
 from bnexport.screening.refusal import shown
 from bnexport.serving.limits import ServingLimits
+from bnexport.serving.state import Memory
 
 Receive = Callable[[], Awaitable[Mapping[str, Any]]]
 #: zlib's window bits: gzip's header (RFC 1952), or zlib's (RFC 1950, which HTTP calls deflate).
@@ -25,15 +26,15 @@ class Disconnected(Exception):
 
 
 class Intake:
-    """Reads bodies, and knows how many bytes all of those that are held have together.
+    """Reads bodies.
 
     Args:
-        limits: Of one body and of all.
+        limits: Of one body.
+        memory: Counts those that are held.
     """
 
-    def __init__(self, limits: ServingLimits) -> None:
-        self.limits = limits
-        self.held = 0
+    def __init__(self, limits: ServingLimits, memory: Memory) -> None:
+        self.limits, self.memory = limits, memory
 
     async def read(self, receive: Receive, headers: Mapping[bytes, bytes]) -> bytes:
         """The whole body, unpacked. What it holds is counted until ``release``.
@@ -54,7 +55,7 @@ class Intake:
         body: bytes = message.get("body", b"")
         if len(body) > self.limits.body_bytes:
             raise self._too_large(len(body))
-        self._hold(len(body))
+        self.memory.hold(len(body))
         if message.get("more_body", False):
             body = await self._rest(receive, body)
         coding = headers.get(b"content-encoding")
@@ -63,19 +64,14 @@ class Intake:
         try:
             # In a thread: a bomb takes a tenth of a second until it is known as one.
             content = await asyncio.to_thread(unpacked, body, coding.lower(), self.limits.inflated_bytes)
-            self._hold(len(content))
+            self.memory.hold(len(content))
         finally:
             self.release(body)
         return content
 
     def release(self, body: bytes) -> None:
         """Tell that a body which ``read`` gave is not held any more."""
-        self.held -= len(body)
-
-    def _hold(self, size: int) -> None:
-        if self.held + size > self.limits.held_bytes:
-            raise NotServing("the requests that are being answered fill the memory", remedy="Try again in a second")
-        self.held += size
+        self.memory.release(len(body))
 
     async def _rest(self, receive: Receive, start: bytes) -> bytes:
         chunks, size, more = [start], len(start), True
@@ -85,14 +81,14 @@ class Intake:
                 if message["type"] == "http.disconnect":
                     raise Disconnected
                 chunk, more = message.get("body", b""), message.get("more_body", False)
-                self._hold(len(chunk))
+                self.memory.hold(len(chunk))
                 chunks.append(chunk)
                 size += len(chunk)
                 if size > self.limits.body_bytes:
                     await _linger(receive, 4 * self.limits.body_bytes)
                     raise self._too_large(None)
         except BaseException:
-            self.held -= size
+            self.memory.release(size)
             raise
         return b"".join(chunks)
 

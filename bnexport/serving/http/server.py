@@ -22,12 +22,13 @@ import uvicorn
 
 from bnexport.errors import BnexportError, UsageError
 from bnexport.optional import one_line
-from bnexport.serving.http.access_log import JsonLog
+from bnexport.serving.access_log import JsonLog
 from bnexport.serving.http.app import App
 from bnexport.serving.http.connection import LimitedConnection, limited
-from bnexport.serving.http.state import AppSettings, State
+from bnexport.serving.http.state import State
 from bnexport.serving.repository import Repository
 from bnexport.serving.served_model import ServingSettings
+from bnexport.serving.state import AppSettings
 
 #: Seconds without a request after which a server that is to stop does so; balancers stop sending when it is not ready.
 QUIET = 1.0

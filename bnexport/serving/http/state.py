@@ -1,37 +1,16 @@
-"""What all requests of a server share."""
+"""What all requests over HTTP share."""
 
 from __future__ import annotations
 
-import time
-from collections import Counter
-from collections.abc import Set
-from dataclasses import dataclass, field
-from typing import Any
-
-from bnexport.serving.http.access_log import JsonLog
+from bnexport.serving.access_log import JsonLog
 from bnexport.serving.http.exchange import Exchange
 from bnexport.serving.http.request import Intake
-from bnexport.serving.limits import ServingLimits
 from bnexport.serving.repository import Repository
+from bnexport.serving.state import AppSettings, ServerState
 
 
-@dataclass(frozen=True)
-class AppSettings:
-    """What clients may do.
-
-    Attributes:
-        limits: Of one request.
-        token: What clients must show as a bearer token, but for the health probes; None lets everybody in.
-        allow_load: Whether models may be loaded and unloaded by request.
-    """
-
-    limits: ServingLimits = field(default_factory=ServingLimits)
-    token: bytes | None = None
-    allow_load: bool = False
-
-
-class State:
-    """The models, the settings, and what is going on.
+class State(ServerState):
+    """What every door shares, and the reader of bodies.
 
     Args:
         repository: Loaded.
@@ -40,31 +19,11 @@ class State:
 
     Attributes:
         intake: Reads bodies.
-        draining: Whether the server is about to stop.
-        active: Requests that are being answered.
-        last_work: When the last request came that was no probe, by ``time.monotonic``.
-        requests: (route, status) -> requests.
-        tasks: The server's, one for each request that has come, also those that have not begun; None when not known.
     """
 
     def __init__(self, repository: Repository, settings: AppSettings, log: JsonLog) -> None:
-        self.repository, self.settings, self.log = repository, settings, log
-        self.intake = Intake(settings.limits)
-        self.draining = False
-        self.active = 0
-        self.last_work = time.monotonic()
-        self.requests: Counter[tuple[str, int]] = Counter()
-        self.tasks: Set[Any] | None = None
-
-    def alone(self) -> bool:
-        """Whether the request that asks is the only one."""
-        return self.active == 1 and self.tasks is not None and len(self.tasks) == 1
-
-    def expire(self) -> None:
-        """Fail what is past its deadline; to be called now and then."""
-        for _, _, entry in self.repository.each():
-            if entry.served is not None:
-                entry.served.batcher.expire()
+        super().__init__(repository, settings, log)
+        self.intake = Intake(settings.limits, self.memory)
 
     async def body(self, exchange: Exchange) -> bytes:
         """The request's body; the caller gives it back to ``intake.release``."""

@@ -4,7 +4,7 @@ import io
 import json
 import threading
 
-from bnexport.serving.http.access_log import JsonLog
+from bnexport.serving.access_log import JsonLog
 
 
 class Stuck(io.StringIO):
