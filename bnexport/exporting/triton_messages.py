@@ -13,6 +13,7 @@ PACKAGE = "inference"
 MESSAGES: dict[str, dict[str, FieldRow]] = {
     "ModelConfig": {
         "name": FieldRow(1, "string"),
+        "platform": FieldRow(2, "string"),
         "backend": FieldRow(17, "string"),
         "max_batch_size": FieldRow(4, "int32"),
         "input": FieldRow(5, "ModelInput", many=True),
