@@ -59,7 +59,7 @@ class GrpcDoor(grpc.GenericRpcHandler):  # type: ignore[misc]
     def __init__(self, state: ServerState, settings: GrpcSettings) -> None:
         self.state, self.settings = state, settings
         self.port = settings.port
-        self.closing = False
+        self._closing = False
         self._prefix, self._count = os.urandom(6).hex(), 0
         self._handlers = {path: self._unary(path, method) for path, method in METHODS.items()}
         self._handlers[STREAM] = grpc.stream_stream_rpc_method_handler(self._stream)
@@ -104,11 +104,15 @@ class GrpcDoor(grpc.GenericRpcHandler):  # type: ignore[misc]
         Args:
             grace: Seconds after which what is not answered is given up; None gives up at once.
         """
-        self.closing = True
+        self._closing = True
         for task in self._idle:
             task.cancel()
         if self._server is not None:
             await self._server.stop(grace)
+
+    def is_closing(self) -> bool:
+        """Whether nothing is taken any more."""
+        return self._closing
 
     def service(self, details: Any) -> Any:
         """The handler of a call (grpc.GenericRpcHandler's)."""
@@ -163,7 +167,7 @@ class GrpcDoor(grpc.GenericRpcHandler):  # type: ignore[misc]
             if isinstance(answer, BnexportError):
                 answer = classes()["ModelStreamInferResponse"](error_message=sentence_of(answer)).SerializeToString()
             await context.write(answer)
-        if self.closing:
+        if self.is_closing():
             _told(context, grpc.StatusCode.UNAVAILABLE, _stopping())
 
     async def _streamed(self, call: Call, data: bytes) -> bytes:
@@ -179,7 +183,7 @@ class GrpcDoor(grpc.GenericRpcHandler):  # type: ignore[misc]
 
     async def _next(self, context: Any) -> bytes | None:
         """The next message of a stream; None at its end, and when the server closes."""
-        if self.closing:
+        if self.is_closing():
             return None
         task = asyncio.current_task()
         assert task is not None
@@ -187,7 +191,7 @@ class GrpcDoor(grpc.GenericRpcHandler):  # type: ignore[misc]
         try:
             data = await context.read()
         except asyncio.CancelledError:
-            if not self.closing:
+            if not self.is_closing():
                 raise
             return None
         finally:
@@ -197,14 +201,14 @@ class GrpcDoor(grpc.GenericRpcHandler):  # type: ignore[misc]
     async def _watch(self, _messages: Any, context: Any) -> None:
         """Health's Watch."""
         try:
-            await watch(self.state, context, lambda: self.closing)
+            await watch(self.state, context, self.is_closing)
         except BnexportError as error:
             _told(context, code_of(error), error)
 
     def _let_in(self, call: Call) -> None:
         shown_token = call.metadata.get("authorization", "")
         self.state.let_in(shown_token.encode() if isinstance(shown_token, str) else shown_token)
-        if self.closing:
+        if self.is_closing():
             raise _stopping()
         self.state.last_work = time.monotonic()
 
