@@ -76,6 +76,8 @@ def split(message: bytes, *, most: int) -> Split:
                 position += 8 if kind == _EIGHT else 4
             else:
                 raise RequestError(BROKEN, remedy=_REMEDY)
+            if position > end:
+                break
             size += position - start
             if size > most:
                 raise RequestError(
