@@ -73,11 +73,7 @@ def decode(decoder: Decoder, message: bytes, parts: Split, *, patience: float | 
         body, spans = _typed(_parsed(parts.header), decoder)
         key = b""
     describe = functools.partial(_described, parts.header, decoder, spans, typed=not parts.raw)
-    try:
-        request_id = parts.id.decode()
-    except UnicodeDecodeError as error:
-        raise RequestError("the id is not UTF-8", remedy="Send a text, or none") from error
-    return decoder.decode_parts(body, spans, describe=describe, key=key, request_id=request_id, patience=patience)
+    return decoder.decode_parts(body, spans, describe=describe, key=key, request_id=parts.id, patience=patience)
 
 
 def encoded(response: InferResponse) -> Any:

@@ -30,12 +30,12 @@ class Split(NamedTuple):
 
     Attributes:
         header: The message without the other two.
-        id: The request's; UTF-8.
+        id: The request's.
         raw: Where each raw tensor begins in the message, and its bytes.
     """
 
     header: bytes
-    id: bytes
+    id: str
     raw: list[Span]
 
 
@@ -51,7 +51,7 @@ def split(message: bytes, *, most: int) -> Split:
     """
     raw: list[Span] = []
     pieces: list[bytes] = []
-    request_id, position, end, size = b"", 0, len(message), 0
+    request_id, position, end, size = "", 0, len(message), 0
     try:
         while position < end:
             start = position
@@ -68,7 +68,7 @@ def split(message: bytes, *, most: int) -> Split:
                         )
                     continue
                 if tag == _ID:
-                    request_id = message[begin:position]
+                    request_id = message[begin:position].decode()
                     continue
             elif kind == _VARINT:
                 _, position = _varint(message, position)
@@ -86,6 +86,8 @@ def split(message: bytes, *, most: int) -> Split:
                     status=413,
                 )
             pieces.append(message[start:position])
+    except UnicodeDecodeError as error:
+        raise RequestError("the id is not UTF-8", remedy="Send a text, or none") from error
     except IndexError as error:
         raise RequestError(BROKEN, remedy=_REMEDY) from error
     if position != end:
