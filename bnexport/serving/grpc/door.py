@@ -29,6 +29,8 @@ from bnexport.serving.state import ServerState
 _LONGEST_ID = 128
 #: Milliseconds after which a connection without calls is closed; clients open another one by themselves.
 _IDLE_MS = 300_000
+#: Seconds without a call that is refused after which a door that closes is shut, and seconds after which it is in any case.
+_SILENCE, _FAREWELL = 0.5, 1.5
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class GrpcDoor(grpc.GenericRpcHandler):  # type: ignore[misc]
     def __init__(self, state: ServerState, settings: GrpcSettings) -> None:
         self.state, self.settings = state, settings
         self.port = settings.port
-        self._closing = False
+        self._closing, self._refused_at = False, 0.0
         self._prefix, self._count = os.urandom(6).hex(), 0
         self._handlers = {path: self._unary(path, method) for path, method in METHODS.items()}
         self._handlers[STREAM] = grpc.stream_stream_rpc_method_handler(self._stream)
@@ -107,8 +109,13 @@ class GrpcDoor(grpc.GenericRpcHandler):  # type: ignore[misc]
         self._closing = True
         for task in self._idle:
             task.cancel()
-        if self._server is not None:
-            await self._server.stop(grace)
+        if self._server is None:
+            return
+        # gRPC would cancel the calls that come while it stops, without a word of why.
+        start = self._refused_at = time.monotonic()
+        while grace is not None and time.monotonic() < min(self._refused_at + _SILENCE, start + min(_FAREWELL, grace)):
+            await asyncio.sleep(0.01)
+        await self._server.stop(None if grace is None else max(grace - (time.monotonic() - start), 0.0))
 
     def is_closing(self) -> bool:
         """Whether nothing is taken any more."""
@@ -210,6 +217,7 @@ class GrpcDoor(grpc.GenericRpcHandler):  # type: ignore[misc]
         # Two readers would take different ones of several.
         self.state.let_in(shown_tokens[0].encode() if len(shown_tokens) == 1 else b"")
         if self.is_closing():
+            self._refused_at = time.monotonic()
             raise _stopping()
         self.state.last_work = time.monotonic()
 
