@@ -96,9 +96,10 @@ def test_the_wheel_has_the_whole_package_and_the_light_list(wheel: Path) -> None
             assert text.replace(" ", "") in {other.replace(" ", "") for other in required}, (
                 "floors are those of bnexport"
             )
-    assert told.get_all("Provides-Extra") == ["serve"]
+    assert told.get_all("Provides-Extra") == ["serve", "grpc"]
     extra = {name_of(text) for text in every if "extra ==" in text}
-    assert extra == {name_of(text) for text in PROJECT["project"]["optional-dependencies"]["serve"]}
+    extras = PROJECT["project"]["optional-dependencies"]
+    assert extra == {name_of(text) for name in ("serve", "grpc") for text in extras[name]}
     with zipfile.ZipFile(wheel) as archive:
         packed = {name for name in archive.namelist() if name.startswith("bnexport/")}
     there = {path.relative_to(ROOT).as_posix() for path in (ROOT / "bnexport").rglob("*") if path.is_file()}
