@@ -4,6 +4,9 @@ All of it lives on the event loop's thread; engines that take long run in thread
 costs less than the way to a thread and back, so where there is one session and a batch is expected to take less than
 INLINE_SECONDS it runs on the loop itself. Requests that arrived together are still one batch: they queue in the turn of the
 loop in which they were read, and the batch is made in the next.
+
+Whoever waits for an answer is told by a call, not by a task that has to be woken: a future is one such Waiter, and the fast
+lane of HTTP has its own.
 """
 
 from __future__ import annotations
@@ -12,10 +15,10 @@ import asyncio
 import functools
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -56,13 +59,26 @@ class BatchLimits:
     deadline: float = 30.0
 
 
+class Waiter(Protocol):
+    """Whoever waits for an answer; what it has of ``asyncio.Future``. Its methods must not raise."""
+
+    def done(self) -> bool:
+        """Whether it was answered, or waits no more."""
+
+    def set_result(self, result: dict[str, Array], /) -> None:
+        """Take output name -> (rows, ...)."""
+
+    def set_exception(self, exception: BnexportError, /) -> None:
+        """Take the reason why there is no answer."""
+
+
 class _Waiting:
     """A request in the queue, or in the batch that runs."""
 
-    __slots__ = ("deadline", "future", "inputs", "key", "queued_ns", "rows", "size")
+    __slots__ = ("deadline", "inputs", "key", "queued_ns", "rows", "size", "waiter")
 
-    def __init__(self, inputs: dict[str, Array], rows: int, future: asyncio.Future[dict[str, Array]], deadline: float):
-        self.inputs, self.rows, self.future, self.deadline = inputs, rows, future, deadline
+    def __init__(self, inputs: dict[str, Array], rows: int, waiter: Waiter, deadline: float):
+        self.inputs, self.rows, self.waiter, self.deadline = inputs, rows, waiter, deadline
         self.key = (
             [array.shape[1:] for array in inputs.values()] if len(inputs) > 1 else next(iter(inputs.values())).shape[1:]
         )
@@ -109,11 +125,22 @@ class Batcher:
     def submit(
         self, inputs: dict[str, Array], rows: int, timeout: float | None = None
     ) -> asyncio.Future[dict[str, Array]]:
-        """Queue a request that fits the model; its future gives output name -> (rows, ...).
+        """Queue a request as ``enqueue`` does; its future gives output name -> (rows, ...).
+
+        Raises:
+            NotServing: The queue is full.
+        """
+        future: asyncio.Future[dict[str, Array]] = asyncio.get_running_loop().create_future()
+        self.enqueue(inputs, rows, future, timeout)
+        return future
+
+    def enqueue(self, inputs: dict[str, Array], rows: int, waiter: Waiter, timeout: float | None = None) -> None:
+        """Queue a request that fits the model.
 
         Args:
             inputs: Input name -> array.
             rows: Samples.
+            waiter: Told the answer, in a later turn of the loop.
             timeout: Seconds that the client waits, if it waits less than the server lets it.
 
         Raises:
@@ -125,12 +152,10 @@ class Batcher:
             )
         loop = asyncio.get_running_loop()
         patience = self.limits.deadline if timeout is None else min(timeout, self.limits.deadline)
-        future: asyncio.Future[dict[str, Array]] = loop.create_future()
-        self._queue.append(_Waiting(inputs, rows, future, loop.time() + patience))
+        self._queue.append(_Waiting(inputs, rows, waiter, loop.time() + patience))
         self._wake(loop)
-        return future
 
-    def run_now(self, inputs: dict[str, Array], rows: int) -> Mapping[str, Array] | None:
+    def run_now(self, inputs: dict[str, Array], rows: int) -> dict[str, Array] | None:
         """Run a request that has no company, without a queue and a turn of the loop; None when it has to queue.
 
         Raises:
@@ -193,7 +218,7 @@ class Batcher:
         rows = 0
         while self._queue:
             item = self._queue[0]
-            if item.future.done() or item.deadline <= now:
+            if item.waiter.done() or item.deadline <= now:
                 _fail(item, _late())
             elif not batch:
                 batch.append(item)
@@ -207,7 +232,7 @@ class Batcher:
         return batch
 
     def _finish(
-        self, runner: Runner, batch: list[_Waiting], outcome: Mapping[str, Array] | BnexportError, infer_ns: int
+        self, runner: Runner, batch: list[_Waiting], outcome: dict[str, Array] | BnexportError, infer_ns: int
     ) -> None:
         self._idle.append(runner)
         self._running.remove(batch)
@@ -221,10 +246,10 @@ class Batcher:
             return
         start = 0
         for item in batch:
-            if not item.future.done():
+            if not item.waiter.done():
                 whole = len(batch) == 1
                 part = dict(outcome) if whole else {k: v[start : start + item.rows] for k, v in outcome.items()}
-                item.future.set_result(part)
+                item.waiter.set_result(part)
             start += item.rows
 
 
@@ -236,15 +261,15 @@ def _together(batch: list[_Waiting]) -> dict[str, Array]:
     return {name: np.concatenate([item.inputs[name] for item in batch]) for name in feeds}
 
 
-def _run_batch(runner: Runner, batch: list[_Waiting]) -> tuple[Mapping[str, Array] | BnexportError, int]:
+def _run_batch(runner: Runner, batch: list[_Waiting]) -> tuple[dict[str, Array] | BnexportError, int]:
     return _run(runner, _together(batch))
 
 
-def _run(runner: Runner, feeds: dict[str, Array]) -> tuple[Mapping[str, Array] | BnexportError, int]:
+def _run(runner: Runner, feeds: dict[str, Array]) -> tuple[dict[str, Array] | BnexportError, int]:
     """Run a batch; the outputs or the error, and the nanoseconds of the engine."""
     start = time.perf_counter_ns()
     try:
-        outcome: Mapping[str, Array] | BnexportError = runner.run_fitting(feeds)
+        outcome: dict[str, Array] | BnexportError = runner.run_fitting(feeds)
     except BnexportError as error:
         outcome = error
     except MemoryError:
@@ -255,8 +280,8 @@ def _run(runner: Runner, feeds: dict[str, Array]) -> tuple[Mapping[str, Array] |
 
 
 def _fail(item: _Waiting, error: BnexportError) -> None:
-    if not item.future.done():
-        item.future.set_exception(error)
+    if not item.waiter.done():
+        item.waiter.set_exception(error)
 
 
 def _late() -> NotServing:

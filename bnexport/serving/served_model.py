@@ -91,21 +91,25 @@ class ServedModel:
         """Its counters."""
         return self.batcher.statistics
 
-    async def infer(self, request: InferRequest, *, alone: bool = False) -> InferResponse:
+    async def infer(self, request: InferRequest) -> InferResponse:
         """Answer one request.
 
         Args:
             request: Decoded.
-            alone: Whether no other request is known that could share its batch.
 
         Raises:
             RequestError: The answer to these inputs is not finite.
             NotServing: The queue is full, or the deadline has passed.
             BnexportError: The engine failed.
         """
-        arrays = self.batcher.run_now(request.inputs, request.rows) if alone else None
-        if arrays is None:
-            arrays = await self.batcher.submit(request.inputs, request.rows, request.timeout)
+        return self.response(request, await self.batcher.submit(request.inputs, request.rows, request.timeout))
+
+    def response(self, request: InferRequest, arrays: dict[str, Array]) -> InferResponse:
+        """What a client asked for of the model's outputs (rows, ...).
+
+        Raises:
+            RequestError: The answer to these inputs is not finite.
+        """
         return InferResponse(self.name, self.version, answer(arrays, request.outputs, self.labels), request.id)
 
     async def logits(self, pixels: Array) -> Array:

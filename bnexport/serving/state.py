@@ -5,9 +5,7 @@ from __future__ import annotations
 import hmac
 import time
 from collections import Counter
-from collections.abc import Set
 from dataclasses import dataclass, field
-from typing import Any
 
 from bnexport.errors import NotServing, RequestError
 from bnexport.serving.access_log import JsonLog
@@ -71,7 +69,6 @@ class ServerState:
         requests: (route, status) -> requests over HTTP.
         calls: (method, code) -> calls over gRPC.
         calls_active: Calls over gRPC that are being answered.
-        tasks: The HTTP server's, one for each request that has come, also those that have not begun; None when not known.
     """
 
     def __init__(self, repository: Repository, settings: AppSettings, log: JsonLog) -> None:
@@ -83,15 +80,6 @@ class ServerState:
         self.requests: Counter[tuple[str, int]] = Counter()
         self.calls: Counter[tuple[str, str]] = Counter()
         self.calls_active = 0
-        self.tasks: Set[Any] | None = None
-
-    def alone(self, tasks: int = 1) -> bool:
-        """Whether the request that asks is the only one.
-
-        Args:
-            tasks: How many of the HTTP server's tasks are its own: 0 where it came in by another door.
-        """
-        return self.active == 1 and self.tasks is not None and len(self.tasks) == tasks
 
     def expire(self) -> None:
         """Fail what is past its deadline; to be called now and then."""

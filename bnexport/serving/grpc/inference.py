@@ -53,7 +53,10 @@ async def infer(state: ServerState, call: Call, message: bytes) -> Any:
     model = call.model = state.repository.resolve(name, version or None)
     request = decode(model.decoder, message, parts, patience=call.context.time_remaining())
     call.rows = request.rows
-    return encoded(await model.infer(request, alone=state.alone(tasks=0)))
+    # With company it queues, where those that came together become one batch.
+    arrays = model.batcher.run_now(request.inputs, request.rows) if state.active == 1 else None
+    response = await model.infer(request) if arrays is None else model.response(request, arrays)
+    return encoded(response)
 
 
 def decode(decoder: Decoder, message: bytes, parts: Split, *, patience: float | None = None) -> InferRequest:

@@ -11,7 +11,7 @@ from typing import Any
 from bnexport.errors import BnexportError, NotServing
 from bnexport.optional import one_line
 from bnexport.serving.http.exchange import Exchange
-from bnexport.serving.http.reply import Reply, error_reply, packed
+from bnexport.serving.http.reply import Reply, error_reply, packed, reply_headers
 from bnexport.serving.http.request import Disconnected, Receive, check_once
 from bnexport.serving.http.routes import find_route
 from bnexport.serving.http.state import State
@@ -38,10 +38,9 @@ class App:
             return
         state = self.state
         start = time.perf_counter_ns()
-        self._count += 1
         pairs = scope["headers"]
         headers = dict(pairs)
-        exchange = Exchange(scope, headers, receive, self._id(headers.get(b"x-request-id")))  # type: ignore[arg-type]
+        exchange = Exchange(scope["method"], scope["path"], headers, receive, self.id_of(headers))
         state.active += 1
         route = ""
         try:
@@ -50,36 +49,65 @@ class App:
             found = find_route(exchange.method, exchange.path)
             route = found.name
             if not found.probe:
-                state.let_in(headers.get(b"authorization", b""))
-                state.last_work = time.monotonic()
+                self.let_in(headers)
             reply = await found.handler(state, exchange, *found.captured)
-        except BnexportError as error:
-            reply = error_reply(error)
         except Disconnected:
             return
         except asyncio.CancelledError:
             reply = error_reply(NotServing("the server stopped before the answer was there", remedy="Try again"))
         except Exception as error:
-            self.state.log.event(
-                "fault", id=exchange.id, path=exchange.path[:200], error=f"{type(error).__name__}: {one_line(error)}"
-            )
-            reply = error_reply(NotServing("the server failed", remedy="Its log says how", status=500))
+            reply = self.failed(exchange, error)
         finally:
             state.active -= 1
-        if b"accept-encoding" in headers and exchange.model is not None:
-            reply = packed(reply, headers[b"accept-encoding"])
-        self._count_and_log(exchange, scope, route, reply, time.perf_counter_ns() - start)
-        await _answer(send, reply, exchange, close=state.draining)
+        reply = self.told(exchange, (scope.get("client") or ("",))[0], route, reply, start)
+        headers_out = reply_headers(reply, exchange, close=state.draining)
+        await send({"type": "http.response.start", "status": reply.status, "headers": headers_out})
+        await send({"type": "http.response.body", "body": reply.body})
 
-    def _id(self, given: bytes | None) -> str:
-        """The client's, if it can be logged and sent back as it is."""
+    def failed(self, exchange: Exchange, error: Exception) -> Reply:
+        """The reply to an error; one that nobody foresaw is logged."""
+        if isinstance(error, BnexportError):
+            return error_reply(error)
+        self.state.log.event(
+            "fault", id=exchange.id, path=exchange.path[:200], error=f"{type(error).__name__}: {one_line(error)}"
+        )
+        return error_reply(NotServing("the server failed", remedy="Its log says how", status=500))
+
+    def let_in(self, headers: dict[bytes, bytes]) -> None:
+        """Check the token, and take note that there is work.
+
+        Raises:
+            RequestError: The token is missing or another one (401).
+        """
+        self.state.let_in(headers.get(b"authorization", b""))
+        self.state.last_work = time.monotonic()
+
+    def told(self, exchange: Exchange, client: str, route: str, reply: Reply, start_ns: int) -> Reply:
+        """Pack a reply if the client takes that, count it, and log it.
+
+        Args:
+            exchange: What it is the reply to.
+            client: The client's address.
+            route: For the counters; "" where there is none.
+            reply: To be sent.
+            start_ns: When the request came, by ``time.perf_counter_ns``.
+        """
+        if exchange.model is not None and (accepted := exchange.headers.get(b"accept-encoding")) is not None:
+            reply = packed(reply, accepted)
+        self._count_and_log(exchange, client, route, reply, time.perf_counter_ns() - start_ns)
+        return reply
+
+    def id_of(self, headers: dict[bytes, bytes]) -> str:
+        """A request's id: the client's, if it can be logged and sent back as it is, or a new one."""
+        self._count += 1
+        given = headers.get(b"x-request-id")
         if given and len(given) <= _LONGEST_ID and given.isascii():
             text = given.decode()
             if text.isprintable():
                 return text
         return f"{self._prefix}{self._count:x}"
 
-    def _count_and_log(self, exchange: Exchange, scope: Scope, route: str, reply: Reply, ns: int) -> None:
+    def _count_and_log(self, exchange: Exchange, client: str, route: str, reply: Reply, ns: int) -> None:
         self.state.requests[route, reply.status] += 1
         model = exchange.model
         if model is not None:
@@ -89,7 +117,7 @@ class App:
         fields: dict[str, Any] = {
             "time": time.time(),
             "id": exchange.id,
-            "client": (scope.get("client") or ("",))[0],
+            "client": client,
             "method": exchange.method,
             "path": exchange.path[:200],
             "status": reply.status,
@@ -102,18 +130,3 @@ class App:
         if (trace := exchange.headers.get(b"traceparent")) is not None:
             fields["trace"] = trace.decode("latin-1")[:64]
         self.state.log.request(fields)
-
-
-async def _answer(send: Send, reply: Reply, exchange: Exchange, *, close: bool) -> None:
-    headers = [
-        (b"content-type", reply.content_type),
-        (b"content-length", b"%d" % len(reply.body)),
-        (b"x-request-id", exchange.id.encode()),
-        *reply.headers,
-    ]
-    # What was not read of a request would be taken for the next one's time and memory.
-    unread = not exchange.read and reply.status >= 400 and exchange.method == "POST"
-    if close or unread:
-        headers.append((b"connection", b"close"))
-    await send({"type": "http.response.start", "status": reply.status, "headers": headers})
-    await send({"type": "http.response.body", "body": reply.body})

@@ -7,21 +7,33 @@ from typing import Any
 import orjson
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
+from bnexport.serving.http.fast_lane import FastCall, FastLane, Head
 from bnexport.serving.limits import ServingLimits
 
 _MALFORMED = "the request is not HTTP/1.1 as it is written in RFC 9112. Let an HTTP library write it"
 
 
 class LimitedConnection(HttpToolsProtocol):
-    """One connection. ``limits`` is set on a subclass by ``limited``."""
+    """One connection. ``limits`` and ``fast_lane`` are set on a subclass by ``limited``."""
 
     limits: ServingLimits
+    fast_lane: FastLane | None = None
+    known_head: Head | None = None
 
     def connection_made(self, transport: Any) -> None:
         """A client came."""
         self._head_open, self._head_size, self._status, self._reason = True, 0, 400, _MALFORMED
         self._since = self.loop.time()
+        self._idle_since: float | None = None
+        self._call: FastCall | None = None  # a short request of which the body is not complete
         super().connection_made(transport)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The client, or we, closed it."""
+        if self._call is not None:
+            self._call.abandon()
+            self._call = None
+        super().connection_lost(exc)
 
     @property
     def expected(self) -> bool:
@@ -32,12 +44,16 @@ class LimitedConnection(HttpToolsProtocol):
         """Bytes came. Those of headers that do not end are counted here, before the parser has them together."""
         if self._head_open:
             if self._head_size == 0:
-                self._since = self.loop.time()
+                self._since, self._idle_since = self.loop.time(), None
             self._head_size += len(data)
         super().data_received(data)
         if self._head_open and self._head_size > self.limits.head_bytes and not self.transport.is_closing():
             self._too_large()
             self.send_400_response("")
+
+    def on_message_begin(self) -> None:
+        """A request begins; what uvicorn keeps of it for ASGI is made when it turns out to be needed."""
+        self.url, self.headers, self.expect_100_continue = b"", [], False
 
     def on_headers_complete(self) -> None:
         """The headers are complete, and perhaps a part of the body came with them."""
@@ -47,12 +63,46 @@ class LimitedConnection(HttpToolsProtocol):
                 self._too_large()
                 raise ValueError("headers too large")
         self._head_open, self._since = False, self.loop.time()
+        if self.fast_lane is not None and self._free() and (call := self.fast_lane.call(self)) is not None:
+            self.cycle = self._call = call  # type: ignore[assignment]
+            return
+        url, headers, expect = self.url, self.headers, self.expect_100_continue
+        super().on_message_begin()
+        self.url, self.expect_100_continue = url, expect
+        self.headers.extend(headers)
         super().on_headers_complete()
+
+    def _free(self) -> bool:
+        """Whether no request before this one waits for its answer, and the client reads its answers."""
+        return (
+            (self.cycle is None or self.cycle.response_complete)
+            and not self.flow.write_paused
+            and len(self.connections) < self.limits.connections
+        )
+
+    def on_body(self, body: bytes) -> None:
+        """A part of the body came."""
+        if self._call is None:
+            super().on_body(body)
+        else:
+            self._call.body += body  # mostly all of it, and then the very same bytes
 
     def on_message_complete(self) -> None:
         """The request is complete; what comes next are headers again."""
         self._head_open, self._head_size = True, 0
-        super().on_message_complete()
+        if self._call is None:
+            super().on_message_complete()
+            return
+        call, self._call = self._call, None
+        call.begin()
+
+    def answered(self) -> None:
+        """A short request was answered. uvicorn would set a timer for each; ``sweep`` looks after idle connections."""
+        if self.pipeline or self.flow.read_paused:
+            self.on_response_complete()
+        else:
+            self.server_state.total_requests += 1
+            self._idle_since = self.loop.time()
 
     def send_400_response(self, msg: str) -> None:  # noqa: ARG002 -- uvicorn's words tell nobody what is wrong
         """Refuse what is no request, with a reason, and close."""
@@ -70,9 +120,11 @@ class LimitedConnection(HttpToolsProtocol):
     def sweep(self, now: float) -> None:
         """Close a connection whose client does not get on with its headers or its body.
 
-        One that is idle between two requests is uvicorn's to close.
+        One that is idle between two requests is closed as uvicorn does it.
         """
-        if self._head_open:
+        if self._idle_since is not None and now - self._idle_since > self.timeout_keep_alive:
+            self.timeout_keep_alive_handler()
+        elif self._head_open:
             if self.expected and now - self._since > self.limits.head_seconds:
                 self._too_slow(f"the headers were not there after {self.limits.head_seconds:g} seconds")
         elif now - self._since > self.limits.body_seconds:
@@ -87,6 +139,6 @@ class LimitedConnection(HttpToolsProtocol):
         self._reason = f"the headers have more than {self.limits.head_bytes} bytes. Send fewer"
 
 
-def limited(limits: ServingLimits) -> type[LimitedConnection]:
-    """The class of connections with these limits."""
-    return type("LimitedConnection", (LimitedConnection,), {"limits": limits})
+def limited(limits: ServingLimits, fast_lane: FastLane | None = None) -> type[LimitedConnection]:
+    """The class of connections with these limits; without a fast lane every request goes through the application."""
+    return type("LimitedConnection", (LimitedConnection,), {"limits": limits, "fast_lane": fast_lane})

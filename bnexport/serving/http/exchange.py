@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from bnexport.serving.http.request import Receive
 
@@ -27,9 +27,8 @@ class Exchange:
 
     __slots__ = ("bytes_in", "headers", "id", "method", "model", "path", "read", "receive", "rows")
 
-    def __init__(self, scope: dict[str, Any], headers: dict[bytes, bytes], receive: Receive, request_id: str) -> None:
-        self.method: str = scope["method"]
-        self.path: str = scope["path"]
+    def __init__(self, method: str, path: str, headers: dict[bytes, bytes], receive: Receive, request_id: str) -> None:
+        self.method, self.path = method, path
         self.headers, self.receive, self.id = headers, receive, request_id
         self.model: ServedModel | None = None
         self.rows = 0

@@ -10,6 +10,7 @@ from typing import Any
 import orjson
 
 from bnexport.errors import BnexportError, RequestError
+from bnexport.serving.http.exchange import Exchange
 from bnexport.serving.refusing import sentence_of, status_of
 
 #: Bodies below this are not packed: it would cost more than it saves. (Some clients always say that they take gzip.)
@@ -75,3 +76,24 @@ def packed(reply: Reply, accepted: bytes) -> Reply:
         return reply
     headers = (*reply.headers, (b"content-encoding", coding), (b"vary", b"accept-encoding"))
     return Reply(reply.status, body, reply.content_type, headers)
+
+
+def reply_headers(reply: Reply, exchange: Exchange, *, close: bool) -> list[tuple[bytes, bytes]]:
+    """The headers of an answer.
+
+    Args:
+        reply: To be sent.
+        exchange: What it is the reply to.
+        close: Whether the connection ends with it.
+    """
+    headers = [
+        (b"content-type", reply.content_type),
+        (b"content-length", b"%d" % len(reply.body)),
+        (b"x-request-id", exchange.id.encode()),
+        *reply.headers,
+    ]
+    # What was not read of a request would be taken for the next one's time and memory.
+    unread = not exchange.read and reply.status >= 400 and exchange.method == "POST"
+    if close or unread:
+        headers.append((b"connection", b"close"))
+    return headers

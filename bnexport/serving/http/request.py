@@ -34,7 +34,7 @@ class Intake:
     """
 
     def __init__(self, limits: ServingLimits, memory: Memory) -> None:
-        self.limits, self.memory = limits, memory
+        self.limits, self._memory = limits, memory
 
     async def read(self, receive: Receive, headers: Mapping[bytes, bytes]) -> bytes:
         """The whole body, unpacked. What it holds is counted until ``release``.
@@ -55,7 +55,7 @@ class Intake:
         body: bytes = message.get("body", b"")
         if len(body) > self.limits.body_bytes:
             raise self._too_large(len(body))
-        self.memory.hold(len(body))
+        self.hold(len(body))
         if message.get("more_body", False):
             body = await self._rest(receive, body)
         coding = headers.get(b"content-encoding")
@@ -64,14 +64,22 @@ class Intake:
         try:
             # In a thread: a bomb takes a tenth of a second until it is known as one.
             content = await asyncio.to_thread(unpacked, body, coding.lower(), self.limits.inflated_bytes)
-            self.memory.hold(len(content))
+            self.hold(len(content))
         finally:
             self.release(body)
         return content
 
-    def release(self, body: bytes) -> None:
-        """Tell that a body which ``read`` gave is not held any more."""
-        self.memory.release(len(body))
+    def release(self, body: bytes | bytearray) -> None:
+        """Tell that a body is not held any more."""
+        self._memory.release(len(body))
+
+    def hold(self, size: int) -> None:
+        """Tell that a body of so many bytes is held.
+
+        Raises:
+            NotServing: The bodies of all clients together are too large.
+        """
+        self._memory.hold(size)
 
     async def _rest(self, receive: Receive, start: bytes) -> bytes:
         chunks, size, more = [start], len(start), True
@@ -81,14 +89,14 @@ class Intake:
                 if message["type"] == "http.disconnect":
                     raise Disconnected
                 chunk, more = message.get("body", b""), message.get("more_body", False)
-                self.memory.hold(len(chunk))
+                self.hold(len(chunk))
                 chunks.append(chunk)
                 size += len(chunk)
                 if size > self.limits.body_bytes:
                     await _linger(receive, 4 * self.limits.body_bytes)
                     raise self._too_large(None)
         except BaseException:
-            self.memory.release(size)
+            self._memory.release(size)
             raise
         return b"".join(chunks)
 

@@ -25,6 +25,7 @@ from bnexport.optional import one_line
 from bnexport.serving.access_log import JsonLog
 from bnexport.serving.http.app import App
 from bnexport.serving.http.connection import LimitedConnection, limited
+from bnexport.serving.http.fast_lane import FastLane
 from bnexport.serving.http.state import State
 from bnexport.serving.repository import Repository
 from bnexport.serving.served_model import ServingSettings
@@ -97,7 +98,11 @@ def serve(path: Path, settings: ServerSettings, *, announce: Callable[[str], Non
             repository = Repository(path, settings.models, log.event)
             repository.load()
             state = State(repository, AppSettings(settings.models.limits, token, settings.allow_load), log)
-            server = DrainingServer(_config(_wrapped(App(state), settings.middleware), settings), state, settings)
+            app = App(state)
+            # Middleware sees ASGI's messages, so with it nothing may go around them.
+            fast_lane = FastLane(app) if settings.middleware is None else None
+            config = _config(_wrapped(app, settings.middleware), settings, fast_lane)
+            server = DrainingServer(config, state, settings)
             server.run([listener], on_start=lambda: announce(_told(repository, listener, server.door, settings)))
     finally:
         log.close()
@@ -125,7 +130,6 @@ class DrainingServer(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, state: State, settings: ServerSettings) -> None:
         super().__init__(config)
         self._state, self._settings = state, settings
-        state.tasks = self.server_state.tasks
         self._stop_at: float | None = None
         self._polled = time.monotonic()
         self._poll_task: asyncio.Task[None] | None = None
@@ -335,12 +339,12 @@ def _wrapped(app: Any, middleware: str | None) -> Any:
         ) from error
 
 
-def _config(app: Any, settings: ServerSettings) -> uvicorn.Config:
+def _config(app: Any, settings: ServerSettings, fast_lane: FastLane | None) -> uvicorn.Config:
     limits = settings.models.limits
     tls = {} if settings.tls is None else {"ssl_certfile": str(settings.tls[0]), "ssl_keyfile": str(settings.tls[1])}
     config = uvicorn.Config(
         app,
-        http=limited(limits),
+        http=limited(limits, fast_lane),
         ws="none",
         lifespan="off",
         interface="asgi3",

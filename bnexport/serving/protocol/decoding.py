@@ -234,7 +234,7 @@ class Decoder:
             return _Input(spec, shape, 0, 0, data)
         expected_size = math.prod(shape) * np.dtype(spec.dtype).itemsize
         if type(size) is not int or size != expected_size:
-            told = size if type(size) is int else shown(str(size))
+            told = str(size) if type(size) is int else shown(str(size))
             raise RequestError(
                 f"input {spec.name!r} has {told} bytes (binary_data_size), its shape needs {expected_size}",
                 remedy="Send the bytes of the whole tensor",

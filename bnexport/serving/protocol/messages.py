@@ -1,9 +1,12 @@
-"""What goes between a client and a model, whatever carries it (Open Inference Protocol v2, "Inference")."""
+"""What goes between a client and a model, whatever carries it (Open Inference Protocol v2, "Inference").
+
+Named tuples: every request makes some, and a frozen dataclass takes three times as long to make.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from bnexport.tensors import Array
 
@@ -23,8 +26,7 @@ DATATYPES: dict[str, str] = {
 BYTES = "BYTES"
 
 
-@dataclass(frozen=True, slots=True)
-class RequestedOutput:
+class RequestedOutput(NamedTuple):
     """One output that a client asks for.
 
     Attributes:
@@ -40,8 +42,7 @@ class RequestedOutput:
     classes: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class InferRequest:
+class InferRequest(NamedTuple):
     """A request that fits its model.
 
     Attributes:
@@ -59,8 +60,7 @@ class InferRequest:
     timeout: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class OutputTensor:
+class OutputTensor(NamedTuple):
     """One output of an answer.
 
     Attributes:
@@ -78,8 +78,7 @@ class OutputTensor:
     binary: bool
 
 
-@dataclass(frozen=True, slots=True)
-class InferResponse:
+class InferResponse(NamedTuple):
     """An answer.
 
     Attributes:

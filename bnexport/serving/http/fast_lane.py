@@ -1,0 +1,238 @@
+"""Short requests for inference, answered without a task and without ASGI's messages, which cost more than a small model.
+
+The connection gives such a request here once its headers are known. Everything else (large, packed or chunked bodies,
+pipelined requests, other routes) goes through the application, by the same functions of routes.py and app.py: an answer does
+not tell which way it came.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol
+
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE
+
+from bnexport.errors import BnexportError, RequestError
+from bnexport.serving.http.app import App
+from bnexport.serving.http.exchange import Exchange
+from bnexport.serving.http.reply import Reply, reply_headers
+from bnexport.serving.http.routes import Found, find_route, infer, infer_reply, infer_request, infer_target
+from bnexport.tensors import Array
+
+#: Bytes of a body: uvicorn reads no more before somebody asks for it.
+SHORT_BODY = 65536
+#: With one of these a request needs more than its body as it is.
+_SLOW_HEADERS = (b"transfer-encoding", b"content-encoding", b"expect", b"upgrade")
+_MOST_KNOWN = 1024
+
+
+class Head(NamedTuple):
+    """What is understood of a request before its body. Clients send the same one again and again."""
+
+    url: bytes
+    path: str
+    pairs: list[tuple[bytes, bytes]]
+    found: Found
+    headers: dict[bytes, bytes]
+
+
+class Line(Protocol):
+    """What the fast lane needs of a connection.
+
+    Attributes:
+        parser: httptools'.
+        url: As the request has it.
+        headers: Of the request that is being read.
+        client: Address and port.
+        transport: asyncio's.
+        known_head: Of the last request that was taken.
+    """
+
+    parser: Any
+    url: bytes
+    headers: list[tuple[bytes, bytes]]
+    client: tuple[str, int] | None
+    transport: Any
+    known_head: Head | None
+
+    def answered(self) -> None:
+        """A request was answered."""
+
+
+class FastLane:
+    """Decides which requests are short, and how they are answered.
+
+    Args:
+        app: Whose state, log and counters they share.
+    """
+
+    def __init__(self, app: App) -> None:
+        self.app = app
+        self._known: dict[bytes, Found | None] = {}
+        self._previous: Line | None = None
+
+    def alone(self, connection: Line) -> bool:
+        """Whether a connection has sent the previous request, too: then nobody's request could share its batch."""
+        before, self._previous = self._previous, connection
+        return before is connection
+
+    def call(self, connection: Line) -> FastCall | None:
+        """The request whose headers a connection has read, if it is a short one for inference."""
+        parser = connection.parser
+        if parser.get_method() != b"POST" or not parser.should_keep_alive() or self.app.state.draining:
+            return None
+        head = connection.known_head
+        if head is None or head.pairs != connection.headers or head.url != connection.url:
+            if (head := self._understood(connection)) is None:
+                return None
+            connection.known_head = head
+        return FastCall(connection, self, head)
+
+    def _understood(self, connection: Line) -> Head | None:
+        """The head of a request that has all that the fast lane asks for."""
+        url, pairs = connection.url, connection.headers
+        found, headers = self._found(url), dict(pairs)
+        length = headers.get(b"content-length", b"")
+        fits = (
+            found is not None
+            and 0 < len(length) <= len(str(SHORT_BODY))
+            and int(length) <= SHORT_BODY
+            and len(headers) == len(pairs)
+            and headers.keys().isdisjoint(_SLOW_HEADERS)
+            and connection.parser.get_http_version() == "1.1"
+        )
+        return Head(url, url.decode(), pairs, found, headers) if found is not None and fits else None
+
+    def _found(self, url: bytes) -> Found | None:
+        """The route of a URL that needs no decoding, if it is that of inference."""
+        try:
+            return self._known[url]
+        except KeyError:
+            found = _infer_route(url)
+        if len(self._known) >= _MOST_KNOWN:
+            self._known.clear()
+        self._known[url] = found
+        return found
+
+
+def _infer_route(url: bytes) -> Found | None:
+    if not url.startswith(b"/") or not url.isascii() or any(char in url for char in b"%?#"):
+        return None
+    try:
+        found = find_route("POST", url.decode())
+    except RequestError:
+        return None
+    return found if found.handler is infer else None
+
+
+class _NoEvent:
+    """For uvicorn, which wakes the task of a request: this one has none."""
+
+    def set(self) -> None:
+        """Nobody waits."""
+
+
+class FastCall(Exchange):
+    """One request: also what uvicorn wants to know of it, and the Waiter that the batcher tells the answer.
+
+    Attributes:
+        body: What has come of it.
+        keep_alive: Whether the connection stays; uvicorn clears it when it stops.
+        disconnected: Whether the client went away.
+        response_started: Whether the answer was written.
+        response_complete: The same: it is written at once.
+    """
+
+    __slots__ = (
+        "_connection",
+        "_lane",
+        "_request",
+        "_route",
+        "_start",
+        "body",
+        "disconnected",
+        "keep_alive",
+        "response_complete",
+    )
+    message_event = _NoEvent()
+
+    def __init__(self, connection: Line, lane: FastLane, head: Head) -> None:
+        super().__init__("POST", head.path, head.headers, _no_more, lane.app.id_of(head.headers))
+        self._connection, self._lane, self._route = connection, lane, head.found
+        self.body = b""
+        self.keep_alive = True
+        self.disconnected = self.response_complete = False
+        lane.app.state.active += 1
+
+    @property
+    def response_started(self) -> bool:
+        """Whether the answer was written."""
+        return self.response_complete
+
+    def begin(self) -> None:
+        """The body is complete: decode it, and queue for the answer."""
+        self._start = time.perf_counter_ns()
+        app, body = self._lane.app, self.body
+        state = app.state
+        try:
+            app.let_in(self.headers)
+            state.intake.hold(len(body))
+            self.read, self.bytes_in = True, len(body)
+            model = infer_target(state, self, *self._route.captured)
+            self._request = request = infer_request(model, self, body)
+            arrays = model.batcher.run_now(request.inputs, request.rows) if self._lane.alone(self._connection) else None
+            if arrays is None:
+                model.batcher.enqueue(request.inputs, request.rows, self, request.timeout)
+                return
+            reply = infer_reply(model.response(request, arrays))
+        except Exception as error:
+            reply = app.failed(self, error)
+        self._answer(reply)
+
+    def abandon(self) -> None:
+        """The client went away before the body was complete."""
+        self._lane.app.state.active -= 1
+
+    def done(self) -> bool:
+        """Whether the answer was given."""
+        return self.response_complete
+
+    def set_result(self, result: dict[str, Array], /) -> None:
+        """Answer with output name -> (rows, ...)."""
+        assert self.model is not None
+        try:
+            reply = infer_reply(self.model.response(self._request, result))
+        except Exception as error:
+            reply = self._lane.app.failed(self, error)
+        self._answer(reply)
+
+    def set_exception(self, exception: BnexportError, /) -> None:
+        """Answer with what went wrong."""
+        self._answer(self._lane.app.failed(self, exception))
+
+    def _answer(self, reply: Reply) -> None:
+        app, connection = self._lane.app, self._connection
+        app.state.active -= 1
+        if self.read:
+            app.state.intake.release(self.body)
+        client = connection.client[0] if connection.client else ""
+        reply = app.told(self, client, self._route.name, reply, self._start)
+        self.response_complete = self.read = True
+        transport = connection.transport
+        if self.disconnected or transport.is_closing():
+            return
+        close = app.state.draining or not self.keep_alive
+        parts = [STATUS_LINE[reply.status]]
+        for name, value in reply_headers(reply, self, close=close):
+            parts += (name, b": ", value, b"\r\n")
+        parts += (b"\r\n", reply.body)
+        transport.write(b"".join(parts))
+        if close:
+            transport.close()
+        connection.answered()
+
+
+async def _no_more() -> Mapping[str, Any]:
+    """ASGI's receive of a request that was read."""
+    return {"type": "http.disconnect"}

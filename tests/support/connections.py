@@ -1,0 +1,86 @@
+"""A server without a socket: connections to which bytes are given, and what they write."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+from typing import Any
+
+import pytest
+from uvicorn.config import Config
+from uvicorn.server import ServerState
+
+from bnexport.serving.access_log import JsonLog
+from bnexport.serving.http.app import App
+from bnexport.serving.http.connection import LimitedConnection, limited
+from bnexport.serving.http.fast_lane import FastLane
+from bnexport.serving.http.state import State
+from bnexport.serving.limits import ServingLimits
+from bnexport.serving.repository import Repository
+from bnexport.serving.state import AppSettings
+
+
+class Wire:
+    """A transport that keeps what is written."""
+
+    def __init__(self) -> None:
+        self.written, self.closed, self.paused = b"", False, False
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        return ("127.0.0.1", 1) if name in ("peername", "sockname") else default
+
+    def write(self, data: bytes) -> None:
+        self.written += data
+
+    def close(self) -> None:
+        self.closed = True
+
+    def is_closing(self) -> bool:
+        return self.closed
+
+    def pause_reading(self) -> None:
+        self.paused = True
+
+    def resume_reading(self) -> None:
+        self.paused = False
+
+
+class House:
+    """A server without a socket; ``fast`` is whether it has the fast lane."""
+
+    def __init__(self, repository: Repository, *, fast: bool = True, token: bytes | None = None) -> None:
+        self.log = io.StringIO()
+        self.json_log = JsonLog(self.log)
+        self.state = State(repository, AppSettings(ServingLimits(), token), self.json_log)
+        self.app = App(self.state)
+        kind = limited(ServingLimits(), FastLane(self.app) if fast else None)
+        self.config = Config(self.app, http=kind, ws="none", lifespan="off", log_config=None, access_log=False)
+        self.server_state = ServerState()
+
+    def connect(self) -> tuple[LimitedConnection, Wire]:
+        self.config.load() if not self.config.loaded else None
+        kind: Any = self.config.http_protocol_class
+        connection: LimitedConnection = kind(config=self.config, server_state=self.server_state, app_state={})
+        connection.connection_made(wire := Wire())
+        return connection, wire
+
+    async def ask(self, data: bytes) -> bytes:
+        connection, wire = self.connect()
+        connection.data_received(data)
+        await quiet(self)
+        connection.connection_lost(None)
+        return wire.written
+
+    def lines(self) -> list[dict[str, Any]]:
+        self.json_log.close()
+        return [json.loads(line) for line in self.log.getvalue().splitlines()]
+
+
+async def quiet(house: House) -> None:
+    """Until nothing is being answered."""
+    for _ in range(2000):
+        await asyncio.sleep(0 if house.state.active == 0 else 0.001)
+        if house.state.active == 0 and not house.server_state.tasks:
+            return
+    pytest.fail("a request was not answered")

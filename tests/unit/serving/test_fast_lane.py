@@ -1,0 +1,332 @@
+"""Short requests take another way through the server than the rest, and nobody can tell."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.bundles import write_bundle
+from support.connections import House, quiet
+from support.serving import binary
+
+from bnexport.serving.http.connection import LimitedConnection
+from bnexport.serving.http.fast_lane import SHORT_BODY, FastLane
+from bnexport.serving.repository import Repository
+from bnexport.serving.served_model import ServingSettings
+
+IMAGES = np.random.default_rng(0).normal(size=(21, 1, 28, 28)).astype(np.float32)
+INFER = "/v2/models/bn_lenet/infer"
+TOKEN = b"a token of 16 or more"
+
+
+def request(
+    path: str = INFER, body: bytes = b"", headers: dict[str, str] | None = None, method: str = "POST", http: str = "1.1"
+) -> bytes:
+    lines = [f"{method} {path} HTTP/{http}", "host: here", f"content-length: {len(body)}"]
+    return "\r\n".join([*lines, *(f"{k}: {v}" for k, v in (headers or {}).items()), "", ""]).encode() + body
+
+
+def packed(array: np.ndarray, path: str = INFER, more: dict[str, str] | None = None, **extra: Any) -> bytes:
+    body, headers = binary(array, **extra)
+    return request(path, body, headers | (more or {}))
+
+
+def as_json(value: object, **headers: str) -> bytes:
+    named = {key.replace("_", "-"): text for key, text in headers.items()}
+    return request(INFER, json.dumps(value).encode(), {"content-type": "application/json"} | named)
+
+
+ONE = IMAGES[:1]
+IN_JSON = {"name": "input", "shape": [1, 1, 28, 28], "datatype": "FP32", "data": ONE.reshape(-1).tolist()}
+BINARY_OUT = {"parameters": {"binary_data_output": True}}
+#: Name -> (bytes of a request, whether it is for the fast lane).
+REQUESTS: dict[str, tuple[bytes, bool]] = {
+    "binary": (packed(ONE, **BINARY_OUT), True),
+    "binary, five images": (packed(IMAGES[:5], **BINARY_OUT), True),
+    "binary in, JSON out": (packed(ONE), True),
+    "JSON": (as_json({"inputs": [IN_JSON], "id": "mine"}), True),
+    "classes": (packed(ONE, outputs=[{"name": "logits", "parameters": {"classification": 3}}]), True),
+    "a version": (packed(ONE, path="/v2/models/bn_lenet/versions/1/infer"), True),
+    "an id": (packed(ONE, more={"x-request-id": "number-7"}), True),
+    "a packed answer": (as_json({"inputs": [IN_JSON | {"shape": [1]}]}, accept_encoding="gzip"), True),
+    "a raw request": (request(INFER, ONE.tobytes(), {"inference-header-content-length": "0"}), True),
+    "no such model": (packed(ONE, path="/v2/models/other/infer"), True),
+    "no such version": (packed(ONE, path="/v2/models/bn_lenet/versions/9/infer"), True),
+    "another type": (request(INFER, b"x", {"content-type": "text/html"}), True),
+    "no JSON": (request(INFER, b"{", {"content-type": "application/json"}), True),
+    "not finite": (packed(ONE * np.float32(np.inf)), True),
+    "no body": (request(INFER), True),
+    "no number": (packed(ONE, more={"inference-header-content-length": "12a"}), True),
+    "too large for it": (packed(IMAGES, **BINARY_OUT), False),
+    "a header twice": (packed(ONE, more={"Content-Type": "application/octet-stream"}), False),
+    "closing": (packed(ONE, more={"connection": "close"}), False),
+    "HTTP/1.0": (request(INFER, b"{", http="1.0"), False),
+    "a query": (packed(ONE, path=INFER + "?x=1"), False),
+    "an escaped name": (packed(ONE, path="/v2/models/bn%5Flenet/infer"), False),
+    "an unknown coding": (packed(ONE, more={"content-encoding": "br"}), False),
+    "GET": (request(INFER, method="GET"), False),
+    "another route": (request("/v2/repository/index", b"{}"), False),
+}
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Repository:
+    folder = tmp_path_factory.mktemp("models")
+    write_bundle(folder / "bn_lenet" / "1")
+    opened = Repository(folder, ServingSettings(), lambda *_, **__: None)
+    opened.load()
+    return opened
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """For every request that the fast lane looked at, whether it took it."""
+    taken: list[bool] = []
+    original = FastLane.call
+
+    def call(self: FastLane, connection: LimitedConnection) -> Any:
+        found = original(self, connection)
+        taken.append(found is not None)
+        return found
+
+    monkeypatch.setattr(FastLane, "call", call)
+    return taken
+
+
+def run(main: Callable[[], Awaitable[None]]) -> None:
+    async def bounded() -> None:
+        await asyncio.wait_for(main(), 60)
+
+    asyncio.run(bounded())
+
+
+def without_id(answer: bytes) -> bytes:
+    return re.sub(rb"x-request-id: [0-9a-f]+\r\n", b"x-request-id: ?\r\n", answer)
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+def test_an_answer_does_not_tell_which_way_it_came(repository: Repository, calls: list[bool], name: str) -> None:
+    data, fast = REQUESTS[name]
+
+    async def main() -> None:
+        houses = [House(repository), House(repository, fast=False)]
+        ours, plain = [await house.ask(data) for house in houses]
+        assert calls == [fast]
+        assert ours.startswith(b"HTTP/1.1 ")
+        head, _, body = without_id(ours).partition(b"\r\n\r\n")
+        expected_head, _, expected = without_id(plain).partition(b"\r\n\r\n")
+        # What the slow way refuses before it has read the body ends the connection; the fast lane has read it.
+        assert head.lower() == expected_head.lower().removesuffix(b"\r\nconnection: close" if fast else b"")
+        assert body == expected
+        lines = [house.lines()[0] for house in houses]
+        for line in lines:
+            del line["time"], line["us"], line["in"]
+            if name != "an id":
+                del line["id"]
+        assert lines[0] == lines[1]
+        assert houses[0].state.requests == houses[1].state.requests
+        assert (houses[0].state.intake.held, houses[0].server_state.total_requests) == (0, 1)
+
+    run(main)
+
+
+def test_a_connection_remembers_a_head_and_notices_another(repository: Repository, calls: list[bool]) -> None:
+    async def main() -> None:
+        house = House(repository, token=TOKEN)
+        connection, wire = house.connect()
+        token = {"authorization": f"Bearer {TOKEN.decode()}"}
+        for more, path, status in (
+            (token, INFER, 200),
+            (token, INFER, 200),
+            ({"authorization": "Bearer another one"}, INFER, 401),
+            ({}, INFER, 401),
+            (token, "/v2/models/other/infer", 404),
+            (token, INFER, 200),
+        ):
+            wire.written = b""
+            connection.data_received(packed(ONE, path, more))
+            await quiet(house)
+            assert wire.written.startswith(b"HTTP/1.1 %d " % status)
+        assert calls == [True] * 6
+        connection.connection_lost(None)
+
+    run(main)
+
+
+def test_pipelined_requests_are_answered_in_their_order(repository: Repository, calls: list[bool]) -> None:
+    async def main() -> None:
+        house = House(repository)
+        live = request("/v2/health/live", method="GET")
+        for order in ("fff", "fsf", "sff", "ssf"):
+            connection, wire = house.connect()
+            data = b"".join(
+                packed(ONE, more={"x-request-id": f"n{index}"}) if kind == "f" else live.replace(b"here", b"h")
+                for index, kind in enumerate(order)
+            )
+            connection.data_received(data)
+            for _ in range(200):
+                await asyncio.sleep(0.001)
+                if wire.written.count(b"HTTP/1.1 200 ") == 3:
+                    break
+            found = ["s" if b"live" in part else "f" for part in wire.written.split(b"HTTP/1.1 200 ")[1:]]
+            assert "".join(found) == order
+            ids = re.findall(rb"x-request-id: n(\d)", wire.written)
+            assert ids == [str(index).encode() for index, kind in enumerate(order) if kind == "f"]
+            assert not wire.paused
+            connection.connection_lost(None)
+
+    run(main)
+
+
+def test_who_asks_alone_has_no_batch_to_wait_for(repository: Repository) -> None:
+    async def main() -> None:
+        house = House(repository)
+        statistics = repository.resolve("bn_lenet", None).statistics
+        (first, wire), (second, other) = house.connect(), house.connect()
+        first.data_received(packed(ONE))  # the first one of all may have company
+        await quiet(house)
+        wire.written = b""
+        first.data_received(packed(ONE))
+        assert wire.written.startswith(b"HTTP/1.1 200"), "answered before anything else was read"
+        second.data_received(packed(ONE))
+        assert not other.written
+        first.data_received(packed(ONE))
+        before = statistics.executions
+        await quiet(house)
+        assert statistics.executions == before + 1, "two connections' requests are one batch"
+        assert other.written.startswith(b"HTTP/1.1 200")
+        for connection in (first, second):
+            connection.connection_lost(None)
+
+    run(main)
+
+
+def test_the_body_may_come_in_pieces_or_not_at_all(repository: Repository) -> None:
+    async def main() -> None:
+        house = House(repository)
+        connection, wire = house.connect()
+        data = packed(ONE)
+        for start in range(0, len(data), 400):
+            assert not wire.written
+            connection.data_received(data[start : start + 400])
+        await quiet(house)
+        assert wire.written.startswith(b"HTTP/1.1 200")
+        wire.written = b""
+        connection.data_received(data[:1000])
+        assert house.state.active == 1, "a stop waits for it"
+        connection.connection_lost(None)
+        assert (house.state.active, house.state.intake.held) == (0, 0)
+        assert not wire.written
+
+    run(main)
+
+
+def test_a_client_that_went_away_gets_no_answer(repository: Repository) -> None:
+    async def main() -> None:
+        house = House(repository)
+        (gone, wire), (stays, other) = house.connect(), house.connect()
+        gone.data_received(packed(ONE))
+        stays.data_received(packed(ONE))
+        gone.connection_lost(None)
+        await quiet(house)
+        assert not wire.written
+        assert other.written.startswith(b"HTTP/1.1 200")
+        assert house.state.intake.held == 0
+
+    run(main)
+
+
+def test_a_stop_closes_the_connection_behind_the_answer(repository: Repository) -> None:
+    async def main() -> None:
+        house = House(repository)
+        connection, wire = house.connect()
+        connection.data_received(packed(ONE))
+        connection.shutdown()  # as uvicorn does when it stops
+        await quiet(house)
+        assert b"\r\nconnection: close\r\n" in wire.written
+        assert wire.closed
+
+    run(main)
+
+
+def test_a_client_that_does_not_read_goes_the_slow_way(repository: Repository, calls: list[bool]) -> None:
+    async def main() -> None:
+        house = House(repository)
+        connection, wire = house.connect()
+        connection.pause_writing()
+        connection.data_received(packed(ONE))
+        await asyncio.sleep(0.05)
+        assert not calls
+        assert not wire.written
+        connection.resume_writing()
+        await quiet(house)
+        assert wire.written.startswith(b"HTTP/1.1 200")
+        connection.connection_lost(None)
+
+    run(main)
+
+
+def test_an_idle_connection_is_closed(repository: Repository) -> None:
+    async def main() -> None:
+        house = House(repository)
+        connection, wire = house.connect()
+        connection.data_received(packed(ONE))
+        await quiet(house)
+        now = asyncio.get_running_loop().time()
+        connection.sweep(now + connection.timeout_keep_alive - 1)
+        assert not wire.closed
+        connection.data_received(packed(ONE)[:40])  # the next one has begun
+        connection.sweep(now + connection.limits.head_seconds / 2)
+        assert not wire.closed
+        connection.data_received(packed(ONE)[40:])
+        await quiet(house)
+        connection.sweep(now + connection.timeout_keep_alive + 1)
+        assert wire.closed
+        assert wire.written.count(b"HTTP/1.1") == 2, "no word about being slow"
+
+    run(main)
+
+
+def test_a_fault_is_a_500_and_a_line_in_the_log(repository: Repository, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("on purpose")
+
+    async def main() -> None:
+        house = House(repository)
+        monkeypatch.setattr("bnexport.serving.http.fast_lane.infer_reply", broken)
+        assert (await house.ask(packed(ONE))).startswith(b"HTTP/1.1 500 ")
+        assert house.lines()[0]["error"] == "ZeroDivisionError: on purpose"
+        assert house.state.active == 0
+
+    run(main)
+
+
+def test_the_longest_body_is_what_uvicorn_reads_at_once(repository: Repository, calls: list[bool]) -> None:
+    async def main() -> None:
+        house = House(repository)
+        for size in (SHORT_BODY, SHORT_BODY + 1):
+            assert (await house.ask(request(INFER, b" " * size))).startswith(b"HTTP/1.1 400 ")
+        assert calls == [True, False]
+
+    run(main)
+
+
+def test_a_model_that_was_unloaded_is_not_answered_from_memory(tmp_path: Path) -> None:
+    write_bundle(tmp_path / "m" / "bn_lenet" / "1")
+    opened = Repository(tmp_path / "m", ServingSettings(), lambda *_, **__: None)
+    opened.load()
+
+    async def main() -> None:
+        house = House(opened)
+        assert (await house.ask(packed(ONE))).startswith(b"HTTP/1.1 200")
+        opened.unload("bn_lenet")
+        answer = await house.ask(packed(ONE))
+        assert answer.startswith(b"HTTP/1.1 503 "), "what is remembered of a path is its route, not its model"
+
+    run(main)
