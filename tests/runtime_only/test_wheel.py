@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from runtime_only.absence import REFERENCE
+from support.grpc_calls import channel_to, infer
 from support.serving import logits_of, serving, tensor
 
 from bnexport import __version__
@@ -25,8 +26,8 @@ from bnexport.bundle import GOLDEN, MODEL_ONNX, Bundle
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "runtime_wheel.py"
-#: Of the extra "serve"; without pillow, which one can do without.
-SERVE = ("uvicorn", "httptools", "uvloop", "orjson", "prometheus-client")
+#: Of the extras "serve" and "grpc"; without pillow, which one can do without.
+SERVE = ("uvicorn", "httptools", "uvloop", "orjson", "prometheus-client", "grpcio", "protobuf")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
@@ -150,11 +151,14 @@ def test_the_other_commands_there(machine: Path, files: Path) -> None:
 
 def test_a_bundle_is_served_there(machine: Path, tmp_path: Path) -> None:
     program = (str(machine / "bin" / "bnexport"),)
-    with serving(REFERENCE, tmp_path / "log", env={"PYTHONPATH": ""}, program=program) as server:
+    words = ("--grpc-port", "0")
+    with serving(REFERENCE, tmp_path / "log", *words, env={"PYTHONPATH": ""}, program=program) as server:
         inputs, outputs = Bundle.open(REFERENCE).golden()
         answer = server.infer({"inputs": [tensor(inputs["input"])]})
         largest = np.abs(outputs["logits"]).max()
         assert np.allclose(logits_of(answer), outputs["logits"], rtol=0, atol=1e-5 * largest)
+        with channel_to(server) as channel:
+            assert np.array_equal(infer(channel, inputs["input"]), logits_of(answer))
         refused = server.ask("POST", "/v2/models/bn_lenet/classify", b"x", {"content-type": "image/png"})
         assert (refused.status, "needs PIL" in refused.error) == (501, True)
         assert server.stop() == 0

@@ -169,3 +169,21 @@ def test_what_can_not_be_opened_ends_with_a_sentence(server: Server, models: Pat
     assert "bnexport serve --grpc-port needs grpc" in missing
     assert "bnexport[grpc]" in missing
     assert refused("pass", *words, "70000").startswith("2: ")
+
+
+def test_two_servers_share_a_port(models: Path, tmp_path: Path, images: np.ndarray) -> None:
+    with serving(models, tmp_path / "a", "--reuse-port", *DOOR) as first:
+        words = ["--reuse-port", "--grpc-port", str(first.grpc_port)]
+        with serving(models, tmp_path / "b", *words) as second:
+            assert first.grpc_port == second.grpc_port
+            data = infer_request(images).SerializeToString()
+
+            def ask() -> bool:
+                with channel_to(first) as channel:
+                    assert call(channel, INFER, data).code == "OK"
+                return logged(first) > 0 and logged(second) > 0
+
+            until(ask)
+            assert second.stop() == 0
+        with channel_to(first) as channel:
+            assert call(channel, INFER, data).code == "OK", "what is left answers all"

@@ -12,7 +12,7 @@ import grpc
 import numpy as np
 import pytest
 from serving.malformed_grpc import CASES, INFER, Case, good
-from support.grpc_calls import SERVICE, call, channel_to, infer
+from support.grpc_calls import HEALTH, SERVICE, call, channel_to, infer, infer_request
 from support.serving import PATIENCE, Server, serving
 
 
@@ -110,3 +110,62 @@ def test_a_client_that_leaves_is_no_fault(server: Server, channel: grpc.Channel,
     assert told.code in ("DEADLINE_EXCEEDED", "OK")
     alive(server, channel, images, logits)
     assert not [event for event in server.events() if event.get("event") == "fault"]
+
+
+def test_no_more_calls_than_the_limit(models: Path, tmp_path: Path, images: np.ndarray) -> None:
+    words = ["--grpc-port", "0", "--limit", "connections=3"]
+    stop = threading.Event()
+
+    def nothing() -> Iterator[bytes]:
+        stop.wait(PATIENCE)
+        yield from ()
+
+    with serving(models, tmp_path / "log", *words) as small, channel_to(small) as channel:
+        held = [channel.stream_unary(INFER).future(nothing(), timeout=PATIENCE) for _ in range(6)]
+        try:
+            over = [future.exception() for future in held[3:]]
+        finally:
+            stop.set()
+        assert {error.code() for error in over} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
+        assert {future.exception().code() for future in held[:3]} == {grpc.StatusCode.INVALID_ARGUMENT}
+        assert infer(channel, images).shape == (12, 10)
+
+
+def test_messages_that_fill_the_memory_together(models: Path, tmp_path: Path, images: np.ndarray) -> None:
+    words = ["--grpc-port", "0", "--limit", "held_bytes=20000"]
+    with serving(models, tmp_path / "log", *words) as small, channel_to(small) as channel:
+        told = call(channel, INFER, bytes(30_000))
+        assert (told.code, "fill the memory" in told.says) == ("UNAVAILABLE", True)
+        for _ in range(10):
+            assert infer(channel, images[:3]).shape == (3, 10)
+
+
+def test_a_full_queue(models: Path, tmp_path: Path, images: np.ndarray) -> None:
+    """Two sessions run in threads, so that the queue is real; one request of it may wait."""
+    few = ["--grpc-port", "0", "--workers", "2", "--max-batch", "1", "--limit", "queue=1"]
+    with serving(models, tmp_path / "log", *few) as server:
+        data = infer_request(np.tile(images, (60, 1, 1, 1))).SerializeToString()
+        found: list[tuple[str, bool]] = []
+
+        def ask() -> None:
+            with channel_to(server) as channel:
+                for _ in range(6):
+                    told = call(channel, INFER, data)
+                    found.append((told.code, "which is the limit" in told.says))
+
+        threads = [threading.Thread(target=ask) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(PATIENCE)
+        assert set(found) == {("OK", False), ("UNAVAILABLE", True)}
+
+
+def test_no_more_who_watch_than_there_is_room_for(server: Server, channel: grpc.Channel, images, logits) -> None:
+    watching = [channel.unary_stream(HEALTH + "Watch")(b"", timeout=PATIENCE) for _ in range(256)]
+    assert {next(watch) for watch in watching} == {b"\x08\x01"}
+    with pytest.raises(grpc.RpcError, match="watch already"):
+        next(channel.unary_stream(HEALTH + "Watch")(b"", timeout=PATIENCE))
+    alive(server, channel, images, logits)
+    for watch in watching:
+        watch.cancel()

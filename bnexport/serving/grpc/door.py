@@ -27,6 +27,8 @@ from bnexport.serving.refusing import sentence_of
 from bnexport.serving.state import ServerState
 
 _LONGEST_ID = 128
+#: Those who watch need no token and take a place among the calls.
+_MOST_WATCHERS = 256
 #: Milliseconds after which a connection without calls is closed; clients open another one by themselves.
 _IDLE_MS = 300_000
 #: Seconds without a call that is refused after which a door that closes is shut, and seconds after which it is in any case.
@@ -67,6 +69,7 @@ class GrpcDoor(grpc.GenericRpcHandler):  # type: ignore[misc]
         self._handlers[STREAM] = grpc.stream_stream_rpc_method_handler(self._stream)
         self._handlers[WATCH] = grpc.stream_stream_rpc_method_handler(self._watch)
         self._idle: set[asyncio.Task[Any]] = set()
+        self._watching = 0
         self._server: Any = None
 
     async def start(self) -> None:
@@ -207,10 +210,17 @@ class GrpcDoor(grpc.GenericRpcHandler):  # type: ignore[misc]
 
     async def _watch(self, _messages: Any, context: Any) -> None:
         """Health's Watch."""
+        self._watching += 1
         try:
+            if self._watching > _MOST_WATCHERS:
+                raise RequestError(
+                    f"{_MOST_WATCHERS} clients watch already", remedy="Ask Check now and then", status=413
+                )
             await watch(self.state, context, self.is_closing)
         except BnexportError as error:
             _told(context, code_of(error), error)
+        finally:
+            self._watching -= 1
 
     def _let_in(self, call: Call) -> None:
         shown_tokens = [value for name, value in call.context.invocation_metadata() if name == "authorization"]
@@ -299,7 +309,7 @@ def _options(limits: ServingLimits, *, reuse: bool) -> list[tuple[str, Any]]:
         ("grpc.max_send_message_length", -1),
         ("grpc.max_metadata_size", limits.head_bytes),
         ("grpc.absolute_max_metadata_size", limits.head_bytes),
-        ("grpc.max_concurrent_streams", limits.queue),
+        ("grpc.max_concurrent_streams", limits.connections),
         ("grpc.server_handshake_timeout_ms", int(limits.head_seconds * 1000)),
         ("grpc.max_connection_idle_ms", _IDLE_MS),
     ]
