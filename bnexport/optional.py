@@ -32,6 +32,7 @@ INSTALL: dict[str, str] = {
     "httptools": "bnexport[serve]",
     "orjson": "bnexport[serve]",
     "prometheus_client": "bnexport[serve]",
+    "grpc": "bnexport[grpc]",
     "tensorboard": "bnexport[tensorboard]",
 }
 
@@ -96,9 +97,11 @@ def require(name: str, *, purpose: str) -> ModuleType:
 
 
 def _to_install(package: str) -> str:
-    """What to give to pip; the extra of serving is bnexport-runtime's too, which a machine without torch has."""
+    """What to give to pip; the extras of serving are bnexport-runtime's too, which a machine without torch has."""
     what = INSTALL.get(package, package)
-    return "bnexport-runtime[serve]" if what == "bnexport[serve]" and not installed("torch") else what
+    if what in ("bnexport[serve]", "bnexport[grpc]") and not installed("torch"):
+        return what.replace("bnexport", "bnexport-runtime")
+    return what
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:

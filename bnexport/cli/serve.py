@@ -1,4 +1,4 @@
-"""``bnexport serve``: the Open Inference Protocol over HTTP."""
+"""``bnexport serve``: the Open Inference Protocol over HTTP and gRPC."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ import click
 from bnexport.runtimes.catalogue import RUNNERS
 
 _FILE = click.Path(path_type=Path)
+#: Options that are fields of ServerSettings under the same name.
+_PLAIN = (
+    "host", "port", "grpc_port", "reuse_port", "grace", "poll", "access_log", "token_file", "middleware", "allow_load",
+)  # fmt: skip
 
 
 class _Workers(click.ParamType[int | None]):
@@ -26,6 +30,7 @@ class _Workers(click.ParamType[int | None]):
 @click.argument("path", type=_FILE)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 is every one.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
+@click.option("--grpc-port", type=click.IntRange(0, 65535), metavar="N", help="Open a gRPC door, too; 8001 is usual.")
 @click.option("--reuse-port", is_flag=True, help="Share the port with other servers that are started so.")
 @click.option("--processes", type=click.IntRange(1, 256), default=1, show_default=True, help="Of one core each.")
 @click.option(
@@ -55,6 +60,9 @@ def command(path: Path, **options: Any) -> None:
 
     for name in ("uvicorn", "httptools", "orjson", "prometheus_client"):
         require(name, purpose="bnexport serve")
+    if options["grpc_port"] is not None:
+        for name in ("grpc", "google.protobuf"):
+            require(name, purpose="bnexport serve --grpc-port")
     from bnexport.serving.http.server import serve
     from bnexport.serving.http.supervisor import supervise
 
@@ -76,9 +84,7 @@ def _settings(options: dict[str, Any]) -> Any:
         limits=limits_from(options["limits"]),
     )
     return ServerSettings(
-        **{name: options[name] for name in ("host", "port", "grace", "poll", "access_log", "token_file", "middleware")},
+        **{name: options[name] for name in _PLAIN},
         tls=None if certificate is None else (certificate, key),
-        allow_load=options["allow_load"],
-        reuse_port=options["reuse_port"],
         models=models,
     )

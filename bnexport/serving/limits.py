@@ -30,14 +30,16 @@ class ServingLimits:
         16 * _MB, "bytes of a request that is all JSON", "a fifth of a second to parse; binary is faster"
     )
     header_json_bytes: int = _limit(
-        _MB, "bytes of JSON before binary tensors", "names and shapes; the tensors come after"
+        _MB,
+        "bytes of JSON before binary tensors; of a gRPC message beside raw tensors",
+        "names and shapes; the tensors come after",
     )
     brackets: int = _limit(
         200_000, "lists and objects in JSON", "each takes 60 to 200 bytes in memory; 6,000 images of 28x28 row by row"
     )
     batch: int = _limit(1024, "samples of one request", "one request must not keep the others waiting for long")
     queue: int = _limit(1024, "requests that wait", "more would wait longer than clients do")
-    connections: int = _limit(4096, "open connections", "each takes about 20 kB")
+    connections: int = _limit(4096, "open connections; over gRPC, open calls", "each takes about 20 kB")
     parts: int = _limit(64, "pictures of one request", "each is unpacked")
     head_seconds: float = _limit(10.0, "seconds for a request's headers", "a slow client must not hold a connection")
     body_seconds: float = _limit(30.0, "seconds for a request's body", "64 MB at 20 Mbit/s")

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from runtime_only.absence import REFERENCE
+from support.grpc_calls import channel_to, infer
 from support.serving import logits_of, serving, tensor
 
 from bnexport import __version__
@@ -25,8 +26,8 @@ from bnexport.bundle import GOLDEN, MODEL_ONNX, Bundle
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "runtime_wheel.py"
-#: Of the extra "serve"; without pillow, which one can do without.
-SERVE = ("uvicorn", "httptools", "uvloop", "orjson", "prometheus-client")
+#: Of the extras "serve" and "grpc"; without pillow, which one can do without.
+SERVE = ("uvicorn", "httptools", "uvloop", "orjson", "prometheus-client", "grpcio", "protobuf")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 
@@ -96,9 +97,10 @@ def test_the_wheel_has_the_whole_package_and_the_light_list(wheel: Path) -> None
             assert text.replace(" ", "") in {other.replace(" ", "") for other in required}, (
                 "floors are those of bnexport"
             )
-    assert told.get_all("Provides-Extra") == ["serve"]
+    assert set(told.get_all("Provides-Extra") or ()) == {"serve", "grpc"}
     extra = {name_of(text) for text in every if "extra ==" in text}
-    assert extra == {name_of(text) for text in PROJECT["project"]["optional-dependencies"]["serve"]}
+    extras = PROJECT["project"]["optional-dependencies"]
+    assert extra == {name_of(text) for name in ("serve", "grpc") for text in extras[name]}
     with zipfile.ZipFile(wheel) as archive:
         packed = {name for name in archive.namelist() if name.startswith("bnexport/")}
     there = {path.relative_to(ROOT).as_posix() for path in (ROOT / "bnexport").rglob("*") if path.is_file()}
@@ -149,11 +151,14 @@ def test_the_other_commands_there(machine: Path, files: Path) -> None:
 
 def test_a_bundle_is_served_there(machine: Path, tmp_path: Path) -> None:
     program = (str(machine / "bin" / "bnexport"),)
-    with serving(REFERENCE, tmp_path / "log", env={"PYTHONPATH": ""}, program=program) as server:
+    words = ("--grpc-port", "0")
+    with serving(REFERENCE, tmp_path / "log", *words, env={"PYTHONPATH": ""}, program=program) as server:
         inputs, outputs = Bundle.open(REFERENCE).golden()
         answer = server.infer({"inputs": [tensor(inputs["input"])]})
         largest = np.abs(outputs["logits"]).max()
         assert np.allclose(logits_of(answer), outputs["logits"], rtol=0, atol=1e-5 * largest)
+        with channel_to(server) as channel:
+            assert np.array_equal(infer(channel, inputs["input"]), logits_of(answer))
         refused = server.ask("POST", "/v2/models/bn_lenet/classify", b"x", {"content-type": "image/png"})
         assert (refused.status, "needs PIL" in refused.error) == (501, True)
         assert server.stop() == 0

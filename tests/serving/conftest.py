@@ -15,7 +15,7 @@ from bnexport.data.datasets import load_dataset
 from bnexport.data.preprocessing import Preprocessing
 
 #: With protobuf 7 pip silently takes tritonclient 2.41, of 2023.
-PINS = ("tritonclient[http]>=2.60", "protobuf>=6.33.5,<7", "numpy>=2")
+PINS = ("tritonclient[http,grpc]>=2.60", "protobuf>=6.33.5,<7", "numpy>=2")
 
 
 @pytest.fixture(scope="session")
@@ -28,8 +28,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def server(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """One server for all tests that leave it as it is."""
-    with serving(models, tmp_path_factory.mktemp("log") / "log") as running:
+    """One server, with both doors, for all tests that leave it as it is."""
+    with serving(models, tmp_path_factory.mktemp("log") / "log", "--grpc-port", "0") as running:
         yield running
 
 

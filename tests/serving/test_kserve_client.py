@@ -8,18 +8,14 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from support.environments import run_program
-from support.serving import ROOT, Server, serving
-from support.triton import free_ports
+from support.serving import Server, serving
 
 from bnexport.bundle import MODEL_ONNX
 from bnexport.deploying.kserve import inference_service
@@ -70,14 +66,8 @@ def test_a_model_that_is_not_ready(kserve_python: Path, models: Path, arrays: di
 
 
 def test_every_call_over_grpc(kserve_python: Path, models: Path, arrays: dict[str, str], tmp_path: Path) -> None:
-    words = [sys.executable, "-m", "bnexport", "serve", "--help"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    help_text = subprocess.run(words, capture_output=True, text=True, timeout=60, check=True, env=environment).stdout
-    if "--grpc-port" not in help_text:
-        pytest.skip("bnexport serve has no --grpc-port yet")
-    (port,) = free_ports(1)
-    with serving(models, tmp_path / "log", "--grpc-port", str(port)) as server:
-        told = drive(kserve_python, "grpc", server, arrays, grpc=f"127.0.0.1:{port}")
+    with serving(models, tmp_path / "log", "--grpc-port", "0") as server:
+        told = drive(kserve_python, "grpc", server, arrays, grpc=f"127.0.0.1:{server.grpc_port}")
     assert len(told["done"]) > 15
 
 

@@ -13,6 +13,8 @@ import pytest
 from PIL import Image
 from support.serving import ROOT, Server
 
+from bnexport.serving.grpc.call import CODES
+from bnexport.serving.grpc.methods import METHODS, STREAM, WATCH
 from bnexport.serving.http.routes import ROUTES
 from bnexport.serving.limits import rows
 
@@ -46,14 +48,16 @@ def test_the_shell_blocks_run(server: Server, pixels: np.ndarray, tmp_path: Path
     assert '"model_name":"bn_lenet"' in outputs[2]
 
 
-def test_the_python_block_runs(python: Path, server: Server, tmp_path: Path) -> None:
-    (source,) = blocks("python")
-    source = source.replace("localhost:8000", f"127.0.0.1:{server.port}")
-    done = subprocess.run(
-        [str(python), "-c", source], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert len(re.findall(r"b'[-\d.]+:\d:\d'", done.stdout)) == 3
+def test_the_python_blocks_run(python: Path, server: Server, tmp_path: Path) -> None:
+    sources = blocks("python")
+    assert [port in source for source, port in zip(sources, ("8000", "8001"), strict=True)] == [True, True]
+    for source in sources:
+        here = source.replace("localhost:8000", f"127.0.0.1:{server.port}")
+        here = here.replace("localhost:8001", f"127.0.0.1:{server.grpc_port}")
+        words = [str(python), "-c", here]
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+        assert done.returncode == 0, done.stderr
+        assert len(re.findall(r"b'[-\d.]+:\d:\d'", done.stdout)) == 3
 
 
 def test_routes_are_those_of_the_code() -> None:
@@ -62,6 +66,18 @@ def test_routes_are_those_of_the_code() -> None:
     assert told == {
         f"{r.method} {re.sub(r'{name}|{version}', lambda m: names[m[0]], r.pattern) or '/'}" for r in ROUTES
     }
+
+
+def test_methods_are_those_of_the_code() -> None:
+    paths = [path.replace("grpc.health.v1.Health/", "Health/") for path in (*METHODS, STREAM, WATCH)]
+    assert {row[0] for row in table("method")} == {
+        path.removeprefix("/inference.GRPCInferenceService").strip("/") for path in paths
+    }
+
+
+@pytest.mark.parametrize("code", sorted({code.name for code in CODES.values()}))
+def test_codes_are_told(code: str) -> None:
+    assert f"{code} " in TEXT.split("## gRPC")[1].split("## ")[0]
 
 
 def test_limits_are_those_of_the_code() -> None:

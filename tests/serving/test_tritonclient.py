@@ -4,21 +4,59 @@ from __future__ import annotations
 
 import json
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 from support.serving import Server
 
+from bnexport.proto_messages import TYPES
+from bnexport.serving.grpc.methods import METHODS, STREAM
+from bnexport.serving.grpc.schema import MESSAGES, PACKAGE
 
-def test_every_call(python: Path, server: Server, images: np.ndarray, logits: np.ndarray, tmp_path: Path) -> None:
-    np.save(tmp_path / "inputs.npy", images)
-    np.save(tmp_path / "logits.npy", logits)
-    words = [str(Path(__file__).with_name("triton_program.py")), str(server.port)]
-    words += [str(tmp_path / name) for name in ("inputs.npy", "logits.npy")]
+
+def run(python: Path, program: str, port: int, folder: Path) -> dict[str, Any]:
+    words = [str(Path(__file__).with_name(program)), str(port), str(folder / "inputs.npy"), str(folder / "logits.npy")]
     done = subprocess.run([str(python), *words], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    told = json.loads(done.stdout)
+    return json.loads(done.stdout)
+
+
+@pytest.fixture
+def data(tmp_path: Path, images: np.ndarray, logits: np.ndarray) -> Path:
+    np.save(tmp_path / "inputs.npy", images)
+    np.save(tmp_path / "logits.npy", logits)
+    return tmp_path
+
+
+def good(told: Mapping[str, Any], count: int) -> None:
     assert told["wrong"] == []
     assert tuple(map(int, told["versions"]["tritonclient"].split(".")[:2])) >= (2, 60)
     assert told["versions"]["protobuf"].startswith("6.")
-    assert len(told["done"]) > 70
+    assert len(told["done"]) > count
+
+
+def test_every_call(python: Path, server: Server, data: Path) -> None:
+    good(run(python, "triton_program.py", server.port, data), 70)
+
+
+def test_every_call_over_grpc(python: Path, server: Server, data: Path) -> None:
+    told = run(python, "triton_grpc_program.py", server.grpc_port, data)
+    good(told, 80)
+    the_same_messages(told["messages"])
+    service = f"/{PACKAGE}.GRPCInferenceService/"
+    ours = {path.removeprefix(service) for path in (*METHODS, STREAM) if path.startswith(service)}
+    assert ours <= set(told["methods"])
+    left_out = {name for name in set(told["methods"]) - ours if "SharedMemory" not in name}
+    assert left_out == {"TraceSetting", "LogSettings"}
+
+
+def the_same_messages(theirs: Mapping[str, Any]) -> None:
+    """Every row of the table has the number, the type and the label that it has in the client."""
+    for name, fields in MESSAGES.items():
+        found = theirs[f"{PACKAGE}.{name}"]
+        for field, row in fields.items():
+            kind = TYPES.get(row.kind, f"{PACKAGE}.{row.kind}")
+            assert found[field] == [row.number, kind, row.many], f"{name}.{field}"

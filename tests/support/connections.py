@@ -11,13 +11,14 @@ import pytest
 from uvicorn.config import Config
 from uvicorn.server import ServerState
 
-from bnexport.serving.http.access_log import JsonLog
+from bnexport.serving.access_log import JsonLog
 from bnexport.serving.http.app import App
 from bnexport.serving.http.connection import LimitedConnection, limited
 from bnexport.serving.http.fast_lane import FastLane
-from bnexport.serving.http.state import AppSettings, State
+from bnexport.serving.http.state import State
 from bnexport.serving.limits import ServingLimits
 from bnexport.serving.repository import Repository
+from bnexport.serving.state import AppSettings
 
 
 class Wire:

@@ -51,6 +51,7 @@ class Server:
     process: subprocess.Popen[str]
     port: int
     log: Path
+    grpc_port: int = 0
 
     def ask(
         self,
@@ -123,7 +124,8 @@ def serving(
         line = process.stdout.readline() if ready else ""
         match = re.search(r":(\d+)$", line.strip())
         assert match, (line, log.read_text(), process.poll())
-        yield Server(process, int(match[1]), log)
+        door = re.search(r"grpc://\S*:(\d+)", line)
+        yield Server(process, int(match[1]), log, int(door[1]) if door else 0)
     finally:
         process.kill()
         process.wait(PATIENCE)

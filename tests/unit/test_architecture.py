@@ -27,6 +27,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 GROUND = (
     "bundle",
     "tensor_proto",
+    "proto_messages",
     "screening",
     "reproducibility",
     "environment",

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import os
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
-from bnexport.errors import BnexportError, NotServing, RequestError
+from bnexport.errors import BnexportError, NotServing
 from bnexport.optional import one_line
 from bnexport.serving.http.exchange import Exchange
 from bnexport.serving.http.reply import Reply, error_reply, packed, reply_headers
@@ -80,7 +79,7 @@ class App:
         Raises:
             RequestError: The token is missing or another one (401).
         """
-        self._check_token(headers)
+        self.state.let_in(headers.get(b"authorization", b""))
         self.state.last_work = time.monotonic()
 
     def told(self, exchange: Exchange, client: str, route: str, reply: Reply, start_ns: int) -> Reply:
@@ -97,18 +96,6 @@ class App:
             reply = packed(reply, accepted)
         self._count_and_log(exchange, client, route, reply, time.perf_counter_ns() - start_ns)
         return reply
-
-    def _check_token(self, headers: dict[bytes, bytes]) -> None:
-        token = self.state.settings.token
-        if token is None:
-            return
-        kind, _, shown = headers.get(b"authorization", b"").partition(b" ")
-        if kind.lower() != b"bearer" or not hmac.compare_digest(shown.strip(), token):
-            raise RequestError(
-                "the request shows no token, or another one",
-                remedy="Send the header Authorization: Bearer TOKEN",
-                status=401,
-            )
 
     def id_of(self, headers: dict[bytes, bytes]) -> str:
         """A request's id: the client's, if it can be logged and sent back as it is, or a new one."""

@@ -8,9 +8,9 @@ from prometheus_client import CollectorRegistry, ProcessCollector, generate_late
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from bnexport.serving.http.state import State
-from bnexport.serving.http.totals import Totals
+from bnexport.serving.state import ServerState
 from bnexport.serving.statistics import Histogram
+from bnexport.serving.totals import Totals
 
 _MODEL = ("model", "version")
 
@@ -28,7 +28,14 @@ class _TotalsCollector(Collector):
             requests.add_metric((route or "none", str(status)), count)
         yield requests
         active = GaugeMetricFamily("bnexport_http_requests_active", "Requests that are being answered.")
-        active.add_metric((), self._totals.active)
+        active.add_metric((), self._totals.active - self._totals.calls_active)
+        yield active
+        calls = CounterMetricFamily("bnexport_grpc_calls", "Calls by method and code.", labels=("method", "code"))
+        for call, count in self._totals.calls.items():
+            calls.add_metric(call, count)
+        yield calls
+        active = GaugeMetricFamily("bnexport_grpc_calls_active", "Calls that are being answered.")
+        active.add_metric((), self._totals.calls_active)
         yield active
         starts = CounterMetricFamily("bnexport_process_starts", "How often a process was started.", labels=("process",))
         for number, count in sorted(self._totals.starts.items()):
@@ -82,7 +89,7 @@ class _ProcessesCollector(Collector):
         yield from found.values()
 
 
-def render(state: State) -> bytes:
+def render(state: ServerState) -> bytes:
     """The text, with the processes' own figures (memory, CPU time, open files) where the system tells them."""
     totals = state.totals()
     registry = CollectorRegistry(auto_describe=False)

@@ -9,8 +9,9 @@ from typing import Any
 
 import orjson
 
-from bnexport.errors import BadInput, BnexportError, BundleError, MissingDependency, NotServing, RequestError
+from bnexport.errors import BnexportError, RequestError
 from bnexport.serving.http.exchange import Exchange
+from bnexport.serving.refusing import sentence_of, status_of
 
 #: Bodies below this are not packed: it would cost more than it saves. (Some clients always say that they take gzip.)
 PACKED_BYTES = 1024
@@ -49,19 +50,7 @@ def error_reply(error: BnexportError) -> Reply:
         headers = ((b"allow", ", ".join(error.allow).encode()),)
     elif status == 503:
         headers = ((b"retry-after", b"1"),)
-    text = str(error)
-    sentence = "".join(char if char.isprintable() else "?" for char in text)
-    return Reply(status, orjson.dumps({"error": sentence}), JSON, headers)
-
-
-def status_of(error: BnexportError) -> int:
-    """The HTTP status of an error of the tree."""
-    if isinstance(error, RequestError | NotServing):
-        return error.status
-    if isinstance(error, MissingDependency):
-        return 501
-    # A bundle that fails while it serves is no fault of the client's.
-    return 400 if isinstance(error, BadInput) and not isinstance(error, BundleError) else 500
+    return Reply(status, orjson.dumps({"error": sentence_of(error)}), JSON, headers)
 
 
 def packed(reply: Reply, accepted: bytes) -> Reply:

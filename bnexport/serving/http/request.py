@@ -7,9 +7,10 @@ import zlib
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
-from bnexport.errors import NotServing, RequestError
+from bnexport.errors import RequestError
 from bnexport.screening.refusal import shown
 from bnexport.serving.limits import ServingLimits
+from bnexport.serving.state import Memory
 
 Receive = Callable[[], Awaitable[Mapping[str, Any]]]
 #: zlib's window bits: gzip's header (RFC 1952), or zlib's (RFC 1950, which HTTP calls deflate).
@@ -25,15 +26,15 @@ class Disconnected(Exception):
 
 
 class Intake:
-    """Reads bodies, and knows how many bytes all of those that are held have together.
+    """Reads bodies.
 
     Args:
-        limits: Of one body and of all.
+        limits: Of one body.
+        memory: Counts those that are held.
     """
 
-    def __init__(self, limits: ServingLimits) -> None:
-        self.limits = limits
-        self.held = 0
+    def __init__(self, limits: ServingLimits, memory: Memory) -> None:
+        self.limits, self._memory = limits, memory
 
     async def read(self, receive: Receive, headers: Mapping[bytes, bytes]) -> bytes:
         """The whole body, unpacked. What it holds is counted until ``release``.
@@ -70,7 +71,7 @@ class Intake:
 
     def release(self, body: bytes | bytearray) -> None:
         """Tell that a body is not held any more."""
-        self.held -= len(body)
+        self._memory.release(len(body))
 
     def hold(self, size: int) -> None:
         """Tell that a body of so many bytes is held.
@@ -78,9 +79,7 @@ class Intake:
         Raises:
             NotServing: The bodies of all clients together are too large.
         """
-        if self.held + size > self.limits.held_bytes:
-            raise NotServing("the requests that are being answered fill the memory", remedy="Try again in a second")
-        self.held += size
+        self._memory.hold(size)
 
     async def _rest(self, receive: Receive, start: bytes) -> bytes:
         chunks, size, more = [start], len(start), True
@@ -97,7 +96,7 @@ class Intake:
                     await _linger(receive, 4 * self.limits.body_bytes)
                     raise self._too_large(None)
         except BaseException:
-            self.held -= size
+            self._memory.release(size)
             raise
         return b"".join(chunks)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from bnexport import __version__
-from bnexport.errors import NotServing, RequestError
+from bnexport.errors import RequestError
 from bnexport.screening.refusal import shown
+from bnexport.serving import describing
 from bnexport.serving.http.classify import classify
 from bnexport.serving.http.exchange import Exchange
 from bnexport.serving.http.metrics import render
@@ -20,14 +20,6 @@ from bnexport.serving.protocol.encoding import encode_response
 from bnexport.serving.protocol.messages import InferRequest, InferResponse
 from bnexport.serving.served_model import ServedModel
 
-EXTENSIONS = (
-    "binary_tensor_data",
-    "classification",
-    "model_configuration",
-    "model_repository",
-    "schedule_policy",
-    "statistics",
-)
 _INFER_TYPES = (b"", b"application/json", b"application/octet-stream")
 _MOST_KNOWN = 1024
 
@@ -39,34 +31,25 @@ async def live(_state: State, _exchange: Exchange) -> Reply:
 
 async def ready(state: State, _exchange: Exchange) -> Reply:
     """Whether requests should be sent here; if not, why not."""
-    problems = state.repository.problems()
-    reason = "the server is stopping" if state.draining else ""
-    if not reason and not state.repository.ready():
-        reason = "; ".join(f"{name}: {text}" for name, text in problems.items()) or "there is no model"
-    if reason:
+    if reason := describing.why_not_ready(state):
         return json_reply({"ready": False, "reason": reason}, 503)
+    problems = state.repository.problems()
     return json_reply({"ready": True, "problems": problems} if problems else {"ready": True})
 
 
 async def server_metadata(_state: State, _exchange: Exchange) -> Reply:
     """The protocol's "Server Metadata"."""
-    return json_reply({"name": "bnexport", "version": __version__, "extensions": EXTENSIONS})
+    return json_reply(describing.server_metadata())
 
 
 async def model_metadata(state: State, _exchange: Exchange, name: str, version: str | None = None) -> Reply:
     """The protocol's "Model Metadata"."""
-    model = state.repository.resolve(name, version)
-    versions = [number for number, entry in state.repository.models[name].items() if entry.served is not None]
-    return json_reply(model.metadata(sorted(versions, key=int) if version is None else [version]))
+    return json_reply(describing.model_metadata(state, name, version))
 
 
 async def model_ready(state: State, _exchange: Exchange, name: str, version: str | None = None) -> Reply:
     """Whether a model answers; 404 for one that is not known."""
-    try:
-        state.repository.resolve(name, version)
-        reason = "the server is stopping" if state.draining else ""
-    except NotServing as error:
-        reason = str(error)
+    reason = describing.why_model_not_ready(state, name, version)
     value: dict[str, Any] = {"name": name, "ready": not reason}
     return json_reply(value | {"reason": reason}, 503) if reason else json_reply(value)
 
@@ -78,14 +61,7 @@ async def model_config(state: State, _exchange: Exchange, name: str, version: st
 
 async def statistics(state: State, _exchange: Exchange, name: str | None = None, version: str | None = None) -> Reply:
     """Counters of one model, or of all."""
-    if name is not None:
-        state.repository.resolve(name, version)
-    entries = [
-        found.statistics.to_json(model, number)
-        for (model, number), found in state.totals().models.items()
-        if found.statistics is not None and name in (None, model) and version in (None, number)
-    ]
-    return json_reply({"model_stats": entries})
+    return json_reply(describing.statistics(state, name, version))
 
 
 async def infer(state: State, exchange: Exchange, name: str, version: str | None = None) -> Reply:
@@ -161,12 +137,7 @@ async def unload(state: State, exchange: Exchange, name: str) -> Reply:
 
 async def _permitted(state: State, exchange: Exchange) -> None:
     state.intake.release(await state.body(exchange))
-    if not state.settings.allow_load:
-        raise RequestError(
-            "this server does not load or unload models by request",
-            remedy="Start it with --allow-load, or let it look for changes with --poll",
-            status=403,
-        )
+    state.permit_loading()
 
 
 async def metrics(state: State, _exchange: Exchange) -> Reply:

@@ -17,20 +17,24 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
 from bnexport.errors import BnexportError, UsageError
 from bnexport.optional import one_line
-from bnexport.serving.http.access_log import JsonLog
+from bnexport.serving.access_log import JsonLog
 from bnexport.serving.http.app import App
 from bnexport.serving.http.connection import LimitedConnection, limited
 from bnexport.serving.http.fast_lane import FastLane
-from bnexport.serving.http.state import AppSettings, State
-from bnexport.serving.http.totals import Share
+from bnexport.serving.http.state import State
 from bnexport.serving.repository import Repository
 from bnexport.serving.served_model import ServingSettings
+from bnexport.serving.state import AppSettings
+from bnexport.serving.totals import Share
+
+if TYPE_CHECKING:
+    from bnexport.serving.grpc.door import GrpcDoor
 
 #: Seconds without a request after which a server that is to stop does so; balancers stop sending when it is not ready.
 QUIET = 1.0
@@ -48,6 +52,7 @@ class ServerSettings:
     Attributes:
         host: Address to bind.
         port: 0 takes a free one.
+        grpc_port: Of the gRPC door; 0 takes a free one, None opens none.
         reuse_port: Whether other servers share the port; the system spreads the connections among them.
         grace: Seconds from SIGTERM until what is still not answered is given up.
         poll: Seconds between looks for new versions; None looks never.
@@ -61,6 +66,7 @@ class ServerSettings:
 
     host: str = "127.0.0.1"
     port: int = 8000
+    grpc_port: int | None = None
     reuse_port: bool = False
     grace: float = 30.0
     poll: float | None = None
@@ -112,6 +118,8 @@ def serve_on(
     token = None if settings.token_file is None else read_token(settings.token_file)
     log = JsonLog(sys.stderr, access=settings.access_log, process=None if share is None else share.slot)
     try:
+        if settings.grpc_port is not None:
+            bound(settings.host, settings.grpc_port, reuse=settings.reuse_port).close()
         repository = Repository(path, settings.models, log.event)
         repository.load()
         state = State(repository, AppSettings(settings.models.limits, token, settings.allow_load), log, share=share)
@@ -120,16 +128,17 @@ def serve_on(
         fast_lane = FastLane(app) if settings.middleware is None else None
         config = _config(_wrapped(app, settings.middleware), settings, fast_lane)
         server = DrainingServer(config, state, settings)
-        server.run([listener], on_start=lambda: announce(_told(repository, listener, tls=settings.tls is not None)))
+        server.run([listener], on_start=lambda: announce(_told(repository, listener, server.door, settings)))
     finally:
         log.close()
 
 
-def _told(repository: Repository, listener: socket.socket, *, tls: bool) -> str:
+def _told(repository: Repository, listener: socket.socket, door: GrpcDoor | None, settings: ServerSettings) -> str:
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     names = ", ".join(f"{name} {version} ({entry.state.lower()})" for name, version, entry in repository.each())
-    return f"Serving {names} on {'https' if tls else 'http'}://{shown}:{port}"
+    also = "" if door is None else f"grpc://{shown}:{door.port} and "
+    return f"Serving {names} on {also}{'http' if settings.tls is None else 'https'}://{shown}:{port}"
 
 
 class DrainingServer(uvicorn.Server):
@@ -150,6 +159,7 @@ class DrainingServer(uvicorn.Server):
         self._polled = time.monotonic()
         self._poll_task: asyncio.Task[None] | None = None
         self._on_start: Callable[[], None] = lambda: None
+        self.door = None if settings.grpc_port is None else _door(state, settings, settings.grpc_port)
 
     def run(self, sockets: list[socket.socket] | None = None, *, on_start: Callable[[], None] = lambda: None) -> None:
         """Serve until told to stop; ``on_start`` is called once the socket accepts."""
@@ -159,6 +169,8 @@ class DrainingServer(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen."""
         await super().startup(sockets)
+        if self.door is not None:
+            await self.door.start()
         gc.collect()
         gc.freeze()  # what was loaded stays: the collector needs not look through it again and again
         self._on_start()
@@ -212,8 +224,10 @@ class DrainingServer(uvicorn.Server):
         """Close the socket, answer what was accepted, free the models."""
         expiring = asyncio.create_task(self._keep_expiring())
         try:
+            closing = asyncio.create_task(self._close_door(self.config.timeout_graceful_shutdown))
             await self._stop_accepting(sockets or [])
             await super().shutdown(sockets)
+            await closing
         finally:
             expiring.cancel()
             self._state.publish()
@@ -242,6 +256,16 @@ class DrainingServer(uvicorn.Server):
         end = loop.time() + QUIET
         while loop.time() < end and not self.force_exit and any(map(_expected, self.server_state.connections)):
             await asyncio.sleep(0.01)
+
+    async def _close_door(self, grace: float | None) -> None:
+        if self.door is None:
+            return
+        stopping = asyncio.create_task(self.door.stop(grace))
+        while not stopping.done() and not self.force_exit:
+            await asyncio.sleep(0.01)
+        if self.force_exit:
+            await self.door.stop(None)
+        await stopping
 
     def _connection(self) -> asyncio.Protocol:
         kind: Any = self.config.http_protocol_class
@@ -324,6 +348,12 @@ def read_token(file: Path) -> bytes:
             f"{file} holds no token of 16 to 4096 visible ASCII characters", remedy="Write one: openssl rand -hex 32"
         )
     return token
+
+
+def _door(state: State, settings: ServerSettings, port: int) -> GrpcDoor:
+    from bnexport.serving.grpc.door import GrpcDoor, GrpcSettings  # its packages are an extra's
+
+    return GrpcDoor(state, GrpcSettings(settings.host, port, settings.reuse_port, settings.tls))
 
 
 def _wrapped(app: Any, middleware: str | None) -> Any:

@@ -27,11 +27,11 @@ from types import FrameType
 from bnexport.errors import NotServing, RuntimeUnavailable, UsageError
 from bnexport.optional import one_line
 from bnexport.runtimes.isolation import how_ended, import_path
-from bnexport.serving.http.access_log import JsonLog
-from bnexport.serving.http.records import Records, new_memory
+from bnexport.serving.access_log import JsonLog
 from bnexport.serving.http.server import ServerSettings, bound
-from bnexport.serving.http.totals import note_end, note_start
 from bnexport.serving.http.worker import BLOCKED, Job
+from bnexport.serving.records import Records, new_memory
+from bnexport.serving.totals import note_end, note_start
 
 _WORKER = "bnexport.serving.http.worker"
 #: Seconds after which a process that served counts as sound: its end is no reason to wait with the next one.
@@ -114,7 +114,11 @@ class Supervisor:
         self._path, self._log, self._announce = path, log, announce
         with contextlib.closing(bound(settings.host, settings.port, reuse=settings.reuse_port)) as probe:
             port = probe.getsockname()[1]  # who did not ask to share a port must not get one that is taken
-        self._settings = replace(settings, port=port, reuse_port=True)
+        grpc_port = settings.grpc_port
+        if grpc_port is not None:
+            with contextlib.closing(bound(settings.host, grpc_port, reuse=settings.reuse_port)) as probe:
+                grpc_port = probe.getsockname()[1]
+        self._settings = replace(settings, port=port, grpc_port=grpc_port, reuse_port=True)
         self._seats = [_Seat(number) for number in range(settings.models.processes)]
         self._announced = False
         self._stops = 0

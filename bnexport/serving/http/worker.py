@@ -14,9 +14,9 @@ from pathlib import Path
 
 from bnexport.errors import BnexportError
 from bnexport.optional import one_line
-from bnexport.serving.http.records import Records
 from bnexport.serving.http.server import ServerSettings, serve_on
-from bnexport.serving.http.totals import Share
+from bnexport.serving.records import Records
+from bnexport.serving.totals import Share
 
 #: Blocked by the supervisor while it starts a process, so that none is lost before somebody listens for it.
 BLOCKED = (signal.SIGTERM, signal.SIGINT)

@@ -7,7 +7,7 @@ Sources: Open Inference Protocol v2, "Inference Request JSON Object"; Triton Inf
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ from bnexport.tensors import Array, Signature, TensorSpec, check_feeds
 _SHORT, _REMEMBERED = 2048, 256
 #: numpy's element type -> what its bytes are read as.
 _STORED = {name: np.dtype("uint8" if name == "bool" else name) for name in DATATYPES}
-_SHAPES = "GET v2/models/NAME tells names, shapes and datatypes"
+_SHAPES = "The model's metadata (v2/models/NAME) tells names, shapes and datatypes"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +63,7 @@ class Decoder:
         self._specs = {spec.name: spec for spec in signature.inputs}
         self._outputs = {spec.name: spec for spec in signature.outputs}
         self._plans: dict[bytes, _Plan] = {}
+        self._plans_of_parts: dict[bytes, _Plan] = {}
 
     def decode(self, body: bytes, header_length: int | None = None) -> InferRequest:
         """Decode one request.
@@ -108,14 +109,60 @@ class Decoder:
         request = plan.request
         return InferRequest(arrays, request.rows, request.outputs, request.id, request.timeout)
 
+    def decode_parts(
+        self,
+        body: bytes,
+        spans: Sequence[tuple[int, int]],
+        *,
+        describe: Callable[[], Mapping[str, Any]],
+        key: bytes = b"",
+        request_id: str = "",
+        patience: float | None = None,
+    ) -> InferRequest:
+        """Decode a request that a protocol without JSON brought.
+
+        Args:
+            body: Holds the tensors.
+            spans: Where each begins and how many bytes it has, in the order of the inputs.
+            describe: Gives what the JSON would say, without an id; each input with the parameter "binary_data_size".
+            key: What the description was made of, to be remembered by; empty when it must not be remembered.
+            request_id: The client's.
+            patience: Seconds that the client waits; None leaves it to the server.
+
+        Raises:
+            RequestError: What is wrong, and what would be right.
+        """
+        plan = self._plans_of_parts.get(key) if key else None
+        if plan is None or [item.size for item in plan.inputs] != [size for _, size in spans]:
+            plan = self._understood(describe())
+            if key:
+                _remember(self._plans_of_parts, key, plan)
+        arrays = {
+            item.spec.name: _from_bytes(body, start, item) for item, (start, _) in zip(plan.inputs, spans, strict=True)
+        }
+        if len(arrays) > 1:
+            _check_together(self.signature, arrays)
+        request = plan.request
+        timeout = request.timeout
+        if patience is not None:
+            timeout = patience if timeout is None else min(timeout, patience)
+        return InferRequest(arrays, request.rows, request.outputs, _id({"id": request_id}), timeout)
+
+    def check_count(self, count: int) -> None:
+        """Refuse more inputs than the model has, before anything is made of them.
+
+        Raises:
+            RequestError: There are more.
+        """
+        if count > len(self._specs):
+            raise RequestError(f"the request has {count} inputs, the model takes {len(self._specs)}", remedy=_SHAPES)
+
     def _remembered(self, header: bytes) -> _Plan:
         if (plan := self._plans.get(header)) is not None:
             return plan
         plan = self._plan(header)
-        if len(header) <= _SHORT and all(item.data is None for item in plan.inputs):
-            if len(self._plans) >= _REMEMBERED:
-                self._plans.clear()
-            self._plans[header] = plan
+        if all(item.data is None for item in plan.inputs):
+            _remember(self._plans, header, plan)
         return plan
 
     def _raw(self, body: bytes) -> InferRequest:
@@ -137,16 +184,15 @@ class Decoder:
         return InferRequest({spec.name: _from_bytes(body, 0, item)}, shape[0], self._wanted(None, binary=True))
 
     def _plan(self, text: bytes) -> _Plan:
-        value = load_json(text, brackets=self._limits.brackets)
+        return self._understood(load_json(text, brackets=self._limits.brackets))
+
+    def _understood(self, value: object) -> _Plan:
         if not isinstance(value, dict):
             raise RequestError("the request is no JSON object", remedy='Send {"inputs": [...]}')
         given = value.get("inputs")
         if not isinstance(given, list) or not given:
             raise RequestError('the request has no list "inputs"', remedy=_SHAPES)
-        if len(given) > len(self._specs):
-            raise RequestError(
-                f"the request has {len(given)} inputs, the model takes {len(self._specs)}", remedy=_SHAPES
-            )
+        self.check_count(len(given))
         inputs = tuple(self._input(item) for item in given)
         names = [item.spec.name for item in inputs]
         if len(set(names)) < len(names):
@@ -188,8 +234,9 @@ class Decoder:
             return _Input(spec, shape, 0, 0, data)
         expected_size = math.prod(shape) * np.dtype(spec.dtype).itemsize
         if type(size) is not int or size != expected_size:
+            told = str(size) if type(size) is int else shown(str(size))
             raise RequestError(
-                f"input {spec.name!r} has binary_data_size {shown(str(size))}, its shape needs {expected_size}",
+                f"input {spec.name!r} has {told} bytes (binary_data_size), its shape needs {expected_size}",
                 remedy="Send the bytes of the whole tensor",
             )
         return _Input(spec, shape, math.prod(shape), size, None)
@@ -247,6 +294,13 @@ class Decoder:
             )
         binary = _flag(parameters, "binary_data", default=binary)
         return RequestedOutput(spec.name, DATATYPES[spec.dtype], binary, classes)
+
+
+def _remember(plans: dict[bytes, _Plan], header: bytes, plan: _Plan) -> None:
+    if len(header) <= _SHORT:
+        if len(plans) >= _REMEMBERED:
+            plans.clear()
+        plans[header] = plan
 
 
 def load_json(text: bytes, *, brackets: int) -> Any:

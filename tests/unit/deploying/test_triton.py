@@ -8,11 +8,12 @@ from support.bundles import copy_bundle
 from unit.deploying.conftest import FOREIGN, fixed, foreign_bundle
 
 from bnexport.bundle import MODEL_ONNX, Bundle
-from bnexport.deploying.model_config import ENUMERATIONS, MESSAGES, check_config, read_config
+from bnexport.deploying.model_config import check_config, read_config
 from bnexport.deploying.repository import LABELS, deploy_triton
 from bnexport.deploying.request import DEVICES, NAME_RULES, DeployRequest, deployed_name, suggested_name
 from bnexport.errors import BundleError, ExportError, OutputError, UsageError
 from bnexport.exporting.triton import CONFIG, triton_config
+from bnexport.exporting.triton_messages import ENUMERATIONS, MESSAGES
 
 ROOT = Path(__file__).parents[3]
 FILES = frozenset({MODEL_ONNX, LABELS})

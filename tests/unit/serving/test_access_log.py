@@ -5,7 +5,7 @@ import json
 import select
 import threading
 
-from bnexport.serving.http.access_log import JsonLog
+from bnexport.serving.access_log import JsonLog
 
 
 class Stuck(io.StringIO):

@@ -131,7 +131,7 @@ def test_an_answer_does_not_tell_which_way_it_came(repository: Repository, calls
                 del line["id"]
         assert lines[0] == lines[1]
         assert houses[0].state.requests == houses[1].state.requests
-        assert (houses[0].state.intake.held, houses[0].server_state.total_requests) == (0, 1)
+        assert (houses[0].state.memory.held, houses[0].server_state.total_requests) == (0, 1)
 
     run(main)
 
@@ -221,7 +221,7 @@ def test_the_body_may_come_in_pieces_or_not_at_all(repository: Repository) -> No
         connection.data_received(data[:1000])
         assert house.state.active == 1, "a stop waits for it"
         connection.connection_lost(None)
-        assert (house.state.active, house.state.intake.held) == (0, 0)
+        assert (house.state.active, house.state.memory.held) == (0, 0)
         assert not wire.written
 
     run(main)
@@ -237,7 +237,7 @@ def test_a_client_that_went_away_gets_no_answer(repository: Repository) -> None:
         await quiet(house)
         assert not wire.written
         assert other.written.startswith(b"HTTP/1.1 200")
-        assert house.state.intake.held == 0
+        assert house.state.memory.held == 0
 
     run(main)
 

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 import orjson
 import pytest
 
-from bnexport.serving.http.records import Records, new_memory
-from bnexport.serving.http.totals import ModelTotals, Share, Totals, note_end, note_start, read_totals
+from bnexport.serving.records import Records, new_memory
 from bnexport.serving.statistics import ModelStatistics
+from bnexport.serving.totals import ModelTotals, Share, Totals, note_end, note_start, read_totals
 
 KEY = ("bn_lenet", "1")
 
@@ -34,7 +34,8 @@ def statistics(requests: int, *, rows: int = 3, ns: int = 1_500_000) -> ModelSta
 
 def totals(requests: int, *, ready: bool = True, waiting: int = 0) -> Totals:
     served = ModelTotals(ready, waiting, 1, statistics(requests))
-    return Totals(Counter({("v2", 200): requests, ("", 404): 1}), 1, {KEY: served})
+    calls = Counter({("/inference.GRPCInferenceService/ModelInfer", "OK"): 2 * requests})
+    return Totals(Counter({("v2", 200): requests, ("", 404): 1}), calls, 3, 2, {KEY: served})
 
 
 def test_a_record_is_whole_although_its_writer_was_killed(memory: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,7 +82,8 @@ def test_sums_leave_the_counters_of_each_process_alone(memory: int) -> None:
     for _ in range(3):
         together = first.together(own)
         assert together.requests == {("v2", 200): 10, ("", 404): 2}
-        assert (together.active, together.processes) == (2, {0: os.getpid(), 1: os.getpid()})
+        assert sum(together.calls.values()) == 20
+        assert (together.active, together.calls_active, together.processes) == (6, 4, {0: os.getpid(), 1: os.getpid()})
         found = together.models[KEY]
         assert (found.ready, found.waiting, found.sessions) == (False, 3, 2), "ready is what all are"
         assert found.statistics is not None
@@ -104,7 +106,8 @@ def test_a_successor_goes_on_counting(memory: int) -> None:
         assert published.models[KEY].waiting == 5
         note_end(records, 0)
         left = read_totals(records, 0)
-        assert (left.active, left.processes, left.starts) == (0, {}, {0: start})
+        assert (left.active, left.calls_active, left.processes, left.starts) == (0, 0, {}, {0: start})
+        assert sum(left.calls.values()) == 4 * start
         assert (left.models[KEY].ready, left.models[KEY].waiting, left.models[KEY].sessions) == (None, 0, 0)
         assert left.requests["v2", 200] == 2 * start
     seen = Share(records, 1, 2).together(totals(1))

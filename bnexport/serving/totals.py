@@ -11,7 +11,7 @@ from typing import Any
 
 import orjson
 
-from bnexport.serving.http.records import Records
+from bnexport.serving.records import Records
 from bnexport.serving.repository import Repository
 from bnexport.serving.statistics import ModelStatistics
 
@@ -52,15 +52,19 @@ class Totals:
     """Of a process, or of several.
 
     Attributes:
-        requests: (route, status) -> requests.
-        active: Requests that are being answered.
+        requests: (route, status) -> requests over HTTP.
+        calls: (method, code) -> calls over gRPC.
+        active: Requests and calls that are being answered.
+        calls_active: Calls that are being answered.
         models: (name, version) -> its totals.
         processes: Number -> process id of those that run; empty where there is one alone.
         starts: Number -> how often that process was started.
     """
 
     requests: Counter[tuple[str, int]] = field(default_factory=Counter)
+    calls: Counter[tuple[str, str]] = field(default_factory=Counter)
     active: int = 0
+    calls_active: int = 0
     models: dict[Key, ModelTotals] = field(default_factory=dict)
     processes: dict[int, int] = field(default_factory=dict)
     starts: dict[int, int] = field(default_factory=dict)
@@ -68,7 +72,9 @@ class Totals:
     def merge(self, other: Totals) -> None:
         """Add another process's, which stays as it is."""
         self.requests.update(other.requests)
+        self.calls.update(other.calls)
         self.active += other.active
+        self.calls_active += other.calls_active
         self.processes |= other.processes
         self.starts |= other.starts
         for key, found in other.models.items():
@@ -78,7 +84,9 @@ class Totals:
         """Plain JSON values."""
         return {
             "requests": [[route, status, count] for (route, status), count in self.requests.items()],
+            "calls": [[method, code, count] for (method, code), count in self.calls.items()],
             "active": self.active,
+            "calls_active": self.calls_active,
             "models": [
                 [*key, m.ready, m.waiting, m.sessions, None if m.statistics is None else m.statistics.to_record()]
                 for key, m in self.models.items()
@@ -92,7 +100,9 @@ class Totals:
         """What ``to_record`` wrote."""
         return cls(
             Counter({(route, status): count for route, status, count in record["requests"]}),
+            Counter({(method, code): count for method, code, count in record["calls"]}),
             record["active"],
+            record["calls_active"],
             {
                 (name, version): ModelTotals(
                     ready, waiting, sessions, None if counted is None else ModelStatistics.from_record(counted)
@@ -106,11 +116,11 @@ class Totals:
     def ended(self) -> Totals:
         """What is left of a process that ended: what it has counted, but neither its queues nor its readiness."""
         models = {key: ModelTotals(ready=None, statistics=found.statistics) for key, found in self.models.items()}
-        return Totals(self.requests, 0, models, {}, self.starts)
+        return Totals(self.requests, self.calls, models=models, starts=self.starts)
 
 
-def totals_of(repository: Repository, requests: Counter[tuple[str, int]], active: int) -> Totals:
-    """The totals of this process alone; the counters are its own and go on counting."""
+def models_of(repository: Repository) -> dict[Key, ModelTotals]:
+    """The totals of this process's models; the counters are their own and go on counting."""
     models: dict[Key, ModelTotals] = {}
     for name, version, entry in repository.each():
         served = entry.served
@@ -119,7 +129,7 @@ def totals_of(repository: Repository, requests: Counter[tuple[str, int]], active
             if served is None
             else ModelTotals(True, served.batcher.waiting, served.batcher.workers, served.statistics)
         )
-    return Totals(requests, active, models)
+    return models
 
 
 class Share:
@@ -184,7 +194,7 @@ def _of_known(before: Totals, own: Totals) -> Totals:
     """What was counted before, of the versions that are served now."""
     served = {key for key, found in own.models.items() if found.statistics is not None}
     models = {key: found for key, found in before.models.items() if key in served}
-    return Totals(before.requests, 0, models, {}, before.starts)
+    return Totals(before.requests, before.calls, models=models, starts=before.starts)
 
 
 def read_totals(records: Records, slot: int) -> Totals:

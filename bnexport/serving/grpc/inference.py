@@ -1,0 +1,176 @@
+"""ModelInfer: from a message to a request that fits its model, and from its answer to a message."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from google.protobuf.message import DecodeError
+
+from bnexport.errors import RequestError
+from bnexport.screening.refusal import shown
+from bnexport.serving.grpc.call import Call
+from bnexport.serving.grpc.schema import classes
+from bnexport.serving.grpc.wire import BROKEN, Span, Split, split
+from bnexport.serving.protocol.decoding import Decoder
+from bnexport.serving.protocol.encoding import binary_texts
+from bnexport.serving.protocol.messages import DATATYPES, InferRequest, InferResponse
+from bnexport.serving.state import ServerState
+
+#: The protocol's element type -> the field of InferTensorContents that holds it, and the type that it has there. What is not
+#: here comes as raw bytes only.
+CONTENTS: dict[str, tuple[str, str]] = {
+    "BOOL": ("bool_contents", "bool"),
+    "INT8": ("int_contents", "int8"),
+    "INT16": ("int_contents", "int16"),
+    "INT32": ("int_contents", "int32"),
+    "INT64": ("int64_contents", "int64"),
+    "UINT8": ("uint_contents", "uint8"),
+    "FP32": ("fp32_contents", "float32"),
+    "FP64": ("fp64_contents", "float64"),
+}
+#: Descriptions no longer than this are remembered, as many as _REMEMBERED, with the model that they name.
+_SHORT, _REMEMBERED = 2048, 256
+_known: dict[bytes, tuple[str, str]] = {}
+
+
+async def infer(state: ServerState, call: Call, message: bytes) -> Any:
+    """The hot path: decode, queue, encode.
+
+    Returns:
+        A ModelInferResponse.
+
+    Raises:
+        RequestError: The message is malformed, or does not fit the model.
+        NotServing: The model is not ready, too many requests wait, or the answer would come too late.
+        BnexportError: The engine failed.
+    """
+    parts = split(message, most=state.settings.limits.header_json_bytes)
+    name, version = _known.get(parts.header) or _named(parts.header)
+    model = call.model = state.repository.resolve(name, version or None)
+    request = decode(model.decoder, message, parts, patience=call.context.time_remaining())
+    call.rows = request.rows
+    # With company it queues, where those that came together become one batch.
+    arrays = model.batcher.run_now(request.inputs, request.rows) if state.active == 1 else None
+    response = await model.infer(request) if arrays is None else model.response(request, arrays)
+    return encoded(response)
+
+
+def decode(decoder: Decoder, message: bytes, parts: Split, *, patience: float | None = None) -> InferRequest:
+    """Decode a request.
+
+    Args:
+        decoder: Of the model that it names.
+        message: As it came.
+        parts: Of the message.
+        patience: Seconds that the client waits; None without a deadline.
+
+    Raises:
+        RequestError: What is wrong, and what would be right.
+    """
+    body, spans, key = message, parts.raw, parts.header
+    if not spans:
+        body, spans = _typed(_parsed(parts.header), decoder)
+        key = b""
+    describe = functools.partial(_described, parts.header, decoder, spans, typed=not parts.raw)
+    return decoder.decode_parts(body, spans, describe=describe, key=key, request_id=parts.id, patience=patience)
+
+
+def encoded(response: InferResponse) -> Any:
+    """An answer as a ModelInferResponse, its tensors as raw bytes."""
+    made = classes()["ModelInferResponse"](model_name=response.model, model_version=response.version, id=response.id)
+    for tensor in response.outputs:
+        made.outputs.add(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)
+        data = tensor.data
+        raw = data.tobytes() if isinstance(data, np.ndarray) else binary_texts(list(data))
+        made.raw_output_contents.append(raw)
+    return made
+
+
+def _named(header: bytes) -> tuple[str, str]:
+    """Name and version of the model that a request is for."""
+    message = _parsed(header)
+    found = message.model_name, message.model_version
+    if len(header) <= _SHORT:
+        if len(_known) >= _REMEMBERED:
+            _known.clear()
+        _known[header] = found
+    return found
+
+
+def _parsed(header: bytes) -> Any:
+    try:
+        return classes()["ModelInferRequest"].FromString(header)
+    except DecodeError as error:
+        raise RequestError(BROKEN, remedy="Let a client of the protocol write it") from error
+
+
+def _described(header: bytes, decoder: Decoder, spans: Sequence[Span], *, typed: bool) -> dict[str, Any]:
+    """A request as the protocol's JSON describes it, its tensors as bytes of known sizes."""
+    message = _parsed(header)
+    decoder.check_count(len(message.inputs))
+    if len(spans) != len(message.inputs):
+        raise RequestError(
+            f"the request has {len(spans)} raw_input_contents for {len(message.inputs)} inputs",
+            remedy="Send the bytes of each input, in the order of the inputs",
+        )
+    if not typed and any(item.contents.ListFields() for item in message.inputs):
+        raise RequestError(
+            "the request has both contents and raw_input_contents", remedy="Send all tensors in one of the two ways"
+        )
+    return {
+        "parameters": _values(message.parameters) | {"binary_data_output": True},
+        "inputs": [
+            {
+                "name": item.name,
+                "datatype": item.datatype,
+                "shape": list(item.shape),
+                "parameters": _values(item.parameters) | {"binary_data_size": size},
+            }
+            for item, (_, size) in zip(message.inputs, spans, strict=True)
+        ],
+        "outputs": [
+            {"name": item.name, "parameters": _values(item.parameters) | {"binary_data": True}}
+            for item in message.outputs
+        ],
+    }
+
+
+def _values(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: getattr(parameter, choice) if (choice := parameter.WhichOneof("parameter_choice")) else None
+        for name, parameter in parameters.items()
+    }
+
+
+def _typed(message: Any, decoder: Decoder) -> tuple[bytes, list[Span]]:
+    """The contents of all inputs as bytes one behind the other, and where each is."""
+    decoder.check_count(len(message.inputs))
+    chunks = [_bytes_of(item) for item in message.inputs]
+    ends = list(itertools.accumulate(map(len, chunks), initial=0))
+    return b"".join(chunks), [(start, len(chunk)) for start, chunk in zip(ends, chunks, strict=False)]
+
+
+def _bytes_of(item: Any) -> bytes:
+    """The contents of one input in its element type; whether that is the model's is looked at later."""
+    if item.datatype not in DATATYPES.values():
+        return b""
+    told = f"input {shown(item.name)}"
+    if item.datatype not in CONTENTS:
+        raise RequestError(f"{told} is {item.datatype}, which contents can't hold", remedy="Send raw_input_contents")
+    field, dtype = CONTENTS[item.datatype]
+    filled = [found.name for found, _ in item.contents.ListFields()]
+    if filled != [field]:
+        raise RequestError(
+            f"{told} has {'no data' if not filled else ' and '.join(filled)}",
+            remedy=f"Send {item.datatype} as {field}, or all tensors as raw_input_contents",
+        )
+    values = getattr(item.contents, field)
+    kind = np.dtype(dtype).kind
+    wide = np.fromiter(values, np.int64 if kind in "iu" else dtype, len(values))
+    if kind in "iu" and not np.iinfo(dtype).min <= wide.min() <= wide.max() <= np.iinfo(dtype).max:
+        raise RequestError(f"{told} holds a number that {dtype} can't", remedy="Send smaller numbers")
+    return wide.astype(dtype).tobytes()

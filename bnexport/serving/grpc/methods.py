@@ -1,0 +1,156 @@
+"""The table of methods, and the handlers of the protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, NamedTuple
+
+from google.protobuf import json_format
+from google.protobuf.message import DecodeError
+
+from bnexport.errors import RequestError
+from bnexport.serving import describing
+from bnexport.serving.grpc.call import Call
+from bnexport.serving.grpc.health import check
+from bnexport.serving.grpc.inference import infer
+from bnexport.serving.grpc.schema import HEALTH_PACKAGE, PACKAGE, classes
+from bnexport.serving.repository import READY
+from bnexport.serving.state import ServerState
+
+#: (state, call, the request's message) -> the answer's.
+Handler = Callable[[ServerState, Call, Any], Awaitable[Any]]
+
+
+class Method(NamedTuple):
+    """One row of METHODS.
+
+    Attributes:
+        request: Name of the request's message; "" for a handler that takes the bytes as they came.
+        handler: Answers.
+        probe: Whether it is a probe of a supervisor: open without a token, and no work that a stop waits for.
+    """
+
+    request: str
+    handler: Handler
+    probe: bool = False
+
+    async def answer(self, state: ServerState, call: Call, data: bytes) -> bytes:
+        """Answer a message.
+
+        Raises:
+            RequestError: It is malformed.
+            BnexportError: The handler's.
+        """
+        if not self.request:
+            made = await self.handler(state, call, data)
+        else:
+            made = await self.handler(state, call, _parsed(self.request, data, state.settings.limits.header_json_bytes))
+        answer: bytes = made.SerializeToString()
+        return answer
+
+
+def _parsed(name: str, data: bytes, most: int) -> Any:
+    if len(data) > most:
+        raise RequestError(
+            f"the message has {len(data)} bytes, the limit is {most}", remedy="Send a name and a version", status=413
+        )
+    kind = classes()[name]
+    try:
+        return kind.FromString(data)
+    except DecodeError as error:
+        raise RequestError(
+            f"the message is no {kind.DESCRIPTOR.full_name}", remedy="Let a client of the protocol write it"
+        ) from error
+
+
+def _filled(name: str, value: Mapping[str, Any]) -> Any:
+    """A message with these values."""
+    return json_format.ParseDict(dict(value), classes()[name]())
+
+
+async def server_live(_state: ServerState, _call: Call, _request: Any) -> Any:
+    """The process answers."""
+    return classes()["ServerLiveResponse"](live=True)
+
+
+async def server_ready(state: ServerState, _call: Call, _request: Any) -> Any:
+    """Whether requests should be sent here."""
+    return classes()["ServerReadyResponse"](ready=not describing.why_not_ready(state))
+
+
+async def model_ready(state: ServerState, _call: Call, request: Any) -> Any:
+    """Whether a model answers; one that is not known does not."""
+    try:
+        ready = not describing.why_model_not_ready(state, request.name, request.version or None)
+    except RequestError:
+        ready = False
+    return classes()["ModelReadyResponse"](ready=ready)
+
+
+async def server_metadata(_state: ServerState, _call: Call, _request: Any) -> Any:
+    """Name, version and extensions."""
+    return _filled("ServerMetadataResponse", describing.server_metadata())
+
+
+async def model_metadata(state: ServerState, _call: Call, request: Any) -> Any:
+    """Inputs, outputs and versions."""
+    return _filled("ModelMetadataResponse", describing.model_metadata(state, request.name, request.version or None))
+
+
+async def model_config(state: ServerState, _call: Call, request: Any) -> Any:
+    """Triton's model configuration."""
+    config = state.repository.resolve(request.name, request.version or None).config()
+    return _filled("ModelConfigResponse", {"config": config})
+
+
+async def model_statistics(state: ServerState, _call: Call, request: Any) -> Any:
+    """Counters of one model, or of all."""
+    found = describing.statistics(state, request.name or None, request.version or None)
+    return _filled("ModelStatisticsResponse", found)
+
+
+async def repository_index(state: ServerState, _call: Call, request: Any) -> Any:
+    """Every model version with its state, or those that are ready."""
+    models = [row for row in state.repository.index() if not request.ready or row["state"] == READY]
+    return _filled("RepositoryIndexResponse", {"models": models})
+
+
+async def load(state: ServerState, _call: Call, request: Any) -> Any:
+    """Load a model's versions from disk."""
+    state.permit_loading()
+    if request.parameters:
+        raise RequestError("a model is loaded as it lies on disk, without parameters", remedy="Send none")
+    await state.repository.reload(_model_named(request))
+    return classes()["RepositoryModelLoadResponse"]()
+
+
+async def unload(state: ServerState, _call: Call, request: Any) -> Any:
+    """Close a model's versions."""
+    state.permit_loading()
+    state.repository.unload(_model_named(request))
+    return classes()["RepositoryModelUnloadResponse"]()
+
+
+def _model_named(request: Any) -> str:
+    """The model's name, which KServe's form of the message has where Triton's has the repository's."""
+    return str(request.model_name or request.repository_name)
+
+
+_SERVICE = f"/{PACKAGE}.GRPCInferenceService/"
+INFER, STREAM = f"{_SERVICE}ModelInfer", f"{_SERVICE}ModelStreamInfer"
+WATCH = f"/{HEALTH_PACKAGE}.Health/Watch"
+#: Path -> method. The two that stream, STREAM and WATCH, are the door's.
+METHODS: dict[str, Method] = {
+    INFER: Method("", infer),
+    f"{_SERVICE}ServerLive": Method("ServerLiveRequest", server_live, probe=True),
+    f"{_SERVICE}ServerReady": Method("ServerReadyRequest", server_ready, probe=True),
+    f"{_SERVICE}ModelReady": Method("ModelReadyRequest", model_ready, probe=True),
+    f"{_SERVICE}ServerMetadata": Method("ServerMetadataRequest", server_metadata),
+    f"{_SERVICE}ModelMetadata": Method("ModelMetadataRequest", model_metadata),
+    f"{_SERVICE}ModelConfig": Method("ModelConfigRequest", model_config),
+    f"{_SERVICE}ModelStatistics": Method("ModelStatisticsRequest", model_statistics),
+    f"{_SERVICE}RepositoryIndex": Method("RepositoryIndexRequest", repository_index),
+    f"{_SERVICE}RepositoryModelLoad": Method("RepositoryModelLoadRequest", load),
+    f"{_SERVICE}RepositoryModelUnload": Method("RepositoryModelUnloadRequest", unload),
+    f"/{HEALTH_PACKAGE}.Health/Check": Method("HealthCheckRequest", check, probe=True),
+}

@@ -1,0 +1,140 @@
+"""What all requests of a server share, whichever door they come in by."""
+
+from __future__ import annotations
+
+import hmac
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+
+from bnexport.errors import NotServing, RequestError
+from bnexport.serving.access_log import JsonLog
+from bnexport.serving.limits import ServingLimits
+from bnexport.serving.repository import Repository
+from bnexport.serving.totals import Share, Totals, models_of
+
+
+@dataclass(frozen=True)
+class AppSettings:
+    """What clients may do.
+
+    Attributes:
+        limits: Of one request.
+        token: What clients must show as a bearer token, but for the health probes; None lets everybody in.
+        allow_load: Whether models may be loaded and unloaded by request.
+    """
+
+    limits: ServingLimits = field(default_factory=ServingLimits)
+    token: bytes | None = None
+    allow_load: bool = False
+
+
+class Memory:
+    """How many bytes the requests that are being answered hold together.
+
+    Args:
+        most: Bytes at most.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.held, self._most = 0, most
+
+    def hold(self, size: int) -> None:
+        """Count so many bytes more.
+
+        Raises:
+            NotServing: They would be too many.
+        """
+        if self.held + size > self._most:
+            raise NotServing("the requests that are being answered fill the memory", remedy="Try again in a second")
+        self.held += size
+
+    def release(self, size: int) -> None:
+        """Count so many bytes less."""
+        self.held -= size
+
+
+class ServerState:
+    """The models, the settings, and what is going on.
+
+    Args:
+        repository: Loaded.
+        settings: What clients may do.
+        log: Of requests and events.
+        share: Where this process's counters are kept for the others; None where it serves alone.
+
+    Attributes:
+        memory: Counts what requests hold.
+        draining: Whether the server is about to stop.
+        active: Requests that are being answered, of all doors.
+        last_work: When the last request came that was no probe, by ``time.monotonic``.
+        requests: (route, status) -> requests over HTTP.
+        calls: (method, code) -> calls over gRPC.
+        calls_active: Calls over gRPC that are being answered.
+    """
+
+    def __init__(
+        self, repository: Repository, settings: AppSettings, log: JsonLog, *, share: Share | None = None
+    ) -> None:
+        self.repository, self.settings, self.log, self.share = repository, settings, log, share
+        self.memory = Memory(settings.limits.held_bytes)
+        self.draining = False
+        self.active = 0
+        self.last_work = time.monotonic()
+        self.requests: Counter[tuple[str, int]] = Counter()
+        self.calls: Counter[tuple[str, str]] = Counter()
+        self.calls_active = 0
+
+    def totals(self) -> Totals:
+        """What has been counted, by all processes."""
+        own = self._own_totals()
+        return own if self.share is None else self.share.together(own)
+
+    def publish(self, *, at_once: bool = True) -> None:
+        """Let the other processes know what this one has counted."""
+        if self.share is not None and (at_once or self.share.due()):
+            self.share.publish(self._own_totals())
+
+    def tick(self) -> None:
+        """Fail what is past its deadline, and publish; to be called ten times a second."""
+        for _, _, entry in self.repository.each():
+            if entry.served is not None:
+                entry.served.batcher.expire()
+        self.publish(at_once=False)
+
+    def _own_totals(self) -> Totals:
+        """Of this process; its counters go on counting."""
+        return Totals(self.requests, self.calls, self.active, self.calls_active, models_of(self.repository))
+
+    def let_in(self, authorization: bytes) -> None:
+        """Refuse who does not show the token.
+
+        Args:
+            authorization: The header, or gRPC's metadata, of that name; empty without one.
+
+        Raises:
+            RequestError: There is a token, and this is not it (401).
+        """
+        token = self.settings.token
+        if token is None:
+            return
+        kind, _, shown = authorization.partition(b" ")
+        if kind.lower() != b"bearer" or not hmac.compare_digest(shown.strip(), token):
+            raise RequestError(
+                "the request shows no token, or another one",
+                remedy="Send the header Authorization: Bearer TOKEN",
+                status=401,
+            )
+
+    def permit_loading(self) -> None:
+        """Refuse to load and unload, unless that is allowed.
+
+        Raises:
+            RequestError: It is not (403).
+        """
+        if not self.settings.allow_load:
+            raise RequestError(
+                "this server does not load or unload models by request",
+                remedy="Start it with --allow-load, or let it look for changes with --poll",
+                status=403,
+            )

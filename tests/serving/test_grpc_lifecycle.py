@@ -1,0 +1,188 @@
+"""Stopping and switching while calls over gRPC come: no call that was accepted is lost."""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import grpc
+import numpy as np
+from support.grpc_calls import HEALTH, SERVICE, call, channel_to, infer_request, logits_of_message
+from support.serving import PATIENCE, ROOT, Server, serving, until
+
+INFER = SERVICE + "ModelInfer"
+DOOR = ("--grpc-port", "0")
+
+
+class Clients:
+    """Threads that call without a pause, each on a connection of its own, until the server takes no calls any more."""
+
+    def __init__(self, server: Server, images: np.ndarray, logits: np.ndarray, *, count: int = 4) -> None:
+        self.server, self.logits = server, logits
+        self.data = infer_request(images).SerializeToString()
+        self.stop, self.lock = threading.Event(), threading.Lock()
+        self.answered, self.refused, self.failures = 0, 0, []  # type: ignore[var-annotated]
+        self.threads = [threading.Thread(target=self._run) for _ in range(count)]
+
+    def __enter__(self) -> Clients:
+        for thread in self.threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop.set()
+        self.join()
+
+    def join(self) -> None:
+        for thread in self.threads:
+            thread.join(PATIENCE)
+            assert not thread.is_alive()
+
+    def _run(self) -> None:
+        with channel_to(self.server) as channel:
+            while not self.stop.is_set():
+                told = call(channel, INFER, self.data)
+                with self.lock:
+                    if told.code == "UNAVAILABLE":
+                        self.refused += 1
+                        return
+                    if told.code != "OK" or not np.allclose(logits_of_message(told.data), self.logits, atol=1e-3):
+                        self.failures.append(told)
+                        return
+                    self.answered += 1
+
+
+def logged(server: Server, status: str = "OK") -> int:
+    return sum(event.get("path") == INFER and event.get("status") == status for event in server.events())
+
+
+def test_sigterm_loses_nothing(models: Path, tmp_path: Path, images: np.ndarray, logits: np.ndarray) -> None:
+    with (
+        serving(models, tmp_path / "log", *DOOR, "--grace", "4") as server,
+        Clients(server, images, logits) as clients,
+    ):
+        until(lambda: clients.answered > 50)
+        server.process.send_signal(signal.SIGTERM)
+        until(lambda: server.ask("GET", "/v2/health/ready").status == 503)
+        with channel_to(server) as channel:
+            assert call(channel, HEALTH + "Check", b"").data == b"\x08\x02", "NOT_SERVING"
+        before = clients.answered
+        assert server.process.wait(PATIENCE) == 0
+        clients.join()
+    assert clients.failures == []
+    assert clients.refused == 4, "each was told to go elsewhere"
+    assert clients.answered > before, "it went on answering after it was told to stop"
+    assert clients.answered == logged(server), "whoever was served has the answer"
+    assert [event["event"] for event in server.events() if "event" in event][-1] == "stopped"
+
+
+def test_a_server_that_nobody_asks_stops_at_once(models: Path, tmp_path: Path, images: np.ndarray) -> None:
+    """Idle connections, an idle stream and one who watches do not keep it."""
+    requests: queue.Queue[bytes | None] = queue.Queue()
+    with serving(models, tmp_path / "log", *DOOR, "--grace", "1000") as server, channel_to(server) as channel:
+        watch = channel.unary_stream(HEALTH + "Watch")(b"", timeout=PATIENCE)
+        next(watch)
+        stream = channel.stream_stream(SERVICE + "ModelStreamInfer")(iter(requests.get, None), timeout=PATIENCE)
+        requests.put(infer_request(images).SerializeToString())
+        next(stream)
+        assert server.stop() == 0
+        assert list(watch) == [b"\x08\x02"]
+        requests.put(None)
+        assert stream.code() is grpc.StatusCode.UNAVAILABLE
+        assert "has stopped" in stream.details()
+
+
+def test_a_call_whose_message_is_on_its_way_is_answered(models: Path, tmp_path: Path, images: np.ndarray) -> None:
+    messages: queue.Queue[bytes | None] = queue.Queue()
+    with serving(models, tmp_path / "log", *DOOR, "--grace", "20") as server, channel_to(server) as channel:
+        waiting = channel.stream_unary(INFER).future(iter(messages.get, None), timeout=PATIENCE)
+        until(lambda: "bnexport_grpc_calls_active 1.0" in server.ask("GET", "/metrics").body.decode())
+        server.process.send_signal(signal.SIGTERM)
+        until(lambda: server.ask("GET", "/v2/health/ready").status == 503)
+        messages.put(infer_request(images).SerializeToString())
+        messages.put(None)
+        assert logits_of_message(waiting.result()).shape == (12, 10)
+        assert server.process.wait(PATIENCE) == 0
+
+
+def test_what_does_not_come_is_given_up(models: Path, tmp_path: Path) -> None:
+    """At the end of --grace, or at the second signal."""
+    for grace, signals in (("1", 1), ("1000", 2)):
+        messages: queue.Queue[bytes | None] = queue.Queue()
+        with serving(models, tmp_path / "log", *DOOR, "--grace", grace) as server, channel_to(server) as channel:
+            waiting = channel.stream_unary(INFER).future(iter(messages.get, None), timeout=PATIENCE)
+            until(lambda: "bnexport_grpc_calls_active 1.0" in server.ask("GET", "/metrics").body.decode())
+            for _ in range(signals):
+                server.process.send_signal(signal.SIGTERM)
+                until(lambda: server.process.poll() is not None or b"false" in _ready(server))
+            assert server.process.wait(PATIENCE) == 0
+            messages.put(None)
+            assert waiting.exception().code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
+        assert "Traceback" not in server.log.read_text()
+
+
+def _ready(server: Server) -> bytes:
+    try:
+        return server.ask("GET", "/v2/health/ready").body
+    except OSError:
+        return b"false"
+
+
+def test_a_model_is_loaded_again_under_way(models: Path, tmp_path: Path, images, logits) -> None:
+    with (
+        serving(models, tmp_path / "log", *DOOR, "--allow-load") as server,
+        Clients(server, images, logits, count=3) as clients,
+    ):
+        for count in (20, 40, 60):
+            until(lambda count=count: clients.answered > count or clients.failures or clients.refused)
+            assert server.ask("POST", "/v2/repository/models/bn_lenet/load", b"{}").status == 200
+        before = clients.answered
+        until(lambda: clients.answered > before + 20)
+    assert (clients.failures, clients.refused) == ([], 0)
+
+
+def refused(code: str, *words: str) -> str:
+    """What the command says that ends with an error; ``code`` is run before it."""
+    program = f"import sys; {code}; from bnexport.cli.main import main; sys.exit(main(sys.argv[1:]))"
+    done = subprocess.run(
+        [sys.executable, "-c", program, "serve", *words],
+        capture_output=True, text=True, timeout=PATIENCE, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode in (2, 3), (done.stdout, done.stderr)
+    assert "Traceback" not in done.stderr
+    return f"{done.returncode}: {done.stderr}"
+
+
+def test_what_can_not_be_opened_ends_with_a_sentence(server: Server, models: Path) -> None:
+    words = (str(models), "--port", "0", "--grpc-port")
+    taken = refused("pass", *words, str(server.grpc_port))
+    assert taken.startswith("2: ")
+    assert f"port {server.grpc_port} can't be served on" in taken
+    missing = refused("sys.modules['grpc'] = None", *words, "0")
+    assert missing.startswith("3: ")
+    assert "bnexport serve --grpc-port needs grpc" in missing
+    assert "bnexport[grpc]" in missing
+    assert refused("pass", *words, "70000").startswith("2: ")
+
+
+def test_two_servers_share_a_port(models: Path, tmp_path: Path, images: np.ndarray) -> None:
+    with serving(models, tmp_path / "a", "--reuse-port", *DOOR) as first:
+        words = ["--reuse-port", "--grpc-port", str(first.grpc_port)]
+        with serving(models, tmp_path / "b", *words) as second:
+            assert first.grpc_port == second.grpc_port
+            data = infer_request(images).SerializeToString()
+
+            def ask() -> bool:
+                with channel_to(first) as channel:
+                    assert call(channel, INFER, data).code == "OK"
+                return logged(first) > 0 and logged(second) > 0
+
+            until(ask)
+            assert second.stop() == 0
+        with channel_to(first) as channel:
+            assert call(channel, INFER, data).code == "OK", "what is left answers all"

@@ -1,0 +1,171 @@
+"""Every malformed call gets a code with one sentence, the process lives, and the next good call is answered."""
+
+from __future__ import annotations
+
+import re
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import numpy as np
+import pytest
+from serving.malformed_grpc import CASES, INFER, Case, good
+from support.grpc_calls import HEALTH, SERVICE, call, channel_to, infer, infer_request
+from support.serving import PATIENCE, Server, serving
+
+
+@pytest.fixture(scope="module")
+def channel(server: Server) -> Iterator[grpc.Channel]:
+    with channel_to(server) as made:
+        yield made
+
+
+def alive(server: Server, channel: grpc.Channel, images: np.ndarray, logits: np.ndarray) -> None:
+    assert server.process.poll() is None
+    assert np.allclose(infer(channel, images), logits, rtol=0, atol=1e-5 * np.abs(logits).max())
+
+
+def test_the_table_is_long_enough() -> None:
+    assert len(CASES) >= 60
+    assert len({case.name for case in CASES}) == len(CASES)
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+def test_refused_with_a_reason(
+    server: Server, channel: grpc.Channel, images: np.ndarray, logits: np.ndarray, case: Case
+) -> None:
+    told = call(channel, case.path, *case.messages, **case.options)
+    assert (told.code, case.says in told.says) == (case.code, True), told
+    assert told.says.isprintable()
+    assert len(told.says) < 700
+    alive(server, channel, images, logits)
+
+
+def test_bombs_leave_nothing_behind(server: Server, channel: grpc.Channel) -> None:
+    bombs = [case for case in CASES if "bomb" in case.name]
+    assert len(bombs) == 2
+    for case in bombs * 3:
+        assert call(channel, case.path, *case.messages, **case.options).code == case.code
+    text = server.ask("GET", "/metrics").body.decode()
+    found = re.search(r"^process_resident_memory_bytes (\S+)", text, re.MULTILINE)
+    if found is None:
+        pytest.skip("this system does not tell how much memory a process has")
+    assert float(found[1]) < 700e6
+
+
+def test_what_the_log_says_of_them_is_json(server: Server) -> None:
+    assert "Traceback" not in server.log.read_text()
+    assert not [event for event in server.events() if event.get("event") == "fault"]
+
+
+@pytest.mark.parametrize(
+    "data", [b"GET / HTTP/1.1\r\n\r\n", bytes(range(256)) * 8, b"", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"]
+)
+def test_no_http2(server: Server, channel: grpc.Channel, images: np.ndarray, logits: np.ndarray, data: bytes) -> None:
+    with socket.create_connection(("127.0.0.1", server.grpc_port), timeout=PATIENCE) as client:
+        client.sendall(data)
+        client.shutdown(socket.SHUT_WR)
+        while client.recv(65536):
+            pass
+    alive(server, channel, images, logits)
+
+
+def test_a_message_that_does_not_come(models: Path, tmp_path: Path) -> None:
+    words = ["--grpc-port", "0", "--limit", "body_seconds=0.5"]
+    with serving(models, tmp_path / "log", *words) as hasty, channel_to(hasty) as channel:
+        stop = threading.Event()
+
+        def nothing() -> Iterator[bytes]:
+            stop.wait(PATIENCE)
+            yield from ()
+
+        waiting = channel.stream_unary(INFER).future(nothing(), timeout=PATIENCE)
+        try:
+            error = waiting.exception()
+        finally:
+            stop.set()
+        assert error.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert "Send it faster" in error.details()
+        assert call(channel, INFER, good().SerializeToString()).code == "OK"
+
+
+def test_limits_are_the_servers(models: Path, tmp_path: Path, images: np.ndarray) -> None:
+    words = ["--grpc-port", "0", "--limit", "body_bytes=20000", "--limit", "batch=3"]
+    with serving(models, tmp_path / "log", *words) as small, channel_to(small) as channel:
+        assert call(channel, INFER, bytes(30_000)).code == "RESOURCE_EXHAUSTED"
+        packed = call(channel, INFER, bytes(30_000), compression=grpc.Compression.Gzip)
+        assert packed.code == "RESOURCE_EXHAUSTED"
+        assert infer(channel, images[:3]).shape == (3, 10)
+
+
+def test_a_client_that_leaves_is_no_fault(server: Server, channel: grpc.Channel, images, logits) -> None:
+    message = good().SerializeToString()
+    for path in (INFER, SERVICE + "ServerMetadata"):
+        for _ in range(20):
+            started = channel.unary_unary(path).future(message if path == INFER else b"", timeout=PATIENCE)
+            started.cancel()
+    told = call(channel, INFER, message, timeout=1e-4)
+    assert told.code in ("DEADLINE_EXCEEDED", "OK")
+    alive(server, channel, images, logits)
+    assert not [event for event in server.events() if event.get("event") == "fault"]
+
+
+def test_no_more_calls_than_the_limit(models: Path, tmp_path: Path, images: np.ndarray) -> None:
+    words = ["--grpc-port", "0", "--limit", "connections=3"]
+    stop = threading.Event()
+
+    def nothing() -> Iterator[bytes]:
+        stop.wait(PATIENCE)
+        yield from ()
+
+    with serving(models, tmp_path / "log", *words) as small, channel_to(small) as channel:
+        held = [channel.stream_unary(INFER).future(nothing(), timeout=PATIENCE) for _ in range(6)]
+        try:
+            over = [future.exception() for future in held[3:]]
+        finally:
+            stop.set()
+        assert {error.code() for error in over} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
+        assert {future.exception().code() for future in held[:3]} == {grpc.StatusCode.INVALID_ARGUMENT}
+        assert infer(channel, images).shape == (12, 10)
+
+
+def test_messages_that_fill_the_memory_together(models: Path, tmp_path: Path, images: np.ndarray) -> None:
+    words = ["--grpc-port", "0", "--limit", "held_bytes=20000"]
+    with serving(models, tmp_path / "log", *words) as small, channel_to(small) as channel:
+        told = call(channel, INFER, bytes(30_000))
+        assert (told.code, "fill the memory" in told.says) == ("UNAVAILABLE", True)
+        for _ in range(10):
+            assert infer(channel, images[:3]).shape == (3, 10)
+
+
+def test_a_full_queue(models: Path, tmp_path: Path, images: np.ndarray) -> None:
+    """Two sessions run in threads, so that the queue is real; one request of it may wait."""
+    few = ["--grpc-port", "0", "--workers", "2", "--max-batch", "1", "--limit", "queue=1"]
+    with serving(models, tmp_path / "log", *few) as server:
+        data = infer_request(np.tile(images, (60, 1, 1, 1))).SerializeToString()
+        found: list[tuple[str, bool]] = []
+
+        def ask() -> None:
+            with channel_to(server) as channel:
+                for _ in range(6):
+                    told = call(channel, INFER, data)
+                    found.append((told.code, "which is the limit" in told.says))
+
+        threads = [threading.Thread(target=ask) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(PATIENCE)
+        assert set(found) == {("OK", False), ("UNAVAILABLE", True)}
+
+
+def test_no_more_who_watch_than_there_is_room_for(server: Server, channel: grpc.Channel, images, logits) -> None:
+    watching = [channel.unary_stream(HEALTH + "Watch")(b"", timeout=PATIENCE) for _ in range(256)]
+    assert {next(watch) for watch in watching} == {b"\x08\x01"}
+    with pytest.raises(grpc.RpcError, match="watch already"):
+        next(channel.unary_stream(HEALTH + "Watch")(b"", timeout=PATIENCE))
+    alive(server, channel, images, logits)
+    for watch in watching:
+        watch.cancel()
