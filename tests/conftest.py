@@ -59,10 +59,19 @@ def _tritonclient() -> str | None:
     return None if installed("tritonclient") and installed("grpc") else "tritonclient[grpc] is not installed"
 
 
+def _triton() -> str | None:
+    named = os.environ.get("BNEXPORT_TRITON")
+    return None if named else "BNEXPORT_TRITON names no Python with nvidia-pytriton ('install' makes one, 405 MB)"
+
+
 def _ray() -> str | None:
     from bnexport.optional import installed
 
     return None if installed("ray") else "ray is not installed"
+
+
+def _wrk() -> str | None:
+    return None if shutil.which("wrk") and shutil.which("h2load") else "wrk or h2load is not installed"
 
 
 CAPABILITIES: dict[str, Callable[[], str | None]] = {
@@ -72,8 +81,10 @@ CAPABILITIES: dict[str, Callable[[], str | None]] = {
     "openvino": functools.cache(_openvino),
     "data": functools.cache(_data),
     "tritonclient": functools.cache(_tritonclient),
+    "triton": functools.cache(_triton),
     "ray": functools.cache(_ray),
     "chromium": functools.cache(_chromium),
+    "wrk": functools.cache(_wrk),
 }
 
 

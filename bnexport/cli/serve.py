@@ -31,7 +31,8 @@ class _Workers(click.ParamType[int | None]):
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 is every one.")
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
 @click.option("--grpc-port", type=click.IntRange(0, 65535), metavar="N", help="Open a gRPC door, too; 8001 is usual.")
-@click.option("--reuse-port", is_flag=True, help="Share the port with other servers started so, one per core.")
+@click.option("--reuse-port", is_flag=True, help="Share the port with other servers that are started so.")
+@click.option("--processes", type=click.IntRange(1, 256), default=1, show_default=True, help="Of one core each.")
 @click.option(
     "--runtime",
     type=click.Choice([spec.name for spec in RUNNERS]),
@@ -63,8 +64,10 @@ def command(path: Path, **options: Any) -> None:
         for name in ("grpc", "google.protobuf"):
             require(name, purpose="bnexport serve --grpc-port")
     from bnexport.serving.http.server import serve
+    from bnexport.serving.http.supervisor import supervise
 
-    serve(path, _settings(options), announce=click.echo)
+    settings = _settings(options)
+    (serve if options["processes"] == 1 else supervise)(path, settings, announce=click.echo)
 
 
 def _settings(options: dict[str, Any]) -> Any:
@@ -77,7 +80,8 @@ def _settings(options: dict[str, Any]) -> Any:
     if (certificate is None) != (key is None):
         raise UsageError("--tls-cert and --tls-key go together", remedy="Give both, or none")
     models = ServingSettings(
-        options["runtime"], options["workers"], options["max_batch"], limits_from(options["limits"])
+        **{name: options[name] for name in ("runtime", "workers", "max_batch", "processes")},
+        limits=limits_from(options["limits"]),
     )
     return ServerSettings(
         **{name: options[name] for name in _PLAIN},

@@ -146,7 +146,7 @@ class IsolatedRunner(Runner):
     def _death(self, *, late: bool) -> BnexportError:
         """Why there is no answer, in one sentence."""
         code = self._child.wait()
-        how = f"did not answer for {self._deadline:g} s and was stopped" if late else f"ended: {_how(code)}"
+        how = f"did not answer for {self._deadline:g} s and was stopped" if late else f"ended: {how_ended(code)}"
         words = "" if late else _last_words(self._said)
         message = f"the process of {self.name} {how}" + (f" ({words})" if words else "")
         if self.effective_device == "cpu" and not late:
@@ -163,14 +163,13 @@ def child_environment(precision: str) -> dict[str, str]:
     """The environment of a child: this process's, with what ENVIRONMENT says of a precision."""
     rest = {name: value for name, value in os.environ.items() if not any(_names(row, name) for row in ENVIRONMENT)}
     wanted = {row.name: row.float32 if precision == "float32" else row.tf32 for row in ENVIRONMENT}
-    # The child must find the packages that this process found, however it found them.
+    return {**rest, **{name: value for name, value in wanted.items() if value is not None}, "PYTHONPATH": import_path()}
+
+
+def import_path() -> str:
+    """PYTHONPATH of a child, which must find the packages that this process found, however it found them."""
     here = str(Path(__file__).resolve().parents[2])
-    paths = dict.fromkeys([*(str(Path(path or ".").resolve()) for path in sys.path), here])
-    return {
-        **rest,
-        **{name: value for name, value in wanted.items() if value is not None},
-        "PYTHONPATH": os.pathsep.join(paths),
-    }
+    return os.pathsep.join(dict.fromkeys([*(str(Path(path or ".").resolve()) for path in sys.path), here]))
 
 
 def _names(row: Variable, name: str) -> bool:
@@ -231,7 +230,8 @@ def _raised(answer: Mapping[str, Any]) -> BnexportError:
     return kind(str(answer["message"]), remedy=str(answer["remedy"]))
 
 
-def _how(code: int) -> str:
+def how_ended(code: int) -> str:
+    """What a process's return code says, as the end of a sentence."""
     if code >= 0:
         return f"exit code {code}"
     with contextlib.suppress(ValueError):

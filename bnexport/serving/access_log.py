@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import queue
+import select
 import threading
 import time
+from collections.abc import Iterator
 from typing import IO, Any
 
 import orjson
@@ -25,10 +27,12 @@ class JsonLog:
     Args:
         stream: Text; standard error of the process.
         access: Whether each request gets a line, too.
+        process: Number of this process among several that write there; stands in each of its lines.
     """
 
-    def __init__(self, stream: IO[str], *, access: bool = True) -> None:
+    def __init__(self, stream: IO[str], *, access: bool = True, process: int | None = None) -> None:
         self.access = access
+        self._own = {} if process is None else {"process": process}
         self._stream = stream
         self._entries: list[dict[str, Any]] = []
         self._dropped = 0
@@ -39,12 +43,12 @@ class JsonLog:
 
     def event(self, what: str, /, **fields: Any) -> None:
         """Log an event at once."""
-        self._entries.append({"time": round(time.time(), 6), "event": what, **fields})
+        self._entries.append({"time": round(time.time(), 6), "event": what, **self._own, **fields})
         self.flush()
 
     def request(self, fields: dict[str, Any]) -> None:
         """Log a request, soon."""
-        self._entries.append(fields)
+        self._entries.append(fields | self._own if self._own else fields)
         if len(self._entries) >= _MANY:
             self.flush()
         elif self._timer is None:
@@ -76,10 +80,20 @@ class JsonLog:
     def _write(self) -> None:
         while (piece := self._pieces.get()) is not None:
             try:
-                self._stream.write(piece.decode())
-                self._stream.flush()
+                for part in _parts(piece) if self._own else (piece,):
+                    self._stream.write(part.decode())
+                    self._stream.flush()
             except (OSError, ValueError):  # the reader went away, or the disk is full
                 continue
+
+
+def _parts(piece: bytes) -> Iterator[bytes]:
+    """Whole lines, as many at a time as a pipe takes in one piece (pipe(7): PIPE_BUF), so that processes do not mix them."""
+    start = 0
+    while start < len(piece):
+        end = piece.rfind(b"\n", start, start + select.PIPE_BUF) + 1 or piece.find(b"\n", start) + 1 or len(piece)
+        yield piece[start:end]
+        start = end
 
 
 def _line(fields: dict[str, Any]) -> bytes:

@@ -46,9 +46,9 @@ def statistics(state: ServerState, name: str | None = None, version: str | None 
     if name is not None:
         state.repository.resolve(name, version)
     entries = [
-        entry.served.statistics.to_json(model, number)
-        for model, number, entry in state.repository.each()
-        if entry.served is not None and name in (None, model) and version in (None, number)
+        found.statistics.to_json(model, number)
+        for (model, number), found in state.totals().models.items()
+        if found.statistics is not None and name in (None, model) and version in (None, number)
     ]
     return {"model_stats": entries}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ import numpy as np
 
 from bnexport.bundle import MODEL_EXPORTED, MODEL_ONNX, MODEL_TORCHSCRIPT, WEIGHTS, Bundle
 from bnexport.data.preprocessing import Preprocessing
+from bnexport.environment import available_cores
 from bnexport.errors import BnexportError
 from bnexport.runtimes.base import Runner
 from bnexport.runtimes.catalogue import RunnerSpec, runner_spec
@@ -49,12 +49,14 @@ class ServingSettings:
         workers: Sessions per model, each with one thread; None measures how many are worth it.
         max_batch: Samples of a batch that is made of several requests.
         limits: What one request may ask for.
+        processes: How many processes serve the same models on this machine, and share its cores.
     """
 
     runtime: str = DEFAULT_RUNTIME
     workers: int | None = None
     max_batch: int = 64
     limits: ServingLimits = field(default_factory=ServingLimits)
+    processes: int = 1
 
 
 @dataclass
@@ -183,7 +185,7 @@ def open_served(name: str, version: str, path: Path, settings: ServingSettings) 
         feeds = _sample(bundle)
         cost = measured_cost(runners[0], feeds)
         if settings.workers is None:
-            add_workers(runners, another, feeds, cost)
+            add_workers(runners, another, feeds, cost, max(1, available_cores() // settings.processes))
         while len(runners) < (settings.workers or 1):
             another()
         limits = settings.limits
@@ -225,12 +227,11 @@ def add_workers(
         cost: Of a batch on one session.
         most: Sessions at most; default: the cores that this process may use.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     one = {name: array[:1] for name, array in feeds.items()}
     if cost.seconds(sum(array.nbytes for array in one.values())) < INLINE_SECONDS:
         return
     rate = throughput(runners, one)
-    while len(runners) < (cores if most is None else most):
+    while len(runners) < (available_cores() if most is None else most):
         another()
         more = throughput(runners, one)
         if more < rate * _WORTH:

@@ -11,6 +11,7 @@ from bnexport.errors import NotServing, RequestError
 from bnexport.serving.access_log import JsonLog
 from bnexport.serving.limits import ServingLimits
 from bnexport.serving.repository import Repository
+from bnexport.serving.totals import Share, Totals, models_of
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class ServerState:
         repository: Loaded.
         settings: What clients may do.
         log: Of requests and events.
+        share: Where this process's counters are kept for the others; None where it serves alone.
 
     Attributes:
         memory: Counts what requests hold.
@@ -71,8 +73,10 @@ class ServerState:
         calls_active: Calls over gRPC that are being answered.
     """
 
-    def __init__(self, repository: Repository, settings: AppSettings, log: JsonLog) -> None:
-        self.repository, self.settings, self.log = repository, settings, log
+    def __init__(
+        self, repository: Repository, settings: AppSettings, log: JsonLog, *, share: Share | None = None
+    ) -> None:
+        self.repository, self.settings, self.log, self.share = repository, settings, log, share
         self.memory = Memory(settings.limits.held_bytes)
         self.draining = False
         self.active = 0
@@ -81,11 +85,26 @@ class ServerState:
         self.calls: Counter[tuple[str, str]] = Counter()
         self.calls_active = 0
 
-    def expire(self) -> None:
-        """Fail what is past its deadline; to be called now and then."""
+    def totals(self) -> Totals:
+        """What has been counted, by all processes."""
+        own = self._own_totals()
+        return own if self.share is None else self.share.together(own)
+
+    def publish(self, *, at_once: bool = True) -> None:
+        """Let the other processes know what this one has counted."""
+        if self.share is not None and (at_once or self.share.due()):
+            self.share.publish(self._own_totals())
+
+    def tick(self) -> None:
+        """Fail what is past its deadline, and publish; to be called ten times a second."""
         for _, _, entry in self.repository.each():
             if entry.served is not None:
                 entry.served.batcher.expire()
+        self.publish(at_once=False)
+
+    def _own_totals(self) -> Totals:
+        """Of this process; its counters go on counting."""
+        return Totals(self.requests, self.calls, self.active, self.calls_active, models_of(self.repository))
 
     def let_in(self, authorization: bytes) -> None:
         """Refuse who does not show the token.

@@ -12,6 +12,10 @@ SECONDS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5,
 #: Upper edges of the histogram of batch sizes.
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
+#: The fields of ModelStatistics by their kind.
+_DURATIONS, _HISTOGRAMS = ("success", "fail", "queue", "infer"), ("seconds", "batches")
+_NUMBERS = ("rows", "executions", "last_ms")
+
 
 @dataclass(slots=True)
 class Duration:
@@ -24,6 +28,10 @@ class Duration:
         """Add ``times`` happenings of ``ns`` nanoseconds together."""
         self.count += times
         self.ns += ns
+
+    def merge(self, other: Duration) -> None:
+        """Add what another process counted."""
+        self.add(other.ns, other.count)
 
 
 @dataclass(slots=True)
@@ -41,6 +49,11 @@ class Histogram:
         """Count one value."""
         self.counts[bisect_left(self.edges, value)] += 1
         self.total += value
+
+    def merge(self, other: Histogram) -> None:
+        """Add what another process counted, between the same edges."""
+        self.counts = [ours + theirs for ours, theirs in zip(self.counts, other.counts, strict=True)]
+        self.total += other.total
 
 
 @dataclass(slots=True)
@@ -97,6 +110,39 @@ class ModelStatistics:
         self.last_ms = time.time_ns() // 1_000_000
         if ok:
             self.seconds.add(ns * 1e-9)
+
+    def merge(self, other: ModelStatistics) -> None:
+        """Add what another process counted of the same version."""
+        for name in _DURATIONS:
+            getattr(self, name).merge(getattr(other, name))
+        self.rows += other.rows
+        self.executions += other.executions
+        self.last_ms = max(self.last_ms, other.last_ms)
+        self.seconds.merge(other.seconds)
+        self.batches.merge(other.batches)
+        for size, found in other.by_size.items():
+            self.by_size.setdefault(size, Duration()).merge(found)
+
+    def to_record(self) -> dict[str, Any]:
+        """Plain JSON values, from which ``from_record`` makes the same counters in another process."""
+        return {
+            **{name: [getattr(self, name).count, getattr(self, name).ns] for name in _DURATIONS},
+            **{name: getattr(self, name) for name in _NUMBERS},
+            **{name: [getattr(self, name).counts, getattr(self, name).total] for name in _HISTOGRAMS},
+            "by_size": [[size, found.count, found.ns] for size, found in self.by_size.items()],
+        }
+
+    @classmethod
+    def from_record(cls, record: dict[str, Any]) -> ModelStatistics:
+        """The counters that ``to_record`` wrote."""
+        found = cls(**{name: record[name] for name in _NUMBERS})
+        for name in _DURATIONS:
+            setattr(found, name, Duration(*record[name]))
+        for name in _HISTOGRAMS:
+            histogram = getattr(found, name)
+            histogram.counts, histogram.total = record[name]
+        found.by_size = {size: Duration(count, ns) for size, count, ns in record["by_size"]}
+        return found
 
     def to_json(self, name: str, version: str) -> dict[str, Any]:
         """One entry of "model_stats" (Triton, "Statistics Extension")."""

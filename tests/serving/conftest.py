@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import venv
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from support.bundles import network, write_bundle
+from support.environments import environment
 from support.serving import Server, serving
 
 from bnexport.data.datasets import load_dataset
@@ -54,9 +53,10 @@ def logits(images: np.ndarray) -> np.ndarray:
 @pytest.fixture(scope="session")
 def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The Python of an environment with tritonclient: its protobuf is older than the one onnx brings."""
-    folder = tmp_path_factory.mktemp("client") / "venv"
-    venv.create(folder, with_pip=True)
-    pip = [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *PINS]
-    done = subprocess.run(pip, capture_output=True, text=True, timeout=280, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return folder / "bin" / "python"
+    return environment(tmp_path_factory.mktemp("client") / "venv", *PINS)
+
+
+@pytest.fixture(scope="session")
+def kserve_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Python of an environment with KServe's SDK, which needs an old protobuf too: 330 MB."""
+    return environment(tmp_path_factory.mktemp("kserve") / "venv", "kserve>=0.17", "protobuf<7")

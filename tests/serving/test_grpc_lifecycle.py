@@ -12,9 +12,8 @@ from pathlib import Path
 
 import grpc
 import numpy as np
-from serving.test_lifecycle import until
 from support.grpc_calls import HEALTH, SERVICE, call, channel_to, infer_request, logits_of_message
-from support.serving import PATIENCE, ROOT, Server, serving
+from support.serving import PATIENCE, ROOT, Server, serving, until
 
 INFER = SERVICE + "ModelInfer"
 DOOR = ("--grpc-port", "0")

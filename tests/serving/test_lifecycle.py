@@ -4,48 +4,20 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
 import shutil
 import signal
 import subprocess
-import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from support.bundles import fold_by_hand, network, reseal, write_onnx
-from support.serving import INFER, PATIENCE, ROOT, Server, binary, logits_of, serving, tensor
+from support.bundles import another, fold_by_hand, network, reseal, write_onnx
+from support.serving import INFER, PATIENCE, ROOT, Server, binary, logits_of, refused, serving, tensor, until
+from support.serving_clients import Clients
 
-from bnexport.bundle import GOLDEN, MODEL_ONNX
-
-
-def until(check: Callable[[], Any]) -> Any:
-    deadline = time.monotonic() + PATIENCE
-    while not (found := check()):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    return found
-
-
-def another(models: Path, folder: Path, version: int, factor: float = 1.0) -> Path:
-    """A copy of the bundle as another version, whose answers and golden answers are ``factor`` times as large."""
-    shutil.copytree(models / "bn_lenet" / "1", folder)
-    if factor != 1.0:
-        state = fold_by_hand(network())
-        state |= {name: state[name] * factor for name in ("fc3.weight", "fc3.bias")}
-        write_onnx(folder / MODEL_ONNX, state)
-        from onnx import TensorProto, numpy_helper
-
-        file = folder / GOLDEN / "output_0.pb"
-        proto = TensorProto.FromString(file.read_bytes())
-        scaled = numpy_helper.from_array(numpy_helper.to_array(proto) * np.float32(factor), proto.name)
-        file.write_bytes(scaled.SerializeToString())
-    reseal(folder, version=version)
-    return folder
+from bnexport.bundle import MODEL_ONNX
 
 
 def spoil(folder: Path, how: str) -> None:
@@ -58,49 +30,6 @@ def spoil(folder: Path, how: str) -> None:
         state["conv1.bias"] = state["conv1.bias"] + 1e-3
         write_onnx(folder / MODEL_ONNX, state)
         reseal(folder)
-
-
-class Clients:
-    """Threads that ask without a pause; each answer must be right, whichever version gives it."""
-
-    def __init__(
-        self, server: Server, images: np.ndarray, logits: np.ndarray, *, count: int = 6, stubborn: bool = True
-    ):
-        self.server, self.logits, self.stubborn = server, logits, stubborn
-        self.body, self.headers = binary(images, parameters={"binary_data_output": True})
-        self.stop, self.answers, self.failures = threading.Event(), [], []  # type: ignore[var-annotated]
-        self.threads = [threading.Thread(target=self._run) for _ in range(count)]
-
-    def __enter__(self) -> Clients:
-        for thread in self.threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop.set()
-        for thread in self.threads:
-            thread.join(PATIENCE)
-        assert not any(thread.is_alive() for thread in self.threads)
-
-    def _run(self) -> None:
-        connection = http.client.HTTPConnection("127.0.0.1", self.server.port, timeout=PATIENCE)
-        while not self.stop.is_set():
-            if connection.sock is None:  # the server asked for a new connection
-                try:
-                    connection.connect()
-                except (ConnectionRefusedError, ConnectionResetError):  # it does not listen any more: nothing was sent
-                    break
-            try:
-                answer = self.server.ask("POST", INFER, self.body, self.headers, connection)
-                logits = logits_of(answer)
-                version = json.loads(answer.body[: int(answer.headers["inference-header-content-length"])])[
-                    "model_version"
-                ]
-                self.answers.append((version, float(np.abs(logits / self.logits).mean())))
-            except Exception as error:  # everything is a lost request
-                self.failures.append(repr(error))
-                break
-        connection.close()
 
 
 def test_sigterm_loses_nothing(models: Path, tmp_path: Path, images: np.ndarray, logits: np.ndarray) -> None:
@@ -295,16 +224,6 @@ def test_a_full_queue(models: Path, tmp_path: Path, images: np.ndarray) -> None:
             thread.join(PATIENCE)
         assert set(statuses) == {(200, None), (503, "1")}
         assert server.infer({"inputs": [tensor(images)]}).status == 200
-
-
-def refused(*words: str, code: int) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "bnexport", "serve", *words],
-        capture_output=True, text=True, timeout=PATIENCE, env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert done.returncode == code, done.stderr
-    assert "Traceback" not in done.stderr
-    return done.stderr
 
 
 def test_what_can_not_be_served_ends_with_a_sentence(models: Path, tmp_path: Path) -> None:

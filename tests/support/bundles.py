@@ -22,7 +22,17 @@ import torch
 from onnx import numpy_helper
 from torch import nn
 
-from bnexport.bundle import MODEL_EXPORTED, MODEL_ONNX, MODEL_TORCHSCRIPT, WEIGHTS, Bundle, Manifest, seal, write_golden
+from bnexport.bundle import (
+    GOLDEN,
+    MODEL_EXPORTED,
+    MODEL_ONNX,
+    MODEL_TORCHSCRIPT,
+    WEIGHTS,
+    Bundle,
+    Manifest,
+    seal,
+    write_golden,
+)
 from bnexport.data.datasets import load_dataset
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.nn.lenet import bn_lenet
@@ -183,3 +193,18 @@ def copy_bundle(bundle: Bundle, folder: Path) -> Path:
 def reseal(folder: Path, **changes: object) -> Bundle:
     """Seal a spoiled bundle again, so that its hashes hold and the other stages have to find the fault."""
     return seal(folder, replace(Bundle.open(folder).manifest, **changes))
+
+
+def another(models: Path, folder: Path, version: int, factor: float = 1.0) -> Path:
+    """A copy of the bundle as another version, whose answers and golden answers are ``factor`` times as large."""
+    shutil.copytree(models / "bn_lenet" / "1", folder)
+    if factor != 1.0:
+        state = fold_by_hand(network())
+        state |= {name: state[name] * factor for name in ("fc3.weight", "fc3.bias")}
+        write_onnx(folder / MODEL_ONNX, state)
+        file = folder / GOLDEN / "output_0.pb"
+        proto = onnx.TensorProto.FromString(file.read_bytes())
+        scaled = numpy_helper.from_array(numpy_helper.to_array(proto) * np.float32(factor), proto.name)
+        file.write_bytes(scaled.SerializeToString())
+    reseal(folder, version=version)
+    return folder

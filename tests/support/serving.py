@@ -12,7 +12,8 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,3 +156,21 @@ def logits_of(answer: Answer) -> np.ndarray:
         return np.array(output["data"], np.float32).reshape(output["shape"])
     assert output["parameters"]["binary_data_size"] == len(answer.body) - int(length)
     return np.frombuffer(answer.body, np.float32, offset=int(length)).reshape(output["shape"])
+
+
+def until(check: Callable[[], Any]) -> Any:
+    deadline = time.monotonic() + PATIENCE
+    while not (found := check()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return found
+
+
+def refused(*words: str, code: int) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "bnexport", "serve", *words],
+        capture_output=True, text=True, timeout=PATIENCE, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stderr

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -10,32 +10,38 @@ from prometheus_client.registry import Collector
 
 from bnexport.serving.state import ServerState
 from bnexport.serving.statistics import Histogram
+from bnexport.serving.totals import Totals
 
 _MODEL = ("model", "version")
 
 
-class _StateCollector(Collector):
-    def __init__(self, state: ServerState) -> None:
-        self._state = state
+class _TotalsCollector(Collector):
+    def __init__(self, totals: Totals) -> None:
+        self._totals = totals
 
     def collect(self) -> Iterator[Metric]:
         """Everything that is counted."""
         requests = CounterMetricFamily(
             "bnexport_http_requests", "Requests by route and status.", labels=("route", "status")
         )
-        for (route, status), count in self._state.requests.items():
+        for (route, status), count in self._totals.requests.items():
             requests.add_metric((route or "none", str(status)), count)
         yield requests
         active = GaugeMetricFamily("bnexport_http_requests_active", "Requests that are being answered.")
-        active.add_metric((), self._state.active - self._state.calls_active)
+        active.add_metric((), self._totals.active - self._totals.calls_active)
         yield active
         calls = CounterMetricFamily("bnexport_grpc_calls", "Calls by method and code.", labels=("method", "code"))
-        for key, count in self._state.calls.items():
-            calls.add_metric(key, count)
+        for call, count in self._totals.calls.items():
+            calls.add_metric(call, count)
         yield calls
         active = GaugeMetricFamily("bnexport_grpc_calls_active", "Calls that are being answered.")
-        active.add_metric((), self._state.calls_active)
+        active.add_metric((), self._totals.calls_active)
         yield active
+        starts = CounterMetricFamily("bnexport_process_starts", "How often a process was started.", labels=("process",))
+        for number, count in sorted(self._totals.starts.items()):
+            starts.add_metric((str(number),), count)
+        if self._totals.starts:
+            yield starts
         yield from self._models()
 
     def _models(self) -> Iterator[Metric]:
@@ -50,14 +56,13 @@ class _StateCollector(Collector):
             "bnexport_request_seconds", "Seconds from a request to its answer.", labels=_MODEL
         )
         batches = HistogramMetricFamily("bnexport_batch_rows", "Samples in a batch.", labels=_MODEL)
-        for name, version, entry in self._state.repository.each():
-            key, served = (name, version), entry.served
-            ready.add_metric(key, 0 if served is None else 1)
-            if served is None:
+        for key, found in self._totals.models.items():
+            ready.add_metric(key, 1 if found.ready else 0)
+            if found.statistics is None:
                 continue
-            counted = served.statistics
-            waiting.add_metric(key, served.batcher.waiting)
-            workers.add_metric(key, served.batcher.workers)
+            counted = found.statistics
+            waiting.add_metric(key, found.waiting)
+            workers.add_metric(key, found.sessions)
             rows.add_metric(key, counted.rows)
             failed.add_metric(key, counted.fail.count)
             queue.add_metric(key, counted.queue.ns * 1e-9)
@@ -67,11 +72,32 @@ class _StateCollector(Collector):
         yield from (ready, waiting, workers, rows, failed, queue, infer, seconds, batches)
 
 
+class _ProcessesCollector(Collector):
+    """The figures of several processes, told apart by the label ``process``."""
+
+    def __init__(self, processes: Mapping[int, int]) -> None:
+        self._processes = processes
+
+    def collect(self) -> Iterator[Metric]:
+        """What ``ProcessCollector`` finds for each of them."""
+        found: dict[str, Metric] = {}
+        for number, pid in sorted(self._processes.items()):
+            for metric in ProcessCollector(pid=lambda pid=pid: pid, registry=None).collect():  # type: ignore[misc]
+                samples = [sample._replace(labels={"process": str(number)}) for sample in metric.samples]
+                metric.samples = []
+                found.setdefault(metric.name, metric).samples += samples
+        yield from found.values()
+
+
 def render(state: ServerState) -> bytes:
-    """The text, with the process's own figures (memory, CPU time, open files) where the system tells them."""
+    """The text, with the processes' own figures (memory, CPU time, open files) where the system tells them."""
+    totals = state.totals()
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_StateCollector(state))
-    ProcessCollector(registry=registry)
+    registry.register(_TotalsCollector(totals))
+    if totals.processes:
+        registry.register(_ProcessesCollector(totals.processes))
+    else:
+        ProcessCollector(registry=registry)
     return generate_latest(registry)
 
 

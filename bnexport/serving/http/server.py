@@ -8,6 +8,7 @@ import ctypes
 import gc
 import importlib
 import math
+import signal
 import socket
 import struct
 import sys
@@ -30,6 +31,7 @@ from bnexport.serving.http.state import State
 from bnexport.serving.repository import Repository
 from bnexport.serving.served_model import ServingSettings
 from bnexport.serving.state import AppSettings
+from bnexport.serving.totals import Share
 
 if TYPE_CHECKING:
     from bnexport.serving.grpc.door import GrpcDoor
@@ -51,7 +53,7 @@ class ServerSettings:
         host: Address to bind.
         port: 0 takes a free one.
         grpc_port: Of the gRPC door; 0 takes a free one, None opens none.
-        reuse_port: Whether several processes share the port; the system spreads the connections among them.
+        reuse_port: Whether other servers share the port; the system spreads the connections among them.
         grace: Seconds from SIGTERM until what is still not answered is given up.
         poll: Seconds between looks for new versions; None looks never.
         access_log: Whether each request gets a line on standard error.
@@ -89,21 +91,44 @@ def serve(path: Path, settings: ServerSettings, *, announce: Callable[[str], Non
         UsageError: The port, the token file, the certificate or the middleware can't be used.
         Unavailable: The runtime does not work here.
     """
+    with contextlib.closing(bound(settings.host, settings.port, reuse=settings.reuse_port)) as listener:
+        serve_on(listener, path, settings, announce=announce)
+
+
+def serve_on(
+    listener: socket.socket,
+    path: Path,
+    settings: ServerSettings,
+    *,
+    announce: Callable[[str], None],
+    share: Share | None = None,
+) -> None:
+    """Serve on a socket that is bound until SIGTERM or Ctrl-C.
+
+    Args:
+        listener: The socket.
+        path: A bundle, or a folder of models.
+        settings: How.
+        announce: Called with one sentence once requests can come.
+        share: Of the counters, where this is one process of several.
+
+    Raises:
+        BnexportError: As ``serve``.
+    """
     token = None if settings.token_file is None else read_token(settings.token_file)
-    log = JsonLog(sys.stderr, access=settings.access_log)
+    log = JsonLog(sys.stderr, access=settings.access_log, process=None if share is None else share.slot)
     try:
-        with contextlib.closing(bound(settings.host, settings.port, reuse=settings.reuse_port)) as listener:
-            if settings.grpc_port is not None:
-                bound(settings.host, settings.grpc_port, reuse=settings.reuse_port).close()
-            repository = Repository(path, settings.models, log.event)
-            repository.load()
-            state = State(repository, AppSettings(settings.models.limits, token, settings.allow_load), log)
-            app = App(state)
-            # Middleware sees ASGI's messages, so with it nothing may go around them.
-            fast_lane = FastLane(app) if settings.middleware is None else None
-            config = _config(_wrapped(app, settings.middleware), settings, fast_lane)
-            server = DrainingServer(config, state, settings)
-            server.run([listener], on_start=lambda: announce(_told(repository, listener, server.door, settings)))
+        if settings.grpc_port is not None:
+            bound(settings.host, settings.grpc_port, reuse=settings.reuse_port).close()
+        repository = Repository(path, settings.models, log.event)
+        repository.load()
+        state = State(repository, AppSettings(settings.models.limits, token, settings.allow_load), log, share=share)
+        app = App(state)
+        # Middleware sees ASGI's messages, so with it nothing may go around them.
+        fast_lane = FastLane(app) if settings.middleware is None else None
+        config = _config(_wrapped(app, settings.middleware), settings, fast_lane)
+        server = DrainingServer(config, state, settings)
+        server.run([listener], on_start=lambda: announce(_told(repository, listener, server.door, settings)))
     finally:
         log.close()
 
@@ -151,17 +176,21 @@ class DrainingServer(uvicorn.Server):
         self._on_start()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 -- uvicorn's signature
-        """The first signal starts the drain, the second one ends it."""
+        """The first signal starts the drain, the second one ends it.
+
+        One process of several is told by its supervisor, and perhaps by the system as well (systemd signals all processes
+        of a service): there only a SIGINT ends the drain.
+        """
         if self._stop_at is None:
             self._state.draining = True
             self._state.last_work = time.monotonic()
             self._stop_at = time.monotonic() + self._settings.grace
-        else:
+        elif self._state.share is None or sig == signal.SIGINT:
             self.should_exit = self.force_exit = True
 
     async def on_tick(self, counter: int) -> bool:
         """Ten times a second: deadlines, slow clients, new versions, and whether to stop."""
-        self._state.expire()
+        self._state.tick()
         now, loop_now = time.monotonic(), asyncio.get_running_loop().time()
         for connection in list(self.server_state.connections):
             if isinstance(connection, LimitedConnection):
@@ -201,6 +230,7 @@ class DrainingServer(uvicorn.Server):
             await closing
         finally:
             expiring.cancel()
+            self._state.publish()
         if self._poll_task is not None:
             self._poll_task.cancel()
         if not self.force_exit:
@@ -244,7 +274,7 @@ class DrainingServer(uvicorn.Server):
 
     async def _keep_expiring(self) -> None:
         while True:
-            self._state.expire()
+            self._state.tick()
             await asyncio.sleep(0.1)
 
 

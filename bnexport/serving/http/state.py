@@ -7,6 +7,7 @@ from bnexport.serving.http.exchange import Exchange
 from bnexport.serving.http.request import Intake
 from bnexport.serving.repository import Repository
 from bnexport.serving.state import AppSettings, ServerState
+from bnexport.serving.totals import Share
 
 
 class State(ServerState):
@@ -16,13 +17,16 @@ class State(ServerState):
         repository: Loaded.
         settings: What clients may do.
         log: Of requests and events.
+        share: Where this process's counters are kept for the others; None where it serves alone.
 
     Attributes:
         intake: Reads bodies.
     """
 
-    def __init__(self, repository: Repository, settings: AppSettings, log: JsonLog) -> None:
-        super().__init__(repository, settings, log)
+    def __init__(
+        self, repository: Repository, settings: AppSettings, log: JsonLog, *, share: Share | None = None
+    ) -> None:
+        super().__init__(repository, settings, log, share=share)
         self.intake = Intake(settings.limits, self.memory)
 
     async def body(self, exchange: Exchange) -> bytes:

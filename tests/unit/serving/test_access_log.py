@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import select
 import threading
 
 from bnexport.serving.access_log import JsonLog
@@ -56,3 +57,24 @@ def test_a_reader_that_went_away_stops_nobody() -> None:
     log.event("two")
     log.close()
     assert not log._thread.is_alive()
+
+
+def test_lines_of_one_process_among_several_name_it_and_come_in_pieces_that_a_pipe_takes_whole() -> None:
+    pieces: list[str] = []
+
+    class Pieces(io.StringIO):
+        def write(self, text: str) -> int:
+            pieces.append(text)
+            return len(text)
+
+    log = JsonLog(Pieces(), process=3)
+    for index in range(100):
+        log._entries.append({"index": index, "text": "x" * 300})
+    log.event("long", text="y" * 3 * select.PIPE_BUF)
+    log.event("short")
+    log.close()
+    assert all(piece.endswith("\n") for piece in pieces)
+    assert [len(piece) > select.PIPE_BUF for piece in pieces].count(True) == 1, "only a line that is longer by itself"
+    lines = [json.loads(line) for line in "".join(pieces).splitlines()]
+    assert [line["index"] for line in lines[:100]] == list(range(100))
+    assert [(line["event"], line["process"]) for line in lines[100:]] == [("long", 3), ("short", 3)]

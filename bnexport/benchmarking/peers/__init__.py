@@ -1,0 +1,1 @@
+"""Other servers, as people write them: programs for environments of their own, started by path, without bnexport."""

@@ -1,0 +1,229 @@
+"""What the clients of a soak ask: requests with known answers, and requests that must be refused."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import itertools
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from bnexport.bundle import Bundle
+from bnexport.data.preprocessing import Preprocessing
+from bnexport.errors import BundleError
+from bnexport.runtimes.catalogue import runner_spec
+from bnexport.runtimes.replay import golden_bound, scale
+from bnexport.runtimes.settings import RunSettings
+from bnexport.tensors import Array, TensorSpec
+
+#: The engine that says beforehand what is right, and that the server runs.
+RUNTIME = "onnxruntime-cpu"
+_POOL, _OF_EACH, _MOST_ROWS = 96, 64, 4
+_JSON, _OCTETS = "application/json", "application/octet-stream"
+_LENGTH = "inference-header-content-length"
+Headers = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Good:
+    """A request with a known answer.
+
+    Attributes:
+        kind: A row of KINDS.
+        path: Of the route.
+        headers: Of the request.
+        body: Of the request.
+        expected: Logits, (rows, classes).
+    """
+
+    kind: str
+    path: str
+    headers: Headers
+    body: bytes
+    expected: Array
+
+
+@dataclass(frozen=True)
+class Bad:
+    """A request that must be refused, with the status that says so."""
+
+    name: str
+    status: int
+    method: str
+    path: str
+    headers: Headers
+    body: bytes
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """All that is asked.
+
+    Attributes:
+        good: By kind.
+        bad: In the order of ``_bad``.
+        bound: How far a logit may be off.
+    """
+
+    good: Mapping[str, tuple[Good, ...]]
+    bad: tuple[Bad, ...]
+    bound: float
+
+    def problem(self, request: Good, headers: Headers, body: bytes) -> str | None:
+        """Why an answer with status 200 is wrong; None when it is right."""
+        try:
+            logits = np.asarray(_READERS[request.kind](headers, body), np.float32).reshape(request.expected.shape)
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            return f"it can't be read: {type(error).__name__}: {str(error)[:100]}"
+        off = float(np.abs(logits.astype(np.float64) - request.expected).max())
+        return None if off <= self.bound else f"a logit is off by {off:.3g}, more than {self.bound:.3g}"
+
+
+def make_traffic(bundle: Bundle, seed: int) -> Traffic:
+    """Requests with random pictures, and their answers by a session of ONNX Runtime in this process.
+
+    Raises:
+        BundleError: The bundle is no image classifier with any number of images in a batch, or gives two pictures answers
+            that can't be told apart.
+        Unavailable: ONNX Runtime does not work here.
+    """
+    preprocessing, given, wanted = _image_classifier(bundle)
+    pixels = _pictures(preprocessing, np.random.default_rng(seed))
+    images = preprocessing.apply(pixels)
+    with runner_spec(RUNTIME).open(bundle, settings=RunSettings(threads=1)) as runner:
+        logits = np.asarray(runner.run({given.name: images})[wanted.name], np.float64)
+    bound = golden_bound(bundle.manifest, RUNTIME) * scale(logits)
+    nearest = min(float(np.abs(a - b).max()) for a, b in itertools.combinations(logits, 2))
+    if not nearest > 2 * bound:
+        raise BundleError(
+            f"{bundle.path} gives two random pictures the same logits: mixed-up answers could not be seen",
+            remedy="Take a trained network",
+        )
+    model = f"/v2/models/{bundle.manifest.name}"
+    rng = np.random.default_rng(seed + 1)
+    good: dict[str, list[Good]] = {kind: [] for kind in KINDS}
+    for kind, _ in itertools.product(KINDS, range(_OF_EACH)):
+        rows = rng.choice(_POOL, size=1 if kind == "picture" else rng.integers(1, _MOST_ROWS + 1), replace=False)
+        path, headers, body = KINDS[kind](pixels[rows], images[rows], given)
+        good[kind].append(Good(kind, model + path, headers, body, logits[rows]))
+    return Traffic({kind: tuple(found) for kind, found in good.items()}, _bad(model, images[:1], given), bound)
+
+
+def _image_classifier(bundle: Bundle) -> tuple[Preprocessing, TensorSpec, TensorSpec]:
+    manifest = bundle.manifest
+    inputs, outputs = manifest.signature.inputs, manifest.signature.outputs
+    if (
+        manifest.preprocessing is None
+        or len(inputs) != 1
+        or len(outputs) != 1
+        or len(outputs[0].shape) != 2
+        or isinstance(inputs[0].shape[0], int)
+        or (inputs[0].dtype, outputs[0].dtype) != ("float32", "float32")
+    ):
+        raise BundleError(
+            f"{bundle.path} is no image classifier in float32 that takes several images at a time",
+            remedy="Take another bundle, such as models/bn_lenet/1",
+        )
+    return Preprocessing.from_json(manifest.preprocessing), inputs[0], outputs[0]
+
+
+def _pictures(preprocessing: Preprocessing, rng: np.random.Generator) -> Array:
+    """Random pictures, uint8 (n, height, width[, channels]); each of its own brightness."""
+    shape = (_POOL, preprocessing.height, preprocessing.width, preprocessing.channels)
+    pixels = rng.integers(0, 256, shape) * rng.uniform(0.1, 1.0, (_POOL, 1, 1, 1))
+    found: Array = pixels.astype(np.uint8)
+    return found[..., 0] if preprocessing.channels == 1 else found
+
+
+def _tensor(images: Array, given: TensorSpec) -> dict[str, Any]:
+    return {"name": given.name, "shape": list(images.shape), "datatype": "FP32"}
+
+
+def _json_body(images: Array, given: TensorSpec) -> bytes:
+    return json.dumps({"inputs": [_tensor(images, given) | {"data": images.reshape(-1).tolist()}]}).encode()
+
+
+def _as_json(_pixels: Array, images: Array, given: TensorSpec) -> tuple[str, Headers, bytes]:
+    return "/infer", {"content-type": _JSON}, _json_body(images, given)
+
+
+def _as_gzip(_pixels: Array, images: Array, given: TensorSpec) -> tuple[str, Headers, bytes]:
+    headers = {"content-type": _JSON, "content-encoding": "gzip"}
+    return "/infer", headers, gzip.compress(_json_body(images, given), 1)
+
+
+def _as_binary(_pixels: Array, images: Array, given: TensorSpec) -> tuple[str, Headers, bytes]:
+    item = _tensor(images, given) | {"parameters": {"binary_data_size": images.nbytes}}
+    head = json.dumps({"inputs": [item], "parameters": {"binary_data_output": True}}).encode()
+    return "/infer", {"content-type": _OCTETS, _LENGTH: str(len(head))}, head + images.tobytes()
+
+
+def _as_picture(pixels: Array, _images: Array, _given: TensorSpec) -> tuple[str, Headers, bytes]:
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(pixels[0]).save(file, "PNG")
+    return "/classify", {"content-type": "image/png"}, file.getvalue()
+
+
+def _from_json(_headers: Headers, body: bytes) -> object:
+    return json.loads(body)["outputs"][0]["data"]
+
+
+def _from_binary(headers: Headers, body: bytes) -> object:
+    return np.frombuffer(body, np.float32, offset=int(headers[_LENGTH]))
+
+
+def _from_picture(_headers: Headers, body: bytes) -> object:
+    return [found["logits"] for found in json.loads(body)["predictions"]]
+
+
+#: Kind of request -> pixels, images and the input's description to path, headers and body.
+KINDS: dict[str, Callable[[Array, Array, TensorSpec], tuple[str, Headers, bytes]]] = {
+    "JSON": _as_json,
+    "gzip": _as_gzip,
+    "binary": _as_binary,
+    "picture": _as_picture,
+}
+_READERS: dict[str, Callable[[Headers, bytes], object]] = {
+    "JSON": _from_json,
+    "gzip": _from_json,
+    "binary": _from_binary,
+    "picture": _from_picture,
+}
+
+
+def _bad(model: str, image: Array, given: TensorSpec) -> tuple[Bad, ...]:
+    """A sample of what goes wrong: the body, its form, its values, the address, the method."""
+    infer, tensor, json_type = f"{model}/infer", _tensor(image, given), {"content-type": _JSON}
+    data = image.reshape(-1).tolist()
+
+    def changed(**item: object) -> bytes:
+        return json.dumps({"inputs": [tensor | {"data": data} | item]}).encode()
+
+    whole = changed()
+    nan = _as_binary(image, np.full_like(image, np.nan), given)
+    short = _as_binary(image, image, given)
+    return (
+        Bad("no JSON", 400, "POST", infer, json_type, b"{"),
+        Bad("JSON cut short", 400, "POST", infer, json_type, whole[:-5]),
+        Bad("no inputs", 400, "POST", infer, json_type, b"{}"),
+        Bad("another shape", 400, "POST", infer, json_type, changed(shape=[1, 3])),
+        Bad("too few values", 400, "POST", infer, json_type, changed(data=data[:-1])),
+        Bad("another name", 400, "POST", infer, json_type, changed(name="nobody")),
+        Bad("another datatype", 400, "POST", infer, json_type, changed(datatype="INT8")),
+        Bad("10^12 samples", 413, "POST", infer, json_type, changed(shape=[10**12, *image.shape[1:]], data=[])),
+        Bad("NaN", 400, "POST", infer, nan[1], nan[2]),
+        Bad("bytes that are missing", 400, "POST", infer, short[1], short[2][:-4]),
+        Bad("no gzip", 400, "POST", infer, json_type | {"content-encoding": "gzip"}, whole),
+        Bad("another type", 415, "POST", infer, {"content-type": "text/html"}, whole),
+        Bad("no picture", 400, "POST", f"{model}/classify", {"content-type": "image/png"}, b"\x89PNG nothing more"),
+        Bad("no such model", 404, "POST", "/v2/models/nobody/infer", json_type, whole),
+        Bad("no such version", 404, "GET", f"{model}/versions/987654321", {}, b""),
+        Bad("no such address", 404, "GET", "/v3", {}, b""),
+        Bad("another method", 405, "DELETE", infer, {}, b""),
+    )

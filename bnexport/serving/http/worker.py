@@ -1,0 +1,82 @@
+"""One of the processes that serve: ``python -m bnexport.serving.http.worker``, started by ``supervisor`` alone."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from bnexport.errors import BnexportError
+from bnexport.optional import one_line
+from bnexport.serving.http.server import ServerSettings, serve_on
+from bnexport.serving.records import Records
+from bnexport.serving.totals import Share
+
+#: Blocked by the supervisor while it starts a process, so that none is lost before somebody listens for it.
+BLOCKED = (signal.SIGTERM, signal.SIGINT)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one process of several is to do.
+
+    Attributes:
+        number: Which of them it is.
+        listener: Descriptor of its socket, which listens already.
+        records: Descriptor of the memory with everybody's counters.
+        path: A bundle, or a folder of models.
+        settings: How to serve.
+    """
+
+    number: int
+    listener: int
+    records: int
+    path: Path
+    settings: ServerSettings
+
+
+def main(line: Connection) -> None:
+    """Serve until the supervisor says so, or is gone.
+
+    Args:
+        line: To the supervisor. It sends the job; it gets the sentence to announce, or the error.
+    """
+    early: list[int] = []  # what waits for a process that is to stop before it serves is answered first
+    signal.signal(signal.SIGTERM, lambda number, _frame: early.append(number))
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the supervisor's way to say at once
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, BLOCKED)
+    job: Job = line.recv()
+
+    def serving(told: str) -> None:
+        with contextlib.suppress(OSError):  # the supervisor is gone, which is another reason to stop
+            line.send(told)
+        if early:
+            signal.raise_signal(signal.SIGTERM)
+
+    threading.Thread(target=_leave_with, args=(line,), name="bnexport-supervisor", daemon=True).start()
+    try:
+        share = Share(Records(job.records), job.number, job.settings.models.processes)
+        with socket.socket(fileno=job.listener) as listener:
+            serve_on(listener, job.path, job.settings, announce=serving, share=share)
+    except (BnexportError, MemoryError) as error:
+        line.send(error)
+    except Exception as error:  # the supervisor tells it as one process would
+        line.send(RuntimeError(f"{type(error).__name__}: {one_line(error)}"))
+
+
+def _leave_with(line: Connection) -> None:
+    """A supervisor that was killed can't stop its processes: they stop as if it had."""
+    try:
+        line.recv()
+    except (EOFError, OSError):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    main(Connection(int(sys.argv[1])))

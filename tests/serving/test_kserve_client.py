@@ -1,0 +1,106 @@
+"""KServe's own SDK, unchanged, in an environment of its own: its protobuf is older than the one onnx brings.
+
+Its clients ask ``bnexport serve``, and its classes read what ``bnexport deploy kserve`` writes.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.environments import run_program
+from support.serving import Server, serving
+
+from bnexport.bundle import MODEL_ONNX
+from bnexport.deploying.kserve import inference_service
+from bnexport.deploying.request import DEVICES, SCALE_METRICS, DeployRequest, Scaling
+
+HERE = Path(__file__).parent
+TOKEN = "correct-horse-battery-staple"
+
+
+@pytest.fixture(scope="session")
+def arrays(tmp_path_factory: pytest.TempPathFactory, images: np.ndarray, logits: np.ndarray) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("arrays")
+    for name, array in (("inputs", images), ("logits", logits)):
+        np.save(folder / f"{name}.npy", array)
+    return {name: str(folder / f"{name}.npy") for name in ("inputs", "logits")}
+
+
+def drive(python: Path, what: str, server: Server, arrays: dict[str, str], **more: str) -> Any:
+    """What the clients did, of which nothing was wrong."""
+    task = {"drive": what, "url": f"http://127.0.0.1:{server.port}", **arrays, **more}
+    told = run_program(python, HERE / "kserve_program.py", task)
+    assert told["wrong"] == []
+    return told
+
+
+def test_every_call_over_http(kserve_python: Path, server: Server, arrays: dict[str, str]) -> None:
+    told = drive(kserve_python, "rest", server, arrays)
+    assert tuple(map(int, told["versions"]["kserve"].split(".")[:2])) >= (0, 17)
+    assert int(told["versions"]["protobuf"].partition(".")[0]) < 7
+    assert len(told["done"]) > 100
+
+
+def test_a_token(kserve_python: Path, models: Path, arrays: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "token").write_text(TOKEN)
+    with serving(models, tmp_path / "log", "--token-file", str(tmp_path / "token")) as guarded:
+        told = drive(kserve_python, "token", guarded, arrays, token=TOKEN)
+    assert len(told["done"]) == 5
+
+
+def test_a_model_that_is_not_ready(kserve_python: Path, models: Path, arrays: dict[str, str], tmp_path: Path) -> None:
+    folder = tmp_path / "models" / "bn_lenet" / "1"
+    shutil.copytree(models / "bn_lenet" / "1", folder)
+    with (folder / MODEL_ONNX).open("ab") as file:
+        file.write(b"more")
+    with serving(tmp_path / "models", tmp_path / "log") as server:
+        told = drive(kserve_python, "unready", server, arrays)
+    assert len(told["done"]) == 4
+
+
+def test_every_call_over_grpc(kserve_python: Path, models: Path, arrays: dict[str, str], tmp_path: Path) -> None:
+    with serving(models, tmp_path / "log", "--grpc-port", "0") as server:
+        told = drive(kserve_python, "grpc", server, arrays, grpc=f"127.0.0.1:{server.grpc_port}")
+    assert len(told["done"]) > 15
+
+
+def changed(service: dict[str, Any], place: str, value: object) -> dict[str, Any]:
+    """A copy with one field set, or taken away where the value is None."""
+    service = copy.deepcopy(service)
+    *path, last = place.split("/")
+    inner = functools.reduce(dict.__getitem__, path, service)
+    inner[last] = value
+    if value is None:
+        del inner[last]
+    return service
+
+
+def test_services_are_kserves_own(kserve_python: Path) -> None:
+    """Every field has the name and the type that the SDK's classes give it; one that does not is seen."""
+    services = [
+        inference_service("m", DeployRequest(device=device), scaling, model_bytes=2**20, namespace=namespace)
+        for device, metric, namespace in itertools.product(DEVICES, SCALE_METRICS, (None, "vision"))
+        for scaling in (Scaling("s3://bucket/models", 1, 6, metric, 50),)
+    ]
+    good, model = services[0], "spec/predictor/model"
+    bad = [
+        changed(good, "spec/replicas", 3),
+        changed(good, "spec/predictor/scaleMetrics", "x"),
+        changed(good, "spec/predictor/minReplicas", "many"),
+        changed(good, f"{model}/storageURI", "x"),
+        changed(good, f"{model}/modelFormat", None),
+        changed(good, f"{model}/modelFormat", {"version": "1"}),
+        changed(good, f"{model}/resources", {"limit": {"cpu": "1"}}),
+        changed(good, "metadata/nameSpace", "x"),
+    ]
+    documents = [*services, *bad]
+    told = run_program(kserve_python, HERE / "kserve_service_program.py", documents)
+    agrees = [answer == document for answer, document in zip(told, documents, strict=True)]
+    assert agrees == [True] * len(services) + [False] * len(bad), told[-len(bad) :]

@@ -1,0 +1,321 @@
+"""Several processes under one supervisor: killed, started again, counted together, and stopped without a lost request."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.bundles import another
+from support.serving import PATIENCE, PROGRAM, ROOT, Server, logits_of, refused, serving, tensor, until
+from support.serving_clients import Clients
+
+TWO = ("--processes", "2")
+STATS = "/v2/models/bn_lenet/stats"
+
+
+def told(server: Server, event: str) -> list[dict[str, Any]]:
+    return [line for line in server.events() if line.get("event") == event]
+
+
+def running(server: Server) -> dict[int, int]:
+    """Number -> process id of the processes that serve."""
+    found: dict[int, int] = {}
+    for line in server.events():
+        if line.get("event") == "process ready":
+            found[line["process"]] = line["pid"]
+        if line.get("event") in ("process died", "process stopped"):
+            found.pop(line["process"], None)
+    return found
+
+
+def alive(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    return False
+
+
+def killed(server: Server, number: int) -> None:
+    """Kill a process and wait until another one serves in its place."""
+    before = running(server)[number]
+    os.kill(before, signal.SIGKILL)
+    until(lambda: running(server).get(number, before) != before)
+
+
+@contextlib.contextmanager
+def asked(server: Server, count: int) -> Iterator[list[http.client.HTTPConnection]]:
+    """Connections with a request each, whose answers are still to be read."""
+    with contextlib.ExitStack() as stack:
+        connections = []
+        for index in range(count):
+            connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)
+            stack.callback(connection.close)
+            connection.request("GET", "/v2", headers={"x-request-id": f"waiting-{index}"})
+            connections.append(connection)
+        yield connections
+
+
+def counted(server: Server, pattern: str) -> float:
+    """Sum of the samples of the metrics whose names and labels match."""
+    text = server.ask("GET", "/metrics").body.decode()
+    return sum(float(line.rpartition(" ")[2]) for line in text.splitlines() if re.match(pattern, line))
+
+
+@contextlib.contextmanager
+def serving_twice(models: Path, log: Path, *options: str) -> Iterator[Server]:
+    """A server of two processes, once its log says that both are ready."""
+    with serving(models, log, *TWO, *options) as server:
+        until(lambda: sorted(running(server)) == [0, 1])
+        yield server
+
+
+@pytest.fixture
+def server(models: Path, tmp_path: Path) -> Iterator[Server]:
+    with serving_twice(models, tmp_path / "log") as running:
+        yield running
+
+
+def test_all_processes_serve_and_the_supervisor_opens_no_model(
+    server: Server, images: np.ndarray, logits: np.ndarray
+) -> None:
+    answered: set[int] = set()
+
+    def ask() -> bool:
+        assert np.allclose(logits_of(server.infer({"inputs": [tensor(images)]})), logits, rtol=1e-4, atol=1e-4)
+        answered.update(line["process"] for line in server.events() if line.get("status") == 200)
+        return answered == {0, 1}
+
+    until(ask)
+    maps = Path(f"/proc/{server.process.pid}/maps").read_text()
+    assert "onnxruntime" not in maps, "the supervisor has loaded an engine"
+    assert all("onnxruntime" in Path(f"/proc/{pid}/maps").read_text() for pid in running(server).values())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_loses_nothing_and_leaves_nobody(
+    models: Path, tmp_path: Path, images: np.ndarray, logits: np.ndarray, number: int
+) -> None:
+    with serving_twice(models, tmp_path / "log", "--grace", "4") as server:
+        pids = running(server).values()
+        with Clients(server, images, logits) as clients:
+            until(lambda: len(clients.answers) > 50)
+            server.process.send_signal(number)
+            before = len(clients.answers)
+            assert server.process.wait(PATIENCE) == 0
+        assert clients.failures == []
+        assert len(clients.answers) > before
+        assert [line["how"] for line in told(server, "process stopped")] == ["exit code 0"] * 2
+        assert not any(map(alive, pids))
+
+
+def test_signals_to_everybody_are_one_stop(
+    models: Path, tmp_path: Path, images: np.ndarray, logits: np.ndarray
+) -> None:
+    """systemd sends SIGTERM to all processes of a service: what the supervisor passes on must not count as the second."""
+    with (
+        serving_twice(models, tmp_path / "log", "--grace", "4") as server,
+        Clients(server, images, logits) as clients,
+    ):
+        until(lambda: len(clients.answers) > 50)
+        for pid in (*running(server).values(), server.process.pid):
+            os.kill(pid, signal.SIGTERM)
+        assert server.process.wait(PATIENCE) == 0
+    assert clients.failures == []
+
+
+def test_a_second_signal_ends_it_at_once(models: Path, tmp_path: Path) -> None:
+    with serving_twice(models, tmp_path / "log", "--grace", "1000") as server:
+        client = http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)
+        client.putrequest("POST", "/v2/models/bn_lenet/infer")
+        client.putheader("content-length", "1000")
+        client.endheaders(b"{")  # an answer that is never due
+        until(lambda: counted(server, "bnexport_http_requests_active") == 2)
+        server.process.send_signal(signal.SIGTERM)
+        until(lambda: told(server, "stopping"))
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(PATIENCE) == 0
+        client.close()
+
+
+def test_a_killed_process_takes_only_its_own_requests(server: Server, images: np.ndarray, logits: np.ndarray) -> None:
+    """Of connections that are kept, those to the other process notice nothing; new ones are served in the meantime."""
+    kept = [http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE) for _ in range(16)]
+    owners = []
+    for index, connection in enumerate(kept):
+        server.ask("GET", "/v2", headers={"x-request-id": f"kept-{index}"}, connection=connection)
+        owners.append(until(lambda: [e["process"] for e in server.events() if e.get("id") == f"kept-{index}"])[0])  # noqa: B023
+    assert set(owners) == {0, 1}
+    killed(server, 0)
+    for owner, connection in zip(owners, kept, strict=True):
+        if owner == 1:
+            assert server.ask("GET", "/v2", connection=connection).status == 200
+        else:
+            with pytest.raises((http.client.RemoteDisconnected, ConnectionError)):
+                server.ask("GET", "/v2", connection=connection)
+        connection.close()
+    (death,) = told(server, "process died")
+    assert (death["process"], "SIGKILL" in death["how"]) == (0, True)
+
+
+def test_what_waits_for_a_killed_process_is_answered_by_the_next(server: Server) -> None:
+    """Connections that the system has made and nobody has accepted are no casualties."""
+    stopped = running(server)[0]
+    os.kill(stopped, signal.SIGSTOP)
+    with asked(server, 24) as connections:
+        killed(server, 0)
+        assert [connection.getresponse().status for connection in connections] == [200] * 24
+    until(lambda: {e["process"] for e in server.events() if str(e.get("id", "")).startswith("waiting")} == {0, 1})
+
+
+def test_a_stop_waits_for_a_process_for_which_clients_wait(server: Server) -> None:
+    stopped = running(server)[0]
+    os.kill(stopped, signal.SIGSTOP)
+    with asked(server, 24) as connections:
+        os.kill(stopped, signal.SIGKILL)
+        until(lambda: len(told(server, "process started")) == 3)
+        server.process.send_signal(signal.SIGTERM)
+        assert [connection.getresponse().status for connection in connections] == [200] * 24
+    assert server.process.wait(PATIENCE) == 0
+    assert len(told(server, "stopped")) == 2
+
+
+def test_a_stop_before_all_serve_is_at_once(models: Path, tmp_path: Path) -> None:
+    words = [*PROGRAM, "serve", str(models), "--port", "0", "--processes", "8", "--grace", "1000"]
+    with (tmp_path / "log").open("w") as log:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=log, env=environment)
+    try:
+        server = Server(process, 0, tmp_path / "log")  # type: ignore[arg-type]
+        until(lambda: told(server, "process started"))
+        process.send_signal(signal.SIGTERM)
+        out, _ = process.communicate(timeout=PATIENCE)
+        assert (process.returncode, out) == (130, b"")
+        assert not any(alive(line["pid"]) for line in told(server, "process started"))
+        assert "Traceback" not in server.log.read_text()
+    finally:
+        process.kill()
+        process.wait(PATIENCE)
+
+
+def test_counters_are_sums_that_survive_a_kill(server: Server, images: np.ndarray) -> None:
+    body = {"inputs": [tensor(images)]}
+    rows = r"bnexport_samples_total"
+    seen = 0.0
+    for _ in range(40):
+        assert server.infer(body).status == 200
+        found = counted(server, rows)  # of either process, in any order
+        assert found >= seen, "a counter fell"
+        seen = found
+    assert {e["process"] for e in server.events() if e.get("status") == 200} == {0, 1}
+    until(lambda: counted(server, rows) == 40 * len(images))
+    for number in (0, 1, 0):
+        killed(server, number)
+        assert counted(server, rows) == 40 * len(images)
+    assert server.infer(body).status == 200
+    until(lambda: counted(server, rows) == 41 * len(images))
+    (stats,) = server.ask("GET", STATS).json["model_stats"]
+    assert stats["inference_count"] == 41 * len(images)
+    assert stats["inference_stats"]["success"]["count"] == 41
+    assert sum(size["compute_infer"]["count"] for size in stats["batch_stats"]) == stats["execution_count"]
+    assert counted(server, r'bnexport_request_seconds_bucket\{le="\+Inf"') == 41
+    assert counted(server, r"bnexport_sessions\{") == 2
+    assert counted(server, r"bnexport_model_ready\{") == 1
+    assert counted(server, r'bnexport_process_starts_total\{process="0"\}') == 3
+    pids = running(server)
+    for number, pid in pids.items():
+        resident = int(re.findall(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[0]) * 1024
+        shown = counted(server, rf'process_resident_memory_bytes\{{process="{number}"\}}')
+        assert 0.5 < shown / resident < 2
+
+
+def test_a_version_that_was_loaded_again_keeps_its_counters(models: Path, tmp_path: Path, images: np.ndarray) -> None:
+    another(models, tmp_path / "m" / "bn_lenet" / "1", 1)
+    with serving_twice(tmp_path / "m", tmp_path / "log", "--poll", "0.2") as server:
+        for _ in range(10):
+            server.infer({"inputs": [tensor(images)]})
+        until(lambda: counted(server, "bnexport_samples_total") == 10 * len(images))
+        another(models, tmp_path / "new", 1, 2.0)
+        (tmp_path / "m" / "bn_lenet" / "1").rename(tmp_path / "old")
+        (tmp_path / "new").rename(tmp_path / "m" / "bn_lenet" / "1")
+        until(lambda: len(told(server, "model ready")) == 4)
+        assert counted(server, "bnexport_samples_total") == 10 * len(images)
+        server.infer({"inputs": [tensor(images)]})
+        until(lambda: counted(server, "bnexport_samples_total") == 11 * len(images))
+
+
+def test_it_is_announced_when_all_are_ready(models: Path, tmp_path: Path) -> None:
+    with serving(models, tmp_path / "log", "--processes", "3") as server:
+        announced = time.time()
+        until(lambda: len(running(server)) == 3)
+        assert all(line["time"] <= announced for line in told(server, "process ready"))
+
+
+def test_processes_do_not_outlive_their_supervisor(server: Server) -> None:
+    pids = list(running(server).values())
+    server.process.kill()
+    server.process.wait(PATIENCE)
+    until(lambda: not any(map(alive, pids)))
+    assert [line["process"] for line in told(server, "stopped")] in ([0, 1], [1, 0]), "they drained as they should"
+
+
+def test_a_process_that_can_not_start_again_is_tried_again_until_it_can(
+    models: Path, tmp_path: Path, images: np.ndarray
+) -> None:
+    another(models, tmp_path / "m" / "bn_lenet" / "1", 1)
+    with serving_twice(tmp_path / "m", tmp_path / "log") as server:
+        (tmp_path / "m" / "bn_lenet").rename(tmp_path / "away")
+        os.kill(running(server)[0], signal.SIGKILL)
+        until(lambda: len(told(server, "process died")) >= 3)
+        for _ in range(12):
+            assert server.infer({"inputs": [tensor(images)]}).status == 200, "the other one gets all connections"
+        deaths = told(server, "process died")
+        assert "holds no bundle" in deaths[1]["reason"]
+        assert deaths[2]["restart_in"] > deaths[1]["restart_in"] > deaths[0]["restart_in"] == 0
+        (tmp_path / "away").rename(tmp_path / "m" / "bn_lenet")
+        until(lambda: sorted(running(server)) == [0, 1])
+
+
+def test_when_none_can_start_any_more_it_ends_with_the_reason(models: Path, tmp_path: Path) -> None:
+    another(models, tmp_path / "m" / "bn_lenet" / "1", 1)
+    with serving_twice(tmp_path / "m", tmp_path / "log") as server:
+        (tmp_path / "m" / "bn_lenet").rename(tmp_path / "away")
+        for pid in running(server).values():
+            os.kill(pid, signal.SIGKILL)
+        assert server.process.wait(PATIENCE) == 2
+        assert "holds no bundle" in server.log.read_text().splitlines()[-2]
+
+
+def test_what_can_not_be_served_ends_as_with_one_process(models: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "short").write_text("x")
+    words = ("--port", "0", *TWO)
+    assert "holds no bundle" in refused(str(tmp_path / "empty"), *words, code=2)
+    assert "holds no token" in refused(str(models), *words, "--token-file", str(tmp_path / "short"), code=2)
+    assert "the middleware 'nowhere:x'" in refused(str(models), *words, "--middleware", "nowhere:x", code=2)
+    assert "can't run here" in refused(str(models), *words, "--runtime", "onnxruntime-tensorrt", code=3)
+    assert "one process of several alone" in refused(str(models), *words, "--allow-load", code=2)
+
+
+def test_a_port_that_is_taken(server: Server, models: Path) -> None:
+    words = (str(models), "--port", str(server.port))
+    assert f"port {server.port} can't be served on" in refused(*words, *TWO, code=2)
+    assert f"port {server.port} can't be served on" in refused(*words, code=2)
+
+
+def test_log_lines_of_several_processes_are_whole(server: Server) -> None:
+    long = "x" * 150
+    deadline = time.monotonic() + 1.0
+    while time.monotonic() < deadline:
+        server.ask("GET", f"/v2/{long}")
+    until(lambda: server.log.read_text().endswith("\n"))
+    lines = [line for line in server.log.read_text().splitlines() if line]
+    assert all(line.startswith("{") and line.endswith("}") for line in lines)

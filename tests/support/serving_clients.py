@@ -1,0 +1,53 @@
+"""Clients that ask a server without a pause, and notice each request that is lost."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import threading
+
+import numpy as np
+from support.serving import INFER, PATIENCE, Server, binary, logits_of
+
+
+class Clients:
+    """Threads that ask without a pause; each answer must be right, whichever version gives it."""
+
+    def __init__(
+        self, server: Server, images: np.ndarray, logits: np.ndarray, *, count: int = 6, stubborn: bool = True
+    ):
+        self.server, self.logits, self.stubborn = server, logits, stubborn
+        self.body, self.headers = binary(images, parameters={"binary_data_output": True})
+        self.stop, self.answers, self.failures = threading.Event(), [], []  # type: ignore[var-annotated]
+        self.threads = [threading.Thread(target=self._run) for _ in range(count)]
+
+    def __enter__(self) -> Clients:
+        for thread in self.threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop.set()
+        for thread in self.threads:
+            thread.join(PATIENCE)
+        assert not any(thread.is_alive() for thread in self.threads)
+
+    def _run(self) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", self.server.port, timeout=PATIENCE)
+        while not self.stop.is_set():
+            if connection.sock is None:  # the server asked for a new connection
+                try:
+                    connection.connect()
+                except (ConnectionRefusedError, ConnectionResetError):  # it does not listen any more: nothing was sent
+                    break
+            try:
+                answer = self.server.ask("POST", INFER, self.body, self.headers, connection)
+                logits = logits_of(answer)
+                version = json.loads(answer.body[: int(answer.headers["inference-header-content-length"])])[
+                    "model_version"
+                ]
+                self.answers.append((version, float(np.abs(logits / self.logits).mean())))
+            except Exception as error:  # everything is a lost request
+                self.failures.append(repr(error))
+                break
+        connection.close()

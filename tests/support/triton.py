@@ -1,0 +1,148 @@
+"""A real Triton Inference Server, as the wheel of nvidia-pytriton brings it: its core and Python backend, no ONNX Runtime."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from support.serving import PATIENCE
+
+#: What a venv needs for it; the Python backend of this wheel was built for numpy 1.
+REQUIREMENTS = ("nvidia-pytriton==0.7.0", "onnxruntime>=1.24", "numpy<2", "protobuf>=6.33.5,<7")
+_ASK = (
+    "import importlib.util, json, pathlib, sysconfig;"
+    "package = pathlib.Path(importlib.util.find_spec('pytriton').origin).parent;"
+    "print(json.dumps([str(package), sysconfig.get_config_var('LIBDIR')]))"
+)
+
+
+@dataclass(frozen=True)
+class Installation:
+    """Where a Python environment keeps its Triton.
+
+    Attributes:
+        python: Its Python, which has Triton's client too.
+        packages: Its folder of packages.
+        libpython: Where the library of that Python lies, which the Python backend loads.
+    """
+
+    python: Path
+    packages: Path
+    libpython: str
+
+    @property
+    def root(self) -> Path:
+        return self.packages / "pytriton" / "tritonserver"
+
+
+def installation(python: Path) -> Installation:
+    done = subprocess.run([str(python), "-c", _ASK], capture_output=True, text=True, timeout=60, check=True)
+    package, libpython = json.loads(done.stdout)
+    return Installation(python, Path(package).parent, libpython)
+
+
+@dataclass
+class Triton:
+    """A running server."""
+
+    process: subprocess.Popen[bytes]
+    repository: Path
+    http: int
+    grpc: int
+    log: Path
+
+    def said(self, start: int = 0) -> str:
+        return self.log.read_bytes()[start:].decode(errors="replace")
+
+    def load(self, name: str) -> tuple[str, str]:
+        """Load a model of the repository.
+
+        Returns:
+            Why not, or "", and what the log says of it.
+        """
+        start = self.log.stat().st_size
+        client = http.client.HTTPConnection("127.0.0.1", self.http, timeout=PATIENCE)
+        with contextlib.closing(client):
+            client.request("POST", f"/v2/repository/models/{name}/load", "{}")
+            content = client.getresponse().read()
+        return json.loads(content)["error"] if content else "", self.said(start)
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on, for servers that can't be asked which one they took."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for item in sockets:
+            item.bind(("127.0.0.1", 0))
+        return [item.getsockname()[1] for item in sockets]
+
+
+@contextlib.contextmanager
+def triton(found: Installation, folder: Path, *, mode: str = "explicit") -> Iterator[Triton]:
+    """A server that completes no configuration; ended whatever happens.
+
+    Args:
+        found: Its programs.
+        folder: With its ``repository``; made where it is not there.
+        mode: Of model control: "none" loads all at the start, "explicit" none.
+    """
+    (folder / "repository").mkdir(parents=True, exist_ok=True)
+    shutil.copytree(found.root / "backends" / "python", folder / "backends" / "python")
+    stub = "triton_python_backend_stub"
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    shutil.copy2(found.root / "python_backend_stubs" / version / stub, folder / "backends" / "python" / stub)
+    http_port, grpc_port = free_ports(2)
+    shared = f"bnexport_triton_{os.getpid()}_{http_port}_"
+    words = [
+        str(found.root / "bin" / "tritonserver"),
+        f"--model-repository={folder / 'repository'}",
+        f"--backend-directory={folder / 'backends'}",
+        f"--backend-config=python,shm-region-prefix-name={shared}",
+        f"--model-control-mode={mode}",
+        "--disable-auto-complete-config",
+        "--http-address=127.0.0.1",
+        f"--http-port={http_port}",
+        "--http-thread-count=2",
+        "--grpc-address=127.0.0.1",
+        f"--grpc-port={grpc_port}",
+        "--allow-metrics=false",
+        "--log-verbose=1",
+    ]
+    libraries = os.pathsep.join([str(found.packages / "nvidia_pytriton.libs"), found.libpython])
+    environment = {
+        **os.environ,
+        "LD_LIBRARY_PATH": libraries,
+        "MODEL_PACKAGES": str(found.packages),
+        "OMP_NUM_THREADS": "1",
+    }
+    log = folder / "log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(words, stdout=output, stderr=output, env=environment, start_new_session=True)
+    running = Triton(process, folder / "repository", http_port, grpc_port, log)
+    try:
+        deadline = time.monotonic() + PATIENCE
+        while "Started HTTPService" not in running.said():
+            assert process.poll() is None, running.said()[-3000:]
+            assert time.monotonic() < deadline, running.said()[-3000:]
+            time.sleep(0.05)
+        yield running
+    finally:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(PATIENCE)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait(PATIENCE)
+        for region in Path("/dev/shm").glob(f"{shared}*"):
+            region.unlink()
