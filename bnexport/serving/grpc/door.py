@@ -234,8 +234,8 @@ class GrpcDoor(grpc.GenericRpcHandler):  # type: ignore[misc]
     def _call(self, path: str, context: Any) -> Call:
         metadata = dict(context.invocation_metadata() or ())
         self._count += 1
-        given = metadata.get("x-request-id")
-        if not isinstance(given, str) or not given.isprintable() or not 0 < len(given) <= _LONGEST_ID:
+        given = str(metadata.get("x-request-id", ""))
+        if not 0 < len(given) <= _LONGEST_ID or not given.isascii() or not given.isprintable():
             given = f"{self._prefix}{self._count:x}"
         return Call(path, context, metadata, given)
 
