@@ -154,6 +154,10 @@ def test_health_follows_loading_and_stopping(models: Path, tmp_path: Path, image
         load = message("RepositoryModelLoadRequest", model_name="bn_lenet")
         ask(channel, "RepositoryModelLoad", "RepositoryModelLoadResponse", load)
         assert [server_watch.next(), model_watch.next()] == ["SERVING", "SERVING"]
+        as_kserve = message(
+            "RepositoryModelLoadRequest", repository_name="bn_lenet"
+        )  # its only field is the model's name
+        ask(channel, "RepositoryModelLoad", "RepositoryModelLoadResponse", as_kserve)
         load.parameters["config"].string_param = "{}"
         told = call(channel, SERVICE + "RepositoryModelLoad", load.SerializeToString())
         assert (told.code, "without parameters" in told.says) == ("INVALID_ARGUMENT", True)
