@@ -49,10 +49,10 @@ class Wire:
 class House:
     """A server without a socket; ``fast`` is whether it has the fast lane."""
 
-    def __init__(self, repository: Repository, *, fast: bool = True, token: bytes | None = None) -> None:
+    def __init__(self, repository: Repository, *, fast: bool = True, token: bytes | None = None, **limits: int) -> None:
         self.log = io.StringIO()
         self.json_log = JsonLog(self.log)
-        self.state = State(repository, AppSettings(ServingLimits(), token), self.json_log)
+        self.state = State(repository, AppSettings(ServingLimits(**limits), token), self.json_log)
         self.app = App(self.state)
         kind = limited(ServingLimits(), FastLane(self.app) if fast else None)
         self.config = Config(self.app, http=kind, ws="none", lifespan="off", log_config=None, access_log=False)

@@ -69,6 +69,7 @@ class FastLane:
 
     def __init__(self, app: App) -> None:
         self.app = app
+        self._longest = min(SHORT_BODY, app.state.settings.limits.body_bytes)
         self._known: dict[bytes, Found | None] = {}
         self._previous: Line | None = None
 
@@ -97,7 +98,7 @@ class FastLane:
         fits = (
             found is not None
             and 0 < len(length) <= len(str(SHORT_BODY))
-            and int(length) <= SHORT_BODY
+            and int(length) <= self._longest
             and len(headers) == len(pairs)
             and headers.keys().isdisjoint(_SLOW_HEADERS)
             and connection.parser.get_http_version() == "1.1"

@@ -153,6 +153,15 @@ def test_a_missed_target_is_said_to_be_missed(changes, expected):
     assert ("had errors" in page) == any(row.load.errors for rows in changes.values() for row in rows)
 
 
+def test_it_is_told_at_which_count_of_clients_a_target_is_missed():
+    faster, _, overhead, _ = outcomes(made_up(binary=[sample(100, 20), sample(100, 20)]))
+    # of both rounds: 360 / 100 and 540 / 100; the echo 360 / 40 and 540 / 30
+    assert faster.figures[1] == "4.50 (3.60 to 5.40) at 8 clients (missed; the echo has 13.50)"
+    assert faster.figures[0].endswith("at 1 client")
+    # (100 - 20) / 40 and (100 - 18) / 30
+    assert overhead.figures[1] == "2.37 (2.00 to 2.73) at 8 clients (missed)"
+
+
 def test_memory_that_grows_or_was_not_watched_for_long_is_not_flat():
     speeds = made_up()
     grown = dataclasses.replace(speeds.memory, resident=(100, 101, 106))

@@ -317,6 +317,16 @@ def test_the_longest_body_is_what_uvicorn_reads_at_once(repository: Repository, 
     run(main)
 
 
+def test_a_lower_limit_of_bodies_holds(repository: Repository, calls: list[bool]) -> None:
+    async def main() -> None:
+        house = House(repository, body_bytes=1000)
+        for size, status in ((1000, 400), (1001, 413)):
+            assert (await house.ask(request(INFER, b" " * size))).startswith(b"HTTP/1.1 %d " % status)
+        assert calls == [True, False]
+
+    run(main)
+
+
 def test_a_model_that_was_unloaded_is_not_answered_from_memory(tmp_path: Path) -> None:
     write_bundle(tmp_path / "m" / "bn_lenet" / "1")
     opened = Repository(tmp_path / "m", ServingSettings(), lambda *_, **__: None)
