@@ -14,34 +14,21 @@ import grpc
 import numpy as np
 from support.grpc_calls import HEALTH, SERVICE, call, channel_to, infer_request, logits_of_message
 from support.serving import PATIENCE, ROOT, Server, serving, until
+from support.serving_clients import Threads
 
 INFER = SERVICE + "ModelInfer"
 DOOR = ("--grpc-port", "0")
 
 
-class Clients:
+class Clients(Threads):
     """Threads that call without a pause, each on a connection of its own, until the server takes no calls any more."""
 
     def __init__(self, server: Server, images: np.ndarray, logits: np.ndarray, *, count: int = 4) -> None:
+        super().__init__(count)
         self.server, self.logits = server, logits
         self.data = infer_request(images).SerializeToString()
-        self.stop, self.lock = threading.Event(), threading.Lock()
+        self.lock = threading.Lock()
         self.answered, self.refused, self.failures = 0, 0, []  # type: ignore[var-annotated]
-        self.threads = [threading.Thread(target=self._run) for _ in range(count)]
-
-    def __enter__(self) -> Clients:
-        for thread in self.threads:
-            thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop.set()
-        self.join()
-
-    def join(self) -> None:
-        for thread in self.threads:
-            thread.join(PATIENCE)
-            assert not thread.is_alive()
 
     def _run(self) -> None:
         with channel_to(self.server) as channel:

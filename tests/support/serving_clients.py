@@ -5,32 +5,45 @@ from __future__ import annotations
 import http.client
 import json
 import threading
+from typing import Self
 
 import numpy as np
 from support.serving import INFER, PATIENCE, Server, binary, logits_of
 
 
-class Clients:
-    """Threads that ask without a pause; each answer must be right, whichever version gives it."""
+class Threads:
+    """Threads that run ``_run`` until ``stop`` is set."""
 
-    def __init__(
-        self, server: Server, images: np.ndarray, logits: np.ndarray, *, count: int = 6, stubborn: bool = True
-    ):
-        self.server, self.logits, self.stubborn = server, logits, stubborn
-        self.body, self.headers = binary(images, parameters={"binary_data_output": True})
-        self.stop, self.answers, self.failures = threading.Event(), [], []  # type: ignore[var-annotated]
+    def __init__(self, count: int) -> None:
+        self.stop = threading.Event()
         self.threads = [threading.Thread(target=self._run) for _ in range(count)]
 
-    def __enter__(self) -> Clients:
+    def __enter__(self) -> Self:
         for thread in self.threads:
             thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.stop.set()
+        self.join()
+
+    def join(self) -> None:
         for thread in self.threads:
             thread.join(PATIENCE)
         assert not any(thread.is_alive() for thread in self.threads)
+
+    def _run(self) -> None:
+        raise AssertionError("each kind of client has its own")
+
+
+class Clients(Threads):
+    """Threads that ask without a pause; each answer must be right, whichever version gives it."""
+
+    def __init__(self, server: Server, images: np.ndarray, logits: np.ndarray, *, count: int = 6):
+        super().__init__(count)
+        self.server, self.logits = server, logits
+        self.body, self.headers = binary(images, parameters={"binary_data_output": True})
+        self.answers, self.failures = [], []  # type: ignore[var-annotated]
 
     def _run(self) -> None:
         connection = http.client.HTTPConnection("127.0.0.1", self.server.port, timeout=PATIENCE)
