@@ -22,7 +22,7 @@ COMPOSE_FILE = "compose.yaml"
 IGNORED = ".dockerignore"
 MODELS = "models"
 WHEELS = "wheels"
-PORT = 8000
+PORT, GRPC_PORT = 8000, 8001
 _REMEDY = "This is a fault in bnexport: please report it with the options given"
 #: Instruction -> whether its argument must be a JSON list, as one without a shell is.
 _INSTRUCTIONS = {
@@ -83,9 +83,9 @@ def deploy_docker(
 def dockerfile(wheel: str | None) -> str:
     """The Dockerfile's text; it installs a wheel of the build context, or this version from a package index."""
     install = ['RUN pip install --no-cache-dir "$BNEXPORT"']
-    source = f"bnexport-runtime[serve]=={__version__}"
+    source = f"bnexport-runtime[serve,grpc]=={__version__}"
     if wheel is not None:
-        source = f"/{WHEELS}/{wheel}[serve]"
+        source = f"/{WHEELS}/{wheel}[serve,grpc]"
         install.insert(0, f"COPY {WHEELS} /{WHEELS}")
     health = f"import urllib.request as r; r.urlopen('http://127.0.0.1:{PORT}/v2/health/ready', timeout=3)"
     lines = [
@@ -98,10 +98,10 @@ def dockerfile(wheel: str | None) -> str:
         *install,
         f"COPY {MODELS} /{MODELS}",
         "USER 10001",
-        f"EXPOSE {PORT}",
+        f"EXPOSE {PORT} {GRPC_PORT}",
         f'HEALTHCHECK --interval=10s --start-period=60s CMD ["python", "-c", {json.dumps(health)}]',
         'ENTRYPOINT ["bnexport"]',
-        f'CMD ["serve", "/{MODELS}", "--host", "0.0.0.0", "--port", "{PORT}"]',
+        f'CMD ["serve", "/{MODELS}", "--host", "0.0.0.0", "--port", "{PORT}", "--grpc-port", "{GRPC_PORT}"]',
     ]
     return "\n".join(lines) + "\n"
 
@@ -159,7 +159,7 @@ def compose(name: str, request: DeployRequest) -> dict[str, Any]:
         triton["deploy"] = {"resources": {"reservations": {"devices": devices}}}
     serve = {
         "build": ".",
-        "ports": [f"127.0.0.1:{PORT}:{PORT}"],
+        "ports": [f"127.0.0.1:{port}:{port}" for port in (PORT, GRPC_PORT)],
         "read_only": True,
         "tmpfs": ["/tmp"],
         "restart": "unless-stopped",

@@ -100,7 +100,7 @@ class Repository:
         versions = self.models.get(name)
         if versions is None:
             raise RequestError(
-                f"there is no model {shown(name)}", remedy="POST v2/repository/index lists them", status=404
+                f"there is no model {shown(name)}", remedy="The index (POST v2/repository/index) lists them", status=404
             )
         entry = versions[max(versions, key=int)] if version is None else versions.get(version)
         if entry is None:
@@ -178,7 +178,7 @@ class Repository:
         """
         if name not in self.models:
             raise RequestError(
-                f"there is no model {shown(name)}", remedy="POST v2/repository/index lists them", status=404
+                f"there is no model {shown(name)}", remedy="The index (POST v2/repository/index) lists them", status=404
             )
         for version, entry in self.models[name].items():
             self._replace(name, version, entry, None)

@@ -123,14 +123,15 @@ def test_a_build_context(bundle: Bundle, tmp_path: Path) -> None:
     read_config((out / "models" / "bn_lenet" / CONFIG).read_text())
     assert (out / "wheels" / wheel.name).read_bytes() == b"wheel"
     lines = [line.partition(" ")[::2] for line in (out / "Dockerfile").read_text().splitlines()]
-    assert ("ARG", f"BNEXPORT=/wheels/{wheel.name}[serve]") in lines
-    assert json.loads(dict(lines)["CMD"]) == ["serve", "/models", "--host", "0.0.0.0", "--port", "8000"]
+    assert ("ARG", f"BNEXPORT=/wheels/{wheel.name}[serve,grpc]") in lines
+    command = ["serve", "/models", "--host", "0.0.0.0", "--port", "8000", "--grpc-port", "8001"]
+    assert json.loads(dict(lines)["CMD"]) == command
     services = yaml.safe_load((out / "compose.yaml").read_text())["services"]
     assert services["triton"]["image"] == "nvcr.io/nvidia/tritonserver:24.05-py3"
     assert services["triton"]["command"] == ["tritonserver", "--model-repository=/models"]
     assert services["triton"]["volumes"][0]["source"] == "./models"
     published = [port for service in services.values() for port in service["ports"]]
-    assert len({port.split(":")[1] for port in published}) == len(published) == 4
+    assert len({port.split(":")[1] for port in published}) == len(published) == 5
     assert all(port.startswith("127.0.0.1:") for port in published)
     assert "deploy" not in services["triton"]
 
@@ -138,7 +139,7 @@ def test_a_build_context(bundle: Bundle, tmp_path: Path) -> None:
 def test_without_a_wheel_this_version_is_installed(foreign: Bundle, tmp_path: Path) -> None:
     done = deploy_docker(foreign, tmp_path / "out", DeployRequest(name="foreign", device="cuda"))
     text = (tmp_path / "out" / "Dockerfile").read_text()
-    assert "ARG BNEXPORT=bnexport-runtime[serve]==" in text
+    assert "ARG BNEXPORT=bnexport-runtime[serve,grpc]==" in text
     assert "COPY wheels" not in text
     assert not any(name.startswith("wheels") for name in done.files)
     services = yaml.safe_load((tmp_path / "out" / "compose.yaml").read_text())["services"]
