@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from serving.test_processes import counted, killed, running, serving_twice, told
+from serving.test_serving_processes import counted, killed, running, serving_twice, told
 from support.grpc_calls import SERVICE, call, channel_to, infer, infer_request
 from support.serving import Server, refused, until
 
