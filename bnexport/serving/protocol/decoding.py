@@ -103,7 +103,9 @@ class Decoder:
                 arrays[item.spec.name] = _from_bytes(body, start, item)
                 start += item.size
             else:
-                arrays[item.spec.name] = array_from_json(item.data, item.spec, item.shape)
+                # The words may stand elsewhere; that costs the look at each value, and nothing else.
+                booleans = b"true" in body or b"false" in body
+                arrays[item.spec.name] = array_from_json(item.data, item.spec, item.shape, booleans=booleans)
         if len(arrays) > 1:
             _check_together(self.signature, arrays)
         request = plan.request

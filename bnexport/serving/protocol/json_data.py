@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import struct
 from typing import Any
 
 import numpy as np
@@ -21,13 +22,14 @@ _VALUES: dict[str, frozenset[type]] = {
 _WORDS = {"f": "numbers", "i": "whole numbers", "u": "whole numbers", "b": "true and false"}
 
 
-def array_from_json(data: Any, spec: TensorSpec, shape: tuple[int, ...]) -> Array:
+def array_from_json(data: Any, spec: TensorSpec, shape: tuple[int, ...], *, booleans: bool = True) -> Array:
     """JSON's data as an array.
 
     Args:
         data: A flat list in row-major order, or lists of lists as the shape says.
         spec: The input; its shape was checked.
         shape: Of this request.
+        booleans: Whether there may be true or false among the values; to look at the type of each takes long.
 
     Raises:
         RequestError: Other values, too many, too few, or values that the element type can't hold.
@@ -37,19 +39,32 @@ def array_from_json(data: Any, spec: TensorSpec, shape: tuple[int, ...]) -> Arra
     count = math.prod(shape)
     flat = data if len(data) == count and (not data or type(data[0]) is not list) else _flattened(data, spec, shape)
     kind = np.dtype(spec.dtype).kind
-    if not set(map(type, flat)) <= _VALUES[kind]:
-        raise RequestError(
-            f"the data of input {spec.name!r} holds other values than {_WORDS[kind]}", remedy="Send only those"
-        )
+    known = kind == "f" and not booleans  # then only numbers can be packed
+    if not known and not set(map(type, flat)) <= _VALUES[kind]:
+        raise _other_values(spec, kind)
     try:
         with np.errstate(over="ignore"):  # what became infinite is found below
-            array: Array = np.array(flat, spec.dtype).reshape(shape)
+            array: Array = _packed(flat).astype(spec.dtype) if known else np.array(flat, spec.dtype)
+            array = array.reshape(shape)
+    except struct.error as error:
+        raise _other_values(spec, kind) from error
     except OverflowError as error:
         raise RequestError(
             f"the data of input {spec.name!r} holds a number that {spec.dtype} can't", remedy="Send smaller numbers"
         ) from error
     check_finite(array, spec.name)
     return array
+
+
+def _packed(numbers: list[Any]) -> Array:
+    """Numbers as float64, in a third of the time that ``np.array`` takes; what is no number is a ``struct.error``."""
+    return np.frombuffer(struct.pack(f"{len(numbers)}d", *numbers), np.float64)
+
+
+def _other_values(spec: TensorSpec, kind: str) -> RequestError:
+    return RequestError(
+        f"the data of input {spec.name!r} holds other values than {_WORDS[kind]}", remedy="Send only those"
+    )
 
 
 def _flattened(data: list[Any], spec: TensorSpec, shape: tuple[int, ...]) -> list[Any]:
