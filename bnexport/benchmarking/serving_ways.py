@@ -13,6 +13,7 @@ from pathlib import Path
 from bnexport.benchmarking.serving_process import Ports
 from bnexport.benchmarking.serving_venvs import make_venv
 from bnexport.errors import RuntimeUnavailable
+from bnexport.runtimes.isolation import import_path
 
 _ROOT = Path(__file__).parents[2]
 _PEERS = Path(__file__).parent / "peers"
@@ -74,8 +75,7 @@ class Way:
         """Environment variables: this copy of bnexport for its own servers, none of it for others; one thread."""
         own = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
         if self.venv is None:
-            given = os.environ.get("PYTHONPATH")
-            own["PYTHONPATH"] = os.pathsep.join([str(_ROOT), *([given] if given else [])])
+            own["PYTHONPATH"] = import_path()
         return own | {"OMP_NUM_THREADS": "1"}
 
 

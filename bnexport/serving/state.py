@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import hmac
+import os
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
 
 from bnexport.errors import NotServing, RequestError
 from bnexport.serving.access_log import JsonLog
 from bnexport.serving.limits import ServingLimits
 from bnexport.serving.repository import Repository
+from bnexport.serving.served_model import ServedModel
 from bnexport.serving.totals import Share, Totals, models_of
+
+_LONGEST_ID = 128
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,36 @@ class Memory:
         self.held -= size
 
 
+class Answered(Protocol):
+    """What is known of a request, whichever door it came in by."""
+
+    id: str
+    path: str
+    model: ServedModel | None
+    rows: int
+    bytes_in: int
+
+
+class Answer(NamedTuple):
+    """What is known of its answer.
+
+    Attributes:
+        client: The client's address.
+        method: HTTP's, or "gRPC".
+        status: HTTP's, or the name of gRPC's code.
+        ns: Nanoseconds from the request to it.
+        size: Bytes of its body.
+        trace: The client's ``traceparent``, or "".
+    """
+
+    client: str
+    method: str
+    status: int | str
+    ns: int
+    size: int
+    trace: str
+
+
 class ServerState:
     """The models, the settings, and what is going on.
 
@@ -84,6 +119,34 @@ class ServerState:
         self.requests: Counter[tuple[str, int]] = Counter()
         self.calls: Counter[tuple[str, str]] = Counter()
         self.calls_active = 0
+        self._prefix, self._count = os.urandom(6).hex(), 0
+
+    def id_of(self, given: str | None) -> str:
+        """A request's id: the client's, if it can be logged and sent back as it is, or a new one."""
+        self._count += 1
+        if given and len(given) <= _LONGEST_ID and given.isascii() and given.isprintable():
+            return given
+        return f"{self._prefix}{self._count:x}"
+
+    def log_answer(self, request: Answered, answer: Answer) -> None:
+        """Write the line of a request into the access log."""
+        model = request.model
+        fields: dict[str, Any] = {
+            "time": time.time(),
+            "id": request.id,
+            "client": answer.client,
+            "method": answer.method,
+            "path": request.path[:200],
+            "status": answer.status,
+            "us": answer.ns // 1000,
+            "in": request.bytes_in,
+            "out": answer.size,
+        }
+        if model is not None:
+            fields["model"], fields["version"], fields["rows"] = model.name, model.version, request.rows
+        if answer.trace:
+            fields["trace"] = answer.trace[:64]
+        self.log.request(fields)
 
     def totals(self) -> Totals:
         """What has been counted, by all processes."""

@@ -24,9 +24,8 @@ from bnexport.serving.grpc.methods import METHODS, STREAM, WATCH, Method
 from bnexport.serving.grpc.schema import classes
 from bnexport.serving.limits import ServingLimits
 from bnexport.serving.refusing import sentence_of
-from bnexport.serving.state import ServerState
+from bnexport.serving.state import Answer, ServerState
 
-_LONGEST_ID = 128
 #: Those who watch need no token and take a place among the calls.
 _MOST_WATCHERS = 256
 #: Milliseconds after which a connection without calls is closed; clients open another one by themselves.
@@ -64,7 +63,6 @@ class GrpcDoor(grpc.GenericRpcHandler):  # type: ignore[misc]
         self.state, self.settings = state, settings
         self.port = settings.port
         self._closing, self._refused_at = False, 0.0
-        self._prefix, self._count = os.urandom(6).hex(), 0
         self._handlers = {path: self._unary(path, method) for path, method in METHODS.items()}
         self._handlers[STREAM] = grpc.stream_stream_rpc_method_handler(self._stream)
         self._handlers[WATCH] = grpc.stream_stream_rpc_method_handler(self._watch)
@@ -233,11 +231,7 @@ class GrpcDoor(grpc.GenericRpcHandler):  # type: ignore[misc]
 
     def _call(self, path: str, context: Any) -> Call:
         metadata = dict(context.invocation_metadata() or ())
-        self._count += 1
-        given = str(metadata.get("x-request-id", ""))
-        if not 0 < len(given) <= _LONGEST_ID or not given.isascii() or not given.isprintable():
-            given = f"{self._prefix}{self._count:x}"
-        return Call(path, context, metadata, given)
+        return Call(path, context, metadata, self.state.id_of(str(metadata.get("x-request-id", ""))))
 
     async def _measured(
         self, call: Call, work: Awaitable[bytes], *, counted: bool
@@ -261,31 +255,13 @@ class GrpcDoor(grpc.GenericRpcHandler):  # type: ignore[misc]
             state.active -= 1
             state.calls_active -= 1
             state.calls[call.path if counted else "none", code.name] += 1
-            self._log(call, code, len(answer) if isinstance(answer, bytes) else 0, time.perf_counter_ns() - start)
+            ns, size = time.perf_counter_ns() - start, len(answer) if isinstance(answer, bytes) else 0
+            if call.model is not None:
+                call.model.statistics.answered(ns, ok=code is grpc.StatusCode.OK)
+            if state.log.access:
+                trace = str(call.metadata.get("traceparent", ""))
+                state.log_answer(call, Answer(call.client, "gRPC", code.name, ns, size, trace))
         return code, answer
-
-    def _log(self, call: Call, code: grpc.StatusCode, size: int, ns: int) -> None:
-        model = call.model
-        if model is not None:
-            model.statistics.answered(ns, ok=code is grpc.StatusCode.OK)
-        if not self.state.log.access:
-            return
-        fields: dict[str, Any] = {
-            "time": time.time(),
-            "id": call.id,
-            "client": call.client,
-            "method": "gRPC",
-            "path": call.path[:200],
-            "status": code.name,
-            "us": ns // 1000,
-            "in": call.bytes_in,
-            "out": size,
-        }
-        if model is not None:
-            fields["model"], fields["version"], fields["rows"] = model.name, model.version, call.rows
-        if isinstance(trace := call.metadata.get("traceparent"), str):
-            fields["trace"] = trace[:64]
-        self.state.log.request(fields)
 
 
 def _told(context: Any, code: grpc.StatusCode, answer: bytes | BnexportError) -> bytes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
@@ -15,10 +14,10 @@ from bnexport.serving.http.reply import Reply, error_reply, packed, reply_header
 from bnexport.serving.http.request import Disconnected, Receive, check_once
 from bnexport.serving.http.routes import find_route
 from bnexport.serving.http.state import State
+from bnexport.serving.state import Answer
 
 Scope = MutableMapping[str, Any]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
-_LONGEST_ID = 128
 
 
 class App:
@@ -30,7 +29,6 @@ class App:
 
     def __init__(self, state: State) -> None:
         self.state = state
-        self._prefix, self._count = os.urandom(6).hex(), 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -94,39 +92,17 @@ class App:
         """
         if exchange.model is not None and (accepted := exchange.headers.get(b"accept-encoding")) is not None:
             reply = packed(reply, accepted)
-        self._count_and_log(exchange, client, route, reply, time.perf_counter_ns() - start_ns)
+        ns = time.perf_counter_ns() - start_ns
+        self.state.requests[route, reply.status] += 1
+        if exchange.model is not None:
+            exchange.model.statistics.answered(ns, ok=reply.status < 400)
+        if self.state.log.access:
+            trace = exchange.headers.get(b"traceparent", b"").decode("latin-1")
+            answer = Answer(client, exchange.method, reply.status, ns, len(reply.body), trace)
+            self.state.log_answer(exchange, answer)
         return reply
 
     def id_of(self, headers: dict[bytes, bytes]) -> str:
-        """A request's id: the client's, if it can be logged and sent back as it is, or a new one."""
-        self._count += 1
+        """A request's id."""
         given = headers.get(b"x-request-id")
-        if given and len(given) <= _LONGEST_ID and given.isascii():
-            text = given.decode()
-            if text.isprintable():
-                return text
-        return f"{self._prefix}{self._count:x}"
-
-    def _count_and_log(self, exchange: Exchange, client: str, route: str, reply: Reply, ns: int) -> None:
-        self.state.requests[route, reply.status] += 1
-        model = exchange.model
-        if model is not None:
-            model.statistics.answered(ns, ok=reply.status < 400)
-        if not self.state.log.access:
-            return
-        fields: dict[str, Any] = {
-            "time": time.time(),
-            "id": exchange.id,
-            "client": client,
-            "method": exchange.method,
-            "path": exchange.path[:200],
-            "status": reply.status,
-            "us": ns // 1000,
-            "in": exchange.bytes_in,
-            "out": len(reply.body),
-        }
-        if model is not None:
-            fields["model"], fields["version"], fields["rows"] = model.name, model.version, exchange.rows
-        if (trace := exchange.headers.get(b"traceparent")) is not None:
-            fields["trace"] = trace.decode("latin-1")[:64]
-        self.state.log.request(fields)
+        return self.state.id_of(None if given is None else given.decode("latin-1"))
