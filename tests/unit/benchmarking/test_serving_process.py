@@ -2,12 +2,15 @@
 
 import json
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy
 import pytest
 
+import bnexport
 from bnexport.benchmarking import serving_venvs
 from bnexport.benchmarking.serving_load import put_load
 from bnexport.benchmarking.serving_process import ask, counters, free_ports, started
@@ -87,7 +90,15 @@ def test_loads_on_nobody_are_no_result():
 def test_own_servers_find_this_copy_and_others_do_not(monkeypatch, tmp_path):
     monkeypatch.setenv("PYTHONPATH", "else")
     own, other = WAYS["binary"].environment(), WAYS["fastapi"].environment()
-    assert own["PYTHONPATH"].split(os.pathsep) == [str(Path(__file__).parents[3]), "else"]
+    found = subprocess.run(
+        [sys.executable, "-c", "import bnexport, numpy; print(bnexport.__file__, numpy.__file__, sep='\\n')"],
+        env=own,
+        cwd=tmp_path,  # nothing here is a package: what is found is found by the environment alone
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found.stdout.splitlines() == [bnexport.__file__, numpy.__file__]
     assert "PYTHONPATH" not in other
     place = Place(tmp_path / "python", tmp_path, free_ports(), 185)
     for name, way in WAYS.items():
