@@ -36,7 +36,7 @@ _COMMON = (
     click.option(
         "--max-batch-size", type=click.IntRange(min=1), default=64, show_default=True, help="Largest batch in Triton."
     ),
-    click.option("--force", is_flag=True, help="Replace an existing folder."),
+    click.option("--force", is_flag=True, help="Replace an existing deployment."),
 )  # fmt: skip
 
 
