@@ -236,12 +236,18 @@ def test_what_can_not_be_served_ends_with_a_sentence(models: Path, tmp_path: Pat
     assert "no positive number" in refused(path, "--limit", "queue=-3", code=2)
     assert "holds no token" in refused(path, "--port", "0", "--token-file", str(tmp_path / "short"), code=2)
     assert "go together" in refused(path, "--tls-cert", "x.pem", code=2)
+    missing = refused(path, "--port", "0", "--tls-cert", "x.pem", "--tls-key", "y.pem", code=2)
+    assert "x.pem and y.pem can't be used for TLS" in missing
+    assert "are both 8765" in refused(path, "--port", "8765", "--grpc-port", "8765", code=2)
+    assert "'three' is neither auto nor a number" in refused(path, "--workers", "three", code=2)
     assert "the middleware 'nowhere:x'" in refused(path, "--port", "0", "--middleware", "nowhere:x", code=2)
     assert "can't run here" in refused(path, "--port", "0", "--runtime", "onnxruntime-tensorrt", code=3)
 
 
 def test_a_port_that_is_taken(server: Server, models: Path) -> None:
-    assert f"port {server.port} can't be served on" in refused(str(models), "--port", str(server.port), code=2)
+    said = refused(str(models), "--port", str(server.port), code=2)
+    assert f"port {server.port} can't be served on: Address already in use." in said
+    assert "Choose another --host, --port or --grpc-port." in said
 
 
 def test_two_servers_share_a_port(models: Path, tmp_path: Path, images: np.ndarray) -> None:
