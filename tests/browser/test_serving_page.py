@@ -154,6 +154,14 @@ def test_a_model_that_is_not_ready_says_why(browser: Browser) -> None:
     assert not browser.evaluate("canvas.checkVisibility() || document.getElementById('signed').checkVisibility()")
 
 
+def test_the_hint_fits_the_model(browser: Browser) -> None:
+    """Only grey data sets are light on dark; a model of colour pictures was not trained on drawings."""
+    assert "28 x 28 pixels in grey. Drawings are light on dark" in text(browser, "hint")
+    browser.evaluate("choose({...current, image: {channels: 3, height: 64, width: 96}}, false)")
+    assert "96 x 64 pixels in colour" in text(browser, "hint")
+    assert "light on dark" not in text(browser, "hint")
+
+
 def test_the_verdict_and_the_report(browser: Browser) -> None:
     assert text(browser, "verdict") == "Verified at export: PASS: 7 rows. Report"
     browser.open(browser.evaluate("document.querySelector('#verdict a').href"))
