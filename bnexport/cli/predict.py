@@ -85,4 +85,4 @@ def _tell(result: BulkResult, *, as_json: bool) -> None:
     rate = f", {fresh / result.seconds:.0f} images/s" if fresh and result.seconds else ""
     before = f" ({result.resumed_rows} were there already)" if result.resumed_rows else ""
     files = "1 file" if result.shards == 1 else f"{result.shards} files"
-    click.echo(f"{result.rows} rows in {files} of {result.out}{before}{rate}")
+    click.echo(f"{result.rows} {'row' if result.rows == 1 else 'rows'} in {files} of {result.out}{before}{rate}")
