@@ -56,6 +56,10 @@ def command(bundle: Path, images: tuple[Path, ...], runtime: str, as_json: bool,
         return
     if given:
         raise UsageError(f"{_BULK[next(iter(given))]} is for --out", remedy="Pass --out FOLDER, or leave it away")
+    if many := [image for image in images if image.is_dir() or image.suffix.lower() in (".parquet", ".npz")]:
+        raise UsageError(
+            f"{many[0]} is read with --out alone", remedy="Pass --out FOLDER: the labels go there, into Parquet files"
+        )
     from bnexport.reporting.results import print_predictions
     from bnexport.serving.predictor import predict_images
 
@@ -64,7 +68,7 @@ def command(bundle: Path, images: tuple[Path, ...], runtime: str, as_json: bool,
 
 def _in_bulk(bundle: Path, sources: tuple[Path, ...], out: Path, options: dict[str, Any], *, as_json: bool) -> None:
     engine = options.pop("engine", "local")
-    for name in ("pyarrow", *(["ray"] if engine == "ray" else [])):
+    for name in ("pyarrow",) if engine == "local" else ("ray", "pyarrow"):  # ray's extra brings pyarrow, too
         require(name, purpose=f"bnexport predict --out with --engine {engine}")
     from bnexport.cli.bulk_display import BulkDisplay
     from bnexport.serving.bulk.predict import predict_in_bulk
