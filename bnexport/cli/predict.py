@@ -25,7 +25,10 @@ _BULK = {
 @click.command("predict")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--runtime", type=_RUNTIME, default="onnxruntime-cpu", show_default=True, help="Engine and device.")
+@click.option(
+    "--runtime", type=_RUNTIME, default="onnxruntime-cpu", show_default=True, metavar="NAME",
+    help="Engine and device, as bnexport doctor lists them.",
+)  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per image, one per line; with --out one in all.")
 @click.option(
     "--out", type=click.Path(path_type=Path), help="Write Parquet files into this folder instead of printing."
