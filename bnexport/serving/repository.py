@@ -23,6 +23,7 @@ from bnexport.serving.served_model import ServedModel, ServingSettings, open_ser
 _NAME, _VERSION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}"), re.compile(r"[1-9][0-9]{0,17}")
 READY, UNAVAILABLE = "READY", "UNAVAILABLE"
 _UNLOADED = "unloaded"  # the word of Triton's index, too
+_LAYOUT = "a model is NAME/VERSION/manifest.json: NAME of letters, digits, _ . and -, VERSION a number like 1, not 01"
 Log = Callable[..., None]
 
 
@@ -80,6 +81,8 @@ class Repository:
                 f"{self.path} holds no bundle",
                 remedy="Give a bundle such as models/bn_lenet/1, or a folder of models such as models/",
             )
+        for folder in _left_out(self.path, places):
+            self.log("folder left out", folder=str(folder), reason=_LAYOUT)
         for (name, version), folder in places.items():
             entry = self.models.setdefault(name, {}).setdefault(version, Version(folder))
             entry.seen = _looks(folder)
@@ -267,6 +270,17 @@ def find_bundles(path: Path) -> Mapping[tuple[str, str], Path]:
         }
     except OSError as error:
         raise BundleError(f"{path} can't be read: {one_line(error)}", remedy="Check its permissions") from error
+
+
+def _left_out(path: Path, places: Mapping[tuple[str, str], Path]) -> list[Path]:
+    """Folders in a folder of models that somebody may miss: without a bundle, or with one where none is looked for."""
+    if (path / MANIFEST).is_file():
+        return []
+    found = set(places.values())
+    models = [model for model in sorted(path.iterdir()) if model.is_dir() and not model.name.startswith(".")]
+    odd = [version.parent for model in models for version in sorted(model.glob(f"*/{MANIFEST}"))]
+    empty = [model for model in models if not any(version.parent == model for version in (*found, *odd))]
+    return [*empty, *(version for version in odd if version not in found and not version.name.startswith("."))]
 
 
 def _unloaded(versions: Mapping[str, Version]) -> bool:

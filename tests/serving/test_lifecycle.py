@@ -258,6 +258,19 @@ def test_what_can_not_be_served_ends_with_a_sentence(models: Path, tmp_path: Pat
     assert "can't run here" in refused(path, "--port", "0", "--runtime", "onnxruntime-tensorrt", code=3)
 
 
+def test_folders_that_are_no_models_are_named_in_the_log(models: Path, tmp_path: Path) -> None:
+    bundle, folder = Bundle.open(models / "bn_lenet" / "1"), tmp_path / "m"
+    for name in ("good/1", "good/.2.part", "good/02", "unversioned", "a name/1", "late/latest"):
+        copy_bundle(bundle, folder / name)
+    (folder / "triton" / "1").mkdir(parents=True)
+    (folder / ".git").mkdir()
+    with serving(folder, tmp_path / "log") as server:
+        left = {event["folder"]: event["reason"] for event in server.events() if event["event"] == "folder left out"}
+        assert set(left) == {str(folder / n) for n in ("triton", "unversioned", "good/02", "a name/1", "late/latest")}
+        assert all("NAME/VERSION/manifest.json" in reason for reason in left.values())
+        assert server.ask("GET", "/v2/models/good").json["versions"] == ["1"]
+
+
 def test_a_port_that_is_taken(server: Server, models: Path) -> None:
     said = refused(str(models), "--port", str(server.port), code=2)
     assert f"port {server.port} can't be served on: Address already in use." in said
