@@ -170,6 +170,13 @@ def test_the_verdict_and_the_report(browser: Browser) -> None:
     assert browser.evaluate("self.origin") == "null", "and it is a stranger here"
 
 
+def test_a_server_without_models_says_so(browser: Browser) -> None:
+    """Their folders may go while it runs; the page must not look as if it had not loaded."""
+    browser.evaluate("ask = async () => ({json: async () => ({models: []})}); load()")
+    assert browser.until("document.getElementById('problem').textContent") == "This server has no model now."
+    assert not browser.evaluate("document.getElementById('model').checkVisibility()")
+
+
 def test_words_of_strangers_are_words(browser: Browser) -> None:
     pick(browser, "hostile 1")
     drop(browser, png(IMAGES[0]))
