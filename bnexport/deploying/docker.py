@@ -59,7 +59,7 @@ def deploy_docker(
     folder = deployed_name("triton", DeployRequest(), bundle.manifest.name)
     if wheel is not None and not (_WHEEL.fullmatch(wheel.name) and wheel.is_file()):
         raise UsageError(f"{wheel} is no wheel of bnexport", remedy="Make one: python scripts/runtime_wheel.py FOLDER")
-    checked(bundle, out, request)
+    checked(bundle, out, request, writes=(DOCKERFILE, COMPOSE_FILE, IGNORED, MODELS, WHEELS))
     with staged_directory(out, force=request.force) as stage:
         (stage / MODELS).mkdir()
         write_model(bundle, stage / MODELS, folder, request, whole=True)

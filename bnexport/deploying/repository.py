@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 from bnexport.bundle import MODEL_ONNX, Bundle
 from bnexport.deploying.model_config import check_config
 from bnexport.deploying.releases import check_loads
 from bnexport.deploying.request import Deployment, DeployRequest, deployed_name
+from bnexport.errors import OutputError
 from bnexport.exporting.triton import CONFIG, batch_varies, triton_config, triton_dims, triton_type
-from bnexport.files import refuse_existing, staged_directory, write_atomically
+from bnexport.files import output_errors, refuse_existing, staged_directory, write_atomically
 from bnexport.tensors import Signature
 
 LABELS = "labels.txt"
@@ -29,24 +32,48 @@ def deploy_triton(bundle: Bundle, out: Path, request: DeployRequest = DeployRequ
     Raises:
         BundleError: The bundle is not as it was written.
         ExportError: The release can't load the model file.
-        OutputError: ``out`` exists already, or can't be written.
+        OutputError: ``out`` exists already, or is not what may be replaced, or can't be written.
         UsageError: A name that can't be a folder of a repository, or an unknown release.
     """
     name = deployed_name("triton", request, bundle.manifest.name)
-    checked(bundle, out, request)
+    checked(bundle, out, request, writes=(name,))
     with staged_directory(out, force=request.force) as stage:
         write_model(bundle, stage, name, request)
         files = names_in(stage)
     gpus = "" if request.device == "cpu" else " --gpus all"
-    command = f"docker run --rm{gpus} -p 8000:8000 -p 8001:8001 -v {out.absolute()}:/models:ro {image(request.triton)}"
+    ports = " ".join(f"-p 127.0.0.1:{port}:{port}" for port in (8000, 8001))
+    volume = shlex.quote(f"{out.absolute()}:/models:ro")
+    command = f"docker run --rm{gpus} {ports} -v {volume} {image(request.triton)}"
     return Deployment(out, files, (f"{command} tritonserver --model-repository=/models",))
 
 
-def checked(bundle: Bundle, out: Path, request: DeployRequest) -> None:
-    """What every target checks before it writes: the bundle's hashes, the place, and that Triton can load the file."""
+def checked(bundle: Bundle, out: Path, request: DeployRequest, *, writes: Collection[str]) -> None:
+    """What every target checks before it writes: the bundle's hashes, the place, and that Triton can load the file.
+
+    Args:
+        bundle: What is deployed.
+        out: The folder to write. An existing one is replaced by force, but not with what is no deployment in it.
+        request: Release and force.
+        writes: Names of what this target writes into ``out``.
+    """
     refuse_existing(out, force=request.force)
+    if out.exists():
+        _refuse_to_lose(bundle, out, writes)
     bundle.check()
     check_loads(bundle.file(MODEL_ONNX), request.triton)
+
+
+def _refuse_to_lose(bundle: Bundle, out: Path, writes: Collection[str]) -> None:
+    with output_errors(out):
+        others = sorted(path.name for path in out.iterdir() if path.name not in writes)
+        held = "the bundle itself" if bundle.path.resolve().is_relative_to(out.resolve()) else None
+    if held is None and others:
+        held = f"{others[0]}, which this deployment does not write"
+    if held is not None:
+        raise OutputError(
+            f"{out} holds {held}, so --force does not replace it",
+            remedy="Choose another folder, or remove this one yourself",
+        )
 
 
 def image(release: str) -> str:

@@ -5,6 +5,8 @@ costs less than the way to a thread and back, so where there is one session and 
 INLINE_SECONDS it runs on the loop itself. Requests that arrived together are still one batch: they queue in the turn of the
 loop in which they were read, and the batch is made in the next.
 
+When an engine refuses a batch, each of its requests runs again alone: the values of one must not fail the others.
+
 Whoever waits for an answer is told by a call, not by a task that has to be woken: a future is one such Waiter, and the fast
 lane of HTTP has its own.
 """
@@ -22,7 +24,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from bnexport.errors import BnexportError, NotServing
+from bnexport.errors import BnexportError, BundleError, NotServing, RequestError
 from bnexport.optional import one_line
 from bnexport.runtimes.base import Runner
 from bnexport.serving.statistics import ModelStatistics
@@ -79,7 +81,7 @@ class _Waiting:
 
     def __init__(self, inputs: dict[str, Array], rows: int, waiter: Waiter, deadline: float):
         self.inputs, self.rows, self.waiter, self.deadline = inputs, rows, waiter, deadline
-        self.key = (
+        self.key: object = (
             [array.shape[1:] for array in inputs.values()] if len(inputs) > 1 else next(iter(inputs.values())).shape[1:]
         )
         self.size = sum(array.nbytes for array in inputs.values())
@@ -236,13 +238,17 @@ class Batcher:
     ) -> None:
         self._idle.append(runner)
         self._running.remove(batch)
+        if isinstance(outcome, BnexportError) and len(batch) > 1:
+            for item in batch:
+                item.key = item  # is no other's key
+            self._queue.extendleft(reversed(batch))
+            return
         now = time.perf_counter_ns()
         rows = sum(item.rows for item in batch)
         waited = sum(now - infer_ns - item.queued_ns for item in batch)
         self.statistics.executed(requests=len(batch), rows=rows, queue_ns=max(waited, 0), infer_ns=infer_ns)
         if isinstance(outcome, BnexportError):
-            for item in batch:
-                _fail(item, outcome)
+            _fail(batch[0], outcome)
             return
         start = 0
         for item in batch:
@@ -271,12 +277,24 @@ def _run(runner: Runner, feeds: dict[str, Array]) -> tuple[dict[str, Array] | Bn
     try:
         outcome: dict[str, Array] | BnexportError = runner.run_fitting(feeds)
     except BnexportError as error:
-        outcome = error
+        outcome = _blamed(error)
     except MemoryError:
         outcome = NotServing("this machine has too little memory for the batch", remedy="Send fewer samples")
     except Exception as error:  # whatever it is, nobody may wait for it for ever
         outcome = NotServing(f"the batch failed: {one_line(error)}", remedy="Look into the log", status=500)
     return outcome, time.perf_counter_ns() - start
+
+
+def _blamed(error: BnexportError) -> BnexportError:
+    """The error of whoever is at fault.
+
+    A file that has answered its golden vectors can run, so what ONNX Runtime calls an invalid argument is the request's, such
+    as an index past the end of a table.
+    """
+    if not isinstance(error, BundleError) or type(cause := error.__cause__).__name__ != "InvalidArgument":
+        return error
+    reason = one_line(cause).rpartition("Status Message: ")[2] if cause is not None else ""
+    return RequestError(f"the model can't take these values: {reason}", remedy="Send values that it takes")
 
 
 def _fail(item: _Waiting, error: BnexportError) -> None:

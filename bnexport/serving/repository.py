@@ -22,6 +22,8 @@ from bnexport.serving.served_model import ServedModel, ServingSettings, open_ser
 #: Names of models that can stand in a URL as they are, and of versions, as Triton has them.
 _NAME, _VERSION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}"), re.compile(r"[1-9][0-9]{0,17}")
 READY, UNAVAILABLE = "READY", "UNAVAILABLE"
+_UNLOADED = "unloaded"  # the word of Triton's index, too
+_LAYOUT = "a model is NAME/VERSION/manifest.json: NAME of letters, digits, _ . and -, VERSION a number like 1, not 01"
 Log = Callable[..., None]
 
 
@@ -79,6 +81,8 @@ class Repository:
                 f"{self.path} holds no bundle",
                 remedy="Give a bundle such as models/bn_lenet/1, or a folder of models such as models/",
             )
+        for folder in _left_out(self.path, places):
+            self.log("folder left out", folder=str(folder), reason=_LAYOUT)
         for (name, version), folder in places.items():
             entry = self.models.setdefault(name, {}).setdefault(version, Version(folder))
             entry.seen = _looks(folder)
@@ -110,8 +114,9 @@ class Repository:
                 status=404,
             )
         if entry.served is None:
+            mended = "" if entry.reason == _UNLOADED else "Mend the bundle, then "
             raise NotServing(
-                f"model {name!r} is not ready: {entry.reason}", remedy="Mend the bundle, then load it again"
+                f"model {name!r} is not ready: {entry.reason}", remedy=f"{mended}load it again".capitalize()
             )
         return entry.served
 
@@ -120,8 +125,8 @@ class Repository:
         return {f"{name}/{version}": entry.reason for name, version, entry in self.each() if entry.reason}
 
     def ready(self) -> bool:
-        """Whether each model has a version that can answer."""
-        return bool(self.models) and all(name in self._newest for name in self.models)
+        """Whether a model can answer, and each of them but those that were unloaded on purpose."""
+        return bool(self._newest) and all(name in self._newest or _unloaded(self.models[name]) for name in self.models)
 
     def each(self) -> Iterator[tuple[str, str, Version]]:
         """Every version that is known."""
@@ -182,7 +187,7 @@ class Repository:
             )
         for version, entry in self.models[name].items():
             self._replace(name, version, entry, None)
-            entry.reason = "unloaded"
+            entry.reason = _UNLOADED
 
     async def close(self) -> None:
         """Close everything, after its last answer."""
@@ -253,7 +258,8 @@ def find_bundles(path: Path) -> Mapping[tuple[str, str], Path]:
             raise BundleError(f"{path} has the name {told}, which no URL holds", remedy="Export it under another name")
         return {(manifest.name, str(manifest.version)): path}
     if not path.is_dir():
-        raise BundleError(f"{path} is no folder", remedy="Give a bundle, or a folder of models such as models/")
+        what = "is no folder" if path.exists() else "does not exist"
+        raise BundleError(f"{path} {what}", remedy="Give a bundle, or a folder of models such as models/")
     try:
         return {
             (model.name, version.name): version
@@ -264,6 +270,22 @@ def find_bundles(path: Path) -> Mapping[tuple[str, str], Path]:
         }
     except OSError as error:
         raise BundleError(f"{path} can't be read: {one_line(error)}", remedy="Check its permissions") from error
+
+
+def _left_out(path: Path, places: Mapping[tuple[str, str], Path]) -> list[Path]:
+    """Folders in a folder of models that somebody may miss: without a bundle, or with one where none is looked for."""
+    if (path / MANIFEST).is_file():
+        return []
+    found = set(places.values())
+    models = [model for model in sorted(path.iterdir()) if model.is_dir() and not model.name.startswith(".")]
+    odd = [version.parent for model in models for version in sorted(model.glob(f"*/{MANIFEST}"))]
+    empty = [model for model in models if not any(version.parent == model for version in (*found, *odd))]
+    return [*empty, *(version for version in odd if version not in found and not version.name.startswith("."))]
+
+
+def _unloaded(versions: Mapping[str, Version]) -> bool:
+    """Whether a client closed every version; that does not make a server unready (as in Triton)."""
+    return all(entry.reason == _UNLOADED for entry in versions.values())
 
 
 def _looks(folder: Path) -> object:

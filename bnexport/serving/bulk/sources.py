@@ -100,7 +100,10 @@ def _kind_of(path: Path) -> str:
         raise DataError(f"{path} can't be read: {one_line(error)}", remedy="Check the path") from error
     kind = path.suffix.lower().removeprefix(".")
     if kind not in SOURCES:
-        raise DataError(f"{path} is nothing that many images are read from", remedy=_REMEDY)
+        raise DataError(
+            f"{path} is no folder and no .npy, .npz or Parquet file",
+            remedy=f"{_REMEDY}; single pictures are read without --out",
+        )
     return kind
 
 

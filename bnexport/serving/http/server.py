@@ -8,6 +8,7 @@ import ctypes
 import gc
 import importlib
 import math
+import os
 import signal
 import socket
 import struct
@@ -328,8 +329,9 @@ def bound(host: str, port: int, *, reuse: bool = False) -> socket.socket:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=2048, reuse_port=reuse)
     except (OSError, OverflowError, UnicodeError, ValueError) as error:
+        reason = os.strerror(number) if (number := getattr(error, "errno", None) or 0) > 0 else one_line(error)
         raise UsageError(
-            f"{host} port {port} can't be served on: {one_line(error)}", remedy="Choose another --host or --port"
+            f"{host} port {port} can't be served on: {reason}", remedy="Choose another --host, --port or --grpc-port"
         ) from error
 
 
@@ -390,5 +392,8 @@ def _config(app: Any, settings: ServerSettings, fast_lane: FastLane | None) -> u
     try:
         config.load()
     except (OSError, ValueError) as error:
-        raise UsageError(f"the TLS files can't be used: {one_line(error)}", remedy="Give PEM files") from error
+        raise UsageError(
+            f"{' and '.join(map(str, settings.tls or ()))} can't be used for TLS: {one_line(error)}",
+            remedy="Give the certificate and its own key, as PEM files without a password",
+        ) from error
     return config

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import onnxruntime
@@ -102,8 +103,35 @@ def test_an_existing_folder_stays_without_force(bundle: Bundle, tmp_path: Path) 
     with pytest.raises(OutputError, match="exists already"):
         deploy_triton(bundle, tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["precious"]
-    deploy_triton(bundle, tmp_path / "out", DeployRequest(force=True))
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["bn_lenet"]
+
+
+def test_force_replaces_a_deployment_and_nothing_else(bundle: Bundle, tmp_path: Path) -> None:
+    """Neither the bundle that is deployed, which may lie in the folder, nor what others put there."""
+    mine = copy_bundle(bundle, tmp_path / "models" / "bn_lenet" / "1")
+    before = sorted(tmp_path.rglob("*"))
+    for out in (tmp_path / "models", mine, tmp_path):
+        with pytest.raises(OutputError, match="holds the bundle itself"):
+            deploy_triton(Bundle.open(mine), out, DeployRequest(force=True))
+    assert sorted(tmp_path.rglob("*")) == before
+    out = tmp_path / "out"
+    deploy_triton(bundle, out)
+    (out / "bn_lenet" / "labels.txt").write_text("old")
+    deploy_triton(bundle, out, DeployRequest(force=True))
+    assert (out / "bn_lenet" / "labels.txt").read_text() != "old"
+    (out / "precious").write_text("x")
+    with pytest.raises(OutputError, match="holds precious"):
+        deploy_triton(bundle, out, DeployRequest(force=True))
+    assert (out / "precious").read_text() == "x"
+
+
+def test_the_command_line_is_one_for_a_shell(bundle: Bundle, tmp_path: Path) -> None:
+    """Whatever the folder's name, and only this machine can reach the ports."""
+    out = tmp_path / "it's a folder; touch taken"
+    (command,) = deploy_triton(bundle, out).next_steps
+    words = shlex.split(command)
+    assert words[words.index("-v") + 1] == f"{out}:/models:ro"
+    ports = [words[index + 1] for index, word in enumerate(words) if word == "-p"]
+    assert ports == ["127.0.0.1:8000:8000", "127.0.0.1:8001:8001"]
 
 
 def test_whole_or_absent(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
