@@ -79,8 +79,10 @@ class _Waiting:
 
     def __init__(self, inputs: dict[str, Array], rows: int, waiter: Waiter, deadline: float):
         self.inputs, self.rows, self.waiter, self.deadline = inputs, rows, waiter, deadline
-        self.key = (
-            [array.shape[1:] for array in inputs.values()] if len(inputs) > 1 else next(iter(inputs.values())).shape[1:]
+        self.key: object = (  # clients name several inputs in any order
+            {name: array.shape[1:] for name, array in inputs.items()}
+            if len(inputs) > 1
+            else next(iter(inputs.values())).shape[1:]
         )
         self.size = sum(array.nbytes for array in inputs.values())
         self.queued_ns = time.perf_counter_ns()
@@ -199,7 +201,7 @@ class Batcher:
             self._running.append(batch)
             size = sum(item.size for item in batch)
             if len(self._runners) == 1 and self._cost.seconds(size) < INLINE_SECONDS:
-                outcome, ns = _run(runner, _together(batch))
+                outcome, ns = _run_batch(runner, batch)
                 self._finish(runner, batch, outcome, ns)
                 break  # the loop reads what has come meanwhile, which is the next batch
             future = loop.run_in_executor(self._threads, _run_batch, runner, batch)
@@ -262,7 +264,11 @@ def _together(batch: list[_Waiting]) -> dict[str, Array]:
 
 
 def _run_batch(runner: Runner, batch: list[_Waiting]) -> tuple[dict[str, Array] | BnexportError, int]:
-    return _run(runner, _together(batch))
+    try:
+        feeds = _together(batch)
+    except Exception as error:  # a session that is not given back would never run again
+        return _fault(error), 0
+    return _run(runner, feeds)
 
 
 def _run(runner: Runner, feeds: dict[str, Array]) -> tuple[dict[str, Array] | BnexportError, int]:
@@ -270,13 +276,18 @@ def _run(runner: Runner, feeds: dict[str, Array]) -> tuple[dict[str, Array] | Bn
     start = time.perf_counter_ns()
     try:
         outcome: dict[str, Array] | BnexportError = runner.run_fitting(feeds)
-    except BnexportError as error:
-        outcome = error
-    except MemoryError:
-        outcome = NotServing("this machine has too little memory for the batch", remedy="Send fewer samples")
     except Exception as error:  # whatever it is, nobody may wait for it for ever
-        outcome = NotServing(f"the batch failed: {one_line(error)}", remedy="Look into the log", status=500)
+        outcome = _fault(error)
     return outcome, time.perf_counter_ns() - start
+
+
+def _fault(error: Exception) -> BnexportError:
+    """Why a batch has no answer."""
+    if isinstance(error, BnexportError):
+        return error
+    if isinstance(error, MemoryError):
+        return NotServing("this machine has too little memory for the batch", remedy="Send fewer samples")
+    return NotServing(f"the batch failed: {one_line(error)}", remedy="Look into the log", status=500)
 
 
 def _fail(item: _Waiting, error: BnexportError) -> None:
