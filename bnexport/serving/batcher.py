@@ -95,7 +95,7 @@ class Batcher:
         runners: Open; each runs one batch at a time.
         cost: What a batch takes on one of them.
         limits: Of the queue and the batches.
-        batches: Whether samples of several requests may run together: False where the first dimension is fixed.
+        batches: Whether samples of several requests may run together (``Signature.batched``).
     """
 
     def __init__(self, runners: Sequence[Runner], cost: Cost, limits: BatchLimits, *, batches: bool = True) -> None:

@@ -200,8 +200,8 @@ class Repository:
             return str(error)
         except BnexportError as error:
             return str(error)
-        except (OSError, MemoryError) as error:
-            return one_line(error)
+        except Exception as error:  # a fault with one bundle must not keep the others from being served
+            return f"{type(error).__name__}: {one_line(error)}"
 
     def _switch(self, name: str, version: str, entry: Version, opened: ServedModel | str) -> None:
         if isinstance(opened, str):
