@@ -54,7 +54,7 @@ class House:
         self.json_log = JsonLog(self.log)
         self.state = State(repository, AppSettings(ServingLimits(**limits), token), self.json_log)
         self.app = App(self.state)
-        kind = limited(ServingLimits(), FastLane(self.app) if fast else None)
+        kind = limited(ServingLimits(**limits), FastLane(self.app) if fast else None, self.app.refused)
         self.config = Config(self.app, http=kind, ws="none", lifespan="off", log_config=None, access_log=False)
         self.server_state = ServerState()
 

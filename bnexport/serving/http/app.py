@@ -102,6 +102,12 @@ class App:
             self.state.log_answer(exchange, answer)
         return reply
 
+    def refused(self, client: str, status: int, reason: str) -> None:
+        """Count and log what was refused before it was a request: no HTTP, too slow, too large, too many connections."""
+        self.state.requests["", status] += 1
+        if self.state.log.access:
+            self.state.log.request({"time": time.time(), "client": client, "status": status, "reason": reason})
+
     def id_of(self, headers: dict[bytes, bytes]) -> str:
         """A request's id."""
         given = headers.get(b"x-request-id")

@@ -117,6 +117,7 @@ def serve_on(
     """
     token = None if settings.token_file is None else read_token(settings.token_file)
     log = JsonLog(sys.stderr, access=settings.access_log, process=None if share is None else share.slot)
+    log.take_over("uvicorn.error", "asyncio")
     try:
         if settings.grpc_port is not None:
             bound(settings.host, settings.grpc_port, reuse=settings.reuse_port).close()
@@ -126,7 +127,8 @@ def serve_on(
         app = App(state)
         # Middleware sees ASGI's messages, so with it nothing may go around them.
         fast_lane = FastLane(app) if settings.middleware is None else None
-        config = _config(_wrapped(app, settings.middleware), settings, fast_lane)
+        kind = limited(settings.models.limits, fast_lane, app.refused)
+        config = _config(_wrapped(app, settings.middleware), settings, kind)
         server = DrainingServer(config, state, settings)
         server.run([listener], on_start=lambda: announce(_told(repository, listener, server.door, settings)))
     finally:
@@ -369,12 +371,11 @@ def _wrapped(app: Any, middleware: str | None) -> Any:
         ) from error
 
 
-def _config(app: Any, settings: ServerSettings, fast_lane: FastLane | None) -> uvicorn.Config:
-    limits = settings.models.limits
+def _config(app: Any, settings: ServerSettings, kind: type[LimitedConnection]) -> uvicorn.Config:
     tls = {} if settings.tls is None else {"ssl_certfile": str(settings.tls[0]), "ssl_keyfile": str(settings.tls[1])}
     config = uvicorn.Config(
         app,
-        http=limited(limits, fast_lane),
+        http=kind,
         ws="none",
         lifespan="off",
         interface="asgi3",
@@ -383,7 +384,6 @@ def _config(app: Any, settings: ServerSettings, fast_lane: FastLane | None) -> u
         server_header=False,
         date_header=False,
         proxy_headers=False,
-        limit_concurrency=limits.connections,
         timeout_keep_alive=_KEEP_ALIVE,
         **tls,  # type: ignore[arg-type]
     )

@@ -56,6 +56,7 @@ REQUESTS: dict[str, tuple[bytes, bool]] = {
     "an id": (packed(ONE, more={"x-request-id": "number-7"}), True),
     "a packed answer": (as_json({"inputs": [IN_JSON | {"shape": [1]}]}, accept_encoding="gzip"), True),
     "a raw request": (request(INFER, ONE.tobytes(), {"inference-header-content-length": "0"}), True),
+    "an upgrade": (packed(ONE, more={"connection": "Upgrade, HTTP2-Settings", "upgrade": "h2c"}), True),
     "no such model": (packed(ONE, path="/v2/models/other/infer"), True),
     "no such version": (packed(ONE, path="/v2/models/bn_lenet/versions/9/infer"), True),
     "another type": (request(INFER, b"x", {"content-type": "text/html"}), True),
@@ -180,6 +181,53 @@ def test_pipelined_requests_are_answered_in_their_order(repository: Repository, 
             assert ids == [str(index).encode() for index, kind in enumerate(order) if kind == "f"]
             assert not wire.paused
             connection.connection_lost(None)
+
+    run(main)
+
+
+def test_what_follows_an_upgrade_is_the_body_and_then_the_next_request(repository: Repository) -> None:
+    """Java's client asks for HTTP/2 with its first request. A body that is taken for another request would be smuggled."""
+    upgrade = {"connection": "Upgrade", "upgrade": "h2c"}
+    hidden = request("/v2/health/live", method="GET")
+    live = hidden.replace(b"here", b"here\r\nconnection: upgrade\r\nupgrade: websocket")
+    data = packed(ONE, more=upgrade) + live + request(INFER, hidden, upgrade) + live * 300 + packed(ONE)
+
+    async def main() -> None:
+        for size in (len(data), 5000, 700):
+            house = House(repository)
+            connection, wire = house.connect()
+            for start in range(0, len(data), size):
+                connection.data_received(data[start : start + size])
+                await asyncio.sleep(0.001)
+            while wire.written.count(b"HTTP/1.1 ") < 304:
+                await asyncio.sleep(0.001)
+            statuses = re.findall(rb"HTTP/1.1 (\d+) ", wire.written)
+            assert statuses == [b"200", b"200", b"400", *[b"200"] * 301]
+            assert b"not JSON" in wire.written, "the request in the body was not answered"
+            assert not wire.closed
+            connection.connection_lost(None)
+            assert not house.lines()[0].get("event")
+
+    run(main)
+
+
+def test_what_is_refused_before_it_is_a_request_is_counted_and_logged(repository: Repository) -> None:
+    async def main() -> None:
+        house = House(repository, connections=2)
+        others = [house.connect()[0] for _ in range(2)]
+        answer = await house.ask(packed(ONE))
+        assert answer.startswith(b"HTTP/1.1 503 ")
+        assert b"\r\nretry-after: 1\r\n" in answer
+        assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"].startswith("2 connections are open")
+        others.pop().connection_lost(None)
+        assert (await house.ask(packed(ONE))).startswith(b"HTTP/1.1 200 ")
+        for data in (b"CONNECT here:80 HTTP/1.1\r\nhost: here\r\n\r\n", b"hello\r\n\r\n"):
+            assert (await house.ask(data)).startswith(b"HTTP/1.1 400 ")
+        others.pop().connection_lost(None)
+        assert [(line["client"], line["status"]) for line in house.lines()] == [
+            ("127.0.0.1", status) for status in (503, 200, 400, 400)
+        ]
+        assert house.state.requests["", 400] == 2
 
     run(main)
 
