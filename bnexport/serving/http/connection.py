@@ -40,6 +40,13 @@ class LimitedConnection(HttpToolsProtocol):
             self._call = None
         super().connection_lost(exc)
 
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """The client sends no more. One that waits for its answer still reads it, and the connection ends with that."""
+        waits = self._head_open and self.cycle is not None and not self.cycle.response_complete
+        if waits:
+            self.cycle.keep_alive = False
+        return waits and self.scheme == "http"  # TLS has no half-closed connections
+
     @property
     def expected(self) -> bool:
         """Whether the first request has not come yet, or a part of the headers of the next one has."""
