@@ -30,6 +30,7 @@ class LimitedConnection(HttpToolsProtocol):
         self._head_open, self._head_size, self._status, self._reason = True, 0, 400, _MALFORMED
         self._since = self.loop.time()
         self._idle_since: float | None = None
+        self._unread_since: float | None = None
         self._call: FastCall | None = None  # a short request of which the body is not complete
         super().connection_made(transport)
 
@@ -42,10 +43,14 @@ class LimitedConnection(HttpToolsProtocol):
 
     def eof_received(self) -> bool:  # type: ignore[override]
         """The client sends no more. One that waits for its answer still reads it, and the connection ends with that."""
-        waits = self._head_open and self.cycle is not None and not self.cycle.response_complete
-        if waits:
+        if self._waits:
             self.cycle.keep_alive = False
-        return waits and self.scheme == "http"  # TLS has no half-closed connections
+        return self._waits and self.scheme == "http"  # TLS has no half-closed connections
+
+    @property
+    def _waits(self) -> bool:
+        """Whether the last request is whole and has no answer yet."""
+        return self._head_open and self.cycle is not None and not self.cycle.response_complete
 
     @property
     def expected(self) -> bool:
@@ -106,6 +111,12 @@ class LimitedConnection(HttpToolsProtocol):
             self._status = 503
             self._reason = f"{self.limits.connections} connections are open, which is the limit. Try again in a second"
             raise ValueError("too many connections")
+        if len(self.pipeline) >= self.limits.pipeline:
+            self._status = 503
+            self._reason = (
+                f"more than {self.limits.pipeline} requests wait behind another one. Read their answers first"
+            )
+            raise ValueError("too many requests")
         self._head_open, self._since = False, self.loop.time()
         if self.fast_lane is not None and self._free() and (call := self.fast_lane.call(self)) is not None:
             self.cycle = self._call = call  # type: ignore[assignment]
@@ -147,8 +158,8 @@ class LimitedConnection(HttpToolsProtocol):
             self._idle_since = self.loop.time()
 
     def send_400_response(self, msg: str) -> None:  # noqa: ARG002 -- uvicorn's words tell nobody what is wrong
-        """Refuse what is no request, with a reason, and close."""
-        if self.transport.is_closing():
+        """Refuse what is no request, with a reason, and close; whole requests before it are answered first, without one."""
+        if self.transport.is_closing() or (self._waits and not self.cycle.keep_alive):
             return
         body = orjson.dumps({"error": f"{self._reason}."})
         head = [
@@ -157,6 +168,9 @@ class LimitedConnection(HttpToolsProtocol):
             b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body),
         ]
         self.refused(self.client[0] if self.client else "", self._status, self._reason)
+        if self._waits:
+            self.cycle.keep_alive = False
+            return
         if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
             self.transport.write(b"".join([*head, body]))
         self.transport.close()
@@ -164,9 +178,13 @@ class LimitedConnection(HttpToolsProtocol):
     def sweep(self, now: float) -> None:
         """Close a connection whose client does not get on with its headers or its body.
 
-        One that is idle between two requests is closed as uvicorn does it.
+        One that is idle between two requests is closed as uvicorn does it, and one whose client does not read is cut off.
         """
-        if self._idle_since is not None and now - self._idle_since > self.timeout_keep_alive:
+        stuck = self.flow.write_paused or self.transport.is_closing()
+        self._unread_since = None if not stuck else now if self._unread_since is None else self._unread_since
+        if self._unread_since is not None and now - self._unread_since > self.limits.body_seconds:
+            self.transport.abort()
+        elif self._idle_since is not None and now - self._idle_since > self.timeout_keep_alive:
             self.timeout_keep_alive_handler()
         elif self._head_open:
             if self.expected and now - self._since > self.limits.head_seconds:

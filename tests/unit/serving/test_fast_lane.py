@@ -194,7 +194,7 @@ def test_what_follows_an_upgrade_is_the_body_and_then_the_next_request(repositor
 
     async def main() -> None:
         for size in (len(data), 5000, 700):
-            house = House(repository)
+            house = House(repository, pipeline=1000)
             connection, wire = house.connect()
             for start in range(0, len(data), size):
                 connection.data_received(data[start : start + size])
@@ -228,6 +228,67 @@ def test_what_is_refused_before_it_is_a_request_is_counted_and_logged(repository
             ("127.0.0.1", status) for status in (503, 200, 400, 400)
         ]
         assert house.state.requests["", 400] == 2
+
+    run(main)
+
+
+def test_requests_before_a_malformed_one_get_their_own_answers(repository: Repository) -> None:
+    """An error written at once would be taken for the answer to the first request that waits."""
+
+    async def main() -> None:
+        house = House(repository)
+        first, second = house.connect(), house.connect()
+        second[0].data_received(packed(ONE))
+        await quiet(house)
+        first[0].data_received(packed(ONE) + request("/v2", method="GET") + b"no request\r\n\r\n")
+        assert not first[1].written
+        await quiet(house)
+        await asyncio.sleep(0.01)
+        parts = first[1].written.split(b"HTTP/1.1 ")[1:]
+        assert [part[:3] for part in parts] == [b"200", b"200"]
+        assert (b"logits" in parts[0], b"extensions" in parts[1]) == (True, True)
+        assert first[1].closed
+        assert sorted(line["status"] for line in house.lines()) == [200, 200, 200, 400]
+
+    run(main)
+
+
+def test_only_so_many_requests_wait_on_one_connection(repository: Repository) -> None:
+    async def main() -> None:
+        house = House(repository, pipeline=3)
+        connection, wire = house.connect()
+        connection.data_received(request("/v2", method="GET") * 1000)
+        assert len(connection.pipeline) == 3
+        for _ in range(100):
+            await asyncio.sleep(0)
+        assert wire.written.count(b"HTTP/1.1 200 ") == 4
+        assert wire.closed
+        assert [line["status"] for line in house.lines() if "reason" in line] == [503]
+
+    run(main)
+
+
+def test_a_client_that_never_reads_is_cut_off(repository: Repository) -> None:
+    async def main() -> None:
+        house = House(repository)
+        (reads, wire), (stalls, other), (goes, third) = (house.connect() for _ in range(3))
+        now = asyncio.get_running_loop().time()
+        seconds = reads.limits.body_seconds
+        for connection in (reads, stalls):
+            connection.data_received(packed(ONE))
+            connection.pause_writing()
+        goes.transport.close()  # and what was written does not get through
+        for connection in (reads, stalls, goes):
+            connection.sweep(now)
+        reads.resume_writing()
+        reads.sweep(now + 1)
+        reads.pause_writing()
+        for connection in (reads, stalls, goes):
+            connection.sweep(now + seconds + 0.5)
+        assert [found.aborted for found in (wire, other, third)] == [False, True, True]
+        await quiet(house)
+        for connection in (reads, stalls, goes):
+            connection.connection_lost(None)
 
     run(main)
 
