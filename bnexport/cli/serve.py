@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,15 @@ class _Workers(click.ParamType[int | None]):
         return int(click.IntRange(1, 256).convert(value, param, ctx))
 
 
+class _Seconds(click.FloatRange):
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """A finite number: NaN is in every range, and nobody waits for ever."""
+        found: float = super().convert(value, param, ctx)
+        if not math.isfinite(found):
+            self.fail(f"{value} is no number of seconds.", param, ctx)
+        return found
+
+
 @click.command("serve")
 @click.argument("path", type=_FILE)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 is every one.")
@@ -46,8 +56,8 @@ class _Workers(click.ParamType[int | None]):
 @click.option(
     "--limit", "limits", multiple=True, metavar="NAME=N", help="Of one client; docs/serving.md has the table."
 )
-@click.option("--poll", type=click.FloatRange(0.1), help="Look for new versions every so many seconds.")
-@click.option("--grace", type=click.FloatRange(0.1), default=30.0, show_default=True, help="Seconds to stop in.")
+@click.option("--poll", type=_Seconds(0.1), help="Look for new versions every so many seconds.")
+@click.option("--grace", type=_Seconds(0.1), default=30.0, show_default=True, help="Seconds to stop in.")
 @click.option("--token-file", type=_FILE, help="Clients must show the token in this file.")
 @click.option("--tls-cert", type=_FILE, help="Certificate (PEM), with --tls-key.")
 @click.option("--tls-key", type=_FILE, help="Its key (PEM).")

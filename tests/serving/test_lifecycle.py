@@ -235,6 +235,9 @@ def test_what_can_not_be_served_ends_with_a_sentence(models: Path, tmp_path: Pat
     assert "there is no limit 'bodies'" in refused(path, "--limit", "bodies=3", code=2)
     assert "no positive number" in refused(path, "--limit", "queue=-3", code=2)
     assert "holds no token" in refused(path, "--port", "0", "--token-file", str(tmp_path / "short"), code=2)
+    for option in ("--grace", "--poll"):
+        for value in ("nan", "inf"):
+            assert f"{value} is no number of seconds" in refused(path, option, value, code=2)
     assert "go together" in refused(path, "--tls-cert", "x.pem", code=2)
     assert "the middleware 'nowhere:x'" in refused(path, "--port", "0", "--middleware", "nowhere:x", code=2)
     assert "can't run here" in refused(path, "--port", "0", "--runtime", "onnxruntime-tensorrt", code=3)
