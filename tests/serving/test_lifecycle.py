@@ -293,4 +293,10 @@ def test_tls(models: Path, tmp_path: Path) -> None:
         client = http.client.HTTPSConnection("127.0.0.1", server.port, timeout=PATIENCE, context=context)
         assert server.ask("GET", "/v2/health/ready", connection=client).status == 200
         client.close()
-    assert "can't be used" in refused(str(models), "--port", "0", "--tls-cert", str(key), "--tls-key", str(key), code=2)
+    locked, words = tmp_path / "locked.pem", ["--port", "0", "--tls-cert", str(certificate), "--tls-key"]
+    made = ["openssl", "rsa", "-aes256", "-passout", "pass:secret", "-in", str(key), "-out", str(locked)]
+    subprocess.run(made, check=True, capture_output=True, timeout=PATIENCE)
+    said = refused(str(models), *words, str(locked), code=2)
+    assert f"the key in {locked} has a passphrase" in said
+    assert "Enter" not in said
+    assert f"{certificate} and {certificate} can't be used" in refused(str(models), *words, str(certificate), code=2)

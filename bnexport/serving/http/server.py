@@ -26,6 +26,7 @@ from bnexport.optional import one_line
 from bnexport.serving.access_log import JsonLog
 from bnexport.serving.http.app import App
 from bnexport.serving.http.connection import LimitedConnection, limited
+from bnexport.serving.http.credentials import read_token, tls_options
 from bnexport.serving.http.fast_lane import FastLane
 from bnexport.serving.http.state import State
 from bnexport.serving.repository import Repository
@@ -335,23 +336,6 @@ def bound(host: str, port: int, *, reuse: bool = False) -> socket.socket:
         ) from error
 
 
-def read_token(file: Path) -> bytes:
-    """The token in a file, without the white space around it.
-
-    Raises:
-        UsageError: The file can't be read, is empty, or holds what no header can.
-    """
-    try:
-        token = file.read_bytes().strip()
-    except OSError as error:
-        raise UsageError(f"{file} can't be read: {one_line(error)}", remedy="Give a file with one token") from error
-    if len(token) < 16 or len(token) > 4096 or any(not 0x21 <= byte <= 0x7E for byte in token):
-        raise UsageError(
-            f"{file} holds no token of 16 to 4096 visible ASCII characters", remedy="Write one: openssl rand -hex 32"
-        )
-    return token
-
-
 def _door(state: State, settings: ServerSettings, port: int) -> GrpcDoor:
     from bnexport.serving.grpc.door import GrpcDoor, GrpcSettings  # its packages are an extra's
 
@@ -372,7 +356,7 @@ def _wrapped(app: Any, middleware: str | None) -> Any:
 
 
 def _config(app: Any, settings: ServerSettings, kind: type[LimitedConnection]) -> uvicorn.Config:
-    tls = {} if settings.tls is None else {"ssl_certfile": str(settings.tls[0]), "ssl_keyfile": str(settings.tls[1])}
+    tls = {} if settings.tls is None else tls_options(*settings.tls)
     config = uvicorn.Config(
         app,
         http=kind,
@@ -385,10 +369,14 @@ def _config(app: Any, settings: ServerSettings, kind: type[LimitedConnection]) -
         date_header=False,
         proxy_headers=False,
         timeout_keep_alive=_KEEP_ALIVE,
-        **tls,  # type: ignore[arg-type]
+        **tls,
     )
     try:
         config.load()
     except (OSError, ValueError) as error:
-        raise UsageError(f"the TLS files can't be used: {one_line(error)}", remedy="Give PEM files") from error
+        told = " and ".join(map(str, settings.tls or ()))
+        raise UsageError(
+            f"the TLS files {told} can't be used: {one_line(error)}",
+            remedy="Give a certificate and its own key, as PEM files",
+        ) from error
     return config
