@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import queue
 import select
@@ -125,4 +126,7 @@ def _parts(piece: bytes) -> Iterator[bytes]:
 
 
 def _line(fields: dict[str, Any]) -> bytes:
-    return orjson.dumps(fields, default=str, option=orjson.OPT_APPEND_NEWLINE)
+    try:
+        return orjson.dumps(fields, default=str, option=orjson.OPT_APPEND_NEWLINE)
+    except TypeError:  # a file's name that is no UTF-8; one line must not keep the others from being written
+        return json.dumps(fields, default=str).encode() + b"\n"

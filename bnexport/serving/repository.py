@@ -17,6 +17,7 @@ from bnexport.bundle import MANIFEST, Bundle
 from bnexport.errors import BnexportError, BundleError, NotServing, RequestError, Unavailable
 from bnexport.optional import one_line
 from bnexport.screening.refusal import shown
+from bnexport.serving.refusing import printable
 from bnexport.serving.served_model import ServedModel, ServingSettings, open_served
 
 #: Names of models that can stand in a URL as they are, and of versions, as Triton has them.
@@ -197,11 +198,11 @@ class Repository:
         except Unavailable as error:
             if strict:
                 raise
-            return str(error)
+            return printable(str(error))
         except BnexportError as error:
-            return str(error)
+            return printable(str(error))
         except Exception as error:  # a fault with one bundle must not keep the others from being served
-            return f"{type(error).__name__}: {one_line(error)}"
+            return printable(f"{type(error).__name__}: {one_line(error)}")
 
     def _switch(self, name: str, version: str, entry: Version, opened: ServedModel | str) -> None:
         if isinstance(opened, str):

@@ -98,3 +98,13 @@ def test_what_libraries_log_is_json_too() -> None:
     assert (failed["event"], failed["message"]) == ("fault", "a callback failed\n")
     assert failed["trace"].endswith("ZeroDivisionError: on purpose")
     assert (logger.handlers, logger.propagate) == ([], True)
+
+
+def test_a_name_that_is_no_utf8_stops_no_line() -> None:
+    stream = io.StringIO()
+    log = JsonLog(stream)
+    log.event("poll failed", reason="/models/\udcff can't be read")
+    log.event("next")
+    log.close()
+    bad, good = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert (bad["event"], bad["reason"][-13:], good["event"]) == ("poll failed", "can't be read", "next")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
+import orjson
 import pytest
 from onnx import helper, numpy_helper
 from PIL import Image
@@ -19,6 +21,7 @@ from support.connections import House, quiet
 
 from bnexport.bundle import MODEL_ONNX, Manifest, seal, write_golden
 from bnexport.data.preprocessing import Preprocessing
+from bnexport.serving.access_log import JsonLog
 from bnexport.serving.repository import Repository
 from bnexport.serving.served_model import ServingSettings
 from bnexport.tensors import Signature, TensorSpec
@@ -190,3 +193,16 @@ def test_a_fault_with_one_bundle_keeps_no_other_from_being_served(
     repository.load()
     assert [name for name, _, entry in repository.each() if entry.served is not None] == ["good"]
     assert repository.problems() == {"bad/1": "ZeroDivisionError: on purpose"}
+
+
+def test_a_file_whose_name_is_no_utf8_is_a_reason(tmp_path: Path) -> None:
+    for name in ("bad", "good"):
+        MODELS["four"].write(tmp_path / name / "1")
+    os.close(os.open(os.fsencode(tmp_path / "bad" / "1") + b"/b\xffd", os.O_CREAT))
+    log = JsonLog(stream := io.StringIO())
+    repository = Repository(tmp_path, ServingSettings(), log.event)
+    repository.load()
+    log.close()
+    assert [name for name, _, entry in repository.each() if entry.served is not None] == ["good"]
+    orjson.dumps(repository.index())
+    assert "b?d is not in the manifest" in json.loads(stream.getvalue().splitlines()[0])["reason"]
