@@ -336,6 +336,23 @@ def test_the_body_may_come_in_pieces_or_not_at_all(repository: Repository) -> No
     run(main)
 
 
+@pytest.mark.parametrize("fast", [True, False])
+def test_the_time_of_an_answer_counts_from_the_last_byte(repository: Repository, fast: bool) -> None:
+    async def main() -> None:
+        house = House(repository, fast=fast)
+        connection, wire = house.connect()
+        data = packed(ONE)
+        connection.data_received(data[:1000])
+        await asyncio.sleep(0.5)
+        connection.data_received(data[1000:])
+        await quiet(house)
+        assert wire.written.startswith(b"HTTP/1.1 200")
+        connection.connection_lost(None)
+        assert house.lines()[0]["us"] < 400_000
+
+    run(main)
+
+
 def test_a_client_that_went_away_gets_no_answer(repository: Repository) -> None:
     async def main() -> None:
         house = House(repository)
