@@ -275,4 +275,5 @@ def _looks(folder: Path) -> object:
         ]
     except OSError:
         return None
-    return tuple((name, found.st_size, found.st_mtime_ns, found.st_ino) for name, found in stats)
+    # Archives and package managers give all files one time of change; nobody gives them st_ctime.
+    return tuple((name, found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino) for name, found in stats)

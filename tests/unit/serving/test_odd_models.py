@@ -206,3 +206,17 @@ def test_a_file_whose_name_is_no_utf8_is_a_reason(tmp_path: Path) -> None:
     assert [name for name, _, entry in repository.each() if entry.served is not None] == ["good"]
     orjson.dumps(repository.index())
     assert "b?d is not in the manifest" in json.loads(stream.getvalue().splitlines()[0])["reason"]
+
+
+def test_a_file_that_is_written_over_with_its_old_time_is_noticed(tmp_path: Path) -> None:
+    MODELS["four"].write(tmp_path / "four" / "1")
+    repository = Repository(tmp_path, ServingSettings(), lambda *_, **__: None)
+    repository.load()
+    file = tmp_path / "four" / "1" / MODEL_ONNX
+    content, times = bytearray(file.read_bytes()), file.stat()
+    content[-1] ^= 1
+    with file.open("r+b") as opened:
+        opened.write(content)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    asyncio.run(repository.poll())
+    assert "was changed" in repository.problems()["four/1"]
