@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import shutil
 import signal
+import socket
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -228,6 +231,25 @@ def test_a_full_queue(models: Path, tmp_path: Path, images: np.ndarray) -> None:
             thread.join(PATIENCE)
         assert set(statuses) == {(200, None), (503, "1")}
         assert server.infer({"inputs": [tensor(images)]}).status == 200
+
+
+def test_as_many_connections_as_the_limit_says(models: Path, tmp_path: Path) -> None:
+    """Also where a process may open few files by default, but more if it asks."""
+    started = (
+        "import resource, runpy; resource.setrlimit(resource.RLIMIT_NOFILE, (64, {hard})); "
+        "runpy.run_module('bnexport', run_name='__main__')"
+    )
+    for hard, count in ((400, 100), (300, 20)):
+        program = (sys.executable, "-c", started.format(hard=hard))
+        with (
+            serving(models, tmp_path / "log", "--limit", "connections=110", program=program) as server,
+            contextlib.ExitStack() as stack,
+        ):
+            for _ in range(count):
+                stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE))
+            assert server.ask("GET", "/v2/health/live").status == 200
+            told = [event for event in server.events() if event.get("event") == "few files"]
+            assert [(event["allowed"], event["wanted"]) for event in told] == ([(300, 366)] if hard == 300 else [])
 
 
 def test_what_can_not_be_served_ends_with_a_sentence(models: Path, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import ctypes
 import gc
 import importlib
 import math
+import resource
 import signal
 import socket
 import struct
@@ -41,6 +42,8 @@ if TYPE_CHECKING:
 QUIET = 1.0
 #: Seconds for connections that are half made when the server stops to listen.
 _HANDSHAKES = 0.05
+#: Files that a process opens beside its connections: libraries, models, the door of gRPC.
+_OTHER_FILES = 256
 _SO_ATTACH_FILTER, _BPF_RETURN = 26, 0x06
 #: Seconds that an idle connection is kept; longer than balancers keep theirs, so that they close first.
 _KEEP_ALIVE = 75
@@ -120,6 +123,7 @@ def serve_on(
     log = JsonLog(sys.stderr, access=settings.access_log, process=None if share is None else share.slot)
     log.take_over("uvicorn.error", "asyncio")
     try:
+        _allow_files(settings.models.limits.connections + _OTHER_FILES, log)
         if settings.grpc_port is not None:
             bound(settings.host, settings.grpc_port, reuse=settings.reuse_port).close()
         repository = Repository(path, settings.models, log.event)
@@ -134,6 +138,18 @@ def serve_on(
         server.run([listener], on_start=lambda: announce(_told(repository, listener, server.door, settings)))
     finally:
         log.close()
+
+
+def _allow_files(wanted: int, log: JsonLog) -> None:
+    """Let the process open so many files, as far as the system lets it (getrlimit(2)): connections count, too."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    if most < wanted:
+        log.event(
+            "few files", allowed=hard, wanted=wanted, reason="connections are reset before their limit is reached"
+        )
 
 
 def _told(repository: Repository, listener: socket.socket, door: GrpcDoor | None, settings: ServerSettings) -> str:
