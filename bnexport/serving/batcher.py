@@ -59,6 +59,10 @@ class BatchLimits:
     deadline: float = 30.0
 
 
+#: Output name -> (rows, ...), or why there is none.
+Outcome = dict[str, Array] | BnexportError
+
+
 class Waiter(Protocol):
     """Whoever waits for an answer; what it has of ``asyncio.Future``. Its methods must not raise."""
 
@@ -233,9 +237,7 @@ class Batcher:
             self._queue.popleft()
         return batch
 
-    def _finish(
-        self, runner: Runner, batch: list[_Waiting], outcome: dict[str, Array] | BnexportError, infer_ns: int
-    ) -> None:
+    def _finish(self, runner: Runner, batch: list[_Waiting], outcome: Outcome | list[Outcome], infer_ns: int) -> None:
         self._idle.append(runner)
         self._running.remove(batch)
         now = time.perf_counter_ns()
@@ -243,8 +245,13 @@ class Batcher:
         waited = sum(now - infer_ns - item.queued_ns for item in batch)
         self.statistics.executed(requests=len(batch), rows=rows, queue_ns=max(waited, 0), infer_ns=infer_ns)
         if isinstance(outcome, BnexportError):
-            for item in batch:
-                _fail(item, outcome)
+            outcome = [outcome]
+        if isinstance(outcome, list):
+            for item, own in zip(batch, outcome, strict=True):
+                if isinstance(own, BnexportError):
+                    _fail(item, own)
+                elif not item.waiter.done():
+                    item.waiter.set_result(own)
             return
         start = 0
         for item in batch:
@@ -263,19 +270,23 @@ def _together(batch: list[_Waiting]) -> dict[str, Array]:
     return {name: np.concatenate([item.inputs[name] for item in batch]) for name in feeds}
 
 
-def _run_batch(runner: Runner, batch: list[_Waiting]) -> tuple[dict[str, Array] | BnexportError, int]:
+def _run_batch(runner: Runner, batch: list[_Waiting]) -> tuple[Outcome | list[Outcome], int]:
+    """Run a batch; one that fails is run again request by request, for what one client sent is not the others' fault."""
     try:
-        feeds = _together(batch)
+        outcome, ns = _run(runner, _together(batch))
     except Exception as error:  # a session that is not given back would never run again
-        return _fault(error), 0
-    return _run(runner, feeds)
+        outcome, ns = _fault(error), 0
+    if len(batch) == 1 or not isinstance(outcome, BnexportError):
+        return outcome, ns
+    alone = [_run(runner, item.inputs) for item in batch]
+    return [each for each, _ in alone], ns + sum(each_ns for _, each_ns in alone)
 
 
-def _run(runner: Runner, feeds: dict[str, Array]) -> tuple[dict[str, Array] | BnexportError, int]:
+def _run(runner: Runner, feeds: dict[str, Array]) -> tuple[Outcome, int]:
     """Run a batch; the outputs or the error, and the nanoseconds of the engine."""
     start = time.perf_counter_ns()
     try:
-        outcome: dict[str, Array] | BnexportError = runner.run_fitting(feeds)
+        outcome: Outcome = runner.run_fitting(feeds)
     except Exception as error:  # whatever it is, nobody may wait for it for ever
         outcome = _fault(error)
     return outcome, time.perf_counter_ns() - start
