@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,9 @@ from bnexport.serving.served_model import ServedModel, ServingSettings, open_ser
 
 #: Names of models that can stand in a URL as they are, and of versions, as Triton has them.
 _NAME, _VERSION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}"), re.compile(r"[1-9][0-9]{0,17}")
+_NAMES = (
+    "a model's name has letters, digits, _ . and -, its version is a whole number from 1: NAME/VERSION/manifest.json"
+)
 READY, UNAVAILABLE = "READY", "UNAVAILABLE"
 Log = Callable[..., None]
 
@@ -76,10 +79,14 @@ class Repository:
         """
         places = find_bundles(self.path)
         if not places:
+            if other := misnamed(self.path, ()):
+                raise BundleError(f"{other[0]} can't be served under its name", remedy=f"Rename it: {_NAMES}")
             raise BundleError(
                 f"{self.path} holds no bundle",
                 remedy="Give a bundle such as models/bn_lenet/1, or a folder of models such as models/",
             )
+        for folder in misnamed(self.path, places.values()):
+            self.log("folder passed over", path=str(folder), reason=_NAMES)
         for (name, version), folder in places.items():
             entry = self.models.setdefault(name, {}).setdefault(version, Version(folder))
             entry.seen = _looks(folder)
@@ -265,6 +272,20 @@ def find_bundles(path: Path) -> Mapping[tuple[str, str], Path]:
         }
     except OSError as error:
         raise BundleError(f"{path} can't be read: {one_line(error)}", remedy="Check its permissions") from error
+
+
+def misnamed(path: Path, found: Iterable[Path]) -> list[Path]:
+    """Bundles two folders below a path that are not served, for the folders' names are no name and version.
+
+    Hidden folders are meant to be passed over.
+    """
+    if (path / MANIFEST).is_file():
+        return []
+    try:
+        folders = {file.parent for file in path.glob(f"[!.]*/[!.]*/{MANIFEST}") if file.is_file()}
+    except OSError:
+        return []
+    return sorted(folders - set(found))
 
 
 def _looks(folder: Path) -> object:

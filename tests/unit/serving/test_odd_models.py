@@ -21,6 +21,7 @@ from support.connections import House, quiet
 
 from bnexport.bundle import MODEL_ONNX, Manifest, seal, write_golden
 from bnexport.data.preprocessing import Preprocessing
+from bnexport.errors import BundleError
 from bnexport.serving.access_log import JsonLog
 from bnexport.serving.repository import Repository
 from bnexport.serving.served_model import ServingSettings
@@ -220,3 +221,19 @@ def test_a_file_that_is_written_over_with_its_old_time_is_noticed(tmp_path: Path
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
     asyncio.run(repository.poll())
     assert "was changed" in repository.problems()["four/1"]
+
+
+def test_bundles_whose_folders_have_other_names_are_told(tmp_path: Path) -> None:
+    for place in ("my model/1", "four/v2", "four/01", ".new/1"):
+        MODELS["four"].write(tmp_path / place)
+    events: list[tuple[str, Any]] = []
+    repository = Repository(
+        tmp_path, ServingSettings(), lambda what, **fields: events.append((what, fields.get("path")))
+    )
+    with pytest.raises(BundleError, match="four/01 can't be served under its name"):
+        repository.load()
+    MODELS["four"].write(tmp_path / "four" / "1")
+    repository.load()
+    told = [path for what, path in events if what == "folder passed over"]
+    assert told == [str(tmp_path / place) for place in ("four/01", "four/v2", "my model/1")]
+    assert [(name, version) for name, version, _ in repository.each()] == [("four", "1")]
