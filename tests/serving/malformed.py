@@ -252,6 +252,9 @@ CASES: tuple[Case, ...] = (
     Case("two lengths", 400, "HTTP/1.1", plain("content-length: 3", "content-length: 4", body=b"abcd")),
     Case("a length and chunks", 400, "HTTP/1.1", plain("content-length: 3", CHUNKED, body=b"0\r\n\r\n")),
     Case("a chunk that is none", 400, "HTTP/1.1", plain(CHUNKED, body=b"zz\r\n")),
+    Case("no host", 400, "Host is missing", b"GET /v2 HTTP/1.1\r\n\r\n"),
+    Case("no host to infer", 400, "Host is missing", b"POST %s HTTP/1.1\r\ncontent-length: 0\r\n\r\n" % INFER.encode()),
+    Case("two hosts", 400, "host is there twice", plain("content-length: 0", "Host: other")),
     Case("two content types", 400, "twice", plain("content-type: application/json", "Content-Type: text/xml")),
     Case("two header lengths", 400, "twice", plain(f"{LENGTH}: 3", f"{LENGTH}: 4", "content-length: 0")),
     # Pictures

@@ -11,7 +11,7 @@ from bnexport.errors import BnexportError, NotServing
 from bnexport.optional import one_line
 from bnexport.serving.http.exchange import Exchange
 from bnexport.serving.http.reply import Reply, error_reply, packed, reply_headers
-from bnexport.serving.http.request import Disconnected, Receive, check_once
+from bnexport.serving.http.request import Disconnected, Receive, check_host, check_once
 from bnexport.serving.http.routes import find_route
 from bnexport.serving.http.state import State
 from bnexport.serving.state import Answer
@@ -44,6 +44,7 @@ class App:
         try:
             if len(headers) != len(pairs):
                 check_once(pairs)
+            check_host(headers, scope["http_version"])
             found = find_route(exchange.method, exchange.path)
             route = found.name
             if not found.probe:
