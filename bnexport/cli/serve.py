@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,15 @@ class _Workers(click.ParamType[int | None]):
             self.fail(f"{value!r} is neither auto nor a number from 1 to 256.", param, ctx)
 
 
+class _Seconds(click.FloatRange):
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """A finite number: NaN is in every range, and nobody waits for ever."""
+        found: float = super().convert(value, param, ctx)
+        if not math.isfinite(found):
+            self.fail(f"{value} is no number of seconds.", param, ctx)
+        return found
+
+
 @click.command("serve")
 @click.argument("path", type=_FILE)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 is every one.")
@@ -50,8 +60,8 @@ class _Workers(click.ParamType[int | None]):
     "--limit", "limits", multiple=True, metavar="NAME=N",
     help="Change a limit, as batch=64; repeatable. docs/serving.md has the table.",
 )  # fmt: skip
-@click.option("--poll", type=click.FloatRange(0.1), help="Look for new versions every so many seconds.")
-@click.option("--grace", type=click.FloatRange(0.1), default=30.0, show_default=True, help="Seconds to stop in.")
+@click.option("--poll", type=_Seconds(0.1), help="Look for new versions every so many seconds.")
+@click.option("--grace", type=_Seconds(0.1), default=30.0, show_default=True, help="Seconds to stop in.")
 @click.option("--token-file", type=_FILE, help="Clients must show the token in this file.")
 @click.option("--tls-cert", type=_FILE, help="Certificate (PEM), with --tls-key.")
 @click.option("--tls-key", type=_FILE, help="Its key (PEM).")

@@ -61,6 +61,10 @@ class BatchLimits:
     deadline: float = 30.0
 
 
+#: Output name -> (rows, ...), or why there is none.
+Outcome = dict[str, Array] | BnexportError
+
+
 class Waiter(Protocol):
     """Whoever waits for an answer; what it has of ``asyncio.Future``. Its methods must not raise."""
 
@@ -81,8 +85,10 @@ class _Waiting:
 
     def __init__(self, inputs: dict[str, Array], rows: int, waiter: Waiter, deadline: float):
         self.inputs, self.rows, self.waiter, self.deadline = inputs, rows, waiter, deadline
-        self.key: object = (
-            [array.shape[1:] for array in inputs.values()] if len(inputs) > 1 else next(iter(inputs.values())).shape[1:]
+        self.key: object = (  # clients name several inputs in any order
+            {name: array.shape[1:] for name, array in inputs.items()}
+            if len(inputs) > 1
+            else next(iter(inputs.values())).shape[1:]
         )
         self.size = sum(array.nbytes for array in inputs.values())
         self.queued_ns = time.perf_counter_ns()
@@ -95,7 +101,7 @@ class Batcher:
         runners: Open; each runs one batch at a time.
         cost: What a batch takes on one of them.
         limits: Of the queue and the batches.
-        batches: Whether samples of several requests may run together: False where the first dimension is fixed.
+        batches: Whether samples of several requests may run together (``Signature.batched``).
     """
 
     def __init__(self, runners: Sequence[Runner], cost: Cost, limits: BatchLimits, *, batches: bool = True) -> None:
@@ -201,7 +207,7 @@ class Batcher:
             self._running.append(batch)
             size = sum(item.size for item in batch)
             if len(self._runners) == 1 and self._cost.seconds(size) < INLINE_SECONDS:
-                outcome, ns = _run(runner, _together(batch))
+                outcome, ns = _run_batch(runner, batch)
                 self._finish(runner, batch, outcome, ns)
                 break  # the loop reads what has come meanwhile, which is the next batch
             future = loop.run_in_executor(self._threads, _run_batch, runner, batch)
@@ -233,9 +239,7 @@ class Batcher:
             self._queue.popleft()
         return batch
 
-    def _finish(
-        self, runner: Runner, batch: list[_Waiting], outcome: dict[str, Array] | BnexportError, infer_ns: int
-    ) -> None:
+    def _finish(self, runner: Runner, batch: list[_Waiting], outcome: Outcome, infer_ns: int) -> None:
         self._idle.append(runner)
         self._running.remove(batch)
         if isinstance(outcome, BnexportError) and len(batch) > 1:
@@ -267,21 +271,21 @@ def _together(batch: list[_Waiting]) -> dict[str, Array]:
     return {name: np.concatenate([item.inputs[name] for item in batch]) for name in feeds}
 
 
-def _run_batch(runner: Runner, batch: list[_Waiting]) -> tuple[dict[str, Array] | BnexportError, int]:
-    return _run(runner, _together(batch))
+def _run_batch(runner: Runner, batch: list[_Waiting]) -> tuple[Outcome, int]:
+    try:
+        feeds = _together(batch)
+    except Exception as error:  # a session that is not given back would never run again
+        return _fault(error), 0
+    return _run(runner, feeds)
 
 
-def _run(runner: Runner, feeds: dict[str, Array]) -> tuple[dict[str, Array] | BnexportError, int]:
+def _run(runner: Runner, feeds: dict[str, Array]) -> tuple[Outcome, int]:
     """Run a batch; the outputs or the error, and the nanoseconds of the engine."""
     start = time.perf_counter_ns()
     try:
-        outcome: dict[str, Array] | BnexportError = runner.run_fitting(feeds)
-    except BnexportError as error:
-        outcome = _blamed(error)
-    except MemoryError:
-        outcome = NotServing("this machine has too little memory for the batch", remedy="Send fewer samples")
+        outcome: Outcome = runner.run_fitting(feeds)
     except Exception as error:  # whatever it is, nobody may wait for it for ever
-        outcome = NotServing(f"the batch failed: {one_line(error)}", remedy="Look into the log", status=500)
+        outcome = _fault(error)
     return outcome, time.perf_counter_ns() - start
 
 
@@ -295,6 +299,15 @@ def _blamed(error: BnexportError) -> BnexportError:
         return error
     reason = one_line(cause).rpartition("Status Message: ")[2] if cause is not None else ""
     return RequestError(f"the model can't take these values: {reason}", remedy="Send values that it takes")
+
+
+def _fault(error: Exception) -> BnexportError:
+    """Why a batch has no answer."""
+    if isinstance(error, BnexportError):
+        return _blamed(error)
+    if isinstance(error, MemoryError):
+        return NotServing("this machine has too little memory for the batch", remedy="Send fewer samples")
+    return NotServing(f"the batch failed: {one_line(error)}", remedy="Look into the log", status=500)
 
 
 def _fail(item: _Waiting, error: BnexportError) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,16 @@ from bnexport.bundle import MANIFEST, Bundle
 from bnexport.errors import BnexportError, BundleError, NotServing, RequestError, Unavailable
 from bnexport.optional import one_line
 from bnexport.screening.refusal import shown
+from bnexport.serving.refusing import printable
 from bnexport.serving.served_model import ServedModel, ServingSettings, open_served
 
 #: Names of models that can stand in a URL as they are, and of versions, as Triton has them.
 _NAME, _VERSION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}"), re.compile(r"[1-9][0-9]{0,17}")
+_NAMES = (
+    "a model's name has letters, digits, _ . and -, its version is a number like 1, not 01: NAME/VERSION/manifest.json"
+)
 READY, UNAVAILABLE = "READY", "UNAVAILABLE"
 _UNLOADED = "unloaded"  # the word of Triton's index, too
-_LAYOUT = "a model is NAME/VERSION/manifest.json: NAME of letters, digits, _ . and -, VERSION a number like 1, not 01"
 Log = Callable[..., None]
 
 
@@ -77,12 +80,14 @@ class Repository:
         """
         places = find_bundles(self.path)
         if not places:
+            if other := misnamed(self.path, ()):
+                raise BundleError(f"{other[0]} can't be served under its name", remedy=f"Rename it: {_NAMES}")
             raise BundleError(
                 f"{self.path} holds no bundle",
                 remedy="Give a bundle such as models/bn_lenet/1, or a folder of models such as models/",
             )
-        for folder in _left_out(self.path, places):
-            self.log("folder left out", folder=str(folder), reason=_LAYOUT)
+        for folder in _left_out(self.path, places.values()):
+            self.log("folder left out", folder=str(folder), reason=_NAMES)
         for (name, version), folder in places.items():
             entry = self.models.setdefault(name, {}).setdefault(version, Version(folder))
             entry.seen = _looks(folder)
@@ -202,11 +207,11 @@ class Repository:
         except Unavailable as error:
             if strict:
                 raise
-            return str(error)
+            return printable(str(error))
         except BnexportError as error:
-            return str(error)
-        except (OSError, MemoryError) as error:
-            return one_line(error)
+            return printable(str(error))
+        except Exception as error:  # a fault with one bundle must not keep the others from being served
+            return printable(f"{type(error).__name__}: {one_line(error)}")
 
     def _switch(self, name: str, version: str, entry: Version, opened: ServedModel | str) -> None:
         if isinstance(opened, str):
@@ -272,15 +277,28 @@ def find_bundles(path: Path) -> Mapping[tuple[str, str], Path]:
         raise BundleError(f"{path} can't be read: {one_line(error)}", remedy="Check its permissions") from error
 
 
-def _left_out(path: Path, places: Mapping[tuple[str, str], Path]) -> list[Path]:
-    """Folders in a folder of models that somebody may miss: without a bundle, or with one where none is looked for."""
+def misnamed(path: Path, found: Iterable[Path]) -> list[Path]:
+    """Bundles two folders below a path that are not served, for the folders' names are no name and version.
+
+    Hidden folders are meant to be passed over.
+    """
     if (path / MANIFEST).is_file():
         return []
-    found = set(places.values())
-    models = [model for model in sorted(path.iterdir()) if model.is_dir() and not model.name.startswith(".")]
-    odd = [version.parent for model in models for version in sorted(model.glob(f"*/{MANIFEST}"))]
-    empty = [model for model in models if not any(version.parent == model for version in (*found, *odd))]
-    return [*empty, *(version for version in odd if version not in found and not version.name.startswith("."))]
+    try:
+        folders = {file.parent for file in path.glob(f"[!.]*/[!.]*/{MANIFEST}") if file.is_file()}
+    except OSError:
+        return []
+    return sorted(folders - set(found))
+
+
+def _left_out(path: Path, found: Collection[Path]) -> list[Path]:
+    """Folders in a folder of models that somebody may miss: with a bundle under another name, or without one."""
+    if (path / MANIFEST).is_file():
+        return []
+    odd = misnamed(path, found)
+    models = {folder.parent for folder in (*found, *odd)}
+    empty = [folder for folder in sorted(path.glob("[!.]*")) if folder.is_dir() and folder not in models]
+    return [*empty, *odd]
 
 
 def _unloaded(versions: Mapping[str, Version]) -> bool:
@@ -296,4 +314,5 @@ def _looks(folder: Path) -> object:
         ]
     except OSError:
         return None
-    return tuple((name, found.st_size, found.st_mtime_ns, found.st_ino) for name, found in stats)
+    # Archives and package managers give all files one time of change; nobody gives them st_ctime.
+    return tuple((name, found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino) for name, found in stats)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import shutil
 import signal
+import socket
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -181,6 +184,10 @@ def test_loading_by_request(models: Path, tmp_path: Path, images: np.ndarray) ->
         assert server.ask("POST", "/v2/repository/models/bn_lenet/unload", b"{}").status == 200
         assert server.infer({"inputs": [tensor(images)]}).status == 503
         assert server.ask("GET", "/v2/health/ready").json["reason"] == "bn_lenet/1: unloaded"
+        assert server.ask("POST", "/v2/repository/index", b'{"ready": true}').json == []
+        assert server.ask("POST", "/v2/repository/index", b'{"ready": false}').json[0]["state"] == "UNAVAILABLE"
+        other = server.ask("POST", "/v2/repository/models/bn_lenet/load", b'{"parameters": {"config": "{}"}}')
+        assert (other.status, "without parameters" in other.error) == (400, True)
         assert server.ask("POST", "/v2/repository/models/bn_lenet/load", b"{}").status == 200
         assert server.infer({"inputs": [tensor(images)]}).status == 200
         spoil(tmp_path / "m" / "bn_lenet" / "1", "hash")
@@ -239,6 +246,25 @@ def test_a_full_queue(models: Path, tmp_path: Path, images: np.ndarray) -> None:
         assert server.infer({"inputs": [tensor(images)]}).status == 200
 
 
+def test_as_many_connections_as_the_limit_says(models: Path, tmp_path: Path) -> None:
+    """Also where a process may open few files by default, but more if it asks."""
+    started = (
+        "import resource, runpy; resource.setrlimit(resource.RLIMIT_NOFILE, (64, {hard})); "
+        "runpy.run_module('bnexport', run_name='__main__')"
+    )
+    for hard, count in ((400, 100), (300, 20)):
+        program = (sys.executable, "-c", started.format(hard=hard))
+        with (
+            serving(models, tmp_path / "log", "--limit", "connections=110", program=program) as server,
+            contextlib.ExitStack() as stack,
+        ):
+            for _ in range(count):
+                stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE))
+            assert server.ask("GET", "/v2/health/live").status == 200
+            told = [event for event in server.events() if event.get("event") == "few files"]
+            assert [(event["allowed"], event["wanted"]) for event in told] == ([(300, 366)] if hard == 300 else [])
+
+
 def test_what_can_not_be_served_ends_with_a_sentence(models: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "short").write_text("x")
@@ -249,9 +275,12 @@ def test_what_can_not_be_served_ends_with_a_sentence(models: Path, tmp_path: Pat
     assert "there is no limit 'bodies'" in refused(path, "--limit", "bodies=3", code=2)
     assert "no positive number" in refused(path, "--limit", "queue=-3", code=2)
     assert "holds no token" in refused(path, "--port", "0", "--token-file", str(tmp_path / "short"), code=2)
+    for option in ("--grace", "--poll"):
+        for value in ("nan", "inf"):
+            assert f"{value} is no number of seconds" in refused(path, option, value, code=2)
     assert "go together" in refused(path, "--tls-cert", "x.pem", code=2)
     missing = refused(path, "--port", "0", "--tls-cert", "x.pem", "--tls-key", "y.pem", code=2)
-    assert "x.pem and y.pem can't be used for TLS" in missing
+    assert "the TLS files x.pem and y.pem can't be used" in missing
     assert "are both 8765" in refused(path, "--port", "8765", "--grpc-port", "8765", code=2)
     assert "'three' is neither auto nor a number" in refused(path, "--workers", "three", code=2)
     assert "the middleware 'nowhere:x'" in refused(path, "--port", "0", "--middleware", "nowhere:x", code=2)
@@ -323,4 +352,10 @@ def test_tls(models: Path, tmp_path: Path) -> None:
         client = http.client.HTTPSConnection("127.0.0.1", server.port, timeout=PATIENCE, context=context)
         assert server.ask("GET", "/v2/health/ready", connection=client).status == 200
         client.close()
-    assert "can't be used" in refused(str(models), "--port", "0", "--tls-cert", str(key), "--tls-key", str(key), code=2)
+    locked, words = tmp_path / "locked.pem", ["--port", "0", "--tls-cert", str(certificate), "--tls-key"]
+    made = ["openssl", "rsa", "-aes256", "-passout", "pass:secret", "-in", str(key), "-out", str(locked)]
+    subprocess.run(made, check=True, capture_output=True, timeout=PATIENCE)
+    said = refused(str(models), *words, str(locked), code=2)
+    assert f"the key in {locked} has a passphrase" in said
+    assert "Enter" not in said
+    assert f"{certificate} and {certificate} can't be used" in refused(str(models), *words, str(certificate), code=2)

@@ -115,6 +115,54 @@ def test_other_shapes_and_large_requests_run_apart_and_in_order() -> None:
     asyncio.run(main())
 
 
+class Joiner(Runner):
+    """Two inputs of any widths, side by side."""
+
+    def __init__(self) -> None:
+        specs = [TensorSpec(name, "float32", ("batch", width)) for name, width in (("a", "n"), ("b", "m"), ("y", "w"))]
+        self.name, self.effective_device, self.description = "joiner", "cpu", {}
+        self.signature = Signature(tuple(specs[:2]), tuple(specs[2:]))
+        self.batches: list[tuple[tuple[int, ...], ...]] = []
+
+    def _run(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
+        self.batches.append((feeds["a"].shape, feeds["b"].shape))
+        return {"y": np.concatenate([feeds["a"], feeds["b"]], 1)}
+
+
+@pytest.mark.parametrize("cost", [QUICK, SLOW])
+def test_several_inputs_may_come_in_any_order(cost: Cost) -> None:
+    async def main() -> None:
+        runner = Joiner()
+        batcher = Batcher([runner], cost, BatchLimits())
+        three, four = np.full((1, 3), 3, np.float32), np.full((1, 4), 4, np.float32)
+        asked = [{"a": three, "b": four}, {"b": three, "a": four}, {"a": three, "b": four}, {"b": four, "a": three}]
+        answers = await asyncio.wait_for(asyncio.gather(*(batcher.submit(feeds, 1) for feeds in asked)), 20)
+        for feeds, got in zip(asked, answers, strict=True):
+            assert np.array_equal(got["y"], np.concatenate([feeds["a"], feeds["b"]], 1))
+        assert runner.batches == [((1, 3), (1, 4)), ((1, 4), (1, 3)), ((2, 3), (2, 4))]
+        await batcher.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("cost", [QUICK, SLOW])
+def test_a_batch_that_can_not_be_made_takes_no_session_with_it(cost: Cost, monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_large(*_: object) -> None:
+        raise MemoryError
+
+    async def main() -> None:
+        batcher = Batcher([Doubler()], cost, BatchLimits())
+        with monkeypatch.context() as context:
+            context.setattr("bnexport.serving.batcher.np.concatenate", too_large)
+            asked = (batcher.submit(rows(1.0), 1) for _ in range(2))
+            answers = await asyncio.wait_for(asyncio.gather(*asked, return_exceptions=True), 20)
+        assert [np.array_equal(answer["y"], [[2, 2]]) for answer in answers] == [True] * 2, "each alone needs less"  # type: ignore[index]
+        await asyncio.wait_for(ask(batcher, 2.0), 20)
+        await batcher.close()
+
+    asyncio.run(main())
+
+
 def test_a_full_queue_refuses_and_recovers() -> None:
     async def main() -> None:
         runner = Doubler()
