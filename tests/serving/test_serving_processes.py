@@ -197,6 +197,22 @@ def test_a_stop_waits_for_a_process_for_which_clients_wait(server: Server) -> No
     assert len(told(server, "stopped")) == 2
 
 
+def test_one_that_is_told_to_stop_alone_loses_nothing_and_its_successor_hears(
+    server: Server, images: np.ndarray, logits: np.ndarray
+) -> None:
+    """Whoever drains makes its socket deaf, which is the supervisor's, too."""
+    with Clients(server, images, logits) as clients:
+        until(lambda: len(clients.answers) > 50)
+        os.kill(running(server)[0], signal.SIGTERM)
+        until(lambda: len(told(server, "process ready")) == 3)
+    assert clients.failures == []
+    with asked(server, 24) as connections:
+        assert [connection.getresponse().status for connection in connections] == [200] * 24
+    until(lambda: {e["process"] for e in server.events() if str(e.get("id", "")).startswith("waiting")} == {0, 1})
+    (death,) = told(server, "process died")
+    assert (death["how"], death["restart_in"]) == ("exit code 0", 0.0)
+
+
 def test_a_stop_before_all_serve_is_at_once(models: Path, tmp_path: Path) -> None:
     words = [*PROGRAM, "serve", str(models), "--port", "0", "--processes", "8", "--grace", "1000"]
     with (tmp_path / "log").open("w") as log:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
+import functools
 import gc
 import importlib
 import math
 import signal
 import socket
-import struct
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -27,6 +26,7 @@ from bnexport.serving.access_log import JsonLog
 from bnexport.serving.http.app import App
 from bnexport.serving.http.connection import LimitedConnection, limited
 from bnexport.serving.http.fast_lane import FastLane
+from bnexport.serving.http.listener import backlog, bound, deafen
 from bnexport.serving.http.state import State
 from bnexport.serving.repository import Repository
 from bnexport.serving.served_model import ServingSettings
@@ -40,9 +40,12 @@ if TYPE_CHECKING:
 QUIET = 1.0
 #: Seconds for connections that are half made when the server stops to listen.
 _HANDSHAKES = 0.05
-_SO_ATTACH_FILTER, _BPF_RETURN = 26, 0x06
 #: Seconds that an idle connection is kept; longer than balancers keep theirs, so that they close first.
 _KEEP_ALIVE = 75
+
+
+def _nothing() -> None:
+    """What is called where nobody wants to know."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,7 @@ def serve_on(
     *,
     announce: Callable[[str], None],
     share: Share | None = None,
+    stopping: Callable[[], None] = _nothing,
 ) -> None:
     """Serve on a socket that is bound until SIGTERM or Ctrl-C.
 
@@ -111,6 +115,7 @@ def serve_on(
         settings: How.
         announce: Called with one sentence once requests can come.
         share: Of the counters, where this is one process of several.
+        stopping: Called at the first signal to stop.
 
     Raises:
         BnexportError: As ``serve``.
@@ -128,7 +133,8 @@ def serve_on(
         fast_lane = FastLane(app) if settings.middleware is None else None
         config = _config(_wrapped(app, settings.middleware), settings, fast_lane)
         server = DrainingServer(config, state, settings)
-        server.run([listener], on_start=lambda: announce(_told(repository, listener, server.door, settings)))
+        told = functools.partial(_told, repository, listener, server.door, settings)
+        server.run([listener], on_start=lambda: announce(told()), on_stop=stopping)
     finally:
         log.close()
 
@@ -158,12 +164,18 @@ class DrainingServer(uvicorn.Server):
         self._stop_at: float | None = None
         self._polled = time.monotonic()
         self._poll_task: asyncio.Task[None] | None = None
-        self._on_start: Callable[[], None] = lambda: None
+        self._on_start = self._on_stop = _nothing
         self.door = None if settings.grpc_port is None else _door(state, settings, settings.grpc_port)
 
-    def run(self, sockets: list[socket.socket] | None = None, *, on_start: Callable[[], None] = lambda: None) -> None:
-        """Serve until told to stop; ``on_start`` is called once the socket accepts."""
-        self._on_start = on_start
+    def run(
+        self,
+        sockets: list[socket.socket] | None = None,
+        *,
+        on_start: Callable[[], None] = _nothing,
+        on_stop: Callable[[], None] = _nothing,
+    ) -> None:
+        """Serve until told to stop; ``on_start`` is called once the socket accepts, ``on_stop`` at the first signal."""
+        self._on_start, self._on_stop = on_start, on_stop
         super().run(sockets)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -185,6 +197,7 @@ class DrainingServer(uvicorn.Server):
             self._state.draining = True
             self._state.last_work = time.monotonic()
             self._stop_at = time.monotonic() + self._settings.grace
+            self._on_stop()
         elif self._state.share is None or sig == signal.SIGINT:
             self.should_exit = self.force_exit = True
 
@@ -245,9 +258,9 @@ class DrainingServer(uvicorn.Server):
         has come yet.
         """
         loop = asyncio.get_running_loop()
-        if all(_deafen(listener) for listener in sockets):
+        if all(deafen(listener) for listener in sockets):
             await asyncio.sleep(_HANDSHAKES)
-        waiting = [client for listener in sockets for client in _backlog(listener)]
+        waiting = [client for listener in sockets for client in backlog(listener)]
         for server in self.servers:
             server.close()
         for client in waiting:
@@ -278,59 +291,9 @@ class DrainingServer(uvicorn.Server):
             await asyncio.sleep(0.1)
 
 
-def _deafen(listener: socket.socket) -> bool:
-    """Let the system drop what new clients send to a listening socket, so that its backlog stays empty once it is.
-
-    They try again after a second, and are refused then, or find another server. (Linux, socket(7): SO_ATTACH_FILTER with a
-    program of one instruction, which keeps no byte of any packet; connections that were made before are not touched.)
-
-    Returns:
-        Whether the system can do it. Where it can't, a client may be reset in the microseconds before the socket closes.
-    """
-    if not sys.platform.startswith("linux"):
-        return False
-    program = ctypes.create_string_buffer(struct.pack("HBBI", _BPF_RETURN, 0, 0, 0))
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("@HP", 1, ctypes.addressof(program)))
-    except OSError:
-        return False
-    return True
-
-
-def _backlog(listener: socket.socket) -> Iterator[socket.socket]:
-    """Connections that the system has made and nobody has accepted."""
-    while True:
-        try:
-            client, _ = listener.accept()
-        except OSError:  # none is left
-            return
-        client.setblocking(False)
-        yield client
-
-
 def _expected(connection: object) -> bool:
     """Whether a connection's first request, or the rest of its next one's headers, is on its way."""
     return isinstance(connection, LimitedConnection) and connection.expected
-
-
-def bound(host: str, port: int, *, reuse: bool = False) -> socket.socket:
-    """A socket that is bound, so that the port is known before anything is loaded.
-
-    Args:
-        host: Address.
-        port: 0 takes a free one.
-        reuse: Whether other processes that say so too may listen there (SO_REUSEPORT).
-
-    Raises:
-        UsageError: The address or port can't be had.
-    """
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=2048, reuse_port=reuse)
-    except (OSError, OverflowError, UnicodeError, ValueError) as error:
-        raise UsageError(
-            f"{host} port {port} can't be served on: {one_line(error)}", remedy="Choose another --host or --port"
-        ) from error
 
 
 def read_token(file: Path) -> bytes:

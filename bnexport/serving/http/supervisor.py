@@ -28,8 +28,9 @@ from bnexport.errors import NotServing, RuntimeUnavailable, UsageError
 from bnexport.optional import one_line
 from bnexport.runtimes.isolation import how_ended, import_path
 from bnexport.serving.access_log import JsonLog
-from bnexport.serving.http.server import ServerSettings, bound
-from bnexport.serving.http.worker import BLOCKED, Job
+from bnexport.serving.http.listener import bound
+from bnexport.serving.http.server import ServerSettings
+from bnexport.serving.http.worker import BLOCKED, STOPPING, Job
 from bnexport.serving.records import Records, new_memory
 from bnexport.serving.totals import note_end, note_start
 
@@ -244,6 +245,11 @@ class Supervisor:
             return
         if isinstance(told, Exception):
             seat.error = told
+            return
+        if told == STOPPING:
+            # Perhaps it alone was told to. It makes its socket deaf, so its successor needs another one; while nobody holds
+            # this one, the system sends new connections to the others.
+            self._close_listener(seat)
             return
         assert seat.process is not None
         seat.ready_at = time.monotonic()

@@ -20,6 +20,8 @@ from bnexport.serving.totals import Share
 
 #: Blocked by the supervisor while it starts a process, so that none is lost before somebody listens for it.
 BLOCKED = (signal.SIGTERM, signal.SIGINT)
+#: What a process says when it was told to stop, by whomever.
+STOPPING = "stopping"
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ def main(line: Connection) -> None:
     """Serve until the supervisor says so, or is gone.
 
     Args:
-        line: To the supervisor. It sends the job; it gets the sentence to announce, or the error.
+        line: To the supervisor. It sends the job; it gets the sentence to announce, STOPPING, or the error.
     """
     early: list[int] = []  # what waits for a process that is to stop before it serves is answered first
     signal.signal(signal.SIGTERM, lambda number, _frame: early.append(number))
@@ -65,7 +67,10 @@ def main(line: Connection) -> None:
     try:
         share = Share(Records(job.records), job.number, job.settings.models.processes)
         with socket.socket(fileno=job.listener) as listener:
-            serve_on(listener, job.path, job.settings, announce=serving, share=share)
+            serve_on(
+                listener, job.path, job.settings,
+                announce=serving, share=share, stopping=lambda: _tell(line, STOPPING),
+            )  # fmt: skip
     except (BnexportError, MemoryError) as error:
         _tell(line, error)
     except Exception as error:  # the supervisor tells it as one process would

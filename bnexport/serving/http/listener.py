@@ -1,0 +1,64 @@
+"""Sockets that listen: bound before anything is loaded, and closed without cutting anybody off."""
+
+from __future__ import annotations
+
+import ctypes
+import socket
+import struct
+import sys
+from collections.abc import Iterator
+
+from bnexport.errors import UsageError
+from bnexport.optional import one_line
+
+_SO_ATTACH_FILTER, _BPF_RETURN = 26, 0x06
+
+
+def bound(host: str, port: int, *, reuse: bool = False) -> socket.socket:
+    """A socket that is bound, so that the port is known before anything is loaded.
+
+    Args:
+        host: Address.
+        port: 0 takes a free one.
+        reuse: Whether other processes that say so too may listen there (SO_REUSEPORT).
+
+    Raises:
+        UsageError: The address or port can't be had.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=2048, reuse_port=reuse)
+    except (OSError, OverflowError, UnicodeError, ValueError) as error:
+        raise UsageError(
+            f"{host} port {port} can't be served on: {one_line(error)}", remedy="Choose another --host or --port"
+        ) from error
+
+
+def deafen(listener: socket.socket) -> bool:
+    """Let the system drop what new clients send to a listening socket, so that its backlog stays empty once it is.
+
+    They try again after a second, and are refused then, or find another server. (Linux, socket(7): SO_ATTACH_FILTER with a
+    program of one instruction, which keeps no byte of any packet; connections that were made before are not touched.)
+
+    Returns:
+        Whether the system can do it. Where it can't, a client may be reset in the microseconds before the socket closes.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    program = ctypes.create_string_buffer(struct.pack("HBBI", _BPF_RETURN, 0, 0, 0))
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("@HP", 1, ctypes.addressof(program)))
+    except OSError:
+        return False
+    return True
+
+
+def backlog(listener: socket.socket) -> Iterator[socket.socket]:
+    """Connections that the system has made and nobody has accepted."""
+    while True:
+        try:
+            client, _ = listener.accept()
+        except OSError:  # none is left
+            return
+        client.setblocking(False)
+        yield client
