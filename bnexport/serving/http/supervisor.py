@@ -44,6 +44,10 @@ _PAUSE, _LONGEST_WAIT, _LONGEST_PAUSE = 0.25, 5.0, 30.0
 _STARTS = 5
 #: Seconds over the grace until a process that should have stopped is killed.
 _PATIENCE = 10.0
+#: Seconds between looks at the heartbeats, and looks in a row without a new one after which a process that serves is killed.
+#: Engines and loading have threads of their own, so the loop that beats is never away for long. Looks are counted, not
+#: seconds: where everybody stood still, as in a container that is paused, nobody is to blame.
+_LOOK, _SILENT = 1.0, 60
 #: Seconds for the system to take a process away once it has closed its line.
 _REAP = 5.0
 
@@ -63,6 +67,8 @@ class _Seat:
         start_at: When it is to be started again.
         error: What is known of its last failed start.
         started_at: When it was started last, by ``time.monotonic``.
+        beat: Its heartbeat when it was looked at last.
+        silent: Looks in a row that found no other one.
     """
 
     number: int
@@ -75,6 +81,8 @@ class _Seat:
     start_at: float | None = None
     error: Exception | None = None
     started_at: float = 0.0
+    beat: bytes = b""
+    silent: int = 0
 
 
 def supervise(path: Path, settings: ServerSettings, *, announce: Callable[[str], None]) -> None:
@@ -125,6 +133,7 @@ class Supervisor:
         self._stops = 0
         self._stop_seen = 0
         self._deadline = math.inf
+        self._look_at = 0.0
         self._killed: list[int] = []
 
     def run(self) -> None:
@@ -171,9 +180,8 @@ class Supervisor:
         """Wait for the next thing to happen, and see to it."""
         lines = {seat.line: seat for seat in self._seats if seat.line is not None}
         due = [seat.start_at for seat in self._seats if seat.start_at is not None]
-        next_time = min([*due, self._deadline])
-        timeout = None if next_time == math.inf else max(0.0, next_time - time.monotonic())
-        happened = wait([*lines, woken], timeout)
+        next_time = min([*due, self._deadline, self._look_at])
+        happened = wait([*lines, woken], max(0.0, next_time - time.monotonic()))
         if woken in happened:
             woken.recv(64)
         self._heed_signals()
@@ -184,6 +192,9 @@ class Supervisor:
         for seat in self._seats:
             if seat.start_at is not None and now >= seat.start_at:
                 self._start(seat)
+        if now >= self._look_at:
+            self._look_at = now + _LOOK
+            self._kill_hanging()
         if now >= self._deadline:
             self._kill_late()
 
@@ -209,7 +220,7 @@ class Supervisor:
 
     def _start(self, seat: _Seat) -> None:
         """Start a process: no fork, which takes libraries along, nor multiprocessing, which imports the user's script."""
-        seat.start_at, seat.started_at, seat.error = None, time.monotonic(), None
+        seat.start_at, seat.started_at, seat.error, seat.silent = None, time.monotonic(), None, 0
         if seat.listener is None:
             seat.listener = self._bound()
         note_start(self._records, seat.number)
@@ -304,6 +315,20 @@ class Supervisor:
             code = process.wait()
         seat.process = seat.line = seat.ready_at = None
         return code
+
+    def _kill_hanging(self) -> None:
+        """Look at the heartbeats, and kill what serves but shows no life; a stop has its own deadline."""
+        for seat in self._seats:
+            if seat.process is None or seat.ready_at is None or self._stop_seen:
+                continue
+            beat = self._records.heartbeat(seat.number)
+            seat.silent = seat.silent + 1 if beat == seat.beat else 0
+            seat.beat = beat
+            if seat.silent == _SILENT:
+                seat.error = NotServing(
+                    f"it showed no life for {_LOOK * _SILENT:g} seconds and was killed", remedy="Look what it did then"
+                )
+                seat.process.kill()
 
     def _kill_late(self) -> None:
         """Kill what should have stopped."""
