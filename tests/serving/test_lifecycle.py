@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,6 +58,24 @@ def test_a_server_that_nobody_asks_stops_at_once(models: Path, tmp_path: Path) -
             server.ask("GET", "/v2/health/live", connection=idle)  # an idle connection does not keep it
             assert server.stop(number) == 0
             idle.close()
+
+
+def test_sigterm_while_models_are_loaded_ends_it_at_once(models: Path) -> None:
+    """Also where it is a container's first process, for which the system does nothing at a signal that nobody handles."""
+    slow = "repository.open_served = lambda *_: (print('loading', flush=True), time.sleep(60))"
+    code = f"import sys, time; from bnexport.serving import repository; {slow}; from bnexport.cli.main import main"
+    words = [sys.executable, "-c", f"{code}; sys.exit(main(sys.argv[1:]))", "serve", str(models), "--port", "0"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "loading\n"
+            process.terminate()
+            out, said = process.communicate(timeout=PATIENCE)
+        finally:
+            process.kill()
+    assert (process.returncode, out, "Traceback" in said) == (130, "", False)
+    assert said.lstrip().startswith("Interrupted.")
 
 
 def test_a_request_whose_body_is_on_its_way_is_answered(models: Path, tmp_path: Path, images: np.ndarray) -> None:

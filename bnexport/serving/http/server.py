@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
+from bnexport import interrupts
 from bnexport.errors import BnexportError, UsageError
 from bnexport.optional import one_line
 from bnexport.serving.access_log import JsonLog
@@ -81,6 +82,7 @@ class ServerSettings:
     models: ServingSettings = field(default_factory=ServingSettings)
 
 
+@interrupts.terminable()  # while models are loaded; from then on a signal begins the drain
 def serve(path: Path, settings: ServerSettings, *, announce: Callable[[str], None]) -> None:
     """Serve until SIGTERM or Ctrl-C.
 
@@ -93,6 +95,7 @@ def serve(path: Path, settings: ServerSettings, *, announce: Callable[[str], Non
         BundleError: There is no model.
         UsageError: The port, the token file, the certificate or the middleware can't be used.
         Unavailable: The runtime does not work here.
+        KeyboardInterrupt: It was stopped before it served.
     """
     with contextlib.closing(bound(settings.host, settings.port, reuse=settings.reuse_port)) as listener:
         serve_on(listener, path, settings, announce=announce)
