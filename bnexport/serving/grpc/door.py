@@ -23,6 +23,7 @@ from bnexport.serving.grpc.inference import infer
 from bnexport.serving.grpc.methods import METHODS, STREAM, WATCH, Method
 from bnexport.serving.grpc.schema import classes
 from bnexport.serving.limits import ServingLimits
+from bnexport.serving.listener import resolved
 from bnexport.serving.refusing import sentence_of
 from bnexport.serving.state import Answer, ServerState
 
@@ -84,9 +85,10 @@ class GrpcDoor(grpc.GenericRpcHandler):  # type: ignore[misc]
             maximum_concurrent_rpcs=self.state.settings.limits.connections,
         )
         server.add_generic_rpc_handlers((self,))
-        host = f"[{self.settings.host}]" if ":" in self.settings.host else self.settings.host
         try:
-            address = f"{host}:{self.settings.port}"
+            # gRPC would take every address of a name, HTTP takes one.
+            host = resolved(self.settings.host, self.settings.port)[1][0]
+            address = f"[{host}]:{self.settings.port}" if ":" in host else f"{host}:{self.settings.port}"
             tls = self.settings.tls
             if tls is None:
                 self.port = server.add_insecure_port(address)

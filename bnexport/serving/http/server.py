@@ -27,8 +27,8 @@ from bnexport.serving.access_log import JsonLog
 from bnexport.serving.http.app import App
 from bnexport.serving.http.connection import LimitedConnection, limited
 from bnexport.serving.http.fast_lane import FastLane
-from bnexport.serving.http.listener import backlog, bound, deafen
 from bnexport.serving.http.state import State
+from bnexport.serving.listener import backlog, bound, deafen, free_port
 from bnexport.serving.repository import Repository
 from bnexport.serving.served_model import ServingSettings
 from bnexport.serving.state import AppSettings
@@ -127,7 +127,7 @@ def serve_on(
     log = JsonLog(sys.stderr, access=settings.access_log, process=None if share is None else share.slot)
     try:
         if settings.grpc_port is not None:
-            bound(settings.host, settings.grpc_port, reuse=settings.reuse_port).close()
+            free_port(settings.host, settings.grpc_port, reuse=settings.reuse_port, option="--grpc-port")
         repository = Repository(path, settings.models, log.event)
         repository.load()
         state = State(repository, AppSettings(settings.models.limits, token, settings.allow_load), log, share=share)

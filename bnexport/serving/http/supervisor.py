@@ -28,9 +28,9 @@ from bnexport.errors import NotServing, RuntimeUnavailable, UsageError
 from bnexport.optional import one_line
 from bnexport.runtimes.isolation import how_ended, import_path
 from bnexport.serving.access_log import JsonLog
-from bnexport.serving.http.listener import bound
 from bnexport.serving.http.server import ServerSettings
 from bnexport.serving.http.worker import BLOCKED, STOPPING, Job
+from bnexport.serving.listener import bound, free_port
 from bnexport.serving.records import Records, new_memory
 from bnexport.serving.totals import note_end, note_start
 
@@ -121,12 +121,10 @@ class Supervisor:
 
     def __init__(self, path: Path, settings: ServerSettings, log: JsonLog, announce: Callable[[str], None]) -> None:
         self._path, self._log, self._announce = path, log, announce
-        with contextlib.closing(bound(settings.host, settings.port, reuse=settings.reuse_port)) as probe:
-            port = probe.getsockname()[1]  # who did not ask to share a port must not get one that is taken
-        grpc_port = settings.grpc_port
+        # Who did not ask to share a port must not get one that is taken.
+        port, grpc_port = free_port(settings.host, settings.port, reuse=settings.reuse_port), settings.grpc_port
         if grpc_port is not None:
-            with contextlib.closing(bound(settings.host, grpc_port, reuse=settings.reuse_port)) as probe:
-                grpc_port = probe.getsockname()[1]
+            grpc_port = free_port(settings.host, grpc_port, reuse=settings.reuse_port, option="--grpc-port")
         self._settings = replace(settings, port=port, grpc_port=grpc_port, reuse_port=True)
         self._seats = [_Seat(number) for number in range(settings.models.processes)]
         self._announced = False

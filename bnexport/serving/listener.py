@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import socket
 import struct
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 from bnexport.errors import UsageError
 from bnexport.optional import one_line
@@ -25,12 +27,50 @@ def bound(host: str, port: int, *, reuse: bool = False) -> socket.socket:
     Raises:
         UsageError: The address or port can't be had.
     """
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+    with _refusing(host, port, "--port"):
+        family, _ = resolved(host, port)
         return socket.create_server((host, port), family=family, backlog=2048, reuse_port=reuse)
+
+
+def free_port(host: str, port: int, *, reuse: bool = False, option: str = "--port") -> int:
+    """A port that somebody may listen on. Nobody does meanwhile, who would cut off clients that the system sends there.
+
+    Args:
+        host: Address.
+        port: 0 takes a free one.
+        reuse: As ``bound`` has it.
+        option: What the user chose the port by.
+
+    Raises:
+        UsageError: The address or port can't be had.
+    """
+    with _refusing(host, port, option):
+        family, address = resolved(host, port)
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if reuse:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            probe.bind(address)
+            return int(probe.getsockname()[1])
+
+
+def resolved(host: str, port: int) -> tuple[socket.AddressFamily, Any]:
+    """The family and the address of a name, of which there can be several: every door takes the first.
+
+    Raises:
+        OSError: There is no such name.
+    """
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    return found[0], found[4]
+
+
+@contextlib.contextmanager
+def _refusing(host: str, port: int, option: str) -> Iterator[None]:
+    try:
+        yield
     except (OSError, OverflowError, UnicodeError, ValueError) as error:
         raise UsageError(
-            f"{host} port {port} can't be served on: {one_line(error)}", remedy="Choose another --host or --port"
+            f"{host} port {port} can't be served on: {one_line(error)}", remedy=f"Choose another --host or {option}"
         ) from error
 
 
