@@ -12,6 +12,7 @@ import pytest
 from support.wire_samples import H2LOAD, H2LOAD_LOG, WRK
 
 from bnexport.benchmarking import serving_load, serving_speed
+from bnexport.benchmarking.serving_alone import Alone
 from bnexport.benchmarking.serving_load import Load, parse_h2load, parse_wrk, wrk_script
 from bnexport.benchmarking.serving_page import serving_page
 from bnexport.benchmarking.serving_process import Running, free_ports
@@ -123,7 +124,8 @@ def made_up(**changes):
     for name, rows in changes.items():
         samples[name][8] = rows
     memory = Memory((0, 500_000, 1_000_100), (100 * 2**20, 109 * 2**20, 104 * 2**20), 110 * 2**20)
-    return Speeds(samples, {1: [25.0, 18.0], 8: [15.0, 14.0]}, {"binary": (3298, 185)}, {"grpc": "no option"}, memory)
+    alone = [Alone({1: 25.0, 8: 15.0}, 50.0, 70.0), Alone({1: 18.0, 8: 14.0}, 40.0, 90.0)]
+    return Speeds(samples, alone, {"binary": (3298, 185)}, {"grpc": "no option"}, memory)
 
 
 def verdicts(speeds):
@@ -194,6 +196,8 @@ def test_the_page_holds_figures_sizes_and_what_is_missing():
     assert "bnexport, binary tensors 3,298 and 185" in page
     assert "Rounds: 2; each load took 1.0 to 1.0 s and 1,000 to 1,000 requests. a machine." in page
     assert "| 1,000,100 | 104.0 |" in page
+    # 25 and 18 in a loop, 50 and 40 after pauses of 70 and 90
+    assert "After a pause of 80 us ONNX Runtime alone takes 45.0 us (40.0 to 50.0) for one image, 2.1 times" in page
     without = made_up()
     del without.samples["fastapi"]
     assert "**not measured**" in "\n".join(serving_page(without, "a machine"))
@@ -280,7 +284,10 @@ def test_a_short_run(tmp_path):
         assert found.cpu_us > 0
         assert (found.infer_us is not None) == WAYS[name].counted
         assert any(f"{WAYS[name].words}, 8 clients" in line for line in told)
-    assert 0 < speeds.alone[8][0] < speeds.alone[1][0]
+    (alone,) = speeds.alone
+    assert 0 < alone.batches[8] < alone.batches[1]
+    assert alone.rested > alone.batches[8]
+    assert alone.pause > 20.0
     assert speeds.memory.requests[0] == 0
     assert speeds.memory.requests[-1] >= 1000
     assert speeds.memory.peak >= max(speeds.memory.resident) > 2**20
