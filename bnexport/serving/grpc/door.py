@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import time
 from collections.abc import Awaitable
 from dataclasses import dataclass
@@ -77,8 +76,7 @@ class GrpcDoor(grpc.GenericRpcHandler):  # type: ignore[misc]
         Raises:
             UsageError: The port or the TLS files can't be used.
         """
-        # What gRPC and its wrapper say on standard error are faults that clients can bring about; calls are logged here.
-        os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+        # What gRPC's wrapper says on standard error are faults that clients can bring about, too.
         logging.getLogger("grpc").setLevel(logging.CRITICAL + 1)
         server = grpc.aio.server(
             options=_options(self.state.settings.limits, reuse=self.settings.reuse_port),
