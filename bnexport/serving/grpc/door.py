@@ -173,7 +173,7 @@ class GrpcDoor(grpc.GenericRpcHandler):  # type: ignore[misc]
             one.bytes_in = len(data)
             _, answer = await self._measured(one, self._streamed(one, data), counted=True)
             if isinstance(answer, BnexportError):
-                answer = classes()["ModelStreamInferResponse"](error_message=sentence_of(answer)).SerializeToString()
+                answer = _failed(one, answer)
             await context.write(answer)
         if self.is_closing():
             _told(context, grpc.StatusCode.UNAVAILABLE, _stopping())
@@ -271,6 +271,14 @@ def _told(context: Any, code: grpc.StatusCode, answer: bytes | BnexportError) ->
         context.set_details(sentence_of(answer))
         return b""
     return answer
+
+
+def _failed(call: Call, error: BnexportError) -> bytes:
+    """The answer to a request of a stream that can't be answered; as Triton's, it has the request's id."""
+    message = classes()["ModelStreamInferResponse"](error_message=sentence_of(error))
+    message.infer_response.id = call.message_id
+    data: bytes = message.SerializeToString()
+    return data
 
 
 def _stopping() -> NotServing:
