@@ -65,11 +65,12 @@ def command(path: Path, **options: Any) -> None:
 
         for name in ("grpc", "google.protobuf"):
             require(name, purpose="bnexport serve --grpc-port")
-    from bnexport.serving.http.server import serve
+    from bnexport.serving.http.server import leave_engines, serve
     from bnexport.serving.http.supervisor import supervise
 
     settings = _settings(options)
     (serve if options["processes"] == 1 else supervise)(path, settings, announce=click.echo)
+    leave_engines()
 
 
 def _settings(options: dict[str, Any]) -> Any:

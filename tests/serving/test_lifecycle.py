@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
@@ -76,6 +77,44 @@ def test_sigterm_while_models_are_loaded_ends_it_at_once(models: Path) -> None:
             process.kill()
     assert (process.returncode, out, "Traceback" in said) == (130, "", False)
     assert said.lstrip().startswith("Interrupted.")
+
+
+#: Middleware that changes nothing, but makes the engines of its process slow.
+SLOW = """
+import time
+from bnexport.runtimes.base import Runner
+
+def wrap(app):
+    Runner.run_fitting = lambda self, feeds: time.sleep(600)
+    return app
+"""
+
+
+def stopping(server: Server) -> bool:
+    try:
+        return server.ask("GET", "/v2/health/ready").status == 503
+    except (OSError, http.client.HTTPException):  # it does not listen any more
+        return True
+
+
+@pytest.mark.parametrize("words", [(), ("--processes", "2")])
+@pytest.mark.parametrize("signals", [1, 2])
+def test_an_engine_that_does_not_come_back_is_not_waited_for(
+    models: Path, tmp_path: Path, images: np.ndarray, words: tuple[str, ...], signals: int
+) -> None:
+    (tmp_path / "slow.py").write_text(SLOW)
+    words = (*words, "--grace", "1" if signals == 1 else "1000", "--workers", "2", "--middleware", "slow:wrap")
+    env = {"PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    with (
+        serving(models, tmp_path / "log", *words, env=env) as server,
+        contextlib.closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)) as client,
+    ):
+        client.request("POST", INFER, *binary(images))
+        until(lambda: b"bnexport_http_requests_active 2.0" in server.ask("GET", "/metrics").body)
+        for _ in range(signals):
+            server.process.send_signal(signal.SIGTERM)
+            until(lambda: stopping(server))
+        assert server.process.wait(PATIENCE) == 0
 
 
 def test_a_request_whose_body_is_on_its_way_is_answered(models: Path, tmp_path: Path, images: np.ndarray) -> None:

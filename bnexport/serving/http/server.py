@@ -8,9 +8,11 @@ import functools
 import gc
 import importlib
 import math
+import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +26,7 @@ from bnexport import interrupts
 from bnexport.errors import BnexportError, UsageError
 from bnexport.optional import one_line
 from bnexport.serving.access_log import JsonLog
+from bnexport.serving.batcher import THREADS
 from bnexport.serving.http.app import App
 from bnexport.serving.http.connection import LimitedConnection, limited
 from bnexport.serving.http.fast_lane import FastLane
@@ -140,6 +143,14 @@ def serve_on(
         server.run([listener], on_start=lambda: announce(told()), on_stop=stopping)
     finally:
         log.close()
+
+
+def leave_engines() -> None:
+    """End the process where an engine still runs a batch after the time to stop, for which Python would wait at its end."""
+    if any(thread.name.startswith(THREADS) for thread in threading.enumerate()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def _told(repository: Repository, listener: socket.socket, door: GrpcDoor | None, settings: ServerSettings) -> str:

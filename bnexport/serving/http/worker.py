@@ -14,7 +14,7 @@ from pathlib import Path
 
 from bnexport.errors import BnexportError
 from bnexport.optional import one_line
-from bnexport.serving.http.server import ServerSettings, serve_on
+from bnexport.serving.http.server import ServerSettings, leave_engines, serve_on
 from bnexport.serving.records import Records
 from bnexport.serving.totals import Share
 
@@ -75,6 +75,8 @@ def main(line: Connection) -> None:
         _tell(line, error)
     except Exception as error:  # the supervisor tells it as one process would
         _tell(line, RuntimeError(f"{type(error).__name__}: {one_line(error)}"))
+    else:
+        leave_engines()
 
 
 def _tell(line: Connection, what: str | Exception) -> None:
