@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from bnexport import interrupts
 from bnexport.benchmarking.serving_alone import Alone, open_session
 from bnexport.benchmarking.serving_load import Load, need_tools, put_load
 from bnexport.benchmarking.serving_process import Running, counters, started
@@ -116,6 +117,7 @@ def in_words(clients: int) -> str:
     return f"{clients} client" + "s" * (clients > 1)
 
 
+@interrupts.terminable()
 def measure(names: Sequence[str], plan: Plan, *, tell: Callable[[str], None] = lambda _: None) -> Speeds:
     """Measure servers in turn; each is started anew in every round.
 
@@ -132,7 +134,7 @@ def measure(names: Sequence[str], plan: Plan, *, tell: Callable[[str], None] = l
     """
     bench = _Bench(plan, tell)
     names = [name for name in WAYS if name in {*names, *NEEDED}]
-    need_tools("wrk")
+    need_tools("wrk", *("h2load" for name in names if WIRES[WAYS[name].wire].grpc))
     pythons = bench.prepare(names)
     samples: dict[str, dict[int, list[Sample]]] = {name: {n: [] for n in plan.clients} for name in pythons}
     alone: list[Alone] = []
@@ -167,8 +169,6 @@ class _Bench:
                 found[name] = WAYS[name].interpreter(self.plan.venvs)
             except RuntimeUnavailable as error:
                 self._give_up(name, error)
-        if any(WIRES[WAYS[name].wire].grpc for name in found):
-            need_tools("h2load")
         return found
 
     def _give_up(self, name: str, error: RuntimeUnavailable) -> None:

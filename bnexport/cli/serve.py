@@ -75,13 +75,16 @@ def command(path: Path, **options: Any) -> None:
     for name in ("uvicorn", "httptools", "orjson", "prometheus_client"):
         require(name, purpose="bnexport serve")
     if options["grpc_port"] is not None:
+        import bnexport.serving.grpc  # noqa: F401 -- before gRPC itself, which it asks to be silent
+
         for name in ("grpc", "google.protobuf"):
             require(name, purpose="bnexport serve --grpc-port")
-    from bnexport.serving.http.server import serve
+    from bnexport.serving.http.server import leave_engines, serve
     from bnexport.serving.http.supervisor import supervise
 
     settings = _settings(options)
     (serve if options["processes"] == 1 else supervise)(path, settings, announce=click.echo)
+    leave_engines()
 
 
 def _settings(options: dict[str, Any]) -> Any:

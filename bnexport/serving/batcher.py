@@ -32,6 +32,8 @@ from bnexport.tensors import Array
 
 #: A batch may keep the event loop for so long; health checks and other models wait meanwhile.
 INLINE_SECONDS = 0.002
+#: How the names of the engines' threads begin.
+THREADS = "bnexport-session"
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ class Batcher:
         self._rows = limits.rows if batches else 0
         self._queue: deque[_Waiting] = deque()
         self._running: list[list[_Waiting]] = []
-        self._threads = ThreadPoolExecutor(len(self._runners), thread_name_prefix="bnexport-session")
+        self._threads = ThreadPoolExecutor(len(self._runners), thread_name_prefix=THREADS)
         self._woken = False
 
     @property

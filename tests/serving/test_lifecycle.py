@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import os
 import shutil
 import signal
 import socket
@@ -59,6 +60,62 @@ def test_a_server_that_nobody_asks_stops_at_once(models: Path, tmp_path: Path) -
             server.ask("GET", "/v2/health/live", connection=idle)  # an idle connection does not keep it
             assert server.stop(number) == 0
             idle.close()
+
+
+def test_sigterm_while_models_are_loaded_ends_it_at_once(models: Path) -> None:
+    """Also where it is a container's first process, for which the system does nothing at a signal that nobody handles."""
+    slow = "repository.open_served = lambda *_: (print('loading', flush=True), time.sleep(60))"
+    code = f"import sys, time; from bnexport.serving import repository; {slow}; from bnexport.cli.main import main"
+    words = [sys.executable, "-c", f"{code}; sys.exit(main(sys.argv[1:]))", "serve", str(models), "--port", "0"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "loading\n"
+            process.terminate()
+            out, said = process.communicate(timeout=PATIENCE)
+        finally:
+            process.kill()
+    assert (process.returncode, out, "Traceback" in said) == (130, "", False)
+    assert said.lstrip().startswith("Interrupted.")
+
+
+#: Middleware that changes nothing, but makes the engines of its process slow.
+SLOW = """
+import time
+from bnexport.runtimes.base import Runner
+
+def wrap(app):
+    Runner.run_fitting = lambda self, feeds: time.sleep(600)
+    return app
+"""
+
+
+def stopping(server: Server) -> bool:
+    try:
+        return server.ask("GET", "/v2/health/ready").status == 503
+    except (OSError, http.client.HTTPException):  # it does not listen any more
+        return True
+
+
+@pytest.mark.parametrize("words", [(), ("--processes", "2")])
+@pytest.mark.parametrize("signals", [1, 2])
+def test_an_engine_that_does_not_come_back_is_not_waited_for(
+    models: Path, tmp_path: Path, images: np.ndarray, words: tuple[str, ...], signals: int
+) -> None:
+    (tmp_path / "slow.py").write_text(SLOW)
+    words = (*words, "--grace", "1" if signals == 1 else "1000", "--workers", "2", "--middleware", "slow:wrap")
+    env = {"PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    with (
+        serving(models, tmp_path / "log", *words, env=env) as server,
+        contextlib.closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)) as client,
+    ):
+        client.request("POST", INFER, *binary(images))
+        until(lambda: b"bnexport_http_requests_active 2.0" in server.ask("GET", "/metrics").body)
+        for _ in range(signals):
+            server.process.send_signal(signal.SIGTERM)
+            until(lambda: stopping(server))
+        assert server.process.wait(PATIENCE) == 0
 
 
 def test_a_request_whose_body_is_on_its_way_is_answered(models: Path, tmp_path: Path, images: np.ndarray) -> None:
@@ -303,7 +360,7 @@ def test_folders_that_are_no_models_are_named_in_the_log(models: Path, tmp_path:
 def test_a_port_that_is_taken(server: Server, models: Path) -> None:
     said = refused(str(models), "--port", str(server.port), code=2)
     assert f"port {server.port} can't be served on: Address already in use." in said
-    assert "Choose another --host, --port or --grpc-port." in said
+    assert "Choose another --host or --port." in said
 
 
 def test_two_servers_share_a_port(models: Path, tmp_path: Path, images: np.ndarray) -> None:

@@ -1,6 +1,8 @@
 """The comparison of servers: loads, ratios, verdicts, its page, and a short run of it."""
 
 import dataclasses
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,14 +15,22 @@ from bnexport.benchmarking import serving_load, serving_speed
 from bnexport.benchmarking.serving_alone import Alone
 from bnexport.benchmarking.serving_load import Load, parse_h2load, parse_wrk, wrk_script
 from bnexport.benchmarking.serving_page import serving_page
+from bnexport.benchmarking.serving_process import Running, free_ports
 from bnexport.benchmarking.serving_speed import Memory, Plan, Sample, Speeds, measure
 from bnexport.benchmarking.serving_targets import TARGETS, infer_share, outcomes
 from bnexport.benchmarking.serving_ways import WAYS
 from bnexport.benchmarking.serving_wires import WIRES
+from bnexport.benchmarking.soaking.processes import running
 from bnexport.errors import BundleError, MissingDependency, ProofError, RuntimeUnavailable
 
 ROOT = Path(__file__).parents[3]
 BUNDLE = ROOT / "models" / "bn_lenet" / "1"
+#: The script as a terminal starts it: what runs in a shell's background has SIGINT ignored.
+AS_FROM_A_TERMINAL = """
+import runpy, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+runpy.run_path("scripts/benchmark_serving.py", run_name="__main__")
+"""
 
 
 def test_what_wrk_printed_is_read_exactly():
@@ -252,6 +262,10 @@ def test_a_missing_load_tool_and_another_model_are_refused(monkeypatch, tmp_path
     assert caught.value.remedy == "Install it: apt-get install wrk"
     with pytest.raises(BundleError):
         measure([], Plan(tmp_path, tmp_path))
+    monkeypatch.setattr(serving_load.shutil, "which", lambda name: None if name == "h2load" else name)
+    monkeypatch.setattr("bnexport.benchmarking.serving_ways.make_venv", lambda *_: pytest.fail("it was begun"))
+    with pytest.raises(MissingDependency, match="needs h2load"):
+        measure(["grpc", "fastapi"], Plan(BUNDLE, tmp_path))
 
 
 @pytest.mark.needs("wrk")
@@ -279,6 +293,29 @@ def test_a_short_run(tmp_path):
     assert speeds.memory.peak >= max(speeds.memory.resident) > 2**20
     page = "\n".join(serving_page(speeds, "a machine"))
     assert all(f"| {WAYS[name].words} | 8 |" in page for name in speeds.samples)
+
+
+@pytest.mark.needs("wrk")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_leaves_nothing(tmp_path, number):
+    words = ["binary", "--out", str(tmp_path / "page.md"), "--seconds", "1", "--memory-requests", "0"]
+    with subprocess.Popen(
+        [sys.executable, "-c", AS_FROM_A_TERMINAL, *words],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    ) as child:  # fmt: skip
+        try:
+            assert "1 client:" in child.stdout.readline()
+            family = [pid for pid, _ in Running(child, free_ports(), tmp_path)._rows()]
+            assert len(family) > 1
+            child.send_signal(number)
+            _, said = child.communicate(timeout=60)
+        finally:
+            child.kill()
+    assert (child.returncode, said) == (130, "benchmark_serving.py: interrupted, so there is no page\n")
+    assert list(tmp_path.iterdir()) == []
+    assert not [pid for pid in family if running(pid)]
 
 
 def test_the_committed_page_holds_every_server():
