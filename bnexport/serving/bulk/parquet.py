@@ -135,10 +135,11 @@ def encode(ids: Sequence[str], logits: Array, *, labels: Sequence[str], keep_log
     return file.getvalue()
 
 
-def rows_in(path: Path) -> int | None:
-    """Rows of a written file by its footer; None when it is not whole."""
+def rows_in(path: Path, *, about: str) -> int | None:
+    """Rows of a written file by its footer; None when it is not whole, or was written with another ``about``."""
     arrow, parquet = _arrow(), require("pyarrow.parquet", purpose="Parquet")
     try:
-        return int(parquet.read_metadata(path).num_rows)
+        footer = parquet.read_metadata(path)
     except (OSError, arrow.ArrowException):
         return None
+    return int(footer.num_rows) if (footer.metadata or {}).get(b"bnexport") == about.encode() else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +48,7 @@ class ShardWorker:
     @classmethod
     def of(cls, job: Job) -> ShardWorker:
         """A worker of a job."""
-        return cls(job.bundle, job.out, job.request, json.dumps(job.description, sort_keys=True))
+        return cls(job.bundle, job.out, job.request, job.about)
 
     def close(self) -> None:
         """Free the session and what is open."""

@@ -136,6 +136,17 @@ def test_what_is_missing_or_cut_off_is_written_again(bundle: Bundle, sources: di
     assert not list(out.glob(".*"))
 
 
+def test_a_part_of_another_job_is_written_again(bundle: Bundle, sources: dict[str, Path], tmp_path: Path) -> None:
+    """As a worker that outlived its killed parent may leave one: it has as many rows."""
+    other = reseal(copy_bundle(bundle, tmp_path / "bn_lenet" / "1"), labels=tuple("abcdefghij"))
+    predict(other, sources["a.npy"], tmp_path / "other")
+    predict(bundle, sources["a.npy"], tmp_path / "out")
+    before, name = pq.read_table(tmp_path / "out"), "part-00002.parquet"
+    (tmp_path / "other" / name).replace(tmp_path / "out" / name)
+    assert predict(bundle, sources["a.npy"], tmp_path / "out").resumed_rows == 70
+    assert pq.read_table(tmp_path / "out").equals(before)
+
+
 def test_another_job_is_refused_without_force(bundle: Bundle, sources: dict[str, Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
     np.save(tmp_path / "mine.npy", IMAGES)
