@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bnexport.data.images import ENDINGS
+from bnexport.data.images import ENDINGS, stack_problem
 from bnexport.errors import DataError, UsageError
 from bnexport.optional import one_line, require
 from bnexport.screening import screen_archive
@@ -146,11 +146,9 @@ def _stat(file: Path) -> str:
 
 def _plan_npy(path: Path, request: BulkRequest) -> Plan:
     array = map_npy(path)
-    if array.ndim < 3 or array.dtype != "uint8" or not array.flags.c_contiguous:
-        raise DataError(
-            f"{path} holds {array.dtype} of shape {array.shape}, expected a stack of uint8 images in C order",
-            remedy=_REMEDY,
-        )
+    fortran = array.ndim > 1 and array.flags.f_contiguous and not array.flags.c_contiguous
+    if (problem := stack_problem(str(array.dtype), array.shape, fortran=fortran)) is not None:
+        raise DataError(f"{path} {problem}", remedy=_REMEDY)
     return Plan(_cut("npy", path, len(array), request), _stat(path))
 
 

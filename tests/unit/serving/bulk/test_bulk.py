@@ -201,6 +201,12 @@ BAD_SOURCES = {
     "flat.npy": "expected a stack of uint8",
     "fortran.npy": "in C order",
     "empty.npy": "holds no image",
+    "one_picture.npy": "one picture in colour is saved as image[None]",
+    "one_picture.npz": "one picture in colour is saved as image[None]",
+    "channels_first.npy": "(n, height, width, channels)",
+    "no_pixels.npy": "holds images of 28x0 pixels",
+    "no_pixels.npz": "holds images of 28x0 pixels",
+    "huge.npy": "holds images of 8000x8000 pixels",
     "two.npz": "no array 'image' but 'a', 'b'",
     "float.npz": "expected a stack of uint8",
     "cut.npz": "",
@@ -211,6 +217,7 @@ BAD_SOURCES = {
     "both": "Parquet files and pictures",
     "named.parquet": "no column 'image', it has 'picture'",
     "texts.parquet": "is string, expected bytes",
+    "twice.parquet": "several columns 'image'",
     "null.parquet": "null.parquet[1] has no image",
     "garbage.parquet": "garbage.parquet[1] is not a PNG",
     "damaged": "bad.png can't be read",
@@ -223,6 +230,16 @@ def write_bad_sources(folder: Path) -> None:
     np.save(folder / "flat.npy", IMAGES.reshape(90, -1))
     np.save(folder / "fortran.npy", np.asfortranarray(IMAGES))
     np.save(folder / "empty.npy", IMAGES[:0])
+    colours = np.repeat(IMAGES[:40, 0, :, None], 3, 2)
+    np.save(folder / "one_picture.npy", colours)
+    np.savez(folder / "one_picture.npz", image=colours)
+    np.save(folder / "channels_first.npy", IMAGES[:, None])
+    np.save(folder / "no_pixels.npy", IMAGES[:, :0])
+    np.savez(folder / "no_pixels.npz", image=IMAGES[:, :0])
+    with (folder / "huge.npy").open("wb") as file:  # sparse
+        header = {"descr": "|u1", "fortran_order": False, "shape": (1, 8_000, 8_000)}
+        np.lib.format.write_array_header_1_0(file, header)
+        file.truncate(file.tell() + 8_000**2)
     np.savez(folder / "two.npz", a=IMAGES, b=IMAGES)
     np.savez(folder / "float.npz", image=IMAGES / 255)
     (folder / "cut.npz").write_bytes((folder / "two.npz").read_bytes()[:5000])
@@ -235,6 +252,7 @@ def write_bad_sources(folder: Path) -> None:
     write_parquet(folder / "both" / "a.parquet", {"image": [png(IMAGES[0])]}, 1)
     write_parquet(folder / "named.parquet", {"picture": [png(IMAGES[0])]}, 1)
     write_parquet(folder / "texts.parquet", {"image": ["a"]}, 1)
+    pq.write_table(pa.Table.from_arrays([[png(IMAGES[0])]] * 2, names=["image"] * 2), folder / "twice.parquet")
     write_parquet(folder / "null.parquet", {"image": [png(IMAGES[0]), None]}, 2)
     write_parquet(folder / "garbage.parquet", {"image": [png(IMAGES[0]), b"garbage"]}, 2)
     (folder / "damaged").mkdir()
@@ -270,6 +288,30 @@ def test_bad_requests(options: dict[str, object]) -> None:
 def test_a_row_without_an_id_is_refused(bundle: Bundle, tmp_path: Path) -> None:
     write_parquet(tmp_path / "a.parquet", {"image": [png(IMAGES[0])] * 3, "sku": ["a", None, "c"]}, 2)
     with pytest.raises(DataError, match=r"a\.parquet\[1\] has no id"):
+        predict(bundle, tmp_path / "a.parquet", tmp_path / "out", id_column="sku")
+
+
+@pytest.mark.parametrize("kind", [pa.dictionary(pa.int32(), pa.binary()), pa.binary_view(), pa.large_binary()], ids=str)
+def test_kinds_of_bytes(bundle: Bundle, wanted: np.ndarray, tmp_path: Path, kind: pa.DataType) -> None:
+    contents = pa.array([png(image) for image in IMAGES[:5]] * 2, pa.binary()).cast(kind)
+    pq.write_table(pa.table({"image": contents}), tmp_path / "a.parquet")
+    predict(bundle, tmp_path / "a.parquet", tmp_path / "out")
+    assert rows(tmp_path / "out")["label"] == [str(index) for index in wanted[:5].argmax(1)] * 2
+
+
+@pytest.mark.parametrize(
+    ("ids", "told"),
+    [
+        (pa.array([b"a"], pa.binary()), "is binary, expected text or numbers"),
+        (pa.array([b"a"], pa.binary(1)), "expected text or numbers"),
+        (pa.array([["a"]]), "expected text or numbers"),
+        (pa.StringArray.from_buffers(1, pa.py_buffer(b"\0\0\0\0\1\0\0\0"), pa.py_buffer(b"\xff")), "not UTF-8"),
+    ],
+    ids=["binary", "fixed", "list", "utf8"],
+)
+def test_ids_that_have_no_text(bundle: Bundle, tmp_path: Path, ids: pa.Array, told: str) -> None:
+    pq.write_table(pa.table({"image": [png(IMAGES[0])], "sku": ids}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=told):
         predict(bundle, tmp_path / "a.parquet", tmp_path / "out", id_column="sku")
 
 
