@@ -156,7 +156,8 @@ def rows_in(path: Path, *, about: str) -> int | None:
     """Rows of a written file by its footer; None when it is not whole, or was written with another ``about``."""
     arrow, parquet = _arrow(), require("pyarrow.parquet", purpose="Parquet")
     try:
-        footer = parquet.read_metadata(path)
+        with path.open("rb") as file:  # a path that is not there would be tried as an address
+            footer = parquet.read_metadata(file)
     except (OSError, arrow.ArrowException):
         return None
     return int(footer.num_rows) if (footer.metadata or {}).get(b"bnexport") == about.encode() else None

@@ -70,6 +70,7 @@ def plan(sources: tuple[Path, ...], request: BulkRequest) -> Plan:
     shards: list[Shard] = []
     digest = hashlib.sha256()
     for path in sources:
+        _check_name(path)
         kind = _kind_of(path)
         found = SOURCES[kind](path, request)
         if not found.shards:
@@ -88,6 +89,14 @@ def _refuse_overlaps(sources: tuple[Path, ...]) -> None:
                 raise UsageError(
                     f"{sources[index]} is given twice, or lies in another source", remedy="Give each image once"
                 )
+
+
+def _check_name(path: Path) -> None:
+    """Ids are text, and hold the name."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{path} has a name that is not UTF-8", remedy="Rename it") from error
 
 
 def _kind_of(path: Path) -> str:
@@ -113,7 +122,7 @@ def _plan_folder(path: Path, request: BulkRequest) -> Plan:
     digest, names = hashlib.sha256(), []
     for name, stat in sorted(_walk(path)):
         names.append(name)
-        digest.update(f"{name} {stat}\n".encode("utf-8", "surrogateescape"))
+        digest.update(f"{name} {stat}\n".encode())
     pieces = [names[start : start + request.shard_rows] for start in range(0, len(names), request.shard_rows)]
     starts = range(0, len(names), request.shard_rows)
     shards = [
@@ -132,7 +141,7 @@ def _walk(folder: Path) -> Iterator[tuple[str, str]]:
     for place, _, names in os.walk(folder, onerror=failed):
         for name in names:
             if name.lower().endswith(ENDINGS):
-                file = Path(place, name)
+                _check_name(file := Path(place, name))
                 yield file.relative_to(folder).as_posix(), _stat(file)
 
 
@@ -186,6 +195,7 @@ def _plan_parquet(path: Path, request: BulkRequest) -> Plan:
             )
     shards, digest = [], hashlib.sha256()
     for file in files:
+        _check_name(file)
         digest.update(f"{file} {_stat(file)}\n".encode())
         groups: list[str | int] = []
         start = rows = 0

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -270,6 +272,23 @@ def test_bad_sources(bundle: Bundle, tmp_path: Path, name: str) -> None:
     assert name in caught.value.message
     assert caught.value.remedy
     assert not list((tmp_path / "out").glob("part-*"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems know no such names")
+@pytest.mark.parametrize("name", [b"in/\xff.png", b"in\xff/a.png", b"in/\xff.parquet"])
+def test_a_name_that_is_no_text(bundle: Bundle, tmp_path: Path, name: bytes) -> None:
+    file = tmp_path / os.fsdecode(name)
+    file.parent.mkdir()
+    file.write_bytes(png(IMAGES[0]))
+    with pytest.raises(DataError, match="not UTF-8"):
+        predict(bundle, file.parent, tmp_path / "out")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems know no such names")
+def test_predictions_go_into_a_folder_of_any_name(bundle: Bundle, sources: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / os.fsdecode(b"\xff")
+    assert predict(bundle, sources["a.npy"], out).resumed_rows == 0
+    assert predict(bundle, sources["a.npy"], out).resumed_rows == 90
 
 
 def test_an_image_is_given_once(bundle: Bundle, sources: dict[str, Path], tmp_path: Path) -> None:
