@@ -120,7 +120,9 @@ def folder_of(job: Job) -> Iterator[None]:
 
 
 def _no_folder(out: Path) -> OutputError:
-    return OutputError(f"{out} is no folder of predictions", remedy="Choose another folder; --force does not replace it")
+    return OutputError(
+        f"{out} is no folder of predictions", remedy="Choose another folder; --force does not replace it"
+    )
 
 
 def open_folder(job: Job) -> None:

@@ -2,7 +2,10 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +23,7 @@ from bnexport.data.images import ENDINGS
 from bnexport.errors import BnexportError, BundleError, DataError, OutputError, UsageError
 from bnexport.serving.bulk.job import JOB, make_job
 from bnexport.serving.bulk.measure import side_by_side
+from bnexport.serving.bulk.on_ray import ShardActor, threads_ended
 from bnexport.serving.bulk.predict import BulkResult, predict_in_bulk
 from bnexport.serving.bulk.reading import READERS
 from bnexport.serving.bulk.request import BulkProgress, BulkRequest
@@ -398,3 +402,36 @@ def test_the_measured_table(bundle: Bundle, sources: dict[str, Path]) -> None:
     assert cpu[2] == pytest.approx(cpu[0] / cpu[1], rel=0.02)
     assert cpu[0] > 1000, "the processes are counted: 90 images bear their start"
     assert "n = 1 pairs of 90 images, 2 workers" in " ".join(rest)
+
+
+def test_an_actor_of_ray_starts_from_the_users_folder(
+    bundle: Bundle, sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray's processes are where Ray was started; an error while the worker opens travels as a value, too."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in.npy").write_bytes(sources["a.npy"].read_bytes())
+    copy_bundle(bundle, tmp_path / "b")
+    job = make_job(Bundle.open("b"), (Path("in.npy"),), Path("out"), BulkRequest(workers=1))
+    rows = [{"shard": pickle.dumps(shard)} for shard in job.shards]
+    monkeypatch.chdir("/")
+    actor = ShardActor(pickle.dumps(job.without_shards()), str(tmp_path))
+    assert [actor(row) for row in rows] == [{"rows": 90, "error": b""}]
+    assert pq.read_metadata(tmp_path / "out" / "part-00000.parquet").num_rows == 90
+    monkeypatch.chdir("/")
+    lost = ShardActor(pickle.dumps(job.without_shards()), str(tmp_path / "nowhere"))
+    error = pickle.loads(lost(rows[0])["error"])
+    assert isinstance(error, BundleError)
+    assert "b does not exist" in error.message
+
+
+def test_threads_of_ray_are_waited_for() -> None:
+    slept = []
+
+    def sleep() -> None:
+        time.sleep(0.2)
+        slept.append(True)
+
+    with pytest.raises(KeyError), threads_ended():
+        threading.Thread(target=sleep).start()
+        raise KeyError
+    assert slept
