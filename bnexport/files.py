@@ -127,6 +127,14 @@ def _sync_file(path: Path) -> None:
         os.fsync(file.fileno())
 
 
+def refuse_overlap(out: Path, source: Path) -> None:
+    """Raise OutputError when what is to be written would spoil what it is made from, or replace it."""
+    place, origin = out.resolve(), source.resolve()
+    if place.is_relative_to(origin) or origin.is_relative_to(place):
+        relation = "lies in" if place.is_relative_to(origin) else "holds"
+        raise OutputError(f"{out} {'is' if place == origin else relation} {source}", remedy="Choose another folder")
+
+
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[None]:
     """Let no other process be in such a block for the same folder, which is made if need be; a killed process lets go.

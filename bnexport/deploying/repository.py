@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from bnexport.deploying.model_config import check_config
 from bnexport.deploying.releases import check_loads
 from bnexport.deploying.request import Deployment, DeployRequest, deployed_name
 from bnexport.exporting.triton import CONFIG, batch_varies, triton_config, triton_dims, triton_type
-from bnexport.files import refuse_existing, staged_directory, write_atomically
+from bnexport.files import refuse_existing, refuse_overlap, staged_directory, write_atomically
 from bnexport.tensors import Signature
 
 LABELS = "labels.txt"
@@ -38,13 +39,15 @@ def deploy_triton(bundle: Bundle, out: Path, request: DeployRequest = DeployRequ
         write_model(bundle, stage, name, request)
         files = names_in(stage)
     gpus = "" if request.device == "cpu" else " --gpus all"
-    command = f"docker run --rm{gpus} -p 8000:8000 -p 8001:8001 -v {out.absolute()}:/models:ro {image(request.triton)}"
+    mount = shlex.quote(f"type=bind,source={out.absolute()},target=/models,readonly")
+    command = f"docker run --rm{gpus} -p 8000:8000 -p 8001:8001 --mount {mount} {image(request.triton)}"
     return Deployment(out, files, (f"{command} tritonserver --model-repository=/models",))
 
 
 def checked(bundle: Bundle, out: Path, request: DeployRequest) -> None:
     """What every target checks before it writes: the bundle's hashes, the place, and that Triton can load the file."""
     refuse_existing(out, force=request.force)
+    refuse_overlap(out, bundle.path)
     bundle.check()
     check_loads(bundle.file(MODEL_ONNX), request.triton)
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from bnexport.bundle import MANIFEST, Bundle
 from bnexport.errors import OutputError, UsageError
-from bnexport.files import held, output_errors, sha256, write_atomically
+from bnexport.files import held, output_errors, refuse_overlap, sha256, write_atomically
 from bnexport.optional import one_line
 from bnexport.serving.bulk.parquet import rows_in
 from bnexport.serving.bulk.request import BulkRequest
@@ -78,8 +78,10 @@ def make_job(bundle: Bundle, sources: tuple[Path, ...], out: Path, request: Bulk
 
     Raises:
         DataError: Something about a source.
+        OutputError: A folder of predictions that lies in the bundle.
         UsageError: Sources that overlap, or a folder of predictions that lies in one.
     """
+    refuse_overlap(out, bundle.path)
     for source in sources:
         if out.resolve().is_relative_to(source.resolve()):
             raise UsageError(f"{out} lies in the source {source}", remedy="Choose a folder outside of it")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import onnxruntime
@@ -8,6 +9,7 @@ from support.bundles import copy_bundle
 from unit.deploying.conftest import FOREIGN, fixed, foreign_bundle
 
 from bnexport.bundle import MODEL_ONNX, Bundle
+from bnexport.deploying.docker import deploy_docker
 from bnexport.deploying.model_config import check_config, read_config
 from bnexport.deploying.repository import LABELS, deploy_triton
 from bnexport.deploying.request import DEVICES, NAME_RULES, DeployRequest, deployed_name, suggested_name
@@ -104,6 +106,24 @@ def test_an_existing_folder_stays_without_force(bundle: Bundle, tmp_path: Path) 
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["precious"]
     deploy_triton(bundle, tmp_path / "out", DeployRequest(force=True))
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["bn_lenet"]
+
+
+@pytest.mark.parametrize("inside", [".", "1", "1/below/out", "link/1"])
+def test_what_is_deployed_is_not_written_over(bundle: Bundle, tmp_path: Path, inside: str) -> None:
+    """With --force the bundle would be gone, without it the bundle would hold a file that its manifest does not."""
+    mine = Bundle.open(copy_bundle(bundle, tmp_path / "models" / "1"))
+    (tmp_path / "models" / "link").symlink_to(".")
+    for deploy in (deploy_triton, deploy_docker):
+        with pytest.raises(OutputError, match=r"is|holds|lies in"):
+            deploy(mine, tmp_path / "models" / inside, DeployRequest(force=True))
+    mine.check()
+    assert sorted(path.name for path in (tmp_path / "models").iterdir()) == ["1", "link"]
+
+
+def test_the_command_is_one_that_a_shell_takes(bundle: Bundle, tmp_path: Path) -> None:
+    out = tmp_path / "a b'c:d"
+    words = shlex.split(deploy_triton(bundle, out).next_steps[0])
+    assert words[words.index("--mount") + 1] == f"type=bind,source={out},target=/models,readonly"
 
 
 def test_whole_or_absent(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -338,6 +338,12 @@ def test_ids_that_have_no_text(bundle: Bundle, tmp_path: Path, ids: pa.Array, to
         predict(bundle, tmp_path / "a.parquet", tmp_path / "out", id_column="sku")
 
 
+def test_predictions_are_not_written_into_the_bundle(bundle: Bundle, sources: dict[str, Path]) -> None:
+    with pytest.raises(OutputError, match="lies in"):
+        predict(bundle, sources["a.npy"], bundle.path / "out")
+    bundle.check()
+
+
 def test_predictions_are_not_written_into_their_source(bundle: Bundle, sources: dict[str, Path]) -> None:
     for out in (sources["pictures"] / "out", sources["pictures"]):
         with pytest.raises(UsageError, match="lies in the source"):
