@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import shutil
 from pathlib import Path
@@ -11,7 +10,7 @@ from bnexport.bundle import MODEL_ONNX, Bundle
 from bnexport.deploying.model_config import check_config
 from bnexport.deploying.releases import check_loads
 from bnexport.deploying.request import Deployment, DeployRequest, deployed_name
-from bnexport.exporting.triton import CONFIG, batch_varies, triton_config, triton_dims, triton_type
+from bnexport.exporting.triton import CONFIG, batch_varies, quoted, triton_config, triton_dims, triton_type
 from bnexport.files import refuse_existing, refuse_overlap, staged_directory, write_atomically
 from bnexport.tensors import Signature
 
@@ -74,13 +73,13 @@ def write_model(bundle: Bundle, root: Path, name: str, request: DeployRequest, *
     else:
         version.mkdir(parents=True)
         shutil.copyfile(bundle.file(MODEL_ONNX), version / MODEL_ONNX)
-    if (labels := manifest.labels) is not None:
+    if labels := manifest.labels:
         write_atomically(folder / LABELS, "".join(f"{' '.join(label.split())}\n" for label in labels).encode())
     text = triton_config(
         name,
         manifest.signature,
         max_batch_size=request.max_batch_size,
-        label_filename=LABELS if labels is not None else None,
+        label_filename=LABELS if labels else None,
         more=device_blocks(request, manifest.signature),
     )
     check_config(text, name, manifest.signature, files=frozenset({MODEL_ONNX, *([LABELS] if labels else [])}))
@@ -113,7 +112,7 @@ def _warmups(request: DeployRequest, signature: Signature) -> list[str]:
     if any(-1 in dims for dims in shapes):  # a warmup needs sizes, and which ones come is not known
         return []
     inputs = " ".join(
-        f"inputs {{ key: {json.dumps(spec.name)} value {{ data_type: {triton_type(spec)}"
+        f"inputs {{ key: {quoted(spec.name)} value {{ data_type: {triton_type(spec)}"
         f" dims: [ {', '.join(map(str, dims)) or '1'} ] zero_data: true }} }}"
         for spec, dims in zip(signature.inputs, shapes, strict=True)
     )

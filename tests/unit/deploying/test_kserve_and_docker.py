@@ -64,6 +64,7 @@ def test_a_foreign_model_on_kserve(foreign: Bundle, tmp_path: Path) -> None:
         ({"storage_uri": "s3://a b"}, "not a URI"),
         ({"min_replicas": 5, "max_replicas": 2}, "no range"),
         ({"min_replicas": -1}, "no range"),
+        ({"max_replicas": 2**31}, "no range"),
         ({"min_replicas": 0, "max_replicas": 0}, "no range"),
         ({"min_replicas": 0, "metric": "cpu"}, "can't go down to 0"),
         ({"metric": "cpu", "target": 101}, "not 1 to 100"),
@@ -84,6 +85,7 @@ SERVICE = inference_service("m", DeployRequest(), SCALING, model_bytes=1)
     [
         ("metadata/name", "Big"),
         ("metadata/namespace", "a_b"),
+        ("metadata/namespace", "a\n"),
         ("metadata/labels", {}),
         ("spec/predictor/minReplicas", "1"),
         ("spec/predictor/scaleMetric", "latency"),

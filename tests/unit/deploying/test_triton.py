@@ -5,17 +5,18 @@ from pathlib import Path
 
 import onnxruntime
 import pytest
-from support.bundles import copy_bundle
+from support.bundles import copy_bundle, reseal
 from unit.deploying.conftest import FOREIGN, fixed, foreign_bundle
 
 from bnexport.bundle import MODEL_ONNX, Bundle
 from bnexport.deploying.docker import deploy_docker
 from bnexport.deploying.model_config import check_config, read_config
-from bnexport.deploying.repository import LABELS, deploy_triton
+from bnexport.deploying.repository import LABELS, deploy_triton, device_blocks
 from bnexport.deploying.request import DEVICES, NAME_RULES, DeployRequest, deployed_name, suggested_name
 from bnexport.errors import BundleError, ExportError, OutputError, UsageError
 from bnexport.exporting.triton import CONFIG, triton_config
 from bnexport.exporting.triton_messages import ENUMERATIONS, MESSAGES
+from bnexport.tensors import Signature, TensorSpec
 
 ROOT = Path(__file__).parents[3]
 FILES = frozenset({MODEL_ONNX, LABELS})
@@ -89,6 +90,21 @@ def test_a_batch_that_does_not_vary(tmp_path: Path) -> None:
     assert [item.batch_size for item in config.model_warmup] == [1], "Triton allows no other without batching"
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_names_that_need_care(device: str) -> None:
+    """Of tensors: quotes, line ends, letters of every plane."""
+    name = 'in "put"/0:\n\u00e9\\ \U0001f600'
+    signature = Signature((TensorSpec(name, "float16", ("batch", 3)),), (TensorSpec("\t", "bool", ("batch", 2)),))
+    text = triton_config("m", signature, more=device_blocks(DeployRequest(device=device), signature))
+    check_config(text, "m", signature, files=FILES)
+    assert read_config(text).input[0].name == name
+
+
+def test_no_labels_at_all(tmp_path: Path) -> None:
+    none = reseal(foreign_bundle(tmp_path / "4").path, labels=())
+    assert deploy_triton(none, tmp_path / "out").files == ("Foreign.v2/4/model.onnx", f"Foreign.v2/{CONFIG}")
+
+
 def test_what_is_deployed_runs(foreign: Bundle, tmp_path: Path) -> None:
     deploy_triton(foreign, tmp_path / "out")
     inputs, outputs = foreign.golden()
@@ -149,7 +165,13 @@ def test_a_changed_bundle_and_an_old_release_are_refused(bundle: Bundle, tmp_pat
 
 @pytest.mark.parametrize(
     ("options", "told"),
-    [({"device": "tpu"}, "tpu"), ({"instances": 0}, "instances can't be 0"), ({"max_batch_size": -1}, "can't be -1")],
+    [
+        ({"device": "tpu"}, "tpu"),
+        ({"instances": 0}, "instances can't be 0"),
+        ({"max_batch_size": -1}, "can't be -1"),
+        ({"max_batch_size": 2**31}, "can't be 2147483648"),
+        ({"instances": 2**31}, "Give 1 to 2147483647"),
+    ],
 )
 def test_bad_requests(options: dict[str, object], told: str) -> None:
     with pytest.raises(UsageError, match=told):
