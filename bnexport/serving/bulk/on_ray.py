@@ -76,7 +76,7 @@ def run_on_ray(job: Job, shards: Sequence[Shard]) -> Iterator[int]:
     started = not ray.is_initialized()
     if started:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its C++ part writes to the terminal
-        # A cluster whose address is in the environment is joined; without one Ray starts here.
+        # A cluster is joined whose address is in the environment, or that runs on this machine; else Ray starts here.
         try:
             ray.init(logging_level=logging.ERROR, log_to_driver=False, include_dashboard=False)
         except OSError as error:  # ConnectionError is one

@@ -21,7 +21,8 @@ from bnexport.serving.bulk.predict import predict_in_bulk
 from bnexport.serving.bulk.request import BulkRequest
 
 ROOT = Path(__file__).parents[4]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+#: A cluster that runs on this machine is not joined: its actors are no children of the test.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "RAY_ADDRESS": "local"}
 SHARD_ROWS = 100
 LIMIT = 120
 
