@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +36,7 @@ class Shard:
         start: Number of its first row in the file.
         rows: How many.
         parts: Names of the pictures below the folder, or numbers of the row groups.
+        stat: Of the file when the shards were cut; empty for a folder.
     """
 
     number: int
@@ -44,6 +45,19 @@ class Shard:
     start: int
     rows: int
     parts: tuple[str | int, ...] = ()
+    stat: str = ""
+
+    def check_unchanged(self) -> None:
+        """Refuse a file that is another one than that which was cut into shards.
+
+        Raises:
+            DataError: It has another size or time, or is gone.
+        """
+        if self.stat and _stat(Path(self.path)) != self.stat:
+            raise DataError(
+                f"{self.path} has changed while it was read",
+                remedy="Leave the source as it is while it is read, and start again with --force",
+            )
 
 
 class Plan(NamedTuple):
@@ -77,7 +91,7 @@ def plan(sources: tuple[Path, ...], request: BulkRequest) -> Plan:
             raise DataError(f"{path} holds no image", remedy=_REMEDY)
         digest.update(f"{path} {kind} {found.fingerprint}\n".encode())
         for shard in found.shards:
-            shards.append(Shard(len(shards), shard.kind, shard.path, shard.start, shard.rows, shard.parts))
+            shards.append(replace(shard, number=len(shards)))
     return Plan(shards, digest.hexdigest())
 
 
@@ -114,8 +128,8 @@ def _kind_of(path: Path) -> str:
 
 
 def _cut(kind: str, path: Path, rows: int, request: BulkRequest) -> list[Shard]:
-    size = request.shard_rows
-    return [Shard(0, kind, str(path), start, min(size, rows - start)) for start in range(0, rows, size)]
+    size, stat = request.shard_rows, _stat(path)
+    return [Shard(0, kind, str(path), start, min(size, rows - start), stat=stat) for start in range(0, rows, size)]
 
 
 def _plan_folder(path: Path, request: BulkRequest) -> Plan:
@@ -196,7 +210,7 @@ def _plan_parquet(path: Path, request: BulkRequest) -> Plan:
     shards, digest = [], hashlib.sha256()
     for file in files:
         _check_name(file)
-        digest.update(f"{file} {_stat(file)}\n".encode())
+        digest.update(f"{file} {(stat := _stat(file))}\n".encode())
         groups: list[str | int] = []
         start = rows = 0
         sizes = _row_groups(file, request)
@@ -204,7 +218,7 @@ def _plan_parquet(path: Path, request: BulkRequest) -> Plan:
             groups.append(index)
             rows += size
             if rows and (rows >= request.shard_rows or index == len(sizes) - 1):
-                shards.append(Shard(0, "parquet", str(file), start, rows, tuple(groups)))
+                shards.append(Shard(0, "parquet", str(file), start, rows, tuple(groups), stat))
                 groups, start, rows = [], start + rows, 0
     return Plan(shards, digest.hexdigest())
 

@@ -82,6 +82,7 @@ class ShardWorker:
                 f"{shard.path} gave {len(ids)} rows where {shard.rows} were counted",
                 remedy="Leave the source as it is while it is read, and start again",
             )
+        shard.check_unchanged()
         logits = np.concatenate(parts)
         labels = [*self._labels, *map(str, range(len(self._labels), logits.shape[1]))]
         content = encode(ids, logits, labels=labels, keep_logits=self._request.logits, about=self._about)

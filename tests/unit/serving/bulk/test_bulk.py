@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
@@ -28,6 +29,7 @@ from bnexport.serving.bulk.predict import BulkResult, predict_in_bulk
 from bnexport.serving.bulk.reading import READERS
 from bnexport.serving.bulk.request import BulkProgress, BulkRequest
 from bnexport.serving.bulk.sources import SOURCES
+from bnexport.serving.bulk.worker import ShardWorker
 from bnexport.serving.predictor import predict_images
 
 
@@ -386,6 +388,22 @@ def test_a_damaged_image_ends_the_run_and_the_mended_one_goes_on(bundle: Bundle,
     (folder / "11.png").unlink()
     with pytest.raises(OutputError, match="a source has changed"):
         predict(bundle, folder, tmp_path / "out", workers=2, shard_rows=4)
+
+
+@pytest.mark.parametrize("name", ["a.npy", "a.npz", "a.parquet"])
+def test_a_source_that_changes_while_it_is_read(
+    bundle: Bundle, sources: dict[str, Path], tmp_path: Path, name: str
+) -> None:
+    """With as many rows as before it would be half the one and half the other, and nobody told."""
+    (tmp_path / name).write_bytes(sources[name].read_bytes())
+    job = make_job(bundle, (tmp_path / name,), tmp_path / "out", BulkRequest(workers=1, shard_rows=20))
+    with contextlib.closing(ShardWorker.of(job)) as worker:
+        worker.run(job.shards[0])
+        (tmp_path / "new").write_bytes(sources[name].read_bytes())
+        (tmp_path / "new").replace(tmp_path / name)
+        with pytest.raises(DataError, match="has changed while it was read"):
+            worker.run(job.shards[1])
+    assert len(list((tmp_path / "out").glob("part-*"))) == 1
 
 
 def test_shards_do_not_depend_on_who_asks(bundle: Bundle, sources: dict[str, Path], tmp_path: Path) -> None:
