@@ -48,7 +48,8 @@ def checked(bundle: Bundle, out: Path, request: DeployRequest) -> None:
     refuse_existing(out, force=request.force)
     refuse_overlap(out, bundle.path)
     bundle.check()
-    check_loads(bundle.file(MODEL_ONNX), request.triton)
+    from_onnx = str(bundle.manifest.network.get("source")).lower().endswith(".onnx")
+    check_loads(bundle.file(MODEL_ONNX), request.triton, from_onnx=from_onnx)
 
 
 def image(release: str) -> str:

@@ -158,8 +158,12 @@ def test_a_changed_bundle_and_an_old_release_are_refused(bundle: Bundle, tmp_pat
     with pytest.raises(BundleError, match=r"model\.onnx"):
         deploy_triton(Bundle.open(spoiled), tmp_path / "out")
     new = foreign_bundle(tmp_path / "new" / "1", opset=22, ir_version=10)
-    with pytest.raises(ExportError, match="operator set 22"):
+    with pytest.raises(ExportError, match="operator set 22") as caught:
         deploy_triton(new, tmp_path / "out", DeployRequest(triton="24.05"))
+    assert "--opset" not in caught.value.remedy, (
+        "which fold-and-export refuses for an ONNX file, as this one's source is"
+    )
+    assert "operator set 21" in caught.value.remedy
     assert not (tmp_path / "out").exists()
 
 
