@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import shutil
 from collections.abc import Collection
@@ -13,8 +12,8 @@ from bnexport.deploying.model_config import check_config
 from bnexport.deploying.releases import check_loads
 from bnexport.deploying.request import Deployment, DeployRequest, deployed_name
 from bnexport.errors import OutputError
-from bnexport.exporting.triton import CONFIG, batch_varies, triton_config, triton_dims, triton_type
-from bnexport.files import output_errors, refuse_existing, staged_directory, write_atomically
+from bnexport.exporting.triton import CONFIG, batch_varies, quoted, triton_config, triton_dims, triton_type
+from bnexport.files import output_errors, refuse_existing, refuse_overlap, staged_directory, write_atomically
 from bnexport.tensors import Signature
 
 LABELS = "labels.txt"
@@ -42,8 +41,8 @@ def deploy_triton(bundle: Bundle, out: Path, request: DeployRequest = DeployRequ
         files = names_in(stage)
     gpus = "" if request.device == "cpu" else " --gpus all"
     ports = " ".join(f"-p 127.0.0.1:{port}:{port}" for port in (8000, 8001))
-    volume = shlex.quote(f"{out.absolute()}:/models:ro")
-    command = f"docker run --rm{gpus} {ports} -v {volume} {image(request.triton)}"
+    mount = shlex.quote(f"type=bind,source={out.absolute()},target=/models,readonly")
+    command = f"docker run --rm{gpus} {ports} --mount {mount} {image(request.triton)}"
     return Deployment(out, files, (f"{command} tritonserver --model-repository=/models",))
 
 
@@ -57,21 +56,20 @@ def checked(bundle: Bundle, out: Path, request: DeployRequest, *, writes: Collec
         writes: Names of what this target writes into ``out``.
     """
     refuse_existing(out, force=request.force)
+    refuse_overlap(out, bundle.path)
     if out.exists():
-        _refuse_to_lose(bundle, out, writes)
+        _refuse_to_lose(out, writes)
     bundle.check()
-    check_loads(bundle.file(MODEL_ONNX), request.triton)
+    from_onnx = str(bundle.manifest.network.get("source")).lower().endswith(".onnx")
+    check_loads(bundle.file(MODEL_ONNX), request.triton, from_onnx=from_onnx)
 
 
-def _refuse_to_lose(bundle: Bundle, out: Path, writes: Collection[str]) -> None:
+def _refuse_to_lose(out: Path, writes: Collection[str]) -> None:
     with output_errors(out):
         others = sorted(path.name for path in out.iterdir() if path.name not in writes)
-        held = "the bundle itself" if bundle.path.resolve().is_relative_to(out.resolve()) else None
-    if held is None and others:
-        held = f"{others[0]}, which this deployment does not write"
-    if held is not None:
+    if others:
         raise OutputError(
-            f"{out} holds {held}, so --force does not replace it",
+            f"{out} holds {others[0]}, which this deployment does not write, so --force does not replace it",
             remedy="Choose another folder, or remove this one yourself",
         )
 
@@ -98,13 +96,13 @@ def write_model(bundle: Bundle, root: Path, name: str, request: DeployRequest, *
     else:
         version.mkdir(parents=True)
         shutil.copyfile(bundle.file(MODEL_ONNX), version / MODEL_ONNX)
-    if (labels := manifest.labels) is not None:
+    if labels := manifest.labels:
         write_atomically(folder / LABELS, "".join(f"{' '.join(label.split())}\n" for label in labels).encode())
     text = triton_config(
         name,
         manifest.signature,
         max_batch_size=request.max_batch_size,
-        label_filename=LABELS if labels is not None else None,
+        label_filename=LABELS if labels else None,
         more=device_blocks(request, manifest.signature),
     )
     check_config(text, name, manifest.signature, files=frozenset({MODEL_ONNX, *([LABELS] if labels else [])}))
@@ -137,7 +135,7 @@ def _warmups(request: DeployRequest, signature: Signature) -> list[str]:
     if any(-1 in dims for dims in shapes):  # a warmup needs sizes, and which ones come is not known
         return []
     inputs = " ".join(
-        f"inputs {{ key: {json.dumps(spec.name)} value {{ data_type: {triton_type(spec)}"
+        f"inputs {{ key: {quoted(spec.name)} value {{ data_type: {triton_type(spec)}"
         f" dims: [ {', '.join(map(str, dims)) or '1'} ] zero_data: true }} }}"
         for spec, dims in zip(signature.inputs, shapes, strict=True)
     )
