@@ -54,7 +54,7 @@ def run_locally(job: Job, shards: Sequence[Shard]) -> Iterator[int]:
 
 
 def _in_this_process(job: Job, shards: Sequence[Shard]) -> Iterator[int]:
-    worker = ShardWorker.of(job)
+    worker = ShardWorker(job)
     try:
         yield from map(worker.run, shards)
     finally:
@@ -93,5 +93,5 @@ def _run(shard: Shard) -> int:
     """The worker is opened here, at the first shard: what an initialiser raises reaches nobody."""
     if _Process.worker is None:
         assert _Process.job is not None
-        _Process.worker = ShardWorker.of(_Process.job)
+        _Process.worker = ShardWorker(_Process.job)
     return _Process.worker.run(shard)

@@ -36,7 +36,7 @@ class Shard:
         start: Number of its first row in the file.
         rows: How many.
         parts: Names of the pictures below the folder, or numbers of the row groups.
-        stat: Of the file when the shards were cut; empty for a folder.
+        stat: Size and time of the file when the shards were cut; of pictures, a digest of theirs.
     """
 
     number: int
@@ -48,12 +48,12 @@ class Shard:
     stat: str = ""
 
     def check_unchanged(self) -> None:
-        """Refuse a file that is another one than that which was cut into shards.
+        """Refuse a file that is another one than that which was cut into shards; a folder is not looked through again.
 
         Raises:
             DataError: It has another size or time, or is gone.
         """
-        if self.stat and _stat(Path(self.path)) != self.stat:
+        if self.kind != "folder" and _stat(Path(self.path)) != self.stat:
             raise DataError(
                 f"{self.path} has changed while it was read",
                 remedy="Leave the source as it is while it is read, and start again with --force",
@@ -133,16 +133,12 @@ def _cut(kind: str, path: Path, rows: int, request: BulkRequest) -> list[Shard]:
 
 
 def _plan_folder(path: Path, request: BulkRequest) -> Plan:
-    digest, names = hashlib.sha256(), []
-    for name, stat in sorted(_walk(path)):
-        names.append(name)
-        digest.update(f"{name} {stat}\n".encode())
-    pieces = [names[start : start + request.shard_rows] for start in range(0, len(names), request.shard_rows)]
-    starts = range(0, len(names), request.shard_rows)
-    shards = [
-        Shard(0, "folder", str(path), start, len(piece), tuple(piece))
-        for start, piece in zip(starts, pieces, strict=True)
-    ]
+    found, digest, shards = sorted(_walk(path)), hashlib.sha256(), []
+    for start in range(0, len(found), request.shard_rows):
+        piece = found[start : start + request.shard_rows]
+        stat = hashlib.sha256("".join(f"{name} {stat}\n" for name, stat in piece).encode()).hexdigest()
+        digest.update(stat.encode())
+        shards.append(Shard(0, "folder", str(path), start, len(piece), tuple(name for name, _ in piece), stat))
     return Plan(shards, digest.hexdigest())
 
 

@@ -89,7 +89,7 @@ def test_the_written_files(bundle: Bundle, sources: dict[str, Path], tmp_path: P
     assert schema.field("id").type == schema.field("label").type == pa.string()
     assert schema.field("probabilities").type.value_type == pa.float32()
     about = json.loads(schema.metadata[b"bnexport"])
-    assert (about["model"], about["rows"]) == ("bn_lenet", 90)
+    assert (about["model"], about["source"], about["rows"]) == ("bn_lenet", str(sources["a.npy"]), 20)
 
 
 def test_bulk_and_single_predictions_agree(bundle: Bundle, sources: dict[str, Path], tmp_path: Path) -> None:
@@ -375,8 +375,9 @@ def test_an_unknown_engine(bundle: Bundle, sources: dict[str, Path], tmp_path: P
         predict_in_bulk(bundle, [sources["a.npy"]], tmp_path / "out", engine="slurm")
 
 
-def test_a_damaged_image_ends_the_run_and_the_mended_one_goes_on(bundle: Bundle, tmp_path: Path) -> None:
-    """In processes: the error comes back whole, what was written stays."""
+@pytest.mark.parametrize("gone", [True, False])
+def test_a_damaged_image_ends_the_run_and_the_mended_one_goes_on(bundle: Bundle, tmp_path: Path, gone: bool) -> None:
+    """In processes: the error comes back whole, what was written stays, also when the picture is mended or removed."""
     folder = tmp_path / "in"
     folder.mkdir()
     for index in range(12):
@@ -385,9 +386,33 @@ def test_a_damaged_image_ends_the_run_and_the_mended_one_goes_on(bundle: Bundle,
     with pytest.raises(BnexportError, match=r"11\.png"):
         predict(bundle, folder, tmp_path / "out", workers=2, shard_rows=4)
     assert len(list((tmp_path / "out").glob("part-*"))) == 2
-    (folder / "11.png").unlink()
+    (folder / "11.png").unlink() if gone else (folder / "11.png").write_bytes(png(IMAGES[11]))
     with pytest.raises(OutputError, match="a source has changed"):
         predict(bundle, folder, tmp_path / "out", workers=2, shard_rows=4)
+    done = predict(bundle, folder, tmp_path / "out", workers=2, shard_rows=4, force=True)
+    assert (done.resumed_rows, done.rows) == (8, 11 if gone else 12)
+    assert rows(tmp_path / "out")["id"] == sorted(map(str, folder.iterdir()))
+
+
+def test_force_keeps_what_belongs_to_the_new_job_alone(bundle: Bundle, tmp_path: Path) -> None:
+    """A picture that goes moves all after it by one; a second source that grows leaves the first one as it is."""
+    first, second, out = tmp_path / "a", tmp_path / "b.npy", tmp_path / "out"
+    first.mkdir()
+    for index in range(8):
+        (first / f"{index}.png").write_bytes(png(IMAGES[index]))
+    np.save(second, IMAGES[:8])
+    predict(bundle, [first, second], out, shard_rows=4)
+    np.save(second, IMAGES[:9])
+    assert predict(bundle, [first, second], out, shard_rows=4, force=True).resumed_rows == 8
+    (first / "5.png").unlink()
+    done = predict(bundle, [first, second], out, shard_rows=3, force=True)
+    assert (done.rows, done.resumed_rows) == (16, 0), "other shards"
+    (first / "6.png").unlink()
+    done = predict(bundle, [first, second], out, shard_rows=3, force=True)
+    assert (done.rows, done.resumed_rows) == (15, 3), "the second source's files have other numbers now"
+    assert pq.read_table(out).num_rows == 15
+    predict(bundle, [first, second], tmp_path / "fresh", shard_rows=3)
+    assert pq.read_table(out).equals(pq.read_table(tmp_path / "fresh"))
 
 
 @pytest.mark.parametrize("name", ["a.npy", "a.npz", "a.parquet"])
@@ -397,7 +422,7 @@ def test_a_source_that_changes_while_it_is_read(
     """With as many rows as before it would be half the one and half the other, and nobody told."""
     (tmp_path / name).write_bytes(sources[name].read_bytes())
     job = make_job(bundle, (tmp_path / name,), tmp_path / "out", BulkRequest(workers=1, shard_rows=20))
-    with contextlib.closing(ShardWorker.of(job)) as worker:
+    with contextlib.closing(ShardWorker(job)) as worker:
         worker.run(job.shards[0])
         (tmp_path / "new").write_bytes(sources[name].read_bytes())
         (tmp_path / "new").replace(tmp_path / name)
