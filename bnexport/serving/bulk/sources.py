@@ -78,7 +78,7 @@ def plan(sources: tuple[Path, ...], request: BulkRequest) -> Plan:
     Raises:
         DataError: One is missing, empty, damaged, or nothing that images are read from.
         MissingDependency: Parquet without pyarrow.
-        UsageError: One source is given twice, or lies in another.
+        UsageError: One source is given twice, or lies in another; a column of ids where there are no columns.
     """
     _refuse_overlaps(sources)
     shards: list[Shard] = []
@@ -86,6 +86,8 @@ def plan(sources: tuple[Path, ...], request: BulkRequest) -> Plan:
     for path in sources:
         _check_name(path)
         kind = _kind_of(path)
+        if request.id_column is not None and kind != "parquet":
+            raise UsageError(f"{path} has no column {request.id_column!r}", remedy="Leave --id-column to Parquet files")
         found = SOURCES[kind](path, request)
         if not found.shards:
             raise DataError(f"{path} holds no image", remedy=_REMEDY)

@@ -127,6 +127,14 @@ def test_an_image_is_given_once(bundle: Bundle, sources: dict[str, Path], tmp_pa
             predict(bundle, chosen, tmp_path / "out")
 
 
+@pytest.mark.parametrize("name", ["pictures", "a.npy", "a.npz"])
+def test_ids_of_a_column_where_there_is_none(
+    bundle: Bundle, sources: dict[str, Path], tmp_path: Path, name: str
+) -> None:
+    with pytest.raises(UsageError, match="has no column 'sku'"):
+        predict(bundle, sources[name], tmp_path / "out", id_column="sku")
+
+
 def test_a_row_without_an_id_is_refused(bundle: Bundle, tmp_path: Path) -> None:
     write_parquet(tmp_path / "a.parquet", {"image": [png(IMAGES[0])] * 3, "sku": ["a", None, "c"]}, 2)
     with pytest.raises(DataError, match=r"a\.parquet\[1\] has no id"):
