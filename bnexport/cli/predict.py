@@ -46,7 +46,7 @@ _BULK = {
 @click.option("--column", help="With --out: of Parquet and .npz files, where the images are.  [default: image]")
 @click.option("--id-column", help="With --out: of Parquet files.  [default: file name and row]")
 @click.option("--logits", is_flag=True, default=None, help="With --out: write the raw logits too.")
-@click.option("--force", is_flag=True, default=None, help="With --out: throw away the predictions of another job.")
+@click.option("--force", is_flag=True, default=None, help="With --out: throw away what another job has written.")
 def command(bundle: Path, images: tuple[Path, ...], runtime: str, as_json: bool, out: Path | None, **bulk: Any) -> None:
     """Label IMAGES (PNG, JPEG, BMP, WebP, GIF, .npy, IDX) with BUNDLE's own preprocessing: label and probability per image.
 

@@ -27,7 +27,9 @@ from bnexport.serving.bulk.sources import Shard, plan
 
 JOB = "_job.json"
 FORMAT = "bnexport-predictions"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+#: Keys of the description that tell of all shards together.
+_OF_ALL = ("sources", "fingerprint", "rows", "shards")
 
 
 @dataclass(frozen=True)
@@ -53,19 +55,20 @@ class Job:
         """Rows of all shards."""
         return sum(shard.rows for shard in self.shards)
 
-    @property
-    def about(self) -> str:
-        """The description as text; each written file holds it, which tells whose it is."""
-        return json.dumps(self.description, sort_keys=True)
+    def about(self, shard: Shard) -> str:
+        """What a shard's file holds in its metadata: what decides its rows, and nothing of the rest of the job."""
+        common = {key: value for key, value in self.description.items() if key not in _OF_ALL}
+        mine = {"source": shard.path, "start": shard.start, "rows": shard.rows, "stat": shard.stat}
+        return json.dumps(common | mine, sort_keys=True)
 
     def without_shards(self) -> Job:
         """What a worker has to know; the shards may be many, and come one by one."""
         return replace(self, shards=())
 
     def missing(self) -> list[Shard]:
-        """Shards whose file is not there, is not whole, or is another job's."""
-        out, about = Path(self.out), self.about
-        return [shard for shard in self.shards if rows_in(part_file(out, shard), about=about) != shard.rows]
+        """Shards whose file is not there, is not whole, or has other rows: of another job, of a source that has changed."""
+        out = Path(self.out)
+        return [shard for shard in self.shards if rows_in(part_file(out, shard), about=self.about(shard)) != shard.rows]
 
 
 def part_file(out: Path, shard: Shard) -> Path:
@@ -147,9 +150,10 @@ def open_folder(job: Job) -> None:
         if not job.request.force:
             raise OutputError(
                 f"{out} holds the predictions of another job: {_difference(before, job.description)}",
-                remedy="Choose another folder, or pass --force to throw them away",
+                remedy="Choose another folder, or pass --force to throw away what does not belong to this one",
             )
-        _remove([*out.glob("part-*.parquet"), *out.glob(".part-*.part")])
+        kept = {part_file(out, shard) for shard in job.shards} - {part_file(out, shard) for shard in job.missing()}
+        _remove([*({*out.glob("part-*.parquet")} - kept), *out.glob(".part-*.part")])
     write_atomically(out / JOB, (json.dumps(job.description, indent=1) + "\n").encode())
 
 

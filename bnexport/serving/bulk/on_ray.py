@@ -42,7 +42,7 @@ class ShardActor:
         """Predict and write the shard of a row. An error of ours travels as a value: Ray would try it again."""
         try:
             if self._worker is None:  # what a constructor raises reaches nobody as it is
-                self._worker = ShardWorker.of(pickle.loads(self._job))  # noqa: S301  (written by run_on_ray)
+                self._worker = ShardWorker(pickle.loads(self._job))  # noqa: S301  (written by run_on_ray)
             return {"rows": self._worker.run(pickle.loads(row["shard"])), "error": b""}  # noqa: S301
         except BnexportError as error:
             return {"rows": 0, "error": pickle.dumps(error)}

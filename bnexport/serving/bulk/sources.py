@@ -36,7 +36,7 @@ class Shard:
         start: Number of its first row in the file.
         rows: How many.
         parts: Names of the pictures below the folder, or numbers of the row groups.
-        stat: Of the file when the shards were cut; empty for a folder.
+        stat: Size and time of the file when the shards were cut; of pictures, a digest of theirs.
     """
 
     number: int
@@ -48,12 +48,12 @@ class Shard:
     stat: str = ""
 
     def check_unchanged(self) -> None:
-        """Refuse a file that is another one than that which was cut into shards.
+        """Refuse a file that is another one than that which was cut into shards; a folder is not looked through again.
 
         Raises:
             DataError: It has another size or time, or is gone.
         """
-        if self.stat and _stat(Path(self.path)) != self.stat:
+        if self.kind != "folder" and _stat(Path(self.path)) != self.stat:
             raise DataError(
                 f"{self.path} has changed while it was read",
                 remedy="Leave the source as it is while it is read, and start again with --force",
@@ -78,7 +78,7 @@ def plan(sources: tuple[Path, ...], request: BulkRequest) -> Plan:
     Raises:
         DataError: One is missing, empty, damaged, or nothing that images are read from.
         MissingDependency: Parquet without pyarrow.
-        UsageError: One source is given twice, or lies in another.
+        UsageError: One source is given twice, or lies in another; a column of ids where there are no columns.
     """
     _refuse_overlaps(sources)
     shards: list[Shard] = []
@@ -86,6 +86,8 @@ def plan(sources: tuple[Path, ...], request: BulkRequest) -> Plan:
     for path in sources:
         _check_name(path)
         kind = _kind_of(path)
+        if request.id_column is not None and kind != "parquet":
+            raise UsageError(f"{path} has no column {request.id_column!r}", remedy="Leave --id-column to Parquet files")
         found = SOURCES[kind](path, request)
         if not found.shards:
             raise DataError(f"{path} holds no image", remedy=_REMEDY)
@@ -136,16 +138,12 @@ def _cut(kind: str, path: Path, rows: int, request: BulkRequest) -> list[Shard]:
 
 
 def _plan_folder(path: Path, request: BulkRequest) -> Plan:
-    digest, names = hashlib.sha256(), []
-    for name, stat in sorted(_walk(path)):
-        names.append(name)
-        digest.update(f"{name} {stat}\n".encode())
-    pieces = [names[start : start + request.shard_rows] for start in range(0, len(names), request.shard_rows)]
-    starts = range(0, len(names), request.shard_rows)
-    shards = [
-        Shard(0, "folder", str(path), start, len(piece), tuple(piece))
-        for start, piece in zip(starts, pieces, strict=True)
-    ]
+    found, digest, shards = sorted(_walk(path)), hashlib.sha256(), []
+    for start in range(0, len(found), request.shard_rows):
+        piece = found[start : start + request.shard_rows]
+        stat = hashlib.sha256("".join(f"{name} {stat}\n" for name, stat in piece).encode()).hexdigest()
+        digest.update(stat.encode())
+        shards.append(Shard(0, "folder", str(path), start, len(piece), tuple(name for name, _ in piece), stat))
     return Plan(shards, digest.hexdigest())
 
 

@@ -111,6 +111,25 @@ def test_ctrl_c_leaves_whole_shards(bundle: Bundle, stack: Path, tmp_path: Path)
     assert not list((tmp_path / "out").glob(".*"))
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
+def test_workers_hear_no_ctrl_c_while_they_start(bundle: Bundle, stack: Path, tmp_path: Path) -> None:
+    """Until Python has come to our own code it would answer with a traceback."""
+    deaf = {}
+    with started(command(bundle, stack, tmp_path / "out", "--workers", "2")) as process:
+        while not parts(tmp_path / "out"):
+            assert process.poll() is None
+            for child in children(process.pid):
+                with contextlib.suppress(FileNotFoundError):
+                    deaf.setdefault(child, hears_no_interrupt(child))
+    assert len(deaf) >= 2
+    assert all(deaf.values())
+
+
+def hears_no_interrupt(pid: int) -> bool:
+    lines = dict(line.split(":\t") for line in Path(f"/proc/{pid}/status").read_text().splitlines() if "Sig" in line)
+    return bool((int(lines["SigBlk"], 16) | int(lines["SigIgn"], 16)) & 1 << (signal.SIGINT - 1))
+
+
 def test_a_dead_worker_is_a_sentence(bundle: Bundle, stack: Path, tmp_path: Path) -> None:
     with started(command(bundle, stack, tmp_path / "out", "--workers", "2")) as process:
         until("a shard", lambda: parts(tmp_path / "out"))
