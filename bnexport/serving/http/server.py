@@ -9,7 +9,6 @@ import gc
 import importlib
 import math
 import os
-import resource
 import signal
 import socket
 import sys
@@ -154,6 +153,10 @@ def serve_on(
 
 def _allow_files(wanted: int, log: JsonLog) -> None:
     """Let the process open so many files, as far as the system lets it (getrlimit(2)): connections count, too."""
+    if sys.platform == "win32":
+        return
+    import resource  # not on Windows
+
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
     if soft != resource.RLIM_INFINITY and soft < most:
