@@ -43,7 +43,7 @@ BAD_SOURCES = {
     "cut.npz": "",
     "cut.npy": "not a whole .npy file",
     "text.parquet": "not a Parquet file",
-    "a.txt": "nothing that many images are read from",
+    "a.txt": "no folder and no .npy, .npz or Parquet file",
     "none": "holds no image",
     "both": "Parquet files and pictures",
     "named.parquet": "no column 'image', it has 'picture'",
