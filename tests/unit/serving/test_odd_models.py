@@ -23,6 +23,7 @@ from bnexport.bundle import MODEL_ONNX, Manifest, seal, write_golden
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import BundleError
 from bnexport.serving.access_log import JsonLog
+from bnexport.serving.predictor import Predictor
 from bnexport.serving.repository import Repository
 from bnexport.serving.served_model import ServingSettings
 from bnexport.tensors import Signature, TensorSpec
@@ -156,8 +157,11 @@ def test_pictures_for_a_batch_that_does_not_vary(repository: Repository, count: 
     pixels = np.random.default_rng(0).integers(0, 256, (count, 4, 4), np.uint8)
 
     async def main() -> None:
-        logits = await repository.resolve("image").logits(pixels)
-        assert np.array_equal(logits, SMALL.apply(pixels).reshape(count, 16))
+        model = repository.resolve("image")
+        expected = SMALL.apply(pixels).reshape(count, 16)
+        assert np.array_equal(await model.logits(pixels), expected)
+        with Predictor(model.bundle) as predictor:
+            assert np.array_equal(predictor.logits(pixels), expected)
         house = House(repository)
         parts = b"".join(b'--b\r\ncontent-disposition: form-data; name="i"\r\n\r\n%s\r\n' % png(one) for one in pixels)
         body = parts + b"--b--\r\n"
