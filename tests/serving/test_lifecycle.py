@@ -168,7 +168,11 @@ def test_a_bad_version_does_not_replace_a_good_one(
 def test_loading_by_request(models: Path, tmp_path: Path, images: np.ndarray) -> None:
     another(models, tmp_path / "m" / "bn_lenet" / "1", 1)
     with serving(tmp_path / "m", tmp_path / "log", "--allow-load") as server:
-        assert server.ask("POST", "/v2/repository/models/bn_lenet/unload", b"{}").status == 200
+        unload = "/v2/repository/models/bn_lenet/unload"
+        for origin in ("http://elsewhere.example", "null"):
+            assert server.ask("POST", unload, b"{}", {"origin": origin}).status == 403
+        assert server.infer({"inputs": [tensor(images)]}).status == 200
+        assert server.ask("POST", unload, b"{}", {"origin": f"http://127.0.0.1:{server.port}"}).status == 200
         assert server.infer({"inputs": [tensor(images)]}).status == 503
         assert server.ask("GET", "/v2/health/ready").json["reason"] == "bn_lenet/1: unloaded"
         assert server.ask("POST", "/v2/repository/index", b'{"ready": true}').json == []
