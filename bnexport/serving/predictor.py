@@ -14,6 +14,7 @@ from bnexport.bundle import Bundle
 from bnexport.data.images import load_images
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import BundleError, DataError, UsageError
+from bnexport.runtimes.base import Runner
 from bnexport.runtimes.catalogue import runner_spec
 from bnexport.tensors import Array
 
@@ -107,13 +108,11 @@ class Predictor:
         Raises:
             DataError: The images do not fit, or the model's answer is not finite.
         """
-        name, output = self.bundle.manifest.signature.inputs[0].name, self.bundle.manifest.signature.outputs[0].name
-        fixed = self.bundle.manifest.signature.inputs[0].shape[0]
-        size = fixed if isinstance(fixed, int) else self._batch_size
-        parts = []
-        for start in range(0, max(len(images), 1), size):
-            inputs = self.preprocessing.apply(images[start : start + size])
-            parts.append(self._runner.run({name: filled(inputs, fixed)})[output][: len(inputs)])
+        starts = range(0, max(len(images), 1), self._batch_size)
+        parts = [
+            run_images(self._runner, self.preprocessing.apply(images[start : start + self._batch_size]))
+            for start in starts
+        ]
         logits: Array = np.concatenate(parts)
         if not np.isfinite(logits).all():
             raise DataError("the model's answer holds NaN or infinity", remedy="Run bnexport verify on the bundle")
@@ -126,6 +125,14 @@ class Predictor:
 def filled(inputs: Array, size: int | str) -> Array:
     """Inputs (n, ...) as a batch of the size that a model takes: one that does not vary is filled up with them, in turn."""
     return inputs if isinstance(size, str) or len(inputs) == size else np.resize(inputs, (size, *inputs.shape[1:]))
+
+
+def run_images(runner: Runner, inputs: Array) -> Array:
+    """Logits (n, classes) of inputs (n, ...) for a model with one input and one output, in batches of the size it takes."""
+    spec, output = runner.signature.inputs[0], runner.signature.outputs[0].name
+    size = spec.shape[0] if isinstance(spec.shape[0], int) else max(len(inputs), 1)
+    parts = [inputs[start : start + size] for start in range(0, max(len(inputs), 1), size)]
+    return np.concatenate([runner.run({spec.name: filled(part, spec.shape[0])})[output][: len(part)] for part in parts])
 
 
 def labelled(image: str, logits: Array, labels: Sequence[str] | None) -> Prediction:
