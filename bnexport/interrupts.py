@@ -1,4 +1,4 @@
-"""Ctrl-C that can't get lost.
+"""Ctrl-C that can't get lost, and SIGTERM that is one.
 
 Python raises KeyboardInterrupt in whatever code runs at that moment, and some of it swallows the exception: finalisers,
 weak reference callbacks, bare ``except`` clauses in compilers and tracers. So the signal is noted as well, and asked about
@@ -36,6 +36,23 @@ def noted() -> Iterator[None]:
     finally:
         sys.unraisablehook = hook
         signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """Inside the block SIGTERM is an interrupt as Ctrl-C is, after which everybody cleans up.
+
+    Otherwise it ends a process at once, with other processes still there that it started; or, where the process is the first
+    one of a container, it does nothing at all. Outside the main thread nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def check() -> None:

@@ -39,9 +39,10 @@ def main() -> int:
     try:
         speeds = measure(given.servers or list(WAYS), plan, tell=lambda line: print(line, flush=True))
         write_page(serving_page(speeds, f"{describe(environment())}. {given.note}".rstrip(". ")), given.out)
-    except BnexportError as error:
-        print(f"benchmark_serving.py: {error}", file=sys.stderr)
-        return 3 if isinstance(error, Unavailable) else 1 if isinstance(error, ProofError) else 2
+    except (BnexportError, KeyboardInterrupt) as error:
+        print(f"benchmark_serving.py: {str(error) or 'interrupted, so there is no page'}", file=sys.stderr)
+        codes = {KeyboardInterrupt: 130, Unavailable: 3, ProofError: 1}
+        return next((code for kind, code in codes.items() if isinstance(error, kind)), 2)
     return 1 if any(outcome.met is False for outcome in outcomes(speeds)) else 0
 
 

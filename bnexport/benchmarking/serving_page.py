@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from bnexport.benchmarking.clock import Spread
+from bnexport.benchmarking.serving_alone import BATCHES
 from bnexport.benchmarking.serving_speed import Sample, Speeds, in_words
 from bnexport.benchmarking.serving_targets import cpu_ratios, infer_share, outcomes, overheads
 from bnexport.benchmarking.serving_venvs import VENVS
@@ -59,7 +60,7 @@ def _amount(speeds: Speeds) -> str:
     loads = [row.load for columns in speeds.samples.values() for rows in columns.values() for row in rows]
     seconds, requests = Spread.of([load.seconds for load in loads]), Spread.of([load.requests for load in loads])
     return (
-        f"Rounds: {len(speeds.alone[1])}; each load took {seconds.low:.1f} to {seconds.high:.1f} s and "
+        f"Rounds: {len(speeds.alone)}; each load took {seconds.low:.1f} to {seconds.high:.1f} s and "
         f"{requests.low:,} to {requests.high:,} requests."
     )
 
@@ -103,7 +104,10 @@ def _sizes(speeds: Speeds) -> str:
 
 
 def _path(speeds: Speeds) -> Iterator[str]:
-    alone = {size: Spread.of(values) for size, values in speeds.alone.items()}
+    alone = {size: Spread.of([turn.batches[size] for turn in speeds.alone]) for size in BATCHES}
+    rested, pause = (
+        Spread.of(values) for values in zip(*((turn.rested, turn.pause) for turn in speeds.alone), strict=True)
+    )
     yield "\n## The path of a request\n"
     yield (
         "ONNX Runtime alone, called in a loop by one thread, takes "
@@ -113,6 +117,12 @@ def _path(speeds: Speeds) -> Iterator[str]:
         + ". The inference of a request is what the server's own counters say, which fewer images in a batch or a busy "
         "machine make longer, but never more than one image takes alone. What is left is the path: protocol, queue, checks.\n"
     )
+    yield (
+        f"After a pause of {pause.middle:.0f} us ONNX Runtime alone takes {rested.middle:.1f} us ({rested.low:.1f} to "
+        f"{rested.high:.1f}) for one image, {rested.middle / alone[1].middle:.1f} times as much as in the loop: the core has "
+        "slept, and begins with cold caches. A server with one client sleeps after each answer, and all that it runs costs "
+        "more for that, the engine too; the table counts that as path, which is to the server's disadvantage at 1 client.\n"
+    )
     yield "| server | clients | CPU us/request | of it inference | path / echo | whole request / echo |"
     yield "|---|---|---|---|---|---|"
     for name, columns in speeds.samples.items():
@@ -120,8 +130,8 @@ def _path(speeds: Speeds) -> Iterator[str]:
             continue
         for clients, rows in columns.items():
             cpu = Spread.of([row.cpu_us for row in rows])
-            pairs = zip(rows, speeds.alone[1], strict=True)
-            infer = Spread.of([infer_share(row, us) for row, us in pairs])
+            turns = zip(rows, speeds.alone, strict=True)
+            infer = Spread.of([infer_share(row, alone_then.batches[1]) for row, alone_then in turns])
             path, whole = overheads(speeds, name, clients), cpu_ratios(speeds, "echo", name, clients)
             yield (
                 f"| {WAYS[name].words} | {clients} | {cpu.middle:.0f} ({cpu.low:.0f} to {cpu.high:.0f}) | {infer.middle:.1f} | "

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from bnexport.benchmarking.serving_alone import BATCHES, open_session
+from bnexport import interrupts
+from bnexport.benchmarking.serving_alone import Alone, open_session
 from bnexport.benchmarking.serving_load import Load, need_tools, put_load
 from bnexport.benchmarking.serving_process import Running, counters, started
 from bnexport.benchmarking.serving_ways import WAYS, Place, Way
@@ -98,14 +99,14 @@ class Speeds:
 
     Attributes:
         samples: Way -> number of clients -> one sample per round.
-        alone: Batch size -> microseconds of CPU time per image of onnxruntime alone, one per round.
+        alone: onnxruntime without a server, once per round.
         sizes: Way -> bytes of a request's body and of its answer's.
         failed: Way -> why it could not be measured.
         memory: Of ``bnexport serve``; None when it was not watched.
     """
 
     samples: Mapping[str, Mapping[int, Sequence[Sample]]]
-    alone: Mapping[int, Sequence[float]]
+    alone: Sequence[Alone]
     sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     failed: Mapping[str, str] = field(default_factory=dict)
     memory: Memory | None = None
@@ -116,6 +117,7 @@ def in_words(clients: int) -> str:
     return f"{clients} client" + "s" * (clients > 1)
 
 
+@interrupts.terminable()
 def measure(names: Sequence[str], plan: Plan, *, tell: Callable[[str], None] = lambda _: None) -> Speeds:
     """Measure servers in turn; each is started anew in every round.
 
@@ -132,13 +134,12 @@ def measure(names: Sequence[str], plan: Plan, *, tell: Callable[[str], None] = l
     """
     bench = _Bench(plan, tell)
     names = [name for name in WAYS if name in {*names, *NEEDED}]
-    need_tools("wrk")
+    need_tools("wrk", *("h2load" for name in names if WIRES[WAYS[name].wire].grpc))
     pythons = bench.prepare(names)
     samples: dict[str, dict[int, list[Sample]]] = {name: {n: [] for n in plan.clients} for name in pythons}
-    alone: dict[int, list[float]] = {size: [] for size in BATCHES}
+    alone: list[Alone] = []
     for number in range(plan.rounds):
-        for size, us in _alone(bench.bundle.path).items():
-            alone[size].append(us)
+        alone.append(_alone(bench.bundle.path))
         for name, python in pythons.items():
             if name not in bench.failed:
                 bench.turn(name, python, samples[name], f"round {number + 1}/{plan.rounds}")
@@ -168,8 +169,6 @@ class _Bench:
                 found[name] = WAYS[name].interpreter(self.plan.venvs)
             except RuntimeUnavailable as error:
                 self._give_up(name, error)
-        if any(WIRES[WAYS[name].wire].grpc for name in found):
-            need_tools("h2load")
         return found
 
     def _give_up(self, name: str, error: RuntimeUnavailable) -> None:
@@ -280,7 +279,7 @@ def grpc_answer(port: int, request: Request) -> bytes:
     return answer
 
 
-def _alone(bundle: Path) -> dict[int, float]:
+def _alone(bundle: Path) -> Alone:
     command = [sys.executable, "-m", "bnexport.benchmarking.serving_alone", str(bundle), str(_ALONE_SECONDS)]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=300, check=False, env=WAYS["binary"].environment()
@@ -288,4 +287,5 @@ def _alone(bundle: Path) -> dict[int, float]:
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
         raise RuntimeUnavailable(f"onnxruntime alone can't be measured: {last[:200]}", remedy="Look at bnexport doctor")
-    return {int(size): float(us) for size, us in json.loads(done.stdout.strip().splitlines()[-1]).items()}
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    return Alone({int(size): us for size, us in found["batches"].items()}, found["rested"], found["pause"])

@@ -45,9 +45,8 @@ def infer_share(sample: Sample, alone_us: float) -> float:
 def overheads(speeds: Speeds, name: str, clients: int) -> Spread:
     """CPU time of a request without inference, over that of the echo's, one ratio per round."""
     echo, rows = speeds.samples["echo"][clients], speeds.samples[name][clients]
-    alone = speeds.alone[1]
-    pairs = zip(rows, echo, alone, strict=True)
-    return Spread.of([(row.cpu_us - infer_share(row, us)) / bare.cpu_us for row, bare, us in pairs])
+    turns = zip(rows, echo, speeds.alone, strict=True)
+    return Spread.of([(row.cpu_us - infer_share(row, alone.batches[1])) / bare.cpu_us for row, bare, alone in turns])
 
 
 def cpu_ratios(speeds: Speeds, name: str, other: str, clients: int) -> Spread:

@@ -24,7 +24,10 @@ class _Workers(click.ParamType[int | None]):
         """A number from 1, or None for "auto"."""
         if value in (None, "auto"):
             return None
-        return int(click.IntRange(1, 256).convert(value, param, ctx))
+        try:
+            return int(click.IntRange(1, 256).convert(value, param, ctx))
+        except click.BadParameter:
+            self.fail(f"{value!r} is neither auto nor a number from 1 to 256.", param, ctx)
 
 
 class _Seconds(click.FloatRange):
@@ -42,20 +45,21 @@ class _Seconds(click.FloatRange):
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
 @click.option("--grpc-port", type=click.IntRange(0, 65535), metavar="N", help="Open a gRPC door, too; 8001 is usual.")
 @click.option("--reuse-port", is_flag=True, help="Share the port with other servers that are started so.")
-@click.option("--processes", type=click.IntRange(1, 256), default=1, show_default=True, help="Of one core each.")
+@click.option("--processes", type=click.IntRange(1, 256), default=1, show_default=True, help="Each uses one core.")
 @click.option(
     "--runtime",
     type=click.Choice([spec.name for spec in RUNNERS]),
     default="onnxruntime-cpu",
     show_default=True,
     metavar="NAME",
-    help="Engine and device; one that is not here is an error, never replaced by another.",
+    help="Engine and device, as bnexport doctor lists them; one that is not here is an error, never replaced.",
 )
 @click.option("--workers", type=_Workers(), default="auto", show_default=True, help="Sessions, of one thread each.")
 @click.option("--max-batch", type=click.IntRange(1, 65536), default=64, show_default=True, help="Samples run together.")
 @click.option(
-    "--limit", "limits", multiple=True, metavar="NAME=N", help="Of one client; docs/serving.md has the table."
-)
+    "--limit", "limits", multiple=True, metavar="NAME=N",
+    help="Change a limit, as batch=64; repeatable. docs/serving.md has the table.",
+)  # fmt: skip
 @click.option("--poll", type=_Seconds(0.1), help="Look for new versions every so many seconds.")
 @click.option("--grace", type=_Seconds(0.1), default=30.0, show_default=True, help="Seconds to stop in.")
 @click.option("--token-file", type=_FILE, help="Clients must show the token in this file.")
@@ -71,13 +75,16 @@ def command(path: Path, **options: Any) -> None:
     for name in ("uvicorn", "httptools", "orjson", "prometheus_client"):
         require(name, purpose="bnexport serve")
     if options["grpc_port"] is not None:
+        import bnexport.serving.grpc  # noqa: F401 -- before gRPC itself, which it asks to be silent
+
         for name in ("grpc", "google.protobuf"):
             require(name, purpose="bnexport serve --grpc-port")
-    from bnexport.serving.http.server import serve
+    from bnexport.serving.http.server import leave_engines, serve
     from bnexport.serving.http.supervisor import supervise
 
     settings = _settings(options)
     (serve if options["processes"] == 1 else supervise)(path, settings, announce=click.echo)
+    leave_engines()
 
 
 def _settings(options: dict[str, Any]) -> Any:
@@ -89,6 +96,10 @@ def _settings(options: dict[str, Any]) -> Any:
     certificate, key = options["tls_cert"], options["tls_key"]
     if (certificate is None) != (key is None):
         raise UsageError("--tls-cert and --tls-key go together", remedy="Give both, or none")
+    if options["port"] == options["grpc_port"] != 0:
+        raise UsageError(
+            f"--port and --grpc-port are both {options['port']}", remedy="Give each its own, such as 8000 and 8001"
+        )
     models = ServingSettings(
         **{name: options[name] for name in ("runtime", "workers", "max_batch", "processes")},
         limits=limits_from(options["limits"]),

@@ -5,6 +5,8 @@ costs less than the way to a thread and back, so where there is one session and 
 INLINE_SECONDS it runs on the loop itself. Requests that arrived together are still one batch: they queue in the turn of the
 loop in which they were read, and the batch is made in the next.
 
+When an engine refuses a batch, each of its requests runs again alone: the values of one must not fail the others.
+
 Whoever waits for an answer is told by a call, not by a task that has to be woken: a future is one such Waiter, and the fast
 lane of HTTP has its own.
 """
@@ -22,7 +24,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from bnexport.errors import BnexportError, NotServing
+from bnexport.errors import BnexportError, BundleError, NotServing, RequestError
 from bnexport.optional import one_line
 from bnexport.runtimes.base import Runner
 from bnexport.serving.statistics import ModelStatistics
@@ -30,6 +32,8 @@ from bnexport.tensors import Array
 
 #: A batch may keep the event loop for so long; health checks and other models wait meanwhile.
 INLINE_SECONDS = 0.002
+#: How the names of the engines' threads begin.
+THREADS = "bnexport-session"
 
 
 @dataclass(frozen=True)
@@ -110,7 +114,7 @@ class Batcher:
         self._rows = limits.rows if batches else 0
         self._queue: deque[_Waiting] = deque()
         self._running: list[list[_Waiting]] = []
-        self._threads = ThreadPoolExecutor(len(self._runners), thread_name_prefix="bnexport-session")
+        self._threads = ThreadPoolExecutor(len(self._runners), thread_name_prefix=THREADS)
         self._woken = False
 
     @property
@@ -237,21 +241,20 @@ class Batcher:
             self._queue.popleft()
         return batch
 
-    def _finish(self, runner: Runner, batch: list[_Waiting], outcome: Outcome | list[Outcome], infer_ns: int) -> None:
+    def _finish(self, runner: Runner, batch: list[_Waiting], outcome: Outcome, infer_ns: int) -> None:
         self._idle.append(runner)
         self._running.remove(batch)
+        if isinstance(outcome, BnexportError) and len(batch) > 1:
+            for item in batch:
+                item.key = item  # is no other's key
+            self._queue.extendleft(reversed(batch))
+            return
         now = time.perf_counter_ns()
         rows = sum(item.rows for item in batch)
         waited = sum(now - infer_ns - item.queued_ns for item in batch)
         self.statistics.executed(requests=len(batch), rows=rows, queue_ns=max(waited, 0), infer_ns=infer_ns)
         if isinstance(outcome, BnexportError):
-            outcome = [outcome]
-        if isinstance(outcome, list):
-            for item, own in zip(batch, outcome, strict=True):
-                if isinstance(own, BnexportError):
-                    _fail(item, own)
-                elif not item.waiter.done():
-                    item.waiter.set_result(own)
+            _fail(batch[0], outcome)
             return
         start = 0
         for item in batch:
@@ -270,16 +273,12 @@ def _together(batch: list[_Waiting]) -> dict[str, Array]:
     return {name: np.concatenate([item.inputs[name] for item in batch]) for name in feeds}
 
 
-def _run_batch(runner: Runner, batch: list[_Waiting]) -> tuple[Outcome | list[Outcome], int]:
-    """Run a batch; one that fails is run again request by request, for what one client sent is not the others' fault."""
+def _run_batch(runner: Runner, batch: list[_Waiting]) -> tuple[Outcome, int]:
     try:
-        outcome, ns = _run(runner, _together(batch))
+        feeds = _together(batch)
     except Exception as error:  # a session that is not given back would never run again
-        outcome, ns = _fault(error), 0
-    if len(batch) == 1 or not isinstance(outcome, BnexportError):
-        return outcome, ns
-    alone = [_run(runner, item.inputs) for item in batch]
-    return [each for each, _ in alone], ns + sum(each_ns for _, each_ns in alone)
+        return _fault(error), 0
+    return _run(runner, feeds)
 
 
 def _run(runner: Runner, feeds: dict[str, Array]) -> tuple[Outcome, int]:
@@ -292,10 +291,22 @@ def _run(runner: Runner, feeds: dict[str, Array]) -> tuple[Outcome, int]:
     return outcome, time.perf_counter_ns() - start
 
 
+def _blamed(error: BnexportError) -> BnexportError:
+    """The error of whoever is at fault.
+
+    A file that has answered its golden vectors can run, so what ONNX Runtime calls an invalid argument is the request's, such
+    as an index past the end of a table.
+    """
+    if not isinstance(error, BundleError) or type(cause := error.__cause__).__name__ != "InvalidArgument":
+        return error
+    reason = one_line(cause).rpartition("Status Message: ")[2] if cause is not None else ""
+    return RequestError(f"the model can't take these values: {reason}", remedy="Send values that it takes")
+
+
 def _fault(error: Exception) -> BnexportError:
     """Why a batch has no answer."""
     if isinstance(error, BnexportError):
-        return error
+        return _blamed(error)
     if isinstance(error, MemoryError):
         return NotServing("this machine has too little memory for the batch", remedy="Send fewer samples")
     return NotServing(f"the batch failed: {one_line(error)}", remedy="Look into the log", status=500)

@@ -1,9 +1,10 @@
-"""One record per process of a server, in memory that all of its processes hold open: what they have counted."""
+"""A record and a heartbeat per process of a server, in memory that all of them hold open; the record is what they counted."""
 
 from __future__ import annotations
 
 import os
 import struct
+import time
 import zlib
 
 #: Before a record's bytes: its number in the order of writing, its length, and its CRC-32.
@@ -11,6 +12,8 @@ _HEAD = struct.Struct("<QII")
 #: Bytes of one of the two places that each slot has. What is not written takes no memory.
 _PLACE = 1 << 24
 _TRIES = 5
+#: A heartbeat, and the bytes before the records that are kept for those of all slots.
+_BEAT, _BEATS = struct.Struct("<Q"), 4096
 
 
 class Records:
@@ -48,6 +51,14 @@ class Records:
                 return max(found)[1]
         return None
 
+    def beat(self, slot: int) -> None:
+        """Show that a slot's process is alive."""
+        os.pwrite(self._descriptor, _BEAT.pack(time.monotonic_ns()), slot * _BEAT.size)
+
+    def heartbeat(self, slot: int) -> bytes:
+        """What ``beat`` wrote last: other bytes each time."""
+        return os.pread(self._descriptor, _BEAT.size, slot * _BEAT.size)
+
     def _place(self, slot: int, index: int) -> tuple[int, bytes] | None:
         """Number and bytes of a record; None where there is none, or a torn one."""
         start = _offset(slot, index)
@@ -65,4 +76,4 @@ def new_memory() -> int:
 
 
 def _offset(slot: int, index: int) -> int:
-    return (2 * slot + index) * _PLACE
+    return _BEATS + (2 * slot + index) * _PLACE

@@ -159,11 +159,13 @@ class ServerState:
             self.share.publish(self._own_totals())
 
     def tick(self) -> None:
-        """Fail what is past its deadline, and publish; to be called ten times a second."""
+        """Fail what is past its deadline, publish, and show life; to be called ten times a second."""
         for _, _, entry in self.repository.each():
             if entry.served is not None:
                 entry.served.batcher.expire()
         self.publish(at_once=False)
+        if self.share is not None:
+            self.share.beat()
 
     def _own_totals(self) -> Totals:
         """Of this process; its counters go on counting."""

@@ -152,6 +152,10 @@ class Share:
         self._written = b""
         self._due_at = 0.0
 
+    def beat(self) -> None:
+        """Show that this process is alive."""
+        self._records.beat(self.slot)
+
     def due(self) -> bool:
         """Whether to publish unasked; with very many models, less often than ten times a second."""
         return time.monotonic() >= self._due_at

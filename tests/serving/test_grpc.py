@@ -253,6 +253,9 @@ def test_a_stream_answers_each_request_in_turn(channel: grpc.Channel, images: np
         "no inference.ModelInferRequest"
         in classes()["ModelStreamInferResponse"].FromString(next(answers)).error_message
     )
+    requests.put(infer_request(images, id="mine", model_name="x").SerializeToString())
+    answer = classes()["ModelStreamInferResponse"].FromString(next(answers))
+    assert ("no model 'x'" in answer.error_message, answer.infer_response.id) == (True, "mine")
     requests.put(infer_request(images).SerializeToString())
     assert classes()["ModelStreamInferResponse"].FromString(next(answers)).infer_response.outputs[0].shape == [12, 10]
     requests.put(None)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -12,9 +14,13 @@ from pathlib import Path
 
 import grpc
 import numpy as np
+import pytest
 from support.grpc_calls import HEALTH, SERVICE, call, channel_to, infer_request, logits_of_message
 from support.serving import PATIENCE, ROOT, Server, serving, until
 from support.serving_clients import Threads
+
+from bnexport.errors import UsageError
+from bnexport.serving.listener import bound, free_port
 
 INFER = SERVICE + "ModelInfer"
 DOOR = ("--grpc-port", "0")
@@ -155,6 +161,30 @@ def test_what_can_not_be_opened_ends_with_a_sentence(server: Server, models: Pat
     assert "bnexport serve --grpc-port needs grpc" in missing
     assert "bnexport[grpc]" in missing
     assert refused("pass", *words, "70000").startswith("2: ")
+
+
+def test_nobody_listens_to_find_out_whether_a_port_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clients of another server that shares the port would be sent there, and cut off a moment later."""
+    with bound("127.0.0.1", 0, reuse=True) as listener:
+        port = listener.getsockname()[1]
+        with pytest.raises(UsageError, match="Choose another --host or --grpc-port"):
+            free_port("127.0.0.1", port, option="--grpc-port")
+        monkeypatch.setattr(socket.socket, "listen", lambda *_: pytest.fail("it listened"))
+        assert free_port("127.0.0.1", port, reuse=True) == port
+        assert free_port("127.0.0.1", 0) > 0
+
+
+def test_both_doors_are_at_the_same_addresses(models: Path, tmp_path: Path) -> None:
+    """localhost has two of them on most machines."""
+    with serving(models, tmp_path / "log", "--host", "localhost", *DOOR) as server:
+
+        def is_at(address: str, port: int) -> bool:
+            with contextlib.suppress(OSError), socket.create_connection((address, port), timeout=PATIENCE):
+                return True
+            return False
+
+        for address in ("127.0.0.1", "::1"):
+            assert is_at(address, server.grpc_port) == is_at(address, server.port)
 
 
 def test_two_servers_share_a_port(models: Path, tmp_path: Path, images: np.ndarray) -> None:

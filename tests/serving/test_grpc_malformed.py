@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import socket
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 from serving.malformed_grpc import CASES, INFER, Case, good
 from serving.test_lifecycle import until
 from support.grpc_calls import HEALTH, SERVICE, call, channel_to, infer, infer_request
-from support.serving import PATIENCE, Server, serving
+from support.serving import PATIENCE, PROGRAM, Server, serving
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +62,22 @@ def test_what_the_log_says_of_them_is_json(server: Server) -> None:
     lines = server.log.read_text().splitlines()
     assert [line for line in lines if not line.startswith("{")] == [], "gRPC itself writes nothing there"
     assert not [event for event in server.events() if event.get("event") == "fault"]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_more_connections_than_there_are_files(models: Path, tmp_path: Path, images: np.ndarray) -> None:
+    """gRPC itself writes nothing into the log then, and takes calls again when there is room."""
+    few = ("sh", "-c", 'ulimit -n 80; exec "$@"', "sh", *PROGRAM)
+    with serving(models, tmp_path / "log", "--grpc-port", "0", program=few) as server, contextlib.ExitStack() as opened:
+        held = Path(f"/proc/{server.process.pid}/fd")
+        for _ in range(100):
+            opened.enter_context(socket.create_connection(("127.0.0.1", server.grpc_port), timeout=PATIENCE))
+        until(lambda: len(list(held.iterdir())) >= 80)
+        opened.close()
+        with channel_to(server) as channel:
+            assert infer(channel, images, wait_for_ready=True).shape == (12, 10)
+        assert server.stop() == 0
+        assert [line for line in server.log.read_text().splitlines() if not line.startswith("{")] == []
 
 
 @pytest.mark.parametrize(

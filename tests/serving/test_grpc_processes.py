@@ -68,4 +68,6 @@ def test_calls_on_a_connection_to_a_killed_process_fail_and_the_next_ones_do_not
 def test_a_port_that_is_taken(models: Path, tmp_path: Path, processes: str) -> None:
     with serving_twice(models, tmp_path / "log", "--grpc-port", "0") as server:
         words = (str(models), "--port", "0", "--grpc-port", str(server.grpc_port), "--processes", processes)
-        assert f"port {server.grpc_port} can't be served on" in refused(*words, code=2)
+        told = refused(*words, code=2)
+        assert f"port {server.grpc_port} can't be served on" in told
+        assert "Choose another --host or --grpc-port" in told

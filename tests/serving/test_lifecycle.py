@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import os
 import shutil
 import signal
 import socket
@@ -16,11 +17,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.bundles import another, fold_by_hand, network, reseal, write_onnx
+from support.bundles import another, copy_bundle, fold_by_hand, network, reseal, write_onnx
 from support.serving import INFER, PATIENCE, ROOT, Server, binary, logits_of, refused, serving, tensor, until
 from support.serving_clients import Clients
 
-from bnexport.bundle import MODEL_ONNX
+from bnexport.bundle import MODEL_ONNX, Bundle
 
 
 def spoil(folder: Path, how: str) -> None:
@@ -59,6 +60,62 @@ def test_a_server_that_nobody_asks_stops_at_once(models: Path, tmp_path: Path) -
             server.ask("GET", "/v2/health/live", connection=idle)  # an idle connection does not keep it
             assert server.stop(number) == 0
             idle.close()
+
+
+def test_sigterm_while_models_are_loaded_ends_it_at_once(models: Path) -> None:
+    """Also where it is a container's first process, for which the system does nothing at a signal that nobody handles."""
+    slow = "repository.open_served = lambda *_: (print('loading', flush=True), time.sleep(60))"
+    code = f"import sys, time; from bnexport.serving import repository; {slow}; from bnexport.cli.main import main"
+    words = [sys.executable, "-c", f"{code}; sys.exit(main(sys.argv[1:]))", "serve", str(models), "--port", "0"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "loading\n"
+            process.terminate()
+            out, said = process.communicate(timeout=PATIENCE)
+        finally:
+            process.kill()
+    assert (process.returncode, out, "Traceback" in said) == (130, "", False)
+    assert said.lstrip().startswith("Interrupted.")
+
+
+#: Middleware that changes nothing, but makes the engines of its process slow.
+SLOW = """
+import time
+from bnexport.runtimes.base import Runner
+
+def wrap(app):
+    Runner.run_fitting = lambda self, feeds: time.sleep(600)
+    return app
+"""
+
+
+def stopping(server: Server) -> bool:
+    try:
+        return server.ask("GET", "/v2/health/ready").status == 503
+    except (OSError, http.client.HTTPException):  # it does not listen any more
+        return True
+
+
+@pytest.mark.parametrize("words", [(), ("--processes", "2")])
+@pytest.mark.parametrize("signals", [1, 2])
+def test_an_engine_that_does_not_come_back_is_not_waited_for(
+    models: Path, tmp_path: Path, images: np.ndarray, words: tuple[str, ...], signals: int
+) -> None:
+    (tmp_path / "slow.py").write_text(SLOW)
+    words = (*words, "--grace", "1" if signals == 1 else "1000", "--workers", "2", "--middleware", "slow:wrap")
+    env = {"PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    with (
+        serving(models, tmp_path / "log", *words, env=env) as server,
+        contextlib.closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)) as client,
+    ):
+        client.request("POST", INFER, *binary(images))
+        until(lambda: b"bnexport_http_requests_active 2.0" in server.ask("GET", "/metrics").body)
+        for _ in range(signals):
+            server.process.send_signal(signal.SIGTERM)
+            until(lambda: stopping(server))
+        assert server.process.wait(PATIENCE) == 0
 
 
 def test_a_request_whose_body_is_on_its_way_is_answered(models: Path, tmp_path: Path, images: np.ndarray) -> None:
@@ -165,6 +222,19 @@ def test_a_bad_version_does_not_replace_a_good_one(
     assert server.ask("GET", "/v2/health/ready").json == {"ready": True}
 
 
+def test_a_model_that_was_unloaded_does_not_take_the_others_out(models: Path, tmp_path: Path) -> None:
+    """A balancer would send nothing to the server any more; one that can't be loaded is another matter."""
+    for name in ("one", "other"):
+        reseal(copy_bundle(Bundle.open(models / "bn_lenet" / "1"), tmp_path / "m" / name / "1"), name=name)
+    with serving(tmp_path / "m", tmp_path / "log", "--allow-load") as server:
+        assert server.ask("POST", "/v2/repository/models/one/unload", b"{}").status == 200
+        ready = server.ask("GET", "/v2/health/ready")
+        assert (ready.status, ready.json) == (200, {"ready": True, "problems": {"one/1": "unloaded"}})
+        assert server.ask("GET", "/v2/models/one").error == "model 'one' is not ready: unloaded. Load it again"
+        assert server.ask("POST", "/v2/repository/models/other/unload", b"{}").status == 200
+        assert server.ask("GET", "/v2/health/ready").status == 503, "nothing answers any more"
+
+
 def test_loading_by_request(models: Path, tmp_path: Path, images: np.ndarray) -> None:
     another(models, tmp_path / "m" / "bn_lenet" / "1", 1)
     with serving(tmp_path / "m", tmp_path / "log", "--allow-load") as server:
@@ -261,7 +331,8 @@ def test_what_can_not_be_served_ends_with_a_sentence(models: Path, tmp_path: Pat
     (tmp_path / "short").write_text("x")
     path = str(models)
     assert "holds no bundle" in refused(str(tmp_path / "empty"), code=2)
-    assert "is no folder" in refused(str(tmp_path / "nowhere"), code=2)
+    assert "nowhere does not exist" in refused(str(tmp_path / "nowhere"), code=2)
+    assert "short is no folder" in refused(str(tmp_path / "short"), code=2)
     assert "there is no limit 'bodies'" in refused(path, "--limit", "bodies=3", code=2)
     assert "no positive number" in refused(path, "--limit", "queue=-3", code=2)
     assert "holds no token" in refused(path, "--port", "0", "--token-file", str(tmp_path / "short"), code=2)
@@ -269,12 +340,31 @@ def test_what_can_not_be_served_ends_with_a_sentence(models: Path, tmp_path: Pat
         for value in ("nan", "inf"):
             assert f"{value} is no number of seconds" in refused(path, option, value, code=2)
     assert "go together" in refused(path, "--tls-cert", "x.pem", code=2)
+    missing = refused(path, "--port", "0", "--tls-cert", "x.pem", "--tls-key", "y.pem", code=2)
+    assert "the TLS files x.pem and y.pem can't be used" in missing
+    assert "are both 8765" in refused(path, "--port", "8765", "--grpc-port", "8765", code=2)
+    assert "'three' is neither auto nor a number" in refused(path, "--workers", "three", code=2)
     assert "the middleware 'nowhere:x'" in refused(path, "--port", "0", "--middleware", "nowhere:x", code=2)
     assert "can't run here" in refused(path, "--port", "0", "--runtime", "onnxruntime-tensorrt", code=3)
 
 
+def test_folders_that_are_no_models_are_named_in_the_log(models: Path, tmp_path: Path) -> None:
+    bundle, folder = Bundle.open(models / "bn_lenet" / "1"), tmp_path / "m"
+    for name in ("good/1", "good/.2.part", "good/02", "unversioned", "a name/1", "late/latest"):
+        copy_bundle(bundle, folder / name)
+    (folder / "triton" / "1").mkdir(parents=True)
+    (folder / ".git").mkdir()
+    with serving(folder, tmp_path / "log") as server:
+        left = {event["folder"]: event["reason"] for event in server.events() if event["event"] == "folder left out"}
+        assert set(left) == {str(folder / n) for n in ("triton", "unversioned", "good/02", "a name/1", "late/latest")}
+        assert all("NAME/VERSION/manifest.json" in reason for reason in left.values())
+        assert server.ask("GET", "/v2/models/good").json["versions"] == ["1"]
+
+
 def test_a_port_that_is_taken(server: Server, models: Path) -> None:
-    assert f"port {server.port} can't be served on" in refused(str(models), "--port", str(server.port), code=2)
+    said = refused(str(models), "--port", str(server.port), code=2)
+    assert f"port {server.port} can't be served on: Address already in use." in said
+    assert "Choose another --host or --port." in said
 
 
 def test_two_servers_share_a_port(models: Path, tmp_path: Path, images: np.ndarray) -> None:

@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -195,6 +196,74 @@ def test_a_stop_waits_for_a_process_for_which_clients_wait(server: Server) -> No
         assert [connection.getresponse().status for connection in connections] == [200] * 24
     assert server.process.wait(PATIENCE) == 0
     assert len(told(server, "stopped")) == 2
+
+
+def test_one_that_is_told_to_stop_alone_loses_nothing_and_its_successor_hears(
+    server: Server, images: np.ndarray, logits: np.ndarray
+) -> None:
+    """Whoever drains makes its socket deaf, which is the supervisor's, too."""
+    with Clients(server, images, logits) as clients:
+        until(lambda: len(clients.answers) > 50)
+        os.kill(running(server)[0], signal.SIGTERM)
+        until(lambda: len(told(server, "process ready")) == 3)
+    assert clients.failures == []
+    with asked(server, 24) as connections:
+        assert [connection.getresponse().status for connection in connections] == [200] * 24
+    until(lambda: {e["process"] for e in server.events() if str(e.get("id", "")).startswith("waiting")} == {0, 1})
+    (death,) = told(server, "process died")
+    assert (death["how"], death["restart_in"]) == ("exit code 0", 0.0)
+
+
+#: ``bnexport serve`` whose supervisor loses its patience after 30 looks in 3 seconds.
+HASTY = """
+import sys
+from bnexport.cli.main import main
+from bnexport.serving.http import supervisor
+supervisor._LOOK, supervisor._SILENT = 0.1, 30
+sys.exit(main(sys.argv[1:]))
+"""
+#: Middleware that changes nothing, but makes the engines of its process slow twice.
+SLOW = """
+import time
+from bnexport.runtimes.base import Runner
+fast, pauses = Runner.run_fitting, [5.0, 5.0]
+
+def slow(self, feeds):
+    time.sleep(pauses.pop() if pauses else 0.0)
+    return fast(self, feeds)
+
+def wrap(app):
+    Runner.run_fitting = slow
+    return app
+"""
+
+
+def test_one_that_hangs_is_killed_and_replaced(models: Path, tmp_path: Path) -> None:
+    program = (sys.executable, "-c", HASTY)
+    with serving(models, tmp_path / "log", *TWO, program=program) as server:
+        until(lambda: sorted(running(server)) == [0, 1])
+        hanging = running(server)[1]
+        os.kill(hanging, signal.SIGSTOP)
+        with asked(server, 24) as connections:
+            assert [connection.getresponse().status for connection in connections] == [200] * 24
+        (death,) = told(server, "process died")
+        assert (death["pid"], "showed no life for 3 seconds" in death["reason"]) == (hanging, True)
+        assert not alive(hanging)
+        until(lambda: sorted(running(server)) == [0, 1])
+
+
+def test_one_that_is_busy_is_left_alone(models: Path, tmp_path: Path, images: np.ndarray) -> None:
+    """An inference, and a version that is loaded meanwhile, each of which takes longer than the supervisor's patience."""
+    another(models, tmp_path / "m" / "bn_lenet" / "1", 1)
+    (tmp_path / "slow.py").write_text(SLOW)
+    words = (*TWO, "--workers", "2", "--poll", "0.2", "--middleware", "slow:wrap")
+    program, env = (sys.executable, "-c", HASTY), {"PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    with serving(tmp_path / "m", tmp_path / "log", *words, program=program, env=env) as server:
+        another(models, tmp_path / "m" / "bn_lenet" / "2", 2)
+        assert server.infer({"inputs": [tensor(images)]}).status == 200
+        loaded = until(lambda: [e for e in told(server, "model ready") if e["version"] == "2"])
+        assert loaded[0]["time"] - told(server, "process ready")[-1]["time"] > 5.0
+        assert told(server, "process died") == []
 
 
 def test_a_stop_before_all_serve_is_at_once(models: Path, tmp_path: Path) -> None:

@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.serving import ROOT
+from support.serving import PATIENCE, ROOT, until
 
+from bnexport.benchmarking.serving_process import Ports, Running
+from bnexport.benchmarking.soaking.processes import running
 from bnexport.benchmarking.soaking.soak import SoakSettings, run_soak
 from bnexport.benchmarking.soaking.verdict import lines, unexplained, verdict
 from bnexport.bundle import Bundle
@@ -112,6 +114,39 @@ def test_a_short_soak_passes(models: Path, tmp_path: Path) -> None:
     assert sum(count for _, outcome, count in found["counts"] if outcome == "right") > 500
     assert all(memory["last"] > 2**20 for memory in found["memory"])
     assert len(found["memory"]) == 4
+
+
+def test_an_interrupted_soak_leaves_nobody(models: Path, tmp_path: Path) -> None:
+    words = [
+        str(models / "bn_lenet" / "1"),
+        "--seconds",
+        "600",
+        "--kill-every",
+        "0.5",
+        "--out",
+        str(tmp_path / "soak.json"),
+    ]
+    with subprocess.Popen(
+        [sys.executable, str(ROOT / "scripts" / "soak_serving.py"), *words],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    ) as child:  # fmt: skip
+        try:
+            family: set[int] = set()
+
+            def all_started() -> bool:
+                family.update(pid for pid, _ in Running(child, Ports(0, 0), tmp_path)._rows())
+                return len(family) > 4  # itself, the supervisor, two processes, and one that came after a kill
+
+            until(all_started)
+            child.terminate()
+            out, said = child.communicate(timeout=PATIENCE)
+        finally:
+            child.kill()
+    assert (child.returncode, out) == (130, "")
+    assert said == "soak_serving.py: interrupted, so there is no verdict\n"
+    until(lambda: not any(map(running, family)))
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

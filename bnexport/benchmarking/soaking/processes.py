@@ -67,10 +67,12 @@ def kill_and_see(pid: int, port: int, patience: float = 10.0) -> frozenset[int]:
     """
     end = time.monotonic() + patience
     os.kill(pid, signal.SIGSTOP)
-    while state(pid) != _STOPPED and time.monotonic() < end:
-        time.sleep(_STEP)
-    ports = accepted(pid, port)
-    os.kill(pid, signal.SIGKILL)
+    try:
+        while state(pid) != _STOPPED and time.monotonic() < end:
+            time.sleep(_STEP)
+        ports = accepted(pid, port)
+    finally:  # also when it was interrupted: one that stands still would do so for ever
+        os.kill(pid, signal.SIGKILL)
     while running(pid) and time.monotonic() < end:
         time.sleep(_STEP)
     return ports

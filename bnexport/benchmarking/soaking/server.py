@@ -28,7 +28,7 @@ class ServerUnderSoak:
 
     Args:
         process: The supervisor.
-        port: It serves on.
+        port: It serves on; 0 until that is known.
         log: File with its events.
 
     Attributes:
@@ -72,6 +72,15 @@ class ServerUnderSoak:
         """Its processes that still run."""
         return [pid for pid in self.started if running(pid)]
 
+    def end(self) -> None:
+        """Kill whatever still runs of it."""
+        self.process.kill()
+        self.process.wait()
+        self.new_events()
+        for pid in self.left():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
 
 @contextlib.contextmanager
 def serving(bundle: Path, processes: int, options: tuple[str, ...]) -> Iterator[ServerUnderSoak]:
@@ -90,6 +99,7 @@ def serving(bundle: Path, processes: int, options: tuple[str, ...]) -> Iterator[
                 env={**os.environ, "PYTHONPATH": import_path()},
             )  # fmt: skip
         assert process.stdout is not None
+        server = ServerUnderSoak(process, 0, log)
         try:
             ready, _, _ = select.select([process.stdout], [], [], _START)
             line = process.stdout.readline().strip() if ready else ""
@@ -99,8 +109,8 @@ def serving(bundle: Path, processes: int, options: tuple[str, ...]) -> Iterator[
                     f"bnexport serve did not start: {' '.join(words) or 'it said nothing'}",
                     remedy="Try the same command by hand",
                 )
-            yield ServerUnderSoak(process, int(match[1]), log)
+            server.port = int(match[1])
+            yield server
         finally:
-            process.kill()
-            process.wait()
+            server.end()
             process.stdout.close()

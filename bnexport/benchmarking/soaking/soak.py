@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from bnexport import interrupts
 from bnexport.benchmarking.soaking.clients import Client
 from bnexport.benchmarking.soaking.ledger import Fault, Ledger
 from bnexport.benchmarking.soaking.processes import kill_and_see, resident
@@ -116,6 +117,7 @@ class Soak:
     stuck: int = 0
 
 
+@interrupts.terminable()
 def run_soak(bundle: Bundle, settings: SoakSettings, *, tell: Callable[[str], None] = lambda _: None) -> Soak:
     """Run it.
 

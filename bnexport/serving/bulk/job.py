@@ -10,6 +10,7 @@ Names that start with _ or . are left out by everything that reads a folder of P
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from typing import Any
 
 from bnexport.bundle import MANIFEST, Bundle
 from bnexport.errors import OutputError, UsageError
-from bnexport.files import output_errors, sha256, write_atomically
+from bnexport.files import held, output_errors, refuse_overlap, sha256, write_atomically
 from bnexport.optional import one_line
 from bnexport.serving.bulk.parquet import rows_in
 from bnexport.serving.bulk.request import BulkRequest
@@ -52,13 +53,19 @@ class Job:
         """Rows of all shards."""
         return sum(shard.rows for shard in self.shards)
 
+    @property
+    def about(self) -> str:
+        """The description as text; each written file holds it, which tells whose it is."""
+        return json.dumps(self.description, sort_keys=True)
+
     def without_shards(self) -> Job:
         """What a worker has to know; the shards may be many, and come one by one."""
         return replace(self, shards=())
 
     def missing(self) -> list[Shard]:
-        """Shards whose file is not there, or is not whole."""
-        return [shard for shard in self.shards if rows_in(part_file(Path(self.out), shard)) != shard.rows]
+        """Shards whose file is not there, is not whole, or is another job's."""
+        out, about = Path(self.out), self.about
+        return [shard for shard in self.shards if rows_in(part_file(out, shard), about=about) != shard.rows]
 
 
 def part_file(out: Path, shard: Shard) -> Path:
@@ -71,8 +78,10 @@ def make_job(bundle: Bundle, sources: tuple[Path, ...], out: Path, request: Bulk
 
     Raises:
         DataError: Something about a source.
+        OutputError: A folder of predictions that lies in the bundle.
         UsageError: Sources that overlap, or a folder of predictions that lies in one.
     """
+    refuse_overlap(out, bundle.path)
     for source in sources:
         if out.resolve().is_relative_to(source.resolve()):
             raise UsageError(f"{out} lies in the source {source}", remedy="Choose a folder outside of it")
@@ -96,8 +105,33 @@ def make_job(bundle: Bundle, sources: tuple[Path, ...], out: Path, request: Bulk
     return Job(str(bundle.path), str(out), request, tuple(planned.shards), description)
 
 
+@contextlib.contextmanager
+def folder_of(job: Job) -> Iterator[None]:
+    """Hold the folder of predictions, opened for a job.
+
+    Raises:
+        OutputError: Another run holds it, it holds something else, or the predictions of another job and ``force`` is
+            false.
+    """
+    out = Path(job.out)
+    if out.exists() and not out.is_dir():
+        raise _no_folder(out)
+    with held(out):
+        open_folder(job)
+        yield
+
+
+def _no_folder(out: Path) -> OutputError:
+    return OutputError(
+        f"{out} is no folder of predictions", remedy="Choose another folder; --force does not replace it"
+    )
+
+
 def open_folder(job: Job) -> None:
-    """Make the folder of predictions, or find it as this very job has left it.
+    """Begin in the folder of predictions, or find it as this very job has left it.
+
+    Args:
+        job: Its folder is there and held.
 
     Raises:
         OutputError: It holds something else, or the predictions of another job and ``force`` is false.
@@ -107,10 +141,8 @@ def open_folder(job: Job) -> None:
     if before == job.description:
         _remove(out.glob(".part-*.part"))  # what a killed process had begun
         return
-    if before is None and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise OutputError(
-            f"{out} is no folder of predictions", remedy="Choose another folder; --force does not replace it"
-        )
+    if before is None and any(out.iterdir()):
+        raise _no_folder(out)
     if before is not None:
         if not job.request.force:
             raise OutputError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +46,7 @@ class ShardWorker:
     @classmethod
     def of(cls, job: Job) -> ShardWorker:
         """A worker of a job."""
-        return cls(job.bundle, job.out, job.request, json.dumps(job.description, sort_keys=True))
+        return cls(job.bundle, job.out, job.request, job.about)
 
     def close(self) -> None:
         """Free the session and what is open."""
@@ -81,6 +80,7 @@ class ShardWorker:
                 f"{shard.path} gave {len(ids)} rows where {shard.rows} were counted",
                 remedy="Leave the source as it is while it is read, and start again",
             )
+        shard.check_unchanged()
         logits = np.concatenate(parts)
         labels = [*self._labels, *map(str, range(len(self._labels), logits.shape[1]))]
         content = encode(ids, logits, labels=labels, keep_logits=self._request.logits, about=self._about)

@@ -38,17 +38,19 @@ class Call:
         context: gRPC's.
         metadata: Lower-case name -> value, of those that are text.
         id: Of the request, the client's or ours.
+        message_id: The id in its message; "" until that is known.
         model: That answers it, once it is known.
         rows: Samples, once they are known.
         bytes_in: Bytes of the message.
     """
 
-    __slots__ = ("bytes_in", "context", "id", "metadata", "model", "path", "rows")
+    __slots__ = ("bytes_in", "context", "id", "message_id", "metadata", "model", "path", "rows")
 
     def __init__(self, path: str, context: Any, metadata: dict[str, Any], request_id: str) -> None:
         self.path, self.context, self.metadata, self.id = path, context, metadata, request_id
         self.model: ServedModel | None = None
         self.rows = self.bytes_in = 0
+        self.message_id = ""
 
     @property
     def client(self) -> str:

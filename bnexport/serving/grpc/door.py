@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import time
 from collections.abc import Awaitable
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from bnexport.serving.grpc.inference import infer
 from bnexport.serving.grpc.methods import METHODS, STREAM, WATCH, Method
 from bnexport.serving.grpc.schema import classes
 from bnexport.serving.limits import ServingLimits
+from bnexport.serving.listener import resolved
 from bnexport.serving.refusing import sentence_of
 from bnexport.serving.state import Answer, ServerState
 
@@ -76,17 +76,17 @@ class GrpcDoor(grpc.GenericRpcHandler):  # type: ignore[misc]
         Raises:
             UsageError: The port or the TLS files can't be used.
         """
-        # What gRPC and its wrapper say on standard error are faults that clients can bring about; calls are logged here.
-        os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+        # What gRPC's wrapper says on standard error are faults that clients can bring about, too.
         logging.getLogger("grpc").setLevel(logging.CRITICAL + 1)
         server = grpc.aio.server(
             options=_options(self.state.settings.limits, reuse=self.settings.reuse_port),
             maximum_concurrent_rpcs=self.state.settings.limits.connections,
         )
         server.add_generic_rpc_handlers((self,))
-        host = f"[{self.settings.host}]" if ":" in self.settings.host else self.settings.host
         try:
-            address = f"{host}:{self.settings.port}"
+            # gRPC would take every address of a name, HTTP takes one.
+            host = resolved(self.settings.host, self.settings.port)[1][0]
+            address = f"[{host}]:{self.settings.port}" if ":" in host else f"{host}:{self.settings.port}"
             tls = self.settings.tls
             if tls is None:
                 self.port = server.add_insecure_port(address)
@@ -173,7 +173,7 @@ class GrpcDoor(grpc.GenericRpcHandler):  # type: ignore[misc]
             one.bytes_in = len(data)
             _, answer = await self._measured(one, self._streamed(one, data), counted=True)
             if isinstance(answer, BnexportError):
-                answer = classes()["ModelStreamInferResponse"](error_message=sentence_of(answer)).SerializeToString()
+                answer = _failed(one, answer)
             await context.write(answer)
         if self.is_closing():
             _told(context, grpc.StatusCode.UNAVAILABLE, _stopping())
@@ -271,6 +271,14 @@ def _told(context: Any, code: grpc.StatusCode, answer: bytes | BnexportError) ->
         context.set_details(sentence_of(answer))
         return b""
     return answer
+
+
+def _failed(call: Call, error: BnexportError) -> bytes:
+    """The answer to a request of a stream that can't be answered; as Triton's, it has the request's id."""
+    message = classes()["ModelStreamInferResponse"](error_message=sentence_of(error))
+    message.infer_response.id = call.message_id
+    data: bytes = message.SerializeToString()
+    return data
 
 
 def _stopping() -> NotServing:

@@ -49,6 +49,7 @@ async def infer(state: ServerState, call: Call, message: bytes) -> Any:
         BnexportError: The engine failed.
     """
     parts = split(message, most=state.settings.limits.header_json_bytes)
+    call.message_id = parts.id
     name, version = _known.get(parts.header) or _named(parts.header)
     model = call.model = state.repository.resolve(name, version or None)
     request = decode(model.decoder, message, parts, patience=call.context.time_remaining())

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
+import functools
 import gc
 import importlib
 import math
-import resource
+import os
 import signal
 import socket
-import struct
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -22,14 +22,17 @@ from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
+from bnexport import interrupts
 from bnexport.errors import BnexportError, UsageError
 from bnexport.optional import one_line
 from bnexport.serving.access_log import JsonLog
+from bnexport.serving.batcher import THREADS
 from bnexport.serving.http.app import App
 from bnexport.serving.http.connection import LimitedConnection, limited
 from bnexport.serving.http.credentials import read_token, tls_options
 from bnexport.serving.http.fast_lane import FastLane
 from bnexport.serving.http.state import State
+from bnexport.serving.listener import backlog, bound, deafen, free_port
 from bnexport.serving.repository import Repository
 from bnexport.serving.served_model import ServingSettings
 from bnexport.serving.state import AppSettings
@@ -44,9 +47,12 @@ QUIET = 1.0
 _HANDSHAKES = 0.05
 #: Files that a process opens beside its connections: libraries, models, the door of gRPC.
 _OTHER_FILES = 256
-_SO_ATTACH_FILTER, _BPF_RETURN = 26, 0x06
 #: Seconds that an idle connection is kept; longer than balancers keep theirs, so that they close first.
 _KEEP_ALIVE = 75
+
+
+def _nothing() -> None:
+    """What is called where nobody wants to know."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,7 @@ class ServerSettings:
     models: ServingSettings = field(default_factory=ServingSettings)
 
 
+@interrupts.terminable()  # while models are loaded; from then on a signal begins the drain
 def serve(path: Path, settings: ServerSettings, *, announce: Callable[[str], None]) -> None:
     """Serve until SIGTERM or Ctrl-C.
 
@@ -94,6 +101,7 @@ def serve(path: Path, settings: ServerSettings, *, announce: Callable[[str], Non
         BundleError: There is no model.
         UsageError: The port, the token file, the certificate or the middleware can't be used.
         Unavailable: The runtime does not work here.
+        KeyboardInterrupt: It was stopped before it served.
     """
     with contextlib.closing(bound(settings.host, settings.port, reuse=settings.reuse_port)) as listener:
         serve_on(listener, path, settings, announce=announce)
@@ -106,6 +114,7 @@ def serve_on(
     *,
     announce: Callable[[str], None],
     share: Share | None = None,
+    stopping: Callable[[], None] = _nothing,
 ) -> None:
     """Serve on a socket that is bound until SIGTERM or Ctrl-C.
 
@@ -115,6 +124,7 @@ def serve_on(
         settings: How.
         announce: Called with one sentence once requests can come.
         share: Of the counters, where this is one process of several.
+        stopping: Called at the first signal to stop.
 
     Raises:
         BnexportError: As ``serve``.
@@ -125,7 +135,7 @@ def serve_on(
     try:
         _allow_files(settings.models.limits.connections + _OTHER_FILES, log)
         if settings.grpc_port is not None:
-            bound(settings.host, settings.grpc_port, reuse=settings.reuse_port).close()
+            free_port(settings.host, settings.grpc_port, reuse=settings.reuse_port, option="--grpc-port")
         repository = Repository(path, settings.models, log.event)
         repository.load()
         state = State(repository, AppSettings(settings.models.limits, token, settings.allow_load), log, share=share)
@@ -135,13 +145,18 @@ def serve_on(
         kind = limited(settings.models.limits, fast_lane, app.refused)
         config = _config(_wrapped(app, settings.middleware), settings, kind)
         server = DrainingServer(config, state, settings)
-        server.run([listener], on_start=lambda: announce(_told(repository, listener, server.door, settings)))
+        told = functools.partial(_told, repository, listener, server.door, settings)
+        server.run([listener], on_start=lambda: announce(told()), on_stop=stopping)
     finally:
         log.close()
 
 
 def _allow_files(wanted: int, log: JsonLog) -> None:
     """Let the process open so many files, as far as the system lets it (getrlimit(2)): connections count, too."""
+    if sys.platform == "win32":
+        return
+    import resource  # not on Windows
+
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
     if soft != resource.RLIM_INFINITY and soft < most:
@@ -150,6 +165,14 @@ def _allow_files(wanted: int, log: JsonLog) -> None:
         log.event(
             "few files", allowed=hard, wanted=wanted, reason="connections are reset before their limit is reached"
         )
+
+
+def leave_engines() -> None:
+    """End the process where an engine still runs a batch after the time to stop, for which Python would wait at its end."""
+    if any(thread.name.startswith(THREADS) for thread in threading.enumerate()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def _told(repository: Repository, listener: socket.socket, door: GrpcDoor | None, settings: ServerSettings) -> str:
@@ -177,12 +200,18 @@ class DrainingServer(uvicorn.Server):
         self._stop_at: float | None = None
         self._polled = time.monotonic()
         self._poll_task: asyncio.Task[None] | None = None
-        self._on_start: Callable[[], None] = lambda: None
+        self._on_start = self._on_stop = _nothing
         self.door = None if settings.grpc_port is None else _door(state, settings, settings.grpc_port)
 
-    def run(self, sockets: list[socket.socket] | None = None, *, on_start: Callable[[], None] = lambda: None) -> None:
-        """Serve until told to stop; ``on_start`` is called once the socket accepts."""
-        self._on_start = on_start
+    def run(
+        self,
+        sockets: list[socket.socket] | None = None,
+        *,
+        on_start: Callable[[], None] = _nothing,
+        on_stop: Callable[[], None] = _nothing,
+    ) -> None:
+        """Serve until told to stop; ``on_start`` is called once the socket accepts, ``on_stop`` at the first signal."""
+        self._on_start, self._on_stop = on_start, on_stop
         super().run(sockets)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -204,6 +233,7 @@ class DrainingServer(uvicorn.Server):
             self._state.draining = True
             self._state.last_work = time.monotonic()
             self._stop_at = time.monotonic() + self._settings.grace
+            self._on_stop()
         elif self._state.share is None or sig == signal.SIGINT:
             self.should_exit = self.force_exit = True
 
@@ -264,9 +294,9 @@ class DrainingServer(uvicorn.Server):
         has come yet.
         """
         loop = asyncio.get_running_loop()
-        if all(_deafen(listener) for listener in sockets):
+        if all(deafen(listener) for listener in sockets):
             await asyncio.sleep(_HANDSHAKES)
-        waiting = [client for listener in sockets for client in _backlog(listener)]
+        waiting = [client for listener in sockets for client in backlog(listener)]
         for server in self.servers:
             server.close()
         for client in waiting:
@@ -297,59 +327,9 @@ class DrainingServer(uvicorn.Server):
             await asyncio.sleep(0.1)
 
 
-def _deafen(listener: socket.socket) -> bool:
-    """Let the system drop what new clients send to a listening socket, so that its backlog stays empty once it is.
-
-    They try again after a second, and are refused then, or find another server. (Linux, socket(7): SO_ATTACH_FILTER with a
-    program of one instruction, which keeps no byte of any packet; connections that were made before are not touched.)
-
-    Returns:
-        Whether the system can do it. Where it can't, a client may be reset in the microseconds before the socket closes.
-    """
-    if not sys.platform.startswith("linux"):
-        return False
-    program = ctypes.create_string_buffer(struct.pack("HBBI", _BPF_RETURN, 0, 0, 0))
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("@HP", 1, ctypes.addressof(program)))
-    except OSError:
-        return False
-    return True
-
-
-def _backlog(listener: socket.socket) -> Iterator[socket.socket]:
-    """Connections that the system has made and nobody has accepted."""
-    while True:
-        try:
-            client, _ = listener.accept()
-        except OSError:  # none is left
-            return
-        client.setblocking(False)
-        yield client
-
-
 def _expected(connection: object) -> bool:
     """Whether a connection's first request, or the rest of its next one's headers, is on its way."""
     return isinstance(connection, LimitedConnection) and connection.expected
-
-
-def bound(host: str, port: int, *, reuse: bool = False) -> socket.socket:
-    """A socket that is bound, so that the port is known before anything is loaded.
-
-    Args:
-        host: Address.
-        port: 0 takes a free one.
-        reuse: Whether other processes that say so too may listen there (SO_REUSEPORT).
-
-    Raises:
-        UsageError: The address or port can't be had.
-    """
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=2048, reuse_port=reuse)
-    except (OSError, OverflowError, UnicodeError, ValueError) as error:
-        raise UsageError(
-            f"{host} port {port} can't be served on: {one_line(error)}", remedy="Choose another --host or --port"
-        ) from error
 
 
 def _door(state: State, settings: ServerSettings, port: int) -> GrpcDoor:

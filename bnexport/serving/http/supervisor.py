@@ -28,8 +28,9 @@ from bnexport.errors import NotServing, RuntimeUnavailable, UsageError
 from bnexport.optional import one_line
 from bnexport.runtimes.isolation import how_ended, import_path
 from bnexport.serving.access_log import JsonLog
-from bnexport.serving.http.server import ServerSettings, bound
-from bnexport.serving.http.worker import BLOCKED, Job
+from bnexport.serving.http.server import ServerSettings
+from bnexport.serving.http.worker import BLOCKED, STOPPING, Job
+from bnexport.serving.listener import bound, free_port
 from bnexport.serving.records import Records, new_memory
 from bnexport.serving.totals import note_end, note_start
 
@@ -43,6 +44,10 @@ _PAUSE, _LONGEST_WAIT, _LONGEST_PAUSE = 0.25, 5.0, 30.0
 _STARTS = 5
 #: Seconds over the grace until a process that should have stopped is killed.
 _PATIENCE = 10.0
+#: Seconds between looks at the heartbeats, and looks in a row without a new one after which a process that serves is killed.
+#: Engines and loading have threads of their own, so the loop that beats is never away for long. Looks are counted, not
+#: seconds: where everybody stood still, as in a container that is paused, nobody is to blame.
+_LOOK, _SILENT = 1.0, 60
 #: Seconds for the system to take a process away once it has closed its line.
 _REAP = 5.0
 
@@ -62,6 +67,8 @@ class _Seat:
         start_at: When it is to be started again.
         error: What is known of its last failed start.
         started_at: When it was started last, by ``time.monotonic``.
+        beat: Its heartbeat when it was looked at last.
+        silent: Looks in a row that found no other one.
     """
 
     number: int
@@ -74,6 +81,8 @@ class _Seat:
     start_at: float | None = None
     error: Exception | None = None
     started_at: float = 0.0
+    beat: bytes = b""
+    silent: int = 0
 
 
 def supervise(path: Path, settings: ServerSettings, *, announce: Callable[[str], None]) -> None:
@@ -112,18 +121,17 @@ class Supervisor:
 
     def __init__(self, path: Path, settings: ServerSettings, log: JsonLog, announce: Callable[[str], None]) -> None:
         self._path, self._log, self._announce = path, log, announce
-        with contextlib.closing(bound(settings.host, settings.port, reuse=settings.reuse_port)) as probe:
-            port = probe.getsockname()[1]  # who did not ask to share a port must not get one that is taken
-        grpc_port = settings.grpc_port
+        # Who did not ask to share a port must not get one that is taken.
+        port, grpc_port = free_port(settings.host, settings.port, reuse=settings.reuse_port), settings.grpc_port
         if grpc_port is not None:
-            with contextlib.closing(bound(settings.host, grpc_port, reuse=settings.reuse_port)) as probe:
-                grpc_port = probe.getsockname()[1]
+            grpc_port = free_port(settings.host, grpc_port, reuse=settings.reuse_port, option="--grpc-port")
         self._settings = replace(settings, port=port, grpc_port=grpc_port, reuse_port=True)
         self._seats = [_Seat(number) for number in range(settings.models.processes)]
         self._announced = False
         self._stops = 0
         self._stop_seen = 0
         self._deadline = math.inf
+        self._look_at = 0.0
         self._killed: list[int] = []
 
     def run(self) -> None:
@@ -170,9 +178,8 @@ class Supervisor:
         """Wait for the next thing to happen, and see to it."""
         lines = {seat.line: seat for seat in self._seats if seat.line is not None}
         due = [seat.start_at for seat in self._seats if seat.start_at is not None]
-        next_time = min([*due, self._deadline])
-        timeout = None if next_time == math.inf else max(0.0, next_time - time.monotonic())
-        happened = wait([*lines, woken], timeout)
+        next_time = min([*due, self._deadline, self._look_at])
+        happened = wait([*lines, woken], max(0.0, next_time - time.monotonic()))
         if woken in happened:
             woken.recv(64)
         self._heed_signals()
@@ -183,6 +190,9 @@ class Supervisor:
         for seat in self._seats:
             if seat.start_at is not None and now >= seat.start_at:
                 self._start(seat)
+        if now >= self._look_at:
+            self._look_at = now + _LOOK
+            self._kill_hanging()
         if now >= self._deadline:
             self._kill_late()
 
@@ -208,7 +218,7 @@ class Supervisor:
 
     def _start(self, seat: _Seat) -> None:
         """Start a process: no fork, which takes libraries along, nor multiprocessing, which imports the user's script."""
-        seat.start_at, seat.started_at, seat.error = None, time.monotonic(), None
+        seat.start_at, seat.started_at, seat.error, seat.silent = None, time.monotonic(), None, 0
         if seat.listener is None:
             seat.listener = self._bound()
         note_start(self._records, seat.number)
@@ -244,6 +254,11 @@ class Supervisor:
             return
         if isinstance(told, Exception):
             seat.error = told
+            return
+        if told == STOPPING:
+            # Perhaps it alone was told to. It makes its socket deaf, so its successor needs another one; while nobody holds
+            # this one, the system sends new connections to the others.
+            self._close_listener(seat)
             return
         assert seat.process is not None
         seat.ready_at = time.monotonic()
@@ -298,6 +313,20 @@ class Supervisor:
             code = process.wait()
         seat.process = seat.line = seat.ready_at = None
         return code
+
+    def _kill_hanging(self) -> None:
+        """Look at the heartbeats, and kill what serves but shows no life; a stop has its own deadline."""
+        for seat in self._seats:
+            if seat.process is None or seat.ready_at is None or self._stop_seen:
+                continue
+            beat = self._records.heartbeat(seat.number)
+            seat.silent = seat.silent + 1 if beat == seat.beat else 0
+            seat.beat = beat
+            if seat.silent == _SILENT:
+                seat.error = NotServing(
+                    f"it showed no life for {_LOOK * _SILENT:g} seconds and was killed", remedy="Look what it did then"
+                )
+                seat.process.kill()
 
     def _kill_late(self) -> None:
         """Kill what should have stopped."""

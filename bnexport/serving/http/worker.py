@@ -14,12 +14,14 @@ from pathlib import Path
 
 from bnexport.errors import BnexportError
 from bnexport.optional import one_line
-from bnexport.serving.http.server import ServerSettings, serve_on
+from bnexport.serving.http.server import ServerSettings, leave_engines, serve_on
 from bnexport.serving.records import Records
 from bnexport.serving.totals import Share
 
 #: Blocked by the supervisor while it starts a process, so that none is lost before somebody listens for it.
 BLOCKED = (signal.SIGTERM, signal.SIGINT)
+#: What a process says when it was told to stop, by whomever.
+STOPPING = "stopping"
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ def main(line: Connection) -> None:
     """Serve until the supervisor says so, or is gone.
 
     Args:
-        line: To the supervisor. It sends the job; it gets the sentence to announce, or the error.
+        line: To the supervisor. It sends the job; it gets the sentence to announce, STOPPING, or the error.
     """
     early: list[int] = []  # what waits for a process that is to stop before it serves is answered first
     signal.signal(signal.SIGTERM, lambda number, _frame: early.append(number))
@@ -65,11 +67,16 @@ def main(line: Connection) -> None:
     try:
         share = Share(Records(job.records), job.number, job.settings.models.processes)
         with socket.socket(fileno=job.listener) as listener:
-            serve_on(listener, job.path, job.settings, announce=serving, share=share)
+            serve_on(
+                listener, job.path, job.settings,
+                announce=serving, share=share, stopping=lambda: _tell(line, STOPPING),
+            )  # fmt: skip
     except (BnexportError, MemoryError) as error:
         _tell(line, error)
     except Exception as error:  # the supervisor tells it as one process would
         _tell(line, RuntimeError(f"{type(error).__name__}: {one_line(error)}"))
+    else:
+        leave_engines()
 
 
 def _tell(line: Connection, what: str | Exception) -> None:

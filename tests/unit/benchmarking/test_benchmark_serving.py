@@ -1,6 +1,8 @@
 """The comparison of servers: loads, ratios, verdicts, its page, and a short run of it."""
 
 import dataclasses
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -10,16 +12,25 @@ import pytest
 from support.wire_samples import H2LOAD, H2LOAD_LOG, WRK
 
 from bnexport.benchmarking import serving_load, serving_speed
+from bnexport.benchmarking.serving_alone import Alone
 from bnexport.benchmarking.serving_load import Load, parse_h2load, parse_wrk, wrk_script
 from bnexport.benchmarking.serving_page import serving_page
+from bnexport.benchmarking.serving_process import Running, free_ports
 from bnexport.benchmarking.serving_speed import Memory, Plan, Sample, Speeds, measure
 from bnexport.benchmarking.serving_targets import TARGETS, infer_share, outcomes
 from bnexport.benchmarking.serving_ways import WAYS
 from bnexport.benchmarking.serving_wires import WIRES
+from bnexport.benchmarking.soaking.processes import running
 from bnexport.errors import BundleError, MissingDependency, ProofError, RuntimeUnavailable
 
 ROOT = Path(__file__).parents[3]
 BUNDLE = ROOT / "models" / "bn_lenet" / "1"
+#: The script as a terminal starts it: what runs in a shell's background has SIGINT ignored.
+AS_FROM_A_TERMINAL = """
+import runpy, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+runpy.run_path("scripts/benchmark_serving.py", run_name="__main__")
+"""
 
 
 def test_what_wrk_printed_is_read_exactly():
@@ -113,7 +124,8 @@ def made_up(**changes):
     for name, rows in changes.items():
         samples[name][8] = rows
     memory = Memory((0, 500_000, 1_000_100), (100 * 2**20, 109 * 2**20, 104 * 2**20), 110 * 2**20)
-    return Speeds(samples, {1: [25.0, 18.0], 8: [15.0, 14.0]}, {"binary": (3298, 185)}, {"grpc": "no option"}, memory)
+    alone = [Alone({1: 25.0, 8: 15.0}, 50.0, 70.0), Alone({1: 18.0, 8: 14.0}, 40.0, 90.0)]
+    return Speeds(samples, alone, {"binary": (3298, 185)}, {"grpc": "no option"}, memory)
 
 
 def verdicts(speeds):
@@ -184,6 +196,8 @@ def test_the_page_holds_figures_sizes_and_what_is_missing():
     assert "bnexport, binary tensors 3,298 and 185" in page
     assert "Rounds: 2; each load took 1.0 to 1.0 s and 1,000 to 1,000 requests. a machine." in page
     assert "| 1,000,100 | 104.0 |" in page
+    # 25 and 18 in a loop, 50 and 40 after pauses of 70 and 90
+    assert "After a pause of 80 us ONNX Runtime alone takes 45.0 us (40.0 to 50.0) for one image, 2.1 times" in page
     without = made_up()
     del without.samples["fastapi"]
     assert "**not measured**" in "\n".join(serving_page(without, "a machine"))
@@ -248,6 +262,10 @@ def test_a_missing_load_tool_and_another_model_are_refused(monkeypatch, tmp_path
     assert caught.value.remedy == "Install it: apt-get install wrk"
     with pytest.raises(BundleError):
         measure([], Plan(tmp_path, tmp_path))
+    monkeypatch.setattr(serving_load.shutil, "which", lambda name: None if name == "h2load" else name)
+    monkeypatch.setattr("bnexport.benchmarking.serving_ways.make_venv", lambda *_: pytest.fail("it was begun"))
+    with pytest.raises(MissingDependency, match="needs h2load"):
+        measure(["grpc", "fastapi"], Plan(BUNDLE, tmp_path))
 
 
 @pytest.mark.needs("wrk")
@@ -266,12 +284,38 @@ def test_a_short_run(tmp_path):
         assert found.cpu_us > 0
         assert (found.infer_us is not None) == WAYS[name].counted
         assert any(f"{WAYS[name].words}, 8 clients" in line for line in told)
-    assert 0 < speeds.alone[8][0] < speeds.alone[1][0]
+    (alone,) = speeds.alone
+    assert 0 < alone.batches[8] < alone.batches[1]
+    assert alone.rested > alone.batches[8]
+    assert alone.pause > 20.0
     assert speeds.memory.requests[0] == 0
     assert speeds.memory.requests[-1] >= 1000
     assert speeds.memory.peak >= max(speeds.memory.resident) > 2**20
     page = "\n".join(serving_page(speeds, "a machine"))
     assert all(f"| {WAYS[name].words} | 8 |" in page for name in speeds.samples)
+
+
+@pytest.mark.needs("wrk")
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_leaves_nothing(tmp_path, number):
+    words = ["binary", "--out", str(tmp_path / "page.md"), "--seconds", "1", "--memory-requests", "0"]
+    with subprocess.Popen(
+        [sys.executable, "-c", AS_FROM_A_TERMINAL, *words],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    ) as child:  # fmt: skip
+        try:
+            assert "1 client:" in child.stdout.readline()
+            family = [pid for pid, _ in Running(child, free_ports(), tmp_path)._rows()]
+            assert len(family) > 1
+            child.send_signal(number)
+            _, said = child.communicate(timeout=60)
+        finally:
+            child.kill()
+    assert (child.returncode, said) == (130, "benchmark_serving.py: interrupted, so there is no page\n")
+    assert list(tmp_path.iterdir()) == []
+    assert not [pid for pid in family if running(pid)]
 
 
 def test_the_committed_page_holds_every_server():

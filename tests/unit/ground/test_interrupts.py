@@ -46,11 +46,18 @@ def test_an_interrupt_is_raised_as_usual_and_the_handler_put_back() -> None:
         interrupts.check()  # the one from before is forgotten
 
 
+def test_sigterm_is_an_interrupt_and_the_handler_put_back() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), interrupts.terminable():
+        signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 def test_other_threads_change_nothing() -> None:
     before, seen = signal.getsignal(signal.SIGINT), []
 
     def work() -> None:
-        with interrupts.noted():
+        with interrupts.noted(), interrupts.terminable():
             seen.append(signal.getsignal(signal.SIGINT))
 
     thread = threading.Thread(target=work)

@@ -206,19 +206,30 @@ def test_deadlines_hold_in_the_queue_and_while_a_batch_runs() -> None:
 
 
 @pytest.mark.parametrize("cost", [QUICK, SLOW])
-def test_what_an_engine_can_not_run_fails_alone(cost: Cost) -> None:
+def test_an_engine_that_refuses_one_request_answers_the_others(cost: Cost) -> None:
     async def main() -> None:
         runner = Doubler()
         batcher = Batcher([runner], cost, BatchLimits())
-        asked = (ask(batcher, 2.0), ask(batcher, -1.0), ask(batcher, 1.0, 2))
+        asked = [ask(batcher, value) for value in (1.0, -1.0, 2.0, -2.0, 3.0)]
+        results = await asyncio.gather(*asked, return_exceptions=True)
+        assert [type(result) for result in results] == [type(None), BundleError, type(None), BundleError, type(None)]
+        assert runner.batches == [(5, 2), *[(1, 2)] * 5]
+        await asyncio.gather(ask(batcher, 1.0), ask(batcher, 2.0))
+        assert runner.batches[-1] == (2, 2), "what comes after runs together again"
+        assert batcher.statistics.rows == 7
+        await batcher.close()
+
+    asyncio.run(main())
+
+
+def test_closing_answers_what_runs_again_alone() -> None:
+    async def main() -> None:
+        batcher = Batcher([Doubler()], SLOW, BatchLimits())
+        asked = [asyncio.ensure_future(ask(batcher, value)) for value in (1.0, -1.0, 2.0)]
+        await asyncio.sleep(0)
+        await batcher.close()
         results = await asyncio.gather(*asked, return_exceptions=True)
         assert [type(result) for result in results] == [type(None), BundleError, type(None)]
-        assert runner.batches == [(4, 2), (1, 2), (1, 2), (2, 2)]
-        assert (batcher.statistics.executions, batcher.statistics.rows) == (1, 4)
-        with pytest.raises(BundleError, match="negative"):
-            await ask(batcher, -1.0)
-        await ask(batcher, 1.0)
-        await batcher.close()
 
     asyncio.run(main())
 

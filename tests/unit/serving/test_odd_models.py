@@ -180,7 +180,7 @@ def test_pictures_for_a_batch_that_does_not_vary(repository: Repository, count: 
 
 def test_many_pictures_for_a_batch_that_does_not_vary(repository: Repository, tmp_path: Path) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (11, 4, 4), np.uint8)
-    np.save(tmp_path / "pixels.npy", pixels)
+    np.save(tmp_path / "pixels.npy", pixels[..., None])
     request = BulkRequest(workers=1, shard_rows=6, batch_size=5, logits=True)
     predict_in_bulk(repository.resolve("image").bundle, [tmp_path / "pixels.npy"], tmp_path / "out", request=request)
     files = sorted((tmp_path / "out").glob("*.parquet"))
@@ -245,12 +245,12 @@ def test_bundles_whose_folders_have_other_names_are_told(tmp_path: Path) -> None
         MODELS["four"].write(tmp_path / place)
     events: list[tuple[str, Any]] = []
     repository = Repository(
-        tmp_path, ServingSettings(), lambda what, **fields: events.append((what, fields.get("path")))
+        tmp_path, ServingSettings(), lambda what, **fields: events.append((what, fields.get("folder")))
     )
     with pytest.raises(BundleError, match="four/01 can't be served under its name"):
         repository.load()
     MODELS["four"].write(tmp_path / "four" / "1")
     repository.load()
-    told = [path for what, path in events if what == "folder passed over"]
+    told = [path for what, path in events if what == "folder left out"]
     assert told == [str(tmp_path / place) for place in ("four/01", "four/v2", "my model/1")]
     assert [(name, version) for name, version, _ in repository.each()] == [("four", "1")]

@@ -54,6 +54,20 @@ def test_a_record_is_whole_although_its_writer_was_killed(memory: int, monkeypat
     assert records.read(0) == b"the successor's"
 
 
+def test_heartbeats_are_other_bytes_each_time_and_touch_no_record(memory: int) -> None:
+    records = Records(memory)
+    records.write(0, b"of 0")
+    before = [records.heartbeat(slot) for slot in (0, 255)]
+    for slot in (0, 255, 0, 255):
+        other = records.heartbeat(255 - slot)
+        assert records.heartbeat(slot) == records.heartbeat(slot)
+        records.beat(slot)
+        assert records.heartbeat(slot) not in before
+        assert records.heartbeat(255 - slot) == other
+        before.append(records.heartbeat(slot))
+    assert records.read(0) == b"of 0"
+
+
 def test_slots_do_not_touch_each_other_and_what_is_too_large_is_not_written(memory: int) -> None:
     records = Records(memory)
     large = bytes(2**24 - 16)

@@ -1,6 +1,12 @@
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import pickle
+import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +24,12 @@ from bnexport.data.images import ENDINGS
 from bnexport.errors import BnexportError, BundleError, DataError, OutputError, UsageError
 from bnexport.serving.bulk.job import JOB, make_job
 from bnexport.serving.bulk.measure import side_by_side
+from bnexport.serving.bulk.on_ray import ShardActor, threads_ended
 from bnexport.serving.bulk.predict import BulkResult, predict_in_bulk
 from bnexport.serving.bulk.reading import READERS
 from bnexport.serving.bulk.request import BulkProgress, BulkRequest
 from bnexport.serving.bulk.sources import SOURCES
+from bnexport.serving.bulk.worker import ShardWorker
 from bnexport.serving.predictor import predict_images
 
 
@@ -136,6 +144,17 @@ def test_what_is_missing_or_cut_off_is_written_again(bundle: Bundle, sources: di
     assert not list(out.glob(".*"))
 
 
+def test_a_part_of_another_job_is_written_again(bundle: Bundle, sources: dict[str, Path], tmp_path: Path) -> None:
+    """As a worker that outlived its killed parent may leave one: it has as many rows."""
+    other = reseal(copy_bundle(bundle, tmp_path / "bn_lenet" / "1"), labels=tuple("abcdefghij"))
+    predict(other, sources["a.npy"], tmp_path / "other")
+    predict(bundle, sources["a.npy"], tmp_path / "out")
+    before, name = pq.read_table(tmp_path / "out"), "part-00002.parquet"
+    (tmp_path / "other" / name).replace(tmp_path / "out" / name)
+    assert predict(bundle, sources["a.npy"], tmp_path / "out").resumed_rows == 70
+    assert pq.read_table(tmp_path / "out").equals(before)
+
+
 def test_another_job_is_refused_without_force(bundle: Bundle, sources: dict[str, Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
     np.save(tmp_path / "mine.npy", IMAGES)
@@ -190,16 +209,23 @@ BAD_SOURCES = {
     "flat.npy": "expected a stack of uint8",
     "fortran.npy": "in C order",
     "empty.npy": "holds no image",
+    "one_picture.npy": "one picture in colour is saved as image[None]",
+    "one_picture.npz": "one picture in colour is saved as image[None]",
+    "channels_first.npy": "(n, height, width, channels)",
+    "no_pixels.npy": "holds images of 28x0 pixels",
+    "no_pixels.npz": "holds images of 28x0 pixels",
+    "huge.npy": "holds images of 8000x8000 pixels",
     "two.npz": "no array 'image' but 'a', 'b'",
     "float.npz": "expected a stack of uint8",
     "cut.npz": "",
     "cut.npy": "not a whole .npy file",
     "text.parquet": "not a Parquet file",
-    "a.txt": "nothing that many images are read from",
+    "a.txt": "no folder and no .npy, .npz or Parquet file",
     "none": "holds no image",
     "both": "Parquet files and pictures",
     "named.parquet": "no column 'image', it has 'picture'",
     "texts.parquet": "is string, expected bytes",
+    "twice.parquet": "several columns 'image'",
     "null.parquet": "null.parquet[1] has no image",
     "garbage.parquet": "garbage.parquet[1] is not a PNG",
     "damaged": "bad.png can't be read",
@@ -212,6 +238,16 @@ def write_bad_sources(folder: Path) -> None:
     np.save(folder / "flat.npy", IMAGES.reshape(90, -1))
     np.save(folder / "fortran.npy", np.asfortranarray(IMAGES))
     np.save(folder / "empty.npy", IMAGES[:0])
+    colours = np.repeat(IMAGES[:40, 0, :, None], 3, 2)
+    np.save(folder / "one_picture.npy", colours)
+    np.savez(folder / "one_picture.npz", image=colours)
+    np.save(folder / "channels_first.npy", IMAGES[:, None])
+    np.save(folder / "no_pixels.npy", IMAGES[:, :0])
+    np.savez(folder / "no_pixels.npz", image=IMAGES[:, :0])
+    with (folder / "huge.npy").open("wb") as file:  # sparse
+        header = {"descr": "|u1", "fortran_order": False, "shape": (1, 8_000, 8_000)}
+        np.lib.format.write_array_header_1_0(file, header)
+        file.truncate(file.tell() + 8_000**2)
     np.savez(folder / "two.npz", a=IMAGES, b=IMAGES)
     np.savez(folder / "float.npz", image=IMAGES / 255)
     (folder / "cut.npz").write_bytes((folder / "two.npz").read_bytes()[:5000])
@@ -224,6 +260,7 @@ def write_bad_sources(folder: Path) -> None:
     write_parquet(folder / "both" / "a.parquet", {"image": [png(IMAGES[0])]}, 1)
     write_parquet(folder / "named.parquet", {"picture": [png(IMAGES[0])]}, 1)
     write_parquet(folder / "texts.parquet", {"image": ["a"]}, 1)
+    pq.write_table(pa.Table.from_arrays([[png(IMAGES[0])]] * 2, names=["image"] * 2), folder / "twice.parquet")
     write_parquet(folder / "null.parquet", {"image": [png(IMAGES[0]), None]}, 2)
     write_parquet(folder / "garbage.parquet", {"image": [png(IMAGES[0]), b"garbage"]}, 2)
     (folder / "damaged").mkdir()
@@ -243,6 +280,23 @@ def test_bad_sources(bundle: Bundle, tmp_path: Path, name: str) -> None:
     assert not list((tmp_path / "out").glob("part-*"))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems know no such names")
+@pytest.mark.parametrize("name", [b"in/\xff.png", b"in\xff/a.png", b"in/\xff.parquet"])
+def test_a_name_that_is_no_text(bundle: Bundle, tmp_path: Path, name: bytes) -> None:
+    file = tmp_path / os.fsdecode(name)
+    file.parent.mkdir()
+    file.write_bytes(png(IMAGES[0]))
+    with pytest.raises(DataError, match="not UTF-8"):
+        predict(bundle, file.parent, tmp_path / "out")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems know no such names")
+def test_predictions_go_into_a_folder_of_any_name(bundle: Bundle, sources: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / os.fsdecode(b"\xff")
+    assert predict(bundle, sources["a.npy"], out).resumed_rows == 0
+    assert predict(bundle, sources["a.npy"], out).resumed_rows == 90
+
+
 def test_an_image_is_given_once(bundle: Bundle, sources: dict[str, Path], tmp_path: Path) -> None:
     folder = sources["pictures"]
     for chosen in ([folder, folder], [folder, folder / "x"], [folder / "x" / ".." / "x", folder / "x"]):
@@ -260,6 +314,36 @@ def test_a_row_without_an_id_is_refused(bundle: Bundle, tmp_path: Path) -> None:
     write_parquet(tmp_path / "a.parquet", {"image": [png(IMAGES[0])] * 3, "sku": ["a", None, "c"]}, 2)
     with pytest.raises(DataError, match=r"a\.parquet\[1\] has no id"):
         predict(bundle, tmp_path / "a.parquet", tmp_path / "out", id_column="sku")
+
+
+@pytest.mark.parametrize("kind", [pa.dictionary(pa.int32(), pa.binary()), pa.binary_view(), pa.large_binary()], ids=str)
+def test_kinds_of_bytes(bundle: Bundle, wanted: np.ndarray, tmp_path: Path, kind: pa.DataType) -> None:
+    contents = pa.array([png(image) for image in IMAGES[:5]] * 2, pa.binary()).cast(kind)
+    pq.write_table(pa.table({"image": contents}), tmp_path / "a.parquet")
+    predict(bundle, tmp_path / "a.parquet", tmp_path / "out")
+    assert rows(tmp_path / "out")["label"] == [str(index) for index in wanted[:5].argmax(1)] * 2
+
+
+@pytest.mark.parametrize(
+    ("ids", "told"),
+    [
+        (pa.array([b"a"], pa.binary()), "is binary, expected text or numbers"),
+        (pa.array([b"a"], pa.binary(1)), "expected text or numbers"),
+        (pa.array([["a"]]), "expected text or numbers"),
+        (pa.StringArray.from_buffers(1, pa.py_buffer(b"\0\0\0\0\1\0\0\0"), pa.py_buffer(b"\xff")), "not UTF-8"),
+    ],
+    ids=["binary", "fixed", "list", "utf8"],
+)
+def test_ids_that_have_no_text(bundle: Bundle, tmp_path: Path, ids: pa.Array, told: str) -> None:
+    pq.write_table(pa.table({"image": [png(IMAGES[0])], "sku": ids}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=told):
+        predict(bundle, tmp_path / "a.parquet", tmp_path / "out", id_column="sku")
+
+
+def test_predictions_are_not_written_into_the_bundle(bundle: Bundle, sources: dict[str, Path]) -> None:
+    with pytest.raises(OutputError, match="lies in"):
+        predict(bundle, sources["a.npy"], bundle.path / "out")
+    bundle.check()
 
 
 def test_predictions_are_not_written_into_their_source(bundle: Bundle, sources: dict[str, Path]) -> None:
@@ -306,6 +390,22 @@ def test_a_damaged_image_ends_the_run_and_the_mended_one_goes_on(bundle: Bundle,
         predict(bundle, folder, tmp_path / "out", workers=2, shard_rows=4)
 
 
+@pytest.mark.parametrize("name", ["a.npy", "a.npz", "a.parquet"])
+def test_a_source_that_changes_while_it_is_read(
+    bundle: Bundle, sources: dict[str, Path], tmp_path: Path, name: str
+) -> None:
+    """With as many rows as before it would be half the one and half the other, and nobody told."""
+    (tmp_path / name).write_bytes(sources[name].read_bytes())
+    job = make_job(bundle, (tmp_path / name,), tmp_path / "out", BulkRequest(workers=1, shard_rows=20))
+    with contextlib.closing(ShardWorker.of(job)) as worker:
+        worker.run(job.shards[0])
+        (tmp_path / "new").write_bytes(sources[name].read_bytes())
+        (tmp_path / "new").replace(tmp_path / name)
+        with pytest.raises(DataError, match="has changed while it was read"):
+            worker.run(job.shards[1])
+    assert len(list((tmp_path / "out").glob("part-*"))) == 1
+
+
 def test_shards_do_not_depend_on_who_asks(bundle: Bundle, sources: dict[str, Path], tmp_path: Path) -> None:
     """Workers, batches and the order in which a folder lists its files change no shard."""
     chosen = (sources["pictures"], sources["several"])
@@ -326,3 +426,36 @@ def test_the_measured_table(bundle: Bundle, sources: dict[str, Path]) -> None:
     assert cpu[2] == pytest.approx(cpu[0] / cpu[1], rel=0.02)
     assert cpu[0] > 1000, "the processes are counted: 90 images bear their start"
     assert "n = 1 pairs of 90 images, 2 workers" in " ".join(rest)
+
+
+def test_an_actor_of_ray_starts_from_the_users_folder(
+    bundle: Bundle, sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray's processes are where Ray was started; an error while the worker opens travels as a value, too."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in.npy").write_bytes(sources["a.npy"].read_bytes())
+    copy_bundle(bundle, tmp_path / "b")
+    job = make_job(Bundle.open("b"), (Path("in.npy"),), Path("out"), BulkRequest(workers=1))
+    rows = [{"shard": pickle.dumps(shard)} for shard in job.shards]
+    monkeypatch.chdir("/")
+    actor = ShardActor(pickle.dumps(job.without_shards()), str(tmp_path))
+    assert [actor(row) for row in rows] == [{"rows": 90, "error": b""}]
+    assert pq.read_metadata(tmp_path / "out" / "part-00000.parquet").num_rows == 90
+    monkeypatch.chdir("/")
+    lost = ShardActor(pickle.dumps(job.without_shards()), str(tmp_path / "nowhere"))
+    error = pickle.loads(lost(rows[0])["error"])
+    assert isinstance(error, BundleError)
+    assert "b does not exist" in error.message
+
+
+def test_threads_of_ray_are_waited_for() -> None:
+    slept = []
+
+    def sleep() -> None:
+        time.sleep(0.2)
+        slept.append(True)
+
+    with pytest.raises(KeyError), threads_ended():
+        threading.Thread(target=sleep).start()
+        raise KeyError
+    assert slept

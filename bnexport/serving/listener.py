@@ -1,0 +1,107 @@
+"""Sockets that listen: bound before anything is loaded, and closed without cutting anybody off."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import socket
+import struct
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from bnexport.errors import UsageError
+from bnexport.optional import one_line
+
+_SO_ATTACH_FILTER, _BPF_RETURN = 26, 0x06
+
+
+def bound(host: str, port: int, *, reuse: bool = False) -> socket.socket:
+    """A socket that is bound, so that the port is known before anything is loaded.
+
+    Args:
+        host: Address.
+        port: 0 takes a free one.
+        reuse: Whether other processes that say so too may listen there (SO_REUSEPORT).
+
+    Raises:
+        UsageError: The address or port can't be had.
+    """
+    with _refusing(host, port, "--port"):
+        family, _ = resolved(host, port)
+        return socket.create_server((host, port), family=family, backlog=2048, reuse_port=reuse)
+
+
+def free_port(host: str, port: int, *, reuse: bool = False, option: str = "--port") -> int:
+    """A port that somebody may listen on. Nobody does meanwhile, who would cut off clients that the system sends there.
+
+    Args:
+        host: Address.
+        port: 0 takes a free one.
+        reuse: As ``bound`` has it.
+        option: What the user chose the port by.
+
+    Raises:
+        UsageError: The address or port can't be had.
+    """
+    with _refusing(host, port, option):
+        family, address = resolved(host, port)
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if reuse:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            probe.bind(address)
+            return int(probe.getsockname()[1])
+
+
+def resolved(host: str, port: int) -> tuple[socket.AddressFamily, Any]:
+    """The family and the address of a name, of which there can be several: every door takes the first.
+
+    Raises:
+        OSError: There is no such name.
+    """
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    return found[0], found[4]
+
+
+@contextlib.contextmanager
+def _refusing(host: str, port: int, option: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, OverflowError, UnicodeError, ValueError) as error:
+        # create_server puts its own words around the system's.
+        reason = os.strerror(number) if (number := getattr(error, "errno", None) or 0) > 0 else one_line(error)
+        raise UsageError(
+            f"{host} port {port} can't be served on: {reason}", remedy=f"Choose another --host or {option}"
+        ) from error
+
+
+def deafen(listener: socket.socket) -> bool:
+    """Let the system drop what new clients send to a listening socket, so that its backlog stays empty once it is.
+
+    They try again after a second, and are refused then, or find another server. (Linux, socket(7): SO_ATTACH_FILTER with a
+    program of one instruction, which keeps no byte of any packet; connections that were made before are not touched.)
+
+    Returns:
+        Whether the system can do it. Where it can't, a client may be reset in the microseconds before the socket closes.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    program = ctypes.create_string_buffer(struct.pack("HBBI", _BPF_RETURN, 0, 0, 0))
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("@HP", 1, ctypes.addressof(program)))
+    except OSError:
+        return False
+    return True
+
+
+def backlog(listener: socket.socket) -> Iterator[socket.socket]:
+    """Connections that the system has made and nobody has accepted."""
+    while True:
+        try:
+            client, _ = listener.accept()
+        except OSError:  # none is left
+            return
+        client.setblocking(False)
+        yield client
