@@ -247,8 +247,9 @@ def test_loading_by_request(models: Path, tmp_path: Path, images: np.ndarray) ->
         assert server.ask("GET", "/v2/health/ready").json["reason"] == "bn_lenet/1: unloaded"
         assert server.ask("POST", "/v2/repository/index", b'{"ready": true}').json == []
         assert server.ask("POST", "/v2/repository/index", b'{"ready": false}').json[0]["state"] == "UNAVAILABLE"
-        other = server.ask("POST", "/v2/repository/models/bn_lenet/load", b'{"parameters": {"config": "{}"}}')
-        assert (other.status, "without parameters" in other.error) == (400, True)
+        for parameters in (b'{"config": "{}"}', b"0", b"[]"):
+            other = server.ask("POST", "/v2/repository/models/bn_lenet/load", b'{"parameters": %s}' % parameters)
+            assert (other.status, "without parameters" in other.error) == (400, True)
         assert server.ask("POST", "/v2/repository/models/bn_lenet/load", b"{}").status == 200
         assert server.infer({"inputs": [tensor(images)]}).status == 200
         spoil(tmp_path / "m" / "bn_lenet" / "1", "hash")

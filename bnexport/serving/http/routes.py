@@ -129,7 +129,7 @@ async def load(state: State, exchange: Exchange, name: str) -> Reply:
     """Load a model's versions from disk."""
     told = await _told(state, exchange)
     _permit(state, exchange)
-    if told.get("parameters"):
+    if told.get("parameters", {}) != {}:
         raise RequestError("a model is loaded as it lies on disk, without parameters", remedy="Send none")
     await state.repository.reload(name)
     return json_reply({})
