@@ -126,7 +126,9 @@ def _parts(piece: bytes) -> Iterator[bytes]:
 
 
 def _line(fields: dict[str, Any]) -> bytes:
+    """A line in ASCII, which is JSON in any encoding that a stream may have."""
     try:
-        return orjson.dumps(fields, default=str, option=orjson.OPT_APPEND_NEWLINE)
+        line = orjson.dumps(fields, default=str, option=orjson.OPT_APPEND_NEWLINE)
     except TypeError:  # a file's name that is no UTF-8; one line must not keep the others from being written
         return json.dumps(fields, default=str).encode() + b"\n"
+    return line if line.isascii() else json.dumps(orjson.loads(line)).encode() + b"\n"

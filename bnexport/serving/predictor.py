@@ -14,6 +14,7 @@ from bnexport.bundle import Bundle
 from bnexport.data.images import load_images
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import BundleError, DataError, UsageError
+from bnexport.runtimes.base import Runner
 from bnexport.runtimes.catalogue import runner_spec
 from bnexport.tensors import Array
 
@@ -107,10 +108,9 @@ class Predictor:
         Raises:
             DataError: The images do not fit, or the model's answer is not finite.
         """
-        name, output = self.bundle.manifest.signature.inputs[0].name, self.bundle.manifest.signature.outputs[0].name
         starts = range(0, max(len(images), 1), self._batch_size)
         parts = [
-            self._runner.run({name: self.preprocessing.apply(images[start : start + self._batch_size])})[output]
+            run_images(self._runner, self.preprocessing.apply(images[start : start + self._batch_size]))
             for start in starts
         ]
         logits: Array = np.concatenate(parts)
@@ -120,6 +120,19 @@ class Predictor:
 
     def _prediction(self, image: str, logits: Array) -> Prediction:
         return labelled(image, logits, self.bundle.manifest.labels)
+
+
+def filled(inputs: Array, size: int | str) -> Array:
+    """Inputs (n, ...) as a batch of the size that a model takes: one that does not vary is filled up with them, in turn."""
+    return inputs if isinstance(size, str) or len(inputs) == size else np.resize(inputs, (size, *inputs.shape[1:]))
+
+
+def run_images(runner: Runner, inputs: Array) -> Array:
+    """Logits (n, classes) of inputs (n, ...) for a model with one input and one output, in batches of the size it takes."""
+    spec, output = runner.signature.inputs[0], runner.signature.outputs[0].name
+    size = spec.shape[0] if isinstance(spec.shape[0], int) else max(len(inputs), 1)
+    parts = [inputs[start : start + size] for start in range(0, max(len(inputs), 1), size)]
+    return np.concatenate([runner.run({spec.name: filled(part, spec.shape[0])})[output][: len(part)] for part in parts])
 
 
 def labelled(image: str, logits: Array, labels: Sequence[str] | None) -> Prediction:
@@ -149,7 +162,7 @@ def image_preprocessing(bundle: Bundle) -> Preprocessing:
     """The bundle's preprocessing.
 
     Raises:
-        BundleError: The bundle has none, or does not take one image and give one row of logits.
+        BundleError: The bundle has none, or does not take one such image and give one row of logits.
     """
     manifest = bundle.manifest
     one_each = len(manifest.signature.inputs) == len(manifest.signature.outputs) == 1
@@ -158,5 +171,17 @@ def image_preprocessing(bundle: Bundle) -> Preprocessing:
             f"{bundle.path} does not say how an image becomes an input, or is no image classifier",
             remedy="Export it with --mean and --std, or feed model.onnx yourself",
         )
-    preprocessing: Mapping[str, Any] = manifest.preprocessing
-    return Preprocessing.from_json(preprocessing)
+    told: Mapping[str, Any] = manifest.preprocessing
+    preprocessing, spec = Preprocessing.from_json(told), manifest.signature.inputs[0]
+    made = (preprocessing.channels, preprocessing.height, preprocessing.width)
+    if (
+        spec.dtype != "float32"
+        or len(spec.sample_shape) != len(made)
+        or any(isinstance(dim, int) and dim != size for dim, size in zip(spec.sample_shape, made, strict=True))
+    ):
+        raise BundleError(
+            f"{bundle.path} takes {spec.dtype} of {'x'.join(map(str, spec.sample_shape))}, its preprocessing makes float32 "
+            f"of {'x'.join(map(str, made))}",
+            remedy="Export it with --mean and --std of its own input, or feed model.onnx yourself",
+        )
+    return preprocessing

@@ -22,7 +22,7 @@ from bnexport.runtimes.replay import Replay, replay_golden
 from bnexport.runtimes.settings import RunSettings
 from bnexport.serving.batcher import INLINE_SECONDS, Batcher, BatchLimits, Cost
 from bnexport.serving.limits import ServingLimits
-from bnexport.serving.predictor import DEFAULT_RUNTIME, image_preprocessing
+from bnexport.serving.predictor import DEFAULT_RUNTIME, filled, image_preprocessing
 from bnexport.serving.protocol.answering import answer
 from bnexport.serving.protocol.decoding import Decoder
 from bnexport.serving.protocol.messages import DATATYPES, InferRequest, InferResponse
@@ -122,9 +122,8 @@ class ServedModel:
         size = spec.shape[0] if isinstance(spec.shape[0], int) else len(images)
         for start in range(0, len(images), size):
             part = images[start : start + size]
-            # A batch that does not vary is filled up with its own images, in turn.
-            whole = part if len(part) == size else np.resize(part, (size, *part.shape[1:]))
-            parts.append((await self.batcher.submit({spec.name: whole}, len(part)))[output][: len(part)])
+            answer = await self.batcher.submit({spec.name: filled(part, spec.shape[0])}, len(part))
+            parts.append(answer[output][: len(part)])
         return np.concatenate(parts)
 
     def metadata(self, versions: Sequence[str]) -> dict[str, Any]:

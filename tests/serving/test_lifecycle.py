@@ -238,13 +238,18 @@ def test_a_model_that_was_unloaded_does_not_take_the_others_out(models: Path, tm
 def test_loading_by_request(models: Path, tmp_path: Path, images: np.ndarray) -> None:
     another(models, tmp_path / "m" / "bn_lenet" / "1", 1)
     with serving(tmp_path / "m", tmp_path / "log", "--allow-load") as server:
-        assert server.ask("POST", "/v2/repository/models/bn_lenet/unload", b"{}").status == 200
+        unload = "/v2/repository/models/bn_lenet/unload"
+        for origin in ("http://elsewhere.example", "null"):
+            assert server.ask("POST", unload, b"{}", {"origin": origin}).status == 403
+        assert server.infer({"inputs": [tensor(images)]}).status == 200
+        assert server.ask("POST", unload, b"{}", {"origin": f"http://127.0.0.1:{server.port}"}).status == 200
         assert server.infer({"inputs": [tensor(images)]}).status == 503
         assert server.ask("GET", "/v2/health/ready").json["reason"] == "bn_lenet/1: unloaded"
         assert server.ask("POST", "/v2/repository/index", b'{"ready": true}').json == []
         assert server.ask("POST", "/v2/repository/index", b'{"ready": false}').json[0]["state"] == "UNAVAILABLE"
-        other = server.ask("POST", "/v2/repository/models/bn_lenet/load", b'{"parameters": {"config": "{}"}}')
-        assert (other.status, "without parameters" in other.error) == (400, True)
+        for parameters in (b'{"config": "{}"}', b"0", b"[]"):
+            other = server.ask("POST", "/v2/repository/models/bn_lenet/load", b'{"parameters": %s}' % parameters)
+            assert (other.status, "without parameters" in other.error) == (400, True)
         assert server.ask("POST", "/v2/repository/models/bn_lenet/load", b"{}").status == 200
         assert server.infer({"inputs": [tensor(images)]}).status == 200
         spoil(tmp_path / "m" / "bn_lenet" / "1", "hash")

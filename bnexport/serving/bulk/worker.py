@@ -16,7 +16,7 @@ from bnexport.serving.bulk.npz import NpzFiles
 from bnexport.serving.bulk.parquet import encode
 from bnexport.serving.bulk.reading import read_shard
 from bnexport.serving.bulk.sources import Shard
-from bnexport.serving.predictor import image_preprocessing
+from bnexport.serving.predictor import image_preprocessing, run_images
 from bnexport.tensors import Array
 
 
@@ -36,8 +36,6 @@ class ShardWorker:
         self._job, self._request = job, job.request
         self._files = NpzFiles()
         self._preprocessing = image_preprocessing(opened)
-        signature = opened.manifest.signature
-        self._input, self._output = signature.inputs[0].name, signature.outputs[0].name
         self._labels = opened.manifest.labels or ()
         self._runner = runner_spec(job.request.runtime).open(opened, settings=RunSettings(threads=1))
 
@@ -59,7 +57,7 @@ class ShardWorker:
         ids: list[str] = []
         parts: list[Array] = []
         for names, images in read_shard(shard, self._request, self._preprocessing, self._files):
-            logits = self._runner.run({self._input: self._preprocessing.apply(images)})[self._output]
+            logits = run_images(self._runner, self._preprocessing.apply(images))
             if not np.isfinite(logits).all():
                 row = int(np.flatnonzero(~np.isfinite(logits).all(1))[0])
                 raise DataError(

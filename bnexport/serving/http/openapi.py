@@ -14,7 +14,7 @@ from bnexport.serving.http.route import Route
 ERRORS: dict[int, str] = {
     400: "The request is malformed, or does not fit the model.",
     401: "The request shows no token, or another one.",
-    403: "The server was not started with --allow-load.",
+    403: "The server was not started with --allow-load, or a page of another origin asks.",
     404: "There is no such model, version or report.",
     408: "The request did not arrive in time.",
     413: "The request is larger than a limit.",

@@ -128,8 +128,8 @@ async def repository_index(state: State, exchange: Exchange) -> Reply:
 async def load(state: State, exchange: Exchange, name: str) -> Reply:
     """Load a model's versions from disk."""
     told = await _told(state, exchange)
-    state.permit_loading()
-    if told.get("parameters"):
+    _permit(state, exchange)
+    if told.get("parameters", {}) != {}:
         raise RequestError("a model is loaded as it lies on disk, without parameters", remedy="Send none")
     await state.repository.reload(name)
     return json_reply({})
@@ -138,9 +138,23 @@ async def load(state: State, exchange: Exchange, name: str) -> Reply:
 async def unload(state: State, exchange: Exchange, name: str) -> Reply:
     """Close a model's versions."""
     await _told(state, exchange)
-    state.permit_loading()
+    _permit(state, exchange)
     state.repository.unload(name)
     return json_reply({})
+
+
+def _permit(state: State, exchange: Exchange) -> None:
+    """Refuse to load and unload, unless that is allowed; a browser asks for any page that its user has open.
+
+    Raises:
+        RequestError: It is not (403), or a page of another origin asks.
+    """
+    state.permit_loading()
+    origin = exchange.headers.get(b"origin")
+    if origin is not None and origin.partition(b"://")[2] != exchange.headers.get(b"host"):
+        raise RequestError(
+            "a page of another origin may not load or unload models", remedy="Let a program ask", status=403
+        )
 
 
 async def _told(state: State, exchange: Exchange) -> dict[str, Any]:

@@ -6,6 +6,8 @@ import logging
 import select
 import threading
 
+import pytest
+
 from bnexport.serving.access_log import JsonLog
 
 
@@ -108,3 +110,12 @@ def test_a_name_that_is_no_utf8_stops_no_line() -> None:
     log.close()
     bad, good = [json.loads(line) for line in stream.getvalue().splitlines()]
     assert (bad["event"], bad["reason"][-13:], good["event"]) == ("poll failed", "can't be read", "next")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_lines_are_json_in_any_encoding(encoding: str) -> None:
+    stream = io.TextIOWrapper(io.BytesIO(), encoding, errors="backslashreplace")
+    log = JsonLog(stream)
+    log.event("asked", path="/v2/models/caf\u00e9\U0001f600")
+    log.close()
+    assert json.loads(stream.buffer.getvalue())["path"] == "/v2/models/caf\u00e9\U0001f600"  # type: ignore[attr-defined]

@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import orjson
+import pyarrow.parquet as pq
 import pytest
 from onnx import helper, numpy_helper
 from PIL import Image
@@ -23,6 +24,9 @@ from bnexport.bundle import MODEL_ONNX, Manifest, seal, write_golden
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import BundleError
 from bnexport.serving.access_log import JsonLog
+from bnexport.serving.bulk.predict import predict_in_bulk
+from bnexport.serving.bulk.request import BulkRequest
+from bnexport.serving.predictor import Predictor
 from bnexport.serving.repository import Repository
 from bnexport.serving.served_model import ServingSettings
 from bnexport.tensors import Signature, TensorSpec
@@ -156,8 +160,11 @@ def test_pictures_for_a_batch_that_does_not_vary(repository: Repository, count: 
     pixels = np.random.default_rng(0).integers(0, 256, (count, 4, 4), np.uint8)
 
     async def main() -> None:
-        logits = await repository.resolve("image").logits(pixels)
-        assert np.array_equal(logits, SMALL.apply(pixels).reshape(count, 16))
+        model = repository.resolve("image")
+        expected = SMALL.apply(pixels).reshape(count, 16)
+        assert np.array_equal(await model.logits(pixels), expected)
+        with Predictor(model.bundle) as predictor:
+            assert np.array_equal(predictor.logits(pixels), expected)
         house = House(repository)
         parts = b"".join(b'--b\r\ncontent-disposition: form-data; name="i"\r\n\r\n%s\r\n' % png(one) for one in pixels)
         body = parts + b"--b--\r\n"
@@ -169,6 +176,16 @@ def test_pictures_for_a_batch_that_does_not_vary(repository: Repository, count: 
         assert [row["index"] for row in found] == pixels.reshape(count, 16).argmax(1).tolist()
 
     asyncio.run(asyncio.wait_for(main(), 60))
+
+
+def test_many_pictures_for_a_batch_that_does_not_vary(repository: Repository, tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (11, 4, 4), np.uint8)
+    np.save(tmp_path / "pixels.npy", pixels[..., None])
+    request = BulkRequest(workers=1, shard_rows=6, batch_size=5, logits=True)
+    predict_in_bulk(repository.resolve("image").bundle, [tmp_path / "pixels.npy"], tmp_path / "out", request=request)
+    files = sorted((tmp_path / "out").glob("*.parquet"))
+    logits = np.concatenate([pq.read_table(file)["logits"].to_pylist() for file in files])
+    assert np.array_equal(logits.astype(np.float32), SMALL.apply(pixels).reshape(11, 16))
 
 
 def png(pixels: np.ndarray) -> bytes:

@@ -132,6 +132,9 @@ IMAGE_OUT = Signature(SIGNATURE.inputs, (TensorSpec("mask", "float32", ("batch",
 def test_what_is_no_image_classifier_is_refused(bundle: Bundle, tmp_path: Path, changes) -> None:
     reseal(copy_bundle(bundle, tmp_path / "1"), **changes)
     assert "is no image classifier" in refusal(BundleError, tmp_path / "1")
+    other = copy_bundle(bundle, tmp_path / "other")
+    reseal(other, preprocessing=Preprocessing(height=32).to_json())
+    assert "takes float32 of 1x28x28, its preprocessing makes float32 of 1x32x28" in refusal(BundleError, other)
 
 
 def test_the_remedy_names_options_that_exist(bundle: Bundle, tmp_path: Path) -> None:
