@@ -345,6 +345,18 @@ def test_processes_do_not_outlive_their_supervisor(server: Server) -> None:
     assert [line["process"] for line in told(server, "stopped")] in ([0, 1], [1, 0]), "they drained as they should"
 
 
+def test_one_that_hangs_does_not_outlive_its_supervisor_either(models: Path, tmp_path: Path) -> None:
+    """It does not hear the signal to stop, but its thread that watches the supervisor ends it."""
+    (tmp_path / "hanging.py").write_text("import time\ndef wrap(app):\n    return lambda scope, receive, send: time.sleep(600)\n")
+    words, env = (*TWO, "--grace", "0.5", "--middleware", "hanging:wrap"), {"PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    with serving(models, tmp_path / "log", *words, env=env) as server, asked(server, 8):
+        until(lambda: sorted(running(server)) == [0, 1])
+        pids = list(running(server).values())
+        server.process.kill()
+        server.process.wait(PATIENCE)
+        until(lambda: not any(map(alive, pids)))
+
+
 def test_a_supervisor_that_is_killed_at_the_start_leaves_nobody_and_no_traceback(models: Path, tmp_path: Path) -> None:
     words = [*PROGRAM, "serve", str(models), "--port", "0", *TWO]
     with (tmp_path / "log").open("w") as log:
