@@ -240,7 +240,8 @@ class Bundle:
             BundleError: Naming the first file that is missing, changed or unlisted.
         """
         if problems := self.problems():
-            raise BundleError(f"{self.path}: {problems[0]}", remedy=_REBUILD)
+            remedy = "Let this user read it" if "can't be read" in problems[0] else _REBUILD
+            raise BundleError(f"{self.path}: {problems[0]}", remedy=remedy)
 
     def golden(self) -> tuple[dict[str, Array], dict[str, Array]]:
         """Golden inputs and outputs by name; the outputs are the unfolded network's in float64, rounded once.

@@ -127,6 +127,45 @@ def _sync_file(path: Path) -> None:
         os.fsync(file.fileno())
 
 
+def refuse_overlap(out: Path, source: Path) -> None:
+    """Raise OutputError when what is to be written would spoil what it is made from, or replace it."""
+    place, origin = out.resolve(), source.resolve()
+    if place.is_relative_to(origin) or origin.is_relative_to(place):
+        relation = "lies in" if place.is_relative_to(origin) else "holds"
+        raise OutputError(f"{out} {'is' if place == origin else relation} {source}", remedy="Choose another folder")
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Let no other process be in such a block for the same folder, which is made if need be; a killed process lets go.
+
+    On Windows, and on file systems without locks, others are not kept out.
+
+    Raises:
+        OutputError: Another process holds it, or it can't be made.
+    """
+    with output_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    with output_errors(folder):
+        descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise OutputError(
+                    f"another run is writing into {folder}", remedy="Wait for its end, or choose another folder"
+                ) from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def sync_folder(folder: Path) -> None:
     """Make a rename inside ``folder`` durable where the system lets a folder be opened (not on Windows)."""
     if os.name != "posix":

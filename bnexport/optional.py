@@ -36,6 +36,9 @@ INSTALL: dict[str, str] = {
     "tensorboard": "bnexport[tensorboard]",
 }
 
+#: Extras that bnexport-runtime has, too.
+RUNTIME_EXTRAS = ("bnexport[serve]", "bnexport[grpc]", "bnexport[deploy]", "bnexport[parquet]")
+
 
 def installed(name: str) -> bool:
     """Whether a package is here, without importing it; whether it also works is ``require``'s question.
@@ -97,9 +100,9 @@ def require(name: str, *, purpose: str) -> ModuleType:
 
 
 def _to_install(package: str) -> str:
-    """What to give to pip; the extras of serving are bnexport-runtime's too, which a machine without torch has."""
+    """What to give to pip; some extras are bnexport-runtime's too (pyproject.toml), which a machine without torch has."""
     what = INSTALL.get(package, package)
-    if what in ("bnexport[serve]", "bnexport[grpc]") and not installed("torch"):
+    if what in RUNTIME_EXTRAS and not installed("torch"):
         return what.replace("bnexport", "bnexport-runtime")
     return what
 

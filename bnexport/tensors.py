@@ -77,6 +77,18 @@ class Signature:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
 
+    @property
+    def batched(self) -> bool:
+        """Whether samples of several requests can be run together and told apart again.
+
+        One named dimension is the first of every input and output, and no other dimension is as large as the batch.
+        """
+        specs = (*self.inputs, *self.outputs)
+        first = next((dim for spec in specs for dim in spec.shape[:1]), None)
+        return isinstance(first, str) and all(
+            spec.shape[:1] == (first,) and first not in spec.sample_shape for spec in specs
+        )
+
     def to_json(self) -> dict[str, Any]:
         """As written in manifest.json."""
         return {"inputs": [s.to_json() for s in self.inputs], "outputs": [s.to_json() for s in self.outputs]}

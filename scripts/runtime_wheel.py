@@ -47,4 +47,4 @@ with tempfile.TemporaryDirectory() as folder:
     source = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
     Path(folder, "pyproject.toml").write_text(derived(source), "utf-8")
     pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", sys.argv[1], folder]
-    sys.exit(subprocess.run(pip, check=False).returncode)
+    sys.exit(subprocess.run(pip, check=False).returncode or print(f"written: a wheel in {sys.argv[1]}"))

@@ -36,7 +36,7 @@ _COMMON = (
     click.option(
         "--max-batch-size", type=click.IntRange(min=1), default=64, show_default=True, help="Largest batch in Triton."
     ),
-    click.option("--force", is_flag=True, help="Replace an existing folder."),
+    click.option("--force", is_flag=True, help="Replace an existing deployment."),
 )  # fmt: skip
 
 
@@ -55,7 +55,7 @@ def command() -> None:
     """
 
 
-@command.command("triton")
+@command.command("triton", short_help="Write a model repository of Triton Inference Server.")
 @_common
 def triton(bundle: Path, out: Path, **options: Any) -> None:
     """Write BUNDLE as a model repository of Triton Inference Server."""
@@ -65,7 +65,7 @@ def triton(bundle: Path, out: Path, **options: Any) -> None:
     _tell(deploy_triton(Bundle.open(bundle), out, DeployRequest(**options)))
 
 
-@command.command("kserve")
+@command.command("kserve", short_help="Write an InferenceService for KServe, and the repository.")
 @_common
 @click.option(
     "--storage-uri", required=True, metavar="URI", help="Where the repository's root will lie, as s3://bucket/models."
@@ -89,7 +89,7 @@ def kserve(bundle: Path, out: Path, storage_uri: str, namespace: str | None, **o
     _tell(deploy_kserve(Bundle.open(bundle), out, DeployRequest(**options), scaling, namespace=namespace))
 
 
-@command.command("docker")
+@command.command("docker", short_help="Write a Dockerfile and compose file for bnexport serve.")
 @_common
 @click.option(
     "--wheel", type=click.Path(path_type=Path), help="Install this wheel of bnexport.  [default: from pip's index]"

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     "--require",
     multiple=True,
     type=click.Choice([spec.name for spec in RUNNERS]),
+    metavar="NAME",
     help="Exit with 3 unless this runtime works; may be given again. Default: all CPU runtimes of this installation.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")

@@ -25,7 +25,10 @@ _BULK = {
 @click.command("predict")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--runtime", type=_RUNTIME, default="onnxruntime-cpu", show_default=True, help="Engine and device.")
+@click.option(
+    "--runtime", type=_RUNTIME, default="onnxruntime-cpu", show_default=True, metavar="NAME",
+    help="Engine and device, as bnexport doctor lists them.",
+)  # fmt: skip
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per image, one per line; with --out one in all.")
 @click.option(
     "--out", type=click.Path(path_type=Path), help="Write Parquet files into this folder instead of printing."
@@ -43,7 +46,7 @@ _BULK = {
 @click.option("--column", help="With --out: of Parquet and .npz files, where the images are.  [default: image]")
 @click.option("--id-column", help="With --out: of Parquet files.  [default: file name and row]")
 @click.option("--logits", is_flag=True, default=None, help="With --out: write the raw logits too.")
-@click.option("--force", is_flag=True, default=None, help="With --out: throw away the predictions of another job.")
+@click.option("--force", is_flag=True, default=None, help="With --out: throw away what another job has written.")
 def command(bundle: Path, images: tuple[Path, ...], runtime: str, as_json: bool, out: Path | None, **bulk: Any) -> None:
     """Label IMAGES (PNG, JPEG, BMP, WebP, GIF, .npy, IDX) with BUNDLE's own preprocessing: label and probability per image.
 
@@ -56,6 +59,10 @@ def command(bundle: Path, images: tuple[Path, ...], runtime: str, as_json: bool,
         return
     if given:
         raise UsageError(f"{_BULK[next(iter(given))]} is for --out", remedy="Pass --out FOLDER, or leave it away")
+    if many := [image for image in images if image.is_dir() or image.suffix.lower() in (".parquet", ".npz")]:
+        raise UsageError(
+            f"{many[0]} is read with --out alone", remedy="Pass --out FOLDER: the labels go there, into Parquet files"
+        )
     from bnexport.reporting.results import print_predictions
     from bnexport.serving.predictor import predict_images
 
@@ -64,7 +71,7 @@ def command(bundle: Path, images: tuple[Path, ...], runtime: str, as_json: bool,
 
 def _in_bulk(bundle: Path, sources: tuple[Path, ...], out: Path, options: dict[str, Any], *, as_json: bool) -> None:
     engine = options.pop("engine", "local")
-    for name in ("pyarrow", *(["ray"] if engine == "ray" else [])):
+    for name in ("pyarrow",) if engine == "local" else ("ray", "pyarrow"):  # ray's extra brings pyarrow, too
         require(name, purpose=f"bnexport predict --out with --engine {engine}")
     from bnexport.cli.bulk_display import BulkDisplay
     from bnexport.serving.bulk.predict import predict_in_bulk
@@ -85,4 +92,4 @@ def _tell(result: BulkResult, *, as_json: bool) -> None:
     rate = f", {fresh / result.seconds:.0f} images/s" if fresh and result.seconds else ""
     before = f" ({result.resumed_rows} were there already)" if result.resumed_rows else ""
     files = "1 file" if result.shards == 1 else f"{result.shards} files"
-    click.echo(f"{result.rows} rows in {files} of {result.out}{before}{rate}")
+    click.echo(f"{result.rows} {'row' if result.rows == 1 else 'rows'} in {files} of {result.out}{before}{rate}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,19 @@ class _Workers(click.ParamType[int | None]):
         """A number from 1, or None for "auto"."""
         if value in (None, "auto"):
             return None
-        return int(click.IntRange(1, 256).convert(value, param, ctx))
+        try:
+            return int(click.IntRange(1, 256).convert(value, param, ctx))
+        except click.BadParameter:
+            self.fail(f"{value!r} is neither auto nor a number from 1 to 256.", param, ctx)
+
+
+class _Seconds(click.FloatRange):
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """A finite number: NaN is in every range, and nobody waits for ever."""
+        found: float = super().convert(value, param, ctx)
+        if not math.isfinite(found):
+            self.fail(f"{value} is no number of seconds.", param, ctx)
+        return found
 
 
 @click.command("serve")
@@ -32,22 +45,23 @@ class _Workers(click.ParamType[int | None]):
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
 @click.option("--grpc-port", type=click.IntRange(0, 65535), metavar="N", help="Open a gRPC door, too; 8001 is usual.")
 @click.option("--reuse-port", is_flag=True, help="Share the port with other servers that are started so.")
-@click.option("--processes", type=click.IntRange(1, 256), default=1, show_default=True, help="Of one core each.")
+@click.option("--processes", type=click.IntRange(1, 256), default=1, show_default=True, help="Each uses one core.")
 @click.option(
     "--runtime",
     type=click.Choice([spec.name for spec in RUNNERS]),
     default="onnxruntime-cpu",
     show_default=True,
     metavar="NAME",
-    help="Engine and device; one that is not here is an error, never replaced by another.",
+    help="Engine and device, as bnexport doctor lists them; one that is not here is an error, never replaced.",
 )
 @click.option("--workers", type=_Workers(), default="auto", show_default=True, help="Sessions, of one thread each.")
 @click.option("--max-batch", type=click.IntRange(1, 65536), default=64, show_default=True, help="Samples run together.")
 @click.option(
-    "--limit", "limits", multiple=True, metavar="NAME=N", help="Of one client; docs/serving.md has the table."
-)
-@click.option("--poll", type=click.FloatRange(0.1), help="Look for new versions every so many seconds.")
-@click.option("--grace", type=click.FloatRange(0.1), default=30.0, show_default=True, help="Seconds to stop in.")
+    "--limit", "limits", multiple=True, metavar="NAME=N",
+    help="Change a limit, as batch=64; repeatable. docs/serving.md has the table.",
+)  # fmt: skip
+@click.option("--poll", type=_Seconds(0.1), help="Look for new versions every so many seconds.")
+@click.option("--grace", type=_Seconds(0.1), default=30.0, show_default=True, help="Seconds to stop in.")
 @click.option("--token-file", type=_FILE, help="Clients must show the token in this file.")
 @click.option("--tls-cert", type=_FILE, help="Certificate (PEM), with --tls-key.")
 @click.option("--tls-key", type=_FILE, help="Its key (PEM).")
@@ -82,6 +96,10 @@ def _settings(options: dict[str, Any]) -> Any:
     certificate, key = options["tls_cert"], options["tls_key"]
     if (certificate is None) != (key is None):
         raise UsageError("--tls-cert and --tls-key go together", remedy="Give both, or none")
+    if options["port"] == options["grpc_port"] != 0:
+        raise UsageError(
+            f"--port and --grpc-port are both {options['port']}", remedy="Give each its own, such as 8000 and 8001"
+        )
     models = ServingSettings(
         **{name: options[name] for name in ("runtime", "workers", "max_batch", "processes")},
         limits=limits_from(options["limits"]),

@@ -128,6 +128,25 @@ def fit_stack(file: Path, array: Array, preprocessing: Preprocessing) -> list[tu
     return [(f"{file}[{index}]", fit_array(image, preprocessing)) for index, image in enumerate(array)]
 
 
+def stack_problem(dtype: str, shape: tuple[int, ...], *, fortran: bool) -> str | None:
+    """Why an array is no stack of images that can be read in turn, as a sentence without its end; None when it is one.
+
+    Args:
+        dtype: numpy's name of its element type.
+        shape: Its own.
+        fortran: Whether it is stored column by column.
+    """
+    coloured = bool(shape) and shape[-1] in (1, 3, 4)
+    if dtype != "uint8" or fortran or len(shape) != (4 if coloured else 3):
+        form = "(n, height, width) or (n, height, width, channels)"
+        one = ": one picture in colour is saved as image[None]" if coloured and len(shape) == 3 else ""
+        order = " in Fortran order" if fortran else ""
+        return f"holds {dtype} of shape {shape}{order}, expected a stack of uint8 images in C order, {form}{one}"
+    if 0 in shape[1:] or shape[1] * shape[2] > MAX_PIXELS:
+        return f"holds images of {shape[2]}x{shape[1]} pixels, from 1 to {MAX_PIXELS} can be read"
+    return None
+
+
 def fit_array(image: Array, preprocessing: Preprocessing) -> Array:
     """Fit one image. What fits already needs no pillow, which a serving machine may lack.
 

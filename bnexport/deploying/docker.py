@@ -12,7 +12,7 @@ from typing import Any
 from bnexport import __version__
 from bnexport.bundle import Bundle
 from bnexport.deploying.repository import checked, image, names_in, write_model
-from bnexport.deploying.request import Deployment, DeployRequest, deployed_name
+from bnexport.deploying.request import Deployment, DeployRequest, deployed_name, suggested_name
 from bnexport.deploying.yaml_text import COMPOSE, checked_yaml
 from bnexport.errors import ExportError, UsageError
 from bnexport.files import staged_directory, write_atomically
@@ -23,6 +23,8 @@ IGNORED = ".dockerignore"
 MODELS = "models"
 WHEELS = "wheels"
 PORT, GRPC_PORT = 8000, 8001
+#: Seconds in which the server stops; Docker must wait longer, or it kills what is still being answered after 10.
+GRACE = 30
 _REMEDY = "This is a fault in bnexport: please report it with the options given"
 #: Instruction -> whether its argument must be a JSON list, as one without a shell is.
 _INSTRUCTIONS = {
@@ -56,10 +58,10 @@ def deploy_docker(
         UsageError: A name that Compose refuses, an unknown release, or a file that is no wheel of bnexport.
     """
     name = deployed_name("docker", request, bundle.manifest.name)
-    folder = deployed_name("triton", DeployRequest(), bundle.manifest.name)
+    folder = _folder(bundle.manifest.name)
     if wheel is not None and not (_WHEEL.fullmatch(wheel.name) and wheel.is_file()):
         raise UsageError(f"{wheel} is no wheel of bnexport", remedy="Make one: python scripts/runtime_wheel.py FOLDER")
-    checked(bundle, out, request)
+    checked(bundle, out, request, writes=(DOCKERFILE, COMPOSE_FILE, IGNORED, MODELS, WHEELS))
     with staged_directory(out, force=request.force) as stage:
         (stage / MODELS).mkdir()
         write_model(bundle, stage / MODELS, folder, request, whole=True)
@@ -71,6 +73,7 @@ def deploy_docker(
         write_atomically(stage / DOCKERFILE, text.encode())
         write_atomically(stage / IGNORED, b"*\n!models\n!wheels\n")
         write_atomically(stage / COMPOSE_FILE, checked_yaml(compose(name, request), COMPOSE).encode())
+        _let_read(stage / MODELS)
         files = names_in(stage)
     where = shlex.quote(str(out))
     steps = (
@@ -80,6 +83,20 @@ def deploy_docker(
     return Deployment(out, files, steps)
 
 
+def _folder(name: str) -> str:
+    """The model's folder, as near to its name as Triton takes it; ``--name`` is the compose project's."""
+    try:
+        return deployed_name("triton", DeployRequest(), name)
+    except UsageError:
+        return suggested_name("triton", name)
+
+
+def _let_read(folder: Path) -> None:
+    """COPY keeps permissions, and the server's user is another one than the user here, whose mask may be strict."""
+    for entry in (folder, *folder.rglob("*")):
+        entry.chmod(0o755 if entry.is_dir() else 0o644)
+
+
 def dockerfile(wheel: str | None) -> str:
     """The Dockerfile's text; it installs a wheel of the build context, or this version from a package index."""
     install = ['RUN pip install --no-cache-dir "$BNEXPORT"']
@@ -87,7 +104,13 @@ def dockerfile(wheel: str | None) -> str:
     if wheel is not None:
         source = f"/{WHEELS}/{wheel}[serve,grpc]"
         install.insert(0, f"COPY {WHEELS} /{WHEELS}")
-    health = f"import urllib.request as r; r.urlopen('http://127.0.0.1:{PORT}/v2/health/ready', timeout=3)"
+    # Not urllib, which would ask the proxy that Docker's settings put into the environment of containers.
+    health = (
+        f"import http.client as h; c = h.HTTPConnection('127.0.0.1', {PORT}, timeout=3); "
+        "c.request('GET', '/v2/health/ready'); raise SystemExit(c.getresponse().status != 200)"
+    )
+    command = ["serve", f"/{MODELS}", "--host", "0.0.0.0", "--port", f"{PORT}", "--grpc-port", f"{GRPC_PORT}"]
+    command += ["--grace", f"{GRACE}"]
     lines = [
         "# bnexport serve with one model, in bnexport-runtime: the part of bnexport that needs no torch.",
         "ARG PYTHON_VERSION=3.11.13",
@@ -101,7 +124,7 @@ def dockerfile(wheel: str | None) -> str:
         f"EXPOSE {PORT} {GRPC_PORT}",
         f'HEALTHCHECK --interval=10s --start-period=60s CMD ["python", "-c", {json.dumps(health)}]',
         'ENTRYPOINT ["bnexport"]',
-        f'CMD ["serve", "/{MODELS}", "--host", "0.0.0.0", "--port", "{PORT}", "--grpc-port", "{GRPC_PORT}"]',
+        f"CMD {json.dumps(command)}",
     ]
     return "\n".join(lines) + "\n"
 
@@ -159,6 +182,8 @@ def compose(name: str, request: DeployRequest) -> dict[str, Any]:
         triton["deploy"] = {"resources": {"reservations": {"devices": devices}}}
     serve = {
         "build": ".",
+        "init": True,  # as process 1 it could not be stopped before it has begun to listen to signals
+        "stop_grace_period": f"{GRACE + 10}s",
         "ports": [f"127.0.0.1:{port}:{port}" for port in (PORT, GRPC_PORT)],
         "read_only": True,
         "tmpfs": ["/tmp"],

@@ -39,7 +39,7 @@ def deploy_kserve(
         UsageError: A name that is no DNS label, or an unknown release.
     """
     name = deployed_name("kserve", request, bundle.manifest.name)
-    checked(bundle, out, request)
+    checked(bundle, out, request, writes=(SERVICE, REPOSITORY))
     size = bundle.file(MODEL_ONNX).stat().st_size
     text = checked_yaml(
         inference_service(name, request, scaling, model_bytes=size, namespace=namespace), INFERENCE_SERVICE

@@ -94,8 +94,13 @@ def _operator_set(content: bytes, field: Field) -> tuple[str, int]:
     return text, found[_VERSION].value if _VERSION in found else 0
 
 
-def check_loads(file: Path, release: str) -> Reads:
+def check_loads(file: Path, release: str, *, from_onnx: bool = False) -> Reads:
     """Refuse an ONNX file that a release of Triton can't load, before anybody waits for a container that does not start.
+
+    Args:
+        file: The ONNX file.
+        release: A key of TRITON_RELEASES.
+        from_onnx: It was made from another ONNX file, whose operator set it keeps.
 
     Returns:
         The file's versions.
@@ -107,10 +112,13 @@ def check_loads(file: Path, release: str) -> Reads:
     able, has = release_reads(release), file_versions(file)
     engine = f"Triton {release} (ONNX Runtime {TRITON_RELEASES[release]})"
     opset, ir_version = min(has.opset, able.opset), min(has.ir_version, able.ir_version)
-    remedy = (
-        f"Export it again with bnexport fold-and-export --opset {opset} --ir-version {ir_version}, "
-        f"or choose a newer release with --triton"
-    )
+    again = f"Export it again with bnexport fold-and-export --opset {opset} --ir-version {ir_version}"
+    if from_onnx:
+        again = (
+            f"Convert its source to operator set {opset} with onnx.version_converter, save it with IR version {ir_version}"
+            " and export it again"
+        )
+    remedy = f"{again}, or choose a newer release with --triton"
     for what, found, most in (
         ("operator set", has.opset, able.opset),
         ("IR version", has.ir_version, able.ir_version),

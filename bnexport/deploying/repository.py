@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
+import shlex
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 from bnexport.bundle import MODEL_ONNX, Bundle
 from bnexport.deploying.model_config import check_config
 from bnexport.deploying.releases import check_loads
 from bnexport.deploying.request import Deployment, DeployRequest, deployed_name
-from bnexport.exporting.triton import CONFIG, batch_varies, triton_config, triton_dims, triton_type
-from bnexport.files import refuse_existing, staged_directory, write_atomically
+from bnexport.errors import OutputError
+from bnexport.exporting.triton import CONFIG, batch_varies, quoted, triton_config, triton_dims, triton_type
+from bnexport.files import output_errors, refuse_existing, refuse_overlap, staged_directory, write_atomically
 from bnexport.tensors import Signature
 
 LABELS = "labels.txt"
@@ -29,24 +31,47 @@ def deploy_triton(bundle: Bundle, out: Path, request: DeployRequest = DeployRequ
     Raises:
         BundleError: The bundle is not as it was written.
         ExportError: The release can't load the model file.
-        OutputError: ``out`` exists already, or can't be written.
+        OutputError: ``out`` exists already, or is not what may be replaced, or can't be written.
         UsageError: A name that can't be a folder of a repository, or an unknown release.
     """
     name = deployed_name("triton", request, bundle.manifest.name)
-    checked(bundle, out, request)
+    checked(bundle, out, request, writes=(name,))
     with staged_directory(out, force=request.force) as stage:
         write_model(bundle, stage, name, request)
         files = names_in(stage)
     gpus = "" if request.device == "cpu" else " --gpus all"
-    command = f"docker run --rm{gpus} -p 8000:8000 -p 8001:8001 -v {out.absolute()}:/models:ro {image(request.triton)}"
+    ports = " ".join(f"-p 127.0.0.1:{port}:{port}" for port in (8000, 8001))
+    mount = shlex.quote(f"type=bind,source={out.absolute()},target=/models,readonly")
+    command = f"docker run --rm{gpus} {ports} --mount {mount} {image(request.triton)}"
     return Deployment(out, files, (f"{command} tritonserver --model-repository=/models",))
 
 
-def checked(bundle: Bundle, out: Path, request: DeployRequest) -> None:
-    """What every target checks before it writes: the bundle's hashes, the place, and that Triton can load the file."""
+def checked(bundle: Bundle, out: Path, request: DeployRequest, *, writes: Collection[str]) -> None:
+    """What every target checks before it writes: the bundle's hashes, the place, and that Triton can load the file.
+
+    Args:
+        bundle: What is deployed.
+        out: The folder to write. An existing one is replaced by force, but not with what is no deployment in it.
+        request: Release and force.
+        writes: Names of what this target writes into ``out``.
+    """
     refuse_existing(out, force=request.force)
+    refuse_overlap(out, bundle.path)
+    if out.exists():
+        _refuse_to_lose(out, writes)
     bundle.check()
-    check_loads(bundle.file(MODEL_ONNX), request.triton)
+    from_onnx = str(bundle.manifest.network.get("source")).lower().endswith(".onnx")
+    check_loads(bundle.file(MODEL_ONNX), request.triton, from_onnx=from_onnx)
+
+
+def _refuse_to_lose(out: Path, writes: Collection[str]) -> None:
+    with output_errors(out):
+        others = sorted(path.name for path in out.iterdir() if path.name not in writes)
+    if others:
+        raise OutputError(
+            f"{out} holds {others[0]}, which this deployment does not write, so --force does not replace it",
+            remedy="Choose another folder, or remove this one yourself",
+        )
 
 
 def image(release: str) -> str:
@@ -71,13 +96,13 @@ def write_model(bundle: Bundle, root: Path, name: str, request: DeployRequest, *
     else:
         version.mkdir(parents=True)
         shutil.copyfile(bundle.file(MODEL_ONNX), version / MODEL_ONNX)
-    if (labels := manifest.labels) is not None:
+    if labels := manifest.labels:
         write_atomically(folder / LABELS, "".join(f"{' '.join(label.split())}\n" for label in labels).encode())
     text = triton_config(
         name,
         manifest.signature,
         max_batch_size=request.max_batch_size,
-        label_filename=LABELS if labels is not None else None,
+        label_filename=LABELS if labels else None,
         more=device_blocks(request, manifest.signature),
     )
     check_config(text, name, manifest.signature, files=frozenset({MODEL_ONNX, *([LABELS] if labels else [])}))
@@ -110,7 +135,7 @@ def _warmups(request: DeployRequest, signature: Signature) -> list[str]:
     if any(-1 in dims for dims in shapes):  # a warmup needs sizes, and which ones come is not known
         return []
     inputs = " ".join(
-        f"inputs {{ key: {json.dumps(spec.name)} value {{ data_type: {triton_type(spec)}"
+        f"inputs {{ key: {quoted(spec.name)} value {{ data_type: {triton_type(spec)}"
         f" dims: [ {', '.join(map(str, dims)) or '1'} ] zero_data: true }} }}"
         for spec, dims in zip(signature.inputs, shapes, strict=True)
     )

@@ -11,6 +11,8 @@ from bnexport.deploying.releases import DEFAULT_RELEASE
 from bnexport.errors import UsageError
 
 DEVICES = ("cpu", "cuda", "tensorrt")
+#: The largest number that Triton's configuration and Kubernetes' resources hold.
+_INT32 = 2**31 - 1
 SCALE_METRICS = ("concurrency", "rps", "cpu", "memory")
 #: Where KServe's storage initialiser can fetch a repository from ("Storage", KServe's documentation).
 STORAGE_SCHEMES = ("s3", "gs", "pvc", "hdfs", "webhdfs", "https", "http")
@@ -40,8 +42,8 @@ class DeployRequest:
         if self.device not in DEVICES:
             raise UsageError(f"the device {self.device!r} is not known", remedy=f"Known: {', '.join(DEVICES)}")
         for what, value in (("instances", self.instances), ("the largest batch", self.max_batch_size)):
-            if value < 1:
-                raise UsageError(f"{what} can't be {value}", remedy="Give at least 1")
+            if not 1 <= value <= _INT32:
+                raise UsageError(f"{what} can't be {value}", remedy=f"Give 1 to {_INT32}")
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class Scaling:
             )
         if self.metric not in SCALE_METRICS:
             raise UsageError(f"the metric {self.metric!r} is not known", remedy=f"Known: {', '.join(SCALE_METRICS)}")
-        if not 0 <= self.min_replicas <= self.max_replicas or self.max_replicas < 1:
+        if not 0 <= self.min_replicas <= self.max_replicas <= _INT32 or self.max_replicas < 1:
             raise UsageError(
                 f"{self.min_replicas} to {self.max_replicas} replicas is no range",
                 remedy="Give 0 <= min <= max, max >= 1",

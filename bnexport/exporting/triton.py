@@ -44,7 +44,7 @@ def triton_config(
     batched = batch_varies(signature)
     labels = [label_filename, *[None] * len(signature.outputs)]
     blocks = [
-        f"name: {json.dumps(name)}",
+        f"name: {quoted(name)}",
         'backend: "onnxruntime"',
         f"default_model_filename: {json.dumps(MODEL_ONNX)}",
         f"max_batch_size: {max_batch_size if batched else 0}",
@@ -81,11 +81,16 @@ def triton_dims(spec: TensorSpec, *, batched: bool) -> list[int]:
     return [-1 if isinstance(dim, str) else dim for dim in (spec.sample_shape if batched else spec.shape)]
 
 
+def quoted(text: str) -> str:
+    """As protobuf's text format takes it: UTF-8 as it is, for it knows no pairs of surrogates."""
+    return json.dumps(text, ensure_ascii=False)
+
+
 def _tensor(spec: TensorSpec, batched: bool, label_filename: str | None = None) -> str:
     dims = triton_dims(spec, batched=batched)
     # Triton takes no empty dims; one value per sample is written as [ 1 ] with a reshape to [ ].
     shape = ", ".join(map(str, dims)) or "1"
-    lines = [f"name: {json.dumps(spec.name)}", f"data_type: {triton_type(spec)}", f"dims: [ {shape} ]"]
+    lines = [f"name: {quoted(spec.name)}", f"data_type: {triton_type(spec)}", f"dims: [ {shape} ]"]
     lines += [] if dims else ["reshape: { shape: [ ] }"]
     lines += [] if label_filename is None else [f"label_filename: {json.dumps(label_filename)}"]
     return "\n".join(["  {", *(f"    {line}" for line in lines), "  }"])
@@ -106,7 +111,7 @@ def check_triton_config(bundle_path: Path, name: str, signature: Signature, *, f
     """Refuse, before anything is written, a configuration that differs from the one already there."""
     path = bundle_path.parent / CONFIG
     others = [item for item in bundle_path.parent.glob("[1-9]*") if item.is_dir() and item.name != bundle_path.name]
-    if force or not others or not path.is_file() or path.read_text() == triton_config(name, signature):
+    if force or not others or not path.is_file() or path.read_text(encoding="utf-8") == triton_config(name, signature):
         return
     raise OutputError(
         f"{path} describes other inputs or outputs than this model, and version {others[0].name} relies on it",

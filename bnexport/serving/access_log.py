@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import logging
 import queue
 import select
 import threading
@@ -38,6 +40,8 @@ class JsonLog:
         self._dropped = 0
         self._timer: asyncio.TimerHandle | None = None
         self._pieces: queue.Queue[bytes | None] = queue.Queue(_PIECES)
+        self._loggers: list[logging.Logger] = []
+        self._handler = _Handler(self)
         self._thread = threading.Thread(target=self._write, name="bnexport-log", daemon=True)
         self._thread.start()
 
@@ -53,6 +57,13 @@ class JsonLog:
             self.flush()
         elif self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(_DELAY, self.flush)
+
+    def take_over(self, *names: str) -> None:
+        """Let what libraries log under these names come as events, too, from warnings on."""
+        for logger in map(logging.getLogger, names):
+            logger.addHandler(self._handler)
+            logger.propagate = False
+            self._loggers.append(logger)
 
     def flush(self) -> None:
         """Hand over what waits."""
@@ -70,6 +81,9 @@ class JsonLog:
 
     def close(self) -> None:
         """Write what waits, unless nobody reads it."""
+        for logger in self._loggers:
+            logger.removeHandler(self._handler)
+            logger.propagate = True
         self.flush()
         try:
             self._pieces.put(None, timeout=_PATIENCE)
@@ -87,6 +101,21 @@ class JsonLog:
                 continue
 
 
+class _Handler(logging.Handler):
+    """What a library logs, as an event: its own lines would be no JSON, and would wait for a slow reader."""
+
+    def __init__(self, log: JsonLog) -> None:
+        super().__init__(logging.WARNING)
+        self._log = log
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Log it; ``trace`` is the traceback, in one text."""
+        fields = {"logger": record.name, "message": record.getMessage()}
+        if record.exc_info:
+            fields["trace"] = logging.Formatter().formatException(record.exc_info)
+        self._log.event("fault" if record.levelno >= logging.ERROR else "warning", **fields)
+
+
 def _parts(piece: bytes) -> Iterator[bytes]:
     """Whole lines, as many at a time as a pipe takes in one piece (pipe(7): PIPE_BUF), so that processes do not mix them."""
     start = 0
@@ -97,4 +126,7 @@ def _parts(piece: bytes) -> Iterator[bytes]:
 
 
 def _line(fields: dict[str, Any]) -> bytes:
-    return orjson.dumps(fields, default=str, option=orjson.OPT_APPEND_NEWLINE)
+    try:
+        return orjson.dumps(fields, default=str, option=orjson.OPT_APPEND_NEWLINE)
+    except TypeError:  # a file's name that is no UTF-8; one line must not keep the others from being written
+        return json.dumps(fields, default=str).encode() + b"\n"

@@ -5,6 +5,8 @@ costs less than the way to a thread and back, so where there is one session and 
 INLINE_SECONDS it runs on the loop itself. Requests that arrived together are still one batch: they queue in the turn of the
 loop in which they were read, and the batch is made in the next.
 
+When an engine refuses a batch, each of its requests runs again alone: the values of one must not fail the others.
+
 Whoever waits for an answer is told by a call, not by a task that has to be woken: a future is one such Waiter, and the fast
 lane of HTTP has its own.
 """
@@ -22,7 +24,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from bnexport.errors import BnexportError, NotServing
+from bnexport.errors import BnexportError, BundleError, NotServing, RequestError
 from bnexport.optional import one_line
 from bnexport.runtimes.base import Runner
 from bnexport.serving.statistics import ModelStatistics
@@ -61,6 +63,10 @@ class BatchLimits:
     deadline: float = 30.0
 
 
+#: Output name -> (rows, ...), or why there is none.
+Outcome = dict[str, Array] | BnexportError
+
+
 class Waiter(Protocol):
     """Whoever waits for an answer; what it has of ``asyncio.Future``. Its methods must not raise."""
 
@@ -81,8 +87,10 @@ class _Waiting:
 
     def __init__(self, inputs: dict[str, Array], rows: int, waiter: Waiter, deadline: float):
         self.inputs, self.rows, self.waiter, self.deadline = inputs, rows, waiter, deadline
-        self.key = (
-            [array.shape[1:] for array in inputs.values()] if len(inputs) > 1 else next(iter(inputs.values())).shape[1:]
+        self.key: object = (  # clients name several inputs in any order
+            {name: array.shape[1:] for name, array in inputs.items()}
+            if len(inputs) > 1
+            else next(iter(inputs.values())).shape[1:]
         )
         self.size = sum(array.nbytes for array in inputs.values())
         self.queued_ns = time.perf_counter_ns()
@@ -95,7 +103,7 @@ class Batcher:
         runners: Open; each runs one batch at a time.
         cost: What a batch takes on one of them.
         limits: Of the queue and the batches.
-        batches: Whether samples of several requests may run together: False where the first dimension is fixed.
+        batches: Whether samples of several requests may run together (``Signature.batched``).
     """
 
     def __init__(self, runners: Sequence[Runner], cost: Cost, limits: BatchLimits, *, batches: bool = True) -> None:
@@ -201,7 +209,7 @@ class Batcher:
             self._running.append(batch)
             size = sum(item.size for item in batch)
             if len(self._runners) == 1 and self._cost.seconds(size) < INLINE_SECONDS:
-                outcome, ns = _run(runner, _together(batch))
+                outcome, ns = _run_batch(runner, batch)
                 self._finish(runner, batch, outcome, ns)
                 break  # the loop reads what has come meanwhile, which is the next batch
             future = loop.run_in_executor(self._threads, _run_batch, runner, batch)
@@ -233,18 +241,20 @@ class Batcher:
             self._queue.popleft()
         return batch
 
-    def _finish(
-        self, runner: Runner, batch: list[_Waiting], outcome: dict[str, Array] | BnexportError, infer_ns: int
-    ) -> None:
+    def _finish(self, runner: Runner, batch: list[_Waiting], outcome: Outcome, infer_ns: int) -> None:
         self._idle.append(runner)
         self._running.remove(batch)
+        if isinstance(outcome, BnexportError) and len(batch) > 1:
+            for item in batch:
+                item.key = item  # is no other's key
+            self._queue.extendleft(reversed(batch))
+            return
         now = time.perf_counter_ns()
         rows = sum(item.rows for item in batch)
         waited = sum(now - infer_ns - item.queued_ns for item in batch)
         self.statistics.executed(requests=len(batch), rows=rows, queue_ns=max(waited, 0), infer_ns=infer_ns)
         if isinstance(outcome, BnexportError):
-            for item in batch:
-                _fail(item, outcome)
+            _fail(batch[0], outcome)
             return
         start = 0
         for item in batch:
@@ -263,22 +273,43 @@ def _together(batch: list[_Waiting]) -> dict[str, Array]:
     return {name: np.concatenate([item.inputs[name] for item in batch]) for name in feeds}
 
 
-def _run_batch(runner: Runner, batch: list[_Waiting]) -> tuple[dict[str, Array] | BnexportError, int]:
-    return _run(runner, _together(batch))
+def _run_batch(runner: Runner, batch: list[_Waiting]) -> tuple[Outcome, int]:
+    try:
+        feeds = _together(batch)
+    except Exception as error:  # a session that is not given back would never run again
+        return _fault(error), 0
+    return _run(runner, feeds)
 
 
-def _run(runner: Runner, feeds: dict[str, Array]) -> tuple[dict[str, Array] | BnexportError, int]:
+def _run(runner: Runner, feeds: dict[str, Array]) -> tuple[Outcome, int]:
     """Run a batch; the outputs or the error, and the nanoseconds of the engine."""
     start = time.perf_counter_ns()
     try:
-        outcome: dict[str, Array] | BnexportError = runner.run_fitting(feeds)
-    except BnexportError as error:
-        outcome = error
-    except MemoryError:
-        outcome = NotServing("this machine has too little memory for the batch", remedy="Send fewer samples")
+        outcome: Outcome = runner.run_fitting(feeds)
     except Exception as error:  # whatever it is, nobody may wait for it for ever
-        outcome = NotServing(f"the batch failed: {one_line(error)}", remedy="Look into the log", status=500)
+        outcome = _fault(error)
     return outcome, time.perf_counter_ns() - start
+
+
+def _blamed(error: BnexportError) -> BnexportError:
+    """The error of whoever is at fault.
+
+    A file that has answered its golden vectors can run, so what ONNX Runtime calls an invalid argument is the request's, such
+    as an index past the end of a table.
+    """
+    if not isinstance(error, BundleError) or type(cause := error.__cause__).__name__ != "InvalidArgument":
+        return error
+    reason = one_line(cause).rpartition("Status Message: ")[2] if cause is not None else ""
+    return RequestError(f"the model can't take these values: {reason}", remedy="Send values that it takes")
+
+
+def _fault(error: Exception) -> BnexportError:
+    """Why a batch has no answer."""
+    if isinstance(error, BnexportError):
+        return _blamed(error)
+    if isinstance(error, MemoryError):
+        return NotServing("this machine has too little memory for the batch", remedy="Send fewer samples")
+    return NotServing(f"the batch failed: {one_line(error)}", remedy="Look into the log", status=500)
 
 
 def _fail(item: _Waiting, error: BnexportError) -> None:

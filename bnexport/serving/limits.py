@@ -40,9 +40,10 @@ class ServingLimits:
     batch: int = _limit(1024, "samples of one request", "one request must not keep the others waiting for long")
     queue: int = _limit(1024, "requests that wait", "more would wait longer than clients do")
     connections: int = _limit(4096, "open connections; over gRPC, open calls", "each takes about 20 kB")
+    pipeline: int = _limit(64, "requests that wait behind another one of their connection", "each takes about 3 kB")
     parts: int = _limit(64, "pictures of one request", "each is unpacked")
     head_seconds: float = _limit(10.0, "seconds for a request's headers", "a slow client must not hold a connection")
-    body_seconds: float = _limit(30.0, "seconds for a request's body", "64 MB at 20 Mbit/s")
+    body_seconds: float = _limit(30.0, "seconds for a request's body, and to read an answer", "64 MB at 20 Mbit/s")
     deadline: float = _limit(30.0, "seconds from a whole request to its answer", "clients give up after about as long")
 
 

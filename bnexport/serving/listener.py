@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import socket
 import struct
 import sys
@@ -69,8 +70,10 @@ def _refusing(host: str, port: int, option: str) -> Iterator[None]:
     try:
         yield
     except (OSError, OverflowError, UnicodeError, ValueError) as error:
+        # create_server puts its own words around the system's.
+        reason = os.strerror(number) if (number := getattr(error, "errno", None) or 0) > 0 else one_line(error)
         raise UsageError(
-            f"{host} port {port} can't be served on: {one_line(error)}", remedy=f"Choose another --host or {option}"
+            f"{host} port {port} can't be served on: {reason}", remedy=f"Choose another --host or {option}"
         ) from error
 
 

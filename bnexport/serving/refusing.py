@@ -17,4 +17,9 @@ def status_of(error: BnexportError) -> int:
 
 def sentence_of(error: BnexportError) -> str:
     """What is wrong and what to do, without characters that would steer a terminal."""
-    return "".join(char if char.isprintable() else "?" for char in str(error))
+    return printable(str(error))
+
+
+def printable(text: str) -> str:
+    """A text without characters that would steer a terminal, or that are no UTF-8."""
+    return "".join(char if char.isprintable() else "?" for char in text)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,16 @@ from bnexport.bundle import MANIFEST, Bundle
 from bnexport.errors import BnexportError, BundleError, NotServing, RequestError, Unavailable
 from bnexport.optional import one_line
 from bnexport.screening.refusal import shown
+from bnexport.serving.refusing import printable
 from bnexport.serving.served_model import ServedModel, ServingSettings, open_served
 
 #: Names of models that can stand in a URL as they are, and of versions, as Triton has them.
 _NAME, _VERSION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}"), re.compile(r"[1-9][0-9]{0,17}")
+_NAMES = (
+    "a model's name has letters, digits, _ . and -, its version is a number like 1, not 01: NAME/VERSION/manifest.json"
+)
 READY, UNAVAILABLE = "READY", "UNAVAILABLE"
+_UNLOADED = "unloaded"  # the word of Triton's index, too
 Log = Callable[..., None]
 
 
@@ -75,10 +80,14 @@ class Repository:
         """
         places = find_bundles(self.path)
         if not places:
+            if other := misnamed(self.path, ()):
+                raise BundleError(f"{other[0]} can't be served under its name", remedy=f"Rename it: {_NAMES}")
             raise BundleError(
                 f"{self.path} holds no bundle",
                 remedy="Give a bundle such as models/bn_lenet/1, or a folder of models such as models/",
             )
+        for folder in _left_out(self.path, places.values()):
+            self.log("folder left out", folder=str(folder), reason=_NAMES)
         for (name, version), folder in places.items():
             entry = self.models.setdefault(name, {}).setdefault(version, Version(folder))
             entry.seen = _looks(folder)
@@ -110,8 +119,9 @@ class Repository:
                 status=404,
             )
         if entry.served is None:
+            mended = "" if entry.reason == _UNLOADED else "Mend the bundle, then "
             raise NotServing(
-                f"model {name!r} is not ready: {entry.reason}", remedy="Mend the bundle, then load it again"
+                f"model {name!r} is not ready: {entry.reason}", remedy=f"{mended}load it again".capitalize()
             )
         return entry.served
 
@@ -120,8 +130,8 @@ class Repository:
         return {f"{name}/{version}": entry.reason for name, version, entry in self.each() if entry.reason}
 
     def ready(self) -> bool:
-        """Whether each model has a version that can answer."""
-        return bool(self.models) and all(name in self._newest for name in self.models)
+        """Whether a model can answer, and each of them but those that were unloaded on purpose."""
+        return bool(self._newest) and all(name in self._newest or _unloaded(self.models[name]) for name in self.models)
 
     def each(self) -> Iterator[tuple[str, str, Version]]:
         """Every version that is known."""
@@ -182,7 +192,7 @@ class Repository:
             )
         for version, entry in self.models[name].items():
             self._replace(name, version, entry, None)
-            entry.reason = "unloaded"
+            entry.reason = _UNLOADED
 
     async def close(self) -> None:
         """Close everything, after its last answer."""
@@ -197,11 +207,11 @@ class Repository:
         except Unavailable as error:
             if strict:
                 raise
-            return str(error)
+            return printable(str(error))
         except BnexportError as error:
-            return str(error)
-        except (OSError, MemoryError) as error:
-            return one_line(error)
+            return printable(str(error))
+        except Exception as error:  # a fault with one bundle must not keep the others from being served
+            return printable(f"{type(error).__name__}: {one_line(error)}")
 
     def _switch(self, name: str, version: str, entry: Version, opened: ServedModel | str) -> None:
         if isinstance(opened, str):
@@ -253,7 +263,8 @@ def find_bundles(path: Path) -> Mapping[tuple[str, str], Path]:
             raise BundleError(f"{path} has the name {told}, which no URL holds", remedy="Export it under another name")
         return {(manifest.name, str(manifest.version)): path}
     if not path.is_dir():
-        raise BundleError(f"{path} is no folder", remedy="Give a bundle, or a folder of models such as models/")
+        what = "is no folder" if path.exists() else "does not exist"
+        raise BundleError(f"{path} {what}", remedy="Give a bundle, or a folder of models such as models/")
     try:
         return {
             (model.name, version.name): version
@@ -266,6 +277,35 @@ def find_bundles(path: Path) -> Mapping[tuple[str, str], Path]:
         raise BundleError(f"{path} can't be read: {one_line(error)}", remedy="Check its permissions") from error
 
 
+def misnamed(path: Path, found: Iterable[Path]) -> list[Path]:
+    """Bundles two folders below a path that are not served, for the folders' names are no name and version.
+
+    Hidden folders are meant to be passed over.
+    """
+    if (path / MANIFEST).is_file():
+        return []
+    try:
+        folders = {file.parent for file in path.glob(f"[!.]*/[!.]*/{MANIFEST}") if file.is_file()}
+    except OSError:
+        return []
+    return sorted(folders - set(found))
+
+
+def _left_out(path: Path, found: Collection[Path]) -> list[Path]:
+    """Folders in a folder of models that somebody may miss: with a bundle under another name, or without one."""
+    if (path / MANIFEST).is_file():
+        return []
+    odd = misnamed(path, found)
+    models = {folder.parent for folder in (*found, *odd)}
+    empty = [folder for folder in sorted(path.glob("[!.]*")) if folder.is_dir() and folder not in models]
+    return [*empty, *odd]
+
+
+def _unloaded(versions: Mapping[str, Version]) -> bool:
+    """Whether a client closed every version; that does not make a server unready (as in Triton)."""
+    return all(entry.reason == _UNLOADED for entry in versions.values())
+
+
 def _looks(folder: Path) -> object:
     """Sizes and times of a bundle's files: another value whenever one was written."""
     try:
@@ -274,4 +314,5 @@ def _looks(folder: Path) -> object:
         ]
     except OSError:
         return None
-    return tuple((name, found.st_size, found.st_mtime_ns, found.st_ino) for name, found in stats)
+    # Archives and package managers give all files one time of change; nobody gives them st_ctime.
+    return tuple((name, found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino) for name, found in stats)

@@ -117,9 +117,15 @@ class ServedModel:
     async def logits(self, pixels: Array) -> Array:
         """Logits (n, classes) of images that fit; uint8 (n, height, width[, channels])."""
         assert self.preprocessing is not None
-        name, output = self.signature.inputs[0].name, self.signature.outputs[0].name
-        arrays = await self.batcher.submit({name: self.preprocessing.apply(pixels)}, len(pixels))
-        return arrays[output]
+        spec, output = self.signature.inputs[0], self.signature.outputs[0].name
+        images, parts = self.preprocessing.apply(pixels), []
+        size = spec.shape[0] if isinstance(spec.shape[0], int) else len(images)
+        for start in range(0, len(images), size):
+            part = images[start : start + size]
+            # A batch that does not vary is filled up with its own images, in turn.
+            whole = part if len(part) == size else np.resize(part, (size, *part.shape[1:]))
+            parts.append((await self.batcher.submit({spec.name: whole}, len(part)))[output][: len(part)])
+        return np.concatenate(parts)
 
     def metadata(self, versions: Sequence[str]) -> dict[str, Any]:
         """The protocol's "Model Metadata Response JSON Object"."""
@@ -133,14 +139,15 @@ class ServedModel:
 
     def config(self) -> dict[str, Any]:
         """Triton's model configuration as JSON ("Model Configuration Extension")."""
+        batched = self.signature.batched
         return {
             "name": self.name,
             "platform": self.platform,
             "backend": self.platform.partition("_")[0],
-            "max_batch_size": self.batcher.limits.rows,
-            "input": [_config_tensor(spec) for spec in self.signature.inputs],
-            "output": [_config_tensor(spec) for spec in self.signature.outputs],
-            "dynamic_batching": {},
+            "max_batch_size": self.batcher.limits.rows if batched else 0,
+            "input": [_config_tensor(spec, batched=batched) for spec in self.signature.inputs],
+            "output": [_config_tensor(spec, batched=batched) for spec in self.signature.outputs],
+            **({"dynamic_batching": {}} if batched else {}),
             "instance_group": [
                 {"count": self.batcher.workers, "kind": "KIND_CPU" if self.spec.device == "cpu" else "KIND_GPU"}
             ],
@@ -189,8 +196,9 @@ def open_served(name: str, version: str, path: Path, settings: ServingSettings) 
         while len(runners) < (settings.workers or 1):
             another()
         limits = settings.limits
-        varies = all(spec.shape and isinstance(spec.shape[0], str) for spec in bundle.manifest.signature.inputs)
-        batcher = Batcher(runners, cost, BatchLimits(settings.max_batch, limits.queue, limits.deadline), batches=varies)
+        batched = bundle.manifest.signature.batched
+        batch_limits = BatchLimits(settings.max_batch, limits.queue, limits.deadline)
+        batcher = Batcher(runners, cost, batch_limits, batches=batched)
         worst = max(replays, key=lambda replay: replay.error)
         decoder = Decoder(bundle.manifest.signature, limits)
         opened.pop_all()
@@ -206,7 +214,7 @@ def _preprocessing(bundle: Bundle) -> Preprocessing | None:
 
 def measured_cost(runner: Runner, feeds: dict[str, Array]) -> Cost:
     """What one sample and what all of ``feeds`` take, the better of several runs."""
-    one = {name: array[:1] for name, array in feeds.items()}
+    one = _one(runner, feeds)
     size_one, size_all = (sum(array.nbytes for array in side.values()) for side in (one, feeds))
     first, rest = _best(lambda: runner.run(one)), _best(lambda: runner.run(feeds))
     per_byte = max(rest - first, 0.0) / (size_all - size_one) if size_all > size_one else first / max(size_one, 1)
@@ -227,7 +235,7 @@ def add_workers(
         cost: Of a batch on one session.
         most: Sessions at most; default: the cores that this process may use.
     """
-    one = {name: array[:1] for name, array in feeds.items()}
+    one = _one(runners[0], feeds)
     if cost.seconds(sum(array.nbytes for array in one.values())) < INLINE_SECONDS:
         return
     rate = throughput(runners, one)
@@ -262,9 +270,14 @@ def throughput(runners: Sequence[Runner], feeds: dict[str, Array], seconds: floa
 def _sample(bundle: Bundle) -> dict[str, Array]:
     """The golden inputs, at least eight samples where the batch varies."""
     inputs, _ = bundle.golden()
-    if not all(spec.shape and isinstance(spec.shape[0], str) for spec in bundle.manifest.signature.inputs):
+    if not bundle.manifest.signature.batched:
         return inputs
     return {name: np.concatenate([array] * -(-8 // len(array))) for name, array in inputs.items()}
+
+
+def _one(runner: Runner, feeds: dict[str, Array]) -> dict[str, Array]:
+    """One sample, or all of them where their number does not vary."""
+    return {name: array[:1] for name, array in feeds.items()} if runner.signature.batched else feeds
 
 
 def _best(call: Callable[[], object], runs: int = 5) -> float:
@@ -282,8 +295,9 @@ def _tensor(spec: TensorSpec) -> dict[str, Any]:
     return {"name": spec.name, "datatype": DATATYPES[spec.dtype], "shape": _sizes(spec.shape)}
 
 
-def _config_tensor(spec: TensorSpec) -> dict[str, Any]:
-    return {"name": spec.name, "data_type": f"TYPE_{DATATYPES[spec.dtype]}", "dims": _sizes(spec.sample_shape)}
+def _config_tensor(spec: TensorSpec, *, batched: bool) -> dict[str, Any]:
+    dims = _sizes(spec.sample_shape if batched else spec.shape)
+    return {"name": spec.name, "data_type": f"TYPE_{DATATYPES[spec.dtype]}", "dims": dims}
 
 
 def _sizes(shape: Sequence[int | str]) -> list[int]:

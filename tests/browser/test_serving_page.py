@@ -154,12 +154,27 @@ def test_a_model_that_is_not_ready_says_why(browser: Browser) -> None:
     assert not browser.evaluate("canvas.checkVisibility() || document.getElementById('signed').checkVisibility()")
 
 
+def test_the_hint_fits_the_model(browser: Browser) -> None:
+    """Only grey data sets are light on dark; a model of colour pictures was not trained on drawings."""
+    assert "28 x 28 pixels in grey. Drawings are light on dark" in text(browser, "hint")
+    browser.evaluate("choose({...current, image: {channels: 3, height: 64, width: 96}}, false)")
+    assert "96 x 64 pixels in colour" in text(browser, "hint")
+    assert "light on dark" not in text(browser, "hint")
+
+
 def test_the_verdict_and_the_report(browser: Browser) -> None:
     assert text(browser, "verdict") == "Verified at export: PASS: 7 rows. Report"
     browser.open(browser.evaluate("document.querySelector('#verdict a').href"))
     assert "told" in browser.evaluate("document.body.innerText")
     assert browser.evaluate("document.title") == "report", "no script of a report runs"
     assert browser.evaluate("self.origin") == "null", "and it is a stranger here"
+
+
+def test_a_server_without_models_says_so(browser: Browser) -> None:
+    """Their folders may go while it runs; the page must not look as if it had not loaded."""
+    browser.evaluate("ask = async () => ({json: async () => ({models: []})}); load()")
+    assert browser.until("document.getElementById('problem').textContent") == "This server has no model now."
+    assert not browser.evaluate("document.getElementById('model').checkVisibility()")
 
 
 def test_words_of_strangers_are_words(browser: Browser) -> None:

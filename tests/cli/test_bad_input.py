@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 import bnexport
 from bnexport.bundle import MODEL_ONNX, seal
-from bnexport.cli.main import run
+from bnexport.cli.main import COMMANDS, run
 from bnexport.nn.checkpoint import Checkpoint, save_checkpoint
 
 Run = Callable[..., tuple[int, str]]
@@ -244,12 +244,23 @@ def test_help_and_version_do_not_load_torch() -> None:
     code = (
         "import sys; from bnexport.cli.main import run\n"
         "assert run(['--help']) == 0 and run(['--version']) == 0\n"
-        "for name in ('train', 'fold-and-export', 'verify', 'predict', 'inspect', 'doctor'):\n"
+        "for name in ('train', 'fold-and-export', 'verify', 'predict', 'inspect', 'doctor', 'serve', 'deploy'):\n"
         "    assert run([name, '--help']) == 0\n"
-        "heavy = {'torch', 'torchvision', 'onnx', 'onnxruntime', 'matplotlib', 'PIL'} & set(sys.modules)\n"
+        "names = 'torch torchvision onnx onnxruntime matplotlib PIL uvicorn grpc pyarrow'.split()\n"
+        "heavy = set(names) & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
+def test_help_fits_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    """80 columns: no list of choices that is wider, and no sentence that is cut off."""
+    names = [[], *([name] for name in COMMANDS), *(["deploy", target] for target in ("triton", "kserve", "docker"))]
+    for words in names:
+        assert run([*words, "--help"]) == 0
+        shown = capsys.readouterr().out
+        assert [line for line in shown.splitlines() if len(line) > 80] == []
+        assert [line for line in shown.partition("Commands:")[2].splitlines() if line.endswith("...")] == []
 
 
 def test_ascii_terminal(good: Path, tmp_path: Path) -> None:

@@ -63,6 +63,16 @@ def test_options_that_need_out(
     assert told in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["photos", "shop.parquet", "day.NPZ"])
+def test_sources_that_need_out(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    source = tmp_path / name
+    source.mkdir() if name == "photos" else source.write_bytes(b"x")
+    assert predict(source) == 2
+    told = capsys.readouterr().err
+    assert f"{source} is read with --out alone" in told
+    assert "Pass --out FOLDER" in told
+
+
 @pytest.mark.parametrize(
     ("name", "engine", "extra"), [("pyarrow", "local", "bnexport[parquet]"), ("ray", "ray", "bnexport[ray]")]
 )

@@ -23,6 +23,7 @@ from support.serving import logits_of, serving, tensor
 
 from bnexport import __version__
 from bnexport.bundle import GOLDEN, MODEL_ONNX, Bundle
+from bnexport.optional import RUNTIME_EXTRAS
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "runtime_wheel.py"
@@ -97,10 +98,11 @@ def test_the_wheel_has_the_whole_package_and_the_light_list(wheel: Path) -> None
             assert text.replace(" ", "") in {other.replace(" ", "") for other in required}, (
                 "floors are those of bnexport"
             )
-    assert set(told.get_all("Provides-Extra") or ()) == {"serve", "grpc"}
+    named = {text.removeprefix("bnexport[").removesuffix("]") for text in RUNTIME_EXTRAS}
+    assert set(told.get_all("Provides-Extra") or ()) == named, "what errors tell to install is there"
     extra = {name_of(text) for text in every if "extra ==" in text}
     extras = PROJECT["project"]["optional-dependencies"]
-    assert extra == {name_of(text) for name in ("serve", "grpc") for text in extras[name]}
+    assert extra == {name_of(text) for name in named for text in extras[name]}
     with zipfile.ZipFile(wheel) as archive:
         packed = {name for name in archive.namelist() if name.startswith("bnexport/")}
     there = {path.relative_to(ROOT).as_posix() for path in (ROOT / "bnexport").rglob("*") if path.is_file()}

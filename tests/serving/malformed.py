@@ -235,6 +235,11 @@ CASES: tuple[Case, ...] = (
     Case("backslashes in a name", 404, "no model", http("GET", "/v2/models/..%5c..%5cx/ready")),
     Case("no UTF-8 in a name", 404, "no model", http("GET", "/v2/models/%ff%fe")),
     Case("a name of 8,000 characters", 404, "no model", http("GET", "/v2/models/" + "n" * 8000)),
+    # The index
+    Case("an index of a list", 400, "no JSON object", http("POST", "/v2/repository/index", b"[]", JSON)),
+    Case("an index of nonsense", 400, "not JSON", http("POST", "/v2/repository/index", b"{ready}", JSON)),
+    Case("ready is a text", 400, "ready", http("POST", "/v2/repository/index", b'{"ready": "yes"}', JSON)),
+    Case("an index of 2 MB", 413, "the limit", http("POST", "/v2/repository/index", b" " * 2_000_000, JSON)),
     # HTTP
     Case("headers too large", 431, "headers", http("GET", "/v2", b"", {"x-filler": "x" * 40_000})),
     Case("10,000 headers", 431, "headers", http("GET", "/v2", b"", {f"x-{index}": "y" for index in range(10_000)})),
@@ -247,6 +252,9 @@ CASES: tuple[Case, ...] = (
     Case("two lengths", 400, "HTTP/1.1", plain("content-length: 3", "content-length: 4", body=b"abcd")),
     Case("a length and chunks", 400, "HTTP/1.1", plain("content-length: 3", CHUNKED, body=b"0\r\n\r\n")),
     Case("a chunk that is none", 400, "HTTP/1.1", plain(CHUNKED, body=b"zz\r\n")),
+    Case("no host", 400, "Host is missing", b"GET /v2 HTTP/1.1\r\n\r\n"),
+    Case("no host to infer", 400, "Host is missing", b"POST %s HTTP/1.1\r\ncontent-length: 0\r\n\r\n" % INFER.encode()),
+    Case("two hosts", 400, "host is there twice", plain("content-length: 0", "Host: other")),
     Case("two content types", 400, "twice", plain("content-type: application/json", "Content-Type: text/xml")),
     Case("two header lengths", 400, "twice", plain(f"{LENGTH}: 3", f"{LENGTH}: 4", "content-length: 0")),
     # Pictures

@@ -181,6 +181,20 @@ def test_the_connection_stays_open(server: Server, images: np.ndarray) -> None:
     client.close()
 
 
+@pytest.mark.parametrize("coding", ["gzip", "identity"])
+def test_who_sends_no_more_still_reads_the_answer(server: Server, images: np.ndarray, coding: str) -> None:
+    """As ``nc -N`` does: the connection is closed in one direction while the answer is made."""
+    body, headers = binary(np.tile(images, (20, 1, 1, 1)))
+    body = gzip.compress(body) if coding == "gzip" else body
+    lines = [f"{name}: {value}" for name, value in headers.items()]
+    lines = [f"POST {INFER} HTTP/1.1", "host: x", f"content-length: {len(body)}", f"content-encoding: {coding}", *lines]
+    data = "\r\n".join([*lines, "", ""]).encode() + body
+    for _ in range(5):
+        answer = server.raw(data, end=True)
+        assert answer.startswith(b"HTTP/1.1 200 ")
+        assert b"\r\nconnection: close\r\n" in answer
+
+
 def test_many_clients_get_their_own_answers(server: Server, images: np.ndarray, logits: np.ndarray) -> None:
     """Requests that share a batch must not get each other's rows."""
     wrong: list[object] = []

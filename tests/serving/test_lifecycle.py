@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -16,11 +17,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.bundles import another, fold_by_hand, network, reseal, write_onnx
+from support.bundles import another, copy_bundle, fold_by_hand, network, reseal, write_onnx
 from support.serving import INFER, PATIENCE, ROOT, Server, binary, logits_of, refused, serving, tensor, until
 from support.serving_clients import Clients
 
-from bnexport.bundle import MODEL_ONNX
+from bnexport.bundle import MODEL_ONNX, Bundle
 
 
 def spoil(folder: Path, how: str) -> None:
@@ -221,12 +222,29 @@ def test_a_bad_version_does_not_replace_a_good_one(
     assert server.ask("GET", "/v2/health/ready").json == {"ready": True}
 
 
+def test_a_model_that_was_unloaded_does_not_take_the_others_out(models: Path, tmp_path: Path) -> None:
+    """A balancer would send nothing to the server any more; one that can't be loaded is another matter."""
+    for name in ("one", "other"):
+        reseal(copy_bundle(Bundle.open(models / "bn_lenet" / "1"), tmp_path / "m" / name / "1"), name=name)
+    with serving(tmp_path / "m", tmp_path / "log", "--allow-load") as server:
+        assert server.ask("POST", "/v2/repository/models/one/unload", b"{}").status == 200
+        ready = server.ask("GET", "/v2/health/ready")
+        assert (ready.status, ready.json) == (200, {"ready": True, "problems": {"one/1": "unloaded"}})
+        assert server.ask("GET", "/v2/models/one").error == "model 'one' is not ready: unloaded. Load it again"
+        assert server.ask("POST", "/v2/repository/models/other/unload", b"{}").status == 200
+        assert server.ask("GET", "/v2/health/ready").status == 503, "nothing answers any more"
+
+
 def test_loading_by_request(models: Path, tmp_path: Path, images: np.ndarray) -> None:
     another(models, tmp_path / "m" / "bn_lenet" / "1", 1)
     with serving(tmp_path / "m", tmp_path / "log", "--allow-load") as server:
         assert server.ask("POST", "/v2/repository/models/bn_lenet/unload", b"{}").status == 200
         assert server.infer({"inputs": [tensor(images)]}).status == 503
         assert server.ask("GET", "/v2/health/ready").json["reason"] == "bn_lenet/1: unloaded"
+        assert server.ask("POST", "/v2/repository/index", b'{"ready": true}').json == []
+        assert server.ask("POST", "/v2/repository/index", b'{"ready": false}').json[0]["state"] == "UNAVAILABLE"
+        other = server.ask("POST", "/v2/repository/models/bn_lenet/load", b'{"parameters": {"config": "{}"}}')
+        assert (other.status, "without parameters" in other.error) == (400, True)
         assert server.ask("POST", "/v2/repository/models/bn_lenet/load", b"{}").status == 200
         assert server.infer({"inputs": [tensor(images)]}).status == 200
         spoil(tmp_path / "m" / "bn_lenet" / "1", "hash")
@@ -285,22 +303,64 @@ def test_a_full_queue(models: Path, tmp_path: Path, images: np.ndarray) -> None:
         assert server.infer({"inputs": [tensor(images)]}).status == 200
 
 
+def test_as_many_connections_as_the_limit_says(models: Path, tmp_path: Path) -> None:
+    """Also where a process may open few files by default, but more if it asks."""
+    started = (
+        "import resource, runpy; resource.setrlimit(resource.RLIMIT_NOFILE, (64, {hard})); "
+        "runpy.run_module('bnexport', run_name='__main__')"
+    )
+    for hard, count in ((400, 100), (300, 20)):
+        program = (sys.executable, "-c", started.format(hard=hard))
+        with (
+            serving(models, tmp_path / "log", "--limit", "connections=110", program=program) as server,
+            contextlib.ExitStack() as stack,
+        ):
+            for _ in range(count):
+                stack.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=PATIENCE))
+            assert server.ask("GET", "/v2/health/live").status == 200
+            told = [event for event in server.events() if event.get("event") == "few files"]
+            assert [(event["allowed"], event["wanted"]) for event in told] == ([(300, 366)] if hard == 300 else [])
+
+
 def test_what_can_not_be_served_ends_with_a_sentence(models: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "short").write_text("x")
     path = str(models)
     assert "holds no bundle" in refused(str(tmp_path / "empty"), code=2)
-    assert "is no folder" in refused(str(tmp_path / "nowhere"), code=2)
+    assert "nowhere does not exist" in refused(str(tmp_path / "nowhere"), code=2)
+    assert "short is no folder" in refused(str(tmp_path / "short"), code=2)
     assert "there is no limit 'bodies'" in refused(path, "--limit", "bodies=3", code=2)
     assert "no positive number" in refused(path, "--limit", "queue=-3", code=2)
     assert "holds no token" in refused(path, "--port", "0", "--token-file", str(tmp_path / "short"), code=2)
+    for option in ("--grace", "--poll"):
+        for value in ("nan", "inf"):
+            assert f"{value} is no number of seconds" in refused(path, option, value, code=2)
     assert "go together" in refused(path, "--tls-cert", "x.pem", code=2)
+    missing = refused(path, "--port", "0", "--tls-cert", "x.pem", "--tls-key", "y.pem", code=2)
+    assert "the TLS files x.pem and y.pem can't be used" in missing
+    assert "are both 8765" in refused(path, "--port", "8765", "--grpc-port", "8765", code=2)
+    assert "'three' is neither auto nor a number" in refused(path, "--workers", "three", code=2)
     assert "the middleware 'nowhere:x'" in refused(path, "--port", "0", "--middleware", "nowhere:x", code=2)
     assert "can't run here" in refused(path, "--port", "0", "--runtime", "onnxruntime-tensorrt", code=3)
 
 
+def test_folders_that_are_no_models_are_named_in_the_log(models: Path, tmp_path: Path) -> None:
+    bundle, folder = Bundle.open(models / "bn_lenet" / "1"), tmp_path / "m"
+    for name in ("good/1", "good/.2.part", "good/02", "unversioned", "a name/1", "late/latest"):
+        copy_bundle(bundle, folder / name)
+    (folder / "triton" / "1").mkdir(parents=True)
+    (folder / ".git").mkdir()
+    with serving(folder, tmp_path / "log") as server:
+        left = {event["folder"]: event["reason"] for event in server.events() if event["event"] == "folder left out"}
+        assert set(left) == {str(folder / n) for n in ("triton", "unversioned", "good/02", "a name/1", "late/latest")}
+        assert all("NAME/VERSION/manifest.json" in reason for reason in left.values())
+        assert server.ask("GET", "/v2/models/good").json["versions"] == ["1"]
+
+
 def test_a_port_that_is_taken(server: Server, models: Path) -> None:
-    assert f"port {server.port} can't be served on" in refused(str(models), "--port", str(server.port), code=2)
+    said = refused(str(models), "--port", str(server.port), code=2)
+    assert f"port {server.port} can't be served on: Address already in use." in said
+    assert "Choose another --host or --port." in said
 
 
 def test_two_servers_share_a_port(models: Path, tmp_path: Path, images: np.ndarray) -> None:
@@ -349,4 +409,10 @@ def test_tls(models: Path, tmp_path: Path) -> None:
         client = http.client.HTTPSConnection("127.0.0.1", server.port, timeout=PATIENCE, context=context)
         assert server.ask("GET", "/v2/health/ready", connection=client).status == 200
         client.close()
-    assert "can't be used" in refused(str(models), "--port", "0", "--tls-cert", str(key), "--tls-key", str(key), code=2)
+    locked, words = tmp_path / "locked.pem", ["--port", "0", "--tls-cert", str(certificate), "--tls-key"]
+    made = ["openssl", "rsa", "-aes256", "-passout", "pass:secret", "-in", str(key), "-out", str(locked)]
+    subprocess.run(made, check=True, capture_output=True, timeout=PATIENCE)
+    said = refused(str(models), *words, str(locked), code=2)
+    assert f"the key in {locked} has a passphrase" in said
+    assert "Enter" not in said
+    assert f"{certificate} and {certificate} can't be used" in refused(str(models), *words, str(certificate), code=2)

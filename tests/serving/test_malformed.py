@@ -8,12 +8,17 @@ import re
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 from serving.malformed import CASES, INFER, Case, good
-from support.serving import PATIENCE, Server, logits_of, read_answer, serving, tensor
+from support.serving import PATIENCE, Answer, Server, logits_of, read_answer, serving, tensor
+
+from bnexport.bundle import MODEL_ONNX, Manifest, seal, write_golden
+from bnexport.tensors import Signature, TensorSpec
 
 
 def alive(server: Server, images: np.ndarray, logits: np.ndarray) -> None:
@@ -50,6 +55,58 @@ def test_the_process_stayed_small(server: Server) -> None:
     if found is None:
         pytest.skip("this system does not tell how much memory a process has")
     assert float(found[1]) < 700e6
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A model that looks its input up in a table of ten: which values it takes, no signature says."""
+    folder = tmp_path_factory.mktemp("table") / "lookup" / "1"
+    folder.mkdir(parents=True)
+    weights = np.arange(20, dtype=np.float32).reshape(10, 2)
+    node = helper.make_node("Gather", ["table", "ids"], ["rows"])
+    signature = Signature((TensorSpec("ids", "int64", ("batch",)),), (TensorSpec("rows", "float32", ("batch", 2)),))
+    values = [
+        [helper.make_tensor_value_info("ids", TensorProto.INT64, ["batch"])],
+        [helper.make_tensor_value_info("rows", TensorProto.FLOAT, ["batch", 2])],
+    ]
+    graph = helper.make_graph([node], "lookup", *values, [numpy_helper.from_array(weights, "table")])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    (folder / MODEL_ONNX).write_bytes(model.SerializeToString())
+    ids = np.array([3, 1, 9], np.int64)
+    write_golden(folder, signature, {"ids": ids}, {"rows": weights[ids]})
+    seal(folder, Manifest("lookup", 1, signature, {"source": "lookup.onnx", "options": {}}))
+    with serving(folder, tmp_path_factory.mktemp("log") / "log") as running:
+        yield running
+
+
+def look_up(server: Server, ids: list[int]) -> Answer:
+    body = {"inputs": [tensor(np.array(ids, np.int64), "ids", "INT64")]}
+    return server.ask(
+        "POST", "/v2/models/lookup/infer", json.dumps(body).encode(), {"content-type": "application/json"}
+    )
+
+
+def test_values_that_the_engine_refuses_are_the_client_s_fault(table: Server) -> None:
+    answer = look_up(table, [1, 10])
+    assert (answer.status, "idx=10 must be within" in answer.error) == (400, True), answer.error
+    assert "fold-and-export" not in answer.error, "the bundle is as it was"
+    assert look_up(table, [9]).json["outputs"][0]["data"] == [18, 19]
+
+
+def test_one_client_s_values_do_not_fail_the_others(table: Server) -> None:
+    """They share batches."""
+    statuses: dict[bool, list[int]] = {True: [], False: []}
+
+    def ask(good: bool) -> None:
+        for _ in range(60):
+            statuses[good].append(look_up(table, [4 if good else 10]).status)
+
+    threads = [threading.Thread(target=ask, args=(number % 3 > 0,)) for number in range(9)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE)
+    assert statuses == {True: [200] * 360, False: [400] * 180}
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from PIL import Image
 from support.serving import ROOT, Server
 
+from bnexport.cli.main import run
 from bnexport.serving.grpc.call import CODES
 from bnexport.serving.grpc.methods import METHODS, STREAM, WATCH
 from bnexport.serving.http.routes import ROUTES
@@ -30,11 +32,15 @@ def table(first: str) -> list[list[str]]:
     return [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in lines]
 
 
-def test_the_shell_blocks_run(server: Server, pixels: np.ndarray, tmp_path: Path) -> None:
+def write_pictures(pixels: np.ndarray, folder: Path) -> None:
     for name, image in (("shoe", pixels[0]), ("shirt", pixels[1])):
-        Image.fromarray(image).save(tmp_path / f"{name}.png")
+        Image.fromarray(image).save(folder / f"{name}.png")
+
+
+def test_the_shell_blocks_run(server: Server, pixels: np.ndarray, tmp_path: Path) -> None:
+    write_pictures(pixels, tmp_path)
     (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "python").symlink_to(sys.executable)
+    (tmp_path / "bin" / "python3").symlink_to(sys.executable)
     environ = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"}
     outputs = []
     for block in blocks("sh"):
@@ -49,7 +55,7 @@ def test_the_shell_blocks_run(server: Server, pixels: np.ndarray, tmp_path: Path
 
 
 def test_the_python_blocks_run(python: Path, server: Server, tmp_path: Path) -> None:
-    sources = blocks("python")
+    sources = [source for source in blocks("python") if "localhost" in source]
     assert [port in source for source, port in zip(sources, ("8000", "8001"), strict=True)] == [True, True]
     for source in sources:
         here = source.replace("localhost:8000", f"127.0.0.1:{server.port}")
@@ -58,6 +64,28 @@ def test_the_python_blocks_run(python: Path, server: Server, tmp_path: Path) -> 
         done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
         assert done.returncode == 0, done.stderr
         assert len(re.findall(r"b'[-\d.]+:\d:\d'", done.stdout)) == 3
+
+
+def test_the_python_block_without_a_server_runs(pixels: np.ndarray, tmp_path: Path) -> None:
+    write_pictures(pixels, tmp_path)
+    (tmp_path / "models").symlink_to(ROOT / "models")
+    (source,) = (source for source in blocks("python") if "localhost" not in source)
+    environ = os.environ | {"PYTHONPATH": str(ROOT)}
+    words = [sys.executable, "-c", source]
+    done = subprocess.run(words, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines()] == ["shoe.png", "shirt.png", "(5,"]
+
+
+def test_the_deploy_lines_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "models").symlink_to(ROOT / "models")
+    monkeypatch.chdir(tmp_path)
+    lines = [line[2:] for block in blocks("console") for line in block.splitlines() if line.startswith("$ ")]
+    deploys = [shlex.split(line)[1:] for line in lines if line.startswith("bnexport deploy")]
+    assert [words[1] for words in deploys] == ["triton", "kserve"]
+    assert [run(words) for words in deploys] == [0, 0]
+    others = [line for line in lines if not line.startswith("bnexport deploy")]
+    assert all(line.startswith("bnexport serve models/") for line in others), "test_lifecycle starts servers like these"
 
 
 def test_routes_are_those_of_the_code() -> None:

@@ -25,7 +25,7 @@ class Wire:
     """A transport that keeps what is written."""
 
     def __init__(self) -> None:
-        self.written, self.closed, self.paused = b"", False, False
+        self.written, self.closed, self.paused, self.aborted = b"", False, False, False
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
         return ("127.0.0.1", 1) if name in ("peername", "sockname") else default
@@ -35,6 +35,9 @@ class Wire:
 
     def close(self) -> None:
         self.closed = True
+
+    def abort(self) -> None:
+        self.closed = self.aborted = True
 
     def is_closing(self) -> bool:
         return self.closed
@@ -54,7 +57,7 @@ class House:
         self.json_log = JsonLog(self.log)
         self.state = State(repository, AppSettings(ServingLimits(**limits), token), self.json_log)
         self.app = App(self.state)
-        kind = limited(ServingLimits(), FastLane(self.app) if fast else None)
+        kind = limited(ServingLimits(**limits), FastLane(self.app) if fast else None, self.app.refused)
         self.config = Config(self.app, http=kind, ws="none", lifespan="off", log_config=None, access_log=False)
         self.server_state = ServerState()
 

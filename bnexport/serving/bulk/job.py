@@ -10,6 +10,7 @@ Names that start with _ or . are left out by everything that reads a folder of P
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from typing import Any
 
 from bnexport.bundle import MANIFEST, Bundle
 from bnexport.errors import OutputError, UsageError
-from bnexport.files import output_errors, sha256, write_atomically
+from bnexport.files import held, output_errors, refuse_overlap, sha256, write_atomically
 from bnexport.optional import one_line
 from bnexport.serving.bulk.parquet import rows_in
 from bnexport.serving.bulk.request import BulkRequest
@@ -26,7 +27,9 @@ from bnexport.serving.bulk.sources import Shard, plan
 
 JOB = "_job.json"
 FORMAT = "bnexport-predictions"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+#: Keys of the description that tell of all shards together.
+_OF_ALL = ("sources", "fingerprint", "rows", "shards")
 
 
 @dataclass(frozen=True)
@@ -52,13 +55,20 @@ class Job:
         """Rows of all shards."""
         return sum(shard.rows for shard in self.shards)
 
+    def about(self, shard: Shard) -> str:
+        """What a shard's file holds in its metadata: what decides its rows, and nothing of the rest of the job."""
+        common = {key: value for key, value in self.description.items() if key not in _OF_ALL}
+        mine = {"source": shard.path, "start": shard.start, "rows": shard.rows, "stat": shard.stat}
+        return json.dumps(common | mine, sort_keys=True)
+
     def without_shards(self) -> Job:
         """What a worker has to know; the shards may be many, and come one by one."""
         return replace(self, shards=())
 
     def missing(self) -> list[Shard]:
-        """Shards whose file is not there, or is not whole."""
-        return [shard for shard in self.shards if rows_in(part_file(Path(self.out), shard)) != shard.rows]
+        """Shards whose file is not there, is not whole, or has other rows: of another job, of a source that has changed."""
+        out = Path(self.out)
+        return [shard for shard in self.shards if rows_in(part_file(out, shard), about=self.about(shard)) != shard.rows]
 
 
 def part_file(out: Path, shard: Shard) -> Path:
@@ -71,8 +81,10 @@ def make_job(bundle: Bundle, sources: tuple[Path, ...], out: Path, request: Bulk
 
     Raises:
         DataError: Something about a source.
+        OutputError: A folder of predictions that lies in the bundle.
         UsageError: Sources that overlap, or a folder of predictions that lies in one.
     """
+    refuse_overlap(out, bundle.path)
     for source in sources:
         if out.resolve().is_relative_to(source.resolve()):
             raise UsageError(f"{out} lies in the source {source}", remedy="Choose a folder outside of it")
@@ -96,8 +108,33 @@ def make_job(bundle: Bundle, sources: tuple[Path, ...], out: Path, request: Bulk
     return Job(str(bundle.path), str(out), request, tuple(planned.shards), description)
 
 
+@contextlib.contextmanager
+def folder_of(job: Job) -> Iterator[None]:
+    """Hold the folder of predictions, opened for a job.
+
+    Raises:
+        OutputError: Another run holds it, it holds something else, or the predictions of another job and ``force`` is
+            false.
+    """
+    out = Path(job.out)
+    if out.exists() and not out.is_dir():
+        raise _no_folder(out)
+    with held(out):
+        open_folder(job)
+        yield
+
+
+def _no_folder(out: Path) -> OutputError:
+    return OutputError(
+        f"{out} is no folder of predictions", remedy="Choose another folder; --force does not replace it"
+    )
+
+
 def open_folder(job: Job) -> None:
-    """Make the folder of predictions, or find it as this very job has left it.
+    """Begin in the folder of predictions, or find it as this very job has left it.
+
+    Args:
+        job: Its folder is there and held.
 
     Raises:
         OutputError: It holds something else, or the predictions of another job and ``force`` is false.
@@ -107,17 +144,16 @@ def open_folder(job: Job) -> None:
     if before == job.description:
         _remove(out.glob(".part-*.part"))  # what a killed process had begun
         return
-    if before is None and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise OutputError(
-            f"{out} is no folder of predictions", remedy="Choose another folder; --force does not replace it"
-        )
+    if before is None and any(out.iterdir()):
+        raise _no_folder(out)
     if before is not None:
         if not job.request.force:
             raise OutputError(
                 f"{out} holds the predictions of another job: {_difference(before, job.description)}",
-                remedy="Choose another folder, or pass --force to throw them away",
+                remedy="Choose another folder, or pass --force to throw away what does not belong to this one",
             )
-        _remove([*out.glob("part-*.parquet"), *out.glob(".part-*.part")])
+        kept = {part_file(out, shard) for shard in job.shards} - {part_file(out, shard) for shard in job.missing()}
+        _remove([*({*out.glob("part-*.parquet")} - kept), *out.glob(".part-*.part")])
     write_atomically(out / JOB, (json.dumps(job.description, indent=1) + "\n").encode())
 
 

@@ -5,9 +5,11 @@ Processes and not threads: the parent outlives a crash of an engine, and decodin
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -54,7 +56,7 @@ def run_locally(job: Job, shards: Sequence[Shard]) -> Iterator[int]:
 
 
 def _in_this_process(job: Job, shards: Sequence[Shard]) -> Iterator[int]:
-    worker = ShardWorker.of(job)
+    worker = ShardWorker(job)
     try:
         yield from map(worker.run, shards)
     finally:
@@ -66,7 +68,8 @@ def _in_turn(pool: ProcessPoolExecutor, shards: Sequence[Shard], workers: int) -
     running: set[Future[int]] = set()
     while True:
         while len(running) < workers * _AHEAD and (shard := next(left, None)) is not None:
-            running.add(pool.submit(_run, shard))
+            with _interrupts_held():
+                running.add(pool.submit(_run, shard))
         if not running:
             return
         done, running = wait(running, return_when=FIRST_COMPLETED)
@@ -74,8 +77,21 @@ def _in_turn(pool: ProcessPoolExecutor, shards: Sequence[Shard], workers: int) -
             yield future.result()
 
 
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """No Ctrl-C inside the block, it comes after it. A process that begins inside hears none, from its first moment on."""
+    if sys.platform == "win32":
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _start(job: Job) -> None:
-    """First thing in a worker's process."""
+    """First thing in a worker's process that is ours; Python itself has taken a while to get here."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to hear; a shard that was begun is finished
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -93,5 +109,5 @@ def _run(shard: Shard) -> int:
     """The worker is opened here, at the first shard: what an initialiser raises reaches nobody."""
     if _Process.worker is None:
         assert _Process.job is not None
-        _Process.worker = ShardWorker.of(_Process.job)
+        _Process.worker = ShardWorker(_Process.job)
     return _Process.worker.run(shard)

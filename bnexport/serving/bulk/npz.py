@@ -12,6 +12,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from bnexport.data.images import stack_problem
 from bnexport.errors import DataError
 from bnexport.optional import one_line
 from bnexport.tensors import Array
@@ -102,10 +103,8 @@ def _shape(path: Path, file: IO[bytes]) -> tuple[int, ...]:
     version = np.lib.format.read_magic(file)
     read: Any = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, fortran, dtype = read(file)
-    if dtype != np.uint8 or len(shape) < 3 or fortran:
-        raise DataError(
-            f"{path} holds {dtype} of shape {shape}, expected a stack of uint8 images in C order", remedy=_REMEDY
-        )
+    if (problem := stack_problem(str(dtype), tuple(shape), fortran=fortran)) is not None:
+        raise DataError(f"{path} {problem}", remedy=_REMEDY)
     return tuple(shape)
 
 

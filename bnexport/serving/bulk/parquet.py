@@ -52,14 +52,27 @@ def check_columns(path: Path, schema: Any, request: BulkRequest) -> None:
             raise DataError(
                 f"{path} has no column {name!r}, it has {names}", remedy="Name it with --column or --id-column"
             )
+        if schema.names.count(name) > 1:
+            raise DataError(f"{path} has several columns {name!r}", remedy="Give each column a name of its own")
     kind = schema.field(request.column).type
     if not _is_binary(kind) and not (_arrow().types.is_struct(kind) and _has_bytes(kind)):
         raise DataError(f"{path}: column {request.column!r} is {kind}, expected bytes", remedy=_REMEDY)
+    if request.id_column is not None and not _is_plain(kind := schema.field(request.id_column).type):
+        raise DataError(
+            f"{path}: column {request.id_column!r} is {kind}, expected text or numbers",
+            remedy="Name another one with --id-column, or leave it out",
+        )
 
 
 def _is_binary(kind: Any) -> bool:
     types = _arrow().types
-    return bool(types.is_binary(kind) or types.is_large_binary(kind))
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    return bool(types.is_binary(kind) or types.is_large_binary(kind) or types.is_binary_view(kind))
+
+
+def _is_plain(kind: Any) -> bool:
+    """Whether a value has one text that people would write."""
+    return not (_is_binary(kind) or _arrow().types.is_fixed_size_binary(kind) or _arrow().types.is_nested(kind))
 
 
 def _has_bytes(kind: Any) -> bool:
@@ -91,12 +104,16 @@ def encoded_images(
             if request.id_column is None:
                 ids = [f"{path}[{number}]" for number in range(row, row + len(column))]
             else:
-                ids = _ids(path, row, batch.column(request.id_column).to_pylist())
+                ids = _ids(path, row, batch.column(request.id_column))
             row += len(column)
             yield ids, column.to_pylist()
 
 
-def _ids(path: Path, start: int, values: Sequence[Any]) -> list[str]:
+def _ids(path: Path, start: int, column: Any) -> list[str]:
+    try:
+        values = column.to_pylist()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} has ids that are not UTF-8: {one_line(error)}", remedy="Write them again") from error
     if None in values:
         raise DataError(f"{path}[{start + values.index(None)}] has no id", remedy="Leave such rows out")
     return [str(value) for value in values]
@@ -135,10 +152,12 @@ def encode(ids: Sequence[str], logits: Array, *, labels: Sequence[str], keep_log
     return file.getvalue()
 
 
-def rows_in(path: Path) -> int | None:
-    """Rows of a written file by its footer; None when it is not whole."""
+def rows_in(path: Path, *, about: str) -> int | None:
+    """Rows of a written file by its footer; None when it is not whole, or was written with another ``about``."""
     arrow, parquet = _arrow(), require("pyarrow.parquet", purpose="Parquet")
     try:
-        return int(parquet.read_metadata(path).num_rows)
+        with path.open("rb") as file:  # a path that is not there would be tried as an address
+            footer = parquet.read_metadata(file)
     except (OSError, arrow.ArrowException):
         return None
+    return int(footer.num_rows) if (footer.metadata or {}).get(b"bnexport") == about.encode() else None

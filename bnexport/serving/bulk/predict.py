@@ -10,7 +10,7 @@ from typing import Any
 
 from bnexport.bundle import Bundle
 from bnexport.errors import UsageError
-from bnexport.serving.bulk.job import Job, make_job, open_folder
+from bnexport.serving.bulk.job import Job, folder_of, make_job
 from bnexport.serving.bulk.local import run_locally
 from bnexport.serving.bulk.on_ray import run_on_ray
 from bnexport.serving.bulk.request import BulkProgress, BulkRequest
@@ -70,7 +70,7 @@ def predict_in_bulk(
         BundleError: The bundle was changed, or is no image classifier with one input and one output.
         DataError: An image, or a source, that can't be read.
         MissingDependency: pyarrow is not here, or Ray.
-        OutputError: ``out`` holds something else, or can't be written.
+        OutputError: ``out`` holds something else, another run is writing there, or it can't be written.
         UsageError: An unknown engine, or sources that overlap.
     """
     if engine not in ENGINES:
@@ -79,11 +79,12 @@ def predict_in_bulk(
     opened.check()
     image_preprocessing(opened)
     job = make_job(opened, tuple(map(Path, sources)), Path(out), request)
-    open_folder(job)
-    missing, listener = job.missing(), progress or BulkProgress()
-    resumed = job.rows - sum(shard.rows for shard in missing)
-    listener.on_start(job.rows, resumed, min(request.resolved_workers(), max(len(missing), 1)))
-    start = time.perf_counter()
-    for rows in ENGINES[engine](job, missing) if missing else ():
-        listener.on_shard(rows)
+    listener = progress or BulkProgress()
+    with folder_of(job):
+        missing = job.missing()
+        resumed = job.rows - sum(shard.rows for shard in missing)
+        listener.on_start(job.rows, resumed, min(request.resolved_workers(), max(len(missing), 1)))
+        start = time.perf_counter()
+        for rows in ENGINES[engine](job, missing) if missing else ():
+            listener.on_shard(rows)
     return BulkResult(str(out), job.rows, len(job.shards), resumed, time.perf_counter() - start)

@@ -23,7 +23,7 @@ class BulkRequest:
         batch_size: Images per call of the engine.
         shard_rows: Rows of one written file; what is lost when a process is killed.
         workers: Processes (local) or actors (Ray), each with a session of one thread; None: one per core, one on a GPU.
-        force: Throw away the predictions of another job.
+        force: Throw away what another job has written; files with the very rows of this one stay.
     """
 
     column: str = "image"

@@ -9,11 +9,11 @@ import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bnexport.data.images import ENDINGS
+from bnexport.data.images import ENDINGS, stack_problem
 from bnexport.errors import DataError, UsageError
 from bnexport.optional import one_line, require
 from bnexport.screening import screen_archive
@@ -36,6 +36,7 @@ class Shard:
         start: Number of its first row in the file.
         rows: How many.
         parts: Names of the pictures below the folder, or numbers of the row groups.
+        stat: Size and time of the file when the shards were cut; of pictures, a digest of theirs.
     """
 
     number: int
@@ -44,6 +45,19 @@ class Shard:
     start: int
     rows: int
     parts: tuple[str | int, ...] = ()
+    stat: str = ""
+
+    def check_unchanged(self) -> None:
+        """Refuse a file that is another one than that which was cut into shards; a folder is not looked through again.
+
+        Raises:
+            DataError: It has another size or time, or is gone.
+        """
+        if self.kind != "folder" and _stat(Path(self.path)) != self.stat:
+            raise DataError(
+                f"{self.path} has changed while it was read",
+                remedy="Leave the source as it is while it is read, and start again with --force",
+            )
 
 
 class Plan(NamedTuple):
@@ -64,19 +78,22 @@ def plan(sources: tuple[Path, ...], request: BulkRequest) -> Plan:
     Raises:
         DataError: One is missing, empty, damaged, or nothing that images are read from.
         MissingDependency: Parquet without pyarrow.
-        UsageError: One source is given twice, or lies in another.
+        UsageError: One source is given twice, or lies in another; a column of ids where there are no columns.
     """
     _refuse_overlaps(sources)
     shards: list[Shard] = []
     digest = hashlib.sha256()
     for path in sources:
+        _check_name(path)
         kind = _kind_of(path)
+        if request.id_column is not None and kind != "parquet":
+            raise UsageError(f"{path} has no column {request.id_column!r}", remedy="Leave --id-column to Parquet files")
         found = SOURCES[kind](path, request)
         if not found.shards:
             raise DataError(f"{path} holds no image", remedy=_REMEDY)
         digest.update(f"{path} {kind} {found.fingerprint}\n".encode())
         for shard in found.shards:
-            shards.append(Shard(len(shards), shard.kind, shard.path, shard.start, shard.rows, shard.parts))
+            shards.append(replace(shard, number=len(shards)))
     return Plan(shards, digest.hexdigest())
 
 
@@ -90,6 +107,14 @@ def _refuse_overlaps(sources: tuple[Path, ...]) -> None:
                 )
 
 
+def _check_name(path: Path) -> None:
+    """Ids are text, and hold the name."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{path} has a name that is not UTF-8", remedy="Rename it") from error
+
+
 def _kind_of(path: Path) -> str:
     try:
         if path.is_dir():
@@ -100,26 +125,25 @@ def _kind_of(path: Path) -> str:
         raise DataError(f"{path} can't be read: {one_line(error)}", remedy="Check the path") from error
     kind = path.suffix.lower().removeprefix(".")
     if kind not in SOURCES:
-        raise DataError(f"{path} is nothing that many images are read from", remedy=_REMEDY)
+        raise DataError(
+            f"{path} is no folder and no .npy, .npz or Parquet file",
+            remedy=f"{_REMEDY}; single pictures are read without --out",
+        )
     return kind
 
 
 def _cut(kind: str, path: Path, rows: int, request: BulkRequest) -> list[Shard]:
-    size = request.shard_rows
-    return [Shard(0, kind, str(path), start, min(size, rows - start)) for start in range(0, rows, size)]
+    size, stat = request.shard_rows, _stat(path)
+    return [Shard(0, kind, str(path), start, min(size, rows - start), stat=stat) for start in range(0, rows, size)]
 
 
 def _plan_folder(path: Path, request: BulkRequest) -> Plan:
-    digest, names = hashlib.sha256(), []
-    for name, stat in sorted(_walk(path)):
-        names.append(name)
-        digest.update(f"{name} {stat}\n".encode("utf-8", "surrogateescape"))
-    pieces = [names[start : start + request.shard_rows] for start in range(0, len(names), request.shard_rows)]
-    starts = range(0, len(names), request.shard_rows)
-    shards = [
-        Shard(0, "folder", str(path), start, len(piece), tuple(piece))
-        for start, piece in zip(starts, pieces, strict=True)
-    ]
+    found, digest, shards = sorted(_walk(path)), hashlib.sha256(), []
+    for start in range(0, len(found), request.shard_rows):
+        piece = found[start : start + request.shard_rows]
+        stat = hashlib.sha256("".join(f"{name} {stat}\n" for name, stat in piece).encode()).hexdigest()
+        digest.update(stat.encode())
+        shards.append(Shard(0, "folder", str(path), start, len(piece), tuple(name for name, _ in piece), stat))
     return Plan(shards, digest.hexdigest())
 
 
@@ -132,7 +156,7 @@ def _walk(folder: Path) -> Iterator[tuple[str, str]]:
     for place, _, names in os.walk(folder, onerror=failed):
         for name in names:
             if name.lower().endswith(ENDINGS):
-                file = Path(place, name)
+                _check_name(file := Path(place, name))
                 yield file.relative_to(folder).as_posix(), _stat(file)
 
 
@@ -146,11 +170,9 @@ def _stat(file: Path) -> str:
 
 def _plan_npy(path: Path, request: BulkRequest) -> Plan:
     array = map_npy(path)
-    if array.ndim < 3 or array.dtype != "uint8" or not array.flags.c_contiguous:
-        raise DataError(
-            f"{path} holds {array.dtype} of shape {array.shape}, expected a stack of uint8 images in C order",
-            remedy=_REMEDY,
-        )
+    fortran = array.ndim > 1 and array.flags.f_contiguous and not array.flags.c_contiguous
+    if (problem := stack_problem(str(array.dtype), array.shape, fortran=fortran)) is not None:
+        raise DataError(f"{path} {problem}", remedy=_REMEDY)
     return Plan(_cut("npy", path, len(array), request), _stat(path))
 
 
@@ -188,7 +210,8 @@ def _plan_parquet(path: Path, request: BulkRequest) -> Plan:
             )
     shards, digest = [], hashlib.sha256()
     for file in files:
-        digest.update(f"{file} {_stat(file)}\n".encode())
+        _check_name(file)
+        digest.update(f"{file} {(stat := _stat(file))}\n".encode())
         groups: list[str | int] = []
         start = rows = 0
         sizes = _row_groups(file, request)
@@ -196,7 +219,7 @@ def _plan_parquet(path: Path, request: BulkRequest) -> Plan:
             groups.append(index)
             rows += size
             if rows and (rows >= request.shard_rows or index == len(sizes) - 1):
-                shards.append(Shard(0, "parquet", str(file), start, rows, tuple(groups)))
+                shards.append(Shard(0, "parquet", str(file), start, rows, tuple(groups), stat))
                 groups, start, rows = [], start + rows, 0
     return Plan(shards, digest.hexdigest())
 

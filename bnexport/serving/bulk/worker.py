@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,6 @@ from bnexport.serving.bulk.job import Job, part_file
 from bnexport.serving.bulk.npz import NpzFiles
 from bnexport.serving.bulk.parquet import encode
 from bnexport.serving.bulk.reading import read_shard
-from bnexport.serving.bulk.request import BulkRequest
 from bnexport.serving.bulk.sources import Shard
 from bnexport.serving.predictor import image_preprocessing
 from bnexport.tensors import Array
@@ -26,30 +24,22 @@ class ShardWorker:
     """A session of one thread, and what it needs around it.
 
     Args:
-        bundle: The bundle's directory; whoever starts workers has checked its hashes.
-        out: The folder of predictions.
-        request: How to predict.
-        about: Kept in each file's metadata.
+        job: What is to be done; its shards are not looked at. Whoever starts workers has checked the bundle's hashes.
 
     Raises:
         BundleError: It is no image classifier with one input and one output.
         RuntimeUnavailable: The engine or device is not here.
     """
 
-    def __init__(self, bundle: str, out: str, request: BulkRequest, about: str) -> None:
-        opened = Bundle.open(bundle)
-        self._out, self._request, self._about = Path(out), request, about
+    def __init__(self, job: Job) -> None:
+        opened = Bundle.open(job.bundle)
+        self._job, self._request = job, job.request
         self._files = NpzFiles()
         self._preprocessing = image_preprocessing(opened)
         signature = opened.manifest.signature
         self._input, self._output = signature.inputs[0].name, signature.outputs[0].name
         self._labels = opened.manifest.labels or ()
-        self._runner = runner_spec(request.runtime).open(opened, settings=RunSettings(threads=1))
-
-    @classmethod
-    def of(cls, job: Job) -> ShardWorker:
-        """A worker of a job."""
-        return cls(job.bundle, job.out, job.request, json.dumps(job.description, sort_keys=True))
+        self._runner = runner_spec(job.request.runtime).open(opened, settings=RunSettings(threads=1))
 
     def close(self) -> None:
         """Free the session and what is open."""
@@ -83,8 +73,9 @@ class ShardWorker:
                 f"{shard.path} gave {len(ids)} rows where {shard.rows} were counted",
                 remedy="Leave the source as it is while it is read, and start again",
             )
+        shard.check_unchanged()
         logits = np.concatenate(parts)
         labels = [*self._labels, *map(str, range(len(self._labels), logits.shape[1]))]
-        content = encode(ids, logits, labels=labels, keep_logits=self._request.logits, about=self._about)
-        write_atomically(part_file(self._out, shard), content)
+        content = encode(ids, logits, labels=labels, keep_logits=self._request.logits, about=self._job.about(shard))
+        write_atomically(part_file(Path(self._job.out), shard), content)
         return shard.rows

@@ -11,7 +11,7 @@ from bnexport.errors import BnexportError, NotServing
 from bnexport.optional import one_line
 from bnexport.serving.http.exchange import Exchange
 from bnexport.serving.http.reply import Reply, error_reply, packed, reply_headers
-from bnexport.serving.http.request import Disconnected, Receive, check_once
+from bnexport.serving.http.request import Disconnected, Receive, check_host, check_once
 from bnexport.serving.http.routes import find_route
 from bnexport.serving.http.state import State
 from bnexport.serving.state import Answer
@@ -44,6 +44,7 @@ class App:
         try:
             if len(headers) != len(pairs):
                 check_once(pairs)
+            check_host(headers, scope["http_version"])
             found = find_route(exchange.method, exchange.path)
             route = found.name
             if not found.probe:
@@ -57,6 +58,8 @@ class App:
             reply = self.failed(exchange, error)
         finally:
             state.active -= 1
+        # The time counts from the last byte, as in the fast lane: a slow client makes no slow server.
+        start = getattr(exchange, "arrived_ns", start)
         reply = self.told(exchange, (scope.get("client") or ("",))[0], route, reply, start)
         headers_out = reply_headers(reply, exchange, close=state.draining)
         await send({"type": "http.response.start", "status": reply.status, "headers": headers_out})
@@ -88,7 +91,7 @@ class App:
             client: The client's address.
             route: For the counters; "" where there is none.
             reply: To be sent.
-            start_ns: When the request came, by ``time.perf_counter_ns``.
+            start_ns: When the whole request was there, by ``time.perf_counter_ns``.
         """
         if exchange.model is not None and (accepted := exchange.headers.get(b"accept-encoding")) is not None:
             reply = packed(reply, accepted)
@@ -101,6 +104,12 @@ class App:
             answer = Answer(client, exchange.method, reply.status, ns, len(reply.body), trace)
             self.state.log_answer(exchange, answer)
         return reply
+
+    def refused(self, client: str, status: int, reason: str) -> None:
+        """Count and log what was refused before it was a request: no HTTP, too slow, too large, too many connections."""
+        self.state.requests["", status] += 1
+        if self.state.log.access:
+            self.state.log.request({"time": time.time(), "client": client, "status": status, "reason": reason})
 
     def id_of(self, headers: dict[bytes, bytes]) -> str:
         """A request's id."""

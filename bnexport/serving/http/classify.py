@@ -22,7 +22,10 @@ async def classify(state: State, exchange: Exchange, name: str, version: str | N
     model = exchange.model = state.repository.resolve(name, version)
     preprocessing = model.preprocessing
     if preprocessing is None:
-        raise RequestError(f"model {name!r} is no image classifier", remedy="Send tensors to its infer route")
+        raise RequestError(
+            f"model {name!r} does not say how a picture becomes an input, or is no image classifier",
+            remedy="Send tensors to its infer route, or export it with --mean and --std",
+        )
     body = await state.body(exchange)
     try:
         pictures = pictures_of(body, exchange.headers.get(b"content-type", b""), most=state.settings.limits.parts)

@@ -23,9 +23,11 @@ class Exchange:
         rows: Samples, once they are known.
         read: Whether the body was read to its end.
         bytes_in: Bytes of the body.
+        arrived_ns: When the last part of the body came; not set before.
     """
 
-    __slots__ = ("bytes_in", "headers", "id", "method", "model", "path", "read", "receive", "rows")
+    __slots__ = ("arrived_ns", "bytes_in", "headers", "id", "method", "model", "path", "read", "receive", "rows")
+    arrived_ns: int
 
     def __init__(self, method: str, path: str, headers: dict[bytes, bytes], receive: Receive, request_id: str) -> None:
         self.method, self.path = method, path

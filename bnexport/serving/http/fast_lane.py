@@ -100,6 +100,7 @@ class FastLane:
             and 0 < len(length) <= len(str(SHORT_BODY))
             and int(length) <= self._longest
             and len(headers) == len(pairs)
+            and b"host" in headers
             and headers.keys().isdisjoint(_SLOW_HEADERS)
             and connection.parser.get_http_version() == "1.1"
         )

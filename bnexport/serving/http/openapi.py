@@ -60,7 +60,11 @@ def _ref(name: str) -> dict[str, Any]:
     return {"$ref": f"#/components/schemas/{name}"}
 
 
-_ANY: dict[str, dict[str, Any]] = {_JSON: {}}
+_OBJECT: dict[str, dict[str, Any]] = {_JSON: {"type": "object"}}
+_READY: dict[str, dict[str, Any]] = {_JSON: {"type": "object", "properties": {"ready": {"type": "boolean"}}}}
+_NO_PARAMETERS: dict[str, dict[str, Any]] = {
+    _JSON: {"type": "object", "properties": {"parameters": {"type": "object", "maxProperties": 0}}}
+}
 _FORM = {"type": "object", "additionalProperties": {"type": "string", "contentMediaType": "image/png"}}
 #: (method, pattern) of a route -> what is told of it.
 TOLD: dict[tuple[str, str], Told] = {
@@ -78,9 +82,11 @@ TOLD: dict[tuple[str, str], Told] = {
     ("POST", "v2/models/{name}[/versions/{version}]/classify"): Told(
         "Predictions", (*_WORK, 501), {"image/png": _BYTES, "image/jpeg": _BYTES, "multipart/form-data": _FORM}
     ),
-    ("POST", "v2/repository/index"): Told("Index", (413, 415, 503), _ANY, optional=True),
-    ("POST", "v2/repository/models/{name}/load"): Told("Done", (403, 404, 413, 415, 503), _ANY, optional=True),
-    ("POST", "v2/repository/models/{name}/unload"): Told("Done", (403, 404, 413, 415, 503), _ANY, optional=True),
+    ("POST", "v2/repository/index"): Told("Index", (413, 415, 503), _READY, optional=True),
+    ("POST", "v2/repository/models/{name}/load"): Told(
+        "Done", (403, 404, 413, 415, 503), _NO_PARAMETERS, optional=True
+    ),
+    ("POST", "v2/repository/models/{name}/unload"): Told("Done", (403, 404, 413, 415, 503), _OBJECT, optional=True),
     ("GET", "v2/openapi.json"): Told("Document"),
     ("GET", "metrics"): Told(media="text/plain; version=0.0.4; charset=utf-8"),
     ("GET", ""): Told(media=_HTML),

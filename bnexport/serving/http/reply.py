@@ -66,7 +66,7 @@ def packed(reply: Reply, accepted: bytes) -> Reply:
         name.strip().lower()
         for item in accepted.split(b",")
         for name, _, weight in (item.partition(b";"),)
-        if weight.replace(b" ", b"") not in (b"q=0", b"q=0.0")
+        if weight.replace(b" ", b"").lower().rstrip(b"0.") != b"q="
     }
     if b"gzip" in taken:
         coding, body = b"gzip", gzip.compress(reply.body, 1, mtime=0)

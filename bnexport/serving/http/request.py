@@ -17,8 +17,16 @@ Receive = Callable[[], Awaitable[Mapping[str, Any]]]
 _WINDOWS = {b"gzip": 31, b"x-gzip": 31, b"deflate": 15}
 #: Seconds for which the rest of a body that is refused is read, so that the client gets to read the reason.
 _LINGER = 1.0
+_LIBRARY = "Let an HTTP library write the request"
 #: Headers that must not come twice: two readers would take different ones.
-_ONCE = (b"content-length", b"content-encoding", b"content-type", b"inference-header-content-length", b"authorization")
+_ONCE = (
+    b"host",
+    b"content-length",
+    b"content-encoding",
+    b"content-type",
+    b"inference-header-content-length",
+    b"authorization",
+)
 
 
 class Disconnected(Exception):
@@ -105,6 +113,16 @@ class Intake:
         return RequestError(
             f"the body has {told}, the limit is {self.limits.body_bytes}", remedy="Send several requests", status=413
         )
+
+
+def check_host(headers: Mapping[bytes, bytes], http_version: str) -> None:
+    """Refuse a request that does not say which host it is for (RFC 9112, 3.2).
+
+    Raises:
+        RequestError: There is no header Host, and the version wants one.
+    """
+    if http_version == "1.1" and b"host" not in headers:
+        raise RequestError("the header Host is missing, which HTTP/1.1 wants", remedy=_LIBRARY)
 
 
 def check_once(pairs: list[tuple[bytes, bytes]]) -> None:

@@ -16,8 +16,10 @@ from bnexport.serving.http.reply import BINARY, JSON, TEXT, Reply, json_reply
 from bnexport.serving.http.request import header_length
 from bnexport.serving.http.route import Handler, Route
 from bnexport.serving.http.state import State
+from bnexport.serving.protocol.decoding import load_json
 from bnexport.serving.protocol.encoding import encode_response
 from bnexport.serving.protocol.messages import InferRequest, InferResponse
+from bnexport.serving.repository import READY
 from bnexport.serving.served_model import ServedModel
 
 _INFER_TYPES = (b"", b"application/json", b"application/octet-stream")
@@ -116,28 +118,50 @@ def infer_reply(response: InferResponse) -> Reply:
 
 
 async def repository_index(state: State, exchange: Exchange) -> Reply:
-    """Every model version with its state."""
-    state.intake.release(await state.body(exchange))
-    return json_reply(state.repository.index())
+    """Every model version with its state, or those that are ready (Triton, "Model Repository Extension")."""
+    ready = (await _told(state, exchange)).get("ready", False)
+    if not isinstance(ready, bool):
+        raise RequestError('"ready" is neither true nor false', remedy="Send true or false, or leave it out")
+    return json_reply([row for row in state.repository.index() if not ready or row["state"] == READY])
 
 
 async def load(state: State, exchange: Exchange, name: str) -> Reply:
     """Load a model's versions from disk."""
-    await _permitted(state, exchange)
+    told = await _told(state, exchange)
+    state.permit_loading()
+    if told.get("parameters"):
+        raise RequestError("a model is loaded as it lies on disk, without parameters", remedy="Send none")
     await state.repository.reload(name)
     return json_reply({})
 
 
 async def unload(state: State, exchange: Exchange, name: str) -> Reply:
     """Close a model's versions."""
-    await _permitted(state, exchange)
+    await _told(state, exchange)
+    state.permit_loading()
     state.repository.unload(name)
     return json_reply({})
 
 
-async def _permitted(state: State, exchange: Exchange) -> None:
-    state.intake.release(await state.body(exchange))
-    state.permit_loading()
+async def _told(state: State, exchange: Exchange) -> dict[str, Any]:
+    """The body of a request that may have none.
+
+    Raises:
+        RequestError: It is no JSON object, or too large.
+    """
+    limits = state.settings.limits
+    body = await state.body(exchange)
+    try:
+        if len(body) > limits.header_json_bytes:
+            raise RequestError(
+                f"the body has {len(body)} bytes, the limit is {limits.header_json_bytes}", remedy="Send {}", status=413
+            )
+        value = load_json(body, brackets=limits.brackets) if body else {}
+    finally:
+        state.intake.release(body)
+    if not isinstance(value, dict):
+        raise RequestError("the request is no JSON object", remedy="Send {}, or nothing")
+    return value
 
 
 async def metrics(state: State, _exchange: Exchange) -> Reply:

@@ -29,6 +29,7 @@ from bnexport.serving.access_log import JsonLog
 from bnexport.serving.batcher import THREADS
 from bnexport.serving.http.app import App
 from bnexport.serving.http.connection import LimitedConnection, limited
+from bnexport.serving.http.credentials import read_token, tls_options
 from bnexport.serving.http.fast_lane import FastLane
 from bnexport.serving.http.state import State
 from bnexport.serving.listener import backlog, bound, deafen, free_port
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
 QUIET = 1.0
 #: Seconds for connections that are half made when the server stops to listen.
 _HANDSHAKES = 0.05
+#: Files that a process opens beside its connections: libraries, models, the door of gRPC.
+_OTHER_FILES = 256
 #: Seconds that an idle connection is kept; longer than balancers keep theirs, so that they close first.
 _KEEP_ALIVE = 75
 
@@ -128,7 +131,9 @@ def serve_on(
     """
     token = None if settings.token_file is None else read_token(settings.token_file)
     log = JsonLog(sys.stderr, access=settings.access_log, process=None if share is None else share.slot)
+    log.take_over("uvicorn.error", "asyncio")
     try:
+        _allow_files(settings.models.limits.connections + _OTHER_FILES, log)
         if settings.grpc_port is not None:
             free_port(settings.host, settings.grpc_port, reuse=settings.reuse_port, option="--grpc-port")
         repository = Repository(path, settings.models, log.event)
@@ -137,12 +142,29 @@ def serve_on(
         app = App(state)
         # Middleware sees ASGI's messages, so with it nothing may go around them.
         fast_lane = FastLane(app) if settings.middleware is None else None
-        config = _config(_wrapped(app, settings.middleware), settings, fast_lane)
+        kind = limited(settings.models.limits, fast_lane, app.refused)
+        config = _config(_wrapped(app, settings.middleware), settings, kind)
         server = DrainingServer(config, state, settings)
         told = functools.partial(_told, repository, listener, server.door, settings)
         server.run([listener], on_start=lambda: announce(told()), on_stop=stopping)
     finally:
         log.close()
+
+
+def _allow_files(wanted: int, log: JsonLog) -> None:
+    """Let the process open so many files, as far as the system lets it (getrlimit(2)): connections count, too."""
+    if sys.platform == "win32":
+        return
+    import resource  # not on Windows
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    if most < wanted:
+        log.event(
+            "few files", allowed=hard, wanted=wanted, reason="connections are reset before their limit is reached"
+        )
 
 
 def leave_engines() -> None:
@@ -311,23 +333,6 @@ def _expected(connection: object) -> bool:
     return isinstance(connection, LimitedConnection) and connection.expected
 
 
-def read_token(file: Path) -> bytes:
-    """The token in a file, without the white space around it.
-
-    Raises:
-        UsageError: The file can't be read, is empty, or holds what no header can.
-    """
-    try:
-        token = file.read_bytes().strip()
-    except OSError as error:
-        raise UsageError(f"{file} can't be read: {one_line(error)}", remedy="Give a file with one token") from error
-    if len(token) < 16 or len(token) > 4096 or any(not 0x21 <= byte <= 0x7E for byte in token):
-        raise UsageError(
-            f"{file} holds no token of 16 to 4096 visible ASCII characters", remedy="Write one: openssl rand -hex 32"
-        )
-    return token
-
-
 def _door(state: State, settings: ServerSettings, port: int) -> GrpcDoor:
     from bnexport.serving.grpc.door import GrpcDoor, GrpcSettings  # its packages are an extra's
 
@@ -347,12 +352,11 @@ def _wrapped(app: Any, middleware: str | None) -> Any:
         ) from error
 
 
-def _config(app: Any, settings: ServerSettings, fast_lane: FastLane | None) -> uvicorn.Config:
-    limits = settings.models.limits
-    tls = {} if settings.tls is None else {"ssl_certfile": str(settings.tls[0]), "ssl_keyfile": str(settings.tls[1])}
+def _config(app: Any, settings: ServerSettings, kind: type[LimitedConnection]) -> uvicorn.Config:
+    tls = {} if settings.tls is None else tls_options(*settings.tls)
     config = uvicorn.Config(
         app,
-        http=limited(limits, fast_lane),
+        http=kind,
         ws="none",
         lifespan="off",
         interface="asgi3",
@@ -361,12 +365,15 @@ def _config(app: Any, settings: ServerSettings, fast_lane: FastLane | None) -> u
         server_header=False,
         date_header=False,
         proxy_headers=False,
-        limit_concurrency=limits.connections,
         timeout_keep_alive=_KEEP_ALIVE,
-        **tls,  # type: ignore[arg-type]
+        **tls,
     )
     try:
         config.load()
     except (OSError, ValueError) as error:
-        raise UsageError(f"the TLS files can't be used: {one_line(error)}", remedy="Give PEM files") from error
+        told = " and ".join(map(str, settings.tls or ()))
+        raise UsageError(
+            f"the TLS files {told} can't be used: {one_line(error)}",
+            remedy="Give a certificate and its own key, as PEM files",
+        ) from error
     return config

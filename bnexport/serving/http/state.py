@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Mapping
+from typing import Any
+
 from bnexport.serving.access_log import JsonLog
 from bnexport.serving.http.exchange import Exchange
 from bnexport.serving.http.request import Intake
@@ -31,7 +35,13 @@ class State(ServerState):
 
     async def body(self, exchange: Exchange) -> bytes:
         """The request's body; the caller gives it back to ``intake.release``."""
-        body = await self.intake.read(exchange.receive, exchange.headers)
+
+        async def receive() -> Mapping[str, Any]:
+            message = await exchange.receive()
+            exchange.arrived_ns = time.perf_counter_ns()
+            return message
+
+        body = await self.intake.read(receive, exchange.headers)
         exchange.read = True
         exchange.bytes_in = len(body)
         return body

@@ -53,7 +53,7 @@ class Decoder:
     """Decodes the requests to one model.
 
     Args:
-        signature: Of the model; the first dimension of every input is the batch.
+        signature: Of the model; the first dimension that has a name is the batch.
         limits: What a request may ask for.
     """
 
@@ -62,6 +62,9 @@ class Decoder:
         self._limits = limits
         self._specs = {spec.name: spec for spec in signature.inputs}
         self._outputs = {spec.name: spec for spec in signature.outputs}
+        firsts = [spec.shape[0] for spec in signature.inputs if spec.shape]
+        self._batch = next((dim for dim in firsts if isinstance(dim, str)), None)
+        self._fixed_rows = next((dim for dim in firsts if isinstance(dim, int)), 1)
         self._plans: dict[bytes, _Plan] = {}
         self._plans_of_parts: dict[bytes, _Plan] = {}
 
@@ -201,14 +204,14 @@ class Decoder:
             raise RequestError("the request has one input twice", remedy="Send each input once")
         if missing := self._specs.keys() - set(names):
             raise RequestError(f"the input {min(missing)!r} is missing", remedy=_SHAPES)
-        rows = {item.shape[0] for item in inputs if item.shape}
+        rows = {item.shape[0] for item in inputs if self._batch is not None and item.spec.shape[:1] == (self._batch,)}
         if len(rows) > 1:
             raise RequestError(
                 f"the inputs have batches of {sorted(rows)}", remedy="Send as many samples of each input"
             )
         parameters = _object(value, "parameters")
         outputs = self._wanted(value.get("outputs"), binary=_flag(parameters, "binary_data_output"))
-        request = InferRequest({}, max(rows, default=1), outputs, _id(value), _timeout(parameters))
+        request = InferRequest({}, max(rows, default=self._fixed_rows), outputs, _id(value), _timeout(parameters))
         return _Plan(inputs, request, sum(item.size for item in inputs))
 
     def _input(self, item: object) -> _Input:
@@ -254,7 +257,7 @@ class Decoder:
             have = shown("x".join(map(str, shape[:16])))
             expected = "x".join(map(str, spec.shape))
             raise RequestError(f"input {spec.name!r} has the shape {have}", remedy=f"Send {expected}")
-        if shape and shape[0] > self._limits.batch:
+        if shape and isinstance(spec.shape[0], str) and shape[0] > self._limits.batch:
             raise RequestError(
                 f"the batch is {shape[0]}, the limit is {self._limits.batch}",
                 remedy="Send several requests",

@@ -2,10 +2,16 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import yaml
+from unit.deploying.conftest import foreign_bundle
 
 from bnexport.bundle import MODEL_ONNX, Bundle
 from bnexport.deploying.docker import check_dockerfile, deploy_docker, dockerfile
@@ -58,6 +64,7 @@ def test_a_foreign_model_on_kserve(foreign: Bundle, tmp_path: Path) -> None:
         ({"storage_uri": "s3://a b"}, "not a URI"),
         ({"min_replicas": 5, "max_replicas": 2}, "no range"),
         ({"min_replicas": -1}, "no range"),
+        ({"max_replicas": 2**31}, "no range"),
         ({"min_replicas": 0, "max_replicas": 0}, "no range"),
         ({"min_replicas": 0, "metric": "cpu"}, "can't go down to 0"),
         ({"metric": "cpu", "target": 101}, "not 1 to 100"),
@@ -78,6 +85,7 @@ SERVICE = inference_service("m", DeployRequest(), SCALING, model_bytes=1)
     [
         ("metadata/name", "Big"),
         ("metadata/namespace", "a_b"),
+        ("metadata/namespace", "a\n"),
         ("metadata/labels", {}),
         ("spec/predictor/minReplicas", "1"),
         ("spec/predictor/scaleMetric", "latency"),
@@ -124,10 +132,13 @@ def test_a_build_context(bundle: Bundle, tmp_path: Path) -> None:
     assert (out / "wheels" / wheel.name).read_bytes() == b"wheel"
     lines = [line.partition(" ")[::2] for line in (out / "Dockerfile").read_text().splitlines()]
     assert ("ARG", f"BNEXPORT=/wheels/{wheel.name}[serve,grpc]") in lines
-    command = ["serve", "/models", "--host", "0.0.0.0", "--port", "8000", "--grpc-port", "8001"]
+    command = ["serve", "/models", "--host", "0.0.0.0", "--port", "8000", "--grpc-port", "8001", "--grace", "30"]
     assert json.loads(dict(lines)["CMD"]) == command
     services = yaml.safe_load((out / "compose.yaml").read_text())["services"]
     assert services["triton"]["image"] == "nvcr.io/nvidia/tritonserver:24.05-py3"
+    waits = int(services["serve"]["stop_grace_period"].removesuffix("s"))
+    assert waits > int(command[-1]), "Docker kills after 10 seconds else, with requests in flight"
+    assert services["serve"]["init"] is True
     assert services["triton"]["command"] == ["tritonserver", "--model-repository=/models"]
     assert services["triton"]["volumes"][0]["source"] == "./models"
     published = [port for service in services.values() for port in service["ports"]]
@@ -145,6 +156,49 @@ def test_without_a_wheel_this_version_is_installed(foreign: Bundle, tmp_path: Pa
     services = yaml.safe_load((tmp_path / "out" / "compose.yaml").read_text())["services"]
     (device,) = services["triton"]["deploy"]["resources"]["reservations"]["devices"]
     assert device["capabilities"] == ["gpu"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="permissions of POSIX")
+def test_the_servers_user_may_read_what_a_strict_mask_wrote(bundle: Bundle, tmp_path: Path) -> None:
+    mask = os.umask(0o077)
+    try:
+        deploy_docker(bundle, tmp_path / "out")
+    finally:
+        os.umask(mask)
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "out" / "models").rglob("*")}
+    assert modes == {0o755, 0o644}
+    assert (tmp_path / "out" / "models").stat().st_mode & 0o777 == 0o755
+
+
+def test_a_model_whose_name_triton_does_not_take(tmp_path: Path) -> None:
+    """Letters beyond ASCII: --name is the compose project's, and no option names the folder."""
+    wide = foreign_bundle(tmp_path / "1", name="größe")
+    deploy_docker(wide, tmp_path / "out", DeployRequest(name="size"))
+    assert [path.name for path in (tmp_path / "out" / "models").iterdir()] == ["gr_e"]
+
+
+@pytest.mark.parametrize(("status", "code"), [(200, 0), (503, 1)])
+def test_the_health_check(status: int, code: int) -> None:
+    """Run as it is written but for the port, with a proxy in the environment that nobody is at."""
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status if self.path == "/v2/health/ready" else 404)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    (line,) = [line for line in DOCKERFILE.splitlines() if line.startswith("HEALTHCHECK")]
+    _, option, program = json.loads(line.partition("CMD ")[2])
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.serve_forever).start()
+        words = [sys.executable, option, program.replace("8000", str(server.server_port))]
+        environment = {**os.environ, "http_proxy": "http://127.0.0.1:9", "HTTP_PROXY": "http://127.0.0.1:9"}
+        try:
+            assert subprocess.run(words, env=environment, timeout=60, check=False).returncode == code
+        finally:
+            server.shutdown()
 
 
 def test_docker_refusals(bundle: Bundle, foreign: Bundle, tmp_path: Path) -> None:

@@ -1,19 +1,23 @@
 from __future__ import annotations
 
+import re
+import shlex
 from pathlib import Path
 
 import onnxruntime
 import pytest
-from support.bundles import copy_bundle
+from support.bundles import copy_bundle, reseal
 from unit.deploying.conftest import FOREIGN, fixed, foreign_bundle
 
 from bnexport.bundle import MODEL_ONNX, Bundle
+from bnexport.deploying.docker import deploy_docker
 from bnexport.deploying.model_config import check_config, read_config
-from bnexport.deploying.repository import LABELS, deploy_triton
+from bnexport.deploying.repository import LABELS, deploy_triton, device_blocks
 from bnexport.deploying.request import DEVICES, NAME_RULES, DeployRequest, deployed_name, suggested_name
 from bnexport.errors import BundleError, ExportError, OutputError, UsageError
 from bnexport.exporting.triton import CONFIG, triton_config
 from bnexport.exporting.triton_messages import ENUMERATIONS, MESSAGES
+from bnexport.tensors import Signature, TensorSpec
 
 ROOT = Path(__file__).parents[3]
 FILES = frozenset({MODEL_ONNX, LABELS})
@@ -87,6 +91,21 @@ def test_a_batch_that_does_not_vary(tmp_path: Path) -> None:
     assert [item.batch_size for item in config.model_warmup] == [1], "Triton allows no other without batching"
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_names_that_need_care(device: str) -> None:
+    """Of tensors: quotes, line ends, letters of every plane."""
+    name = 'in "put"/0:\n\u00e9\\ \U0001f600'
+    signature = Signature((TensorSpec(name, "float16", ("batch", 3)),), (TensorSpec("\t", "bool", ("batch", 2)),))
+    text = triton_config("m", signature, more=device_blocks(DeployRequest(device=device), signature))
+    check_config(text, "m", signature, files=FILES)
+    assert read_config(text).input[0].name == name
+
+
+def test_no_labels_at_all(tmp_path: Path) -> None:
+    none = reseal(foreign_bundle(tmp_path / "4").path, labels=())
+    assert deploy_triton(none, tmp_path / "out").files == ("Foreign.v2/4/model.onnx", f"Foreign.v2/{CONFIG}")
+
+
 def test_what_is_deployed_runs(foreign: Bundle, tmp_path: Path) -> None:
     deploy_triton(foreign, tmp_path / "out")
     inputs, outputs = foreign.golden()
@@ -102,8 +121,47 @@ def test_an_existing_folder_stays_without_force(bundle: Bundle, tmp_path: Path) 
     with pytest.raises(OutputError, match="exists already"):
         deploy_triton(bundle, tmp_path / "out")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["precious"]
-    deploy_triton(bundle, tmp_path / "out", DeployRequest(force=True))
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["bn_lenet"]
+
+
+def test_force_replaces_a_deployment_and_nothing_else(bundle: Bundle, tmp_path: Path) -> None:
+    """Neither the bundle that is deployed, which may lie in the folder, nor what others put there."""
+    mine = copy_bundle(bundle, tmp_path / "models" / "bn_lenet" / "1")
+    before = sorted(tmp_path.rglob("*"))
+    for out, relation in ((tmp_path / "models", "holds"), (mine, "is"), (tmp_path, "holds")):
+        with pytest.raises(OutputError, match=f" {relation} {re.escape(str(mine))}"):
+            deploy_triton(Bundle.open(mine), out, DeployRequest(force=True))
+    assert sorted(tmp_path.rglob("*")) == before
+    out = tmp_path / "out"
+    deploy_triton(bundle, out)
+    (out / "bn_lenet" / "labels.txt").write_text("old")
+    deploy_triton(bundle, out, DeployRequest(force=True))
+    assert (out / "bn_lenet" / "labels.txt").read_text() != "old"
+    (out / "precious").write_text("x")
+    with pytest.raises(OutputError, match="holds precious"):
+        deploy_triton(bundle, out, DeployRequest(force=True))
+    assert (out / "precious").read_text() == "x"
+
+
+def test_the_command_line_is_one_for_a_shell(bundle: Bundle, tmp_path: Path) -> None:
+    """Whatever the folder's name, and only this machine can reach the ports."""
+    out = tmp_path / "it's a:folder; touch taken"
+    (command,) = deploy_triton(bundle, out).next_steps
+    words = shlex.split(command)
+    assert words[words.index("--mount") + 1] == f"type=bind,source={out},target=/models,readonly"
+    ports = [words[index + 1] for index, word in enumerate(words) if word == "-p"]
+    assert ports == ["127.0.0.1:8000:8000", "127.0.0.1:8001:8001"]
+
+
+@pytest.mark.parametrize("inside", [".", "1", "1/below/out", "link/1"])
+def test_what_is_deployed_is_not_written_over(bundle: Bundle, tmp_path: Path, inside: str) -> None:
+    """With --force the bundle would be gone, without it the bundle would hold a file that its manifest does not."""
+    mine = Bundle.open(copy_bundle(bundle, tmp_path / "models" / "1"))
+    (tmp_path / "models" / "link").symlink_to(".")
+    for deploy in (deploy_triton, deploy_docker):
+        with pytest.raises(OutputError, match=r"is|holds|lies in"):
+            deploy(mine, tmp_path / "models" / inside, DeployRequest(force=True))
+    mine.check()
+    assert sorted(path.name for path in (tmp_path / "models").iterdir()) == ["1", "link"]
 
 
 def test_whole_or_absent(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,14 +180,24 @@ def test_a_changed_bundle_and_an_old_release_are_refused(bundle: Bundle, tmp_pat
     with pytest.raises(BundleError, match=r"model\.onnx"):
         deploy_triton(Bundle.open(spoiled), tmp_path / "out")
     new = foreign_bundle(tmp_path / "new" / "1", opset=22, ir_version=10)
-    with pytest.raises(ExportError, match="operator set 22"):
+    with pytest.raises(ExportError, match="operator set 22") as caught:
         deploy_triton(new, tmp_path / "out", DeployRequest(triton="24.05"))
+    assert "--opset" not in caught.value.remedy, (
+        "which fold-and-export refuses for an ONNX file, as this one's source is"
+    )
+    assert "operator set 21" in caught.value.remedy
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
     ("options", "told"),
-    [({"device": "tpu"}, "tpu"), ({"instances": 0}, "instances can't be 0"), ({"max_batch_size": -1}, "can't be -1")],
+    [
+        ({"device": "tpu"}, "tpu"),
+        ({"instances": 0}, "instances can't be 0"),
+        ({"max_batch_size": -1}, "can't be -1"),
+        ({"max_batch_size": 2**31}, "can't be 2147483648"),
+        ({"instances": 2**31}, "Give 1 to 2147483647"),
+    ],
 )
 def test_bad_requests(options: dict[str, object], told: str) -> None:
     with pytest.raises(UsageError, match=told):

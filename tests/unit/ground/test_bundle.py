@@ -300,6 +300,8 @@ def test_a_file_that_can_not_be_read_is_a_problem(folder: Path, monkeypatch: pyt
     opened = Bundle.open(folder)
     monkeypatch.setattr(module, "sha256", refuse)
     assert "Permission denied" in (opened.problem(MODEL_ONNX) or "")
+    with pytest.raises(BundleError, match="Let this user read it"):  # writing it again would not help
+        opened.check()
 
 
 def test_a_folder_that_can_not_be_entered_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

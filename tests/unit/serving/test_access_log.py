@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import select
 import threading
 
@@ -78,3 +79,32 @@ def test_lines_of_one_process_among_several_name_it_and_come_in_pieces_that_a_pi
     lines = [json.loads(line) for line in "".join(pieces).splitlines()]
     assert [line["index"] for line in lines[:100]] == list(range(100))
     assert [(line["event"], line["process"]) for line in lines[100:]] == [("long", 3), ("short", 3)]
+
+
+def test_what_libraries_log_is_json_too() -> None:
+    stream = io.StringIO()
+    log = JsonLog(stream)
+    logger = logging.getLogger("a library")
+    log.take_over("a library")
+    logger.info("not this")
+    logger.warning("it is %s", "late")
+    try:
+        raise ZeroDivisionError("on purpose")
+    except ZeroDivisionError:
+        logger.exception("a callback failed\n")
+    log.close()
+    late, failed = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert (late["event"], late["logger"], late["message"]) == ("warning", "a library", "it is late")
+    assert (failed["event"], failed["message"]) == ("fault", "a callback failed\n")
+    assert failed["trace"].endswith("ZeroDivisionError: on purpose")
+    assert (logger.handlers, logger.propagate) == ([], True)
+
+
+def test_a_name_that_is_no_utf8_stops_no_line() -> None:
+    stream = io.StringIO()
+    log = JsonLog(stream)
+    log.event("poll failed", reason="/models/\udcff can't be read")
+    log.event("next")
+    log.close()
+    bad, good = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert (bad["event"], bad["reason"][-13:], good["event"]) == ("poll failed", "can't be read", "next")

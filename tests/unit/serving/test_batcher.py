@@ -115,6 +115,54 @@ def test_other_shapes_and_large_requests_run_apart_and_in_order() -> None:
     asyncio.run(main())
 
 
+class Joiner(Runner):
+    """Two inputs of any widths, side by side."""
+
+    def __init__(self) -> None:
+        specs = [TensorSpec(name, "float32", ("batch", width)) for name, width in (("a", "n"), ("b", "m"), ("y", "w"))]
+        self.name, self.effective_device, self.description = "joiner", "cpu", {}
+        self.signature = Signature(tuple(specs[:2]), tuple(specs[2:]))
+        self.batches: list[tuple[tuple[int, ...], ...]] = []
+
+    def _run(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
+        self.batches.append((feeds["a"].shape, feeds["b"].shape))
+        return {"y": np.concatenate([feeds["a"], feeds["b"]], 1)}
+
+
+@pytest.mark.parametrize("cost", [QUICK, SLOW])
+def test_several_inputs_may_come_in_any_order(cost: Cost) -> None:
+    async def main() -> None:
+        runner = Joiner()
+        batcher = Batcher([runner], cost, BatchLimits())
+        three, four = np.full((1, 3), 3, np.float32), np.full((1, 4), 4, np.float32)
+        asked = [{"a": three, "b": four}, {"b": three, "a": four}, {"a": three, "b": four}, {"b": four, "a": three}]
+        answers = await asyncio.wait_for(asyncio.gather(*(batcher.submit(feeds, 1) for feeds in asked)), 20)
+        for feeds, got in zip(asked, answers, strict=True):
+            assert np.array_equal(got["y"], np.concatenate([feeds["a"], feeds["b"]], 1))
+        assert runner.batches == [((1, 3), (1, 4)), ((1, 4), (1, 3)), ((2, 3), (2, 4))]
+        await batcher.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("cost", [QUICK, SLOW])
+def test_a_batch_that_can_not_be_made_takes_no_session_with_it(cost: Cost, monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_large(*_: object) -> None:
+        raise MemoryError
+
+    async def main() -> None:
+        batcher = Batcher([Doubler()], cost, BatchLimits())
+        with monkeypatch.context() as context:
+            context.setattr("bnexport.serving.batcher.np.concatenate", too_large)
+            asked = (batcher.submit(rows(1.0), 1) for _ in range(2))
+            answers = await asyncio.wait_for(asyncio.gather(*asked, return_exceptions=True), 20)
+        assert [np.array_equal(answer["y"], [[2, 2]]) for answer in answers] == [True] * 2, "each alone needs less"  # type: ignore[index]
+        await asyncio.wait_for(ask(batcher, 2.0), 20)
+        await batcher.close()
+
+    asyncio.run(main())
+
+
 def test_a_full_queue_refuses_and_recovers() -> None:
     async def main() -> None:
         runner = Doubler()
@@ -157,13 +205,31 @@ def test_deadlines_hold_in_the_queue_and_while_a_batch_runs() -> None:
     asyncio.run(main())
 
 
-def test_an_engine_that_fails_tells_everybody_and_goes_on() -> None:
+@pytest.mark.parametrize("cost", [QUICK, SLOW])
+def test_an_engine_that_refuses_one_request_answers_the_others(cost: Cost) -> None:
     async def main() -> None:
-        batcher = Batcher([Doubler()], QUICK, BatchLimits())
-        results = await asyncio.gather(ask(batcher, -1.0), ask(batcher, 1.0), return_exceptions=True)
-        assert [type(result) for result in results] == [BundleError, BundleError]
-        await ask(batcher, 1.0)
+        runner = Doubler()
+        batcher = Batcher([runner], cost, BatchLimits())
+        asked = [ask(batcher, value) for value in (1.0, -1.0, 2.0, -2.0, 3.0)]
+        results = await asyncio.gather(*asked, return_exceptions=True)
+        assert [type(result) for result in results] == [type(None), BundleError, type(None), BundleError, type(None)]
+        assert runner.batches == [(5, 2), *[(1, 2)] * 5]
+        await asyncio.gather(ask(batcher, 1.0), ask(batcher, 2.0))
+        assert runner.batches[-1] == (2, 2), "what comes after runs together again"
+        assert batcher.statistics.rows == 7
         await batcher.close()
+
+    asyncio.run(main())
+
+
+def test_closing_answers_what_runs_again_alone() -> None:
+    async def main() -> None:
+        batcher = Batcher([Doubler()], SLOW, BatchLimits())
+        asked = [asyncio.ensure_future(ask(batcher, value)) for value in (1.0, -1.0, 2.0)]
+        await asyncio.sleep(0)
+        await batcher.close()
+        results = await asyncio.gather(*asked, return_exceptions=True)
+        assert [type(result) for result in results] == [type(None), BundleError, type(None)]
 
     asyncio.run(main())
 

@@ -43,6 +43,7 @@ def test_what_would_steer_a_terminal_is_not_sent() -> None:
         (b"GZIP, deflate", gzip.decompress),
         (b"identity", None),
         (b"gzip; q=0", None),
+        (b"gzip;Q=0.000, deflate;q=0.010", zlib.decompress),
         (b"*;", None),
     ],
 )

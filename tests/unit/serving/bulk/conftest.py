@@ -14,6 +14,8 @@ from support.bundles import network, write_bundle
 from bnexport.bundle import Bundle
 from bnexport.data.datasets import load_dataset
 from bnexport.data.preprocessing import Preprocessing
+from bnexport.serving.bulk.predict import BulkResult, predict_in_bulk
+from bnexport.serving.bulk.request import BulkRequest
 
 IMAGES = load_dataset("digits").test_images[:90]
 
@@ -67,3 +69,8 @@ def write_parquet(path: Path, columns: dict[str, list[object]], group: int) -> N
 def rows(out: Path) -> dict[str, list[object]]:
     columns: dict[str, list[object]] = pq.read_table(out).to_pydict()
     return columns
+
+
+def predict(bundle: Bundle, source: Path | list[Path], out: Path, **options: object) -> BulkResult:
+    request = BulkRequest(**({"workers": 1, "shard_rows": 20, "batch_size": 8} | options))
+    return predict_in_bulk(bundle, source if isinstance(source, list) else [source], out, request=request)

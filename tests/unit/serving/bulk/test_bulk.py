@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import json
+import pickle
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -8,30 +11,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from PIL import Image
 from support.bundles import copy_bundle, reseal
 from unit.deploying.conftest import foreign_bundle
-from unit.serving.bulk.conftest import IMAGES, png, rows, write_parquet
+from unit.serving.bulk.conftest import IMAGES, png, predict, rows
 
 from bnexport.bundle import MODEL_ONNX, MODEL_TORCHSCRIPT, Bundle
-from bnexport.data.images import ENDINGS
-from bnexport.errors import BnexportError, BundleError, DataError, OutputError, UsageError
+from bnexport.errors import BnexportError, BundleError, OutputError, UsageError
 from bnexport.serving.bulk.job import JOB, make_job
 from bnexport.serving.bulk.measure import side_by_side
-from bnexport.serving.bulk.predict import BulkResult, predict_in_bulk
-from bnexport.serving.bulk.reading import READERS
+from bnexport.serving.bulk.on_ray import ShardActor, threads_ended
+from bnexport.serving.bulk.predict import predict_in_bulk
 from bnexport.serving.bulk.request import BulkProgress, BulkRequest
-from bnexport.serving.bulk.sources import SOURCES
 from bnexport.serving.predictor import predict_images
-
-
-def predict(bundle: Bundle, source: Path | list[Path], out: Path, **options: object) -> BulkResult:
-    request = BulkRequest(**({"workers": 1, "shard_rows": 20, "batch_size": 8} | options))
-    return predict_in_bulk(bundle, source if isinstance(source, list) else [source], out, request=request)
-
-
-def test_every_kind_of_source_has_its_reader() -> None:
-    assert set(SOURCES) == set(READERS)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +72,7 @@ def test_the_written_files(bundle: Bundle, sources: dict[str, Path], tmp_path: P
     assert schema.field("id").type == schema.field("label").type == pa.string()
     assert schema.field("probabilities").type.value_type == pa.float32()
     about = json.loads(schema.metadata[b"bnexport"])
-    assert (about["model"], about["rows"]) == ("bn_lenet", 90)
+    assert (about["model"], about["source"], about["rows"]) == ("bn_lenet", str(sources["a.npy"]), 20)
 
 
 def test_bulk_and_single_predictions_agree(bundle: Bundle, sources: dict[str, Path], tmp_path: Path) -> None:
@@ -136,6 +127,17 @@ def test_what_is_missing_or_cut_off_is_written_again(bundle: Bundle, sources: di
     assert not list(out.glob(".*"))
 
 
+def test_a_part_of_another_job_is_written_again(bundle: Bundle, sources: dict[str, Path], tmp_path: Path) -> None:
+    """As a worker that outlived its killed parent may leave one: it has as many rows."""
+    other = reseal(copy_bundle(bundle, tmp_path / "bn_lenet" / "1"), labels=tuple("abcdefghij"))
+    predict(other, sources["a.npy"], tmp_path / "other")
+    predict(bundle, sources["a.npy"], tmp_path / "out")
+    before, name = pq.read_table(tmp_path / "out"), "part-00002.parquet"
+    (tmp_path / "other" / name).replace(tmp_path / "out" / name)
+    assert predict(bundle, sources["a.npy"], tmp_path / "out").resumed_rows == 70
+    assert pq.read_table(tmp_path / "out").equals(before)
+
+
 def test_another_job_is_refused_without_force(bundle: Bundle, sources: dict[str, Path], tmp_path: Path) -> None:
     out = tmp_path / "out"
     np.save(tmp_path / "mine.npy", IMAGES)
@@ -184,88 +186,16 @@ def test_a_changed_bundle_is_refused(bundle: Bundle, sources: dict[str, Path], t
         predict(Bundle.open(spoiled), sources["a.npy"], tmp_path / "out")
 
 
-#: Source -> what is said of it.
-BAD_SOURCES = {
-    "float.npy": "expected a stack of uint8",
-    "flat.npy": "expected a stack of uint8",
-    "fortran.npy": "in C order",
-    "empty.npy": "holds no image",
-    "two.npz": "no array 'image' but 'a', 'b'",
-    "float.npz": "expected a stack of uint8",
-    "cut.npz": "",
-    "cut.npy": "not a whole .npy file",
-    "text.parquet": "not a Parquet file",
-    "a.txt": "nothing that many images are read from",
-    "none": "holds no image",
-    "both": "Parquet files and pictures",
-    "named.parquet": "no column 'image', it has 'picture'",
-    "texts.parquet": "is string, expected bytes",
-    "null.parquet": "null.parquet[1] has no image",
-    "garbage.parquet": "garbage.parquet[1] is not a PNG",
-    "damaged": "bad.png can't be read",
-    "nowhere": "does not exist",
-}
-
-
-def write_bad_sources(folder: Path) -> None:
-    np.save(folder / "float.npy", IMAGES.astype(np.float32))
-    np.save(folder / "flat.npy", IMAGES.reshape(90, -1))
-    np.save(folder / "fortran.npy", np.asfortranarray(IMAGES))
-    np.save(folder / "empty.npy", IMAGES[:0])
-    np.savez(folder / "two.npz", a=IMAGES, b=IMAGES)
-    np.savez(folder / "float.npz", image=IMAGES / 255)
-    (folder / "cut.npz").write_bytes((folder / "two.npz").read_bytes()[:5000])
-    (folder / "cut.npy").write_bytes((folder / "flat.npy").read_bytes()[:500])
-    (folder / "text.parquet").write_text("x")
-    (folder / "a.txt").write_text("x")
-    (folder / "none").mkdir()
-    (folder / "both").mkdir()
-    (folder / "both" / "a.png").write_bytes(png(IMAGES[0]))
-    write_parquet(folder / "both" / "a.parquet", {"image": [png(IMAGES[0])]}, 1)
-    write_parquet(folder / "named.parquet", {"picture": [png(IMAGES[0])]}, 1)
-    write_parquet(folder / "texts.parquet", {"image": ["a"]}, 1)
-    write_parquet(folder / "null.parquet", {"image": [png(IMAGES[0]), None]}, 2)
-    write_parquet(folder / "garbage.parquet", {"image": [png(IMAGES[0]), b"garbage"]}, 2)
-    (folder / "damaged").mkdir()
-    (folder / "damaged" / "good.png").write_bytes(png(IMAGES[0]))
-    (folder / "damaged" / "bad.png").write_bytes(png(IMAGES[0])[:60])
-
-
-@pytest.mark.parametrize("name", BAD_SOURCES)
-def test_bad_sources(bundle: Bundle, tmp_path: Path, name: str) -> None:
-    (tmp_path / "in").mkdir()
-    write_bad_sources(tmp_path / "in")
-    with pytest.raises(DataError) as caught:
-        predict(bundle, tmp_path / "in" / name, tmp_path / "out")
-    assert BAD_SOURCES[name] in caught.value.message
-    assert name in caught.value.message
-    assert caught.value.remedy
-    assert not list((tmp_path / "out").glob("part-*"))
-
-
-def test_an_image_is_given_once(bundle: Bundle, sources: dict[str, Path], tmp_path: Path) -> None:
-    folder = sources["pictures"]
-    for chosen in ([folder, folder], [folder, folder / "x"], [folder / "x" / ".." / "x", folder / "x"]):
-        with pytest.raises(UsageError, match="given twice"):
-            predict(bundle, chosen, tmp_path / "out")
-
-
 @pytest.mark.parametrize("options", [{"batch_size": 0}, {"shard_rows": 0}, {"workers": 0}, {"runtime": "none"}])
 def test_bad_requests(options: dict[str, object]) -> None:
     with pytest.raises(UsageError):
         BulkRequest(**options)
 
 
-def test_a_row_without_an_id_is_refused(bundle: Bundle, tmp_path: Path) -> None:
-    write_parquet(tmp_path / "a.parquet", {"image": [png(IMAGES[0])] * 3, "sku": ["a", None, "c"]}, 2)
-    with pytest.raises(DataError, match=r"a\.parquet\[1\] has no id"):
-        predict(bundle, tmp_path / "a.parquet", tmp_path / "out", id_column="sku")
-
-
-def test_predictions_are_not_written_into_their_source(bundle: Bundle, sources: dict[str, Path]) -> None:
-    for out in (sources["pictures"] / "out", sources["pictures"]):
-        with pytest.raises(UsageError, match="lies in the source"):
-            predict(bundle, sources["pictures"], out)
+def test_predictions_are_not_written_into_the_bundle(bundle: Bundle, sources: dict[str, Path]) -> None:
+    with pytest.raises(OutputError, match="lies in"):
+        predict(bundle, sources["a.npy"], bundle.path / "out")
+    bundle.check()
 
 
 def test_a_worker_that_can_not_open_its_file_says_so(bundle: Bundle, sources: dict[str, Path], tmp_path: Path) -> None:
@@ -276,23 +206,14 @@ def test_a_worker_that_can_not_open_its_file_says_so(bundle: Bundle, sources: di
         predict(reseal(folder), sources["a.npy"], tmp_path / "out", workers=2, runtime="torchscript-cpu")
 
 
-def test_every_kind_of_picture_is_found(bundle: Bundle, tmp_path: Path) -> None:
-    folder = tmp_path / "in"
-    folder.mkdir()
-    for image, ending in zip(IMAGES, ENDINGS, strict=False):
-        Image.fromarray(image.squeeze()).save(folder / f"a{ending}")
-    (folder / "notes.txt").write_text("no picture")
-    predict(bundle, folder, tmp_path / "out", workers=1)
-    assert sorted(Path(str(name)).suffix for name in rows(tmp_path / "out")["id"]) == sorted(ENDINGS)
-
-
 def test_an_unknown_engine(bundle: Bundle, sources: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="'slurm' is not known"):
         predict_in_bulk(bundle, [sources["a.npy"]], tmp_path / "out", engine="slurm")
 
 
-def test_a_damaged_image_ends_the_run_and_the_mended_one_goes_on(bundle: Bundle, tmp_path: Path) -> None:
-    """In processes: the error comes back whole, what was written stays."""
+@pytest.mark.parametrize("gone", [True, False])
+def test_a_damaged_image_ends_the_run_and_the_mended_one_goes_on(bundle: Bundle, tmp_path: Path, gone: bool) -> None:
+    """In processes: the error comes back whole, what was written stays, also when the picture is mended or removed."""
     folder = tmp_path / "in"
     folder.mkdir()
     for index in range(12):
@@ -301,21 +222,33 @@ def test_a_damaged_image_ends_the_run_and_the_mended_one_goes_on(bundle: Bundle,
     with pytest.raises(BnexportError, match=r"11\.png"):
         predict(bundle, folder, tmp_path / "out", workers=2, shard_rows=4)
     assert len(list((tmp_path / "out").glob("part-*"))) == 2
-    (folder / "11.png").unlink()
+    (folder / "11.png").unlink() if gone else (folder / "11.png").write_bytes(png(IMAGES[11]))
     with pytest.raises(OutputError, match="a source has changed"):
         predict(bundle, folder, tmp_path / "out", workers=2, shard_rows=4)
+    done = predict(bundle, folder, tmp_path / "out", workers=2, shard_rows=4, force=True)
+    assert (done.resumed_rows, done.rows) == (8, 11 if gone else 12)
+    assert rows(tmp_path / "out")["id"] == sorted(map(str, folder.iterdir()))
 
 
-def test_shards_do_not_depend_on_who_asks(bundle: Bundle, sources: dict[str, Path], tmp_path: Path) -> None:
-    """Workers, batches and the order in which a folder lists its files change no shard."""
-    chosen = (sources["pictures"], sources["several"])
-    jobs = [
-        make_job(bundle, chosen, tmp_path, BulkRequest(workers=workers, batch_size=size))
-        for workers, size in ((1, 1), (7, 64))
-    ]
-    assert jobs[0].shards == jobs[1].shards
-    assert jobs[0].description == jobs[1].description
-    assert [shard.number for shard in jobs[0].shards] == list(range(len(jobs[0].shards)))
+def test_force_keeps_what_belongs_to_the_new_job_alone(bundle: Bundle, tmp_path: Path) -> None:
+    """A picture that goes moves all after it by one; a second source that grows leaves the first one as it is."""
+    first, second, out = tmp_path / "a", tmp_path / "b.npy", tmp_path / "out"
+    first.mkdir()
+    for index in range(8):
+        (first / f"{index}.png").write_bytes(png(IMAGES[index]))
+    np.save(second, IMAGES[:8])
+    predict(bundle, [first, second], out, shard_rows=4)
+    np.save(second, IMAGES[:9])
+    assert predict(bundle, [first, second], out, shard_rows=4, force=True).resumed_rows == 8
+    (first / "5.png").unlink()
+    done = predict(bundle, [first, second], out, shard_rows=3, force=True)
+    assert (done.rows, done.resumed_rows) == (16, 0), "other shards"
+    (first / "6.png").unlink()
+    done = predict(bundle, [first, second], out, shard_rows=3, force=True)
+    assert (done.rows, done.resumed_rows) == (15, 3), "the second source's files have other numbers now"
+    assert pq.read_table(out).num_rows == 15
+    predict(bundle, [first, second], tmp_path / "fresh", shard_rows=3)
+    assert pq.read_table(out).equals(pq.read_table(tmp_path / "fresh"))
 
 
 def test_the_measured_table(bundle: Bundle, sources: dict[str, Path]) -> None:
@@ -326,3 +259,36 @@ def test_the_measured_table(bundle: Bundle, sources: dict[str, Path]) -> None:
     assert cpu[2] == pytest.approx(cpu[0] / cpu[1], rel=0.02)
     assert cpu[0] > 1000, "the processes are counted: 90 images bear their start"
     assert "n = 1 pairs of 90 images, 2 workers" in " ".join(rest)
+
+
+def test_an_actor_of_ray_starts_from_the_users_folder(
+    bundle: Bundle, sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray's processes are where Ray was started; an error while the worker opens travels as a value, too."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in.npy").write_bytes(sources["a.npy"].read_bytes())
+    copy_bundle(bundle, tmp_path / "b")
+    job = make_job(Bundle.open("b"), (Path("in.npy"),), Path("out"), BulkRequest(workers=1))
+    rows = [{"shard": pickle.dumps(shard)} for shard in job.shards]
+    monkeypatch.chdir("/")
+    actor = ShardActor(pickle.dumps(job.without_shards()), str(tmp_path))
+    assert [actor(row) for row in rows] == [{"rows": 90, "error": b""}]
+    assert pq.read_metadata(tmp_path / "out" / "part-00000.parquet").num_rows == 90
+    monkeypatch.chdir("/")
+    lost = ShardActor(pickle.dumps(job.without_shards()), str(tmp_path / "nowhere"))
+    error = pickle.loads(lost(rows[0])["error"])
+    assert isinstance(error, BundleError)
+    assert "b does not exist" in error.message
+
+
+def test_threads_of_ray_are_waited_for() -> None:
+    slept = []
+
+    def sleep() -> None:
+        time.sleep(0.2)
+        slept.append(True)
+
+    with pytest.raises(KeyError), threads_ended():
+        threading.Thread(target=sleep).start()
+        raise KeyError
+    assert slept

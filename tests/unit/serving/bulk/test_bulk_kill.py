@@ -21,7 +21,8 @@ from bnexport.serving.bulk.predict import predict_in_bulk
 from bnexport.serving.bulk.request import BulkRequest
 
 ROOT = Path(__file__).parents[4]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+#: A cluster that runs on this machine is not joined: its actors are no children of the test.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "RAY_ADDRESS": "local"}
 SHARD_ROWS = 100
 LIMIT = 120
 
@@ -110,6 +111,25 @@ def test_ctrl_c_leaves_whole_shards(bundle: Bundle, stack: Path, tmp_path: Path)
     assert not list((tmp_path / "out").glob(".*"))
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs /proc")
+def test_workers_hear_no_ctrl_c_while_they_start(bundle: Bundle, stack: Path, tmp_path: Path) -> None:
+    """Until Python has come to our own code it would answer with a traceback."""
+    deaf = {}
+    with started(command(bundle, stack, tmp_path / "out", "--workers", "2")) as process:
+        while not parts(tmp_path / "out"):
+            assert process.poll() is None
+            for child in children(process.pid):
+                with contextlib.suppress(FileNotFoundError):
+                    deaf.setdefault(child, hears_no_interrupt(child))
+    assert len(deaf) >= 2
+    assert all(deaf.values())
+
+
+def hears_no_interrupt(pid: int) -> bool:
+    lines = dict(line.split(":\t") for line in Path(f"/proc/{pid}/status").read_text().splitlines() if "Sig" in line)
+    return bool((int(lines["SigBlk"], 16) | int(lines["SigIgn"], 16)) & 1 << (signal.SIGINT - 1))
+
+
 def test_a_dead_worker_is_a_sentence(bundle: Bundle, stack: Path, tmp_path: Path) -> None:
     with started(command(bundle, stack, tmp_path / "out", "--workers", "2")) as process:
         until("a shard", lambda: parts(tmp_path / "out"))
@@ -168,3 +188,20 @@ def test_errors_of_ours_come_back_from_ray(bundle: Bundle, tmp_path: Path) -> No
         _, said = process.communicate(timeout=240)
     assert process.returncode == 2, said[-2000:]
     assert "bad.png is not a PNG" in said
+
+
+def test_two_runs_do_not_write_into_one_folder(bundle: Bundle, stack: Path, tmp_path: Path) -> None:
+    """With --force of another job the second one would else mix its rows with the first one's."""
+    out = tmp_path / "out"
+    with started(command(bundle, stack, out, "--workers", "1")) as process:
+        until("a shard", lambda: parts(out))
+        os.kill(process.pid, signal.SIGSTOP)
+        for options in ((), ("--force", "--logits")):
+            words = command(bundle, stack, out, "--workers", "1", *options)
+            second = subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True, timeout=LIMIT, check=False)
+            assert second.returncode == 2
+            assert "another run is writing into" in second.stderr
+        os.kill(process.pid, signal.SIGCONT)
+        told, said = process.communicate(timeout=LIMIT)
+    assert process.returncode == 0, said
+    assert "9000 rows" in told
