@@ -156,6 +156,28 @@ def test_a_second_signal_ends_it_at_once(models: Path, tmp_path: Path) -> None:
         client.close()
 
 
+def test_a_second_signal_that_is_seen_first_ends_it_at_once(models: Path, tmp_path: Path) -> None:
+    """Signals that wait for a busy process come in the order of their numbers."""
+    words = ("--grace", "1000", "--limit", "body_seconds=1000")
+    with serving_twice(models, tmp_path / "log", *words) as server, contextlib.ExitStack() as opened:
+        for _ in range(8):
+            client = opened.enter_context(
+                contextlib.closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE))
+            )
+            client.putrequest("POST", "/v2/models/bn_lenet/infer")
+            client.putheader("content-length", "1000")
+            client.endheaders(b"{")
+        until(lambda: counted(server, "bnexport_http_requests_active") == 9)
+        for pid in running(server).values():
+            os.kill(pid, signal.SIGSTOP)
+        for count in (1, 2):
+            server.process.send_signal(signal.SIGTERM)
+            until(lambda count=count: len(told(server, "stopping")) == count)
+        for pid in running(server).values():
+            os.kill(pid, signal.SIGCONT)
+        assert server.process.wait(PATIENCE) == 0
+
+
 def test_a_killed_process_takes_only_its_own_requests(server: Server, images: np.ndarray, logits: np.ndarray) -> None:
     """Of connections that are kept, those to the other process notice nothing; new ones are served in the meantime."""
     kept = [http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE) for _ in range(16)]
@@ -343,6 +365,20 @@ def test_processes_do_not_outlive_their_supervisor(server: Server) -> None:
     server.process.wait(PATIENCE)
     until(lambda: not any(map(alive, pids)))
     assert [line["process"] for line in told(server, "stopped")] in ([0, 1], [1, 0]), "they drained as they should"
+
+
+def test_one_that_hangs_does_not_outlive_its_supervisor_either(models: Path, tmp_path: Path) -> None:
+    """It does not hear the signal to stop, but its thread that watches the supervisor ends it."""
+    (tmp_path / "hanging.py").write_text(
+        "import time\ndef wrap(app):\n    return lambda scope, receive, send: time.sleep(600)\n"
+    )
+    words, env = (*TWO, "--grace", "0.5", "--middleware", "hanging:wrap"), {"PYTHONPATH": f"{ROOT}:{tmp_path}"}
+    with serving(models, tmp_path / "log", *words, env=env) as server, asked(server, 8):
+        until(lambda: sorted(running(server)) == [0, 1])
+        pids = list(running(server).values())
+        server.process.kill()
+        server.process.wait(PATIENCE)
+        until(lambda: not any(map(alive, pids)))
 
 
 def test_a_supervisor_that_is_killed_at_the_start_leaves_nobody_and_no_traceback(models: Path, tmp_path: Path) -> None:

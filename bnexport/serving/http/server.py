@@ -227,14 +227,15 @@ class DrainingServer(uvicorn.Server):
         """The first signal starts the drain, the second one ends it.
 
         One process of several is told by its supervisor, and perhaps by the system as well (systemd signals all processes
-        of a service): there only a SIGINT ends the drain.
+        of a service): there a SIGINT ends the drain, also when it is seen before a SIGTERM that was sent earlier.
         """
-        if self._stop_at is None:
+        first = self._stop_at is None
+        if first:
             self._state.draining = True
             self._state.last_work = time.monotonic()
             self._stop_at = time.monotonic() + self._settings.grace
             self._on_stop()
-        elif self._state.share is None or sig == signal.SIGINT:
+        if not first if self._state.share is None else sig == signal.SIGINT:
             self.should_exit = self.force_exit = True
 
     async def on_tick(self, counter: int) -> bool:

@@ -29,7 +29,7 @@ from bnexport.optional import one_line
 from bnexport.runtimes.isolation import how_ended, import_path
 from bnexport.serving.access_log import JsonLog
 from bnexport.serving.http.server import ServerSettings
-from bnexport.serving.http.worker import BLOCKED, STOPPING, Job
+from bnexport.serving.http.worker import BLOCKED, PATIENCE, STOPPING, Job
 from bnexport.serving.listener import bound, free_port
 from bnexport.serving.records import Records, new_memory
 from bnexport.serving.totals import note_end, note_start
@@ -42,8 +42,6 @@ _SOUND = 10.0
 _PAUSE, _LONGEST_WAIT, _LONGEST_PAUSE = 0.25, 5.0, 30.0
 #: Starts in a row of one process that fail while no other one serves, before the supervisor gives up.
 _STARTS = 5
-#: Seconds over the grace until a process that should have stopped is killed.
-_PATIENCE = 10.0
 #: Seconds between looks at the heartbeats, and looks in a row without a new one after which a process that serves is killed.
 #: Engines and loading have threads of their own, so the loop that beats is never away for long. Looks are counted, not
 #: seconds: where everybody stood still, as in a container that is paused, nobody is to blame.
@@ -202,7 +200,7 @@ class Supervisor:
             self._stop_seen += 1
             first = self._stop_seen == 1
             self._log.event("stopping", at_once=not first)
-            self._deadline = min(self._deadline, time.monotonic() + self._settings.grace + _PATIENCE)
+            self._deadline = min(self._deadline, time.monotonic() + self._settings.grace + PATIENCE)
             for seat in self._seats:
                 seat.start_at = None
                 # Each process closes its own; one that is held here would keep the system sending connections to it.

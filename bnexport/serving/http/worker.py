@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -22,6 +23,8 @@ from bnexport.serving.totals import Share
 BLOCKED = (signal.SIGTERM, signal.SIGINT)
 #: What a process says when it was told to stop, by whomever.
 STOPPING = "stopping"
+#: Seconds over the grace until a process that should have stopped is killed.
+PATIENCE = 10.0
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,9 @@ def main(line: Connection) -> None:
         if early:
             signal.raise_signal(signal.SIGTERM)
 
-    threading.Thread(target=_leave_with, args=(line,), name="bnexport-supervisor", daemon=True).start()
+    threading.Thread(
+        target=_leave_with, args=(line, job.settings.grace), name="bnexport-supervisor", daemon=True
+    ).start()
     try:
         share = Share(Records(job.records), job.number, job.settings.models.processes)
         with socket.socket(fileno=job.listener) as listener:
@@ -84,12 +89,14 @@ def _tell(line: Connection, what: str | Exception) -> None:
         line.send(what)
 
 
-def _leave_with(line: Connection) -> None:
-    """A supervisor that was killed can't stop its processes: they stop as if it had."""
+def _leave_with(line: Connection, grace: float) -> None:
+    """A supervisor that was killed can't stop its processes: they stop as if it had, or end when it would have killed them."""
     try:
         line.recv()
     except (EOFError, OSError):
         os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(grace + PATIENCE)
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 if __name__ == "__main__":
