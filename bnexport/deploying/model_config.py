@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from bnexport.errors import ExportError
-from bnexport.exporting.triton import batch_varies, triton_dims, triton_type
+from bnexport.exporting.triton import triton_dims, triton_type
 from bnexport.exporting.triton_messages import ENUMERATIONS, MESSAGES, PACKAGE
 from bnexport.optional import one_line, require
 from bnexport.proto_messages import message_classes
@@ -49,7 +49,7 @@ def check_config(text: str, name: str, signature: Signature, *, files: frozenset
 
 
 def _problems(config: Any, name: str, signature: Signature, files: frozenset[str]) -> Iterator[str]:
-    batched = batch_varies(signature)
+    batched = signature.batched
     if config.name != name:
         yield f"it is named {config.name!r}, its folder {name!r}"
     if config.backend != "onnxruntime":

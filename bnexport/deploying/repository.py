@@ -12,7 +12,7 @@ from bnexport.deploying.model_config import check_config
 from bnexport.deploying.releases import check_loads
 from bnexport.deploying.request import Deployment, DeployRequest, deployed_name
 from bnexport.errors import OutputError
-from bnexport.exporting.triton import CONFIG, batch_varies, quoted, triton_config, triton_dims, triton_type
+from bnexport.exporting.triton import CONFIG, quoted, triton_config, triton_dims, triton_type
 from bnexport.files import output_errors, refuse_existing, refuse_overlap, staged_directory, write_atomically
 from bnexport.tensors import Signature
 
@@ -130,7 +130,7 @@ def device_blocks(request: DeployRequest, signature: Signature) -> list[str]:
 
 
 def _warmups(request: DeployRequest, signature: Signature) -> list[str]:
-    batched = batch_varies(signature)
+    batched = signature.batched
     shapes = [triton_dims(spec, batched=batched) for spec in signature.inputs]
     if any(-1 in dims for dims in shapes):  # a warmup needs sizes, and which ones come is not known
         return []

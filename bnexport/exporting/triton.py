@@ -41,7 +41,7 @@ def triton_config(
             extension answers with them.
         more: Further blocks, such as instance groups.
     """
-    batched = batch_varies(signature)
+    batched = signature.batched
     labels = [label_filename, *[None] * len(signature.outputs)]
     blocks = [
         f"name: {quoted(name)}",
@@ -58,11 +58,6 @@ def triton_config(
         *more,
     ]
     return "\n".join(blocks) + "\n"
-
-
-def batch_varies(signature: Signature) -> bool:
-    """Whether every input and output takes any batch; Triton batches for no other model."""
-    return all(spec.shape and isinstance(spec.shape[0], str) for spec in (*signature.inputs, *signature.outputs))
 
 
 def triton_type(spec: TensorSpec) -> str:

@@ -8,75 +8,18 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from support.bundles import another
+from support.processes import TWO, alive, asked, counted, killed, running, serving_twice, told
 from support.serving import PATIENCE, PROGRAM, ROOT, Server, logits_of, refused, serving, tensor, until
 from support.serving_clients import Clients
 
-TWO = ("--processes", "2")
 STATS = "/v2/models/bn_lenet/stats"
-
-
-def told(server: Server, event: str) -> list[dict[str, Any]]:
-    return [line for line in server.events() if line.get("event") == event]
-
-
-def running(server: Server) -> dict[int, int]:
-    """Number -> process id of the processes that serve."""
-    found: dict[int, int] = {}
-    for line in server.events():
-        if line.get("event") == "process ready":
-            found[line["process"]] = line["pid"]
-        if line.get("event") in ("process died", "process stopped"):
-            found.pop(line["process"], None)
-    return found
-
-
-def alive(pid: int) -> bool:
-    with contextlib.suppress(OSError):
-        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-    return False
-
-
-def killed(server: Server, number: int) -> None:
-    """Kill a process and wait until another one serves in its place."""
-    before = running(server)[number]
-    os.kill(before, signal.SIGKILL)
-    until(lambda: running(server).get(number, before) != before)
-
-
-@contextlib.contextmanager
-def asked(server: Server, count: int) -> Iterator[list[http.client.HTTPConnection]]:
-    """Connections with a request each, whose answers are still to be read."""
-    with contextlib.ExitStack() as stack:
-        connections = []
-        for index in range(count):
-            connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)
-            stack.callback(connection.close)
-            connection.request("GET", "/v2", headers={"x-request-id": f"waiting-{index}"})
-            connections.append(connection)
-        yield connections
-
-
-def counted(server: Server, pattern: str) -> float:
-    """Sum of the samples of the metrics whose names and labels match."""
-    text = server.ask("GET", "/metrics").body.decode()
-    return sum(float(line.rpartition(" ")[2]) for line in text.splitlines() if re.match(pattern, line))
-
-
-@contextlib.contextmanager
-def serving_twice(models: Path, log: Path, *options: str) -> Iterator[Server]:
-    """A server of two processes, once its log says that both are ready."""
-    with serving(models, log, *TWO, *options) as server:
-        until(lambda: sorted(running(server)) == [0, 1])
-        yield server
 
 
 @pytest.fixture
@@ -236,58 +179,6 @@ def test_one_that_is_told_to_stop_alone_loses_nothing_and_its_successor_hears(
     assert (death["how"], death["restart_in"]) == ("exit code 0", 0.0)
 
 
-#: ``bnexport serve`` whose supervisor loses its patience after 30 looks in 3 seconds.
-HASTY = """
-import sys
-from bnexport.cli.main import main
-from bnexport.serving.http import supervisor
-supervisor._LOOK, supervisor._SILENT = 0.1, 30
-sys.exit(main(sys.argv[1:]))
-"""
-#: Middleware that changes nothing, but makes the engines of its process slow twice.
-SLOW = """
-import time
-from bnexport.runtimes.base import Runner
-fast, pauses = Runner.run_fitting, [5.0, 5.0]
-
-def slow(self, feeds):
-    time.sleep(pauses.pop() if pauses else 0.0)
-    return fast(self, feeds)
-
-def wrap(app):
-    Runner.run_fitting = slow
-    return app
-"""
-
-
-def test_one_that_hangs_is_killed_and_replaced(models: Path, tmp_path: Path) -> None:
-    program = (sys.executable, "-c", HASTY)
-    with serving(models, tmp_path / "log", *TWO, program=program) as server:
-        until(lambda: sorted(running(server)) == [0, 1])
-        hanging = running(server)[1]
-        os.kill(hanging, signal.SIGSTOP)
-        with asked(server, 24) as connections:
-            assert [connection.getresponse().status for connection in connections] == [200] * 24
-        (death,) = told(server, "process died")
-        assert (death["pid"], "showed no life for 3 seconds" in death["reason"]) == (hanging, True)
-        assert not alive(hanging)
-        until(lambda: sorted(running(server)) == [0, 1])
-
-
-def test_one_that_is_busy_is_left_alone(models: Path, tmp_path: Path, images: np.ndarray) -> None:
-    """An inference, and a version that is loaded meanwhile, each of which takes longer than the supervisor's patience."""
-    another(models, tmp_path / "m" / "bn_lenet" / "1", 1)
-    (tmp_path / "slow.py").write_text(SLOW)
-    words = (*TWO, "--workers", "2", "--poll", "0.2", "--middleware", "slow:wrap")
-    program, env = (sys.executable, "-c", HASTY), {"PYTHONPATH": f"{ROOT}:{tmp_path}"}
-    with serving(tmp_path / "m", tmp_path / "log", *words, program=program, env=env) as server:
-        another(models, tmp_path / "m" / "bn_lenet" / "2", 2)
-        assert server.infer({"inputs": [tensor(images)]}).status == 200
-        loaded = until(lambda: [e for e in told(server, "model ready") if e["version"] == "2"])
-        assert loaded[0]["time"] - told(server, "process ready")[-1]["time"] > 5.0
-        assert told(server, "process died") == []
-
-
 def test_a_stop_before_all_serve_is_at_once(models: Path, tmp_path: Path) -> None:
     words = [*PROGRAM, "serve", str(models), "--port", "0", "--processes", "8", "--grace", "1000"]
     with (tmp_path / "log").open("w") as log:
@@ -365,20 +256,6 @@ def test_processes_do_not_outlive_their_supervisor(server: Server) -> None:
     server.process.wait(PATIENCE)
     until(lambda: not any(map(alive, pids)))
     assert [line["process"] for line in told(server, "stopped")] in ([0, 1], [1, 0]), "they drained as they should"
-
-
-def test_one_that_hangs_does_not_outlive_its_supervisor_either(models: Path, tmp_path: Path) -> None:
-    """It does not hear the signal to stop, but its thread that watches the supervisor ends it."""
-    (tmp_path / "hanging.py").write_text(
-        "import time\ndef wrap(app):\n    return lambda scope, receive, send: time.sleep(600)\n"
-    )
-    words, env = (*TWO, "--grace", "0.5", "--middleware", "hanging:wrap"), {"PYTHONPATH": f"{ROOT}:{tmp_path}"}
-    with serving(models, tmp_path / "log", *words, env=env) as server, asked(server, 8):
-        until(lambda: sorted(running(server)) == [0, 1])
-        pids = list(running(server).values())
-        server.process.kill()
-        server.process.wait(PATIENCE)
-        until(lambda: not any(map(alive, pids)))
 
 
 def test_a_supervisor_that_is_killed_at_the_start_leaves_nobody_and_no_traceback(models: Path, tmp_path: Path) -> None:

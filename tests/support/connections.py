@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+from collections.abc import Awaitable, Callable
 from typing import Any
 
+import numpy as np
 import pytest
+from support.serving import binary
 from uvicorn.config import Config
 from uvicorn.server import ServerState
 
@@ -19,6 +22,10 @@ from bnexport.serving.http.state import State
 from bnexport.serving.limits import ServingLimits
 from bnexport.serving.repository import Repository
 from bnexport.serving.state import AppSettings
+
+INFER = "/v2/models/bn_lenet/infer"
+IMAGES = np.random.default_rng(0).normal(size=(21, 1, 28, 28)).astype(np.float32)
+ONE = IMAGES[:1]
 
 
 class Wire:
@@ -87,3 +94,22 @@ async def quiet(house: House) -> None:
         if house.state.active == 0 and not house.server_state.tasks:
             return
     pytest.fail("a request was not answered")
+
+
+def request(
+    path: str = INFER, body: bytes = b"", headers: dict[str, str] | None = None, method: str = "POST", http: str = "1.1"
+) -> bytes:
+    lines = [f"{method} {path} HTTP/{http}", "host: here", f"content-length: {len(body)}"]
+    return "\r\n".join([*lines, *(f"{k}: {v}" for k, v in (headers or {}).items()), "", ""]).encode() + body
+
+
+def packed(array: np.ndarray, path: str = INFER, more: dict[str, str] | None = None, **extra: Any) -> bytes:
+    body, headers = binary(array, **extra)
+    return request(path, body, headers | (more or {}))
+
+
+def run(main: Callable[[], Awaitable[None]]) -> None:
+    async def bounded() -> None:
+        await asyncio.wait_for(main(), 60)
+
+    asyncio.run(bounded())

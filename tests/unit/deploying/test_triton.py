@@ -17,7 +17,7 @@ from bnexport.deploying.request import DEVICES, NAME_RULES, DeployRequest, deplo
 from bnexport.errors import BundleError, ExportError, OutputError, UsageError
 from bnexport.exporting.triton import CONFIG, triton_config
 from bnexport.exporting.triton_messages import ENUMERATIONS, MESSAGES
-from bnexport.tensors import Signature, TensorSpec
+from bnexport.tensors import Dim, Signature, TensorSpec
 
 ROOT = Path(__file__).parents[3]
 FILES = frozenset({MODEL_ONNX, LABELS})
@@ -89,6 +89,22 @@ def test_a_batch_that_does_not_vary(tmp_path: Path) -> None:
     assert list(config.input[0].dims) == [3, 6], "with the batch"
     assert not config.HasField("dynamic_batching")
     assert [item.batch_size for item in config.model_warmup] == [1], "Triton allows no other without batching"
+
+
+@pytest.mark.parametrize("shape", [("other", 2), ("batch", "batch"), (1, 2)])
+@pytest.mark.parametrize("device", DEVICES)
+def test_an_output_that_is_no_batch_like_the_inputs(device: str, shape: tuple[Dim, ...]) -> None:
+    """Triton would run several requests together, and cut such an output among them."""
+    signature = Signature((TensorSpec("x", "float32", ("batch", 3)),), (TensorSpec("y", "float32", shape),))
+    assert not signature.batched
+    text = triton_config("m", signature, more=device_blocks(DeployRequest(device=device), signature))
+    check_config(text, "m", signature, files=FILES)
+    config = read_config(text)
+    assert (config.max_batch_size, config.HasField("dynamic_batching")) == (0, False)
+    assert [list(tensor.dims) for tensor in (*config.input, *config.output)] == [
+        [-1, 3],
+        [-1 if isinstance(dim, str) else dim for dim in shape],
+    ]
 
 
 @pytest.mark.parametrize("device", DEVICES)

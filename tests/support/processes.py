@@ -1,0 +1,71 @@
+"""A server of several processes, as its log tells it."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import os
+import re
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from support.serving import PATIENCE, Server, serving, until
+
+TWO = ("--processes", "2")
+
+
+def told(server: Server, event: str) -> list[dict[str, Any]]:
+    return [line for line in server.events() if line.get("event") == event]
+
+
+def running(server: Server) -> dict[int, int]:
+    """Number -> process id of the processes that serve."""
+    found: dict[int, int] = {}
+    for line in server.events():
+        if line.get("event") == "process ready":
+            found[line["process"]] = line["pid"]
+        if line.get("event") in ("process died", "process stopped"):
+            found.pop(line["process"], None)
+    return found
+
+
+def alive(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    return False
+
+
+def killed(server: Server, number: int) -> None:
+    """Kill a process and wait until another one serves in its place."""
+    before = running(server)[number]
+    os.kill(before, signal.SIGKILL)
+    until(lambda: running(server).get(number, before) != before)
+
+
+@contextlib.contextmanager
+def asked(server: Server, count: int) -> Iterator[list[http.client.HTTPConnection]]:
+    """Connections with a request each, whose answers are still to be read."""
+    with contextlib.ExitStack() as stack:
+        connections = []
+        for index in range(count):
+            connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)
+            stack.callback(connection.close)
+            connection.request("GET", "/v2", headers={"x-request-id": f"waiting-{index}"})
+            connections.append(connection)
+        yield connections
+
+
+def counted(server: Server, pattern: str) -> float:
+    """Sum of the samples of the metrics whose names and labels match."""
+    text = server.ask("GET", "/metrics").body.decode()
+    return sum(float(line.rpartition(" ")[2]) for line in text.splitlines() if re.match(pattern, line))
+
+
+@contextlib.contextmanager
+def serving_twice(models: Path, log: Path, *options: str) -> Iterator[Server]:
+    """A server of two processes, once its log says that both are ready."""
+    with serving(models, log, *TWO, *options) as server:
+        until(lambda: sorted(running(server)) == [0, 1])
+        yield server
