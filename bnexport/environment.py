@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import platform
 import sys
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ PACKAGES: tuple[tuple[str, ...], ...] = (
     ("numpy",),
 )
 _DRIVER = Path("/proc/driver/nvidia/gpus")
+_OWN_GROUPS, _GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
 def environment() -> dict[str, Any]:
@@ -64,20 +67,49 @@ def runtime_only() -> bool:
 
 
 def available_cores() -> int:
-    """Cores that this process may use, which in a container can be fewer than the machine has."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Cores that this process may use, which in a container can be fewer than the machine has.
+
+    Those that it is bound to, and no more than the time that its control groups allow (``docker run --cpus``, Kubernetes'
+    limits): with more threads than that, all of them are stopped for a part of each tenth of a second.
+    """
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return math.ceil(min([bound, *_cpu_limits()]))
+
+
+def _cpu_limits() -> Iterator[float]:
+    """How many cores' time each of this process's control groups allows (Linux: cgroup-v2.rst, "cpu.max"; sched-bwc.rst)."""
+    for line in _lines(_OWN_GROUPS):
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        if controllers not in ("", "cpu", "cpu,cpuacct", "cpuacct,cpu"):
+            continue
+        root = _GROUPS / controllers
+        group = root / path.strip("/")
+        # In a container the group can be shown at the root, whatever the path says.
+        for folder in [group, *group.parents] if group.is_dir() else [root]:
+            if not folder.is_relative_to(root):
+                break
+            words = " ".join(_lines(folder / "cpu.max")).split()
+            words = words or [*_lines(folder / "cpu.cfs_quota_us"), *_lines(folder / "cpu.cfs_period_us")]
+            if len(words) == 2 and all(
+                word.isdigit() and int(word) > 0 for word in words
+            ):  # else "max", or -1: no limit
+                yield int(words[0]) / int(words[1])
+
+
+def _lines(file: Path) -> list[str]:
+    """A file's lines; none where there is no such file, or it can't be read."""
+    try:
+        return file.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
 
 
 def cpu_name() -> str:
     """The processor's marketing name where the system tells it, else its architecture."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
+    for line in _lines(Path("/proc/cpuinfo")):
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
 
 

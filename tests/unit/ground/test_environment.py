@@ -46,12 +46,47 @@ def test_what_is_not_installed_is_left_out(monkeypatch):
     assert versions() == {"onnxruntime-gpu": "1.31", "numpy": "2.1"}
 
 
-def test_cores_are_those_that_the_process_may_use(monkeypatch):
+def test_cores_are_those_that_the_process_may_use(monkeypatch, tmp_path):
+    monkeypatch.setattr(module, "_OWN_GROUPS", tmp_path / "none")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 3, 5}, raising=False)
     assert available_cores() == 3
     monkeypatch.delattr(os, "sched_getaffinity")
     monkeypatch.setattr(os, "cpu_count", lambda: None)
     assert available_cores() == 1
+
+
+def quota(folder, value):
+    """Files of the first version of control groups."""
+    return {f"{folder}/cpu.cfs_quota_us": value, f"{folder}/cpu.cfs_period_us": "100000"}
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "cores"),
+    [
+        ("0::/", {"cpu.max": "max 100000"}, 64),
+        ("0::/", {"cpu.max": "200000 100000"}, 2),
+        ("0::/", {"cpu.max": "150000 100000"}, 2),
+        ("0::/", {"cpu.max": "10000 100000"}, 1),
+        ("0::/a/b", {"a/b/cpu.max": "max 100000", "a/cpu.max": "300000 100000"}, 3),
+        ("0::/a/b", {"a/b/cpu.max": "400000 100000", "a/cpu.max": "800000 100000"}, 4),
+        ("0::/of/the/host", {"cpu.max": "500000 100000"}, 5),
+        ("4:memory:/\n1:cpu,cpuacct:/d", quota("cpu,cpuacct/d", "250000"), 3),
+        ("1:cpu:/", quota("cpu", "-1"), 64),
+        ("1:cpuset:/d", {"cpuset/d/cpu.max": "100000 100000"}, 64),
+        ("0::/", {"cpu.max": "nonsense"}, 64),
+        ("0::/", {"cpu.max": "0 0"}, 64),
+    ],
+)  # fmt: skip
+def test_cores_are_no_more_than_the_time_of_the_container(monkeypatch, tmp_path, own, files, cores):
+    (tmp_path / "own").write_text(own + "\n")
+    for name, content in files.items():
+        file = tmp_path / "groups" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(content + "\n")
+    monkeypatch.setattr(module, "_OWN_GROUPS", tmp_path / "own")
+    monkeypatch.setattr(module, "_GROUPS", tmp_path / "groups")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)), raising=False)
+    assert available_cores() == cores
 
 
 def test_a_system_without_cpuinfo_still_names_a_processor(monkeypatch):
