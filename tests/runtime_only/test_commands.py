@@ -136,7 +136,7 @@ def test_deploy_for_triton(without: Run, tmp_path: Path) -> None:
     assert written["code"] == 0, told(written)
     assert (tmp_path / "repository" / "bn_lenet" / "config.pbtxt").is_file()
     assert refused["code"] == 3
-    assert "bnexport[deploy]" in told(refused)
+    assert "bnexport-runtime[deploy]" in told(refused)
 
 
 def test_predict_inspect_and_doctor(without: Run, files: Path) -> None:
