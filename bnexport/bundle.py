@@ -206,28 +206,31 @@ class Bundle:
         try:
             return place_problem(self.path, name)
         except OSError as error:
-            return f"{name} can't be read: {one_line(error)}"
+            return _unreadable(name, error)
 
     def problem(self, name: str) -> str | None:
         """Why a listed file is not the one that was written; None when its size and SHA-256 hold."""
-        path, expected = self.path / name, self.manifest.files[name]
         try:
-            if (found := place_problem(self.path, name)) is not None:
-                return found
-            if not path.is_file():
-                return f"{name} is missing"
-            if (size := path.stat().st_size) != expected["size"]:
-                return f"{name} has {size} bytes, the manifest says {expected['size']}"
-            if sha256(path) != expected["sha256"]:
-                return f"{name} was changed: its SHA-256 is not the manifest's"
+            return self._change(name)
         except OSError as error:
-            return f"{name} can't be read: {one_line(error)}"
+            return _unreadable(name, error)
+
+    def _change(self, name: str) -> str | None:
+        path, expected = self.path / name, self.manifest.files[name]
+        if (found := place_problem(self.path, name)) is not None:
+            return found
+        if not path.is_file():
+            return f"{name} is missing"
+        if (size := path.stat().st_size) != expected["size"]:
+            return f"{name} has {size} bytes, the manifest says {expected['size']}"
+        if sha256(path) != expected["sha256"]:
+            return f"{name} was changed: its SHA-256 is not the manifest's"
         return None
 
     def problems(self) -> list[str]:
         """Every listed file's problem, and every file that the manifest does not list."""
         found = [problem for name in self.manifest.files if (problem := self.problem(name)) is not None]
-        return found + [f"{name} is not in the manifest" for name in self.strangers()]
+        return found + [_unlisted(name) for name in self.strangers()]
 
     def strangers(self) -> list[str]:
         """Files in the directory that the manifest does not list."""
@@ -239,9 +242,15 @@ class Bundle:
         Raises:
             BundleError: Naming the first file that is missing, changed or unlisted.
         """
-        if problems := self.problems():
-            remedy = "Let this user read it" if "can't be read" in problems[0] else _REBUILD
-            raise BundleError(f"{self.path}: {problems[0]}", remedy=remedy)
+        for name in self.manifest.files:
+            try:
+                problem = self._change(name)
+            except OSError as error:
+                raise BundleError(f"{self.path}: {_unreadable(name, error)}", remedy="Let this user read it") from error
+            if problem is not None:
+                raise BundleError(f"{self.path}: {problem}", remedy=_REBUILD)
+        if strangers := self.strangers():
+            raise BundleError(f"{self.path}: {_unlisted(strangers[0])}", remedy=_REBUILD)
 
     def golden(self) -> tuple[dict[str, Array], dict[str, Array]]:
         """Golden inputs and outputs by name; the outputs are the unfolded network's in float64, rounded once.
@@ -274,6 +283,14 @@ class Bundle:
                 return read_tensor(path.read_bytes())[1]
             except OSError as error:
                 raise BundleError(f"{path} can't be read: {one_line(error)}", remedy=_REBUILD) from error
+
+
+def _unreadable(name: str, error: OSError) -> str:
+    return f"{name} can't be read: {one_line(error)}"
+
+
+def _unlisted(name: str) -> str:
+    return f"{name} is not in the manifest"
 
 
 def seal(folder: Path, manifest: Manifest) -> Bundle:

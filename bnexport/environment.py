@@ -91,9 +91,8 @@ def _cpu_limits() -> Iterator[float]:
                 break
             words = " ".join(_lines(folder / "cpu.max")).split()
             words = words or [*_lines(folder / "cpu.cfs_quota_us"), *_lines(folder / "cpu.cfs_period_us")]
-            if len(words) == 2 and all(
-                word.isdigit() and int(word) > 0 for word in words
-            ):  # else "max", or -1: no limit
+            # Without a limit the first word is "max", or -1.
+            if len(words) == 2 and all(word.isdigit() and int(word) > 0 for word in words):
                 yield int(words[0]) / int(words[1])
 
 

@@ -297,9 +297,10 @@ def _blamed(error: BnexportError) -> BnexportError:
     A file that has answered its golden vectors can run, so what ONNX Runtime calls an invalid argument is the request's, such
     as an index past the end of a table.
     """
-    if not isinstance(error, BundleError) or type(cause := error.__cause__).__name__ != "InvalidArgument":
+    cause = error.__cause__
+    if cause is None or not isinstance(error, BundleError) or type(cause).__name__ != "InvalidArgument":
         return error
-    reason = one_line(cause).rpartition("Status Message: ")[2] if cause is not None else ""
+    reason = one_line(cause).rpartition("Status Message: ")[2]
     return RequestError(f"the model can't take these values: {reason}", remedy="Send values that it takes")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -16,7 +16,7 @@ from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import BundleError, DataError, UsageError
 from bnexport.runtimes.base import Runner
 from bnexport.runtimes.catalogue import runner_spec
-from bnexport.tensors import Array
+from bnexport.tensors import Array, TensorSpec
 
 DEFAULT_RUNTIME = "onnxruntime-cpu"
 
@@ -122,17 +122,24 @@ class Predictor:
         return labelled(image, logits, self.bundle.manifest.labels)
 
 
-def filled(inputs: Array, size: int | str) -> Array:
-    """Inputs (n, ...) as a batch of the size that a model takes: one that does not vary is filled up with them, in turn."""
-    return inputs if isinstance(size, str) or len(inputs) == size else np.resize(inputs, (size, *inputs.shape[1:]))
+def batches(inputs: Array, spec: TensorSpec) -> Iterator[tuple[Array, int]]:
+    """Inputs (n, ...) in batches that a model's input takes, each with how many of its rows count.
+
+    A batch that does not vary is filled up with its own inputs, in turn.
+    """
+    size = spec.shape[0]
+    if isinstance(size, str):
+        yield inputs, len(inputs)
+        return
+    for start in range(0, max(len(inputs), 1), size):
+        part = inputs[start : start + size]
+        yield np.resize(part, (size, *part.shape[1:])), len(part)
 
 
 def run_images(runner: Runner, inputs: Array) -> Array:
     """Logits (n, classes) of inputs (n, ...) for a model with one input and one output, in batches of the size it takes."""
     spec, output = runner.signature.inputs[0], runner.signature.outputs[0].name
-    size = spec.shape[0] if isinstance(spec.shape[0], int) else max(len(inputs), 1)
-    parts = [inputs[start : start + size] for start in range(0, max(len(inputs), 1), size)]
-    return np.concatenate([runner.run({spec.name: filled(part, spec.shape[0])})[output][: len(part)] for part in parts])
+    return np.concatenate([runner.run({spec.name: batch})[output][:rows] for batch, rows in batches(inputs, spec)])
 
 
 def labelled(image: str, logits: Array, labels: Sequence[str] | None) -> Prediction:

@@ -80,7 +80,7 @@ class Repository:
         """
         places = find_bundles(self.path)
         if not places:
-            if other := misnamed(self.path, ()):
+            if other := _misnamed(self.path, ()):
                 raise BundleError(f"{other[0]} can't be served under its name", remedy=f"Rename it: {_NAMES}")
             raise BundleError(
                 f"{self.path} holds no bundle",
@@ -277,13 +277,11 @@ def find_bundles(path: Path) -> Mapping[tuple[str, str], Path]:
         raise BundleError(f"{path} can't be read: {one_line(error)}", remedy="Check its permissions") from error
 
 
-def misnamed(path: Path, found: Iterable[Path]) -> list[Path]:
-    """Bundles two folders below a path that are not served, for the folders' names are no name and version.
+def _misnamed(path: Path, found: Iterable[Path]) -> list[Path]:
+    """Bundles two folders below a folder of models that are not served, for their folders' names are no name and version.
 
     Hidden folders are meant to be passed over.
     """
-    if (path / MANIFEST).is_file():
-        return []
     try:
         folders = {file.parent for file in path.glob(f"[!.]*/[!.]*/{MANIFEST}") if file.is_file()}
     except OSError:
@@ -295,7 +293,7 @@ def _left_out(path: Path, found: Collection[Path]) -> list[Path]:
     """Folders in a folder of models that somebody may miss: with a bundle under another name, or without one."""
     if (path / MANIFEST).is_file():
         return []
-    odd = misnamed(path, found)
+    odd = _misnamed(path, found)
     models = {folder.parent for folder in (*found, *odd)}
     empty = [folder for folder in sorted(path.glob("[!.]*")) if folder.is_dir() and folder not in models]
     return [*empty, *odd]

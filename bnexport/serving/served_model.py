@@ -22,7 +22,7 @@ from bnexport.runtimes.replay import Replay, replay_golden
 from bnexport.runtimes.settings import RunSettings
 from bnexport.serving.batcher import INLINE_SECONDS, Batcher, BatchLimits, Cost
 from bnexport.serving.limits import ServingLimits
-from bnexport.serving.predictor import DEFAULT_RUNTIME, filled, image_preprocessing
+from bnexport.serving.predictor import DEFAULT_RUNTIME, batches, image_preprocessing
 from bnexport.serving.protocol.answering import answer
 from bnexport.serving.protocol.decoding import Decoder
 from bnexport.serving.protocol.messages import DATATYPES, InferRequest, InferResponse
@@ -118,12 +118,9 @@ class ServedModel:
         """Logits (n, classes) of images that fit; uint8 (n, height, width[, channels])."""
         assert self.preprocessing is not None
         spec, output = self.signature.inputs[0], self.signature.outputs[0].name
-        images, parts = self.preprocessing.apply(pixels), []
-        size = spec.shape[0] if isinstance(spec.shape[0], int) else len(images)
-        for start in range(0, len(images), size):
-            part = images[start : start + size]
-            answer = await self.batcher.submit({spec.name: filled(part, spec.shape[0])}, len(part))
-            parts.append(answer[output][: len(part)])
+        parts = []
+        for batch, rows in batches(self.preprocessing.apply(pixels), spec):
+            parts.append((await self.batcher.submit({spec.name: batch}, rows))[output][:rows])
         return np.concatenate(parts)
 
     def metadata(self, versions: Sequence[str]) -> dict[str, Any]:

@@ -59,8 +59,7 @@ class App:
         finally:
             state.active -= 1
         # The time counts from the last byte, as in the fast lane: a slow client makes no slow server.
-        start = getattr(exchange, "arrived_ns", start)
-        reply = self.told(exchange, (scope.get("client") or ("",))[0], route, reply, start)
+        reply = self.told(exchange, (scope.get("client") or ("",))[0], route, reply, exchange.arrived_ns or start)
         headers_out = reply_headers(reply, exchange, close=state.draining)
         await send({"type": "http.response.start", "status": reply.status, "headers": headers_out})
         await send({"type": "http.response.body", "body": reply.body})

@@ -23,11 +23,10 @@ class Exchange:
         rows: Samples, once they are known.
         read: Whether the body was read to its end.
         bytes_in: Bytes of the body.
-        arrived_ns: When the last part of the body came; not set before.
+        arrived_ns: When the last part of the body came; 0 before.
     """
 
     __slots__ = ("arrived_ns", "bytes_in", "headers", "id", "method", "model", "path", "read", "receive", "rows")
-    arrived_ns: int
 
     def __init__(self, method: str, path: str, headers: dict[bytes, bytes], receive: Receive, request_id: str) -> None:
         self.method, self.path = method, path
@@ -35,4 +34,4 @@ class Exchange:
         self.model: ServedModel | None = None
         self.rows = 0
         self.read = False
-        self.bytes_in = 0
+        self.bytes_in = self.arrived_ns = 0

@@ -17,7 +17,6 @@ Receive = Callable[[], Awaitable[Mapping[str, Any]]]
 _WINDOWS = {b"gzip": 31, b"x-gzip": 31, b"deflate": 15}
 #: Seconds for which the rest of a body that is refused is read, so that the client gets to read the reason.
 _LINGER = 1.0
-_LIBRARY = "Let an HTTP library write the request"
 #: Headers that must not come twice: two readers would take different ones.
 _ONCE = (
     b"host",
@@ -122,7 +121,9 @@ def check_host(headers: Mapping[bytes, bytes], http_version: str) -> None:
         RequestError: There is no header Host, and the version wants one.
     """
     if http_version == "1.1" and b"host" not in headers:
-        raise RequestError("the header Host is missing, which HTTP/1.1 wants", remedy=_LIBRARY)
+        raise RequestError(
+            "the header Host is missing, which HTTP/1.1 wants", remedy="Let an HTTP library write the request"
+        )
 
 
 def check_once(pairs: list[tuple[bytes, bytes]]) -> None:
