@@ -6,7 +6,8 @@ import asyncio
 import json
 import re
 
-from support.connections import INFER, ONE, House, packed, quiet, request, run
+import pytest
+from support.connections import IMAGES, INFER, ONE, House, packed, quiet, request, run
 
 from bnexport.serving.repository import Repository
 
@@ -115,6 +116,23 @@ def test_a_client_that_never_reads_is_cut_off(repository: Repository) -> None:
         await quiet(house)
         for connection in (reads, stalls, goes):
             connection.connection_lost(None)
+
+    run(main)
+
+
+@pytest.mark.parametrize("images", [1, 21], ids=["fast lane", "application"])
+def test_a_client_that_sends_no_more_is_told_that_the_answer_is_the_last(repository: Repository, images: int) -> None:
+    async def main() -> None:
+        house = House(repository)
+        connection, wire = house.connect()
+        connection.data_received(packed(IMAGES[:images]))
+        assert not wire.written
+        assert connection.eof_received(), "the connection stays open for the answer"
+        await quiet(house)
+        assert wire.written.startswith(b"HTTP/1.1 200 ")
+        assert b"\r\nconnection: close\r\n" in wire.written
+        assert wire.closed
+        assert not connection.eof_received(), "and not longer"
 
     run(main)
 
