@@ -76,6 +76,12 @@ def main(arguments: list[str] | None = None) -> None:
     except BrokenPipeError:  # the reader (head, less) went away: not an error of ours
         forget_reader()
         code = 0
+    except SystemExit as left:  # a process of a training that leaves without a word
+        if not isinstance(left.code, int):
+            raise
+        code = left.code
+    if "bnexport.training.processes" in sys.modules and os.environ.get("WORLD_SIZE", "1") != "1":
+        importlib.import_module("bnexport.training.processes").end_process(code)
     raise SystemExit(code)
 
 

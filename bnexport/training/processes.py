@@ -5,13 +5,15 @@ Started by torchrun, which sets the environment variables that are read here (to
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import datetime
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +69,11 @@ class World:
         if self.size > 1:
             self.add_up(torch.zeros(1, device=self.device))
 
+    def leave_together(self) -> None:
+        """Wait for all as the last thing: nobody closes connections by which another still reads something that counts."""
+        with contextlib.suppress(RuntimeError):  # that somebody has left already means that all is done
+            self.wait()
+
     def told_by_leader(self, find: Callable[[], T]) -> T:
         """What the leading process finds, for all; an error of bnexport there is raised by all.
 
@@ -83,6 +90,7 @@ class World:
                 told = [error]
         dist.broadcast_object_list(told, src=0)
         if isinstance(told[0], BnexportError):
+            self.leave_together()
             raise told[0]
         result: T = told[0]
         return result
@@ -107,6 +115,7 @@ class World:
         dist.all_gather_object(errors, error)
         for rank, one in enumerate(errors):
             if one is not None:
+                self.leave_together()
                 where = "" if rank == 0 else f"process {rank}: "
                 raise type(one)(f"{where}{one.message}", remedy=one.remedy) from error
         return found[0]
@@ -177,10 +186,7 @@ def open_world(device: str) -> Iterator[World]:
         try:
             world = World(rank, size, kind)
             yield world
-            with contextlib.suppress(
-                RuntimeError
-            ):  # all is written; nobody closes connections that another still reads
-                world.wait()
+            world.leave_together()
         finally:
             if not joined:
                 _leave()
@@ -190,6 +196,23 @@ def _leave() -> None:
     with contextlib.suppress(Exception), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         dist.destroy_process_group()
+
+
+def end_process(code: int) -> NoReturn:
+    """End this process, one of several, with an exit code and without taking Python down around gloo's threads.
+
+    Those threads live for as long as anything holds the group, which the frames of a training do beyond
+    ``destroy_process_group``. One of them may just be letting go of the tensors of the last exchange and ask for the GIL for
+    it. CPython before 3.14 ends a thread that asks while it finalises; in the midst of C++ that is an abort, and a process
+    that has done all its work ends with SIGABRT (pytorch/pytorch, pull request 179291).
+
+    Args:
+        code: As of ``sys.exit``.
+    """
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code)
 
 
 def choose_device(name: str) -> torch.device:

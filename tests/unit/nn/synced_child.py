@@ -13,6 +13,7 @@ from torch import distributed as dist
 
 from bnexport.nn.batch_norm import BatchNorm
 from bnexport.nn.synced_batch_norm import synchronised
+from bnexport.training.processes import end_process
 
 
 class Twice(nn.Module):
@@ -95,3 +96,4 @@ def main(rank: int, size: int, folder: Path) -> None:
 
 if __name__ == "__main__":
     main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
+    end_process(0)

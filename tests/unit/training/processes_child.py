@@ -20,6 +20,7 @@ from bnexport.data.datasets import Dataset
 from bnexport.errors import DataError
 from bnexport.training import preparation
 from bnexport.training.config import TrainingConfig
+from bnexport.training.processes import end_process
 from bnexport.training.run import train
 from bnexport.training.samples import Resident
 
@@ -108,3 +109,4 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    end_process(0)

@@ -7,7 +7,7 @@ from pathlib import Path
 from bnexport.cli.training_display import TrainingDisplay
 from bnexport.nn.checkpoint import load_checkpoint, save_checkpoint
 from bnexport.training.config import TrainingConfig
-from bnexport.training.processes import asked_rank
+from bnexport.training.processes import asked_rank, end_process
 from bnexport.training.run import train
 
 if __name__ == "__main__":
@@ -21,3 +21,4 @@ if __name__ == "__main__":
     config = TrainingConfig.from_json(checkpoint.metadata["training"]["config"])
     with TrainingDisplay() as display:
         train(replace(config, epochs=epochs + 1), out=out, resume=True, progress=display)
+    end_process(0)

@@ -17,6 +17,7 @@ import torch
 from processes_child import COUNT, RUNS, small_dataset
 from test_reliability import wait_until
 
+from bnexport.cli.main import main
 from bnexport.errors import DataError, UsageError
 from bnexport.nn.checkpoint import load_checkpoint
 from bnexport.training.loop import epoch_order
@@ -189,6 +190,49 @@ def test_a_process_that_is_killed_ends_the_others_and_the_run_resumes(tmp_path):
     assert code == 0, error
     assert f"resuming after epoch {epoch}" in text
     assert "processes was 3, is 2" in text
+
+
+# --- the end of a process
+
+ENDING = """
+import atexit, sys
+from bnexport.training.processes import end_process
+
+class Finalised:
+    def __del__(self):
+        print("finalised", flush=True)
+
+kept = Finalised()
+atexit.register(print, "exit function")
+print("said", end=" ")
+if sys.argv[1] == "plainly":
+    raise SystemExit(3)
+end_process(3)
+"""
+
+
+@pytest.mark.parametrize(
+    ("way", "shown"), [("plainly", "said exit function\nfinalised\n"), ("", "said exit function\n")]
+)
+def test_a_process_of_several_ends_without_finalising_python_and_loses_nothing(way, shown):
+    """Finalisation is what aborts a process whose gloo threads still let go of tensors (a race that no test can force)."""
+    found = subprocess.run(
+        [sys.executable, "-c", ENDING, way], env=environment(), cwd=ROOT, capture_output=True, text=True
+    )
+    assert (found.returncode, found.stdout) == (3, shown), found.stderr
+
+
+@pytest.mark.parametrize(("size", "rank", "ended"), [("1", "0", []), ("2", "0", [2]), ("2", "1", [2])])
+def test_the_command_line_ends_so_where_several_train(monkeypatch, capsys, size, rank, ended):
+    """Whoever follows leaves with the same code and without a word."""
+    monkeypatch.setenv("WORLD_SIZE", size)
+    monkeypatch.setenv("RANK", rank)
+    codes = []
+    monkeypatch.setattr("bnexport.training.processes.end_process", codes.append)
+    with pytest.raises(SystemExit) as left:
+        main(["train", "--lr", "-1", "--device", "cpu"])
+    assert (codes, left.value.code) == (ended, 2)
+    assert ("Error: " in capsys.readouterr().err) == (rank == "0")
 
 
 # --- what is refused
