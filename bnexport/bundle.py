@@ -351,9 +351,10 @@ def _check_specs(signature: Mapping[str, Any]) -> None:
     names = []
     for side in ("inputs", "outputs"):
         for spec in signature[side]:
-            check_keys(spec, ("name", "dtype", "shape"), f"one of its {side}")
+            check_keys(spec, ("name", "dtype", "shape", "smallest"), f"one of its {side}")
             names.append((side, spec["name"]))
-            sizes = [dim for dim in spec["shape"] if not isinstance(dim, str)]
+            smallest = spec.get("smallest", {})
+            sizes = [smallest.get(dim, 1) if isinstance(dim, str) else dim for dim in spec["shape"]]
             if (elements := count_elements(sizes)) > (most := limit("sample-elements")):
                 raise ValueError(f"{spec['name']!r} has {elements} elements, more than {most}")
     if len(set(names)) < len(names):

@@ -11,7 +11,7 @@ from bnexport.bundle import MODEL_ONNX, REPORT, WEIGHTS, Bundle, Manifest, seal
 from bnexport.environment import environment
 from bnexport.errors import RefusedModel, UsageError
 from bnexport.evaluating.staleness import Subject, stale_warning
-from bnexport.exporting.dynamic_size import check_sizes_vary, larger_example
+from bnexport.exporting.dynamic_size import check_sizes_vary, larger_example, with_smallest_sizes
 from bnexport.exporting.formats import FORMATS, ExportJob
 from bnexport.exporting.half import in_precision
 from bnexport.exporting.onnx_graph import model_metadata, stamp_metadata
@@ -77,6 +77,8 @@ def fold_and_export(
     result = _warned_of_stale_statistics(result, loaded, request)
     names = tuple(spec.name for spec in specs)
     signature = signature_of(result.model, inputs, input_names=names, dynamic_size=request.dynamic_size)
+    if request.dynamic_size:
+        signature = with_smallest_sizes(signature, loaded.module, specs)
     check_labels(signature, loaded.labels)
     check_triton_config(path, name, signature, force=request.force)
     manifest = Manifest(

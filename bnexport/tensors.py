@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -28,11 +28,14 @@ class TensorSpec:
         name: As in the exported file: "input", "logits".
         dtype: numpy's name of the element type, one of DTYPES.
         shape: Batch first; a name stands for a dimension that varies: ``("batch", 1, 28, 28)``.
+        smallest: Name of a dimension of ``shape`` -> the smallest size at which the model is what the network is. Engines
+            do not refuse smaller ones as the network does: ONNX Runtime pools what is smaller than the window.
     """
 
     name: str
     dtype: str
     shape: tuple[Dim, ...]
+    smallest: Mapping[str, int] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -55,11 +58,19 @@ class TensorSpec:
         ):
             expected = "x".join(str(dim) for dim in self.shape)
             return f"{self.name!r} has shape {'x'.join(map(str, array.shape)) or 'scalar'}, expected {expected}"
+        return self.too_small(shape)
+
+    def too_small(self, shape: Sequence[int]) -> str | None:
+        """Why an array of this many dimensions is too small, as ``problem`` says it; None when it is not."""
+        for dim, size in zip(self.shape, shape, strict=True):
+            if isinstance(dim, str) and size < (least := self.smallest.get(dim, 0)):
+                return f"{self.name!r} has {dim} = {size}, the model takes {least} and more"
         return None
 
     def to_json(self) -> dict[str, Any]:
         """As written in manifest.json."""
-        return {"name": self.name, "dtype": self.dtype, "shape": list(self.shape)}
+        limits = {"smallest": dict(self.smallest)} if self.smallest else {}
+        return {"name": self.name, "dtype": self.dtype, "shape": list(self.shape), **limits}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> TensorSpec:
@@ -67,7 +78,10 @@ class TensorSpec:
         shape = tuple(value["shape"])
         if not all(isinstance(dim, int | str) for dim in shape):
             raise TypeError(f"{value['name']!r} has a dimension that is neither a size nor a name")
-        return cls(str(value["name"]), str(value["dtype"]), shape)
+        smallest = dict(value.get("smallest", {}))
+        if not all(dim in shape and type(size) is int for dim, size in smallest.items()):
+            raise TypeError(f"{value['name']!r} has a smallest size of no dimension, or one that is no whole number")
+        return cls(str(value["name"]), str(value["dtype"]), shape, smallest)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from torch import nn
@@ -10,7 +11,8 @@ from torch import nn
 from bnexport.errors import ExportError, UsageError
 from bnexport.exporting.request import InputSpec, example_inputs
 from bnexport.nn.calling import call_once
-from bnexport.tensors import other_sizes, size_axes
+from bnexport.optional import quiet
+from bnexport.tensors import Signature, other_sizes, size_axes
 
 #: Below this a network's last feature map may be one pixel wide, which torch.export takes for a constant.
 _LARGE = 128
@@ -55,6 +57,62 @@ def check_sizes_vary(module: nn.Module, specs: tuple[InputSpec, ...]) -> None:
     raise ExportError(
         f"{type(module).__name__} takes no other height and width together than those given",
         remedy="Leave --dynamic-size out",
+    )
+
+
+def with_smallest_sizes(signature: Signature, module: nn.Module, specs: tuple[InputSpec, ...]) -> Signature:
+    """The signature with the smallest sizes that the network itself takes; a copy of it is run on small inputs.
+
+    The graph knows most limits (``signature_of``), but not every resizing's, and engines refuse fewer sizes than torch does.
+
+    Args:
+        signature: With names for the sizes that vary.
+        module: The user's network; never changed.
+        specs: Its inputs, in the size that was asked for.
+
+    Raises:
+        ExportError: The size asked for is smaller than the graph's smallest: forward takes another way there.
+    """
+    asked = {
+        dim: size
+        for spec, own in zip(signature.inputs, specs, strict=True)
+        for dim, size in zip(spec.sample_shape, own.shape, strict=True)
+        if isinstance(dim, str)
+    }
+    least = {dim: size for spec in signature.inputs for dim, size in spec.smallest.items()}
+    for dim, size in asked.items():
+        if size < least[dim]:
+            raise ExportError(
+                f"{type(module).__name__} computes something else for a {dim} of {size} than from {least[dim]} on",
+                remedy="Leave --dynamic-size out, or give a larger --input",
+            )
+
+    with quiet():
+        copied = copy.deepcopy(module)
+
+    def taken(sizes: Mapping[str, int]) -> bool:
+        at = (
+            replace(
+                own,
+                shape=tuple(sizes.get(str(dim), size) for dim, size in zip(spec.sample_shape, own.shape, strict=True)),
+            )
+            for spec, own in zip(signature.inputs, specs, strict=True)
+        )
+        return call_once(copied, example_inputs(tuple(at)), on_itself=True).problem is None
+
+    alone = {
+        dim: next((size for size in range(least[dim], most) if taken({**asked, dim: size})), most)
+        for dim, most in asked.items()
+    }
+    steps = range(max(asked[dim] - size for dim, size in alone.items()) + 1)
+    tries = ({dim: min(size + step, asked[dim]) for dim, size in alone.items()} for step in steps)
+    found = next((sizes for sizes in tries if taken(sizes)), asked)
+    return replace(
+        signature,
+        inputs=tuple(
+            replace(spec, smallest={dim: size for dim, size in found.items() if dim in spec.shape})
+            for spec in signature.inputs
+        ),
     )
 
 

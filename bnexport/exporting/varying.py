@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -50,7 +51,7 @@ def export_flat(folded: GraphModule, inputs: tuple[Tensor, ...], axes: tuple[tup
 
 
 def with_varying_sizes(plain: Signature, folded: GraphModule, inputs: tuple[Tensor, ...]) -> Signature:
-    """A signature with names where the size of an image, or what depends on it, varies.
+    """A signature with names where the size of an image, or what depends on it, varies, and from which size on it holds.
 
     Inputs that must have the same height share its name; one of its own is called after its input. A dimension of an output
     that equals a size of an input has its name; another one that varies is called after its output.
@@ -76,12 +77,33 @@ def with_varying_sizes(plain: Signature, folded: GraphModule, inputs: tuple[Tens
     taken = [values[str(name)] for name in program.graph_signature.user_inputs]
     given = [values[str(name)] for name in program.graph_signature.user_outputs]
     names = {str(taken[0].shape[0]): BATCH}
+    inputs_named = tuple(
+        _named(spec, value, names, first=index == 0)
+        for index, (spec, value) in enumerate(zip(plain.inputs, taken, strict=True))
+    )
+    traced = [node.meta["val"] for node in folded.graph.find_nodes(op="placeholder")]
+    smallest: dict[str, int] = {}
+    for spec, *values_of in zip(inputs_named, taken, traced, strict=True):
+        for axis in size_axes(len(spec.shape)):
+            if isinstance(dim := spec.shape[axis], str):
+                smallest[dim] = max(smallest.get(dim, 1), *(_lower_bound(value.shape[axis]) for value in values_of))
     return Signature(
-        tuple(
-            _named(spec, value, names, first=index == 0)
-            for index, (spec, value) in enumerate(zip(plain.inputs, taken, strict=True))
-        ),
+        tuple(_with_smallest(spec, smallest) for spec in inputs_named),
         tuple(_named(spec, value, names) for spec, value in zip(plain.outputs, given, strict=True)),
+    )
+
+
+def _lower_bound(size: Any) -> int:
+    """From which size on the graph is what forward computes: torch.export follows ``if x.shape[2] > 40`` and windows."""
+    if isinstance(size, int):
+        return 1
+    return int(size.node.shape_env.bound_sympy(size.node.expr).lower)
+
+
+def _with_smallest(spec: TensorSpec, smallest: Mapping[str, int]) -> TensorSpec:
+    """The tensor with the smallest sizes of its own dimensions."""
+    return replace(
+        spec, smallest={dim: smallest[dim] for dim in spec.shape if isinstance(dim, str) and dim in smallest}
     )
 
 

@@ -28,7 +28,7 @@ from bnexport.reporting.summary import (
     total_flips,
     word,
 )
-from bnexport.tensors import Signature
+from bnexport.tensors import Signature, TensorSpec
 from bnexport.verification.tolerances import TOLERANCES
 from bnexport.verification.verdict import VerificationReport
 
@@ -206,10 +206,15 @@ def _stages(verification: VerificationReport) -> dict[str, str]:
 def _specs(signature: Signature) -> tuple[list[str], list[str]]:
     """Inputs and outputs as 'input: float32 (batch, 1, 28, 28)'."""
     texts = [
-        [f"{spec.name}: {spec.dtype} ({', '.join(map(str, spec.shape))})" for spec in specs]
+        [f"{spec.name}: {spec.dtype} ({', '.join(map(str, spec.shape))}){_from(spec)}" for spec in specs]
         for specs in (signature.inputs, signature.outputs)
     ]
     return texts[0], texts[1]
+
+
+def _from(spec: TensorSpec) -> str:
+    """From which sizes on: ', height from 41'."""
+    return "".join(f", {dim} from {size}" for dim, size in spec.smallest.items())
 
 
 def _compact(value: Any) -> str:

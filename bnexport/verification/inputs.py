@@ -6,7 +6,7 @@ Random inputs alone do not do: with two random samples every finite fault of the
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,12 @@ class Batch:
     Attributes:
         name: "images", "noise", "zeros", "ones", "one-hot".
         feeds: Input name -> (n, ...).
+        smallest: Whether they are as small as the network takes them; an engine may refuse those.
     """
 
     name: str
     feeds: Mapping[str, Array]
+    smallest: bool = False
 
     @property
     def n(self) -> int:
@@ -45,7 +47,7 @@ class Batch:
 
     def head(self, n: int) -> Batch:
         """The first n samples."""
-        return Batch(self.name, {name: array[:n] for name, array in self.feeds.items()})
+        return replace(self, feeds={name: array[:n] for name, array in self.feeds.items()})
 
 
 @dataclass(frozen=True)
@@ -113,20 +115,42 @@ def build_suite(
 
 def other_sized_batches(signature: Signature, golden: Mapping[str, Array], *, seed: int) -> Iterator[Batch]:
     """Two samples of noise in other sizes than the exported one, the most telling first; none where no size varies."""
-    names = [dim for spec in signature.inputs for dim in spec.shape[1:] if isinstance(dim, str)]
-    if not names:
+    exported = _exported_sizes(signature, golden)
+    if not exported:
         return
-    for steps in other_sizes(list(dict.fromkeys(names))):
-        rng = np.random.default_rng(seed)
-        feeds, shown = {}, ""
-        for spec in signature.inputs:
-            given = golden[spec.name]
-            more = [steps[dim] if isinstance(dim, str) else 0 for dim in spec.shape[1:]]
-            shape = [size + step for size, step in zip(given.shape[1:], more, strict=True)]
-            like = np.resize(given, (1, *shape))  # its values are valid for integers; noise replaces floats
-            feeds[spec.name] = _filled(_noise, spec, like, _OTHER_SIZED, rng)
-            shown = shown or "x".join(str(size) for size, step in zip(shape, more, strict=True) if step)
-        yield Batch(f"noise {shown}", feeds)
+    for steps in other_sizes(list(exported)):
+        yield _sized(signature, golden, {dim: size + steps[dim] for dim, size in exported.items()}, seed=seed)
+
+
+def smallest_batch(signature: Signature, golden: Mapping[str, Array], *, seed: int) -> Batch | None:
+    """Two samples of noise in the smallest sizes that the signature allows; None where it names none."""
+    least = {dim: size for spec in signature.inputs for dim, size in spec.smallest.items()}
+    if not least:
+        return None
+    return replace(_sized(signature, golden, {**_exported_sizes(signature, golden), **least}, seed=seed), smallest=True)
+
+
+def _exported_sizes(signature: Signature, golden: Mapping[str, Array]) -> dict[str, int]:
+    """Name of a dimension that varies besides the batch -> its size in the golden inputs."""
+    return {
+        dim: size
+        for spec in signature.inputs
+        for dim, size in zip(spec.shape[1:], golden[spec.name].shape[1:], strict=True)
+        if isinstance(dim, str)
+    }
+
+
+def _sized(signature: Signature, golden: Mapping[str, Array], sizes: Mapping[str, int], *, seed: int) -> Batch:
+    """Noise in the given sizes, by the names of the dimensions that vary."""
+    rng = np.random.default_rng(seed)
+    feeds, shown = {}, ""
+    for spec in signature.inputs:
+        given = golden[spec.name]
+        shape = [sizes[dim] if isinstance(dim, str) else dim for dim in spec.shape[1:]]
+        like = np.resize(given, (1, *shape))  # its values are valid for integers; noise replaces floats
+        feeds[spec.name] = _filled(_noise, spec, like, _OTHER_SIZED, rng)
+        shown = shown or "x".join(str(sizes[dim]) for dim in spec.shape[1:] if isinstance(dim, str))
+    return Batch(f"noise {shown}", feeds)
 
 
 def _filled(fill: Any, spec: TensorSpec, golden: Array, n: int, rng: np.random.Generator) -> Array:

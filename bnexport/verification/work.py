@@ -16,7 +16,7 @@ from bnexport.verification.cases import Case, Plan
 from bnexport.verification.findings import Prediction
 from bnexport.verification.forecast import Forecast
 from bnexport.verification.format_proof import format_rows
-from bnexport.verification.inputs import REAL, Batch, Suite, build_suite, other_sized_batches
+from bnexport.verification.inputs import REAL, Batch, Suite, build_suite, other_sized_batches, smallest_batch
 from bnexport.verification.metrics import common_scales, count_flips, has_labels
 from bnexport.verification.reference import Reference, find_reference, not_rebuilt, takes_empty_batch
 from bnexport.verification.samples import Samples
@@ -197,7 +197,7 @@ class Work:
             return ()
 
     def _other_sized(self, reference: Reference, golden: Case) -> list[Batch]:
-        """A batch in another size, where sizes vary; a failed row where the original takes none of those tried."""
+        """Batches in another and in the smallest size, where sizes vary; a failed row where the original takes no other."""
         signature, refused = self.bundle.manifest.signature, ""
         for batch in other_sized_batches(signature, golden.batch.feeds, seed=self.seed):
             try:
@@ -205,10 +205,22 @@ class Work:
             except BnexportError as error:
                 refused = refused or error.message
             else:
-                return [batch]
+                return [batch, *self._smallest(reference, golden)]
         if refused:
             self.rows.append(failed("strict", "reference", "another size", f"no other size could be tried: {refused}"))
         return []
+
+    def _smallest(self, reference: Reference, golden: Case) -> list[Batch]:
+        """The batch in the smallest sizes that the bundle names; a failed row where the original does not take them."""
+        batch = smallest_batch(self.bundle.manifest.signature, golden.batch.feeds, seed=self.seed)
+        if batch is None:
+            return []
+        try:
+            reference.evaluate(batch.feeds)
+        except BnexportError as error:
+            self.rows.append(failed("strict", "reference", "the smallest size", error.message))
+            return []
+        return [batch]
 
     def _find_reference(self) -> Reference | None:
         why_not = not_rebuilt(self.bundle) if self.module is None else None

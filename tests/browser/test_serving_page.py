@@ -177,6 +177,16 @@ def test_a_server_without_models_says_so(browser: Browser) -> None:
     assert not browser.evaluate("document.getElementById('model').checkVisibility()")
 
 
+def test_the_smallest_size_is_shown_and_sent(browser: Browser) -> None:
+    tensor = {"name": "x", "datatype": "FP32", "shape": [-1, 3, -1, -1], "smallest": [1, 3, 41, 1]}
+    output = {"name": "y", "datatype": "FP32", "shape": [-1, 10]}
+    model = {"name": "m", "version": "1", "state": "READY", "inputs": [tensor], "outputs": [output]}
+    browser.evaluate(f"choose({json.dumps(model)}, false)")
+    shapes = browser.evaluate("[...document.querySelectorAll('#signature td:nth-child(4)')].map((e) => e.textContent)")
+    assert shapes == ["any x 3 x 41 or more x any", "any x 10"]
+    assert '"shape":[1,3,41,1]' in text(browser, "line")
+
+
 def test_words_of_strangers_are_words(browser: Browser) -> None:
     pick(browser, "hostile 1")
     drop(browser, png(IMAGES[0]))
@@ -184,7 +194,7 @@ def test_words_of_strangers_are_words(browser: Browser) -> None:
     assert told.startswith(HOSTILE)
     assert HOSTILE in text(browser, "verdict")
     assert HOSTILE in bars(browser)[0][0]
-    tensor = {"name": HOSTILE + "'; touch taken; '", "datatype": "FP32", "shape": [-1, 2]}
+    tensor = {"name": HOSTILE + "'; touch taken; '", "datatype": "FP32", "shape": [-1, 2], "smallest": [1, 2]}
     model = {
         "name": HOSTILE,
         "version": "../1",
@@ -228,17 +238,17 @@ def test_the_line_for_tensors_runs(browser: Browser, tmp_path: Path) -> None:
 def test_the_line_for_several_inputs(browser: Browser, tmp_path: Path) -> None:
     """A name can't leave its quotes, neither of the shell nor of JSON."""
     odd = "it's; touch taken\n\"$(touch taken)`touch taken`\\"
-    inputs = [{"name": odd, "datatype": "FP32", "shape": [-1, 2]}, {"name": "b", "datatype": "BOOL", "shape": [-1, 1]}]
-    for shape in ([-1, 2], [-1, 100]):
-        inputs[0]["shape"] = shape
+    inputs = [{"name": odd, "datatype": "FP32"}, {"name": "b", "datatype": "BOOL", "smallest": [1, 1]}]
+    for shape in ([1, 2], [1, 100]):
+        inputs[0]["smallest"] = shape
         value = {"name": "m", "version": "1", "inputs": inputs}
         line = browser.evaluate(f"tensorLine({json.dumps(value)}, 'ADDRESS', '')")
         script = 'curl() { if [ "${@: -1}" = @- ]; then cat; else printf %s "${@: -1}"; fi; }\n' + line
         done = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, timeout=60, check=True)
-        length = len(done.stdout) if shape == [-1, 2] else int(line.split("length: ")[1].split("'")[0])
+        length = len(done.stdout) if shape == [1, 2] else int(line.split("length: ")[1].split("'")[0])
         sent = json.loads(done.stdout[:length])["inputs"]
         assert [(item["name"], item["shape"]) for item in sent] == [(odd, [1, shape[1]]), ("b", [1, 1])]
-        if shape == [-1, 2]:
+        if shape == [1, 2]:
             assert [item["data"] for item in sent] == [[0, 0], [False]]
         else:
             assert done.stdout[length:] == bytes(401)

@@ -17,6 +17,7 @@ from bnexport.serving.http.exchange import Exchange
 from bnexport.serving.http.reply import Reply, json_reply
 from bnexport.serving.http.state import State
 from bnexport.serving.repository import Version
+from bnexport.tensors import TensorSpec
 
 HTML = b"text/html; charset=utf-8"
 #: Of all pages: no guessing of types, no address of this server to others, nothing old.
@@ -83,13 +84,21 @@ def _described(state: State, name: str, version: str, entry: Version) -> dict[st
     metadata, image = served.metadata([version]), served.preprocessing
     return value | {
         "newest": state.repository.newest(name) is served,
-        "inputs": metadata["inputs"],
+        "inputs": [
+            {**tensor, "smallest": _smallest(spec)}
+            for tensor, spec in zip(metadata["inputs"], served.signature.inputs, strict=True)
+        ],
         "outputs": metadata["outputs"],
         "labels": None if served.labels is None else list(served.labels),
         "image": None if image is None else {key: getattr(image, key) for key in ("channels", "height", "width")},
         "verdict": _verdict(served.bundle),
         "report": REPORT in served.bundle.manifest.files,
     }
+
+
+def _smallest(spec: TensorSpec) -> list[int]:
+    """The shape of the smallest tensor that the input takes."""
+    return [spec.smallest.get(dim, 1) if isinstance(dim, str) else dim for dim in spec.shape]
 
 
 def _verdict(bundle: Bundle) -> dict[str, Any] | None:

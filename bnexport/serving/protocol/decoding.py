@@ -257,6 +257,8 @@ class Decoder:
             have = shown("x".join(map(str, shape[:16])))
             expected = "x".join(map(str, spec.shape))
             raise RequestError(f"input {spec.name!r} has the shape {have}", remedy=f"Send {expected}")
+        if (problem := spec.too_small(shape)) is not None:
+            raise RequestError(f"input {problem}", remedy="Send larger ones")
         if shape and isinstance(spec.shape[0], str) and shape[0] > self._limits.batch:
             raise RequestError(
                 f"the batch is {shape[0]}, the limit is {self._limits.batch}",

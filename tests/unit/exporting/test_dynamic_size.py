@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 import bnexport
 from bnexport.errors import BnexportError, ExportError, UntracedError, UsageError
-from bnexport.exporting.dynamic_size import check_sizes_vary, larger_example
+from bnexport.exporting.dynamic_size import check_sizes_vary, larger_example, with_smallest_sizes
 from bnexport.exporting.prepare import signature_of
 from bnexport.exporting.request import InputSpec, example_inputs, fitted_preprocessing
 from bnexport.folding.trace import size_shapes
-from bnexport.tensors import other_sizes, size_axes
+from bnexport.tensors import Signature, other_sizes, size_axes
 
 IMAGE = (InputSpec("input", (3, 32, 32)),)
 
@@ -120,6 +120,91 @@ def test_a_network_down_to_one_pixel_is_traced_larger() -> None:
         lambda m, y: m.rest(y).mean((2, 3)), conv=nn.Conv2d(3, 4, 3, padding=1), rest=nn.Sequential(*layers)
     )
     assert shapes(network)[0] == ("batch", 3, "height", "width")
+
+
+def signature_in_sizes(network: nn.Module, specs: tuple[InputSpec, ...] = IMAGE) -> Signature:
+    inputs = example_inputs(larger_example(specs))
+    folded = bnexport.fold(network, inputs, dynamic_shapes=size_shapes(network, inputs)).model
+    names = tuple(spec.name for spec in specs)
+    signature = signature_of(folded, inputs, input_names=names, dynamic_size=True)
+    return with_smallest_sizes(signature, network, specs)
+
+
+def taken(network: nn.Module, height: int, width: int) -> bool:
+    try:
+        with torch.no_grad():
+            return bool(network(torch.randn(2, 3, height, width)).numel())
+    except (RuntimeError, ValueError):
+        return False
+
+
+SMALL: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
+    "convolution": lambda _m, y: y,
+    "stride and dilation": lambda m, y: m.wide(y),
+    "two windows": lambda _m, y: nn.functional.avg_pool2d(nn.functional.max_pool2d(y, 3, 2), 3, 2),
+    "rounded up": lambda _m, y: nn.functional.max_pool2d(
+        nn.functional.max_pool2d(y, 3, 2, ceil_mode=True), 4, 3, ceil_mode=True
+    ),
+    "mirrored": lambda _m, y: nn.functional.pad(y, (5, 5, 3, 3), mode="reflect"),
+    "resized": lambda _m, y: nn.functional.interpolate(y, scale_factor=0.2, mode="bilinear"),
+    "cropped by a transposed convolution": lambda m, y: m.up(y),
+    "oblong": lambda _m, y: nn.functional.max_pool2d(y, (2, 7)),
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("mean", [False, True], ids=["map", "mean"])
+def test_the_smallest_sizes_are_those_that_the_network_takes(name: str, *, mean: bool) -> None:
+    torch.manual_seed(0)
+    layers = {"wide": nn.Conv2d(4, 4, 3, 2, 0, 2), "up": nn.ConvTranspose2d(4, 4, 3, 2, 6)}
+    network = model(lambda m, y: SMALL[name](m, y).mean((2, 3)) if mean else SMALL[name](m, y), **layers)
+    smallest = dict(signature_in_sizes(network).inputs[0].smallest)
+    assert smallest == {
+        "height": next(size for size in range(1, 33) if taken(network, size, 32)),
+        "width": next(size for size in range(1, 33) if taken(network, 32, size)),
+    }
+    assert taken(network, **smallest)
+
+
+def test_the_graph_holds_from_where_forward_goes_its_way() -> None:
+    def forward(m: nn.Module, y: Tensor) -> Tensor:
+        return y.mean((2, 3)) * 2 if y.shape[2] > 20 else y.amax((2, 3))
+
+    network = model(forward)
+    assert signature_in_sizes(network).inputs[0].smallest == {"height": 23, "width": 3}
+    with pytest.raises(ExportError, match="computes something else for a height of 22 than from 23 on") as caught:
+        signature_in_sizes(network, (InputSpec("input", (3, 22, 40)),))
+    assert "--input" in caught.value.remedy
+
+
+def test_several_images_share_the_smallest_size_of_a_shared_name() -> None:
+    network = model(lambda m, y, z: m.conv(z).mean((2, 3)) + nn.functional.max_pool2d(y + m.conv(z), 2).mean((2, 3)))
+    first, second = signature_in_sizes(network, (IMAGE[0], InputSpec("other", (3, 32, 32)))).inputs
+    assert first.smallest == second.smallest == {"height": 4, "width": 4}
+    apart = model(lambda m, y, z: y.mean((2, 3)) + nn.functional.max_pool2d(m.conv(z), 5).mean((2, 3)))
+    first, second = signature_in_sizes(apart, (IMAGE[0], InputSpec("small", (3, 16, 20)))).inputs
+    assert (first.smallest, second.smallest) == ({"height": 3, "width": 3}, {"small_height": 7, "small_width": 7})
+
+
+def test_multiples_have_the_first_as_the_smallest() -> None:
+    unet = model(
+        lambda m, y: torch.cat([y, m.up(nn.functional.max_pool2d(y, 8))], 1),
+        conv=nn.Conv2d(3, 4, 3, padding=1), up=nn.ConvTranspose2d(4, 4, 8, 8),
+    )  # fmt: skip
+    assert signature_in_sizes(unet).inputs[0].smallest == {"height": 8, "width": 8}
+
+
+def test_sizes_that_go_together_only_are_found_together() -> None:
+    """Each alone may be small; both together leave too little."""
+
+    def forward(_m: nn.Module, y: Tensor) -> Tensor:
+        torch._check(y.shape[2] + y.shape[3] >= 24)
+        return y.mean((2, 3))
+
+    network = model(forward)
+    smallest = dict(signature_in_sizes(network).inputs[0].smallest)
+    assert taken(network, **smallest)
+    assert not taken(network, smallest["height"] - 1, smallest["width"] - 1)
 
 
 def test_preprocessing_follows_the_input() -> None:

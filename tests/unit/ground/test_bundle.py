@@ -273,6 +273,13 @@ SIGNATURES = {
         "inputs": [{"name": "x", "dtype": "float32", "shape": ["n", 1.5]}],
         "outputs": [{"name": "y", "dtype": "float32", "shape": ["n"]}],
     },
+    **{
+        f"smallest of {smallest}": {
+            "inputs": [{"name": "x", "dtype": "float32", "shape": ["n", "h"], "smallest": smallest}],
+            "outputs": [{"name": "y", "dtype": "float32", "shape": ["n"]}],
+        }
+        for smallest in ({"w": 3}, {"h": 3.0}, {"h": True}, {"h": -1}, {"h": 2**62}, [3], "h", 3)
+    },
 }
 
 

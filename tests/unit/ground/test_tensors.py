@@ -11,14 +11,18 @@ from hypothesis.extra.numpy import arrays
 from bnexport.errors import FeedError
 from bnexport.tensors import DTYPES, Signature, TensorSpec, check_feeds
 
-IMAGE = TensorSpec("image", "float32", ("batch", 1, 4, "width"))
+IMAGE = TensorSpec("image", "float32", ("batch", 1, 4, "width"), {"width": 5})
 TOKENS = TensorSpec("tokens", "int64", ("batch", 3))
 SIGNATURE = Signature((IMAGE, TOKENS), (TensorSpec("logits", "float32", ("batch", 10)),))
 
 dims = st.one_of(st.integers(0, 4), st.sampled_from(["batch", "n", "width"]))
+limits = st.dictionaries(st.sampled_from(["n", "width"]), st.integers(1, 3))
 specs = st.builds(
-    TensorSpec, st.text("aé \n", max_size=3), st.sampled_from(DTYPES), st.lists(dims, max_size=4).map(tuple)
-)
+    lambda name, dtype, shape, least: TensorSpec(
+        name, dtype, shape, {dim: size for dim, size in least.items() if dim in shape}
+    ),
+    st.text("aé \n", max_size=3), st.sampled_from(DTYPES), st.lists(dims, max_size=4).map(tuple), limits,
+)  # fmt: skip
 
 
 def feeds(**changes):
@@ -28,7 +32,7 @@ def feeds(**changes):
 
 def test_right_feeds_pass():
     check_feeds(SIGNATURE, feeds())
-    check_feeds(SIGNATURE, feeds(image=np.zeros((0, 1, 4, 0), np.float32), tokens=np.zeros((0, 3), np.int64)))
+    check_feeds(SIGNATURE, feeds(image=np.zeros((0, 1, 4, 5), np.float32), tokens=np.zeros((0, 3), np.int64)))
     check_feeds(SIGNATURE, feeds(image=np.zeros((2, 1, 4, 10), np.float32)[..., ::2]))  # layout is the runner's matter
 
 
@@ -46,6 +50,10 @@ WRONG = {
     "rank": ({"tokens": np.zeros(3, np.int64)}, "input 'tokens' has shape 3, expected batchx3"),
     "scalar": ({"tokens": np.array(3, np.int64)}, "input 'tokens' has shape scalar, expected batchx3"),
     "list": ({"tokens": [[1, 2, 3]]}, "input 'tokens' is a list, expected a numpy array"),
+    "small": (
+        {"image": np.zeros((2, 1, 4, 4), np.float32)},
+        "input 'image' has width = 4, the model takes 5 and more",
+    ),
     "unequal batch": (
         {"tokens": np.zeros((3, 3), np.int64)},
         "input 'tokens' has batch = 3, another input has batch = 2",
@@ -82,7 +90,7 @@ def test_json_round_trip(inputs, outputs):
 
 @given(st.data())
 def test_an_array_fits_when_its_type_rank_and_sizes_do(data):
-    spec = TensorSpec("x", "float32", tuple(data.draw(st.lists(dims, max_size=3))))
+    spec = TensorSpec("x", "float32", tuple(data.draw(st.lists(dims, max_size=3))), data.draw(limits))
     shape = tuple(data.draw(st.lists(st.integers(0, 4), max_size=3)))
     array = data.draw(arrays(data.draw(st.sampled_from([np.float32, np.float64])), shape, fill=st.just(0)))
     sizes: dict[str, set[int]] = {}
@@ -90,7 +98,8 @@ def test_an_array_fits_when_its_type_rank_and_sizes_do(data):
         for want, have in zip(spec.shape, shape, strict=True):
             sizes.setdefault(str(want), set()).add(have)
     fits = len(shape) == len(spec.shape) and all(
-        have == want for want, have in zip(spec.shape, shape, strict=True) if isinstance(want, int)
+        have == want if isinstance(want, int) else have >= spec.smallest.get(want, 0)
+        for want, have in zip(spec.shape, shape, strict=True)
     )
     assert (spec.problem(array) is None) == (fits and array.dtype == np.float32)
     named = {want: have for want, have in sizes.items() if not want.isdigit()}

@@ -47,6 +47,17 @@ def message(array: np.ndarray, datatype: str, *, binary: bool) -> tuple[bytes, i
     return head + array.tobytes(), len(head)
 
 
+@pytest.mark.parametrize("binary", [True, False])
+def test_a_tensor_below_the_smallest_size_is_refused(binary: bool) -> None:
+    """The engine would make numbers of it; requests that fit skip the runner's own check."""
+    spec = TensorSpec("x", "float32", ("batch", 2, "height"), {"height": 5})
+    decoder = Decoder(Signature((spec,), (spec,)), LIMITS)
+    fitting = np.ones((1, 2, 5), np.float32)
+    assert decoder.decode(*message(fitting, "FP32", binary=binary)).inputs["x"].shape == (1, 2, 5)
+    with pytest.raises(RequestError, match="input 'x' has height = 4, the model takes 5 and more"):
+        decoder.decode(*message(fitting[:, :, :4], "FP32", binary=binary))
+
+
 def test_every_element_type_has_a_datatype() -> None:
     assert set(DATATYPES) == set(DTYPES)
 

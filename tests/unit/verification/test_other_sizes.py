@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnxruntime as ort
+import pytest
 import torch
 from cases import randomise
+from support.hostile import forge
 from torch import nn
 
 import bnexport
 from bnexport.bundle import MODEL_ONNX, Bundle
+from bnexport.errors import BundleError, FeedError
 from bnexport.exporting.request import ExportRequest
 from bnexport.runtimes.onnx_file import multiplications, read_model
+from bnexport.runtimes.onnxruntime import OnnxRuntimeRunner
 from bnexport.tensors import Signature, TensorSpec
 from bnexport.verification.inputs import other_sized_batches
+from bnexport.verification.verdict import Row
 
 IMAGE = TensorSpec("a", "float32", ("batch", 3, "height", "width"))
 
@@ -50,6 +58,66 @@ def test_every_engine_runs_another_size(tmp_path: Path) -> None:
     report = bnexport.verify(bundle, module=network)
     ran = {row.subject for row in report.rows if row.case == "noise 19x23" and row.passed}
     assert {MODEL_ONNX, "torch-cpu", "torchscript-cpu", "onnxruntime-cpu"} <= ran
+
+
+def test_the_smallest_size_is_run_by_every_engine(tmp_path: Path) -> None:
+    bundle, network = exported(tmp_path)
+    assert bundle.manifest.signature.inputs[0].smallest == {"height": 3, "width": 3}
+    report = bnexport.verify(bundle, module=network)
+    ran = {row.subject for row in report.rows if row.case == "noise 3x3" and row.passed}
+    assert {MODEL_ONNX, "torch-cpu", "torchscript-cpu", "onnxruntime-cpu"} <= ran
+
+
+def test_a_smallest_size_that_the_original_refuses_fails_the_verdict(tmp_path: Path) -> None:
+    bundle, network = exported(tmp_path)
+    forge(bundle.path, lambda value: value["signature"]["inputs"][0].update(smallest={"height": 2}))
+    report = bnexport.verify(bundle.path, module=network, runtimes=["onnxruntime-cpu"])
+    failed = {(row.subject, row.case) for row in report.rows if not row.passed}
+    assert failed == {("reference", "the smallest size")}
+
+
+def test_an_engine_may_refuse_the_smallest_size_but_not_answer_it_wrongly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle, network = exported(tmp_path)
+    plain = OnnxRuntimeRunner.run_fitting
+
+    def rows(answer: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Row]:
+        def run_fitting(self: OnnxRuntimeRunner, feeds: dict[str, Any]) -> dict[str, Any]:
+            outputs = plain(self, feeds)
+            return answer(outputs) if feeds["input"].shape[2:] == (3, 3) else outputs
+
+        monkeypatch.setattr(OnnxRuntimeRunner, "run_fitting", run_fitting)
+        report = bnexport.verify(bundle, module=network, runtimes=["onnxruntime-cpu"])
+        ran = {row.case: row for row in report.rows if row.subject == "onnxruntime-cpu" and row.stage == "strict"}
+        assert report.passed == ran["noise 3x3"].passed
+        return ran
+
+    def refuse(outputs: dict[str, Any]) -> dict[str, Any]:
+        raise BundleError("the window is larger", remedy="none")
+
+    row = rows(refuse)["noise 3x3"]
+    assert (row.passed, row.reason) == (True, "this engine refuses so small an image: the window is larger")
+    ran = rows(lambda outputs: {name: value + 1 for name, value in outputs.items()})
+    assert [case for case, row in ran.items() if not row.passed] == ["noise 3x3"]
+
+
+def test_what_an_engine_would_answer_below_the_smallest_size_is_refused(tmp_path: Path) -> None:
+    """ONNX Runtime makes one value of a map that is smaller than the window; torch refuses it."""
+    network = randomise(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.MaxPool2d(2), nn.MaxPool2d(2))).eval()
+    request = ExportRequest(inputs=("3x12x10",), dynamic_size=True)
+    bundle = bnexport.fold_and_export(network, tmp_path / "pooled" / "1", request=request).bundle
+    assert bundle is not None
+    feeds = {"input": np.ones((1, 3, 5, 6), np.float32)}
+    with pytest.raises(RuntimeError, match="too small"):
+        network(torch.from_numpy(feeds["input"]))
+    session = ort.InferenceSession(bundle.file(MODEL_ONNX), providers=["CPUExecutionProvider"])
+    assert np.isfinite(session.run(None, feeds)[0]).all()
+    with (
+        OnnxRuntimeRunner(bundle.file(MODEL_ONNX), bundle.manifest.signature) as runner,
+        pytest.raises(FeedError, match="input 'input' has height = 5, the model takes 6 and more"),
+    ):
+        runner.run(feeds)
 
 
 def test_an_original_that_takes_no_other_size_fails_the_verdict(tmp_path: Path) -> None:
