@@ -78,7 +78,7 @@ def fold_and_export(
     names = tuple(spec.name for spec in specs)
     signature = signature_of(result.model, inputs, input_names=names, dynamic_size=request.dynamic_size)
     if request.dynamic_size:
-        signature = with_smallest_sizes(signature, loaded.module, specs)
+        signature = with_smallest_sizes(signature, loaded.module, result.model, specs)
     check_labels(signature, loaded.labels)
     check_triton_config(path, name, signature, force=request.force)
     manifest = Manifest(

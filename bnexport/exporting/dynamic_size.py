@@ -5,8 +5,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from bnexport.errors import ExportError, UsageError
 from bnexport.exporting.request import InputSpec, example_inputs
@@ -16,6 +19,8 @@ from bnexport.tensors import Signature, other_sizes, size_axes
 
 #: Below this a network's last feature map may be one pixel wide, which torch.export takes for a constant.
 _LARGE = 128
+#: A share of the largest output: what float32 may differ by in a deep network.
+_ROUNDING = 1e-3
 
 
 def larger_example(specs: tuple[InputSpec, ...]) -> tuple[InputSpec, ...]:
@@ -60,60 +65,105 @@ def check_sizes_vary(module: nn.Module, specs: tuple[InputSpec, ...]) -> None:
     )
 
 
-def with_smallest_sizes(signature: Signature, module: nn.Module, specs: tuple[InputSpec, ...]) -> Signature:
-    """The signature with the smallest sizes that the network itself takes; a copy of it is run on small inputs.
+def with_smallest_sizes(
+    signature: Signature, module: nn.Module, folded: nn.Module, specs: tuple[InputSpec, ...]
+) -> Signature:
+    """The signature with the smallest sizes at which the graph is the network; both are run on small inputs.
 
-    The graph knows most limits (``signature_of``), but not every resizing's, and engines refuse fewer sizes than torch does.
+    torch.export says from which sizes on that is sure (``signature_of``). It does not know every resizing's limit, and it is
+    too careful about maps of one pixel; so the sizes below are tried one by one, down to the first that does not fit.
 
     Args:
-        signature: With names for the sizes that vary.
-        module: The user's network; never changed.
+        signature: With names for the sizes that vary, and torch.export's limits.
+        module: The user's network; a copy is run.
+        folded: Its graph.
         specs: Its inputs, in the size that was asked for.
 
     Raises:
-        ExportError: The size asked for is smaller than the graph's smallest: forward takes another way there.
+        ExportError: The size asked for is smaller: forward takes another way there.
     """
-    asked = {
+    asked = _by_name(signature, specs)
+    sure = {dim: size for spec in signature.inputs for dim, size in spec.smallest.items()}
+    sizes = _Sizes(signature, module, folded, specs)
+    start = sizes.first_fit(sure, {dim: max(size, sure[dim]) for dim, size in asked.items()})
+    found = sizes.first_fit({dim: sizes.smallest(dim, start) for dim in start}, start)
+    for dim, size in asked.items():
+        if size < found[dim]:
+            raise ExportError(
+                f"{type(module).__name__} computes something else for a {dim} of {size} than from {found[dim]} on",
+                remedy="Leave --dynamic-size out, or give a larger --input",
+            )
+    limited = (
+        replace(spec, smallest={dim: size for dim, size in found.items() if dim in spec.shape})
+        for spec in signature.inputs
+    )
+    return replace(signature, inputs=tuple(limited))
+
+
+def _by_name(signature: Signature, specs: tuple[InputSpec, ...]) -> dict[str, int]:
+    """Name of a size that varies -> the size asked for."""
+    return {
         dim: size
         for spec, own in zip(signature.inputs, specs, strict=True)
         for dim, size in zip(spec.sample_shape, own.shape, strict=True)
         if isinstance(dim, str)
     }
-    least = {dim: size for spec in signature.inputs for dim, size in spec.smallest.items()}
-    for dim, size in asked.items():
-        if size < least[dim]:
-            raise ExportError(
-                f"{type(module).__name__} computes something else for a {dim} of {size} than from {least[dim]} on",
-                remedy="Leave --dynamic-size out, or give a larger --input",
-            )
 
-    with quiet():
-        copied = copy.deepcopy(module)
 
-    def taken(sizes: Mapping[str, int]) -> bool:
-        at = (
+class _Sizes:
+    """Tries a network and its graph in other sizes."""
+
+    def __init__(
+        self, signature: Signature, module: nn.Module, folded: nn.Module, specs: tuple[InputSpec, ...]
+    ) -> None:
+        self._signature, self._specs, self._folded = signature, specs, folded
+        with quiet():
+            self._module = copy.deepcopy(module)
+
+    def first_fit(self, low: Mapping[str, int], high: dict[str, int]) -> dict[str, int]:
+        """The first sizes that fit, all growing together from low to high; high where none does."""
+        steps = range(max((high[dim] - low[dim] for dim in high), default=0))
+        tries = ({dim: min(low[dim] + step, high[dim]) for dim in high} for step in steps)
+        return next((tried for tried in tries if self.fit(tried)), high)
+
+    def smallest(self, dim: str, start: dict[str, int]) -> int:
+        """Of one dimension: down from the start while the sizes fit."""
+        size = start[dim]
+        while size > 1 and self.fit({**start, dim: size - 1}):
+            size -= 1
+        return size
+
+    def fit(self, sizes: Mapping[str, int]) -> bool:
+        """Whether the network takes these sizes, and the graph computes the same."""
+        resized = (
             replace(
                 own,
-                shape=tuple(sizes.get(str(dim), size) for dim, size in zip(spec.sample_shape, own.shape, strict=True)),
+                shape=tuple(_size(sizes, dim, size) for dim, size in zip(spec.sample_shape, own.shape, strict=True)),
             )
-            for spec, own in zip(signature.inputs, specs, strict=True)
+            for spec, own in zip(self._signature.inputs, self._specs, strict=True)
         )
-        return call_once(copied, example_inputs(tuple(at)), on_itself=True).problem is None
+        inputs = example_inputs(tuple(resized))
+        theirs, ours = (call_once(model, inputs, on_itself=True) for model in (self._module, self._folded))
+        return theirs.problem is None and ours.problem is None and _same(theirs.result, ours.result)
 
-    alone = {
-        dim: next((size for size in range(least[dim], most) if taken({**asked, dim: size})), most)
-        for dim, most in asked.items()
-    }
-    steps = range(max(asked[dim] - size for dim, size in alone.items()) + 1)
-    tries = ({dim: min(size + step, asked[dim]) for dim, size in alone.items()} for step in steps)
-    found = next((sizes for sizes in tries if taken(sizes)), asked)
-    return replace(
-        signature,
-        inputs=tuple(
-            replace(spec, smallest={dim: size for dim, size in found.items() if dim in spec.shape})
-            for spec in signature.inputs
-        ),
-    )
+
+def _size(sizes: Mapping[str, int], dim: int | str, size: int) -> int:
+    return sizes[dim] if isinstance(dim, str) else size
+
+
+def _same(theirs: Any, ours: Any) -> bool:
+    """Whether two results differ by no more than rounding; another way through forward differs by more."""
+    pairs = zip(*(pytree.tree_leaves(result) for result in (theirs, ours)), strict=False)
+    for one, other in pairs:
+        if not isinstance(one, Tensor):
+            continue
+        if one.shape != other.shape:
+            return False
+        one, other = one.double(), other.double()
+        scale = float(one.abs().max()) if one.numel() else 0.0
+        if not torch.allclose(one, other, rtol=0, atol=_ROUNDING * scale, equal_nan=True):
+            return False
+    return True
 
 
 def _others(specs: tuple[InputSpec, ...], words: set[str]) -> Iterator[tuple[InputSpec, ...]]:

@@ -94,7 +94,7 @@ def with_varying_sizes(plain: Signature, folded: GraphModule, inputs: tuple[Tens
 
 
 def _lower_bound(size: Any) -> int:
-    """From which size on the graph is what forward computes: torch.export follows ``if x.shape[2] > 40`` and windows."""
+    """From which size on the graph is forward for sure: torch.export follows ``if x.shape[2] > 40`` and windows."""
     if isinstance(size, int):
         return 1
     return int(size.node.shape_env.bound_sympy(size.node.expr).lower)

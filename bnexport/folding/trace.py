@@ -18,6 +18,7 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from bnexport.errors import UntracedError
+from bnexport.folding.size_forks import refuse_forks
 from bnexport.nn.calling import call_once, place_of, unchanged
 from bnexport.optional import one_line, quiet
 from bnexport.tensors import size_axes
@@ -87,6 +88,7 @@ def trace(model: nn.Module, inputs: tuple[Any, ...], *, dynamic_shapes: Any = No
         _refuse_memory(model, inputs, kept)
     if any(isinstance(item, _DimHint) for item in pytree.tree_leaves(shapes)):
         _refuse_pinned(program, model)
+        refuse_forks(program, model)
     assert isinstance(graph_module, GraphModule)
     return graph_module
 

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 from bnexport.optional import one_line, quiet
 
 #: Start of a file's name in a traceback that is torch's, bnexport's, or no file; Python's inspect calls for us.
-_NOT_THEIRS = (
+NOT_THEIRS = (
     os.path.dirname(torch.__file__) + os.sep,
     os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep,
     os.path.dirname(inspect.__file__) + os.sep + "inspect.py",
@@ -116,7 +116,7 @@ def place_of(error: BaseException | None, model: nn.Module | None = None) -> str
     frames = [
         (frame.filename, frame.lineno)
         for frame in traceback.extract_tb(None if error is None else error.__traceback__)
-        if not frame.filename.startswith(_NOT_THEIRS)
+        if not frame.filename.startswith(NOT_THEIRS)
     ]
     own = [frame for frame in frames if _INSTALLED not in frame[0]] or frames or _definition(model)
     return f" at {os.path.basename(own[-1][0])}:{own[-1][1]}" if own else ""
@@ -127,7 +127,7 @@ def _definition(model: nn.Module | None) -> list[tuple[str, int | None]]:
     forward: Any = getattr(type(model), "forward", None)
     try:
         file = inspect.getsourcefile(forward)
-        if file is None or file.startswith(_NOT_THEIRS):
+        if file is None or file.startswith(NOT_THEIRS):
             return []
         return [(file, inspect.getsourcelines(forward)[1])]
     except (OSError, TypeError, AttributeError):

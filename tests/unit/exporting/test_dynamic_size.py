@@ -127,7 +127,7 @@ def signature_in_sizes(network: nn.Module, specs: tuple[InputSpec, ...] = IMAGE)
     folded = bnexport.fold(network, inputs, dynamic_shapes=size_shapes(network, inputs)).model
     names = tuple(spec.name for spec in specs)
     signature = signature_of(folded, inputs, input_names=names, dynamic_size=True)
-    return with_smallest_sizes(signature, network, specs)
+    return with_smallest_sizes(signature, network, folded, specs)
 
 
 def taken(network: nn.Module, height: int, width: int) -> bool:
@@ -177,6 +177,59 @@ def test_the_graph_holds_from_where_forward_goes_its_way() -> None:
     assert "--input" in caught.value.remedy
 
 
+def test_maps_of_one_pixel_are_no_limit() -> None:
+    """torch.export keeps away from them here, the graph does not: ConvNeXt's layer norm, channels last, and what follows."""
+    network = model(
+        lambda m, y: m.wide(m.norm(m.down(y).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)).mean((2, 3)),
+        down=nn.Conv2d(4, 4, 8, 8), norm=nn.LayerNorm(4), wide=nn.Conv2d(4, 4, 3, padding=1, groups=4),
+    )  # fmt: skip
+    inputs = example_inputs(larger_example(IMAGE))
+    folded = bnexport.fold(network, inputs, dynamic_shapes=size_shapes(network, inputs)).model
+    careful = signature_of(folded, inputs, input_names=("input",), dynamic_size=True).inputs[0].smallest
+    assert careful["height"] > 10
+    assert signature_in_sizes(network).inputs[0].smallest == {"height": 10, "width": 10}
+
+
+FORKS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "odd": lambda x, y: y * 2 if x.shape[2] % 2 else y,
+    "area": lambda x, y: y * 2 if x.shape[2] * x.shape[3] > 10000 else y,
+    "oblong": lambda x, y: y * 2 if x.shape[2] < x.shape[3] else y,
+    "from a middle size on": lambda x, y: y * 2 if 100 > x.shape[2] > 40 else y,
+}
+
+
+@pytest.mark.parametrize("name", FORKS)
+def test_a_forward_that_goes_by_the_size_is_refused_with_its_line(name: str) -> None:
+    network = randomise(Graph(lambda m, x: FORKS[name](x, m.bn(x)), bn=nn.BatchNorm2d(3))).eval()
+    specs = (InputSpec("input", (3, 60, 70)),)
+    inputs = example_inputs(specs)
+    said = refusal_of_trace(network, inputs)
+    line = FORKS[name].__code__.co_firstlineno
+    if name == "from a middle size on":
+        assert "can't grow above 99" in said
+    else:
+        assert f"asks for a size at test_dynamic_size.py:{line}" in said
+
+
+def refusal_of_trace(network: nn.Module, inputs: tuple[Tensor, ...]) -> str:
+    with pytest.raises(UntracedError) as caught:
+        bnexport.fold(network, inputs, dynamic_shapes=size_shapes(network, inputs))
+    assert "--dynamic-size" in caught.value.remedy
+    return caught.value.message
+
+
+def test_questions_with_one_answer_are_none() -> None:
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        y = m.bn(x)
+        if x.shape[2] < 1 or x.shape[0] == 0 or x.shape[2] * x.shape[3] < 4 or 2 * x.shape[2] - x.shape[2] < 2:
+            raise ValueError("no image")
+        y = nn.functional.pad(y, (min(x.shape[2], x.shape[3] // 2), 0))
+        return y[:, :, : x.shape[2] // 2].mean((2, 3)) if x.shape[2] > 5 else y.mean((2, 3))
+
+    network = randomise(Graph(forward, bn=nn.BatchNorm2d(3))).eval()
+    assert signature_in_sizes(network).inputs[0].smallest["height"] == 6
+
+
 def test_several_images_share_the_smallest_size_of_a_shared_name() -> None:
     network = model(lambda m, y, z: m.conv(z).mean((2, 3)) + nn.functional.max_pool2d(y + m.conv(z), 2).mean((2, 3)))
     first, second = signature_in_sizes(network, (IMAGE[0], InputSpec("other", (3, 32, 32)))).inputs
@@ -197,14 +250,12 @@ def test_multiples_have_the_first_as_the_smallest() -> None:
 def test_sizes_that_go_together_only_are_found_together() -> None:
     """Each alone may be small; both together leave too little."""
 
-    def forward(_m: nn.Module, y: Tensor) -> Tensor:
-        torch._check(y.shape[2] + y.shape[3] >= 24)
-        return y.mean((2, 3))
-
-    network = model(forward)
+    network = model(lambda m, y: nn.functional.max_pool1d(y.flatten(2), 24).mean(2))
     smallest = dict(signature_in_sizes(network).inputs[0].smallest)
     assert taken(network, **smallest)
     assert not taken(network, smallest["height"] - 1, smallest["width"] - 1)
+    assert taken(network, 3, 32)
+    assert taken(network, 32, 3)
 
 
 def test_preprocessing_follows_the_input() -> None:
