@@ -66,10 +66,16 @@ def _holds(environment: Any, condition: Any) -> bool:
     """Whether a condition is true for every size from the smallest on, as far as trying tells."""
     condition = environment.replace(condition)
     symbols = sorted(condition.free_symbols, key=str)
-    lowest = [int(environment.bound_sympy(symbol).lower) for symbol in symbols]
+    lowest = [environment.bound_sympy(symbol).lower for symbol in symbols]
+    if not all(getattr(low, "is_Integer", False) for low in lowest):  # no size of an input, but of what a tensor holds
+        return True
     tried = itertools.product(_STEPS, repeat=len(symbols)) if len(symbols) <= 2 else _turned(len(symbols))
     return all(
-        bool(condition.xreplace({symbol: low + step for symbol, low, step in zip(symbols, lowest, steps, strict=True)}))
+        bool(
+            condition.xreplace(
+                {symbol: int(low) + step for symbol, low, step in zip(symbols, lowest, steps, strict=True)}
+            )
+        )
         for steps in tried
     )
 

@@ -24,6 +24,9 @@ from bnexport.optional import one_line
 
 T = TypeVar("T")
 
+#: What Python ends with when the last of the output can't be written.
+_UNFLUSHED = 120
+
 #: How long a process waits for the others: they may be decoding a folder of images for the first time. That one is gone
 #: is noticed at once, by its closed connection.
 _PATIENCE = datetime.timedelta(minutes=30)
@@ -210,8 +213,11 @@ def end_process(code: int) -> NoReturn:
         code: As of ``sys.exit``.
     """
     atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except OSError:  # a full disk, a reader that went away: Python's own code for it
+        code = code or _UNFLUSHED
     os._exit(code)
 
 

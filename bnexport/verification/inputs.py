@@ -124,7 +124,9 @@ def other_sized_batches(signature: Signature, golden: Mapping[str, Array], *, se
 
 def smallest_batch(signature: Signature, golden: Mapping[str, Array], *, seed: int) -> Batch | None:
     """Two samples of noise in the smallest sizes that the signature allows; None where it names none."""
-    least = {dim: size for spec in signature.inputs for dim, size in spec.smallest.items()}
+    least: dict[str, int] = {}
+    for spec in signature.inputs:
+        least |= {dim: max(size, least.get(dim, 0)) for dim, size in spec.smallest.items()}
     if not least:
         return None
     return replace(_sized(signature, golden, {**_exported_sizes(signature, golden), **least}, seed=seed), smallest=True)

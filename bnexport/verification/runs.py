@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from bnexport.errors import BnexportError
+from bnexport.errors import BnexportError, BundleError
 from bnexport.runtimes.base import Runner
 from bnexport.runtimes.settings import RunSettings
 from bnexport.tensors import Array
@@ -88,8 +88,9 @@ class Run:
             outputs = run_in_chunks(self.runner, case.batch)
         except BnexportError as error:
             # Who refuses the smallest images gives no wrong answer to them: OpenVINO takes no window beyond the padded map.
-            told = f"this engine refuses so small an image: {error.message}" if case.batch.smallest else error.message
-            self.rows.append(Row(stage, self.runner.name, case.batch.name, passed=case.batch.smallest, reason=told))
+            refused = case.batch.smallest and isinstance(error, BundleError)
+            told = f"this engine refuses so small an image: {error.message}" if refused else error.message
+            self.rows.append(Row(stage, self.runner.name, case.batch.name, passed=refused, reason=told))
             return
         leads = bool(self.plan.cases) and case is self.plan.cases[0]
         row = self._judged(stage, case, outputs, exact=leads)

@@ -222,6 +222,18 @@ def test_a_process_of_several_ends_without_finalising_python_and_loses_nothing(w
     assert (found.returncode, found.stdout) == (3, shown), found.stderr
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+@pytest.mark.parametrize(("code", "ended"), [(0, 120), (3, 3)])
+def test_output_that_is_lost_is_no_success(code, ended):
+    """As where Python itself ends: 120."""
+    text = f"from bnexport.training.processes import end_process; print('said'); end_process({code})"
+    with Path("/dev/full").open("w") as full:
+        found = subprocess.run(
+            [sys.executable, "-c", text], env=environment(PYTHONUNBUFFERED=""), cwd=ROOT, stdout=full
+        )
+    assert found.returncode == ended
+
+
 @pytest.mark.parametrize(("size", "rank", "ended"), [("1", "0", []), ("2", "0", [2]), ("2", "1", [2])])
 def test_the_command_line_ends_so_where_several_train(monkeypatch, capsys, size, rank, ended):
     """Whoever follows leaves with the same code and without a word."""

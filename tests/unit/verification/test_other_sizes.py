@@ -16,7 +16,7 @@ from torch import nn
 
 import bnexport
 from bnexport.bundle import MODEL_ONNX, Bundle
-from bnexport.errors import BundleError, FeedError
+from bnexport.errors import BundleError, FeedError, RuntimeUnavailable
 from bnexport.exporting.request import ExportRequest
 from bnexport.runtimes.onnx_file import multiplications, read_model
 from bnexport.runtimes.onnxruntime import OnnxRuntimeRunner
@@ -98,6 +98,12 @@ def test_an_engine_may_refuse_the_smallest_size_but_not_answer_it_wrongly(
 
     row = rows(refuse)["noise 3x3"]
     assert (row.passed, row.reason) == (True, "this engine refuses so small an image: the window is larger")
+
+    def fail(outputs: dict[str, Any]) -> dict[str, Any]:
+        raise RuntimeUnavailable("out of memory", remedy="none")
+
+    assert (row := rows(fail)["noise 3x3"]).reason == "out of memory"
+    assert not row.passed
     ran = rows(lambda outputs: {name: value + 1 for name, value in outputs.items()})
     assert [case for case, row in ran.items() if not row.passed] == ["noise 3x3"]
 
