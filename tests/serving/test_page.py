@@ -46,7 +46,7 @@ def test_models_tell_what_the_page_shows(server: Server) -> None:
         "state": "READY",
         "reason": "",
         "newest": True,
-        "inputs": [{"name": "input", "datatype": "FP32", "shape": [-1, 1, 28, 28]}],
+        "inputs": [{"name": "input", "datatype": "FP32", "shape": [-1, 1, 28, 28], "smallest": [1, 1, 28, 28]}],
         "outputs": [{"name": "logits", "datatype": "FP32", "shape": [-1, 10]}],
         "labels": list("0123456789"),
         "image": {"channels": 1, "height": 28, "width": 28},

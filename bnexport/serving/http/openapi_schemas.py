@@ -55,6 +55,14 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     "TensorMetadata": _exact(
         {"name": _TEXT, "datatype": _DATATYPE, "shape": _list({"type": "integer", "minimum": -1})}
     ),
+    "ModelInput": _exact(
+        {
+            "name": _TEXT,
+            "datatype": _DATATYPE,
+            "shape": _list({"type": "integer", "minimum": -1}),
+            "smallest": _list(_WHOLE),
+        }
+    ),
     "ModelMetadata": _exact(
         {
             "name": _TEXT,
@@ -140,7 +148,7 @@ SCHEMAS: dict[str, dict[str, Any]] = {
             "state": _STATE,
             "reason": _TEXT,
             "newest": _FLAG,
-            "inputs": _list(_ref("TensorMetadata")),
+            "inputs": _list(_ref("ModelInput")),
             "outputs": _list(_ref("TensorMetadata")),
             "labels": _or_null(_list(_TEXT)),
             "image": _or_null(_exact({"channels": _WHOLE, "height": _WHOLE, "width": _WHOLE})),
