@@ -8,11 +8,16 @@ at the points after which something new appears on disk.
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType
+from typing import NoReturn
+
+#: What Python ends with when the last of the output can't be written.
+_UNFLUSHED = 120
 
 _noted = threading.Event()
 
@@ -69,3 +74,17 @@ def check() -> None:
 def _note(_number: int, _frame: FrameType | None) -> None:
     _noted.set()
     raise KeyboardInterrupt
+
+
+def exit_at_once(code: int) -> NoReturn:
+    """End the process with what it printed, without Python's own end, which would wait for threads or trip over them.
+
+    Args:
+        code: As of ``sys.exit``; output that can't be written makes 0 the code that Python has for it.
+    """
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except OSError:  # a full disk, a reader that went away
+        code = code or _UNFLUSHED
+    os._exit(code)

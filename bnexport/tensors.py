@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -102,6 +102,33 @@ class Signature:
         return isinstance(first, str) and all(
             spec.shape[:1] == (first,) and first not in spec.sample_shape for spec in specs
         )
+
+    @property
+    def smallest(self) -> dict[str, int]:
+        """Name of a dimension -> the smallest size that every input with it takes; empty where nothing is known."""
+        found: dict[str, int] = {}
+        for spec in self.inputs:
+            found |= {dim: max(size, found.get(dim, 0)) for dim, size in spec.smallest.items()}
+        return found
+
+    def with_smallest(self, sizes: Mapping[str, int]) -> Signature:
+        """A copy whose inputs have these smallest sizes, each those of its own dimensions."""
+        limits = ({dim: size for dim, size in sizes.items() if dim in spec.shape} for spec in self.inputs)
+        inputs = (replace(spec, smallest=limit) for spec, limit in zip(self.inputs, limits, strict=True))
+        return replace(self, inputs=tuple(inputs))
+
+    def named_sizes(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
+        """Name of a dimension that varies besides the batch -> its size.
+
+        Args:
+            shapes: Input name -> shape of one sample.
+        """
+        return {
+            dim: size
+            for spec in self.inputs
+            for dim, size in zip(spec.sample_shape, shapes[spec.name], strict=True)
+            if isinstance(dim, str)
+        }
 
     def to_json(self) -> dict[str, Any]:
         """As written in manifest.json."""

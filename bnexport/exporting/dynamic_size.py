@@ -82,8 +82,8 @@ def with_smallest_sizes(
     Raises:
         ExportError: The size asked for is smaller: forward takes another way there.
     """
-    asked = _by_name(signature, specs)
-    sure = {dim: size for spec in signature.inputs for dim, size in spec.smallest.items()}
+    asked = signature.named_sizes({spec.name: own.shape for spec, own in zip(signature.inputs, specs, strict=True)})
+    sure = signature.smallest
     sizes = _Sizes(signature, module, folded, specs)
     start = sizes.first_fit(sure, {dim: max(size, sure[dim]) for dim, size in asked.items()})
     found = sizes.first_fit({dim: sizes.smallest(dim, start) for dim in start}, start)
@@ -93,21 +93,7 @@ def with_smallest_sizes(
                 f"{type(module).__name__} computes something else for a {dim} of {size} than from {found[dim]} on",
                 remedy="Leave --dynamic-size out, or give a larger --input",
             )
-    limited = (
-        replace(spec, smallest={dim: size for dim, size in found.items() if dim in spec.shape})
-        for spec in signature.inputs
-    )
-    return replace(signature, inputs=tuple(limited))
-
-
-def _by_name(signature: Signature, specs: tuple[InputSpec, ...]) -> dict[str, int]:
-    """Name of a size that varies -> the size asked for."""
-    return {
-        dim: size
-        for spec, own in zip(signature.inputs, specs, strict=True)
-        for dim, size in zip(spec.sample_shape, own.shape, strict=True)
-        if isinstance(dim, str)
-    }
+    return signature.with_smallest(found)
 
 
 class _Sizes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -87,10 +86,8 @@ def with_varying_sizes(plain: Signature, folded: GraphModule, inputs: tuple[Tens
         for axis in size_axes(len(spec.shape)):
             if isinstance(dim := spec.shape[axis], str):
                 smallest[dim] = max(smallest.get(dim, 1), *(_lower_bound(value.shape[axis]) for value in values_of))
-    return Signature(
-        tuple(_with_smallest(spec, smallest) for spec in inputs_named),
-        tuple(_named(spec, value, names) for spec, value in zip(plain.outputs, given, strict=True)),
-    )
+    outputs_named = tuple(_named(spec, value, names) for spec, value in zip(plain.outputs, given, strict=True))
+    return Signature(inputs_named, outputs_named).with_smallest(smallest)
 
 
 def _lower_bound(size: Any) -> int:
@@ -98,13 +95,6 @@ def _lower_bound(size: Any) -> int:
     if isinstance(size, int):
         return 1
     return int(size.node.shape_env.bound_sympy(size.node.expr).lower)
-
-
-def _with_smallest(spec: TensorSpec, smallest: Mapping[str, int]) -> TensorSpec:
-    """The tensor with the smallest sizes of its own dimensions."""
-    return replace(
-        spec, smallest={dim: smallest[dim] for dim in spec.shape if isinstance(dim, str) and dim in smallest}
-    )
 
 
 def _named(spec: TensorSpec, value: Any, names: dict[str, str], *, first: bool = False) -> TensorSpec:

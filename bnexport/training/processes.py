@@ -9,7 +9,6 @@ import atexit
 import contextlib
 import datetime
 import os
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -19,13 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from bnexport import interrupts
 from bnexport.errors import BnexportError, RuntimeUnavailable, UsageError
 from bnexport.optional import one_line
 
 T = TypeVar("T")
-
-#: What Python ends with when the last of the output can't be written.
-_UNFLUSHED = 120
 
 #: How long a process waits for the others: they may be decoding a folder of images for the first time. That one is gone
 #: is noticed at once, by its closed connection.
@@ -213,12 +210,7 @@ def end_process(code: int) -> NoReturn:
         code: As of ``sys.exit``.
     """
     atexit._run_exitfuncs()
-    try:
-        sys.stdout.flush()
-        sys.stderr.flush()
-    except OSError:  # a full disk, a reader that went away: Python's own code for it
-        code = code or _UNFLUSHED
-    os._exit(code)
+    interrupts.exit_at_once(code)
 
 
 def choose_device(name: str) -> torch.device:

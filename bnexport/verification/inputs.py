@@ -115,7 +115,7 @@ def build_suite(
 
 def other_sized_batches(signature: Signature, golden: Mapping[str, Array], *, seed: int) -> Iterator[Batch]:
     """Two samples of noise in other sizes than the exported one, the most telling first; none where no size varies."""
-    exported = _exported_sizes(signature, golden)
+    exported = signature.named_sizes({name: array.shape[1:] for name, array in golden.items()})
     if not exported:
         return
     for steps in other_sizes(list(exported)):
@@ -124,22 +124,10 @@ def other_sized_batches(signature: Signature, golden: Mapping[str, Array], *, se
 
 def smallest_batch(signature: Signature, golden: Mapping[str, Array], *, seed: int) -> Batch | None:
     """Two samples of noise in the smallest sizes that the signature allows; None where it names none."""
-    least: dict[str, int] = {}
-    for spec in signature.inputs:
-        least |= {dim: max(size, least.get(dim, 0)) for dim, size in spec.smallest.items()}
-    if not least:
+    if not signature.smallest:
         return None
-    return replace(_sized(signature, golden, {**_exported_sizes(signature, golden), **least}, seed=seed), smallest=True)
-
-
-def _exported_sizes(signature: Signature, golden: Mapping[str, Array]) -> dict[str, int]:
-    """Name of a dimension that varies besides the batch -> its size in the golden inputs."""
-    return {
-        dim: size
-        for spec in signature.inputs
-        for dim, size in zip(spec.shape[1:], golden[spec.name].shape[1:], strict=True)
-        if isinstance(dim, str)
-    }
+    exported = signature.named_sizes({name: array.shape[1:] for name, array in golden.items()})
+    return replace(_sized(signature, golden, exported | signature.smallest, seed=seed), smallest=True)
 
 
 def _sized(signature: Signature, golden: Mapping[str, Array], sizes: Mapping[str, int], *, seed: int) -> Batch:

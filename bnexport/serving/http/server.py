@@ -8,7 +8,6 @@ import functools
 import gc
 import importlib
 import math
-import os
 import signal
 import socket
 import sys
@@ -170,9 +169,7 @@ def _allow_files(wanted: int, log: JsonLog) -> None:
 def leave_engines() -> None:
     """End the process where an engine still runs a batch after the time to stop, for which Python would wait at its end."""
     if any(thread.name.startswith(THREADS) for thread in threading.enumerate()):
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(0)
+        interrupts.exit_at_once(0)
 
 
 def _told(repository: Repository, listener: socket.socket, door: GrpcDoor | None, settings: ServerSettings) -> str:
