@@ -12,8 +12,8 @@ import os
 import sys
 from pathlib import Path
 
-from bnexport.auditing.gpu_lane import MAX_SAMPLES, require, run_lane
-from bnexport.auditing.gpu_lane_document import write_document
+from benchmarks.gpu.lane import MAX_SAMPLES, require, run_lane
+from benchmarks.gpu.page import write_document
 from bnexport.bundle import Bundle
 from bnexport.errors import BadInput, BnexportError
 

@@ -12,8 +12,8 @@ import pytest
 from support.bundles import fold_by_hand, network, write_exported, write_onnx, write_torchscript
 from support.runtimes import parameter
 
-from bnexport.auditing.gpu_lane import Lane, Run, Sweep, between_sessions, gpu_sweeps, run_lane
-from bnexport.auditing.refusals import REFUSALS, Refusal, refuse
+from benchmarks.gpu.lane import Lane, Run, Sweep, between_sessions, gpu_sweeps, run_lane
+from benchmarks.gpu.refusals import REFUSALS, Refusal, refuse
 from bnexport.bundle import MODEL_EXPORTED, MODEL_ONNX, MODEL_TORCHSCRIPT, Bundle
 from bnexport.runtimes.catalogue import RUNNERS, runner_spec
 from bnexport.runtimes.settings import CONV_SEARCHES, OPTIMISATIONS, RunSettings

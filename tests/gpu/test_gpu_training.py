@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bnexport.benchmarking.training_gpu import gpu_speeds
+from benchmarks.gpu.training import gpu_speeds
 from bnexport.nn.checkpoint import load_checkpoint
 from bnexport.nn.lenet import bn_lenet
 from bnexport.reproducibility import strict_float32

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from bnexport.benchmarking import training_speed
-from bnexport.benchmarking.training_gpu import gpu_speeds, speed_table
+from benchmarks.gpu.training import gpu_speeds, speed_table
 from bnexport.benchmarking.training_speed import OPERATIONS_PER_IMAGE, Speeds, measure, speed_page
 from bnexport.benchmarking.training_ways import WAYS, _Unfolded, epochs_of, gemm_rate
 from bnexport.errors import RuntimeUnavailable

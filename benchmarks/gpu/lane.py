@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bnexport.auditing.refusals import REFUSALS, Refusal, Refused, refuse
-from bnexport.benchmarking.training_gpu import GpuSpeed, gpu_speeds
+from benchmarks.gpu.refusals import REFUSALS, Refusal, Refused, refuse
+from benchmarks.gpu.training import GpuSpeed, gpu_speeds
 from bnexport.bundle import MODEL_ONNX, Bundle
 from bnexport.environment import environment
 from bnexport.errors import BnexportError, RuntimeUnavailable

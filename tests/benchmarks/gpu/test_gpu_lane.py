@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from support.bundles import write_bundle
 
-from bnexport.auditing import gpu_lane, refusals
-from bnexport.auditing.gpu_lane import Lane, Sweep, cpu_sweeps, emulated_spec, gpu_sweeps, require, run_lane
-from bnexport.auditing.gpu_lane_document import NOT_MEASURED, page, write_document
-from bnexport.auditing.refusals import REFUSALS, Refusal, Refused, refuse, refused_rightly
+from benchmarks.gpu import lane as gpu_lane, refusals
+from benchmarks.gpu.lane import Lane, Sweep, cpu_sweeps, emulated_spec, gpu_sweeps, require, run_lane
+from benchmarks.gpu.page import NOT_MEASURED, page, write_document
+from benchmarks.gpu.refusals import REFUSALS, Refusal, Refused, refuse, refused_rightly
 from bnexport.bundle import MODEL_ONNX, Bundle
 from bnexport.errors import RuntimeUnavailable, UsageError
 from bnexport.runtimes.base import Runner
