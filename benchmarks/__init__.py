@@ -1,0 +1,1 @@
+"""Measurements of bnexport: run from a checkout, not part of the wheel."""
