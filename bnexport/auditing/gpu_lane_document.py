@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from bnexport.auditing.gpu_lane import Lane, Run
-from bnexport.benchmarking.pages import write_page
+from benchmarks.pages import write_page
 from bnexport.benchmarking.training_gpu import speed_table
 from bnexport.environment import describe
 from bnexport.errors import UsageError
