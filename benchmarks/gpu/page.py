@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.gpu.lane import Lane, Run
-from bnexport.benchmarking.pages import write_page
 from benchmarks.gpu.training import speed_table
+from benchmarks.pages import write_page
 from bnexport.environment import describe
 from bnexport.errors import UsageError
 

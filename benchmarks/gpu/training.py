@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bnexport.benchmarking.clock import Spread
+from benchmarks.clock import Spread
 from bnexport.nn.lenet import bn_lenet
 from bnexport.training.config import TrainingConfig
 from bnexport.training.loop import Epochs, epoch_order, evaluate

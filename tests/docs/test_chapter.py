@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from bnexport.benchmarking.chapter_plan import EXPERIMENTS
-from bnexport.benchmarking.chapter_results import load_results
-from bnexport.reporting.chapter_page import write_chapter
+from benchmarks.chapter.plan import EXPERIMENTS
+from benchmarks.chapter.results import load_results
+from benchmarks.chapter.page import write_chapter
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "chapter.md"

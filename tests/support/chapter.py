@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from bnexport.benchmarking.chapter_plan import EXPERIMENTS, Plan, RunSpec, specs_of
-from bnexport.benchmarking.chapter_results import Results
-from bnexport.benchmarking.chapter_run import EpochResult, RunResult
+from benchmarks.chapter.plan import EXPERIMENTS, Plan, RunSpec, specs_of
+from benchmarks.chapter.results import Results
+from benchmarks.chapter.run import EpochResult, RunResult
 
 PLAN = Plan(
     seeds=3,

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from support.bundles import write_bundle
 
-from benchmarks.gpu import lane as gpu_lane, refusals
+from benchmarks.gpu import lane as gpu_lane
+from benchmarks.gpu import refusals
 from benchmarks.gpu.lane import Lane, Sweep, cpu_sweeps, emulated_spec, gpu_sweeps, require, run_lane
 from benchmarks.gpu.page import NOT_MEASURED, page, write_document
 from benchmarks.gpu.refusals import REFUSALS, Refusal, Refused, refuse, refused_rightly

@@ -18,7 +18,7 @@ from unit.serving.bulk.conftest import IMAGES, png, predict, rows
 from bnexport.bundle import MODEL_ONNX, MODEL_TORCHSCRIPT, Bundle
 from bnexport.errors import BnexportError, BundleError, OutputError, UsageError
 from bnexport.serving.bulk.job import JOB, make_job
-from bnexport.serving.bulk.measure import side_by_side
+from benchmarks.predict import side_by_side
 from bnexport.serving.bulk.on_ray import ShardActor, threads_ended
 from bnexport.serving.bulk.predict import predict_in_bulk
 from bnexport.serving.bulk.request import BulkProgress, BulkRequest

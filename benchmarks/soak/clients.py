@@ -1,0 +1,191 @@
+"""Clients of a soak: each a thread that asks this and that, and judges every answer."""
+
+from __future__ import annotations
+
+import http.client
+import re
+import select
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from benchmarks.soak.ledger import Fault, Ledger
+from benchmarks.soak.traffic import Good, Traffic
+
+HOST = "127.0.0.1"
+#: Seconds that an answer may take; longer than a process takes to be started again.
+PATIENCE = 60.0
+#: Seconds of the pauses in a slow request, and how often a client leaves its connection for a new one.
+_SLOW, _FRESH = 0.1, 0.02
+#: Counters that never fall, as they begin in Prometheus's text.
+_COUNTERS = ("bnexport_http_requests_total", "bnexport_samples_total", "bnexport_request_seconds_count")
+Judge = Callable[[int, dict[str, str], bytes], str | None]
+Pieces = Iterator[bytes] | bytes
+
+
+class Client(threading.Thread):
+    """One client, which keeps its connection as browsers and balancers do.
+
+    A kept connection that the server has closed is given up before a request is sent on it.
+
+    Args:
+        port: Of the server.
+        traffic: What to ask.
+        ledger: Where to write down what came.
+        stop: When to stop.
+        rng: For what comes next.
+        pause: Seconds between two requests, on average.
+    """
+
+    def __init__(
+        self,
+        port: int,
+        traffic: Traffic,
+        *,
+        ledger: Ledger,
+        stop: threading.Event,
+        rng: np.random.Generator,
+        pause: float,
+    ) -> None:
+        super().__init__(daemon=True, name="bnexport-soak")
+        self._port, self._traffic, self._ledger, self._stop_asking = port, traffic, ledger, stop
+        self._rng, self._pause = rng, pause
+        self._connection = http.client.HTTPConnection(HOST, port, timeout=PATIENCE)
+
+    def run(self) -> None:
+        """Ask until told to stop."""
+        names, weights = list(ACTIONS), np.array([weight for weight, _ in ACTIONS.values()])
+        try:
+            while not self._stop_asking.is_set():
+                name = names[int(self._rng.choice(len(names), p=weights / weights.sum()))]
+                ACTIONS[name][1](self)
+                self._stop_asking.wait(self._rng.exponential(self._pause))
+        finally:
+            self._connection.close()
+
+    def good(self) -> None:
+        """A request with a known answer."""
+        request = self._any_good()
+        self._ask(request.kind, ("POST", request.path, request.headers), request.body, self._judge(request))
+
+    def malformed(self) -> None:
+        """A request that must be refused."""
+        bad = self._traffic.bad[int(self._rng.integers(len(self._traffic.bad)))]
+
+        def judge(status: int, _headers: dict[str, str], _body: bytes) -> str | None:
+            return None if status == bad.status else f"{bad.name}: status {status} instead of {bad.status}"
+
+        self._ask("malformed", (bad.method, bad.path, bad.headers), bad.body, judge)
+
+    def slow(self) -> None:
+        """A request whose body comes in pieces."""
+        request = self._any_good()
+
+        def pieces() -> Iterator[bytes]:
+            for part in np.array_split(np.frombuffer(request.body, np.uint8), 4):
+                time.sleep(float(self._rng.uniform(0, 2 * _SLOW)))
+                yield part.tobytes()
+
+        headers = {**request.headers, "content-length": str(len(request.body))}
+        self._ask("slow", ("POST", request.path, headers), pieces(), self._judge(request))
+
+    def broken_off(self) -> None:
+        """A client that goes away: before its request, in the middle of it, or before the answer."""
+        request = self._any_good()
+        head = [f"POST {request.path} HTTP/1.1", "host: soak", f"content-length: {len(request.body)}"]
+        head += [f"{name}: {value}" for name, value in request.headers.items()]
+        data = "\r\n".join(head).encode() + b"\r\n\r\n" + request.body
+        length = int(self._rng.choice([0, int(self._rng.integers(1, len(data))), len(data)]))
+        try:
+            with socket.create_connection((HOST, self._port), timeout=PATIENCE) as client:
+                client.sendall(data[:length])
+        except OSError as error:
+            now = time.monotonic()
+            self._ledger.add_lost(Fault("broken off", f"no connection: {error}", None, now, now))
+        else:
+            self._ledger.right("broken off")
+
+    def probe(self) -> None:
+        """Whether it is alive and ready."""
+        path = f"/v2/health/{self._rng.choice(['live', 'ready'])}"
+        self._ask("probe", ("GET", path, {}), b"", _is_200)
+
+    def metrics(self) -> None:
+        """Counters, which must not fall, whichever process tells them."""
+        before = self._ledger.highest()
+
+        def judge(status: int, headers: dict[str, str], body: bytes) -> str | None:
+            if status == 200:
+                self._ledger.see(before, counters(body.decode()))
+            return _is_200(status, headers, body)
+
+        self._ask("metrics", ("GET", "/metrics", {}), b"", judge)
+
+    def _any_good(self) -> Good:
+        kinds = list(self._traffic.good)
+        requests = self._traffic.good[kinds[int(self._rng.integers(len(kinds)))]]
+        return requests[int(self._rng.integers(len(requests)))]
+
+    def _judge(self, request: Good) -> Judge:
+        def judge(status: int, headers: dict[str, str], body: bytes) -> str | None:
+            if status != 200:
+                return f"status {status} instead of 200: {body[:200].decode(errors='replace')}"
+            return self._traffic.problem(request, headers, body)
+
+        return judge
+
+    def _ask(self, kind: str, head: tuple[str, str, object], body: Pieces, judge: Judge) -> None:
+        """Ask once, and write down what came."""
+        started, port = time.monotonic(), None
+        method, path, headers = head
+        try:
+            port = self._connected().getsockname()[1]
+            self._connection.request(method, path, body, headers)  # type: ignore[arg-type]
+            answer = self._connection.getresponse()
+            got = answer.read()
+        except (OSError, http.client.HTTPException) as error:
+            self._connection.close()
+            reason = f"{type(error).__name__}: {error}"
+            self._ledger.add_lost(Fault(kind, reason, port, started, time.monotonic()))
+            return
+        told = {name.lower(): value for name, value in answer.getheaders()}
+        if (problem := judge(answer.status, told, got)) is None:
+            self._ledger.right(kind)
+        else:
+            self._ledger.add_wrong(Fault(kind, problem, port, started, time.monotonic()))
+
+    def _connected(self) -> socket.socket:
+        """The kept connection, or a new one."""
+        kept: socket.socket | None = self._connection.sock
+        if kept is not None and (self._rng.random() < _FRESH or select.select([kept], [], [], 0)[0]):
+            self._connection.close()
+        if self._connection.sock is None:
+            self._connection.connect()
+        return self._connection.sock
+
+
+#: What a client does -> how often, and how.
+ACTIONS: dict[str, tuple[int, Callable[[Client], None]]] = {
+    "good": (70, Client.good),
+    "malformed": (12, Client.malformed),
+    "slow": (2, Client.slow),
+    "broken off": (5, Client.broken_off),
+    "probe": (8, Client.probe),
+    "metrics": (3, Client.metrics),
+}
+
+
+def _is_200(status: int, _headers: dict[str, str], _body: bytes) -> str | None:
+    return None if status == 200 else f"status {status} instead of 200"
+
+
+def counters(text: str) -> dict[str, float]:
+    """Sums of some counters over their labels, from Prometheus's text format."""
+    found = dict.fromkeys(_COUNTERS, 0.0)
+    for name, value in re.findall(r"^(\w+)(?:\{.*\})? (\S+)$", text, re.MULTILINE):
+        if name in found:
+            found[name] += float(value)
+    return found

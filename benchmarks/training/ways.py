@@ -1,0 +1,256 @@
+"""Ways to train one epoch of BN-LeNet on Fashion-MNIST, each measured in a process of its own.
+
+``python -m benchmarks.training.ways NAME SECONDS`` prints one JSON line. A process of its own, because the number of
+threads, what malloc keeps and what a compiler has cached can't be taken back.
+"""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bnexport.data.catalogue import dataset_info
+from bnexport.data.datasets import load_dataset
+from bnexport.data.locate import locate
+from bnexport.data.preprocessing import Preprocessing
+from bnexport.nn.lenet import bn_lenet
+from bnexport.training.cpu_kernels import keep_freed_memory, pooling_by_products
+from bnexport.training.loop import Epochs, epoch_order, evaluate
+from bnexport.training.samples import Resident, make_samples
+from bnexport.training.step import Step
+
+BATCH = 256
+LR = 1.0
+
+
+@dataclass(frozen=True)
+class Way:
+    """A row of WAYS.
+
+    Attributes:
+        words: What it is.
+        measure: Images per second of some epochs, and the threads that were used, when given the seconds to spend.
+        kept: Whether ``bnexport train`` does it.
+    """
+
+    words: str
+    measure: Callable[[float], tuple[list[float], int]]
+    kept: bool = False
+
+
+def _data() -> tuple[Resident, Resident]:
+    dataset = load_dataset("fashion-mnist", download=False)
+    parts = (dataset.train_images, dataset.train_labels), (dataset.test_images, dataset.test_labels)
+    train, test = (make_samples(*part, Preprocessing(), torch.device("cpu")) for part in parts)
+    assert isinstance(train, Resident)
+    assert isinstance(test, Resident)
+    return train, test
+
+
+def _chapter(workers: int) -> Callable[[], int]:
+    """The chapter's own way: torchvision's data set, ToTensor per image, a DataLoader, sums read after every batch."""
+    from torch.utils.data import DataLoader
+    from torchvision.datasets import FashionMNIST
+    from torchvision.transforms import ToTensor
+
+    folder = tempfile.TemporaryDirectory(prefix="bnexport-benchmark-")  # goes with the process
+    root = Path(folder.name)
+    info = dataset_info("fashion-mnist")
+    raw = root / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for path in locate(info, (*info.train, *info.test)).paths:  # torchvision reads them unpacked
+        content = path.read_bytes()
+        (raw / path.name.removesuffix(".gz")).write_bytes(gzip.decompress(content) if path.suffix == ".gz" else content)
+    parts = [FashionMNIST(str(root), train=train, transform=ToTensor()) for train in (True, False)]
+    network, loss_of = bn_lenet(), nn.CrossEntropyLoss()
+    optimizer = torch.optim.SGD(network.parameters(), lr=LR)
+
+    def epoch(_: object = folder) -> int:
+        total = hits = tested = 0.0
+        network.train()
+        for X, y in DataLoader(parts[0], BATCH, shuffle=True, num_workers=workers):
+            optimizer.zero_grad()
+            logits = network(X)
+            loss = loss_of(logits, y)
+            loss.backward()
+            optimizer.step()
+            with torch.no_grad():
+                total += float(loss * len(X))
+                hits += float((logits.argmax(1) == y).sum())
+        network.eval()
+        with torch.no_grad():
+            for X, y in DataLoader(parts[1], BATCH, num_workers=workers):
+                tested += float((network(X).argmax(1) == y).sum())
+        return len(parts[0])
+
+    return epoch
+
+
+class _Unfolded(nn.Module):
+    """A convolution as unfold and a matrix product."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, X: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, C', H', W')."""
+        k = int(self.conv.kernel_size[0])
+        assert self.conv.bias is not None
+        columns = nn.functional.unfold(X, k)  # (N, C * k * k, H' * W')
+        rows = self.conv.weight.flatten(1) @ columns + self.conv.bias[:, None]
+        return rows.view(len(X), -1, X.shape[2] - k + 1, X.shape[3] - k + 1)
+
+
+def _unfolded(network: nn.Module) -> nn.Module:
+    for name in ("conv1", "conv2"):
+        setattr(network, name, _Unfolded(getattr(network, name)))
+    return network
+
+
+def _tensor_loop(
+    change: Callable[[nn.Module], Any] = lambda network: network,
+    *,
+    fused: bool = False,
+    products: bool = False,
+    kept_memory: bool = False,
+    threads: int | None = None,
+    channels_last: bool = False,
+) -> Callable[[], int]:
+    """The data set as one tensor, a gather per batch, and one change to the plain step."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if kept_memory:
+        keep_freed_memory()
+    train, test = _data()
+    if channels_last:
+        train.images = train.images.contiguous(memory_format=torch.channels_last)
+    network = change(bn_lenet())
+    optimizer = torch.optim.SGD(network.parameters(), lr=LR, fused=fused)
+    epochs = Epochs(Step(network, optimizer), train, batch_size=BATCH)
+    numbers = itertools.count(1)
+
+    def epoch() -> int:
+        with pooling_by_products(network) if products else nullcontext():
+            epochs.take(epoch_order(train.count, seed=0, epoch=next(numbers)))
+            evaluate(network, test)
+        return train.count
+
+    return epoch
+
+
+def _two_processes(_seconds: float) -> tuple[list[float], int]:
+    """Two processes with one thread each, by torchrun, gloo and statistics over both; training alone, without evaluation."""
+    with tempfile.TemporaryDirectory(prefix="bnexport-benchmark-") as folder:
+        run = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "bnexport", "train"]
+        options = ["--epochs", "4", "--no-recalibrate", "--sync-batch-norm", "--device", "cpu", "--out"]
+        command = [*run, *options, f"{folder}/run"]
+        subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        rows = Path(folder, "run", "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [float(json.loads(row)["examples_per_s"]) for row in rows[1:]], 2
+
+
+def epochs_of(prepare: Callable[[], Callable[[], int]]) -> Callable[[float], tuple[list[float], int]]:
+    """How to measure what trains epoch by epoch: whole epochs with evaluation, after one that is not counted.
+
+    Args:
+        prepare: Called once; gives a function that trains one epoch with evaluation and says how many images it took.
+
+    Returns:
+        Given seconds, the images per second of each epoch and the threads; no new epoch is begun after so long, but two are
+        always measured.
+    """
+
+    def measure(seconds: float) -> tuple[list[float], int]:
+        epoch = prepare()
+        epoch()
+        rates: list[float] = []
+        started = time.perf_counter()
+        while len(rates) < 2 or time.perf_counter() - started < seconds:
+            begun = time.perf_counter()
+            images = epoch()
+            rates.append(images / (time.perf_counter() - begun))
+        return rates, torch.get_num_threads()
+
+    return measure
+
+
+def _compiled(network: nn.Module) -> Any:
+    return torch.compile(network, dynamic=False)
+
+
+#: Name -> way. The first is what people use, the last but the tries what bnexport does.
+WAYS: dict[str, Way] = {
+    "chapter-4": Way("the chapter's code, 4 workers (its default)", epochs_of(lambda: _chapter(4))),
+    "chapter-2": Way("the chapter's code, 2 workers", epochs_of(lambda: _chapter(2))),
+    "chapter-0": Way("the chapter's code, no workers", epochs_of(lambda: _chapter(0))),
+    "plain": Way("data set as one tensor, sums on the device", epochs_of(_tensor_loop), kept=True),
+    "fused": Way("... and a fused optimiser", epochs_of(lambda: _tensor_loop(fused=True)), kept=True),
+    "memory": Way(
+        "... and freed memory kept", epochs_of(lambda: _tensor_loop(fused=True, kept_memory=True)), kept=True
+    ),
+    "bnexport": Way(
+        "... and pooling as a product: bnexport train",
+        epochs_of(lambda: _tensor_loop(fused=True, kept_memory=True, products=True)),
+        kept=True,
+    ),
+    "one-thread": Way(
+        "bnexport with one thread",
+        epochs_of(lambda: _tensor_loop(fused=True, kept_memory=True, products=True, threads=1)),
+    ),
+    "unfold": Way(
+        "bnexport with convolution by unfold and product",
+        epochs_of(lambda: _tensor_loop(_unfolded, fused=True, kept_memory=True, products=True)),
+    ),
+    "channels-last": Way(
+        "bnexport with channels last, torch's pooling",
+        epochs_of(
+            lambda: _tensor_loop(
+                lambda network: network.to(memory_format=torch.channels_last),
+                fused=True,
+                kept_memory=True,
+                channels_last=True,
+            )
+        ),
+    ),
+    "compiled": Way(
+        "torch.compile, torch's pooling", epochs_of(lambda: _tensor_loop(_compiled, fused=True, kept_memory=True))
+    ),
+    "processes": Way("two processes of bnexport, synchronised BatchNorm (training alone)", _two_processes),
+}
+
+
+def gemm_rate(*, side: int = 1024, repeats: int = 30) -> float:
+    """Floating point operations per second of a float32 matrix product: what this machine could do at most."""
+    a = torch.rand(side, side)
+    times: list[float] = []
+    for _ in range(repeats):
+        begun = time.perf_counter()
+        a @ a
+        times.append(time.perf_counter() - begun)
+    return 2 * side**3 / sorted(times)[len(times) // 2]
+
+
+def _measured(name: str, seconds: float) -> tuple[list[float], int]:
+    return ([gemm_rate()], torch.get_num_threads()) if name == "gemm" else WAYS[name].measure(seconds)
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")  # a DataLoader with more workers than cores says so at every epoch
+    rates, threads = _measured(sys.argv[1], float(sys.argv[2]))
+    print(json.dumps({"rates": rates, "threads": threads}))

@@ -1,0 +1,170 @@
+"""What our fold leaves of one network, whether it is right, and what it costs beside torch.export."""
+
+from __future__ import annotations
+
+import copy
+import re
+import time
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from benchmarks.folding.cost import cost_of
+from benchmarks.zoo.network import EXAMPLE, Subject, make_subject, outputs_of
+from bnexport.folding.fold import fold_traced
+from bnexport.folding.names import module_path
+from bnexport.folding.report import FoldReport, FoldRow
+from bnexport.folding.trace import trace
+
+aten = torch.ops.aten
+
+#: The float32 error of a fold may be this often the network's own, and this much more.
+WRONG_FACTOR, WRONG_SHARE = 10.0, 1e-6
+#: Samples of the independent check, and what is added to the seed for it.
+_CHECKED, _OTHER_SEED = 3, 1000
+#: Where a BatchNorm call stands -> what that means.
+PLACES: dict[str, str] = {
+    "adjacent": "directly after a linear layer whose output it alone reads: any exporter can fold it",
+    "apart": "anywhere else",
+    "arithmetic": "no batch_norm operator: a scale or shift by constants that is read like one",
+}
+#: What gives an output on whose channel axis (1) a BatchNorm directly follows.
+_LINEAR = (
+    aten.conv1d.default, aten.conv1d.padding, aten.conv2d.default, aten.conv2d.padding, aten.conv3d.default,
+    aten.conv3d.padding, aten.convolution.default, aten.conv_transpose1d.default, aten.conv_transpose2d.input,
+    aten.conv_transpose3d.input, aten.linear.default, aten.addmm.default,
+)  # fmt: skip
+_NOTHING_BETWEEN = (
+    aten.dropout.default, aten.feature_dropout.default, aten.alias.default, aten.clone.default, aten.contiguous.default,
+    aten.detach.default,
+)  # fmt: skip
+
+
+def measure_fold(source: str, *, seed: int = 0) -> dict[str, Any]:
+    """Fold one network; plain JSON values.
+
+    Args:
+        source: ``torchvision:NAME`` or ``timm:NAME``.
+        seed: Of weights, statistics and inputs.
+
+    Raises:
+        BnexportError: The network can't be made, traced or folded.
+    """
+    subject = make_subject(source, seed=seed)
+    found: dict[str, Any] = {"shape": list(subject.shape), "norms": subject.norms}
+    if not subject.norms:
+        return found
+    example = subject.batch(EXAMPLE, seed + 1)
+    started = time.perf_counter()
+    original = trace(subject.module, (example,))
+    traced = time.perf_counter() - started
+    result, plain = (fold_traced(original, (example,), name=source, prove=prove) for prove in (True, False))
+    cost = cost_of((plain, result), traced)
+    found |= {
+        "parameters": sum(item.numel() for item in subject.module.parameters()),
+        "nodes": len(original.graph.nodes),
+    }
+    places = places_of(original)
+    found |= account(result.report, places)
+    found |= {"cost": cost.to_json()} | independent_check(subject, result.model, seed=seed + _OTHER_SEED)
+    clamped = fold_traced(original, (example,), name=source, clamps=True)
+    check = independent_check(subject, clamped.model, seed=seed + _OTHER_SEED)
+    return found | {"clamped": account(clamped.report, places) | check}
+
+
+def account(report: FoldReport, places: dict[str, list[str]]) -> dict[str, Any]:
+    """The report in numbers.
+
+    Args:
+        report: Of the fold.
+        places: From ``places_of`` the unfolded graph.
+    """
+    waiting = {module: list(flags) for module, flags in places.items()}
+    outcomes: dict[str, Counter[str]] = {place: Counter() for place in PLACES}
+    reasons: Counter[str] = Counter()
+    rules: Counter[str] = Counter()
+    for row in report.rows:
+        place = waiting[row.module].pop(0) if waiting.get(row.module) else "arithmetic"
+        outcomes[place][row.outcome] += 1
+        if row.gone:
+            rules[row.rule] += 1
+        elif place != "arithmetic":
+            reasons[general(row)] += 1
+    return {
+        "calls": len(report.rows),
+        "outcomes": {key: dict(value) for key, value in outcomes.items()},
+        "rules": dict(rules),
+        "reasons": dict(reasons.most_common()),
+        "remaining": report.remaining,
+        "growth": report.growth,
+        "error": report.error,
+        "worst_site": max((row.error for row in report.rows if row.error is not None), default=None),
+        "warnings": list(report.warnings),
+    }
+
+
+def places_of(graph_module: GraphModule) -> dict[str, list[str]]:
+    """Module path -> for each of its BatchNorm calls the place, as in PLACES."""
+    found: dict[str, list[str]] = {}
+    for node in graph_module.graph.nodes:
+        if node.target is aten.batch_norm.default:
+            found.setdefault(module_path(node), []).append("adjacent" if _is_adjacent(node) else "apart")
+    return found
+
+
+def independent_check(subject: Subject, folded: GraphModule, *, seed: int) -> dict[str, Any]:
+    """The folded graph in float32 against the original in float64, on other inputs and another batch size.
+
+    The original in float32 tells how much of the difference is rounding that the network has anyway.
+    """
+    batch = subject.batch(_CHECKED, seed)
+    given = outputs_of(folded, batch)
+    plain = outputs_of(subject.module, batch)
+    exact = outputs_of(copy.deepcopy(subject.module).double(), batch.double())
+    error, noise = _difference(given, exact), _difference(plain, exact)
+    return {
+        "check_error": _finite(error),
+        "check_noise": _finite(noise),
+        "wrong": not error <= WRONG_FACTOR * noise + WRONG_SHARE,
+        "varies": _varies(exact),
+    }
+
+
+def general(row: FoldRow) -> str:
+    """A row's reason without the names and numbers of this network, so that equal reasons can be counted."""
+    text = re.sub(r" \((?!docs/)[\w.]+\)", "", row.reason)  # "add (stages.0.norm)"
+    text = re.sub(r"(?<![\w/])[A-Za-z_]\w*(?:\.\w+)+", "a layer", text)
+    text = re.sub(r"\b([a-z][a-z0-9_]*?)_\d+\b", r"\1", text)
+    return re.sub(r"\b\d+ of its", "some of its", text)
+
+
+def _is_adjacent(node: Node) -> bool:
+    parent = node.args[0]
+    while isinstance(parent, Node) and parent.target in _NOTHING_BETWEEN and len(parent.users) == 1:
+        parent = parent.args[0]
+    if not isinstance(parent, Node) or parent.target not in _LINEAR or len(parent.users) != 1:
+        return False
+    # On axis 1 of a (N, L, C) output of a linear layer are positions, not its channels.
+    return parent.target is not aten.linear.default or parent.meta["val"].ndim == 2
+
+
+def _difference(given: list[Tensor], exact: list[Tensor]) -> float:
+    """Largest |difference| as a share of the largest |value|, worst output; infinity where there is no number."""
+    if len(given) != len(exact) or any(have.shape != want.shape for have, want in zip(given, exact, strict=True)):
+        return float("inf")
+    errors = [
+        float((have.double() - want).abs().max() / want.abs().max()) for have, want in zip(given, exact, strict=True)
+    ]
+    return max(error if error == error else float("inf") for error in errors)
+
+
+def _varies(exact: list[Tensor]) -> float:
+    """How much the outputs of different samples differ, as a share of the largest: near 0, nothing could be seen."""
+    return max(float(item.std(0).max() / item.abs().max()) for item in exact)
+
+
+def _finite(value: float) -> float | None:
+    return value if value < float("inf") else None
