@@ -20,7 +20,7 @@ def render(template: str, **values: Any) -> str:
     """Return a template, named by its path below this folder, with its values filled in."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), undefined=jinja2.StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True, autoescape=False,  # noqa: S701 -- Markdown, not HTML
+        lstrip_blocks=True, autoescape=False,
     )  # fmt: skip
     environment.filters |= {"ranged": ranged, "fixed": lambda value, digits=0: f"{value:,.{digits}f}"}
     return environment.get_template(template).render(values)

@@ -8,10 +8,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from benchmarks.predict import side_by_side
 from bnexport.bundle import Bundle
 from bnexport.environment import available_cores
 from bnexport.errors import BadInput, BnexportError
-from benchmarks.predict import side_by_side
 
 
 def main(words: list[str]) -> int:

@@ -15,10 +15,10 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # what a training may use is set in its process
 
-from benchmarks.chapter.trainings import ChapterRun, run_chapter
-from benchmarks.chapter.plan import EXPERIMENTS, FULL, QUICK
-from bnexport.errors import BadInput, BnexportError
 from benchmarks.chapter.page import write_chapter
+from benchmarks.chapter.plan import EXPERIMENTS, FULL, QUICK
+from benchmarks.chapter.trainings import ChapterRun, run_chapter
+from bnexport.errors import BadInput, BnexportError
 
 ROOT = Path(__file__).parents[1]
 

@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from benchmarks.chapter.claims import claims_of, counted, plus_minus
+from benchmarks.chapter.figures import FIGURES, write_figures
 from benchmarks.chapter.plan import CHAPTER_BATCH, CHAPTER_RATE, VARIANTS, Plan
 from benchmarks.chapter.results import Results, Setting, save_results
 from benchmarks.chapter.run import CHANCE_FACTOR, RECALIBRATION, EpochResult
 from benchmarks.pages import write_page
 from bnexport.environment import describe
-from benchmarks.chapter.figures import FIGURES, write_figures
 
 RESULTS = "results.json"
 _HEAD = """# What the chapter claims, shown

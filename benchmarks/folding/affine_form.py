@@ -345,7 +345,13 @@ def _bounds(rows: Sequence[FormRow]) -> Iterator[list[str]]:
         found = [row for row in measured if (row.provider, row.context, row.form) == (provider, context, form)]
         ratios = [row.ratio.middle for row in found]
         mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
-        yield [provider, context, form, f"{mean:.2f} ({min(ratios):.2f} to {max(ratios):.2f})", _worst(found, context, form)]
+        yield [
+            provider,
+            context,
+            form,
+            f"{mean:.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
+            _worst(found, context, form),
+        ]
 
 
 def _table(rows: Sequence[FormRow], context: Context) -> tuple[str, list[str], list[list[str]]]:

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from bnexport import interrupts
 from benchmarks.soak.clients import Client
 from benchmarks.soak.ledger import Fault, Ledger
 from benchmarks.soak.processes import kill_and_see, resident
 from benchmarks.soak.server import ServerUnderSoak, serving
 from benchmarks.soak.traffic import make_traffic
+from bnexport import interrupts
 from bnexport.bundle import Bundle
 from bnexport.errors import UsageError
 

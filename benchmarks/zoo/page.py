@@ -143,7 +143,9 @@ def _costs(folded: Sequence[Entry]) -> list[list[str]]:
             worst = max(ratios, key=lambda name: ratios[name])
             total, traced = (sum(entry.fold["cost"][name]["middle"] for entry in folded) for name in (key, "trace"))
             together = f"{total / traced:.2f} ({total:.0f} s of {traced:.0f} s)"
-            found.append([what, f"{statistics.median(ratios.values()):.2f}", f"{ratios[worst]:.2f} ({worst})", together])
+            found.append(
+                [what, f"{statistics.median(ratios.values()):.2f}", f"{ratios[worst]:.2f} ({worst})", together]
+            )
     return found
 
 

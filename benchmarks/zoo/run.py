@@ -98,7 +98,10 @@ def networks() -> tuple[str, ...]:
     models = require("torchvision.models", purpose="the measurement of networks")
     lines = Path(__file__).with_name("timm.txt").read_text(encoding="utf-8").splitlines()
     timm = [name for line in lines if not line.startswith("#") for name in line.split()]
-    return (*(f"torchvision:{name}" for name in sorted(models.list_models(module=models))), *(f"timm:{name}" for name in timm))
+    return (
+        *(f"torchvision:{name}" for name in sorted(models.list_models(module=models))),
+        *(f"timm:{name}" for name in timm),
+    )
 
 
 def _conditions() -> dict[str, Any]:

@@ -6,6 +6,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from benchmarks.folding.affine_page import write_document
 
 from benchmarks.clock import Spread
 from benchmarks.folding.affine_form import (
@@ -24,7 +25,6 @@ from benchmarks.folding.affine_form import (
     usable_providers,
     winners,
 )
-from benchmarks.folding.affine_page import write_document
 from bnexport.environment import environment
 
 CASES = [

@@ -15,11 +15,10 @@ from benchmarks.serving import load as serving_load
 from benchmarks.serving import speed as serving_speed
 from benchmarks.serving.alone import Alone
 from benchmarks.serving.load import Load, parse_h2load, parse_wrk, wrk_script
-from benchmarks.serving.page import serving_page
+from benchmarks.serving.page import TARGETS, infer_share, outcomes, serving_page
 from benchmarks.serving.process import Running, free_ports
-from benchmarks.serving.speed import Memory, Plan, Sample, Speeds, measure
-from benchmarks.serving.targets import TARGETS, infer_share, outcomes
-from benchmarks.serving.ways import WAYS
+from benchmarks.serving.servers import WAYS
+from benchmarks.serving.speed import Sample, ServerMemory, ServingPlan, ServingSpeeds, measure
 from benchmarks.serving.wires import WIRES
 from benchmarks.soak.processes import running
 from bnexport.errors import BundleError, MissingDependency, ProofError, RuntimeUnavailable
@@ -124,9 +123,9 @@ def made_up(**changes):
     }
     for name, rows in changes.items():
         samples[name][8] = rows
-    memory = Memory((0, 500_000, 1_000_100), (100 * 2**20, 109 * 2**20, 104 * 2**20), 110 * 2**20)
+    memory = ServerMemory((0, 500_000, 1_000_100), (100 * 2**20, 109 * 2**20, 104 * 2**20), 110 * 2**20)
     alone = [Alone({1: 25.0, 8: 15.0}, 50.0, 70.0), Alone({1: 18.0, 8: 14.0}, 40.0, 90.0)]
-    return Speeds(samples, alone, {"binary": (3298, 185)}, {"grpc": "no option"}, memory)
+    return ServingSpeeds(samples, alone, {"binary": (3298, 185)}, {"grpc": "no option"}, memory)
 
 
 def verdicts(speeds):
@@ -161,7 +160,7 @@ def test_ratios_are_of_one_round_and_all_targets_can_be_met():
 )
 def test_a_missed_target_is_said_to_be_missed(changes, expected):
     assert verdicts(made_up(**changes)) == expected
-    page = "\n".join(serving_page(made_up(**changes), "a machine"))
+    page = serving_page(made_up(**changes), "a machine")
     assert page.count("**missed**") == expected.count(False)
     assert ("had errors" in page) == any(row.load.errors for rows in changes.values() for row in rows)
 
@@ -191,7 +190,7 @@ def test_the_counters_wall_time_is_no_excuse():
 
 
 def test_the_page_holds_figures_sizes_and_what_is_missing():
-    page = "\n".join(serving_page(made_up(), "a machine"))
+    page = serving_page(made_up(), "a machine")
     assert "| bnexport, binary tensors | 8 | 1,000 to 1,000 | 60 | 100 | 200 | 2.0 | 7.50 |" in page
     assert "bnexport, gRPC: not measured, no option." in page
     assert "bnexport, binary tensors 3,298 and 185" in page
@@ -201,7 +200,7 @@ def test_the_page_holds_figures_sizes_and_what_is_missing():
     assert "After a pause of 80 us ONNX Runtime alone takes 45.0 us (40.0 to 50.0) for one image, 2.1 times" in page
     without = made_up()
     del without.samples["fastapi"]
-    assert "**not measured**" in "\n".join(serving_page(without, "a machine"))
+    assert "**not measured**" in serving_page(without, "a machine")
 
 
 def bench(answer):
@@ -210,7 +209,7 @@ def bench(answer):
     class Stub:
         post = staticmethod(answer)
 
-    made = serving_speed._Bench(Plan(BUNDLE, Path("nowhere")), lambda _: None)
+    made = serving_speed._Bench(ServingPlan(BUNDLE, Path("nowhere")), lambda _: None)
     return made, Stub()
 
 
@@ -249,7 +248,7 @@ def test_a_server_that_can_not_be_had_is_named_and_the_needed_ones_are_not_left_
     def broken(*_):
         raise RuntimeUnavailable("pip has no index", remedy="Get one")
 
-    monkeypatch.setattr("benchmarks.serving.ways.make_venv", broken)
+    monkeypatch.setattr("benchmarks.serving.servers.make_venv", broken)
     assert list(made.prepare(["binary", "echo", "litserve"])) == ["binary", "echo"]
     assert made.failed == {"litserve": "pip has no index"}
     with pytest.raises(RuntimeUnavailable, match="no index"):
@@ -259,20 +258,20 @@ def test_a_server_that_can_not_be_had_is_named_and_the_needed_ones_are_not_left_
 def test_a_missing_load_tool_and_another_model_are_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(serving_load.shutil, "which", lambda _: None)
     with pytest.raises(MissingDependency, match="needs wrk") as caught:
-        measure([], Plan(BUNDLE, tmp_path))
+        measure([], ServingPlan(BUNDLE, tmp_path))
     assert caught.value.remedy == "Install it: apt-get install wrk"
     with pytest.raises(BundleError):
-        measure([], Plan(tmp_path, tmp_path))
+        measure([], ServingPlan(tmp_path, tmp_path))
     monkeypatch.setattr(serving_load.shutil, "which", lambda name: None if name == "h2load" else name)
-    monkeypatch.setattr("benchmarks.serving.ways.make_venv", lambda *_: pytest.fail("it was begun"))
+    monkeypatch.setattr("benchmarks.serving.servers.make_venv", lambda *_: pytest.fail("it was begun"))
     with pytest.raises(MissingDependency, match="needs h2load"):
-        measure(["grpc", "fastapi"], Plan(BUNDLE, tmp_path))
+        measure(["grpc", "fastapi"], ServingPlan(BUNDLE, tmp_path))
 
 
 @pytest.mark.needs("wrk")
 def test_a_short_run(tmp_path):
     told = []
-    plan = Plan(BUNDLE, tmp_path, rounds=1, seconds=1, memory_requests=1000, warm_requests=100, clients=(8,))
+    plan = ServingPlan(BUNDLE, tmp_path, rounds=1, seconds=1, memory_requests=1000, warm_requests=100, clients=(8,))
     speeds = measure(["json", "grpc", "processes"], plan, tell=told.append)
     assert set(speeds.samples) | set(speeds.failed) == {"binary", "echo", "json", "grpc", "processes"}
     assert {"binary", "echo", "json"} <= set(speeds.samples)
@@ -292,7 +291,7 @@ def test_a_short_run(tmp_path):
     assert speeds.memory.requests[0] == 0
     assert speeds.memory.requests[-1] >= 1000
     assert speeds.memory.peak >= max(speeds.memory.resident) > 2**20
-    page = "\n".join(serving_page(speeds, "a machine"))
+    page = serving_page(speeds, "a machine")
     assert all(f"| {WAYS[name].words} | 8 |" in page for name in speeds.samples)
 
 

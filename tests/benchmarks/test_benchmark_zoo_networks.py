@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from benchmarks.zoo.names import TIMM, sources
 from cases import bn, conv, graph, randomise, sequential
 from torch import nn
 
@@ -14,7 +15,6 @@ from benchmarks.folding.cost import fold_cost
 from benchmarks.zoo import fold as zoo_fold
 from benchmarks.zoo import network as zoo_subject
 from benchmarks.zoo import tools as zoo_tools
-from benchmarks.zoo.names import TIMM, sources
 from benchmarks.zoo.network import Subject, make_subject, outputs_of
 from bnexport.errors import ModelError
 from bnexport.folding.fold import fold
