@@ -151,7 +151,7 @@ def _costs(folded: Sequence[Entry]) -> list[list[str]]:
 
 def _cells(entry: Entry) -> list[object]:
     left, failed = entry.tools.get("left", {}), entry.tools.get("failed", {})
-    tools = [left[key] if key in left else "failed" if key in failed else _NOTHING for key in TOOLS]
+    tools = [left.get(key, "failed" if key in failed else _NOTHING) for key in TOOLS]
     head = [entry.name, (entry.fold or entry.tools)["shape"][-1]]
     if "calls" not in entry.fold:
         return [*head, entry.norms, *[_NOTHING] * 5, *tools, *[_NOTHING] * 5]

@@ -10,7 +10,7 @@ from torch import nn
 
 from benchmarks.gpu.training import gpu_speeds, speed_table
 from benchmarks.training import speed as training_speed
-from benchmarks.training.speed import OPERATIONS_PER_IMAGE, Speeds, measure, speed_page
+from benchmarks.training.speed import OPERATIONS_PER_IMAGE, TrainingSpeeds, measure, speed_page
 from benchmarks.training.ways import WAYS, _Unfolded, epochs_of, gemm_rate
 from bnexport.errors import RuntimeUnavailable
 from bnexport.nn.lenet import bn_lenet
@@ -49,7 +49,7 @@ def test_a_way_that_fails_is_named_and_the_others_go_on(monkeypatch):
     speeds = measure(["compiled", "plain"], rounds=2)
     assert speeds.failed == {"compiled": "no compiler"}
     assert speeds.ratios["plain"] == [3.0, 3.0]
-    assert "not measured, no compiler" in "\n".join(speed_page(speeds, "a machine"))
+    assert "not measured, no compiler" in speed_page(speeds, "a machine")
 
 
 def test_without_the_baseline_there_is_nothing_to_compare(monkeypatch):
@@ -59,11 +59,11 @@ def test_without_the_baseline_there_is_nothing_to_compare(monkeypatch):
 
 
 def test_the_page_tells_the_distance_from_the_limit():
-    speeds = Speeds(
+    speeds = TrainingSpeeds(
         {"chapter-4": [10.0], "bnexport": [25000.0]}, {"chapter-4": [1.0], "bnexport": [5.0]}, dict.fromkeys(WAYS, 2),
         [OPERATIONS_PER_IMAGE * 100000], {},
     )  # fmt: skip
-    page = "\n".join(speed_page(speeds, "a machine"))
+    page = speed_page(speeds, "a machine")
     assert "100,000 images/s" in page
     assert "25% of it" in page
     assert "| 25,000 | 25,000 | 1 | 5.00 (5.00 to 5.00) | yes |" in page
