@@ -20,7 +20,7 @@ from benchmarks.serving.process import Running, free_ports
 from benchmarks.serving.servers import WAYS
 from benchmarks.serving.speed import Sample, ServerMemory, ServingPlan, ServingSpeeds, measure
 from benchmarks.serving.wires import WIRES
-from benchmarks.soak.processes import running
+from benchmarks.soak.server import running
 from bnexport.errors import BundleError, MissingDependency, ProofError, RuntimeUnavailable
 
 ROOT = Path(__file__).parents[3]

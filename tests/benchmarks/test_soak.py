@@ -12,7 +12,7 @@ import pytest
 from support.serving import PATIENCE, ROOT, until
 
 from benchmarks.serving.process import Ports, Running
-from benchmarks.soak.processes import running
+from benchmarks.soak.server import running
 from benchmarks.soak.soak import SoakSettings, run_soak
 from benchmarks.soak.verdict import lines, unexplained, verdict
 from bnexport.bundle import Bundle
