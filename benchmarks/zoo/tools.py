@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import onnx
-import onnx.inliner
 import onnxscript.optimizer
 import torch
 from onnx_ir.passes import common
 from torch import Tensor
 
 from benchmarks.zoo.network import EXAMPLE, make_subject
+from bnexport.auditing.onnx_tools import batch_norms
+from bnexport.auditing.tool import Job
+from bnexport.auditing.torch_tools import jit_freeze
 from bnexport.optional import one_line, quiet, require
 from bnexport.runtimes.onnxruntime_session import load_engine
 
@@ -82,8 +84,8 @@ class Tools:
         return batch_norms(onnx.load(written, load_external_data=False))
 
     def _jit(self) -> int:
-        traced = torch.jit.trace(self._module, self._example, check_trace=False, strict=False)  # type: ignore[no-untyped-call]
-        return sum(_kinds(torch.jit.freeze(traced).inlined_graph, "aten::batch_norm"))
+        with jit_freeze(Job(self._module, (self._example,), self._folder)) as product:
+            return product.batch_norms or 0
 
     def _onnxruntime(self) -> int:
         """ONNX Runtime's extended level: the highest that does not change the layout for one kind of processor."""
@@ -107,25 +109,3 @@ class Tools:
         if self._program is None:
             raise RuntimeError("torch.onnx.export failed, so there is no file")
         return self._program
-
-
-def batch_norms(model: onnx.ModelProto) -> int:
-    """Count the BatchNormalization nodes of a model, also in subgraphs and called functions."""
-    if model.functions:
-        model = onnx.inliner.inline_local_functions(model)
-    return sum(node.op_type == "BatchNormalization" for node in _nodes(model.graph))
-
-
-def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
-    for node in graph.node:
-        yield node
-        for attribute in node.attribute:
-            for inner in (attribute.g, *attribute.graphs):
-                yield from _nodes(inner)
-
-
-def _kinds(block: Any, kind: str) -> Iterator[bool]:
-    for node in block.nodes():
-        yield node.kind() == kind
-        for inner in node.blocks():
-            yield from _kinds(inner, kind)

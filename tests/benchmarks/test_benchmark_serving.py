@@ -23,13 +23,13 @@ from benchmarks.serving.wires import WIRES
 from benchmarks.soak.server import running
 from bnexport.errors import BundleError, MissingDependency, ProofError, RuntimeUnavailable
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 BUNDLE = ROOT / "models" / "bn_lenet" / "1"
 #: The script as a terminal starts it: what runs in a shell's background has SIGINT ignored.
 AS_FROM_A_TERMINAL = """
 import runpy, signal
 signal.signal(signal.SIGINT, signal.default_int_handler)
-runpy.run_path("scripts/benchmark_serving.py", run_name="__main__")
+runpy.run_module("benchmarks.serving", run_name="__main__", alter_sys=True)
 """
 
 
@@ -190,7 +190,7 @@ def test_the_counters_wall_time_is_no_excuse():
 
 
 def test_the_page_holds_figures_sizes_and_what_is_missing():
-    page = serving_page(made_up(), "a machine")
+    page = " ".join(serving_page(made_up(), "a machine").split())
     assert "| bnexport, binary tensors | 8 | 1,000 to 1,000 | 60 | 100 | 200 | 2.0 | 7.50 |" in page
     assert "bnexport, gRPC: not measured, no option." in page
     assert "bnexport, binary tensors 3,298 and 185" in page
@@ -306,14 +306,17 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, number):
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     ) as child:  # fmt: skip
         try:
-            assert "1 client:" in child.stdout.readline()
+            assert "1 client:" in child.stderr.readline()
             family = [pid for pid, _ in Running(child, free_ports(), tmp_path)._rows()]
             assert len(family) > 1
             child.send_signal(number)
             _, said = child.communicate(timeout=60)
         finally:
             child.kill()
-    assert (child.returncode, said) == (130, "benchmark_serving.py: interrupted, so there is no page\n")
+    assert child.returncode == 130
+    assert [line for line in said.splitlines() if not line.startswith("round ")] == [
+        "serving: interrupted, so there is no result"
+    ]
     assert list(tmp_path.iterdir()) == []
     assert not [pid for pid in family if running(pid)]
 
@@ -337,7 +340,7 @@ def test_the_committed_page_holds_every_server():
 )
 def test_the_script_refuses_in_one_sentence(words, code, sentence, tmp_path):
     child = subprocess.run(
-        [sys.executable, "scripts/benchmark_serving.py", "--out", str(tmp_path / "page.md"), *words],
+        [sys.executable, "-m", "benchmarks.serving", "--out", str(tmp_path / "page.md"), *words],
         capture_output=True, text=True, timeout=120, check=False, cwd=ROOT,
         env={"PATH": "", "PYTHONPATH": str(ROOT), "HOME": str(tmp_path)},
     )  # fmt: skip
