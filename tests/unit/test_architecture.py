@@ -1,5 +1,7 @@
 """Imports go down only, packages of one floor do not know each other, no file is longer than 400 lines.
 
+The measuring code in benchmarks/ may import every unit of bnexport, and none of them imports it.
+
 The checker reads the source with ast, so imports inside functions and under TYPE_CHECKING count as well.
 """
 
@@ -55,8 +57,8 @@ def module_of(path: Path, root: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
 
 
-def imports_of(path: Path, module: str) -> list[tuple[int, str]]:
-    """(line, imported module) for every import of something in bnexport, relative ones and import_module("...") too."""
+def imports_of(path: Path, module: str, within: str = "bnexport") -> list[tuple[int, str]]:
+    """(line, imported module) for every import of something in ``within``, relative ones and import_module("...") too."""
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     found: list[tuple[int, str]] = []
     for node in ast.walk(ast.parse(path.read_bytes(), str(path))):
@@ -73,7 +75,7 @@ def imports_of(path: Path, module: str) -> list[tuple[int, str]]:
             found += [
                 (node.lineno, a.value) for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)
             ]
-    return [(line, name) for line, name in found if name.split(".")[0] == "bnexport"]
+    return [(line, name) for line, name in found if name.split(".")[0] == within]
 
 
 def verdict(importer: str, imported: str) -> str | None:
@@ -143,6 +145,36 @@ def problems(root: Path) -> list[str]:
 
 def test_tree_keeps_the_rules() -> None:
     assert problems(ROOT) == []
+
+
+def foreign_imports(root: Path) -> list[str]:
+    """Imports, in bnexport, of code of the checkout that is not in the wheel."""
+    trees = {path: ast.parse(path.read_bytes(), str(path)) for path in sorted((root / "bnexport").rglob("*.py"))}
+    found = []
+    for path, tree in trees.items():
+        for node in ast.walk(tree):
+            named = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            named += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            words = [name for name in named if name.split(".")[0] in ("benchmarks", "tests", "scripts")]
+            found += [f"{path.relative_to(root)} imports {name}" for name in words]
+    return found
+
+
+def test_bnexport_imports_nothing_outside_the_wheel(tmp_path: Path) -> None:
+    assert foreign_imports(ROOT) == []
+    make_tree(tmp_path, {"nn/lenet.py": "def f():\n    from benchmarks.clock import Spread"})
+    assert foreign_imports(tmp_path) == ["bnexport/nn/lenet.py imports benchmarks.clock"]
+
+
+def test_the_files_of_benchmarks_are_short_and_without_cycles() -> None:
+    files = {module_of(path, ROOT): path for path in sorted((ROOT / "benchmarks").rglob("*.py"))}
+    assert [module for module, path in files.items() if len(path.read_bytes().splitlines()) > MAX_LINES] == []
+    graph = {
+        module: {name.rpartition(".")[0] for _, name in imports_of(path, module, "benchmarks")}
+        for module, path in files.items()
+    }
+    assert graph["benchmarks.pages"] == {"benchmarks.clock"}
+    assert cycle_in(graph) is None
 
 
 def test_every_unit_has_a_floor() -> None:
