@@ -46,7 +46,9 @@ def _wrapped(text: str) -> str:
         if prose and (literal or line.startswith("- ")):
             indent = "  " if prose[0].startswith("- ") else ""
             whole = re.sub("`[^`]+`", lambda code: code[0].replace(" ", "\0"), " ".join(prose))  # code spans stay whole
-            lines = textwrap.wrap(whole, _WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+            lines = textwrap.wrap(
+                whole, _WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+            )
             found += [part.replace("\0", " ") for part in lines]
             prose = []
         found += [line] if literal else []

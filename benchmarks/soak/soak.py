@@ -6,6 +6,7 @@ lost only on one of these connections, and only if it began before the system ha
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections.abc import Callable
@@ -97,8 +98,8 @@ def run_soak(bundle: Bundle, settings: SoakSettings, *, tell: Callable[[str], No
     soak, stop = Soak(settings), threading.Event()
     with serving(bundle.path, settings.processes, settings.options) as server:
         seeds = np.random.SeedSequence(settings.seed).spawn(settings.clients + 1)
-        shared = {"ledger": soak.ledger, "stop": stop, "pause": settings.pause}
-        clients = [Client(server.port, traffic, rng=np.random.default_rng(seed), **shared) for seed in seeds[1:]]
+        make = functools.partial(Client, server.port, traffic, ledger=soak.ledger, stop=stop, pause=settings.pause)
+        clients = [make(rng=np.random.default_rng(seed)) for seed in seeds[1:]]
         try:
             _Watch(soak, server, np.random.default_rng(seeds[0]), tell).run(clients)
         finally:

@@ -39,14 +39,15 @@ def rows(name: str, runs: Sequence[tuple[float, float, int, tuple[int, ...]]] = 
         torch.manual_seed(seed)
         optimizer = torch.optim.SGD((network := bn_lenet()).parameters(), lr=lr)
         for layer in network:
-            layer.momentum = momentum
+            layer.momentum = momentum  # type: ignore[assignment]
         for epoch in range(1, max(epochs) + 1):
             for batch in torch.split(torch.randperm(len(labels)), 256):
                 optimizer.zero_grad()
-                torch.nn.functional.cross_entropy(network.train()(images[batch]), labels[batch]).backward()
+                torch.nn.functional.cross_entropy(network.train()(images[batch]), labels[batch]).backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
             if epoch in epochs:
                 worst, exact = sampled_staleness(Subject(network, name, APPLY.to_json())).worst, copy.deepcopy(network)
+                assert worst is not None
                 order = torch.randperm(len(labels)).numpy()
                 recalibrate(exact, input_batches(data.train_images, order, BATCH_SIZE, APPLY))
                 cells = [f"{lr:g}", f"{momentum:g}", str(seed), str(epoch), f"{worst.error:.3f} ({worst.name})"]

@@ -190,8 +190,8 @@ def _way(
     return TrainingWay(words, epochs_of(lambda: _tensor_loop(change, **loop)), kept)
 
 
-_FAST = {"fused": True, "kept_memory": True}
-_OURS = {**_FAST, "products": True}
+_FAST: dict[str, Any] = {"fused": True, "kept_memory": True}
+_OURS: dict[str, Any] = {**_FAST, "products": True}
 #: Name -> way. The first ones are the chapter's, then come the steps to bnexport's, then rejected experiments.
 WAYS: dict[str, TrainingWay] = {
     "chapter-4": TrainingWay("the chapter's code, 4 workers (its default)", epochs_of(lambda: _chapter(4))),

@@ -99,7 +99,8 @@ def entries_of(lines: Sequence[Mapping[str, Any]]) -> list[Entry]:
     return [
         Entry(
             name,
-            *(found.get(part, {}).get("result", {}) for part in ("fold", "tools")),
+            found.get("fold", {}).get("result", {}),
+            found.get("tools", {}).get("result", {}),
             {part: line["problem"] for part, line in found.items() if "problem" in line},
         )
         for name, found in sorted(gathered.items(), key=lambda item: (not item[0].startswith("torchvision"), item[0]))

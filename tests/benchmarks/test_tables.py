@@ -1,0 +1,115 @@
+"""The small benchmarks that print a table, the frame of the command lines, and the pages' table and wrapping."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from torch import nn
+
+from benchmarks.clock import Spread
+from benchmarks.command import finish, known, options
+from benchmarks.folding import cost
+from benchmarks.pages import ranged, render, write_page
+from benchmarks.training.accuracy import cell, row
+from benchmarks.training.stale_statistics import rows
+from benchmarks.zoo.network import Subject
+from bnexport.errors import BundleError, MissingDependency, ProofError
+
+
+def test_a_fold_is_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval()
+    monkeypatch.setattr(cost, "make_subject", lambda _source: Subject(module, (3, 8, 8), 1))
+    cells = cost.cost_row("timm:x", seconds=60, repeats=2)
+    assert (cells[0], cells[1], cells[-1], len(cells)) == ("timm:x", "1", "2", 8)
+    table = render("folding/cost.md.jinja", rows=[cells], machine="a machine").splitlines()
+    assert table[0].count("|") == table[1].count("|") == table[2].count("|") == 9
+    assert table[-1].endswith("a machine.")
+
+
+def test_stale_statistics_of_one_run() -> None:
+    ((lr, momentum, seed, epoch, error, accuracy, exact),) = rows("digits", [(0.1, 0.001, 3, (1,))])
+    assert (lr, momentum, seed, epoch) == ("0.1", "0.001", "3", "1")
+    assert float(error.split()[0]) > 0.15, "after 24 steps a momentum of 0.001 is stale"
+    assert float(exact) > float(accuracy)
+
+
+def test_accuracies_are_means_over_seeds() -> None:
+    def result(accuracy: float, recalibrated: float | None) -> SimpleNamespace:
+        last = {"train_loss": 0.5, "train_accuracy": 0.75, "test_accuracy": accuracy}
+        return SimpleNamespace(history=[{}, last], recalibrated_accuracy=recalibrated)
+
+    found = row("torch", [result(0.5, 0.25), result(0.75, None)])  # type: ignore[list-item]
+    assert found == ["torch", "0.5000 +/- 0.0000", "0.7500 +/- 0.0000", "0.6250 +/- 0.1768", "0.2500"]
+    assert cell([]) == "-"
+
+
+def interrupted() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+    signal.pause()
+
+
+def refused(error: type[Exception]) -> Callable[[], None]:
+    def action() -> None:
+        raise error("it can't", remedy="Do it")
+
+    return action
+
+
+@pytest.mark.parametrize(
+    ("action", "code", "said"),
+    [
+        (lambda: None, 0, ""),
+        (lambda: 1, 1, ""),
+        (refused(BundleError), 2, "x: it can't. Do it.\n"),
+        (refused(MissingDependency), 3, "x: it can't. Do it.\n"),
+        (refused(ProofError), 1, "x: it can't. Do it.\n"),
+        (interrupted, 130, "x: interrupted, so there is no result\n"),
+    ],
+    ids=["done", "missed", "bad input", "missing", "wrong", "SIGTERM"],
+)
+def test_a_command_ends_with_the_codes_of_bnexport(
+    action: Callable[[], int | None], code: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        finish("x", action)
+    assert left.value.code == code
+    assert capsys.readouterr().err.replace(". Do it\n", ". Do it.\n") == said
+
+
+def test_names_are_of_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = options("x", "Measure.")
+    assert known(parser, [], ["a", "b"], "way") == ["a", "b"]
+    assert known(parser, ["b"], ["a", "b"], "way") == ["b"]
+    with pytest.raises(SystemExit, match="2"):
+        known(parser, ["c"], ["a"], "way")
+    assert "python -m benchmarks.x: error: unknown way c" in capsys.readouterr().err
+
+
+def test_prose_is_wrapped_and_everything_else_stays(tmp_path: Path) -> None:
+    words = "word " * 40
+    code = "`" + "code " * 4 + "end`"
+    row = "| " + "x " * 100 + "|"
+    write_page(
+        [f"# Title {words}\n\n\n{words}\n{words}", f"- {words}\n- b\n{row}\n```\n{words}\n```\n{code * 9}"],
+        tmp_path / "p.md",
+    )
+    lines = (tmp_path / "p.md").read_text().splitlines()
+    assert lines[:3] == [f"# Title {words}", "", " ".join(["word"] * 24)]
+    assert len([line for line in lines if line.startswith("word")]) == 5, (
+        "two lines are one paragraph, and code is not wrapped"
+    )
+    assert [line[:3] for line in lines if line.startswith(("- ", "  "))] == ["- w", "  w", "- b"]
+    assert row in lines
+    assert lines[-1].startswith("`code code")
+    assert all(len(line) <= 120 for line in lines if line not in (lines[0], row, words, lines[-1]))
+
+
+def test_a_cell_can_t_break_its_table() -> None:
+    text = render("training/accuracy.md.jinja", rows=[["a|b", "", 3]], seeds=2, used="x", machine="y")
+    assert "| a\\|b |  | 3 |\n" in text
+    assert ranged(Spread(0.5, 1.25, 2.0, 3), 1) == "1.2 (0.5 to 2.0)"
