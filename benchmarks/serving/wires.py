@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 
 from bnexport.errors import ProofError
-from bnexport.screening.refusal import Refusal
-from bnexport.screening.wire import read_fields
+from bnexport.serving.grpc.schema import classes
 from bnexport.tensors import Array
 
 #: Addresses of models/bn_lenet in the Open Inference Protocol, over HTTP and over gRPC.
@@ -52,7 +51,7 @@ def read_logits(wire: Wire, headers: Headers, body: bytes) -> Array | None:
         return None
     try:
         return wire.logits(headers, body)
-    except (ValueError, KeyError, IndexError, TypeError, Refusal) as error:
+    except Exception as error:  # JSON, numpy and protobuf have their own classes
         problem = f"an answer can't be read: {type(error).__name__} in {body[:80]!r}"
         raise ProofError(problem, remedy="Look at that server's log") from error
 
@@ -92,32 +91,21 @@ def _rows_request(image: Array) -> WireRequest:
 
 
 def _grpc_request(image: Array) -> WireRequest:
-    shape = _field(3, b"".join(map(_varint, image.shape)))
-    described = _field(1, b"input") + _field(2, b"FP32") + shape
-    message = _field(1, b"bn_lenet") + _field(5, described) + _field(7, image.tobytes())
+    named = {"name": "input", "datatype": "FP32", "shape": image.shape}
+    message = classes()["ModelInferRequest"](
+        model_name="bn_lenet", inputs=[named], raw_input_contents=[image.tobytes()]
+    )
+    body = message.SerializeToString()
     headers = {"content-type": "application/grpc", "te": "trailers"}
-    return WireRequest(GRPC_INFER, headers, b"\0" + len(message).to_bytes(4, "big") + message)
+    return WireRequest(GRPC_INFER, headers, b"\0" + len(body).to_bytes(4, "big") + body)
 
 
 def _grpc_logits(_: Headers, body: bytes) -> Array:
-    (raw,) = [field for field in read_fields(body, 0, len(body)) if field.number == 6]
-    return np.frombuffer(body[raw.start : raw.end], np.float32)
+    (raw,) = classes()["ModelInferResponse"].FromString(body).raw_output_contents
+    return np.frombuffer(raw, np.float32)
 
 
-def _field(number: int, content: bytes) -> bytes:
-    """A field of bytes in protobuf's wire format (protobuf.dev, "Encoding"), with a number below 16."""
-    return bytes([number << 3 | 2]) + _varint(len(content)) + content
-
-
-def _varint(value: int) -> bytes:
-    low = b""
-    while value > 0x7F:
-        low += bytes([value & 0x7F | 0x80])
-        value >>= 7
-    return low + bytes([value])
-
-
-#: Name -> wire. The numbers are those of ModelInferRequest and ModelInferResponse (Open Inference Protocol, "GRPC").
+#: Name -> wire.
 WIRES: dict[str, Wire] = {
     "oip-json": Wire(lambda image: WireRequest(INFER, JSON, json_body(image, "input")), _json_logits),
     "oip-binary": Wire(_binary, binary_logits),

@@ -6,21 +6,19 @@ import contextlib
 import json
 import os
 import re
-import select
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bnexport.errors import RuntimeUnavailable
+from benchmarks.serving.process import Ports, Running, ask, started
 from bnexport.runtimes.isolation import import_path
 
-#: Seconds for the server to start, and to stop.
-_START, _STOP = 120.0, 60.0
+#: Seconds for the server to stop.
+_STOP = 60.0
 #: States in /proc/PID/stat: Z and X have ended, T is stopped.
 _ENDED, _STOPPED = "ZX", "T"
 _STEP = 0.002
@@ -31,9 +29,9 @@ _LOOKS = 3
 class ServerUnderSoak:
     """A running ``bnexport serve``; made by ``serving``."""
 
-    def __init__(self, process: subprocess.Popen[str], port: int, log: Path) -> None:
-        self.process, self.port = process, port  # the supervisor; 0 until the port is known
-        self._log, self._read = log, 0
+    def __init__(self, server: Running) -> None:
+        self.process, self.port = server.process, server.ports.http  # of the supervisor
+        self._log, self._read = server.log, 0
         self.pids: dict[int, int] = {}  # number -> process id of the ready processes
         self.started: list[int] = []  # all process ids so far
 
@@ -67,43 +65,19 @@ class ServerUnderSoak:
         """Return its running processes."""
         return [pid for pid in self.started if running(pid)]
 
-    def end(self) -> None:
-        """Kill its running processes."""
-        self.process.kill()
-        self.process.wait()
-        self.new_events()
-        for pid in self.left():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-
 
 @contextlib.contextmanager
 def serving(bundle: Path, processes: int, options: tuple[str, ...]) -> Iterator[ServerUnderSoak]:
-    """Serve a bundle on a free port, and kill the server at the end; RuntimeUnavailable if it does not start."""
-    command = [sys.executable, "-P", "-m", "bnexport", "serve", str(bundle), "--port", "0", "--no-access-log"]
-    command += ["--processes", str(processes), *options]
-    with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder) / "log"
-        with log.open("wb") as stderr:
-            process = subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=stderr, text=True, stdin=subprocess.DEVNULL,
-                env={**os.environ, "PYTHONPATH": import_path()},
-            )  # fmt: skip
-        assert process.stdout is not None
-        server = ServerUnderSoak(process, 0, log)
-        try:
-            ready, _, _ = select.select([process.stdout], [], [], _START)
-            line = process.stdout.readline().strip() if ready else ""
-            if (match := re.search(r":(\d+)$", line)) is None:
-                words = " ".join(log.read_text(errors="replace").strip().splitlines()[-2:]) or "no output"
-                raise RuntimeUnavailable(
-                    f"bnexport serve did not start: {words}", remedy="Try the same command by hand"
-                )
-            server.port = int(match[1])
-            yield server
-        finally:
-            server.end()
-            process.stdout.close()
+    """Serve a bundle, and kill the server at the end; RuntimeUnavailable if it does not start."""
+    words = [sys.executable, "-P", "-m", "bnexport", "serve", str(bundle.resolve()), "--no-access-log"]
+    words += ["--processes", str(processes), *options]
+
+    def command(ports: Ports) -> list[str]:
+        return [*words, "--port", str(ports.http)]
+
+    with started(command, {**os.environ, "PYTHONPATH": import_path()}) as server:
+        server.wait(lambda: ask(server.ports.http, "GET", "/v2/health/live")[0] == 200)
+        yield ServerUnderSoak(server)
 
 
 def resident(pid: int) -> int:

@@ -19,7 +19,7 @@ from benchmarks.serving.page import TARGETS, infer_share, outcomes, serving_page
 from benchmarks.serving.process import Running, free_ports
 from benchmarks.serving.servers import WAYS
 from benchmarks.serving.speed import Sample, ServerMemory, ServingPlan, ServingSpeeds, measure
-from benchmarks.serving.wires import WIRES
+from benchmarks.serving.wires import WIRES, read_logits
 from benchmarks.soak.server import running
 from bnexport.errors import BundleError, MissingDependency, ProofError, RuntimeUnavailable
 
@@ -107,6 +107,15 @@ def test_a_grpc_message_is_a_model_infer_request():
     assert (found.model_name, found.inputs[0].name, found.inputs[0].datatype) == ("bn_lenet", "input", "FP32")
     assert list(found.inputs[0].shape) == [1, 1, 28, 28]
     assert list(found.raw_input_contents) == [image.tobytes()]
+
+
+def test_a_grpc_answer_is_read_and_a_broken_one_is_a_fault():
+    raw = np.arange(10, dtype=np.float32)
+    body = b"\x32" + bytes([raw.nbytes]) + raw.tobytes()  # field 6, raw_output_contents
+    assert np.array_equal(read_logits(WIRES["oip-grpc"], {}, body), raw)
+    for broken in (b"", body[:-1], b"\xff"):
+        with pytest.raises(ProofError, match="can't be read"):
+            read_logits(WIRES["oip-grpc"], {}, broken)
 
 
 def sample(cpu_us, infer_us=None, *, p50=100, p99=200, requests=1000, **errors):

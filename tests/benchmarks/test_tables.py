@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
+import runpy
 import signal
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +22,8 @@ from benchmarks.training.accuracy import cell, row
 from benchmarks.training.stale_statistics import rows
 from benchmarks.zoo.network import Subject
 from bnexport.errors import BundleError, MissingDependency, ProofError
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_a_fold_is_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,3 +118,27 @@ def test_a_cell_can_t_break_its_table() -> None:
     text = render("training/accuracy.md.jinja", rows=[["a|b", "", 3]], seeds=2, used="x", machine="y")
     assert "| a\\|b |  | 3 |\n" in text
     assert ranged(Spread(0.5, 1.25, 2.0, 3), 1) == "1.2 (0.5 to 2.0)"
+
+
+def commands() -> list[str]:
+    """The modules that end in a command, as the README's table names them."""
+    text = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    return re.findall(r"^\| `(benchmarks\.[\w.]+)", text, re.MULTILINE)
+
+
+def test_the_readme_names_every_command() -> None:
+    files = (path for path in (ROOT / "benchmarks").rglob("*.py") if "    finish(" in path.read_text(encoding="utf-8"))
+    parts = [path.relative_to(ROOT).with_suffix("").parts for path in files if path.parent.name != "gpu"]
+    assert sorted(commands()) == sorted(".".join(part for part in each if part != "__main__") for each in parts)
+
+
+@pytest.mark.parametrize("name", commands())
+def test_a_command_has_help(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", [name, "--help"])
+    with warnings.catch_warnings(), pytest.raises(SystemExit) as left:
+        warnings.simplefilter("ignore", RuntimeWarning)  # a module that is imported already runs once more
+        runpy.run_module(name, run_name="__main__")
+    shown = capsys.readouterr().out
+    assert left.value.code == 0
+    assert shown.startswith(f"usage: python -m {name} ")
+    assert re.search(r"take|need", shown), "it names its time"
