@@ -50,7 +50,7 @@ def _rates(results: Results) -> list[Claim]:
         norm: [setting for setting in results.settings("a") if setting.spec.norm == norm] for norm in ("torch", "none")
     }
     reach = {norm: _reach(settings) for norm, settings in by_norm.items()}
-    told = [
+    parts = [
         f"{'with' if norm == 'torch' else 'without'} BatchNorm "
         + ", ".join(f"{counted(setting)} at {setting.spec.lr:g}" for setting in settings)
         for norm, settings in by_norm.items()
@@ -73,7 +73,7 @@ def _rates(results: Results) -> list[Claim]:
         Claim(
             "With BatchNorm a network can be trained at higher learning rates.",
             reach["torch"] > reach["none"],
-            f"Seeds that learned: {'; '.join(told)}.",
+            f"Seeds that learned: {'; '.join(parts)}.",
         ),
         Claim(
             "With BatchNorm training converges faster.",
@@ -106,7 +106,7 @@ def _passes(one: RunResult, other: RunResult) -> int | None:
 
 def _conventions(results: Results) -> list[Claim]:
     by_place = {(setting.spec.batch_size, setting.spec.norm): setting for setting in results.settings("b")}
-    same, equal, told, factors = False, True, [], []
+    same, equal, parts, factors = False, True, [], []
     for size in CONVENTION_BATCHES:
         torch, unbiased, biased = (by_place[size, norm] for norm in ("torch", "scratch-unbiased", "scratch"))
         apart, spread = _apart(torch, unbiased), torch.mean(lambda epoch: epoch.train_loss)
@@ -114,7 +114,7 @@ def _conventions(results: Results) -> list[Claim]:
         learned = all(len(setting.learned) == results.plan.seeds for setting in (torch, unbiased))
         if size == CHAPTER_BATCH:  # many small, noisy steps amplify rounding until the two differ as two seeds do
             same = learned and apart <= SAME * deviation
-        told.append(f"{apart:.1e} with batches of {size} (seeds deviate by {deviation:.1e})")
+        parts.append(f"{apart:.1e} with batches of {size} (seeds deviate by {deviation:.1e})")
         expected, factor = size / (size - 1), _variance_factor(unbiased, biased)
         equal = equal and abs(factor - expected) < FACTOR_TOLERANCE * (expected - 1) and _apart(unbiased, biased) == 0.0
         change = Mean.of(changes_of(unbiased, biased))
@@ -132,7 +132,7 @@ def _conventions(results: Results) -> list[Claim]:
             f"With batches of {CHAPTER_BATCH} the layer from scratch trains as the framework's does, if both keep the same"
             " variance.",
             same,
-            f"Largest difference between training losses of one seed and epoch: {'; '.join(told)}.",
+            f"Largest difference between training losses of one seed and epoch: {'; '.join(parts)}.",
         ),
         Claim(
             "The chapter's layer, which keeps the biased variance, differs in its moving variance alone.",
@@ -172,17 +172,17 @@ def _variance_factor(one: Setting, other: Setting) -> float:
 
 
 def _batches(results: Results) -> list[Claim]:
-    inside, worst, told, tiny = True, True, [], []
+    inside, worst, parts, tiny = True, True, [], []
     for lr in BATCH_RATES:
         settings = [setting for setting in results.settings("c") if setting.spec.lr == lr]
         means = {setting: mean for setting in settings if (mean := _whole(setting)) is not None}
         if not means:
             inside = worst = False
-            told.append(f"at {lr:g} at no size every seed learned")
+            parts.append(f"at {lr:g} at no size every seed learned")
             continue
         best = max(means, key=lambda setting: means[setting].mean)
         inside = inside and best.spec.batch_size not in (BATCHES[0], BATCHES[-1])
-        told.append(f"at {lr:g} batches of {best.spec.batch_size} are best with {plus_minus(means[best])}")
+        parts.append(f"at {lr:g} batches of {best.spec.batch_size} are best with {plus_minus(means[best])}")
         first = settings[0]
         worst = worst and _clearly_worse(means.get(first), means[best])
         accuracy = first.mean(lambda epoch: epoch.test_accuracy)
@@ -191,7 +191,7 @@ def _batches(results: Results) -> list[Claim]:
         Claim(
             "Batches of medium size do best.",
             inside,
-            f"Test accuracy after {results.plan.batch_images:,} images: {'; '.join(told)}.",
+            f"Test accuracy after {results.plan.batch_images:,} images: {'; '.join(parts)}.",
         ),
         Claim(
             f"Batches of {BATCHES[0]} do clearly worse.",
@@ -232,8 +232,8 @@ def _statistics(results: Results) -> list[Claim]:
 
 
 def _at_rates(means: Sequence[Mean | None]) -> str:
-    told = ", ".join(f"{plus_minus(mean)} at {lr:g}" for lr, mean in zip(RATES, means, strict=True))
-    return f"mean of all epochs: {told}"
+    parts = ", ".join(f"{plus_minus(mean)} at {lr:g}" for lr, mean in zip(RATES, means, strict=True))
+    return f"mean of all epochs: {parts}"
 
 
 def _gap(epoch: EpochResult) -> float | None:
@@ -249,7 +249,7 @@ def _per_run(setting: Setting, of: Callable[[EpochResult], float | None]) -> lis
 def _affine(results: Results) -> list[Claim]:
     (setting,) = results.settings("e")
     runs = [run for run in setting.learned if run.affine]
-    told, moved, agree, layers = [], bool(runs), bool(runs), list(runs[0].affine) if runs else []
+    parts, moved, agree, layers = [], bool(runs), bool(runs), list(runs[0].affine) if runs else []
     for layer in layers:
         gamma, beta = ([value for run in runs for value in run.affine[layer][name]] for name in ("gamma", "beta"))
         distances = [
@@ -257,7 +257,7 @@ def _affine(results: Results) -> list[Claim]:
         ]
         moved = moved and min(distances) > MOVED
         negative = sum(value < 0 for value in gamma)
-        told.append(
+        parts.append(
             f"{layer} gamma {min(gamma):.2f} to {max(gamma):.2f} ({negative} of {len(gamma)} negative), beta {min(beta):.2f} to"
             f" {max(beta):.2f}"
         )
@@ -270,7 +270,7 @@ def _affine(results: Results) -> list[Claim]:
         if len(runs) > 1
     ]
     return [
-        Claim("Gamma and beta are learned: they leave 1 and 0.", moved, f"{'; '.join(told) or 'No run learned'}."),
+        Claim("Gamma and beta are learned: they leave 1 and 0.", moved, f"{'; '.join(parts) or 'No run learned'}."),
         Claim(
             "Seeds give channels of their own, but layers alike.",
             agree,

@@ -132,9 +132,9 @@ def _conditions() -> dict[str, Any]:
 def _samples(dataset: str, images: int, test_images: int) -> tuple[Samples, Samples, int]:
     """Training part, test part, number of classes; cached, because a process trains many networks on them."""
     found = load_dataset(dataset)
-    for asked, there in ((images, len(found.train_labels)), (test_images, len(found.test_labels))):
-        if asked > there:
-            raise UsageError(f"{dataset} has {there} images, not {asked}", remedy="Take --quick for a small data set")
+    for wanted, count in ((images, len(found.train_labels)), (test_images, len(found.test_labels))):
+        if wanted > count:
+            raise UsageError(f"{dataset} has {count} images, not {wanted}", remedy="Take --quick for a small data set")
     preprocessing = TrainingConfig(dataset=dataset).preprocessing()
     train = make_samples(found.train_images[:images], found.train_labels[:images], preprocessing, _CPU)
     test = make_samples(found.test_images[:test_images], found.test_labels[:test_images], preprocessing, _CPU)

@@ -162,8 +162,8 @@ def _errors(speeds: ServingSpeeds) -> Iterator[str]:
         for row in rows:
             counts.update(row.load.errors)
         if counts:
-            told = ", ".join(f"{count} {kind}" for kind, count in counts.items())
-            yield f"{WAYS[name].words} at {in_words(clients)} had errors, so its figures do not count: {told}."
+            parts = ", ".join(f"{count} {kind}" for kind, count in counts.items())
+            yield f"{WAYS[name].words} at {in_words(clients)} had errors, so its figures do not count: {parts}."
 
 
 def _memory_rows(speeds: ServingSpeeds) -> list[list[str]]:

@@ -146,8 +146,8 @@ class _Bench:
             with self._running(name, python) as (server, request):
                 for clients, rows in samples.items():
                     rows.append(self._sample(WAYS[name], server, request, clients))
-                    told = f"{rows[-1].load.per_second:,.0f}/s, {rows[-1].cpu_us:.0f} us of CPU each"
-                    self.tell(f"{prefix}  {WAYS[name].words}, {in_words(clients)}: {told}")
+                    found = f"{rows[-1].load.per_second:,.0f}/s, {rows[-1].cpu_us:.0f} us of CPU each"
+                    self.tell(f"{prefix}  {WAYS[name].words}, {in_words(clients)}: {found}")
         except RuntimeUnavailable as error:
             self._give_up(name, error)
 

@@ -199,8 +199,8 @@ class Client(threading.Thread):
             reason = f"{type(error).__name__}: {error}"
             self._ledger.add(LOST, Fault(kind, reason, port, started, time.monotonic()))
             return
-        told = {name.lower(): value for name, value in answer.getheaders()}
-        if (problem := judge(answer.status, told, got)) is None:
+        answered = {name.lower(): value for name, value in answer.getheaders()}
+        if (problem := judge(answer.status, answered, got)) is None:
             self._ledger.right(kind)
         else:
             self._ledger.add(WRONG, Fault(kind, problem, port, started, time.monotonic()))

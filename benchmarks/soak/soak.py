@@ -128,14 +128,14 @@ class _Watch:
         start = time.monotonic()
         for client in clients:
             client.start()
-        told, next_kill = start, start + self._gap()
+        shown, next_kill = start, start + self._gap()
         while (now := time.monotonic()) < start + settings.seconds and self._server.process.poll() is None:
             self._look()
             if now >= next_kill and now < start + settings.seconds - _CALM and not self._recovering():
                 self._kill()
                 next_kill = now + self._gap()
-            if now - told >= _TELL:
-                told = now
+            if now - shown >= _TELL:
+                shown = now
                 self._tell(self._progress(now - start))
             time.sleep(_LOOK)
         self._soak.seconds = time.monotonic() - start
@@ -182,8 +182,8 @@ class _Watch:
 
     def _progress(self, seconds: float) -> str:
         ledger = self._soak.ledger
-        asked = sum(ledger.counts.values())
+        sent = sum(ledger.counts.values())
         return (
-            f"{seconds:.0f} s: {asked} requests, {len(ledger.wrong)} wrong, {len(ledger.lost)} without an answer, "
+            f"{seconds:.0f} s: {sent} requests, {len(ledger.wrong)} wrong, {len(ledger.lost)} without an answer, "
             f"{len(self._soak.kills)} kills"
         )

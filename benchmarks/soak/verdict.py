@@ -66,13 +66,13 @@ def _stopped(soak: Soak) -> Iterator[str]:
 #: Demand -> its violations, one sentence each.
 DEMANDS: dict[str, Callable[[Soak], Iterator[str]]] = {
     "every answer is the right one": _wrong,
-    "no request is lost but those in a killed process's hands": _lost,
+    "no request is lost except on the connections of a killed process": _lost,
     "counters never fall": lambda soak: iter(soak.ledger.fallen),
     "processes were killed": _killed,
     "every killed process is replaced": _recovered,
     "no process dies by itself": lambda soak: iter(soak.died),
     "every kind of request was answered": _asked,
-    "it stops when told to, and nothing is left": _stopped,
+    "it stops on SIGTERM, and no process is left": _stopped,
 }
 
 
@@ -90,25 +90,25 @@ def lines(soak: Soak) -> Iterator[str]:
         right, wrong, lost = (ledger.counts[kind, outcome] for outcome in (RIGHT, WRONG, LOST))
         yield f"{kind:<14}{right:>10}{wrong:>8}{lost:>11}"
     total = sum(ledger.counts.values())
-    yield f"{total} requests in {soak.seconds:.0f} s; {len(ledger.lost) - len(unexplained(soak))} lost in a kill's hands"
-    yield from _told_kills(soak)
-    yield from _told_memory(soak)
+    yield f"{total} requests in {soak.seconds:.0f} s; {len(ledger.lost) - len(unexplained(soak))} lost in kills"
+    yield from _kill_lines(soak)
+    yield from _memory_lines(soak)
     for demand, broken in found.items():
         yield f"{'FAIL' if broken else 'PASS'}  {demand}" + (f" ({len(broken)} times not)" if broken else "")
         yield from (f"      {reason}" for reason in broken[:_SHOWN])
     yield "Verdict: FAIL" if any(found.values()) else "Verdict: PASS"
 
 
-def _told_kills(soak: Soak) -> Iterator[str]:
+def _kill_lines(soak: Soak) -> Iterator[str]:
     if not soak.kills:
         return
     times = sorted(kill.recovery for kill in soak.kills if kill.recovery is not None)
     connections = [len(kill.ports) for kill in soak.kills]
-    told = f"{times[0]:.2f} to {times[-1]:.2f} s (median {times[len(times) // 2]:.2f})" if times else "never"
-    yield f"{len(soak.kills)} kills, {min(connections)} to {max(connections)} connections each; replaced after {told}"
+    parts = f"{times[0]:.2f} to {times[-1]:.2f} s (median {times[len(times) // 2]:.2f})" if times else "never"
+    yield f"{len(soak.kills)} kills, {min(connections)} to {max(connections)} connections each; replaced after {parts}"
 
 
-def _told_memory(soak: Soak) -> Iterator[str]:
+def _memory_lines(soak: Soak) -> Iterator[str]:
     for memory in soak.memory.values():
         first, last, most = (size / 2**20 for size in (memory.first, memory.last, memory.most))
         yield f"process {memory.process}, pid {memory.pid}: {first:.1f} MiB at first, {last:.1f} at last, {most:.1f} at most"

@@ -96,7 +96,7 @@ def test_the_page_tells_totals_targets_and_failures(tmp_path: Path) -> None:
         "- No fold failed its own proof: met",
         "- No adjacent BatchNorm left: met",
         "- Apart and gone: 2 of 4 (50.0 %)",
-        "- No more norm operators in the graph than rows say: missed by 1 (torchvision:broken)",
+        "- No more norm operators in the graph than in the fold report: missed by 1 (torchvision:broken)",
         "| 2 | 2 | it follows a\\|b |",
         "2.0e-07 (1.0e-07) WRONG",
         "| timm:untraced | fold | UntracedError: it can't |",

@@ -93,7 +93,7 @@ class Mortal(Fault):
 '''
 COMMAND = [sys.executable, "-m", "benchmarks.soak"]
 RIGHT = "every answer is the right one"
-ANSWERED = "no request is lost but those in a killed process's hands"
+ANSWERED = "no request is lost except on the connections of a killed process"
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ from benchmarks.soak.traffic import KINDS, make_traffic
 from benchmarks.soak.verdict import DEMANDS, lines, to_json, unexplained, verdict
 from bnexport.errors import UsageError
 
-LOST = "no request is lost but those in a killed process's hands"
+LOST = "no request is lost except on the connections of a killed process"
 
 
 def good_soak() -> Soak:
@@ -73,10 +73,10 @@ def test_a_good_one_passes() -> None:
         (lambda soak: setattr(soak.kills[0], "recovery", None), "every killed process is replaced"),
         (lambda soak: soak.died.append("process 0: killed by SIGSEGV"), "no process dies by itself"),
         (lambda soak: soak.ledger.counts.pop(("picture", "right")), "every kind of request was answered"),
-        (lambda soak: setattr(soak, "exit_code", None), "it stops when told to, and nothing is left"),
-        (lambda soak: setattr(soak, "exit_code", 3), "it stops when told to, and nothing is left"),
-        (lambda soak: soak.left.append(4), "it stops when told to, and nothing is left"),
-        (lambda soak: setattr(soak, "stuck", 1), "it stops when told to, and nothing is left"),
+        (lambda soak: setattr(soak, "exit_code", None), "it stops on SIGTERM, and no process is left"),
+        (lambda soak: setattr(soak, "exit_code", 3), "it stops on SIGTERM, and no process is left"),
+        (lambda soak: soak.left.append(4), "it stops on SIGTERM, and no process is left"),
+        (lambda soak: setattr(soak, "stuck", 1), "it stops on SIGTERM, and no process is left"),
     ],
 )
 def test_each_demand_can_be_broken(spoil: Callable[[Soak], object], demand: str) -> None:

@@ -1,4 +1,4 @@
-"""The least that an ASGI application on uvicorn can do: read the whole body, answer as many bytes as it is told.
+"""The smallest ASGI application on uvicorn: it reads the whole body and answers a given number of bytes.
 
 ``python echo_app.py PORT BYTES``
 """

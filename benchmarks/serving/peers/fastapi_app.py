@@ -1,4 +1,4 @@
-"""FastAPI, pydantic and onnxruntime, as its documentation teaches it: models of the request and of the answer.
+"""FastAPI, pydantic and onnxruntime, as in its documentation: models of the request and of the answer.
 
 ``python fastapi_app.py MODEL.onnx PORT``
 

@@ -1,4 +1,4 @@
-"""LitServe around onnxruntime, as its documentation teaches it: decode, predict, encode.
+"""LitServe around onnxruntime, as in its documentation: decode, predict, encode.
 
 ``python litserve_app.py MODEL.onnx PORT``
 

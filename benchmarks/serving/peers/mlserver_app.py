@@ -1,4 +1,4 @@
-"""MLServer with a runtime of its own around onnxruntime, as its documentation teaches it; JSON of the Open Inference Protocol.
+"""MLServer with a custom runtime around onnxruntime, as in its documentation; JSON of the Open Inference Protocol.
 
 ``python mlserver_app.py MODEL.onnx PORT``, with the ports after PORT free as well.
 """
