@@ -181,14 +181,15 @@ def _run(step: Step, record: Record, limit: float, log: IO[bytes], log_bytes: in
 
 
 def _last_line(path: Path, start: int, log: IO[bytes], most: int) -> str:
-    """Return the last line of a step's output, and cut the output at its share of the log."""
+    """Return the line with the verdict, or else the last line, and cut the output at its share of the log."""
     with path.open("rb") as reader:
         reader.seek(max(start, path.stat().st_size - 4096))
         lines = reader.read().decode(errors="replace").strip().split("\n")
     if path.stat().st_size > start + most:
         log.truncate(start + most)
     log.seek(0, os.SEEK_END)
-    return lines[-1].strip()[:300]
+    verdicts = (line for line in reversed(lines) if line.startswith(("PASS:", "FAIL:", "INCOMPLETE:")))
+    return next(verdicts, lines[-1]).strip()[:300]
 
 
 def _environment(step: Step) -> dict[str, str]:
@@ -208,10 +209,11 @@ def session_steps(
         max_samples: Upper bound on the samples of each kind; None: the lane's own.
     """
     python = (sys.executable, "-m")
+    rehearsal = ("--rehearse",) if rehearse else ()
     data = () if data_dir is None else ("--data-dir", str(data_dir.resolve()))
     few = () if max_samples is None else ("--max-samples", str(max_samples))
     results = ("--json", str(out / "gpu.json"), "--out", str(out / "gpu.md"), "--add")
-    lane = (*python, "benchmarks.gpu", *results, *data, *few, *(("--rehearse",) if rehearse else ()))
+    lane = (*python, "benchmarks.gpu", *results, *data, *few, *rehearsal)
     only_sweeps = ("--no-training", "--no-refusals")
     device = "cpu" if rehearse else "cuda"
     served = "emulated-cpu" if rehearse else "onnxruntime-cuda"
@@ -220,7 +222,7 @@ def session_steps(
     verify = (*python, "bnexport", "verify", str(ROOT / "models" / "bn_lenet" / "1"))
     tests = (*python, "pytest", "tests/gpu", "-q", "-p", "no:cacheprovider", "-k", _NOT_TWICE)
     return (
-        Step("machine", (*python, "benchmarks.gpu.machine"), 60, decides=not rehearse),
+        Step("machine", (*python, "benchmarks.gpu.machine", *rehearsal), 60, decides=not rehearse),
         Step("doctor", (*python, "bnexport", "doctor", "--require", f"onnxruntime-{device}"), 60),
         Step(
             "verify",

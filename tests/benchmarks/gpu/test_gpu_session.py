@@ -34,12 +34,12 @@ def states(out: Path) -> list[str]:
 
 
 def test_every_step_is_recorded_with_its_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code = run_session([step("a", "print('first'); print('one')"), step("b", "print('two')")], tmp_path)
+    code = run_session([step("a", "print('PASS: one'); print('first')"), step("b", "print('two')")], tmp_path)
     assert code == 0
     found = summary(tmp_path)
     assert (found["verdict"], found["code"]) == ("PASS: every step ran and passed", 0)
     assert states(tmp_path) == ["passed", "passed"]
-    assert [record["last_line"] for record in found["steps"]] == ["one", "two"]
+    assert [record["last_line"] for record in found["steps"]] == ["PASS: one", "two"]
     log = (tmp_path / "log.txt").read_text()
     assert log.index("== a") < log.index("first") < log.index("== b") < log.index("two")
     assert capsys.readouterr().out.splitlines()[-1] == "PASS: every step ran and passed"
@@ -170,6 +170,7 @@ def test_the_machine_step_names_what_is_missing(
     monkeypatch.setattr(machine, "gpu_machine", dict)
     monkeypatch.setattr(machine, "dependencies", lambda: {"platformdirs": "missing"})
     assert machine.main() == 3
+    assert machine.main(["--rehearse"]) == 0
     assert "platformdirs: missing" in capsys.readouterr().out
     monkeypatch.setattr(machine, "gpu_machine", lambda: {"GPU": "NVIDIA H0"})
     assert machine.main() == 0
