@@ -1,22 +1,15 @@
-"""Repeated times with their spread."""
+"""Repeated measurements of one thing, with their spread."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Several measurements of one thing.
-
-    Attributes:
-        low: The smallest: of times the one least disturbed.
-        middle: The median.
-        high: The largest.
-        n: How many.
-    """
+    """The smallest, the median and the largest of n measurements; the smallest time is the least disturbed one."""
 
     low: float
     middle: float
@@ -25,15 +18,11 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """Of at least one value.
-
-        Raises:
-            ValueError: There is none.
-        """
+        """Return the spread of at least one value; ValueError without any."""
         if not values:
             raise ValueError("a spread needs a value")
         return cls(min(values), statistics.median(values), max(values), len(values))
 
     def to_json(self) -> dict[str, float]:
-        """Plain JSON values."""
-        return {"low": self.low, "middle": self.middle, "high": self.high, "n": self.n}
+        """Return plain JSON values."""
+        return asdict(self)

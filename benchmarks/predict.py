@@ -1,4 +1,8 @@
-"""How fast a bulk prediction is beside a bare loop over onnxruntime, measured in turn on one machine."""
+"""Measure the images per second of bnexport predict --out next to a bare loop over onnxruntime, in turn on one machine.
+
+``python -m benchmarks.predict BUNDLE IMAGES.npy [WORKERS]`` prints the table of docs/predicting.md. IMAGES.npy has uint8 grey
+images (n, height, width) of the model's size; 60,000 of them take some minutes.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,6 @@ import itertools
 import multiprocessing
 import os
 import resource
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -16,8 +19,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from benchmarks.clock import Spread
+from benchmarks.command import finish, options
+from benchmarks.pages import ranged, render
 from bnexport.bundle import MODEL_ONNX, Bundle
-from bnexport.environment import describe, environment
+from bnexport.environment import available_cores, describe, environment
 from bnexport.optional import require
 from bnexport.serving.bulk.predict import predict_in_bulk
 from bnexport.serving.bulk.request import BulkRequest
@@ -25,26 +31,14 @@ from bnexport.serving.bulk.sources import map_npy
 
 
 class Cost(NamedTuple):
-    """Of one run.
-
-    Attributes:
-        rate: Images per second, from before the first process starts.
-        cpu: Microseconds of processor time per image, of all processes; other programs disturb it less.
-    """
+    """The cost of one run: images per second from before the first process starts, and CPU microseconds per image."""
 
     rate: float
     cpu: float
 
 
 def side_by_side(bundle: Bundle, images: Path, *, workers: int, repeats: int = 5) -> str:
-    """A table in Markdown, with its conditions.
-
-    Args:
-        bundle: Of a model that takes grey images as pixel / 255.
-        images: A .npy file of uint8 (n, height, width), of the model's size.
-        workers: Processes on both sides.
-        repeats: Pairs of runs.
-    """
+    """Return a table in Markdown of pairs of runs; the model takes grey images as pixel / 255."""
     rows = len(map_npy(images))
     bare, ours = [], []
     for _ in range(repeats):
@@ -53,41 +47,33 @@ def side_by_side(bundle: Bundle, images: Path, *, workers: int, repeats: int = 5
             out, request = Path(folder, "out"), BulkRequest(workers=workers)
             ours.append(_cost(functools.partial(predict_in_bulk, bundle, [images], out, request=request), rows))
     pairs = list(zip(bare, ours, strict=True))
-    lines = [
-        "| what | images/s | CPU time per image, us |",
-        "|---|---|---|",
-        *(
-            f"| {what} | {_spread([cost.rate for cost in costs], 0)} | {_spread([cost.cpu for cost in costs], 1)} |"
-            for what, costs in (("bare onnxruntime loop", bare), ("`bnexport predict --out`", ours))
-        ),
-        f"| share of the bare loop's images | {_spread([own.rate / other.rate for other, own in pairs], 2)} "
-        f"| {_spread([other.cpu / own.cpu for other, own in pairs], 2)} |",
-        "",
-        f"Median (least to most) of n = {repeats} pairs of {rows} images, {workers} workers; load of the machine at the end",
-        f"{os.getloadavg()[0]:.1f}; {describe(environment())}.",
+    rates, times = [own.rate / other.rate for other, own in pairs], [other.cpu / own.cpu for other, own in pairs]
+    cells = [
+        [what, ranged(Spread.of([cost.rate for cost in costs]), 0), ranged(Spread.of([cost.cpu for cost in costs]), 1)]
+        for what, costs in (("bare onnxruntime loop", bare), ("`bnexport predict --out`", ours))
     ]
-    return "\n".join(lines)
-
-
-def _spread(values: list[float], digits: int) -> str:
-    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+    cells.append(["share of the bare loop's images", ranged(Spread.of(rates)), ranged(Spread.of(times))])
+    machine, load = describe(environment()), os.getloadavg()[0]
+    return render(
+        "predict.md.jinja", cells=cells, repeats=repeats, rows=rows, workers=workers, load=load, machine=machine
+    )
 
 
 def _cost(run: Callable[[], object], rows: int) -> Cost:
-    """Children count once they have ended, and both sides wait for theirs."""
+    """Children count once they have ended; both sides wait for their children."""
     begin, before = time.perf_counter(), _cpu_seconds()
     run()
     return Cost(rows / (time.perf_counter() - begin), (_cpu_seconds() - before) / rows * 1e6)
 
 
 def _cpu_seconds() -> float:
-    """Of this process and of its children that have ended; ``os.times`` counts in steps of 10 ms."""
+    """CPU time of this process and of its ended children; ``os.times`` counts in steps of 10 ms."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
 def _bare(bundle: Bundle, images: Path, workers: int) -> None:
-    """Processes that scale uint8 to float32 and run batches of 256, and do nothing else."""
+    """Run processes that only scale uint8 to float32 and run batches of 256."""
     cuts = np.linspace(0, len(map_npy(images)), workers + 1).astype(int).tolist()
     same = (str(bundle.file(MODEL_ONNX)), bundle.manifest.signature.inputs[0].name, str(images))
     context = multiprocessing.get_context("spawn")
@@ -106,3 +92,17 @@ def _loop(model: str, name: str, images: str, start: int, stop: int) -> None:
     array = np.load(images, mmap_mode="r", allow_pickle=False)
     for at in range(start, stop, 256):
         session.run(None, {name: array[at : min(at + 256, stop), None].astype(np.float32) / np.float32(255)})
+
+
+def main() -> None:
+    """Measure, and print the table."""
+    parser = options("predict", __doc__)
+    parser.add_argument("bundle")
+    parser.add_argument("images", type=Path)
+    parser.add_argument("workers", nargs="?", type=int, default=available_cores())
+    given = parser.parse_args()
+    print(side_by_side(Bundle.open(given.bundle), given.images, workers=given.workers))
+
+
+if __name__ == "__main__":
+    finish("predict", main)

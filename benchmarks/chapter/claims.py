@@ -1,4 +1,4 @@
-"""What the results say to each claim. Every sentence is made of the numbers: other numbers, another sentence."""
+"""The chapter's claims judged by the results. Every sentence is generated from the numbers."""
 
 from __future__ import annotations
 
@@ -11,31 +11,25 @@ from benchmarks.chapter.plan import BATCH_RATES, BATCHES, CHAPTER_BATCH, CONVENT
 from benchmarks.chapter.results import Mean, Results, Setting
 from benchmarks.chapter.run import EpochResult, RunResult
 
-#: Two training losses are the same to rounding if they differ by less than this share of the deviation over seeds.
+#: Training losses are equal to rounding if they differ by less than this share of the deviation over seeds.
 SAME = 0.1
-#: A factor n/(n-1) between moving variances is found if its distance from 1 is right to this share.
+#: Relative tolerance on the distance from 1 of a factor n/(n-1) between moving variances.
 FACTOR_TOLERANCE = 0.1
-#: Gamma and beta count as learned where the median channel is farther than this from 1 and 0.
+#: Gamma and beta count as learned if the median channel is farther than this from 1 and 0.
 MOVED = 0.02
 
 
 @dataclass(frozen=True)
 class Claim:
-    """One claim and what was found.
-
-    Attributes:
-        said: The claim, a sentence.
-        holds: Whether the numbers show it.
-        found: The numbers, in one sentence or more.
-    """
+    """One claim, and the numbers on it, as sentences."""
 
     said: str
-    holds: bool
+    holds: bool  # the numbers show it
     found: str
 
 
 def plus_minus(mean: Mean | None, digits: int = 3) -> str:
-    """A mean with its deviation as words; "-" without a value."""
+    """Return a mean with its deviation; "-" without a value."""
     if mean is None:
         return "-"
     spread = f" +/- {mean.deviation:.{digits}f}" if mean.deviation is not None else ""
@@ -43,7 +37,7 @@ def plus_minus(mean: Mean | None, digits: int = 3) -> str:
 
 
 def counted(setting: Setting) -> str:
-    """How many runs learned, and what became of the others."""
+    """Return the number of runs that learned, and the outcomes of the others."""
     others = [f"{len(runs)} {words}" for name, words in _OTHERS if (runs := setting.having(name))]
     return f"{len(setting.learned)} of {len(setting.runs)}" + (f" ({', '.join(others)})" if others else "")
 
@@ -102,7 +96,7 @@ def _lower_loss(one: RunResult, other: RunResult) -> bool:
 
 
 def _passes(one: RunResult, other: RunResult) -> int | None:
-    """The epoch, before the last, in which one passes the training accuracy that the other ends with."""
+    """The epoch, before the last, in which one passes the final training accuracy of the other."""
     if not other.history or one.outcome == "diverged":
         return None
     aim = other.history[-1].train_accuracy
@@ -118,7 +112,7 @@ def _conventions(results: Results) -> list[Claim]:
         apart, spread = _apart(torch, unbiased), torch.mean(lambda epoch: epoch.train_loss)
         deviation = (spread.deviation if spread is not None else None) or 0.0
         learned = all(len(setting.learned) == results.plan.seeds for setting in (torch, unbiased))
-        if size == CHAPTER_BATCH:  # in many small, noisy steps rounding alone grows until the two are as two seeds
+        if size == CHAPTER_BATCH:  # many small, noisy steps amplify rounding until the two differ as two seeds do
             same = learned and apart <= SAME * deviation
         told.append(f"{apart:.1e} with batches of {size} (seeds deviate by {deviation:.1e})")
         expected, factor = size / (size - 1), _variance_factor(unbiased, biased)
@@ -161,7 +155,7 @@ def _apart(one: Setting, other: Setting) -> float:
 
 
 def changes_of(one: Setting, other: Setting) -> list[float]:
-    """Test accuracy of one less that of the other, seed by seed."""
+    """Return the differences of final test accuracy, seed by seed."""
     pairs = zip(one.runs, other.runs, strict=True)
     return [a.history[-1].test_accuracy - b.history[-1].test_accuracy for a, b in pairs if a.history and b.history]
 
@@ -213,7 +207,7 @@ def _whole(setting: Setting) -> Mean | None:
 
 
 def _clearly_worse(one: Mean | None, best: Mean) -> bool:
-    """Whether a mean lies below another by more than both deviations; not all seeds learning is worse, too."""
+    """True if a mean lies below another by more than both deviations, or not every seed learned."""
     return one is None or one.mean + (one.deviation or 0.0) < best.mean - (best.deviation or 0.0)
 
 
@@ -247,7 +241,7 @@ def _gap(epoch: EpochResult) -> float | None:
 
 
 def _per_run(setting: Setting, of: Callable[[EpochResult], float | None]) -> list[float]:
-    """The mean of a value over the epochs of each run that learned: epochs of one run are no independent samples."""
+    """The mean of a value over the epochs of each run that learned: epochs of one run are not independent."""
     found = [[value for epoch in run.history if (value := of(epoch)) is not None] for run in setting.learned]
     return [statistics.mean(values) for values in found if values]
 
@@ -296,5 +290,5 @@ CLAIMS: dict[str, Callable[[Results], list[Claim]]] = {
 
 
 def claims_of(results: Results, experiment: str) -> list[Claim]:
-    """The claims of one experiment, which must be complete, judged."""
+    """Return the judged claims of one complete experiment."""
     return CLAIMS[experiment](results)

@@ -1,12 +1,13 @@
 """The figures of docs/chapter.md, one for each experiment.
 
-Series differ in line style and marker as well as in colour (that of Okabe and Ito), so they can be told apart in black and
-white. Thin lines and small marks are single seeds, thick ones means over the seeds that learned.
+Series differ in line style and marker as well as in colour (of Okabe and Ito), so they differ in black and white, too. Thin
+lines and small marks are single seeds, thick ones means over the seeds that learned.
 """
 
 from __future__ import annotations
 
 import math
+import operator
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,14 +30,7 @@ Value = Callable[[EpochResult], float | None]
 
 @dataclass(frozen=True)
 class Series:
-    """How one series is drawn.
-
-    Attributes:
-        label: In the legend.
-        colour: Of lines and marks.
-        line: Style of the line.
-        mark: Of the points.
-    """
+    """The drawing style of one series; ``label`` is its name in the legend."""
 
     label: str
     colour: str
@@ -54,22 +48,9 @@ _CONVENTIONS = {
     "scratch": Series("from scratch, biased variance", "#222222", ":", "x"),
 }
 _LAYERS = ("bn1", "bn2", "bn3", "bn4")
-
-
-def _train_loss(epoch: EpochResult) -> float:
-    return epoch.train_loss
-
-
-def _test_accuracy(epoch: EpochResult) -> float:
-    return epoch.test_accuracy
-
-
-def _exact_accuracy(epoch: EpochResult) -> float | None:
-    return epoch.exact_accuracy
-
-
-def _shift(epoch: EpochResult) -> float | None:
-    return epoch.shift
+_train_loss, _test_accuracy, _exact_accuracy, _shift = map(
+    operator.attrgetter, ("train_loss", "test_accuracy", "exact_accuracy", "shift")
+)
 
 
 def _rates(results: Results) -> Figure:
@@ -164,7 +145,7 @@ def _affine(results: Results) -> Figure:
     return figure
 
 
-#: Experiment -> (drawing, what it shows, for those who can't see it).
+#: Experiment -> (drawing, alternative text).
 FIGURES: dict[str, tuple[Callable[[Results], Figure], str]] = {
     "a": (_rates, "Train loss and test accuracy per epoch with and without BatchNorm at each learning rate"),
     "b": (
@@ -178,11 +159,7 @@ FIGURES: dict[str, tuple[Callable[[Results], Figure], str]] = {
 
 
 def write_figures(results: Results, folder: Path) -> None:
-    """Write ``<experiment>.svg`` for each complete experiment; the same results give the same bytes.
-
-    Raises:
-        OutputError: A file can't be written.
-    """
+    """Write ``<experiment>.svg`` for each complete experiment; equal results give equal bytes."""
     for experiment in results.experiments:
         path = folder / f"{experiment}.svg"
         write_atomically(path, render(FIGURES[experiment][0](results), path))
@@ -195,7 +172,7 @@ def _curves(axes: Axes, setting: Setting, series: Series, of: Value) -> None:
         epochs = range(1, len(values) + 1)
         axes.plot(epochs, values, color=series.colour, linestyle=series.line, linewidth=0.6, alpha=0.7)
         if run.diverged is not None:
-            above = axes.get_xaxis_transform()  # a diverged run has no value: the cross stands at the upper edge
+            above = axes.get_xaxis_transform()  # a diverged run has no value: the cross is at the upper edge
             axes.plot([run.diverged], [0.96], color=series.colour, marker="X", linestyle="", transform=above)
     means = _means(setting, of)
     axes.plot(
@@ -205,7 +182,7 @@ def _curves(axes: Axes, setting: Setting, series: Series, of: Value) -> None:
 
 
 def _means(setting: Setting, of: Value) -> list[float]:
-    """Over the runs that learned, epoch by epoch."""
+    """Means over the runs that learned, epoch by epoch."""
     columns: Sequence[Sequence[EpochResult]] = list(zip(*(run.history for run in setting.learned), strict=True))
     return [statistics.mean(value for epoch in column if (value := of(epoch)) is not None) for column in columns]
 

@@ -1,4 +1,4 @@
-"""One training of the chapter's experiments, with what is asked of the network after each of its epochs."""
+"""One training of the chapter's experiments, with the figures of the network after each of its epochs."""
 
 from __future__ import annotations
 
@@ -29,65 +29,45 @@ from bnexport.training.optimisers import make_optimizer
 from bnexport.training.samples import Samples, make_samples
 from bnexport.training.step import Step
 
-#: Training images that statistics are re-estimated over after each epoch.
+#: Training images of the re-estimated statistics after each epoch.
 RECALIBRATION = 10_000
-#: A run none of whose accuracies ends above so many times that of guessing has not learned. All are asked: with stale
-#: statistics a trained network guesses in eval mode, with tiny batches in training.
+#: A run has learned if one of its accuracies ends above this multiple of guessing. All count: with stale statistics a
+#: trained network guesses in eval mode, with tiny batches in training.
 CHANCE_FACTOR = 2.0
 _CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class EpochResult:
-    """The network after one epoch.
+    """The network after one epoch; losses in nats, accuracies 0 to 1."""
 
-    Attributes:
-        train_loss: Mean over the epoch, in nats.
-        train_accuracy: Mean over the epoch, 0 to 1.
-        test_loss: With the moving statistics, in nats.
-        test_accuracy: With the moving statistics.
-        exact_accuracy: Test accuracy with re-estimated statistics; None without BatchNorm.
-        shift: Distance of the moving means from the re-estimated ones in standard deviations: root mean square over all
-            channels of all layers; None without BatchNorm.
-        scale: Root mean square of ln(moving / re-estimated standard deviation), likewise.
-    """
-
-    train_loss: float
-    train_accuracy: float
-    test_loss: float
-    test_accuracy: float
-    exact_accuracy: float | None = None
+    train_loss: float  # mean over the epoch
+    train_accuracy: float  # mean over the epoch
+    test_loss: float  # with the moving statistics
+    test_accuracy: float  # with the moving statistics
+    exact_accuracy: float | None = None  # test accuracy with re-estimated statistics; None without BatchNorm
+    #: Distance of the moving means from the re-estimated ones in standard deviations, root mean square over all channels.
     shift: float | None = None
+    #: Root mean square of ln(moving / re-estimated standard deviation).
     scale: float | None = None
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """One training.
-
-    Attributes:
-        spec: What was trained.
-        history: One entry for each whole epoch.
-        diverged: The epoch in which loss or weights ceased to be finite; None when they did not.
-        classes: Of the data set.
-        affine: Layer -> its gamma and beta (channels,) at the end; empty without BatchNorm, and of a diverged run.
-        moving_var: Layer -> geometric mean over the channels of its moving variance + eps at the end, likewise.
-        conditions: Hardware, versions and threads.
-        seconds: That it took.
-    """
+    """The result of one training."""
 
     spec: RunSpec
-    history: tuple[EpochResult, ...]
-    diverged: int | None
+    history: tuple[EpochResult, ...]  # one entry per complete epoch
+    diverged: int | None  # the epoch in which loss or weights became infinite
     classes: int
-    affine: Mapping[str, Mapping[str, list[float]]]
-    moving_var: Mapping[str, float]
-    conditions: Mapping[str, Any]
+    affine: Mapping[str, Mapping[str, list[float]]]  # layer -> gamma and beta (channels,) at the end; empty if diverged
+    moving_var: Mapping[str, float]  # layer -> geometric mean over the channels of moving variance + eps at the end
+    conditions: Mapping[str, Any]  # hardware, versions and threads
     seconds: float
 
     @property
     def outcome(self) -> str:
-        """One of "learned", "chance" and "diverged"."""
+        """Is "learned", "chance" or "diverged"."""
         if self.diverged is not None:
             return "diverged"
         last = self.history[-1]
@@ -95,31 +75,22 @@ class RunResult:
         return "learned" if best > CHANCE_FACTOR / self.classes else "chance"
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Return plain JSON values."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> RunResult:
-        """Read what ``to_json`` wrote.
-
-        Raises:
-            DataError: It is something else.
-        """
+        """Read the values of ``to_json``; DataError for others."""
         try:
             history = tuple(EpochResult(**epoch) for epoch in value["history"])
             return cls(**{**value, "spec": RunSpec(**value["spec"]), "history": history})
         except (TypeError, KeyError) as error:
-            raise DataError(
-                "this is no result of a training", remedy="Remove the file, or name another folder"
-            ) from error
+            problem = "this is not a result of a training"
+            raise DataError(problem, remedy="Remove the file, or name another folder") from error
 
 
 def measure(spec: RunSpec) -> RunResult:
-    """Train once, on the CPU.
-
-    Raises:
-        DataError, NetworkError: As ``data.datasets.load_dataset``.
-    """
+    """Train once on the CPU."""
     started = time.perf_counter()
     train, test, classes = _samples(spec.dataset, spec.images, spec.test_images)
     config = _config(spec)
@@ -146,21 +117,20 @@ def measure(spec: RunSpec) -> RunResult:
         classes,
         {layer.name: _affine(layer) for layer in layers},
         {layer.name: _geometric_mean(layer) for layer in layers},
-        conditions(),
+        _conditions(),
         round(time.perf_counter() - started, 2),
     )
 
 
-def conditions() -> dict[str, Any]:
-    """Hardware and versions, those of figures among them, and the threads of this process."""
+def _conditions() -> dict[str, Any]:
+    """Hardware and versions, with those of figures, and the threads of this process."""
     record = environment()
-    packages = record["packages"] | versions_of("matplotlib")
-    return record | {"packages": packages, "threads": torch.get_num_threads()}
+    return record | {"packages": record["packages"] | versions_of("matplotlib"), "threads": torch.get_num_threads()}
 
 
 @functools.lru_cache(maxsize=2)
 def _samples(dataset: str, images: int, test_images: int) -> tuple[Samples, Samples, int]:
-    """Training part, test part, classes; kept, because a process trains many networks on them."""
+    """Training part, test part, number of classes; cached, because a process trains many networks on them."""
     found = load_dataset(dataset)
     for asked, there in ((images, len(found.train_labels)), (test_images, len(found.test_labels))):
         if asked > there:
@@ -173,22 +143,13 @@ def _samples(dataset: str, images: int, test_images: int) -> tuple[Samples, Samp
 
 def _config(spec: RunSpec) -> TrainingConfig:
     return TrainingConfig(
-        dataset=spec.dataset,
-        norm=spec.norm.partition("-")[0],
-        epochs=spec.epochs,
-        lr=spec.lr,
-        batch_size=spec.batch_size,
-        device="cpu",
-        seed=spec.seed,
-    )
+        dataset=spec.dataset, norm=spec.norm.partition("-")[0], epochs=spec.epochs, lr=spec.lr, batch_size=spec.batch_size,
+        device="cpu", seed=spec.seed,
+    )  # fmt: skip
 
 
 def _after_epoch(model: nn.Module, trained: Outcome, train: Samples, test: Samples, spec: RunSpec) -> EpochResult:
-    """What is asked of the network after an epoch.
-
-    Raises:
-        Diverged: Its weights are finite, but so large that its answers are not.
-    """
+    """Test the network after an epoch; Diverged if its weights are finite, but its answers are not."""
     tested = evaluate(model, test)
     exact = _with_exact_statistics(model, train, test, spec) if spec.norm != "none" else ()
     result = EpochResult(trained.loss, trained.accuracy, tested.loss, tested.accuracy, *exact)
@@ -200,7 +161,7 @@ def _after_epoch(model: nn.Module, trained: Outcome, train: Samples, test: Sampl
 def _with_exact_statistics(
     model: nn.Module, train: Samples, test: Samples, spec: RunSpec
 ) -> tuple[float, float, float]:
-    """Test accuracy with re-estimated statistics, shift and scale; the network is as before afterwards."""
+    """Test accuracy with re-estimated statistics, shift and scale; the network is unchanged afterwards."""
     before = {name: value.clone() for name, value in model.state_dict().items()}
     order = epoch_order(train.count, seed=spec.seed, epoch=0)[:RECALIBRATION]
     recalibrate(model, batches_of(train, order, spec.batch_size))
@@ -223,7 +184,7 @@ def _root_mean_square(values: Array) -> float:
 
 
 def _affine(layer: LayerStatistics) -> dict[str, list[float]]:
-    """Gamma and beta (channels,), short enough to be committed; a picture shows no more."""
+    """Gamma and beta (channels,) with the five digits that a picture shows."""
     return {name: [float(f"{getattr(channel, name):.5g}") for channel in layer.channels] for name in ("gamma", "beta")}
 
 

@@ -1,11 +1,15 @@
-"""Which ONNX form of a standalone affine y = s x + t runs fastest: measured for each execution provider that is here."""
+"""Measure which ONNX form of a standalone affine y = s x + t runs fastest on each execution provider of this machine.
+
+``python -m benchmarks.folding.affine_form [PAGE]`` writes docs/affine_form.md. It takes a few minutes on an idle machine.
+"""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,53 +17,49 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from benchmarks.clock import Spread
+from benchmarks.command import finish, options, progress
+from benchmarks.pages import ranged, render, write_page
+from bnexport.environment import describe, environment
 from bnexport.runtimes.catalogue import runner_spec
 from bnexport.runtimes.onnxruntime_session import load_engine
 from bnexport.tensors import Array
 
-#: What the other forms are compared with.
+#: The form that the other forms are compared with.
 BASE = "BatchNormalization"
 #: Name -> (channels, height, width).
 SHAPES: dict[str, tuple[int, int, int]] = {"small": (16, 28, 28), "medium": (64, 56, 56), "large": (256, 28, 28)}
 BATCHES = (1, 32)
-#: Of so many bursts in a round the fastest counts: another process may have had the processor in the others.
+#: Bursts in a round; the fastest one counts, since another process may have had the processor in the others.
 _BURSTS = 3
+_ROUNDS, _SEED = 15, 0
 _OPSET, _IR_VERSION = 18, 8
 
 
 @dataclass(frozen=True)
 class Numbers:
-    """The constants of one model.
+    """The constants of one model, all float32."""
 
-    Attributes:
-        scale: (C,) float32, of both signs unless a context needs one.
-        shift: (C,) float32.
-        weight: (C, C, 1, 1) float32, of the convolution beside the affine.
-    """
-
-    scale: Array
-    shift: Array
-    weight: Array
+    scale: Array  # (C,), of both signs unless the context needs positive ones
+    shift: Array  # (C,)
+    weight: Array  # (C, C, 1, 1), of the convolution next to the affine
 
 
 @dataclass(frozen=True)
 class Context:
-    """What stands around the affine, which an engine may fuse with it.
-
-    Attributes:
-        name: As in the table.
-        before: Operators before it: "Relu", "Conv".
-        after: Operators after it.
-        positive: Whether every scale is positive, as BOUNDS need that are measured with it.
-    """
+    """The operators, "Relu" or "Conv", around the affine; an engine may fuse them with it."""
 
     name: str
     before: tuple[str, ...] = ()
     after: tuple[str, ...] = ()
-    positive: bool = False
+    positive: bool = False  # every scale is positive, as BOUNDS need
+
+    @property
+    def forms(self) -> tuple[str, ...]:
+        """The forms measured in this context: BOUNDS too if Relu follows the affine."""
+        return (*FORMS, *(BOUNDS if self.after[:1] == ("Relu",) else ()))
 
 
-#: What is measured. Where Relu follows the affine, so are BOUNDS.
+#: The contexts that are measured.
 CONTEXTS: tuple[Context, ...] = (
     Context("alone"),
     Context("after Relu", before=("Relu",)),
@@ -84,7 +84,7 @@ def _depthwise(builder: Builder, value: str, numbers: Numbers) -> str:
     return builder.node("Conv", value, weight, numbers.shift, group=len(numbers.scale), kernel_shape=[1, 1])
 
 
-#: Form -> what writes it. A new form is a new row.
+#: Form -> its writer. A new form is a new row.
 FORMS: dict[str, Callable[[Builder, str, Numbers], str]] = {
     BASE: _batch_normalization,
     "Mul and Add": _mul_add,
@@ -97,44 +97,33 @@ BOUNDS: dict[str, tuple[str, ...]] = {"one bound": ("Max",), "two bounds": ("Max
 
 @dataclass(frozen=True)
 class FormRow:
-    """One form in one setting.
-
-    Attributes:
-        provider: Execution provider of ONNX Runtime.
-        threads: Of one operator; 0: all cores.
-        context: Name of a Context.
-        shape: Key of SHAPES.
-        batch: Samples.
-        form: Key of FORMS or BOUNDS.
-        seconds: Of one run.
-        ratio: Each round's time as a multiple of BASE's in the same round.
-        error: Largest |difference| to float64 arithmetic as a share of the largest |value|.
-    """
+    """The measurement of one form in one setting."""
 
     provider: str
-    threads: int
+    threads: int  # of one operator; 0: all cores
     context: str
     shape: str
     batch: int
     form: str
-    seconds: Spread
-    ratio: Spread
-    error: float
+    seconds: Spread  # of one run
+    ratio: Spread  # each round's time as a multiple of BASE's in the same round
+    error: float  # largest |difference| from float64 arithmetic as a share of the largest |value|
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return asdict(self)
+    @property
+    def setting(self) -> tuple[str, int, str, str, int]:
+        """Everything but the form."""
+        return self.provider, self.threads, self.context, self.shape, self.batch
 
 
 class Builder:
-    """Collects the nodes and constants of one model."""
+    """Collector of the nodes and constants of one model."""
 
     def __init__(self) -> None:
         self.nodes: list[onnx.NodeProto] = []
         self.constants: list[onnx.TensorProto] = []
 
     def node(self, kind: str, *inputs: str | Array, **attributes: Any) -> str:
-        """Add an operator; arrays become constants. Gives the name of its output."""
+        """Add an operator, with arrays as constants, and return the name of its output."""
         names = [item if isinstance(item, str) else self._constant(item) for item in inputs]
         name = f"v{len(self.nodes)}"
         self.nodes.append(helper.make_node(kind, names, [name], **attributes))
@@ -147,7 +136,7 @@ class Builder:
 
 
 def build(context: Context, form: str, numbers: Numbers) -> bytes:
-    """The model of one form in its context: input "x" (batch, C, H, W), output "y"."""
+    """Return the model of one form in its context: input "x" (batch, C, H, W), output "y"."""
     builder = Builder()
     value = "x"
     for kind in context.before:
@@ -174,7 +163,7 @@ def build(context: Context, form: str, numbers: Numbers) -> bytes:
 
 
 def expected(context: Context, form: str, numbers: Numbers, x: Array) -> Array:
-    """The same in float64; of bounds without a convolution behind them, what they alone give."""
+    """Return the same computation in float64; for bounds without a convolution after them, the bounded input."""
     value: Array = x.astype(np.float64)
     if form in BOUNDS and context.after == ("Relu",):
         return np.maximum(value, _column(-numbers.shift / numbers.scale).astype(np.float64))
@@ -189,7 +178,7 @@ def expected(context: Context, form: str, numbers: Numbers, x: Array) -> Array:
 
 
 def draw(context: Context, channels: int, *, seed: int = 0) -> Numbers:
-    """Scales of both signs over two decades, one of them 0, unless the context needs them positive."""
+    """Draw scales over two decades: of both signs with one 0, unless the context needs positive ones."""
     generator = np.random.default_rng(seed)
     scale = 10 ** generator.uniform(-1, 1, channels)
     if not context.positive:
@@ -211,21 +200,7 @@ def measure_forms(
     seed: int = 0,
     tell: Callable[[str], None] = lambda _line: None,
 ) -> list[FormRow]:
-    """Time every form in every setting, the forms of one setting in turn.
-
-    Args:
-        providers: Execution providers; None: the CPU, and CUDA where it works.
-        contexts: Of CONTEXTS.
-        shapes: Keys of SHAPES.
-        batches: Batch sizes.
-        threads: Threads of one operator; 0: all cores. On another provider than the CPU they make no difference.
-        rounds: How often each form is timed.
-        seed: Of constants and inputs.
-        tell: Gets a line for each setting.
-
-    Raises:
-        MissingDependency: ONNX Runtime is not installed.
-    """
+    """Time every form in every setting, the forms of one setting in turn; without providers the CPU, and CUDA if it works."""
     found: list[FormRow] = []
     for provider in providers or usable_providers():
         for count in threads if provider == "CPUExecutionProvider" else (0,):
@@ -239,13 +214,13 @@ def measure_forms(
 
 
 def usable_providers() -> tuple[str, ...]:
-    """The CPU, and CUDA where a session really runs on it."""
+    """Return the CPU, and CUDA if a session runs on it here."""
     cuda = () if runner_spec("onnxruntime-cuda").available() else ("CUDAExecutionProvider",)
     return ("CPUExecutionProvider", *cuda)
 
 
 def scores(rows: Sequence[FormRow]) -> dict[str, dict[str, float]]:
-    """Provider -> form -> geometric mean of its median ratios over all settings; BASE is 1."""
+    """Return provider -> form -> geometric mean of its median ratios over all settings; BASE is 1."""
     found: dict[str, dict[str, list[float]]] = {}
     for row in rows:
         if row.form in FORMS:
@@ -257,12 +232,12 @@ def scores(rows: Sequence[FormRow]) -> dict[str, dict[str, float]]:
 
 
 def winners(rows: Sequence[FormRow]) -> dict[str, str]:
-    """Provider -> the form with the lowest score: what an exporter for it should write."""
+    """Return provider -> the form with the lowest score, which an exporter for that provider should write."""
     return {provider: min(forms, key=lambda form: forms[form]) for provider, forms in scores(rows).items()}
 
 
 class _Session:
-    """One model on one provider, its input bound once."""
+    """One model on one provider, with its input bound once."""
 
     def __init__(self, model: bytes, provider: str, threads: int, x: Array) -> None:
         ort = load_engine()
@@ -278,7 +253,7 @@ class _Session:
         self._binding.bind_output("y", device)
 
     def seconds(self, runs: int) -> float:
-        """Seconds of one run, over several."""
+        """Return the mean seconds of one run."""
         started = time.perf_counter()
         for _ in range(runs):
             self._session.run_with_iobinding(self._binding)
@@ -286,7 +261,7 @@ class _Session:
         return (time.perf_counter() - started) / runs
 
     def output(self) -> Array:
-        """What the last run gave."""
+        """Return the output of the last run."""
         value: Array = self._binding.copy_outputs_to_cpu()[0]
         return value
 
@@ -297,7 +272,7 @@ def _setting(
     channels, height, width = SHAPES[shape]
     numbers = draw(context, channels, seed=seed)
     x = np.random.default_rng(seed + 1).standard_normal((batch, channels, height, width), dtype=np.float32)
-    forms = [*FORMS, *(BOUNDS if context.after[:1] == ("Relu",) else ())]
+    forms = context.forms
     sessions = {form: _Session(build(context, form, numbers), provider, threads, x) for form in forms}
     runs = 1
     errors: dict[str, float] = {}
@@ -341,3 +316,68 @@ def _column(vector: Array) -> Array:
 def _name(row: FormRow) -> str:
     threads = f"{row.threads} thread" if row.threads else "all cores"
     return f"{row.provider}, {threads}, {row.context}, {row.shape} x {row.batch}"
+
+
+def write_document(rows: Sequence[FormRow], path: Path, *, record: Mapping[str, Any], rounds: int, seed: int) -> None:
+    """Write the page of measured rows; ``record`` is that of ``bnexport.environment.environment``."""
+    best = winners(rows)
+    found = scores(rows).items()
+    contexts = list(dict.fromkeys(row.context for row in rows))
+    text = render(
+        "folding/affine_form.md.jinja", base=BASE, forms=list(FORMS), batches=BATCHES, rounds=rounds, seed=seed,
+        cuda="CUDAExecutionProvider" in best, machine=describe(dict(record)), settings=len({row.setting for row in rows}),
+        shapes=", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in SHAPES.items()),
+        answers=[[name, f"**{best[name]}**", *(f"{each[form]:.2f}" for form in FORMS)] for name, each in found],
+        errors=[[name, *(_worst(rows, name, form) for form in FORMS)] for name in contexts],
+        bounds=list(_bounds(rows)), tables=[_table(rows, context) for context in CONTEXTS if context.name in contexts],
+    )  # fmt: skip
+    write_page([text], path)
+
+
+def _worst(rows: Sequence[FormRow], context: str, form: str) -> str:
+    return f"{max(row.error for row in rows if (row.context, row.form) == (context, form)):.1e}"
+
+
+def _bounds(rows: Sequence[FormRow]) -> Iterator[list[str]]:
+    """The cells of bounds per channel that replace the affine: a scale moved across a Relu leaves them."""
+    measured = [row for row in rows if row.form in BOUNDS]
+    for provider, context, form in dict.fromkeys((row.provider, row.context, row.form) for row in measured):
+        found = [row for row in measured if (row.provider, row.context, row.form) == (provider, context, form)]
+        ratios = [row.ratio.middle for row in found]
+        mean = math.exp(sum(map(math.log, ratios)) / len(ratios))
+        yield [
+            provider,
+            context,
+            form,
+            f"{mean:.2f} ({min(ratios):.2f} to {max(ratios):.2f})",
+            _worst(found, context, form),
+        ]
+
+
+def _table(rows: Sequence[FormRow], context: Context) -> tuple[str, list[str], list[list[str]]]:
+    """Heading, heads and cells of one context."""
+    here = [row for row in rows if row.context == context.name]
+    others = [form for form in context.forms if form != BASE and any(row.form == form for row in here)]
+    cells = []
+    for setting in dict.fromkeys(row.setting for row in here):
+        found = {row.form: row for row in here if row.setting == setting}
+        place = f"{setting[0].removesuffix('ExecutionProvider')}, {setting[1] or 'all'}"
+        base = f"{found[BASE].seconds.middle * 1e6:.0f}"
+        cells.append([place, setting[3], str(setting[4]), base, *(ranged(found[form].ratio) for form in others)])
+    chain = ", ".join([*context.before, "affine", *context.after])
+    heads = ["provider, threads", "shape", "batch", f"{BASE}, us", *others]
+    return f"{context.name[0].upper()}{context.name[1:]} ({chain})", heads, cells
+
+
+def main() -> None:
+    """Measure, write the page and print the fastest form of each provider."""
+    parser = options("folding.affine_form", __doc__)
+    parser.add_argument("page", nargs="?", type=Path, default=Path("docs/affine_form.md"))
+    page = parser.parse_args().page
+    rows = measure_forms(rounds=_ROUNDS, seed=_SEED, tell=progress)
+    write_document(rows, page, record=environment(), rounds=_ROUNDS, seed=_SEED)
+    print("\n".join(f"{provider}: {form}" for provider, form in winners(rows).items()))
+
+
+if __name__ == "__main__":
+    finish("affine_form", main)

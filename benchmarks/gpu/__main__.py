@@ -10,20 +10,21 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NoReturn
 
+from benchmarks.command import finish, options, progress
 from benchmarks.gpu.lane import Job, absent_runtimes, require, run_lane, table
 from benchmarks.gpu.measure import MAX_SAMPLES
 from benchmarks.gpu.page import refuse_replacing, write_document
 from benchmarks.gpu.refusals import REFUSALS
-from benchmarks.gpu.results import Lane, merge, read_results, write_results
+from benchmarks.gpu.results import Lane, merge, parts_of, read_results, write_results
 from benchmarks.gpu.sweeps import Sweep
 from bnexport.bundle import Bundle
 from bnexport.environment import available_cores
-from bnexport.errors import BadInput, BnexportError, UsageError
+from bnexport.errors import RuntimeUnavailable, UsageError
 from bnexport.runtimes.catalogue import runner_spec
 
 ROOT = Path(__file__).parents[2]
@@ -31,9 +32,7 @@ ROOT = Path(__file__).parents[2]
 
 def parser() -> argparse.ArgumentParser:
     """Return the command line."""
-    made = argparse.ArgumentParser(
-        prog="gpu_lane", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    made = options("gpu", __doc__)
     made.add_argument("--bundle", type=Path, default=ROOT / "models" / "bn_lenet" / "1")
     made.add_argument("--out", type=Path, default=ROOT / "docs" / "gpu.md", help="the page")
     made.add_argument("--json", type=Path, help="the results as JSON; default: runs/gpu_lane.json")
@@ -56,20 +55,22 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the lane and return the exit code."""
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the lane and end the process with its exit code."""
     given = parser().parse_args(arguments)
-    files = _Files(given.out, given.json or ROOT / "runs" / "gpu_lane.json")
-    try:
-        lane = _merged(given, files) if given.merge else _measured(given, files)
-    except BnexportError as error:
-        print(f"gpu_lane: {error}", file=sys.stderr)
-        return 2 if isinstance(error, BadInput) else 3
-    if lane.absent and lane.verdict == "FAIL" and not (lane.broken or lane.sweeps or lane.refused or lane.training):
-        print(f"gpu_lane: {'; '.join(f'{name}: {why}' for name, why in lane.absent.items())}", file=sys.stderr)
-        return 3
-    unreached = f", {len(lane.unreached)} parts not reached" if lane.unreached else ""
-    print(f"{lane.verdict}: {len(lane.runs)} settings{unreached}; {files.page}, {files.results}")
+    finish("gpu_lane", lambda: _run(given, _Files(given.out, given.json or ROOT / "runs" / "gpu_lane.json")))
+
+
+def _run(given: argparse.Namespace, files: _Files) -> int:
+    """Measure or merge, print the verdict, and return the exit code."""
+    lane = _merged(given, files) if given.merge else _measured(given, files)
+    if lane.absent and not parts_of(lane) | set(lane.unreached):
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in lane.absent.items())
+        raise RuntimeUnavailable(reasons, remedy="bnexport doctor says what to install")
+    counts = {"settings": lane.runs, "speeds of training": lane.training, "refusals": lane.refused,
+              "parts not reached": lane.unreached, "failures": lane.failed}  # fmt: skip
+    found = ", ".join(f"{len(values)} {name}" for name, values in counts.items() if values)
+    print(f"{lane.verdict}: {found}; {files.page}, {files.results}")
     return 0 if lane.passed else 1
 
 
@@ -102,10 +103,7 @@ def _measured(given: argparse.Namespace, files: _Files) -> Lane:
         job = replace(job, real=any(sweep.spec.name not in absent for sweep in table(job)))
     before = [read_results(files.results)] if given.add and files.results.is_file() else []
     refuse_replacing(files.page, real=job.real)
-    return _run(given, job, () if given.no_sweeps else _chosen(job, only, given.sweep), before, files)
-
-
-def _run(given: argparse.Namespace, job: Job, sweeps: Sequence[Sweep], before: list[Lane], files: _Files) -> Lane:
+    sweeps = () if given.no_sweeps else _chosen(job, only, given.sweep)
     cores = available_cores()
     return run_lane(
         job,
@@ -114,7 +112,7 @@ def _run(given: argparse.Namespace, job: Job, sweeps: Sequence[Sweep], before: l
         refusals=() if given.no_refusals else REFUSALS,
         seconds=given.seconds,
         jobs=min(4, max(1, cores // 2)) if given.jobs is None else given.jobs,
-        tell=lambda line: print(line, file=sys.stderr, flush=True),
+        tell=progress,
         keep=lambda lane: files.write(merge([*before, lane])),
     )
 
@@ -130,4 +128,4 @@ def _chosen(job: Job, only: Sequence[str], names: Sequence[str]) -> tuple[Sweep,
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,0 +1,1 @@
+"""bnexport serve next to other servers of the same model."""

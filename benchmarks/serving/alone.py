@@ -1,6 +1,6 @@
-"""Inference without a server: onnxruntime's session, one thread, called again and again, and after pauses.
+"""Inference without a server: onnxruntime's session, one thread, called in a loop and after pauses.
 
-``python -m benchmarks.serving.alone BUNDLE SECONDS`` prints one JSON line, in a process of its own as servers are.
+``python -m benchmarks.serving.alone BUNDLE SECONDS`` prints one JSON line, from a separate process as servers are.
 """
 
 from __future__ import annotations
@@ -20,31 +20,21 @@ from bnexport.tensors import Array
 
 BATCHES = (1, 8)
 _CALLS = 200
-#: Seconds of a pause as it is asked for: less than the kernel's slack, so that it gets as short as a pause can be.
+#: Requested seconds of a pause: less than the kernel's timer slack, so that the pause is as short as possible.
 _PAUSE = 2e-5
 
 
 @dataclass(frozen=True)
 class Alone:
-    """What the engine takes without a server.
+    """Microseconds of the engine without a server."""
 
-    Attributes:
-        batches: Batch size of BATCHES -> microseconds of CPU time for each image, in a loop.
-        rested: Microseconds of CPU time for one image after a pause, in which the core sleeps.
-        pause: Microseconds of such a pause.
-    """
-
-    batches: Mapping[int, float]
-    rested: float
-    pause: float
+    batches: Mapping[int, float]  # batch size of BATCHES -> CPU time per image in a loop
+    rested: float  # CPU time of one image after a pause, in which the core sleeps
+    pause: float  # length of such a pause
 
 
 def open_session(model: Path) -> Any:
-    """A session as every server of the benchmark has it: on the CPU, of one thread.
-
-    Raises:
-        MissingDependency: onnxruntime is not here.
-    """
+    """Open a session as every server of the benchmark does: on the CPU, with one thread."""
     onnxruntime = require("onnxruntime", purpose="the benchmark of serving")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
@@ -52,12 +42,9 @@ def open_session(model: Path) -> Any:
 
 
 def run_alone(model: Path, image: Array, *, seconds: float) -> Alone:
-    """Measure the engine; each figure is the best of several hundred calls in a row.
+    """Measure an ONNX file with one input, "input"; each figure is the best of several hundred calls in a row.
 
-    Args:
-        model: An ONNX file with one input, "input".
-        image: (1, C, H, W).
-        seconds: Of each batch size, and of the calls after pauses.
+    ``image``: (1, C, H, W); ``seconds``: of each batch size, and of the calls after pauses.
     """
     session = open_session(model)
     found: dict[int, float] = {}

@@ -1,4 +1,4 @@
-"""Load on a server: wrk for HTTP/1.1, h2load for gRPC. As many connections as clients, one request at a time on each."""
+"""Load on a server: wrk for HTTP/1.1, h2load for gRPC. Every client has one connection with one request at a time."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.serving.wires import Request
+from benchmarks.serving.wires import WireRequest
 from bnexport.errors import MissingDependency, RuntimeUnavailable
 
 #: Program -> Debian's package.
 TOOLS: Mapping[str, str] = {"wrk": "wrk", "h2load": "nghttp2-client"}
-#: Seconds beside those of the load itself.
+#: Seconds in addition to those of the load itself.
 _PATIENCE = 60.0
 #: wrk calls ``done`` with its counters; its own report rounds times. The body is read from the working folder.
 _SCRIPT = """\
@@ -42,21 +42,13 @@ _UNITS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 
 @dataclass(frozen=True)
 class Load:
-    """What a load tool saw.
+    """The report of a load tool."""
 
-    Attributes:
-        requests: Answered ones.
-        seconds: How long it took.
-        p50_us: Median of the answer times, in microseconds.
-        p99_us: Their 99th percentile. wrk counts a slow answer once more for each request that it held up.
-        errors: Kind -> how many; only kinds that happened.
-    """
-
-    requests: int
+    requests: int  # with an answer
     seconds: float
     p50_us: float
-    p99_us: float
-    errors: Mapping[str, int] = field(default_factory=dict)
+    p99_us: float  # wrk counts a slow answer once more for each request that it delayed
+    errors: Mapping[str, int] = field(default_factory=dict)  # kinds that happened -> count
 
     @property
     def per_second(self) -> float:
@@ -65,34 +57,18 @@ class Load:
 
 
 def need_tools(*names: str) -> None:
-    """Refuse to begin without a load tool.
-
-    Args:
-        names: Of TOOLS.
-
-    Raises:
-        MissingDependency: One is not here.
-    """
+    """Raise MissingDependency if one of these rows of TOOLS is not installed."""
     for name in names:
         if shutil.which(name) is None:
-            raise MissingDependency(
-                f"the benchmark of serving needs {name}, which is not installed here",
-                remedy=f"Install it: apt-get install {TOOLS[name]}",
-            )
+            problem = f"the benchmark of serving needs {name}, which is not installed here"
+            raise MissingDependency(problem, remedy=f"Install it: apt-get install {TOOLS[name]}")
 
 
-def put_load(port: int, request: Request, *, clients: int, seconds: int, grpc: bool = False) -> Load:
-    """Send one request again and again.
-
-    Args:
-        port: Of this machine.
-        request: What is sent.
-        clients: Connections.
-        seconds: Whole ones.
-        grpc: Over HTTP/2, as gRPC does.
+def put_load(port: int, request: WireRequest, *, clients: int, seconds: int, grpc: bool = False) -> Load:
+    """Send one request repeatedly for whole seconds; with ``grpc`` over HTTP/2, as gRPC does.
 
     Raises:
-        RuntimeUnavailable: The load tool failed, or nothing was answered.
+        RuntimeUnavailable: The load tool failed, or no request was answered.
     """
     url = f"http://127.0.0.1:{port}{request.path}"
     with tempfile.TemporaryDirectory(prefix="bnexport-benchmark-") as name:
@@ -110,17 +86,13 @@ def put_load(port: int, request: Request, *, clients: int, seconds: int, grpc: b
 
 
 def wrk_script(headers: Mapping[str, str]) -> str:
-    """Wrk's program in Lua: post the file ``body``, print one line of JSON at the end."""
+    """Return wrk's program in Lua: post the file ``body``, print one line of JSON at the end."""
     lines = (f"wrk.headers[{json.dumps(key)}] = {json.dumps(value)}" for key, value in headers.items())
     return _SCRIPT % "\n".join(lines)
 
 
 def parse_wrk(text: str) -> Load:
-    """From what wrk printed with ``wrk_script``.
-
-    Raises:
-        RuntimeUnavailable: It has no result.
-    """
+    """Read the output of wrk with ``wrk_script``; RuntimeUnavailable without a result."""
     lines = [line for line in text.splitlines() if line.startswith("{")]
     if not lines or not (found := json.loads(lines[-1]))["requests"]:
         raise _no_result("wrk", text)
@@ -129,11 +101,7 @@ def parse_wrk(text: str) -> Load:
 
 
 def parse_h2load(text: str, log: str) -> Load:
-    """From what h2load printed, and its log: of each request the begin, the HTTP status, and the microseconds.
-
-    Raises:
-        RuntimeUnavailable: They hold no result.
-    """
+    """Read the output of h2load, and its log: of each request the begin, the HTTP status, and the microseconds."""
     totals = _TOTALS.search(text)
     rows = [line.split() for line in log.splitlines()]
     times = [int(row[2]) for row in rows if row[1] == "200"]
@@ -161,4 +129,4 @@ def _run(command: list[str], folder: Path, seconds: int) -> str:
 
 def _no_result(tool: str, text: str) -> RuntimeUnavailable:
     last = (text.strip().splitlines() or ["no output"])[-1]
-    return RuntimeUnavailable(f"{tool} gave no result: {last[:200]}", remedy="Look whether the server still answers")
+    return RuntimeUnavailable(f"{tool} gave no result: {last[:200]}", remedy="Check that the server still answers")

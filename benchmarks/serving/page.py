@@ -1,157 +1,174 @@
-"""The page on the speed of serving."""
+"""The page docs/serving_speed.md: the targets of serving judged on one run, and its figures."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from benchmarks.clock import Spread
+from benchmarks.pages import ranged, render
 from benchmarks.serving.alone import BATCHES
-from benchmarks.serving.speed import Sample, Speeds, in_words
-from benchmarks.serving.targets import cpu_ratios, infer_share, outcomes, overheads
-from benchmarks.serving.venvs import VENVS
-from benchmarks.serving.ways import WAYS
+from benchmarks.serving.servers import VENVS, WAYS
+from benchmarks.serving.speed import Sample, ServingSpeeds, in_words
 
+#: Rows of bnexport whose answer times are judged; two processes and the load tool are too much for two cores.
+JUDGED = ("binary", "json", "grpc")
+_TAIL_CLIENTS = 8
 _VERDICTS = {True: "**met**", False: "**missed**", None: "**not measured**"}
-#: Readings of the memory that are shown, beside the last.
+#: Readings of the memory on the page, in addition to the last.
 _READINGS = 10
 
 
-def serving_page(speeds: Speeds, conditions: str) -> Iterator[str]:
-    """The document, part by part.
+@dataclass(frozen=True)
+class Outcome:
+    """One target in one run."""
 
-    Args:
-        speeds: What was measured.
-        conditions: Hardware and versions, as a sentence without its full stop.
+    words: str
+    figures: Sequence[str]  # each a part of a sentence
+    met: bool | None  # None: not measured
+
+
+def outcomes(speeds: ServingSpeeds) -> tuple[Outcome, ...]:
+    """Judge every target, in the order of ``TARGETS``."""
+    return tuple(judge(speeds) for judge in TARGETS)
+
+
+def infer_share(sample: Sample, alone_us: float) -> float:
+    """Return the microseconds of inference in a request's CPU time.
+
+    The server's own counter is wall time, which a busy machine makes longer; it counts at most as one image alone.
     """
-    yield "# The speed of serving\n"
-    yield (
-        "`bnexport serve` beside other servers of the same `model.onnx` (BN-LeNet, one image per request, always the same): "
-        "written by `python scripts/benchmark_serving.py`. Every server has one session of one thread of ONNX Runtime on the "
-        "CPU and no access log, and runs alone, started anew in each round; all take turns, round after round, and a ratio is "
-        "of one round. Before and after its loads each server's answer is compared with ONNX Runtime's own logits; a wrong one "
-        "stops the benchmark. CPU time is user and system time of all the server's processes, and depends less on how busy "
-        "the cores were than answer times do: the load tool (`wrk`, for gRPC `h2load`, one thread) shares the cores, and "
-        "nothing is pinned. FastAPI's endpoint is `async def`, which costs it less than the other usual form. "
-        "`wrk` counts a slow answer once more for each request that it held up, so its 99th percentile is the stricter one.\n"
-    )
-    yield f"{_amount(speeds)} {conditions}. Environments of the other servers: {_peers()}.\n"
-    yield "## Targets\n"
-    yield "A ratio is the median of the rounds, with its range; the worst one decides.\n"
-    for outcome in outcomes(speeds):
-        figures = "; ".join(outcome.figures)
-        yield f"- {outcome.words}: {figures + ': ' if figures else ''}{_VERDICTS[outcome.met]}."
-    yield "\n## Requests per second\n"
-    yield from _table(speeds)
-    for name, reason in speeds.failed.items():
-        yield f"\n{WAYS[name].words}: not measured, {reason}."
-    yield from _errors(speeds)
-    yield "\n" + _sizes(speeds)
-    yield from _path(speeds)
-    yield from _memory(speeds)
+    return alone_us if sample.infer_us is None else min(sample.infer_us, alone_us)
 
 
-def _peers() -> str:
-    rows = ((name, ", ".join(item.replace("==", " ") for item in items)) for name, items in VENVS.items())
-    return "; ".join(f"{name} ({items})" for name, items in rows)
+def overheads(speeds: ServingSpeeds, name: str, clients: int) -> Spread:
+    """Return CPU time of a request without inference over that of the echo's, one ratio per round."""
+    echo, rows = speeds.samples["echo"][clients], speeds.samples[name][clients]
+    turns = zip(rows, echo, speeds.alone, strict=True)
+    return Spread.of([(row.cpu_us - infer_share(row, alone.batches[1])) / bare.cpu_us for row, bare, alone in turns])
 
 
-def _amount(speeds: Speeds) -> str:
-    """How much was measured, from the loads themselves."""
-    loads = [row.load for columns in speeds.samples.values() for rows in columns.values() for row in rows]
-    seconds, requests = Spread.of([load.seconds for load in loads]), Spread.of([load.requests for load in loads])
-    return (
-        f"Rounds: {len(speeds.alone)}; each load took {seconds.low:.1f} to {seconds.high:.1f} s and "
-        f"{requests.low:,} to {requests.high:,} requests."
-    )
+def cpu_ratios(speeds: ServingSpeeds, name: str, other: str, clients: int) -> Spread:
+    """Return requests per CPU second over another server's, one ratio per round."""
+    pairs = zip(speeds.samples[name][clients], speeds.samples[other][clients], strict=True)
+    return Spread.of([theirs.cpu_us / ours.cpu_us for ours, theirs in pairs])
 
 
-def _table(speeds: Speeds) -> Iterator[str]:
-    yield (
-        "Requests per second of the best round and of the worst; the other columns are medians of the rounds, and the last is "
-        "requests per CPU second over FastAPI's at as many clients.\n"
-    )
-    yield "| server | clients | requests/s | CPU us/request | p50, us | p99, us | p99 / p50 | x FastAPI |"
-    yield "|---|---|---|---|---|---|---|---|"
-    for name, columns in speeds.samples.items():
-        for clients, rows in columns.items():
-            yield f"| {WAYS[name].words} | {clients} | {' | '.join(_cells(speeds, name, clients, rows))} |"
+def _clean(speeds: ServingSpeeds, *names: str) -> bool:
+    """True if no request of these servers failed: a server with errors does not meet a target."""
+    return not any(sample.load.errors for name in names for rows in speeds.samples[name].values() for sample in rows)
 
 
-def _cells(speeds: Speeds, name: str, clients: int, rows: Sequence[Sample]) -> Iterator[str]:
-    rates = Spread.of([row.load.per_second for row in rows])
-    yield f"{rates.high:,.0f} to {rates.low:,.0f}"
-    yield f"{Spread.of([row.cpu_us for row in rows]).middle:,.0f}"
-    for values in ([row.load.p50_us for row in rows], [row.load.p99_us for row in rows]):
-        yield f"{Spread.of(values).middle:,.0f}"
-    yield f"{Spread.of([row.load.p99_us / row.load.p50_us for row in rows]).middle:.1f}"
-    yield f"{cpu_ratios(speeds, name, 'fastapi', clients).middle:.2f}" if "fastapi" in speeds.samples else "-"
+def _each(spreads: Mapping[int, Spread], reached: Callable[[float], bool], aside: Mapping[int, str]) -> Iterator[str]:
+    """A figure for each count of clients; a missed one has the note of ``aside``."""
+    for count, spread in spreads.items():
+        missed = "" if reached(spread.middle) else f" (missed{aside.get(count, '')})"
+        yield f"{ranged(spread)} at {in_words(count)}{missed}"
 
 
-def _errors(speeds: Speeds) -> Iterator[str]:
-    for name, columns in speeds.samples.items():
-        for clients, rows in columns.items():
-            counts: dict[str, int] = {}
-            for kind, count in (item for row in rows for item in row.load.errors.items()):
-                counts[kind] = counts.get(kind, 0) + count
-            if counts:
-                told = ", ".join(f"{count} {kind}" for kind, count in counts.items())
-                yield f"\n{WAYS[name].words} at {in_words(clients)} had errors, so its figures do not count: {told}."
+def _faster(speeds: ServingSpeeds) -> Outcome:
+    words = "Binary tensors: at least 6 times the requests per CPU second of FastAPI with JSON"
+    if "fastapi" not in speeds.samples:
+        return Outcome(words, (), None)
+    found = {n: cpu_ratios(speeds, "binary", "fastapi", n) for n in speeds.samples["binary"]}
+    met = min(spread.middle for spread in found.values()) >= 6.0
+    # The echo is the bound: no inference, no protocol.
+    echo = {n: f"; the echo has {cpu_ratios(speeds, 'echo', 'fastapi', n).middle:.2f}" for n in found}
+    figures = tuple(_each(found, lambda ratio: ratio >= 6.0, echo))
+    return Outcome(words, figures, met and _clean(speeds, "binary", "fastapi"))
 
 
-def _sizes(speeds: Speeds) -> str:
-    parts = (f"{WAYS[name].words} {sent:,} and {got:,}" for name, (sent, got) in speeds.sizes.items())
-    return f"Bytes of a request's body and of its answer's: {'; '.join(parts)}."
+def _tail(speeds: ServingSpeeds) -> Outcome:
+    words = f"99th percentile at {_TAIL_CLIENTS} clients below 3 times the median"
+    found: dict[str, Spread] = {}
+    for name in JUDGED:
+        if rows := speeds.samples.get(name, {}).get(_TAIL_CLIENTS):
+            found[name] = Spread.of([row.load.p99_us / row.load.p50_us for row in rows])
+    if not found:
+        return Outcome(words, (), None)
+    figures = tuple(f"{ranged(spread)} for {WAYS[name].words}" for name, spread in found.items())
+    met = max(spread.middle for spread in found.values()) < 3.0
+    return Outcome(words, figures, met and _clean(speeds, *found))
 
 
-def _path(speeds: Speeds) -> Iterator[str]:
-    alone = {size: Spread.of([turn.batches[size] for turn in speeds.alone]) for size in BATCHES}
-    rested, pause = (
-        Spread.of(values) for values in zip(*((turn.rested, turn.pause) for turn in speeds.alone), strict=True)
-    )
-    yield "\n## The path of a request\n"
-    yield (
-        "ONNX Runtime alone, called in a loop by one thread, takes "
-        + " and ".join(
-            f"{spread.middle:.1f} us of CPU per image in batches of {size}" for size, spread in alone.items()
-        )
-        + ". The inference of a request is what the server's own counters say, which fewer images in a batch or a busy "
-        "machine make longer, but never more than one image takes alone. What is left is the path: protocol, queue, checks.\n"
-    )
-    yield (
-        f"After a pause of {pause.middle:.0f} us ONNX Runtime alone takes {rested.middle:.1f} us ({rested.low:.1f} to "
-        f"{rested.high:.1f}) for one image, {rested.middle / alone[1].middle:.1f} times as much as in the loop: the core has "
-        "slept, and begins with cold caches. A server with one client sleeps after each answer, and all that it runs costs "
-        "more for that, the engine too; the table counts that as path, which is to the server's disadvantage at 1 client.\n"
-    )
-    yield "| server | clients | CPU us/request | of it inference | path / echo | whole request / echo |"
-    yield "|---|---|---|---|---|---|"
-    for name, columns in speeds.samples.items():
-        if not WAYS[name].counted:
-            continue
-        for clients, rows in columns.items():
-            cpu = Spread.of([row.cpu_us for row in rows])
-            turns = zip(rows, speeds.alone, strict=True)
-            infer = Spread.of([infer_share(row, alone_then.batches[1]) for row, alone_then in turns])
-            path, whole = overheads(speeds, name, clients), cpu_ratios(speeds, "echo", name, clients)
-            yield (
-                f"| {WAYS[name].words} | {clients} | {cpu.middle:.0f} ({cpu.low:.0f} to {cpu.high:.0f}) | {infer.middle:.1f} | "
-                f"{path.middle:.2f} ({path.low:.2f} to {path.high:.2f}) | {whole.middle:.2f} |"
-            )
+def _overhead(speeds: ServingSpeeds) -> Outcome:
+    words = "CPU time of a binary request without inference at most 1.5 times that of a bare ASGI echo of the same body"
+    found = {n: overheads(speeds, "binary", n) for n in speeds.samples["binary"]}
+    met = max(spread.middle for spread in found.values()) <= 1.5
+    figures = tuple(_each(found, lambda ratio: ratio <= 1.5, {}))
+    return Outcome(words, figures, met and _clean(speeds, "binary", "echo"))
 
 
-def _memory(speeds: Speeds) -> Iterator[str]:
-    yield "\n## Memory\n"
+def _memory(speeds: ServingSpeeds) -> Outcome:
+    words = "Memory flat within 5 % over 1 million requests"
     memory = speeds.memory
-    if memory is None:
-        yield "Not measured."
-        return
-    yield (
-        "Resident memory of `bnexport serve` under binary requests of 8 clients, first read after a warm-up, then about every "
-        f"50,000 requests; its peak was {memory.peak / 2**20:.1f} MiB. Some of the readings:\n"
-    )
-    yield "| requests | MiB |"
-    yield "|---|---|"
-    step = max(1, len(memory.requests) // _READINGS)
-    shown = sorted({*range(0, len(memory.requests), step), len(memory.requests) - 1})
-    for index in shown:
-        yield f"| {memory.requests[index]:,} | {memory.resident[index] / 2**20:.1f} |"
+    if memory is None or memory.requests[-1] < 1_000_000:
+        return Outcome(words, () if memory is None else (_grown(speeds),), None)
+    return Outcome(words, (_grown(speeds),), memory.growth <= 0.05)
+
+
+def _grown(speeds: ServingSpeeds) -> str:
+    assert speeds.memory is not None
+    memory = speeds.memory
+    first, last = memory.resident[0] / 2**20, memory.resident[-1] / 2**20
+    return f"{memory.growth:+.1%} over {memory.requests[-1]:,} requests ({first:.1f} to {last:.1f} MiB)"
+
+
+#: Target -> outcome.
+TARGETS: tuple[Callable[[ServingSpeeds], Outcome], ...] = (_faster, _tail, _overhead, _memory)
+
+
+def serving_page(speeds: ServingSpeeds, conditions: str) -> str:
+    """Return the page; ``conditions``: hardware and versions as a sentence without its full stop."""
+    loads = [row.load for columns in speeds.samples.values() for rows in columns.values() for row in rows]
+    return render(
+        "serving/page.md.jinja", speeds=speeds, conditions=conditions, rounds=len(speeds.alone), ways=WAYS,
+        seconds=Spread.of([load.seconds for load in loads]), requests=Spread.of([load.requests for load in loads]),
+        venvs={name: ", ".join(items).replace("==", " ") for name, items in VENVS.items()},
+        targets=[(each.words, "; ".join(each.figures), _VERDICTS[each.met]) for each in outcomes(speeds)],
+        speed_rows=[_speed_cells(speeds, *place) for place in _places(speeds)],
+        path_rows=[_path_cells(speeds, *place) for place in _places(speeds) if WAYS[place[0]].counted],
+        errors=list(_errors(speeds)), memory_rows=_memory_rows(speeds),
+        alone={size: Spread.of([turn.batches[size] for turn in speeds.alone]) for size in BATCHES},
+        rested=Spread.of([turn.rested for turn in speeds.alone]), pause=Spread.of([turn.pause for turn in speeds.alone]),
+    )  # fmt: skip
+
+
+def _places(speeds: ServingSpeeds) -> list[tuple[str, int, Sequence[Sample]]]:
+    return [(name, clients, rows) for name, columns in speeds.samples.items() for clients, rows in columns.items()]
+
+
+def _speed_cells(speeds: ServingSpeeds, name: str, clients: int, rows: Sequence[Sample]) -> list[object]:
+    rates = Spread.of([row.load.per_second for row in rows])
+    values = ([row.cpu_us for row in rows], [row.load.p50_us for row in rows], [row.load.p99_us for row in rows])
+    tail = Spread.of([row.load.p99_us / row.load.p50_us for row in rows]).middle
+    share = f"{cpu_ratios(speeds, name, 'fastapi', clients).middle:.2f}" if "fastapi" in speeds.samples else "-"
+    middles = (f"{Spread.of(found).middle:,.0f}" for found in values)
+    return [WAYS[name].words, clients, f"{rates.high:,.0f} to {rates.low:,.0f}", *middles, f"{tail:.1f}", share]
+
+
+def _path_cells(speeds: ServingSpeeds, name: str, clients: int, rows: Sequence[Sample]) -> list[object]:
+    turns = zip(rows, speeds.alone, strict=True)
+    infer = Spread.of([infer_share(row, alone.batches[1]) for row, alone in turns])
+    path, whole = overheads(speeds, name, clients), cpu_ratios(speeds, "echo", name, clients)
+    cpu = ranged(Spread.of([row.cpu_us for row in rows]), 0)
+    return [WAYS[name].words, clients, cpu, f"{infer.middle:.1f}", ranged(path), f"{whole.middle:.2f}"]
+
+
+def _errors(speeds: ServingSpeeds) -> Iterator[str]:
+    for name, clients, rows in _places(speeds):
+        counts: Counter[str] = Counter()
+        for row in rows:
+            counts.update(row.load.errors)
+        if counts:
+            told = ", ".join(f"{count} {kind}" for kind, count in counts.items())
+            yield f"{WAYS[name].words} at {in_words(clients)} had errors, so its figures do not count: {told}."
+
+
+def _memory_rows(speeds: ServingSpeeds) -> list[list[str]]:
+    if (memory := speeds.memory) is None:
+        return []
+    count = len(memory.requests)
+    shown = sorted({*range(0, count, max(1, count // _READINGS)), count - 1})
+    return [[f"{memory.requests[index]:,}", f"{memory.resident[index] / 2**20:.1f}"] for index in shown]

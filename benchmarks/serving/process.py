@@ -1,4 +1,4 @@
-"""A server with all its processes: started, asked until it answers, its CPU time and memory read, ended (Linux's /proc)."""
+"""A server with all its processes: its start, its first answer, its CPU time and memory, its end (Linux's /proc)."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.serving.wires import Request
+from benchmarks.serving.wires import WireRequest
 from bnexport.errors import RuntimeUnavailable
 from bnexport.optional import one_line
 
-#: Seconds that a server has to answer for the first time, and to end.
+#: Seconds until a server's first answer, and until its end.
 _START, _END = 90.0, 3.0
 _ANSWER = 10.0
-#: Fields of /proc/PID/stat behind the command's name (proc(5)).
+#: Fields of /proc/PID/stat after the command's name (proc(5)).
 _PARENT, _SESSION, _UTIME, _STIME, _RSS = 1, 3, 11, 12, 21
 
 
 @dataclass(frozen=True)
 class Ports:
-    """Free ports: ``http`` with two more behind it, and ``grpc``."""
+    """Free ports: ``http`` and the two after it, and ``grpc``."""
 
     http: int
     grpc: int
@@ -36,28 +36,22 @@ class Ports:
 
 @dataclass(frozen=True)
 class Running:
-    """A server that runs.
+    """A running server."""
 
-    Attributes:
-        process: The first process of a session of its own, in which its children are as well.
-        ports: Where it listens.
-        log: What it wrote.
-    """
-
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes]  # the first process of its own session, which its children are in as well
     ports: Ports
     log: Path
 
     def cpu_seconds(self) -> float:
-        """User and system time of all its processes, in seconds."""
+        """Return user and system time of all its processes, in seconds."""
         return sum(int(row[_UTIME]) + int(row[_STIME]) for _, row in self._rows()) / os.sysconf("SC_CLK_TCK")
 
     def resident_bytes(self) -> int:
-        """Resident memory of all its processes; what they share counts for each."""
+        """Return resident memory of all its processes; shared memory counts for each."""
         return sum(int(row[_RSS]) for _, row in self._rows()) * os.sysconf("SC_PAGE_SIZE")
 
     def peak_bytes(self) -> int:
-        """Sum of the most resident memory that each of its processes ever had."""
+        """Return the sum of the peak resident memory of its processes."""
         found = 0
         for pid, _ in self._rows():
             with contextlib.suppress(OSError):
@@ -66,7 +60,7 @@ class Running:
         return found
 
     def _rows(self) -> Iterator[tuple[int, list[str]]]:
-        """Its processes: those that descend from the first one, and orphans of its session."""
+        """Yield its processes: descendants of the first one, and orphans of its session."""
         rows: dict[int, list[str]] = {}
         for entry in os.scandir("/proc"):
             if entry.name.isdigit():
@@ -80,18 +74,15 @@ class Running:
             if above == self.process.pid or int(row[_SESSION]) == self.process.pid:
                 yield pid, row
 
-    def post(self, request: Request) -> tuple[int, dict[str, str], bytes]:
-        """Status, headers in lower case, body."""
+    def post(self, request: WireRequest) -> tuple[int, dict[str, str], bytes]:
+        """Return status, headers in lower case, and body."""
         return ask(self.ports.http, "POST", request.path, request.body, request.headers)
 
     def wait(self, answers: Callable[[], bool]) -> None:
-        """Wait until the server answers.
-
-        Args:
-            answers: Asks; False or an OSError for "not yet".
+        """Wait until ``answers`` returns True; False and an OSError mean "not yet".
 
         Raises:
-            RuntimeUnavailable: It ended, or does not answer in time.
+            RuntimeUnavailable: The server ended, or does not answer in time.
         """
         end = time.monotonic() + _START
         while time.monotonic() < end:
@@ -112,14 +103,7 @@ class Running:
 def ask(
     port: int, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] | None = None
 ) -> tuple[int, dict[str, str], bytes]:
-    """Ask a server of this machine once.
-
-    Returns:
-        Status, headers in lower case, body.
-
-    Raises:
-        OSError: Nobody listens, or no answer comes.
-    """
+    """Send a request to a server of this machine; returns status, headers in lower case, and body."""
     with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=_ANSWER)) as client:
         client.request(method, path, body, dict(headers or {}))
         answer = client.getresponse()
@@ -127,18 +111,17 @@ def ask(
 
 
 def counters(port: int) -> dict[str, int]:
-    """How many requests ``bnexport serve`` has answered and run, and for how many nanoseconds its engine ran.
+    """Return the requests that ``bnexport serve`` answered and ran, and the nanoseconds of its engine.
 
     Raises:
-        RuntimeUnavailable: It does not say.
+        RuntimeUnavailable: It has no such counters.
     """
     try:
         _, _, body = ask(port, "GET", "/v2/models/bn_lenet/stats")
         rows = [row["inference_stats"] for row in json.loads(body)["model_stats"]]
     except (OSError, http.client.HTTPException, ValueError, KeyError) as error:
-        raise RuntimeUnavailable(
-            f"it has no counters: {one_line(error)}", remedy="Start it by hand and look"
-        ) from error
+        problem = f"it has no counters: {one_line(error)}"
+        raise RuntimeUnavailable(problem, remedy="Start it by hand and look") from error
     return {
         "success": sum(row["success"]["count"] for row in rows),
         "infer": sum(row["compute_infer"]["count"] for row in rows),
@@ -148,11 +131,7 @@ def counters(port: int) -> dict[str, int]:
 
 @contextlib.contextmanager
 def started(command: Callable[[Ports], Sequence[str]], env: Mapping[str, str]) -> Iterator[Running]:
-    """Start a server; it and all its processes are gone at the end.
-
-    Args:
-        command: What to run, when told the ports.
-        env: Its environment.
+    """Start ``command(ports)``; the server and all its processes are gone at the end.
 
     Raises:
         RuntimeUnavailable: There is no such program.
@@ -163,14 +142,9 @@ def started(command: Callable[[Ports], Sequence[str]], env: Mapping[str, str]) -
         with log.open("wb") as output:
             try:
                 process = subprocess.Popen(
-                    command(ports),
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    env=dict(env),
-                    cwd=folder,
-                    start_new_session=True,
-                )
+                    command(ports), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=dict(env),
+                    cwd=folder, start_new_session=True,
+                )  # fmt: skip
             except OSError as error:
                 raise RuntimeUnavailable(f"it can't be started: {error}", remedy="Install it again") from error
         try:
@@ -184,13 +158,13 @@ def _end(process: subprocess.Popen[bytes]) -> None:
         process.send_signal(signal.SIGTERM)
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(_END)
-    with contextlib.suppress(ProcessLookupError):  # some servers never end by themselves, others leave children
+    with contextlib.suppress(ProcessLookupError):  # some servers never end on SIGTERM, others leave children
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
 def free_ports() -> Ports:
-    """Ports that nobody listens on; a moment later somebody may."""
+    """Return ports without a listener at this moment."""
     for _ in range(100):
         with contextlib.ExitStack() as held:
             try:

@@ -1,4 +1,4 @@
-"""How fast serving is, side by side with other servers of the same model: all in turn, round after round."""
+"""The speed of serving next to other servers of the same model: all in turn, round after round."""
 
 from __future__ import annotations
 
@@ -13,21 +13,20 @@ from pathlib import Path
 
 import numpy as np
 
-from bnexport import interrupts
 from benchmarks.serving.alone import Alone, open_session
 from benchmarks.serving.load import Load, need_tools, put_load
 from benchmarks.serving.process import Running, counters, started
-from benchmarks.serving.ways import WAYS, Place, Way
-from benchmarks.serving.wires import WIRES, Request, read_logits
+from benchmarks.serving.servers import WAYS, Place, ServerWay
+from benchmarks.serving.wires import WIRES, WireRequest, read_logits
 from bnexport.bundle import Bundle
 from bnexport.errors import BundleError, ProofError, RuntimeUnavailable
 from bnexport.optional import require
 from bnexport.tensors import Array
 
 CLIENTS = (1, 8, 64)
-#: Without these there is nothing to compare.
+#: Servers without which there is nothing to compare.
 NEEDED = ("binary", "echo")
-#: A server's logits are right within so much of the largest of onnxruntime's own.
+#: Allowed error of a server's logits, as a share of the largest of onnxruntime's own.
 _TOLERANCE = 1e-5
 _WARM_SECONDS, _WARM_CLIENTS = 1, 8
 _ALONE_SECONDS = 1.0
@@ -36,101 +35,65 @@ _MEMORY_STEP = 50_000
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is measured.
+class ServingPlan:
+    """The settings of a measurement."""
 
-    Attributes:
-        bundle: A bundle named bn_lenet of a model with one input, "input".
-        venvs: Where the environments of other servers are kept.
-        rounds: How often.
-        seconds: Of each load; whole ones.
-        memory_requests: How many requests the server's memory is watched over; 0 leaves that out.
-        warm_requests: How many it gets before.
-        clients: Numbers of clients.
-    """
-
-    bundle: Path
-    venvs: Path
+    bundle: Path  # a bundle named bn_lenet of a model with one input, "input"
+    venvs: Path  # the folder of the environments of other servers
     rounds: int = 3
-    seconds: int = 2
-    memory_requests: int = 1_000_000
-    warm_requests: int = 20_000
+    seconds: int = 2  # of each load
+    memory_requests: int = 1_000_000  # over which the memory is read; 0: not at all
+    warm_requests: int = 20_000  # before the first reading of the memory
     clients: Sequence[int] = CLIENTS
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One load on one server.
-
-    Attributes:
-        load: What the clients saw.
-        cpu_us: CPU time of all the server's processes for each request, in microseconds.
-        infer_us: Of that, the engine's share by the server's own counters; None where it has none.
-    """
+    """One load on one server."""
 
     load: Load
-    cpu_us: float
-    infer_us: float | None = None
+    cpu_us: float  # CPU time of all the server's processes per request, in microseconds
+    infer_us: float | None = None  # the engine's share by the server's own counters; None without counters
 
 
 @dataclass(frozen=True)
-class Memory:
-    """A server's memory over many requests.
+class ServerMemory:
+    """A server's memory over many requests."""
 
-    Attributes:
-        requests: Requests after the warm-up at each reading; the first is 0.
-        resident: Bytes at each reading.
-        peak: The most that it ever had, in bytes.
-    """
-
-    requests: Sequence[int]
-    resident: Sequence[int]
-    peak: int
+    requests: Sequence[int]  # after the warm-up at each reading; the first is 0
+    resident: Sequence[int]  # bytes at each reading
+    peak: int  # bytes
 
     @property
     def growth(self) -> float:
-        """From the first reading to the last, as a share of the first."""
+        """Growth from the first reading to the last, as a share of the first."""
         return self.resident[-1] / self.resident[0] - 1.0
 
 
 @dataclass(frozen=True)
-class Speeds:
-    """What was measured.
+class ServingSpeeds:
+    """The results of a measurement."""
 
-    Attributes:
-        samples: Way -> number of clients -> one sample per round.
-        alone: onnxruntime without a server, once per round.
-        sizes: Way -> bytes of a request's body and of its answer's.
-        failed: Way -> why it could not be measured.
-        memory: Of ``bnexport serve``; None when it was not watched.
-    """
-
-    samples: Mapping[str, Mapping[int, Sequence[Sample]]]
-    alone: Sequence[Alone]
-    sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    failed: Mapping[str, str] = field(default_factory=dict)
-    memory: Memory | None = None
+    samples: Mapping[str, Mapping[int, Sequence[Sample]]]  # server -> number of clients -> one sample per round
+    alone: Sequence[Alone]  # onnxruntime without a server, once per round
+    sizes: Mapping[str, tuple[int, int]] = field(default_factory=dict)  # server -> bytes of a request and of its answer
+    failed: Mapping[str, str] = field(default_factory=dict)  # server -> reason
+    memory: ServerMemory | None = None  # of ``bnexport serve``
 
 
 def in_words(clients: int) -> str:
-    """A number of clients."""
+    """Return "1 client" or "N clients"."""
     return f"{clients} client" + "s" * (clients > 1)
 
 
-@interrupts.terminable()
-def measure(names: Sequence[str], plan: Plan, *, tell: Callable[[str], None] = lambda _: None) -> Speeds:
-    """Measure servers in turn; each is started anew in every round.
-
-    Args:
-        names: Of WAYS; NEEDED are measured too.
-        plan: How.
-        tell: Told a line after each load.
+def measure(names: Sequence[str], plan: ServingPlan, *, tell: Callable[[str], None] = lambda _: None) -> ServingSpeeds:
+    """Measure rows of WAYS, and NEEDED, in turn; each server is started anew in every round.
 
     Raises:
         MissingDependency: A load tool is missing.
         RuntimeUnavailable: One of NEEDED can't be measured.
-        ProofError: A server answers wrongly.
-        BundleError: The bundle is none, or of another model.
+        ProofError: A server's answer is wrong.
+        BundleError: The bundle is of another model.
     """
     bench = _Bench(plan, tell)
     names = [name for name in WAYS if name in {*names, *NEEDED}]
@@ -145,24 +108,24 @@ def measure(names: Sequence[str], plan: Plan, *, tell: Callable[[str], None] = l
                 bench.turn(name, python, samples[name], f"round {number + 1}/{plan.rounds}")
     kept = {name: rows for name, rows in samples.items() if name not in bench.failed}
     memory = bench.memory(pythons["binary"]) if plan.memory_requests else None
-    return Speeds(kept, alone, bench.sizes, bench.failed, memory)
+    return ServingSpeeds(kept, alone, bench.sizes, bench.failed, memory)
 
 
 class _Bench:
-    """The image, its logits, and what has been found so far."""
+    """The image, its logits, and the results so far."""
 
-    def __init__(self, plan: Plan, tell: Callable[[str], None]) -> None:
+    def __init__(self, plan: ServingPlan, tell: Callable[[str], None]) -> None:
         self.plan, self.tell = plan, tell
         self.bundle = Bundle.open(plan.bundle.resolve())
         if self.bundle.manifest.name != "bn_lenet":
-            raise BundleError(f"{plan.bundle} is no bundle of bn_lenet", remedy="Give models/bn_lenet/1")
+            raise BundleError(f"{plan.bundle} is not a bundle of bn_lenet", remedy="Give models/bn_lenet/1")
         self.image: Array = self.bundle.golden()[0]["input"][:1]
         self.logits: Array = open_session(self.bundle.file("model.onnx")).run(None, {"input": self.image})[0][0]
         self.sizes: dict[str, tuple[int, int]] = {}
         self.failed: dict[str, str] = {}
 
     def prepare(self, names: Sequence[str]) -> dict[str, Path]:
-        """Way -> its interpreter; ways that have none go to ``failed``."""
+        """Return server -> its interpreter; servers without one are added to ``failed``."""
         found: dict[str, Path] = {}
         for name in names:
             try:
@@ -178,7 +141,7 @@ class _Bench:
         self.tell(f"{WAYS[name].words}: not measured, {error.message}")
 
     def turn(self, name: str, python: Path, samples: Mapping[int, list[Sample]], prefix: str) -> None:
-        """One server, from its start to its end: every number of clients once."""
+        """Measure one server from its start to its end: every number of clients once."""
         try:
             with self._running(name, python) as (server, request):
                 for clients, rows in samples.items():
@@ -189,8 +152,8 @@ class _Bench:
             self._give_up(name, error)
 
     @contextmanager
-    def _running(self, name: str, python: Path) -> Iterator[tuple[Running, Request]]:
-        """A server that has answered rightly and is warm; it must answer rightly at the end as well."""
+    def _running(self, name: str, python: Path) -> Iterator[tuple[Running, WireRequest]]:
+        """A warm server; its answers are right at the start and at the end."""
         way = WAYS[name]
         request = WIRES[way.wire].request(self.image)
         size = self.sizes.get("binary", (0, 0))[1]
@@ -201,13 +164,13 @@ class _Bench:
             yield server, request
             server.wait(lambda: self._check(name, server, request))
 
-    def _load(self, way: Way, server: Running, request: Request, clients: int, seconds: int) -> Load:
+    def _load(self, way: ServerWay, server: Running, request: WireRequest, clients: int, seconds: int) -> Load:
         grpc = WIRES[way.wire].grpc
         port = server.ports.grpc if grpc else server.ports.http
         return put_load(port, request, clients=clients, seconds=seconds, grpc=grpc)
 
-    def _check(self, name: str, server: Running, request: Request) -> bool:
-        """Whether the server answers; what it answers must be right."""
+    def _check(self, name: str, server: Running, request: WireRequest) -> bool:
+        """True if the server answers; ProofError if the answer is wrong."""
         wire = WIRES[WAYS[name].wire]
         if wire.grpc:
             headers: dict[str, str] = {}
@@ -226,11 +189,11 @@ class _Bench:
         if logits.shape != self.logits.shape or not np.abs(logits - self.logits).max() <= _TOLERANCE * scale:
             raise ProofError(
                 f"{WAYS[name].words} answers {logits.tolist()}, onnxruntime alone {self.logits.tolist()}",
-                remedy="A wrong answer's speed is worth nothing: look at that server first",
+                remedy="Look at that server first: the speed of wrong answers does not count",
             )
         return True
 
-    def _sample(self, way: Way, server: Running, request: Request, clients: int) -> Sample:
+    def _sample(self, way: ServerWay, server: Running, request: WireRequest, clients: int) -> Sample:
         before = counters(server.ports.http) if way.counted else {}
         cpu = server.cpu_seconds()
         load = self._load(way, server, request, clients, self.plan.seconds)
@@ -239,13 +202,13 @@ class _Bench:
             return Sample(load, cpu / load.requests * 1e6)
         after = counters(server.ports.http)
         grown = {key: after[key] - before[key] for key in after}
-        if (lost := load.requests - grown["success"]) > 0:  # of gRPC: a refusal has the HTTP status 200 as well
+        if (lost := load.requests - grown["success"]) > 0:  # a refusal of gRPC has the HTTP status 200 as well
             load = Load(load.requests, load.seconds, load.p50_us, load.p99_us, {**load.errors, "refused": lost})
         infer = grown["infer_ns"] / max(grown["infer"], 1) * 1e-3
         return Sample(load, cpu / load.requests * 1e6, infer)
 
-    def memory(self, python: Path) -> Memory:
-        """Resident memory over many binary requests of 8 clients, read about every 50,000."""
+    def memory(self, python: Path) -> ServerMemory:
+        """Read the resident memory over many binary requests of 8 clients, about every 50,000."""
         way = WAYS["binary"]
         with self._running("binary", python) as (server, request):
             warm, rate = 0, 1.0
@@ -260,16 +223,11 @@ class _Bench:
                 requests.append(requests[-1] + load.requests)
                 resident.append(server.resident_bytes())
                 self.tell(f"memory  {requests[-1]:,} requests: {resident[-1] / 2**20:.1f} MiB")
-            return Memory(requests, resident, server.peak_bytes())
+            return ServerMemory(requests, resident, server.peak_bytes())
 
 
-def grpc_answer(port: int, request: Request) -> bytes:
-    """The message that a gRPC server answers.
-
-    Raises:
-        MissingDependency: grpcio is not here.
-        OSError: The server does not answer, or refuses.
-    """
+def grpc_answer(port: int, request: WireRequest) -> bytes:
+    """Return the message of a gRPC server's answer; OSError without an answer."""
     grpc = require("grpc", purpose="the benchmark of serving over gRPC")
     with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
         try:
@@ -281,11 +239,10 @@ def grpc_answer(port: int, request: Request) -> bytes:
 
 def _alone(bundle: Path) -> Alone:
     command = [sys.executable, "-m", "benchmarks.serving.alone", str(bundle), str(_ALONE_SECONDS)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=300, check=False, env=WAYS["binary"].environment()
-    )
+    env = WAYS["binary"].environment()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=env)
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        raise RuntimeUnavailable(f"onnxruntime alone can't be measured: {last[:200]}", remedy="Look at bnexport doctor")
+        raise RuntimeUnavailable(f"onnxruntime alone can't be measured: {last[:200]}", remedy="Run bnexport doctor")
     found = json.loads(done.stdout.strip().splitlines()[-1])
     return Alone({int(size): us for size, us in found["batches"].items()}, found["rested"], found["pause"])

@@ -1,4 +1,4 @@
-"""The same image to one server after another: how each wants to be asked, and where its answer has the logits."""
+"""The wires of the servers: the request for the same image, and the position of the logits in the answer."""
 
 from __future__ import annotations
 
@@ -14,45 +14,36 @@ from bnexport.screening.refusal import Refusal
 from bnexport.screening.wire import read_fields
 from bnexport.tensors import Array
 
-#: Where models/bn_lenet answers the Open Inference Protocol, over HTTP and over gRPC.
+#: Addresses of models/bn_lenet in the Open Inference Protocol, over HTTP and over gRPC.
 INFER = "/v2/models/bn_lenet/infer"
 GRPC_INFER = "/inference.GRPCInferenceService/ModelInfer"
-_JSON = {"content-type": "application/json"}
+JSON = {"content-type": "application/json"}
+#: Header with the length of the JSON in front of binary tensors.
+LENGTH = "inference-header-content-length"
+Headers = Mapping[str, str]
 
 
 @dataclass(frozen=True)
-class Request:
-    """What is posted.
-
-    Attributes:
-        path: Of the URL.
-        headers: Beside the length.
-        body: For gRPC one message behind its prefix (gRPC over HTTP/2, "Length-Prefixed-Message").
-    """
+class WireRequest:
+    """A posted request; the body of gRPC is one message after its prefix ("Length-Prefixed-Message")."""
 
     path: str
-    headers: Mapping[str, str]
+    headers: Headers  # without the length
     body: bytes
 
 
 @dataclass(frozen=True)
 class Wire:
-    """A row of WIRES.
+    """A row of WIRES."""
 
-    Attributes:
-        request: The request for an image, (1, 1, 28, 28).
-        logits: From the answer's headers, in lower case, and its body to the logits, (10,); for gRPC the message alone. None
-            where an answer holds none.
-        grpc: Whether it goes over gRPC.
-    """
-
-    request: Callable[[Array], Request]
-    logits: Callable[[Mapping[str, str], bytes], Array] | None
+    request: Callable[[Array], WireRequest]  # for an image, (1, 1, 28, 28)
+    #: Headers, in lower case, and body of the answer (for gRPC the message alone) -> logits, (10,); None without logits.
+    logits: Callable[[Headers, bytes], Array] | None
     grpc: bool = False
 
 
-def read_logits(wire: Wire, headers: Mapping[str, str], body: bytes) -> Array | None:
-    """The logits of an answer; None where it holds none by design.
+def read_logits(wire: Wire, headers: Headers, body: bytes) -> Array | None:
+    """Return the logits of an answer; None if the wire has none.
 
     Raises:
         ProofError: The answer can't be read.
@@ -62,52 +53,53 @@ def read_logits(wire: Wire, headers: Mapping[str, str], body: bytes) -> Array | 
     try:
         return wire.logits(headers, body)
     except (ValueError, KeyError, IndexError, TypeError, Refusal) as error:
-        raise ProofError(
-            f"an answer can't be read: {type(error).__name__} in {body[:80]!r}", remedy="Look at that server's log"
-        ) from error
+        problem = f"an answer can't be read: {type(error).__name__} in {body[:80]!r}"
+        raise ProofError(problem, remedy="Look at that server's log") from error
 
 
-def _described(image: Array, **extra: Any) -> dict[str, Any]:
-    return {"name": "input", "shape": list(image.shape), "datatype": "FP32", **extra}
+def tensor(images: Array, name: str, **extra: Any) -> dict[str, Any]:
+    """Return a float32 input tensor of the Open Inference Protocol."""
+    return {"name": name, "shape": list(images.shape), "datatype": "FP32", **extra}
 
 
-def _json_request(image: Array) -> Request:
-    body = {"inputs": [_described(image, data=image.reshape(-1).tolist())]}
-    return Request(INFER, _JSON, json.dumps(body).encode())
+def json_body(images: Array, name: str) -> bytes:
+    """Return the JSON of a request for images."""
+    return json.dumps({"inputs": [tensor(images, name, data=images.reshape(-1).tolist())]}).encode()
 
 
-def _json_logits(_: Mapping[str, str], body: bytes) -> Array:
+def binary_request(images: Array, name: str) -> tuple[dict[str, str], bytes]:
+    """Return headers and body of a request with binary tensors in both directions."""
+    described = tensor(images, name, parameters={"binary_data_size": images.nbytes})
+    head = json.dumps({"inputs": [described], "parameters": {"binary_data_output": True}}).encode()
+    return {"content-type": "application/octet-stream", LENGTH: str(len(head))}, head + images.tobytes()
+
+
+def binary_logits(headers: Headers, body: bytes) -> Array:
+    """Return the float32 values after the JSON of a binary answer."""
+    return np.frombuffer(body, np.float32, offset=int(headers[LENGTH]))
+
+
+def _json_logits(_: Headers, body: bytes) -> Array:
     return np.array(json.loads(body)["outputs"][0]["data"], np.float32).reshape(-1)
 
 
-def _binary_request(image: Array) -> Request:
-    described = _described(image, parameters={"binary_data_size": image.nbytes})
-    head = json.dumps({"inputs": [described], "parameters": {"binary_data_output": True}}).encode()
-    headers = {"content-type": "application/octet-stream", "inference-header-content-length": str(len(head))}
-    return Request(INFER, headers, head + image.tobytes())
+def _binary(image: Array) -> WireRequest:
+    return WireRequest(INFER, *binary_request(image, "input"))
 
 
-def _binary_logits(headers: Mapping[str, str], body: bytes) -> Array:
-    return np.frombuffer(body, np.float32, offset=int(headers["inference-header-content-length"]))
+def _rows_request(image: Array) -> WireRequest:
+    return WireRequest("/predict", JSON, json.dumps({"image": image[0].tolist()}).encode())
 
 
-def _rows_request(image: Array) -> Request:
-    return Request("/predict", _JSON, json.dumps({"image": image[0].tolist()}).encode())
-
-
-def _rows_logits(_: Mapping[str, str], body: bytes) -> Array:
-    return np.array(json.loads(body)["logits"], np.float32)
-
-
-def _grpc_request(image: Array) -> Request:
+def _grpc_request(image: Array) -> WireRequest:
     shape = _field(3, b"".join(map(_varint, image.shape)))
     described = _field(1, b"input") + _field(2, b"FP32") + shape
     message = _field(1, b"bn_lenet") + _field(5, described) + _field(7, image.tobytes())
     headers = {"content-type": "application/grpc", "te": "trailers"}
-    return Request(GRPC_INFER, headers, b"\0" + len(message).to_bytes(4, "big") + message)
+    return WireRequest(GRPC_INFER, headers, b"\0" + len(message).to_bytes(4, "big") + message)
 
 
-def _grpc_logits(_: Mapping[str, str], body: bytes) -> Array:
+def _grpc_logits(_: Headers, body: bytes) -> Array:
     (raw,) = [field for field in read_fields(body, 0, len(body)) if field.number == 6]
     return np.frombuffer(body[raw.start : raw.end], np.float32)
 
@@ -127,9 +119,9 @@ def _varint(value: int) -> bytes:
 
 #: Name -> wire. The numbers are those of ModelInferRequest and ModelInferResponse (Open Inference Protocol, "GRPC").
 WIRES: dict[str, Wire] = {
-    "oip-json": Wire(_json_request, _json_logits),
-    "oip-binary": Wire(_binary_request, _binary_logits),
+    "oip-json": Wire(lambda image: WireRequest(INFER, JSON, json_body(image, "input")), _json_logits),
+    "oip-binary": Wire(_binary, binary_logits),
     "oip-grpc": Wire(_grpc_request, _grpc_logits, grpc=True),
-    "rows-json": Wire(_rows_request, _rows_logits),
-    "echo": Wire(_binary_request, None),
+    "rows-json": Wire(_rows_request, lambda _, body: np.array(json.loads(body)["logits"], np.float32)),
+    "echo": Wire(_binary, None),
 }

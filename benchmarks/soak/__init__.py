@@ -1,1 +1,1 @@
-"""Hours of traffic on a server in minutes: right and malformed requests, broken-off ones, and processes killed in between."""
+"""Traffic on a server whose processes are killed, and the verdict on the server."""

@@ -1,4 +1,4 @@
-"""Clients of a soak: each a thread that asks this and that, and judges every answer."""
+"""Clients of a soak: threads that send requests and judge every answer, and the ledger of their results."""
 
 from __future__ import annotations
 
@@ -8,36 +8,84 @@ import select
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from benchmarks.soak.ledger import Fault, Ledger
 from benchmarks.soak.traffic import Good, Traffic
 
 HOST = "127.0.0.1"
-#: Seconds that an answer may take; longer than a process takes to be started again.
+#: Seconds that an answer may take; longer than the restart of a process.
 PATIENCE = 60.0
-#: Seconds of the pauses in a slow request, and how often a client leaves its connection for a new one.
+#: Mean seconds of the pauses in a slow request, and the share of requests on a new connection.
 _SLOW, _FRESH = 0.1, 0.02
-#: Counters that never fall, as they begin in Prometheus's text.
+#: Counters that never fall, by their names in Prometheus's text.
 _COUNTERS = ("bnexport_http_requests_total", "bnexport_samples_total", "bnexport_request_seconds_count")
 Judge = Callable[[int, dict[str, str], bytes], str | None]
 Pieces = Iterator[bytes] | bytes
+RIGHT, WRONG, LOST = "right", "wrong", "lost"
+#: Faults of each sort that are kept; more are counted.
+_KEPT = 1000
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A request without the right answer; times are those of ``time.monotonic``."""
+
+    kind: str
+    reason: str  # one sentence without its full stop
+    port: int | None  # the client's; None without a connection
+    started: float
+    ended: float
+
+
+@dataclass
+class Ledger:
+    """Counts of all requests, and the faults; for many threads."""
+
+    counts: Counter[tuple[str, str]] = field(default_factory=Counter)  # (kind, outcome) -> requests
+    wrong: list[Fault] = field(default_factory=list)  # answers with other numbers or another status
+    lost: list[Fault] = field(default_factory=list)  # requests without an answer
+    fallen: list[str] = field(default_factory=list)  # counters of the server that fell
+    _highest: dict[str, float] = field(default_factory=dict)
+    _turn: threading.Lock = field(default_factory=threading.Lock)
+
+    def right(self, kind: str) -> None:
+        """Count a request with the right answer."""
+        with self._turn:
+            self.counts[kind, RIGHT] += 1
+
+    def add(self, outcome: str, fault: Fault) -> None:
+        """Note a wrong or a lost request."""
+        with self._turn:
+            self.counts[fault.kind, outcome] += 1
+            kept = self.wrong if outcome == WRONG else self.lost
+            kept += [fault] if len(kept) < _KEPT else []
+
+    def highest(self) -> dict[str, float]:
+        """Return the highest values of the server's counters so far, below which later answers may not fall."""
+        with self._turn:
+            return dict(self._highest)
+
+    def see(self, before: dict[str, float], now: dict[str, float]) -> None:
+        """Compare counters with those that ``highest`` returned before the request."""
+        with self._turn:
+            for name, value in now.items():
+                if value < before.get(name, 0.0):
+                    self.fallen.append(f"{name} fell from {before[name]:g} to {value:g}")
+                self._highest[name] = max(value, self._highest.get(name, 0.0))
+
+    def outcomes(self, outcome: str) -> int:
+        """Return the number of requests with an outcome."""
+        return sum(count for (_, found), count in self.counts.items() if found == outcome)
 
 
 class Client(threading.Thread):
     """One client, which keeps its connection as browsers and balancers do.
 
-    A kept connection that the server has closed is given up before a request is sent on it.
-
-    Args:
-        port: Of the server.
-        traffic: What to ask.
-        ledger: Where to write down what came.
-        stop: When to stop.
-        rng: For what comes next.
-        pause: Seconds between two requests, on average.
+    A kept connection that the server has closed is given up before the next request. ``pause``: mean seconds between requests.
     """
 
     def __init__(
@@ -56,7 +104,7 @@ class Client(threading.Thread):
         self._connection = http.client.HTTPConnection(HOST, port, timeout=PATIENCE)
 
     def run(self) -> None:
-        """Ask until told to stop."""
+        """Send requests until the stop."""
         names, weights = list(ACTIONS), np.array([weight for weight, _ in ACTIONS.values()])
         try:
             while not self._stop_asking.is_set():
@@ -67,12 +115,12 @@ class Client(threading.Thread):
             self._connection.close()
 
     def good(self) -> None:
-        """A request with a known answer."""
+        """Send a request with a known answer."""
         request = self._any_good()
         self._ask(request.kind, ("POST", request.path, request.headers), request.body, self._judge(request))
 
     def malformed(self) -> None:
-        """A request that must be refused."""
+        """Send a request that must be refused."""
         bad = self._traffic.bad[int(self._rng.integers(len(self._traffic.bad)))]
 
         def judge(status: int, _headers: dict[str, str], _body: bytes) -> str | None:
@@ -81,7 +129,7 @@ class Client(threading.Thread):
         self._ask("malformed", (bad.method, bad.path, bad.headers), bad.body, judge)
 
     def slow(self) -> None:
-        """A request whose body comes in pieces."""
+        """Send a request with its body in pieces."""
         request = self._any_good()
 
         def pieces() -> Iterator[bytes]:
@@ -93,7 +141,7 @@ class Client(threading.Thread):
         self._ask("slow", ("POST", request.path, headers), pieces(), self._judge(request))
 
     def broken_off(self) -> None:
-        """A client that goes away: before its request, in the middle of it, or before the answer."""
+        """Disconnect before a request, in the middle of it, or before the answer."""
         request = self._any_good()
         head = [f"POST {request.path} HTTP/1.1", "host: soak", f"content-length: {len(request.body)}"]
         head += [f"{name}: {value}" for name, value in request.headers.items()]
@@ -104,17 +152,17 @@ class Client(threading.Thread):
                 client.sendall(data[:length])
         except OSError as error:
             now = time.monotonic()
-            self._ledger.add_lost(Fault("broken off", f"no connection: {error}", None, now, now))
+            self._ledger.add(LOST, Fault("broken off", f"no connection: {error}", None, now, now))
         else:
             self._ledger.right("broken off")
 
     def probe(self) -> None:
-        """Whether it is alive and ready."""
+        """Check its health."""
         path = f"/v2/health/{self._rng.choice(['live', 'ready'])}"
         self._ask("probe", ("GET", path, {}), b"", _is_200)
 
     def metrics(self) -> None:
-        """Counters, which must not fall, whichever process tells them."""
+        """Read counters, which must not fall, whichever process answers."""
         before = self._ledger.highest()
 
         def judge(status: int, headers: dict[str, str], body: bytes) -> str | None:
@@ -138,7 +186,7 @@ class Client(threading.Thread):
         return judge
 
     def _ask(self, kind: str, head: tuple[str, str, object], body: Pieces, judge: Judge) -> None:
-        """Ask once, and write down what came."""
+        """Send one request, and note its result."""
         started, port = time.monotonic(), None
         method, path, headers = head
         try:
@@ -149,13 +197,13 @@ class Client(threading.Thread):
         except (OSError, http.client.HTTPException) as error:
             self._connection.close()
             reason = f"{type(error).__name__}: {error}"
-            self._ledger.add_lost(Fault(kind, reason, port, started, time.monotonic()))
+            self._ledger.add(LOST, Fault(kind, reason, port, started, time.monotonic()))
             return
         told = {name.lower(): value for name, value in answer.getheaders()}
         if (problem := judge(answer.status, told, got)) is None:
             self._ledger.right(kind)
         else:
-            self._ledger.add_wrong(Fault(kind, problem, port, started, time.monotonic()))
+            self._ledger.add(WRONG, Fault(kind, problem, port, started, time.monotonic()))
 
     def _connected(self) -> socket.socket:
         """The kept connection, or a new one."""
@@ -167,7 +215,7 @@ class Client(threading.Thread):
         return self._connection.sock
 
 
-#: What a client does -> how often, and how.
+#: Action of a client -> (weight, method).
 ACTIONS: dict[str, tuple[int, Callable[[Client], None]]] = {
     "good": (70, Client.good),
     "malformed": (12, Client.malformed),
@@ -183,7 +231,7 @@ def _is_200(status: int, _headers: dict[str, str], _body: bytes) -> str | None:
 
 
 def counters(text: str) -> dict[str, float]:
-    """Sums of some counters over their labels, from Prometheus's text format."""
+    """Return the sums of some counters over their labels, from Prometheus's text format."""
     found = dict.fromkeys(_COUNTERS, 0.0)
     for name, value in re.findall(r"^(\w+)(?:\{.*\})? (\S+)$", text, re.MULTILINE):
         if name in found:

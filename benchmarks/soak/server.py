@@ -1,4 +1,4 @@
-"""The server under a soak: ``bnexport serve`` in processes of its own, and what its log says of them."""
+"""The server under a soak: ``bnexport serve`` in several processes, their log, memory and connections (Linux's proc(5))."""
 
 from __future__ import annotations
 
@@ -11,39 +11,34 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.soak.processes import running
 from bnexport.errors import RuntimeUnavailable
 from bnexport.runtimes.isolation import import_path
 
 #: Seconds for the server to start, and to stop.
 _START, _STOP = 120.0, 60.0
+#: States in /proc/PID/stat: Z and X have ended, T is stopped.
+_ENDED, _STOPPED = "ZX", "T"
+_STEP = 0.002
+#: Reads of the table of connections: one read can miss a connection while others come and go.
+_LOOKS = 3
 
 
 class ServerUnderSoak:
-    """A running ``bnexport serve``; made by ``serving``.
-
-    Args:
-        process: The supervisor.
-        port: It serves on; 0 until that is known.
-        log: File with its events.
-
-    Attributes:
-        pids: Number -> process id of those that are ready.
-        started: All process ids that there were.
-    """
+    """A running ``bnexport serve``; made by ``serving``."""
 
     def __init__(self, process: subprocess.Popen[str], port: int, log: Path) -> None:
-        self.process, self.port = process, port
+        self.process, self.port = process, port  # the supervisor; 0 until the port is known
         self._log, self._read = log, 0
-        self.pids: dict[int, int] = {}
-        self.started: list[int] = []
+        self.pids: dict[int, int] = {}  # number -> process id of the ready processes
+        self.started: list[int] = []  # all process ids so far
 
     def new_events(self) -> list[dict[str, Any]]:
-        """What its log says since the last call."""
+        """Return the events of its log since the last call."""
         with self._log.open("rb") as file:
             file.seek(self._read)
             text = file.read()
@@ -61,7 +56,7 @@ class ServerUnderSoak:
         return events
 
     def stop(self) -> int | None:
-        """Ask it to stop; its exit code, or None when it did not in time."""
+        """Send SIGTERM; returns the exit code, or None after the time limit."""
         self.process.send_signal(signal.SIGTERM)
         try:
             return self.process.wait(_STOP)
@@ -69,11 +64,11 @@ class ServerUnderSoak:
             return None
 
     def left(self) -> list[int]:
-        """Its processes that still run."""
+        """Return its running processes."""
         return [pid for pid in self.started if running(pid)]
 
     def end(self) -> None:
-        """Kill whatever still runs of it."""
+        """Kill its running processes."""
         self.process.kill()
         self.process.wait()
         self.new_events()
@@ -84,11 +79,7 @@ class ServerUnderSoak:
 
 @contextlib.contextmanager
 def serving(bundle: Path, processes: int, options: tuple[str, ...]) -> Iterator[ServerUnderSoak]:
-    """A server of a bundle on a free port; killed at the end, whatever happens.
-
-    Raises:
-        RuntimeUnavailable: It did not start; with its last words.
-    """
+    """Serve a bundle on a free port, and kill the server at the end; RuntimeUnavailable if it does not start."""
     command = [sys.executable, "-P", "-m", "bnexport", "serve", str(bundle), "--port", "0", "--no-access-log"]
     command += ["--processes", str(processes), *options]
     with tempfile.TemporaryDirectory() as folder:
@@ -104,13 +95,68 @@ def serving(bundle: Path, processes: int, options: tuple[str, ...]) -> Iterator[
             ready, _, _ = select.select([process.stdout], [], [], _START)
             line = process.stdout.readline().strip() if ready else ""
             if (match := re.search(r":(\d+)$", line)) is None:
-                words = log.read_text(errors="replace").strip().splitlines()[-2:]
+                words = " ".join(log.read_text(errors="replace").strip().splitlines()[-2:]) or "no output"
                 raise RuntimeUnavailable(
-                    f"bnexport serve did not start: {' '.join(words) or 'it said nothing'}",
-                    remedy="Try the same command by hand",
+                    f"bnexport serve did not start: {words}", remedy="Try the same command by hand"
                 )
             server.port = int(match[1])
             yield server
         finally:
             server.end()
             process.stdout.close()
+
+
+def resident(pid: int) -> int:
+    """Return the bytes of a process's resident memory; 0 if it has ended."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return 0
+
+
+def state(pid: int) -> str:
+    """Return the letter of a process's state; "X" if it is gone."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return "X"
+
+
+def running(pid: int) -> bool:
+    """Return True until the last thread of a process has ended; every thread holds its connections."""
+    try:
+        threads = [task.name for task in Path(f"/proc/{pid}/task").iterdir()]
+    except OSError:
+        return False
+    return len(threads) > 1 or state(pid) not in _ENDED
+
+
+def accepted(pid: int, port: int) -> frozenset[int]:
+    """Return the clients' ports of a process's open accepted connections to ``port`` (IPv4)."""
+    inodes = set()
+    for entry in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(OSError):  # it was closed meanwhile
+            inodes.add(os.readlink(entry).removeprefix("socket:[").removesuffix("]"))
+    # The remote port and the inode of each row with this local port; most rows are of closed connections.
+    rows = re.compile(rf"^ *\d+: \w+:{port:04X} \w+:(\w+) (?:\S+ +){{6}}(\d+)", re.MULTILINE)
+    tables = (Path("/proc/net/tcp").read_text() for _ in range(_LOOKS))
+    found = {(int(remote, 16), inode) for table in tables for remote, inode in rows.findall(table)}
+    return frozenset(remote for remote, inode in found if remote and inode in inodes)
+
+
+def kill_and_see(pid: int, port: int, patience: float = 10.0) -> frozenset[int]:
+    """Kill a process by SIGKILL, and return the clients' ports of its accepted connections at that moment.
+
+    It is stopped some milliseconds before, so that the connections can't change between the read and the kill. The function
+    returns after the process has ended and the system has closed its connections. OSError: the process is gone already.
+    """
+    end = time.monotonic() + patience
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        while state(pid) != _STOPPED and time.monotonic() < end:
+            time.sleep(_STEP)
+        ports = accepted(pid, port)
+    finally:  # after an interrupt, too: a stopped process would stay for ever
+        os.kill(pid, signal.SIGKILL)
+    while running(pid) and time.monotonic() < end:
+        time.sleep(_STEP)
+    return ports

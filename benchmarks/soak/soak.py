@@ -1,8 +1,7 @@
-"""A soak: clients, a server of several processes, and a hand that kills one of them now and then.
+"""A soak: clients, a server of several processes, and kills of its processes.
 
-Which requests a kill explains is not guessed. The process is stopped for some milliseconds, the connections that it has
-accepted are read from proc(5), and then it is killed: a request may be lost only on one of these connections, and only if it
-was begun before the system had closed them.
+A killed process is stopped for some milliseconds first, and its accepted connections are read from proc(5). A request may be
+lost only on one of these connections, and only if it began before the system had closed them.
 """
 
 from __future__ import annotations
@@ -14,74 +13,52 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from bnexport import interrupts
-from benchmarks.soak.clients import Client
-from benchmarks.soak.ledger import Fault, Ledger
-from benchmarks.soak.processes import kill_and_see, resident
-from benchmarks.soak.server import ServerUnderSoak, serving
+from benchmarks.soak.clients import Client, Fault, Ledger
+from benchmarks.soak.server import ServerUnderSoak, kill_and_see, resident, serving
 from benchmarks.soak.traffic import make_traffic
 from bnexport.bundle import Bundle
 from bnexport.errors import UsageError
 
-#: Seconds between two looks at the server, between two lines of progress, and without a kill at the end.
+#: Seconds between two reads of the log, between two lines of progress, and without a kill at the end.
 _LOOK, _TELL, _CALM = 0.1, 30.0, 2.0
-#: Seconds for a process to be there again, and for clients to come to their end.
+#: Seconds for the restart of a process, and for the end of the clients.
 _RECOVERY, _END = 60.0, 90.0
-#: Kills come as far apart as was asked, give or take this share.
+#: Relative variation of the time between kills.
 _JITTER = 0.2
 
 
 @dataclass(frozen=True)
 class SoakSettings:
-    """What is done.
+    """The settings of a soak."""
 
-    Attributes:
-        seconds: Of traffic.
-        processes: Of the server.
-        clients: Each has one request at a time.
-        seed: Of the requests, their order, and who is killed when.
-        kill_every: Seconds between kills, on average; None kills nobody.
-        pause: Seconds between two requests of a client, on average.
-        options: More words for ``bnexport serve``.
-    """
-
-    seconds: float = 600.0
+    seconds: float = 600.0  # of traffic
     processes: int = 2
-    clients: int = 8
-    seed: int = 0
-    kill_every: float | None = 20.0
-    pause: float = 0.01
-    options: tuple[str, ...] = ()
+    clients: int = 8  # each has one request at a time
+    seed: int = 0  # of the requests, their order, and the kills
+    kill_every: float | None = 20.0  # mean seconds between kills; None: no kills
+    pause: float = 0.01  # mean seconds between two requests of a client
+    options: tuple[str, ...] = ()  # more words for ``bnexport serve``
 
 
 @dataclass
 class Kill:
-    """One process killed by SIGKILL.
-
-    Attributes:
-        process: Its number.
-        pid: Its process id.
-        begun: When it was stopped, by ``time.monotonic``.
-        done: When the system had closed its connections.
-        ports: The clients' ports of the connections that it had accepted.
-        recovery: Seconds until another process served in its place; None when none did.
-    """
+    """One process killed by SIGKILL; times are those of ``time.monotonic``."""
 
     process: int
     pid: int
-    begun: float
-    done: float
-    ports: frozenset[int]
-    recovery: float | None = None
+    begun: float  # it was stopped
+    done: float  # the system had closed its connections
+    ports: frozenset[int]  # the clients' ports of its accepted connections
+    recovery: float | None = None  # seconds until its replacement served
 
     def explains(self, fault: Fault) -> bool:
-        """Whether a lost request was in the killed process's hands."""
+        """Return True if a lost request was on a connection of the killed process."""
         return fault.port in self.ports and fault.started <= self.done and fault.ended >= self.begun
 
 
 @dataclass
-class Memory:
-    """Resident bytes of one process: when it was first seen ready, at the end, and at most."""
+class ProcessMemory:
+    """Resident bytes of one process: when it became ready, at the end, and at most."""
 
     process: int
     pid: int
@@ -92,64 +69,36 @@ class Memory:
 
 @dataclass
 class Soak:
-    """What happened.
-
-    Attributes:
-        settings: What was asked for.
-        seconds: Of traffic.
-        ledger: Of the clients.
-        kills: In their order.
-        died: Processes that ended though nobody killed them: the events of the log.
-        memory: Process id -> its memory.
-        exit_code: Of the server at the end; None when it did not stop.
-        left: Process ids that were still there after that.
-        stuck: Clients that did not come to their end.
-    """
+    """The results of a soak."""
 
     settings: SoakSettings
-    seconds: float = 0.0
+    seconds: float = 0.0  # of traffic
     ledger: Ledger = field(default_factory=Ledger)
     kills: list[Kill] = field(default_factory=list)
-    died: list[str] = field(default_factory=list)
-    memory: dict[int, Memory] = field(default_factory=dict)
-    exit_code: int | None = None
-    left: list[int] = field(default_factory=list)
-    stuck: int = 0
+    died: list[str] = field(default_factory=list)  # processes that ended without a kill
+    memory: dict[int, ProcessMemory] = field(default_factory=dict)  # by process id
+    exit_code: int | None = None  # of the server; None if it did not stop
+    left: list[int] = field(default_factory=list)  # process ids that ran after the stop
+    stuck: int = 0  # clients that did not end
 
 
-@interrupts.terminable()
 def run_soak(bundle: Bundle, settings: SoakSettings, *, tell: Callable[[str], None] = lambda _: None) -> Soak:
-    """Run it.
-
-    Args:
-        bundle: An image classifier.
-        settings: What to do.
-        tell: Called with a line about the progress, now and then.
+    """Soak an image classifier; ``tell`` gets lines of progress.
 
     Raises:
-        BundleError: The bundle is no image classifier in float32.
+        BundleError: The bundle is not an image classifier in float32.
         Unavailable: The engine does not work here, or the server did not start.
-        UsageError: There is one process alone: nobody would serve while it is killed.
+        UsageError: The settings have fewer than two processes, or no client or time.
     """
     if settings.processes < 2 or settings.clients < 1 or settings.seconds <= 0:
-        raise UsageError(
-            "a soak needs a server of two processes at least, a client and some seconds", remedy="Give more of them"
-        )
+        problem = "a soak needs a server of two processes at least, a client and some seconds"
+        raise UsageError(problem, remedy="Give more of them")
     traffic = make_traffic(bundle, settings.seed)
     soak, stop = Soak(settings), threading.Event()
     with serving(bundle.path, settings.processes, settings.options) as server:
         seeds = np.random.SeedSequence(settings.seed).spawn(settings.clients + 1)
-        clients = [
-            Client(
-                server.port,
-                traffic,
-                ledger=soak.ledger,
-                stop=stop,
-                rng=np.random.default_rng(seed),
-                pause=settings.pause,
-            )
-            for seed in seeds[1:]
-        ]
+        shared = {"ledger": soak.ledger, "stop": stop, "pause": settings.pause}
+        clients = [Client(server.port, traffic, rng=np.random.default_rng(seed), **shared) for seed in seeds[1:]]
         try:
             _Watch(soak, server, np.random.default_rng(seeds[0]), tell).run(clients)
         finally:
@@ -164,7 +113,7 @@ def run_soak(bundle: Bundle, settings: SoakSettings, *, tell: Callable[[str], No
 
 
 class _Watch:
-    """Looks after the server while the clients ask, and kills its processes."""
+    """Watches the server under traffic, and kills its processes."""
 
     def __init__(
         self, soak: Soak, server: ServerUnderSoak, rng: np.random.Generator, tell: Callable[[str], None]
@@ -172,7 +121,7 @@ class _Watch:
         self._soak, self._server, self._rng, self._tell = soak, server, rng, tell
 
     def run(self, clients: list[Client]) -> None:
-        """From the first request until the traffic has lasted long enough, and nobody is missing."""
+        """Run the traffic to its end and to the last recovery."""
         settings = self._soak.settings
         self._until(lambda: len(self._server.pids) == settings.processes, _RECOVERY)
         start = time.monotonic()
@@ -206,7 +155,7 @@ class _Watch:
         return any(kill.recovery is None for kill in self._soak.kills)
 
     def _look(self) -> None:
-        """What the log says, and how much memory everybody has."""
+        """Read the log, and the memory of every process."""
         for event in self._server.new_events():
             what, number = event.get("event"), event.get("process")
             if what == "process died" and event["pid"] not in {kill.pid for kill in self._soak.kills}:
@@ -217,7 +166,7 @@ class _Watch:
                         kill.recovery = time.monotonic() - kill.done
         for number, pid in self._server.pids.items():
             if size := resident(pid):
-                memory = self._soak.memory.setdefault(pid, Memory(number, pid, size, size, size))
+                memory = self._soak.memory.setdefault(pid, ProcessMemory(number, pid, size, size, size))
                 memory.last, memory.most = size, max(memory.most, size)
 
     def _kill(self) -> None:
@@ -226,7 +175,7 @@ class _Watch:
         pid, begun = self._server.pids.pop(number), time.monotonic()
         try:
             ports = kill_and_see(pid, self._server.port)
-        except OSError:  # it had ended by itself, which the log tells
+        except OSError:  # it had ended before, and the log says so
             return
         self._soak.kills.append(Kill(number, pid, begun, time.monotonic(), ports))
 

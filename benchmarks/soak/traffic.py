@@ -1,4 +1,4 @@
-"""What the clients of a soak ask: requests with known answers, and requests that must be refused."""
+"""The requests of a soak: those with known answers, and those that must be refused."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import itertools
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
+from benchmarks.serving.wires import JSON, Headers, binary_logits, binary_request, json_body, tensor
 from bnexport.bundle import Bundle
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import BundleError
@@ -20,25 +20,14 @@ from bnexport.runtimes.replay import golden_bound, scale
 from bnexport.runtimes.settings import RunSettings
 from bnexport.tensors import Array, TensorSpec
 
-#: The engine that says beforehand what is right, and that the server runs.
+#: The engine of the server, which also computes the expected answers.
 RUNTIME = "onnxruntime-cpu"
 _POOL, _OF_EACH, _MOST_ROWS = 96, 64, 4
-_JSON, _OCTETS = "application/json", "application/octet-stream"
-_LENGTH = "inference-header-content-length"
-Headers = Mapping[str, str]
 
 
 @dataclass(frozen=True)
 class Good:
-    """A request with a known answer.
-
-    Attributes:
-        kind: A row of KINDS.
-        path: Of the route.
-        headers: Of the request.
-        body: Of the request.
-        expected: Logits, (rows, classes).
-    """
+    """A request with a known answer, the logits (rows, classes); ``kind``: a row of KINDS."""
 
     kind: str
     path: str
@@ -49,7 +38,7 @@ class Good:
 
 @dataclass(frozen=True)
 class Bad:
-    """A request that must be refused, with the status that says so."""
+    """A request that must be refused with this status."""
 
     name: str
     status: int
@@ -61,20 +50,14 @@ class Bad:
 
 @dataclass(frozen=True)
 class Traffic:
-    """All that is asked.
+    """All requests; ``bound`` limits the error of a logit."""
 
-    Attributes:
-        good: By kind.
-        bad: In the order of ``_bad``.
-        bound: How far a logit may be off.
-    """
-
-    good: Mapping[str, tuple[Good, ...]]
+    good: Mapping[str, tuple[Good, ...]]  # by kind
     bad: tuple[Bad, ...]
     bound: float
 
     def problem(self, request: Good, headers: Headers, body: bytes) -> str | None:
-        """Why an answer with status 200 is wrong; None when it is right."""
+        """Return the fault of an answer with status 200; None if it is right."""
         try:
             logits = np.asarray(_READERS[request.kind](headers, body), np.float32).reshape(request.expected.shape)
         except (ValueError, KeyError, TypeError, IndexError) as error:
@@ -84,11 +67,10 @@ class Traffic:
 
 
 def make_traffic(bundle: Bundle, seed: int) -> Traffic:
-    """Requests with random pictures, and their answers by a session of ONNX Runtime in this process.
+    """Make requests with random pictures, and compute their answers with ONNX Runtime in this process.
 
     Raises:
-        BundleError: The bundle is no image classifier with any number of images in a batch, or gives two pictures answers
-            that can't be told apart.
+        BundleError: The bundle is not an image classifier with a variable batch size, or two pictures have equal answers.
         Unavailable: ONNX Runtime does not work here.
     """
     preprocessing, given, wanted = _image_classifier(bundle)
@@ -99,10 +81,8 @@ def make_traffic(bundle: Bundle, seed: int) -> Traffic:
     bound = golden_bound(bundle.manifest, RUNTIME) * scale(logits)
     nearest = min(float(np.abs(a - b).max()) for a, b in itertools.combinations(logits, 2))
     if not nearest > 2 * bound:
-        raise BundleError(
-            f"{bundle.path} gives two random pictures the same logits: mixed-up answers could not be seen",
-            remedy="Take a trained network",
-        )
+        problem = f"{bundle.path} gives two random pictures the same logits: mixed-up answers could not be seen"
+        raise BundleError(problem, remedy="Take a trained network")
     model = f"/v2/models/{bundle.manifest.name}"
     rng = np.random.default_rng(seed + 1)
     good: dict[str, list[Good]] = {kind: [] for kind in KINDS}
@@ -125,41 +105,30 @@ def _image_classifier(bundle: Bundle) -> tuple[Preprocessing, TensorSpec, Tensor
         or (inputs[0].dtype, outputs[0].dtype) != ("float32", "float32")
     ):
         raise BundleError(
-            f"{bundle.path} is no image classifier in float32 that takes several images at a time",
+            f"{bundle.path} is not an image classifier in float32 that takes several images at a time",
             remedy="Take another bundle, such as models/bn_lenet/1",
         )
     return Preprocessing.from_json(manifest.preprocessing), inputs[0], outputs[0]
 
 
 def _pictures(preprocessing: Preprocessing, rng: np.random.Generator) -> Array:
-    """Random pictures, uint8 (n, height, width[, channels]); each of its own brightness."""
+    """Random pictures, uint8 (n, height, width[, channels]), each with another brightness."""
     shape = (_POOL, preprocessing.height, preprocessing.width, preprocessing.channels)
     pixels = rng.integers(0, 256, shape) * rng.uniform(0.1, 1.0, (_POOL, 1, 1, 1))
     found: Array = pixels.astype(np.uint8)
     return found[..., 0] if preprocessing.channels == 1 else found
 
 
-def _tensor(images: Array, given: TensorSpec) -> dict[str, Any]:
-    return {"name": given.name, "shape": list(images.shape), "datatype": "FP32"}
-
-
-def _json_body(images: Array, given: TensorSpec) -> bytes:
-    return json.dumps({"inputs": [_tensor(images, given) | {"data": images.reshape(-1).tolist()}]}).encode()
-
-
 def _as_json(_pixels: Array, images: Array, given: TensorSpec) -> tuple[str, Headers, bytes]:
-    return "/infer", {"content-type": _JSON}, _json_body(images, given)
+    return "/infer", JSON, json_body(images, given.name)
 
 
 def _as_gzip(_pixels: Array, images: Array, given: TensorSpec) -> tuple[str, Headers, bytes]:
-    headers = {"content-type": _JSON, "content-encoding": "gzip"}
-    return "/infer", headers, gzip.compress(_json_body(images, given), 1)
+    return "/infer", JSON | {"content-encoding": "gzip"}, gzip.compress(json_body(images, given.name), 1)
 
 
 def _as_binary(_pixels: Array, images: Array, given: TensorSpec) -> tuple[str, Headers, bytes]:
-    item = _tensor(images, given) | {"parameters": {"binary_data_size": images.nbytes}}
-    head = json.dumps({"inputs": [item], "parameters": {"binary_data_output": True}}).encode()
-    return "/infer", {"content-type": _OCTETS, _LENGTH: str(len(head))}, head + images.tobytes()
+    return "/infer", *binary_request(images, given.name)
 
 
 def _as_picture(pixels: Array, _images: Array, _given: TensorSpec) -> tuple[str, Headers, bytes]:
@@ -174,55 +143,45 @@ def _from_json(_headers: Headers, body: bytes) -> object:
     return json.loads(body)["outputs"][0]["data"]
 
 
-def _from_binary(headers: Headers, body: bytes) -> object:
-    return np.frombuffer(body, np.float32, offset=int(headers[_LENGTH]))
-
-
 def _from_picture(_headers: Headers, body: bytes) -> object:
     return [found["logits"] for found in json.loads(body)["predictions"]]
 
 
 #: Kind of request -> pixels, images and the input's description to path, headers and body.
 KINDS: dict[str, Callable[[Array, Array, TensorSpec], tuple[str, Headers, bytes]]] = {
-    "JSON": _as_json,
-    "gzip": _as_gzip,
-    "binary": _as_binary,
-    "picture": _as_picture,
-}
+    "JSON": _as_json, "gzip": _as_gzip, "binary": _as_binary, "picture": _as_picture,
+}  # fmt: skip
 _READERS: dict[str, Callable[[Headers, bytes], object]] = {
-    "JSON": _from_json,
-    "gzip": _from_json,
-    "binary": _from_binary,
-    "picture": _from_picture,
-}
+    "JSON": _from_json, "gzip": _from_json, "binary": binary_logits, "picture": _from_picture,
+}  # fmt: skip
 
 
 def _bad(model: str, image: Array, given: TensorSpec) -> tuple[Bad, ...]:
-    """A sample of what goes wrong: the body, its form, its values, the address, the method."""
-    infer, tensor, json_type = f"{model}/infer", _tensor(image, given), {"content-type": _JSON}
+    """A sample of faults: in the body, its form, its values, the address, the method."""
+    infer, described = f"{model}/infer", tensor(image, given.name)
     data = image.reshape(-1).tolist()
 
     def changed(**item: object) -> bytes:
-        return json.dumps({"inputs": [tensor | {"data": data} | item]}).encode()
+        return json.dumps({"inputs": [described | {"data": data} | item]}).encode()
 
     whole = changed()
     nan = _as_binary(image, np.full_like(image, np.nan), given)
     short = _as_binary(image, image, given)
     return (
-        Bad("no JSON", 400, "POST", infer, json_type, b"{"),
-        Bad("JSON cut short", 400, "POST", infer, json_type, whole[:-5]),
-        Bad("no inputs", 400, "POST", infer, json_type, b"{}"),
-        Bad("another shape", 400, "POST", infer, json_type, changed(shape=[1, 3])),
-        Bad("too few values", 400, "POST", infer, json_type, changed(data=data[:-1])),
-        Bad("another name", 400, "POST", infer, json_type, changed(name="nobody")),
-        Bad("another datatype", 400, "POST", infer, json_type, changed(datatype="INT8")),
-        Bad("10^12 samples", 413, "POST", infer, json_type, changed(shape=[10**12, *image.shape[1:]], data=[])),
+        Bad("no JSON", 400, "POST", infer, JSON, b"{"),
+        Bad("JSON cut short", 400, "POST", infer, JSON, whole[:-5]),
+        Bad("no inputs", 400, "POST", infer, JSON, b"{}"),
+        Bad("another shape", 400, "POST", infer, JSON, changed(shape=[1, 3])),
+        Bad("too few values", 400, "POST", infer, JSON, changed(data=data[:-1])),
+        Bad("another name", 400, "POST", infer, JSON, changed(name="nobody")),
+        Bad("another datatype", 400, "POST", infer, JSON, changed(datatype="INT8")),
+        Bad("10^12 samples", 413, "POST", infer, JSON, changed(shape=[10**12, *image.shape[1:]], data=[])),
         Bad("NaN", 400, "POST", infer, nan[1], nan[2]),
         Bad("bytes that are missing", 400, "POST", infer, short[1], short[2][:-4]),
-        Bad("no gzip", 400, "POST", infer, json_type | {"content-encoding": "gzip"}, whole),
+        Bad("no gzip", 400, "POST", infer, JSON | {"content-encoding": "gzip"}, whole),
         Bad("another type", 415, "POST", infer, {"content-type": "text/html"}, whole),
         Bad("no picture", 400, "POST", f"{model}/classify", {"content-type": "image/png"}, b"\x89PNG nothing more"),
-        Bad("no such model", 404, "POST", "/v2/models/nobody/infer", json_type, whole),
+        Bad("no such model", 404, "POST", "/v2/models/nobody/infer", JSON, whole),
         Bad("no such version", 404, "GET", f"{model}/versions/987654321", {}, b""),
         Bad("no such address", 404, "GET", "/v3", {}, b""),
         Bad("another method", 405, "DELETE", infer, {}, b""),

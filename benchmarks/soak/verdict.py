@@ -1,4 +1,4 @@
-"""The verdict on a soak: one row per demand, each of which can fail."""
+"""The verdict on a soak: one row per demand."""
 
 from __future__ import annotations
 
@@ -6,17 +6,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
-from benchmarks.soak.clients import ACTIONS
-from benchmarks.soak.ledger import LOST, RIGHT, WRONG, Fault
+from benchmarks.soak.clients import ACTIONS, LOST, RIGHT, WRONG, Fault
 from benchmarks.soak.soak import Soak
 from benchmarks.soak.traffic import KINDS
 
-#: Faults that are told word by word.
+#: Faults per demand that are printed.
 _SHOWN = 5
 
 
 def unexplained(soak: Soak) -> list[Fault]:
-    """Lost requests that were not in the hands of a killed process."""
+    """Return the lost requests on connections of no killed process."""
     return [fault for fault in soak.ledger.lost if not any(kill.explains(fault) for kill in soak.kills)]
 
 
@@ -28,27 +27,25 @@ def _wrong(soak: Soak) -> Iterator[str]:
 def _lost(soak: Soak) -> Iterator[str]:
     for fault in unexplained(soak):
         before = [kill for kill in soak.kills if kill.begun <= fault.ended]
-        since = (
-            f", {fault.started - before[-1].done:+.3f} s after process {before[-1].process} was gone" if before else ""
-        )
-        whose = (
-            "" if not before else ", of its connections" if fault.port in before[-1].ports else ", not its connection"
-        )
+        since = whose = ""
+        if before:
+            since = f", {fault.started - before[-1].done:+.3f} s after process {before[-1].process} was gone"
+            whose = ", of its connections" if fault.port in before[-1].ports else ", not its connection"
         yield f"{fault.kind}: {fault.reason}{since}{whose}"
     if more := soak.ledger.outcomes(LOST) - len(soak.ledger.lost):
-        yield f"{more} more, of which nothing is kept"
+        yield f"{more} more, without details"
 
 
 def _recovered(soak: Soak) -> Iterator[str]:
     for kill in soak.kills:
         if kill.recovery is None:
-            yield f"nobody served in the place of process {kill.process} (pid {kill.pid}) any more"
+            yield f"process {kill.process} (pid {kill.pid}) was not replaced"
 
 
 def _killed(soak: Soak) -> Iterator[str]:
     every = soak.settings.kill_every
     if every is not None and soak.settings.seconds > 2 * every and not soak.kills:
-        yield "nobody was killed, so nothing is known of what a kill does"
+        yield "no process was killed, so the effect of a kill is unknown"
 
 
 def _asked(soak: Soak) -> Iterator[str]:
@@ -63,10 +60,10 @@ def _stopped(soak: Soak) -> Iterator[str]:
     for pid in soak.left:
         yield f"process {pid} was still there after the stop"
     if soak.stuck:
-        yield f"{soak.stuck} clients waited for their answer in vain"
+        yield f"{soak.stuck} clients got no answer"
 
 
-#: What is demanded -> how it is broken, one sentence each.
+#: Demand -> its violations, one sentence each.
 DEMANDS: dict[str, Callable[[Soak], Iterator[str]]] = {
     "every answer is the right one": _wrong,
     "no request is lost but those in a killed process's hands": _lost,
@@ -80,12 +77,12 @@ DEMANDS: dict[str, Callable[[Soak], Iterator[str]]] = {
 
 
 def verdict(soak: Soak) -> dict[str, list[str]]:
-    """Demand -> how it is broken; passed when all lists are empty."""
+    """Return demand -> its violations; the soak passes if all lists are empty."""
     return {name: list(broken(soak)) for name, broken in DEMANDS.items()}
 
 
 def lines(soak: Soak) -> Iterator[str]:
-    """The outcome for a terminal."""
+    """Yield the outcome for a terminal."""
     ledger, found = soak.ledger, verdict(soak)
     kinds = dict.fromkeys(kind for kind, _ in ledger.counts)
     yield f"{'requests':<14}{'right':>10}{'wrong':>8}{'no answer':>11}"
@@ -118,7 +115,7 @@ def _told_memory(soak: Soak) -> Iterator[str]:
 
 
 def to_json(soak: Soak) -> dict[str, Any]:
-    """Everything as plain JSON values."""
+    """Return everything as plain JSON values."""
     found = verdict(soak)
     return {
         "passed": not any(found.values()),

@@ -1,0 +1,1 @@
+"""Speed, accuracy and statistics of trainings."""

@@ -1,14 +1,15 @@
-"""How fast training is, side by side with the chapter's own code: all ways in turn, round after round."""
+"""The speed of training next to the chapter's own code: all ways in turn, round after round."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from benchmarks.clock import Spread
+from benchmarks.pages import ranged, render
 from benchmarks.training.ways import WAYS
 from bnexport.errors import RuntimeUnavailable
 
@@ -19,34 +20,22 @@ _BASELINE = "chapter-4"
 
 
 @dataclass(frozen=True)
-class Speeds:
-    """What was measured.
+class TrainingSpeeds:
+    """The results of a measurement by way; a rate is the images per second of an epoch."""
 
-    Attributes:
-        rates: Way -> images per second of each epoch, all rounds together.
-        ratios: Way -> its best epoch of a round over the baseline's best of the same round, one per round.
-        threads: Way -> threads of torch.
-        gemm: Floating point operations per second of a matrix product, one per round.
-        failed: Way -> why it could not be measured.
-    """
-
-    rates: Mapping[str, Sequence[float]]
-    ratios: Mapping[str, Sequence[float]]
-    threads: Mapping[str, int]
-    gemm: Sequence[float]
-    failed: Mapping[str, str]
+    rates: Mapping[str, Sequence[float]]  # all rounds together
+    ratios: Mapping[str, Sequence[float]]  # best epoch over the baseline's best of the same round, one per round
+    threads: Mapping[str, int]  # of torch
+    gemm: Sequence[float]  # floating point operations per second of a matrix product, one per round
+    failed: Mapping[str, str]  # the reason
 
 
 def measure(
     names: Sequence[str], *, rounds: int = 3, seconds: float = 10.0, tell: Callable[[str], None] = lambda _: None
-) -> Speeds:
-    """Measure ways, each in a new process, in turn.
+) -> TrainingSpeeds:
+    """Measure rows of WAYS and the baseline in turn, each in a new process.
 
-    Args:
-        names: Of WAYS; the baseline is measured too.
-        rounds: How often.
-        seconds: Of each measurement, beside its start and one epoch that is not counted.
-        tell: Told a line after each measurement.
+    ``seconds``: of each measurement, in addition to its start and one epoch that is not counted.
 
     Raises:
         RuntimeUnavailable: The baseline can't be measured here.
@@ -73,10 +62,9 @@ def measure(
             rates[name] += found
             baseline = max(found) if name == _BASELINE else baseline
             ratios[name].append(max(found) / baseline)
-            tell(
-                f"round {number + 1}/{rounds}  {name}: {max(found):.0f} images/s, {ratios[name][-1]:.2f} x the baseline"
-            )
-    return Speeds(rates, ratios, threads, gemm, failed)
+            ratio = f"{ratios[name][-1]:.2f} x the baseline"
+            tell(f"round {number + 1}/{rounds}  {name}: {max(found):.0f} images/s, {ratio}")
+    return TrainingSpeeds(rates, ratios, threads, gemm, failed)
 
 
 def _in_child(name: str, seconds: float) -> tuple[list[float], int]:
@@ -89,47 +77,18 @@ def _in_child(name: str, seconds: float) -> tuple[list[float], int]:
     return [float(rate) for rate in found["rates"]], int(found["threads"])
 
 
-def speed_page(speeds: Speeds, conditions: str) -> Iterator[str]:
-    """The document, part by part.
-
-    Args:
-        speeds: What was measured.
-        conditions: Hardware and versions, as a sentence without its full stop.
-    """
-    yield "# The speed of training\n"
-    yield (
-        "Images per second of whole epochs of BN-LeNet on Fashion-MNIST, 60,000 images in batches of 256 and the evaluation on "
-        "10,000, beside the chapter's own code: written by `python scripts/benchmark_training.py`. Every way runs in a process "
-        "of its own, all in turn, round after round; a ratio is of the best epochs of one round. Columns give the best "
-        "epoch and the median.\n"
-    )
-    yield "| way | threads | best, images/s | median | epochs | x the chapter's code | in `bnexport train` |"
-    yield "|---|---|---|---|---|---|---|"
+def speed_page(speeds: TrainingSpeeds, conditions: str) -> str:
+    """Return the page; ``conditions``: hardware and versions as a sentence without its full stop."""
+    rows = []
     for name, rates in speeds.rates.items():
-        if not rates:
-            continue
-        spread, ratio = Spread.of(rates), Spread.of(speeds.ratios[name])
-        yield (
-            f"| {WAYS[name].words} | {speeds.threads[name]} | {spread.high:,.0f} | {spread.middle:,.0f} | {spread.n} | "
-            f"{ratio.middle:.2f} ({ratio.low:.2f} to {ratio.high:.2f}) | {'yes' if WAYS[name].kept else 'no'} |"
-        )
-    for name, reason in speeds.failed.items():
-        yield f"\n{WAYS[name].words}: not measured, {reason}."
-    yield f"\n{conditions}.\n"
-    yield from _limit(speeds)
-
-
-def _limit(speeds: Speeds) -> Iterator[str]:
-    rate = Spread.of(speeds.gemm)
-    limit = rate.middle / OPERATIONS_PER_IMAGE
-    yield "## How far from the machine's limit\n"
-    yield (
-        f"A step takes {OPERATIONS_PER_IMAGE / 1e6:.2f} million operations per image; this machine's matrix product makes "
-        f"{rate.middle / 1e9:.0f} thousand million a second ({rate.low / 1e9:.0f} to {rate.high / 1e9:.0f}), so "
-        f"{limit:,.0f} images/s would be the end"
-        + (
-            f"; `bnexport train` is at {Spread.of(speeds.rates['bnexport']).high / limit:.0%} of it."
-            if speeds.rates.get("bnexport")
-            else "."
-        )
-    )
+        if rates:
+            spread, ratio = Spread.of(rates), Spread.of(speeds.ratios[name])
+            cells = [speeds.threads[name], f"{spread.high:,.0f}", f"{spread.middle:,.0f}", spread.n, ranged(ratio)]
+            rows.append([WAYS[name].words, *cells, "yes" if WAYS[name].kept else "no"])
+    gemm = Spread.of(speeds.gemm)
+    own = speeds.rates.get("bnexport")
+    limit = gemm.middle / OPERATIONS_PER_IMAGE
+    return render(
+        "training/page.md.jinja", speeds=speeds, conditions=conditions, rows=rows, ways=WAYS, gemm=gemm, limit=limit,
+        operations=OPERATIONS_PER_IMAGE, reached=f"{Spread.of(own).high / limit:.0%}" if own else "",
+    )  # fmt: skip

@@ -1,7 +1,7 @@
-"""Ways to train one epoch of BN-LeNet on Fashion-MNIST, each measured in a process of its own.
+"""Ways to train one epoch of BN-LeNet on Fashion-MNIST, each measured in a separate process.
 
-``python -m benchmarks.training.ways NAME SECONDS`` prints one JSON line. A process of its own, because the number of
-threads, what malloc keeps and what a compiler has cached can't be taken back.
+``python -m benchmarks.training.ways NAME SECONDS`` prints one JSON line. The process is separate because the number of
+threads, the memory that malloc keeps and the caches of a compiler can't be reset.
 """
 
 from __future__ import annotations
@@ -39,18 +39,13 @@ LR = 1.0
 
 
 @dataclass(frozen=True)
-class Way:
-    """A row of WAYS.
-
-    Attributes:
-        words: What it is.
-        measure: Images per second of some epochs, and the threads that were used, when given the seconds to spend.
-        kept: Whether ``bnexport train`` does it.
-    """
+class TrainingWay:
+    """A row of WAYS."""
 
     words: str
+    #: Seconds to spend -> images per second of some epochs, and the number of threads.
     measure: Callable[[float], tuple[list[float], int]]
-    kept: bool = False
+    kept: bool = False  # ``bnexport train`` does it
 
 
 def _data() -> tuple[Resident, Resident]:
@@ -68,7 +63,7 @@ def _chapter(workers: int) -> Callable[[], int]:
     from torchvision.datasets import FashionMNIST
     from torchvision.transforms import ToTensor
 
-    folder = tempfile.TemporaryDirectory(prefix="bnexport-benchmark-")  # goes with the process
+    folder = tempfile.TemporaryDirectory(prefix="bnexport-benchmark-")  # deleted at the end of the process
     root = Path(folder.name)
     info = dataset_info("fashion-mnist")
     raw = root / "FashionMNIST" / "raw"
@@ -132,7 +127,7 @@ def _tensor_loop(
     threads: int | None = None,
     channels_last: bool = False,
 ) -> Callable[[], int]:
-    """The data set as one tensor, a gather per batch, and one change to the plain step."""
+    """The data set as one tensor, a gather per batch, and the given changes to the plain step."""
     if threads is not None:
         torch.set_num_threads(threads)
     if kept_memory:
@@ -166,14 +161,9 @@ def _two_processes(_seconds: float) -> tuple[list[float], int]:
 
 
 def epochs_of(prepare: Callable[[], Callable[[], int]]) -> Callable[[float], tuple[list[float], int]]:
-    """How to measure what trains epoch by epoch: whole epochs with evaluation, after one that is not counted.
+    """Return a measurement of whole epochs with evaluation: at least two, after one that is not counted.
 
-    Args:
-        prepare: Called once; gives a function that trains one epoch with evaluation and says how many images it took.
-
-    Returns:
-        Given seconds, the images per second of each epoch and the threads; no new epoch is begun after so long, but two are
-        always measured.
+    ``prepare`` is called once; its result trains one epoch with evaluation and returns the number of images.
     """
 
     def measure(seconds: float) -> tuple[list[float], int]:
@@ -190,53 +180,39 @@ def epochs_of(prepare: Callable[[], Callable[[], int]]) -> Callable[[float], tup
     return measure
 
 
-def _compiled(network: nn.Module) -> Any:
-    return torch.compile(network, dynamic=False)
+def _channels_last(network: nn.Module) -> nn.Module:
+    return network.to(memory_format=torch.channels_last)
 
 
-#: Name -> way. The first is what people use, the last but the tries what bnexport does.
-WAYS: dict[str, Way] = {
-    "chapter-4": Way("the chapter's code, 4 workers (its default)", epochs_of(lambda: _chapter(4))),
-    "chapter-2": Way("the chapter's code, 2 workers", epochs_of(lambda: _chapter(2))),
-    "chapter-0": Way("the chapter's code, no workers", epochs_of(lambda: _chapter(0))),
-    "plain": Way("data set as one tensor, sums on the device", epochs_of(_tensor_loop), kept=True),
-    "fused": Way("... and a fused optimiser", epochs_of(lambda: _tensor_loop(fused=True)), kept=True),
-    "memory": Way(
-        "... and freed memory kept", epochs_of(lambda: _tensor_loop(fused=True, kept_memory=True)), kept=True
+def _way(
+    words: str, kept: bool = False, change: Callable[[nn.Module], Any] = lambda network: network, **loop: Any
+) -> TrainingWay:
+    return TrainingWay(words, epochs_of(lambda: _tensor_loop(change, **loop)), kept)
+
+
+_FAST = {"fused": True, "kept_memory": True}
+_OURS = {**_FAST, "products": True}
+#: Name -> way. The first ones are the chapter's, then come the steps to bnexport's, then rejected experiments.
+WAYS: dict[str, TrainingWay] = {
+    "chapter-4": TrainingWay("the chapter's code, 4 workers (its default)", epochs_of(lambda: _chapter(4))),
+    "chapter-2": TrainingWay("the chapter's code, 2 workers", epochs_of(lambda: _chapter(2))),
+    "chapter-0": TrainingWay("the chapter's code, no workers", epochs_of(lambda: _chapter(0))),
+    "plain": _way("data set as one tensor, sums on the device", kept=True),
+    "fused": _way("... and a fused optimiser", kept=True, fused=True),
+    "memory": _way("... and freed memory kept", kept=True, **_FAST),
+    "bnexport": _way("... and pooling as a product: bnexport train", kept=True, **_OURS),
+    "one-thread": _way("bnexport with one thread", threads=1, **_OURS),
+    "unfold": _way("bnexport with convolution by unfold and product", change=_unfolded, **_OURS),
+    "channels-last": _way(
+        "bnexport with channels last, torch's pooling", change=_channels_last, channels_last=True, **_FAST
     ),
-    "bnexport": Way(
-        "... and pooling as a product: bnexport train",
-        epochs_of(lambda: _tensor_loop(fused=True, kept_memory=True, products=True)),
-        kept=True,
-    ),
-    "one-thread": Way(
-        "bnexport with one thread",
-        epochs_of(lambda: _tensor_loop(fused=True, kept_memory=True, products=True, threads=1)),
-    ),
-    "unfold": Way(
-        "bnexport with convolution by unfold and product",
-        epochs_of(lambda: _tensor_loop(_unfolded, fused=True, kept_memory=True, products=True)),
-    ),
-    "channels-last": Way(
-        "bnexport with channels last, torch's pooling",
-        epochs_of(
-            lambda: _tensor_loop(
-                lambda network: network.to(memory_format=torch.channels_last),
-                fused=True,
-                kept_memory=True,
-                channels_last=True,
-            )
-        ),
-    ),
-    "compiled": Way(
-        "torch.compile, torch's pooling", epochs_of(lambda: _tensor_loop(_compiled, fused=True, kept_memory=True))
-    ),
-    "processes": Way("two processes of bnexport, synchronised BatchNorm (training alone)", _two_processes),
+    "compiled": _way("torch.compile, torch's pooling", change=lambda net: torch.compile(net, dynamic=False), **_FAST),
+    "processes": TrainingWay("two processes of bnexport, synchronised BatchNorm (training alone)", _two_processes),
 }
 
 
 def gemm_rate(*, side: int = 1024, repeats: int = 30) -> float:
-    """Floating point operations per second of a float32 matrix product: what this machine could do at most."""
+    """Return floating point operations per second of a float32 matrix product: the limit of this machine."""
     a = torch.rand(side, side)
     times: list[float] = []
     for _ in range(repeats):
@@ -251,6 +227,6 @@ def _measured(name: str, seconds: float) -> tuple[list[float], int]:
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("ignore")  # a DataLoader with more workers than cores says so at every epoch
+    warnings.simplefilter("ignore")  # a DataLoader with more workers than cores warns at every epoch
     rates, threads = _measured(sys.argv[1], float(sys.argv[2]))
     print(json.dumps({"rates": rates, "threads": threads}))

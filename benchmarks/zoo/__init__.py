@@ -1,0 +1,1 @@
+"""The fold of many networks of torchvision and timm, next to other tools."""

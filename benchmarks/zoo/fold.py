@@ -1,4 +1,4 @@
-"""What our fold leaves of one network, whether it is right, and what it costs beside torch.export."""
+"""The fold of one network: the BatchNorms that remain, an independent check, and the cost next to torch.export."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from bnexport.folding.trace import trace
 
 aten = torch.ops.aten
 
-#: The float32 error of a fold may be this often the network's own, and this much more.
+#: Bound on a fold's float32 error: a multiple of the network's own error plus a share of the scale.
 WRONG_FACTOR, WRONG_SHARE = 10.0, 1e-6
-#: Samples of the independent check, and what is added to the seed for it.
+#: Samples of the independent check, and the offset of its seed.
 _CHECKED, _OTHER_SEED = 3, 1000
-#: Where a BatchNorm call stands -> what that means.
+#: Place of a BatchNorm call -> its meaning.
 PLACES: dict[str, str] = {
     "adjacent": "directly after a linear layer whose output it alone reads: any exporter can fold it",
     "apart": "anywhere else",
     "arithmetic": "no batch_norm operator: a scale or shift by constants that is read like one",
 }
-#: What gives an output on whose channel axis (1) a BatchNorm directly follows.
+#: Linear operators whose output has its channels on axis 1.
 _LINEAR = (
     aten.conv1d.default, aten.conv1d.padding, aten.conv2d.default, aten.conv2d.padding, aten.conv3d.default,
     aten.conv3d.padding, aten.convolution.default, aten.conv_transpose1d.default, aten.conv_transpose2d.input,
@@ -44,11 +44,7 @@ _NOTHING_BETWEEN = (
 
 
 def measure_fold(source: str, *, seed: int = 0) -> dict[str, Any]:
-    """Fold one network; plain JSON values.
-
-    Args:
-        source: ``torchvision:NAME`` or ``timm:NAME``.
-        seed: Of weights, statistics and inputs.
+    """Fold ``torchvision:NAME`` or ``timm:NAME`` and return plain JSON values; the seed sets weights, statistics and inputs.
 
     Raises:
         BnexportError: The network can't be made, traced or folded.
@@ -63,10 +59,8 @@ def measure_fold(source: str, *, seed: int = 0) -> dict[str, Any]:
     traced = time.perf_counter() - started
     result, plain = (fold_traced(original, (example,), name=source, prove=prove) for prove in (True, False))
     cost = cost_of((plain, result), traced)
-    found |= {
-        "parameters": sum(item.numel() for item in subject.module.parameters()),
-        "nodes": len(original.graph.nodes),
-    }
+    parameters = sum(item.numel() for item in subject.module.parameters())
+    found |= {"parameters": parameters, "nodes": len(original.graph.nodes)}
     places = places_of(original)
     found |= account(result.report, places)
     found |= {"cost": cost.to_json()} | independent_check(subject, result.model, seed=seed + _OTHER_SEED)
@@ -76,12 +70,7 @@ def measure_fold(source: str, *, seed: int = 0) -> dict[str, Any]:
 
 
 def account(report: FoldReport, places: dict[str, list[str]]) -> dict[str, Any]:
-    """The report in numbers.
-
-    Args:
-        report: Of the fold.
-        places: From ``places_of`` the unfolded graph.
-    """
+    """Return the fold report in numbers; ``places``: ``places_of`` the unfolded graph."""
     waiting = {module: list(flags) for module, flags in places.items()}
     outcomes: dict[str, Counter[str]] = {place: Counter() for place in PLACES}
     reasons: Counter[str] = Counter()
@@ -107,7 +96,7 @@ def account(report: FoldReport, places: dict[str, list[str]]) -> dict[str, Any]:
 
 
 def places_of(graph_module: GraphModule) -> dict[str, list[str]]:
-    """Module path -> for each of its BatchNorm calls the place, as in PLACES."""
+    """Return module path -> the places, as in PLACES, of its BatchNorm calls."""
     found: dict[str, list[str]] = {}
     for node in graph_module.graph.nodes:
         if node.target is aten.batch_norm.default:
@@ -116,9 +105,9 @@ def places_of(graph_module: GraphModule) -> dict[str, list[str]]:
 
 
 def independent_check(subject: Subject, folded: GraphModule, *, seed: int) -> dict[str, Any]:
-    """The folded graph in float32 against the original in float64, on other inputs and another batch size.
+    """Compare the folded graph in float32 with the original in float64, on other inputs and another batch size.
 
-    The original in float32 tells how much of the difference is rounding that the network has anyway.
+    The error of the original in float32 is the share of rounding that the network has without a fold.
     """
     batch = subject.batch(_CHECKED, seed)
     given = outputs_of(folded, batch)
@@ -134,7 +123,7 @@ def independent_check(subject: Subject, folded: GraphModule, *, seed: int) -> di
 
 
 def general(row: FoldRow) -> str:
-    """A row's reason without the names and numbers of this network, so that equal reasons can be counted."""
+    """Return a row's reason without the names and numbers of this network, so that equal reasons can be counted."""
     text = re.sub(r" \((?!docs/)[\w.]+\)", "", row.reason)  # "add (stages.0.norm)"
     text = re.sub(r"(?<![\w/])[A-Za-z_]\w*(?:\.\w+)+", "a layer", text)
     text = re.sub(r"\b([a-z][a-z0-9_]*?)_\d+\b", r"\1", text)
@@ -147,22 +136,21 @@ def _is_adjacent(node: Node) -> bool:
         parent = parent.args[0]
     if not isinstance(parent, Node) or parent.target not in _LINEAR or len(parent.users) != 1:
         return False
-    # On axis 1 of a (N, L, C) output of a linear layer are positions, not its channels.
+    # Axis 1 of a (N, L, C) output of a linear layer has positions, not its channels.
     return parent.target is not aten.linear.default or parent.meta["val"].ndim == 2
 
 
 def _difference(given: list[Tensor], exact: list[Tensor]) -> float:
-    """Largest |difference| as a share of the largest |value|, worst output; infinity where there is no number."""
+    """Largest |difference| as a share of the largest |value|, worst output; infinity if it is not a number."""
     if len(given) != len(exact) or any(have.shape != want.shape for have, want in zip(given, exact, strict=True)):
         return float("inf")
-    errors = [
-        float((have.double() - want).abs().max() / want.abs().max()) for have, want in zip(given, exact, strict=True)
-    ]
+    pairs = zip(given, exact, strict=True)
+    errors = [float((have.double() - want).abs().max() / want.abs().max()) for have, want in pairs]
     return max(error if error == error else float("inf") for error in errors)
 
 
 def _varies(exact: list[Tensor]) -> float:
-    """How much the outputs of different samples differ, as a share of the largest: near 0, nothing could be seen."""
+    """Deviation between samples as a share of the largest output: near 0, the check could not see a fault."""
     return max(float(item.std(0).max() / item.abs().max()) for item in exact)
 
 

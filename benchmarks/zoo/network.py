@@ -1,4 +1,4 @@
-"""One network of the zoo, with random weights and statistics that make a wrong fold show."""
+"""One network of the zoo, with random weights and with statistics that expose a wrong fold."""
 
 from __future__ import annotations
 
@@ -15,37 +15,31 @@ from bnexport.errors import ModelError
 from bnexport.nn.zoo import build_from_zoo, zoo_facts
 from bnexport.optional import one_line, quiet
 
-#: Heights and widths that are tried before the network's own: a fold does not depend on it, the time does.
+#: Heights and widths tried before the network's own; the fold does not depend on them, but its time does.
 SIZES = (64, 96, 128)
-#: Samples that the statistics are taken from, and samples of the example that is traced.
+#: Samples behind the statistics, and samples of the traced example.
 CALIBRATION, EXAMPLE = 8, 2
 _EPS = (1e-5, 1e-3, 3e-2)
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A network to be measured.
-
-    Attributes:
-        module: In eval mode, float32.
-        shape: Of one sample.
-        norms: BatchNorm modules.
-    """
+    """A network that is measured: in eval mode, float32."""
 
     module: nn.Module
-    shape: tuple[int, ...]
-    norms: int
+    shape: tuple[int, ...]  # of one sample
+    norms: int  # BatchNorm modules
 
     def batch(self, size: int, seed: int) -> Tensor:
-        """Noise of this seed, (size, *shape)."""
+        """Return noise of this seed, (size, *shape)."""
         return torch.randn(size, *self.shape, generator=torch.Generator().manual_seed(seed))
 
 
 def make_subject(source: str, *, seed: int = 0) -> Subject:
-    """Build a network and give it weights and statistics; the same seed gives the same network.
+    """Build a network with random weights and statistics; the same seed gives the same network.
 
     Raises:
-        ModelError: There is no such network, or it can't run on images of any of the sizes.
+        ModelError: The network is unknown, or runs on none of the sizes.
         MissingDependency: Its package is not installed.
     """
     torch.manual_seed(seed)
@@ -59,20 +53,15 @@ def make_subject(source: str, *, seed: int = 0) -> Subject:
 
 
 def randomise(module: nn.Module, batch: Tensor, *, seed: int = 0) -> None:
-    """Make every BatchNorm far from the identity, while the numbers stay of a size through the deepest network.
+    """Make every BatchNorm in place far from the identity, while the values keep their size through the deepest network.
 
     Fresh networks hide faults: their gammas are 1, their statistics 0 and 1, and layer scales of 1e-6 switch whole
-    branches off. Per channel gamma is of both signs and sometimes 0, the mean is shifted and the variance spread over two
-    decades. One batch runs through the network while that is done, so each layer is set by what really reaches it.
-
-    Args:
-        module: Changed in place; in eval mode.
-        batch: One input, several samples.
-        seed: Of the numbers.
+    branches off. Here gamma has both signs per channel and some 0, the mean is shifted and the variance spread over two
+    decades. One batch of several samples runs through the network meanwhile, so each layer is set by its real input.
     """
     generator = torch.Generator().manual_seed(seed)
     _wake(module, generator)
-    module.train().eval()  # some networks keep what they computed of their weights in eval mode
+    module.train().eval()  # some networks cache values computed from their weights in eval mode
     norms = [item for item in module.modules() if isinstance(item, _BatchNorm)]
     handles: list[RemovableHandle] = []
     for number, norm in enumerate(norms):
@@ -88,13 +77,13 @@ def randomise(module: nn.Module, batch: Tensor, *, seed: int = 0) -> None:
 
 
 def outputs_of(module: nn.Module, batch: Tensor) -> list[Tensor]:
-    """What a network gives for a batch, as a flat list of tensors."""
+    """Return a network's outputs for a batch as a flat list of tensors."""
     with torch.no_grad(), quiet():
         return [item for item in pytree.tree_leaves(module(batch)) if isinstance(item, Tensor)]
 
 
 class _Calibrate:
-    """Forward pre-hook: at the first call, moving statistics from what comes in, perturbed per channel."""
+    """Forward pre-hook: at the first call, set moving statistics from the input, perturbed per channel."""
 
     def __init__(self, generator: torch.Generator) -> None:
         self._generator = generator
@@ -133,7 +122,7 @@ def _set_affine(norm: Any, generator: torch.Generator) -> None:
 
 
 def _wake(module: nn.Module, generator: torch.Generator) -> None:
-    """Replace what is constant and near 0 in a fresh network: biases, layer scales, gains that switch a branch off."""
+    """Replace constant parameters near 0 of a fresh network: biases, layer scales, gains that switch a branch off."""
     inside = {id(item) for norm in module.modules() if isinstance(norm, _BatchNorm) for item in norm.parameters()}
     with torch.no_grad():
         for parameter in module.parameters():
@@ -149,13 +138,13 @@ def _wake(module: nn.Module, generator: torch.Generator) -> None:
 
 
 def _sample_shape(source: str, module: nn.Module) -> tuple[int, ...]:
-    """The smallest of SIZES that the network takes, else its own size."""
+    """The smallest of SIZES on which the network runs, else its own size."""
     own = zoo_facts(source, {}, module)[0] or (3, 224, 224)
     problem = ""
     for shape in (*((own[0], size, size) for size in SIZES), own):
         try:
             outputs = outputs_of(module, torch.randn(EXAMPLE, *shape))
-        except Exception as error:  # whatever a network says to an image of another size
+        except Exception as error:  # any error of a network on an image of another size
             problem = one_line(error, 200)
             continue
         if outputs and all(bool(torch.isfinite(item).all()) for item in outputs):

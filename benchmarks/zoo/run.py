@@ -1,4 +1,4 @@
-"""Measure every network of the zoo, each in a process of its own, and keep what is done: one JSON line a network and part."""
+"""Measure every network of the zoo in its own process; each finished network and part is one JSON line."""
 
 from __future__ import annotations
 
@@ -9,87 +9,47 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from importlib import import_module
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from benchmarks.zoo.names import sources
 from bnexport.environment import environment, versions_of
 from bnexport.errors import BnexportError, DataError, UsageError
-from bnexport.optional import one_line
+from bnexport.optional import one_line, require
 
-
-def _fold(source: str, seed: int) -> dict[str, Any]:
-    from benchmarks.zoo.fold import measure_fold
-
-    return measure_fold(source, seed=seed)
-
-
-def _tools(source: str, seed: int) -> dict[str, Any]:
-    from benchmarks.zoo.tools import measure_tools
-
-    return measure_tools(source, seed=seed)
-
-
-#: Part of the measurement -> what measures it: (source, seed) -> JSON. Each can be run again without the others.
-PARTS: dict[str, Callable[[str, int], dict[str, Any]]] = {"fold": _fold, "tools": _tools}
-#: Loaded once, before the processes are made from it.
-_PRELOAD = [
-    "torch",
-    "torch._dynamo",
-    "torch.export",
-    "torch.onnx",
-    "torchvision",
-    "onnx",
-    "onnxscript",
-    "onnxruntime",
-    "benchmarks.zoo.run",
-]
-_OPTIONAL_PRELOAD = ["timm", "onnxslim"]
-#: Seconds that a process which has sent its line gets to end by itself.
+#: Part of the measurement -> module and function that measures it: (source, seed) -> JSON. A part can be run again alone.
+PARTS = {"fold": ("benchmarks.zoo.fold", "measure_fold"), "tools": ("benchmarks.zoo.tools", "measure_tools")}
+#: Modules loaded once, before the processes are forked; of timm and onnxslim only if they are installed.
+_PRELOAD = (
+    "torch", "torch._dynamo", "torch.export", "torch.onnx", "torchvision", "onnx", "onnxscript", "onnxruntime",
+    "benchmarks.zoo.run", "timm", "onnxslim",
+)  # fmt: skip
+#: Seconds in which a process must end after it has sent its line.
 _PATIENCE = 5.0
 
 
 @dataclass(frozen=True)
 class ZooRun:
-    """How to measure.
+    """The settings of one run."""
 
-    Attributes:
-        out: The file of JSON lines; what it holds already is not measured again.
-        names: Networks; empty: all.
-        parts: Keys of PARTS.
-        limit: Measure at most so many networks; 0: all.
-        jobs: Processes at a time, one thread each.
-        seconds: A network that takes longer is given up.
-        memory_gb: Of data that one process may hold.
-        again: Measure what is there already, too; the new line counts.
-        seed: Of weights, statistics and inputs.
-    """
-
-    out: Path
-    names: tuple[str, ...] = ()
+    out: Path  # the file of JSON lines; networks in it are not measured again
+    names: tuple[str, ...] = ()  # empty: all
     parts: tuple[str, ...] = tuple(PARTS)
-    limit: int = 0
-    jobs: int = 2
-    seconds: float = 300.0
-    memory_gb: float = 10.0
-    again: bool = False
-    seed: int = 0
+    limit: int = 0  # at most this many networks; 0: all
+    jobs: int = 2  # processes at a time, one thread each
+    seconds: float = 300.0  # a network that takes longer is given up
+    memory_gb: float = 10.0  # of data in one process
+    again: bool = False  # measure networks in the file again; the new line counts
+    seed: int = 0  # of weights, statistics and inputs
 
 
 def run_zoo(run: ZooRun, *, tell: Callable[[str], None] = lambda _line: None) -> list[dict[str, Any]]:
-    """Measure what is not done yet and append it to the file.
-
-    Args:
-        run: What, and within which limits.
-        tell: Gets a line for each finished network.
-
-    Returns:
-        Every line of the file that counts, as ``read_lines``.
+    """Measure the missing networks, append them to the file, and return its lines as ``read_lines`` does.
 
     Raises:
-        UsageError: A network or part that there is not.
-        DataError: The file holds something else.
+        UsageError: A network or part is unknown.
+        DataError: The file has other content.
         MissingDependency: torchvision is not installed.
     """
     todo = _todo(run)
@@ -97,7 +57,7 @@ def run_zoo(run: ZooRun, *, tell: Callable[[str], None] = lambda _line: None) ->
         for part in run.parts:
             _append(run.out, {"part": "conditions", "name": part, "seed": run.seed, "jobs": run.jobs, **_conditions()})
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(_PRELOAD + _OPTIONAL_PRELOAD)
+        context.set_forkserver_preload(list(_PRELOAD))
         with ThreadPoolExecutor(run.jobs) as pool:
             waiting = {pool.submit(_measure, context, part, source, run): None for source, part in todo}
             for number, done in enumerate(as_completed(waiting), 1):
@@ -108,10 +68,10 @@ def run_zoo(run: ZooRun, *, tell: Callable[[str], None] = lambda _line: None) ->
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file of measurements; of several for one network and part, the last.
+    """Return the lines of a file of measurements; of several for one network and part, the last.
 
     Raises:
-        DataError: It can't be read, or holds something else.
+        DataError: The file can't be read or has other content.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -123,15 +83,29 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
             line = json.loads(raw)
             key = (str(line["part"]), str(line["name"]))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DataError(
-                f"line {number} of {path} is no measurement", remedy="Remove it, or name another file"
-            ) from error
+            problem = f"line {number} of {path} is not a measurement"
+            raise DataError(problem, remedy="Remove it, or name another file") from error
         found[key] = line
     return list(found.values())
 
 
+def networks() -> tuple[str, ...]:
+    """Return every network as ``torchvision:NAME``, then those of timm.txt as ``timm:NAME``.
+
+    Raises:
+        MissingDependency: torchvision is not installed.
+    """
+    models = require("torchvision.models", purpose="the measurement of networks")
+    lines = Path(__file__).with_name("timm.txt").read_text(encoding="utf-8").splitlines()
+    timm = [name for line in lines if not line.startswith("#") for name in line.split()]
+    return (
+        *(f"torchvision:{name}" for name in sorted(models.list_models(module=models))),
+        *(f"timm:{name}" for name in timm),
+    )
+
+
 def _conditions() -> dict[str, Any]:
-    """Hardware and versions, those of the tools among them."""
+    """Hardware and versions, including the tools."""
     record = environment()
     return record | {"packages": record["packages"] | versions_of("timm", "onnxslim")}
 
@@ -139,7 +113,7 @@ def _conditions() -> dict[str, Any]:
 def _todo(run: ZooRun) -> list[tuple[str, str]]:
     if unknown := [part for part in run.parts if part not in PARTS]:
         raise UsageError(f"there is no part {unknown[0]!r}", remedy=f"Choose of {', '.join(PARTS)}")
-    every = sources()
+    every = networks()
     if unknown := [name for name in run.names if name.partition(":")[0] not in ("torchvision", "timm")]:
         raise UsageError(f"{unknown[0]!r} names no network", remedy="Write it as torchvision:NAME or timm:NAME")
     done: set[tuple[str, str]] = set()
@@ -152,19 +126,20 @@ def _todo(run: ZooRun) -> list[tuple[str, str]]:
 
 
 def _measure(context: Any, part: str, source: str, run: ZooRun) -> dict[str, Any]:
-    """One network in one process; what stops it is a line, not an error."""
+    """The line of one network, measured in one process; a failure is a line, too."""
     started = time.perf_counter()
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(sender, part, source, run.seed, run.memory_gb), daemon=True)
     process.start()
     sender.close()
     try:
-        line: dict[str, Any] = (
-            receiver.recv() if receiver.poll(run.seconds) else {"problem": f"longer than {run.seconds:g} s"}
-        )
+        late = {"problem": f"longer than {run.seconds:g} s"}
+        line: dict[str, Any] = receiver.recv() if receiver.poll(run.seconds) else late
     except EOFError:
         process.join(_PATIENCE)
-        line = {"problem": f"its process ended by {_ending(process.exitcode)}"}
+        code = process.exitcode or 0
+        ending = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+        line = {"problem": f"its process ended by {ending}"}
     if "result" in line:
         process.join(_PATIENCE)
     process.kill()
@@ -174,7 +149,7 @@ def _measure(context: Any, part: str, source: str, run: ZooRun) -> dict[str, Any
 
 
 def _child(sender: Connection, part: str, source: str, seed: int, memory_gb: float) -> None:
-    """What a process does: limit itself, measure, send."""
+    """Limit the memory of this process, measure, and send the line."""
     import resource
 
     import torch
@@ -183,7 +158,8 @@ def _child(sender: Connection, part: str, source: str, seed: int, memory_gb: flo
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     torch.set_num_threads(1)
     try:
-        line: dict[str, Any] = {"result": PARTS[part](source, seed)}
+        module, function = PARTS[part]
+        line: dict[str, Any] = {"result": getattr(import_module(module), function)(source, seed=seed)}
     except BnexportError as error:
         line = {"problem": f"{type(error).__name__}: {error.message}"}
     except MemoryError:
@@ -193,12 +169,6 @@ def _child(sender: Connection, part: str, source: str, seed: int, memory_gb: flo
     sender.send(line)
 
 
-def _ending(code: int | None) -> str:
-    if code is not None and code < 0:
-        return signal.Signals(-code).name
-    return f"exit code {code}"
-
-
 def _append(path: Path, line: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
@@ -206,6 +176,6 @@ def _append(path: Path, line: dict[str, Any]) -> None:
 
 
 def chosen(names: Iterable[str]) -> tuple[str, ...]:
-    """Names as given on a command line, a comma between two; one without a zoo is timm's."""
+    """Split names at commas; a name without a zoo is timm's."""
     parts = [part.strip() for name in names for part in name.split(",") if part.strip()]
     return tuple(part if ":" in part else f"timm:{part}" for part in parts)

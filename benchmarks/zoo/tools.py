@@ -1,21 +1,23 @@
-"""How many BatchNorms of one network the tools leave that also fold: exporters and optimisers that most people have."""
+"""BatchNorms of one network that common exporters and optimisers leave, which fold as well."""
 
 from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import onnx
-import onnx.inliner
 import onnxscript.optimizer
 import torch
 from onnx_ir.passes import common
 from torch import Tensor
 
 from benchmarks.zoo.network import EXAMPLE, make_subject
+from bnexport.auditing.onnx_tools import batch_norms
+from bnexport.auditing.tool import Job
+from bnexport.auditing.torch_tools import jit_freeze
 from bnexport.optional import one_line, quiet, require
 from bnexport.runtimes.onnxruntime_session import load_engine
 
@@ -23,19 +25,10 @@ _FILE = "model.onnx"
 
 
 def measure_tools(source: str, *, seed: int = 0) -> dict[str, Any]:
-    """BatchNorms of one network that each tool leaves; plain JSON values. A tool that fails is named with what it said.
-
-    Raises:
-        BnexportError: The network can't be made.
-    """
+    """Return the number of BatchNorms that each tool leaves, and the message of each tool that fails, as plain JSON values."""
     subject = make_subject(source, seed=seed)
-    found: dict[str, Any] = {
-        "shape": list(subject.shape),
-        "norms": subject.norms,
-        "left": {},
-        "failed": {},
-        "seconds": {},
-    }
+    found: dict[str, Any] = {"shape": list(subject.shape), "norms": subject.norms}
+    found |= {"left": {}, "failed": {}, "seconds": {}}
     if not subject.norms:
         return found
     example = subject.batch(EXAMPLE, seed + 1)
@@ -46,27 +39,21 @@ def measure_tools(source: str, *, seed: int = 0) -> dict[str, Any]:
             try:
                 with quiet(), torch.no_grad():
                     found["left"][name] = run()
-            except Exception as error:  # the tools raise whatever their parts raise
+            except Exception as error:  # the tools raise errors of all kinds
                 found["failed"][name] = f"{type(error).__name__}: {one_line(error, 200)}"
             found["seconds"][name] = round(time.perf_counter() - started, 3)
     return found
 
 
 class Tools:
-    """The tools on one network. The first of the ONNX tools exports; the others read what it wrote.
-
-    Args:
-        module: The network, in eval mode.
-        example: One batch.
-        folder: For files.
-    """
+    """The tools on one network in eval mode. The first of the ONNX tools exports; the others read its file."""
 
     def __init__(self, module: torch.nn.Module, example: Tensor, folder: Path) -> None:
         self._module, self._example, self._folder = module, example, folder
         self._program: Any = None
 
     def table(self) -> dict[str, Callable[[], int]]:
-        """Name -> what counts the BatchNorms that are left, in the order in which they must run."""
+        """Return name -> count of the remaining BatchNorms, in the order in which they must run."""
         return {
             "before": self._plain_export,
             "torch.jit.freeze": self._jit,
@@ -76,9 +63,9 @@ class Tools:
         }
 
     def _plain_export(self) -> int:
-        """The file that the tools that read ONNX are given: nothing is fused in it, but its constants are computed.
+        """Write the input of the tools that read ONNX: nothing is fused in it, but its constants are computed.
 
-        Without that, the exporter writes the missing bias of a convolution as operations, and no tool folds anything there.
+        Otherwise the exporter writes the missing bias of a convolution as operations, and no tool folds there.
         """
         self._program = torch.onnx.export(
             self._module, (self._example,), dynamo=True, optimize=False, external_data=False, verbose=False
@@ -90,22 +77,22 @@ class Tools:
         return batch_norms(onnx.load(self._folder / _FILE, load_external_data=False))
 
     def _optimised_export(self) -> int:
-        """What ``torch.onnx.export`` gives by default: the same export, after its own optimiser."""
+        """The default of ``torch.onnx.export``: the same export, after its own optimiser."""
         self._exported().optimize()
         written = self._folder / "optimised.onnx"
         self._program.save(written, external_data=True)
         return batch_norms(onnx.load(written, load_external_data=False))
 
     def _jit(self) -> int:
-        traced = torch.jit.trace(self._module, self._example, check_trace=False, strict=False)  # type: ignore[no-untyped-call]
-        return sum(_kinds(torch.jit.freeze(traced).inlined_graph, "aten::batch_norm"))
+        with jit_freeze(Job(self._module, (self._example,), self._folder)) as product:
+            return product.batch_norms or 0
 
     def _onnxruntime(self) -> int:
         """ONNX Runtime's extended level: the highest that does not change the layout for one kind of processor."""
         self._exported()
         ort = load_engine()
         options = ort.SessionOptions()
-        options.log_severity_level = 4  # it warns of every optimised file that it is for this machine alone
+        options.log_severity_level = 4  # it warns that every optimised file is for this machine alone
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
         written = self._folder / "session.onnx"
         options.optimized_model_filepath = str(written)
@@ -122,25 +109,3 @@ class Tools:
         if self._program is None:
             raise RuntimeError("torch.onnx.export failed, so there is no file")
         return self._program
-
-
-def batch_norms(model: onnx.ModelProto) -> int:
-    """BatchNormalization nodes of a model, also in subgraphs and in functions that it calls."""
-    if model.functions:
-        model = onnx.inliner.inline_local_functions(model)
-    return sum(node.op_type == "BatchNormalization" for node in _nodes(model.graph))
-
-
-def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
-    for node in graph.node:
-        yield node
-        for attribute in node.attribute:
-            for inner in (attribute.g, *attribute.graphs):
-                yield from _nodes(inner)
-
-
-def _kinds(block: Any, kind: str) -> Iterator[bool]:
-    for node in block.nodes():
-        yield node.kind() == kind
-        for inner in node.blocks():
-            yield from _kinds(inner, kind)

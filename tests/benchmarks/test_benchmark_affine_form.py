@@ -23,15 +23,11 @@ from benchmarks.folding.affine_form import (
     scores,
     usable_providers,
     winners,
+    write_document,
 )
-from benchmarks.folding.affine_page import write_document
 from bnexport.environment import environment
 
-CASES = [
-    (context, form)
-    for context in CONTEXTS
-    for form in (*FORMS, *(BOUNDS if context.after[:1] == ("Relu",) else ()))
-]  # fmt: skip
+CASES = [(context, form) for context in CONTEXTS for form in context.forms]
 
 
 def run(model: bytes, x: np.ndarray) -> np.ndarray:

@@ -15,22 +15,21 @@ from benchmarks.serving import load as serving_load
 from benchmarks.serving import speed as serving_speed
 from benchmarks.serving.alone import Alone
 from benchmarks.serving.load import Load, parse_h2load, parse_wrk, wrk_script
-from benchmarks.serving.page import serving_page
+from benchmarks.serving.page import TARGETS, infer_share, outcomes, serving_page
 from benchmarks.serving.process import Running, free_ports
-from benchmarks.serving.speed import Memory, Plan, Sample, Speeds, measure
-from benchmarks.serving.targets import TARGETS, infer_share, outcomes
-from benchmarks.serving.ways import WAYS
+from benchmarks.serving.servers import WAYS
+from benchmarks.serving.speed import Sample, ServerMemory, ServingPlan, ServingSpeeds, measure
 from benchmarks.serving.wires import WIRES
-from benchmarks.soak.processes import running
+from benchmarks.soak.server import running
 from bnexport.errors import BundleError, MissingDependency, ProofError, RuntimeUnavailable
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 BUNDLE = ROOT / "models" / "bn_lenet" / "1"
 #: The script as a terminal starts it: what runs in a shell's background has SIGINT ignored.
 AS_FROM_A_TERMINAL = """
 import runpy, signal
 signal.signal(signal.SIGINT, signal.default_int_handler)
-runpy.run_path("scripts/benchmark_serving.py", run_name="__main__")
+runpy.run_module("benchmarks.serving", run_name="__main__", alter_sys=True)
 """
 
 
@@ -124,9 +123,9 @@ def made_up(**changes):
     }
     for name, rows in changes.items():
         samples[name][8] = rows
-    memory = Memory((0, 500_000, 1_000_100), (100 * 2**20, 109 * 2**20, 104 * 2**20), 110 * 2**20)
+    memory = ServerMemory((0, 500_000, 1_000_100), (100 * 2**20, 109 * 2**20, 104 * 2**20), 110 * 2**20)
     alone = [Alone({1: 25.0, 8: 15.0}, 50.0, 70.0), Alone({1: 18.0, 8: 14.0}, 40.0, 90.0)]
-    return Speeds(samples, alone, {"binary": (3298, 185)}, {"grpc": "no option"}, memory)
+    return ServingSpeeds(samples, alone, {"binary": (3298, 185)}, {"grpc": "no option"}, memory)
 
 
 def verdicts(speeds):
@@ -161,7 +160,7 @@ def test_ratios_are_of_one_round_and_all_targets_can_be_met():
 )
 def test_a_missed_target_is_said_to_be_missed(changes, expected):
     assert verdicts(made_up(**changes)) == expected
-    page = "\n".join(serving_page(made_up(**changes), "a machine"))
+    page = serving_page(made_up(**changes), "a machine")
     assert page.count("**missed**") == expected.count(False)
     assert ("had errors" in page) == any(row.load.errors for rows in changes.values() for row in rows)
 
@@ -191,7 +190,7 @@ def test_the_counters_wall_time_is_no_excuse():
 
 
 def test_the_page_holds_figures_sizes_and_what_is_missing():
-    page = "\n".join(serving_page(made_up(), "a machine"))
+    page = " ".join(serving_page(made_up(), "a machine").split())
     assert "| bnexport, binary tensors | 8 | 1,000 to 1,000 | 60 | 100 | 200 | 2.0 | 7.50 |" in page
     assert "bnexport, gRPC: not measured, no option." in page
     assert "bnexport, binary tensors 3,298 and 185" in page
@@ -201,7 +200,7 @@ def test_the_page_holds_figures_sizes_and_what_is_missing():
     assert "After a pause of 80 us ONNX Runtime alone takes 45.0 us (40.0 to 50.0) for one image, 2.1 times" in page
     without = made_up()
     del without.samples["fastapi"]
-    assert "**not measured**" in "\n".join(serving_page(without, "a machine"))
+    assert "**not measured**" in serving_page(without, "a machine")
 
 
 def bench(answer):
@@ -210,7 +209,7 @@ def bench(answer):
     class Stub:
         post = staticmethod(answer)
 
-    made = serving_speed._Bench(Plan(BUNDLE, Path("nowhere")), lambda _: None)
+    made = serving_speed._Bench(ServingPlan(BUNDLE, Path("nowhere")), lambda _: None)
     return made, Stub()
 
 
@@ -249,7 +248,7 @@ def test_a_server_that_can_not_be_had_is_named_and_the_needed_ones_are_not_left_
     def broken(*_):
         raise RuntimeUnavailable("pip has no index", remedy="Get one")
 
-    monkeypatch.setattr("benchmarks.serving.ways.make_venv", broken)
+    monkeypatch.setattr("benchmarks.serving.servers.make_venv", broken)
     assert list(made.prepare(["binary", "echo", "litserve"])) == ["binary", "echo"]
     assert made.failed == {"litserve": "pip has no index"}
     with pytest.raises(RuntimeUnavailable, match="no index"):
@@ -259,20 +258,20 @@ def test_a_server_that_can_not_be_had_is_named_and_the_needed_ones_are_not_left_
 def test_a_missing_load_tool_and_another_model_are_refused(monkeypatch, tmp_path):
     monkeypatch.setattr(serving_load.shutil, "which", lambda _: None)
     with pytest.raises(MissingDependency, match="needs wrk") as caught:
-        measure([], Plan(BUNDLE, tmp_path))
+        measure([], ServingPlan(BUNDLE, tmp_path))
     assert caught.value.remedy == "Install it: apt-get install wrk"
     with pytest.raises(BundleError):
-        measure([], Plan(tmp_path, tmp_path))
+        measure([], ServingPlan(tmp_path, tmp_path))
     monkeypatch.setattr(serving_load.shutil, "which", lambda name: None if name == "h2load" else name)
-    monkeypatch.setattr("benchmarks.serving.ways.make_venv", lambda *_: pytest.fail("it was begun"))
+    monkeypatch.setattr("benchmarks.serving.servers.make_venv", lambda *_: pytest.fail("it was begun"))
     with pytest.raises(MissingDependency, match="needs h2load"):
-        measure(["grpc", "fastapi"], Plan(BUNDLE, tmp_path))
+        measure(["grpc", "fastapi"], ServingPlan(BUNDLE, tmp_path))
 
 
 @pytest.mark.needs("wrk")
 def test_a_short_run(tmp_path):
     told = []
-    plan = Plan(BUNDLE, tmp_path, rounds=1, seconds=1, memory_requests=1000, warm_requests=100, clients=(8,))
+    plan = ServingPlan(BUNDLE, tmp_path, rounds=1, seconds=1, memory_requests=1000, warm_requests=100, clients=(8,))
     speeds = measure(["json", "grpc", "processes"], plan, tell=told.append)
     assert set(speeds.samples) | set(speeds.failed) == {"binary", "echo", "json", "grpc", "processes"}
     assert {"binary", "echo", "json"} <= set(speeds.samples)
@@ -292,7 +291,7 @@ def test_a_short_run(tmp_path):
     assert speeds.memory.requests[0] == 0
     assert speeds.memory.requests[-1] >= 1000
     assert speeds.memory.peak >= max(speeds.memory.resident) > 2**20
-    page = "\n".join(serving_page(speeds, "a machine"))
+    page = serving_page(speeds, "a machine")
     assert all(f"| {WAYS[name].words} | 8 |" in page for name in speeds.samples)
 
 
@@ -307,14 +306,17 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, number):
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     ) as child:  # fmt: skip
         try:
-            assert "1 client:" in child.stdout.readline()
+            assert "1 client:" in child.stderr.readline()
             family = [pid for pid, _ in Running(child, free_ports(), tmp_path)._rows()]
             assert len(family) > 1
             child.send_signal(number)
             _, said = child.communicate(timeout=60)
         finally:
             child.kill()
-    assert (child.returncode, said) == (130, "benchmark_serving.py: interrupted, so there is no page\n")
+    assert child.returncode == 130
+    assert [line for line in said.splitlines() if not line.startswith("round ")] == [
+        "serving: interrupted, so there is no result"
+    ]
     assert list(tmp_path.iterdir()) == []
     assert not [pid for pid in family if running(pid)]
 
@@ -338,7 +340,7 @@ def test_the_committed_page_holds_every_server():
 )
 def test_the_script_refuses_in_one_sentence(words, code, sentence, tmp_path):
     child = subprocess.run(
-        [sys.executable, "scripts/benchmark_serving.py", "--out", str(tmp_path / "page.md"), *words],
+        [sys.executable, "-m", "benchmarks.serving", "--out", str(tmp_path / "page.md"), *words],
         capture_output=True, text=True, timeout=120, check=False, cwd=ROOT,
         env={"PATH": "", "PYTHONPATH": str(ROOT), "HOME": str(tmp_path)},
     )  # fmt: skip

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from benchmarks.training import speed as training_speed
-from benchmarks.training.speed import OPERATIONS_PER_IMAGE, Speeds, measure, speed_page
+from benchmarks.training.speed import OPERATIONS_PER_IMAGE, TrainingSpeeds, measure, speed_page
 from benchmarks.training.ways import WAYS, _Unfolded, epochs_of, gemm_rate
 from bnexport.errors import RuntimeUnavailable
 from bnexport.nn.lenet import bn_lenet
@@ -48,7 +48,7 @@ def test_a_way_that_fails_is_named_and_the_others_go_on(monkeypatch):
     speeds = measure(["compiled", "plain"], rounds=2)
     assert speeds.failed == {"compiled": "no compiler"}
     assert speeds.ratios["plain"] == [3.0, 3.0]
-    assert "not measured, no compiler" in "\n".join(speed_page(speeds, "a machine"))
+    assert "not measured, no compiler" in speed_page(speeds, "a machine")
 
 
 def test_without_the_baseline_there_is_nothing_to_compare(monkeypatch):
@@ -58,11 +58,11 @@ def test_without_the_baseline_there_is_nothing_to_compare(monkeypatch):
 
 
 def test_the_page_tells_the_distance_from_the_limit():
-    speeds = Speeds(
+    speeds = TrainingSpeeds(
         {"chapter-4": [10.0], "bnexport": [25000.0]}, {"chapter-4": [1.0], "bnexport": [5.0]}, dict.fromkeys(WAYS, 2),
         [OPERATIONS_PER_IMAGE * 100000], {},
     )  # fmt: skip
-    page = "\n".join(speed_page(speeds, "a machine"))
+    page = speed_page(speeds, "a machine")
     assert "100,000 images/s" in page
     assert "25% of it" in page
     assert "| 25,000 | 25,000 | 1 | 5.00 (5.00 to 5.00) | yes |" in page
@@ -116,13 +116,13 @@ def test_a_real_child_measures():
 
 
 def test_the_committed_page_holds_every_way():
-    page = (Path(__file__).parents[3] / "docs" / "training_speed.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "training_speed.md").read_text(encoding="utf-8")
     assert all(f"| {way.words} |" in page for way in WAYS.values())
 
 
 def test_the_script_refuses_an_unknown_way():
     child = subprocess.run(
-        [sys.executable, "scripts/benchmark_training.py", "tpu"],
+        [sys.executable, "-m", "benchmarks.training", "tpu"],
         capture_output=True,
         text=True,
         timeout=120,

@@ -14,8 +14,8 @@ from benchmarks.folding.cost import fold_cost
 from benchmarks.zoo import fold as zoo_fold
 from benchmarks.zoo import network as zoo_subject
 from benchmarks.zoo import tools as zoo_tools
-from benchmarks.zoo.names import TIMM, sources
 from benchmarks.zoo.network import Subject, make_subject, outputs_of
+from benchmarks.zoo.run import networks
 from bnexport.errors import ModelError
 from bnexport.folding.fold import fold
 from bnexport.folding.report import FoldReport, FoldRow
@@ -193,14 +193,14 @@ def test_a_spread() -> None:
 
 
 def test_the_names_are_fixed_and_known() -> None:
-    listed = sources()
+    listed = networks()
     assert len(listed) == len(set(listed))
     assert sum(name.startswith("timm:") for name in listed) >= 100
     assert {"torchvision:resnet18", "torchvision:vit_b_16", "timm:repvgg_a0"} <= set(listed)
     assert not [name for name in listed if "deeplab" in name or "rcnn" in name]
     timm = pytest.importorskip("timm")
     known = set(timm.list_models())
-    assert [name for family in TIMM.values() for name in family if name not in known] == []
+    assert [name for name in listed if name.startswith("timm:") and name.removeprefix("timm:") not in known] == []
 
 
 def test_a_subject_draws_by_seed() -> None:

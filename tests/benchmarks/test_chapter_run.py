@@ -11,10 +11,9 @@ import pytest
 import torch
 from support.chapter import PLAN, crafted
 
-from benchmarks.chapter.plan import BATCHES, EXPERIMENTS, FULL, QUICK, Plan, RunSpec, settings_of, specs_of
-from benchmarks.chapter.results import load_results, save_results
+from benchmarks.chapter.plan import BATCHES, EXPERIMENTS, FULL, QUICK, ChapterPlan, RunSpec, settings_of, specs_of
+from benchmarks.chapter.results import ChapterRun, gather, load_results, run_chapter, save_results
 from benchmarks.chapter.run import RunResult, measure
-from benchmarks.chapter.trainings import ChapterRun, gather, run_chapter
 from bnexport.errors import DataError, UsageError
 
 SPEC = RunSpec("torch", 1.0, 16, 2, 128, 100, "digits", seed=1)
@@ -70,7 +69,7 @@ def test_the_plans_say_what_the_page_says() -> None:
     assert len({spec.key for spec in every}) == len(set(every)) == len(every)
     assert set(specs_of("de", FULL)) < set(specs_of("a", FULL)), "made once for all three"
     with pytest.raises(UsageError, match="no spread"):
-        Plan(seeds=1)
+        ChapterPlan(seeds=1)
 
 
 def test_a_run_keeps_what_is_done_and_goes_on(tmp_path: Path) -> None:

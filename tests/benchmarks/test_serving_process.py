@@ -11,12 +11,11 @@ import numpy
 import pytest
 
 import bnexport
-from benchmarks.serving import venvs as serving_venvs
+from benchmarks.serving import servers as serving_venvs
 from benchmarks.serving.load import put_load
 from benchmarks.serving.process import ask, counters, free_ports, started
-from benchmarks.serving.venvs import VENVS, make_venv, requirements
-from benchmarks.serving.ways import WAYS, Place
-from benchmarks.serving.wires import Request
+from benchmarks.serving.servers import VENVS, WAYS, Place, make_venv, requirements
+from benchmarks.serving.wires import WireRequest
 from bnexport.errors import RuntimeUnavailable
 
 #: A process and its child; both work for 0.3 s of CPU time, say so, and sleep.
@@ -84,7 +83,7 @@ def test_loads_on_nobody_are_no_result():
     ports = free_ports()
     for grpc in (False, True):
         with pytest.raises(RuntimeUnavailable, match="gave no result"):
-            put_load(ports.http, Request("/", {}, b"x"), clients=1, seconds=1, grpc=grpc)
+            put_load(ports.http, WireRequest("/", {}, b"x"), clients=1, seconds=1, grpc=grpc)
 
 
 def test_own_servers_find_this_copy_and_others_do_not(monkeypatch, tmp_path):

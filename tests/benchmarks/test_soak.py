@@ -9,10 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.bundles import write_bundle
 from support.serving import PATIENCE, ROOT, until
 
 from benchmarks.serving.process import Ports, Running
-from benchmarks.soak.processes import running
+from benchmarks.soak.server import running
 from benchmarks.soak.soak import SoakSettings, run_soak
 from benchmarks.soak.verdict import lines, unexplained, verdict
 from bnexport.bundle import Bundle
@@ -90,17 +91,28 @@ class Mortal(Fault):
             os.kill(os.getpid(), signal.SIGKILL)
         await self.app(scope, receive, send)
 '''
+COMMAND = [sys.executable, "-m", "benchmarks.soak"]
 RIGHT = "every answer is the right one"
 ANSWERED = "no request is lost but those in a killed process's hands"
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    write_bundle(folder / "bn_lenet" / "1")
+    return folder
+
+
+def run_environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
 
 
 def test_a_short_soak_passes(models: Path, tmp_path: Path) -> None:
     """20 seconds and two kills, by the script."""
     words = ["--seconds", "20", "--kill-every", "7", "--clients", "6", "--out", str(tmp_path / "soak.json")]
     done = subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "soak_serving.py"), str(models / "bn_lenet" / "1"), *words],
-        capture_output=True, text=True, timeout=240,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        [*COMMAND, str(models / "bn_lenet" / "1"), *words], capture_output=True, text=True, timeout=240,
+        env=run_environment(), cwd=ROOT,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Verdict: PASS" in done.stdout
@@ -117,19 +129,10 @@ def test_a_short_soak_passes(models: Path, tmp_path: Path) -> None:
 
 
 def test_an_interrupted_soak_leaves_nobody(models: Path, tmp_path: Path) -> None:
-    words = [
-        str(models / "bn_lenet" / "1"),
-        "--seconds",
-        "600",
-        "--kill-every",
-        "0.5",
-        "--out",
-        str(tmp_path / "soak.json"),
-    ]
+    bundle, out = str(models / "bn_lenet" / "1"), str(tmp_path / "soak.json")
+    words = [bundle, "--seconds", "600", "--kill-every", "0.5", "--out", out]
     with subprocess.Popen(
-        [sys.executable, str(ROOT / "scripts" / "soak_serving.py"), *words],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        [*COMMAND, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=run_environment(), cwd=ROOT,
     ) as child:  # fmt: skip
         try:
             family: set[int] = set()
@@ -144,7 +147,7 @@ def test_an_interrupted_soak_leaves_nobody(models: Path, tmp_path: Path) -> None
         finally:
             child.kill()
     assert (child.returncode, out) == (130, "")
-    assert said == "soak_serving.py: interrupted, so there is no verdict\n"
+    assert said == "soak: interrupted, so there is no result\n"
     until(lambda: not any(map(running, family)))
     assert list(tmp_path.iterdir()) == []
 

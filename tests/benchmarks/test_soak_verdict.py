@@ -14,10 +14,9 @@ import numpy as np
 import pytest
 from support.bundles import write_bundle
 
-from benchmarks.soak.clients import ACTIONS, counters
-from benchmarks.soak.ledger import Fault, Ledger
-from benchmarks.soak.processes import accepted, kill_and_see, resident, running
-from benchmarks.soak.soak import Kill, Memory, Soak, SoakSettings, run_soak
+from benchmarks.soak.clients import ACTIONS, Fault, Ledger, counters
+from benchmarks.soak.server import accepted, kill_and_see, resident, running
+from benchmarks.soak.soak import Kill, ProcessMemory, Soak, SoakSettings, run_soak
 from benchmarks.soak.traffic import KINDS, make_traffic
 from benchmarks.soak.verdict import DEMANDS, lines, to_json, unexplained, verdict
 from bnexport.errors import UsageError
@@ -31,19 +30,20 @@ def good_soak() -> Soak:
     for kind in (*KINDS, *ACTIONS):
         soak.ledger.right(kind)
     soak.kills = [Kill(1, 77, begun=10.0, done=10.1, ports=frozenset({5001, 5002}), recovery=0.8)]
-    soak.ledger.add_lost(Fault("JSON", "RemoteDisconnected", 5001, 9.9, 10.05))
-    soak.memory = {77: Memory(1, 77, 2**26, 2**26, 2**26)}
+    soak.ledger.add("lost", Fault("JSON", "RemoteDisconnected", 5001, 9.9, 10.05))
+    soak.memory = {77: ProcessMemory(1, 77, 2**26, 2**26, 2**26)}
     return soak
 
 
 def lose(**changes: float | int | None) -> Callable[[Soak], None]:
-    return lambda soak: soak.ledger.add_lost(
-        Fault(**{"kind": "JSON", "reason": "gone", "port": 5002, "started": 10.05, "ended": 10.08} | changes)  # type: ignore[arg-type]
+    return lambda soak: soak.ledger.add(
+        "lost",
+        Fault(**{"kind": "JSON", "reason": "gone", "port": 5002, "started": 10.05, "ended": 10.08} | changes),  # type: ignore[arg-type]
     )
 
 
 def wrong(soak: Soak) -> None:
-    soak.ledger.add_wrong(Fault("JSON", "a logit is off", 5002, 10.05, 10.08))
+    soak.ledger.add("wrong", Fault("JSON", "a logit is off", 5002, 10.05, 10.08))
 
 
 def fall(soak: Soak) -> None:
@@ -102,7 +102,7 @@ def test_a_soak_that_killed_nobody_shows_nothing() -> None:
 def test_more_faults_than_are_kept_are_counted() -> None:
     ledger = Ledger()
     for _ in range(1500):
-        ledger.add_lost(Fault("JSON", "gone", 1, 0.0, 1.0))
+        ledger.add("lost", Fault("JSON", "gone", 1, 0.0, 1.0))
     assert (len(ledger.lost), ledger.counts["JSON", "lost"]) == (1000, 1500)
     soak = good_soak()
     soak.ledger = ledger

@@ -1,4 +1,4 @@
-"""docs/chapter.md says what its results give, and scripts/chapter.py makes it."""
+"""docs/chapter.md says what its results give, and ``python -m benchmarks.chapter`` makes it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.chapter.page import write_chapter
 from benchmarks.chapter.plan import EXPERIMENTS
 from benchmarks.chapter.results import load_results
-from benchmarks.chapter.page import write_chapter
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "chapter.md"
@@ -21,7 +21,7 @@ FOLDER = ROOT / "docs" / "chapter"
 
 
 def script(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "scripts" / "chapter.py"), *map(str, arguments)]
+    command = [sys.executable, "-m", "benchmarks.chapter", *map(str, arguments)]
     environ = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=240, check=False)
 
@@ -31,7 +31,7 @@ def test_the_page_is_what_the_results_give(tmp_path: Path) -> None:
     assert results.experiments == tuple(EXPERIMENTS), "every experiment is measured"
     assert results.plan.dataset == "fashion-mnist"
     write_chapter(results, tmp_path / "chapter.md")
-    assert (tmp_path / "chapter.md").read_text() == PAGE.read_text(), "write it again: python scripts/chapter.py"
+    assert (tmp_path / "chapter.md").read_text() == PAGE.read_text(), "write it again: python -m benchmarks.chapter"
     assert (tmp_path / "chapter" / "results.json").read_bytes() == (FOLDER / "results.json").read_bytes()
     assert sorted(p.name for p in FOLDER.iterdir()) == sorted(p.name for p in (tmp_path / "chapter").iterdir())
 
@@ -65,9 +65,9 @@ def test_the_script_makes_the_whole_page(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (("--only", "a,z"), "chapter.py: there is no experiment 'z'. Choose of a, b, c, d, e"),
-        (("--jobs", 0), "chapter.py: 0 trainings at a time can't be made. Give at least 1"),
-        (("--dataset", "cats"), "chapter.py: the data set 'cats' is unknown"),
+        (("--only", "a,z"), "chapter: there is no experiment 'z'. Choose of a, b, c, d, e"),
+        (("--jobs", 0), "chapter: 0 trainings at a time can't be made. Give at least 1"),
+        (("--dataset", "cats"), "chapter: the data set 'cats' is unknown"),
     ],
 )
 def test_wrong_requests_get_one_sentence(tmp_path: Path, arguments: tuple[object, ...], sentence: str) -> None:

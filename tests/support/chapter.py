@@ -6,11 +6,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from benchmarks.chapter.plan import EXPERIMENTS, Plan, RunSpec, specs_of
+from benchmarks.chapter.plan import EXPERIMENTS, ChapterPlan, RunSpec, specs_of
 from benchmarks.chapter.results import Results
 from benchmarks.chapter.run import EpochResult, RunResult
 
-PLAN = Plan(
+PLAN = ChapterPlan(
     seeds=3,
     images=64,
     test_images=50,

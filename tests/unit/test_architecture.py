@@ -19,7 +19,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("pipeline", "onnx_pipeline"),
     ("reporting",),
     ("onnx_folding", "auditing", "evaluating"),
-    ("verification", "benchmarking", "serving", "deploying"),
+    ("verification", "serving", "deploying"),
     ("training", "folding", "exporting", "runtimes"),
     ("nn", "data"),
 )

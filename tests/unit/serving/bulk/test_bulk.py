@@ -18,7 +18,6 @@ from unit.serving.bulk.conftest import IMAGES, png, predict, rows
 from bnexport.bundle import MODEL_ONNX, MODEL_TORCHSCRIPT, Bundle
 from bnexport.errors import BnexportError, BundleError, OutputError, UsageError
 from bnexport.serving.bulk.job import JOB, make_job
-from benchmarks.predict import side_by_side
 from bnexport.serving.bulk.on_ray import ShardActor, threads_ended
 from bnexport.serving.bulk.predict import predict_in_bulk
 from bnexport.serving.bulk.request import BulkProgress, BulkRequest
@@ -249,16 +248,6 @@ def test_force_keeps_what_belongs_to_the_new_job_alone(bundle: Bundle, tmp_path:
     assert pq.read_table(out).num_rows == 15
     predict(bundle, [first, second], tmp_path / "fresh", shard_rows=3)
     assert pq.read_table(out).equals(pq.read_table(tmp_path / "fresh"))
-
-
-def test_the_measured_table(bundle: Bundle, sources: dict[str, Path]) -> None:
-    head, _, bare, ours, share, *rest = side_by_side(bundle, sources["a.npy"], workers=2, repeats=1).splitlines()
-    rate, cpu = ([float(row.split("|")[column].split()[0]) for row in (bare, ours, share)] for column in (2, 3))
-    assert head.count("|") == share.count("|") == 4
-    assert rate[2] == pytest.approx(rate[1] / rate[0], abs=0.3)
-    assert cpu[2] == pytest.approx(cpu[0] / cpu[1], rel=0.02)
-    assert cpu[0] > 1000, "the processes are counted: 90 images bear their start"
-    assert "n = 1 pairs of 90 images, 2 workers" in " ".join(rest)
 
 
 def test_an_actor_of_ray_starts_from_the_users_folder(

@@ -1,0 +1,48 @@
+"""The frame of every benchmark's command line: its parser, its lines of progress, and bnexport's exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from bnexport import interrupts
+from bnexport.cli.main import EXIT_CODES, EXIT_INTERRUPTED
+from bnexport.errors import BnexportError
+
+
+def options(name: str, text: str | None) -> argparse.ArgumentParser:
+    """Return a parser of ``python -m benchmarks.NAME`` with a module's docstring as its help."""
+    return argparse.ArgumentParser(
+        f"python -m benchmarks.{name}", description=text, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def known(parser: argparse.ArgumentParser, names: Sequence[str], table: Sequence[str], kind: str) -> list[str]:
+    """Return the names, or the whole table without any; end with code 2 at a name that is not in the table."""
+    if unknown := sorted(set(names) - set(table)):
+        parser.error(f"unknown {kind} {unknown[0]}")
+    return list(names or table)
+
+
+def progress(line: str) -> None:
+    """Print a line of progress to standard error."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def finish(name: str, action: Callable[[], int | None]) -> NoReturn:
+    """Run a benchmark and end the process: 0 done, 1 verdict FAIL, 2 bad input, 3 the machine lacks something.
+
+    SIGINT and SIGTERM end it with code 130, after its servers and files have been cleaned up.
+    """
+    try:
+        with interrupts.terminable():
+            code = action() or 0
+    except KeyboardInterrupt:
+        progress(f"{name}: interrupted, so there is no result")
+        code = EXIT_INTERRUPTED
+    except BnexportError as error:
+        progress(f"{name}: {error}")
+        code = next(code for kind, code in EXIT_CODES if isinstance(error, kind))
+    sys.exit(code)

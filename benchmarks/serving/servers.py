@@ -1,0 +1,164 @@
+"""Servers of one model, side by side: their start, their requests, and the environments of other people's servers.
+
+An environment has pinned versions; pip makes it once, and it is kept.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.serving.process import Ports
+from bnexport.data.locate import cache_folder
+from bnexport.environment import versions_of
+from bnexport.errors import RuntimeUnavailable
+from bnexport.files import write_atomically
+from bnexport.optional import installed
+from bnexport.runtimes.isolation import import_path
+
+#: Name -> packages that pip installs next to the engine. MLServer's worker processes do not start with uvloop 0.22.
+VENVS: Mapping[str, tuple[str, ...]] = {
+    "fastapi": ("fastapi==0.165.0", "pydantic==2.14.4", "uvicorn[standard]==0.54.0"),
+    "litserve": ("litserve==0.2.19", "fastapi==0.165.0", "uvicorn[standard]==0.54.0"),
+    "mlserver": ("mlserver==1.7.1", "fastapi==0.115.14", "uvicorn==0.54.0", "uvloop==0.21.0"),
+}
+_PEERS = Path(__file__).parent / "peers"
+_PATIENCE = 600.0
+_COMPLETE = "bnexport.json"
+
+
+@dataclass(frozen=True)
+class Place:
+    """The parts of a server's command."""
+
+    python: Path
+    bundle: Path  # absolute
+    ports: Ports
+    answer_bytes: int  # of a binary answer
+
+
+@dataclass(frozen=True)
+class ServerWay:
+    """A row of WAYS."""
+
+    words: str
+    wire: str  # of WIRES
+    command: Callable[[Place], Sequence[str]]
+    venv: str | None = None  # of VENVS; None for the environment of bnexport
+    option: str | None = None  # of ``bnexport serve``, without which there is no such row
+    counted: bool = False  # it has the counters of ``bnexport serve`` with one process
+
+    def interpreter(self, venvs: Path) -> Path:
+        """Return its interpreter; a missing environment is made in the folder ``venvs``.
+
+        Raises:
+            RuntimeUnavailable: The environment can't be made, or this ``bnexport serve`` has no such option.
+        """
+        if self.option is not None and self.option not in _help().split():
+            remedy = "Install the extras of bnexport serve"
+            raise RuntimeUnavailable(f"this bnexport serve has no {self.option}", remedy=remedy)
+        return Path(sys.executable) if self.venv is None else make_venv(self.venv, venvs)
+
+    def environment(self) -> dict[str, str]:
+        """Return environment variables: one thread, and this copy of bnexport for its own servers only."""
+        own = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        if self.venv is None:
+            own["PYTHONPATH"] = import_path()
+        return own | {"OMP_NUM_THREADS": "1"}
+
+
+@functools.cache
+def _help() -> str:
+    command = [sys.executable, "-m", "bnexport", "serve", "--help"]
+    env = {**os.environ, "PYTHONPATH": import_path()}
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=env).stdout
+
+
+def _serve(*options: str) -> Callable[[Place], Sequence[str]]:
+    """``bnexport serve``; "{grpc}" in an option is the port for gRPC."""
+
+    def command(place: Place) -> list[str]:
+        shared = [str(place.python), "-m", "bnexport", "serve", str(place.bundle), "--port", str(place.ports.http)]
+        return [*shared, "--no-access-log", *(option.format(grpc=place.ports.grpc) for option in options)]
+
+    return command
+
+
+def _peer(program: str) -> Callable[[Place], Sequence[str]]:
+    words = ("{0.python}", str(_PEERS / program), "{0.bundle}/model.onnx", "{0.ports.http}")
+    return lambda place: [word.format(place) for word in words]
+
+
+def _echo(place: Place) -> Sequence[str]:
+    return [str(place.python), str(_PEERS / "echo_app.py"), str(place.ports.http), str(place.answer_bytes)]
+
+
+#: Name -> server, in the order of the table.
+WAYS: Mapping[str, ServerWay] = {
+    "binary": ServerWay("bnexport, binary tensors", "oip-binary", _serve(), counted=True),
+    "json": ServerWay("bnexport, JSON", "oip-json", _serve(), counted=True),
+    "grpc": ServerWay(
+        "bnexport, gRPC", "oip-grpc", _serve("--grpc-port", "{grpc}"), option="--grpc-port", counted=True
+    ),
+    "processes": ServerWay(
+        "bnexport, binary tensors, 2 processes", "oip-binary", _serve("--processes", "2"), option="--processes"
+    ),
+    "echo": ServerWay("bare ASGI echo of the binary body", "echo", _echo),
+    "fastapi": ServerWay("FastAPI, pydantic, onnxruntime; JSON", "rows-json", _peer("fastapi_app.py"), venv="fastapi"),
+    "litserve": ServerWay("LitServe, onnxruntime; JSON", "rows-json", _peer("litserve_app.py"), venv="litserve"),
+    "mlserver": ServerWay("MLServer, onnxruntime; JSON", "oip-json", _peer("mlserver_app.py"), venv="mlserver"),
+}
+
+
+def default_folder() -> Path:
+    """Return the folder of environments in the user's cache."""
+    return cache_folder() / "benchmark"
+
+
+def requirements(name: str) -> tuple[str, ...]:
+    """Return a row of VENVS with the versions of onnxruntime and numpy that are installed here."""
+    engine = next(iter(versions_of("onnxruntime-gpu", "onnxruntime").values()))
+    return (*VENVS[name], f"onnxruntime=={engine}", f"numpy=={versions_of('numpy')['numpy']}")
+
+
+def make_venv(name: str, folder: Path) -> Path:
+    """Return the interpreter of an environment of VENVS, which is made unless it is complete.
+
+    Raises:
+        RuntimeUnavailable: Python has no venv, or pip can't install the packages.
+    """
+    wanted = list(requirements(name))
+    place = folder / name
+    interpreter, mark = place / "bin" / "python", place / _COMPLETE
+    if mark.is_file() and interpreter.exists() and json.loads(mark.read_text(encoding="utf-8")) == wanted:
+        return interpreter
+    if not installed("ensurepip"):
+        raise RuntimeUnavailable(
+            "this Python can't make environments", remedy="Install its venv package (python3-venv)"
+        )
+    place.mkdir(parents=True, exist_ok=True)
+    _run([sys.executable, "-m", "venv", "--clear", str(place)], name)
+    _run([str(interpreter), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *wanted], name)
+    write_atomically(mark, json.dumps(wanted).encode())
+    return interpreter
+
+
+def _run(command: list[str], name: str) -> None:
+    reason = f"no end after {_PATIENCE:.0f} s"
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_PATIENCE, check=False)
+        if done.returncode == 0:
+            return
+        lines = done.stderr.splitlines() or ["no output"]
+        reason = next((line for line in reversed(lines) if line.startswith("ERROR")), lines[-1])[:200]
+    except subprocess.TimeoutExpired:
+        pass
+    raise RuntimeUnavailable(
+        f"the environment {name} can't be made: {reason}", remedy="Give pip access to its package index"
+    )

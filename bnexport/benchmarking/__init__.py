@@ -1,1 +1,0 @@
-"""Measurements: what folding removes and costs on the networks of torchvision and timm, and which form of an affine is fast."""
