@@ -10,8 +10,7 @@ from bnexport.errors import UsageError
 KERNEL_PRECISIONS = ("float32", "tf32", "bfloat16")
 #: ONNX Runtime's levels of graph optimisation, the one that users serve with first.
 OPTIMISATIONS = ("all", "extended", "basic", "none")
-#: How cuDNN chooses a convolution's algorithm: heuristics of mode A, the fallback list, heuristics of mode B. Before
-#: onnxruntime 1.20 "exhaustive" timed the algorithms, so that sessions could differ (onnxruntime, issue 22705).
+#: How cuDNN chooses a convolution's algorithm. "exhaustive" goes by the stopwatch: results jitter between sessions.
 CONV_SEARCHES = ("heuristic", "default", "exhaustive")
 
 

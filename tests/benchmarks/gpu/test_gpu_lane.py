@@ -213,7 +213,7 @@ def run_command(bundle: Bundle, out: Path, *arguments: str) -> int:
     results = ("--out", str(out / "gpu.md"), "--json", str(out / "gpu.json"))
     with pytest.raises(SystemExit) as ended:
         command.main(
-            ["--bundle", str(bundle.path), "--max-samples", "20", "--no-refusals", "--jobs", "0", *results, *arguments]
+            ["--bundle", str(bundle.path), "--max-samples", "8", "--no-refusals", "--jobs", "0", *results, *arguments]
         )
     return int(ended.value.code or 0)
 
