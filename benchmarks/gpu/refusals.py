@@ -1,4 +1,4 @@
-"""Libraries hidden from a child process: the runtime that needs them must refuse, with exit code 3 and their name."""
+"""Libraries hidden from a child process: the runtime that needs them must refuse with exit code 3 and name them."""
 
 from __future__ import annotations
 
@@ -10,13 +10,19 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from bnexport.runtimes.catalogue import runner_spec
 from bnexport.runtimes.isolation import child_environment
 
 #: Exit code of "this machine can't do it".
 UNAVAILABLE = 3
-#: A refusal takes seconds; what takes longer has not refused.
-_DEADLINE = 300.0
-#: bnexport's command line in a process that loads no library from Python packages first.
+#: A refusal takes seconds; a process that takes longer has not refused.
+_DEADLINE = 120.0
+#: A refusal of onnxruntime comes before anything needs torch, whose import takes seconds.
+_WITHOUT_TORCH = """\
+from bnexport.runtimes import cuda_libraries
+cuda_libraries.leave_torch_out()
+"""
+#: bnexport's command line in a process that does not load the libraries of Python packages first.
 _WITHOUT_PRELOAD = """\
 from bnexport.runtimes import cuda_libraries
 cuda_libraries.preload = lambda ort: ""
@@ -30,11 +36,11 @@ class Refusal:
     """One row of REFUSALS.
 
     Attributes:
-        name: What is missing, for a table.
-        runtime: Who needs it.
+        name: The missing part, for a table.
+        runtime: The runtime that needs it.
         hidden: Libraries that the loader finds only as empty files.
-        preload: Whether bnexport may load the libraries of Python packages before, past the loader's search.
-        environment: Further variables.
+        preload: Whether bnexport may load the libraries of Python packages first, past the loader's search.
+        environment: Further environment variables.
     """
 
     name: str
@@ -43,16 +49,21 @@ class Refusal:
     preload: bool = True
     environment: Mapping[str, str] = field(default_factory=dict, hash=False)
 
+    @property
+    def part(self) -> str:
+        """Return the name of this part of the lane."""
+        return f"refusal: {self.name}, {self.runtime}"
+
 
 @dataclass(frozen=True)
 class Refused:
-    """What became of a refusal.
+    """The result of one refusal.
 
     Attributes:
-        refusal: What was tried.
-        passed: Exit code 3, in one sentence, with the name of what is missing.
-        code: The exit code; None when the process did not end.
-        said: What it printed.
+        refusal: The row of REFUSALS.
+        passed: Whether the process ended with exit code 3 and named the missing part in one sentence.
+        code: The exit code; None if the process did not end.
+        said: The text that it printed.
     """
 
     refusal: Refusal
@@ -72,17 +83,18 @@ REFUSALS: tuple[Refusal, ...] = (
 
 
 def refuse(refusal: Refusal, bundle: Path) -> Refused:
-    """Run ``bnexport verify BUNDLE --runtime NAME`` in a child process that lacks something.
+    """Run ``bnexport verify BUNDLE --runtime NAME`` in a child process that lacks a library or a device.
 
     Args:
         refusal: What to hide.
         bundle: Directory of a bundle.
     """
-    code = ("" if refusal.preload else _WITHOUT_PRELOAD) + _COMMAND
+    alone = runner_spec(refusal.runtime).engine == "onnxruntime"
+    code = (_WITHOUT_TORCH if alone else "") + ("" if refusal.preload else _WITHOUT_PRELOAD) + _COMMAND
     command = [sys.executable, "-P", "-c", code, "verify", str(Path(bundle).resolve()), "--runtime", refusal.runtime]
     with tempfile.TemporaryDirectory() as folder:
         for library in refusal.hidden:
-            (Path(folder) / library).touch()  # the loader takes the first of that name, and refuses it
+            (Path(folder) / library).touch()  # the loader takes the first file of that name, and refuses it
         try:
             done = subprocess.run(
                 command,
@@ -100,7 +112,7 @@ def refuse(refusal: Refusal, bundle: Path) -> Refused:
 
 
 def _environment(refusal: Refusal, folder: str) -> dict[str, str]:
-    """Of the child: libraries of a folder come before all others, and those of Python packages are found without loading."""
+    """Return the child's environment: the folder's libraries come first, and those of Python packages can be found."""
     environ = child_environment("float32") | dict(refusal.environment)
     if refusal.hidden:
         packages = [] if refusal.preload else map(str, _package_folders())
@@ -110,14 +122,14 @@ def _environment(refusal: Refusal, folder: str) -> dict[str, str]:
 
 
 def _package_folders() -> Iterator[Path]:
-    """Where Python packages keep the libraries of CUDA, cuDNN and TensorRT."""
+    """Yield the folders in which Python packages keep the libraries of CUDA, cuDNN and TensorRT."""
     for place in dict.fromkeys(map(Path, sys.path)):
         yield from sorted(path for path in place.glob("nvidia/*/lib") if path.is_dir())
         yield from sorted(path for path in place.glob("tensorrt_libs") if path.is_dir())
 
 
 def refused_rightly(refusal: Refusal, code: int, said: str) -> bool:
-    """Whether a process refused as it should: by its exit code, in words, and by the name of what is missing."""
+    """Return whether a process refused rightly: with its exit code, without a traceback, and naming the missing part."""
     if code != UNAVAILABLE or "Traceback" in said or refusal.runtime not in said:
         return False
     return "is built without" in said or all(library in said for library in refusal.hidden)

@@ -30,22 +30,51 @@ _TENSORRT_PACKAGE = "tensorrt_libs"
 _TENSORRT_LIBRARIES = ("libnvinfer.so.*", "libnvinfer_plugin.so.*", "libnvonnxparser.so.*")
 
 
+#: Whether ``preload`` imports torch before it loads a library.
+_torch_first = True
+
+
+def leave_torch_out() -> None:
+    """Declare that this process needs onnxruntime alone: importing torch takes seconds, in each child process again."""
+    global _torch_first
+    _torch_first = False
+
+
 @functools.cache
 def preload(ort: Any) -> str:
     """Load CUDA and cuDNN from the Python packages that carry them, so that the provider finds them.
 
-    torch comes first: it brings most of the same libraries, and two copies in one process clash.
+    torch comes first: it brings most of the same libraries, and two copies in one process clash. After
+    ``leave_torch_out`` it is imported only where the libraries are not found without it.
 
     Returns:
-        What could not be loaded, as onnxruntime prints it; "" when all is there.
+        The failures, as onnxruntime prints them; "" when every library is loaded.
     """
+    if not _torch_first and "torch" not in sys.modules:
+        for folder in package_folders(ort):
+            _preloaded(ort, str(folder))
+        if not (failures := _preloaded(ort)):
+            return failures
     if installed("torch"):
         import torch  # noqa: F401
+    return _preloaded(ort)
 
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said):  # preload_dlls prints its failures
-        ort.preload_dlls()
-    return said.getvalue()
+
+def _preloaded(ort: Any, folder: str | None = None) -> str:
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):  # preload_dlls prints its failures
+        ort.preload_dlls(directory=folder)
+    return printed.getvalue()
+
+
+def package_folders(ort: Any) -> list[Path]:
+    """Return the folders of NVIDIA's Python packages: one for each package, those next to onnxruntime first."""
+    places = dict.fromkeys([Path(ort.__file__).resolve().parents[1], *map(Path, sys.path)])
+    found: dict[str, Path] = {}
+    for place in places:
+        for folder in sorted(place.glob("nvidia/*/lib")):
+            found.setdefault(folder.parent.name, folder)
+    return list(found.values())
 
 
 def preload_tensorrt() -> None:

@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 
 from bnexport.bundle import Bundle, Manifest
 from bnexport.errors import BnexportError
+from bnexport.runtimes import cuda_libraries
 from bnexport.runtimes.base import Runner
 from bnexport.runtimes.catalogue import runner_spec
 from bnexport.runtimes.frames import receive, send
@@ -38,7 +39,10 @@ def main() -> None:
 def _open(request: dict[str, Any]) -> Runner:
     # The parent's manifest and not the folder's: what was checked is what is opened.
     bundle = Bundle(Path(request["bundle"]), Manifest.from_json(request["manifest"]))
-    return runner_spec(request["runtime"]).open(bundle, settings=RunSettings(**request["settings"]))
+    spec = runner_spec(request["runtime"])
+    if spec.engine == "onnxruntime":
+        cuda_libraries.leave_torch_out()
+    return spec.open(bundle, settings=RunSettings(**request["settings"]))
 
 
 def _answer(runner: Runner, requests: BinaryIO, answers: BinaryIO) -> None:

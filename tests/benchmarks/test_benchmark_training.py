@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.gpu.training import gpu_speeds, speed_table
 from benchmarks.training import speed as training_speed
 from benchmarks.training.speed import OPERATIONS_PER_IMAGE, TrainingSpeeds, measure, speed_page
 from benchmarks.training.ways import WAYS, _Unfolded, epochs_of, gemm_rate
@@ -131,12 +130,3 @@ def test_the_script_refuses_an_unknown_way():
     )
     assert child.returncode == 2
     assert "unknown way tpu" in child.stderr
-
-
-def test_the_gpus_measurement_and_its_table():
-    rows = gpu_speeds(torch.device("cpu"), train=64, test=16, batch_sizes=(32,))
-    assert [(row.norm, row.captured) for row in rows] == [("torch", False), ("scratch", False)]
-    assert all(0 < row.images_per_s.low <= row.images_per_s.high for row in rows)
-    table = "\n".join(speed_table(rows))
-    assert "| torch | 32 | one kernel at a time |" in table
-    assert "Not measured yet: no GPU was there." in "\n".join(speed_table(()))

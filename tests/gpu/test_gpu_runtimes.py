@@ -12,8 +12,11 @@ import pytest
 from support.bundles import fold_by_hand, network, write_exported, write_onnx, write_torchscript
 from support.runtimes import parameter
 
-from benchmarks.gpu.lane import Lane, Run, Sweep, between_sessions, gpu_sweeps, run_lane
+from benchmarks.gpu.lane import Job, run_lane
+from benchmarks.gpu.measure import Run, between_sessions
 from benchmarks.gpu.refusals import REFUSALS, Refusal, refuse
+from benchmarks.gpu.results import Lane
+from benchmarks.gpu.sweeps import Sweep, gpu_sweeps
 from bnexport.bundle import MODEL_EXPORTED, MODEL_ONNX, MODEL_TORCHSCRIPT, Bundle
 from bnexport.runtimes.catalogue import RUNNERS, runner_spec
 from bnexport.runtimes.settings import CONV_SEARCHES, OPTIMISATIONS, RunSettings
@@ -35,7 +38,8 @@ def has_tf32() -> bool:
 
 
 def measured(bundle: Bundle, name: str, scope: Scope) -> Lane:
-    return run_lane(bundle, sweeps=[Sweep(runner_spec(name), scope)], refusals=(), max_samples=200)
+    sweep = Sweep(runner_spec(name), scope)
+    return run_lane(Job(bundle, max_samples=200), [sweep], training=False, refusals=(), jobs=0)
 
 
 def right(run: Run) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import runpy
+import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,15 +12,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from support.bundles import write_bundle
 
+from benchmarks.clock import Spread
+from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import lane as gpu_lane
 from benchmarks.gpu import refusals
-from benchmarks.gpu.lane import Lane, Sweep, cpu_sweeps, emulated_spec, gpu_sweeps, require, run_lane
+from benchmarks.gpu import sweeps as tables
+from benchmarks.gpu.lane import Job, require, run_lane
 from benchmarks.gpu.page import NOT_MEASURED, page, write_document
 from benchmarks.gpu.refusals import REFUSALS, Refusal, Refused, refuse, refused_rightly
+from benchmarks.gpu.results import GpuSpeed, Lane, merge, read_results, write_results
+from benchmarks.gpu.sweeps import Sweep, cpu_sweeps, emulated_spec, gpu_sweeps
+from benchmarks.gpu.training import gpu_speeds
 from bnexport.bundle import MODEL_ONNX, Bundle
-from bnexport.errors import RuntimeUnavailable, UsageError
+from bnexport.errors import DataError, RuntimeUnavailable, UsageError
 from bnexport.runtimes.base import Runner
 from bnexport.runtimes.catalogue import RunnerSpec, runner_spec
 from bnexport.runtimes.emulation import EmulatedRunner
@@ -67,7 +76,13 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 def lane(bundle: Bundle, spec: RunnerSpec, scope: Scope | None = None) -> Lane:
     scope = scope or Scope(BOTH, drift=False)
-    return run_lane(bundle, sweeps=[Sweep(spec, scope)], refusals=(), max_samples=80)
+    return run_lane(Job(bundle, max_samples=80), [Sweep(spec, scope)], training=False, refusals=(), jobs=0)
+
+
+@pytest.fixture(scope="module")
+def good(bundle: Bundle) -> Lane:
+    """The lane on a GPU that is made up, and right."""
+    return lane(bundle, gpu())
 
 
 def test_every_combination_is_run_and_measured(bundle: Bundle) -> None:
@@ -103,7 +118,7 @@ def test_tf32_left_on_fails_the_lane_and_is_named(bundle: Bundle) -> None:
     strict, shipping = found.runs
     assert (strict.passed, shipping.passed) == (False, True)
     assert strict.detected == "tf32"
-    text = "\n".join(page(found))
+    text = page(found)
     assert "FAIL: 2 settings of 1 runtimes" in text
     assert f"- onnxruntime-cuda, float32: {strict.reason}" in text
     assert "| **FAIL** |" in text
@@ -146,9 +161,9 @@ def test_an_engine_that_fails_midway_fails_the_lane(bundle: Bundle) -> None:
     found = lane(bundle, replace(gpu(), opener=never))
     assert not found.passed
     assert found.broken == {"onnxruntime-cuda": "onnxruntime-cuda can't run here: no y"}
-    assert "- onnxruntime-cuda: onnxruntime-cuda can't run here: no y" in "\n".join(page(found))
+    assert "- onnxruntime-cuda: onnxruntime-cuda can't run here: no y" in page(found)
     sweeps = [Sweep(spec, Scope(("float32",), drift=False)) for spec in (emulated_spec(), replace(gpu(), opener=never))]
-    found = run_lane(bundle, sweeps=sweeps, refusals=(), max_samples=20)
+    found = run_lane(Job(bundle, max_samples=20), sweeps, training=False, refusals=(), jobs=0)
     assert [run.passed for run in found.runs] == [True]
     assert not found.passed
 
@@ -166,48 +181,74 @@ def test_a_spoiled_bundle_fails_the_lane(bundle: Bundle, tmp_path: Path) -> None
 
 
 def test_the_table_of_a_gpu_holds_every_combination() -> None:
-    wide = [sweep.scope.settings_of(sweep.spec) for sweep in gpu_sweeps() if sweep.spec.name == "onnxruntime-cuda"][-1]
+    wide = [
+        settings
+        for sweep in gpu_sweeps()
+        if sweep.spec.name == "onnxruntime-cuda"
+        for settings in sweep.scope.settings_of(sweep.spec)
+    ]
     assert len(set(wide)) == 2 * len(OPTIMISATIONS) * 2 * len(CONV_SEARCHES)
     assert all(settings.isolated for settings in wide)
     names = {sweep.spec.name for sweep in gpu_sweeps()}
     assert names == {"torch-cuda", "torchscript-cuda", "torch-export-cuda", "onnxruntime-cuda", "onnxruntime-tensorrt"}
-    assert all(sweep.scope.precisions == BOTH for sweep in gpu_sweeps())
-    assert {sweep.spec.name for sweep in cpu_sweeps()} == {"emulated-cpu", "onnxruntime-cpu", "openvino-cpu"}
+    for name in names:
+        asked = {kind for sweep in gpu_sweeps() if sweep.spec.name == name for kind in sweep.scope.precisions}
+        assert asked == set(BOTH)
+    assert {sweep.spec.name for sweep in cpu_sweeps()} == {
+        "emulated-cpu", "onnxruntime-cpu", "openvino-cpu", "torch-cpu", "torchscript-cpu", "torch-export-cpu"
+    }  # fmt: skip
+    for sweeps in (gpu_sweeps(), cpu_sweeps()):
+        assert len({sweep.name for sweep in sweeps}) == len(sweeps)
+
+
+def made_up_tables(monkeypatch: pytest.MonkeyPatch, *, real: bool) -> None:
+    """Tables that a test can run in this process: a GPU that is made up, or none and the emulation."""
+    row = gpu() if real else replace(gpu(), prober=lambda _device: "no GPU")
+    monkeypatch.setattr(tables, "gpu_sweeps", lambda: (Sweep(row, Scope(BOTH, drift=False)),))
+    monkeypatch.setattr(tables, "cpu_sweeps", lambda: (Sweep(emulated_spec(), Scope(BOTH, drift=False)),))
+    monkeypatch.setattr(command, "absent_runtimes", lambda: {} if real else {"onnxruntime-cuda": "no GPU"})
+
+
+def run_command(bundle: Bundle, out: Path, *arguments: str) -> int:
+    results = ("--out", str(out / "gpu.md"), "--json", str(out / "gpu.json"))
+    with pytest.raises(SystemExit) as ended:
+        command.main(
+            ["--bundle", str(bundle.path), "--max-samples", "8", "--no-refusals", "--jobs", "0", *results, *arguments]
+        )
+    return int(ended.value.code or 0)
 
 
 def test_without_a_gpu_the_emulation_stands_in_and_the_page_says_so(
-    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(
-        gpu_lane, "gpu_sweeps", lambda: (Sweep(replace(gpu(), prober=lambda _device: "no GPU"), Scope()),)
-    )
-    monkeypatch.setattr(gpu_lane, "cpu_sweeps", lambda: (Sweep(emulated_spec(), Scope(BOTH, drift=False)),))
-    told: list[str] = []
-    found = run_lane(bundle, refusals=(), max_samples=40, tell=told.append)
+    made_up_tables(monkeypatch, real=False)
+    assert run_command(bundle, tmp_path) == 0
+    found = read_results(tmp_path / "gpu.json")
     assert not found.real
     assert found.machine == {}
     assert found.passed
-    assert told == ["emulated-cpu: 2 settings"]
-    write_document(found, out := tmp_path / "gpu.md")
-    text = out.read_text(encoding="utf-8")
+    captured = capsys.readouterr()
+    assert captured.err == "emulated-cpu\n"
+    assert captured.out.startswith("PASS: 2 settings; ")
+    text = (tmp_path / "gpu.md").read_text(encoding="utf-8")
     assert NOT_MEASURED in text
-    assert "nothing about any GPU" in text
+    assert "nothing about any GPU" in " ".join(text.split())
     assert "| tf32 | shipping |" in text
     assert "Measured on" not in text
     assert max(len(line) for line in text.splitlines() if not line.startswith("|")) <= 120
-    write_document(found, out)  # one emulation may replace another
+    assert run_command(bundle, tmp_path) == 0  # one rehearsal can replace another
 
 
-def test_an_emulation_never_replaces_a_measurement(bundle: Bundle, tmp_path: Path) -> None:
-    found = lane(bundle, gpu())
-    measured = replace(found, machine={"GPU": "NVIDIA H0", "driver": "1.2", "CUDA": "13.0"})
+def test_an_emulation_never_replaces_a_measurement(good: Lane, tmp_path: Path) -> None:
+    assert good.measured
+    measured = replace(good, machine={"GPU": "NVIDIA H0", "driver": "1.2", "CUDA": "13.0"})
     write_document(measured, out := tmp_path / "gpu.md")
     text = out.read_text(encoding="utf-8")
     assert "Measured on GPU NVIDIA H0, driver 1.2, CUDA 13.0." in text
     assert "| float32 | strict |" in text
     assert "11 CUDA" in text
     with pytest.raises(UsageError, match="holds measurements of a GPU"):
-        write_document(replace(found, real=False), out)
+        write_document(replace(good, real=False), out)
     assert out.read_text(encoding="utf-8") == text
     write_document(measured, out)
 
@@ -245,14 +286,13 @@ def test_a_runtime_that_answers_all_the_same_is_no_refusal(bundle: Bundle) -> No
     assert not found.passed
 
 
-def test_refusals_are_part_of_the_verdict(bundle: Bundle) -> None:
-    found = lane(bundle, gpu())
+def test_refusals_are_part_of_the_verdict(good: Lane) -> None:
     refused = Refused(
         Refusal("no driver", "onnxruntime-cuda", ("libcuda.so.1",)), passed=False, code=0, said="PASS a|b"
     )
-    found = replace(found, refused=(refused,))
+    found = replace(good, refused=(refused,))
     assert not found.passed
-    assert r"| no driver (`libcuda.so.1`) | onnxruntime-cuda | 0 | PASS a\|b | **FAIL** |" in list(page(found))
+    assert r"| no driver (`libcuda.so.1`) | onnxruntime-cuda | 0 | PASS a\|b | **FAIL** |" in page(found).splitlines()
 
 
 def test_what_must_be_here(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,9 +308,17 @@ def test_what_must_be_here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "required", "code"),
-    [([], "", 0), (["--only", "nothing"], "", 2), (["--bundle", "nowhere"], "", 2), ([], "cuda", 3)],
+    [
+        (["--only", "nothing"], "", 2),
+        (["--only", "onnxruntime-cpu"], "", 2),
+        (["--sweep", "nothing"], "", 2),
+        (["--bundle", "nowhere"], "", 2),
+        (["--merge", "nowhere.json"], "", 2),
+        (["--only", "onnxruntime-cuda"], "", 3),
+        ([], "cuda", 3),
+    ],
 )
-def test_the_script(
+def test_bad_input_and_a_missing_device_are_one_sentence(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -281,20 +329,194 @@ def test_the_script(
 ) -> None:
     if required == "cuda" and runner_spec("torch-cuda").available() is None:
         pytest.skip("this machine has what is required")
-    monkeypatch.setattr(gpu_lane, "gpu_sweeps", lambda: ())
-    monkeypatch.setattr(gpu_lane, "cpu_sweeps", lambda: (Sweep(emulated_spec(), Scope(BOTH, drift=False)),))
-    monkeypatch.setattr(gpu_lane.run_lane, "__kwdefaults__", gpu_lane.run_lane.__kwdefaults__ | {"refusals": ()})
+    made_up_tables(monkeypatch, real=False)
     monkeypatch.setenv("BNEXPORT_REQUIRE", required)
-    out = tmp_path / "gpu.md"
-    given = ["gpu_lane.py", "--bundle", str(bundle.path), "--out", str(out), "--max-samples", "20", *arguments]
-    monkeypatch.setattr(sys, "argv", given)
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(ROOT / "scripts" / "gpu_lane.py"), run_name="__main__")
-    assert ended.value.code == code
-    assert out.is_file() is (code == 0)
+    assert run_command(bundle, tmp_path, *arguments) == code
+    assert not (tmp_path / "gpu.md").exists()
     captured = capsys.readouterr()
-    assert captured.out.startswith("PASS: 2 settings" if code == 0 else "")
-    assert captured.err.count("\n") == 1  # one line of progress, or one sentence
+    assert captured.out == ""
+    assert [line for line in captured.err.splitlines() if line.startswith("gpu_lane: ")] == captured.err.splitlines()[
+        -1:
+    ]
+
+
+def test_two_calls_make_the_page_of_one(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By --merge and by --add, in any order; what a call did not measure is not a PASS of it."""
+
+    def opener(*arguments: object) -> Runner:
+        runner = emulated_spec().opener(*arguments)  # type: ignore[arg-type]
+        runner.name = "other-cpu"
+        return runner
+
+    other = replace(emulated_spec(), engine="other", opener=opener)
+    both = (Sweep(emulated_spec(), Scope(("tf32",), drift=False)), Sweep(other, Scope(("float32",), drift=False)))
+    monkeypatch.setattr(tables, "cpu_sweeps", lambda: both)
+    folders = [tmp_path / name for name in ("one", "a", "b", "merged", "added")]
+    one, a, b, merged, added = folders
+    assert run_command(bundle, one, "--rehearse", "--no-training") == 0
+    assert run_command(bundle, a, "--rehearse", "--no-training", "--sweep", "emulated-cpu") == 0
+    assert run_command(bundle, b, "--rehearse", "--no-training", "--sweep", "other-cpu") == 0
+    assert "- other-cpu: not requested" in (a / "gpu.md").read_text()
+    both_files = ("--merge", str(a / "gpu.json"), str(b / "gpu.json"))
+    assert run_command(bundle, merged, *both_files) == 0
+    for name in ("other-cpu", "emulated-cpu"):
+        assert run_command(bundle, added, "--rehearse", "--no-training", "--add", "--sweep", name) == 0
+    assert (merged / "gpu.md").read_text() == (one / "gpu.md").read_text()
+    assert json.loads((merged / "gpu.json").read_text()) == json.loads((one / "gpu.json").read_text())
+    assert read_results(added / "gpu.json") == read_results(one / "gpu.json")
+    capsys.readouterr()
+
+
+def test_a_budget_that_is_spent_is_not_a_pass(
+    bundle: Bundle, good: Lane, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_command(bundle, tmp_path, "--rehearse", "--no-training", "--seconds", "0") == 1
+    assert capsys.readouterr().out.startswith(f"INCOMPLETE: {len(cpu_sweeps())} parts not reached; ")
+    found = read_results(tmp_path / "gpu.json")
+    assert found.unreached == tuple(sweep.name for sweep in cpu_sweeps())
+    assert not (tmp_path / "gpu.md").exists()
+    assert good.verdict == "PASS"
+    partial = replace(good, unreached=("torch-cuda",))
+    assert (partial.verdict, partial.passed) == ("INCOMPLETE", False)
+    text = page(partial)
+    assert "INCOMPLETE: 2 settings of 1 runtimes" in text
+    assert "1 requested parts were not reached." in text
+    assert "- torch-cuda: not reached, because the time was up" in text
+    assert "- torchscript-cuda: not requested" in text
+
+
+def test_no_sweep_starts_after_the_budget(bundle: Bundle) -> None:
+    """The first sweep spends it: the results of the first are kept, the second is listed as not reached."""
+    begun: list[str] = []
+    now = [0.0]
+
+    def slow(outputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        now[0] += 100.0
+        return outputs
+
+    kept: list[Lane] = []
+    sweeps = [Sweep(gpu(change=slow), Scope(("float32",), drift=False), label) for label in ("a", "b")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu_lane.time, "monotonic", lambda: now[0])
+        found = run_lane(
+            Job(bundle, max_samples=20), sweeps, training=False, refusals=(), seconds=50, jobs=0,
+            tell=begun.append, keep=kept.append,
+        )  # fmt: skip
+    assert begun == ["onnxruntime-cuda, a"]
+    assert list(found.sweeps) == ["onnxruntime-cuda, a"]
+    assert found.unreached == ("onnxruntime-cuda, b",)
+    assert [(len(lane.sweeps), len(lane.unreached)) for lane in kept] == [(0, 2), (1, 1)]
+
+
+def test_a_crash_of_one_sweep_keeps_the_others(
+    bundle: Bundle, good: Lane, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each sweep is a process; one dies by a signal, one prints an error and fails, one writes no result."""
+    code = {
+        "good": "import shutil; shutil.copy(sys.argv[1], out)",
+        "dies": "import os, signal; os.kill(os.getpid(), signal.SIGSEGV)",
+        "fails": "print('ValueError: no such thing'); sys.exit(1)",
+        "empty": "pass",
+    }
+    result = next(iter(good.sweeps.values()))
+    write_results(replace(good, sweeps={"emulated-cpu, good": result}), made := tmp_path / "made.json")
+    popen = gpu_lane.subprocess.Popen
+
+    def child(arguments: list[str], **options: object) -> object:
+        request = json.loads(arguments[-1])
+        name = request["part"].partition(", ")[2]
+        start = f"import sys; out = {request['out']!r}; "
+        return popen([sys.executable, "-c", start + code[name], str(made)], **options)
+
+    monkeypatch.setattr(gpu_lane.subprocess, "Popen", child)
+    sweeps = [Sweep(emulated_spec(), Scope(), name) for name in code]
+    found = run_lane(Job(bundle, max_samples=20), sweeps, training=False, refusals=(), jobs=2)
+    assert list(found.sweeps) == ["emulated-cpu, good"]
+    assert found.sweeps["emulated-cpu, good"].passed
+    assert dict(found.failed) == {
+        "emulated-cpu, dies": "its process ended: killed by SIGSEGV",
+        "emulated-cpu, fails": "its process ended: exit code 1 (ValueError: no such thing)",
+        "emulated-cpu, empty": "its process ended without a result",
+    }
+    assert found.verdict == "FAIL"
+    assert "- emulated-cpu, dies: its process ended: killed by SIGSEGV" in page(found)
+
+
+def test_a_sweep_runs_in_a_separate_process(bundle: Bundle) -> None:
+    sweep = cpu_sweeps()[0]
+    found = run_lane(Job(bundle, max_samples=20, real=False), [sweep], training=False, refusals=(), jobs=1)
+    assert found.verdict == "PASS", found.broken
+    assert list(found.sweeps) == ["onnxruntime-cpu"]
+    assert [run.runtime for run in found.runs] == ["onnxruntime-cpu"]
+    assert found.reference != "nothing"
+
+
+def test_an_absent_runtime_is_neither_a_failure_nor_unreached(bundle: Bundle, good: Lane) -> None:
+    row = replace(gpu(), prober=lambda _device: "no GPU")
+    begun: list[str] = []
+    sweeps = [Sweep(row, Scope(("float32",)), label) for label in ("", "wide")]
+    found = run_lane(Job(bundle, max_samples=20), sweeps, training=False, refusals=(), jobs=0, tell=begun.append)
+    assert dict(found.absent) == {"onnxruntime-cuda": "no GPU"}
+    assert found.unreached == ()
+    assert begun == ["onnxruntime-cuda"], "the second sweep of an absent runtime was tried"
+    assert found.verdict == "FAIL", "nothing was measured"
+    again = merge([found, good])
+    assert (again.absent, again.verdict) == ({}, "PASS")
+
+
+def test_a_failure_is_not_hidden_by_another_call(bundle: Bundle, good: Lane) -> None:
+    bad = lane(bundle, gpu(precision="tf32"))
+    crashed = replace(good, sweeps={}, failed={"onnxruntime-cuda": "its process ended"})
+    for other in (bad, crashed):
+        assert merge([good, other]).verdict == merge([other, good]).verdict == "FAIL"
+    assert not next(run for run in merge([bad, good]).runs if run.settings == "").passed
+
+
+def test_results_of_different_origin_are_not_merged(good: Lane) -> None:
+    for change in ({"bundle": "0"}, {"machine": {"GPU": "another"}}, {"real": False}, {"environment": {"cores": 1}}):
+        with pytest.raises(UsageError, match=r"different|rehearsal"):
+            merge([good, replace(good, **change)])
+
+
+def test_results_are_read_as_they_were_written(good: Lane, tmp_path: Path) -> None:
+    refused = Refused(
+        Refusal("no GPU", "torch-cuda", ("a.so",), environment={"A": "b"}), passed=True, code=3, said="no"
+    )
+    speed = GpuSpeed("torch", True, 256, 60_000, Spread(1.0, 2.0, 3.0, 10), 4.0)
+    found = replace(good, refused=(refused,), training=(speed,), unreached=("torch-cuda",), failed={"training": "no"})
+    write_results(found, tmp_path / "a.json")
+    assert read_results(tmp_path / "a.json") == found
+    for content in ("", "[]", '{"format": "other"}', '{"format": "bnexport-gpu-lane/1", "sweeps": []}'):
+        (tmp_path / "a.json").write_text(content)
+        with pytest.raises(DataError, match=r"a\.json does not hold results of the GPU lane"):
+            read_results(tmp_path / "a.json")
+
+
+def test_the_training_table(good: Lane) -> None:
+    speed = GpuSpeed("scratch", True, 256, 60_000, Spread(100_000.0, 200_000.0, 300_000.0, 10), 4.0)
+    found = replace(good, training=(speed,))
+    row = "| scratch | 256 | 60,000 | recorded as a CUDA graph | 100,000 | 200,000 | 300,000 | 4.00 |"
+    assert row in page(found).splitlines()
+    rehearsed = page(replace(found, machine={}))
+    assert row not in rehearsed
+    assert "Not measured yet." in rehearsed
+
+
+def test_the_training_speed_is_measured_row_by_row() -> None:
+    rows = list(gpu_speeds(torch.device("cpu"), train=64, test=16, batch_sizes=(32,)))
+    assert [(row.norm, row.captured, row.images) for row in rows] == [("torch", False, 64), ("scratch", False, 64)]
+    assert all(0 < row.images_per_s.low <= row.images_per_s.high for row in rows)
+
+
+def test_the_script_starts_from_any_folder(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [str(ROOT / "scripts" / "gpu_lane"), "--help"], cwd=tmp_path, env=os.environ | {"PYTHON": sys.executable},
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "--merge FILE" in done.stdout
 
 
 def test_the_committed_page_is_the_lane_s_own() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import io
+import json
 import os
 import signal
 import subprocess
@@ -310,3 +311,34 @@ def test_objects_are_refused() -> None:
     text = b'{"arrays": [["x", "object", [1]]]}'
     with pytest.raises(ValueError, match="'object'"):
         frames.receive(io.BytesIO(len(text).to_bytes(8, "little") + text + bytes(8)))
+
+
+IMPORTS = """\
+import json, sys
+from bnexport.errors import BnexportError
+from bnexport.runtimes import isolated_child
+try:
+    isolated_child._open(json.loads(sys.argv[1])).close()
+except BnexportError as error:
+    print(type(error).__name__)
+print("torch" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize("name", [spec.name for spec in RUNNERS if spec.engine == "onnxruntime"])
+def test_a_child_that_needs_onnxruntime_alone_does_not_import_torch(bundle: Bundle, name: str) -> None:
+    """CUDA's libraries come from NVIDIA's own packages. Without a GPU the child reports that the device is missing."""
+    request = {
+        "runtime": name,
+        "bundle": str(bundle.path),
+        "manifest": bundle.manifest.to_json(),
+        "settings": {"precision": "float32"},
+    }
+    command = [sys.executable, "-P", "-c", IMPORTS, json.dumps(request)]
+    done = subprocess.run(
+        command, env=child_environment("float32"), capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    *errors, imported = done.stdout.split()
+    assert errors in ([], ["RuntimeUnavailable"])
+    assert imported == "False"

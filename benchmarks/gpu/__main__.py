@@ -1,0 +1,131 @@
+"""Run every GPU runtime in every setting, judge it, hide libraries from it, and write docs/gpu.md.
+
+Use: scripts/gpu_lane [OPTIONS], or python -m benchmarks.gpu in a checkout. Without a GPU the same lane runs with an emulated
+engine and the CPU's engines. The page and the JSON file are written after each part.
+Exit codes: 0 everything requested was measured and passed; 1 something failed, or was not reached within --seconds; 2 bad
+input; 3 BNEXPORT_REQUIRE (cuda, ort-cuda, tensorrt) names a missing device, or nothing requested can run here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NoReturn
+
+from benchmarks.command import finish, options, progress
+from benchmarks.gpu.lane import Job, absent_runtimes, require, run_lane, table
+from benchmarks.gpu.measure import MAX_SAMPLES
+from benchmarks.gpu.page import refuse_replacing, write_document
+from benchmarks.gpu.refusals import REFUSALS
+from benchmarks.gpu.results import Lane, merge, parts_of, read_results, write_results
+from benchmarks.gpu.sweeps import Sweep
+from bnexport.bundle import Bundle
+from bnexport.environment import available_cores
+from bnexport.errors import RuntimeUnavailable, UsageError
+from bnexport.runtimes.catalogue import runner_spec
+
+ROOT = Path(__file__).parents[2]
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command line."""
+    made = options("gpu", __doc__)
+    made.add_argument("--bundle", type=Path, default=ROOT / "models" / "bn_lenet" / "1")
+    made.add_argument("--out", type=Path, default=ROOT / "docs" / "gpu.md", help="the page")
+    made.add_argument("--json", type=Path, help="the results as JSON; default: runs/gpu_lane.json")
+    made.add_argument("--data-dir", type=Path, help="folder of the data set; default: BNEXPORT_DATA, then the cache")
+    made.add_argument("--max-samples", type=int, default=MAX_SAMPLES, help="upper bound on the samples of each kind")
+    made.add_argument("--only", action="append", default=[], metavar="RUNTIME", help="this runtime; can be repeated")
+    made.add_argument("--sweep", action="append", default=[], metavar="NAME", help="this sweep; can be repeated")
+    made.add_argument("--no-sweeps", action="store_true")
+    made.add_argument("--no-training", action="store_true", help="leave out the training speed")
+    made.add_argument("--no-refusals", action="store_true", help="leave out the missing libraries")
+    made.add_argument("--seconds", type=float, help="no new part starts after that time")
+    made.add_argument(
+        "--jobs", type=int, help="sweeps side by side; 0: in this process; default: by the cores, at most 4"
+    )
+    made.add_argument("--rehearse", action="store_true", help="measure the CPU even where a GPU works")
+    made.add_argument("--add", action="store_true", help="add to the results that the JSON file already holds")
+    made.add_argument(
+        "--merge", type=Path, nargs="+", metavar="FILE", help="measure nothing: merge JSON files into one page"
+    )
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run the lane and end the process with its exit code."""
+    given = parser().parse_args(arguments)
+    finish("gpu_lane", lambda: _run(given, _Files(given.out, given.json or ROOT / "runs" / "gpu_lane.json")))
+
+
+def _run(given: argparse.Namespace, files: _Files) -> int:
+    """Measure or merge, print the verdict, and return the exit code."""
+    lane = _merged(given, files) if given.merge else _measured(given, files)
+    if lane.absent and not parts_of(lane) | set(lane.unreached):
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in lane.absent.items())
+        raise RuntimeUnavailable(reasons, remedy="bnexport doctor says what to install")
+    counts = {"settings": lane.runs, "speeds of training": lane.training, "refusals": lane.refused,
+              "parts not reached": lane.unreached, "failures": lane.failed}  # fmt: skip
+    found = ", ".join(f"{len(values)} {name}" for name, values in counts.items() if values)
+    print(f"{lane.verdict}: {found}; {files.page}, {files.results}")
+    return 0 if lane.passed else 1
+
+
+@dataclass(frozen=True)
+class _Files:
+    """The files that are written after each part."""
+
+    page: Path
+    results: Path
+
+    def write(self, lane: Lane) -> None:
+        """Write both; the results first, because the page can be made again from them."""
+        write_results(lane, self.results)
+        if lane.sweeps or lane.refused or lane.training or lane.failed:
+            write_document(lane, self.page)
+
+
+def _merged(given: argparse.Namespace, files: _Files) -> Lane:
+    lane = merge([read_results(path) for path in given.merge])
+    files.write(lane)
+    return lane
+
+
+def _measured(given: argparse.Namespace, files: _Files) -> Lane:
+    require(os.environ.get("BNEXPORT_REQUIRE", ""))
+    only = [runner_spec(name).name for name in given.only]
+    job = Job(Bundle.open(given.bundle), given.data_dir, given.max_samples, not given.rehearse)
+    if job.real and not (only or given.sweep or given.no_sweeps):
+        absent = absent_runtimes()
+        job = replace(job, real=any(sweep.spec.name not in absent for sweep in table(job)))
+    before = [read_results(files.results)] if given.add and files.results.is_file() else []
+    refuse_replacing(files.page, real=job.real)
+    sweeps = () if given.no_sweeps else _chosen(job, only, given.sweep)
+    cores = available_cores()
+    return run_lane(
+        job,
+        sweeps,
+        training=(job.real or given.rehearse) and not given.no_training,
+        refusals=() if given.no_refusals else REFUSALS,
+        seconds=given.seconds,
+        jobs=min(4, max(1, cores // 2)) if given.jobs is None else given.jobs,
+        tell=progress,
+        keep=lambda lane: files.write(merge([*before, lane])),
+    )
+
+
+def _chosen(job: Job, only: Sequence[str], names: Sequence[str]) -> tuple[Sweep, ...]:
+    known = {sweep.name: sweep for sweep in table(job)}
+    if unknown := [name for name in names if name not in known]:
+        raise UsageError(f"there is no sweep {unknown[0]!r}", remedy=f"Known: {'; '.join(known)}")
+    if odd := [name for name in only if name not in {sweep.spec.name for sweep in known.values()}]:
+        raise UsageError(f"the lane does not measure {odd[0]}", remedy="Choose a GPU runtime, or pass --rehearse")
+    wanted = [sweep for sweep in known.values() if not only or sweep.spec.name in only]
+    return tuple(sweep for sweep in wanted if not names or sweep.name in names)
+
+
+if __name__ == "__main__":
+    main()
