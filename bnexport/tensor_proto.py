@@ -10,11 +10,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from bnexport.screening.onnx_file import screen_tensor
-from bnexport.screening.onnx_messages import ELEMENTS
-from bnexport.screening.refusal import Refusal
-from bnexport.screening.wire import BYTES, VARINT, Field, read_fields, read_packed
+from bnexport.files import Refusal
+from bnexport.protobuf_wire import Field, message, read_fields, read_packed
 from bnexport.tensors import Array
+from bnexport.validation.onnx_file import ELEMENTS, validate_tensor
 
 #: TensorProto.DataType -> numpy's name; exactly the element types that a signature may hold.
 ELEMENT_TYPES: Mapping[int, str] = {
@@ -41,7 +40,7 @@ def read_tensor(content: bytes) -> tuple[str, Array]:
         Refusal: It is damaged, its sizes do not fit its bytes, its type is none of ELEMENT_TYPES, or a number does not
             fit its type.
     """
-    screen_tensor(content)
+    validate_tensor(content)
     found: dict[int, list[Field]] = {}
     for field in read_fields(content, 0, len(content)):
         found.setdefault(field.number, []).append(field)
@@ -89,23 +88,3 @@ def write_tensor(array: Array, name: str) -> bytes:
     sizes = ((_DIMS, size) for size in array.shape)
     named = ((_NAME, name),) if name else ()
     return message(*sizes, (_TYPE, _NUMBERS[array.dtype.name]), *named, (_RAW, raw))
-
-
-def message(*fields: tuple[int, int | str | bytes]) -> bytes:
-    """Serialise a protobuf message from its fields in order: numbers from 0 on, texts, and bytes or inner messages."""
-    return b"".join(_field(number, value) for number, value in fields)
-
-
-def _field(number: int, value: int | str | bytes) -> bytes:
-    if isinstance(value, int):
-        return _varint(number << 3 | VARINT) + _varint(value)
-    content = value.encode() if isinstance(value, str) else value
-    return _varint(number << 3 | BYTES) + _varint(len(content)) + content
-
-
-def _varint(value: int) -> bytes:
-    parts = bytearray()
-    while value > 0x7F:
-        parts.append(value & 0x7F | 0x80)
-        value >>= 7
-    return bytes((*parts, value))

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from bnexport.errors import ProofError
-from bnexport.screening.refusal import Refusal
-from bnexport.screening.wire import read_fields
+from bnexport.files import Refusal
+from bnexport.protobuf_wire import read_fields
 from bnexport.tensors import Array
 
 #: Where models/bn_lenet answers the Open Inference Protocol, over HTTP and over gRPC.

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from bnexport.data.images import ENDINGS
 from bnexport.errors import DataError, UsageError
 from bnexport.optional import one_line
-from bnexport.screening.limits import limit
+from bnexport.validation.limits import limit
 
 TRAIN = "train"
 #: Names of the test part's folder; the first that is there counts.

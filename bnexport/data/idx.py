@@ -16,10 +16,9 @@ import numpy as np
 
 from bnexport.errors import DataError
 from bnexport.optional import one_line
-from bnexport.screening.limits import limit
-from bnexport.screening.paths import check_regular
-from bnexport.screening.refusal import refusing
 from bnexport.tensors import Array
+from bnexport.validation.limits import limit, refusing
+from bnexport.validation.paths import check_regular
 
 #: The third byte of the file -> numpy's name of the element type in the file.
 ELEMENT_TYPES: dict[int, str] = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}

@@ -13,12 +13,12 @@ import numpy as np
 from bnexport.data.idx import GZIP_MAGIC, read_idx
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import DataError
+from bnexport.files import Refusal
 from bnexport.optional import one_line, require
-from bnexport.screening.limits import limit
-from bnexport.screening.npy import check_header
-from bnexport.screening.paths import check_regular
-from bnexport.screening.refusal import Refusal, refusing
 from bnexport.tensors import Array
+from bnexport.validation.archives import check_header
+from bnexport.validation.limits import limit, refusing
+from bnexport.validation.paths import check_regular
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -1,17 +1,15 @@
 """Triton's model configuration read as Triton reads it: protobuf's own text parser on the fields that bnexport writes.
 
-A field that is not in the table of messages is an error, as is a wrong type or a missing bracket.
+A field that is not in ``proto/model_config.proto`` is an error, as is a wrong type or a missing bracket.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from typing import Any
 
 from bnexport.errors import ExportError
 from bnexport.exporting.triton import triton_dims, triton_type
-from bnexport.exporting.triton_messages import ENUMERATIONS, MESSAGES, PACKAGE
 from bnexport.optional import one_line, require
 from bnexport.proto_messages import message_classes
 from bnexport.tensors import Signature, TensorSpec
@@ -20,7 +18,7 @@ _REMEDY = "This is a fault in bnexport: please report it with the model's signat
 
 
 def read_config(text: str) -> Any:
-    """Parse a configuration: a message with the fields of MESSAGES.
+    """Parse a configuration: a message of ``proto/model_config.proto``.
 
     Raises:
         ExportError: It is not in protobuf's text format, or has a field, value or type that Triton does not know.
@@ -80,10 +78,9 @@ def _declared(tensor: Any) -> tuple[str, int, list[int]]:
 
 
 def _expected(spec: TensorSpec, batched: bool) -> tuple[str, int, list[int]]:
-    return spec.name, ENUMERATIONS["DataType"][triton_type(spec)], triton_dims(spec, batched=batched)
+    types = _message_class().DESCRIPTOR.file.enum_types_by_name["DataType"].values_by_name
+    return spec.name, types[triton_type(spec)].number, triton_dims(spec, batched=batched)
 
 
-@functools.cache
 def _message_class() -> Any:
-    """The class of ModelConfig."""
-    return message_classes(PACKAGE, MESSAGES, ENUMERATIONS, purpose="checking Triton's configuration")["ModelConfig"]
+    return message_classes("checking Triton's configuration")["ModelConfig"]

@@ -16,9 +16,9 @@ from typing import Any
 from bnexport.bundle import MANIFEST, Bundle
 from bnexport.errors import BnexportError, BundleError, NotServing, RequestError, Unavailable
 from bnexport.optional import one_line
-from bnexport.screening.refusal import shown
 from bnexport.serving.refusing import printable
 from bnexport.serving.served_model import ServedModel, ServingSettings, open_served
+from bnexport.validation.limits import shown
 
 #: Names of models that can stand in a URL as they are, and of versions, as Triton has them.
 _NAME, _VERSION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}"), re.compile(r"[1-9][0-9]{0,17}")

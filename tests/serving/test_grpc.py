@@ -28,8 +28,8 @@ from support.grpc_calls import (
 from support.serving import PATIENCE, Server, serving, tensor
 
 from bnexport import __version__
-from bnexport.serving.grpc.health import STATUSES
-from bnexport.serving.grpc.schema import classes
+from bnexport.serving.grpc.call import classes
+from bnexport.serving.grpc.methods import STATUSES
 
 INFER = SERVICE + "ModelInfer"
 

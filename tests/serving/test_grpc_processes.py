@@ -12,7 +12,7 @@ from serving.test_serving_processes import counted, killed, running, serving_twi
 from support.grpc_calls import SERVICE, call, channel_to, infer, infer_request
 from support.serving import Server, refused, until
 
-from bnexport.serving.grpc.schema import classes
+from bnexport.serving.grpc.call import classes
 
 INFER = SERVICE + "ModelInfer"
 CALLS = 24

@@ -16,11 +16,10 @@ from typing import Any, NamedTuple
 from bnexport.data.images import ENDINGS, stack_problem
 from bnexport.errors import DataError, UsageError
 from bnexport.optional import one_line, require
-from bnexport.screening import screen_archive
-from bnexport.screening.limits import limit
-from bnexport.screening.npy import check_header
-from bnexport.screening.refusal import refusing
 from bnexport.serving.bulk.request import BulkRequest
+from bnexport.validation import validate_archive
+from bnexport.validation.archives import check_header
+from bnexport.validation.limits import limit, refusing
 
 _REMEDY = "Give a folder of pictures, a .npy or .npz file of uint8 images, or Parquet with image bytes"
 
@@ -194,7 +193,7 @@ def map_npy(path: Path) -> Any:
 def _plan_npz(path: Path, request: BulkRequest) -> Plan:
     from bnexport.serving.bulk.npz import NpzStream
 
-    screen_archive(path, "npz", error=DataError)
+    validate_archive(path, "npz", error=DataError)
     with contextlib.closing(NpzStream(path, request.column)) as stream:
         return Plan(_cut("npz", path, stream.shape[0], request), _stat(path))
 

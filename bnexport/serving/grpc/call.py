@@ -1,8 +1,9 @@
-"""One call and what is known of it by the time it is logged; reading its messages; errors as gRPC's codes."""
+"""One gRPC call: the data that its log line needs, its message, and gRPC's codes for errors."""
 
 from __future__ import annotations
 
 import asyncio
+import functools
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
@@ -10,6 +11,7 @@ import grpc
 import grpc.aio
 
 from bnexport.errors import BnexportError, RequestError
+from bnexport.proto_messages import message_classes
 from bnexport.serving.refusing import status_of
 
 if TYPE_CHECKING:
@@ -28,6 +30,12 @@ CODES: dict[int, grpc.StatusCode] = {
     503: grpc.StatusCode.UNAVAILABLE,
     504: grpc.StatusCode.DEADLINE_EXCEEDED,
 }
+
+
+@functools.cache
+def classes() -> dict[str, Any]:
+    """Return the classes of the messages of both services, by name."""
+    return message_classes("bnexport serve --grpc-port")
 
 
 class Call:

@@ -1,24 +1,114 @@
-"""ModelInfer: from a message to a request that fits its model, and from its answer to a message."""
+"""ModelInfer: from a message to a request that fits its model, and from its answer to a message.
+
+A request is taken apart on the wire before protobuf builds anything.
+
+Two bytes of a message can be an empty tensor that takes seventy in memory, so what is not a raw tensor is counted first. The
+raw tensors are not copied. What is left, the description, is the same again and again and can be remembered.
+
+Source: Protocol Buffers, "Encoding".
+"""
 
 from __future__ import annotations
 
 import functools
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from google.protobuf.message import DecodeError
 
 from bnexport.errors import RequestError
-from bnexport.screening.refusal import shown
-from bnexport.serving.grpc.call import Call
-from bnexport.serving.grpc.schema import classes
-from bnexport.serving.grpc.wire import BROKEN, Span, Split, split
+from bnexport.files import Refusal
+from bnexport.protobuf_wire import BYTES, FIXED32, FIXED64, VARINT, read_varint
+from bnexport.serving.grpc.call import Call, classes
 from bnexport.serving.protocol.decoding import Decoder
 from bnexport.serving.protocol.encoding import binary_texts
 from bnexport.serving.protocol.messages import DATATYPES, InferRequest, InferResponse
 from bnexport.serving.state import ServerState
+from bnexport.validation.limits import shown
+
+#: Tags (number and wire type) of ModelInferRequest's id and raw_input_contents.
+_ID, _RAW = 3 << 3 | BYTES, 7 << 3 | BYTES
+#: Raw tensors of one request.
+_MOST_RAW = 1024
+BROKEN = "the message is no inference.ModelInferRequest"
+_REMEDY = "Let a client of the protocol write it"
+
+
+#: Where bytes begin, and how many they are.
+Span = tuple[int, int]
+
+
+class Split(NamedTuple):
+    """A request in parts.
+
+    Attributes:
+        header: The message without the other two.
+        id: The request's.
+        raw: Where each raw tensor begins in the message, and its bytes.
+    """
+
+    header: bytes
+    id: str
+    raw: list[Span]
+
+
+def split(message: bytes, *, most: int) -> Split:
+    """Take a message apart.
+
+    Args:
+        message: As it came.
+        most: Bytes of the header.
+
+    Raises:
+        RequestError: It is no message, or its header is too large.
+    """
+    raw: list[Span] = []
+    pieces: list[bytes] = []
+    request_id, position, end, size = "", 0, len(message), 0
+    try:
+        while position < end:
+            start = position
+            tag, position = read_varint(message, start, end)
+            kind = tag & 7
+            if kind == BYTES:
+                length, position = read_varint(message, position, end)
+                begin, position = position, position + length
+                if tag == _RAW:
+                    raw.append((begin, length))
+                    if len(raw) > _MOST_RAW:
+                        raise RequestError(
+                            f"the request has more than {_MOST_RAW} raw tensors", remedy="Send one for each input"
+                        )
+                    continue
+                if tag == _ID:
+                    request_id = message[begin:position].decode()
+                    continue
+            elif kind == VARINT:
+                _, position = read_varint(message, position, end)
+            elif kind in (FIXED64, FIXED32):
+                position += 8 if kind == FIXED64 else 4
+            else:
+                raise RequestError(BROKEN, remedy=_REMEDY)
+            if position > end:
+                break
+            size += position - start
+            if size > most:
+                raise RequestError(
+                    f"the message has more than {most} bytes beside raw tensors",
+                    remedy="Send the tensors as raw_input_contents",
+                    status=413,
+                )
+            pieces.append(message[start:position])
+    except UnicodeDecodeError as error:
+        raise RequestError("the id is not UTF-8", remedy="Send a text, or none") from error
+    except Refusal as error:
+        raise RequestError(BROKEN, remedy=_REMEDY) from error
+    if position != end:
+        raise RequestError(f"{BROKEN}: it ends too early", remedy=_REMEDY)
+    return Split(b"".join(pieces), request_id, raw)
+
 
 #: The protocol's element type -> the field of InferTensorContents that holds it, and the type that it has there. What is not
 #: here comes as raw bytes only.

@@ -1,7 +1,11 @@
-"""The table of methods, and the handlers of the protocol."""
+"""The table of gRPC methods and their handlers: the protocol's, and gRPC's Health Checking Protocol.
+
+For the health service, "" is the server, and each model has its name.
+"""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -9,13 +13,66 @@ from google.protobuf import json_format
 from google.protobuf.message import DecodeError
 
 from bnexport.errors import RequestError
+from bnexport.proto_messages import HEALTH, INFERENCE
 from bnexport.serving import describing
-from bnexport.serving.grpc.call import Call
-from bnexport.serving.grpc.health import check
+from bnexport.serving.grpc.call import Call, classes, read_message
 from bnexport.serving.grpc.inference import infer
-from bnexport.serving.grpc.schema import HEALTH_PACKAGE, PACKAGE, classes
 from bnexport.serving.repository import READY
 from bnexport.serving.state import ServerState
+from bnexport.validation.limits import shown
+
+#: Name of a state of a service -> its number.
+STATUSES: dict[str, int] = dict(classes()["HealthCheckResponse"].ServingStatus.items())
+#: Names that stand for the whole server.
+_SERVER = ("", f"{INFERENCE}.GRPCInferenceService")
+#: Seconds between looks for one who watches.
+_LOOK = 0.1
+
+
+def status_of_service(state: ServerState, service: str) -> int:
+    """A value of STATUSES."""
+    if service in _SERVER:
+        return STATUSES["NOT_SERVING" if describing.why_not_ready(state) else "SERVING"]
+    try:
+        reason = describing.why_model_not_ready(state, service)
+    except RequestError:
+        return STATUSES["SERVICE_UNKNOWN"]
+    return STATUSES["NOT_SERVING" if reason else "SERVING"]
+
+
+async def check(state: ServerState, _call: Call, request: Any) -> Any:
+    """The state of a service at this moment.
+
+    Raises:
+        RequestError: It is not known (404).
+    """
+    status = status_of_service(state, request.service)
+    if status == STATUSES["SERVICE_UNKNOWN"]:
+        raise RequestError(
+            f"there is no service {shown(request.service)}", remedy='Ask for "" or a model\'s name', status=404
+        )
+    return classes()["HealthCheckResponse"](status=status)
+
+
+async def watch(state: ServerState, context: Any, closing: Callable[[], bool]) -> None:
+    """Tell the state of a service now and whenever it changes, until the server closes.
+
+    Raises:
+        RequestError: The request is malformed.
+    """
+    data = await read_message(context, state.settings.limits.body_seconds)
+    try:
+        service = classes()["HealthCheckRequest"].FromString(data).service
+    except DecodeError as error:
+        raise RequestError("the message is no HealthCheckRequest", remedy="Name a service") from error
+    told = -1
+    while not closing():
+        status = status_of_service(state, service)
+        if status != told:
+            await context.write(classes()["HealthCheckResponse"](status=status).SerializeToString())
+            told = status
+        await asyncio.sleep(_LOOK)
+
 
 #: (state, call, the request's message) -> the answer's.
 Handler = Callable[[ServerState, Call, Any], Awaitable[Any]]
@@ -136,9 +193,9 @@ def _model_named(request: Any) -> str:
     return str(request.model_name or request.repository_name)
 
 
-_SERVICE = f"/{PACKAGE}.GRPCInferenceService/"
+_SERVICE = f"/{INFERENCE}.GRPCInferenceService/"
 INFER, STREAM = f"{_SERVICE}ModelInfer", f"{_SERVICE}ModelStreamInfer"
-WATCH = f"/{HEALTH_PACKAGE}.Health/Watch"
+WATCH = f"/{HEALTH}.Health/Watch"
 #: Path -> method. The two that stream, STREAM and WATCH, are the door's.
 METHODS: dict[str, Method] = {
     INFER: Method("", infer),
@@ -152,5 +209,5 @@ METHODS: dict[str, Method] = {
     f"{_SERVICE}RepositoryIndex": Method("RepositoryIndexRequest", repository_index),
     f"{_SERVICE}RepositoryModelLoad": Method("RepositoryModelLoadRequest", load),
     f"{_SERVICE}RepositoryModelUnload": Method("RepositoryModelUnloadRequest", unload),
-    f"/{HEALTH_PACKAGE}.Health/Check": Method("HealthCheckRequest", check, probe=True),
+    f"/{HEALTH}.Health/Check": Method("HealthCheckRequest", check, probe=True),
 }

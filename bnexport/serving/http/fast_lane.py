@@ -11,12 +11,10 @@ import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE
-
 from bnexport.errors import BnexportError, RequestError
 from bnexport.serving.http.app import App
-from bnexport.serving.http.exchange import Exchange
-from bnexport.serving.http.reply import Reply, reply_headers
+from bnexport.serving.http.reply import STATUS_LINES, Reply, reply_headers
+from bnexport.serving.http.request import Exchange
 from bnexport.serving.http.routes import Found, find_route, infer, infer_reply, infer_request, infer_target
 from bnexport.tensors import Array
 
@@ -225,7 +223,7 @@ class FastCall(Exchange):
         if self.disconnected or transport.is_closing():
             return
         close = app.state.draining or not self.keep_alive
-        parts = [STATUS_LINE[reply.status]]
+        parts = [STATUS_LINES[reply.status]]
         for name, value in reply_headers(reply, self, close=close):
             parts += (name, b": ", value, b"\r\n")
         parts += (b"\r\n", reply.body)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import http
 import zlib
 from dataclasses import dataclass
 from typing import Any
@@ -10,12 +11,14 @@ from typing import Any
 import orjson
 
 from bnexport.errors import BnexportError, RequestError
-from bnexport.serving.http.exchange import Exchange
+from bnexport.serving.http.request import Exchange
 from bnexport.serving.refusing import sentence_of, status_of
 
 #: Bodies below this are not packed: it would cost more than it saves. (Some clients always say that they take gzip.)
 PACKED_BYTES = 1024
 JSON, BINARY, TEXT = b"application/json", b"application/octet-stream", b"text/plain; version=0.0.4; charset=utf-8"
+#: Status -> the first line of an answer.
+STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in http.HTTPStatus}
 
 
 @dataclass(slots=True)

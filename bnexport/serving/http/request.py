@@ -1,16 +1,27 @@
-"""Reading a request: its headers, and its body within the limits of size. Time is the connection's (connection.py)."""
+"""Requests over HTTP: their headers, their bodies within the limits of size, and the state that they share.
+
+Limits on time are the connection's (uvicorn_adapter.py).
+"""
 
 from __future__ import annotations
 
 import asyncio
+import time
 import zlib
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bnexport.errors import RequestError
-from bnexport.screening.refusal import shown
+from bnexport.serving.access_log import JsonLog
 from bnexport.serving.limits import ServingLimits
-from bnexport.serving.state import Memory
+from bnexport.serving.repository import Repository
+from bnexport.serving.state import AppSettings, Memory, ServerState
+from bnexport.serving.totals import Share
+from bnexport.validation.limits import shown
+
+if TYPE_CHECKING:
+    from bnexport.serving.served_model import ServedModel
+
 
 Receive = Callable[[], Awaitable[Mapping[str, Any]]]
 #: zlib's window bits: gzip's header (RFC 1952), or zlib's (RFC 1950, which HTTP calls deflate).
@@ -191,3 +202,63 @@ def header_length(headers: Mapping[bytes, bytes]) -> int | None:
             remedy="Give the length of the JSON before the tensors",
         )
     return int(text)
+
+
+class Exchange:
+    """One request on its way.
+
+    Attributes:
+        method: "GET", "POST".
+        path: Unquoted.
+        headers: Lower-case name -> value.
+        receive: ASGI's.
+        id: Of the request, the client's or ours.
+        model: That answers it, once it is known.
+        rows: Samples, once they are known.
+        read: Whether the body was read to its end.
+        bytes_in: Bytes of the body.
+        arrived_ns: When the last part of the body came; 0 before.
+    """
+
+    __slots__ = ("arrived_ns", "bytes_in", "headers", "id", "method", "model", "path", "read", "receive", "rows")
+
+    def __init__(self, method: str, path: str, headers: dict[bytes, bytes], receive: Receive, request_id: str) -> None:
+        self.method, self.path = method, path
+        self.headers, self.receive, self.id = headers, receive, request_id
+        self.model: ServedModel | None = None
+        self.rows = 0
+        self.read = False
+        self.bytes_in = self.arrived_ns = 0
+
+
+class State(ServerState):
+    """What every door shares, and the reader of bodies.
+
+    Args:
+        repository: Loaded.
+        settings: What clients may do.
+        log: Of requests and events.
+        share: Where this process's counters are kept for the others; None where it serves alone.
+
+    Attributes:
+        intake: Reads bodies.
+    """
+
+    def __init__(
+        self, repository: Repository, settings: AppSettings, log: JsonLog, *, share: Share | None = None
+    ) -> None:
+        super().__init__(repository, settings, log, share=share)
+        self.intake = Intake(settings.limits, self.memory)
+
+    async def body(self, exchange: Exchange) -> bytes:
+        """The request's body; the caller gives it back to ``intake.release``."""
+
+        async def receive() -> Mapping[str, Any]:
+            message = await exchange.receive()
+            exchange.arrived_ns = time.perf_counter_ns()
+            return message
+
+        body = await self.intake.read(receive, exchange.headers)
+        exchange.read = True
+        exchange.bytes_in = len(body)
+        return body

@@ -2,25 +2,46 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import orjson
+
+from bnexport import __version__
 from bnexport.errors import RequestError
-from bnexport.screening.refusal import shown
 from bnexport.serving import describing
 from bnexport.serving.http.classify import classify
-from bnexport.serving.http.exchange import Exchange
 from bnexport.serving.http.metrics import render
-from bnexport.serving.http.openapi import document
 from bnexport.serving.http.page import models, page, report
 from bnexport.serving.http.reply import BINARY, JSON, TEXT, Reply, json_reply
-from bnexport.serving.http.request import header_length
-from bnexport.serving.http.route import Handler, Route
-from bnexport.serving.http.state import State
+from bnexport.serving.http.request import Exchange, State, header_length
 from bnexport.serving.protocol.decoding import load_json
 from bnexport.serving.protocol.encoding import encode_response
 from bnexport.serving.protocol.messages import InferRequest, InferResponse
 from bnexport.serving.repository import READY
 from bnexport.serving.served_model import ServedModel
+from bnexport.validation.limits import shown
+
+Handler = Callable[..., Awaitable[Reply]]
+
+
+class Route(NamedTuple):
+    """One row of ROUTES.
+
+    Attributes:
+        method: HTTP's.
+        pattern: Segments of the path; {..} takes any one segment, and what stands in [..] may be missing.
+        handler: (state, exchange, *captured segments) -> reply.
+        probe: Whether it is a probe of a supervisor: open without a token, and no work that a stop waits for.
+    """
+
+    method: str
+    pattern: str
+    handler: Handler
+    probe: bool = False
+
 
 _INFER_TYPES = (b"", b"application/json", b"application/octet-stream")
 _MOST_KNOWN = 1024
@@ -185,7 +206,15 @@ async def metrics(state: State, _exchange: Exchange) -> Reply:
 
 async def openapi(_state: State, _exchange: Exchange) -> Reply:
     """This list of routes."""
-    return json_reply(document(ROUTES))
+    return json_reply(openapi_document())
+
+
+@functools.cache
+def openapi_document() -> dict[str, Any]:
+    """Read ``openapi.json`` (OpenAPI 3.1), which describes every row of ROUTES, and put the version in."""
+    document: dict[str, Any] = orjson.loads(Path(__file__).with_name("openapi.json").read_bytes())
+    document["info"]["version"] = __version__
+    return document
 
 
 _MODEL = "v2/models/{name}[/versions/{version}]"

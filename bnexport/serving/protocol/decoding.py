@@ -16,11 +16,11 @@ import orjson
 
 from bnexport.errors import FeedError, RequestError
 from bnexport.optional import one_line
-from bnexport.screening.refusal import shown
 from bnexport.serving.limits import ServingLimits
 from bnexport.serving.protocol.json_data import array_from_json, check_finite, checked_flags
 from bnexport.serving.protocol.messages import DATATYPES, InferRequest, RequestedOutput
 from bnexport.tensors import Array, Signature, TensorSpec, check_feeds
+from bnexport.validation.limits import shown
 
 #: Headers no longer than this are remembered, as many as _REMEMBERED: a client sends the same one again and again.
 _SHORT, _REMEMBERED = 2048, 256

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from onnx import TensorProto, helper, numpy_helper
 
-from bnexport.screening.refusal import Refusal
-from bnexport.tensor_proto import ELEMENT_TYPES, message, read_tensor, write_tensor
+from bnexport.files import Refusal
+from bnexport.protobuf_wire import message
+from bnexport.tensor_proto import ELEMENT_TYPES, read_tensor, write_tensor
 from bnexport.tensors import DTYPES
 
 TYPES = sorted(ELEMENT_TYPES.values())

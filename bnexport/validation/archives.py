@@ -1,22 +1,69 @@
-"""Archives of torch and numpy, looked at from outside: sizes, names, pickles and code, before a reader opens them."""
+"""Archives of torch and numpy: sizes, names, pickles and code are validated before a reader opens them."""
 
 from __future__ import annotations
 
+import ast
 import io
+import re
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from bnexport.errors import BadInput, BundleError, DataError, ModelError, UsageError
+from bnexport.files import Refusal
 from bnexport.optional import one_line
-from bnexport.screening import exported_program, npy, script_code
-from bnexport.screening.limits import limit
-from bnexport.screening.paths import check_regular
-from bnexport.screening.pickle_names import is_script_name, is_weight_name
-from bnexport.screening.pickles import Storage, check_one_pickle, check_pickle
-from bnexport.screening.refusal import Refusal, refusing, shown
-from bnexport.screening.zip_directory import DEFLATED, MAGIC, Entry, read_directory, read_entry, read_start
+from bnexport.validation.exported_program import check_code, check_exported
+from bnexport.validation.limits import count_elements, limit, refusing, shown
+from bnexport.validation.paths import check_regular
+from bnexport.validation.pickles import Storage, check_one_pickle, check_pickle, is_script_name, is_weight_name
+from bnexport.validation.zip_directory import DEFLATED, MAGIC, Entry, read_directory, read_entry, read_start
+
+NPY_MAGIC = b"\x93NUMPY"
+#: Plain numbers: byte order, kind, bytes. Objects ("O"), records, texts and dates are none.
+_PLAIN = re.compile(r"[<>=|]?(?:b1|[iu][1248]|f[248]|c8|c16)")
+
+
+def check_header(start: bytes, size: int) -> None:
+    """Refuse an array of objects, which are pickles, and one that says it is larger than it is.
+
+    Args:
+        start: The file's first bytes, at least its whole header if that has no more than the limit.
+        size: Bytes of the whole file.
+
+    Raises:
+        Refusal: It is damaged, or holds no plain numbers.
+    """
+    if start[:6] != NPY_MAGIC or len(start) < 12 or start[6] not in (1, 2, 3):
+        raise Refusal("is not a whole .npy file")
+    wide = start[6] > 1
+    length = int.from_bytes(start[8:12] if wide else start[8:10], "little")
+    begin = 12 if wide else 10
+    if length > limit("npy-header"):
+        raise Refusal(f"has a header of {length} bytes, more than {limit('npy-header')}")
+    header = _parsed(start[begin : begin + length])
+    kind, shape = header.get("descr"), header.get("shape")
+    if not isinstance(kind, str) or _PLAIN.fullmatch(kind) is None:
+        raise Refusal(f"holds an array of {shown(str(kind))}, not of plain numbers")
+    if not isinstance(shape, tuple):
+        raise Refusal("is not a whole .npy file: its header has no shape")
+    needed = count_elements(shape) * int("".join(filter(str.isdigit, kind)))
+    if needed != size - begin - length:
+        raise Refusal(f"says that its array has {needed} bytes; {size - begin - length} are there")
+
+
+def _parsed(text: bytes) -> dict[str, Any]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the compiler remarks on odd texts; what matters is raised
+            header = ast.literal_eval(text.decode("latin-1").strip())
+    except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError) as error:
+        raise Refusal("is not a whole .npy file: its header can't be read") from error
+    if not isinstance(header, dict):
+        raise Refusal("is not a whole .npy file: its header is no table")
+    return header
+
 
 _REBUILD = "Write the bundle again with bnexport fold-and-export, or copy it again from its source"
 #: Pickles at the start of torch's format before 1.6: its number, its version, the system, the object, the storages.
@@ -61,7 +108,7 @@ class ArchiveKind:
     check: Callable[[_Archive], None]
 
 
-def screen_archive(path: str | Path, kind: str, *, error: type[BadInput] | None = None) -> None:
+def validate_archive(path: str | Path, kind: str, *, error: type[BadInput] | None = None) -> None:
     """Refuse an archive that could harm whoever opens it. It is not unpacked, and nothing in it runs.
 
     Sizes that it says, sizes that it has, names, nesting, every pickle's steps and names, TorchScript's code, the
@@ -90,7 +137,7 @@ def screen_archive(path: str | Path, kind: str, *, error: type[BadInput] | None 
         raise raised(f"{path} {what}", remedy=row.remedy) from problem
 
 
-def screen_weights(file: BinaryIO) -> None:
+def validate_weights(file: BinaryIO) -> None:
     """Refuse a torch state dict, in an archive or in the older format, that holds more than tensors.
 
     Args:
@@ -145,7 +192,7 @@ def _common_folder(entries: Sequence[Entry]) -> str:
 def _check_script(archive: _Archive) -> None:
     for name in archive.entries:
         if name.endswith(".py") and name.startswith("code/"):
-            script_code.check(archive.read(name, limit("code-bytes")))
+            check_code(archive.read(name, limit("code-bytes")))
         elif name.endswith("pkl"):
             pickle = archive.read(name, limit("pickle-bytes"))
             folder = {"data.pkl": "data", "constants.pkl": "constants"}.get(name, "data")
@@ -182,15 +229,15 @@ def _check_storages(archive: _Archive, storages: Sequence[Storage], folder: str)
 def _check_exported(archive: _Archive) -> None:
     def pickled(name: str) -> None:
         """A file that torch will unpickle."""
-        screen_weights(io.BytesIO(archive.read(name, limit("npz-inflated"))))
+        validate_weights(io.BytesIO(archive.read(name, limit("npz-inflated"))))
 
     sizes = {name: entry.size for name, entry in archive.entries.items()}
-    exported_program.check(sizes, archive.read, pickled)
+    check_exported(sizes, archive.read, pickled)
 
 
 def _check_arrays(archive: _Archive) -> None:
     for name, entry in archive.entries.items():
-        npy.check_header(read_start(archive.file, entry, limit("npy-header") + 12), entry.size)
+        check_header(read_start(archive.file, entry, limit("npy-header") + 12), entry.size)
         if not name.endswith(".npy"):
             raise Refusal(f"holds {shown(name)}, which is no array")
 

@@ -15,16 +15,14 @@ import grpc.aio
 
 from bnexport.errors import BnexportError, NotServing, RequestError, UsageError
 from bnexport.optional import one_line
-from bnexport.screening.refusal import shown
-from bnexport.serving.grpc.call import Call, code_of, read_message
-from bnexport.serving.grpc.health import watch
+from bnexport.serving.grpc.call import Call, classes, code_of, read_message
 from bnexport.serving.grpc.inference import infer
-from bnexport.serving.grpc.methods import METHODS, STREAM, WATCH, Method
-from bnexport.serving.grpc.schema import classes
+from bnexport.serving.grpc.methods import METHODS, STREAM, WATCH, Method, watch
 from bnexport.serving.limits import ServingLimits
 from bnexport.serving.listener import resolved
 from bnexport.serving.refusing import sentence_of
 from bnexport.serving.state import Answer, ServerState
+from bnexport.validation.limits import shown
 
 #: Those who watch need no token and take a place among the calls.
 _MOST_WATCHERS = 256
@@ -51,7 +49,7 @@ class GrpcSettings:
     tls: tuple[Path, Path] | None = None
 
 
-class GrpcDoor(grpc.GenericRpcHandler):  # type: ignore[misc]
+class GrpcServer(grpc.GenericRpcHandler):  # type: ignore[misc]
     """The protocol's service and gRPC's health service, on the running event loop.
 
     Args:

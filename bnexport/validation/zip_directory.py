@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from bnexport.screening.limits import limit
-from bnexport.screening.paths import check_name, check_twins
-from bnexport.screening.refusal import Refusal, shown
+from bnexport.files import Refusal
+from bnexport.validation.limits import limit, shown
+from bnexport.validation.paths import check_name, check_twins
 
 MAGIC = b"PK\x03\x04"
 STORED, DEFLATED = 0, 8

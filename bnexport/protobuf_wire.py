@@ -1,6 +1,6 @@
-"""Protobuf's wire format, read without protobuf: fields in turn, bounded, from bytes that nobody has checked.
+"""Protobuf's wire format without protobuf: fields read in turn, with bounds, from untrusted bytes; messages written.
 
-Source: protobuf.dev, "Encoding". Groups, which ONNX never used, are refused.
+Source: protobuf.dev, "Encoding". Groups are refused: ONNX never used them.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from bnexport.screening.refusal import Refusal
+from bnexport.files import Refusal
 
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 _WIDTH = {FIXED64: 8, FIXED32: 4}
@@ -92,3 +92,23 @@ def read_packed(content: bytes, field: Field) -> Iterator[int]:
     while at < field.end:
         value, at = read_varint(content, at, field.end)
         yield signed(value)
+
+
+def message(*fields: tuple[int, int | str | bytes]) -> bytes:
+    """Serialise a message from its fields in order: non-negative numbers, texts, bytes or inner messages."""
+    return b"".join(_written_field(number, value) for number, value in fields)
+
+
+def _written_field(number: int, value: int | str | bytes) -> bytes:
+    if isinstance(value, int):
+        return _written_varint(number << 3 | VARINT) + _written_varint(value)
+    content = value.encode() if isinstance(value, str) else value
+    return _written_varint(number << 3 | BYTES) + _written_varint(len(content)) + content
+
+
+def _written_varint(value: int) -> bytes:
+    parts = bytearray()
+    while value > 0x7F:
+        parts.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes((*parts, value))

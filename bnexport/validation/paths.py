@@ -7,8 +7,8 @@ import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 
-from bnexport.screening.limits import limit
-from bnexport.screening.refusal import Refusal, shown
+from bnexport.files import Refusal
+from bnexport.validation.limits import limit, shown
 
 #: Characters that look like a separator or a dot and are none: they make "..∕x" look like a path that it is not.
 LOOK_ALIKES = "\u2044\u2215\u2216\u29f5\u29f8\u29f9\ufe68\uff0f\uff3c\u2024\uff0e\u2025\u2026\ua789\uff1a"

@@ -8,10 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, BinaryIO
 
-from bnexport.screening.json_text import parse_json
-from bnexport.screening.limits import limit
-from bnexport.screening.refusal import Refusal, shown
-from bnexport.screening.tensor_sizes import count_elements
+from bnexport.files import Refusal
+from bnexport.validation.json_text import parse_json
+from bnexport.validation.limits import count_elements, limit, shown
 
 #: Element type -> bits.
 WIDTHS: Mapping[str, int] = {
@@ -22,7 +21,7 @@ WIDTHS: Mapping[str, int] = {
 _METADATA = "__metadata__"
 
 
-def screen_safetensors(file: BinaryIO) -> Any:
+def validate_safetensors(file: BinaryIO) -> Any:
     """Read and check the header.
 
     Args:

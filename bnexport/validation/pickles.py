@@ -1,22 +1,190 @@
-"""Pickles read without running them: a machine that knows the few steps of weights, and builds nothing.
+"""Pickles in torch's files: their steps, the names that they may use, and the tensors that they rebuild.
 
-A pickle is a program. This machine walks through it with markers in the place of values: names are checked against a
-table, tensors against the bytes that are there for them. Whatever torch's own readers would do later (its
-``weights_only`` unpickler, and the one in C++ for TorchScript) they do on a program that held nothing else.
+A pickle is walked through without being run. Written by hand on purpose: fickling is under the LGPL, and checks imports only.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+import re
+import struct
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bnexport.screening.limits import limit
-from bnexport.screening.pickle_names import NOT_CALLED, REBUILD, STORAGES
-from bnexport.screening.pickle_steps import read_steps
-from bnexport.screening.refusal import Refusal, shown
-from bnexport.screening.tensor_sizes import check_view
+from bnexport.files import Refusal
+from bnexport.validation.limits import check_view, limit, shown
+
+#: Kinds of storage -> bytes of one element.
+STORAGES: Mapping[str, int] = {
+    "torch.DoubleStorage": 8,
+    "torch.FloatStorage": 4,
+    "torch.HalfStorage": 2,
+    "torch.BFloat16Storage": 2,
+    "torch.LongStorage": 8,
+    "torch.IntStorage": 4,
+    "torch.ShortStorage": 2,
+    "torch.CharStorage": 1,
+    "torch.ByteStorage": 1,
+    "torch.BoolStorage": 1,
+    "torch.ComplexDoubleStorage": 16,
+    "torch.ComplexFloatStorage": 8,
+    "torch.QInt8Storage": 1,
+    "torch.QUInt8Storage": 1,
+    "torch.QInt32Storage": 4,
+    "torch.QUInt4x2Storage": 1,
+    "torch.QUInt2x4Storage": 1,
+    "torch.storage.UntypedStorage": 1,
+    "torch.UntypedStorage": 1,
+}
+#: Functions whose arguments are (storage, offset, sizes, strides, ...).
+REBUILD = frozenset(f"torch._utils._rebuild_{kind}" for kind in ("tensor", "tensor_v2", "tensor_v3", "qtensor"))
+_TENSORS = REBUILD | {
+    "torch._utils._rebuild_parameter",
+    "torch.Size",
+    "torch.device",
+    "torch.per_tensor_affine",
+    "torch.per_channel_affine",
+    "torch.serialization._get_layout",
+    "collections.OrderedDict",
+}
+#: What torch.load reads as weights: tensors and plain containers of them.
+WEIGHTS = _TENSORS | {
+    "collections.Counter",
+    "torch.nn.parameter.Parameter",
+    "torch._utils._rebuild_parameter_with_state",
+    "torch.Tensor",
+    "_codecs.encode",
+    "builtins.set",
+    "builtins.complex",
+}
+#: Named as a type only: called with a number they would take so much memory.
+NOT_CALLED = frozenset({*STORAGES, "torch.Tensor"})
+#: What TorchScript's own reader builds lists and dictionaries with.
+SCRIPT = _TENSORS | {
+    "torch.jit._pickle.build_intlist",
+    "torch.jit._pickle.build_doublelist",
+    "torch.jit._pickle.build_boollist",
+    "torch.jit._pickle.build_tensorlist",
+    "torch.jit._pickle.build_tensor_from_id",
+    "torch.jit._pickle.restore_type_tag",
+}
+_DTYPE = re.compile(r"torch\.(?:float|bfloat|complex|u?int|bool|qu?int|float8_e|float4_e)[0-9a-z_]*")
+#: Classes that the archive's own code defines. ``torch.classes`` are written in C++, and some open files or sockets.
+_SCRIPT_CLASS = re.compile(r"__torch__\.(?!torch\.classes\.)[A-Za-z0-9_.]+")
+
+
+def is_weight_name(name: str) -> bool:
+    """Whether a pickle of weights may use a name."""
+    return name in WEIGHTS or name in STORAGES or _DTYPE.fullmatch(name) is not None
+
+
+def is_script_name(name: str) -> bool:
+    """Whether a pickle in a TorchScript archive may use a name."""
+    return name in SCRIPT or name in STORAGES or _SCRIPT_CLASS.fullmatch(name) is not None
+
+
+def read_steps(stream: io.BytesIO) -> Iterator[tuple[str, Any]]:
+    """Name and argument of each step, up to the end of one pickle.
+
+    Raises:
+        Refusal: A step that weights do not need, or one that is cut off.
+    """
+    while True:
+        code = _take(stream, 1)
+        if code not in _OPCODES:
+            raise Refusal(f"holds a pickle with the step {code!r}, which weights do not need")
+        name, read = _OPCODES[code]
+        yield name, read(stream)
+        if name == "STOP":
+            return
+
+
+def _take(stream: io.BytesIO, count: int) -> bytes:
+    content = stream.read(count)
+    if len(content) < count:
+        raise Refusal("holds a damaged pickle: it ends inside a step")
+    return content
+
+
+def _nothing(_: io.BytesIO) -> None:
+    return None
+
+
+def _number(form: str) -> Callable[[io.BytesIO], Any]:
+    size = struct.calcsize(form)
+    return lambda stream: struct.unpack(form, _take(stream, size))[0]
+
+
+def _text(form: str) -> Callable[[io.BytesIO], str]:
+    """A text with its length in front."""
+    length = _number(form)
+
+    def read(stream: io.BytesIO) -> str:
+        count = length(stream)
+        if count < 0:
+            raise Refusal("holds a damaged pickle: it has a text of negative length")
+        return _decoded(_take(stream, count))
+
+    return read
+
+
+def _whole(stream: io.BytesIO) -> int:
+    return int.from_bytes(_take(stream, _take(stream, 1)[0]), "little", signed=True)
+
+
+def _name(stream: io.BytesIO) -> str:
+    """Module and name, each on a line of its own."""
+    lines = [stream.readline(), stream.readline()]
+    if not all(line.endswith(b"\n") for line in lines):
+        raise Refusal("holds a damaged pickle: it ends inside a name")
+    return ".".join(_decoded(line[:-1]) for line in lines)
+
+
+def _decoded(content: bytes) -> str:
+    # Texts may hold any bytes (a shared constant of a network): what is no UTF-8 is only looked at, never used.
+    return content.decode("utf-8", "replace")
+
+
+#: Byte -> name and the reader of its argument: what ``weights_only`` and TorchScript know, and no more.
+_OPCODES: dict[bytes, tuple[str, Callable[[io.BytesIO], Any]]] = {
+    b"\x80": ("PROTO", _number("B")),
+    b".": ("STOP", _nothing),
+    b"(": ("MARK", _nothing),
+    b")": ("EMPTY_TUPLE", _nothing),
+    b"]": ("EMPTY_LIST", _nothing),
+    b"}": ("EMPTY_DICT", _nothing),
+    b"\x8f": ("EMPTY_SET", _nothing),
+    b"N": ("NONE", _nothing),
+    b"\x88": ("NEWTRUE", _nothing),
+    b"\x89": ("NEWFALSE", _nothing),
+    b"J": ("BININT", _number("<i")),
+    b"K": ("BININT1", _number("B")),
+    b"M": ("BININT2", _number("<H")),
+    b"\x8a": ("LONG1", _whole),
+    b"G": ("BINFLOAT", _number(">d")),
+    b"X": ("BINUNICODE", _text("<I")),
+    b"T": ("BINSTRING", _text("<i")),
+    b"U": ("SHORT_BINSTRING", _text("B")),
+    b"q": ("BINPUT", _number("B")),
+    b"r": ("LONG_BINPUT", _number("<I")),
+    b"h": ("BINGET", _number("B")),
+    b"j": ("LONG_BINGET", _number("<I")),
+    b"t": ("TUPLE", _nothing),
+    b"\x85": ("TUPLE1", _nothing),
+    b"\x86": ("TUPLE2", _nothing),
+    b"\x87": ("TUPLE3", _nothing),
+    b"a": ("APPEND", _nothing),
+    b"e": ("APPENDS", _nothing),
+    b"s": ("SETITEM", _nothing),
+    b"u": ("SETITEMS", _nothing),
+    b"c": ("GLOBAL", _name),
+    b"R": ("REDUCE", _nothing),
+    b"\x81": ("NEWOBJ", _nothing),
+    b"b": ("BUILD", _nothing),
+    b"Q": ("BINPERSID", _nothing),
+}
+
 
 _INT64 = 2**63
 

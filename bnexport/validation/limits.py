@@ -1,8 +1,14 @@
-"""Every limit of a screen with its reason, in one table: what documentation and tests read."""
+"""Limits on untrusted files: the table of limits, refusals, and sizes of tensors."""
 
 from __future__ import annotations
 
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
+
+from bnexport.errors import BadInput
+from bnexport.files import Refusal
 
 
 class Limit(NamedTuple):
@@ -81,3 +87,68 @@ LIMITS: dict[str, Limit] = {
 def limit(name: str) -> int:
     """The number of a row of LIMITS."""
     return LIMITS[name].value
+
+
+@contextlib.contextmanager
+def refusing(name: object, kind: type[BadInput], *, remedy: str) -> Iterator[None]:
+    """Turn a Refusal inside the block into an error that names the file.
+
+    Args:
+        name: The subject of the sentence, mostly a path.
+        kind: The error to raise.
+        remedy: What to do about it.
+    """
+    try:
+        yield
+    except Refusal as refusal:
+        raise kind(f"{name} {refusal}", remedy=remedy) from refusal
+
+
+def shown(name: str, limit: int = 80) -> str:
+    """A foreign name for a sentence: quoted, without invisible characters, cut when it is long."""
+    text = repr(name) if name.isprintable() and name.isascii() else ascii(name)
+    return text if len(text) <= limit else f"{text[: limit - 4]}...'"
+
+
+_INT64 = 2**63
+
+
+def count_elements(sizes: Sequence[object]) -> int:
+    """The product of sizes.
+
+    Raises:
+        Refusal: A size is no number or negative, there are too many, or the product leaves 64 bits.
+    """
+    if len(sizes) > limit("onnx-rank"):
+        raise Refusal(f"has a tensor with {len(sizes)} dimensions, more than {limit('onnx-rank')}")
+    whole = [size for size in sizes if isinstance(size, int) and not isinstance(size, bool)]
+    if len(whole) != len(sizes) or min(whole, default=0) < 0:
+        raise Refusal("has a tensor with a negative size, or with one that is no number")
+    # With a zero among them the product is 0, but engines multiply the others first.
+    if math.prod(max(size, 1) for size in whole) >= _INT64:
+        raise Refusal("has a tensor whose sizes multiply beyond 64 bits")
+    return math.prod(whole)
+
+
+def check_view(numel: int, offset: int, sizes: Sequence[object], strides: Sequence[object]) -> None:
+    """Refuse a view that leaves its storage, or that repeats a small one into a huge tensor.
+
+    Args:
+        numel: Elements of the storage.
+        offset: Its first element.
+        sizes: One per dimension.
+        strides: One per dimension, in elements.
+
+    Raises:
+        Refusal: It does not fit.
+    """
+    elements = count_elements(sizes)
+    steps = [step for step in strides if isinstance(step, int) and 0 <= step < _INT64]
+    if len(steps) != len(sizes) or not 0 <= offset < _INT64:
+        raise Refusal("has a tensor with strides or an offset that do not fit its sizes")
+    whole = [size for size in sizes if isinstance(size, int)]
+    last = offset + sum((size - 1) * step for size, step in zip(whole, steps, strict=True))
+    if elements and last >= numel:
+        raise Refusal(f"has a tensor that needs {last + 1} elements of a storage of {numel}")
+    if elements > max(numel, limit("sample-elements")):
+        raise Refusal(f"has a tensor that repeats {numel} elements into {elements}")

@@ -1,4 +1,4 @@
-"""JSON of strangers: one meaning only, and no more work than its size allows."""
+"""Untrusted JSON: one meaning only, and no more work than its size allows."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
+from bnexport.files import Refusal
 from bnexport.optional import one_line
-from bnexport.screening.limits import limit
-from bnexport.screening.refusal import Refusal, shown
+from bnexport.validation.limits import limit, shown
 
 #: A string, closed or not: a pattern that could fail at the end would be tried again from every quote.
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*+(?:"|\\?\Z)', re.DOTALL)
