@@ -1,11 +1,11 @@
-"""Every limit of the server with its reason, in one place: what documentation and tests read."""
+"""Every limit of the server with its reason, in one place, and the cache of what requests repeat."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, TypeVar
 
 from bnexport.errors import UsageError
 
@@ -71,3 +71,24 @@ def limits_from(texts: Iterable[str]) -> ServingLimits:
 def rows() -> list[tuple[str, Any, str, str]]:
     """(name, value, what is counted, reason) of every limit."""
     return [(item.name, item.default, item.metadata["what"], item.metadata["reason"]) for item in fields(ServingLimits)]
+
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+class BoundedCache(dict[K, V]):
+    """A dictionary that is emptied when it is full. Reading it costs no more than reading a plain one.
+
+    Args:
+        most: Number of entries.
+    """
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self._most = most
+
+    def __setitem__(self, key: K, value: V) -> None:
+        if len(self) >= self._most and key not in self:
+            self.clear()
+        super().__setitem__(key, value)

@@ -23,8 +23,8 @@ from bnexport.runtimes.settings import RunSettings
 from bnexport.serving.batcher import INLINE_SECONDS, Batcher, BatchLimits, Cost
 from bnexport.serving.limits import ServingLimits
 from bnexport.serving.predictor import DEFAULT_RUNTIME, batches, image_preprocessing
-from bnexport.serving.protocol.answering import answer
 from bnexport.serving.protocol.decoding import Decoder
+from bnexport.serving.protocol.encoding import answer
 from bnexport.serving.protocol.messages import DATATYPES, InferRequest, InferResponse
 from bnexport.serving.statistics import ModelStatistics
 from bnexport.tensors import Array, TensorSpec

@@ -14,7 +14,7 @@ from bnexport.serving.access_log import JsonLog
 from bnexport.serving.limits import ServingLimits
 from bnexport.serving.repository import Repository
 from bnexport.serving.served_model import ServedModel
-from bnexport.serving.totals import Share, Totals, models_of
+from bnexport.serving.statistics import Key, ModelTotals, Share, Totals
 
 _LONGEST_ID = 128
 
@@ -169,7 +169,7 @@ class ServerState:
 
     def _own_totals(self) -> Totals:
         """Of this process; its counters go on counting."""
-        return Totals(self.requests, self.calls, self.active, self.calls_active, models_of(self.repository))
+        return Totals(self.requests, self.calls, self.active, self.calls_active, _models_of(self.repository))
 
     def let_in(self, authorization: bytes) -> None:
         """Refuse who does not show the token.
@@ -203,3 +203,16 @@ class ServerState:
                 remedy="Start it with --allow-load, or let it look for changes with --poll",
                 status=403,
             )
+
+
+def _models_of(repository: Repository) -> dict[Key, ModelTotals]:
+    """The totals of this process's models; the counters are their own and go on counting."""
+    models: dict[Key, ModelTotals] = {}
+    for name, version, entry in repository.each():
+        served = entry.served
+        models[name, version] = (
+            ModelTotals(ready=False)
+            if served is None
+            else ModelTotals(True, served.batcher.waiting, served.batcher.workers, served.statistics)
+        )
+    return models

@@ -12,7 +12,7 @@ import grpc.aio
 
 from bnexport.errors import BnexportError, RequestError
 from bnexport.proto_messages import message_classes
-from bnexport.serving.refusing import status_of
+from bnexport.serving.protocol.messages import status_of
 
 if TYPE_CHECKING:
     from bnexport.serving.served_model import ServedModel

@@ -22,7 +22,8 @@ from bnexport.errors import RequestError
 from bnexport.files import Refusal
 from bnexport.protobuf_wire import BYTES, FIXED32, FIXED64, VARINT, read_varint
 from bnexport.serving.grpc.call import Call, classes
-from bnexport.serving.protocol.decoding import Decoder
+from bnexport.serving.limits import BoundedCache
+from bnexport.serving.protocol.decoding import SHORT, Decoder
 from bnexport.serving.protocol.encoding import binary_texts
 from bnexport.serving.protocol.messages import DATATYPES, InferRequest, InferResponse
 from bnexport.serving.state import ServerState
@@ -122,9 +123,8 @@ CONTENTS: dict[str, tuple[str, str]] = {
     "FP32": ("fp32_contents", "float32"),
     "FP64": ("fp64_contents", "float64"),
 }
-#: Descriptions no longer than this are remembered, as many as _REMEMBERED, with the model that they name.
-_SHORT, _REMEMBERED = 2048, 256
-_known: dict[bytes, tuple[str, str]] = {}
+#: Description of a request without its tensors -> the model that it names.
+_known: BoundedCache[bytes, tuple[str, str]] = BoundedCache(256)
 
 
 async def infer(state: ServerState, call: Call, message: bytes) -> Any:
@@ -185,9 +185,7 @@ def _named(header: bytes) -> tuple[str, str]:
     """Name and version of the model that a request is for."""
     message = _parsed(header)
     found = message.model_name, message.model_version
-    if len(header) <= _SHORT:
-        if len(_known) >= _REMEMBERED:
-            _known.clear()
+    if len(header) <= SHORT:
         _known[header] = found
     return found
 

@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError
 
 from bnexport.errors import RequestError
 from bnexport.proto_messages import HEALTH, INFERENCE
-from bnexport.serving import describing
+from bnexport.serving import metadata
 from bnexport.serving.grpc.call import Call, classes, read_message
 from bnexport.serving.grpc.inference import infer
 from bnexport.serving.repository import READY
@@ -32,9 +32,9 @@ _LOOK = 0.1
 def status_of_service(state: ServerState, service: str) -> int:
     """A value of STATUSES."""
     if service in _SERVER:
-        return STATUSES["NOT_SERVING" if describing.why_not_ready(state) else "SERVING"]
+        return STATUSES["NOT_SERVING" if metadata.why_not_ready(state) else "SERVING"]
     try:
-        reason = describing.why_model_not_ready(state, service)
+        reason = metadata.why_model_not_ready(state, service)
     except RequestError:
         return STATUSES["SERVICE_UNKNOWN"]
     return STATUSES["NOT_SERVING" if reason else "SERVING"]
@@ -132,13 +132,13 @@ async def server_live(_state: ServerState, _call: Call, _request: Any) -> Any:
 
 async def server_ready(state: ServerState, _call: Call, _request: Any) -> Any:
     """Whether requests should be sent here."""
-    return classes()["ServerReadyResponse"](ready=not describing.why_not_ready(state))
+    return classes()["ServerReadyResponse"](ready=not metadata.why_not_ready(state))
 
 
 async def model_ready(state: ServerState, _call: Call, request: Any) -> Any:
     """Whether a model answers; one that is not known does not."""
     try:
-        ready = not describing.why_model_not_ready(state, request.name, request.version or None)
+        ready = not metadata.why_model_not_ready(state, request.name, request.version or None)
     except RequestError:
         ready = False
     return classes()["ModelReadyResponse"](ready=ready)
@@ -146,12 +146,12 @@ async def model_ready(state: ServerState, _call: Call, request: Any) -> Any:
 
 async def server_metadata(_state: ServerState, _call: Call, _request: Any) -> Any:
     """Name, version and extensions."""
-    return _filled("ServerMetadataResponse", describing.server_metadata())
+    return _filled("ServerMetadataResponse", metadata.server_metadata())
 
 
 async def model_metadata(state: ServerState, _call: Call, request: Any) -> Any:
     """Inputs, outputs and versions."""
-    return _filled("ModelMetadataResponse", describing.model_metadata(state, request.name, request.version or None))
+    return _filled("ModelMetadataResponse", metadata.model_metadata(state, request.name, request.version or None))
 
 
 async def model_config(state: ServerState, _call: Call, request: Any) -> Any:
@@ -162,7 +162,7 @@ async def model_config(state: ServerState, _call: Call, request: Any) -> Any:
 
 async def model_statistics(state: ServerState, _call: Call, request: Any) -> Any:
     """Counters of one model, or of all."""
-    found = describing.statistics(state, request.name or None, request.version or None)
+    found = metadata.statistics(state, request.name or None, request.version or None)
     return _filled("ModelStatisticsResponse", found)
 
 

@@ -20,7 +20,7 @@ from bnexport.serving.grpc.inference import infer
 from bnexport.serving.grpc.methods import METHODS, STREAM, WATCH, Method, watch
 from bnexport.serving.limits import ServingLimits
 from bnexport.serving.listener import resolved
-from bnexport.serving.refusing import sentence_of
+from bnexport.serving.protocol.messages import sentence_of
 from bnexport.serving.state import Answer, ServerState
 from bnexport.validation.limits import shown
 

@@ -16,13 +16,13 @@ from bnexport.serving.http.app import App
 from bnexport.serving.http.reply import STATUS_LINES, Reply, reply_headers
 from bnexport.serving.http.request import Exchange
 from bnexport.serving.http.routes import Found, find_route, infer, infer_reply, infer_request, infer_target
+from bnexport.serving.limits import BoundedCache
 from bnexport.tensors import Array
 
 #: Bytes of a body: uvicorn reads no more before somebody asks for it.
 SHORT_BODY = 65536
 #: With one of these a request needs more than its body as it is.
 _SLOW_HEADERS = (b"transfer-encoding", b"content-encoding", b"expect", b"upgrade")
-_MOST_KNOWN = 1024
 
 
 class Head(NamedTuple):
@@ -68,7 +68,7 @@ class FastLane:
     def __init__(self, app: App) -> None:
         self.app = app
         self._longest = min(SHORT_BODY, app.state.settings.limits.body_bytes)
-        self._known: dict[bytes, Found | None] = {}
+        self._known: BoundedCache[bytes, Found | None] = BoundedCache(1024)
         self._previous: Line | None = None
 
     def alone(self, connection: Line) -> bool:
@@ -110,8 +110,6 @@ class FastLane:
             return self._known[url]
         except KeyError:
             found = _infer_route(url)
-        if len(self._known) >= _MOST_KNOWN:
-            self._known.clear()
         self._known[url] = found
         return found
 

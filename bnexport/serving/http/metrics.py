@@ -9,8 +9,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 
 from bnexport.serving.state import ServerState
-from bnexport.serving.statistics import Histogram
-from bnexport.serving.totals import Totals
+from bnexport.serving.statistics import Histogram, Totals
 
 _MODEL = ("model", "version")
 

@@ -16,7 +16,7 @@ from bnexport.serving.access_log import JsonLog
 from bnexport.serving.limits import ServingLimits
 from bnexport.serving.repository import Repository
 from bnexport.serving.state import AppSettings, Memory, ServerState
-from bnexport.serving.totals import Share
+from bnexport.serving.statistics import Share
 from bnexport.validation.limits import shown
 
 if TYPE_CHECKING:

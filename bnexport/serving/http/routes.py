@@ -11,12 +11,13 @@ import orjson
 
 from bnexport import __version__
 from bnexport.errors import RequestError
-from bnexport.serving import describing
+from bnexport.serving import metadata
 from bnexport.serving.http.classify import classify
 from bnexport.serving.http.metrics import render
 from bnexport.serving.http.page import models, page, report
 from bnexport.serving.http.reply import BINARY, JSON, TEXT, Reply, json_reply
 from bnexport.serving.http.request import Exchange, State, header_length
+from bnexport.serving.limits import BoundedCache
 from bnexport.serving.protocol.decoding import load_json
 from bnexport.serving.protocol.encoding import encode_response
 from bnexport.serving.protocol.messages import InferRequest, InferResponse
@@ -44,7 +45,6 @@ class Route(NamedTuple):
 
 
 _INFER_TYPES = (b"", b"application/json", b"application/octet-stream")
-_MOST_KNOWN = 1024
 
 
 async def live(_state: State, _exchange: Exchange) -> Reply:
@@ -54,7 +54,7 @@ async def live(_state: State, _exchange: Exchange) -> Reply:
 
 async def ready(state: State, _exchange: Exchange) -> Reply:
     """Whether requests should be sent here; if not, why not."""
-    if reason := describing.why_not_ready(state):
+    if reason := metadata.why_not_ready(state):
         return json_reply({"ready": False, "reason": reason}, 503)
     problems = state.repository.problems()
     return json_reply({"ready": True, "problems": problems} if problems else {"ready": True})
@@ -62,17 +62,17 @@ async def ready(state: State, _exchange: Exchange) -> Reply:
 
 async def server_metadata(_state: State, _exchange: Exchange) -> Reply:
     """The protocol's "Server Metadata"."""
-    return json_reply(describing.server_metadata())
+    return json_reply(metadata.server_metadata())
 
 
 async def model_metadata(state: State, _exchange: Exchange, name: str, version: str | None = None) -> Reply:
     """The protocol's "Model Metadata"."""
-    return json_reply(describing.model_metadata(state, name, version))
+    return json_reply(metadata.model_metadata(state, name, version))
 
 
 async def model_ready(state: State, _exchange: Exchange, name: str, version: str | None = None) -> Reply:
     """Whether a model answers; 404 for one that is not known."""
-    reason = describing.why_model_not_ready(state, name, version)
+    reason = metadata.why_model_not_ready(state, name, version)
     value: dict[str, Any] = {"name": name, "ready": not reason}
     return json_reply(value | {"reason": reason}, 503) if reason else json_reply(value)
 
@@ -84,7 +84,7 @@ async def model_config(state: State, _exchange: Exchange, name: str, version: st
 
 async def statistics(state: State, _exchange: Exchange, name: str | None = None, version: str | None = None) -> Reply:
     """Counters of one model, or of all."""
-    return json_reply(describing.statistics(state, name, version))
+    return json_reply(metadata.statistics(state, name, version))
 
 
 async def infer(state: State, exchange: Exchange, name: str, version: str | None = None) -> Reply:
@@ -261,7 +261,7 @@ _BY_LENGTH: dict[int, list[tuple[tuple[str, ...], Route]]] = {}
 for _route in ROUTES:
     for _segments in _expanded(_route.pattern):
         _BY_LENGTH.setdefault(len(_segments), []).append((_segments, _route))
-_known: dict[tuple[str, str], Found] = {}
+_known: BoundedCache[tuple[str, str], Found] = BoundedCache(1024)
 
 
 def find_route(method: str, path: str) -> Found:
@@ -273,8 +273,6 @@ def find_route(method: str, path: str) -> Found:
     if (found := _known.get((method, path))) is not None:
         return found
     found = _search(method, path)
-    if len(_known) >= _MOST_KNOWN:
-        _known.clear()
     _known[method, path] = found
     return found
 

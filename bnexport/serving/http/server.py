@@ -29,7 +29,7 @@ from bnexport.serving.listener import bound, free_port
 from bnexport.serving.repository import Repository
 from bnexport.serving.served_model import ServingSettings
 from bnexport.serving.state import AppSettings
-from bnexport.serving.totals import Share
+from bnexport.serving.statistics import Share
 
 if TYPE_CHECKING:
     from bnexport.serving.grpc.server import GrpcServer

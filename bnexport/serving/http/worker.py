@@ -16,8 +16,7 @@ from pathlib import Path
 from bnexport.errors import BnexportError
 from bnexport.optional import one_line
 from bnexport.serving.http.server import ServerSettings, leave_engines, serve_on
-from bnexport.serving.records import Records
-from bnexport.serving.totals import Share
+from bnexport.serving.statistics import Records, Share
 
 #: Blocked by the supervisor while it starts a process, so that none is lost before somebody listens for it.
 BLOCKED = (signal.SIGTERM, signal.SIGINT)

@@ -1,12 +1,10 @@
-"""Requests decoded and checked before any engine sees them.
-
-Sources: Open Inference Protocol v2, "Inference Request JSON Object"; Triton Inference Server, "Binary Tensor Data Extension",
-"Classification Extension" and "Schedule Policy Extension" (the timeout).
-"""
+"""Requests: from bytes to arrays that fit a model, and from JSON's numbers to an array."""
 
 from __future__ import annotations
 
+import itertools
 import math
+import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,14 +14,107 @@ import orjson
 
 from bnexport.errors import FeedError, RequestError
 from bnexport.optional import one_line
-from bnexport.serving.limits import ServingLimits
-from bnexport.serving.protocol.json_data import array_from_json, check_finite, checked_flags
+from bnexport.serving.limits import BoundedCache, ServingLimits
 from bnexport.serving.protocol.messages import DATATYPES, InferRequest, RequestedOutput
 from bnexport.tensors import Array, Signature, TensorSpec, check_feeds
 from bnexport.validation.limits import shown
 
-#: Headers no longer than this are remembered, as many as _REMEMBERED: a client sends the same one again and again.
-_SHORT, _REMEMBERED = 2048, 256
+#: Kind of numpy's element type -> what JSON's values may be. (True is an int in Python, and no number in JSON.)
+_VALUES: dict[str, frozenset[type]] = {
+    "f": frozenset((int, float)),
+    "i": frozenset((int,)),
+    "u": frozenset((int,)),
+    "b": frozenset((bool,)),
+}
+_WORDS = {"f": "numbers", "i": "whole numbers", "u": "whole numbers", "b": "true and false"}
+
+
+def array_from_json(data: Any, spec: TensorSpec, shape: tuple[int, ...], *, booleans: bool = True) -> Array:
+    """JSON's data as an array.
+
+    Args:
+        data: A flat list in row-major order, or lists of lists as the shape says.
+        spec: The input; its shape was checked.
+        shape: Of this request.
+        booleans: Whether there may be true or false among the values; to look at the type of each takes long.
+
+    Raises:
+        RequestError: Other values, too many, too few, or values that the element type can't hold.
+    """
+    if type(data) is not list:
+        raise RequestError(f"the data of input {spec.name!r} is no list", remedy="Send a list of values")
+    count = math.prod(shape)
+    flat = data if len(data) == count and (not data or type(data[0]) is not list) else _flattened(data, spec, shape)
+    kind = np.dtype(spec.dtype).kind
+    known = kind == "f" and not booleans  # then only numbers can be packed
+    if not known and not set(map(type, flat)) <= _VALUES[kind]:
+        raise _other_values(spec, kind)
+    try:
+        with np.errstate(over="ignore"):  # what became infinite is found below
+            array: Array = _packed(flat).astype(spec.dtype) if known else np.array(flat, spec.dtype)
+            array = array.reshape(shape)
+    except struct.error as error:
+        raise _other_values(spec, kind) from error
+    except OverflowError as error:
+        raise RequestError(
+            f"the data of input {spec.name!r} holds a number that {spec.dtype} can't", remedy="Send smaller numbers"
+        ) from error
+    check_finite(array, spec.name)
+    return array
+
+
+def _packed(numbers: list[Any]) -> Array:
+    """Numbers as float64, in a third of the time that ``np.array`` takes; what is no number is a ``struct.error``."""
+    return np.frombuffer(struct.pack(f"{len(numbers)}d", *numbers), np.float64)
+
+
+def _other_values(spec: TensorSpec, kind: str) -> RequestError:
+    return RequestError(
+        f"the data of input {spec.name!r} holds other values than {_WORDS[kind]}", remedy="Send only those"
+    )
+
+
+def _flattened(data: list[Any], spec: TensorSpec, shape: tuple[int, ...]) -> list[Any]:
+    """Values of nested lists; every level must have the length that the shape says."""
+    level: list[Any] = [data]
+    for size in shape:
+        if any(type(item) is not list or len(item) != size for item in level):
+            raise RequestError(
+                f"the data of input {spec.name!r} does not have the shape {'x'.join(map(str, shape))}",
+                remedy="Send as many values as the shape says, flat or in lists of lists",
+            )
+        level = list(itertools.chain.from_iterable(level))
+    return level
+
+
+def all_finite(array: Array) -> bool:
+    """Whether there is no NaN and no infinity; for one image in a third of the time of ``np.isfinite(array).all()``."""
+    return array.dtype.kind != "f" or b"\0" not in np.isfinite(array).tobytes()
+
+
+def check_finite(array: Array, name: str) -> None:
+    """Refuse NaN and infinity.
+
+    Raises:
+        RequestError: There are some.
+    """
+    if not all_finite(array):
+        raise RequestError(f"the data of input {name!r} holds NaN or infinity", remedy="Send finite numbers")
+
+
+def checked_flags(array: Array, name: str) -> Array:
+    """Bytes as booleans.
+
+    Raises:
+        RequestError: One is neither 0 nor 1.
+    """
+    if array.size and array.max() > 1:
+        raise RequestError(f"the data of input {name!r} holds a byte that is neither 0 nor 1", remedy="Send 0 or 1")
+    return array.view(np.bool_)
+
+
+#: Bytes of the longest header that is remembered: clients repeat the same short one.
+SHORT = 2048
 #: numpy's element type -> what its bytes are read as.
 _STORED = {name: np.dtype("uint8" if name == "bool" else name) for name in DATATYPES}
 _SHAPES = "The model's metadata (v2/models/NAME) tells names, shapes and datatypes"
@@ -65,8 +156,8 @@ class Decoder:
         firsts = [spec.shape[0] for spec in signature.inputs if spec.shape]
         self._batch = next((dim for dim in firsts if isinstance(dim, str)), None)
         self._fixed_rows = next((dim for dim in firsts if isinstance(dim, int)), 1)
-        self._plans: dict[bytes, _Plan] = {}
-        self._plans_of_parts: dict[bytes, _Plan] = {}
+        # Of JSON and of protobuf: no JSON object begins like a protobuf message.
+        self._plans: BoundedCache[bytes, _Plan] = BoundedCache(256)
 
     def decode(self, body: bytes, header_length: int | None = None) -> InferRequest:
         """Decode one request.
@@ -137,11 +228,11 @@ class Decoder:
         Raises:
             RequestError: What is wrong, and what would be right.
         """
-        plan = self._plans_of_parts.get(key) if key else None
+        plan = self._plans.get(key) if key else None
         if plan is None or [item.size for item in plan.inputs] != [size for _, size in spans]:
             plan = self._understood(describe())
             if key:
-                _remember(self._plans_of_parts, key, plan)
+                self._remember(key, plan)
         arrays = {
             item.spec.name: _from_bytes(body, start, item) for item, (start, _) in zip(plan.inputs, spans, strict=True)
         }
@@ -167,8 +258,12 @@ class Decoder:
             return plan
         plan = self._plan(header)
         if all(item.data is None for item in plan.inputs):
-            _remember(self._plans, header, plan)
+            self._remember(header, plan)
         return plan
+
+    def _remember(self, header: bytes, plan: _Plan) -> None:
+        if len(header) <= SHORT:
+            self._plans[header] = plan
 
     def _raw(self, body: bytes) -> InferRequest:
         """A body that is the data of the one input; the batch follows from its size (Triton, "Raw Binary Request")."""
@@ -301,13 +396,6 @@ class Decoder:
             )
         binary = _flag(parameters, "binary_data", default=binary)
         return RequestedOutput(spec.name, DATATYPES[spec.dtype], binary, classes)
-
-
-def _remember(plans: dict[bytes, _Plan], header: bytes, plan: _Plan) -> None:
-    if len(header) <= _SHORT:
-        if len(plans) >= _REMEMBERED:
-            plans.clear()
-        plans[header] = plan
 
 
 def load_json(text: bytes, *, brackets: int) -> Any:

@@ -19,8 +19,7 @@ from bnexport.bundle import MODEL_ONNX, MODEL_TORCHSCRIPT, Bundle
 from bnexport.errors import BnexportError, BundleError, OutputError, UsageError
 from bnexport.serving.bulk.job import JOB, make_job
 from bnexport.serving.bulk.measure import side_by_side
-from bnexport.serving.bulk.on_ray import ShardActor, threads_ended
-from bnexport.serving.bulk.predict import predict_in_bulk
+from bnexport.serving.bulk.predict import ShardActor, predict_in_bulk, threads_ended
 from bnexport.serving.bulk.request import BulkProgress, BulkRequest
 from bnexport.serving.predictor import predict_images
 

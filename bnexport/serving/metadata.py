@@ -1,4 +1,4 @@
-"""What a server tells of itself and of its models, as plain data; the same through every door."""
+"""Metadata, readiness and statistics of a server and its models, as plain data; the same for HTTP and gRPC."""
 
 from __future__ import annotations
 
