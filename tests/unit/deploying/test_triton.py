@@ -11,11 +11,10 @@ from unit.deploying.conftest import FOREIGN, fixed, foreign_bundle
 
 from bnexport.bundle import MODEL_ONNX, Bundle
 from bnexport.deploying.docker import deploy_docker
-from bnexport.deploying.model_config import check_config, read_config
-from bnexport.deploying.repository import LABELS, deploy_triton, device_blocks
 from bnexport.deploying.request import DEVICES, NAME_RULES, DeployRequest, deployed_name, suggested_name
+from bnexport.deploying.triton import LABELS, deploy_triton
 from bnexport.errors import BundleError, ExportError, OutputError, UsageError
-from bnexport.exporting.triton import CONFIG, triton_config
+from bnexport.exporting.triton import CONFIG, check_config, device_blocks, read_config, triton_config
 from bnexport.proto_messages import message_classes
 from bnexport.tensors import Dim, Signature, TensorSpec
 
@@ -97,7 +96,7 @@ def test_an_output_that_is_no_batch_like_the_inputs(device: str, shape: tuple[Di
     """Triton would run several requests together, and cut such an output among them."""
     signature = Signature((TensorSpec("x", "float32", ("batch", 3)),), (TensorSpec("y", "float32", shape),))
     assert not signature.batched
-    text = triton_config("m", signature, more=device_blocks(DeployRequest(device=device), signature))
+    text = triton_config("m", signature, more=device_blocks(signature, device=device, instances=1, max_batch_size=64))
     check_config(text, "m", signature, files=FILES)
     config = read_config(text)
     assert (config.max_batch_size, config.HasField("dynamic_batching")) == (0, False)
@@ -112,7 +111,7 @@ def test_names_that_need_care(device: str) -> None:
     """Of tensors: quotes, line ends, letters of every plane."""
     name = 'in "put"/0:\n\u00e9\\ \U0001f600'
     signature = Signature((TensorSpec(name, "float16", ("batch", 3)),), (TensorSpec("\t", "bool", ("batch", 2)),))
-    text = triton_config("m", signature, more=device_blocks(DeployRequest(device=device), signature))
+    text = triton_config("m", signature, more=device_blocks(signature, device=device, instances=1, max_batch_size=64))
     check_config(text, "m", signature, files=FILES)
     assert read_config(text).input[0].name == name
 
@@ -184,7 +183,7 @@ def test_whole_or_absent(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.Mon
     def broken(*_: object, **__: object) -> None:
         raise ExportError("no", remedy="x")
 
-    monkeypatch.setattr("bnexport.deploying.repository.check_config", broken)
+    monkeypatch.setattr("bnexport.deploying.triton.check_config", broken)
     with pytest.raises(ExportError):
         deploy_triton(bundle, tmp_path / "below" / "out")
     assert list(tmp_path.iterdir()) == []

@@ -8,13 +8,11 @@ from collections.abc import Collection
 from pathlib import Path
 
 from bnexport.bundle import MODEL_ONNX, Bundle
-from bnexport.deploying.model_config import check_config
 from bnexport.deploying.releases import check_loads
 from bnexport.deploying.request import Deployment, DeployRequest, deployed_name
 from bnexport.errors import OutputError
-from bnexport.exporting.triton import CONFIG, quoted, triton_config, triton_dims, triton_type
+from bnexport.exporting.triton import CONFIG, check_config, device_blocks, triton_config
 from bnexport.files import output_errors, refuse_existing, refuse_overlap, staged_directory, write_atomically
-from bnexport.tensors import Signature
 
 LABELS = "labels.txt"
 IMAGE = "nvcr.io/nvidia/tritonserver"
@@ -103,44 +101,15 @@ def write_model(bundle: Bundle, root: Path, name: str, request: DeployRequest, *
         manifest.signature,
         max_batch_size=request.max_batch_size,
         label_filename=LABELS if labels else None,
-        more=device_blocks(request, manifest.signature),
+        more=device_blocks(
+            manifest.signature,
+            device=request.device,
+            instances=request.instances,
+            max_batch_size=request.max_batch_size,
+        ),
     )
     check_config(text, name, manifest.signature, files=frozenset({MODEL_ONNX, *([LABELS] if labels else [])}))
     write_atomically(folder / CONFIG, text.encode())
-
-
-def device_blocks(request: DeployRequest, signature: Signature) -> list[str]:
-    """The blocks of a configuration that depend on the device.
-
-    Sources: "Model Configuration", instance groups and warmup; README of Triton's ONNX Runtime backend. On GPUs the first
-    batch of a new size is slow, for cuDNN picks its algorithms and TensorRT builds its engines then, so the smallest and
-    the largest batch run before the model is ready.
-    """
-    kind = "KIND_CPU" if request.device == "cpu" else "KIND_GPU"
-    blocks = [f"instance_group [ {{ count: {request.instances} kind: {kind} }} ]"]
-    if request.device == "cuda":
-        # 1 is the heuristic. The default measures, and picks another algorithm from one start to the next.
-        blocks.append('parameters { key: "cudnn_conv_algo_search" value: { string_value: "1" } }')
-    if request.device == "tensorrt":
-        blocks.append(
-            'optimization { execution_accelerators { gpu_execution_accelerator [ { name: "tensorrt"'
-            ' parameters { key: "precision_mode" value: "FP32" } } ] } }'
-        )
-    return blocks if request.device == "cpu" else [*blocks, *_warmups(request, signature)]
-
-
-def _warmups(request: DeployRequest, signature: Signature) -> list[str]:
-    batched = signature.batched
-    shapes = [triton_dims(spec, batched=batched) for spec in signature.inputs]
-    if any(-1 in dims for dims in shapes):  # a warmup needs sizes, and which ones come is not known
-        return []
-    inputs = " ".join(
-        f"inputs {{ key: {quoted(spec.name)} value {{ data_type: {triton_type(spec)}"
-        f" dims: [ {', '.join(map(str, dims)) or '1'} ] zero_data: true }} }}"
-        for spec, dims in zip(signature.inputs, shapes, strict=True)
-    )
-    sizes = sorted({1, request.max_batch_size}) if batched else [1]
-    return [f'model_warmup [ {{ name: "batch_{size}" batch_size: {size} {inputs} }} ]' for size in sizes]
 
 
 def names_in(folder: Path) -> tuple[str, ...]:
