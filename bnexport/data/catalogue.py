@@ -1,11 +1,43 @@
-"""The table of data sets: their files, the MD5s that their publishers give, and where to get them."""
+"""The table of data sets, and the form of a data set in memory."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+
 from bnexport.errors import UsageError
+
+Images = npt.NDArray[np.uint8]
+Labels = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set.
+
+    Attributes:
+        name: Its row in DATASETS, or ``folder:PATH``.
+        train_images: uint8 (n, 28, 28) of a row of DATASETS; of a folder (n, channels, height, width), a read-only map of
+            a file, so that a set larger than memory can be used: take batches of it. ``data.prepare.prepared`` makes
+            both (n, channels, height, width).
+        train_labels: int64 (n,).
+        test_images: As ``train_images``.
+        test_labels: int64 (n,).
+        labels: Class names in the order of the labels.
+        origin: Where it came from, in words.
+    """
+
+    name: str
+    train_images: Images
+    train_labels: Labels
+    test_images: Images
+    test_labels: Labels
+    labels: tuple[str, ...]
+    origin: str
+
 
 #: A data set of this beginning is a folder of the user's own images: "folder:PATH".
 FOLDER = "folder:"

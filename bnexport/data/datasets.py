@@ -9,13 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from bnexport.data import digits
-from bnexport.data.arrays import Dataset, Images, Labels
-from bnexport.data.catalogue import DATASETS, DatasetInfo, dataset_info, folder_of
+from bnexport.data.catalogue import DATASETS, Dataset, DatasetInfo, Images, Labels, dataset_info, folder_of
 from bnexport.data.decoded import PictureProgress
-from bnexport.data.download import DownloadProgress
 from bnexport.data.folder import Part, folder_labels, load_folder, load_folder_part
 from bnexport.data.idx import read_idx
-from bnexport.data.locate import DATA_VARIABLE, locate
+from bnexport.data.locate import DATA_VARIABLE, DownloadProgress, locate
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import DataError, UsageError
 

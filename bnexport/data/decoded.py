@@ -16,16 +16,14 @@ from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO, Literal, NamedTuple
 
 import numpy as np
 
 from bnexport import interrupts
-from bnexport.data.arrays import Images
-from bnexport.data.folder_layout import PictureFile
-from bnexport.data.images import read_picture_file
+from bnexport.data.catalogue import Images
+from bnexport.data.images import channels_first, read_picture_file
 from bnexport.data.locate import cache_folder
-from bnexport.data.prepare import channels_first
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import DataError, OutputError
 from bnexport.files import output_errors, staged_directory
@@ -41,6 +39,22 @@ VERSION = 1
 PIXELS, INDEX = "pixels.bin", "index.json"
 _BLOCK = 64  # pictures between two looks for an interrupt, and at most so many decoded ones wait to be written
 _MOST_THREADS = 8  # each may hold a picture of 50 million pixels
+
+
+class PictureFile(NamedTuple):
+    """One picture.
+
+    Attributes:
+        name: Its path below the folder, with "/".
+        label: The number of its class.
+        size: In bytes.
+        mtime_ns: When it was changed last.
+    """
+
+    name: str
+    label: int
+    size: int
+    mtime_ns: int
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Image files of users as pixel arrays that fit a model's preprocessing."""
+"""Images of users as pixel arrays that fit a model's preprocessing: from files, and from arrays of one size and kind."""
 
 from __future__ import annotations
 
@@ -6,22 +6,24 @@ import io
 import threading
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bnexport.data.catalogue import Images
 from bnexport.data.idx import GZIP_MAGIC, read_idx
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import DataError
 from bnexport.files import Refusal
 from bnexport.optional import one_line, require
 from bnexport.tensors import Array
-from bnexport.validation.archives import check_header
+from bnexport.validation.archives import NPY_MAGIC, check_header
 from bnexport.validation.limits import limit, refusing
 from bnexport.validation.paths import check_regular
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
 
 #: An image file may unpack to no more than this many pixels.
 MAX_PIXELS = 50_000_000
@@ -31,7 +33,6 @@ FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "GIF")
 ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif")
 #: The formats in words, for errors.
 PICTURES = "PNG, JPEG, BMP, WebP or GIF file"
-_NPY_MAGIC = b"\x93NUMPY"
 _FILES = "PNG, JPEG, BMP, WebP, GIF, .npy or IDX file"
 _REMEDY = f"Give a {_FILES} with images"
 
@@ -62,7 +63,7 @@ def load_images(
     start = start_of(file)
     if start[:2] == GZIP_MAGIC or start[:2] == b"\0\0":
         return fit_stack(file, read_idx(file), preprocessing)
-    if start.startswith(_NPY_MAGIC):
+    if start.startswith(NPY_MAGIC):
         return fit_stack(file, _read_npy(file), preprocessing)
     return [(str(file), read_picture_file(file, preprocessing, kinds=_FILES))]
 
@@ -79,7 +80,7 @@ def start_of(file: Path) -> bytes:
         with refusing(file, DataError, remedy=_REMEDY):
             check_regular(file)
         with file.open("rb") as opened:
-            start = opened.read(len(_NPY_MAGIC))
+            start = opened.read(len(NPY_MAGIC))
     except OSError as error:
         what = "does not exist" if isinstance(error, FileNotFoundError) else f"can't be read: {one_line(error)}"
         raise DataError(f"{file} {what}", remedy="Check the path") from error
@@ -89,16 +90,28 @@ def start_of(file: Path) -> bytes:
 
 
 def _read_npy(file: Path) -> Array:
+    mapped = map_npy(file, remedy=_REMEDY, most=limit("array-bytes"))
     try:
-        with refusing(f"{file} is not a whole .npy file: it", DataError, remedy=_REMEDY), file.open("rb") as opened:
-            check_header(opened.read(limit("npy-header") + 12), size := file.stat().st_size)
-            if size > limit("array-bytes"):
-                raise Refusal(f"has {size} bytes, more than {limit('array-bytes')}")
-        # Mapping the file first: a header that promises more than the file holds fails without an allocation.
-        array: Array = np.array(np.load(file, mmap_mode="r", allow_pickle=False))
-    except (OSError, ValueError, EOFError, MemoryError, OverflowError) as error:
+        return np.array(mapped)
+    except (OSError, MemoryError) as error:
         raise DataError(f"{file} is not a whole .npy file: {one_line(error)}", remedy=_REMEDY) from error
-    return array
+
+
+def map_npy(file: Path, *, remedy: str, most: int | None = None) -> np.memmap[Any, np.dtype[Any]]:
+    """Map the array of a .npy file; its header is checked first, so that it promises no more than the file holds.
+
+    Raises:
+        DataError: The file is damaged, holds no plain numbers, or has more than ``most`` bytes.
+    """
+    try:
+        with refusing(f"{file} is not a whole .npy file: it", DataError, remedy=remedy), file.open("rb") as opened:
+            check_header(opened.read(limit("npy-header") + 12), size := file.stat().st_size)
+            if most is not None and size > most:
+                raise Refusal(f"has {size} bytes, more than {most}")
+        mapped: np.memmap[Any, np.dtype[Any]] = np.load(file, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError, MemoryError, OverflowError) as error:
+        raise DataError(f"{file} is not a whole .npy file: {one_line(error)}", remedy=remedy) from error
+    return mapped
 
 
 def fit_stack(file: Path, array: Array, preprocessing: Preprocessing) -> list[tuple[str, Array]]:
@@ -275,3 +288,44 @@ def _fit(picture: Image, preprocessing: Preprocessing) -> Array:
     if picture.size != size:
         picture = picture.resize(size, module.Resampling.BILINEAR)
     return np.asarray(picture).copy()
+
+
+def prepared(images: Images, preprocessing: Preprocessing) -> Images:
+    """Fit images to a model: what ``data.images`` gives, to the last bit, for the same pictures stored as PNG files.
+
+    Grey becomes RGB by repeating, RGB grey by Pillow's weights (ITU-R 601-2: 0.299, 0.587, 0.114), another size is
+    reached by bilinear filtering. The result is in memory: take a large set in batches.
+
+    Args:
+        images: uint8 (n, H, W), or (n, C, H, W) with 1 or 3 channels.
+        preprocessing: Of the model: size and channels.
+
+    Returns:
+        uint8 (n, channels, height, width). Where nothing is to do it is a view of the images.
+
+    Raises:
+        DataError: It is not such images, or the model takes neither 1 nor 3 channels.
+        MissingDependency: Pillow is needed, and not installed.
+    """
+    planes = images[:, np.newaxis] if images.ndim == 3 else images
+    if images.dtype != np.uint8 or planes.ndim != 4 or planes.shape[1] not in (1, 3) or 0 in planes.shape[1:]:
+        raise DataError(
+            f"an array of {images.dtype.name} and shape {images.shape} is not images",
+            remedy="Give uint8 of shape (n, H, W) or (n, C, H, W) with 1 or 3 channels",
+        )
+    wanted = (preprocessing.channels, preprocessing.height, preprocessing.width)
+    if planes.shape[1:] == wanted:
+        return planes
+    if planes.shape[1] == 1 and wanted == (3, *planes.shape[2:]):
+        return np.repeat(planes, 3, axis=1)
+    fitted = np.empty((len(planes), *wanted), np.uint8)
+    for index, image in enumerate(planes):
+        fitted[index] = channels_first(
+            fit_array(image[0] if len(image) == 1 else image.transpose(1, 2, 0), preprocessing)
+        )
+    return fitted
+
+
+def channels_first(image: Images) -> Images:
+    """(H, W) or (H, W, C) to (C, H, W), a view."""
+    return image[np.newaxis] if image.ndim == 2 else image.transpose(2, 0, 1)

@@ -18,16 +18,14 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from bnexport.data.images import ENDINGS, fit_stack, load_images, read_picture, stack_problem
+from bnexport.data.images import ENDINGS, fit_stack, load_images, map_npy, read_picture, stack_problem
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import DataError, UsageError
-from bnexport.optional import one_line, require
+from bnexport.optional import one_line
 from bnexport.serving.bulk.parquet import encoded_images
 from bnexport.serving.bulk.request import BulkRequest
 from bnexport.tensors import Array
 from bnexport.validation import validate_archive
-from bnexport.validation.archives import check_header
-from bnexport.validation.limits import limit, refusing
 
 _NPZ_REMEDY = "Give an .npz file with one array of uint8 images, or name it with --column"
 
@@ -284,26 +282,11 @@ def _stat(file: Path) -> str:
 
 
 def _plan_npy(path: Path, request: BulkRequest) -> ShardPlan:
-    array = map_npy(path)
+    array = map_npy(path, remedy=_REMEDY)
     fortran = array.ndim > 1 and array.flags.f_contiguous and not array.flags.c_contiguous
     if (problem := stack_problem(str(array.dtype), array.shape, fortran=fortran)) is not None:
         raise DataError(f"{path} {problem}", remedy=_REMEDY)
     return ShardPlan(_cut("npy", path, len(array), request), _stat(path))
-
-
-def map_npy(path: Path) -> Any:
-    """The array of a .npy file, mapped and not read.
-
-    Raises:
-        DataError: It is damaged, or holds no plain numbers.
-    """
-    numpy = require("numpy", purpose="reading arrays")
-    try:
-        with refusing(f"{path} is not a whole .npy file: it", DataError, remedy=_REMEDY), path.open("rb") as file:
-            check_header(file.read(limit("npy-header") + 12), path.stat().st_size)
-        return numpy.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError, OverflowError) as error:
-        raise DataError(f"{path} is not a whole .npy file: {one_line(error)}", remedy=_REMEDY) from error
 
 
 def _plan_npz(path: Path, request: BulkRequest) -> ShardPlan:
@@ -391,7 +374,7 @@ def _read_npy(shard: Shard, request: BulkRequest, preprocessing: Preprocessing, 
 
 def _npy_pieces(shard: Shard, batch: int) -> Iterator[Array]:
     """Read and not mapped: the pages of a mapped file count as this process's memory."""
-    array = map_npy(Path(shard.path))
+    array = map_npy(Path(shard.path), remedy=_REMEDY)
     size = math.prod(array.shape[1:])
     with Path(shard.path).open("rb") as file:
         file.seek(array.offset + shard.start * size * array.itemsize)
