@@ -12,14 +12,11 @@ import numpy as np
 
 from bnexport.files import Refusal
 from bnexport.protobuf_wire import Field, message, read_fields, read_packed
-from bnexport.tensors import Array
+from bnexport.tensors import ELEMENT_TYPES, Array
 from bnexport.validation.onnx_file import ELEMENTS, validate_tensor
 
-#: TensorProto.DataType -> numpy's name; exactly the element types that a signature may hold.
-ELEMENT_TYPES: Mapping[int, str] = {
-    1: "float32", 2: "uint8", 3: "int8", 5: "int16", 6: "int32", 7: "int64", 9: "bool", 10: "float16", 11: "float64",
-}  # fmt: skip
-_NUMBERS: Mapping[str, int] = {name: number for number, name in ELEMENT_TYPES.items()}
+#: TensorProto.DataType -> numpy's name.
+_NAMES: Mapping[int, str] = {row.onnx: name for name, row in ELEMENT_TYPES.items()}
 _DIMS, _TYPE, _NAME, _RAW = 1, 2, 8, 9
 #: Field -> how its fixed-width numbers lie in the file; those of the others have variable length.
 _FIXED: Mapping[int, str] = {4: "<f4", 10: "<f8"}
@@ -45,7 +42,7 @@ def read_tensor(content: bytes) -> tuple[str, Array]:
     for field in read_fields(content, 0, len(content)):
         found.setdefault(field.number, []).append(field)
     number = found[_TYPE][0].value if _TYPE in found else 0
-    if (dtype := ELEMENT_TYPES.get(number)) is None:
+    if (dtype := _NAMES.get(number)) is None:
         raise Refusal(f"has elements of the type {number}, which bnexport does not read")
     shape = [size for field in found.get(_DIMS, []) for size in read_packed(content, field)]
     if _RAW in found:
@@ -87,4 +84,4 @@ def write_tensor(array: Array, name: str) -> bytes:
     raw = np.ascontiguousarray(array, array.dtype.newbyteorder("<")).tobytes()
     sizes = ((_DIMS, size) for size in array.shape)
     named = ((_NAME, name),) if name else ()
-    return message(*sizes, (_TYPE, _NUMBERS[array.dtype.name]), *named, (_RAW, raw))
+    return message(*sizes, (_TYPE, ELEMENT_TYPES[array.dtype.name].onnx), *named, (_RAW, raw))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,8 +15,36 @@ from bnexport.errors import FeedError
 Dim = int | str
 Array = np.ndarray[Any, np.dtype[Any]]
 
-#: Element types that a signature may hold (numpy's names).
-DTYPES = ("float16", "float32", "float64", "uint8", "int8", "int16", "int32", "int64", "bool")
+
+class ElementType(NamedTuple):
+    """Names of one element type elsewhere.
+
+    Attributes:
+        onnx: TensorProto.DataType's number.
+        onnxruntime: Type of an input or output in ONNX Runtime.
+        datatype: Open Inference Protocol's ("Tensor Data Types"); Triton's configuration puts "TYPE_" in front.
+        contents: Field of the protocol's InferTensorContents that holds it; "" if it comes as raw bytes only.
+    """
+
+    onnx: int
+    onnxruntime: str
+    datatype: str
+    contents: str
+
+
+#: Element types that a signature may hold: numpy's name -> its names elsewhere.
+ELEMENT_TYPES: Mapping[str, ElementType] = {
+    "float16": ElementType(10, "tensor(float16)", "FP16", ""),
+    "float32": ElementType(1, "tensor(float)", "FP32", "fp32_contents"),
+    "float64": ElementType(11, "tensor(double)", "FP64", "fp64_contents"),
+    "uint8": ElementType(2, "tensor(uint8)", "UINT8", "uint_contents"),
+    "int8": ElementType(3, "tensor(int8)", "INT8", "int_contents"),
+    "int16": ElementType(5, "tensor(int16)", "INT16", "int_contents"),
+    "int32": ElementType(6, "tensor(int32)", "INT32", "int_contents"),
+    "int64": ElementType(7, "tensor(int64)", "INT64", "int64_contents"),
+    "bool": ElementType(9, "tensor(bool)", "BOOL", "bool_contents"),
+}
+DTYPES = tuple(ELEMENT_TYPES)
 _NUMPY = {name: np.dtype(name) for name in DTYPES}
 
 

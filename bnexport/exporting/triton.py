@@ -16,14 +16,9 @@ from bnexport.errors import ExportError, OutputError
 from bnexport.files import write_atomically
 from bnexport.optional import one_line, require
 from bnexport.proto_messages import message_classes
-from bnexport.tensors import Signature, TensorSpec
+from bnexport.tensors import ELEMENT_TYPES, Signature, TensorSpec
 
 CONFIG = "config.pbtxt"
-
-_TYPES = {
-    "float16": "TYPE_FP16", "float32": "TYPE_FP32", "float64": "TYPE_FP64", "uint8": "TYPE_UINT8", "int8": "TYPE_INT8",
-    "int16": "TYPE_INT16", "int32": "TYPE_INT32", "int64": "TYPE_INT64", "bool": "TYPE_BOOL",
-}  # fmt: skip
 
 
 def triton_config(
@@ -68,14 +63,8 @@ def triton_config(
 
 
 def triton_type(spec: TensorSpec) -> str:
-    """Triton's name of an element type: "TYPE_FP32".
-
-    Raises:
-        ExportError: It has none.
-    """
-    if spec.dtype not in _TYPES:
-        raise ExportError(f"Triton has no type for {spec.dtype} ({spec.name!r})", remedy="Use another element type")
-    return _TYPES[spec.dtype]
+    """Return Triton's name of an element type: "TYPE_FP32"."""
+    return f"TYPE_{ELEMENT_TYPES[spec.dtype].datatype}"
 
 
 def triton_dims(spec: TensorSpec, *, batched: bool) -> list[int]:

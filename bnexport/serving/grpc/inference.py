@@ -27,6 +27,7 @@ from bnexport.serving.protocol.decoding import SHORT, Decoder
 from bnexport.serving.protocol.encoding import binary_texts
 from bnexport.serving.protocol.messages import DATATYPES, InferRequest, InferResponse
 from bnexport.serving.state import ServerState
+from bnexport.tensors import ELEMENT_TYPES
 from bnexport.validation.limits import shown
 
 #: Tags (number and wire type) of ModelInferRequest's id and raw_input_contents.
@@ -114,14 +115,7 @@ def split(message: bytes, *, most: int) -> Split:
 #: The protocol's element type -> the field of InferTensorContents that holds it, and the type that it has there. What is not
 #: here comes as raw bytes only.
 CONTENTS: dict[str, tuple[str, str]] = {
-    "BOOL": ("bool_contents", "bool"),
-    "INT8": ("int_contents", "int8"),
-    "INT16": ("int_contents", "int16"),
-    "INT32": ("int_contents", "int32"),
-    "INT64": ("int64_contents", "int64"),
-    "UINT8": ("uint_contents", "uint8"),
-    "FP32": ("fp32_contents", "float32"),
-    "FP64": ("fp64_contents", "float64"),
+    row.datatype: (row.contents, name) for name, row in ELEMENT_TYPES.items() if row.contents
 }
 #: Description of a request without its tensors -> the model that it names.
 _known: BoundedCache[bytes, tuple[str, str]] = BoundedCache(256)

@@ -9,20 +9,10 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from bnexport.errors import BadInput, BnexportError, BundleError, MissingDependency, NotServing, RequestError
-from bnexport.tensors import Array
+from bnexport.tensors import ELEMENT_TYPES, Array
 
 #: numpy's element type -> the protocol's ("Tensor Data Types").
-DATATYPES: dict[str, str] = {
-    "float16": "FP16",
-    "float32": "FP32",
-    "float64": "FP64",
-    "uint8": "UINT8",
-    "int8": "INT8",
-    "int16": "INT16",
-    "int32": "INT32",
-    "int64": "INT64",
-    "bool": "BOOL",
-}
+DATATYPES: dict[str, str] = {name: row.datatype for name, row in ELEMENT_TYPES.items()}
 #: Texts; only answers have them (classes by name).
 BYTES = "BYTES"
 
