@@ -34,11 +34,7 @@ class Field(NamedTuple):
 
 
 def read_fields(content: bytes, start: int, end: int) -> Iterator[Field]:
-    """The fields between two places.
-
-    Raises:
-        Refusal: A field that reaches beyond the end, a number that does not end, an unknown kind of field.
-    """
+    """Yield the fields between two places."""
     at = start
     while at < end:
         tag, at = read_varint(content, at, end)
@@ -60,11 +56,7 @@ def read_fields(content: bytes, start: int, end: int) -> Iterator[Field]:
 
 
 def read_varint(content: bytes, at: int, end: int) -> tuple[int, int]:
-    """A number of variable length and the place behind it.
-
-    Raises:
-        Refusal: It does not end, or has more than 64 bits.
-    """
+    """Return a number of variable length and the place behind it."""
     if at < end and (first := content[at]) < 0x80:  # nearly all have one byte
         return first, at + 1
     value = 0
@@ -79,12 +71,12 @@ def read_varint(content: bytes, at: int, end: int) -> tuple[int, int]:
 
 
 def signed(value: int) -> int:
-    """A 64-bit number as protobuf's int64 means it."""
+    """Return a 64-bit number as protobuf's int64 has it."""
     return value - 2**64 if value >= 2**63 else value
 
 
 def read_packed(content: bytes, field: Field) -> Iterator[int]:
-    """The numbers of one occurrence of a repeated int64: one, or several packed."""
+    """Yield the numbers of one occurrence of a repeated int64: one, or several packed."""
     if field.wire == VARINT:
         yield signed(field.value)
         return

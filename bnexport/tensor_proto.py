@@ -55,7 +55,7 @@ def read_tensor(content: bytes) -> tuple[str, Array]:
 
 
 def _typed(content: bytes, fields: list[Field], number: int, dtype: str) -> Array:
-    """Numbers that lie one by one in a field of the tensor, packed or not."""
+    """Return numbers that lie one by one in a field of the tensor, packed or not."""
     if number in _FIXED:
         data = b"".join(content[field.start : field.end] for field in fields)
         return np.frombuffer(data, _FIXED[number])
@@ -68,19 +68,14 @@ def _typed(content: bytes, fields: list[Field], number: int, dtype: str) -> Arra
 
 
 def _plain(values: Array, dtype: str) -> Array:
-    """The values as an array of their own; a bool is stored as any byte, of which only 0 and 1 are bools."""
+    """Return the values as a separate array; a bool is stored as any byte, of which only 0 and 1 are bools."""
     if dtype == "bool" and values.size and int(values.view(np.uint8).max()) > 1:
         raise Refusal("has a number that is no bool")
     return values.astype(dtype)
 
 
 def write_tensor(array: Array, name: str) -> bytes:
-    """Serialise an array as onnx.numpy_helper does: sizes, type, name, raw bytes.
-
-    Args:
-        array: Of an element type in ELEMENT_TYPES.
-        name: The tensor's.
-    """
+    """Serialise an array as onnx.numpy_helper does: sizes, type, name, raw bytes."""
     raw = np.ascontiguousarray(array, array.dtype.newbyteorder("<")).tobytes()
     sizes = ((_DIMS, size) for size in array.shape)
     named = ((_NAME, name),) if name else ()

@@ -71,11 +71,11 @@ class TensorSpec:
 
     @property
     def sample_shape(self) -> tuple[Dim, ...]:
-        """The shape of one sample: without the batch dimension."""
+        """Shape of one sample: without the batch dimension."""
         return self.shape[1:]
 
     def problem(self, array: object) -> str | None:
-        """Why ``array`` does not fit, as a sentence without its full stop; None when it fits."""
+        """Return the reason why ``array`` does not fit, as a sentence without its full stop; None if it fits."""
         if not isinstance(array, np.ndarray):
             return f"{self.name!r} is a {type(array).__name__}, expected a numpy array"
         if array.dtype != _NUMPY[self.dtype]:  # a foreign byte order too: onnxruntime would misread it
@@ -89,20 +89,20 @@ class TensorSpec:
         return self.too_small(shape)
 
     def too_small(self, shape: Sequence[int]) -> str | None:
-        """Why an array of this many dimensions is too small, as ``problem`` says it; None when it is not."""
+        """Return the reason why an array of this shape is too small; None if it is not."""
         for dim, size in zip(self.shape, shape, strict=True):
             if isinstance(dim, str) and size < (least := self.smallest.get(dim, 0)):
                 return f"{self.name!r} has {dim} = {size}, the model takes {least} and more"
         return None
 
     def to_json(self) -> dict[str, Any]:
-        """As written in manifest.json."""
+        """Return the value in manifest.json."""
         limits = {"smallest": dict(self.smallest)} if self.smallest else {}
         return {"name": self.name, "dtype": self.dtype, "shape": list(self.shape), **limits}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> TensorSpec:
-        """From manifest.json; KeyError and TypeError are the caller's to explain."""
+        """Read from manifest.json; the caller explains KeyError and TypeError."""
         shape = tuple(value["shape"])
         if not all(isinstance(dim, int | str) for dim in shape):
             raise TypeError(f"{value['name']!r} has a dimension that is neither a size nor a name")
@@ -121,7 +121,7 @@ class Signature:
 
     @property
     def batched(self) -> bool:
-        """Whether samples of several requests can be run together and told apart again.
+        """True if samples of several requests can run together and be separated again.
 
         One named dimension is the first of every input and output, and no other dimension is as large as the batch.
         """
@@ -133,24 +133,20 @@ class Signature:
 
     @property
     def smallest(self) -> dict[str, int]:
-        """Name of a dimension -> the smallest size that every input with it takes; empty where nothing is known."""
+        """Name of a dimension -> the smallest size that every input with it takes; empty if none is known."""
         found: dict[str, int] = {}
         for spec in self.inputs:
             found |= {dim: max(size, found.get(dim, 0)) for dim, size in spec.smallest.items()}
         return found
 
     def with_smallest(self, sizes: Mapping[str, int]) -> Signature:
-        """A copy whose inputs have these smallest sizes, each those of its own dimensions."""
+        """Return a copy whose inputs have these smallest sizes, each those of its own dimensions."""
         limits = ({dim: size for dim, size in sizes.items() if dim in spec.shape} for spec in self.inputs)
         inputs = (replace(spec, smallest=limit) for spec, limit in zip(self.inputs, limits, strict=True))
         return replace(self, inputs=tuple(inputs))
 
     def named_sizes(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
-        """Name of a dimension that varies besides the batch -> its size.
-
-        Args:
-            shapes: Input name -> shape of one sample.
-        """
+        """Return name -> size of the dimensions that vary besides the batch."""
         return {
             dim: size
             for spec in self.inputs
@@ -159,12 +155,12 @@ class Signature:
         }
 
     def to_json(self) -> dict[str, Any]:
-        """As written in manifest.json."""
+        """Return the value in manifest.json."""
         return {"inputs": [s.to_json() for s in self.inputs], "outputs": [s.to_json() for s in self.outputs]}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Signature:
-        """From manifest.json."""
+        """Read from manifest.json."""
         return cls(
             tuple(TensorSpec.from_json(item) for item in value["inputs"]),
             tuple(TensorSpec.from_json(item) for item in value["outputs"]),
@@ -204,12 +200,12 @@ SIZE_WORDS: dict[int, tuple[str, ...]] = {3: ("length",), 4: ("height", "width")
 
 
 def size_axes(ndim: int) -> dict[int, str]:
-    """Axis -> word of the sizes of a batch of images (or sounds, or volumes); empty for anything else."""
+    """Return axis -> word of the sizes of a batch of images (or sounds, or volumes); empty for anything else."""
     return dict(enumerate(SIZE_WORDS.get(ndim, ()), start=2))
 
 
 def other_sizes(names: Sequence[str]) -> Iterator[dict[str, int]]:
-    """By how much each varying size may be made larger to try a network at another one, the most telling first.
+    """Return enlargements of the varying sizes to try a network at, the most informative first.
 
     Odd and unequal steps come first: they show what was rounded, and what took width for height. Networks that halve
     their input several times, or take squares only, need the later ones.

@@ -47,7 +47,7 @@ _DIGITS = tuple(str(digit) for digit in range(10))
 
 @dataclass(frozen=True)
 class DataFile:
-    """One official file: its name, and the MD5 of its packed bytes as its publishers give it."""
+    """One official file: its name, and the MD5 of its packed bytes as published."""
 
     name: str
     md5: str
@@ -78,12 +78,12 @@ class DatasetInfo:
 
     @property
     def embedded(self) -> bool:
-        """Whether the set needs no files."""
+        """True if the set needs no files."""
         return not self.folder
 
 
 def _files(*md5s: str) -> tuple[tuple[DataFile, ...], tuple[DataFile, ...]]:
-    """Train and test files from the MD5s of train images, train labels, test images, test labels."""
+    """Return train and test files from the MD5s of train images, train labels, test images, test labels."""
     parts = [f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
     files = tuple(DataFile(name, md5) for name, md5 in zip(parts, md5s, strict=True))
     return files[:2], files[2:]
@@ -148,11 +148,7 @@ DATASETS: dict[str, DatasetInfo] = {
 
 
 def dataset_info(name: str) -> DatasetInfo:
-    """The row of DATASETS.
-
-    Raises:
-        UsageError: There is none of that name.
-    """
+    """Return a row of DATASETS."""
     if name not in DATASETS:
         raise UsageError(
             f"the data set {name!r} is unknown", remedy=f"Choose one of {', '.join(DATASETS)}, or {FOLDER}PATH"
@@ -161,11 +157,7 @@ def dataset_info(name: str) -> DatasetInfo:
 
 
 def folder_of(name: str) -> Path | None:
-    """The folder of images that a data set's name stands for; None for a row of DATASETS or what is no name at all.
-
-    Raises:
-        UsageError: ``folder:`` without a path.
-    """
+    """Return the folder of images in a data set's name; None for a row of DATASETS or an unknown name."""
     if not name.startswith(FOLDER):
         return None
     if not (path := name.removeprefix(FOLDER)):
@@ -174,5 +166,5 @@ def folder_of(name: str) -> Path | None:
 
 
 def is_dataset(name: str) -> bool:
-    """Whether a name is a row of DATASETS or ``folder:PATH``."""
+    """Return True if a name is a row of DATASETS or ``folder:PATH``."""
     return name in DATASETS or (name.startswith(FOLDER) and name != FOLDER)

@@ -88,22 +88,10 @@ def load_test_images(
     download: bool = False,
     preprocessing: Preprocessing | None = None,
 ) -> tuple[Images, Labels]:
-    """Load the test part alone; a row's training files need not be there, a folder's are not decoded.
-
-    Args:
-        name: As of ``load_dataset``.
-        data_dir: As of ``load_dataset``.
-        download: As of ``load_dataset``.
-        preprocessing: As of ``load_dataset``; needed for a folder.
+    """Load the test part alone; training files may be missing, and a folder's training pictures are not decoded.
 
     Returns:
         Images uint8 (n, 28, 28), of a folder (n, channels, height, width), and labels int64 (n,).
-
-    Raises:
-        UsageError: An unknown name, or a folder without a preprocessing.
-        DataError: As ``load_dataset``.
-        NetworkError: As ``load_dataset``.
-        OutputError: As ``load_dataset``.
     """
     return _load_part(name, "test", data_dir=data_dir, download=download, preprocessing=preprocessing)
 
@@ -115,30 +103,16 @@ def load_train_images(
     download: bool = False,
     preprocessing: Preprocessing | None = None,
 ) -> tuple[Images, Labels]:
-    """Load the training part alone; a row's test files need not be there, a folder's are not decoded.
-
-    Args:
-        name: As of ``load_dataset``.
-        data_dir: As of ``load_dataset``.
-        download: As of ``load_dataset``.
-        preprocessing: As of ``load_dataset``; needed for a folder.
+    """Load the training part alone; test files may be missing, and a folder's test pictures are not decoded.
 
     Returns:
         Images uint8 (n, 28, 28), of a folder (n, channels, height, width), and labels int64 (n,).
-
-    Raises:
-        BnexportError: As ``load_test_images``.
     """
     return _load_part(name, "train", data_dir=data_dir, download=download, preprocessing=preprocessing)
 
 
 def dataset_labels(name: str, *, data_dir: str | Path | None = None) -> tuple[str, ...]:
-    """Class names in the order of the labels; those of a folder are its sub-folders.
-
-    Raises:
-        UsageError: An unknown name.
-        DataError: A folder that is not there or not laid out as it should be.
-    """
+    """Return the class names in the order of the labels; those of a folder are its sub-folders."""
     if (folder := folder_of(name)) is not None:
         return folder_labels(Path(data_dir) if data_dir else folder)
     return dataset_info(name).labels
@@ -166,7 +140,7 @@ def _needed(preprocessing: Preprocessing | None, name: str) -> Preprocessing:
 
 
 def _read_part(info: DatasetInfo, paths: Sequence[Path]) -> tuple[Images, Labels]:
-    """Images and labels of one part, checked against each other and against the set's labels."""
+    """Read images and labels of one part, checked against each other and against the set's labels."""
     images, labels = (read_idx(path) for path in paths)
     if images.dtype != np.uint8 or images.shape[1:] != (_SIDE, _SIDE) or len(images) == 0:
         raise _odd(paths[0], f"holds {images.dtype.name} of shape {images.shape}, expected uint8 (n, {_SIDE}, {_SIDE})")

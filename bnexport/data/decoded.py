@@ -59,7 +59,7 @@ class PictureFile(NamedTuple):
 
 @dataclass(frozen=True)
 class PictureSet:
-    """Pictures to decode, and how.
+    """Pictures to decode, and the wanted size and channels.
 
     Attributes:
         root: The folder that their names are relative to.
@@ -113,16 +113,6 @@ def decode_once(
     One process builds, others that want the same folder wait for it. After a build the outdated entries of the same part
     of the same folder are removed (entries of another size stay while the pictures are unchanged), and so is what a
     killed build left behind. A process that has mapped a removed entry keeps its pixels.
-
-    Args:
-        wanted: The pictures.
-        cache_dir: Where the cache is; default: the user's.
-        progress: Told of each picture that is decoded; not called when the cache has them.
-
-    Raises:
-        DataError: A picture can't be read, and ``wanted.on_bad`` is "stop"; or none can.
-        OutputError: The cache can't be written, or the disk has too little room.
-        MissingDependency: Pillow or filelock is not installed.
     """
     lock = require("filelock", purpose="reading a folder of images")
     place = hashlib.sha256(os.fsencode(os.path.realpath(wanted.root))).hexdigest()[:16]
@@ -148,7 +138,7 @@ def decode_once(
 
 
 def _read(entry: Path, wanted: PictureSet) -> Decoded | None:
-    """A whole entry; None where there is none, or a damaged one."""
+    """Return a whole entry; None if it is missing or damaged."""
     try:
         index = json.loads((entry / INDEX).read_text(encoding="ascii"))
         skipped = tuple((str(name), str(reason)) for name, reason in index["skipped"])
@@ -163,7 +153,7 @@ def _read(entry: Path, wanted: PictureSet) -> Decoded | None:
 
 
 def _build(entry: Path, wanted: PictureSet, progress: PictureProgress | None) -> None:
-    """Decode everything into a new entry, which appears whole or not at all."""
+    """Decode all pictures into a new entry, which appears whole or not at all."""
     need = len(wanted.files) * int(np.prod(wanted.shape))
     if (free := shutil.disk_usage(entry.parent).free) < need:
         raise OutputError(
@@ -178,7 +168,7 @@ def _build(entry: Path, wanted: PictureSet, progress: PictureProgress | None) ->
 
 
 def _write_pixels(target: BinaryIO, wanted: PictureSet, progress: PictureProgress | None) -> list[tuple[str, str]]:
-    """Write the pictures one behind the other; returns name and reason of those that can't be read."""
+    """Write the pictures one behind the other; return name and reason of those that can't be read."""
     skipped = []
     with contextlib.closing(_decode(wanted)) as pictures:  # its threads end here, not at some later time
         for index, (file, picture) in enumerate(pictures, start=1):
@@ -196,7 +186,7 @@ def _write_pixels(target: BinaryIO, wanted: PictureSet, progress: PictureProgres
 
 
 def _decode(wanted: PictureSet) -> Generator[tuple[PictureFile, Images | DataError]]:
-    """Each picture with its pixels or what is wrong with it. Pillow decodes and resizes without Python's lock."""
+    """Yield each picture with its pixels or its error. Pillow decodes and resizes without Python's lock."""
 
     def decode(file: PictureFile) -> Images | DataError:
         try:

@@ -31,7 +31,7 @@ _LAYOUT = "Lay it out as PATH/train/CLASS/x.png and PATH/val/CLASS/y.png, or as 
 
 @dataclass(frozen=True)
 class FolderLayout:
-    """The classes of a folder of images, and where its parts are.
+    """The classes of a folder of images, and the places of its parts.
 
     Attributes:
         root: The folder.
@@ -49,14 +49,10 @@ class FolderLayout:
 
 
 def folder_layout(root: Path) -> FolderLayout:
-    """Look at the folders of a folder of images.
+    """Find the parts and classes of a folder of images.
 
     ``root/train`` is the training part if it holds folders itself; else the folders of ``root`` are the classes. Hidden
     folders and files (".name") do not count.
-
-    Raises:
-        DataError: The folder is not there, can't be read, or is laid out otherwise; there are fewer than two classes; the
-        parts have different classes.
     """
     if not root.is_dir():
         what = "is a file, not a folder of images" if root.exists() else "does not exist"
@@ -74,16 +70,7 @@ def folder_layout(root: Path) -> FolderLayout:
 
 
 def list_part(layout: FolderLayout, part: Path, seen: dict[tuple[int, int], Path] | None = None) -> list[PictureFile]:
-    """The pictures of a part by class and name.
-
-    Args:
-        layout: Of the folder.
-        part: ``layout.train`` or ``layout.test``.
-        seen: Folders that were listed before, by device and number; the part's are added.
-
-    Raises:
-        DataError: A class without pictures, a folder that links lead to twice, a link to nowhere, what can't be read.
-    """
+    """List the pictures of a part by class and name."""
     seen = {} if seen is None else seen
     found: list[PictureFile] = []
     for label, name in enumerate(layout.labels):
@@ -100,19 +87,10 @@ def list_part(layout: FolderLayout, part: Path, seen: dict[tuple[int, int], Path
 def hold_out(
     files: Sequence[PictureFile], *, share: float = 0.1, seed: int = 0
 ) -> tuple[list[PictureFile], list[PictureFile]]:
-    """Split pictures into those to train with and those to test with, class by class.
+    """Split pictures into a training and a test part, class by class.
 
     A picture's place follows from a hash of the seed and its name, so that a folder that grows keeps nearly all of the
     split.
-
-    Args:
-        files: Of all classes.
-        share: Of each class, to be held out; at least one picture is, and one is left.
-        seed: Another seed, another split.
-
-    Raises:
-        UsageError: A share that is not between 0 and 1.
-        DataError: A class with one picture.
     """
     if not 0 < share < 1:
         raise UsageError(f"the share to hold out is {share}", remedy="Give a number between 0 and 1, as 0.1")
@@ -132,17 +110,14 @@ def hold_out(
 
 
 def mixed(files: Sequence[PictureFile]) -> list[PictureFile]:
-    """The pictures in an order that has nothing to do with their classes, so that the first n are a fair sample."""
+    """Sort the pictures independently of their classes, so that the first n are a fair sample."""
     return sorted(files, key=lambda file: _rank(file.name, 0))
 
 
 def check_apart(layout: FolderLayout, train: Sequence[PictureFile], test: Sequence[PictureFile]) -> None:
-    """Refuse a picture that is in both parts under one name: it would be tested on what it was trained with.
+    """Refuse a picture that is in both parts under one name: the test would contain training data.
 
     Two pictures of one name with different content are fine, as where each part numbers its own.
-
-    Raises:
-        DataError: Naming both.
     """
     if layout.test is None:
         return
@@ -169,7 +144,7 @@ def _rank(name: str, seed: int) -> bytes:
 
 
 def _parts(root: Path) -> tuple[Path, Path | None, str]:
-    """The training part, the test part, and the name of a part that is left out."""
+    """Return the training part, the test part, and the name of a part that is not used."""
     folders, _ = _entries(root)
     names = [folder.name for folder in folders]
     tests = [name for name in TEST if name in names]
@@ -208,7 +183,7 @@ def _check_same_classes(train: Path, labels: tuple[str, ...], test: Path, others
 def _walk(
     root: Path, folder: Path, label: int, seen: dict[tuple[int, int], Path], *, depth: int = 1
 ) -> list[PictureFile]:
-    """The pictures below a folder; links are followed, but no folder is listed twice."""
+    """List the pictures below a folder; links are followed, but no folder is listed twice."""
     here = _status(folder)
     if (twin := seen.setdefault((here.st_dev, here.st_ino), folder)) is not folder:
         raise DataError(f"{folder} leads to {twin} again", remedy="Remove the link, so that each picture counts once")
@@ -231,7 +206,7 @@ def _is_picture(name: str) -> bool:
 
 
 def _entries(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Folders and other entries of a folder by name, without the hidden ones."""
+    """Return folders and other entries of a folder by name, without the hidden ones."""
     folders: list[Path] = []
     files: list[Path] = []
     try:
@@ -313,18 +288,10 @@ def load_folder(
 
 
 def load_folder_part(path: str | Path, part: Part, *, preprocessing: Preprocessing) -> tuple[Images, Labels]:
-    """One part of what ``load_folder`` gives with its defaults; the other part's pictures are not decoded.
-
-    Args:
-        path: As of ``load_folder``.
-        part: Which.
-        preprocessing: As of ``load_folder``.
+    """Load one part as ``load_folder`` does with its defaults; the other part's pictures are not decoded.
 
     Returns:
         Images uint8 (n, channels, height, width), a read-only map of a file, and labels int64 (n,).
-
-    Raises:
-        BnexportError: As ``load_folder``.
     """
     need_packages("reading a folder of images", "PIL", "filelock")
     layout = folder_layout(Path(path))
@@ -337,16 +304,12 @@ def load_folder_part(path: str | Path, part: Part, *, preprocessing: Preprocessi
 
 
 def folder_labels(path: str | Path) -> tuple[str, ...]:
-    """The class names of a folder of images, in the order of the labels.
-
-    Raises:
-        DataError: As ``load_folder``.
-    """
+    """Return the class names of a folder of images, in the order of the labels."""
     return folder_layout(Path(path)).labels
 
 
 def _split(layout: FolderLayout, seed: int, holdout: float) -> tuple[list[PictureFile], list[PictureFile]]:
-    """Pictures to train with, by class and name, and to test with, mixed."""
+    """Return the training pictures, by class and name, and the test pictures, mixed."""
     seen: dict[tuple[int, int], Path] = {}
     train = list_part(layout, layout.train, seen)
     if layout.test is None:
@@ -379,7 +342,7 @@ def _labels(found: Decoded) -> Labels:
 
 
 def _origin(layout: FolderLayout, counts: tuple[int, int], seed: int, parts: Sequence[Decoded]) -> str:
-    """Where the images came from, in words."""
+    """Return the place of the images, in words."""
     if layout.test is None:
         told = f"{layout.train}, {counts[1]} of {sum(counts)} pictures held out for testing (each class, seed {seed})"
     else:

@@ -30,17 +30,10 @@ _REMEDY = "Copy or download the file again"
 
 
 def read_idx(path: str | Path, *, max_bytes: int = MAX_BYTES) -> Array:
-    """Read an IDX file, packed with gzip or not (told by its content, not by its name).
-
-    Args:
-        path: The file.
-        max_bytes: Refuse a header that promises more; a packed file is never unpacked further than its header promises.
+    """Read an IDX file, packed with gzip or not; its content decides, not its name.
 
     Returns:
         An array of the file's shape, in the machine's byte order.
-
-    Raises:
-        DataError: Missing, not IDX, truncated, damaged, longer than its header says, or above ``max_bytes``.
     """
     file = Path(path)
     try:

@@ -41,7 +41,7 @@ def load_images(
     path: str | Path,
     preprocessing: Preprocessing = Preprocessing(),  # noqa: B008  (frozen)
 ) -> list[tuple[str, Array]]:
-    """Read a picture (PNG, JPEG, BMP, WebP, a GIF's first frame), .npy or IDX file (packed or not), told by its content.
+    """Read a picture (PNG, JPEG, BMP, WebP, a GIF's first frame), .npy or IDX file; the content decides the kind.
 
     Images are turned upright as their EXIF tag says, laid on black where they are transparent, converted to grey or
     RGB and resized to the preprocessing's size by bilinear filtering; the aspect ratio is not kept. Pixels are not
@@ -69,11 +69,7 @@ def load_images(
 
 
 def start_of(file: Path) -> bytes:
-    """The first bytes of a file, as many as tell its kind.
-
-    Raises:
-        DataError: It is a folder, missing, empty, no plain file, or can't be read.
-    """
+    """Return the first bytes of a file, from which its kind follows."""
     if file.is_dir():
         raise DataError(f"{file} is a folder, not an image", remedy=_REMEDY)
     try:
@@ -98,11 +94,7 @@ def _read_npy(file: Path) -> Array:
 
 
 def map_npy(file: Path, *, remedy: str, most: int | None = None) -> np.memmap[Any, np.dtype[Any]]:
-    """Map the array of a .npy file; its header is checked first, so that it promises no more than the file holds.
-
-    Raises:
-        DataError: The file is damaged, holds no plain numbers, or has more than ``most`` bytes.
-    """
+    """Map the array of a .npy file, after checking that the file has the bytes that its header promises."""
     try:
         with refusing(f"{file} is not a whole .npy file: it", DataError, remedy=remedy), file.open("rb") as opened:
             check_header(opened.read(limit("npy-header") + 12), size := file.stat().st_size)
@@ -115,18 +107,10 @@ def map_npy(file: Path, *, remedy: str, most: int | None = None) -> np.memmap[An
 
 
 def fit_stack(file: Path, array: Array, preprocessing: Preprocessing) -> list[tuple[str, Array]]:
-    """Split an array into images, each fitted.
-
-    Args:
-        file: Where it came from, for names and errors.
-        array: uint8 (H, W), (H, W, 1|3|4), (n, H, W) or (n, H, W, 1|3|4).
-        preprocessing: Of the model: size and channels.
+    """Split an array into fitted images.
 
     Returns:
         As ``load_images``.
-
-    Raises:
-        DataError: It is not images.
     """
     if array.dtype != np.uint8:
         raise DataError(
@@ -142,13 +126,7 @@ def fit_stack(file: Path, array: Array, preprocessing: Preprocessing) -> list[tu
 
 
 def stack_problem(dtype: str, shape: tuple[int, ...], *, fortran: bool) -> str | None:
-    """Why an array is no stack of images that can be read in turn, as a sentence without its end; None when it is one.
-
-    Args:
-        dtype: numpy's name of its element type.
-        shape: Its own.
-        fortran: Whether it is stored column by column.
-    """
+    """Return the reason why an array is not a stack of images that can be read in turn; None if it is one."""
     coloured = bool(shape) and shape[-1] in (1, 3, 4)
     if dtype != "uint8" or fortran or len(shape) != (4 if coloured else 3):
         form = "(n, height, width) or (n, height, width, channels)"
@@ -161,18 +139,10 @@ def stack_problem(dtype: str, shape: tuple[int, ...], *, fortran: bool) -> str |
 
 
 def fit_array(image: Array, preprocessing: Preprocessing) -> Array:
-    """Fit one image. What fits already needs no pillow, which a serving machine may lack.
-
-    Args:
-        image: uint8 (H, W) or (H, W, 1|3|4).
-        preprocessing: Of the model: size and channels.
+    """Fit one image. An image that fits already needs no pillow, which a serving machine may lack.
 
     Returns:
         As ``read_picture``; a new array.
-
-    Raises:
-        DataError: The model takes no grey or RGB images.
-        MissingDependency: pillow is needed, and not installed.
     """
     plain = image[..., 0] if image.shape[2:] == (1,) else image
     colours = {1: (), 3: (3,)}.get(preprocessing.channels)
@@ -183,7 +153,7 @@ def fit_array(image: Array, preprocessing: Preprocessing) -> Array:
 
 
 class _SharedSilence:
-    """No warnings while at least one thread is inside: the first one saves the filters, the last one restores them.
+    """Suppresses warnings while at least one thread is inside: the first saves the filters, the last restores them.
 
     Nested ``warnings.catch_warnings`` of several threads would restore each other's filters in the wrong order.
     """
@@ -212,18 +182,10 @@ _silence = _SharedSilence()
 
 
 def read_picture_file(file: Path, preprocessing: Preprocessing, *, kinds: str = PICTURES) -> Array:
-    """A picture's file as pixels that fit; its size is checked before it is read.
-
-    Args:
-        file: Where it is.
-        preprocessing: Of the model: size and channels.
-        kinds: For errors: what could have been given.
+    """Read a picture's file as pixels that fit; its size is checked first.
 
     Returns:
         As ``read_picture``.
-
-    Raises:
-        DataError: As ``read_picture``, or it can't be read.
     """
     try:
         if (size := file.stat().st_size) > (most := limit("picture-bytes")):
@@ -235,20 +197,10 @@ def read_picture_file(file: Path, preprocessing: Preprocessing, *, kinds: str = 
 
 
 def read_picture(content: bytes, preprocessing: Preprocessing, *, name: str, kinds: str = PICTURES) -> Array:
-    """A picture in memory as pixels that fit; its size in pixels is checked before it is unpacked.
-
-    Args:
-        content: Of the file.
-        preprocessing: Of the model: size and channels.
-        name: For errors.
-        kinds: For errors: what could have been given.
+    """Decode a picture in memory to pixels that fit; its size in pixels is checked before it is unpacked.
 
     Returns:
         uint8 (height, width) for one channel, else (height, width, channels).
-
-    Raises:
-        DataError: It is damaged, too large, or no picture.
-        MissingDependency: pillow is not installed.
     """
     module = require("PIL.Image", purpose="reading images")
     ops = require("PIL.ImageOps", purpose="reading images")
@@ -266,7 +218,7 @@ def read_picture(content: bytes, preprocessing: Preprocessing, *, name: str, kin
 
 
 def _fit(picture: Image, preprocessing: Preprocessing) -> Array:
-    """Convert and resize to what the preprocessing asks."""
+    """Convert and resize to the preprocessing's size and channels."""
     module = require("PIL.Image", purpose="reading images")
     if preprocessing.channels not in (1, 3):
         raise DataError(
@@ -327,5 +279,5 @@ def prepared(images: Images, preprocessing: Preprocessing) -> Images:
 
 
 def channels_first(image: Images) -> Images:
-    """(H, W) or (H, W, C) to (C, H, W), a view."""
+    """Return a view of (H, W) or (H, W, C) as (C, H, W)."""
     return image[np.newaxis] if image.ndim == 2 else image.transpose(2, 0, 1)

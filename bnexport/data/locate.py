@@ -28,19 +28,7 @@ _BLOCK = 2**18
 def download_file(
     path: Path, urls: Sequence[str], md5: str, remedy: str, progress: DownloadProgress | None = None
 ) -> None:
-    """Fetch a file from the first address that delivers it with the right MD5, and write it atomically.
-
-    Args:
-        path: Where it goes.
-        urls: Tried in order.
-        md5: Of the file's bytes.
-        remedy: For the error's text, when no address delivers.
-        progress: Told of the bytes as they come.
-
-    Raises:
-        NetworkError: No address delivered it; each one's reason is named. Nothing is written.
-        OutputError: It can't be written.
-    """
+    """Fetch a file from the first address that delivers it with the right MD5, and write it atomically."""
     reasons = []
     for url in urls:
         # OSError covers URLError, HTTPError, timeouts and resets; ValueError an address that is not one.
@@ -57,7 +45,7 @@ def download_file(
 
 
 def _fetch(url: str, name: str, progress: DownloadProgress | None) -> bytes:
-    """The body at an address; raises http.client.IncompleteRead when less came than was announced."""
+    """Return the body at an address; raises http.client.IncompleteRead for a short one."""
     request = urllib.request.Request(url, headers={"User-Agent": "bnexport"})
     with contextlib.closing(urllib.request.urlopen(request, timeout=TIMEOUT_S)) as response:
         announced = response.headers.get("Content-Length", "")
@@ -80,7 +68,7 @@ DATA_VARIABLE = "BNEXPORT_DATA"
 
 @dataclass(frozen=True)
 class Located:
-    """Files of a data set, checked.
+    """Checked files of a data set.
 
     Attributes:
         paths: In the order they were asked for; packed or unpacked.
@@ -104,19 +92,6 @@ def locate(
     A ``data_dir`` that is given is the only place looked at; else the first of BNEXPORT_DATA and the cache that has all of
     them wins. A packed file's MD5 is checked; an
     unpacked one has no published MD5, so its reader checks its structure alone.
-
-    Args:
-        info: The set.
-        files: Those of its files that are needed.
-        data_dir: A root of data sets: it holds ``FashionMNIST/raw/`` and the like.
-        fetch: Download what is found nowhere, into ``data_dir`` if given, else into the cache.
-        progress: Told of each download's bytes.
-
-    Raises:
-        DataError: A file has a wrong MD5 (in the cache it is downloaded again instead), or none is found without
-        ``fetch``.
-        NetworkError: No mirror delivered a file.
-        OutputError: A downloaded file can't be written.
     """
     cache = cache_folder()
     variable = os.environ.get(DATA_VARIABLE)
@@ -137,7 +112,7 @@ def locate(
 
 
 def cache_folder() -> Path:
-    """The user's cache of data sets, in the system's own place for caches.
+    """Return the user's cache of data sets, in the system's own place for caches.
 
     On a serving machine without platformdirs it is the place that platformdirs knows for Linux.
     """
@@ -149,12 +124,12 @@ def cache_folder() -> Path:
 
 
 def raw_folder(root: Path, info: DatasetInfo) -> Path:
-    """Where a set's files are below a root (torchvision's layout)."""
+    """Return the folder of a set's files below a root (torchvision's layout)."""
     return root / info.folder / "raw"
 
 
 def remedy(info: DatasetInfo) -> str:
-    """What to do when a set is not here and can't be fetched."""
+    """Return the remedy for a set that is missing and can't be fetched."""
     return (
         f"Put its four .gz files into DIR/{info.folder}/raw and pass --data-dir DIR or set {DATA_VARIABLE}=DIR, "
         "or use --dataset digits, which needs no files"
@@ -180,12 +155,12 @@ def _download_missing(
 
 
 def _find(folder: Path, file: DataFile) -> Path | None:
-    """The packed file, which can be checked, else the unpacked one, else None."""
+    """Return the packed file, which can be checked, else the unpacked one, else None."""
     return next((path for path in (folder / file.name, folder / file.name.removesuffix(".gz")) if path.is_file()), None)
 
 
 def _is_right(path: Path, file: DataFile) -> bool:
-    """Whether a packed file has its MD5; an unpacked one is taken as it is."""
+    """Return True if a packed file has its MD5; an unpacked one is not checked."""
     if path.name != file.name:
         return True
     try:

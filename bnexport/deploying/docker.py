@@ -70,7 +70,7 @@ def deploy_docker(
 
 
 def _folder(name: str) -> str:
-    """The model's folder, as near to its name as Triton takes it; ``--name`` is the compose project's."""
+    """Return the model's folder, as near to its name as Triton takes it; ``--name`` is the compose project's."""
     try:
         return deployed_name("triton", DeployRequest(), name)
     except UsageError:
@@ -78,7 +78,7 @@ def _folder(name: str) -> str:
 
 
 def _let_read(folder: Path) -> None:
-    """COPY keeps permissions, and the server's user is another one than the user here, whose mask may be strict."""
+    """Make files readable: COPY keeps permissions, and the server runs as another user."""
     for entry in (folder, *folder.rglob("*")):
         entry.chmod(0o755 if entry.is_dir() else 0o644)
 

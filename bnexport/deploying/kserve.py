@@ -64,7 +64,7 @@ def deploy_kserve(
 def inference_service(
     name: str, request: DeployRequest, scaling: Scaling, *, model_bytes: int, namespace: str | None = None
 ) -> dict[str, Any]:
-    """The document, plain JSON values.
+    """Return the document as plain JSON values.
 
     ``protocolVersion: v2`` is not the default, and without it KServe finds no runtime for ONNX. ``storageUri`` is the
     repository's root, so the model's name in URLs is its folder's. Requests equal limits, which keeps the pod's cores.
@@ -102,15 +102,7 @@ _SCHEMA = Path(__file__).with_name("inference_service.schema.json")
 
 
 def checked_yaml(value: Mapping[str, Any]) -> str:
-    """A document as YAML text, read back and held against a schema.
-
-    Args:
-        value: Plain JSON values.
-
-    Raises:
-        ExportError: The text does not say what was meant, or the schema does not allow it.
-        MissingDependency: PyYAML or jsonschema is not here.
-    """
+    """Return a document as YAML text, read back and checked against the schema."""
     yaml = require("yaml", purpose="writing YAML")
     text: str = yaml.safe_dump(dict(value), sort_keys=False, width=120)
     check_yaml(text)
@@ -120,12 +112,7 @@ def checked_yaml(value: Mapping[str, Any]) -> str:
 
 
 def check_yaml(text: str) -> None:
-    """Refuse a document that the schema does not allow.
-
-    Raises:
-        ExportError: Naming the place.
-        MissingDependency: PyYAML or jsonschema is not here.
-    """
+    """Refuse a document that the schema does not allow."""
     yaml = require("yaml", purpose="reading YAML")
     jsonschema = require("jsonschema", purpose="checking YAML")
     try:

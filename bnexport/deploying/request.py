@@ -20,7 +20,7 @@ STORAGE_SCHEMES = ("s3", "gs", "pvc", "hdfs", "webhdfs", "https", "http")
 
 @dataclass(frozen=True)
 class DeployRequest:
-    """What every target is asked.
+    """Options of every target.
 
     Attributes:
         name: Name there; None: the bundle's.
@@ -89,7 +89,7 @@ class Scaling:
 
 
 class NameRule(NamedTuple):
-    """What a target takes as a name.
+    """Rule for names in a target.
 
     Attributes:
         pattern: Regular expression of the whole name.
@@ -118,11 +118,7 @@ NAME_RULES: dict[str, NameRule] = {
 
 
 def deployed_name(target: str, request: DeployRequest, bundle_name: str) -> str:
-    """The name there.
-
-    Raises:
-        UsageError: The target would refuse it; the remedy proposes one that it takes.
-    """
+    """Return the name in the target; refuse one that the target does not take, with a suggestion."""
     rule, name = NAME_RULES[target], request.name if request.name is not None else bundle_name
     if re.fullmatch(rule.pattern, name) and len(name) <= rule.longest:
         return name
@@ -133,7 +129,7 @@ def deployed_name(target: str, request: DeployRequest, bundle_name: str) -> str:
 
 
 def suggested_name(target: str, name: str) -> str:
-    """A name that the target takes, as near to the given one as possible."""
+    """Return a name that the target takes, as near to the given one as possible."""
     rule = NAME_RULES[target]
     plain = re.sub(r"[^A-Za-z0-9]+", rule.joint, name).strip(rule.joint)[: rule.longest].strip(rule.joint)
     for tried in (plain, plain.lower(), f"model{rule.joint}{plain.lower()}"[: rule.longest].strip(rule.joint)):
@@ -144,7 +140,7 @@ def suggested_name(target: str, name: str) -> str:
 
 @dataclass(frozen=True)
 class Deployment:
-    """What was written.
+    """The written deployment.
 
     Attributes:
         path: The folder.

@@ -45,14 +45,7 @@ def deploy_triton(bundle: Bundle, out: Path, request: DeployRequest = DeployRequ
 
 
 def checked(bundle: Bundle, out: Path, request: DeployRequest, *, writes: Collection[str]) -> None:
-    """What every target checks before it writes: the bundle's hashes, the place, and that Triton can load the file.
-
-    Args:
-        bundle: What is deployed.
-        out: The folder to write. An existing one is replaced by force, but not with what is no deployment in it.
-        request: Release and force.
-        writes: Names of what this target writes into ``out``.
-    """
+    """Check before writing, for every target: the bundle's hashes, the place, and that Triton can load the file."""
     refuse_existing(out, force=request.force)
     refuse_overlap(out, bundle.path)
     if out.exists():
@@ -73,20 +66,12 @@ def _refuse_to_lose(out: Path, writes: Collection[str]) -> None:
 
 
 def image(release: str) -> str:
-    """Triton's container image."""
+    """Return the name of Triton's container image."""
     return f"{IMAGE}:{release}-py3"
 
 
 def write_model(bundle: Bundle, root: Path, name: str, request: DeployRequest, *, whole: bool = False) -> None:
-    """Write a model's folder into a repository.
-
-    Args:
-        bundle: An intact one.
-        root: The repository, which is there.
-        name: The model's folder.
-        request: Device, instances, batch.
-        whole: Copy the whole bundle, which ``bnexport serve`` needs, and not the model file alone.
-    """
+    """Write a model's folder into a repository."""
     folder, manifest = root / name, bundle.manifest
     version = folder / str(manifest.version)
     if whole:
@@ -113,5 +98,5 @@ def write_model(bundle: Bundle, root: Path, name: str, request: DeployRequest, *
 
 
 def names_in(folder: Path) -> tuple[str, ...]:
-    """Every file below a folder, as sorted POSIX paths."""
+    """Return every file below a folder, as sorted POSIX paths."""
     return tuple(sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()))

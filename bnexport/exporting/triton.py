@@ -29,7 +29,7 @@ def triton_config(
     label_filename: str | None = None,
     more: Sequence[str] = (),
 ) -> str:
-    """The text of ``config.pbtxt`` (Triton Inference Server, "Model Configuration").
+    """Return the text of ``config.pbtxt`` (Triton Inference Server, "Model Configuration").
 
     ``dynamic_batching`` without a delay batches what has queued while the previous batch ran. Triton's ONNX Runtime
     backend otherwise gives every instance all cores; one thread per instance keeps the 99th percentile low.
@@ -68,12 +68,12 @@ def triton_type(spec: TensorSpec) -> str:
 
 
 def triton_dims(spec: TensorSpec, *, batched: bool) -> list[int]:
-    """Dimensions as Triton counts them, -1 for one that varies; empty where a sample is a single value."""
+    """Return dimensions as Triton counts them, -1 for one that varies; empty if a sample is a single value."""
     return [-1 if isinstance(dim, str) else dim for dim in (spec.sample_shape if batched else spec.shape)]
 
 
 def quoted(text: str) -> str:
-    """As protobuf's text format takes it: UTF-8 as it is, for it knows no pairs of surrogates."""
+    """Quote a text for protobuf's text format: UTF-8 unchanged, because it has no surrogate pairs."""
     return json.dumps(text, ensure_ascii=False)
 
 
@@ -88,18 +88,14 @@ def _tensor(spec: TensorSpec, batched: bool, label_filename: str | None = None) 
 
 
 def write_triton_config(bundle_path: Path, name: str, signature: Signature, *, force: bool = False) -> None:
-    """Write ``config.pbtxt`` beside the versions of a model.
-
-    Raises:
-        OutputError: Another version of the model wrote another configuration; both can't be served under one name.
-    """
+    """Write ``config.pbtxt`` next to the versions of a model."""
     path, text = bundle_path.parent / CONFIG, triton_config(name, signature)
     check_triton_config(bundle_path, name, signature, force=force)
     write_atomically(path, text.encode())
 
 
 def check_triton_config(bundle_path: Path, name: str, signature: Signature, *, force: bool = False) -> None:
-    """Refuse, before anything is written, a configuration that differs from the one already there."""
+    """Refuse, before anything is written, a configuration that differs from the existing one."""
     path = bundle_path.parent / CONFIG
     others = [item for item in bundle_path.parent.glob("[1-9]*") if item.is_dir() and item.name != bundle_path.name]
     if force or not others or not path.is_file() or path.read_text(encoding="utf-8") == triton_config(name, signature):
@@ -111,7 +107,7 @@ def check_triton_config(bundle_path: Path, name: str, signature: Signature, *, f
 
 
 def device_blocks(signature: Signature, *, device: str, instances: int, max_batch_size: int) -> list[str]:
-    """The blocks of a configuration that depend on the device.
+    """Return the blocks of a configuration that depend on the device.
 
     Sources: "Model Configuration", instance groups and warmup; README of Triton's ONNX Runtime backend. On GPUs the first
     batch of a new size is slow, for cuDNN picks its algorithms and TensorRT builds its engines then, so the smallest and
@@ -148,11 +144,7 @@ _CONFIG_REMEDY = "This is a fault in bnexport: please report it with the model's
 
 
 def read_config(text: str) -> Any:
-    """Parse a configuration: a message of ``proto/model_config.proto``.
-
-    Raises:
-        ExportError: It is not in protobuf's text format, or has a field, value or type that Triton does not know.
-    """
+    """Parse a configuration: a message of ``proto/model_config.proto``."""
     text_format = require("google.protobuf.text_format", purpose="checking Triton's configuration")
     try:
         return text_format.Parse(text, _message_class()())
@@ -161,17 +153,7 @@ def read_config(text: str) -> Any:
 
 
 def check_config(text: str, name: str, signature: Signature, *, files: frozenset[str]) -> None:
-    """Refuse a configuration with which Triton would not load this model.
-
-    Args:
-        text: Of config.pbtxt.
-        name: Of its folder.
-        signature: Of the model file.
-        files: Names beside the configuration, and the model file's.
-
-    Raises:
-        ExportError: Saying the first thing that does not fit.
-    """
+    """Refuse a configuration with which Triton would not load this model."""
     if (problem := next(_problems(read_config(text), name, signature, files), None)) is not None:
         raise ExportError(f"Triton would not load this configuration: {problem}", remedy=_CONFIG_REMEDY)
 
@@ -202,7 +184,7 @@ def _problems(config: Any, name: str, signature: Signature, files: frozenset[str
 
 
 def _declared(tensor: Any) -> tuple[str, int, list[int]]:
-    """Name, type and dimensions of an input or output, as the backend sees them after the reshape."""
+    """Return name, type and dimensions of an input or output, as the backend sees them after the reshape."""
     dims = tensor.reshape.shape if tensor.HasField("reshape") else tensor.dims
     return tensor.name, tensor.data_type, list(dims)
 

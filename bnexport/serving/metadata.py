@@ -20,29 +20,19 @@ _STOPPING = "the server is stopping"
 
 
 def server_metadata() -> dict[str, Any]:
-    """The protocol's "Server Metadata"."""
+    """Return the protocol's "Server Metadata"."""
     return {"name": "bnexport", "version": __version__, "extensions": EXTENSIONS}
 
 
 def model_metadata(state: ServerState, name: str, version: str | None = None) -> dict[str, Any]:
-    """The protocol's "Model Metadata".
-
-    Raises:
-        RequestError: There is no such model.
-        NotServing: It is not ready.
-    """
+    """Return the protocol's "Model Metadata"."""
     model = state.repository.resolve(name, version)
     versions = [number for number, entry in state.repository.models[name].items() if entry.served is not None]
     return model.metadata(sorted(versions, key=int) if version is None else [version])
 
 
 def statistics(state: ServerState, name: str | None = None, version: str | None = None) -> dict[str, Any]:
-    """Counters of one model, or of all (Triton, "Statistics Extension").
-
-    Raises:
-        RequestError: There is no such model.
-        NotServing: It is not ready.
-    """
+    """Return the counters of one model, or of all (Triton, "Statistics Extension")."""
     if name is not None:
         state.repository.resolve(name, version)
     entries = [
@@ -54,7 +44,7 @@ def statistics(state: ServerState, name: str | None = None, version: str | None 
 
 
 def why_not_ready(state: ServerState) -> str:
-    """Why no requests should be sent here; "" where they should."""
+    """Return the reason why no requests should be sent here; "" if they should."""
     if state.draining:
         return _STOPPING
     if state.repository.ready():
@@ -64,11 +54,7 @@ def why_not_ready(state: ServerState) -> str:
 
 
 def why_model_not_ready(state: ServerState, name: str, version: str | None = None) -> str:
-    """Why a model does not answer; "" where it does.
-
-    Raises:
-        RequestError: There is no such model.
-    """
+    """Return the reason why a model does not answer; "" if it does."""
     try:
         state.repository.resolve(name, version)
     except NotServing as error:

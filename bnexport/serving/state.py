@@ -21,7 +21,7 @@ _LONGEST_ID = 128
 
 @dataclass(frozen=True)
 class AppSettings:
-    """What clients may do.
+    """Permissions and limits of clients.
 
     Attributes:
         limits: Of one request.
@@ -35,7 +35,7 @@ class AppSettings:
 
 
 class Memory:
-    """How many bytes the requests that are being answered hold together.
+    """Counts the bytes that requests in progress hold together.
 
     Args:
         most: Bytes at most.
@@ -45,22 +45,18 @@ class Memory:
         self.held, self._most = 0, most
 
     def hold(self, size: int) -> None:
-        """Count so many bytes more.
-
-        Raises:
-            NotServing: They would be too many.
-        """
+        """Count ``size`` bytes more."""
         if self.held + size > self._most:
             raise NotServing("the requests that are being answered fill the memory", remedy="Try again in a second")
         self.held += size
 
     def release(self, size: int) -> None:
-        """Count so many bytes less."""
+        """Count ``size`` bytes less."""
         self.held -= size
 
 
 class Answered(Protocol):
-    """What is known of a request, whichever door it came in by."""
+    """A request's data for its log line, for HTTP and gRPC alike."""
 
     id: str
     path: str
@@ -70,7 +66,7 @@ class Answered(Protocol):
 
 
 class Answer(NamedTuple):
-    """What is known of its answer.
+    """An answer's data for its log line.
 
     Attributes:
         client: The client's address.
@@ -90,7 +86,7 @@ class Answer(NamedTuple):
 
 
 class ServerState:
-    """The models, the settings, and what is going on.
+    """State that all requests share: models, settings, log and counters.
 
     Args:
         repository: Loaded.
@@ -122,7 +118,7 @@ class ServerState:
         self._prefix, self._count = os.urandom(6).hex(), 0
 
     def id_of(self, given: str | None) -> str:
-        """A request's id: the client's, if it can be logged and sent back as it is, or a new one."""
+        """Return a request's id: the client's, if it can be logged and returned unchanged, or a new one."""
         self._count += 1
         if given and len(given) <= _LONGEST_ID and given.isascii() and given.isprintable():
             return given
@@ -149,17 +145,17 @@ class ServerState:
         self.log.request(fields)
 
     def totals(self) -> Totals:
-        """What has been counted, by all processes."""
+        """Return the counters of all processes."""
         own = self._own_totals()
         return own if self.share is None else self.share.together(own)
 
     def publish(self, *, at_once: bool = True) -> None:
-        """Let the other processes know what this one has counted."""
+        """Publish this process's counters to the other processes."""
         if self.share is not None and (at_once or self.share.due()):
             self.share.publish(self._own_totals())
 
     def tick(self) -> None:
-        """Fail what is past its deadline, publish, and show life; to be called ten times a second."""
+        """Fail requests past their deadline, publish counters and the heartbeat; to be called ten times a second."""
         for _, _, entry in self.repository.each():
             if entry.served is not None:
                 entry.served.batcher.expire()
@@ -168,18 +164,10 @@ class ServerState:
             self.share.beat()
 
     def _own_totals(self) -> Totals:
-        """Of this process; its counters go on counting."""
         return Totals(self.requests, self.calls, self.active, self.calls_active, _models_of(self.repository))
 
     def let_in(self, authorization: bytes) -> None:
-        """Refuse who does not show the token.
-
-        Args:
-            authorization: The header, or gRPC's metadata, of that name; empty without one.
-
-        Raises:
-            RequestError: There is a token, and this is not it (401).
-        """
+        """Refuse a request without the token."""
         token = self.settings.token
         if token is None:
             return
@@ -192,11 +180,7 @@ class ServerState:
             )
 
     def permit_loading(self) -> None:
-        """Refuse to load and unload, unless that is allowed.
-
-        Raises:
-            RequestError: It is not (403).
-        """
+        """Refuse to load and unload, unless that is allowed."""
         if not self.settings.allow_load:
             raise RequestError(
                 "this server does not load or unload models by request",
@@ -206,7 +190,7 @@ class ServerState:
 
 
 def _models_of(repository: Repository) -> dict[Key, ModelTotals]:
-    """The totals of this process's models; the counters are their own and go on counting."""
+    """Return the totals of this process's models; the counters are shared, not copied."""
     models: dict[Key, ModelTotals] = {}
     for name, version, entry in repository.each():
         served = entry.served

@@ -30,24 +30,24 @@ _NUMBERS = ("rows", "executions", "last_ms")
 
 @dataclass(slots=True)
 class Duration:
-    """How often something happened, and how many nanoseconds it took in all."""
+    """Number of events and their nanoseconds in all."""
 
     count: int = 0
     ns: int = 0
 
     def add(self, ns: int, times: int = 1) -> None:
-        """Add ``times`` happenings of ``ns`` nanoseconds together."""
+        """Add ``times`` events of ``ns`` nanoseconds together."""
         self.count += times
         self.ns += ns
 
     def merge(self, other: Duration) -> None:
-        """Add what another process counted."""
+        """Add another process's counts."""
         self.add(other.ns, other.count)
 
 
 @dataclass(slots=True)
 class Histogram:
-    """Counts between edges, and the sum of what was counted."""
+    """Counts between edges, and the sum of the counted values."""
 
     edges: tuple[float, ...]
     counts: list[int] = field(default_factory=list)
@@ -62,14 +62,14 @@ class Histogram:
         self.total += value
 
     def merge(self, other: Histogram) -> None:
-        """Add what another process counted, between the same edges."""
+        """Add another process's counts between the same edges."""
         self.counts = [ours + theirs for ours, theirs in zip(self.counts, other.counts, strict=True)]
         self.total += other.total
 
 
 @dataclass(slots=True)
 class ModelStatistics:
-    """Of one version of one model, since it was loaded.
+    """Counters of one version of one model, since it was loaded.
 
     Attributes:
         success: Whole requests, from their last byte to their answer.
@@ -96,14 +96,7 @@ class ModelStatistics:
     by_size: dict[int, Duration] = field(default_factory=dict)
 
     def executed(self, *, requests: int, rows: int, queue_ns: int, infer_ns: int) -> None:
-        """Count one batch.
-
-        Args:
-            requests: How many it was made of.
-            rows: Samples in it.
-            queue_ns: Nanoseconds that its requests waited, in sum.
-            infer_ns: Nanoseconds of the engine.
-        """
+        """Count one batch."""
         self.executions += 1
         self.rows += rows
         self.queue.add(queue_ns, requests)
@@ -123,7 +116,7 @@ class ModelStatistics:
             self.seconds.add(ns * 1e-9)
 
     def merge(self, other: ModelStatistics) -> None:
-        """Add what another process counted of the same version."""
+        """Add another process's counts of the same version."""
         for name in _DURATIONS:
             getattr(self, name).merge(getattr(other, name))
         self.rows += other.rows
@@ -135,7 +128,7 @@ class ModelStatistics:
             self.by_size.setdefault(size, Duration()).merge(found)
 
     def to_record(self) -> dict[str, Any]:
-        """Plain JSON values, from which ``from_record`` makes the same counters in another process."""
+        """Return plain JSON values, from which ``from_record`` makes the same counters in another process."""
         return {
             **{name: [getattr(self, name).count, getattr(self, name).ns] for name in _DURATIONS},
             **{name: getattr(self, name) for name in _NUMBERS},
@@ -145,7 +138,7 @@ class ModelStatistics:
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> ModelStatistics:
-        """The counters that ``to_record`` wrote."""
+        """Read the result of ``to_record``."""
         found = cls(**{name: record[name] for name in _NUMBERS})
         for name in _DURATIONS:
             setattr(found, name, Duration(*record[name]))
@@ -156,7 +149,7 @@ class ModelStatistics:
         return found
 
     def to_json(self, name: str, version: str) -> dict[str, Any]:
-        """One entry of "model_stats" (Triton, "Statistics Extension")."""
+        """Return one entry of "model_stats" (Triton, "Statistics Extension")."""
         nothing = Duration()
         durations = {
             "success": self.success,
@@ -197,7 +190,7 @@ _BEAT, _BEATS = struct.Struct("<Q"), 4096
 
 
 class Records:
-    """Slots with one record each; each slot has one writer at a time, and any number of readers.
+    """A record of counters and a heartbeat per slot; each slot has one writer at a time, and any number of readers.
 
     A record is written to the older of two places. So a reader finds a whole one at any moment, also when the writer was
     killed in the middle of a write. The memory has no name: nothing is left of it when the last process ends.
@@ -224,7 +217,7 @@ class Records:
         return True
 
     def read(self, slot: int) -> bytes | None:
-        """A slot's newest record; None before the first."""
+        """Return a slot's newest record; None before the first."""
         for _ in range(_TRIES):  # both places can be torn only when the writer wrote twice meanwhile
             found = [place for index in (0, 1) if (place := self._place(slot, index)) is not None]
             if found:
@@ -232,15 +225,15 @@ class Records:
         return None
 
     def beat(self, slot: int) -> None:
-        """Show that a slot's process is alive."""
+        """Write a heartbeat."""
         os.pwrite(self._descriptor, _BEAT.pack(time.monotonic_ns()), slot * _BEAT.size)
 
     def heartbeat(self, slot: int) -> bytes:
-        """What ``beat`` wrote last: other bytes each time."""
+        """Return the last heartbeat: different bytes each time."""
         return os.pread(self._descriptor, _BEAT.size, slot * _BEAT.size)
 
     def _place(self, slot: int, index: int) -> tuple[int, bytes] | None:
-        """Number and bytes of a record; None where there is none, or a torn one."""
+        """Return number and bytes of a record; None if there is none, or a torn one."""
         start = _offset(slot, index)
         head = os.pread(self._descriptor, _HEAD.size, start)
         if len(head) < _HEAD.size:
@@ -251,7 +244,7 @@ class Records:
 
 
 def new_memory() -> int:
-    """A descriptor of memory for ``Records`` (Linux, memfd_create(2)); the caller closes it."""
+    """Return a descriptor of memory for ``Records`` (Linux, memfd_create(2)); the caller closes it."""
     return os.memfd_create("bnexport")
 
 
@@ -266,7 +259,7 @@ _SPARE = 20.0
 
 @dataclass
 class ModelTotals:
-    """Of one version of one model.
+    """Totals of one version of one model.
 
     Attributes:
         ready: Whether it answers, in every process that knows it; None where none does.
@@ -281,7 +274,7 @@ class ModelTotals:
     statistics: ModelStatistics | None = None
 
     def merge(self, other: ModelTotals) -> None:
-        """Add another process's."""
+        """Add another process's totals."""
         known = [ready for ready in (self.ready, other.ready) if ready is not None]
         self.ready = all(known) if known else None
         self.waiting += other.waiting
@@ -293,7 +286,7 @@ class ModelTotals:
 
 @dataclass
 class Totals:
-    """Of a process, or of several.
+    """Totals of a process, or of several.
 
     Attributes:
         requests: (route, status) -> requests over HTTP.
@@ -314,7 +307,7 @@ class Totals:
     starts: dict[int, int] = field(default_factory=dict)
 
     def merge(self, other: Totals) -> None:
-        """Add another process's, which stays as it is."""
+        """Add another process's totals, which stay unchanged."""
         self.requests.update(other.requests)
         self.calls.update(other.calls)
         self.active += other.active
@@ -325,7 +318,7 @@ class Totals:
             self.models.setdefault(key, ModelTotals(ready=None)).merge(found)
 
     def to_record(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Return plain JSON values."""
         return {
             "requests": [[route, status, count] for (route, status), count in self.requests.items()],
             "calls": [[method, code, count] for (method, code), count in self.calls.items()],
@@ -341,7 +334,7 @@ class Totals:
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any]) -> Totals:
-        """What ``to_record`` wrote."""
+        """Read the result of ``to_record``."""
         return cls(
             Counter({(route, status): count for route, status, count in record["requests"]}),
             Counter({(method, code): count for method, code, count in record["calls"]}),
@@ -358,13 +351,13 @@ class Totals:
         )
 
     def ended(self) -> Totals:
-        """What is left of a process that ended: what it has counted, but neither its queues nor its readiness."""
+        """Return the totals of an ended process: its counts, but neither its queues nor its readiness."""
         models = {key: ModelTotals(ready=None, statistics=found.statistics) for key, found in self.models.items()}
         return Totals(self.requests, self.calls, models=models, starts=self.starts)
 
 
 class Share:
-    """The counters of one process among several, kept where the others, and who takes its place, can read them.
+    """Publishes the counters of one process of several; its successor continues them.
 
     Counters never fall: a process that is started again goes on where its predecessor was, and whatever has been shown by
     one process was written before, so that the next one that is asked knows it. What the others counted in the last tenth
@@ -384,15 +377,15 @@ class Share:
         self._due_at = 0.0
 
     def beat(self) -> None:
-        """Show that this process is alive."""
+        """Write a heartbeat."""
         self._records.beat(self.slot)
 
     def due(self) -> bool:
-        """Whether to publish unasked; with very many models, less often than ten times a second."""
+        """Return True if it is time to publish; with very many models, less often than ten times a second."""
         return time.monotonic() >= self._due_at
 
     def publish(self, own: Totals) -> Totals:
-        """Write this process's totals with its predecessors' before; returns them."""
+        """Write this process's totals plus its predecessors'; return them."""
         start = time.monotonic()
         self._keep_replaced(own)
         total = Totals(processes={self.slot: os.getpid()})
@@ -406,7 +399,7 @@ class Share:
         return total
 
     def together(self, own: Totals) -> Totals:
-        """The totals of all processes."""
+        """Return the totals of all processes."""
         total = Totals()
         total.merge(self.publish(own))
         for slot in range(self._slots):
@@ -415,7 +408,7 @@ class Share:
         return total
 
     def _keep_replaced(self, own: Totals) -> None:
-        """A version that was loaded again counts from zero; what it had counted before stays."""
+        """Keep the counts of a version that was loaded again and counts from zero."""
         for key, found in own.models.items():
             if found.statistics is None:
                 continue
@@ -426,25 +419,25 @@ class Share:
 
 
 def _of_known(before: Totals, own: Totals) -> Totals:
-    """What was counted before, of the versions that are served now."""
+    """Return earlier counts of the versions that are served now."""
     served = {key for key, found in own.models.items() if found.statistics is not None}
     models = {key: found for key, found in before.models.items() if key in served}
     return Totals(before.requests, before.calls, models=models, starts=before.starts)
 
 
 def read_totals(records: Records, slot: int) -> Totals:
-    """What a slot's record holds; nothing before the first."""
+    """Read a slot's record; empty totals before the first."""
     record = records.read(slot)
     return Totals() if record is None else Totals.from_record(orjson.loads(record))
 
 
 def note_start(records: Records, slot: int) -> None:
-    """Count that a slot's process is started; to be called while it has none."""
+    """Count the start of a slot's process; to be called while it has none."""
     totals = read_totals(records, slot).ended()
     totals.starts[slot] = totals.starts.get(slot, 0) + 1
     records.write(slot, orjson.dumps(totals.to_record()))
 
 
 def note_end(records: Records, slot: int) -> None:
-    """Note that a slot's process has ended: it has no queue any more, and is not ready."""
+    """Record that a slot's process has ended: it has no queue, and is not ready."""
     records.write(slot, orjson.dumps(read_totals(records, slot).ended().to_record()))

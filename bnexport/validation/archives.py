@@ -26,15 +26,7 @@ _PLAIN = re.compile(r"[<>=|]?(?:b1|[iu][1248]|f[248]|c8|c16)")
 
 
 def check_header(start: bytes, size: int) -> None:
-    """Refuse an array of objects, which are pickles, and one that says it is larger than it is.
-
-    Args:
-        start: The file's first bytes, at least its whole header if that has no more than the limit.
-        size: Bytes of the whole file.
-
-    Raises:
-        Refusal: It is damaged, or holds no plain numbers.
-    """
+    """Refuse a .npy header of an array of objects (pickles), or of an array larger than its file."""
     if start[:6] != NPY_MAGIC or len(start) < 12 or start[6] not in (1, 2, 3):
         raise Refusal("is not a whole .npy file")
     wide = start[6] > 1
@@ -73,7 +65,7 @@ _PICKLE = b"\x80"
 
 @dataclass(frozen=True)
 class _Archive:
-    """An archive whose table of contents holds.
+    """An archive with a valid table of contents.
 
     Attributes:
         file: Open.
@@ -109,7 +101,7 @@ class ArchiveKind:
 
 
 def validate_archive(path: str | Path, kind: str, *, error: type[BadInput] | None = None) -> None:
-    """Refuse an archive that could harm whoever opens it. It is not unpacked, and nothing in it runs.
+    """Refuse an archive that could harm the process that opens it. It is not unpacked, and nothing in it runs.
 
     Sizes that it says, sizes that it has, names, nesting, every pickle's steps and names, TorchScript's code, the
     expressions in a .pt2 file, object arrays in an .npz file. Weights are not read, so gigabytes take milliseconds.
@@ -138,14 +130,7 @@ def validate_archive(path: str | Path, kind: str, *, error: type[BadInput] | Non
 
 
 def validate_weights(file: BinaryIO) -> None:
-    """Refuse a torch state dict, in an archive or in the older format, that holds more than tensors.
-
-    Args:
-        file: Open, at any place.
-
-    Raises:
-        Refusal: It names code, is damaged, or is neither of the two formats.
-    """
+    """Refuse a torch state dict, in an archive or in the older format, that holds more than tensors."""
     file.seek(0)
     start = file.read(4)
     if start == MAGIC:
@@ -168,7 +153,7 @@ def _screen(file: BinaryIO, kind: ArchiveKind) -> None:
 
 
 def _check_growth(entries: Sequence[Entry], most: int) -> None:
-    """What is packed may neither be large in all, nor grow much."""
+    """Refuse packed data that are large in all, or that grow much."""
     packed = [entry for entry in entries if entry.method == DEFLATED]
     total = sum(entry.size for entry in packed)
     if total > most:
@@ -181,7 +166,7 @@ def _check_growth(entries: Sequence[Entry], most: int) -> None:
 
 
 def _common_folder(entries: Sequence[Entry]) -> str:
-    """The folder around every file. torch takes that of the first one for that of all, so there must be just one."""
+    """Return the folder around every file. torch applies the first file's folder to all, so there must be just one."""
     folder = entries[0].name.partition("/")[0] + "/"
     for entry in entries:
         if not entry.name.startswith(folder):
@@ -216,7 +201,7 @@ def _check_checkpoint(archive: _Archive) -> None:
 
 
 def _check_storages(archive: _Archive, storages: Sequence[Storage], folder: str) -> None:
-    """Each storage's file must be there and hold what the pickle says."""
+    """Refuse a storage whose file is missing or smaller than the pickle declares."""
     for storage in storages:
         entry = archive.entries.get(f"{folder}/{storage.key}")
         needed = storage.numel * storage.itemsize
@@ -228,7 +213,7 @@ def _check_storages(archive: _Archive, storages: Sequence[Storage], folder: str)
 
 def _check_exported(archive: _Archive) -> None:
     def pickled(name: str) -> None:
-        """A file that torch will unpickle."""
+        """Check a file that torch will unpickle."""
         validate_weights(io.BytesIO(archive.read(name, limit("npz-inflated"))))
 
     sizes = {name: entry.size for name, entry in archive.entries.items()}
@@ -243,7 +228,7 @@ def _check_arrays(archive: _Archive) -> None:
 
 
 def _check_old_weights(file: BinaryIO) -> None:
-    """The format of torch before 1.6: five pickles, then the bytes of the storages."""
+    """Check the format of torch before 1.6: five pickles, then the bytes of the storages."""
     size = file.seek(0, 2)
     file.seek(0)
     start = io.BytesIO(file.read(limit("pickle-bytes")))

@@ -47,16 +47,7 @@ _CONTAINERS = frozenset(
 
 
 def check_exported(sizes: Mapping[str, int], read: Callable[[str, int], bytes], pickled: Callable[[str], None]) -> None:
-    """Refuse a .pt2 file that holds more than one network's graph and tensors.
-
-    Args:
-        sizes: File inside the archive -> its bytes.
-        read: Gives the bytes of a file that has no more than so many.
-        pickled: Refuses a file that is unpickled when the archive is loaded.
-
-    Raises:
-        Refusal: Code, native code, other names or expressions, or files that torch.export does not write.
-    """
+    """Refuse a .pt2 file that holds more than one network's graph and tensors."""
     if _MODEL not in sizes:
         raise Refusal(f"is no file of torch.export: it has no {_MODEL}")
     for name in sizes:
@@ -97,7 +88,7 @@ def _check_model(model: Any) -> None:
 
 
 def _pairs(value: Any) -> Iterator[tuple[str, Any]]:
-    """Every (key, value) at every depth; the depth is bounded by the parser."""
+    """Yield every (key, value) at every depth; the parser bounds the depth."""
     if isinstance(value, dict):
         for key, item in value.items():
             yield key, item
@@ -108,7 +99,7 @@ def _pairs(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _check_target(target: Any) -> None:
-    """The name of an operator; attributes of a graph are inputs and not targets in this format."""
+    """Check the name of an operator; attributes of a graph are inputs and not targets in this format."""
     if not isinstance(target, str):
         return  # a field of another kind that has the same name
     if _SYMBOLIC.fullmatch(target) or _PYTHON.fullmatch(target):
@@ -131,7 +122,7 @@ def _check_name(value: Any, allowed: re.Pattern[str]) -> None:
 
 
 def _check_spec(key: str, value: Any) -> None:
-    """The containers of a call's arguments, as JSON in a string."""
+    """Check the containers of a call's arguments, as JSON in a string."""
     if key not in ("in_spec", "out_spec"):
         if value:
             raise Refusal(f"has an object of its own kind ({key})")
@@ -148,7 +139,7 @@ def _check_spec(key: str, value: Any) -> None:
 
 
 def _check_context(text: str) -> None:
-    """Keys of a dictionary of arguments."""
+    """Check the keys of a dictionary of arguments."""
     keys = parse_json(text.encode("utf-8", "replace"), max_bytes=limit("code-bytes"))
     for key in keys if isinstance(keys, list) else ():
         if not isinstance(key, int):
@@ -216,11 +207,7 @@ WIDTHS = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 2, 7: 4, 8: 8, 9: 4, 10: 8, 11: 16, 1
 
 
 def check_size(text: Any) -> None:
-    """Refuse an expression that is more than arithmetic on symbols.
-
-    Raises:
-        Refusal: Quoting it.
-    """
+    """Refuse an expression that is more than arithmetic on symbols."""
     nodes = list(ast.walk(_tree(text)))
     texts = {id(node.args[0]) for node in nodes if isinstance(node, ast.Call) and _names_text(node)}
     for node in nodes:
@@ -240,7 +227,7 @@ def check_size(text: Any) -> None:
 
 
 def _names_text(call: ast.Call) -> bool:
-    """Whether a call is of a kind that takes a text first, and has one that is as it should be."""
+    """Return True if a call takes a text first and has a valid one."""
     name = call.func.id if isinstance(call.func, ast.Name) else ""
     first = call.args[0] if call.args else None
     if name not in _TEXTS or not isinstance(first, ast.Constant) or not isinstance(first.value, str):
@@ -249,7 +236,7 @@ def _names_text(call: ast.Call) -> bool:
 
 
 def _is_large_power(call: ast.Call) -> bool:
-    """Pow(x, Integer(2)) is harmless, a tower of powers takes for ever."""
+    """Return True for a power that takes too long to compute; Pow(x, Integer(2)) is harmless, a tower is not."""
     if not isinstance(call.func, ast.Name) or call.func.id not in ("Pow", "PowByNatural", "FloatPow"):
         return False
     power = call.args[1] if len(call.args) == 2 else None
@@ -265,11 +252,7 @@ def _is_small_whole(node: ast.expr) -> bool:
 
 
 def check_guard(text: Any) -> None:
-    """Refuse a condition on inputs that is more than a comparison of their sizes.
-
-    Raises:
-        Refusal: Quoting it.
-    """
+    """Refuse a condition on inputs that is more than a comparison of their sizes."""
     for node in ast.walk(_tree(text)):
         odd = not isinstance(node, (*_SHARED, ast.Subscript, ast.Attribute))
         if isinstance(node, ast.Name):
@@ -284,16 +267,7 @@ def check_guard(text: Any) -> None:
 
 
 def check_tensor(meta: Any, size: int, name: str) -> None:
-    """Refuse a stored tensor that is larger than its file.
-
-    Args:
-        meta: ``{"dtype": 7, "sizes": [{"as_int": 4}], "strides": [...], "storage_offset": {"as_int": 0}}``.
-        size: Bytes of the file.
-        name: Of the tensor.
-
-    Raises:
-        Refusal: It does not fit, or has a size that is no number.
-    """
+    """Refuse a stored tensor that is larger than its file."""
     try:
         sizes = [item["as_int"] for item in meta["sizes"]]
         strides = [item["as_int"] for item in meta["strides"]]
@@ -319,7 +293,7 @@ def _tree(text: Any) -> ast.Expression:
 
 
 def is_symbol(name: str) -> bool:
-    """Whether a text is the name of a size that varies: s0, u12, zuf3."""
+    """Return True if a text is the name of a size that varies: s0, u12, zuf3."""
     return _SYMBOL.fullmatch(name) is not None
 
 
@@ -345,11 +319,7 @@ _ESCAPE = re.compile(r"\\(?:x([0-9a-fA-F]{2})|([0-7]{1,3}))")
 
 
 def check_code(content: bytes) -> None:
-    """Refuse source text that calls what a network does not need.
-
-    Raises:
-        Refusal: Naming the operator.
-    """
+    """Refuse source text that calls operators which a network does not need."""
     source = content.decode("utf-8", "replace")
     texts = [found.group() for found in _TEXT.finditer(source)]
     code = _TEXT.sub(lambda found: " " if found.group().startswith("#") else '""', source)
@@ -367,7 +337,7 @@ def check_code(content: bytes) -> None:
 
 
 def _check_modules(code: str) -> None:
-    """Modules stand before a dot and nowhere else, so that none gets another name."""
+    """Refuse a module name without a dot after it, so that no module gets another name."""
     for found in _MODULE.finditer(code):
         module, name, more = found.group(1), found.group(3), found.group(4)
         if name is None or (module == "ops" and more is None):
@@ -377,6 +347,6 @@ def _check_modules(code: str) -> None:
 
 
 def _plain(text: str) -> str:
-    """What a text in quotes says, with its escapes of letters written out."""
+    """Return the content of a quoted text, with its escapes of letters resolved."""
     inner = text.strip("\"'")
     return _ESCAPE.sub(lambda found: chr(int(found.group(1), 16) if found.group(1) else int(found.group(2), 8)), inner)

@@ -23,13 +23,6 @@ def parse_json(content: bytes, *, max_bytes: int) -> Any:
 
     A key that is there twice means one thing to one parser and another to the next, so it is refused; so are NaN,
     Infinity and numbers beyond 64 bits, which are no JSON, and single surrogates, which can't be written again.
-
-    Args:
-        content: The text.
-        max_bytes: Refuse more.
-
-    Raises:
-        Refusal: Why the text is not JSON as bnexport writes it.
     """
     if len(content) > max_bytes:
         raise Refusal(f"has more than {max_bytes} bytes of JSON")
@@ -51,11 +44,7 @@ def parse_json(content: bytes, *, max_bytes: int) -> Any:
 
 
 def check_keys(value: Any, allowed: Sequence[str], what: str) -> None:
-    """Refuse an object that has keys which no reader knows.
-
-    Raises:
-        Refusal: Naming the first one.
-    """
+    """Refuse an object with unknown keys."""
     if isinstance(value, Mapping):
         for key in value:
             if key not in allowed:
@@ -63,7 +52,7 @@ def check_keys(value: Any, allowed: Sequence[str], what: str) -> None:
 
 
 def _check_nesting(content: bytes) -> None:
-    """Depth and number of values, from the punctuation alone: nothing is built yet."""
+    """Check depth and number of values from the punctuation alone, before anything is built."""
     bare = _STRING.sub(b"", content)
     if bare.count(b",") + bare.count(b"[") + bare.count(b"{") > limit("json-values"):
         raise Refusal(f"has more than {limit('json-values')} values in its JSON")
@@ -100,7 +89,7 @@ def _number(text: str) -> float:
 
 
 def _has_surrogate(text: str) -> bool:
-    """Whether an escape in the text stands for half a character: such a string can't be encoded."""
+    """Return True if an escape in the text stands for half a character: such a string can't be encoded."""
     return "\\u" in text and any(found.group(1) for found in _ESCAPES.finditer(text))
 
 

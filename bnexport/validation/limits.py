@@ -85,19 +85,13 @@ LIMITS: dict[str, Limit] = {
 
 
 def limit(name: str) -> int:
-    """The number of a row of LIMITS."""
+    """Return the number of a row of LIMITS."""
     return LIMITS[name].value
 
 
 @contextlib.contextmanager
 def refusing(name: object, kind: type[BadInput], *, remedy: str) -> Iterator[None]:
-    """Turn a Refusal inside the block into an error that names the file.
-
-    Args:
-        name: The subject of the sentence, mostly a path.
-        kind: The error to raise.
-        remedy: What to do about it.
-    """
+    """Turn a Refusal inside the block into an error that names the file."""
     try:
         yield
     except Refusal as refusal:
@@ -105,7 +99,7 @@ def refusing(name: object, kind: type[BadInput], *, remedy: str) -> Iterator[Non
 
 
 def shown(name: str, limit: int = 80) -> str:
-    """A foreign name for a sentence: quoted, without invisible characters, cut when it is long."""
+    """Quote a foreign name for a sentence: without invisible characters, and cut if it is long."""
     text = repr(name) if name.isprintable() and name.isascii() else ascii(name)
     return text if len(text) <= limit else f"{text[: limit - 4]}...'"
 
@@ -114,11 +108,7 @@ _INT64 = 2**63
 
 
 def count_elements(sizes: Sequence[object]) -> int:
-    """The product of sizes.
-
-    Raises:
-        Refusal: A size is no number or negative, there are too many, or the product leaves 64 bits.
-    """
+    """Return the product of sizes; refuse sizes that are negative, too many, or beyond 64 bits together."""
     if len(sizes) > limit("onnx-rank"):
         raise Refusal(f"has a tensor with {len(sizes)} dimensions, more than {limit('onnx-rank')}")
     whole = [size for size in sizes if isinstance(size, int) and not isinstance(size, bool)]
@@ -131,17 +121,7 @@ def count_elements(sizes: Sequence[object]) -> int:
 
 
 def check_view(numel: int, offset: int, sizes: Sequence[object], strides: Sequence[object]) -> None:
-    """Refuse a view that leaves its storage, or that repeats a small one into a huge tensor.
-
-    Args:
-        numel: Elements of the storage.
-        offset: Its first element.
-        sizes: One per dimension.
-        strides: One per dimension, in elements.
-
-    Raises:
-        Refusal: It does not fit.
-    """
+    """Refuse a view that leaves its storage, or that repeats a small storage into a huge tensor."""
     elements = count_elements(sizes)
     steps = [step for step in strides if isinstance(step, int) and 0 <= step < _INT64]
     if len(steps) != len(sizes) or not 0 <= offset < _INT64:

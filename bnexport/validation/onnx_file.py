@@ -127,15 +127,7 @@ Call = tuple[str, str, str]
 
 
 def check_calls(main: Counter[Call], functions: Mapping[Call, Counter[Call]]) -> None:
-    """Refuse functions that call each other in a circle, or that grow a file to millions of nodes.
-
-    Args:
-        main: Nodes of the model's graphs -> how many.
-        functions: Function -> the nodes in it.
-
-    Raises:
-        Refusal: Naming a function of the circle, or the number of nodes.
-    """
+    """Refuse functions that call each other in a circle, or that grow a file to millions of nodes."""
     sizes: dict[Call, int] = {}
     waiting = {call: {inner for inner in nodes if inner in functions} for call, nodes in functions.items()}
     users: dict[Call, list[Call]] = {}
@@ -158,7 +150,7 @@ def check_calls(main: Counter[Call], functions: Mapping[Call, Counter[Call]]) ->
 
 
 def _expanded(nodes: Counter[Call], sizes: Mapping[Call, int]) -> int:
-    """How many nodes there are when calls are replaced; cut off, since a power tower of it has millions of digits."""
+    """Count the nodes after calls are replaced; the number is cut off, since a tower of calls has millions of digits."""
     return min(sum(count * sizes.get(call, 1) for call, count in nodes.items()), 10**18)
 
 
@@ -169,7 +161,7 @@ _LAST_BYTES = bytes(range(0x80))
 
 @dataclass(frozen=True)
 class Outside:
-    """What holds for data in other files.
+    """Rules for data in other files.
 
     Attributes:
         folder: Where they lie; None: the model has no folder of its own, so its reader will refuse them.
@@ -181,17 +173,7 @@ class Outside:
 
 
 def _check_tensor(content: bytes, found: Mapping[int, list[Field]], name: str, outside: Outside) -> None:
-    """Refuse a tensor whose sizes, type and data do not belong together.
-
-    Args:
-        content: The whole file.
-        found: The tensor's fields.
-        name: The tensor's.
-        outside: What holds for data in other files.
-
-    Raises:
-        Refusal: Why.
-    """
+    """Refuse a tensor whose sizes, type and data do not belong together."""
     elements = count_elements(numbers(content, found.get(1, [])))
     number = found[2][0].value if 2 in found else 0
     kind = ELEMENTS.get(number)
@@ -216,7 +198,7 @@ def _check_tensor(content: bytes, found: Mapping[int, list[Field]], name: str, o
 
 
 def numbers(content: bytes, fields: Sequence[Field]) -> list[int]:
-    """A repeated int64 as far as a tensor may have dimensions, and one more."""
+    """Return a repeated int64, up to one number more than a tensor may have dimensions."""
     values: list[int] = []
     for field in fields:
         for value in read_packed(content, field):
@@ -239,7 +221,7 @@ def _check_raw(field: Field, kind: Element, elements: int, name: str) -> None:
 
 
 def _entries(content: bytes, number: int, fields: Sequence[Field]) -> int:
-    """How many values a repeated field holds."""
+    """Count the values of a repeated field."""
     wire, width = _FIXED.get(number, (VARINT, 0))
     if number == 6:
         return len(fields)
@@ -284,7 +266,7 @@ def _check_outside(content: bytes, fields: Sequence[Field], name: str, needed: i
 
 
 def _texts(content: bytes, fields: Sequence[Field], name: str) -> dict[str, str]:
-    """Key -> value; the same key twice means one file to one reader and another to the next."""
+    """Return key -> value; the same key twice would mean different files to different readers."""
     entries: dict[str, str] = {}
     for field in fields:
         parts = {
@@ -332,11 +314,7 @@ def validate_onnx(content: bytes, *, folder: Path | None = None, inside: bool = 
 
 
 def validate_tensor(content: bytes) -> None:
-    """Refuse a single TensorProto, such as a golden vector, as ``validate_onnx`` does.
-
-    Raises:
-        Refusal: Why.
-    """
+    """Refuse a single TensorProto, such as a golden vector, as ``validate_onnx`` does."""
     _Scan(content, Outside(None, refused=True)).message("Tensor", 0, len(content), 1)
 
 
@@ -377,7 +355,7 @@ class _Scan:
             self._define(found, outer)
 
     def text(self, found: _Fields, number: int) -> str:
-        """A text field; protobuf reads bytes that are no UTF-8 in more than one way."""
+        """Return a text field; protobuf reads bytes that are not UTF-8 in more than one way."""
         field = found.get(number)
         if field is None:
             return ""
@@ -401,7 +379,7 @@ class _Scan:
             raise Refusal(f"has sparse tensors of {self._dense} elements, more than {limit('onnx-dense')}")
 
     def shape(self, found: _Fields) -> None:
-        """Declared sizes of a value; -1 and 0 mean that it is open."""
+        """Check the declared sizes of a value; -1 and 0 mean that a size is open."""
         if len(found.get(1, [])) > limit("onnx-rank"):
             raise Refusal(f"declares a value with {len(found[1])} dimensions, more than {limit('onnx-rank')}")
         sizes = [

@@ -23,17 +23,13 @@ HIDDEN = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
 
 
 def check_name(name: str) -> None:
-    """Refuse a name that is not a plain relative path with "/" on every system.
-
-    Raises:
-        Refusal: It is empty, absolute, has "..", odd characters, a name of Windows' devices, or is too long.
-    """
+    """Refuse a name that is not a plain relative path with "/" on every system."""
     if (problem := name_problem(name)) is not None:
         raise Refusal(f"has the file name {shown(name)}, which {problem}")
 
 
 def name_problem(name: str) -> str | None:
-    """Why a name is not a plain relative path, as the end of a sentence; None when it is one."""
+    """Return the reason why a name is not a plain relative path, as the end of a sentence; None if it is one."""
     if (problem := _characters_problem(name)) is not None:
         return problem
     parts = name.split("/")
@@ -75,11 +71,7 @@ def _part_problem(part: str) -> str | None:
 
 
 def check_twins(names: Iterable[str]) -> None:
-    """Refuse names that are one file where a system ignores case.
-
-    Raises:
-        Refusal: Naming both.
-    """
+    """Refuse names that are one file where a system ignores case."""
     seen: dict[str, str] = {}
     for name in names:
         other = seen.setdefault(unicodedata.normalize("NFKC", name).casefold(), name)
@@ -88,13 +80,10 @@ def check_twins(names: Iterable[str]) -> None:
 
 
 def place_problem(folder: Path, name: str) -> str | None:
-    """Why a file below a folder is not a plain file of its own, as a sentence; None when it is, or is not there.
+    """Return the reason why a file below a folder is not a separate plain file; None if it is one, or does not exist.
 
     Every part of the way is looked at: a linked folder leads out as well as a linked file. A file with a second name
     (a hard link) can be one from anywhere on the disk, and can be changed through the other name.
-
-    Raises:
-        OSError: The system does not let it be looked at.
     """
     place = folder
     for part in name.split("/"):
@@ -113,12 +102,7 @@ def place_problem(folder: Path, name: str) -> str | None:
 
 
 def check_regular(path: Path) -> None:
-    """Refuse what is there but is no file: reading a pipe never ends, and a device has no size.
-
-    Raises:
-        Refusal: It is a pipe, a socket or a device.
-        OSError: It is not there, or can't be looked at.
-    """
+    """Refuse a pipe, a socket or a device: reading a pipe never ends, and a device has no size."""
     mode = path.stat().st_mode
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
         raise Refusal("is not a plain file")

@@ -75,21 +75,17 @@ _SCRIPT_CLASS = re.compile(r"__torch__\.(?!torch\.classes\.)[A-Za-z0-9_.]+")
 
 
 def is_weight_name(name: str) -> bool:
-    """Whether a pickle of weights may use a name."""
+    """Return True if a pickle of weights may use a name."""
     return name in WEIGHTS or name in STORAGES or _DTYPE.fullmatch(name) is not None
 
 
 def is_script_name(name: str) -> bool:
-    """Whether a pickle in a TorchScript archive may use a name."""
+    """Return True if a pickle in a TorchScript archive may use a name."""
     return name in SCRIPT or name in STORAGES or _SCRIPT_CLASS.fullmatch(name) is not None
 
 
 def read_steps(stream: io.BytesIO) -> Iterator[tuple[str, Any]]:
-    """Name and argument of each step, up to the end of one pickle.
-
-    Raises:
-        Refusal: A step that weights do not need, or one that is cut off.
-    """
+    """Yield name and argument of each step, up to the end of one pickle."""
     while True:
         code = _take(stream, 1)
         if code not in _OPCODES:
@@ -117,7 +113,7 @@ def _number(form: str) -> Callable[[io.BytesIO], Any]:
 
 
 def _text(form: str) -> Callable[[io.BytesIO], str]:
-    """A text with its length in front."""
+    """Return a reader of a text with its length in front."""
     length = _number(form)
 
     def read(stream: io.BytesIO) -> str:
@@ -134,7 +130,7 @@ def _whole(stream: io.BytesIO) -> int:
 
 
 def _name(stream: io.BytesIO) -> str:
-    """Module and name, each on a line of its own."""
+    """Read module and name, each on a separate line."""
     lines = [stream.readline(), stream.readline()]
     if not all(line.endswith(b"\n") for line in lines):
         raise Refusal("holds a damaged pickle: it ends inside a name")
@@ -191,7 +187,7 @@ _INT64 = 2**63
 
 @dataclass(frozen=True)
 class Storage:
-    """The bytes behind tensors: which file of the archive, and how many it must hold."""
+    """The bytes of tensors: the file of the archive, and the size that it must have."""
 
     key: str
     numel: int
@@ -221,7 +217,7 @@ class Made:
         self.take(parts)
 
     def take(self, parts: list[Any]) -> None:
-        """Put values into it."""
+        """Put values into the container."""
         for part in parts:
             if isinstance(part, Made):
                 if part is self:
@@ -235,15 +231,8 @@ class Made:
 def check_pickle(content: bytes, allowed: Callable[[str], bool]) -> list[Storage]:
     """Walk through one pickle that is the whole of ``content``.
 
-    Args:
-        content: The bytes.
-        allowed: Whether a name may be used.
-
     Returns:
         The storages that its tensors lie in.
-
-    Raises:
-        Refusal: A name or a step that weights do not need, a tensor beyond its storage, or too much of anything.
     """
     stream = io.BytesIO(content)
     storages = check_one_pickle(stream, allowed)
@@ -253,7 +242,7 @@ def check_pickle(content: bytes, allowed: Callable[[str], bool]) -> list[Storage
 
 
 def check_one_pickle(stream: io.BytesIO, allowed: Callable[[str], bool]) -> list[Storage]:
-    """As ``check_pickle``, for one of several pickles in a row; the stream stands behind it afterwards."""
+    """Check one of several pickles in a row, as ``check_pickle`` does; the stream stands behind the pickle afterwards."""
     machine = _Machine(allowed)
     for step, (name, argument) in enumerate(read_steps(stream)):
         if step >= limit("pickle-steps"):
@@ -395,7 +384,7 @@ _STEPS: dict[str, Callable[[_Machine, Any], None]] = {
 
 
 def _check_tensor(arguments: tuple[Any, ...]) -> None:
-    """A rebuilt tensor must lie inside its storage: torch makes the storage larger when it does not."""
+    """Refuse a rebuilt tensor beyond its storage: torch would enlarge the storage."""
     match arguments:
         case (Storage(numel=numel), int(offset), Made(items=sizes), Made(items=strides), *_):
             check_view(numel, offset, sizes, strides)

@@ -24,14 +24,8 @@ _METADATA = "__metadata__"
 def validate_safetensors(file: BinaryIO) -> Any:
     """Read and check the header.
 
-    Args:
-        file: Open, at any place.
-
     Returns:
         The header's JSON value.
-
-    Raises:
-        Refusal: It is too long, says one thing twice, or does not fit the file.
     """
     size = file.seek(0, 2)
     file.seek(0)
@@ -55,7 +49,7 @@ def _check_metadata(metadata: Any) -> None:
 
 
 def _span(name: str, entry: Any) -> tuple[int, int, str]:
-    """Where a tensor's bytes start and end; they must be as many as its sizes need."""
+    """Return start and end of a tensor's bytes; the sizes must need exactly these bytes."""
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise Refusal(f"has an entry for {shown(name)} that is no type, sizes and place")
     kind, shape, place = entry["dtype"], entry["shape"], entry["data_offsets"]

@@ -52,7 +52,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class _Table:
-    """Where the table of contents lies."""
+    """Place of the table of contents."""
 
     count: int
     start: int
@@ -60,12 +60,7 @@ class _Table:
 
 
 def read_directory(file: BinaryIO) -> list[Entry]:
-    """Every file of an archive, in the order of the table of contents. Only the tables are read, never the data.
-
-    Raises:
-        Refusal: The archive is damaged, or can be read in more than one way.
-        OSError: The file can't be read.
-    """
+    """Return every file of an archive, in the order of the table of contents. Only the tables are read, never the data."""
     size = file.seek(0, 2)
     table = _find_table(file, size)
     file.seek(table.start)
@@ -77,11 +72,7 @@ def read_directory(file: BinaryIO) -> list[Entry]:
 
 
 def read_entry(file: BinaryIO, entry: Entry, max_bytes: int) -> bytes:
-    """The unpacked bytes of one file, checked against its size and its CRC.
-
-    Raises:
-        Refusal: It is larger than ``max_bytes`` or than it says, or damaged.
-    """
+    """Return the unpacked bytes of one file, checked against its size and its CRC."""
     if entry.size > max_bytes:
         raise Refusal(f"has {entry.size} bytes in {shown(entry.name)}, more than {max_bytes}")
     file.seek(entry.start)
@@ -94,7 +85,7 @@ def read_entry(file: BinaryIO, entry: Entry, max_bytes: int) -> bytes:
 
 
 def read_start(file: BinaryIO, entry: Entry, count: int) -> bytes:
-    """The first unpacked bytes of one file, at most ``count``."""
+    """Return the first unpacked bytes of one file, at most ``count``."""
     file.seek(entry.start)
     if entry.method == STORED:
         return file.read(min(count, entry.packed))
@@ -114,7 +105,7 @@ def _inflated(content: bytes, entry: Entry) -> bytes:
 
 
 def _find_table(file: BinaryIO, size: int) -> _Table:
-    """From the end record, which must be the very last bytes, and its 64-bit twin where there is one."""
+    """Find the table from the end record, which must be the very last bytes, and its 64-bit twin if there is one."""
     tail_size = min(size, 98)
     file.seek(size - tail_size)
     tail = file.read(tail_size)
@@ -194,7 +185,7 @@ def _check_kind(name: str, flags: int, method: int, mode: int) -> None:
 
 
 def _widened(name: str, extra: bytes, size: int, packed: int, header: int) -> tuple[int, int, int]:
-    """Sizes and place, from the 64-bit extra field where the short one is full (APPNOTE 4.5.3)."""
+    """Return sizes and place, from the 64-bit extra field if a short one is full (APPNOTE 4.5.3)."""
     wide = b""
     at = 0
     while at + 4 <= len(extra):
@@ -216,7 +207,7 @@ def _widened(name: str, extra: bytes, size: int, packed: int, header: int) -> tu
 
 
 def _placed(file: BinaryIO, entries: list[Entry], end: int) -> list[Entry]:
-    """The entries with the start of their bytes; refuses those that overlap or leave room in front."""
+    """Return the entries with the start of their bytes; refuse those that overlap or leave room in front."""
     order = sorted(entries, key=lambda entry: entry.header)
     if order[0].header != 0:
         raise Refusal("is an archive with foreign bytes in front")
@@ -233,7 +224,7 @@ def _placed(file: BinaryIO, entries: list[Entry], end: int) -> list[Entry]:
 
 
 def _local_start(file: BinaryIO, entry: Entry) -> int:
-    """Where the bytes start; the header in front of them must say what the table of contents says."""
+    """Return the start of an entry's bytes; its local header must agree with the table of contents."""
     file.seek(entry.header)
     fixed = file.read(30)
     if len(fixed) < 30 or fixed[:4] != MAGIC:

@@ -25,7 +25,7 @@ from bnexport.serving.bulk.request import BulkRequest
 
 
 class Cost(NamedTuple):
-    """Of one run.
+    """Cost of one run.
 
     Attributes:
         rate: Images per second, from before the first process starts.
@@ -37,7 +37,7 @@ class Cost(NamedTuple):
 
 
 def side_by_side(bundle: Bundle, images: Path, *, workers: int, repeats: int = 5) -> str:
-    """A table in Markdown, with its conditions.
+    """Return a table in Markdown, with its conditions.
 
     Args:
         bundle: Of a model that takes grey images as pixel / 255.
@@ -74,20 +74,20 @@ def _spread(values: list[float], digits: int) -> str:
 
 
 def _cost(run: Callable[[], object], rows: int) -> Cost:
-    """Children count once they have ended, and both sides wait for theirs."""
+    """Measure one run; children count once they have ended, and both sides wait for theirs."""
     begin, before = time.perf_counter(), _cpu_seconds()
     run()
     return Cost(rows / (time.perf_counter() - begin), (_cpu_seconds() - before) / rows * 1e6)
 
 
 def _cpu_seconds() -> float:
-    """Of this process and of its children that have ended; ``os.times`` counts in steps of 10 ms."""
+    """Return the CPU time of this process and of its ended children; ``os.times`` counts in steps of 10 ms."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
 def _bare(bundle: Bundle, images: Path, workers: int) -> None:
-    """Processes that scale uint8 to float32 and run batches of 256, and do nothing else."""
+    """Run processes that scale uint8 to float32 and run batches of 256."""
     cuts = np.linspace(0, len(map_npy(images, remedy="Give a .npy file")), workers + 1).astype(int).tolist()
     same = (str(bundle.file(MODEL_ONNX)), bundle.manifest.signature.inputs[0].name, str(images))
     context = multiprocessing.get_context("spawn")

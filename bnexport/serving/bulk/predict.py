@@ -39,14 +39,10 @@ from bnexport.tensors import Array
 
 
 class ShardWorker:
-    """A session of one thread, and what it needs around it.
+    """Predicts and writes shards with one session of one thread.
 
     Args:
         job: What is to be done; its shards are not looked at. Whoever starts workers has checked the bundle's hashes.
-
-    Raises:
-        BundleError: It is no image classifier with one input and one output.
-        RuntimeUnavailable: The engine or device is not here.
     """
 
     def __init__(self, job: Job) -> None:
@@ -58,7 +54,7 @@ class ShardWorker:
         self._runner = runner_spec(job.request.runtime).open(opened, settings=RunSettings(threads=1))
 
     def close(self) -> None:
-        """Free the session and what is open."""
+        """Free the session and close open sources."""
         self._files.close()
         self._runner.close()
 
@@ -67,10 +63,6 @@ class ShardWorker:
 
         Returns:
             Its rows.
-
-        Raises:
-            DataError: An image can't be read, the answer to one is not finite, or the source has changed.
-            OutputError: The file can't be written.
         """
         ids: list[str] = []
         parts: list[Array] = []
@@ -102,19 +94,14 @@ _AHEAD = 2
 
 
 class _Process:
-    """What a worker's process holds: a pool hands its initialiser's result to nobody."""
+    """State of a worker's process: a pool drops the result of its initialiser."""
 
     job: Job | None = None
     worker: ShardWorker | None = None
 
 
 def run_locally(job: Job, shards: Sequence[Shard]) -> Iterator[int]:
-    """Predict shards in processes of this machine; yields the rows of each as it is written.
-
-    Raises:
-        BadInput: What a worker found; the other shards that were begun are written.
-        RuntimeUnavailable: A worker's process died.
-    """
+    """Predict shards in processes of this machine; yield the rows of each as it is written."""
     workers = min(job.request.resolved_workers(), len(shards))
     if workers <= 1:
         yield from _in_this_process(job, shards)
@@ -156,7 +143,7 @@ def _in_turn(pool: ProcessPoolExecutor, shards: Sequence[Shard], workers: int) -
 
 @contextlib.contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """No Ctrl-C inside the block, it comes after it. A process that begins inside hears none, from its first moment on."""
+    """Delay Ctrl-C until after the block. A process that begins inside receives none, from its first moment on."""
     if sys.platform == "win32":
         yield
         return
@@ -168,7 +155,7 @@ def _interrupts_held() -> Iterator[None]:
 
 
 def _start(job: Job) -> None:
-    """First thing in a worker's process that is ours; Python itself has taken a while to get here."""
+    """Initialise a worker's process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to hear; a shard that was begun is finished
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -177,13 +164,13 @@ def _start(job: Job) -> None:
 
 
 def _leave_with(parent: multiprocessing.process.BaseProcess) -> None:
-    """A parent that was killed can't end its workers, and the pool's pipes do not tell them."""
+    """End a worker whose parent was killed: the pool's pipes do not report that."""
     parent.join()
     os._exit(1)
 
 
 def _run(shard: Shard) -> int:
-    """The worker is opened here, at the first shard: what an initialiser raises reaches nobody."""
+    """Run a shard; the first one opens the worker, because the pool drops the initialiser's exceptions."""
     if _Process.worker is None:
         assert _Process.job is not None
         _Process.worker = ShardWorker(_Process.job)
@@ -195,7 +182,7 @@ _RAY_PATIENCE = 2.0
 
 
 class ShardActor:
-    """A worker as Ray Data calls it: one row in, one row out. What travels is pickled here: Arrow has no type for it.
+    """A worker as Ray Data calls it: one row in, one row out. Values are pickled here: Arrow has no type for them.
 
     Args:
         job: Pickled, without its shards.
@@ -209,7 +196,7 @@ class ShardActor:
         self._worker: ShardWorker | None = None
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Predict and write the shard of a row. An error of ours travels as a value: Ray would try it again."""
+        """Predict and write the shard of a row. A bnexport error is returned as a value: Ray would retry an exception."""
         try:
             if self._worker is None:  # what a constructor raises reaches nobody as it is
                 self._worker = ShardWorker(pickle.loads(self._job))  # noqa: S301  (written by run_on_ray)
@@ -220,7 +207,7 @@ class ShardActor:
 
 @contextlib.contextmanager
 def threads_ended() -> Iterator[None]:
-    """Wait for threads that began in the block: one that asks a Ray which is shut down ends the process without a word."""
+    """Wait for threads that began in the block: one that calls Ray after its shutdown ends the process silently."""
     before = set(threading.enumerate())
     try:
         yield
@@ -231,14 +218,9 @@ def threads_ended() -> Iterator[None]:
 
 
 def run_on_ray(job: Job, shards: Sequence[Shard]) -> Iterator[int]:
-    """Predict shards in actors of a Ray cluster, or of one that is started here; yields the rows of each.
+    """Predict shards in actors of a Ray cluster, or of one that is started here; yield the rows of each.
 
     An actor that dies is replaced, and its shard is written again: as a whole, so that no row is there twice.
-
-    Raises:
-        BadInput: What a worker found.
-        MissingDependency: Ray is not here.
-        RuntimeUnavailable: Ray gave up.
     """
     ray, data = require("ray", purpose="--engine ray"), require("ray.data", purpose="--engine ray")
     bare = pickle.dumps(job.without_shards())
@@ -283,7 +265,7 @@ ENGINES: dict[str, Callable[[Job, Sequence[Shard]], Iterator[int]]] = {"local": 
 
 @dataclass(frozen=True)
 class BulkResult:
-    """What was done.
+    """Result of a bulk prediction.
 
     Attributes:
         out: The folder of predictions.
@@ -300,7 +282,7 @@ class BulkResult:
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Return plain JSON values."""
         return asdict(self)
 
 

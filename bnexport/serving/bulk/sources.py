@@ -31,7 +31,7 @@ _NPZ_REMEDY = "Give an .npz file with one array of uint8 images, or name it with
 
 
 class NpzStream:
-    """One array, read from its start to its end; close it.
+    """One array of an .npz file, read in turn and never as a whole: memory stays that of a batch.
 
     Args:
         path: Of the file.
@@ -40,9 +40,6 @@ class NpzStream:
     Attributes:
         shape: (n, height, width, ...).
         row: The next one that is read.
-
-    Raises:
-        DataError: There is no such array, or it is no stack of uint8 images.
     """
 
     def __init__(self, path: Path, column: str) -> None:
@@ -54,16 +51,7 @@ class NpzStream:
             self._stack = stack.pop_all()
 
     def batches(self, start: int, rows: int, *, batch: int) -> Iterator[Array]:
-        """Rows in batches; what lies between the next row and ``start`` is unpacked and thrown away.
-
-        Args:
-            start: First row, not before ``row``.
-            rows: How many.
-            batch: Rows at a time.
-
-        Raises:
-            DataError: It is damaged or ends too early.
-        """
+        """Yield rows in batches; rows before ``start`` are unpacked and dropped."""
         while self.row < start:
             self._take(min(batch, start - self.row))
         for done in range(0, rows, batch):
@@ -84,17 +72,13 @@ class NpzStream:
 
 
 class NpzFiles:
-    """The stream that a worker reads, kept open from shard to shard: each would unpack all before it, else."""
+    """The stream that a worker reads, kept open between shards: otherwise each shard would unpack all rows before it."""
 
     def __init__(self) -> None:
         self._open: NpzStream | None = None
 
     def stream(self, path: Path, column: str, *, start: int) -> NpzStream:
-        """A stream that has not yet come past a row.
-
-        Raises:
-            DataError: As ``NpzStream``.
-        """
+        """Return a stream that has not passed a row."""
         found = self._open
         if found is None or (found.path, found.column) != (path, column) or found.row > start:
             self.close()
@@ -102,7 +86,7 @@ class NpzFiles:
         return found
 
     def close(self) -> None:
-        """Close what is open."""
+        """Close the open stream."""
         if self._open is not None:
             self._open.close()
             self._open = None
@@ -161,11 +145,7 @@ class Shard:
     stat: str = ""
 
     def check_unchanged(self) -> None:
-        """Refuse a file that is another one than that which was cut into shards; a folder is not looked through again.
-
-        Raises:
-            DataError: It has another size or time, or is gone.
-        """
+        """Refuse a file that has changed since it was cut into shards; a folder is not checked again."""
         if self.kind != "folder" and _stat(Path(self.path)) != self.stat:
             raise DataError(
                 f"{self.path} has changed while it was read",
@@ -174,7 +154,7 @@ class Shard:
 
 
 class ShardPlan(NamedTuple):
-    """One source, looked at but not read.
+    """The shards of one source, which is not read yet.
 
     Attributes:
         shards: Its rows in order; numbered from 0.
@@ -186,13 +166,7 @@ class ShardPlan(NamedTuple):
 
 
 def plan(sources: tuple[Path, ...], request: BulkRequest) -> ShardPlan:
-    """Cut sources into shards.
-
-    Raises:
-        DataError: One is missing, empty, damaged, or nothing that images are read from.
-        MissingDependency: Parquet without pyarrow.
-        UsageError: One source is given twice, or lies in another; a column of ids where there are no columns.
-    """
+    """Cut sources into shards."""
     _refuse_overlaps(sources)
     shards: list[Shard] = []
     digest = hashlib.sha256()
@@ -221,7 +195,7 @@ def _refuse_overlaps(sources: tuple[Path, ...]) -> None:
 
 
 def _check_name(path: Path) -> None:
-    """Ids are text, and hold the name."""
+    """Refuse a name that is not UTF-8: ids are text and contain it."""
     try:
         str(path).encode()
     except UnicodeEncodeError as error:
@@ -261,7 +235,7 @@ def _plan_folder(path: Path, request: BulkRequest) -> ShardPlan:
 
 
 def _walk(folder: Path) -> Iterator[tuple[str, str]]:
-    """Every picture below a folder: POSIX path inside it, and its stat as text. Links to folders are not followed."""
+    """Yield every picture below a folder: POSIX path inside it, and its stat as text. Links to folders are not followed."""
 
     def failed(error: OSError) -> None:
         raise DataError(f"{folder} can't be read: {one_line(error)}", remedy="Check the folder") from error
@@ -296,7 +270,7 @@ def _plan_npz(path: Path, request: BulkRequest) -> ShardPlan:
 
 
 def _plan_parquet(path: Path, request: BulkRequest) -> ShardPlan:
-    """Whole row groups, as many as make a shard: a smaller unit could not be read without reading its group."""
+    """Cut at row groups: a smaller unit could not be read without reading its whole group."""
     files = [path]
     if path.is_dir():
         files = sorted(file for file in path.rglob("*.parquet") if not file.name.startswith((".", "_")))
@@ -321,7 +295,7 @@ def _plan_parquet(path: Path, request: BulkRequest) -> ShardPlan:
 
 
 def _row_groups(path: Path, request: BulkRequest) -> list[int]:
-    """Rows of each row group, after a look at the columns."""
+    """Check the columns and return the rows of each row group."""
     from bnexport.serving.bulk.parquet import check_columns, opened
 
     with opened(path) as file:
@@ -343,17 +317,7 @@ Batch = tuple[list[str], Array]
 
 
 def read_shard(shard: Shard, request: BulkRequest, preprocessing: Preprocessing, files: NpzFiles) -> Iterator[Batch]:
-    """Batches of a shard, in order.
-
-    Args:
-        shard: Which rows.
-        request: Batch size and columns.
-        preprocessing: Of the model: size and channels.
-        files: Of the worker, which closes them.
-
-    Raises:
-        DataError: An image is missing or damaged; the message names it.
-    """
+    """Yield the batches of a shard, in order."""
     return READERS[shard.kind](shard, request, preprocessing, files)
 
 
@@ -373,7 +337,7 @@ def _read_npy(shard: Shard, request: BulkRequest, preprocessing: Preprocessing, 
 
 
 def _npy_pieces(shard: Shard, batch: int) -> Iterator[Array]:
-    """Read and not mapped: the pages of a mapped file count as this process's memory."""
+    """Yield pieces of a .npy file; they are read and not mapped, because mapped pages count as this process's memory."""
     array = map_npy(Path(shard.path), remedy=_REMEDY)
     size = math.prod(array.shape[1:])
     with Path(shard.path).open("rb") as file:
@@ -398,7 +362,7 @@ def _stacks(shard: Shard, pieces: Iterator[Array], preprocessing: Preprocessing)
 
 
 def _fitted(path: str, stack: Array, preprocessing: Preprocessing) -> Array:
-    """A stack that fits as it is, in one copy; another one image by image."""
+    """Return a stack that fits, in one copy; otherwise fit image by image."""
     colours = () if preprocessing.channels == 1 else (preprocessing.channels,)
     plain = stack[..., 0] if stack.ndim == 4 and stack.shape[3] == 1 else stack
     if plain.dtype == np.uint8 and plain.shape[1:] == (preprocessing.height, preprocessing.width, *colours):

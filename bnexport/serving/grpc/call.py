@@ -39,7 +39,7 @@ def classes() -> dict[str, Any]:
 
 
 class Call:
-    """One call on its way; of a stream, one message of it.
+    """One call; of a stream, one message of it.
 
     Attributes:
         path: "/package.Service/Method".
@@ -62,21 +62,13 @@ class Call:
 
     @property
     def client(self) -> str:
-        """The client's address, without its port: "127.0.0.1" of "ipv4:127.0.0.1:5000"."""
+        """Client's address without its port: "127.0.0.1" of "ipv4:127.0.0.1:5000"."""
         address = unquote(self.context.peer()).partition(":")[2].rpartition(":")[0]
         return address.strip("[]")
 
 
 async def read_message(context: Any, seconds: float) -> bytes:
-    """The message of a call that has one.
-
-    Args:
-        context: gRPC's.
-        seconds: For which it is waited for.
-
-    Raises:
-        RequestError: It does not come, or can't be taken (too large, packed badly).
-    """
+    """Read the message of a call that has one."""
     try:
         async with asyncio.timeout(seconds):
             message = await context.read()
@@ -90,5 +82,5 @@ async def read_message(context: Any, seconds: float) -> bytes:
 
 
 def code_of(error: BnexportError) -> grpc.StatusCode:
-    """The code of an error of the tree."""
+    """Return gRPC's code for an error."""
     return CODES.get(status_of(error), grpc.StatusCode.INTERNAL)

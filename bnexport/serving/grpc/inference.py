@@ -43,7 +43,7 @@ Span = tuple[int, int]
 
 
 class Split(NamedTuple):
-    """A request in parts.
+    """Parts of a request.
 
     Attributes:
         header: The message without the other two.
@@ -57,15 +57,7 @@ class Split(NamedTuple):
 
 
 def split(message: bytes, *, most: int) -> Split:
-    """Take a message apart.
-
-    Args:
-        message: As it came.
-        most: Bytes of the header.
-
-    Raises:
-        RequestError: It is no message, or its header is too large.
-    """
+    """Take a message apart."""
     raw: list[Span] = []
     pieces: list[bytes] = []
     request_id, position, end, size = "", 0, len(message), 0
@@ -122,15 +114,10 @@ _known: BoundedCache[bytes, tuple[str, str]] = BoundedCache(256)
 
 
 async def infer(state: ServerState, call: Call, message: bytes) -> Any:
-    """The hot path: decode, queue, encode.
+    """Answer a request on the hot path: decode, queue, encode.
 
     Returns:
         A ModelInferResponse.
-
-    Raises:
-        RequestError: The message is malformed, or does not fit the model.
-        NotServing: The model is not ready, too many requests wait, or the answer would come too late.
-        BnexportError: The engine failed.
     """
     parts = split(message, most=state.settings.limits.header_json_bytes)
     call.message_id = parts.id
@@ -145,17 +132,7 @@ async def infer(state: ServerState, call: Call, message: bytes) -> Any:
 
 
 def decode(decoder: Decoder, message: bytes, parts: Split, *, patience: float | None = None) -> InferRequest:
-    """Decode a request.
-
-    Args:
-        decoder: Of the model that it names.
-        message: As it came.
-        parts: Of the message.
-        patience: Seconds that the client waits; None without a deadline.
-
-    Raises:
-        RequestError: What is wrong, and what would be right.
-    """
+    """Decode a request."""
     body, spans, key = message, parts.raw, parts.header
     if not spans:
         body, spans = _typed(_parsed(parts.header), decoder)
@@ -165,7 +142,7 @@ def decode(decoder: Decoder, message: bytes, parts: Split, *, patience: float | 
 
 
 def encoded(response: InferResponse) -> Any:
-    """An answer as a ModelInferResponse, its tensors as raw bytes."""
+    """Return an answer as a ModelInferResponse with its tensors as raw bytes."""
     made = classes()["ModelInferResponse"](model_name=response.model, model_version=response.version, id=response.id)
     for tensor in response.outputs:
         made.outputs.add(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)
@@ -176,7 +153,7 @@ def encoded(response: InferResponse) -> Any:
 
 
 def _named(header: bytes) -> tuple[str, str]:
-    """Name and version of the model that a request is for."""
+    """Return name and version of the model that a request is for."""
     message = _parsed(header)
     found = message.model_name, message.model_version
     if len(header) <= SHORT:
@@ -192,7 +169,7 @@ def _parsed(header: bytes) -> Any:
 
 
 def _described(header: bytes, decoder: Decoder, spans: Sequence[Span], *, typed: bool) -> dict[str, Any]:
-    """A request as the protocol's JSON describes it, its tensors as bytes of known sizes."""
+    """Describe a request as the protocol's JSON does, with its tensors as bytes of known sizes."""
     message = _parsed(header)
     decoder.check_count(len(message.inputs))
     if len(spans) != len(message.inputs):
@@ -230,7 +207,7 @@ def _values(parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _typed(message: Any, decoder: Decoder) -> tuple[bytes, list[Span]]:
-    """The contents of all inputs as bytes one behind the other, and where each is."""
+    """Return the contents of all inputs as consecutive bytes, and the span of each."""
     decoder.check_count(len(message.inputs))
     chunks = [_bytes_of(item) for item in message.inputs]
     ends = list(itertools.accumulate(map(len, chunks), initial=0))
@@ -238,7 +215,7 @@ def _typed(message: Any, decoder: Decoder) -> tuple[bytes, list[Span]]:
 
 
 def _bytes_of(item: Any) -> bytes:
-    """The contents of one input in its element type; whether that is the model's is looked at later."""
+    """Return the contents of one input in its element type; the decoder compares it with the model's."""
     if item.datatype not in DATATYPES.values():
         return b""
     told = f"input {shown(item.name)}"

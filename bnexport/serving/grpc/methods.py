@@ -30,7 +30,7 @@ _LOOK = 0.1
 
 
 def status_of_service(state: ServerState, service: str) -> int:
-    """A value of STATUSES."""
+    """Return a value of STATUSES."""
     if service in _SERVER:
         return STATUSES["NOT_SERVING" if metadata.why_not_ready(state) else "SERVING"]
     try:
@@ -41,11 +41,7 @@ def status_of_service(state: ServerState, service: str) -> int:
 
 
 async def check(state: ServerState, _call: Call, request: Any) -> Any:
-    """The state of a service at this moment.
-
-    Raises:
-        RequestError: It is not known (404).
-    """
+    """Return the state of a service at this moment."""
     status = status_of_service(state, request.service)
     if status == STATUSES["SERVICE_UNKNOWN"]:
         raise RequestError(
@@ -55,11 +51,7 @@ async def check(state: ServerState, _call: Call, request: Any) -> Any:
 
 
 async def watch(state: ServerState, context: Any, closing: Callable[[], bool]) -> None:
-    """Tell the state of a service now and whenever it changes, until the server closes.
-
-    Raises:
-        RequestError: The request is malformed.
-    """
+    """Send the state of a service now and at each change, until the server closes."""
     data = await read_message(context, state.settings.limits.body_seconds)
     try:
         service = classes()["HealthCheckRequest"].FromString(data).service
@@ -92,12 +84,7 @@ class Method(NamedTuple):
     probe: bool = False
 
     async def answer(self, state: ServerState, call: Call, data: bytes) -> bytes:
-        """Answer a message.
-
-        Raises:
-            RequestError: It is malformed.
-            BnexportError: The handler's.
-        """
+        """Answer a message."""
         if not self.request:
             made = await self.handler(state, call, data)
         else:
@@ -121,22 +108,21 @@ def _parsed(name: str, data: bytes, most: int) -> Any:
 
 
 def _filled(name: str, value: Mapping[str, Any]) -> Any:
-    """A message with these values."""
     return json_format.ParseDict(dict(value), classes()[name]())
 
 
 async def server_live(_state: ServerState, _call: Call, _request: Any) -> Any:
-    """The process answers."""
+    """Report that the process answers."""
     return classes()["ServerLiveResponse"](live=True)
 
 
 async def server_ready(state: ServerState, _call: Call, _request: Any) -> Any:
-    """Whether requests should be sent here."""
+    """Report if requests should be sent here."""
     return classes()["ServerReadyResponse"](ready=not metadata.why_not_ready(state))
 
 
 async def model_ready(state: ServerState, _call: Call, request: Any) -> Any:
-    """Whether a model answers; one that is not known does not."""
+    """Report if a model answers; an unknown one does not."""
     try:
         ready = not metadata.why_model_not_ready(state, request.name, request.version or None)
     except RequestError:
@@ -145,29 +131,29 @@ async def model_ready(state: ServerState, _call: Call, request: Any) -> Any:
 
 
 async def server_metadata(_state: ServerState, _call: Call, _request: Any) -> Any:
-    """Name, version and extensions."""
+    """Return name, version and extensions."""
     return _filled("ServerMetadataResponse", metadata.server_metadata())
 
 
 async def model_metadata(state: ServerState, _call: Call, request: Any) -> Any:
-    """Inputs, outputs and versions."""
+    """Return inputs, outputs and versions."""
     return _filled("ModelMetadataResponse", metadata.model_metadata(state, request.name, request.version or None))
 
 
 async def model_config(state: ServerState, _call: Call, request: Any) -> Any:
-    """Triton's model configuration."""
+    """Return Triton's model configuration."""
     config = state.repository.resolve(request.name, request.version or None).config()
     return _filled("ModelConfigResponse", {"config": config})
 
 
 async def model_statistics(state: ServerState, _call: Call, request: Any) -> Any:
-    """Counters of one model, or of all."""
+    """Return the counters of one model, or of all."""
     found = metadata.statistics(state, request.name or None, request.version or None)
     return _filled("ModelStatisticsResponse", found)
 
 
 async def repository_index(state: ServerState, _call: Call, request: Any) -> Any:
-    """Every model version with its state, or those that are ready."""
+    """List every model version with its state, or those that are ready."""
     models = [row for row in state.repository.index() if not request.ready or row["state"] == READY]
     return _filled("RepositoryIndexResponse", {"models": models})
 
@@ -189,7 +175,7 @@ async def unload(state: ServerState, _call: Call, request: Any) -> Any:
 
 
 def _model_named(request: Any) -> str:
-    """The model's name, which KServe's form of the message has where Triton's has the repository's."""
+    """Return the model's name; KServe's message has it where Triton's has the repository's name."""
     return str(request.model_name or request.repository_name)
 
 

@@ -34,7 +34,7 @@ _SILENCE, _FAREWELL = 0.5, 1.5
 
 @dataclass(frozen=True)
 class GrpcSettings:
-    """Where the door is.
+    """Address of the gRPC server.
 
     Attributes:
         host: Address to bind.
@@ -69,11 +69,7 @@ class GrpcServer(grpc.GenericRpcHandler):  # type: ignore[misc]
         self._server: Any = None
 
     async def start(self) -> None:
-        """Listen.
-
-        Raises:
-            UsageError: The port or the TLS files can't be used.
-        """
+        """Listen."""
         # What gRPC's wrapper says on standard error are faults that clients can bring about, too.
         logging.getLogger("grpc").setLevel(logging.CRITICAL + 1)
         server = grpc.aio.server(
@@ -100,11 +96,7 @@ class GrpcServer(grpc.GenericRpcHandler):  # type: ignore[misc]
         self._server = server
 
     async def stop(self, grace: float | None) -> None:
-        """Answer what was accepted, refuse what comes, and close.
-
-        Args:
-            grace: Seconds after which what is not answered is given up; None gives up at once.
-        """
+        """Answer accepted calls, refuse new ones, and close."""
         self._closing = True
         for task in self._idle:
             task.cancel()
@@ -117,16 +109,16 @@ class GrpcServer(grpc.GenericRpcHandler):  # type: ignore[misc]
         await self._server.stop(None if grace is None else max(grace - (time.monotonic() - start), 0.0))
 
     def is_closing(self) -> bool:
-        """Whether nothing is taken any more."""
+        """Return True if no calls are accepted any more."""
         return self._closing
 
     def service(self, details: Any) -> Any:
-        """The handler of a call (grpc.GenericRpcHandler's)."""
+        """Return the handler of a call (grpc.GenericRpcHandler's)."""
         found = self._handlers.get(details.method)
         return found if found is not None else self._unary(details.method, None)
 
     def _unary(self, path: str, method: Method | None) -> Any:
-        """A handler of calls with one message.
+        """Make a handler of calls with one message.
 
         gRPC has it as one of calls with many, which begin before their message is there: a token is asked for first, the
         message has its time, and it is known how many calls there are.
@@ -159,7 +151,7 @@ class GrpcServer(grpc.GenericRpcHandler):  # type: ignore[misc]
             state.memory.release(len(data))
 
     async def _stream(self, _messages: Any, context: Any) -> None:
-        """ModelStreamInfer: one answer for each request, in their order; an error ends a request and not the stream."""
+        """Answer ModelStreamInfer: one answer per request, in order; an error ends a request and not the stream."""
         call = self._call(STREAM, context)
         try:
             self._let_in(call)
@@ -188,7 +180,7 @@ class GrpcServer(grpc.GenericRpcHandler):  # type: ignore[misc]
         return answer
 
     async def _next(self, context: Any) -> bytes | None:
-        """The next message of a stream; None at its end, and when the server closes."""
+        """Return the next message of a stream; None at its end, and when the server closes."""
         if self.is_closing():
             return None
         task = asyncio.current_task()
@@ -205,7 +197,7 @@ class GrpcServer(grpc.GenericRpcHandler):  # type: ignore[misc]
         return data if isinstance(data, bytes) else None
 
     async def _watch(self, _messages: Any, context: Any) -> None:
-        """Health's Watch."""
+        """Answer the health service's Watch."""
         self._watching += 1
         try:
             if self._watching > _MOST_WATCHERS:
@@ -234,7 +226,7 @@ class GrpcServer(grpc.GenericRpcHandler):  # type: ignore[misc]
     async def _measured(
         self, call: Call, work: Awaitable[bytes], *, counted: bool
     ) -> tuple[grpc.StatusCode, bytes | BnexportError]:
-        """Do the work of a call, count it and log it; its code, and the answer or what was wrong."""
+        """Do the work of a call, count it and log it; return its code, and the answer or the error."""
         state, start = self.state, time.perf_counter_ns()
         state.active += 1
         state.calls_active += 1
@@ -263,7 +255,7 @@ class GrpcServer(grpc.GenericRpcHandler):  # type: ignore[misc]
 
 
 def _told(context: Any, code: grpc.StatusCode, answer: bytes | BnexportError) -> bytes:
-    """What goes back: the answer, or a code and a sentence without one."""
+    """Set the code and the sentence of an error; return the answer's bytes."""
     if isinstance(answer, BnexportError):
         context.set_code(code)
         context.set_details(sentence_of(answer))
@@ -272,7 +264,7 @@ def _told(context: Any, code: grpc.StatusCode, answer: bytes | BnexportError) ->
 
 
 def _failed(call: Call, error: BnexportError) -> bytes:
-    """The answer to a request of a stream that can't be answered; as Triton's, it has the request's id."""
+    """Return the error answer to a request of a stream; like Triton's, it has the request's id."""
     message = classes()["ModelStreamInferResponse"](error_message=sentence_of(error))
     message.infer_response.id = call.message_id
     data: bytes = message.SerializeToString()
@@ -284,7 +276,7 @@ def _stopping() -> NotServing:
 
 
 def _options(limits: ServingLimits, *, reuse: bool) -> list[tuple[str, Any]]:
-    """What gRPC itself enforces."""
+    """Return the limits that gRPC itself enforces."""
     return [
         ("grpc.so_reuseport", int(reuse)),
         ("grpc.max_receive_message_length", min(limits.body_bytes, limits.inflated_bytes, 2**31 - 1)),

@@ -29,23 +29,14 @@ _AGAIN = "Let the HTTP library write the body"
 
 
 class Picture(NamedTuple):
-    """One picture of a request: what the client calls it, and its bytes."""
+    """One picture of a request: the client's name for it, and its bytes."""
 
     name: str
     content: bytes
 
 
 def pictures_of(body: bytes, content_type: bytes, *, most: int) -> list[Picture]:
-    """The pictures of a request.
-
-    Args:
-        body: Unpacked.
-        content_type: As the header says; an empty one stands for a picture.
-        most: Pictures in one request.
-
-    Raises:
-        RequestError: No picture, too many, a type that is none (415), or multipart data that can't be split.
-    """
+    """Return the pictures of a request."""
     kind = content_type.partition(b";")[0].strip().lower()
     if kind == b"multipart/form-data":
         found = _parts(body, content_type, most)
@@ -81,7 +72,7 @@ def _parts(body: bytes, content_type: bytes, most: int) -> list[Picture]:
 
 
 def _part(piece: bytes, index: int) -> Picture:
-    """One part: what stands after its boundary."""
+    """Parse one part: the bytes after its boundary."""
     head, gap, content = piece.partition(b"\r\n\r\n")
     if not head.startswith(b"\r\n") or not gap or len(head) > _PART_HEADERS:
         raise RequestError(f"part {index} of the multipart data has no headers of its own", remedy=_AGAIN)

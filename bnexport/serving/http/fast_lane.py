@@ -26,7 +26,7 @@ _SLOW_HEADERS = (b"transfer-encoding", b"content-encoding", b"expect", b"upgrade
 
 
 class Head(NamedTuple):
-    """What is understood of a request before its body. Clients send the same one again and again."""
+    """The parsed head of a request. Clients send the same one again and again."""
 
     url: bytes
     path: str
@@ -36,7 +36,7 @@ class Head(NamedTuple):
 
 
 class Line(Protocol):
-    """What the fast lane needs of a connection.
+    """The part of a connection that the fast lane uses.
 
     Attributes:
         parser: httptools'.
@@ -55,7 +55,7 @@ class Line(Protocol):
     known_head: Head | None
 
     def answered(self) -> None:
-        """A request was answered."""
+        """Note that a request was answered."""
 
 
 class FastLane:
@@ -72,12 +72,12 @@ class FastLane:
         self._previous: Line | None = None
 
     def alone(self, connection: Line) -> bool:
-        """Whether a connection has sent the previous request, too: then nobody's request could share its batch."""
+        """Return True if this connection sent the previous request, too: then no other request could share its batch."""
         before, self._previous = self._previous, connection
         return before is connection
 
     def call(self, connection: Line) -> FastCall | None:
-        """The request whose headers a connection has read, if it is a short one for inference."""
+        """Return the request whose headers a connection has read, if it is a short inference request."""
         parser = connection.parser
         if parser.get_method() != b"POST" or not parser.should_keep_alive() or self.app.state.draining:
             return None
@@ -89,7 +89,7 @@ class FastLane:
         return FastCall(connection, self, head)
 
     def _understood(self, connection: Line) -> Head | None:
-        """The head of a request that has all that the fast lane asks for."""
+        """Return the head of a request that qualifies for the fast lane."""
         url, pairs = connection.url, connection.headers
         found, headers = self._found(url), dict(pairs)
         length = headers.get(b"content-length", b"")
@@ -105,7 +105,7 @@ class FastLane:
         return Head(url, url.decode(), pairs, found, headers) if found is not None and fits else None
 
     def _found(self, url: bytes) -> Found | None:
-        """The route of a URL that needs no decoding, if it is that of inference."""
+        """Return the route of a URL that needs no decoding, if it is that of inference."""
         try:
             return self._known[url]
         except KeyError:
@@ -125,14 +125,14 @@ def _infer_route(url: bytes) -> Found | None:
 
 
 class _NoEvent:
-    """For uvicorn, which wakes the task of a request: this one has none."""
+    """Stand-in for the event with which uvicorn wakes the task of a request: this request has no task."""
 
     def set(self) -> None:
-        """Nobody waits."""
+        """Do nothing."""
 
 
 class FastCall(Exchange):
-    """One request: also what uvicorn wants to know of it, and the Waiter that the batcher tells the answer.
+    """One request: the part that uvicorn reads of it, and the batcher's Waiter.
 
     Attributes:
         body: What has come of it.
@@ -165,11 +165,11 @@ class FastCall(Exchange):
 
     @property
     def response_started(self) -> bool:
-        """Whether the answer was written."""
+        """True if the answer was written."""
         return self.response_complete
 
     def begin(self) -> None:
-        """The body is complete: decode it, and queue for the answer."""
+        """Decode the complete body, and queue for the answer."""
         self._start = time.perf_counter_ns()
         app, body = self._lane.app, self.body
         state = app.state
@@ -189,11 +189,11 @@ class FastCall(Exchange):
         self._answer(reply)
 
     def abandon(self) -> None:
-        """The client went away before the body was complete."""
+        """Note that the client disconnected before the body was complete."""
         self._lane.app.state.active -= 1
 
     def done(self) -> bool:
-        """Whether the answer was given."""
+        """Return True if the answer was given."""
         return self.response_complete
 
     def set_result(self, result: dict[str, Array], /) -> None:
@@ -206,7 +206,7 @@ class FastCall(Exchange):
         self._answer(reply)
 
     def set_exception(self, exception: BnexportError, /) -> None:
-        """Answer with what went wrong."""
+        """Answer with an error."""
         self._answer(self._lane.app.failed(self, exception))
 
     def _answer(self, reply: Reply) -> None:
@@ -232,5 +232,5 @@ class FastCall(Exchange):
 
 
 async def _no_more() -> Mapping[str, Any]:
-    """ASGI's receive of a request that was read."""
+    """Stand in for ASGI's receive after the request was read."""
     return {"type": "http.disconnect"}

@@ -39,12 +39,12 @@ class Reply:
 
 
 def json_reply(value: Any, status: int = 200) -> Reply:
-    """A value as JSON."""
+    """Return a value as JSON."""
     return Reply(status, orjson.dumps(value))
 
 
 def error_reply(error: BnexportError) -> Reply:
-    """An error as {"error": "what is wrong, and what to do"} (Open Inference Protocol v2, "Inference Errors")."""
+    """Return an error as {"error": "fact, and remedy"} (Open Inference Protocol v2, "Inference Errors")."""
     status = status_of(error)
     headers: tuple[tuple[bytes, bytes], ...] = ()
     if status == 401:
@@ -57,12 +57,7 @@ def error_reply(error: BnexportError) -> Reply:
 
 
 def packed(reply: Reply, accepted: bytes) -> Reply:
-    """The same answer packed, if the client takes that and it is worth it.
-
-    Args:
-        reply: With a body.
-        accepted: The request's Accept-Encoding; its preferences (q=) are read only as yes or no.
-    """
+    """Compress an answer if the client accepts that and it is large enough."""
     if len(reply.body) < PACKED_BYTES:
         return reply
     taken = {
@@ -82,13 +77,7 @@ def packed(reply: Reply, accepted: bytes) -> Reply:
 
 
 def reply_headers(reply: Reply, exchange: Exchange, *, close: bool) -> list[tuple[bytes, bytes]]:
-    """The headers of an answer.
-
-    Args:
-        reply: To be sent.
-        exchange: What it is the reply to.
-        close: Whether the connection ends with it.
-    """
+    """Return the headers of an answer."""
     headers = [
         (b"content-type", reply.content_type),
         (b"content-length", b"%d" % len(reply.body)),

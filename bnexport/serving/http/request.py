@@ -40,7 +40,7 @@ _ONCE = (
 
 
 class Disconnected(Exception):
-    """The client is gone."""
+    """The client has disconnected."""
 
 
 class Intake:
@@ -55,13 +55,7 @@ class Intake:
         self.limits, self._memory = limits, memory
 
     async def read(self, receive: Receive, headers: Mapping[bytes, bytes]) -> bytes:
-        """The whole body, unpacked. What it holds is counted until ``release``.
-
-        Raises:
-            RequestError: Too large (413), packed in a way that is not known (415) or badly (400).
-            NotServing: The bodies of all clients together are too large.
-            Disconnected: The client went away, or was too slow: that is the connection's to tell.
-        """
+        """Return the whole body, unpacked. Its bytes are counted until ``release``."""
         declared = headers.get(b"content-length")
         if declared is not None and int(declared) > self.limits.body_bytes:
             if b"expect" not in headers:
@@ -88,15 +82,11 @@ class Intake:
         return content
 
     def release(self, body: bytes | bytearray) -> None:
-        """Tell that a body is not held any more."""
+        """Stop counting a body."""
         self._memory.release(len(body))
 
     def hold(self, size: int) -> None:
-        """Tell that a body of so many bytes is held.
-
-        Raises:
-            NotServing: The bodies of all clients together are too large.
-        """
+        """Count a body of ``size`` bytes."""
         self._memory.hold(size)
 
     async def _rest(self, receive: Receive, start: bytes) -> bytes:
@@ -126,11 +116,7 @@ class Intake:
 
 
 def check_host(headers: Mapping[bytes, bytes], http_version: str) -> None:
-    """Refuse a request that does not say which host it is for (RFC 9112, 3.2).
-
-    Raises:
-        RequestError: There is no header Host, and the version wants one.
-    """
+    """Refuse a request that does not name its host (RFC 9112, 3.2)."""
     if http_version == "1.1" and b"host" not in headers:
         raise RequestError(
             "the header Host is missing, which HTTP/1.1 wants", remedy="Let an HTTP library write the request"
@@ -138,11 +124,7 @@ def check_host(headers: Mapping[bytes, bytes], http_version: str) -> None:
 
 
 def check_once(pairs: list[tuple[bytes, bytes]]) -> None:
-    """Refuse headers that are there twice and must not be.
-
-    Raises:
-        RequestError: Naming one.
-    """
+    """Refuse headers that must not be repeated."""
     names = [name for name, _ in pairs]
     for name in _ONCE:
         if names.count(name) > 1:
@@ -150,11 +132,7 @@ def check_once(pairs: list[tuple[bytes, bytes]]) -> None:
 
 
 def unpacked(body: bytes, coding: bytes, most: int) -> bytes:
-    """Unpack a body; never more than the limit, whatever it promises.
-
-    Raises:
-        RequestError: An unknown coding (415), damaged (400), or more than ``most`` bytes (413).
-    """
+    """Unpack a body; never more than the limit."""
     if coding not in _WINDOWS:
         raise RequestError(
             f"the content-encoding {shown(coding.decode('latin-1'))} is not known",
@@ -174,7 +152,7 @@ def unpacked(body: bytes, coding: bytes, most: int) -> bytes:
 
 
 async def _linger(receive: Receive, most: int) -> None:
-    """Read and drop what still comes: a connection closed under a client that sends loses the answer on its way."""
+    """Read and drop the rest of a body: closing the connection of a sending client would lose the answer on its way."""
     seen = 0
     try:
         async with asyncio.timeout(_LINGER):
@@ -188,11 +166,7 @@ async def _linger(receive: Receive, most: int) -> None:
 
 
 def header_length(headers: Mapping[bytes, bytes]) -> int | None:
-    """Inference-Header-Content-Length; None without it.
-
-    Raises:
-        RequestError: It is no number.
-    """
+    """Return Inference-Header-Content-Length; None without it."""
     text = headers.get(b"inference-header-content-length")
     if text is None:
         return None
@@ -205,7 +179,7 @@ def header_length(headers: Mapping[bytes, bytes]) -> int | None:
 
 
 class Exchange:
-    """One request on its way.
+    """One request, with the data that its log line needs.
 
     Attributes:
         method: "GET", "POST".
@@ -232,7 +206,7 @@ class Exchange:
 
 
 class State(ServerState):
-    """What every door shares, and the reader of bodies.
+    """State that all requests over HTTP share.
 
     Args:
         repository: Loaded.
@@ -251,7 +225,7 @@ class State(ServerState):
         self.intake = Intake(settings.limits, self.memory)
 
     async def body(self, exchange: Exchange) -> bytes:
-        """The request's body; the caller gives it back to ``intake.release``."""
+        """Return the request's body; the caller returns it to ``intake.release``."""
 
         async def receive() -> Mapping[str, Any]:
             message = await exchange.receive()

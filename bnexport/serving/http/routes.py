@@ -48,12 +48,12 @@ _INFER_TYPES = (b"", b"application/json", b"application/octet-stream")
 
 
 async def live(_state: State, _exchange: Exchange) -> Reply:
-    """The process answers."""
+    """Report that the process answers."""
     return json_reply({"live": True})
 
 
 async def ready(state: State, _exchange: Exchange) -> Reply:
-    """Whether requests should be sent here; if not, why not."""
+    """Report if requests should be sent here, and the reason if not."""
     if reason := metadata.why_not_ready(state):
         return json_reply({"ready": False, "reason": reason}, 503)
     problems = state.repository.problems()
@@ -61,34 +61,34 @@ async def ready(state: State, _exchange: Exchange) -> Reply:
 
 
 async def server_metadata(_state: State, _exchange: Exchange) -> Reply:
-    """The protocol's "Server Metadata"."""
+    """Return the protocol's "Server Metadata"."""
     return json_reply(metadata.server_metadata())
 
 
 async def model_metadata(state: State, _exchange: Exchange, name: str, version: str | None = None) -> Reply:
-    """The protocol's "Model Metadata"."""
+    """Return the protocol's "Model Metadata"."""
     return json_reply(metadata.model_metadata(state, name, version))
 
 
 async def model_ready(state: State, _exchange: Exchange, name: str, version: str | None = None) -> Reply:
-    """Whether a model answers; 404 for one that is not known."""
+    """Report if a model answers; 404 for an unknown one."""
     reason = metadata.why_model_not_ready(state, name, version)
     value: dict[str, Any] = {"name": name, "ready": not reason}
     return json_reply(value | {"reason": reason}, 503) if reason else json_reply(value)
 
 
 async def model_config(state: State, _exchange: Exchange, name: str, version: str | None = None) -> Reply:
-    """Triton's model configuration."""
+    """Return Triton's model configuration."""
     return json_reply(state.repository.resolve(name, version).config())
 
 
 async def statistics(state: State, _exchange: Exchange, name: str | None = None, version: str | None = None) -> Reply:
-    """Counters of one model, or of all."""
+    """Return the counters of one model, or of all."""
     return json_reply(metadata.statistics(state, name, version))
 
 
 async def infer(state: State, exchange: Exchange, name: str, version: str | None = None) -> Reply:
-    """Decode, queue, encode. Short requests go by the fast lane (fast_lane.py), in the same three steps."""
+    """Decode, queue, encode. Short requests take the fast lane (fast_lane.py), in the same three steps."""
     infer_target(state, exchange, name, version)  # before the body, which may be large
     body = await state.body(exchange)
     try:
@@ -102,12 +102,7 @@ async def infer(state: State, exchange: Exchange, name: str, version: str | None
 
 
 def infer_target(state: State, exchange: Exchange, name: str, version: str | None = None) -> ServedModel:
-    """The model that a request for inference is for.
-
-    Raises:
-        RequestError: It is not known (404), or the content is of another type (415).
-        NotServing: It is not ready.
-    """
+    """Return the model of an inference request."""
     exchange.model = model = state.repository.resolve(name, version)
     kind = exchange.headers.get(b"content-type", b"")
     if kind not in _INFER_TYPES and kind.partition(b";")[0].strip().lower() not in _INFER_TYPES:
@@ -120,18 +115,14 @@ def infer_target(state: State, exchange: Exchange, name: str, version: str | Non
 
 
 def infer_request(model: ServedModel, exchange: Exchange, body: bytes) -> InferRequest:
-    """A request's body decoded.
-
-    Raises:
-        RequestError: What is wrong with it.
-    """
+    """Decode a request's body."""
     request = model.decoder.decode(body, header_length(exchange.headers))
     exchange.rows = request.rows
     return request
 
 
 def infer_reply(response: InferResponse) -> Reply:
-    """An answer encoded."""
+    """Encode an answer."""
     content, length = encode_response(response)
     if length is None:
         return Reply(200, content, JSON)
@@ -139,7 +130,7 @@ def infer_reply(response: InferResponse) -> Reply:
 
 
 async def repository_index(state: State, exchange: Exchange) -> Reply:
-    """Every model version with its state, or those that are ready (Triton, "Model Repository Extension")."""
+    """List every model version with its state, or those that are ready (Triton, "Model Repository Extension")."""
     ready = (await _told(state, exchange)).get("ready", False)
     if not isinstance(ready, bool):
         raise RequestError('"ready" is neither true nor false', remedy="Send true or false, or leave it out")
@@ -165,11 +156,7 @@ async def unload(state: State, exchange: Exchange, name: str) -> Reply:
 
 
 def _permit(state: State, exchange: Exchange) -> None:
-    """Refuse to load and unload, unless that is allowed; a browser asks for any page that its user has open.
-
-    Raises:
-        RequestError: It is not (403), or a page of another origin asks.
-    """
+    """Refuse to load and unload, unless that is allowed; a page of another origin may not request it."""
     state.permit_loading()
     origin = exchange.headers.get(b"origin")
     if origin is not None and origin.partition(b"://")[2] != exchange.headers.get(b"host"):
@@ -179,11 +166,7 @@ def _permit(state: State, exchange: Exchange) -> None:
 
 
 async def _told(state: State, exchange: Exchange) -> dict[str, Any]:
-    """The body of a request that may have none.
-
-    Raises:
-        RequestError: It is no JSON object, or too large.
-    """
+    """Return the body of a request that may have none."""
     limits = state.settings.limits
     body = await state.body(exchange)
     try:
@@ -200,12 +183,12 @@ async def _told(state: State, exchange: Exchange) -> dict[str, Any]:
 
 
 async def metrics(state: State, _exchange: Exchange) -> Reply:
-    """Counters in Prometheus's text format."""
+    """Return the counters in Prometheus's text format."""
     return Reply(200, render(state), TEXT)
 
 
 async def openapi(_state: State, _exchange: Exchange) -> Reply:
-    """This list of routes."""
+    """Return the list of routes as an OpenAPI document."""
     return json_reply(openapi_document())
 
 
@@ -241,7 +224,7 @@ ROUTES: tuple[Route, ...] = (
 
 
 class Found(NamedTuple):
-    """A route with what its pattern took from the path; ``name`` is for counters."""
+    """A route with the segments that its pattern captured; ``name`` is for counters."""
 
     name: str
     handler: Handler
@@ -250,7 +233,7 @@ class Found(NamedTuple):
 
 
 def _expanded(pattern: str) -> list[tuple[str, ...]]:
-    """The segments of a pattern, with and without what may be missing."""
+    """Return the segments of a pattern, with and without the optional part."""
     before, bracket, rest = pattern.partition("[")
     inside, _, after = rest.partition("]")
     texts = [before + inside + after, before + after] if bracket else [pattern]
@@ -265,11 +248,7 @@ _known: BoundedCache[tuple[str, str], Found] = BoundedCache(1024)
 
 
 def find_route(method: str, path: str) -> Found:
-    """The handler of a path.
-
-    Raises:
-        RequestError: There is no such path (404), or not with this method (405).
-    """
+    """Return the handler of a path."""
     if (found := _known.get((method, path))) is not None:
         return found
     found = _search(method, path)

@@ -39,12 +39,12 @@ _OTHER_FILES = 256
 
 
 def _nothing() -> None:
-    """What is called where nobody wants to know."""
+    """Do nothing: no-op callback."""
 
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """How the process serves.
+    """Options of the server.
 
     Attributes:
         host: Address to bind.
@@ -103,19 +103,7 @@ def serve_on(
     share: Share | None = None,
     stopping: Callable[[], None] = _nothing,
 ) -> None:
-    """Serve on a socket that is bound until SIGTERM or Ctrl-C.
-
-    Args:
-        listener: The socket.
-        path: A bundle, or a folder of models.
-        settings: How.
-        announce: Called with one sentence once requests can come.
-        share: Of the counters, where this is one process of several.
-        stopping: Called at the first signal to stop.
-
-    Raises:
-        BnexportError: As ``serve``.
-    """
+    """Serve on a socket that is bound until SIGTERM or Ctrl-C."""
     token = None if settings.token_file is None else read_token(settings.token_file)
     log = JsonLog(sys.stderr, access=settings.access_log, process=None if share is None else share.slot)
     log.take_over("uvicorn.error", "asyncio")
@@ -136,7 +124,7 @@ def serve_on(
 
 
 def _allow_files(wanted: int, log: JsonLog) -> None:
-    """Let the process open so many files, as far as the system lets it (getrlimit(2)): connections count, too."""
+    """Raise the limit of open files as far as the system allows (getrlimit(2)): connections count, too."""
     if sys.platform == "win32":
         return
     import resource  # not on Windows
@@ -152,7 +140,7 @@ def _allow_files(wanted: int, log: JsonLog) -> None:
 
 
 def leave_engines() -> None:
-    """End the process where an engine still runs a batch after the time to stop, for which Python would wait at its end."""
+    """End the process at once if an engine still runs a batch: Python would wait for its thread."""
     if any(thread.name.startswith(THREADS) for thread in threading.enumerate()):
         interrupts.exit_at_once(0)
 
@@ -202,11 +190,7 @@ def _config(app: App, settings: ServerSettings) -> uvicorn.Config:
 
 
 def read_token(file: Path) -> bytes:
-    """The token in a file, without the white space around it.
-
-    Raises:
-        UsageError: The file can't be read, is empty, or holds what no header can.
-    """
+    """Return the token in a file, without the white space around it."""
     try:
         token = file.read_bytes().strip()
     except OSError as error:

@@ -51,7 +51,7 @@ _REAP = 5.0
 
 @dataclass
 class _Seat:
-    """One of the processes, and its place when it is not there.
+    """One of the processes, or its place while it does not run.
 
     Attributes:
         number: From 0.
@@ -114,7 +114,7 @@ def supervise(path: Path, settings: ServerSettings, *, announce: Callable[[str],
 
 
 class Supervisor:
-    """See ``supervise``."""
+    """Starts, watches and stops the processes; see ``supervise``."""
 
     def __init__(self, path: Path, settings: ServerSettings, log: JsonLog, announce: Callable[[str], None]) -> None:
         self._path, self._log, self._announce = path, log, announce
@@ -132,7 +132,7 @@ class Supervisor:
         self._killed: list[int] = []
 
     def run(self) -> None:
-        """Until all processes have stopped."""
+        """Run until all processes have stopped."""
         self._memory = new_memory()
         self._records = Records(self._memory)
         try:
@@ -172,7 +172,7 @@ class Supervisor:
                 signal.signal(number, handler)
 
     def _turn(self, woken: socket.socket) -> None:
-        """Wait for the next thing to happen, and see to it."""
+        """Wait for the next event, and handle it."""
         lines = {seat.line: seat for seat in self._seats if seat.line is not None}
         due = [seat.start_at for seat in self._seats if seat.start_at is not None]
         next_time = min([*due, self._deadline, self._look_at])
@@ -194,7 +194,7 @@ class Supervisor:
             self._kill_late()
 
     def _heed_signals(self) -> None:
-        """The first one starts the drain, the second one ends it."""
+        """Start the drain at the first signal, end it at the second."""
         while self._stop_seen < self._stops:
             self._stop_seen += 1
             first = self._stop_seen == 1
@@ -208,13 +208,13 @@ class Supervisor:
                     seat.process.send_signal(self._signal(first=first))
 
     def _signal(self, *, first: bool) -> signal.Signals:
-        """What tells a process to stop; nobody waits for one of those that were to be announced together."""
+        """Return the signal that stops a process; before all were announced, processes are killed."""
         if not self._announced:
             return signal.SIGKILL
         return signal.SIGTERM if first else signal.SIGINT
 
     def _start(self, seat: _Seat) -> None:
-        """Start a process: no fork, which takes libraries along, nor multiprocessing, which imports the user's script."""
+        """Start a process: no fork, which inherits libraries, nor multiprocessing, which imports the user's script."""
         seat.start_at, seat.started_at, seat.error, seat.silent = None, time.monotonic(), None, 0
         if seat.listener is None:
             seat.listener = self._bound()
@@ -281,7 +281,7 @@ class Supervisor:
             self._try_again(seat, served=served, how=how, pid=process.pid)
 
     def _try_again(self, seat: _Seat, *, served: float | None, how: str, pid: int | None) -> None:
-        """Have another process started, after a pause if this one did not serve for long."""
+        """Schedule a new start, after a pause if this process did not serve for long."""
         sound = served is not None and time.monotonic() - served >= _SOUND
         seat.failures = 0 if sound else seat.failures + 1
         seat.vain = seat.vain + 1 if served is None else 0
@@ -298,7 +298,7 @@ class Supervisor:
         seat.start_at = time.monotonic() + pause
 
     def _reaped(self, seat: _Seat) -> int:
-        """The return code of a process whose line is closed; it is killed if it lingers."""
+        """Return the return code of a process whose line is closed; it is killed if it lingers."""
         process, line = seat.process, seat.line
         assert process is not None
         assert line is not None
@@ -312,7 +312,7 @@ class Supervisor:
         return code
 
     def _kill_hanging(self) -> None:
-        """Look at the heartbeats, and kill what serves but shows no life; a stop has its own deadline."""
+        """Kill processes that serve but show no heartbeat; a stop has its own deadline."""
         for seat in self._seats:
             if seat.process is None or seat.ready_at is None or self._stop_seen:
                 continue
@@ -326,7 +326,7 @@ class Supervisor:
                 seat.process.kill()
 
     def _kill_late(self) -> None:
-        """Kill what should have stopped."""
+        """Kill processes that should have stopped."""
         self._deadline = math.inf
         for seat in self._seats:
             if seat.process is not None:
@@ -342,7 +342,7 @@ class Supervisor:
             seat.listener = None
 
     def _clear(self) -> None:
-        """Leave nothing behind, whatever happened."""
+        """Close and stop everything, whatever happened."""
         for seat in self._seats:
             self._close_listener(seat)
             if seat.process is not None:
@@ -353,7 +353,7 @@ class Supervisor:
 
 @contextlib.contextmanager
 def _blocked() -> Iterator[None]:
-    """Processes that are started in the block get the signals in ``BLOCKED`` when they unblock them."""
+    """Block signals: processes that start in the block receive those in ``BLOCKED`` when they unblock them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED)
     try:
         yield
@@ -362,7 +362,7 @@ def _blocked() -> Iterator[None]:
 
 
 def _pause(failures: int, *, served: bool) -> float:
-    """Seconds before the next start: none after one end of a process that served, twice as long after each further one."""
+    """Return the seconds before the next start: none after one end of a process that served, doubled after each further one."""
     if served and failures <= 1:
         return 0.0
     return min(_PAUSE * 2.0 ** min(failures - 1, 10), _LONGEST_WAIT if served else _LONGEST_PAUSE)

@@ -89,7 +89,7 @@ class LimitedConnection(HttpToolsProtocol):
     known_head: Head | None = None
 
     def connection_made(self, transport: Any) -> None:
-        """A client came."""
+        """Accept a client."""
         self._head_open, self._head_size, self._status, self._reason = True, 0, 400, _MALFORMED
         self._since = self.loop.time()
         self._idle_since: float | None = None
@@ -98,30 +98,30 @@ class LimitedConnection(HttpToolsProtocol):
         super().connection_made(transport)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The client, or we, closed it."""
+        """Clean up after either side closed the connection."""
         if self._call is not None:
             self._call.abandon()
             self._call = None
         super().connection_lost(exc)
 
     def eof_received(self) -> bool:  # type: ignore[override]
-        """The client sends no more. One that waits for its answer still reads it, and the connection ends with that."""
+        """Keep a connection half open while its client waits for an answer; the connection ends with that answer."""
         if self._waits:
             self.cycle.keep_alive = False
         return self._waits and self.scheme == "http"  # TLS has no half-closed connections
 
     @property
     def _waits(self) -> bool:
-        """Whether the last request is whole and has no answer yet."""
+        """True if the last request is complete and has no answer yet."""
         return self._head_open and self.cycle is not None and not self.cycle.response_complete
 
     @property
     def expected(self) -> bool:
-        """Whether the first request has not come yet, or a part of the headers of the next one has."""
+        """True if the first request is still to come, or a part of the next one's headers has come."""
         return self._head_open and (self._head_size > 0 or self.cycle is None) and not self.transport.is_closing()
 
     def data_received(self, data: bytes) -> None:
-        """Bytes came. Those of headers that do not end are counted here, before the parser has them together."""
+        """Receive bytes. Unfinished headers are counted here, before the parser has them complete."""
         if self._head_open:
             if self._head_size == 0:
                 self._since, self._idle_since = self.loop.time(), None
@@ -136,7 +136,7 @@ class LimitedConnection(HttpToolsProtocol):
             self.send_400_response("")
 
     def _feed(self, data: bytes | memoryview) -> None:
-        """Give bytes to the parser, which takes all that follows an Upgrade header for another protocol.
+        """Give bytes to the parser, which takes everything after an Upgrade header for another protocol.
 
         There is none here, and a server may answer as if the header were not there (RFC 9110, 7.8; Java's client sends it
         with every first request), so the request is read again without it.
@@ -156,11 +156,11 @@ class LimitedConnection(HttpToolsProtocol):
                 self.parser.feed_data(b"\r\n".join((*head, b"", b"")))
 
     def on_message_begin(self) -> None:
-        """A request begins; what uvicorn keeps of it for ASGI is made when it turns out to be needed."""
+        """Begin a request; uvicorn's ASGI scope is made when it turns out to be needed."""
         self.url, self.headers, self.expect_100_continue = b"", [], False
 
     def on_headers_complete(self) -> None:
-        """The headers are complete, and perhaps a part of the body came with them."""
+        """Check the complete headers, and choose the fast lane or the application."""
         if self._head_size > self.limits.head_bytes:
             size = len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
             if size > self.limits.head_bytes:
@@ -191,18 +191,18 @@ class LimitedConnection(HttpToolsProtocol):
         super().on_headers_complete()
 
     def _free(self) -> bool:
-        """Whether no request before this one waits for its answer, and the client reads its answers."""
+        """Return True if no earlier request waits for its answer, and the client reads its answers."""
         return (self.cycle is None or self.cycle.response_complete) and not self.flow.write_paused
 
     def on_body(self, body: bytes) -> None:
-        """A part of the body came."""
+        """Receive a part of the body."""
         if self._call is None:
             super().on_body(body)
         else:
             self._call.body += body  # mostly all of it, and then the very same bytes
 
     def on_message_complete(self) -> None:
-        """The request is complete; what comes next are headers again."""
+        """Complete the request; headers follow."""
         if self.parser.should_upgrade():
             return
         self._head_open, self._head_size = True, 0
@@ -213,7 +213,7 @@ class LimitedConnection(HttpToolsProtocol):
         call.begin()
 
     def answered(self) -> None:
-        """A short request was answered. uvicorn would set a timer for each; ``sweep`` looks after idle connections."""
+        """Note that a short request was answered. uvicorn would set a timer for each; ``sweep`` closes idle connections."""
         if self.pipeline or self.flow.read_paused:
             self.on_response_complete()
         else:
@@ -221,7 +221,7 @@ class LimitedConnection(HttpToolsProtocol):
             self._idle_since = self.loop.time()
 
     def send_400_response(self, msg: str) -> None:  # noqa: ARG002 -- uvicorn's words tell nobody what is wrong
-        """Refuse what is no request, with a reason, and close; whole requests before it are answered first, without one."""
+        """Refuse malformed input with a reason, and close; complete requests before it are answered first."""
         if self.transport.is_closing() or (self._waits and not self.cycle.keep_alive):
             return
         body = orjson.dumps({"error": f"{self._reason}."})
@@ -239,7 +239,7 @@ class LimitedConnection(HttpToolsProtocol):
         self.transport.close()
 
     def sweep(self, now: float) -> None:
-        """Close a connection whose client does not get on with its headers or its body.
+        """Close a connection whose client is too slow with its headers or its body.
 
         One that is idle between two requests is closed as uvicorn does it, and one whose client does not read is cut off.
         """
@@ -267,7 +267,7 @@ class LimitedConnection(HttpToolsProtocol):
 def limited(
     limits: ServingLimits, fast_lane: FastLane | None = None, refused: Refused | None = None
 ) -> type[LimitedConnection]:
-    """The class of connections with these limits; without a fast lane every request goes through the application."""
+    """Return the class of connections with these limits; without a fast lane every request goes through the application."""
     values: dict[str, Any] = {"limits": limits, "fast_lane": fast_lane}
     if refused is not None:
         values["refused"] = staticmethod(refused)
@@ -277,11 +277,7 @@ def limited(
 def configured(
     app: Any, kind: type[asyncio.Protocol] | Literal["auto"], tls: tuple[Path, Path] | None
 ) -> uvicorn.Config:
-    """Configure uvicorn for an application.
-
-    Raises:
-        UsageError: The certificate or the key can't be used.
-    """
+    """Configure uvicorn for an application."""
     config = uvicorn.Config(
         app,
         http=kind,
@@ -308,15 +304,7 @@ def configured(
 
 
 def _tls_options(certificate: Path, key: Path) -> dict[str, Any]:
-    """Return uvicorn's options for TLS.
-
-    Args:
-        certificate: PEM, with those that it needs behind it.
-        key: PEM.
-
-    Raises:
-        UsageError: The key has a passphrase: OpenSSL would ask for it at the terminal.
-    """
+    """Return uvicorn's options for TLS."""
     try:  # a pipe can be read only once
         locked = key.is_file() and b"ENCRYPTED" in key.read_bytes()
     except OSError as error:
@@ -330,7 +318,7 @@ def _tls_options(certificate: Path, key: Path) -> dict[str, Any]:
 
 
 def _nothing() -> None:
-    """Do nothing: the callback of those who give none."""
+    """Do nothing: no-op callback."""
 
 
 class DrainingServer(uvicorn.Server):
@@ -369,7 +357,7 @@ class DrainingServer(uvicorn.Server):
         on_start: Callable[[], None] = _nothing,
         on_stop: Callable[[], None] = _nothing,
     ) -> None:
-        """Serve until told to stop; ``on_start`` is called once the socket accepts, ``on_stop`` at the first signal."""
+        """Serve until stopped; ``on_start`` is called once the socket accepts, ``on_stop`` at the first signal."""
         self._on_start, self._on_stop = on_start, on_stop
         super().run(sockets)
 
@@ -383,7 +371,7 @@ class DrainingServer(uvicorn.Server):
         self._on_start()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 -- uvicorn's signature
-        """The first signal starts the drain, the second one ends it.
+        """Start the drain at the first signal, end it at the second.
 
         One process of several is told by its supervisor, and perhaps by the system as well (systemd signals all processes
         of a service): there a SIGINT ends the drain, also when it is seen before a SIGTERM that was sent earlier.
@@ -398,7 +386,7 @@ class DrainingServer(uvicorn.Server):
             self.should_exit = self.force_exit = True
 
     async def on_tick(self, counter: int) -> bool:
-        """Ten times a second: deadlines, slow clients, new versions, and whether to stop."""
+        """Check ten times a second: deadlines, slow clients, new versions, and the stop."""
         self._state.tick()
         now, loop_now = time.monotonic(), asyncio.get_running_loop().time()
         for connection in list(self.server_state.connections):
@@ -430,7 +418,7 @@ class DrainingServer(uvicorn.Server):
             self._polled, self._poll_task = time.monotonic(), None
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Close the socket, answer what was accepted, free the models."""
+        """Close the socket, answer accepted requests, free the models."""
         expiring = asyncio.create_task(self._keep_expiring())
         try:
             closing = asyncio.create_task(self._close_grpc(self.config.timeout_graceful_shutdown))
@@ -448,7 +436,7 @@ class DrainingServer(uvicorn.Server):
         self._state.log.event("stopped")
 
     async def _stop_accepting(self, sockets: Sequence[socket.socket]) -> None:
-        """Close the listening socket so that nobody whom the system has connected already is cut off.
+        """Close the listening socket without cutting off clients that the system has connected already.
 
         What waits in the socket's backlog would be reset by closing it, and uvicorn closes connections on which no request
         has come yet.
@@ -488,5 +476,5 @@ class DrainingServer(uvicorn.Server):
 
 
 def _expected(connection: object) -> bool:
-    """Whether a connection's first request, or the rest of its next one's headers, is on its way."""
+    """Return True if a connection's first request, or the rest of its next one's headers, is still to come."""
     return isinstance(connection, LimitedConnection) and connection.expected

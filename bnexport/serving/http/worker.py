@@ -28,7 +28,7 @@ PATIENCE = 10.0
 
 @dataclass(frozen=True)
 class Job:
-    """What one process of several is to do.
+    """Task of one process of several.
 
     Attributes:
         number: Which of them it is.
@@ -46,11 +46,7 @@ class Job:
 
 
 def main(line: Connection) -> None:
-    """Serve until the supervisor says so, or is gone.
-
-    Args:
-        line: To the supervisor. It sends the job; it gets the sentence to announce, STOPPING, or the error.
-    """
+    """Serve until the supervisor sends a signal, or is gone."""
     early: list[int] = []  # what waits for a process that is to stop before it serves is answered first
     signal.signal(signal.SIGTERM, lambda number, _frame: early.append(number))
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the supervisor's way to say at once
@@ -89,7 +85,7 @@ def _tell(line: Connection, what: str | Exception) -> None:
 
 
 def _leave_with(line: Connection, grace: float) -> None:
-    """A supervisor that was killed can't stop its processes: they stop as if it had, or end when it would have killed them."""
+    """Stop this process after its supervisor was killed: as if it had sent a signal, or at once after the grace."""
     try:
         line.recv()
     except (EOFError, OSError):

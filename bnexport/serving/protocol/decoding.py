@@ -30,17 +30,7 @@ _WORDS = {"f": "numbers", "i": "whole numbers", "u": "whole numbers", "b": "true
 
 
 def array_from_json(data: Any, spec: TensorSpec, shape: tuple[int, ...], *, booleans: bool = True) -> Array:
-    """JSON's data as an array.
-
-    Args:
-        data: A flat list in row-major order, or lists of lists as the shape says.
-        spec: The input; its shape was checked.
-        shape: Of this request.
-        booleans: Whether there may be true or false among the values; to look at the type of each takes long.
-
-    Raises:
-        RequestError: Other values, too many, too few, or values that the element type can't hold.
-    """
+    """Convert JSON's data to an array."""
     if type(data) is not list:
         raise RequestError(f"the data of input {spec.name!r} is no list", remedy="Send a list of values")
     count = math.prod(shape)
@@ -64,7 +54,7 @@ def array_from_json(data: Any, spec: TensorSpec, shape: tuple[int, ...], *, bool
 
 
 def _packed(numbers: list[Any]) -> Array:
-    """Numbers as float64, in a third of the time that ``np.array`` takes; what is no number is a ``struct.error``."""
+    """Return numbers as float64, in a third of ``np.array``'s time; other values raise ``struct.error``."""
     return np.frombuffer(struct.pack(f"{len(numbers)}d", *numbers), np.float64)
 
 
@@ -75,7 +65,7 @@ def _other_values(spec: TensorSpec, kind: str) -> RequestError:
 
 
 def _flattened(data: list[Any], spec: TensorSpec, shape: tuple[int, ...]) -> list[Any]:
-    """Values of nested lists; every level must have the length that the shape says."""
+    """Return the values of nested lists; every level must have the length in the shape."""
     level: list[Any] = [data]
     for size in shape:
         if any(type(item) is not list or len(item) != size for item in level):
@@ -88,26 +78,18 @@ def _flattened(data: list[Any], spec: TensorSpec, shape: tuple[int, ...]) -> lis
 
 
 def all_finite(array: Array) -> bool:
-    """Whether there is no NaN and no infinity; for one image in a third of the time of ``np.isfinite(array).all()``."""
+    """Return True without NaN and infinity; for one image in a third of the time of ``np.isfinite(array).all()``."""
     return array.dtype.kind != "f" or b"\0" not in np.isfinite(array).tobytes()
 
 
 def check_finite(array: Array, name: str) -> None:
-    """Refuse NaN and infinity.
-
-    Raises:
-        RequestError: There are some.
-    """
+    """Refuse NaN and infinity."""
     if not all_finite(array):
         raise RequestError(f"the data of input {name!r} holds NaN or infinity", remedy="Send finite numbers")
 
 
 def checked_flags(array: Array, name: str) -> Array:
-    """Bytes as booleans.
-
-    Raises:
-        RequestError: One is neither 0 nor 1.
-    """
+    """Return bytes as booleans."""
     if array.size and array.max() > 1:
         raise RequestError(f"the data of input {name!r} holds a byte that is neither 0 nor 1", remedy="Send 0 or 1")
     return array.view(np.bool_)
@@ -122,7 +104,7 @@ _SHAPES = "The model's metadata (v2/models/NAME) tells names, shapes and datatyp
 
 @dataclass(frozen=True, slots=True)
 class _Input:
-    """One input as the JSON describes it: where its data is."""
+    """One input as the JSON describes it, with the place of its data."""
 
     spec: TensorSpec
     shape: tuple[int, ...]
@@ -133,7 +115,7 @@ class _Input:
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """A request's JSON, understood."""
+    """The parsed JSON of a request."""
 
     inputs: tuple[_Input, ...]
     request: InferRequest  # without its inputs
@@ -160,15 +142,7 @@ class Decoder:
         self._plans: BoundedCache[bytes, _Plan] = BoundedCache(256)
 
     def decode(self, body: bytes, header_length: int | None = None) -> InferRequest:
-        """Decode one request.
-
-        Args:
-            body: JSON, and behind it the binary tensors, in the order of the inputs that have no JSON data.
-            header_length: Length of the JSON; None when all of it is JSON, 0 when all of it is the data of the one input.
-
-        Raises:
-            RequestError: What is wrong, and what would be right.
-        """
+        """Decode one request."""
         if header_length == 0:
             return self._raw(body)
         if header_length is None:
@@ -215,19 +189,7 @@ class Decoder:
         request_id: str = "",
         patience: float | None = None,
     ) -> InferRequest:
-        """Decode a request that a protocol without JSON brought.
-
-        Args:
-            body: Holds the tensors.
-            spans: Where each begins and how many bytes it has, in the order of the inputs.
-            describe: Gives what the JSON would say, without an id; each input with the parameter "binary_data_size".
-            key: What the description was made of, to be remembered by; empty when it must not be remembered.
-            request_id: The client's.
-            patience: Seconds that the client waits; None leaves it to the server.
-
-        Raises:
-            RequestError: What is wrong, and what would be right.
-        """
+        """Decode a request of a protocol without JSON."""
         plan = self._plans.get(key) if key else None
         if plan is None or [item.size for item in plan.inputs] != [size for _, size in spans]:
             plan = self._understood(describe())
@@ -245,11 +207,7 @@ class Decoder:
         return InferRequest(arrays, request.rows, request.outputs, _id({"id": request_id}), timeout)
 
     def check_count(self, count: int) -> None:
-        """Refuse more inputs than the model has, before anything is made of them.
-
-        Raises:
-            RequestError: There are more.
-        """
+        """Refuse more inputs than the model has, before they are parsed."""
         if count > len(self._specs):
             raise RequestError(f"the request has {count} inputs, the model takes {len(self._specs)}", remedy=_SHAPES)
 
@@ -266,7 +224,7 @@ class Decoder:
             self._plans[header] = plan
 
     def _raw(self, body: bytes) -> InferRequest:
-        """A body that is the data of the one input; the batch follows from its size (Triton, "Raw Binary Request")."""
+        """Decode the data of the one input; the batch follows from the size (Triton, "Raw Binary Request")."""
         spec = self.signature.inputs[0]
         sizes = [dim for dim in spec.shape[1:] if isinstance(dim, int)]
         if len(self._specs) != 1 or len(sizes) != len(spec.shape) - 1 or isinstance(spec.shape[0], int):
@@ -342,7 +300,7 @@ class Decoder:
         return _Input(spec, shape, math.prod(shape), size, None)
 
     def _checked_shape(self, spec: TensorSpec, shape: object) -> tuple[int, ...]:
-        """Numbers that fit; Python's do not overflow, and the data has to be as long as they say."""
+        """Return a shape that fits; Python's numbers do not overflow, and the data must have its length."""
         if not isinstance(shape, list) or any(type(dim) is not int or dim < 1 for dim in shape):
             raise RequestError(f"input {spec.name!r} has no shape of whole numbers from 1", remedy=_SHAPES)
         fits = len(shape) == len(spec.shape) and all(
@@ -399,11 +357,7 @@ class Decoder:
 
 
 def load_json(text: bytes, *, brackets: int) -> Any:
-    """Parse JSON; how many lists and objects it may build is counted before.
-
-    Raises:
-        RequestError: It is no JSON (NaN, Infinity and numbers too large for a float64 included), too deep, or too much.
-    """
+    """Parse JSON; its lists and objects are counted before."""
     if len(text) > brackets and text.count(b"[") + text.count(b"{") > brackets:
         raise RequestError(
             f"the JSON has more than {brackets} lists and objects",
@@ -417,7 +371,7 @@ def load_json(text: bytes, *, brackets: int) -> Any:
 
 
 def _may_hold_booleans(text: bytes) -> bool:
-    """Whether the words stand anywhere in JSON; one letter is found in a fiftieth of the time that a word takes."""
+    """Return True if true or false may occur; one letter is found in a fiftieth of the time of a word."""
     return (b"r" in text and b"true" in text) or (b"l" in text and b"false" in text)
 
 
@@ -430,7 +384,7 @@ def _from_bytes(body: bytes, start: int, item: _Input) -> Array:
 
 
 def _check_together(signature: Signature, arrays: Mapping[str, Array]) -> None:
-    """Named dimensions have one size in all inputs."""
+    """Refuse named dimensions with different sizes in different inputs."""
     try:
         check_feeds(signature, arrays)
     except FeedError as error:
@@ -461,7 +415,7 @@ def _id(value: Mapping[str, Any]) -> str:
 
 
 def _timeout(parameters: Mapping[str, Any]) -> float | None:
-    """Microseconds, as Triton has them."""
+    """Return the seconds of a timeout, which the protocol has in microseconds."""
     found = parameters.get("timeout")
     if found is None or found == 0:
         return None

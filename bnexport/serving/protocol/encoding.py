@@ -22,16 +22,7 @@ from bnexport.tensors import Array
 def answer(
     arrays: Mapping[str, Array], wanted: Sequence[RequestedOutput], labels: Sequence[str] | None
 ) -> tuple[OutputTensor, ...]:
-    """The outputs that a client asked for.
-
-    Args:
-        arrays: Output name -> (n, ...), all outputs of the model.
-        wanted: In the client's order.
-        labels: Class names in the order of the scores, if the model has some.
-
-    Raises:
-        RequestError: The model's answer to these inputs is not finite.
-    """
+    """Return the outputs that a client requested."""
     tensors = []
     for want in wanted:
         array = arrays[want.name]
@@ -49,12 +40,7 @@ def answer(
 
 
 def classify(scores: Array, count: int, labels: Sequence[str] | None) -> tuple[list[str], tuple[int, ...]]:
-    """The best classes of each sample as texts "score:index:label" (Triton, "Classification Extension").
-
-    Args:
-        scores: (n, classes).
-        count: How many per sample; as many as there are classes if that is less.
-        labels: Class names; without them the texts are "score:index".
+    """Return the best classes of each sample as texts "score:index:label" (Triton, "Classification Extension").
 
     Returns:
         The texts, row by row, and their shape (n, count).
@@ -75,7 +61,7 @@ _heads: BoundedCache[tuple[Any, ...], bytes] = BoundedCache(256)
 
 
 def encode_response(response: InferResponse) -> tuple[bytes, int | None]:
-    """The body of an answer.
+    """Return the body of an answer.
 
     Returns:
         The body, and the length of the JSON at its start; None when all of it is JSON.
@@ -101,7 +87,7 @@ def encode_response(response: InferResponse) -> tuple[bytes, int | None]:
 
 
 def _key(response: InferResponse) -> tuple[Any, ...] | None:
-    """All that the JSON before binary tensors depends on; None where it holds data or a client's id."""
+    """Return everything that the JSON before binary tensors depends on; None if it contains data or a client's id."""
     if response.id:
         return None
     parts: list[Any] = [response.model, response.version]
@@ -113,7 +99,7 @@ def _key(response: InferResponse) -> tuple[Any, ...] | None:
 
 
 def _described(tensor: OutputTensor, chunks: list[bytes]) -> dict[str, Any]:
-    """One output's JSON; the bytes of a binary one go to ``chunks``."""
+    """Return one output's JSON; the bytes of a binary one go to ``chunks``."""
     described: dict[str, Any] = {"name": tensor.name, "datatype": tensor.datatype, "shape": tensor.shape}
     if tensor.binary:
         chunk = binary_texts(cast(list[str], tensor.data)) if tensor.datatype == BYTES else tensor.data.tobytes()  # type: ignore[union-attr]
@@ -127,6 +113,6 @@ def _described(tensor: OutputTensor, chunks: list[bytes]) -> dict[str, Any]:
 
 
 def binary_texts(texts: list[str]) -> bytes:
-    """Texts as the protocol packs them: the length of each in four bytes, little-endian, then its UTF-8."""
+    """Pack texts as the protocol does: the length of each in four bytes, little-endian, then its UTF-8."""
     encoded = [text.encode() for text in texts]
     return b"".join(part for text in encoded for part in (struct.pack("<I", len(text)), text))

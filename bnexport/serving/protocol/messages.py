@@ -18,7 +18,7 @@ BYTES = "BYTES"
 
 
 class RequestedOutput(NamedTuple):
-    """One output that a client asks for.
+    """One output that a client requests.
 
     Attributes:
         name: Of the model's output.
@@ -86,7 +86,7 @@ class InferResponse(NamedTuple):
 
 
 def status_of(error: BnexportError) -> int:
-    """The HTTP status of an error of the tree; other protocols translate it."""
+    """Return the HTTP status of an error; other protocols translate it."""
     if isinstance(error, RequestError | NotServing):
         return error.status
     if isinstance(error, MissingDependency):
@@ -96,10 +96,10 @@ def status_of(error: BnexportError) -> int:
 
 
 def sentence_of(error: BnexportError) -> str:
-    """What is wrong and what to do, without characters that would steer a terminal."""
+    """Return fact and remedy, without characters that would steer a terminal."""
     return printable(str(error))
 
 
 def printable(text: str) -> str:
-    """A text without characters that would steer a terminal, or that are no UTF-8."""
+    """Replace characters that would steer a terminal, or that are not UTF-8."""
     return "".join(char if char.isprintable() else "?" for char in text)
