@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from bnexport.bundle import MANIFEST, Bundle
 from bnexport.data.datasets import dataset_labels, load_test_images
-from bnexport.data.images import prepared
+from bnexport.data.prepare import prepared
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.environment import environment
 from bnexport.errors import DataError, UsageError

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bnexport.data.images import prepared
+from bnexport.data.prepare import prepared
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import DataError, ModelError, RuntimeUnavailable, UsageError
 from bnexport.nn.calling import place_of

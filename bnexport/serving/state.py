@@ -1,4 +1,4 @@
-"""What all requests of a server share, whichever door they come in by."""
+"""State that all requests of a server share, over HTTP and gRPC alike."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class ServerState:
     Attributes:
         memory: Counts what requests hold.
         draining: Whether the server is about to stop.
-        active: Requests that are being answered, of all doors.
+        active: Requests in progress, over HTTP and gRPC.
         last_work: When the last request came that was no probe, by ``time.monotonic``.
         requests: (route, status) -> requests over HTTP.
         calls: (method, code) -> calls over gRPC.

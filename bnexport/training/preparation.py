@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from bnexport.data.datasets import Dataset, load_dataset
-from bnexport.data.images import prepared
+from bnexport.data.prepare import prepared
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.environment import cpu_name
 from bnexport.errors import ModelError, RuntimeUnavailable, UsageError

@@ -193,7 +193,7 @@ def _images(manifest: Manifest, data_dir: str | Path | None, limit: int) -> tupl
         return None, None, f"no real images: the bundle does not say how an image of {name} becomes an input"
     from bnexport.data.catalogue import folder_of, is_dataset
     from bnexport.data.datasets import dataset_labels, load_test_images
-    from bnexport.data.images import prepared
+    from bnexport.data.prepare import prepared
     from bnexport.data.preprocessing import Preprocessing
 
     if not is_dataset(name):

@@ -1,4 +1,4 @@
-"""The gRPC door on a server in a process of its own: answers, health, tokens, TLS, counters, log lines."""
+"""The gRPC server in a separate process: answers, health, tokens, TLS, counters, log lines."""
 
 from __future__ import annotations
 

@@ -182,7 +182,7 @@ def _model_named(request: Any) -> str:
 _SERVICE = f"/{INFERENCE}.GRPCInferenceService/"
 INFER, STREAM = f"{_SERVICE}ModelInfer", f"{_SERVICE}ModelStreamInfer"
 WATCH = f"/{HEALTH}.Health/Watch"
-#: Path -> method. The two that stream, STREAM and WATCH, are the door's.
+#: Path -> method. The server itself handles the two that stream, STREAM and WATCH.
 METHODS: dict[str, Method] = {
     INFER: Method("", infer),
     f"{_SERVICE}ServerLive": Method("ServerLiveRequest", server_live, probe=True),

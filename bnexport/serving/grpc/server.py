@@ -28,7 +28,7 @@ from bnexport.validation.limits import shown
 _MOST_WATCHERS = 256
 #: Milliseconds after which a connection without calls is closed; clients open another one by themselves.
 _IDLE_MS = 300_000
-#: Seconds without a call that is refused after which a door that closes is shut, and seconds after which it is in any case.
+#: A closing server is shut after this many seconds without a refused call, and after the second number in any case.
 _SILENCE, _FAREWELL = 0.5, 1.5
 
 

@@ -34,7 +34,7 @@ from bnexport.serving.statistics import Share
 if TYPE_CHECKING:
     from bnexport.serving.grpc.server import GrpcServer
 
-#: Files that a process opens beside its connections: libraries, models, the door of gRPC.
+#: Files that a process opens in addition to its connections: libraries, models, gRPC.
 _OTHER_FILES = 256
 
 
@@ -49,7 +49,7 @@ class ServerSettings:
     Attributes:
         host: Address to bind.
         port: 0 takes a free one.
-        grpc_port: Of the gRPC door; 0 takes a free one, None opens none.
+        grpc_port: Port of the gRPC server; 0 takes a free one, None opens none.
         reuse_port: Whether other servers share the port; the system spreads the connections among them.
         grace: Seconds from SIGTERM until what is still not answered is given up.
         poll: Seconds between looks for new versions; None looks never.
