@@ -19,11 +19,11 @@ class Field(NamedTuple):
     """One field of a message.
 
     Attributes:
-        number: Which one.
+        number: Number of the field.
         wire: VARINT, FIXED64, BYTES or FIXED32.
         value: The number of a VARINT, else 0.
-        start: Where its bytes start.
-        end: Where they end.
+        start: Start of its bytes.
+        end: End of its bytes.
     """
 
     number: int

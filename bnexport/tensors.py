@@ -53,7 +53,7 @@ class TensorSpec:
     """One input or output.
 
     Attributes:
-        name: As in the exported file: "input", "logits".
+        name: Name in the exported file: "input", "logits".
         dtype: numpy's name of the element type, one of DTYPES.
         shape: Batch first; a name stands for a dimension that varies: ``("batch", 1, 28, 28)``.
         smallest: Name of a dimension of ``shape`` -> the smallest size at which the model is what the network is. Engines

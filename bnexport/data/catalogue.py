@@ -19,15 +19,15 @@ class Dataset:
     """A data set.
 
     Attributes:
-        name: Its row in DATASETS, or ``folder:PATH``.
+        name: Name of its row in DATASETS, or ``folder:PATH``.
         train_images: uint8 (n, 28, 28) of a row of DATASETS; of a folder (n, channels, height, width), a read-only map of
             a file, so that a set larger than memory can be used: take batches of it. ``data.prepare.prepared`` makes
             both (n, channels, height, width).
         train_labels: int64 (n,).
-        test_images: As ``train_images``.
+        test_images: Like ``train_images``.
         test_labels: int64 (n,).
         labels: Class names in the order of the labels.
-        origin: Where it came from, in words.
+        origin: Its origin, in words.
     """
 
     name: str
@@ -58,8 +58,8 @@ class DatasetInfo:
     """A row of DATASETS.
 
     Attributes:
-        name: As on the command line.
-        title: As people write it.
+        name: Name on the command line.
+        title: Name in sentences.
         labels: Class names in the order of the labels.
         folder: The folder below a root of data sets, with ``raw/`` inside (torchvision's layout); "" for the embedded
         set.

@@ -12,7 +12,7 @@ from bnexport.data import digits
 from bnexport.data.catalogue import DATASETS, Dataset, DatasetInfo, Images, Labels, dataset_info, folder_of
 from bnexport.data.decoded import PictureProgress
 from bnexport.data.folder import Part, folder_labels, load_folder, load_folder_part
-from bnexport.data.idx import read_idx
+from bnexport.data.images import read_idx
 from bnexport.data.locate import DATA_VARIABLE, DownloadProgress, locate
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import DataError, UsageError
@@ -53,7 +53,7 @@ def load_dataset(
         name: A row of DATASETS, or ``folder:PATH``.
         data_dir: A root: it holds ``FashionMNIST/raw/*.gz`` (or the unpacked files). For ``folder:PATH``: where the
             folder is now, instead of PATH.
-        download: Whether to fetch files that are found nowhere.
+        download: Fetch files that are found nowhere.
         progress: Called with a file's name, the bytes so far and the bytes in all (None when unknown).
         preprocessing: Of the model: a folder's pictures are decoded to its size and channels. The others come as they
             are, for ``data.prepare.prepared``.

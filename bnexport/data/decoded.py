@@ -46,10 +46,10 @@ class PictureFile(NamedTuple):
     """One picture.
 
     Attributes:
-        name: Its path below the folder, with "/".
+        name: Path below the folder, with "/".
         label: The number of its class.
         size: In bytes.
-        mtime_ns: When it was changed last.
+        mtime_ns: Time of its last change.
     """
 
     name: str
@@ -67,7 +67,7 @@ class PictureSet:
         part: "train" or "test".
         files: In the order of the result.
         preprocessing: Size and channels of the result.
-        on_bad: Whether a picture that can't be read stops everything or is left out.
+        on_bad: "stop" or "skip" at a picture that can't be read.
     """
 
     root: Path
@@ -97,7 +97,7 @@ class Decoded:
 
     Attributes:
         images: uint8 (n, channels, height, width), a read-only map of a file.
-        files: Those of the pictures that are in ``images``.
+        files: The pictures in ``images``.
         skipped: Name and reason of each picture that is not.
     """
 

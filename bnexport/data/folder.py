@@ -255,10 +255,10 @@ def load_folder(
 
     Args:
         path: The folder.
-        preprocessing: Of the model: size and channels (1 or 3).
-        seed: Of the split, where a share is held out.
-        holdout: That share.
-        cache_dir: Where the decoded pictures are kept; default: the user's cache.
+        preprocessing: The model's preprocessing: size and channels (1 or 3).
+        seed: Seed of the split, if a share is held out.
+        holdout: Share to hold out.
+        cache_dir: Folder for the decoded pictures; default: the user's cache.
         progress: Called with the pictures decoded so far and in all, for each part.
         on_bad: "skip" leaves out pictures that can't be read, and ``origin`` says how many.
 

@@ -72,7 +72,7 @@ class Located:
 
     Attributes:
         paths: In the order they were asked for; packed or unpacked.
-        origin: Where they came from, in words.
+        origin: Their origin, in words.
     """
 
     paths: tuple[Path, ...]

@@ -18,7 +18,7 @@ def prepared(images: Images, preprocessing: Preprocessing) -> Images:
 
     Args:
         images: uint8 (n, H, W), or (n, C, H, W) with 1 or 3 channels.
-        preprocessing: Of the model: size and channels.
+        preprocessing: The model's preprocessing: size and channels.
 
     Returns:
         uint8 (n, channels, height, width). Where nothing is to do it is a view of the images.

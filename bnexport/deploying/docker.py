@@ -34,7 +34,7 @@ def deploy_docker(
     """Write a build context: Dockerfile, compose.yaml, and the bundle in a model repository that both servers read.
 
     Args:
-        bundle: Its hashes are checked first.
+        bundle: The bundle; its hashes are checked first.
         out: The folder.
         request: Name (of the compose project), release and device of Triton.
         wheel: A wheel of bnexport to install; None: this version from pip's package index.

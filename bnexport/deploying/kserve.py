@@ -28,11 +28,11 @@ def deploy_kserve(
     """Write ``inference_service.yaml`` and the repository to upload.
 
     Args:
-        bundle: Its hashes are checked first.
+        bundle: The bundle; its hashes are checked first.
         out: The folder.
         request: Name, release, device.
         scaling: Storage and autoscaling.
-        namespace: Of the service; None: the one that kubectl uses.
+        namespace: Namespace of the service; None: kubectl's.
 
     Raises:
         BundleError: The bundle is not as it was written.

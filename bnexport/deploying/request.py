@@ -51,11 +51,11 @@ class Scaling:
     """Autoscaling of an InferenceService.
 
     Attributes:
-        storage_uri: Where the model repository's root is uploaded to: "s3://bucket/models".
-        min_replicas: At least so many pods; 0 lets it sleep, which needs Knative.
-        max_replicas: At most so many.
+        storage_uri: Upload address of the model repository's root: "s3://bucket/models".
+        min_replicas: Smallest number of pods; 0 lets the service sleep, which needs Knative.
+        max_replicas: Largest number of pods.
         metric: One of SCALE_METRICS. Knative scales by concurrency and rps, a standard deployment by cpu and memory.
-        target: Of the metric per pod: requests at once, requests per second, percent of the CPU or of the memory asked for.
+        target: Target of the metric per pod: concurrent requests, requests per second, percent of the requested CPU or memory.
     """
 
     storage_uri: str
@@ -94,7 +94,7 @@ class NameRule(NamedTuple):
     Attributes:
         pattern: Regular expression of the whole name.
         longest: Characters.
-        joint: What a suggestion puts in the place of a character that is not allowed.
+        joint: Replacement in a suggestion for a character that is not allowed.
         words: The rule as people read it.
     """
 
@@ -145,7 +145,7 @@ class Deployment:
     Attributes:
         path: The folder.
         files: Inside it, as sorted POSIX paths.
-        next_steps: What to do with it, one command or sentence each.
+        next_steps: Next steps for the user, one command or sentence each.
     """
 
     path: Path

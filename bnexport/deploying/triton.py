@@ -22,7 +22,7 @@ def deploy_triton(bundle: Bundle, out: Path, request: DeployRequest = DeployRequ
     """Write a model repository that a release of Triton loads.
 
     Args:
-        bundle: Its hashes are checked first.
+        bundle: The bundle; its hashes are checked first.
         out: The repository's root.
         request: Name, release, device.
 

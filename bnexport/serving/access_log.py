@@ -28,7 +28,7 @@ class JsonLog:
 
     Args:
         stream: Text; standard error of the process.
-        access: Whether each request gets a line, too.
+        access: Write a line for each request, too.
         process: Number of this process among several that write there; stands in each of its lines.
     """
 

@@ -101,9 +101,9 @@ class Batcher:
 
     Args:
         runners: Open; each runs one batch at a time.
-        cost: What a batch takes on one of them.
-        limits: Of the queue and the batches.
-        batches: Whether samples of several requests may run together (``Signature.batched``).
+        cost: Cost of a batch on one of them.
+        limits: Limits of the queue and the batches.
+        batches: Run samples of several requests together (``Signature.batched``).
     """
 
     def __init__(self, runners: Sequence[Runner], cost: Cost, limits: BatchLimits, *, batches: bool = True) -> None:

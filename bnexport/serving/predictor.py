@@ -26,11 +26,11 @@ class Prediction:
     """Answer for one image.
 
     Attributes:
-        image: Where it came from, with [index] in a file of several.
+        image: Its file, with [index] in a file of several.
         index: Class with the largest logit.
         label: Its name; the index as text when the bundle has no labels.
         probability: Softmax of the logits at that class.
-        logits: As the model gave them, one per class.
+        logits: The model's logits, one per class.
     """
 
     image: str

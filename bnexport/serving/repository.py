@@ -35,11 +35,11 @@ class Version:
     """One version of a model.
 
     Attributes:
-        path: Its bundle.
-        seen: What its files looked like when it was loaded; another value means that it changed.
+        path: Folder of its bundle.
+        seen: State of its files when it was loaded; another value means that it changed.
         served: The open model; None while there is none.
         reason: Why there is none, or why what lies on disk now is not what is served.
-        missed: How often in a row it was not on disk; a folder that is being replaced is missing for a moment.
+        missed: Consecutive looks without it on disk; a folder that is being replaced is missing for a moment.
     """
 
     path: Path
@@ -60,7 +60,7 @@ class Repository:
 
     Args:
         path: A bundle, or a folder of models: NAME/VERSION/manifest.json.
-        settings: How models are opened.
+        settings: Options for opening models.
         log: Called with an event's name and its fields.
     """
 

@@ -48,8 +48,8 @@ class ServingSettings:
         runtime: A name from ``runtimes.catalogue.RUNNERS``.
         workers: Sessions per model, each with one thread; None measures how many are worth it.
         max_batch: Samples of a batch that is made of several requests.
-        limits: What one request may ask for.
-        processes: How many processes serve the same models on this machine, and share its cores.
+        limits: Limits of one request.
+        processes: Number of processes that serve the same models on this machine, and share its cores.
     """
 
     runtime: str = DEFAULT_RUNTIME
@@ -64,14 +64,14 @@ class ServedModel:
     """A model that answers requests. Made by ``open_served``.
 
     Attributes:
-        name: As in URLs.
-        version: As in URLs.
-        bundle: What it was opened from.
-        spec: Of its runtime.
+        name: Name in URLs.
+        version: Version in URLs.
+        bundle: Its bundle.
+        spec: Row of its runtime.
         batcher: The queue before its sessions.
-        replay: What its golden vectors showed; the worst session's.
-        decoder: Of requests to it.
-        preprocessing: From pictures to its input; None where it is no image classifier.
+        replay: Result of the golden vectors; the worst session's.
+        decoder: Decoder of its requests.
+        preprocessing: Preprocessing of pictures; None if it is not an image classifier.
     """
 
     name: str

@@ -24,9 +24,9 @@ class AppSettings:
     """Permissions and limits of clients.
 
     Attributes:
-        limits: Of one request.
-        token: What clients must show as a bearer token, but for the health probes; None lets everybody in.
-        allow_load: Whether models may be loaded and unloaded by request.
+        limits: Limits of one request.
+        token: Bearer token that clients must send, except to health probes; None requires none.
+        allow_load: Allow requests to load and unload models.
     """
 
     limits: ServingLimits = field(default_factory=ServingLimits)
@@ -72,7 +72,7 @@ class Answer(NamedTuple):
         client: The client's address.
         method: HTTP's, or "gRPC".
         status: HTTP's, or the name of gRPC's code.
-        ns: Nanoseconds from the request to it.
+        ns: Nanoseconds from the request to the answer.
         size: Bytes of its body.
         trace: The client's ``traceparent``, or "".
     """
@@ -90,15 +90,15 @@ class ServerState:
 
     Args:
         repository: Loaded.
-        settings: What clients may do.
-        log: Of requests and events.
-        share: Where this process's counters are kept for the others; None where it serves alone.
+        settings: Permissions and limits of clients.
+        log: Log of requests and events.
+        share: Publishes this process's counters to the others; None if it serves alone.
 
     Attributes:
-        memory: Counts what requests hold.
-        draining: Whether the server is about to stop.
+        memory: Counts the bytes that requests hold.
+        draining: True if the server is about to stop.
         active: Requests in progress, over HTTP and gRPC.
-        last_work: When the last request came that was no probe, by ``time.monotonic``.
+        last_work: Time of the last request that was not a probe, by ``time.monotonic``.
         requests: (route, status) -> requests over HTTP.
         calls: (method, code) -> calls over gRPC.
         calls_active: Calls over gRPC that are being answered.

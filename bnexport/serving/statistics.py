@@ -73,7 +73,7 @@ class ModelStatistics:
 
     Attributes:
         success: Whole requests, from their last byte to their answer.
-        fail: The same of those that failed.
+        fail: Failed requests, likewise.
         queue: Time in the queue.
         infer: Time of the engine, shared out among the requests of a batch.
         rows: Samples.
@@ -196,7 +196,7 @@ class Records:
     killed in the middle of a write. The memory has no name: nothing is left of it when the last process ends.
 
     Args:
-        descriptor: Of the memory, made by ``new_memory`` in the process that starts the others.
+        descriptor: Descriptor of the memory, made by ``new_memory`` in the process that starts the others.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -262,10 +262,10 @@ class ModelTotals:
     """Totals of one version of one model.
 
     Attributes:
-        ready: Whether it answers, in every process that knows it; None where none does.
+        ready: True if it answers in every process that has it; None if no process has it.
         waiting: Requests in its queues.
-        sessions: Of the engine.
-        statistics: Its counters; None where it is not served.
+        sessions: Number of the engine's sessions.
+        statistics: Its counters; None if it is not served.
     """
 
     ready: bool | None
@@ -364,9 +364,9 @@ class Share:
     of a second may be missing.
 
     Args:
-        records: Of all processes.
+        records: Records of all processes.
         slot: This process's number.
-        slots: How many there are.
+        slots: Number of processes.
     """
 
     def __init__(self, records: Records, slot: int, slots: int) -> None:

@@ -86,10 +86,10 @@ class ArchiveKind:
     """A row of ARCHIVES.
 
     Attributes:
-        title: What the file should be, with its article.
-        error: What is raised.
-        remedy: What to do about it.
-        inflated: Row of LIMITS for what may be unpacked in all.
+        title: Name of the kind of file, with its article.
+        error: Class of the raised error.
+        remedy: Second sentence of the error.
+        inflated: Row of LIMITS for the unpacked bytes in all.
         check: Looks at the contents.
     """
 

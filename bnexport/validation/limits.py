@@ -16,7 +16,7 @@ class Limit(NamedTuple):
 
     Attributes:
         value: The largest number that passes.
-        what: What is counted.
+        what: Counted thing.
         reason: Why this number.
     """
 

@@ -19,8 +19,8 @@ class Known(NamedTuple):
     """A field of a message.
 
     Attributes:
-        wire: How it is written; a repeated number may also be packed into BYTES.
-        many: Whether it may be there more than once.
+        wire: Wire type; a repeated number may also be packed into BYTES.
+        many: True for a repeated field.
         message: Name of the message inside; "" for a plain value.
     """
 
@@ -90,9 +90,9 @@ class Element(NamedTuple):
     """A row of ELEMENTS.
 
     Attributes:
-        bits: Of one element in ``raw_data``; 0 where it can't be there.
+        bits: Bits of one element in ``raw_data``; 0 if it can't be there.
         field: Number of the field that holds it otherwise.
-        entries: How many entries of that field hold ``elements``.
+        entries: Number of entries of that field that hold ``elements``.
         elements: See ``entries``.
     """
 
@@ -164,8 +164,8 @@ class Outside:
     """Rules for data in other files.
 
     Attributes:
-        folder: Where they lie; None: the model has no folder of its own, so its reader will refuse them.
-        refused: Whether none is allowed at all.
+        folder: Folder of the files; None: the model has no folder, so its reader will refuse them.
+        refused: True if no such file is allowed.
     """
 
     folder: Path | None
@@ -300,8 +300,8 @@ def validate_onnx(content: bytes, *, folder: Path | None = None, inside: bool = 
 
     Args:
         content: The file.
-        folder: Where data files of the model may lie; each one named must be a plain file in it, and long enough.
-        inside: Whether to refuse a model that keeps data in other files at all.
+        folder: Folder for data files of the model; each named one must be a plain file in it, and long enough.
+        inside: Refuse any model that keeps data in other files.
 
     Raises:
         Refusal: Why.

@@ -205,9 +205,9 @@ class Made:
     """A container or object; only its depth is kept, its items if a tensor may be rebuilt from them.
 
     Attributes:
-        items: Of a tuple; empty for anything else.
+        items: Items of a tuple; empty for anything else.
         depth: Levels of containers, itself included.
-        used: Whether it lies inside another one: from then on it must not grow, or it could come to hold itself.
+        used: True once it lies inside another one: from then on it must not grow, or it could contain itself.
     """
 
     __slots__ = ("depth", "items", "used")

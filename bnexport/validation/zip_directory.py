@@ -32,13 +32,13 @@ class Entry:
     """One file of an archive.
 
     Attributes:
-        name: As written, UTF-8.
+        name: Name as written, UTF-8.
         method: STORED or DEFLATED.
-        crc: Of the unpacked bytes.
+        crc: CRC-32 of the unpacked bytes.
         packed: Bytes in the archive.
         size: Bytes unpacked.
-        header: Where its local header starts.
-        start: Where its bytes start.
+        header: Start of its local header.
+        start: Start of its bytes.
     """
 
     name: str

@@ -39,9 +39,9 @@ class Job:
     Attributes:
         bundle: Directory of the bundle.
         out: The folder of predictions.
-        request: How.
+        request: Options.
         shards: All of them, in order.
-        description: What _job.json holds.
+        description: Content of _job.json.
     """
 
     bundle: str

@@ -40,7 +40,7 @@ def side_by_side(bundle: Bundle, images: Path, *, workers: int, repeats: int = 5
     """Return a table in Markdown, with its conditions.
 
     Args:
-        bundle: Of a model that takes grey images as pixel / 255.
+        bundle: Bundle of a model that takes grey images as pixel / 255.
         images: A .npy file of uint8 (n, height, width), of the model's size.
         workers: Processes on both sides.
         repeats: Pairs of runs.

@@ -42,7 +42,7 @@ class ShardWorker:
     """Predicts and writes shards with one session of one thread.
 
     Args:
-        job: What is to be done; its shards are not looked at. Whoever starts workers has checked the bundle's hashes.
+        job: The job; its shards are not used. The caller has checked the bundle's hashes.
     """
 
     def __init__(self, job: Job) -> None:
@@ -186,7 +186,7 @@ class ShardActor:
 
     Args:
         job: Pickled, without its shards.
-        folder: Where the user is, which relative paths start from; Ray's processes are where Ray was started.
+        folder: The user's working directory, for relative paths; Ray's processes run where Ray was started.
     """
 
     def __init__(self, job: bytes, folder: str) -> None:
@@ -271,8 +271,8 @@ class BulkResult:
         out: The folder of predictions.
         rows: In all files together.
         shards: Files.
-        resumed_rows: Of these, rows that an earlier run had written.
-        seconds: Of this run, from the first worker's start.
+        resumed_rows: Rows among them that an earlier run had written.
+        seconds: Duration of this run, from the first worker's start.
     """
 
     out: str
@@ -305,7 +305,7 @@ def predict_in_bulk(
         sources: Folders and files.
         out: A new folder, or one that the same job has begun.
         engine: A key of ENGINES.
-        request: How.
+        request: Options.
         progress: Listener.
 
     Raises:

@@ -16,8 +16,8 @@ class BulkRequest:
     """Options of a bulk prediction.
 
     Attributes:
-        column: Of Parquet files, and name of the array in .npz files: where the images are.
-        id_column: Of Parquet files: where the rows' ids are; None: file name and row number.
+        column: Column of the images in Parquet files, and name of the array in .npz files.
+        id_column: Column of the rows' ids in Parquet files; None: file name and row number.
         logits: Write the raw logits beside the probabilities.
         runtime: A name from ``runtimes.catalogue.RUNNERS``.
         batch_size: Images per call of the engine.

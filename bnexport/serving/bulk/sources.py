@@ -34,7 +34,7 @@ class NpzStream:
     """One array of an .npz file, read in turn and never as a whole: memory stays that of a batch.
 
     Args:
-        path: Of the file.
+        path: The file.
         column: Name of the array, where there are several.
 
     Attributes:
@@ -127,11 +127,11 @@ class Shard:
     """Rows that one worker predicts and writes as one file.
 
     Attributes:
-        number: Of its file, from 0.
+        number: Number of its file, from 0.
         kind: A key of SOURCES.
-        path: Of the folder or file.
+        path: The folder or file.
         start: Number of its first row in the file.
-        rows: How many.
+        rows: Number of rows.
         parts: Names of the pictures below the folder, or numbers of the row groups.
         stat: Size and time of the file when the shards were cut; of pictures, a digest of theirs.
     """
@@ -157,7 +157,7 @@ class ShardPlan(NamedTuple):
     """The shards of one source, which is not read yet.
 
     Attributes:
-        shards: Its rows in order; numbered from 0.
+        shards: Shards in the order of the rows, numbered from 0.
         fingerprint: Changes when the source does: sizes and times of its files, not their content.
     """
 

@@ -45,9 +45,9 @@ class Call:
         path: "/package.Service/Method".
         context: gRPC's.
         metadata: Lower-case name -> value, of those that are text.
-        id: Of the request, the client's or ours.
+        id: Id of the request, the client's or a new one.
         message_id: The id in its message; "" until that is known.
-        model: That answers it, once it is known.
+        model: The answering model, once it is known.
         rows: Samples, once they are known.
         bytes_in: Bytes of the message.
     """

@@ -48,7 +48,7 @@ class Split(NamedTuple):
     Attributes:
         header: The message without the other two.
         id: The request's.
-        raw: Where each raw tensor begins in the message, and its bytes.
+        raw: Start of each raw tensor in the message, and its bytes.
     """
 
     header: bytes

@@ -76,7 +76,7 @@ class Method(NamedTuple):
     Attributes:
         request: Name of the request's message; "" for a handler that takes the bytes as they came.
         handler: Answers.
-        probe: Whether it is a probe of a supervisor: open without a token, and no work that a stop waits for.
+        probe: A supervisor's probe: open without a token, and a stop does not wait for it.
     """
 
     request: str

@@ -39,7 +39,7 @@ class GrpcSettings:
     Attributes:
         host: Address to bind.
         port: 0 takes a free one.
-        reuse_port: Whether several processes share the port.
+        reuse_port: Share the port among several processes.
         tls: Files of the certificate and of its key.
     """
 
@@ -53,8 +53,8 @@ class GrpcServer(grpc.GenericRpcHandler):  # type: ignore[misc]
     """The protocol's service and gRPC's health service, on the running event loop.
 
     Args:
-        state: What all requests of the server share.
-        settings: Where.
+        state: State that all requests share.
+        settings: Address.
     """
 
     def __init__(self, state: ServerState, settings: GrpcSettings) -> None:

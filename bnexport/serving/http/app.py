@@ -22,7 +22,7 @@ class App:
     """An ASGI application (version 3.0) that serves a repository.
 
     Args:
-        state: What its requests share.
+        state: State that its requests share.
     """
 
     def __init__(self, state: State) -> None:

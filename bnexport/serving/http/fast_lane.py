@@ -40,11 +40,11 @@ class Line(Protocol):
 
     Attributes:
         parser: httptools'.
-        url: As the request has it.
-        headers: Of the request that is being read.
+        url: URL in the request.
+        headers: Headers of the request that is being read.
         client: Address and port.
         transport: asyncio's.
-        known_head: Of the last request that was taken.
+        known_head: Head of the last request that was taken.
     """
 
     parser: Any
@@ -62,7 +62,7 @@ class FastLane:
     """Decides which requests are short, and how they are answered.
 
     Args:
-        app: Whose state, log and counters they share.
+        app: Application with the shared state, log and counters.
     """
 
     def __init__(self, app: App) -> None:
@@ -135,10 +135,10 @@ class FastCall(Exchange):
     """One request: the part that uvicorn reads of it, and the batcher's Waiter.
 
     Attributes:
-        body: What has come of it.
-        keep_alive: Whether the connection stays; uvicorn clears it when it stops.
-        disconnected: Whether the client went away.
-        response_started: Whether the answer was written.
+        body: Received part of the body.
+        keep_alive: Keep the connection open afterwards; uvicorn clears it when it stops.
+        disconnected: True if the client disconnected.
+        response_started: True if the answer was written.
         response_complete: The same: it is written at once.
     """
 

@@ -27,9 +27,9 @@ class Reply:
 
     Attributes:
         status: HTTP's.
-        body: Whole.
+        body: The whole body.
         content_type: Its media type.
-        headers: Beside those of every answer.
+        headers: Headers in addition to those of every answer.
     """
 
     status: int

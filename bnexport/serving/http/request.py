@@ -47,7 +47,7 @@ class Intake:
     """Reads bodies.
 
     Args:
-        limits: Of one body.
+        limits: Limits of one body.
         memory: Counts those that are held.
     """
 
@@ -186,12 +186,12 @@ class Exchange:
         path: Unquoted.
         headers: Lower-case name -> value.
         receive: ASGI's.
-        id: Of the request, the client's or ours.
-        model: That answers it, once it is known.
+        id: Id of the request, the client's or a new one.
+        model: The answering model, once it is known.
         rows: Samples, once they are known.
-        read: Whether the body was read to its end.
+        read: True if the body was read to its end.
         bytes_in: Bytes of the body.
-        arrived_ns: When the last part of the body came; 0 before.
+        arrived_ns: Time of the last part of the body; 0 before.
     """
 
     __slots__ = ("arrived_ns", "bytes_in", "headers", "id", "method", "model", "path", "read", "receive", "rows")
@@ -210,9 +210,9 @@ class State(ServerState):
 
     Args:
         repository: Loaded.
-        settings: What clients may do.
-        log: Of requests and events.
-        share: Where this process's counters are kept for the others; None where it serves alone.
+        settings: Permissions and limits of clients.
+        log: Log of requests and events.
+        share: Publishes this process's counters to the others; None if it serves alone.
 
     Attributes:
         intake: Reads bodies.

@@ -35,7 +35,7 @@ class Route(NamedTuple):
         method: HTTP's.
         pattern: Segments of the path; {..} takes any one segment, and what stands in [..] may be missing.
         handler: (state, exchange, *captured segments) -> reply.
-        probe: Whether it is a probe of a supervisor: open without a token, and no work that a stop waits for.
+        probe: A supervisor's probe: open without a token, and a stop does not wait for it.
     """
 
     method: str

@@ -50,15 +50,15 @@ class ServerSettings:
         host: Address to bind.
         port: 0 takes a free one.
         grpc_port: Port of the gRPC server; 0 takes a free one, None opens none.
-        reuse_port: Whether other servers share the port; the system spreads the connections among them.
+        reuse_port: Share the port with other servers; the system spreads the connections among them.
         grace: Seconds from SIGTERM until what is still not answered is given up.
         poll: Seconds between looks for new versions; None looks never.
-        access_log: Whether each request gets a line on standard error.
+        access_log: Write a line for each request to standard error.
         token_file: A file with the token that clients must show.
         tls: Files of the certificate and of its key.
         middleware: "package.module:callable" that wraps the ASGI application, such as OpenTelemetry's.
-        allow_load: Whether models may be loaded and unloaded by request.
-        models: How models are opened, and the limits.
+        allow_load: Allow requests to load and unload models.
+        models: Options for opening models, and the limits.
     """
 
     host: str = "127.0.0.1"
@@ -81,7 +81,7 @@ def serve(path: Path, settings: ServerSettings, *, announce: Callable[[str], Non
 
     Args:
         path: A bundle, or a folder of models.
-        settings: How.
+        settings: Options.
         announce: Called with one sentence once requests can come.
 
     Raises:

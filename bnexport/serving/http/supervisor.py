@@ -54,18 +54,18 @@ class _Seat:
     """One of the processes, or its place while it does not run.
 
     Attributes:
-        number: From 0.
-        listener: Its socket; None while nobody should connect to it.
-        process: None while there is none.
+        number: Number of the process, from 0.
+        listener: Its socket; None while no client should connect to it.
+        process: The running process, if there is one.
         line: To the process.
-        ready_at: Since when it serves, by ``time.monotonic``; None while it does not.
-        failures: Ends in a row before it was sound.
-        vain: Starts in a row after which it never served.
-        start_at: When it is to be started again.
-        error: What is known of its last failed start.
-        started_at: When it was started last, by ``time.monotonic``.
-        beat: Its heartbeat when it was looked at last.
-        silent: Looks in a row that found no other one.
+        ready_at: Time at which it began to serve, by ``time.monotonic``; None while it does not serve.
+        failures: Consecutive ends before it was sound.
+        vain: Consecutive starts that never became ready.
+        start_at: Time of the next start.
+        error: Error of its last failed start.
+        started_at: Time of its last start, by ``time.monotonic``.
+        beat: Its heartbeat at the last check.
+        silent: Consecutive checks without a new heartbeat.
     """
 
     number: int
@@ -87,11 +87,11 @@ def supervise(path: Path, settings: ServerSettings, *, announce: Callable[[str],
 
     Args:
         path: A bundle, or a folder of models.
-        settings: How each of them serves.
+        settings: Options of each of them.
         announce: Called with one sentence once all of them serve.
 
     Raises:
-        BnexportError: What the first one found, as with one process; or why none of them can be started any more.
+        BnexportError: The first one's error, as with one process; or no process can be started any more.
         KeyboardInterrupt: It was stopped before all of them served.
         NotServing: A process did not stop in time, and was killed.
         RuntimeUnavailable: The system can't share a port.

@@ -327,8 +327,8 @@ class DrainingServer(uvicorn.Server):
     uvicorn itself closes its socket at once, before balancers know that they must not send requests here.
 
     Args:
-        config: Of uvicorn.
-        state: Of the application.
+        config: uvicorn's configuration.
+        state: State of the application.
         grpc_server: Started and stopped with this server; None without one.
         grace: Seconds from the first signal until requests without an answer are given up.
         poll: Seconds between looks for new versions; None looks never.

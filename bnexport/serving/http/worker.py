@@ -31,11 +31,11 @@ class Job:
     """Task of one process of several.
 
     Attributes:
-        number: Which of them it is.
+        number: Number of the process.
         listener: Descriptor of its socket, which listens already.
-        records: Descriptor of the memory with everybody's counters.
+        records: Descriptor of the memory with all processes' counters.
         path: A bundle, or a folder of models.
-        settings: How to serve.
+        settings: Options.
     """
 
     number: int

@@ -126,8 +126,8 @@ class Decoder:
     """Decodes the requests to one model.
 
     Args:
-        signature: Of the model; the first dimension that has a name is the batch.
-        limits: What a request may ask for.
+        signature: The model's signature; the first dimension that has a name is the batch.
+        limits: Limits of a request.
     """
 
     def __init__(self, signature: Signature, limits: ServingLimits) -> None:

@@ -21,10 +21,10 @@ class RequestedOutput(NamedTuple):
     """One output that a client requests.
 
     Attributes:
-        name: Of the model's output.
+        name: Name of the model's output.
         datatype: The protocol's, of the tensor.
-        binary: Wanted as bytes after the JSON.
-        classes: How many of the best classes are wanted as texts instead of the tensor; 0 for the tensor.
+        binary: Send the tensor as bytes after the JSON.
+        classes: Number of best classes to send as texts instead of the tensor; 0 for the tensor.
     """
 
     name: str
@@ -39,7 +39,7 @@ class InferRequest(NamedTuple):
     Attributes:
         inputs: Input name -> array of the signature's element type and shape; may be read-only.
         rows: Samples: the size of the batch dimension.
-        outputs: What is wanted, in order; every output of the model where the client named none.
+        outputs: Requested outputs, in order; every output of the model if the client named none.
         id: The client's, to be repeated in the answer; "" without one.
         timeout: Seconds that the client waits; None leaves it to the server.
     """
@@ -55,9 +55,9 @@ class OutputTensor(NamedTuple):
     """One output of an answer.
 
     Attributes:
-        name: Of the model's output.
+        name: Name of the model's output.
         datatype: The protocol's.
-        shape: Of the tensor.
+        shape: Shape of the tensor.
         data: The tensor; for BYTES its texts in row-major order.
         binary: To be sent as bytes after the JSON.
     """
