@@ -15,6 +15,7 @@ import pytest
 from google.protobuf import descriptor_pb2, descriptor_pool
 
 from bnexport.proto_messages import DESCRIPTORS, FOLDER, HEALTH, INFERENCE, message_classes
+from bnexport.tensors import ELEMENT_TYPES
 
 FILES = ("inference.proto", "health.proto")
 #: Type in the text -> FieldDescriptorProto.Type.
@@ -155,3 +156,13 @@ def test_messages_of_maps_and_groups_work() -> None:
     again = type(request).FromString(request.SerializeToString())
     assert again == request
     assert again.parameters["x"].WhichOneof("parameter_choice") == "bool_param"
+
+
+def test_the_table_of_element_types_names_what_the_messages_declare() -> None:
+    classes = message_classes("a test")
+    contents = classes["InferTensorContents"].DESCRIPTOR.fields_by_name
+    triton = classes["ModelConfig"].DESCRIPTOR.file.enum_types_by_name["DataType"].values_by_name
+    for name, row in ELEMENT_TYPES.items():
+        assert f"TYPE_{row.datatype}" in triton
+        assert row.contents == "" or row.contents in contents, name
+    assert [name for name, row in ELEMENT_TYPES.items() if not row.contents] == ["float16"]
