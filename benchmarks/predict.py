@@ -23,11 +23,11 @@ from benchmarks.clock import Spread
 from benchmarks.command import finish, options
 from benchmarks.pages import ranged, render
 from bnexport.bundle import MODEL_ONNX, Bundle
+from bnexport.data.images import map_npy
 from bnexport.environment import available_cores, describe, environment
 from bnexport.optional import require
 from bnexport.serving.bulk.predict import predict_in_bulk
 from bnexport.serving.bulk.request import BulkRequest
-from bnexport.serving.bulk.sources import map_npy
 
 
 class Cost(NamedTuple):
@@ -39,7 +39,7 @@ class Cost(NamedTuple):
 
 def side_by_side(bundle: Bundle, images: Path, *, workers: int, repeats: int = 5) -> str:
     """Return a table in Markdown of pairs of runs; the model takes grey images as pixel / 255."""
-    rows = len(map_npy(images))
+    rows = len(map_npy(images, remedy="Give a .npy file"))
     bare, ours = [], []
     for _ in range(repeats):
         bare.append(_cost(lambda: _bare(bundle, images, workers), rows))
@@ -74,7 +74,7 @@ def _cpu_seconds() -> float:
 
 def _bare(bundle: Bundle, images: Path, workers: int) -> None:
     """Run processes that only scale uint8 to float32 and run batches of 256."""
-    cuts = np.linspace(0, len(map_npy(images)), workers + 1).astype(int).tolist()
+    cuts = np.linspace(0, len(map_npy(images, remedy="Give a .npy file")), workers + 1).astype(int).tolist()
     same = (str(bundle.file(MODEL_ONNX)), bundle.manifest.signature.inputs[0].name, str(images))
     context = multiprocessing.get_context("spawn")
     tasks = [context.Process(target=_loop, args=(*same, *pair)) for pair in itertools.pairwise(cuts)]

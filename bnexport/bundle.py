@@ -24,16 +24,14 @@ from typing import Any
 import numpy as np
 
 from bnexport.errors import BundleError, FeedError
-from bnexport.files import sha256, write_atomically
+from bnexport.files import Refusal, sha256, write_atomically
 from bnexport.optional import one_line, require
-from bnexport.screening.json_text import check_keys, parse_json
-from bnexport.screening.limits import limit
-from bnexport.screening.onnx_file import screen_tensor
-from bnexport.screening.paths import check_twins, name_problem, place_problem
-from bnexport.screening.refusal import Refusal, refusing, shown
-from bnexport.screening.tensor_sizes import count_elements
 from bnexport.tensor_proto import read_tensor
 from bnexport.tensors import Array, Signature, TensorSpec
+from bnexport.validation.json_text import check_keys, parse_json
+from bnexport.validation.limits import count_elements, limit, refusing, shown
+from bnexport.validation.onnx_file import validate_tensor
+from bnexport.validation.paths import check_twins, name_problem, place_problem
 
 FORMAT = "bnexport-bundle"
 FORMAT_VERSION = 1
@@ -272,7 +270,7 @@ class Bundle:
             try:
                 if path.stat().st_size > limit("onnx-bytes"):
                     raise Refusal("has more than 2 GB, which protobuf can't read")
-                screen_tensor(path.read_bytes())
+                validate_tensor(path.read_bytes())
             except OSError as error:
                 raise BundleError(f"{path} can't be read: {one_line(error)}", remedy=_REBUILD) from error
 

@@ -16,6 +16,10 @@ from bnexport.errors import OutputError
 from bnexport.optional import one_line
 
 
+class Refusal(ValueError):
+    """Reason for not opening an untrusted file, as a sentence without its subject: "holds 70000 files, more than 65536"."""
+
+
 def sha256(path: Path) -> str:
     """SHA-256 of a file, as 64 hexadecimal digits."""
     with path.open("rb") as file:

@@ -10,17 +10,13 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from bnexport.screening.onnx_file import screen_tensor
-from bnexport.screening.onnx_messages import ELEMENTS
-from bnexport.screening.refusal import Refusal
-from bnexport.screening.wire import BYTES, VARINT, Field, read_fields, read_packed
-from bnexport.tensors import Array
+from bnexport.files import Refusal
+from bnexport.protobuf_wire import Field, message, read_fields, read_packed
+from bnexport.tensors import ELEMENT_TYPES, Array
+from bnexport.validation.onnx_file import ELEMENTS, validate_tensor
 
-#: TensorProto.DataType -> numpy's name; exactly the element types that a signature may hold.
-ELEMENT_TYPES: Mapping[int, str] = {
-    1: "float32", 2: "uint8", 3: "int8", 5: "int16", 6: "int32", 7: "int64", 9: "bool", 10: "float16", 11: "float64",
-}  # fmt: skip
-_NUMBERS: Mapping[str, int] = {name: number for number, name in ELEMENT_TYPES.items()}
+#: TensorProto.DataType -> numpy's name.
+_NAMES: Mapping[int, str] = {row.onnx: name for name, row in ELEMENT_TYPES.items()}
 _DIMS, _TYPE, _NAME, _RAW = 1, 2, 8, 9
 #: Field -> how its fixed-width numbers lie in the file; those of the others have variable length.
 _FIXED: Mapping[int, str] = {4: "<f4", 10: "<f8"}
@@ -41,12 +37,12 @@ def read_tensor(content: bytes) -> tuple[str, Array]:
         Refusal: It is damaged, its sizes do not fit its bytes, its type is none of ELEMENT_TYPES, or a number does not
             fit its type.
     """
-    screen_tensor(content)
+    validate_tensor(content)
     found: dict[int, list[Field]] = {}
     for field in read_fields(content, 0, len(content)):
         found.setdefault(field.number, []).append(field)
     number = found[_TYPE][0].value if _TYPE in found else 0
-    if (dtype := ELEMENT_TYPES.get(number)) is None:
+    if (dtype := _NAMES.get(number)) is None:
         raise Refusal(f"has elements of the type {number}, which bnexport does not read")
     shape = [size for field in found.get(_DIMS, []) for size in read_packed(content, field)]
     if _RAW in found:
@@ -59,7 +55,7 @@ def read_tensor(content: bytes) -> tuple[str, Array]:
 
 
 def _typed(content: bytes, fields: list[Field], number: int, dtype: str) -> Array:
-    """Numbers that lie one by one in a field of the tensor, packed or not."""
+    """Return numbers that lie one by one in a field of the tensor, packed or not."""
     if number in _FIXED:
         data = b"".join(content[field.start : field.end] for field in fields)
         return np.frombuffer(data, _FIXED[number])
@@ -72,40 +68,15 @@ def _typed(content: bytes, fields: list[Field], number: int, dtype: str) -> Arra
 
 
 def _plain(values: Array, dtype: str) -> Array:
-    """The values as an array of their own; a bool is stored as any byte, of which only 0 and 1 are bools."""
+    """Return the values as a separate array; a bool is stored as any byte, of which only 0 and 1 are bools."""
     if dtype == "bool" and values.size and int(values.view(np.uint8).max()) > 1:
         raise Refusal("has a number that is no bool")
     return values.astype(dtype)
 
 
 def write_tensor(array: Array, name: str) -> bytes:
-    """Serialise an array as onnx.numpy_helper does: sizes, type, name, raw bytes.
-
-    Args:
-        array: Of an element type in ELEMENT_TYPES.
-        name: The tensor's.
-    """
+    """Serialise an array as onnx.numpy_helper does: sizes, type, name, raw bytes."""
     raw = np.ascontiguousarray(array, array.dtype.newbyteorder("<")).tobytes()
     sizes = ((_DIMS, size) for size in array.shape)
     named = ((_NAME, name),) if name else ()
-    return message(*sizes, (_TYPE, _NUMBERS[array.dtype.name]), *named, (_RAW, raw))
-
-
-def message(*fields: tuple[int, int | str | bytes]) -> bytes:
-    """Serialise a protobuf message from its fields in order: numbers from 0 on, texts, and bytes or inner messages."""
-    return b"".join(_field(number, value) for number, value in fields)
-
-
-def _field(number: int, value: int | str | bytes) -> bytes:
-    if isinstance(value, int):
-        return _varint(number << 3 | VARINT) + _varint(value)
-    content = value.encode() if isinstance(value, str) else value
-    return _varint(number << 3 | BYTES) + _varint(len(content)) + content
-
-
-def _varint(value: int) -> bytes:
-    parts = bytearray()
-    while value > 0x7F:
-        parts.append(value & 0x7F | 0x80)
-        value >>= 7
-    return bytes((*parts, value))
+    return message(*sizes, (_TYPE, ELEMENT_TYPES[array.dtype.name].onnx), *named, (_RAW, raw))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,8 +15,36 @@ from bnexport.errors import FeedError
 Dim = int | str
 Array = np.ndarray[Any, np.dtype[Any]]
 
-#: Element types that a signature may hold (numpy's names).
-DTYPES = ("float16", "float32", "float64", "uint8", "int8", "int16", "int32", "int64", "bool")
+
+class ElementType(NamedTuple):
+    """Names of one element type elsewhere.
+
+    Attributes:
+        onnx: TensorProto.DataType's number.
+        onnxruntime: Type of an input or output in ONNX Runtime.
+        datatype: Open Inference Protocol's ("Tensor Data Types"); Triton's configuration puts "TYPE_" in front.
+        contents: Field of the protocol's InferTensorContents that holds it; "" if it comes as raw bytes only.
+    """
+
+    onnx: int
+    onnxruntime: str
+    datatype: str
+    contents: str
+
+
+#: Element types that a signature may hold: numpy's name -> its names elsewhere.
+ELEMENT_TYPES: Mapping[str, ElementType] = {
+    "float16": ElementType(10, "tensor(float16)", "FP16", ""),
+    "float32": ElementType(1, "tensor(float)", "FP32", "fp32_contents"),
+    "float64": ElementType(11, "tensor(double)", "FP64", "fp64_contents"),
+    "uint8": ElementType(2, "tensor(uint8)", "UINT8", "uint_contents"),
+    "int8": ElementType(3, "tensor(int8)", "INT8", "int_contents"),
+    "int16": ElementType(5, "tensor(int16)", "INT16", "int_contents"),
+    "int32": ElementType(6, "tensor(int32)", "INT32", "int_contents"),
+    "int64": ElementType(7, "tensor(int64)", "INT64", "int64_contents"),
+    "bool": ElementType(9, "tensor(bool)", "BOOL", "bool_contents"),
+}
+DTYPES = tuple(ELEMENT_TYPES)
 _NUMPY = {name: np.dtype(name) for name in DTYPES}
 
 
@@ -25,7 +53,7 @@ class TensorSpec:
     """One input or output.
 
     Attributes:
-        name: As in the exported file: "input", "logits".
+        name: Name in the exported file: "input", "logits".
         dtype: numpy's name of the element type, one of DTYPES.
         shape: Batch first; a name stands for a dimension that varies: ``("batch", 1, 28, 28)``.
         smallest: Name of a dimension of ``shape`` -> the smallest size at which the model is what the network is. Engines
@@ -43,11 +71,11 @@ class TensorSpec:
 
     @property
     def sample_shape(self) -> tuple[Dim, ...]:
-        """The shape of one sample: without the batch dimension."""
+        """Shape of one sample: without the batch dimension."""
         return self.shape[1:]
 
     def problem(self, array: object) -> str | None:
-        """Why ``array`` does not fit, as a sentence without its full stop; None when it fits."""
+        """Return the reason why ``array`` does not fit, as a sentence without its full stop; None if it fits."""
         if not isinstance(array, np.ndarray):
             return f"{self.name!r} is a {type(array).__name__}, expected a numpy array"
         if array.dtype != _NUMPY[self.dtype]:  # a foreign byte order too: onnxruntime would misread it
@@ -61,20 +89,20 @@ class TensorSpec:
         return self.too_small(shape)
 
     def too_small(self, shape: Sequence[int]) -> str | None:
-        """Why an array of this many dimensions is too small, as ``problem`` says it; None when it is not."""
+        """Return the reason why an array of this shape is too small; None if it is not."""
         for dim, size in zip(self.shape, shape, strict=True):
             if isinstance(dim, str) and size < (least := self.smallest.get(dim, 0)):
                 return f"{self.name!r} has {dim} = {size}, the model takes {least} and more"
         return None
 
     def to_json(self) -> dict[str, Any]:
-        """As written in manifest.json."""
+        """Return the value in manifest.json."""
         limits = {"smallest": dict(self.smallest)} if self.smallest else {}
         return {"name": self.name, "dtype": self.dtype, "shape": list(self.shape), **limits}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> TensorSpec:
-        """From manifest.json; KeyError and TypeError are the caller's to explain."""
+        """Read from manifest.json; the caller explains KeyError and TypeError."""
         shape = tuple(value["shape"])
         if not all(isinstance(dim, int | str) for dim in shape):
             raise TypeError(f"{value['name']!r} has a dimension that is neither a size nor a name")
@@ -93,7 +121,7 @@ class Signature:
 
     @property
     def batched(self) -> bool:
-        """Whether samples of several requests can be run together and told apart again.
+        """True if samples of several requests can run together and be separated again.
 
         One named dimension is the first of every input and output, and no other dimension is as large as the batch.
         """
@@ -105,24 +133,20 @@ class Signature:
 
     @property
     def smallest(self) -> dict[str, int]:
-        """Name of a dimension -> the smallest size that every input with it takes; empty where nothing is known."""
+        """Name of a dimension -> the smallest size that every input with it takes; empty if none is known."""
         found: dict[str, int] = {}
         for spec in self.inputs:
             found |= {dim: max(size, found.get(dim, 0)) for dim, size in spec.smallest.items()}
         return found
 
     def with_smallest(self, sizes: Mapping[str, int]) -> Signature:
-        """A copy whose inputs have these smallest sizes, each those of its own dimensions."""
+        """Return a copy whose inputs have these smallest sizes, each those of its own dimensions."""
         limits = ({dim: size for dim, size in sizes.items() if dim in spec.shape} for spec in self.inputs)
         inputs = (replace(spec, smallest=limit) for spec, limit in zip(self.inputs, limits, strict=True))
         return replace(self, inputs=tuple(inputs))
 
     def named_sizes(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
-        """Name of a dimension that varies besides the batch -> its size.
-
-        Args:
-            shapes: Input name -> shape of one sample.
-        """
+        """Return name -> size of the dimensions that vary besides the batch."""
         return {
             dim: size
             for spec in self.inputs
@@ -131,12 +155,12 @@ class Signature:
         }
 
     def to_json(self) -> dict[str, Any]:
-        """As written in manifest.json."""
+        """Return the value in manifest.json."""
         return {"inputs": [s.to_json() for s in self.inputs], "outputs": [s.to_json() for s in self.outputs]}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Signature:
-        """From manifest.json."""
+        """Read from manifest.json."""
         return cls(
             tuple(TensorSpec.from_json(item) for item in value["inputs"]),
             tuple(TensorSpec.from_json(item) for item in value["outputs"]),
@@ -176,12 +200,12 @@ SIZE_WORDS: dict[int, tuple[str, ...]] = {3: ("length",), 4: ("height", "width")
 
 
 def size_axes(ndim: int) -> dict[int, str]:
-    """Axis -> word of the sizes of a batch of images (or sounds, or volumes); empty for anything else."""
+    """Return axis -> word of the sizes of a batch of images (or sounds, or volumes); empty for anything else."""
     return dict(enumerate(SIZE_WORDS.get(ndim, ()), start=2))
 
 
 def other_sizes(names: Sequence[str]) -> Iterator[dict[str, int]]:
-    """By how much each varying size may be made larger to try a network at another one, the most telling first.
+    """Return enlargements of the varying sizes to try a network at, the most informative first.
 
     Odd and unequal steps come first: they show what was rounded, and what took width for height. Networks that halve
     their input several times, or take squares only, need the later ones.

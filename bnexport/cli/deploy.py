@@ -50,8 +50,8 @@ def _common(command: Command) -> Command:
 def command() -> None:
     """Write the files with which other servers serve a bundle.
 
-    Each file is checked before it is written: Triton's configuration by protobuf, YAML by a strict schema, the model's
-    operator set and file format against the ONNX Runtime in that release of Triton.
+    Each file is checked before it is written: Triton's configuration by protobuf, KServe's YAML by a strict schema, the
+    model's operator set and file format against the ONNX Runtime in that release of Triton.
     """
 
 
@@ -60,7 +60,7 @@ def command() -> None:
 def triton(bundle: Path, out: Path, **options: Any) -> None:
     """Write BUNDLE as a model repository of Triton Inference Server."""
     from bnexport.bundle import Bundle
-    from bnexport.deploying.repository import deploy_triton
+    from bnexport.deploying.triton import deploy_triton
 
     _tell(deploy_triton(Bundle.open(bundle), out, DeployRequest(**options)))
 
@@ -80,7 +80,8 @@ def triton(bundle: Path, out: Path, **options: Any) -> None:
 @click.option("--scale-target", type=int, default=8, show_default=True, help="Of the metric, per pod.")
 def kserve(bundle: Path, out: Path, storage_uri: str, namespace: str | None, **options: Any) -> None:
     """Write BUNDLE as a KServe InferenceService that runs Triton, and the repository to upload."""
-    _need_yaml("bnexport deploy kserve")
+    for name in ("yaml", "jsonschema"):
+        require(name, purpose="bnexport deploy kserve")
     from bnexport.bundle import Bundle
     from bnexport.deploying.kserve import deploy_kserve
 
@@ -96,16 +97,10 @@ def kserve(bundle: Path, out: Path, storage_uri: str, namespace: str | None, **o
 )
 def docker(bundle: Path, out: Path, wheel: Path | None, **options: Any) -> None:
     """Write BUNDLE with a Dockerfile for bnexport serve, and a compose file for it and for Triton."""
-    _need_yaml("bnexport deploy docker")
     from bnexport.bundle import Bundle
     from bnexport.deploying.docker import deploy_docker
 
     _tell(deploy_docker(Bundle.open(bundle), out, DeployRequest(**options), wheel=wheel))
-
-
-def _need_yaml(purpose: str) -> None:
-    for name in ("yaml", "jsonschema"):
-        require(name, purpose=purpose)
 
 
 def _tell(done: Deployment) -> None:

@@ -1,11 +1,43 @@
-"""The table of data sets: their files, the MD5s that their publishers give, and where to get them."""
+"""The table of data sets, and the form of a data set in memory."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+
 from bnexport.errors import UsageError
+
+Images = npt.NDArray[np.uint8]
+Labels = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set.
+
+    Attributes:
+        name: Name of its row in DATASETS, or ``folder:PATH``.
+        train_images: uint8 (n, 28, 28) of a row of DATASETS; of a folder (n, channels, height, width), a read-only map of
+            a file, so that a set larger than memory can be used: take batches of it. ``data.prepare.prepared`` makes
+            both (n, channels, height, width).
+        train_labels: int64 (n,).
+        test_images: Like ``train_images``.
+        test_labels: int64 (n,).
+        labels: Class names in the order of the labels.
+        origin: Its origin, in words.
+    """
+
+    name: str
+    train_images: Images
+    train_labels: Labels
+    test_images: Images
+    test_labels: Labels
+    labels: tuple[str, ...]
+    origin: str
+
 
 #: A data set of this beginning is a folder of the user's own images: "folder:PATH".
 FOLDER = "folder:"
@@ -15,7 +47,7 @@ _DIGITS = tuple(str(digit) for digit in range(10))
 
 @dataclass(frozen=True)
 class DataFile:
-    """One official file: its name, and the MD5 of its packed bytes as its publishers give it."""
+    """One official file: its name, and the MD5 of its packed bytes as published."""
 
     name: str
     md5: str
@@ -26,8 +58,8 @@ class DatasetInfo:
     """A row of DATASETS.
 
     Attributes:
-        name: As on the command line.
-        title: As people write it.
+        name: Name on the command line.
+        title: Name in sentences.
         labels: Class names in the order of the labels.
         folder: The folder below a root of data sets, with ``raw/`` inside (torchvision's layout); "" for the embedded
         set.
@@ -46,12 +78,12 @@ class DatasetInfo:
 
     @property
     def embedded(self) -> bool:
-        """Whether the set needs no files."""
+        """True if the set needs no files."""
         return not self.folder
 
 
 def _files(*md5s: str) -> tuple[tuple[DataFile, ...], tuple[DataFile, ...]]:
-    """Train and test files from the MD5s of train images, train labels, test images, test labels."""
+    """Return train and test files from the MD5s of train images, train labels, test images, test labels."""
     parts = [f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
     files = tuple(DataFile(name, md5) for name, md5 in zip(parts, md5s, strict=True))
     return files[:2], files[2:]
@@ -116,11 +148,7 @@ DATASETS: dict[str, DatasetInfo] = {
 
 
 def dataset_info(name: str) -> DatasetInfo:
-    """The row of DATASETS.
-
-    Raises:
-        UsageError: There is none of that name.
-    """
+    """Return a row of DATASETS."""
     if name not in DATASETS:
         raise UsageError(
             f"the data set {name!r} is unknown", remedy=f"Choose one of {', '.join(DATASETS)}, or {FOLDER}PATH"
@@ -129,11 +157,7 @@ def dataset_info(name: str) -> DatasetInfo:
 
 
 def folder_of(name: str) -> Path | None:
-    """The folder of images that a data set's name stands for; None for a row of DATASETS or what is no name at all.
-
-    Raises:
-        UsageError: ``folder:`` without a path.
-    """
+    """Return the folder of images in a data set's name; None for a row of DATASETS or an unknown name."""
     if not name.startswith(FOLDER):
         return None
     if not (path := name.removeprefix(FOLDER)):
@@ -142,5 +166,5 @@ def folder_of(name: str) -> Path | None:
 
 
 def is_dataset(name: str) -> bool:
-    """Whether a name is a row of DATASETS or ``folder:PATH``."""
+    """Return True if a name is a row of DATASETS or ``folder:PATH``."""
     return name in DATASETS or (name.startswith(FOLDER) and name != FOLDER)

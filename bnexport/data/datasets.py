@@ -9,13 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from bnexport.data import digits
-from bnexport.data.arrays import Dataset, Images, Labels
-from bnexport.data.catalogue import DATASETS, DatasetInfo, dataset_info, folder_of
+from bnexport.data.catalogue import DATASETS, Dataset, DatasetInfo, Images, Labels, dataset_info, folder_of
 from bnexport.data.decoded import PictureProgress
-from bnexport.data.download import DownloadProgress
 from bnexport.data.folder import Part, folder_labels, load_folder, load_folder_part
-from bnexport.data.idx import read_idx
-from bnexport.data.locate import DATA_VARIABLE, locate
+from bnexport.data.images import read_idx
+from bnexport.data.locate import DATA_VARIABLE, DownloadProgress, locate
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import DataError, UsageError
 
@@ -55,7 +53,7 @@ def load_dataset(
         name: A row of DATASETS, or ``folder:PATH``.
         data_dir: A root: it holds ``FashionMNIST/raw/*.gz`` (or the unpacked files). For ``folder:PATH``: where the
             folder is now, instead of PATH.
-        download: Whether to fetch files that are found nowhere.
+        download: Fetch files that are found nowhere.
         progress: Called with a file's name, the bytes so far and the bytes in all (None when unknown).
         preprocessing: Of the model: a folder's pictures are decoded to its size and channels. The others come as they
             are, for ``data.prepare.prepared``.
@@ -90,22 +88,10 @@ def load_test_images(
     download: bool = False,
     preprocessing: Preprocessing | None = None,
 ) -> tuple[Images, Labels]:
-    """Load the test part alone; a row's training files need not be there, a folder's are not decoded.
-
-    Args:
-        name: As of ``load_dataset``.
-        data_dir: As of ``load_dataset``.
-        download: As of ``load_dataset``.
-        preprocessing: As of ``load_dataset``; needed for a folder.
+    """Load the test part alone; training files may be missing, and a folder's training pictures are not decoded.
 
     Returns:
         Images uint8 (n, 28, 28), of a folder (n, channels, height, width), and labels int64 (n,).
-
-    Raises:
-        UsageError: An unknown name, or a folder without a preprocessing.
-        DataError: As ``load_dataset``.
-        NetworkError: As ``load_dataset``.
-        OutputError: As ``load_dataset``.
     """
     return _load_part(name, "test", data_dir=data_dir, download=download, preprocessing=preprocessing)
 
@@ -117,30 +103,16 @@ def load_train_images(
     download: bool = False,
     preprocessing: Preprocessing | None = None,
 ) -> tuple[Images, Labels]:
-    """Load the training part alone; a row's test files need not be there, a folder's are not decoded.
-
-    Args:
-        name: As of ``load_dataset``.
-        data_dir: As of ``load_dataset``.
-        download: As of ``load_dataset``.
-        preprocessing: As of ``load_dataset``; needed for a folder.
+    """Load the training part alone; test files may be missing, and a folder's test pictures are not decoded.
 
     Returns:
         Images uint8 (n, 28, 28), of a folder (n, channels, height, width), and labels int64 (n,).
-
-    Raises:
-        BnexportError: As ``load_test_images``.
     """
     return _load_part(name, "train", data_dir=data_dir, download=download, preprocessing=preprocessing)
 
 
 def dataset_labels(name: str, *, data_dir: str | Path | None = None) -> tuple[str, ...]:
-    """Class names in the order of the labels; those of a folder are its sub-folders.
-
-    Raises:
-        UsageError: An unknown name.
-        DataError: A folder that is not there or not laid out as it should be.
-    """
+    """Return the class names in the order of the labels; those of a folder are its sub-folders."""
     if (folder := folder_of(name)) is not None:
         return folder_labels(Path(data_dir) if data_dir else folder)
     return dataset_info(name).labels
@@ -168,7 +140,7 @@ def _needed(preprocessing: Preprocessing | None, name: str) -> Preprocessing:
 
 
 def _read_part(info: DatasetInfo, paths: Sequence[Path]) -> tuple[Images, Labels]:
-    """Images and labels of one part, checked against each other and against the set's labels."""
+    """Read images and labels of one part, checked against each other and against the set's labels."""
     images, labels = (read_idx(path) for path in paths)
     if images.dtype != np.uint8 or images.shape[1:] != (_SIDE, _SIDE) or len(images) == 0:
         raise _odd(paths[0], f"holds {images.dtype.name} of shape {images.shape}, expected uint8 (n, {_SIDE}, {_SIDE})")

@@ -16,13 +16,12 @@ from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO, Literal, NamedTuple
 
 import numpy as np
 
 from bnexport import interrupts
-from bnexport.data.arrays import Images
-from bnexport.data.folder_layout import PictureFile
+from bnexport.data.catalogue import Images
 from bnexport.data.images import read_picture_file
 from bnexport.data.locate import cache_folder
 from bnexport.data.prepare import channels_first
@@ -43,16 +42,32 @@ _BLOCK = 64  # pictures between two looks for an interrupt, and at most so many 
 _MOST_THREADS = 8  # each may hold a picture of 50 million pixels
 
 
+class PictureFile(NamedTuple):
+    """One picture.
+
+    Attributes:
+        name: Path below the folder, with "/".
+        label: The number of its class.
+        size: In bytes.
+        mtime_ns: Time of its last change.
+    """
+
+    name: str
+    label: int
+    size: int
+    mtime_ns: int
+
+
 @dataclass(frozen=True)
 class PictureSet:
-    """Pictures to decode, and how.
+    """Pictures to decode, and the wanted size and channels.
 
     Attributes:
         root: The folder that their names are relative to.
         part: "train" or "test".
         files: In the order of the result.
         preprocessing: Size and channels of the result.
-        on_bad: Whether a picture that can't be read stops everything or is left out.
+        on_bad: "stop" or "skip" at a picture that can't be read.
     """
 
     root: Path
@@ -82,7 +97,7 @@ class Decoded:
 
     Attributes:
         images: uint8 (n, channels, height, width), a read-only map of a file.
-        files: Those of the pictures that are in ``images``.
+        files: The pictures in ``images``.
         skipped: Name and reason of each picture that is not.
     """
 
@@ -99,16 +114,6 @@ def decode_once(
     One process builds, others that want the same folder wait for it. After a build the outdated entries of the same part
     of the same folder are removed (entries of another size stay while the pictures are unchanged), and so is what a
     killed build left behind. A process that has mapped a removed entry keeps its pixels.
-
-    Args:
-        wanted: The pictures.
-        cache_dir: Where the cache is; default: the user's.
-        progress: Told of each picture that is decoded; not called when the cache has them.
-
-    Raises:
-        DataError: A picture can't be read, and ``wanted.on_bad`` is "stop"; or none can.
-        OutputError: The cache can't be written, or the disk has too little room.
-        MissingDependency: Pillow or filelock is not installed.
     """
     lock = require("filelock", purpose="reading a folder of images")
     place = hashlib.sha256(os.fsencode(os.path.realpath(wanted.root))).hexdigest()[:16]
@@ -134,7 +139,7 @@ def decode_once(
 
 
 def _read(entry: Path, wanted: PictureSet) -> Decoded | None:
-    """A whole entry; None where there is none, or a damaged one."""
+    """Return a whole entry; None if it is missing or damaged."""
     try:
         index = json.loads((entry / INDEX).read_text(encoding="ascii"))
         skipped = tuple((str(name), str(reason)) for name, reason in index["skipped"])
@@ -149,7 +154,7 @@ def _read(entry: Path, wanted: PictureSet) -> Decoded | None:
 
 
 def _build(entry: Path, wanted: PictureSet, progress: PictureProgress | None) -> None:
-    """Decode everything into a new entry, which appears whole or not at all."""
+    """Decode all pictures into a new entry, which appears whole or not at all."""
     need = len(wanted.files) * int(np.prod(wanted.shape))
     if (free := shutil.disk_usage(entry.parent).free) < need:
         raise OutputError(
@@ -164,7 +169,7 @@ def _build(entry: Path, wanted: PictureSet, progress: PictureProgress | None) ->
 
 
 def _write_pixels(target: BinaryIO, wanted: PictureSet, progress: PictureProgress | None) -> list[tuple[str, str]]:
-    """Write the pictures one behind the other; returns name and reason of those that can't be read."""
+    """Write the pictures one behind the other; return name and reason of those that can't be read."""
     skipped = []
     with contextlib.closing(_decode(wanted)) as pictures:  # its threads end here, not at some later time
         for index, (file, picture) in enumerate(pictures, start=1):
@@ -182,7 +187,7 @@ def _write_pixels(target: BinaryIO, wanted: PictureSet, progress: PictureProgres
 
 
 def _decode(wanted: PictureSet) -> Generator[tuple[PictureFile, Images | DataError]]:
-    """Each picture with its pixels or what is wrong with it. Pillow decodes and resizes without Python's lock."""
+    """Yield each picture with its pixels or its error. Pillow decodes and resizes without Python's lock."""
 
     def decode(file: PictureFile) -> Images | DataError:
         try:

@@ -42,21 +42,17 @@ _CHUNK = 64  # images drawn at once: their pixel arrays stay in the processor's 
 
 
 def training_set() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
-    """TRAIN_COUNT images (n, 28, 28) and their labels (n,), the same at every call."""
+    """Return TRAIN_COUNT images (n, 28, 28) and their labels (n,), the same at every call."""
     return draw(TRAIN_COUNT, seed=1)
 
 
 def test_set() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
-    """TEST_COUNT images (n, 28, 28) and their labels (n,), other drawings than the training set's."""
+    """Return TEST_COUNT images (n, 28, 28) and their labels (n,), other drawings than the training set's."""
     return draw(TEST_COUNT, seed=2)
 
 
 def draw(count: int, *, seed: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
     """Draw digits, the labels running 0, 1, ..., 9, 0, ...
-
-    Args:
-        count: Number of images.
-        seed: Of numpy's PCG64 generator.
 
     Returns:
         Images uint8 (count, 28, 28), white on black, and labels int64 (count,).
@@ -73,7 +69,7 @@ def draw(count: int, *, seed: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[n
 
 
 def _draw_digit(digit: int, count: int, generator: np.random.Generator) -> npt.NDArray[np.uint8]:
-    """``count`` drawings of one digit."""
+    """Return ``count`` drawings of one digit."""
 
     def between(low: float, high: float, *shape: int) -> Floats:
         # random() alone: its stream is the part of numpy's generators that stays the same from version to version.
@@ -93,12 +89,12 @@ def _draw_digit(digit: int, count: int, generator: np.random.Generator) -> npt.N
 
 
 def _points(stroke: str) -> Floats:
-    """(points, 2) in a box 1 wide and 1.4 high."""
+    """Return points (points, 2) in a box 1 wide and 1.4 high."""
     return np.array([point.split(",") for point in stroke.split()], np.float64) / 100
 
 
 def _placement(between: Callable[..., Floats]) -> Callable[[Floats], tuple[Floats, Floats]]:
-    """A function from stroke points (count, points, 2) in the box to x and y in pixels."""
+    """Return a function from stroke points (count, points, 2) in the box to x and y in pixels."""
     half_turn = between(-0.16, 0.16, 1)  # tangent of half the angle: up to 18 degrees either way
     cos, sin = (1 - half_turn**2) / (1 + half_turn**2), 2 * half_turn / (1 + half_turn**2)
     shear, wide, high = between(-0.25, 0.25, 1), between(9.0, 14.0, 1), between(12.5, 15.5, 1)
@@ -114,13 +110,7 @@ def _placement(between: Callable[..., Floats]) -> Callable[[Floats], tuple[Float
 
 
 def _nearest(distance: Floats, x: Floats, y: Floats) -> None:
-    """Lower each pixel's squared distance to that of one segment per image.
-
-    Args:
-        distance: (count, pixels), changed in place.
-        x: (count, 2), of the segment's two ends.
-        y: (count, 2).
-    """
+    """Lower each pixel's squared distance to that of one segment per image."""
     dx, dy = x[:, 1:] - x[:, :1], y[:, 1:] - y[:, :1]  # (count, 1)
     length = dx * dx + dy * dy + 1e-12
     from_x, from_y = _COLUMNS - x[:, :1], _ROWS - y[:, :1]  # (count, pixels)

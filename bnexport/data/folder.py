@@ -1,28 +1,234 @@
-"""Folders of images as data sets."""
+"""Folders of images as data sets: which pictures of which classes they hold (torchvision's ImageFolder), and their pixels."""
 
 from __future__ import annotations
 
+import filecmp
+import hashlib
+import os
+import stat
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from bnexport.data.arrays import Dataset, Images, Labels
-from bnexport.data.catalogue import FOLDER
-from bnexport.data.decoded import Decoded, OnBad, PictureProgress, PictureSet, decode_once
-from bnexport.data.folder_layout import (
-    FolderLayout,
-    PictureFile,
-    check_apart,
-    folder_layout,
-    hold_out,
-    list_part,
-    mixed,
-)
+from bnexport.data.catalogue import FOLDER, Dataset, Images, Labels
+from bnexport.data.decoded import Decoded, OnBad, PictureFile, PictureProgress, PictureSet, decode_once
+from bnexport.data.images import ENDINGS
 from bnexport.data.preprocessing import Preprocessing
-from bnexport.errors import DataError
-from bnexport.optional import need_packages
+from bnexport.errors import DataError, UsageError
+from bnexport.optional import need_packages, one_line
+from bnexport.validation.limits import limit
+
+TRAIN = "train"
+#: Names of the test part's folder; the first that is there counts.
+TEST = ("test", "val")
+#: What torchvision takes for an image as well: an error is better than a picture that is silently left out.
+_OTHER_ENDINGS = (".ppm", ".pgm", ".tif", ".tiff")
+_LAYOUT = "Lay it out as PATH/train/CLASS/x.png and PATH/val/CLASS/y.png, or as PATH/CLASS/x.png"
+
+
+@dataclass(frozen=True)
+class FolderLayout:
+    """The classes of a folder of images, and the places of its parts.
+
+    Attributes:
+        root: The folder.
+        labels: Names of the classes, sorted as Python sorts strings (so does torchvision).
+        train: The folder of the training part: ``root`` itself, or ``root/train``.
+        test: The folder of the test part; None where a share of ``train`` is held out.
+        ignored: ``val`` when there is a ``test`` as well, else "".
+    """
+
+    root: Path
+    labels: tuple[str, ...]
+    train: Path
+    test: Path | None
+    ignored: str = ""
+
+
+def folder_layout(root: Path) -> FolderLayout:
+    """Find the parts and classes of a folder of images.
+
+    ``root/train`` is the training part if it holds folders itself; else the folders of ``root`` are the classes. Hidden
+    folders and files (".name") do not count.
+    """
+    if not root.is_dir():
+        what = "is a file, not a folder of images" if root.exists() else "does not exist"
+        raise DataError(f"{root} {what}", remedy="Check the path, or give the folder's new place with --data-dir DIR")
+    train, test, ignored = _parts(root)
+    labels = _classes(train)
+    if test is not None:
+        _check_same_classes(train, labels, test, _classes(test))
+    if len(labels) < 2:
+        raise DataError(
+            f"{train} has the one class {labels[0]!r}" if labels else f"{train} holds no class folders",
+            remedy="A classifier needs at least two classes" if labels else _LAYOUT,
+        )
+    return FolderLayout(root, labels, train, test, ignored)
+
+
+def list_part(layout: FolderLayout, part: Path, seen: dict[tuple[int, int], Path] | None = None) -> list[PictureFile]:
+    """List the pictures of a part by class and name."""
+    seen = {} if seen is None else seen
+    found: list[PictureFile] = []
+    for label, name in enumerate(layout.labels):
+        inside = sorted(_walk(layout.root, part / name, label, seen), key=lambda file: file.name)
+        if not inside:
+            raise DataError(
+                f"the class folder {part / name} holds no picture ({', '.join(ENDINGS)})",
+                remedy="Put pictures into it, or delete it",
+            )
+        found += inside
+    return found
+
+
+def hold_out(
+    files: Sequence[PictureFile], *, share: float = 0.1, seed: int = 0
+) -> tuple[list[PictureFile], list[PictureFile]]:
+    """Split pictures into a training and a test part, class by class.
+
+    A picture's place follows from a hash of the seed and its name, so that a folder that grows keeps nearly all of the
+    split.
+    """
+    if not 0 < share < 1:
+        raise UsageError(f"the share to hold out is {share}", remedy="Give a number between 0 and 1, as 0.1")
+    classes: dict[int, list[str]] = {}
+    for file in files:
+        classes.setdefault(file.label, []).append(file.name)
+    held: set[str] = set()
+    for names in classes.values():
+        if len(names) == 1:
+            raise DataError(
+                f"{names[0]} is the only picture of its class, so none can be held out for testing",
+                remedy="Give each class at least two pictures",
+            )
+        count = min(max(1, round(len(names) * share)), len(names) - 1)
+        held.update(sorted(names, key=lambda name: _rank(name, seed))[:count])
+    return [file for file in files if file.name not in held], [file for file in files if file.name in held]
+
+
+def mixed(files: Sequence[PictureFile]) -> list[PictureFile]:
+    """Sort the pictures independently of their classes, so that the first n are a fair sample."""
+    return sorted(files, key=lambda file: _rank(file.name, 0))
+
+
+def check_apart(layout: FolderLayout, train: Sequence[PictureFile], test: Sequence[PictureFile]) -> None:
+    """Refuse a picture that is in both parts under one name: the test would contain training data.
+
+    Two pictures of one name with different content are fine, as where each part numbers its own.
+    """
+    if layout.test is None:
+        return
+    below = layout.train.relative_to(layout.root).as_posix(), layout.test.relative_to(layout.root).as_posix()
+    known = {(file.name.removeprefix(f"{below[0]}/"), file.size): file.name for file in train}
+    for file in test:
+        twin = known.get((file.name.removeprefix(f"{below[1]}/"), file.size))
+        if twin is not None and _same(layout.root / twin, layout.root / file.name):
+            raise DataError(
+                f"{layout.root / file.name} is the same picture as {layout.root / twin}, which is trained with",
+                remedy="Delete one of the two",
+            )
+
+
+def _same(first: Path, second: Path) -> bool:
+    try:
+        return filecmp.cmp(first, second, shallow=False)
+    except OSError as error:
+        raise DataError(f"{first} or {second} can't be read: {one_line(error)}", remedy="Check permissions") from error
+
+
+def _rank(name: str, seed: int) -> bytes:
+    return hashlib.sha256(f"{seed}/{name}".encode(errors="surrogateescape")).digest()
+
+
+def _parts(root: Path) -> tuple[Path, Path | None, str]:
+    """Return the training part, the test part, and the name of a part that is not used."""
+    folders, _ = _entries(root)
+    names = [folder.name for folder in folders]
+    tests = [name for name in TEST if name in names]
+    if TRAIN not in names or not _entries(root / TRAIN)[0]:
+        if names and set(names) <= {TRAIN, *TEST}:
+            raise DataError(f"{root} has {' and '.join(names)}, but no classes in {TRAIN}", remedy=_LAYOUT)
+        return root, None, ""
+    if not tests and (others := [name for name in names if name != TRAIN]):
+        raise DataError(
+            f"{root} has {TRAIN} and {others[0]!r}, but no {' or '.join(reversed(TEST))}",
+            remedy=f"Call the folder to test with {TEST[1]}, or move the other folders away from {TRAIN}",
+        )
+    return root / TRAIN, root / tests[0] if tests else None, "".join(tests[1:])
+
+
+def _classes(part: Path) -> tuple[str, ...]:
+    folders, files = _entries(part)
+    if loose := [file for file in files if _is_picture(file.name)]:
+        raise DataError(
+            f"{part} holds the picture {loose[0].name}, which is in no class", remedy="Move it into a class folder"
+        )
+    return tuple(folder.name for folder in folders)
+
+
+def _check_same_classes(train: Path, labels: tuple[str, ...], test: Path, others: tuple[str, ...]) -> None:
+    for there, missing in ((train, set(others) - set(labels)), (test, set(labels) - set(others))):
+        if missing:
+            name = min(missing)
+            what = "is a file, not a class folder" if (there / name).exists() else "is missing"
+            raise DataError(
+                f"{there / name} {what}; {train.name} and {test.name} must have the same classes",
+                remedy=f"Make it a folder with pictures, or delete the class {name!r} from the other part",
+            )
+
+
+def _walk(
+    root: Path, folder: Path, label: int, seen: dict[tuple[int, int], Path], *, depth: int = 1
+) -> list[PictureFile]:
+    """List the pictures below a folder; links are followed, but no folder is listed twice."""
+    here = _status(folder)
+    if (twin := seen.setdefault((here.st_dev, here.st_ino), folder)) is not folder:
+        raise DataError(f"{folder} leads to {twin} again", remedy="Remove the link, so that each picture counts once")
+    if depth > limit("name-parts"):
+        raise DataError(f"{folder} lies more than {limit('name-parts')} folders deep", remedy="Move it up")
+    folders, files = _entries(folder)
+    found, below = [], folder.relative_to(root).as_posix()
+    for file in (entry for entry in files if _is_picture(entry.name)):
+        status = _status(file)
+        if not stat.S_ISREG(status.st_mode):
+            raise DataError(f"{file} is not a plain file", remedy="Remove it")
+        found.append(PictureFile(f"{below}/{file.name}", label, status.st_size, status.st_mtime_ns))
+    for deeper in folders:
+        found += _walk(root, deeper, label, seen, depth=depth + 1)
+    return found
+
+
+def _is_picture(name: str) -> bool:
+    return name.lower().endswith((*ENDINGS, *_OTHER_ENDINGS))
+
+
+def _entries(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Return folders and other entries of a folder by name, without the hidden ones."""
+    folders: list[Path] = []
+    files: list[Path] = []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                if not entry.name.startswith("."):
+                    (folders if entry.is_dir() else files).append(folder / entry.name)
+    except OSError as error:
+        raise DataError(
+            f"{folder} can't be read: {one_line(error)}", remedy="Check its permissions, and its links if it has some"
+        ) from error
+    return folders, files
+
+
+def _status(path: Path) -> os.stat_result:
+    try:
+        return path.stat()
+    except OSError as error:
+        raise DataError(
+            f"{path} can't be read: {one_line(error)}", remedy="Check its permissions, or remove a link to nowhere"
+        ) from error
+
 
 Part = Literal["train", "test"]
 
@@ -49,10 +255,10 @@ def load_folder(
 
     Args:
         path: The folder.
-        preprocessing: Of the model: size and channels (1 or 3).
-        seed: Of the split, where a share is held out.
-        holdout: That share.
-        cache_dir: Where the decoded pictures are kept; default: the user's cache.
+        preprocessing: The model's preprocessing: size and channels (1 or 3).
+        seed: Seed of the split, if a share is held out.
+        holdout: Share to hold out.
+        cache_dir: Folder for the decoded pictures; default: the user's cache.
         progress: Called with the pictures decoded so far and in all, for each part.
         on_bad: "skip" leaves out pictures that can't be read, and ``origin`` says how many.
 
@@ -69,7 +275,7 @@ def load_folder(
     """
     need_packages("reading a folder of images", "PIL", "filelock")
     layout = folder_layout(Path(path))
-    train, test = _parts(layout, seed, holdout)
+    train, test = _split(layout, seed, holdout)
     check_apart(layout, train, test)
     parts = []
     for name, files in (("train", train), ("test", test)):
@@ -82,23 +288,15 @@ def load_folder(
 
 
 def load_folder_part(path: str | Path, part: Part, *, preprocessing: Preprocessing) -> tuple[Images, Labels]:
-    """One part of what ``load_folder`` gives with its defaults; the other part's pictures are not decoded.
-
-    Args:
-        path: As of ``load_folder``.
-        part: Which.
-        preprocessing: As of ``load_folder``.
+    """Load one part as ``load_folder`` does with its defaults; the other part's pictures are not decoded.
 
     Returns:
         Images uint8 (n, channels, height, width), a read-only map of a file, and labels int64 (n,).
-
-    Raises:
-        BnexportError: As ``load_folder``.
     """
     need_packages("reading a folder of images", "PIL", "filelock")
     layout = folder_layout(Path(path))
     if layout.test is None:
-        files = _parts(layout, 0, HOLDOUT)[part == "test"]
+        files = _split(layout, 0, HOLDOUT)[part == "test"]
     else:
         files = list_part(layout, layout.train) if part == "train" else mixed(list_part(layout, layout.test))
     found = decode_once(PictureSet(layout.root, part, files, _fitting(preprocessing)))
@@ -106,16 +304,12 @@ def load_folder_part(path: str | Path, part: Part, *, preprocessing: Preprocessi
 
 
 def folder_labels(path: str | Path) -> tuple[str, ...]:
-    """The class names of a folder of images, in the order of the labels.
-
-    Raises:
-        DataError: As ``load_folder``.
-    """
+    """Return the class names of a folder of images, in the order of the labels."""
     return folder_layout(Path(path)).labels
 
 
-def _parts(layout: FolderLayout, seed: int, holdout: float) -> tuple[list[PictureFile], list[PictureFile]]:
-    """Pictures to train with, by class and name, and to test with, mixed."""
+def _split(layout: FolderLayout, seed: int, holdout: float) -> tuple[list[PictureFile], list[PictureFile]]:
+    """Return the training pictures, by class and name, and the test pictures, mixed."""
     seen: dict[tuple[int, int], Path] = {}
     train = list_part(layout, layout.train, seen)
     if layout.test is None:
@@ -148,7 +342,7 @@ def _labels(found: Decoded) -> Labels:
 
 
 def _origin(layout: FolderLayout, counts: tuple[int, int], seed: int, parts: Sequence[Decoded]) -> str:
-    """Where the images came from, in words."""
+    """Return the place of the images, in words."""
     if layout.test is None:
         told = f"{layout.train}, {counts[1]} of {sum(counts)} pictures held out for testing (each class, seed {seed})"
     else:

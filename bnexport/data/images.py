@@ -1,27 +1,96 @@
-"""Image files of users as pixel arrays that fit a model's preprocessing."""
+"""Image files as pixel arrays that fit a model's preprocessing: pictures, .npy files and IDX files.
+
+An IDX file (LeCun, Cortes and Burges, "The MNIST database") has two zero bytes, a byte for the element type, a byte for the
+number of dimensions, each dimension as a big-endian 32-bit number, then the elements, big-endian, in C order.
+"""
 
 from __future__ import annotations
 
+import gzip
 import io
+import math
 import threading
 import warnings
+import zlib
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
-from bnexport.data.idx import GZIP_MAGIC, read_idx
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import DataError
+from bnexport.files import Refusal
 from bnexport.optional import one_line, require
-from bnexport.screening.limits import limit
-from bnexport.screening.npy import check_header
-from bnexport.screening.paths import check_regular
-from bnexport.screening.refusal import Refusal, refusing
 from bnexport.tensors import Array
+from bnexport.validation.archives import NPY_MAGIC, check_header
+from bnexport.validation.limits import limit, refusing
+from bnexport.validation.paths import check_regular
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+
+#: The third byte of the file -> numpy's name of the element type in the file.
+IDX_TYPES: dict[int, str] = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
+#: No file may unpack to more than this: 20 times the largest known set, and far below a machine's memory.
+MAX_BYTES = limit("array-bytes")
+GZIP_MAGIC = b"\x1f\x8b"
+_MAX_DIMS = 8
+_IDX_REMEDY = "Copy or download the file again"
+
+
+def read_idx(path: str | Path, *, max_bytes: int = MAX_BYTES) -> Array:
+    """Read an IDX file, packed with gzip or not; its content decides, not its name.
+
+    Returns:
+        An array of the file's shape, in the machine's byte order.
+    """
+    file = Path(path)
+    try:
+        with refusing(file, DataError, remedy=_IDX_REMEDY):
+            check_regular(file)
+        with file.open("rb") as raw:
+            packed = raw.read(2) == GZIP_MAGIC
+            raw.seek(0)
+            if not packed:
+                return _read(raw, file, max_bytes)
+            with gzip.GzipFile(fileobj=raw) as unpacked:
+                return _read(unpacked, file, max_bytes)  # type: ignore[arg-type]
+    except EOFError as error:
+        raise DataError(f"{file} is truncated: its gzip stream has no end", remedy=_IDX_REMEDY) from error
+    except (OSError, zlib.error) as error:
+        what = "does not exist" if isinstance(error, FileNotFoundError) else f"can't be read: {one_line(error)}"
+        raise DataError(f"{file} {what}", remedy=_IDX_REMEDY) from error
+
+
+def _read(stream: BinaryIO, file: Path, max_bytes: int) -> Array:
+    dtype, shape = _header(stream, file)
+    size = math.prod(shape) * dtype.itemsize
+    if size > max_bytes:
+        raise DataError(
+            f"{file} says that it holds {size} bytes, above the limit of {max_bytes}",
+            remedy="Check where it comes from",
+        )
+    content = stream.read(size + 1)
+    if len(content) < size:
+        raise DataError(f"{file} is truncated: {len(content)} of {size} bytes are there", remedy=_IDX_REMEDY)
+    if len(content) > size:
+        raise DataError(f"{file} is longer than its header says ({size} bytes)", remedy=_IDX_REMEDY)
+    return np.frombuffer(content, dtype).reshape(shape).astype(dtype.newbyteorder("="))
+
+
+def _header(stream: BinaryIO, file: Path) -> tuple[np.dtype[np.generic], tuple[int, ...]]:
+    magic = stream.read(4)
+    if len(magic) < 4:
+        what = "is empty" if not magic else f"is truncated: it has {len(magic)} bytes"
+        raise DataError(f"{file} {what}", remedy=_IDX_REMEDY)
+    if magic[:2] != b"\0\0" or magic[2] not in IDX_TYPES or not 1 <= magic[3] <= _MAX_DIMS:
+        raise DataError(f"{file} is not an IDX file (it starts with {magic.hex()})", remedy=_IDX_REMEDY)
+    dims = stream.read(4 * magic[3])
+    if len(dims) < 4 * magic[3]:
+        raise DataError(f"{file} is truncated inside its header", remedy=_IDX_REMEDY)
+    return np.dtype(IDX_TYPES[magic[2]]), tuple(int(dim) for dim in np.frombuffer(dims, ">u4"))
+
 
 #: An image file may unpack to no more than this many pixels.
 MAX_PIXELS = 50_000_000
@@ -31,7 +100,6 @@ FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "GIF")
 ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif")
 #: The formats in words, for errors.
 PICTURES = "PNG, JPEG, BMP, WebP or GIF file"
-_NPY_MAGIC = b"\x93NUMPY"
 _FILES = "PNG, JPEG, BMP, WebP, GIF, .npy or IDX file"
 _REMEDY = f"Give a {_FILES} with images"
 
@@ -40,7 +108,7 @@ def load_images(
     path: str | Path,
     preprocessing: Preprocessing = Preprocessing(),  # noqa: B008  (frozen)
 ) -> list[tuple[str, Array]]:
-    """Read a picture (PNG, JPEG, BMP, WebP, a GIF's first frame), .npy or IDX file (packed or not), told by its content.
+    """Read a picture (PNG, JPEG, BMP, WebP, a GIF's first frame), .npy or IDX file; the content decides the kind.
 
     Images are turned upright as their EXIF tag says, laid on black where they are transparent, converted to grey or
     RGB and resized to the preprocessing's size by bilinear filtering; the aspect ratio is not kept. Pixels are not
@@ -49,7 +117,7 @@ def load_images(
     Args:
         path: A file with one image, or with a stack: .npy uint8 (H, W), (H, W, 1|3|4), (n, H, W) or (n, H, W, 1|3|4),
             or IDX (n, H, W).
-        preprocessing: Of the model: size and channels.
+        preprocessing: The model's preprocessing: size and channels.
 
     Returns:
         One (name, image) per image: uint8 (height, width) for one channel, else (height, width, channels). The name
@@ -62,24 +130,20 @@ def load_images(
     start = start_of(file)
     if start[:2] == GZIP_MAGIC or start[:2] == b"\0\0":
         return fit_stack(file, read_idx(file), preprocessing)
-    if start.startswith(_NPY_MAGIC):
+    if start.startswith(NPY_MAGIC):
         return fit_stack(file, _read_npy(file), preprocessing)
     return [(str(file), read_picture_file(file, preprocessing, kinds=_FILES))]
 
 
 def start_of(file: Path) -> bytes:
-    """The first bytes of a file, as many as tell its kind.
-
-    Raises:
-        DataError: It is a folder, missing, empty, no plain file, or can't be read.
-    """
+    """Return the first bytes of a file, from which its kind follows."""
     if file.is_dir():
         raise DataError(f"{file} is a folder, not an image", remedy=_REMEDY)
     try:
         with refusing(file, DataError, remedy=_REMEDY):
             check_regular(file)
         with file.open("rb") as opened:
-            start = opened.read(len(_NPY_MAGIC))
+            start = opened.read(len(NPY_MAGIC))
     except OSError as error:
         what = "does not exist" if isinstance(error, FileNotFoundError) else f"can't be read: {one_line(error)}"
         raise DataError(f"{file} {what}", remedy="Check the path") from error
@@ -89,31 +153,31 @@ def start_of(file: Path) -> bytes:
 
 
 def _read_npy(file: Path) -> Array:
+    mapped = map_npy(file, remedy=_REMEDY, most=limit("array-bytes"))
     try:
-        with refusing(f"{file} is not a whole .npy file: it", DataError, remedy=_REMEDY), file.open("rb") as opened:
-            check_header(opened.read(limit("npy-header") + 12), size := file.stat().st_size)
-            if size > limit("array-bytes"):
-                raise Refusal(f"has {size} bytes, more than {limit('array-bytes')}")
-        # Mapping the file first: a header that promises more than the file holds fails without an allocation.
-        array: Array = np.array(np.load(file, mmap_mode="r", allow_pickle=False))
-    except (OSError, ValueError, EOFError, MemoryError, OverflowError) as error:
+        return np.array(mapped)
+    except (OSError, MemoryError) as error:
         raise DataError(f"{file} is not a whole .npy file: {one_line(error)}", remedy=_REMEDY) from error
-    return array
+
+
+def map_npy(file: Path, *, remedy: str, most: int | None = None) -> np.memmap[Any, np.dtype[Any]]:
+    """Map the array of a .npy file, after checking that the file has the bytes that its header promises."""
+    try:
+        with refusing(f"{file} is not a whole .npy file: it", DataError, remedy=remedy), file.open("rb") as opened:
+            check_header(opened.read(limit("npy-header") + 12), size := file.stat().st_size)
+            if most is not None and size > most:
+                raise Refusal(f"has {size} bytes, more than {most}")
+        mapped: np.memmap[Any, np.dtype[Any]] = np.load(file, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError, MemoryError, OverflowError) as error:
+        raise DataError(f"{file} is not a whole .npy file: {one_line(error)}", remedy=remedy) from error
+    return mapped
 
 
 def fit_stack(file: Path, array: Array, preprocessing: Preprocessing) -> list[tuple[str, Array]]:
-    """Split an array into images, each fitted.
-
-    Args:
-        file: Where it came from, for names and errors.
-        array: uint8 (H, W), (H, W, 1|3|4), (n, H, W) or (n, H, W, 1|3|4).
-        preprocessing: Of the model: size and channels.
+    """Split an array into fitted images.
 
     Returns:
         As ``load_images``.
-
-    Raises:
-        DataError: It is not images.
     """
     if array.dtype != np.uint8:
         raise DataError(
@@ -129,13 +193,7 @@ def fit_stack(file: Path, array: Array, preprocessing: Preprocessing) -> list[tu
 
 
 def stack_problem(dtype: str, shape: tuple[int, ...], *, fortran: bool) -> str | None:
-    """Why an array is no stack of images that can be read in turn, as a sentence without its end; None when it is one.
-
-    Args:
-        dtype: numpy's name of its element type.
-        shape: Its own.
-        fortran: Whether it is stored column by column.
-    """
+    """Return the reason why an array is not a stack of images that can be read in turn; None if it is one."""
     coloured = bool(shape) and shape[-1] in (1, 3, 4)
     if dtype != "uint8" or fortran or len(shape) != (4 if coloured else 3):
         form = "(n, height, width) or (n, height, width, channels)"
@@ -148,18 +206,10 @@ def stack_problem(dtype: str, shape: tuple[int, ...], *, fortran: bool) -> str |
 
 
 def fit_array(image: Array, preprocessing: Preprocessing) -> Array:
-    """Fit one image. What fits already needs no pillow, which a serving machine may lack.
-
-    Args:
-        image: uint8 (H, W) or (H, W, 1|3|4).
-        preprocessing: Of the model: size and channels.
+    """Fit one image. An image that fits already needs no pillow, which a serving machine may lack.
 
     Returns:
         As ``read_picture``; a new array.
-
-    Raises:
-        DataError: The model takes no grey or RGB images.
-        MissingDependency: pillow is needed, and not installed.
     """
     plain = image[..., 0] if image.shape[2:] == (1,) else image
     colours = {1: (), 3: (3,)}.get(preprocessing.channels)
@@ -170,7 +220,7 @@ def fit_array(image: Array, preprocessing: Preprocessing) -> Array:
 
 
 class _SharedSilence:
-    """No warnings while at least one thread is inside: the first one saves the filters, the last one restores them.
+    """Suppresses warnings while at least one thread is inside: the first saves the filters, the last restores them.
 
     Nested ``warnings.catch_warnings`` of several threads would restore each other's filters in the wrong order.
     """
@@ -199,18 +249,10 @@ _silence = _SharedSilence()
 
 
 def read_picture_file(file: Path, preprocessing: Preprocessing, *, kinds: str = PICTURES) -> Array:
-    """A picture's file as pixels that fit; its size is checked before it is read.
-
-    Args:
-        file: Where it is.
-        preprocessing: Of the model: size and channels.
-        kinds: For errors: what could have been given.
+    """Read a picture's file as pixels that fit; its size is checked first.
 
     Returns:
         As ``read_picture``.
-
-    Raises:
-        DataError: As ``read_picture``, or it can't be read.
     """
     try:
         if (size := file.stat().st_size) > (most := limit("picture-bytes")):
@@ -222,20 +264,10 @@ def read_picture_file(file: Path, preprocessing: Preprocessing, *, kinds: str = 
 
 
 def read_picture(content: bytes, preprocessing: Preprocessing, *, name: str, kinds: str = PICTURES) -> Array:
-    """A picture in memory as pixels that fit; its size in pixels is checked before it is unpacked.
-
-    Args:
-        content: Of the file.
-        preprocessing: Of the model: size and channels.
-        name: For errors.
-        kinds: For errors: what could have been given.
+    """Decode a picture in memory to pixels that fit; its size in pixels is checked before it is unpacked.
 
     Returns:
         uint8 (height, width) for one channel, else (height, width, channels).
-
-    Raises:
-        DataError: It is damaged, too large, or no picture.
-        MissingDependency: pillow is not installed.
     """
     module = require("PIL.Image", purpose="reading images")
     ops = require("PIL.ImageOps", purpose="reading images")
@@ -253,7 +285,7 @@ def read_picture(content: bytes, preprocessing: Preprocessing, *, name: str, kin
 
 
 def _fit(picture: Image, preprocessing: Preprocessing) -> Array:
-    """Convert and resize to what the preprocessing asks."""
+    """Convert and resize to the preprocessing's size and channels."""
     module = require("PIL.Image", purpose="reading images")
     if preprocessing.channels not in (1, 3):
         raise DataError(

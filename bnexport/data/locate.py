@@ -1,17 +1,66 @@
-"""Where a data set's files are: a given folder, the folder that BNEXPORT_DATA names, the user's cache, or the network."""
+"""Files of a data set: in a given folder, the folder that BNEXPORT_DATA names, the user's cache, or downloaded."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import http.client
 import os
-from collections.abc import Sequence
+import urllib.request
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from bnexport.data.catalogue import DataFile, DatasetInfo
-from bnexport.data.download import DownloadProgress, download_file
-from bnexport.errors import DataError
+from bnexport.errors import DataError, NetworkError
+from bnexport.files import write_atomically
 from bnexport.optional import installed, one_line
+
+#: Called with the file's name, the bytes so far, and the bytes in all (None when the server does not say).
+DownloadProgress = Callable[[str, int, int | None], None]
+
+TIMEOUT_S = 30.0
+#: The largest official file has 26 MB; a server that sends more sends something else.
+MAX_BYTES = 128 * 2**20
+_BLOCK = 2**18
+
+
+def download_file(
+    path: Path, urls: Sequence[str], md5: str, remedy: str, progress: DownloadProgress | None = None
+) -> None:
+    """Fetch a file from the first address that delivers it with the right MD5, and write it atomically."""
+    reasons = []
+    for url in urls:
+        # OSError covers URLError, HTTPError, timeouts and resets; ValueError an address that is not one.
+        try:
+            content = _fetch(url, path.name, progress)
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            reasons.append(f"{url}: {one_line(error)}")
+            continue
+        if hashlib.md5(content, usedforsecurity=False).hexdigest() == md5:
+            write_atomically(path, content)
+            return
+        reasons.append(f"{url}: {len(content)} bytes came, with a wrong MD5")
+    raise NetworkError(f"{path.name} could not be downloaded ({'; '.join(reasons)})", remedy=remedy)
+
+
+def _fetch(url: str, name: str, progress: DownloadProgress | None) -> bytes:
+    """Return the body at an address; raises http.client.IncompleteRead for a short one."""
+    request = urllib.request.Request(url, headers={"User-Agent": "bnexport"})
+    with contextlib.closing(urllib.request.urlopen(request, timeout=TIMEOUT_S)) as response:
+        announced = response.headers.get("Content-Length", "")
+        total = int(announced) if announced.isdigit() else None
+        content = bytearray()
+        while block := response.read(_BLOCK):
+            content += block
+            if len(content) > MAX_BYTES:
+                raise ValueError(f"more than {MAX_BYTES} bytes came")
+            if progress is not None:
+                progress(name, len(content), total)
+    if total is not None and len(content) < total:
+        raise http.client.IncompleteRead(b"", total - len(content))
+    return bytes(content)
+
 
 #: A folder of data sets that is only read, never written.
 DATA_VARIABLE = "BNEXPORT_DATA"
@@ -19,11 +68,11 @@ DATA_VARIABLE = "BNEXPORT_DATA"
 
 @dataclass(frozen=True)
 class Located:
-    """Files of a data set, checked.
+    """Checked files of a data set.
 
     Attributes:
         paths: In the order they were asked for; packed or unpacked.
-        origin: Where they came from, in words.
+        origin: Their origin, in words.
     """
 
     paths: tuple[Path, ...]
@@ -43,19 +92,6 @@ def locate(
     A ``data_dir`` that is given is the only place looked at; else the first of BNEXPORT_DATA and the cache that has all of
     them wins. A packed file's MD5 is checked; an
     unpacked one has no published MD5, so its reader checks its structure alone.
-
-    Args:
-        info: The set.
-        files: Those of its files that are needed.
-        data_dir: A root of data sets: it holds ``FashionMNIST/raw/`` and the like.
-        fetch: Download what is found nowhere, into ``data_dir`` if given, else into the cache.
-        progress: Told of each download's bytes.
-
-    Raises:
-        DataError: A file has a wrong MD5 (in the cache it is downloaded again instead), or none is found without
-        ``fetch``.
-        NetworkError: No mirror delivered a file.
-        OutputError: A downloaded file can't be written.
     """
     cache = cache_folder()
     variable = os.environ.get(DATA_VARIABLE)
@@ -76,7 +112,7 @@ def locate(
 
 
 def cache_folder() -> Path:
-    """The user's cache of data sets, in the system's own place for caches.
+    """Return the user's cache of data sets, in the system's own place for caches.
 
     On a serving machine without platformdirs it is the place that platformdirs knows for Linux.
     """
@@ -88,12 +124,12 @@ def cache_folder() -> Path:
 
 
 def raw_folder(root: Path, info: DatasetInfo) -> Path:
-    """Where a set's files are below a root (torchvision's layout)."""
+    """Return the folder of a set's files below a root (torchvision's layout)."""
     return root / info.folder / "raw"
 
 
 def remedy(info: DatasetInfo) -> str:
-    """What to do when a set is not here and can't be fetched."""
+    """Return the remedy for a set that is missing and can't be fetched."""
     return (
         f"Put its four .gz files into DIR/{info.folder}/raw and pass --data-dir DIR or set {DATA_VARIABLE}=DIR, "
         "or use --dataset digits, which needs no files"
@@ -119,12 +155,12 @@ def _download_missing(
 
 
 def _find(folder: Path, file: DataFile) -> Path | None:
-    """The packed file, which can be checked, else the unpacked one, else None."""
+    """Return the packed file, which can be checked, else the unpacked one, else None."""
     return next((path for path in (folder / file.name, folder / file.name.removesuffix(".gz")) if path.is_file()), None)
 
 
 def _is_right(path: Path, file: DataFile) -> bool:
-    """Whether a packed file has its MD5; an unpacked one is taken as it is."""
+    """Return True if a packed file has its MD5; an unpacked one is not checked."""
     if path.name != file.name:
         return True
     try:

@@ -1,10 +1,10 @@
-"""Images of one size and kind made into those that a model takes."""
+"""Images of one size and kind, fitted to a model."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from bnexport.data.arrays import Images
+from bnexport.data.catalogue import Images
 from bnexport.data.images import fit_array
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import DataError
@@ -18,7 +18,7 @@ def prepared(images: Images, preprocessing: Preprocessing) -> Images:
 
     Args:
         images: uint8 (n, H, W), or (n, C, H, W) with 1 or 3 channels.
-        preprocessing: Of the model: size and channels.
+        preprocessing: The model's preprocessing: size and channels.
 
     Returns:
         uint8 (n, channels, height, width). Where nothing is to do it is a view of the images.
@@ -47,5 +47,5 @@ def prepared(images: Images, preprocessing: Preprocessing) -> Images:
 
 
 def channels_first(image: Images) -> Images:
-    """(H, W) or (H, W, C) to (C, H, W), a view."""
+    """Return a view of (H, W) or (H, W, C) as (C, H, W)."""
     return image[np.newaxis] if image.ndim == 2 else image.transpose(2, 0, 1)

@@ -77,7 +77,7 @@ class Preprocessing:
         return inputs
 
     def _channels_first(self, images: Array) -> Array:
-        """The same images as (n, channels, height, width)."""
+        """Return the same images as (n, channels, height, width)."""
         first, last = (self.channels, self.height, self.width), (self.height, self.width, self.channels)
         if first == last and self.channels > 1 and images.ndim == 4:
             raise DataError(
@@ -96,12 +96,12 @@ class Preprocessing:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Return plain JSON values."""
         return {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Preprocessing:
-        """Read what ``to_json`` wrote.
+        """Read the result of ``to_json``.
 
         Raises:
             DataError: Missing or unknown keys, or values of the wrong kind.

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from bnexport.bundle import MODEL_ONNX, Bundle
-from bnexport.deploying.repository import checked, names_in, write_model
 from bnexport.deploying.request import Deployment, DeployRequest, Scaling, deployed_name
-from bnexport.deploying.yaml_text import INFERENCE_SERVICE, checked_yaml
+from bnexport.deploying.triton import checked, names_in, write_model
+from bnexport.errors import ExportError
 from bnexport.files import staged_directory, write_atomically
+from bnexport.optional import one_line, require
 
 SERVICE = "inference_service.yaml"
 REPOSITORY = "repository"
@@ -25,11 +28,11 @@ def deploy_kserve(
     """Write ``inference_service.yaml`` and the repository to upload.
 
     Args:
-        bundle: Its hashes are checked first.
+        bundle: The bundle; its hashes are checked first.
         out: The folder.
         request: Name, release, device.
         scaling: Storage and autoscaling.
-        namespace: Of the service; None: the one that kubectl uses.
+        namespace: Namespace of the service; None: kubectl's.
 
     Raises:
         BundleError: The bundle is not as it was written.
@@ -41,9 +44,7 @@ def deploy_kserve(
     name = deployed_name("kserve", request, bundle.manifest.name)
     checked(bundle, out, request, writes=(SERVICE, REPOSITORY))
     size = bundle.file(MODEL_ONNX).stat().st_size
-    text = checked_yaml(
-        inference_service(name, request, scaling, model_bytes=size, namespace=namespace), INFERENCE_SERVICE
-    )
+    text = checked_yaml(inference_service(name, request, scaling, model_bytes=size, namespace=namespace))
     with staged_directory(out, force=request.force) as stage:
         (stage / REPOSITORY).mkdir()
         write_model(bundle, stage / REPOSITORY, name, request)
@@ -63,7 +64,7 @@ def deploy_kserve(
 def inference_service(
     name: str, request: DeployRequest, scaling: Scaling, *, model_bytes: int, namespace: str | None = None
 ) -> dict[str, Any]:
-    """The document, plain JSON values.
+    """Return the document as plain JSON values.
 
     ``protocolVersion: v2`` is not the default, and without it KServe finds no runtime for ONNX. ``storageUri`` is the
     repository's root, so the model's name in URLs is its folder's. Requests equal limits, which keeps the pod's cores.
@@ -95,3 +96,33 @@ def inference_service(
             }
         },
     }
+
+
+_SCHEMA = Path(__file__).with_name("inference_service.schema.json")
+
+
+def checked_yaml(value: Mapping[str, Any]) -> str:
+    """Return a document as YAML text, read back and checked against the schema."""
+    yaml = require("yaml", purpose="writing YAML")
+    text: str = yaml.safe_dump(dict(value), sort_keys=False, width=120)
+    check_yaml(text)
+    if yaml.safe_load(text) != value:
+        raise ExportError("the YAML text does not read as it was meant", remedy="Give a plainer name or address")
+    return text
+
+
+def check_yaml(text: str) -> None:
+    """Refuse a document that the schema does not allow."""
+    yaml = require("yaml", purpose="reading YAML")
+    jsonschema = require("jsonschema", purpose="checking YAML")
+    try:
+        document = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ExportError(f"this is no YAML: {one_line(error)}", remedy="Write it again") from error
+    rules = jsonschema.Draft202012Validator(json.loads(_SCHEMA.read_text(encoding="utf-8")))
+    if (found := next(iter(rules.iter_errors(document)), None)) is not None:
+        place = "/".join(map(str, found.absolute_path)) or "the document"
+        raise ExportError(
+            f"inference_service: {place}: {one_line(ValueError(found.message), 160)}",
+            remedy="Change the option that this value comes from",
+        )

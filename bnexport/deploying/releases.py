@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bnexport.errors import ExportError, UsageError
+from bnexport.protobuf_wire import Field, read_fields
 from bnexport.runtimes.onnx_file import read_screened
-from bnexport.screening.wire import Field, read_fields
 
 
 class Reads(NamedTuple):
-    """What an ONNX Runtime reads at the most.
+    """Newest versions that an ONNX Runtime reads.
 
     Attributes:
         opset: Version of the default operator set.
@@ -54,11 +54,7 @@ _DOMAIN, _VERSION = 1, 2
 
 
 def release_reads(release: str) -> Reads:
-    """What a release of Triton reads.
-
-    Raises:
-        UsageError: A release that is not in the table.
-    """
+    """Return the newest versions that a release of Triton reads."""
     if release not in TRITON_RELEASES:
         raise UsageError(
             f"the Triton release {release!r} is not in bnexport's table",
@@ -68,12 +64,7 @@ def release_reads(release: str) -> Reads:
 
 
 def file_versions(file: Path) -> Reads:
-    """The operator set and the file format that an ONNX file is written in; needs neither onnx nor an engine.
-
-    Raises:
-        BundleError: It can't be read, or is one that the screening refuses.
-        ExportError: It does not say them.
-    """
+    """Return the operator set and the file format of an ONNX file; needs neither onnx nor an engine."""
     content = read_screened(file)
     ir_version = opset = 0
     for field in read_fields(content, 0, len(content)):
@@ -95,19 +86,10 @@ def _operator_set(content: bytes, field: Field) -> tuple[str, int]:
 
 
 def check_loads(file: Path, release: str, *, from_onnx: bool = False) -> Reads:
-    """Refuse an ONNX file that a release of Triton can't load, before anybody waits for a container that does not start.
-
-    Args:
-        file: The ONNX file.
-        release: A key of TRITON_RELEASES.
-        from_onnx: It was made from another ONNX file, whose operator set it keeps.
+    """Refuse an ONNX file that a release of Triton can't load, before a container fails to start.
 
     Returns:
         The file's versions.
-
-    Raises:
-        ExportError: Its operator set or file format is too new; the remedy names the options that make it load.
-        UsageError: An unknown release.
     """
     able, has = release_reads(release), file_versions(file)
     engine = f"Triton {release} (ONNX Runtime {TRITON_RELEASES[release]})"

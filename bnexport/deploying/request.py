@@ -20,7 +20,7 @@ STORAGE_SCHEMES = ("s3", "gs", "pvc", "hdfs", "webhdfs", "https", "http")
 
 @dataclass(frozen=True)
 class DeployRequest:
-    """What every target is asked.
+    """Options of every target.
 
     Attributes:
         name: Name there; None: the bundle's.
@@ -51,11 +51,11 @@ class Scaling:
     """Autoscaling of an InferenceService.
 
     Attributes:
-        storage_uri: Where the model repository's root is uploaded to: "s3://bucket/models".
-        min_replicas: At least so many pods; 0 lets it sleep, which needs Knative.
-        max_replicas: At most so many.
+        storage_uri: Upload address of the model repository's root: "s3://bucket/models".
+        min_replicas: Smallest number of pods; 0 lets the service sleep, which needs Knative.
+        max_replicas: Largest number of pods.
         metric: One of SCALE_METRICS. Knative scales by concurrency and rps, a standard deployment by cpu and memory.
-        target: Of the metric per pod: requests at once, requests per second, percent of the CPU or of the memory asked for.
+        target: Target of the metric per pod: concurrent requests, requests per second, percent of the requested CPU or memory.
     """
 
     storage_uri: str
@@ -89,12 +89,12 @@ class Scaling:
 
 
 class NameRule(NamedTuple):
-    """What a target takes as a name.
+    """Rule for names in a target.
 
     Attributes:
         pattern: Regular expression of the whole name.
         longest: Characters.
-        joint: What a suggestion puts in the place of a character that is not allowed.
+        joint: Replacement in a suggestion for a character that is not allowed.
         words: The rule as people read it.
     """
 
@@ -118,11 +118,7 @@ NAME_RULES: dict[str, NameRule] = {
 
 
 def deployed_name(target: str, request: DeployRequest, bundle_name: str) -> str:
-    """The name there.
-
-    Raises:
-        UsageError: The target would refuse it; the remedy proposes one that it takes.
-    """
+    """Return the name in the target; refuse one that the target does not take, with a suggestion."""
     rule, name = NAME_RULES[target], request.name if request.name is not None else bundle_name
     if re.fullmatch(rule.pattern, name) and len(name) <= rule.longest:
         return name
@@ -133,7 +129,7 @@ def deployed_name(target: str, request: DeployRequest, bundle_name: str) -> str:
 
 
 def suggested_name(target: str, name: str) -> str:
-    """A name that the target takes, as near to the given one as possible."""
+    """Return a name that the target takes, as near to the given one as possible."""
     rule = NAME_RULES[target]
     plain = re.sub(r"[^A-Za-z0-9]+", rule.joint, name).strip(rule.joint)[: rule.longest].strip(rule.joint)
     for tried in (plain, plain.lower(), f"model{rule.joint}{plain.lower()}"[: rule.longest].strip(rule.joint)):
@@ -144,12 +140,12 @@ def suggested_name(target: str, name: str) -> str:
 
 @dataclass(frozen=True)
 class Deployment:
-    """What was written.
+    """The written deployment.
 
     Attributes:
         path: The folder.
         files: Inside it, as sorted POSIX paths.
-        next_steps: What to do with it, one command or sentence each.
+        next_steps: Next steps for the user, one command or sentence each.
     """
 
     path: Path

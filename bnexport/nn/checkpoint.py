@@ -29,12 +29,11 @@ import numpy as np
 from bnexport.errors import ModelError
 from bnexport.files import write_atomically
 from bnexport.optional import one_line, require
-from bnexport.screening.json_text import parse_json
-from bnexport.screening.limits import limit
-from bnexport.screening.paths import check_regular
-from bnexport.screening.refusal import refusing
-from bnexport.screening.safetensors import screen_safetensors
 from bnexport.tensors import Array
+from bnexport.validation.json_text import parse_json
+from bnexport.validation.limits import limit, refusing
+from bnexport.validation.paths import check_regular
+from bnexport.validation.safetensors import validate_safetensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -202,7 +201,7 @@ def _read(path: Path) -> tuple[bytes, dict[str, Any]]:
             with path.open("rb") as file:
                 if not file.read(1):
                     raise ModelError(f"{path} is empty", remedy=_REMEDY)
-                header = screen_safetensors(file)
+                header = validate_safetensors(file)
                 file.seek(0)
                 return file.read(), header
     except OSError as error:

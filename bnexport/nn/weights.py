@@ -15,10 +15,10 @@ from torch.nn.parameter import is_lazy
 from bnexport.errors import ModelError
 from bnexport.nn.checkpoint import read_safetensors
 from bnexport.optional import one_line
-from bnexport.screening.archives import screen_weights
-from bnexport.screening.paths import check_regular
-from bnexport.screening.refusal import refusing
-from bnexport.screening.zip_directory import MAGIC
+from bnexport.validation.archives import validate_weights
+from bnexport.validation.limits import refusing
+from bnexport.validation.paths import check_regular
+from bnexport.validation.zip_directory import MAGIC
 
 #: First byte of a pickle, which torch's older format is.
 _PICKLE = b"\x80"
@@ -91,7 +91,7 @@ def _screen(path: Path) -> None:
         with refusing(f"{path} is not a plain state dict: it", ModelError, remedy=_SAVE):
             check_regular(path)
             with path.open("rb") as file:
-                screen_weights(file)
+                validate_weights(file)
     except OSError as error:
         raise ModelError(f"{path} can't be read: {one_line(error)}", remedy="Check the file's permissions") from error
 

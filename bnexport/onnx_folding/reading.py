@@ -13,9 +13,9 @@ from bnexport.errors import ModelError
 from bnexport.onnx_folding.inventory import opset_of
 from bnexport.optional import one_line
 from bnexport.runtimes.onnx_file import graphs, nodes
-from bnexport.screening.onnx_file import screen_onnx
-from bnexport.screening.paths import check_regular
-from bnexport.screening.refusal import refusing
+from bnexport.validation.limits import refusing
+from bnexport.validation.onnx_file import validate_onnx
+from bnexport.validation.paths import check_regular
 
 #: protobuf reads and writes messages below this size.
 MAX_BYTES = 2**31 - 1
@@ -93,7 +93,7 @@ def _content(path: Path) -> bytes:
 
 def _parsed(content: bytes, name: str, folder: Path | None) -> ModelProto:
     with refusing(f"{name} is not an ONNX model that bnexport opens: it", ModelError, remedy=_CHECK):
-        screen_onnx(content, folder=folder, inside=False)
+        validate_onnx(content, folder=folder, inside=False)
     try:
         return onnx.load_model_from_string(content)
     except Exception as error:  # protobuf's DecodeError has no stable import path

@@ -11,8 +11,8 @@ from bnexport.optional import one_line, quiet, require
 from bnexport.runtimes import torch_outputs
 from bnexport.runtimes.base import REBUILD
 from bnexport.runtimes.settings import RunSettings
-from bnexport.screening import screen_archive
 from bnexport.tensors import Signature
+from bnexport.validation import validate_archive
 
 if TYPE_CHECKING:
     import torch
@@ -55,7 +55,7 @@ def load(file: Path) -> ExportedProgram:
     Raises:
         BundleError: Not such a file, a damaged one, or one that the screening refuses.
     """
-    screen_archive(file, "pt2")
+    validate_archive(file, "pt2")
     torch: Any = require("torch", purpose="the torch.export runner")
     try:
         with quiet():  # torch 2.11 warns of its own buffers

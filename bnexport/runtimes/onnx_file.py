@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from bnexport.bundle import Manifest
 from bnexport.errors import BundleError
+from bnexport.files import Refusal
 from bnexport.optional import one_line, require
 from bnexport.runtimes.base import declared_problem
-from bnexport.screening.limits import limit
-from bnexport.screening.onnx_file import screen_onnx
-from bnexport.screening.paths import check_regular
-from bnexport.screening.refusal import Refusal, refusing
+from bnexport.validation.limits import limit, refusing
+from bnexport.validation.onnx_file import validate_onnx
+from bnexport.validation.paths import check_regular
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
@@ -72,7 +72,7 @@ def read_screened(file: Path) -> bytes:
 
 def _screened(content: bytes, name: str) -> bytes:
     with refusing(f"{name} {_NOT}", BundleError, remedy=_REBUILD):
-        screen_onnx(content)
+        validate_onnx(content)
     return content
 
 

@@ -24,20 +24,10 @@ from bnexport.runtimes.onnxruntime_session import (
     tf32_override,
 )
 from bnexport.runtimes.settings import RunSettings
-from bnexport.tensors import Array, Signature
+from bnexport.tensors import ELEMENT_TYPES, Array, Signature
 
 #: onnxruntime's names of element types -> numpy's.
-ELEMENTS = {
-    "tensor(float16)": "float16",
-    "tensor(float)": "float32",
-    "tensor(double)": "float64",
-    "tensor(uint8)": "uint8",
-    "tensor(int8)": "int8",
-    "tensor(int16)": "int16",
-    "tensor(int32)": "int32",
-    "tensor(int64)": "int64",
-    "tensor(bool)": "bool",
-}
+ELEMENTS = {row.onnxruntime: name for name, row in ELEMENT_TYPES.items()}
 
 
 class OnnxRuntimeRunner(Runner):

@@ -11,7 +11,8 @@ import numpy as np
 
 from bnexport.bundle import MODEL_EXPORTED, MODEL_ONNX, MODEL_TORCHSCRIPT, Bundle, Manifest, seal
 from bnexport.optional import quiet
-from bnexport.tensor_proto import message, write_tensor
+from bnexport.protobuf_wire import message
+from bnexport.tensor_proto import write_tensor
 from bnexport.tensors import Array, Signature, TensorSpec
 
 if TYPE_CHECKING:

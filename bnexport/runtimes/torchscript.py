@@ -11,8 +11,8 @@ from bnexport.optional import one_line, require
 from bnexport.runtimes import torch_outputs
 from bnexport.runtimes.base import REBUILD
 from bnexport.runtimes.settings import RunSettings
-from bnexport.screening import screen_archive
 from bnexport.tensors import Signature
+from bnexport.validation import validate_archive
 
 if TYPE_CHECKING:
     import torch
@@ -54,7 +54,7 @@ def load(file: Path, device: str | torch.device = "cpu") -> Any:
     Raises:
         BundleError: Not a TorchScript file, a damaged one, or one that the screening refuses.
     """
-    screen_archive(file, "torchscript")
+    validate_archive(file, "torchscript")
     torch = require("torch", purpose="the TorchScript runner")
     try:
         with warnings.catch_warnings():

@@ -24,11 +24,11 @@ _PATIENCE = 2.0
 
 
 class JsonLog:
-    """Writes events to a stream. A stream whose reader went away is no reason to stop serving.
+    """Writes events to a stream. The server keeps serving if the stream's reader is gone.
 
     Args:
         stream: Text; standard error of the process.
-        access: Whether each request gets a line, too.
+        access: Write a line for each request, too.
         process: Number of this process among several that write there; stands in each of its lines.
     """
 
@@ -51,7 +51,7 @@ class JsonLog:
         self.flush()
 
     def request(self, fields: dict[str, Any]) -> None:
-        """Log a request, soon."""
+        """Log a request within a tenth of a second."""
         self._entries.append(fields | self._own if self._own else fields)
         if len(self._entries) >= _MANY:
             self.flush()
@@ -59,14 +59,14 @@ class JsonLog:
             self._timer = asyncio.get_running_loop().call_later(_DELAY, self.flush)
 
     def take_over(self, *names: str) -> None:
-        """Let what libraries log under these names come as events, too, from warnings on."""
+        """Log warnings and errors of libraries' loggers as events."""
         for logger in map(logging.getLogger, names):
             logger.addHandler(self._handler)
             logger.propagate = False
             self._loggers.append(logger)
 
     def flush(self) -> None:
-        """Hand over what waits."""
+        """Hand waiting lines to the writing thread."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -80,7 +80,7 @@ class JsonLog:
             self._dropped += len(lines) - bool(self._dropped)
 
     def close(self) -> None:
-        """Write what waits, unless nobody reads it."""
+        """Write waiting lines, unless the stream's reader is gone."""
         for logger in self._loggers:
             logger.removeHandler(self._handler)
             logger.propagate = True
@@ -102,14 +102,14 @@ class JsonLog:
 
 
 class _Handler(logging.Handler):
-    """What a library logs, as an event: its own lines would be no JSON, and would wait for a slow reader."""
+    """Turns log records of libraries into events: their own lines would not be JSON, and would block on a slow reader."""
 
     def __init__(self, log: JsonLog) -> None:
         super().__init__(logging.WARNING)
         self._log = log
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Log it; ``trace`` is the traceback, in one text."""
+        """Log a record; ``trace`` is the traceback, in one text."""
         fields = {"logger": record.name, "message": record.getMessage()}
         if record.exc_info:
             fields["trace"] = logging.Formatter().formatException(record.exc_info)
@@ -117,7 +117,7 @@ class _Handler(logging.Handler):
 
 
 def _parts(piece: bytes) -> Iterator[bytes]:
-    """Whole lines, as many at a time as a pipe takes in one piece (pipe(7): PIPE_BUF), so that processes do not mix them."""
+    """Yield whole lines, as many as a pipe takes in one piece (pipe(7): PIPE_BUF), so that processes do not mix them."""
     start = 0
     while start < len(piece):
         end = piece.rfind(b"\n", start, start + select.PIPE_BUF) + 1 or piece.find(b"\n", start) + 1 or len(piece)
@@ -126,7 +126,7 @@ def _parts(piece: bytes) -> Iterator[bytes]:
 
 
 def _line(fields: dict[str, Any]) -> bytes:
-    """A line in ASCII, which is JSON in any encoding that a stream may have."""
+    """Return a line in ASCII, which is JSON in any encoding of a stream."""
     try:
         line = orjson.dumps(fields, default=str, option=orjson.OPT_APPEND_NEWLINE)
     except TypeError:  # a file's name that is no UTF-8; one line must not keep the others from being written

@@ -38,19 +38,19 @@ THREADS = "bnexport-session"
 
 @dataclass(frozen=True)
 class Cost:
-    """What a batch takes: ``fixed`` seconds, and ``per_byte`` for each byte of its inputs."""
+    """Cost of a batch: ``fixed`` seconds, and ``per_byte`` seconds for each byte of its inputs."""
 
     fixed: float
     per_byte: float
 
     def seconds(self, size: int) -> float:
-        """Of a batch with so many bytes of inputs."""
+        """Return the seconds for a batch with ``size`` bytes of inputs."""
         return self.fixed + self.per_byte * size
 
 
 @dataclass(frozen=True)
 class BatchLimits:
-    """How much may wait and run at a time.
+    """Limits on waiting requests and on a batch.
 
     Attributes:
         rows: Samples of one batch; a request with more runs alone.
@@ -68,20 +68,20 @@ Outcome = dict[str, Array] | BnexportError
 
 
 class Waiter(Protocol):
-    """Whoever waits for an answer; what it has of ``asyncio.Future``. Its methods must not raise."""
+    """Receiver of an answer: the part of ``asyncio.Future`` that the batcher uses. Its methods must not raise."""
 
     def done(self) -> bool:
-        """Whether it was answered, or waits no more."""
+        """Return True if the request was answered or given up."""
 
     def set_result(self, result: dict[str, Array], /) -> None:
         """Take output name -> (rows, ...)."""
 
     def set_exception(self, exception: BnexportError, /) -> None:
-        """Take the reason why there is no answer."""
+        """Take the reason for a missing answer."""
 
 
 class _Waiting:
-    """A request in the queue, or in the batch that runs."""
+    """A request in the queue or in a running batch."""
 
     __slots__ = ("deadline", "inputs", "key", "queued_ns", "rows", "size", "waiter")
 
@@ -101,9 +101,9 @@ class Batcher:
 
     Args:
         runners: Open; each runs one batch at a time.
-        cost: What a batch takes on one of them.
-        limits: Of the queue and the batches.
-        batches: Whether samples of several requests may run together (``Signature.batched``).
+        cost: Cost of a batch on one of them.
+        limits: Limits of the queue and the batches.
+        batches: Run samples of several requests together (``Signature.batched``).
     """
 
     def __init__(self, runners: Sequence[Runner], cost: Cost, limits: BatchLimits, *, batches: bool = True) -> None:
@@ -119,43 +119,29 @@ class Batcher:
 
     @property
     def waiting(self) -> int:
-        """Requests in the queue."""
+        """Number of requests in the queue."""
         return len(self._queue)
 
     @property
     def pending(self) -> int:
-        """Requests in the queue and in batches that run."""
+        """Number of requests in the queue and in running batches."""
         return len(self._queue) + sum(map(len, self._running))
 
     @property
     def workers(self) -> int:
-        """Sessions."""
+        """Number of sessions."""
         return len(self._runners)
 
     def submit(
         self, inputs: dict[str, Array], rows: int, timeout: float | None = None
     ) -> asyncio.Future[dict[str, Array]]:
-        """Queue a request as ``enqueue`` does; its future gives output name -> (rows, ...).
-
-        Raises:
-            NotServing: The queue is full.
-        """
+        """Queue a request as ``enqueue`` does; the future gives output name -> (rows, ...)."""
         future: asyncio.Future[dict[str, Array]] = asyncio.get_running_loop().create_future()
         self.enqueue(inputs, rows, future, timeout)
         return future
 
     def enqueue(self, inputs: dict[str, Array], rows: int, waiter: Waiter, timeout: float | None = None) -> None:
-        """Queue a request that fits the model.
-
-        Args:
-            inputs: Input name -> array.
-            rows: Samples.
-            waiter: Told the answer, in a later turn of the loop.
-            timeout: Seconds that the client waits, if it waits less than the server lets it.
-
-        Raises:
-            NotServing: The queue is full.
-        """
+        """Queue a request that fits the model."""
         if len(self._queue) >= self.limits.queue:
             raise NotServing(
                 f"{len(self._queue)} requests are waiting, which is the limit", remedy="Try again in a second"
@@ -166,11 +152,7 @@ class Batcher:
         self._wake(loop)
 
     def run_now(self, inputs: dict[str, Array], rows: int) -> dict[str, Array] | None:
-        """Run a request that has no company, without a queue and a turn of the loop; None when it has to queue.
-
-        Raises:
-            BnexportError: The engine failed.
-        """
+        """Run a request that has no concurrent ones at once; None if it has to queue."""
         if self._queue or len(self._runners) > 1 or not self._idle:
             return None
         if self._cost.seconds(sum(array.nbytes for array in inputs.values())) >= INLINE_SECONDS:
@@ -182,14 +164,14 @@ class Batcher:
         return outcome
 
     def expire(self) -> None:
-        """Fail every request whose deadline has passed; to be called now and then."""
+        """Fail every request whose deadline has passed; to be called regularly."""
         now = asyncio.get_running_loop().time()
         for item in (*self._queue, *(item for batch in self._running for item in batch)):
             if item.deadline <= now:
                 _fail(item, _late())
 
     async def close(self) -> None:
-        """Wait until everything that was queued is answered, then free the sessions."""
+        """Wait until every queued request is answered, then free the sessions."""
         while self.pending:
             await asyncio.sleep(0.01)
         self._threads.shutdown()
@@ -223,7 +205,7 @@ class Batcher:
         self._wake(loop)
 
     def _take(self, now: float) -> list[_Waiting]:
-        """The next batch: from the front of the queue, as long as shapes agree and the rows suffice."""
+        """Take the next batch from the front of the queue, as long as shapes agree and the rows suffice."""
         batch: list[_Waiting] = []
         rows = 0
         while self._queue:
@@ -266,7 +248,6 @@ class Batcher:
 
 
 def _together(batch: list[_Waiting]) -> dict[str, Array]:
-    """The inputs of a batch."""
     feeds = batch[0].inputs
     if len(batch) == 1:
         return feeds
@@ -282,7 +263,7 @@ def _run_batch(runner: Runner, batch: list[_Waiting]) -> tuple[Outcome, int]:
 
 
 def _run(runner: Runner, feeds: dict[str, Array]) -> tuple[Outcome, int]:
-    """Run a batch; the outputs or the error, and the nanoseconds of the engine."""
+    """Run a batch; return the outputs or the error, and the nanoseconds of the engine."""
     start = time.perf_counter_ns()
     try:
         outcome: Outcome = runner.run_fitting(feeds)
@@ -292,7 +273,7 @@ def _run(runner: Runner, feeds: dict[str, Array]) -> tuple[Outcome, int]:
 
 
 def _blamed(error: BnexportError) -> BnexportError:
-    """The error of whoever is at fault.
+    """Return the error for the request that caused it.
 
     A file that has answered its golden vectors can run, so what ONNX Runtime calls an invalid argument is the request's, such
     as an index past the end of a table.
@@ -305,7 +286,6 @@ def _blamed(error: BnexportError) -> BnexportError:
 
 
 def _fault(error: Exception) -> BnexportError:
-    """Why a batch has no answer."""
     if isinstance(error, BnexportError):
         return _blamed(error)
     if isinstance(error, MemoryError):

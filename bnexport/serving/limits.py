@@ -1,11 +1,11 @@
-"""Every limit of the server with its reason, in one place: what documentation and tests read."""
+"""Every limit of the server with its reason, in one place, and the cache of what requests repeat."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, TypeVar
 
 from bnexport.errors import UsageError
 
@@ -18,7 +18,7 @@ def _limit(value: Any, what: str, reason: str) -> Any:
 
 @dataclass(frozen=True)
 class ServingLimits:
-    """What one client may ask for. Each field says in its metadata what is counted, and why this number."""
+    """Limits of one request. The metadata of each field state what is counted, and the reason for the number."""
 
     body_bytes: int = _limit(64 * _MB, "bytes of a request's body", "20,000 images of 28x28 in float32")
     inflated_bytes: int = _limit(64 * _MB, "bytes of a packed body after unpacking", "as much as an unpacked one")
@@ -48,11 +48,7 @@ class ServingLimits:
 
 
 def limits_from(texts: Iterable[str]) -> ServingLimits:
-    """Limits of which some are given as texts: "batch=64".
-
-    Raises:
-        UsageError: An unknown name, or a value that is no positive number.
-    """
+    """Return limits, some of which are given as texts: "batch=64"."""
     kinds: dict[str, type[int] | type[float]] = {name: type(value) for name, value, _, _ in rows()}
     values: dict[str, Any] = {}
     for text in texts:
@@ -69,5 +65,26 @@ def limits_from(texts: Iterable[str]) -> ServingLimits:
 
 
 def rows() -> list[tuple[str, Any, str, str]]:
-    """(name, value, what is counted, reason) of every limit."""
+    """Return (name, value, what is counted, reason) of every limit."""
     return [(item.name, item.default, item.metadata["what"], item.metadata["reason"]) for item in fields(ServingLimits)]
+
+
+K = TypeVar("K")
+V = TypeVar("V")
+
+
+class BoundedCache(dict[K, V]):
+    """A dictionary that is emptied when it is full. Reading it costs no more than reading a plain one.
+
+    Args:
+        most: Number of entries.
+    """
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self._most = most
+
+    def __setitem__(self, key: K, value: V) -> None:
+        if len(self) >= self._most and key not in self:
+            self.clear()
+        super().__setitem__(key, value)

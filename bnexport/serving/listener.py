@@ -18,33 +18,14 @@ _SO_ATTACH_FILTER, _BPF_RETURN = 26, 0x06
 
 
 def bound(host: str, port: int, *, reuse: bool = False) -> socket.socket:
-    """A socket that is bound, so that the port is known before anything is loaded.
-
-    Args:
-        host: Address.
-        port: 0 takes a free one.
-        reuse: Whether other processes that say so too may listen there (SO_REUSEPORT).
-
-    Raises:
-        UsageError: The address or port can't be had.
-    """
+    """Return a bound socket, so that the port is known before anything is loaded."""
     with _refusing(host, port, "--port"):
         family, _ = resolved(host, port)
         return socket.create_server((host, port), family=family, backlog=2048, reuse_port=reuse)
 
 
 def free_port(host: str, port: int, *, reuse: bool = False, option: str = "--port") -> int:
-    """A port that somebody may listen on. Nobody does meanwhile, who would cut off clients that the system sends there.
-
-    Args:
-        host: Address.
-        port: 0 takes a free one.
-        reuse: As ``bound`` has it.
-        option: What the user chose the port by.
-
-    Raises:
-        UsageError: The address or port can't be had.
-    """
+    """Return a port that can be listened on. It is not listened on meanwhile, so that no clients are cut off."""
     with _refusing(host, port, option):
         family, address = resolved(host, port)
         with socket.socket(family) as probe:
@@ -56,11 +37,7 @@ def free_port(host: str, port: int, *, reuse: bool = False, option: str = "--por
 
 
 def resolved(host: str, port: int) -> tuple[socket.AddressFamily, Any]:
-    """The family and the address of a name, of which there can be several: every door takes the first.
-
-    Raises:
-        OSError: There is no such name.
-    """
+    """Return family and address of a name; both servers take the first of several."""
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     return found[0], found[4]
 
@@ -78,7 +55,7 @@ def _refusing(host: str, port: int, option: str) -> Iterator[None]:
 
 
 def deafen(listener: socket.socket) -> bool:
-    """Let the system drop what new clients send to a listening socket, so that its backlog stays empty once it is.
+    """Make the system drop new clients' packets to a listening socket, so that its backlog stays empty once it is.
 
     They try again after a second, and are refused then, or find another server. (Linux, socket(7): SO_ATTACH_FILTER with a
     program of one instruction, which keeps no byte of any packet; connections that were made before are not touched.)
@@ -97,7 +74,7 @@ def deafen(listener: socket.socket) -> bool:
 
 
 def backlog(listener: socket.socket) -> Iterator[socket.socket]:
-    """Connections that the system has made and nobody has accepted."""
+    """Yield connections that the system has made and no process has accepted."""
     while True:
         try:
             client, _ = listener.accept()

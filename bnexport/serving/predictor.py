@@ -23,14 +23,14 @@ DEFAULT_RUNTIME = "onnxruntime-cpu"
 
 @dataclass(frozen=True)
 class Prediction:
-    """One image's answer.
+    """Answer for one image.
 
     Attributes:
-        image: Where it came from, with [index] in a file of several.
+        image: Its file, with [index] in a file of several.
         index: Class with the largest logit.
         label: Its name; the index as text when the bundle has no labels.
         probability: Softmax of the logits at that class.
-        logits: As the model gave them, one per class.
+        logits: The model's logits, one per class.
     """
 
     image: str
@@ -40,7 +40,7 @@ class Prediction:
     logits: tuple[float, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Return plain JSON values."""
         return {
             "image": self.image,
             "index": self.index,
@@ -97,7 +97,7 @@ class Predictor:
         return predictions
 
     def logits(self, images: Array) -> Array:
-        """Logits of images.
+        """Return the logits of images.
 
         Args:
             images: uint8 (n, height, width), or (n, height, width, channels), of the preprocessing's size.
@@ -123,7 +123,7 @@ class Predictor:
 
 
 def batches(inputs: Array, spec: TensorSpec) -> Iterator[tuple[Array, int]]:
-    """Inputs (n, ...) in batches that a model's input takes, each with how many of its rows count.
+    """Yield inputs (n, ...) in batches that a model's input takes, each with the number of its valid rows.
 
     A batch that does not vary is filled up with its own inputs, in turn.
     """
@@ -137,19 +137,13 @@ def batches(inputs: Array, spec: TensorSpec) -> Iterator[tuple[Array, int]]:
 
 
 def run_images(runner: Runner, inputs: Array) -> Array:
-    """Logits (n, classes) of inputs (n, ...) for a model with one input and one output, in batches of the size it takes."""
+    """Return logits (n, classes) of inputs (n, ...) for a model with one input and one output, in batches of its size."""
     spec, output = runner.signature.inputs[0], runner.signature.outputs[0].name
     return np.concatenate([runner.run({spec.name: batch})[output][:rows] for batch, rows in batches(inputs, spec)])
 
 
 def labelled(image: str, logits: Array, labels: Sequence[str] | None) -> Prediction:
-    """The answer that logits stand for.
-
-    Args:
-        image: Where it came from.
-        logits: (classes,), finite.
-        labels: Class names; a class without one goes by its index.
-    """
+    """Return the prediction of one row of logits."""
     index = int(logits.argmax())
     exact = logits.astype(np.float64)
     weights = np.exp(exact - exact.max())
@@ -166,11 +160,7 @@ def predict_images(
 
 
 def image_preprocessing(bundle: Bundle) -> Preprocessing:
-    """The bundle's preprocessing.
-
-    Raises:
-        BundleError: The bundle has none, or does not take one such image and give one row of logits.
-    """
+    """Return the bundle's preprocessing."""
     manifest = bundle.manifest
     one_each = len(manifest.signature.inputs) == len(manifest.signature.outputs) == 1
     if manifest.preprocessing is None or not one_each or len(manifest.signature.outputs[0].shape) != 2:

@@ -16,9 +16,9 @@ from typing import Any
 from bnexport.bundle import MANIFEST, Bundle
 from bnexport.errors import BnexportError, BundleError, NotServing, RequestError, Unavailable
 from bnexport.optional import one_line
-from bnexport.screening.refusal import shown
-from bnexport.serving.refusing import printable
+from bnexport.serving.protocol.messages import printable
 from bnexport.serving.served_model import ServedModel, ServingSettings, open_served
+from bnexport.validation.limits import shown
 
 #: Names of models that can stand in a URL as they are, and of versions, as Triton has them.
 _NAME, _VERSION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}"), re.compile(r"[1-9][0-9]{0,17}")
@@ -35,11 +35,11 @@ class Version:
     """One version of a model.
 
     Attributes:
-        path: Its bundle.
-        seen: What its files looked like when it was loaded; another value means that it changed.
+        path: Folder of its bundle.
+        seen: State of its files when it was loaded; another value means that it changed.
         served: The open model; None while there is none.
         reason: Why there is none, or why what lies on disk now is not what is served.
-        missed: How often in a row it was not on disk; a folder that is being replaced is missing for a moment.
+        missed: Consecutive looks without it on disk; a folder that is being replaced is missing for a moment.
     """
 
     path: Path
@@ -56,11 +56,11 @@ class Version:
 
 @dataclass
 class Repository:
-    """What a server serves.
+    """The model versions that a server serves.
 
     Args:
         path: A bundle, or a folder of models: NAME/VERSION/manifest.json.
-        settings: How models are opened.
+        settings: Options for opening models.
         log: Called with an event's name and its fields.
     """
 
@@ -72,12 +72,7 @@ class Repository:
     _closing: set[asyncio.Task[None]] = field(default_factory=set)
 
     def load(self) -> None:
-        """Open everything, before the server listens.
-
-        Raises:
-            BundleError: There is no model at all at the path.
-            Unavailable: The runtime does not work here.
-        """
+        """Open every version, before the server listens."""
         places = find_bundles(self.path)
         if not places:
             if other := _misnamed(self.path, ()):
@@ -94,16 +89,11 @@ class Repository:
             self._switch(name, version, entry, self._opened(name, version, folder, strict=True))
 
     def newest(self, name: str) -> ServedModel | None:
-        """The newest version that is ready."""
+        """Return the newest version that is ready."""
         return self._newest.get(name)
 
     def resolve(self, name: str, version: str | None = None) -> ServedModel:
-        """The model that a URL names.
-
-        Raises:
-            RequestError: There is none of that name or version (404).
-            NotServing: It is not ready.
-        """
+        """Return the model that a URL names."""
         if version is None and (found := self._newest.get(name)) is not None:
             return found
         versions = self.models.get(name)
@@ -126,28 +116,28 @@ class Repository:
         return entry.served
 
     def problems(self) -> dict[str, str]:
-        """Model and version, as in "bn_lenet/1" -> why it is not served as it lies on disk."""
+        """Return model and version, as in "bn_lenet/1" -> the reason why it is not served as it lies on disk."""
         return {f"{name}/{version}": entry.reason for name, version, entry in self.each() if entry.reason}
 
     def ready(self) -> bool:
-        """Whether a model can answer, and each of them but those that were unloaded on purpose."""
+        """Return True if a model can answer, and all of them except those that were unloaded on purpose."""
         return bool(self._newest) and all(name in self._newest or _unloaded(self.models[name]) for name in self.models)
 
     def each(self) -> Iterator[tuple[str, str, Version]]:
-        """Every version that is known."""
+        """Yield every known version."""
         for name, versions in self.models.items():
             for version, entry in versions.items():
                 yield name, version, entry
 
     def index(self) -> list[dict[str, Any]]:
-        """The answer to v2/repository/index (Triton, "Model Repository Extension")."""
+        """Return the answer to v2/repository/index (Triton, "Model Repository Extension")."""
         return [
             {"name": name, "version": version, "state": entry.state, "reason": entry.reason}
             for name, version, entry in self.each()
         ]
 
     async def poll(self) -> None:
-        """Compare with what lies on disk, once: load what came or changed, close what went."""
+        """Compare with the disk once: load new and changed versions, close removed ones."""
         places = await asyncio.to_thread(find_bundles, self.path)
         for (name, version), folder in places.items():
             entry = self.models.get(name, {}).get(version) or Version(folder)
@@ -163,11 +153,7 @@ class Repository:
                 self._forget(name, version, entry)
 
     async def reload(self, name: str) -> None:
-        """Load every version of a model again, even where its files look the same.
-
-        Raises:
-            RequestError: There is no such model on disk, or a version could not be loaded.
-        """
+        """Load every version of a model again, even where its files look the same."""
         places = {
             key: folder for key, folder in (await asyncio.to_thread(find_bundles, self.path)).items() if key[0] == name
         }
@@ -181,11 +167,7 @@ class Repository:
             raise RequestError(f"model {name!r} can't be loaded: {reasons[0]}", remedy="Mend the bundle")
 
     def unload(self, name: str) -> None:
-        """Close every version of a model; it stays known, as unavailable.
-
-        Raises:
-            RequestError: There is no such model.
-        """
+        """Close every version of a model; it stays known, as unavailable."""
         if name not in self.models:
             raise RequestError(
                 f"there is no model {shown(name)}", remedy="The index (POST v2/repository/index) lists them", status=404
@@ -195,13 +177,13 @@ class Repository:
             entry.reason = _UNLOADED
 
     async def close(self) -> None:
-        """Close everything, after its last answer."""
+        """Close every version, after its last answer."""
         for name, version, entry in list(self.each()):
             self._forget(name, version, entry)
         await asyncio.gather(*self._closing)
 
     def _opened(self, name: str, version: str, folder: Path, *, strict: bool = False) -> ServedModel | str:
-        """An open model, or why not. ``strict`` lets through what is this machine's fault and not the bundle's."""
+        """Open a model, or return the reason for failing. ``strict`` raises faults of this machine instead of the bundle's."""
         try:
             return open_served(name, version, folder, self.settings)
         except Unavailable as error:
@@ -227,7 +209,7 @@ class Repository:
         )  # fmt: skip
 
     def _replace(self, name: str, version: str, entry: Version, served: ServedModel | None) -> None:
-        """From here on requests get the other one; what the old one accepted it still answers."""
+        """Switch new requests to another model; the old one still answers accepted requests."""
         old, entry.served = entry.served, served
         ready = [item for item in self.models[name].values() if item.served is not None]
         newest = max(ready, key=lambda item: int(item.served.version) if item.served else 0, default=None)
@@ -249,12 +231,9 @@ class Repository:
 
 
 def find_bundles(path: Path) -> Mapping[tuple[str, str], Path]:
-    """Bundles below a path: (name, version) -> folder.
+    """Find the bundles below a path: (name, version) -> folder.
 
     A bundle goes by the name and version of its manifest; in a folder of models the folders' names count, as in Triton.
-
-    Raises:
-        BundleError: The path is a bundle that can't be opened, or is no folder.
     """
     if (path / MANIFEST).is_file():
         manifest = Bundle.open(path).manifest
@@ -278,7 +257,7 @@ def find_bundles(path: Path) -> Mapping[tuple[str, str], Path]:
 
 
 def _misnamed(path: Path, found: Iterable[Path]) -> list[Path]:
-    """Bundles two folders below a folder of models that are not served, for their folders' names are no name and version.
+    """Return bundles in a folder of models that are not served, because their folders' names are not a name and version.
 
     Hidden folders are meant to be passed over.
     """
@@ -290,7 +269,7 @@ def _misnamed(path: Path, found: Iterable[Path]) -> list[Path]:
 
 
 def _left_out(path: Path, found: Collection[Path]) -> list[Path]:
-    """Folders in a folder of models that somebody may miss: with a bundle under another name, or without one."""
+    """Return folders in a folder of models that are not served: with a bundle under another name, or without one."""
     if (path / MANIFEST).is_file():
         return []
     odd = _misnamed(path, found)
@@ -300,12 +279,12 @@ def _left_out(path: Path, found: Collection[Path]) -> list[Path]:
 
 
 def _unloaded(versions: Mapping[str, Version]) -> bool:
-    """Whether a client closed every version; that does not make a server unready (as in Triton)."""
+    """Return True if a client closed every version; that does not make a server unready (as in Triton)."""
     return all(entry.reason == _UNLOADED for entry in versions.values())
 
 
 def _looks(folder: Path) -> object:
-    """Sizes and times of a bundle's files: another value whenever one was written."""
+    """Return sizes and times of a bundle's files, which change whenever a file is written."""
     try:
         stats = [
             (item.relative_to(folder).as_posix(), item.stat()) for item in sorted(folder.rglob("*")) if item.is_file()

@@ -23,8 +23,8 @@ from bnexport.runtimes.settings import RunSettings
 from bnexport.serving.batcher import INLINE_SECONDS, Batcher, BatchLimits, Cost
 from bnexport.serving.limits import ServingLimits
 from bnexport.serving.predictor import DEFAULT_RUNTIME, batches, image_preprocessing
-from bnexport.serving.protocol.answering import answer
 from bnexport.serving.protocol.decoding import Decoder
+from bnexport.serving.protocol.encoding import answer
 from bnexport.serving.protocol.messages import DATATYPES, InferRequest, InferResponse
 from bnexport.serving.statistics import ModelStatistics
 from bnexport.tensors import Array, TensorSpec
@@ -42,14 +42,14 @@ _MEASURED_SECONDS, _WORTH = 0.2, 1.1
 
 @dataclass(frozen=True)
 class ServingSettings:
-    """How models are opened.
+    """Options for opening models.
 
     Attributes:
         runtime: A name from ``runtimes.catalogue.RUNNERS``.
         workers: Sessions per model, each with one thread; None measures how many are worth it.
         max_batch: Samples of a batch that is made of several requests.
-        limits: What one request may ask for.
-        processes: How many processes serve the same models on this machine, and share its cores.
+        limits: Limits of one request.
+        processes: Number of processes that serve the same models on this machine, and share its cores.
     """
 
     runtime: str = DEFAULT_RUNTIME
@@ -64,14 +64,14 @@ class ServedModel:
     """A model that answers requests. Made by ``open_served``.
 
     Attributes:
-        name: As in URLs.
-        version: As in URLs.
-        bundle: What it was opened from.
-        spec: Of its runtime.
+        name: Name in URLs.
+        version: Version in URLs.
+        bundle: Its bundle.
+        spec: Row of its runtime.
         batcher: The queue before its sessions.
-        replay: What its golden vectors showed; the worst session's.
-        decoder: Of requests to it.
-        preprocessing: From pictures to its input; None where it is no image classifier.
+        replay: Result of the golden vectors; the worst session's.
+        decoder: Decoder of its requests.
+        preprocessing: Preprocessing of pictures; None if it is not an image classifier.
     """
 
     name: str
@@ -90,32 +90,19 @@ class ServedModel:
 
     @property
     def statistics(self) -> ModelStatistics:
-        """Its counters."""
+        """Counters of the model."""
         return self.batcher.statistics
 
     async def infer(self, request: InferRequest) -> InferResponse:
-        """Answer one request.
-
-        Args:
-            request: Decoded.
-
-        Raises:
-            RequestError: The answer to these inputs is not finite.
-            NotServing: The queue is full, or the deadline has passed.
-            BnexportError: The engine failed.
-        """
+        """Answer one request."""
         return self.response(request, await self.batcher.submit(request.inputs, request.rows, request.timeout))
 
     def response(self, request: InferRequest, arrays: dict[str, Array]) -> InferResponse:
-        """What a client asked for of the model's outputs (rows, ...).
-
-        Raises:
-            RequestError: The answer to these inputs is not finite.
-        """
+        """Return the outputs (rows, ...) that a client requested."""
         return InferResponse(self.name, self.version, answer(arrays, request.outputs, self.labels), request.id)
 
     async def logits(self, pixels: Array) -> Array:
-        """Logits (n, classes) of images that fit; uint8 (n, height, width[, channels])."""
+        """Return logits (n, classes) of images that fit: uint8 (n, height, width[, channels])."""
         assert self.preprocessing is not None
         spec, output = self.signature.inputs[0], self.signature.outputs[0].name
         parts = []
@@ -124,7 +111,7 @@ class ServedModel:
         return np.concatenate(parts)
 
     def metadata(self, versions: Sequence[str]) -> dict[str, Any]:
-        """The protocol's "Model Metadata Response JSON Object"."""
+        """Return the protocol's "Model Metadata Response JSON Object"."""
         return {
             "name": self.name,
             "versions": list(versions),
@@ -134,7 +121,7 @@ class ServedModel:
         }
 
     def config(self) -> dict[str, Any]:
-        """Triton's model configuration as JSON ("Model Configuration Extension")."""
+        """Return Triton's model configuration as JSON ("Model Configuration Extension")."""
         batched = self.signature.batched
         return {
             "name": self.name,
@@ -151,23 +138,12 @@ class ServedModel:
         }
 
     async def close(self) -> None:
-        """Answer what was accepted, then free the sessions."""
+        """Answer accepted requests, then free the sessions."""
         await self.batcher.close()
 
 
 def open_served(name: str, version: str, path: Path, settings: ServingSettings) -> ServedModel:
-    """Check a bundle, open its sessions, and replay the golden vectors on each of them.
-
-    Args:
-        name: For URLs.
-        version: For URLs.
-        path: The bundle.
-        settings: How.
-
-    Raises:
-        BundleError: The bundle is not as it was written, or a session gives other answers than those stored in it.
-        Unavailable: The engine or the device is not here.
-    """
+    """Check a bundle, open its sessions, and replay the golden vectors on each of them."""
     bundle = Bundle.open(path)
     bundle.check()
     spec = runner_spec(settings.runtime)
@@ -209,7 +185,7 @@ def _preprocessing(bundle: Bundle) -> Preprocessing | None:
 
 
 def measured_cost(runner: Runner, feeds: dict[str, Array]) -> Cost:
-    """What one sample and what all of ``feeds`` take, the better of several runs."""
+    """Measure the cost of one sample and of all ``feeds``, the better of several runs."""
     one = _one(runner, feeds)
     size_one, size_all = (sum(array.nbytes for array in side.values()) for side in (one, feeds))
     first, rest = _best(lambda: runner.run(one)), _best(lambda: runner.run(feeds))
@@ -220,16 +196,9 @@ def measured_cost(runner: Runner, feeds: dict[str, Array]) -> Cost:
 def add_workers(
     runners: list[Runner], another: Callable[[], Runner], feeds: dict[str, Array], cost: Cost, most: int | None = None
 ) -> None:
-    """Open more sessions as long as each is worth its memory.
+    """Open more sessions as long as each adds enough throughput for its memory.
 
     A model that runs on the event loop needs one alone: there the loop is the limit, and not the session.
-
-    Args:
-        runners: Those open; extended.
-        another: Opens and appends one.
-        feeds: One batch.
-        cost: Of a batch on one session.
-        most: Sessions at most; default: the cores that this process may use.
     """
     one = _one(runners[0], feeds)
     if cost.seconds(sum(array.nbytes for array in one.values())) < INLINE_SECONDS:
@@ -245,7 +214,7 @@ def add_workers(
 
 
 def throughput(runners: Sequence[Runner], feeds: dict[str, Array], seconds: float = _MEASURED_SECONDS) -> float:
-    """Batches per second of sessions that run at the same time, each in its own thread."""
+    """Return batches per second of sessions that run at the same time, each in a separate thread."""
     counts = [0] * len(runners)
     end = time.perf_counter() + seconds
 
@@ -264,7 +233,7 @@ def throughput(runners: Sequence[Runner], feeds: dict[str, Array], seconds: floa
 
 
 def _sample(bundle: Bundle) -> dict[str, Array]:
-    """The golden inputs, at least eight samples where the batch varies."""
+    """Return the golden inputs, at least eight samples if the batch varies."""
     inputs, _ = bundle.golden()
     if not bundle.manifest.signature.batched:
         return inputs
@@ -272,7 +241,7 @@ def _sample(bundle: Bundle) -> dict[str, Array]:
 
 
 def _one(runner: Runner, feeds: dict[str, Array]) -> dict[str, Array]:
-    """One sample, or all of them where their number does not vary."""
+    """Return one sample, or all of them if their number does not vary."""
     return {name: array[:1] for name, array in feeds.items()} if runner.signature.batched else feeds
 
 

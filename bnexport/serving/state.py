@@ -1,4 +1,4 @@
-"""What all requests of a server share, whichever door they come in by."""
+"""State that all requests of a server share, over HTTP and gRPC alike."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from bnexport.serving.access_log import JsonLog
 from bnexport.serving.limits import ServingLimits
 from bnexport.serving.repository import Repository
 from bnexport.serving.served_model import ServedModel
-from bnexport.serving.totals import Share, Totals, models_of
+from bnexport.serving.statistics import Key, ModelTotals, Share, Totals
 
 _LONGEST_ID = 128
 
 
 @dataclass(frozen=True)
 class AppSettings:
-    """What clients may do.
+    """Permissions and limits of clients.
 
     Attributes:
-        limits: Of one request.
-        token: What clients must show as a bearer token, but for the health probes; None lets everybody in.
-        allow_load: Whether models may be loaded and unloaded by request.
+        limits: Limits of one request.
+        token: Bearer token that clients must send, except to health probes; None requires none.
+        allow_load: Allow requests to load and unload models.
     """
 
     limits: ServingLimits = field(default_factory=ServingLimits)
@@ -35,7 +35,7 @@ class AppSettings:
 
 
 class Memory:
-    """How many bytes the requests that are being answered hold together.
+    """Counts the bytes that requests in progress hold together.
 
     Args:
         most: Bytes at most.
@@ -45,22 +45,18 @@ class Memory:
         self.held, self._most = 0, most
 
     def hold(self, size: int) -> None:
-        """Count so many bytes more.
-
-        Raises:
-            NotServing: They would be too many.
-        """
+        """Count ``size`` bytes more."""
         if self.held + size > self._most:
             raise NotServing("the requests that are being answered fill the memory", remedy="Try again in a second")
         self.held += size
 
     def release(self, size: int) -> None:
-        """Count so many bytes less."""
+        """Count ``size`` bytes less."""
         self.held -= size
 
 
 class Answered(Protocol):
-    """What is known of a request, whichever door it came in by."""
+    """A request's data for its log line, for HTTP and gRPC alike."""
 
     id: str
     path: str
@@ -70,13 +66,13 @@ class Answered(Protocol):
 
 
 class Answer(NamedTuple):
-    """What is known of its answer.
+    """An answer's data for its log line.
 
     Attributes:
         client: The client's address.
         method: HTTP's, or "gRPC".
         status: HTTP's, or the name of gRPC's code.
-        ns: Nanoseconds from the request to it.
+        ns: Nanoseconds from the request to the answer.
         size: Bytes of its body.
         trace: The client's ``traceparent``, or "".
     """
@@ -90,19 +86,19 @@ class Answer(NamedTuple):
 
 
 class ServerState:
-    """The models, the settings, and what is going on.
+    """State that all requests share: models, settings, log and counters.
 
     Args:
         repository: Loaded.
-        settings: What clients may do.
-        log: Of requests and events.
-        share: Where this process's counters are kept for the others; None where it serves alone.
+        settings: Permissions and limits of clients.
+        log: Log of requests and events.
+        share: Publishes this process's counters to the others; None if it serves alone.
 
     Attributes:
-        memory: Counts what requests hold.
-        draining: Whether the server is about to stop.
-        active: Requests that are being answered, of all doors.
-        last_work: When the last request came that was no probe, by ``time.monotonic``.
+        memory: Counts the bytes that requests hold.
+        draining: True if the server is about to stop.
+        active: Requests in progress, over HTTP and gRPC.
+        last_work: Time of the last request that was not a probe, by ``time.monotonic``.
         requests: (route, status) -> requests over HTTP.
         calls: (method, code) -> calls over gRPC.
         calls_active: Calls over gRPC that are being answered.
@@ -122,7 +118,7 @@ class ServerState:
         self._prefix, self._count = os.urandom(6).hex(), 0
 
     def id_of(self, given: str | None) -> str:
-        """A request's id: the client's, if it can be logged and sent back as it is, or a new one."""
+        """Return a request's id: the client's, if it can be logged and returned unchanged, or a new one."""
         self._count += 1
         if given and len(given) <= _LONGEST_ID and given.isascii() and given.isprintable():
             return given
@@ -149,17 +145,17 @@ class ServerState:
         self.log.request(fields)
 
     def totals(self) -> Totals:
-        """What has been counted, by all processes."""
+        """Return the counters of all processes."""
         own = self._own_totals()
         return own if self.share is None else self.share.together(own)
 
     def publish(self, *, at_once: bool = True) -> None:
-        """Let the other processes know what this one has counted."""
+        """Publish this process's counters to the other processes."""
         if self.share is not None and (at_once or self.share.due()):
             self.share.publish(self._own_totals())
 
     def tick(self) -> None:
-        """Fail what is past its deadline, publish, and show life; to be called ten times a second."""
+        """Fail requests past their deadline, publish counters and the heartbeat; to be called ten times a second."""
         for _, _, entry in self.repository.each():
             if entry.served is not None:
                 entry.served.batcher.expire()
@@ -168,18 +164,10 @@ class ServerState:
             self.share.beat()
 
     def _own_totals(self) -> Totals:
-        """Of this process; its counters go on counting."""
-        return Totals(self.requests, self.calls, self.active, self.calls_active, models_of(self.repository))
+        return Totals(self.requests, self.calls, self.active, self.calls_active, _models_of(self.repository))
 
     def let_in(self, authorization: bytes) -> None:
-        """Refuse who does not show the token.
-
-        Args:
-            authorization: The header, or gRPC's metadata, of that name; empty without one.
-
-        Raises:
-            RequestError: There is a token, and this is not it (401).
-        """
+        """Refuse a request without the token."""
         token = self.settings.token
         if token is None:
             return
@@ -192,14 +180,23 @@ class ServerState:
             )
 
     def permit_loading(self) -> None:
-        """Refuse to load and unload, unless that is allowed.
-
-        Raises:
-            RequestError: It is not (403).
-        """
+        """Refuse to load and unload, unless that is allowed."""
         if not self.settings.allow_load:
             raise RequestError(
                 "this server does not load or unload models by request",
                 remedy="Start it with --allow-load, or let it look for changes with --poll",
                 status=403,
             )
+
+
+def _models_of(repository: Repository) -> dict[Key, ModelTotals]:
+    """Return the totals of this process's models; the counters are shared, not copied."""
+    models: dict[Key, ModelTotals] = {}
+    for name, version, entry in repository.each():
+        served = entry.served
+        models[name, version] = (
+            ModelTotals(ready=False)
+            if served is None
+            else ModelTotals(True, served.batcher.waiting, served.batcher.workers, served.statistics)
+        )
+    return models

@@ -1,11 +1,22 @@
-"""Counters of one model version: plain numbers, added up on the event loop's thread alone, read by whoever reports them."""
+"""Counters of a server: of one model version, of one process, and of all processes that share a port.
+
+Counters are plain numbers, added up on the event loop's thread. They are written by hand on purpose: prometheus_client's
+multiprocess mode does not take custom collectors. Several processes keep theirs in memory that all of them hold open.
+"""
 
 from __future__ import annotations
 
+import os
+import struct
 import time
+import zlib
 from bisect import bisect_left
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+import orjson
 
 #: Upper edges of the histogram of answer times, in seconds: a LeNet's 100 us to a slow model's 10 s.
 SECONDS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
@@ -19,24 +30,24 @@ _NUMBERS = ("rows", "executions", "last_ms")
 
 @dataclass(slots=True)
 class Duration:
-    """How often something happened, and how many nanoseconds it took in all."""
+    """Number of events and their nanoseconds in all."""
 
     count: int = 0
     ns: int = 0
 
     def add(self, ns: int, times: int = 1) -> None:
-        """Add ``times`` happenings of ``ns`` nanoseconds together."""
+        """Add ``times`` events of ``ns`` nanoseconds together."""
         self.count += times
         self.ns += ns
 
     def merge(self, other: Duration) -> None:
-        """Add what another process counted."""
+        """Add another process's counts."""
         self.add(other.ns, other.count)
 
 
 @dataclass(slots=True)
 class Histogram:
-    """Counts between edges, and the sum of what was counted."""
+    """Counts between edges, and the sum of the counted values."""
 
     edges: tuple[float, ...]
     counts: list[int] = field(default_factory=list)
@@ -51,18 +62,18 @@ class Histogram:
         self.total += value
 
     def merge(self, other: Histogram) -> None:
-        """Add what another process counted, between the same edges."""
+        """Add another process's counts between the same edges."""
         self.counts = [ours + theirs for ours, theirs in zip(self.counts, other.counts, strict=True)]
         self.total += other.total
 
 
 @dataclass(slots=True)
 class ModelStatistics:
-    """Of one version of one model, since it was loaded.
+    """Counters of one version of one model, since it was loaded.
 
     Attributes:
         success: Whole requests, from their last byte to their answer.
-        fail: The same of those that failed.
+        fail: Failed requests, likewise.
         queue: Time in the queue.
         infer: Time of the engine, shared out among the requests of a batch.
         rows: Samples.
@@ -85,14 +96,7 @@ class ModelStatistics:
     by_size: dict[int, Duration] = field(default_factory=dict)
 
     def executed(self, *, requests: int, rows: int, queue_ns: int, infer_ns: int) -> None:
-        """Count one batch.
-
-        Args:
-            requests: How many it was made of.
-            rows: Samples in it.
-            queue_ns: Nanoseconds that its requests waited, in sum.
-            infer_ns: Nanoseconds of the engine.
-        """
+        """Count one batch."""
         self.executions += 1
         self.rows += rows
         self.queue.add(queue_ns, requests)
@@ -112,7 +116,7 @@ class ModelStatistics:
             self.seconds.add(ns * 1e-9)
 
     def merge(self, other: ModelStatistics) -> None:
-        """Add what another process counted of the same version."""
+        """Add another process's counts of the same version."""
         for name in _DURATIONS:
             getattr(self, name).merge(getattr(other, name))
         self.rows += other.rows
@@ -124,7 +128,7 @@ class ModelStatistics:
             self.by_size.setdefault(size, Duration()).merge(found)
 
     def to_record(self) -> dict[str, Any]:
-        """Plain JSON values, from which ``from_record`` makes the same counters in another process."""
+        """Return plain JSON values, from which ``from_record`` makes the same counters in another process."""
         return {
             **{name: [getattr(self, name).count, getattr(self, name).ns] for name in _DURATIONS},
             **{name: getattr(self, name) for name in _NUMBERS},
@@ -134,7 +138,7 @@ class ModelStatistics:
 
     @classmethod
     def from_record(cls, record: dict[str, Any]) -> ModelStatistics:
-        """The counters that ``to_record`` wrote."""
+        """Read the result of ``to_record``."""
         found = cls(**{name: record[name] for name in _NUMBERS})
         for name in _DURATIONS:
             setattr(found, name, Duration(*record[name]))
@@ -145,7 +149,7 @@ class ModelStatistics:
         return found
 
     def to_json(self, name: str, version: str) -> dict[str, Any]:
-        """One entry of "model_stats" (Triton, "Statistics Extension")."""
+        """Return one entry of "model_stats" (Triton, "Statistics Extension")."""
         nothing = Duration()
         durations = {
             "success": self.success,
@@ -174,3 +178,266 @@ class ModelStatistics:
                 for size, found in sorted(self.by_size.items())
             ],
         }
+
+
+#: Before a record's bytes: its number in the order of writing, its length, and its CRC-32.
+_HEAD = struct.Struct("<QII")
+#: Bytes of one of the two places that each slot has. What is not written takes no memory.
+_PLACE = 1 << 24
+_TRIES = 5
+#: A heartbeat, and the bytes before the records that are kept for those of all slots.
+_BEAT, _BEATS = struct.Struct("<Q"), 4096
+
+
+class Records:
+    """A record of counters and a heartbeat per slot; each slot has one writer at a time, and any number of readers.
+
+    A record is written to the older of two places. So a reader finds a whole one at any moment, also when the writer was
+    killed in the middle of a write. The memory has no name: nothing is left of it when the last process ends.
+
+    Args:
+        descriptor: Descriptor of the memory, made by ``new_memory`` in the process that starts the others.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def write(self, slot: int, record: bytes) -> bool:
+        """Replace a slot's record.
+
+        Returns:
+            Whether it did: a record of more than 16 MB, which is the counters of some ten thousand models, is not written.
+        """
+        if len(record) > _PLACE - _HEAD.size:
+            return False
+        numbers = [found[0] if (found := self._place(slot, index)) is not None else 0 for index in (0, 1)]
+        older = numbers.index(min(numbers))
+        head = _HEAD.pack(max(numbers) + 1, len(record), zlib.crc32(record))
+        os.pwrite(self._descriptor, head + record, _offset(slot, older))
+        return True
+
+    def read(self, slot: int) -> bytes | None:
+        """Return a slot's newest record; None before the first."""
+        for _ in range(_TRIES):  # both places can be torn only when the writer wrote twice meanwhile
+            found = [place for index in (0, 1) if (place := self._place(slot, index)) is not None]
+            if found:
+                return max(found)[1]
+        return None
+
+    def beat(self, slot: int) -> None:
+        """Write a heartbeat."""
+        os.pwrite(self._descriptor, _BEAT.pack(time.monotonic_ns()), slot * _BEAT.size)
+
+    def heartbeat(self, slot: int) -> bytes:
+        """Return the last heartbeat: different bytes each time."""
+        return os.pread(self._descriptor, _BEAT.size, slot * _BEAT.size)
+
+    def _place(self, slot: int, index: int) -> tuple[int, bytes] | None:
+        """Return number and bytes of a record; None if there is none, or a torn one."""
+        start = _offset(slot, index)
+        head = os.pread(self._descriptor, _HEAD.size, start)
+        if len(head) < _HEAD.size:
+            return None
+        number, length, crc = _HEAD.unpack(head)
+        record = os.pread(self._descriptor, length, start + _HEAD.size)
+        return (number, record) if number and len(record) == length and zlib.crc32(record) == crc else None
+
+
+def new_memory() -> int:
+    """Return a descriptor of memory for ``Records`` (Linux, memfd_create(2)); the caller closes it."""
+    return os.memfd_create("bnexport")
+
+
+def _offset(slot: int, index: int) -> int:
+    return _BEATS + (2 * slot + index) * _PLACE
+
+
+Key = tuple[str, str]
+#: Publishing unasked may take one part in so many of the time.
+_SPARE = 20.0
+
+
+@dataclass
+class ModelTotals:
+    """Totals of one version of one model.
+
+    Attributes:
+        ready: True if it answers in every process that has it; None if no process has it.
+        waiting: Requests in its queues.
+        sessions: Number of the engine's sessions.
+        statistics: Its counters; None if it is not served.
+    """
+
+    ready: bool | None
+    waiting: int = 0
+    sessions: int = 0
+    statistics: ModelStatistics | None = None
+
+    def merge(self, other: ModelTotals) -> None:
+        """Add another process's totals."""
+        known = [ready for ready in (self.ready, other.ready) if ready is not None]
+        self.ready = all(known) if known else None
+        self.waiting += other.waiting
+        self.sessions += other.sessions
+        if other.statistics is not None:
+            self.statistics = self.statistics or ModelStatistics()
+            self.statistics.merge(other.statistics)
+
+
+@dataclass
+class Totals:
+    """Totals of a process, or of several.
+
+    Attributes:
+        requests: (route, status) -> requests over HTTP.
+        calls: (method, code) -> calls over gRPC.
+        active: Requests and calls that are being answered.
+        calls_active: Calls that are being answered.
+        models: (name, version) -> its totals.
+        processes: Number -> process id of those that run; empty where there is one alone.
+        starts: Number -> how often that process was started.
+    """
+
+    requests: Counter[tuple[str, int]] = field(default_factory=Counter)
+    calls: Counter[tuple[str, str]] = field(default_factory=Counter)
+    active: int = 0
+    calls_active: int = 0
+    models: dict[Key, ModelTotals] = field(default_factory=dict)
+    processes: dict[int, int] = field(default_factory=dict)
+    starts: dict[int, int] = field(default_factory=dict)
+
+    def merge(self, other: Totals) -> None:
+        """Add another process's totals, which stay unchanged."""
+        self.requests.update(other.requests)
+        self.calls.update(other.calls)
+        self.active += other.active
+        self.calls_active += other.calls_active
+        self.processes |= other.processes
+        self.starts |= other.starts
+        for key, found in other.models.items():
+            self.models.setdefault(key, ModelTotals(ready=None)).merge(found)
+
+    def to_record(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {
+            "requests": [[route, status, count] for (route, status), count in self.requests.items()],
+            "calls": [[method, code, count] for (method, code), count in self.calls.items()],
+            "active": self.active,
+            "calls_active": self.calls_active,
+            "models": [
+                [*key, m.ready, m.waiting, m.sessions, None if m.statistics is None else m.statistics.to_record()]
+                for key, m in self.models.items()
+            ],
+            "processes": list(self.processes.items()),
+            "starts": list(self.starts.items()),
+        }
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> Totals:
+        """Read the result of ``to_record``."""
+        return cls(
+            Counter({(route, status): count for route, status, count in record["requests"]}),
+            Counter({(method, code): count for method, code, count in record["calls"]}),
+            record["active"],
+            record["calls_active"],
+            {
+                (name, version): ModelTotals(
+                    ready, waiting, sessions, None if counted is None else ModelStatistics.from_record(counted)
+                )
+                for name, version, ready, waiting, sessions, counted in record["models"]
+            },
+            dict(record["processes"]),
+            dict(record["starts"]),
+        )
+
+    def ended(self) -> Totals:
+        """Return the totals of an ended process: its counts, but neither its queues nor its readiness."""
+        models = {key: ModelTotals(ready=None, statistics=found.statistics) for key, found in self.models.items()}
+        return Totals(self.requests, self.calls, models=models, starts=self.starts)
+
+
+class Share:
+    """Publishes the counters of one process of several; its successor continues them.
+
+    Counters never fall: a process that is started again goes on where its predecessor was, and whatever has been shown by
+    one process was written before, so that the next one that is asked knows it. What the others counted in the last tenth
+    of a second may be missing.
+
+    Args:
+        records: Records of all processes.
+        slot: This process's number.
+        slots: Number of processes.
+    """
+
+    def __init__(self, records: Records, slot: int, slots: int) -> None:
+        self._records, self.slot, self._slots = records, slot, slots
+        self._before = read_totals(records, slot).ended()
+        self._counted: dict[Key, ModelStatistics] = {}
+        self._written = b""
+        self._due_at = 0.0
+
+    def beat(self) -> None:
+        """Write a heartbeat."""
+        self._records.beat(self.slot)
+
+    def due(self) -> bool:
+        """Return True if it is time to publish; with very many models, less often than ten times a second."""
+        return time.monotonic() >= self._due_at
+
+    def publish(self, own: Totals) -> Totals:
+        """Write this process's totals plus its predecessors'; return them."""
+        start = time.monotonic()
+        self._keep_replaced(own)
+        total = Totals(processes={self.slot: os.getpid()})
+        total.merge(_of_known(self._before, own))
+        total.merge(own)
+        record = orjson.dumps(total.to_record())
+        if record != self._written and self._records.write(self.slot, record):
+            self._written = record
+        end = time.monotonic()
+        self._due_at = end + _SPARE * (end - start)
+        return total
+
+    def together(self, own: Totals) -> Totals:
+        """Return the totals of all processes."""
+        total = Totals()
+        total.merge(self.publish(own))
+        for slot in range(self._slots):
+            if slot != self.slot:
+                total.merge(read_totals(self._records, slot))
+        return total
+
+    def _keep_replaced(self, own: Totals) -> None:
+        """Keep the counts of a version that was loaded again and counts from zero."""
+        for key, found in own.models.items():
+            if found.statistics is None:
+                continue
+            old = self._counted.get(key)
+            if old is not None and old is not found.statistics:
+                self._before.merge(Totals(models={key: ModelTotals(ready=None, statistics=old)}))
+            self._counted[key] = found.statistics
+
+
+def _of_known(before: Totals, own: Totals) -> Totals:
+    """Return earlier counts of the versions that are served now."""
+    served = {key for key, found in own.models.items() if found.statistics is not None}
+    models = {key: found for key, found in before.models.items() if key in served}
+    return Totals(before.requests, before.calls, models=models, starts=before.starts)
+
+
+def read_totals(records: Records, slot: int) -> Totals:
+    """Read a slot's record; empty totals before the first."""
+    record = records.read(slot)
+    return Totals() if record is None else Totals.from_record(orjson.loads(record))
+
+
+def note_start(records: Records, slot: int) -> None:
+    """Count the start of a slot's process; to be called while it has none."""
+    totals = read_totals(records, slot).ended()
+    totals.starts[slot] = totals.starts.get(slot, 0) + 1
+    records.write(slot, orjson.dumps(totals.to_record()))
+
+
+def note_end(records: Records, slot: int) -> None:
+    """Record that a slot's process has ended: it has no queue, and is not ready."""
+    records.write(slot, orjson.dumps(read_totals(records, slot).ended().to_record()))

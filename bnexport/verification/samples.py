@@ -19,12 +19,11 @@ from bnexport.data.images import ENDINGS, fit_stack, load_images, start_of
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import DataError, FeedError
 from bnexport.optional import one_line
-from bnexport.screening import screen_archive
-from bnexport.screening.limits import limit as screen_limit
-from bnexport.screening.npy import MAGIC as NPY_MAGIC
-from bnexport.screening.npy import check_header
-from bnexport.screening.refusal import refusing
 from bnexport.tensors import Array, Signature, TensorSpec, check_feeds
+from bnexport.validation import validate_archive
+from bnexport.validation.archives import NPY_MAGIC, check_header
+from bnexport.validation.limits import limit as screen_limit
+from bnexport.validation.limits import refusing
 
 #: Name of the array in an .npz file that holds the true classes.
 LABELS = "labels"
@@ -132,7 +131,7 @@ def _map_npy(path: Path) -> Array:
 
 
 def _from_npz(target: _Target) -> Samples:
-    screen_archive(target.path, "npz")
+    validate_archive(target.path, "npz")
     with _reading(target.path):
         arrays = _read_npz(target.path)
     is_input = any(spec.name == LABELS for spec in target.signature.inputs)

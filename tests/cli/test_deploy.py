@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -55,6 +56,9 @@ def test_a_missing_package_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "yaml", None)
-    assert run(["deploy", "docker", str(REFERENCE), "--out", str(tmp_path / "out")]) == 3
+    out = ("--out", str(tmp_path / "out"))
+    assert run(["deploy", "kserve", str(REFERENCE), *out, *URI, "--name", "bn-lenet"]) == 3
     assert "bnexport[deploy]" in capsys.readouterr().err
-    assert run(["deploy", "triton", str(REFERENCE), "--out", str(tmp_path / "out")]) == 0
+    for target in ("triton", "docker"):
+        assert run(["deploy", target, str(REFERENCE), *out, "--force"]) == 0
+        shutil.rmtree(tmp_path / "out")

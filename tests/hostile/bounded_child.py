@@ -11,20 +11,20 @@ from pathlib import Path
 
 from bnexport.bundle import Bundle
 from bnexport.errors import BnexportError
-from bnexport.screening import screen_archive
-from bnexport.screening.archives import screen_weights
-from bnexport.screening.onnx_file import screen_onnx
-from bnexport.screening.refusal import Refusal
-from bnexport.screening.safetensors import screen_safetensors
+from bnexport.files import Refusal
+from bnexport.validation import validate_archive
+from bnexport.validation.archives import validate_weights
+from bnexport.validation.onnx_file import validate_onnx
+from bnexport.validation.safetensors import validate_safetensors
 
 OPENERS = {
     "bundle": lambda path: Bundle.open(path).check(),
-    "torchscript": lambda path: screen_archive(path, "torchscript"),
-    "pt2": lambda path: screen_archive(path, "pt2"),
-    "npz": lambda path: screen_archive(path, "npz"),
-    "weights": lambda path: screen_weights(path.open("rb")),
-    "onnx": lambda path: screen_onnx(path.read_bytes(), folder=path.parent, inside=False),
-    "safetensors": lambda path: screen_safetensors(path.open("rb")),
+    "torchscript": lambda path: validate_archive(path, "torchscript"),
+    "pt2": lambda path: validate_archive(path, "pt2"),
+    "npz": lambda path: validate_archive(path, "npz"),
+    "weights": lambda path: validate_weights(path.open("rb")),
+    "onnx": lambda path: validate_onnx(path.read_bytes(), folder=path.parent, inside=False),
+    "safetensors": lambda path: validate_safetensors(path.open("rb")),
 }
 
 

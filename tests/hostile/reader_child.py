@@ -33,9 +33,9 @@ def exported(path: Path) -> None:
     """What a runner of .pt2 files does: the screen, then torch."""
     import torch
 
-    from bnexport.screening import screen_archive
+    from bnexport.validation import validate_archive
 
-    screen_archive(path, "pt2")
+    validate_archive(path, "pt2")
     try:
         torch.export.load(path)
     except Exception as error:  # a runner makes a sentence of it; here only what the screen lets through is of interest

@@ -21,14 +21,14 @@ from test_corpus import CORPUS
 from bnexport.bundle import MODEL_TORCHSCRIPT, WEIGHTS, Bundle
 from bnexport.data.images import load_images
 from bnexport.errors import BadInput, BundleError, DataError
+from bnexport.files import Refusal
 from bnexport.nn.checkpoint import read_safetensors
 from bnexport.runtimes.onnx_file import read_screened
-from bnexport.screening import screen_archive
-from bnexport.screening.archives import screen_weights
-from bnexport.screening.limits import LIMITS
-from bnexport.screening.onnx_file import screen_onnx
-from bnexport.screening.refusal import Refusal
-from bnexport.screening.zip_directory import read_directory
+from bnexport.validation import validate_archive
+from bnexport.validation.archives import validate_weights
+from bnexport.validation.limits import LIMITS
+from bnexport.validation.onnx_file import validate_onnx
+from bnexport.validation.zip_directory import read_directory
 
 #: Memory for addresses: the interpreter, numpy and its threads take about 250 MB of it.
 _MEGABYTES, _SECONDS = 900, 40
@@ -60,7 +60,7 @@ def test_every_bomb_in_bounded_memory_and_time(good: Good, tmp_path: Path) -> No
 def test_weights_are_not_read(tmp_path: Path) -> None:
     torch.save({"w": torch.zeros(4)}, tmp_path / "small.pt")
     file = _Counting((tmp_path / "small.pt").read_bytes())
-    screen_weights(file)
+    validate_weights(file)
     (weights,) = (entry for entry in read_directory(file) if entry.name.endswith("/data/0"))
     assert not any(place <= weights.start < place + length for place, length in file.spans)
 
@@ -82,44 +82,48 @@ class _Counting(io.BytesIO):
 def test_compressed_arrays_of_everyday_pass(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     np.savez_compressed(tmp_path / "a.npz", x=rng.random((64, 1, 28, 28), np.float32), labels=np.arange(64))
-    screen_archive(tmp_path / "a.npz", "npz")
+    validate_archive(tmp_path / "a.npz", "npz")
     np.savez(tmp_path / "b.npz", x=np.zeros((64, 3, 64, 64), np.float32), empty=np.zeros((0, 5)))
-    screen_archive(tmp_path / "b.npz", "npz")
+    validate_archive(tmp_path / "b.npz", "npz")
     np.savez_compressed(tmp_path / "c.npz", x=np.zeros((8, 3, 64, 64), np.float32))
-    screen_archive(tmp_path / "c.npz", "npz")
+    validate_archive(tmp_path / "c.npz", "npz")
 
 
 def test_the_number_of_files_has_its_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(LIMITS, "archive-files", LIMITS["archive-files"]._replace(value=10))
     header = npy("{'descr': '<f4', 'fortran_order': False, 'shape': (0,)}")
     write_zip(tmp_path / "a.npz", [Member(f"{index}.npy", header) for index in range(10)])
-    screen_archive(tmp_path / "a.npz", "npz")
+    validate_archive(tmp_path / "a.npz", "npz")
     write_zip(tmp_path / "b.npz", [Member(f"{index}.npy", header) for index in range(11)])
     with pytest.raises(DataError, match="holds 11 files, more than 10"):
-        screen_archive(tmp_path / "b.npz", "npz")
+        validate_archive(tmp_path / "b.npz", "npz")
 
 
 def test_the_number_of_fields_has_its_limit(good: Good, monkeypatch: pytest.MonkeyPatch) -> None:
     content = good.onnx.read_bytes()
-    screen_onnx(content)
+    validate_onnx(content)
     monkeypatch.setitem(LIMITS, "onnx-fields", LIMITS["onnx-fields"]._replace(value=50))
     with pytest.raises(Refusal, match="more than 50 fields"):
-        screen_onnx(content)
+        validate_onnx(content)
 
 
 #: Limit -> a number that is too small for a valid file, who reads it, and what the refusal says.
 LOWERED: dict[str, tuple[int, Callable[[Good], object], str]] = {
     "pickle-bytes": (
         10,
-        lambda good: screen_archive(good.checkpoint, "checkpoint"),
+        lambda good: validate_archive(good.checkpoint, "checkpoint"),
         "bytes in .*data.pkl', more than 10",
     ),
-    "pickle-steps": (10, lambda good: screen_archive(good.checkpoint, "checkpoint"), "more than 10 steps"),
-    "pickle-depth": (1, lambda good: screen_archive(good.checkpoint, "checkpoint"), "more than 1 levels of values"),
-    "archive-directory": (50, lambda good: screen_archive(good.checkpoint, "checkpoint"), "table of contents of"),
-    "code-bytes": (50, lambda good: screen_archive(good.exported, "pt2"), "more than 50"),
-    "expression": (4, lambda good: screen_archive(good.exported, "pt2"), "longer than 4 characters"),
-    "archive-inflated": (9, lambda good: screen_archive(good.bundle / MODEL_TORCHSCRIPT, "torchscript"), "more than 9"),
+    "pickle-steps": (10, lambda good: validate_archive(good.checkpoint, "checkpoint"), "more than 10 steps"),
+    "pickle-depth": (1, lambda good: validate_archive(good.checkpoint, "checkpoint"), "more than 1 levels of values"),
+    "archive-directory": (50, lambda good: validate_archive(good.checkpoint, "checkpoint"), "table of contents of"),
+    "code-bytes": (50, lambda good: validate_archive(good.exported, "pt2"), "more than 50"),
+    "expression": (4, lambda good: validate_archive(good.exported, "pt2"), "longer than 4 characters"),
+    "archive-inflated": (
+        9,
+        lambda good: validate_archive(good.bundle / MODEL_TORCHSCRIPT, "torchscript"),
+        "more than 9",
+    ),
     "manifest-bytes": (50, lambda good: Bundle.open(good.bundle), "more than 50 bytes of JSON"),
     "json-depth": (2, lambda good: Bundle.open(good.bundle), "more than 2 levels deep"),
     "json-values": (9, lambda good: Bundle.open(good.bundle), "more than 9 values"),
@@ -148,7 +152,7 @@ def test_each_limit_counts(name: str, good: Good, monkeypatch: pytest.MonkeyPatc
 def test_a_model_beyond_protobuf_is_not_parsed(good: Good, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(LIMITS, "onnx-bytes", LIMITS["onnx-bytes"]._replace(value=50))
     with pytest.raises(Refusal, match="more than 2 GB"):
-        screen_onnx(good.onnx.read_bytes())
+        validate_onnx(good.onnx.read_bytes())
     with pytest.raises(BundleError, match="more than 2 GB"):
         read_screened(good.onnx)
 

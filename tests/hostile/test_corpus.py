@@ -27,7 +27,7 @@ from bnexport.nn.weights import load_weights
 from bnexport.onnx_folding.reading import read_source
 from bnexport.runtimes import onnxruntime, torchscript
 from bnexport.runtimes.onnx_file import read_model
-from bnexport.screening import screen_archive
+from bnexport.validation import validate_archive
 
 CORPUS: dict[str, Hostile] = {
     **SCRIPTS, **PT2, **CHECKPOINTS, **ARRAYS, **ONNX, **GOLDEN, **SAFETENSORS, **BUNDLES, **PICTURES
@@ -63,8 +63,8 @@ READERS: dict[str, Reader] = {
     "bundle": Reader(lambda path: Bundle.open(path).check(), predict()),
     "golden": Reader(lambda path: Bundle.open(path).golden(), None),
     "torchscript": Reader(torchscript.load, predict("--runtime", "torchscript-cpu"), MODEL_TORCHSCRIPT),
-    "pt2": Reader(lambda path: screen_archive(path, "pt2"), None),
-    "npz": Reader(lambda path: screen_archive(path, "npz"), None),
+    "pt2": Reader(lambda path: validate_archive(path, "pt2"), None),
+    "npz": Reader(lambda path: validate_archive(path, "npz"), None),
     "onnx": Reader(read_source, lambda path, good, out: ("fold-and-export", path, "--out", out / "folded.onnx")),
     "safetensors": Reader(read_safetensors, lambda path, good, out: ("inspect", path)),
     "weights": Reader(
@@ -216,8 +216,8 @@ def test_the_good_files_pass(good: Good) -> None:
     read_model(good.bundle / MODEL_ONNX)
     read_source(good.onnx)
     read_safetensors(good.bundle / "weights.safetensors")
-    screen_archive(good.exported, "pt2")
-    screen_archive(good.checkpoint, "checkpoint")
+    validate_archive(good.exported, "pt2")
+    validate_archive(good.checkpoint, "checkpoint")
     assert run(["predict", str(good.bundle), str(good.picture)]) == 0
     for weights in (good.checkpoint, good.old_checkpoint):
         weights_of(weights)

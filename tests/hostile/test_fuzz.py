@@ -23,14 +23,13 @@ from support.mutations import Change, changes
 
 from bnexport.bundle import MODEL_ONNX, MODEL_TORCHSCRIPT, WEIGHTS, Bundle
 from bnexport.errors import BnexportError
-from bnexport.screening import screen_archive
-from bnexport.screening.archives import screen_weights
-from bnexport.screening.json_text import parse_json
-from bnexport.screening.npy import check_header
-from bnexport.screening.onnx_file import screen_onnx, screen_tensor
-from bnexport.screening.paths import name_problem
-from bnexport.screening.refusal import Refusal
-from bnexport.screening.safetensors import screen_safetensors
+from bnexport.files import Refusal
+from bnexport.validation import validate_archive
+from bnexport.validation.archives import check_header, validate_weights
+from bnexport.validation.json_text import parse_json
+from bnexport.validation.onnx_file import validate_onnx, validate_tensor
+from bnexport.validation.paths import name_problem
+from bnexport.validation.safetensors import validate_safetensors
 
 _WANTED = os.environ.get("BNEXPORT_FUZZ")
 #: After so many seconds without an answer a reader hangs; an answer takes milliseconds.
@@ -68,12 +67,12 @@ def only_refused(read: Callable[[], object]) -> None:
 
 SCREENS: dict[str, tuple[Callable[[bytes], object], Callable[[Good], bytes]]] = {
     "json": (lambda c: parse_json(c, max_bytes=2**23), lambda good: (good.bundle / "manifest.json").read_bytes()),
-    "onnx": (screen_onnx, lambda good: (good.bundle / MODEL_ONNX).read_bytes()),
-    "onnx, small": (lambda c: screen_onnx(c, inside=False), lambda good: good.onnx.read_bytes()),
-    "golden": (screen_tensor, lambda good: (good.bundle / "test_data_set_0/output_0.pb").read_bytes()),
-    "safetensors": (lambda c: screen_safetensors(io.BytesIO(c)), lambda good: (good.bundle / WEIGHTS).read_bytes()),
-    "weights": (lambda c: screen_weights(io.BytesIO(c)), lambda good: good.checkpoint.read_bytes()),
-    "old weights": (lambda c: screen_weights(io.BytesIO(c)), lambda good: good.old_checkpoint.read_bytes()),
+    "onnx": (validate_onnx, lambda good: (good.bundle / MODEL_ONNX).read_bytes()),
+    "onnx, small": (lambda c: validate_onnx(c, inside=False), lambda good: good.onnx.read_bytes()),
+    "golden": (validate_tensor, lambda good: (good.bundle / "test_data_set_0/output_0.pb").read_bytes()),
+    "safetensors": (lambda c: validate_safetensors(io.BytesIO(c)), lambda good: (good.bundle / WEIGHTS).read_bytes()),
+    "weights": (lambda c: validate_weights(io.BytesIO(c)), lambda good: good.checkpoint.read_bytes()),
+    "old weights": (lambda c: validate_weights(io.BytesIO(c)), lambda good: good.old_checkpoint.read_bytes()),
     "npy": (lambda c: check_header(c, len(c)), lambda good: _npy()),
     "names": (lambda c: name_problem(c.decode("utf-8", "surrogatepass")), lambda good: b"test_data_set_0/input_0.pb"),
 }
@@ -103,7 +102,7 @@ def test_screens_only_refuse(kind: str, change: Change, raw: bytes | None, good:
 def test_archives_whose_files_were_changed(kind: str, change: Change, which: int, good: Good, watched: Path) -> None:
     """The archive around them stays whole, so that the change reaches what reads the files inside."""
     path = spoiled_archive(kind, change, which, good, watched)
-    only_refused(lambda: screen_archive(path, kind))
+    only_refused(lambda: validate_archive(path, kind))
 
 
 def spoiled_archive(kind: str, change: Change, which: int, good: Good, folder: Path) -> Path:

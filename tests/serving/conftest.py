@@ -28,7 +28,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def server(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """One server, with both doors, for all tests that leave it as it is."""
+    """One server, over HTTP and gRPC, for all tests that leave it as it is."""
     with serving(models, tmp_path_factory.mktemp("log") / "log", "--grpc-port", "0") as running:
         yield running
 

@@ -1,4 +1,4 @@
-"""The gRPC door on a server in a process of its own: answers, health, tokens, TLS, counters, log lines."""
+"""The gRPC server in a separate process: answers, health, tokens, TLS, counters, log lines."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from support.grpc_calls import (
 from support.serving import PATIENCE, Server, serving, tensor
 
 from bnexport import __version__
-from bnexport.serving.grpc.health import STATUSES
-from bnexport.serving.grpc.schema import classes
+from bnexport.serving.grpc.call import classes
+from bnexport.serving.grpc.methods import STATUSES
 
 INFER = SERVICE + "ModelInfer"
 

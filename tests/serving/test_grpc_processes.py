@@ -1,4 +1,4 @@
-"""The gRPC door of several processes: one port, one sum of counters, and a killed process costs its own calls alone."""
+"""The gRPC server of several processes: one port, one sum of counters, and a killed process costs its own calls alone."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from serving.test_serving_processes import counted, killed, running, serving_twi
 from support.grpc_calls import SERVICE, call, channel_to, infer, infer_request
 from support.serving import Server, refused, until
 
-from bnexport.serving.grpc.schema import classes
+from bnexport.serving.grpc.call import classes
 
 INFER = SERVICE + "ModelInfer"
 CALLS = 24
 
 
 def inferences(server: Server) -> int:
-    """What the door's own statistics say of the model."""
+    """What the server's own statistics say of the model."""
     request = classes()["ModelStatisticsRequest"](name="bn_lenet").SerializeToString()
     with channel_to(server) as channel:
         answer = classes()["ModelStatisticsResponse"].FromString(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,11 +16,13 @@ import pytest
 from serving.test_classify import picture
 from support.serving import Server, serving, tensor
 
-from bnexport.serving.http.openapi import TOLD, document
-from bnexport.serving.http.openapi_schemas import SCHEMAS
-from bnexport.serving.http.routes import ROUTES
+from bnexport import __version__
+from bnexport.serving.http.routes import ROUTES, openapi_document
+from bnexport.serving.protocol.messages import BYTES, DATATYPES
+from bnexport.serving.repository import READY, UNAVAILABLE
 
-DOCUMENT: dict[str, Any] = document(ROUTES)
+DOCUMENT: dict[str, Any] = openapi_document()
+SCHEMAS: dict[str, Any] = DOCUMENT["components"]["schemas"]
 #: What the fuzzer checks of each answer. That a request of the right form is accepted is not among it: the document knows
 #: no model, so that most of such requests have tensors that the model does not take.
 CHECKS = (
@@ -31,12 +34,33 @@ BUDGET = 20
 
 
 def test_the_document_is_in_step_with_the_routes() -> None:
-    assert set(TOLD) == {(route.method, route.pattern) for route in ROUTES}
-    operations = [item for path in DOCUMENT["paths"].values() for item in path.values()]
-    assert len(operations) == len(ROUTES) + sum("[" in route.pattern for route in ROUTES)
-    names = [item["operationId"] for item in operations]
+    assert DOCUMENT["info"]["version"] == __version__
+    operations = {
+        (path, method): item for path, methods in DOCUMENT["paths"].items() for method, item in methods.items()
+    }
+    wanted = {(f"/{path}", route.method.lower()): route for route in ROUTES for path in both(route.pattern)}
+    assert set(operations) == set(wanted)
+    for place, item in operations.items():
+        route = wanted[place]
+        assert item["operationId"].startswith(route.handler.__name__), place
+        assert item["security"] == ([] if route.probe else [{}, {"token": []}]), place
+        assert ("401" in item["responses"]) != route.probe, place
+        assert [row["name"] for row in item.get("parameters", ())] == re.findall(r"{(\w+)}", place[0]), place
+    names = [item["operationId"] for item in operations.values()]
     assert len(set(names)) == len(names)
-    assert all(item["summary"].endswith((".", ":")) or item["summary"][-1].isalpha() for item in operations)
+    assert all(item["summary"].endswith((".", ":")) or item["summary"][-1].isalpha() for item in operations.values())
+
+
+def both(pattern: str) -> list[str]:
+    """A pattern with and without the part that may be missing."""
+    return [re.sub(r"\[.*\]", "", pattern), pattern.replace("[", "").replace("]", "")]
+
+
+def test_the_words_of_the_schemas_are_those_of_the_code() -> None:
+    assert SCHEMAS["InputTensor"]["properties"]["datatype"]["enum"] == list(DATATYPES.values())
+    assert SCHEMAS["OutputTensor"]["properties"]["datatype"]["enum"] == [*DATATYPES.values(), BYTES]
+    assert SCHEMAS["Model"]["properties"]["state"]["enum"] == [READY, UNAVAILABLE]
+    assert SCHEMAS["Index"]["items"]["properties"]["state"]["enum"] == [READY, UNAVAILABLE]
 
 
 def test_every_schema_is_one_and_is_used() -> None:

@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 from support.serving import Server
 
-from bnexport.proto_messages import TYPES
+from bnexport.proto_messages import INFERENCE, message_classes
 from bnexport.serving.grpc.methods import METHODS, STREAM
-from bnexport.serving.grpc.schema import MESSAGES, PACKAGE
 
 
 def run(python: Path, program: str, port: int, folder: Path) -> dict[str, Any]:
@@ -46,7 +45,7 @@ def test_every_call_over_grpc(python: Path, server: Server, data: Path) -> None:
     told = run(python, "triton_grpc_program.py", server.grpc_port, data)
     good(told, 80)
     the_same_messages(told["messages"])
-    service = f"/{PACKAGE}.GRPCInferenceService/"
+    service = f"/{INFERENCE}.GRPCInferenceService/"
     ours = {path.removeprefix(service) for path in (*METHODS, STREAM) if path.startswith(service)}
     assert ours <= set(told["methods"])
     left_out = {name for name in set(told["methods"]) - ours if "SharedMemory" not in name}
@@ -54,9 +53,12 @@ def test_every_call_over_grpc(python: Path, server: Server, data: Path) -> None:
 
 
 def the_same_messages(theirs: Mapping[str, Any]) -> None:
-    """Every row of the table has the number, the type and the label that it has in the client."""
-    for name, fields in MESSAGES.items():
-        found = theirs[f"{PACKAGE}.{name}"]
-        for field, row in fields.items():
-            kind = TYPES.get(row.kind, f"{PACKAGE}.{row.kind}")
-            assert found[field] == [row.number, kind, row.many], f"{name}.{field}"
+    """Every field has the number, the type and the label that it has in the client."""
+    ours = [kind.DESCRIPTOR for kind in message_classes("a test").values() if kind.DESCRIPTOR.file.package == INFERENCE]
+    assert len(ours) > 40
+    for message in ours:
+        for field in message.fields:
+            inner = field.message_type or field.enum_type
+            kind = field.type if inner is None else inner.full_name
+            told = theirs[message.full_name][field.name]
+            assert told == [field.number, kind, field.is_repeated], field.full_name

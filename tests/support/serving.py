@@ -124,8 +124,8 @@ def serving(
         line = process.stdout.readline() if ready else ""
         match = re.search(r":(\d+)$", line.strip())
         assert match, (line, log.read_text(), process.poll())
-        door = re.search(r"grpc://\S*:(\d+)", line)
-        yield Server(process, int(match[1]), log, int(door[1]) if door else 0)
+        grpc = re.search(r"grpc://\S*:(\d+)", line)
+        yield Server(process, int(match[1]), log, int(grpc[1]) if grpc else 0)
     finally:
         process.kill()
         process.wait(PATIENCE)

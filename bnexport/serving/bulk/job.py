@@ -34,14 +34,14 @@ _OF_ALL = ("sources", "fingerprint", "rows", "shards")
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be done.
+    """A bulk prediction: bundle, request, shards and the description in _job.json.
 
     Attributes:
         bundle: Directory of the bundle.
         out: The folder of predictions.
-        request: How.
+        request: Options.
         shards: All of them, in order.
-        description: What _job.json holds.
+        description: Content of _job.json.
     """
 
     bundle: str
@@ -52,38 +52,32 @@ class Job:
 
     @property
     def rows(self) -> int:
-        """Rows of all shards."""
+        """Number of rows of all shards."""
         return sum(shard.rows for shard in self.shards)
 
     def about(self, shard: Shard) -> str:
-        """What a shard's file holds in its metadata: what decides its rows, and nothing of the rest of the job."""
+        """Return the metadata of a shard's file: everything that decides its rows, and nothing of the rest of the job."""
         common = {key: value for key, value in self.description.items() if key not in _OF_ALL}
         mine = {"source": shard.path, "start": shard.start, "rows": shard.rows, "stat": shard.stat}
         return json.dumps(common | mine, sort_keys=True)
 
     def without_shards(self) -> Job:
-        """What a worker has to know; the shards may be many, and come one by one."""
+        """Return a copy for workers, to which shards are sent one by one."""
         return replace(self, shards=())
 
     def missing(self) -> list[Shard]:
-        """Shards whose file is not there, is not whole, or has other rows: of another job, of a source that has changed."""
+        """Return the shards whose file is missing, incomplete, or has the rows of another job or of a changed source."""
         out = Path(self.out)
         return [shard for shard in self.shards if rows_in(part_file(out, shard), about=self.about(shard)) != shard.rows]
 
 
 def part_file(out: Path, shard: Shard) -> Path:
-    """Where a shard is written."""
+    """Return the path of a shard's file."""
     return out / f"part-{shard.number:05d}.parquet"
 
 
 def make_job(bundle: Bundle, sources: tuple[Path, ...], out: Path, request: BulkRequest) -> Job:
-    """Look at the sources; nothing is written.
-
-    Raises:
-        DataError: Something about a source.
-        OutputError: A folder of predictions that lies in the bundle.
-        UsageError: Sources that overlap, or a folder of predictions that lies in one.
-    """
+    """Plan a job from its sources; nothing is written."""
     refuse_overlap(out, bundle.path)
     for source in sources:
         if out.resolve().is_relative_to(source.resolve()):
@@ -110,12 +104,7 @@ def make_job(bundle: Bundle, sources: tuple[Path, ...], out: Path, request: Bulk
 
 @contextlib.contextmanager
 def folder_of(job: Job) -> Iterator[None]:
-    """Hold the folder of predictions, opened for a job.
-
-    Raises:
-        OutputError: Another run holds it, it holds something else, or the predictions of another job and ``force`` is
-            false.
-    """
+    """Hold the folder of predictions, opened for a job."""
     out = Path(job.out)
     if out.exists() and not out.is_dir():
         raise _no_folder(out)
@@ -131,14 +120,7 @@ def _no_folder(out: Path) -> OutputError:
 
 
 def open_folder(job: Job) -> None:
-    """Begin in the folder of predictions, or find it as this very job has left it.
-
-    Args:
-        job: Its folder is there and held.
-
-    Raises:
-        OutputError: It holds something else, or the predictions of another job and ``force`` is false.
-    """
+    """Begin in the folder of predictions, or resume this very job in it."""
     out = Path(job.out)
     before = _description(out)
     if before == job.description:
@@ -158,7 +140,7 @@ def open_folder(job: Job) -> None:
 
 
 def _description(out: Path) -> dict[str, Any] | None:
-    """What the folder's _job.json says; None where there is none."""
+    """Return the content of the folder's _job.json; None without the file."""
     file = out / JOB
     try:
         value = json.loads(file.read_bytes())

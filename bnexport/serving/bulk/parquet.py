@@ -20,12 +20,7 @@ _REMEDY = "Give Parquet with the bytes of PNG, JPEG, BMP, WebP or GIF files in a
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[Any]:
-    """A ``pyarrow.parquet.ParquetFile``.
-
-    Raises:
-        DataError: It can't be read.
-        MissingDependency: pyarrow is not here.
-    """
+    """Open a ``pyarrow.parquet.ParquetFile``."""
     arrow, parquet = _arrow(), require("pyarrow.parquet", purpose="Parquet")
     try:
         with parquet.ParquetFile(path) as file:
@@ -41,11 +36,7 @@ def _arrow() -> Any:
 
 
 def check_columns(path: Path, schema: Any, request: BulkRequest) -> None:
-    """Refuse a file without a column of bytes, or of structs that hold "bytes" as Hugging Face writes them.
-
-    Raises:
-        DataError: Naming the columns that are there.
-    """
+    """Refuse a file without a column of bytes, or of structs that hold "bytes" as Hugging Face writes them."""
     names = ", ".join(map(repr, schema.names)) or "none"
     for name in (request.column, request.id_column):
         if name is not None and name not in schema.names:
@@ -71,7 +62,7 @@ def _is_binary(kind: Any) -> bool:
 
 
 def _is_plain(kind: Any) -> bool:
-    """Whether a value has one text that people would write."""
+    """Return True for a type whose values have one usual text."""
     return not (_is_binary(kind) or _arrow().types.is_fixed_size_binary(kind) or _arrow().types.is_nested(kind))
 
 
@@ -83,17 +74,7 @@ def _has_bytes(kind: Any) -> bool:
 def encoded_images(
     path: Path, request: BulkRequest, *, row_groups: Sequence[int], start: int
 ) -> Iterator[tuple[list[str], list[bytes | None]]]:
-    """Ids and image bytes of some row groups, in batches; None where a row has no image.
-
-    Args:
-        path: Of the file.
-        request: Columns and batch size.
-        row_groups: Numbers.
-        start: Number of their first row in the file.
-
-    Raises:
-        DataError: The file is damaged.
-    """
+    """Yield ids and image bytes of some row groups, in batches; None for a row without an image."""
     columns = [name for name in (request.column, request.id_column) if name is not None]
     row = start
     with opened(path) as file:
@@ -120,17 +101,10 @@ def _ids(path: Path, start: int, column: Any) -> list[str]:
 
 
 def encode(ids: Sequence[str], logits: Array, *, labels: Sequence[str], keep_logits: bool, about: str) -> bytes:
-    """Predictions as the bytes of a Parquet file.
+    """Return predictions as the bytes of a Parquet file.
 
     Columns: ``id`` (string), ``label`` (string), ``probabilities`` (float32, one per class), and ``logits`` (as the model
     gives them) if asked for.
-
-    Args:
-        ids: One per row.
-        logits: (n, classes), finite.
-        labels: One per class.
-        keep_logits: Write the column of logits.
-        about: Kept in the file's metadata under "bnexport".
     """
     arrow, parquet = _arrow(), require("pyarrow.parquet", purpose="Parquet")
     exact = logits.astype(np.float64)
@@ -153,7 +127,7 @@ def encode(ids: Sequence[str], logits: Array, *, labels: Sequence[str], keep_log
 
 
 def rows_in(path: Path, *, about: str) -> int | None:
-    """Rows of a written file by its footer; None when it is not whole, or was written with another ``about``."""
+    """Count the rows of a written file by its footer; None if it is incomplete, or was written with another ``about``."""
     arrow, parquet = _arrow(), require("pyarrow.parquet", purpose="Parquet")
     try:
         with path.open("rb") as file:  # a path that is not there would be tried as an address

@@ -1,21 +1,263 @@
-"""The whole of a bulk prediction: look at the sources, find what is there, predict the rest."""
+"""Bulk prediction: check the sources, find which shards exist, predict the others, by processes of this machine or by Ray.
+
+Processes and not threads: the parent outlives a crash of an engine, and decoding holds Python's lock (docs/predicting.md).
+On Ray (extra ``ray``) every machine must reach the bundle, the sources and the predictions under the same path.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from bnexport.bundle import Bundle
-from bnexport.errors import UsageError
-from bnexport.serving.bulk.job import Job, folder_of, make_job
-from bnexport.serving.bulk.local import run_locally
-from bnexport.serving.bulk.on_ray import run_on_ray
+from bnexport.errors import BnexportError, DataError, RuntimeUnavailable, UsageError
+from bnexport.files import write_atomically
+from bnexport.optional import one_line, require
+from bnexport.runtimes.catalogue import runner_spec
+from bnexport.runtimes.settings import RunSettings
+from bnexport.serving.bulk.job import Job, folder_of, make_job, part_file
+from bnexport.serving.bulk.parquet import encode
 from bnexport.serving.bulk.request import BulkProgress, BulkRequest
-from bnexport.serving.bulk.sources import Shard
-from bnexport.serving.predictor import image_preprocessing
+from bnexport.serving.bulk.sources import NpzFiles, Shard, read_shard
+from bnexport.serving.predictor import image_preprocessing, run_images
+from bnexport.tensors import Array
+
+
+class ShardWorker:
+    """Predicts and writes shards with one session of one thread.
+
+    Args:
+        job: The job; its shards are not used. The caller has checked the bundle's hashes.
+    """
+
+    def __init__(self, job: Job) -> None:
+        opened = Bundle.open(job.bundle)
+        self._job, self._request = job, job.request
+        self._files = NpzFiles()
+        self._preprocessing = image_preprocessing(opened)
+        self._labels = opened.manifest.labels or ()
+        self._runner = runner_spec(job.request.runtime).open(opened, settings=RunSettings(threads=1))
+
+    def close(self) -> None:
+        """Free the session and close open sources."""
+        self._files.close()
+        self._runner.close()
+
+    def run(self, shard: Shard) -> int:
+        """Predict and write one shard.
+
+        Returns:
+            Its rows.
+        """
+        ids: list[str] = []
+        parts: list[Array] = []
+        for names, images in read_shard(shard, self._request, self._preprocessing, self._files):
+            logits = run_images(self._runner, self._preprocessing.apply(images))
+            if not np.isfinite(logits).all():
+                row = int(np.flatnonzero(~np.isfinite(logits).all(1))[0])
+                raise DataError(
+                    f"the model's answer to {names[row]} holds NaN or infinity",
+                    remedy="Run bnexport verify on the bundle",
+                )
+            ids += names
+            parts.append(logits)
+        if len(ids) != shard.rows:
+            raise DataError(
+                f"{shard.path} gave {len(ids)} rows where {shard.rows} were counted",
+                remedy="Leave the source as it is while it is read, and start again",
+            )
+        shard.check_unchanged()
+        logits = np.concatenate(parts)
+        labels = [*self._labels, *map(str, range(len(self._labels), logits.shape[1]))]
+        content = encode(ids, logits, labels=labels, keep_logits=self._request.logits, about=self._job.about(shard))
+        write_atomically(part_file(Path(self._job.out), shard), content)
+        return shard.rows
+
+
+#: Shards that wait for each worker: one is enough to keep it busy, and more would only be held in memory.
+_AHEAD = 2
+
+
+class _Process:
+    """State of a worker's process: a pool drops the result of its initialiser."""
+
+    job: Job | None = None
+    worker: ShardWorker | None = None
+
+
+def run_locally(job: Job, shards: Sequence[Shard]) -> Iterator[int]:
+    """Predict shards in processes of this machine; yield the rows of each as it is written."""
+    workers = min(job.request.resolved_workers(), len(shards))
+    if workers <= 1:
+        yield from _in_this_process(job, shards)
+        return
+    context = multiprocessing.get_context("spawn")  # a fork would take over locks of engines that run already
+    with ProcessPoolExecutor(workers, context, _start, (job.without_shards(),)) as pool:
+        try:
+            yield from _in_turn(pool, shards, workers)
+        except BrokenProcessPool as error:
+            raise RuntimeUnavailable(
+                "a process of a worker died, killed or out of memory",
+                remedy="Run the same command again, with fewer --workers if memory was short: it goes on where it was",
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _in_this_process(job: Job, shards: Sequence[Shard]) -> Iterator[int]:
+    worker = ShardWorker(job)
+    try:
+        yield from map(worker.run, shards)
+    finally:
+        worker.close()
+
+
+def _in_turn(pool: ProcessPoolExecutor, shards: Sequence[Shard], workers: int) -> Iterator[int]:
+    left = iter(shards)
+    running: set[Future[int]] = set()
+    while True:
+        while len(running) < workers * _AHEAD and (shard := next(left, None)) is not None:
+            with _interrupts_held():
+                running.add(pool.submit(_run, shard))
+        if not running:
+            return
+        done, running = wait(running, return_when=FIRST_COMPLETED)
+        for future in done:
+            yield future.result()
+
+
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Delay Ctrl-C until after the block. A process that begins inside receives none, from its first moment on."""
+    if sys.platform == "win32":
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _start(job: Job) -> None:
+    """Initialise a worker's process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to hear; a shard that was begun is finished
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
+    _Process.job = job
+
+
+def _leave_with(parent: multiprocessing.process.BaseProcess) -> None:
+    """End a worker whose parent was killed: the pool's pipes do not report that."""
+    parent.join()
+    os._exit(1)
+
+
+def _run(shard: Shard) -> int:
+    """Run a shard; the first one opens the worker, because the pool drops the initialiser's exceptions."""
+    if _Process.worker is None:
+        assert _Process.job is not None
+        _Process.worker = ShardWorker(_Process.job)
+    return _Process.worker.run(shard)
+
+
+#: Seconds for Ray Data's threads to end. One that only sleeps, and so does no harm, may never end (Ray 2.60).
+_RAY_PATIENCE = 2.0
+
+
+class ShardActor:
+    """A worker as Ray Data calls it: one row in, one row out. Values are pickled here: Arrow has no type for them.
+
+    Args:
+        job: Pickled, without its shards.
+        folder: The user's working directory, for relative paths; Ray's processes run where Ray was started.
+    """
+
+    def __init__(self, job: bytes, folder: str) -> None:
+        with contextlib.suppress(OSError):  # a machine without this folder can still have all that is named in full
+            os.chdir(folder)
+        self._job = job
+        self._worker: ShardWorker | None = None
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Predict and write the shard of a row. A bnexport error is returned as a value: Ray would retry an exception."""
+        try:
+            if self._worker is None:  # what a constructor raises reaches nobody as it is
+                self._worker = ShardWorker(pickle.loads(self._job))  # noqa: S301  (written by run_on_ray)
+            return {"rows": self._worker.run(pickle.loads(row["shard"])), "error": b""}  # noqa: S301
+        except BnexportError as error:
+            return {"rows": 0, "error": pickle.dumps(error)}
+
+
+@contextlib.contextmanager
+def threads_ended() -> Iterator[None]:
+    """Wait for threads that began in the block: one that calls Ray after its shutdown ends the process silently."""
+    before = set(threading.enumerate())
+    try:
+        yield
+    finally:
+        end = time.monotonic() + _RAY_PATIENCE
+        for thread in set(threading.enumerate()) - before:
+            thread.join(max(end - time.monotonic(), 0.0))
+
+
+def run_on_ray(job: Job, shards: Sequence[Shard]) -> Iterator[int]:
+    """Predict shards in actors of a Ray cluster, or of one that is started here; yield the rows of each.
+
+    An actor that dies is replaced, and its shard is written again: as a whole, so that no row is there twice.
+    """
+    ray, data = require("ray", purpose="--engine ray"), require("ray.data", purpose="--engine ray")
+    bare = pickle.dumps(job.without_shards())
+    workers = min(job.request.resolved_workers(), len(shards))
+    started = not ray.is_initialized()
+    if started:
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its C++ part writes to the terminal
+        # A cluster is joined whose address is in the environment, or that runs on this machine; else Ray starts here.
+        try:
+            ray.init(logging_level=logging.ERROR, log_to_driver=False, include_dashboard=False)
+        except OSError as error:  # ConnectionError is one
+            raise RuntimeUnavailable(
+                f"Ray can't be reached or started: {one_line(error)}",
+                remedy="Check RAY_ADDRESS and what the cluster asks for, or leave RAY_ADDRESS out to start Ray here",
+            ) from error
+    logger = logging.getLogger("ray.data")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # progress is told by our own listener
+    try:
+        data.DataContext.get_current().enable_progress_bars = False
+        rows = data.from_items([{"shard": pickle.dumps(shard)} for shard in shards], override_num_blocks=len(shards))
+        pool = data.ActorPoolStrategy(size=workers)
+        done = rows.map(ShardActor, fn_constructor_args=(bare, os.getcwd()), compute=pool, num_cpus=1)
+        with threads_ended(), contextlib.closing(iter(done.iter_rows())) as found:
+            for row in found:
+                if row["error"]:
+                    raise pickle.loads(row["error"])  # noqa: S301
+                yield int(row["rows"])
+    except ray.exceptions.RayError as error:
+        raise RuntimeUnavailable(
+            f"Ray gave up: {one_line(error)}", remedy="Run the same command again: it goes on where it was"
+        ) from error
+    finally:
+        logger.setLevel(level)
+        if started:
+            ray.shutdown()
+
 
 #: Engine -> what runs a job's shards. A new engine is a new row.
 ENGINES: dict[str, Callable[[Job, Sequence[Shard]], Iterator[int]]] = {"local": run_locally, "ray": run_on_ray}
@@ -23,14 +265,14 @@ ENGINES: dict[str, Callable[[Job, Sequence[Shard]], Iterator[int]]] = {"local": 
 
 @dataclass(frozen=True)
 class BulkResult:
-    """What was done.
+    """Result of a bulk prediction.
 
     Attributes:
         out: The folder of predictions.
         rows: In all files together.
         shards: Files.
-        resumed_rows: Of these, rows that an earlier run had written.
-        seconds: Of this run, from the first worker's start.
+        resumed_rows: Rows among them that an earlier run had written.
+        seconds: Duration of this run, from the first worker's start.
     """
 
     out: str
@@ -40,7 +282,7 @@ class BulkResult:
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Return plain JSON values."""
         return asdict(self)
 
 
@@ -63,7 +305,7 @@ def predict_in_bulk(
         sources: Folders and files.
         out: A new folder, or one that the same job has begun.
         engine: A key of ENGINES.
-        request: How.
+        request: Options.
         progress: Listener.
 
     Raises:

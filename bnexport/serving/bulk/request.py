@@ -13,11 +13,11 @@ DEFAULT_RUNTIME = "onnxruntime-cpu"
 
 @dataclass(frozen=True)
 class BulkRequest:
-    """How to predict.
+    """Options of a bulk prediction.
 
     Attributes:
-        column: Of Parquet files, and name of the array in .npz files: where the images are.
-        id_column: Of Parquet files: where the rows' ids are; None: file name and row number.
+        column: Column of the images in Parquet files, and name of the array in .npz files.
+        id_column: Column of the rows' ids in Parquet files; None: file name and row number.
         logits: Write the raw logits beside the probabilities.
         runtime: A name from ``runtimes.catalogue.RUNNERS``.
         batch_size: Images per call of the engine.
@@ -46,7 +46,7 @@ class BulkRequest:
                 raise UsageError(f"{what} can't be {value}", remedy="Give at least 1")
 
     def resolved_workers(self) -> int:
-        """How many workers there are to be."""
+        """Return the number of workers."""
         if self.workers is not None:
             return self.workers
         return available_cores() if runner_spec(self.runtime).device == "cpu" else 1
@@ -56,7 +56,7 @@ class BulkProgress:
     """Listener of a bulk prediction; every method may be overridden and does nothing here."""
 
     def on_start(self, rows: int, done: int, workers: int) -> None:
-        """Rows in all, and how many of them an earlier run has written already."""
+        """Receive the number of rows, those that an earlier run has written, and the number of workers."""
 
     def on_shard(self, rows: int) -> None:
-        """One more file is written, with so many rows."""
+        """Receive the rows of one more written file."""

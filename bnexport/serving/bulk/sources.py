@@ -1,26 +1,123 @@
-"""Where images come from, cut into shards: always the same ones for the same source.
+"""Sources of images: cut into shards, always the same ones for the same source, and read in batches that fit the model.
 
-A shard is the unit of work, of writing and of going on after a kill, so it must not depend on who asks or when.
+A shard is the unit of work, of writing and of resuming after a kill, so it does not depend on the caller or the time.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import os
-from collections.abc import Callable, Iterator
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
-from bnexport.data.images import ENDINGS, stack_problem
+import numpy as np
+
+from bnexport.data.images import ENDINGS, fit_stack, load_images, map_npy, read_picture, stack_problem
+from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import DataError, UsageError
-from bnexport.optional import one_line, require
-from bnexport.screening import screen_archive
-from bnexport.screening.limits import limit
-from bnexport.screening.npy import check_header
-from bnexport.screening.refusal import refusing
+from bnexport.optional import one_line
+from bnexport.serving.bulk.parquet import encoded_images
 from bnexport.serving.bulk.request import BulkRequest
+from bnexport.tensors import Array
+from bnexport.validation import validate_archive
+
+_NPZ_REMEDY = "Give an .npz file with one array of uint8 images, or name it with --column"
+
+
+class NpzStream:
+    """One array of an .npz file, read in turn and never as a whole: memory stays that of a batch.
+
+    Args:
+        path: The file.
+        column: Name of the array, where there are several.
+
+    Attributes:
+        shape: (n, height, width, ...).
+        row: The next one that is read.
+    """
+
+    def __init__(self, path: Path, column: str) -> None:
+        self.path, self.column, self.row = path, column, 0
+        with contextlib.ExitStack() as stack, _reading(path):
+            archive = stack.enter_context(zipfile.ZipFile(path))
+            self._file = stack.enter_context(archive.open(_member(path, archive.namelist(), column)))
+            self.shape = _shape(path, self._file)
+            self._stack = stack.pop_all()
+
+    def batches(self, start: int, rows: int, *, batch: int) -> Iterator[Array]:
+        """Yield rows in batches; rows before ``start`` are unpacked and dropped."""
+        while self.row < start:
+            self._take(min(batch, start - self.row))
+        for done in range(0, rows, batch):
+            yield self._take(min(batch, rows - done))
+
+    def _take(self, count: int) -> Array:
+        size = count * math.prod(self.shape[1:])
+        with _reading(self.path):
+            content = self._file.read(size)
+        if len(content) != size:
+            raise DataError(f"{self.path} ends in the middle of an image", remedy=_NPZ_REMEDY)
+        self.row += count
+        return np.frombuffer(content, np.uint8).reshape(count, *self.shape[1:])
+
+    def close(self) -> None:
+        """Close the file."""
+        self._stack.close()
+
+
+class NpzFiles:
+    """The stream that a worker reads, kept open between shards: otherwise each shard would unpack all rows before it."""
+
+    def __init__(self) -> None:
+        self._open: NpzStream | None = None
+
+    def stream(self, path: Path, column: str, *, start: int) -> NpzStream:
+        """Return a stream that has not passed a row."""
+        found = self._open
+        if found is None or (found.path, found.column) != (path, column) or found.row > start:
+            self.close()
+            self._open = found = NpzStream(path, column)
+        return found
+
+    def close(self) -> None:
+        """Close the open stream."""
+        if self._open is not None:
+            self._open.close()
+            self._open = None
+
+
+def _shape(path: Path, file: IO[bytes]) -> tuple[int, ...]:
+    """Read a member's header; the file is then at its first row."""
+    version = np.lib.format.read_magic(file)
+    read: Any = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read(file)
+    if (problem := stack_problem(str(dtype), tuple(shape), fortran=fortran)) is not None:
+        raise DataError(f"{path} {problem}", remedy=_NPZ_REMEDY)
+    return tuple(shape)
+
+
+@contextlib.contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+        raise DataError(f"{path} is not a whole .npz file: {one_line(error)}", remedy=_NPZ_REMEDY) from error
+
+
+def _member(path: Path, names: list[str], column: str) -> str:
+    if f"{column}.npy" in names:
+        return f"{column}.npy"
+    if len(names) != 1:
+        have = ", ".join(repr(name.removesuffix(".npy")) for name in names[:10]) or "nothing"
+        raise DataError(f"{path} holds no array {column!r} but {have}", remedy="Name one with --column")
+    return names[0]
+
 
 _REMEDY = "Give a folder of pictures, a .npy or .npz file of uint8 images, or Parquet with image bytes"
 
@@ -30,11 +127,11 @@ class Shard:
     """Rows that one worker predicts and writes as one file.
 
     Attributes:
-        number: Of its file, from 0.
+        number: Number of its file, from 0.
         kind: A key of SOURCES.
-        path: Of the folder or file.
+        path: The folder or file.
         start: Number of its first row in the file.
-        rows: How many.
+        rows: Number of rows.
         parts: Names of the pictures below the folder, or numbers of the row groups.
         stat: Size and time of the file when the shards were cut; of pictures, a digest of theirs.
     """
@@ -48,11 +145,7 @@ class Shard:
     stat: str = ""
 
     def check_unchanged(self) -> None:
-        """Refuse a file that is another one than that which was cut into shards; a folder is not looked through again.
-
-        Raises:
-            DataError: It has another size or time, or is gone.
-        """
+        """Refuse a file that has changed since it was cut into shards; a folder is not checked again."""
         if self.kind != "folder" and _stat(Path(self.path)) != self.stat:
             raise DataError(
                 f"{self.path} has changed while it was read",
@@ -60,11 +153,11 @@ class Shard:
             )
 
 
-class Plan(NamedTuple):
-    """One source, looked at but not read.
+class ShardPlan(NamedTuple):
+    """The shards of one source, which is not read yet.
 
     Attributes:
-        shards: Its rows in order; numbered from 0.
+        shards: Shards in the order of the rows, numbered from 0.
         fingerprint: Changes when the source does: sizes and times of its files, not their content.
     """
 
@@ -72,14 +165,8 @@ class Plan(NamedTuple):
     fingerprint: str
 
 
-def plan(sources: tuple[Path, ...], request: BulkRequest) -> Plan:
-    """Cut sources into shards.
-
-    Raises:
-        DataError: One is missing, empty, damaged, or nothing that images are read from.
-        MissingDependency: Parquet without pyarrow.
-        UsageError: One source is given twice, or lies in another; a column of ids where there are no columns.
-    """
+def plan(sources: tuple[Path, ...], request: BulkRequest) -> ShardPlan:
+    """Cut sources into shards."""
     _refuse_overlaps(sources)
     shards: list[Shard] = []
     digest = hashlib.sha256()
@@ -94,7 +181,7 @@ def plan(sources: tuple[Path, ...], request: BulkRequest) -> Plan:
         digest.update(f"{path} {kind} {found.fingerprint}\n".encode())
         for shard in found.shards:
             shards.append(replace(shard, number=len(shards)))
-    return Plan(shards, digest.hexdigest())
+    return ShardPlan(shards, digest.hexdigest())
 
 
 def _refuse_overlaps(sources: tuple[Path, ...]) -> None:
@@ -108,7 +195,7 @@ def _refuse_overlaps(sources: tuple[Path, ...]) -> None:
 
 
 def _check_name(path: Path) -> None:
-    """Ids are text, and hold the name."""
+    """Refuse a name that is not UTF-8: ids are text and contain it."""
     try:
         str(path).encode()
     except UnicodeEncodeError as error:
@@ -137,18 +224,18 @@ def _cut(kind: str, path: Path, rows: int, request: BulkRequest) -> list[Shard]:
     return [Shard(0, kind, str(path), start, min(size, rows - start), stat=stat) for start in range(0, rows, size)]
 
 
-def _plan_folder(path: Path, request: BulkRequest) -> Plan:
+def _plan_folder(path: Path, request: BulkRequest) -> ShardPlan:
     found, digest, shards = sorted(_walk(path)), hashlib.sha256(), []
     for start in range(0, len(found), request.shard_rows):
         piece = found[start : start + request.shard_rows]
         stat = hashlib.sha256("".join(f"{name} {stat}\n" for name, stat in piece).encode()).hexdigest()
         digest.update(stat.encode())
         shards.append(Shard(0, "folder", str(path), start, len(piece), tuple(name for name, _ in piece), stat))
-    return Plan(shards, digest.hexdigest())
+    return ShardPlan(shards, digest.hexdigest())
 
 
 def _walk(folder: Path) -> Iterator[tuple[str, str]]:
-    """Every picture below a folder: POSIX path inside it, and its stat as text. Links to folders are not followed."""
+    """Yield every picture below a folder: POSIX path inside it, and its stat as text. Links to folders are not followed."""
 
     def failed(error: OSError) -> None:
         raise DataError(f"{folder} can't be read: {one_line(error)}", remedy="Check the folder") from error
@@ -168,39 +255,22 @@ def _stat(file: Path) -> str:
     return f"{found.st_size} {found.st_mtime_ns}"
 
 
-def _plan_npy(path: Path, request: BulkRequest) -> Plan:
-    array = map_npy(path)
+def _plan_npy(path: Path, request: BulkRequest) -> ShardPlan:
+    array = map_npy(path, remedy=_REMEDY)
     fortran = array.ndim > 1 and array.flags.f_contiguous and not array.flags.c_contiguous
     if (problem := stack_problem(str(array.dtype), array.shape, fortran=fortran)) is not None:
         raise DataError(f"{path} {problem}", remedy=_REMEDY)
-    return Plan(_cut("npy", path, len(array), request), _stat(path))
+    return ShardPlan(_cut("npy", path, len(array), request), _stat(path))
 
 
-def map_npy(path: Path) -> Any:
-    """The array of a .npy file, mapped and not read.
-
-    Raises:
-        DataError: It is damaged, or holds no plain numbers.
-    """
-    numpy = require("numpy", purpose="reading arrays")
-    try:
-        with refusing(f"{path} is not a whole .npy file: it", DataError, remedy=_REMEDY), path.open("rb") as file:
-            check_header(file.read(limit("npy-header") + 12), path.stat().st_size)
-        return numpy.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError, OverflowError) as error:
-        raise DataError(f"{path} is not a whole .npy file: {one_line(error)}", remedy=_REMEDY) from error
-
-
-def _plan_npz(path: Path, request: BulkRequest) -> Plan:
-    from bnexport.serving.bulk.npz import NpzStream
-
-    screen_archive(path, "npz", error=DataError)
+def _plan_npz(path: Path, request: BulkRequest) -> ShardPlan:
+    validate_archive(path, "npz", error=DataError)
     with contextlib.closing(NpzStream(path, request.column)) as stream:
-        return Plan(_cut("npz", path, stream.shape[0], request), _stat(path))
+        return ShardPlan(_cut("npz", path, stream.shape[0], request), _stat(path))
 
 
-def _plan_parquet(path: Path, request: BulkRequest) -> Plan:
-    """Whole row groups, as many as make a shard: a smaller unit could not be read without reading its group."""
+def _plan_parquet(path: Path, request: BulkRequest) -> ShardPlan:
+    """Cut at row groups: a smaller unit could not be read without reading its whole group."""
     files = [path]
     if path.is_dir():
         files = sorted(file for file in path.rglob("*.parquet") if not file.name.startswith((".", "_")))
@@ -221,11 +291,11 @@ def _plan_parquet(path: Path, request: BulkRequest) -> Plan:
             if rows and (rows >= request.shard_rows or index == len(sizes) - 1):
                 shards.append(Shard(0, "parquet", str(file), start, rows, tuple(groups), stat))
                 groups, start, rows = [], start + rows, 0
-    return Plan(shards, digest.hexdigest())
+    return ShardPlan(shards, digest.hexdigest())
 
 
 def _row_groups(path: Path, request: BulkRequest) -> list[int]:
-    """Rows of each row group, after a look at the columns."""
+    """Check the columns and return the rows of each row group."""
     from bnexport.serving.bulk.parquet import check_columns, opened
 
     with opened(path) as file:
@@ -234,9 +304,94 @@ def _row_groups(path: Path, request: BulkRequest) -> list[int]:
 
 
 #: Kind of source, a file's ending or "folder" -> what cuts it into shards. ``reading.READERS`` has a row for each.
-SOURCES: dict[str, Callable[[Path, BulkRequest], Plan]] = {
+SOURCES: dict[str, Callable[[Path, BulkRequest], ShardPlan]] = {
     "folder": _plan_folder,
     "npy": _plan_npy,
     "npz": _plan_npz,
     "parquet": _plan_parquet,
+}
+
+
+#: Ids, and uint8 (n, height, width) or (n, height, width, channels).
+Batch = tuple[list[str], Array]
+
+
+def read_shard(shard: Shard, request: BulkRequest, preprocessing: Preprocessing, files: NpzFiles) -> Iterator[Batch]:
+    """Yield the batches of a shard, in order."""
+    return READERS[shard.kind](shard, request, preprocessing, files)
+
+
+def _read_folder(shard: Shard, request: BulkRequest, preprocessing: Preprocessing, _: NpzFiles) -> Iterator[Batch]:
+    for start in range(0, shard.rows, request.batch_size):
+        found = []
+        for part in shard.parts[start : start + request.batch_size]:
+            images = load_images(Path(shard.path, str(part)), preprocessing)
+            if len(images) != 1:  # a stack under a picture's name
+                raise DataError(f"{images[0][0]} is one of several images in a picture", remedy="Name it .npy")
+            found += images
+        yield [name for name, _ in found], np.stack([image for _, image in found])
+
+
+def _read_npy(shard: Shard, request: BulkRequest, preprocessing: Preprocessing, _: NpzFiles) -> Iterator[Batch]:
+    return _stacks(shard, _npy_pieces(shard, request.batch_size), preprocessing)
+
+
+def _npy_pieces(shard: Shard, batch: int) -> Iterator[Array]:
+    """Yield pieces of a .npy file; they are read and not mapped, because mapped pages count as this process's memory."""
+    array = map_npy(Path(shard.path), remedy=_REMEDY)
+    size = math.prod(array.shape[1:])
+    with Path(shard.path).open("rb") as file:
+        file.seek(array.offset + shard.start * size * array.itemsize)
+        for done in range(0, shard.rows, batch):
+            piece = np.fromfile(file, array.dtype, min(batch, shard.rows - done) * size)
+            yield piece.reshape(-1, *array.shape[1:])
+
+
+def _read_npz(shard: Shard, request: BulkRequest, preprocessing: Preprocessing, files: NpzFiles) -> Iterator[Batch]:
+    stream = files.stream(Path(shard.path), request.column, start=shard.start)
+    pieces = stream.batches(shard.start, shard.rows, batch=request.batch_size)
+    return _stacks(shard, pieces, preprocessing)
+
+
+def _stacks(shard: Shard, pieces: Iterator[Array], preprocessing: Preprocessing) -> Iterator[Batch]:
+    row = shard.start
+    for piece in pieces:
+        ids = [f"{shard.path}[{number}]" for number in range(row, row + len(piece))]
+        row += len(piece)
+        yield ids, _fitted(shard.path, piece, preprocessing)
+
+
+def _fitted(path: str, stack: Array, preprocessing: Preprocessing) -> Array:
+    """Return a stack that fits, in one copy; otherwise fit image by image."""
+    colours = () if preprocessing.channels == 1 else (preprocessing.channels,)
+    plain = stack[..., 0] if stack.ndim == 4 and stack.shape[3] == 1 else stack
+    if plain.dtype == np.uint8 and plain.shape[1:] == (preprocessing.height, preprocessing.width, *colours):
+        return np.array(plain, order="C")
+    return np.stack([image for _, image in fit_stack(Path(path), np.array(stack), preprocessing)])
+
+
+def _read_parquet(shard: Shard, request: BulkRequest, preprocessing: Preprocessing, _: NpzFiles) -> Iterator[Batch]:
+    groups = [int(part) for part in shard.parts]
+    for ids, contents in encoded_images(Path(shard.path), request, row_groups=groups, start=shard.start):
+        yield ids, np.stack(_decoded(shard.path, ids, contents, preprocessing))
+
+
+def _decoded(
+    path: str, ids: Sequence[str], contents: Sequence[bytes | None], preprocessing: Preprocessing
+) -> list[Array]:
+    images = []
+    for name, content in zip(ids, contents, strict=True):
+        named = name if name.startswith(path) else f"{path}, {name}"
+        if not content:
+            raise DataError(f"{named} has no image", remedy="Leave such rows out")
+        images.append(read_picture(content, preprocessing, name=named))
+    return images
+
+
+#: Kind of shard -> its reader; ``sources.SOURCES`` has a row for each.
+READERS: dict[str, Callable[[Shard, BulkRequest, Preprocessing, NpzFiles], Iterator[Batch]]] = {
+    "folder": _read_folder,
+    "npy": _read_npy,
+    "npz": _read_npz,
+    "parquet": _read_parquet,
 }

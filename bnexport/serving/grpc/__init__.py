@@ -1,6 +1,6 @@
-"""The Open Inference Protocol over gRPC, on grpc.aio, in the event loop of the HTTP door."""
+"""The Open Inference Protocol over gRPC, on grpc.aio, in the event loop of the HTTP server."""
 
 import os
 
-# What gRPC says on standard error are faults that clients can bring about; calls are logged. It asks when it is imported.
+# gRPC writes faults that clients cause to standard error; calls are logged instead. It reads the variable when it is imported.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")

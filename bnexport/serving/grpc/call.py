@@ -1,8 +1,9 @@
-"""One call and what is known of it by the time it is logged; reading its messages; errors as gRPC's codes."""
+"""One gRPC call: the data that its log line needs, its message, and gRPC's codes for errors."""
 
 from __future__ import annotations
 
 import asyncio
+import functools
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
@@ -10,7 +11,8 @@ import grpc
 import grpc.aio
 
 from bnexport.errors import BnexportError, RequestError
-from bnexport.serving.refusing import status_of
+from bnexport.proto_messages import message_classes
+from bnexport.serving.protocol.messages import status_of
 
 if TYPE_CHECKING:
     from bnexport.serving.served_model import ServedModel
@@ -30,16 +32,22 @@ CODES: dict[int, grpc.StatusCode] = {
 }
 
 
+@functools.cache
+def classes() -> dict[str, Any]:
+    """Return the classes of the messages of both services, by name."""
+    return message_classes("bnexport serve --grpc-port")
+
+
 class Call:
-    """One call on its way; of a stream, one message of it.
+    """One call; of a stream, one message of it.
 
     Attributes:
         path: "/package.Service/Method".
         context: gRPC's.
         metadata: Lower-case name -> value, of those that are text.
-        id: Of the request, the client's or ours.
+        id: Id of the request, the client's or a new one.
         message_id: The id in its message; "" until that is known.
-        model: That answers it, once it is known.
+        model: The answering model, once it is known.
         rows: Samples, once they are known.
         bytes_in: Bytes of the message.
     """
@@ -54,21 +62,13 @@ class Call:
 
     @property
     def client(self) -> str:
-        """The client's address, without its port: "127.0.0.1" of "ipv4:127.0.0.1:5000"."""
+        """Client's address without its port: "127.0.0.1" of "ipv4:127.0.0.1:5000"."""
         address = unquote(self.context.peer()).partition(":")[2].rpartition(":")[0]
         return address.strip("[]")
 
 
 async def read_message(context: Any, seconds: float) -> bytes:
-    """The message of a call that has one.
-
-    Args:
-        context: gRPC's.
-        seconds: For which it is waited for.
-
-    Raises:
-        RequestError: It does not come, or can't be taken (too large, packed badly).
-    """
+    """Read the message of a call that has one."""
     try:
         async with asyncio.timeout(seconds):
             message = await context.read()
@@ -82,5 +82,5 @@ async def read_message(context: Any, seconds: float) -> bytes:
 
 
 def code_of(error: BnexportError) -> grpc.StatusCode:
-    """The code of an error of the tree."""
+    """Return gRPC's code for an error."""
     return CODES.get(status_of(error), grpc.StatusCode.INTERNAL)

@@ -1,52 +1,123 @@
-"""ModelInfer: from a message to a request that fits its model, and from its answer to a message."""
+"""ModelInfer: from a message to a request that fits its model, and from its answer to a message.
+
+A request is taken apart on the wire before protobuf builds anything.
+
+Two bytes of a message can be an empty tensor that takes seventy in memory, so what is not a raw tensor is counted first. The
+raw tensors are not copied. What is left, the description, is the same again and again and can be remembered.
+
+Source: Protocol Buffers, "Encoding".
+"""
 
 from __future__ import annotations
 
 import functools
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from google.protobuf.message import DecodeError
 
 from bnexport.errors import RequestError
-from bnexport.screening.refusal import shown
-from bnexport.serving.grpc.call import Call
-from bnexport.serving.grpc.schema import classes
-from bnexport.serving.grpc.wire import BROKEN, Span, Split, split
-from bnexport.serving.protocol.decoding import Decoder
+from bnexport.files import Refusal
+from bnexport.protobuf_wire import BYTES, FIXED32, FIXED64, VARINT, read_varint
+from bnexport.serving.grpc.call import Call, classes
+from bnexport.serving.limits import BoundedCache
+from bnexport.serving.protocol.decoding import SHORT, Decoder
 from bnexport.serving.protocol.encoding import binary_texts
 from bnexport.serving.protocol.messages import DATATYPES, InferRequest, InferResponse
 from bnexport.serving.state import ServerState
+from bnexport.tensors import ELEMENT_TYPES
+from bnexport.validation.limits import shown
+
+#: Tags (number and wire type) of ModelInferRequest's id and raw_input_contents.
+_ID, _RAW = 3 << 3 | BYTES, 7 << 3 | BYTES
+#: Raw tensors of one request.
+_MOST_RAW = 1024
+BROKEN = "the message is no inference.ModelInferRequest"
+_REMEDY = "Let a client of the protocol write it"
+
+
+#: Where bytes begin, and how many they are.
+Span = tuple[int, int]
+
+
+class Split(NamedTuple):
+    """Parts of a request.
+
+    Attributes:
+        header: The message without the other two.
+        id: The request's.
+        raw: Start of each raw tensor in the message, and its bytes.
+    """
+
+    header: bytes
+    id: str
+    raw: list[Span]
+
+
+def split(message: bytes, *, most: int) -> Split:
+    """Take a message apart."""
+    raw: list[Span] = []
+    pieces: list[bytes] = []
+    request_id, position, end, size = "", 0, len(message), 0
+    try:
+        while position < end:
+            start = position
+            tag, position = read_varint(message, start, end)
+            kind = tag & 7
+            if kind == BYTES:
+                length, position = read_varint(message, position, end)
+                begin, position = position, position + length
+                if tag == _RAW:
+                    raw.append((begin, length))
+                    if len(raw) > _MOST_RAW:
+                        raise RequestError(
+                            f"the request has more than {_MOST_RAW} raw tensors", remedy="Send one for each input"
+                        )
+                    continue
+                if tag == _ID:
+                    request_id = message[begin:position].decode()
+                    continue
+            elif kind == VARINT:
+                _, position = read_varint(message, position, end)
+            elif kind in (FIXED64, FIXED32):
+                position += 8 if kind == FIXED64 else 4
+            else:
+                raise RequestError(BROKEN, remedy=_REMEDY)
+            if position > end:
+                break
+            size += position - start
+            if size > most:
+                raise RequestError(
+                    f"the message has more than {most} bytes beside raw tensors",
+                    remedy="Send the tensors as raw_input_contents",
+                    status=413,
+                )
+            pieces.append(message[start:position])
+    except UnicodeDecodeError as error:
+        raise RequestError("the id is not UTF-8", remedy="Send a text, or none") from error
+    except Refusal as error:
+        raise RequestError(BROKEN, remedy=_REMEDY) from error
+    if position != end:
+        raise RequestError(f"{BROKEN}: it ends too early", remedy=_REMEDY)
+    return Split(b"".join(pieces), request_id, raw)
+
 
 #: The protocol's element type -> the field of InferTensorContents that holds it, and the type that it has there. What is not
 #: here comes as raw bytes only.
 CONTENTS: dict[str, tuple[str, str]] = {
-    "BOOL": ("bool_contents", "bool"),
-    "INT8": ("int_contents", "int8"),
-    "INT16": ("int_contents", "int16"),
-    "INT32": ("int_contents", "int32"),
-    "INT64": ("int64_contents", "int64"),
-    "UINT8": ("uint_contents", "uint8"),
-    "FP32": ("fp32_contents", "float32"),
-    "FP64": ("fp64_contents", "float64"),
+    row.datatype: (row.contents, name) for name, row in ELEMENT_TYPES.items() if row.contents
 }
-#: Descriptions no longer than this are remembered, as many as _REMEMBERED, with the model that they name.
-_SHORT, _REMEMBERED = 2048, 256
-_known: dict[bytes, tuple[str, str]] = {}
+#: Description of a request without its tensors -> the model that it names.
+_known: BoundedCache[bytes, tuple[str, str]] = BoundedCache(256)
 
 
 async def infer(state: ServerState, call: Call, message: bytes) -> Any:
-    """The hot path: decode, queue, encode.
+    """Answer a request on the hot path: decode, queue, encode.
 
     Returns:
         A ModelInferResponse.
-
-    Raises:
-        RequestError: The message is malformed, or does not fit the model.
-        NotServing: The model is not ready, too many requests wait, or the answer would come too late.
-        BnexportError: The engine failed.
     """
     parts = split(message, most=state.settings.limits.header_json_bytes)
     call.message_id = parts.id
@@ -61,17 +132,7 @@ async def infer(state: ServerState, call: Call, message: bytes) -> Any:
 
 
 def decode(decoder: Decoder, message: bytes, parts: Split, *, patience: float | None = None) -> InferRequest:
-    """Decode a request.
-
-    Args:
-        decoder: Of the model that it names.
-        message: As it came.
-        parts: Of the message.
-        patience: Seconds that the client waits; None without a deadline.
-
-    Raises:
-        RequestError: What is wrong, and what would be right.
-    """
+    """Decode a request."""
     body, spans, key = message, parts.raw, parts.header
     if not spans:
         body, spans = _typed(_parsed(parts.header), decoder)
@@ -81,7 +142,7 @@ def decode(decoder: Decoder, message: bytes, parts: Split, *, patience: float | 
 
 
 def encoded(response: InferResponse) -> Any:
-    """An answer as a ModelInferResponse, its tensors as raw bytes."""
+    """Return an answer as a ModelInferResponse with its tensors as raw bytes."""
     made = classes()["ModelInferResponse"](model_name=response.model, model_version=response.version, id=response.id)
     for tensor in response.outputs:
         made.outputs.add(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)
@@ -92,12 +153,10 @@ def encoded(response: InferResponse) -> Any:
 
 
 def _named(header: bytes) -> tuple[str, str]:
-    """Name and version of the model that a request is for."""
+    """Return name and version of the model that a request is for."""
     message = _parsed(header)
     found = message.model_name, message.model_version
-    if len(header) <= _SHORT:
-        if len(_known) >= _REMEMBERED:
-            _known.clear()
+    if len(header) <= SHORT:
         _known[header] = found
     return found
 
@@ -110,7 +169,7 @@ def _parsed(header: bytes) -> Any:
 
 
 def _described(header: bytes, decoder: Decoder, spans: Sequence[Span], *, typed: bool) -> dict[str, Any]:
-    """A request as the protocol's JSON describes it, its tensors as bytes of known sizes."""
+    """Describe a request as the protocol's JSON does, with its tensors as bytes of known sizes."""
     message = _parsed(header)
     decoder.check_count(len(message.inputs))
     if len(spans) != len(message.inputs):
@@ -148,7 +207,7 @@ def _values(parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _typed(message: Any, decoder: Decoder) -> tuple[bytes, list[Span]]:
-    """The contents of all inputs as bytes one behind the other, and where each is."""
+    """Return the contents of all inputs as consecutive bytes, and the span of each."""
     decoder.check_count(len(message.inputs))
     chunks = [_bytes_of(item) for item in message.inputs]
     ends = list(itertools.accumulate(map(len, chunks), initial=0))
@@ -156,7 +215,7 @@ def _typed(message: Any, decoder: Decoder) -> tuple[bytes, list[Span]]:
 
 
 def _bytes_of(item: Any) -> bytes:
-    """The contents of one input in its element type; whether that is the model's is looked at later."""
+    """Return the contents of one input in its element type; the decoder compares it with the model's."""
     if item.datatype not in DATATYPES.values():
         return b""
     told = f"input {shown(item.name)}"

@@ -1,7 +1,11 @@
-"""The table of methods, and the handlers of the protocol."""
+"""The table of gRPC methods and their handlers: the protocol's, and gRPC's Health Checking Protocol.
+
+For the health service, "" is the server, and each model has its name.
+"""
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -9,13 +13,58 @@ from google.protobuf import json_format
 from google.protobuf.message import DecodeError
 
 from bnexport.errors import RequestError
-from bnexport.serving import describing
-from bnexport.serving.grpc.call import Call
-from bnexport.serving.grpc.health import check
+from bnexport.proto_messages import HEALTH, INFERENCE
+from bnexport.serving import metadata
+from bnexport.serving.grpc.call import Call, classes, read_message
 from bnexport.serving.grpc.inference import infer
-from bnexport.serving.grpc.schema import HEALTH_PACKAGE, PACKAGE, classes
 from bnexport.serving.repository import READY
 from bnexport.serving.state import ServerState
+from bnexport.validation.limits import shown
+
+#: Name of a state of a service -> its number.
+STATUSES: dict[str, int] = dict(classes()["HealthCheckResponse"].ServingStatus.items())
+#: Names that stand for the whole server.
+_SERVER = ("", f"{INFERENCE}.GRPCInferenceService")
+#: Seconds between looks for one who watches.
+_LOOK = 0.1
+
+
+def status_of_service(state: ServerState, service: str) -> int:
+    """Return a value of STATUSES."""
+    if service in _SERVER:
+        return STATUSES["NOT_SERVING" if metadata.why_not_ready(state) else "SERVING"]
+    try:
+        reason = metadata.why_model_not_ready(state, service)
+    except RequestError:
+        return STATUSES["SERVICE_UNKNOWN"]
+    return STATUSES["NOT_SERVING" if reason else "SERVING"]
+
+
+async def check(state: ServerState, _call: Call, request: Any) -> Any:
+    """Return the state of a service at this moment."""
+    status = status_of_service(state, request.service)
+    if status == STATUSES["SERVICE_UNKNOWN"]:
+        raise RequestError(
+            f"there is no service {shown(request.service)}", remedy='Ask for "" or a model\'s name', status=404
+        )
+    return classes()["HealthCheckResponse"](status=status)
+
+
+async def watch(state: ServerState, context: Any, closing: Callable[[], bool]) -> None:
+    """Send the state of a service now and at each change, until the server closes."""
+    data = await read_message(context, state.settings.limits.body_seconds)
+    try:
+        service = classes()["HealthCheckRequest"].FromString(data).service
+    except DecodeError as error:
+        raise RequestError("the message is no HealthCheckRequest", remedy="Name a service") from error
+    told = -1
+    while not closing():
+        status = status_of_service(state, service)
+        if status != told:
+            await context.write(classes()["HealthCheckResponse"](status=status).SerializeToString())
+            told = status
+        await asyncio.sleep(_LOOK)
+
 
 #: (state, call, the request's message) -> the answer's.
 Handler = Callable[[ServerState, Call, Any], Awaitable[Any]]
@@ -27,7 +76,7 @@ class Method(NamedTuple):
     Attributes:
         request: Name of the request's message; "" for a handler that takes the bytes as they came.
         handler: Answers.
-        probe: Whether it is a probe of a supervisor: open without a token, and no work that a stop waits for.
+        probe: A supervisor's probe: open without a token, and a stop does not wait for it.
     """
 
     request: str
@@ -35,12 +84,7 @@ class Method(NamedTuple):
     probe: bool = False
 
     async def answer(self, state: ServerState, call: Call, data: bytes) -> bytes:
-        """Answer a message.
-
-        Raises:
-            RequestError: It is malformed.
-            BnexportError: The handler's.
-        """
+        """Answer a message."""
         if not self.request:
             made = await self.handler(state, call, data)
         else:
@@ -64,53 +108,52 @@ def _parsed(name: str, data: bytes, most: int) -> Any:
 
 
 def _filled(name: str, value: Mapping[str, Any]) -> Any:
-    """A message with these values."""
     return json_format.ParseDict(dict(value), classes()[name]())
 
 
 async def server_live(_state: ServerState, _call: Call, _request: Any) -> Any:
-    """The process answers."""
+    """Report that the process answers."""
     return classes()["ServerLiveResponse"](live=True)
 
 
 async def server_ready(state: ServerState, _call: Call, _request: Any) -> Any:
-    """Whether requests should be sent here."""
-    return classes()["ServerReadyResponse"](ready=not describing.why_not_ready(state))
+    """Report if requests should be sent here."""
+    return classes()["ServerReadyResponse"](ready=not metadata.why_not_ready(state))
 
 
 async def model_ready(state: ServerState, _call: Call, request: Any) -> Any:
-    """Whether a model answers; one that is not known does not."""
+    """Report if a model answers; an unknown one does not."""
     try:
-        ready = not describing.why_model_not_ready(state, request.name, request.version or None)
+        ready = not metadata.why_model_not_ready(state, request.name, request.version or None)
     except RequestError:
         ready = False
     return classes()["ModelReadyResponse"](ready=ready)
 
 
 async def server_metadata(_state: ServerState, _call: Call, _request: Any) -> Any:
-    """Name, version and extensions."""
-    return _filled("ServerMetadataResponse", describing.server_metadata())
+    """Return name, version and extensions."""
+    return _filled("ServerMetadataResponse", metadata.server_metadata())
 
 
 async def model_metadata(state: ServerState, _call: Call, request: Any) -> Any:
-    """Inputs, outputs and versions."""
-    return _filled("ModelMetadataResponse", describing.model_metadata(state, request.name, request.version or None))
+    """Return inputs, outputs and versions."""
+    return _filled("ModelMetadataResponse", metadata.model_metadata(state, request.name, request.version or None))
 
 
 async def model_config(state: ServerState, _call: Call, request: Any) -> Any:
-    """Triton's model configuration."""
+    """Return Triton's model configuration."""
     config = state.repository.resolve(request.name, request.version or None).config()
     return _filled("ModelConfigResponse", {"config": config})
 
 
 async def model_statistics(state: ServerState, _call: Call, request: Any) -> Any:
-    """Counters of one model, or of all."""
-    found = describing.statistics(state, request.name or None, request.version or None)
+    """Return the counters of one model, or of all."""
+    found = metadata.statistics(state, request.name or None, request.version or None)
     return _filled("ModelStatisticsResponse", found)
 
 
 async def repository_index(state: ServerState, _call: Call, request: Any) -> Any:
-    """Every model version with its state, or those that are ready."""
+    """List every model version with its state, or those that are ready."""
     models = [row for row in state.repository.index() if not request.ready or row["state"] == READY]
     return _filled("RepositoryIndexResponse", {"models": models})
 
@@ -132,14 +175,14 @@ async def unload(state: ServerState, _call: Call, request: Any) -> Any:
 
 
 def _model_named(request: Any) -> str:
-    """The model's name, which KServe's form of the message has where Triton's has the repository's."""
+    """Return the model's name; KServe's message has it where Triton's has the repository's name."""
     return str(request.model_name or request.repository_name)
 
 
-_SERVICE = f"/{PACKAGE}.GRPCInferenceService/"
+_SERVICE = f"/{INFERENCE}.GRPCInferenceService/"
 INFER, STREAM = f"{_SERVICE}ModelInfer", f"{_SERVICE}ModelStreamInfer"
-WATCH = f"/{HEALTH_PACKAGE}.Health/Watch"
-#: Path -> method. The two that stream, STREAM and WATCH, are the door's.
+WATCH = f"/{HEALTH}.Health/Watch"
+#: Path -> method. The server itself handles the two that stream, STREAM and WATCH.
 METHODS: dict[str, Method] = {
     INFER: Method("", infer),
     f"{_SERVICE}ServerLive": Method("ServerLiveRequest", server_live, probe=True),
@@ -152,5 +195,5 @@ METHODS: dict[str, Method] = {
     f"{_SERVICE}RepositoryIndex": Method("RepositoryIndexRequest", repository_index),
     f"{_SERVICE}RepositoryModelLoad": Method("RepositoryModelLoadRequest", load),
     f"{_SERVICE}RepositoryModelUnload": Method("RepositoryModelUnloadRequest", unload),
-    f"/{HEALTH_PACKAGE}.Health/Check": Method("HealthCheckRequest", check, probe=True),
+    f"/{HEALTH}.Health/Check": Method("HealthCheckRequest", check, probe=True),
 }

@@ -9,11 +9,9 @@ from typing import Any
 
 from bnexport.errors import BnexportError, NotServing
 from bnexport.optional import one_line
-from bnexport.serving.http.exchange import Exchange
 from bnexport.serving.http.reply import Reply, error_reply, packed, reply_headers
-from bnexport.serving.http.request import Disconnected, Receive, check_host, check_once
+from bnexport.serving.http.request import Disconnected, Exchange, Receive, State, check_host, check_once
 from bnexport.serving.http.routes import find_route
-from bnexport.serving.http.state import State
 from bnexport.serving.state import Answer
 
 Scope = MutableMapping[str, Any]
@@ -24,7 +22,7 @@ class App:
     """An ASGI application (version 3.0) that serves a repository.
 
     Args:
-        state: What its requests share.
+        state: State that its requests share.
     """
 
     def __init__(self, state: State) -> None:
@@ -65,7 +63,7 @@ class App:
         await send({"type": "http.response.body", "body": reply.body})
 
     def failed(self, exchange: Exchange, error: Exception) -> Reply:
-        """The reply to an error; one that nobody foresaw is logged."""
+        """Return the reply to an error; an unexpected one is logged."""
         if isinstance(error, BnexportError):
             return error_reply(error)
         self.state.log.event(
@@ -74,24 +72,12 @@ class App:
         return error_reply(NotServing("the server failed", remedy="Its log says how", status=500))
 
     def let_in(self, headers: dict[bytes, bytes]) -> None:
-        """Check the token, and take note that there is work.
-
-        Raises:
-            RequestError: The token is missing or another one (401).
-        """
+        """Check the token, and record the time of the request."""
         self.state.let_in(headers.get(b"authorization", b""))
         self.state.last_work = time.monotonic()
 
     def told(self, exchange: Exchange, client: str, route: str, reply: Reply, start_ns: int) -> Reply:
-        """Pack a reply if the client takes that, count it, and log it.
-
-        Args:
-            exchange: What it is the reply to.
-            client: The client's address.
-            route: For the counters; "" where there is none.
-            reply: To be sent.
-            start_ns: When the whole request was there, by ``time.perf_counter_ns``.
-        """
+        """Compress a reply if the client accepts that, count it, and log it."""
         if exchange.model is not None and (accepted := exchange.headers.get(b"accept-encoding")) is not None:
             reply = packed(reply, accepted)
         ns = time.perf_counter_ns() - start_ns
@@ -105,12 +91,12 @@ class App:
         return reply
 
     def refused(self, client: str, status: int, reason: str) -> None:
-        """Count and log what was refused before it was a request: no HTTP, too slow, too large, too many connections."""
+        """Count and log input that was refused before it was a request: malformed, too slow, too large, too many."""
         self.state.requests["", status] += 1
         if self.state.log.access:
             self.state.log.request({"time": time.time(), "client": client, "status": status, "reason": reason})
 
     def id_of(self, headers: dict[bytes, bytes]) -> str:
-        """A request's id."""
+        """Return a request's id."""
         given = headers.get(b"x-request-id")
         return self.state.id_of(None if given is None else given.decode("latin-1"))

@@ -1,20 +1,88 @@
-"""Pictures in, labels out: the one route that is not of the protocol."""
+"""The route ``classify``: pictures of a request, alone or in a multipart form, to labels.
+
+The multipart reader is written by hand on purpose: it counts parts and bytes before it keeps any.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import re
+from typing import NamedTuple
 
 import numpy as np
 
 from bnexport.data.images import read_picture
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import RequestError
-from bnexport.serving.http.exchange import Exchange
-from bnexport.serving.http.pictures import Picture, pictures_of
 from bnexport.serving.http.reply import Reply, json_reply
-from bnexport.serving.http.state import State
+from bnexport.serving.http.request import Exchange, State
 from bnexport.serving.predictor import labelled
 from bnexport.tensors import Array
+from bnexport.validation.limits import shown
+
+_PICTURES = (b"image/png", b"image/jpeg", b"image/jpg", b"application/octet-stream", b"")
+_BOUNDARY = re.compile(rb'boundary=(?:"([^"\r\n]{1,70})"|([^\s";,]{1,70}))(?:\s*;|\s*\Z)', re.IGNORECASE)
+_FILENAME = re.compile(rb'filename="([^"\r\n]*)"')
+_CODING = re.compile(rb"content-transfer-encoding:\s*(?!(?:binary|8bit|7bit)\s*(?:\r|\Z))", re.IGNORECASE)
+_PART_HEADERS = 8192
+_AGAIN = "Let the HTTP library write the body"
+
+
+class Picture(NamedTuple):
+    """One picture of a request: the client's name for it, and its bytes."""
+
+    name: str
+    content: bytes
+
+
+def pictures_of(body: bytes, content_type: bytes, *, most: int) -> list[Picture]:
+    """Return the pictures of a request."""
+    kind = content_type.partition(b";")[0].strip().lower()
+    if kind == b"multipart/form-data":
+        found = _parts(body, content_type, most)
+    elif kind in _PICTURES:
+        found = [Picture("image", body)]
+    else:
+        raise RequestError(
+            f"the content-type {shown(kind.decode('latin-1'))} is no picture",
+            remedy="Send image/png, image/jpeg, or several as multipart/form-data",
+            status=415,
+        )
+    if not found or not all(picture.content for picture in found):
+        raise RequestError("a picture is empty, or there is none", remedy="Send a PNG or JPEG")
+    return found
+
+
+def _parts(body: bytes, content_type: bytes, most: int) -> list[Picture]:
+    match = _BOUNDARY.search(content_type)
+    if match is None:
+        raise RequestError(
+            "multipart/form-data comes without a boundary", remedy="Let the HTTP library write the header"
+        )
+    mark = b"--" + (match[1] or match[2])
+    if not body.startswith(mark + b"\r\n"):
+        raise RequestError("the multipart data does not begin with its boundary", remedy=_AGAIN)
+    if body.count(b"\r\n" + mark) > most:
+        raise RequestError(f"the request has more than {most} pictures", remedy="Send several requests", status=413)
+    first, *rest = body.split(b"\r\n" + mark)
+    if not rest or rest[-1] not in (b"--", b"--\r\n"):
+        raise RequestError("the multipart data ends before its last boundary", remedy=_AGAIN)
+    pieces = [first[len(mark) :], *rest[:-1]]
+    return [_part(piece, index) for index, piece in enumerate(pieces)]
+
+
+def _part(piece: bytes, index: int) -> Picture:
+    """Parse one part: the bytes after its boundary."""
+    head, gap, content = piece.partition(b"\r\n\r\n")
+    if not head.startswith(b"\r\n") or not gap or len(head) > _PART_HEADERS:
+        raise RequestError(f"part {index} of the multipart data has no headers of its own", remedy=_AGAIN)
+    if _CODING.search(head):
+        raise RequestError(
+            f"part {index} of the multipart data is coded", remedy="Send the picture's bytes as they are"
+        )
+    name = _FILENAME.search(head)
+    told = name[1].decode("utf-8", "replace")[:200] if name else ""
+    return Picture(told or f"image {index}", content)
 
 
 async def classify(state: State, exchange: Exchange, name: str, version: str | None = None) -> Reply:

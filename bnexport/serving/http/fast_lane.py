@@ -11,24 +11,22 @@ import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol
 
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE
-
 from bnexport.errors import BnexportError, RequestError
 from bnexport.serving.http.app import App
-from bnexport.serving.http.exchange import Exchange
-from bnexport.serving.http.reply import Reply, reply_headers
+from bnexport.serving.http.reply import STATUS_LINES, Reply, reply_headers
+from bnexport.serving.http.request import Exchange
 from bnexport.serving.http.routes import Found, find_route, infer, infer_reply, infer_request, infer_target
+from bnexport.serving.limits import BoundedCache
 from bnexport.tensors import Array
 
 #: Bytes of a body: uvicorn reads no more before somebody asks for it.
 SHORT_BODY = 65536
 #: With one of these a request needs more than its body as it is.
 _SLOW_HEADERS = (b"transfer-encoding", b"content-encoding", b"expect", b"upgrade")
-_MOST_KNOWN = 1024
 
 
 class Head(NamedTuple):
-    """What is understood of a request before its body. Clients send the same one again and again."""
+    """The parsed head of a request. Clients send the same one again and again."""
 
     url: bytes
     path: str
@@ -38,15 +36,15 @@ class Head(NamedTuple):
 
 
 class Line(Protocol):
-    """What the fast lane needs of a connection.
+    """The part of a connection that the fast lane uses.
 
     Attributes:
         parser: httptools'.
-        url: As the request has it.
-        headers: Of the request that is being read.
+        url: URL in the request.
+        headers: Headers of the request that is being read.
         client: Address and port.
         transport: asyncio's.
-        known_head: Of the last request that was taken.
+        known_head: Head of the last request that was taken.
     """
 
     parser: Any
@@ -57,29 +55,29 @@ class Line(Protocol):
     known_head: Head | None
 
     def answered(self) -> None:
-        """A request was answered."""
+        """Note that a request was answered."""
 
 
 class FastLane:
     """Decides which requests are short, and how they are answered.
 
     Args:
-        app: Whose state, log and counters they share.
+        app: Application with the shared state, log and counters.
     """
 
     def __init__(self, app: App) -> None:
         self.app = app
         self._longest = min(SHORT_BODY, app.state.settings.limits.body_bytes)
-        self._known: dict[bytes, Found | None] = {}
+        self._known: BoundedCache[bytes, Found | None] = BoundedCache(1024)
         self._previous: Line | None = None
 
     def alone(self, connection: Line) -> bool:
-        """Whether a connection has sent the previous request, too: then nobody's request could share its batch."""
+        """Return True if this connection sent the previous request, too: then no other request could share its batch."""
         before, self._previous = self._previous, connection
         return before is connection
 
     def call(self, connection: Line) -> FastCall | None:
-        """The request whose headers a connection has read, if it is a short one for inference."""
+        """Return the request whose headers a connection has read, if it is a short inference request."""
         parser = connection.parser
         if parser.get_method() != b"POST" or not parser.should_keep_alive() or self.app.state.draining:
             return None
@@ -91,7 +89,7 @@ class FastLane:
         return FastCall(connection, self, head)
 
     def _understood(self, connection: Line) -> Head | None:
-        """The head of a request that has all that the fast lane asks for."""
+        """Return the head of a request that qualifies for the fast lane."""
         url, pairs = connection.url, connection.headers
         found, headers = self._found(url), dict(pairs)
         length = headers.get(b"content-length", b"")
@@ -107,13 +105,11 @@ class FastLane:
         return Head(url, url.decode(), pairs, found, headers) if found is not None and fits else None
 
     def _found(self, url: bytes) -> Found | None:
-        """The route of a URL that needs no decoding, if it is that of inference."""
+        """Return the route of a URL that needs no decoding, if it is that of inference."""
         try:
             return self._known[url]
         except KeyError:
             found = _infer_route(url)
-        if len(self._known) >= _MOST_KNOWN:
-            self._known.clear()
         self._known[url] = found
         return found
 
@@ -129,20 +125,20 @@ def _infer_route(url: bytes) -> Found | None:
 
 
 class _NoEvent:
-    """For uvicorn, which wakes the task of a request: this one has none."""
+    """Stand-in for the event with which uvicorn wakes the task of a request: this request has no task."""
 
     def set(self) -> None:
-        """Nobody waits."""
+        """Do nothing."""
 
 
 class FastCall(Exchange):
-    """One request: also what uvicorn wants to know of it, and the Waiter that the batcher tells the answer.
+    """One request: the part that uvicorn reads of it, and the batcher's Waiter.
 
     Attributes:
-        body: What has come of it.
-        keep_alive: Whether the connection stays; uvicorn clears it when it stops.
-        disconnected: Whether the client went away.
-        response_started: Whether the answer was written.
+        body: Received part of the body.
+        keep_alive: Keep the connection open afterwards; uvicorn clears it when it stops.
+        disconnected: True if the client disconnected.
+        response_started: True if the answer was written.
         response_complete: The same: it is written at once.
     """
 
@@ -169,11 +165,11 @@ class FastCall(Exchange):
 
     @property
     def response_started(self) -> bool:
-        """Whether the answer was written."""
+        """True if the answer was written."""
         return self.response_complete
 
     def begin(self) -> None:
-        """The body is complete: decode it, and queue for the answer."""
+        """Decode the complete body, and queue for the answer."""
         self._start = time.perf_counter_ns()
         app, body = self._lane.app, self.body
         state = app.state
@@ -193,11 +189,11 @@ class FastCall(Exchange):
         self._answer(reply)
 
     def abandon(self) -> None:
-        """The client went away before the body was complete."""
+        """Note that the client disconnected before the body was complete."""
         self._lane.app.state.active -= 1
 
     def done(self) -> bool:
-        """Whether the answer was given."""
+        """Return True if the answer was given."""
         return self.response_complete
 
     def set_result(self, result: dict[str, Array], /) -> None:
@@ -210,7 +206,7 @@ class FastCall(Exchange):
         self._answer(reply)
 
     def set_exception(self, exception: BnexportError, /) -> None:
-        """Answer with what went wrong."""
+        """Answer with an error."""
         self._answer(self._lane.app.failed(self, exception))
 
     def _answer(self, reply: Reply) -> None:
@@ -225,7 +221,7 @@ class FastCall(Exchange):
         if self.disconnected or transport.is_closing():
             return
         close = app.state.draining or not self.keep_alive
-        parts = [STATUS_LINE[reply.status]]
+        parts = [STATUS_LINES[reply.status]]
         for name, value in reply_headers(reply, self, close=close):
             parts += (name, b": ", value, b"\r\n")
         parts += (b"\r\n", reply.body)
@@ -236,5 +232,5 @@ class FastCall(Exchange):
 
 
 async def _no_more() -> Mapping[str, Any]:
-    """ASGI's receive of a request that was read."""
+    """Stand in for ASGI's receive after the request was read."""
     return {"type": "http.disconnect"}

@@ -9,8 +9,7 @@ from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamil
 from prometheus_client.registry import Collector
 
 from bnexport.serving.state import ServerState
-from bnexport.serving.statistics import Histogram
-from bnexport.serving.totals import Totals
+from bnexport.serving.statistics import Histogram, Totals
 
 _MODEL = ("model", "version")
 
@@ -20,7 +19,7 @@ class _TotalsCollector(Collector):
         self._totals = totals
 
     def collect(self) -> Iterator[Metric]:
-        """Everything that is counted."""
+        """Yield every counter."""
         requests = CounterMetricFamily(
             "bnexport_http_requests", "Requests by route and status.", labels=("route", "status")
         )
@@ -73,13 +72,13 @@ class _TotalsCollector(Collector):
 
 
 class _ProcessesCollector(Collector):
-    """The figures of several processes, told apart by the label ``process``."""
+    """Figures of several processes, distinguished by the label ``process``."""
 
     def __init__(self, processes: Mapping[int, int]) -> None:
         self._processes = processes
 
     def collect(self) -> Iterator[Metric]:
-        """What ``ProcessCollector`` finds for each of them."""
+        """Yield the figures of ``ProcessCollector`` for each process."""
         found: dict[str, Metric] = {}
         for number, pid in sorted(self._processes.items()):
             for metric in ProcessCollector(pid=lambda pid=pid: pid, registry=None).collect():  # type: ignore[misc]
@@ -90,7 +89,7 @@ class _ProcessesCollector(Collector):
 
 
 def render(state: ServerState) -> bytes:
-    """The text, with the processes' own figures (memory, CPU time, open files) where the system tells them."""
+    """Return the text, with the processes' own figures (memory, CPU time, open files) if the system provides them."""
     totals = state.totals()
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_TotalsCollector(totals))
@@ -102,7 +101,7 @@ def render(state: ServerState) -> bytes:
 
 
 def _buckets(histogram: Histogram) -> list[tuple[str, float]]:
-    """Edges with the counts up to each, as Prometheus has them."""
+    """Return edges with the counts up to each, as Prometheus has them."""
     total, buckets = 0, []
     for edge, count in zip((*map(str, histogram.edges), "+Inf"), histogram.counts, strict=True):
         total += count

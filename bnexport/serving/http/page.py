@@ -13,9 +13,8 @@ from typing import Any
 from bnexport.bundle import REPORT, Bundle
 from bnexport.errors import BnexportError, NotServing, RequestError
 from bnexport.optional import one_line
-from bnexport.serving.http.exchange import Exchange
 from bnexport.serving.http.reply import Reply, json_reply
-from bnexport.serving.http.state import State
+from bnexport.serving.http.request import Exchange, State
 from bnexport.serving.repository import Version
 from bnexport.tensors import TensorSpec
 
@@ -36,14 +35,14 @@ _SUMMARY = 500
 
 
 async def page(_state: State, _exchange: Exchange) -> Reply:
-    """The page, in HTML; it holds nothing about the models and is open without a token."""
+    """Return the page, in HTML; it contains nothing about the models and is open without a token."""
     content, policy = _page()
     return Reply(200, content, HTML, (*_COMMON, (b"content-security-policy", policy)))
 
 
 @functools.cache
 def _page() -> tuple[bytes, bytes]:
-    """The file, and the policy (W3C, "Content Security Policy Level 3") that lets its own script and style work alone."""
+    """Read the file, and make the policy (W3C, "Content Security Policy Level 3") for its own script and style alone."""
     content = resources.files("bnexport.serving.http").joinpath("page.html").read_bytes()
     script, style = (_hashes(content, tag) for tag in (b"script", b"style"))
     policy = (
@@ -59,7 +58,7 @@ def _hashes(content: bytes, tag: bytes) -> bytes:
 
 
 async def models(state: State, _exchange: Exchange) -> Reply:
-    """Every model version: its state, signature, labels and verdict."""
+    """List every model version: its state, signature, labels and verdict."""
     entries = [_described(state, name, version, entry) for name, version, entry in state.repository.each()]
     return json_reply({"models": entries})
 
@@ -97,12 +96,12 @@ def _described(state: State, name: str, version: str, entry: Version) -> dict[st
 
 
 def _smallest(spec: TensorSpec) -> list[int]:
-    """The shape of the smallest tensor that the input takes."""
+    """Return the shape of the smallest tensor that the input takes."""
     return [spec.smallest.get(dim, 1) if isinstance(dim, str) else dim for dim in spec.shape]
 
 
 def _verdict(bundle: Bundle) -> dict[str, Any] | None:
-    """What the manifest says of the verification at export; its values may be anything."""
+    """Return the manifest's verdict of the verification at export; its values are untrusted."""
     told = bundle.manifest.verification
     if "passed" not in told:
         return None
@@ -110,7 +109,7 @@ def _verdict(bundle: Bundle) -> dict[str, Any] | None:
 
 
 async def report(state: State, _exchange: Exchange, name: str, version: str) -> Reply:
-    """The report of a model's verification at export, in HTML, as it lies in its bundle."""
+    """Return the report of a model's verification at export, in HTML, from its bundle."""
     bundle = state.repository.resolve(name, version).bundle
     content = await asyncio.to_thread(_report, bundle, f"{name}/{version}")
     return Reply(200, content, HTML, (*_COMMON, (b"content-security-policy", REPORT_POLICY)))

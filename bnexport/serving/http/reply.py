@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import http
 import zlib
 from dataclasses import dataclass
 from typing import Any
@@ -10,12 +11,14 @@ from typing import Any
 import orjson
 
 from bnexport.errors import BnexportError, RequestError
-from bnexport.serving.http.exchange import Exchange
-from bnexport.serving.refusing import sentence_of, status_of
+from bnexport.serving.http.request import Exchange
+from bnexport.serving.protocol.messages import sentence_of, status_of
 
 #: Bodies below this are not packed: it would cost more than it saves. (Some clients always say that they take gzip.)
 PACKED_BYTES = 1024
 JSON, BINARY, TEXT = b"application/json", b"application/octet-stream", b"text/plain; version=0.0.4; charset=utf-8"
+#: Status -> the first line of an answer.
+STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in http.HTTPStatus}
 
 
 @dataclass(slots=True)
@@ -24,9 +27,9 @@ class Reply:
 
     Attributes:
         status: HTTP's.
-        body: Whole.
+        body: The whole body.
         content_type: Its media type.
-        headers: Beside those of every answer.
+        headers: Headers in addition to those of every answer.
     """
 
     status: int
@@ -36,12 +39,12 @@ class Reply:
 
 
 def json_reply(value: Any, status: int = 200) -> Reply:
-    """A value as JSON."""
+    """Return a value as JSON."""
     return Reply(status, orjson.dumps(value))
 
 
 def error_reply(error: BnexportError) -> Reply:
-    """An error as {"error": "what is wrong, and what to do"} (Open Inference Protocol v2, "Inference Errors")."""
+    """Return an error as {"error": "fact, and remedy"} (Open Inference Protocol v2, "Inference Errors")."""
     status = status_of(error)
     headers: tuple[tuple[bytes, bytes], ...] = ()
     if status == 401:
@@ -54,12 +57,7 @@ def error_reply(error: BnexportError) -> Reply:
 
 
 def packed(reply: Reply, accepted: bytes) -> Reply:
-    """The same answer packed, if the client takes that and it is worth it.
-
-    Args:
-        reply: With a body.
-        accepted: The request's Accept-Encoding; its preferences (q=) are read only as yes or no.
-    """
+    """Compress an answer if the client accepts that and it is large enough."""
     if len(reply.body) < PACKED_BYTES:
         return reply
     taken = {
@@ -79,13 +77,7 @@ def packed(reply: Reply, accepted: bytes) -> Reply:
 
 
 def reply_headers(reply: Reply, exchange: Exchange, *, close: bool) -> list[tuple[bytes, bytes]]:
-    """The headers of an answer.
-
-    Args:
-        reply: To be sent.
-        exchange: What it is the reply to.
-        close: Whether the connection ends with it.
-    """
+    """Return the headers of an answer."""
     headers = [
         (b"content-type", reply.content_type),
         (b"content-length", b"%d" % len(reply.body)),

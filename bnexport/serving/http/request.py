@@ -1,16 +1,27 @@
-"""Reading a request: its headers, and its body within the limits of size. Time is the connection's (connection.py)."""
+"""Requests over HTTP: their headers, their bodies within the limits of size, and the state that they share.
+
+Limits on time are the connection's (uvicorn_adapter.py).
+"""
 
 from __future__ import annotations
 
 import asyncio
+import time
 import zlib
 from collections.abc import Awaitable, Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bnexport.errors import RequestError
-from bnexport.screening.refusal import shown
+from bnexport.serving.access_log import JsonLog
 from bnexport.serving.limits import ServingLimits
-from bnexport.serving.state import Memory
+from bnexport.serving.repository import Repository
+from bnexport.serving.state import AppSettings, Memory, ServerState
+from bnexport.serving.statistics import Share
+from bnexport.validation.limits import shown
+
+if TYPE_CHECKING:
+    from bnexport.serving.served_model import ServedModel
+
 
 Receive = Callable[[], Awaitable[Mapping[str, Any]]]
 #: zlib's window bits: gzip's header (RFC 1952), or zlib's (RFC 1950, which HTTP calls deflate).
@@ -29,14 +40,14 @@ _ONCE = (
 
 
 class Disconnected(Exception):
-    """The client is gone."""
+    """The client has disconnected."""
 
 
 class Intake:
     """Reads bodies.
 
     Args:
-        limits: Of one body.
+        limits: Limits of one body.
         memory: Counts those that are held.
     """
 
@@ -44,13 +55,7 @@ class Intake:
         self.limits, self._memory = limits, memory
 
     async def read(self, receive: Receive, headers: Mapping[bytes, bytes]) -> bytes:
-        """The whole body, unpacked. What it holds is counted until ``release``.
-
-        Raises:
-            RequestError: Too large (413), packed in a way that is not known (415) or badly (400).
-            NotServing: The bodies of all clients together are too large.
-            Disconnected: The client went away, or was too slow: that is the connection's to tell.
-        """
+        """Return the whole body, unpacked. Its bytes are counted until ``release``."""
         declared = headers.get(b"content-length")
         if declared is not None and int(declared) > self.limits.body_bytes:
             if b"expect" not in headers:
@@ -77,15 +82,11 @@ class Intake:
         return content
 
     def release(self, body: bytes | bytearray) -> None:
-        """Tell that a body is not held any more."""
+        """Stop counting a body."""
         self._memory.release(len(body))
 
     def hold(self, size: int) -> None:
-        """Tell that a body of so many bytes is held.
-
-        Raises:
-            NotServing: The bodies of all clients together are too large.
-        """
+        """Count a body of ``size`` bytes."""
         self._memory.hold(size)
 
     async def _rest(self, receive: Receive, start: bytes) -> bytes:
@@ -115,11 +116,7 @@ class Intake:
 
 
 def check_host(headers: Mapping[bytes, bytes], http_version: str) -> None:
-    """Refuse a request that does not say which host it is for (RFC 9112, 3.2).
-
-    Raises:
-        RequestError: There is no header Host, and the version wants one.
-    """
+    """Refuse a request that does not name its host (RFC 9112, 3.2)."""
     if http_version == "1.1" and b"host" not in headers:
         raise RequestError(
             "the header Host is missing, which HTTP/1.1 wants", remedy="Let an HTTP library write the request"
@@ -127,11 +124,7 @@ def check_host(headers: Mapping[bytes, bytes], http_version: str) -> None:
 
 
 def check_once(pairs: list[tuple[bytes, bytes]]) -> None:
-    """Refuse headers that are there twice and must not be.
-
-    Raises:
-        RequestError: Naming one.
-    """
+    """Refuse headers that must not be repeated."""
     names = [name for name, _ in pairs]
     for name in _ONCE:
         if names.count(name) > 1:
@@ -139,11 +132,7 @@ def check_once(pairs: list[tuple[bytes, bytes]]) -> None:
 
 
 def unpacked(body: bytes, coding: bytes, most: int) -> bytes:
-    """Unpack a body; never more than the limit, whatever it promises.
-
-    Raises:
-        RequestError: An unknown coding (415), damaged (400), or more than ``most`` bytes (413).
-    """
+    """Unpack a body; never more than the limit."""
     if coding not in _WINDOWS:
         raise RequestError(
             f"the content-encoding {shown(coding.decode('latin-1'))} is not known",
@@ -163,7 +152,7 @@ def unpacked(body: bytes, coding: bytes, most: int) -> bytes:
 
 
 async def _linger(receive: Receive, most: int) -> None:
-    """Read and drop what still comes: a connection closed under a client that sends loses the answer on its way."""
+    """Read and drop the rest of a body: closing the connection of a sending client would lose the answer on its way."""
     seen = 0
     try:
         async with asyncio.timeout(_LINGER):
@@ -177,11 +166,7 @@ async def _linger(receive: Receive, most: int) -> None:
 
 
 def header_length(headers: Mapping[bytes, bytes]) -> int | None:
-    """Inference-Header-Content-Length; None without it.
-
-    Raises:
-        RequestError: It is no number.
-    """
+    """Return Inference-Header-Content-Length; None without it."""
     text = headers.get(b"inference-header-content-length")
     if text is None:
         return None
@@ -191,3 +176,63 @@ def header_length(headers: Mapping[bytes, bytes]) -> int | None:
             remedy="Give the length of the JSON before the tensors",
         )
     return int(text)
+
+
+class Exchange:
+    """One request, with the data that its log line needs.
+
+    Attributes:
+        method: "GET", "POST".
+        path: Unquoted.
+        headers: Lower-case name -> value.
+        receive: ASGI's.
+        id: Id of the request, the client's or a new one.
+        model: The answering model, once it is known.
+        rows: Samples, once they are known.
+        read: True if the body was read to its end.
+        bytes_in: Bytes of the body.
+        arrived_ns: Time of the last part of the body; 0 before.
+    """
+
+    __slots__ = ("arrived_ns", "bytes_in", "headers", "id", "method", "model", "path", "read", "receive", "rows")
+
+    def __init__(self, method: str, path: str, headers: dict[bytes, bytes], receive: Receive, request_id: str) -> None:
+        self.method, self.path = method, path
+        self.headers, self.receive, self.id = headers, receive, request_id
+        self.model: ServedModel | None = None
+        self.rows = 0
+        self.read = False
+        self.bytes_in = self.arrived_ns = 0
+
+
+class State(ServerState):
+    """State that all requests over HTTP share.
+
+    Args:
+        repository: Loaded.
+        settings: Permissions and limits of clients.
+        log: Log of requests and events.
+        share: Publishes this process's counters to the others; None if it serves alone.
+
+    Attributes:
+        intake: Reads bodies.
+    """
+
+    def __init__(
+        self, repository: Repository, settings: AppSettings, log: JsonLog, *, share: Share | None = None
+    ) -> None:
+        super().__init__(repository, settings, log, share=share)
+        self.intake = Intake(settings.limits, self.memory)
+
+    async def body(self, exchange: Exchange) -> bytes:
+        """Return the request's body; the caller returns it to ``intake.release``."""
+
+        async def receive() -> Mapping[str, Any]:
+            message = await exchange.receive()
+            exchange.arrived_ns = time.perf_counter_ns()
+            return message
+
+        body = await self.intake.read(receive, exchange.headers)
+        exchange.read = True
+        exchange.bytes_in = len(body)
+        return body

@@ -2,72 +2,93 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import orjson
+
+from bnexport import __version__
 from bnexport.errors import RequestError
-from bnexport.screening.refusal import shown
-from bnexport.serving import describing
+from bnexport.serving import metadata
 from bnexport.serving.http.classify import classify
-from bnexport.serving.http.exchange import Exchange
 from bnexport.serving.http.metrics import render
-from bnexport.serving.http.openapi import document
 from bnexport.serving.http.page import models, page, report
 from bnexport.serving.http.reply import BINARY, JSON, TEXT, Reply, json_reply
-from bnexport.serving.http.request import header_length
-from bnexport.serving.http.route import Handler, Route
-from bnexport.serving.http.state import State
+from bnexport.serving.http.request import Exchange, State, header_length
+from bnexport.serving.limits import BoundedCache
 from bnexport.serving.protocol.decoding import load_json
 from bnexport.serving.protocol.encoding import encode_response
 from bnexport.serving.protocol.messages import InferRequest, InferResponse
 from bnexport.serving.repository import READY
 from bnexport.serving.served_model import ServedModel
+from bnexport.validation.limits import shown
+
+Handler = Callable[..., Awaitable[Reply]]
+
+
+class Route(NamedTuple):
+    """One row of ROUTES.
+
+    Attributes:
+        method: HTTP's.
+        pattern: Segments of the path; {..} takes any one segment, and what stands in [..] may be missing.
+        handler: (state, exchange, *captured segments) -> reply.
+        probe: A supervisor's probe: open without a token, and a stop does not wait for it.
+    """
+
+    method: str
+    pattern: str
+    handler: Handler
+    probe: bool = False
+
 
 _INFER_TYPES = (b"", b"application/json", b"application/octet-stream")
-_MOST_KNOWN = 1024
 
 
 async def live(_state: State, _exchange: Exchange) -> Reply:
-    """The process answers."""
+    """Report that the process answers."""
     return json_reply({"live": True})
 
 
 async def ready(state: State, _exchange: Exchange) -> Reply:
-    """Whether requests should be sent here; if not, why not."""
-    if reason := describing.why_not_ready(state):
+    """Report if requests should be sent here, and the reason if not."""
+    if reason := metadata.why_not_ready(state):
         return json_reply({"ready": False, "reason": reason}, 503)
     problems = state.repository.problems()
     return json_reply({"ready": True, "problems": problems} if problems else {"ready": True})
 
 
 async def server_metadata(_state: State, _exchange: Exchange) -> Reply:
-    """The protocol's "Server Metadata"."""
-    return json_reply(describing.server_metadata())
+    """Return the protocol's "Server Metadata"."""
+    return json_reply(metadata.server_metadata())
 
 
 async def model_metadata(state: State, _exchange: Exchange, name: str, version: str | None = None) -> Reply:
-    """The protocol's "Model Metadata"."""
-    return json_reply(describing.model_metadata(state, name, version))
+    """Return the protocol's "Model Metadata"."""
+    return json_reply(metadata.model_metadata(state, name, version))
 
 
 async def model_ready(state: State, _exchange: Exchange, name: str, version: str | None = None) -> Reply:
-    """Whether a model answers; 404 for one that is not known."""
-    reason = describing.why_model_not_ready(state, name, version)
+    """Report if a model answers; 404 for an unknown one."""
+    reason = metadata.why_model_not_ready(state, name, version)
     value: dict[str, Any] = {"name": name, "ready": not reason}
     return json_reply(value | {"reason": reason}, 503) if reason else json_reply(value)
 
 
 async def model_config(state: State, _exchange: Exchange, name: str, version: str | None = None) -> Reply:
-    """Triton's model configuration."""
+    """Return Triton's model configuration."""
     return json_reply(state.repository.resolve(name, version).config())
 
 
 async def statistics(state: State, _exchange: Exchange, name: str | None = None, version: str | None = None) -> Reply:
-    """Counters of one model, or of all."""
-    return json_reply(describing.statistics(state, name, version))
+    """Return the counters of one model, or of all."""
+    return json_reply(metadata.statistics(state, name, version))
 
 
 async def infer(state: State, exchange: Exchange, name: str, version: str | None = None) -> Reply:
-    """Decode, queue, encode. Short requests go by the fast lane (fast_lane.py), in the same three steps."""
+    """Decode, queue, encode. Short requests take the fast lane (fast_lane.py), in the same three steps."""
     infer_target(state, exchange, name, version)  # before the body, which may be large
     body = await state.body(exchange)
     try:
@@ -81,12 +102,7 @@ async def infer(state: State, exchange: Exchange, name: str, version: str | None
 
 
 def infer_target(state: State, exchange: Exchange, name: str, version: str | None = None) -> ServedModel:
-    """The model that a request for inference is for.
-
-    Raises:
-        RequestError: It is not known (404), or the content is of another type (415).
-        NotServing: It is not ready.
-    """
+    """Return the model of an inference request."""
     exchange.model = model = state.repository.resolve(name, version)
     kind = exchange.headers.get(b"content-type", b"")
     if kind not in _INFER_TYPES and kind.partition(b";")[0].strip().lower() not in _INFER_TYPES:
@@ -99,18 +115,14 @@ def infer_target(state: State, exchange: Exchange, name: str, version: str | Non
 
 
 def infer_request(model: ServedModel, exchange: Exchange, body: bytes) -> InferRequest:
-    """A request's body decoded.
-
-    Raises:
-        RequestError: What is wrong with it.
-    """
+    """Decode a request's body."""
     request = model.decoder.decode(body, header_length(exchange.headers))
     exchange.rows = request.rows
     return request
 
 
 def infer_reply(response: InferResponse) -> Reply:
-    """An answer encoded."""
+    """Encode an answer."""
     content, length = encode_response(response)
     if length is None:
         return Reply(200, content, JSON)
@@ -118,7 +130,7 @@ def infer_reply(response: InferResponse) -> Reply:
 
 
 async def repository_index(state: State, exchange: Exchange) -> Reply:
-    """Every model version with its state, or those that are ready (Triton, "Model Repository Extension")."""
+    """List every model version with its state, or those that are ready (Triton, "Model Repository Extension")."""
     ready = (await _told(state, exchange)).get("ready", False)
     if not isinstance(ready, bool):
         raise RequestError('"ready" is neither true nor false', remedy="Send true or false, or leave it out")
@@ -144,11 +156,7 @@ async def unload(state: State, exchange: Exchange, name: str) -> Reply:
 
 
 def _permit(state: State, exchange: Exchange) -> None:
-    """Refuse to load and unload, unless that is allowed; a browser asks for any page that its user has open.
-
-    Raises:
-        RequestError: It is not (403), or a page of another origin asks.
-    """
+    """Refuse to load and unload, unless that is allowed; a page of another origin may not request it."""
     state.permit_loading()
     origin = exchange.headers.get(b"origin")
     if origin is not None and origin.partition(b"://")[2] != exchange.headers.get(b"host"):
@@ -158,11 +166,7 @@ def _permit(state: State, exchange: Exchange) -> None:
 
 
 async def _told(state: State, exchange: Exchange) -> dict[str, Any]:
-    """The body of a request that may have none.
-
-    Raises:
-        RequestError: It is no JSON object, or too large.
-    """
+    """Return the body of a request that may have none."""
     limits = state.settings.limits
     body = await state.body(exchange)
     try:
@@ -179,13 +183,21 @@ async def _told(state: State, exchange: Exchange) -> dict[str, Any]:
 
 
 async def metrics(state: State, _exchange: Exchange) -> Reply:
-    """Counters in Prometheus's text format."""
+    """Return the counters in Prometheus's text format."""
     return Reply(200, render(state), TEXT)
 
 
 async def openapi(_state: State, _exchange: Exchange) -> Reply:
-    """This list of routes."""
-    return json_reply(document(ROUTES))
+    """Return the list of routes as an OpenAPI document."""
+    return json_reply(openapi_document())
+
+
+@functools.cache
+def openapi_document() -> dict[str, Any]:
+    """Read ``openapi.json`` (OpenAPI 3.1), which describes every row of ROUTES, and put the version in."""
+    document: dict[str, Any] = orjson.loads(Path(__file__).with_name("openapi.json").read_bytes())
+    document["info"]["version"] = __version__
+    return document
 
 
 _MODEL = "v2/models/{name}[/versions/{version}]"
@@ -212,7 +224,7 @@ ROUTES: tuple[Route, ...] = (
 
 
 class Found(NamedTuple):
-    """A route with what its pattern took from the path; ``name`` is for counters."""
+    """A route with the segments that its pattern captured; ``name`` is for counters."""
 
     name: str
     handler: Handler
@@ -221,7 +233,7 @@ class Found(NamedTuple):
 
 
 def _expanded(pattern: str) -> list[tuple[str, ...]]:
-    """The segments of a pattern, with and without what may be missing."""
+    """Return the segments of a pattern, with and without the optional part."""
     before, bracket, rest = pattern.partition("[")
     inside, _, after = rest.partition("]")
     texts = [before + inside + after, before + after] if bracket else [pattern]
@@ -232,20 +244,14 @@ _BY_LENGTH: dict[int, list[tuple[tuple[str, ...], Route]]] = {}
 for _route in ROUTES:
     for _segments in _expanded(_route.pattern):
         _BY_LENGTH.setdefault(len(_segments), []).append((_segments, _route))
-_known: dict[tuple[str, str], Found] = {}
+_known: BoundedCache[tuple[str, str], Found] = BoundedCache(1024)
 
 
 def find_route(method: str, path: str) -> Found:
-    """The handler of a path.
-
-    Raises:
-        RequestError: There is no such path (404), or not with this method (405).
-    """
+    """Return the handler of a path."""
     if (found := _known.get((method, path))) is not None:
         return found
     found = _search(method, path)
-    if len(_known) >= _MOST_KNOWN:
-        _known.clear()
     _known[method, path] = found
     return found
 

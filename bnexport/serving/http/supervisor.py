@@ -31,8 +31,7 @@ from bnexport.serving.access_log import JsonLog
 from bnexport.serving.http.server import ServerSettings
 from bnexport.serving.http.worker import BLOCKED, PATIENCE, STOPPING, Job
 from bnexport.serving.listener import bound, free_port
-from bnexport.serving.records import Records, new_memory
-from bnexport.serving.totals import note_end, note_start
+from bnexport.serving.statistics import Records, new_memory, note_end, note_start
 
 _WORKER = "bnexport.serving.http.worker"
 #: Seconds after which a process that served counts as sound: its end is no reason to wait with the next one.
@@ -52,21 +51,21 @@ _REAP = 5.0
 
 @dataclass
 class _Seat:
-    """One of the processes, and its place when it is not there.
+    """One of the processes, or its place while it does not run.
 
     Attributes:
-        number: From 0.
-        listener: Its socket; None while nobody should connect to it.
-        process: None while there is none.
+        number: Number of the process, from 0.
+        listener: Its socket; None while no client should connect to it.
+        process: The running process, if there is one.
         line: To the process.
-        ready_at: Since when it serves, by ``time.monotonic``; None while it does not.
-        failures: Ends in a row before it was sound.
-        vain: Starts in a row after which it never served.
-        start_at: When it is to be started again.
-        error: What is known of its last failed start.
-        started_at: When it was started last, by ``time.monotonic``.
-        beat: Its heartbeat when it was looked at last.
-        silent: Looks in a row that found no other one.
+        ready_at: Time at which it began to serve, by ``time.monotonic``; None while it does not serve.
+        failures: Consecutive ends before it was sound.
+        vain: Consecutive starts that never became ready.
+        start_at: Time of the next start.
+        error: Error of its last failed start.
+        started_at: Time of its last start, by ``time.monotonic``.
+        beat: Its heartbeat at the last check.
+        silent: Consecutive checks without a new heartbeat.
     """
 
     number: int
@@ -88,11 +87,11 @@ def supervise(path: Path, settings: ServerSettings, *, announce: Callable[[str],
 
     Args:
         path: A bundle, or a folder of models.
-        settings: How each of them serves.
+        settings: Options of each of them.
         announce: Called with one sentence once all of them serve.
 
     Raises:
-        BnexportError: What the first one found, as with one process; or why none of them can be started any more.
+        BnexportError: The first one's error, as with one process; or no process can be started any more.
         KeyboardInterrupt: It was stopped before all of them served.
         NotServing: A process did not stop in time, and was killed.
         RuntimeUnavailable: The system can't share a port.
@@ -115,7 +114,7 @@ def supervise(path: Path, settings: ServerSettings, *, announce: Callable[[str],
 
 
 class Supervisor:
-    """See ``supervise``."""
+    """Starts, watches and stops the processes; see ``supervise``."""
 
     def __init__(self, path: Path, settings: ServerSettings, log: JsonLog, announce: Callable[[str], None]) -> None:
         self._path, self._log, self._announce = path, log, announce
@@ -133,7 +132,7 @@ class Supervisor:
         self._killed: list[int] = []
 
     def run(self) -> None:
-        """Until all processes have stopped."""
+        """Run until all processes have stopped."""
         self._memory = new_memory()
         self._records = Records(self._memory)
         try:
@@ -173,7 +172,7 @@ class Supervisor:
                 signal.signal(number, handler)
 
     def _turn(self, woken: socket.socket) -> None:
-        """Wait for the next thing to happen, and see to it."""
+        """Wait for the next event, and handle it."""
         lines = {seat.line: seat for seat in self._seats if seat.line is not None}
         due = [seat.start_at for seat in self._seats if seat.start_at is not None]
         next_time = min([*due, self._deadline, self._look_at])
@@ -195,7 +194,7 @@ class Supervisor:
             self._kill_late()
 
     def _heed_signals(self) -> None:
-        """The first one starts the drain, the second one ends it."""
+        """Start the drain at the first signal, end it at the second."""
         while self._stop_seen < self._stops:
             self._stop_seen += 1
             first = self._stop_seen == 1
@@ -209,13 +208,13 @@ class Supervisor:
                     seat.process.send_signal(self._signal(first=first))
 
     def _signal(self, *, first: bool) -> signal.Signals:
-        """What tells a process to stop; nobody waits for one of those that were to be announced together."""
+        """Return the signal that stops a process; before all were announced, processes are killed."""
         if not self._announced:
             return signal.SIGKILL
         return signal.SIGTERM if first else signal.SIGINT
 
     def _start(self, seat: _Seat) -> None:
-        """Start a process: no fork, which takes libraries along, nor multiprocessing, which imports the user's script."""
+        """Start a process: no fork, which inherits libraries, nor multiprocessing, which imports the user's script."""
         seat.start_at, seat.started_at, seat.error, seat.silent = None, time.monotonic(), None, 0
         if seat.listener is None:
             seat.listener = self._bound()
@@ -282,7 +281,7 @@ class Supervisor:
             self._try_again(seat, served=served, how=how, pid=process.pid)
 
     def _try_again(self, seat: _Seat, *, served: float | None, how: str, pid: int | None) -> None:
-        """Have another process started, after a pause if this one did not serve for long."""
+        """Schedule a new start, after a pause if this process did not serve for long."""
         sound = served is not None and time.monotonic() - served >= _SOUND
         seat.failures = 0 if sound else seat.failures + 1
         seat.vain = seat.vain + 1 if served is None else 0
@@ -299,7 +298,7 @@ class Supervisor:
         seat.start_at = time.monotonic() + pause
 
     def _reaped(self, seat: _Seat) -> int:
-        """The return code of a process whose line is closed; it is killed if it lingers."""
+        """Return the return code of a process whose line is closed; it is killed if it lingers."""
         process, line = seat.process, seat.line
         assert process is not None
         assert line is not None
@@ -313,7 +312,7 @@ class Supervisor:
         return code
 
     def _kill_hanging(self) -> None:
-        """Look at the heartbeats, and kill what serves but shows no life; a stop has its own deadline."""
+        """Kill processes that serve but show no heartbeat; a stop has its own deadline."""
         for seat in self._seats:
             if seat.process is None or seat.ready_at is None or self._stop_seen:
                 continue
@@ -327,7 +326,7 @@ class Supervisor:
                 seat.process.kill()
 
     def _kill_late(self) -> None:
-        """Kill what should have stopped."""
+        """Kill processes that should have stopped."""
         self._deadline = math.inf
         for seat in self._seats:
             if seat.process is not None:
@@ -343,7 +342,7 @@ class Supervisor:
             seat.listener = None
 
     def _clear(self) -> None:
-        """Leave nothing behind, whatever happened."""
+        """Close and stop everything, whatever happened."""
         for seat in self._seats:
             self._close_listener(seat)
             if seat.process is not None:
@@ -354,7 +353,7 @@ class Supervisor:
 
 @contextlib.contextmanager
 def _blocked() -> Iterator[None]:
-    """Processes that are started in the block get the signals in ``BLOCKED`` when they unblock them."""
+    """Block signals: processes that start in the block receive those in ``BLOCKED`` when they unblock them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED)
     try:
         yield
@@ -363,7 +362,7 @@ def _blocked() -> Iterator[None]:
 
 
 def _pause(failures: int, *, served: bool) -> float:
-    """Seconds before the next start: none after one end of a process that served, twice as long after each further one."""
+    """Return the seconds before the next start: none after one end of a process that served, doubled after each further one."""
     if served and failures <= 1:
         return 0.0
     return min(_PAUSE * 2.0 ** min(failures - 1, 10), _LONGEST_WAIT if served else _LONGEST_PAUSE)

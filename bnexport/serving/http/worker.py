@@ -16,8 +16,7 @@ from pathlib import Path
 from bnexport.errors import BnexportError
 from bnexport.optional import one_line
 from bnexport.serving.http.server import ServerSettings, leave_engines, serve_on
-from bnexport.serving.records import Records
-from bnexport.serving.totals import Share
+from bnexport.serving.statistics import Records, Share
 
 #: Blocked by the supervisor while it starts a process, so that none is lost before somebody listens for it.
 BLOCKED = (signal.SIGTERM, signal.SIGINT)
@@ -29,14 +28,14 @@ PATIENCE = 10.0
 
 @dataclass(frozen=True)
 class Job:
-    """What one process of several is to do.
+    """Task of one process of several.
 
     Attributes:
-        number: Which of them it is.
+        number: Number of the process.
         listener: Descriptor of its socket, which listens already.
-        records: Descriptor of the memory with everybody's counters.
+        records: Descriptor of the memory with all processes' counters.
         path: A bundle, or a folder of models.
-        settings: How to serve.
+        settings: Options.
     """
 
     number: int
@@ -47,11 +46,7 @@ class Job:
 
 
 def main(line: Connection) -> None:
-    """Serve until the supervisor says so, or is gone.
-
-    Args:
-        line: To the supervisor. It sends the job; it gets the sentence to announce, STOPPING, or the error.
-    """
+    """Serve until the supervisor sends a signal, or is gone."""
     early: list[int] = []  # what waits for a process that is to stop before it serves is answered first
     signal.signal(signal.SIGTERM, lambda number, _frame: early.append(number))
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the supervisor's way to say at once
@@ -90,7 +85,7 @@ def _tell(line: Connection, what: str | Exception) -> None:
 
 
 def _leave_with(line: Connection, grace: float) -> None:
-    """A supervisor that was killed can't stop its processes: they stop as if it had, or end when it would have killed them."""
+    """Stop this process after its supervisor was killed: as if it had sent a signal, or at once after the grace."""
     try:
         line.recv()
     except (EOFError, OSError):

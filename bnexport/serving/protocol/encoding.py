@@ -1,22 +1,67 @@
-"""Answers as JSON, and as JSON with the tensors behind it in binary (Triton, "Binary Tensor Data Extension")."""
+"""Answers: from a model's arrays to the outputs that a client wants, as JSON or with binary tensors behind the JSON.
+
+Source: Triton, "Classification Extension" and "Binary Tensor Data Extension".
+"""
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import numpy as np
 import orjson
 
-from bnexport.serving.protocol.messages import BYTES, InferResponse, OutputTensor
+from bnexport.errors import RequestError
+from bnexport.serving.limits import BoundedCache
+from bnexport.serving.protocol.decoding import all_finite
+from bnexport.serving.protocol.messages import BYTES, InferResponse, OutputTensor, RequestedOutput
+from bnexport.tensors import Array
+
+
+def answer(
+    arrays: Mapping[str, Array], wanted: Sequence[RequestedOutput], labels: Sequence[str] | None
+) -> tuple[OutputTensor, ...]:
+    """Return the outputs that a client requested."""
+    tensors = []
+    for want in wanted:
+        array = arrays[want.name]
+        if not all_finite(array):
+            raise RequestError(
+                f"the model's answer {want.name!r} to these inputs holds NaN or infinity",
+                remedy="Send inputs in the range that the model was trained on",
+            )
+        if want.classes:
+            texts, shape = classify(array, want.classes, labels)
+            tensors.append(OutputTensor(want.name, BYTES, shape, texts, want.binary))
+        else:
+            tensors.append(OutputTensor(want.name, want.datatype, array.shape, array, want.binary))
+    return tuple(tensors)
+
+
+def classify(scores: Array, count: int, labels: Sequence[str] | None) -> tuple[list[str], tuple[int, ...]]:
+    """Return the best classes of each sample as texts "score:index:label" (Triton, "Classification Extension").
+
+    Returns:
+        The texts, row by row, and their shape (n, count).
+    """
+    count = min(count, scores.shape[1])
+    best = np.argsort(-scores.astype(np.float64), axis=1, kind="stable")[:, :count]
+    names = labels or ()
+    texts = [
+        f"{score:f}:{index}" + (f":{names[index]}" if index < len(names) else "")
+        for row, indices in zip(scores.tolist(), best.tolist(), strict=True)
+        for index, score in ((index, row[index]) for index in indices)
+    ]
+    return texts, (len(scores), count)
+
 
 #: The JSON of answers that are all binary is the same again and again.
-_heads: dict[tuple[Any, ...], bytes] = {}
-_REMEMBERED = 256
+_heads: BoundedCache[tuple[Any, ...], bytes] = BoundedCache(256)
 
 
 def encode_response(response: InferResponse) -> tuple[bytes, int | None]:
-    """The body of an answer.
+    """Return the body of an answer.
 
     Returns:
         The body, and the length of the JSON at its start; None when all of it is JSON.
@@ -37,14 +82,12 @@ def encode_response(response: InferResponse) -> tuple[bytes, int | None]:
     if not any(tensor.binary for tensor in response.outputs):
         return text, None
     if key is not None:
-        if len(_heads) >= _REMEMBERED:
-            _heads.clear()
         _heads[key] = text
     return b"".join((text, *chunks)), len(text)
 
 
 def _key(response: InferResponse) -> tuple[Any, ...] | None:
-    """All that the JSON before binary tensors depends on; None where it holds data or a client's id."""
+    """Return everything that the JSON before binary tensors depends on; None if it contains data or a client's id."""
     if response.id:
         return None
     parts: list[Any] = [response.model, response.version]
@@ -56,7 +99,7 @@ def _key(response: InferResponse) -> tuple[Any, ...] | None:
 
 
 def _described(tensor: OutputTensor, chunks: list[bytes]) -> dict[str, Any]:
-    """One output's JSON; the bytes of a binary one go to ``chunks``."""
+    """Return one output's JSON; the bytes of a binary one go to ``chunks``."""
     described: dict[str, Any] = {"name": tensor.name, "datatype": tensor.datatype, "shape": tensor.shape}
     if tensor.binary:
         chunk = binary_texts(cast(list[str], tensor.data)) if tensor.datatype == BYTES else tensor.data.tobytes()  # type: ignore[union-attr]
@@ -70,6 +113,6 @@ def _described(tensor: OutputTensor, chunks: list[bytes]) -> dict[str, Any]:
 
 
 def binary_texts(texts: list[str]) -> bytes:
-    """Texts as the protocol packs them: the length of each in four bytes, little-endian, then its UTF-8."""
+    """Pack texts as the protocol does: the length of each in four bytes, little-endian, then its UTF-8."""
     encoded = [text.encode() for text in texts]
     return b"".join(part for text in encoded for part in (struct.pack("<I", len(text)), text))

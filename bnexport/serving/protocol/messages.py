@@ -8,32 +8,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from bnexport.tensors import Array
+from bnexport.errors import BadInput, BnexportError, BundleError, MissingDependency, NotServing, RequestError
+from bnexport.tensors import ELEMENT_TYPES, Array
 
 #: numpy's element type -> the protocol's ("Tensor Data Types").
-DATATYPES: dict[str, str] = {
-    "float16": "FP16",
-    "float32": "FP32",
-    "float64": "FP64",
-    "uint8": "UINT8",
-    "int8": "INT8",
-    "int16": "INT16",
-    "int32": "INT32",
-    "int64": "INT64",
-    "bool": "BOOL",
-}
+DATATYPES: dict[str, str] = {name: row.datatype for name, row in ELEMENT_TYPES.items()}
 #: Texts; only answers have them (classes by name).
 BYTES = "BYTES"
 
 
 class RequestedOutput(NamedTuple):
-    """One output that a client asks for.
+    """One output that a client requests.
 
     Attributes:
-        name: Of the model's output.
+        name: Name of the model's output.
         datatype: The protocol's, of the tensor.
-        binary: Wanted as bytes after the JSON.
-        classes: How many of the best classes are wanted as texts instead of the tensor; 0 for the tensor.
+        binary: Send the tensor as bytes after the JSON.
+        classes: Number of best classes to send as texts instead of the tensor; 0 for the tensor.
     """
 
     name: str
@@ -48,7 +39,7 @@ class InferRequest(NamedTuple):
     Attributes:
         inputs: Input name -> array of the signature's element type and shape; may be read-only.
         rows: Samples: the size of the batch dimension.
-        outputs: What is wanted, in order; every output of the model where the client named none.
+        outputs: Requested outputs, in order; every output of the model if the client named none.
         id: The client's, to be repeated in the answer; "" without one.
         timeout: Seconds that the client waits; None leaves it to the server.
     """
@@ -64,9 +55,9 @@ class OutputTensor(NamedTuple):
     """One output of an answer.
 
     Attributes:
-        name: Of the model's output.
+        name: Name of the model's output.
         datatype: The protocol's.
-        shape: Of the tensor.
+        shape: Shape of the tensor.
         data: The tensor; for BYTES its texts in row-major order.
         binary: To be sent as bytes after the JSON.
     """
@@ -92,3 +83,23 @@ class InferResponse(NamedTuple):
     version: str
     outputs: tuple[OutputTensor, ...]
     id: str = ""
+
+
+def status_of(error: BnexportError) -> int:
+    """Return the HTTP status of an error; other protocols translate it."""
+    if isinstance(error, RequestError | NotServing):
+        return error.status
+    if isinstance(error, MissingDependency):
+        return 501
+    # A bundle that fails while it serves is no fault of the client's.
+    return 400 if isinstance(error, BadInput) and not isinstance(error, BundleError) else 500
+
+
+def sentence_of(error: BnexportError) -> str:
+    """Return fact and remedy, without characters that would steer a terminal."""
+    return printable(str(error))
+
+
+def printable(text: str) -> str:
+    """Replace characters that would steer a terminal, or that are not UTF-8."""
+    return "".join(char if char.isprintable() else "?" for char in text)

@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from bnexport.data import catalogue, download, locate
+from bnexport.data import catalogue, locate
 from bnexport.data.datasets import load_dataset, load_test_images, load_train_images
 from bnexport.errors import DataError, NetworkError, OutputError, UsageError
 
@@ -330,7 +330,7 @@ def test_no_server(tiny, monkeypatch):
 
 
 def test_a_server_that_never_ends_is_cut_off(tiny, monkeypatch):
-    monkeypatch.setattr(download, "MAX_BYTES", 100)
+    monkeypatch.setattr(locate, "MAX_BYTES", 100)
     with Server(good()) as server:
         mirrors(monkeypatch, tiny, server.url)
         with pytest.raises(NetworkError, match="more than 100 bytes"):

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from support.pictures import COLOURS, GREY, write_parts, write_picture, write_pictures
 
-from bnexport.data.folder import folder_labels, load_folder
-from bnexport.data.folder_layout import PictureFile, folder_layout, hold_out, list_part
+from bnexport.data.decoded import PictureFile
+from bnexport.data.folder import folder_labels, folder_layout, hold_out, list_part, load_folder
 from bnexport.errors import DataError, UsageError
 
 

@@ -4,7 +4,7 @@ import struct
 import numpy as np
 import pytest
 
-from bnexport.data.idx import ELEMENT_TYPES, read_idx
+from bnexport.data.images import IDX_TYPES, read_idx
 from bnexport.errors import DataError
 
 
@@ -29,9 +29,9 @@ def test_images(tmp_path, pack):
     assert got.flags.writeable
 
 
-@pytest.mark.parametrize("code", list(ELEMENT_TYPES))
+@pytest.mark.parametrize("code", list(IDX_TYPES))
 def test_every_element_type(tmp_path, code):
-    array = np.array([1, 2, 120], ELEMENT_TYPES[code])
+    array = np.array([1, 2, 120], IDX_TYPES[code])
     got = read_idx(write(tmp_path, idx(array, code)))
     assert got.tolist() == [1, 2, 120]
     assert got.dtype.isnative

@@ -12,15 +12,14 @@ from pathlib import Path
 import pytest
 import yaml
 from unit.deploying.conftest import foreign_bundle
+from unit.deploying.docker_files import Refused, check_compose, check_dockerfile
 
 from bnexport.bundle import MODEL_ONNX, Bundle
-from bnexport.deploying.docker import check_dockerfile, deploy_docker, dockerfile
-from bnexport.deploying.kserve import deploy_kserve, inference_service
-from bnexport.deploying.model_config import read_config
-from bnexport.deploying.request import DeployRequest, Scaling
-from bnexport.deploying.yaml_text import COMPOSE, INFERENCE_SERVICE, check_yaml, checked_yaml
+from bnexport.deploying.docker import compose, deploy_docker, dockerfile
+from bnexport.deploying.kserve import check_yaml, checked_yaml, deploy_kserve, inference_service
+from bnexport.deploying.request import DEVICES, DeployRequest, Scaling
 from bnexport.errors import ExportError, OutputError, UsageError
-from bnexport.exporting.triton import CONFIG
+from bnexport.exporting.triton import CONFIG, read_config
 
 SCALING = Scaling("s3://bucket/models", 0, 6, "rps", 50)
 NAMED = DeployRequest(name="bn-lenet", triton="24.05")
@@ -98,7 +97,7 @@ SERVICE = inference_service("m", DeployRequest(), SCALING, model_bytes=1)
     ],
 )
 def test_services_that_kserve_would_refuse(place: str, value: object) -> None:
-    checked_yaml(SERVICE, INFERENCE_SERVICE)
+    checked_yaml(SERVICE)
     service = copy.deepcopy(SERVICE)
     *path, last = place.split("/")
     inner = service
@@ -106,20 +105,20 @@ def test_services_that_kserve_would_refuse(place: str, value: object) -> None:
         inner = inner[part]
     inner[last] = value
     with pytest.raises(ExportError, match="inference_service: "):
-        checked_yaml(service, INFERENCE_SERVICE)
+        checked_yaml(service)
 
 
 def test_no_protocol_version_is_refused() -> None:
     service = copy.deepcopy(SERVICE)
     del service["spec"]["predictor"]["model"]["protocolVersion"]
     with pytest.raises(ExportError, match="protocolVersion"):
-        checked_yaml(service, INFERENCE_SERVICE)
+        checked_yaml(service)
 
 
 @pytest.mark.parametrize("text", ["a: [", "- x", "", "a: !!python/object:os.system {}"])
 def test_text_that_is_no_service(text: str) -> None:
     with pytest.raises(ExportError):
-        check_yaml(text, INFERENCE_SERVICE)
+        check_yaml(text)
 
 
 def test_a_build_context(bundle: Bundle, tmp_path: Path) -> None:
@@ -127,6 +126,8 @@ def test_a_build_context(bundle: Bundle, tmp_path: Path) -> None:
     wheel.write_bytes(b"wheel")
     deploy_docker(bundle, tmp_path / "out", DeployRequest(triton="24.05"), wheel=wheel)
     out = tmp_path / "out"
+    check_dockerfile((out / "Dockerfile").read_text(), out)
+    check_compose((out / "compose.yaml").read_text())
     Bundle.open(out / "models" / "bn_lenet" / "1").check()
     read_config((out / "models" / "bn_lenet" / CONFIG).read_text())
     assert (out / "wheels" / wheel.name).read_bytes() == b"wheel"
@@ -151,6 +152,7 @@ def test_without_a_wheel_this_version_is_installed(foreign: Bundle, tmp_path: Pa
     done = deploy_docker(foreign, tmp_path / "out", DeployRequest(name="foreign", device="cuda"))
     text = (tmp_path / "out" / "Dockerfile").read_text()
     assert "ARG BNEXPORT=bnexport-runtime[serve,grpc]==" in text
+    check_dockerfile(text, tmp_path / "out")
     assert "COPY wheels" not in text
     assert not any(name.startswith("wheels") for name in done.files)
     services = yaml.safe_load((tmp_path / "out" / "compose.yaml").read_text())["services"]
@@ -234,11 +236,20 @@ def test_dockerfiles_that_are_refused(tmp_path: Path, old: str, new: str, told: 
     (tmp_path / "models").mkdir()
     check_dockerfile(DOCKERFILE, tmp_path)
     assert old in DOCKERFILE
-    with pytest.raises(ExportError, match=told):
+    with pytest.raises(Refused, match=told):
         check_dockerfile(DOCKERFILE.replace(old, new), tmp_path)
 
 
 def test_a_compose_file_that_opens_a_port_to_the_world_is_refused() -> None:
     text = "name: x\nservices:\n  serve: {build: ., ports: ['8000:8000'], restart: unless-stopped}\n"
-    with pytest.raises(ExportError, match="compose: "):
-        check_yaml(text, COMPOSE)
+    with pytest.raises(Refused, match="compose: "):
+        check_compose(text)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_every_compose_file_fits_the_specification(device: str) -> None:
+    text = compose("123", DeployRequest(device=device))
+    check_compose(text)
+    document = yaml.safe_load(text)
+    assert document["name"] == "123", "a text, whatever its characters"
+    assert ("deploy" in document["services"]["triton"]) == (device != "cpu")

@@ -11,12 +11,11 @@ from unit.deploying.conftest import FOREIGN, fixed, foreign_bundle
 
 from bnexport.bundle import MODEL_ONNX, Bundle
 from bnexport.deploying.docker import deploy_docker
-from bnexport.deploying.model_config import check_config, read_config
-from bnexport.deploying.repository import LABELS, deploy_triton, device_blocks
 from bnexport.deploying.request import DEVICES, NAME_RULES, DeployRequest, deployed_name, suggested_name
+from bnexport.deploying.triton import LABELS, deploy_triton
 from bnexport.errors import BundleError, ExportError, OutputError, UsageError
-from bnexport.exporting.triton import CONFIG, triton_config
-from bnexport.exporting.triton_messages import ENUMERATIONS, MESSAGES
+from bnexport.exporting.triton import CONFIG, check_config, device_blocks, read_config, triton_config
+from bnexport.proto_messages import message_classes
 from bnexport.tensors import Dim, Signature, TensorSpec
 
 ROOT = Path(__file__).parents[3]
@@ -43,7 +42,7 @@ def test_a_repository_of_the_reference_model(bundle: Bundle, tmp_path: Path) -> 
     assert config.dynamic_batching.max_queue_delay_microseconds == 0
     assert config.parameters["intra_op_thread_count"].string_value == "1"
     (group,) = config.instance_group
-    assert (group.count, group.kind) == (3, ENUMERATIONS["ModelInstanceGroup.Kind"]["KIND_CPU"])
+    assert (group.count, group.kind) == (3, group.Kind.Value("KIND_CPU"))
     assert "24.05-py3" in done.next_steps[0]
     assert "--gpus" not in done.next_steps[0]
 
@@ -63,7 +62,7 @@ def test_the_committed_configuration_reads_the_same_way() -> None:
 def test_devices(bundle: Bundle, tmp_path: Path, device: str) -> None:
     config = deployed(bundle, tmp_path / "out", device=device, max_batch_size=16)
     kinds = {"cpu": "KIND_CPU"}.get(device, "KIND_GPU")
-    assert [group.kind for group in config.instance_group] == [ENUMERATIONS["ModelInstanceGroup.Kind"][kinds]]
+    assert [group.Kind.Name(group.kind) for group in config.instance_group] == [kinds]
     accelerators = config.optimization.execution_accelerators.gpu_execution_accelerator
     assert [item.name for item in accelerators] == (["tensorrt"] if device == "tensorrt" else [])
     assert all(item.parameters["precision_mode"] == "FP32" for item in accelerators)
@@ -97,7 +96,7 @@ def test_an_output_that_is_no_batch_like_the_inputs(device: str, shape: tuple[Di
     """Triton would run several requests together, and cut such an output among them."""
     signature = Signature((TensorSpec("x", "float32", ("batch", 3)),), (TensorSpec("y", "float32", shape),))
     assert not signature.batched
-    text = triton_config("m", signature, more=device_blocks(DeployRequest(device=device), signature))
+    text = triton_config("m", signature, more=device_blocks(signature, device=device, instances=1, max_batch_size=64))
     check_config(text, "m", signature, files=FILES)
     config = read_config(text)
     assert (config.max_batch_size, config.HasField("dynamic_batching")) == (0, False)
@@ -112,7 +111,7 @@ def test_names_that_need_care(device: str) -> None:
     """Of tensors: quotes, line ends, letters of every plane."""
     name = 'in "put"/0:\n\u00e9\\ \U0001f600'
     signature = Signature((TensorSpec(name, "float16", ("batch", 3)),), (TensorSpec("\t", "bool", ("batch", 2)),))
-    text = triton_config("m", signature, more=device_blocks(DeployRequest(device=device), signature))
+    text = triton_config("m", signature, more=device_blocks(signature, device=device, instances=1, max_batch_size=64))
     check_config(text, "m", signature, files=FILES)
     assert read_config(text).input[0].name == name
 
@@ -184,7 +183,7 @@ def test_whole_or_absent(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.Mon
     def broken(*_: object, **__: object) -> None:
         raise ExportError("no", remedy="x")
 
-    monkeypatch.setattr("bnexport.deploying.repository.check_config", broken)
+    monkeypatch.setattr("bnexport.deploying.triton.check_config", broken)
     with pytest.raises(ExportError):
         deploy_triton(bundle, tmp_path / "below" / "out")
     assert list(tmp_path.iterdir()) == []
@@ -284,24 +283,28 @@ def test_the_table_of_messages_is_tritons(bundle: Bundle, tmp_path: Path) -> Non
     from google.protobuf import text_format
     from tritonclient.grpc import model_config_pb2
 
-    types = {3: "int64", 4: "uint64", 5: "int32", 8: "bool", 9: "string", 13: "uint32"}
-
     def of(name: str) -> object:
         found = model_config_pb2.DESCRIPTOR.message_types_by_name[name.partition(".")[0]]
         for part in name.split(".")[1:]:
             found = found.nested_types_by_name[part]
         return found
 
-    for name, fields in MESSAGES.items():
-        theirs = of(name).fields_by_name
-        for field, row in fields.items():
-            inner = theirs[field].message_type or theirs[field].enum_type
-            kind = types[theirs[field].type] if inner is None else inner.full_name.removeprefix("inference.")
-            assert (theirs[field].number, kind) == (row.number, row.kind), f"{name}.{field}"
-            repeated = getattr(theirs[field], "is_repeated", None)
-            assert (theirs[field].label == 3 if repeated is None else repeated) == row.many, f"{name}.{field}"
-    assert ENUMERATIONS["DataType"] == dict(model_config_pb2.DataType.items())
-    assert ENUMERATIONS["ModelInstanceGroup.Kind"] == dict(model_config_pb2.ModelInstanceGroup.Kind.items())
+    def told(field: object) -> tuple[object, ...]:
+        inner = field.message_type or field.enum_type
+        repeated = getattr(field, "is_repeated", None)
+        return field.number, field.type, inner and inner.full_name, field.label == 3 if repeated is None else repeated
+
+    config_file = message_classes("a test")["ModelConfig"].DESCRIPTOR.file
+    ours = {name: kind for name, kind in message_classes("a test").items() if kind.DESCRIPTOR.file is config_file}
+    assert len(ours) > 10
+    for name, kind in ours.items():
+        for field in kind.DESCRIPTOR.fields:
+            assert told(field) == told(of(name).fields_by_name[field.name]), f"{name}.{field.name}"
+    for enumeration, theirs in (
+        (config_file.enum_types_by_name["DataType"], model_config_pb2.DataType),
+        (ours["ModelInstanceGroup"].DESCRIPTOR.enum_types_by_name["Kind"], model_config_pb2.ModelInstanceGroup.Kind),
+    ):
+        assert {value.name: value.number for value in enumeration.values} == dict(theirs.items())
     for device in DEVICES:
         deploy_triton(bundle, tmp_path / device, DeployRequest(device=device))
         text = (tmp_path / device / "bn_lenet" / CONFIG).read_text()

@@ -25,7 +25,7 @@ from bnexport.exporting.prepare import signature_of
 from bnexport.exporting.request import ExportRequest
 from bnexport.folding.trace import size_shapes
 from bnexport.runtimes.torch_outputs import flatten
-from bnexport.screening import screen_archive
+from bnexport.validation import validate_archive
 
 #: torch 2.11's, of its own buffers.
 pytestmark = pytest.mark.filterwarnings("ignore:The given buffer is not writable")
@@ -59,7 +59,7 @@ def test_every_case_loads_and_agrees_bit_for_bit_in_every_batch_size(case: Case,
     program = torch.export.load(str(file)).module()
     for batch in (2, 5) if case.name not in RANDOM else (2,):
         assert same(program, folded, case.inputs(batch=batch)), batch
-    screen_archive(file, "pt2")
+    validate_archive(file, "pt2")
     assert not re.search(rb"/(home|root|tmp|work|Users)/|site-packages|\.py\b", file.read_bytes())
 
 
@@ -118,7 +118,7 @@ def test_rounded_quotients_of_sizes_are_written_and_exact(tmp_path: Path) -> Non
     signature = signature_of(folded, inputs, input_names=("x",), dynamic_size=True)
     export_program(folded, inputs, tmp_path / "m.pt2", signature=signature)
     program = torch.export.load(str(tmp_path / "m.pt2")).module()
-    screen_archive(tmp_path / "m.pt2", "pt2")
+    validate_archive(tmp_path / "m.pt2", "pt2")
     for height, width in ((32, 32), (33, 32), (35, 47), (40, 41)):
         x = torch.randn(3, 3, height, width)
         assert program(x).shape == (3, 6, height // 3, -(-width // 2))

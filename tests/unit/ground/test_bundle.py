@@ -14,8 +14,8 @@ import pytest
 from bnexport import bundle as module
 from bnexport.bundle import GOLDEN, MANIFEST, MODEL_ONNX, REPORT, Bundle, Manifest, seal, write_golden
 from bnexport.errors import BundleError
-from bnexport.screening.limits import LIMITS
 from bnexport.tensors import Signature, TensorSpec
+from bnexport.validation.limits import LIMITS
 
 SIGNATURE = Signature(
     (TensorSpec("image", "float32", ("batch", 2, 3)), TensorSpec("flag", "bool", ("batch",))),

@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from onnx import TensorProto, helper, numpy_helper
 
-from bnexport.screening.refusal import Refusal
-from bnexport.tensor_proto import ELEMENT_TYPES, message, read_tensor, write_tensor
-from bnexport.tensors import DTYPES
+from bnexport.files import Refusal
+from bnexport.protobuf_wire import message
+from bnexport.tensor_proto import read_tensor, write_tensor
+from bnexport.tensors import DTYPES, ELEMENT_TYPES
 
-TYPES = sorted(ELEMENT_TYPES.values())
+TYPES = sorted(ELEMENT_TYPES)
 ANY_ARRAY = st.sampled_from(TYPES).flatmap(
     lambda dtype: arrays.arrays(dtype, arrays.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=5))
 )
@@ -32,8 +33,8 @@ def number_of(dtype: str) -> int:
 
 def test_every_element_type_of_a_signature_can_be_read() -> None:
     assert set(TYPES) == set(DTYPES)
-    for number, dtype in ELEMENT_TYPES.items():
-        assert number_of(dtype) == number
+    for dtype, row in ELEMENT_TYPES.items():
+        assert number_of(dtype) == row.onnx
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)

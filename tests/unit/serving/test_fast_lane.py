@@ -13,8 +13,8 @@ import pytest
 from support.bundles import write_bundle
 from support.connections import IMAGES, INFER, ONE, House, packed, quiet, request, run
 
-from bnexport.serving.http.connection import LimitedConnection
 from bnexport.serving.http.fast_lane import SHORT_BODY, FastLane
+from bnexport.serving.http.uvicorn_adapter import LimitedConnection
 from bnexport.serving.repository import Repository
 from bnexport.serving.served_model import ServingSettings
 

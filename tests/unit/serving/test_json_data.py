@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from bnexport.errors import RequestError
 from bnexport.serving.limits import ServingLimits
-from bnexport.serving.protocol.decoding import Decoder
-from bnexport.serving.protocol.json_data import array_from_json
+from bnexport.serving.protocol.decoding import Decoder, array_from_json
 from bnexport.tensors import Signature, TensorSpec
 
 FLOATS = ("float16", "float32", "float64")

@@ -9,9 +9,17 @@ from collections.abc import Iterator
 import orjson
 import pytest
 
-from bnexport.serving.records import Records, new_memory
-from bnexport.serving.statistics import ModelStatistics
-from bnexport.serving.totals import ModelTotals, Share, Totals, note_end, note_start, read_totals
+from bnexport.serving.statistics import (
+    ModelStatistics,
+    ModelTotals,
+    Records,
+    Share,
+    Totals,
+    new_memory,
+    note_end,
+    note_start,
+    read_totals,
+)
 
 KEY = ("bn_lenet", "1")
 

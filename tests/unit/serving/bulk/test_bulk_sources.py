@@ -16,10 +16,9 @@ from bnexport.bundle import Bundle
 from bnexport.data.images import ENDINGS
 from bnexport.errors import DataError, UsageError
 from bnexport.serving.bulk.job import make_job
-from bnexport.serving.bulk.reading import READERS
+from bnexport.serving.bulk.predict import ShardWorker
 from bnexport.serving.bulk.request import BulkRequest
-from bnexport.serving.bulk.sources import SOURCES
-from bnexport.serving.bulk.worker import ShardWorker
+from bnexport.serving.bulk.sources import READERS, SOURCES
 
 
 def test_every_kind_of_source_has_its_reader() -> None:

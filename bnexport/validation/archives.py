@@ -1,0 +1,252 @@
+"""Archives of torch and numpy: sizes, names, pickles and code are validated before a reader opens them."""
+
+from __future__ import annotations
+
+import ast
+import io
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from bnexport.errors import BadInput, BundleError, DataError, ModelError, UsageError
+from bnexport.files import Refusal
+from bnexport.optional import one_line
+from bnexport.validation.exported_program import check_code, check_exported
+from bnexport.validation.limits import count_elements, limit, refusing, shown
+from bnexport.validation.paths import check_regular
+from bnexport.validation.pickles import Storage, check_one_pickle, check_pickle, is_script_name, is_weight_name
+from bnexport.validation.zip_directory import DEFLATED, MAGIC, Entry, read_directory, read_entry, read_start
+
+NPY_MAGIC = b"\x93NUMPY"
+#: Plain numbers: byte order, kind, bytes. Objects ("O"), records, texts and dates are none.
+_PLAIN = re.compile(r"[<>=|]?(?:b1|[iu][1248]|f[248]|c8|c16)")
+
+
+def check_header(start: bytes, size: int) -> None:
+    """Refuse a .npy header of an array of objects (pickles), or of an array larger than its file."""
+    if start[:6] != NPY_MAGIC or len(start) < 12 or start[6] not in (1, 2, 3):
+        raise Refusal("is not a whole .npy file")
+    wide = start[6] > 1
+    length = int.from_bytes(start[8:12] if wide else start[8:10], "little")
+    begin = 12 if wide else 10
+    if length > limit("npy-header"):
+        raise Refusal(f"has a header of {length} bytes, more than {limit('npy-header')}")
+    header = _parsed(start[begin : begin + length])
+    kind, shape = header.get("descr"), header.get("shape")
+    if not isinstance(kind, str) or _PLAIN.fullmatch(kind) is None:
+        raise Refusal(f"holds an array of {shown(str(kind))}, not of plain numbers")
+    if not isinstance(shape, tuple):
+        raise Refusal("is not a whole .npy file: its header has no shape")
+    needed = count_elements(shape) * int("".join(filter(str.isdigit, kind)))
+    if needed != size - begin - length:
+        raise Refusal(f"says that its array has {needed} bytes; {size - begin - length} are there")
+
+
+def _parsed(text: bytes) -> dict[str, Any]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the compiler remarks on odd texts; what matters is raised
+            header = ast.literal_eval(text.decode("latin-1").strip())
+    except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError) as error:
+        raise Refusal("is not a whole .npy file: its header can't be read") from error
+    if not isinstance(header, dict):
+        raise Refusal("is not a whole .npy file: its header is no table")
+    return header
+
+
+_REBUILD = "Write the bundle again with bnexport fold-and-export, or copy it again from its source"
+#: Pickles at the start of torch's format before 1.6: its number, its version, the system, the object, the storages.
+_OLD_PICKLES = 5
+_PICKLE = b"\x80"
+
+
+@dataclass(frozen=True)
+class _Archive:
+    """An archive with a valid table of contents.
+
+    Attributes:
+        file: Open.
+        entries: Name inside the archive's one folder -> its entry; the whole name for .npz.
+    """
+
+    file: BinaryIO
+    entries: dict[str, Entry]
+
+    def read(self, name: str, max_bytes: int) -> bytes:
+        if name not in self.entries:
+            raise Refusal(f"has no {name} inside")
+        return read_entry(self.file, self.entries[name], max_bytes)
+
+
+@dataclass(frozen=True)
+class ArchiveKind:
+    """A row of ARCHIVES.
+
+    Attributes:
+        title: Name of the kind of file, with its article.
+        error: Class of the raised error.
+        remedy: Second sentence of the error.
+        inflated: Row of LIMITS for the unpacked bytes in all.
+        check: Looks at the contents.
+    """
+
+    title: str
+    error: type[BadInput]
+    remedy: str
+    inflated: str
+    check: Callable[[_Archive], None]
+
+
+def validate_archive(path: str | Path, kind: str, *, error: type[BadInput] | None = None) -> None:
+    """Refuse an archive that could harm the process that opens it. It is not unpacked, and nothing in it runs.
+
+    Sizes that it says, sizes that it has, names, nesting, every pickle's steps and names, TorchScript's code, the
+    expressions in a .pt2 file, object arrays in an .npz file. Weights are not read, so gigabytes take milliseconds.
+
+    Args:
+        path: The file.
+        kind: A row of ARCHIVES: "torchscript", "pt2", "checkpoint", "npz".
+        error: Raised instead of the kind's own error.
+
+    Raises:
+        UsageError: An unknown kind.
+        BadInput: The file is missing or refused; which one is in ARCHIVES.
+    """
+    if kind not in ARCHIVES:
+        raise UsageError(f"there are no archives of the kind {kind!r}", remedy=f"Choose one of {', '.join(ARCHIVES)}")
+    row = ARCHIVES[kind]
+    raised = error or row.error
+    try:
+        with refusing(f"{path} is not {row.title} that bnexport opens: it", raised, remedy=row.remedy):
+            check_regular(Path(path))
+            with Path(path).open("rb") as file:
+                _screen(file, row)
+    except OSError as problem:
+        what = "does not exist" if isinstance(problem, FileNotFoundError) else f"can't be read: {one_line(problem)}"
+        raise raised(f"{path} {what}", remedy=row.remedy) from problem
+
+
+def validate_weights(file: BinaryIO) -> None:
+    """Refuse a torch state dict, in an archive or in the older format, that holds more than tensors."""
+    file.seek(0)
+    start = file.read(4)
+    if start == MAGIC:
+        _screen(file, ARCHIVES["checkpoint"])
+    elif start[:1] == _PICKLE:
+        _check_old_weights(file)
+    else:
+        raise Refusal("is neither safetensors nor a file of torch.save")
+
+
+def _screen(file: BinaryIO, kind: ArchiveKind) -> None:
+    file.seek(0)
+    start = file.read(4)
+    if start != MAGIC:
+        raise Refusal("is no zip archive" if start else "is empty")
+    entries = read_directory(file)
+    _check_growth(entries, limit(kind.inflated))
+    folder = "" if kind.inflated == "npz-inflated" else _common_folder(entries)
+    kind.check(_Archive(file, {entry.name.removeprefix(folder): entry for entry in entries}))
+
+
+def _check_growth(entries: Sequence[Entry], most: int) -> None:
+    """Refuse packed data that are large in all, or that grow much."""
+    packed = [entry for entry in entries if entry.method == DEFLATED]
+    total = sum(entry.size for entry in packed)
+    if total > most:
+        raise Refusal(f"unpacks to {total} bytes, more than {most}")
+    for entry in packed:
+        if entry.size > limit("ratio-free") and entry.size > limit("archive-ratio") * entry.packed:
+            raise Refusal(f"unpacks {shown(entry.name)} to {entry.size // max(entry.packed, 1)} times its size")
+    if total > limit("ratio-free") and total > limit("archive-ratio") * sum(entry.packed for entry in packed):
+        raise Refusal(f"unpacks to more than {limit('archive-ratio')} times its size")
+
+
+def _common_folder(entries: Sequence[Entry]) -> str:
+    """Return the folder around every file. torch applies the first file's folder to all, so there must be just one."""
+    folder = entries[0].name.partition("/")[0] + "/"
+    for entry in entries:
+        if not entry.name.startswith(folder):
+            raise Refusal(f"is an archive in which {shown(entry.name)} lies outside its folder {shown(folder)}")
+    return folder
+
+
+def _check_script(archive: _Archive) -> None:
+    for name in archive.entries:
+        if name.endswith(".py") and name.startswith("code/"):
+            check_code(archive.read(name, limit("code-bytes")))
+        elif name.endswith("pkl"):
+            pickle = archive.read(name, limit("pickle-bytes"))
+            folder = {"data.pkl": "data", "constants.pkl": "constants"}.get(name, "data")
+            _check_storages(archive, check_pickle(pickle, is_script_name), folder)
+        elif name.partition("/")[0] not in _SCRIPT_FILES:
+            raise Refusal(f"holds {shown(name)}, which no TorchScript file has")
+    for name in ("data.pkl", "constants.pkl"):
+        if name not in archive.entries:
+            raise Refusal(f"is no TorchScript file: it has no {name}")
+
+
+#: Files and folders beside the pickles and the code. ``extra`` is what its author put there; nothing reads it.
+_SCRIPT_FILES = frozenset({"data", "constants", "version", "byteorder", ".data", "extra", ".format_version"}) | {
+    ".storage_alignment"
+}
+
+
+def _check_checkpoint(archive: _Archive) -> None:
+    storages = check_pickle(archive.read("data.pkl", limit("pickle-bytes")), is_weight_name)
+    _check_storages(archive, storages, "data")
+
+
+def _check_storages(archive: _Archive, storages: Sequence[Storage], folder: str) -> None:
+    """Refuse a storage whose file is missing or smaller than the pickle declares."""
+    for storage in storages:
+        entry = archive.entries.get(f"{folder}/{storage.key}")
+        needed = storage.numel * storage.itemsize
+        if entry is None and needed:
+            raise Refusal(f"has no data for the tensor storage {shown(storage.key)}")
+        if entry is not None and entry.size < needed:
+            raise Refusal(f"says that a tensor storage has {needed} bytes; {shown(entry.name)} has {entry.size}")
+
+
+def _check_exported(archive: _Archive) -> None:
+    def pickled(name: str) -> None:
+        """Check a file that torch will unpickle."""
+        validate_weights(io.BytesIO(archive.read(name, limit("npz-inflated"))))
+
+    sizes = {name: entry.size for name, entry in archive.entries.items()}
+    check_exported(sizes, archive.read, pickled)
+
+
+def _check_arrays(archive: _Archive) -> None:
+    for name, entry in archive.entries.items():
+        check_header(read_start(archive.file, entry, limit("npy-header") + 12), entry.size)
+        if not name.endswith(".npy"):
+            raise Refusal(f"holds {shown(name)}, which is no array")
+
+
+def _check_old_weights(file: BinaryIO) -> None:
+    """Check the format of torch before 1.6: five pickles, then the bytes of the storages."""
+    size = file.seek(0, 2)
+    file.seek(0)
+    start = io.BytesIO(file.read(limit("pickle-bytes")))
+    storages: list[Storage] = []
+    for _ in range(_OLD_PICKLES):
+        storages += check_one_pickle(start, is_weight_name)
+    # A storage is named once for each tensor in it; 8 bytes in front of it tell its length.
+    needed = sum({storage.key: 8 + storage.numel * storage.itemsize for storage in storages}.values())
+    if needed > size - start.tell():
+        raise Refusal(f"says that its tensors have {needed} bytes; {size - start.tell()} are there")
+
+
+_SAVE = "Save the weights alone: torch.save(model.state_dict(), FILE), or safetensors.torch.save_file"
+ARCHIVES: dict[str, ArchiveKind] = {
+    "torchscript": ArchiveKind("a TorchScript file", BundleError, _REBUILD, "archive-inflated", _check_script),
+    "pt2": ArchiveKind("a file of torch.export (.pt2)", BundleError, _REBUILD, "archive-inflated", _check_exported),
+    "checkpoint": ArchiveKind("a file of torch.save", ModelError, _SAVE, "archive-inflated", _check_checkpoint),
+    "npz": ArchiveKind(
+        "an .npz file", DataError, "Save plain arrays again with numpy.savez", "npz-inflated", _check_arrays
+    ),
+}
