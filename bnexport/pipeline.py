@@ -26,7 +26,7 @@ from bnexport.exporting.request import (
 from bnexport.exporting.triton import check_triton_config, write_triton_config
 from bnexport.files import refuse_existing, staged_directory, write_atomically
 from bnexport.folding.fold import FoldResult, fold
-from bnexport.folding.trace import size_shapes
+from bnexport.folding.torch_backend.trace import size_shapes
 from bnexport.nn.checkpoint import save_checkpoint
 from bnexport.nn.loading import LoadedModel, checkpoint_of, load_source
 from bnexport.nn.soundness import check_sound

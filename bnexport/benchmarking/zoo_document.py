@@ -14,7 +14,7 @@ from bnexport.benchmarking.zoo_fold import PLACES, WRONG_FACTOR, WRONG_SHARE
 from bnexport.benchmarking.zoo_subject import CALIBRATION, EXAMPLE
 from bnexport.environment import describe
 from bnexport.folding.report import GONE, OUTCOMES
-from bnexport.folding.whole_proof import MAX_ERROR
+from bnexport.folding.torch_backend.proof import MAX_ERROR
 
 #: Column of the tools -> its heading.
 TOOLS: dict[str, str] = {

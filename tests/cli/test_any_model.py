@@ -344,7 +344,7 @@ def test_a_path_that_depends_on_the_size_is_refused(export: Run) -> None:
 
 def test_a_path_that_depends_on_the_size_fails_the_verdict(export: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Were it not refused: torch.export takes the branch of the example; at an odd height the original takes the other."""
-    monkeypatch.setattr("bnexport.folding.trace.refuse_forks", lambda *_: None)
+    monkeypatch.setattr("bnexport.folding.torch_backend.trace.refuse_forks", lambda *_: None)
     code, out, _ = export("nets.py:Branches", "--input", "3x8x8", "--dynamic-size")
     assert code == 1
     assert "noise 15x21" in out

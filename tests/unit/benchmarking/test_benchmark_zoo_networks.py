@@ -17,7 +17,7 @@ from bnexport.benchmarking.zoo_subject import Subject, make_subject, outputs_of
 from bnexport.errors import ModelError
 from bnexport.folding.fold import fold
 from bnexport.folding.report import FoldReport, FoldRow
-from bnexport.folding.trace import trace
+from bnexport.folding.torch_backend.trace import trace
 
 
 class Scaled(nn.Module):

@@ -15,7 +15,8 @@ from torch.nn import functional
 
 import bnexport
 from bnexport.errors import ProofError
-from bnexport.folding import branches, layers, torch_write
+from bnexport.folding import branches, layers
+from bnexport.folding.torch_backend import write as torch_write
 
 
 def model_of(forward: Callable[..., Any], **layers: Callable[[], nn.Module]) -> nn.Module:

@@ -18,7 +18,8 @@ from torchvision.ops import FrozenBatchNorm2d
 
 import bnexport
 from bnexport.errors import ProofError, UntracedError, UsageError
-from bnexport.folding import layers, plan, torch_write
+from bnexport.folding import layers, plan
+from bnexport.folding.torch_backend import write as torch_write
 from bnexport.nn.batch_norm import BatchNorm
 
 ids = [case.name for case in CASES]

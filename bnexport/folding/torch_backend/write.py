@@ -8,9 +8,9 @@ from torch.fx import Node
 
 from bnexport.errors import ProofError
 from bnexport.folding.affine import Affine
-from bnexport.folding.constants import attribute
 from bnexport.folding.graph import Clamp, Identity, Layer, Norm, Op, Weight
-from bnexport.folding.torch_graph import Source, TorchGraph
+from bnexport.folding.torch_backend.constants import attribute
+from bnexport.folding.torch_backend.graph import Source, TorchGraph
 
 aten = torch.ops.aten
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
-from bnexport.folding.names import dtype_of
 from bnexport.folding.proof import scale_error
+from bnexport.folding.torch_backend.names import dtype_of
 
 #: Rounding of float64 through a network of usual depth stays below; the smallest real fault (a dropped eps) is far above.
 MAX_ERROR = 1e-12

@@ -12,24 +12,12 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from bnexport.folding.affine import Dim
-from bnexport.folding.constants import Constants, attribute
-from bnexport.folding.graph import (
-    Clamp,
-    Identity,
-    Kind,
-    Layer,
-    Norm,
-    NormCall,
-    Op,
-    Opaque,
-    Weight,
-    connect,
-)
-from bnexport.folding.names import channels_of, describe, module_class, module_path
-from bnexport.folding.norms import NormReading, read_norms
-from bnexport.folding.torch_readers import READERS
-from bnexport.folding.torch_readers_values import POOLS_WITH_POSITIONS, SPLITS, is_whole_slice
-from bnexport.folding.torch_reading import Reader, Reading
+from bnexport.folding.graph import Clamp, Identity, Kind, Layer, Norm, NormCall, Op, Opaque, Weight, connect
+from bnexport.folding.torch_backend.constants import Constants, attribute
+from bnexport.folding.torch_backend.names import channels_of, describe, module_class, module_path
+from bnexport.folding.torch_backend.norms import NormReading, read_norms
+from bnexport.folding.torch_backend.readers import POOLS_WITH_POSITIONS, READERS, SPLITS, is_whole_slice
+from bnexport.folding.torch_backend.reading import Reader, Reading
 
 aten = torch.ops.aten
 

@@ -1,8 +1,9 @@
-"""How the operators of ATen that move, mix, bound and join values are read."""
+"""The table of ATen operators: how each one is read into a kind of folding's graph."""
 
 from __future__ import annotations
 
 import math
+import operator
 from typing import Any
 
 import torch
@@ -14,8 +15,10 @@ from bnexport.folding.graph import (
     Average,
     Clamp,
     Concat,
+    Geometry,
     Homogeneous,
     Identity,
+    Layer,
     MaxPool,
     Mean,
     Multiply,
@@ -25,10 +28,111 @@ from bnexport.folding.graph import (
     Reshape,
     Slice,
 )
-from bnexport.folding.names import dtype_of, shape_of
-from bnexport.folding.torch_reading import Reader, Reading, Surroundings, argument
+from bnexport.folding.torch_backend.names import dtype_of, shape_of
+from bnexport.folding.torch_backend.reading import Reader, Reading, Surroundings, argument
 
 aten = torch.ops.aten
+
+
+def read_conv(spatial: int, transposed: bool = False) -> Reader:
+    """Convolutions; (out, in / groups, *kernel), transposed (in, out / groups, *kernel)."""
+
+    def read(node: Node, graph: Surroundings) -> Reading | str | None:
+        weight, bias = graph.weight(node.args[1]), graph.weight(argument(node, 2, "bias"))
+        if weight is None or (bias is None and argument(node, 2, "bias") is not None):
+            return "its weights are computed from the input or changed in forward"
+        shape = shape_of(node)
+        batched = shape is not None and len(shape) == spatial + 2
+        where: int | str = 1
+        if not batched:
+            where = (
+                f"the convolution's input has no batch dimension, so its channels are not on axis 1 of {spatial + 2}"
+            )
+        geometry = _geometry(node, spatial, transposed, weight.shape)
+        layer = Layer(
+            "transposed convolution" if transposed else "convolution",
+            "transposed" if transposed else "rows",
+            weight,
+            bias,
+            groups=int(argument(node, 6, "groups", 1)),
+            out_axis=where,
+            in_axis=where,
+            geometry=geometry,
+            zero_padded=geometry is None or any(geometry.padding) or _pads_after(node, weight.shape),
+        )
+        return Reading(layer, (node.args[0],), 1, 2)
+
+    return read
+
+
+def _geometry(node: Node, spatial: int, transposed: bool, shape: tuple[int, ...]) -> Geometry | None:
+    def each(value: Any) -> tuple[int, ...]:
+        found = tuple(int(item) for item in value) if isinstance(value, (list, tuple)) else (int(value),)
+        return found * spatial if len(found) == 1 else found
+
+    stride = each(argument(node, 3, "stride", 1))
+    padding = argument(node, 4, "padding", 0)
+    dilation = each(argument(node, 7 if transposed else 5, "dilation", 1))
+    if padding == "valid":
+        padding = 0
+    if padding == "same":  # zeros on both sides, one more at the far end where the number is odd
+        padding = [step * (kernel - 1) // 2 for step, kernel in zip(dilation, shape[2:], strict=True)]
+    return Geometry(stride, dilation, each(padding))
+
+
+def _pads_after(node: Node, shape: tuple[int, ...]) -> bool:
+    """An even kernel with padding "same" and dilation 1 of 2 taps has its one zero at the far end."""
+    return argument(node, 4, "padding", 0) == "same" and any(kernel > 1 for kernel in shape[2:])
+
+
+def read_linear(node: Node, graph: Surroundings) -> Reading | str | None:
+    """``x W^T + b`` on the last axis."""
+    weight, bias = graph.weight(node.args[1]), graph.weight(argument(node, 2, "bias"))
+    if weight is None or (bias is None and argument(node, 2, "bias") is not None):
+        return "its weights are computed from the input or changed in forward"
+    before, after = shape_of(node.args[0]), shape_of(node)
+    if before is None or after is None:
+        return None
+    axis: int | str = len(after) - 1
+    if len(weight.shape) != 2:
+        axis = "the linear layer's weight is a vector, so its output has no channel axis"
+    layer = Layer("linear layer", "rows", weight, bias, out_axis=axis, in_axis=axis)
+    return Reading(layer, (node.args[0],), 1, 2)
+
+
+def read_product(node: Node, graph: Surroundings) -> Reading | str | None:
+    """matmul, mm, bmm with one constant: ``x @ W`` or ``W @ x``."""
+    right, left = graph.weight(node.args[1]), graph.weight(node.args[0])
+    shape = shape_of(node)
+    weight = right or left
+    if weight is None or shape is None:
+        return None
+    value = node.args[0] if right is not None else node.args[1]
+    before = shape_of(value)
+    if before is None or len(before) != len(shape) or not 2 <= len(weight.shape) <= len(shape):
+        return "a product with a vector has no channel axis"
+    axis = len(shape) - 1 if right is not None else len(shape) - 2
+    layer = Layer(
+        "matrix product",
+        "right" if right is not None else "left",
+        weight,
+        None,
+        out_axis=axis,
+        in_axis=axis,
+        takes_bias=False,
+    )
+    return Reading(layer, (value,), 1 if right is not None else 0, None)
+
+
+def read_addmm(node: Node, graph: Surroundings) -> Reading | str | None:
+    """``b + x @ W``."""
+    bias, weight = graph.weight(node.args[0]), graph.weight(node.args[2])
+    shape = shape_of(node)
+    if bias is None or weight is None or shape is None or len(weight.shape) != 2 or node.kwargs:
+        return None
+    if bias.shape != (weight.shape[1],):
+        return None
+    return Reading(Layer("linear layer", "right", weight, bias, out_axis=1, in_axis=1), (node.args[1],), 2, 0)
 
 
 def read_same(node: Node, _graph: Surroundings) -> Reading:
@@ -278,3 +382,86 @@ def read_times(inverse: bool) -> Reader:
 def _joins(node: Node, left: Any, right: Any) -> bool:
     """Whether two floating values of one type are joined."""
     return isinstance(left, Node) and isinstance(right, Node) and dtype_of(left) == dtype_of(right) == dtype_of(node)
+
+
+def _named(*names: str) -> list[Any]:
+    """Operators by name, where this version of torch has them."""
+    found = []
+    for name in names:
+        packet, _, overload = name.partition(".")
+        operation = getattr(getattr(aten, packet, None), overload or "default", None)
+        if operation is not None:
+            found.append(operation)
+    return found
+
+
+#: Operator -> reader. A new operation that an affine can cross is a new row.
+READERS: dict[Any, Reader] = {
+    **dict.fromkeys(_named("conv1d", "conv1d.padding"), read_conv(1)),
+    **dict.fromkeys(_named("conv2d", "conv2d.padding"), read_conv(2)),
+    **dict.fromkeys(_named("conv3d", "conv3d.padding"), read_conv(3)),
+    aten.conv_transpose1d.default: read_conv(1, True),
+    aten.conv_transpose2d.input: read_conv(2, True),
+    aten.conv_transpose3d.input: read_conv(3, True),
+    aten.linear.default: read_linear,
+    **dict.fromkeys(_named("matmul", "mm", "bmm"), read_product),
+    aten.addmm.default: read_addmm,
+    **dict.fromkeys(_named("alias", "clone", "contiguous", "detach", "lift_fresh_copy"), read_same),
+    **dict.fromkeys(_named("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"), read_dropout),
+    **dict.fromkeys(_named("_to_copy", "to.dtype", "to.dtype_layout", "to.device", "type_as"), read_cast),
+    **dict.fromkeys(
+        _named(
+            *("view", "reshape", "_unsafe_view", "view_as", "reshape_as", "flatten.using_ints", "unflatten.int"),
+            *("squeeze", "squeeze.dim", "squeeze.dims", "unsqueeze"),
+        ),
+        read_reshape,
+    ),
+    **dict.fromkeys(_named("permute", "transpose.int", "t"), read_permute),
+    **dict.fromkeys(_named("channel_shuffle", "native_channel_shuffle"), read_channel_shuffle),
+    aten.index_select.default: read_index_select,
+    aten.pixel_shuffle.default: read_pixels(False),
+    aten.pixel_unshuffle.default: read_pixels(True),
+    aten.slice.Tensor: read_slice,
+    operator.getitem: read_piece,
+    **dict.fromkeys(_named("cat", "concat", "concatenate"), read_concat),
+    aten.avg_pool1d.default: read_pool(1),
+    aten.avg_pool2d.default: read_pool(2),
+    aten.avg_pool3d.default: read_pool(3),
+    aten.adaptive_avg_pool1d.default: read_averaging(1),
+    aten.adaptive_avg_pool2d.default: read_averaging(2),
+    aten.adaptive_avg_pool3d.default: read_averaging(3),
+    **dict.fromkeys(
+        _named("upsample_nearest1d.vec", "upsample_linear1d.vec", "_upsample_nearest_exact1d.vec"), read_averaging(1)
+    ),
+    **dict.fromkeys(
+        _named(
+            *(
+                "upsample_nearest2d.vec",
+                "_upsample_nearest_exact2d.vec",
+                "upsample_bilinear2d.vec",
+                "upsample_bicubic2d.vec",
+            ),
+            *("_upsample_bilinear2d_aa.vec", "_upsample_bicubic2d_aa.vec"),
+        ),
+        read_averaging(2),
+    ),
+    **dict.fromkeys(
+        _named("upsample_nearest3d.vec", "upsample_trilinear3d.vec", "_upsample_nearest_exact3d.vec"), read_averaging(3)
+    ),
+    **dict.fromkeys(_named("mean", "mean.dim"), read_mean),
+    **dict.fromkeys(_named("pad", "constant_pad_nd"), read_pad),
+    aten.max_pool1d.default: read_max_pool(1),
+    aten.max_pool2d.default: read_max_pool(2),
+    aten.max_pool3d.default: read_max_pool(3),
+    aten.relu.default: read_clamp(0.0, None),
+    aten.relu6.default: read_clamp(0.0, 6.0),
+    aten.hardtanh.default: read_clamp((1, "min_val", -1.0), (2, "max_val", 1.0)),
+    aten.clamp.default: read_clamp((1, "min"), (2, "max")),
+    aten.clamp_min.default: read_clamp((1, "min"), None),
+    aten.clamp_max.default: read_clamp(None, (1, "max")),
+    **dict.fromkeys(_named("leaky_relu", "prelu"), read_homogeneous),
+    aten.add.Tensor: read_sum(1.0),
+    aten.sub.Tensor: read_sum(-1.0),
+    aten.mul.Tensor: read_times(False),
+    aten.div.Tensor: read_times(True),
+}

@@ -1,4 +1,9 @@
-"""Which values of a graph are constants, and what they are in float64."""
+"""Memory and constants of a torch.export graph: which values share memory, which are constants, and their float64 values.
+
+``torch.export`` keeps ``relu_`` and ``add_`` as the author of the network wrote them. Where the changed memory belongs to one
+value alone, the functional operator computes the same and replaces the in-place one. Elsewhere the in-place operator stays, and
+folding leaves the memory that it changes alone.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +15,129 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from bnexport.folding.aliasing import memory_of
-
 aten = torch.ops.aten
+
+
+def _overloads(*names: str) -> set[Any]:
+    """All overloads of operators, where this version of torch has them."""
+    packets = [getattr(aten, name, None) for name in names]
+    return {getattr(packet, name) for packet in packets if packet is not None for name in packet.overloads()}
+
+
+#: Operators made of others (so their schema says nothing of views) whose result is always memory of its own.
+_FRESH = _overloads(
+    *("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear", "matmul"),
+    *(
+        "batch_norm",
+        "instance_norm",
+        "group_norm",
+        "layer_norm",
+        "avg_pool1d",
+        "adaptive_avg_pool1d",
+        "adaptive_avg_pool2d",
+    ),
+    *("adaptive_avg_pool3d", "max_pool1d", "max_pool2d", "max_pool3d", "adaptive_max_pool1d", "softmax", "log_softmax"),
+    *("upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_linear1d", "upsample_bilinear2d"),
+    *(
+        "upsample_trilinear3d",
+        "upsample_bicubic2d",
+        "prelu",
+        "relu6",
+        "selu",
+        "scaled_dot_product_attention",
+        "cosine_similarity",
+    ),
+    *("where", "square", "concat", "concatenate"),
+)
+
+
+def shares_memory(node: Node) -> bool:
+    """Whether an operator's result may be memory of one of its arguments."""
+    if node.op != "call_function":
+        return False
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return node.target is operator.getitem  # one of the views that chunk, split or unbind return
+    if any(item.alias_info is not None for item in schema.returns):
+        return True
+    if node.target in _FRESH:
+        return False
+    return bool(
+        torch._C._dispatch_has_kernel_for_dispatch_key(schema.name + _suffix(schema), "CompositeImplicitAutograd")
+    )
+
+
+def _suffix(schema: Any) -> str:
+    return f".{schema.overload_name}" if schema.overload_name else ""
+
+
+def memory_of(node: Node) -> set[str | Node]:
+    """Whose memory a value may be: targets of attributes, and nodes that made memory of their own."""
+    found: set[str | Node] = set()
+    stack, seen = [node], {node}
+    while stack:
+        item = stack.pop()
+        if item.op == "get_attr":
+            found.add(str(item.target))
+        elif not shares_memory(item):
+            found.add(item)
+        else:
+            for parent in item.all_input_nodes:
+                if parent not in seen and isinstance(parent.meta.get("val"), Tensor | list | tuple):
+                    seen.add(parent)
+                    stack.append(parent)
+    return found
+
+
+def functionalise(graph_module: GraphModule) -> None:
+    """Replace in-place operators, in one pass over the graph, where that is exact."""
+    order = {node: index for index, node in enumerate(graph_module.graph.nodes)}
+    for node in graph_module.graph.nodes:
+        twin = _functional(node)
+        if twin is not None and _owned(node, order):
+            node.target = twin
+    graph_module.recompile()
+
+
+def _functional(node: Node) -> Any:
+    """``aten.relu_.default`` -> ``aten.relu.default``; None for anything else, and where the twin would give another type."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return None
+    schema = node.target._schema
+    name = schema.name.removeprefix("aten::")
+    if not schema.is_mutable or not name.endswith("_") or name.startswith("_") or not node.args:
+        return None
+    packet = getattr(torch.ops.aten, name.removesuffix("_"), None)
+    twin = getattr(packet, node.target._overloadname, None)
+    value, types = node.meta.get("val"), {_type(item) for item in node.all_input_nodes}
+    if twin is None or not isinstance(value, Tensor) or types - {None} != {(value.dtype, value.device)}:
+        return None
+    first = node.args[0]
+    before = first.meta.get("val") if isinstance(first, Node) else None
+    return twin if isinstance(before, Tensor) and before.shape == value.shape else None
+
+
+def _type(node: Node) -> tuple[torch.dtype, torch.device] | None:
+    value = node.meta.get("val")
+    return (value.dtype, value.device) if isinstance(value, Tensor) else None
+
+
+def _owned(node: Node, order: dict[Node, int]) -> bool:
+    """Whether the memory that a node changes is seen by nobody else: not before through a view, not after at all."""
+    reader, value = node, node.args[0]
+    while isinstance(value, Node):
+        if value.op != "call_function":
+            return False  # an input of the network, or a parameter
+        if any(user is not reader and (order[user] > order[node] or shares_memory(user)) for user in value.users):
+            return False
+        if not shares_memory(value):
+            return True
+        tensors = [item for item in value.all_input_nodes if isinstance(item.meta.get("val"), Tensor | list | tuple)]
+        if len(value.users) > 1 or len(tensors) != 1:
+            return False
+        reader, value = value, tensors[0]
+    return False
+
 
 #: Casts to a wider floating type inside a constant are skipped, so that the constant keeps its float64 precision. One that
 #: rounds (to float16, to an integer) is part of what the network computes.

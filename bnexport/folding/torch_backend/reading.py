@@ -8,8 +8,8 @@ from typing import Any, Protocol
 
 from torch.fx import Node
 
-from bnexport.folding.constants import Constants
 from bnexport.folding.graph import Kind, Weight
+from bnexport.folding.torch_backend.constants import Constants
 
 
 class Surroundings(Protocol):

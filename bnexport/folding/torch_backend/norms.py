@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from bnexport.folding.affine import Affine, ChannelAffine
-from bnexport.folding.constants import Constants
-from bnexport.folding.names import BATCH_NORM, dtype_of, module_stack, operator_name, shape_of
-from bnexport.folding.torch_reading import argument
+from bnexport.folding.torch_backend.constants import Constants
+from bnexport.folding.torch_backend.names import BATCH_NORM, dtype_of, module_stack, operator_name, shape_of
+from bnexport.folding.torch_backend.reading import argument
 
 aten = torch.ops.aten
 
