@@ -48,7 +48,7 @@ def command(
     from bnexport.cli.aside import prints_aside
     from bnexport.cli.options import read_model_options
     from bnexport.exporting.request import parse_inputs
-    from bnexport.nn.loading import load_source
+    from bnexport.loading.sources import load_source
     from bnexport.reporting.audits import print_audit
 
     with prints_aside():

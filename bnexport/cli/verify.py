@@ -147,7 +147,7 @@ def _module(source: str, bundle: Bundle) -> nn.Module:
     from bnexport.optional import require
 
     require("torch", purpose="--source")
-    from bnexport.nn.loading import load_source
+    from bnexport.loading.sources import load_source
 
     network = bundle.manifest.network
     same = (

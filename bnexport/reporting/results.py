@@ -16,7 +16,7 @@ from bnexport.reporting.tables import STYLES, literal, make_console, make_table,
 from bnexport.verification.verdict import VerificationReport
 
 if TYPE_CHECKING:
-    from bnexport.nn.inspection import Inspection
+    from bnexport.loading.inspection import Inspection
     from bnexport.nn.stale_statistics import StalenessReport
     from bnexport.nn.statistics import LayerStatistics
     from bnexport.serving.predictor import Prediction

@@ -97,7 +97,7 @@ def not_rebuilt(bundle: Bundle) -> str | None:
     """Why the original network can't be rebuilt here, as the end of a sentence; None when it can."""
     if not installed("torch"):
         return "which needs torch, which is not installed here"
-    from bnexport.nn.known import unknown_reason
+    from bnexport.loading.sources import unknown_reason
 
     return unknown_reason(bundle.manifest.network)
 

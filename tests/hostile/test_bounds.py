@@ -21,7 +21,7 @@ from test_corpus import CORPUS
 from bnexport.bundle import MODEL_TORCHSCRIPT, WEIGHTS, Bundle
 from bnexport.data.images import load_images
 from bnexport.errors import BadInput, BundleError, DataError
-from bnexport.nn.checkpoint import read_safetensors
+from bnexport.loading.checkpoint import read_safetensors
 from bnexport.runtimes.onnx_file import read_screened
 from bnexport.screening import screen_archive
 from bnexport.screening.archives import screen_weights

@@ -10,8 +10,8 @@ from torch import nn
 
 from bnexport.bundle import WEIGHTS, Manifest, seal
 from bnexport.errors import BundleError, ModelError
-from bnexport.nn.checkpoint import Checkpoint, save_checkpoint
-from bnexport.nn.inspection import inspect_path
+from bnexport.loading.checkpoint import Checkpoint, save_checkpoint
+from bnexport.loading.inspection import inspect_path
 from bnexport.nn.lenet import bn_lenet
 from bnexport.nn.statistics import layer_statistics
 from bnexport.tensors import Signature, TensorSpec

@@ -9,7 +9,14 @@ import safetensors.torch
 import torch
 
 from bnexport.errors import ModelError, OutputError
-from bnexport.nn.checkpoint import FORMAT, Checkpoint, load_checkpoint, read_arrays, read_safetensors, save_checkpoint
+from bnexport.loading.checkpoint import (
+    FORMAT,
+    Checkpoint,
+    load_checkpoint,
+    read_arrays,
+    read_safetensors,
+    save_checkpoint,
+)
 from bnexport.nn.lenet import bn_lenet
 
 METADATA = {

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from bnexport.errors import ModelError
-from bnexport.nn.checkpoint import read_safetensors
+from bnexport.loading.checkpoint import read_safetensors
 from bnexport.optional import one_line
 from bnexport.screening.archives import screen_weights
 from bnexport.screening.paths import check_regular

@@ -11,9 +11,9 @@ from cases import randomise
 from torch import nn
 
 from bnexport.errors import ModelError, UsageError
-from bnexport.nn.checkpoint import RUN_FILES, Checkpoint, load_checkpoint, save_checkpoint
+from bnexport.loading.checkpoint import RUN_FILES, Checkpoint, load_checkpoint, save_checkpoint
+from bnexport.loading.sources import KNOWN, build_known, checkpoint_of, load_source, load_weights
 from bnexport.nn.lenet import bn_lenet
-from bnexport.nn.loading import KNOWN, build_known, checkpoint_of, load_source, load_weights
 
 METADATA = {
     "network": {"source": "bn_lenet", "options": {"norm": "scratch", "in_channels": 3, "num_classes": 4}},

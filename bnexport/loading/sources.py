@@ -1,19 +1,8 @@
-"""From what a user names to a module in eval mode.
-
-Kinds of source, tried in this order::
-
-    runs/bn_lenet                 a run directory of bnexport train
-    model.safetensors             a checkpoint of bnexport train
-    bn_lenet                      a network of bnexport, with weights
-    torchvision:resnet18          a network of torchvision by its name
-    timm:repvgg_a0                a network of timm by its name
-    file.py:factory               a function that returns a module; with a run's checkpoint as weights, also what it says
-    package.module:factory
-"""
+"""From what a user names to a module in eval mode: the table of source kinds, and the networks that need no user code."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,12 +10,62 @@ from typing import Any
 from torch import nn
 
 from bnexport.errors import ModelError, UsageError
-from bnexport.nn.checkpoint import METADATA_KEY, Checkpoint, checkpoint_file, load_checkpoint, read_safetensors
-from bnexport.nn.factories import call_factory
-from bnexport.nn.known import KNOWN, build_known, sample_facts
-from bnexport.nn.weights import is_safetensors, load_weights
-from bnexport.nn.zoo import zoo_of
+from bnexport.loading.checkpoint import METADATA_KEY, Checkpoint, checkpoint_file, load_checkpoint, read_safetensors
+from bnexport.loading.user_code import call_factory
+from bnexport.loading.weights import is_safetensors, load_weights
+from bnexport.loading.zoo import build_from_zoo, zoo_facts, zoo_of, zoo_problem
+from bnexport.nn.lenet import bn_lenet
 from bnexport.optional import one_line
+
+#: bnexport's own networks. The networks of ``loading.zoo.ZOOS`` are known too, where their package is installed.
+KNOWN: dict[str, Callable[..., nn.Module]] = {"bn_lenet": bn_lenet}
+
+
+def unknown_reason(network: Mapping[str, Any]) -> str | None:
+    """Why a network can't be rebuilt here, as the end of a sentence; None when it can.
+
+    Args:
+        network: What a checkpoint or manifest says: ``{"source": ..., "options": {...}}``.
+    """
+    source = network.get("source")
+    if source in KNOWN:
+        return None
+    if isinstance(source, str) and zoo_of(source) is not None:
+        problem = zoo_problem(source)
+        return None if problem is None else f"{source}, which can't be built here: {problem}"
+    return f"whose code ({source}) only its author has"
+
+
+def build_known(network: Mapping[str, Any]) -> nn.Module:
+    """Build a network that bnexport knows from what a checkpoint or manifest says about it, without weights.
+
+    Raises:
+        ModelError: Not a network that bnexport knows, or its options are not its own.
+        MissingDependency: The package that defines it is not installed.
+    """
+    source, options = network.get("source"), network.get("options") or {}
+    if isinstance(source, str) and zoo_of(source) is not None:
+        return build_from_zoo(source, options)
+    if source not in KNOWN:
+        raise ModelError(
+            f"bnexport does not know how to build {source!r} by itself",
+            remedy="Name its code: --source file.py:factory or --source package.module:factory",
+        )
+    try:
+        return KNOWN[str(source)](**options)
+    except TypeError as error:
+        raise ModelError(
+            f"{source} has no such options: {one_line(error)}", remedy="Check --model-option, or write the file again"
+        ) from error
+
+
+def sample_facts(network: Mapping[str, Any], module: nn.Module) -> tuple[tuple[int, ...] | None, dict[str, Any] | None]:
+    """Shape of one sample of a known network, and its zoo's preprocessing as JSON; None for what is not known."""
+    source, options = str(network["source"]), network.get("options") or {}
+    if zoo_of(source) is not None:
+        return zoo_facts(source, options, module)
+    return (int(options.get("in_channels", 1)), 28, 28), None
+
 
 #: What a checkpoint says about its moving statistics; a loaded network has it beside the words on its training.
 _RECALIBRATED = ("recalibrated", "recalibration")
@@ -57,35 +96,8 @@ class LoadedModel:
     training: Mapping[str, Any] = field(default_factory=dict)
 
 
-def load_source(source: str, *, weights: Path | None = None, options: Mapping[str, Any] | None = None) -> LoadedModel:
-    """Load what a user names.
-
-    Args:
-        source: One of the kinds in this module's docstring. ``file.py:factory`` runs that file.
-        weights: Safetensors or a torch state dict (read without running code); for a checkpoint it must be None. Without
-            it, a zoo's network has random weights.
-        options: Named arguments of the network's constructor, or of the factory; a checkpoint has its own.
-
-    Raises:
-        ModelError: Something is missing, damaged, or does not fit together.
-        MissingDependency: The package that defines the network is not installed.
-        UsageError: ``weights`` or ``options`` given for a checkpoint.
-    """
-    path, options = Path(source), dict(options or {})
-    if path.exists():
-        return _from_path(path, source, weights, options)
-    if source in KNOWN or zoo_of(source) is not None:
-        return _from_name(source, weights, options)
-    if not all(source.rpartition(":")[::2]):
-        raise ModelError(
-            f"{source!r} does not exist" if not source.strip(":") else f"{source} does not exist",
-            remedy="Give a run directory, a .safetensors checkpoint, torchvision:NAME, timm:NAME, or file.py:factory of"
-            " your own network",
-        )
-    return _from_factory(source, weights, options)
-
-
-def _from_path(path: Path, source: str, weights: Path | None, options: Mapping[str, Any]) -> LoadedModel:
+def _from_path(source: str, weights: Path | None, options: Mapping[str, Any]) -> LoadedModel:
+    path = Path(source)
     if path.suffix == ".py":
         raise ModelError(
             f"{source} names no factory", remedy=f"Write {source}:NAME, a function that returns the network"
@@ -161,6 +173,57 @@ def _told(
         None if labels is None else tuple(labels),
         image,
         {**(metadata.get("training") or {}), **{key: metadata.get(key) for key in _RECALIBRATED if key in metadata}},
+    )
+
+
+@dataclass(frozen=True)
+class SourceKind:
+    """One row of SOURCE_KINDS.
+
+    Attributes:
+        form: The kind as a user writes it.
+        matches: Return whether a source is of this kind.
+        load: Load it, from the source, the weights and the options.
+    """
+
+    form: str
+    matches: Callable[[str], bool]
+    load: Callable[[str, Path | None, Mapping[str, Any]], LoadedModel]
+
+
+#: The kinds of source, in the order in which they are tried. A run directory and a checkpoint have their own weights. The
+#: function of a user's file or module returns the network; the checkpoint of a run that trained it also gives its options.
+SOURCE_KINDS: tuple[SourceKind, ...] = (
+    SourceKind("a run directory, a .safetensors checkpoint", lambda source: Path(source).exists(), _from_path),
+    SourceKind("bn_lenet", KNOWN.__contains__, _from_name),
+    SourceKind("torchvision:NAME, timm:NAME", lambda source: zoo_of(source) is not None, _from_name),
+    SourceKind(
+        "file.py:FACTORY, package.module:FACTORY", lambda source: all(source.rpartition(":")[::2]), _from_factory
+    ),
+)
+
+
+def load_source(source: str, *, weights: Path | None = None, options: Mapping[str, Any] | None = None) -> LoadedModel:
+    """Load what a user names.
+
+    Args:
+        source: One of SOURCE_KINDS. ``file.py:factory`` runs that file.
+        weights: Safetensors or a torch state dict (read without running code); for a checkpoint it must be None. Without
+            it, a zoo's network has random weights.
+        options: Named arguments of the network's constructor, or of the factory; a checkpoint has its own.
+
+    Raises:
+        ModelError: Something is missing, damaged, or does not fit together.
+        MissingDependency: The package that defines the network is not installed.
+        UsageError: ``weights`` or ``options`` given for a checkpoint.
+    """
+    for kind in SOURCE_KINDS:
+        if kind.matches(source):
+            return kind.load(source, weights, dict(options or {}))
+    raise ModelError(
+        f"{source!r} does not exist" if not source.strip(":") else f"{source} does not exist",
+        remedy="Give a run directory, a .safetensors checkpoint, torchvision:NAME, timm:NAME, or file.py:factory of"
+        " your own network",
     )
 
 

@@ -39,6 +39,7 @@ from bnexport.tensors import Array
 if TYPE_CHECKING:
     from torch import Tensor
 
+
 #: Key of the JSON text in the safetensors header.
 METADATA_KEY = "bnexport"
 #: Of the files written here. It grows when an older version would misunderstand them; such files are refused there.

@@ -10,7 +10,7 @@ import pytest
 from test_loading import NETWORK, factory, lenet, message, same, small  # noqa: F401 -- a fixture too
 from torch import nn
 
-from bnexport.nn.loading import load_source
+from bnexport.loading.sources import load_source
 
 
 def test_a_factory_gives_the_network_in_eval_mode(factory):

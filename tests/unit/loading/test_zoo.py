@@ -11,11 +11,10 @@ from cases import randomise
 from torch import nn
 
 from bnexport.errors import MissingDependency, ModelError
-from bnexport.nn.checkpoint import save_checkpoint
-from bnexport.nn.inspection import inspect_path
-from bnexport.nn.known import unknown_reason
-from bnexport.nn.loading import checkpoint_of, load_source
-from bnexport.nn.zoo import ZOOS, build_from_zoo, zoo_facts, zoo_of
+from bnexport.loading.checkpoint import save_checkpoint
+from bnexport.loading.inspection import inspect_path
+from bnexport.loading.sources import checkpoint_of, load_source, unknown_reason
+from bnexport.loading.zoo import ZOOS, build_from_zoo, zoo_facts, zoo_of
 
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
 

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING
 
 from bnexport.bundle import MANIFEST, WEIGHTS, Bundle
 from bnexport.errors import MissingDependency, ModelError
-from bnexport.nn.checkpoint import METADATA_KEY, checkpoint_file, load_checkpoint, read_arrays
+from bnexport.loading.checkpoint import METADATA_KEY, checkpoint_file, load_checkpoint, read_arrays
 from bnexport.nn.statistics import DEFAULT_EPS, LayerStatistics, layer_statistics
 from bnexport.optional import installed
 
 if TYPE_CHECKING:
     from torch import nn
+
 
 _ASSUMED = f"eps is not in this file: {DEFAULT_EPS:g} is assumed"
 
@@ -61,7 +62,7 @@ def _network(file: Path) -> nn.Module | None:
     """The network of a checkpoint, which knows the order of its layers and their eps; None where it can't be built."""
     if not installed("torch"):
         return None
-    from bnexport.nn.known import build_known
+    from bnexport.loading.sources import build_known
 
     try:
         return build_known(load_checkpoint(file).metadata["network"])
