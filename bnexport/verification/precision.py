@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bnexport.bundle import WEIGHTS
 from bnexport.runtimes.replay import incomparable
-from bnexport.verification.cases import heads
+from bnexport.verification.inputs import heads
 from bnexport.verification.prediction import compatible, detect
 from bnexport.verification.runs import Run
 from bnexport.verification.verdict import Row

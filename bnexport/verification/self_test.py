@@ -21,10 +21,9 @@ from bnexport.runtimes.catalogue import RunnerSpec
 from bnexport.runtimes.onnx_file import multiplications, read_model
 from bnexport.verification.fault_copy import Copy, NotTried, Subject, effect_of
 from bnexport.verification.faults import Fault, faults_of
-from bnexport.verification.findings import FaultResult
 from bnexport.verification.forecast import FACTOR
 from bnexport.verification.scope import Scope
-from bnexport.verification.verdict import VerificationReport
+from bnexport.verification.verdict import FaultResult, VerificationReport
 from bnexport.verification.verify import verify
 
 if TYPE_CHECKING:

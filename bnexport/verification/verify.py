@@ -15,15 +15,14 @@ from bnexport.runtimes.base import plain_reason
 from bnexport.runtimes.catalogue import RUNNERS, RunnerSpec, runner_spec
 from bnexport.runtimes.settings import RunSettings
 from bnexport.tensors import Array
-from bnexport.verification.cases import Plan
-from bnexport.verification.findings import Findings, FlippedSample, LayerDrift
-from bnexport.verification.layers import look_at_layers
+from bnexport.verification.drift import look_at_layers
+from bnexport.verification.inputs import Plan
 from bnexport.verification.precision import precision_row
 from bnexport.verification.runs import Run
 from bnexport.verification.samples import Samples, load_samples
 from bnexport.verification.scope import Scope
 from bnexport.verification.stages import failed, integrity_rows
-from bnexport.verification.verdict import VerificationReport, run_name
+from bnexport.verification.verdict import Findings, FlippedSample, LayerDrift, VerificationReport, run_name
 from bnexport.verification.work import Work
 
 if TYPE_CHECKING:

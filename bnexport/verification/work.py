@@ -12,18 +12,24 @@ from bnexport.errors import BnexportError, MissingDependency, Unavailable, Usage
 from bnexport.optional import require
 from bnexport.runtimes.onnx_file import multiplications, read_model
 from bnexport.tensors import check_feeds
-from bnexport.verification.cases import Case, Plan
-from bnexport.verification.findings import Prediction
 from bnexport.verification.forecast import Forecast
-from bnexport.verification.format_proof import format_rows
-from bnexport.verification.inputs import REAL, Batch, Suite, build_suite, other_sized_batches, smallest_batch
+from bnexport.verification.format_proof import TENSORS, format_rows
+from bnexport.verification.inputs import (
+    REAL,
+    Batch,
+    Case,
+    Plan,
+    Suite,
+    build_suite,
+    other_sized_batches,
+    smallest_batch,
+)
 from bnexport.verification.metrics import common_scales, count_flips, has_labels
 from bnexport.verification.reference import Reference, find_reference, not_rebuilt, takes_empty_batch
 from bnexport.verification.samples import Samples
 from bnexport.verification.stages import compare, failed, proof_rows
 from bnexport.verification.tolerances import TOLERANCES
-from bnexport.verification.verdict import Row
-from bnexport.verification.weights import TENSORS
+from bnexport.verification.verdict import Prediction, Row
 
 if TYPE_CHECKING:
     from onnx import ModelProto
