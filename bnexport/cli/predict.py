@@ -8,7 +8,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import click
-from rich.console import Console
 
 from bnexport.cli.output import make_bar
 from bnexport.errors import UsageError
@@ -17,6 +16,8 @@ from bnexport.runtimes.catalogue import RUNNERS
 from bnexport.serving.bulk.request import BulkProgress
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from bnexport.serving.bulk.predict import BulkResult
 
 
@@ -28,7 +29,11 @@ class BulkDisplay(BulkProgress):
     """Listener that prints; use it in a ``with`` block, which ends the bar also after an error."""
 
     def __init__(self, console: Console | None = None, *, pause: float = _PAUSE) -> None:
-        self._console = console or Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+        if console is None:
+            from rich.console import Console
+
+            console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+        self._console = console
         self._bar = make_bar(self._console)
         self._task = self._bar.add_task("images", total=None, visible=False)
         self._pause, self._told = pause, time.monotonic()

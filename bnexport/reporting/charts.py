@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from markupsafe import Markup
 
-from bnexport.reporting.runs import Run
+from bnexport.reporting.runs import ReportedRun
 from bnexport.reporting.summary import number
 from bnexport.tensors import Array
 from bnexport.verification.verdict import LayerDrift, VerificationReport
@@ -242,7 +242,7 @@ class Drift:
     chart: Markup
 
 
-def strips(lines: Sequence[Run], samples: Samples) -> Strips | None:
+def strips(lines: Sequence[ReportedRun], samples: Samples) -> Strips | None:
     """Distribution of the errors of each run that has some; None where none has."""
     measured = [run for run in lines if run.first is not None]
     if not measured:
@@ -270,7 +270,7 @@ def strips(lines: Sequence[Run], samples: Samples) -> Strips | None:
     )
 
 
-def maps(lines: Sequence[Run], samples: Samples) -> list[tuple[str, Markup]]:
+def maps(lines: Sequence[ReportedRun], samples: Samples) -> list[tuple[str, Markup]]:
     """(run, error against margin) of each run whose samples are known."""
     shown = [run for run in lines if run.name in samples and run.first is not None and len(samples[run.name][0])]
     across = axis_of(samples[run.name][1] for run in shown)

@@ -15,7 +15,7 @@ from bnexport.environment import describe
 from bnexport.files import forget_reader
 from bnexport.folding.report import GONE, OUTCOMES, FoldReport, FoldRow, Outcome
 from bnexport.reporting.flips import class_name, flips
-from bnexport.reporting.runs import KERNEL_STAGES, Run, file_groups, runs
+from bnexport.reporting.runs import KERNEL_STAGES, ReportedRun, file_groups, runs
 from bnexport.reporting.summary import NOTHING, certified, module_name, number, word
 from bnexport.verification.verdict import FaultResult, VerificationReport
 
@@ -234,7 +234,7 @@ def _print_files(report: VerificationReport, console: Console) -> None:
     console.print(table)
 
 
-def _print_runs(lines: Sequence[Run], console: Console) -> None:
+def _print_runs(lines: Sequence[ReportedRun], console: Console) -> None:
     """One line per runtime and settings. A stage that failed says so in place of its number."""
     if not lines:
         return
@@ -264,7 +264,7 @@ def _print_runs(lines: Sequence[Run], console: Console) -> None:
         console.print(literal(note, console, style="dim"))
 
 
-def _stage_cell(run: Run, stages: Sequence[str]) -> str:
+def _stage_cell(run: ReportedRun, stages: Sequence[str]) -> str:
     """The largest error of some stages, FAIL where one failed, "ok" where none has a number."""
     rows = [row for stage in stages if stage in run.stages for row in run.stages[stage].rows]
     if not rows:
@@ -275,7 +275,7 @@ def _stage_cell(run: Run, stages: Sequence[str]) -> str:
     return number(max(errors)) if errors else "ok"
 
 
-def _bounds(lines: Sequence[Run]) -> str:
+def _bounds(lines: Sequence[ReportedRun]) -> str:
     """What passes, by stage: "; bound: strict 1e-05, shipping 0.02 to 0.028"."""
     told = []
     for stage in KERNEL_STAGES:
@@ -291,7 +291,7 @@ def _changed(flips: Flips | None) -> str:
     return NOTHING if flips is None else str(flips.explained + flips.unexplained)
 
 
-def _found(report: VerificationReport, lines: Sequence[Run]) -> list[str]:
+def _found(report: VerificationReport, lines: Sequence[ReportedRun]) -> list[str]:
     """Predictions, precisions that are not float32, changes of accuracy, layers that left their prediction."""
     told = []
     for item in report.findings.predictions:

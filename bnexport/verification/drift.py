@@ -22,7 +22,7 @@ from bnexport.runtimes.replay import scale
 from bnexport.runtimes.settings import RunSettings
 from bnexport.tensors import DTYPES, Array, Signature, TensorSpec
 from bnexport.verification.forecast import FACTOR
-from bnexport.verification.runs import Run
+from bnexport.verification.runs import RuntimeRun
 from bnexport.verification.verdict import LayerDrift
 from bnexport.verification.work import Work
 
@@ -169,7 +169,7 @@ _SAMPLES = 4
 _STAGES = ("golden", "strict", "shipping")
 
 
-def look_at_layers(spec: RunnerSpec, run: Run, work: Work, *, wanted: bool | None) -> tuple[LayerDrift, ...]:
+def look_at_layers(spec: RunnerSpec, run: RuntimeRun, work: Work, *, wanted: bool | None) -> tuple[LayerDrift, ...]:
     """Compare a runtime layer by layer, where that is asked for, cheap, or where the runtime failed.
 
     It is a diagnosis and no verdict: giving out every layer's value can keep an engine from fusing them. A failed row of

@@ -241,7 +241,7 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunPlan:
     """What every runtime is put through.
 
     Attributes:
