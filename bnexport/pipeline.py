@@ -26,11 +26,11 @@ from bnexport.exporting.request import (
 from bnexport.exporting.triton import check_triton_config, write_triton_config
 from bnexport.files import refuse_existing, staged_directory, write_atomically
 from bnexport.folding.fold import FoldResult, fold
-from bnexport.folding.trace import size_shapes
-from bnexport.nn.checkpoint import save_checkpoint
-from bnexport.nn.loading import LoadedModel, checkpoint_of, load_source
+from bnexport.folding.torch_backend.trace import size_shapes
+from bnexport.loading.checkpoint import save_checkpoint
+from bnexport.loading.sources import LoadedModel, checkpoint_of, load_source
+from bnexport.loading.zoo import zoo_of
 from bnexport.nn.soundness import check_sound
-from bnexport.nn.zoo import zoo_of
 from bnexport.reporting.html import render_report
 from bnexport.reporting.results import ExportResult
 from bnexport.verification.golden import write_golden_vectors
@@ -52,7 +52,7 @@ def fold_and_export(
     """Fold, export and verify a network, and write one bundle: all of it, or nothing.
 
     Args:
-        source: What ``nn.loading.load_source`` takes, or a module.
+        source: What ``loading.sources.load_source`` takes, or a module.
         out: The bundle's directory, ``models/<name>/<version>``.
         weights: Weights for a source that has none.
         request: How to export; default: as the checkpoint says.

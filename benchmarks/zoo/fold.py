@@ -15,9 +15,9 @@ from torch.fx import GraphModule, Node
 from benchmarks.folding.cost import cost_of
 from benchmarks.zoo.network import EXAMPLE, Subject, make_subject, outputs_of
 from bnexport.folding.fold import fold_traced
-from bnexport.folding.names import module_path
 from bnexport.folding.report import FoldReport, FoldRow
-from bnexport.folding.trace import trace
+from bnexport.folding.torch_backend.names import module_path
+from bnexport.folding.torch_backend.trace import trace
 
 aten = torch.ops.aten
 

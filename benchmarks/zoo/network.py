@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.hooks import RemovableHandle
 
 from bnexport.errors import ModelError
-from bnexport.nn.zoo import build_from_zoo, zoo_facts
+from bnexport.loading.zoo import build_from_zoo, zoo_facts
 from bnexport.optional import one_line, quiet
 
 #: Heights and widths tried before the network's own; the fold does not depend on them, but its time does.

@@ -1,4 +1,4 @@
-"""Run every tool on one network, and judge each by the network in float64."""
+"""Run every tool on one network, judge each by the network in float64, and name the first BatchNorm that a tool gets wrong."""
 
 from __future__ import annotations
 
@@ -12,20 +12,100 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bnexport import interrupts
-from bnexport.auditing.blame import first_culprit
-from bnexport.auditing.catalogue import TOOLS
+from bnexport.auditing.catalogue import TOOLS, Job, Tool
 from bnexport.auditing.report import AuditReport, AuditRow
-from bnexport.auditing.subject import Deviation, Subject, batch_of, deviation, subject_of
-from bnexport.auditing.tool import Job, Tool
+from bnexport.auditing.subject import AuditedNetwork, Deviation, batch_of, call, deviation, subject_of
 from bnexport.environment import environment
 from bnexport.errors import BnexportError, ModelError, Unavailable, UsageError
 from bnexport.exporting.request import InputSpec
 from bnexport.nn.soundness import check_sound
 from bnexport.optional import one_line, quiet
 from bnexport.verification.tolerances import TOLERANCES
+
+
+class Hidden(nn.Module):
+    """A BatchNorm that no fold finds: its input and its output are negated twice, which changes no bit.
+
+    Args:
+        batch_norm: Called as it is, with its hooks.
+    """
+
+    def __init__(self, batch_norm: nn.Module) -> None:
+        super().__init__()
+        self.batch_norm = batch_norm
+
+    def forward(self, x: Tensor) -> Any:
+        """As the BatchNorm alone."""
+        output = self.batch_norm(x.neg().neg())
+        return output.neg().neg() if isinstance(output, Tensor) else output
+
+
+def first_culprit(subject: AuditedNetwork, is_wrong: Callable[[nn.Module], bool]) -> str:
+    """Path of the first BatchNorm, in the order of the calls, that a tool gets wrong.
+
+    A search by halves: with the BatchNorms up to this one in sight the tool is wrong, with those before it alone it is
+    right. It costs one run of the tool per halving, and one to see that the tool is right when all are hidden.
+
+    Args:
+        subject: The network; it is not changed.
+        is_wrong: Runs the tool on a module that computes what the network does, and judges it. What it raises ends the
+            search.
+
+    Returns:
+        The path; "" when there is no BatchNorm, when the tool is wrong for another reason, or when it fails on the changed
+        network, so that nothing can be said.
+    """
+    names = calls_in_order(subject)
+    try:
+        if not names or is_wrong(hide(subject.module, names)):
+            return ""
+        right, wrong = 0, len(names)
+        while wrong - right > 1:
+            middle = (right + wrong) // 2
+            if is_wrong(hide(subject.module, names[middle:])):
+                wrong = middle
+            else:
+                right = middle
+    except Exception:  # the tool's own classes
+        return ""
+    return names[wrong - 1]
+
+
+def hide(module: nn.Module, paths: list[str]) -> nn.Module:
+    """A copy of a network in which some BatchNorms are hidden; one that has several paths is hidden at each.
+
+    Args:
+        module: The network.
+        paths: As in ``named_modules``, none of them the root.
+    """
+    copied = copy.deepcopy(module)
+    wanted = {id(copied.get_submodule(path)): Hidden(copied.get_submodule(path)).eval() for path in paths}
+    for path, inner in list(copied.named_modules(remove_duplicate=False)):
+        if id(inner) in wanted:
+            parent, _, name = path.rpartition(".")
+            setattr(copied.get_submodule(parent), name, wanted[id(inner)])
+    return copied
+
+
+def calls_in_order(subject: AuditedNetwork) -> list[str]:
+    """Paths of the BatchNorms that forward calls, in the order of their first calls; not of blocks that hold some."""
+    copied = copy.deepcopy(subject.module)
+    called: dict[str, None] = {}
+    for path, inner in copied.named_modules():
+        if path and is_batch_norm(inner) and not any(map(is_batch_norm, list(inner.modules())[1:])):
+            inner.register_forward_pre_hook(lambda _module, _inputs, path=path: called.setdefault(path))
+    with torch.no_grad():
+        call(copied, subject.example)
+    return list(called)
+
+
+def is_batch_norm(module: nn.Module) -> bool:
+    """Whether a module is a BatchNorm of any make, by the names of its class and of those that it derives from."""
+    return any("BatchNorm" in kind.__name__ for kind in type(module).__mro__)
+
 
 #: A fold reorders float32 arithmetic: it may be this many times as far off as the network itself in float32.
 ALLOWANCE = 10.0
@@ -94,7 +174,7 @@ def _chosen(names: Sequence[str]) -> tuple[Tool, ...]:
     return tuple(tool for tool in TOOLS if tool.control or not names or tool.name in names)
 
 
-def _control_row(tool: Tool, subject: Subject) -> AuditRow:
+def _control_row(tool: Tool, subject: AuditedNetwork) -> AuditRow:
     """The network itself in float32.
 
     Raises:
@@ -117,7 +197,7 @@ def _bound_of(control: AuditRow) -> tuple[float, str]:
     return max(strict, noise), rule
 
 
-def _row(tool: Tool, subject: Subject, bound: float) -> AuditRow:
+def _row(tool: Tool, subject: AuditedNetwork, bound: float) -> AuditRow:
     """One tool, judged. Only a wrong answer is wrong: no answer is a failure that its user would notice."""
     try:
         found = _examine(tool, subject, subject.module)
@@ -150,7 +230,7 @@ def _row(tool: Tool, subject: Subject, bound: float) -> AuditRow:
     )
 
 
-def _examine(tool: Tool, subject: Subject, module: nn.Module) -> _Finding:
+def _examine(tool: Tool, subject: AuditedNetwork, module: nn.Module) -> _Finding:
     """Open a tool on a copy of a module and compare its answers.
 
     A batch size other than the traced one may be refused; that is no wrong answer, and the finding names it.
@@ -180,7 +260,7 @@ def _examine(tool: Tool, subject: Subject, module: nn.Module) -> _Finding:
     return _Finding(max(deviations, key=lambda item: item.error), product.batch_norms, tuple(batches), refusal)
 
 
-def _notes(subject: Subject) -> tuple[str, ...]:
+def _notes(subject: AuditedNetwork) -> tuple[str, ...]:
     if not subject.untrained:
         return ()
     layers = "1 BatchNorm layer was" if subject.untrained == 1 else f"{subject.untrained} BatchNorm layers were"

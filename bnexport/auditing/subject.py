@@ -18,7 +18,7 @@ from bnexport.runtimes.replay import incomparable
 from bnexport.runtimes.torch_outputs import flatten, private_copy
 from bnexport.tensors import Array
 from bnexport.verification.metrics import common_scales
-from bnexport.verification.widening import wide_casts
+from bnexport.verification.reference import wide_casts
 
 #: Batch sizes of the probes. The first is what tools trace; a fold that is right for one size alone shows on the others.
 BATCHES = (2, 2, 3, 5)
@@ -46,7 +46,7 @@ class Deviation:
 
 
 @dataclass(frozen=True)
-class Subject:
+class AuditedNetwork:
     """One network, its probes and its answers in float64.
 
     Attributes:
@@ -74,7 +74,7 @@ class Subject:
         return tuple(batch_of(probe) for probe in self.probes)
 
 
-def subject_of(module: nn.Module, inputs: tuple[InputSpec, ...], *, seed: int = 0) -> Subject:
+def subject_of(module: nn.Module, inputs: tuple[InputSpec, ...], *, seed: int = 0) -> AuditedNetwork:
     """Copy a network and compute its answers in float64; the network itself is never changed.
 
     A network that takes only the first batch size is probed with that size alone. BatchNorms that were never trained get
@@ -100,7 +100,7 @@ def subject_of(module: nn.Module, inputs: tuple[InputSpec, ...], *, seed: int = 
             "the network gives another answer each time, so nothing can be compared",
             remedy="Take the random numbers, and what it remembers between calls, out of its forward",
         )
-    return Subject(copied, probes, expected, common_scales(expected), untrained)
+    return AuditedNetwork(copied, probes, expected, common_scales(expected), untrained)
 
 
 def call(module: Any, probe: tuple[Tensor, ...]) -> list[Array]:

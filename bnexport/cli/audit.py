@@ -45,11 +45,11 @@ def command(
     """
     need_packages("bnexport audit", "torch", "onnx", "onnxscript", "onnx_ir")
     from bnexport.auditing.audit import audit
-    from bnexport.cli.aside import prints_aside
     from bnexport.cli.options import read_model_options
+    from bnexport.cli.output import prints_aside
     from bnexport.exporting.request import parse_inputs
-    from bnexport.nn.loading import load_source
-    from bnexport.reporting.audits import print_audit
+    from bnexport.loading.sources import load_source
+    from bnexport.reporting.results import print_audit
 
     with prints_aside():
         loaded = load_source(source, weights=weights, options=read_model_options(options["model_options"]))

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from bnexport.cli.dataset_name import DatasetName
+from bnexport.cli.options import DatasetName
 from bnexport.optional import need_packages
 from bnexport.runtimes.catalogue import RUNNERS
 from bnexport.training.config import DEVICES
@@ -41,17 +41,15 @@ def command(path: Path, confusion: Path | None, json_file: str | None, **options
         from bnexport.reporting.figures import check_suffix
 
         check_suffix(confusion)
-    from bnexport.cli.aside import prints_aside
-    from bnexport.cli.output import STDOUT, write_json
-    from bnexport.cli.progress_bar import progress_bar
+    from bnexport.cli.output import STDOUT, prints_aside, progress_bar, write_json
     from bnexport.evaluating.evaluate import EvaluationRequest, evaluate_path
-    from bnexport.reporting.evaluations import print_evaluation
+    from bnexport.reporting.results import print_evaluation
 
     with prints_aside(), progress_bar("evaluating") as advance:
         found = evaluate_path(path, EvaluationRequest(**options), on_batch=advance)
     written = [str(target) for target in (confusion, json_file) if target not in (None, STDOUT)]
     if confusion is not None:
-        from bnexport.reporting.confusion import confusion_picture
+        from bnexport.reporting.figures import confusion_picture
 
         title = f"{found.n} test images of {found.dataset}: accuracy {found.accuracy:.4f}"
         confusion_picture(found.confusion, [row.label for row in found.classes], confusion, title=title)

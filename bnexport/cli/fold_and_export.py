@@ -1,15 +1,106 @@
-"""``bnexport fold-and-export``."""
+"""``bnexport fold-and-export``: a network into a bundle, or an ONNX file into a file or a bundle."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from bnexport.bundle import STORED_PRECISIONS
-from bnexport.cli.dataset_name import DatasetName
+from bnexport.cli.options import DatasetName
+from bnexport.errors import UsageError
 from bnexport.exporting.formats import FORMATS
 from bnexport.optional import need_packages
+
+#: Option of fold-and-export that a file can't follow -> why.
+_REFUSED: dict[str, str] = {
+    "weights": "an ONNX file has its own weights",
+    "model_options": "an ONNX file is built already",
+    "dynamic_size": "an ONNX file keeps the sizes that it declares",
+    "opset": "an ONNX file keeps its operator set",
+    "ir_version": "an ONNX file keeps its IR version",
+    "precision": "an ONNX file keeps its precision",
+    "allow_untrained": "an ONNX file is taken as it is",
+}
+#: Those that say something of a bundle and nothing of a file alone.
+_OF_BUNDLES = ("inputs", "labels", "mean", "std", "dataset", "data_dir", "formats")
+
+
+def is_onnx(source: str) -> bool:
+    """Whether a source is an ONNX file: by its name, or by how it begins (a protobuf's IR version)."""
+    path = Path(source)
+    if path.suffix == ".onnx":
+        return True
+    try:
+        with path.open("rb") as file:
+            start = file.read(9)
+    except OSError:
+        return False
+    return start[:1] == b"\x08" and start[8:9] != b"{"  # a safetensors file has its length there, then JSON
+
+
+def fold_onnx_source(source: str, out: Path, options: dict[str, Any], *, as_json: bool) -> int:
+    """Write a file or a bundle, print the account; returns the exit code.
+
+    Raises:
+        UsageError: An option that does not go with an ONNX file.
+    """
+    refuse_options(out)
+    if out.suffix == ".onnx":
+        return _file(source, out, options, as_json=as_json)
+    return _bundle(source, out, options, as_json=as_json)
+
+
+def refuse_options(out: Path) -> None:
+    """Refuse options given on the command line that could only be ignored."""
+    context = click.get_current_context()
+    words = {option.name: option.opts[0] for option in context.command.params if isinstance(option, click.Option)}
+    given = [name for name in words if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    for name in given:
+        if name in _REFUSED:
+            raise UsageError(
+                f"{words[name]} does not go with {context.params['source']}", remedy=f"Leave it out: {_REFUSED[name]}"
+            )
+        if name in _OF_BUNDLES and out.suffix == ".onnx":
+            raise UsageError(f"{words[name]} says something of a bundle", remedy="Pass --out models/<name>/<version>")
+    if set(context.params.get("formats") or ()) - {"onnx"}:
+        raise UsageError("an ONNX file can be written as ONNX alone", remedy="Leave --format out")
+
+
+def _fold_options(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: options[name] for name in ("max_growth", "clamps") if options.get(name) is not None}
+
+
+def _file(source: str, out: Path, options: dict[str, Any], *, as_json: bool) -> int:
+    from bnexport.onnx_pipeline import fold_onnx_file
+    from bnexport.reporting.results import print_json
+    from bnexport.reporting.tables import literal, make_console, print_fold_report
+
+    result = fold_onnx_file(source, out, force=options["force"], **_fold_options(options))
+    if as_json:
+        print_json({"file": str(out), "changed": result.changed, "fold": result.report.to_json()})
+        return 0
+    console = make_console()
+    print_fold_report(result.report, console)
+    if not result.changed:
+        console.print(literal("Nothing was changed: the file is written as it was.", console), soft_wrap=True)
+    size = out.stat().st_size
+    console.print(literal(f"File: {out} ({size / 1000:.0f} kB)", console), soft_wrap=True)
+    return 0
+
+
+def _bundle(source: str, out: Path, options: dict[str, Any], *, as_json: bool) -> int:
+    from bnexport.cli.options import export_request
+    from bnexport.onnx_pipeline import fold_and_export_onnx
+    from bnexport.reporting.results import print_export
+
+    request = export_request(**options)
+    result = fold_and_export_onnx(source, out, request=request, **_fold_options(options))
+    print_export(result.fold, result.verification, result.bundle, as_json=as_json)
+    return 0 if result.bundle is not None else 1
+
 
 _FORMAT = click.Choice([row.name for row in FORMATS])
 
@@ -54,9 +145,8 @@ def command(source: str, out: Path, weights: Path | None, as_json: bool, **optio
     verdict is PASS, or not at all. An ONNX file as SOURCE is folded as it is, into a bundle or into --out FILE.onnx.
     """
     need_packages("bnexport fold-and-export", "torch", "onnx", "onnxscript", "onnx_ir", "safetensors", "jinja2")
-    from bnexport.cli.aside import prints_aside
-    from bnexport.cli.onnx_source import fold_onnx_source, is_onnx
     from bnexport.cli.options import export_request
+    from bnexport.cli.output import prints_aside
 
     if is_onnx(source):
         return fold_onnx_source(source, out, options, as_json=as_json)

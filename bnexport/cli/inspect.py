@@ -23,7 +23,7 @@ def command(path: Path, statistics: bool, data_dir: Path | None, as_json: bool) 
     exploding ones (scaled over 30 times the layer's median) are marked. With --statistics or --data-dir it also shows,
     layer by layer, how far the moving statistics are from the exact ones.
     """
-    from bnexport.nn.inspection import inspect_path
+    from bnexport.loading.inspection import inspect_path
     from bnexport.reporting.results import print_statistics
 
     inspection, stale = inspect_path(path), None

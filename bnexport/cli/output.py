@@ -1,12 +1,28 @@
-"""Results for programs: into a file, or on standard output."""
+"""Output of the commands: results for programs, progress, and prints of user code kept out of both.
+
+Progress is a bar on a terminal and plain lines in a log.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
+
+
+def prints_aside() -> contextlib.AbstractContextManager[object]:
+    """What a user's network prints while it runs goes to standard error: it is no result of ours, and would break --json."""
+    return contextlib.redirect_stdout(sys.stderr)
+
 
 #: As a file's name: standard output.
 STDOUT = "-"
@@ -32,3 +48,70 @@ def write_result(target: str, content: bytes) -> None:
             forget_reader()
     else:
         write_atomically(Path(target), content)
+
+
+def make_bar(console: Console, *, timed: bool = True) -> Progress:
+    """A bar that shows itself on a terminal alone and vanishes at the end.
+
+    Args:
+        console: Where it is shown.
+        timed: Whether the time that is left says something: the steps take about the same.
+    """
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
+    return Progress(
+        *columns,
+        *((TimeRemainingColumn(),) if timed else ()),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+
+
+@contextlib.contextmanager
+def progress_bar(words: str) -> Iterator[Callable[[int, int], None]]:
+    """Yields a function that is told how many images are done and how many there are; a log gets one line.
+
+    Args:
+        words: What is done: "evaluating".
+    """
+    from bnexport.reporting.tables import make_console
+
+    console = make_console(stderr=True)
+    with make_bar(console) as bar:
+        task, told = bar.add_task(words, total=None), False
+
+        def advance(done: int, total: int) -> None:
+            nonlocal told
+            if not told and not console.is_terminal:
+                console.print(f"{words}: {total} images", soft_wrap=True)
+            told = True
+            bar.update(task, completed=done, total=total)
+
+        yield advance
+
+
+@contextlib.contextmanager
+def counting(what: str) -> Iterator[Callable[[int, int, str], None]]:
+    """Show steps of different length on standard error; a log gets one line for each.
+
+    Args:
+        what: What is done, as the start of each line.
+
+    Yields:
+        What to call before each step: its number from 1, how many there are, and what it is.
+    """
+    from bnexport.reporting.tables import make_console
+
+    console = make_console(stderr=True)
+    with make_bar(console, timed=False) as bar:
+        task = bar.add_task(what, total=None)
+
+        def show(number: int, count: int, step: str) -> None:
+            if console.is_terminal:
+                bar.update(task, description=f"{what}: {step}", completed=number - 1, total=count)
+            else:
+                console.print(f"{what} {number}/{count}: {step}", soft_wrap=True)
+
+        yield show

@@ -2,17 +2,67 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from bnexport.cli.output import make_bar
 from bnexport.errors import UsageError
 from bnexport.optional import require
 from bnexport.runtimes.catalogue import RUNNERS
+from bnexport.serving.bulk.request import BulkProgress
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from bnexport.serving.bulk.predict import BulkResult
+
+
+#: Seconds between two lines of a log.
+_PAUSE = 10.0
+
+
+class BulkDisplay(BulkProgress):
+    """Listener that prints; use it in a ``with`` block, which ends the bar also after an error."""
+
+    def __init__(self, console: Console | None = None, *, pause: float = _PAUSE) -> None:
+        if console is None:
+            from rich.console import Console
+
+            console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+        self._console = console
+        self._bar = make_bar(self._console)
+        self._task = self._bar.add_task("images", total=None, visible=False)
+        self._pause, self._told = pause, time.monotonic()
+        self._rows = self._done = 0
+
+    def __enter__(self) -> BulkDisplay:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def on_start(self, rows: int, done: int, workers: int) -> None:
+        """Say how much there is to do."""
+        self._rows, self._done = rows, done
+        before = f", {done} of them are there already" if done else ""
+        self._console.print(f"{rows} images{before}; {workers} worker{'s' if workers > 1 else ''}")
+        self._bar.update(self._task, completed=done, total=rows, visible=True)
+
+    def on_shard(self, rows: int) -> None:
+        """Move the bar; in a log, print a line from time to time."""
+        self._done += rows
+        self._bar.update(self._task, completed=self._done)
+        if not self._console.is_terminal and time.monotonic() - self._told >= self._pause:
+            self._told = time.monotonic()
+            self._console.print(f"{self._done} of {self._rows} images")
+
 
 _RUNTIME = click.Choice([spec.name for spec in RUNNERS])
 #: Options that mean something with --out alone -> their flags.
@@ -73,7 +123,6 @@ def _in_bulk(bundle: Path, sources: tuple[Path, ...], out: Path, options: dict[s
     engine = options.pop("engine", "local")
     for name in ("pyarrow",) if engine == "local" else ("ray", "pyarrow"):  # ray's extra brings pyarrow, too
         require(name, purpose=f"bnexport predict --out with --engine {engine}")
-    from bnexport.cli.bulk_display import BulkDisplay
     from bnexport.serving.bulk.predict import predict_in_bulk
     from bnexport.serving.bulk.request import BulkRequest
 

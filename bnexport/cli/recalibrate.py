@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from bnexport.cli.dataset_name import DatasetName
+from bnexport.cli.options import DatasetName
 from bnexport.evaluating.request import DEFINITIONS, RecalibrationRequest
 from bnexport.optional import need_packages
 from bnexport.training.config import DEVICES
@@ -40,10 +40,9 @@ def command(checkpoint: Path, out: Path | None, as_json: bool, **options: Any) -
     statistics were, layer by layer, and the accuracy on the test images before and after.
     """
     need_packages("bnexport recalibrate", "torch", "safetensors")
-    from bnexport.cli.aside import prints_aside
-    from bnexport.cli.progress_bar import progress_bar
+    from bnexport.cli.output import prints_aside, progress_bar
     from bnexport.evaluating.recalibration import recalibrate_checkpoint
-    from bnexport.reporting.evaluations import print_recalibration
+    from bnexport.reporting.results import print_recalibration
 
     with prints_aside(), progress_bar("re-estimating") as advance:
         done = recalibrate_checkpoint(checkpoint, out, RecalibrationRequest(**options), on_batch=advance)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bnexport.cli.config_file import config_option, was_given
-from bnexport.cli.dataset_name import DatasetName
+from bnexport.cli.options import DatasetName
 from bnexport.nn.lenet import NORMS
 from bnexport.optional import need_packages
 from bnexport.training.config import AMP, DEVICES, OPTIMIZERS, SCHEDULES, TrainingConfig

@@ -9,7 +9,7 @@ from types import TracebackType
 
 from rich.console import Console
 
-from bnexport.cli.progress_bar import make_bar
+from bnexport.cli.output import make_bar
 from bnexport.errors import BadInput
 from bnexport.training.config import LENET, TrainingConfig
 from bnexport.training.processes import asked_rank

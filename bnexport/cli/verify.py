@@ -94,7 +94,7 @@ def command(ctx: click.Context, /, bundle: Path, **options: Any) -> None:
     runtime in strict float32 and in the precision that it is served with, on real test images and synthetic inputs.
     """
     from bnexport.bundle import Bundle
-    from bnexport.cli.aside import prints_aside
+    from bnexport.cli.output import prints_aside
     from bnexport.reporting.tables import make_console, print_environment, print_verification
 
     if options["html_file"] is not None:
@@ -134,7 +134,7 @@ def _verified(opened: Bundle, options: dict[str, Any]) -> VerificationReport:
     report = verify(opened, **common, scope=scope)
     if not options["with_self_test"]:
         return report
-    from bnexport.cli.progress_bar import counting
+    from bnexport.cli.output import counting
     from bnexport.verification.self_test import self_test
 
     with counting("self-test") as progress:
@@ -147,7 +147,7 @@ def _module(source: str, bundle: Bundle) -> nn.Module:
     from bnexport.optional import require
 
     require("torch", purpose="--source")
-    from bnexport.nn.loading import load_source
+    from bnexport.loading.sources import load_source
 
     network = bundle.manifest.network
     same = (

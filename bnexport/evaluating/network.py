@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from bnexport.data.prepare import prepared
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import DataError, ModelError, RuntimeUnavailable, UsageError
+from bnexport.loading.checkpoint import METADATA_KEY, checkpoint_file, load_checkpoint, read_safetensors
+from bnexport.loading.sources import LoadedModel, checkpoint_of, load_source
+from bnexport.loading.weights import is_safetensors
 from bnexport.nn.calling import place_of
-from bnexport.nn.checkpoint import METADATA_KEY, checkpoint_file, load_checkpoint, read_safetensors
-from bnexport.nn.loading import LoadedModel, checkpoint_of, load_source
-from bnexport.nn.weights import is_safetensors
 from bnexport.optional import one_line
 from bnexport.reproducibility import strict_float32
 from bnexport.tensors import Array

@@ -16,7 +16,7 @@ from torch import Tensor
 from bnexport.folding.affine import Affine
 from bnexport.folding.graph import Add, Geometry, Identity, Layer, Norm, Op
 from bnexport.folding.layers import channels_of
-from bnexport.folding.plan import Plan, Refused
+from bnexport.folding.plan import FoldPlan, Refused
 
 EQUATION = "W' = W + s at the centre tap, b' = b + t"
 #: Host -> what is added to its weight and to its bias; or Refused.
@@ -40,7 +40,7 @@ class _Branch:
     members: tuple[Op, ...]
 
 
-def merge_affine(plan: Plan, site: Op, affine: Affine) -> Op:
+def merge_affine(plan: FoldPlan, site: Op, affine: Affine) -> Op:
     """Put an affine into a convolution of the same value that it is added to.
 
     Returns:
@@ -52,7 +52,7 @@ def merge_affine(plan: Plan, site: Op, affine: Affine) -> Op:
     return _merge(plan, _branch_of(site), lambda host: _affine_taps(affine, host))
 
 
-def merge_convolution(plan: Plan, guest: Op) -> Op:
+def merge_convolution(plan: FoldPlan, guest: Op) -> Op:
     """Put a convolution into a parallel one with a kernel that covers it; as ``merge_affine``."""
     layer = guest.kind
     assert isinstance(layer, Layer)
@@ -61,7 +61,7 @@ def merge_convolution(plan: Plan, guest: Op) -> Op:
     return _merge(plan, _branch_of(guest), lambda host: _convolution_taps(layer, host))
 
 
-def merge_skip(plan: Plan, total: Op) -> Op:
+def merge_skip(plan: FoldPlan, total: Op) -> Op:
     """Put a skip connection into a convolution of the same value: ``W x + x = (W + I) x``; as ``merge_affine``.
 
     Args:
@@ -110,7 +110,7 @@ def _branch_of(guest: Op) -> _Branch:
     return _Branch(op.users[0], op, guest.inputs[0], tuple(members))
 
 
-def _merge(plan: Plan, branch: _Branch, taps: _Taps) -> Op:
+def _merge(plan: FoldPlan, branch: _Branch, taps: _Taps) -> Op:
     chain = _sum_from(branch.first)
     refusals = []
     for host in _leaves(chain[-1]):
@@ -131,7 +131,7 @@ def _merge(plan: Plan, branch: _Branch, taps: _Taps) -> Op:
     raise refusals[0] if refusals else Refused("nothing parallel to it is a convolution that could hold it")
 
 
-def _carry_out(plan: Plan, chain: list[Op], branch: _Branch, host: Op, weight: Tensor, bias: Tensor | None) -> None:
+def _carry_out(plan: FoldPlan, chain: list[Op], branch: _Branch, host: Op, weight: Tensor, bias: Tensor | None) -> None:
     layer = host.kind
     assert isinstance(layer, Layer)
     if layer.weight.readers > 1 or (layer.bias is not None and layer.bias.readers > 1):

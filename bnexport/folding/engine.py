@@ -9,9 +9,9 @@ from dataclasses import dataclass, field, replace
 from bnexport.folding.affine import Affine
 from bnexport.folding.branches import EQUATION, merge_affine, merge_convolution, merge_skip, sum_guests
 from bnexport.folding.graph import Add, Graph, Identity, Kind, Layer, Norm, NormCall, Op
-from bnexport.folding.moves import MOVES
-from bnexport.folding.plan import Budget, Plan, Refused
+from bnexport.folding.plan import Budget, FoldPlan, Refused
 from bnexport.folding.proof import MAX_SITE_ERROR, plan_error
+from bnexport.folding.propagation import PROPAGATION_RULES
 from bnexport.folding.report import FoldRow
 from bnexport.folding.rules import RULES, Rule, equation_of, outcome_of
 
@@ -87,8 +87,8 @@ class Engine:
         left = [site for site in self.sites if site.row.outcome == "affine" and isinstance(site.op.kind, Norm)]
         return [site for site in left if site.op not in self.failed]
 
-    def _plan(self, *, maps: bool = False) -> Plan:
-        return Plan(self.graph, MOVES, self.budget, maps=maps, clamps=self.clamps, fixed=self.failed)
+    def _plan(self, *, maps: bool = False) -> FoldPlan:
+        return FoldPlan(self.graph, PROPAGATION_RULES, self.budget, maps=maps, clamps=self.clamps, fixed=self.failed)
 
     def _fold(self, site: _Site) -> None:
         """Use the first rule whose plan nobody refuses and whose proof holds; else tell why none does."""
@@ -123,7 +123,7 @@ class Engine:
         reason, unlock = _why(refusals, None)
         site.row = replace(site.row, outcome="affine", reason=reason, unlock=unlock)
 
-    def _proved(self, site: _Site, plan: Plan) -> float | None:
+    def _proved(self, site: _Site, plan: FoldPlan) -> float | None:
         """The error of a plan; None when it is too large: then the call stays as it is, and the run says so."""
         error = self._error(site, plan)
         if error <= MAX_SITE_ERROR:
@@ -133,7 +133,7 @@ class Engine:
         self.failed.add(site.op)  # nothing is merged into it or moved across it any more
         return None
 
-    def _error(self, site: _Site, plan: Plan) -> float:
+    def _error(self, site: _Site, plan: FoldPlan) -> float:
         """The error of a plan, infinite where it is no number; one that is too large becomes a warning."""
         error = plan_error(self.graph, plan, seed=self.seed) if self.prove else 0.0
         if error <= MAX_SITE_ERROR:
@@ -212,7 +212,7 @@ class Engine:
             merged = True
         return merged
 
-    def _carry_out(self, plan: Plan) -> None:
+    def _carry_out(self, plan: FoldPlan) -> None:
         self.budget.added += plan.grown
         for op, kind in plan.edits.items():
             if isinstance(op.kind, Layer) and isinstance(kind, Layer):

@@ -46,7 +46,7 @@ class Weight:
 
 
 class Kind:
-    """What an operation does. A subclass per kind; ``moves`` says how an affine crosses it."""
+    """What an operation does. A subclass per kind; ``propagation`` defines how an affine crosses it."""
 
 
 @dataclass(frozen=True)

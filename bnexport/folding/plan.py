@@ -1,7 +1,7 @@
 """A plan: what has to change so that an affine disappears, found by demand, changing nothing yet.
 
 ``pull`` asks a value to come out already scaled and shifted; ``push`` asks all readers of a value to do without its scale and
-shift. Both walk the graph through what commutes (``moves``) until a linear layer takes the affine in, or someone refuses;
+shift. Both walk the graph through what commutes (``propagation``) until a linear layer takes the affine in, or someone refuses;
 a refusal is a sentence, so that nothing is left alone in silence. A plan is proved before it is carried out.
 """
 
@@ -85,24 +85,24 @@ class Budget:
 
 
 @dataclass(frozen=True)
-class Moves:
-    """How an affine crosses each kind of operation; the tables are in ``folding.moves``.
+class PropagationRules:
+    """How an affine crosses each kind of operation; the tables are in ``folding.propagation``.
 
     Attributes:
         pull: Kind -> ``(plan, op, kind, affine)``: what comes after it is wanted before it.
         push: Kind -> ``(plan, op, kind, index of the input, affine)``: what comes before it is wanted after it.
     """
 
-    pull: Mapping[type[Kind], Callable[[Plan, Op, Any, Affine], None]]
-    push: Mapping[type[Kind], Callable[[Plan, Op, Any, int, Affine], None]]
+    pull: Mapping[type[Kind], Callable[[FoldPlan, Op, Any, Affine], None]]
+    push: Mapping[type[Kind], Callable[[FoldPlan, Op, Any, int, Affine], None]]
 
 
-class Plan:
+class FoldPlan:
     """The changes that make one affine disappear.
 
     Args:
         graph: Is not changed.
-        moves: How an affine crosses each kind of operation.
+        rules: How an affine crosses each kind of operation.
         budget: Of clones.
         maps: Whether a shift may become a constant map over the positions behind a zero-padded layer.
         clamps: Whether an activation may get a bound of its own in each channel.
@@ -118,7 +118,7 @@ class Plan:
     def __init__(
         self,
         graph: Graph,
-        moves: Moves,
+        rules: PropagationRules,
         budget: Budget,
         *,
         maps: bool = False,
@@ -127,7 +127,7 @@ class Plan:
     ) -> None:
         self.fixed = fixed
         self.graph = graph
-        self.moves = moves
+        self.rules = rules
         self.clamps = clamps
         self.budget = budget
         self.maps = maps
@@ -160,7 +160,7 @@ class Plan:
             self._only_reader(op, reader)
             self.visit(op)
         with self._deeper():
-            self.moves.pull[type(op.kind)](self, op, op.kind, affine)
+            self.rules.pull[type(op.kind)](self, op, op.kind, affine)
 
     def push(self, op: Op, affine: Affine) -> None:
         """Make every reader of ``op`` do with a value to which ``affine`` was not applied.
@@ -178,7 +178,7 @@ class Plan:
                 raise Refused(f"{user.name} reads it {len(places)} times")
             self.visit(user)
             with self._deeper():
-                self.moves.push[type(user.kind)](self, user, user.kind, places[0], affine)
+                self.rules.push[type(user.kind)](self, user, user.kind, places[0], affine)
 
     def visit(self, op: Op) -> None:
         """Note that the plan touches an operation; each once, so that two changes can't meet."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bnexport.folding.graph import Graph, Layer, Norm, Op, Reshape, Slice
-from bnexport.folding.plan import Plan
+from bnexport.folding.plan import FoldPlan
 
 #: Rounding of float64 in a handful of operations; the smallest real fault (a dropped eps) is far above.
 MAX_SITE_ERROR = 1e-12
@@ -16,7 +16,7 @@ MAX_SITE_ERROR = 1e-12
 _LARGEST: tuple[int | None, ...] = (4, 12, None)
 
 
-def plan_error(graph: Graph, plan: Plan, *, seed: int = 0) -> float:
+def plan_error(graph: Graph, plan: FoldPlan, *, seed: int = 0) -> float:
     """Largest difference that a plan makes anywhere outside its own operations, in float64.
 
     Every value that leaves the plan's part of the graph is compared, whatever the plan believes about its readers: one
@@ -36,7 +36,7 @@ def plan_error(graph: Graph, plan: Plan, *, seed: int = 0) -> float:
     return float("inf")
 
 
-def _needs_full_size(region: Sequence[Op], plan: Plan) -> bool:
+def _needs_full_size(region: Sequence[Op], plan: FoldPlan) -> bool:
     for op in region:
         kind = plan.edits.get(op, op.kind)
         if isinstance(kind, Reshape) or (isinstance(kind, Slice) and kind.axis >= 2):
@@ -48,7 +48,7 @@ def _needs_full_size(region: Sequence[Op], plan: Plan) -> bool:
     return False
 
 
-def _region_error(graph: Graph, plan: Plan, region: Sequence[Op], largest: int | None, seed: int) -> float:
+def _region_error(graph: Graph, plan: FoldPlan, region: Sequence[Op], largest: int | None, seed: int) -> float:
     generator = torch.Generator().manual_seed(seed)
     inside = set(region)
     old: dict[Op, Tensor] = {}

@@ -12,7 +12,7 @@ import torch
 
 from bnexport.folding.affine import Affine
 from bnexport.folding.graph import Clamp, Identity, Kind, Layer, Norm, Op
-from bnexport.folding.plan import Plan, Refused
+from bnexport.folding.plan import FoldPlan, Refused
 from bnexport.folding.report import Outcome
 
 
@@ -30,12 +30,12 @@ class Rule:
 
     name: str
     equation: str
-    plan: Callable[[Plan, Op, Affine], None]
+    plan: Callable[[FoldPlan, Op, Affine], None]
     outcome: Outcome | None = None
     maps: bool = False
 
 
-def _backward(plan: Plan, site: Op, affine: Affine) -> None:
+def _backward(plan: FoldPlan, site: Op, affine: Affine) -> None:
     plan.edit(site, Identity())
     plan.pull(site.inputs[0], affine, site)
 
@@ -54,13 +54,13 @@ def _refuse_cancellation(site: Op) -> None:
         )
 
 
-def _forward(plan: Plan, site: Op, affine: Affine) -> None:
+def _forward(plan: FoldPlan, site: Op, affine: Affine) -> None:
     _refuse_cancellation(site)
     plan.edit(site, Identity())
     plan.push(site, affine)
 
 
-def _both(plan: Plan, site: Op, affine: Affine) -> None:
+def _both(plan: FoldPlan, site: Op, affine: Affine) -> None:
     if not affine.has_scale or not affine.has_shift:
         raise Refused("there are no two parts to part")
     _refuse_cancellation(site)
@@ -69,7 +69,7 @@ def _both(plan: Plan, site: Op, affine: Affine) -> None:
     plan.push(site, affine.shift_alone())
 
 
-def _scale_forward(plan: Plan, site: Op, affine: Affine) -> None:
+def _scale_forward(plan: FoldPlan, site: Op, affine: Affine) -> None:
     """``W (s x + t) = (W s) (x + t / s)``: what stays before the layer is one addition.
 
     For s > 0 the scale also crosses ReLU, LeakyReLU and PReLU: ``f(s x + t) = s f(x + t / s)``. With a negative scale in some
@@ -105,7 +105,7 @@ RULES: tuple[Rule, ...] = (
 )
 
 
-def outcome_of(rule: Rule, plan: Plan, site: Op) -> Outcome:
+def outcome_of(rule: Rule, plan: FoldPlan, site: Op) -> Outcome:
     """Where the affine went: into the next layer, across others, or into another affine."""
     if rule.outcome is not None:
         return rule.outcome
@@ -117,7 +117,7 @@ def outcome_of(rule: Rule, plan: Plan, site: Op) -> Outcome:
     return "backward" if rule.plan is _backward else "forward"
 
 
-def equation_of(rule: Rule, plan: Plan) -> str:
+def equation_of(rule: Rule, plan: FoldPlan) -> str:
     """The rule's equation, with what it did to activations."""
     clamps = [op for op, kind in plan.edits.items() if isinstance(kind, Clamp) and not _same_bounds(op.kind, kind)]
     merged = [kind for kind in plan.edits.values() if isinstance(kind, Norm)]

@@ -7,7 +7,7 @@ import torch
 from onnx import TensorProto, numpy_helper
 from torch import Tensor
 
-from bnexport.folding.torch_write import flushed
+from bnexport.folding.torch_backend.write import flushed
 from bnexport.tensors import Array
 
 TORCH: dict[int, torch.dtype] = {

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from bnexport.tensors import Array
-from bnexport.verification.findings import FlippedSample
-from bnexport.verification.verdict import VerificationReport
+from bnexport.verification.verdict import FlippedSample, VerificationReport
 
 #: Changed samples that the page shows, those that nothing explains first.
 SHOWN_FLIPS = 24

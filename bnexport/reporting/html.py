@@ -11,11 +11,9 @@ import jinja2
 
 from bnexport.bundle import Bundle, Manifest
 from bnexport.folding.report import GONE, OUTCOMES, FoldReport
+from bnexport.reporting.charts import SHOWN_DRIFTS, SHOWN_MAPS, Samples, drifts, maps, strips
 from bnexport.reporting.flips import SHOWN_CONFUSIONS, SHOWN_FLIPS, class_name, confusions, flips, pictures
-from bnexport.reporting.fold_summary import gain_of, growth_of, tallies, verdict_of
-from bnexport.reporting.page_charts import SHOWN_DRIFTS, SHOWN_MAPS, Samples, drifts, maps, strips
 from bnexport.reporting.runs import cell, columns, command_of, file_groups, flips_on_real_inputs, runs
-from bnexport.reporting.self_test import ordered_faults, self_test_sentence
 from bnexport.reporting.summary import (
     Group,
     certified,
@@ -28,6 +26,7 @@ from bnexport.reporting.summary import (
     total_flips,
     word,
 )
+from bnexport.reporting.tables import gain_of, growth_of, ordered_faults, self_test_sentence, tallies, verdict_of
 from bnexport.tensors import Signature, TensorSpec
 from bnexport.verification.tolerances import TOLERANCES
 from bnexport.verification.verdict import VerificationReport

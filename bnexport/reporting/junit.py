@@ -8,8 +8,7 @@ from xml.etree import ElementTree
 
 from bnexport.environment import describe
 from bnexport.reporting.summary import number
-from bnexport.verification.findings import FaultResult
-from bnexport.verification.verdict import Row, VerificationReport
+from bnexport.verification.verdict import FaultResult, Row, VerificationReport
 
 #: Times are no part of a verdict; 0 keeps readers that insist on the attribute.
 _TIME = "0"

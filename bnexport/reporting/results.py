@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,16 +11,30 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.console import Console
 
+from bnexport.auditing.report import AuditReport, AuditRow
 from bnexport.bundle import REPORT, Bundle
+from bnexport.evaluating.confusion import TOP_K, ClassScores, wilson_interval
 from bnexport.folding.report import FoldReport
-from bnexport.reporting.tables import STYLES, literal, make_console, make_table, print_fold_report, print_verification
+from bnexport.reporting.summary import NOTHING, number
+from bnexport.reporting.tables import (
+    STYLES,
+    literal,
+    make_console,
+    make_table,
+    print_environment,
+    print_fold_report,
+    print_verification,
+)
 from bnexport.verification.verdict import VerificationReport
 
 if TYPE_CHECKING:
-    from bnexport.nn.inspection import Inspection
+    from bnexport.evaluating.evaluate import Evaluation
+    from bnexport.evaluating.recalibration import Accuracy, Recalibration
+    from bnexport.loading.inspection import Inspection
     from bnexport.nn.stale_statistics import StalenessReport
     from bnexport.nn.statistics import LayerStatistics
     from bnexport.serving.predictor import Prediction
+
 
 #: Marked channels that are listed by number; the rest is counted.
 _LISTED = 8
@@ -150,3 +165,132 @@ def _summary(layer: LayerStatistics) -> str:
             shown = ", ".join(map(str, found[:_LISTED])) + (", ..." if len(found) > _LISTED else "")
             parts.append(f"{len(found)} {mark} (channel {shown})")
     return f"{layer.name}: " + ("; ".join(parts) or "no dead or exploding channel")
+
+
+#: Classes that have their row; of more, those with the lowest F1 have one.
+LISTED_CLASSES = 20
+
+
+def print_evaluation(evaluation: Evaluation, *, written: Sequence[str] = ()) -> None:
+    """The table of classes, then accuracy with its interval, loss and top-k.
+
+    Args:
+        evaluation: What was found.
+        written: Files that hold more of it.
+    """
+    console = make_console()
+    _print_classes(evaluation.classes, console)
+    what = f"{evaluation.n} test images of {evaluation.dataset}, {evaluation.runtime}"
+    console.print(literal(f"{evaluation.subject}: {what}", console), soft_wrap=True)
+    low, high = evaluation.interval
+    lines = [
+        f"accuracy {evaluation.accuracy:.4f} (95 % Wilson interval {low:.4f} to {high:.4f};"
+        f" {evaluation.correct} of {evaluation.n})",
+        f"loss {evaluation.loss:.4f} nats",
+    ]
+    if evaluation.top is not None:
+        lines.append(f"top-{TOP_K} accuracy {evaluation.top:.4f}")
+    if evaluation.note:
+        lines.append(f"WARNING: {evaluation.note}")
+    for line in (*lines, *(f"written: {path}" for path in written)):
+        console.print(literal(line, console), soft_wrap=True)
+    print_environment(evaluation.environment, console)
+
+
+def _print_classes(classes: Sequence[ClassScores], console: Console) -> None:
+    shown = list(classes)
+    if len(shown) > LISTED_CLASSES:
+        shown = sorted(shown, key=lambda row: (row.f1 is None, row.f1 or 0.0))[:LISTED_CLASSES]
+    table = make_table(console)
+    table.add_column("class", overflow="fold")
+    for heading in ("precision", "recall", "F1", "support"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in shown:
+        numbers = (_share(value) for value in (row.precision, row.recall, row.f1))
+        table.add_row(literal(row.label, console), *numbers, str(row.support))
+    console.print(table)
+    if len(shown) < len(classes):
+        told = f"the {len(shown)} of {len(classes)} classes with the lowest F1; --json FILE has all of them"
+        console.print(literal(told, console, style="dim"))
+
+
+def print_recalibration(done: Recalibration, *, as_json: bool = False) -> None:
+    """How far the old statistics were, the accuracy before and after, and what was written."""
+    if as_json:
+        print_json(done.to_json())
+        return
+    console = make_console()
+    print_staleness(done.distance, console)
+    facts = done.facts
+    how = f"{facts['images']} training images of {facts['dataset']}, batches of {facts['batch_size']}"
+    for line in (
+        f"re-estimated over {how}; definition: {facts['definition']}",
+        f"test accuracy before: {_accuracy(done.before)}",
+        f"test accuracy after:  {_accuracy(done.after)}",
+        f"written: {done.out}",
+    ):
+        console.print(literal(line, console), soft_wrap=True)
+    print_environment(done.environment, console)
+
+
+def _accuracy(found: Accuracy) -> str:
+    low, high = wilson_interval(found.correct, found.n)
+    return f"{found.correct / found.n:.4f} (95 % {low:.4f} to {high:.4f}, n = {found.n})"
+
+
+def _share(value: float | None) -> str:
+    return NOTHING if value is None else f"{value:.4f}"
+
+
+_STYLES = {"right": "green", "wrong": "bold red", "failed": "yellow", "not run": "dim"}
+
+
+def print_audit(report: AuditReport, *, as_json: bool = False, console: Console | None = None) -> None:
+    """One row per tool, then a line for each that is not simply right, then the verdict."""
+    if as_json:
+        print_json(report.to_json())
+        return
+    console = console or make_console()
+    table = make_table(console)
+    table.add_column("verdict", no_wrap=True)
+    table.add_column("tool", overflow="fold")
+    for heading in ("BatchNorms left", "error", "bound"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in report.rows:
+        table.add_row(
+            literal("control" if row.control else row.verdict, console, style=_STYLES[row.verdict]),
+            literal(row.tool, console),
+            NOTHING if row.batch_norms is None else str(row.batch_norms),
+            error_of(row),
+            number(report.bound) if row.verdict in ("right", "wrong") and not row.control else NOTHING,
+        )
+    console.print(table)
+    console.print("error: largest |difference| to the network in float64 / largest |output|", style="dim")
+    batches = ", ".join(map(str, report.batches))
+    console.print(literal(f"bound: {report.rule}; batches of {batches}, seed {report.seed}", console, style="dim"))
+    for row in report.rows:
+        if text := explanation(row):
+            console.print(literal(f"{row.verdict}: {row.tool}: {text}", console, style=_STYLES[row.verdict]))
+    for note in report.notes:
+        console.print(literal(f"note: {note}", console))
+    print_environment(report.environment, console)
+    style = _STYLES["wrong" if report.wrong else "right"]
+    console.print(literal(report.summary(), console, style=style), soft_wrap=True)
+
+
+def error_of(row: AuditRow) -> str:
+    """The error as a cell: "inf" for answers that can't be compared."""
+    return "inf" if row.error == math.inf else number(row.error)
+
+
+def explanation(row: AuditRow) -> str:
+    """What a reader wants to know beside the numbers; "" for a tool that is simply right."""
+    if row.verdict != "wrong":
+        return row.reason
+    channel = "" if row.channel is None else f", channel {row.channel}"
+    parts = (
+        f"worst in {row.output}{channel}" if row.output and math.isfinite(row.error or 0.0) else "",
+        f"first wrong at BatchNorm {row.batch_norm}" if row.batch_norm else "",
+        row.reason,
+    )
+    return "; ".join(part for part in parts if part)

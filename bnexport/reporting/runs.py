@@ -34,7 +34,7 @@ OPTIONS: dict[str, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True)
-class Run:
+class ReportedRun:
     """One runtime in one setting.
 
     Attributes:
@@ -94,17 +94,17 @@ class Cell:
     note: str
 
 
-def runs(report: VerificationReport) -> tuple[Run, ...]:
+def runs(report: VerificationReport) -> tuple[ReportedRun, ...]:
     """The lines of the table, in the order in which they were run."""
     gathered: dict[tuple[str, str], dict[str, Group]] = {}
     for group in groups(report):
         if group.stage in RUN_STAGES:
             row = group.rows[0]
             gathered.setdefault((row.subject, row.settings), {})[group.stage] = group
-    return tuple(Run(subject, settings, stages) for (subject, settings), stages in gathered.items())
+    return tuple(ReportedRun(subject, settings, stages) for (subject, settings), stages in gathered.items())
 
 
-def columns(lines: tuple[Run, ...]) -> dict[str, str]:
+def columns(lines: tuple[ReportedRun, ...]) -> dict[str, str]:
     """Stage -> heading of those stages that at least one run has."""
     return {stage: heading for stage, heading in RUN_STAGES.items() if any(stage in line.stages for line in lines)}
 
@@ -124,7 +124,7 @@ def cell(group: Group) -> Cell:
     return Cell(group.passed, value, "" if ratio is None else f"{number(ratio)} x predicted")
 
 
-def flips_on_real_inputs(run: Run) -> str:
+def flips_on_real_inputs(run: ReportedRun) -> str:
     """Labels that changed among the real inputs, "24 of 10000"; NOTHING where none were counted."""
     rows = run.kernels.rows if run.kernels else ()
     counted = [row for row in rows if row.flips is not None and row.case in REAL]
@@ -134,7 +134,7 @@ def flips_on_real_inputs(run: Run) -> str:
     return f"{changed} of {sum(row.n for row in counted)}"
 
 
-def command_of(run: Run, verify: str, *, seed: int = 0) -> str:
+def command_of(run: ReportedRun, verify: str, *, seed: int = 0) -> str:
     """The command that does this run alone; "" for what no option asks for.
 
     Args:

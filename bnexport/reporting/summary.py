@@ -7,9 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from bnexport.runtimes.emulation import PRECISIONS
-from bnexport.verification.findings import Prediction
 from bnexport.verification.inputs import REAL
-from bnexport.verification.verdict import Flips, Row, VerificationReport
+from bnexport.verification.verdict import Flips, Prediction, Row, VerificationReport
 
 #: Shown where there is no number.
 NOTHING = "-"

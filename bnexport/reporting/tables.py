@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -12,15 +13,102 @@ from rich.text import Text
 
 from bnexport.environment import describe
 from bnexport.files import forget_reader
-from bnexport.folding.report import GONE, OUTCOMES, FoldReport, FoldRow
+from bnexport.folding.report import GONE, OUTCOMES, FoldReport, FoldRow, Outcome
 from bnexport.reporting.flips import class_name, flips
-from bnexport.reporting.fold_summary import account_of, gain_of, growth_of, tallies, verdict_of
-from bnexport.reporting.runs import KERNEL_STAGES, Run, file_groups, runs
-from bnexport.reporting.self_test import ordered_faults, self_test_sentence
+from bnexport.reporting.runs import KERNEL_STAGES, ReportedRun, file_groups, runs
 from bnexport.reporting.summary import NOTHING, certified, module_name, number, word
+from bnexport.verification.verdict import FaultResult, VerificationReport
 
 if TYPE_CHECKING:
     from bnexport.verification.verdict import Flips, VerificationReport
+
+
+#: Outcome of a fault -> how a sentence counts it; in the order of the tables, what was missed first.
+FAULT_OUTCOMES: dict[str, str] = {
+    "missed": "MISSED",
+    "not tried": "not tried here",
+    "harmless": "harmless to this model",
+    "caught": "caught",
+}
+
+
+def ordered_faults(report: VerificationReport) -> list[FaultResult]:
+    """Missed faults first, then what was not tried, harmless and caught; empty where the self-test was not asked for."""
+    order = list(FAULT_OUTCOMES)
+    faults = report.findings.self_test or ()
+    return sorted(faults, key=lambda fault: order.index(fault.outcome) if fault.outcome in order else len(order))
+
+
+def self_test_sentence(report: VerificationReport) -> str:
+    """Like "27 faults: 2 harmless to this model, 25 caught"; "" where the self-test was not asked for."""
+    faults = report.findings.self_test
+    if faults is None:
+        return ""
+    counted = [(name, sum(fault.outcome == outcome for fault in faults)) for outcome, name in FAULT_OUTCOMES.items()]
+    parts = ", ".join(f"{count} {name}" for name, count in counted if count)
+    return f"{len(faults)} fault{'' if len(faults) == 1 else 's'}" + (f": {parts}" if parts else "")
+
+
+@dataclass(frozen=True)
+class Tally:
+    """How many BatchNorm calls had one outcome by one rule.
+
+    Attributes:
+        outcome: A key of OUTCOMES.
+        rule: "" for none.
+        count: At least 1.
+        dead: Channels whose scale is 0, over all of them.
+    """
+
+    outcome: Outcome
+    rule: str
+    count: int
+    dead: int
+
+
+def tallies(report: FoldReport) -> tuple[Tally, ...]:
+    """Rows counted by outcome and rule: outcomes in the order of OUTCOMES, the most frequent rule first."""
+    gathered: dict[tuple[Outcome, str], list[FoldRow]] = {}
+    for row in report.rows:
+        gathered.setdefault((row.outcome, row.rule), []).append(row)
+    order = list(OUTCOMES)
+    ranked = sorted(gathered.items(), key=lambda item: (order.index(item[0][0]), -len(item[1]), item[0][1]))
+    return tuple(Tally(outcome, rule, len(rows), sum(row.dead for row in rows)) for (outcome, rule), rows in ranked)
+
+
+def verdict_of(report: FoldReport) -> str:
+    """The account in one sentence."""
+    calls = f"{report.folded} of {len(report.rows)} BatchNorm call{'' if len(report.rows) == 1 else 's'} gone"
+    left = f"{report.remaining} norm operation{'' if report.remaining == 1 else 's'} left in the graph"
+    return f"{calls}, {left}"
+
+
+def growth_of(report: FoldReport) -> str:
+    """How much larger the weights became, as a sentence; "" when they did not."""
+    if report.growth <= 1.005:
+        return ""
+    return f"the weights are {report.growth:.2f} times as large as before: shared ones had to be cloned"
+
+
+def gain_of(row: FoldRow) -> str:
+    """Smallest and largest |scale| as '0.12..3.4', one number where they agree, NOTHING where they are not known."""
+    if row.gain is None:
+        return NOTHING
+    low, high = map(number, row.gain)
+    return low if low == high else f"{low}..{high}"
+
+
+def target_of(row: FoldRow) -> str:
+    """Where a BatchNorm's numbers are now, and by which rule: 'conv1 (conv <- batch norm)'."""
+    return f"{row.into} ({row.rule})" if row.into and row.rule else row.into or row.rule
+
+
+def account_of(row: FoldRow) -> str:
+    """Everything about a row that is a sentence, joined: target, reason, what would unlock it, dead channels."""
+    unlock = f"would go with: {row.unlock}" if row.unlock else ""
+    dead = f"{row.dead} dead channel{'' if row.dead == 1 else 's'}" if row.dead else ""
+    return "; ".join(part for part in (target_of(row), row.reason, unlock, dead) if part) or NOTHING
+
 
 #: Colour of a word in a table; the word itself carries the meaning.
 STYLES: dict[str, str] = {
@@ -146,7 +234,7 @@ def _print_files(report: VerificationReport, console: Console) -> None:
     console.print(table)
 
 
-def _print_runs(lines: Sequence[Run], console: Console) -> None:
+def _print_runs(lines: Sequence[ReportedRun], console: Console) -> None:
     """One line per runtime and settings. A stage that failed says so in place of its number."""
     if not lines:
         return
@@ -176,7 +264,7 @@ def _print_runs(lines: Sequence[Run], console: Console) -> None:
         console.print(literal(note, console, style="dim"))
 
 
-def _stage_cell(run: Run, stages: Sequence[str]) -> str:
+def _stage_cell(run: ReportedRun, stages: Sequence[str]) -> str:
     """The largest error of some stages, FAIL where one failed, "ok" where none has a number."""
     rows = [row for stage in stages if stage in run.stages for row in run.stages[stage].rows]
     if not rows:
@@ -187,7 +275,7 @@ def _stage_cell(run: Run, stages: Sequence[str]) -> str:
     return number(max(errors)) if errors else "ok"
 
 
-def _bounds(lines: Sequence[Run]) -> str:
+def _bounds(lines: Sequence[ReportedRun]) -> str:
     """What passes, by stage: "; bound: strict 1e-05, shipping 0.02 to 0.028"."""
     told = []
     for stage in KERNEL_STAGES:
@@ -203,7 +291,7 @@ def _changed(flips: Flips | None) -> str:
     return NOTHING if flips is None else str(flips.explained + flips.unexplained)
 
 
-def _found(report: VerificationReport, lines: Sequence[Run]) -> list[str]:
+def _found(report: VerificationReport, lines: Sequence[ReportedRun]) -> list[str]:
     """Predictions, precisions that are not float32, changes of accuracy, layers that left their prediction."""
     told = []
     for item in report.findings.predictions:

@@ -55,7 +55,7 @@ def open_bundle(
     """
     torch_outputs.need(f"torch-{device}", device)
     if module is None:
-        from bnexport.nn.known import unknown_reason
+        from bnexport.loading.sources import unknown_reason
 
         if (reason := unknown_reason(bundle.manifest.network)) is not None:
             raise RuntimeUnavailable(
@@ -74,8 +74,8 @@ def original_network(bundle: Bundle) -> nn.Module:
         ModelError: Not a network that bnexport knows, or the weights are damaged or another network's.
         MissingDependency: The package that defines the network is not installed.
     """
-    from bnexport.nn.known import build_known
-    from bnexport.nn.weights import load_weights
+    from bnexport.loading.sources import build_known
+    from bnexport.loading.weights import load_weights
 
     network = build_known(bundle.manifest.network)
     load_weights(network, bundle.file(WEIGHTS))

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from bnexport.errors import ModelError, OutputError
 from bnexport.files import output_errors, refuse_existing, write_atomically
-from bnexport.nn.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from bnexport.loading.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from bnexport.optional import one_line
 from bnexport.training.config import TrainingConfig
 

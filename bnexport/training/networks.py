@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import BnexportError, ModelError
-from bnexport.nn.factories import call_factory
-from bnexport.nn.known import KNOWN, build_known
-from bnexport.nn.zoo import zoo_of
+from bnexport.loading.sources import KNOWN, build_known
+from bnexport.loading.user_code import call_factory
+from bnexport.loading.zoo import zoo_of
 from bnexport.optional import one_line
 from bnexport.reproducibility import seeded
 from bnexport.training.config import LENET, TrainingConfig

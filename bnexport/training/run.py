@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bnexport.errors import Diverged, UsageError
-from bnexport.nn.checkpoint import Checkpoint
+from bnexport.loading.checkpoint import Checkpoint
 from bnexport.nn.moving_statistics import norm_layers, recalibrate
 from bnexport.nn.stale_statistics import staleness
 from bnexport.reproducibility import seeded

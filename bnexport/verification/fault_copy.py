@@ -33,7 +33,7 @@ class NotTried(Exception):
 
 
 @dataclass(frozen=True)
-class Subject:
+class FaultTarget:
     """The bundle whose verification is tested.
 
     Attributes:
@@ -99,7 +99,7 @@ class Copy:
         folder: Where it lies.
     """
 
-    subject: Subject
+    subject: FaultTarget
     folder: Path
 
     def file(self, name: str) -> Path:

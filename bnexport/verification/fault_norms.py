@@ -19,7 +19,7 @@ from bnexport.bundle import MODEL_ONNX
 from bnexport.errors import BnexportError
 from bnexport.nn.statistics import DEFAULT_EPS, PARAMETER_NAMES
 from bnexport.tensors import Array
-from bnexport.verification.fault_copy import Copy, NotTried, Subject, folded_weights
+from bnexport.verification.fault_copy import Copy, FaultTarget, NotTried, folded_weights
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto, TensorProto
@@ -116,7 +116,7 @@ def _refold(copy: Copy, change: Change) -> str | None:
     return f"{name} in {MODEL_ONNX}"
 
 
-def _hardest(subject: Subject, change: Change) -> tuple[str, nn.Module]:
+def _hardest(subject: FaultTarget, change: Change) -> tuple[str, nn.Module]:
     """The network with the fault in the BatchNorm where it is hardest to see, and that one's name."""
     assert subject.network is not None
     tried: list[tuple[float, str, nn.Module]] = []

@@ -12,10 +12,10 @@ from bnexport.errors import BnexportError
 from bnexport.runtimes.emulation import Emulator
 from bnexport.runtimes.float64 import Float64Evaluator
 from bnexport.tensors import Array
-from bnexport.verification.cases import Case, Outputs
-from bnexport.verification.findings import Prediction
+from bnexport.verification.inputs import Case, Outputs
 from bnexport.verification.metrics import measure
 from bnexport.verification.prediction import rounding_noise
+from bnexport.verification.verdict import Prediction
 
 if TYPE_CHECKING:
     from onnx import ModelProto

@@ -1,20 +1,102 @@
-"""Stage 1 for the files beside model.onnx: the same weights, bit for bit, and the same function in float64."""
+"""Stage 1 for model.pt and model.pt2: the weights of model.onnx bit for bit, and the same function in float64."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from bnexport.bundle import Bundle
+import numpy as np
+
+from bnexport.bundle import MODEL_EXPORTED, MODEL_ONNX, MODEL_TORCHSCRIPT, Bundle
 from bnexport.errors import BnexportError, Unavailable
 from bnexport.optional import require
-from bnexport.verification.cases import Case, Outputs
+from bnexport.runtimes.onnx_file import trained_tensors
+from bnexport.tensors import Array
+from bnexport.verification.inputs import Case, Outputs
 from bnexport.verification.stages import failed, float64_rows
 from bnexport.verification.verdict import Row
-from bnexport.verification.weights import weights_row
 
 if TYPE_CHECKING:
     from onnx import ModelProto
+    from torch import Tensor
+
+
+def weights_row(model: ModelProto, other_file: Path) -> Row:
+    """Look for every weight and bias of model.onnx's linear operators among the tensors of a file of another format.
+
+    A tensor is known by its type, its number of elements and its bits in sorted order, so that one which a format
+    stores transposed is still found; where an element sits is what the other stages check. Equal tensors (biases that are
+    all zero) may be one: TorchScript keeps equal constants once. A bias of zeros may be missing: the ONNX exporter writes
+    one for some layers that have none.
+
+    Args:
+        model: model.onnx as read.
+        other_file: A file with the name of a row of TENSORS, or its ending.
+
+    Raises:
+        BundleError: The file can't be read.
+        MissingDependency: torch is not installed.
+    """
+    from onnx import numpy_helper
+
+    read = next(read for name, read in TENSORS.items() if Path(name).suffix == other_file.suffix)
+    available = {_tensor_key(tensor) for tensor in read(other_file)}
+    tensors = trained_tensors(model)
+    arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in tensors}
+    missing = [
+        name for name, array in arrays.items() if _key(array) not in available and (array.ndim != 1 or array.any())
+    ]
+    reason = f"{other_file.name} holds the same {len(tensors)} tensors bit for bit"
+    if not tensors:
+        reason = f"{MODEL_ONNX} has no weight to compare"
+    elif missing:
+        named = ", ".join(map(repr, missing[:3]))
+        reason = f"{len(missing)} of {len(tensors)} tensors are not the same in {other_file.name}: {named}"
+    # A network without a single weight has nothing that could differ.
+    return Row("weights", other_file.name, "bits", not missing, reason, n=len(tensors))
+
+
+def _torchscript_tensors(file: Path) -> list[Tensor]:
+    """Constants (freezing makes weights constants), parameters and buffers of a TorchScript file."""
+    from bnexport.runtimes.torchscript import load, tensor_constants
+
+    module: Any = load(file)
+    constants = [node.t("value") for node in tensor_constants(module.graph)]
+    return [*constants, *module.parameters(), *module.buffers()]
+
+
+def _exported_tensors(file: Path) -> list[Tensor]:
+    """Parameters, buffers and constants of an exported program."""
+    import torch
+
+    from bnexport.runtimes.exported_program import load
+
+    program = load(file)
+    found = (*program.state_dict.values(), *program.constants.values())
+    return [value for value in found if isinstance(value, torch.Tensor)]
+
+
+#: File of a bundle -> every tensor in it.
+TENSORS: dict[str, Callable[[Path], list[Tensor]]] = {
+    MODEL_TORCHSCRIPT: _torchscript_tensors,
+    MODEL_EXPORTED: _exported_tensors,
+}
+
+
+def _tensor_key(tensor: Tensor) -> tuple[str, int, bytes]:
+    import torch
+
+    plain = tensor.detach()
+    if plain.dtype is torch.bfloat16:  # numpy has no such type of its own
+        return "bfloat16", *_key(plain.view(torch.int16).numpy())[1:]
+    return _key(plain.numpy())
+
+
+def _key(array: Array) -> tuple[str, int, bytes]:
+    bits = np.sort(array.reshape(-1).view(f"u{array.dtype.itemsize}"))
+    return array.dtype.name, array.size, hashlib.sha256(bits.tobytes()).digest()
 
 
 def format_rows(

@@ -1,6 +1,6 @@
-"""What the comparison is made on: real images where there are some, and inputs that no image set contains.
+"""The inputs of the comparison: real images where they exist, and inputs that no image set contains.
 
-Random inputs alone do not do: with two random samples every finite fault of the sabotage table shows no label flip.
+Random inputs alone are too weak: with two random samples every finite fault of the sabotage table shows no label flip.
 """
 
 from __future__ import annotations
@@ -216,3 +216,49 @@ def _images(manifest: Manifest, data_dir: str | Path | None, limit: int) -> tupl
     if (problem := spec.problem(images)) is not None and isinstance(spec.shape[0], str):
         return None, None, f"no real images: of {name}, {problem}"
     return images, labels[:limit], f"{len(images)} test images of {name}"
+
+
+Outputs = Mapping[str, Array]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A batch with the right answer.
+
+    Attributes:
+        batch: Inputs.
+        expected: Output name -> (n, ...); float64 of the original, or the golden vectors.
+        scales: Output name -> what errors are a share of; None: the largest |expected| of this batch.
+    """
+
+    batch: Batch
+    expected: Outputs
+    scales: Mapping[str, float] | None = None
+
+    def head(self, n: int) -> Case:
+        """The first n samples."""
+        return Case(self.batch.head(n), heads(self.expected, n), self.scales)
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What every runtime is put through.
+
+    Attributes:
+        golden: The bundle's golden vectors; None when they can't be read.
+        cases: The batches of stages 2 and 3, real images first.
+        sizes: The batch whose first samples are run in other batch sizes; None when the batch dimension is fixed.
+        empty: Whether zero samples have to work.
+        labels: True classes of the first batch; None without.
+    """
+
+    golden: Case | None
+    cases: tuple[Case, ...]
+    sizes: Batch | None
+    empty: bool
+    labels: Array | None = None
+
+
+def heads(outputs: Outputs, n: int) -> dict[str, Array]:
+    """The first n samples of every output."""
+    return {name: array[:n] for name, array in outputs.items()}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from bnexport.bundle import WEIGHTS
 from bnexport.runtimes.replay import incomparable
-from bnexport.verification.cases import heads
+from bnexport.verification.inputs import heads
 from bnexport.verification.prediction import compatible, detect
-from bnexport.verification.runs import Run
+from bnexport.verification.runs import RuntimeRun
 from bnexport.verification.verdict import Row
 
 #: What an engine can have in effect without saying so; a half precision needs a cast, which the file would show.
@@ -15,7 +15,7 @@ _LOOKED_FOR = ("float32", "tf32-convolutions", "tf32", "tf32-cut", "float16", "b
 _AT_LEAST = ("float32", "tf32")
 
 
-def precision_row(run: Run, file: str) -> Row | None:
+def precision_row(run: RuntimeRun, file: str) -> Row | None:
     """Compare the error on the first batch with what each precision would have made of it.
 
     Args:

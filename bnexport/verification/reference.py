@@ -1,11 +1,16 @@
-"""The original network in float64: what everything is compared with."""
+"""The original network in float64, with which every runtime is compared.
+
+Casts to float32 inside a user's forward are widened: ``x.float() / 255`` must not take the reference out of float64.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from torch.overrides import TorchFunctionMode
 
 from bnexport.bundle import WEIGHTS, Bundle
 from bnexport.errors import BnexportError, ModelError
@@ -14,6 +19,24 @@ from bnexport.tensors import Array, Signature
 
 if TYPE_CHECKING:
     from torch import nn
+
+
+class wide_casts(TorchFunctionMode):  # noqa: N801 -- used as a context manager, like torch.inference_mode
+    """Inside the block every call that names float32 gets float64. Narrower types stay: to round was the author's wish."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Call ``func`` with the wider type."""
+        if func is torch.Tensor.float:
+            func = torch.Tensor.double
+        named = {name: _wide(value) for name, value in (kwargs or {}).items()}
+        return func(*map(_wide, args), **named)
+
+
+def _wide(value: Any) -> Any:
+    return torch.float64 if value is torch.float32 else value
+
 
 _CHUNK = 512
 
@@ -52,7 +75,6 @@ class Reference:
         import torch
 
         from bnexport.runtimes.torch_outputs import flatten
-        from bnexport.verification.widening import wide_casts
 
         arrays = [np.array(feeds[spec.name][start:stop]) for spec in self._signature.inputs]
         tensors = [torch.from_numpy(array.astype(np.float64) if array.dtype.kind == "f" else array) for array in arrays]
@@ -97,7 +119,7 @@ def not_rebuilt(bundle: Bundle) -> str | None:
     """Why the original network can't be rebuilt here, as the end of a sentence; None when it can."""
     if not installed("torch"):
         return "which needs torch, which is not installed here"
-    from bnexport.nn.known import unknown_reason
+    from bnexport.loading.sources import unknown_reason
 
     return unknown_reason(bundle.manifest.network)
 

@@ -11,21 +11,18 @@ from bnexport.errors import BnexportError, BundleError
 from bnexport.runtimes.base import Runner
 from bnexport.runtimes.settings import RunSettings
 from bnexport.tensors import Array
-from bnexport.verification.cases import Case, Outputs, Plan, heads
-from bnexport.verification.findings import FlippedSample
-from bnexport.verification.flipped import flipped_samples
+from bnexport.verification.changed_labels import SIGNIFICANT, accuracy_change, flipped_samples
 from bnexport.verification.forecast import Forecast
-from bnexport.verification.inputs import BATCH_SIZES, Batch
+from bnexport.verification.inputs import BATCH_SIZES, Batch, Case, Outputs, RunPlan, heads
 from bnexport.verification.metrics import has_labels, per_sample
-from bnexport.verification.significance import SIGNIFICANT, accuracy_change
 from bnexport.verification.stages import compare, failed
-from bnexport.verification.verdict import Row
+from bnexport.verification.verdict import FlippedSample, Row
 
 _CHUNK = 1024
 
 
 @dataclass
-class Run:
+class RuntimeRun:
     """One runtime in one setting.
 
     Attributes:
@@ -42,7 +39,7 @@ class Run:
 
     runner: Runner
     settings: RunSettings
-    plan: Plan
+    plan: RunPlan
     forecast: Forecast
     stored: str = "float32"
     rows: list[Row] = field(default_factory=list)

@@ -19,12 +19,11 @@ from bnexport.errors import BundleError
 from bnexport.files import output_errors
 from bnexport.runtimes.catalogue import RunnerSpec
 from bnexport.runtimes.onnx_file import multiplications, read_model
-from bnexport.verification.fault_copy import Copy, NotTried, Subject, effect_of
+from bnexport.verification.fault_copy import Copy, FaultTarget, NotTried, effect_of
 from bnexport.verification.faults import Fault, faults_of
-from bnexport.verification.findings import FaultResult
 from bnexport.verification.forecast import FACTOR
 from bnexport.verification.scope import Scope
-from bnexport.verification.verdict import VerificationReport
+from bnexport.verification.verdict import FaultResult, VerificationReport
 from bnexport.verification.verify import verify
 
 if TYPE_CHECKING:
@@ -93,7 +92,7 @@ def self_test(
     if not control.passed:
         reason = f"the bundle fails without it: {control.summary()}"
         return tuple(_not_tried(fault, reason) for fault in faults)
-    subject = Subject(opened, module, _harmless(control), control.accuracy)
+    subject = FaultTarget(opened, module, _harmless(control), control.accuracy)
     few, results = _few(opened), []
     for number, fault in enumerate(faults, 1):
         interrupts.check()
@@ -124,7 +123,7 @@ class _Tester:
             scope=Scope(("float32",), max_samples=most, drift=False),
         )
 
-    def result(self, subject: Subject, fault: Fault, few: int) -> FaultResult:
+    def result(self, subject: FaultTarget, fault: Fault, few: int) -> FaultResult:
         """Copy, spoil, verify, and remove the copy."""
         with tempfile.TemporaryDirectory(prefix="bnexport-self-test-") as folder:
             copy = Copy(subject, Path(folder) / "copy")
@@ -146,7 +145,7 @@ class _Tester:
 
 
 def _judged(
-    subject: Subject, fault: Fault, where: str, effect: float | None, report: VerificationReport
+    subject: FaultTarget, fault: Fault, where: str, effect: float | None, report: VerificationReport
 ) -> FaultResult:
     """Caught by the stage that is there for it, or harmless, or caught by another, or missed."""
     caught = tuple(dict.fromkeys((*(row.stage for row in report.failures), *report.missing_stages)))

@@ -15,15 +15,14 @@ from bnexport.runtimes.base import plain_reason
 from bnexport.runtimes.catalogue import RUNNERS, RunnerSpec, runner_spec
 from bnexport.runtimes.settings import RunSettings
 from bnexport.tensors import Array
-from bnexport.verification.cases import Plan
-from bnexport.verification.findings import Findings, FlippedSample, LayerDrift
-from bnexport.verification.layers import look_at_layers
+from bnexport.verification.drift import look_at_layers
+from bnexport.verification.inputs import RunPlan
 from bnexport.verification.precision import precision_row
-from bnexport.verification.runs import Run
+from bnexport.verification.runs import RuntimeRun
 from bnexport.verification.samples import Samples, load_samples
 from bnexport.verification.scope import Scope
 from bnexport.verification.stages import failed, integrity_rows
-from bnexport.verification.verdict import VerificationReport, run_name
+from bnexport.verification.verdict import Findings, FlippedSample, LayerDrift, VerificationReport, run_name
 from bnexport.verification.work import Work
 
 if TYPE_CHECKING:
@@ -115,7 +114,7 @@ class _Runs:
     """Every runtime in every setting."""
 
     work: Work
-    plan: Plan
+    plan: RunPlan
     scope: Scope
     named: bool
     runtimes: dict[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -158,7 +157,7 @@ class _Runs:
             work.rows.append(failed("strict", spec.name, "open", error.message))
             return False
         with runner:
-            run = Run(runner, settings, self.plan, work.forecast, self._stored(spec))
+            run = RuntimeRun(runner, settings, self.plan, work.forecast, self._stored(spec))
             self.runtimes[key] = runner.description
             run.go()
         if layers := look_at_layers(spec, run, work, wanted=self.scope.drift):

@@ -12,18 +12,24 @@ from bnexport.errors import BnexportError, MissingDependency, Unavailable, Usage
 from bnexport.optional import require
 from bnexport.runtimes.onnx_file import multiplications, read_model
 from bnexport.tensors import check_feeds
-from bnexport.verification.cases import Case, Plan
-from bnexport.verification.findings import Prediction
 from bnexport.verification.forecast import Forecast
-from bnexport.verification.format_proof import format_rows
-from bnexport.verification.inputs import REAL, Batch, Suite, build_suite, other_sized_batches, smallest_batch
+from bnexport.verification.format_proof import TENSORS, format_rows
+from bnexport.verification.inputs import (
+    REAL,
+    Batch,
+    Case,
+    RunPlan,
+    Suite,
+    build_suite,
+    other_sized_batches,
+    smallest_batch,
+)
 from bnexport.verification.metrics import common_scales, count_flips, has_labels
 from bnexport.verification.reference import Reference, find_reference, not_rebuilt, takes_empty_batch
 from bnexport.verification.samples import Samples
 from bnexport.verification.stages import compare, failed, proof_rows
 from bnexport.verification.tolerances import TOLERANCES
-from bnexport.verification.verdict import Row
-from bnexport.verification.weights import TENSORS
+from bnexport.verification.verdict import Prediction, Row
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -86,7 +92,7 @@ class Work:
         """Why a file must not be opened."""
         return self.problems.get(name, f"{name} is not in the bundle")
 
-    def prepare(self, data_dir: str | Path | None, samples: Samples | None) -> Plan:
+    def prepare(self, data_dir: str | Path | None, samples: Samples | None) -> RunPlan:
         """Reference, inputs, and the rows that need no runtime."""
         golden, model = self._golden(), self._model()
         reference = self._find_reference()
@@ -96,7 +102,7 @@ class Work:
         limit = self._at_most(max(_MIN_PROOF_SAMPLES, int(_PROOF_WORK // cost)))
         self.forecast = Forecast(model, limit=limit, stored=self.precision, recorded=self._recorded())
         if golden is None:
-            return Plan(None, (), None, empty=False)
+            return RunPlan(None, (), None, empty=False)
         cases: tuple[Case, ...] = (golden,)
         sizes, empty, labels = golden.batch, False, None
         self.inputs = "golden vectors alone: they are all that is known here of the original network"
@@ -121,7 +127,7 @@ class Work:
         self._file_rows(cases, model)
         self._warn_of_synthetic(cases)
         varies = all(isinstance(spec.shape[0], str) for spec in self.bundle.manifest.signature.inputs)
-        return Plan(golden, cases, sizes if varies else None, empty=empty and varies, labels=labels)
+        return RunPlan(golden, cases, sizes if varies else None, empty=empty and varies, labels=labels)
 
     def _refuse_samples(self) -> None:
         """There is nothing to compare them with.
@@ -136,7 +142,7 @@ class Work:
             remedy="Give the original network with --source FILE.py:FACTORY",
         )
 
-    def predictions(self, plan: Plan) -> tuple[Prediction, ...]:
+    def predictions(self, plan: RunPlan) -> tuple[Prediction, ...]:
         """What each precision does to the first batch; those that nobody asked for only where that is cheap."""
         if not plan.cases:
             return ()

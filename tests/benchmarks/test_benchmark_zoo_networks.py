@@ -19,7 +19,7 @@ from benchmarks.zoo.run import networks
 from bnexport.errors import ModelError
 from bnexport.folding.fold import fold
 from bnexport.folding.report import FoldReport, FoldRow
-from bnexport.folding.trace import trace
+from bnexport.folding.torch_backend.trace import trace
 
 
 class Scaled(nn.Module):

@@ -15,7 +15,7 @@ from cases import randomise
 import bnexport
 from bnexport.bundle import MODEL_ONNX, MODEL_TORCHSCRIPT
 from bnexport.cli.main import run
-from bnexport.nn.loading import load_source
+from bnexport.loading.sources import load_source
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -238,7 +238,7 @@ def test_timm(export: Run, capfd: pytest.CaptureFixture[str], monkeypatch: pytes
         "timm:repvgg_a0", "--weights", weights("timm:repvgg_a0"), "--input", "3x32x32", "--format", "onnx"
     )
     assert code == 0, out + err
-    monkeypatch.setattr("bnexport.nn.zoo.installed", lambda _name: False)
+    monkeypatch.setattr("bnexport.loading.zoo.installed", lambda _name: False)
     assert run(["verify", "m/x/1"]) == 0  # without timm: by the golden vectors, with that said
     shown = " ".join(capfd.readouterr().out.split())
     assert "the bundle's golden vectors, not the original network, timm:repvgg_a0" in shown
@@ -344,7 +344,7 @@ def test_a_path_that_depends_on_the_size_is_refused(export: Run) -> None:
 
 def test_a_path_that_depends_on_the_size_fails_the_verdict(export: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Were it not refused: torch.export takes the branch of the example; at an odd height the original takes the other."""
-    monkeypatch.setattr("bnexport.folding.trace.refuse_forks", lambda *_: None)
+    monkeypatch.setattr("bnexport.folding.torch_backend.trace.refuse_forks", lambda *_: None)
     code, out, _ = export("nets.py:Branches", "--input", "3x8x8", "--dynamic-size")
     assert code == 1
     assert "noise 15x21" in out

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 import bnexport
 from bnexport.bundle import MODEL_ONNX, seal
 from bnexport.cli.main import COMMANDS, run
-from bnexport.nn.checkpoint import Checkpoint, save_checkpoint
+from bnexport.loading.checkpoint import Checkpoint, save_checkpoint
 
 Run = Callable[..., tuple[int, str]]
 
@@ -296,7 +296,7 @@ def test_unknown_fault_is_one_sentence(bad: Run, monkeypatch: pytest.MonkeyPatch
     def broken(*_arguments: object, **_options: object) -> None:
         raise RuntimeError("something\nnobody thought of")
 
-    monkeypatch.setattr("bnexport.nn.inspection.inspect_path", broken)
+    monkeypatch.setattr("bnexport.loading.inspection.inspect_path", broken)
     code, said = bad("inspect", "x")
     assert code == 70
     assert "something nobody thought of" in said

@@ -13,8 +13,8 @@ from onnx import ModelProto, TensorProto, helper
 from support.onnx_builder import Builder
 
 from bnexport.bundle import GOLDEN, MODEL_ONNX, REPORT, Bundle
+from bnexport.cli.fold_and_export import is_onnx
 from bnexport.cli.main import run
-from bnexport.cli.onnx_source import is_onnx
 
 
 def network(*, batch: int | str = "batch", size: int | str = 9, opset: int = 18, half: bool = False) -> ModelProto:

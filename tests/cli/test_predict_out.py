@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from bnexport.cli.bulk_display import BulkDisplay
 from bnexport.cli.main import run
+from bnexport.cli.predict import BulkDisplay
 from bnexport.data.datasets import load_dataset
 
 REFERENCE = Path(__file__).parents[2] / "models" / "bn_lenet" / "1"

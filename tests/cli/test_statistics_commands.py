@@ -19,7 +19,7 @@ from bnexport.cli.main import run
 from bnexport.data import digits
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import NetworkError
-from bnexport.nn.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from bnexport.loading.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from bnexport.nn.lenet import bn_lenet
 
 REFERENCE = Path(__file__).parents[2] / "models" / "bn_lenet" / "1"

@@ -11,7 +11,7 @@ from bnexport.cli.main import run
 from bnexport.cli.train import command
 from bnexport.data import digits
 from bnexport.data.datasets import Dataset
-from bnexport.nn.loading import load_source
+from bnexport.loading.sources import load_source
 
 NETWORK = """
 from torch import nn

@@ -11,7 +11,7 @@ from support.bundles import copy_bundle, reseal, write_bundle
 
 from bnexport.bundle import Bundle
 from bnexport.cli.main import run
-from bnexport.cli.progress_bar import counting
+from bnexport.cli.output import counting
 from bnexport.runtimes.catalogue import RUNNERS
 from bnexport.verification import faults, stages
 from bnexport.verification import work as verifying
@@ -219,8 +219,7 @@ def test_the_page_tells_the_command_that_was_given(bundle: Bundle, tmp_path: Pat
 
 def test_changed_labels_are_called_by_their_names(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
     from bnexport.reporting.tables import make_console, print_verification
-    from bnexport.verification.findings import Findings, FlippedSample
-    from bnexport.verification.verdict import VerificationReport
+    from bnexport.verification.verdict import Findings, FlippedSample, VerificationReport
 
     flip = FlippedSample(7, 1, 0, 2, 0.001, 0.002, explained=True)
     report = VerificationReport((), findings=Findings(flipped={"x": (flip,)}))

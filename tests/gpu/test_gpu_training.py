@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.gpu.training import gpu_speeds
-from bnexport.nn.checkpoint import load_checkpoint
+from bnexport.loading.checkpoint import load_checkpoint
 from bnexport.nn.lenet import bn_lenet
 from bnexport.reproducibility import strict_float32
 from bnexport.training.config import TrainingConfig

@@ -15,8 +15,8 @@ from torch import nn
 
 from bnexport.data.images import load_images
 from bnexport.errors import BnexportError
-from bnexport.nn.checkpoint import load_checkpoint, read_safetensors
-from bnexport.nn.weights import load_weights
+from bnexport.loading.checkpoint import load_checkpoint, read_safetensors
+from bnexport.loading.weights import load_weights
 from bnexport.onnx_folding.reading import read_source
 from bnexport.runtimes import torchscript
 from bnexport.runtimes.onnx_file import read_model

@@ -22,7 +22,7 @@ from bnexport.bundle import MODEL_TORCHSCRIPT, WEIGHTS, Bundle
 from bnexport.data.images import load_images
 from bnexport.errors import BadInput, BundleError, DataError
 from bnexport.files import Refusal
-from bnexport.nn.checkpoint import read_safetensors
+from bnexport.loading.checkpoint import read_safetensors
 from bnexport.runtimes.onnx_file import read_screened
 from bnexport.validation import validate_archive
 from bnexport.validation.archives import validate_weights

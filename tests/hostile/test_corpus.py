@@ -22,8 +22,8 @@ from bnexport.bundle import MODEL_ONNX, MODEL_TORCHSCRIPT, Bundle
 from bnexport.cli.main import run
 from bnexport.data.images import load_images
 from bnexport.errors import BadInput
-from bnexport.nn.checkpoint import read_safetensors
-from bnexport.nn.weights import load_weights
+from bnexport.loading.checkpoint import read_safetensors
+from bnexport.loading.weights import load_weights
 from bnexport.onnx_folding.reading import read_source
 from bnexport.runtimes import onnxruntime, torchscript
 from bnexport.runtimes.onnx_file import read_model

@@ -6,8 +6,16 @@ import dataclasses
 
 import numpy as np
 
-from bnexport.verification.findings import FaultResult, Findings, FlippedSample, LayerDrift, Prediction
-from bnexport.verification.verdict import Flips, Row, VerificationReport
+from bnexport.verification.verdict import (
+    FaultResult,
+    Findings,
+    FlippedSample,
+    Flips,
+    LayerDrift,
+    Prediction,
+    Row,
+    VerificationReport,
+)
 
 HOSTILE = "</td><script>alert('x')</script><img src=//example.org/x.png onerror=alert(1)>\x1b[31m"
 #: Every combination that a sweep of one GPU provider makes.

@@ -18,7 +18,7 @@ from bnexport.bundle import GOLDEN, MANIFEST, MODEL_EXPORTED, MODEL_ONNX, MODEL_
 from bnexport.errors import ExportError, ModelError, OutputError, RefusedModel, UsageError
 from bnexport.exporting.onnx_graph import OnnxTarget
 from bnexport.exporting.request import ExportRequest
-from bnexport.nn.loading import load_source
+from bnexport.loading.sources import load_source
 from bnexport.verification.verdict import Row, VerificationReport
 
 

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from bnexport.auditing.report import AuditReport, AuditRow
 from bnexport.environment import environment
-from bnexport.reporting.audits import explanation, print_audit
+from bnexport.reporting.results import explanation, print_audit
 from bnexport.reporting.tables import make_console
 
 WRONG = AuditRow("torch.fx.fuse", "wrong", False, 0, 0.25, "output 1", 3, "layer1.0.bn1\x1b[31m", "", (2, 2, 3, 5))

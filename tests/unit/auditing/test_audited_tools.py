@@ -13,12 +13,9 @@ from audit_networks import IMAGE, pair, trained
 from onnx import helper
 from torch import Tensor, nn
 
-from bnexport.auditing import inductor
-from bnexport.auditing.audit import audit
-from bnexport.auditing.blame import Hidden, hide, is_batch_norm
-from bnexport.auditing.inductor import need_compiler, sites_left
-from bnexport.auditing.onnx_tools import batch_norms
-from bnexport.auditing.torch_tools import counted_calls
+from bnexport.auditing import tools
+from bnexport.auditing.audit import Hidden, audit, hide, is_batch_norm
+from bnexport.auditing.tools import batch_norms, counted_calls, need_compiler, sites_left
 from bnexport.errors import RuntimeUnavailable
 from bnexport.nn.batch_norm import BatchNorm
 
@@ -26,11 +23,11 @@ from bnexport.nn.batch_norm import BatchNorm
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="needs a C++ compiler")
 def test_inductor_is_judged_counted_and_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    before, settings = dict(os.environ), {name: getattr(config, name) for name in inductor.SETTINGS}
+    before, settings = dict(os.environ), {name: getattr(config, name) for name in tools.SETTINGS}
     (_, row) = audit(trained(pair()), IMAGE, tools=("torch.compile-freezing",)).rows
     assert (row.verdict, row.reason, row.batch_norms, row.batches) == ("right", "", 1, (2, 2, 3, 5))
     assert dict(os.environ) == before
-    assert {name: getattr(config, name) for name in inductor.SETTINGS} == settings
+    assert {name: getattr(config, name) for name in tools.SETTINGS} == settings
     assert config.post_grad_custom_post_pass is None
     assert list(tmp_path.iterdir()) == []
 
@@ -61,9 +58,9 @@ def test_nodes_without_an_origin_are_not_counted_as_one() -> None:
     x = graph.placeholder("x")
     for _ in range(2):
         graph.call_function(torch.ops.aten.mul.Tensor, (x, 2)).meta["original_aten"] = "aten.batch_norm.default"
-    assert inductor._total([sites_left(graph)]) is None
-    assert inductor._total([]) is None
-    assert inductor._total([set(), {"a", "b"}, {"a"}]) == 3
+    assert tools._total([sites_left(graph)]) is None
+    assert tools._total([]) is None
+    assert tools._total([set(), {"a", "b"}, {"a"}]) == 3
 
 
 def test_batch_normalization_is_counted_in_branches_and_functions() -> None:

@@ -11,11 +11,9 @@ from audit_networks import IMAGE, Tokens, Twice, deep, pair, trained
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
-from bnexport.auditing.audit import audit
-from bnexport.auditing.blame import Hidden
-from bnexport.auditing.catalogue import TOOLS
+from bnexport.auditing.audit import Hidden, audit
+from bnexport.auditing.catalogue import TOOLS, Job
 from bnexport.auditing.report import VERDICTS, AuditReport, AuditRow
-from bnexport.auditing.tool import Job
 from bnexport.errors import ModelError, RefusedModel, RuntimeUnavailable, UsageError
 from bnexport.exporting.request import InputSpec
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from bnexport.data import digits
 from bnexport.data.preprocessing import Preprocessing
-from bnexport.nn.checkpoint import Checkpoint, save_checkpoint
+from bnexport.loading.checkpoint import Checkpoint, save_checkpoint
 from bnexport.nn.lenet import bn_lenet
 
 TRAIN, TEST = digits.draw(300, seed=1), digits.draw(80, seed=2)

@@ -12,9 +12,9 @@ from bnexport.errors import FeedError, ModelError, OutputError, UsageError
 from bnexport.evaluating.confusion import wilson_interval
 from bnexport.evaluating.recalibration import recalibrate_checkpoint
 from bnexport.evaluating.request import DEFINITIONS, RecalibrationRequest
-from bnexport.nn.checkpoint import load_checkpoint
+from bnexport.loading.checkpoint import load_checkpoint
+from bnexport.loading.sources import checkpoint_of, load_source
 from bnexport.nn.lenet import bn_lenet
-from bnexport.nn.loading import checkpoint_of, load_source
 
 
 def accuracy(state: dict[str, torch.Tensor]) -> float:

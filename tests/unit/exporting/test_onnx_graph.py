@@ -20,7 +20,7 @@ from bnexport.errors import ExportError
 from bnexport.exporting.onnx_graph import OnnxTarget, check_model, export_onnx, stamp_metadata
 from bnexport.exporting.prepare import signature_of
 from bnexport.exporting.torchscript import export_torchscript
-from bnexport.folding.trace import trace
+from bnexport.folding.torch_backend.trace import trace
 from bnexport.tensors import Signature
 
 _SKIPPED = (

@@ -15,7 +15,8 @@ from torch.nn import functional
 
 import bnexport
 from bnexport.errors import ProofError
-from bnexport.folding import branches, layers, torch_write
+from bnexport.folding import branches, layers
+from bnexport.folding.torch_backend import write as torch_write
 
 
 def model_of(forward: Callable[..., Any], **layers: Callable[[], nn.Module]) -> nn.Module:
@@ -246,13 +247,13 @@ class Branches(nn.Module):
 
 def test_a_sum_of_many_branches_takes_no_exponential_time(monkeypatch: pytest.MonkeyPatch) -> None:
     visits = itertools.count()
-    visit = bnexport.folding.plan.Plan.visit
+    visit = bnexport.folding.plan.FoldPlan.visit
 
     def counting(self: Any, op: Any) -> None:
         next(visits)
         visit(self, op)
 
-    monkeypatch.setattr(bnexport.folding.plan.Plan, "visit", counting)
+    monkeypatch.setattr(bnexport.folding.plan.FoldPlan, "visit", counting)
     result = bnexport.fold(randomise(Branches(40)).eval(), images(size=4))
     assert result.report.folded == 0
     assert next(visits) < 20_000

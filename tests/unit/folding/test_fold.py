@@ -18,7 +18,8 @@ from torchvision.ops import FrozenBatchNorm2d
 
 import bnexport
 from bnexport.errors import ProofError, UntracedError, UsageError
-from bnexport.folding import layers, plan, torch_write
+from bnexport.folding import layers, plan
+from bnexport.folding.torch_backend import write as torch_write
 from bnexport.nn.batch_norm import BatchNorm
 
 ids = [case.name for case in CASES]
@@ -224,7 +225,7 @@ def test_a_wrong_fold_that_no_site_shows_is_no_result(monkeypatch: pytest.Monkey
 
 def test_a_reading_that_misses_a_consumer_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     """The proof compares every value that leaves the changed part, whatever the plan believes about its readers."""
-    monkeypatch.setattr(plan.Plan, "_only_reader", lambda *_: None)
+    monkeypatch.setattr(plan.FoldPlan, "_only_reader", lambda *_: None)
     model = next(case for case in CASES if case.name == "second-consumer").model()
     report = bnexport.fold(model, torch.randn(2, 3, 8, 8)).report
     assert [row.outcome for row in report.rows] == ["kept"]

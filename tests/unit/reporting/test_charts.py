@@ -7,11 +7,21 @@ import numpy as np
 import pytest
 from support.reports import HOSTILE, full_report, large_report, layers, samples
 
-from bnexport.reporting.charts import LEAST, MOST, Axis, axis_of, drift, histogram, margins
-from bnexport.reporting.page_charts import SHOWN_LAYERS, drifts, maps, strips
+from bnexport.reporting.charts import (
+    LEAST,
+    MOST,
+    SHOWN_LAYERS,
+    Axis,
+    axis_of,
+    drift,
+    drifts,
+    histogram,
+    maps,
+    margins,
+    strips,
+)
 from bnexport.reporting.runs import runs
-from bnexport.verification.findings import LayerDrift
-from bnexport.verification.verdict import VerificationReport
+from bnexport.verification.verdict import LayerDrift, VerificationReport
 
 ODD = [np.array([]), np.zeros(3), np.array([np.nan, np.inf, 1e-6]), np.full(4, 1e300), np.array([1e-320])]
 

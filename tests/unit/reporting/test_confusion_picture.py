@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from bnexport.errors import OutputError
-from bnexport.reporting.confusion import COUNTED, NAMED, confusion_picture
+from bnexport.reporting.figures import COUNTED, NAMED, confusion_picture
 
 
 def counts(n: int) -> np.ndarray:

@@ -7,7 +7,7 @@ import pytest
 
 from bnexport.evaluating.confusion import ClassScores
 from bnexport.evaluating.evaluate import Evaluation
-from bnexport.reporting.evaluations import LISTED_CLASSES, print_evaluation
+from bnexport.reporting.results import LISTED_CLASSES, print_evaluation
 
 ENVIRONMENT = {"cpu": "a processor", "cores": 2, "python": "3.11", "packages": {}}
 

@@ -8,8 +8,7 @@ import pytest
 from PIL import Image
 
 from bnexport.reporting.flips import Confusion, class_name, confusions, flips, picture, pictures
-from bnexport.verification.findings import Findings, FlippedSample
-from bnexport.verification.verdict import VerificationReport
+from bnexport.verification.verdict import Findings, FlippedSample, VerificationReport
 
 
 def opened(uri: str) -> Image.Image:

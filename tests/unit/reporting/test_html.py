@@ -12,12 +12,11 @@ from support.reports import changed, full_report, large_report, layers
 
 from bnexport.bundle import Bundle, Manifest
 from bnexport.folding.report import OUTCOMES, FoldReport
+from bnexport.reporting.charts import SHOWN_DRIFTS, SHOWN_MAPS
 from bnexport.reporting.html import OPEN_CALLS, SHOWN_FAILURES, SHOWN_LABELS, STAGES, render_report, verification_page
-from bnexport.reporting.page_charts import SHOWN_DRIFTS, SHOWN_MAPS
 from bnexport.reporting.runs import RUN_STAGES
-from bnexport.verification.findings import Findings
 from bnexport.verification.tolerances import TOLERANCES
-from bnexport.verification.verdict import REQUIRED_STAGES, VerificationReport
+from bnexport.verification.verdict import REQUIRED_STAGES, Findings, VerificationReport
 
 VOID = {"meta", "img", "br", "hr", "link", "input"}
 COMMANDS = ["bnexport verify 'models/<name>/1'", "bnexport inspect models/<name>/1 && echo 'done'"]

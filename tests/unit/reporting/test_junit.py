@@ -8,8 +8,7 @@ import pytest
 from support.reports import full_report, large_report
 
 from bnexport.reporting.junit import junit
-from bnexport.verification.findings import FaultResult, Findings
-from bnexport.verification.verdict import REQUIRED_STAGES, Row, VerificationReport
+from bnexport.verification.verdict import REQUIRED_STAGES, FaultResult, Findings, Row, VerificationReport
 
 GOOD = tuple(
     Row(stage, "onnxruntime-cpu", "images", passed=True, n=3, error=1e-8, bound=1e-6) for stage in REQUIRED_STAGES

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 from support.reports import faults, full_report
 
-from bnexport.reporting.self_test import ordered_faults, self_test_sentence
+from bnexport.reporting.tables import ordered_faults, self_test_sentence
 from bnexport.verification.verdict import VerificationReport
 
 

@@ -3,8 +3,7 @@ from __future__ import annotations
 import pytest
 
 from bnexport.reporting.summary import certified, flipped, groups, number, predicted_sentence, rate_bound, total_flips
-from bnexport.verification.findings import Prediction
-from bnexport.verification.verdict import Flips, Row, VerificationReport
+from bnexport.verification.verdict import Flips, Prediction, Row, VerificationReport
 
 
 def test_groups_gather_by_stage_and_subject(passing: VerificationReport) -> None:

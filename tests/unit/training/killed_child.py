@@ -18,7 +18,7 @@ import torch
 
 from bnexport.data import digits
 from bnexport.data.datasets import Dataset
-from bnexport.nn.checkpoint import load_checkpoint
+from bnexport.loading.checkpoint import load_checkpoint
 from bnexport.optional import require
 from bnexport.training import preparation
 from bnexport.training.config import TrainingConfig

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from bnexport.cli.training_display import TrainingDisplay
-from bnexport.nn.checkpoint import load_checkpoint, save_checkpoint
+from bnexport.loading.checkpoint import load_checkpoint, save_checkpoint
 from bnexport.training.config import TrainingConfig
 from bnexport.training.processes import asked_rank, end_process
 from bnexport.training.run import train

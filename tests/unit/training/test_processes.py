@@ -19,7 +19,7 @@ from test_reliability import wait_until
 
 from bnexport.cli.main import main
 from bnexport.errors import DataError, UsageError
-from bnexport.nn.checkpoint import load_checkpoint
+from bnexport.loading.checkpoint import load_checkpoint
 from bnexport.training.loop import epoch_order
 from bnexport.training.processes import World, open_world
 from bnexport.training.run import train

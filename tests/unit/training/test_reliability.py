@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from bnexport.nn.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from bnexport.loading.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from bnexport.training.preparation import MadeBy
 
 HERE = Path(__file__).parent

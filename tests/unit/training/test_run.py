@@ -13,7 +13,7 @@ from bnexport.data import digits
 from bnexport.data.datasets import Dataset
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import OutputError
-from bnexport.nn.checkpoint import load_checkpoint
+from bnexport.loading.checkpoint import load_checkpoint
 from bnexport.nn.lenet import NORMS, bn_lenet
 from bnexport.training.config import TrainingConfig
 from bnexport.training.progress import Progress

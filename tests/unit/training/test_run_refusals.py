@@ -7,7 +7,7 @@ import torch
 from test_run import CONFIG, StopAt, Stopped, _small, accuracy_of, same, small_dataset, whole  # noqa: F401 -- fixtures too
 
 from bnexport.errors import ModelError, OutputError, RuntimeUnavailable, UsageError
-from bnexport.nn.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from bnexport.loading.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from bnexport.training.config import TrainingConfig
 from bnexport.training.directory import RunDirectory
 from bnexport.training.processes import choose_device

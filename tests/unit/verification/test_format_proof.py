@@ -26,9 +26,9 @@ from bnexport.runtimes.float64 import Float64Evaluator
 from bnexport.runtimes.onnx_file import read_model
 from bnexport.runtimes.torch_float64 import TorchFloat64Evaluator
 from bnexport.tensors import Array, Signature
-from bnexport.verification import cases as verification_cases
 from bnexport.verification.format_proof import format_rows
 from bnexport.verification.inputs import Batch
+from bnexport.verification.inputs import Case as ComparedCase
 from bnexport.verification.reference import Reference
 from bnexport.verification.verdict import Row
 
@@ -83,7 +83,7 @@ def test_every_case_is_proved(case: Case, tmp_path: Path) -> None:
         assert error_of(found, wanted) < 1e-6, name
 
 
-def rows_of(bundle: Bundle, name: str, cases: list[verification_cases.Case], **options: object) -> list[Row]:
+def rows_of(bundle: Bundle, name: str, cases: list[ComparedCase], **options: object) -> list[Row]:
     model = read_model(bundle.file(MODEL_ONNX)) if MODEL_ONNX in bundle.manifest.files else None
     return format_rows(bundle, name, cases, model=model, **options)
 
@@ -94,13 +94,13 @@ def right(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 
 @pytest.fixture(scope="module")
-def images(right: Bundle) -> verification_cases.Case:
+def images(right: Bundle) -> ComparedCase:
     answer = Reference(network(), right.manifest.signature, description="").evaluate({"input": X})
-    return verification_cases.Case(Batch("images", {"input": X}), answer)
+    return ComparedCase(Batch("images", {"input": X}), answer)
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_a_right_file_passes(right: Bundle, images: verification_cases.Case, name: str) -> None:
+def test_a_right_file_passes(right: Bundle, images: ComparedCase, name: str) -> None:
     weights, proof = rows_of(right, name, [images], limit=7)
     assert (weights.stage, weights.subject, weights.case, weights.passed) == ("weights", name, "bits", True)
     assert (proof.stage, proof.subject, proof.case, proof.passed, proof.n) == ("file-proof", name, "images", True, 7)
@@ -152,7 +152,7 @@ FAULTS: dict[str, tuple[Callable[[], dict[str, Tensor]], bool, bool]] = {
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_in_one_file_is_caught_by_its_own_rows(
-    right: Bundle, images: verification_cases.Case, tmp_path: Path, fault: str, name: str
+    right: Bundle, images: ComparedCase, tmp_path: Path, fault: str, name: str
 ) -> None:
     make, bits, proved = FAULTS[fault]
     folder = copy_bundle(right, tmp_path / "1")
@@ -168,7 +168,7 @@ def test_a_fault_in_one_file_is_caught_by_its_own_rows(
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_file_that_can_t_be_read_is_a_failed_row(
-    right: Bundle, images: verification_cases.Case, tmp_path: Path, name: str
+    right: Bundle, images: ComparedCase, tmp_path: Path, name: str
 ) -> None:
     folder = copy_bundle(right, tmp_path / "1")
     (folder / name).write_bytes(b"no model")
@@ -180,9 +180,7 @@ def test_a_file_that_can_t_be_read_is_a_failed_row(
     assert all("\n" not in row.reason for row in rows)
 
 
-def test_without_torch_it_says_so(
-    right: Bundle, images: verification_cases.Case, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_torch_it_says_so(right: Bundle, images: ComparedCase, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str, *, purpose: str) -> None:
         raise MissingDependency(f"{purpose} needs {name}", remedy="Install it")
 
@@ -227,9 +225,7 @@ def test_what_leaves_float64_all_the_same_proves_nothing(tmp_path: Path, monkeyp
         evaluator.evaluate({"x0": np.zeros((3, 4), np.float32)})
 
 
-def test_a_script_that_is_not_frozen_is_proved_as_well(
-    right: Bundle, images: verification_cases.Case, tmp_path: Path
-) -> None:
+def test_a_script_that_is_not_frozen_is_proved_as_well(right: Bundle, images: ComparedCase, tmp_path: Path) -> None:
     folder = copy_bundle(right, tmp_path / "1")
     plain = bnexport.bn_lenet("none").eval()
     plain.load_state_dict(fold_by_hand(network()))
@@ -254,7 +250,7 @@ def test_a_script_that_changes_itself_is_no_function(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_chunks_are_put_together_in_order(right: Bundle, images: verification_cases.Case, name: str) -> None:
+def test_chunks_are_put_together_in_order(right: Bundle, images: ComparedCase, name: str) -> None:
     signature = right.manifest.signature
     found = [TorchFloat64Evaluator(right.file(name), signature, chunk=n).evaluate({"input": X}) for n in (2, 4, 64)]
     assert error_of(found[0], found[2]) < 1e-14
@@ -277,7 +273,7 @@ def test_half_precision_is_judged_by_what_its_weights_rounding_does(tmp_path: Pa
     manifest = Manifest("half", 1, signature, {"source": "test"})
     feeds = feeds_of(signature, case.inputs(batch=5))
     answer = Reference(model, signature, description="").evaluate(feeds)
-    given = verification_cases.Case(Batch("noise", feeds), answer)
+    given = ComparedCase(Batch("noise", feeds), answer)
     if precision == "float16":  # opset 18 has no convolution in bfloat16
         export_onnx(shipped, inputs, tmp_path / MODEL_ONNX, signature=signature)
         exact = Float64Evaluator(tmp_path / MODEL_ONNX).evaluate(feeds)

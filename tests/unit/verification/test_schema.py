@@ -15,9 +15,8 @@ from support.bundles import copy_bundle, fold_by_hand, network, reseal, write_on
 from support.reports import full_report, large_report
 
 from bnexport.bundle import MODEL_ONNX, Bundle
-from bnexport.verification.findings import FaultResult
 from bnexport.verification.scope import Scope
-from bnexport.verification.verdict import FORMAT, FORMAT_VERSION, VerificationReport
+from bnexport.verification.verdict import FORMAT, FORMAT_VERSION, FaultResult, VerificationReport
 from bnexport.verification.verify import verify
 
 SCHEMA: dict[str, Any] = json.loads(

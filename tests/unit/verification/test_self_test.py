@@ -21,10 +21,10 @@ from bnexport.pipeline import fold_and_export
 from bnexport.verification import self_test as testing
 from bnexport.verification import stages, tolerances, work
 from bnexport.verification.faults import FAULTS, Fault, faults_of
-from bnexport.verification.findings import FaultResult
 from bnexport.verification.scope import Scope
 from bnexport.verification.self_test import self_test
 from bnexport.verification.tolerances import Tolerance
+from bnexport.verification.verdict import FaultResult
 from bnexport.verification.verify import verify
 
 REFERENCE = Path(__file__).parents[3] / "models" / "bn_lenet" / "1"

@@ -1,0 +1,575 @@
+"""The propagation rules: how an affine crosses each kind of operation, against the data flow (pull) and with it (push).
+
+The table at the end has one row per kind. A linear layer takes the affine in, so each path of rules ends there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from bnexport.folding.affine import Affine, ChannelAffine
+from bnexport.folding.graph import (
+    Add,
+    Average,
+    Clamp,
+    Concat,
+    Homogeneous,
+    Identity,
+    Layer,
+    MaxPool,
+    Mean,
+    Multiply,
+    Norm,
+    Op,
+    Opaque,
+    Permute,
+    PixelShuffle,
+    Reorder,
+    Reshape,
+    Slice,
+)
+from bnexport.folding.layers import ABSORBERS, channels_of
+from bnexport.folding.plan import FoldPlan, PropagationRules, Refused
+
+
+def size_along(op: Op, axis: int) -> int:
+    """The size of a value along an axis; Refused when it varies."""
+    size = op.shape[axis]
+    if not isinstance(size, int):
+        raise Refused(f"the size of {op.name} along axis {axis} varies")
+    return size
+
+
+def refuse_varying(op: Op, affine: Affine, axes: Iterable[int]) -> None:
+    """Refuse an affine that differs between positions which an operation mixes."""
+    for axis in axes:
+        if affine.varies_along(axis % affine.rank):
+            raise Refused(f"{op.name} mixes positions of axis {axis % affine.rank}, along which its scale varies")
+
+
+def refuse_negative(op: Op, affine: Affine) -> None:
+    """Refuse a negative scale before or after an operation that keeps the order of values."""
+    if bool((affine.scale < 0).any()):
+        negative = int((affine.scale < 0).sum())
+        raise Refused(
+            f"{negative} of its scales are negative, and {op.name} keeps the order of values",
+            "gammas that are not negative",
+        )
+
+
+def pull_identity(plan: FoldPlan, op: Op, kind: Identity, affine: Affine) -> None:
+    """The value that is handed on."""
+    plan.pull(op.inputs[kind.index], affine, op)
+
+
+def push_identity(plan: FoldPlan, op: Op, kind: Identity, index: int, affine: Affine) -> None:
+    """The readers of what is handed on; an operand that is not handed on does not matter."""
+    if index == kind.index:
+        plan.push(op, affine)
+
+
+def pull_reshape(plan: FoldPlan, op: Op, _kind: Reshape, affine: Affine) -> None:
+    """The same affine in the shape before."""
+    plan.pull(op.inputs[0], _reshaped(op, affine, backward=True), op)
+
+
+def push_reshape(plan: FoldPlan, op: Op, _kind: Reshape, _index: int, affine: Affine) -> None:
+    """The same affine in the shape after."""
+    plan.push(op, _reshaped(op, affine, backward=False))
+
+
+def _reshaped(op: Op, affine: Affine, *, backward: bool) -> Affine:
+    shapes = op.inputs[0].shape, op.shape
+    found = affine.reshaped(*(reversed(shapes) if backward else shapes))
+    if found is None:
+        raise Refused(f"{op.name} merges its channels with an axis whose size varies")
+    return found
+
+
+def pull_permute(plan: FoldPlan, op: Op, kind: Permute, affine: Affine) -> None:
+    """The same affine, its axes put back."""
+    inverse = [kind.axes.index(axis) for axis in range(len(kind.axes))]
+    plan.pull(op.inputs[0], affine.mapped(lambda tensor: tensor.permute(inverse)), op)
+
+
+def push_permute(plan: FoldPlan, op: Op, kind: Permute, _index: int, affine: Affine) -> None:
+    """The same affine, its axes permuted."""
+    plan.push(op, affine.mapped(lambda tensor: tensor.permute(kind.axes)))
+
+
+def pull_reorder(plan: FoldPlan, op: Op, kind: Reorder, affine: Affine) -> None:
+    """The same affine, its positions put back."""
+    if not affine.varies_along(kind.axis):
+        return plan.pull(op.inputs[0], affine, op)
+    if sorted(kind.index) != list(range(size_along(op.inputs[0], kind.axis))):
+        raise Refused(f"{op.name} takes some channels more than once or not at all")
+    inverse = torch.tensor(kind.index).argsort()
+    return plan.pull(op.inputs[0], affine.mapped(lambda tensor: tensor.index_select(kind.axis, inverse)), op)
+
+
+def push_reorder(plan: FoldPlan, op: Op, kind: Reorder, _index: int, affine: Affine) -> None:
+    """The same affine, its positions reordered."""
+    order = torch.tensor(kind.index)
+    varies = affine.varies_along(kind.axis)
+    plan.push(op, affine.mapped(lambda tensor: tensor.index_select(kind.axis, order) if varies else tensor))
+
+
+def _spread(op: Op, kind: PixelShuffle, affine: Affine) -> Affine:
+    """From the side with few channels to the one with many: each channel becomes factor squared neighbours."""
+    refuse_varying(op, affine, (-2, -1))
+    copies = kind.factor**2
+    return affine.mapped(lambda t: t.repeat_interleave(copies, -3) if t.shape[-3] > 1 else t)
+
+
+def _gathered(op: Op, kind: PixelShuffle, affine: Affine) -> Affine:
+    """From many channels to few: only where the neighbours that become one channel agree."""
+    refuse_varying(op, affine, (-2, -1))
+    if not affine.varies_along(affine.rank - 3):
+        return affine
+    copies = kind.factor**2
+    few = affine.mapped(lambda tensor: tensor[..., ::copies, :, :])
+    if not torch.equal(_spread(op, kind, few).scale.expand_as(affine.scale), affine.scale) or not torch.equal(
+        _spread(op, kind, few).shift.expand_as(affine.shift), affine.shift
+    ):
+        raise Refused(f"{op.name} turns channels with different scales into positions of one channel")
+    return few
+
+
+def pull_pixels(plan: FoldPlan, op: Op, kind: PixelShuffle, affine: Affine) -> None:
+    """PixelShuffle(r) before the affine: each scale belongs to r squared channels (repeat_interleave)."""
+    plan.pull(op.inputs[0], (_gathered if kind.inverse else _spread)(op, kind, affine), op)
+
+
+def push_pixels(plan: FoldPlan, op: Op, kind: PixelShuffle, _index: int, affine: Affine) -> None:
+    """PixelShuffle(r) after the affine: the r squared channels of one must agree."""
+    plan.push(op, (_spread if kind.inverse else _gathered)(op, kind, affine))
+
+
+def pull_concat(plan: FoldPlan, op: Op, kind: Concat, affine: Affine) -> None:
+    """Each part gets its own run of the affine."""
+    start, varies = 0, affine.varies_along(kind.axis)
+    for parent in op.inputs:
+        size = size_along(parent, kind.axis) if varies else 0
+        part = affine.mapped(lambda t, at=start, n=size: t.narrow(kind.axis, at, n)) if varies else affine  # type: ignore[misc]
+        plan.pull(parent, part, op)
+        start += size
+
+
+def push_concat(plan: FoldPlan, op: Op, kind: Concat, index: int, affine: Affine) -> None:
+    """The affine on its own run of the result, nothing on the others."""
+    sizes = [size_along(parent, kind.axis) for parent in op.inputs]
+    before, after = sum(sizes[:index]), sum(sizes[index + 1 :])
+    plan.push(op, _padded(affine, kind.axis, before, sizes[index], after))
+
+
+def pull_slice(plan: FoldPlan, op: Op, kind: Slice, affine: Affine) -> None:
+    """The affine on the positions that are taken, nothing on the others."""
+    size = size_along(op.inputs[0], kind.axis)
+    plan.pull(op.inputs[0], _padded(affine, kind.axis, kind.start, kind.stop - kind.start, size - kind.stop), op)
+
+
+def push_slice(plan: FoldPlan, op: Op, kind: Slice, _index: int, affine: Affine) -> None:
+    """The affine of the positions that are taken."""
+    if affine.varies_along(kind.axis):
+        affine = affine.mapped(lambda tensor: tensor.narrow(kind.axis, kind.start, kind.stop - kind.start))
+    plan.push(op, affine)
+
+
+def _padded(affine: Affine, axis: int, before: int, size: int, after: int) -> Affine:
+    """The affine on its run of an axis, and nothing on the positions around it."""
+
+    def pad(tensor: Tensor, value: float) -> Tensor:
+        shape = list(tensor.shape)
+        shape[axis] = size
+        parts = [tensor.new_full([*shape[:axis], n, *shape[axis + 1 :]], value) for n in (before, after)]
+        return torch.cat([parts[0], tensor.expand(shape), parts[1]], axis)
+
+    return Affine.of(pad(affine.scale, 1.0), pad(affine.shift, 0.0))
+
+
+def pull_add(plan: FoldPlan, op: Op, kind: Add, affine: Affine) -> None:
+    """``s (a + b) + t = (s a + t) + s b``: the scale into both, the shift once, into whichever takes it."""
+    refusals = []
+    for taker in (0, 1):
+
+        def both(taker: int = taker) -> None:
+            for index, parent in enumerate(op.inputs):
+                shift = affine.shift / kind.factors[index] if index == taker else torch.zeros_like(affine.shift)
+                plan.pull(parent, _restricted(op, parent, Affine.of(affine.scale, shift)), op)
+
+        if op.inputs[0] is op.inputs[1]:
+            raise Refused(f"{op.name} adds a value to itself")
+        if (refused := plan.attempt(both)) is None:
+            return
+        refusals.append(refused)
+    raise refusals[0]
+
+
+def push_add(plan: FoldPlan, op: Op, kind: Add, index: int, affine: Affine) -> None:
+    """A shift passes through a sum; a scale would have to be on the other operand too."""
+    if affine.has_scale:
+        raise Refused(
+            f"its scale can't go into {op.name}, whose other operand is not scaled with it",
+            "a batch norm after the sum",
+        )
+    plan.push(op, _widened(op, Affine.of(affine.scale, affine.shift * kind.factors[index])))
+
+
+def pull_multiply(plan: FoldPlan, op: Op, kind: Multiply, affine: Affine) -> None:
+    """``s (a b) = (s a) b``: the scale into whichever factor takes it."""
+    if affine.has_shift:
+        raise Refused(f"its shift can't cross {op.name}, a product of two values")
+    refusals = []
+    for parent in op.inputs[:1] if kind.inverse else op.inputs:
+        if (refused := plan.attempt(lambda p=parent: plan.pull(p, _restricted(op, p, affine), op))) is None:  # type: ignore[misc]
+            return
+        refusals.append(refused)
+    raise refusals[0]
+
+
+def push_multiply(plan: FoldPlan, op: Op, kind: Multiply, index: int, affine: Affine) -> None:
+    """``(s a) b = s (a b)``: a scale passes through a product."""
+    if affine.has_shift:
+        raise Refused(f"its shift can't cross {op.name}, a product of two values")
+    if kind.inverse and index == 1:
+        raise Refused(f"{op.name} divides by it")
+    plan.push(op, _widened(op, affine))
+
+
+def _restricted(op: Op, parent: Op, affine: Affine) -> Affine:
+    """The affine on an operand that is broadcast to ``op``'s shape."""
+    missing = op.rank - parent.rank
+    broadcast = [axis for axis in range(op.rank) if axis < missing or parent.shape[axis - missing] != op.shape[axis]]
+    refuse_varying(op, affine, broadcast)
+    return affine.mapped(lambda tensor: tensor.reshape(tensor.shape[missing:]))
+
+
+def _widened(op: Op, affine: Affine) -> Affine:
+    missing = op.rank - affine.rank
+    return affine.mapped(lambda tensor: tensor.reshape([*[1] * missing, *tensor.shape]))
+
+
+def pull_average(plan: FoldPlan, op: Op, kind: Average, affine: Affine) -> None:
+    """A mean with weights that add up to one commutes with an affine per channel."""
+    _check_average(op, kind, affine)
+    plan.pull(op.inputs[0], affine, op)
+
+
+def push_average(plan: FoldPlan, op: Op, kind: Average, _index: int, affine: Affine) -> None:
+    """As ``pull_average``."""
+    _check_average(op, kind, affine)
+    plan.push(op, affine)
+
+
+def _check_average(op: Op, kind: Average, affine: Affine) -> None:
+    refuse_varying(op, affine, kind.axes)
+    if not kind.exact and affine.has_shift:
+        raise Refused(
+            f"its shift can't cross {op.name}, which averages or pads with zeros",
+            "count_include_pad=False, no divisor_override, or another padding than zeros",
+        )
+
+
+def pull_mean(plan: FoldPlan, op: Op, kind: Mean, affine: Affine) -> None:
+    """The mean over whole axes commutes with an affine that is the same along them."""
+    if not kind.keepdim:
+        affine = affine.mapped(lambda tensor: _with_axes(tensor, kind.axes))
+    refuse_varying(op, affine, kind.axes)
+    plan.pull(op.inputs[0], affine, op)
+
+
+def _with_axes(tensor: Tensor, axes: tuple[int, ...]) -> Tensor:
+    for axis in sorted(axes):
+        tensor = tensor.unsqueeze(axis)
+    return tensor
+
+
+def push_mean(plan: FoldPlan, op: Op, kind: Mean, _index: int, affine: Affine) -> None:
+    """As ``pull_mean``."""
+    refuse_varying(op, affine, kind.axes)
+    if not kind.keepdim:
+        kept = [axis for axis in range(affine.rank) if axis not in kind.axes]
+        affine = affine.mapped(lambda tensor: tensor.reshape([tensor.shape[axis] for axis in kept]))
+    plan.push(op, affine)
+
+
+def pull_max_pool(plan: FoldPlan, op: Op, kind: MaxPool, affine: Affine) -> None:
+    """``max(s x + t) = s max(x) + t`` for s >= 0."""
+    refuse_varying(op, affine, kind.axes)
+    refuse_negative(op, affine)
+    plan.pull(op.inputs[0], affine, op)
+
+
+def push_max_pool(plan: FoldPlan, op: Op, kind: MaxPool, _index: int, affine: Affine) -> None:
+    """As ``pull_max_pool``."""
+    refuse_varying(op, affine, kind.axes)
+    refuse_negative(op, affine)
+    plan.push(op, affine)
+
+
+def pull_clamp(plan: FoldPlan, op: Op, kind: Clamp, affine: Affine) -> None:
+    """``s clamp(x, a, b) + t = clamp(s x + t, s a + t, s b + t)``, the bounds exchanged where s < 0."""
+    scale, shift = affine.scale, affine.shift
+    ends = [torch.where(scale == 0, shift, scale * bound + shift) for bound in (kind.low, kind.high)]
+    swap = scale < 0
+    bounds = _bounds(plan, op, torch.where(swap, ends[1], ends[0]), torch.where(swap, ends[0], ends[1]))
+    if passes(bounds) > passes(kind):
+        raise Refused(
+            f"its scale has both signs, so {op.name} would become two clamps, which cost more than the batch norm itself",
+            "gammas of one sign",
+        )
+    plan.edit(op, bounds)
+    plan.pull(op.inputs[0], affine, op)
+
+
+def push_clamp(plan: FoldPlan, op: Op, kind: Clamp, _index: int, affine: Affine) -> None:
+    """``clamp(s x + t, a, b) = s clamp(x, (a - t) / s, (b - t) / s) + t``, the bounds exchanged where s < 0.
+
+    So a ReLU behind a BatchNorm becomes one maximum with a constant per channel. Where s = 0 the value is a constant.
+    """
+    scale, shift = affine.scale, affine.shift
+    dead, infinity = scale == 0, torch.full_like(scale, torch.inf)
+    divisor = torch.where(dead, torch.ones_like(scale), scale)
+    ends = [(bound - shift) / divisor for bound in (kind.low, kind.high)]
+    low = torch.where(scale < 0, ends[1], ends[0])
+    high = torch.where(scale < 0, ends[0], ends[1])
+    bounds = _bounds(plan, op, torch.where(dead, -infinity, low), torch.where(dead, infinity, high))
+    plan.edit(op, bounds)
+    constant = torch.minimum(torch.maximum(shift, kind.low), kind.high)
+    plan.push(op, Affine.of(scale, torch.where(dead, constant, shift)))
+
+
+def _bounds(plan: FoldPlan, op: Op, low: Tensor, high: Tensor) -> Clamp:
+    for bound in (low, high):
+        if op.dtype is not None:
+            plan.storable(torch.where(torch.isinf(bound), 0.0, bound), op.dtype, "bound of the activation")
+    found = Affine.of(low, high)
+    clamp = Clamp(found.scale, found.shift)
+    if not plan.clamps and not is_plain(clamp):
+        raise Refused(
+            f"across {op.name} it would become a bound per channel, which ONNX Runtime computes no faster on a CPU than the"
+            " batch norm (docs/affine_form.md)",
+            "--clamps",
+        )
+    return clamp
+
+
+def is_plain(clamp: Clamp) -> bool:
+    """Whether a clamp has the same bounds everywhere, so that it is a ReLU or a Clip."""
+    return clamp.low.numel() == 1
+
+
+def passes(clamp: Clamp) -> int:
+    """How many elementwise operations a clamp is: a maximum, a minimum, or both."""
+    return int(bool((clamp.low > -torch.inf).any())) + int(bool((clamp.high < torch.inf).any()))
+
+
+def pull_homogeneous(plan: FoldPlan, op: Op, _kind: Homogeneous, affine: Affine) -> None:
+    """``s f(x) = f(s x)`` for s >= 0."""
+    _check_homogeneous(op, affine)
+    plan.pull(op.inputs[0], affine, op)
+
+
+def push_homogeneous(plan: FoldPlan, op: Op, _kind: Homogeneous, _index: int, affine: Affine) -> None:
+    """As ``pull_homogeneous``."""
+    _check_homogeneous(op, affine)
+    plan.push(op, affine)
+
+
+def _check_homogeneous(op: Op, affine: Affine) -> None:
+    if affine.has_shift:
+        raise Refused(f"its shift can't cross {op.name}")
+    refuse_negative(op, affine)
+
+
+def pull_norm(plan: FoldPlan, op: Op, kind: Norm, affine: Affine) -> None:
+    """Two affines in a row are one; it goes on upwards if it can, else another BatchNorm's affine takes it in.
+
+    Plain arithmetic takes nothing in: a BatchNorm that ended there would be gone from the account and not from the graph.
+    """
+    both = affine.after(kind.affine)
+
+    def onwards() -> None:
+        plan.edit(op, Identity())
+        plan.pull(op.inputs[0], both, op)
+
+    _onwards_or_here(plan, op, onwards, both, affine)
+
+
+def push_norm(plan: FoldPlan, op: Op, kind: Norm, _index: int, affine: Affine) -> None:
+    """The later of two affines takes in the earlier one, and has its own turn; plain arithmetic is crossed."""
+    both = kind.affine.after(affine)
+
+    def onwards() -> None:
+        plan.edit(op, Identity())
+        plan.push(op, both)
+
+    if op.norm is not None:
+        plan.norm(op, both, held=affine.scale.numel())
+        plan.into[op] = None
+    else:
+        _onwards_or_here(plan, op, onwards, both, affine)
+
+
+def _onwards_or_here(plan: FoldPlan, op: Op, onwards: Callable[[], None], both: Affine, moved: Affine) -> None:
+    refused = plan.attempt(onwards)
+    if refused is None:
+        return
+    if op.norm is None:
+        raise refused
+    plan.norm(op, both, held=moved.scale.numel())
+    plan.into[op] = None
+
+
+def pull_opaque(_plan: FoldPlan, op: Op, kind: Opaque, _affine: Affine) -> None:
+    """Nothing is known to cross it."""
+    raise Refused(
+        f"it follows {op.name}" + (f": {kind.reason}" if kind.reason else ", which no scale and shift can cross")
+    )
+
+
+def push_opaque(_plan: FoldPlan, op: Op, kind: Opaque, _index: int, _affine: Affine) -> None:
+    """As ``pull_opaque``."""
+    if kind.is_output:
+        raise Refused("it is an output of the model")
+    raise Refused(
+        f"it feeds {op.name}" + (f": {kind.reason}" if kind.reason else ", which no scale and shift can cross")
+    )
+
+
+def pull_layer(plan: FoldPlan, op: Op, layer: Layer, affine: Affine) -> None:
+    """``s (W x + b) + t = (s W) x + (s b + t)``: exact for every stride, dilation, padding and group count."""
+    vector = _channels(op, layer, affine, output=True)
+    absorber = ABSORBERS[layer.layout]
+    weight = absorber.scale_outputs(layer.weight.load(), vector.scale, layer.groups) if affine.has_scale else None
+    bias = None if layer.bias is None else layer.bias.load()
+    after = None if layer.after is None else layer.after * affine.scale
+    if layer.takes_bias:
+        bias = vector.shift.clone() if bias is None else bias * vector.scale + vector.shift
+        if layer.bias is None and not affine.has_shift:
+            bias = None
+    elif affine.has_shift:
+        after = affine.shift if after is None else after + affine.shift
+    plan.layer(op, layer, weight=weight, bias=bias, after=after)
+
+
+def push_layer(plan: FoldPlan, op: Op, layer: Layer, _index: int, affine: Affine) -> None:
+    """``W (s x + t) + b = (W s) x + (W t + b)``: the scale always; the shift where no zeros are put beside it."""
+    vector = _channels(op, layer, affine, output=False)
+    absorber, stored = ABSORBERS[layer.layout], layer.weight.load()
+    weight = absorber.scale_inputs(stored, vector.scale, layer.groups) if affine.has_scale else None
+    bias, after = None, None
+    if affine.has_shift:
+        edge = layer.zero_padded or layer.layout == "transposed"
+        if edge and not plan.maps:
+            where = "which puts zeros around its input" if layer.zero_padded else "whose edges see fewer taps"
+            raise Refused(
+                f"its shift can't go into {op.name}, {where}",
+                "padding 0 or padding_mode 'reflect', 'replicate' or 'circular' there",
+            )
+        if edge:
+            after = _bias_map(plan, op, layer, affine)
+        else:
+            gained = absorber.push_shift(stored, vector.shift, layer.groups)
+            if layer.takes_bias and gained.ndim == 1:
+                bias = gained if layer.bias is None else layer.bias.load() + gained
+            else:
+                after = _on_output(op, layer, gained)
+        if after is not None and layer.after is not None:
+            after = after + layer.after
+    plan.layer(op, layer, weight=weight, bias=bias, after=after)
+
+
+def _channels(op: Op, layer: Layer, affine: Affine, *, output: bool) -> ChannelAffine:
+    axis = layer.out_axis if output else layer.in_axis
+    if isinstance(axis, str):
+        raise Refused(axis)
+    size = channels_of(layer.layout, layer.weight.shape, layer.groups)[1 if output else 0]
+    found = affine.channels(axis, size)
+    if found is None:
+        varying = [other for other in range(affine.rank) if affine.varies_along(other) and other != axis]
+        side = "output" if output else "input"
+        raise Refused(
+            f"it normalises axis {', '.join(map(str, varying))}, the {side} channels of {op.name} are on axis {axis}"
+            " (equal sizes would not make it right)"
+            if varying
+            else f"it has another number of channels than {op.name}",
+            "channels on the axis that the layer computes",
+        )
+    return found
+
+
+def _on_output(op: Op, layer: Layer, gained: Tensor) -> Tensor:
+    """(out,) or (..., out) as a shift on the output's axes."""
+    if gained.ndim == 1:
+        shape = [1] * op.rank
+        shape[int(layer.out_axis)] = -1
+        return gained.reshape(shape)
+    return gained.unsqueeze(-2 if int(layer.out_axis) == op.rank - 1 else -1)
+
+
+def _bias_map(plan: FoldPlan, op: Op, layer: Layer, affine: Affine) -> Tensor:
+    """What a constant input gives behind zero padding: another value near each edge, so one per output position."""
+    parent = op.inputs[0]
+    sizes = [*parent.shape[1:], *op.shape[1:]]
+    if not all(isinstance(size, int) for size in sizes):
+        raise Refused(f"its shift can't go into {op.name} as a map of constants: height or width varies", "fixed sizes")
+    constant = affine.shift.expand(1, *(int(size) for size in parent.shape[1:]))
+    found = plan.graph.evaluate(op, replace(layer, bias=None, after=None), [constant.contiguous()])
+    if not plan.budget.allows(plan.grown + found.numel()):
+        raise Refused(
+            f"its shift as a map of constants behind {op.name} would exceed the size budget of {plan.budget.max_growth:g}",
+            "--max-growth 1.5, or padding 0 there",
+        )
+    if found.numel() >= torch.Size(constant.shape).numel():
+        raise Refused(
+            f"its shift as a map of constants behind {op.name} would cost as much as the one addition that it saves"
+        )
+    plan.grown += found.numel()
+    return found
+
+
+PROPAGATION_RULES = PropagationRules(
+    pull={
+        Layer: pull_layer,
+        Norm: pull_norm,
+        Identity: pull_identity,
+        Reshape: pull_reshape,
+        Permute: pull_permute,
+        Reorder: pull_reorder,
+        PixelShuffle: pull_pixels,
+        Average: pull_average,
+        Mean: pull_mean,
+        MaxPool: pull_max_pool,
+        Clamp: pull_clamp,
+        Homogeneous: pull_homogeneous,
+        Concat: pull_concat,
+        Slice: pull_slice,
+        Add: pull_add,
+        Multiply: pull_multiply,
+        Opaque: pull_opaque,
+    },
+    push={
+        Layer: push_layer,
+        Norm: push_norm,
+        Identity: push_identity,
+        Reshape: push_reshape,
+        Permute: push_permute,
+        Reorder: push_reorder,
+        PixelShuffle: push_pixels,
+        Average: push_average,
+        Mean: push_mean,
+        MaxPool: push_max_pool,
+        Clamp: push_clamp,
+        Homogeneous: push_homogeneous,
+        Concat: push_concat,
+        Slice: push_slice,
+        Add: push_add,
+        Multiply: push_multiply,
+        Opaque: push_opaque,
+    },
+)

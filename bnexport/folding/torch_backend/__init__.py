@@ -1,0 +1,1 @@
+"""Folding of PyTorch networks: torch.export graphs are read, proved and written back."""

@@ -1,0 +1,252 @@
+"""Readers of norms: everything in a graph of torch.export that is a scale and a shift by constants."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from bnexport.folding.affine import Affine, ChannelAffine
+from bnexport.folding.torch_backend.constants import Constants
+from bnexport.folding.torch_backend.names import BATCH_NORM, dtype_of, module_stack, operator_name, shape_of
+from bnexport.folding.torch_backend.reading import argument
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class NormReading:
+    """One scale and shift, in one node or several.
+
+    Attributes:
+        nodes: In order; the first takes ``value``, the last gives the result.
+        value: What it is applied to.
+        affine: What it does; None when it can't be read.
+        axis: Channel axis of ``value``; None when it is the same for every element, or varies along several.
+        counts: Whether it is a BatchNorm (or a norm written out), and not just arithmetic.
+        why_not: Why it can't be read.
+        unlock: What would make it readable.
+        offset: Largest |moving mean| as a multiple of the standard deviation; 0 where it is not known.
+    """
+
+    nodes: tuple[Node, ...]
+    value: Node
+    affine: Affine | None
+    axis: int | None
+    counts: bool
+    why_not: str = ""
+    unlock: str = ""
+    offset: float = 0.0
+
+
+Reader = Callable[[Node, Constants], NormReading | None]
+
+
+def read_norms(module: GraphModule, constants: Constants) -> dict[Node, NormReading]:
+    """Every norm of a graph, under each of its nodes; each node in one norm at most."""
+    found: dict[Node, NormReading] = {}
+    for node in module.graph.nodes:
+        if node in found or (reading := read_node(node, constants)) is None:
+            continue
+        if node.target is not BATCH_NORM:
+            reading = _chain(reading, constants)
+        reading = _typed(reading)
+        if reading.counts or not reading.why_not:
+            found.update(dict.fromkeys(reading.nodes, reading))
+    return found
+
+
+def read_node(node: Node, constants: Constants) -> NormReading | None:
+    """Read one node by the table of readers; None when it is no affine, or is itself a constant."""
+    reader = READERS.get(node.target) if node.op == "call_function" else None
+    if reader is None or not isinstance(node.meta.get("val"), Tensor):
+        return None
+    return reader(node, constants)
+
+
+def _batch_norm(node: Node, constants: Constants) -> NormReading | None:
+    """``aten.batch_norm``: nn.BatchNorm1d/2d/3d, SyncBatchNorm in eval mode, F.batch_norm, any subclass."""
+    value, gamma, beta, mean, var, training = node.args[:6]
+    eps = float(node.args[7])  # type: ignore[arg-type]
+    shape = shape_of(value)
+    if not isinstance(value, Node) or shape is None:
+        return None
+
+    def unread(why: str, unlock: str) -> NormReading:
+        return NormReading((node,), value, None, 1, True, why, unlock)
+
+    if mean is None or var is None:
+        why = "it keeps no moving statistics (track_running_stats=False), so it uses batch statistics"
+        return unread(why, "track_running_stats=True, and training with it")
+    if training:
+        return unread("it is in training mode, so it uses batch statistics", "eval() on it")
+    found = [None if item is None else constants.value(item) for item in (gamma, beta, mean, var)]
+    if any(item is not None and tensor is None for item, tensor in zip((gamma, beta, mean, var), found, strict=True)):
+        why = "its statistics or parameters are computed from the input or changed in forward"
+        return unread(why, "statistics and parameters that forward leaves alone")
+    assert found[2] is not None
+    assert found[3] is not None
+    affine = ChannelAffine.from_statistics(found[2], found[3], eps, found[0], found[1])
+    if not bool(torch.isfinite(affine.scale).all() and torch.isfinite(affine.shift).all()):
+        return unread("its scale or shift is not finite", "statistics with a variance and eps that are not both 0")
+    offset = float((found[2].abs() * torch.rsqrt(found[3] + eps)).max())
+    return NormReading((node,), value, affine.on_axis(1, len(shape)), 1, True, offset=offset)
+
+
+def _elementwise(node: Node, constants: Constants) -> NormReading | None:
+    """``x + c``, ``x - c``, ``c - x``, ``x * c``, ``x / c`` with a constant that does not enlarge the value."""
+    left, right = node.args[:2]
+    given: Any = argument(node, 2, "alpha", 1)  # the one positional argument that rsub.Scalar has more than the others
+    alpha = float(given)
+    left_constant, right_constant = constants.value(left), constants.value(right)
+    if (left_constant is None) == (right_constant is None):
+        return None
+    value, constant = (left, right_constant) if left_constant is None else (right, left_constant)
+    if not isinstance(value, Node) or constant is None or not constant.is_floating_point():
+        return None
+    shape = shape_of(value)
+    if shape is None or (placed := placed_on(constant, shape)) is None:
+        return None
+    pair = _ELEMENTWISE[node.target](placed, alpha, left_constant is not None)
+    if pair is None or not bool(torch.isfinite(pair[0]).all() and torch.isfinite(pair[1]).all()):
+        return None
+    return _plain(node, value, Affine.of(*pair))
+
+
+def _addcmul(node: Node, constants: Constants) -> NormReading | None:
+    """``addcmul(t, x, s)``: a shift and a scale in one operator."""
+    shift, *factors = node.args[:3]
+    factor = float(node.kwargs.get("value", 1))  # type: ignore[arg-type]
+    values = [item for item in factors if isinstance(item, Node) and constants.value(item) is None]
+    shape = shape_of(values[0]) if len(values) == 1 else None
+    stored = [constants.value(item) for item in (shift, *(item for item in factors if item not in values))]
+    if shape is None or len(stored) != 2 or stored[0] is None or stored[1] is None:
+        return None
+    placed_shift, placed_scale = placed_on(stored[0], shape), placed_on(stored[1], shape)
+    if placed_shift is None or placed_scale is None:
+        return None
+    return _plain(node, values[0], Affine.of(factor * placed_scale, placed_shift))
+
+
+def _neg(node: Node, constants: Constants) -> NormReading | None:
+    value = node.args[0]
+    if not isinstance(value, Node) or constants.value(value) is not None or (shape := shape_of(value)) is None:
+        return None
+    identity = Affine.identity(len(shape))
+    return _plain(node, value, Affine.of(-identity.scale, identity.shift))
+
+
+def _plain(node: Node, value: Node, affine: Affine) -> NormReading:
+    varying = [axis for axis in range(affine.rank) if affine.varies_along(axis)]
+    return NormReading((node,), value, affine, varying[0] if len(varying) == 1 else None, False)
+
+
+def placed_on(constant: Tensor, shape: tuple[int | None, ...]) -> Tensor | None:
+    """A constant with as many axes as a value that it is broadcast over; None when it would enlarge the value."""
+    if constant.ndim > len(shape):
+        return None
+    placed = constant.reshape([*[1] * (len(shape) - constant.ndim), *constant.shape])
+    fits = all(size == 1 or size == there for size, there in zip(placed.shape, shape, strict=True))
+    return placed.double() if fits else None
+
+
+def _add(constant: Tensor, alpha: float, constant_first: bool) -> tuple[Tensor, Tensor]:
+    if constant_first:  # c + alpha * x
+        return torch.full_like(constant, alpha), constant
+    return torch.ones_like(constant), alpha * constant
+
+
+def _sub(constant: Tensor, alpha: float, constant_first: bool) -> tuple[Tensor, Tensor]:
+    if constant_first:  # c - alpha * x
+        return torch.full_like(constant, -alpha), constant
+    return torch.ones_like(constant), -alpha * constant
+
+
+def _rsub(constant: Tensor, alpha: float, constant_first: bool) -> tuple[Tensor, Tensor]:
+    if constant_first:  # x - alpha * c
+        return torch.ones_like(constant), -alpha * constant
+    return torch.full_like(constant, -alpha), constant  # c - alpha * x
+
+
+def _mul(constant: Tensor, _alpha: float, _constant_first: bool) -> tuple[Tensor, Tensor]:
+    return constant, torch.zeros_like(constant)
+
+
+def _div(constant: Tensor, _alpha: float, constant_first: bool) -> tuple[Tensor, Tensor] | None:
+    if constant_first:  # c / x is not affine
+        return None
+    return constant.reciprocal(), torch.zeros_like(constant)
+
+
+_ELEMENTWISE: dict[Any, Callable[[Tensor, float, bool], tuple[Tensor, Tensor] | None]] = {
+    aten.add.Tensor: _add,
+    aten.sub.Tensor: _sub,
+    aten.rsub.Scalar: _rsub,
+    aten.rsub.Tensor: _rsub,
+    aten.mul.Tensor: _mul,
+    aten.div.Tensor: _div,
+    operator.add: _add,
+    operator.sub: _sub,
+    operator.mul: _mul,
+    operator.truediv: _div,
+}
+
+#: Operator -> reader. A new norm is a new row.
+READERS: dict[Any, Reader] = {
+    BATCH_NORM: _batch_norm,
+    aten.addcmul.default: _addcmul,
+    aten.neg.default: _neg,
+    **dict.fromkeys(_ELEMENTWISE, _elementwise),
+}
+
+
+def _chain(first: NormReading, constants: Constants) -> NormReading:
+    """The run of arithmetic that starts here, within one call of one module, without other readers, as one norm.
+
+    It counts as a norm when it has a stored scale and a shift, along one axis at most; a lone ``x * 2`` or ``x + bias`` does
+    not, and neither does the scale and the table of positions of an attention.
+    """
+    links = [first]
+    node = first.nodes[0]
+    while len(node.users) == 1:
+        (user,) = node.users
+        following = read_node(user, constants) if user.target is not BATCH_NORM else None
+        if following is None or following.value is not node or module_stack(user)[-1] != module_stack(node)[-1]:
+            break
+        links.append(following)
+        node = user
+    nodes = tuple(link.nodes[0] for link in links)
+    if len(links) == 1 and first.nodes[0].target is not aten.addcmul.default:
+        return first
+    affine = first.affine
+    for link in links[1:]:
+        assert affine is not None
+        assert link.affine is not None
+        affine = link.affine.after(affine)
+    assert affine is not None
+    whole = _plain(first.nodes[0], first.value, affine)
+    varying = sum(affine.varies_along(axis) for axis in range(affine.rank))
+    return NormReading(nodes, first.value, affine, whole.axis, varying <= 1 and _is_norm(nodes, constants))
+
+
+def _is_norm(nodes: tuple[Node, ...], constants: Constants) -> bool:
+    names = {operator_name(node) for node in nodes}
+    scales = [node for node in nodes if operator_name(node) in ("mul", "div", "truediv", "addcmul")]
+    stored = any(constants.known(parent) for node in scales for parent in node.all_input_nodes)
+    return stored and bool(names & {"add", "sub", "rsub", "addcmul"})
+
+
+def _typed(reading: NormReading) -> NormReading:
+    """A norm that changes the element type must stay: folded, that conversion would be lost."""
+    before, after = dtype_of(reading.value), dtype_of(reading.nodes[-1])
+    if before == after and before is not None and before.is_floating_point:
+        return reading
+    why = f"it turns {before} into {after}; folded, that conversion would be lost"
+    return NormReading(
+        reading.nodes, reading.value, None, reading.axis, reading.counts, why, "one element type in the whole network"
+    )

@@ -1,0 +1,313 @@
+"""From a module to a graph of ATen operators in eval mode, and whether that graph holds for every image size.
+
+torch.export follows ``if x.shape[2] % 2`` for the size of the example and records the condition as a guard (PyTorch
+documentation, "Dynamic Shapes"). A branch taken from a smallest size upwards is one path, and the signature names that size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import inspect
+import itertools
+import os
+import re
+import traceback
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.export.dynamic_shapes import _DimHint
+from torch.fx import GraphModule
+from torch.utils import _pytree as pytree
+
+from bnexport.errors import UntracedError
+from bnexport.nn.calling import NOT_THEIRS, call_once, place_of, unchanged
+from bnexport.optional import one_line, quiet
+from bnexport.tensors import size_axes
+
+#: What is added to the smallest size where a guard is tried: odd and even, around the powers of two, and large.
+_STEPS = (0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 31, 32, 33, 63, 64, 127, 128, 256, 1000, 4096, 65537)
+
+
+def refuse_forks(program: ExportedProgram, model: nn.Module) -> None:
+    """Refuse a graph whose forward asked in Python for a size, where other sizes would have gone another way.
+
+    Guards of torch's own code are none of these: what does not fit them is refused by the operator, or costs only time.
+
+    Args:
+        program: With sizes that vary.
+        model: In sentences.
+
+    Raises:
+        UntracedError: Naming the line that asks.
+    """
+    for environment in _environments(program):
+        for guard in environment.guards:
+            place = _place(guard)
+            if place and not _holds(environment, guard.expr):
+                raise UntracedError(
+                    f"forward of {type(model).__name__} asks for a size at {place} and goes another way, or refuses, for some"
+                    " sizes of the image, so one graph does not do for all",
+                    remedy="Leave --dynamic-size out, or write that line without a question in Python",
+                )
+
+
+def _environments(program: ExportedProgram) -> list[Any]:
+    """Where torch.export keeps the guards of the sizes that vary."""
+    found: dict[int, Any] = {}
+    for node in program.graph.find_nodes(op="placeholder"):
+        for size in getattr(node.meta.get("val"), "shape", ()):
+            if not isinstance(size, int):
+                found[id(size.node.shape_env)] = size.node.shape_env
+    return list(found.values())
+
+
+def _place(guard: Any) -> str:
+    """FILE:LINE of the user's code that asked; empty where torch itself did."""
+    frame = getattr(guard.sloc, "framework_loc", None)
+    if not isinstance(frame, traceback.FrameSummary) or frame.filename.startswith(NOT_THEIRS):
+        return ""
+    return f"{os.path.basename(frame.filename)}:{frame.lineno}"
+
+
+def _holds(environment: Any, condition: Any) -> bool:
+    """Whether a condition is true for every size from the smallest on, as far as trying tells."""
+    condition = environment.replace(condition)
+    symbols = sorted(condition.free_symbols, key=str)
+    lowest = [environment.bound_sympy(symbol).lower for symbol in symbols]
+    if not all(getattr(low, "is_Integer", False) for low in lowest):  # no size of an input, but of what a tensor holds
+        return True
+    tried = itertools.product(_STEPS, repeat=len(symbols)) if len(symbols) <= 2 else _turned(len(symbols))
+    return all(
+        bool(
+            condition.xreplace(
+                {symbol: int(low) + step for symbol, low, step in zip(symbols, lowest, steps, strict=True)}
+            )
+        )
+        for steps in tried
+    )
+
+
+def _turned(count: int) -> list[tuple[int, ...]]:
+    """Steps for many sizes at once, each list of steps begun elsewhere: all combinations would be too many."""
+    most = len(_STEPS)
+    return [tuple(_STEPS[(index + 5 * turn) % most] for turn in range(count)) for index in range(most)]
+
+
+_TENSORS = "Write that line with torch's own operations on tensors, or move it out of forward"
+#: Part of what torch.export says (lower case) -> the same in plain words, and what to do. The first that fits counts.
+EXPLANATIONS: tuple[tuple[str, str, str], ...] = (
+    (
+        "scriptmodule",
+        "it is a TorchScript module, whose Python code is gone",
+        "Give the Python module that it was made from, and its weights with --weights",
+    ),
+    (
+        "data-dependent",
+        "Python there asks for the value of a tensor, which is not known before the model runs",
+        "Choose between values with torch.where instead of if, loop over sizes instead of values, or move it out of forward",
+    ),
+    (".numpy() is not supported", "a tensor becomes a numpy array there, which no exported file can do", _TENSORS),
+    ("data pointer", "a tensor's memory is handed to code that is not torch's there", _TENSORS),
+    (
+        "no fake impl",
+        "a custom operator there does not say what shape it gives",
+        "Register one for it with torch.library.register_fake, or write it with torch's own operations",
+    ),
+    (
+        "not a known type",
+        "forward returns an object whose tensors can't be seen",
+        "Return tensors, or a tuple, list, dict, NamedTuple or dataclass of them",
+    ),
+    (
+        "constraints violated",
+        "forward works for one batch size only",
+        "Take the batch size from the input's shape (x.shape[0] or -1) instead of writing or asking for a number",
+    ),
+)
+#: Where torch.export stops telling what is wrong and starts to advise.
+_ADVICE = re.compile(
+    r"\(unhinted:|Caused by:|For more information|The error above occurred|Please see|See https?:|If you're using torch\."
+)
+
+#: What torch.export says of a class among the outputs that it can't see into; the second is torch 2.11's.
+_UNKNOWN_TYPE = ("not a known type", "unhashable type")
+#: Sizes from here on are "no limit".
+_ENDLESS = 2**31
+
+
+def trace(model: nn.Module, inputs: tuple[Any, ...], *, dynamic_shapes: Any = None) -> GraphModule:
+    """Trace a module by ``torch.export`` into a graph that can run and be rewritten.
+
+    Args:
+        model: Left as it is, its training flags and attributes included.
+        inputs: Positional arguments of forward, batch first.
+        dynamic_shapes: As for ``torch.export.export``; default: one shared batch dimension. A size of an image that is to
+            vary (``size_shapes``) and can't is an error.
+
+    Raises:
+        UntracedError: With the line of the user's code at which tracing stopped.
+    """
+    shapes = batch_shapes(model, inputs) if dynamic_shapes is None else dynamic_shapes
+    try:
+        with eval_mode(model), unchanged(model) as kept, quiet(), torch.no_grad():
+            program = _export(model, inputs, shapes)
+            graph_module = program.module(check_guards=False)
+    except Exception as error:  # torch.export raises many unrelated classes
+        raise _untraced(model, inputs, error) from error
+    if kept:
+        _refuse_memory(model, inputs, kept)
+    if any(isinstance(item, _DimHint) for item in pytree.tree_leaves(shapes)):
+        _refuse_pinned(program, model)
+        refuse_forks(program, model)
+    assert isinstance(graph_module, GraphModule)
+    return graph_module
+
+
+def batch_shapes(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Any]:
+    """Dynamic shapes, by forward's argument names: the first dimension of every tensor is the shared dimension "batch"."""
+    batch = torch.export.Dim("batch")
+    return _shapes(model, inputs, lambda item: {0: batch} if item.ndim else None)
+
+
+def two_samples(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Example inputs of a single sample, twice: torch.export takes a size of 1 for a constant."""
+    tensors = [item for item in pytree.tree_leaves(inputs) if isinstance(item, Tensor) and item.ndim]
+    if not tensors or any(item.shape[0] != 1 for item in tensors):
+        return inputs
+    twice = pytree.tree_map(
+        lambda item: torch.cat([item, item]) if isinstance(item, Tensor) and item.ndim else item, inputs
+    )
+    return tuple(twice)
+
+
+def size_shapes(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Any]:
+    """As ``batch_shapes``, and the height and width (length; depth) of image inputs vary as well.
+
+    torch.export finds out how the sizes of several inputs hang together; that a size really varies is checked by ``trace``.
+    """
+    batch = torch.export.Dim("batch")
+    vary = torch.export.Dim.AUTO
+    return _shapes(
+        model, inputs, lambda item: {0: batch, **dict.fromkeys(size_axes(item.ndim), vary)} if item.ndim else None
+    )
+
+
+def _shapes(model: nn.Module, inputs: tuple[Any, ...], of: Any) -> dict[str, Any]:
+    try:
+        arguments = inspect.signature(model.forward).bind(*inputs).arguments
+    except TypeError as error:
+        raise UntracedError(
+            f"forward of {type(model).__name__}{place_of(None, model)} does not take {len(inputs)} inputs: {one_line(error)}",
+            remedy="Give one example (--input) per argument of forward",
+        ) from error
+    return dict(pytree.tree_map(lambda item: of(item) if isinstance(item, Tensor) else None, dict(arguments)))
+
+
+@contextlib.contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluate in eval mode inside the block and give every module its own flag back after it.
+
+    Only a model whose root is in training mode is switched: below a root in eval mode, a layer in training mode is so on
+    purpose (Monte Carlo dropout, batch statistics at test time).
+    """
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        if model.training:
+            model.eval()
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+def _export(model: nn.Module, inputs: tuple[Any, ...], shapes: Any) -> ExportedProgram:
+    """Export; once more when all that stopped it is a dataclass among the outputs that torch does not know yet."""
+    try:
+        return torch.export.export(model, inputs, dynamic_shapes=shapes)
+    except Exception as error:
+        unknown = any(text in str(error) for text in _UNKNOWN_TYPE)
+        if not unknown or not _register_dataclasses(call_once(model, inputs).result):
+            raise
+        return torch.export.export(model, inputs, dynamic_shapes=shapes)
+
+
+def _register_dataclasses(result: Any) -> bool:
+    """Make torch see into the dataclasses of a result; whether there were any that it could not see into."""
+    found = False
+    for leaf in pytree.tree_leaves(result):
+        if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            if type(leaf) not in pytree.SUPPORTED_NODES:
+                torch.export.register_dataclass(type(leaf))
+            found = True
+            _register_dataclasses([getattr(leaf, item.name) for item in dataclasses.fields(leaf)])
+    return found
+
+
+def _untraced(model: nn.Module, inputs: tuple[Any, ...], error: Exception) -> UntracedError:
+    """What stopped the tracing, in one sentence: the model itself, something that torch.export can't do, or its own words."""
+    name = type(model).__name__
+    if (problem := call_once(model, inputs).problem) is not None and not isinstance(model, torch.jit.ScriptModule):
+        shapes = ", ".join("x".join(map(str, item.shape)) for item in inputs if isinstance(item, Tensor))
+        return UntracedError(
+            f"{name} fails on an example input of shape {shapes}, before any tracing, {problem}",
+            remedy="Check the shape given with --input (of one sample; a batch of 2 is fed), and that line",
+        )
+    text = " ".join(str(error).split())
+    for part, meaning, remedy in EXPLANATIONS:
+        if part in text.lower():
+            return UntracedError(f"torch.export can't trace {name}{place_of(error, model)}: {meaning}", remedy=remedy)
+    told = _ADVICE.split(text)[0].strip(" .") or type(error).__name__
+    if re.fullmatch(r"[a-z]+\.\w+(\.\w+)?", told):  # the bare name of an operator
+        told = f"it does not know the operator {told}"
+    return UntracedError(
+        f"torch.export can't trace {name}{place_of(error, model)}: {told if len(told) < 300 else told[:297] + '...'}",
+        remedy=_TENSORS,
+    )
+
+
+def _refuse_memory(model: nn.Module, inputs: tuple[Any, ...], kept: list[str]) -> None:
+    """Refuse a model whose answer depends on how often it was called; one that only keeps something is no problem."""
+    with quiet():
+        copied = copy.deepcopy(model)
+    first, second = (call_once(copied, inputs, on_itself=True).result for _ in range(2))
+    pairs = zip(pytree.tree_leaves(first), pytree.tree_leaves(second), strict=False)
+    if any(isinstance(a, Tensor) and isinstance(b, Tensor) and not torch.equal(a, b) for a, b in pairs):
+        raise UntracedError(
+            f"{type(model).__name__}{place_of(None, model)} answers differently when it is called again: it keeps"
+            f" {' and '.join(kept[:2])} between calls, which an exported file can't",
+            remedy="Pass what is kept as an input and return it as an output, or leave it out in eval mode",
+        )
+
+
+def _limited(upper: Any) -> bool:
+    """Whether an upper bound of torch.export's says anything: it writes "no limit" as an infinity or a huge number."""
+    return bool(getattr(upper, "is_Integer", False)) and int(upper) < _ENDLESS
+
+
+def _refuse_pinned(program: ExportedProgram, model: nn.Module) -> None:
+    """Refuse a graph in which a size of an image that should vary is a number, or may not grow."""
+    values: dict[str, Any] = {
+        node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"
+    }
+    for value in (values.get(str(name)) for name in program.graph_signature.user_inputs):
+        if not isinstance(value, Tensor):
+            continue
+        for axis, word in size_axes(value.ndim).items():
+            size: Any = value.shape[axis]
+            if isinstance(size, int) or size.node.expr.is_number:
+                raise pinned(f"{type(model).__name__}{place_of(None, model)}", word, "is pinned")
+            limit = program.range_constraints.get(size.node.expr)
+            if limit is not None and _limited(limit.upper):
+                raise pinned(f"{type(model).__name__}{place_of(None, model)}", word, f"can't grow above {limit.upper}")
+
+
+def pinned(model: str, word: str, how: str) -> UntracedError:
+    """The error for a size that can't vary."""
+    return UntracedError(
+        f"the {word} of the input of {model} {how}, so it can't vary", remedy="Leave --dynamic-size out"
+    )

@@ -1,0 +1,266 @@
+"""What folding changed, written back into a graph of torch.export: cast once, named as before, nothing left over."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from bnexport.errors import ProofError
+from bnexport.folding.affine import Affine
+from bnexport.folding.graph import Clamp, Identity, Layer, Norm, Op, Weight
+from bnexport.folding.torch_backend.constants import attribute
+from bnexport.folding.torch_backend.graph import Source, TorchGraph
+
+aten = torch.ops.aten
+
+
+def flushed(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """A float64 tensor in its element type, rounded once.
+
+    A subnormal result is flushed to zero: it is below the resolution of every sum it enters, and slows a CPU several times.
+    Not so in float16, whose subnormal numbers (below 6e-5) are the size of many a weight.
+    """
+    cast = value.to(dtype)
+    if dtype is torch.float16:
+        return cast
+    return torch.where(cast.abs() < torch.finfo(dtype).tiny, torch.zeros_like(cast), cast)
+
+
+def _check_stored(stored: Tensor, value: Tensor, target: str) -> None:
+    """The proofs run on float64; here is seen that what is stored is that, rounded once."""
+    if torch.equal(stored, value.to(stored.dtype)):
+        return  # nearly always; what follows costs several passes more
+    info = torch.finfo(stored.dtype)
+    finite = torch.isfinite(value)  # an absent bound of a clamp is infinite
+    allowed = info.eps * value.abs() + info.tiny
+    if not bool(((stored.double() - value).abs() <= allowed)[finite].all()):
+        raise ProofError(
+            f"what is stored as {target} is not the folded tensor rounded once",
+            remedy="Please report it with the model: that is a fault in bnexport",
+        )
+
+
+class Writer:
+    """Writes the changed operations of one graph back into its module.
+
+    Args:
+        graph: Read from the module that is to be changed.
+
+    Attributes:
+        exact: What was written, in float64 before its one cast, by attribute.
+        beside: Elements of the affines that stay, which are no copies of anything.
+    """
+
+    def __init__(self, graph: TorchGraph) -> None:
+        self.graph = graph
+        self.module = graph.module
+        self.exact: dict[str, Tensor] = {}
+        self.beside = 0
+        self._written: dict[Weight, str] = {}
+        self._kept = self._names_still_read()
+        self._obsolete: list[Node] = []
+        self._now: dict[Op, Node] = {op: op.source.result for op in graph.ops}
+
+    def write(self, dropped: tuple[Op, ...]) -> None:
+        """Write every changed operation, and take out what nothing reads any more."""
+        left_out = set(dropped)
+        for op in self.graph.ops:
+            if op not in left_out and (op.changed or self._needs_canonical_form(op)):
+                self._write(op)
+        gone = [node for op in dropped for node in op.source.nodes] + self._obsolete + self.graph.aliases
+        order = {node: index for index, node in enumerate(self.module.graph.nodes)}
+        for node in sorted(dict.fromkeys(gone), key=order.__getitem__, reverse=True):
+            if not node.users:
+                self.module.graph.erase_node(node)
+
+    def _needs_canonical_form(self, op: Op) -> bool:
+        """A norm that stays and was written in several steps, or whose parameters have another type than its value.
+
+        ONNX Runtime has no BatchNormalization of mixed types.
+        """
+        if op.norm is None or not isinstance(op.kind, Norm) or op.dtype is None:
+            return False
+        stored = {
+            item.meta["val"].dtype for item in op.source.result.all_input_nodes if self.graph.constants.known(item)
+        }
+        if len(op.source.nodes) == 1 and stored <= {op.dtype}:
+            return False
+        affine = op.kind.affine
+        return bool(torch.isfinite(affine.scale.to(op.dtype)).all() and torch.isfinite(affine.shift.to(op.dtype)).all())
+
+    def _write(self, op: Op) -> None:
+        kind, source = op.kind, op.source
+        if isinstance(kind, Layer):
+            self._layer(op, kind)
+        elif isinstance(kind, Identity):
+            self._replace(op, self._input(op))
+        elif isinstance(kind, Norm):
+            self._replace(op, self._norm(op, kind.affine, source.result))
+        elif isinstance(kind, Clamp):
+            self._replace(op, self._clamp(op, kind, source.result))
+
+    def _replace(self, op: Op, result: Node) -> None:
+        op.source.result.replace_all_uses_with(result)
+        self._obsolete += op.source.nodes
+        self._now[op] = result
+
+    def _input(self, op: Op) -> Node:
+        """The node that gives an operation's first value now."""
+        return self._now[op.inputs[0]]
+
+    # --- layers ---
+
+    def _layer(self, op: Op, kind: Layer) -> None:
+        source: Source = op.source
+        (node,) = source.nodes
+        before = op.original
+        assert isinstance(before, Layer)
+        assert source.weight is not None
+        arguments = list(node.args)
+        kwargs = dict(node.kwargs)
+        for name, position, new, old in (
+            ("weight", source.weight, kind.weight, before.weight),
+            ("bias", source.bias, kind.bias, before.bias),
+        ):
+            if position is None or new is old or new is None:
+                continue
+            arguments += [None] * (position + 1 - len(arguments))
+            given = node.args[position] if position < len(node.args) else node.kwargs.get(name)
+            arguments[position] = self._stored(op, name, new, given if isinstance(given, Node) else None)
+            kwargs.pop(name, None)
+        node.args, node.kwargs = tuple(arguments), kwargs
+        if kind.after is not None:
+            self._add_after(op, node, kind)
+
+    def _add_after(self, op: Op, node: Node, kind: Layer) -> None:
+        assert kind.after is not None
+        graph = self.module.graph
+        with graph.inserting_after(node):
+            total = graph.call_function(aten.add.Tensor)
+        node.replace_all_uses_with(total)
+        with graph.inserting_before(node):
+            constant = self._constant(op, "shift", kind.after, kind.weight.dtype)
+        total.args = (node, constant)
+        self._now[op] = _like(total, node)
+
+    def _stored(self, op: Op, name: str, new: Weight, given: Node | None) -> Node:
+        """A node that reads a folded weight: under the old attribute's name, unless others still read that."""
+        value = new.load()
+        target = self._written.get(new)  # calls that fold alike go on sharing one weight
+        if target is None:
+            own = given is not None and given.op == "get_attr" and str(given.target) not in self._kept
+            target = str(given.target) if own and given is not None else self._free_name(op, name)
+            self._kept.add(target)
+            self._written[new] = target
+            self._set(target, value, new.dtype)
+        return self._attribute_node(op.source.nodes[0], target)
+
+    def _attribute_node(self, before: Node, target: str) -> Node:
+        with self.module.graph.inserting_before(before):
+            node = self.module.graph.get_attr(target)
+        node.meta["val"] = attribute(self.module, target)
+        return node
+
+    def _set(self, target: str, value: Tensor, dtype: torch.dtype) -> None:
+        holder, _, leaf = target.rpartition(".")
+        module = self.module.get_submodule(holder) if holder else self.module
+        old = getattr(module, leaf, None)
+        device = old.device if isinstance(old, Tensor) else self._device()
+        if leaf in module._buffers:
+            del module._buffers[leaf]
+        stored = flushed(value, dtype)
+        _check_stored(stored, value, target)
+        setattr(module, leaf, torch.nn.Parameter(stored.to(device), requires_grad=False))
+        self.exact[target] = value
+
+    def _constant(self, op: Op, name: str, value: Tensor, dtype: torch.dtype) -> Node:
+        """A new attribute beside an operation, and a node that reads it; to be called with a place in the graph."""
+        target = self._free_name(op, name)
+        self.beside += 0 if isinstance(op.kind, Layer) else value.numel()
+        self._set(target, value, dtype)
+        node = self.module.graph.get_attr(target)
+        node.meta["val"] = attribute(self.module, target)
+        return node
+
+    def _free_name(self, op: Op, name: str) -> str:
+        """An attribute name in the operation's module that nothing uses yet."""
+        holder: torch.nn.Module = self.module
+        path = op.path
+        for part in path.split(".") if path else ():
+            if not isinstance(getattr(holder, part, None), torch.nn.Module):
+                holder.add_module(part, torch.nn.Module())
+            holder = attribute(holder, part)
+        candidate, number = name, 1
+        while hasattr(holder, candidate):
+            candidate, number = f"{name}_{number}", number + 1
+        return f"{path}.{candidate}" if path else candidate
+
+    def _device(self) -> torch.device:
+        tensors = (*self.module.parameters(), *self.module.buffers())
+        return tensors[0].device if tensors else torch.device("cpu")
+
+    def _names_still_read(self) -> set[str]:
+        """Attributes that must keep their values: some operation that did not change reads them."""
+        replaced: dict[str, int] = {}
+        for op in self.graph.ops:
+            if not isinstance(op.kind, Layer) or not isinstance(op.original, Layer):
+                continue
+            for new, old in ((op.kind.weight, op.original.weight), (op.kind.bias, op.original.bias)):
+                if old is not None and new is not old:
+                    replaced[old.name] = replaced.get(old.name, 0) + 1
+        readers: dict[str, int] = {}
+        for node in self.module.graph.find_nodes(op="get_attr"):
+            readers[str(node.target)] = readers.get(str(node.target), 0) + len(node.users)
+        return {name for name, count in readers.items() if count > replaced.get(name, 0)}
+
+    # --- what stays beside the layers ---
+
+    def _norm(self, op: Op, affine: Affine, before: Node) -> Node:
+        """One canonical affine: a batch norm by fixed statistics where the channels are on axis 1, else arithmetic."""
+        assert op.dtype is not None
+        graph, value = self.module.graph, self._input(op)
+        channels = op.shape[1] if op.rank >= 2 else None
+        single = affine.scale.numel() == 1  # the same for all channels: no vector is worth storing
+        vector = affine.channels(1, channels) if isinstance(channels, int) and not single else None
+        with graph.inserting_before(before):
+            if vector is not None and affine.has_scale:
+                scale = self._constant(op, "scale", vector.scale.clone(), op.dtype)
+                shift = self._constant(op, "shift", vector.shift.clone(), op.dtype)
+                mean = self._constant(op, "zeros", torch.zeros_like(vector.scale), op.dtype)
+                var = self._constant(op, "ones", torch.ones_like(vector.scale), op.dtype)
+                arguments = (value, scale, shift, mean, var, False, 0.0, 0.0, False)
+                return _like(graph.call_function(aten.batch_norm.default, arguments), before)
+            result = value
+            if affine.has_scale:
+                scale = self._constant(op, "scale", affine.scale, op.dtype)
+                result = _like(graph.call_function(aten.mul.Tensor, (result, scale)), before)
+            if affine.has_shift:
+                shift = self._constant(op, "shift", affine.shift, op.dtype)
+                result = _like(graph.call_function(aten.add.Tensor, (result, shift)), before)
+            return result
+
+    def _clamp(self, op: Op, kind: Clamp, before: Node) -> Node:
+        assert op.dtype is not None
+        graph, result = self.module.graph, self._input(op)
+        with graph.inserting_before(before):
+            for name, bound, target in (
+                ("low", kind.low, aten.maximum.default),
+                ("high", kind.high, aten.minimum.default),
+            ):
+                if bool(torch.isinf(bound).all()):
+                    continue
+                if bool((bound == 0).all()) and name == "low":
+                    result = _like(graph.call_function(aten.relu.default, (result,)), before)
+                    continue
+                limit = self._constant(op, name, bound, op.dtype)
+                result = _like(graph.call_function(target, (result, limit)), before)
+        return result
+
+
+def _like(node: Node, other: Node) -> Node:
+    """Give a new node the module and the traced value of the one whose place it takes."""
+    for key in ("nn_module_stack", "val", "stack_trace"):
+        if key in other.meta:
+            node.meta[key] = other.meta[key]
+    return node

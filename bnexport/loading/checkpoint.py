@@ -1,0 +1,209 @@
+"""Checkpoints: weights in one safetensors file that also says what they are.
+
+Safetensors holds no code, so opening an unknown file runs nothing. The metadata is JSON under the one key
+``bnexport``::
+
+    format         number of this layout, FORMAT; files from before it had one have none
+    network        {"source": "bn_lenet", "options": {"norm": "torch", "in_channels": 1, "num_classes": 10}}
+    dataset        name of the data set
+    labels         class names in the order of the logits
+    preprocessing  how an image becomes an input
+    training       {"epoch": 3, "epochs": 10, "config": {...}, "history": [{...}, ...]}
+    recalibrated   whether the moving statistics were re-estimated over the training set
+    recalibration  how, if ``bnexport recalibrate`` did it:
+                   {"definition": "batch", "dataset": ..., "images": 60000, "batch_size": 256, "seed": 0}
+
+A checkpoint to go on from also holds what the optimiser remembers, under names that start with ``optimizer/``; whoever asks
+for weights does not see it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from bnexport.errors import ModelError
+from bnexport.files import write_atomically
+from bnexport.optional import one_line, require
+from bnexport.tensors import Array
+from bnexport.validation.json_text import parse_json
+from bnexport.validation.limits import limit, refusing
+from bnexport.validation.paths import check_regular
+from bnexport.validation.safetensors import validate_safetensors
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+#: Key of the JSON text in the safetensors header.
+METADATA_KEY = "bnexport"
+#: Of the files written here. It grows when an older version would misunderstand them; such files are refused there.
+FORMAT = 1
+#: Start of the names of the optimiser's tensors; no module has a slash in its name.
+OPTIMIZER = "optimizer/"
+#: The files of a run directory that hold weights, the finished one first.
+RUN_FILES = ("model.safetensors", "checkpoint.safetensors")
+#: Element types of safetensors that numpy has, and bfloat16 as its bits.
+_NUMPY: dict[str, str] = {
+    "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
+    "U8": "u1", "BOOL": "?",
+}  # fmt: skip
+_REMEDY = "Give a file written by bnexport train, or another safetensors file that is whole"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A network's weights and what is known about them.
+
+    Attributes:
+        state: State dict, on the CPU when loaded.
+        metadata: JSON values; the keys are in this module's docstring, but for ``format``, which belongs to the file.
+        optimizer: What the optimiser remembers, by names of its own; {} for one that remembers nothing.
+    """
+
+    state: dict[str, Tensor]
+    metadata: dict[str, Any]
+    optimizer: dict[str, Tensor] = field(default_factory=dict)
+
+
+def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint so that a reader sees the old file or the new one, never a part.
+
+    Raises:
+        OutputError: The file can't be written.
+    """
+    safetensors = require("safetensors.torch", purpose="writing a checkpoint")
+    # clone: safetensors refuses tensors that share memory, as tied weights do.
+    named = {**checkpoint.state, **{OPTIMIZER + name: value for name, value in checkpoint.optimizer.items()}}
+    state = {name: value.detach().cpu().clone().contiguous() for name, value in named.items()}
+    text = json.dumps({"format": FORMAT, **checkpoint.metadata}, allow_nan=False)
+    write_atomically(Path(path), safetensors.save(state, metadata={METADATA_KEY: text}))
+
+
+def load_checkpoint(path: str | Path) -> Checkpoint:
+    """Read a file written by ``save_checkpoint``.
+
+    Raises:
+        ModelError: The file is missing, empty, damaged, not safetensors, safetensors without bnexport's metadata, or of a
+            newer format.
+    """
+    every, metadata = _read_tensors(path)
+    state = _weights_of(every)
+    optimizer = {name.removeprefix(OPTIMIZER): value for name, value in every.items() if name not in state}
+    if METADATA_KEY not in metadata:
+        raise ModelError(
+            f"{path} holds weights but no bnexport metadata, so its network is unknown",
+            remedy="Name the network too, as file.py:factory or package.module:factory with --weights",
+        )
+    try:
+        text = metadata[METADATA_KEY].encode()
+        with refusing(f"the metadata of {path} can't be read: it", ModelError, remedy=_REMEDY):
+            value = parse_json(text, max_bytes=limit("safetensors-header"))
+    except UnicodeEncodeError as error:
+        raise ModelError(f"the metadata of {path} can't be read: {one_line(error)}", remedy=_REMEDY) from error
+    if isinstance(value, dict):
+        _check_format(path, value.pop("format", FORMAT))
+    network = value.get("network") if isinstance(value, dict) else None
+    if not isinstance(network, dict) or not isinstance(network.get("source"), str):
+        raise ModelError(f"the metadata of {path} does not name a network", remedy=_REMEDY)
+    return Checkpoint(state, value, optimizer)
+
+
+def _check_format(path: str | Path, found: Any) -> None:
+    if type(found) is not int or found < 1:
+        raise ModelError(f"the metadata of {path} names the format {found!r}, which is no number", remedy=_REMEDY)
+    if found > FORMAT:
+        raise ModelError(
+            f"{path} has format {found}, this bnexport reads up to {FORMAT}",
+            remedy="Update bnexport: pip install --upgrade bnexport",
+        )
+
+
+def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read any safetensors file: its weights and its string metadata.
+
+    The file is read once, so that what is replaced meanwhile can't be mixed.
+
+    Raises:
+        ModelError: The file is missing, empty, damaged or not safetensors.
+    """
+    state, metadata = _read_tensors(path)
+    return _weights_of(state), metadata
+
+
+def _weights_of(state: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in state.items() if not name.startswith(OPTIMIZER)}
+
+
+def _read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    safetensors = require("safetensors.torch", purpose="reading a checkpoint")
+    content, header = _read(Path(path))
+    try:
+        state: dict[str, Tensor] = safetensors.load(content)
+        return state, dict(header.get("__metadata__") or {})
+    except Exception as error:  # safetensors raises its own error, ValueError, TypeError or KeyError (unknown dtype)
+        raise ModelError(f"{path} is not a whole safetensors file: {one_line(error)}", remedy=_REMEDY) from error
+
+
+def read_arrays(path: str | Path) -> tuple[dict[str, Array], dict[str, str]]:
+    """As ``read_safetensors``, but into numpy and without torch and safetensors: a serving machine has neither.
+
+    bfloat16 becomes float32; tensors of types that numpy lacks (8-bit floats) are left out.
+
+    Raises:
+        ModelError: The file is missing, empty, damaged or not safetensors.
+    """
+    content, header = _read(Path(path))
+    data = memoryview(content)[8 + int.from_bytes(content[:8], "little") :]
+    metadata = dict(header.pop("__metadata__", None) or {})
+    arrays = {
+        name: _array(data[slice(*entry["data_offsets"])], entry["dtype"]).reshape(entry["shape"])
+        for name, entry in header.items()
+        if entry["dtype"] in _NUMPY
+    }
+    return _weights_of(arrays), metadata
+
+
+def _array(data: memoryview, dtype: str) -> Array:
+    array: Array = np.frombuffer(data, _NUMPY[dtype])
+    return (array.astype(np.uint32) << 16).view(np.float32) if dtype == "BF16" else array
+
+
+def checkpoint_file(path: Path) -> Path:
+    """The checkpoint that a path stands for: itself, or the best file of a run directory.
+
+    Raises:
+        ModelError: A folder without a checkpoint.
+    """
+    if not path.is_dir():
+        return path
+    for name in RUN_FILES:
+        if (path / name).is_file():
+            return path / name
+    raise ModelError(
+        f"{path} holds no {' or '.join(RUN_FILES)}",
+        remedy="Give a run directory of bnexport train, or a checkpoint file",
+    )
+
+
+def _read(path: Path) -> tuple[bytes, dict[str, Any]]:
+    """The file's bytes and its header, which was looked at before the rest was read."""
+    if not path.exists():
+        raise ModelError(f"{path} does not exist", remedy="Check the path; bnexport train writes model.safetensors")
+    if path.is_dir():
+        raise ModelError(f"{path} is a folder, not a checkpoint", remedy="Give the model.safetensors inside it")
+    try:
+        with refusing(f"{path} is not a whole safetensors file: it", ModelError, remedy=_REMEDY):
+            check_regular(path)
+            with path.open("rb") as file:
+                if not file.read(1):
+                    raise ModelError(f"{path} is empty", remedy=_REMEDY)
+                header = validate_safetensors(file)
+                file.seek(0)
+                return file.read(), header
+    except OSError as error:
+        raise ModelError(f"{path} can't be read: {one_line(error)}", remedy="Check the file's permissions") from error

@@ -1,0 +1,82 @@
+"""The BatchNorm statistics of whatever holds some: a run, a checkpoint, plain safetensors, a bundle."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bnexport.bundle import MANIFEST, WEIGHTS, Bundle
+from bnexport.errors import MissingDependency, ModelError
+from bnexport.loading.checkpoint import METADATA_KEY, checkpoint_file, load_checkpoint, read_arrays
+from bnexport.nn.statistics import DEFAULT_EPS, LayerStatistics, layer_statistics
+from bnexport.optional import installed
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+_ASSUMED = f"eps is not in this file: {DEFAULT_EPS:g} is assumed"
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What ``bnexport inspect`` shows.
+
+    Attributes:
+        file: The file that was read.
+        layers: Every BatchNorm, in the network's order if that is known, else by name.
+        note: What the reader should know about the numbers; "" for nothing.
+    """
+
+    file: Path
+    layers: tuple[LayerStatistics, ...]
+    note: str = ""
+
+
+def inspect_path(path: Path) -> Inspection:
+    """Read the statistics.
+
+    Raises:
+        ModelError: The file is missing, damaged, or holds no BatchNorm.
+        BundleError: A bundle whose weights were changed.
+    """
+    if (path / MANIFEST).exists():
+        bundle = Bundle.open(path)
+        bundle.check()
+        file = bundle.file(WEIGHTS)
+    else:
+        file = checkpoint_file(path)
+    state, metadata = read_arrays(file)
+    module = _network(file) if METADATA_KEY in metadata else None
+    layers = _in_order(layer_statistics(state, module=module), module)
+    if not layers:
+        raise ModelError(
+            f"{file} holds no BatchNorm", remedy="Inspect a network that was trained with batch normalization"
+        )
+    return Inspection(file, layers, _ASSUMED if module is None else "")
+
+
+def _network(file: Path) -> nn.Module | None:
+    """The network of a checkpoint, which knows the order of its layers and their eps; None where it can't be built."""
+    if not installed("torch"):
+        return None
+    from bnexport.loading.sources import build_known
+
+    try:
+        return build_known(load_checkpoint(file).metadata["network"])
+    except (ModelError, MissingDependency):  # a user's or timm's network: its statistics can be read all the same
+        return None
+
+
+def _in_order(layers: list[LayerStatistics], module: nn.Module | None) -> tuple[LayerStatistics, ...]:
+    """Layers in a fixed order, which safetensors does not keep; in names, numbers count as numbers."""
+    names = [] if module is None else [name for name, _ in module.named_modules()]
+    places = {name: place for place, name in enumerate(names)}
+
+    def key(layer: LayerStatistics) -> tuple[int, list[str | int]]:
+        parts = re.split(r"(\d+)", layer.name)  # text and numbers in turn
+        return places.get(layer.name, len(names)), [int(part) if at % 2 else part for at, part in enumerate(parts)]
+
+    return tuple(sorted(layers, key=key))

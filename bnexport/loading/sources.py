@@ -1,0 +1,256 @@
+"""From what a user names to a module in eval mode: the table of source kinds, and the networks that need no user code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from bnexport.errors import ModelError, UsageError
+from bnexport.loading.checkpoint import METADATA_KEY, Checkpoint, checkpoint_file, load_checkpoint, read_safetensors
+from bnexport.loading.user_code import call_factory
+from bnexport.loading.weights import is_safetensors, load_weights
+from bnexport.loading.zoo import build_from_zoo, zoo_facts, zoo_of, zoo_problem
+from bnexport.nn.lenet import bn_lenet
+from bnexport.optional import one_line
+
+#: bnexport's own networks. The networks of ``loading.zoo.ZOOS`` are known too, where their package is installed.
+KNOWN: dict[str, Callable[..., nn.Module]] = {"bn_lenet": bn_lenet}
+
+
+def unknown_reason(network: Mapping[str, Any]) -> str | None:
+    """Why a network can't be rebuilt here, as the end of a sentence; None when it can.
+
+    Args:
+        network: What a checkpoint or manifest says: ``{"source": ..., "options": {...}}``.
+    """
+    source = network.get("source")
+    if source in KNOWN:
+        return None
+    if isinstance(source, str) and zoo_of(source) is not None:
+        problem = zoo_problem(source)
+        return None if problem is None else f"{source}, which can't be built here: {problem}"
+    return f"whose code ({source}) only its author has"
+
+
+def build_known(network: Mapping[str, Any]) -> nn.Module:
+    """Build a network that bnexport knows from what a checkpoint or manifest says about it, without weights.
+
+    Raises:
+        ModelError: Not a network that bnexport knows, or its options are not its own.
+        MissingDependency: The package that defines it is not installed.
+    """
+    source, options = network.get("source"), network.get("options") or {}
+    if isinstance(source, str) and zoo_of(source) is not None:
+        return build_from_zoo(source, options)
+    if source not in KNOWN:
+        raise ModelError(
+            f"bnexport does not know how to build {source!r} by itself",
+            remedy="Name its code: --source file.py:factory or --source package.module:factory",
+        )
+    try:
+        return KNOWN[str(source)](**options)
+    except TypeError as error:
+        raise ModelError(
+            f"{source} has no such options: {one_line(error)}", remedy="Check --model-option, or write the file again"
+        ) from error
+
+
+def sample_facts(network: Mapping[str, Any], module: nn.Module) -> tuple[tuple[int, ...] | None, dict[str, Any] | None]:
+    """Shape of one sample of a known network, and its zoo's preprocessing as JSON; None for what is not known."""
+    source, options = str(network["source"]), network.get("options") or {}
+    if zoo_of(source) is not None:
+        return zoo_facts(source, options, module)
+    return (int(options.get("in_channels", 1)), 28, 28), None
+
+
+#: What a checkpoint says about its moving statistics; a loaded network has it beside the words on its training.
+_RECALIBRATED = ("recalibrated", "recalibration")
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A network with its weights and what is known about it.
+
+    Attributes:
+        module: In eval mode, on the CPU.
+        name: A short name for titles and folders.
+        network: How to build it again: ``{"source": ..., "options": {...}}``.
+        input_shape: Shape of one sample, when the source says it.
+        dataset: Data set that it was trained on, if known.
+        labels: Class names in the order of the logits, if known.
+        preprocessing: JSON of the preprocessing, if known.
+        training: What the checkpoint says about the training.
+    """
+
+    module: nn.Module
+    name: str
+    network: Mapping[str, Any]
+    input_shape: tuple[int, ...] | None = None
+    dataset: str | None = None
+    labels: tuple[str, ...] | None = None
+    preprocessing: Mapping[str, Any] | None = None
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+
+def _from_path(source: str, weights: Path | None, options: Mapping[str, Any]) -> LoadedModel:
+    path = Path(source)
+    if path.suffix == ".py":
+        raise ModelError(
+            f"{source} names no factory", remedy=f"Write {source}:NAME, a function that returns the network"
+        )
+    if weights is not None:
+        raise UsageError(f"{source} brings its own weights", remedy="Name the network's code: file.py:factory")
+    if options:
+        raise UsageError(f"{source} brings its own options", remedy="Leave --model-option out")
+    return _from_checkpoint(checkpoint_file(path))
+
+
+def _from_factory(source: str, weights: Path | None, options: Mapping[str, Any]) -> LoadedModel:
+    """A user's own network; a checkpoint that was trained with this very factory tells its options, labels and the rest."""
+    told: Mapping[str, Any] = {}
+    if weights is not None and is_safetensors(weights) and METADATA_KEY in read_safetensors(weights)[1]:
+        metadata = load_checkpoint(weights).metadata
+        if Path(metadata["network"]["source"]).name == Path(source).name:  # the folder may have moved
+            told = metadata
+    options = {**((told.get("network") or {}).get("options") or {}), **options}
+    network = {"source": source, "options": options}
+    module = call_factory(source, options)
+    if weights is not None:
+        load_weights(module, weights)
+    return _told(module, network, None, told)
+
+
+def _from_name(source: str, weights: Path | None, options: Mapping[str, Any]) -> LoadedModel:
+    if weights is None and source in KNOWN:
+        raise ModelError(f"{source} needs weights", remedy="Pass --weights FILE")
+    stated = {} if weights is None else _options_of(weights, source)
+    network = {"source": source, "options": {**stated, **options} if options else stated}
+    module = build_known(network)
+    if weights is not None:
+        load_weights(module, weights)
+    shape, preprocessing = sample_facts(network, module)
+    name = source.rpartition(":")[2]
+    return LoadedModel(_in_eval_mode(module), name, network, shape, preprocessing=preprocessing)
+
+
+def _from_checkpoint(path: Path) -> LoadedModel:
+    checkpoint = load_checkpoint(path)
+    metadata = checkpoint.metadata
+    source = str(metadata["network"]["source"])
+    if source not in KNOWN and zoo_of(source) is None:
+        raise ModelError(
+            f"{path} holds the weights of your own network {source}, but not its code",
+            remedy=f"Name its code and these weights: {source} --weights {path}",
+        )
+    module = build_known(metadata["network"])
+    try:
+        module.load_state_dict(checkpoint.state)
+    except RuntimeError as error:
+        raise ModelError(
+            f"{path} does not hold the weights of the network that it names: {one_line(error)}", remedy="Train again"
+        ) from error
+    return _told(module, metadata["network"], sample_facts(metadata["network"], module)[0], metadata)
+
+
+def _told(
+    module: nn.Module, network: Mapping[str, Any], shape: tuple[int, ...] | None, metadata: Mapping[str, Any]
+) -> LoadedModel:
+    """A network with what its checkpoint's metadata say; ``shape`` of a sample where they do not."""
+    labels, image = metadata.get("labels"), metadata.get("preprocessing")
+    if isinstance(image, dict):  # a zoo's network may be trained on another size than its package names
+        sides = [side for name in ("channels", "height", "width") if isinstance(side := image.get(name), int)]
+        shape = tuple(sides) if len(sides) == 3 else shape
+    return LoadedModel(
+        _in_eval_mode(module),
+        str(network["source"]).rpartition(":")[2],
+        network,
+        shape,
+        metadata.get("dataset"),
+        None if labels is None else tuple(labels),
+        image,
+        {**(metadata.get("training") or {}), **{key: metadata.get(key) for key in _RECALIBRATED if key in metadata}},
+    )
+
+
+@dataclass(frozen=True)
+class SourceKind:
+    """One row of SOURCE_KINDS.
+
+    Attributes:
+        form: The kind as a user writes it.
+        matches: Return whether a source is of this kind.
+        load: Load it, from the source, the weights and the options.
+    """
+
+    form: str
+    matches: Callable[[str], bool]
+    load: Callable[[str, Path | None, Mapping[str, Any]], LoadedModel]
+
+
+#: The kinds of source, in the order in which they are tried. A run directory and a checkpoint have their own weights. The
+#: function of a user's file or module returns the network; the checkpoint of a run that trained it also gives its options.
+SOURCE_KINDS: tuple[SourceKind, ...] = (
+    SourceKind("a run directory, a .safetensors checkpoint", lambda source: Path(source).exists(), _from_path),
+    SourceKind("bn_lenet", KNOWN.__contains__, _from_name),
+    SourceKind("torchvision:NAME, timm:NAME", lambda source: zoo_of(source) is not None, _from_name),
+    SourceKind(
+        "file.py:FACTORY, package.module:FACTORY", lambda source: all(source.rpartition(":")[::2]), _from_factory
+    ),
+)
+
+
+def load_source(source: str, *, weights: Path | None = None, options: Mapping[str, Any] | None = None) -> LoadedModel:
+    """Load what a user names.
+
+    Args:
+        source: One of SOURCE_KINDS. ``file.py:factory`` runs that file.
+        weights: Safetensors or a torch state dict (read without running code); for a checkpoint it must be None. Without
+            it, a zoo's network has random weights.
+        options: Named arguments of the network's constructor, or of the factory; a checkpoint has its own.
+
+    Raises:
+        ModelError: Something is missing, damaged, or does not fit together.
+        MissingDependency: The package that defines the network is not installed.
+        UsageError: ``weights`` or ``options`` given for a checkpoint.
+    """
+    for kind in SOURCE_KINDS:
+        if kind.matches(source):
+            return kind.load(source, weights, dict(options or {}))
+    raise ModelError(
+        f"{source!r} does not exist" if not source.strip(":") else f"{source} does not exist",
+        remedy="Give a run directory, a .safetensors checkpoint, torchvision:NAME, timm:NAME, or file.py:factory of"
+        " your own network",
+    )
+
+
+def checkpoint_of(loaded: LoadedModel) -> Checkpoint:
+    """A loaded network as a checkpoint: what ``load_source`` reads back."""
+    training = {key: value for key, value in loaded.training.items() if key not in _RECALIBRATED}
+    metadata: dict[str, Any] = {
+        "network": dict(loaded.network),
+        "dataset": loaded.dataset,
+        "labels": None if loaded.labels is None else list(loaded.labels),
+        "preprocessing": None if loaded.preprocessing is None else dict(loaded.preprocessing),
+        "training": training,
+        "recalibrated": bool(loaded.training.get("recalibrated")),
+    }
+    if (how := loaded.training.get("recalibration")) is not None:
+        metadata["recalibration"] = how
+    return Checkpoint(loaded.module.state_dict(), metadata)
+
+
+def _options_of(weights: Path, source: str) -> Any:
+    """Options that a bnexport checkpoint of this network states; none for plain weights."""
+    if not is_safetensors(weights) or METADATA_KEY not in read_safetensors(weights)[1]:
+        return {}
+    network = load_checkpoint(weights).metadata["network"]
+    return (network.get("options") or {}) if network["source"] == source else {}
+
+
+def _in_eval_mode(module: nn.Module) -> nn.Module:
+    """Switch a network to eval mode; one whose root is in eval mode already may hold layers in training mode on purpose."""
+    return module.eval() if module.training else module

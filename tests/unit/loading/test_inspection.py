@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from cases import randomise
+from torch import nn
+
+from bnexport.bundle import WEIGHTS, Manifest, seal
+from bnexport.errors import BundleError, ModelError
+from bnexport.loading.checkpoint import Checkpoint, save_checkpoint
+from bnexport.loading.inspection import inspect_path
+from bnexport.nn.lenet import bn_lenet
+from bnexport.nn.statistics import layer_statistics
+from bnexport.tensors import Signature, TensorSpec
+
+NAMES = ["bn1", "bn2", "bn3", "bn4"]
+KNOWN = {"network": {"source": "bn_lenet", "options": {"norm": "torch"}}}
+SPEC = TensorSpec("x", "float32", ("batch",))
+
+
+def lenet() -> nn.Module:
+    """Randomised statistics with the eps of a fresh network, which is what a checkpoint's name and options rebuild."""
+    network = randomise(bn_lenet())
+    for module in network:
+        if hasattr(module, "eps"):
+            module.eps = 1e-5
+    return network
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    folder = tmp_path / "bundle"
+    save_checkpoint(folder / WEIGHTS, Checkpoint(lenet().state_dict(), KNOWN))
+    seal(folder, Manifest("x", 1, Signature((SPEC,), (SPEC,)), KNOWN["network"]))
+    return folder
+
+
+def test_a_checkpoint_and_its_run(tmp_path):
+    file = tmp_path / "model.safetensors"
+    save_checkpoint(file, Checkpoint(lenet().state_dict(), KNOWN))
+    for path in (file, tmp_path):
+        found = inspect_path(path)
+        assert (found.file, found.note) == (file, "")
+        assert list(found.layers) == layer_statistics(lenet().state_dict())
+        assert [layer.name for layer in found.layers] == NAMES
+
+
+def test_plain_weights_and_a_user_s_network_say_that_eps_is_assumed(tmp_path):
+    state = randomise(nn.Sequential(nn.Conv2d(1, 3, 3), nn.BatchNorm2d(3))).state_dict()
+    safetensors.torch.save_file(state, tmp_path / "plain.safetensors")
+    save_checkpoint(tmp_path / "user.safetensors", Checkpoint(state, {"network": {"source": "net.py:make"}}))
+    for name in ("plain", "user"):
+        found = inspect_path(tmp_path / f"{name}.safetensors")
+        assert [layer.name for layer in found.layers] == ["1"]
+        assert found.note == "eps is not in this file: 1e-05 is assumed"
+
+
+def test_layers_are_in_order(tmp_path):
+    names = ["features.9.bn", "features.10.bn", "features.100.bn", "neck.bn", "neck.bn2"]
+    for _ in range(3):  # safetensors gives another order each time
+        state = {f"{n}.running_{kind}": torch.ones(2) for n in names for kind in ("mean", "var")}
+        safetensors.torch.save_file(state, tmp_path / "a.safetensors")
+        assert [layer.name for layer in inspect_path(tmp_path / "a.safetensors").layers] == names
+
+
+def test_a_bundle(bundle):
+    found = inspect_path(bundle)
+    assert found.file == bundle / WEIGHTS
+    assert list(found.layers) == layer_statistics(lenet().state_dict())
+
+
+def test_a_changed_bundle_is_refused(bundle):
+    content = bytearray((bundle / WEIGHTS).read_bytes())
+    content[-1] ^= 1
+    (bundle / WEIGHTS).write_bytes(content)
+    with pytest.raises(BundleError, match="was changed"):
+        inspect_path(bundle)
+
+
+def test_a_bundle_without_weights_is_refused(bundle):
+    (bundle / WEIGHTS).unlink()
+    with pytest.raises(BundleError, match="is missing"):
+        inspect_path(bundle)
+
+
+def test_what_holds_no_batch_norm(tmp_path):
+    safetensors.torch.save_file({"x": torch.ones(2)}, tmp_path / "a.safetensors")
+    with pytest.raises(ModelError, match=r"a\.safetensors holds no BatchNorm"):
+        inspect_path(tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "told"), [("nowhere", "does not exist"), (".", "holds no model"), ("t", "not a whole")]
+)
+def test_what_can_not_be_read(tmp_path, name, told):
+    (tmp_path / "t").write_text("text " * 9)
+    with pytest.raises(ModelError, match=told):
+        inspect_path(tmp_path / name)
