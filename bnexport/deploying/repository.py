@@ -119,7 +119,7 @@ def device_blocks(request: DeployRequest, signature: Signature) -> list[str]:
     kind = "KIND_CPU" if request.device == "cpu" else "KIND_GPU"
     blocks = [f"instance_group [ {{ count: {request.instances} kind: {kind} }} ]"]
     if request.device == "cuda":
-        # 1 is the heuristic. The default measures, and picks another algorithm from one start to the next.
+        # 1 is the heuristic. Before ONNX Runtime 1.20 the default measures times, so each start may use other algorithms.
         blocks.append('parameters { key: "cudnn_conv_algo_search" value: { string_value: "1" } }')
     if request.device == "tensorrt":
         blocks.append(
