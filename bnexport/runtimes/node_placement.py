@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bnexport.optional import one_line
 from bnexport.screening.wire import read_fields
 from bnexport.tensor_proto import message
 
@@ -108,18 +109,26 @@ def not_shape_arithmetic(ort: Any, model: bytes, nodes: Sequence[PlacedNode], le
     wanted = [node for node in nodes if node.provider == CPU]
     if not wanted:
         return None
+    outputs: dict[tuple[str, str], tuple[str, ...]] = {}
+    values: dict[str, _Value] = {}
+    why = ""
     try:
-        graph = _assigned_graph(ort, model, level)
-        outputs = _outputs_by_node(graph)
+        graph, outputs = model, _outputs_by_node(model)
+        if any(node[:2] not in outputs for node in wanted):  # the optimiser has added nodes
+            graph = _assigned_graph(ort, model, level)
+            outputs = _outputs_by_node(graph)
         values = _value_types(ort, graph, sorted({name for node in wanted for name in outputs.get(node[:2], ())}))
-    except Exception:  # onnxruntime's classes derive from Exception alone; the nodes are then refused as unknown
-        outputs, values = {}, {}
+    except Exception as error:  # onnxruntime's classes derive from Exception alone; the nodes are refused as unknown
+        why = f" ({one_line(error, 100)})"
+    for key, number in Counter(node[:2] for node in nodes).items():
+        if number > 1:  # names are unique in the main graph, so a twin is in a graph inside a node
+            outputs.pop(key, None)
     refused = [node for node in wanted if not _is_shape(outputs.get(node[:2], ()), values)]
     if not refused:
         return None
     words = [_described(node, outputs.get(node[:2], ()), values) for node in refused[:_NAMED]]
     more = f" and {len(refused) - _NAMED} more" if len(refused) > _NAMED else ""
-    return "; ".join(words) + more
+    return "; ".join(words) + more + why
 
 
 def _is_shape(names: Sequence[str], values: dict[str, _Value]) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
+import onnx.parser
 import onnxruntime
 import pytest
 from onnx import helper
@@ -44,6 +45,12 @@ def test_other_nodes_on_the_cpu_are_named(shape_model: bytes, name: str, operato
     assert "shape" not in found.replace(words, "")
 
 
+def test_a_twin_in_the_branch_of_an_if_is_not_mistaken_for_a_shape_node(shape_model: bytes) -> None:
+    assert "'shape' (Shape) with an output of an unknown type" in (
+        judged(shape_model, ("shape", "Shape"), ("shape", "Shape")) or ""
+    )
+
+
 def test_three_nodes_are_named_and_the_rest_is_counted(shape_model: bytes) -> None:
     nodes = [("float", "Cast"), ("relu", "Relu"), ("bits", "BitShift"), ("unknown", "Reshape"), ("mixed", "TopK")]
     found = judged(shape_model, *nodes) or ""
@@ -51,8 +58,28 @@ def test_three_nodes_are_named_and_the_rest_is_counted(shape_model: bytes) -> No
     assert found.endswith(" and 2 more")
 
 
-def test_without_knowledge_every_node_is_refused() -> None:
-    assert "'a' (Add) with an output of an unknown type" in (judged(b"not a model", ("a", "Add")) or "")
+def test_without_knowledge_every_node_is_refused_with_the_reason() -> None:
+    found = judged(b"not a model", ("a", "Add")) or ""
+    assert "'a' (Add) with an output of an unknown type" in found
+    assert found.endswith(")")
+
+
+def test_nodes_that_the_optimiser_adds_are_found() -> None:
+    """A Transpose that moves past a Shape leaves a Gather that reorders the sizes."""
+    text = """
+    <ir_version: 8, opset_import: ["" : 18]>
+    moved (float[n, 2, 3] x) => (float[n, 2, 3] y, float[a, b, c] zeros) <int64[1] two = {2}> {
+        a = Transpose <perm = [2, 0, 1]> (x)
+        b = Relu (a)
+        y = Transpose <perm = [1, 2, 0]> (b)
+        s = Shape (b)
+        doubled = Mul (s, two)
+        zeros = ConstantOfShape (doubled)
+    }
+    """
+    model = with_unique_names(onnx.parser.parse_model(text).SerializeToString())
+    assert judged(model, ("Gather", "Gather")) is None
+    assert "unknown type" in (judged(model, ("Gather", "Gather"), level=LEVELS.ORT_DISABLE_ALL) or "")
 
 
 def anonymous(*names: str) -> bytes:
