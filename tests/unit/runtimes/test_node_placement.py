@@ -16,7 +16,7 @@ LEVELS = onnxruntime.GraphOptimizationLevel
 
 def judged(model: bytes, *nodes: tuple[str, str], level: object = LEVELS.ORT_ENABLE_BASIC) -> str | None:
     placed = [PlacedNode(name, operator, CPU) for name, operator in nodes]
-    gpu = PlacedNode("relu", "Relu", "CUDAExecutionProvider")
+    gpu = PlacedNode("on the GPU", "Relu", "CUDAExecutionProvider")
     return not_shape_arithmetic(onnxruntime, model, [*placed, gpu], level)
 
 
