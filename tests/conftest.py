@@ -31,6 +31,12 @@ def _ort_cuda() -> str | None:
     return None
 
 
+def _fake_cuda() -> str | None:
+    from support.fake_cuda.build import missing
+
+    return missing()
+
+
 def _tensorrt() -> str | None:
     from bnexport.runtimes.catalogue import runner_spec
 
@@ -77,6 +83,7 @@ def _wrk() -> str | None:
 CAPABILITIES: dict[str, Callable[[], str | None]] = {
     "cuda": functools.cache(_cuda),
     "ort-cuda": functools.cache(_ort_cuda),
+    "fake-cuda": functools.cache(_fake_cuda),
     "tensorrt": functools.cache(_tensorrt),
     "openvino": functools.cache(_openvino),
     "data": functools.cache(_data),

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @click.pass_context
 def command(ctx: click.Context, require: tuple[str, ...], as_json: bool) -> None:
-    """Run a convolution and a gemm on every runtime and say what is missing.
+    """Run a small model on every runtime, print what is missing, and name CUDA packages that do not fit together.
 
     Exits with 0 when all CPU runtimes work (with bnexport-runtime: ONNX Runtime), or those of --require, else with 3.
     """
@@ -49,4 +49,7 @@ def _print(diagnosis: Diagnosis) -> None:
         else:
             click.echo(f"{health.runtime:{width}}  missing  {health.reason}")
             click.echo(f"{'':{width}}           {health.remedy}")
+    for conflict in diagnosis.conflicts:
+        click.echo(f"{'CUDA packages':{width}}  conflict {conflict.reason}")
+        click.echo(f"{'':{width}}           {conflict.remedy}")
     print_environment(diagnosis.environment, make_console())

@@ -116,7 +116,7 @@ def device_blocks(signature: Signature, *, device: str, instances: int, max_batc
     kind = "KIND_CPU" if device == "cpu" else "KIND_GPU"
     blocks = [f"instance_group [ {{ count: {instances} kind: {kind} }} ]"]
     if device == "cuda":
-        # 1 is the heuristic. The default measures, and picks another algorithm from one start to the next.
+        # 1 is the heuristic. Before ONNX Runtime 1.20 the default measures times, so each start may use other algorithms.
         blocks.append('parameters { key: "cudnn_conv_algo_search" value: { string_value: "1" } }')
     if device == "tensorrt":
         blocks.append(

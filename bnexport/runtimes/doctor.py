@@ -1,4 +1,4 @@
-"""What runs on this machine: every runtime computes a convolution and a gemm, compared with numpy."""
+"""Try every runtime on this machine: each computes a small model, compared with numpy."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from bnexport.errors import BnexportError
 from bnexport.optional import installed
 from bnexport.runtimes.base import plain_reason
 from bnexport.runtimes.catalogue import RUNNERS, RunnerSpec, runner_spec
+from bnexport.runtimes.cuda_packages import Conflict, conflicts
 from bnexport.runtimes.settings import RunSettings
 from bnexport.runtimes.small_model import expected, small_bundle, torch_module
 from bnexport.runtimes.torch_outputs import REMEDY as TORCH_REMEDY
@@ -51,13 +52,20 @@ class Health:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Every runtime's health, and the machine."""
+    """The health of every runtime, and the machine.
+
+    Attributes:
+        runtimes: One row per row of RUNNERS.
+        environment: Hardware and versions.
+        conflicts: Installed CUDA packages that do not fit together.
+    """
 
     runtimes: tuple[Health, ...]
     environment: dict[str, Any]
+    conflicts: tuple[Conflict, ...] = ()
 
     def broken(self, names: Sequence[str] = ()) -> tuple[Health, ...]:
-        """Of the runtimes named, and when none is named of all CPU runtimes that this distribution brings, those that fail.
+        """Return the named runtimes that fail; without names, the failing CPU runtimes that this distribution brings.
 
         Raises:
             UsageError: A name is not in RUNNERS.
@@ -67,7 +75,11 @@ class Diagnosis:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return {"runtimes": [asdict(health) for health in self.runtimes], "environment": self.environment}
+        return {
+            "runtimes": [asdict(health) for health in self.runtimes],
+            "environment": self.environment,
+            "conflicts": [asdict(conflict) for conflict in self.conflicts],
+        }
 
 
 def _is_expected(spec: RunnerSpec) -> bool:
@@ -77,20 +89,20 @@ def _is_expected(spec: RunnerSpec) -> bool:
 
 
 def diagnose() -> Diagnosis:
-    """Open a real session on each runtime and run a convolution and a gemm; takes seconds."""
+    """Open a real session on each runtime, run the small model, and compare the CUDA packages; takes seconds."""
     with tempfile.TemporaryDirectory() as folder:
         bundle = small_bundle(Path(folder))
         results = tuple(_examine(spec, bundle) for spec in RUNNERS)
-    return Diagnosis(results, environment())
+    return Diagnosis(results, environment(), conflicts())
 
 
 def _examine(spec: RunnerSpec, bundle: Bundle) -> Health:
-    written = spec.file in bundle.manifest.files  # without torch its formats can't be
+    written = spec.file in bundle.manifest.files  # torch's formats are not, where torch is missing
     if (spec.engine == "torch" or not written) and (missing := spec.available()) is not None:
         remedy = TORCH_REMEDY if installed("torch") else "Install it: pip install torch"
         return Health(spec.name, works=False, reason=missing, remedy=remedy)
     images = np.random.default_rng(1).standard_normal((4, 1, 8, 8)).astype(np.float32)
-    # TensorRT is strict only in a process that was started for it; one that is not here says so without.
+    # TensorRT is strict only in a process that was started for it; a missing TensorRT needs no process.
     settings = RunSettings(isolated=spec.device == "tensorrt" and spec.available() is None)
     try:
         module = torch_module() if spec.engine == "torch" else None

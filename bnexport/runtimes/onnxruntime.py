@@ -11,14 +11,15 @@ from typing import Any
 from bnexport.errors import BnexportError, BundleError, RuntimeUnavailable
 from bnexport.optional import one_line
 from bnexport.runtimes import cuda_libraries, small_model
-from bnexport.runtimes.base import REBUILD, Runner, check_declared
+from bnexport.runtimes.base import REBUILD, Runner, check_declared, device_remedy
+from bnexport.runtimes.node_placement import counts, placed_nodes, with_unique_names
 from bnexport.runtimes.onnx_file import read_screened
 from bnexport.runtimes.onnxruntime_session import (
-    device_of,
+    check_placement,
     in_effect,
     load_engine,
-    node_providers,
     open_session,
+    placement_note,
     precision_of,
     prepare_device,
     tf32_override,
@@ -33,8 +34,9 @@ ELEMENTS = {row.onnxruntime: name for name, row in ELEMENT_TYPES.items()}
 class OnnxRuntimeRunner(Runner):
     """Runs an ONNX file.
 
-    On a GPU the session holds no CPU provider and forbids falling back to one, since nothing else stops onnxruntime
-    from silently running a model on the CPU (onnxruntime, "session.disable_cpu_ep_fallback").
+    On a GPU the provider of every node is read back after opening, since onnxruntime runs nodes and whole models on the CPU
+    without an error. Only shape arithmetic (integers or bools of rank 0 or 1) may be on the CPU, where onnxruntime puts it
+    on purpose.
 
     Args:
         file: model.onnx.
@@ -44,8 +46,8 @@ class OnnxRuntimeRunner(Runner):
 
     Raises:
         BundleError: Not an ONNX model, a damaged one, or one with another signature.
-        RuntimeUnavailable: The device or a library is not here, a node would run elsewhere, or the precision asked for
-            is not the one in effect.
+        RuntimeUnavailable: The device or a library is missing, a node would run elsewhere, or another precision than the
+            one asked for is in effect.
         MissingDependency: onnxruntime is not installed.
     """
 
@@ -59,10 +61,10 @@ class OnnxRuntimeRunner(Runner):
         self._outputs = [spec.name for spec in signature.outputs]
         self._settings = settings or RunSettings()
         self._ort = load_engine()
-        self._session = self._opened()
+        self._session, model = self._opened()
         self._refuse_other_signature()
-        nodes = node_providers(self._session)
-        self.effective_device = device_of(self._session, nodes, self.name, device)
+        nodes = placed_nodes(self._session)
+        self.effective_device = check_placement(self._ort, self._session, nodes, self.name, device, model)
         effect = in_effect(self._ort, self._session, device)
         self.description = {
             "engine": "onnxruntime",
@@ -70,7 +72,8 @@ class OnnxRuntimeRunner(Runner):
             "device": self.effective_device,
             "file": file.name,
             "providers": list(self._session.get_providers()),
-            "nodes": nodes,
+            "nodes": counts(nodes),
+            **placement_note(device, nodes),
             "precision": precision_of(device, effect),
             **effect,
             "memory": "bound, not run yet" if self._settings.binding else "copied by each call",
@@ -78,22 +81,25 @@ class OnnxRuntimeRunner(Runner):
         self._refuse_other_settings()
         self.probe()  # cuDNN is loaded by the first batch: before it, a GPU is only a promise
 
-    def _opened(self) -> Any:
-        # The bytes and not the file's name, so that no external data beside it is followed.
+    def _opened(self) -> tuple[Any, bytes]:
+        """Return the session, and the bytes that it was opened from."""
+        # The bytes and not the file's name, so that no external data next to it is followed.
         model = read_screened(self._file)
+        if self._device != "cpu":
+            model = with_unique_names(model)
         prepare_device(self._ort, self.name, self._device, self._settings)
         try:
-            return open_session(self._ort, model, self._device, self._settings)
+            return open_session(self._ort, model, self._device, self._settings), model
         except Exception as error:  # onnxruntime's classes derive from Exception alone
             raise self._opening_error(model, error) from error
 
     def _opening_error(self, model: bytes, error: Exception) -> BnexportError:
-        """Whether the file or the machine is at fault: the file is, when it does not open on the CPU either."""
+        """Blame the file when it does not open on the CPU either, else the machine."""
         text = one_line(error, 200)
         if self._device != "cpu" and self._opens_on_cpu(model):
-            reason = cuda_libraries.reason(self._ort, self._device) or text
-            remedy = cuda_libraries.REMEDIES[self._device]
-            return RuntimeUnavailable(f"{self.name} can't run here: {reason}", remedy=remedy)
+            missing = cuda_libraries.reason(self._ort, self._device)
+            remedy = device_remedy(str(error)) if missing is None else cuda_libraries.REMEDIES[self._device]
+            return RuntimeUnavailable(f"{self.name} can't run here: {missing or text}", remedy=remedy)
         return BundleError(f"{self._file} is not a model that onnxruntime can load: {text}", remedy=REBUILD)
 
     def _opens_on_cpu(self, model: bytes) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,14 @@ from bnexport.errors import RuntimeUnavailable
 from bnexport.optional import require
 from bnexport.reproducibility import OVERRIDE
 from bnexport.runtimes import cuda_libraries
+from bnexport.runtimes.node_placement import CPU, PlacedNode, counts, not_shape_arithmetic
 from bnexport.runtimes.settings import RunSettings
 
-CPU, CUDA, TENSORRT = "CPUExecutionProvider", "CUDAExecutionProvider", "TensorrtExecutionProvider"
+CUDA, TENSORRT = "CUDAExecutionProvider", "TensorrtExecutionProvider"
 #: Provider -> where its nodes run.
 DEVICES = {CPU: "cpu", CUDA: "cuda:0", TENSORRT: "cuda:0"}
 _CHANGED = "changed"
+_NO_KERNEL = "Run this model on the CPU, or replace the operators that the GPU provider has no kernels for"
 #: Variables that TensorRT's provider obeys before its options -> the value that leaves numbers and engines alone.
 _TENSORRT_VARIABLES = {
     "ORT_TENSORRT_FP16_ENABLE": "0",
@@ -33,9 +35,9 @@ class Target:
     """One row of TARGETS.
 
     Attributes:
-        providers: In order of preference. Without the CPU's, so that no node can end there unseen.
+        providers: In order of preference. onnxruntime adds the CPU's itself, so its nodes are read back and judged.
         must: The provider that has to take at least one node.
-        words: As people say it.
+        words: Name of ``must`` in sentences.
     """
 
     providers: tuple[str, ...]
@@ -47,7 +49,7 @@ class Target:
 TARGETS: dict[str, Target] = {
     "cpu": Target((CPU,), CPU, "the CPU"),
     "cuda": Target((CUDA,), CUDA, "CUDA"),
-    # TensorRT leaves what it does not know to CUDA; how many nodes, the description tells.
+    # TensorRT leaves operators without an implementation to CUDA; the description has the number of nodes of each.
     "tensorrt": Target((TENSORRT, CUDA), TENSORRT, "TensorRT"),
 }
 #: RunSettings.optimisation -> onnxruntime's name.
@@ -95,7 +97,8 @@ def provider_options(provider: str, settings: RunSettings) -> dict[str, str]:
         return {
             "device_id": "0",
             "use_tf32": "1" if settings.precision == "tf32" else "0",
-            # EXHAUSTIVE, onnxruntime's own default, goes by the stopwatch: results jitter between sessions.
+            # Since 1.20 the names select cuDNN's heuristic modes: HEURISTIC is A, EXHAUSTIVE (the default) is B, DEFAULT is
+            # FALLBACK. None of them measures times (onnxruntime issue 22705, pull request 19470).
             "cudnn_conv_algo_search": settings.conv_search.upper(),
         }
     if provider == TENSORRT:
@@ -112,7 +115,9 @@ def provider_options(provider: str, settings: RunSettings) -> dict[str, str]:
 
 
 def open_session(ort: Any, model: bytes, device: str, settings: RunSettings) -> Any:
-    """A session that holds the providers of a device alone; what onnxruntime raises passes.
+    """Open a session with the providers of a device; what onnxruntime raises passes.
+
+    onnxruntime adds the CPU provider; ``check_placement`` judges the nodes that ended there.
 
     Args:
         ort: The module.
@@ -127,7 +132,6 @@ def open_session(ort: Any, model: bytes, device: str, settings: RunSettings) -> 
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     if device != "cpu":
         options.use_deterministic_compute = settings.precision == "float32"
-        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     providers = [(name, provider_options(name, settings)) for name in TARGETS[device].providers]
     return ort.InferenceSession(model, options, providers=providers, enable_fallback=0)
 
@@ -203,41 +207,51 @@ def tf32_override() -> str | None:
     return now if now == before else _CHANGED
 
 
-def node_providers(session: Any) -> dict[str, int]:
-    """Provider -> how many nodes it was given; empty where this onnxruntime does not record it."""
-    if not hasattr(session, "get_provider_graph_assignment_info"):
-        return {}
-    counts: dict[str, int] = {}
-    for part in session.get_provider_graph_assignment_info():
-        counts[part.ep_name] = counts.get(part.ep_name, 0) + len(part.get_nodes())
-    return counts
+def check_placement(ort: Any, session: Any, nodes: Sequence[PlacedNode], name: str, device: str, model: bytes) -> str:
+    """Return where the nodes of a session run, or refuse a session that fell back to another device.
 
-
-def device_of(session: Any, nodes: Mapping[str, int], name: str, device: str) -> str:
-    """Where the nodes were put, or where the first provider is when onnxruntime does not tell (before 1.23).
+    On a GPU a node may be on the CPU when all its outputs are integers or bools of rank 0 or 1: shape arithmetic.
 
     Args:
+        ort: The module.
         session: Open.
-        nodes: ``node_providers``.
+        nodes: ``placed_nodes``.
         name: Of the runner.
         device: A key of TARGETS.
+        model: The bytes that the session was opened from.
+
+    Returns:
+        "cpu" or "cuda:0".
 
     Raises:
         RuntimeUnavailable: A node is on another device, or the provider asked for took none.
     """
-    used = list(nodes) or [session.get_providers()[0]]
-    devices = sorted({DEVICES.get(provider, provider) for provider in used})
-    target = TARGETS[device]
-    if devices != [DEVICES[target.must]] or not set(used) <= set(target.providers):
-        raise RuntimeUnavailable(
-            f"{name} fell back: nodes run on {', '.join(devices)}", remedy=cuda_libraries.REMEDIES.get(device, "")
-        )
+    target, remedy = TARGETS[device], cuda_libraries.REMEDIES.get(device, "")
+    if target.must not in session.get_providers():
+        reason = cuda_libraries.reason(ort, device) or f"onnxruntime opened no {target.words} provider"
+        raise RuntimeUnavailable(f"{name} can't run here: {reason}", remedy=remedy)
+    # A graph of constants has no nodes left.
+    used = dict.fromkeys(node.provider for node in nodes) or [session.get_providers()[0]]
+    if strange := [provider for provider in used if provider not in (*target.providers, CPU)]:
+        raise RuntimeUnavailable(f"{name} fell back: nodes run on {', '.join(strange)}", remedy=remedy)
     if target.must not in used:
         raise RuntimeUnavailable(
             f"{name} fell back: {target.words} took none of the nodes, {', '.join(used)} took them",
-            remedy=cuda_libraries.REMEDIES[device],
+            remedy=_NO_KERNEL,
         )
-    return devices[0]
+    if device != "cpu":
+        level = session.get_session_options().graph_optimization_level
+        before = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC  # nodes are assigned after the basic optimisation
+        level = level if level == ort.GraphOptimizationLevel.ORT_DISABLE_ALL else before
+        if (found := not_shape_arithmetic(ort, model, nodes, level)) is not None:
+            raise RuntimeUnavailable(f"{name} fell back: {found}", remedy=_NO_KERNEL)
+    return DEVICES[target.must]
+
+
+def placement_note(device: str, nodes: Sequence[PlacedNode]) -> dict[str, str]:
+    """Return {"placement": "3 shape nodes on the CPU"} for a GPU session that keeps nodes there, else nothing."""
+    number = 0 if device == "cpu" else counts(nodes).get(CPU, 0)
+    return {"placement": f"{number} shape node{'s' if number > 1 else ''} on the CPU"} if number else {}
 
 
 def in_effect(ort: Any, session: Any, device: str) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from bnexport.errors import UsageError
 KERNEL_PRECISIONS = ("float32", "tf32", "bfloat16")
 #: ONNX Runtime's levels of graph optimisation, the one that users serve with first.
 OPTIMISATIONS = ("all", "extended", "basic", "none")
-#: How cuDNN chooses a convolution's algorithm. "exhaustive" goes by the stopwatch: results jitter between sessions.
+#: How a convolution's algorithm is chosen. torch measures times for "exhaustive", so results may differ between sessions;
+#: onnxruntime selects modes of cuDNN's heuristics (``onnxruntime_session.provider_options``).
 CONV_SEARCHES = ("heuristic", "default", "exhaustive")
 
 

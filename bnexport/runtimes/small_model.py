@@ -1,4 +1,8 @@
-"""A convolution and a gemm in every format: enough to show that an engine really computes on a device."""
+"""A small model in every format, with the parts of users' models that depend on a device.
+
+It has a dynamic batch, a convolution, a flatten that computes its shape from the batch, a tensor that is made on the way,
+and a gemm.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +30,7 @@ OPSET, IR_VERSION = 18, 8
 
 @dataclass(frozen=True)
 class Weights:
-    """Conv 1 to 2, 3x3, no padding; flatten; Linear 72 to 3."""
+    """Conv 1 to 2, 3x3, no padding; flatten; addition of ones; Linear 72 to 3."""
 
     kernel: Array  # (2, 1, 3, 3)
     shift: Array  # (2,)
@@ -42,27 +46,37 @@ def small_weights() -> Weights:
 
 
 def expected(images: Array) -> Array:
-    """The answer in numpy, float64: images (n, 1, 8, 8) to (n, 3)."""
+    """Return the answer of numpy in float64: images (n, 1, 8, 8) to (n, 3)."""
     weights = small_weights()
     windows = np.lib.stride_tricks.sliding_window_view(images[:, 0].astype(np.float64), (3, 3), axis=(1, 2))
     maps = np.einsum("nhwij,cij->nchw", windows, weights.kernel[:, 0].astype(np.float64))
     maps += weights.shift.astype(np.float64)[:, None, None]
     flat = maps.reshape(len(images), -1)  # (n, 72)
-    result: Array = flat @ weights.matrix.astype(np.float64).T + weights.bias
+    result: Array = (flat + 1) @ weights.matrix.astype(np.float64).T + weights.bias
     return result
 
 
 def write_onnx(file: Path) -> None:
-    """Write the model as ONNX, without the onnx package: a serving machine has none, and its GPU has to be tried all the same.
+    """Write the model as ONNX, without the onnx package, which a serving machine lacks.
 
-    Source of the field numbers: onnx.proto, IR version 8.
+    The nodes around Reshape are those that exporters write for ``x.view(x.size(0), -1)``. Source of the field numbers:
+    onnx.proto, IR version 8.
     """
     weights = small_weights()
     tensors = [write_tensor(getattr(weights, name), name) for name in ("kernel", "shift", "matrix", "bias")]
+    numbers = {"first": np.array(0), "axes": np.array([0]), "rest": np.array([-1]), "one": np.array([1])}
+    tensors += [write_tensor(values.astype(np.int64), name) for name, values in numbers.items()]
     nodes = [
-        _node("Conv", ("input", "kernel", "shift"), "maps", _attribute("kernel_shape", 3, 3)),
-        _node("Flatten", ("maps",), "flat", _attribute("axis", 1)),
-        _node("Gemm", ("flat", "matrix", "bias"), "logits", _attribute("transB", 1)),
+        _node("Conv", ("input", "kernel", "shift"), "maps", _numbers("kernel_shape", 3, 3)),
+        _node("Shape", ("maps",), "sizes"),
+        _node("Gather", ("sizes", "first"), "batch"),
+        _node("Unsqueeze", ("batch", "axes"), "row"),
+        _node("Concat", ("row", "rest"), "flat_sizes", _number("axis", 0)),
+        _node("Reshape", ("maps", "flat_sizes"), "flat"),
+        _node("Concat", ("row", "one"), "made_sizes", _number("axis", 0)),
+        _node("ConstantOfShape", ("made_sizes",), "made", _tensor("value", np.ones(1, np.float32))),
+        _node("Add", ("flat", "made"), "sum"),
+        _node("Gemm", ("sum", "matrix", "bias"), "logits", _number("transB", 1)),
     ]
     graph = message(
         *((1, node) for node in nodes),
@@ -74,15 +88,26 @@ def write_onnx(file: Path) -> None:
     file.write_bytes(message((1, IR_VERSION), (7, graph), (8, message((1, ""), (2, OPSET)))))
 
 
-def _node(operator: str, inputs: tuple[str, ...], output: str, attribute: bytes) -> bytes:
-    return message(*((1, name) for name in inputs), (2, output), (4, operator), (5, attribute))
+def _node(operator: str, inputs: tuple[str, ...], output: str, attribute: bytes | None = None) -> bytes:
+    attributes = () if attribute is None else ((5, attribute),)
+    return message(
+        *((1, name) for name in inputs), (2, output), (3, f"{operator}_{output}"), (4, operator), *attributes
+    )
 
 
-def _attribute(name: str, *values: int) -> bytes:
-    """One number (kind INT, 2), or several (kind INTS, 7)."""
-    if len(values) == 1:
-        return message((1, name), (3, values[0]), (20, 2))
+def _number(name: str, value: int) -> bytes:
+    """An attribute of the kind INT (2)."""
+    return message((1, name), (3, value), (20, 2))
+
+
+def _numbers(name: str, *values: int) -> bytes:
+    """An attribute of the kind INTS (7)."""
     return message((1, name), *((8, value) for value in values), (20, 7))
+
+
+def _tensor(name: str, values: Array) -> bytes:
+    """An attribute of the kind TENSOR (4)."""
+    return message((1, name), (5, write_tensor(values, "")), (20, 4))
 
 
 def _value(spec: TensorSpec) -> bytes:
@@ -93,11 +118,21 @@ def _value(spec: TensorSpec) -> bytes:
 
 
 def torch_module() -> nn.Module:
-    """The model in torch."""
+    """Return the model in torch, in eval mode."""
     import torch
 
-    weights = small_weights()
-    module = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.Flatten(), torch.nn.Linear(72, 3))
+    class Small(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.linear = torch.nn.Conv2d(1, 2, 3), torch.nn.Linear(72, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            maps = self.conv(x)
+            made = torch.ones(maps.size(0), 1, dtype=maps.dtype, device=maps.device)
+            result: torch.Tensor = self.linear(maps.view(maps.size(0), -1) + made)
+            return result
+
+    weights, module = small_weights(), Small()
     for parameter, values in zip(
         module.parameters(), (weights.kernel, weights.shift, weights.matrix, weights.bias), strict=True
     ):
@@ -106,14 +141,13 @@ def torch_module() -> nn.Module:
 
 
 def write_torchscript(file: Path) -> None:
-    """Write the model as TorchScript."""
+    """Write the model as TorchScript: scripted, since a trace turns the device of ``made`` into a constant."""
     import torch
 
     with warnings.catch_warnings():
         # Deprecated upstream; TorchScript is one of the formats asked of this project.
         warnings.filterwarnings("ignore", message=r".*torch\.jit\..*")
-        traced = torch.jit.trace(torch_module(), torch.zeros(2, 1, 8, 8), check_trace=False)  # type: ignore[no-untyped-call]
-        torch.jit.save(torch.jit.freeze(traced), str(file))
+        torch.jit.save(torch.jit.freeze(torch.jit.script(torch_module())), str(file))
 
 
 def write_exported(file: Path) -> None:

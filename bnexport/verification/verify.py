@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from bnexport.bundle import WEIGHTS, Bundle
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.environment import environment
-from bnexport.errors import BnexportError, Unavailable
+from bnexport.errors import BnexportError, MissingDependency, Unavailable
 from bnexport.runtimes.base import plain_reason
 from bnexport.runtimes.catalogue import RUNNERS, RunnerSpec, runner_spec
 from bnexport.runtimes.settings import RunSettings
@@ -18,6 +18,7 @@ from bnexport.tensors import Array
 from bnexport.verification.drift import look_at_layers
 from bnexport.verification.inputs import RunPlan
 from bnexport.verification.precision import precision_row
+from bnexport.verification.reference import is_known
 from bnexport.verification.runs import RuntimeRun
 from bnexport.verification.samples import Samples, load_samples
 from bnexport.verification.scope import Scope
@@ -51,8 +52,8 @@ def verify(
 
     Args:
         bundle: A bundle or its directory.
-        runtimes: Names from RUNNERS, or rows of the same kind. None: every one that works here; what does not is listed as
-            skipped.
+        runtimes: Names from RUNNERS, or rows of the same kind. None: all that are here. A runtime whose engine, device or
+            library is missing is listed as skipped; one that is here but refuses the file fails.
         data_dir: Where the data set lies. Nothing is downloaded.
         samples: A file or folder of inputs to use in place of the data set's images (``samples.load_samples``).
         module: The original network, for a bundle whose network only its author has. Never changed.
@@ -62,7 +63,7 @@ def verify(
     Raises:
         BundleError: Not a bundle, or its manifest is damaged.
         UsageError: An unknown runtime, or one that has none of the precisions asked for.
-        Unavailable: A runtime asked for by name can't run here.
+        Unavailable: A runtime asked for by name can't run here, or refuses the file.
         DataError: ``data_dir`` does not hold the data set, or ``samples`` can't be used.
         ModelError: ``module`` can't be evaluated in float64.
     """
@@ -144,17 +145,18 @@ class _Runs:
                 return
 
     def _one(self, spec: RunnerSpec, settings: RunSettings) -> bool:
-        """One setting; False when the runtime is not here, so that its other settings need not be tried."""
+        """Run one setting; False when the runtime can't be opened, so that its other settings are not tried."""
         work, key = self.work, run_name(spec.name, settings.describe())
         try:
             runner = spec.open(work.bundle, module=work.module, settings=settings)
-        except Unavailable as error:
-            if self.named:
-                raise
-            work.skipped[spec.name] = plain_reason(spec.name, error)
-            return False
         except BnexportError as error:
-            work.rows.append(failed("strict", spec.name, "open", error.message))
+            unavailable = isinstance(error, Unavailable)
+            if unavailable and self.named:
+                raise
+            if unavailable and self._is_missing(spec, error):
+                work.skipped[spec.name] = plain_reason(spec.name, error)
+            else:  # the runtime works here, so it refuses this file or these settings
+                work.rows.append(failed("strict", spec.name, "open", error.message))
             return False
         with runner:
             run = RuntimeRun(runner, settings, self.plan, work.forecast, self._stored(spec))
@@ -170,6 +172,13 @@ class _Runs:
         if run.flipped:
             self.flipped[key] = run.flipped
         return True
+
+    def _is_missing(self, spec: RunnerSpec, error: BnexportError) -> bool:
+        """Return whether a package, a device or the original network is missing, which leaves a runtime out."""
+        rebuilds = spec.engine == "torch" and self.work.module is None
+        if isinstance(error, MissingDependency) or (rebuilds and not is_known(self.work.bundle)):
+            return True
+        return spec.available() is not None
 
     def _predictable(self, precision: str) -> bool:
         cases = self.plan.cases

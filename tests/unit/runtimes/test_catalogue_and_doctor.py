@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -47,12 +48,36 @@ def test_the_small_model_is_onnx_and_is_written_without_onnx(tmp_path: Path, mon
         small_model.write_onnx(tmp_path / "small.onnx")
     model = onnx.load(tmp_path / "small.onnx")
     onnx.checker.check_model(model, full_check=True)
-    assert [node.op_type for node in model.graph.node] == ["Conv", "Flatten", "Gemm"]
+    operators = [node.op_type for node in model.graph.node]
+    assert operators[0] == "Conv"
+    assert operators[1:6] == ["Shape", "Gather", "Unsqueeze", "Concat", "Reshape"]  # as exporters write a flatten
+    assert operators[6:] == ["Concat", "ConstantOfShape", "Add", "Gemm"]  # a tensor that is made in forward
+    assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
     assert (model.ir_version, model.opset_import[0].version) == (small_model.IR_VERSION, small_model.OPSET)
     images = np.random.default_rng(4).standard_normal((5, 1, 8, 8)).astype(np.float32)
     (answer,) = onnx.reference.ReferenceEvaluator(model).run(None, {"input": images})
     truth = small_model.expected(images)
     assert np.abs(answer - truth).max() <= doctor.BOUND * np.abs(truth).max()
+
+
+def test_the_small_models_of_torch_take_any_batch_and_make_a_tensor_where_the_input_is(tmp_path: Path) -> None:
+    import torch
+
+    small_model.write_torchscript(tmp_path / "small.pt")
+    script = torch.jit.load(tmp_path / "small.pt")
+    assert script(torch.zeros(5, 1, 8, 8)).shape == (5, 3)
+    assert "torch.ones(" in script.code
+    (device,) = re.findall(r"torch\.ones\(.*device=(\w+)", script.code)
+    assert f"{device} = ops.prim.device(maps)" in script.code
+    small_model.write_exported(tmp_path / "small.pt2")
+    program = torch.export.load(tmp_path / "small.pt2")
+    made = [
+        node
+        for node in program.graph.nodes
+        if node.target in (torch.ops.aten.ones.default, torch.ops.aten.full.default)
+    ]
+    assert len(made) == 1
+    assert program.module()(torch.zeros(7, 1, 8, 8)).shape == (7, 3)
 
 
 def test_of_the_distribution_for_serving_only_onnxruntime_is_expected(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,14 +16,16 @@ from bnexport.bundle import MODEL_ONNX, Bundle
 from bnexport.errors import RuntimeUnavailable
 from bnexport.runtimes import cuda_libraries, onnxruntime_session
 from bnexport.runtimes.catalogue import runner_spec
+from bnexport.runtimes.node_placement import PlacedNode
 from bnexport.runtimes.onnxruntime import OnnxRuntimeRunner
 from bnexport.runtimes.onnxruntime_session import (
     CUDA,
     OVERRIDE,
     TENSORRT,
-    device_of,
+    check_placement,
     environment_problem,
     in_effect,
+    placement_note,
     precision_of,
     provider_options,
 )
@@ -148,25 +150,56 @@ def test_a_variable_set_too_late_does_not_count(start: str | None, later: str | 
     assert done.stdout.strip() == expected
 
 
+CPU = "CPUExecutionProvider"
+
+
+def placed(**providers: int) -> list[PlacedNode]:
+    """Nodes by provider; those of the CPU are the shape nodes of SHAPES."""
+    return [
+        PlacedNode("add" if provider == CPU else f"{provider}{number}", "Add", provider)
+        for provider, count in providers.items()
+        for number in range(count)
+    ]
+
+
 @pytest.mark.parametrize(
-    ("nodes", "device", "words"),
+    ("providers", "device", "words"),
     [
         ({TENSORRT: 9, CUDA: 2}, "tensorrt", None),
         ({TENSORRT: 9}, "tensorrt", None),
+        ({TENSORRT: 9, CPU: 1}, "tensorrt", None),
+        ({CUDA: 9, CPU: 1}, "cuda", None),
         ({CUDA: 11}, "tensorrt", "TensorRT took none of the nodes, CUDAExecutionProvider took them"),
-        ({TENSORRT: 9, "CPUExecutionProvider": 1}, "tensorrt", "nodes run on cpu, cuda:0"),
-        ({TENSORRT: 3}, "cuda", "nodes run on cuda:0"),
-        ({"CPUExecutionProvider": 3}, "cuda", "nodes run on cpu"),
+        ({TENSORRT: 3}, "cuda", "nodes run on TensorrtExecutionProvider"),
+        ({CPU: 3}, "cuda", "CUDA took none of the nodes, CPUExecutionProvider took them"),
+        ({}, "cuda", None),
         ({"OtherExecutionProvider": 3}, "cpu", "nodes run on OtherExecutionProvider"),
     ],
 )
-def test_nodes_elsewhere_are_a_fall_back(nodes: dict[str, int], device: str, words: str | None) -> None:
+def test_nodes_elsewhere_are_a_fall_back(
+    providers: dict[str, int], device: str, words: str | None, shape_model: bytes
+) -> None:
+    nodes = placed(**providers)
+    given = session(**{name: {} for name in ALL_PROVIDERS[device == "cuda" :]})
     if words is None:
-        assert device_of(session(), nodes, "x", device) == "cuda:0"
+        assert check_placement(onnxruntime, given, nodes, "x", device, shape_model) == "cuda:0"
+        number = providers.get(CPU, 0)
+        assert placement_note(device, nodes) == ({"placement": "1 shape node on the CPU"} if number else {})
         return
     with pytest.raises(RuntimeUnavailable, match="x fell back") as caught:
-        device_of(session(), nodes, "x", device)
+        check_placement(onnxruntime, given, nodes, "x", device, shape_model)
     assert words in caught.value.message
+
+
+def test_a_session_that_did_not_get_its_provider_names_the_missing_library(
+    monkeypatch: pytest.MonkeyPatch, shape_model: bytes
+) -> None:
+    loader(monkeypatch, providers_cuda="libcurand.so.10: none")
+    with pytest.raises(
+        RuntimeUnavailable, match=r"x can't run here: onnxruntime's CUDA provider .*libcurand"
+    ) as caught:
+        check_placement(onnxruntime, session(**{CPU: {}}), placed(**{CPU: 1}), "x", "cuda", shape_model)
+    assert "onnxruntime-gpu[cuda,cudnn]" in caught.value.remedy
 
 
 def loader(monkeypatch: pytest.MonkeyPatch, **missing: str) -> None:

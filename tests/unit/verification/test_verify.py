@@ -12,7 +12,7 @@ from torch import nn
 
 from bnexport.bundle import GOLDEN, Bundle, write_golden
 from bnexport.errors import BundleError, DataError, ModelError, RuntimeUnavailable, UsageError
-from bnexport.runtimes.catalogue import RUNNERS, RunnerSpec
+from bnexport.runtimes.catalogue import RUNNERS, RunnerSpec, runner_spec
 from bnexport.runtimes.torch_eager import TorchEagerRunner
 from bnexport.verification import work as module_under_test
 from bnexport.verification.reference import Reference
@@ -159,12 +159,30 @@ def test_nothing_run_is_no_pass(bundle: Bundle, monkeypatch: pytest.MonkeyPatch)
     def unavailable(*_args: object) -> None:
         raise RuntimeUnavailable("x can't run here: no y", remedy="z")
 
-    broken = tuple(replace(spec, opener=unavailable) for spec in RUNNERS)
+    broken = tuple(replace(spec, opener=unavailable, prober=lambda _device: "no y") for spec in RUNNERS)
     monkeypatch.setattr("bnexport.verification.verify.RUNNERS", broken)
     found = verify(bundle)
     assert not found.passed
     assert found.missing_stages == ("golden", "strict")
     assert set(found.skipped) == {spec.name for spec in RUNNERS if spec.default}
+
+
+def test_a_runtime_that_is_here_but_refuses_the_file_fails(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(*_args: object) -> None:
+        raise RuntimeUnavailable("onnxruntime-cuda fell back: the node 'a' (Det) runs on the CPU", remedy="z")
+
+    here = replace(runner_spec("onnxruntime-cuda"), opener=refuses, prober=lambda _device: None)
+    monkeypatch.setattr("bnexport.verification.verify.RUNNERS", (runner_spec("onnxruntime-cpu"), here))
+    monkeypatch.setattr("bnexport.runtimes.isolation.IsolatedRunner", refuses)
+    few = Scope(max_samples=20, drift=False)
+    found = verify(bundle, scope=few)
+    assert not found.passed
+    assert found.skipped == {}
+    (row,) = found.failures
+    assert (row.stage, row.subject, row.case) == ("strict", "onnxruntime-cuda", "open")
+    assert "the node 'a' (Det) runs on the CPU" in row.reason
+    with pytest.raises(RuntimeUnavailable, match=r"the node 'a' \(Det\)"):
+        verify(bundle, runtimes=[here], scope=few)
 
 
 def test_a_bundle_written_without_a_format(bundle: Bundle, tmp_path: Path) -> None:
