@@ -59,7 +59,8 @@ class Step:
         self.model, self.optimizer = self.world.parallel(model, unused=unused), optimizer
         self.loss_of = nn.CrossEntropyLoss(reduction="sum", label_smoothing=label_smoothing)
         self.amp = _AMP.get(amp)
-        self.scaler = torch.amp.GradScaler("cuda", enabled=amp == "float16")
+        device = optimizer.param_groups[0]["params"][0].device
+        self.scaler = torch.amp.GradScaler(device.type, enabled=amp == "float16")
 
     def __call__(self, X: Tensor, y: Tensor, images: int, sums: Sums) -> Tensor:
         """Take the step.
