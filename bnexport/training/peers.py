@@ -12,6 +12,7 @@ import datetime
 import sys
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import distributed as dist
@@ -47,7 +48,8 @@ def watched(rank: int, size: int) -> Iterator[None]:
         rank: This process's number.
         size: Number of processes; all of them enter the block together.
     """
-    group, over = dist.new_group(backend="gloo", timeout=_FOREVER), threading.Event()
+    group: Any = dist.new_group(backend="gloo", timeout=_FOREVER)
+    over = threading.Event()
     listener = threading.Thread(target=_listen, args=((rank + 1) % size, group, over), daemon=True)
     listener.start()
     word = _FAILED
@@ -61,7 +63,7 @@ def watched(rank: int, size: int) -> Iterator[None]:
         listener.join(None if word == _DONE else 1.0)
 
 
-def _listen(peer: int, group: dist.ProcessGroup, over: threading.Event) -> None:
+def _listen(peer: int, group: Any, over: threading.Event) -> None:
     word = torch.tensor([_FAILED])
     try:
         dist.recv(word, src=peer, group=group)
