@@ -51,6 +51,13 @@ _DEFAULT = TrainingConfig()
 @click.option("--warmup-epochs", type=float, default=_DEFAULT.warmup_epochs, help="The learning rate grows first.")
 @click.option("--label-smoothing", type=float, default=_DEFAULT.label_smoothing, help="Share of every class alike.")
 @click.option("--amp", type=click.Choice(AMP), default=_DEFAULT.amp, help="Automatic mixed precision.")
+@click.option(
+    "--cuda-graph/--no-cuda-graph",
+    default=None,
+    show_default="records bn_lenet and the networks of torchvision and timm",
+    help="Record the training step as a CUDA graph on a GPU, or take every step plainly. "
+    "A network whose Python code changes something in a step is not recorded, and a note says so.",
+)
 @click.option("--sync-batch-norm", is_flag=True, help="Statistics over all processes (torchrun).")
 @click.option("--device", type=click.Choice(DEVICES), default=_DEFAULT.device, help="auto takes a GPU if there is one.")
 @click.option("--seed", type=int, default=_DEFAULT.seed, help="Of the weights, the order of the images, and dropout.")

@@ -22,7 +22,6 @@ from bnexport.evaluating.request import RecalibrationRequest
 from bnexport.loading.checkpoint import Checkpoint, checkpoint_file, save_checkpoint
 from bnexport.nn.moving_statistics import norm_layers, recalibrate, recalibrate_by_layer
 from bnexport.nn.stale_statistics import StalenessReport, compare, mean_and_var
-from bnexport.reproducibility import strict_float32
 from bnexport.tensors import Array
 from bnexport.training.processes import choose_device
 
@@ -141,16 +140,15 @@ def recalibrate_checkpoint(
 
 def _recalibrate(trained: Trained, feed: _Feed, device: torch.device) -> None:
     module = trained.model.module
-    with strict_float32():
-        try:
-            if feed.request.definition == "population":
-                recalibrate_by_layer(module, feed.begin, device=device)
-            else:
-                recalibrate(module, feed.begin(), device=device)
-        except BnexportError:
-            raise
-        except Exception as error:  # the module is the user's code
-            raise fails_on(feed.last, error, module) from error
+    try:
+        if feed.request.definition == "population":
+            recalibrate_by_layer(module, feed.begin, device=device)
+        else:
+            recalibrate(module, feed.begin(), device=device)
+    except BnexportError:
+        raise
+    except Exception as error:  # the module is the user's code
+        raise fails_on(feed.last, error, module) from error
 
 
 class _Feed:

@@ -19,7 +19,6 @@ from bnexport.errors import BnexportError, UsageError
 from bnexport.evaluating.network import fails_on, input_batches, load_trained
 from bnexport.nn.moving_statistics import norm_layers
 from bnexport.nn.stale_statistics import StalenessReport, staleness
-from bnexport.reproducibility import strict_float32
 
 #: Training images that are looked at: enough for 0.03 standard deviations, and a fraction of a second for small networks.
 SAMPLE = 1024
@@ -82,7 +81,7 @@ def sampled_staleness(
     images, _ = load_train_images(subject.dataset, data_dir=data_dir, download=download, preprocessing=preprocessing)
     order = np.random.default_rng(0).permutation(len(images))[:SAMPLE]
     batches = list(input_batches(images, order, BATCH_SIZE, preprocessing))
-    with strict_float32(), torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]):
         try:
             return staleness(copy.deepcopy(subject.module), batches)  # a copy: a user's forward may keep things
         except BnexportError:

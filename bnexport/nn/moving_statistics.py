@@ -22,6 +22,8 @@ variances and the spread of the batch means together (law of total variance), so
 kept in float64 as (count, mean, sum of squared deviations) and merged by the formula of Chan, Golub and LeVeque (1979):
 memory is constant in the number of batches, their order changes the result by rounding only, and a mean that is large
 beside the deviation costs no digits.
+
+The forward passes run in strict float32, also on a GPU whose training steps round to TF32.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from torch import Tensor, nn
 
 from bnexport.errors import DataError, FeedError, ModelError
 from bnexport.nn.batch_norm import BatchNorm
+from bnexport.reproducibility import strict_float32
 
 #: A batch of inputs, or a sequence whose first item is one, as a DataLoader yields (images, labels).
 Batch = Tensor | Sequence[Any]
@@ -174,7 +177,7 @@ def _pass(
     moments = {name: RunningMoments() for name in watched}
     where = device if device is not None else next((p.device for p in model.parameters()), None)
     seen = 0
-    with _estimation_mode(model, training), _watching(watched, moments), torch.no_grad():
+    with strict_float32(), _estimation_mode(model, training), _watching(watched, moments), torch.no_grad():
         for batch in batches:
             X = batch if isinstance(batch, Tensor) else batch[0]
             model(X.to(where) if where is not None else X)

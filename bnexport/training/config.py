@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -21,6 +22,8 @@ LENET = "bn_lenet"
 #: Channels, height and width of the images of DATASETS, where ``input`` does not say another shape.
 _SHAPE = (1, 28, 28)
 _START_ANEW = "Start the training anew with --force"
+#: Options that a resumed run may change: the weights change by rounding only.
+_FREE = ("device", "cuda_graph")
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,8 @@ class TrainingConfig:
         device: One of DEVICES; "auto" is the first CUDA device if there is one.
         seed: Of the initial weights, the order of the images, and dropout.
         recalibrate: Whether to re-estimate the moving statistics over the training set at the end.
+        cuda_graph: Record the step as a CUDA graph (True), or take every step plainly (False). None records bn_lenet and
+            the networks of torchvision and timm.
     """
 
     dataset: str = "fashion-mnist"
@@ -72,8 +77,10 @@ class TrainingConfig:
     device: str = "auto"
     seed: int = 0
     recalibrate: bool = True
+    cuda_graph: bool | None = None
 
     def __post_init__(self) -> None:
+        self._convert_numbers()
         self._check_choices()
         self._check_numbers()
         if self.model == LENET and self.model_options:
@@ -87,6 +94,15 @@ class TrainingConfig:
                 f"the pictures of {self.dataset} have no one size", remedy="Pass the model's with --input, as 3x64x64"
             )
         self.preprocessing()
+
+    def _convert_numbers(self) -> None:
+        """Give every number the type of its field: a learning rate of 1 would make an integer tensor on a GPU."""
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if item.type in ("int", "float"):
+                object.__setattr__(self, item.name, _number(item.name, value, item.type))
+            elif item.type == "tuple[float, ...]":
+                object.__setattr__(self, item.name, tuple(_number(item.name, one, "float") for one in value))
 
     def _check_choices(self) -> None:
         for name, value, choices in (
@@ -162,20 +178,20 @@ class TrainingConfig:
         if not all(_same_kind(given, known[name]) for name, given in value.items() if name != "model_options"):
             raise wrong
         try:
-            lists = {name: tuple(map(float, value[name])) for name in ("mean", "std") if name in value}
+            lists = {name: tuple(value[name]) for name in ("mean", "std") if name in value}
             return cls(**{**value, **lists, "model_options": dict(value.get("model_options", {}))})
         except (TypeError, ValueError) as error:
             raise wrong from error
 
     def check_continues(self, before: TrainingConfig) -> None:
-        """Refuse to continue a run with other options; only the number of epochs may grow, and the device change.
+        """Refuse to continue a run with other options; the number of epochs may grow, device and CUDA graph may change.
 
         Raises:
             UsageError: Naming the first option that differs.
         """
         for item in fields(self):
             old, new = getattr(before, item.name), getattr(self, item.name)
-            if old == new or item.name == "device":
+            if old == new or item.name in _FREE:
                 continue
             option = item.name.replace("_", "-")
             if item.name != "epochs":
@@ -191,7 +207,20 @@ class TrainingConfig:
                 )
 
 
+def _number(name: str, value: Any, kind: str) -> int | float:
+    """Return a number as its field's type; a bool is not a number."""
+    whole = kind == "int"
+    fits = isinstance(value, numbers.Integral if whole else numbers.Real) and not isinstance(value, bool)
+    if not fits:
+        raise UsageError(
+            f"{name} is {value!r}", remedy="Give a whole number" if whole else "Give a number, such as 0.5"
+        )
+    return int(value) if whole else float(value)
+
+
 def _same_kind(value: Any, default: Any) -> bool:
+    if default is None:
+        return value is None or isinstance(value, bool)
     if isinstance(default, tuple):
         return isinstance(value, list | tuple)
     if isinstance(default, float):

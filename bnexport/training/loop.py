@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from bnexport.errors import Diverged
+from bnexport.reproducibility import strict_float32
 from bnexport.training.processes import World
-from bnexport.training.samples import Resident, Samples
-from bnexport.training.step import CapturedStep, Step, Sums
+from bnexport.training.recording import CapturedStep, Record, Recording
+from bnexport.training.samples import Samples
+from bnexport.training.step import Step, Sums
 
 #: Called after each step with the steps done and the steps in all.
 OnBatch = Callable[[int, int], None]
@@ -51,25 +53,35 @@ def epoch_seed(*parts: int) -> int:
 
 
 class Epochs:
-    """The epochs of one training: what lasts from one to the next is the recorded step."""
+    """The epochs of one training; a recorded step lasts from one epoch to the next."""
 
-    def __init__(self, step: Step, samples: Samples, *, batch_size: int, capture: bool = False) -> None:
+    def __init__(
+        self,
+        step: Step,
+        samples: Samples,
+        *,
+        batch_size: int,
+        capture: bool = False,
+        record: Record = CapturedStep,
+        on_note: Callable[[str], None] = lambda _: None,
+    ) -> None:
         """Prepare.
 
         Args:
             step: The step.
             samples: The training set.
             batch_size: Images per step, of all processes together.
-            capture: Record the step as a CUDA graph.
+            capture: Record the step as a CUDA graph where that is safe; for one process only.
+            record: Makes the recording.
+            on_note: Called with a sentence where no recording is made.
         """
-        self.step, self.samples, self.batch_size, self.capture = step, samples, batch_size, capture
+        self.step, self.samples, self.batch_size = step, samples, batch_size
         self.world = step.world
+        self.recording = Recording(step, batch_size=batch_size, record=record, on_note=on_note) if capture else None
         self._sums: Sums | None = None
-        self._captured: CapturedStep | None = None
-        self._eager = 0
 
     def steps(self) -> int:
-        """Steps of one epoch."""
+        """Return the number of steps in one epoch."""
         return math.ceil(self.samples.count / self.batch_size)
 
     def take(
@@ -79,8 +91,8 @@ class Epochs:
 
         Args:
             order: Permutation of the images, int64 on the CPU.
-            before_step: Told the number of the step in this epoch, from 0, before it is taken.
-            on_batch: Told after each step; it must not wait for the device.
+            before_step: Called with the number of the step in this epoch, from 0, before the step is taken.
+            on_batch: Called after each step; it must not wait for the device.
 
         Returns:
             Means over the epoch, each image as the network was when it came (as the chapter reports them).
@@ -88,82 +100,76 @@ class Epochs:
         Raises:
             Diverged: The loss or the weights are no longer finite; the message names the batch.
         """
-        self.step.model.train()
-        batches = torch.split(order, self.batch_size)
-        sums = self._fresh_sums(len(batches))
-        parts = [self.world.share(batch) for batch in batches]
-        for number, (X, y) in enumerate(self.samples.batches(parts)):
-            if before_step is not None:
-                before_step(number)
-            loss = self._take_step(X, y, len(batches[number]), sums)
-            sums.losses[number] = loss
-            if loss.device.type == "cpu" and self.world.size == 1 and not math.isfinite(loss.item()):
-                break  # on a GPU, and with several processes, it is found at the end of the epoch: nobody waits for it
-            if on_batch is not None:
-                on_batch(number + 1, len(batches))
+        sums = self.take_steps(order, before_step=before_step, on_batch=on_batch)
         self.world.add_up(sums.loss, sums.hits, sums.losses)
         self.world.same_buffers(self.step.model)
         _refuse_diverged(self.step.model, sums.losses)
         return Outcome(sums.loss.item() / len(order), sums.hits.item() / len(order))
 
+    def take_steps(
+        self, order: Tensor, *, before_step: Callable[[int], None] | None = None, on_batch: OnBatch | None = None
+    ) -> Sums:
+        """Take the steps of one epoch, as ``take``; on a GPU the host does not wait for the device."""
+        self.step.model.train()
+        batches = torch.split(order, self.batch_size)
+        sums = self._fresh_sums(len(batches))
+        parts = [self.world.share(batch) for batch in batches]
+        take = self.step if self.recording is None else self.recording.take
+        for number, (X, y) in enumerate(self.samples.batches(parts)):
+            if before_step is not None:
+                before_step(number)
+            loss = take(X, y, len(batches[number]), sums)
+            sums.losses[number] = loss
+            if loss.device.type == "cpu" and self.world.size == 1 and not math.isfinite(loss.item()):
+                break  # on a GPU, and with several processes, it is found at the end of the epoch, without a wait
+            if on_batch is not None:
+                on_batch(number + 1, len(batches))
+        return sums
+
     def _fresh_sums(self, steps: int) -> Sums:
-        """Zeros; the same tensors every epoch, because a recorded step adds to those that it was recorded with."""
+        """Return zeros: the same tensors in every epoch, because a recorded step adds to those of its recording."""
         if self._sums is None or len(self._sums.losses) != steps:
-            self._sums, self._captured = Sums.zeros(steps, self.samples.device), None
+            self._sums = Sums.zeros(steps, self.samples.device)
+            if self.recording is not None:
+                self.recording.forget()
         for value in (self._sums.loss, self._sums.hits, self._sums.losses):
             value.zero_()
         return self._sums
 
-    def _take_step(self, X: Tensor, y: Tensor, images: int, sums: Sums) -> Tensor:
-        captured = self._captured
-        if captured is not None and (len(y), images) == (captured.size, captured.images):
-            return captured(X, y)
-        self._eager += 1
-        if not self.capture or self._eager <= CapturedStep.WARM_UP or images != self.batch_size or captured is not None:
-            return self._on_side_stream(X, y, images, sums) if self.capture else self.step(X, y, images, sums)
-        self._captured = CapturedStep(self.step, X, y, images, sums)
-        return self._captured(X, y)
 
-    def _on_side_stream(self, X: Tensor, y: Tensor, images: int, sums: Sums) -> Tensor:
-        """A step on another stream, as torch asks for before a recording."""
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            loss = self.step(X, y, images, sums)
-        torch.cuda.current_stream().wait_stream(stream)
-        return loss
+def evaluate(model: nn.Module, samples: Samples, world: World | None = None) -> Outcome:
+    """Return loss and accuracy in eval mode, so with the moving statistics, and in strict float32.
+
+    The model's mode is put back. With several processes each takes its part of the samples.
+    """
+    world = world or World()
+    sums = evaluated(model, samples, world)
+    world.add_up(sums.loss, sums.hits)
+    return Outcome(sums.loss.item() / samples.count, sums.hits.item() / samples.count)
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, samples: Samples, world: World | None = None) -> Outcome:
-    """Loss and accuracy in eval mode, so with the moving statistics; the model's mode is put back.
-
-    With several processes each takes its part of the samples.
-    """
-    world, was_training = world or World(), model.training
+def evaluated(model: nn.Module, samples: Samples, world: World) -> Sums:
+    """Return the sums of ``evaluate`` over this process's part, on the device; the host does not wait for them."""
+    was_training = model.training
     sums = Sums.zeros(0, samples.device)
     model.eval()
     try:
         mine = torch.split(world.share(torch.arange(samples.count)), _EVALUATION_BATCH)
-        for X, y in samples.batches([part for part in mine if len(part)]):
-            logits = model(X)
-            sums.loss += nn.functional.cross_entropy(logits, y, reduction="sum")
-            sums.hits += (logits.argmax(1) == y).sum()
+        with strict_float32():
+            for X, y in samples.batches([part for part in mine if len(part)]):
+                logits = model(X)
+                sums.loss += nn.functional.cross_entropy(logits, y, reduction="sum")
+                sums.hits += (logits.argmax(1) == y).sum()
     finally:
         model.train(was_training)
-    world.add_up(sums.loss, sums.hits)
-    return Outcome(sums.loss.item() / samples.count, sums.hits.item() / samples.count)
+    return sums
 
 
 def batches_of(samples: Samples, order: Tensor, batch_size: int) -> Iterator[Tensor]:
     """The images in an order, in batches; for the re-estimation of moving statistics."""
     for X, _ in samples.batches(torch.split(order, batch_size)):
         yield X
-
-
-def can_capture(samples: Samples, world: World, amp: str) -> bool:
-    """Whether the step can be recorded as a CUDA graph: one process, data on the device, no scaling of the loss."""
-    return samples.device.type == "cuda" and world.size == 1 and isinstance(samples, Resident) and amp != "float16"
 
 
 def _refuse_diverged(model: nn.Module, losses: Tensor) -> None:

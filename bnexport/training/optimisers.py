@@ -15,30 +15,47 @@ from bnexport.training.config import TrainingConfig
 
 
 def make_optimizer(model: nn.Module, config: TrainingConfig, device: torch.device) -> torch.optim.Optimizer:
-    """The optimiser of a network's parameters that are trained.
+    """Return the optimiser of a network's trained parameters.
 
-    Weight decay leaves vectors alone (biases, gamma, beta), as is usual. On CUDA the learning rate is a tensor there, so
-    that a captured step sees a new value without a new capture.
+    Weight decay leaves vectors alone (biases, gamma, beta), as is usual. On CUDA the learning rate becomes a tensor on the
+    device, so that a recorded step reads a new value without a new recording.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trained:
         raise ModelError(f"{config.model} has no parameter to train", remedy="Return a network with trainable weights")
     decayed, others = [p for p in trained if p.dim() > 1], [p for p in trained if p.dim() <= 1]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    lr: Any = config.lr if device.type == "cpu" else torch.tensor(config.lr, device=device)
-    return _MAKERS[config.optimizer]([group for group in groups if group["params"]], lr, config, device)
+    optimizer = _MAKERS[config.optimizer]([group for group in groups if group["params"]], config, device)
+    if device.type != "cpu":  # after the constructor, which compares the rate and would wait for the device
+        for group in optimizer.param_groups:
+            group["lr"] = torch.tensor(config.lr, device=device)
+    _fill_momentum(optimizer)
+    return optimizer
 
 
-def _sgd(groups: list[dict[str, Any]], lr: Any, config: TrainingConfig, _: torch.device) -> torch.optim.Optimizer:
-    return torch.optim.SGD(groups, lr=lr, momentum=config.momentum, fused=True)
+def _sgd(groups: list[dict[str, Any]], config: TrainingConfig, _: torch.device) -> torch.optim.Optimizer:
+    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, fused=True)
 
 
-def _adamw(groups: list[dict[str, Any]], lr: Any, _: TrainingConfig, device: torch.device) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(groups, lr=lr, fused=True, capturable=device.type == "cuda")
+def _adamw(groups: list[dict[str, Any]], config: TrainingConfig, device: torch.device) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, lr=config.lr, fused=True, capturable=device.type == "cuda")
 
 
 #: Name in the configuration -> its maker. One kernel for all parameters ("fused") has measured fastest on CPU and GPU.
 _MAKERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"sgd": _sgd, "adamw": _adamw}
+
+
+def _fill_momentum(optimizer: torch.optim.Optimizer) -> None:
+    """Give each parameter without a momentum buffer one that holds -0.
+
+    torch's fused SGD (2.11 to 2.14) allocates the buffers in its first step and leaves them uninitialised when that step is
+    skipped, as the scaling of float16 losses does; the second step then adds to them. AdamW fills its moments with zeros.
+    The first step is still torch's, bit for bit: momentum * -0 + gradient is the gradient, a gradient of -0 included.
+    """
+    for group in optimizer.param_groups:
+        if group.get("momentum"):
+            for parameter in group["params"]:
+                optimizer.state[parameter].setdefault("momentum_buffer", torch.full_like(parameter, -0.0))
 
 
 def learning_rate(config: TrainingConfig, step: int, steps_per_epoch: int) -> float:
@@ -96,6 +113,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Te
                 raise ValueError(f"{key} has shape {tuple(value.shape)}")
             state.setdefault(int(number), {})[name] = value
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        _fill_momentum(optimizer)  # of parameters that had no gradient in a run of an older version
     except (ValueError, KeyError) as error:
         raise ModelError(
             f"the optimiser's state in the checkpoint does not fit the network: {one_line(error)}",

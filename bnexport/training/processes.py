@@ -21,11 +21,13 @@ from torch import distributed as dist
 from bnexport import interrupts
 from bnexport.errors import BnexportError, RuntimeUnavailable, UsageError
 from bnexport.optional import one_line
+from bnexport.training.peers import lost, watched
 
 T = TypeVar("T")
 
-#: How long a process waits for the others: they may be decoding a folder of images for the first time. That one is gone
-#: is noticed at once, by its closed connection.
+#: Time for which a process waits for the others: they may be decoding a folder of images for the first time. A lost process
+#: is noticed at once, by its closed connection (gloo's own, or the ring of ``peers`` next to NCCL). A machine that vanishes
+#: closes none: then gloo raises after this time, and NCCL's watchdog aborts the process.
 _PATIENCE = datetime.timedelta(minutes=30)
 #: What backends say, in their errors, of a process that is gone.
 _LOST = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe", "timed out", "distbackend", "peer")
@@ -185,8 +187,9 @@ def open_world(device: str) -> Iterator[World]:
             dist.init_process_group(backend, timeout=_PATIENCE, device_id=kind if kind.type == "cuda" else None)
         try:
             world = World(rank, size, kind)
-            yield world
-            world.leave_together()
+            with watched(rank, size) if kind.type == "cuda" else contextlib.nullcontext():
+                yield world
+                world.leave_together()
         finally:
             if not joined:
                 _leave()
@@ -242,7 +245,4 @@ def _lost_process_named() -> Iterator[None]:
         text = f"{type(error).__name__} {error}".lower()
         if not any(word in text for word in _LOST):
             raise
-        raise RuntimeUnavailable(
-            f"another process of this training is gone: {one_line(error)}",
-            remedy="The last whole epoch is kept: start again with --resume, with any number of processes",
-        ) from error
+        raise lost(one_line(error)) from error

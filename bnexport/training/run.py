@@ -17,12 +17,13 @@ from bnexport.reproducibility import seeded
 from bnexport.training.config import TrainingConfig
 from bnexport.training.cpu_kernels import pooling_by_products
 from bnexport.training.directory import RunDirectory, Saved
-from bnexport.training.loop import Epochs, Outcome, batches_of, can_capture, epoch_order, epoch_seed, evaluate
+from bnexport.training.loop import Epochs, Outcome, batches_of, epoch_order, epoch_seed, evaluate
 from bnexport.training.networks import network_facts
 from bnexport.training.optimisers import learning_rate, optimizer_tensors, set_learning_rate
 from bnexport.training.preparation import Prepared, made_by, prepare
 from bnexport.training.processes import World, open_world
 from bnexport.training.progress import EpochMetrics, Progress
+from bnexport.training.recording import obstacle, recorded_by_default
 from bnexport.training.result import TrainingResult, first_batch_norm
 
 
@@ -90,9 +91,15 @@ class _Run:
         self.config, self.directory, self.world, self.listener = config, directory, world, listener
         self.prepared, self.model, self.dataset = prepared, prepared.model, prepared.dataset
         self.history: list[dict[str, Any]] = []
-        step = prepared.step(self.model)
-        capture = can_capture(prepared.train, world, config.amp)
-        self.epochs = Epochs(step, prepared.train, batch_size=config.batch_size, capture=capture)
+        asked = recorded_by_default(config.model) if config.cuda_graph is None else config.cuda_graph
+        self._obstacle = obstacle(config, prepared.train, world)
+        self.epochs = Epochs(
+            prepared.step(self.model),
+            prepared.train,
+            batch_size=config.batch_size,
+            capture=asked and self._obstacle is None,
+            on_note=listener.on_note,
+        )
 
     def go(self, saved: Saved | None) -> TrainingResult:
         """Train what is left, and finish."""
@@ -101,6 +108,8 @@ class _Run:
         self.listener.on_start(self.config, device, self.dataset.origin, len(self.history) + 1)
         if saved is not None and (note := made_by(self.world).differs_from(saved.made_by)) is not None:
             self.listener.on_note(note)
+        if self.config.cuda_graph and self._obstacle is not None:
+            self.listener.on_note(self._obstacle)
         for epoch in range(len(self.history) + 1, self.config.epochs + 1):
             metrics = self._take_epoch(epoch)
             self.world.told_by_leader(lambda: self.directory.save(self._checkpoint()))

@@ -40,8 +40,8 @@ class Resident:
         self.count, self.device = len(labels), images.device
 
     def batches(self, indices: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """See ``Samples``. The indices travel once, together, so that a GPU is not waited for."""
-        together = torch.cat(list(indices)).to(self.device) if indices else torch.empty(0, dtype=torch.int64)
+        """See ``Samples``. The indices travel once, together."""
+        together = to_device(torch.cat([torch.empty(0, dtype=torch.int64), *indices]), self.device)
         for batch in torch.split(together, [len(part) for part in indices]):
             yield self.images.index_select(0, batch), self.labels.index_select(0, batch)
 
@@ -64,6 +64,9 @@ class Streamed:
             if ahead is not None:
                 yield self._arrived(*ahead.result())
 
+    def _arrived(self, X: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return to_device(X, self.device), to_device(y, self.device)
+
     def _read(self, batch: Array) -> tuple[Tensor, Tensor]:
         # A file is read forwards: sorted on the way in, put in order in memory.
         forwards = np.argsort(batch)
@@ -72,10 +75,10 @@ class Streamed:
         X = torch.from_numpy(self.preprocessing.apply(pixels))
         return X, torch.from_numpy(np.ascontiguousarray(self.labels[batch]))
 
-    def _arrived(self, X: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        if self.device.type == "cpu":
-            return X, y
-        return X.pin_memory().to(self.device, non_blocking=True), y.pin_memory().to(self.device, non_blocking=True)
+
+def to_device(value: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor of the CPU on a device; the host does not wait for the copy, which pinned memory allows."""
+    return value if device.type == "cpu" else value.pin_memory().to(device, non_blocking=True)
 
 
 def make_samples(images: Array, labels: Array, preprocessing: Preprocessing, device: torch.device) -> Samples:

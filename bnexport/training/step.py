@@ -59,7 +59,8 @@ class Step:
         self.model, self.optimizer = self.world.parallel(model, unused=unused), optimizer
         self.loss_of = nn.CrossEntropyLoss(reduction="sum", label_smoothing=label_smoothing)
         self.amp = _AMP.get(amp)
-        self.scaler = torch.amp.GradScaler("cuda", enabled=amp == "float16")
+        device = optimizer.param_groups[0]["params"][0].device
+        self.scaler = torch.amp.GradScaler(device.type, enabled=amp == "float16")
 
     def __call__(self, X: Tensor, y: Tensor, images: int, sums: Sums) -> Tensor:
         """Take the step.
@@ -90,29 +91,3 @@ class Step:
             sums.loss += kept
             sums.hits += (logits.argmax(1) == y).sum()
         return kept
-
-
-class CapturedStep:
-    """A step of one size of batch, recorded once as a CUDA graph and replayed: the host launches one thing per step.
-
-    Recorded after a few steps taken one kernel at a time, as torch asks for ("CUDA semantics", "CUDA graphs"); those are
-    real steps of the training, so nothing has to be undone.
-    """
-
-    #: Steps that are taken before the recording: lazily made state (momentum, cuBLAS workspaces) must be there.
-    WARM_UP = 3
-
-    def __init__(self, step: Step, X: Tensor, y: Tensor, images: int, sums: Sums) -> None:
-        self._X, self._y, self.images, self.size = X.clone(), y.clone(), images, len(y)
-        self.sums = sums
-        self._graph = torch.cuda.CUDAGraph()
-        step.optimizer.zero_grad(set_to_none=True)
-        with torch.cuda.graph(self._graph):
-            self._loss = step(self._X, self._y, images, sums)
-
-    def __call__(self, X: Tensor, y: Tensor) -> Tensor:
-        """Take the step; the result is overwritten by the next one."""
-        self._X.copy_(X)
-        self._y.copy_(y)
-        self._graph.replay()
-        return self._loss

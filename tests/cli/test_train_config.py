@@ -12,6 +12,7 @@ from bnexport.cli.train import command
 from bnexport.data import digits
 from bnexport.data.datasets import Dataset
 from bnexport.loading.sources import load_source
+from bnexport.training.optimisers import make_optimizer
 
 NETWORK = """
 from torch import nn
@@ -26,8 +27,8 @@ VALUES = {
     "dataset": "digits", "data-dir": "d", "model": "net.py:build", "model-option": ["width=8"], "input": "1x28x28",
     "mean": [0.5], "std": "0.25", "norm": "torch", "epochs": 2, "lr": 0.125, "batch-size": 50, "optimizer": "adamw",
     "momentum": 0.0, "weight-decay": 0.5, "schedule": "cosine", "warmup-epochs": 0.5, "label-smoothing": 0.125,
-    "amp": "bfloat16", "sync-batch-norm": True, "device": "cpu", "seed": 3, "recalibrate": False, "out": "o",
-    "tensorboard": "t", "resume": False, "force": True,
+    "amp": "bfloat16", "sync-batch-norm": True, "cuda-graph": False, "device": "cpu", "seed": 3, "recalibrate": False,
+    "out": "o", "tensorboard": "t", "resume": False, "force": True,
 }  # fmt: skip
 
 
@@ -56,6 +57,7 @@ def test_every_option_may_stand_in_the_file(tmp_path):
         expected = {"lr": 0.125, "epochs": 2, "mean": [0.5], "std": [0.25], "model_options": {"width": 8}, "seed": 3}
         assert expected.items() <= config.items()
         assert config["sync_batch_norm"] is True
+        assert config["cuda_graph"] is False
         assert config["recalibrate"] is False
 
 
@@ -69,6 +71,20 @@ def test_the_command_line_wins_and_a_resumed_run_takes_the_file_too(tmp_path, ca
     (tmp_path / "more.toml").write_text("epochs = 2\nresume = true\n")
     assert run(["train", "--config", "more.toml", "--out", "a"]) == 0
     assert "resuming after epoch 1" in capsys.readouterr().out
+
+
+def test_a_whole_number_is_a_number(tmp_path, monkeypatch):
+    """A learning rate of the type int would make an integer tensor on a GPU, where a schedule's values become 0."""
+    (tmp_path / "c.toml").write_text('dataset = "digits"\nlr = 1\nepochs = 1\nmean = [0]\nweight-decay = 0\n')
+    rates = []
+    monkeypatch.setattr(
+        "bnexport.training.preparation.make_optimizer",
+        lambda *words: rates.append(words[1].lr) or make_optimizer(*words),
+    )
+    assert run(["train", "--config", "c.toml", "--device", "cpu", "--out", "a"]) == 0
+    assert [type(rate) for rate in rates] == [float]
+    config = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert [type(value) for value in (config["lr"], config["weight_decay"], *config["mean"])] == [float] * 3
 
 
 def test_a_table_of_model_options(tmp_path):
@@ -90,6 +106,7 @@ def test_a_table_of_model_options(tmp_path):
         ("epochs = 2.5", "epochs is 2.5"),
         ("epochs = {a = 1}", "epochs is {'a': 1}"),
         ("resume = 1", "resume is 1"),
+        ("cuda-graph = 'on'", "cuda-graph is 'on'"),
         ("optimizer = 5", "'5' is not one of"),
         ("lr = 1\n[train]\nepochs = 1", "has 'lr' outside of its table [train]"),
         ("lr = ", "can't be read"),

@@ -1,10 +1,14 @@
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 
+import numpy as np
 import pytest
+import torch
+from torch import nn
 
 from bnexport.errors import UsageError
 from bnexport.training.config import TrainingConfig
+from bnexport.training.optimisers import make_optimizer
 
 
 def test_the_defaults_are_the_chapters():
@@ -25,6 +29,11 @@ def test_the_defaults_are_the_chapters():
         ({"lr": float("nan")}, "learning rate is nan"),
         ({"lr": float("inf")}, "learning rate is inf"),
         ({"seed": -1}, "seed is -1"),
+        ({"lr": True}, "lr is True"),
+        ({"lr": "1"}, "lr is '1'"),
+        ({"epochs": 2.5}, "epochs is 2.5"),
+        ({"epochs": True}, "epochs is True"),
+        ({"mean": (False,)}, "mean is False"),
         ({"mean": (0.5, 0.5, 0.5)}, "3 means and 1 deviations for 1 channel"),
         ({"input": "3x8x8", "mean": (0.5,)}, "1 means and 3 deviations for 3 channel"),
         ({"input": "8x8"}, "no shape of an image"),
@@ -34,6 +43,37 @@ def test_the_defaults_are_the_chapters():
 def test_values_out_of_range(options, message):
     with pytest.raises(UsageError, match=message):
         TrainingConfig(**options)
+
+
+FLOATS = [item.name for item in fields(TrainingConfig) if item.type == "float"]
+
+
+def test_numbers_have_the_type_of_their_field():
+    assert set(FLOATS) >= {"lr", "momentum", "weight_decay", "warmup_epochs", "label_smoothing"}
+    whole = {name: 1 if name in ("lr", "warmup_epochs") else 0 for name in FLOATS}
+    for config in (
+        TrainingConfig(**whole, mean=(0,), std=(1,)),
+        TrainingConfig(lr=np.float32(0.5), epochs=np.int64(3)),
+        TrainingConfig.from_json({**TrainingConfig().to_json(), **whole, "mean": [0], "std": [1]}),
+    ):
+        for item in fields(config):
+            value = getattr(config, item.name)
+            if item.type in ("float", "int"):
+                assert type(value).__name__ == item.type, item.name
+        assert {type(value) for value in (*config.mean, *config.std)} <= {float}
+    optimizer = make_optimizer(nn.Linear(2, 2), TrainingConfig(lr=1), torch.device("cpu"))
+    assert type(optimizer.param_groups[0]["lr"]) is float
+
+
+@pytest.mark.parametrize("value", [None, True, False])
+def test_the_recipe_says_whether_the_step_is_recorded(value):
+    config = TrainingConfig(cuda_graph=value)
+    assert TrainingConfig.from_json(json.loads(json.dumps(config.to_json()))).cuda_graph is value
+    older = {name: item for name, item in config.to_json().items() if name != "cuda_graph"}
+    assert TrainingConfig.from_json(older).cuda_graph is None
+    TrainingConfig().check_continues(config)
+    with pytest.raises(UsageError, match="wrong kind"):
+        TrainingConfig.from_json({**config.to_json(), "cuda_graph": "on"})
 
 
 def test_json_round_trip():
