@@ -15,6 +15,30 @@ from bnexport.optional import one_line
 from bnexport.tensors import Array, Signature, TensorSpec, check_feeds
 
 REBUILD = "Write the bundle again with bnexport fold-and-export, or copy it again from its source"
+#: Words of CUDA, cuBLAS, cuDNN, torch and onnxruntime that a GPU fault contains, in lower case -> what to do. First match.
+_DEVICE_REMEDIES: tuple[tuple[tuple[str, ...], str], ...] = (
+    (
+        (
+            "out of memory",
+            "out_of_memory",
+            "alloc_failed",
+            "failed to allocate memory",
+            "is smaller than requested bytes",
+        ),
+        "Free the GPU's memory, use a smaller batch, or run on the CPU",
+    ),
+    (
+        ("no kernel image", "nokernelimage", "invalid device function", "arch_mismatch"),
+        "Install a build of the engine that has kernels for this GPU, or run on the CPU; bnexport doctor tests the engine",
+    ),
+    (
+        ("driver version is insufficient", "insufficientdriver", "system_driver_mismatch"),
+        "Update the NVIDIA driver; bnexport doctor tests the engine",
+    ),
+)
+_OTHER_FAULT = (
+    "Try again in a new process, since a CUDA fault can break the old one; bnexport doctor tests the engine on this GPU"
+)
 
 
 class Runner(ABC):
@@ -108,7 +132,7 @@ class Runner(ABC):
         if self.effective_device.startswith("cuda"):
             return RuntimeUnavailable(
                 f"{self.name} failed on {self.effective_device}: {one_line(error)}",
-                remedy="Free the GPU's memory or run on the CPU; bnexport doctor says what works here",
+                remedy=device_remedy(str(error)),
             )
         return BundleError(f"{self.name} can't run its file: {one_line(error)}", remedy=REBUILD)
 
@@ -169,6 +193,20 @@ def check_declared(
     for spec, (_, dtype, shape) in zip(specs, declared, strict=True):
         if (problem := declared_problem(spec, dtype, shape, strict=kind == "input")) is not None:
             raise BundleError(f"{file}: {kind} {problem}", remedy=REBUILD)
+
+
+def device_remedy(text: str) -> str:
+    """Return what to do about a fault on a GPU.
+
+    Args:
+        text: Message of the engine's exception. A full GPU, a GPU that the engine has no kernels for, and an old driver are
+            recognised.
+    """
+    lowered = text.lower()
+    for words, remedy in _DEVICE_REMEDIES:
+        if any(word in lowered for word in words):
+            return remedy
+    return _OTHER_FAULT
 
 
 def plain_reason(name: str, error: BnexportError) -> str:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from bnexport.errors import BundleError, FeedError, RuntimeUnavailable, UsageError
-from bnexport.runtimes.base import Runner, named_sizes, plain_reason
+from bnexport.runtimes.base import Runner, device_remedy, named_sizes, plain_reason
 from bnexport.tensors import Array, Signature, TensorSpec
 
 SIGNATURE = Signature((TensorSpec("x", "float32", ("batch", 3)),), (TensorSpec("y", "float32", ("batch", 2)),))
@@ -88,6 +88,34 @@ def test_foreign_exceptions_are_translated_to_one_line(device: str, kind: type[E
 
     with Fake(fail, device=device) as runner, pytest.raises(kind, match="out of memory"):
         runner.run({"x": X})
+
+
+MEMORY, KERNELS, DRIVER = "Free the GPU's memory", "has kernels for this GPU", "Update the NVIDIA driver"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("CUDA out of memory. Tried to allocate 2.00 GiB", MEMORY),
+        ("CUDA failure 2: out of memory ; GPU=0 ; hostname=h ; expr=cudaMalloc((void**)&p, size);", MEMORY),
+        ("BFCArena::AllocateRawInternal Failed to allocate memory for requested buffer of size 939524096", MEMORY),
+        ("Available memory of 1024 is smaller than requested bytes of 2048", MEMORY),
+        ("CUBLAS failure 3: CUBLAS_STATUS_ALLOC_FAILED ; expr=cublasCreate(&cublas_handle_);", MEMORY),
+        ("CUDA error: no kernel image is available for execution on the device", KERNELS),
+        ("CUDA failure 35: CUDA driver version is insufficient for CUDA runtime version", DRIVER),
+        ("CUDNN failure 4000: CUDNN_STATUS_INTERNAL_ERROR", "new process"),
+        ("CUDA failure 700: an illegal memory access was encountered", "new process"),
+    ],
+)
+def test_a_fault_on_a_gpu_has_the_remedy_for_its_cause(text: str, words: str) -> None:
+    def fail(_x: Array) -> Mapping[str, Array]:
+        raise RuntimeError(text)
+
+    with Fake(fail, device="cuda:0") as runner, pytest.raises(RuntimeUnavailable) as caught:
+        runner.run({"x": X})
+    assert words in caught.value.remedy
+    assert caught.value.remedy == device_remedy(text)
+    assert (MEMORY in caught.value.remedy) == (words == MEMORY)
 
 
 def test_a_closed_runner_says_so() -> None:
