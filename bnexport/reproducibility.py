@@ -34,8 +34,10 @@ _IN_EFFECT: dict[str, tuple[str, ...]] = {
     "cpu": ("mkldnn.matmul", "mkldnn.conv", "mkldnn.rnn"),
     "cuda": ("cuda.matmul", "cudnn.conv", "cudnn.rnn"),
 }
-#: What a place says -> for a report.
-_WORDS = {"ieee": "strict float32", "tf32": "TF32"}
+#: What ``effective_precision`` returns for IEEE float32 everywhere.
+STRICT = "strict float32"
+#: Value of a place -> its words in a report.
+_WORDS = {"ieee": STRICT, "tf32": "TF32"}
 #: NVIDIA's libraries obey this variable before any setting: 0 switches TF32 off for good, 1 on.
 OVERRIDE = "NVIDIA_TF32_OVERRIDE"
 _OVERRIDES = {"float32": "0", "tf32": "1"}
@@ -88,7 +90,9 @@ def strict_float32() -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def seeded(seed: int, *, devices: Sequence[Any] = ()) -> Iterator[None]:
-    """The generators of torch, numpy and Python start from a seed inside the block, and go on as before after it.
+    """Start the generators of torch, numpy and Python from a seed inside the block, and restore their states after it.
+
+    The generators are the process's: a draw of another thread inside the block takes from the same numbers.
 
     Args:
         seed: 0 to 2**63 - 1; numpy takes its lowest 32 bits.
@@ -112,7 +116,7 @@ def seeded(seed: int, *, devices: Sequence[Any] = ()) -> Iterator[None]:
 
 
 def effective_precision(device: str) -> str:
-    """What torch's float32 kernels round to at this moment, read back from torch: "strict float32", "TF32", or per library.
+    """Return what torch's float32 kernels round to now, read back from torch: "strict float32", "TF32", or a list by library.
 
     Args:
         device: Kind of device: "cpu" or "cuda".
@@ -124,7 +128,7 @@ def effective_precision(device: str) -> str:
 
 
 def override_problem(precision: str) -> str | None:
-    """Why a precision can't be had on an NVIDIA GPU in this process, as a sentence without its full stop; None when it can.
+    """Return why a precision is impossible on an NVIDIA GPU in this process, as a sentence without its full stop, or None.
 
     The variable is read by NVIDIA's libraries once, when they are loaded, so it can't be changed from inside.
     """

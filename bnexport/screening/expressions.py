@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import ast
 import re
-import warnings
 from typing import Any
 
+from bnexport.optional import no_warnings
 from bnexport.screening.limits import limit
 from bnexport.screening.refusal import Refusal, shown
 from bnexport.screening.tensor_sizes import check_view, count_elements
@@ -147,8 +147,7 @@ def _tree(text: Any) -> ast.Expression:
     if not isinstance(text, str) or len(text) > limit("expression"):
         raise Refusal(f"has an expression that is no text, or longer than {limit('expression')} characters")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the compiler remarks on odd texts; what matters is raised
+        with no_warnings:  # the compiler remarks on odd texts; what matters is raised
             return ast.parse(text.strip(), mode="eval")
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise Refusal(f"has {shown(text)} where a size is expected") from error

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import ast
 import re
-import warnings
 from typing import Any
 
+from bnexport.optional import no_warnings
 from bnexport.screening.limits import limit
 from bnexport.screening.refusal import Refusal, shown
 from bnexport.screening.tensor_sizes import count_elements
@@ -46,8 +46,7 @@ def check_header(start: bytes, size: int) -> None:
 
 def _parsed(text: bytes) -> dict[str, Any]:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the compiler remarks on odd texts; what matters is raised
+        with no_warnings:  # the compiler remarks on odd texts; what matters is raised
             header = ast.literal_eval(text.decode("latin-1").strip())
     except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError) as error:
         raise Refusal("is not a whole .npy file: its header can't be read") from error
