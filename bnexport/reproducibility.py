@@ -121,7 +121,7 @@ def effective_precision(device: str) -> str:
     Args:
         device: Kind of device: "cpu" or "cuda".
     """
-    found = {place: _read(place) for place in _IN_EFFECT[device]}
+    found = {place: str(_read(place)) for place in _IN_EFFECT[device]}
     if len(set(found.values())) == 1:
         return _WORDS.get(value := next(iter(found.values())), value)
     return ", ".join(f"{place} {_WORDS.get(value, value)}" for place, value in found.items())

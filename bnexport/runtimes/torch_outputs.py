@@ -122,7 +122,7 @@ def problem(device: str) -> str | None:
     if available:
         return None
     try:
-        torch.cuda.init()
+        torch.cuda.init()  # type: ignore[no-untyped-call]
     except Exception as error:  # RuntimeError, or torch.AcceleratorError, with the driver's own words
         return one_line(error)
     return "torch sees no CUDA device"
