@@ -8,8 +8,9 @@ import importlib.util
 import io
 import logging
 import sys
+import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import ModuleType
 
 from bnexport.errors import MissingDependency
@@ -113,16 +114,62 @@ def one_line(error: BaseException, limit: int = 300) -> str:
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
+class Shared:
+    """A process-wide setting that several threads may hold: the first one in makes it, the last one out undoes it.
+
+    Each thread saving and restoring for itself would restore in the wrong order: ``warnings.catch_warnings`` of two threads
+    leaves the process without warnings, ``contextlib.redirect_stdout`` without its output.
+
+    Args:
+        make: Returns a context manager that makes the setting when it is entered, and undoes it when it is left.
+    """
+
+    def __init__(self, make: Callable[[], contextlib.AbstractContextManager[None]]) -> None:
+        self._make = make
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._held = contextlib.ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._held.enter_context(self._make())
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._held.close()
+
+
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep torch's own warnings, log lines and prints off the user's terminal."""
+def _no_warnings() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+#: ``with no_warnings:`` ignores Python's warnings.
+no_warnings = Shared(_no_warnings)
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
     logger = logging.getLogger("torch")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
         sink = io.StringIO()
-        with warnings.catch_warnings(), contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
-            warnings.simplefilter("ignore")
+        with no_warnings, contextlib.redirect_stdout(sink), contextlib.redirect_stderr(sink):
             yield
     finally:
         logger.setLevel(level)
+
+
+_silent = Shared(_silence)
+
+
+def quiet() -> contextlib.AbstractContextManager[None]:
+    """Keep torch's own warnings, log lines and prints off the user's terminal inside a block."""
+    return _silent

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from bnexport.errors import UsageError
@@ -22,57 +25,62 @@ _PLACES: dict[str, str] = {
     "mkldnn.conv": "ieee",
     "mkldnn.rnn": "ieee",
 }
-#: What a place says that takes the value of its parent.
+#: Value of a place that takes its parent's.
 _INHERIT = "none"
+#: Setting of the number of CPU threads inside one operator. Each thread has its own, and a new thread takes the last one set.
+_THREADS = "threads"
 #: Kind of device -> the places that its convolutions and products obey.
 _IN_EFFECT: dict[str, tuple[str, ...]] = {
     "cpu": ("mkldnn.matmul", "mkldnn.conv", "mkldnn.rnn"),
     "cuda": ("cuda.matmul", "cudnn.conv", "cudnn.rnn"),
 }
-#: What a place says -> for a report.
-_WORDS = {"ieee": "strict float32", "tf32": "TF32"}
+#: What ``effective_precision`` returns for IEEE float32 everywhere.
+STRICT = "strict float32"
+#: Value of a place -> its words in a report.
+_WORDS = {"ieee": STRICT, "tf32": "TF32"}
 #: NVIDIA's libraries obey this variable before any setting: 0 switches TF32 off for good, 1 on.
 OVERRIDE = "NVIDIA_TF32_OVERRIDE"
 _OVERRIDES = {"float32": "0", "tf32": "1"}
 
 
-@contextlib.contextmanager
-def float32_precision(precision: str, *, exhaustive: bool = False) -> Iterator[None]:
-    """What torch's float32 kernels may round to inside the block; every setting is as before after it.
+def float32_precision(
+    precision: str, *, exhaustive: bool = False, threads: int | None = None
+) -> contextlib.AbstractContextManager[None]:
+    """Set what torch's float32 kernels may round to inside a block, and restore every setting after it.
 
-    Only the ``fp32_precision`` settings are used, also for whoever set the older ``allow_tf32`` flags: reading a flag that
-    contradicts them raises RuntimeError in torch (CUDA semantics notes, "TensorFloat-32"). What the older flags said comes
-    back with them. Blocks may be nested.
+    Only the ``fp32_precision`` settings are used, also for users of the older ``allow_tf32`` flags: torch raises RuntimeError
+    where a flag is read that contradicts them (CUDA semantics notes, "TensorFloat-32"). Afterwards the older flags read
+    as before.
+
+    **Threads.** torch keeps these settings once per process. So the first thread that enters a block sets them, and the last
+    one that leaves restores them. Blocks with the same arguments run side by side. A block with other arguments waits until
+    those threads have left. Waiting threads are served in the order of their arrival; a later block of the precision in force
+    overtakes them only while a block is open that was entered before they arrived. So no thread waits forever, as long as
+    every block ends.
+
+    **Nesting.** Blocks may be nested. A thread takes part in the precision of its innermost block alone: while it waits for an
+    inner block of another precision, and inside that block, it holds nothing of the outer one. So two threads that nest the
+    precisions in opposite orders can't lock each other out. Leaving the inner block waits in the same way for the outer one.
+
+    Two things can't work. A block whose code waits for another thread that enters a block of another precision waits
+    forever. And ``yield`` or ``await`` inside a block lets other code of the same thread run under its settings; the settings
+    are still restored when the last block ends, also when blocks of one thread end in another order than they began.
+
+    Code inside the block that changes the settings changes them for all threads in it. They are set again when the next thread
+    enters. ``effective_precision`` reads back what is in effect.
 
     Args:
         precision: "float32": IEEE float32 everywhere. "tf32": TF32 in cuBLAS and cuDNN, for convolutions and products.
-        exhaustive: Let cuDNN choose algorithms by the stopwatch, which may give other sums in each process. Otherwise its
+        exhaustive: Let cuDNN choose algorithms by trying them, which may give other sums in each process. Otherwise its
             heuristic chooses among the deterministic ones.
+        threads: CPU threads inside one operator; None leaves their number as it is.
 
     Raises:
-        UsageError: There is no such precision.
+        UsageError: The precision is not known.
     """
     if precision not in _OVERRIDES:
         raise UsageError(f"the precision {precision!r} is not known", remedy=f"Known: {', '.join(_OVERRIDES)}")
-    import torch
-
-    cudnn = torch.backends.cudnn
-    deterministic, benchmark = cudnn.deterministic, cudnn.benchmark
-    before: dict[str, str] = {}
-    try:
-        for place in _PLACES:
-            # A place that says nothing answers with its parent's value. With the parents cleared first, what is read is
-            # its own, and a place that inherited before inherits afterwards.
-            before[place] = _read(place)
-            _write(place, _INHERIT)
-        for place, value in _PLACES.items():
-            _write(place, "ieee" if precision == "float32" else value)
-        cudnn.deterministic, cudnn.benchmark = not exhaustive, exhaustive
-        yield
-    finally:
-        for place, value in before.items():
-            _write(place, value)
-        cudnn.deterministic, cudnn.benchmark = deterministic, benchmark
+    return _TURNS.block(_Mode(precision, exhaustive, threads))
 
 
 def strict_float32() -> contextlib.AbstractContextManager[None]:
@@ -82,7 +90,9 @@ def strict_float32() -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def seeded(seed: int, *, devices: Sequence[Any] = ()) -> Iterator[None]:
-    """The generators of torch, numpy and Python start from a seed inside the block, and go on as before after it.
+    """Start the generators of torch, numpy and Python from a seed inside the block, and restore their states after it.
+
+    The generators are the process's: a draw of another thread inside the block takes from the same numbers.
 
     Args:
         seed: 0 to 2**63 - 1; numpy takes its lowest 32 bits.
@@ -106,19 +116,19 @@ def seeded(seed: int, *, devices: Sequence[Any] = ()) -> Iterator[None]:
 
 
 def effective_precision(device: str) -> str:
-    """What torch's float32 kernels round to at this moment, read back from torch: "strict float32", "TF32", or per library.
+    """Return what torch's float32 kernels round to now, read back from torch: "strict float32", "TF32", or a list by library.
 
     Args:
         device: Kind of device: "cpu" or "cuda".
     """
-    found = {place: _read(place) for place in _IN_EFFECT[device]}
+    found = {place: str(_read(place)) for place in _IN_EFFECT[device]}
     if len(set(found.values())) == 1:
         return _WORDS.get(value := next(iter(found.values())), value)
     return ", ".join(f"{place} {_WORDS.get(value, value)}" for place, value in found.items())
 
 
 def override_problem(precision: str) -> str | None:
-    """Why a precision can't be had on an NVIDIA GPU in this process, as a sentence without its full stop; None when it can.
+    """Return why a precision is impossible on an NVIDIA GPU in this process, as a sentence without its full stop, or None.
 
     The variable is read by NVIDIA's libraries once, when they are loaded, so it can't be changed from inside.
     """
@@ -128,23 +138,187 @@ def override_problem(precision: str) -> str | None:
     return f"{OVERRIDE}={value} is set, which goes before every setting"
 
 
-def _read(place: str) -> str:
-    return str(_holder(place).fp32_precision)
+@dataclass(frozen=True)
+class _Mode:
+    """Arguments of a block; threads share a block where they are equal."""
+
+    precision: str
+    exhaustive: bool
+    threads: int | None
+
+    def settings(self) -> dict[str, Any]:
+        """Return the value of every setting inside the block."""
+        strict = self.precision == "float32"
+        values: dict[str, Any] = {place: "ieee" if strict else value for place, value in _PLACES.items()}
+        values |= {"cudnn.deterministic": not self.exhaustive, "cudnn.benchmark": self.exhaustive}
+        return values if self.threads is None else values | {_THREADS: self.threads}
 
 
-def _write(place: str, value: str) -> None:
-    holder = _holder(place)
-    if place == "mkldnn":
+@dataclass(eq=False)
+class _Block:
+    """One open block.
+
+    Attributes:
+        mode: Its arguments.
+        stack: All open blocks of its thread, the innermost last.
+        around: The settings inside the block around it, when it was entered.
+    """
+
+    mode: _Mode
+    stack: list[_Block]
+    around: dict[str, Any] = field(default_factory=dict)
+
+
+class _Turns:
+    """The threads that are inside blocks, and those that wait; ``float32_precision`` states the rules.
+
+    A thread is identified by its stack of blocks, since a generator may be closed by another thread. It is inside when the mode
+    of its innermost block is in force. A thread that waits is not inside.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._own = threading.local()
+        self._arrivals = itertools.count()
+        self._mode: _Mode | None = None  # of all threads inside
+        self._outside: dict[str, Any] = {}  # the settings before the first one entered
+        self._inside: dict[int, int] = {}  # id of a stack -> its number of arrival
+        self._waiting: dict[int, _Mode] = {}  # number of arrival -> mode
+        self._threads: dict[int, int] = {}  # id of a stack -> CPU threads of its thread, to be put back
+
+    @contextlib.contextmanager
+    def block(self, mode: _Mode) -> Iterator[None]:
+        """A block of a mode."""
+        if not hasattr(self._own, "stack"):
+            self._own.stack = []
+        block = _Block(mode, self._own.stack)
+        try:
+            self._enter(block)
+            yield
+        finally:
+            self._leave(block)
+
+    def _enter(self, block: _Block) -> None:
+        with self._changed:
+            stack, nested = block.stack, id(block.stack) in self._inside
+            if nested:
+                block.around = {name: _read(name) for name in block.mode.settings()}
+            stack.append(block)
+            if nested and block.mode == self._mode:
+                _change(block.mode.settings())
+                return
+            self._step_out(stack)
+            self._step_in(stack, block.mode)
+
+    def _leave(self, block: _Block) -> None:
+        with self._changed:
+            stack = block.stack
+            if block not in stack:  # interrupted before it was entered
+                return
+            at = stack.index(block)
+            stack.remove(block)
+            if at < len(stack):  # a generator's block, left before one that was entered later
+                stack[at].around = block.around
+                return
+            outer = stack[-1].mode if stack else None
+            if outer is None or outer != block.mode or id(stack) not in self._inside:
+                self._step_out(stack)
+                if outer is None:
+                    return
+                self._step_in(stack, outer)
+            alone = len(self._inside) == 1
+            _change(block.around if alone else outer.settings())
+
+    def _step_in(self, stack: list[_Block], mode: _Mode) -> None:
+        """Wait until a mode may be in force for a thread, and put it in force."""
+        number = next(self._arrivals)
+        self._waiting[number] = mode
+        try:
+            self._changed.wait_for(lambda: self._may_enter(number, mode))
+        finally:
+            del self._waiting[number]
+            self._changed.notify_all()  # the next one may be able to enter now
+        first = not self._inside
+        self._inside[id(stack)] = number  # from here on _step_out undoes whatever was done
+        if first:
+            self._mode = mode
+            _take(mode.settings(), into=self._outside)
+        if mode.threads is not None:
+            self._threads[id(stack)] = self._outside[_THREADS] if first else self._threads_before(mode.threads)
+        _change(mode.settings())
+
+    def _may_enter(self, number: int, mode: _Mode) -> bool:
+        if not self._inside:
+            return number == min(self._waiting)
+        oldest = min(self._inside.values())
+        passed = [other for other, wanted in self._waiting.items() if other < number and wanted != mode]
+        return mode == self._mode and all(oldest < other for other in passed)
+
+    def _step_out(self, stack: list[_Block]) -> None:
+        """Let go of the mode in force; the last one out puts back what was before it."""
+        if self._inside.pop(id(stack), None) is None:
+            return
+        if (threads := self._threads.pop(id(stack), None)) is not None:
+            _write(_THREADS, threads)
+        if not self._inside:
+            for name, value in self._outside.items():
+                _write(name, value)
+            self._outside, self._mode = {}, None
+        self._changed.notify_all()
+
+    def _threads_before(self, threads: int) -> int:
+        """CPU threads of a thread that joins others. One that never computed takes them from the block itself."""
+        found = int(_read(_THREADS))
+        return int(self._outside[_THREADS]) if found == threads else found
+
+
+_TURNS = _Turns()
+
+
+def _take(names: Mapping[str, Any], *, into: dict[str, Any]) -> None:
+    """Read settings one by one into a dict, which an interrupt leaves with those that may have changed.
+
+    A place without its own value returns its parent's. With the parents cleared first, what is read is a place's own value, and
+    a place that inherited before inherits afterwards.
+    """
+    for name in names:
+        into[name] = _read(name)
+        if name in _PLACES:
+            _write(name, _INHERIT)
+
+
+def _change(settings: Mapping[str, Any]) -> None:
+    """Write the settings that have another value now. Those that are right are not touched: other threads compute."""
+    for name, value in settings.items():
+        if _read(name) != value:
+            _write(name, value)
+
+
+def _read(name: str) -> Any:
+    holder, attribute = _holder(name)
+    value = getattr(holder, attribute)
+    return value() if name == _THREADS else value
+
+
+def _write(name: str, value: Any) -> None:
+    holder, attribute = _holder(name)
+    if name == _THREADS:
+        holder.set_num_threads(value)
+    elif name == "mkldnn":
         # Its attribute sets the value of all libraries instead of oneDNN's (torch 2.11 to 2.14).
         holder.set_flags(_fp32_precision=value)
     else:
-        holder.fp32_precision = value
+        setattr(holder, attribute, value)
 
 
-def _holder(place: str) -> Any:
+def _holder(name: str) -> tuple[Any, str]:
+    """Return the object that has a setting, and the attribute that reads it."""
     import torch
 
+    if name == _THREADS:
+        return torch, "get_num_threads"
     found: Any = torch.backends
-    for name in filter(None, place.split(".")):
-        found = getattr(found, name)
-    return found
+    parts = [*filter(None, name.split(".")), "fp32_precision"] if name in _PLACES else name.split(".")
+    for part in parts[:-1]:
+        found = getattr(found, part)
+    return found, parts[-1]

@@ -9,8 +9,6 @@ from __future__ import annotations
 import gzip
 import io
 import math
-import threading
-import warnings
 import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -20,7 +18,7 @@ import numpy as np
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import DataError
 from bnexport.files import Refusal
-from bnexport.optional import one_line, require
+from bnexport.optional import no_warnings, one_line, require
 from bnexport.tensors import Array
 from bnexport.validation.archives import NPY_MAGIC, check_header
 from bnexport.validation.limits import limit, refusing
@@ -219,35 +217,6 @@ def fit_array(image: Array, preprocessing: Preprocessing) -> Array:
     return _fit(module.fromarray(np.ascontiguousarray(plain)), preprocessing)
 
 
-class _SharedSilence:
-    """Suppresses warnings while at least one thread is inside: the first saves the filters, the last restores them.
-
-    Nested ``warnings.catch_warnings`` of several threads would restore each other's filters in the wrong order.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._inside = 0
-        self._saved = warnings.catch_warnings()
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if self._inside == 0:
-                self._saved = warnings.catch_warnings()
-                self._saved.__enter__()
-                warnings.simplefilter("ignore")
-            self._inside += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._inside -= 1
-            if self._inside == 0:
-                self._saved.__exit__(None, None, None)
-
-
-_silence = _SharedSilence()
-
-
 def read_picture_file(file: Path, preprocessing: Preprocessing, *, kinds: str = PICTURES) -> Array:
     """Read a picture's file as pixels that fit; its size is checked first.
 
@@ -274,7 +243,7 @@ def read_picture(content: bytes, preprocessing: Preprocessing, *, name: str, kin
     remedy = f"Give a {kinds} with an image"
     try:
         # Pillow's own warnings (a bomb, odd metadata) are for its callers: the limit below decides.
-        with _silence, module.open(io.BytesIO(content), formats=FORMATS) as picture:
+        with no_warnings, module.open(io.BytesIO(content), formats=FORMATS) as picture:
             if picture.width * picture.height > MAX_PIXELS:
                 raise ValueError(f"it has {picture.width}x{picture.height} pixels, the limit is {MAX_PIXELS}")
             return _fit(ops.exif_transpose(picture), preprocessing)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from bnexport.errors import ModelError
 from bnexport.loading.checkpoint import read_safetensors
-from bnexport.optional import one_line
+from bnexport.optional import no_warnings, one_line
 from bnexport.validation.archives import validate_weights
 from bnexport.validation.limits import refusing
 from bnexport.validation.paths import check_regular
@@ -69,8 +68,7 @@ def _read_weights(path: Path) -> Any:
     _screen(path)
     try:
         # Given a name, torch would choose the format by the name's ending.
-        with path.open("rb") as file, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch remarks on old pickle protocols; what matters is raised
+        with path.open("rb") as file, no_warnings:  # torch remarks on old pickle protocols; what matters is raised
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ModelError(

@@ -9,7 +9,6 @@ import difflib
 import inspect
 import re
 import sys
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from bnexport.errors import MissingDependency, ModelError
-from bnexport.optional import installed, one_line, require
+from bnexport.optional import installed, no_warnings, one_line, require
 
 #: Shape of one sample and preprocessing as JSON; None for what is not known.
 Facts = tuple[tuple[int, ...] | None, dict[str, Any] | None]
@@ -103,8 +102,7 @@ def build_from_zoo(source: str, options: Mapping[str, Any]) -> nn.Module:
             remedy="Pass the weights as a file, with --weights",
         )
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # remarks on initialisation: the weights come from a file
+        with no_warnings:  # remarks on initialisation: the weights come from a file
             return zoo.build(name, options)
     except ModelError:
         raise

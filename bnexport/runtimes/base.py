@@ -32,8 +32,17 @@ _DEVICE_REMEDIES: tuple[tuple[tuple[str, ...], str], ...] = (
         "Install a build of the engine that has kernels for this GPU, or run on the CPU; bnexport doctor tests the engine",
     ),
     (
-        ("driver version is insufficient", "insufficientdriver", "system_driver_mismatch"),
+        (
+            "driver version is insufficient",
+            "insufficientdriver",
+            "system_driver_mismatch",
+            "driver on your system is too old",
+        ),
         "Update the NVIDIA driver; bnexport doctor tests the engine",
+    ),
+    (
+        ("cublas_status_not_initialized", "cudnn_status_not_initialized"),
+        "Free some of the GPU's memory, which cuBLAS and cuDNN need to start; if it is free, bnexport doctor tests them",
     ),
 )
 _OTHER_FAULT = (

@@ -54,7 +54,7 @@ class Precision:
         factors: Format to which the factors of products are rounded before; None: they are taken as they are stored.
         operators: Where ``factors`` holds.
         source: Who computes so, and where it is said.
-        cuts: The factors lose their last bits instead of being rounded to nearest.
+        cuts: The factors lose their last bits (truncation) instead of being rounded to nearest.
     """
 
     name: str
@@ -73,7 +73,7 @@ class Precision:
 _WORDS = {
     "tf32": "TF32",
     "tf32-convolutions": "TF32 in convolutions alone",
-    "tf32-cut": "TF32 by cutting",
+    "tf32-cut": "TF32 by truncation",
     "bfloat16-products": "bfloat16 factors",
 }
 _PRODUCTS = tuple(FACTORS)
@@ -118,6 +118,9 @@ PRECISIONS: dict[str, Precision] = {
         ),
     )
 }
+
+#: Precision -> the ways in which engines of that name round, the usual one first. What a GPU does is seen in its error alone.
+ROUNDINGS: dict[str, tuple[str, ...]] = {"tf32": ("tf32", "tf32-cut")}
 
 #: Operators whose outputs are some of their inputs' numbers, rounded already, or no numbers at all.
 _MOVERS = (

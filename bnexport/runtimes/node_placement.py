@@ -16,8 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bnexport.optional import one_line
-from bnexport.screening.wire import read_fields
-from bnexport.tensor_proto import message
+from bnexport.protobuf_wire import message, read_fields
 
 CPU = "CPUExecutionProvider"
 #: onnxruntime's names of the element types that shape arithmetic may have.

@@ -1,20 +1,19 @@
-"""What all torch runners share: calling a module, devices, precision, feeds to tensors, outputs to arrays."""
+"""The common part of the torch runners: calling a module, devices, precision, feeds to tensors, outputs to arrays."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bnexport.errors import ModelError, RuntimeUnavailable
-from bnexport.optional import installed, one_line
-from bnexport.reproducibility import effective_precision, float32_precision, override_problem
-from bnexport.runtimes.base import Runner
+from bnexport.errors import BnexportError, BundleError, ModelError, RuntimeUnavailable
+from bnexport.optional import installed, no_warnings, one_line
+from bnexport.reproducibility import STRICT, effective_precision, float32_precision, override_problem
+from bnexport.runtimes.base import REBUILD, Runner, device_remedy
 from bnexport.runtimes.settings import RunSettings
 from bnexport.tensors import Array, Signature
 
@@ -24,6 +23,26 @@ if TYPE_CHECKING:
 
 #: Name of a runner without its device -> what its description calls the engine.
 ENGINES = {"torch": "torch eager", "torchscript": "torchscript", "torch-export": "torch.export"}
+#: Words of torch for tensors that are on different devices.
+_TWO_DEVICES = ("the same device", "the expected device", "object of device type")
+#: TorchScript's interpreter puts its whole traceback before the error itself.
+_INTERPRETER = "The following operation failed in the TorchScript interpreter"
+_RAISED = re.compile(r"^(?:[\w.]+(?:Error|Exception): )+", re.MULTILINE)
+_WEIGHT_ELSEWHERE = re.compile(
+    r"type \(torch\.(?!cuda).* type \(torch\.cuda|type \(torch\.cuda.* type \(torch\.(?!cuda)"
+)
+#: Words of torch for faults of CUDA and its libraries, many of which are plain RuntimeError.
+_DEVICE_WORDS = (
+    "CUDA",
+    "cuDNN",
+    "CUDNN_",
+    "CUBLAS_",
+    "cuBLAS",
+    "cuFFT",
+    "nvrtc",
+    "NVIDIA driver",
+    "unable to find an engine",
+)
 REMEDY = "Install an NVIDIA driver and a torch built for CUDA; in a container hand the GPU through"
 
 
@@ -54,12 +73,33 @@ class TorchRunner(Runner):
     def _run(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
         settings = self._settings
         exhaustive = settings.conv_search == "exhaustive"
-        with float32_precision(settings.precision, exhaustive=exhaustive), _threads(settings.threads):
+        with float32_precision(settings.precision, exhaustive=exhaustive, threads=settings.threads):
             outputs, where = call(self._module, self.signature, feeds, self._device)
-            # After the call, so that a forward which sets a precision of its own is told on.
-            self.description["precision"] = effective_precision(where.type)
+            # After the call, so that a forward, or another thread, that changed the precision is noticed.
+            found = effective_precision(where.type)
+        self.description["precision"] = found
         self.effective_device = self.description["device"] = str(where)
+        # On a CPU these settings take effect only where it has narrower kernels, so there the error itself is the judge.
+        if where.type == "cuda" and settings.precision == "float32" and found != STRICT:
+            raise RuntimeUnavailable(
+                f"{self.name} was asked for {STRICT}, but after its run torch is set to {found}",
+                remedy="Remove the code that changes torch's precision, in the network or in another thread, or run isolated",
+            )
         return outputs
+
+    def _translated(self, error: Exception) -> BnexportError:
+        """Keep faults of the GPU apart from those of the file or network, which no other GPU would run either."""
+        text = str(error)
+        if text.startswith(_INTERPRETER):
+            text = _RAISED.split(text)[-1]
+        if any(words in text for words in _TWO_DEVICES) or _WEIGHT_ELSEWHERE.search(text):
+            return BundleError(
+                f"{self.name}: the network keeps or makes a tensor on a device of its own choice: {_short(text)}",
+                remedy="Register the tensor as a buffer, or make it with device=x.device; then write the bundle again",
+            )
+        if not device_fault(error):
+            return BundleError(f"{self.name} can't run its file: {_short(text)}", remedy=REBUILD)
+        return super()._translated(RuntimeError(text))
 
     def close(self) -> None:
         """Free the module."""
@@ -67,23 +107,8 @@ class TorchRunner(Runner):
         self._module = None
 
 
-@contextlib.contextmanager
-def _threads(number: int | None) -> Iterator[None]:
-    """Threads inside one operator, in this block; None leaves it as it is."""
-    import torch
-
-    before = torch.get_num_threads()
-    try:
-        if number is not None:
-            torch.set_num_threads(number)
-        yield
-    finally:
-        if number is not None:
-            torch.set_num_threads(before)
-
-
 def problem(device: str) -> str | None:
-    """Why torch can't run on a device ("cpu" or "cuda") here, one line; None when it can."""
+    """Return why torch can't run on a device ("cpu" or "cuda") here, as one line; None when it can."""
     if not installed("torch"):
         return "torch is not installed"
     if device == "cpu":
@@ -92,46 +117,71 @@ def problem(device: str) -> str | None:
 
     if not torch.backends.cuda.is_built():  # type: ignore[no-untyped-call]
         return f"this torch ({torch.__version__}) is built without CUDA"
-    with warnings.catch_warnings(record=True) as caught:  # an old driver is only a warning to torch, and the reason
-        warnings.simplefilter("always")
+    with no_warnings:  # an old driver is only a warning here, and an error below
         available = torch.cuda.is_available()
     if available:
         return None
-    return (
-        one_line(caught[0].message)
-        if caught and isinstance(caught[0].message, Warning)
-        else "torch sees no CUDA device"
-    )
+    try:
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+    except Exception as error:  # RuntimeError, or torch.AcceleratorError, with the driver's own words
+        return one_line(error)
+    return "torch sees no CUDA device"
 
 
 def need(name: str, device: str) -> torch.device:
-    """The torch device of a runner.
+    """Return the torch device of a runner.
 
     Raises:
-        RuntimeUnavailable: It is not here.
+        RuntimeUnavailable: The device is not here, or can't be opened.
     """
     if (reason := problem(device)) is not None:
         raise RuntimeUnavailable(f"{name} can't run here: {reason}", remedy=REMEDY)
     import torch
 
-    return torch.device("cuda", torch.cuda.current_device()) if device == "cuda" else torch.device("cpu")
+    if device == "cpu":
+        return torch.device("cpu")
+    try:
+        return torch.device("cuda", torch.cuda.current_device())
+    except Exception as error:  # the first call of CUDA: a GPU that is full, or reserved by another process
+        raise RuntimeUnavailable(
+            f"{name} can't run here: {one_line(error)}", remedy=device_remedy(str(error))
+        ) from error
 
 
 def private_copy(module: nn.Module, device: torch.device | str, dtype: torch.dtype | None = None) -> nn.Module:
-    """A copy of a user's module in eval mode on a device; the module itself is never changed.
+    """Return a copy of a user's module in eval mode on a device; the module itself is never changed.
 
     Raises:
-        ModelError: It can't be copied.
-        RuntimeUnavailable: The GPU's memory does not take it.
+        ModelError: The module can't be copied.
+        RuntimeUnavailable: The GPU does not take the module: its memory is full, or CUDA failed.
     """
     try:
+        # A module may be on a GPU that is nearly full: the copy is made there.
         return copy.deepcopy(module).eval().to(device, dtype)
     except Exception as error:  # the module is the user's code
-        if str(device).startswith("cuda"):
-            raise RuntimeUnavailable(f"{device} does not take the module: {one_line(error)}", remedy=REMEDY) from error
+        if device_fault(error):
+            raise RuntimeUnavailable(
+                f"{device} does not take the module: {one_line(error)}", remedy=device_remedy(str(error))
+            ) from error
         raise ModelError(
             f"the module can't be copied: {one_line(error)}", remedy="Make copy.deepcopy(module) work"
         ) from error
+
+
+def _short(text: str) -> str:
+    return one_line(RuntimeError(text))
+
+
+def device_fault(error: Exception) -> bool:
+    """Return whether an exception of torch is a fault of the GPU or its libraries, and not of a file or network."""
+    import torch
+
+    kinds = tuple(
+        kind
+        for name in ("OutOfMemoryError", "AcceleratorError")  # the second since torch 2.8
+        if isinstance(kind := getattr(torch, name, None), type)
+    )
+    return isinstance(error, kinds) or any(words in str(error) for words in _DEVICE_WORDS)
 
 
 def call(

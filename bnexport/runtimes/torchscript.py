@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bnexport.errors import BundleError
-from bnexport.optional import one_line, require
+from bnexport.errors import BundleError, RuntimeUnavailable
+from bnexport.optional import no_warnings, one_line, require
 from bnexport.runtimes import torch_outputs
-from bnexport.runtimes.base import REBUILD
+from bnexport.runtimes.base import REBUILD, device_remedy
 from bnexport.runtimes.settings import RunSettings
 from bnexport.tensors import Signature
 from bnexport.validation import validate_archive
@@ -28,8 +27,8 @@ class TorchScriptRunner(torch_outputs.TorchRunner):
         settings: Precision, search and threads; default: strict float32.
 
     Raises:
-        RuntimeUnavailable: The device is not here.
-        BundleError: Not a TorchScript file, or one with another signature.
+        RuntimeUnavailable: The device is not here, is full, or failed.
+        BundleError: The file is not a TorchScript file, or has another signature.
     """
 
     def __init__(
@@ -52,17 +51,20 @@ def load(file: Path, device: str | torch.device = "cpu") -> Any:
     """Load a TorchScript file in eval mode.
 
     Raises:
-        BundleError: Not a TorchScript file, a damaged one, or one that the screening refuses.
+        BundleError: The file is not a TorchScript file, is damaged, or is refused by the screening.
+        RuntimeUnavailable: The device is full, or failed.
     """
     validate_archive(file, "torchscript")
     torch = require("torch", purpose="the TorchScript runner")
     try:
-        with warnings.catch_warnings():
-            # Deprecated upstream; TorchScript is one of the formats asked of this project.
-            warnings.filterwarnings("ignore", message=r".*torch\.jit\..*")
-            module = torch.jit.load(str(file), map_location=device)
-        return module.eval()
+        with no_warnings:  # deprecated upstream; TorchScript is one of the formats asked of this project
+            # Not .to(device) afterwards: it would leave constants of the graph where they are.
+            return torch.jit.load(str(file), map_location=device).eval()
     except Exception as error:  # RuntimeError, ValueError, UnpicklingError: depends on where the bytes are wrong
+        if torch_outputs.device_fault(error):
+            raise RuntimeUnavailable(
+                f"{device} does not take {file}: {one_line(error, 160)}", remedy=device_remedy(str(error))
+            ) from error
         raise BundleError(f"{file} is not a TorchScript file: {one_line(error, 160)}", remedy=REBUILD) from error
 
 

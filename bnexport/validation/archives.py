@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import io
 import re
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any, BinaryIO
 
 from bnexport.errors import BadInput, BundleError, DataError, ModelError, UsageError
 from bnexport.files import Refusal
-from bnexport.optional import one_line
+from bnexport.optional import no_warnings, one_line
 from bnexport.validation.exported_program import check_code, check_exported
 from bnexport.validation.limits import count_elements, limit, refusing, shown
 from bnexport.validation.paths import check_regular
@@ -47,8 +46,7 @@ def check_header(start: bytes, size: int) -> None:
 
 def _parsed(text: bytes) -> dict[str, Any]:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the compiler remarks on odd texts; what matters is raised
+        with no_warnings:  # the compiler remarks on odd texts; what matters is raised
             header = ast.literal_eval(text.decode("latin-1").strip())
     except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError) as error:
         raise Refusal("is not a whole .npy file: its header can't be read") from error

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import ast
 import re
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from bnexport.files import Refusal
+from bnexport.optional import no_warnings
 from bnexport.validation.json_text import parse_json
 from bnexport.validation.limits import check_view, count_elements, limit, shown
 
@@ -285,8 +285,7 @@ def _tree(text: Any) -> ast.Expression:
     if not isinstance(text, str) or len(text) > limit("expression"):
         raise Refusal(f"has an expression that is no text, or longer than {limit('expression')} characters")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the compiler remarks on odd texts; what matters is raised
+        with no_warnings:  # the compiler remarks on odd texts; what matters is raised
             return ast.parse(text.strip(), mode="eval")
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise Refusal(f"has {shown(text)} where a size is expected") from error

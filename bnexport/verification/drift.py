@@ -192,7 +192,7 @@ def look_at_layers(spec: RunnerSpec, run: RuntimeRun, work: Work, *, wanted: boo
     case = run.plan.cases[0]
     feeds = case.batch.head(min(_SAMPLES, run.forecast.limit)).feeds if run.varies else case.batch.feeds
     try:
-        layers = layer_drift(work.bundle, spec, run.settings, feeds, precision=run.precision)
+        layers = layer_drift(work.bundle, spec, run.settings, feeds, precision=run.rounding)
     except BnexportError as error:
         if wanted:
             work.skipped[f"drift of {spec.name}"] = error.message

@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bnexport.errors import BnexportError
-from bnexport.runtimes.emulation import Emulator
+from bnexport.runtimes.emulation import ROUNDINGS, Emulator
 from bnexport.runtimes.float64 import Float64Evaluator
 from bnexport.tensors import Array
-from bnexport.verification.inputs import Case, Outputs
+from bnexport.verification.inputs import Case, Outputs, heads
 from bnexport.verification.metrics import measure
-from bnexport.verification.prediction import rounding_noise
+from bnexport.verification.prediction import points_along, rounding_noise
 from bnexport.verification.verdict import Prediction
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ class Forecast:
         return self._rounding[case.batch.name]
 
     def noise(self, precision: str, case: Case) -> float | None:
-        """Predicted max |candidate - reference| / scale of a batch; None when nothing is known."""
+        """Return the predicted max |candidate - reference| / scale of a batch; None when nothing is known."""
         found = self.emulated(precision, case)
         if found is None:
             return self._recorded.get(precision)
@@ -150,9 +150,31 @@ class Forecast:
                 self._found[key] = None
         return self._found[key]
 
+    def rounding_seen(self, precision: str, case: Case, outputs: Outputs) -> str:
+        """Return the way of rounding (``emulation.ROUNDINGS``) that the error of a run shows; the usual one otherwise.
+
+        TF32 that truncates is off by 2 to 6 times as much as TF32 that rounds to nearest. Truncation is a bias: its errors
+        point in one direction, also those of the unfolded network (cosine 0.86 to 1.00), where roundings to nearest do not
+        point (-0.5 to 0.1). So only an engine that truncates gets the larger bound, and no fault hides behind it.
+
+        Args:
+            precision: A key of ``emulation.PRECISIONS``.
+            case: What was run.
+            outputs: What the run gave.
+        """
+        usual, *others = ROUNDINGS.get(precision, (precision,))
+        for name in others:
+            found = self.emulated(name, case)
+            if found is not None and np.isfinite(found.error):
+                n = found.n
+                if points_along(heads(outputs, n), heads(case.expected, n), found.outputs, found.exact):
+                    return name
+        return usual
+
     def prediction(self, precision: str, case: Case) -> Prediction | None:
-        """What the report tells of a precision; None when nothing is known or it overflows."""
-        found = self.emulated(precision, case)
+        """Return a precision's noise for the report, by its noisiest way of rounding; None when unknown or infinite."""
+        ways = [self.emulated(name, case) for name in ROUNDINGS.get(precision, (precision,))]
+        found = max((way for way in ways if way is not None), key=lambda way: way.error, default=None)
         if found is None or not np.isfinite(found.error):
             return None
         return Prediction(precision, found.error, found.rms, found.n, found.flips, case.batch.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bnexport.bundle import WEIGHTS
+from bnexport.runtimes.emulation import ROUNDINGS
 from bnexport.runtimes.replay import incomparable
 from bnexport.verification.inputs import heads
 from bnexport.verification.prediction import compatible, detect
@@ -11,7 +12,7 @@ from bnexport.verification.verdict import Row
 
 #: What an engine can have in effect without saying so; a half precision needs a cast, which the file would show.
 _LOOKED_FOR = ("float32", "tf32-convolutions", "tf32", "tf32-cut", "float16", "bfloat16")
-#: Where emulating costs more than the verdict is worth, only these and what was asked for are looked for.
+#: Where emulating costs more than the verdict is worth, only these and the ways of rounding of what was asked for are tried.
 _AT_LEAST = ("float32", "tf32")
 
 
@@ -29,7 +30,8 @@ def precision_row(run: RuntimeRun, file: str) -> Row | None:
     if not run.plan.cases or not run.first:
         return None
     case = run.plan.cases[0]
-    names = dict.fromkeys((*(_LOOKED_FOR if run.forecast.cheap else _AT_LEAST), run.precision))
+    asked = ROUNDINGS.get(run.precision, (run.precision,))
+    names = dict.fromkeys((*(_LOOKED_FOR if run.forecast.cheap else _AT_LEAST), *asked))
     found = {name: emulated for name in names if (emulated := run.forecast.emulated(name, case)) is not None}
     if run.precision not in found:
         return None

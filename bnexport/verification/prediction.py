@@ -19,7 +19,7 @@ from bnexport.errors import ProofError
 from bnexport.runtimes.emulation import SETTINGS, precision_of
 from bnexport.runtimes.float64 import Float64Evaluator
 from bnexport.runtimes.onnx_file import graphs, nodes
-from bnexport.runtimes.replay import scale
+from bnexport.runtimes.replay import incomparable, scale
 from bnexport.runtimes.rounding import BFLOAT16, FLOAT16, FLOAT32, Format, step_of
 from bnexport.tensors import Array
 
@@ -118,6 +118,29 @@ def detect(
     told = f"the error is that of {_listed(found)} (cosine {best:.3f} with its emulation)"
     told += ", which can't be told apart here" if len(found) > 1 else ""
     return Detected(" or ".join(found), size, best, min(_COARSENESS[name] for name in found), told)
+
+
+def points_along(
+    candidate: Mapping[str, Array],
+    expected: Mapping[str, Array],
+    outputs: Mapping[str, Array],
+    exact: Mapping[str, Array],
+) -> bool:
+    """Return whether an error points where an emulated one does (cosine of 0.5 or more).
+
+    Args:
+        candidate: Output name -> (n, ...), as the engine gave them.
+        expected: What they are compared with.
+        outputs: The same samples of the file, emulated.
+        exact: The file in float64.
+    """
+    if any(name not in candidate or incomparable(name, candidate[name], values) for name, values in expected.items()):
+        return False
+    if any(name not in exact or exact[name].shape != values.shape for name, values in expected.items()):
+        return False
+    error = _difference(candidate, expected)
+    emulated = _difference(outputs, {name: exact[name] for name in expected})
+    return bool(np.isfinite(error).all()) and _cosine(error, emulated) >= ALIKE
 
 
 def compatible(asked: str, seen: Detected) -> bool:

@@ -35,6 +35,7 @@ class RuntimeRun:
         samples: Error and margin of each sample of the first batch (``metrics.per_sample``).
         flipped: Changed labels of the first batch.
         first: Outputs of the first batch; empty when it could not be run.
+        rounding: The precision, or another way of rounding of that name that an error has shown (``Forecast.rounding_seen``).
     """
 
     runner: Runner
@@ -46,6 +47,10 @@ class RuntimeRun:
     samples: tuple[Array, Array] | None = None
     flipped: tuple[FlippedSample, ...] = ()
     first: Outputs = field(default_factory=dict)
+    rounding: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.rounding = self.precision
 
     @property
     def precision(self) -> str:
@@ -77,8 +82,8 @@ class RuntimeRun:
         self.rows = [replace(row, device=where, settings=how) for row in self.rows]
 
     def _predicted(self, case: Case, *, exact: bool = False) -> float | None:
-        """Predicted noise of a batch. In strict float32 it is asked for only where the fixed bound does not do (``exact``)."""
-        return self.forecast.noise(self.precision, case) if exact or self.stage == "shipping" else None
+        """Return the predicted noise of a batch; in strict float32 only where the fixed bound does not do (``exact``)."""
+        return self.forecast.noise(self.rounding, case) if exact or self.stage == "shipping" else None
 
     def _case(self, stage: str, case: Case) -> None:
         try:
@@ -99,6 +104,8 @@ class RuntimeRun:
             self._look_closer(case, outputs, row)
 
     def _judged(self, stage: str, case: Case, outputs: Outputs, *, exact: bool) -> Row:
+        if self.rounding == self.precision:
+            self.rounding = self.forecast.rounding_seen(self.precision, case, outputs)
         return compare(
             stage, self.runner.name, case.batch.name, outputs, case.expected,
             scales=case.scales, predicted=self._predicted(case, exact=exact),

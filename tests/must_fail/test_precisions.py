@@ -18,7 +18,8 @@ from bnexport.bundle import MODEL_ONNX, Bundle
 from bnexport.runtimes import catalogue
 from bnexport.runtimes.base import Runner
 from bnexport.runtimes.catalogue import RunnerSpec
-from bnexport.runtimes.emulation import EmulatedRunner
+from bnexport.runtimes.emulation import EmulatedRunner, Emulator
+from bnexport.runtimes.float64 import Float64Evaluator
 from bnexport.runtimes.settings import RunSettings
 from bnexport.verification.scope import Scope
 from bnexport.verification.verdict import Row, VerificationReport
@@ -80,6 +81,71 @@ def test_an_engine_that_does_as_it_is_told_passes_both_stages(bundle: Bundle, mo
     assert images.error > 1e-4  # so that no bound for strict float32 would let it pass
     assert {(row.settings, row.detected) for row in rows_of(report, "precision")} == {("", "float32"), ("tf32", "tf32")}
     assert set(report.runtimes) == {NAME, f"{NAME}, tf32"}
+
+
+def truncating(bundle: Bundle, _device: str, _module: object, settings: RunSettings) -> Runner:
+    """A GPU that leaves the last bits of float32 unread where TF32 is asked for."""
+    return EmulatedRunner(bundle, "tf32-cut" if settings.precision == "tf32" else settings.precision)
+
+
+def test_tf32_that_truncates_is_judged_by_its_own_noise(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It makes 2 to 6 times the noise of TF32 that rounds to nearest, which left no room below 3, or none at all."""
+    install(monkeypatch, truncating)
+    report = run(bundle)
+    assert report.passed, report.failures
+    shipping = rows_of(report, "shipping")
+    assert shipping[0].ratio == pytest.approx(1, rel=1e-3)
+    assert all(row.ratio is not None and row.ratio < 1.01 for row in shipping)
+    feeds, _ = bundle.golden()
+    exact = Float64Evaluator(bundle.file(MODEL_ONNX)).evaluate(feeds)["logits"]
+    nearest, cut = (Emulator(bundle.file(MODEL_ONNX), name).evaluate(feeds)["logits"] for name in ("tf32", "tf32-cut"))
+    assert np.abs(cut - exact).max() > 1.2 * np.abs(nearest - exact).max()
+    assert {(row.settings, row.detected) for row in rows_of(report, "precision")} == {
+        ("", "float32"),
+        ("tf32", "tf32-cut"),
+    }
+    predicted = next(item for item in report.findings.predictions if item.precision == "tf32")
+    assert predicted.error == pytest.approx(shipping[0].predicted, rel=1e-6)  # the larger one of both
+
+
+def test_truncation_left_on_in_strict_mode_is_caught(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, always("tf32-cut"))
+    assert {("strict", ""), ("precision", "")} <= stages(run(bundle))
+
+
+@pytest.mark.parametrize("times", [3.5, 5, 7])
+def test_no_fault_hides_behind_the_noise_of_truncation(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, times: float
+) -> None:
+    """As large as truncation's noise, or below three times as much, but pointing elsewhere."""
+
+    class Off(EmulatedRunner):
+        def _run(self, feeds: object) -> dict[str, np.ndarray]:
+            exact = EmulatedRunner(bundle, "float32").run(feeds)
+            wrong = super()._run(feeds)
+            return {name: exact[name] + times * (wrong[name] - exact[name])[:, ::-1] for name in exact}
+
+    install(monkeypatch, lambda bundle, _device, _module, settings: Off(bundle, settings.precision))
+    report = run(bundle, precisions=("tf32",))
+    failed = [
+        row for row in report.failures if row.stage == "shipping" and row.case == rows_of(report, "shipping")[0].case
+    ]
+    assert failed
+    assert failed[0].ratio == pytest.approx(times, rel=1e-2)
+
+
+def test_twice_the_allowed_noise_of_truncation_fails(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Noisy(EmulatedRunner):
+        def _run(self, feeds: object) -> dict[str, np.ndarray]:
+            outputs = super()._run(feeds)
+            exact = EmulatedRunner(bundle, "float32").run(feeds)
+            return {name: exact[name] + 6 * (array - exact[name]) for name, array in outputs.items()}
+
+    install(monkeypatch, lambda bundle, _device, _module, _settings: Noisy(bundle, "tf32-cut"))
+    report = run(bundle, precisions=("tf32",))
+    images = rows_of(report, "shipping")[0]
+    assert not images.passed
+    assert images.ratio == pytest.approx(6, rel=1e-2)  # of truncation's own noise
 
 
 def test_tf32_left_on_in_strict_mode_is_caught_twice(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:

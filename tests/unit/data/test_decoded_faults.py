@@ -17,8 +17,9 @@ import pytest
 from support.decoding import left, load, one_by_one
 from support.pictures import GREY, png, random_picture, write_parts, write_picture
 
-from bnexport.data import decoded, images
+from bnexport.data import decoded
 from bnexport.errors import DataError, MissingDependency, OutputError
+from bnexport.optional import no_warnings
 
 # Pictures that can't be read
 
@@ -120,7 +121,7 @@ def test_threads_leave_the_filters_of_warnings_as_they_were():
     inside, leave = threading.Barrier(3), [threading.Event(), threading.Event()]
 
     def work(index):
-        with images._silence:
+        with no_warnings:
             inside.wait(10)
             leave[index].wait(10)
 

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from bnexport.errors import MissingDependency
-from bnexport.optional import INSTALL, installed, need_packages, one_line, quiet, require
+from bnexport.optional import INSTALL, Shared, installed, need_packages, one_line, quiet, require
 
 
 def test_require_gives_the_module():
@@ -63,6 +66,42 @@ def test_quiet_silences_and_puts_everything_back(capsys):
         chat()
     assert (logger.level, sys.stdout, list(warnings.filters)) == (before, stdout, filters)
     assert capsys.readouterr() == ("", "")
+
+
+def test_threads_that_are_quiet_at_the_same_time_leave_the_process_as_it_was():
+    """Two models that are loaded side by side; each restored what it had found, and the output was gone for good."""
+    logger = logging.getLogger("torch")
+    before = logger.level, sys.stdout, sys.stderr, list(warnings.filters)
+    both, first_left = threading.Barrier(2), threading.Event()
+
+    def leaves_first():
+        with quiet():
+            both.wait(60)
+        first_left.set()
+
+    def leaves_last():
+        with quiet():
+            both.wait(60)
+            assert first_left.wait(60)
+            assert warnings.filters[0][0] == "ignore"
+
+    with ThreadPoolExecutor(2) as pool:
+        for future in [pool.submit(leaves_first), pool.submit(leaves_last)]:
+            future.result(60)
+    assert (logger.level, sys.stdout, sys.stderr, list(warnings.filters)) == before
+
+
+def test_a_shared_setting_that_can_not_be_made_is_held_by_no_thread():
+    @contextlib.contextmanager
+    def broken():
+        raise ZeroDivisionError
+        yield
+
+    shared = Shared(broken)
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError), shared:
+            pass
+    assert shared._inside == 0
 
 
 def test_installed_imports_nothing(tmp_path, monkeypatch):
