@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import onnx
 from numpy.typing import NDArray
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from bnexport.exporting.onnx_names import Names, mentions, reads
 
@@ -72,7 +72,8 @@ def _sizes_of(
     bare = _without_claims(model)
     stated: dict[str, list[Size]] = {}
     for _ in range(_MAX_ROUNDS):
-        dims = _dims(bare)
+        inferred = _inferred(bare)
+        dims = _dims(inferred)
         known = dict(constants)
         for node in model.graph.node:
             if len(node.output) == 1 and (value := _sizes(node, known, dims)) is not None and value.size <= _MAX_SIZES:
@@ -81,19 +82,19 @@ def _sizes_of(
         if shapes == stated:
             break
         stated = shapes
+        types = {value.name: value.type.tensor_type.elem_type for value in (*inferred.value_info, *inferred.output)}
         del bare.graph.value_info[:]
         bare.graph.value_info.extend(
-            helper.make_tensor_value_info(name, TensorProto.UNDEFINED, shape) for name, shape in shapes.items()
+            helper.make_tensor_value_info(name, types[name], shape) for name, shape in shapes.items() if name in types
         )
     return known, dims
 
 
 def _stated(node: NodeProto, known: Mapping[str, Sizes], dims: Dims) -> list[Size] | None:
     """Return the output shape that a Reshape's target states; None where an entry may stand for another size."""
-    if node.input[1] not in known or known[node.input[1]].ndim != 1:
+    sizes, own, literal = _resolved(node, known, dims), dims.get(node.input[0], ()), _has_real_zeros(node)
+    if sizes is None:
         return None
-    sizes, own = list(known[node.input[1]]), dims.get(node.input[0], ())
-    literal = _has_real_zeros(node)
     fits = (
         size > 0 if isinstance(size, int) else literal or (at < len(own) and own[at] == size)
         for at, size in enumerate(sizes)
@@ -125,11 +126,14 @@ def _without_claims(model: ModelProto) -> ModelProto:
     return bare
 
 
-def _dims(bare: ModelProto) -> Dims:
+def _inferred(bare: ModelProto) -> GraphProto:
     try:
-        graph = onnx.shape_inference.infer_shapes(bare, data_prop=True).graph
+        return onnx.shape_inference.infer_shapes(bare, data_prop=True).graph
     except Exception:  # onnx's inference raises several unrelated classes; what is unknown is left alone
-        graph = bare.graph
+        return bare.graph
+
+
+def _dims(graph: GraphProto) -> Dims:
     found: Dims = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
     for value in (*graph.value_info, *graph.output, *graph.input):
         if value.type.tensor_type.HasField("shape"):
@@ -218,29 +222,36 @@ def _cut(data: Sizes, attributes: Mapping[str, Any], rest: Sequence[Sizes]) -> S
 
 def _target(node: NodeProto, known: Mapping[str, Sizes], dims: Dims) -> list[int] | None:
     """Return the constant target that computes the same; None where that is not proved."""
-    if node.input[1] not in known or known[node.input[1]].ndim != 1:
+    sizes, own = _resolved(node, known, dims), dims.get(node.input[0], ())
+    if sizes is None:
         return None
-    sizes: list[Size] = list(known[node.input[1]])
-    own = dims.get(node.input[0], ())
     varying = {at: size for at, size in enumerate(sizes) if isinstance(size, str)}
-    if 0 in sizes and _has_real_zeros(node):
-        return None  # a size that is zero, which next to a copied one would be copied too
     if all(at < len(own) and own[at] == size for at, size in varying.items()):
-        return _filled([0 if isinstance(size, str) else size for size in sizes], own)
+        return [0 if isinstance(size, str) else size for size in sizes]
     numbers = [size for size in sizes if isinstance(size, int)]
     if len(varying) == 1 and all(size > 0 for size in numbers) and _product(own) == _product(sizes):
         return [-1 if isinstance(size, str) else size for size in sizes]
     return None
 
 
-def _filled(target: list[int], own: Sequence[Size]) -> list[int]:
-    """Replace -1 by its number where that is known: next to a batch of 0, a -1 is ambiguous and engines refuse it."""
-    left = [size for at, size in enumerate(own) if at >= len(target) or target[at] != 0]
-    if own and target.count(-1) == 1 and 0 in target and all(isinstance(size, int) for size in left):
-        number, rest = divmod(math.prod(map(int, left)), math.prod(size for size in target if size > 0))
-        if number and not rest:
-            return [number if size == -1 else size for size in target]
-    return target
+def _resolved(node: NodeProto, known: Mapping[str, Sizes], dims: Dims) -> list[Size] | None:
+    """Return the target with the sizes that its 0 and -1 stand for; a -1 stays where its size is not known.
+
+    Next to a batch of 0 a -1 is ambiguous, and engines refuse it; a number is not.
+    """
+    if node.input[1] not in known or known[node.input[1]].ndim != 1:
+        return None
+    sizes: list[Size] = list(known[node.input[1]])
+    own = dims.get(node.input[0], [])
+    if 0 in sizes:
+        if _has_real_zeros(node) or len(own) < len(sizes):
+            return None
+        sizes = [own[at] if size == 0 else size for at, size in enumerate(sizes)]
+    if own and sizes.count(-1) == 1:
+        (all_of_it, names), (others, named) = _product(own), _product([size for size in sizes if size != -1])
+        if names == named and others > 0 and all_of_it and all_of_it % others == 0:
+            sizes[sizes.index(-1)] = all_of_it // others
+    return sizes
 
 
 def _product(sizes: Sequence[Size]) -> tuple[int, Counter[str]]:

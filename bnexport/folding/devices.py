@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 from torch.fx.node import map_aggregate
+from torch.utils import _pytree as pytree
 
 
 def follow_input(module: GraphModule) -> None:
@@ -40,6 +41,4 @@ def _follow(part: GraphModule) -> None:
 
 
 def _names_device(arguments: Any) -> bool:
-    found: list[Any] = []
-    map_aggregate(arguments, lambda item: found.append(item) or item)
-    return any(isinstance(item, torch.device) for item in found)
+    return any(isinstance(item, torch.device) for item in pytree.tree_leaves(arguments))

@@ -21,7 +21,6 @@ from bnexport.exporting.prepare import signature_of
 from bnexport.exporting.reshape_targets import simplify_reshapes
 
 Build = Callable[[Builder], str]
-ONE = np.array([1])
 
 
 def size(b: Builder, value: str, axis: int, name: str = "") -> str:
@@ -231,7 +230,7 @@ def test_sizes_that_do_not_fit_fail_as_before() -> None:
     assert target_of(after) == [0, 1, 25]
     for model in (before, after):
         assert run(model, {"x": np.zeros((2, 5, 5), np.float32)}).shape == (2, 1, 25)
-        with pytest.raises(onnxruntime.capi.onnxruntime_pybind11_state.RuntimeException):
+        with pytest.raises(Exception, match="cannot be reshaped"):
             run(model, {"x": np.zeros((2, 10, 5), np.float32)})
 
 
@@ -346,22 +345,18 @@ def model_of(build: Build, *, opset: int = 18, ir: int = 8) -> ModelProto:
     b.output(build(b))
     graph = onnx.helper.make_graph(b.nodes, "g", b.inputs, b.outputs, b.stored, value_info=getattr(b, "claims", []))
     model: ModelProto = onnx.helper.make_model(graph, opset_imports=b.opsets, ir_version=ir)
+    found = onnx.shape_inference.infer_shapes(model, data_prop=True).graph.output[0].type.tensor_type
+    for _ in found.shape.dim or (1, 2):
+        model.graph.output[0].type.tensor_type.shape.dim.add()
     return model
 
 
 def pair(build: Build, *, opset: int = 18, ir: int = 8) -> tuple[ModelProto, ModelProto]:
-    """A model, and its copy after the rewriting; the number that is returned is that of the changed nodes."""
+    """A model, and its copy after the rewriting."""
     before = model_of(build, opset=opset, ir=ir)
     after = ModelProto()
     after.CopyFrom(before)
-    changed = simplify_reshapes(after)
-    assert changed == sum(
-        old.input[1] != new.input[1]
-        for name in ("reshape", "reshape1")
-        for old in before.graph.node
-        for new in after.graph.node
-        if old.op_type == new.op_type == "Reshape" and old.output == new.output and name == "reshape"
-    )
+    assert (simplify_reshapes(after) > 0) == (after != before)
     return before, after
 
 
@@ -388,6 +383,8 @@ def fed(model: ModelProto, batch: int) -> dict[str, np.ndarray]:
 def run(model: ModelProto, feeds: dict[str, np.ndarray]) -> np.ndarray:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
+    # ONNX Runtime's own optimisation writes -1 for a computed batch without a proof: sizes that do not fit would pass.
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     (found,) = session.run(None, feeds)
     return np.asarray(found)
