@@ -46,7 +46,8 @@ def simplify_reshapes(model: ModelProto) -> int:
         The number of changed Reshape nodes.
     """
     constants = _constants(model)
-    computed = [node for node in model.graph.node if _is(node, "Reshape") and node.input[1] not in constants]
+    reshapes = [node for node in model.graph.node if _is(node, "Reshape") and len(node.input) == 2]  # 1 before opset 5
+    computed = [node for node in reshapes if node.input[1] not in constants]
     if not computed or any(function.domain in ("", "ai.onnx") for function in model.functions):
         return 0  # a function of the file may have the name of an operator
     known, dims = _sizes_of(model, constants, computed)
@@ -179,6 +180,8 @@ def _sizes(node: NodeProto, known: Mapping[str, Sizes], dims: Dims) -> Sizes | N
     if not values or len(values) < len(node.input) or values[0].ndim > 1:
         return None
     data, *rest = values
+    if node.op_type in ("Gather", "Reshape") and not rest:
+        return None
     if node.op_type == "Identity" or (node.op_type == "Cast" and attributes.get("to") in _INTEGERS):
         return data
     if node.op_type == "Concat":

@@ -267,6 +267,19 @@ def test_old_and_new_files(opset: int, ir: int) -> None:
     np.testing.assert_array_equal(run(after, feed), run(before, feed), strict=True)
 
 
+def test_a_target_that_is_an_attribute_is_left() -> None:
+    b = Builder(opset=4, ir=3)
+    x = image(b)
+    rows = b.node("Reshape", b.node("Cast", b.node("Shape", x), to="FLOAT"), shape=[2, 2])
+    b.output(b.node("Reshape", x, shape=[0, 120], name="reshape"), rows)
+    graph = onnx.helper.make_graph(b.nodes, "g", b.inputs, b.outputs, b.stored)
+    before = onnx.helper.make_model(graph, opset_imports=b.opsets, ir_version=3)
+    after = ModelProto()
+    after.CopyFrom(before)
+    assert simplify_reshapes(after) == 0
+    assert after == before
+
+
 # --- both doors -------------------------------------------------------------------------------------------------------
 
 
