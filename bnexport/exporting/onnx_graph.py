@@ -16,6 +16,8 @@ from torch.fx import GraphModule
 
 from bnexport.bundle import Manifest
 from bnexport.errors import ExportError
+from bnexport.exporting.onnx_names import graphs_within
+from bnexport.exporting.reshape_targets import simplify_reshapes
 from bnexport.exporting.varying import export_flat
 from bnexport.files import write_atomically
 from bnexport.optional import one_line, quiet
@@ -90,6 +92,7 @@ def export_onnx(
     _refuse_dropped(folded)
     model = _convert(folded, inputs, signature, target.opset)
     model.ir_version = ir_version
+    simplify_reshapes(model)
     _clean(model, signature)
     check_model(model, signature, target.opset, ir_version, normalisations=expected_normalisations(folded))
     write_atomically(path, model.SerializeToString(deterministic=True))
@@ -257,12 +260,9 @@ def _clean(model: onnx.ModelProto, signature: Signature) -> None:
 
 
 def _nodes(graph: onnx.GraphProto) -> Iterable[onnx.NodeProto]:
-    """Every node, also inside subgraphs."""
-    for node in graph.node:
-        yield node
-        for attribute in node.attribute:
-            for inner in (attribute.g, *attribute.graphs):
-                yield from _nodes(inner)
+    """Return every node, also inside subgraphs."""
+    for each in (graph, *graphs_within(graph.node)):
+        yield from each.node
 
 
 def _specs(values: Iterable[onnx.ValueInfoProto]) -> list[tuple[str, str, tuple[int | str, ...]]]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.fx import GraphModule
@@ -35,6 +37,7 @@ def export_torchscript(folded: GraphModule, path: Path) -> None:
         try:
             scripted = torch.jit.script(_scriptable(folded))
             frozen = torch.jit.freeze(scripted.eval(), optimize_numerics=False)
+            _follow_input(frozen.graph)
             buffer = io.BytesIO()
             torch.jit.save(frozen, buffer)
         except Exception as error:  # torch.jit raises bare RuntimeErrors, OSErrors and its own frontend errors
@@ -46,12 +49,56 @@ def export_torchscript(folded: GraphModule, path: Path) -> None:
 
 
 def _scriptable(folded: GraphModule) -> GraphModule:
-    """A copy of the graph in TorchScript's vocabulary: operators by name without overload, sizes by ``Tensor.size``."""
+    """Return a copy of the graph in TorchScript's vocabulary: operators without overload, sizes by ``Tensor.size``.
+
+    The device of an input is a constant again, so that freezing computes ahead what does not depend on the input.
+    """
     module = flat(folded)
     for node in module.graph.nodes:
-        if node.target is torch.ops.aten.sym_size.int:
+        if node.target is getattr and node.args[1] == "device":
+            node.replace_all_uses_with(node.args[0].meta["val"].device)
+        elif node.target is torch.ops.aten.sym_size.int:
             node.op, node.target = "call_method", "size"
         elif isinstance(node.target, torch._ops.OpOverload):
             node.target = node.target.overloadpacket
     module.recompile()
     return module
+
+
+def _follow_input(graph: Any) -> None:
+    """Make every tensor that the graph creates on its way on the device of the first input.
+
+    Tracing writes the exporting machine's device into factories (``torch.zeros(..., device=x.device)``) and casts. What
+    freezing could compute ahead is a constant of the file by now, which ``map_location`` moves.
+    """
+    calls = [(node, at) for node in _nodes(graph) if (at := _device_argument(node)) is not None]
+    if not calls:
+        return
+    first = next(value for value in list(graph.inputs())[1:] if value.type().isSubtypeOf(torch._C.TensorType.get()))
+    device = graph.create("prim::device", [first])
+    device.output().setType(torch._C.DeviceObjType.get())
+    device.insertBefore(next(iter(graph.nodes())))
+    for node, at in calls:
+        node.replaceInput(at, device.output())
+
+
+def _device_argument(node: Any) -> int | None:
+    """Return the place of an argument that fixes a device: a named one, or none where nothing but the call chooses it."""
+    if node.schema() == "(no schema)":
+        return None
+    names = [argument.name for argument in torch._C.parse_schema(node.schema()).arguments]
+    if "device" not in names:
+        return None
+    values = list(node.inputs())
+    at = names.index("device")
+    reads_tensor = any(value.type().isSubtypeOf(torch._C.TensorType.get()) for value in values)
+    named = values[at].type().kind() == "DeviceObjType"
+    return at if named or not reads_tensor else None
+
+
+def _nodes(block: Any) -> Iterator[Any]:
+    """Yield every node, also in the blocks of branches and loops."""
+    for node in list(block.nodes()):
+        yield node
+        for inner in node.blocks():
+            yield from _nodes(inner)

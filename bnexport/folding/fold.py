@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from bnexport.errors import ProofError, UsageError
+from bnexport.folding.devices import follow_input
 from bnexport.folding.engine import Account, Engine
 from bnexport.folding.plan import ATTEMPTS, Budget
 from bnexport.folding.report import FoldReport, FoldRow
@@ -32,7 +33,7 @@ class FoldResult:
     """What ``fold`` returns.
 
     Attributes:
-        model: The folded network in eval mode. It shares no memory with the user's module.
+        model: The folded network in eval mode. It shares no memory with the user's module, and ``to(device)`` moves it.
         report: What became of each BatchNorm.
         seconds: What took how long: "trace", "fold" (with each fold's own proof), "proof" (of the whole).
     """
@@ -136,6 +137,7 @@ def fold_traced(
         )
     _refuse_wrong(name, error, bound, "float64")
     remaining = sum(1 for _ in batch_norm_nodes(folded))
+    follow_input(folded)
     return FoldResult(folded, FoldReport(tuple(rows), remaining, error, growth, warnings), clock.seconds)
 
 

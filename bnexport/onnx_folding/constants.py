@@ -13,8 +13,9 @@ from onnx import ModelProto, NodeProto, TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 from torch import Tensor
 
+from bnexport.exporting.onnx_names import mentions
 from bnexport.onnx_folding.element_types import TORCH, widened
-from bnexport.onnx_folding.inventory import is_default, mentions
+from bnexport.onnx_folding.inventory import is_default
 from bnexport.onnx_folding.shapes import Shapes
 from bnexport.runtimes.float64 import widen
 from bnexport.runtimes.operators import better_operators

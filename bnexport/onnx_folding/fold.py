@@ -10,6 +10,7 @@ from onnx import ModelProto, NodeProto
 from torch import Tensor
 
 from bnexport.errors import ExportError, ModelError, ProofError, UsageError
+from bnexport.exporting.reshape_targets import simplify_reshapes
 from bnexport.folding.engine import Account, Engine
 from bnexport.folding.fold import DEFAULT_MAX_GROWTH
 from bnexport.folding.plan import ATTEMPTS, Budget
@@ -53,7 +54,8 @@ def fold_onnx(
 
     The rules are those of ``bnexport.fold``. ``source`` is never changed. Names of nodes, values, weights and outputs stay;
     a weight that something else reads too keeps its numbers, and the fold gets a copy under a new name. Arithmetic is in
-    float64, rounded once to the weight's element type.
+    float64, rounded once to the weight's element type. A Reshape whose target is computed from sizes gets a constant target
+    where it provably gives the same (``exporting.reshape_targets``).
 
     Args:
         source: A file (external data beside it), its bytes, or a model.
@@ -82,10 +84,11 @@ def fold_onnx(
         budget = Budget(before, max_growth, apart, biases)
         account = _account(Engine(graph, budget, clamps=clamps, prove=prove), original)
         writer = Writer(graph)
-        changed = writer.write(account.dropped)
+        folded = writer.write(account.dropped)
         growth = OnnxGraph(model).elements / before
         if growth <= max_growth:
             break
+    changed = simplify_reshapes(model) > 0 or folded
     if changed:
         _check_written(original, model)
     rows = (*account.rows, *(_inner_row(node, where) for node, where in inner_batch_norms(original)))

@@ -11,11 +11,12 @@ import torch
 from onnx import ModelProto, NodeProto, ValueInfoProto
 from torch import Tensor
 
+from bnexport.exporting.onnx_names import mentions, reads
 from bnexport.folding.graph import Identity, Kind, Layer, NormCall, Op, Opaque, Reshape, connect
 from bnexport.folding.layers import channels_of
 from bnexport.folding.torch_backend.graph import evaluate_kind
 from bnexport.onnx_folding.constants import SHAPE_ONLY, Constants, node_evaluator
-from bnexport.onnx_folding.inventory import is_batch_norm, is_default, label, mentions, opset_of, reads
+from bnexport.onnx_folding.inventory import is_batch_norm, is_default, label, opset_of
 from bnexport.onnx_folding.layer_nodes import with_tensors
 from bnexport.onnx_folding.norms import unread_batch_norm
 from bnexport.onnx_folding.readers import READERS

@@ -6,9 +6,11 @@ import json
 import re
 from pathlib import Path
 
+import onnx
 import pytest
 
 import bnexport
+from bnexport.bundle import MODEL_ONNX
 from bnexport.exporting.triton import CONFIG, triton_config
 from bnexport.folding.report import FoldReport
 
@@ -33,6 +35,13 @@ def test_it_is_the_chapters_network_folded_and_proven_on_real_images() -> None:
     assert manifest.verification["passed"] is True
     assert manifest.verification["accuracy"]["n"] == 10_000
     assert manifest.verification["accuracy"]["correct"] > 8_400
+
+
+def test_its_graph_has_no_shape_nodes() -> None:
+    """ONNX Runtime would place them on the CPU, also next to a GPU."""
+    graph = onnx.load(BUNDLE / MODEL_ONNX).graph
+    first = ["Conv", "Sigmoid", "AveragePool"] * 2
+    assert [node.op_type for node in graph.node] == [*first, "Reshape", "Gemm", "Sigmoid", "Gemm", "Sigmoid", "Gemm"]
 
 
 def test_it_names_no_machine() -> None:
