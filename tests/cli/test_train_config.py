@@ -74,7 +74,7 @@ def test_the_command_line_wins_and_a_resumed_run_takes_the_file_too(tmp_path, ca
 
 
 def test_a_whole_number_is_a_number(tmp_path, monkeypatch):
-    """A learning rate of the type int would make an integer tensor on a GPU, where a schedule's values become 0."""
+    """An integer learning rate would be an integer tensor on a GPU, in which a schedule's values become 0."""
     (tmp_path / "c.toml").write_text('dataset = "digits"\nlr = 1\nepochs = 1\nmean = [0]\nweight-decay = 0\n')
     rates = []
     monkeypatch.setattr(
