@@ -1,18 +1,31 @@
-"""Capabilities: what this machine can run, and what a missing one means.
+"""Capabilities of the machine, the order of the test files, and the bundle that most tests share.
 
 ``@pytest.mark.needs("cuda")`` skips a test where the capability is missing; ``BNEXPORT_REQUIRE=cuda,ort-cuda`` turns that
 skip into a failure, so that a GPU lane can't pass by skipping everything.
+
+``--file-order SEED`` shuffles the test files. A test that depends on an earlier file fails under some seed.
 """
 
 from __future__ import annotations
 
 import functools
 import os
+import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from bnexport.bundle import Bundle
+
+# Two workers share the cores, and most models here are too small for a second thread. Set before torch is imported;
+# processes that tests start inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+#: More workers need more memory (about 1.5 GB each) than most machines have.
+MOST_WORKERS = 4
 
 
 def _cuda() -> str | None:
@@ -97,8 +110,28 @@ def required() -> set[str]:
     return names
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--file-order", type=int, metavar="SEED", help="Shuffle the test files by this seed.")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     required()
+    if config.getoption("file_order") is not None and hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False  # xdist would sort the files by their number of tests
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """Return the number of workers for ``-n auto``: one per core, hyperthreads included."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, MOST_WORKERS)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if (seed := config.getoption("file_order")) is not None:
+        files = list(dict.fromkeys(item.path for item in items))
+        random.Random(seed).shuffle(files)
+        rank = {path: index for index, path in enumerate(files)}
+        items.sort(key=lambda item: rank[item.path])
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -111,3 +144,16 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             if name in required():
                 pytest.fail(f"BNEXPORT_REQUIRE names {name}, but {reason}", pytrace=False)
             pytest.skip(f"needs {name}: {reason}")
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bundle]:
+    """The right bundle of a network with random statistics, made once per run. Tests that spoil it copy it first."""
+    from support.bundles import write_bundle
+    from support.shared import made_once
+
+    from bnexport.bundle import Bundle
+
+    opened = Bundle.open(made_once(tmp_path_factory, "bn_lenet", lambda folder: write_bundle(folder / "1")) / "1")
+    yield opened
+    opened.check()  # no test has changed it

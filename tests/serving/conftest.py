@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.bundles import network, write_bundle
+from support.bundles import copy_bundle, network
 from support.environments import environment
 from support.serving import Server, serving
 
+from bnexport.bundle import Bundle
 from bnexport.data.datasets import load_dataset
 from bnexport.data.preprocessing import Preprocessing
 
@@ -19,10 +20,10 @@ PINS = ("tritonclient[http,grpc]>=2.60", "protobuf>=6.33.5,<7", "numpy>=2")
 
 
 @pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def models(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of models with one version of one model; not to be changed."""
     folder = tmp_path_factory.mktemp("models")
-    write_bundle(folder / "bn_lenet" / "1")
+    copy_bundle(bundle, folder / "bn_lenet" / "1")
     return folder
 
 

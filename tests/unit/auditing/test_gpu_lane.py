@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.bundles import write_bundle
 
 from bnexport.auditing import gpu_lane, refusals
 from bnexport.auditing.gpu_lane import Lane, Sweep, cpu_sweeps, emulated_spec, gpu_sweeps, require, run_lane
@@ -57,11 +56,6 @@ def gpu(
         return Engine(bundle, precision or settings.precision, change)
 
     return GpuSpec("onnxruntime", "cuda", MODEL_ONNX, opener, lambda _device: None, "tf32", BOTH)
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return write_bundle(tmp_path_factory.mktemp("lane") / "1")
 
 
 def lane(bundle: Bundle, spec: RunnerSpec, scope: Scope | None = None) -> Lane:
