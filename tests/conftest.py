@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     from bnexport.bundle import Bundle
@@ -24,6 +25,11 @@ if TYPE_CHECKING:
 # Two workers share the cores, and most models here are too small for a second thread. Set before torch is imported;
 # processes that tests start inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# No absolute times, and a red run is red again.
+settings.register_profile(
+    "checks", deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("checks")
 #: More workers need more memory (about 1.5 GB each) than most machines have.
 MOST_WORKERS = 4
 

@@ -29,7 +29,7 @@ from bnexport.deploying.repository import LABELS, deploy_triton
 from bnexport.deploying.request import DEVICES, DeployRequest
 from bnexport.exporting.triton import CONFIG
 
-pytestmark = pytest.mark.needs("triton")
+pytestmark = [pytest.mark.slow, pytest.mark.needs("triton")]
 HERE = Path(__file__).parent
 MISSING = "unable to find backend library for backend 'onnxruntime'"
 #: Bundle and device of the models that are served.

@@ -17,6 +17,8 @@ from bnexport.benchmarking.soaking.soak import SoakSettings, run_soak
 from bnexport.benchmarking.soaking.verdict import lines, unexplained, verdict
 from bnexport.bundle import Bundle
 
+pytestmark = pytest.mark.slow
+
 #: Wrong in one request of fifty; each is given the application, and gives one.
 FAULTS = '''
 import itertools, os, signal

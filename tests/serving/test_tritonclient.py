@@ -16,6 +16,8 @@ from bnexport.proto_messages import TYPES
 from bnexport.serving.grpc.methods import METHODS, STREAM
 from bnexport.serving.grpc.schema import MESSAGES, PACKAGE
 
+pytestmark = pytest.mark.slow
+
 
 def run(python: Path, program: str, port: int, folder: Path) -> dict[str, Any]:
     words = [str(Path(__file__).with_name(program)), str(port), str(folder / "inputs.npy"), str(folder / "logits.npy")]
