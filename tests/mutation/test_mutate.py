@@ -6,7 +6,7 @@ import ast
 from pathlib import Path
 
 import pytest
-from mutation.mutate import ROOT, SOURCES, TESTS, changes, mutated, sample
+from mutation.mutate import ROOT, TESTS, changes, mutated, sample
 
 SOURCE = '''
 def clip(x: int, most: int = 3) -> int:
@@ -52,6 +52,6 @@ def test_the_sample_is_the_same_for_a_seed() -> None:
         assert ast.dump(ast.parse(text)) != ast.dump(ast.parse(source)), change
 
 
-@pytest.mark.parametrize("folder", [*SOURCES, *TESTS])
+@pytest.mark.parametrize("folder", [*TESTS, *(path for paths in TESTS.values() for path in paths)])
 def test_the_folders_are_there(folder: str) -> None:
     assert any(Path(ROOT / folder).rglob("*.py"))
