@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import os
-import random
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, settings
+from support.lanes import shuffled, workers
 
 if TYPE_CHECKING:
     from bnexport.bundle import Bundle
@@ -30,8 +30,6 @@ settings.register_profile(
     "checks", deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("checks")
-#: More workers need more memory (about 1.5 GB each) than most machines have.
-MOST_WORKERS = 4
 
 
 def _cuda() -> str | None:
@@ -127,17 +125,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """Return the number of workers for ``-n auto``: one per core, hyperthreads included."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, MOST_WORKERS)
+    return workers()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if (seed := config.getoption("file_order")) is not None:
-        files = list(dict.fromkeys(item.path for item in items))
-        random.Random(seed).shuffle(files)
-        rank = {path: index for index, path in enumerate(files)}
-        items.sort(key=lambda item: rank[item.path])
+        items[:] = shuffled(items, seed)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
