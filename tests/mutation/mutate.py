@@ -129,9 +129,9 @@ def mutated(source: str, index: int) -> tuple[Change, str]:
     return change, ast.unparse(ast.fix_missing_locations(tree))
 
 
-def sample(root: Path, count: int, seed: int) -> list[tuple[str, int]]:
+def sample(root: Path, count: int, seed: int, folders: Iterable[str] = TESTS) -> list[tuple[str, int]]:
     """Return files and indices of ``count`` mutants, every change of the sources with the same probability."""
-    names = sorted(path.relative_to(root).as_posix() for folder in TESTS for path in (root / folder).rglob("*.py"))
+    names = sorted(path.relative_to(root).as_posix() for folder in folders for path in (root / folder).rglob("*.py"))
     every = [
         (name, index)
         for name in names
@@ -168,7 +168,7 @@ def _child(root: Path, words: list[str]) -> NoReturn:
             os.dup2(silent, stream)
         os.chdir(root)
         os.environ["PYTHONPATH"] = str(root)
-        sys.path.insert(0, str(root))
+        sys.path.insert(0, str(root))  # before the installed package
         code = int(pytest.main(words))
     finally:
         os._exit(code)
@@ -208,14 +208,15 @@ def main() -> int:
             given.tree, root, ignore=shutil.ignore_patterns(".git", ".venv*", "runs", "__pycache__", ".*_cache")
         )
         limits = {}
-        for name, tests in TESTS.items():
-            right, seconds = passes(root, tests, "not slow", None)
+        folders = [given.only] if given.only else list(TESTS)
+        for name in folders:
+            right, seconds = passes(root, TESTS[name], "not slow", None)
             if not right:
                 print(f"mutate.py: the tests of {name} fail without a mutant", file=sys.stderr)
                 return 2
             print(json.dumps({"without mutant": name, "seconds": round(seconds, 1)}), flush=True)
             limits[name] = 3 * seconds + 60
-        mutants = sample(root, given.count, given.seed)
+        mutants = sample(root, given.count, given.seed, folders)
         for name, index in mutants:
             source = (root / name).read_text(encoding="utf-8")
             change, text = mutated(source, index)
