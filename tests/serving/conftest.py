@@ -10,6 +10,7 @@ import torch
 from support.bundles import copy_bundle, network
 from support.environments import environment
 from support.serving import Server, serving
+from support.shared import made_once
 
 from bnexport.bundle import Bundle
 from bnexport.data.datasets import load_dataset
@@ -54,10 +55,13 @@ def logits(images: np.ndarray) -> np.ndarray:
 @pytest.fixture(scope="session")
 def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The Python of an environment with tritonclient: its protobuf is older than the one onnx brings."""
-    return environment(tmp_path_factory.mktemp("client") / "venv", *PINS)
+    folder = made_once(tmp_path_factory, "tritonclient", lambda folder: environment(folder, *PINS))
+    return folder / "bin" / "python"
 
 
 @pytest.fixture(scope="session")
 def kserve_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The Python of an environment with KServe's SDK, which needs an old protobuf too: 330 MB."""
-    return environment(tmp_path_factory.mktemp("kserve") / "venv", "kserve>=0.17", "protobuf<7")
+    requirements = ("kserve>=0.17", "protobuf<7")
+    folder = made_once(tmp_path_factory, "kserve", lambda folder: environment(folder, *requirements))
+    return folder / "bin" / "python"
