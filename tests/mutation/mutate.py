@@ -194,6 +194,7 @@ def main() -> int:
     parser.add_argument(
         "--seed", type=int, default=1, help="Seed of the sample; the same sources give the same mutants."
     )
+    parser.add_argument("--only", choices=TESTS, help="One folder of sources (default: all).")
     parser.add_argument(
         "--slow", action="store_true", help="Run the slow tests on what the fast ones miss; print both scores."
     )
