@@ -1,7 +1,9 @@
-"""Capabilities: what this machine can run, and what a missing one means.
+"""Capabilities of the machine, the order of the test files, and the bundle that most tests share.
 
 ``@pytest.mark.needs("cuda")`` skips a test where the capability is missing; ``BNEXPORT_REQUIRE=cuda,ort-cuda`` turns that
 skip into a failure, so that a GPU lane can't pass by skipping everything.
+
+``--file-order SEED`` shuffles the test files. A test that depends on an earlier file fails under some seed.
 """
 
 from __future__ import annotations
@@ -9,10 +11,25 @@ from __future__ import annotations
 import functools
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import HealthCheck, settings
+from support.lanes import shuffled, workers
+
+if TYPE_CHECKING:
+    from bnexport.bundle import Bundle
+
+# Two workers share the cores, and most models here are too small for a second thread. Set before torch is imported;
+# processes that tests start inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# No absolute times, and a red run is red again.
+settings.register_profile(
+    "checks", deadline=None, derandomize=True, database=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("checks")
 
 
 def _cuda() -> str | None:
@@ -104,8 +121,23 @@ def required() -> set[str]:
     return names
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--file-order", type=int, metavar="SEED", help="Shuffle the test files by this seed.")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     required()
+    if config.getoption("file_order") is not None and hasattr(config.option, "loadscopereorder"):
+        config.option.loadscopereorder = False  # xdist would sort the files by their number of tests
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    return workers()
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if (seed := config.getoption("file_order")) is not None:
+        items[:] = shuffled(items, seed)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -118,3 +150,16 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             if name in required():
                 pytest.fail(f"BNEXPORT_REQUIRE names {name}, but {reason}", pytrace=False)
             pytest.skip(f"needs {name}: {reason}")
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bundle]:
+    """The right bundle of a network with random statistics, made once per run. Tests that spoil it copy it first."""
+    from support.bundles import write_bundle
+    from support.shared import made_once
+
+    from bnexport.bundle import Bundle
+
+    opened = Bundle.open(made_once(tmp_path_factory, "bn_lenet", lambda folder: write_bundle(folder / "1")) / "1")
+    yield opened
+    opened.check()  # no test has changed it

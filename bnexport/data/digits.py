@@ -10,6 +10,7 @@ parametrisation of the circle), which IEEE 754 defines to the last bit: the imag
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -43,12 +44,25 @@ _CHUNK = 64  # images drawn at once: their pixel arrays stay in the processor's 
 
 def training_set() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
     """Return TRAIN_COUNT images (n, 28, 28) and their labels (n,), the same at every call."""
-    return draw(TRAIN_COUNT, seed=1)
+    return _copy(*_drawn(TRAIN_COUNT, seed=1))
 
 
 def test_set() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
     """Return TEST_COUNT images (n, 28, 28) and their labels (n,), other drawings than the training set's."""
-    return draw(TEST_COUNT, seed=2)
+    return _copy(*_drawn(TEST_COUNT, seed=2))
+
+
+@functools.cache
+def _drawn(count: int, *, seed: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+    """Keep both sets: drawing them takes about a second, and a verification needs them several times."""
+    return draw(count, seed=seed)
+
+
+def _copy(
+    images: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+    """Return copies, so that a caller may change its own images."""
+    return images.copy(), labels.copy()
 
 
 def draw(count: int, *, seed: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:

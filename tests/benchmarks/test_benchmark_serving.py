@@ -277,6 +277,7 @@ def test_a_missing_load_tool_and_another_model_are_refused(monkeypatch, tmp_path
         measure(["grpc", "fastapi"], ServingPlan(BUNDLE, tmp_path))
 
 
+@pytest.mark.slow
 @pytest.mark.needs("wrk")
 def test_a_short_run(tmp_path):
     told = []
@@ -304,6 +305,7 @@ def test_a_short_run(tmp_path):
     assert all(f"| {WAYS[name].words} | 8 |" in page for name in speeds.samples)
 
 
+@pytest.mark.slow
 @pytest.mark.needs("wrk")
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -108,6 +108,7 @@ def test_a_child_without_data_says_so(monkeypatch, tmp_path):
         training_speed._in_child("plain", 0.0)
 
 
+@pytest.mark.slow
 @pytest.mark.needs("data")
 def test_a_real_child_measures():
     rates, _ = training_speed._in_child("bnexport", 0.0)

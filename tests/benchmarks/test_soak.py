@@ -18,6 +18,8 @@ from benchmarks.soak.soak import SoakSettings, run_soak
 from benchmarks.soak.verdict import lines, unexplained, verdict
 from bnexport.bundle import Bundle
 
+pytestmark = pytest.mark.slow
+
 #: Wrong in one request of fifty; each is given the application, and gives one.
 FAULTS = '''
 import itertools, os, signal

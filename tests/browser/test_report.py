@@ -15,7 +15,7 @@ from bnexport.reporting.html import render_report
 from bnexport.tensors import Signature, TensorSpec
 from bnexport.verification.verdict import VerificationReport
 
-pytestmark = pytest.mark.needs("chromium")
+pytestmark = [pytest.mark.slow, pytest.mark.needs("chromium")]
 
 REPORTS: dict[str, VerificationReport] = {
     "fail": full_report(),

@@ -21,7 +21,7 @@ from support.serving import Server, serving
 from bnexport.bundle import REPORT
 from bnexport.data.datasets import load_dataset
 
-pytestmark = pytest.mark.needs("chromium")
+pytestmark = [pytest.mark.slow, pytest.mark.needs("chromium")]
 
 HOSTILE = "<img src=x onerror=\"document.title='taken'\"></script><script>document.title='taken'</script>"
 TOKEN = "correct-horse-battery-staple"

@@ -214,6 +214,7 @@ def test_torchvision_classifier_is_exported_and_rebuilt(export: Run, capfd: pyte
     assert "torchvision:resnet18 rebuilt from weights.safetensors" in " ".join(capfd.readouterr().out.split())
 
 
+@pytest.mark.slow
 def test_segmentation_in_any_size(export: Run) -> None:
     source = "torchvision:lraspp_mobilenet_v3_large"
     given = ("--weights", weights(source, num_classes=3), "--model-option", "num_classes=3")
@@ -233,6 +234,7 @@ def test_segmentation_in_any_size(export: Run) -> None:
         np.testing.assert_allclose(have, want, atol=1e-4 * np.abs(want).max())
 
 
+@pytest.mark.slow
 def test_timm(export: Run, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     code, out, err = export(
         "timm:repvgg_a0", "--weights", weights("timm:repvgg_a0"), "--input", "3x32x32", "--format", "onnx"

@@ -190,7 +190,7 @@ def test_sentences_end_once(here: Path, capfd: pytest.CaptureFixture[str]) -> No
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="pipes of a POSIX shell")
-@pytest.mark.parametrize("options", [(), ("--json", "-")])
+@pytest.mark.parametrize("options", [(), pytest.param(("--json", "-"), marks=pytest.mark.slow)])
 def test_the_verdict_outlives_the_reader(here: Path, options: tuple[str, ...]) -> None:
     """``verify | head`` must not turn PASS into 1, nor FAIL into 0."""
     assert export("net", "--format", "onnx") == 0

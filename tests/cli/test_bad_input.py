@@ -208,6 +208,7 @@ def limit_file_size() -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="file size limits are POSIX")
 def test_full_disk(good: Path, tmp_path: Path) -> None:
     """The system refuses to write more than 60 kB into any file, as a full disk would."""
@@ -222,6 +223,7 @@ def test_full_disk(good: Path, tmp_path: Path) -> None:
     assert [item for item in tmp_path.rglob("*") if item.is_file()] == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="signals are POSIX")
 def test_interrupt(good: Path, tmp_path: Path) -> None:
     out = tmp_path / "lenet" / "1"

@@ -66,7 +66,9 @@ def test_a_file_as_json(source: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert [row["module"] for row in value["fold"]["rows"]] == ["bn", "bn2"]
 
 
-@pytest.mark.parametrize("opset", [9, 14, 18])
+@pytest.mark.parametrize(
+    "opset", [pytest.param(9, marks=pytest.mark.slow), pytest.param(14, marks=pytest.mark.slow), 18]
+)
 def test_a_bundle(tmp_path: Path, opset: int, capsys: pytest.CaptureFixture[str]):
     source = written(tmp_path, opset=opset)
     (tmp_path / "labels.txt").write_text("a\nb\nc\nd\ne\n")
@@ -84,7 +86,9 @@ def test_a_bundle(tmp_path: Path, opset: int, capsys: pytest.CaptureFixture[str]
     assert run(["verify", str(out)]) == 0
 
 
-@pytest.mark.parametrize("options", [{"batch": 1}, {"batch": 20}, {"size": "width"}])
+@pytest.mark.parametrize(
+    "options", [{"batch": 1}, pytest.param({"batch": 20}, marks=pytest.mark.slow), {"size": "width"}]
+)
 def test_a_bundle_with_a_fixed_batch_or_a_varying_size(tmp_path: Path, options: dict[str, object]):
     source, out = written(tmp_path, **options), tmp_path / "net" / "1"
     assert run(["fold-and-export", str(source), "--out", str(out)]) == 0

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.bundles import copy_bundle, reseal, write_bundle
+from support.bundles import copy_bundle, reseal
 
 from bnexport.bundle import Bundle
 from bnexport.cli.main import run
@@ -18,11 +18,6 @@ from bnexport.verification import work as verifying
 from bnexport.verification.faults import Fault
 
 FAST = ["--runtime", "onnxruntime-cpu"]
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return write_bundle(tmp_path_factory.mktemp("bundle") / "1")
 
 
 @pytest.fixture(autouse=True)

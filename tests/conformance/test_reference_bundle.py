@@ -51,12 +51,14 @@ def test_it_names_no_machine() -> None:
             assert not re.search(pattern, content), f"{path.name} holds {pattern!r}"
 
 
+@pytest.mark.slow
 def test_it_verifies_here() -> None:
     report = bnexport.verify(BUNDLE)
     assert report.passed, report.summary()
     assert json.dumps(report.to_json(), allow_nan=False)
 
 
+@pytest.mark.slow
 @pytest.mark.needs("data")
 def test_it_verifies_on_all_test_images() -> None:
     report = bnexport.verify(BUNDLE, runtimes=["onnxruntime-cpu"])

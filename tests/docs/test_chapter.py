@@ -45,6 +45,7 @@ def test_the_figures_are_what_the_results_give(tmp_path: Path) -> None:
         assert (tmp_path / "chapter" / f"{name}.svg").read_bytes() == (FOLDER / f"{name}.svg").read_bytes(), name
 
 
+@pytest.mark.slow
 def test_the_script_makes_the_whole_page(tmp_path: Path) -> None:
     page = tmp_path / "out" / "chapter.md"
     given = ("--quick", "--dataset", "digits", "--work", tmp_path / "work", "--page", page)

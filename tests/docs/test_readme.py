@@ -117,6 +117,7 @@ def test_result_blocks_can_be_filled() -> None:
         assert re.search(rf"<!-- {name} -->\n.*<!-- /{name} -->", README, re.DOTALL)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not REFERENCE.is_dir(), reason="models/bn_lenet/1 is not there yet")
 def test_python_block_runs(tmp_path: Path) -> None:
     (source,) = blocks(README, "python")

@@ -79,18 +79,81 @@ def test_make_venv_leaves_another_folder_alone(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["precious"]
 
 
+#: A Python that writes down how it was called, one argument a line; $FAILS in a call makes that call fail.
+PYTHON = """#!/bin/sh
+{ printf '%s\\n' -- "$@"; } >> calls
+case "$*" in *"$FAILS"*) echo "=== 1 failed in 2.00s ==="; exit "$CODE" ;; esac
+echo "=== 3 passed in 1.00s ==="
+"""
+
+
+def lanes(folder: Path, script: str, *words: str, fails: str = "nothing", code: int = 1) -> tuple[int, str, list[str]]:
+    """Run a script of a clone whose Python only writes down its calls; return its code, its output, and pytest's calls."""
+    for name in ("scripts/check", ".ci/run"):
+        executable(folder / name, (ROOT / name).read_text(encoding="utf-8"))
+    executable(folder / "scripts" / "make_venv", "#!/bin/sh\n")
+    executable(folder / ".venv" / "bin" / "python", PYTHON)
+    environ = {"PATH": os.environ["PATH"], "FAILS": fails, "CODE": str(code)}
+    done = run([str(folder / script), *words], env=environ, cwd="/")
+    calls = [" ".join(call.split("\n")).strip() for call in (folder / "calls").read_text().split("--\n")]
+    return done.returncode, done.stdout, [call for call in calls if call.startswith("-m pytest")]
+
+
+@pytest.mark.parametrize(
+    ("words", "selected"),
+    [
+        ([], "-m not slow"),
+        (["-k", "x y"], "-m not slow -k x y"),
+        (["--all"], "-m"),
+        (["--all", "-k", "x"], "-m  -k x"),
+    ],
+)
+def test_check_leaves_the_slow_tests_out(tmp_path: Path, words: list[str], selected: str) -> None:
+    code, said, calls = lanes(tmp_path, "scripts/check", *words)
+    assert code == 0
+    assert calls == [f"-m pytest -n auto --dist loadfile {selected}"]
+    assert said.rstrip().endswith("== all checks passed")
+
+
+@pytest.mark.parametrize("fails", ["ruff check", "ruff format", "mypy", "pytest"])
+def test_check_ends_with_the_code_of_a_failure(tmp_path: Path, fails: str) -> None:
+    code, said, calls = lanes(tmp_path, "scripts/check", fails=fails, code=4)
+    assert code == 4
+    assert "all checks passed" not in said
+    assert len(calls) == (fails == "pytest")
+
+
+def test_ci_runs_both_lanes_and_repeats_their_closing_lines(tmp_path: Path) -> None:
+    code, said, calls = lanes(tmp_path, ".ci/run", "-k", "x")
+    assert code == 0
+    assert [call.removeprefix("-m pytest -n auto --dist loadfile ") for call in calls] == [
+        "-m not slow -k x",
+        "-m slow -k x",
+    ]
+    assert said.splitlines()[-3:] == ["== pytest, not slow and slow", *["=== 3 passed in 1.00s ==="] * 2]
+
+
+@pytest.mark.parametrize(
+    ("fails", "code", "ends"), [("not slow", 1, 1), ("loadfile -m slow", 1, 1), ("loadfile -m slow", 5, 0)]
+)
+def test_ci_fails_with_either_lane(tmp_path: Path, fails: str, code: int, ends: int) -> None:
+    """Code 5: the arguments select no slow test."""
+    assert lanes(tmp_path, ".ci/run", fails=fails, code=code)[0] == ends
+
+
 @pytest.mark.parametrize(("beside", "given"), [(True, None), (False, None), (True, "/elsewhere")])
 def test_ci_finds_the_data_beside_the_repository(tmp_path: Path, beside: bool, given: str | None) -> None:
     repository = tmp_path / "clone"
     executable(repository / ".ci" / "run", (ROOT / ".ci" / "run").read_text(encoding="utf-8"))
     executable(repository / "scripts" / "check", '#!/bin/sh\necho "check $* with ${BNEXPORT_DATA:-nothing}"\n')
+    executable(repository / ".venv" / "bin" / "python", '#!/bin/sh\necho "slow with ${BNEXPORT_DATA:-nothing}"\n')
     if beside:
         (tmp_path / "shared" / "data").mkdir(parents=True)
-    environ = {key: value for key, value in os.environ.items() if key != "BNEXPORT_DATA"}
+    environ = {key: value for key, value in os.environ.items() if key not in ("BNEXPORT_DATA", "BNEXPORT_VENV")}
     environ |= {"BNEXPORT_DATA": given} if given else {}
     done = run([str(repository / ".ci" / "run"), "-k", "x"], env=environ, cwd="/")
     expected = given or (str(tmp_path / "shared" / "data") if beside else "nothing")
-    assert done.stdout.splitlines()[-1] == f"check -k x with {expected}"
+    assert {f"check -k x with {expected}", f"slow with {expected}"} <= set(done.stdout.splitlines())
     assert done.returncode == 0
 
 

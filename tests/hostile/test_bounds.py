@@ -34,6 +34,7 @@ from bnexport.validation.zip_directory import read_directory
 _MEGABYTES, _SECONDS = 900, 40
 
 
+@pytest.mark.slow
 def test_every_bomb_in_bounded_memory_and_time(good: Good, tmp_path: Path) -> None:
     """All hostile files that need no engine, in one process that is killed when it takes too much."""
     words = []

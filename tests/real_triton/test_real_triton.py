@@ -28,7 +28,7 @@ from bnexport.deploying.request import DEVICES, DeployRequest
 from bnexport.deploying.triton import LABELS, deploy_triton
 from bnexport.exporting.triton import CONFIG, read_config
 
-pytestmark = pytest.mark.needs("triton")
+pytestmark = [pytest.mark.slow, pytest.mark.needs("triton")]
 HERE = Path(__file__).parent
 MISSING = "unable to find backend library for backend 'onnxruntime'"
 #: Bundle and device of the models that are served.

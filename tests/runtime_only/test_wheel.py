@@ -25,6 +25,8 @@ from bnexport import __version__
 from bnexport.bundle import GOLDEN, MODEL_ONNX, Bundle
 from bnexport.optional import RUNTIME_EXTRAS
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "runtime_wheel.py"
 #: Of the extras "serve" and "grpc"; without pillow, which one can do without.

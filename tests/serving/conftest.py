@@ -7,10 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.bundles import network, write_bundle
+from support.bundles import copy_bundle, network
 from support.environments import environment
 from support.serving import Server, serving
+from support.shared import made_once
 
+from bnexport.bundle import Bundle
 from bnexport.data.datasets import load_dataset
 from bnexport.data.preprocessing import Preprocessing
 
@@ -19,10 +21,10 @@ PINS = ("tritonclient[http,grpc]>=2.60", "protobuf>=6.33.5,<7", "numpy>=2")
 
 
 @pytest.fixture(scope="session")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def models(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of models with one version of one model; not to be changed."""
     folder = tmp_path_factory.mktemp("models")
-    write_bundle(folder / "bn_lenet" / "1")
+    copy_bundle(bundle, folder / "bn_lenet" / "1")
     return folder
 
 
@@ -53,10 +55,13 @@ def logits(images: np.ndarray) -> np.ndarray:
 @pytest.fixture(scope="session")
 def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The Python of an environment with tritonclient: its protobuf is older than the one onnx brings."""
-    return environment(tmp_path_factory.mktemp("client") / "venv", *PINS)
+    folder = made_once(tmp_path_factory, "tritonclient", lambda folder: environment(folder, *PINS))
+    return folder / "bin" / "python"
 
 
 @pytest.fixture(scope="session")
 def kserve_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The Python of an environment with KServe's SDK, which needs an old protobuf too: 330 MB."""
-    return environment(tmp_path_factory.mktemp("kserve") / "venv", "kserve>=0.17", "protobuf<7")
+    requirements = ("kserve>=0.17", "protobuf<7")
+    folder = made_once(tmp_path_factory, "kserve", lambda folder: environment(folder, *requirements))
+    return folder / "bin" / "python"

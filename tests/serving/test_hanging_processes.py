@@ -8,9 +8,12 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from support.bundles import another
 from support.processes import TWO, alive, asked, running, told
 from support.serving import PATIENCE, ROOT, serving, tensor, until
+
+pytestmark = pytest.mark.slow
 
 #: ``bnexport serve`` whose supervisor loses its patience after 30 looks in 3 seconds.
 HASTY = """

@@ -21,6 +21,8 @@ from bnexport.bundle import MODEL_ONNX
 from bnexport.deploying.kserve import inference_service
 from bnexport.deploying.request import DEVICES, SCALE_METRICS, DeployRequest, Scaling
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 TOKEN = "correct-horse-battery-staple"
 

@@ -130,6 +130,7 @@ def plan(name: str) -> dict[str, Any]:
     return value
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [(), ("--allow-load",)], ids=["as it is", "with --allow-load"])
 def test_a_fuzzer_finds_no_fault(models: Path, tmp_path: Path, images: np.ndarray, options: tuple[str, ...]) -> None:
     """schemathesis makes requests from the document, right and wrong ones, and checks the answers against it."""

@@ -54,6 +54,7 @@ def test_the_shell_blocks_run(server: Server, pixels: np.ndarray, tmp_path: Path
     assert '"model_name":"bn_lenet"' in outputs[2]
 
 
+@pytest.mark.slow
 def test_the_python_blocks_run(python: Path, server: Server, tmp_path: Path) -> None:
     sources = [source for source in blocks("python") if "localhost" in source]
     assert [port in source for source, port in zip(sources, ("8000", "8001"), strict=True)] == [True, True]

@@ -15,6 +15,8 @@ from support.serving import Server
 from bnexport.proto_messages import INFERENCE, message_classes
 from bnexport.serving.grpc.methods import METHODS, STREAM
 
+pytestmark = pytest.mark.slow
+
 
 def run(python: Path, program: str, port: int, folder: Path) -> dict[str, Any]:
     words = [str(Path(__file__).with_name(program)), str(port), str(folder / "inputs.npy"), str(folder / "logits.npy")]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 import pytest
 
 from bnexport.bundle import WEIGHTS
@@ -20,11 +22,40 @@ def need(spec: RunnerSpec) -> str | None:
     return "cuda" if spec.device == "cuda" else None
 
 
-def parameter(spec: RunnerSpec) -> object:
+def marks(spec: RunnerSpec) -> list[pytest.MarkDecorator]:
     capability = need(spec)
-    return pytest.param(spec.name, marks=pytest.mark.needs(capability) if capability else [])
+    return [pytest.mark.needs(capability)] if capability else []
 
 
+def parameter(spec: RunnerSpec) -> object:
+    return pytest.param(spec.name, marks=marks(spec))
+
+
+def pairs(
+    faults: Iterable[object], specs: Iterable[RunnerSpec] = RUNNERS, *, name: Callable[..., str] = str
+) -> list[object]:
+    """Return the parameters (fault, runtime): every fault with every runtime.
+
+    All faults on ONNX Runtime and the first two faults on all runtimes are fast. The rest of the product is slow.
+
+    Args:
+        faults: The first two should differ in kind.
+        specs: Rows of RUNNERS.
+        name: Return the name of a fault for the test's id.
+    """
+    specs = tuple(specs)
+    return [
+        pytest.param(
+            fault,
+            spec.name,
+            marks=[*marks(spec), *([] if index < 2 or spec.name == "onnxruntime-cpu" else [pytest.mark.slow])],
+            id=f"{name(fault)}-{spec.name}",
+        )
+        for index, fault in enumerate(faults)
+        for spec in specs
+    ]
+
+
+#: Runtimes that read an exported file, not the original network.
+READS_EXPORTED = tuple(spec for spec in RUNNERS if spec.file != WEIGHTS)
 RUNTIMES = [parameter(spec) for spec in RUNNERS]
-#: Those that read an exported file, not the original network.
-EXPORTED = [parameter(spec) for spec in RUNNERS if spec.file != WEIGHTS]

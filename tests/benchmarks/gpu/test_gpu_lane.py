@@ -13,7 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.bundles import write_bundle
 
 from benchmarks.clock import Spread
 from benchmarks.gpu import __main__ as command
@@ -67,11 +66,6 @@ def gpu(
         return Engine(bundle, precision or settings.precision, change)
 
     return GpuSpec("onnxruntime", "cuda", MODEL_ONNX, opener, lambda _device: None, "tf32", BOTH)
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return write_bundle(tmp_path_factory.mktemp("lane") / "1")
 
 
 def lane(bundle: Bundle, spec: RunnerSpec, scope: Scope | None = None) -> Lane:

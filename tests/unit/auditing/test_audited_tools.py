@@ -20,6 +20,7 @@ from bnexport.errors import RuntimeUnavailable
 from bnexport.nn.batch_norm import BatchNorm
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="needs a C++ compiler")
 def test_inductor_is_judged_counted_and_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))

@@ -194,6 +194,7 @@ def wait_for(condition, process):
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_processes_that_want_the_same_folder_build_it_once(tmp_path):
     root = write_parts(tmp_path / "set", train=10, test=3)
     with contextlib.ExitStack() as stack:
@@ -210,6 +211,7 @@ def test_processes_that_want_the_same_folder_build_it_once(tmp_path):
     assert np.array_equal(dataset.train_images, one_by_one(root, "train", GREY))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no kill -9 on this system")
 def test_a_killed_build_is_cleared_away_and_done_again(tmp_path):
     root, told = write_parts(tmp_path / "set", train=10), tmp_path / "told"

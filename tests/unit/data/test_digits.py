@@ -31,6 +31,18 @@ def test_the_whole_sets():
         assert len(np.unique(images.reshape(count, -1), axis=0)) == count
 
 
+@pytest.mark.parametrize("draw", [digits.training_set, digits.test_set])
+def test_the_whole_sets_are_drawn_once_and_given_as_copies(draw, monkeypatch):
+    images, labels = draw()
+    monkeypatch.setattr(digits, "draw", None)
+    first = images.copy()
+    images[:] = 0
+    labels[:] = 0
+    again, numbers = draw()
+    assert np.array_equal(again, first)
+    assert numbers.any()
+
+
 @pytest.mark.parametrize("digit", range(10))
 def test_every_image_shows_a_digit_inside_its_frame(digit):
     images, labels = digits.draw(300, seed=3)

@@ -6,7 +6,6 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from support.bundles import write_bundle
 
 from bnexport.bundle import MODEL_ONNX, Bundle, Manifest, seal, write_golden
 from bnexport.tensors import Signature, TensorSpec
@@ -57,11 +56,6 @@ def foreign_bundle(
     scores = tokens * scale[:, None]
     write_golden(folder, signature, {"tokens": tokens, "scale": scale}, {"scores": scores, "total": scores.sum(1)})
     return seal(folder, Manifest(name, 4, signature, {"source": "foreign.onnx", "options": {}}))
-
-
-@pytest.fixture(scope="session")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return write_bundle(tmp_path_factory.mktemp("bn_lenet") / "1")
 
 
 @pytest.fixture(scope="session")

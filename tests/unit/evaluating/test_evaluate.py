@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.bundles import network, write_bundle
+from support.bundles import network
 from torch import nn
 from unit.evaluating.conftest import TEST, Write, inputs, lenet
 
+from bnexport.bundle import Bundle
 from bnexport.errors import BundleError, DataError, ModelError, NetworkError, UsageError
 from bnexport.evaluating.evaluate import EvaluationRequest, evaluate_path
 
@@ -56,23 +57,18 @@ def test_a_run_directory_and_another_data_set(write: Write, monkeypatch: pytest.
     assert evaluate_path(folder, EvaluationRequest(dataset="kmnist")).note == "the network was trained on digits"
 
 
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_bundle(tmp_path_factory.mktemp("bundles") / "bn_lenet" / "1").path
-
-
 @pytest.mark.parametrize("runtime", [None, "torchscript-cpu", "torch-cpu"])
-def test_a_bundle_on_its_runtimes(bundle: Path, runtime: str | None) -> None:
-    found = evaluate_path(bundle, EvaluationRequest(runtime=runtime, batch_size=32))
+def test_a_bundle_on_its_runtimes(bundle: Bundle, runtime: str | None) -> None:
+    found = evaluate_path(bundle.path, EvaluationRequest(runtime=runtime, batch_size=32))
     assert found.runtime == (runtime or "onnxruntime-cpu")
     assert found.correct == int((given(network()) == LABELS).sum())
     assert found.accuracy > 0.3, "the bundle's network reads digits"
 
 
-def test_options_that_do_not_go_together(bundle: Path, write: Write) -> None:
+def test_options_that_do_not_go_together(bundle: Bundle, write: Write) -> None:
     for path, request, words in (
-        (bundle, EvaluationRequest(device="cpu"), "--device goes with a checkpoint"),
-        (bundle, EvaluationRequest(source="x.py:f"), "--source goes with a checkpoint"),
+        (bundle.path, EvaluationRequest(device="cpu"), "--device goes with a checkpoint"),
+        (bundle.path, EvaluationRequest(source="x.py:f"), "--source goes with a checkpoint"),
         (write(), EvaluationRequest(runtime="torch-cpu"), "--runtime goes with a bundle"),
         (write(), EvaluationRequest(batch_size=0), "the batch size is 0"),
         (write("unnamed.safetensors", dataset=None), EvaluationRequest(), "does not say on which data set"),
@@ -82,10 +78,10 @@ def test_options_that_do_not_go_together(bundle: Path, write: Write) -> None:
             evaluate_path(path, request)
 
 
-def test_a_changed_bundle_is_refused(bundle: Path, tmp_path: Path) -> None:
+def test_a_changed_bundle_is_refused(bundle: Bundle, tmp_path: Path) -> None:
     import shutil
 
-    copy = Path(shutil.copytree(bundle, tmp_path / "copy"))
+    copy = Path(shutil.copytree(bundle.path, tmp_path / "copy"))
     (copy / "stranger").write_text("x")
     with pytest.raises(BundleError, match="stranger"):
         evaluate_path(copy, EvaluationRequest())

@@ -1,15 +1,6 @@
 from __future__ import annotations
 
 import pytest
-from support.bundles import write_bundle
-
-from bnexport.bundle import Bundle
-
-
-@pytest.fixture(scope="session")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """The right bundle; tests that spoil it copy it first."""
-    return write_bundle(tmp_path_factory.mktemp("bundle") / "1")
 
 
 @pytest.fixture(scope="session")

@@ -4,17 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.bundles import copy_bundle, reseal, write_bundle
+from support.bundles import copy_bundle, reseal
 
 from bnexport.bundle import Bundle
 from bnexport.errors import BundleError
 from bnexport.runtimes.catalogue import runner_spec
 from bnexport.runtimes.replay import GOLDEN_BOUND, WIDEST_BOUND, golden_bound, largest_error, replay_golden
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return write_bundle(tmp_path_factory.mktemp("bundle") / "1")
 
 
 def row(**changes: object) -> dict[str, object]:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import pytest
-from support.bundles import write_bundle
+from support.bundles import copy_bundle
 
+from bnexport.bundle import Bundle
 from bnexport.serving.repository import Repository
 from bnexport.serving.served_model import ServingSettings
 
 
 @pytest.fixture(scope="module")
-def repository(tmp_path_factory: pytest.TempPathFactory) -> Repository:
+def repository(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Repository:
     folder = tmp_path_factory.mktemp("models")
-    write_bundle(folder / "bn_lenet" / "1")
+    copy_bundle(bundle, folder / "bn_lenet" / "1")
     opened = Repository(folder, ServingSettings(), lambda *_, **__: None)
     opened.load()
     return opened

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.bundles import SIGNATURE, copy_bundle, network, reseal, write_bundle
+from support.bundles import SIGNATURE, copy_bundle, network, reseal
 
 from bnexport.bundle import MODEL_ONNX, Bundle
 from bnexport.data.datasets import load_dataset
@@ -20,11 +20,6 @@ from bnexport.serving.predictor import Predictor, predict_images
 from bnexport.tensors import Signature, TensorSpec
 
 IMAGES = load_dataset("digits").test_images[:20]
-
-
-@pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return write_bundle(tmp_path_factory.mktemp("bundle") / "1")
 
 
 def expected(images: np.ndarray) -> np.ndarray:

@@ -59,7 +59,7 @@ def test_the_shares_of_a_batch_are_the_batch(size):
         assert worlds[0].smallest_share(count) == min(lengths)
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
 def together(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(f"of{request.param}")
     code, out, error = torchrun(request.param, HERE / "processes_child.py", folder)

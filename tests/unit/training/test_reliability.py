@@ -38,6 +38,7 @@ def bnexport_train(*options, limit=None, timeout=120):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_twenty_kills_at_random_moments_resume_to_the_same_weights(tmp_path):
     """Momentum, AdamW, cosine with warm-up, dropout, draws of numpy and Python, bfloat16: bit by bit, optimiser included."""
     done = subprocess.run(
@@ -104,6 +105,7 @@ exit $code
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not namespaces(), reason="this system lets no user mount a disk of his own")
 def test_a_full_disk_leaves_the_checkpoint(tmp_path, one_epoch):
     disk, kept = tmp_path / "disk", tmp_path / "kept"
@@ -126,6 +128,7 @@ def wait_until(condition, seconds=60):
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_two_runs_at_once_and_a_killed_one(tmp_path):
     out = tmp_path / "a"
     with subprocess.Popen(

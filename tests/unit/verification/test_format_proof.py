@@ -89,8 +89,8 @@ def rows_of(bundle: Bundle, name: str, cases: list[ComparedCase], **options: obj
 
 
 @pytest.fixture(scope="module")
-def right(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return bundles.write_bundle(tmp_path_factory.mktemp("right") / "1")
+def right(bundle: Bundle) -> Bundle:
+    return bundle
 
 
 @pytest.fixture(scope="module")

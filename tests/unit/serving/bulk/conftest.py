@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from support.bundles import network, write_bundle
+from support.bundles import network
 
 from bnexport.bundle import Bundle
 from bnexport.data.datasets import load_dataset
@@ -18,11 +18,6 @@ from bnexport.serving.bulk.predict import BulkResult, predict_in_bulk
 from bnexport.serving.bulk.request import BulkRequest
 
 IMAGES = load_dataset("digits").test_images[:90]
-
-
-@pytest.fixture(scope="session")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return write_bundle(tmp_path_factory.mktemp("bulk") / "1")
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,36 @@
+"""How a run of the tests is spread: the number of worker processes, and the order of the files."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+#: More workers need more memory (about 1.5 GB each) than most machines have.
+MOST_WORKERS = 4
+
+
+class Item(Protocol):
+    """A test of pytest, as far as its order is concerned."""
+
+    @property
+    def path(self) -> Path: ...
+
+
+AnyItem = TypeVar("AnyItem", bound=Item)
+
+
+def workers() -> int:
+    """Return the number of workers for ``-n auto``: one per core that this process may use, hyperthreads included."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(cores, MOST_WORKERS)
+
+
+def shuffled(items: Sequence[AnyItem], seed: int) -> list[AnyItem]:
+    """Return the tests with their files in a random order. The order inside a file stays."""
+    files = list(dict.fromkeys(item.path for item in items))
+    random.Random(seed).shuffle(files)
+    rank = {path: index for index, path in enumerate(files)}
+    return sorted(items, key=lambda item: rank[item.path])

@@ -1,0 +1,31 @@
+"""Folders that are expensive to make: made once per test run, shared by the workers of pytest-xdist."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+
+def made_once(temporary: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """Return a folder that one process of this test run has filled.
+
+    Args:
+        temporary: pytest's ``tmp_path_factory``.
+        name: Name of the folder; one name per content.
+        make: Create the folder. The other workers wait for it. After an error the next caller tries again.
+    """
+    base = temporary.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "made_once"
+    root.mkdir(exist_ok=True)
+    folder, done = root / name, root / f"{name}.done"
+    with FileLock(root / f"{name}.lock"):
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            make(folder)
+            done.touch()
+    return folder
