@@ -23,6 +23,7 @@ CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 REFERENCE = Path(__file__).parents[2] / "models" / "bn_lenet" / "1"
 BATCHES = (0, 1, 5)
 INTEGERS = {onnx.TensorProto.INT64, onnx.TensorProto.INT32, onnx.TensorProto.BOOL}
+FLOATS = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16}
 #: Operators of shape arithmetic that onnxruntime's optimiser adds under names of its own.
 ADDED = {"Gather", "Slice", "Unsqueeze", "Squeeze", "Concat", "Cast"}
 
@@ -46,15 +47,13 @@ def placed_right(bundle: Bundle, found: Opened) -> None:
         for kind in outputs[key]:
             assert kind.elem_type in INTEGERS, key
             assert len(kind.shape.dim) <= 1, key
-    assert found.on(CUDA)
     assert {provider for _, _, provider in found.nodes} <= {CPU, CUDA}
     counts = {CUDA: len(found.on(CUDA)), CPU: len(found.on(CPU))}
     assert found.description["nodes"] == {name: count for name, count in counts.items() if count}
     assert found.description["device"] == "cuda:0"
     if counts[CPU]:
         assert found.description["placement"] == f"{counts[CPU]} shape node{'s' * (counts[CPU] > 1)} on the CPU"
-    floats = {"Conv", "Gemm", "MatMul", "Relu", "Sigmoid", "AveragePool", "Add", "ReduceMean", "Resize"}
-    assert floats & {operator for _, operator in found.on(CUDA)}
+    assert any(kind.elem_type in FLOATS for key in found.on(CUDA) for kind in outputs.get(key, ()))
 
 
 def test_every_way_of_calling_the_reference_bundle(machine: Machine) -> None:
@@ -104,10 +103,13 @@ def test_files_of_other_exporters_and_of_the_doctor_run_on_cuda(
 ) -> None:
     """The model of ``bnexport doctor`` computes a shape for its flatten, as exporters write it."""
     small = small_model.small_bundle(tmp_path)
-    found = machine.open(Job(str(bundle.path), shapes=batches(bundle)), Job(str(tmp_path), shapes=batches(small)))
+    # view(n, -1) has no answer for an empty batch, in torch as in ONNX.
+    jobs = Job(str(bundle.path), shapes=batches(bundle)), Job(str(tmp_path), shapes=batches(small)[1:])
+    found = machine.open(*jobs)
     for tried, opened in zip((bundle, small), found, strict=True):
         placed_right(tried, opened)
-        assert len(opened.outputs) == len(BATCHES)
+    assert [outputs["logits"] for outputs in found[0].outputs] == [[batch, 10] for batch in BATCHES]
+    assert [outputs["logits"] for outputs in found[1].outputs] == [[batch, 3] for batch in BATCHES[1:]]
     assert found[1].on(CPU)
 
 
