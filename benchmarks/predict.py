@@ -39,7 +39,7 @@ class Cost(NamedTuple):
 
 def side_by_side(bundle: Bundle, images: Path, *, workers: int, repeats: int = 5) -> str:
     """Return a table in Markdown of pairs of runs; the model takes grey images as pixel / 255."""
-    rows = len(map_npy(images, remedy="Give a .npy file"))
+    rows = len(map_npy(images))
     bare, ours = [], []
     for _ in range(repeats):
         bare.append(_cost(lambda: _bare(bundle, images, workers), rows))
@@ -74,7 +74,7 @@ def _cpu_seconds() -> float:
 
 def _bare(bundle: Bundle, images: Path, workers: int) -> None:
     """Run processes that only scale uint8 to float32 and run batches of 256."""
-    cuts = np.linspace(0, len(map_npy(images, remedy="Give a .npy file")), workers + 1).astype(int).tolist()
+    cuts = np.linspace(0, len(map_npy(images)), workers + 1).astype(int).tolist()
     same = (str(bundle.file(MODEL_ONNX)), bundle.manifest.signature.inputs[0].name, str(images))
     context = multiprocessing.get_context("spawn")
     tasks = [context.Process(target=_loop, args=(*same, *pair)) for pair in itertools.pairwise(cuts)]

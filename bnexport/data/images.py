@@ -151,14 +151,14 @@ def start_of(file: Path) -> bytes:
 
 
 def _read_npy(file: Path) -> Array:
-    mapped = map_npy(file, remedy=_REMEDY, most=limit("array-bytes"))
+    mapped = map_npy(file, most=limit("array-bytes"))
     try:
         return np.array(mapped)
     except (OSError, MemoryError) as error:
         raise DataError(f"{file} is not a whole .npy file: {one_line(error)}", remedy=_REMEDY) from error
 
 
-def map_npy(file: Path, *, remedy: str, most: int | None = None) -> np.memmap[Any, np.dtype[Any]]:
+def map_npy(file: Path, *, remedy: str = _REMEDY, most: int | None = None) -> np.memmap[Any, np.dtype[Any]]:
     """Map the array of a .npy file, after checking that the file has the bytes that its header promises."""
     try:
         with refusing(f"{file} is not a whole .npy file: it", DataError, remedy=remedy), file.open("rb") as opened:

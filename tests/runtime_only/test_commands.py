@@ -126,15 +126,19 @@ def test_a_spoiled_bundle_fails(without: Run, copy: Path, name: str) -> None:
 
 
 def test_deploy_for_triton(without: Run, tmp_path: Path) -> None:
-    """The check of config.pbtxt needs protobuf, which comes with onnxruntime; YAML needs an extra, which is named."""
-    written, refused = without(
+    """The check of config.pbtxt needs protobuf, which comes with onnxruntime; KServe's YAML needs an extra, which is named."""
+    kserve = ["--out", str(tmp_path / "kserve"), "--name", "bn-lenet", "--storage-uri", "s3://bucket/models"]
+    written, built, refused = without(
         [
             ["deploy", "triton", str(REFERENCE), "--out", str(tmp_path / "repository")],
             ["deploy", "docker", str(REFERENCE), "--out", str(tmp_path / "docker")],
+            ["deploy", "kserve", str(REFERENCE), *kserve],
         ]
     )
     assert written["code"] == 0, told(written)
     assert (tmp_path / "repository" / "bn_lenet" / "config.pbtxt").is_file()
+    assert built["code"] == 0, told(built)
+    assert (tmp_path / "docker" / "Dockerfile").is_file()
     assert refused["code"] == 3
     assert "bnexport-runtime[deploy]" in told(refused)
 
