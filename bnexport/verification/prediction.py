@@ -43,7 +43,8 @@ _FIXED = SETTINGS | {("Pow", 1)}
 #: Cosine from which on an error is the doing of the precision that it was compared with. Real engines against their
 #: emulation: 1.00 as a rule, 0.68 in networks of a hundred layers, where numbers close to a tie go either way.
 ALIKE = 0.5
-#: Cosine from which on an error of the right size may be that of the precision. Faults were below 0.2.
+#: Cosine from which an error of the right size may be that of the precision. Faults are below 0.2 as a rule. Where one channel
+#: dominates all errors they reach 0.8, so a precision that is named does not excuse a failed strict stage.
 _PERHAPS = 0.25
 #: What an error is called that no precision makes, and one that may be a precision's.
 UNKNOWN, UNDECIDED = "none", "undecided"
