@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -39,6 +40,8 @@ REQUIRED = {"cuda": "torch-cuda", "ort-cuda": "onnxruntime-cuda", "tensorrt": "o
 PART_SECONDS = 1800.0
 #: Seconds for which a part may continue after the budget is spent.
 _GRACE = 60.0
+#: Seconds between two looks at a part's process.
+_POLL = 0.05
 #: Images of an epoch and of its evaluation, and a batch, in a rehearsal of the training speed on a CPU.
 _SMALL = {"train": 512, "test": 64, "batch_sizes": (128,)}
 
@@ -91,8 +94,9 @@ def run_lane(
     """
     begun = time.monotonic()
     hidden = tuple(refusals) if sys.platform.startswith("linux") else ()
-    measurers = {sweep.name: _sweeping(job, sweep, alone=jobs > 0) for sweep in sweeps}
-    groups = [(measurers, jobs), ({TRAINING: _training(job, alone=jobs > 0)} if training else {}, min(jobs, 1))]
+    stop = threading.Event() if jobs > 0 else None
+    groups = [({sweep.name: _sweeping(job, sweep, stop) for sweep in sweeps}, jobs)]
+    groups.append(({TRAINING: _training(job, stop)} if training else {}, min(jobs, 1)))
     groups.append(({refusal.part: _refusing(job, refusal) for refusal in hidden}, jobs))
     todo = tuple(part for group, _ in groups for part in group)
     lane = replace(job.empty(), unreached=todo)
@@ -105,11 +109,15 @@ def run_lane(
         tell(part)
         return measurer(min(PART_SECONDS, left + (0 if seconds is None else _GRACE)))
 
-    for group, workers in groups:
-        for found in _side_by_side([partial(started, part, group[part]) for part in group], workers):
-            if found is not None:
-                lane = _with(lane, found)
-                keep(lane)
+    try:
+        for group, workers in groups:
+            for found in _side_by_side([partial(started, part, group[part]) for part in group], workers):
+                if found is not None:
+                    lane = _with(lane, found, todo)
+                    keep(lane)
+    finally:
+        if stop is not None:
+            stop.set()
     return lane
 
 
@@ -118,21 +126,21 @@ def _side_by_side(calls: Sequence[Callable[[], Lane | None]], workers: int) -> I
     if workers < 1:
         yield from (call() for call in calls)
         return
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            for future in as_completed([pool.submit(call) for call in calls]):
-                yield future.result()
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    pool = ThreadPoolExecutor(workers)
+    try:
+        for future in as_completed([pool.submit(call) for call in calls]):
+            yield future.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _with(lane: Lane, found: Lane) -> Lane:
-    """Return a lane with one more part; its sweeps stay in the order of the table."""
-    order = [*lane.sweeps, *lane.unreached]
+def _with(lane: Lane, found: Lane, order: Sequence[str]) -> Lane:
+    """Return a lane with one more part, in the order of the table and not of the ends."""
     merged = merge([lane, found])
-    done = {name: merged.sweeps[name] for name in sorted(merged.sweeps, key=order.index)}
-    return replace(merged, sweeps=done)
+    sweeps = {name: merged.sweeps[name] for name in sorted(merged.sweeps, key=order.index)}
+    return replace(
+        merged, sweeps=sweeps, refused=tuple(sorted(merged.refused, key=lambda item: order.index(item.refusal.part)))
+    )
 
 
 def measure_part(job: Job, part: str, write: Callable[[Lane], None]) -> None:
@@ -187,15 +195,15 @@ def _measure_training(job: Job, write: Callable[[Lane], None]) -> None:
         write(found)
 
 
-def _sweeping(job: Job, sweep: Sweep, *, alone: bool) -> Callable[[float], Lane]:
-    if alone:
-        return lambda seconds: _in_child(job, sweep.name, seconds)
+def _sweeping(job: Job, sweep: Sweep, stop: threading.Event | None) -> Callable[[float], Lane]:
+    if stop is not None:
+        return lambda seconds: _in_child(job, sweep.name, seconds, stop)
     return lambda _seconds: _measure_sweep(job, sweep)
 
 
-def _training(job: Job, *, alone: bool) -> Callable[[float], Lane]:
-    if alone:
-        return lambda seconds: _in_child(job, TRAINING, seconds)
+def _training(job: Job, stop: threading.Event | None) -> Callable[[float], Lane]:
+    if stop is not None:
+        return lambda seconds: _in_child(job, TRAINING, seconds, stop)
 
     def here(_seconds: float) -> Lane:
         found: list[Lane] = []
@@ -209,7 +217,7 @@ def _refusing(job: Job, refusal: Refusal) -> Callable[[float], Lane]:
     return lambda _seconds: replace(job.empty(), refused=(refuse(refusal, job.bundle.path),))
 
 
-def _in_child(job: Job, part: str, seconds: float) -> Lane:
+def _in_child(job: Job, part: str, seconds: float, stop: threading.Event) -> Lane:
     """Measure one part in a separate process; a process that ends without all results is a failure of this part."""
     with tempfile.TemporaryDirectory() as folder:
         out, printed = Path(folder) / "part.json", Path(folder) / "printed"
@@ -223,7 +231,7 @@ def _in_child(job: Job, part: str, seconds: float) -> Lane:
         }
         command = [sys.executable, "-P", "-m", "benchmarks.gpu.part", json.dumps(request)]
         with printed.open("wb") as output:
-            problem = _problem_of(command, output.fileno(), seconds)
+            problem = _problem_of(command, output.fileno(), seconds, stop)
         found = read_results(out) if out.is_file() else job.empty()
         if not problem and not parts_of(found) and not found.absent:
             problem = "ended without a result"
@@ -234,18 +242,21 @@ def _in_child(job: Job, part: str, seconds: float) -> Lane:
         return replace(found, failed={part: f"its process {problem}" + (f" ({why})" if why else "")})
 
 
-def _problem_of(command: Sequence[str], output: int, seconds: float) -> str:
-    """Run a command; return why its result can't be trusted, or ""."""
+def _problem_of(command: Sequence[str], output: int, seconds: float, stop: threading.Event) -> str:
+    """Run a command until it ends or the lane stops; return why its result can't be trusted, or ""."""
     child = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=os.environ | {"PYTHONPATH": import_path()}
     )
+    end = time.monotonic() + seconds
     try:
-        code = child.wait(seconds)
-    except subprocess.TimeoutExpired:
-        return f"was stopped after {seconds:.0f} s"
+        while (code := child.poll()) is None and time.monotonic() < end:
+            if stop.wait(_POLL):
+                return "was interrupted"
     finally:
         child.kill()  # its engines' processes end with their input
         child.wait()
+    if code is None:
+        return f"was stopped after {seconds:.0f} s"
     return "" if code == 0 else f"ended: {how_ended(code)}"
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -436,6 +437,62 @@ def test_a_crash_of_one_sweep_keeps_the_others(
     }
     assert found.verdict == "FAIL"
     assert "- emulated-cpu, dies: its process ended: killed by SIGSEGV" in page(found)
+
+
+def test_the_order_is_that_of_the_table(bundle: Bundle, good: Lane, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not that in which the parts end."""
+    result = next(iter(good.sweeps.values()))
+
+    def in_child(job: Job, part: str, *_rest: object) -> Lane:
+        time.sleep({"a": 0.4, "b": 0.2, "c": 0.0}[part[-1]])
+        return replace(job.empty(), sweeps={part: result})
+
+    def refuse(refusal: Refusal, _bundle: Path) -> Refused:
+        time.sleep(0.2 if refusal.name == "first" else 0.0)
+        return Refused(refusal, passed=True, code=3, said="no")
+
+    monkeypatch.setattr(gpu_lane, "_in_child", in_child)
+    monkeypatch.setattr(gpu_lane, "refuse", refuse)
+    sweeps = [Sweep(emulated_spec(), Scope(), name) for name in "abc"]
+    hidden = [Refusal(name, "torch-cuda") for name in ("first", "second")]
+    found = run_lane(Job(bundle), sweeps, training=False, refusals=hidden, jobs=3)
+    assert list(found.sweeps) == [f"emulated-cpu, {name}" for name in "abc"]
+    if sys.platform.startswith("linux"):
+        assert [item.refusal.name for item in found.refused] == ["first", "second"]
+    assert found.passed
+
+
+def test_an_interrupt_ends_the_processes_of_the_parts(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lane does not wait for a part that still runs."""
+    popen, children = gpu_lane.subprocess.Popen, []
+
+    def child(arguments: list[str], **options: object) -> object:
+        code = "pass" if '"emulated-cpu, quick"' in arguments[-1] else "import time; time.sleep(600)"
+        children.append(popen([sys.executable, "-c", code], **options))
+        return children[-1]
+
+    def keep(found: Lane) -> None:
+        if not found.failed:
+            return
+        while len(children) < 2:
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu_lane.subprocess, "Popen", child)
+    sweeps = [Sweep(emulated_spec(), Scope(), name) for name in ("endless", "quick")]
+    with pytest.raises(KeyboardInterrupt):
+        run_lane(Job(bundle), sweeps, training=False, refusals=(), jobs=2, keep=keep)
+    assert min(process.wait(60) for process in children) < 0
+
+
+def test_a_part_that_does_not_end_is_stopped(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    popen = gpu_lane.subprocess.Popen
+    endless = [sys.executable, "-c", "print('half', flush=True); import time; time.sleep(600)"]
+    monkeypatch.setattr(gpu_lane.subprocess, "Popen", lambda _arguments, **options: popen(endless, **options))
+    monkeypatch.setattr(gpu_lane, "PART_SECONDS", 3.0)
+    found = run_lane(Job(bundle), [Sweep(emulated_spec(), Scope())], training=False, refusals=(), jobs=1)
+    assert found.failed["emulated-cpu"].startswith("its process was stopped after 3 s")
+    assert found.verdict == "FAIL"
 
 
 def test_a_sweep_runs_in_a_separate_process(bundle: Bundle) -> None:

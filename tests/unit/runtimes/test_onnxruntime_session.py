@@ -288,3 +288,27 @@ def test_the_table_hands_the_settings_on(bundle: Bundle) -> None:
     with runner_spec("onnxruntime-cpu").open(bundle, settings=settings) as runner:
         told = {name: runner.description[name] for name in ("optimisation", "memory", "threads", "precision")}
     assert told == {"optimisation": "basic", "memory": "bound on cpu", "threads": 1, "precision": "float32"}
+
+
+@pytest.mark.parametrize(("carried", "calls"), [(True, ["cu13", "cudnn", None]), (False, [None])])
+def test_without_torch_nvidia_s_packages_are_found_wherever_they_lie(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, carried: bool, calls: list[str | None]
+) -> None:
+    """onnxruntime looks for them next to itself only; they can lie next to torch while onnxruntime is elsewhere."""
+    called: list[str | None] = []
+
+    def preload_dlls(directory: str | None = None) -> None:
+        called.append(None if directory is None else Path(directory).parent.name)
+        if directory is None and len(called) < 3:
+            print("Failed to load libcurand.so.10")
+
+    for package in ("cudnn", "cu13"):
+        (tmp_path / "nvidia" / package / "lib").mkdir(parents=True)
+    engine = SimpleNamespace(__file__=str(tmp_path / "site" / "onnxruntime" / "__init__.py"), preload_dlls=preload_dlls)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), str(tmp_path / "a.zip")])
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    monkeypatch.setattr(cuda_libraries, "installed", lambda _name: False)
+    monkeypatch.setattr(cuda_libraries, "_torch_first", not carried)
+    preload = cuda_libraries.preload.__wrapped__
+    assert preload(engine) == ("" if carried else "Failed to load libcurand.so.10\n")
+    assert called == calls
