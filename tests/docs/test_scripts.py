@@ -12,7 +12,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 ALL = [*sorted(path for path in (ROOT / "scripts").iterdir() if path.is_file()), ROOT / ".ci" / "run"]
 SHELL = [path for path in ALL if path.suffix != ".py"]
-NAMES = {"scripts/demo", "scripts/check", "scripts/make_venv", "scripts/train_reference", ".ci/run"}
+NAMES = {f"scripts/{name}" for name in ("demo", "check", "make_venv", "train_reference", "gpu_lane", "gpu_session")} | {
+    ".ci/run"
+}
 
 
 def run(command: list[str], **kwargs: object) -> subprocess.CompletedProcess[str]:
