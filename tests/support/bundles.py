@@ -94,7 +94,8 @@ def _read_digits(model: nn.Module) -> None:
     digits, labels = training_set()
     images = torch.from_numpy(Preprocessing().apply(digits))
     with torch.no_grad():
-        features = nn.Sequential(*list(model.children())[:-1])(images).double()
+        # In float64, so that the weights do not depend on the float32 kernels of this machine's processor.
+        features = copy.deepcopy(nn.Sequential(*list(model.children())[:-1])).double()(images.double())
         wide = torch.cat([features, torch.ones(len(features), 1, dtype=torch.float64)], 1)
         targets = nn.functional.one_hot(torch.from_numpy(labels), 10).double() * 10
         gram = wide.T @ wide + 3.0 * torch.eye(wide.shape[1], dtype=torch.float64)
