@@ -63,4 +63,5 @@ def _speed(train: Resident, test: Resident, norm: str, batch_size: int, *, captu
         times.append(time.perf_counter() - begun)
     measured = times[_WARM_UP:]
     speeds = Spread.of([train.count / spent for spent in measured])
-    return GpuSpeed(norm, captured, batch_size, train.count, speeds, sum(measured))
+    recorded = epochs.recording is not None and epochs.recording.made
+    return GpuSpeed(norm, recorded, batch_size, train.count, speeds, sum(measured))
