@@ -11,6 +11,7 @@ import ast
 from pathlib import Path
 
 import pytest
+from support import architecture_picture
 
 ROOT = Path(__file__).parents[2]
 MAX_LINES = 600
@@ -292,3 +293,9 @@ def make_tree(root: Path, files: dict[str, str]) -> None:
         path = root / "bnexport" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(source, encoding="utf-8")
+
+
+def test_the_picture_shows_the_imports() -> None:
+    """``python tests/support/architecture_picture.py`` draws it again."""
+    assert (ROOT / "docs" / "architecture.svg").read_text(encoding="utf-8") == architecture_picture.draw()
+    assert architecture_picture.floors() == [*map(list, FLOORS), list(GROUND)]
