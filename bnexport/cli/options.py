@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,54 +14,88 @@ import click
 from bnexport.data.catalogue import DATASETS, FOLDER, is_dataset
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import UsageError
-from bnexport.exporting.formats import FORMATS
-from bnexport.exporting.onnx_graph import OnnxTarget
 from bnexport.exporting.request import ExportRequest, parse_inputs
 from bnexport.optional import one_line
 
 
-def export_request(
-    *,
-    inputs: tuple[str, ...],
-    labels: Path | None,
-    mean: str | None,
-    std: str | None,
-    dataset: str | None,
-    data_dir: Path | None,
-    model_options: tuple[str, ...],
-    dynamic_size: bool,
-    max_growth: float,
-    clamps: bool,
-    precision: str,
-    opset: int,
-    ir_version: int | None,
-    formats: tuple[str, ...],
-    allow_untrained: bool,
-    force: bool,
-) -> ExportRequest:
-    """The request that the options of fold-and-export stand for.
+def options_of(request: type, *, first: str = "", last: str = "") -> Callable[[Any], Any]:
+    """Return a decorator that adds one option per field of a request class, in the order of the fields.
+
+    A field's metadata has its ``help`` and, where the field's name and type do not give them, ``option`` (the flag),
+    ``choices``, ``metavar`` and ``show_default``. A field without a help is not an option.
+
+    Args:
+        request: A dataclass.
+        first: The first field to add; "" is the first of the class.
+        last: The last field to add; "" is the last of the class.
+    """
+    names = [item.name for item in fields(request)]
+    chosen = fields(request)[names.index(first) if first else 0 : names.index(last) + 1 if last else None]
+
+    def decorate(command: Any) -> Any:
+        for item in reversed(chosen):
+            if (nested := _nested(item)) is not None:
+                command = options_of(nested)(command)
+            elif "help" in item.metadata:
+                command = _option(item)(command)
+        return command
+
+    return decorate
+
+
+def _nested(item: Field[Any]) -> type | None:
+    """Return the request class that is a field's own kind."""
+    factory: Any = item.default_factory
+    return factory if isinstance(factory, type) and is_dataclass(factory) else None
+
+
+def _option(item: Field[Any]) -> Callable[[Any], Any]:
+    keywords = {"show_default": True, **item.metadata}
+    flag, choices = keywords.pop("option", "--" + item.name.replace("_", "-")), keywords.pop("choices", None)
+    keywords |= _kind(item).click
+    if item.name == "dataset":
+        keywords["type"] = DatasetName()
+    elif choices is not None:
+        keywords["type"] = click.Choice(choices)
+    if _kind(item).read is None and "multiple" not in keywords:
+        keywords["default"] = item.default
+    if item.type == "bool" and not item.default:
+        keywords["is_flag"] = True
+    elif item.type in ("bool", "bool | None"):
+        flag = f"{flag}/--no-{flag[2:]}"
+    return click.option(flag, item.name, **keywords)
+
+
+def values_of(request: type, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a request class from click's values, each converted by the type of its field.
+
+    Raises:
+        UsageError: A value that can't be read.
+    """
+    values: dict[str, Any] = {}
+    for item in fields(request):
+        if (nested := _nested(item)) is not None:
+            values[item.name] = nested(**values_of(nested, options))
+        elif "help" in item.metadata:
+            given, read = options[item.name], _kind(item).read
+            if given in (None, ()):
+                given = item.default if item.default_factory is MISSING else item.default_factory()
+            elif read is not None:
+                given = read(given, f"--{item.name}")
+            values[item.name] = given
+    return values
+
+
+def export_request(**options: Any) -> ExportRequest:
+    """Return the request that the options of fold-and-export state.
 
     Raises:
         UsageError: Values that do not go together, or that can't be read.
     """
-    if formats and "onnx" not in formats:
+    if options["formats"] and "onnx" not in options["formats"]:
         raise UsageError("a bundle without model.onnx can't be verified", remedy="Add --format onnx")
-    return ExportRequest(
-        inputs=inputs,
-        labels=None if labels is None else read_labels(labels),
-        dataset=dataset,
-        preprocessing=preprocessing(inputs, mean, std),
-        model_options=read_model_options(model_options),
-        dynamic_size=dynamic_size,
-        max_growth=max_growth,
-        clamps=clamps,
-        precision=precision,
-        onnx=OnnxTarget(opset, ir_version),
-        formats=formats or tuple(row.name for row in FORMATS),
-        allow_untrained=allow_untrained,
-        force=force,
-        data_dir=data_dir,
-    )
+    images = preprocessing(options["inputs"], options["mean"], options["std"])
+    return ExportRequest(**values_of(ExportRequest, options), preprocessing=images)
 
 
 def read_model_options(texts: tuple[str, ...]) -> dict[str, bool | int | float | str]:
@@ -152,3 +188,27 @@ class DatasetName(click.Choice[str]):
     def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:  # noqa: ARG002
         """The list of names."""
         return f"{value!r} is not one of {', '.join(DATASETS)}, {FOLDER}PATH."
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """An option for one type of field: click's keywords, and the conversion of a value and its flag where click has none."""
+
+    click: Mapping[str, Any] = field(default_factory=dict)
+    read: Callable[[Any, str], Any] | None = None
+
+
+_KINDS: dict[str, _Kind] = {
+    "int": _Kind({"type": int}),
+    "float": _Kind({"type": float}),
+    "Path": _Kind({"type": click.Path(path_type=Path)}),
+    "tuple[str, ...]": _Kind({"multiple": True}),
+    "tuple[str, ...] | None": _Kind({"type": click.Path(path_type=Path)}, lambda path, _: read_labels(path)),
+    "tuple[float, ...]": _Kind({}, numbers),
+    "Mapping": _Kind({"multiple": True}, lambda texts, _: read_model_options(texts)),
+}
+
+
+def _kind(item: Field[Any]) -> _Kind:
+    name = str(item.type)
+    return _KINDS.get(name) or _KINDS.get(name.removesuffix(" | None").partition("[")[0], _Kind())
