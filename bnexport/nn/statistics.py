@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bnexport.errors import ModelError
+from bnexport.nn.norm_view import SCRATCH, VOCABULARIES
 from bnexport.tensors import Array
 
 if TYPE_CHECKING:
@@ -16,9 +17,7 @@ if TYPE_CHECKING:
 
     Values = Tensor | Array
 
-#: Entry names of the layers that are understood: (gamma, beta, moving mean, moving variance).
-PARAMETER_NAMES = (("gamma", "beta", "moving_mean", "moving_var"), ("weight", "bias", "running_mean", "running_var"))
-_COLUMNS = ("gamma", "beta", "moving_mean", "moving_var", "scale")
+_COLUMNS = (*SCRATCH, "scale")
 #: eps where only a state dict is there, which does not hold it: the default of torch and of the chapter.
 DEFAULT_EPS = 1e-5
 #: A channel whose output varies less than this, relative to the layer's liveliest channel, carries no information.
@@ -101,7 +100,7 @@ def _groups(state: Mapping[str, Values]) -> Iterator[tuple[str, tuple[str, ...]]
     """Prefix and entry names of each layer that has moving statistics."""
     for key in state:
         prefix, dot, leaf = key.rpartition(".")
-        for names in PARAMETER_NAMES:
+        for names in VOCABULARIES:
             if leaf == names[2] and prefix + dot + names[3] in state:
                 yield prefix + dot, names
 

@@ -15,7 +15,7 @@ from bnexport.data.prepare import prepared
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.environment import cpu_name
 from bnexport.errors import ModelError, RuntimeUnavailable, UsageError
-from bnexport.nn.batch_norm import BatchNorm
+from bnexport.nn.batch_norm import BATCH_NORMS
 from bnexport.nn.synced_batch_norm import synchronised
 from bnexport.optional import one_line
 from bnexport.training.config import TrainingConfig
@@ -144,7 +144,7 @@ def check_last_batch(config: TrainingConfig, model: nn.Module, count: int, world
     Raises:
         UsageError: A process would be left with too small a part of a batch.
     """
-    if not any(isinstance(module, BatchNorm | nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+    if not any(isinstance(module, BATCH_NORMS) for module in model.modules()):
         return
     together = config.sync_batch_norm and world.size > 1
     least = 2 if not together else 1  # over all processes a part may be a single image, but not none
