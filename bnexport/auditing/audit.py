@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bnexport import interrupts
-from bnexport.auditing.catalogue import TOOLS, Job, Tool
-from bnexport.auditing.report import AuditReport, AuditRow
+from bnexport.auditing.catalogue import TOOLS, AuditReport, AuditRow, Job, Tool
 from bnexport.auditing.subject import AuditedNetwork, Deviation, batch_of, call, deviation, subject_of
 from bnexport.environment import environment
 from bnexport.errors import BnexportError, ModelError, Unavailable, UsageError

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from bnexport.errors import BnexportError, ModelError
 from bnexport.exporting.request import InputSpec, example_inputs
-from bnexport.nn.norm_view import NormView
 from bnexport.nn.soundness import is_untrained
+from bnexport.nn.statistics import NormView
 from bnexport.optional import one_line, quiet
 from bnexport.runtimes.replay import incomparable
 from bnexport.runtimes.torch_outputs import flatten, private_copy

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bnexport.cli.config_file import config_option, was_given
-from bnexport.cli.options import options_of, values_of
+from bnexport.cli.options import config_option, options_of, values_of, was_given
 from bnexport.optional import need_packages
 from bnexport.training.config import LENET, TrainingConfig
 
@@ -34,9 +33,9 @@ def command(context: click.Context, /, out: Path, resume: bool, tensorboard: Pat
     need_packages("bnexport train", "torch", "safetensors", "matplotlib", "filelock")
     from bnexport.cli.training_display import TrainingDisplay, leading, quiet_followers
     from bnexport.reporting.figures import learning_curves
-    from bnexport.training.cpu_kernels import keep_freed_memory
     from bnexport.training.directory import CURVES
     from bnexport.training.run import train
+    from bnexport.training.step import keep_freed_memory
 
     data_dir, force = options.pop("data_dir"), options.pop("force")
     keep_freed_memory()
@@ -63,8 +62,7 @@ def _config(context: click.Context, out: Path, resume: bool, options: dict[str, 
 
 
 def _with_events(display: Progress, folder: Path) -> Progress:
-    from bnexport.training.events import EventFiles
-    from bnexport.training.progress import Both
+    from bnexport.training.progress import Both, EventFiles
 
     return Both(display, EventFiles(folder))
 

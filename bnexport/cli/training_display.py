@@ -14,7 +14,7 @@ from bnexport.errors import BadInput
 from bnexport.training.config import LENET, TrainingConfig
 from bnexport.training.processes import asked_rank
 from bnexport.training.progress import EpochMetrics, Progress
-from bnexport.training.result import TrainingResult
+from bnexport.training.run import TrainingResult
 
 _MEGABYTE = 1e6
 #: Values of a line; as many as a terminal of 80 columns has room for twice.

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from bnexport.errors import UsageError
-from bnexport.nn.norm_view import SCRATCH, TORCH
+from bnexport.nn.statistics import SCRATCH, TORCH
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 
 from bnexport.errors import DataError, FeedError, ModelError
 from bnexport.nn.batch_norm import BATCH_NORMS
-from bnexport.nn.norm_view import NormView
+from bnexport.nn.statistics import NormView
 from bnexport.reproducibility import strict_float32
 
 #: A batch of inputs, or a sequence whose first item is one, as a DataLoader yields (images, labels).

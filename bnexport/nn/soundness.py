@@ -8,7 +8,7 @@ from torch.nn.parameter import is_lazy
 
 from bnexport.errors import RefusedModel
 from bnexport.nn.batch_norm import BATCH_NORMS
-from bnexport.nn.norm_view import VOCABULARIES, NormView
+from bnexport.nn.statistics import VOCABULARIES, NormView
 
 _VARIANCES = tuple(names[3] for names in VOCABULARIES)
 

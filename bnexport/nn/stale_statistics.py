@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from bnexport.nn.moving_statistics import Batch, exact_moments, norm_layers
-from bnexport.nn.norm_view import NormView
+from bnexport.nn.statistics import NormView
 
 #: A layer's error above which statistics count as stale: in the runs of docs/statistics.md those below lost at most 1.6 points
 #: of accuracy, those above up to 67. Training with a learning rate of 0.01 stays below 0.05.

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from markupsafe import Markup
 
-from bnexport.reporting.runs import ReportedRun
-from bnexport.reporting.summary import number
+from bnexport.reporting.summary import ReportedRun, number
 from bnexport.tensors import Array
 from bnexport.verification.verdict import LayerDrift, VerificationReport
 

@@ -14,9 +14,19 @@ from rich.text import Text
 from bnexport.environment import describe
 from bnexport.files import forget_reader
 from bnexport.folding.report import GONE, OUTCOMES, FoldReport, FoldRow, Outcome
-from bnexport.reporting.flips import class_name, flips
-from bnexport.reporting.runs import KERNEL_STAGES, ReportedRun, file_groups, runs
-from bnexport.reporting.summary import NOTHING, certified, module_name, number, word
+from bnexport.reporting.summary import (
+    KERNEL_STAGES,
+    NOTHING,
+    ReportedRun,
+    certified,
+    class_name,
+    file_groups,
+    flips,
+    module_name,
+    number,
+    runs,
+    word,
+)
 from bnexport.verification.verdict import FaultResult, VerificationReport
 
 if TYPE_CHECKING:

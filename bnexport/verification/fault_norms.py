@@ -17,8 +17,7 @@ import numpy as np
 
 from bnexport.bundle import MODEL_ONNX
 from bnexport.errors import BnexportError
-from bnexport.nn.norm_view import NormView
-from bnexport.nn.statistics import DEFAULT_EPS
+from bnexport.nn.statistics import DEFAULT_EPS, NormView
 from bnexport.tensors import Array
 from bnexport.verification.fault_copy import Copy, FaultTarget, NotTried, folded_weights
 

@@ -12,8 +12,8 @@ from bnexport.errors import DataError
 from bnexport.nn.batch_norm import BatchNorm
 from bnexport.nn.lenet import bn_lenet
 from bnexport.nn.moving_statistics import norm_layers, recalibrate
-from bnexport.nn.norm_view import NormView
 from bnexport.nn.stale_statistics import STALE_ABOVE, LayerStaleness, StalenessReport, compare, staleness
+from bnexport.nn.statistics import NormView
 
 
 def values(*shape: int, seed: int = 0) -> torch.Tensor:
