@@ -25,8 +25,7 @@ from bnexport.optional import one_line
 def options_of(request: type, *, first: str = "", last: str = "") -> Callable[[Any], Any]:
     """Return a decorator that adds one option per field of a request class, in the order of the fields.
 
-    A field's metadata has its ``help`` and, where the field's name and type do not give them, ``option`` (the flag),
-    ``choices``, ``metavar`` and ``show_default``. A field without a help is not an option.
+    Only fields made by ``request_fields.option`` are options; a field whose factory is a request class adds that class's.
 
     Args:
         request: A dataclass.
@@ -55,7 +54,7 @@ def _nested(item: Field[Any]) -> type | None:
 
 def _option(item: Field[Any]) -> Callable[[Any], Any]:
     keywords = {"show_default": True, **item.metadata}
-    flag, choices = keywords.pop("option", "--" + item.name.replace("_", "-")), keywords.pop("choices", None)
+    flag, choices = keywords.pop("flag", "--" + item.name.replace("_", "-")), keywords.pop("choices", None)
     keywords |= _kind(item).click
     if item.name == "dataset":
         keywords["type"] = DatasetName()

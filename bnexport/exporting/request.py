@@ -15,6 +15,7 @@ from bnexport.bundle import STORED_PRECISIONS
 from bnexport.data.catalogue import folder_of
 from bnexport.errors import ExportError, UsageError
 from bnexport.optional import one_line
+from bnexport.request_fields import option
 from bnexport.tensors import DTYPES
 
 if TYPE_CHECKING:
@@ -42,10 +43,8 @@ class OnnxTarget:
         ir_version: Version of the file format; None: the lowest that the opset allows, at least 8.
     """
 
-    opset: int = field(default=DEFAULT_OPSET, metadata={"help": "ONNX operator set."})
-    ir_version: int | None = field(
-        default=None, metadata={"help": "ONNX file format.  [default: lowest possible, at least 8]"}
-    )
+    opset: int = option("ONNX operator set.", DEFAULT_OPSET)
+    ir_version: int | None = option("ONNX file format.  [default: lowest possible, at least 8]", None)
 
     def resolved_ir_version(self) -> int:
         """Return the IR version to write.
@@ -93,49 +92,30 @@ class ExportRequest:
         force: Replace an existing bundle.
     """
 
-    model_options: Mapping[str, Any] = field(
-        default_factory=dict,
-        metadata={"option": "--model-option", "metavar": "KEY=VALUE", "help": "For its constructor; repeatable."},
+    model_options: Mapping[str, Any] = option(
+        "For its constructor; repeatable.", dict, flag="--model-option", metavar="KEY=VALUE"
     )
-    inputs: tuple[str, ...] = field(
-        default=(),
-        metadata={
-            "option": "--input",
-            "metavar": "[NAME=]SHAPE[:TYPE]",
-            "help": "One sample, as 1x28x28; repeatable.",
-        },
+    inputs: tuple[str, ...] = option(
+        "One sample, as 1x28x28; repeatable.", (), flag="--input", metavar="[NAME=]SHAPE[:TYPE]"
     )
-    dynamic_size: bool = field(
-        default=False, metadata={"help": "Let height and width of image inputs vary, as the batch does."}
+    dynamic_size: bool = option("Let height and width of image inputs vary, as the batch does.", False)
+    max_growth: float = option("How much larger the weights may become by copies.", 1.1)
+    clamps: bool = option("Fold across ReLU too: a bound per channel instead of a BatchNorm.", False)
+    precision: str = option(
+        "Of weights and arithmetic in the files; inputs and outputs keep their types.",
+        "float32",
+        choices=tuple(STORED_PRECISIONS),
     )
-    max_growth: float = field(default=1.1, metadata={"help": "How much larger the weights may become by copies."})
-    clamps: bool = field(
-        default=False, metadata={"help": "Fold across ReLU too: a bound per channel instead of a BatchNorm."}
-    )
-    precision: str = field(
-        default="float32",
-        metadata={
-            "choices": tuple(STORED_PRECISIONS),
-            "help": "Of weights and arithmetic in the files; inputs and outputs keep their types.",
-        },
-    )
-    labels: tuple[str, ...] | None = field(default=None, metadata={"help": "Text file with one class name per line."})
+    labels: tuple[str, ...] | None = option("Text file with one class name per line.", None)
     preprocessing: Mapping[str, Any] | None = None
-    dataset: str | None = field(
-        default=None, metadata={"help": "Verify on its test images (a checkpoint names its own)."}
-    )
-    data_dir: Path | None = field(default=None, metadata={"help": "Folder of data sets."})
+    dataset: str | None = option("Verify on its test images (a checkpoint names its own).", None)
+    data_dir: Path | None = option("Folder of data sets.", None)
     onnx: OnnxTarget = field(default_factory=OnnxTarget)
-    formats: tuple[str, ...] = field(
-        default=_FORMATS,
-        metadata={
-            "option": "--format",
-            "choices": _FORMATS,
-            "help": "Write only this; repeatable.  [default: all]",
-        },
+    formats: tuple[str, ...] = option(
+        "Write only this; repeatable.  [default: all]", _FORMATS, flag="--format", choices=_FORMATS
     )
-    allow_untrained: bool = field(default=False, metadata={"help": "Accept BatchNorm layers that were never trained."})
-    force: bool = field(default=False, metadata={"help": "Replace an existing bundle."})
+    allow_untrained: bool = option("Accept BatchNorm layers that were never trained.", False)
+    force: bool = option("Replace an existing bundle.", False)
 
     def images_at(self, dataset: str | None) -> Path | None:
         """Where the verification of an export finds images: ``data_dir``, or the folder that the data set itself is.

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from bnexport.data.catalogue import DATASETS, FOLDER, is_dataset
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import UsageError
 from bnexport.nn.lenet import NORMS
+from bnexport.request_fields import option
 
 DEVICES = ("auto", "cpu", "cuda")
 OPTIMIZERS = ("sgd", "adamw")
@@ -45,57 +46,39 @@ class TrainingConfig:
         cuda_graph: None records bn_lenet and the networks of torchvision and timm.
     """
 
-    dataset: str = field(
-        default="fashion-mnist",
-        metadata={"help": "What to train on; a folder has train/CLASS/*.png and val/CLASS/*.png."},
+    dataset: str = option("What to train on; a folder has train/CLASS/*.png and val/CLASS/*.png.", "fashion-mnist")
+    model: str = option(
+        "bn_lenet, torchvision:NAME, timm:NAME, or file.py:factory of your own.", LENET, metavar="SOURCE"
     )
-    model: str = field(
-        default=LENET,
-        metadata={
-            "metavar": "SOURCE",
-            "help": "bn_lenet, torchvision:NAME, timm:NAME, or file.py:factory of your own.",
-        },
+    model_options: Mapping[str, bool | int | float | str] = option(
+        "Of the model's constructor.", dict, flag="--model-option", metavar="KEY=VALUE"
     )
-    model_options: Mapping[str, bool | int | float | str] = field(
-        default_factory=dict,
-        metadata={"option": "--model-option", "metavar": "KEY=VALUE", "help": "Of the model's constructor."},
+    input: str = option("Shape of an image for the model.", "", metavar="CxHxW", show_default="the images' own")
+    mean: tuple[float, ...] = option(
+        "Subtracted from pixels of 0 to 1, per channel.", (), metavar="M,M,M", show_default="0"
     )
-    input: str = field(
-        default="",
-        metadata={"metavar": "CxHxW", "show_default": "the images' own", "help": "Shape of an image for the model."},
+    std: tuple[float, ...] = option("Divided by, per channel.", (), metavar="S,S,S", show_default="1")
+    norm: str = option("Kind of BatchNorm of bn_lenet.", "torch", choices=NORMS)
+    epochs: int = option("Passes over the training set.", 10)
+    lr: float = option("Learning rate; the largest of a schedule.", 1.0)
+    batch_size: int = option("Images per step, of all processes together.", 256)
+    optimizer: str = option("How weights move.", "sgd", choices=OPTIMIZERS)
+    momentum: float = option("Of SGD.", 0.0)
+    weight_decay: float = option("Not on biases, gamma and beta.", 0.0)
+    schedule: str = option("Of the learning rate.", "constant", choices=SCHEDULES)
+    warmup_epochs: float = option("The learning rate grows first.", 0.0)
+    label_smoothing: float = option("Share of every class alike.", 0.0)
+    amp: str = option("Automatic mixed precision.", "off", choices=AMP)
+    cuda_graph: bool | None = option(
+        "Record the training step as a CUDA graph on a GPU, or take every step plainly. "
+        "A network whose Python code changes something in a step is not recorded, and a note says so.",
+        None,
+        show_default="records bn_lenet and the networks of torchvision and timm",
     )
-    mean: tuple[float, ...] = field(
-        default=(),
-        metadata={"metavar": "M,M,M", "show_default": "0", "help": "Subtracted from pixels of 0 to 1, per channel."},
-    )
-    std: tuple[float, ...] = field(
-        default=(), metadata={"metavar": "S,S,S", "show_default": "1", "help": "Divided by, per channel."}
-    )
-    norm: str = field(default="torch", metadata={"choices": NORMS, "help": "Kind of BatchNorm of bn_lenet."})
-    epochs: int = field(default=10, metadata={"help": "Passes over the training set."})
-    lr: float = field(default=1.0, metadata={"help": "Learning rate; the largest of a schedule."})
-    batch_size: int = field(default=256, metadata={"help": "Images per step, of all processes together."})
-    optimizer: str = field(default="sgd", metadata={"choices": OPTIMIZERS, "help": "How weights move."})
-    momentum: float = field(default=0.0, metadata={"help": "Of SGD."})
-    weight_decay: float = field(default=0.0, metadata={"help": "Not on biases, gamma and beta."})
-    schedule: str = field(default="constant", metadata={"choices": SCHEDULES, "help": "Of the learning rate."})
-    warmup_epochs: float = field(default=0.0, metadata={"help": "The learning rate grows first."})
-    label_smoothing: float = field(default=0.0, metadata={"help": "Share of every class alike."})
-    amp: str = field(default="off", metadata={"choices": AMP, "help": "Automatic mixed precision."})
-    cuda_graph: bool | None = field(
-        default=None,
-        metadata={
-            "show_default": "records bn_lenet and the networks of torchvision and timm",
-            "help": "Record the training step as a CUDA graph on a GPU, or take every step plainly. "
-            "A network whose Python code changes something in a step is not recorded, and a note says so.",
-        },
-    )
-    sync_batch_norm: bool = field(default=False, metadata={"help": "Statistics over all processes (torchrun)."})
-    device: str = field(default="auto", metadata={"choices": DEVICES, "help": "auto takes a GPU if there is one."})
-    seed: int = field(default=0, metadata={"help": "Of the weights, the order of the images, and dropout."})
-    recalibrate: bool = field(
-        default=True, metadata={"help": "Re-estimate the moving statistics over the training set at the end."}
-    )
+    sync_batch_norm: bool = option("Statistics over all processes (torchrun).", False)
+    device: str = option("auto takes a GPU if there is one.", "auto", choices=DEVICES)
+    seed: int = option("Of the weights, the order of the images, and dropout.", 0)
+    recalibrate: bool = option("Re-estimate the moving statistics over the training set at the end.", True)
 
     def __post_init__(self) -> None:
         self._convert_numbers()
