@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Job:
-    """What a tool works on.
+    """The input of a tool.
 
     Attributes:
         module: A copy of the network of its own, in eval mode.
@@ -33,7 +33,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Product:
-    """What a tool made.
+    """The result of a tool.
 
     Attributes:
         run: Input batch -> outputs in order.

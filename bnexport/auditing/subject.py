@@ -29,7 +29,7 @@ _REPEAT = 1e-9
 
 @dataclass(frozen=True)
 class Deviation:
-    """How far one answer is from the reference.
+    """The distance of one answer from the reference.
 
     Attributes:
         error: max |answer - reference| / max |reference| of the worst output; infinite when they can't be compared.
@@ -64,7 +64,7 @@ class AuditedNetwork:
 
     @property
     def example(self) -> tuple[Tensor, ...]:
-        """What tools trace."""
+        """The batch that tools trace."""
         return self.probes[0]
 
     @property
@@ -154,7 +154,7 @@ def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _runs(module: nn.Module, probe: tuple[Tensor, ...], *, required: bool) -> bool:
-    """Whether the network itself takes a probe; a network that does not take the required ones is an error."""
+    """Return whether the network takes a probe; raises if it does not take a required one."""
     try:
         with torch.no_grad(), quiet():
             call(module, probe)

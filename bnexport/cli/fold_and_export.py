@@ -28,7 +28,7 @@ _OF_BUNDLES = ("inputs", "labels", "mean", "std", "dataset", "data_dir", "format
 
 
 def is_onnx(source: str) -> bool:
-    """Whether a source is an ONNX file: by its name, or by how it begins (a protobuf's IR version)."""
+    """Return whether a source is an ONNX file: by its name, or by its first bytes (a protobuf's IR version)."""
     path = Path(source)
     if path.suffix == ".onnx":
         return True

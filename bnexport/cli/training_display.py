@@ -22,13 +22,13 @@ _MOST_VALUES = 16
 
 
 def leading() -> bool:
-    """Whether this process writes and prints: it is alone, or torchrun's first."""
+    """Return whether this process writes and prints: it is alone, or torchrun's first."""
     return asked_rank() == 0
 
 
 @contextlib.contextmanager
 def quiet_followers() -> Iterator[None]:
-    """What is wrong with the input is said once, by the leading process; the others end with the same exit code."""
+    """Let the leading process alone report bad input; the others end with the same exit code."""
     try:
         yield
     except BadInput:

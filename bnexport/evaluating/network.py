@@ -144,7 +144,7 @@ class NetworkClassifier:
 
 
 def fails_on(X: Tensor, error: Exception, module: nn.Module) -> ModelError:
-    """What to raise when a user's network fails on a batch."""
+    """Return the error of a user's network that fails on a batch."""
     shape = "x".join(map(str, X.shape))
     return ModelError(
         f"the network fails on images of shape {shape}{place_of(error, module)}: {one_line(error, 200)}",
@@ -241,7 +241,7 @@ def sampled_staleness(
 
 
 def stale_warning(subject: Subject, *, data_dir: str | Path | None = None) -> str:
-    """What a fold's account should say of the statistics that it folds; "" when they are up to date or nothing tells."""
+    """Return the fold report's warning of stale statistics; "" if they are up to date or can't be compared."""
     try:
         report = sampled_staleness(subject, data_dir=data_dir)
     except BnexportError:  # no data here, or a network that takes no such images: nothing to warn of

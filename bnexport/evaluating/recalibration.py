@@ -49,7 +49,7 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Recalibration:
-    """What was done.
+    """The result of a recalibration.
 
     Attributes:
         file: The checkpoint that was read; unchanged.

@@ -59,7 +59,7 @@ def check_sound(model: nn.Module, *, allow_untrained: bool = False) -> None:
 
 
 def is_untrained(module: nn.Module) -> bool:
-    """Whether a BatchNorm still has its initial statistics and has counted no batch."""
+    """Return whether a BatchNorm still has its initial statistics and has counted no batch."""
     view = NormView.of(module) if isinstance(module, BATCH_NORMS) else None
     if view is None or (view.batches is not None and int(view.batches) > 0):
         return False
@@ -67,6 +67,6 @@ def is_untrained(module: nn.Module) -> bool:
 
 
 def _first(mask: Tensor) -> str:
-    """Where a mask is true first: "at [3, 0]", or "as its value" for a scalar."""
+    """Return the first place where a mask is true: "at [3, 0]", or "as its value" for a scalar."""
     index = mask.nonzero()[0].tolist()
     return f"at {index}" if index else "as its value"

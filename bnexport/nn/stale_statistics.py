@@ -84,7 +84,7 @@ class StalenessReport:
         return max(STALE_ABOVE, _SAMPLING / math.sqrt(max(self.images, 1)))
 
     def is_stale(self, layer: LayerStaleness) -> bool:
-        """Whether a layer's error is above the threshold; one that is no number is."""
+        """Return whether a layer's error is above the threshold, or NaN."""
         return not layer.error <= self.threshold
 
     @property
@@ -94,7 +94,7 @@ class StalenessReport:
 
     @property
     def stale(self) -> bool:
-        """Whether any layer's statistics are stale."""
+        """True if any layer's statistics are stale."""
         return any(map(self.is_stale, self.layers))
 
     def sentence(self, *, remedy: str = "bnexport recalibrate re-estimates them") -> str:

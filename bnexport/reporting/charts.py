@@ -37,7 +37,7 @@ class Axis:
     high: int
 
     def at(self, values: Array | float) -> Array:
-        """Where values lie on it, from 0 to 1. NaN stays NaN."""
+        """Return the places of values on the axis, from 0 to 1. NaN stays NaN."""
         drawn = np.clip(np.asarray(values, dtype=np.float64), 10.0**self.low, 10.0**self.high)
         return (np.log10(drawn) - self.low) / (self.high - self.low)
 

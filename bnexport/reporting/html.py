@@ -203,7 +203,7 @@ def _headline(verification: VerificationReport) -> list[tuple[str, str, str, str
 
 
 def _stages(verification: VerificationReport) -> dict[str, str]:
-    """What each stage of this report asks, and why its bound is what it is."""
+    """Return each stage of this report with the reason for its bound."""
     found: dict[str, str] = {}
     for stage in dict.fromkeys(row.stage for row in verification.rows):
         tolerance = TOLERANCES.get(stage)

@@ -52,7 +52,7 @@ class Group:
 
     @property
     def devices(self) -> str:
-        """Where the candidates ran."""
+        """Return the devices of the candidates."""
         return ", ".join(dict.fromkeys(row.device for row in self.rows if row.device))
 
     @property
@@ -87,7 +87,7 @@ def groups(report: VerificationReport) -> tuple[Group, ...]:
 
 
 def predicted_sentence(item: Prediction) -> str:
-    """What a precision is predicted to do to this model: "TF32 is predicted to move outputs by 0.0011 of scale ..."."""
+    """Return the predicted effect of a precision on this model: "TF32 is predicted to move outputs by 0.0011 of scale ..."."""
     name = PRECISIONS[item.precision].words if item.precision in PRECISIONS else item.precision
     moves = f"{name} is predicted to move outputs by {number(item.error)} of scale"
     on = f" ({item.inputs})" if item.inputs else ""
@@ -227,7 +227,7 @@ class ReportedRun:
 
 @dataclass(frozen=True)
 class Cell:
-    """What one stage says of one run, as text.
+    """The result of one stage for one run, as text.
 
     Attributes:
         passed: Whether every comparison did.
@@ -256,7 +256,7 @@ def columns(lines: tuple[ReportedRun, ...]) -> dict[str, str]:
 
 
 def file_groups(report: VerificationReport) -> tuple[Group, ...]:
-    """What was checked without an engine: hashes, declarations, proofs, weights, the reference."""
+    """Return the checks made without an engine: hashes, declarations, proofs, weights, the reference."""
     return tuple(group for group in groups(report) if group.stage not in RUN_STAGES)
 
 
@@ -325,7 +325,7 @@ class Flip:
 
 @dataclass(frozen=True)
 class Confusion:
-    """How many samples went from one class to another.
+    """The number of samples that changed from one class to another.
 
     Attributes:
         reference: The reference's class.

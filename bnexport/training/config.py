@@ -134,7 +134,7 @@ class TrainingConfig:
             raise UsageError(f"the seed is {self.seed}", remedy="Give a number from 0 to 2**63 - 1")
 
     def preprocessing(self) -> Preprocessing:
-        """How an image becomes an input.
+        """Return the preprocessing of images.
 
         Raises:
             UsageError: ``input``, ``mean`` or ``std`` can't be understood, or do not fit each other.

@@ -35,7 +35,7 @@ _LENET_SIDE = 28
 
 
 def network_facts(config: TrainingConfig, classes: int, preprocessing: Preprocessing) -> dict[str, Any]:
-    """How to build the network again, as a checkpoint states it: ``{"source": ..., "options": {...}}``."""
+    """Return the facts to build the network again, as a checkpoint states them: ``{"source": ..., "options": {...}}``."""
     options: dict[str, Any] = dict(config.model_options)
     if config.model == LENET:
         options = {"norm": config.norm, "in_channels": preprocessing.channels, "num_classes": classes}
@@ -62,7 +62,7 @@ def build_network(config: TrainingConfig, classes: int, preprocessing: Preproces
 
 
 def leaves_parameters_unused(network: nn.Module, preprocessing: Preprocessing) -> bool:
-    """Whether a step gives some parameter no gradient, as one of a head that is switched off; a copy is tried."""
+    """Return whether a step leaves a parameter without gradient, as in a head that is switched off; tries a copy."""
     twin = copy.deepcopy(network).train()
     with seeded(0), torch.enable_grad():
         scores = twin(torch.rand(2, preprocessing.channels, preprocessing.height, preprocessing.width))
@@ -235,7 +235,7 @@ def check_last_batch(config: TrainingConfig, model: nn.Module, count: int, world
 
 @dataclass(frozen=True)
 class MadeBy:
-    """What a run's weights depend on, to the last bit, beside its recipe.
+    """Everything besides the recipe that a run's weights depend on, to the last bit.
 
     Attributes:
         device: "cpu", or the GPU's name.
@@ -270,7 +270,7 @@ class MadeBy:
 
 
 def made_by(world: World) -> MadeBy:
-    """What this run's weights depend on."""
+    """Return everything that this run's weights depend on."""
     cpu = world.device.type == "cpu"
     device = "cpu" if cpu else torch.cuda.get_device_name(world.device)
     return MadeBy(device, cpu_name(), world.size, torch.get_num_threads() if cpu else 0, torch.__version__)

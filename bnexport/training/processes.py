@@ -112,7 +112,7 @@ class World:
 
     @property
     def leads(self) -> bool:
-        """Whether this is the process that writes and prints."""
+        """True in the process that writes and prints."""
         return self.rank == 0
 
     def share(self, batch: Tensor) -> Tensor:
@@ -140,7 +140,7 @@ class World:
             self.wait()
 
     def told_by_leader(self, find: Callable[[], T]) -> T:
-        """What the leading process finds, for all; an error of bnexport there is raised by all.
+        """Return the leading process's result in all; an error of bnexport there is raised by all.
 
         Args:
             find: Called by the leading process alone; its result must be picklable.
@@ -167,7 +167,7 @@ class World:
                 dist.broadcast(buffer, src=0)
 
     def all_do(self, act: Callable[[], T]) -> T:
-        """What each process finds by itself; an error of bnexport in one is raised by all, so that the first one tells it."""
+        """Return each process's own result; an error of bnexport in one is raised by all, so that the first reports it."""
         if self.size == 1:
             return act()
         found: list[T] = []
@@ -186,7 +186,7 @@ class World:
         return found[0]
 
     def leader_first(self, act: Callable[[], T]) -> T:
-        """What each process finds, the leading one before the others: it may leave files that they then read."""
+        """Return each process's own result, the leading one's first: it may write files that the others read."""
         found: list[T] = []
         self.told_by_leader(lambda: found.append(act()))
         return found[0] if self.leads else act()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -64,45 +65,19 @@ class Progress:
 
 
 class Both(Progress):
-    """Two listeners as one."""
+    """Several listeners as one: each method calls that of all, in order."""
 
     def __init__(self, *listeners: Progress) -> None:
-        self._listeners = listeners
+        for name in (name for name in vars(Progress) if name.startswith("on_")):
+            setattr(self, name, _calling([getattr(listener, name) for listener in listeners]))
 
-    def on_download(self, file: str, done: int, total: int | None) -> None:
-        """Tell all."""
-        for listener in self._listeners:
-            listener.on_download(file, done, total)
 
-    def on_start(self, config: TrainingConfig, device: str, origin: str, first_epoch: int) -> None:
-        """Tell all."""
-        for listener in self._listeners:
-            listener.on_start(config, device, origin, first_epoch)
+def _calling(methods: list[Callable[..., None]]) -> Callable[..., None]:
+    def call(*args: Any) -> None:
+        for method in methods:
+            method(*args)
 
-    def on_files(self, done: int, total: int) -> None:
-        """Tell all."""
-        for listener in self._listeners:
-            listener.on_files(done, total)
-
-    def on_note(self, text: str) -> None:
-        """Tell all."""
-        for listener in self._listeners:
-            listener.on_note(text)
-
-    def on_batch(self, done: int, total: int) -> None:
-        """Tell all."""
-        for listener in self._listeners:
-            listener.on_batch(done, total)
-
-    def on_epoch(self, metrics: EpochMetrics) -> None:
-        """Tell all."""
-        for listener in self._listeners:
-            listener.on_epoch(metrics)
-
-    def on_end(self) -> None:
-        """Tell all."""
-        for listener in self._listeners:
-            listener.on_end()
+    return call
 
 
 #: Name in TensorBoard -> field of EpochMetrics. Both losses share one chart, both accuracies another.

@@ -30,7 +30,7 @@ from bnexport.training.step import pooling_by_products
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """What a run came to.
+    """The result of a training run.
 
     Attributes:
         config: The recipe.

@@ -22,7 +22,7 @@ _AMP = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 @dataclass
 class Sums:
-    """What an epoch adds up, on the device.
+    """The sums of an epoch, on the device.
 
     Attributes:
         loss: float64 (), the sum over the images.
@@ -143,7 +143,7 @@ def pooling_by_products(model: nn.Module) -> Iterator[None]:
 
 
 def _replaceable(module: nn.AvgPool2d) -> bool:
-    """Whether the windows do not overlap, and nobody else has put a forward of his own there."""
+    """Return whether the windows do not overlap and the layer has its original forward."""
     kernel = module.kernel_size
     return (
         "forward" not in module.__dict__
