@@ -10,7 +10,7 @@ from torch import nn
 from bnexport.bundle import MODEL_ONNX, REPORT, WEIGHTS, Bundle, Manifest, seal
 from bnexport.environment import environment
 from bnexport.errors import RefusedModel, UsageError
-from bnexport.evaluating.staleness import Subject, stale_warning
+from bnexport.evaluating.network import Subject, stale_warning
 from bnexport.exporting.dynamic_size import check_sizes_vary, larger_example, with_smallest_sizes
 from bnexport.exporting.formats import FORMATS, ExportJob
 from bnexport.exporting.half import in_precision

@@ -190,7 +190,7 @@ def _make(todo: list[RunSpec], run: ChapterRun, tell: Callable[[str], None]) -> 
 def _prepare_process(threads: int) -> None:
     import torch
 
-    from bnexport.training.cpu_kernels import keep_freed_memory
+    from bnexport.training.step import keep_freed_memory
 
     torch.set_num_threads(threads)
     keep_freed_memory()

@@ -15,8 +15,7 @@ from benchmarks.pages import render
 from bnexport.data.datasets import load_dataset
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.environment import describe, environment
-from bnexport.evaluating.network import input_batches
-from bnexport.evaluating.staleness import BATCH_SIZE, Subject, sampled_staleness
+from bnexport.evaluating.network import BATCH_SIZE, Subject, input_batches, sampled_staleness
 from bnexport.nn.lenet import bn_lenet
 from bnexport.nn.moving_statistics import recalibrate
 

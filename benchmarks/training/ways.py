@@ -29,10 +29,9 @@ from bnexport.data.datasets import load_dataset
 from bnexport.data.locate import locate
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.nn.lenet import bn_lenet
-from bnexport.training.cpu_kernels import keep_freed_memory, pooling_by_products
 from bnexport.training.loop import Epochs, epoch_order, evaluate
 from bnexport.training.samples import Resident, make_samples
-from bnexport.training.step import Step
+from bnexport.training.step import Step, keep_freed_memory, pooling_by_products
 
 BATCH = 256
 LR = 1.0

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bnexport import interrupts
-from bnexport.auditing.catalogue import TOOLS, Job, Tool
-from bnexport.auditing.report import AuditReport, AuditRow
+from bnexport.auditing.catalogue import TOOLS, AuditReport, AuditRow, Job, Tool
 from bnexport.auditing.subject import AuditedNetwork, Deviation, batch_of, call, deviation, subject_of
 from bnexport.environment import environment
 from bnexport.errors import BnexportError, ModelError, Unavailable, UsageError
@@ -103,7 +102,7 @@ def calls_in_order(subject: AuditedNetwork) -> list[str]:
 
 
 def is_batch_norm(module: nn.Module) -> bool:
-    """Whether a module is a BatchNorm of any make, by the names of its class and of those that it derives from."""
+    """Return whether a module is a BatchNorm of any make, by the names of its class and its base classes."""
     return any("BatchNorm" in kind.__name__ for kind in type(module).__mro__)
 
 
@@ -175,11 +174,7 @@ def _chosen(names: Sequence[str]) -> tuple[Tool, ...]:
 
 
 def _control_row(tool: Tool, subject: AuditedNetwork) -> AuditRow:
-    """The network itself in float32.
-
-    Raises:
-        ModelError: It is too far from float64 for anything to be judged.
-    """
+    """Return the row of the network itself in float32; raises ModelError if it is too far from float64 to judge by."""
     found = _examine(tool, subject, subject.module)
     if found.worst.problem or found.worst.error > _HOPELESS:
         why = found.worst.problem or f"it is {found.worst.error:.1e} of scale away"
@@ -233,12 +228,8 @@ def _row(tool: Tool, subject: AuditedNetwork, bound: float) -> AuditRow:
 def _examine(tool: Tool, subject: AuditedNetwork, module: nn.Module) -> _Finding:
     """Open a tool on a copy of a module and compare its answers.
 
-    A batch size other than the traced one may be refused; that is no wrong answer, and the finding names it.
-
-    Args:
-        tool: The tool.
-        subject: Probes and expected answers.
-        module: The subject's, or one that computes the same.
+    The module is the subject's, or one that computes the same. A refused batch size other than the traced one is not a wrong
+    answer; the finding names it.
     """
     deviations, batches, refusal = [], [], ""
     with contextlib.ExitStack() as stack:

@@ -1,13 +1,14 @@
-"""The table of tools that are audited; a tool is imported when it is used."""
+"""The table of audited tools, imported when they are used, and the findings of an audit, tool by tool."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from bnexport.tensors import Array
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Job:
-    """What a tool works on.
+    """The input of a tool.
 
     Attributes:
         module: A copy of the network of its own, in eval mode.
@@ -32,7 +33,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Product:
-    """What a tool made.
+    """The result of a tool.
 
     Attributes:
         run: Input batch -> outputs in order.
@@ -87,3 +88,103 @@ TOOLS: tuple[Tool, ...] = (
     Tool("onnxsim", _later("onnxsim")),
     Tool("bnexport", _later("bnexport_fold")),
 )
+
+
+Verdict = Literal["right", "wrong", "failed", "not run"]
+
+#: Verdict -> what it means.
+VERDICTS: dict[Verdict, str] = {
+    "right": "its answers are those of the network, within the bound",
+    "wrong": "it gave an answer, and it is not the network's",
+    "failed": "it gave no answer for this network",
+    "not run": "it is not on this machine",
+}
+
+
+@dataclass(frozen=True)
+class AuditRow:
+    """One tool.
+
+    Attributes:
+        tool: Its name in TOOLS.
+        verdict: A key of VERDICTS.
+        control: It is the network itself in float32; it can't be wrong.
+        batch_norms: BatchNorm operations left in what it runs; None when they can't be counted.
+        error: max |answer - reference| / max |reference|, worst output over all probes; infinite when they can't be
+            compared (None in JSON), None without an answer.
+        output: Of a wrong one: the output that is farthest off; "" when the answers can't be compared at all.
+        channel: Of a wrong one: the index on axis 1 of that output's worst element; None without such an axis.
+        batch_norm: Of a wrong one: path of the first BatchNorm, in the order of the calls, whose fold makes it wrong: with
+            that BatchNorm and all later ones hidden from the tool it is right. "" when there is none.
+        reason: One line: how a wrong one is wrong, why it failed or was not run, or what else to know; else "".
+        batches: Batch sizes that were compared.
+    """
+
+    tool: str
+    verdict: Verdict
+    control: bool = False
+    batch_norms: int | None = None
+    error: float | None = None
+    output: str = ""
+    channel: int | None = None
+    batch_norm: str = ""
+    reason: str = ""
+    batches: tuple[int, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        error = self.error if self.error is not None and math.isfinite(self.error) else None
+        return {**asdict(self), "error": error, "batches": list(self.batches)}
+
+
+@dataclass(frozen=True)
+class AuditReport:
+    """All tools on one network.
+
+    Attributes:
+        rows: In the order of TOOLS, the control first.
+        bound: Largest error that is right.
+        rule: Where the bound comes from.
+        seed: Of the probes.
+        batches: Batch size of each probe.
+        notes: What the reader should know about the network.
+        environment: Hardware and versions.
+    """
+
+    rows: tuple[AuditRow, ...]
+    bound: float
+    rule: str
+    seed: int
+    batches: tuple[int, ...]
+    notes: tuple[str, ...]
+    environment: Mapping[str, Any]
+
+    @property
+    def wrong(self) -> tuple[AuditRow, ...]:
+        """Tools that gave a wrong answer without saying so."""
+        return tuple(row for row in self.rows if row.verdict == "wrong")
+
+    def summary(self) -> str:
+        """One line."""
+        judged = [row for row in self.rows if not row.control and row.verdict in ("right", "wrong")]
+        tools = "1 tool" if len(judged) == 1 else f"{len(judged)} tools"
+        if not judged:
+            return "no tool gave an answer"
+        if not self.wrong:
+            return f"right: {tools}"
+        names = ", ".join(row.tool for row in self.wrong)
+        return f"wrong: {len(self.wrong)} of {tools}: {names}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {
+            "passed": not self.wrong,
+            "summary": self.summary(),
+            "bound": self.bound,
+            "rule": self.rule,
+            "seed": self.seed,
+            "batches": list(self.batches),
+            "notes": list(self.notes),
+            "tools": [row.to_json() for row in self.rows],
+            "environment": dict(self.environment),
+        }

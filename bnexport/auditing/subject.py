@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from bnexport.errors import BnexportError, ModelError
 from bnexport.exporting.request import InputSpec, example_inputs
 from bnexport.nn.soundness import is_untrained
+from bnexport.nn.statistics import NormView
 from bnexport.optional import one_line, quiet
 from bnexport.runtimes.replay import incomparable
 from bnexport.runtimes.torch_outputs import flatten, private_copy
@@ -24,13 +25,11 @@ from bnexport.verification.reference import wide_casts
 BATCHES = (2, 2, 3, 5)
 #: Two float64 runs of one input differ by less than this, unless the network draws random numbers.
 _REPEAT = 1e-9
-#: What torch's BatchNorm calls its tensors, and the scratch one.
-_TENSORS = (("weight", "gamma"), ("bias", "beta"), ("running_mean", "moving_mean"), ("running_var", "moving_var"))
 
 
 @dataclass(frozen=True)
 class Deviation:
-    """How far one answer is from the reference.
+    """The distance of one answer from the reference.
 
     Attributes:
         error: max |answer - reference| / max |reference| of the worst output; infinite when they can't be compared.
@@ -65,7 +64,7 @@ class AuditedNetwork:
 
     @property
     def example(self) -> tuple[Tensor, ...]:
-        """What tools trace."""
+        """The batch that tools trace."""
         return self.probes[0]
 
     @property
@@ -136,18 +135,16 @@ def _output_deviation(name: str, array: Array, want: Array, scale: float) -> Dev
 
 def _randomise_untrained(module: nn.Module, generator: torch.Generator) -> int:
     """Give BatchNorms that were never trained random numbers, and count them: a fresh one makes a wrong fold look right."""
-    layers = [layer for layer in module.modules() if is_untrained(layer)]
+    found = [NormView.of(layer) for layer in module.modules() if is_untrained(layer)]
+    layers = [layer for layer in found if layer is not None]
     for layer in layers:
-        gamma, beta, mean, var = (
-            next((value for name in names if isinstance(value := getattr(layer, name, None), Tensor)), None)
-            for names in _TENSORS
-        )
+        tensors = ((layer.gamma, 0.5, 1.5), (layer.beta, -0.5, 0.5), (layer.mean, -0.5, 0.5), (layer.var, 0.5, 1.5))
         with torch.no_grad():
-            for tensor, low, high in ((gamma, 0.5, 1.5), (beta, -0.5, 0.5), (mean, -0.5, 0.5), (var, 0.5, 1.5)):
+            for tensor, low, high in tensors:
                 if tensor is not None:
                     tensor.uniform_(low, high, generator=generator)
-            if gamma is not None:
-                gamma.mul_(_signs(gamma, generator))
+            if layer.gamma is not None:
+                layer.gamma.mul_(_signs(layer.gamma, generator))
     return len(layers)
 
 
@@ -157,7 +154,7 @@ def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _runs(module: nn.Module, probe: tuple[Tensor, ...], *, required: bool) -> bool:
-    """Whether the network itself takes a probe; a network that does not take the required ones is an error."""
+    """Return whether the network takes a probe; raises if it does not take a required one."""
     try:
         with torch.no_grad(), quiet():
             call(module, probe)

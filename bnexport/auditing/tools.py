@@ -277,7 +277,7 @@ def _varying(value: Any) -> Any:
 
 
 def _session(model: onnx.ModelProto, level: str, *, optimised: str = "") -> Any:
-    """What runs a model: input batch -> outputs in order."""
+    """Return a function that runs a model: input batch -> outputs in order."""
     ort = load_engine()
     options = ort.SessionOptions()
     options.log_severity_level = 4  # it warns of every optimised file that it is for this machine alone

@@ -29,7 +29,7 @@ def command(path: Path, statistics: bool, data_dir: Path | None, as_json: bool) 
     inspection, stale = inspect_path(path), None
     if statistics or data_dir is not None:
         need_packages("bnexport inspect --statistics", "torch", "safetensors")
-        from bnexport.evaluating.staleness import sampled_staleness, subject_of
+        from bnexport.evaluating.network import sampled_staleness, subject_of
 
         stale = sampled_staleness(subject_of(path), data_dir=data_dir, download=True)
     print_statistics(inspection, stale=stale, as_json=as_json)

@@ -1,9 +1,15 @@
-"""Values of the command line converted to the library's values."""
+"""Options of the command line, made from the request classes, converted to the library's values, or read from a file.
+
+``--config FILE`` is a TOML file with every option of a command; the command line wins.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import math
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,54 +18,87 @@ import click
 from bnexport.data.catalogue import DATASETS, FOLDER, is_dataset
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import UsageError
-from bnexport.exporting.formats import FORMATS
-from bnexport.exporting.onnx_graph import OnnxTarget
 from bnexport.exporting.request import ExportRequest, parse_inputs
 from bnexport.optional import one_line
 
 
-def export_request(
-    *,
-    inputs: tuple[str, ...],
-    labels: Path | None,
-    mean: str | None,
-    std: str | None,
-    dataset: str | None,
-    data_dir: Path | None,
-    model_options: tuple[str, ...],
-    dynamic_size: bool,
-    max_growth: float,
-    clamps: bool,
-    precision: str,
-    opset: int,
-    ir_version: int | None,
-    formats: tuple[str, ...],
-    allow_untrained: bool,
-    force: bool,
-) -> ExportRequest:
-    """The request that the options of fold-and-export stand for.
+def options_of(request: type, *, first: str = "", last: str = "") -> Callable[[Any], Any]:
+    """Return a decorator that adds one option per field of a request class, in the order of the fields.
+
+    Only fields made by ``request_fields.option`` are options; a field whose factory is a request class adds that class's.
+
+    Args:
+        request: A dataclass.
+        first: The first field to add; "" is the first of the class.
+        last: The last field to add; "" is the last of the class.
+    """
+    names = [item.name for item in fields(request)]
+    chosen = fields(request)[names.index(first) if first else 0 : names.index(last) + 1 if last else None]
+
+    def decorate(command: Any) -> Any:
+        for item in reversed(chosen):
+            if (nested := _nested(item)) is not None:
+                command = options_of(nested)(command)
+            elif "help" in item.metadata:
+                command = _option(item)(command)
+        return command
+
+    return decorate
+
+
+def _nested(item: Field[Any]) -> type | None:
+    """Return the request class that is a field's own kind."""
+    factory: Any = item.default_factory
+    return factory if isinstance(factory, type) and is_dataclass(factory) else None
+
+
+def _option(item: Field[Any]) -> Callable[[Any], Any]:
+    keywords = {"show_default": True, **item.metadata}
+    flag, choices = keywords.pop("flag", "--" + item.name.replace("_", "-")), keywords.pop("choices", None)
+    keywords |= _kind(item).click
+    if item.name == "dataset":
+        keywords["type"] = DatasetName()
+    elif choices is not None:
+        keywords["type"] = click.Choice(choices)
+    if _kind(item).read is None and "multiple" not in keywords:
+        keywords["default"] = item.default
+    if item.type == "bool" and not item.default:
+        keywords["is_flag"] = True
+    elif item.type in ("bool", "bool | None"):
+        flag = f"{flag}/--no-{flag[2:]}"
+    return click.option(flag, item.name, **keywords)
+
+
+def values_of(request: type, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a request class from click's values, each converted by the type of its field.
+
+    Raises:
+        UsageError: A value that can't be read.
+    """
+    values: dict[str, Any] = {}
+    for item in fields(request):
+        if (nested := _nested(item)) is not None:
+            values[item.name] = nested(**values_of(nested, options))
+        elif "help" in item.metadata:
+            given, read = options[item.name], _kind(item).read
+            if given in (None, ()):
+                given = item.default if item.default_factory is MISSING else item.default_factory()
+            elif read is not None:
+                given = read(given, f"--{item.name}")
+            values[item.name] = given
+    return values
+
+
+def export_request(**options: Any) -> ExportRequest:
+    """Return the request that the options of fold-and-export state.
 
     Raises:
         UsageError: Values that do not go together, or that can't be read.
     """
-    if formats and "onnx" not in formats:
+    if options["formats"] and "onnx" not in options["formats"]:
         raise UsageError("a bundle without model.onnx can't be verified", remedy="Add --format onnx")
-    return ExportRequest(
-        inputs=inputs,
-        labels=None if labels is None else read_labels(labels),
-        dataset=dataset,
-        preprocessing=preprocessing(inputs, mean, std),
-        model_options=read_model_options(model_options),
-        dynamic_size=dynamic_size,
-        max_growth=max_growth,
-        clamps=clamps,
-        precision=precision,
-        onnx=OnnxTarget(opset, ir_version),
-        formats=formats or tuple(row.name for row in FORMATS),
-        allow_untrained=allow_untrained,
-        force=force,
-        data_dir=data_dir,
-    )
+    images = preprocessing(options["inputs"], options["mean"], options["std"])
+    return ExportRequest(**values_of(ExportRequest, options), preprocessing=images)
 
 
 def read_model_options(texts: tuple[str, ...]) -> dict[str, bool | int | float | str]:
@@ -152,3 +191,115 @@ class DatasetName(click.Choice[str]):
     def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:  # noqa: ARG002
         """The list of names."""
         return f"{value!r} is not one of {', '.join(DATASETS)}, {FOLDER}PATH."
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """An option for one type of field: click's keywords, and the conversion of a value and its flag where click has none."""
+
+    click: Mapping[str, Any] = field(default_factory=dict)
+    read: Callable[[Any, str], Any] | None = None
+
+
+_KINDS: dict[str, _Kind] = {
+    "int": _Kind({"type": int}),
+    "float": _Kind({"type": float}),
+    "Path": _Kind({"type": click.Path(path_type=Path)}),
+    "tuple[str, ...]": _Kind({"multiple": True}),
+    "tuple[str, ...] | None": _Kind({"type": click.Path(path_type=Path)}, lambda path, _: read_labels(path)),
+    "tuple[float, ...]": _Kind({}, numbers),
+    "Mapping": _Kind({"multiple": True}, lambda texts, _: read_model_options(texts)),
+}
+
+
+def _kind(item: Field[Any]) -> _Kind:
+    name = str(item.type)
+    return _KINDS.get(name) or _KINDS.get(name.removesuffix(" | None").partition("[")[0], _Kind())
+
+
+def config_option(table: str) -> Callable[..., Any]:
+    """The option itself.
+
+    Args:
+        table: Name of the table in the file that is this command's; a file without such a table is read as a whole.
+    """
+
+    def read(context: click.Context, _: click.Parameter, path: Path | None) -> Path | None:
+        if path is not None:
+            context.default_map = {**(context.default_map or {}), **_file_values(context.command, path, table)}
+        return path
+
+    return click.option(
+        "--config",
+        type=click.Path(path_type=Path),
+        metavar="FILE",
+        is_eager=True,
+        expose_value=False,
+        callback=read,
+        help="TOML file with these options, as batch-size = 128; the command line wins.",
+    )
+
+
+def was_given(context: click.Context, name: str) -> bool:
+    """Return whether the user gave an option: on the command line, in a configuration file, or in the environment."""
+    return context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
+
+
+def _file_values(command: click.Command, path: Path, table: str) -> dict[str, Any]:
+    """The file's values by the names that click has for the options."""
+    found = _read(path)
+    options = {
+        flag.removeprefix("--"): option
+        for option in command.params
+        if isinstance(option, click.Option) and option.expose_value
+        for flag in option.opts
+    }
+    if isinstance(inner := found.get(table), dict):
+        if outside := [key for key in found if key.replace("_", "-") in options]:
+            raise UsageError(
+                f"{path} has {outside[0]!r} outside of its table [{table}]", remedy=f"Move it below [{table}]"
+            )
+        found = inner
+    values = {}
+    for key, value in found.items():
+        option = options.get(key.replace("_", "-"))
+        if option is None or option.name is None:
+            raise UsageError(f"{path} has the option {key!r}, which is unknown", remedy=f"Known: {', '.join(options)}")
+        values[option.name] = _file_value(path, key, value, option)
+    return values
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        with path.open("rb") as file:
+            return tomllib.load(file)
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise UsageError(
+            f"{path} can't be read: {one_line(error)}",
+            remedy='Give a TOML file, with lines as lr = 0.5 or model = "bn_lenet"',
+        ) from error
+
+
+def _file_value(path: Path, key: str, value: Any, option: click.Option) -> Any:
+    """A value as the command line would give it; TOML's own kinds must be the option's."""
+    if isinstance(value, dict) and option.multiple:  # [model-option] with num_classes = 10
+        return [f"{name}={_text(item)}" for name, item in value.items()]
+    if isinstance(value, list) and (option.multiple or option.type is click.STRING):
+        items = [_text(item) for item in value]
+        return items if option.multiple else ",".join(items)
+    kind, fits = "a number or a text", isinstance(value, int | float | str) and not isinstance(value, bool)
+    if option.is_flag:
+        kind, fits = "true or false", isinstance(value, bool)
+    elif option.type is click.INT:
+        kind, fits = "a whole number", type(value) is int
+    elif option.type is click.FLOAT:
+        kind, fits = "a number", type(value) in (int, float)
+    if not fits:
+        raise UsageError(f"{path}: {key} is {value!r}", remedy=f"Give {kind}")
+    if option.multiple:
+        return [_text(value)]
+    return value if option.is_flag else _text(value)
+
+
+def _text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

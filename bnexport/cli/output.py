@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def prints_aside() -> contextlib.AbstractContextManager[object]:
-    """What a user's network prints while it runs goes to standard error: it is no result of ours, and would break --json."""
+    """Send the prints of a user's network to standard error: they are not results, and would break --json."""
     return contextlib.redirect_stdout(sys.stderr)
 
 

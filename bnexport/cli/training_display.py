@@ -14,7 +14,7 @@ from bnexport.errors import BadInput
 from bnexport.training.config import LENET, TrainingConfig
 from bnexport.training.processes import asked_rank
 from bnexport.training.progress import EpochMetrics, Progress
-from bnexport.training.result import TrainingResult
+from bnexport.training.run import TrainingResult
 
 _MEGABYTE = 1e6
 #: Values of a line; as many as a terminal of 80 columns has room for twice.
@@ -22,13 +22,13 @@ _MOST_VALUES = 16
 
 
 def leading() -> bool:
-    """Whether this process writes and prints: it is alone, or torchrun's first."""
+    """Return whether this process writes and prints: it is alone, or torchrun's first."""
     return asked_rank() == 0
 
 
 @contextlib.contextmanager
 def quiet_followers() -> Iterator[None]:
-    """What is wrong with the input is said once, by the leading process; the others end with the same exit code."""
+    """Let the leading process alone report bad input; the others end with the same exit code."""
     try:
         yield
     except BadInput:

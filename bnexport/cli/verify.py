@@ -158,7 +158,7 @@ def _module(source: str, bundle: Bundle) -> nn.Module:
 
 
 def _write_files(report: VerificationReport, opened: Bundle, path: Path, options: dict[str, Any]) -> None:
-    """What was asked for beside the table."""
+    """Write the report's files that the options name."""
     if (target := options["json_file"]) is not None:
         write_json(target, report.to_json())
     if (target := options["junit_file"]) is not None:

@@ -35,7 +35,7 @@ class Classifier(Protocol):
 
 @dataclass(frozen=True)
 class EvaluationRequest:
-    """How to evaluate.
+    """The options of an evaluation.
 
     Attributes:
         dataset: A row of DATASETS; default: the one that the checkpoint or bundle names.
@@ -56,7 +56,7 @@ class EvaluationRequest:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a network gets right.
+    """A network's accuracy on a data set.
 
     Attributes:
         subject: The file or folder.

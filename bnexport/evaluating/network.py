@@ -1,7 +1,11 @@
-"""A checkpoint as a network that runs: with its own or a user's code, on a device, by its own preprocessing."""
+"""A checkpoint as a network that runs on a device, by its own preprocessing; stale statistics of any network's layers.
+
+The code is the checkpoint's own or a user's. Staleness is measured on a sample of the training images at hand.
+"""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,13 +15,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bnexport.bundle import MANIFEST, Bundle
+from bnexport.data.datasets import load_train_images
 from bnexport.data.prepare import prepared
 from bnexport.data.preprocessing import Preprocessing
-from bnexport.errors import DataError, ModelError, RuntimeUnavailable, UsageError
+from bnexport.errors import BnexportError, DataError, ModelError, RuntimeUnavailable, UsageError
 from bnexport.loading.checkpoint import METADATA_KEY, checkpoint_file, load_checkpoint, read_safetensors
 from bnexport.loading.sources import LoadedModel, checkpoint_of, load_source
 from bnexport.loading.weights import is_safetensors
 from bnexport.nn.calling import place_of
+from bnexport.nn.moving_statistics import norm_layers
+from bnexport.nn.stale_statistics import StalenessReport, staleness
 from bnexport.optional import one_line
 from bnexport.reproducibility import strict_float32
 from bnexport.tensors import Array
@@ -136,7 +144,7 @@ class NetworkClassifier:
 
 
 def fails_on(X: Tensor, error: Exception, module: nn.Module) -> ModelError:
-    """What to raise when a user's network fails on a batch."""
+    """Return the error of a user's network that fails on a batch."""
     shape = "x".join(map(str, X.shape))
     return ModelError(
         f"the network fails on images of shape {shape}{place_of(error, module)}: {one_line(error, 200)}",
@@ -160,3 +168,82 @@ def input_batches(images: Array, order: Array, batch_size: int, preprocessing: P
     """
     for indices in np.array_split(order, max(1, -(-len(order) // batch_size))):
         yield inputs_of(images[indices], preprocessing)
+
+
+#: Training images that are looked at: enough for 0.03 standard deviations, and a fraction of a second for small networks.
+SAMPLE = 1024
+#: As in training by default.
+BATCH_SIZE = 256
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A network, and how images of its training set become its inputs.
+
+    Attributes:
+        module: With BatchNorm layers; it is not changed.
+        dataset: What it was trained on; None when unknown.
+        preprocessing: JSON of the preprocessing; None when unknown.
+    """
+
+    module: nn.Module
+    dataset: str | None
+    preprocessing: Mapping[str, Any] | None
+
+
+def subject_of(path: Path) -> Subject:
+    """The network of a run directory, a checkpoint or a bundle that bnexport can rebuild.
+
+    Raises:
+        BundleError: The bundle was changed or holds no weights.
+        ModelError: The checkpoint is missing or damaged, or its network's code is its author's alone.
+        MissingDependency: The package that defines the network is not installed.
+    """
+    if (path / MANIFEST).exists():
+        from bnexport.runtimes.torch_eager import original_network
+
+        bundle = Bundle.open(path)
+        bundle.check()
+        return Subject(original_network(bundle), bundle.manifest.dataset, bundle.manifest.preprocessing)
+    trained = load_trained(path)
+    return Subject(trained.model.module, trained.model.dataset, trained.preprocessing.to_json())
+
+
+def sampled_staleness(
+    subject: Subject, *, data_dir: str | Path | None = None, download: bool = False
+) -> StalenessReport:
+    """Compare moving statistics with exact ones over SAMPLE training images, always the same; on the CPU.
+
+    Raises:
+        UsageError: It is not known on which data set the network was trained, or how images become inputs.
+        DataError: The images are not here, or do not fit.
+        NetworkError: They could not be downloaded.
+        ModelError: The network fails on them.
+    """
+    if subject.dataset is None or subject.preprocessing is None:
+        raise UsageError(
+            "it is not known on which images the network was trained, so there is nothing to compare with",
+            remedy="Give a checkpoint of bnexport train, or a bundle of one",
+        )
+    preprocessing = Preprocessing.from_json(subject.preprocessing)
+    if not norm_layers(subject.module):
+        return StalenessReport((), 0)
+    images, _ = load_train_images(subject.dataset, data_dir=data_dir, download=download, preprocessing=preprocessing)
+    order = np.random.default_rng(0).permutation(len(images))[:SAMPLE]
+    batches = list(input_batches(images, order, BATCH_SIZE, preprocessing))
+    with torch.random.fork_rng(devices=[]):
+        try:
+            return staleness(copy.deepcopy(subject.module), batches)  # a copy: a user's forward may keep things
+        except BnexportError:
+            raise
+        except Exception as error:  # the module is the user's code
+            raise fails_on(batches[0], error, subject.module) from error
+
+
+def stale_warning(subject: Subject, *, data_dir: str | Path | None = None) -> str:
+    """Return the fold report's warning of stale statistics; "" if they are up to date or can't be compared."""
+    try:
+        report = sampled_staleness(subject, data_dir=data_dir)
+    except BnexportError:  # no data here, or a network that takes no such images: nothing to warn of
+        return ""
+    return report.sentence() if report.stale else ""

@@ -21,7 +21,7 @@ from bnexport.evaluating.network import NetworkClassifier, Trained, fails_on, in
 from bnexport.evaluating.request import RecalibrationRequest
 from bnexport.loading.checkpoint import Checkpoint, checkpoint_file, save_checkpoint
 from bnexport.nn.moving_statistics import norm_layers, recalibrate, recalibrate_by_layer
-from bnexport.nn.stale_statistics import StalenessReport, compare, mean_and_var
+from bnexport.nn.stale_statistics import StalenessReport, compare
 from bnexport.tensors import Array
 from bnexport.training.processes import choose_device
 
@@ -49,7 +49,7 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Recalibration:
-    """What was done.
+    """The result of a recalibration.
 
     Attributes:
         file: The checkpoint that was read; unchanged.
@@ -119,11 +119,10 @@ def recalibrate_checkpoint(
     order = _chosen(len(train), request)
     classifier = NetworkClassifier(module, trained.preprocessing, device)
     before = _accuracy(classifier, name, request, fitting)
-    old = {path: tuple(value.clone() for value in mean_and_var(layer)) for path, layer in layers.items()}
+    old = {path: (layer.mean.clone(), layer.var.clone()) for path, layer in layers.items()}
     _recalibrate(trained, _Feed(train, order, request, trained, on_batch), device)
     rows = tuple(
-        compare(path, layer, moving=(old[path][0], old[path][1]), exact=mean_and_var(layer))
-        for path, layer in layers.items()
+        compare(path, layer, moving=old[path], exact=(layer.mean, layer.var)) for path, layer in layers.items()
     )
     after = _accuracy(classifier, name, request, fitting)
     facts = {

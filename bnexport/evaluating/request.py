@@ -16,7 +16,7 @@ DEFINITIONS: dict[str, str] = {
 
 @dataclass(frozen=True)
 class RecalibrationRequest:
-    """How to re-estimate.
+    """The options of a recalibration.
 
     Attributes:
         definition: A key of DEFINITIONS.

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch.fx import GraphModule
 
-    from bnexport.exporting.onnx_graph import OnnxTarget
+    from bnexport.exporting.request import OnnxTarget
 
 
 @dataclass(frozen=True)

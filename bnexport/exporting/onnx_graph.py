@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
@@ -17,55 +16,18 @@ from torch.fx import GraphModule
 from bnexport.bundle import Manifest
 from bnexport.errors import ExportError
 from bnexport.exporting.onnx_names import graphs_within
+from bnexport.exporting.request import DEFAULT_OPSET, OnnxTarget
 from bnexport.exporting.reshape_targets import simplify_reshapes
 from bnexport.exporting.varying import export_flat
 from bnexport.files import write_atomically
 from bnexport.optional import one_line, quiet
 from bnexport.tensors import Signature
 
-#: Opset 18 with IR version 8 is read by ONNX Runtime 1.14 and newer, and so by the serving images in use.
-DEFAULT_OPSET = 18
-DEFAULT_IR_VERSION = 8
-#: Older operator sets lack what the exporter writes, and onnx's converter has no adapters for much of it.
-OLDEST_OPSET = 17
 #: The opset that the exporter writes by itself; another one is converted from it.
 _NATIVE_OPSET = 18
 _MAX_BYTES = 2**31 - 1
 _PRODUCER = "bnexport"
-
-
-@dataclass(frozen=True)
-class OnnxTarget:
-    """What the file must be.
-
-    Attributes:
-        opset: Version of the default operator set.
-        ir_version: Version of the file format; None: the lowest that the opset allows, at least 8.
-    """
-
-    opset: int = DEFAULT_OPSET
-    ir_version: int | None = None
-
-    def resolved_ir_version(self) -> int:
-        """The IR version to write.
-
-        Raises:
-            ExportError: The opset is unknown, or needs a newer IR version than asked.
-        """
-        newest = onnx.defs.onnx_opset_version()
-        if not OLDEST_OPSET <= self.opset <= newest:
-            raise ExportError(
-                f"opset {self.opset} is not one of {OLDEST_OPSET} to {newest}", remedy=f"Use --opset {DEFAULT_OPSET}"
-            )
-        lowest = onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", self.opset)])
-        if self.ir_version is None:
-            return max(lowest, DEFAULT_IR_VERSION)
-        if not lowest <= self.ir_version <= onnx.IR_VERSION:
-            raise ExportError(
-                f"IR version {self.ir_version} does not go with opset {self.opset} (possible: {lowest} to {onnx.IR_VERSION})",
-                remedy="Leave --ir-version out, or choose an older --opset",
-            )
-        return self.ir_version
+_DEFAULT_TARGET = OnnxTarget()
 
 
 def export_onnx(
@@ -74,7 +36,7 @@ def export_onnx(
     path: Path,
     *,
     signature: Signature,
-    target: OnnxTarget = OnnxTarget(),
+    target: OnnxTarget = _DEFAULT_TARGET,
 ) -> None:
     """Write ``model.onnx``: one file, dynamic batch, the same bytes for the same folded network.
 

@@ -1,4 +1,7 @@
-"""What a user asks for: where the bundle goes, what goes into the network, what the files must be."""
+"""The options of an export: the bundle's folder, the network's inputs, the properties of the files.
+
+``--help`` reads this module, so it imports neither torch nor onnx before they are needed.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +9,25 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from bnexport.bundle import STORED_PRECISIONS
 from bnexport.data.catalogue import folder_of
-from bnexport.errors import UsageError
-from bnexport.exporting.onnx_graph import OnnxTarget
+from bnexport.errors import ExportError, UsageError
 from bnexport.optional import one_line
+from bnexport.request_fields import option
 from bnexport.tensors import DTYPES
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+#: Opset 18 with IR version 8 is read by ONNX Runtime 1.14 and newer, and so by the serving images in use.
+DEFAULT_OPSET = 18
+DEFAULT_IR_VERSION = 8
+#: Older operator sets lack what the exporter writes, and onnx's converter has no adapters for much of it.
+OLDEST_OPSET = 17
+_FORMATS = ("onnx", "torchscript", "exported-program")
 
 #: The first operator set whose Conv, pooling and so on take bfloat16.
 BFLOAT16_OPSET = 22
@@ -24,42 +35,87 @@ _INPUT = re.compile(r"(?:(?P<name>[A-Za-z_]\w*)=)?(?P<shape>\d+(?:x\d+)*|scalar)
 
 
 @dataclass(frozen=True)
-class ExportRequest:
-    """How to export.
+class OnnxTarget:
+    """The version of an ONNX file.
 
     Attributes:
-        inputs: One text per input: ``[NAME=]SHAPE[:TYPE]``, the shape of one sample: "1x28x28", "tokens=16:int64". Empty:
-            as the checkpoint says.
-        labels: Class names in the order of the logits; None: as the checkpoint says.
-        dataset: Data set whose test images the verification uses; None: as the checkpoint says.
-        preprocessing: JSON of the preprocessing; None: as the checkpoint, or the package of the network, says.
+        opset: Version of the default operator set.
+        ir_version: Version of the file format; None: the lowest that the opset allows, at least 8.
+    """
+
+    opset: int = option("ONNX operator set.", DEFAULT_OPSET)
+    ir_version: int | None = option("ONNX file format.  [default: lowest possible, at least 8]", None)
+
+    def resolved_ir_version(self) -> int:
+        """Return the IR version to write.
+
+        Raises:
+            ExportError: The opset is unknown, or needs a newer IR version than the requested one.
+        """
+        import onnx
+
+        newest = onnx.defs.onnx_opset_version()
+        if not OLDEST_OPSET <= self.opset <= newest:
+            raise ExportError(
+                f"opset {self.opset} is not one of {OLDEST_OPSET} to {newest}", remedy=f"Use --opset {DEFAULT_OPSET}"
+            )
+        lowest = onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", self.opset)])
+        if self.ir_version is None:
+            return max(lowest, DEFAULT_IR_VERSION)
+        if not lowest <= self.ir_version <= onnx.IR_VERSION:
+            raise ExportError(
+                f"IR version {self.ir_version} does not go with opset {self.opset} (possible: {lowest} to {onnx.IR_VERSION})",
+                remedy="Leave --ir-version out, or choose an older --opset",
+            )
+        return self.ir_version
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """The options of an export. A field with a ``help`` is an option of the command line too (``cli/options.py``).
+
+    Attributes:
         model_options: Named arguments of the network's constructor or factory: ``{"num_classes": 10}``.
+        inputs: One text per input: ``[NAME=]SHAPE[:TYPE]``, the shape of one sample: "1x28x28", "tokens=16:int64". Empty:
+            the checkpoint's.
         dynamic_size: Let height and width of image inputs vary, as the batch does.
-        max_growth: As for ``folding.fold``: how much larger the weights may become for the sake of a fold.
-        clamps: As for ``folding.fold``: fold across ReLU, at the price of a bound per channel.
-        precision: Of weights and arithmetic in the model files (``bundle.STORED_PRECISIONS``); inputs and outputs keep
-            their types.
+        max_growth: Upper bound on parameter growth by a fold, as for ``folding.fold``.
+        clamps: Fold across ReLU, at the price of a bound per channel, as for ``folding.fold``.
+        precision: A row of ``bundle.STORED_PRECISIONS``.
+        labels: Class names in the order of the logits; None: the checkpoint's.
+        preprocessing: JSON of the preprocessing; None: that of the checkpoint or of the network's package.
+        dataset: Data set whose test images the verification uses; None: the checkpoint's.
+        data_dir: Folder of the data set; None: the usual places.
         onnx: Operator set and file format.
         formats: Names from ``exporting.formats.FORMATS``.
         allow_untrained: Accept BatchNorm layers that were never trained.
         force: Replace an existing bundle.
-        data_dir: Where the data set lies; None: the usual places.
     """
 
-    inputs: tuple[str, ...] = ()
-    labels: tuple[str, ...] | None = None
-    dataset: str | None = None
+    model_options: Mapping[str, Any] = option(
+        "For its constructor; repeatable.", dict, flag="--model-option", metavar="KEY=VALUE"
+    )
+    inputs: tuple[str, ...] = option(
+        "One sample, as 1x28x28; repeatable.", (), flag="--input", metavar="[NAME=]SHAPE[:TYPE]"
+    )
+    dynamic_size: bool = option("Let height and width of image inputs vary, as the batch does.", False)
+    max_growth: float = option("How much larger the weights may become by copies.", 1.1)
+    clamps: bool = option("Fold across ReLU too: a bound per channel instead of a BatchNorm.", False)
+    precision: str = option(
+        "Of weights and arithmetic in the files; inputs and outputs keep their types.",
+        "float32",
+        choices=tuple(STORED_PRECISIONS),
+    )
+    labels: tuple[str, ...] | None = option("Text file with one class name per line.", None)
     preprocessing: Mapping[str, Any] | None = None
-    model_options: Mapping[str, Any] = field(default_factory=dict)
-    dynamic_size: bool = False
-    max_growth: float = 1.1
-    clamps: bool = False
-    precision: str = "float32"
+    dataset: str | None = option("Verify on its test images (a checkpoint names its own).", None)
+    data_dir: Path | None = option("Folder of data sets.", None)
     onnx: OnnxTarget = field(default_factory=OnnxTarget)
-    formats: tuple[str, ...] = ("onnx", "torchscript", "exported-program")
-    allow_untrained: bool = False
-    force: bool = False
-    data_dir: Path | None = None
+    formats: tuple[str, ...] = option(
+        "Write only this; repeatable.  [default: all]", _FORMATS, flag="--format", choices=_FORMATS
+    )
+    allow_untrained: bool = option("Accept BatchNorm layers that were never trained.", False)
+    force: bool = option("Replace an existing bundle.", False)
 
     def images_at(self, dataset: str | None) -> Path | None:
         """Where the verification of an export finds images: ``data_dir``, or the folder that the data set itself is.
@@ -91,6 +147,8 @@ class InputSpec:
 
     def example(self, batch: int, generator: torch.Generator) -> Tensor:
         """A batch of noise; of zeros for integers and flags, which are valid indices of every table."""
+        import torch
+
         dtype: torch.dtype = getattr(torch, self.dtype)
         if dtype.is_floating_point:
             return torch.randn(batch, *self.shape, generator=generator).to(dtype)
@@ -133,6 +191,8 @@ def _parse(text: str, default_name: str) -> InputSpec:
 
 def example_inputs(specs: tuple[InputSpec, ...], *, batch: int = 2, seed: int = 0) -> tuple[Tensor, ...]:
     """One example batch; of 2 samples, because exporters take a batch of 1 for a constant."""
+    import torch
+
     generator = torch.Generator().manual_seed(seed)
     try:
         return tuple(spec.example(batch, generator) for spec in specs)

@@ -22,7 +22,7 @@ _ASSUMED = f"eps is not in this file: {DEFAULT_EPS:g} is assumed"
 
 @dataclass(frozen=True)
 class Inspection:
-    """What ``bnexport inspect`` shows.
+    """The facts that ``bnexport inspect`` shows.
 
     Attributes:
         file: The file that was read.

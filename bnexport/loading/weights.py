@@ -95,7 +95,7 @@ def _screen(path: Path) -> None:
 
 
 def is_safetensors(path: Path) -> bool:
-    """Whether a file is to be read as safetensors: by its content, a JSON header after 8 bytes, else by its name."""
+    """Return whether a file is safetensors: by its content, a JSON header after 8 bytes, else by its name."""
     if not path.is_file():
         return False
     with path.open("rb") as file:

@@ -111,7 +111,7 @@ def build_from_zoo(source: str, options: Mapping[str, Any]) -> nn.Module:
 
 
 def zoo_facts(source: str, options: Mapping[str, Any], module: nn.Module) -> Facts:
-    """What the package says of a network's input: the shape of one sample, and the preprocessing as JSON."""
+    """Return the package's facts of a network's input: the shape of one sample, and the preprocessing as JSON."""
     zoo, name = ZOOS[source.partition(":")[0]], source.partition(":")[2]
     return zoo.facts(name, options, module)
 

@@ -179,6 +179,10 @@ class BatchNorm(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+#: The classes whose layers are BatchNorms.
+BATCH_NORMS = (BatchNorm, nn.modules.batchnorm._BatchNorm)
+
+
 def _check_options(num_features: int, num_dims: int, eps: float, momentum: float) -> None:
     if num_features < 1:
         raise UsageError(f"BatchNorm got num_features={num_features}", remedy="Give a positive number of channels")

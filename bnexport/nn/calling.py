@@ -29,7 +29,7 @@ _INSTALLED = f"{os.sep}site-packages{os.sep}"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one call gave.
+    """The result of one call.
 
     Attributes:
         result: What forward returned; None when it failed.
@@ -97,7 +97,7 @@ def unchanged(model: nn.Module) -> Iterator[list[str]]:
 
 
 def _same(value: Any, before: Any) -> bool:
-    """Whether an attribute is the object that it was, or a container of the objects that it held: the tracer copies those."""
+    """Return whether an attribute is the same object, or a container of the same objects: the tracer copies containers."""
     if value is before or (isinstance(value, int | float | str) and value == before):
         return True
     if type(value) is not type(before) or not isinstance(value, list | tuple | dict) or len(value) != len(before):

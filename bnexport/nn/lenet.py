@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from bnexport.errors import UsageError
+from bnexport.nn.statistics import SCRATCH, TORCH
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 NORMS = ("torch", "scratch", "none")
 
 #: Names in a state dict: torch's BatchNorm -> BatchNorm from scratch.
-_NAMES = {"weight": "gamma", "bias": "beta", "running_mean": "moving_mean", "running_var": "moving_var"}
+_NAMES = dict(zip(TORCH, SCRATCH, strict=True))
 
 
 def bn_lenet(norm: str = "torch", *, in_channels: int = 1, num_classes: int = 10) -> nn.Sequential:

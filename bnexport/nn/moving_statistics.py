@@ -37,7 +37,8 @@ import torch
 from torch import Tensor, nn
 
 from bnexport.errors import DataError, FeedError, ModelError
-from bnexport.nn.batch_norm import BatchNorm
+from bnexport.nn.batch_norm import BATCH_NORMS
+from bnexport.nn.statistics import NormView
 from bnexport.reproducibility import strict_float32
 
 #: A batch of inputs, or a sequence whose first item is one, as a DataLoader yields (images, labels).
@@ -136,7 +137,7 @@ def recalibrate_by_layer(
         order = _calls(model, layers, batches(), device)
         for name, calls in order.items():
             layer = layers[name]
-            results |= _pass({name: layer}, model, batches(), device, training=[layer] if calls > 1 else [])
+            results |= _pass({name: layer}, model, batches(), device, training=[layer.layer] if calls > 1 else [])
             _check_finite(name, results[name])
             _store(layer, results[name])
     return _store_all(layers, results)
@@ -159,14 +160,14 @@ def exact_moments(
     """
     layers = norm_layers(model)
     with _statistics_kept(layers):
-        found = _pass(layers, model, batches, device, training=list(layers.values()))
+        found = _pass(layers, model, batches, device, training=[layer.layer for layer in layers.values()])
     for name, moments in found.items():
         _check_finite(name, moments)
     return found
 
 
 def _pass(
-    watched: dict[str, nn.Module],
+    watched: dict[str, NormView],
     model: nn.Module,
     batches: Iterable[Batch],
     device: torch.device | str | None,
@@ -188,7 +189,7 @@ def _pass(
 
 
 def _calls(
-    model: nn.Module, layers: dict[str, nn.Module], batches: Iterable[Batch], device: torch.device | str | None
+    model: nn.Module, layers: dict[str, NormView], batches: Iterable[Batch], device: torch.device | str | None
 ) -> dict[str, int]:
     """Calls per forward pass of each layer that is called, in the order of first calls; the first batch tells."""
     calls: dict[str, int] = {}
@@ -199,7 +200,7 @@ def _calls(
 
         return hook
 
-    handles = [layer.register_forward_pre_hook(count(name)) for name, layer in layers.items()]
+    handles = [layer.layer.register_forward_pre_hook(count(name)) for name, layer in layers.items()]
     try:
         _pass({}, model, itertools.islice(batches, 1), device, training=[])
     finally:
@@ -208,31 +209,24 @@ def _calls(
     return calls
 
 
-def norm_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """BatchNorm layers that hold moving statistics, by path; a shared layer appears once."""
+def norm_layers(model: nn.Module) -> dict[str, NormView]:
+    """Return the BatchNorm layers that hold moving statistics, by path; a shared layer appears once."""
     return {
-        name or type(module).__name__: module
+        name or type(module).__name__: view
         for name, module in model.named_modules()
-        if isinstance(module, BatchNorm)
-        or (isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None)
+        if isinstance(module, BATCH_NORMS) and (view := NormView.of(module)) is not None
     }
 
 
-def statistics_of(layer: nn.Module) -> list[Tensor]:
-    """The buffers that hold statistics: mean, variance and torch's count of batches where there is one."""
-    names = ("moving_mean", "moving_var", "running_mean", "running_var", "num_batches_tracked")
-    return [buffer for name in names if (buffer := getattr(layer, name, None)) is not None]
-
-
 @contextlib.contextmanager
-def _statistics_kept(layers: dict[str, nn.Module]) -> Iterator[None]:
+def _statistics_kept(layers: dict[str, NormView]) -> Iterator[None]:
     """Undo what the forward passes in training mode do to the statistics."""
-    before = {name: [buffer.clone() for buffer in statistics_of(layer)] for name, layer in layers.items()}
+    before = {name: [buffer.clone() for buffer in layer.statistics] for name, layer in layers.items()}
     try:
         yield
     finally:
         for name, layer in layers.items():
-            for buffer, value in zip(statistics_of(layer), before[name], strict=True):
+            for buffer, value in zip(layer.statistics, before[name], strict=True):
                 buffer.copy_(value)
 
 
@@ -251,7 +245,7 @@ def _estimation_mode(model: nn.Module, training: Sequence[nn.Module]) -> Iterato
 
 
 @contextlib.contextmanager
-def _watching(layers: dict[str, nn.Module], moments: dict[str, RunningMoments]) -> Iterator[None]:
+def _watching(layers: dict[str, NormView], moments: dict[str, RunningMoments]) -> Iterator[None]:
     """Add every input of every layer to its moments."""
 
     def watch(name: str) -> Any:
@@ -267,7 +261,7 @@ def _watching(layers: dict[str, nn.Module], moments: dict[str, RunningMoments]) 
 
         return hook
 
-    handles = [layer.register_forward_pre_hook(watch(name), with_kwargs=True) for name, layer in layers.items()]
+    handles = [layer.layer.register_forward_pre_hook(watch(name), with_kwargs=True) for name, layer in layers.items()]
     try:
         yield
     finally:
@@ -283,15 +277,14 @@ def _check_finite(name: str, found: RunningMoments) -> None:
         )
 
 
-def _store_all(layers: dict[str, nn.Module], results: dict[str, RunningMoments]) -> int:
+def _store_all(layers: dict[str, NormView], results: dict[str, RunningMoments]) -> int:
     for name, found in results.items():
         _store(layers[name], found)
     return len(results)
 
 
-def _store(layer: nn.Module, found: RunningMoments) -> None:
-    mean, var, *counter = statistics_of(layer)
-    mean.copy_(found.mean)
-    var.copy_(found.var)
-    for count in counter:
-        count.fill_(found.calls)
+def _store(layer: NormView, found: RunningMoments) -> None:
+    layer.mean.copy_(found.mean)
+    layer.var.copy_(found.var)
+    if layer.batches is not None:
+        layer.batches.fill_(found.calls)

@@ -7,9 +7,10 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from bnexport.errors import RefusedModel
-from bnexport.nn.batch_norm import BatchNorm
+from bnexport.nn.batch_norm import BATCH_NORMS
+from bnexport.nn.statistics import VOCABULARIES, NormView
 
-_VARIANCES = ("running_var", "moving_var")
+_VARIANCES = tuple(names[3] for names in VOCABULARIES)
 
 
 def check_sound(model: nn.Module, *, allow_untrained: bool = False) -> None:
@@ -41,7 +42,7 @@ def check_sound(model: nn.Module, *, allow_untrained: bool = False) -> None:
                 remedy="A variance is never negative: the file is damaged or its tensors are mixed up",
             )
     for name, module in model.named_modules():
-        if not model.training and isinstance(module, (BatchNorm, nn.modules.batchnorm._BatchNorm)) and module.training:
+        if not model.training and isinstance(module, BATCH_NORMS) and module.training:
             raise RefusedModel(
                 f"{name or 'the model'} is a {type(module).__name__} in training mode: what it gives for one sample depends"
                 " on the others in the batch",
@@ -58,23 +59,14 @@ def check_sound(model: nn.Module, *, allow_untrained: bool = False) -> None:
 
 
 def is_untrained(module: nn.Module) -> bool:
-    """Whether a BatchNorm still has its initial statistics and has counted no batch."""
-    mean: Tensor | None
-    var: Tensor | None
-    batches: Tensor | None
-    if isinstance(module, BatchNorm):
-        mean, var, batches = module.moving_mean, module.moving_var, None
-    elif isinstance(module, nn.modules.batchnorm._BatchNorm):
-        mean, var, batches = module.running_mean, module.running_var, module.num_batches_tracked
-    else:
+    """Return whether a BatchNorm still has its initial statistics and has counted no batch."""
+    view = NormView.of(module) if isinstance(module, BATCH_NORMS) else None
+    if view is None or (view.batches is not None and int(view.batches) > 0):
         return False
-    if mean is None or var is None:
-        return False
-    counted = batches is not None and int(batches) > 0
-    return not counted and bool((mean == 0).all()) and bool((var == 1).all())
+    return bool((view.mean == 0).all()) and bool((view.var == 1).all())
 
 
 def _first(mask: Tensor) -> str:
-    """Where a mask is true first: "at [3, 0]", or "as its value" for a scalar."""
+    """Return the first place where a mask is true: "at [3, 0]", or "as its value" for a scalar."""
     index = mask.nonzero()[0].tolist()
     return f"at {index}" if index else "as its value"

@@ -28,7 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bnexport.nn.moving_statistics import Batch, exact_moments, norm_layers, statistics_of
+from bnexport.nn.moving_statistics import Batch, exact_moments, norm_layers
+from bnexport.nn.statistics import NormView
 
 #: A layer's error above which statistics count as stale: in the runs of docs/statistics.md those below lost at most 1.6 points
 #: of accuracy, those above up to 67. Training with a learning rate of 0.01 stays below 0.05.
@@ -83,7 +84,7 @@ class StalenessReport:
         return max(STALE_ABOVE, _SAMPLING / math.sqrt(max(self.images, 1)))
 
     def is_stale(self, layer: LayerStaleness) -> bool:
-        """Whether a layer's error is above the threshold; one that is no number is."""
+        """Return whether a layer's error is above the threshold, or NaN."""
         return not layer.error <= self.threshold
 
     @property
@@ -93,7 +94,7 @@ class StalenessReport:
 
     @property
     def stale(self) -> bool:
-        """Whether any layer's statistics are stale."""
+        """True if any layer's statistics are stale."""
         return any(map(self.is_stale, self.layers))
 
     def sentence(self, *, remedy: str = "bnexport recalibrate re-estimates them") -> str:
@@ -145,16 +146,10 @@ def staleness(
     layers = norm_layers(model)
     found = exact_moments(model, counted, device=device)
     rows = tuple(
-        compare(name, layers[name], moving=mean_and_var(layers[name]), exact=(moments.mean, moments.var))
+        compare(name, layers[name], moving=(layers[name].mean, layers[name].var), exact=(moments.mean, moments.var))
         for name, moments in found.items()
     )
     return StalenessReport(rows, counted.images)
-
-
-def mean_and_var(layer: nn.Module) -> tuple[Tensor, Tensor]:
-    """A layer's moving mean and variance (channels,): the buffers themselves."""
-    mean, var, *_ = statistics_of(layer)
-    return mean, var
 
 
 class _Counted:
@@ -171,23 +166,22 @@ class _Counted:
 
 
 def compare(
-    name: str, layer: nn.Module, *, moving: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor]
+    name: str, layer: NormView, *, moving: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor]
 ) -> LayerStaleness:
     """One layer's moving statistics against exact ones.
 
     Args:
         name: Its path.
-        layer: A BatchNorm of torch or from scratch, for its gamma and eps.
+        layer: For its gamma and eps.
         moving: Mean and variance (channels,).
         exact: Mean and population variance (channels,) of what reaches it.
     """
     moving_mean, moving_var, mean, var = (value.detach().double().cpu() for value in (*moving, *exact))
-    eps = float(layer.eps)  # type: ignore[arg-type]  # every norm has one
-    s, moving_s = torch.sqrt(var + eps), torch.sqrt(moving_var + eps)
+    s, moving_s = torch.sqrt(var + layer.eps), torch.sqrt(moving_var + layer.eps)
     shift = (moving_mean - mean).abs() / s
     log_scale = torch.log(moving_s / s).abs()
     error = torch.sqrt((s / moving_s - 1) ** 2 * var / s**2 + (shift * s / moving_s) ** 2)
-    weight = _gamma(layer, mean) ** 2
+    weight = torch.ones_like(mean) if layer.gamma is None else layer.gamma.detach().double().cpu() ** 2
     live = weight > 0
     return LayerStaleness(
         name,
@@ -198,11 +192,6 @@ def compare(
         float(torch.sqrt((weight * error**2)[live].sum() / weight[live].sum())) if bool(live.any()) else 0.0,
         float(error[live].max()) if bool(live.any()) else 0.0,
     )
-
-
-def _gamma(layer: nn.Module, like: Tensor) -> Tensor:
-    gamma = getattr(layer, "gamma", None) if hasattr(layer, "gamma") else getattr(layer, "weight", None)
-    return torch.ones_like(like) if gamma is None else gamma.detach().double().cpu()
 
 
 def _rms(values: Tensor) -> Tensor:

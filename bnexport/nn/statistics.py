@@ -1,4 +1,4 @@
-"""What the BatchNorm layers of a network hold, channel by channel."""
+"""The numbers in BatchNorm layers, channel by channel, by the names of ``torch.nn`` or of the layer from scratch."""
 
 from __future__ import annotations
 
@@ -14,11 +14,88 @@ from bnexport.tensors import Array
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+
+#: Names of gamma, beta, the moving mean and the moving variance.
+TORCH = ("weight", "bias", "running_mean", "running_var")
+SCRATCH = ("gamma", "beta", "moving_mean", "moving_var")
+VOCABULARIES = (SCRATCH, TORCH)
+
+
+@dataclass(frozen=True)
+class NormView:
+    """A layer with moving statistics, whichever names its tensors (channels,) have.
+
+    Each access reads the layer anew, because moving a module to a device replaces its buffers. Writing into a tensor changes
+    the layer.
+
+    Attributes:
+        layer: The layer itself.
+        names: One of VOCABULARIES.
+    """
+
+    layer: nn.Module
+    names: tuple[str, str, str, str]
+
+    @classmethod
+    def of(cls, layer: nn.Module) -> NormView | None:
+        """Return the view of a layer; None if the layer has no moving statistics."""
+        for names in VOCABULARIES:
+            if hasattr(layer, "eps") and all(getattr(layer, name, None) is not None for name in names[2:]):
+                return cls(layer, names)
+        return None
+
+    @property
+    def gamma(self) -> Tensor | None:
+        """The learned scale, if there is one."""
+        return _read(self.layer, self.names[0])
+
+    @property
+    def beta(self) -> Tensor | None:
+        """The learned shift, if there is one."""
+        return _read(self.layer, self.names[1])
+
+    @property
+    def mean(self) -> Tensor:
+        """The moving mean."""
+        mean = _read(self.layer, self.names[2])
+        assert mean is not None
+        return mean
+
+    @property
+    def var(self) -> Tensor:
+        """The moving variance."""
+        var = _read(self.layer, self.names[3])
+        assert var is not None
+        return var
+
+    @property
+    def eps(self) -> float:
+        """The number added to the variance."""
+        eps: Any = self.layer.eps
+        return float(eps)
+
+    @property
+    def batches(self) -> Tensor | None:
+        """The counter of training batches that layers of torch have."""
+        return _read(self.layer, "num_batches_tracked")
+
+    @property
+    def statistics(self) -> list[Tensor]:
+        """The buffers that training changes: mean, variance and the counter if there is one."""
+        return [self.mean, self.var, *([] if self.batches is None else [self.batches])]
+
+
+def _read(layer: nn.Module, name: str) -> Tensor | None:
+    tensor: Tensor | None = getattr(layer, name, None)
+    return tensor
+
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
     Values = Tensor | Array
 
-#: Entry names of the layers that are understood: (gamma, beta, moving mean, moving variance).
-PARAMETER_NAMES = (("gamma", "beta", "moving_mean", "moving_var"), ("weight", "bias", "running_mean", "running_var"))
-_COLUMNS = ("gamma", "beta", "moving_mean", "moving_var", "scale")
+_COLUMNS = (*SCRATCH, "scale")
 #: eps where only a state dict is there, which does not hold it: the default of torch and of the chapter.
 DEFAULT_EPS = 1e-5
 #: A channel whose output varies less than this, relative to the layer's liveliest channel, carries no information.
@@ -101,7 +178,7 @@ def _groups(state: Mapping[str, Values]) -> Iterator[tuple[str, tuple[str, ...]]
     """Prefix and entry names of each layer that has moving statistics."""
     for key in state:
         prefix, dot, leaf = key.rpartition(".")
-        for names in PARAMETER_NAMES:
+        for names in VOCABULARIES:
             if leaf == names[2] and prefix + dot + names[3] in state:
                 yield prefix + dot, names
 

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from markupsafe import Markup
 
-from bnexport.reporting.runs import ReportedRun
-from bnexport.reporting.summary import number
+from bnexport.reporting.summary import ReportedRun, number
 from bnexport.tensors import Array
 from bnexport.verification.verdict import LayerDrift, VerificationReport
 
@@ -38,7 +37,7 @@ class Axis:
     high: int
 
     def at(self, values: Array | float) -> Array:
-        """Where values lie on it, from 0 to 1. NaN stays NaN."""
+        """Return the places of values on the axis, from 0 to 1. NaN stays NaN."""
         drawn = np.clip(np.asarray(values, dtype=np.float64), 10.0**self.low, 10.0**self.high)
         return (np.log10(drawn) - self.low) / (self.high - self.low)
 

@@ -12,17 +12,27 @@ import jinja2
 from bnexport.bundle import Bundle, Manifest
 from bnexport.folding.report import GONE, OUTCOMES, FoldReport
 from bnexport.reporting.charts import SHOWN_DRIFTS, SHOWN_MAPS, Samples, drifts, maps, strips
-from bnexport.reporting.flips import SHOWN_CONFUSIONS, SHOWN_FLIPS, class_name, confusions, flips, pictures
-from bnexport.reporting.runs import cell, columns, command_of, file_groups, flips_on_real_inputs, runs
 from bnexport.reporting.summary import (
+    SHOWN_CONFUSIONS,
+    SHOWN_FLIPS,
     Group,
+    cell,
     certified,
+    class_name,
+    columns,
+    command_of,
+    confusions,
+    file_groups,
     flipped,
+    flips,
+    flips_on_real_inputs,
     groups,
     module_name,
     number,
+    pictures,
     predicted_sentence,
     rate_bound,
+    runs,
     total_flips,
     word,
 )
@@ -193,7 +203,7 @@ def _headline(verification: VerificationReport) -> list[tuple[str, str, str, str
 
 
 def _stages(verification: VerificationReport) -> dict[str, str]:
-    """What each stage of this report asks, and why its bound is what it is."""
+    """Return each stage of this report with the reason for its bound."""
     found: dict[str, str] = {}
     for stage in dict.fromkeys(row.stage for row in verification.rows):
         tolerance = TOLERANCES.get(stage)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.console import Console
 
-from bnexport.auditing.report import AuditReport, AuditRow
+from bnexport.auditing.catalogue import AuditReport, AuditRow
 from bnexport.bundle import REPORT, Bundle
 from bnexport.evaluating.confusion import TOP_K, ClassScores, wilson_interval
 from bnexport.folding.report import FoldReport
@@ -42,7 +42,7 @@ _LISTED = 8
 
 @dataclass(frozen=True)
 class ExportResult:
-    """What a flow that writes a bundle did.
+    """The result of a flow that writes a bundle.
 
     Attributes:
         bundle: The bundle; None when the verdict is FAIL, in which case nothing was written.
@@ -58,7 +58,7 @@ class ExportResult:
 def print_export(
     fold: FoldReport, verification: VerificationReport, bundle: Bundle | None, *, as_json: bool = False
 ) -> None:
-    """What was folded, the verdict, and where the bundle is; a failed verdict says that nothing was written."""
+    """Print the fold report, the verdict and the bundle's path; after a failed verdict, that nothing was written."""
     if as_json:
         path = None if bundle is None else str(bundle.path)
         print_json({"bundle": path, "fold": fold.to_json(), "verification": verification.to_json()})
@@ -215,7 +215,7 @@ def _print_classes(classes: Sequence[ClassScores], console: Console) -> None:
 
 
 def print_recalibration(done: Recalibration, *, as_json: bool = False) -> None:
-    """How far the old statistics were, the accuracy before and after, and what was written."""
+    """Print the distance of the old statistics, the accuracy before and after, and the written file."""
     if as_json:
         print_json(done.to_json())
         return
@@ -284,7 +284,7 @@ def error_of(row: AuditRow) -> str:
 
 
 def explanation(row: AuditRow) -> str:
-    """What a reader wants to know beside the numbers; "" for a tool that is simply right."""
+    """Return the explanation of the numbers; "" for a tool that is right."""
     if row.verdict != "wrong":
         return row.reason
     channel = "" if row.channel is None else f", channel {row.channel}"

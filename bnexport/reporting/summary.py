@@ -1,14 +1,25 @@
-"""Verification rows gathered by stage and subject, and numbers as text: what the terminal and the page share."""
+"""Verification rows gathered by stage and subject, as one line per run, and as samples whose label changed; numbers as text.
+
+The terminal and the page share them. A run is a runtime in one setting.
+"""
 
 from __future__ import annotations
 
+import base64
+import io
 import math
-from collections.abc import Iterable
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
+from bnexport.runtimes.catalogue import RUNNERS
 from bnexport.runtimes.emulation import PRECISIONS
+from bnexport.runtimes.settings import CONV_SEARCHES, KERNEL_PRECISIONS, OPTIMISATIONS
+from bnexport.tensors import Array
 from bnexport.verification.inputs import REAL
-from bnexport.verification.verdict import Flips, Prediction, Row, VerificationReport
+from bnexport.verification.verdict import FlippedSample, Flips, Prediction, Row, VerificationReport, run_name
 
 #: Shown where there is no number.
 NOTHING = "-"
@@ -41,7 +52,7 @@ class Group:
 
     @property
     def devices(self) -> str:
-        """Where the candidates ran."""
+        """Return the devices of the candidates."""
         return ", ".join(dict.fromkeys(row.device for row in self.rows if row.device))
 
     @property
@@ -76,7 +87,7 @@ def groups(report: VerificationReport) -> tuple[Group, ...]:
 
 
 def predicted_sentence(item: Prediction) -> str:
-    """What a precision is predicted to do to this model: "TF32 is predicted to move outputs by 0.0011 of scale ..."."""
+    """Return the predicted effect of a precision on this model: "TF32 is predicted to move outputs by 0.0011 of scale ..."."""
     name = PRECISIONS[item.precision].words if item.precision in PRECISIONS else item.precision
     moves = f"{name} is predicted to move outputs by {number(item.error)} of scale"
     on = f" ({item.inputs})" if item.inputs else ""
@@ -145,3 +156,259 @@ def _pressure(row: Row) -> float:
     if row.error is None or row.bound is None:
         return math.inf if not row.passed else -1.0
     return row.error / row.bound if row.bound else (math.inf if row.error else 0.0)
+
+
+#: Stages that a run goes through -> heading of their column, in the order of the table. The others look at files.
+RUN_STAGES: dict[str, str] = {
+    "golden": "golden",
+    "strict": "strict",
+    "shipping": "as served",
+    "batch-size": "batch size",
+    "repeat": "repeat",
+    "accuracy-change": "accuracy",
+    "precision": "precision",
+}
+#: Stages whose error is that of the kernels, against the unfolded network.
+KERNEL_STAGES = ("strict", "shipping")
+#: Part of ``RunSettings.describe`` -> options of ``bnexport verify`` that ask for it.
+OPTIONS: dict[str, tuple[str, ...]] = {
+    "IO binding": ("--io-binding",),
+    **{name: ("--precision", name) for name in KERNEL_PRECISIONS},
+    **{f"optimisation {name}": ("--optimisation", name) for name in OPTIMISATIONS},
+    **{f"{name} search": ("--conv-search", name) for name in CONV_SEARCHES},
+}
+
+
+@dataclass(frozen=True)
+class ReportedRun:
+    """One runtime in one setting.
+
+    Attributes:
+        subject: The runtime's name.
+        settings: As in its rows; "" for strict float32 as users serve it.
+        stages: Stage -> what it says of this run; a stage without a row is not there.
+    """
+
+    subject: str
+    settings: str
+    stages: Mapping[str, Group]
+
+    @property
+    def name(self) -> str:
+        """As in the findings: "onnxruntime-cuda, tf32"."""
+        return run_name(self.subject, self.settings)
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """Every comparison of this run."""
+        return tuple(row for group in self.stages.values() for row in group.rows)
+
+    @property
+    def passed(self) -> bool:
+        """True when every comparison passed."""
+        return all(row.passed for row in self.rows)
+
+    @property
+    def kernels(self) -> Group | None:
+        """The stage that judges its kernels; None when it was not reached."""
+        return next((self.stages[name] for name in KERNEL_STAGES if name in self.stages), None)
+
+    @property
+    def first(self) -> Row | None:
+        """The comparison on the first batch that has a number: real inputs, where there are some."""
+        rows = self.kernels.rows if self.kernels else ()
+        return next((row for row in rows if row.error is not None), None)
+
+    @property
+    def detected(self) -> str:
+        """The precision that its error tells of; "" where nobody looked."""
+        return next((row.detected for row in self.rows if row.detected), "")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """The result of one stage for one run, as text.
+
+    Attributes:
+        passed: Whether every comparison did.
+        value: The error nearest to its bound, the precision found, or "".
+        note: "1.3 x predicted", or "".
+    """
+
+    passed: bool
+    value: str
+    note: str
+
+
+def runs(report: VerificationReport) -> tuple[ReportedRun, ...]:
+    """The lines of the table, in the order in which they were run."""
+    gathered: dict[tuple[str, str], dict[str, Group]] = {}
+    for group in groups(report):
+        if group.stage in RUN_STAGES:
+            row = group.rows[0]
+            gathered.setdefault((row.subject, row.settings), {})[group.stage] = group
+    return tuple(ReportedRun(subject, settings, stages) for (subject, settings), stages in gathered.items())
+
+
+def columns(lines: tuple[ReportedRun, ...]) -> dict[str, str]:
+    """Stage -> heading of those stages that at least one run has."""
+    return {stage: heading for stage, heading in RUN_STAGES.items() if any(stage in line.stages for line in lines)}
+
+
+def file_groups(report: VerificationReport) -> tuple[Group, ...]:
+    """Return the checks made without an engine: hashes, declarations, proofs, weights, the reference."""
+    return tuple(group for group in groups(report) if group.stage not in RUN_STAGES)
+
+
+def cell(group: Group) -> Cell:
+    """One stage of one run in two words."""
+    if group.stage == "precision":
+        return Cell(group.passed, next((row.detected for row in group.rows if row.detected), ""), "")
+    worst = group.worst
+    value = number(worst.error) if worst is not None and worst.error is not None else ""
+    ratio = group.ratio if group.stage in KERNEL_STAGES else None
+    return Cell(group.passed, value, "" if ratio is None else f"{number(ratio)} x predicted")
+
+
+def flips_on_real_inputs(run: ReportedRun) -> str:
+    """Labels that changed among the real inputs, "24 of 10000"; NOTHING where none were counted."""
+    rows = run.kernels.rows if run.kernels else ()
+    counted = [row for row in rows if row.flips is not None and row.case in REAL]
+    if not counted:
+        return NOTHING
+    changed = sum(row.flips.explained + row.flips.unexplained for row in counted if row.flips)
+    return f"{changed} of {sum(row.n for row in counted)}"
+
+
+def command_of(run: ReportedRun, verify: str, *, seed: int = 0) -> str:
+    """The command that does this run alone; "" for what no option asks for.
+
+    Args:
+        run: Its subject is looked up among the runtimes.
+        verify: The command that verifies the whole bundle: "bnexport verify BUNDLE".
+        seed: Of the synthetic inputs.
+    """
+    spec = next((spec for spec in RUNNERS if spec.name == run.subject), None)
+    if spec is None or not verify:
+        return ""
+    words: list[str] = ["--runtime", run.subject]
+    parts = [part for part in run.settings.split(", ") if part]
+    if len(spec.precisions) > 1 and not any(part in KERNEL_PRECISIONS for part in parts):
+        words += ["--precision", "float32"]
+    for part in parts:
+        words += OPTIONS.get(part, ())
+    if seed:
+        words += ["--seed", str(seed)]
+    return f"{verify} {shlex.join(words)}"
+
+
+#: Changed samples that the page shows, those that nothing explains first.
+SHOWN_FLIPS = 24
+#: Pairs of classes that the page lists, the most frequent first.
+SHOWN_CONFUSIONS = 12
+_SIZE = 56  # pixels on the page; twice as many in the file, for sharp screens
+_COLOURS = 64
+
+
+@dataclass(frozen=True)
+class Flip:
+    """One sample that got the same other class on one or more runs.
+
+    Attributes:
+        sample: As the run saw it on which it is hardest to explain.
+        runs: Where it happened: "runtime" or "runtime, settings".
+    """
+
+    sample: FlippedSample
+    runs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """The number of samples that changed from one class to another.
+
+    Attributes:
+        reference: The reference's class.
+        candidate: The class that they got.
+        samples: Different samples.
+        unexplained: Of these, samples whose margin does not explain it on some run.
+        runs: On how many runs.
+    """
+
+    reference: int
+    candidate: int
+    samples: int
+    unexplained: int
+    runs: int
+
+
+def flips(report: VerificationReport) -> list[Flip]:
+    """Changed samples: what nothing explains first, then the largest margin."""
+    gathered: dict[tuple[int, int, int], list[tuple[str, FlippedSample]]] = {}
+    for name, items in report.findings.flipped.items():
+        for item in items:
+            gathered.setdefault((item.index, item.reference, item.candidate), []).append((name, item))
+    found = [
+        Flip(min((item for _, item in cases), key=_rank), tuple(name for name, _ in cases))
+        for cases in gathered.values()
+    ]
+    return sorted(found, key=lambda flip: _rank(flip.sample))
+
+
+def pictures(report: VerificationReport, shown: Sequence[Flip]) -> dict[int, str]:
+    """Index -> data URI of the input of each sample that has a picture."""
+    indices = {flip.sample.index for flip in shown} & set(report.pictures)
+    return {index: uri for index in sorted(indices) if (uri := picture(report.pictures[index]))}
+
+
+def confusions(report: VerificationReport) -> list[Confusion]:
+    """Pairs of classes, the most frequent first."""
+    gathered: dict[tuple[int, int], list[tuple[str, FlippedSample]]] = {}
+    for name, items in report.findings.flipped.items():
+        for item in items:
+            gathered.setdefault((item.reference, item.candidate), []).append((name, item))
+    found = [
+        Confusion(
+            *pair,
+            samples=len({item.index for _, item in cases}),
+            unexplained=len({item.index for _, item in cases if not item.explained}),
+            runs=len({name for name, _ in cases}),
+        )
+        for pair, cases in gathered.items()
+    ]
+    return sorted(found, key=lambda row: (-row.samples, row.reference, row.candidate))
+
+
+def class_name(index: int | None, labels: Sequence[str] | None) -> str:
+    """A class as its label, its number where there are none, "-" for None."""
+    if index is None:
+        return "-"
+    return labels[index] if labels is not None and 0 <= index < len(labels) else str(index)
+
+
+def picture(array: Array) -> str:
+    """An input (channels, height, width) as a small PNG in a data URI, its values stretched to black and white; "" for none.
+
+    Three channels are shown in colour, of any other number the first.
+    """
+    from PIL import Image
+
+    if array.ndim != 3 or not array.size or not np.isfinite(array).all():
+        return ""
+    values = array.astype(np.float64)
+    low, high = float(values.min()), float(values.max())
+    grey = ((values - low) / ((high - low) or 1.0) * 255).round().astype(np.uint8)
+    image = Image.fromarray(np.moveaxis(grey, 0, -1) if len(grey) == 3 else grey[0])
+    if max(image.size) > 2 * _SIZE:
+        image.thumbnail((2 * _SIZE, 2 * _SIZE))
+        image = (
+            image.quantize(_COLOURS) if image.mode == "RGB" else image
+        )  # photographs take 5 times the room otherwise
+    content = io.BytesIO()
+    image.save(content, "PNG")
+    return "data:image/png;base64," + base64.b64encode(content.getvalue()).decode("ascii")
+
+
+def _rank(item: FlippedSample) -> tuple[bool, float, int]:
+    """Unexplained before explained, then by margin: the larger it is, the less the change was to be expected."""
+    return (item.explained, -item.margin, item.index)

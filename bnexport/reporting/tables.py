@@ -14,9 +14,19 @@ from rich.text import Text
 from bnexport.environment import describe
 from bnexport.files import forget_reader
 from bnexport.folding.report import GONE, OUTCOMES, FoldReport, FoldRow, Outcome
-from bnexport.reporting.flips import class_name, flips
-from bnexport.reporting.runs import KERNEL_STAGES, ReportedRun, file_groups, runs
-from bnexport.reporting.summary import NOTHING, certified, module_name, number, word
+from bnexport.reporting.summary import (
+    KERNEL_STAGES,
+    NOTHING,
+    ReportedRun,
+    certified,
+    class_name,
+    file_groups,
+    flips,
+    module_name,
+    number,
+    runs,
+    word,
+)
 from bnexport.verification.verdict import FaultResult, VerificationReport
 
 if TYPE_CHECKING:
@@ -51,7 +61,7 @@ def self_test_sentence(report: VerificationReport) -> str:
 
 @dataclass(frozen=True)
 class Tally:
-    """How many BatchNorm calls had one outcome by one rule.
+    """The number of BatchNorm calls with one outcome by one rule.
 
     Attributes:
         outcome: A key of OUTCOMES.
@@ -84,7 +94,7 @@ def verdict_of(report: FoldReport) -> str:
 
 
 def growth_of(report: FoldReport) -> str:
-    """How much larger the weights became, as a sentence; "" when they did not."""
+    """Return the growth of the weights as a sentence; "" if there is none."""
     if report.growth <= 1.005:
         return ""
     return f"the weights are {report.growth:.2f} times as large as before: shared ones had to be cloned"
@@ -99,7 +109,7 @@ def gain_of(row: FoldRow) -> str:
 
 
 def target_of(row: FoldRow) -> str:
-    """Where a BatchNorm's numbers are now, and by which rule: 'conv1 (conv <- batch norm)'."""
+    """Return the layer that holds a BatchNorm's numbers now, and the rule: 'conv1 (conv <- batch norm)'."""
     return f"{row.into} ({row.rule})" if row.into and row.rule else row.into or row.rule
 
 
@@ -141,7 +151,7 @@ def make_console(stderr: bool = False) -> Console:
 
 
 def print_fold_report(report: FoldReport, console: Console) -> None:
-    """What became of each BatchNorm call. Warnings come first; of many calls those that are gone are only counted."""
+    """Print the outcome of each BatchNorm call. Warnings come first; of many calls, removed ones are counted only."""
     for warning in report.warnings:
         console.print(literal(f"WARNING: {warning}", console, style=STYLES["FAIL"]))
     rows = list(report.rows)
@@ -211,7 +221,7 @@ def print_verification(report: VerificationReport, console: Console, *, labels: 
 
 
 def _print_files(report: VerificationReport, console: Console) -> None:
-    """What was checked without an engine, and what no run has gone through."""
+    """Print the checks made without an engine, and the checks that no run reached."""
     gathered = file_groups(report)
     if not gathered:
         return
@@ -276,7 +286,7 @@ def _stage_cell(run: ReportedRun, stages: Sequence[str]) -> str:
 
 
 def _bounds(lines: Sequence[ReportedRun]) -> str:
-    """What passes, by stage: "; bound: strict 1e-05, shipping 0.02 to 0.028"."""
+    """Return the bounds by stage: "; bound: strict 1e-05, shipping 0.02 to 0.028"."""
     told = []
     for stage in KERNEL_STAGES:
         rows = [row for run in lines if stage in run.stages for row in run.stages[stage].rows]

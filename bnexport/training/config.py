@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from bnexport.data.catalogue import DATASETS, FOLDER, is_dataset
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import UsageError
 from bnexport.nn.lenet import NORMS
+from bnexport.request_fields import option
 
 DEVICES = ("auto", "cpu", "cuda")
 OPTIMIZERS = ("sgd", "adamw")
@@ -30,54 +31,54 @@ _FREE = ("device", "cuda_graph")
 class TrainingConfig:
     """The recipe; the defaults are those of "Dive into Deep Learning", section 8.5.
 
+    Each field is an option of ``bnexport train`` too (``cli/options.py``); its help is the field's description.
+
     Attributes:
         dataset: A row of ``data.catalogue.DATASETS``, or ``folder:PATH``.
-        model: ``bn_lenet``, ``torchvision:NAME``, ``timm:NAME`` or ``file.py:factory``.
-        model_options: Named arguments of the network's constructor.
-        input: Shape of an image as the network takes it, ``"3x64x64"``; "" is that of DATASETS, 1x28x28.
-        mean: Subtracted from pixels of 0 to 1, one value per channel; () is 0.
-        std: Divided by, likewise; () is 1.
-        norm: One of ``nn.lenet.NORMS``; of bn_lenet.
-        epochs: Passes over the training set.
-        lr: Learning rate; with a schedule its largest value.
-        batch_size: Images per step, of all processes together; the last, partial batch is kept.
-        optimizer: One of OPTIMIZERS.
-        momentum: Of SGD.
-        weight_decay: L2 penalty of SGD; decoupled in AdamW (Loshchilov and Hutter, 2019). Not on biases, gamma and beta.
-        schedule: One of SCHEDULES; "cosine" falls to 0 at the end (Loshchilov and Hutter, 2017).
-        warmup_epochs: Over which the learning rate grows linearly from 0 first.
-        label_smoothing: Share of the target that goes to all classes alike (Szegedy et al., 2016).
-        amp: One of AMP.
-        sync_batch_norm: Whether BatchNorm takes its statistics over all processes.
-        device: One of DEVICES; "auto" is the first CUDA device if there is one.
-        seed: Of the initial weights, the order of the images, and dropout.
-        recalibrate: Whether to re-estimate the moving statistics over the training set at the end.
-        cuda_graph: Record the step as a CUDA graph (True), or take every step plainly (False). None records bn_lenet and
-            the networks of torchvision and timm.
+        input: "" is the shape of the images of DATASETS, 1x28x28.
+        mean: () is 0.
+        std: () is 1.
+        batch_size: The last, partial batch is kept.
+        weight_decay: L2 penalty of SGD; decoupled in AdamW (Loshchilov and Hutter, 2019).
+        schedule: "cosine" falls to 0 at the end (Loshchilov and Hutter, 2017).
+        warmup_epochs: Epochs over which the learning rate grows linearly from 0 first.
+        label_smoothing: Share of the target that is spread over all classes (Szegedy et al., 2016).
+        cuda_graph: None records bn_lenet and the networks of torchvision and timm.
     """
 
-    dataset: str = "fashion-mnist"
-    model: str = LENET
-    model_options: Mapping[str, bool | int | float | str] = field(default_factory=dict)
-    input: str = ""
-    mean: tuple[float, ...] = ()
-    std: tuple[float, ...] = ()
-    norm: str = "torch"
-    epochs: int = 10
-    lr: float = 1.0
-    batch_size: int = 256
-    optimizer: str = "sgd"
-    momentum: float = 0.0
-    weight_decay: float = 0.0
-    schedule: str = "constant"
-    warmup_epochs: float = 0.0
-    label_smoothing: float = 0.0
-    amp: str = "off"
-    sync_batch_norm: bool = False
-    device: str = "auto"
-    seed: int = 0
-    recalibrate: bool = True
-    cuda_graph: bool | None = None
+    dataset: str = option("What to train on; a folder has train/CLASS/*.png and val/CLASS/*.png.", "fashion-mnist")
+    model: str = option(
+        "bn_lenet, torchvision:NAME, timm:NAME, or file.py:factory of your own.", LENET, metavar="SOURCE"
+    )
+    model_options: Mapping[str, bool | int | float | str] = option(
+        "Of the model's constructor.", dict, flag="--model-option", metavar="KEY=VALUE"
+    )
+    input: str = option("Shape of an image for the model.", "", metavar="CxHxW", show_default="the images' own")
+    mean: tuple[float, ...] = option(
+        "Subtracted from pixels of 0 to 1, per channel.", (), metavar="M,M,M", show_default="0"
+    )
+    std: tuple[float, ...] = option("Divided by, per channel.", (), metavar="S,S,S", show_default="1")
+    norm: str = option("Kind of BatchNorm of bn_lenet.", "torch", choices=NORMS)
+    epochs: int = option("Passes over the training set.", 10)
+    lr: float = option("Learning rate; the largest of a schedule.", 1.0)
+    batch_size: int = option("Images per step, of all processes together.", 256)
+    optimizer: str = option("How weights move.", "sgd", choices=OPTIMIZERS)
+    momentum: float = option("Of SGD.", 0.0)
+    weight_decay: float = option("Not on biases, gamma and beta.", 0.0)
+    schedule: str = option("Of the learning rate.", "constant", choices=SCHEDULES)
+    warmup_epochs: float = option("The learning rate grows first.", 0.0)
+    label_smoothing: float = option("Share of every class alike.", 0.0)
+    amp: str = option("Automatic mixed precision.", "off", choices=AMP)
+    cuda_graph: bool | None = option(
+        "Record the training step as a CUDA graph on a GPU, or take every step plainly. "
+        "A network whose Python code changes something in a step is not recorded, and a note says so.",
+        None,
+        show_default="records bn_lenet and the networks of torchvision and timm",
+    )
+    sync_batch_norm: bool = option("Statistics over all processes (torchrun).", False)
+    device: str = option("auto takes a GPU if there is one.", "auto", choices=DEVICES)
+    seed: int = option("Of the weights, the order of the images, and dropout.", 0)
+    recalibrate: bool = option("Re-estimate the moving statistics over the training set at the end.", True)
 
     def __post_init__(self) -> None:
         self._convert_numbers()
@@ -105,16 +106,12 @@ class TrainingConfig:
                 object.__setattr__(self, item.name, tuple(_number(item.name, one, "float") for one in value))
 
     def _check_choices(self) -> None:
-        for name, value, choices in (
-            ("dataset", self.dataset, (*DATASETS, f"{FOLDER}PATH")),
-            ("norm", self.norm, NORMS),
-            ("optimizer", self.optimizer, OPTIMIZERS),
-            ("schedule", self.schedule, SCHEDULES),
-            ("amp", self.amp, AMP),
-            ("device", self.device, DEVICES),
-        ):
-            if value not in choices and not (name == "dataset" and is_dataset(value)):
-                raise UsageError(f"the {name} {value!r} is unknown", remedy=f"Choose one of {', '.join(choices)}")
+        choices = {item.name: item.metadata["choices"] for item in fields(self) if "choices" in item.metadata}
+        if not is_dataset(self.dataset):
+            choices["dataset"] = (*DATASETS, f"{FOLDER}PATH")
+        for name, known in choices.items():
+            if (value := getattr(self, name)) not in known:
+                raise UsageError(f"the {name} {value!r} is unknown", remedy=f"Choose one of {', '.join(known)}")
 
     def _check_numbers(self) -> None:
         for name, number in (("epochs", self.epochs), ("batch_size", self.batch_size)):
@@ -137,7 +134,7 @@ class TrainingConfig:
             raise UsageError(f"the seed is {self.seed}", remedy="Give a number from 0 to 2**63 - 1")
 
     def preprocessing(self) -> Preprocessing:
-        """How an image becomes an input.
+        """Return the preprocessing of images.
 
         Raises:
             UsageError: ``input``, ``mean`` or ``std`` can't be understood, or do not fit each other.

@@ -86,7 +86,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """What an optimiser remembers (momentum, moments, counts of steps): ``"<parameter's number>.<name>"`` -> tensor."""
+    """Return an optimiser's state (momentum, moments, counts of steps): ``"<parameter's number>.<name>"`` -> tensor."""
     state: Mapping[int, Mapping[str, Any]] = optimizer.state_dict()["state"]
     return {
         f"{number}.{name}": value if isinstance(value, Tensor) else torch.tensor(float(value))

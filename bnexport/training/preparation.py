@@ -1,31 +1,101 @@
-"""What a run needs before its first epoch: data set, network, optimiser; and what its weights depend on."""
+"""Everything that a run needs before its first epoch: data set, network with its initial weights, optimiser."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bnexport.data.datasets import Dataset, load_dataset
 from bnexport.data.prepare import prepared
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.environment import cpu_name
-from bnexport.errors import ModelError, RuntimeUnavailable, UsageError
-from bnexport.nn.batch_norm import BatchNorm
+from bnexport.errors import BnexportError, ModelError, RuntimeUnavailable, UsageError
+from bnexport.loading.sources import KNOWN, build_known
+from bnexport.loading.user_code import call_factory
+from bnexport.loading.zoo import zoo_of
+from bnexport.nn.batch_norm import BATCH_NORMS
 from bnexport.nn.synced_batch_norm import synchronised
 from bnexport.optional import one_line
-from bnexport.training.config import TrainingConfig
+from bnexport.reproducibility import seeded
+from bnexport.training.config import LENET, TrainingConfig
 from bnexport.training.directory import CHECKPOINT, Saved
-from bnexport.training.networks import build_network, leaves_parameters_unused
 from bnexport.training.optimisers import make_optimizer, restore_optimizer
 from bnexport.training.processes import World
 from bnexport.training.progress import Progress
 from bnexport.training.samples import Samples, make_samples
 from bnexport.training.step import Step
+
+_LENET_SIDE = 28
+
+
+def network_facts(config: TrainingConfig, classes: int, preprocessing: Preprocessing) -> dict[str, Any]:
+    """Return the facts to build the network again, as a checkpoint states them: ``{"source": ..., "options": {...}}``."""
+    options: dict[str, Any] = dict(config.model_options)
+    if config.model == LENET:
+        options = {"norm": config.norm, "in_channels": preprocessing.channels, "num_classes": classes}
+    elif zoo_of(config.model) is not None:
+        options.setdefault("num_classes", classes)
+    return {"source": config.model, "options": options}
+
+
+def build_network(config: TrainingConfig, classes: int, preprocessing: Preprocessing) -> nn.Module:
+    """Build the network, with weights drawn from the configuration's seed; the caller's random state is left alone.
+
+    Raises:
+        ModelError: It can't be built, does not take such images, or gives another number of scores.
+        MissingDependency: The package that defines it is not installed.
+    """
+    facts = network_facts(config, classes, preprocessing)
+    with seeded(config.seed):
+        if facts["source"] in KNOWN or zoo_of(facts["source"]) is not None:
+            network = build_known(facts)
+        else:
+            network = call_factory(facts["source"], facts["options"])
+        _check_scores(network, facts, classes, preprocessing)
+    return network.train()
+
+
+def leaves_parameters_unused(network: nn.Module, preprocessing: Preprocessing) -> bool:
+    """Return whether a step leaves a parameter without gradient, as in a head that is switched off; tries a copy."""
+    twin = copy.deepcopy(network).train()
+    with seeded(0), torch.enable_grad():
+        scores = twin(torch.rand(2, preprocessing.channels, preprocessing.height, preprocessing.width))
+        if not isinstance(scores, Tensor):  # the first step will say what is wrong
+            return False
+        torch.autograd.backward(scores.sum())
+    return any(parameter.requires_grad and parameter.grad is None for parameter in twin.parameters())
+
+
+def _check_scores(network: nn.Module, facts: Mapping[str, Any], classes: int, preprocessing: Preprocessing) -> None:
+    """Try the network on two grey images, in eval mode, so that nothing in it changes."""
+    shape = (preprocessing.channels, preprocessing.height, preprocessing.width)
+    text, source = "x".join(map(str, shape)), facts["source"]
+    remedy = "Give the shape that it takes with --input, as 3x64x64, and its own options with --model-option"
+    if source == LENET and shape[1:] != (_LENET_SIDE, _LENET_SIDE):
+        raise ModelError(f"bn_lenet takes images of 28x28, not {text}", remedy="Pass --input 1x28x28 or 3x28x28")
+    try:
+        with torch.no_grad():
+            scores = network.eval()(torch.full((2, *shape), 0.5))
+    except BnexportError:
+        raise
+    except Exception as error:
+        raise ModelError(f"{source} does not take images of {text}: {one_line(error)}", remedy=remedy) from error
+    if not isinstance(scores, Tensor) or scores.dim() != 2 or len(scores) != 2:
+        raise ModelError(
+            f"{source} gives no table of scores (images, classes)", remedy="Train a classifier that returns its logits"
+        )
+    if scores.shape[1] != classes:
+        raise ModelError(
+            f"{source} gives {scores.shape[1]} scores per image, the data set has {classes} classes",
+            remedy="Pass the number of classes to it: --model-option num_classes="
+            f"{classes}, or whatever its constructor calls it",
+        )
 
 
 @dataclass(frozen=True)
@@ -144,7 +214,7 @@ def check_last_batch(config: TrainingConfig, model: nn.Module, count: int, world
     Raises:
         UsageError: A process would be left with too small a part of a batch.
     """
-    if not any(isinstance(module, BatchNorm | nn.modules.batchnorm._BatchNorm) for module in model.modules()):
+    if not any(isinstance(module, BATCH_NORMS) for module in model.modules()):
         return
     together = config.sync_batch_norm and world.size > 1
     least = 2 if not together else 1  # over all processes a part may be a single image, but not none
@@ -165,7 +235,7 @@ def check_last_batch(config: TrainingConfig, model: nn.Module, count: int, world
 
 @dataclass(frozen=True)
 class MadeBy:
-    """What a run's weights depend on, to the last bit, beside its recipe.
+    """Everything besides the recipe that a run's weights depend on, to the last bit.
 
     Attributes:
         device: "cpu", or the GPU's name.
@@ -200,7 +270,7 @@ class MadeBy:
 
 
 def made_by(world: World) -> MadeBy:
-    """What this run's weights depend on."""
+    """Return everything that this run's weights depend on."""
     cpu = world.device.type == "cpu"
     device = "cpu" if cpu else torch.cuda.get_device_name(world.device)
     return MadeBy(device, cpu_name(), world.size, torch.get_num_threads() if cpu else 0, torch.__version__)

@@ -1,6 +1,10 @@
-"""Several processes that train one network: who they are, what each takes, and what happens when one is lost.
+"""Several processes that train one network: their ranks, the share of each, and the loss of a process.
 
-Started by torchrun, which sets the environment variables that are read here (torch documentation, "torchrun").
+torchrun starts them and sets the environment variables that are read here (torch documentation, "torchrun").
+
+NCCL does not notice a lost process: its kernels wait until the time-out, and then its watchdog aborts this process (SIGABRT).
+Gloo's connections are closed at once when a process ends. So next to NCCL the processes form a ring of gloo connections: each
+process listens to the next in a thread, and sends a word to the one before when it leaves.
 """
 
 from __future__ import annotations
@@ -9,6 +13,8 @@ import atexit
 import contextlib
 import datetime
 import os
+import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -21,7 +27,64 @@ from torch import distributed as dist
 from bnexport import interrupts
 from bnexport.errors import BnexportError, RuntimeUnavailable, UsageError
 from bnexport.optional import one_line
-from bnexport.training.peers import lost, watched
+
+_DONE, _FAILED = 0, 1
+#: Seconds in which a process ends by itself after the next one has left with an error, because the error is its own too.
+_GRACE = 10.0
+_FOREVER = datetime.timedelta(days=365)
+#: Exit code of a training whose processes were lost, as of every ``Unavailable``.
+_UNAVAILABLE = 3
+
+
+def lost(reason: str) -> RuntimeUnavailable:
+    """Return the error of a training that has lost a process."""
+    return RuntimeUnavailable(
+        f"another process of this training is gone: {reason}",
+        remedy="The last whole epoch is kept: start again with --resume, with any number of processes",
+    )
+
+
+@contextlib.contextmanager
+def watched(rank: int, size: int) -> Iterator[None]:
+    """End this process with exit code 3 when another process is lost inside of the block.
+
+    The main thread may be in a kernel that never ends, so the process ends without it. Files are whole or absent at any
+    moment.
+
+    Args:
+        rank: This process's number.
+        size: Number of processes; all of them enter the block together.
+    """
+    group: Any = dist.new_group(backend="gloo", timeout=_FOREVER)
+    over = threading.Event()
+    listener = threading.Thread(target=_listen, args=((rank + 1) % size, group, over), daemon=True)
+    listener.start()
+    word = _FAILED
+    try:
+        yield
+        word = _DONE
+    finally:
+        over.set()
+        with contextlib.suppress(RuntimeError):  # the process before is gone already
+            dist.send(torch.tensor([word]), dst=(rank - 1) % size, group=group)
+        listener.join(None if word == _DONE else 1.0)
+
+
+def _listen(peer: int, group: Any, over: threading.Event) -> None:
+    word = torch.tensor([_FAILED])
+    try:
+        dist.recv(word, src=peer, group=group)
+        if word.item() == _DONE or over.wait(_GRACE):
+            return
+        reason = f"process {peer} left with an error"
+    except RuntimeError as error:
+        if over.is_set():
+            return
+        reason = one_line(error)
+    found = lost(reason)
+    print(f"Error: {found.message}.\n{found.remedy}.", file=sys.stderr)
+    interrupts.exit_at_once(_UNAVAILABLE)
+
 
 T = TypeVar("T")
 
@@ -49,7 +112,7 @@ class World:
 
     @property
     def leads(self) -> bool:
-        """Whether this is the process that writes and prints."""
+        """True in the process that writes and prints."""
         return self.rank == 0
 
     def share(self, batch: Tensor) -> Tensor:
@@ -77,7 +140,7 @@ class World:
             self.wait()
 
     def told_by_leader(self, find: Callable[[], T]) -> T:
-        """What the leading process finds, for all; an error of bnexport there is raised by all.
+        """Return the leading process's result in all; an error of bnexport there is raised by all.
 
         Args:
             find: Called by the leading process alone; its result must be picklable.
@@ -104,7 +167,7 @@ class World:
                 dist.broadcast(buffer, src=0)
 
     def all_do(self, act: Callable[[], T]) -> T:
-        """What each process finds by itself; an error of bnexport in one is raised by all, so that the first one tells it."""
+        """Return each process's own result; an error of bnexport in one is raised by all, so that the first reports it."""
         if self.size == 1:
             return act()
         found: list[T] = []
@@ -123,7 +186,7 @@ class World:
         return found[0]
 
     def leader_first(self, act: Callable[[], T]) -> T:
-        """What each process finds, the leading one before the others: it may leave files that they then read."""
+        """Return each process's own result, the leading one's first: it may write files that the others read."""
         found: list[T] = []
         self.told_by_leader(lambda: found.append(act()))
         return found[0] if self.leads else act()

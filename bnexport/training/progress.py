@@ -1,10 +1,14 @@
-"""What a training run tells while it runs, and the numbers of an epoch."""
+"""Listeners of a training run, the numbers of an epoch, and event files for TensorBoard (extra ``tensorboard``)."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+from bnexport.files import output_errors
+from bnexport.optional import require
 from bnexport.training.config import TrainingConfig
 
 
@@ -61,42 +65,62 @@ class Progress:
 
 
 class Both(Progress):
-    """Two listeners as one."""
+    """Several listeners as one: each method calls that of all, in order."""
 
     def __init__(self, *listeners: Progress) -> None:
-        self._listeners = listeners
+        for name in (name for name in vars(Progress) if name.startswith("on_")):
+            setattr(self, name, _calling([getattr(listener, name) for listener in listeners]))
 
-    def on_download(self, file: str, done: int, total: int | None) -> None:
-        """Tell all."""
-        for listener in self._listeners:
-            listener.on_download(file, done, total)
 
-    def on_start(self, config: TrainingConfig, device: str, origin: str, first_epoch: int) -> None:
-        """Tell all."""
-        for listener in self._listeners:
-            listener.on_start(config, device, origin, first_epoch)
+def _calling(methods: list[Callable[..., None]]) -> Callable[..., None]:
+    def call(*args: Any) -> None:
+        for method in methods:
+            method(*args)
 
-    def on_files(self, done: int, total: int) -> None:
-        """Tell all."""
-        for listener in self._listeners:
-            listener.on_files(done, total)
+    return call
 
-    def on_note(self, text: str) -> None:
-        """Tell all."""
-        for listener in self._listeners:
-            listener.on_note(text)
 
-    def on_batch(self, done: int, total: int) -> None:
-        """Tell all."""
-        for listener in self._listeners:
-            listener.on_batch(done, total)
+#: Name in TensorBoard -> field of EpochMetrics. Both losses share one chart, both accuracies another.
+_SCALARS = {
+    "loss/train": "train_loss",
+    "loss/test": "test_loss",
+    "accuracy/train": "train_accuracy",
+    "accuracy/test": "test_accuracy",
+    "learning_rate": "learning_rate",
+    "examples_per_s": "examples_per_s",
+}
+
+
+class EventFiles(Progress):
+    """Listener that writes each epoch's numbers."""
+
+    def __init__(self, folder: Path) -> None:
+        """Find the package; the folder is written from ``on_start`` on, so that a refused run leaves none behind.
+
+        Raises:
+            MissingDependency: tensorboard is not installed.
+        """
+        require("tensorboard", purpose="--tensorboard")
+        self._make = require("torch.utils.tensorboard", purpose="--tensorboard").SummaryWriter
+        self._folder = folder
+        self._writer: Any = None
+
+    def on_start(self, config: TrainingConfig, device: str, origin: str, first_epoch: int) -> None:  # noqa: ARG002
+        """Open a file.
+
+        Raises:
+            OutputError: The folder can't be written.
+        """
+        with output_errors(self._folder):
+            self._writer = self._make(str(self._folder))
 
     def on_epoch(self, metrics: EpochMetrics) -> None:
-        """Tell all."""
-        for listener in self._listeners:
-            listener.on_epoch(metrics)
+        """Write the epoch's numbers; they are on disk afterwards."""
+        for name, attribute in _SCALARS.items():
+            self._writer.add_scalar(name, getattr(metrics, attribute), metrics.epoch)
+        self._writer.flush()
 
     def on_end(self) -> None:
-        """Tell all."""
-        for listener in self._listeners:
-            listener.on_end()
+        """Close the file."""
+        if self._writer is not None:
+            self._writer.close()

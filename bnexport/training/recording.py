@@ -245,7 +245,7 @@ def _changed(before: dict[str, Any], after: dict[str, Any]) -> str | None:
 
 
 class _Kept:
-    """What a step changes, kept in the host's memory until the recording is made."""
+    """Everything that a step changes, kept in the host's memory until the recording is made."""
 
     def __init__(self, step: Step, sums: Sums) -> None:
         self._step = step

@@ -5,26 +5,68 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor, nn
+
 from bnexport.errors import Diverged, UsageError
 from bnexport.loading.checkpoint import Checkpoint
+from bnexport.nn.batch_norm import BatchNorm
 from bnexport.nn.moving_statistics import norm_layers, recalibrate
 from bnexport.nn.stale_statistics import staleness
 from bnexport.reproducibility import seeded
 from bnexport.training.config import TrainingConfig
-from bnexport.training.cpu_kernels import pooling_by_products
 from bnexport.training.directory import RunDirectory, Saved
 from bnexport.training.loop import Epochs, Outcome, batches_of, epoch_order, epoch_seed, evaluate
-from bnexport.training.networks import network_facts
 from bnexport.training.optimisers import learning_rate, optimizer_tensors, set_learning_rate
-from bnexport.training.preparation import Prepared, made_by, prepare
+from bnexport.training.preparation import Prepared, made_by, network_facts, prepare
 from bnexport.training.processes import World, open_world
 from bnexport.training.progress import EpochMetrics, Progress
 from bnexport.training.recording import obstacle, recorded_by_default
-from bnexport.training.result import TrainingResult, first_batch_norm
+from bnexport.training.step import pooling_by_products
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """The result of a training run.
+
+    Attributes:
+        config: The recipe.
+        device: Where it ran: "cpu" or "cuda".
+        origin: Where the data came from, in words.
+        history: One row per epoch (``EpochMetrics.to_json``).
+        test_accuracy: With the plain moving statistics, 0 to 1.
+        recalibrated_accuracy: With the re-estimated ones; None when there are none.
+        gamma: Of the first BatchNorm; None when the network has none.
+        beta: Likewise.
+        out: The run directory.
+        checkpoint: The last whole epoch.
+        model: The result.
+    """
+
+    config: TrainingConfig
+    device: str
+    origin: str
+    history: tuple[dict[str, Any], ...]
+    test_accuracy: float
+    recalibrated_accuracy: float | None
+    gamma: tuple[float, ...] | None
+    beta: tuple[float, ...] | None
+    out: Path
+    checkpoint: Path
+    model: Path
+
+
+def first_batch_norm(model: nn.Module) -> tuple[Tensor, Tensor] | None:
+    """Gamma and beta (channels,) of the first BatchNorm, on the CPU; None when there is none."""
+    for module in model.modules():
+        if isinstance(module, BatchNorm):
+            return module.gamma.detach().cpu(), module.beta.detach().cpu()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.affine:
+            return module.weight.detach().cpu(), module.bias.detach().cpu()
+    return None
 
 
 def train(

@@ -17,7 +17,7 @@ import numpy as np
 
 from bnexport.bundle import MODEL_ONNX
 from bnexport.errors import BnexportError
-from bnexport.nn.statistics import DEFAULT_EPS, PARAMETER_NAMES
+from bnexport.nn.statistics import DEFAULT_EPS, NormView
 from bnexport.tensors import Array
 from bnexport.verification.fault_copy import Copy, FaultTarget, NotTried, folded_weights
 
@@ -95,10 +95,8 @@ def norms_of(network: nn.Module) -> list[Norm]:
     """Every layer with moving statistics, in order."""
     found = []
     for path, module in network.named_modules():
-        for names in PARAMETER_NAMES:
-            gamma, beta, mean, var = (getattr(module, name, None) for name in names)
-            if mean is not None and var is not None and hasattr(module, "eps"):
-                found.append(Norm(path, module, gamma, beta, mean, var))
+        if (view := NormView.of(module)) is not None:
+            found.append(Norm(path, module, view.gamma, view.beta, view.mean, view.var))
     return found
 
 

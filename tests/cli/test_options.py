@@ -14,8 +14,7 @@ from bnexport.data.datasets import DATASETS
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import DataError, UsageError
 from bnexport.exporting.formats import FORMATS
-from bnexport.exporting.onnx_graph import OnnxTarget
-from bnexport.exporting.request import ExportRequest
+from bnexport.exporting.request import ExportRequest, OnnxTarget
 
 
 def options(*arguments: str) -> dict[str, Any]:

@@ -41,6 +41,7 @@ GROUND = (
     "files",
     "interrupts",
     "optional",
+    "request_fields",
     "errors",
 )
 #: The door and ``python -m`` may import anything; the door's lazy imports would make every unit depend on every other.

@@ -16,8 +16,7 @@ from torch import nn
 import bnexport
 from bnexport.bundle import GOLDEN, MANIFEST, MODEL_EXPORTED, MODEL_ONNX, MODEL_TORCHSCRIPT, REPORT, WEIGHTS
 from bnexport.errors import ExportError, ModelError, OutputError, RefusedModel, UsageError
-from bnexport.exporting.onnx_graph import OnnxTarget
-from bnexport.exporting.request import ExportRequest
+from bnexport.exporting.request import ExportRequest, OnnxTarget
 from bnexport.loading.sources import load_source
 from bnexport.verification.verdict import Row, VerificationReport
 

@@ -13,9 +13,9 @@ import bnexport
 from bnexport.bundle import STORED_PRECISIONS
 from bnexport.errors import ExportError, UsageError
 from bnexport.exporting.half import PRECISIONS, in_precision
-from bnexport.exporting.onnx_graph import OnnxTarget, export_onnx
+from bnexport.exporting.onnx_graph import export_onnx
 from bnexport.exporting.prepare import signature_of
-from bnexport.exporting.request import ExportRequest
+from bnexport.exporting.request import ExportRequest, OnnxTarget
 from bnexport.exporting.torchscript import export_torchscript
 from bnexport.runtimes.float64 import Float64Evaluator
 

@@ -229,7 +229,7 @@ def test_population_reads_old_statistics_nowhere():
     X = images(12)
     network = mixed_lenet()
     for layer in norm_layers(network).values():
-        layer.running_mean.fill_(5.0), layer.running_var.fill_(1e-3)
+        layer.mean.fill_(5.0), layer.var.fill_(1e-3)
     recalibrate_by_layer(network, lambda: [X])
     found = {name: value.double() for name, value in network.state_dict().items() if "running" in name}
     assert furthest(found, by_layer(X, 12)) == 0.0

@@ -13,6 +13,7 @@ from bnexport.nn.batch_norm import BatchNorm
 from bnexport.nn.lenet import bn_lenet
 from bnexport.nn.moving_statistics import norm_layers, recalibrate
 from bnexport.nn.stale_statistics import STALE_ABOVE, LayerStaleness, StalenessReport, compare, staleness
+from bnexport.nn.statistics import NormView
 
 
 def values(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -22,7 +23,9 @@ def values(*shape: int, seed: int = 0) -> torch.Tensor:
 def row(layer: nn.Module, mean: list[float], var: list[float]) -> LayerStaleness:
     """The layer's own statistics against exact ones."""
     moving = (layer.running_mean, layer.running_var)
-    return compare("bn", layer, moving=moving, exact=(torch.tensor(mean), torch.tensor(var)))
+    view = NormView.of(layer)
+    assert view is not None
+    return compare("bn", view, moving=moving, exact=(torch.tensor(mean), torch.tensor(var)))
 
 
 def norm(mean: list[float], var: list[float], *, gamma: list[float], eps: float = 1e-5) -> nn.Module:
@@ -116,7 +119,7 @@ def test_statistics_of_earlier_weights_are_stale() -> None:
     network, X = bn_lenet().train(), torch.rand(64, 1, 28, 28)
     recalibrate(network, [X])
     with torch.no_grad():
-        network.conv1.bias.add_(3 * norm_layers(network)["bn1"].running_var.sqrt())
+        network.conv1.bias.add_(3 * norm_layers(network)["bn1"].var.sqrt())
     report = staleness(network, [X])
     assert report.worst is not None
     assert report.worst.name == "bn1"

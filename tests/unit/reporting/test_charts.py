@@ -20,7 +20,7 @@ from bnexport.reporting.charts import (
     margins,
     strips,
 )
-from bnexport.reporting.runs import runs
+from bnexport.reporting.summary import runs
 from bnexport.verification.verdict import LayerDrift, VerificationReport
 
 ODD = [np.array([]), np.zeros(3), np.array([np.nan, np.inf, 1e-6]), np.full(4, 1e300), np.array([1e-320])]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bnexport.reporting.flips import Confusion, class_name, confusions, flips, picture, pictures
+from bnexport.reporting.summary import Confusion, class_name, confusions, flips, picture, pictures
 from bnexport.verification.verdict import Findings, FlippedSample, VerificationReport
 
 

@@ -8,7 +8,7 @@ import pytest
 from support.reports import full_report, run_rows
 
 from bnexport.cli.main import cli
-from bnexport.reporting.runs import (
+from bnexport.reporting.summary import (
     OPTIONS,
     RUN_STAGES,
     cell,
@@ -16,9 +16,9 @@ from bnexport.reporting.runs import (
     command_of,
     file_groups,
     flips_on_real_inputs,
+    groups,
     runs,
 )
-from bnexport.reporting.summary import groups
 from bnexport.runtimes.catalogue import RUNNERS
 from bnexport.runtimes.settings import CONV_SEARCHES, KERNEL_PRECISIONS, OPTIMISATIONS, RunSettings
 from bnexport.verification.verdict import Flips, Row, VerificationReport

@@ -10,17 +10,16 @@ from pathlib import Path
 import torch
 from torch import distributed as dist
 
-from bnexport.training import peers
-from bnexport.training.processes import end_process
+from bnexport.training import processes
 
 
 def main(way: str, folder: Path) -> None:
     dist.init_process_group("gloo")
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if way == "one fails":
-        peers._GRACE = 1.0
+        processes._GRACE = 1.0
     try:
-        with peers.watched(rank, size):
+        with processes.watched(rank, size):
             (folder / str(rank)).touch()
             if way == "all fail" or (way == "one fails" and rank == 1):
                 raise KeyError("an error of its own")
@@ -28,8 +27,8 @@ def main(way: str, folder: Path) -> None:
                 time.sleep(250)
             dist.all_reduce(torch.zeros(1))
     except KeyError:
-        end_process(2)
-    end_process(0)
+        processes.end_process(2)
+    processes.end_process(0)
 
 
 if __name__ == "__main__":

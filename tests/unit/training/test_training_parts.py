@@ -13,11 +13,10 @@ from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import ModelError, UsageError
 from bnexport.training import samples
 from bnexport.training.config import OPTIMIZERS, TrainingConfig
-from bnexport.training.cpu_kernels import keep_freed_memory, pooling_by_products
-from bnexport.training.networks import build_network, leaves_parameters_unused
 from bnexport.training.optimisers import _MAKERS, learning_rate, make_optimizer, optimizer_tensors, restore_optimizer
+from bnexport.training.preparation import build_network, leaves_parameters_unused
 from bnexport.training.samples import Resident, Streamed, make_samples
-from bnexport.training.step import Step, Sums
+from bnexport.training.step import Step, Sums, keep_freed_memory, pooling_by_products
 
 CPU = torch.device("cpu")
 NETWORKS = """
