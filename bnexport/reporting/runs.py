@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from bnexport.reporting.summary import NOTHING, Group, groups, number
+from bnexport.runtimes.base import CONV_SEARCHES, KERNEL_PRECISIONS, OPTIMISATIONS
 from bnexport.runtimes.catalogue import RUNNERS
-from bnexport.runtimes.settings import CONV_SEARCHES, KERNEL_PRECISIONS, OPTIMISATIONS
 from bnexport.verification.inputs import REAL
 from bnexport.verification.verdict import Row, VerificationReport, run_name
 

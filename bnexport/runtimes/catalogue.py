@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 from bnexport.bundle import MODEL_EXPORTED, MODEL_ONNX, MODEL_TORCHSCRIPT, WEIGHTS, Bundle
 from bnexport.errors import RuntimeUnavailable, UsageError
 from bnexport.optional import installed
-from bnexport.runtimes.base import Runner
-from bnexport.runtimes.settings import RunSettings
+from bnexport.runtimes.base import Runner, RunSettings
 
 if TYPE_CHECKING:
     from torch import nn
@@ -90,20 +89,20 @@ class RunnerSpec:
 
 
 def _open_torch(bundle: Bundle, device: str, module: nn.Module | None, settings: RunSettings) -> Runner:
-    from bnexport.runtimes.torch_eager import open_bundle
+    from bnexport.runtimes.torch_runners import open_bundle
 
     return open_bundle(bundle, device=device, module=module, settings=settings)
 
 
 def _open_torchscript(bundle: Bundle, device: str, _module: nn.Module | None, settings: RunSettings) -> Runner:
-    from bnexport.runtimes.torchscript import TorchScriptRunner
+    from bnexport.runtimes.torch_runners import TorchScriptRunner
 
     file = bundle.file(MODEL_TORCHSCRIPT)
     return TorchScriptRunner(file, bundle.manifest.signature, device=device, settings=settings)
 
 
 def _open_exported(bundle: Bundle, device: str, _module: nn.Module | None, settings: RunSettings) -> Runner:
-    from bnexport.runtimes.exported_program import ExportedProgramRunner
+    from bnexport.runtimes.torch_runners import ExportedProgramRunner
 
     file = bundle.file(MODEL_EXPORTED)
     return ExportedProgramRunner(file, bundle.manifest.signature, device=device, settings=settings)

@@ -14,10 +14,9 @@ from bnexport.bundle import Bundle
 from bnexport.environment import environment, runtime_only
 from bnexport.errors import BnexportError
 from bnexport.optional import installed
-from bnexport.runtimes.base import plain_reason
+from bnexport.runtimes.base import RunSettings, plain_reason
 from bnexport.runtimes.catalogue import RUNNERS, RunnerSpec, runner_spec
-from bnexport.runtimes.cuda_packages import Conflict, conflicts
-from bnexport.runtimes.settings import RunSettings
+from bnexport.runtimes.cuda_libraries import Conflict, conflicts
 from bnexport.runtimes.small_model import expected, small_bundle, torch_module
 from bnexport.runtimes.torch_outputs import REMEDY as TORCH_REMEDY
 

@@ -15,10 +15,9 @@ from typing import Any, BinaryIO
 from bnexport.bundle import Bundle, Manifest
 from bnexport.errors import BnexportError
 from bnexport.runtimes import cuda_libraries
-from bnexport.runtimes.base import Runner
+from bnexport.runtimes.base import Runner, RunSettings
 from bnexport.runtimes.catalogue import runner_spec
-from bnexport.runtimes.frames import receive, send
-from bnexport.runtimes.settings import RunSettings
+from bnexport.runtimes.isolation import receive, send
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from bnexport.errors import BnexportError, BundleError, RuntimeUnavailable
 from bnexport.onnx_files.models import read_screened
 from bnexport.optional import one_line
 from bnexport.runtimes import cuda_libraries, small_model
-from bnexport.runtimes.base import REBUILD, Runner, check_declared, device_remedy
+from bnexport.runtimes.base import REBUILD, Runner, RunSettings, check_declared, device_remedy
 from bnexport.runtimes.node_placement import counts, placed_nodes, with_unique_names
 from bnexport.runtimes.onnxruntime_session import (
     check_placement,
@@ -24,7 +24,6 @@ from bnexport.runtimes.onnxruntime_session import (
     prepare_device,
     tf32_override,
 )
-from bnexport.runtimes.settings import RunSettings
 from bnexport.tensors import ELEMENT_TYPES, Array, Signature
 
 #: onnxruntime's names of element types -> numpy's.

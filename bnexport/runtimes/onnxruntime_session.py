@@ -13,8 +13,8 @@ from bnexport.errors import RuntimeUnavailable
 from bnexport.optional import require
 from bnexport.reproducibility import OVERRIDE
 from bnexport.runtimes import cuda_libraries
+from bnexport.runtimes.base import RunSettings
 from bnexport.runtimes.node_placement import CPU, PlacedNode, counts, not_shape_arithmetic
-from bnexport.runtimes.settings import RunSettings
 
 CUDA, TENSORRT = "CUDAExecutionProvider", "TensorrtExecutionProvider"
 #: Provider -> where its nodes run.

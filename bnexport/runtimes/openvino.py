@@ -14,8 +14,7 @@ from bnexport.environment import cpu_name
 from bnexport.errors import BnexportError, BundleError, FeedError, RuntimeUnavailable
 from bnexport.onnx_files.models import read_screened
 from bnexport.optional import one_line, require
-from bnexport.runtimes.base import REBUILD, Runner, check_declared
-from bnexport.runtimes.settings import RunSettings
+from bnexport.runtimes.base import REBUILD, Runner, RunSettings, check_declared
 from bnexport.tensors import Array, Signature
 
 _DEVICE = "CPU"

@@ -18,7 +18,7 @@ from bnexport.tensors import Array
 if TYPE_CHECKING:
     from torch import nn
 
-    from bnexport.runtimes.settings import RunSettings
+    from bnexport.runtimes.base import RunSettings
 
 
 class ReferenceRunner(Runner):

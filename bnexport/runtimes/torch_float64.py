@@ -20,8 +20,8 @@ from torch.utils import _pytree as pytree
 from bnexport.bundle import MODEL_EXPORTED, MODEL_TORCHSCRIPT
 from bnexport.errors import BnexportError, BundleError, ProofError
 from bnexport.optional import one_line, quiet
-from bnexport.runtimes import exported_program, torchscript
 from bnexport.runtimes.torch_outputs import flatten
+from bnexport.runtimes.torch_runners import load_exported_program, load_torchscript, tensor_constants
 from bnexport.tensors import Array, Signature
 
 _NARROW = (torch.float16, torch.bfloat16, torch.float32)
@@ -98,7 +98,7 @@ class TorchFloat64Evaluator:
 def _widened_program(file: Path) -> Callable[..., Any]:
     """The graph of an exported program, run node by node, so that every value on the way is looked at."""
     with quiet():
-        module = exported_program.load(file).module(check_guards=False)
+        module = load_exported_program(file).module(check_guards=False)
     module._forward_pre_hooks.clear()  # they refuse inputs of another type than the exported one
     assert isinstance(module, GraphModule)
     module.double()
@@ -133,12 +133,12 @@ class _LookingInterpreter(Interpreter):
 
 def _widened_script(file: Path) -> Callable[..., Any]:
     """A TorchScript function made of a copy of the file's graph."""
-    module = torchscript.load(file)
+    module = load_torchscript(file)
     with quiet():
         if next(module.parameters(), None) is not None or next(module.buffers(), None) is not None:
             module = torch.jit.freeze(module, optimize_numerics=False)  # weights become constants of one graph
         graph = module.graph.copy()
-        for node in torchscript.tensor_constants(graph):
+        for node in tensor_constants(graph):
             if node.t("value").dtype in _NARROW:
                 wide = node.t("value").double()
                 node.t_("value", wide)

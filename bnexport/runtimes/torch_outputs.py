@@ -13,8 +13,7 @@ import numpy as np
 from bnexport.errors import BnexportError, BundleError, ModelError, RuntimeUnavailable
 from bnexport.optional import installed, no_warnings, one_line
 from bnexport.reproducibility import STRICT, effective_precision, float32_precision, override_problem
-from bnexport.runtimes.base import REBUILD, Runner, device_remedy
-from bnexport.runtimes.settings import RunSettings
+from bnexport.runtimes.base import REBUILD, Runner, RunSettings, device_remedy
 from bnexport.tensors import Array, Signature
 
 if TYPE_CHECKING:

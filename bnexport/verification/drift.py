@@ -16,10 +16,9 @@ from bnexport.errors import BnexportError, BundleError, UsageError
 from bnexport.onnx_files.emulation import Emulator
 from bnexport.onnx_files.float64 import Float64Evaluator
 from bnexport.onnx_files.models import LINEAR, read_model
-from bnexport.runtimes.base import REBUILD
+from bnexport.runtimes.base import REBUILD, RunSettings
 from bnexport.runtimes.catalogue import RunnerSpec
 from bnexport.runtimes.replay import scale
-from bnexport.runtimes.settings import RunSettings
 from bnexport.tensors import DTYPES, Array, Signature, TensorSpec
 from bnexport.verification.forecast import FACTOR
 from bnexport.verification.runs import RuntimeRun

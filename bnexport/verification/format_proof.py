@@ -60,9 +60,9 @@ def weights_row(model: ModelProto, other_file: Path) -> Row:
 
 def _torchscript_tensors(file: Path) -> list[Tensor]:
     """Constants (freezing makes weights constants), parameters and buffers of a TorchScript file."""
-    from bnexport.runtimes.torchscript import load, tensor_constants
+    from bnexport.runtimes.torch_runners import load_torchscript, tensor_constants
 
-    module: Any = load(file)
+    module: Any = load_torchscript(file)
     constants = [node.t("value") for node in tensor_constants(module.graph)]
     return [*constants, *module.parameters(), *module.buffers()]
 
@@ -71,9 +71,9 @@ def _exported_tensors(file: Path) -> list[Tensor]:
     """Parameters, buffers and constants of an exported program."""
     import torch
 
-    from bnexport.runtimes.exported_program import load
+    from bnexport.runtimes.torch_runners import load_exported_program
 
-    program = load(file)
+    program = load_exported_program(file)
     found = (*program.state_dict.values(), *program.constants.values())
     return [value for value in found if isinstance(value, torch.Tensor)]
 

@@ -104,7 +104,7 @@ def find_reference(bundle: Bundle, module: nn.Module | None) -> Reference | None
         return Reference(module, signature, description="the original module, in float64")
     if not is_known(bundle):
         return None
-    from bnexport.runtimes.torch_eager import original_network
+    from bnexport.runtimes.torch_runners import original_network
 
     source = bundle.manifest.network["source"]
     return Reference(original_network(bundle), signature, description=f"{source} rebuilt from {WEIGHTS}, in float64")

@@ -7,14 +7,16 @@ from typing import Any
 
 import numpy as np
 
+from bnexport.bundle import WEIGHTS
 from bnexport.errors import BnexportError, BundleError
-from bnexport.runtimes.base import Runner
-from bnexport.runtimes.settings import RunSettings
+from bnexport.onnx_files.emulation import ROUNDINGS
+from bnexport.runtimes.base import Runner, RunSettings
+from bnexport.runtimes.replay import incomparable
 from bnexport.tensors import Array
-from bnexport.verification.changed_labels import SIGNIFICANT, accuracy_change, flipped_samples
 from bnexport.verification.forecast import Forecast
 from bnexport.verification.inputs import BATCH_SIZES, Batch, Case, Outputs, RunPlan, heads
-from bnexport.verification.metrics import has_labels, per_sample
+from bnexport.verification.metrics import SIGNIFICANT, accuracy_change, flipped_samples, has_labels, per_sample
+from bnexport.verification.prediction import compatible, detect
 from bnexport.verification.stages import compare, failed
 from bnexport.verification.verdict import FlippedSample, Row
 
@@ -185,3 +187,46 @@ def run_in_chunks(runner: Runner, batch: Batch) -> dict[str, Any]:
         for at in range(0, batch.n, _CHUNK)
     ]
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+#: What an engine can have in effect without saying so; a half precision needs a cast, which the file would show.
+_LOOKED_FOR = ("float32", "tf32-convolutions", "tf32", "tf32-cut", "float16", "bfloat16")
+#: Where emulating costs more than the verdict is worth, only these and the ways of rounding of what was asked for are tried.
+_AT_LEAST = ("float32", "tf32")
+
+
+def precision_row(run: RuntimeRun, file: str) -> Row | None:
+    """Compare the error on the first batch with what each precision would have made of it.
+
+    Args:
+        run: After ``go``.
+        file: What the runtime read.
+
+    Returns:
+        A row of stage "precision"; None where nothing can be said: the model can't be emulated, or the outputs can't be
+        compared (another row says why).
+    """
+    if not run.plan.cases or not run.first:
+        return None
+    case = run.plan.cases[0]
+    asked = ROUNDINGS.get(run.precision, (run.precision,))
+    names = dict.fromkeys((*(_LOOKED_FOR if run.forecast.cheap else _AT_LEAST), *asked))
+    found = {name: emulated for name in names if (emulated := run.forecast.emulated(name, case)) is not None}
+    if run.precision not in found:
+        return None
+    n = min(emulated.n for emulated in found.values())
+    candidate = heads(run.first, n)
+    # Kernels are judged by what they do to this very file, so that a fault of the file is not taken for theirs. The
+    # original network has weights of its own, so its reference is the original.
+    exact = next(iter(found.values())).exact if file != WEIGHTS else case.expected
+    expected = heads(exact, n)
+    if any(name not in candidate or incomparable(name, candidate[name], expected[name]) for name in expected):
+        return None
+    outputs = {name: heads(emulated.outputs, n) for name, emulated in found.items()}
+    seen = detect(candidate, expected, outputs, same_weights=file != WEIGHTS)
+    passed = compatible(run.precision, seen)
+    reason = f"asked for {run.precision}: {seen.sentence}"
+    return Row(
+        "precision", run.runner.name, case.batch.name, passed, reason, n=n, detected=seen.precision,
+        device=run.runner.effective_device, settings=run.settings.describe(),
+    )  # fmt: skip

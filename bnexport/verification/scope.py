@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from bnexport.bundle import MODEL_ONNX
 from bnexport.errors import UsageError
+from bnexport.runtimes.base import CONV_SEARCHES, KERNEL_PRECISIONS, OPTIMISATIONS, RunSettings
 from bnexport.runtimes.catalogue import RunnerSpec
-from bnexport.runtimes.settings import CONV_SEARCHES, KERNEL_PRECISIONS, OPTIMISATIONS, RunSettings
 
 
 @dataclass(frozen=True)

@@ -11,15 +11,13 @@ from bnexport.bundle import WEIGHTS, Bundle
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.environment import environment
 from bnexport.errors import BnexportError, MissingDependency, Unavailable
-from bnexport.runtimes.base import plain_reason
+from bnexport.runtimes.base import RunSettings, plain_reason
 from bnexport.runtimes.catalogue import RUNNERS, RunnerSpec, runner_spec
-from bnexport.runtimes.settings import RunSettings
 from bnexport.tensors import Array
 from bnexport.verification.drift import look_at_layers
 from bnexport.verification.inputs import RunPlan
-from bnexport.verification.precision import precision_row
 from bnexport.verification.reference import is_known
-from bnexport.verification.runs import RuntimeRun
+from bnexport.verification.runs import RuntimeRun, precision_row
 from bnexport.verification.samples import Samples, load_samples
 from bnexport.verification.scope import Scope
 from bnexport.verification.stages import failed, integrity_rows

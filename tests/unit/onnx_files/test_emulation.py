@@ -27,8 +27,8 @@ from bnexport.onnx_files.emulation import (
     step_of,
 )
 from bnexport.onnx_files.float64 import Float64Evaluator
+from bnexport.runtimes.base import RunSettings
 from bnexport.runtimes.reference import EmulatedRunner, open_emulated
-from bnexport.runtimes.settings import RunSettings
 
 X = np.random.default_rng(0).random((5, 1, 28, 28), dtype=np.float32)
 ANY64 = st.floats(width=64)

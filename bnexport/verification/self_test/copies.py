@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from onnx import ModelProto
     from torch import Tensor, nn
 
+
 #: Evaluates what a fault changed, on golden inputs; for the size of its effect.
 Evaluate = Callable[[Bundle, Mapping[str, Array]], Mapping[str, Array]]
 
@@ -58,7 +59,7 @@ class FaultTarget:
         """The original network; None where only its author has its code, or its weights are not in the bundle."""
         if self.module is not None or not self.rebuilt:
             return self.module
-        from bnexport.runtimes.torch_eager import original_network
+        from bnexport.runtimes.torch_runners import original_network
 
         return original_network(self.bundle)
 
@@ -149,7 +150,7 @@ def evaluate_tf32(bundle: Bundle, feeds: Mapping[str, Array]) -> Mapping[str, Ar
 
 def evaluate_weights(bundle: Bundle, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
     """The unfolded network, rebuilt from the bundle's weights, in float64."""
-    from bnexport.runtimes.torch_eager import original_network
+    from bnexport.runtimes.torch_runners import original_network
 
     return Reference(original_network(bundle), bundle.manifest.signature, description="rebuilt").evaluate(feeds)
 

@@ -19,15 +19,16 @@ from bnexport.errors import BundleError
 from bnexport.files import output_errors
 from bnexport.onnx_files.models import multiplications, read_model
 from bnexport.runtimes.catalogue import RunnerSpec
-from bnexport.verification.fault_copy import Copy, FaultTarget, NotTried, effect_of
-from bnexport.verification.faults import Fault, faults_of
 from bnexport.verification.forecast import FACTOR
 from bnexport.verification.scope import Scope
+from bnexport.verification.self_test.copies import Copy, FaultTarget, NotTried, effect_of
+from bnexport.verification.self_test.faults import Fault, faults_of
 from bnexport.verification.verdict import FaultResult, VerificationReport
 from bnexport.verification.verify import verify
 
 if TYPE_CHECKING:
     from torch import nn
+
 
 #: Samples of each kind. The fewer there are, the harder a fault is to see; a verification uses up to 10,000.
 _SAMPLES = 64

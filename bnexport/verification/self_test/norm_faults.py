@@ -19,11 +19,12 @@ from bnexport.bundle import MODEL_ONNX
 from bnexport.errors import BnexportError
 from bnexport.nn.statistics import DEFAULT_EPS, PARAMETER_NAMES
 from bnexport.tensors import Array
-from bnexport.verification.fault_copy import Copy, FaultTarget, NotTried, folded_weights
+from bnexport.verification.self_test.copies import Copy, FaultTarget, NotTried, folded_weights
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto, TensorProto
     from torch import Tensor, nn
+
 
 #: A common wrong eps: the default of TensorFlow and Keras. Where it is the network's own, torch's is the wrong one.
 _OTHER_EPS = 1e-3
