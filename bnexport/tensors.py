@@ -215,13 +215,13 @@ def other_sizes(names: Sequence[str]) -> Iterator[dict[str, int]]:
 
 
 def declared_problem(spec: TensorSpec, dtype: str, shape: Sequence[int | str | None], *, strict: bool) -> str | None:
-    """How what a file declares differs from the manifest, as a sentence without its full stop; None when it fits.
+    """Return how a file's declaration differs from the manifest, as a sentence without its full stop; None when it fits.
 
     Args:
-        spec: What the manifest says.
-        dtype: What the file declares, as numpy's name.
-        shape: What the file declares; anything but a number is a dimension left open.
-        strict: Whether a size in the manifest must be declared. An output's may be left open by the file, an input's not.
+        spec: The manifest's declaration.
+        dtype: The file's element type, as numpy's name.
+        shape: The file's shape; anything but a number is an open dimension.
+        strict: The file must declare each size of the manifest. It may leave an output's size open, but not an input's.
     """
     if dtype != spec.dtype:
         return f"{spec.name!r} is {dtype}, the manifest says {spec.dtype}"

@@ -38,7 +38,7 @@ class Format:
     """A binary floating-point format.
 
     Attributes:
-        name: As people call it: "TF32".
+        name: The usual name: "TF32".
         mantissa: Stored bits of the mantissa, without the hidden one.
         exponent: Bits of the exponent.
     """
@@ -49,17 +49,17 @@ class Format:
 
     @property
     def smallest(self) -> float:
-        """The smallest normal number; below it the steps stay the same (subnormals)."""
+        """Return the smallest normal number; the steps below it stay the same (subnormals)."""
         return float(2.0 ** (2 - 2 ** (self.exponent - 1)))
 
     @property
     def largest(self) -> float:
-        """The largest finite number."""
+        """Return the largest finite number."""
         return float(2.0 ** (2 ** (self.exponent - 1) - 1)) * (2.0 - 2.0**-self.mantissa)
 
     @property
     def half_step(self) -> float:
-        """The largest relative error of one rounding of a normal number: half a unit in the last place of 1."""
+        """Return the largest relative error of one rounding of a normal number: half a unit in the last place of 1."""
         return float(2.0 ** -(self.mantissa + 1))
 
 
@@ -70,13 +70,10 @@ BFLOAT16 = Format("bfloat16", 7, 8)
 
 
 def round_to(array: Array, to: Format) -> Array:
-    """The nearest number of a format for each element, in the array's own type; a new array.
+    """Return the nearest number of a format for each element, as a new array of the same type; infinities and NaN stay.
 
-    One rounding straight from float64: by way of float32 a number close to a tie could go the wrong way.
-
-    Args:
-        array: float64 or float32 of any shape. Infinities and NaN stay what they are.
-        to: No wider than float32.
+    float64 is rounded once: by way of float32 a number close to a tie could go the wrong way. The array is float64 or float32,
+    and the format no wider than float32.
     """
     if to == FLOAT32:  # the processor's own conversion does the same
         with np.errstate(over="ignore", invalid="ignore"):
@@ -95,11 +92,9 @@ def round_to(array: Array, to: Format) -> Array:
 
 
 def cut_to(array: Array, to: Format) -> Array:
-    """The number of a format that is next towards zero: its last bits are dropped; a new array of the array's own type.
+    """Return the next number of a format towards zero for each float32: its last bits are dropped; a new array.
 
-    Args:
-        array: float32 of any shape.
-        to: A format with float32's exponents, so that nothing but the mantissa is lost.
+    The format must have float32's exponents, so that only mantissa bits are lost.
     """
     pattern = np.array(array, np.float32, order="C", copy=True, ndmin=1).view(np.uint32)
     pattern &= np.uint32(np.iinfo(np.uint32).max - ((1 << (FLOAT32.mantissa - to.mantissa)) - 1))
@@ -107,12 +102,7 @@ def cut_to(array: Array, to: Format) -> Array:
 
 
 def step_of(array: Array, of: Format) -> Array:
-    """Size of a unit in the last place of each element (of the smallest normal number for what is below it), float64.
-
-    Args:
-        array: Finite numbers of the format.
-        of: The format.
-    """
+    """Return a unit in the last place of each finite number, in float64; below the smallest normal number, its unit."""
     _, exponent = np.frexp(
         np.maximum(np.abs(array.astype(np.float64)), of.smallest)
     )  # |x| in 2 ** [exponent - 1, exponent)
@@ -120,7 +110,7 @@ def step_of(array: Array, of: Format) -> Array:
 
 
 def _shortened(array: Array, mantissa: int) -> Array:
-    """With the mantissa's last bits rounded away: half a step is added to the bit pattern, a little less for even.
+    """Round the mantissa's last bits away: half a step is added to the bit pattern, a little less for even.
 
     A carry out of the mantissa goes into the exponent, which is the right answer.
     """
@@ -155,9 +145,9 @@ class Precision:
     Attributes:
         name: Its key: "tf32".
         storage: Format of every stored value: weights, inputs and each operator's output.
-        factors: Format to which the factors of products are rounded before; None: they are taken as they are stored.
-        operators: Where ``factors`` holds.
-        source: Who computes so, and where it is said.
+        factors: Format to which the factors of products are rounded before; None: no further rounding.
+        operators: Operators with rounded factors.
+        source: Engines with this precision, and the reference for it.
         cuts: The factors lose their last bits (truncation) instead of being rounded to nearest.
     """
 
@@ -170,7 +160,7 @@ class Precision:
 
     @property
     def words(self) -> str:
-        """For a sentence: "TF32", "TF32 in convolutions alone"."""
+        """Return the name in a sentence: "TF32", "TF32 in convolutions alone"."""
         return _WORDS.get(self.name, self.storage.name)
 
 
@@ -258,26 +248,13 @@ class Emulator(Float64Evaluator):
         _Rounding(self.precision).put_into(self._engine, _exempt(model.graph))
 
     def evaluate(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Outputs, as float32 arrays that hold numbers of the precision's storage format.
-
-        Args:
-            feeds: Input name -> (n, ...), floats of any width, n >= 1.
-
-        Raises:
-            BundleError: The file can't be evaluated with these inputs.
-        """
+        """Return outputs as float32 arrays of numbers in the precision's storage format; otherwise as ``Float64Evaluator.evaluate``."""
         return super().evaluate(self._stored(feeds))
 
     def values(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Every array that a node of the main graph computes, by its name in the file.
+        """Return every array that a node of the main graph computes, by its name in the file, for few samples.
 
-        All samples are evaluated at once, since not every value has the batch first: give few.
-
-        Args:
-            feeds: Input name -> (n, ...), n >= 1.
-
-        Raises:
-            BundleError: The file can't be evaluated with these inputs.
+        All samples are evaluated at once, since not every value has the batch first. A BundleError reports a failed evaluation.
         """
         given = self._stored({name: feeds[name] for name in self.inputs if name in feeds})
         try:
@@ -291,14 +268,14 @@ class Emulator(Float64Evaluator):
         return {name: _rounded(widen_array(array), self.precision.storage) for name, array in feeds.items()}
 
     def _refuse_narrow_values(self, wide: Mapping[str, Array]) -> None:
-        """Nothing: values that are not float64 are the point of an emulation."""
+        """Do nothing: an emulation computes values that are not float64."""
 
 
 def precision_of(name: str) -> Precision:
-    """The row of a name.
+    """Return the precision of a name.
 
     Raises:
-        UsageError: There is no such precision.
+        UsageError: The name is not known.
     """
     if name not in PRECISIONS:
         raise UsageError(f"the precision {name!r} is not known", remedy=f"Known: {', '.join(PRECISIONS)}")
@@ -315,11 +292,9 @@ class _Rounding:
         self._done: set[int] = set()
 
     def put_into(self, engine: Any, exempt: frozenset[str]) -> None:
-        """Round the evaluator's weights, and wrap each of its nodes and of the graphs and functions inside them.
+        """Round the weights of a ReferenceEvaluator of float64, and wrap its nodes and those of inner graphs and functions.
 
-        Args:
-            engine: A ReferenceEvaluator of a model whose floats are all float64.
-            exempt: Names of values that stay float32 whatever the precision.
+        ``exempt`` names values that stay float32 in every precision.
         """
         if id(engine) in self._done:  # a function that is called twice has one evaluator
             return
@@ -336,7 +311,7 @@ class _Rounding:
             node.run = self._rounding_run(node, exempt, stores=body is None and node.op_type not in _MOVERS)
 
     def _rounding_run(self, node: Any, exempt: frozenset[str], *, stores: bool) -> Callable[..., tuple[Any, ...]]:
-        """What a node does, with its factors rounded before and its results after."""
+        """Return a node's function, with its factors rounded before and its results after."""
         run = node.run
         untouched = [name in exempt for name in node.input]
         kept = [FLOAT32 if name in exempt else self._precision.storage for name in node.output]
@@ -353,7 +328,7 @@ class _Rounding:
         return rounding_run
 
     def _factor(self, value: Any) -> Any:
-        """A value as it enters a product."""
+        """Return a value as it enters a product."""
         to = self._precision.factors
         if to is None:
             return _narrow(value)
@@ -366,7 +341,7 @@ class _Rounding:
 
 
 def _rounded(value: Any, to: Format) -> Any:
-    """Floats rounded, as float32, inside sequences too; integers, flags and inputs that are not there as they are."""
+    """Return floats rounded, as float32, inside sequences too; integers, flags and absent inputs are unchanged."""
     if isinstance(value, list):
         return [_rounded(item, to) for item in value]
     if isinstance(value, np.ndarray | np.floating) and value.dtype.kind == "f":
@@ -376,32 +351,28 @@ def _rounded(value: Any, to: Format) -> Any:
 
 
 def _cut(value: Any, to: Format) -> Any:
-    """As ``_rounded``, towards zero; for factors, which are arrays."""
+    """Do as ``_rounded``, towards zero; for factors, which are arrays."""
     return cut_to(value, to) if getattr(value, "dtype", np.dtype(bool)).kind == "f" else value
 
 
 def _narrow(value: Any) -> Any:
-    """A float64 array in float32: a feed, which holds such numbers already; anything else as it is."""
+    """Return a float64 array (a feed, which holds float32 numbers already) in float32; other values are unchanged."""
     return value.astype(np.float32) if getattr(value, "dtype", None) == np.float64 else value
 
 
 def _graphs_inside(node: Any) -> list[Any]:
-    """Evaluators of the graphs that a node holds (If, Loop, Scan)."""
+    """Return the evaluators of the graphs in a node (If, Loop, Scan)."""
     attributes = [getattr(node, item.name, None) for item in node.onnx_node.attribute]
     return [value for value in attributes if hasattr(value, "rt_nodes_")]
 
 
 def _local_function(node: Any) -> Any | None:
-    """The evaluator of a function of the file; None for an operator, also for one that onnx itself defines by a function."""
+    """Return the evaluator of a function of the file; None for operators, also those that onnx defines by a function."""
     return getattr(node, "impl_", None) if node.onnx_node.domain not in ("", "ai.onnx") else None
 
 
 def _exempt(owner: Any) -> frozenset[str]:
-    """Names of values that stay float32 whatever the precision: settings, and numbers computed from sizes alone.
-
-    Args:
-        owner: A graph, or a function.
-    """
+    """Return names of a graph's or function's values that stay float32: settings, and numbers computed from sizes alone."""
     settings: set[str] = set()
     sizes: set[str] = set()
     constants: set[str] = set()
@@ -417,14 +388,14 @@ def _exempt(owner: Any) -> frozenset[str]:
 
 
 def _of_sizes(node: NodeProto, sizes: set[str], constants: set[str]) -> bool:
-    """Whether a node computes with sizes and constants alone; what is inside a graph of a node is not looked at."""
+    """Return whether a node computes with sizes and constants alone; graphs inside a node are not examined."""
     given = {name for name in node.input if name}
     plain = not any(item.type in (item.GRAPH, item.GRAPHS) for item in node.attribute)
     return plain and bool(given & sizes) and given <= sizes | constants
 
 
 def _with_inner(owner: Any) -> Iterator[Any]:
-    """A graph or function, and every graph inside it."""
+    """Yield a graph or function, and every graph inside it."""
     yield owner
     for node in owner.node:
         for attribute in node.attribute:

@@ -28,7 +28,7 @@ from bnexport.tensors import Array
 
 
 class BatchNormalization(OpRun):
-    """Before operator set 14: by the given statistics, unless the statistics of the batch are asked for as outputs."""
+    """Normalises by the given statistics, before operator set 14 and without the statistics of the batch as outputs."""
 
     def _run(
         self, x: Array, scale: Array, bias: Array, mean: Array, var: Array, epsilon: float = 1e-5, **_rest: Any
@@ -113,16 +113,11 @@ def average_pool(
     ceil: bool = False,
     counted: bool = True,
 ) -> Array:
-    """Mean over windows: (n, channels, *size) to (n, channels, *positions).
+    """Return the mean over windows: (n, channels, *size) to (n, channels, *positions).
 
-    Args:
-        x: Values.
-        kernel: One size per axis, as strides and dilations.
-        strides: Steps between windows.
-        pads: All beginnings, then all ends; empty: none.
-        dilations: Steps inside a window; empty: 1.
-        ceil: Round the number of windows up. What hangs out of the padded input is never counted.
-        counted: Count the zeros of the padding in.
+    ``kernel``, ``strides`` and ``dilations`` (empty: 1) have one number per axis; ``pads`` has all beginnings, then all ends.
+    ``ceil`` rounds the number of windows up: what hangs out of the padded input is never counted. ``counted`` counts the
+    padding's zeros.
     """
     total = _pooled(x, kernel, strides, pads, dilations, ceil=ceil, outside=0.0, reduce=np.sum)
     dims = len(kernel)
@@ -146,7 +141,7 @@ def max_pool(
     *,
     ceil: bool = False,
 ) -> Array:
-    """Largest value of windows; the padding never wins: (n, channels, *size) to (n, channels, *positions)."""
+    """Return the maximum over windows, never the padding: (n, channels, *size) to (n, channels, *positions)."""
     outside = -np.inf if x.dtype.kind == "f" else np.iinfo(x.dtype).min
     return _pooled(x, kernel, strides, pads, dilations, ceil=ceil, outside=outside, reduce=np.max)
 
@@ -182,7 +177,7 @@ def _pooled(
 
 
 def positions(size: int, before: int, after: int, span: int, stride: int, *, ceil: bool) -> int:
-    """Windows along one axis; rounding up adds one only if it starts inside the input or the padding before it."""
+    """Return the windows along one axis; rounding up adds one only if it starts inside the input or the padding before it."""
     room = size + before + after - span
     count = (math.ceil(room / stride) if ceil else room // stride) + 1
     return count - 1 if ceil and (count - 1) * stride >= size + before else count

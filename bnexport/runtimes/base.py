@@ -26,7 +26,7 @@ CONV_SEARCHES = ("heuristic", "default", "exhaustive")
 
 @dataclass(frozen=True)
 class RunSettings:
-    """Settings of a runner. An engine that has no such setting ignores it; one that can't obey it refuses.
+    """Settings of a runner. An engine without such a setting ignores it; an engine that can't obey it refuses.
 
     Attributes:
         precision: "float32": IEEE float32, TF32 off. "tf32": the engine's TF32 kernels, for convolutions and products.
@@ -57,7 +57,7 @@ class RunSettings:
             raise UsageError(f"{self.threads} threads can't run anything", remedy="Give at least 1")
 
     def describe(self) -> str:
-        """What differs from strict float32 as users serve it: "tf32, IO binding, optimisation basic"; "" when nothing."""
+        """Return the differences from strict float32 as users serve it: "tf32, IO binding, optimisation basic"; "" if none."""
         parts = [
             "" if self.precision == "float32" else self.precision,
             "IO binding" if self.binding else "",
@@ -107,14 +107,14 @@ class Runner(ABC):
     """Runs one file on one engine. Open with ``with``; outputs belong to the caller.
 
     A subclass sets the attributes in its ``__init__``, which leaves the engine ready to run, and writes ``_run`` and
-    ``close``. What every engine must promise is checked here, once: inputs that fit, every output there, with the
-    signature's element type and shape, in memory of its own. Whether values are right is the verifier's question.
+    ``close``. This class checks what every engine must guarantee: inputs that fit, every output present, with the
+    signature's element type and shape, in separate memory. The verifier checks the values.
 
     Attributes:
         name: As in ``catalogue.RUNNERS``: "onnxruntime-cpu".
         signature: Inputs and outputs, in order.
         effective_device: Read back from the engine, never copied from the request: "cpu", "cuda:0".
-        description: What really runs: engine, version, file, providers of the nodes. Plain JSON values.
+        description: Engine, version, file, providers of the nodes that really run. Plain JSON values.
     """
 
     name: str
@@ -135,7 +135,7 @@ class Runner(ABC):
         Raises:
             FeedError: The feeds do not fit the signature.
             BundleError: The file can't be run, or its outputs do not fit the signature.
-            RuntimeUnavailable: The device failed (out of memory, a library that is missing).
+            RuntimeUnavailable: The device failed (out of memory, a missing library).
             UsageError: The runner was closed.
         """
         self._refuse_closed()
@@ -143,13 +143,7 @@ class Runner(ABC):
         return self.run_fitting(feeds)
 
     def run_fitting(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """As ``run``, for feeds that are known to fit the signature: a server has checked them when it decoded them.
-
-        Raises:
-            BundleError: As in ``run``.
-            RuntimeUnavailable: As in ``run``.
-            UsageError: As in ``run``.
-        """
+        """Run feeds that are known to fit, as a server has checked when it decoded them; the other errors are those of ``run``."""
         self._refuse_closed()
         contiguous = {spec.name: np.ascontiguousarray(feeds[spec.name]) for spec in self.signature.inputs}
         try:
@@ -169,7 +163,7 @@ class Runner(ABC):
         """Run feeds that were checked and are contiguous; foreign exceptions may pass."""
 
     def close(self) -> None:
-        """Free what the engine holds; the runner can't run afterwards."""
+        """Free the engine's resources; the runner can't run afterwards."""
         self._closed = True
 
     def __enter__(self) -> Self:
@@ -181,7 +175,7 @@ class Runner(ABC):
         self.close()
 
     def probe(self) -> None:
-        """Run two samples of zeros, so that libraries loaded on first use and the outputs are known to be there.
+        """Run two samples of zeros, to load libraries that load on first use and to check the outputs.
 
         Skipped when a dimension other than the first varies: no size is known to be valid for it.
         """
@@ -190,7 +184,7 @@ class Runner(ABC):
             self.run({s.name: np.zeros([d if isinstance(d, int) else 2 for d in s.shape], s.dtype) for s in specs})
 
     def _translated(self, error: Exception) -> BnexportError:
-        """A foreign exception of the engine as one of the tree."""
+        """Convert a foreign exception of the engine to one of bnexport's."""
         if self.effective_device.startswith("cuda"):
             return RuntimeUnavailable(
                 f"{self.name} failed on {self.effective_device}: {one_line(error)}",
@@ -220,13 +214,13 @@ def check_declared(
     """Refuse a file whose inputs or outputs are not the manifest's.
 
     Args:
-        file: For the sentence.
+        file: Name in the sentence.
         kind: "input" or "output".
-        specs: What the manifest says, in order.
+        specs: The manifest's, in order.
         declared: (name, numpy's element type, shape) as the engine read them from the file.
 
     Raises:
-        BundleError: Naming the first difference.
+        BundleError: Names the first difference.
     """
     names, expected = [name for name, _, _ in declared], [spec.name for spec in specs]
     if names != expected:
@@ -237,11 +231,9 @@ def check_declared(
 
 
 def device_remedy(text: str) -> str:
-    """Return what to do about a fault on a GPU.
+    """Return what to do about a fault on a GPU, by the engine's message.
 
-    Args:
-        text: Message of the engine's exception. A full GPU, a GPU that the engine has no kernels for, and an old driver are
-            recognised.
+    It recognises a full GPU, a GPU that the engine has no kernels for, and an old driver.
     """
     lowered = text.lower()
     for words, remedy in _DEVICE_REMEDIES:
@@ -251,12 +243,12 @@ def device_remedy(text: str) -> str:
 
 
 def plain_reason(name: str, error: BnexportError) -> str:
-    """Why a runner is not here, without its name, for a list that names it already."""
+    """Return why a runner is unavailable, without its name, for a list that contains the name already."""
     return error.message.removeprefix(f"{name} can't run here: ")
 
 
 def named_sizes(signature: Signature, feeds: Mapping[str, Array]) -> dict[str, int]:
-    """Size of each named dimension in feeds that fit the signature: ``{"batch": 64}``."""
+    """Return the size of each named dimension in feeds that fit the signature: ``{"batch": 64}``."""
     return {
         dim: size
         for spec in signature.inputs

@@ -49,7 +49,7 @@ def leave_torch_out() -> None:
 
 @functools.cache
 def preload(ort: Any) -> str:
-    """Load CUDA and cuDNN from the Python packages that carry them, so that the provider finds them.
+    """Load CUDA and cuDNN from the Python packages that contain them, so that the provider finds them.
 
     torch comes first: it brings most of the same libraries, and two copies in one process clash. After
     ``leave_torch_out`` it is imported only where the libraries are not found without it.
@@ -85,13 +85,13 @@ def package_folders(ort: Any) -> list[Path]:
 
 
 def preload_tensorrt() -> None:
-    """Load TensorRT from the Python package that carries it; one that lies elsewhere is the loader's to find."""
+    """Load TensorRT from its Python package; one that lies elsewhere is left to the loader."""
     for library in _tensorrt_files():
         _load(str(library), globally=True)
 
 
 def _tensorrt_files() -> Iterator[Path]:
-    """In the order in which they need each other."""
+    """Yield the libraries in the order in which they need each other."""
     spec = util.find_spec(_TENSORRT_PACKAGE)
     for folder in (spec.submodule_search_locations or ()) if spec is not None else ():
         for pattern in _TENSORRT_LIBRARIES:
@@ -99,12 +99,7 @@ def _tensorrt_files() -> Iterator[Path]:
 
 
 def reason(ort: Any, device: str = "cuda") -> str | None:
-    """Every missing piece in one line: the driver, and the library that each provider lacks; None when all load.
-
-    Args:
-        ort: The module.
-        device: "cuda" or "tensorrt".
-    """
+    """Return every missing piece in one line: the driver, and the library that each provider lacks; None when all load."""
     preload(ort)
     if device == "tensorrt":
         preload_tensorrt()
@@ -139,7 +134,7 @@ class Conflict:
     """Packages that do not fit together.
 
     Attributes:
-        reason: Which packages, and what follows; one line.
+        reason: The packages and the consequence; one line.
         remedy: What to install instead.
     """
 
@@ -148,7 +143,7 @@ class Conflict:
 
 
 def conflicts() -> tuple[Conflict, ...]:
-    """Return what does not fit together among torch, onnxruntime and cuDNN. Packages that are not installed are left out."""
+    """Return the conflicts among torch, onnxruntime and cuDNN; packages that are not installed are left out."""
     engines = {name: version for name, version in (("torch", _torch()), ("onnxruntime", _onnxruntime())) if version}
     found = []
     if len({_major(version) for version in engines.values()}) > 1:

@@ -24,9 +24,6 @@ if TYPE_CHECKING:
 class ReferenceRunner(Runner):
     """Evaluates a bundle's model.onnx with every float in float64; outputs are rounded once, to the signature's types.
 
-    Args:
-        bundle: Its model.onnx is read.
-
     Raises:
         BundleError: The file is missing, not a model, or has other inputs than the manifest's, or an operator that
             onnx's reference implementation lacks.
@@ -70,13 +67,9 @@ class ReferenceRunner(Runner):
 
 
 class EmulatedRunner(Runner):
-    """Runs a bundle's model.onnx under an emulated precision, behind the interface of a real engine.
+    """Runs a bundle's model.onnx under an emulated precision (a key of ``emulation.PRECISIONS``), as a real engine would.
 
-    It stands in for a GPU where there is none, and says so: its device is the CPU. It proves nothing about any engine.
-
-    Args:
-        bundle: Its model.onnx is read.
-        precision: A key of PRECISIONS.
+    It replaces a GPU where there is none, and reports that: its device is the CPU. It proves nothing about any engine.
 
     Raises:
         BundleError: The file is missing, or can't be evaluated.
@@ -102,5 +95,5 @@ class EmulatedRunner(Runner):
 
 
 def open_emulated(bundle: Bundle, _device: str, _module: nn.Module | None, settings: RunSettings) -> Runner:
-    """``RunnerSpec.opener`` of a runner that emulates the precision it is asked for."""
+    """Open a runner that emulates the precision of the settings; a ``RunnerSpec.opener``."""
     return EmulatedRunner(bundle, settings.precision)

@@ -1,7 +1,7 @@
-"""model.pt and model.pt2 evaluated in float64: the weights inside them, with nothing but exact arithmetic around.
+"""Evaluate model.pt and model.pt2 in float64: the weights inside them, with exact arithmetic.
 
-Every float of a copy of the file's graph is widened without loss: weights, constants, and the types that casts and tensors
-made on the way name. What is left of the difference to the original is the one rounding of the weights.
+Every float of a copy of the file's graph is widened without loss: weights, constants, and the types of casts and new
+tensors. The remaining difference from the original is the one rounding of the weights.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class TorchFloat64Evaluator:
             raise self._not_evaluated(error) from error
 
     def evaluate(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Outputs in float64.
+        """Return the outputs in float64.
 
         Args:
             feeds: Input name -> (n, ...), floats of any width, n >= 1.
@@ -96,7 +96,7 @@ class TorchFloat64Evaluator:
 
 
 def _widened_program(file: Path) -> Callable[..., Any]:
-    """The graph of an exported program, run node by node, so that every value on the way is looked at."""
+    """Return an exported program's graph, run node by node, so that every value is checked."""
     with quiet():
         module = load_exported_program(file).module(check_guards=False)
     module._forward_pre_hooks.clear()  # they refuse inputs of another type than the exported one
@@ -132,7 +132,7 @@ class _LookingInterpreter(Interpreter):
 
 
 def _widened_script(file: Path) -> Callable[..., Any]:
-    """A TorchScript function made of a copy of the file's graph."""
+    """Return a TorchScript function made from a copy of the file's graph."""
     module = load_torchscript(file)
     with quiet():
         if next(module.parameters(), None) is not None or next(module.buffers(), None) is not None:
@@ -156,7 +156,7 @@ def _widened_script(file: Path) -> Callable[..., Any]:
 
 
 def _widen_script_types(graph: Any) -> None:
-    """Casts and new tensors that name a narrower type name float64; TorchScript keeps types as numbers."""
+    """Replace narrower types of casts and new tensors by float64; TorchScript stores types as numbers."""
     for node in _script_nodes(graph):
         if node.schema() == "(no schema)":
             continue
@@ -171,7 +171,7 @@ def _widen_script_types(graph: Any) -> None:
 
 
 def _script_nodes(block: Any) -> Iterator[Any]:
-    """Every node, also in the blocks of branches and loops."""
+    """Yield every node, also in the blocks of branches and loops."""
     for node in list(block.nodes()):
         yield node
         for inner in node.blocks():
@@ -199,7 +199,7 @@ def _refuse_narrow(name: str, value: Any) -> None:
 
 @contextlib.contextmanager
 def _float64_by_default() -> Iterator[None]:
-    """Tensors made without a type are float64 inside the block."""
+    """Make float64 the default type of new tensors inside the block."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:

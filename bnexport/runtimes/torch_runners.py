@@ -21,16 +21,10 @@ if TYPE_CHECKING:
 
 
 class TorchEagerRunner(torch_outputs.TorchRunner):
-    """Runs a copy of a module in eval mode; the module given is never changed.
-
-    Args:
-        module: The original, unfolded network.
-        signature: Its inputs and outputs in the order of its arguments and results.
-        device: "cpu" or "cuda".
-        settings: Precision, search and threads; default: strict float32.
+    """Runs a copy of the original, unfolded module in eval mode; the module given is never changed.
 
     Raises:
-        RuntimeUnavailable: The device is not here, or full.
+        RuntimeUnavailable: The device is missing, or full.
         ModelError: The module can't be copied.
         BundleError: The module's outputs do not fit the signature.
     """
@@ -46,16 +40,12 @@ class TorchEagerRunner(torch_outputs.TorchRunner):
 def open_bundle(
     bundle: Bundle, *, device: str = "cpu", module: nn.Module | None = None, settings: RunSettings | None = None
 ) -> TorchEagerRunner:
-    """The runner of a bundle's original network.
+    """Open a bundle's original network, whose origin the manifest states.
 
-    Args:
-        bundle: Its manifest says where the network comes from.
-        device: "cpu" or "cuda".
-        module: The live network, for a bundle whose network only its author has.
-        settings: As for ``TorchEagerRunner``.
+    ``module`` is the live network, for a bundle whose network only its author has.
 
     Raises:
-        RuntimeUnavailable: The device is not here, or ``module`` is missing for a network that can't be rebuilt here.
+        RuntimeUnavailable: The device is missing, or ``module`` for a network that can't be rebuilt here.
         BundleError: The bundle holds no weights.
         ModelError: The weights do not fit the network.
     """
@@ -73,7 +63,7 @@ def open_bundle(
 
 
 def original_network(bundle: Bundle) -> nn.Module:
-    """The unfolded network, rebuilt from what the manifest says and the bundle's weights, in eval mode.
+    """Rebuild the unfolded network in eval mode, from the manifest and the bundle's weights.
 
     Raises:
         BundleError: The bundle holds no weights.
@@ -89,16 +79,10 @@ def original_network(bundle: Bundle) -> nn.Module:
 
 
 class TorchScriptRunner(torch_outputs.TorchRunner):
-    """Runs a TorchScript file.
-
-    Args:
-        file: model.pt.
-        signature: What the file must take and give, in the order of its arguments and results.
-        device: "cpu" or "cuda".
-        settings: Precision, search and threads; default: strict float32.
+    """Runs a TorchScript file, model.pt, in torch's interpreter.
 
     Raises:
-        RuntimeUnavailable: The device is not here, is full, or failed.
+        RuntimeUnavailable: The device is missing, is full, or failed.
         BundleError: The file is not a TorchScript file, or has another signature.
     """
 
@@ -122,7 +106,7 @@ def load_torchscript(file: Path, device: str | torch.device = "cpu") -> Any:
     """Load a TorchScript file in eval mode.
 
     Raises:
-        BundleError: The file is not a TorchScript file, is damaged, or is refused by the screening.
+        BundleError: The file is not a TorchScript file, is damaged, or is refused by the validation.
         RuntimeUnavailable: The device is full, or failed.
     """
     validate_archive(file, "torchscript")
@@ -140,7 +124,7 @@ def load_torchscript(file: Path, device: str | torch.device = "cpu") -> Any:
 
 
 def tensor_constants(graph: Any) -> list[Any]:
-    """Nodes of a TorchScript graph, and of the blocks inside it, that hold a tensor: freezing makes weights of them."""
+    """Return the nodes of a TorchScript graph and its inner blocks that hold a tensor: freezing makes weights constants."""
     return [
         node
         for node in graph.findAllNodes("prim::Constant", True)
@@ -149,16 +133,10 @@ def tensor_constants(graph: Any) -> list[Any]:
 
 
 class ExportedProgramRunner(torch_outputs.TorchRunner):
-    """Runs a .pt2 file.
-
-    Args:
-        file: model.pt2.
-        signature: What the file must take and give, in the order of its arguments and results.
-        device: "cpu" or "cuda".
-        settings: Precision, search and threads; default: strict float32.
+    """Runs model.pt2, an exported program of torch.export.
 
     Raises:
-        RuntimeUnavailable: The device is not here, or full.
+        RuntimeUnavailable: The device is missing, or full.
         BundleError: Not a file of torch.export, or one with another signature.
     """
 
@@ -182,7 +160,7 @@ def load_exported_program(file: Path) -> ExportedProgram:
     """Load a file of torch.export on the CPU.
 
     Raises:
-        BundleError: Not such a file, a damaged one, or one that the screening refuses.
+        BundleError: Not such a file, a damaged one, or one that the validation refuses.
     """
     validate_archive(file, "pt2")
     torch: Any = require("torch", purpose="the torch.export runner")
@@ -195,7 +173,7 @@ def load_exported_program(file: Path) -> ExportedProgram:
 
 
 def _on_device(program: ExportedProgram, device: torch.device) -> ExportedProgram:
-    """The program with its weights, and what it makes on its way, on a device."""
+    """Return the program with its weights, and the tensors that it makes, on a device."""
     if device.type == "cpu":
         return program
     from torch.export.passes import move_to_device_pass

@@ -26,14 +26,9 @@ if TYPE_CHECKING:
 def weights_row(model: ModelProto, other_file: Path) -> Row:
     """Look for every weight and bias of model.onnx's linear operators among the tensors of a file of another format.
 
-    A tensor is known by its type, its number of elements and its bits in sorted order, so that one which a format
-    stores transposed is still found; where an element sits is what the other stages check. Equal tensors (biases that are
-    all zero) may be one: TorchScript keeps equal constants once. A bias of zeros may be missing: the ONNX exporter writes
-    one for some layers that have none.
-
-    Args:
-        model: model.onnx as read.
-        other_file: A file with the name of a row of TENSORS, or its ending.
+    A tensor is identified by its type, its number of elements and its bits in sorted order, so that a transposed one is found;
+    the other stages check the places of elements. Equal tensors (biases of zeros) may be one: TorchScript stores equal
+    constants once. A bias of zeros may be missing: the ONNX exporter writes one for some layers that have none.
 
     Raises:
         BundleError: The file can't be read.
@@ -59,7 +54,7 @@ def weights_row(model: ModelProto, other_file: Path) -> Row:
 
 
 def _torchscript_tensors(file: Path) -> list[Tensor]:
-    """Constants (freezing makes weights constants), parameters and buffers of a TorchScript file."""
+    """Return constants (freezing makes weights constants), parameters and buffers of a TorchScript file."""
     from bnexport.runtimes.torch_runners import load_torchscript, tensor_constants
 
     module: Any = load_torchscript(file)
@@ -68,7 +63,7 @@ def _torchscript_tensors(file: Path) -> list[Tensor]:
 
 
 def _exported_tensors(file: Path) -> list[Tensor]:
-    """Parameters, buffers and constants of an exported program."""
+    """Return parameters, buffers and constants of an exported program."""
     import torch
 
     from bnexport.runtimes.torch_runners import load_exported_program
@@ -108,22 +103,21 @@ def format_rows(
     limit: int,
     rounding: Callable[[Case], float | None] = lambda _case: None,
 ) -> list[Row]:
-    """Prove one file: its weights are those of model.onnx, and it computes in float64 what the original computes.
+    """Prove model.pt or model.pt2: its weights are those of model.onnx, and it computes in float64 what the original computes.
 
     Args:
-        bundle: Holds the file, as it was written.
-        name: A key of ``weights.TENSORS``: model.pt or model.pt2.
+        bundle: Holds the file.
+        name: A key of ``TENSORS``.
         cases: Batches with the right answer.
-        model: model.onnx as read; None where it can't be, so that no weights are compared.
+        model: model.onnx as read; None where it can't be read, so that no weights are compared.
         limit: Samples of each case.
-        rounding: What rounding the weights to the file's type does to a case, as a share of scale, where the fixed bound
-            does not cover it (half precision): ``Forecast.rounding``.
+        rounding: ``Forecast.rounding``, the bound where the fixed one does not cover rounding (half precision).
 
     Returns:
-        One row of the stage "weights", where model.onnx is there, and one of "file-proof" per case.
+        One row of the stage "weights", if there is a model, and one of "file-proof" per case.
 
     Raises:
-        Unavailable: torch is not here.
+        Unavailable: torch is missing.
     """
     require("torch", purpose=f"the proof of {name}")
     rows = [] if model is None else [_weights_row(model, bundle, name)]
@@ -142,7 +136,7 @@ def _weights_row(model: ModelProto, bundle: Bundle, name: str) -> Row:
 def _proof(
     bundle: Bundle, name: str, cases: Sequence[Case], limit: int, rounding: Callable[[Case], float | None]
 ) -> list[Row]:
-    """The file with all floats widened, evaluated by torch in float64, against the reference."""
+    """Compare the file with all floats widened, evaluated by torch in float64, with the reference."""
     from bnexport.runtimes.torch_float64 import TorchFloat64Evaluator
 
     try:

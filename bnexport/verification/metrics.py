@@ -1,4 +1,4 @@
-"""Measuring: numbers only, no verdict."""
+"""Measure differences of outputs and labels, sample by sample and in accuracy, without a verdict."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from bnexport.verification.verdict import FlippedSample, Flips
 
 @dataclass(frozen=True)
 class Measurement:
-    """How far a candidate is from its reference.
+    """Distance of a candidate from its reference.
 
     Attributes:
-        error: max |candidate - reference| / scale, the scale being max |reference|; the worst output's. Where a
-            reference is all zeros its scale counts as 1, so the error is absolute.
+        error: max |candidate - reference| / scale of the worst output; scale is max |reference|, or 1 (so that the error is
+            absolute) where a reference is all zeros.
         max_abs: max |candidate - reference|.
-        rms: Root mean square of candidate - reference, over the worst output.
+        rms: Root mean square of candidate - reference, of the worst output.
         n: Samples compared.
-        problem: Why the numbers mean nothing: a missing output, another shape, nothing to compare, not finite; else "".
+        problem: Why the numbers mean nothing (missing output, other shape, nothing to compare, not finite); else "".
         flips: Top-1 labels of the first output that holds one score per class; None without one.
     """
 
@@ -42,13 +42,9 @@ def measure(
     bound: float,
     scales: Mapping[str, float] | None = None,
 ) -> Measurement:
-    """Compare every output of the reference.
+    """Compare every output (n, ...) of the reference; ``scales`` replace the scales of these references.
 
-    Args:
-        candidate: Output name -> array (n, ...).
-        reference: Output name -> array (n, ...), float64 where it is a real one.
-        bound: Allowed error of scale; the margin certificate of the labels rests on it.
-        scales: Output name -> scale; default: that of these very references.
+    ``bound``, the allowed error of scale, is for the margin certificate of the labels.
     """
     if not reference:
         return Measurement(problem="there is no output to compare")
@@ -72,16 +68,11 @@ def measure(
 
 
 def count_flips(candidate: Array, reference: Array, *, bound: float, of: float | None = None) -> Flips:
-    """Compare top-1 labels, with the margin certificate.
+    """Compare top-1 labels (n, classes), with the margin certificate.
 
-    No score may be off by more than ``bound`` times the scale. Where the reference's best score leads by more than
-    twice that, the label can't change: one score would have to fall and another rise by the allowed error each.
-
-    Args:
-        candidate: (n, classes).
-        reference: (n, classes), finite.
-        bound: Allowed error of scale.
-        of: The scale; default: that of ``reference``.
+    No score may be off by more than ``bound`` times the scale ``of`` (default: the reference's). Where the reference's best
+    score leads by more than twice that, the label can't change: one score would have to fall and another rise by the allowed
+    error each.
     """
     allowed = bound * (scale(reference) if of is None else of)
     top = np.sort(reference, axis=1)[:, -2:]
@@ -99,11 +90,9 @@ def count_flips(candidate: Array, reference: Array, *, bound: float, of: float |
 def per_sample(
     candidate: Mapping[str, Array], reference: Mapping[str, Array], scales: Mapping[str, float] | None = None
 ) -> tuple[Array, Array] | None:
-    """Error and margin of each sample, for the plots; None without an output that holds one score per class.
+    """Return max |candidate - reference| and the reference's margin of each sample (n,), both as a share of scale.
 
-    Returns:
-        max |candidate - reference| (n,), and the reference's best score less its second best (n,), both as a share of
-        the reference's scale.
+    The margin is the best score less the second best. None without an output that holds one score per class.
     """
     name = next((name for name, values in reference.items() if has_labels(values)), None)
     if name is None or candidate[name].shape != reference[name].shape:
@@ -116,9 +105,9 @@ def per_sample(
 
 
 def common_scales(references: Iterable[Mapping[str, Array]]) -> dict[str, float]:
-    """One scale per output over several batches: the largest |reference| of any.
+    """Return one scale per output over several batches: the largest |reference| of any.
 
-    A batch of zeros, or of one lit pixel, gives small answers by large terms that cancel; measured against those answers
+    A batch of zeros, or of one lit pixel, gives small answers by large terms that cancel. Measured against those answers
     alone, correct float32 kernels come within a factor of 2 of the bound.
     """
     largest: dict[str, float] = {}
@@ -130,12 +119,12 @@ def common_scales(references: Iterable[Mapping[str, Array]]) -> dict[str, float]
 
 
 def rule_of_three(n: int) -> float:
-    """95 % upper bound of a rate of which n trials showed nothing: 3 / n (Hanley and Lippman-Hand, JAMA 1983)."""
+    """Return the 95 % upper bound of a rate that n trials never showed: 3 / n (Hanley and Lippman-Hand, JAMA 1983)."""
     return min(1.0, 3.0 / n) if n else 1.0
 
 
 def has_labels(array: Array) -> bool:
-    """Whether an output holds one score per class: (n, classes) of floats, at least two classes."""
+    """Return whether an output holds one score per class: (n, classes) of floats, at least two classes."""
     return array.ndim == 2 and array.shape[1] >= 2 and np.issubdtype(array.dtype, np.floating)
 
 
@@ -158,15 +147,7 @@ def flipped_samples(
     labels: Array | None,
     scales: Mapping[str, float] | None = None,
 ) -> tuple[FlippedSample, ...]:
-    """Samples whose top-1 label is not the reference's, in order; those of ``metrics.count_flips``, one by one.
-
-    Args:
-        candidate: Output name -> (n, ...).
-        reference: Output name -> (n, ...), finite.
-        bound: Allowed error of scale.
-        labels: True classes (n,); None without.
-        scales: Output name -> scale; default: that of ``reference``.
-    """
+    """Return the samples whose top-1 label is not the reference's, in order; those that ``count_flips`` counts."""
     name = next((name for name, values in reference.items() if has_labels(values)), None)
     if name is None or name not in candidate or candidate[name].shape != reference[name].shape:
         return ()
@@ -199,16 +180,13 @@ SIGNIFICANT = 0.01
 
 @dataclass(frozen=True)
 class AccuracyChange:
-    """Of n labelled samples, how many each side gets right.
+    """Labels that each side gets right, of n labelled samples.
 
     Attributes:
-        n: Samples.
-        reference: Right by the reference.
-        candidate: Right by the candidate.
         lost: Right by the reference alone.
         won: Right by the candidate alone.
-        p: Two-sided exact p-value of McNemar's test: how likely a split at least as uneven as lost : won is, when
-            either side is as likely to be the right one.
+        p: Two-sided exact p-value of McNemar's test: the probability of a split at least as uneven as lost : won when
+            either side is equally likely to be right.
     """
 
     n: int
@@ -219,7 +197,7 @@ class AccuracyChange:
     p: float
 
     def sentence(self) -> str:
-        """As the report tells it."""
+        """Return the change as a clause for the report."""
         return (
             f"{self.reference} of {self.n} labels right before, {self.candidate} after"
             f" ({self.lost} lost, {self.won} won; exact McNemar p = {self.p:.2g})"
@@ -234,7 +212,7 @@ def accuracy_change(reference: Array, candidate: Array, labels: Array) -> Accura
 
 
 def mcnemar(lost: int, won: int) -> float:
-    """Two-sided exact p-value (McNemar, Psychometrika 12, 1947; binomial form): 1.0 where nothing changed."""
+    """Return the two-sided exact p-value (McNemar, Psychometrika 12, 1947; binomial form): 1.0 where nothing changed."""
     n, fewer = lost + won, min(lost, won)
     # The terms are whole numbers of any size; only their ratio is a float.
     tail = sum(math.comb(n, k) for k in range(fewer + 1))

@@ -1,4 +1,4 @@
-"""Stages 2 and 3: what one runtime, in one setting, is put through."""
+"""Stages 2 and 3: run one runtime in one setting, and detect the precision of its kernels from the error."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class RuntimeRun:
 
     Attributes:
         runner: Open.
-        settings: As it was opened with.
-        plan: What it is put through.
+        settings: Settings of the open runner.
+        plan: The comparisons to run.
         forecast: Predicts the noise of its precision.
-        stored: Precision of what the runtime reads: that of the bundle's files; float32 for the original network.
+        stored: Precision of the runtime's file; float32 for the original network.
         rows: Filled by ``go``.
         samples: Error and margin of each sample of the first batch (``metrics.per_sample``).
         flipped: Changed labels of the first batch.
@@ -56,21 +56,21 @@ class RuntimeRun:
 
     @property
     def precision(self) -> str:
-        """What is expected of the numbers: the file's own precision, or that of the kernels for a float32 file."""
+        """Return the expected precision: the file's, or that of the kernels for a float32 file."""
         return self.settings.precision if self.stored == "float32" else self.stored
 
     @property
     def varies(self) -> bool:
-        """Whether the batch dimension is free, so that a batch may be cut."""
+        """Return whether the batch dimension is free, so that a batch may be cut."""
         return isinstance(self.runner.signature.inputs[0].shape[0], str)
 
     @property
     def stage(self) -> str:
-        """Stage 2 for IEEE float32, stage 3 for what is coarser."""
+        """Return the stage: 2 for IEEE float32, 3 for coarser precisions."""
         return "strict" if self.precision == "float32" else "shipping"
 
     def go(self) -> None:
-        """Golden vectors, every batch, batch sizes, a repeat, the change of accuracy."""
+        """Run golden vectors, every batch, batch sizes, a repeat, and the change of accuracy."""
         if self.plan.golden is not None:
             self._case("golden", self.plan.golden)
         for case in self.plan.cases:
@@ -84,7 +84,7 @@ class RuntimeRun:
         self.rows = [replace(row, device=where, settings=how) for row in self.rows]
 
     def _predicted(self, case: Case, *, exact: bool = False) -> float | None:
-        """Return the predicted noise of a batch; in strict float32 only where the fixed bound does not do (``exact``)."""
+        """Return the predicted noise of a batch; in strict float32 only where the fixed bound is too narrow (``exact``)."""
         return self.forecast.noise(self.rounding, case) if exact or self.stage == "shipping" else None
 
     def _case(self, stage: str, case: Case) -> None:
@@ -122,7 +122,7 @@ class RuntimeRun:
         )
 
     def _batch_sizes(self, batch: Batch) -> None:
-        """The first 1, 2, 7, 64 samples alone against the same samples in the whole batch, and the shape for none."""
+        """Compare the first 1, 2, 7, 64 samples alone with the same samples in the whole batch; check the shape for none."""
         try:
             whole = self.runner.run(batch.feeds)
         except BnexportError as error:
@@ -156,7 +156,7 @@ class RuntimeRun:
         return Row("batch-size", name, "batch 0", passed=True, reason=f"shape {shapes}")
 
     def _repeat(self, whole: Batch) -> None:
-        """Two runs of the same samples, at most one chunk of them."""
+        """Compare two runs of the same samples, at most one chunk of them."""
         batch = whole.head(_CHUNK) if self.varies else whole
         try:
             first, second = self.runner.run(batch.feeds), self.runner.run(batch.feeds)
@@ -168,7 +168,7 @@ class RuntimeRun:
         )
 
     def _accuracy(self, case: Case) -> None:
-        """Whether the change of accuracy on labelled samples is more than chance."""
+        """Test whether the change of accuracy on labelled samples is more than chance."""
         name = next((name for name, values in case.expected.items() if has_labels(values)), None)
         labels = self.plan.labels
         if labels is None or name is None or name not in self.first or not np.isfinite(self.first[name]).all():
@@ -179,7 +179,7 @@ class RuntimeRun:
 
 
 def run_in_chunks(runner: Runner, batch: Batch) -> dict[str, Any]:
-    """Outputs of a batch that may be larger than the device's memory takes at once."""
+    """Return the outputs of a batch that may be larger than the device's memory."""
     if batch.n <= _CHUNK or isinstance(runner.signature.inputs[0].shape[0], int):
         return runner.run(batch.feeds)
     parts = [
@@ -196,15 +196,10 @@ _AT_LEAST = ("float32", "tf32")
 
 
 def precision_row(run: RuntimeRun, file: str) -> Row | None:
-    """Compare the error on the first batch with what each precision would have made of it.
+    """Compare the error on the first batch with the error that each precision would make; ``file`` is the runtime's file.
 
-    Args:
-        run: After ``go``.
-        file: What the runtime read.
-
-    Returns:
-        A row of stage "precision"; None where nothing can be said: the model can't be emulated, or the outputs can't be
-        compared (another row says why).
+    The row has the stage "precision". It is None where the model can't be emulated, or where the outputs can't be compared,
+    which another row reports.
     """
     if not run.plan.cases or not run.first:
         return None

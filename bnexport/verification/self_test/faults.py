@@ -44,7 +44,7 @@ _FEWEST_BYTES = 16
 
 
 def flip_anywhere(name: str) -> Callable[[Copy], str]:
-    """Flip one bit in the middle of a file; the seal stays the old one."""
+    """Flip one bit in the middle of a file; the old seal stays."""
 
     def put(copy: Copy) -> str:
         path = copy.folder / MANIFEST if name == MANIFEST else copy.file(name)
@@ -59,13 +59,10 @@ def flip_anywhere(name: str) -> Callable[[Copy], str]:
 
 
 def flip_weight(name: str, *, high: bool) -> Callable[[Copy], str]:
-    """Flip one bit of the largest number of the last weight in model.onnx, model.pt or model.pt2, and seal the copy again.
+    """Flip the lowest or a ``high`` bit (of the mantissa) of the largest number of the last weight, and seal the copy again.
 
-    What a number in the middle of a network does may end in a channel that is dead; the last layer's reaches the outputs.
-
-    Args:
-        name: The file.
-        high: The highest bit of its mantissa, not the lowest.
+    The file is model.onnx, model.pt or model.pt2. The effect of a number in the middle of a network may end in a dead channel;
+    the last layer's reaches the outputs.
     """
 
     def put(copy: Copy) -> str:
@@ -103,13 +100,13 @@ def flip_golden(kind: str) -> Callable[[Copy], str]:
 
 
 def _weights_last_first(arrays: list[Array]) -> list[Array]:
-    """Weights from the last layer to the first, and then what is no weight of a layer."""
+    """Return the weights from the last layer to the first, and then the other arrays."""
     backwards = arrays[::-1]
     return sorted(backwards, key=lambda array: array.ndim < 2)
 
 
 def _flip_one_of(copy: Copy, name: str, arrays: list[Array], *, high: bool) -> str:
-    """Flip a bit of the largest number of the first array that lies in the file as it is."""
+    """Flip a bit of the largest number of the first array that is stored contiguously in the file."""
     path = copy.file(name)
     content = path.read_bytes()
     for array in arrays:
@@ -133,7 +130,7 @@ def _bit(array: Array, *, high: bool) -> int:
 
 
 def put_nan(copy: Copy) -> str:
-    """NaN in place of the largest number of the first weight of model.onnx."""
+    """Put NaN in place of the largest number of the first weight of model.onnx."""
     from onnx import numpy_helper
 
     model = copy.model()
@@ -170,7 +167,7 @@ def retype_output(copy: Copy) -> str:
 
 
 def _append(model: ModelProto, operator: str, name: str, **attributes: Any) -> None:
-    """Put an operator behind the first output, which is called ``name`` from now on."""
+    """Append an operator to the first output, which is then called ``name``."""
     from onnx import helper
 
     graph = model.graph
@@ -183,7 +180,7 @@ def _append(model: ModelProto, operator: str, name: str, **attributes: Any) -> N
 
 
 def claim_opset(copy: Copy) -> str:
-    """Let the manifest claim another operator set than the file has."""
+    """Let the manifest claim another operator set than that of the file."""
     onnx = copy.subject.bundle.manifest.onnx
     copy.seal(onnx={**onnx, "opset": int(onnx.get("opset", 0)) + 1})
     return MANIFEST
@@ -199,13 +196,13 @@ def permute_labels(copy: Copy) -> str:
 
 
 def scale_pixels(copy: Copy) -> str:
-    """Pixels from 0 to 255 where the network wants 0 to 1, or the other way round."""
+    """Use pixels from 0 to 255 where the network expects 0 to 1, or the reverse."""
     before = _preprocessing(copy)["scale"]
     return _preprocess(copy, {"scale": 1 / 255 if before == 1.0 else 1.0})
 
 
 def normalise_pixels(copy: Copy) -> str:
-    """Another mean and deviation: those of a tutorial, 0.5 and 0.5, or none."""
+    """Use another mean and deviation: those of a tutorial, 0.5 and 0.5, or none."""
     before = _preprocessing(copy)
     count = int(before["channels"])
     other = {"mean": [0.5] * count, "std": [0.5] * count}
@@ -215,7 +212,7 @@ def normalise_pixels(copy: Copy) -> str:
 
 
 def _preprocessing(copy: Copy) -> Mapping[str, Any]:
-    """What the manifest says, where a verification here could tell that it is wrong."""
+    """Return the manifest's preprocessing, where a verification could find an error in it."""
     manifest, accuracy = copy.subject.bundle.manifest, copy.subject.accuracy
     if manifest.preprocessing is None:
         raise NotTried("the bundle has no preprocessing")
@@ -228,7 +225,7 @@ def _preprocessing(copy: Copy) -> Mapping[str, Any]:
 
 
 def _preprocess(copy: Copy, changes: Mapping[str, Any]) -> str:
-    """Write another preprocessing everywhere, and the accuracy that these few samples had with the right one."""
+    """Write another preprocessing everywhere, and the accuracy that the right one had on these few samples."""
     manifest = copy.subject.bundle.manifest
     preprocessing = {**(manifest.preprocessing or {}), **changes}
     verification = {**manifest.verification, "accuracy": dict(copy.subject.accuracy)}
@@ -245,14 +242,14 @@ class Fault:
     """One row of FAULTS.
 
     Attributes:
-        name: What is done: "eps dropped".
-        where: The file or runtime that it is done to.
+        name: The change: "eps dropped".
+        where: The file or runtime that is changed.
         expected: The stage that exists to catch it.
-        put: Does it to a copy, and says where exactly. All but the flipped bits of the stage "integrity" seal the copy
-            again, so that no hash gives them away.
-        evaluate: What was changed, for the size of the effect; None where that is no number.
-        runner: A runtime with a fault in it, in place of a good one.
-        many: Whether it is seen only in how many labels are right, which takes more samples.
+        put: Changes a copy and returns the exact place. All but the flipped bits of the stage "integrity" seal the copy
+            again, so that no hash shows the fault.
+        evaluate: Evaluates the changed part, for the size of the effect; None where there is no number.
+        runner: A faulty runtime that replaces a good one.
+        many: The fault shows only in the number of right labels, which takes more samples.
     """
 
     name: str
@@ -265,20 +262,20 @@ class Fault:
 
 
 def faults_of(bundle: Bundle) -> tuple[Fault, ...]:
-    """FAULTS, and one flipped bit in each file of a bundle."""
+    """Return FAULTS, and one flipped bit in each file of a bundle."""
     names = (*bundle.manifest.files, MANIFEST)
     return (*FAULTS, *(Fault("one flipped bit", name, "integrity", flip_anywhere(name)) for name in names))
 
 
 def _only_float32(copy: Copy) -> str:
-    """Nothing is done to the files: the fault is in the engine."""
+    """Change no file: the fault is in the engine."""
     if (stored := copy.subject.bundle.manifest.onnx.get("precision", "float32")) != "float32":
         raise NotTried(f"the bundle is {stored}, for which no engine computes in float32")
     return ""
 
 
 def _open_tf32(bundle: Bundle, _device: str, _module: nn.Module | None, _settings: RunSettings) -> Runner:
-    """TF32 whatever was asked for."""
+    """Open a runner that computes in TF32 for every setting."""
     return EmulatedRunner(bundle, "tf32")
 
 
