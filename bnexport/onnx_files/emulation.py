@@ -213,7 +213,7 @@ PRECISIONS: dict[str, Precision] = {
     )
 }
 
-#: Precision -> the ways in which engines of that name round, the usual one first. What a GPU does is seen in its error alone.
+#: Precision -> the ways in which engines of that name round, the usual one first. Only its error shows how a GPU rounds.
 ROUNDINGS: dict[str, tuple[str, ...]] = {"tf32": ("tf32", "tf32-cut")}
 
 #: Operators whose outputs are some of their inputs' numbers, rounded already, or no numbers at all.
@@ -248,7 +248,7 @@ class Emulator(Float64Evaluator):
         _Rounding(self.precision).put_into(self._engine, _exempt(model.graph))
 
     def evaluate(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Return outputs as float32 arrays of numbers in the precision's storage format; otherwise as ``Float64Evaluator.evaluate``."""
+        """Return outputs as float32 arrays of numbers in the precision's storage format; else as ``Float64Evaluator.evaluate``."""
         return super().evaluate(self._stored(feeds))
 
     def values(self, feeds: Mapping[str, Array]) -> dict[str, Array]:

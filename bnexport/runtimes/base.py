@@ -15,7 +15,7 @@ from bnexport.errors import BnexportError, BundleError, RuntimeUnavailable, Usag
 from bnexport.optional import one_line
 from bnexport.tensors import Array, Signature, TensorSpec, check_feeds, declared_problem
 
-#: What an engine's float32 kernels may round to. A file that is written in float16 or bfloat16 keeps its own precision.
+#: Precisions to which an engine's float32 kernels may round. A file that is written in float16 or bfloat16 keeps its own precision.
 KERNEL_PRECISIONS = ("float32", "tf32", "bfloat16")
 #: ONNX Runtime's levels of graph optimisation, the one that users serve with first.
 OPTIMISATIONS = ("all", "extended", "basic", "none")
@@ -143,7 +143,7 @@ class Runner(ABC):
         return self.run_fitting(feeds)
 
     def run_fitting(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Run feeds that are known to fit, as a server has checked when it decoded them; the other errors are those of ``run``."""
+        """Run feeds that are known to fit, since a server checked them at decoding; the other errors are those of ``run``."""
         self._refuse_closed()
         contiguous = {spec.name: np.ascontiguousarray(feeds[spec.name]) for spec in self.signature.inputs}
         try:

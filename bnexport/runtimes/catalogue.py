@@ -157,7 +157,7 @@ RUNNERS: tuple[RunnerSpec, ...] = (
     RunnerSpec("onnxruntime", "cpu", MODEL_ONNX, _open_onnxruntime, _onnxruntime_problem),
     RunnerSpec("onnxruntime", "cuda", MODEL_ONNX, _open_onnxruntime, _onnxruntime_problem, "tf32", _GPU_PRECISIONS),
     RunnerSpec("onnxruntime", "tensorrt", MODEL_ONNX, _open_onnxruntime, _onnxruntime_problem, "tf32", _GPU_PRECISIONS),
-    # On a CPU without bfloat16 its bfloat16 is float32, and the report says so.
+    # On a CPU without bfloat16 its bfloat16 is float32, and the report states that.
     RunnerSpec(
         "openvino",
         "cpu",
@@ -168,7 +168,7 @@ RUNNERS: tuple[RunnerSpec, ...] = (
         ("float32", "bfloat16"),
         extra="openvino",
     ),
-    # Not unasked: the proof of the written file evaluates it anyway.
+    # Off by default: the file proof already evaluates it.
     RunnerSpec("reference", "cpu", MODEL_ONNX, _open_reference, _reference_problem, default=False),
 )
 

@@ -37,7 +37,7 @@ _TENSORRT_PACKAGE = "tensorrt_libs"
 _TENSORRT_LIBRARIES = ("libnvinfer.so.*", "libnvinfer_plugin.so.*", "libnvonnxparser.so.*")
 
 
-#: Whether ``preload`` imports torch before it loads a library.
+#: ``preload`` imports torch before it loads a library.
 _torch_first = True
 
 

@@ -36,7 +36,11 @@ _ARRAYS = "arrays"
 
 
 def send(stream: BinaryIO, head: Mapping[str, Any], arrays: Mapping[str, Array] | None = None) -> None:
-    """Write one message to a pipe: plain JSON values, and arrays by name, of an element type in DTYPES; OSError without reader."""
+    """Write one message to a pipe: plain JSON values, and arrays by name, of an element type in DTYPES.
+
+    Raises:
+        OSError: The other process has ended.
+    """
     contiguous = {name: np.asarray(array, order="C") for name, array in (arrays or {}).items()}
     table = [[name, array.dtype.name, list(array.shape)] for name, array in contiguous.items()]
     text = json.dumps({**head, _ARRAYS: table}).encode()
@@ -47,7 +51,12 @@ def send(stream: BinaryIO, head: Mapping[str, Any], arrays: Mapping[str, Array] 
 
 
 def receive(stream: BinaryIO) -> tuple[dict[str, Any], dict[str, Array]]:
-    """Read one message, with arrays in separate memory; EOFError when the other process has ended, ValueError for no message."""
+    """Read one message, with arrays in separate memory.
+
+    Raises:
+        EOFError: The other process has ended.
+        ValueError: Not a message.
+    """
     size = int.from_bytes(_exactly(stream, 8), "little")
     if size > _MAX_HEAD:
         raise ValueError(f"a message of {size} bytes")

@@ -171,7 +171,7 @@ def problem(device: str) -> str | None:
     try:
         load_engine()
         if device != "cpu":
-            # Whether the device works is the question, in the precision that this process's environment allows.
+            # This tests whether the device works, in the precision that this process's environment allows.
             settings = RunSettings("float32" if device == "cuda" or tf32_override() == "0" else "tf32")
             with tempfile.TemporaryDirectory() as folder:
                 small_model.write_onnx(file := Path(folder) / "small.onnx")

@@ -74,7 +74,7 @@ class OpenVinoRunner(Runner):
         self.probe()
 
     def _opened(self) -> Any:
-        # The bytes and not the file's name, so that no external data beside it is followed.
+        # The bytes and not the file's name, so that no external data next to it is followed.
         content = read_screened(self._file)
         precision, mode = _HINTS[self._settings.precision]
         hints: dict[str, Any] = {"INFERENCE_PRECISION_HINT": precision, "EXECUTION_MODE_HINT": mode}

@@ -15,7 +15,7 @@ from bnexport.tensors import Array
 
 #: Largest error of scale of a float32 file: golden outputs are float64 rounded once; the rest is the kernels' noise.
 GOLDEN_BOUND = 1e-5
-#: What a bundle in half precision may ask for at most. Its noise is 1e-4 to 1e-2 of scale; a tenth is another network.
+#: Largest bound of a bundle in half precision. Its noise is 1e-4 to 1e-2 of scale; a tenth is another network.
 WIDEST_BOUND = 0.05
 
 

@@ -145,7 +145,7 @@ def write_torchscript(file: Path) -> None:
     import torch
 
     with warnings.catch_warnings():
-        # Deprecated upstream; TorchScript is one of the formats asked of this project.
+        # Deprecated upstream, but one of this project's formats.
         warnings.filterwarnings("ignore", message=r".*torch\.jit\..*")
         torch.jit.save(torch.jit.freeze(torch.jit.script(torch_module())), str(file))
 

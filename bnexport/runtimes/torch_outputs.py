@@ -57,7 +57,11 @@ class TorchRunner(Runner):
     _settings: RunSettings
 
     def start(self, name: str, signature: Signature, device: str, settings: RunSettings | None) -> None:
-        """Set the common attributes; RuntimeUnavailable where the device is missing, or the environment forbids the precision."""
+        """Set the common attributes, before the file is opened.
+
+        Raises:
+            RuntimeUnavailable: The device is missing, or the environment forbids the precision.
+        """
         self.name = f"{name}-{device}"
         self.signature = signature
         self._settings = settings or RunSettings()

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from onnx import ModelProto
 
 
-#: What a layer may be off by whatever its emulation says: the bound of strict float32.
+#: Error that every layer may have, whatever its emulation predicts: the bound of strict float32.
 _FLOOR = 1e-5
 #: Stands for infinity and NaN, which JSON has no words for.
 _MOST = sys.float_info.max

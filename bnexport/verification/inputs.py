@@ -17,7 +17,7 @@ from bnexport.errors import BnexportError, DataError
 from bnexport.tensors import Array, Signature, TensorSpec, other_sizes
 from bnexport.verification.samples import Samples
 
-#: Sizes compared with the whole batch; 0 is asked for besides.
+#: Sizes compared with the whole batch; 0 is tested in addition.
 BATCH_SIZES = (1, 2, 7, 64)
 #: Names of batches that are no synthetic inputs.
 REAL = ("images", "samples")

@@ -43,13 +43,13 @@ _FIXED = SETTINGS | {("Pow", 1)}
 ALIKE = 0.5
 #: Cosine from which on an error of the right size may be that of the precision. Faults were below 0.2.
 _PERHAPS = 0.25
-#: What an error is called that no precision makes, and one that may be a precision's.
+#: Names of an error that no precision makes, and of one that may be a precision's.
 UNKNOWN, UNDECIDED = "none", "undecided"
 #: Sizes of errors that are apart by less are the same size.
 _SAME_SIZE = 3.0
 #: How much noisier than numpy's float32 another engine's may be: 8.9 x was seen, where it sums thousands of numbers in line.
 _FLOAT32_SPREAD = 10.0
-#: Two emulations are told apart when one leaves this much more of the error unexplained than the other.
+#: Two emulations are distinguishable when one leaves this much more of the error unexplained than the other.
 _CLEARER = 1.25
 #: Noise of float32 where its emulation happens to be exact.
 _LEAST = 2.0**-26

@@ -189,9 +189,9 @@ def run_in_chunks(runner: Runner, batch: Batch) -> dict[str, Any]:
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
-#: What an engine can have in effect without saying so; a half precision needs a cast, which the file would show.
+#: Precisions that an engine may use without a report; a half precision needs a cast, which the file would show.
 _LOOKED_FOR = ("float32", "tf32-convolutions", "tf32", "tf32-cut", "float16", "bfloat16")
-#: Where emulating costs more than the verdict is worth, only these and the ways of rounding of what was asked for are tried.
+#: Where emulating costs more than the verdict is worth, only these and the roundings of the precision asked for are tried.
 _AT_LEAST = ("float32", "tf32")
 
 
@@ -212,7 +212,7 @@ def precision_row(run: RuntimeRun, file: str) -> Row | None:
     n = min(emulated.n for emulated in found.values())
     candidate = heads(run.first, n)
     # Kernels are judged by what they do to this very file, so that a fault of the file is not taken for theirs. The
-    # original network has weights of its own, so its reference is the original.
+    # original network has other weights, so its reference is the original.
     exact = next(iter(found.values())).exact if file != WEIGHTS else case.expected
     expected = heads(exact, n)
     if any(name not in candidate or incomparable(name, candidate[name], expected[name]) for name in expected):

@@ -151,7 +151,7 @@ def _listed(value: dict[str, Any]) -> dict[str, Any]:
 
 #: Stages without which a report is no proof, whatever its other rows say.
 REQUIRED_STAGES = ("integrity", "golden", "file-proof", "strict")
-#: What does as well: a file in half precision has no strict float32.
+#: Accepted replacements: a file in half precision has no strict float32.
 INSTEAD: dict[str, str] = {"strict": "shipping"}
 
 #: Name and version of the JSON report: a new key needs no new version, a changed meaning does.

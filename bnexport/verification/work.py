@@ -41,7 +41,7 @@ _RUNTIME_WORK = 5e9
 _PROOF_WORK = 6e8
 _MIN_RUNTIME_SAMPLES = 16
 _MIN_PROOF_SAMPLES = 2
-#: Precisions that the report predicts; those that are not asked for only where the proof is cheap.
+#: Precisions that the report predicts; optional ones only where the proof is cheap.
 _ALWAYS = ("float32", "tf32")
 _WHERE_CHEAP = ("float16", "bfloat16")
 

@@ -37,7 +37,7 @@ _WORK, _MIN_SAMPLES = 5e8, 8
 #: The same where a fault shows in the number of right labels alone.
 _MANY_SAMPLES = 256
 #: Error of scale up to which a fault is none: rounding the folded weights to float32 is 1e-7. It is the proof's own bound, but
-#: not read from there: a bound that somebody made too wide must not excuse what it lets pass.
+#: not read from there: a bound made too wide must not excuse the faults that it lets pass.
 _HARMLESS = 1e-6
 #: One runtime that reads model.onnx: the proofs look at every file, whatever runs.
 _RUNTIME = "onnxruntime-cpu"
