@@ -248,7 +248,7 @@ class Emulator(Float64Evaluator):
         _Rounding(self.precision).put_into(self._engine, _exempt(model.graph))
 
     def evaluate(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Return outputs as float32 arrays of numbers in the precision's storage format; else as ``Float64Evaluator.evaluate``."""
+        """Return outputs as float32 arrays of the precision's numbers; otherwise as ``Float64Evaluator.evaluate``."""
         return super().evaluate(self._stored(feeds))
 
     def values(self, feeds: Mapping[str, Array]) -> dict[str, Array]:

@@ -15,7 +15,7 @@ from bnexport.errors import BnexportError, BundleError, RuntimeUnavailable, Usag
 from bnexport.optional import one_line
 from bnexport.tensors import Array, Signature, TensorSpec, check_feeds, declared_problem
 
-#: Precisions to which an engine's float32 kernels may round. A file that is written in float16 or bfloat16 keeps its own precision.
+#: Precisions to which float32 kernels may round. A file in float16 or bfloat16 keeps its own precision.
 KERNEL_PRECISIONS = ("float32", "tf32", "bfloat16")
 #: ONNX Runtime's levels of graph optimisation, the one that users serve with first.
 OPTIMISATIONS = ("all", "extended", "basic", "none")
