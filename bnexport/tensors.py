@@ -215,13 +215,10 @@ def other_sizes(names: Sequence[str]) -> Iterator[dict[str, int]]:
 
 
 def declared_problem(spec: TensorSpec, dtype: str, shape: Sequence[int | str | None], *, strict: bool) -> str | None:
-    """Return how a file's declaration differs from the manifest, as a sentence without its full stop; None when it fits.
+    """Return how a file's declaration differs from the manifest's, as a sentence without its full stop; None when it fits.
 
-    Args:
-        spec: The manifest's declaration.
-        dtype: The file's element type, as numpy's name.
-        shape: The file's shape; anything but a number is an open dimension.
-        strict: The file must declare each size of the manifest. It may leave an output's size open, but not an input's.
+    ``dtype`` is numpy's name, and anything but a number in ``shape`` is an open dimension. Where ``strict``, the file must
+    declare each size of the manifest. It may leave an output's size open, but not an input's.
     """
     if dtype != spec.dtype:
         return f"{spec.name!r} is {dtype}, the manifest says {spec.dtype}"

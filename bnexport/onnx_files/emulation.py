@@ -35,13 +35,7 @@ _PATTERNS: dict[Any, tuple[type[np.unsignedinteger[Any]], int]] = {
 
 @dataclass(frozen=True)
 class Format:
-    """A binary floating-point format.
-
-    Attributes:
-        name: The usual name: "TF32".
-        mantissa: Stored bits of the mantissa, without the hidden one.
-        exponent: Bits of the exponent.
-    """
+    """A binary floating-point format with its usual name ("TF32"), its stored mantissa bits and its exponent bits."""
 
     name: str
     mantissa: int

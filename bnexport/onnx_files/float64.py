@@ -59,10 +59,7 @@ class Float64Evaluator:
         self._checked = False
 
     def evaluate(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Return the outputs in float64.
-
-        Args:
-            feeds: Input name -> (n, ...), floats of any width, n >= 1.
+        """Return outputs in float64; input name -> (n, ...), floats of any width, n >= 1.
 
         Raises:
             BundleError: The file can't be evaluated with these inputs.
@@ -86,11 +83,7 @@ class Float64Evaluator:
             raise _not_evaluated(error) from error
 
     def intermediate(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Return every computed array by its name in the file, for few samples, since all are evaluated at once.
-
-        Raises:
-            BundleError: The file can't be evaluated with these inputs.
-        """
+        """Return every computed array by its name in the file, for few samples, since all are evaluated at once."""
         wide = {name: widen_array(feeds[name]) for name in self.inputs if name in feeds}
         try:
             with np.errstate(all="ignore"):

@@ -211,13 +211,9 @@ class Runner(ABC):
 def check_declared(
     file: Path, kind: str, specs: Sequence[TensorSpec], declared: Sequence[tuple[str, str, Sequence[int | str | None]]]
 ) -> None:
-    """Refuse a file whose inputs or outputs are not the manifest's.
+    """Refuse a file whose inputs or outputs (``kind``) are not the manifest's (``specs``).
 
-    Args:
-        file: Name in the sentence.
-        kind: "input" or "output".
-        specs: The manifest's, in order.
-        declared: (name, numpy's element type, shape) as the engine read them from the file.
+    ``declared`` has (name, numpy's element type, shape) as the engine read them from the file.
 
     Raises:
         BundleError: Names the first difference.

@@ -90,14 +90,7 @@ _CHILD = "bnexport.runtimes.isolated_child"
 
 @dataclass(frozen=True)
 class Variable:
-    """One row of ENVIRONMENT.
-
-    Attributes:
-        name: Name of the variable; a final * stands for any ending.
-        float32: Its value for strict float32; None: it must not be set.
-        tf32: Its value for TF32.
-        reason: Its effect.
-    """
+    """One row of ENVIRONMENT: a variable (a final * stands for any ending), its values, None for unset, and its effect."""
 
     name: str
     float32: str | None

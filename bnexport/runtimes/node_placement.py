@@ -90,14 +90,8 @@ def placed_nodes(session: Any) -> tuple[PlacedNode, ...]:
 def not_shape_arithmetic(ort: Any, model: bytes, nodes: Sequence[PlacedNode], level: Any) -> str | None:
     """Return which nodes on the CPU are not shape arithmetic, as a clause; None when all of them are.
 
-    A node is shape arithmetic when all its outputs are integers or bools of rank 0 or 1. A node whose outputs can't be
-    established is not.
-
-    Args:
-        ort: The module.
-        model: The file that the session was opened from.
-        nodes: ``placed_nodes``.
-        level: The graph optimisation after which nodes are assigned: basic, or none for a session without optimisation.
+    A node is shape arithmetic when all its outputs are integers or bools of rank 0 or 1. A node with unknown outputs is not.
+    ``level`` is the graph optimisation after which nodes are assigned: basic, or none for a session without optimisation.
     """
     wanted = [node for node in nodes if node.provider == CPU]
     if not wanted:

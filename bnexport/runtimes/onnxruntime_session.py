@@ -32,12 +32,9 @@ _TENSORRT_VARIABLES = {
 
 @dataclass(frozen=True)
 class Target:
-    """One row of TARGETS.
+    """One row of TARGETS: ``must``, called ``words`` in sentences, is the provider that has to take at least one node.
 
-    Attributes:
-        providers: In order of preference. onnxruntime adds the CPU's itself, so its nodes are read back and judged.
-        must: The provider that has to take at least one node.
-        words: Name of ``must`` in sentences.
+    The providers are in order of preference. onnxruntime adds the CPU's itself, so its nodes are read back and judged.
     """
 
     providers: tuple[str, ...]
@@ -198,15 +195,8 @@ def tf32_override() -> str | None:
 def check_placement(ort: Any, session: Any, nodes: Sequence[PlacedNode], name: str, device: str, model: bytes) -> str:
     """Return where the nodes of a session run ("cpu" or "cuda:0"), or refuse a session that fell back to another device.
 
-    On a GPU a node may be on the CPU when all its outputs are integers or bools of rank 0 or 1: shape arithmetic.
-
-    Args:
-        ort: The module.
-        session: Open.
-        nodes: ``placed_nodes``.
-        name: Name of the runner.
-        device: A key of TARGETS.
-        model: The bytes that the session was opened from.
+    On a GPU a node may be on the CPU when all its outputs are integers or bools of rank 0 or 1: shape arithmetic. ``name`` is
+    the runner's, and ``model`` holds the bytes that the session was opened from.
 
     Raises:
         RuntimeUnavailable: A node is on another device, or the provider asked for took none.

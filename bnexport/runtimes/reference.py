@@ -25,8 +25,7 @@ class ReferenceRunner(Runner):
     """Evaluates a bundle's model.onnx with every float in float64; outputs are rounded once, to the signature's types.
 
     Raises:
-        BundleError: The file is missing, not a model, or has other inputs than the manifest's, or an operator that
-            onnx's reference implementation lacks.
+        BundleError: The file is missing, not a model, or has other inputs than the manifest's or an unsupported operator.
         MissingDependency: onnx is not installed.
     """
 

@@ -34,11 +34,9 @@ class Replay:
 
 
 def replay_golden(runner: Runner, bundle: Bundle) -> Replay:
-    """Run a bundle's golden inputs and compare the answers with its golden outputs.
+    """Run a bundle's golden inputs on the runner that will be used, and compare its answers with the golden outputs.
 
-    Args:
-        runner: Open, on a file of the bundle; the same one that will be used.
-        bundle: Its hashes must have been checked.
+    The bundle's hashes must have been checked.
 
     Raises:
         BundleError: The answers are not the stored ones, or no bound is known.

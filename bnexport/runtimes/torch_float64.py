@@ -30,12 +30,10 @@ _NARROW_NUMBERS, _DOUBLE_NUMBER = (5, 6, 15), 7
 
 
 class TorchFloat64Evaluator:
-    """Evaluates a file of torch with every float widened to float64.
+    """Evaluates a file of torch, with the name of a row of WIDENED, with every float widened to float64.
 
-    Args:
-        file: With the name of a row of WIDENED.
-        signature: Inputs and outputs in the file's order.
-        chunk: Samples evaluated at once where the batch dimension varies; bounds the memory.
+    Inputs and outputs of the signature are in the file's order. ``chunk`` samples are evaluated at once where the batch
+    dimension varies, which bounds the memory.
 
     Raises:
         BundleError: The file can't be read, or its graph can't be widened.
@@ -54,10 +52,7 @@ class TorchFloat64Evaluator:
             raise self._not_evaluated(error) from error
 
     def evaluate(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Return the outputs in float64.
-
-        Args:
-            feeds: Input name -> (n, ...), floats of any width, n >= 1.
+        """Return outputs in float64; input name -> (n, ...), floats of any width, n >= 1.
 
         Raises:
             BundleError: The file can't be evaluated with these inputs, or gives other outputs than the signature's.

@@ -40,9 +40,7 @@ class TorchEagerRunner(torch_outputs.TorchRunner):
 def open_bundle(
     bundle: Bundle, *, device: str = "cpu", module: nn.Module | None = None, settings: RunSettings | None = None
 ) -> TorchEagerRunner:
-    """Open a bundle's original network, whose origin the manifest states.
-
-    ``module`` is the live network, for a bundle whose network only its author has.
+    """Open a bundle's original network; ``module`` is the live one, for a bundle whose network only its author has.
 
     Raises:
         RuntimeUnavailable: The device is missing, or ``module`` for a network that can't be rebuilt here.

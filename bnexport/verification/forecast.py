@@ -32,10 +32,9 @@ _CHEAP = 64
 
 @dataclass(frozen=True)
 class Emulated:
-    """The front of a batch under an emulated precision; as many samples as time allows.
+    """The front of a batch under an emulated precision; as many samples as time allows (n).
 
     Attributes:
-        n: Number of samples.
         outputs: Output name -> (n, ...).
         exact: The same of the file in float64. Only this precision causes the difference.
         error: max |outputs - exact| / scale; infinite where the precision overflows.

@@ -29,10 +29,6 @@ def weights_row(model: ModelProto, other_file: Path) -> Row:
     A tensor is identified by its type, its number of elements and its bits in sorted order, so that a transposed one is found;
     the other stages check the places of elements. Equal tensors (biases of zeros) may be one: TorchScript stores equal
     constants once. A bias of zeros may be missing: the ONNX exporter writes one for some layers that have none.
-
-    Raises:
-        BundleError: The file can't be read.
-        MissingDependency: torch is not installed.
     """
     from onnx import numpy_helper
 
@@ -105,16 +101,8 @@ def format_rows(
 ) -> list[Row]:
     """Prove model.pt or model.pt2: its weights are those of model.onnx, and it computes in float64 what the original computes.
 
-    Args:
-        bundle: Holds the file.
-        name: A key of ``TENSORS``.
-        cases: Batches with the right answer.
-        model: model.onnx as read; None where it can't be read, so that no weights are compared.
-        limit: Samples of each case.
-        rounding: ``Forecast.rounding``, the bound where the fixed one does not cover rounding (half precision).
-
-    Returns:
-        One row of the stage "weights", if there is a model, and one of "file-proof" per case.
+    The result is one row of the stage "weights", if there is a ``model``, and one of "file-proof" per case, on ``limit`` samples.
+    ``rounding`` is ``Forecast.rounding``, the bound where the fixed one does not cover rounding (half precision).
 
     Raises:
         Unavailable: torch is missing.

@@ -36,13 +36,9 @@ def write_golden_vectors(
     shapes: Mapping[str, tuple[int, ...]],
     data_dir: Path | None = None,
 ) -> None:
-    """Write golden vectors of the unfolded module, evaluated in float64, into a bundle's folder.
+    """Write golden vectors of the unfolded module, evaluated in float64 (or ModelError), into a bundle's folder.
 
-    ``shapes`` holds the shape of one sample of each input. The usual places are searched for the manifest's data set without
-    ``data_dir``.
-
-    Raises:
-        ModelError: The network can't be evaluated in float64.
+    ``shapes`` holds the shape of one sample of each input. Without ``data_dir`` the usual places are searched for the data set.
     """
     feeds = golden_inputs(manifest.signature, shapes=shapes, images=real_images(manifest, data_dir=data_dir))
     reference = Reference(module, manifest.signature, description="the original module, in float64")

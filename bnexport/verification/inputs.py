@@ -28,12 +28,9 @@ _OTHER_SIZED = 2
 
 @dataclass(frozen=True)
 class Batch:
-    """Named inputs of n samples: input name -> (n, ...).
+    """Named inputs of n samples, name -> (n, ...): "images", "noise", "zeros", "ones", "one-hot".
 
-    Attributes:
-        name: "images", "noise", "zeros", "ones", "one-hot".
-        feeds: The arrays.
-        smallest: The inputs have the smallest size that the network takes, which an engine may refuse.
+    The ``smallest`` inputs have the smallest size that the network takes, which an engine may refuse.
     """
 
     name: str
@@ -52,13 +49,9 @@ class Batch:
 
 @dataclass(frozen=True)
 class Suite:
-    """Every batch, and the real samples' labels.
+    """Every batch, real images or the caller's samples first, and the first batch's labels, int64 (n,).
 
-    Attributes:
-        batches: Real images or the caller's samples first, if any.
-        images: Description of the real inputs, or the reason why there are none.
-        labels: Labels of the first batch: int64 (n,); None without.
-        dataset: Name of the labels' data set, for the record.
+    ``images`` describes the real inputs, or the reason why there are none; ``dataset`` names the labels' data set.
     """
 
     batches: tuple[Batch, ...]
@@ -217,12 +210,9 @@ Outputs = Mapping[str, Array]
 
 @dataclass(frozen=True)
 class Case:
-    """A batch with the right answer.
+    """A batch with the right answer: output name -> (n, ...), float64 of the original, or the golden vectors.
 
-    Attributes:
-        batch: Inputs.
-        expected: Output name -> (n, ...); float64 of the original, or the golden vectors.
-        scales: Output name -> scale of errors; None: the largest |expected| of this batch.
+    ``scales`` has output name -> scale of errors; None: the largest |expected| of this batch.
     """
 
     batch: Batch

@@ -44,10 +44,7 @@ _CHUNK = 512
 class Reference:
     """Evaluates an unfolded module in float64, in eval mode; the module given is never changed.
 
-    Args:
-        module: The original network.
-        signature: Its inputs and outputs in order.
-        description: Origin, for the report.
+    The signature has inputs and outputs in order. The description gives the origin, for the report.
     """
 
     def __init__(self, module: nn.Module, signature: Signature, *, description: str) -> None:

@@ -25,15 +25,12 @@ _CHUNK = 1024
 
 @dataclass
 class RuntimeRun:
-    """One runtime in one setting.
+    """One runtime, open, in one setting.
 
     Attributes:
-        runner: Open.
-        settings: Settings of the open runner.
         plan: The comparisons to run.
         forecast: Predicts the noise of its precision.
         stored: Precision of the runtime's file; float32 for the original network.
-        rows: Filled by ``go``.
         samples: Error and margin of each sample of the first batch (``metrics.per_sample``).
         flipped: Changed labels of the first batch.
         first: Outputs of the first batch; empty when it could not be run.

@@ -36,12 +36,9 @@ _FAR = 4.0
 
 @dataclass(frozen=True)
 class Samples:
-    """Inputs that fit a signature.
+    """Inputs that fit a signature, input name -> (n, ...), and the true class of each sample, int64 (n,), if known.
 
-    Attributes:
-        feeds: Input name -> (n, ...).
-        labels: True class of each sample, int64 (n,); None where they are not known.
-        described: Description for the report; it names no folder of this machine.
+    ``described`` is for the report; it names no folder of this machine.
     """
 
     feeds: Mapping[str, Array]

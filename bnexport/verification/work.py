@@ -52,10 +52,7 @@ class Work:
 
     Attributes:
         module: The live original network, if its author gave it.
-        seed: Random seed of the synthetic inputs.
         max_samples: Maximum number of samples of each kind; None: by their cost alone.
-        rows: Comparisons so far.
-        skipped: Skipped part -> reason.
         waived: Required stage -> why it can't be run here, and what replaces it.
         warnings: Warnings for the reader that no row contains.
         reference: Description of the reference.

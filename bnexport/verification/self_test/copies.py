@@ -35,11 +35,9 @@ class NotTried(Exception):
 
 @dataclass(frozen=True)
 class FaultTarget:
-    """The bundle whose verification is tested.
+    """The bundle whose verification is tested, which never changes, and the original network, if the caller gave it.
 
     Attributes:
-        bundle: The bundle; never changed.
-        module: The original network, if the caller gave it.
         harmless: Error of scale up to which a fault need not be caught.
         accuracy: The original's accuracy on the self-test's samples: ``{"dataset", "n", "correct"}``; empty without labels.
     """
