@@ -101,7 +101,7 @@ def format_rows(
 ) -> list[Row]:
     """Prove model.pt or model.pt2: its weights are those of model.onnx, and it computes in float64 what the original computes.
 
-    The result is one row of the stage "weights", if there is a ``model``, and one of "file-proof" per case, on ``limit`` samples.
+    The result is one row of the stage "weights", if there is a ``model``, and one of "file-proof" per case (``limit`` samples).
     ``rounding`` is ``Forecast.rounding``, the bound where the fixed one does not cover rounding (half precision).
 
     Raises:
