@@ -14,8 +14,8 @@ from benchmarks.gpu.sweeps import Sweep
 from bnexport.bundle import Bundle
 from bnexport.errors import BnexportError
 from bnexport.optional import installed
+from bnexport.runtimes.base import RunSettings
 from bnexport.runtimes.catalogue import RunnerSpec
-from bnexport.runtimes.settings import RunSettings
 from bnexport.verification.verdict import Row, VerificationReport, run_name
 from bnexport.verification.verify import verify
 

@@ -15,9 +15,9 @@ from benchmarks.serving.wires import JSON, Headers, binary_logits, binary_reques
 from bnexport.bundle import Bundle
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import BundleError
+from bnexport.runtimes.base import RunSettings
 from bnexport.runtimes.catalogue import runner_spec
 from bnexport.runtimes.replay import golden_bound, scale
-from bnexport.runtimes.settings import RunSettings
 from bnexport.tensors import Array, TensorSpec
 
 #: The engine of the server, which also computes the expected answers.

@@ -10,8 +10,8 @@ import click
 
 from bnexport.cli.output import STDOUT, write_json, write_result
 from bnexport.optional import need_packages
+from bnexport.runtimes.base import CONV_SEARCHES, KERNEL_PRECISIONS, OPTIMISATIONS
 from bnexport.runtimes.catalogue import RUNNERS
-from bnexport.runtimes.settings import CONV_SEARCHES, KERNEL_PRECISIONS, OPTIMISATIONS
 
 if TYPE_CHECKING:
     from torch import nn
@@ -135,7 +135,7 @@ def _verified(opened: Bundle, options: dict[str, Any]) -> VerificationReport:
     if not options["with_self_test"]:
         return report
     from bnexport.cli.output import counting
-    from bnexport.verification.self_test import self_test
+    from bnexport.verification.self_test.tester import self_test
 
     with counting("self-test") as progress:
         return report.with_self_test(self_test(opened, **common, progress=progress))

@@ -200,7 +200,7 @@ def subject_of(path: Path) -> Subject:
         MissingDependency: The package that defines the network is not installed.
     """
     if (path / MANIFEST).exists():
-        from bnexport.runtimes.torch_eager import original_network
+        from bnexport.runtimes.torch_runners import original_network
 
         bundle = Bundle.open(path)
         bundle.check()

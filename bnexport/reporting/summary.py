@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from bnexport.onnx_files.emulation import PRECISIONS
+from bnexport.runtimes.base import CONV_SEARCHES, KERNEL_PRECISIONS, OPTIMISATIONS
 from bnexport.runtimes.catalogue import RUNNERS
-from bnexport.runtimes.emulation import PRECISIONS
-from bnexport.runtimes.settings import CONV_SEARCHES, KERNEL_PRECISIONS, OPTIMISATIONS
 from bnexport.tensors import Array
 from bnexport.verification.inputs import REAL
 from bnexport.verification.verdict import FlippedSample, Flips, Prediction, Row, VerificationReport, run_name

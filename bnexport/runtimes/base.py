@@ -1,9 +1,10 @@
-"""The one interface of every engine: a context manager with one verb."""
+"""The common interface of every engine: a context manager with one verb, and the settings of a run."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -12,7 +13,59 @@ import numpy as np
 
 from bnexport.errors import BnexportError, BundleError, RuntimeUnavailable, UsageError
 from bnexport.optional import one_line
-from bnexport.tensors import Array, Signature, TensorSpec, check_feeds
+from bnexport.tensors import Array, Signature, TensorSpec, check_feeds, declared_problem
+
+#: Precisions to which float32 kernels may round. A file in float16 or bfloat16 keeps its own precision.
+KERNEL_PRECISIONS = ("float32", "tf32", "bfloat16")
+#: ONNX Runtime's levels of graph optimisation, the one that users serve with first.
+OPTIMISATIONS = ("all", "extended", "basic", "none")
+#: How a convolution's algorithm is chosen. torch measures times for "exhaustive", so results may differ between sessions;
+#: onnxruntime selects modes of cuDNN's heuristics (``onnxruntime_session.provider_options``).
+CONV_SEARCHES = ("heuristic", "default", "exhaustive")
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Settings of a runner. An engine without such a setting ignores it; an engine that can't obey it refuses.
+
+    Attributes:
+        precision: "float32": IEEE float32, TF32 off. "tf32": the engine's TF32 kernels, for convolutions and products.
+            "bfloat16": what OpenVINO makes of a float32 file on CPUs that have it.
+        optimisation: Level of graph optimisation; one of OPTIMISATIONS.
+        conv_search: One of CONV_SEARCHES.
+        binding: Inputs and outputs are bound to the device's memory, instead of being copied by each call.
+        threads: Threads inside one operator; None leaves it to the engine.
+        isolated: Run in a child process, so that no global state (TF32 flags, environment variables) leaks in or out.
+    """
+
+    precision: str = "float32"
+    optimisation: str = "all"
+    conv_search: str = "heuristic"
+    binding: bool = False
+    threads: int | None = None
+    isolated: bool = False
+
+    def __post_init__(self) -> None:
+        for what, value, known in (
+            ("precision", self.precision, KERNEL_PRECISIONS),
+            ("optimisation", self.optimisation, OPTIMISATIONS),
+            ("conv_search", self.conv_search, CONV_SEARCHES),
+        ):
+            if value not in known:
+                raise UsageError(f"the {what} {value!r} is not known", remedy=f"Known: {', '.join(known)}")
+        if self.threads is not None and self.threads < 1:
+            raise UsageError(f"{self.threads} threads can't run anything", remedy="Give at least 1")
+
+    def describe(self) -> str:
+        """Return the differences from strict float32 as users serve it: "tf32, IO binding, optimisation basic"; "" if none."""
+        parts = [
+            "" if self.precision == "float32" else self.precision,
+            "IO binding" if self.binding else "",
+            "" if self.optimisation == "all" else f"optimisation {self.optimisation}",
+            "" if self.conv_search == "heuristic" else f"{self.conv_search} search",
+        ]
+        return ", ".join(part for part in parts if part)
+
 
 REBUILD = "Write the bundle again with bnexport fold-and-export, or copy it again from its source"
 #: Words of CUDA, cuBLAS, cuDNN, torch and onnxruntime that a GPU fault contains, in lower case -> what to do. First match.
@@ -54,14 +107,14 @@ class Runner(ABC):
     """Runs one file on one engine. Open with ``with``; outputs belong to the caller.
 
     A subclass sets the attributes in its ``__init__``, which leaves the engine ready to run, and writes ``_run`` and
-    ``close``. What every engine must promise is checked here, once: inputs that fit, every output there, with the
-    signature's element type and shape, in memory of its own. Whether values are right is the verifier's question.
+    ``close``. This class checks what every engine must guarantee: inputs that fit, every output present, with the
+    signature's element type and shape, in separate memory. The verifier checks the values.
 
     Attributes:
         name: As in ``catalogue.RUNNERS``: "onnxruntime-cpu".
         signature: Inputs and outputs, in order.
         effective_device: Read back from the engine, never copied from the request: "cpu", "cuda:0".
-        description: What really runs: engine, version, file, providers of the nodes. Plain JSON values.
+        description: Engine, version, file, providers of the nodes that really run. Plain JSON values.
     """
 
     name: str
@@ -82,7 +135,7 @@ class Runner(ABC):
         Raises:
             FeedError: The feeds do not fit the signature.
             BundleError: The file can't be run, or its outputs do not fit the signature.
-            RuntimeUnavailable: The device failed (out of memory, a library that is missing).
+            RuntimeUnavailable: The device failed (out of memory, a missing library).
             UsageError: The runner was closed.
         """
         self._refuse_closed()
@@ -90,13 +143,7 @@ class Runner(ABC):
         return self.run_fitting(feeds)
 
     def run_fitting(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """As ``run``, for feeds that are known to fit the signature: a server has checked them when it decoded them.
-
-        Raises:
-            BundleError: As in ``run``.
-            RuntimeUnavailable: As in ``run``.
-            UsageError: As in ``run``.
-        """
+        """Run feeds that are known to fit, since a server checked them at decoding; the other errors are those of ``run``."""
         self._refuse_closed()
         contiguous = {spec.name: np.ascontiguousarray(feeds[spec.name]) for spec in self.signature.inputs}
         try:
@@ -116,7 +163,7 @@ class Runner(ABC):
         """Run feeds that were checked and are contiguous; foreign exceptions may pass."""
 
     def close(self) -> None:
-        """Free what the engine holds; the runner can't run afterwards."""
+        """Free the engine's resources; the runner can't run afterwards."""
         self._closed = True
 
     def __enter__(self) -> Self:
@@ -128,7 +175,7 @@ class Runner(ABC):
         self.close()
 
     def probe(self) -> None:
-        """Run two samples of zeros, so that libraries loaded on first use and the outputs are known to be there.
+        """Run two samples of zeros, to load libraries that load on first use and to check the outputs.
 
         Skipped when a dimension other than the first varies: no size is known to be valid for it.
         """
@@ -137,7 +184,7 @@ class Runner(ABC):
             self.run({s.name: np.zeros([d if isinstance(d, int) else 2 for d in s.shape], s.dtype) for s in specs})
 
     def _translated(self, error: Exception) -> BnexportError:
-        """A foreign exception of the engine as one of the tree."""
+        """Convert a foreign exception of the engine to one of bnexport's."""
         if self.effective_device.startswith("cuda"):
             return RuntimeUnavailable(
                 f"{self.name} failed on {self.effective_device}: {one_line(error)}",
@@ -161,40 +208,15 @@ class Runner(ABC):
         return checked
 
 
-def declared_problem(spec: TensorSpec, dtype: str, shape: Sequence[int | str | None], *, strict: bool) -> str | None:
-    """How what a file declares differs from the manifest, as a sentence without its full stop; None when it fits.
-
-    Args:
-        spec: What the manifest says.
-        dtype: What the file declares, as numpy's name.
-        shape: What the file declares; anything but a number is a dimension left open.
-        strict: Whether a size in the manifest must be declared. An output's may be left open by the file, an input's not.
-    """
-    if dtype != spec.dtype:
-        return f"{spec.name!r} is {dtype}, the manifest says {spec.dtype}"
-    fits = len(shape) == len(spec.shape) and all(
-        (have == want if isinstance(have, int) else not strict) if isinstance(want, int) else not isinstance(have, int)
-        for want, have in zip(spec.shape, shape, strict=True)
-    )
-    if not fits:
-        have, want = ("x".join("?" if dim is None else str(dim) for dim in dims) for dims in (shape, spec.shape))
-        return f"{spec.name!r} has shape {have or 'scalar'}, the manifest says {want}"
-    return None
-
-
 def check_declared(
     file: Path, kind: str, specs: Sequence[TensorSpec], declared: Sequence[tuple[str, str, Sequence[int | str | None]]]
 ) -> None:
-    """Refuse a file whose inputs or outputs are not the manifest's.
+    """Refuse a file whose inputs or outputs (``kind``) are not the manifest's (``specs``).
 
-    Args:
-        file: For the sentence.
-        kind: "input" or "output".
-        specs: What the manifest says, in order.
-        declared: (name, numpy's element type, shape) as the engine read them from the file.
+    ``declared`` has (name, numpy's element type, shape) as the engine read them from the file.
 
     Raises:
-        BundleError: Naming the first difference.
+        BundleError: Names the first difference.
     """
     names, expected = [name for name, _, _ in declared], [spec.name for spec in specs]
     if names != expected:
@@ -205,11 +227,9 @@ def check_declared(
 
 
 def device_remedy(text: str) -> str:
-    """Return what to do about a fault on a GPU.
+    """Return what to do about a fault on a GPU, by the engine's message.
 
-    Args:
-        text: Message of the engine's exception. A full GPU, a GPU that the engine has no kernels for, and an old driver are
-            recognised.
+    It recognises a full GPU, a GPU that the engine has no kernels for, and an old driver.
     """
     lowered = text.lower()
     for words, remedy in _DEVICE_REMEDIES:
@@ -219,12 +239,12 @@ def device_remedy(text: str) -> str:
 
 
 def plain_reason(name: str, error: BnexportError) -> str:
-    """Why a runner is not here, without its name, for a list that names it already."""
+    """Return why a runner is unavailable, without its name, for a list that contains the name already."""
     return error.message.removeprefix(f"{name} can't run here: ")
 
 
 def named_sizes(signature: Signature, feeds: Mapping[str, Array]) -> dict[str, int]:
-    """Size of each named dimension in feeds that fit the signature: ``{"batch": 64}``."""
+    """Return the size of each named dimension in feeds that fit the signature: ``{"batch": 64}``."""
     return {
         dim: size
         for spec in signature.inputs

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 from bnexport.bundle import MODEL_EXPORTED, MODEL_ONNX, MODEL_TORCHSCRIPT, WEIGHTS, Bundle
 from bnexport.errors import RuntimeUnavailable, UsageError
 from bnexport.optional import installed
-from bnexport.runtimes.base import Runner
-from bnexport.runtimes.settings import RunSettings
+from bnexport.runtimes.base import Runner, RunSettings
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,10 +25,10 @@ class RunnerSpec:
         file: The file of the bundle that it reads.
         opener: (bundle, device, module, settings) -> an open runner.
         prober: device -> why it can't run here, or None.
-        served: Precision of its kernels as people serve with it: its own default. TF32 on most GPU engines.
-        precisions: What ``RunSettings.precision`` may ask of it.
-        default: Whether ``verify`` runs it unasked.
-        extra: The package, and extra of bnexport, that it needs beside what every installation has; "" when it needs none.
+        served: Precision of its kernels by default, as users serve with it: TF32 on most GPU engines.
+        precisions: Values of ``RunSettings.precision`` that it accepts.
+        default: ``verify`` runs it without being asked.
+        extra: The package, and extra of bnexport, that it needs in addition to every installation's; "" when it needs none.
     """
 
     engine: str
@@ -44,20 +43,20 @@ class RunnerSpec:
 
     @property
     def name(self) -> str:
-        """As on the command line: "onnxruntime-cpu"."""
+        """Return the name on the command line: "onnxruntime-cpu"."""
         return f"{self.engine}-{self.device}"
 
     def open(self, bundle: Bundle, *, module: nn.Module | None = None, settings: RunSettings | None = None) -> Runner:
-        """An open runner of a bundle's file; use it in a ``with`` block.
+        """Open a runner of a bundle's file; use it in a ``with`` block.
 
         Args:
-            bundle: Its file is opened as it lies there; whether its hash holds is ``Bundle.check``'s question.
+            bundle: Its file is opened without a check of its hash, which ``Bundle.check`` does.
             module: The original network, for torch eager on a bundle whose network only its author has.
-            settings: How to run it; default: strict float32 as users serve it.
+            settings: Settings of the run; default: strict float32 as users serve it.
 
         Raises:
             BundleError: The file is missing, damaged, or does not fit the manifest.
-            Unavailable: The engine, the device or a library is not here.
+            Unavailable: The engine, the device or a library is missing.
             UsageError: The settings ask for a precision that this engine does not have.
         """
         settings = settings or RunSettings()
@@ -75,35 +74,31 @@ class RunnerSpec:
         return runner
 
     def available(self) -> str | None:
-        """None when it can run here, else the reason in one line. A GPU is believed only after it ran a batch."""
+        """Return the reason in one line why it can't run here; None when it can. A GPU has to run a batch first."""
         return self.prober(self.device)
 
     def require(self) -> None:
-        """Raise when it can't run here, before long work.
-
-        Raises:
-            RuntimeUnavailable: With the reason in one line.
-        """
+        """Raise RuntimeUnavailable, with the reason in one line, when it can't run here: before long work."""
         if (reason := self.available()) is not None:
             start = f"{self.name} can't run here: "
             raise RuntimeUnavailable(start + reason.removeprefix(start), remedy="bnexport doctor says what to install")
 
 
 def _open_torch(bundle: Bundle, device: str, module: nn.Module | None, settings: RunSettings) -> Runner:
-    from bnexport.runtimes.torch_eager import open_bundle
+    from bnexport.runtimes.torch_runners import open_bundle
 
     return open_bundle(bundle, device=device, module=module, settings=settings)
 
 
 def _open_torchscript(bundle: Bundle, device: str, _module: nn.Module | None, settings: RunSettings) -> Runner:
-    from bnexport.runtimes.torchscript import TorchScriptRunner
+    from bnexport.runtimes.torch_runners import TorchScriptRunner
 
     file = bundle.file(MODEL_TORCHSCRIPT)
     return TorchScriptRunner(file, bundle.manifest.signature, device=device, settings=settings)
 
 
 def _open_exported(bundle: Bundle, device: str, _module: nn.Module | None, settings: RunSettings) -> Runner:
-    from bnexport.runtimes.exported_program import ExportedProgramRunner
+    from bnexport.runtimes.torch_runners import ExportedProgramRunner
 
     file = bundle.file(MODEL_EXPORTED)
     return ExportedProgramRunner(file, bundle.manifest.signature, device=device, settings=settings)
@@ -162,7 +157,7 @@ RUNNERS: tuple[RunnerSpec, ...] = (
     RunnerSpec("onnxruntime", "cpu", MODEL_ONNX, _open_onnxruntime, _onnxruntime_problem),
     RunnerSpec("onnxruntime", "cuda", MODEL_ONNX, _open_onnxruntime, _onnxruntime_problem, "tf32", _GPU_PRECISIONS),
     RunnerSpec("onnxruntime", "tensorrt", MODEL_ONNX, _open_onnxruntime, _onnxruntime_problem, "tf32", _GPU_PRECISIONS),
-    # On a CPU without bfloat16 its bfloat16 is float32, and the report says so.
+    # On a CPU without bfloat16 its bfloat16 is float32, and the report states that.
     RunnerSpec(
         "openvino",
         "cpu",
@@ -173,13 +168,13 @@ RUNNERS: tuple[RunnerSpec, ...] = (
         ("float32", "bfloat16"),
         extra="openvino",
     ),
-    # Not unasked: the proof of the written file evaluates it anyway.
+    # Off by default: the file proof already evaluates it.
     RunnerSpec("reference", "cpu", MODEL_ONNX, _open_reference, _reference_problem, default=False),
 )
 
 
 def runner_spec(name: str) -> RunnerSpec:
-    """The row of a name.
+    """Return the row of a name.
 
     Raises:
         UsageError: There is no such runtime.

@@ -1,4 +1,7 @@
-"""Which library keeps onnxruntime from the GPU, in the loader's own words."""
+"""Reasons why onnxruntime or torch can't use the GPU: missing libraries, and CUDA packages that do not fit together.
+
+The reasons about libraries are the loader's own words. Conflicts of packages are found without a GPU.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,15 @@ import functools
 import io
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib import util
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from bnexport.optional import installed, one_line
+from bnexport.environment import versions_of
+from bnexport.errors import MissingDependency
+from bnexport.optional import installed, one_line, require
 
 #: Device -> what to do when onnxruntime does not get there.
 REMEDIES = {
@@ -30,7 +37,7 @@ _TENSORRT_PACKAGE = "tensorrt_libs"
 _TENSORRT_LIBRARIES = ("libnvinfer.so.*", "libnvinfer_plugin.so.*", "libnvonnxparser.so.*")
 
 
-#: Whether ``preload`` imports torch before it loads a library.
+#: ``preload`` imports torch before it loads a library.
 _torch_first = True
 
 
@@ -42,7 +49,7 @@ def leave_torch_out() -> None:
 
 @functools.cache
 def preload(ort: Any) -> str:
-    """Load CUDA and cuDNN from the Python packages that carry them, so that the provider finds them.
+    """Load CUDA and cuDNN from the Python packages that contain them, so that the provider finds them.
 
     torch comes first: it brings most of the same libraries, and two copies in one process clash. After
     ``leave_torch_out`` it is imported only where the libraries are not found without it.
@@ -78,13 +85,13 @@ def package_folders(ort: Any) -> list[Path]:
 
 
 def preload_tensorrt() -> None:
-    """Load TensorRT from the Python package that carries it; one that lies elsewhere is the loader's to find."""
+    """Load TensorRT from its Python package; one that lies elsewhere is left to the loader."""
     for library in _tensorrt_files():
         _load(str(library), globally=True)
 
 
 def _tensorrt_files() -> Iterator[Path]:
-    """In the order in which they need each other."""
+    """Yield the libraries in the order in which they need each other."""
     spec = util.find_spec(_TENSORRT_PACKAGE)
     for folder in (spec.submodule_search_locations or ()) if spec is not None else ():
         for pattern in _TENSORRT_LIBRARIES:
@@ -92,12 +99,7 @@ def _tensorrt_files() -> Iterator[Path]:
 
 
 def reason(ort: Any, device: str = "cuda") -> str | None:
-    """Every missing piece in one line: the driver, and the library that each provider lacks; None when all load.
-
-    Args:
-        ort: The module.
-        device: "cuda" or "tensorrt".
-    """
+    """Return every missing piece in one line: the driver, and the library that each provider lacks; None when all load."""
     preload(ort)
     if device == "tensorrt":
         preload_tensorrt()
@@ -121,3 +123,70 @@ def _load(library: str, *, globally: bool = False) -> str | None:
     except OSError as error:
         return one_line(error)
     return None
+
+
+#: Distributions of cuDNN by the CUDA version that they are for. All of them write the same files.
+_CUDNN = ("nvidia-cudnn-cu11", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13", "nvidia-cudnn-cu14")
+
+
+@dataclass(frozen=True)
+class Conflict:
+    """Packages that do not fit together.
+
+    Attributes:
+        reason: The packages and the consequence; one line.
+        remedy: What to install instead.
+    """
+
+    reason: str
+    remedy: str
+
+
+def conflicts() -> tuple[Conflict, ...]:
+    """Return the conflicts among torch, onnxruntime and cuDNN; packages that are not installed are left out."""
+    engines = {name: version for name, version in (("torch", _torch()), ("onnxruntime", _onnxruntime())) if version}
+    found = []
+    if len({_major(version) for version in engines.values()}) > 1:
+        built = " and ".join(f"{name} for CUDA {version}" for name, version in engines.items())
+        found.append(
+            Conflict(
+                f"the installed {built} need different CUDA libraries, of which one process can load only one set",
+                "Install both for one CUDA version: onnxruntime-gpu is built for CUDA 13 since 1.28, "
+                "pip install -U 'onnxruntime-gpu[cuda,cudnn]' torch",
+            )
+        )
+    cudnn = versions_of(*_CUDNN)
+    if len(cudnn) > 1:
+        fitting = f"nvidia-cudnn-cu{_major(next(iter(engines.values())))}" if engines else max(cudnn)
+        named = " and ".join(f"{name} {version}" for name, version in cudnn.items())
+        found.append(
+            Conflict(
+                f"{named} are installed together: they write the same files, so one has overwritten the other",
+                f"pip uninstall -y {' '.join(cudnn)}, then pip install {fitting}",
+            )
+        )
+    return tuple(found)
+
+
+def _major(version: str) -> str:
+    return version.partition(".")[0]
+
+
+def _torch() -> str:
+    """Return the CUDA version that torch is built for; "" for a build without CUDA, or without torch."""
+    return str(getattr(getattr(_imported("torch"), "version", None), "cuda", None) or "")
+
+
+def _onnxruntime() -> str:
+    """Return the CUDA version that onnxruntime is built for, from its own record; "" for a build without CUDA."""
+    return str(getattr(_imported("onnxruntime"), "cuda_version", None) or "")
+
+
+def _imported(name: str) -> ModuleType | None:
+    """Return a package, or None where it is missing or can't be imported."""
+    if not installed(name):
+        return None
+    try:
+        return require(name, purpose="the comparison of CUDA versions")
+    except MissingDependency:
+        return None

@@ -14,10 +14,9 @@ from bnexport.bundle import Bundle
 from bnexport.environment import environment, runtime_only
 from bnexport.errors import BnexportError
 from bnexport.optional import installed
-from bnexport.runtimes.base import plain_reason
+from bnexport.runtimes.base import RunSettings, plain_reason
 from bnexport.runtimes.catalogue import RUNNERS, RunnerSpec, runner_spec
-from bnexport.runtimes.cuda_packages import Conflict, conflicts
-from bnexport.runtimes.settings import RunSettings
+from bnexport.runtimes.cuda_libraries import Conflict, conflicts
 from bnexport.runtimes.small_model import expected, small_bundle, torch_module
 from bnexport.runtimes.torch_outputs import REMEDY as TORCH_REMEDY
 
@@ -29,14 +28,14 @@ _SERVING = ("onnxruntime",)
 
 @dataclass(frozen=True)
 class Health:
-    """What one runtime did.
+    """Result of one runtime.
 
     Attributes:
         runtime: Its name in RUNNERS.
         works: It ran, on the device asked for, and its numbers are right.
-        device: Where it ran, read back from the engine; "" when it did not.
-        error: max |engine - numpy| / max |numpy|; None when it did not run.
-        reason: What is missing or wrong, one line; "" when it works.
+        device: Device of the run, read back from the engine; "" without a run.
+        error: max |engine - numpy| / max |numpy|; None without a run.
+        reason: The fault in one line; "" when it works.
         remedy: What to do about it.
         details: Engine, version, providers.
     """
@@ -74,7 +73,7 @@ class Diagnosis:
         return tuple(health for health in self.runtimes if health.runtime in wanted and not health.works)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Return plain JSON values."""
         return {
             "runtimes": [asdict(health) for health in self.runtimes],
             "environment": self.environment,

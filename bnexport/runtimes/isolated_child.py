@@ -1,7 +1,7 @@
-"""The other process of an isolated runner: ``python -m bnexport.runtimes.isolated_child``, started by ``isolation`` alone.
+"""The child process of an isolated runner: ``python -m bnexport.runtimes.isolated_child``, started by ``isolation`` alone.
 
-It opens one runner, answers until its standard input ends, and leaves. Whatever an engine prints goes to standard error,
-so that it can't get between the messages.
+It opens one runner, answers until its standard input ends, and exits. Output that an engine prints goes to standard error, so
+that it can't get between the messages.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ from typing import Any, BinaryIO
 from bnexport.bundle import Bundle, Manifest
 from bnexport.errors import BnexportError
 from bnexport.runtimes import cuda_libraries
-from bnexport.runtimes.base import Runner
+from bnexport.runtimes.base import Runner, RunSettings
 from bnexport.runtimes.catalogue import runner_spec
-from bnexport.runtimes.frames import receive, send
-from bnexport.runtimes.settings import RunSettings
+from bnexport.runtimes.isolation import receive, send
 
 
 def main() -> None:
@@ -65,7 +64,7 @@ def _told(error: BnexportError) -> dict[str, Any]:
 
 
 def _private_output() -> BinaryIO:
-    """Standard output for the messages alone; what is printed goes to standard error from now on."""
+    """Return standard output for the messages alone; printed text goes to standard error from now on."""
     sys.stdout.flush()
     private = os.dup(1)
     os.dup2(2, 1)

@@ -1,8 +1,13 @@
-"""A runner in a child process with a clean environment, so that nobody's global state leaks in or out."""
+"""A runner in a child process with a clean environment, so that no global state leaks in or out.
+
+A message between the two processes is one line of JSON, then the plain bytes of its arrays. Nothing is unpickled.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
+import math
 import os
 import signal
 import subprocess
@@ -15,15 +20,66 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
 
+import numpy as np
+
 from bnexport import errors
 from bnexport.bundle import Bundle
 from bnexport.errors import BnexportError, BundleError, RuntimeUnavailable
 from bnexport.optional import one_line
 from bnexport.reproducibility import OVERRIDE
-from bnexport.runtimes.base import REBUILD, Runner
-from bnexport.runtimes.frames import receive, send
-from bnexport.runtimes.settings import RunSettings
-from bnexport.tensors import Array
+from bnexport.runtimes.base import REBUILD, Runner, RunSettings
+from bnexport.tensors import DTYPES, Array
+
+#: A message's JSON is a request, a description or an error: small.
+_MAX_HEAD = 2**26
+_ARRAYS = "arrays"
+
+
+def send(stream: BinaryIO, head: Mapping[str, Any], arrays: Mapping[str, Array] | None = None) -> None:
+    """Write one message to a pipe: plain JSON values, and arrays by name, of an element type in DTYPES.
+
+    Raises:
+        OSError: The other process has ended.
+    """
+    contiguous = {name: np.asarray(array, order="C") for name, array in (arrays or {}).items()}
+    table = [[name, array.dtype.name, list(array.shape)] for name, array in contiguous.items()]
+    text = json.dumps({**head, _ARRAYS: table}).encode()
+    stream.write(len(text).to_bytes(8, "little") + text)
+    for array in contiguous.values():
+        stream.write(array.reshape(-1).view(np.uint8).data)
+    stream.flush()
+
+
+def receive(stream: BinaryIO) -> tuple[dict[str, Any], dict[str, Array]]:
+    """Read one message, with arrays in separate memory.
+
+    Raises:
+        EOFError: The other process has ended.
+        ValueError: Not a message.
+    """
+    size = int.from_bytes(_exactly(stream, 8), "little")
+    if size > _MAX_HEAD:
+        raise ValueError(f"a message of {size} bytes")
+    head = json.loads(bytes(_exactly(stream, size)))
+    arrays = {}
+    for name, dtype, shape in head.pop(_ARRAYS):
+        if dtype not in DTYPES:
+            raise ValueError(f"an array of the type {dtype!r}")
+        content = _exactly(stream, math.prod(shape) * np.dtype(dtype).itemsize)
+        arrays[str(name)] = np.frombuffer(content, dtype).reshape(shape)
+    return head, arrays
+
+
+def _exactly(stream: BinaryIO, size: int) -> bytearray:
+    content = bytearray(size)
+    view, at = memoryview(content), 0
+    while at < size:
+        count = stream.readinto(view[at:])  # type: ignore[attr-defined]
+        if not count:
+            raise EOFError
+        at += count
+    return content
+
 
 #: Seconds for one answer, opening included: TensorRT may build an engine for minutes. A deadline, not a measurement.
 DEADLINE = 1800.0
@@ -34,14 +90,7 @@ _CHILD = "bnexport.runtimes.isolated_child"
 
 @dataclass(frozen=True)
 class Variable:
-    """One row of ENVIRONMENT.
-
-    Attributes:
-        name: Of the variable; one that ends with * stands for all that start so.
-        float32: Its value for strict float32; None: it must not be there.
-        tf32: Its value for TF32.
-        reason: What it does.
-    """
+    """One row of ENVIRONMENT: a variable (a final * stands for any ending), its values, None for unset, and its effect."""
 
     name: str
     float32: str | None
@@ -66,20 +115,19 @@ ENVIRONMENT: tuple[Variable, ...] = (
 
 
 class IsolatedRunner(Runner):
-    """Runs a row of RUNNERS in a process of its own.
+    """Runs a row of RUNNERS in a separate process.
 
-    Device and description are those that the child's engine tells. Errors come back as they were raised there. A child
-    that dies or does not answer is an error of one sentence; nothing is left running after ``close``, at an interrupt, or
-    when the interpreter ends.
+    Device and description are those of the child's engine. Errors are raised as in the child. A child that dies or does not
+    answer is an error of one sentence. The child ends with ``close``, at an interrupt, or when the interpreter ends.
 
     Args:
-        name: Of the row: "onnxruntime-cuda".
-        bundle: What it reads.
-        settings: How to run it.
+        name: Name of the row: "onnxruntime-cuda".
+        bundle: The bundle that it reads.
+        settings: Settings of the run.
         deadline: Seconds for one answer.
 
     Raises:
-        BnexportError: What opening raised in the child.
+        BnexportError: Any error of opening in the child.
         BundleError: The child died of its file on the CPU.
         RuntimeUnavailable: There is no Python to start, or the child died on a GPU, or did not answer in time.
     """
@@ -109,14 +157,14 @@ class IsolatedRunner(Runner):
 
     @property
     def process(self) -> int:
-        """The child's process id."""
+        """Return the child's process id."""
         return self._child.pid
 
     def _run(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
         return self._exchange({}, feeds)
 
     def _exchange(self, head: Mapping[str, Any], arrays: Mapping[str, Array]) -> dict[str, Array]:
-        """Send a message, and take the answer in."""
+        """Send a message, and return the answer."""
         with self._turn:  # two threads' messages must not mix
             if self._dead is not None:
                 raise self._dead
@@ -144,7 +192,7 @@ class IsolatedRunner(Runner):
             raise
 
     def _death(self, *, late: bool) -> BnexportError:
-        """Why there is no answer, in one sentence."""
+        """Return the error for a missing answer, in one sentence."""
         code = self._child.wait()
         how = f"did not answer for {self._deadline:g} s and was stopped" if late else f"ended: {how_ended(code)}"
         words = "" if late else _last_words(self._said)
@@ -160,14 +208,14 @@ class IsolatedRunner(Runner):
 
 
 def child_environment(precision: str) -> dict[str, str]:
-    """The environment of a child: this process's, with what ENVIRONMENT says of a precision."""
+    """Return this process's environment, changed for a precision as ENVIRONMENT states."""
     rest = {name: value for name, value in os.environ.items() if not any(_names(row, name) for row in ENVIRONMENT)}
     wanted = {row.name: row.float32 if precision == "float32" else row.tf32 for row in ENVIRONMENT}
     return {**rest, **{name: value for name, value in wanted.items() if value is not None}, "PYTHONPATH": import_path()}
 
 
 def import_path() -> str:
-    """PYTHONPATH of a child, which must find the packages that this process found, however it found them."""
+    """Return the PYTHONPATH with which a child finds the packages of this process."""
     here = str(Path(__file__).resolve().parents[2])
     return os.pathsep.join(dict.fromkeys([*(str(Path(path or ".").resolve()) for path in sys.path), here]))
 
@@ -192,7 +240,7 @@ def _start(name: str, precision: str, said: IO[bytes]) -> subprocess.Popen[bytes
 
 
 def _stop(child: subprocess.Popen[bytes], said: IO[bytes]) -> None:
-    """End a child: it leaves when its input ends; one that does not is killed."""
+    """Close a child's input, which ends it, and kill a child that stays."""
     try:
         for pipe in (child.stdin, child.stdout):
             with contextlib.suppress(OSError):  # what was still to be sent has no reader
@@ -224,14 +272,14 @@ def _killed_after(seconds: float, child: subprocess.Popen[bytes], late: threadin
 
 
 def _raised(answer: Mapping[str, Any]) -> BnexportError:
-    """An error of the child's as the same class."""
+    """Return the child's error as the same class."""
     found = getattr(errors, str(answer["error"]), None)
     kind = found if isinstance(found, type) and issubclass(found, BnexportError) else RuntimeUnavailable
     return kind(str(answer["message"]), remedy=str(answer["remedy"]))
 
 
 def how_ended(code: int) -> str:
-    """What a process's return code says, as the end of a sentence."""
+    """Return the meaning of a process's return code, as the end of a sentence."""
     if code >= 0:
         return f"exit code {code}"
     with contextlib.suppress(ValueError):
@@ -241,7 +289,7 @@ def how_ended(code: int) -> str:
 
 
 def _last_words(said: IO[bytes]) -> str:
-    """The last line that the child wrote to standard error."""
+    """Return the last line that the child wrote to standard error."""
     said.seek(max(0, said.seek(0, os.SEEK_END) - 4096))
     lines = [line.strip() for line in said.read().decode(errors="replace").split("\n")]
     return next((one_line(Exception(line), 200) for line in reversed(lines) if line), "")

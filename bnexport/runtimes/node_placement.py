@@ -31,13 +31,7 @@ _NAMED = 3
 
 
 class PlacedNode(NamedTuple):
-    """One node of a session.
-
-    Attributes:
-        name: Of the node; "" where the file gives none.
-        operator: "Conv".
-        provider: The execution provider that runs it.
-    """
+    """One node of a session: name ("" where the file gives none), operator ("Conv") and execution provider."""
 
     name: str
     operator: str
@@ -70,7 +64,7 @@ def with_unique_names(model: bytes) -> bytes:
 
 
 def _rebuilt(content: bytes, start: int, end: int, path: tuple[int, ...], new: Mapping[int, str]) -> bytes:
-    """Return a message whose nodes, which lie at a path of field numbers, got the new names of the places they start at."""
+    """Return a message with new names for its nodes, which lie at a path of field numbers; ``new`` has start -> name."""
     parts, before = [], start
     for field in read_fields(content, start, end):
         if field.number != path[0]:
@@ -96,14 +90,8 @@ def placed_nodes(session: Any) -> tuple[PlacedNode, ...]:
 def not_shape_arithmetic(ort: Any, model: bytes, nodes: Sequence[PlacedNode], level: Any) -> str | None:
     """Return which nodes on the CPU are not shape arithmetic, as a clause; None when all of them are.
 
-    A node is shape arithmetic when all its outputs are integers or bools of rank 0 or 1. A node whose outputs can't be
-    established is not.
-
-    Args:
-        ort: The module.
-        model: The file that the session was opened from.
-        nodes: ``placed_nodes``.
-        level: The graph optimisation after which nodes are assigned: basic, or none for a session without optimisation.
+    A node is shape arithmetic when all its outputs are integers or bools of rank 0 or 1. A node with unknown outputs is not.
+    ``level`` is the graph optimisation after which nodes are assigned: basic, or none for a session without optimisation.
     """
     wanted = [node for node in nodes if node.provider == CPU]
     if not wanted:
@@ -225,5 +213,5 @@ def _parts(content: bytes, *path: int) -> Iterator[tuple[int, int]]:
 
 
 def counts(nodes: Sequence[PlacedNode]) -> dict[str, int]:
-    """Return provider -> how many nodes it was given."""
+    """Return provider -> number of its nodes."""
     return dict(Counter(node.provider for node in nodes))

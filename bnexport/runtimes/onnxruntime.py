@@ -1,4 +1,4 @@
-"""model.onnx in onnxruntime, on the CPU, CUDA or TensorRT execution provider, never on one in another's name."""
+"""Run model.onnx in onnxruntime, on the CPU, CUDA or TensorRT execution provider, and refuse a fallback to another provider."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from bnexport.errors import BnexportError, BundleError, RuntimeUnavailable
+from bnexport.onnx_files.models import read_screened
 from bnexport.optional import one_line
 from bnexport.runtimes import cuda_libraries, small_model
-from bnexport.runtimes.base import REBUILD, Runner, check_declared, device_remedy
+from bnexport.runtimes.base import REBUILD, Runner, RunSettings, check_declared, device_remedy
 from bnexport.runtimes.node_placement import counts, placed_nodes, with_unique_names
-from bnexport.runtimes.onnx_file import read_screened
 from bnexport.runtimes.onnxruntime_session import (
     check_placement,
     in_effect,
@@ -24,7 +24,6 @@ from bnexport.runtimes.onnxruntime_session import (
     prepare_device,
     tf32_override,
 )
-from bnexport.runtimes.settings import RunSettings
 from bnexport.tensors import ELEMENT_TYPES, Array, Signature
 
 #: onnxruntime's names of element types -> numpy's.
@@ -40,9 +39,9 @@ class OnnxRuntimeRunner(Runner):
 
     Args:
         file: model.onnx.
-        signature: What the file must declare.
+        signature: The declarations that the file must have.
         device: "cpu", "cuda" or "tensorrt".
-        settings: How to run it; default: strict float32 as users serve it.
+        settings: Settings of the run; default: strict float32 as users serve it.
 
     Raises:
         BundleError: Not an ONNX model, a damaged one, or one with another signature.
@@ -118,7 +117,7 @@ class OnnxRuntimeRunner(Runner):
             check_declared(self._file, kind, specs, declared)
 
     def _refuse_other_settings(self) -> None:
-        """What was read back must be what was asked for."""
+        """Refuse a session whose settings in effect are not those asked for."""
         found = self.description
         for what, asked in (("precision", self._settings.precision), ("optimisation", self._settings.optimisation)):
             if found[what] != asked:
@@ -133,7 +132,7 @@ class OnnxRuntimeRunner(Runner):
         return dict(zip(self._outputs, self._session.run(self._outputs, dict(feeds)), strict=True))
 
     def _run_bound(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
-        """Inputs put into the device's memory, outputs left there by the engine and fetched."""
+        """Put inputs into the device's memory, and fetch the outputs that the engine left there."""
         where = self.effective_device.partition(":")[0]
         binding = self._session.io_binding()  # a new one for each call: an old one keeps the last batch's sizes
         inputs = {name: self._ort.OrtValue.ortvalue_from_numpy(array, where, 0) for name, array in feeds.items()}
@@ -165,15 +164,14 @@ class OnnxRuntimeRunner(Runner):
 
 @functools.cache
 def problem(device: str) -> str | None:
-    """Why onnxruntime can't run on a device here, one line; None when it can. A GPU has to run a small model first.
+    """Return why onnxruntime can't run on a device ("cpu", "cuda", "tensorrt") here, as one line; None when it can.
 
-    Args:
-        device: "cpu", "cuda" or "tensorrt".
+    A GPU has to run a small model first.
     """
     try:
         load_engine()
         if device != "cpu":
-            # Whether the device works is the question, in the precision that this process's environment allows.
+            # This tests whether the device works, in the precision that this process's environment allows.
             settings = RunSettings("float32" if device == "cuda" or tf32_override() == "0" else "tf32")
             with tempfile.TemporaryDirectory() as folder:
                 small_model.write_onnx(file := Path(folder) / "small.onnx")

@@ -1,4 +1,4 @@
-"""Opening a session of onnxruntime as RunSettings say, and reading back from it what really is in effect."""
+"""Open a session of onnxruntime as RunSettings demand, and read back the settings in effect."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from bnexport.errors import RuntimeUnavailable
 from bnexport.optional import require
 from bnexport.reproducibility import OVERRIDE
 from bnexport.runtimes import cuda_libraries
+from bnexport.runtimes.base import RunSettings
 from bnexport.runtimes.node_placement import CPU, PlacedNode, counts, not_shape_arithmetic
-from bnexport.runtimes.settings import RunSettings
 
 CUDA, TENSORRT = "CUDAExecutionProvider", "TensorrtExecutionProvider"
 #: Provider -> where its nodes run.
@@ -32,12 +32,9 @@ _TENSORRT_VARIABLES = {
 
 @dataclass(frozen=True)
 class Target:
-    """One row of TARGETS.
+    """One row of TARGETS: ``must``, called ``words`` in sentences, is the provider that has to take at least one node.
 
-    Attributes:
-        providers: In order of preference. onnxruntime adds the CPU's itself, so its nodes are read back and judged.
-        must: The provider that has to take at least one node.
-        words: Name of ``must`` in sentences.
+    The providers are in order of preference. onnxruntime adds the CPU's itself, so its nodes are read back and judged.
     """
 
     providers: tuple[str, ...]
@@ -78,10 +75,10 @@ _TOLD = (
 
 
 def load_engine() -> Any:
-    """onnxruntime, without its warnings on stderr.
+    """Return onnxruntime, without its warnings on stderr.
 
     Raises:
-        MissingDependency: It is not installed, or a library of its own is missing.
+        MissingDependency: onnxruntime is not installed, or one of its libraries is missing.
     """
     ort = require("onnxruntime", purpose="the onnxruntime runner")
     ort.set_default_logger_severity(4)
@@ -89,7 +86,7 @@ def load_engine() -> Any:
 
 
 def provider_options(provider: str, settings: RunSettings) -> dict[str, str]:
-    """What a provider is told.
+    """Return the options of a provider.
 
     Sources: onnxruntime, "CUDA Execution Provider" and "TensorRT Execution Provider", configuration options.
     """
@@ -115,15 +112,9 @@ def provider_options(provider: str, settings: RunSettings) -> dict[str, str]:
 
 
 def open_session(ort: Any, model: bytes, device: str, settings: RunSettings) -> Any:
-    """Open a session with the providers of a device; what onnxruntime raises passes.
+    """Open a session on the bytes of a file with the providers of a device (a key of TARGETS); onnxruntime's errors pass.
 
     onnxruntime adds the CPU provider; ``check_placement`` judges the nodes that ended there.
-
-    Args:
-        ort: The module.
-        model: Bytes of the file.
-        device: A key of TARGETS.
-        settings: How to run.
     """
     options = ort.SessionOptions()
     options.log_severity_level = 4  # what goes wrong comes as an exception, in our words
@@ -137,16 +128,10 @@ def open_session(ort: Any, model: bytes, device: str, settings: RunSettings) -> 
 
 
 def prepare_device(ort: Any, name: str, device: str, settings: RunSettings) -> None:
-    """Load a device's libraries, or say what keeps this process from the device.
-
-    Args:
-        ort: The module.
-        name: Of the runner.
-        device: A key of TARGETS.
-        settings: How to run.
+    """Load a device's libraries for the runner called ``name``.
 
     Raises:
-        RuntimeUnavailable: This onnxruntime is built without a provider, TensorRT's libraries are not here, or the
+        RuntimeUnavailable: This onnxruntime is built without a provider, TensorRT's libraries are missing, or the
             environment forbids the precision.
     """
     if device == "cpu":
@@ -171,7 +156,7 @@ def prepare_device(ort: Any, name: str, device: str, settings: RunSettings) -> N
 
 
 def environment_problem(device: str, precision: str) -> str | None:
-    """Which variable of this process's environment keeps a GPU from a precision; None when none does."""
+    """Return which variable of this process's environment keeps a GPU from a precision; None when none does."""
     override = tf32_override()
     if override == _CHANGED:
         return f"{OVERRIDE} was changed after this process had started, so what its libraries read is not known"
@@ -190,10 +175,10 @@ def environment_problem(device: str, precision: str) -> str | None:
 
 
 def tf32_override() -> str | None:
-    """NVIDIA_OVERRIDE as the libraries of this process read it; None when it is not set.
+    """Return NVIDIA_OVERRIDE as the libraries of this process read it; None when it is not set.
 
-    They may have read it long ago, so a value that is another one than at the start of the process is "changed". Where the
-    system does not tell the start's (only Linux does), today's value.
+    They may have read it long ago, so a value other than the one at the start of the process is "changed". Where the system
+    does not record the start's value (only Linux does), it is today's value.
     """
     now = os.environ.get(OVERRIDE)
     if not sys.platform.startswith("linux"):
@@ -208,20 +193,10 @@ def tf32_override() -> str | None:
 
 
 def check_placement(ort: Any, session: Any, nodes: Sequence[PlacedNode], name: str, device: str, model: bytes) -> str:
-    """Return where the nodes of a session run, or refuse a session that fell back to another device.
+    """Return where the nodes of a session run ("cpu" or "cuda:0"), or refuse a session that fell back to another device.
 
-    On a GPU a node may be on the CPU when all its outputs are integers or bools of rank 0 or 1: shape arithmetic.
-
-    Args:
-        ort: The module.
-        session: Open.
-        nodes: ``placed_nodes``.
-        name: Of the runner.
-        device: A key of TARGETS.
-        model: The bytes that the session was opened from.
-
-    Returns:
-        "cpu" or "cuda:0".
+    On a GPU a node may be on the CPU when all its outputs are integers or bools of rank 0 or 1: shape arithmetic. ``name`` is
+    the runner's, and ``model`` holds the bytes that the session was opened from.
 
     Raises:
         RuntimeUnavailable: A node is on another device, or the provider asked for took none.
@@ -255,10 +230,9 @@ def placement_note(device: str, nodes: Sequence[PlacedNode]) -> dict[str, str]:
 
 
 def in_effect(ort: Any, session: Any, device: str) -> dict[str, Any]:
-    """Settings as the session tells them, not as they were asked for: plain JSON values.
+    """Return the settings that the session reports, not those asked for: plain JSON values.
 
-    Returns:
-        "optimisation", "threads", "deterministic", "options" (provider -> option -> value), and on a GPU "environment".
+    The keys are "optimisation", "threads", "deterministic", "options" (provider -> option -> value); on a GPU "environment".
     """
     options = session.get_session_options()
     level = options.graph_optimization_level
@@ -280,12 +254,7 @@ def in_effect(ort: Any, session: Any, device: str) -> dict[str, Any]:
 
 
 def precision_of(device: str, effect: Mapping[str, Any]) -> str:
-    """Precision of float32 kernels by what the session and the environment tell: "float32" or "tf32".
-
-    Args:
-        device: A key of TARGETS.
-        effect: ``in_effect``.
-    """
+    """Return the precision of float32 kernels by ``in_effect``, which includes the environment: "float32" or "tf32"."""
     if device == "cpu" or effect["environment"][OVERRIDE] == "0":
         return "float32"
     if device == "tensorrt":

@@ -1,4 +1,4 @@
-"""model.onnx in OpenVINO on the CPU, in a precision that is pinned and read back from every layer."""
+"""Run model.onnx in OpenVINO on the CPU, in a precision that is pinned and read back from every layer."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ import numpy as np
 
 from bnexport.environment import cpu_name
 from bnexport.errors import BnexportError, BundleError, FeedError, RuntimeUnavailable
+from bnexport.onnx_files.models import read_screened
 from bnexport.optional import one_line, require
-from bnexport.runtimes.base import REBUILD, Runner, check_declared
-from bnexport.runtimes.onnx_file import read_screened
-from bnexport.runtimes.settings import RunSettings
+from bnexport.runtimes.base import REBUILD, Runner, RunSettings, check_declared
 from bnexport.tensors import Array, Signature
 
 _DEVICE = "CPU"
@@ -49,9 +48,9 @@ class OpenVinoRunner(Runner):
 
     Args:
         file: model.onnx.
-        signature: What the file must declare.
-        settings: Precision: "float32", or "bfloat16", which is what OpenVINO serves with where the CPU has it. Threads.
-            Whatever else is set is no setting of this engine.
+        signature: The declarations that the file must have.
+        settings: Threads, and the precision: "float32", or "bfloat16", which OpenVINO serves with where the CPU has it. This
+            engine has no other setting.
 
     Raises:
         BundleError: Not an ONNX model that OpenVINO can load, or one with another signature.
@@ -75,7 +74,7 @@ class OpenVinoRunner(Runner):
         self.probe()
 
     def _opened(self) -> Any:
-        # The bytes and not the file's name, so that no external data beside it is followed.
+        # The bytes and not the file's name, so that no external data next to it is followed.
         content = read_screened(self._file)
         precision, mode = _HINTS[self._settings.precision]
         hints: dict[str, Any] = {"INFERENCE_PRECISION_HINT": precision, "EXECUTION_MODE_HINT": mode}
@@ -112,7 +111,7 @@ class OpenVinoRunner(Runner):
         }
 
     def _layers(self) -> dict[str, int]:
-        """Precision in which layers compute -> how many, read from the compiled graph; {} when it does not tell."""
+        """Return precision -> number of layers that compute in it, from the compiled graph; {} when it has no such record."""
         try:
             infos = [operation.get_rt_info() for operation in self._compiled.get_runtime_model().get_ops()]
             told = [(str(info["layerType"].astype(str)), str(info["runtimePrecision"].astype(str))) for info in infos]
@@ -125,7 +124,7 @@ class OpenVinoRunner(Runner):
         return self._compiled.get_property(name)
 
     def _refuse_coarser(self) -> None:
-        """A layer in half precision where float32 was asked for, and the file itself asks for nothing else."""
+        """Refuse a layer in half precision where float32 was asked for and the file itself is float32."""
         if self._settings.precision != "float32" or any(spec.dtype != "float32" for spec in self.signature.inputs):
             return
         coarse = {name: n for name, n in self.description["layers"].items() if name in ("bfloat16", "float16")}
@@ -153,7 +152,7 @@ class OpenVinoRunner(Runner):
 
 
 def _declared(port: Any, wanted: set[str]) -> tuple[str, str, list[int | None]]:
-    """Name, element type and shape of an input or output; of its several names one that is wanted, if there is one."""
+    """Return name, element type and shape of an input or output; of its several names a wanted one, if any."""
     names = port.get_names()
     shape = [None if dim.is_dynamic else dim.get_length() for dim in port.get_partial_shape()]
     name = min(names & wanted, default=None) or min(names, default="?")
@@ -161,7 +160,7 @@ def _declared(port: Any, wanted: set[str]) -> tuple[str, str, list[int | None]]:
 
 
 def own_reason(error: Exception) -> str:
-    """What OpenVINO itself says went wrong: its last sentence, without places in its source and where to read on."""
+    """Return OpenVINO's own reason: the last sentence, without places in its source and links."""
     lines = [line.strip().removeprefix("-- ") for line in str(error).splitlines()]
     said = [line for line in lines if line and not line.startswith(_ASIDE)]
     return one_line(Exception(said[-1] if said else str(error)), 200).rstrip(".")
@@ -169,7 +168,7 @@ def own_reason(error: Exception) -> str:
 
 @functools.cache
 def problem(_device: str) -> str | None:
-    """Why OpenVINO can't run here, one line; None when it can."""
+    """Return why OpenVINO can't run here, as one line; None when it can."""
     try:
         devices = require("openvino", purpose="the OpenVINO runner").Core().available_devices
     except BnexportError as error:

@@ -1,28 +1,31 @@
-"""model.onnx in onnx's reference implementation, in float64: slow, exact, and of no engine's making."""
+"""Run model.onnx in onnx's reference implementation: in float64, or with the roundings of an emulated precision."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from bnexport.bundle import MODEL_ONNX, Bundle
 from bnexport.errors import BundleError
+from bnexport.onnx_files.emulation import Emulator
+from bnexport.onnx_files.float64 import Float64Evaluator
 from bnexport.optional import require
 from bnexport.runtimes.base import REBUILD, Runner
-from bnexport.runtimes.float64 import Float64Evaluator
 from bnexport.tensors import Array
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from bnexport.runtimes.base import RunSettings
 
 
 class ReferenceRunner(Runner):
     """Evaluates a bundle's model.onnx with every float in float64; outputs are rounded once, to the signature's types.
 
-    Args:
-        bundle: Its model.onnx is read.
-
     Raises:
-        BundleError: The file is missing, not a model, or has other inputs than the manifest's, or an operator that
-            onnx's reference implementation lacks.
+        BundleError: The file is missing, not a model, or has other inputs than the manifest's or an unsupported operator.
         MissingDependency: onnx is not installed.
     """
 
@@ -60,3 +63,36 @@ class ReferenceRunner(Runner):
         """Free the model."""
         super().close()
         self._evaluator = None
+
+
+class EmulatedRunner(Runner):
+    """Runs a bundle's model.onnx under an emulated precision (a key of ``emulation.PRECISIONS``), as a real engine would.
+
+    It replaces a GPU where there is none, and reports that: its device is the CPU. It proves nothing about any engine.
+
+    Raises:
+        BundleError: The file is missing, or can't be evaluated.
+        UsageError: There is no such precision.
+    """
+
+    def __init__(self, bundle: Bundle, precision: str) -> None:
+        self.name = f"emulated-{precision}"
+        self.signature = bundle.manifest.signature
+        self.effective_device = "cpu"
+        self._emulator = Emulator(bundle.file(MODEL_ONNX), precision)
+        self.description = {
+            "engine": "emulation in numpy, not a real engine",
+            "device": self.effective_device,
+            "file": MODEL_ONNX,
+            "precision": f"{self._emulator.precision.words}, emulated",
+        }
+
+    def _run(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
+        found = self._emulator.evaluate(feeds)
+        with np.errstate(over="ignore"):  # infinity is what such an engine would give
+            return {spec.name: found[spec.name].astype(spec.dtype) for spec in self.signature.outputs}
+
+
+def open_emulated(bundle: Bundle, _device: str, _module: nn.Module | None, settings: RunSettings) -> Runner:
+    """Open a runner that emulates the precision of the settings; a ``RunnerSpec.opener``."""
+    return EmulatedRunner(bundle, settings.precision)

@@ -1,4 +1,4 @@
-"""Golden vectors replayed on an open runner: what verification and a server that starts have in common."""
+"""Replay golden vectors on an open runner, for verification and a starting server."""
 
 from __future__ import annotations
 
@@ -15,16 +15,15 @@ from bnexport.tensors import Array
 
 #: Largest error of scale of a float32 file: golden outputs are float64 rounded once; the rest is the kernels' noise.
 GOLDEN_BOUND = 1e-5
-#: What a bundle in half precision may ask for at most. Its noise is 1e-4 to 1e-2 of scale; a tenth is another network.
+#: Largest bound of a bundle in half precision. Its noise is 1e-4 to 1e-2 of scale; a tenth is another network.
 WIDEST_BOUND = 0.05
 
 
 @dataclass(frozen=True)
 class Replay:
-    """What a replay showed.
+    """Result of a replay of n samples.
 
     Attributes:
-        n: Samples.
         error: max |answer - golden| / max |golden|, the worst output's.
         bound: The largest error that passes.
     """
@@ -35,14 +34,12 @@ class Replay:
 
 
 def replay_golden(runner: Runner, bundle: Bundle) -> Replay:
-    """Run a bundle's golden inputs and compare the answers with its golden outputs.
+    """Run a bundle's golden inputs on the runner that will be used, and compare its answers with the golden outputs.
 
-    Args:
-        runner: Open, on a file of the bundle; the very one that will be used.
-        bundle: Its hashes must have been checked.
+    The bundle's hashes must have been checked.
 
     Raises:
-        BundleError: The answers are not those that were stored, or nothing says how far they may be off.
+        BundleError: The answers are not the stored ones, or no bound is known.
         RuntimeUnavailable: The device failed.
     """
     bound = golden_bound(bundle.manifest, runner.name)
@@ -62,10 +59,10 @@ def replay_golden(runner: Runner, bundle: Bundle) -> Replay:
 
 
 def golden_bound(manifest: Manifest, runtime: str) -> float:
-    """How far a runtime's answers to the golden inputs may be off, as a share of scale.
+    """Return the allowed error of a runtime's answers to the golden inputs, as a share of scale.
 
-    For a file in half precision the noise of that precision on this very model decides; it was predicted at export, and
-    stands in the verdict that the manifest holds.
+    For a file in half precision it is the noise of that precision on this model, which was predicted at export and is in the
+    manifest's verdict.
 
     Raises:
         BundleError: A bundle in half precision without a verdict that passed on a runtime of this engine.
@@ -83,7 +80,7 @@ def golden_bound(manifest: Manifest, runtime: str) -> float:
 
 
 def _golden_rows(manifest: Manifest) -> list[Mapping[str, Any]]:
-    """Rows of the verdict at export that judged the golden vectors on kernels of the file's own precision."""
+    """Return the rows of the verdict at export for the golden vectors on kernels of the file's own precision."""
     rows = manifest.verification.get("rows")
     return [
         row
@@ -95,7 +92,7 @@ def _golden_rows(manifest: Manifest) -> list[Mapping[str, Any]]:
 
 
 def incomparable(name: str, candidate: Array, reference: Array) -> str | None:
-    """Why two arrays can't be compared, as a sentence without its full stop; None when they can."""
+    """Return why two arrays can't be compared, as a sentence without its full stop; None when they can."""
     if candidate.shape != reference.shape:
         return f"output {name!r} has shape {candidate.shape}, the reference {reference.shape}"
     if reference.size == 0:
@@ -107,10 +104,10 @@ def incomparable(name: str, candidate: Array, reference: Array) -> str | None:
 
 
 def scale(reference: Array) -> float:
-    """The largest |reference|, or 1 where all of it is zero."""
+    """Return the largest |reference|, or 1 where all of it is zero."""
     return float(np.abs(reference.astype(np.float64)).max()) or 1.0
 
 
 def largest_error(candidate: Array, reference: Array) -> float:
-    """Max |candidate - reference| / scale of arrays that can be compared."""
+    """Return max |candidate - reference| / scale of arrays that can be compared."""
     return float(np.abs(candidate.astype(np.float64) - reference.astype(np.float64)).max()) / scale(reference)

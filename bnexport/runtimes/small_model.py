@@ -1,7 +1,7 @@
 """A small model in every format, with the parts of users' models that depend on a device.
 
-It has a dynamic batch, a convolution, a flatten that computes its shape from the batch, a tensor that is made on the way,
-and a gemm.
+It has a dynamic batch, a convolution, a flatten that computes its shape from the batch, a new tensor inside the graph, and a
+gemm.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Weights:
 
 
 def small_weights() -> Weights:
-    """The same float32 numbers on every machine."""
+    """Return the same float32 numbers on every machine."""
     rng = np.random.default_rng(0)
     shapes = ((2, 1, 3, 3), (2,), (3, 72), (3,))
     return Weights(*(rng.standard_normal(shape).astype(np.float32) for shape in shapes))
@@ -96,22 +96,22 @@ def _node(operator: str, inputs: tuple[str, ...], output: str, attribute: bytes 
 
 
 def _number(name: str, value: int) -> bytes:
-    """An attribute of the kind INT (2)."""
+    """Return an attribute of the kind INT (2)."""
     return message((1, name), (3, value), (20, 2))
 
 
 def _numbers(name: str, *values: int) -> bytes:
-    """An attribute of the kind INTS (7)."""
+    """Return an attribute of the kind INTS (7)."""
     return message((1, name), *((8, value) for value in values), (20, 7))
 
 
 def _tensor(name: str, values: Array) -> bytes:
-    """An attribute of the kind TENSOR (4)."""
+    """Return an attribute of the kind TENSOR (4)."""
     return message((1, name), (5, write_tensor(values, "")), (20, 4))
 
 
 def _value(spec: TensorSpec) -> bytes:
-    """Name, element type (FLOAT, 1) and sizes of an input or output."""
+    """Return name, element type (FLOAT, 1) and sizes of an input or output."""
     dims = [message((1, dim) if isinstance(dim, int) else (2, dim)) for dim in spec.shape]
     shape = message(*((1, dim) for dim in dims))
     return message((1, spec.name), (2, message((1, message((1, 1), (2, shape))))))
@@ -145,7 +145,7 @@ def write_torchscript(file: Path) -> None:
     import torch
 
     with warnings.catch_warnings():
-        # Deprecated upstream; TorchScript is one of the formats asked of this project.
+        # Deprecated upstream, but one of this project's formats.
         warnings.filterwarnings("ignore", message=r".*torch\.jit\..*")
         torch.jit.save(torch.jit.freeze(torch.jit.script(torch_module())), str(file))
 
@@ -160,7 +160,7 @@ def write_exported(file: Path) -> None:
 
 
 def small_bundle(folder: Path) -> Bundle:
-    """A bundle of the model in a folder; a format whose package is missing here is left out."""
+    """Write a bundle of the model in a folder; a format whose package is missing is left out."""
     write_onnx(folder / MODEL_ONNX)
     for name, write in ((MODEL_TORCHSCRIPT, write_torchscript), (MODEL_EXPORTED, write_exported)):
         try:

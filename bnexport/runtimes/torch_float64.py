@@ -1,7 +1,7 @@
-"""model.pt and model.pt2 evaluated in float64: the weights inside them, with nothing but exact arithmetic around.
+"""Evaluate model.pt and model.pt2 in float64: the weights inside them, with exact arithmetic.
 
-Every float of a copy of the file's graph is widened without loss: weights, constants, and the types that casts and tensors
-made on the way name. What is left of the difference to the original is the one rounding of the weights.
+Every float of a copy of the file's graph is widened without loss: weights, constants, and the types of casts and new
+tensors. The remaining difference from the original is the one rounding of the weights.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from torch.utils import _pytree as pytree
 from bnexport.bundle import MODEL_EXPORTED, MODEL_TORCHSCRIPT
 from bnexport.errors import BnexportError, BundleError, ProofError
 from bnexport.optional import one_line, quiet
-from bnexport.runtimes import exported_program, torchscript
 from bnexport.runtimes.torch_outputs import flatten
+from bnexport.runtimes.torch_runners import load_exported_program, load_torchscript, tensor_constants
 from bnexport.tensors import Array, Signature
 
 _NARROW = (torch.float16, torch.bfloat16, torch.float32)
@@ -30,12 +30,10 @@ _NARROW_NUMBERS, _DOUBLE_NUMBER = (5, 6, 15), 7
 
 
 class TorchFloat64Evaluator:
-    """Evaluates a file of torch with every float widened to float64.
+    """Evaluates a file of torch, with the name of a row of WIDENED, with every float widened to float64.
 
-    Args:
-        file: With the name of a row of WIDENED.
-        signature: Inputs and outputs in the file's order.
-        chunk: Samples evaluated at once where the batch dimension varies; bounds the memory.
+    Inputs and outputs of the signature are in the file's order. ``chunk`` samples are evaluated at once where the batch
+    dimension varies, which bounds the memory.
 
     Raises:
         BundleError: The file can't be read, or its graph can't be widened.
@@ -54,10 +52,7 @@ class TorchFloat64Evaluator:
             raise self._not_evaluated(error) from error
 
     def evaluate(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Outputs in float64.
-
-        Args:
-            feeds: Input name -> (n, ...), floats of any width, n >= 1.
+        """Return outputs in float64; input name -> (n, ...), floats of any width, n >= 1.
 
         Raises:
             BundleError: The file can't be evaluated with these inputs, or gives other outputs than the signature's.
@@ -96,9 +91,9 @@ class TorchFloat64Evaluator:
 
 
 def _widened_program(file: Path) -> Callable[..., Any]:
-    """The graph of an exported program, run node by node, so that every value on the way is looked at."""
+    """Return an exported program's graph, run node by node, so that every value is checked."""
     with quiet():
-        module = exported_program.load(file).module(check_guards=False)
+        module = load_exported_program(file).module(check_guards=False)
     module._forward_pre_hooks.clear()  # they refuse inputs of another type than the exported one
     assert isinstance(module, GraphModule)
     module.double()
@@ -132,13 +127,13 @@ class _LookingInterpreter(Interpreter):
 
 
 def _widened_script(file: Path) -> Callable[..., Any]:
-    """A TorchScript function made of a copy of the file's graph."""
-    module = torchscript.load(file)
+    """Return a TorchScript function made from a copy of the file's graph."""
+    module = load_torchscript(file)
     with quiet():
         if next(module.parameters(), None) is not None or next(module.buffers(), None) is not None:
             module = torch.jit.freeze(module, optimize_numerics=False)  # weights become constants of one graph
         graph = module.graph.copy()
-        for node in torchscript.tensor_constants(graph):
+        for node in tensor_constants(graph):
             if node.t("value").dtype in _NARROW:
                 wide = node.t("value").double()
                 node.t_("value", wide)
@@ -156,7 +151,7 @@ def _widened_script(file: Path) -> Callable[..., Any]:
 
 
 def _widen_script_types(graph: Any) -> None:
-    """Casts and new tensors that name a narrower type name float64; TorchScript keeps types as numbers."""
+    """Replace narrower types of casts and new tensors by float64; TorchScript stores types as numbers."""
     for node in _script_nodes(graph):
         if node.schema() == "(no schema)":
             continue
@@ -171,7 +166,7 @@ def _widen_script_types(graph: Any) -> None:
 
 
 def _script_nodes(block: Any) -> Iterator[Any]:
-    """Every node, also in the blocks of branches and loops."""
+    """Yield every node, also in the blocks of branches and loops."""
     for node in list(block.nodes()):
         yield node
         for inner in node.blocks():
@@ -199,7 +194,7 @@ def _refuse_narrow(name: str, value: Any) -> None:
 
 @contextlib.contextmanager
 def _float64_by_default() -> Iterator[None]:
-    """Tensors made without a type are float64 inside the block."""
+    """Make float64 the default type of new tensors inside the block."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:

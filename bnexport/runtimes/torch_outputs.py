@@ -13,8 +13,7 @@ import numpy as np
 from bnexport.errors import BnexportError, BundleError, ModelError, RuntimeUnavailable
 from bnexport.optional import installed, no_warnings, one_line
 from bnexport.reproducibility import STRICT, effective_precision, float32_precision, override_problem
-from bnexport.runtimes.base import REBUILD, Runner, device_remedy
-from bnexport.runtimes.settings import RunSettings
+from bnexport.runtimes.base import REBUILD, Runner, RunSettings, device_remedy
 from bnexport.tensors import Array, Signature
 
 if TYPE_CHECKING:
@@ -47,17 +46,21 @@ REMEDY = "Install an NVIDIA driver and a torch built for CUDA; in a container ha
 
 
 class TorchRunner(Runner):
-    """A runner that calls a module: eager, TorchScript or exported program. A subclass sets ``_module`` and calls ``start``."""
+    """A runner that calls a module: eager, TorchScript or exported program. A subclass sets ``_module`` and calls ``start``.
+
+    The constructors of all three take the file or module, the signature in the order of arguments and results, the device
+    ("cpu" or "cuda"), and settings (default: strict float32).
+    """
 
     _module: Any
     _device: torch.device
     _settings: RunSettings
 
     def start(self, name: str, signature: Signature, device: str, settings: RunSettings | None) -> None:
-        """Set what every torch runner has, before the file is opened.
+        """Set the common attributes, before the file is opened.
 
         Raises:
-            RuntimeUnavailable: The device is not here, or the environment forbids the precision.
+            RuntimeUnavailable: The device is missing, or the environment forbids the precision.
         """
         self.name = f"{name}-{device}"
         self.signature = signature
@@ -129,11 +132,7 @@ def problem(device: str) -> str | None:
 
 
 def need(name: str, device: str) -> torch.device:
-    """Return the torch device of a runner.
-
-    Raises:
-        RuntimeUnavailable: The device is not here, or can't be opened.
-    """
+    """Return the torch device of a runner; RuntimeUnavailable where it is missing or can't be opened."""
     if (reason := problem(device)) is not None:
         raise RuntimeUnavailable(f"{name} can't run here: {reason}", remedy=REMEDY)
     import torch
@@ -187,10 +186,10 @@ def device_fault(error: Exception) -> bool:
 def call(
     function: Callable[..., Any], signature: Signature, feeds: Mapping[str, Array], device: torch.device
 ) -> tuple[dict[str, Array], torch.device]:
-    """Call a module with arrays in the signature's order; the precision of float32 kernels is the caller's to set.
+    """Call a module with arrays in the signature's order; the caller sets the precision of float32 kernels.
 
     Returns:
-        Outputs by name (fewer than the signature's when the module gives fewer), and the device they came from.
+        Outputs by name (fewer than the signature's when the module gives fewer), and their device.
     """
     import torch
 
@@ -204,7 +203,7 @@ def call(
 
 
 def flatten(result: Any) -> list[torch.Tensor]:
-    """The tensors of a module's result in order: a tensor, or tuples, lists, dicts and dataclasses of them.
+    """Return the tensors of a module's result in order: a tensor, or tuples, lists, dicts and dataclasses of them.
 
     None and other values are left out.
     """
@@ -222,7 +221,7 @@ def flatten(result: Any) -> list[torch.Tensor]:
 
 
 def describe(engine: str, where: torch.device) -> dict[str, Any]:
-    """Engine, version and device as plain JSON values; each run adds the precision that was in effect."""
+    """Return engine, version and device as plain JSON values; each run adds the precision in effect."""
     import torch
 
     gpu = {"gpu": torch.cuda.get_device_name(where)} if where.type == "cuda" else {}

@@ -16,10 +16,9 @@ from bnexport.bundle import MODEL_EXPORTED, MODEL_ONNX, MODEL_TORCHSCRIPT, WEIGH
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.environment import available_cores
 from bnexport.errors import BnexportError
-from bnexport.runtimes.base import Runner
+from bnexport.runtimes.base import Runner, RunSettings
 from bnexport.runtimes.catalogue import RunnerSpec, runner_spec
 from bnexport.runtimes.replay import Replay, replay_golden
-from bnexport.runtimes.settings import RunSettings
 from bnexport.serving.batcher import INLINE_SECONDS, Batcher, BatchLimits, Cost
 from bnexport.serving.limits import ServingLimits
 from bnexport.serving.predictor import DEFAULT_RUNTIME, batches, image_preprocessing

@@ -1,4 +1,4 @@
-"""Layer by layer: where a runtime first leaves the error that its precision predicts, and when layers are compared."""
+"""Compare layers: find where a runtime first exceeds the error that its precision predicts."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ import numpy as np
 
 from bnexport.bundle import MODEL_ONNX, Bundle, seal
 from bnexport.errors import BnexportError, BundleError, UsageError
-from bnexport.runtimes.base import REBUILD
+from bnexport.onnx_files.emulation import Emulator
+from bnexport.onnx_files.float64 import Float64Evaluator
+from bnexport.onnx_files.models import LINEAR, read_model
+from bnexport.runtimes.base import REBUILD, RunSettings
 from bnexport.runtimes.catalogue import RunnerSpec
-from bnexport.runtimes.emulation import Emulator
-from bnexport.runtimes.float64 import Float64Evaluator
-from bnexport.runtimes.onnx_file import LINEAR, read_model
 from bnexport.runtimes.replay import scale
-from bnexport.runtimes.settings import RunSettings
 from bnexport.tensors import DTYPES, Array, Signature, TensorSpec
 from bnexport.verification.forecast import FACTOR
 from bnexport.verification.runs import RuntimeRun
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
     from onnx import ModelProto
 
 
-#: What a layer may be off by whatever its emulation says: the bound of strict float32.
+#: Error that every layer may have, whatever its emulation predicts: the bound of strict float32.
 _FLOOR = 1e-5
 #: Stands for infinity and NaN, which JSON has no words for.
 _MOST = sys.float_info.max
@@ -39,26 +38,15 @@ _MOST = sys.float_info.max
 def layer_drift(
     bundle: Bundle, spec: RunnerSpec, settings: RunSettings, feeds: Mapping[str, Array], *, precision: str
 ) -> tuple[LayerDrift, ...]:
-    """Compare the output of every linear layer, on one runtime, with its value in float64 and under emulation.
+    """Compare the output of every linear layer on a runtime, for few samples, with its value in float64 and under emulation.
 
-    The runtime gets a copy of model.onnx that also gives out these values. That can keep it from fusing operators, so the
-    numbers are a diagnosis of where an error comes from, and no verdict. Both sides compute with the weights of this very
-    file: a fault of the file moves them alike, and is the file proof's to find.
-
-    Args:
-        bundle: Its model.onnx is copied; the bundle itself is not touched.
-        spec: A runtime that reads model.onnx.
-        settings: As the runtime was run with.
-        feeds: Input name -> (n, ...), few samples.
-        precision: What is expected of the numbers; a key of ``emulation.PRECISIONS``.
-
-    Returns:
-        The layers in the order of the file; empty for a file without a linear layer. A layer with a value that is not finite
-        has the largest float as its error.
+    The runtime gets a copy of model.onnx that also outputs these values. The extra outputs can keep it from fusing operators,
+    so the numbers are a diagnosis and not a verdict. Both sides use the weights of this file, whose faults only the file proof
+    finds. A layer with a value that is not finite has the largest float as its error.
 
     Raises:
-        BundleError: The file can't be evaluated, or the runtime can't give out its values.
-        Unavailable: The engine, the device or a library is not here.
+        BundleError: The file can't be evaluated, or the runtime can't output its values.
+        Unavailable: The engine, the device or a library is missing.
         UsageError: The runtime does not read model.onnx, or does not have the precision of the settings.
     """
     if spec.file != MODEL_ONNX:
@@ -81,9 +69,9 @@ def layer_drift(
 def _exact_values(
     model: ModelProto, feeds: Mapping[str, Array], names: Iterable[str]
 ) -> tuple[dict[str, Array], dict[str, TensorSpec]]:
-    """Values in float64 by name, and how a file that gives them out declares them.
+    """Return the values in float64 by name, and their declarations as outputs.
 
-    A dimension varies where one sample more changes it; that it has the size of the batch can be chance.
+    A dimension varies where one more sample changes it: its equality with the batch size can be chance.
     """
     engine = Float64Evaluator(model)
     engine.evaluate(feeds)  # refuses an evaluation that leaves float64
@@ -106,7 +94,7 @@ def _exact_values(
 
 
 def _element_types(model: ModelProto) -> dict[str, str]:
-    """Value -> numpy's name of its element type; that of the first float weight where the file does not tell."""
+    """Return value -> numpy's name of its element type; that of the first float weight where the file declares none."""
     from onnx import helper, shape_inference
 
     def named(number: int) -> str:
@@ -132,7 +120,7 @@ def _run(
     feeds: Mapping[str, Array],
     wanted: Mapping[str, TensorSpec],
 ) -> dict[str, Array]:
-    """The wanted values, as the runtime computes them."""
+    """Return the wanted values as the runtime computes them."""
     from onnx import helper
 
     outputs = {item.name: item for item in bundle.manifest.signature.outputs}
@@ -158,7 +146,7 @@ def _compared(name: str, operator: str, given: Array, exact: Array, emulated: Ar
 
 
 def _largest(values: Array, exact: Array) -> float:
-    """Largest |values - exact|; infinity where a value is not finite."""
+    """Return the largest |values - exact|; infinity where a value is not finite."""
     if not np.isfinite(values).all():
         return float("inf")
     return float(np.abs(values.astype(np.float64) - exact).max(initial=0.0))
@@ -170,19 +158,10 @@ _STAGES = ("golden", "strict", "shipping")
 
 
 def look_at_layers(spec: RunnerSpec, run: RuntimeRun, work: Work, *, wanted: bool | None) -> tuple[LayerDrift, ...]:
-    """Compare a runtime layer by layer, where that is asked for, cheap, or where the runtime failed.
+    """Compare a runtime layer by layer where ``wanted``, or (None) where it is cheap or the runtime failed.
 
-    It is a diagnosis and no verdict: giving out every layer's value can keep an engine from fusing them. A failed row of
-    the run is told the first layer that leaves its prediction.
-
-    Args:
-        spec: The runtime.
-        run: After ``go``; the reason of its first failed row may grow.
-        work: Bundle and forecast.
-        wanted: True, False, or None for where it is cheap or the runtime failed.
-
-    Returns:
-        The layers in order; empty where they were not looked at, or the engine refuses.
+    The reason of the run's first failed row gets the first layer that exceeds its prediction. The result is empty where layers
+    were not compared, or the engine refuses.
     """
     failed = next((i for i, row in enumerate(run.rows) if not row.passed and row.stage in _STAGES), None)
     if wanted is False or spec.file != MODEL_ONNX or not run.plan.cases or not run.forecast.possible:

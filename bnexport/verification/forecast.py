@@ -1,4 +1,4 @@
-"""The noise that each precision makes on this very model, computed once for each input batch."""
+"""Predict the noise that each precision makes on this model, once for each input batch."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bnexport.errors import BnexportError
-from bnexport.runtimes.emulation import ROUNDINGS, Emulator
-from bnexport.runtimes.float64 import Float64Evaluator
+from bnexport.onnx_files.emulation import ROUNDINGS, Emulator
+from bnexport.onnx_files.float64 import Float64Evaluator
 from bnexport.tensors import Array
 from bnexport.verification.inputs import Case, Outputs, heads
 from bnexport.verification.metrics import measure
@@ -32,15 +32,14 @@ _CHEAP = 64
 
 @dataclass(frozen=True)
 class Emulated:
-    """A batch, or as much of it as time allows, under an emulated precision.
+    """The front of a batch under an emulated precision; as many samples as time allows (n).
 
     Attributes:
-        n: Samples from the front of the batch.
         outputs: Output name -> (n, ...).
-        exact: The same of the file in float64: what is left between the two is this precision's doing alone.
+        exact: The same of the file in float64. Only this precision causes the difference.
         error: max |outputs - exact| / scale; infinite where the precision overflows.
         rms: Root mean square of outputs - exact, over scale.
-        flips: Labels that differ from the file's own in float64; None where no output is one score per class.
+        flips: Labels that differ from those of the file in float64; None where no output is one score per class.
     """
 
     n: int
@@ -52,10 +51,10 @@ class Emulated:
 
 
 class Forecast:
-    """Evaluates model.onnx in float64, emulates precisions on demand, and keeps what it found.
+    """Evaluates model.onnx in float64, emulates precisions on demand, and caches the results.
 
     The noise of a precision is measured against the same file in float64, never against the reference: a fault of the
-    file must not widen the bound that it is judged by.
+    file must not widen the bound that judges it.
 
     Args:
         model: model.onnx as read; None when it can't be read here, so that only ``recorded`` predictions remain.
@@ -64,8 +63,8 @@ class Forecast:
         recorded: Precision -> error of scale, predicted when the bundle was made.
 
     Attributes:
-        lead: The batch of many real samples, if there is one: the largest error of a few samples says little of what other
-            roundings would have made of them, so for those its noise counts where it is larger.
+        lead: The batch of many real samples, if any. Its noise counts for smaller batches where it is larger, since the
+            largest error of a few samples says little about other roundings.
     """
 
     def __init__(
@@ -89,16 +88,16 @@ class Forecast:
 
     @property
     def possible(self) -> bool:
-        """Whether the model can be read here at all."""
+        """Return whether the model can be read here."""
         return self._model is not None
 
     @property
     def cheap(self) -> bool:
-        """Whether the model is so small that evaluations nobody asked for take no time worth mention."""
+        """Return whether the model is so small that optional evaluations take no noticeable time."""
         return self.limit >= _CHEAP
 
     def exact(self, case: Case) -> tuple[int, Outputs]:
-        """The file in float64: how many samples from the front of the batch, and output name -> (n, ...).
+        """Evaluate the front of a batch in float64, and return the number of samples and output name -> (n, ...).
 
         Raises:
             BundleError: The file can't be evaluated.
@@ -112,12 +111,9 @@ class Forecast:
         return self._exact[case.batch.name]
 
     def rounding(self, case: Case) -> float | None:
-        """What rounding the weights to the file's type does to its outputs, as a share of scale; None for float32.
+        """Return the change of the outputs, of scale, by rounding the weights to the file's type; None for float32.
 
-        The fixed bound of the proof covers it in float32. In half precision it is most of the error, so it is measured.
-
-        Raises:
-            BundleError: The file can't be evaluated.
+        In float32 the fixed bound of the proof covers it. In half precision it is most of the error, so it is measured.
         """
         if self._stored == "float32" or self._model is None:
             return None
@@ -141,7 +137,7 @@ class Forecast:
         return error + (self.rounding(case) or 0.0)
 
     def emulated(self, precision: str, case: Case) -> Emulated | None:
-        """A batch under an emulated precision; None when the file can't be evaluated."""
+        """Evaluate a batch under an emulated precision; None when the file can't be evaluated."""
         key = (precision, case.batch.name)
         if key not in self._found:
             try:
@@ -151,16 +147,11 @@ class Forecast:
         return self._found[key]
 
     def rounding_seen(self, precision: str, case: Case, outputs: Outputs) -> str:
-        """Return the way of rounding (``emulation.ROUNDINGS``) that the error of a run shows; the usual one otherwise.
+        """Return the way of rounding (``emulation.ROUNDINGS``) that the error of a run shows; the usual way otherwise.
 
-        TF32 that truncates is off by 2 to 6 times as much as TF32 that rounds to nearest. Truncation is a bias: its errors
-        point in one direction, also those of the unfolded network (cosine 0.86 to 1.00), where roundings to nearest do not
-        point (-0.5 to 0.1). So only an engine that truncates gets the larger bound, and no fault hides behind it.
-
-        Args:
-            precision: A key of ``emulation.PRECISIONS``.
-            case: What was run.
-            outputs: What the run gave.
+        The error of TF32 that truncates is 2 to 6 times that of TF32 that rounds to nearest. Truncation is a bias: its errors
+        point in one direction, also those of the unfolded network (cosine 0.86 to 1.00). Roundings to nearest do not (-0.5 to
+        0.1). So only an engine that truncates gets the larger bound, and no fault hides behind it.
         """
         usual, *others = ROUNDINGS.get(precision, (precision,))
         for name in others:

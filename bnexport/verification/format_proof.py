@@ -11,8 +11,8 @@ import numpy as np
 
 from bnexport.bundle import MODEL_EXPORTED, MODEL_ONNX, MODEL_TORCHSCRIPT, Bundle
 from bnexport.errors import BnexportError, Unavailable
+from bnexport.onnx_files.models import trained_tensors
 from bnexport.optional import require
-from bnexport.runtimes.onnx_file import trained_tensors
 from bnexport.tensors import Array
 from bnexport.verification.inputs import Case, Outputs
 from bnexport.verification.stages import failed, float64_rows
@@ -26,18 +26,9 @@ if TYPE_CHECKING:
 def weights_row(model: ModelProto, other_file: Path) -> Row:
     """Look for every weight and bias of model.onnx's linear operators among the tensors of a file of another format.
 
-    A tensor is known by its type, its number of elements and its bits in sorted order, so that one which a format
-    stores transposed is still found; where an element sits is what the other stages check. Equal tensors (biases that are
-    all zero) may be one: TorchScript keeps equal constants once. A bias of zeros may be missing: the ONNX exporter writes
-    one for some layers that have none.
-
-    Args:
-        model: model.onnx as read.
-        other_file: A file with the name of a row of TENSORS, or its ending.
-
-    Raises:
-        BundleError: The file can't be read.
-        MissingDependency: torch is not installed.
+    A tensor is identified by its type, its number of elements and its bits in sorted order, so that a transposed one is found;
+    the other stages check the places of elements. Equal tensors (biases of zeros) may be one: TorchScript stores equal
+    constants once. A bias of zeros may be missing: the ONNX exporter writes one for some layers that have none.
     """
     from onnx import numpy_helper
 
@@ -59,21 +50,21 @@ def weights_row(model: ModelProto, other_file: Path) -> Row:
 
 
 def _torchscript_tensors(file: Path) -> list[Tensor]:
-    """Constants (freezing makes weights constants), parameters and buffers of a TorchScript file."""
-    from bnexport.runtimes.torchscript import load, tensor_constants
+    """Return constants (freezing makes weights constants), parameters and buffers of a TorchScript file."""
+    from bnexport.runtimes.torch_runners import load_torchscript, tensor_constants
 
-    module: Any = load(file)
+    module: Any = load_torchscript(file)
     constants = [node.t("value") for node in tensor_constants(module.graph)]
     return [*constants, *module.parameters(), *module.buffers()]
 
 
 def _exported_tensors(file: Path) -> list[Tensor]:
-    """Parameters, buffers and constants of an exported program."""
+    """Return parameters, buffers and constants of an exported program."""
     import torch
 
-    from bnexport.runtimes.exported_program import load
+    from bnexport.runtimes.torch_runners import load_exported_program
 
-    program = load(file)
+    program = load_exported_program(file)
     found = (*program.state_dict.values(), *program.constants.values())
     return [value for value in found if isinstance(value, torch.Tensor)]
 
@@ -108,22 +99,13 @@ def format_rows(
     limit: int,
     rounding: Callable[[Case], float | None] = lambda _case: None,
 ) -> list[Row]:
-    """Prove one file: its weights are those of model.onnx, and it computes in float64 what the original computes.
+    """Prove model.pt or model.pt2: its weights are those of model.onnx, and it computes in float64 what the original computes.
 
-    Args:
-        bundle: Holds the file, as it was written.
-        name: A key of ``weights.TENSORS``: model.pt or model.pt2.
-        cases: Batches with the right answer.
-        model: model.onnx as read; None where it can't be, so that no weights are compared.
-        limit: Samples of each case.
-        rounding: What rounding the weights to the file's type does to a case, as a share of scale, where the fixed bound
-            does not cover it (half precision): ``Forecast.rounding``.
-
-    Returns:
-        One row of the stage "weights", where model.onnx is there, and one of "file-proof" per case.
+    The result is one row of the stage "weights", if there is a ``model``, and one of "file-proof" per case (``limit`` samples).
+    ``rounding`` is ``Forecast.rounding``, the bound where the fixed one does not cover rounding (half precision).
 
     Raises:
-        Unavailable: torch is not here.
+        Unavailable: torch is missing.
     """
     require("torch", purpose=f"the proof of {name}")
     rows = [] if model is None else [_weights_row(model, bundle, name)]
@@ -142,7 +124,7 @@ def _weights_row(model: ModelProto, bundle: Bundle, name: str) -> Row:
 def _proof(
     bundle: Bundle, name: str, cases: Sequence[Case], limit: int, rounding: Callable[[Case], float | None]
 ) -> list[Row]:
-    """The file with all floats widened, evaluated by torch in float64, against the reference."""
+    """Compare the file with all floats widened, evaluated by torch in float64, with the reference."""
     from bnexport.runtimes.torch_float64 import TorchFloat64Evaluator
 
     try:

@@ -1,7 +1,6 @@
 """Golden vectors: inputs with the outputs that the unfolded network gives for them in float64.
 
-They travel in the bundle, so that a machine without torch, or one that has never seen the network's code, can tell whether
-what it runs is what was meant.
+They travel in the bundle, so that a machine without torch, or without the network's code, can check what it runs.
 """
 
 from __future__ import annotations
@@ -37,17 +36,9 @@ def write_golden_vectors(
     shapes: Mapping[str, tuple[int, ...]],
     data_dir: Path | None = None,
 ) -> None:
-    """Write golden vectors into a bundle's directory.
+    """Write golden vectors of the unfolded module, evaluated in float64 (or ModelError), into a bundle's folder.
 
-    Args:
-        folder: The directory.
-        manifest: Its signature, and its data set if it names one.
-        module: The unfolded network; evaluated in float64, never changed.
-        shapes: Shape of one sample of each input.
-        data_dir: Where the data set lies; None: the usual places.
-
-    Raises:
-        ModelError: The network can't be evaluated in float64.
+    ``shapes`` holds the shape of one sample of each input. Without ``data_dir`` the usual places are searched for the data set.
     """
     feeds = golden_inputs(manifest.signature, shapes=shapes, images=real_images(manifest, data_dir=data_dir))
     reference = Reference(module, manifest.signature, description="the original module, in float64")
@@ -57,16 +48,9 @@ def write_golden_vectors(
 def golden_inputs(
     signature: Signature, *, shapes: Mapping[str, tuple[int, ...]], images: Array | None = None, seed: int = 0
 ) -> dict[str, Array]:
-    """Inputs worth keeping: some real images, seeded noise, zeros and ones.
+    """Return input name -> (n, ...), the same n for all: some real images (n, ...) if given, seeded noise, zeros and ones.
 
-    Args:
-        signature: Inputs by name and element type.
-        shapes: Shape of one sample of each input.
-        images: Real inputs (n, ...) for a network with one input, if there are some.
-        seed: Of the noise.
-
-    Returns:
-        Input name -> (n, ...), the same n for all; fewer samples where one is large.
+    ``shapes`` holds the shape of one sample of each input. There are fewer samples where one is large.
     """
     largest = max(
         int(np.prod(shape, dtype=np.int64)) * np.dtype(_spec.dtype).itemsize
@@ -87,14 +71,14 @@ def _each(signature: Signature, shapes: Mapping[str, tuple[int, ...]]) -> list[t
 
 
 def _noise(spec: TensorSpec, shape: tuple[int, ...], rng: np.random.Generator) -> Array:
-    """Standard normal noise; for integers and flags 0 and 1, which are valid indices of every table."""
+    """Return standard normal noise; for integers and flags 0 and 1, which are valid indices of every table."""
     if spec.dtype.startswith("float"):
         return rng.standard_normal(shape)
     return rng.integers(0, 256 if spec.dtype == "uint8" else 2, size=shape)
 
 
 def real_images(manifest: Manifest, *, data_dir: Path | None = None) -> Array | None:
-    """The first test images of the manifest's data set as inputs; None where there are none here, or they do not fit."""
+    """Return the first test images of the manifest's data set as inputs; None where there are none, or they do not fit."""
     if manifest.preprocessing is None or manifest.dataset is None or not is_dataset(manifest.dataset):
         return None
     try:

@@ -1,6 +1,6 @@
 """The inputs of the comparison: real images where they exist, and inputs that no image set contains.
 
-Random inputs alone are too weak: with two random samples every finite fault of the sabotage table shows no label flip.
+Random inputs alone are too weak: with two random samples no finite fault of the sabotage table shows a label flip.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from bnexport.errors import BnexportError, DataError
 from bnexport.tensors import Array, Signature, TensorSpec, other_sizes
 from bnexport.verification.samples import Samples
 
-#: Sizes compared with the whole batch; 0 is asked for besides.
+#: Sizes compared with the whole batch; 0 is tested in addition.
 BATCH_SIZES = (1, 2, 7, 64)
 #: Names of batches that are no synthetic inputs.
 REAL = ("images", "samples")
@@ -28,12 +28,9 @@ _OTHER_SIZED = 2
 
 @dataclass(frozen=True)
 class Batch:
-    """Named inputs of n samples.
+    """Named inputs of n samples, name -> (n, ...): "images", "noise", "zeros", "ones", "one-hot".
 
-    Attributes:
-        name: "images", "noise", "zeros", "ones", "one-hot".
-        feeds: Input name -> (n, ...).
-        smallest: Whether they are as small as the network takes them; an engine may refuse those.
+    The ``smallest`` inputs have the smallest size that the network takes, which an engine may refuse.
     """
 
     name: str
@@ -42,23 +39,19 @@ class Batch:
 
     @property
     def n(self) -> int:
-        """Samples."""
+        """Return the number of samples."""
         return len(next(iter(self.feeds.values())))
 
     def head(self, n: int) -> Batch:
-        """The first n samples."""
+        """Return the first n samples."""
         return replace(self, feeds={name: array[:n] for name, array in self.feeds.items()})
 
 
 @dataclass(frozen=True)
 class Suite:
-    """Every batch, and the real samples' labels.
+    """Every batch, real images or the caller's samples first, and the first batch's labels, int64 (n,).
 
-    Attributes:
-        batches: Real images or the caller's samples first, where there are some.
-        images: Which real inputs, or why none.
-        labels: Of the first batch: int64 (n,); None without.
-        dataset: What the labels belong to, for the record.
+    ``images`` describes the real inputs, or the reason why there are none; ``dataset`` names the labels' data set.
     """
 
     batches: tuple[Batch, ...]
@@ -76,15 +69,9 @@ def build_suite(
     limit: int,
     samples: Samples | None = None,
 ) -> Suite:
-    """Inputs for a bundle.
+    """Build a bundle's inputs, at most ``limit`` samples per batch, from the caller's samples or the data set's test images.
 
-    Args:
-        manifest: Signature, data set and preprocessing.
-        golden: The bundle's golden inputs: sizes of dimensions that vary, and valid values of integer inputs.
-        data_dir: Where the data set lies; None searches the usual places. Nothing is downloaded.
-        seed: Of the noise.
-        limit: At most so many samples per batch.
-        samples: The caller's own inputs, in place of the data set's images.
+    The golden inputs supply the sizes of dimensions that vary, and valid values of integer inputs. Nothing is downloaded.
 
     Raises:
         DataError: ``data_dir`` was given and does not hold the data set, or there are fewer samples than a fixed batch.
@@ -114,7 +101,7 @@ def build_suite(
 
 
 def other_sized_batches(signature: Signature, golden: Mapping[str, Array], *, seed: int) -> Iterator[Batch]:
-    """Two samples of noise in other sizes than the exported one, the most telling first; none where no size varies."""
+    """Yield two samples of noise in sizes other than the exported one, the most revealing first; none where no size varies."""
     exported = signature.named_sizes({name: array.shape[1:] for name, array in golden.items()})
     if not exported:
         return
@@ -123,7 +110,7 @@ def other_sized_batches(signature: Signature, golden: Mapping[str, Array], *, se
 
 
 def smallest_batch(signature: Signature, golden: Mapping[str, Array], *, seed: int) -> Batch | None:
-    """Two samples of noise in the smallest sizes that the signature allows; None where it names none."""
+    """Return two samples of noise in the smallest sizes that the signature allows; None where it names none."""
     if not signature.smallest:
         return None
     exported = signature.named_sizes({name: array.shape[1:] for name, array in golden.items()})
@@ -131,7 +118,7 @@ def smallest_batch(signature: Signature, golden: Mapping[str, Array], *, seed: i
 
 
 def _sized(signature: Signature, golden: Mapping[str, Array], sizes: Mapping[str, int], *, seed: int) -> Batch:
-    """Noise in the given sizes, by the names of the dimensions that vary."""
+    """Return noise in the given sizes, by the names of the dimensions that vary."""
     rng = np.random.default_rng(seed)
     feeds, shown = {}, ""
     for spec in signature.inputs:
@@ -144,7 +131,7 @@ def _sized(signature: Signature, golden: Mapping[str, Array], sizes: Mapping[str
 
 
 def _filled(fill: Any, spec: TensorSpec, golden: Array, n: int, rng: np.random.Generator) -> Array:
-    """One input's array. Integers are indices or flags: only values seen in the golden inputs are known to be valid."""
+    """Return one input's array. Integers are indices or flags: only the golden inputs' values are known to be valid."""
     shape = (n, *golden.shape[1:])
     if not spec.dtype.startswith("float"):
         return rng.choice(golden.reshape(-1), size=shape).astype(spec.dtype)
@@ -165,14 +152,14 @@ def _ones(shape: tuple[int, ...], _rng: np.random.Generator) -> Array:
 
 
 def _one_hot(shape: tuple[int, ...], _rng: np.random.Generator) -> Array:
-    """One element of each sample is 1, spread evenly over all positions."""
+    """Return an array with one element of each sample set to 1, spread evenly over all positions."""
     array = np.zeros((shape[0], int(np.prod(shape[1:]))))
     array[np.arange(shape[0]), np.linspace(0, array.shape[1] - 1, shape[0]).round().astype(int)] = 1
     return array.reshape(shape)
 
 
 def _given(samples: Samples, limit: int, fixed: int | None) -> tuple[list[Batch], Array | None, str]:
-    """The caller's samples as the first batch, their labels, and what to tell."""
+    """Return the caller's samples as the first batch, their labels, and a description."""
     there = len(next(iter(samples.feeds.values())))
     if fixed is not None and there < fixed:
         raise DataError(
@@ -185,7 +172,7 @@ def _given(samples: Samples, limit: int, fixed: int | None) -> tuple[list[Batch]
 
 
 def _images(manifest: Manifest, data_dir: str | Path | None, limit: int) -> tuple[Array | None, Array | None, str]:
-    """Test images as inputs (n, channels, height, width), their labels, and what to tell; None where there are none."""
+    """Return test images as inputs (n, channels, height, width), their labels, and a description; None where there are none."""
     name = manifest.dataset
     if name is None:
         return None, None, "no real images: the bundle names no data set that bnexport knows"
@@ -223,12 +210,9 @@ Outputs = Mapping[str, Array]
 
 @dataclass(frozen=True)
 class Case:
-    """A batch with the right answer.
+    """A batch with the right answer: output name -> (n, ...), float64 of the original, or the golden vectors.
 
-    Attributes:
-        batch: Inputs.
-        expected: Output name -> (n, ...); float64 of the original, or the golden vectors.
-        scales: Output name -> what errors are a share of; None: the largest |expected| of this batch.
+    ``scales`` has output name -> scale of errors; None: the largest |expected| of this batch.
     """
 
     batch: Batch
@@ -236,19 +220,19 @@ class Case:
     scales: Mapping[str, float] | None = None
 
     def head(self, n: int) -> Case:
-        """The first n samples."""
+        """Return the first n samples."""
         return Case(self.batch.head(n), heads(self.expected, n), self.scales)
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What every runtime is put through.
+    """The comparisons that every runtime runs.
 
     Attributes:
         golden: The bundle's golden vectors; None when they can't be read.
         cases: The batches of stages 2 and 3, real images first.
         sizes: The batch whose first samples are run in other batch sizes; None when the batch dimension is fixed.
-        empty: Whether zero samples have to work.
+        empty: Zero samples have to work.
         labels: True classes of the first batch; None without.
     """
 
@@ -260,5 +244,5 @@ class RunPlan:
 
 
 def heads(outputs: Outputs, n: int) -> dict[str, Array]:
-    """The first n samples of every output."""
+    """Return the first n samples of every output."""
     return {name: array[:n] for name, array in outputs.items()}

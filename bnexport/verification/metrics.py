@@ -1,7 +1,8 @@
-"""Measuring: numbers only, no verdict."""
+"""Measure differences of outputs and labels, sample by sample and in accuracy, without a verdict."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -9,20 +10,20 @@ import numpy as np
 
 from bnexport.runtimes.replay import incomparable, scale
 from bnexport.tensors import Array
-from bnexport.verification.verdict import Flips
+from bnexport.verification.verdict import FlippedSample, Flips
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """How far a candidate is from its reference.
+    """Distance of a candidate from its reference.
 
     Attributes:
-        error: max |candidate - reference| / scale, the scale being max |reference|; the worst output's. Where a
-            reference is all zeros its scale counts as 1, so the error is absolute.
+        error: max |candidate - reference| / scale of the worst output; scale is max |reference|, or 1 (so that the error is
+            absolute) where a reference is all zeros.
         max_abs: max |candidate - reference|.
-        rms: Root mean square of candidate - reference, over the worst output.
+        rms: Root mean square of candidate - reference, of the worst output.
         n: Samples compared.
-        problem: Why the numbers mean nothing: a missing output, another shape, nothing to compare, not finite; else "".
+        problem: Why the numbers mean nothing (missing output, other shape, nothing to compare, not finite); else "".
         flips: Top-1 labels of the first output that holds one score per class; None without one.
     """
 
@@ -41,13 +42,9 @@ def measure(
     bound: float,
     scales: Mapping[str, float] | None = None,
 ) -> Measurement:
-    """Compare every output of the reference.
+    """Compare every output (n, ...) of the reference; ``scales`` replace the scales of these references.
 
-    Args:
-        candidate: Output name -> array (n, ...).
-        reference: Output name -> array (n, ...), float64 where it is a real one.
-        bound: Allowed error of scale; the margin certificate of the labels rests on it.
-        scales: Output name -> scale; default: that of these very references.
+    ``bound``, the allowed error of scale, is for the margin certificate of the labels.
     """
     if not reference:
         return Measurement(problem="there is no output to compare")
@@ -71,16 +68,11 @@ def measure(
 
 
 def count_flips(candidate: Array, reference: Array, *, bound: float, of: float | None = None) -> Flips:
-    """Compare top-1 labels, with the margin certificate.
+    """Compare top-1 labels (n, classes), with the margin certificate.
 
-    No score may be off by more than ``bound`` times the scale. Where the reference's best score leads by more than
-    twice that, the label can't change: one score would have to fall and another rise by the allowed error each.
-
-    Args:
-        candidate: (n, classes).
-        reference: (n, classes), finite.
-        bound: Allowed error of scale.
-        of: The scale; default: that of ``reference``.
+    No score may be off by more than ``bound`` times the scale ``of`` (default: the reference's). Where the reference's best
+    score leads by more than twice that, the label can't change: one score would have to fall and another rise by the allowed
+    error each.
     """
     allowed = bound * (scale(reference) if of is None else of)
     top = np.sort(reference, axis=1)[:, -2:]
@@ -98,11 +90,9 @@ def count_flips(candidate: Array, reference: Array, *, bound: float, of: float |
 def per_sample(
     candidate: Mapping[str, Array], reference: Mapping[str, Array], scales: Mapping[str, float] | None = None
 ) -> tuple[Array, Array] | None:
-    """Error and margin of each sample, for the plots; None without an output that holds one score per class.
+    """Return max |candidate - reference| and the reference's margin of each sample (n,), both as a share of scale.
 
-    Returns:
-        max |candidate - reference| (n,), and the reference's best score less its second best (n,), both as a share of
-        the reference's scale.
+    The margin is the best score less the second best. None without an output that holds one score per class.
     """
     name = next((name for name, values in reference.items() if has_labels(values)), None)
     if name is None or candidate[name].shape != reference[name].shape:
@@ -115,9 +105,9 @@ def per_sample(
 
 
 def common_scales(references: Iterable[Mapping[str, Array]]) -> dict[str, float]:
-    """One scale per output over several batches: the largest |reference| of any.
+    """Return one scale per output over several batches: the largest |reference| of any.
 
-    A batch of zeros, or of one lit pixel, gives small answers by large terms that cancel; measured against those answers
+    A batch of zeros, or of one lit pixel, gives small answers by large terms that cancel. Measured against those answers
     alone, correct float32 kernels come within a factor of 2 of the bound.
     """
     largest: dict[str, float] = {}
@@ -129,12 +119,12 @@ def common_scales(references: Iterable[Mapping[str, Array]]) -> dict[str, float]
 
 
 def rule_of_three(n: int) -> float:
-    """95 % upper bound of a rate of which n trials showed nothing: 3 / n (Hanley and Lippman-Hand, JAMA 1983)."""
+    """Return the 95 % upper bound of a rate that n trials never showed: 3 / n (Hanley and Lippman-Hand, JAMA 1983)."""
     return min(1.0, 3.0 / n) if n else 1.0
 
 
 def has_labels(array: Array) -> bool:
-    """Whether an output holds one score per class: (n, classes) of floats, at least two classes."""
+    """Return whether an output holds one score per class: (n, classes) of floats, at least two classes."""
     return array.ndim == 2 and array.shape[1] >= 2 and np.issubdtype(array.dtype, np.floating)
 
 
@@ -147,3 +137,83 @@ def _distance(candidate: Array, reference: Array, of: float) -> Measurement:
     max_abs = float(np.abs(difference).max())
     rms = float(np.sqrt(np.mean(np.square(difference))))
     return Measurement(max_abs / of, max_abs, rms, len(reference))
+
+
+def flipped_samples(
+    candidate: Mapping[str, Array],
+    reference: Mapping[str, Array],
+    *,
+    bound: float,
+    labels: Array | None,
+    scales: Mapping[str, float] | None = None,
+) -> tuple[FlippedSample, ...]:
+    """Return the samples whose top-1 label is not the reference's, in order; those that ``count_flips`` counts."""
+    name = next((name for name, values in reference.items() if has_labels(values)), None)
+    if name is None or name not in candidate or candidate[name].shape != reference[name].shape:
+        return ()
+    scores, given = reference[name].astype(np.float64), candidate[name].astype(np.float64)
+    if not np.isfinite(given).all():
+        return ()  # its row says so; a label among NaN is none
+    of = (scales or {}).get(name) or scale(scores)
+    before, after = scores.argmax(axis=1), given.argmax(axis=1)
+    found = []
+    for index in np.flatnonzero(before != after):
+        best = np.sort(scores[index])[-2:]
+        margin = float(best[1] - best[0]) / of
+        found.append(
+            FlippedSample(
+                int(index),
+                None if labels is None else int(labels[index]),
+                int(before[index]),
+                int(after[index]),
+                margin,
+                float(np.abs(given[index] - scores[index]).max()) / of,
+                explained=margin <= 2 * bound,
+            )
+        )
+    return tuple(found)
+
+
+#: Probability below which a change of accuracy is no accident. One verification makes a handful of these tests.
+SIGNIFICANT = 0.01
+
+
+@dataclass(frozen=True)
+class AccuracyChange:
+    """Labels that each side gets right, of n labelled samples.
+
+    Attributes:
+        lost: Right by the reference alone.
+        won: Right by the candidate alone.
+        p: Two-sided exact p-value of McNemar's test: the probability of a split at least as uneven as lost : won when
+            either side is equally likely to be right.
+    """
+
+    n: int
+    reference: int
+    candidate: int
+    lost: int
+    won: int
+    p: float
+
+    def sentence(self) -> str:
+        """Return the change as a clause for the report."""
+        return (
+            f"{self.reference} of {self.n} labels right before, {self.candidate} after"
+            f" ({self.lost} lost, {self.won} won; exact McNemar p = {self.p:.2g})"
+        )
+
+
+def accuracy_change(reference: Array, candidate: Array, labels: Array) -> AccuracyChange:
+    """Compare scores (n, classes) of two sides with the true classes (n,)."""
+    before, after = reference.argmax(axis=1) == labels, candidate.argmax(axis=1) == labels
+    lost, won = int((before & ~after).sum()), int((after & ~before).sum())
+    return AccuracyChange(len(labels), int(before.sum()), int(after.sum()), lost, won, mcnemar(lost, won))
+
+
+def mcnemar(lost: int, won: int) -> float:
+    """Return the two-sided exact p-value (McNemar, Psychometrika 12, 1947; binomial form): 1.0 where nothing changed."""
+    n, fewer = lost + won, min(lost, won)
+    # The terms are whole numbers of any size; only their ratio is a float.
+    tail = sum(math.comb(n, k) for k in range(fewer + 1))
+    return min(1.0, float(2 * tail / 2**n))

@@ -1,9 +1,8 @@
-"""Which precision an error looks like, and what rounding the weights alone does.
+"""Find the precision that explains an error, and measure the effect of rounding the weights alone.
 
-Rounding is deterministic: TF32, float16 and bfloat16 round the same numbers in the same way on every machine, and what is
-left, the order of sums in float32, is thousands of times smaller. So an error made by such a precision points in the
-direction of its emulation, and its cosine with it is near 1; an error of the same size that has another cause points
-elsewhere.
+Rounding is deterministic: TF32, float16 and bfloat16 round the same numbers in the same way on every machine. The rest, the
+order of sums in float32, is thousands of times smaller. So an error made by such a precision points in the direction of its
+emulation, with a cosine near 1. An error of the same size that has another cause points elsewhere.
 """
 
 from __future__ import annotations
@@ -16,11 +15,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bnexport.errors import ProofError
-from bnexport.runtimes.emulation import SETTINGS, precision_of
-from bnexport.runtimes.float64 import Float64Evaluator
-from bnexport.runtimes.onnx_file import graphs, nodes
+from bnexport.onnx_files.emulation import BFLOAT16, FLOAT16, FLOAT32, SETTINGS, Format, precision_of, step_of
+from bnexport.onnx_files.float64 import Float64Evaluator
+from bnexport.onnx_files.models import graphs, nodes
 from bnexport.runtimes.replay import incomparable, scale
-from bnexport.runtimes.rounding import BFLOAT16, FLOAT16, FLOAT32, Format, step_of
 from bnexport.tensors import Array
 
 if TYPE_CHECKING:
@@ -46,13 +44,13 @@ ALIKE = 0.5
 #: Cosine from which an error of the right size may be that of the precision. Faults are below 0.2 as a rule. Where one channel
 #: dominates all errors they reach 0.8, so a precision that is named does not excuse a failed strict stage.
 _PERHAPS = 0.25
-#: What an error is called that no precision makes, and one that may be a precision's.
+#: Names of an error that no precision makes, and of one that may be a precision's.
 UNKNOWN, UNDECIDED = "none", "undecided"
 #: Sizes of errors that are apart by less are the same size.
 _SAME_SIZE = 3.0
 #: How much noisier than numpy's float32 another engine's may be: 8.9 x was seen, where it sums thousands of numbers in line.
 _FLOAT32_SPREAD = 10.0
-#: Two emulations are told apart when one leaves this much more of the error unexplained than the other.
+#: Two emulations are distinguishable when one leaves this much more of the error unexplained than the other.
 _CLEARER = 1.25
 #: Noise of float32 where its emulation happens to be exact.
 _LEAST = 2.0**-26
@@ -60,17 +58,17 @@ _LEAST = 2.0**-26
 
 @dataclass(frozen=True)
 class Detected:
-    """What an error looks like.
+    """The precision that an error shows.
 
     Attributes:
-        precision: A key of ``emulation.PRECISIONS``, several joined by " or " that can't be told apart, "none", or
-            "undecided": as large as a precision's, and not clearly in its direction.
+        precision: A key of ``emulation.PRECISIONS``, several indistinguishable ones joined by " or ", "none", or "undecided":
+            as large as a precision's error, but not clearly in its direction.
         size: Root mean square of the error, over the scale of the outputs.
-        cosine: Of the error with the emulated error of ``precision``; with the one of the nearest size where there is no
-            such; None where directions mean nothing: for float32, and for other weights than those emulated.
+        cosine: Cosine of the error with the emulated error of ``precision``, else of the precision with the nearest size. None
+            where directions mean nothing: for float32, and for weights other than those emulated.
         coarseness: Rank of the precision, 0 for float32; of the finest one that fits where several do, and of the finest
             one that makes errors this large where none does.
-        sentence: For the report.
+        sentence: Text for the report.
     """
 
     precision: str
@@ -87,14 +85,14 @@ def detect(
     *,
     same_weights: bool = True,
 ) -> Detected:
-    """Which precision made this error.
+    """Find the precision that made an error.
 
     Args:
-        candidate: Output name -> (n, ...), as the engine gave them.
-        exact: The same in float64, of the very weights that the engine used.
-        emulated: Precision -> its outputs for the same inputs; "float32" must be there. One that overflows is left out.
-        same_weights: Whether the engine used the weights that were emulated. The unfolded network rounds other numbers, so
-            its errors have the size of the emulated ones, but not their direction.
+        candidate: Output name -> (n, ...), from the engine.
+        exact: The same in float64, with the weights that the engine used.
+        emulated: Precision -> its outputs for the same inputs; must contain "float32". One that overflows is left out.
+        same_weights: The engine used the emulated weights. The unfolded network rounds other numbers, so its errors have
+            the size of the emulated ones, but not their direction.
     """
     error = _difference(candidate, exact)
     if not np.isfinite(error).all():
@@ -127,14 +125,7 @@ def points_along(
     outputs: Mapping[str, Array],
     exact: Mapping[str, Array],
 ) -> bool:
-    """Return whether an error points where an emulated one does (cosine of 0.5 or more).
-
-    Args:
-        candidate: Output name -> (n, ...), as the engine gave them.
-        expected: What they are compared with.
-        outputs: The same samples of the file, emulated.
-        exact: The file in float64.
-    """
+    """Return whether candidate - expected points in the direction of outputs (emulated) - exact: a cosine of 0.5 or more."""
     if any(name not in candidate or incomparable(name, candidate[name], values) for name, values in expected.items()):
         return False
     if any(name not in exact or exact[name].shape != values.shape for name, values in expected.items()):
@@ -145,25 +136,15 @@ def points_along(
 
 
 def compatible(asked: str, seen: Detected) -> bool:
-    """Whether what was asked for explains the error: it must not be coarser. A finer one is no fault, and the report tells.
-
-    Args:
-        asked: A key of ``emulation.PRECISIONS``.
-        seen: What ``detect`` found.
-    """
+    """Return whether the precision asked for explains the error: it must not be coarser. A finer precision is not a fault."""
     return seen.coarseness <= _COARSENESS[asked]
 
 
 def rounding_noise(model: ModelProto, feeds: Mapping[str, Array], *, seeds: int = 3) -> float:
-    """What rounding the weights to the file's own types does to its outputs: the largest change over the seeds, of scale.
+    """Return the largest change of the outputs, of scale, by rounding the weights to the file's own types.
 
-    The weights before they were rounded are not in the file, but how far off they can have been is known: half a unit in
-    the last place. So each stored number is moved by a random part of that, in float64, and the outputs are compared.
-
-    Args:
-        model: As read; not changed.
-        feeds: Input name -> (n, ...), few samples.
-        seeds: How often.
+    The weights before rounding are not in the file, but each was off by at most half a unit in the last place. So, for each
+    seed, each stored number is moved by a random part of that, in float64, and the outputs for few samples are compared.
 
     Raises:
         BundleError: The file can't be evaluated.
@@ -183,7 +164,7 @@ def rounding_noise(model: ModelProto, feeds: Mapping[str, Array], *, seeds: int 
 
 
 def _moved(model: ModelProto, rng: np.random.Generator) -> ModelProto:
-    """A copy whose weights are float64 and off by up to half a unit in the last place of the type that they had."""
+    """Return a copy whose weights are float64 and off by up to half a unit in the last place of their former type."""
     from onnx import numpy_helper
 
     copy = type(model)()
@@ -198,7 +179,7 @@ def _moved(model: ModelProto, rng: np.random.Generator) -> ModelProto:
 
 
 def _weights(model: ModelProto) -> Iterator[tuple[TensorProto, Format]]:
-    """Stored numbers that were rounded when they were stored; not settings of operators, and no exponents."""
+    """Yield the stored numbers that were rounded when they were stored, without settings of operators and exponents."""
     fixed = {name for node in nodes(model) for at, name in enumerate(node.input) if (node.op_type, at) in _FIXED}
     formats = {1: FLOAT32, 10: FLOAT16, 16: BFLOAT16}  # TensorProto's FLOAT, FLOAT16, BFLOAT16
     stored = [(tensor.name, tensor) for graph in graphs(model) for tensor in graph.initializer]
@@ -211,9 +192,9 @@ def _weights(model: ModelProto) -> Iterator[tuple[TensorProto, Format]]:
 
 
 def _limit_of_float32(sizes: Mapping[str, float]) -> float:
-    """Up to which an error is float32's: halfway, by ratio, to the next coarser precision, but never less than its spread.
+    """Return the largest size of float32's error: halfway, by ratio, to the next coarser precision, but at least its spread.
 
-    The order of summation is each engine's own, and fast algorithms (Winograd) lose some bits more than it.
+    The order of summation differs between engines, and fast algorithms (Winograd) lose some bits more.
     """
     own = sizes.get("float32", 0.0) or _LEAST
     next_up = min((value for name, value in sizes.items() if name != "float32" and value > 0), default=0.0)
@@ -254,7 +235,7 @@ def _listed(names: list[str]) -> str:
 
 
 def _difference(one: Mapping[str, Array], other: Mapping[str, Array]) -> Array:
-    """All float outputs in one row, each over its own scale."""
+    """Return all float outputs in one row, each over its scale."""
     with np.errstate(invalid="ignore"):  # infinity less infinity: the caller looks for what is not finite
         parts = [
             (one[name].astype(np.float64) - values).ravel() / scale(values)

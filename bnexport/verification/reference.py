@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class wide_casts(TorchFunctionMode):  # noqa: N801 -- used as a context manager, like torch.inference_mode
-    """Inside the block every call that names float32 gets float64. Narrower types stay: to round was the author's wish."""
+    """Gives float64 to every call in the block that names float32. Narrower types stay: the author wants that rounding."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -44,10 +44,7 @@ _CHUNK = 512
 class Reference:
     """Evaluates an unfolded module in float64, in eval mode; the module given is never changed.
 
-    Args:
-        module: The original network.
-        signature: Its inputs and outputs in order.
-        description: Where it comes from, for the report.
+    The signature has inputs and outputs in order. The description gives the origin, for the report.
     """
 
     def __init__(self, module: nn.Module, signature: Signature, *, description: str) -> None:
@@ -60,7 +57,7 @@ class Reference:
         self._module = private_copy(module, "cpu", torch.float64)
 
     def evaluate(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Outputs in float64: input name -> (n, ...) to output name -> (n, ...).
+        """Evaluate in float64: input name -> (n, ...) to output name -> (n, ...).
 
         Raises:
             ModelError: The module can't run in float64, or gives other outputs than the signature's.
@@ -91,9 +88,9 @@ class Reference:
 
 
 def find_reference(bundle: Bundle, module: nn.Module | None) -> Reference | None:
-    """The best float64 reference there is; None when only the bundle's golden vectors speak for the original.
+    """Return the best float64 reference; None when only the bundle's golden vectors represent the original.
 
-    The live module comes first, then a network that bnexport knows, rebuilt from the bundle's unfolded weights.
+    The live module comes first, then a network that bnexport can rebuild from the bundle's unfolded weights.
 
     Raises:
         BundleError: The weights are missing.
@@ -104,19 +101,19 @@ def find_reference(bundle: Bundle, module: nn.Module | None) -> Reference | None
         return Reference(module, signature, description="the original module, in float64")
     if not is_known(bundle):
         return None
-    from bnexport.runtimes.torch_eager import original_network
+    from bnexport.runtimes.torch_runners import original_network
 
     source = bundle.manifest.network["source"]
     return Reference(original_network(bundle), signature, description=f"{source} rebuilt from {WEIGHTS}, in float64")
 
 
 def is_known(bundle: Bundle) -> bool:
-    """Whether the original network can be rebuilt here without its author's code."""
+    """Return whether the original network can be rebuilt here without its author's code."""
     return not_rebuilt(bundle) is None
 
 
 def not_rebuilt(bundle: Bundle) -> str | None:
-    """Why the original network can't be rebuilt here, as the end of a sentence; None when it can."""
+    """Return why the original network can't be rebuilt here, as the end of a sentence; None when it can."""
     if not installed("torch"):
         return "which needs torch, which is not installed here"
     from bnexport.loading.sources import unknown_reason
@@ -125,7 +122,7 @@ def not_rebuilt(bundle: Bundle) -> str | None:
 
 
 def takes_empty_batch(reference: Reference, feeds: Mapping[str, Array]) -> bool:
-    """Whether the original itself gives an answer for zero samples; only then the exported files have to."""
+    """Return whether the original itself accepts zero samples; only then the exported files have to."""
     try:
         reference.evaluate({name: array[:0] for name, array in feeds.items()})
     except BnexportError:

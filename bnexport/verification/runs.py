@@ -1,4 +1,4 @@
-"""Stages 2 and 3: what one runtime, in one setting, is put through."""
+"""Stages 2 and 3: run one runtime in one setting, and detect the precision of its kernels from the error."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ from typing import Any
 
 import numpy as np
 
+from bnexport.bundle import WEIGHTS
 from bnexport.errors import BnexportError, BundleError
-from bnexport.runtimes.base import Runner
-from bnexport.runtimes.settings import RunSettings
+from bnexport.onnx_files.emulation import ROUNDINGS
+from bnexport.runtimes.base import Runner, RunSettings
+from bnexport.runtimes.replay import incomparable
 from bnexport.tensors import Array
-from bnexport.verification.changed_labels import SIGNIFICANT, accuracy_change, flipped_samples
 from bnexport.verification.forecast import Forecast
 from bnexport.verification.inputs import BATCH_SIZES, Batch, Case, Outputs, RunPlan, heads
-from bnexport.verification.metrics import has_labels, per_sample
+from bnexport.verification.metrics import SIGNIFICANT, accuracy_change, flipped_samples, has_labels, per_sample
+from bnexport.verification.prediction import compatible, detect
 from bnexport.verification.stages import compare, failed
 from bnexport.verification.verdict import FlippedSample, Row
 
@@ -23,15 +25,12 @@ _CHUNK = 1024
 
 @dataclass
 class RuntimeRun:
-    """One runtime in one setting.
+    """One runtime, open, in one setting.
 
     Attributes:
-        runner: Open.
-        settings: As it was opened with.
-        plan: What it is put through.
+        plan: The comparisons to run.
         forecast: Predicts the noise of its precision.
-        stored: Precision of what the runtime reads: that of the bundle's files; float32 for the original network.
-        rows: Filled by ``go``.
+        stored: Precision of the runtime's file; float32 for the original network.
         samples: Error and margin of each sample of the first batch (``metrics.per_sample``).
         flipped: Changed labels of the first batch.
         first: Outputs of the first batch; empty when it could not be run.
@@ -54,21 +53,21 @@ class RuntimeRun:
 
     @property
     def precision(self) -> str:
-        """What is expected of the numbers: the file's own precision, or that of the kernels for a float32 file."""
+        """Return the expected precision: the file's, or that of the kernels for a float32 file."""
         return self.settings.precision if self.stored == "float32" else self.stored
 
     @property
     def varies(self) -> bool:
-        """Whether the batch dimension is free, so that a batch may be cut."""
+        """Return whether the batch dimension is free, so that a batch may be cut."""
         return isinstance(self.runner.signature.inputs[0].shape[0], str)
 
     @property
     def stage(self) -> str:
-        """Stage 2 for IEEE float32, stage 3 for what is coarser."""
+        """Return the stage: 2 for IEEE float32, 3 for coarser precisions."""
         return "strict" if self.precision == "float32" else "shipping"
 
     def go(self) -> None:
-        """Golden vectors, every batch, batch sizes, a repeat, the change of accuracy."""
+        """Run golden vectors, every batch, batch sizes, a repeat, and the change of accuracy."""
         if self.plan.golden is not None:
             self._case("golden", self.plan.golden)
         for case in self.plan.cases:
@@ -82,7 +81,7 @@ class RuntimeRun:
         self.rows = [replace(row, device=where, settings=how) for row in self.rows]
 
     def _predicted(self, case: Case, *, exact: bool = False) -> float | None:
-        """Return the predicted noise of a batch; in strict float32 only where the fixed bound does not do (``exact``)."""
+        """Return the predicted noise of a batch; in strict float32 only where the fixed bound is too narrow (``exact``)."""
         return self.forecast.noise(self.rounding, case) if exact or self.stage == "shipping" else None
 
     def _case(self, stage: str, case: Case) -> None:
@@ -120,7 +119,7 @@ class RuntimeRun:
         )
 
     def _batch_sizes(self, batch: Batch) -> None:
-        """The first 1, 2, 7, 64 samples alone against the same samples in the whole batch, and the shape for none."""
+        """Compare the first 1, 2, 7, 64 samples alone with the same samples in the whole batch; check the shape for none."""
         try:
             whole = self.runner.run(batch.feeds)
         except BnexportError as error:
@@ -154,7 +153,7 @@ class RuntimeRun:
         return Row("batch-size", name, "batch 0", passed=True, reason=f"shape {shapes}")
 
     def _repeat(self, whole: Batch) -> None:
-        """Two runs of the same samples, at most one chunk of them."""
+        """Compare two runs of the same samples, at most one chunk of them."""
         batch = whole.head(_CHUNK) if self.varies else whole
         try:
             first, second = self.runner.run(batch.feeds), self.runner.run(batch.feeds)
@@ -166,7 +165,7 @@ class RuntimeRun:
         )
 
     def _accuracy(self, case: Case) -> None:
-        """Whether the change of accuracy on labelled samples is more than chance."""
+        """Test whether the change of accuracy on labelled samples is more than chance."""
         name = next((name for name, values in case.expected.items() if has_labels(values)), None)
         labels = self.plan.labels
         if labels is None or name is None or name not in self.first or not np.isfinite(self.first[name]).all():
@@ -177,7 +176,7 @@ class RuntimeRun:
 
 
 def run_in_chunks(runner: Runner, batch: Batch) -> dict[str, Any]:
-    """Outputs of a batch that may be larger than the device's memory takes at once."""
+    """Return the outputs of a batch that may be larger than the device's memory."""
     if batch.n <= _CHUNK or isinstance(runner.signature.inputs[0].shape[0], int):
         return runner.run(batch.feeds)
     parts = [
@@ -185,3 +184,41 @@ def run_in_chunks(runner: Runner, batch: Batch) -> dict[str, Any]:
         for at in range(0, batch.n, _CHUNK)
     ]
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+#: Precisions that an engine may use without a report; a half precision needs a cast, which the file would show.
+_LOOKED_FOR = ("float32", "tf32-convolutions", "tf32", "tf32-cut", "float16", "bfloat16")
+#: Where emulating costs more than the verdict is worth, only these and the roundings of the precision asked for are tried.
+_AT_LEAST = ("float32", "tf32")
+
+
+def precision_row(run: RuntimeRun, file: str) -> Row | None:
+    """Compare the error on the first batch with the error that each precision would make; ``file`` is the runtime's file.
+
+    The row has the stage "precision". It is None where the model can't be emulated, or where the outputs can't be compared,
+    which another row reports.
+    """
+    if not run.plan.cases or not run.first:
+        return None
+    case = run.plan.cases[0]
+    asked = ROUNDINGS.get(run.precision, (run.precision,))
+    names = dict.fromkeys((*(_LOOKED_FOR if run.forecast.cheap else _AT_LEAST), *asked))
+    found = {name: emulated for name in names if (emulated := run.forecast.emulated(name, case)) is not None}
+    if run.precision not in found:
+        return None
+    n = min(emulated.n for emulated in found.values())
+    candidate = heads(run.first, n)
+    # Kernels are judged by what they do to this very file, so that a fault of the file is not taken for theirs. The
+    # original network has other weights, so its reference is the original.
+    exact = next(iter(found.values())).exact if file != WEIGHTS else case.expected
+    expected = heads(exact, n)
+    if any(name not in candidate or incomparable(name, candidate[name], expected[name]) for name in expected):
+        return None
+    outputs = {name: heads(emulated.outputs, n) for name, emulated in found.items()}
+    seen = detect(candidate, expected, outputs, same_weights=file != WEIGHTS)
+    passed = compatible(run.precision, seen)
+    reason = f"asked for {run.precision}: {seen.sentence}"
+    return Row(
+        "precision", run.runner.name, case.batch.name, passed, reason, n=n, detected=seen.precision,
+        device=run.runner.effective_device, settings=run.settings.describe(),
+    )  # fmt: skip

@@ -1,7 +1,7 @@
 """A user's own inputs for a verification: arrays, or images that go through the bundle's preprocessing.
 
-What is wrong with them is said before any engine sees them: nothing in an engine tells pixels from 0 to 255 from those
-between 0 and 1, and NaN in gives NaN out on both sides of a comparison.
+Wrong inputs are reported before any engine sees them: no engine can distinguish pixels from 0 to 255 from those between 0
+and 1, and NaN inputs give NaN on both sides of a comparison.
 """
 
 from __future__ import annotations
@@ -36,12 +36,9 @@ _FAR = 4.0
 
 @dataclass(frozen=True)
 class Samples:
-    """Inputs that fit a signature.
+    """Inputs that fit a signature, input name -> (n, ...), and the true class of each sample, int64 (n,), if known.
 
-    Attributes:
-        feeds: Input name -> (n, ...).
-        labels: True class of each sample, int64 (n,); None where they are not known.
-        described: What they are, for the report; it names no folder of this machine.
+    ``described`` is for the report; it names no folder of this machine.
     """
 
     feeds: Mapping[str, Array]
@@ -51,7 +48,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class _Target:
-    """What the samples are for."""
+    """The bundle's side of the samples."""
 
     path: Path
     signature: Signature
@@ -61,14 +58,14 @@ class _Target:
 
     @property
     def classes(self) -> int | None:
-        """How many classes there are; None where nothing tells."""
+        """Return the number of classes; None where it is not known."""
         if self.labels is not None:
             return len(self.labels)
         shape = self.signature.outputs[0].shape
         return shape[1] if len(shape) == 2 and isinstance(shape[1], int) else None
 
     def chosen(self, n: int) -> Array:
-        """Indices of the samples that are looked at: all, or ``limit`` of them spread evenly, so that no class is left out."""
+        """Return the indices of the samples to use: all, or ``limit`` of them spread evenly, so that no class is left out."""
         fixed = isinstance(self.signature.inputs[0].shape[0], int)
         if self.limit is None or n <= self.limit or fixed:
             return np.arange(n)
@@ -88,15 +85,15 @@ def load_samples(
     Args:
         path: A .npy file for a network with one input: arrays of its type and shape, or uint8 images, which go through the
             preprocessing; an .npz file with one array for each input, by name, and perhaps "labels"; a picture or IDX
-            file; or a folder of pictures, whose sub-folders, if there are some, are named after the labels.
-        signature: Of the bundle.
-        preprocessing: Of the bundle, if it has one.
+            file; or a folder of pictures, whose sub-folders, if any, are named after the labels.
+        signature: The bundle's signature.
+        preprocessing: The bundle's preprocessing, if it has one.
         labels: Class names of the bundle, if it has some.
-        limit: At most so many samples, spread evenly over those that are there.
+        limit: Maximum number of samples, spread evenly over the existing ones.
 
     Raises:
         DataError: They are missing, damaged, empty, pickled, not finite, or do not fit; with the file and the index.
-        MissingDependency: They are pictures, and pillow is not here.
+        MissingDependency: They are pictures, and pillow is not installed.
     """
     target = _Target(Path(path), signature, preprocessing, None if labels is None else tuple(labels), limit)
     if target.path.is_dir():
@@ -123,7 +120,7 @@ def _from_npy(target: _Target) -> Samples:
 
 
 def _map_npy(path: Path) -> Array:
-    """The array, mapped: only the samples that are looked at are read."""
+    """Return the array, mapped: only the chosen samples are read."""
     with path.open("rb") as file:
         check_header(file.read(screen_limit("npy-header") + 12), path.stat().st_size)
     array: Array = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -146,7 +143,7 @@ def _read_npz(path: Path) -> dict[str, Array]:
 
 @contextlib.contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """A screen's, numpy's, zipfile's and zlib's errors as one of ours."""
+    """Convert errors of the validation, numpy, zipfile and zlib to DataError."""
     try:
         with refusing(f"{path} can't be used: it", DataError, remedy=_REMEDY):
             yield
@@ -155,7 +152,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def _checked(target: _Target, arrays: Mapping[str, Array], labels: Array | None) -> Samples:
-    """Arrays by name as feeds: images preprocessed, the rest as they are, all of them of one length and finite."""
+    """Return arrays as feeds: images preprocessed, the others unchanged, all of one length and finite."""
     for name, array in arrays.items():
         if array.ndim == 0 or len(array) == 0:
             raise DataError(f"{target.path} holds no sample of {name!r}", remedy="Give at least one sample")
@@ -191,7 +188,7 @@ def _from_pixels(target: _Target, arrays: Mapping[str, Array], labels: Array | N
 
 
 def _from_images(target: _Target, named: Sequence[tuple[str, Array]], labels: Array | None = None) -> Samples:
-    """Images that fit the preprocessing, as inputs."""
+    """Return images that fit the preprocessing, as inputs."""
     if not named:
         raise DataError(f"{target.path} holds no image", remedy="Give at least one image")
     kept = target.chosen(len(named))
@@ -202,7 +199,7 @@ def _from_images(target: _Target, named: Sequence[tuple[str, Array]], labels: Ar
 
 
 def _as_feed(target: _Target, inputs: Array) -> dict[str, Array]:
-    """Preprocessed images (n, channels, height, width) in the input's element type."""
+    """Return preprocessed images (n, channels, height, width) in the input's element type."""
     spec = target.signature.inputs[0]
     feeds = {spec.name: inputs.astype(spec.dtype) if spec.dtype.startswith("float") else inputs}
     _check_fit(target, feeds)
@@ -219,7 +216,7 @@ def _preprocessing(target: _Target) -> Preprocessing:
 
 
 def _from_folder(target: _Target) -> Samples:
-    """A folder of pictures, or of one folder per class."""
+    """Read a folder of pictures, or of one folder per class."""
     files, folders, others = _listing(target.path)
     if folders and files:
         raise DataError(
@@ -245,7 +242,7 @@ def _from_folder(target: _Target) -> Samples:
 
 
 def _listing(folder: Path) -> tuple[list[Path], list[Path], int]:
-    """Pictures and folders in the order of their names, and how many other entries there are; hidden ones don't count."""
+    """Return pictures and folders in the order of their names, and the number of other entries; hidden ones don't count."""
     try:
         entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
     except OSError as error:
@@ -256,7 +253,7 @@ def _listing(folder: Path) -> tuple[list[Path], list[Path], int]:
 
 
 def _class_of(target: _Target, folder: Path) -> int:
-    """The class that a folder is named after: by its label, or by its number where the bundle has no labels."""
+    """Return the class of a folder: by its label, or by its number where the bundle has no labels."""
     name, known = folder.name, target.labels or tuple(map(str, range(target.classes or 0)))
     if name in known:
         return known.index(name)
@@ -307,14 +304,14 @@ def _check_labels(target: _Target, labels: Array | None, n: int) -> Array | None
 
 
 def _told(target: _Target, n: int, there: int, what: str, labels: Array | None) -> str:
-    """What the samples are: "20 of 100 images of shoes, with labels". Of the path only its end, since the text travels."""
+    """Describe the samples: "20 of 100 images of shoes, with labels". The text travels, so it has only the end of the path."""
     of = "" if n == there else f" of {there}"
     name = target.path.resolve().name
     return f"{n}{of} {what} of {name}, {'without' if labels is None else 'with'} labels"
 
 
 def _far_off(target: _Target, feeds: Mapping[str, Array]) -> str:
-    """A word where values are far beyond what the bundle's own preprocessing can give; "" where they are not."""
+    """Return a warning where values lie far outside the range of the bundle's preprocessing; "" elsewhere."""
     preprocessing = target.preprocessing
     if preprocessing is None or len(feeds) != 1:
         return ""

@@ -1,4 +1,4 @@
-"""How much a verification looks at: precisions, optimisation levels, ways of calling an engine, samples."""
+"""The extent of a verification: precisions, optimisation levels, ways of calling an engine, samples."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from dataclasses import dataclass
 
 from bnexport.bundle import MODEL_ONNX
 from bnexport.errors import UsageError
+from bnexport.runtimes.base import CONV_SEARCHES, KERNEL_PRECISIONS, OPTIMISATIONS, RunSettings
 from bnexport.runtimes.catalogue import RunnerSpec
-from bnexport.runtimes.settings import CONV_SEARCHES, KERNEL_PRECISIONS, OPTIMISATIONS, RunSettings
 
 
 @dataclass(frozen=True)
 class Scope:
-    """What each runtime is put through. Every combination is a run of its own.
+    """Settings that each runtime is run with. Every combination is a separate run.
 
     Attributes:
-        precisions: Of the kernels: "float32" (stage 2), "tf32" (stage 3). None: float32, and what each runtime is served
-            with where that is another one.
+        precisions: Precisions of the kernels: "float32" (stage 2), "tf32" (stage 3). None: float32, and each runtime's
+            serving precision where that is another one.
         optimisations: ONNX Runtime's levels of graph optimisation; "all" is what users serve with.
         bindings: False: a plain call. True: inputs and outputs bound to the device's memory.
         conv_searches: How cuDNN chooses a convolution's algorithm.
-        max_samples: At most so many samples of each kind; None: what a few seconds allow.
-        drift: Whether to compare layer by layer: True, False, or None: where it is cheap, and where a runtime failed.
+        max_samples: Maximum number of samples of each kind; None: what a few seconds allow.
+        drift: Compare layer by layer: True, False, or None: where it is cheap, and where a runtime failed.
 
     Raises:
         UsageError: A value that is not known, or no value at all.
@@ -49,13 +49,10 @@ class Scope:
             raise UsageError(f"{self.max_samples} samples show nothing", remedy="Give at least 1")
 
     def settings_of(self, spec: RunnerSpec, *, precision: str = "float32") -> tuple[RunSettings, ...]:
-        """The runs of one runtime, strict float32 first; empty when it has none of the precisions asked for.
+        """Return the runs of one runtime, strict float32 first; empty when it has none of the precisions asked for.
 
-        Optimisation levels and bindings are ONNX Runtime's alone, and searches those of its GPU providers.
-
-        Args:
-            spec: The runtime.
-            precision: Of the file. In half precision there is but one setting of the kernels: its own.
+        Optimisation levels and bindings exist for ONNX Runtime alone, and searches for its GPU providers. For a file in half
+        ``precision`` the kernels have one setting: that precision.
         """
         asked = self.precisions or tuple(dict.fromkeys(("float32", spec.served)))
         if precision != "float32":
@@ -73,11 +70,7 @@ class Scope:
         )
 
     def require(self, spec: RunnerSpec) -> None:
-        """Refuse a runtime asked for by name that has none of the precisions asked for.
-
-        Raises:
-            UsageError: It has none.
-        """
+        """Refuse (UsageError) a named runtime that has none of the precisions asked for."""
         if not self.settings_of(spec):
             raise UsageError(
                 f"{spec.name} has no {' or '.join(self.precisions or ())} kernels",
@@ -86,5 +79,5 @@ class Scope:
 
 
 def reads_onnx(spec: RunnerSpec) -> bool:
-    """Whether a runtime opens model.onnx, so that its layers can be looked at one by one."""
+    """Return whether a runtime opens model.onnx, so that its layers can be compared."""
     return spec.file == MODEL_ONNX

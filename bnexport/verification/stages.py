@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from bnexport.bundle import MODEL_ONNX, Bundle
 from bnexport.errors import BnexportError
-from bnexport.runtimes.onnx_file import declaration_problem
+from bnexport.onnx_files.models import declaration_problem
 from bnexport.verification.forecast import FACTOR, Forecast
 from bnexport.verification.inputs import Case, Outputs, heads
 from bnexport.verification.metrics import Measurement, measure
@@ -20,14 +20,7 @@ if TYPE_CHECKING:
 
 
 def judge(stage: str, found: Measurement, *, bound: float, predicted: float | None = None) -> tuple[bool, str]:
-    """The verdict on a measurement, and its reason: "" when it passes.
-
-    Args:
-        stage: For the sentence.
-        found: What was measured.
-        bound: The largest error that passes.
-        predicted: The predicted noise, where ``bound`` was made of it.
-    """
+    """Return the verdict on a measurement, and its reason, "" when it passes; ``predicted`` noise gave the bound, if any."""
     if found.problem:
         return False, found.problem
     if not found.error <= bound:  # NaN fails
@@ -41,7 +34,7 @@ def judge(stage: str, found: Measurement, *, bound: float, predicted: float | No
 
 
 def bound_of(stage: str, predicted: float | None) -> float:
-    """What passes: the stage's own bound, or what the precision itself does to this model where that is more."""
+    """Return the stage's own bound, or the precision's effect on this model where that is more."""
     return max(TOLERANCES[stage].bound, FACTOR * (predicted or 0.0))
 
 
@@ -55,9 +48,9 @@ def compare(
     scales: Mapping[str, float] | None = None,
     predicted: float | None = None,
 ) -> Row:
-    """One row: measure, then judge by the stage's tolerance, or by the predicted noise where there is one.
+    """Measure, then judge by the stage's tolerance, or by the predicted noise if any.
 
-    A prediction that is not finite (the precision overflows on this model) fails whatever was measured.
+    A prediction that is not finite (the precision overflows on this model) fails for every measurement.
     """
     if predicted is not None and predicted == float("inf"):
         return failed(
@@ -73,27 +66,21 @@ def compare(
 
 
 def failed(stage: str, subject: str, case: str, reason: str) -> Row:
-    """The row of something that could not even be compared."""
+    """Return the row of an impossible comparison."""
     return Row(stage, subject, case, passed=False, reason=reason)
 
 
 def integrity_rows(bundle: Bundle, problems: Mapping[str, str | None]) -> list[Row]:
-    """One row per listed file, and one for each file that is not listed."""
+    """Return one row per listed file, and one for each file that is not listed."""
     rows = [Row("integrity", name, "sha256", found is None, found or "", n=1) for name, found in problems.items()]
     return rows + [failed("integrity", name, "listed", f"{name} is not in the manifest") for name in bundle.strangers()]
 
 
 def proof_rows(bundle: Bundle, model: ModelProto, cases: Sequence[Case], forecast: Forecast) -> list[Row]:
-    """Stage 1: model.onnx in float64 against the reference, on as many samples of each case as the forecast takes.
+    """Stage 1: compare model.onnx in float64 with the reference, on the samples of each case that the forecast takes.
 
-    What the file declares of itself is compared with the manifest before. In half precision the weights alone carry
-    more rounding than the fixed bound allows; what that rounding does to this very model is measured, and is the bound.
-
-    Args:
-        bundle: Its model.onnx must be the one that was written.
-        model: That file as read.
-        cases: Batches with the right answer.
-        forecast: Evaluates the file.
+    The file's declarations are compared with the manifest before. In half precision the weights alone carry more rounding
+    than the fixed bound allows. The effect of that rounding on this model is measured, and is the bound.
     """
     problem = declaration_problem(model, bundle.manifest)
     declared = Row("declaration", MODEL_ONNX, "signature", problem is None, problem or "", n=1)
@@ -109,14 +96,9 @@ def float64_rows(
     *,
     device: str,
 ) -> list[Row]:
-    """One row of the stage "file-proof" per case.
+    """Return one row of the stage "file-proof" per case; ``evaluate`` gives a number of samples and their outputs in float64.
 
-    Args:
-        name: The file.
-        cases: Batches with the right answer.
-        evaluate: The file in float64: how many samples from the front of the case, and output name -> (n, ...).
-        rounding: ``Forecast.rounding``.
-        device: What evaluated it.
+    ``device`` is what evaluated the file, and ``rounding`` is ``Forecast.rounding``.
     """
     rows = []
     for case in cases:

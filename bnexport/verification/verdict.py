@@ -11,15 +11,15 @@ from bnexport.tensors import Array
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a precision does to this very model, by emulation: the file evaluated with every rounding of that precision.
+    """Effect of a precision on this model: the file evaluated with every rounding of that precision.
 
     Attributes:
-        precision: A key of ``runtimes.emulation.PRECISIONS``: "float32", "tf32", "float16", "bfloat16".
+        precision: A key of ``onnx_files.emulation.PRECISIONS``: "float32", "tf32", "float16", "bfloat16".
         error: max |emulated - reference| / scale.
         rms: Root mean square of emulated - reference, over scale.
         n: Samples.
         flips: Top-1 labels that this precision changes; None where no output is one score per class.
-        inputs: On which inputs: "images", "noise", "golden".
+        inputs: Kind of inputs: "images", "noise", "golden".
     """
 
     precision: str
@@ -32,14 +32,14 @@ class Prediction:
 
 @dataclass(frozen=True)
 class LayerDrift:
-    """How far one layer's output is from its float64 value on one runtime.
+    """Distance of one layer's output on one runtime from its float64 value.
 
     Attributes:
         layer: Name of the value in the file.
-        operator: What computes it: "Conv".
+        operator: Operator that computes it: "Conv".
         error: max |candidate - float64| / max |float64|.
         predicted: The same for the emulated precision.
-        left: Whether the error is more than the prediction allows.
+        left: The error is more than the prediction allows.
     """
 
     layer: str
@@ -54,13 +54,13 @@ class FlippedSample:
     """One sample whose top-1 label is not the reference's.
 
     Attributes:
-        index: In the first batch of the verification (the test images where there are some).
+        index: Index in the first batch of the verification (the test images, if any).
         label: The true class; None without labels.
         reference: The reference's class.
         candidate: The candidate's class.
         margin: The reference's best score less its second best, as a share of the scale.
         error: max |candidate - reference| of this sample, as a share of the scale.
-        explained: Whether the margin is small enough for the allowed error to change the label.
+        explained: The margin is small enough for the allowed error to change the label.
     """
 
     index: int
@@ -74,13 +74,13 @@ class FlippedSample:
 
 @dataclass(frozen=True)
 class FaultResult:
-    """What became of one fault that the self-test put into a copy of the bundle.
+    """Outcome of one fault that the self-test put into a copy of the bundle.
 
     Attributes:
-        fault: What was done: "eps dropped".
-        where: To which file, layer or runtime.
+        fault: Name of the fault: "eps dropped".
+        where: The file, layer or runtime with the fault.
         expected: The stage that exists to catch it.
-        caught: Every stage that failed, in order; empty when none did.
+        caught: Every stage that failed, in order.
         outcome: "caught", "missed", "harmless" (it changes no output by more than the proof's bound), "not tried".
         effect: max |faulty - reference| / scale in float64; None where it has no such number.
         reason: The sentence of the row that caught it, or why it was not tried.
@@ -96,21 +96,21 @@ class FaultResult:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> FaultResult:
-        """From ``dataclasses.asdict`` after JSON."""
+        """Rebuild from ``dataclasses.asdict`` after JSON."""
         return cls(**{**value, "caught": tuple(value["caught"])})
 
 
 @dataclass(frozen=True)
 class Findings:
-    """Everything of a verification that is not a row.
+    """All results of a verification except its rows.
 
     Attributes:
         predictions: One per emulated precision.
         drift: "runtime" or "runtime, settings" -> its layers in order of computation.
         flipped: "runtime" or "runtime, settings" -> its changed labels on the first batch.
         self_test: The faults that were tried; None when the self-test was not asked for.
-        waived: Required stage -> why it could not be run here and what stands in for it.
-        warnings: What a reader must know and no row says: "synthetic inputs can't show flips".
+        waived: Required stage -> why it could not be run here and what replaces it.
+        warnings: Facts that no row contains: "synthetic inputs can't show flips".
     """
 
     predictions: tuple[Prediction, ...] = ()
@@ -121,7 +121,7 @@ class Findings:
     warnings: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values; ``from_json`` reads them back."""
+        """Return plain JSON values; ``from_json`` reads them back."""
         return {
             "predictions": [asdict(item) for item in self.predictions],
             "drift": {name: [asdict(item) for item in items] for name, items in self.drift.items()},
@@ -133,7 +133,7 @@ class Findings:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Findings:
-        """From ``to_json``."""
+        """Rebuild from ``to_json``."""
         tests = value.get("self_test")
         return cls(
             tuple(Prediction(**item) for item in value.get("predictions", ())),
@@ -151,7 +151,7 @@ def _listed(value: dict[str, Any]) -> dict[str, Any]:
 
 #: Stages without which a report is no proof, whatever its other rows say.
 REQUIRED_STAGES = ("integrity", "golden", "file-proof", "strict")
-#: What does as well: a file in half precision has no strict float32.
+#: Accepted replacements: a file in half precision has no strict float32.
 INSTEAD: dict[str, str] = {"strict": "shipping"}
 
 #: Name and version of the JSON report: a new key needs no new version, a changed meaning does.
@@ -160,19 +160,19 @@ FORMAT_VERSION = 1
 
 
 def run_name(subject: str, settings: str) -> str:
-    """A runtime in one setting (``RunSettings.describe``), as the findings and reports call it."""
+    """Return the name of a runtime in one setting (``RunSettings.describe``), as findings and reports use it."""
     return f"{subject}, {settings}" if settings else subject
 
 
 @dataclass(frozen=True)
 class Flips:
-    """What became of the top-1 labels (see ``metrics.count_flips``).
+    """Counts of top-1 labels (see ``metrics.count_flips``).
 
     Attributes:
         certified: Samples whose reference margin is too large for the allowed error to change the label.
         uncertain: Samples with a smaller margin whose label stayed.
         explained: Samples with a smaller margin whose label changed.
-        unexplained: Samples with a larger margin whose label changed all the same: a fault.
+        unexplained: Samples with a larger margin whose label changed nevertheless: a fault.
         rate_bound: 95 % upper bound of the flip rate when none of the n samples flipped, 3 / n; None when one did.
     """
 
@@ -189,20 +189,20 @@ class Row:
 
     Attributes:
         stage: A key of ``tolerances.TOLERANCES``, or "integrity", "declaration", "weights", "accuracy".
-        subject: What was tested: a runtime's name, a file of the bundle, or "reference".
-        case: On which inputs: "images", "noise", "zeros", "batch 7", ...
+        subject: Tested runtime, file of the bundle, or "reference".
+        case: Kind of inputs: "images", "noise", "zeros", "batch 7", ...
         passed: The verdict.
-        reason: Why it failed, one sentence; what was compared, when it passed and there is something to say.
+        reason: Why it failed, one sentence. For a passed row: a note on the comparison, if any.
         n: Samples (for "weights" and "integrity": tensors or files) compared.
         error: max |candidate - reference| / max |reference|, worst output; None when it has no finite value.
         max_abs: max |candidate - reference|.
         rms: Root mean square of candidate - reference.
         bound: The largest ``error`` that passes.
-        device: Where the candidate ran, as its engine says.
+        device: Device of the candidate, as its engine reports.
         flips: Top-1 labels, where an output is one score per class.
         predicted: The error of scale that the emulated precision makes on the same inputs; None without a prediction.
-        detected: Precision that the error itself tells of: "float32", "tf32", ...; "" where it was not looked at.
-        settings: How the engine was run, where not in strict float32 as users serve it: "tf32, IO binding".
+        detected: Precision that the error itself shows: "float32", "tf32", ...; "" where it was not examined.
+        settings: Settings other than strict float32 as users serve it: "tf32, IO binding".
     """
 
     stage: str
@@ -223,39 +223,39 @@ class Row:
 
     @property
     def run(self) -> str:
-        """What was tested, and how it was run where that is not in strict float32: "onnxruntime-cuda, tf32"."""
+        """Return the subject with its settings, if any: "onnxruntime-cuda, tf32"."""
         return run_name(self.subject, self.settings)
 
     @property
     def ratio(self) -> float | None:
-        """Error over the predicted noise: 1.3 means "1.3 x what this precision does to this model"; None without."""
+        """Return the error over the predicted noise: 1.3 means "1.3 x what this precision does to this model"; None without."""
         return self.error / self.predicted if self.error is not None and self.predicted else None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values; ``from_json`` reads them back."""
+        """Return plain JSON values; ``from_json`` reads them back."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Row:
-        """From ``to_json``."""
+        """Rebuild from ``to_json``."""
         flips = value.get("flips")
         return cls(**{**value, "flips": None if flips is None else Flips(**flips)})
 
 
 @dataclass(frozen=True)
 class VerificationReport:
-    """Everything that ``verify`` found. It passes only when every required stage is there and every row passes.
+    """The result of ``verify``. It passes only when every required stage is present and every row passes.
 
     Attributes:
         rows: Every comparison.
-        skipped: Runtime -> why it was not run. A skip is no pass: it says what this report does not cover.
-        runtimes: Runtime -> what really ran: engine, version, device, providers.
-        reference: What the candidates were compared with.
-        inputs: Which real inputs were used, or why none.
-        accuracy: Of the reference on the real images: ``{"dataset", "n", "correct"}``; empty without images.
-        seed: Of the synthetic inputs.
+        skipped: Runtime -> why it was not run, so that this report does not cover it.
+        runtimes: Runtime -> engine, version, device and providers that really ran.
+        reference: Description of the reference.
+        inputs: Description of the real inputs, or the reason why there are none.
+        accuracy: Accuracy of the reference on the real images: ``{"dataset", "n", "correct"}``; empty without images.
+        seed: Random seed of the synthetic inputs.
         environment: Hardware and versions.
-        findings: Predictions, drift by layer, changed labels, the self-test, what was waived.
+        findings: Predictions, drift by layer, changed labels, the self-test, waived stages.
         samples: Runtime -> error (n,) and margin (n,) of each sample, for the plots; not part of the JSON.
         pictures: Index -> the input (channels, height, width) of each changed label; not part of the JSON.
     """
@@ -274,36 +274,36 @@ class VerificationReport:
 
     @property
     def missing_stages(self) -> tuple[str, ...]:
-        """Required stages without a single row that nothing stands in for."""
+        """Return the required stages without a row or replacement."""
         present = {row.stage for row in self.rows} | set(self.findings.waived)
         return tuple(s for s in REQUIRED_STAGES if s not in present and INSTEAD.get(s) not in present)
 
     @property
     def failures(self) -> tuple[Row, ...]:
-        """Rows that failed."""
+        """Return the rows that failed."""
         return tuple(row for row in self.rows if not row.passed)
 
     @property
     def missed(self) -> tuple[FaultResult, ...]:
-        """Faults of the self-test that no stage caught; empty where it was not asked for."""
+        """Return the self-test's faults that no stage caught; empty without a self-test."""
         return tuple(fault for fault in self.findings.self_test or () if fault.outcome == "missed")
 
     @property
     def passed(self) -> bool:
-        """True only for a complete report without a failure, of a verifier that missed no fault put before it."""
+        """Return True only for a complete report without a failure, and without a missed fault in the self-test."""
         return bool(self.rows) and not self.missing_stages and not self.failures and not self.missed
 
     def with_self_test(self, faults: Sequence[FaultResult]) -> VerificationReport:
-        """The same report with the outcome of the verifier's own test beside it."""
+        """Return the same report with the outcome of the self-test."""
         return replace(self, findings=replace(self.findings, self_test=tuple(faults)))
 
     def worst(self, stage: str) -> Row | None:
-        """The row of a stage with the largest error; None when the stage has no measured row."""
+        """Return the row of a stage with the largest error; None when the stage has no measured row."""
         measured = [row for row in self.rows if row.stage == stage and row.error is not None]
         return max(measured, key=lambda row: row.error or 0.0, default=None)
 
     def summary(self) -> str:
-        """One line: the verdict, and what decided it."""
+        """Return the verdict and its cause in one line."""
         if self.failures:
             first = self.failures[0]
             return f"FAIL: {len(self.failures)} of {len(self.rows)} rows failed, first {first.stage}: {first.reason}"
@@ -316,7 +316,7 @@ class VerificationReport:
         return f"PASS: {len(self.rows)} rows{waived}"
 
     def parity(self) -> str:
-        """The verdict for the model file's own metadata: only figures that do not depend on the machine."""
+        """Return the verdict for the model file's metadata: only figures that do not depend on the machine."""
         proof, strict = self.worst("file-proof"), self.worst("strict")
         if proof is None or strict is None or proof.error is None:
             return "not proven"
@@ -326,7 +326,7 @@ class VerificationReport:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values without NaN; ``from_json`` reads them back."""
+        """Return plain JSON values without NaN; ``from_json`` reads them back."""
         return {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
@@ -345,7 +345,7 @@ class VerificationReport:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> VerificationReport:
-        """From ``to_json``; the verdict is computed again from the rows."""
+        """Rebuild from ``to_json``; the verdict is computed again from the rows."""
         computed = ("format", "format_version", "passed", "summary", "rows", "findings")
         rest = {key: item for key, item in value.items() if key not in computed}
         rows = tuple(Row.from_json(row) for row in value["rows"])

@@ -11,15 +11,13 @@ from bnexport.bundle import WEIGHTS, Bundle
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.environment import environment
 from bnexport.errors import BnexportError, MissingDependency, Unavailable
-from bnexport.runtimes.base import plain_reason
+from bnexport.runtimes.base import RunSettings, plain_reason
 from bnexport.runtimes.catalogue import RUNNERS, RunnerSpec, runner_spec
-from bnexport.runtimes.settings import RunSettings
 from bnexport.tensors import Array
 from bnexport.verification.drift import look_at_layers
 from bnexport.verification.inputs import RunPlan
-from bnexport.verification.precision import precision_row
 from bnexport.verification.reference import is_known
-from bnexport.verification.runs import RuntimeRun
+from bnexport.verification.runs import RuntimeRun, precision_row
 from bnexport.verification.samples import Samples, load_samples
 from bnexport.verification.scope import Scope
 from bnexport.verification.stages import failed, integrity_rows
@@ -45,25 +43,25 @@ def verify(
 ) -> VerificationReport:
     """Check that a bundle is as it was written and computes what the original network computes.
 
-    Three stages, each for one cause: the written files in float64 (is the fold right?), strict float32 on each runtime
-    (are the kernels right?), and the precision that a runtime is served with (is the noise what this precision makes on
-    this very model?). On real test images when the data set is known and lies here, or on the caller's samples, and on
-    synthetic inputs, in several batch sizes. A fault is a row of the report, not an exception.
+    Each of three stages isolates one cause: the written files in float64 (is the fold right?), strict float32 on each runtime
+    (are the kernels right?), and the precision that a runtime is served with (is the noise what this precision makes on this
+    model?). The inputs are real test images when the data set is known and present, or the caller's samples, and synthetic
+    inputs, in several batch sizes. A fault is a row of the report, not an exception.
 
     Args:
         bundle: A bundle or its directory.
-        runtimes: Names from RUNNERS, or rows of the same kind. None: all that are here. A runtime whose engine, device or
-            library is missing is listed as skipped; one that is here but refuses the file fails.
+        runtimes: Names from RUNNERS, or rows of the same kind. None: all available ones. A runtime whose engine, device or
+            library is missing is listed as skipped; one that exists but refuses the file fails.
         data_dir: Where the data set lies. Nothing is downloaded.
         samples: A file or folder of inputs to use in place of the data set's images (``samples.load_samples``).
         module: The original network, for a bundle whose network only its author has. Never changed.
-        seed: Of the synthetic inputs.
+        seed: Random seed of the synthetic inputs.
         scope: Precisions, optimisation levels, ways of calling, number of samples.
 
     Raises:
         BundleError: Not a bundle, or its manifest is damaged.
         UsageError: An unknown runtime, or one that has none of the precisions asked for.
-        Unavailable: A runtime asked for by name can't run here, or refuses the file.
+        Unavailable: A named runtime can't run here, or refuses the file.
         DataError: ``data_dir`` does not hold the data set, or ``samples`` can't be used.
         ModelError: ``module`` can't be evaluated in float64.
     """
@@ -100,7 +98,7 @@ def _samples(bundle: Bundle, path: Path, scope: Scope) -> Samples:
 
 
 def _specs(runtimes: Sequence[str | RunnerSpec] | None, scope: Scope) -> tuple[RunnerSpec, ...]:
-    """The runtimes to try; those that were named must work."""
+    """Return the runtimes to try; those that were named must work."""
     if runtimes is None:
         return tuple(spec for spec in RUNNERS if spec.default)
     specs = tuple(runner_spec(row) if isinstance(row, str) else row for row in dict.fromkeys(runtimes))
@@ -124,7 +122,7 @@ class _Runs:
     flipped: dict[str, tuple[FlippedSample, ...]] = field(default_factory=dict)
 
     def all_of(self, spec: RunnerSpec) -> None:
-        """The rows of one runtime, or why it was skipped."""
+        """Run one runtime in all settings, or record why it was skipped."""
         work = self.work
         lives = spec.engine == "torch" and work.module is not None
         if not lives and not self.named and spec.file not in work.bundle.manifest.files:
@@ -185,11 +183,11 @@ class _Runs:
         return bool(cases) and self.work.forecast.noise(precision, cases[0]) is not None
 
     def _stored(self, spec: RunnerSpec) -> str:
-        """Precision of what a runtime reads: the original network computes in float32 whatever the files do."""
+        """Return the precision of a runtime's file; the original network computes in float32 whatever the files do."""
         return "float32" if spec.file == WEIGHTS else self.work.precision
 
     def pictures(self) -> dict[int, Array]:
-        """The inputs whose label changed on any runtime, where they are pictures."""
+        """Return the inputs whose label changed on any runtime, where they are pictures."""
         if not self.plan.cases or not self.flipped:
             return {}
         feeds = list(self.plan.cases[0].batch.feeds.values())

@@ -1,4 +1,4 @@
-"""What a verification prepares before any engine runs: files, the reference, inputs, predictions."""
+"""Prepare a verification before any engine runs: files, the reference, inputs, predictions."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from bnexport.bundle import GOLDEN, MODEL_ONNX, WEIGHTS, Bundle
 from bnexport.errors import BnexportError, MissingDependency, Unavailable, UsageError
+from bnexport.onnx_files.models import multiplications, read_model
 from bnexport.optional import require
-from bnexport.runtimes.onnx_file import multiplications, read_model
 from bnexport.tensors import check_feeds
 from bnexport.verification.forecast import Forecast
 from bnexport.verification.format_proof import TENSORS, format_rows
@@ -41,7 +41,7 @@ _RUNTIME_WORK = 5e9
 _PROOF_WORK = 6e8
 _MIN_RUNTIME_SAMPLES = 16
 _MIN_PROOF_SAMPLES = 2
-#: Precisions that the report predicts; those that are not asked for only where the proof is cheap.
+#: Precisions that the report predicts; optional ones only where the proof is cheap.
 _ALWAYS = ("float32", "tf32")
 _WHERE_CHEAP = ("float16", "bfloat16")
 
@@ -51,17 +51,13 @@ class Work:
     """One verification while it is prepared; only files whose hash holds are opened.
 
     Attributes:
-        bundle: What is verified.
         module: The live original network, if its author gave it.
-        seed: Of the synthetic inputs.
-        max_samples: At most so many samples of each kind; None: by their cost alone.
-        rows: What was compared so far.
-        skipped: What was not, and why.
-        waived: Required stage -> why it can't be run here, and what stands in for it.
-        warnings: What a reader must know and no row says.
-        reference: What the candidates are compared with.
-        inputs: Which real inputs were used, or why none.
-        accuracy: Of the reference on labelled samples.
+        max_samples: Maximum number of samples of each kind; None: by their cost alone.
+        waived: Required stage -> why it can't be run here, and what replaces it.
+        warnings: Warnings for the reader that no row contains.
+        reference: Description of the reference.
+        inputs: Description of the real inputs, or the reason why there are none.
+        accuracy: Accuracy of the reference on labelled samples.
         forecast: Predicts the noise of precisions; set by ``prepare``.
     """
 
@@ -85,15 +81,15 @@ class Work:
 
     @property
     def precision(self) -> str:
-        """Of the files: "float32", "float16", "bfloat16"."""
+        """Return the precision of the files: "float32", "float16", "bfloat16"."""
         return str(self.bundle.manifest.onnx.get("precision", "float32"))
 
     def changed(self, name: str) -> str | None:
-        """Why a file must not be opened."""
+        """Return the reason why a file must not be opened."""
         return self.problems.get(name, f"{name} is not in the bundle")
 
     def prepare(self, data_dir: str | Path | None, samples: Samples | None) -> RunPlan:
-        """Reference, inputs, and the rows that need no runtime."""
+        """Prepare the reference, the inputs, and the rows that need no runtime."""
         golden, model = self._golden(), self._model()
         reference = self._find_reference()
         if samples is not None and reference is None:
@@ -130,7 +126,7 @@ class Work:
         return RunPlan(golden, cases, sizes if varies else None, empty=empty and varies, labels=labels)
 
     def _refuse_samples(self) -> None:
-        """There is nothing to compare them with.
+        """Refuse samples without a reference.
 
         Raises:
             MissingDependency: The original network needs torch.
@@ -143,7 +139,7 @@ class Work:
         )
 
     def predictions(self, plan: RunPlan) -> tuple[Prediction, ...]:
-        """What each precision does to the first batch; those that nobody asked for only where that is cheap."""
+        """Return each precision's effect on the first batch; precisions that were not asked for only where that is cheap."""
         if not plan.cases:
             return ()
         names = _ALWAYS + (_WHERE_CHEAP if self.forecast.cheap else ())
@@ -154,7 +150,7 @@ class Work:
         return n if self.max_samples is None else min(n, self.max_samples)
 
     def _recorded(self) -> dict[str, float]:
-        """Precision -> error of scale, predicted when the bundle was made."""
+        """Return precision -> error of scale, predicted when the bundle was made."""
         findings = self.bundle.manifest.verification.get("findings")
         listed = findings.get("predictions") if isinstance(findings, dict) else None
         found = {}
@@ -178,7 +174,7 @@ class Work:
         return Case(Batch("golden", inputs), outputs)
 
     def _model(self) -> ModelProto | None:
-        """model.onnx as read; None, with a row or a word of what stands in for it, when it can't be."""
+        """Return model.onnx as read; None, with a row or a note about its replacement, when it can't be read."""
         if (problem := self.changed(MODEL_ONNX)) is not None:
             self.rows.append(failed("file-proof", MODEL_ONNX, "open", f"{problem}, so it was not opened"))
             return None
@@ -191,7 +187,7 @@ class Work:
         return None
 
     def _answers(self, reference: Reference, suite: Suite) -> tuple[Case, ...]:
-        """What the original says to each batch; empty, with a failed row, when the rebuilt one does not fit."""
+        """Return the original's outputs for each batch; empty, with a failed row, when the rebuilt network does not fit."""
         try:
             answers = [reference.evaluate(batch.feeds) for batch in suite.batches]
             scales = common_scales(answers)
@@ -203,7 +199,7 @@ class Work:
             return ()
 
     def _other_sized(self, reference: Reference, golden: Case) -> list[Batch]:
-        """Batches in another and in the smallest size, where sizes vary; a failed row where the original takes no other."""
+        """Return batches in another and the smallest size, where sizes vary; a failed row where the original takes no other."""
         signature, refused = self.bundle.manifest.signature, ""
         for batch in other_sized_batches(signature, golden.batch.feeds, seed=self.seed):
             try:
@@ -217,7 +213,7 @@ class Work:
         return []
 
     def _smallest(self, reference: Reference, golden: Case) -> list[Batch]:
-        """The batch in the smallest sizes that the bundle names; a failed row where the original does not take them."""
+        """Return the batch in the smallest sizes that the bundle names; a failed row where the original does not take them."""
         batch = smallest_batch(self.bundle.manifest.signature, golden.batch.feeds, seed=self.seed)
         if batch is None:
             return []
@@ -247,7 +243,7 @@ class Work:
         return reference
 
     def _cost(self, golden: Case | None, model: ModelProto | None) -> int:
-        """Multiplications per sample; where the file can't say, its size stands in."""
+        """Return the multiplications per sample; estimated from the file's size where its content does not give them."""
         if model is not None:
             sizes = {} if golden is None else {name: x.shape[1:] for name, x in golden.batch.feeds.items()}
             return max(1, multiplications(model, sizes))
@@ -266,7 +262,7 @@ class Work:
             self._accuracy_row(cases[0])
 
     def _accuracy_row(self, images: Case) -> None:
-        """The original on these images must be as right as it was at export: else the preprocessing is another one."""
+        """Add a row: the original must be as accurate on these images as at export, else the preprocessing has changed."""
         before = self.bundle.manifest.verification.get("accuracy")
         now = self.accuracy
         if not isinstance(before, dict) or not isinstance(before.get("correct"), int):
@@ -300,7 +296,7 @@ class Work:
             self.rows.append(failed("weights", name, "bits", error.message))
 
     def _stand_in_for_proof(self) -> None:
-        """Without onnx the manifest, whose digest holds, may speak for the proof; a bundle that was never proved fails."""
+        """Use the manifest, whose digest holds, in place of the proof without onnx; a bundle that was never proved fails."""
         told = "the float64 proof was not repeated here: onnx is not installed"
         self.skipped["weights"] = "whether all formats hold the same weights: onnx is not installed"
         error = self._proof_at_export()
@@ -311,7 +307,7 @@ class Work:
             self.waived["file-proof"] = f"{told}; at export it was {error:.1e} of scale (manifest, whose digest holds)"
 
     def _proof_at_export(self) -> float | None:
-        """The largest error of the proof of this very file; None unless every row of it is within our own bound."""
+        """Return the largest error of this file's proof at export; None unless every row is within today's bound."""
         rows = self.bundle.manifest.verification.get("rows")
         errors = [
             row.get("error")
@@ -334,7 +330,7 @@ class Work:
 
 
 def _correct(images: Case, suite: Suite) -> int | None:
-    """How many labels the reference gets right; None when the output is not one score per class."""
+    """Return the number of labels that the reference gets right; None when the output is not one score per class."""
     scores = next(iter(images.expected.values()))
     if suite.labels is None or scores.ndim != 2:
         return None

@@ -13,9 +13,10 @@ from bnexport.bundle import Bundle
 from bnexport.cli.main import run
 from bnexport.cli.output import counting
 from bnexport.runtimes.catalogue import RUNNERS
-from bnexport.verification import faults, stages
+from bnexport.verification import stages
 from bnexport.verification import work as verifying
-from bnexport.verification.faults import Fault
+from bnexport.verification.self_test import faults
+from bnexport.verification.self_test.faults import Fault
 
 FAST = ["--runtime", "onnxruntime-cpu"]
 

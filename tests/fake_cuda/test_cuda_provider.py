@@ -16,7 +16,7 @@ from support.fake_cuda.machine import Job, Machine, Opened
 
 from bnexport.bundle import MODEL_ONNX, Bundle
 from bnexport.runtimes import small_model
-from bnexport.runtimes.settings import CONV_SEARCHES, OPTIMISATIONS, RunSettings
+from bnexport.runtimes.base import CONV_SEARCHES, OPTIMISATIONS, RunSettings
 
 pytestmark = pytest.mark.needs("fake-cuda")
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"

@@ -18,8 +18,8 @@ from benchmarks.gpu.refusals import REFUSALS, Refusal, refuse
 from benchmarks.gpu.results import Lane
 from benchmarks.gpu.sweeps import Sweep, gpu_sweeps
 from bnexport.bundle import MODEL_EXPORTED, MODEL_ONNX, MODEL_TORCHSCRIPT, Bundle
+from bnexport.runtimes.base import CONV_SEARCHES, OPTIMISATIONS, RunSettings
 from bnexport.runtimes.catalogue import RUNNERS, runner_spec
-from bnexport.runtimes.settings import CONV_SEARCHES, OPTIMISATIONS, RunSettings
 from bnexport.verification.scope import Scope
 from bnexport.verification.verify import verify
 

@@ -14,8 +14,8 @@ from support.runtimes import RUNTIMES
 import bnexport
 from bnexport.bundle import Bundle
 from bnexport.exporting.request import ExportRequest
+from bnexport.runtimes.base import RunSettings
 from bnexport.runtimes.catalogue import runner_spec
-from bnexport.runtimes.settings import RunSettings
 from bnexport.verification.scope import Scope
 from bnexport.verification.verify import verify
 

@@ -17,11 +17,11 @@ from bnexport.data.images import load_images
 from bnexport.errors import BnexportError
 from bnexport.loading.checkpoint import load_checkpoint, read_safetensors
 from bnexport.loading.weights import load_weights
+from bnexport.onnx_files.models import read_model
 from bnexport.onnx_folding.reading import read_source
-from bnexport.runtimes import torchscript
-from bnexport.runtimes.onnx_file import read_model
+from bnexport.runtimes.base import RunSettings
 from bnexport.runtimes.onnxruntime import OnnxRuntimeRunner
-from bnexport.runtimes.settings import RunSettings
+from bnexport.runtimes.torch_runners import load_torchscript
 from bnexport.tensors import Signature, TensorSpec
 
 _SIGNATURE = Signature(
@@ -47,7 +47,7 @@ def weights(path: Path) -> None:
 
 
 READERS: dict[str, Callable[[Path], object]] = {
-    "torchscript": torchscript.load,
+    "torchscript": load_torchscript,
     "onnx": lambda path: OnnxRuntimeRunner(path, _SIGNATURE, settings=RunSettings(threads=1)).close(),
     "onnx-parsed": read_model,
     "onnx-source": read_source,

@@ -24,9 +24,10 @@ from bnexport.data.images import load_images
 from bnexport.errors import BadInput
 from bnexport.loading.checkpoint import read_safetensors
 from bnexport.loading.weights import load_weights
+from bnexport.onnx_files.models import read_model
 from bnexport.onnx_folding.reading import read_source
-from bnexport.runtimes import onnxruntime, torchscript
-from bnexport.runtimes.onnx_file import read_model
+from bnexport.runtimes import onnxruntime
+from bnexport.runtimes.torch_runners import load_torchscript
 from bnexport.validation import validate_archive
 
 CORPUS: dict[str, Hostile] = {
@@ -62,7 +63,7 @@ def predict(*more: str) -> Words:
 READERS: dict[str, Reader] = {
     "bundle": Reader(lambda path: Bundle.open(path).check(), predict()),
     "golden": Reader(lambda path: Bundle.open(path).golden(), None),
-    "torchscript": Reader(torchscript.load, predict("--runtime", "torchscript-cpu"), MODEL_TORCHSCRIPT),
+    "torchscript": Reader(load_torchscript, predict("--runtime", "torchscript-cpu"), MODEL_TORCHSCRIPT),
     "pt2": Reader(lambda path: validate_archive(path, "pt2"), None),
     "npz": Reader(lambda path: validate_archive(path, "npz"), None),
     "onnx": Reader(read_source, lambda path, good, out: ("fold-and-export", path, "--out", out / "folded.onnx")),
@@ -212,7 +213,7 @@ def test_the_good_files_pass(good: Good) -> None:
     """A screen that refuses everything would pass the tests above."""
     Bundle.open(good.bundle).check()
     Bundle.open(good.bundle).golden()
-    torchscript.load(good.bundle / MODEL_TORCHSCRIPT)
+    load_torchscript(good.bundle / MODEL_TORCHSCRIPT)
     read_model(good.bundle / MODEL_ONNX)
     read_source(good.onnx)
     read_safetensors(good.bundle / "weights.safetensors")

@@ -28,7 +28,7 @@ from bnexport.data.preprocessing import Preprocessing
 from bnexport.runtimes.catalogue import RUNNERS
 from bnexport.tensors import Signature, TensorSpec
 from bnexport.verification import work as verifying
-from bnexport.verification.fault_norms import NORM_FAULTS, NormFault, norms_of
+from bnexport.verification.self_test.norm_faults import NORM_FAULTS, NormFault, norms_of
 from bnexport.verification.verify import verify
 
 State = dict[str, torch.Tensor]

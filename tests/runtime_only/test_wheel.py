@@ -173,7 +173,7 @@ ISOLATED = """
 import sys
 from bnexport.bundle import Bundle
 from bnexport.runtimes.catalogue import runner_spec
-from bnexport.runtimes.settings import RunSettings
+from bnexport.runtimes.base import RunSettings
 
 bundle = Bundle.open(sys.argv[1])
 inputs, outputs = bundle.golden()

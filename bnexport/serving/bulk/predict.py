@@ -28,8 +28,8 @@ from bnexport.bundle import Bundle
 from bnexport.errors import BnexportError, DataError, RuntimeUnavailable, UsageError
 from bnexport.files import write_atomically
 from bnexport.optional import one_line, require
+from bnexport.runtimes.base import RunSettings
 from bnexport.runtimes.catalogue import runner_spec
-from bnexport.runtimes.settings import RunSettings
 from bnexport.serving.bulk.job import Job, folder_of, make_job, part_file
 from bnexport.serving.bulk.parquet import encode
 from bnexport.serving.bulk.request import BulkProgress, BulkRequest

@@ -28,10 +28,9 @@ from benchmarks.gpu.sweeps import Sweep, cpu_sweeps, emulated_spec, gpu_sweeps
 from benchmarks.gpu.training import gpu_speeds
 from bnexport.bundle import MODEL_ONNX, Bundle
 from bnexport.errors import DataError, RuntimeUnavailable, UsageError
-from bnexport.runtimes.base import Runner
+from bnexport.runtimes.base import CONV_SEARCHES, OPTIMISATIONS, Runner, RunSettings
 from bnexport.runtimes.catalogue import RunnerSpec, runner_spec
-from bnexport.runtimes.emulation import EmulatedRunner
-from bnexport.runtimes.settings import CONV_SEARCHES, OPTIMISATIONS, RunSettings
+from bnexport.runtimes.reference import EmulatedRunner
 from bnexport.verification.scope import Scope
 
 ROOT = Path(__file__).parents[3]

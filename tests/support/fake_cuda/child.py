@@ -10,9 +10,9 @@ import numpy as np
 
 from bnexport.bundle import Bundle
 from bnexport.errors import BnexportError
+from bnexport.runtimes.base import RunSettings
 from bnexport.runtimes.catalogue import runner_spec
 from bnexport.runtimes.node_placement import placed_nodes
-from bnexport.runtimes.settings import RunSettings
 
 
 def opened(job: dict[str, Any]) -> dict[str, Any]:

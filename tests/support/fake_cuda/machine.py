@@ -14,8 +14,8 @@ from typing import Any
 from support.fake_cuda.build import build
 
 from bnexport.reproducibility import OVERRIDE
+from bnexport.runtimes.base import RunSettings
 from bnexport.runtimes.isolation import import_path
-from bnexport.runtimes.settings import RunSettings
 
 _CHILD = Path(__file__).with_name("child.py")
 #: Read by Python at the start of every process of the machine. torch would load NVIDIA's own libraries before the stubs.

@@ -19,10 +19,10 @@ import bnexport
 from bnexport.exporting.exported_program import export_program
 from bnexport.exporting.prepare import signature_of
 from bnexport.exporting.torchscript import export_torchscript
-from bnexport.runtimes.exported_program import _on_device
-from bnexport.runtimes.exported_program import load as load_program
 from bnexport.runtimes.torch_float64 import TorchFloat64Evaluator
-from bnexport.runtimes.torchscript import load as load_script
+from bnexport.runtimes.torch_runners import _on_device
+from bnexport.runtimes.torch_runners import load_exported_program as load_program
+from bnexport.runtimes.torch_runners import load_torchscript as load_script
 
 #: torch 2.11's, of its own buffers.
 pytestmark = pytest.mark.filterwarnings("ignore:The given buffer is not writable")

@@ -19,8 +19,8 @@ from bnexport.reporting.summary import (
     groups,
     runs,
 )
+from bnexport.runtimes.base import CONV_SEARCHES, KERNEL_PRECISIONS, OPTIMISATIONS, RunSettings
 from bnexport.runtimes.catalogue import RUNNERS
-from bnexport.runtimes.settings import CONV_SEARCHES, KERNEL_PRECISIONS, OPTIMISATIONS, RunSettings
 from bnexport.verification.verdict import Flips, Row, VerificationReport
 
 

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 
 from bnexport.cli.main import run
-from bnexport.runtimes import cuda_packages, doctor
-from bnexport.runtimes.cuda_packages import conflicts
+from bnexport.runtimes import cuda_libraries, doctor
+from bnexport.runtimes.cuda_libraries import conflicts
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> object:
             "torch": SimpleNamespace(version=SimpleNamespace(cuda=torch)),
             "onnxruntime": SimpleNamespace(cuda_version=onnxruntime),
         }
-        monkeypatch.setattr(cuda_packages, "_imported", engines.get)
+        monkeypatch.setattr(cuda_libraries, "_imported", engines.get)
         known = {name.replace("_", "-"): version for name, version in packages.items()}
 
         def version(name: str) -> str:
@@ -76,14 +76,14 @@ def test_a_package_that_is_missing_or_broken_is_left_out(monkeypatch: pytest.Mon
     import sys
 
     monkeypatch.setitem(sys.modules, "torch", None)
-    assert cuda_packages._imported("torch") is None
-    assert cuda_packages._torch() == ""
+    assert cuda_libraries._imported("torch") is None
+    assert cuda_libraries._torch() == ""
     assert conflicts() == ()
 
 
 def test_the_doctor_prints_conflicts(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(doctor, "RUNNERS", ())
-    monkeypatch.setattr(doctor, "conflicts", lambda: (cuda_packages.Conflict("a and b", "Install c"),))
+    monkeypatch.setattr(doctor, "conflicts", lambda: (cuda_libraries.Conflict("a and b", "Install c"),))
     diagnosis = doctor.diagnose()
     health = doctor.Health("torch-cpu", works=False, reason="r", remedy="s")
     monkeypatch.setattr(

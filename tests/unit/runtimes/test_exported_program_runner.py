@@ -12,11 +12,10 @@ from torch import nn
 from bnexport.bundle import MODEL_EXPORTED, MODEL_ONNX, Bundle
 from bnexport.errors import BundleError, RuntimeUnavailable
 from bnexport.runtimes import torch_outputs
+from bnexport.runtimes.base import RunSettings
 from bnexport.runtimes.catalogue import runner_spec
-from bnexport.runtimes.exported_program import ExportedProgramRunner
 from bnexport.runtimes.reference import ReferenceRunner
-from bnexport.runtimes.settings import RunSettings
-from bnexport.runtimes.torch_eager import TorchEagerRunner
+from bnexport.runtimes.torch_runners import ExportedProgramRunner, TorchEagerRunner
 from bnexport.tensors import Signature, TensorSpec
 from bnexport.verification.reference import Reference
 

@@ -21,10 +21,10 @@ from support.bundles import copy_bundle, network
 
 from bnexport.bundle import MODEL_ONNX, Bundle
 from bnexport.errors import BnexportError, BundleError, FeedError, RuntimeUnavailable, UsageError
-from bnexport.runtimes import frames, isolation
+from bnexport.runtimes import isolation
+from bnexport.runtimes.base import RunSettings
 from bnexport.runtimes.catalogue import RUNNERS, runner_spec
 from bnexport.runtimes.isolation import ENVIRONMENT, IsolatedRunner, child_environment
-from bnexport.runtimes.settings import RunSettings
 from bnexport.tensors import DTYPES, Signature, TensorSpec
 
 X = np.random.default_rng(0).random((5, 1, 28, 28), dtype=np.float32)
@@ -224,7 +224,7 @@ import os, signal, sys
 import numpy as np
 from bnexport import Bundle
 from bnexport.runtimes.catalogue import runner_spec
-from bnexport.runtimes.settings import RunSettings
+from bnexport.runtimes.base import RunSettings
 runner = runner_spec("onnxruntime-cpu").open(Bundle.open({bundle!r}), settings=RunSettings(isolated=True))
 print(runner.run({{"input": np.zeros((2, 1, 28, 28), np.float32)}})["logits"].shape, runner.process, flush=True)
 {end}
@@ -283,9 +283,9 @@ def test_what_an_engine_prints_does_not_get_between_the_messages() -> None:
 def test_messages_carry_every_element_type_and_shape() -> None:
     arrays = {dtype: np.arange(12).reshape(3, 4).astype(dtype) for dtype in DTYPES}
     arrays |= {"none": np.zeros((0, 3), np.float32), "scalar": np.array(7, np.int64), "turned": arrays["float32"].T}
-    frames.send(stream := io.BytesIO(), {"word": "\u00e9"}, arrays)
+    isolation.send(stream := io.BytesIO(), {"word": "\u00e9"}, arrays)
     stream.seek(0)
-    head, found = frames.receive(stream)
+    head, found = isolation.receive(stream)
     assert head == {"word": "\u00e9"}
     assert list(found) == list(arrays)
     for name, array in arrays.items():
@@ -294,7 +294,7 @@ def test_messages_carry_every_element_type_and_shape() -> None:
     whole = stream.getvalue()
     for cut in (0, 5, 20, len(whole) - 1):
         with pytest.raises(EOFError):
-            frames.receive(io.BytesIO(whole[:cut]))
+            isolation.receive(io.BytesIO(whole[:cut]))
 
 
 @pytest.mark.parametrize(
@@ -304,13 +304,13 @@ def test_messages_carry_every_element_type_and_shape() -> None:
 )
 def test_what_is_no_message_is_refused(content: bytes) -> None:
     with pytest.raises(ValueError):  # noqa: PT011 -- json's error among them
-        frames.receive(io.BytesIO(content))
+        isolation.receive(io.BytesIO(content))
 
 
 def test_objects_are_refused() -> None:
     text = b'{"arrays": [["x", "object", [1]]]}'
     with pytest.raises(ValueError, match="'object'"):
-        frames.receive(io.BytesIO(len(text).to_bytes(8, "little") + text + bytes(8)))
+        isolation.receive(io.BytesIO(len(text).to_bytes(8, "little") + text + bytes(8)))
 
 
 IMPORTS = """\

@@ -10,9 +10,9 @@ import pytest
 
 from bnexport.bundle import MODEL_ONNX, Bundle
 from bnexport.errors import BundleError, RuntimeUnavailable
+from bnexport.runtimes.base import CONV_SEARCHES, OPTIMISATIONS, RunSettings
 from bnexport.runtimes.onnxruntime import OnnxRuntimeRunner, problem
 from bnexport.runtimes.onnxruntime_session import CUDA, LEVELS, provider_options
-from bnexport.runtimes.settings import CONV_SEARCHES, OPTIMISATIONS, RunSettings
 from bnexport.tensors import Signature, TensorSpec
 
 X = np.random.default_rng(0).random((5, 1, 28, 28), dtype=np.float32)

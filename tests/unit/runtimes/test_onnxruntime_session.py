@@ -15,6 +15,7 @@ import pytest
 from bnexport.bundle import MODEL_ONNX, Bundle
 from bnexport.errors import RuntimeUnavailable
 from bnexport.runtimes import cuda_libraries, onnxruntime_session
+from bnexport.runtimes.base import RunSettings
 from bnexport.runtimes.catalogue import runner_spec
 from bnexport.runtimes.node_placement import PlacedNode
 from bnexport.runtimes.onnxruntime import OnnxRuntimeRunner
@@ -29,7 +30,6 @@ from bnexport.runtimes.onnxruntime_session import (
     precision_of,
     provider_options,
 )
-from bnexport.runtimes.settings import RunSettings
 
 ALL_PROVIDERS = [TENSORRT, CUDA, "CPUExecutionProvider"]
 

@@ -13,8 +13,7 @@ from torch import nn
 from bnexport.bundle import MODEL_TORCHSCRIPT, WEIGHTS, Bundle
 from bnexport.errors import BundleError, ModelError, RuntimeUnavailable
 from bnexport.runtimes import torch_outputs
-from bnexport.runtimes.torch_eager import TorchEagerRunner, open_bundle, original_network
-from bnexport.runtimes.torchscript import TorchScriptRunner
+from bnexport.runtimes.torch_runners import TorchEagerRunner, TorchScriptRunner, open_bundle, original_network
 from bnexport.tensors import Signature, TensorSpec
 
 X = np.random.default_rng(0).random((5, 1, 28, 28), dtype=np.float32)

@@ -2,8 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from bnexport.verification.changed_labels import flipped_samples
-from bnexport.verification.metrics import count_flips
+from bnexport.verification.metrics import count_flips, flipped_samples
 
 SCORES = np.array([[0.0, 10.0, 1.0], [5.0, 4.9, 0.0], [1.0, 2.0, 9.0]])
 

@@ -18,11 +18,11 @@ from bnexport.exporting.onnx_graph import model_metadata, stamp_metadata
 from bnexport.exporting.request import ExportRequest
 from bnexport.files import sha256
 from bnexport.pipeline import fold_and_export
-from bnexport.verification import self_test as testing
 from bnexport.verification import stages, tolerances, work
-from bnexport.verification.faults import FAULTS, Fault, faults_of
 from bnexport.verification.scope import Scope
-from bnexport.verification.self_test import self_test
+from bnexport.verification.self_test import tester as testing
+from bnexport.verification.self_test.faults import FAULTS, Fault, faults_of
+from bnexport.verification.self_test.tester import self_test
 from bnexport.verification.tolerances import Tolerance
 from bnexport.verification.verdict import FaultResult
 from bnexport.verification.verify import verify

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bnexport.verification.changed_labels import accuracy_change, mcnemar
+from bnexport.verification.metrics import accuracy_change, mcnemar
 
 
 def test_nothing_changed_is_no_evidence() -> None:

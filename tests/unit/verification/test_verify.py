@@ -13,7 +13,7 @@ from torch import nn
 from bnexport.bundle import GOLDEN, Bundle, write_golden
 from bnexport.errors import BundleError, DataError, ModelError, RuntimeUnavailable, UsageError
 from bnexport.runtimes.catalogue import RUNNERS, RunnerSpec, runner_spec
-from bnexport.runtimes.torch_eager import TorchEagerRunner
+from bnexport.runtimes.torch_runners import TorchEagerRunner
 from bnexport.verification import work as module_under_test
 from bnexport.verification.reference import Reference
 from bnexport.verification.scope import Scope

@@ -1,9 +1,9 @@
 """Faults in BatchNorm parameters, put where a wrong fold would leave them: into the weights of model.onnx.
 
-The network is folded again with one wrong parameter, by ``fold`` itself, and the weights that differ take the place of the
-right ones in the written file. Each fault goes into one BatchNorm alone: of a few spread over the network, into the one where
-it does least and still more than nothing. Where the network can't be rebuilt, the first folded layer is changed as such a fault
-would change it if the layer's variance were 1.
+``fold`` folds the network again with one wrong parameter, and the weights that differ replace the right ones in the written
+file. Each fault is in one BatchNorm alone. Of a few spread over the network, it is the one with the smallest effect above the
+harmless one. Where the network can't be rebuilt, the first folded layer is changed as such a fault would change it if the
+layer's variance were 1.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from bnexport.bundle import MODEL_ONNX
 from bnexport.errors import BnexportError
 from bnexport.nn.statistics import DEFAULT_EPS, NormView
 from bnexport.tensors import Array
-from bnexport.verification.fault_copy import Copy, FaultTarget, NotTried, folded_weights
+from bnexport.verification.self_test.copies import Copy, FaultTarget, NotTried, folded_weights
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto, TensorProto
     from torch import Tensor, nn
+
 
 #: A common wrong eps: the default of TensorFlow and Keras. Where it is the network's own, torch's is the wrong one.
 _OTHER_EPS = 1e-3
@@ -39,16 +40,7 @@ _TRIED = 4
 
 @dataclass(frozen=True)
 class Norm:
-    """One BatchNorm of a network, whose tensors are changed in place.
-
-    Attributes:
-        name: Its path in the network.
-        module: Holds eps.
-        gamma: Learned scale; None without.
-        beta: Learned shift; None without.
-        mean: Moving mean.
-        var: Moving variance.
-    """
+    """One BatchNorm of a network, whose tensors are changed in place; ``module`` holds eps, and gamma or beta may be absent."""
 
     name: str
     module: nn.Module
@@ -65,12 +57,9 @@ Edit = Callable[[Array, Array | None], None]
 
 @dataclass(frozen=True)
 class NormFault:
-    """One row of NORM_FAULTS.
+    """One row of NORM_FAULTS: the change of one BatchNorm, and the edit of a folded layer where the network is not known.
 
-    Attributes:
-        name: For the report.
-        change: Makes one BatchNorm of a network wrong.
-        edit: Makes a folded layer wrong where the network is not known; None: nothing like it can be done.
+    Without an edit the fault is impossible in a folded layer.
     """
 
     name: str
@@ -79,20 +68,17 @@ class NormFault:
 
 
 def spoil_norm(copy: Copy, fault: NormFault) -> str:
-    """Put one fault into model.onnx and seal the copy again.
-
-    Returns:
-        Where it was put.
+    """Put one fault into model.onnx, seal the copy again, and return the place of the fault.
 
     Raises:
-        NotTried: The network has nothing that could be made wrong so, or is not known.
+        NotTried: The network has nothing to make wrong in this way, or is not known.
     """
     placed = None if copy.subject.network is None else _refold(copy, fault.change)
     return _edit_layer(copy, fault.edit) if placed is None else placed
 
 
 def norms_of(network: nn.Module) -> list[Norm]:
-    """Every layer with moving statistics, in order."""
+    """Return every layer with moving statistics, in order."""
     found = []
     for path, module in network.named_modules():
         if (view := NormView.of(module)) is not None:
@@ -101,7 +87,7 @@ def norms_of(network: nn.Module) -> list[Norm]:
 
 
 def _refold(copy: Copy, change: Change) -> str | None:
-    """Fold with one wrong BatchNorm; None where the folded weights are not those of the file."""
+    """Fold with one wrong BatchNorm; None where the right fold's weights are not those of the file."""
     subject, model = copy.subject, copy.model()
     name, spoiled = _hardest(subject, change)
     try:
@@ -115,7 +101,7 @@ def _refold(copy: Copy, change: Change) -> str | None:
 
 
 def _hardest(subject: FaultTarget, change: Change) -> tuple[str, nn.Module]:
-    """The network with the fault in the BatchNorm where it is hardest to see, and that one's name."""
+    """Return the name of the BatchNorm where the fault is hardest to detect, and the network with the fault."""
     assert subject.network is not None
     tried: list[tuple[float, str, nn.Module]] = []
     reason = "the network has no BatchNorm with moving statistics"
@@ -153,12 +139,12 @@ def _spoiled(network: nn.Module, index: int, change: Change) -> tuple[str, nn.Mo
 
 
 def _spread(count: int) -> list[int]:
-    """At most ``_TRIED`` indices from the first to the last."""
+    """Return at most ``_TRIED`` indices from the first to the last."""
     return sorted({round(at) for at in np.linspace(0, count - 1, min(count, _TRIED))}) if count else []
 
 
 def _replace_weights(model: ModelProto, right: dict[str, Tensor], wrong: dict[str, Tensor]) -> bool:
-    """Put what differs in place of what is there; False where a tensor of the right fold is not in the file."""
+    """Replace the weights that differ; False where a tensor of the right fold is not in the file."""
     from onnx import numpy_helper
 
     for name, before in right.items():
@@ -177,7 +163,7 @@ def _replace_weights(model: ModelProto, right: dict[str, Tensor], wrong: dict[st
 
 
 def _find(model: ModelProto, name: str, wanted: Array) -> tuple[TensorProto, bool] | None:
-    """The stored tensor with these numbers, and whether it is transposed; None where none or several have them.
+    """Return the stored tensor with these numbers, and whether it is transposed; None where none or several have them.
 
     Another machine may have folded with another order of sums, so the last bits need not be the same.
     """
@@ -198,7 +184,7 @@ def _find(model: ModelProto, name: str, wanted: Array) -> tuple[TensorProto, boo
 
 
 def _edit_layer(copy: Copy, edit: Edit | None) -> str:
-    """Change the first folded layer of model.onnx, without knowing the network."""
+    """Change the first folded layer of model.onnx, without the network."""
     from onnx import numpy_helper
 
     if edit is None:
@@ -217,7 +203,7 @@ def _edit_layer(copy: Copy, edit: Edit | None) -> str:
 
 
 def _first_layer(model: ModelProto, stored: dict[str, TensorProto], copy: Copy) -> NodeProto:
-    """The first convolution or product that took a BatchNorm in; the first of all where names don't tell."""
+    """Return the first convolution or product that took in a BatchNorm; the first of all where names don't show it."""
     kinds = ("Conv", "Gemm")
     layers: list[NodeProto] = [node for node in model.graph.node if node.op_type in kinds and node.input[1] in stored]
     if not layers:
@@ -231,7 +217,7 @@ def _first_layer(model: ModelProto, stored: dict[str, TensorProto], copy: Copy) 
 
 
 def _out_axis(node: NodeProto) -> int:
-    """Axis of a weight that holds the output channels."""
+    """Return the axis of a weight that holds the output channels."""
     plain = node.op_type == "Conv" or any(item.name == "transB" and item.i for item in node.attribute)
     return 0 if plain else 1
 
@@ -243,7 +229,7 @@ def _needed(tensor: Tensor | None, what: str) -> Tensor:
 
 
 def _middle(sizes: Tensor) -> int:
-    """The channel of median size: neither the one that shows a fault best nor one that is dead."""
+    """Return the channel of median size: neither the one where a fault shows best nor a dead one."""
     return int(sizes.detach().abs().reshape(-1).argsort()[sizes.numel() // 2])
 
 
@@ -268,7 +254,7 @@ def _drop_mean(norm: Norm) -> None:
 
 
 def _make_stale(norm: Norm) -> None:
-    """One update short: with the initial statistics, 0 and 1, where the last batch's should be."""
+    """Make the statistics one update short: the initial ones, 0 and 1, in place of the last batch's."""
     norm.mean.mul_(_MOMENTUM)
     norm.var.mul_(_MOMENTUM).add_(1 - _MOMENTUM)
 

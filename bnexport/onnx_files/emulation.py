@@ -1,9 +1,11 @@
-"""The written file evaluated as an engine of another precision would: every rounding of that precision, and no other.
+"""Evaluate the written file with every rounding of a precision, and no other rounding.
 
-What a precision does to a model depends on the model, so it is computed, not guessed: onnx's reference implementation runs the
-file, and every operator rounds what an engine of that precision rounds. All arithmetic is float32, which is what tensor cores
-and half-precision kernels add up in; for strict float32 itself the order of numpy's sums stands for the order of another
-engine's. Rounding is deterministic, so the outputs tell not only how large the error of a precision is but which error it is.
+What a precision does to a model depends on the model, so it is computed. onnx's reference implementation runs the file, and
+every operator rounds what an engine of that precision rounds. All arithmetic is float32, in which tensor cores and
+half-precision kernels accumulate. For strict float32 the order of numpy's sums stands for the order of another engine's.
+Rounding is deterministic, so the outputs show both the size and the direction of a precision's error.
+
+Rounding goes to nearest, ties to even, with gradual underflow and overflow to infinity.
 """
 
 from __future__ import annotations
@@ -15,20 +17,106 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bnexport.bundle import MODEL_ONNX, Bundle
 from bnexport.errors import BundleError, UsageError
+from bnexport.onnx_files.float64 import Float64Evaluator, widen_array
+from bnexport.onnx_files.models import read_model
 from bnexport.optional import one_line
-from bnexport.runtimes.base import Runner
-from bnexport.runtimes.float64 import Float64Evaluator, widen_array
-from bnexport.runtimes.onnx_file import read_model
-from bnexport.runtimes.rounding import BFLOAT16, FLOAT16, FLOAT32, TF32, Format, cut_to, round_to
 from bnexport.tensors import Array
 
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
-    from torch import nn
 
-    from bnexport.runtimes.settings import RunSettings
+#: Type of an array -> the integer that holds its bit pattern, and how many of the bits are mantissa.
+_PATTERNS: dict[Any, tuple[type[np.unsignedinteger[Any]], int]] = {
+    np.dtype(np.float64): (np.uint64, 52),
+    np.dtype(np.float32): (np.uint32, 23),
+}
+
+
+@dataclass(frozen=True)
+class Format:
+    """A binary floating-point format with its usual name ("TF32"), its stored mantissa bits and its exponent bits."""
+
+    name: str
+    mantissa: int
+    exponent: int
+
+    @property
+    def smallest(self) -> float:
+        """Return the smallest normal number; the steps below it stay the same (subnormals)."""
+        return float(2.0 ** (2 - 2 ** (self.exponent - 1)))
+
+    @property
+    def largest(self) -> float:
+        """Return the largest finite number."""
+        return float(2.0 ** (2 ** (self.exponent - 1) - 1)) * (2.0 - 2.0**-self.mantissa)
+
+    @property
+    def half_step(self) -> float:
+        """Return the largest relative error of one rounding of a normal number: half a unit in the last place of 1."""
+        return float(2.0 ** -(self.mantissa + 1))
+
+
+FLOAT32 = Format("float32", 23, 8)
+TF32 = Format("TF32", 10, 8)
+FLOAT16 = Format("float16", 10, 5)
+BFLOAT16 = Format("bfloat16", 7, 8)
+
+
+def round_to(array: Array, to: Format) -> Array:
+    """Return the nearest number of a format for each element, as a new array of the same type; infinities and NaN stay.
+
+    float64 is rounded once: by way of float32 a number close to a tie could go the wrong way. The array is float64 or float32,
+    and the format no wider than float32.
+    """
+    if to == FLOAT32:  # the processor's own conversion does the same
+        with np.errstate(over="ignore", invalid="ignore"):
+            return np.array(array.astype(np.float32), dtype=array.dtype)
+    rounded = _shortened(array, to.mantissa)
+    size = np.abs(array)
+    if (small := size < to.smallest).any():
+        step = array.dtype.type(to.smallest * 2.0**-to.mantissa)
+        rounded[small] = np.rint(array[small] / step) * step
+    if not np.max(size, initial=0.0) <= to.largest:  # also where there is a NaN
+        with np.errstate(invalid="ignore"):
+            rounded[np.abs(rounded) > to.largest] *= np.inf
+        odd = ~np.isfinite(array)
+        rounded[odd] = array[odd]
+    return rounded
+
+
+def cut_to(array: Array, to: Format) -> Array:
+    """Return the next number of a format towards zero for each float32: its last bits are dropped; a new array.
+
+    The format must have float32's exponents, so that only mantissa bits are lost.
+    """
+    pattern = np.array(array, np.float32, order="C", copy=True, ndmin=1).view(np.uint32)
+    pattern &= np.uint32(np.iinfo(np.uint32).max - ((1 << (FLOAT32.mantissa - to.mantissa)) - 1))
+    return pattern.view(np.float32).reshape(array.shape)
+
+
+def step_of(array: Array, of: Format) -> Array:
+    """Return a unit in the last place of each finite number, in float64; below the smallest normal number, its unit."""
+    _, exponent = np.frexp(
+        np.maximum(np.abs(array.astype(np.float64)), of.smallest)
+    )  # |x| in 2 ** [exponent - 1, exponent)
+    return np.asarray(np.ldexp(1.0, exponent - 1 - of.mantissa))
+
+
+def _shortened(array: Array, mantissa: int) -> Array:
+    """Round the mantissa's last bits away: half a step is added to the bit pattern, a little less for even.
+
+    A carry out of the mantissa goes into the exponent, which is the right answer.
+    """
+    integer, stored = _PATTERNS[array.dtype]
+    bits = stored - mantissa
+    rest = (1 << bits) - 1
+    pattern = np.array(array, order="C", copy=True, ndmin=1).view(integer)
+    even = (pattern >> integer(bits)) & integer(1)
+    pattern += even + integer(rest >> 1)
+    pattern &= integer(np.iinfo(integer).max - rest)
+    return np.asarray(pattern.view(array.dtype).reshape(array.shape))
+
 
 #: Operators that multiply and sum -> how many of their first inputs are factors; the rest (bias) is added in float32.
 FACTORS: dict[str, int] = {
@@ -51,9 +139,9 @@ class Precision:
     Attributes:
         name: Its key: "tf32".
         storage: Format of every stored value: weights, inputs and each operator's output.
-        factors: Format to which the factors of products are rounded before; None: they are taken as they are stored.
-        operators: Where ``factors`` holds.
-        source: Who computes so, and where it is said.
+        factors: Format to which the factors of products are rounded before; None: no further rounding.
+        operators: Operators with rounded factors.
+        source: Engines with this precision, and the reference for it.
         cuts: The factors lose their last bits (truncation) instead of being rounded to nearest.
     """
 
@@ -66,7 +154,7 @@ class Precision:
 
     @property
     def words(self) -> str:
-        """For a sentence: "TF32", "TF32 in convolutions alone"."""
+        """Return the name in a sentence: "TF32", "TF32 in convolutions alone"."""
         return _WORDS.get(self.name, self.storage.name)
 
 
@@ -119,7 +207,7 @@ PRECISIONS: dict[str, Precision] = {
     )
 }
 
-#: Precision -> the ways in which engines of that name round, the usual one first. What a GPU does is seen in its error alone.
+#: Precision -> the ways in which engines of that name round, the usual one first. Only its error shows how a GPU rounds.
 ROUNDINGS: dict[str, tuple[str, ...]] = {"tf32": ("tf32", "tf32-cut")}
 
 #: Operators whose outputs are some of their inputs' numbers, rounded already, or no numbers at all.
@@ -154,26 +242,13 @@ class Emulator(Float64Evaluator):
         _Rounding(self.precision).put_into(self._engine, _exempt(model.graph))
 
     def evaluate(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Outputs, as float32 arrays that hold numbers of the precision's storage format.
-
-        Args:
-            feeds: Input name -> (n, ...), floats of any width, n >= 1.
-
-        Raises:
-            BundleError: The file can't be evaluated with these inputs.
-        """
+        """Return outputs as float32 arrays of the precision's numbers; otherwise as ``Float64Evaluator.evaluate``."""
         return super().evaluate(self._stored(feeds))
 
     def values(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Every array that a node of the main graph computes, by its name in the file.
+        """Return every array that a node of the main graph computes, by its name in the file, for few samples.
 
-        All samples are evaluated at once, since not every value has the batch first: give few.
-
-        Args:
-            feeds: Input name -> (n, ...), n >= 1.
-
-        Raises:
-            BundleError: The file can't be evaluated with these inputs.
+        All samples are evaluated at once, since not every value has the batch first. A BundleError reports a failed evaluation.
         """
         given = self._stored({name: feeds[name] for name in self.inputs if name in feeds})
         try:
@@ -187,51 +262,14 @@ class Emulator(Float64Evaluator):
         return {name: _rounded(widen_array(array), self.precision.storage) for name, array in feeds.items()}
 
     def _refuse_narrow_values(self, wide: Mapping[str, Array]) -> None:
-        """Nothing: values that are not float64 are the point of an emulation."""
-
-
-class EmulatedRunner(Runner):
-    """Runs a bundle's model.onnx under an emulated precision, behind the interface of a real engine.
-
-    It stands in for a GPU where there is none, and says so: its device is the CPU. It proves nothing about any engine.
-
-    Args:
-        bundle: Its model.onnx is read.
-        precision: A key of PRECISIONS.
-
-    Raises:
-        BundleError: The file is missing, or can't be evaluated.
-        UsageError: There is no such precision.
-    """
-
-    def __init__(self, bundle: Bundle, precision: str) -> None:
-        self.name = f"emulated-{precision}"
-        self.signature = bundle.manifest.signature
-        self.effective_device = "cpu"
-        self._emulator = Emulator(bundle.file(MODEL_ONNX), precision)
-        self.description = {
-            "engine": "emulation in numpy, not a real engine",
-            "device": self.effective_device,
-            "file": MODEL_ONNX,
-            "precision": f"{self._emulator.precision.words}, emulated",
-        }
-
-    def _run(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
-        found = self._emulator.evaluate(feeds)
-        with np.errstate(over="ignore"):  # infinity is what such an engine would give
-            return {spec.name: found[spec.name].astype(spec.dtype) for spec in self.signature.outputs}
-
-
-def open_emulated(bundle: Bundle, _device: str, _module: nn.Module | None, settings: RunSettings) -> Runner:
-    """``RunnerSpec.opener`` of a runner that emulates the precision it is asked for."""
-    return EmulatedRunner(bundle, settings.precision)
+        """Do nothing: an emulation computes values that are not float64."""
 
 
 def precision_of(name: str) -> Precision:
-    """The row of a name.
+    """Return the precision of a name.
 
     Raises:
-        UsageError: There is no such precision.
+        UsageError: The name is not known.
     """
     if name not in PRECISIONS:
         raise UsageError(f"the precision {name!r} is not known", remedy=f"Known: {', '.join(PRECISIONS)}")
@@ -248,11 +286,9 @@ class _Rounding:
         self._done: set[int] = set()
 
     def put_into(self, engine: Any, exempt: frozenset[str]) -> None:
-        """Round the evaluator's weights, and wrap each of its nodes and of the graphs and functions inside them.
+        """Round the weights of a ReferenceEvaluator of float64, and wrap its nodes and those of inner graphs and functions.
 
-        Args:
-            engine: A ReferenceEvaluator of a model whose floats are all float64.
-            exempt: Names of values that stay float32 whatever the precision.
+        ``exempt`` names values that stay float32 in every precision.
         """
         if id(engine) in self._done:  # a function that is called twice has one evaluator
             return
@@ -269,7 +305,7 @@ class _Rounding:
             node.run = self._rounding_run(node, exempt, stores=body is None and node.op_type not in _MOVERS)
 
     def _rounding_run(self, node: Any, exempt: frozenset[str], *, stores: bool) -> Callable[..., tuple[Any, ...]]:
-        """What a node does, with its factors rounded before and its results after."""
+        """Return a node's function, with its factors rounded before and its results after."""
         run = node.run
         untouched = [name in exempt for name in node.input]
         kept = [FLOAT32 if name in exempt else self._precision.storage for name in node.output]
@@ -286,7 +322,7 @@ class _Rounding:
         return rounding_run
 
     def _factor(self, value: Any) -> Any:
-        """A value as it enters a product."""
+        """Return a value as it enters a product."""
         to = self._precision.factors
         if to is None:
             return _narrow(value)
@@ -299,7 +335,7 @@ class _Rounding:
 
 
 def _rounded(value: Any, to: Format) -> Any:
-    """Floats rounded, as float32, inside sequences too; integers, flags and inputs that are not there as they are."""
+    """Return floats rounded, as float32, inside sequences too; integers, flags and absent inputs are unchanged."""
     if isinstance(value, list):
         return [_rounded(item, to) for item in value]
     if isinstance(value, np.ndarray | np.floating) and value.dtype.kind == "f":
@@ -309,32 +345,28 @@ def _rounded(value: Any, to: Format) -> Any:
 
 
 def _cut(value: Any, to: Format) -> Any:
-    """As ``_rounded``, towards zero; for factors, which are arrays."""
+    """Do as ``_rounded``, towards zero; for factors, which are arrays."""
     return cut_to(value, to) if getattr(value, "dtype", np.dtype(bool)).kind == "f" else value
 
 
 def _narrow(value: Any) -> Any:
-    """A float64 array in float32: a feed, which holds such numbers already; anything else as it is."""
+    """Return a float64 array (a feed, which holds float32 numbers already) in float32; other values are unchanged."""
     return value.astype(np.float32) if getattr(value, "dtype", None) == np.float64 else value
 
 
 def _graphs_inside(node: Any) -> list[Any]:
-    """Evaluators of the graphs that a node holds (If, Loop, Scan)."""
+    """Return the evaluators of the graphs in a node (If, Loop, Scan)."""
     attributes = [getattr(node, item.name, None) for item in node.onnx_node.attribute]
     return [value for value in attributes if hasattr(value, "rt_nodes_")]
 
 
 def _local_function(node: Any) -> Any | None:
-    """The evaluator of a function of the file; None for an operator, also for one that onnx itself defines by a function."""
+    """Return the evaluator of a function of the file; None for operators, also those that onnx defines by a function."""
     return getattr(node, "impl_", None) if node.onnx_node.domain not in ("", "ai.onnx") else None
 
 
 def _exempt(owner: Any) -> frozenset[str]:
-    """Names of values that stay float32 whatever the precision: settings, and numbers computed from sizes alone.
-
-    Args:
-        owner: A graph, or a function.
-    """
+    """Return names of a graph's or function's values that stay float32: settings, and numbers computed from sizes alone."""
     settings: set[str] = set()
     sizes: set[str] = set()
     constants: set[str] = set()
@@ -350,14 +382,14 @@ def _exempt(owner: Any) -> frozenset[str]:
 
 
 def _of_sizes(node: NodeProto, sizes: set[str], constants: set[str]) -> bool:
-    """Whether a node computes with sizes and constants alone; what is inside a graph of a node is not looked at."""
+    """Return whether a node computes with sizes and constants alone; graphs inside a node are not examined."""
     given = {name for name in node.input if name}
     plain = not any(item.type in (item.GRAPH, item.GRAPHS) for item in node.attribute)
     return plain and bool(given & sizes) and given <= sizes | constants
 
 
 def _with_inner(owner: Any) -> Iterator[Any]:
-    """A graph or function, and every graph inside it."""
+    """Yield a graph or function, and every graph inside it."""
     yield owner
     for node in owner.node:
         for attribute in node.attribute:

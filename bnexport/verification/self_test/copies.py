@@ -1,4 +1,4 @@
-"""What the self-test puts a fault into: a copy of the bundle, and what is known of the bundle itself."""
+"""The copies of a bundle that the self-test puts faults into, and the facts about the bundle itself."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import numpy as np
 from bnexport.bundle import MODEL_ONNX, WEIGHTS, Bundle, seal
 from bnexport.errors import BnexportError
 from bnexport.files import write_atomically
-from bnexport.runtimes.emulation import Emulator
-from bnexport.runtimes.float64 import Float64Evaluator
-from bnexport.runtimes.onnx_file import read_model
+from bnexport.onnx_files.emulation import Emulator
+from bnexport.onnx_files.float64 import Float64Evaluator
+from bnexport.onnx_files.models import read_model
 from bnexport.tensors import Array
 from bnexport.verification.metrics import measure
 from bnexport.verification.reference import Reference, is_known
@@ -24,23 +24,22 @@ if TYPE_CHECKING:
     from onnx import ModelProto
     from torch import Tensor, nn
 
+
 #: Evaluates what a fault changed, on golden inputs; for the size of its effect.
 Evaluate = Callable[[Bundle, Mapping[str, Array]], Mapping[str, Array]]
 
 
 class NotTried(Exception):
-    """A fault that can't be put into this bundle. Its text says why; it never leaves the self-test."""
+    """A fault that can't be put into this bundle. Its text is the reason; it never leaves the self-test."""
 
 
 @dataclass(frozen=True)
 class FaultTarget:
-    """The bundle whose verification is tested.
+    """The bundle whose verification is tested, which never changes, and the original network, if the caller gave it.
 
     Attributes:
-        bundle: As it lies there; never changed.
-        module: The original network, if the caller gave it.
-        harmless: Error of scale up to which a fault does nothing that anybody has to see.
-        accuracy: Of the original on the samples of the self-test: ``{"dataset", "n", "correct"}``; empty without labels.
+        harmless: Error of scale up to which a fault need not be caught.
+        accuracy: The original's accuracy on the self-test's samples: ``{"dataset", "n", "correct"}``; empty without labels.
     """
 
     bundle: Bundle
@@ -50,26 +49,26 @@ class FaultTarget:
 
     @cached_property
     def golden(self) -> tuple[dict[str, Array], dict[str, Array]]:
-        """Golden inputs and outputs by name."""
+        """Return golden inputs and outputs by name."""
         return self.bundle.golden()
 
     @cached_property
     def network(self) -> nn.Module | None:
-        """The original network; None where only its author has its code, or its weights are not in the bundle."""
+        """Return the original network; None where only its author has its code, or its weights are not in the bundle."""
         if self.module is not None or not self.rebuilt:
             return self.module
-        from bnexport.runtimes.torch_eager import original_network
+        from bnexport.runtimes.torch_runners import original_network
 
         return original_network(self.bundle)
 
     @property
     def rebuilt(self) -> bool:
-        """Whether a verification builds the original network from the bundle's own weights."""
+        """Return whether a verification builds the original network from the bundle's own weights."""
         return self.module is None and is_known(self.bundle) and WEIGHTS in self.bundle.manifest.files
 
     @property
     def example(self) -> tuple[Tensor, ...]:
-        """Inputs to trace the network with: two golden samples, or all where the size of a batch is fixed."""
+        """Return inputs to trace the network with: two golden samples, or all where the batch size is fixed."""
         import torch
 
         specs = self.bundle.manifest.signature.inputs
@@ -78,12 +77,12 @@ class FaultTarget:
 
     @cached_property
     def folded(self) -> dict[str, Tensor]:
-        """Weights of the folded network, as ``fold`` makes them."""
+        """Return the weights of the folded network, as ``fold`` makes them."""
         assert self.network is not None, "ask network first"
         return folded_weights(self.network, self.example)
 
     def effect(self, module: nn.Module) -> float:
-        """Max |module - original| / scale on the golden inputs, both in float64; infinite where it is not finite."""
+        """Return max |module - original| / scale on the golden inputs, in float64; infinite where it is not finite."""
         signature = self.bundle.manifest.signature
         outputs = Reference(module, signature, description="with a fault").evaluate(self.golden[0])
         found = measure(outputs, self.golden[1], bound=self.harmless)
@@ -92,28 +91,19 @@ class FaultTarget:
 
 @dataclass(frozen=True)
 class Copy:
-    """A copy of the bundle to spoil.
-
-    Attributes:
-        subject: What it is a copy of.
-        folder: Where it lies.
-    """
+    """A copy of the bundle (``subject``) to spoil."""
 
     subject: FaultTarget
     folder: Path
 
     def file(self, name: str) -> Path:
-        """A file of the copy.
-
-        Raises:
-            NotTried: The bundle was written without it.
-        """
+        """Return a file of the copy; NotTried where the bundle was written without it."""
         if name not in self.subject.bundle.manifest.files:
             raise NotTried(f"the bundle was written without {name}")
         return self.folder / name
 
     def model(self) -> ModelProto:
-        """Its model.onnx as read, to be changed."""
+        """Return the copy's model.onnx as read, to be changed."""
         return read_model(self.file(MODEL_ONNX))
 
     def write_model(self, model: ModelProto) -> None:
@@ -122,40 +112,36 @@ class Copy:
         self.seal()
 
     def seal(self, **changes: Any) -> None:
-        """Write a manifest whose hashes hold again, so that the numbers themselves have to give the fault away.
-
-        Args:
-            **changes: Other values for fields of the manifest.
-        """
+        """Write a manifest whose hashes hold again, with ``changes`` of its fields, so that only the numbers show the fault."""
         seal(self.folder, replace(self.subject.bundle.manifest, **changes))
 
 
 def folded_weights(network: nn.Module, example: tuple[Tensor, ...]) -> dict[str, Tensor]:
-    """The state dict of a network after ``fold``; not proved, since what is folded may be wrong on purpose."""
+    """Return the state dict of a network after ``fold``; not proved, since the network may be wrong on purpose."""
     from bnexport.folding.fold import fold
 
     return dict(fold(network, example, prove=False).model.state_dict())
 
 
 def evaluate_onnx(bundle: Bundle, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
-    """model.onnx in float64."""
+    """Evaluate model.onnx in float64."""
     return Float64Evaluator(read_model(bundle.file(MODEL_ONNX))).evaluate(feeds)
 
 
 def evaluate_tf32(bundle: Bundle, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
-    """model.onnx as an engine of TF32 computes it."""
+    """Evaluate model.onnx as an engine of TF32 does."""
     return Emulator(read_model(bundle.file(MODEL_ONNX)), "tf32").evaluate(feeds)
 
 
 def evaluate_weights(bundle: Bundle, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
-    """The unfolded network, rebuilt from the bundle's weights, in float64."""
-    from bnexport.runtimes.torch_eager import original_network
+    """Evaluate the unfolded network, rebuilt from the bundle's weights, in float64."""
+    from bnexport.runtimes.torch_runners import original_network
 
     return Reference(original_network(bundle), bundle.manifest.signature, description="rebuilt").evaluate(feeds)
 
 
 def evaluate_torch(name: str) -> Evaluate:
-    """model.pt or model.pt2 in float64."""
+    """Return an evaluation of model.pt or model.pt2 in float64."""
 
     def evaluate(bundle: Bundle, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
         from bnexport.runtimes.torch_float64 import TorchFloat64Evaluator
@@ -166,12 +152,7 @@ def evaluate_torch(name: str) -> Evaluate:
 
 
 def effect_of(bundle: Bundle, evaluate: Evaluate | None) -> float | None:
-    """Max |faulty - golden| / scale on the golden inputs; None where there is no such number.
-
-    Args:
-        bundle: With the fault in it.
-        evaluate: What the fault changed.
-    """
+    """Return max |faulty - golden| / scale on the golden inputs of a spoiled bundle; None where there is no such number."""
     if evaluate is None:
         return None
     try:

@@ -1,4 +1,4 @@
-"""Reading a written ONNX file: parse, refuse, and count its work. Independent of every runtime."""
+"""Read a written ONNX file: parse, validate, compare with the manifest, and count its work."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from bnexport.bundle import Manifest
 from bnexport.errors import BundleError
 from bnexport.files import Refusal
 from bnexport.optional import one_line, require
-from bnexport.runtimes.base import declared_problem
+from bnexport.tensors import declared_problem
 from bnexport.validation.limits import limit, refusing
 from bnexport.validation.onnx_file import validate_onnx
 from bnexport.validation.paths import check_regular
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
+
 
 _REBUILD = "Write the bundle again with bnexport fold-and-export, or copy it again from its source"
 _NOT = "is not an ONNX model that bnexport opens: it"
@@ -32,7 +33,7 @@ def read_model(source: bytes | Path) -> ModelProto:
 
     Raises:
         BundleError: Not an ONNX model, an empty one (zero bytes parse as a model without nodes), one that keeps its
-            weights in other files, or one that the screening refuses.
+            weights in other files, or one that the validation refuses.
     """
     onnx = require("onnx", purpose="reading the written file")
     name = "the model" if isinstance(source, bytes) else str(source)
@@ -51,12 +52,12 @@ def read_model(source: bytes | Path) -> ModelProto:
 
 
 def read_screened(file: Path) -> bytes:
-    """The bytes of an ONNX file, after a look at them from outside and before any engine sees them.
+    """Return the bytes of an ONNX file, validated before any engine sees them.
 
-    Engines get these bytes and not the file's name, so that nothing beside the file is followed.
+    Engines get these bytes and not the file's name, so that they follow no reference to another file.
 
     Raises:
-        BundleError: The file can't be read, or could harm whoever opens it.
+        BundleError: The file can't be read, or could harm the process that opens it.
     """
     try:
         with refusing(f"{file} {_NOT}", BundleError, remedy=_REBUILD):
@@ -77,14 +78,14 @@ def _screened(content: bytes, name: str) -> bytes:
 
 
 def graphs(model: ModelProto) -> Iterator[GraphProto]:
-    """The main graph and every graph inside a node (If, Loop, Scan), functions' nodes included."""
+    """Yield the main graph and every graph inside a node (If, Loop, Scan), functions' nodes included."""
     yield model.graph
     for owner in (model.graph, *model.functions):
         yield from _inner(owner.node)
 
 
 def nodes(model: ModelProto) -> Iterator[NodeProto]:
-    """Every node of every graph and function."""
+    """Yield every node of every graph and function."""
     for graph in graphs(model):
         yield from graph.node
     for function in model.functions:
@@ -100,7 +101,7 @@ def _inner(group: Any) -> Iterator[GraphProto]:
 
 
 def declaration_problem(model: ModelProto, manifest: Manifest) -> str | None:
-    """How the written file differs from what the manifest says of it: names, types, shapes, opset, IR version, metadata."""
+    """Return how the file differs from the manifest: names, types, shapes, opset, IR version, metadata; None when it fits."""
     stored = {tensor.name for tensor in model.graph.initializer}
     inputs = [value for value in model.graph.input if value.name not in stored]
     for kind, specs, values in (
@@ -126,7 +127,7 @@ def declaration_problem(model: ModelProto, manifest: Manifest) -> str | None:
 
 
 def _precision_problem(model: ModelProto, precision: str) -> str | None:
-    """A weight of another float type than the manifest says: a coarser one would be judged by a wider bound."""
+    """Return the first weight of another float type than the manifest's: a wider bound would judge a coarser one."""
     for tensor in trained_tensors(model):
         stored = _FLOATS.get(tensor.data_type)
         if stored is not None and stored != precision:
@@ -135,7 +136,7 @@ def _precision_problem(model: ModelProto, precision: str) -> str | None:
 
 
 def _sized(model: ModelProto, sizes: Mapping[str, Sequence[int]]) -> ModelProto:
-    """A copy of a model whose inputs have the given sizes behind the batch; what its outputs declare is dropped."""
+    """Return a copy of a model whose inputs have the given sizes after the batch, without the outputs' shapes."""
     copy = type(model)()
     copy.CopyFrom(model)
     for value in copy.graph.input:
@@ -162,21 +163,18 @@ def _shape(value: ValueInfoProto) -> list[int | str | None]:
 
 
 def trained_tensors(model: ModelProto) -> list[TensorProto]:
-    """Weights and biases of the main graph's linear operators, each once, in order of use."""
+    """Return weights and biases of the main graph's linear operators, each once, in order of use."""
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
     used = [name for node in model.graph.node if node.op_type in LINEAR for name in node.input if name in stored]
     return [stored[name] for name in dict.fromkeys(used)]
 
 
 def multiplications(model: ModelProto, sizes: Mapping[str, Sequence[int]] | None = None) -> int:
-    """Multiplications per sample, estimated from the weights of linear operators and their outputs' sizes.
+    """Return the multiplications per sample, estimated from the weights of linear operators and their outputs' sizes.
 
-    A convolution uses each weight once per output position. Where the file does not tell the size of an output, one
-    position is counted; the number only chooses how many samples are checked.
-
-    Args:
-        model: As written; not changed.
-        sizes: Input name -> shape of one sample, for dimensions that the file leaves open.
+    A convolution uses each weight once per output position. Where the file does not give the size of an output, one position
+    is counted; the number only chooses how many samples are checked. ``sizes`` (input name -> shape of one sample) fills
+    dimensions that the file leaves open.
     """
     onnx = require("onnx", purpose="reading the written file")
     try:

@@ -1,8 +1,8 @@
-"""The written file evaluated in float64, which the proof of fold and file rests on.
+"""Evaluate the written file in float64, for the proof of fold and file.
 
 The evaluator is onnx's reference implementation in numpy, which shares no code with torch or onnxruntime. It computes
-in whatever type the file declares, so every float in a copy of the file is widened to float64 first, without loss:
-float16, bfloat16 and float32 are all subsets of it. What is left of the difference is the rounding of the weights.
+in the type that the file declares, so every float in a copy of the file is widened to float64 first, without loss:
+float16, bfloat16 and float32 are subsets of it. The remaining difference is the rounding of the weights.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bnexport.errors import BnexportError, BundleError, ProofError
+from bnexport.onnx_files.models import graphs, nodes, read_model
 from bnexport.optional import one_line, require
-from bnexport.runtimes.onnx_file import graphs, nodes, read_model
 from bnexport.tensors import Array
 
 if TYPE_CHECKING:
     from onnx import AttributeProto, ModelProto, NodeProto, TensorProto
+
 
 #: TensorProto's numbers of FLOAT, FLOAT16, BFLOAT16, and of DOUBLE.
 _NARROW = (1, 10, 16)
@@ -43,7 +44,7 @@ class Float64Evaluator:
         require("onnx", purpose="the float64 proof")
         from onnx.reference import ReferenceEvaluator
 
-        from bnexport.runtimes.operators import better_operators
+        from bnexport.onnx_files.operators import better_operators
 
         model = widen(read_model(source) if isinstance(source, bytes | Path) else source)
         self.inputs = tuple(item.name for item in model.graph.input)
@@ -58,10 +59,7 @@ class Float64Evaluator:
         self._checked = False
 
     def evaluate(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Outputs in float64.
-
-        Args:
-            feeds: Input name -> (n, ...), floats of any width, n >= 1.
+        """Return outputs in float64; input name -> (n, ...), floats of any width, n >= 1.
 
         Raises:
             BundleError: The file can't be evaluated with these inputs.
@@ -85,11 +83,7 @@ class Float64Evaluator:
             raise _not_evaluated(error) from error
 
     def intermediate(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Every array that is computed on the way, by its name in the file; all samples at once, so give few.
-
-        Raises:
-            BundleError: The file can't be evaluated with these inputs.
-        """
+        """Return every computed array by its name in the file, for few samples, since all are evaluated at once."""
         wide = {name: widen_array(feeds[name]) for name in self.inputs if name in feeds}
         try:
             with np.errstate(all="ignore"):
@@ -99,7 +93,7 @@ class Float64Evaluator:
         return {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
 
     def _refuse_narrow_values(self, wide: Mapping[str, Array]) -> None:
-        """Run a sample or two with all intermediate values, once, and look at their types."""
+        """Run one or two samples with all intermediate values, once, and check their types."""
         if self._checked:
             return
         few = {name: array[:2] for name, array in wide.items()} if self._chunk else dict(wide)
@@ -114,12 +108,12 @@ class Float64Evaluator:
 
 
 def widen_array(array: Array) -> Array:
-    """Floats to float64; anything else as it is."""
+    """Return floats as float64; other arrays are unchanged."""
     return array.astype(np.float64) if array.dtype.kind == "f" else array
 
 
 def widen(model: ModelProto) -> ModelProto:
-    """A copy of a model in which every float is float64: weights, constants, casts, declared types."""
+    """Return a copy of a model in which every float is float64: weights, constants, casts, declared types."""
     copy = type(model)()
     copy.CopyFrom(model)
     for graph in graphs(copy):
@@ -159,7 +153,7 @@ def _widen_attribute(node: NodeProto, attribute: AttributeProto) -> None:
 
 
 def _is_narrow(dtype: np.dtype[Any]) -> bool:
-    """A float that is not float64; bfloat16 is a "V" to numpy."""
+    """Return whether a type is a float other than float64; bfloat16 is a "V" to numpy."""
     return dtype.kind in "fV" and dtype != np.float64
 
 

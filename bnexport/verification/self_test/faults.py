@@ -1,20 +1,40 @@
-"""Faults of files and of what the manifest says: flipped bits, NaN, other names, types and preprocessing."""
+"""The faults that a verification has to catch: where each is put, and the stage that exists to catch it.
+
+Faults of files and of the manifest are here: flipped bits, NaN, other names, types and preprocessing. Faults of BatchNorm
+parameters are in ``norm_faults``.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bnexport.bundle import GOLDEN, MANIFEST, MODEL_ONNX, WEIGHTS
-from bnexport.runtimes.onnx_file import trained_tensors
+from bnexport.bundle import GOLDEN, MANIFEST, MODEL_EXPORTED, MODEL_ONNX, MODEL_TORCHSCRIPT, WEIGHTS, Bundle
+from bnexport.onnx_files.models import trained_tensors
+from bnexport.runtimes.catalogue import RunnerSpec
+from bnexport.runtimes.reference import EmulatedRunner
 from bnexport.tensors import Array
-from bnexport.verification.fault_copy import Copy, NotTried
+from bnexport.verification.self_test.copies import (
+    Copy,
+    Evaluate,
+    NotTried,
+    evaluate_onnx,
+    evaluate_tf32,
+    evaluate_torch,
+    evaluate_weights,
+)
+from bnexport.verification.self_test.norm_faults import NORM_FAULTS, spoil_norm
 
 if TYPE_CHECKING:
     from onnx import ModelProto
+    from torch import nn
+
+    from bnexport.runtimes.base import Runner, RunSettings
+
 
 #: Bytes of a number -> the highest bit of its mantissa, which changes it by up to a half; bfloat16 has its own.
 _HIGH_BIT = {2: 9, 4: 22, 8: 51}
@@ -24,7 +44,7 @@ _FEWEST_BYTES = 16
 
 
 def flip_anywhere(name: str) -> Callable[[Copy], str]:
-    """Flip one bit in the middle of a file; the seal stays the old one."""
+    """Flip one bit in the middle of a file; the old seal stays."""
 
     def put(copy: Copy) -> str:
         path = copy.folder / MANIFEST if name == MANIFEST else copy.file(name)
@@ -39,13 +59,10 @@ def flip_anywhere(name: str) -> Callable[[Copy], str]:
 
 
 def flip_weight(name: str, *, high: bool) -> Callable[[Copy], str]:
-    """Flip one bit of the largest number of the last weight in model.onnx, model.pt or model.pt2, and seal the copy again.
+    """Flip the lowest or a ``high`` bit (of the mantissa) of the largest number of the last weight, and seal the copy again.
 
-    What a number in the middle of a network does may end in a channel that is dead; the last layer's reaches the outputs.
-
-    Args:
-        name: The file.
-        high: The highest bit of its mantissa, not the lowest.
+    The file is model.onnx, model.pt or model.pt2. The effect of a number in the middle of a network may end in a dead channel;
+    the last layer's reaches the outputs.
     """
 
     def put(copy: Copy) -> str:
@@ -83,13 +100,13 @@ def flip_golden(kind: str) -> Callable[[Copy], str]:
 
 
 def _weights_last_first(arrays: list[Array]) -> list[Array]:
-    """Weights from the last layer to the first, and then what is no weight of a layer."""
+    """Return the weights from the last layer to the first, and then the other arrays."""
     backwards = arrays[::-1]
     return sorted(backwards, key=lambda array: array.ndim < 2)
 
 
 def _flip_one_of(copy: Copy, name: str, arrays: list[Array], *, high: bool) -> str:
-    """Flip a bit of the largest number of the first array that lies in the file as it is."""
+    """Flip a bit of the largest number of the first array that is stored contiguously in the file."""
     path = copy.file(name)
     content = path.read_bytes()
     for array in arrays:
@@ -113,7 +130,7 @@ def _bit(array: Array, *, high: bool) -> int:
 
 
 def put_nan(copy: Copy) -> str:
-    """NaN in place of the largest number of the first weight of model.onnx."""
+    """Put NaN in place of the largest number of the first weight of model.onnx."""
     from onnx import numpy_helper
 
     model = copy.model()
@@ -150,7 +167,7 @@ def retype_output(copy: Copy) -> str:
 
 
 def _append(model: ModelProto, operator: str, name: str, **attributes: Any) -> None:
-    """Put an operator behind the first output, which is called ``name`` from now on."""
+    """Append an operator to the first output, which is then called ``name``."""
     from onnx import helper
 
     graph = model.graph
@@ -163,7 +180,7 @@ def _append(model: ModelProto, operator: str, name: str, **attributes: Any) -> N
 
 
 def claim_opset(copy: Copy) -> str:
-    """Let the manifest claim another operator set than the file has."""
+    """Let the manifest claim another operator set than that of the file."""
     onnx = copy.subject.bundle.manifest.onnx
     copy.seal(onnx={**onnx, "opset": int(onnx.get("opset", 0)) + 1})
     return MANIFEST
@@ -179,13 +196,13 @@ def permute_labels(copy: Copy) -> str:
 
 
 def scale_pixels(copy: Copy) -> str:
-    """Pixels from 0 to 255 where the network wants 0 to 1, or the other way round."""
+    """Use pixels from 0 to 255 where the network expects 0 to 1, or the reverse."""
     before = _preprocessing(copy)["scale"]
     return _preprocess(copy, {"scale": 1 / 255 if before == 1.0 else 1.0})
 
 
 def normalise_pixels(copy: Copy) -> str:
-    """Another mean and deviation: those of a tutorial, 0.5 and 0.5, or none."""
+    """Use another mean and deviation: those of a tutorial, 0.5 and 0.5, or none."""
     before = _preprocessing(copy)
     count = int(before["channels"])
     other = {"mean": [0.5] * count, "std": [0.5] * count}
@@ -195,7 +212,7 @@ def normalise_pixels(copy: Copy) -> str:
 
 
 def _preprocessing(copy: Copy) -> Mapping[str, Any]:
-    """What the manifest says, where a verification here could tell that it is wrong."""
+    """Return the manifest's preprocessing, where a verification could find an error in it."""
     manifest, accuracy = copy.subject.bundle.manifest, copy.subject.accuracy
     if manifest.preprocessing is None:
         raise NotTried("the bundle has no preprocessing")
@@ -208,7 +225,7 @@ def _preprocessing(copy: Copy) -> Mapping[str, Any]:
 
 
 def _preprocess(copy: Copy, changes: Mapping[str, Any]) -> str:
-    """Write another preprocessing everywhere, and the accuracy that these few samples had with the right one."""
+    """Write another preprocessing everywhere, and the accuracy that the right one had on these few samples."""
     manifest = copy.subject.bundle.manifest
     preprocessing = {**(manifest.preprocessing or {}), **changes}
     verification = {**manifest.verification, "accuracy": dict(copy.subject.accuracy)}
@@ -218,3 +235,79 @@ def _preprocess(copy: Copy, changes: Mapping[str, Any]) -> str:
     copy.write_model(model)
     copy.seal(preprocessing=preprocessing, verification=verification)
     return MANIFEST
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One row of FAULTS.
+
+    Attributes:
+        name: The change: "eps dropped".
+        where: The file or runtime that is changed.
+        expected: The stage that exists to catch it.
+        put: Changes a copy and returns the exact place. All but the flipped bits of the stage "integrity" seal the copy
+            again, so that no hash shows the fault.
+        evaluate: Evaluates the changed part, for the size of the effect; None where there is no number.
+        runner: A faulty runtime that replaces a good one.
+        many: The fault shows only in the number of right labels, which takes more samples.
+    """
+
+    name: str
+    where: str
+    expected: str
+    put: Callable[[Copy], str]
+    evaluate: Evaluate | None = None
+    runner: RunnerSpec | None = None
+    many: bool = False
+
+
+def faults_of(bundle: Bundle) -> tuple[Fault, ...]:
+    """Return FAULTS, and one flipped bit in each file of a bundle."""
+    names = (*bundle.manifest.files, MANIFEST)
+    return (*FAULTS, *(Fault("one flipped bit", name, "integrity", flip_anywhere(name)) for name in names))
+
+
+def _only_float32(copy: Copy) -> str:
+    """Change no file: the fault is in the engine."""
+    if (stored := copy.subject.bundle.manifest.onnx.get("precision", "float32")) != "float32":
+        raise NotTried(f"the bundle is {stored}, for which no engine computes in float32")
+    return ""
+
+
+def _open_tf32(bundle: Bundle, _device: str, _module: nn.Module | None, _settings: RunSettings) -> Runner:
+    """Open a runner that computes in TF32 for every setting."""
+    return EmulatedRunner(bundle, "tf32")
+
+
+_TF32 = RunnerSpec("emulated", "cpu", MODEL_ONNX, _open_tf32, lambda _device: None, default=False)
+#: Model file -> what evaluates it in float64.
+_MODELS: dict[str, Evaluate] = {
+    MODEL_ONNX: evaluate_onnx,
+    MODEL_TORCHSCRIPT: evaluate_torch(MODEL_TORCHSCRIPT),
+    MODEL_EXPORTED: evaluate_torch(MODEL_EXPORTED),
+}
+
+FAULTS: tuple[Fault, ...] = (
+    *(Fault(row.name, MODEL_ONNX, "file-proof", partial(spoil_norm, fault=row), evaluate_onnx) for row in NORM_FAULTS),
+    Fault("NaN in a weight", MODEL_ONNX, "file-proof", put_nan, evaluate_onnx),
+    *(
+        Fault("high bit of a weight, sealed again", name, "file-proof", flip_weight(name, high=True), evaluate)
+        for name, evaluate in _MODELS.items()
+    ),
+    *(
+        Fault("lowest bit of a weight, sealed again", name, "weights", flip_weight(name, high=False), evaluate)
+        for name, evaluate in _MODELS.items()
+    ),
+    Fault("high bit, sealed again", WEIGHTS, "golden-reference", flip_unfolded_weight, evaluate_weights),
+    *(
+        Fault("high bit, sealed again", f"{GOLDEN}/{kind}_0.pb", "golden", flip_golden(kind), evaluate_onnx)
+        for kind in ("input", "output")
+    ),
+    Fault("TF32 left on in strict mode", "emulated runtime", "precision", _only_float32, evaluate_tf32, _TF32),
+    Fault("pixels 0 to 255 for 0 to 1", MANIFEST, "accuracy", scale_pixels, many=True),
+    Fault("other mean and deviation", MANIFEST, "accuracy", normalise_pixels, many=True),
+    Fault("another output name", MODEL_ONNX, "declaration", rename_output),
+    Fault("another output type", MODEL_ONNX, "declaration", retype_output),
+    Fault("another opset claimed", MANIFEST, "declaration", claim_opset),
+    Fault("labels permuted", MANIFEST, "declaration", permute_labels),
+)

@@ -1,4 +1,4 @@
-"""The verifier's own test: does it see the faults that it exists to see, on this very bundle?
+"""The verifier's own test: faults are put into copies of a bundle, and each copy must fail the verification.
 
 A verification that passes proves little unless one that should fail does. So each fault of ``faults.FAULTS`` is put into a copy
 of the bundle, and the copy is verified as the bundle was.
@@ -17,17 +17,18 @@ from bnexport import interrupts
 from bnexport.bundle import MODEL_ONNX, Bundle
 from bnexport.errors import BundleError
 from bnexport.files import output_errors
+from bnexport.onnx_files.models import multiplications, read_model
 from bnexport.runtimes.catalogue import RunnerSpec
-from bnexport.runtimes.onnx_file import multiplications, read_model
-from bnexport.verification.fault_copy import Copy, FaultTarget, NotTried, effect_of
-from bnexport.verification.faults import Fault, faults_of
 from bnexport.verification.forecast import FACTOR
 from bnexport.verification.scope import Scope
+from bnexport.verification.self_test.copies import Copy, FaultTarget, NotTried, effect_of
+from bnexport.verification.self_test.faults import Fault, faults_of
 from bnexport.verification.verdict import FaultResult, VerificationReport
 from bnexport.verification.verify import verify
 
 if TYPE_CHECKING:
     from torch import nn
+
 
 #: Samples of each kind. The fewer there are, the harder a fault is to see; a verification uses up to 10,000.
 _SAMPLES = 64
@@ -36,7 +37,7 @@ _WORK, _MIN_SAMPLES = 5e8, 8
 #: The same where a fault shows in the number of right labels alone.
 _MANY_SAMPLES = 256
 #: Error of scale up to which a fault is none: rounding the folded weights to float32 is 1e-7. It is the proof's own bound, but
-#: not read from there: a bound that somebody made too wide must not excuse what it lets pass.
+#: not read from there: a bound made too wide must not excuse the faults that it lets pass.
 _HARMLESS = 1e-6
 #: One runtime that reads model.onnx: the proofs look at every file, whatever runs.
 _RUNTIME = "onnxruntime-cpu"
@@ -46,7 +47,7 @@ Progress = Callable[[int, int, str], None]
 
 
 def _silent(_number: int, _count: int, _fault: str) -> None:
-    """No progress is shown."""
+    """Show no progress."""
 
 
 def self_test(
@@ -61,10 +62,9 @@ def self_test(
 ) -> tuple[FaultResult, ...]:
     """Put every fault into a copy of a bundle and verify the copy, in strict float32, on few samples.
 
-    At most 64 samples of each kind, of a large network fewer; 256 where a fault shows in accuracy alone.
-
-    The copies lie in a temporary folder, one at a time, and are removed whatever happens. The bundle itself is verified first:
-    if that fails, a copy that fails shows nothing, and no fault is tried.
+    At most 64 samples of each kind are used, of a large network fewer; 256 where a fault shows in accuracy alone. The copies
+    lie in a temporary folder, one at a time, and are always removed. The bundle itself is verified first: if that fails, a
+    failing copy shows nothing, and no fault is tried.
 
     Args:
         bundle: A bundle or its directory; never changed.
@@ -81,7 +81,7 @@ def self_test(
     Raises:
         BundleError: Not a bundle, or its manifest is damaged.
         OutputError: A copy can't be written.
-        Unavailable: A runtime or a package is not here.
+        Unavailable: A runtime or a package is missing.
         DataError: As ``verify``.
         ModelError: ``module`` can't be evaluated in float64.
     """
@@ -103,7 +103,7 @@ def self_test(
 
 @dataclass(frozen=True)
 class _Tester:
-    """How every copy is verified: the arguments of ``self_test``."""
+    """The arguments of ``self_test``, with which every copy is verified."""
 
     runtimes: tuple[str | RunnerSpec, ...]
     data_dir: str | Path | None
@@ -112,7 +112,7 @@ class _Tester:
     seed: int
 
     def verify(self, bundle: Bundle, most: int, *, runner: RunnerSpec | None = None) -> VerificationReport:
-        """A verification of the same kind as any, of few samples and in strict float32 only."""
+        """Verify with few samples and in strict float32 only."""
         return verify(
             bundle,
             runtimes=self.runtimes if runner is None else (runner,),
@@ -147,7 +147,7 @@ class _Tester:
 def _judged(
     subject: FaultTarget, fault: Fault, where: str, effect: float | None, report: VerificationReport
 ) -> FaultResult:
-    """Caught by the stage that is there for it, or harmless, or caught by another, or missed."""
+    """Return a fault as caught by its stage, harmless, caught by another stage, or missed."""
     caught = tuple(dict.fromkeys((*(row.stage for row in report.failures), *report.missing_stages)))
     found = FaultResult(fault.name, where, fault.expected, caught, "caught" if caught else "missed", effect)
     if fault.expected not in caught and effect is not None and effect <= subject.harmless:
@@ -162,18 +162,18 @@ def _not_tried(fault: Fault, reason: str) -> FaultResult:
 
 
 def _told(error: BundleError, copy: Copy) -> str:
-    """Without the folder's name, which is gone when it is read."""
+    """Return the message without the temporary folder's name."""
     return error.message.replace(f"{copy.folder}/", "")
 
 
 def _few(bundle: Bundle) -> int:
-    """Samples of each kind that a copy is verified on."""
+    """Return the number of samples of each kind that a copy is verified on."""
     inputs, _ = bundle.golden()
     cost = multiplications(read_model(bundle.file(MODEL_ONNX)), {name: x.shape[1:] for name, x in inputs.items()})
     return max(_MIN_SAMPLES, min(_SAMPLES, int(_WORK // cost)))
 
 
 def _harmless(control: VerificationReport) -> float:
-    """What rounding the weights may do to this bundle: more in half precision, where it is measured."""
+    """Return the harmless effect of rounding this bundle's weights: more in half precision, where it is measured."""
     rows = [row for row in control.rows if (row.stage, row.subject) == ("file-proof", MODEL_ONNX)]
     return max([_HARMLESS, *(FACTOR * row.predicted for row in rows if row.predicted is not None)])
