@@ -19,12 +19,12 @@ from bnexport.exporting.request import ExportRequest, InputSpec, model_and_versi
 from bnexport.exporting.triton import check_triton_config, write_triton_config
 from bnexport.files import refuse_existing, staged_directory, write_atomically
 from bnexport.folding.fold import DEFAULT_MAX_GROWTH
+from bnexport.onnx_files.float64 import widen_array
 from bnexport.onnx_folding.fold import OnnxFoldResult, fold_onnx
 from bnexport.onnx_folding.inventory import opset_of
 from bnexport.onnx_folding.whole_proof import NotEvaluated, evaluator, first_that_works, run
 from bnexport.reporting.html import render_report
 from bnexport.reporting.results import ExportResult
-from bnexport.runtimes.float64 import widen_array
 from bnexport.tensors import DTYPES, Array, Signature, TensorSpec
 from bnexport.verification.golden import golden_inputs, real_images
 from bnexport.verification.verdict import VerificationReport

@@ -212,3 +212,24 @@ def other_sizes(names: Sequence[str]) -> Iterator[dict[str, int]]:
     """
     for steps in ((7, 13, 5), (32, 64, 32), (32, 32, 32), (64, 128, 64), (128, 128, 128)):
         yield dict(zip(names, itertools.cycle(steps), strict=False))
+
+
+def declared_problem(spec: TensorSpec, dtype: str, shape: Sequence[int | str | None], *, strict: bool) -> str | None:
+    """How what a file declares differs from the manifest, as a sentence without its full stop; None when it fits.
+
+    Args:
+        spec: What the manifest says.
+        dtype: What the file declares, as numpy's name.
+        shape: What the file declares; anything but a number is a dimension left open.
+        strict: Whether a size in the manifest must be declared. An output's may be left open by the file, an input's not.
+    """
+    if dtype != spec.dtype:
+        return f"{spec.name!r} is {dtype}, the manifest says {spec.dtype}"
+    fits = len(shape) == len(spec.shape) and all(
+        (have == want if isinstance(have, int) else not strict) if isinstance(want, int) else not isinstance(have, int)
+        for want, have in zip(spec.shape, shape, strict=True)
+    )
+    if not fits:
+        have, want = ("x".join("?" if dim is None else str(dim) for dim in dims) for dims in (shape, spec.shape))
+        return f"{spec.name!r} has shape {have or 'scalar'}, the manifest says {want}"
+    return None

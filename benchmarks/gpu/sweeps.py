@@ -9,7 +9,7 @@ from bnexport.bundle import MODEL_ONNX, Bundle
 from bnexport.optional import installed
 from bnexport.runtimes.base import Runner
 from bnexport.runtimes.catalogue import RunnerSpec, runner_spec
-from bnexport.runtimes.emulation import open_emulated
+from bnexport.runtimes.reference import open_emulated
 from bnexport.runtimes.settings import CONV_SEARCHES, OPTIMISATIONS, RunSettings
 from bnexport.verification.scope import Scope
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bnexport.errors import ExportError, UsageError
+from bnexport.onnx_files.models import read_screened
 from bnexport.protobuf_wire import Field, read_fields
-from bnexport.runtimes.onnx_file import read_screened
 
 
 class Reads(NamedTuple):

@@ -14,11 +14,11 @@ from onnx.reference import ReferenceEvaluator
 from torch import Tensor
 
 from bnexport.exporting.onnx_names import mentions
+from bnexport.onnx_files.float64 import widen
+from bnexport.onnx_files.operators import better_operators
 from bnexport.onnx_folding.element_types import TORCH, widened
 from bnexport.onnx_folding.inventory import is_default
 from bnexport.onnx_folding.shapes import Shapes
-from bnexport.runtimes.float64 import widen
-from bnexport.runtimes.operators import better_operators
 from bnexport.tensors import Array
 
 #: Operators that are computed ahead when all they read is constant.

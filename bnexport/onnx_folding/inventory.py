@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from onnx import GraphProto, ModelProto, NodeProto
 
 from bnexport.exporting.onnx_names import mentioned_inside, subgraphs
-from bnexport.runtimes.onnx_file import nodes
+from bnexport.onnx_files.models import nodes
 
 BATCH_NORM = "BatchNormalization"
 _DEFAULT_DOMAIN = ("", "ai.onnx")

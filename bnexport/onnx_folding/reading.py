@@ -10,9 +10,9 @@ import onnx
 from onnx import ModelProto, TensorProto, numpy_helper
 
 from bnexport.errors import ModelError
+from bnexport.onnx_files.models import graphs, nodes
 from bnexport.onnx_folding.inventory import opset_of
 from bnexport.optional import one_line
-from bnexport.runtimes.onnx_file import graphs, nodes
 from bnexport.validation.limits import refusing
 from bnexport.validation.onnx_file import validate_onnx
 from bnexport.validation.paths import check_regular

@@ -13,9 +13,9 @@ from onnx.reference import ReferenceEvaluator
 from torch import Tensor
 
 from bnexport.folding.proof import scale_error
+from bnexport.onnx_files.float64 import widen
+from bnexport.onnx_files.operators import better_operators
 from bnexport.optional import one_line
-from bnexport.runtimes.float64 import widen
-from bnexport.runtimes.operators import better_operators
 from bnexport.tensors import Array
 
 _BATCH = 2

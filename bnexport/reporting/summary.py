@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from bnexport.runtimes.emulation import PRECISIONS
+from bnexport.onnx_files.emulation import PRECISIONS
 from bnexport.verification.inputs import REAL
 from bnexport.verification.verdict import Flips, Prediction, Row, VerificationReport
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from bnexport.errors import BnexportError, BundleError, RuntimeUnavailable, UsageError
 from bnexport.optional import one_line
-from bnexport.tensors import Array, Signature, TensorSpec, check_feeds
+from bnexport.tensors import Array, Signature, TensorSpec, check_feeds, declared_problem
 
 REBUILD = "Write the bundle again with bnexport fold-and-export, or copy it again from its source"
 #: Words of CUDA, cuBLAS, cuDNN, torch and onnxruntime that a GPU fault contains, in lower case -> what to do. First match.
@@ -159,27 +159,6 @@ class Runner(ABC):
                     raise BundleError(f"{self.name}: output {problem}", remedy=REBUILD)
             checked[spec.name] = array
         return checked
-
-
-def declared_problem(spec: TensorSpec, dtype: str, shape: Sequence[int | str | None], *, strict: bool) -> str | None:
-    """How what a file declares differs from the manifest, as a sentence without its full stop; None when it fits.
-
-    Args:
-        spec: What the manifest says.
-        dtype: What the file declares, as numpy's name.
-        shape: What the file declares; anything but a number is a dimension left open.
-        strict: Whether a size in the manifest must be declared. An output's may be left open by the file, an input's not.
-    """
-    if dtype != spec.dtype:
-        return f"{spec.name!r} is {dtype}, the manifest says {spec.dtype}"
-    fits = len(shape) == len(spec.shape) and all(
-        (have == want if isinstance(have, int) else not strict) if isinstance(want, int) else not isinstance(have, int)
-        for want, have in zip(spec.shape, shape, strict=True)
-    )
-    if not fits:
-        have, want = ("x".join("?" if dim is None else str(dim) for dim in dims) for dims in (shape, spec.shape))
-        return f"{spec.name!r} has shape {have or 'scalar'}, the manifest says {want}"
-    return None
 
 
 def check_declared(

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from bnexport.errors import BnexportError, BundleError, RuntimeUnavailable
+from bnexport.onnx_files.models import read_screened
 from bnexport.optional import one_line
 from bnexport.runtimes import cuda_libraries, small_model
 from bnexport.runtimes.base import REBUILD, Runner, check_declared, device_remedy
 from bnexport.runtimes.node_placement import counts, placed_nodes, with_unique_names
-from bnexport.runtimes.onnx_file import read_screened
 from bnexport.runtimes.onnxruntime_session import (
     check_placement,
     in_effect,

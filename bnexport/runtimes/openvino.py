@@ -12,9 +12,9 @@ import numpy as np
 
 from bnexport.environment import cpu_name
 from bnexport.errors import BnexportError, BundleError, FeedError, RuntimeUnavailable
+from bnexport.onnx_files.models import read_screened
 from bnexport.optional import one_line, require
 from bnexport.runtimes.base import REBUILD, Runner, check_declared
-from bnexport.runtimes.onnx_file import read_screened
 from bnexport.runtimes.settings import RunSettings
 from bnexport.tensors import Array, Signature
 

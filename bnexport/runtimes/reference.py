@@ -1,17 +1,24 @@
-"""model.onnx in onnx's reference implementation, in float64: slow, exact, and of no engine's making."""
+"""Run model.onnx in onnx's reference implementation: in float64, or with the roundings of an emulated precision."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from bnexport.bundle import MODEL_ONNX, Bundle
 from bnexport.errors import BundleError
+from bnexport.onnx_files.emulation import Emulator
+from bnexport.onnx_files.float64 import Float64Evaluator
 from bnexport.optional import require
 from bnexport.runtimes.base import REBUILD, Runner
-from bnexport.runtimes.float64 import Float64Evaluator
 from bnexport.tensors import Array
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from bnexport.runtimes.settings import RunSettings
 
 
 class ReferenceRunner(Runner):
@@ -60,3 +67,40 @@ class ReferenceRunner(Runner):
         """Free the model."""
         super().close()
         self._evaluator = None
+
+
+class EmulatedRunner(Runner):
+    """Runs a bundle's model.onnx under an emulated precision, behind the interface of a real engine.
+
+    It stands in for a GPU where there is none, and says so: its device is the CPU. It proves nothing about any engine.
+
+    Args:
+        bundle: Its model.onnx is read.
+        precision: A key of PRECISIONS.
+
+    Raises:
+        BundleError: The file is missing, or can't be evaluated.
+        UsageError: There is no such precision.
+    """
+
+    def __init__(self, bundle: Bundle, precision: str) -> None:
+        self.name = f"emulated-{precision}"
+        self.signature = bundle.manifest.signature
+        self.effective_device = "cpu"
+        self._emulator = Emulator(bundle.file(MODEL_ONNX), precision)
+        self.description = {
+            "engine": "emulation in numpy, not a real engine",
+            "device": self.effective_device,
+            "file": MODEL_ONNX,
+            "precision": f"{self._emulator.precision.words}, emulated",
+        }
+
+    def _run(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
+        found = self._emulator.evaluate(feeds)
+        with np.errstate(over="ignore"):  # infinity is what such an engine would give
+            return {spec.name: found[spec.name].astype(spec.dtype) for spec in self.signature.outputs}
+
+
+def open_emulated(bundle: Bundle, _device: str, _module: nn.Module | None, settings: RunSettings) -> Runner:
+    """``RunnerSpec.opener`` of a runner that emulates the precision it is asked for."""
+    return EmulatedRunner(bundle, settings.precision)

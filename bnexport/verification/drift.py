@@ -13,11 +13,11 @@ import numpy as np
 
 from bnexport.bundle import MODEL_ONNX, Bundle, seal
 from bnexport.errors import BnexportError, BundleError, UsageError
+from bnexport.onnx_files.emulation import Emulator
+from bnexport.onnx_files.float64 import Float64Evaluator
+from bnexport.onnx_files.models import LINEAR, read_model
 from bnexport.runtimes.base import REBUILD
 from bnexport.runtimes.catalogue import RunnerSpec
-from bnexport.runtimes.emulation import Emulator
-from bnexport.runtimes.float64 import Float64Evaluator
-from bnexport.runtimes.onnx_file import LINEAR, read_model
 from bnexport.runtimes.replay import scale
 from bnexport.runtimes.settings import RunSettings
 from bnexport.tensors import DTYPES, Array, Signature, TensorSpec

@@ -13,9 +13,9 @@ import numpy as np
 from bnexport.bundle import MODEL_ONNX, WEIGHTS, Bundle, seal
 from bnexport.errors import BnexportError
 from bnexport.files import write_atomically
-from bnexport.runtimes.emulation import Emulator
-from bnexport.runtimes.float64 import Float64Evaluator
-from bnexport.runtimes.onnx_file import read_model
+from bnexport.onnx_files.emulation import Emulator
+from bnexport.onnx_files.float64 import Float64Evaluator
+from bnexport.onnx_files.models import read_model
 from bnexport.tensors import Array
 from bnexport.verification.metrics import measure
 from bnexport.verification.reference import Reference, is_known

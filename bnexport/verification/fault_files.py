@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bnexport.bundle import GOLDEN, MANIFEST, MODEL_ONNX, WEIGHTS
-from bnexport.runtimes.onnx_file import trained_tensors
+from bnexport.onnx_files.models import trained_tensors
 from bnexport.tensors import Array
 from bnexport.verification.fault_copy import Copy, NotTried
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from bnexport.bundle import GOLDEN, MANIFEST, MODEL_EXPORTED, MODEL_ONNX, MODEL_TORCHSCRIPT, WEIGHTS, Bundle
 from bnexport.runtimes.catalogue import RunnerSpec
-from bnexport.runtimes.emulation import EmulatedRunner
+from bnexport.runtimes.reference import EmulatedRunner
 from bnexport.verification.fault_copy import (
     Copy,
     Evaluate,

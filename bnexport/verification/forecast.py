@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bnexport.errors import BnexportError
-from bnexport.runtimes.emulation import ROUNDINGS, Emulator
-from bnexport.runtimes.float64 import Float64Evaluator
+from bnexport.onnx_files.emulation import ROUNDINGS, Emulator
+from bnexport.onnx_files.float64 import Float64Evaluator
 from bnexport.tensors import Array
 from bnexport.verification.inputs import Case, Outputs, heads
 from bnexport.verification.metrics import measure

@@ -11,8 +11,8 @@ import numpy as np
 
 from bnexport.bundle import MODEL_EXPORTED, MODEL_ONNX, MODEL_TORCHSCRIPT, Bundle
 from bnexport.errors import BnexportError, Unavailable
+from bnexport.onnx_files.models import trained_tensors
 from bnexport.optional import require
-from bnexport.runtimes.onnx_file import trained_tensors
 from bnexport.tensors import Array
 from bnexport.verification.inputs import Case, Outputs
 from bnexport.verification.stages import failed, float64_rows

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bnexport.bundle import WEIGHTS
-from bnexport.runtimes.emulation import ROUNDINGS
+from bnexport.onnx_files.emulation import ROUNDINGS
 from bnexport.runtimes.replay import incomparable
 from bnexport.verification.inputs import heads
 from bnexport.verification.prediction import compatible, detect

@@ -16,11 +16,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bnexport.errors import ProofError
-from bnexport.runtimes.emulation import SETTINGS, precision_of
-from bnexport.runtimes.float64 import Float64Evaluator
-from bnexport.runtimes.onnx_file import graphs, nodes
+from bnexport.onnx_files.emulation import BFLOAT16, FLOAT16, FLOAT32, SETTINGS, Format, precision_of, step_of
+from bnexport.onnx_files.float64 import Float64Evaluator
+from bnexport.onnx_files.models import graphs, nodes
 from bnexport.runtimes.replay import incomparable, scale
-from bnexport.runtimes.rounding import BFLOAT16, FLOAT16, FLOAT32, Format, step_of
 from bnexport.tensors import Array
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ from bnexport import interrupts
 from bnexport.bundle import MODEL_ONNX, Bundle
 from bnexport.errors import BundleError
 from bnexport.files import output_errors
+from bnexport.onnx_files.models import multiplications, read_model
 from bnexport.runtimes.catalogue import RunnerSpec
-from bnexport.runtimes.onnx_file import multiplications, read_model
 from bnexport.verification.fault_copy import Copy, FaultTarget, NotTried, effect_of
 from bnexport.verification.faults import Fault, faults_of
 from bnexport.verification.forecast import FACTOR

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from bnexport.bundle import MODEL_ONNX, Bundle
 from bnexport.errors import BnexportError
-from bnexport.runtimes.onnx_file import declaration_problem
+from bnexport.onnx_files.models import declaration_problem
 from bnexport.verification.forecast import FACTOR, Forecast
 from bnexport.verification.inputs import Case, Outputs, heads
 from bnexport.verification.metrics import Measurement, measure

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from bnexport.bundle import GOLDEN, MODEL_ONNX, WEIGHTS, Bundle
 from bnexport.errors import BnexportError, MissingDependency, Unavailable, UsageError
+from bnexport.onnx_files.models import multiplications, read_model
 from bnexport.optional import require
-from bnexport.runtimes.onnx_file import multiplications, read_model
 from bnexport.tensors import check_feeds
 from bnexport.verification.forecast import Forecast
 from bnexport.verification.format_proof import TENSORS, format_rows

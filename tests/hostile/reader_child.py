@@ -17,9 +17,9 @@ from bnexport.data.images import load_images
 from bnexport.errors import BnexportError
 from bnexport.loading.checkpoint import load_checkpoint, read_safetensors
 from bnexport.loading.weights import load_weights
+from bnexport.onnx_files.models import read_model
 from bnexport.onnx_folding.reading import read_source
 from bnexport.runtimes import torchscript
-from bnexport.runtimes.onnx_file import read_model
 from bnexport.runtimes.onnxruntime import OnnxRuntimeRunner
 from bnexport.runtimes.settings import RunSettings
 from bnexport.tensors import Signature, TensorSpec

@@ -23,7 +23,7 @@ from bnexport.data.images import load_images
 from bnexport.errors import BadInput, BundleError, DataError
 from bnexport.files import Refusal
 from bnexport.loading.checkpoint import read_safetensors
-from bnexport.runtimes.onnx_file import read_screened
+from bnexport.onnx_files.models import read_screened
 from bnexport.validation import validate_archive
 from bnexport.validation.archives import validate_weights
 from bnexport.validation.limits import LIMITS

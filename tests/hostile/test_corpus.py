@@ -24,9 +24,9 @@ from bnexport.data.images import load_images
 from bnexport.errors import BadInput
 from bnexport.loading.checkpoint import read_safetensors
 from bnexport.loading.weights import load_weights
+from bnexport.onnx_files.models import read_model
 from bnexport.onnx_folding.reading import read_source
 from bnexport.runtimes import onnxruntime, torchscript
-from bnexport.runtimes.onnx_file import read_model
 from bnexport.validation import validate_archive
 
 CORPUS: dict[str, Hostile] = {

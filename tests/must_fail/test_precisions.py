@@ -15,11 +15,12 @@ from must_fail.test_sabotage import WRONG_WEIGHTS, write_models
 from support.bundles import copy_bundle, reseal
 
 from bnexport.bundle import MODEL_ONNX, Bundle
+from bnexport.onnx_files.emulation import Emulator
+from bnexport.onnx_files.float64 import Float64Evaluator
 from bnexport.runtimes import catalogue
 from bnexport.runtimes.base import Runner
 from bnexport.runtimes.catalogue import RunnerSpec
-from bnexport.runtimes.emulation import EmulatedRunner, Emulator
-from bnexport.runtimes.float64 import Float64Evaluator
+from bnexport.runtimes.reference import EmulatedRunner
 from bnexport.runtimes.settings import RunSettings
 from bnexport.verification.scope import Scope
 from bnexport.verification.verdict import Row, VerificationReport

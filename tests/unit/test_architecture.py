@@ -24,7 +24,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("onnx_folding", "auditing", "evaluating"),
     ("verification", "serving", "deploying"),
     ("training", "folding", "exporting", "runtimes"),
-    ("loading",),
+    ("loading", "onnx_files"),
     ("nn", "data"),
 )
 #: Floor 0 has an order of its own, from top to bottom; each may import those after it.

@@ -30,7 +30,7 @@ from bnexport.bundle import MODEL_ONNX, Bundle
 from bnexport.errors import DataError, RuntimeUnavailable, UsageError
 from bnexport.runtimes.base import Runner
 from bnexport.runtimes.catalogue import RunnerSpec, runner_spec
-from bnexport.runtimes.emulation import EmulatedRunner
+from bnexport.runtimes.reference import EmulatedRunner
 from bnexport.runtimes.settings import CONV_SEARCHES, OPTIMISATIONS, RunSettings
 from bnexport.verification.scope import Scope
 

@@ -17,7 +17,7 @@ from bnexport.exporting.onnx_graph import OnnxTarget, export_onnx
 from bnexport.exporting.prepare import signature_of
 from bnexport.exporting.request import ExportRequest
 from bnexport.exporting.torchscript import export_torchscript
-from bnexport.runtimes.float64 import Float64Evaluator
+from bnexport.onnx_files.float64 import Float64Evaluator
 
 X = torch.from_numpy(np.random.default_rng(1).random((5, 1, 28, 28), dtype=np.float32))
 HALVES = {"float16": 10, "bfloat16": 7}  # bits of the mantissa

@@ -12,10 +12,22 @@ from support.bundles import copy_bundle, reseal
 
 from bnexport.bundle import MODEL_ONNX, Bundle
 from bnexport.errors import BundleError, UsageError
-from bnexport.runtimes import emulation
-from bnexport.runtimes.emulation import PRECISIONS, EmulatedRunner, Emulator, open_emulated, precision_of
-from bnexport.runtimes.float64 import Float64Evaluator
-from bnexport.runtimes.rounding import BFLOAT16, FLOAT16, FLOAT32, TF32, Format, cut_to, round_to, step_of
+from bnexport.onnx_files import emulation
+from bnexport.onnx_files.emulation import (
+    BFLOAT16,
+    FLOAT16,
+    FLOAT32,
+    PRECISIONS,
+    TF32,
+    Emulator,
+    Format,
+    cut_to,
+    precision_of,
+    round_to,
+    step_of,
+)
+from bnexport.onnx_files.float64 import Float64Evaluator
+from bnexport.runtimes.reference import EmulatedRunner, open_emulated
 from bnexport.runtimes.settings import RunSettings
 
 X = np.random.default_rng(0).random((5, 1, 28, 28), dtype=np.float32)

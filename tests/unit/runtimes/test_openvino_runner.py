@@ -8,9 +8,9 @@ import pytest
 
 from bnexport.bundle import MODEL_ONNX, Bundle
 from bnexport.errors import BundleError, RuntimeUnavailable
+from bnexport.onnx_files.emulation import Emulator
+from bnexport.onnx_files.float64 import Float64Evaluator
 from bnexport.runtimes import openvino
-from bnexport.runtimes.emulation import Emulator
-from bnexport.runtimes.float64 import Float64Evaluator
 from bnexport.runtimes.openvino import OpenVinoRunner, own_reason
 from bnexport.runtimes.settings import RunSettings
 from bnexport.tensors import Signature, TensorSpec

@@ -10,9 +10,9 @@ import torch
 from onnx import TensorProto, helper
 from torch.nn import functional
 
-from bnexport.runtimes.float64 import Float64Evaluator
-from bnexport.runtimes.onnx_file import read_model
-from bnexport.runtimes.pooling import average_pool, fast_operators, max_pool
+from bnexport.onnx_files.float64 import Float64Evaluator
+from bnexport.onnx_files.models import read_model
+from bnexport.onnx_files.operators import average_pool, better_operators, max_pool
 
 GEOMETRIES = [
     (kernel, stride, pad, dilation, ceil)
@@ -63,7 +63,7 @@ def model(outputs: list[str], operator: str = "MaxPool", **attributes: object) -
     [(["y"], {"ceil_mode": 1}, True), (["y", "at"], {}, False), (["y"], {"auto_pad": "SAME_UPPER"}, False)],
 )
 def test_only_what_is_understood_is_replaced(outputs: list[str], attributes: dict[str, object], fast: bool) -> None:
-    assert (fast_operators(read_model(model(outputs, **attributes))) is not None) == fast
+    assert (better_operators(read_model(model(outputs, **attributes))) is not None) == fast
 
 
 def test_the_proof_takes_a_padded_rounded_up_window() -> None:

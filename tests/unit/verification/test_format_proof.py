@@ -21,9 +21,9 @@ from bnexport.exporting.half import in_precision
 from bnexport.exporting.onnx_graph import export_onnx
 from bnexport.exporting.prepare import signature_of
 from bnexport.exporting.torchscript import export_torchscript
+from bnexport.onnx_files.float64 import Float64Evaluator
+from bnexport.onnx_files.models import read_model
 from bnexport.runtimes import torch_float64
-from bnexport.runtimes.float64 import Float64Evaluator
-from bnexport.runtimes.onnx_file import read_model
 from bnexport.runtimes.torch_float64 import TorchFloat64Evaluator
 from bnexport.tensors import Array, Signature
 from bnexport.verification.format_proof import format_rows

@@ -18,7 +18,7 @@ import bnexport
 from bnexport.bundle import MODEL_ONNX, Bundle
 from bnexport.errors import BundleError, FeedError, RuntimeUnavailable
 from bnexport.exporting.request import ExportRequest
-from bnexport.runtimes.onnx_file import multiplications, read_model
+from bnexport.onnx_files.models import multiplications, read_model
 from bnexport.runtimes.onnxruntime import OnnxRuntimeRunner
 from bnexport.tensors import Signature, TensorSpec
 from bnexport.verification.inputs import other_sized_batches

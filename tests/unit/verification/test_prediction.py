@@ -15,10 +15,10 @@ from support.bundles import network
 import bnexport
 from bnexport.bundle import MODEL_ONNX, Bundle
 from bnexport.errors import ProofError
+from bnexport.onnx_files.emulation import PRECISIONS, Emulator
+from bnexport.onnx_files.float64 import Float64Evaluator
+from bnexport.onnx_files.models import read_model
 from bnexport.runtimes.catalogue import runner_spec
-from bnexport.runtimes.emulation import PRECISIONS, Emulator
-from bnexport.runtimes.float64 import Float64Evaluator
-from bnexport.runtimes.onnx_file import read_model
 from bnexport.verification.prediction import _COARSENESS, Detected, compatible, detect, rounding_noise
 
 X = np.random.default_rng(0).random((64, 1, 28, 28), dtype=np.float32)

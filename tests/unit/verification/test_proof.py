@@ -14,10 +14,10 @@ from support.bundles import network
 
 from bnexport.bundle import MODEL_ONNX, Bundle
 from bnexport.errors import BundleError, ProofError
-from bnexport.runtimes import float64
-from bnexport.runtimes.float64 import Float64Evaluator, widen
-from bnexport.runtimes.onnx_file import declaration_problem, multiplications, read_model, trained_tensors
-from bnexport.runtimes.pooling import average_pool, fast_operators
+from bnexport.onnx_files import float64
+from bnexport.onnx_files.float64 import Float64Evaluator, widen
+from bnexport.onnx_files.models import declaration_problem, multiplications, read_model, trained_tensors
+from bnexport.onnx_files.operators import average_pool, better_operators
 from bnexport.tensors import Signature
 from bnexport.verification.metrics import Measurement, measure
 from bnexport.verification.tolerances import TOLERANCES
@@ -97,7 +97,7 @@ def test_onnxs_own_average_pool_agrees(bundle: Bundle) -> None:
 def test_average_pooling_is_fast_only_where_it_is_plain(attributes: dict[str, object], fast: bool) -> None:
     node = helper.make_node("AveragePool", ["x"], ["y"], kernel_shape=[2, 3], **attributes)
     source = model_of([node], opset=19, rank=4)
-    assert (fast_operators(read_model(source)) is not None) == fast
+    assert (better_operators(read_model(source)) is not None) == fast
     x = np.random.default_rng(1).standard_normal((2, 3, 6, 6))
     # onnx's own operator is wrong where the windows are rounded up and one hangs out; onnxruntime is not.
     options = onnxruntime.SessionOptions()

@@ -11,13 +11,14 @@ from bnexport.bundle import Manifest
 from bnexport.errors import BundleError
 from bnexport.files import Refusal
 from bnexport.optional import one_line, require
-from bnexport.runtimes.base import declared_problem
+from bnexport.tensors import declared_problem
 from bnexport.validation.limits import limit, refusing
 from bnexport.validation.onnx_file import validate_onnx
 from bnexport.validation.paths import check_regular
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
+
 
 _REBUILD = "Write the bundle again with bnexport fold-and-export, or copy it again from its source"
 _NOT = "is not an ONNX model that bnexport opens: it"

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bnexport.errors import BnexportError, BundleError, ProofError
+from bnexport.onnx_files.models import graphs, nodes, read_model
 from bnexport.optional import one_line, require
-from bnexport.runtimes.onnx_file import graphs, nodes, read_model
 from bnexport.tensors import Array
 
 if TYPE_CHECKING:
     from onnx import AttributeProto, ModelProto, NodeProto, TensorProto
+
 
 #: TensorProto's numbers of FLOAT, FLOAT16, BFLOAT16, and of DOUBLE.
 _NARROW = (1, 10, 16)
@@ -43,7 +44,7 @@ class Float64Evaluator:
         require("onnx", purpose="the float64 proof")
         from onnx.reference import ReferenceEvaluator
 
-        from bnexport.runtimes.operators import better_operators
+        from bnexport.onnx_files.operators import better_operators
 
         model = widen(read_model(source) if isinstance(source, bytes | Path) else source)
         self.inputs = tuple(item.name for item in model.graph.input)
