@@ -14,15 +14,15 @@ from bnexport.bundle import MODEL_ONNX, REPORT, Bundle, Manifest, seal, write_go
 from bnexport.environment import environment
 from bnexport.errors import ExportError, OutputError, UsageError
 from bnexport.exporting.onnx_graph import model_metadata
-from bnexport.exporting.prepare import check_labels
 from bnexport.exporting.request import ExportRequest, InputSpec, model_and_version, parse_inputs
+from bnexport.exporting.signature import check_labels
 from bnexport.exporting.triton import check_triton_config, write_triton_config
 from bnexport.files import refuse_existing, staged_directory, write_atomically
 from bnexport.folding.fold import DEFAULT_MAX_GROWTH
+from bnexport.folding.onnx_backend.fold import OnnxFoldResult, fold_onnx
+from bnexport.folding.onnx_backend.inventory import opset_of
+from bnexport.folding.onnx_backend.proof import NotEvaluated, evaluator, first_that_works, run
 from bnexport.onnx_files.float64 import widen_array
-from bnexport.onnx_folding.fold import OnnxFoldResult, fold_onnx
-from bnexport.onnx_folding.inventory import opset_of
-from bnexport.onnx_folding.whole_proof import NotEvaluated, evaluator, first_that_works, run
 from bnexport.reporting.html import render_report
 from bnexport.reporting.results import ExportResult
 from bnexport.tensors import DTYPES, Array, Signature, TensorSpec

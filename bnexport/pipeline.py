@@ -15,7 +15,6 @@ from bnexport.exporting.dynamic_size import check_sizes_vary, larger_example, wi
 from bnexport.exporting.formats import FORMATS, ExportJob
 from bnexport.exporting.half import in_precision
 from bnexport.exporting.onnx_graph import model_metadata, stamp_metadata
-from bnexport.exporting.prepare import check_labels, signature_of
 from bnexport.exporting.request import (
     ExportRequest,
     example_inputs,
@@ -23,6 +22,7 @@ from bnexport.exporting.request import (
     model_and_version,
     parse_inputs,
 )
+from bnexport.exporting.signature import check_labels, signature_of
 from bnexport.exporting.triton import check_triton_config, write_triton_config
 from bnexport.files import refuse_existing, staged_directory, write_atomically
 from bnexport.folding.fold import FoldResult, fold

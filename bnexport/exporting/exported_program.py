@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule, Node
 
 from bnexport.errors import ExportError
-from bnexport.exporting.varying import export_flat
+from bnexport.exporting.signature import export_flat
 from bnexport.files import write_atomically
 from bnexport.optional import one_line, quiet
 from bnexport.tensors import Signature

@@ -16,10 +16,10 @@ from torch.fx import GraphModule
 
 from bnexport.bundle import Manifest
 from bnexport.errors import ExportError
-from bnexport.exporting.onnx_names import graphs_within
-from bnexport.exporting.reshape_targets import simplify_reshapes
-from bnexport.exporting.varying import export_flat
+from bnexport.exporting.signature import export_flat
 from bnexport.files import write_atomically
+from bnexport.onnx_files.names import graphs_within
+from bnexport.onnx_files.reshape_targets import simplify_reshapes
 from bnexport.optional import one_line, quiet
 from bnexport.tensors import Signature
 

@@ -12,7 +12,7 @@ import torch
 from torch.fx import GraphModule
 
 from bnexport.errors import ExportError
-from bnexport.exporting.varying import flat
+from bnexport.exporting.signature import flat
 from bnexport.files import write_atomically
 from bnexport.optional import one_line
 

@@ -14,16 +14,15 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from bnexport.errors import ProofError, UsageError
-from bnexport.folding.devices import follow_input
 from bnexport.folding.engine import Account, Engine
 from bnexport.folding.plan import ATTEMPTS, Budget
 from bnexport.folding.report import FoldReport, FoldRow
 from bnexport.folding.torch_backend.constants import functionalise
 from bnexport.folding.torch_backend.graph import TorchGraph
-from bnexport.folding.torch_backend.names import batch_norm_nodes, module_class, module_path, shape_of
+from bnexport.folding.torch_backend.nodes import batch_norm_nodes, module_class, module_path, shape_of
 from bnexport.folding.torch_backend.proof import ROUGH_ERROR, fold_error, rough_error
 from bnexport.folding.torch_backend.trace import trace, two_samples
-from bnexport.folding.torch_backend.write import Writer
+from bnexport.folding.torch_backend.write import Writer, follow_input
 
 DEFAULT_MAX_GROWTH = 1.1
 

@@ -1,6 +1,6 @@
 """A network as folding sees it: values, what computes each, and who reads it. No framework is named here.
 
-A backend (``torch_graph`` for graphs of torch.export, ``onnx_folding`` for ONNX files) reads its nodes into these kinds,
+A backend (``torch_backend`` for graphs of torch.export, ``onnx_backend`` for ONNX files) reads its nodes into these kinds,
 evaluates them, and writes the changed ones back; the rules in between are one set for all.
 """
 

@@ -14,10 +14,9 @@ from torch.fx import GraphModule, Node
 from bnexport.folding.affine import Dim
 from bnexport.folding.graph import Clamp, Identity, Kind, Layer, Norm, NormCall, Op, Opaque, Weight, connect
 from bnexport.folding.torch_backend.constants import Constants, attribute
-from bnexport.folding.torch_backend.names import channels_of, describe, module_class, module_path
+from bnexport.folding.torch_backend.nodes import Reader, Reading, channels_of, describe, module_class, module_path
 from bnexport.folding.torch_backend.norms import NormReading, read_norms
 from bnexport.folding.torch_backend.readers import POOLS_WITH_POSITIONS, READERS, SPLITS, is_whole_slice
-from bnexport.folding.torch_backend.reading import Reader, Reading
 
 aten = torch.ops.aten
 

@@ -13,8 +13,7 @@ from torch.fx import GraphModule, Node
 
 from bnexport.folding.affine import Affine, ChannelAffine
 from bnexport.folding.torch_backend.constants import Constants
-from bnexport.folding.torch_backend.names import BATCH_NORM, dtype_of, module_stack, operator_name, shape_of
-from bnexport.folding.torch_backend.reading import argument
+from bnexport.folding.torch_backend.nodes import BATCH_NORM, argument, dtype_of, module_stack, operator_name, shape_of
 
 aten = torch.ops.aten
 

@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from bnexport.folding.proof import scale_error
-from bnexport.folding.torch_backend.names import dtype_of
+from bnexport.folding.torch_backend.nodes import dtype_of
 
 #: Rounding of float64 through a network of usual depth stays below; the smallest real fault (a dropped eps) is far above.
 MAX_ERROR = 1e-12

@@ -28,8 +28,7 @@ from bnexport.folding.graph import (
     Reshape,
     Slice,
 )
-from bnexport.folding.torch_backend.names import dtype_of, shape_of
-from bnexport.folding.torch_backend.reading import Reader, Reading, Surroundings, argument
+from bnexport.folding.torch_backend.nodes import Reader, Reading, Surroundings, argument, dtype_of, shape_of
 
 aten = torch.ops.aten
 

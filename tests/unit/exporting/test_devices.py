@@ -17,7 +17,7 @@ from torch.nn import functional
 
 import bnexport
 from bnexport.exporting.exported_program import export_program
-from bnexport.exporting.prepare import signature_of
+from bnexport.exporting.signature import signature_of
 from bnexport.exporting.torchscript import export_torchscript
 from bnexport.runtimes.exported_program import _on_device
 from bnexport.runtimes.exported_program import load as load_program

@@ -18,7 +18,7 @@ from torch import nn
 import bnexport
 from bnexport.errors import ExportError
 from bnexport.exporting.onnx_graph import OnnxTarget, check_model, export_onnx, stamp_metadata
-from bnexport.exporting.prepare import signature_of
+from bnexport.exporting.signature import signature_of
 from bnexport.exporting.torchscript import export_torchscript
 from bnexport.folding.torch_backend.trace import trace
 from bnexport.tensors import Signature

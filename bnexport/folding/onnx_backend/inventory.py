@@ -1,13 +1,18 @@
-"""The contents of a file: its operator set, its batch norms, the names that must stay."""
+"""The contents of a file: operator set, batch norms, names that must stay, and tensors converted between ONNX and torch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from onnx import GraphProto, ModelProto, NodeProto
+import numpy as np
+import torch
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
+from torch import Tensor
 
-from bnexport.exporting.onnx_names import mentioned_inside, subgraphs
+from bnexport.folding.torch_backend.write import flushed
 from bnexport.onnx_files.models import nodes
+from bnexport.onnx_files.names import mentioned_inside, subgraphs
+from bnexport.tensors import ELEMENT_TYPES, Array
 
 BATCH_NORM = "BatchNormalization"
 _DEFAULT_DOMAIN = ("", "ai.onnx")
@@ -60,3 +65,24 @@ def pinned(graph: GraphProto) -> set[str]:
     """Names that must stay: the graph's outputs, and what graphs inside nodes mention."""
     inside = (name for node in graph.node for name in mentioned_inside(node))
     return {*(value.name for value in graph.output), *inside}
+
+
+#: TensorProto's number -> torch's element type: those of ``tensors.ELEMENT_TYPES``, and bfloat16.
+TORCH: dict[int, torch.dtype] = {entry.onnx: getattr(torch, name) for name, entry in ELEMENT_TYPES.items()} | {
+    int(TensorProto.BFLOAT16): torch.bfloat16
+}
+ONNX: dict[torch.dtype, int] = {value: key for key, value in TORCH.items()}
+
+
+def widened(tensor: TensorProto) -> Array:
+    """A stored tensor as numpy: floats of any width in float64, anything else as it is."""
+    array = numpy_helper.to_array(tensor)
+    is_float = TORCH.get(tensor.data_type, torch.bool).is_floating_point
+    return array.astype(np.float64) if is_float else array
+
+
+def stored(name: str, value: Tensor, dtype: torch.dtype) -> TensorProto:
+    """A float64 tensor as it is written: rounded once, subnormal results flushed."""
+    cast = flushed(value, dtype).contiguous()
+    raw = cast.reshape(-1).view(torch.uint8).numpy().tobytes() if cast.numel() else b""
+    return TensorProto(name=name, dims=cast.shape, data_type=ONNX[dtype], raw_data=raw)

@@ -1,14 +1,18 @@
-"""What the nodes of a graph are called in sentences: operators, modules, classes."""
+"""The nodes of a torch.export graph: their names in sentences, shapes, arguments, and the result of reading one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from bnexport.folding.affine import Affine
+from bnexport.folding.graph import Kind, Weight
+from bnexport.folding.torch_backend.constants import Constants
 
 #: The one operator that is a BatchNorm by itself; each call of it has a row of its own in the report.
 BATCH_NORM = torch.ops.aten.batch_norm.default
@@ -77,3 +81,41 @@ def batch_norm_nodes(graph_module: GraphModule) -> Iterator[Node]:
     """The batch_norm operators of a graph, and of the graphs inside it (branches, regions under autocast)."""
     graphs = (module.graph for module in graph_module.modules() if isinstance(module, GraphModule))
     return (node for graph in graphs for node in graph.find_nodes(op="call_function", target=BATCH_NORM))
+
+
+class Surroundings(Protocol):
+    """What a reader may ask of the graph around a node."""
+
+    constants: Constants
+
+    def weight(self, node: Any) -> Weight | None:
+        """The stored tensor that a node stands for; None when it is no constant."""
+        ...
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a node is.
+
+    Attributes:
+        kind: What it computes.
+        inputs: The values it reads.
+        weight: Position of a layer's weight among the arguments.
+        bias: Position of its bias.
+    """
+
+    kind: Kind
+    inputs: tuple[Any, ...]
+    weight: int | None = None
+    bias: int | None = None
+
+
+#: Reads a node; None for what has no kind, a sentence for why not when there is more to say.
+Reader = Callable[[Node, Surroundings], Reading | str | None]
+
+
+def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
+    """An argument by position or name, as the operator's schema allows both."""
+    if position < len(node.args):
+        return node.args[position]
+    return node.kwargs.get(name, default)

@@ -11,18 +11,15 @@ import torch
 from onnx import ModelProto, NodeProto, ValueInfoProto
 from torch import Tensor
 
-from bnexport.exporting.onnx_names import mentions, reads
 from bnexport.folding.graph import Identity, Kind, Layer, NormCall, Op, Opaque, Reshape, connect
 from bnexport.folding.layers import channels_of
+from bnexport.folding.onnx_backend.constants import SHAPE_ONLY, Constants, Shapes, node_evaluator
+from bnexport.folding.onnx_backend.inventory import is_batch_norm, is_default, label, opset_of
+from bnexport.folding.onnx_backend.norms import unread_batch_norm
+from bnexport.folding.onnx_backend.readers import READERS, read_piece, read_split
+from bnexport.folding.onnx_backend.view import OVERRIDABLE, Context, Reading, Slot, View
 from bnexport.folding.torch_backend.graph import evaluate_kind
-from bnexport.onnx_folding.constants import SHAPE_ONLY, Constants, node_evaluator
-from bnexport.onnx_folding.inventory import is_batch_norm, is_default, label, opset_of
-from bnexport.onnx_folding.layer_nodes import with_tensors
-from bnexport.onnx_folding.norms import unread_batch_norm
-from bnexport.onnx_folding.readers import READERS
-from bnexport.onnx_folding.readers_split import read_piece, read_split
-from bnexport.onnx_folding.shapes import Shapes
-from bnexport.onnx_folding.view import OVERRIDABLE, Context, Reading, Slot, View
+from bnexport.onnx_files.names import mentions, reads
 from bnexport.tensors import Array
 
 #: What a reader may raise over a file whose attributes contradict each other.
@@ -273,3 +270,36 @@ def _tensors(op: Op, layer: Layer) -> dict[str, Array]:
         size = channels_of(layer.layout, layer.weight.shape, layer.groups)[1]
         feeds[_BIAS] = np.zeros(size) if layer.bias is None else layer.bias.load().contiguous().numpy()
     return feeds
+
+
+def with_tensors(
+    nodes: Sequence[NodeProto], weight_at: Slot | None, bias_at: Slot | None, *, weight: str | None, bias: str | None
+) -> list[NodeProto]:
+    """Copies of a layer's nodes that read other tensors.
+
+    Gemm multiplies its weight by alpha and its bias by beta; both are part of a folded tensor, so the factor goes.
+
+    Args:
+        nodes: Not changed.
+        weight_at: Where the weight is read.
+        bias_at: Where the bias is read, or would be.
+        weight: Name of another weight; None leaves what is there.
+        bias: Name of another bias; None leaves what is there.
+    """
+    copies = []
+    for node in nodes:
+        copy = NodeProto()
+        copy.CopyFrom(node)
+        copies.append(copy)
+    for place, name, factor in ((weight_at, weight, "alpha"), (bias_at, bias, "beta")):
+        if place is None or name is None:
+            continue
+        node, slot = copies[place[0]], place[1]
+        while len(node.input) <= slot:
+            node.input.append("")
+        node.input[slot] = name
+        if node.op_type == "Gemm":
+            kept = [item for item in node.attribute if item.name != factor]
+            del node.attribute[:]
+            node.attribute.extend(kept)
+    return copies

@@ -11,13 +11,11 @@ import torch
 from onnx import ModelProto, NodeProto, TensorProto, helper
 from torch import Tensor
 
-from bnexport.exporting.onnx_names import Names, mentions, reads
 from bnexport.folding.affine import Affine
 from bnexport.folding.graph import Clamp, Identity, Layer, Norm, Op, Weight
-from bnexport.onnx_folding.element_types import stored
-from bnexport.onnx_folding.inventory import BATCH_NORM, pinned
-from bnexport.onnx_folding.layer_nodes import with_tensors
-from bnexport.onnx_folding.onnx_graph import OnnxGraph, Source
+from bnexport.folding.onnx_backend.graph import OnnxGraph, Source, with_tensors
+from bnexport.folding.onnx_backend.inventory import BATCH_NORM, pinned, stored
+from bnexport.onnx_files.names import Names, mentions, reads
 
 
 class Writer:

@@ -10,16 +10,16 @@ from onnx import ModelProto, NodeProto
 from torch import Tensor
 
 from bnexport.errors import ExportError, ModelError, ProofError, UsageError
-from bnexport.exporting.reshape_targets import simplify_reshapes
 from bnexport.folding.engine import Account, Engine
 from bnexport.folding.fold import DEFAULT_MAX_GROWTH
+from bnexport.folding.onnx_backend.graph import OnnxGraph
+from bnexport.folding.onnx_backend.inventory import BATCH_NORM, count_batch_norms, inner_batch_norms, label
+from bnexport.folding.onnx_backend.proof import NotEvaluated, fold_error
+from bnexport.folding.onnx_backend.reading import MAX_BYTES, check_valid, is_fully_valid, read_source
+from bnexport.folding.onnx_backend.write import Writer
 from bnexport.folding.plan import ATTEMPTS, Budget
 from bnexport.folding.report import FoldReport, FoldRow
-from bnexport.onnx_folding.inventory import BATCH_NORM, count_batch_norms, inner_batch_norms, label
-from bnexport.onnx_folding.onnx_graph import OnnxGraph
-from bnexport.onnx_folding.reading import MAX_BYTES, check_valid, is_fully_valid, read_source
-from bnexport.onnx_folding.whole_proof import NotEvaluated, fold_error
-from bnexport.onnx_folding.write import Writer
+from bnexport.onnx_files.reshape_targets import simplify_reshapes
 from bnexport.optional import one_line
 
 #: Float64 rounding through a deep network stays below; the smallest real fault (a dropped eps) is far above.
@@ -55,7 +55,7 @@ def fold_onnx(
     The rules are those of ``bnexport.fold``. ``source`` is never changed. Names of nodes, values, weights and outputs stay;
     a weight that something else reads too keeps its numbers, and the fold gets a copy under a new name. Arithmetic is in
     float64, rounded once to the weight's element type. A Reshape whose target is computed from sizes gets a constant target
-    where it provably gives the same (``exporting.reshape_targets``).
+    where it provably gives the same (``onnx_files.reshape_targets``).
 
     Args:
         source: A file (external data beside it), its bytes, or a model.

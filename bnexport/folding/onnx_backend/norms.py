@@ -9,8 +9,8 @@ from torch import Tensor
 
 from bnexport.folding.affine import Affine, ChannelAffine, Dim
 from bnexport.folding.graph import Norm, NormCall, Opaque
-from bnexport.onnx_folding.inventory import BATCH_NORM
-from bnexport.onnx_folding.view import NOT_AN_INPUT, OVERRIDABLE, Reading, View
+from bnexport.folding.onnx_backend.inventory import BATCH_NORM
+from bnexport.folding.onnx_backend.view import NOT_AN_INPUT, OVERRIDABLE, Reading, View
 
 #: First operator set whose BatchNormalization says that it is training by an attribute; before, by its outputs.
 _TRAINING_MODE = 14

@@ -10,8 +10,8 @@ import onnx
 from onnx import ModelProto, TensorProto, numpy_helper
 
 from bnexport.errors import ModelError
+from bnexport.folding.onnx_backend.inventory import opset_of
 from bnexport.onnx_files.models import graphs, nodes
-from bnexport.onnx_folding.inventory import opset_of
 from bnexport.optional import one_line
 from bnexport.validation.limits import refusing
 from bnexport.validation.onnx_file import validate_onnx
