@@ -1,4 +1,4 @@
-"""ONNX: exported from the folded graph, cleaned, and then checked against what was asked."""
+"""ONNX: exported from the folded graph, cleaned, and then checked against the request."""
 
 from __future__ import annotations
 
@@ -36,12 +36,7 @@ _PRODUCER = "bnexport"
 
 @dataclass(frozen=True)
 class OnnxTarget:
-    """What the file must be.
-
-    Attributes:
-        opset: Version of the default operator set.
-        ir_version: Version of the file format; None: the lowest that the opset allows, at least 8.
-    """
+    """The requested operator set, and file format; ``ir_version`` None is the lowest that the opset allows, at least 8."""
 
     opset: int = DEFAULT_OPSET
     ir_version: int | None = None
@@ -50,7 +45,7 @@ class OnnxTarget:
         """The IR version to write.
 
         Raises:
-            ExportError: The opset is unknown, or needs a newer IR version than asked.
+            ExportError: The opset is unknown, or needs a newer IR version than requested.
         """
         newest = onnx.defs.onnx_opset_version()
         if not OLDEST_OPSET <= self.opset <= newest:
@@ -86,7 +81,7 @@ def export_onnx(
         target: Operator set and file format.
 
     Raises:
-        ExportError: The exporter can't write the graph, or what it wrote is not what was asked.
+        ExportError: The exporter can't write the graph, or the written file is not as requested.
     """
     ir_version = target.resolved_ir_version()
     _refuse_dropped(folded)
@@ -99,7 +94,7 @@ def export_onnx(
 
 
 def model_metadata(manifest: Manifest, *, parity: str) -> dict[str, str]:
-    """What a server that has only the model file wants to know, as ONNX metadata: text values under "bnexport." keys."""
+    """Return the facts for a server that has only the model file, as ONNX metadata: texts under "bnexport." keys."""
     return {**manifest.model_facts(), "bnexport.parity": parity}
 
 
@@ -115,10 +110,10 @@ def stamp_metadata(path: Path, metadata: Mapping[str, str]) -> None:
 def check_model(
     model: onnx.ModelProto, signature: Signature, opset: int, ir_version: int, *, normalisations: int = 0
 ) -> None:
-    """Assert on the written model what was asked for: the exporter has been seen to write something else.
+    """Check the written model against the request: the exporter has been seen to write something else.
 
     Raises:
-        ExportError: Naming the first thing that is not as asked.
+        ExportError: Naming the first difference.
     """
     opsets = {entry.domain: entry.version for entry in model.opset_import}
     found = sum(node.op_type == "BatchNormalization" for node in _nodes(model.graph))
@@ -144,7 +139,7 @@ def check_model(
 
 
 def _refuse_dropped(folded: GraphModule) -> None:
-    """Refuse what the exporter leaves out without a word: ONNX's AveragePool has no divisor of its own."""
+    """Refuse what the exporter drops silently: ONNX's AveragePool has no separate divisor."""
     aten = torch.ops.aten
     for node in folded.graph.nodes:
         if (
@@ -202,7 +197,7 @@ def _convert(folded: GraphModule, inputs: tuple[Tensor, ...], signature: Signatu
 
 
 def _drop_newer_defaults(model: onnx.ModelProto, opset: int) -> None:
-    """Remove attributes that an older operator lacks, when they say what it does anyway; the converter leaves them in."""
+    """Remove attributes that an older operator lacks, if they state its behaviour; the converter leaves them in."""
     for node in _nodes(model.graph):
         kept = [item for item in node.attribute if not (item.name == "noop_with_empty_axes" and item.i == 0)]
         if onnx.defs.get_schema(node.op_type, opset, node.domain).attributes.keys() >= {item.name for item in kept}:
@@ -213,8 +208,8 @@ def _drop_newer_defaults(model: onnx.ModelProto, opset: int) -> None:
 def _simplify(model: onnx_ir.Model) -> None:
     """Compute constants ahead and drop what nothing reads; the numbers stay the folded ones.
 
-    The exporter's own optimiser is left out: it folds BatchNormalization into convolutions once more, in float32, without
-    a word, and one in training mode too, which is wrong.
+    The exporter's own optimiser is off: it silently folds BatchNormalization into convolutions once more, in float32, also one
+    in training mode, which is wrong.
     """
     common.InlinePass()(model)
     onnxscript.optimizer.fold_constants(model)
@@ -225,7 +220,7 @@ def _simplify(model: onnx_ir.Model) -> None:
 
 
 def expected_normalisations(folded: GraphModule) -> int:
-    """BatchNormalization nodes that the file must have: the batch norms left, and instance norms by moving statistics."""
+    """Count the BatchNormalization nodes of the file: remaining batch norms, and instance norms by moving statistics."""
     aten = torch.ops.aten
     graphs = [module.graph for module in folded.modules() if isinstance(module, GraphModule)]  # branches too
     nodes = [node for graph in graphs for node in graph.nodes]
@@ -234,7 +229,7 @@ def expected_normalisations(folded: GraphModule) -> int:
 
 
 def _clean(model: onnx.ModelProto, signature: Signature) -> None:
-    """Take out what differs between two runs or names the exporting machine, and name the batch dimension."""
+    """Remove what differs between two runs or names the exporting machine, and name the batch dimension."""
     model.producer_name, model.producer_version, model.doc_string = _PRODUCER, "", ""
     graph = model.graph
     graph.doc_string = ""

@@ -1,4 +1,4 @@
-"""What a user asks for: where the bundle goes, what goes into the network, what the files must be."""
+"""The user's request: where the bundle goes, the network's inputs, the form of the files."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ _INPUT = re.compile(r"(?:(?P<name>[A-Za-z_]\w*)=)?(?P<shape>\d+(?:x\d+)*|scalar)
 
 @dataclass(frozen=True)
 class ExportRequest:
-    """How to export.
+    """The options of an export.
 
     Attributes:
         inputs: One text per input: ``[NAME=]SHAPE[:TYPE]``, the shape of one sample: "1x28x28", "tokens=16:int64". Empty:
-            as the checkpoint says.
-        labels: Class names in the order of the logits; None: as the checkpoint says.
-        dataset: Data set whose test images the verification uses; None: as the checkpoint says.
-        preprocessing: JSON of the preprocessing; None: as the checkpoint, or the package of the network, says.
+            as in the checkpoint.
+        labels: Class names in the order of the logits; None: as in the checkpoint.
+        dataset: Data set whose test images the verification uses; None: as in the checkpoint.
+        preprocessing: JSON of the preprocessing; None: as in the checkpoint, or in the package of the network.
         model_options: Named arguments of the network's constructor or factory: ``{"num_classes": 10}``.
         dynamic_size: Let height and width of image inputs vary, as the batch does.
-        max_growth: As for ``folding.fold``: how much larger the weights may become for the sake of a fold.
-        clamps: As for ``folding.fold``: fold across ReLU, at the price of a bound per channel.
-        precision: Of weights and arithmetic in the model files (``bundle.STORED_PRECISIONS``); inputs and outputs keep
-            their types.
+        max_growth: See ``folding.fold``: upper bound on the growth of the weights.
+        clamps: See ``folding.fold``: fold across ReLU, at the price of a bound per channel.
+        precision: Precision of weights and arithmetic in the model files (``bundle.STORED_PRECISIONS``); inputs and outputs
+            keep their types.
         onnx: Operator set and file format.
         formats: Names from ``exporting.formats.FORMATS``.
         allow_untrained: Accept BatchNorm layers that were never trained.
         force: Replace an existing bundle.
-        data_dir: Where the data set lies; None: the usual places.
+        data_dir: Folder of the data set; None: the usual places.
     """
 
     inputs: tuple[str, ...] = ()
@@ -62,9 +62,9 @@ class ExportRequest:
     data_dir: Path | None = None
 
     def images_at(self, dataset: str | None) -> Path | None:
-        """Where the verification of an export finds images: ``data_dir``, or the folder that the data set itself is.
+        """Folder of the images for the verification of an export: ``data_dir``, or the folder that the data set itself is.
 
-        A bundle from elsewhere may name any folder, so ``verify`` reads one only where it is told to; here the user names it.
+        An untrusted bundle may name any folder, so ``verify`` reads one only on request; here the user names it.
         """
         folder = None if dataset is None else folder_of(dataset)
         return self.data_dir or (folder if folder is not None and folder.is_dir() else None)
@@ -90,7 +90,7 @@ class InputSpec:
     dtype: str = "float32"
 
     def example(self, batch: int, generator: torch.Generator) -> Tensor:
-        """A batch of noise; of zeros for integers and flags, which are valid indices of every table."""
+        """Return a batch of noise; zeros for integers and flags, which are valid indices of every table."""
         dtype: torch.dtype = getattr(torch, self.dtype)
         if dtype.is_floating_point:
             return torch.randn(batch, *self.shape, generator=generator).to(dtype)
@@ -132,7 +132,7 @@ def _parse(text: str, default_name: str) -> InputSpec:
 
 
 def example_inputs(specs: tuple[InputSpec, ...], *, batch: int = 2, seed: int = 0) -> tuple[Tensor, ...]:
-    """One example batch; of 2 samples, because exporters take a batch of 1 for a constant."""
+    """Return one example batch of 2 samples, because exporters take a batch of 1 for a constant."""
     generator = torch.Generator().manual_seed(seed)
     try:
         return tuple(spec.example(batch, generator) for spec in specs)
@@ -145,7 +145,7 @@ def example_inputs(specs: tuple[InputSpec, ...], *, batch: int = 2, seed: int = 
 def fitted_preprocessing(
     preprocessing: Mapping[str, Any] | None, specs: tuple[InputSpec, ...]
 ) -> Mapping[str, Any] | None:
-    """What a source says of its preprocessing, for the inputs asked for: another size is that size, other channels are None."""
+    """Return a source's preprocessing for the requested inputs: another size is used; other channels give None."""
     if preprocessing is None or len(specs) != 1 or len(specs[0].shape) != 3:
         return None
     channels, height, width = specs[0].shape
@@ -155,10 +155,10 @@ def fitted_preprocessing(
 
 
 def model_and_version(out: Path) -> tuple[str, int]:
-    """Name and version from ``models/<name>/<version>``.
+    """Return name and version from ``models/<name>/<version>``.
 
     Raises:
-        UsageError: The last part is no positive integer, or there is no name before it.
+        UsageError: The last part is not a positive integer, or there is no name before it.
     """
     absolute = Path(out).absolute()
     version, name = absolute.name, absolute.parent.name

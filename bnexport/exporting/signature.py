@@ -23,9 +23,9 @@ BATCH = "batch"
 
 
 def flat(folded: GraphModule) -> GraphModule:
-    """A copy of the graph that takes and gives plain tensors in the signature's order, whatever forward nests them in.
+    """Return a copy of the graph with plain tensors as inputs and outputs, in the signature's order, instead of nested ones.
 
-    An output that is an input is copied: in a file every input and output has a name of its own.
+    An output that is an input is copied: in a file every input and output has a separate name.
     """
     graph = Graph()
     outputs = [item for item in pytree.tree_leaves(graph.graph_copy(folded.graph, {})) if item is not None]
@@ -37,12 +37,9 @@ def flat(folded: GraphModule) -> GraphModule:
 
 
 def export_flat(folded: GraphModule, inputs: tuple[Tensor, ...], axes: tuple[tuple[int, ...], ...]) -> ExportedProgram:
-    """``torch.export`` of the flat graph: the batch varies, and of each input the given axes.
+    """Return ``torch.export`` of the flat graph: the batch varies, and the given axes of each input.
 
-    Args:
-        folded: The folded network.
-        inputs: Example inputs with a batch of at least 2: a batch of 1 would be taken for a constant.
-        axes: Per input, what varies besides the batch.
+    ``inputs`` need a batch of at least 2: a batch of 1 would be taken for a constant.
     """
     batch = torch.export.Dim(BATCH)
     vary = torch.export.Dim.AUTO
@@ -54,10 +51,10 @@ def export_flat(folded: GraphModule, inputs: tuple[Tensor, ...], axes: tuple[tup
 
 
 def with_varying_sizes(plain: Signature, folded: GraphModule, inputs: tuple[Tensor, ...]) -> Signature:
-    """A signature with names where the size of an image, or what depends on it, varies, and from which size on it holds.
+    """Return a signature with names where the size of an image, or a size that depends on it, varies, and with smallest sizes.
 
-    Inputs that must have the same height share its name; one of its own is called after its input. A dimension of an output
-    that equals a size of an input has its name; another one that varies is called after its output.
+    Inputs that must have the same height share its name; a separate height is named after its input. A dimension of an output
+    that equals a size of an input has its name; another one that varies is named after its output.
 
     Args:
         plain: The signature for one size of image.
@@ -95,14 +92,14 @@ def with_varying_sizes(plain: Signature, folded: GraphModule, inputs: tuple[Tens
 
 
 def _lower_bound(size: Any) -> int:
-    """From which size on the graph is forward for sure: torch.export follows ``if x.shape[2] > 40`` and windows."""
+    """Return the size from which on the graph surely equals forward: torch.export follows ``if x.shape[2] > 40``, windows."""
     if isinstance(size, int):
         return 1
     return int(size.node.shape_env.bound_sympy(size.node.expr).lower)
 
 
 def _named(spec: TensorSpec, value: Any, names: dict[str, str], *, first: bool = False) -> TensorSpec:
-    """A tensor with names for what varies; ``names`` says what each expression is called and grows."""
+    """Return a tensor's spec with names for sizes that vary; ``names`` maps expressions to names and grows."""
     words, shape = size_axes(value.ndim), []
     for axis, size in enumerate(value.shape):
         if isinstance(size, int):
@@ -119,11 +116,11 @@ def _named(spec: TensorSpec, value: Any, names: dict[str, str], *, first: bool =
 def signature_of(
     folded: GraphModule, inputs: tuple[Tensor, ...], *, input_names: tuple[str, ...], dynamic_size: bool = False
 ) -> Signature:
-    """Run the network once and name what goes in and out.
+    """Run the network once and name its inputs and outputs.
 
-    A tensor returned alone is called "logits". Others are called by their keys or fields, joined by "." where they are
-    nested: "out", "features.0"; and "output_0", "output_1", ... in the order in which forward returns them where they have
-    none. None is no output.
+    A tensor returned alone is called "logits". Others are named by their keys or fields, joined by "." where they are nested:
+    "out", "features.0"; without keys "output_0", "output_1", ... in the order in which forward returns them. None is not an
+    output.
 
     Args:
         folded: The folded network.
@@ -133,7 +130,7 @@ def signature_of(
 
     Raises:
         ExportError: A network in another precision than float32, an input with an output's name, one tensor returned twice,
-            or an output that is no tensor, has no batch dimension, or has an element type that no engine takes.
+            or an output that is not a tensor, has no batch dimension, or has an element type that no engine takes.
     """
     _refuse_other_precisions(folded)
     with torch.no_grad():
@@ -164,7 +161,7 @@ def signature_of(
 
 
 def _output_names(paths: list[tuple[Any, ...]]) -> tuple[str, ...]:
-    """One name per output from its place in what forward returns."""
+    """Return one name per output from its place in the result of forward."""
     names = tuple(_path_name(path, index) for index, path in enumerate(paths))
     if len(paths) == 1 and names == ("output_0",):
         return ("logits",)
@@ -174,7 +171,7 @@ def _output_names(paths: list[tuple[Any, ...]]) -> tuple[str, ...]:
 
 
 def _path_name(path: tuple[Any, ...], index: int) -> str:
-    """Keys and fields joined by "."; "output_3" where there are none, or as a start where the first part is a position."""
+    """Join keys and fields by "."; "output_3" where there are none, or as a start where the first part is a position."""
     if all(isinstance(key, pytree.SequenceKey) for key in path):
         return f"output_{index}"
     first, *rest = (getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))) for key in path)
@@ -183,7 +180,7 @@ def _path_name(path: tuple[Any, ...], index: int) -> str:
 
 
 def check_labels(signature: Signature, labels: tuple[str, ...] | None) -> None:
-    """Refuse class names that are not one for each score; an output that is no row of scores says nothing of them.
+    """Refuse labels whose number differs from the number of scores; any output but one row of scores is accepted.
 
     Raises:
         ExportError: Another number of labels than of scores.
@@ -197,7 +194,7 @@ def check_labels(signature: Signature, labels: tuple[str, ...] | None) -> None:
 
 
 def _refuse_other_precisions(folded: GraphModule) -> None:
-    """Say so at once, not by a failed verdict: its bounds are those of float32 kernels."""
+    """Refuse at once instead of by a failed verdict: the verdict's bounds are those of float32 kernels."""
     for name, tensor in folded.named_parameters():
         if tensor.is_floating_point() and tensor.dtype is not torch.float32:
             raise ExportError(

@@ -44,11 +44,8 @@ _SMALL = 4096
 class Shapes:
     """Shapes and element types by name of the value.
 
-    Args:
-        model: Not changed.
-
     Attributes:
-        sizes: The inputs' varying sizes -> the numbers that stood for them.
+        sizes: The inputs' varying sizes -> the numbers in their place.
     """
 
     def __init__(self, model: ModelProto) -> None:
@@ -60,7 +57,7 @@ class Shapes:
         self._expressions = _expressions(self.sizes)
 
     def _round(self, skeleton: ModelProto, index: int) -> dict[str, ValueInfoProto]:
-        """Inference with numbers for sizes. What it can't tell but the file says of inner values helps it on."""
+        """Infer with numbers for sizes. Shapes of inner values that the file declares are added where inference fails."""
         sizes = {name: numbers[index] for name, numbers in self.sizes.items()}
         bound = _bound(skeleton, sizes)
         found = _inferred(bound)
@@ -72,21 +69,21 @@ class Shapes:
         return _inferred(bound)
 
     def of(self, name: str) -> tuple[Dim, ...] | None:
-        """Shape of a value; None when it is unknown."""
+        """Return the shape of a value; None when it is unknown."""
         each = [_numbers_of(found.get(name)) for found in self._numbers]
         if any(shape is None or len(shape) != len(each[0] or ()) for shape in each):
             return self._as_named(name)
         return tuple(self._dim(values) for values in zip(*(shape or () for shape in each), strict=True))
 
     def example(self, name: str) -> list[int] | None:
-        """Shape of a value in one example, in which the sizes of all values agree; None when it is unknown."""
+        """Return the shape of a value in one example, in which the sizes of all values agree; None when it is unknown."""
         found = _numbers_of(self._numbers[0].get(name))
         if found is None and (shape := self.of(name)) is not None and all(isinstance(size, int) for size in shape):
             return [int(size) for size in shape]
         return found
 
     def dtype(self, name: str) -> torch.dtype | None:
-        """Element type of a value; None when it is unknown or none that folding knows."""
+        """Return the element type of a value; None when it is unknown or folding does not support it."""
         value = self._numbers[0].get(name) or self._named.get(name)
         return None if value is None else TORCH.get(value.type.tensor_type.elem_type)
 
@@ -101,7 +98,7 @@ class Shapes:
         return sympy.Symbol("size_" + "_".join(map(str, values)), integer=True, positive=True)
 
     def _as_named(self, name: str) -> tuple[Dim, ...] | None:
-        """What the file itself says, where numbers in place of its names do not go through."""
+        """Return the file's own shape, where inference with numbers in place of its names fails."""
         value = self._named.get(name)
         if value is None or not value.type.tensor_type.HasField("shape"):
             return None
@@ -116,7 +113,7 @@ def _symbol(name: str) -> sympy.Symbol:
 
 
 def _expressions(sizes: Mapping[str, Sequence[int]]) -> list[tuple[sympy.Expr, list[int]]]:
-    """Single sizes, then products of two, with the numbers that they had."""
+    """Return single sizes, then products of two, with their numbers."""
     found: list[tuple[sympy.Expr, list[int]]] = [(_symbol(name), list(numbers)) for name, numbers in sizes.items()]
     for (left, first), (right, second) in itertools.combinations_with_replacement(list(found), 2):
         found.append((left * right, [a * b for a, b in zip(first, second, strict=True)]))
@@ -124,7 +121,7 @@ def _expressions(sizes: Mapping[str, Sequence[int]]) -> list[tuple[sympy.Expr, l
 
 
 def _skeleton(model: ModelProto) -> ModelProto:
-    """The model without the numbers of its large weights; sizes of inputs that have no name get one."""
+    """Return the model without the numbers of its large weights; sizes of inputs that have no name get one."""
     bare = ModelProto(ir_version=model.ir_version)
     bare.opset_import.extend(model.opset_import)
     bare.functions.extend(model.functions)
@@ -154,7 +151,7 @@ def _bare(tensor: TensorProto) -> TensorProto:
 
 
 def _varying(model: ModelProto) -> dict[str, tuple[int, ...]]:
-    """Names of sizes in the inputs -> the numbers for them, all different."""
+    """Return names of sizes in the inputs -> the numbers for them, all different."""
     found: dict[str, tuple[int, ...]] = {}
     others = itertools.count()
     for value in model.graph.input:
@@ -166,7 +163,7 @@ def _varying(model: ModelProto) -> dict[str, tuple[int, ...]]:
 
 
 def _bound(skeleton: ModelProto, sizes: Mapping[str, int]) -> ModelProto:
-    """A copy whose inputs have numbers for sizes; what it declares of other values is left out."""
+    """Return a copy whose inputs have numbers for sizes, without declared shapes of other values."""
     copy = ModelProto()
     copy.CopyFrom(skeleton)
     graph: GraphProto = copy.graph
@@ -227,14 +224,10 @@ _MAX_RANK = 16
 
 
 class Constants:
-    """The constants of a model's main graph, in float64.
-
-    Args:
-        model: Not changed.
-        shapes: Of its values.
+    """The constants of a model's main graph, in float64; the model is not changed.
 
     Attributes:
-        overridable: Initializers that are inputs too: a caller may give other numbers for them.
+        overridable: Initializers that are inputs too: a caller may replace them.
     """
 
     def __init__(self, model: ModelProto, shapes: Shapes) -> None:
@@ -259,37 +252,37 @@ class Constants:
         self._count_aliases()
 
     def known(self, name: str) -> bool:
-        """Whether a name stands for a constant."""
+        """Return True if a name stands for a constant."""
         return name in self._stored or name in self._nodes
 
     def computes(self, node: NodeProto) -> bool:
-        """Whether a node gives a constant."""
+        """Return True if a node gives a constant."""
         return bool(node.output) and node.output[0] in self._nodes
 
     def root(self, name: str) -> str:
-        """The constant that a name is another name of, by Identity nodes."""
+        """Return the constant behind a name, across Identity nodes."""
         return self._root.get(name, name)
 
     def readers(self, name: str) -> int:
-        """How many read a constant, under any of its names, or something that it is computed from."""
+        """Count the readers of a constant, under any of its names, and of the constants that it is computed from."""
         return self._readers.get(self.root(name), self._counts[self.root(name)])
 
     def uses(self, name: str) -> int:
-        """How many read a constant itself, under any of its names."""
+        """Count the readers of the constant itself, under any of its names."""
         return self._aliased[self.root(name)]
 
     def dtype(self, name: str) -> torch.dtype | None:
-        """Element type that a constant is stored in."""
+        """Return the stored element type of a constant."""
         tensor = self._stored.get(self.root(name))
         return TORCH.get(tensor.data_type) if tensor is not None else self._shapes.dtype(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a constant."""
+        """Return the shape of a constant."""
         tensor = self._stored.get(self.root(name))
         return tuple(tensor.dims) if tensor is not None else tuple(self.value(name).shape)
 
     def value(self, name: str) -> Array:
-        """Numbers of a constant: floats in float64, anything else as it is."""
+        """Return the numbers of a constant: floats in float64, other types unchanged."""
         stack = [name]
         while stack:
             top = stack[-1]
@@ -306,12 +299,12 @@ class Constants:
         return self._values[name]
 
     def tensor(self, name: str) -> Tensor:
-        """Numbers of a constant as a float64 tensor."""
+        """Return the numbers of a constant as a float64 tensor."""
         return torch.from_numpy(np.array(self.value(name), dtype=np.float64))
 
     @property
     def elements(self) -> int:
-        """Elements of all initializers and Constant nodes."""
+        """Count the elements of all initializers and Constant nodes."""
         inner = (self._shapes.example(name) or [] for name, node in self._nodes.items() if node.op_type == "Constant")
         return int(sum(math.prod(item.dims) for item in self._model.graph.initializer) + sum(map(math.prod, inner)))
 
@@ -326,11 +319,11 @@ class Constants:
         return self._elements_of(node) <= _MAX_ELEMENTS
 
     def _read_by(self, node: NodeProto) -> list[str]:
-        """Names of what a node computes with; CastLike looks at the type of its second input alone."""
+        """Return the names that a node computes with; CastLike reads only the type of its second input."""
         return [name for name in node.input[: 1 if node.op_type == "CastLike" else None] if name]
 
     def _elements_of(self, node: NodeProto) -> int:
-        """At most so many elements does a computed constant have; where the file does not tell, by what it is made from."""
+        """Return an upper bound on the elements of a computed constant; without a declared shape, from its sources."""
         if (shape := self._shapes.example(node.output[0])) is not None:
             return math.prod(shape)
         if node.op_type in ("Expand", "ConstantOfShape"):
@@ -345,7 +338,7 @@ class Constants:
         return max(self._elements_of(node), 1) if node.op_type != "Constant" else max(self.value(name).size, 1)
 
     def _count_aliases(self) -> None:
-        """Readers of each constant: a second name is no reader, and what is computed from a shared one is shared too."""
+        """Count readers of each constant: a second name is not a reader; the result of a shared constant is shared too."""
         for name, node in self._nodes.items():
             if node.op_type == "Identity":
                 self._root[name] = self.root(node.input[0])
@@ -362,7 +355,7 @@ class Constants:
             self._readers[root] = max(self._readers.get(root, 0), self._aliased[root], *above, 0)
 
     def _is_weight(self, name: str) -> bool:
-        """Whether a constant is more than a shape, an axis or a single number."""
+        """Return True if a constant is more than a shape, an axis or a single number."""
         dtype, shape = self.dtype(name), self._shapes.example(name)
         return dtype is not None and dtype.is_floating_point and (shape is None or math.prod(shape) > 1)
 
@@ -380,7 +373,7 @@ class Constants:
 
 
 def node_evaluator(nodes: list[NodeProto], model: ModelProto, inputs: list[str], output: str) -> Any:
-    """The reference evaluator of a few nodes alone, every float widened to float64."""
+    """Return the reference evaluator of a few nodes alone, every float widened to float64."""
     double = TensorProto.DOUBLE
     graph = helper.make_graph(
         nodes,

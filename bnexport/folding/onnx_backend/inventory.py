@@ -19,32 +19,32 @@ _DEFAULT_DOMAIN = ("", "ai.onnx")
 
 
 def opset_of(model: ModelProto) -> int:
-    """Version of the default operator set; 0 when the file imports none."""
+    """Return the version of the default operator set; 0 when the file imports none."""
     return next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
 
 
 def label(node: NodeProto) -> str:
-    """What a node is called in the account: its name, or that of its first output."""
+    """Return a node's name in the report: its own name, or that of its first output."""
     return node.name or next((name for name in node.output if name), node.op_type)
 
 
 def is_default(node: NodeProto) -> bool:
-    """Whether an operator is ONNX's own."""
+    """Return True if an operator belongs to ONNX's default domain."""
     return node.domain in _DEFAULT_DOMAIN
 
 
 def is_batch_norm(node: NodeProto) -> bool:
-    """Whether a node has a row in the account."""
+    """Return True if a node has a row in the report."""
     return node.op_type == BATCH_NORM and is_default(node)
 
 
 def count_batch_norms(model: ModelProto) -> int:
-    """BatchNormalization nodes of all graphs and functions."""
+    """Count the BatchNormalization nodes of all graphs and functions."""
     return sum(map(is_batch_norm, nodes(model)))
 
 
 def inner_batch_norms(model: ModelProto) -> Iterator[tuple[NodeProto, str]]:
-    """Each BatchNormalization outside the main graph, and where it is, as the end of a sentence."""
+    """Return each BatchNormalization outside the main graph, and its place as the end of a sentence."""
     for node in _inside(model.graph.node):
         if is_batch_norm(node):
             yield node, "the body of an If, Loop or Scan"
@@ -62,7 +62,7 @@ def _inside(group: Iterable[NodeProto]) -> Iterator[NodeProto]:
 
 
 def pinned(graph: GraphProto) -> set[str]:
-    """Names that must stay: the graph's outputs, and what graphs inside nodes mention."""
+    """Return the names that must stay: the graph's outputs, and names that inner graphs mention."""
     inside = (name for node in graph.node for name in mentioned_inside(node))
     return {*(value.name for value in graph.output), *inside}
 
@@ -75,14 +75,14 @@ ONNX: dict[torch.dtype, int] = {value: key for key, value in TORCH.items()}
 
 
 def widened(tensor: TensorProto) -> Array:
-    """A stored tensor as numpy: floats of any width in float64, anything else as it is."""
+    """Return a stored tensor as numpy: floats of any width in float64, other types unchanged."""
     array = numpy_helper.to_array(tensor)
     is_float = TORCH.get(tensor.data_type, torch.bool).is_floating_point
     return array.astype(np.float64) if is_float else array
 
 
 def stored(name: str, value: Tensor, dtype: torch.dtype) -> TensorProto:
-    """A float64 tensor as it is written: rounded once, subnormal results flushed."""
+    """Return a float64 tensor as it is written: rounded once, subnormal results flushed."""
     cast = flushed(value, dtype).contiguous()
     raw = cast.reshape(-1).view(torch.uint8).numpy().tobytes() if cast.numel() else b""
     return TensorProto(name=name, dims=cast.shape, data_type=ONNX[dtype], raw_data=raw)

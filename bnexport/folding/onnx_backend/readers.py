@@ -63,7 +63,7 @@ def read_conv(view: View) -> Reading | str | None:
 
 
 def _fits(view: View, layout: str, weight: Weight, bias: Weight | None, groups: int) -> bool:
-    """Whether groups, channels and bias go together: the checker does not look."""
+    """Return True if groups, channels and bias fit together; the checker does not check that."""
     shape, value = weight.shape, view.shape()
     if groups < 1 or shape[0] % groups:
         return False
@@ -73,7 +73,7 @@ def _fits(view: View, layout: str, weight: Weight, bias: Weight | None, groups: 
 
 
 def _geometry(view: View, spatial: int) -> Geometry | None:
-    """None where the padding follows from the input's size."""
+    """Return None where the padding follows from the input's size."""
     if view.attribute("auto_pad", "NOTSET") in _SAME or view.attribute("output_shape") is not None:
         return None
     ones, pads = (1,) * spatial, tuple(view.attribute("pads", (0,) * (2 * spatial)))
@@ -131,7 +131,7 @@ def read_matmul(view: View) -> Reading | str | None:
 
 
 def _with_bias(view: View, layer: Layer, found: Reading) -> Reading | None:
-    """MatMul and Add together, where the Add is the product's only reader and adds one number per output channel."""
+    """Read MatMul and Add together, where the Add is the product's only reader and adds one number per output channel."""
     add = view.context.followers.get(view.node.output[0])
     if add is None or add.op_type != "Add" or not is_default(add) or layer.layout != "right":
         return None
@@ -185,7 +185,7 @@ def read_piece(split: View, at: View) -> Reading | None:
 
 
 def _bounds(shape: tuple[Dim, ...], axis: int, sizes: list[Dim]) -> list[tuple[int, int]] | None:
-    """Start and stop of each piece; None when a size varies, or they do not add up."""
+    """Return start and stop of each piece; None when a size varies, or they do not add up."""
     start, found = 0, []
     for size in sizes:
         if not isinstance(size, int):
