@@ -12,9 +12,9 @@ if TYPE_CHECKING:
     from bnexport.bundle import Bundle
     from bnexport.errors import BnexportError
     from bnexport.folding.fold import FoldResult, fold
+    from bnexport.folding.onnx_backend.fold import OnnxFoldResult, fold_onnx
     from bnexport.folding.report import FoldReport
     from bnexport.nn.lenet import bn_lenet
-    from bnexport.onnx_folding.fold import OnnxFoldResult, fold_onnx
     from bnexport.pipeline import fold_and_export
     from bnexport.serving.predictor import predict_images as predict
     from bnexport.verification.verdict import VerificationReport
@@ -43,12 +43,12 @@ _HOME: dict[str, tuple[str, str]] = {
     "Bundle": ("bnexport.bundle", "Bundle"),
     "FoldReport": ("bnexport.folding.report", "FoldReport"),
     "FoldResult": ("bnexport.folding.fold", "FoldResult"),
-    "OnnxFoldResult": ("bnexport.onnx_folding.fold", "OnnxFoldResult"),
+    "OnnxFoldResult": ("bnexport.folding.onnx_backend.fold", "OnnxFoldResult"),
     "VerificationReport": ("bnexport.verification.verdict", "VerificationReport"),
     "bn_lenet": ("bnexport.nn.lenet", "bn_lenet"),
     "fold": ("bnexport.folding.fold", "fold"),
     "fold_and_export": ("bnexport.pipeline", "fold_and_export"),
-    "fold_onnx": ("bnexport.onnx_folding.fold", "fold_onnx"),
+    "fold_onnx": ("bnexport.folding.onnx_backend.fold", "fold_onnx"),
     "predict": ("bnexport.serving.predictor", "predict_images"),
     "verify": ("bnexport.verification.verify", "verify"),
 }

@@ -14,15 +14,15 @@ from bnexport.bundle import MODEL_ONNX, REPORT, Bundle, Manifest, seal, write_go
 from bnexport.environment import environment
 from bnexport.errors import ExportError, OutputError, UsageError
 from bnexport.exporting.onnx_graph import model_metadata
-from bnexport.exporting.prepare import check_labels
 from bnexport.exporting.request import ExportRequest, InputSpec, model_and_version, parse_inputs
+from bnexport.exporting.signature import check_labels
 from bnexport.exporting.triton import check_triton_config, write_triton_config
 from bnexport.files import refuse_existing, staged_directory, write_atomically
 from bnexport.folding.fold import DEFAULT_MAX_GROWTH
+from bnexport.folding.onnx_backend.fold import OnnxFoldResult, fold_onnx
+from bnexport.folding.onnx_backend.inventory import opset_of
+from bnexport.folding.onnx_backend.proof import NotEvaluated, evaluator, first_that_works, run
 from bnexport.onnx_files.float64 import widen_array
-from bnexport.onnx_folding.fold import OnnxFoldResult, fold_onnx
-from bnexport.onnx_folding.inventory import opset_of
-from bnexport.onnx_folding.whole_proof import NotEvaluated, evaluator, first_that_works, run
 from bnexport.reporting.html import render_report
 from bnexport.reporting.results import ExportResult
 from bnexport.tensors import DTYPES, Array, Signature, TensorSpec
@@ -35,7 +35,7 @@ _HALVES = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
 
 
 class _Failed(Exception):
-    """Leaves the staged directory, so that it vanishes."""
+    """Leaves the staged directory, so that it is removed."""
 
 
 def fold_onnx_file(
@@ -52,13 +52,13 @@ def fold_onnx_file(
         source: The file.
         out: The file to write, with weights inside.
         force: Replace ``out`` if it exists.
-        max_growth: As for ``fold_onnx``.
-        clamps: As for ``fold_onnx``.
+        max_growth: See ``fold_onnx``.
+        clamps: See ``fold_onnx``.
 
     Raises:
         OutputError: ``out`` exists already, or can't be written.
-        BadInput: As ``fold_onnx``; nothing was written.
-        ProofError: As ``fold_onnx``; nothing was written.
+        BadInput: See ``fold_onnx``; nothing was written.
+        ProofError: See ``fold_onnx``; nothing was written.
     """
     path = Path(out)
     if path.is_dir():
@@ -84,14 +84,14 @@ def fold_and_export_onnx(
         source: The file.
         out: The bundle's directory, ``models/<name>/<version>``.
         request: Labels, preprocessing, data set, sizes that vary, ``force``; the rest does not apply to a file.
-        max_growth: As for ``fold_onnx``.
-        clamps: As for ``fold_onnx``.
+        max_growth: See ``fold_onnx``.
+        clamps: See ``fold_onnx``.
 
     Raises:
         ExportError: The file can't be verified: inputs or outputs without a batch or a shape, another precision than
             float32, an operator that can't be evaluated in float64.
-        BadInput: Something else about the source, the request or the output path; nothing was written.
-        ProofError: A fold that is not exact; nothing was written.
+        BadInput: Another fault of the source, the request or the output path; nothing was written.
+        ProofError: A fold is not exact; nothing was written.
     """
     request, path = request or ExportRequest(), Path(out)
     name, version = model_and_version(path)
@@ -124,7 +124,7 @@ def fold_and_export_onnx(
 
 
 def signature_of_file(model: ModelProto) -> Signature:
-    """Names, element types and shapes that a file declares; sizes that it leaves open without a name get one.
+    """Return the declared names, element types and shapes of a file; open sizes without a name get one.
 
     Raises:
         ExportError: A shape that is not declared, no batch, or a precision that the strict float32 bounds do not fit.
@@ -159,7 +159,7 @@ def _spec(value: ValueInfoProto) -> TensorSpec:
 
 
 def _write_golden(stage: Path, manifest: Manifest, original: ModelProto, request: ExportRequest) -> None:
-    """Inputs, and what the file as it was gives for them in float64."""
+    """Write inputs, and the original file's outputs for them in float64."""
     signature = manifest.signature
     try:
         engine = evaluator(original)
@@ -179,16 +179,16 @@ def _write_golden(stage: Path, manifest: Manifest, original: ModelProto, request
 
 
 def _of_fixed_batch(spec: TensorSpec, array: Array) -> Array:
-    """As many samples as a fixed batch holds, in turn."""
+    """Return as many samples as a fixed batch holds, repeated in turn."""
     n = spec.shape[0]
     return array if isinstance(n, str) else np.resize(array, (n, *array.shape[1:]))
 
 
 def _sample_shapes(signature: Signature, texts: tuple[str, ...]) -> dict[str, tuple[int, ...]] | None:
-    """Shape of one sample of each input, as asked for or as declared; None when sizes vary and none were asked for.
+    """Return the requested or declared shape of one sample of each input; None when sizes vary and none were requested.
 
     Raises:
-        UsageError: --input does not fit what the file declares.
+        UsageError: --input does not fit the file's declaration.
     """
     if not texts:
         fixed = {spec.name: tuple(d for d in spec.sample_shape if isinstance(d, int)) for spec in signature.inputs}
@@ -219,7 +219,7 @@ def _named(specs: tuple[InputSpec, ...], signature: Signature) -> Mapping[str, I
 
 
 def _stamped(model: ModelProto, manifest: Manifest, *, parity: str) -> bytes:
-    """The file's bytes with what a server wants to know in its metadata; what was there stays."""
+    """Return the file's bytes with a server's facts added to its metadata."""
     copy = ModelProto()
     copy.CopyFrom(model)
     entries = {item.key: item.value for item in copy.metadata_props} | model_metadata(manifest, parity=parity)
@@ -231,7 +231,7 @@ def _stamped(model: ModelProto, manifest: Manifest, *, parity: str) -> bytes:
 
 
 def _finish(stage: Path, manifest: Manifest, result: OnnxFoldResult, report: VerificationReport, path: Path) -> None:
-    """Put the verdict into the model file's metadata, the page and the manifest."""
+    """Write the verdict into the model file's metadata, the page and the manifest."""
     write_atomically(stage / MODEL_ONNX, _stamped(result.model, manifest, parity=report.parity()))
     page = render_report(
         manifest,

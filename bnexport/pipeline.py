@@ -1,4 +1,4 @@
-"""The whole flow on one page: check, fold, export, verify, and only then let the bundle appear."""
+"""The whole flow on one page: check, fold, export, verify, and only then publish the bundle."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from bnexport.exporting.dynamic_size import check_sizes_vary, larger_example, wi
 from bnexport.exporting.formats import FORMATS, ExportJob
 from bnexport.exporting.half import in_precision
 from bnexport.exporting.onnx_graph import model_metadata, stamp_metadata
-from bnexport.exporting.prepare import check_labels, signature_of
 from bnexport.exporting.request import (
     ExportRequest,
     example_inputs,
@@ -23,6 +22,7 @@ from bnexport.exporting.request import (
     model_and_version,
     parse_inputs,
 )
+from bnexport.exporting.signature import check_labels, signature_of
 from bnexport.exporting.triton import check_triton_config, write_triton_config
 from bnexport.files import refuse_existing, staged_directory, write_atomically
 from bnexport.folding.fold import FoldResult, fold
@@ -39,7 +39,7 @@ from bnexport.verification.verify import verify
 
 
 class _Failed(Exception):
-    """Leaves the staged directory, so that it vanishes."""
+    """Leaves the staged directory, so that it is removed."""
 
 
 def fold_and_export(
@@ -52,14 +52,14 @@ def fold_and_export(
     """Fold, export and verify a network, and write one bundle: all of it, or nothing.
 
     Args:
-        source: What ``loading.sources.load_source`` takes, or a module.
+        source: A source as for ``loading.sources.load_source``, or a module.
         out: The bundle's directory, ``models/<name>/<version>``.
         weights: Weights for a source that has none.
-        request: How to export; default: as the checkpoint says.
+        request: The options of the export; default: as in the checkpoint.
 
     Raises:
-        BadInput: Something about the source, the request or the output path; nothing was written.
-        ProofError: A fold that is not exact; nothing was written.
+        BadInput: The source, the request or the output path is unusable; nothing was written.
+        ProofError: A fold is not exact; nothing was written.
     """
     request, path = request or ExportRequest(), Path(out)
     name, version = model_and_version(path)
@@ -120,7 +120,7 @@ def _loaded(source: str | nn.Module | LoadedModel, weights: Path | None, request
 
 
 def _warned_of_stale_statistics(result: FoldResult, loaded: LoadedModel, request: ExportRequest) -> FoldResult:
-    """A fold makes moving statistics part of the weights; the account says when they do not fit the network."""
+    """Add a warning to the fold report if the moving statistics, which a fold puts into the weights, do not fit the network."""
     subject = Subject(loaded.module, loaded.dataset, loaded.preprocessing)
     warning = stale_warning(subject, data_dir=request.data_dir) if result.report.rows else ""
     warnings = (*result.report.warnings, *([warning] if warning else []))
@@ -142,7 +142,7 @@ def _onnx_facts(request: ExportRequest) -> dict[str, str | int]:
 
 
 def _finish(stage: Path, manifest: Manifest, result: FoldResult, report: VerificationReport, path: Path) -> None:
-    """Put the verdict into the model file's metadata, the page and the manifest."""
+    """Write the verdict into the model file's metadata, the page and the manifest."""
     stamp_metadata(stage / MODEL_ONNX, model_metadata(manifest, parity=report.parity()))
     page = render_report(
         manifest,

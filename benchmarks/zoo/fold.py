@@ -16,7 +16,7 @@ from benchmarks.folding.cost import cost_of
 from benchmarks.zoo.network import EXAMPLE, Subject, make_subject, outputs_of
 from bnexport.folding.fold import fold_traced
 from bnexport.folding.report import FoldReport, FoldRow
-from bnexport.folding.torch_backend.names import module_path
+from bnexport.folding.torch_backend.nodes import module_path
 from bnexport.folding.torch_backend.trace import trace
 
 aten = torch.ops.aten

@@ -1,4 +1,4 @@
-"""Height and width that vary: whether the network allows it at all, and an example to trace it with."""
+"""Height and width that vary: a check that the network allows it, and an example to trace it with."""
 
 from __future__ import annotations
 
@@ -24,18 +24,14 @@ _ROUNDING = 1e-3
 
 
 def larger_example(specs: tuple[InputSpec, ...]) -> tuple[InputSpec, ...]:
-    """The inputs with small sizes doubled, to trace with: a size of 1 somewhere inside must not be taken for a constant."""
+    """Return the inputs with small sizes doubled, to trace with: an inner size of 1 must not be taken for a constant."""
     return tuple(
         _resized(spec, {axis: 2 for axis in _axes(spec) if spec.shape[axis - 1] < _LARGE}, times=True) for spec in specs
     )
 
 
 def check_sizes_vary(module: nn.Module, specs: tuple[InputSpec, ...]) -> None:
-    """Refuse a network that takes one size of image only; a copy of it is run on others.
-
-    Args:
-        module: The user's network; never changed.
-        specs: Its inputs.
+    """Refuse a network that takes one size of image only, by running a copy of it on others.
 
     Raises:
         UsageError: No input is an image.
@@ -68,19 +64,19 @@ def check_sizes_vary(module: nn.Module, specs: tuple[InputSpec, ...]) -> None:
 def with_smallest_sizes(
     signature: Signature, module: nn.Module, folded: nn.Module, specs: tuple[InputSpec, ...]
 ) -> Signature:
-    """The signature with the smallest sizes at which the graph is the network; both are run on small inputs.
+    """Return the signature with the smallest sizes at which the graph equals the network; both are run on small inputs.
 
-    torch.export says from which sizes on that is sure (``signature_of``). It does not know every resizing's limit, and it is
-    too careful about maps of one pixel; so the sizes below are tried one by one, down to the first that does not fit.
+    torch.export states from which sizes on that is certain (``signature_of``). It does not know every resizing's limit, and
+    it is too careful about maps of one pixel. So the sizes below are tried one by one, down to the first that does not fit.
 
     Args:
         signature: With names for the sizes that vary, and torch.export's limits.
         module: The user's network; a copy is run.
         folded: Its graph.
-        specs: Its inputs, in the size that was asked for.
+        specs: Its inputs, in the requested size.
 
     Raises:
-        ExportError: The size asked for is smaller: forward takes another way there.
+        ExportError: The requested size is smaller: forward takes another branch there.
     """
     asked = signature.named_sizes({spec.name: own.shape for spec, own in zip(signature.inputs, specs, strict=True)})
     sure = signature.smallest
@@ -107,20 +103,20 @@ class _Sizes:
             self._module = copy.deepcopy(module)
 
     def first_fit(self, low: Mapping[str, int], high: dict[str, int]) -> dict[str, int]:
-        """The first sizes that fit, all growing together from low to high; high where none does."""
+        """Return the first sizes that fit, all growing together from low to high; high where none does."""
         steps = range(max((high[dim] - low[dim] for dim in high), default=0))
         tries = ({dim: min(low[dim] + step, high[dim]) for dim in high} for step in steps)
         return next((tried for tried in tries if self.fit(tried)), high)
 
     def smallest(self, dim: str, start: dict[str, int]) -> int:
-        """Of one dimension: down from the start while the sizes fit."""
+        """Return the smallest size of one dimension, down from the start while the sizes fit."""
         size = start[dim]
         while size > 1 and self.fit({**start, dim: size - 1}):
             size -= 1
         return size
 
     def fit(self, sizes: Mapping[str, int]) -> bool:
-        """Whether the network takes these sizes, and the graph computes the same."""
+        """Return True if the network takes these sizes, and the graph computes the same."""
         resized = (
             replace(
                 own,
@@ -138,7 +134,7 @@ def _size(sizes: Mapping[str, int], dim: int | str, size: int) -> int:
 
 
 def _same(theirs: Any, ours: Any) -> bool:
-    """Whether two results differ by no more than rounding; another way through forward differs by more."""
+    """Return True if two results differ by no more than rounding; another branch of forward differs by more."""
     pairs = zip(*(pytree.tree_leaves(result) for result in (theirs, ours)), strict=False)
     for one, other in pairs:
         if not isinstance(one, Tensor):
@@ -153,7 +149,7 @@ def _same(theirs: Any, ours: Any) -> bool:
 
 
 def _others(specs: tuple[InputSpec, ...], words: set[str]) -> Iterator[tuple[InputSpec, ...]]:
-    """The inputs in other sizes; only the named dimensions change, by the same amount in every input."""
+    """Yield the inputs in other sizes; only the named dimensions change, by the same amount in every input."""
     for steps in other_sizes(sorted(words)):
         yield tuple(
             _resized(spec, {axis: steps[word] for axis, word in _axes(spec).items() if word in words}) for spec in specs
@@ -165,7 +161,7 @@ def _axes(spec: InputSpec) -> dict[int, str]:
 
 
 def _resized(spec: InputSpec, change: dict[int, int], *, times: bool = False) -> InputSpec:
-    """A copy with sizes (by the axis of the batch) made larger by an amount, or so many times."""
+    """Return a copy with sizes (by the axis of the batch) made larger by an amount, or by a factor."""
     sizes = {axis - 1: spec.shape[axis - 1] * by if times else spec.shape[axis - 1] + by for axis, by in change.items()}
     return replace(spec, shape=tuple(sizes.get(index, size) for index, size in enumerate(spec.shape)))
 

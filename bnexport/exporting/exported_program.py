@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule, Node
 
 from bnexport.errors import ExportError
-from bnexport.exporting.varying import export_flat
+from bnexport.exporting.signature import export_flat
 from bnexport.files import write_atomically
 from bnexport.optional import one_line, quiet
 from bnexport.tensors import Signature
@@ -24,14 +24,14 @@ from bnexport.tensors import Signature
 def export_program(folded: GraphModule, inputs: tuple[Tensor, ...], path: Path, *, signature: Signature) -> None:
     """Write ``model.pt2``, which ``torch.export.load(path).module()`` reads without bnexport; the same bytes each time.
 
-    Outputs nested in a dict or a tuple are given flat, in the order of the signature, as ``model.pt`` gives them. What
-    varies there varies here: the batch, and sizes that have names.
+    Outputs nested in a dict or a tuple are returned flat, in the order of the signature, as from ``model.pt``. The batch
+    varies, and so do sizes that have names in the signature.
 
     Args:
         folded: The folded network, in eval mode.
         inputs: Example inputs with a batch of at least 2; they are not written.
         path: The file.
-        signature: Says which sizes vary.
+        signature: States which sizes vary.
 
     Raises:
         ExportError: torch.export can't take the folded graph as a program again, or can't write it.
@@ -53,9 +53,9 @@ def export_program(folded: GraphModule, inputs: tuple[Tensor, ...], path: Path, 
 
 
 def _divide_in_whole_numbers(graph: Graph) -> None:
-    """Write a rounded quotient of two sizes, as TensorFlow's padding has it, as a division of whole numbers.
+    """Write a rounded quotient of two sizes, as in TensorFlow's padding, as a division of whole numbers.
 
-    torch.export traces ``math.ceil(size / 2)``, and has no word for it in its file (torch 2.11 to 2.14). ``-(-size // 2)`` is
+    torch.export traces ``math.ceil(size / 2)``, but its file format can't hold it (torch 2.11 to 2.14). ``-(-size // 2)`` is
     the same number, and exact for every size.
     """
     for node in list(graph.nodes):
@@ -81,7 +81,7 @@ def _is_whole(items: Sequence[Any]) -> bool:
 
 
 def _call(graph: Graph, function: Callable[..., Any], *items: Any) -> Node:
-    """A node with its value, which the file tells of every size."""
+    """Return a node with its value, which the file declares for every size."""
     made = graph.call_function(function, items)
     made.meta["val"] = function(*map(_value, items))
     return made
@@ -92,7 +92,7 @@ def _value(item: Any) -> Any:
 
 
 def _strip(program: ExportedProgram) -> None:
-    """Take out what no reader needs: lines and paths of the exporting machine, addresses of objects, example inputs, guards.
+    """Remove what no reader needs: lines and paths of the exporting machine, addresses of objects, example inputs, guards.
 
     The examples would be a pickle inside the file; an absent one is an empty file to torch. Guards are Python expressions
     that a reader would evaluate; sizes that do not fit fail in the operators anyway.

@@ -19,14 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ExportJob:
-    """What every format is written from.
-
-    Attributes:
-        folded: The folded network, in eval mode.
-        inputs: Example inputs, batch of at least 2.
-        signature: Names, element types, shapes.
-        onnx: Operator set and file format.
-    """
+    """The inputs of every format: the folded network in eval mode, example inputs (at least 2 samples), signature, target."""
 
     folded: GraphModule
     inputs: tuple[Tensor, ...]
@@ -36,13 +29,7 @@ class ExportJob:
 
 @dataclass(frozen=True)
 class Format:
-    """One kind of file.
-
-    Attributes:
-        name: As on the command line.
-        file: Its name in the bundle.
-        write: Writes it.
-    """
+    """One kind of file: its name on the command line, its name in the bundle, and its writer."""
 
     name: str
     file: str

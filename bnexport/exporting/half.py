@@ -21,11 +21,10 @@ PRECISIONS: dict[str, torch.dtype] = {
 
 
 def in_precision(folded: GraphModule, inputs: tuple[Tensor, ...], precision: str) -> GraphModule:
-    """A copy of the folded graph that computes in another precision and takes and gives what it did before.
+    """Return a copy of the folded graph that computes in another precision, with inputs and outputs of the same types.
 
-    Each weight is rounded once, from the folded float32 one. Float inputs are cast at the entrance and float outputs at
-    the exit, so that whoever feeds the file needs to know nothing of its precision; that is also where a server's
-    tensors stay float32.
+    Each weight is rounded once, from the folded float32 one. Float inputs are cast at the entrance and float outputs at the
+    exit, so that a client of the file needs no knowledge of its precision, and a server's tensors stay float32.
 
     Args:
         folded: The folded network in float32; not changed.
@@ -69,7 +68,7 @@ def _refuse_overflow(module: GraphModule, dtype: torch.dtype) -> None:
 
 
 def _output_kinds(folded: GraphModule, inputs: tuple[Tensor, ...]) -> dict[str, torch.dtype]:
-    """Node -> element type, of the graph's outputs."""
+    """Return node -> element type, of the graph's outputs."""
     found: dict[str, torch.dtype] = {}
 
     class Look(torch.fx.Interpreter):
@@ -95,7 +94,7 @@ def _cast_inputs(module: GraphModule, inputs: tuple[Tensor, ...], dtype: torch.d
 
 
 def _cast_inside(module: GraphModule, dtype: torch.dtype) -> None:
-    """What names float32 inside the graph (a cast, a tensor of zeros) names the new type."""
+    """Replace float32 inside the graph (in a cast, a tensor of zeros) by the new type."""
     for node in module.graph.nodes:
         if node.op == "call_function":
             node.args = tuple(dtype if item is torch.float32 else item for item in node.args)

@@ -1,4 +1,4 @@
-"""ONNX: exported from the folded graph, cleaned, and then checked against what was asked."""
+"""ONNX: exported from the folded graph, cleaned, and then checked against the request."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from torch.fx import GraphModule
 
 from bnexport.bundle import Manifest
 from bnexport.errors import ExportError
-from bnexport.exporting.onnx_names import graphs_within
 from bnexport.exporting.request import DEFAULT_OPSET, OnnxTarget
-from bnexport.exporting.reshape_targets import simplify_reshapes
-from bnexport.exporting.varying import export_flat
+from bnexport.exporting.signature import export_flat
 from bnexport.files import write_atomically
+from bnexport.onnx_files.names import graphs_within
+from bnexport.onnx_files.reshape_targets import simplify_reshapes
 from bnexport.optional import one_line, quiet
 from bnexport.tensors import Signature
 
@@ -48,7 +48,7 @@ def export_onnx(
         target: Operator set and file format.
 
     Raises:
-        ExportError: The exporter can't write the graph, or what it wrote is not what was asked.
+        ExportError: The exporter can't write the graph, or the written file is not as requested.
     """
     ir_version = target.resolved_ir_version()
     _refuse_dropped(folded)
@@ -61,7 +61,7 @@ def export_onnx(
 
 
 def model_metadata(manifest: Manifest, *, parity: str) -> dict[str, str]:
-    """What a server that has only the model file wants to know, as ONNX metadata: text values under "bnexport." keys."""
+    """Return the facts for a server that has only the model file, as ONNX metadata: texts under "bnexport." keys."""
     return {**manifest.model_facts(), "bnexport.parity": parity}
 
 
@@ -77,10 +77,10 @@ def stamp_metadata(path: Path, metadata: Mapping[str, str]) -> None:
 def check_model(
     model: onnx.ModelProto, signature: Signature, opset: int, ir_version: int, *, normalisations: int = 0
 ) -> None:
-    """Assert on the written model what was asked for: the exporter has been seen to write something else.
+    """Check the written model against the request: the exporter has been seen to write something else.
 
     Raises:
-        ExportError: Naming the first thing that is not as asked.
+        ExportError: Naming the first difference.
     """
     opsets = {entry.domain: entry.version for entry in model.opset_import}
     found = sum(node.op_type == "BatchNormalization" for node in _nodes(model.graph))
@@ -106,7 +106,7 @@ def check_model(
 
 
 def _refuse_dropped(folded: GraphModule) -> None:
-    """Refuse what the exporter leaves out without a word: ONNX's AveragePool has no divisor of its own."""
+    """Refuse what the exporter drops silently: ONNX's AveragePool has no separate divisor."""
     aten = torch.ops.aten
     for node in folded.graph.nodes:
         if (
@@ -164,7 +164,7 @@ def _convert(folded: GraphModule, inputs: tuple[Tensor, ...], signature: Signatu
 
 
 def _drop_newer_defaults(model: onnx.ModelProto, opset: int) -> None:
-    """Remove attributes that an older operator lacks, when they say what it does anyway; the converter leaves them in."""
+    """Remove attributes that an older operator lacks, if they state its behaviour; the converter leaves them in."""
     for node in _nodes(model.graph):
         kept = [item for item in node.attribute if not (item.name == "noop_with_empty_axes" and item.i == 0)]
         if onnx.defs.get_schema(node.op_type, opset, node.domain).attributes.keys() >= {item.name for item in kept}:
@@ -175,8 +175,8 @@ def _drop_newer_defaults(model: onnx.ModelProto, opset: int) -> None:
 def _simplify(model: onnx_ir.Model) -> None:
     """Compute constants ahead and drop what nothing reads; the numbers stay the folded ones.
 
-    The exporter's own optimiser is left out: it folds BatchNormalization into convolutions once more, in float32, without
-    a word, and one in training mode too, which is wrong.
+    The exporter's own optimiser is off: it silently folds BatchNormalization into convolutions once more, in float32, also one
+    in training mode, which is wrong.
     """
     common.InlinePass()(model)
     onnxscript.optimizer.fold_constants(model)
@@ -187,7 +187,7 @@ def _simplify(model: onnx_ir.Model) -> None:
 
 
 def expected_normalisations(folded: GraphModule) -> int:
-    """BatchNormalization nodes that the file must have: the batch norms left, and instance norms by moving statistics."""
+    """Count the BatchNormalization nodes of the file: remaining batch norms, and instance norms by moving statistics."""
     aten = torch.ops.aten
     graphs = [module.graph for module in folded.modules() if isinstance(module, GraphModule)]  # branches too
     nodes = [node for graph in graphs for node in graph.nodes]
@@ -196,7 +196,7 @@ def expected_normalisations(folded: GraphModule) -> int:
 
 
 def _clean(model: onnx.ModelProto, signature: Signature) -> None:
-    """Take out what differs between two runs or names the exporting machine, and name the batch dimension."""
+    """Remove what differs between two runs or names the exporting machine, and name the batch dimension."""
     model.producer_name, model.producer_version, model.doc_string = _PRODUCER, "", ""
     graph = model.graph
     graph.doc_string = ""

@@ -118,9 +118,9 @@ class ExportRequest:
     force: bool = option("Replace an existing bundle.", False)
 
     def images_at(self, dataset: str | None) -> Path | None:
-        """Where the verification of an export finds images: ``data_dir``, or the folder that the data set itself is.
+        """Folder of the images for the verification of an export: ``data_dir``, or the folder that the data set itself is.
 
-        A bundle from elsewhere may name any folder, so ``verify`` reads one only where it is told to; here the user names it.
+        An untrusted bundle may name any folder, so ``verify`` reads one only on request; here the user names it.
         """
         folder = None if dataset is None else folder_of(dataset)
         return self.data_dir or (folder if folder is not None and folder.is_dir() else None)
@@ -205,7 +205,7 @@ def example_inputs(specs: tuple[InputSpec, ...], *, batch: int = 2, seed: int = 
 def fitted_preprocessing(
     preprocessing: Mapping[str, Any] | None, specs: tuple[InputSpec, ...]
 ) -> Mapping[str, Any] | None:
-    """What a source says of its preprocessing, for the inputs asked for: another size is that size, other channels are None."""
+    """Return a source's preprocessing for the requested inputs: another size is used; other channels give None."""
     if preprocessing is None or len(specs) != 1 or len(specs[0].shape) != 3:
         return None
     channels, height, width = specs[0].shape
@@ -215,10 +215,10 @@ def fitted_preprocessing(
 
 
 def model_and_version(out: Path) -> tuple[str, int]:
-    """Name and version from ``models/<name>/<version>``.
+    """Return name and version from ``models/<name>/<version>``.
 
     Raises:
-        UsageError: The last part is no positive integer, or there is no name before it.
+        UsageError: The last part is not a positive integer, or there is no name before it.
     """
     absolute = Path(out).absolute()
     version, name = absolute.name, absolute.parent.name

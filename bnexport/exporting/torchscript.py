@@ -12,7 +12,7 @@ import torch
 from torch.fx import GraphModule
 
 from bnexport.errors import ExportError
-from bnexport.exporting.varying import flat
+from bnexport.exporting.signature import flat
 from bnexport.files import write_atomically
 from bnexport.optional import one_line
 
@@ -23,7 +23,7 @@ def export_torchscript(folded: GraphModule, path: Path) -> None:
     The folded graph is a straight line of ATen calls, which TorchScript compiles as it is; tracing it would freeze every
     size that is computed from the batch. Freezing only turns parameters into constants: its numerical optimisations are
     switched off, so that the weights in the file are the folded ones bit for bit. Outputs nested in a dict or a tuple are
-    given flat, in the order of the bundle's signature.
+    returned flat, in the order of the bundle's signature.
 
     Args:
         folded: The folded network, in eval mode.

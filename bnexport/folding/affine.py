@@ -1,4 +1,4 @@
-"""What a BatchNorm in eval mode does to a value, and how that looks on the other side of a change of layout.
+"""The affine map of a BatchNorm in eval mode, and its form on the other side of a change of layout.
 
 In eval mode a BatchNorm is the affine map ``y = gamma * (x - moving_mean) / sqrt(moving_var + eps) + beta`` (Ioffe and
 Szegedy 2015, algorithm 2), so ``scale = gamma / sqrt(moving_var + eps)`` and ``shift = beta - scale * moving_mean``.
@@ -22,12 +22,7 @@ _MAX_ELEMENTS = 1 << 24
 
 @dataclass(frozen=True)
 class ChannelAffine:
-    """What a BatchNorm in eval mode does: ``y = scale * x + shift``, per channel.
-
-    Attributes:
-        scale: (channels,) float64.
-        shift: (channels,) float64.
-    """
+    """``y = scale * x + shift`` per channel; both tensors are (channels,) float64."""
 
     scale: Tensor
     shift: Tensor
@@ -36,7 +31,7 @@ class ChannelAffine:
     def from_statistics(
         cls, mean: Tensor, var: Tensor, eps: float, gamma: Tensor | None = None, beta: Tensor | None = None
     ) -> ChannelAffine:
-        """From moving statistics and the learned scale and shift, each (channels,).
+        """Return the affine of moving statistics and of the learned scale and shift, each (channels,).
 
         ``affine=False`` (gamma and beta None) means a scale of one and a shift of zero.
         """
@@ -47,7 +42,7 @@ class ChannelAffine:
         return cls(scale, shift if beta is None else beta.double() + shift)
 
     def on_axis(self, axis: int, rank: int) -> Affine:
-        """The same map on a value of ``rank`` axes whose channels are on ``axis``."""
+        """Return the same map on a value of ``rank`` axes whose channels are on ``axis``."""
         shape = [1] * rank
         shape[axis] = -1
         return Affine(self.scale.reshape(shape), self.shift.reshape(shape))
@@ -55,11 +50,9 @@ class ChannelAffine:
 
 @dataclass(frozen=True)
 class Affine:
-    """``y = scale * x + shift`` on a whole value: each axis has the value's size, or 1 where nothing varies along it.
+    """``y = scale * x + shift`` on a whole value, both float64 of one shape and of the value's rank.
 
-    Attributes:
-        scale: float64, of the value's rank.
-        shift: float64, of the same shape.
+    Each axis has the value's size, or 1 where nothing varies along it.
     """
 
     scale: Tensor
@@ -67,7 +60,7 @@ class Affine:
 
     @classmethod
     def of(cls, scale: Tensor, shift: Tensor) -> Affine:
-        """From two tensors of one rank, in the smallest shape that holds both."""
+        """Return the map in the smallest shape that holds both tensors, which have one rank."""
         scale, shift = torch.broadcast_tensors(scale, shift)  # type: ignore[no-untyped-call]
         for axis in range(scale.ndim):
             if scale.shape[axis] > 1 and _constant(scale, axis) and _constant(shift, axis):
@@ -76,18 +69,18 @@ class Affine:
 
     @classmethod
     def identity(cls, rank: int) -> Affine:
-        """Changes nothing."""
+        """Return the map that changes nothing."""
         ones = torch.ones([1] * rank, dtype=torch.float64)
         return cls(ones, torch.zeros_like(ones))
 
     @property
     def has_scale(self) -> bool:
-        """Whether any scale is not one."""
+        """True if any scale is not one."""
         return bool((self.scale != 1).any())
 
     @property
     def has_shift(self) -> bool:
-        """Whether any shift is not zero."""
+        """True if any shift is not zero."""
         return bool((self.shift != 0).any())
 
     @property
@@ -96,23 +89,23 @@ class Affine:
         return self.scale.ndim
 
     def after(self, first: Affine) -> Affine:
-        """The map ``x -> self(first(x))``."""
+        """Return the map ``x -> self(first(x))``."""
         return Affine.of(self.scale * first.scale, self.scale * first.shift + self.shift)
 
     def scale_alone(self) -> Affine:
-        """The map without its shift."""
+        """Return the map without its shift."""
         return Affine.of(self.scale, torch.zeros_like(self.shift))
 
     def shift_alone(self) -> Affine:
-        """The map without its scale."""
+        """Return the map without its scale."""
         return Affine.of(torch.ones_like(self.scale), self.shift)
 
     def varies_along(self, axis: int) -> bool:
-        """Whether the map differs between positions of an axis."""
+        """Return True if the map differs between positions of an axis."""
         return self.scale.shape[axis] > 1
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> Affine:
-        """The map after a change of layout, applied to scale and shift alike."""
+        """Return the map after a change of layout, applied to scale and shift alike."""
         return Affine.of(change(self.scale), change(self.shift))
 
     def __call__(self, value: Tensor) -> Tensor:
@@ -120,7 +113,7 @@ class Affine:
         return self.scale.to(value) * value + self.shift.to(value)
 
     def channels(self, axis: int, size: int) -> ChannelAffine | None:
-        """The map as one scale and shift per position of ``axis``; None when it varies along another axis."""
+        """Return the map as one scale and shift per position of ``axis``; None when it varies along another axis."""
         if any(self.varies_along(other) for other in range(self.rank) if other != axis):
             return None
         if self.scale.shape[axis] not in (1, size):
@@ -128,7 +121,7 @@ class Affine:
         return ChannelAffine(self.scale.reshape(-1).expand(size), self.shift.reshape(-1).expand(size))
 
     def reshaped(self, before: Sequence[Dim], after: Sequence[Dim]) -> Affine | None:
-        """The map on a value that is reshaped from ``before`` to ``after``.
+        """Return the map on a value that is reshaped from ``before`` to ``after``.
 
         None when an axis along which the map varies is merged with one of varying size.
         """

@@ -28,10 +28,9 @@ class _Branch:
     """One operand of a sum.
 
     Attributes:
-        first: The addition that takes it in.
-        operand: The value that is added.
-        value: What the branch is computed from; the operand itself where nothing is done to it.
-        members: The operations that vanish with it.
+        first: The addition that reads the operand.
+        value: The input of the branch; the operand itself where the branch has no operation.
+        members: The operations that vanish with the branch.
     """
 
     first: Op
@@ -41,10 +40,7 @@ class _Branch:
 
 
 def merge_affine(plan: FoldPlan, site: Op, affine: Affine) -> Op:
-    """Put an affine into a convolution of the same value that it is added to.
-
-    Returns:
-        The convolution.
+    """Merge an affine branch into a convolution of the same value in the same sum, and return the convolution.
 
     Raises:
         Refused: No such sum, or taps that do not line up.
@@ -53,7 +49,7 @@ def merge_affine(plan: FoldPlan, site: Op, affine: Affine) -> Op:
 
 
 def merge_convolution(plan: FoldPlan, guest: Op) -> Op:
-    """Put a convolution into a parallel one with a kernel that covers it; as ``merge_affine``."""
+    """Merge a convolution into a parallel one with a kernel that covers it, and return the latter."""
     layer = guest.kind
     assert isinstance(layer, Layer)
     if layer.weight.readers > 1:
@@ -62,11 +58,9 @@ def merge_convolution(plan: FoldPlan, guest: Op) -> Op:
 
 
 def merge_skip(plan: FoldPlan, total: Op) -> Op:
-    """Put a skip connection into a convolution of the same value: ``W x + x = (W + I) x``; as ``merge_affine``.
+    """Merge a skip connection into a convolution of the same value, and return it: ``W x + x = (W + I) x``.
 
-    Args:
-        plan: Is filled.
-        total: The value of a sum, which one reader alone takes.
+    ``total`` is the value of a sum and has a single reader.
     """
     refusals = [Refused(f"{total.name} is no sum of a value and a convolution of it")]
     for add, parent in _edges(total):
@@ -85,7 +79,7 @@ def merge_skip(plan: FoldPlan, total: Op) -> Op:
 
 
 def _edges(total: Op) -> list[tuple[Op, Op]]:
-    """(addition, operand) of every operand of a tree of additions, each addition read by the next alone."""
+    """Return (addition, operand) of every operand of a tree of additions, each read by the next addition only."""
     found, stack = [], [total]
     while stack:
         op = stack.pop()
@@ -145,7 +139,6 @@ def _carry_out(plan: FoldPlan, chain: list[Op], branch: _Branch, host: Op, weigh
 
 
 def _without(op: Op, operand: Op) -> Identity:
-    """A sum that has lost an operand."""
     kind = op.kind
     assert isinstance(kind, Add)
     other = 1 - op.inputs.index(operand)
@@ -155,7 +148,7 @@ def _without(op: Op, operand: Op) -> Identity:
 
 
 def _sum_from(first: Op) -> list[Op]:
-    """The additions (and identities) that feed only each other, from the first up to the last of the sum."""
+    """Return the additions and identities that feed only each other, from the first to the last of the sum."""
     chain, op = [first], first
     while len(op.users) == 1 and (isinstance(op.users[0].kind, Add) or _passes(op.users[0])):
         op = op.users[0]
@@ -177,7 +170,7 @@ def _passes(op: Op) -> bool:
 
 
 def _leaves(root: Op) -> list[Op]:
-    """The operands of a sum that it alone reads; the largest weights first."""
+    """Return the operands that only the sum reads, largest weights first."""
     leaves = [
         parent
         for _, parent in _edges(root)
@@ -228,10 +221,10 @@ def _convolution_taps(guest: Layer, host: Layer) -> tuple[Tensor, Tensor | None]
 
 
 def _placed(weight: Tensor, groups: int, geometry: Geometry, host: Layer) -> Tensor:
-    """A guest's weight (out, in / groups, *kernel) in the layout of the host's.
+    """Return a guest's weight (out, in / groups, *kernel) in the layout of the host's.
 
-    Tap i of the guest looks at position ``o * stride - padding + i * dilation`` of the input for output position o; the host
-    needs a tap at the same place.
+    For output position o, tap i of the guest reads input position ``o * stride - padding + i * dilation``; the host needs a
+    tap at the same place.
     """
     assert host.geometry is not None
     if geometry.stride != host.geometry.stride:
@@ -262,7 +255,7 @@ def _taps_of(kernel: int, guest: Geometry, host: Geometry, room: int, axis: int)
 
 
 def _regrouped(weight: Tensor, groups: int, wanted: int) -> Tensor:
-    """(out, in / groups, ...) as (out, in / wanted, ...), with zeros where a guest's group does not reach."""
+    """Return (out, in / groups, ...) as (out, in / wanted, ...), with zeros where a guest's group does not reach."""
     if groups == wanted:
         return weight
     if groups % wanted:
@@ -277,7 +270,7 @@ def _regrouped(weight: Tensor, groups: int, wanted: int) -> Tensor:
 
 
 def sum_guests(ops: list[Op], touched: set[Op]) -> list[Op]:
-    """Convolutions that a fold has touched, or whose sum one has, and that stand beside a larger one in a sum."""
+    """Return the convolutions in a sum that a fold has changed, or whose sum it has changed."""
     return [
         op
         for op in ops

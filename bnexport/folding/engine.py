@@ -1,4 +1,4 @@
-"""The engine: every BatchNorm call of a graph in turn, by the first rule that fits, each fold proved before it is made."""
+"""The engine applies the first rule that fits to every BatchNorm call of a graph; each fold is proved before it is made."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class _Site:
 
 @dataclass
 class Account:
-    """What the engine did.
+    """The result of the engine.
 
     Attributes:
         rows: One per call, in the order of the graph.
         warnings: Folds that failed their proof.
-        dropped: Operations that nothing reads any more.
+        dropped: Operations without a reader.
     """
 
     rows: tuple[FoldRow, ...]
@@ -49,10 +49,10 @@ class Engine:
 
     Attributes:
         graph: A backend's reading of a network.
-        budget: Of clones.
-        clamps: Whether a ReLU may become a maximum with a constant per channel.
-        prove: Whether each fold is checked on its own before it is made.
-        seed: Of the probes.
+        budget: Limits copies of shared weights.
+        clamps: Allow a ReLU to become a maximum with a constant per channel.
+        prove: Check each fold separately before it is made.
+        seed: Random seed of the probes.
     """
 
     graph: Graph
@@ -66,10 +66,9 @@ class Engine:
     failed: set[Op] = field(default_factory=set)
 
     def run(self) -> Account:
-        """Fold what can be folded exactly.
+        """Fold every call that can be folded exactly.
 
-        First every call by the rules, then sums of parallel branches, then once more what is left: a merged branch may
-        have opened the way.
+        First by the rules, then sums of parallel branches, then the remaining calls again: a merged branch may open a way.
         """
         self.sites = [_Site(op, op.norm, _first_row(op.norm)) for op in self.graph.ops if op.norm is not None]
         for site in self.sites:
@@ -91,7 +90,7 @@ class Engine:
         return FoldPlan(self.graph, PROPAGATION_RULES, self.budget, maps=maps, clamps=self.clamps, fixed=self.failed)
 
     def _fold(self, site: _Site) -> None:
-        """Use the first rule whose plan nobody refuses and whose proof holds; else tell why none does."""
+        """Use the first rule whose plan is not refused and whose proof holds; otherwise record the reasons."""
         if not isinstance(site.op.kind, Norm):
             return
         refusals: list[tuple[Rule, Refused]] = []
@@ -124,7 +123,7 @@ class Engine:
         site.row = replace(site.row, outcome="affine", reason=reason, unlock=unlock)
 
     def _proved(self, site: _Site, plan: FoldPlan) -> float | None:
-        """The error of a plan; None when it is too large: then the call stays as it is, and the run says so."""
+        """Return a plan's error; if it is too large, keep the call as it is, record that in its row, and return None."""
         error = self._error(site, plan)
         if error <= MAX_SITE_ERROR:
             return error
@@ -134,7 +133,7 @@ class Engine:
         return None
 
     def _error(self, site: _Site, plan: FoldPlan) -> float:
-        """The error of a plan, infinite where it is no number; one that is too large becomes a warning."""
+        """Return a plan's error, infinite if it is not a number; a too large error becomes a warning."""
         error = plan_error(self.graph, plan, seed=self.seed) if self.prove else 0.0
         if error <= MAX_SITE_ERROR:
             return error
@@ -145,7 +144,7 @@ class Engine:
         return error if error > MAX_SITE_ERROR else math.inf
 
     def _take_in_arithmetic(self, site: _Site) -> None:
-        """Plain scales and shifts beside a BatchNorm become part of it, before it looks for a place."""
+        """Merge plain scales and shifts next to a BatchNorm into it, before the rules are tried."""
         while (chain := _arithmetic_before(site.op)) or (chain := _arithmetic_after(site.op)):
             other = chain[-1]
             assert isinstance(other.kind, Norm)
@@ -191,7 +190,7 @@ class Engine:
         return True
 
     def _merge_convolutions(self) -> bool:
-        """Sums of convolutions that took in a BatchNorm become one convolution, the smaller kernels into the larger."""
+        """Merge sums of convolutions that took in a BatchNorm into one convolution, the smaller kernels into the larger."""
         touched = {op for site in self.sites for op in site.into}
         guests = sum_guests(list(self.graph.ops), touched)
         guests.sort(key=lambda op: op.kind.weight.elements if isinstance(op.kind, Layer) else 0)
@@ -225,7 +224,7 @@ class Engine:
             op.kind = kind
 
     def _leave_out(self, op: Op, parent: Op) -> None:
-        """``op`` no longer reads ``parent``, and what nothing reads any more reads nothing either."""
+        """Remove ``parent`` from the inputs of ``op``, and drop every operation that then has no reader."""
         op.inputs = [item for item in op.inputs if item is not parent]
         stack = [(op, parent)]
         while stack:
@@ -236,7 +235,7 @@ class Engine:
                 stack += [(value, above) for above in value.inputs]
 
     def _row(self, site: _Site, by_op: Mapping[Op, _Site]) -> FoldRow:
-        """The finished row: where the numbers are in the end, whatever they were moved to meanwhile."""
+        """Return the finished row, with the final place of the numbers, however often they were moved."""
         names: dict[str, None] = {}
         stack, seen = list(reversed(site.into)), set()
         while stack:
@@ -251,7 +250,7 @@ class Engine:
 
 
 def _arithmetic_before(site: Op) -> list[Op]:
-    """Plain arithmetic that the site alone reads, at the end of the identities between them; empty when there is none."""
+    """Return the chain of identities up to plain arithmetic that only the site reads; empty when there is none."""
     chain, op = [], site.inputs[0]
     while len(op.users) == 1 and op.shape == site.shape:
         chain.append(op)
@@ -264,7 +263,7 @@ def _arithmetic_before(site: Op) -> list[Op]:
 
 
 def _arithmetic_after(site: Op) -> list[Op]:
-    """As ``_arithmetic_before``, with the data flow."""
+    """Return the chain as ``_arithmetic_before``, but with the data flow."""
     chain, op = [], site
     while len(op.users) == 1 and op.users[0].shape == site.shape:
         op = op.users[0]
@@ -283,7 +282,7 @@ def _first_row(call: NormCall) -> FoldRow:
 
 
 def _gain(affine: Affine | None) -> tuple[tuple[float, float] | None, int]:
-    """Smallest and largest |scale| and the number of dead channels; no number that is not finite (JSON has none)."""
+    """Return the smallest and largest |scale| and the number of dead channels; None if not finite (JSON has none)."""
     if affine is None:
         return None, 0
     size = affine.scale.abs()
@@ -292,7 +291,7 @@ def _gain(affine: Affine | None) -> tuple[tuple[float, float] | None, int]:
 
 
 def _why(refusals: Sequence[tuple[Rule, Refused]], used: Rule | None) -> tuple[str, str]:
-    """Reason and remedy of a call that is not gone: what stood in the way before it, and after it."""
+    """Return reason and hint for a call that is not gone: the refusals before it and after it."""
     if used is not None and used.outcome is None:
         return "", ""
     first = {rule.name: refused for rule, refused in refusals}

@@ -1,4 +1,4 @@
-"""The public door of folding: trace, read, fold, prove, account."""
+"""The public entry of folding: trace, read, fold, prove, report."""
 
 from __future__ import annotations
 
@@ -14,28 +14,27 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from bnexport.errors import ProofError, UsageError
-from bnexport.folding.devices import follow_input
 from bnexport.folding.engine import Account, Engine
 from bnexport.folding.plan import ATTEMPTS, Budget
 from bnexport.folding.report import FoldReport, FoldRow
 from bnexport.folding.torch_backend.constants import functionalise
 from bnexport.folding.torch_backend.graph import TorchGraph
-from bnexport.folding.torch_backend.names import batch_norm_nodes, module_class, module_path, shape_of
+from bnexport.folding.torch_backend.nodes import batch_norm_nodes, module_class, module_path, shape_of
 from bnexport.folding.torch_backend.proof import ROUGH_ERROR, fold_error, rough_error
 from bnexport.folding.torch_backend.trace import trace, two_samples
-from bnexport.folding.torch_backend.write import Writer
+from bnexport.folding.torch_backend.write import Writer, follow_input
 
 DEFAULT_MAX_GROWTH = 1.1
 
 
 @dataclass(frozen=True)
 class FoldResult:
-    """What ``fold`` returns.
+    """The result of ``fold``.
 
     Attributes:
         model: The folded network in eval mode. It shares no memory with the user's module, and ``to(device)`` moves it.
-        report: What became of each BatchNorm.
-        seconds: What took how long: "trace", "fold" (with each fold's own proof), "proof" (of the whole).
+        report: The fold report, one row per BatchNorm call.
+        seconds: Duration of "trace", "fold" (with each fold's proof) and "proof" (of the whole).
     """
 
     model: GraphModule
@@ -52,10 +51,10 @@ def fold(
     clamps: bool = False,
     prove: bool = True,
 ) -> FoldResult:
-    """Fold every BatchNorm that can be folded exactly, and say of each what became of it.
+    """Fold every BatchNorm that can be folded exactly, and report what happened to each, and why.
 
     ``model`` is never changed. It is taken in eval mode: a model in training mode is traced as if ``eval()`` had been
-    called on it; in a model in eval mode, a layer that is in training mode is so on purpose and stays as it is.
+    called on it; in a model in eval mode, a layer in training mode is so on purpose and stays as it is.
     Arithmetic is in float64, cast once to the layer's element type.
 
     Args:
@@ -63,14 +62,11 @@ def fold(
         example_inputs: The inputs of one call, batch first: a tensor, or a sequence of forward's positional arguments.
         dynamic_shapes: As for ``torch.export.export``. Default: the first dimension of every tensor input is one shared
             batch dimension that may vary.
-        max_growth: The folded weights may have so many times as many elements as the original's: what a fold may spend on
-            copies of shared weights and on maps of constants.
-        clamps: Let a batch norm cross a ReLU by turning it into a maximum with a constant per channel. It leaves fewer
+        max_growth: Upper bound on parameter growth, as a factor of the original element count. Folds spend it on copies of
+            shared weights and on maps of constants.
+        clamps: Let a batch norm cross a ReLU by turning it into a maximum with a constant per channel. That leaves fewer
             operations, but ONNX Runtime is no faster with them on a CPU (docs/affine_form.md).
-        prove: Check each fold on its own, and the folded graph against the original, in float64.
-
-    Returns:
-        The folded graph and the account: one row per BatchNorm call.
+        prove: Check each fold separately, and the folded graph against the original, in float64.
 
     Raises:
         UsageError: ``max_growth`` is below 1.
@@ -99,18 +95,18 @@ def fold_traced(
     clamps: bool = False,
     prove: bool = True,
 ) -> FoldResult:
-    """As ``fold``, of a graph that ``trace`` gave; the graph is not changed.
+    """Fold a graph that ``trace`` returned, with the options of ``fold``; the graph is not changed.
 
     Args:
         original: A traced network.
         inputs: The inputs that it was traced with.
-        name: In sentences.
-        max_growth: As for ``fold``.
-        clamps: As for ``fold``.
-        prove: As for ``fold``.
+        name: The network's name in messages.
+        max_growth: See ``fold``.
+        clamps: See ``fold``.
+        prove: See ``fold``.
 
     Raises:
-        ProofError: As ``fold``.
+        ProofError: See ``fold``.
     """
     clock = _Clock()
     with torch.no_grad():
@@ -152,7 +148,7 @@ def _refuse_wrong(name: str, error: float | None, bound: float, types: str) -> N
 def _fold_copy(
     original: GraphModule, max_growth: float, clamps: bool, prove: bool
 ) -> tuple[GraphModule, Account, dict[str, Tensor], float]:
-    """Fold a copy; again and stricter where the result exceeds the budget, as when calls did not fold alike after all."""
+    """Fold a copy; repeat with stricter attempts while the result exceeds the budget, as when calls did not fold alike."""
     for apart, biases in ATTEMPTS:
         folded = _copy(original)
         account, exact, growth = _fold_graph(folded, max_growth, clamps, prove, apart=apart, biases=biases)
@@ -164,7 +160,7 @@ def _fold_copy(
 def _fold_graph(
     module: GraphModule, max_growth: float, clamps: bool, prove: bool, *, apart: bool, biases: bool
 ) -> tuple[Account, dict[str, Tensor], float]:
-    """Fold a graph in place; returns the account, the folded tensors in float64 by attribute, and the growth."""
+    """Fold a graph in place; return the account, the folded tensors in float64 by attribute, and the growth."""
     functionalise(module)
     _drop_unused(module)  # heads that eval mode never runs are no measure for the budget
     graph = TorchGraph(module)
@@ -178,7 +174,7 @@ def _fold_graph(
 
 
 def _inner_row(node: Node) -> FoldRow:
-    """The row of a BatchNorm that no rule sees, because torch.export keeps the region around it as a graph of its own."""
+    """Return the row of a BatchNorm that no rule sees, because torch.export keeps the region around it as a separate graph."""
     shape = shape_of(node.all_input_nodes[0])
     return FoldRow(
         module_path(node),
@@ -191,7 +187,7 @@ def _inner_row(node: Node) -> FoldRow:
 
 
 def _copy(graph_module: GraphModule) -> GraphModule:
-    """A graph module with its own memory; parameters that were one stay one."""
+    """Return a graph module with separate memory; shared parameters stay shared."""
     memo: dict[int, Any] = {}
     for tensor in (*graph_module.parameters(), *graph_module.buffers()):
         memo[id(tensor)] = _clone(tensor)
@@ -207,7 +203,7 @@ def _clone(tensor: Tensor) -> Tensor:
 
 
 def _drop_unused(graph_module: GraphModule) -> None:
-    """Remove constants and attributes that nothing reads any more: folded statistics must not travel on."""
+    """Remove constants and attributes without a reader: folded statistics must not stay in the file."""
     for node in reversed(_constant_nodes(graph_module)):
         if not node.users:
             graph_module.graph.erase_node(node)
@@ -222,9 +218,9 @@ def _drop_unused(graph_module: GraphModule) -> None:
 
 
 def _constant_nodes(graph_module: GraphModule) -> list[Node]:
-    """Attributes and what is computed from them alone, without side effects; in the graph's order, in one pass.
+    """Return attributes and what is computed from them alone, without side effects, in the graph's order.
 
-    What looks at an input stays, though nothing reads it: torch.export's assertions have no readers either.
+    A node that reads an input stays, even without a reader: torch.export's assertions have no readers either.
     """
     found: dict[Node, None] = {}
     for node in graph_module.graph.nodes:
@@ -244,6 +240,6 @@ class _Clock:
         self._last = time.perf_counter()
 
     def note(self, name: str) -> None:
-        """What has been done since the last note."""
+        """Record the seconds since the last note."""
         now = time.perf_counter()
         self.seconds[name], self._last = now - self._last, now

@@ -1,7 +1,7 @@
-"""A network as folding sees it: values, what computes each, and who reads it. No framework is named here.
+"""A network as folding sees it: values, the operation that computes each, and its readers. No framework is named here.
 
-A backend (``torch_graph`` for graphs of torch.export, ``onnx_folding`` for ONNX files) reads its nodes into these kinds,
-evaluates them, and writes the changed ones back; the rules in between are one set for all.
+A backend (``torch_backend`` for graphs of torch.export, ``onnx_backend`` for ONNX files) reads its nodes into these kinds,
+evaluates them, and writes the changed ones back; the rules in between are the same for all.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from bnexport.folding.affine import Affine, Dim
 
 @dataclass(eq=False)
 class Weight:
-    """A stored tensor that a layer computes with.
+    """A stored tensor of a layer.
 
     Attributes:
-        name: What the backend calls it; "" for a tensor made by folding.
+        name: The backend's name; "" for a tensor made by folding.
         shape: As stored.
-        dtype: Element type that it is stored in.
+        dtype: Element type of the stored tensor.
         load: Reads it in float64.
-        readers: Operations that read it.
+        readers: Number of operations that read it.
     """
 
     name: str
@@ -41,12 +41,12 @@ class Weight:
 
     @classmethod
     def folded(cls, value: Tensor, dtype: torch.dtype) -> Weight:
-        """A tensor made by folding, float64, to be stored in ``dtype``."""
+        """Return a tensor made by folding, float64, to be stored in ``dtype``."""
         return cls("", tuple(value.shape), dtype, lambda: value)
 
 
 class Kind:
-    """What an operation does. A subclass per kind; ``propagation`` defines how an affine crosses it."""
+    """The function of an operation. A subclass per kind; ``propagation`` defines how an affine crosses it."""
 
 
 @dataclass(frozen=True)
@@ -63,17 +63,15 @@ class Layer(Kind):
     """A linear layer: ``W x + b``, then ``after`` added.
 
     Attributes:
-        name: In sentences: "convolution", "linear layer".
+        name: In messages: "convolution", "linear layer".
         layout: Key of ABSORBERS.
-        weight: Its weight.
-        bias: Its bias, one value per output channel.
-        groups: Of a convolution.
+        bias: One value per output channel.
         out_axis: Axis of the output's channels; a sentence where there is none.
         in_axis: Axis of the input's channels; a sentence where there is none.
-        geometry: Of a convolution.
-        zero_padded: Whether zeros are put around the input.
-        takes_bias: Whether the operation has a place for a bias.
-        after: float64, broadcast over the output: a shift that its bias can't hold.
+        geometry: Set for a convolution.
+        zero_padded: True if zeros are put around the input.
+        takes_bias: True if the operation has a place for a bias.
+        after: float64, broadcast over the output: a shift that the bias can't hold.
     """
 
     name: str
@@ -91,18 +89,14 @@ class Layer(Kind):
 
 @dataclass(frozen=True)
 class Norm(Kind):
-    """A scale and a shift by constants: a BatchNorm, or plain arithmetic.
-
-    Attributes:
-        affine: What it does.
-    """
+    """A scale and a shift by constants: a BatchNorm, or plain arithmetic."""
 
     affine: Affine
 
 
 @dataclass(frozen=True)
 class Identity(Kind):
-    """Hands on one of its inputs unchanged."""
+    """Returns one of its inputs unchanged."""
 
     index: int = 0
 
@@ -140,8 +134,8 @@ class Average(Kind):
     """Every output is a weighted mean along some axes (pooling, interpolation, padding by copies).
 
     Attributes:
-        axes: Where values are mixed.
-        exact: Whether the weights add up to one everywhere; False where zeros are averaged in or padded.
+        axes: The axes along which values are mixed.
+        exact: True if the weights add up to one everywhere; False where zeros are averaged in or padded.
     """
 
     axes: tuple[int, ...]
@@ -208,12 +202,7 @@ class Multiply(Kind):
 
 @dataclass(frozen=True)
 class Opaque(Kind):
-    """Anything else.
-
-    Attributes:
-        reason: Why an affine can't cross it, when there is more to say than its name.
-        is_output: Whether it is the network's output.
-    """
+    """Any other operation; ``reason`` states why an affine can't cross it, if its name does not."""
 
     reason: str = ""
     is_output: bool = False
@@ -221,19 +210,18 @@ class Opaque(Kind):
 
 @dataclass(eq=False)
 class Op:
-    """One value and what computes it.
+    """One value and the operation that computes it.
 
     Attributes:
-        kind: What it computes now; folding changes it.
-        inputs: The values it reads, without constants.
-        shape: Sizes and expressions; () when the value is no tensor.
-        dtype: Element type.
-        name: In sentences: "relu (features.2)".
+        kind: The current function; folding changes it.
+        inputs: The values that it reads, without constants.
+        shape: Sizes and expressions; () when the value is not a tensor.
+        name: In messages: "relu (features.2)".
         path: Module path.
-        source: The backend's own nodes.
+        source: The backend's nodes.
         index: Position in the graph's order.
-        users: Who reads it, once per reading.
-        original: What it computed before folding.
+        users: Its readers, once per reading.
+        original: The function before folding.
         norm: Set for an operation that counts as a BatchNorm call.
     """
 
@@ -259,23 +247,23 @@ class Op:
 
     @property
     def changed(self) -> bool:
-        """Whether folding changed it."""
+        """True if folding changed it."""
         return self.kind is not self.original
 
 
 @dataclass(frozen=True)
 class NormCall:
-    """A BatchNorm call, as the account names it.
+    """A BatchNorm call, as the fold report names it.
 
     Attributes:
         module: Module path.
         kind: Class of the module.
         channels: Number of channels; 0 when unknown.
-        affine: What it did before folding; None when it can't be read.
-        why_not: Why it can't be read.
-        unlock: What would make it readable.
-        offset: Largest |moving mean| as a multiple of the standard deviation: how much a sum in which the mean is taken away
-            later than before has to cancel.
+        affine: The affine before folding; None when it can't be read.
+        why_not: The reason why it can't be read.
+        unlock: A change that would make it readable.
+        offset: Largest |moving mean| as a multiple of the standard deviation: how much a sum has to cancel if the mean is
+            subtracted later than before.
     """
 
     module: str
@@ -288,24 +276,24 @@ class NormCall:
 
 
 class Graph(Protocol):
-    """What a backend offers."""
+    """The interface of a backend."""
 
     @property
     def ops(self) -> Sequence[Op]:
-        """Every operation, in an order in which each comes after what it reads."""
+        """Every operation, each after its inputs."""
         ...
 
     def evaluate(self, op: Op, kind: Kind, inputs: Sequence[Tensor]) -> Tensor:
-        """What ``op`` gives in float64 if it did ``kind``; its own nodes run where ``kind`` is what they compute."""
+        """Return the float64 result of ``op`` if it did ``kind``; its own nodes run where ``kind`` is what they compute."""
         ...
 
     def probe(self, op: Op, generator: torch.Generator, *, largest: int | None) -> Tensor:
-        """A random float64 value of ``op``'s shape, its spatial axes cut to ``largest`` positions when that is given."""
+        """Return a random float64 value of ``op``'s shape, its spatial axes cut to ``largest`` positions if that is given."""
         ...
 
 
 def connect(ops: Sequence[Op]) -> None:
-    """Number the operations and tell every value its readers."""
+    """Number the operations and set the readers of every value."""
     for index, op in enumerate(ops):
         op.index = index
         op.users = []

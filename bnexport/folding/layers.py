@@ -1,8 +1,8 @@
 """Absorbers: how each kind of linear layer takes in a channel affine, after it or before it.
 
 For ``z = W x + b``: an affine after it gives ``s z + t = (s W) x + (s b + t)``, one before it ``W (s x + t) + b = (W s) x +
-(W t + b)``. What differs between the kinds is which axis of the stored weight the output's and the input's channels are on,
-and how groups cut it. All tensors are float64.
+(W t + b)``. The kinds differ in the axes of the stored weight that hold the output's and the input's channels, and in
+how groups cut them. All tensors are float64.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ class Absorber:
     """The index arithmetic of one layout of weights.
 
     Attributes:
-        scale_outputs: ``(weight, (out,) scale, groups) -> weight``: what each output channel is computed from, scaled.
-        scale_inputs: ``(weight, (in,) scale, groups) -> weight``: what each input channel contributes to, scaled.
-        push_shift: ``(weight, (in,) shift, groups) -> (out,)`` that a constant input gives; for a matrix with axes in front,
-            (..., out).
+        scale_outputs: ``(weight, (out,) scale, groups) -> weight``, each output channel scaled.
+        scale_inputs: ``(weight, (in,) scale, groups) -> weight``, the contribution of each input channel scaled.
+        push_shift: ``(weight, (in,) shift, groups) -> (out,)``, the result of a constant input; (..., out) for a matrix with
+            axes in front.
     """
 
     scale_outputs: Callable[[Tensor, Tensor, int], Tensor]
@@ -35,7 +35,7 @@ def _first_axis(vector: Tensor, weight: Tensor) -> Tensor:
 
 
 def _by_group(vector: Tensor, weight: Tensor, groups: int) -> Tensor:
-    """Spread a vector over the second axis of a weight whose first axis runs through the groups one after the other."""
+    """Spread a vector over the second axis of a weight whose first axis runs through the groups in turn."""
     rows = weight.shape[0] // groups
     spread = vector.reshape(groups, 1, -1).expand(groups, rows, -1).reshape(weight.shape[0], -1)
     return spread.reshape(*spread.shape, *[1] * (weight.ndim - 2))
@@ -54,7 +54,7 @@ def _rows_summed(weight: Tensor, shift: Tensor, groups: int) -> Tensor:
 
 
 def _transposed_summed(weight: Tensor, shift: Tensor, groups: int) -> Tensor:
-    """What a constant input adds where every kernel tap reaches: exact only away from the edges, so no rule uses it."""
+    """Return the sum over all kernel taps of a constant input: exact only away from the edges, so no rule uses it."""
     taps = (weight * _first_axis(shift, weight)).reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
     return taps.sum((1, 3)).reshape(-1)
 
@@ -81,7 +81,7 @@ ABSORBERS: dict[str, Absorber] = {
 
 
 def channels_of(layout: str, shape: tuple[int, ...], groups: int) -> tuple[int, int]:
-    """(input, output) channels of a weight of this layout and shape."""
+    """Return the (input, output) channels of a weight of this layout and shape."""
     match layout:
         case "rows":
             return shape[1] * groups, shape[0]

@@ -1,8 +1,8 @@
-"""A plan: what has to change so that an affine disappears, found by demand, changing nothing yet.
+"""A plan: the changes that make an affine disappear, found before anything is changed.
 
-``pull`` asks a value to come out already scaled and shifted; ``push`` asks all readers of a value to do without its scale and
-shift. Both walk the graph through what commutes (``propagation``) until a linear layer takes the affine in, or someone refuses;
-a refusal is a sentence, so that nothing is left alone in silence. A plan is proved before it is carried out.
+``pull`` requires a value that is already scaled and shifted; ``push`` requires all readers of a value to do without its scale
+and shift. Both walk the graph through operations that commute (``propagation``) until a linear layer takes the affine in, or an
+operation refuses. A refusal is a sentence, so each BatchNorm that stays has a reason. A plan is proved before it is made.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Refused(Exception):
     """An affine can't go this way.
 
     Args:
-        reason: Why, as a sentence without its full stop.
-        unlock: What the network's author could change.
+        reason: A sentence without its full stop.
+        unlock: A change that the network's author could make.
     """
 
     def __init__(self, reason: str, unlock: str = "") -> None:
@@ -44,14 +44,14 @@ class Refused(Exception):
 
 @dataclass
 class Budget:
-    """How much larger the weights may become by cloning shared ones.
+    """Upper bound on the growth of the weights by copies of shared ones.
 
     Attributes:
         elements: Elements of all weights of the original.
-        max_growth: The result may have so many times as many.
-        apart: Whether calls that fold alike get weights of their own all the same.
-        biases: Whether the bias of a layer that had none counts too. It rarely has to: a BatchNorm that goes frees more, but
-            one whose other call stays frees nothing.
+        max_growth: Upper bound for the result, as a factor of ``elements``.
+        apart: Give calls that fold alike separate weights all the same.
+        biases: Count the bias of a layer that had none. That is rarely needed: a BatchNorm that goes frees more, but one whose
+            other call stays frees nothing.
         added: Elements added so far.
     """
 
@@ -63,17 +63,17 @@ class Budget:
     _together: dict[tuple[Weight, bytes], Weight] = field(default_factory=dict)
 
     def allows(self, more: int) -> bool:
-        """Whether ``more`` elements still fit."""
+        """Return True if ``more`` elements still fit."""
         return self.added + more <= (self.max_growth - 1.0) * self.elements
 
     def folded(self, old: Weight | None, value: Tensor, dtype: torch.dtype, *, together: bool) -> Weight:
-        """A folded weight; one for all calls that shared ``old`` and fold it into the same numbers.
+        """Return a folded weight; one for all calls that shared ``old`` and fold it into the same numbers.
 
         Args:
-            old: What the call read before.
+            old: The weight that the call read before.
             value: float64.
             dtype: Element type to store it in.
-            together: Whether other calls are expected to fold alike.
+            together: True if other calls are expected to fold alike.
         """
         if old is None or not (together or any(known is old for known, _ in self._together)):
             return Weight.folded(value, dtype)
@@ -89,8 +89,8 @@ class PropagationRules:
     """How an affine crosses each kind of operation; the tables are in ``folding.propagation``.
 
     Attributes:
-        pull: Kind -> ``(plan, op, kind, affine)``: what comes after it is wanted before it.
-        push: Kind -> ``(plan, op, kind, index of the input, affine)``: what comes before it is wanted after it.
+        pull: Kind -> ``(plan, op, kind, affine)``: move an affine from the output to the inputs.
+        push: Kind -> ``(plan, op, kind, index of the input, affine)``: move it from an input to the output.
     """
 
     pull: Mapping[type[Kind], Callable[[FoldPlan, Op, Any, Affine], None]]
@@ -103,14 +103,14 @@ class FoldPlan:
     Args:
         graph: Is not changed.
         rules: How an affine crosses each kind of operation.
-        budget: Of clones.
-        maps: Whether a shift may become a constant map over the positions behind a zero-padded layer.
-        clamps: Whether an activation may get a bound of its own in each channel.
+        budget: Limits copies of shared weights.
+        maps: Allow a shift to become a constant map over the positions behind a zero-padded layer.
+        clamps: Allow an activation to get a separate bound in each channel.
         fixed: Operations that must stay as they are.
 
     Attributes:
-        edits: What each operation would compute.
-        path: Every operation that was looked at, in the order of the walk.
+        edits: The new function of each changed operation.
+        path: Every visited operation, in the order of the walk.
         into: Operations that took the affine in.
         grown: Elements that the plan adds to the weights.
     """
@@ -149,7 +149,7 @@ class FoldPlan:
         """Make ``op`` give ``affine(op)`` to its only reader.
 
         Raises:
-            Refused: Nothing was changed that a plan in use could show; the caller drops the plan.
+            Refused: The plan is then incomplete; the caller drops it.
         """
         if not affine.has_scale and not affine.has_shift:
             return
@@ -163,7 +163,7 @@ class FoldPlan:
             self.rules.pull[type(op.kind)](self, op, op.kind, affine)
 
     def push(self, op: Op, affine: Affine) -> None:
-        """Make every reader of ``op`` do with a value to which ``affine`` was not applied.
+        """Make every reader of ``op`` compute the same from a value to which ``affine`` was not applied.
 
         Raises:
             Refused: As ``pull``.
@@ -181,7 +181,7 @@ class FoldPlan:
                 self.rules.push[type(user.kind)](self, user, user.kind, places[0], affine)
 
     def visit(self, op: Op) -> None:
-        """Note that the plan touches an operation; each once, so that two changes can't meet."""
+        """Record that the plan touches an operation; each only once, so that two changes can't meet."""
         if op in self.path:
             raise Refused(f"two ways from it meet again at {op.name}")
         if op in self.fixed:
@@ -192,11 +192,11 @@ class FoldPlan:
         self.path[op] = None
 
     def edit(self, op: Op, kind: Kind) -> None:
-        """Note what an operation would compute."""
+        """Record the new function of an operation."""
         self.edits[op] = kind
 
     def attempt(self, action: Callable[[], None]) -> Refused | None:
-        """Try something; when it is refused, the plan is as before."""
+        """Run an action; if it is refused, restore the plan and return the refusal."""
         before = dict(self.edits), dict(self.path), dict(self.into), self.grown
         try:
             action()
@@ -206,7 +206,7 @@ class FoldPlan:
         return None
 
     def layer(self, op: Op, layer: Layer, *, weight: Tensor | None, bias: Tensor | None, after: Tensor | None) -> None:
-        """Give a layer new numbers, float64; None leaves what is there."""
+        """Give a layer new numbers, float64; None keeps the present ones."""
         new = {"weight": weight, "bias": bias}
         old = {"weight": layer.weight, "bias": layer.bias}
         together = self._clone(op, [old[name] for name, value in new.items() if value is not None])
@@ -223,11 +223,11 @@ class FoldPlan:
         self.into[op] = None
 
     def norm(self, op: Op, affine: Affine, *, held: int = 0) -> None:
-        """Give a norm another scale and shift; both have to be finite in its element type.
+        """Give a norm another scale and shift; both must be finite in its element type.
 
         Args:
             op: The norm.
-            affine: What it does from now on.
+            affine: Its new map.
             held: Elements of what is merged into it: a scale per channel and a map of positions would give a much larger map.
         """
         assert isinstance(op.kind, Norm)
@@ -239,7 +239,7 @@ class FoldPlan:
         self.edit(op, Norm(affine))
 
     def storable(self, value: Tensor, dtype: torch.dtype, what: str) -> Tensor:
-        """``value``, if it is finite in its element type (float16 ends at 65504).
+        """Return ``value`` if it is finite in its element type (float16 ends at 65504).
 
         Raises:
             Refused: It is not.
@@ -270,10 +270,10 @@ class FoldPlan:
         )
 
     def _clone(self, op: Op, weights: Sequence[Weight | None]) -> bool:
-        """What other calls read stays; this call gets its own, if the budget allows.
+        """Copy weights that other calls read as well, if the budget allows.
 
         Returns:
-            Whether the other calls will fold alike, so that all of them share what is folded.
+            True if the other calls will fold alike, so that all of them share the folded weight.
         """
         shared = [weight for weight in weights if weight is not None and weight.readers > 1]
         if not shared:
@@ -286,15 +286,12 @@ class FoldPlan:
         return False
 
     def _spend(self, more: int, what: str, *, in_all: int | None = None) -> None:
-        """Take elements from the budget.
+        """Take ``more`` elements from the budget.
 
-        Args:
-            more: How many this plan needs.
-            what: What needs them, as the start of a sentence.
-            in_all: How many it takes with the plans that need the same; for the remedy.
+        ``what`` is the start of a sentence. ``in_all`` counts the elements of all plans with the same need, for the remedy.
 
         Raises:
-            Refused: There are not so many left.
+            Refused: The budget has fewer.
         """
         if not self.budget.allows(self.grown + more):
             spent = self.budget.added + self.grown + (more if in_all is None else in_all)
@@ -305,7 +302,7 @@ class FoldPlan:
         self.grown += more
 
     def _alike(self, op: Op, weight: Weight) -> bool:
-        """Whether every call that reads a weight is followed by the same affine alone: then all share one folded weight."""
+        """Return True if the same affine alone follows every call that reads a weight: then all share one folded weight."""
         first: Affine | None = None
         readers = [o for o in self.graph.ops if isinstance(o.kind, Layer) and weight in (o.kind.weight, o.kind.bias)]
         if len(readers) < weight.readers:
@@ -321,7 +318,7 @@ class FoldPlan:
 
 
 def _underflows(value: Tensor, cast: Tensor) -> bool:
-    """Whether rounding changes some row of a weight by more than the type's own resolution: its numbers are too small."""
+    """Return True if rounding changes some row of a weight by more than the type's resolution: its numbers are too small."""
     if value.ndim < 2:
         return False
     taps = value.reshape(*value.shape[:2], -1)  # (rows, columns, whatever the rest is)
@@ -331,7 +328,7 @@ def _underflows(value: Tensor, cast: Tensor) -> bool:
 
 
 def _next_norm(op: Op) -> Op | None:
-    """The norm that alone reads a value, behind identities."""
+    """Return the norm that is the only reader of a value, behind identities."""
     while len(op.users) == 1:
         op = op.users[0]
         if isinstance(op.kind, Norm):
@@ -346,7 +343,7 @@ def _equal(first: Affine, second: Affine) -> bool:
 
 
 def _apart(slice_op: Op, other: Op) -> bool:
-    """Whether two readers look at different positions of one axis."""
+    """Return True if two readers take different positions of one axis."""
     here, there = slice_op.kind, other.kind
     if not isinstance(here, Slice) or not isinstance(there, Slice) or here.axis != there.axis:
         return False

@@ -17,11 +17,11 @@ _LARGEST: tuple[int | None, ...] = (4, 12, None)
 
 
 def plan_error(graph: Graph, plan: FoldPlan, *, seed: int = 0) -> float:
-    """Largest difference that a plan makes anywhere outside its own operations, in float64.
+    """Return the largest difference that a plan makes anywhere outside its own operations, in float64.
 
-    Every value that leaves the plan's part of the graph is compared, whatever the plan believes about its readers: one
-    that was overlooked would show. The untouched part runs the backend's own operators on seeded noise, each channel its
-    own; images are cut to a few pixels where nothing depends on their size.
+    Every value that leaves the plan's part of the graph is compared, also values that the plan assumes to be unread: an
+    overlooked reader would show. The untouched part runs the backend's operators on seeded noise, separate for each channel;
+    images are cut to a few pixels where nothing depends on their size.
 
     Returns:
         max |planned - untouched| / max |untouched|, worst value; infinity when the part can't be run.
@@ -69,7 +69,7 @@ def _region_error(graph: Graph, plan: FoldPlan, region: Sequence[Op], largest: i
 
 
 def scale_error(candidate: Tensor, reference: Tensor) -> float:
-    """Max |candidate - reference| / max |reference|; infinity where only one of them is finite, or shapes differ."""
+    """Return max |candidate - reference| / max |reference|; infinity where only one is finite, or shapes differ."""
     if candidate.shape != reference.shape:
         return float("inf")
     if not reference.numel() or not reference.is_floating_point():

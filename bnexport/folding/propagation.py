@@ -37,7 +37,7 @@ from bnexport.folding.plan import FoldPlan, PropagationRules, Refused
 
 
 def size_along(op: Op, axis: int) -> int:
-    """The size of a value along an axis; Refused when it varies."""
+    """Return the size of a value along an axis; refuse one that varies."""
     size = op.shape[axis]
     if not isinstance(size, int):
         raise Refused(f"the size of {op.name} along axis {axis} varies")
@@ -62,23 +62,23 @@ def refuse_negative(op: Op, affine: Affine) -> None:
 
 
 def pull_identity(plan: FoldPlan, op: Op, kind: Identity, affine: Affine) -> None:
-    """The value that is handed on."""
+    """Pull the affine into the input that is returned."""
     plan.pull(op.inputs[kind.index], affine, op)
 
 
 def push_identity(plan: FoldPlan, op: Op, kind: Identity, index: int, affine: Affine) -> None:
-    """The readers of what is handed on; an operand that is not handed on does not matter."""
+    """Push the affine to the readers; the other inputs do not matter."""
     if index == kind.index:
         plan.push(op, affine)
 
 
 def pull_reshape(plan: FoldPlan, op: Op, _kind: Reshape, affine: Affine) -> None:
-    """The same affine in the shape before."""
+    """Pull the same affine in the shape before."""
     plan.pull(op.inputs[0], _reshaped(op, affine, backward=True), op)
 
 
 def push_reshape(plan: FoldPlan, op: Op, _kind: Reshape, _index: int, affine: Affine) -> None:
-    """The same affine in the shape after."""
+    """Push the same affine in the shape after."""
     plan.push(op, _reshaped(op, affine, backward=False))
 
 
@@ -91,18 +91,18 @@ def _reshaped(op: Op, affine: Affine, *, backward: bool) -> Affine:
 
 
 def pull_permute(plan: FoldPlan, op: Op, kind: Permute, affine: Affine) -> None:
-    """The same affine, its axes put back."""
+    """Pull the same affine with its axes put back."""
     inverse = [kind.axes.index(axis) for axis in range(len(kind.axes))]
     plan.pull(op.inputs[0], affine.mapped(lambda tensor: tensor.permute(inverse)), op)
 
 
 def push_permute(plan: FoldPlan, op: Op, kind: Permute, _index: int, affine: Affine) -> None:
-    """The same affine, its axes permuted."""
+    """Push the same affine with its axes permuted."""
     plan.push(op, affine.mapped(lambda tensor: tensor.permute(kind.axes)))
 
 
 def pull_reorder(plan: FoldPlan, op: Op, kind: Reorder, affine: Affine) -> None:
-    """The same affine, its positions put back."""
+    """Pull the same affine with its positions put back."""
     if not affine.varies_along(kind.axis):
         return plan.pull(op.inputs[0], affine, op)
     if sorted(kind.index) != list(range(size_along(op.inputs[0], kind.axis))):
@@ -112,14 +112,14 @@ def pull_reorder(plan: FoldPlan, op: Op, kind: Reorder, affine: Affine) -> None:
 
 
 def push_reorder(plan: FoldPlan, op: Op, kind: Reorder, _index: int, affine: Affine) -> None:
-    """The same affine, its positions reordered."""
+    """Push the same affine with its positions reordered."""
     order = torch.tensor(kind.index)
     varies = affine.varies_along(kind.axis)
     plan.push(op, affine.mapped(lambda tensor: tensor.index_select(kind.axis, order) if varies else tensor))
 
 
 def _spread(op: Op, kind: PixelShuffle, affine: Affine) -> Affine:
-    """From the side with few channels to the one with many: each channel becomes factor squared neighbours."""
+    """From few channels to many: each channel becomes factor squared neighbours."""
     refuse_varying(op, affine, (-2, -1))
     copies = kind.factor**2
     return affine.mapped(lambda t: t.repeat_interleave(copies, -3) if t.shape[-3] > 1 else t)
@@ -150,7 +150,7 @@ def push_pixels(plan: FoldPlan, op: Op, kind: PixelShuffle, _index: int, affine:
 
 
 def pull_concat(plan: FoldPlan, op: Op, kind: Concat, affine: Affine) -> None:
-    """Each part gets its own run of the affine."""
+    """Pull each run of the affine into its part."""
     start, varies = 0, affine.varies_along(kind.axis)
     for parent in op.inputs:
         size = size_along(parent, kind.axis) if varies else 0
@@ -160,27 +160,27 @@ def pull_concat(plan: FoldPlan, op: Op, kind: Concat, affine: Affine) -> None:
 
 
 def push_concat(plan: FoldPlan, op: Op, kind: Concat, index: int, affine: Affine) -> None:
-    """The affine on its own run of the result, nothing on the others."""
+    """Push the affine on its own run of the result, and the identity on the others."""
     sizes = [size_along(parent, kind.axis) for parent in op.inputs]
     before, after = sum(sizes[:index]), sum(sizes[index + 1 :])
     plan.push(op, _padded(affine, kind.axis, before, sizes[index], after))
 
 
 def pull_slice(plan: FoldPlan, op: Op, kind: Slice, affine: Affine) -> None:
-    """The affine on the positions that are taken, nothing on the others."""
+    """Pull the affine on the positions that are taken, and the identity on the others."""
     size = size_along(op.inputs[0], kind.axis)
     plan.pull(op.inputs[0], _padded(affine, kind.axis, kind.start, kind.stop - kind.start, size - kind.stop), op)
 
 
 def push_slice(plan: FoldPlan, op: Op, kind: Slice, _index: int, affine: Affine) -> None:
-    """The affine of the positions that are taken."""
+    """Push the affine of the positions that are taken."""
     if affine.varies_along(kind.axis):
         affine = affine.mapped(lambda tensor: tensor.narrow(kind.axis, kind.start, kind.stop - kind.start))
     plan.push(op, affine)
 
 
 def _padded(affine: Affine, axis: int, before: int, size: int, after: int) -> Affine:
-    """The affine on its run of an axis, and nothing on the positions around it."""
+    """Return the affine on its run of an axis, and the identity on the positions around it."""
 
     def pad(tensor: Tensor, value: float) -> Tensor:
         shape = list(tensor.shape)
@@ -192,7 +192,7 @@ def _padded(affine: Affine, axis: int, before: int, size: int, after: int) -> Af
 
 
 def pull_add(plan: FoldPlan, op: Op, kind: Add, affine: Affine) -> None:
-    """``s (a + b) + t = (s a + t) + s b``: the scale into both, the shift once, into whichever takes it."""
+    """``s (a + b) + t = (s a + t) + s b``: the scale into both operands, the shift into the first that takes it."""
     refusals = []
     for taker in (0, 1):
 
@@ -220,7 +220,7 @@ def push_add(plan: FoldPlan, op: Op, kind: Add, index: int, affine: Affine) -> N
 
 
 def pull_multiply(plan: FoldPlan, op: Op, kind: Multiply, affine: Affine) -> None:
-    """``s (a b) = (s a) b``: the scale into whichever factor takes it."""
+    """``s (a b) = (s a) b``: the scale into the first factor that takes it."""
     if affine.has_shift:
         raise Refused(f"its shift can't cross {op.name}, a product of two values")
     refusals = []
@@ -359,12 +359,12 @@ def _bounds(plan: FoldPlan, op: Op, low: Tensor, high: Tensor) -> Clamp:
 
 
 def is_plain(clamp: Clamp) -> bool:
-    """Whether a clamp has the same bounds everywhere, so that it is a ReLU or a Clip."""
+    """Return True if a clamp has the same bounds everywhere, so that it is a ReLU or a Clip."""
     return clamp.low.numel() == 1
 
 
 def passes(clamp: Clamp) -> int:
-    """How many elementwise operations a clamp is: a maximum, a minimum, or both."""
+    """Return the number of elementwise operations of a clamp: a maximum, a minimum, or both."""
     return int(bool((clamp.low > -torch.inf).any())) + int(bool((clamp.high < torch.inf).any()))
 
 
@@ -387,9 +387,9 @@ def _check_homogeneous(op: Op, affine: Affine) -> None:
 
 
 def pull_norm(plan: FoldPlan, op: Op, kind: Norm, affine: Affine) -> None:
-    """Two affines in a row are one; it goes on upwards if it can, else another BatchNorm's affine takes it in.
+    """Two affines in a row are one. It is pulled further if possible, else another BatchNorm's affine takes it in.
 
-    Plain arithmetic takes nothing in: a BatchNorm that ended there would be gone from the account and not from the graph.
+    Plain arithmetic takes nothing in: a BatchNorm that ended there would be gone from the report but not from the graph.
     """
     both = affine.after(kind.affine)
 
@@ -401,7 +401,7 @@ def pull_norm(plan: FoldPlan, op: Op, kind: Norm, affine: Affine) -> None:
 
 
 def push_norm(plan: FoldPlan, op: Op, kind: Norm, _index: int, affine: Affine) -> None:
-    """The later of two affines takes in the earlier one, and has its own turn; plain arithmetic is crossed."""
+    """The later of two affines takes in the earlier one and is folded in its turn; plain arithmetic is crossed."""
     both = kind.affine.after(affine)
 
     def onwards() -> None:
@@ -426,7 +426,7 @@ def _onwards_or_here(plan: FoldPlan, op: Op, onwards: Callable[[], None], both: 
 
 
 def pull_opaque(_plan: FoldPlan, op: Op, kind: Opaque, _affine: Affine) -> None:
-    """Nothing is known to cross it."""
+    """No affine is known to cross it."""
     raise Refused(
         f"it follows {op.name}" + (f": {kind.reason}" if kind.reason else ", which no scale and shift can cross")
     )
@@ -458,7 +458,7 @@ def pull_layer(plan: FoldPlan, op: Op, layer: Layer, affine: Affine) -> None:
 
 
 def push_layer(plan: FoldPlan, op: Op, layer: Layer, _index: int, affine: Affine) -> None:
-    """``W (s x + t) + b = (W s) x + (W t + b)``: the scale always; the shift where no zeros are put beside it."""
+    """``W (s x + t) + b = (W s) x + (W t + b)``: the scale always; the shift only without zero padding."""
     vector = _channels(op, layer, affine, output=False)
     absorber, stored = ABSORBERS[layer.layout], layer.weight.load()
     weight = absorber.scale_inputs(stored, vector.scale, layer.groups) if affine.has_scale else None
@@ -504,7 +504,7 @@ def _channels(op: Op, layer: Layer, affine: Affine, *, output: bool) -> ChannelA
 
 
 def _on_output(op: Op, layer: Layer, gained: Tensor) -> Tensor:
-    """(out,) or (..., out) as a shift on the output's axes."""
+    """Return (out,) or (..., out) as a shift on the output's axes."""
     if gained.ndim == 1:
         shape = [1] * op.rank
         shape[int(layer.out_axis)] = -1
@@ -513,7 +513,7 @@ def _on_output(op: Op, layer: Layer, gained: Tensor) -> Tensor:
 
 
 def _bias_map(plan: FoldPlan, op: Op, layer: Layer, affine: Affine) -> Tensor:
-    """What a constant input gives behind zero padding: another value near each edge, so one per output position."""
+    """Return the result of a constant input behind zero padding, one value per position: it differs near each edge."""
     parent = op.inputs[0]
     sizes = [*parent.shape[1:], *op.shape[1:]]
     if not all(isinstance(size, int) for size in sizes):

@@ -1,4 +1,4 @@
-"""The account of a fold: one row per BatchNorm call, what became of it, and why."""
+"""The fold report: one row per BatchNorm call, with its outcome and the reason."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ class FoldRow:
         kind: Class of that module: "BatchNorm2d"; in an ONNX file the operator.
         outcome: A key of OUTCOMES.
         rule: The rule that was applied; "" for none.
-        into: Where its numbers are now, module paths joined by ", "; "" for nowhere.
-        equation: What was computed, with W, b of the layer and s, t of the affine; "" when nothing was.
-        reason: Why it is not gone; "" when it is.
-        unlock: What the network's author could change so that it goes; "" when it is gone or nothing would help.
+        into: The present place of its numbers, module paths joined by ", "; "" for nowhere.
+        equation: The computation, with W, b of the layer and s, t of the affine; "" for none.
+        reason: The reason why it is not gone; "" when it is.
+        unlock: A change by the network's author that would make it go; "" when it is gone or nothing would help.
         channels: Number of channels; 0 when unknown.
         gain: Smallest and largest |gamma / sqrt(moving_var + eps)|; None when it can't be read or is not finite.
-        dead: Channels whose scale is 0: what they give does not depend on the input.
+        dead: Number of channels with scale 0, whose output does not depend on the input.
         error: Largest difference of this fold alone, against the untouched part of the graph, both in float64, as a share
             of that part's largest output; None when nothing was folded.
     """
@@ -57,11 +57,11 @@ class FoldRow:
 
     @property
     def gone(self) -> bool:
-        """Whether nothing of the BatchNorm is left to compute."""
+        """True if nothing of the BatchNorm remains to be computed."""
         return self.outcome in GONE
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Return plain JSON values."""
         value = asdict(self)
         value["gain"] = None if self.gain is None else list(self.gain)
         return value
@@ -79,12 +79,12 @@ class FoldReport:
 
     Attributes:
         rows: One per call, in the order of the graph.
-        remaining: batch_norm operators left in the folded graph: standalone affines, and BatchNorms kept as they were.
+        remaining: batch_norm operators in the folded graph: standalone affines, and BatchNorms kept as they were.
         error: Largest difference between the folded and the original graph, both in float64, on random inputs, as a
             fraction of the output's largest value; None when the graph can't run in float64.
         growth: Elements of the folded graph's parameters and buffers, as a multiple of the original's: below 1 where
             statistics are gone, above 1 where shared weights had to be copied. The scales and shifts that stay do not count.
-        warnings: What a reader must know: a fold that failed its proof and was rolled back, a whole that can't be compared.
+        warnings: Folds that failed their proof and were rolled back; a whole that can't be compared.
     """
 
     rows: tuple[FoldRow, ...]
@@ -103,7 +103,7 @@ class FoldReport:
         return Counter(row.outcome for row in self.rows)[outcome]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values, as in manifest.json."""
+        """Return plain JSON values, as in manifest.json."""
         return {
             "rows": [row.to_json() for row in self.rows],
             "remaining": self.remaining,

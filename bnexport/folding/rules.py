@@ -1,6 +1,6 @@
 """The table of rules: the ways in which one affine can disappear, cheapest first.
 
-Each rule fills a plan or refuses with a sentence; the sentences of all that refused are the reason that the account gives.
+Each rule fills a plan or refuses with a sentence; the sentences of all refusals are the reason in the fold report.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ class Rule:
     """One way to make an affine disappear, or smaller.
 
     Attributes:
-        name: As it appears in the report.
-        equation: What is computed; W, b are the layer's weight and bias, s, t the affine's scale and shift.
+        name: As in the report.
+        equation: The computation; W, b are the layer's weight and bias, s, t the affine's scale and shift.
         plan: Fills the plan for a site, or raises Refused.
-        outcome: Of a site that it was used on; None: told by where the affine went.
-        maps: Whether it may use maps of constants behind zero padding.
+        outcome: Outcome of a site that it was used on; None: depends on where the affine went.
+        maps: Allow maps of constants behind zero padding.
     """
 
     name: str
@@ -70,10 +70,10 @@ def _both(plan: FoldPlan, site: Op, affine: Affine) -> None:
 
 
 def _scale_forward(plan: FoldPlan, site: Op, affine: Affine) -> None:
-    """``W (s x + t) = (W s) (x + t / s)``: what stays before the layer is one addition.
+    """``W (s x + t) = (W s) (x + t / s)``: one addition stays before the layer.
 
     For s > 0 the scale also crosses ReLU, LeakyReLU and PReLU: ``f(s x + t) = s f(x + t / s)``. With a negative scale in some
-    channel a multiplication by the sign would stay beside the addition, which is no less than what was there.
+    channel a multiplication by the sign would stay next to the addition, which saves nothing.
     """
     _refuse_scaleless(affine)
     plan.norm(site, Affine.of(torch.ones_like(affine.scale), affine.shift / affine.scale))
@@ -106,7 +106,7 @@ RULES: tuple[Rule, ...] = (
 
 
 def outcome_of(rule: Rule, plan: FoldPlan, site: Op) -> Outcome:
-    """Where the affine went: into the next layer, across others, or into another affine."""
+    """Return where the affine went: into the next layer, across others, or into another affine."""
     if rule.outcome is not None:
         return rule.outcome
     if any(isinstance(plan.edits.get(op), Norm) for op in plan.into):
@@ -118,7 +118,7 @@ def outcome_of(rule: Rule, plan: FoldPlan, site: Op) -> Outcome:
 
 
 def equation_of(rule: Rule, plan: FoldPlan) -> str:
-    """The rule's equation, with what it did to activations."""
+    """Return the rule's equation, with its effect on activations."""
     clamps = [op for op, kind in plan.edits.items() if isinstance(kind, Clamp) and not _same_bounds(op.kind, kind)]
     merged = [kind for kind in plan.edits.values() if isinstance(kind, Norm)]
     if merged and rule.outcome is None:

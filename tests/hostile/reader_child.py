@@ -15,10 +15,10 @@ from torch import nn
 
 from bnexport.data.images import load_images
 from bnexport.errors import BnexportError
+from bnexport.folding.onnx_backend.reading import read_source
 from bnexport.loading.checkpoint import load_checkpoint, read_safetensors
 from bnexport.loading.weights import load_weights
 from bnexport.onnx_files.models import read_model
-from bnexport.onnx_folding.reading import read_source
 from bnexport.runtimes.base import RunSettings
 from bnexport.runtimes.onnxruntime import OnnxRuntimeRunner
 from bnexport.runtimes.torch_runners import load_torchscript

@@ -22,10 +22,10 @@ from bnexport.bundle import MODEL_ONNX, MODEL_TORCHSCRIPT, Bundle
 from bnexport.cli.main import run
 from bnexport.data.images import load_images
 from bnexport.errors import BadInput
+from bnexport.folding.onnx_backend.reading import read_source
 from bnexport.loading.checkpoint import read_safetensors
 from bnexport.loading.weights import load_weights
 from bnexport.onnx_files.models import read_model
-from bnexport.onnx_folding.reading import read_source
 from bnexport.runtimes import onnxruntime
 from bnexport.runtimes.torch_runners import load_torchscript
 from bnexport.validation import validate_archive

@@ -22,7 +22,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("cli",),
     ("pipeline", "onnx_pipeline"),
     ("reporting",),
-    ("onnx_folding", "auditing", "evaluating"),
+    ("auditing", "evaluating"),
     ("verification", "serving", "deploying"),
     ("training", "folding", "exporting", "runtimes"),
     ("loading", "onnx_files"),

@@ -1,4 +1,4 @@
-"""Memory and constants of a torch.export graph: which values share memory, which are constants, and their float64 values.
+"""Memory and constants of a torch.export graph: shared memory, constant values, and their float64 numbers.
 
 ``torch.export`` keeps ``relu_`` and ``add_`` as the author of the network wrote them. Where the changed memory belongs to one
 value alone, the functional operator computes the same and replaces the in-place one. Elsewhere the in-place operator stays, and
@@ -19,7 +19,7 @@ aten = torch.ops.aten
 
 
 def _overloads(*names: str) -> set[Any]:
-    """All overloads of operators, where this version of torch has them."""
+    """Return all overloads of operators that this version of torch has."""
     packets = [getattr(aten, name, None) for name in names]
     return {getattr(packet, name) for packet in packets if packet is not None for name in packet.overloads()}
 
@@ -52,7 +52,7 @@ _FRESH = _overloads(
 
 
 def shares_memory(node: Node) -> bool:
-    """Whether an operator's result may be memory of one of its arguments."""
+    """Return True if an operator's result may be memory of one of its arguments."""
     if node.op != "call_function":
         return False
     schema = getattr(node.target, "_schema", None)
@@ -72,7 +72,7 @@ def _suffix(schema: Any) -> str:
 
 
 def memory_of(node: Node) -> set[str | Node]:
-    """Whose memory a value may be: targets of attributes, and nodes that made memory of their own."""
+    """Return the possible owners of a value's memory: targets of attributes, and nodes that allocated memory."""
     found: set[str | Node] = set()
     stack, seen = [node], {node}
     while stack:
@@ -123,7 +123,7 @@ def _type(node: Node) -> tuple[torch.dtype, torch.device] | None:
 
 
 def _owned(node: Node, order: dict[Node, int]) -> bool:
-    """Whether the memory that a node changes is seen by nobody else: not before through a view, not after at all."""
+    """Return True if no other value sees the memory that a node changes: not before through a view, not after at all."""
     reader, value = node, node.args[0]
     while isinstance(value, Node):
         if value.op != "call_function":
@@ -147,13 +147,10 @@ _CUTS = (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, a
 
 
 class Constants:
-    """Values that depend on parameters, buffers and literals alone, computed in float64 when asked for.
+    """Values that depend on parameters, buffers and literals alone, computed in float64 on demand.
 
-    A parameter or buffer that some operator of the graph changes in place (also through a view) is not a constant: what
-    it holds depends on when it is read.
-
-    Attributes:
-        mutated: What some operator changes in place: targets of attributes, and computed nodes.
+    A parameter or buffer that some operator of the graph changes in place (also through a view) is not a constant: its value
+    depends on the time of reading. ``mutated`` holds the changed ones: targets of attributes, and computed nodes.
     """
 
     def __init__(self, module: GraphModule) -> None:
@@ -162,15 +159,11 @@ class Constants:
         self.mutated = set(_mutated_memory(module))
 
     def changes(self, *nodes: Node) -> bool:
-        """Whether the memory of some value is changed in place, so that it matters when it is read."""
+        """Return True if the memory of some value is changed in place, so that the time of reading matters."""
         return bool(self.mutated) and any(not self.mutated.isdisjoint(memory_of(node)) for node in nodes)
 
     def value(self, item: Any) -> Tensor | None:
-        """The constant that an operator's argument stands for, in float64; None when it is not a constant.
-
-        Args:
-            item: A node, a number, or anything else that may stand in a node's arguments.
-        """
+        """Return the constant for an operator's argument (a node, a number, ...), in float64; None when it is not one."""
         if isinstance(item, bool) or not isinstance(item, (int, float, Node)):
             return None
         if isinstance(item, (int, float)):
@@ -179,11 +172,11 @@ class Constants:
         return None if found is None else _wide(found)
 
     def known(self, item: Any) -> bool:
-        """Whether ``value`` has an answer; without the cost of widening it."""
+        """Return True if ``value`` has a result; without the cost of widening it."""
         return isinstance(item, (int, float)) or (isinstance(item, Node) and self._stored(item) is not None)
 
     def _stored(self, node: Node) -> Tensor | None:
-        """The value in the element type that it has; only computed constants are held in float64."""
+        """Return the value in its own element type; only computed constants are held in float64."""
         if node not in self._values:
             self._resolve(node)
         found = self._values[node]
@@ -234,7 +227,7 @@ class Constants:
         return _wide(value) if isinstance(value, Tensor) else value
 
     def _narrow_value(self, node: Node) -> Any:
-        """In the element type that the network computes it in."""
+        """Return the value in the element type in which the network computes it."""
         value, traced = self._values[node], node.meta.get("val")
         if not isinstance(value, Tensor) or not isinstance(traced, Tensor) or not value.is_floating_point():
             return value
@@ -242,7 +235,7 @@ class Constants:
 
 
 def _wide(value: Tensor) -> Tensor:
-    """In float64 on the CPU, wherever the network is: the algebra is small, and one device knows no mix-ups."""
+    """Return a tensor in float64 on the CPU, wherever the network is: the algebra is small, and one device avoids mix-ups."""
     if value.is_quantized:
         return value
     value = value.cpu()
@@ -250,7 +243,7 @@ def _wide(value: Tensor) -> Tensor:
 
 
 def _looks_at_bits(node: Node) -> bool:
-    """Whether an operator's result depends on the element type itself, so that widening would change it."""
+    """Return True if an operator's result depends on the element type itself, so that widening would change it."""
     name = getattr(getattr(node.target, "_schema", None), "name", "")
     return node.target is aten.view.dtype or any(part in name for part in ("quantize", "bitwise", "frexp", "nextafter"))
 
@@ -261,7 +254,7 @@ def _fits(result: Tensor, node: Node) -> bool:
 
 
 def attribute(module: torch.nn.Module, target: str) -> Any:
-    """The attribute at a dotted path."""
+    """Return the attribute at a dotted path."""
     value: Any = module
     for name in target.split("."):
         value = getattr(value, name)
@@ -269,7 +262,7 @@ def attribute(module: torch.nn.Module, target: str) -> Any:
 
 
 def _is_pure(node: Node) -> bool:
-    """Deterministic, without side effects: safe to compute once, ahead of time."""
+    """Return True if a node is deterministic and without side effects, and so can be computed once ahead of time."""
     schema = getattr(node.target, "_schema", None)
     if schema is None or schema.is_mutable:
         return node.target is operator.getitem
@@ -277,7 +270,7 @@ def _is_pure(node: Node) -> bool:
 
 
 def _widens(cast: Node) -> bool:
-    """Whether a cast keeps every value: from a floating type to itself or to one with more bits."""
+    """Return True if a cast keeps every value: from a floating type to itself or to one with more bits."""
     source = cast.args[0]
     before = source.meta.get("val") if isinstance(source, Node) else None
     after = cast.meta.get("val")
@@ -289,7 +282,7 @@ def _widens(cast: Node) -> bool:
 
 
 def _mutated_memory(module: GraphModule) -> Iterator[str | Node]:
-    """What some in-place operator changes, directly or through a view: targets of attributes, and computed nodes."""
+    """Return what in-place operators change, directly or through a view: targets of attributes, and computed nodes."""
     for node in module.graph.nodes:
         schema = getattr(node.target, "_schema", None)
         if node.op != "call_function" or schema is None or not schema.is_mutable:

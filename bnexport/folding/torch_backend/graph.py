@@ -14,10 +14,9 @@ from torch.fx import GraphModule, Node
 from bnexport.folding.affine import Dim
 from bnexport.folding.graph import Clamp, Identity, Kind, Layer, Norm, NormCall, Op, Opaque, Weight, connect
 from bnexport.folding.torch_backend.constants import Constants, attribute
-from bnexport.folding.torch_backend.names import channels_of, describe, module_class, module_path
+from bnexport.folding.torch_backend.nodes import Reader, Reading, channels_of, describe, module_class, module_path
 from bnexport.folding.torch_backend.norms import NormReading, read_norms
 from bnexport.folding.torch_backend.readers import POOLS_WITH_POSITIONS, READERS, SPLITS, is_whole_slice
-from bnexport.folding.torch_backend.reading import Reader, Reading
 
 aten = torch.ops.aten
 
@@ -31,10 +30,10 @@ _SHAPE_ONLY = (aten.sym_size.int, aten.sym_numel.default, aten.sym_stride.int, a
 
 @dataclass(frozen=True)
 class Source:
-    """Where a value comes from.
+    """The origin of a value.
 
     Attributes:
-        nodes: The nodes that compute it, in order; the last one's value it is.
+        nodes: The nodes that compute it, in order; the last one has its value.
         reads: The nodes whose values are ``Op.inputs``.
         weight: Position of a layer's weight among the node's arguments.
         bias: Position of its bias; None where the operator has none.
@@ -47,20 +46,16 @@ class Source:
 
     @property
     def result(self) -> Node:
-        """The node whose value it is."""
+        """The node that has the value."""
         return self.nodes[-1]
 
 
 class TorchGraph:
-    """A graph of ATen operators, as ``folding.graph.Graph``.
-
-    Args:
-        module: Of torch.export; not changed here.
+    """A graph of ATen operators, as ``folding.graph.Graph``; its module is not changed here.
 
     Attributes:
-        ops: As ``folding.graph.Graph``.
-        by_node: The operation whose value a node gives.
-        aliases: Nodes that give another node's whole value, as the slices that ``x[:, 2:]`` begins with.
+        by_node: Node -> the operation whose value it has.
+        aliases: Nodes that return another node's whole value, as the slices that ``x[:, 2:]`` begins with.
     """
 
     def __init__(self, module: GraphModule) -> None:
@@ -105,7 +100,7 @@ class TorchGraph:
         self._add(reading.kind, (node,), reading.inputs, weight=reading.weight, bias=reading.bias)
 
     def _note_constant_norm(self, node: Node) -> None:
-        """A BatchNorm of a constant is a call like any other in the account, and no value that an affine could cross."""
+        """A BatchNorm of a constant is a call like any other in the report, but no value that an affine could cross."""
         norm = self._norms.get(node)
         if norm is not None and norm.counts:
             call = NormCall(
@@ -116,7 +111,7 @@ class TorchGraph:
             )
 
     def _is_inner(self, node: Node) -> bool:
-        """Whether a node is inside a norm written out in several steps, whose last step stands for all."""
+        """Return True for a node inside a norm written out in several steps, whose last step represents all."""
         found = self._norms.get(node)
         return found is not None and node is not found.nodes[-1]
 
@@ -200,7 +195,7 @@ class TorchGraph:
         self.by_node[node] = op
 
     def weight(self, node: Any) -> Weight | None:
-        """The stored tensor that a node stands for; None when it is no constant."""
+        """Return the stored tensor of a node; None when it is not a constant."""
         if not isinstance(node, Node) or not self.constants.known(node):
             return None
         key = str(node.target) if node.op == "get_attr" else node
@@ -213,7 +208,7 @@ class TorchGraph:
         return self._weights[key]
 
     def _is_computed_from_shared(self, node: Node) -> bool:
-        """Whether folding a computed weight would add it to what it is computed from, because others read that too."""
+        """Return True if folding a computed weight would add elements, because its sources have other readers."""
         inside, stack = {node}, [node]
         while stack:
             for parent in stack.pop().all_input_nodes:
@@ -231,7 +226,7 @@ class TorchGraph:
     # --- evaluating ---
 
     def evaluate(self, op: Op, kind: Kind, inputs: Sequence[Tensor]) -> Tensor:
-        """As ``Graph.evaluate``."""
+        """See ``Graph.evaluate``."""
         if isinstance(kind, Identity):
             return inputs[kind.index]  # a cast to the type that the value has anyway would leave float64
         if kind is op.original or isinstance(kind, Opaque):
@@ -248,7 +243,7 @@ class TorchGraph:
         return evaluate_kind(kind, inputs)
 
     def _run(self, op: Op, inputs: Sequence[Tensor], replaced: dict[int, Tensor | None]) -> Tensor:
-        """Run an operation's own nodes on float64 values, a layer's weights replaced where that is asked."""
+        """Run an operation's own nodes on float64 values, with replaced layer weights where given."""
         source: Source = op.source
         values: dict[Node, Any] = dict(zip(_readable(source, self.by_node), inputs, strict=True))
         with torch.no_grad():
@@ -288,7 +283,7 @@ class TorchGraph:
         return node.target(*args, **kwargs)
 
     def probe(self, op: Op, generator: torch.Generator, *, largest: int | None) -> Tensor:
-        """As ``Graph.probe``."""
+        """See ``Graph.probe``."""
         value = op.source.result.meta.get("val")
         if not isinstance(value, Tensor) or not value.is_floating_point():
             raise RuntimeError(f"{op.name} is no floating-point value")
@@ -299,7 +294,7 @@ class TorchGraph:
 
 
 def evaluate_kind(kind: Kind, inputs: Sequence[Tensor]) -> Tensor:
-    """What the kinds that folding makes compute, in float64."""
+    """Return the float64 result of a kind that folding made."""
     if isinstance(kind, Norm):
         return kind.affine(inputs[0])
     if isinstance(kind, Clamp):
@@ -308,7 +303,7 @@ def evaluate_kind(kind: Kind, inputs: Sequence[Tensor]) -> Tensor:
 
 
 def _readable(source: Source, by_node: dict[Node, Op]) -> list[Node]:
-    """The nodes whose values are an operation's inputs: those it reads, or what a split that it reads from reads."""
+    """Return the nodes whose values are an operation's inputs; for a piece of a split, the split's inputs."""
     found: list[Node] = []
     for read in source.reads:
         found += [read] if read in by_node else [item for item in read.all_input_nodes if item in by_node]
@@ -316,7 +311,7 @@ def _readable(source: Source, by_node: dict[Node, Op]) -> list[Node]:
 
 
 def _is_transparent_split(node: Any) -> bool:
-    """A split whose pieces are all taken by getitem: each piece is a slice of what was split; a pooling without positions."""
+    """Return True if getitem takes all pieces of a split (each is a slice), or for a pooling without positions."""
     if not all(user.target is operator.getitem for user in node.users):
         return False
     if node.target in POOLS_WITH_POSITIONS:
@@ -325,7 +320,7 @@ def _is_transparent_split(node: Any) -> bool:
 
 
 def _is_size(node: Node) -> bool:
-    """Arithmetic on sizes."""
+    """Return True for arithmetic on sizes."""
     value = node.meta.get("val")
     return isinstance(value, (torch.SymInt, torch.SymBool, torch.SymFloat, int)) and not any(
         isinstance(item.meta.get("val"), Tensor) for item in node.all_input_nodes

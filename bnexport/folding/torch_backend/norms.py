@@ -13,8 +13,7 @@ from torch.fx import GraphModule, Node
 
 from bnexport.folding.affine import Affine, ChannelAffine
 from bnexport.folding.torch_backend.constants import Constants
-from bnexport.folding.torch_backend.names import BATCH_NORM, dtype_of, module_stack, operator_name, shape_of
-from bnexport.folding.torch_backend.reading import argument
+from bnexport.folding.torch_backend.nodes import BATCH_NORM, argument, dtype_of, module_stack, operator_name, shape_of
 
 aten = torch.ops.aten
 
@@ -25,12 +24,11 @@ class NormReading:
 
     Attributes:
         nodes: In order; the first takes ``value``, the last gives the result.
-        value: What it is applied to.
-        affine: What it does; None when it can't be read.
+        affine: None when it can't be read.
         axis: Channel axis of ``value``; None when it is the same for every element, or varies along several.
-        counts: Whether it is a BatchNorm (or a norm written out), and not just arithmetic.
-        why_not: Why it can't be read.
-        unlock: What would make it readable.
+        counts: True for a BatchNorm (or a norm written out), False for mere arithmetic.
+        why_not: The reason why it can't be read.
+        unlock: A change that would make it readable.
         offset: Largest |moving mean| as a multiple of the standard deviation; 0 where it is not known.
     """
 
@@ -48,7 +46,7 @@ Reader = Callable[[Node, Constants], NormReading | None]
 
 
 def read_norms(module: GraphModule, constants: Constants) -> dict[Node, NormReading]:
-    """Every norm of a graph, under each of its nodes; each node in one norm at most."""
+    """Return every norm of a graph, under each of its nodes; each node belongs to one norm at most."""
     found: dict[Node, NormReading] = {}
     for node in module.graph.nodes:
         if node in found or (reading := read_node(node, constants)) is None:
@@ -147,7 +145,7 @@ def _plain(node: Node, value: Node, affine: Affine) -> NormReading:
 
 
 def placed_on(constant: Tensor, shape: tuple[int | None, ...]) -> Tensor | None:
-    """A constant with as many axes as a value that it is broadcast over; None when it would enlarge the value."""
+    """Return a constant with as many axes as the value that it is broadcast over; None when it would enlarge the value."""
     if constant.ndim > len(shape):
         return None
     placed = constant.reshape([*[1] * (len(shape) - constant.ndim), *constant.shape])
@@ -206,10 +204,10 @@ READERS: dict[Any, Reader] = {
 
 
 def _chain(first: NormReading, constants: Constants) -> NormReading:
-    """The run of arithmetic that starts here, within one call of one module, without other readers, as one norm.
+    """Read the run of arithmetic that starts here, within one call of one module, without other readers, as one norm.
 
-    It counts as a norm when it has a stored scale and a shift, along one axis at most; a lone ``x * 2`` or ``x + bias`` does
-    not, and neither does the scale and the table of positions of an attention.
+    It counts as a norm when it has a stored scale and a shift, along one axis at most. A lone ``x * 2`` or ``x + bias`` does
+    not count, and neither does the scale and the table of positions of an attention.
     """
     links = [first]
     node = first.nodes[0]

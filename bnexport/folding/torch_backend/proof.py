@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from bnexport.folding.proof import scale_error
-from bnexport.folding.torch_backend.names import dtype_of
+from bnexport.folding.torch_backend.nodes import dtype_of
 
 #: Rounding of float64 through a network of usual depth stays below; the smallest real fault (a dropped eps) is far above.
 MAX_ERROR = 1e-12
@@ -29,21 +29,21 @@ _SMALLEST = 64
 def fold_error(
     original: GraphModule, folded: GraphModule, exact: dict[str, Tensor], inputs: tuple[Any, ...], *, seed: int = 0
 ) -> tuple[float, float] | None:
-    """Largest difference of any output, as a fraction of that output's largest value, in float64.
+    """Return the largest difference of any output, as a fraction of that output's largest value, in float64, and its bound.
 
-    The folded graph is run with the folded tensors as they were before their one cast, so that the figure shows the
-    algebra alone: rounding of the stored weights is the business of the file's own proof. Large images are cut to a smaller
-    size where the network takes one: the algebra is the same at every size.
+    The folded graph is run with the folded tensors before their one cast, so that the error is that of the algebra alone: the
+    file's own proof covers rounding of the stored weights. Large images are cut to a smaller size where the network takes one:
+    the algebra is the same at every size.
 
     Args:
         original: The traced graph.
         folded: The rewritten graph.
         exact: Folded tensors in float64, by attribute.
-        inputs: Example inputs; floating ones are replaced by seeded noise, which no channel can hide from.
-        seed: Of the noise.
+        inputs: Example inputs; floating ones are replaced by seeded noise, so that every channel takes part.
+        seed: Random seed of the noise.
 
     Returns:
-        The error, and the bound that rounding of float64 explains; infinite where a network turns the last digit of its input
+        The error, and the bound that float64 rounding explains; infinite where a network turns the last digit of its input
         into so much of its output that the comparison decides nothing. The error is infinity when the folded graph alone fails,
         or when an output is not finite in one graph only. None when the original can't run in float64 (an operator that pins
         another type) or gives no finite number to compare.
@@ -70,7 +70,7 @@ def fold_error(
 
 
 def rough_error(original: GraphModule, folded: GraphModule, inputs: tuple[Any, ...]) -> float | None:
-    """As ``fold_error``, in the network's own element types, for one that can't run in float64; None where nothing can run."""
+    """Return ``fold_error`` in the network's own element types, if it can't run in float64; None where nothing can run."""
     try:
         reference = _run(original, inputs)
     except (RuntimeError, TypeError, ValueError, AssertionError):
@@ -89,7 +89,7 @@ def _error(narrow: GraphModule, probes: tuple[Any, ...], reference: list[Tensor]
 
 
 def _rounding(wide: GraphModule, probes: tuple[Any, ...], reference: list[Tensor]) -> float:
-    """What float64 itself leaves open: the outputs' change when every input changes in its last digit.
+    """Return the error of float64 itself: the outputs' change when every input changes in its last digit.
 
     A fold changes the order of operations in every layer, not the inputs alone, hence the factor; a deep network, or one
     with a steep softmax, turns the last digit of its input into much more.
@@ -109,7 +109,7 @@ def _rounding(wide: GraphModule, probes: tuple[Any, ...], reference: list[Tensor
 
 
 def _sizes(original: GraphModule, inputs: tuple[Any, ...]) -> list[int | None]:
-    """Largest side of the images to try, the smallest first; None for the traced size."""
+    """Return the largest sides of the images to try, the smallest first; None for the traced size."""
     images = [item for item in pytree.tree_leaves(inputs) if isinstance(item, Tensor) and item.ndim == 4]
     side = max((max(item.shape[2:]) for item in images), default=0)
     work, sizes = multiplications(original), [side]
@@ -120,7 +120,7 @@ def _sizes(original: GraphModule, inputs: tuple[Any, ...]) -> list[int | None]:
 
 
 def multiplications(graph_module: GraphModule) -> int:
-    """Multiplications of a run on the traced sizes, by the convolutions and linear layers."""
+    """Return the multiplications of a run on the traced sizes, by the convolutions and linear layers."""
     total = 0
     for node in graph_module.graph.nodes:
         weight = node.args[1] if node.op == "call_function" and len(node.args) > 1 else None
@@ -146,7 +146,7 @@ def _cut(probes: tuple[Any, ...], size: int | None) -> tuple[Any, ...]:
 
 
 def _double(graph_module: GraphModule, exact: dict[str, Tensor]) -> GraphModule:
-    """A float64 copy, with some attributes replaced; what is replaced is never copied, what is copied is so once."""
+    """Return a float64 copy with some attributes replaced; replaced tensors are never copied, the others only once."""
     memo: dict[int, Any] = {}
     for name, tensor in (*graph_module.named_parameters(), *graph_module.named_buffers()):
         value = exact.get(name, tensor.detach()).to(tensor.device)

@@ -28,8 +28,7 @@ from bnexport.folding.graph import (
     Reshape,
     Slice,
 )
-from bnexport.folding.torch_backend.names import dtype_of, shape_of
-from bnexport.folding.torch_backend.reading import Reader, Reading, Surroundings, argument
+from bnexport.folding.torch_backend.nodes import Reader, Reading, Surroundings, argument, dtype_of, shape_of
 
 aten = torch.ops.aten
 
@@ -136,17 +135,17 @@ def read_addmm(node: Node, graph: Surroundings) -> Reading | str | None:
 
 
 def read_same(node: Node, _graph: Surroundings) -> Reading:
-    """What hands on its input."""
+    """Operators that return their input."""
     return Reading(Identity(), (node.args[0],))
 
 
 def read_dropout(node: Node, _graph: Surroundings) -> Reading | None:
-    """Dropout hands on its input unless it is in training mode."""
+    """Dropout returns its input unless it is in training mode."""
     return Reading(Identity(), (node.args[0],)) if node.args[2] is False else None
 
 
 def read_cast(node: Node, _graph: Surroundings) -> Reading | None:
-    """A cast to the type that the value has already."""
+    """A cast to the value's own type."""
     return Reading(Identity(), (node.args[0],)) if dtype_of(node.args[0]) == dtype_of(node) else None
 
 
@@ -212,7 +211,7 @@ def read_slice(node: Node, _graph: Surroundings) -> Reading | None:
 
 
 def read_piece(node: Node, _graph: Surroundings) -> Reading | None:
-    """Getitem of a split: positions that the pieces before it leave."""
+    """Getitem of a split: the run of positions that belongs to this piece."""
     split, index = node.args
     pieces = split.meta.get("val") if isinstance(split, Node) else None
     if not isinstance(split, Node) or not isinstance(pieces, (list, tuple)) or not isinstance(index, int):
@@ -385,7 +384,7 @@ def _joins(node: Node, left: Any, right: Any) -> bool:
 
 
 def _named(*names: str) -> list[Any]:
-    """Operators by name, where this version of torch has them."""
+    """Return operators by name, where this version of torch has them."""
     found = []
     for name in names:
         packet, _, overload = name.partition(".")

@@ -1,4 +1,4 @@
-"""From a module to a graph of ATen operators in eval mode, and whether that graph holds for every image size.
+"""Trace a module into a graph of ATen operators in eval mode, and check that the graph holds for every image size.
 
 torch.export follows ``if x.shape[2] % 2`` for the size of the example and records the condition as a guard (PyTorch
 documentation, "Dynamic Shapes"). A branch taken from a smallest size upwards is one path, and the signature names that size.
@@ -34,16 +34,16 @@ _STEPS = (0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 31, 32, 33, 63, 64, 127, 128, 256, 
 
 
 def refuse_forks(program: ExportedProgram, model: nn.Module) -> None:
-    """Refuse a graph whose forward asked in Python for a size, where other sizes would have gone another way.
+    """Refuse a graph whose forward takes another branch in Python for other sizes.
 
-    Guards of torch's own code are none of these: what does not fit them is refused by the operator, or costs only time.
+    Guards of torch's own code do not count: the operator refuses what does not fit them, or they only cost time.
 
     Args:
         program: With sizes that vary.
-        model: In sentences.
+        model: The name in messages.
 
     Raises:
-        UntracedError: Naming the line that asks.
+        UntracedError: Naming the line of the branch.
     """
     for environment in _environments(program):
         for guard in environment.guards:
@@ -57,7 +57,7 @@ def refuse_forks(program: ExportedProgram, model: nn.Module) -> None:
 
 
 def _environments(program: ExportedProgram) -> list[Any]:
-    """Where torch.export keeps the guards of the sizes that vary."""
+    """Return the places where torch.export keeps the guards of the sizes that vary."""
     found: dict[int, Any] = {}
     for node in program.graph.find_nodes(op="placeholder"):
         for size in getattr(node.meta.get("val"), "shape", ()):
@@ -67,7 +67,7 @@ def _environments(program: ExportedProgram) -> list[Any]:
 
 
 def _place(guard: Any) -> str:
-    """FILE:LINE of the user's code that asked; empty where torch itself did."""
+    """Return FILE:LINE of the user's code with the branch; empty where it is torch's own."""
     frame = getattr(guard.sloc, "framework_loc", None)
     if not isinstance(frame, traceback.FrameSummary) or frame.filename.startswith(NOT_THEIRS):
         return ""
@@ -75,7 +75,7 @@ def _place(guard: Any) -> str:
 
 
 def _holds(environment: Any, condition: Any) -> bool:
-    """Whether a condition is true for every size from the smallest on, as far as trying tells."""
+    """Return True if a condition holds for every tried size from the smallest on."""
     condition = environment.replace(condition)
     symbols = sorted(condition.free_symbols, key=str)
     lowest = [environment.bound_sympy(symbol).lower for symbol in symbols]
@@ -93,7 +93,7 @@ def _holds(environment: Any, condition: Any) -> bool:
 
 
 def _turned(count: int) -> list[tuple[int, ...]]:
-    """Steps for many sizes at once, each list of steps begun elsewhere: all combinations would be too many."""
+    """Return steps for many sizes at once, each list begun elsewhere: all combinations would be too many."""
     most = len(_STEPS)
     return [tuple(_STEPS[(index + 5 * turn) % most] for turn in range(count)) for index in range(most)]
 
@@ -144,10 +144,10 @@ def trace(model: nn.Module, inputs: tuple[Any, ...], *, dynamic_shapes: Any = No
     """Trace a module by ``torch.export`` into a graph that can run and be rewritten.
 
     Args:
-        model: Left as it is, its training flags and attributes included.
+        model: Not changed, its training flags and attributes included.
         inputs: Positional arguments of forward, batch first.
-        dynamic_shapes: As for ``torch.export.export``; default: one shared batch dimension. A size of an image that is to
-            vary (``size_shapes``) and can't is an error.
+        dynamic_shapes: As for ``torch.export.export``; default: one shared batch dimension. A size of an image that should
+            vary (``size_shapes``) but can't is an error.
 
     Raises:
         UntracedError: With the line of the user's code at which tracing stopped.
@@ -169,13 +169,13 @@ def trace(model: nn.Module, inputs: tuple[Any, ...], *, dynamic_shapes: Any = No
 
 
 def batch_shapes(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Any]:
-    """Dynamic shapes, by forward's argument names: the first dimension of every tensor is the shared dimension "batch"."""
+    """Return dynamic shapes by forward's argument names: the first dimension of every tensor is shared, "batch"."""
     batch = torch.export.Dim("batch")
     return _shapes(model, inputs, lambda item: {0: batch} if item.ndim else None)
 
 
 def two_samples(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Example inputs of a single sample, twice: torch.export takes a size of 1 for a constant."""
+    """Repeat example inputs of a single sample: torch.export takes a size of 1 for a constant."""
     tensors = [item for item in pytree.tree_leaves(inputs) if isinstance(item, Tensor) and item.ndim]
     if not tensors or any(item.shape[0] != 1 for item in tensors):
         return inputs
@@ -186,9 +186,9 @@ def two_samples(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def size_shapes(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Any]:
-    """As ``batch_shapes``, and the height and width (length; depth) of image inputs vary as well.
+    """Return ``batch_shapes`` in which the height and width (length; depth) of image inputs vary as well.
 
-    torch.export finds out how the sizes of several inputs hang together; that a size really varies is checked by ``trace``.
+    torch.export finds the relations between the sizes of several inputs; ``trace`` checks that a size really varies.
     """
     batch = torch.export.Dim("batch")
     vary = torch.export.Dim.AUTO
@@ -210,7 +210,7 @@ def _shapes(model: nn.Module, inputs: tuple[Any, ...], of: Any) -> dict[str, Any
 
 @contextlib.contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluate in eval mode inside the block and give every module its own flag back after it.
+    """Evaluate in eval mode inside the block and restore every module's flag after it.
 
     Only a model whose root is in training mode is switched: below a root in eval mode, a layer in training mode is so on
     purpose (Monte Carlo dropout, batch statistics at test time).
@@ -226,7 +226,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def _export(model: nn.Module, inputs: tuple[Any, ...], shapes: Any) -> ExportedProgram:
-    """Export; once more when all that stopped it is a dataclass among the outputs that torch does not know yet."""
+    """Export; once more if the only obstacle was a dataclass among the outputs that torch does not know yet."""
     try:
         return torch.export.export(model, inputs, dynamic_shapes=shapes)
     except Exception as error:
@@ -237,7 +237,7 @@ def _export(model: nn.Module, inputs: tuple[Any, ...], shapes: Any) -> ExportedP
 
 
 def _register_dataclasses(result: Any) -> bool:
-    """Make torch see into the dataclasses of a result; whether there were any that it could not see into."""
+    """Register the dataclasses of a result with torch; return True if any was unknown."""
     found = False
     for leaf in pytree.tree_leaves(result):
         if dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
@@ -249,7 +249,7 @@ def _register_dataclasses(result: Any) -> bool:
 
 
 def _untraced(model: nn.Module, inputs: tuple[Any, ...], error: Exception) -> UntracedError:
-    """What stopped the tracing, in one sentence: the model itself, something that torch.export can't do, or its own words."""
+    """Return the obstacle in one sentence: the model itself, a limit of torch.export, or torch's own message."""
     name = type(model).__name__
     if (problem := call_once(model, inputs).problem) is not None and not isinstance(model, torch.jit.ScriptModule):
         shapes = ", ".join("x".join(map(str, item.shape)) for item in inputs if isinstance(item, Tensor))
@@ -271,7 +271,7 @@ def _untraced(model: nn.Module, inputs: tuple[Any, ...], error: Exception) -> Un
 
 
 def _refuse_memory(model: nn.Module, inputs: tuple[Any, ...], kept: list[str]) -> None:
-    """Refuse a model whose answer depends on how often it was called; one that only keeps something is no problem."""
+    """Refuse a model whose result depends on the number of calls; one that only stores something is accepted."""
     with quiet():
         copied = copy.deepcopy(model)
     first, second = (call_once(copied, inputs, on_itself=True).result for _ in range(2))
@@ -285,7 +285,7 @@ def _refuse_memory(model: nn.Module, inputs: tuple[Any, ...], kept: list[str]) -
 
 
 def _limited(upper: Any) -> bool:
-    """Whether an upper bound of torch.export's says anything: it writes "no limit" as an infinity or a huge number."""
+    """Return True if an upper bound is real: torch.export writes "no limit" as an infinity or a huge number."""
     return bool(getattr(upper, "is_Integer", False)) and int(upper) < _ENDLESS
 
 
@@ -307,7 +307,7 @@ def _refuse_pinned(program: ExportedProgram, model: nn.Module) -> None:
 
 
 def pinned(model: str, word: str, how: str) -> UntracedError:
-    """The error for a size that can't vary."""
+    """Return the error for a size that can't vary."""
     return UntracedError(
         f"the {word} of the input of {model} {how}, so it can't vary", remedy="Leave --dynamic-size out"
     )

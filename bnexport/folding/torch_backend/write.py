@@ -1,10 +1,17 @@
-"""What folding changed, written back into a graph of torch.export: cast once, named as before, nothing left over."""
+"""Changed operations, written back into a graph of torch.export: cast once, named as before, nothing left over.
+
+Tensors that the network creates in forward follow the device of its input afterwards, wherever the network was traced.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
-from torch.fx import Node
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_aggregate
+from torch.utils import _pytree as pytree
 
 from bnexport.errors import ProofError
 from bnexport.folding.affine import Affine
@@ -16,10 +23,10 @@ aten = torch.ops.aten
 
 
 def flushed(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """A float64 tensor in its element type, rounded once.
+    """Return a float64 tensor in its element type, rounded once.
 
     A subnormal result is flushed to zero: it is below the resolution of every sum it enters, and slows a CPU several times.
-    Not so in float16, whose subnormal numbers (below 6e-5) are the size of many a weight.
+    Not in float16, whose subnormal numbers (below 6e-5) are as large as many weights.
     """
     cast = value.to(dtype)
     if dtype is torch.float16:
@@ -28,7 +35,7 @@ def flushed(value: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _check_stored(stored: Tensor, value: Tensor, target: str) -> None:
-    """The proofs run on float64; here is seen that what is stored is that, rounded once."""
+    """Check that the stored tensor is the proved float64 tensor, rounded once."""
     if torch.equal(stored, value.to(stored.dtype)):
         return  # nearly always; what follows costs several passes more
     info = torch.finfo(stored.dtype)
@@ -44,12 +51,9 @@ def _check_stored(stored: Tensor, value: Tensor, target: str) -> None:
 class Writer:
     """Writes the changed operations of one graph back into its module.
 
-    Args:
-        graph: Read from the module that is to be changed.
-
     Attributes:
-        exact: What was written, in float64 before its one cast, by attribute.
-        beside: Elements of the affines that stay, which are no copies of anything.
+        exact: The written tensors, in float64 before their one cast, by attribute.
+        beside: Elements of the affines that stay, which are not copies of anything.
     """
 
     def __init__(self, graph: TorchGraph) -> None:
@@ -63,7 +67,7 @@ class Writer:
         self._now: dict[Op, Node] = {op: op.source.result for op in graph.ops}
 
     def write(self, dropped: tuple[Op, ...]) -> None:
-        """Write every changed operation, and take out what nothing reads any more."""
+        """Write every changed operation, and remove operations without a reader."""
         left_out = set(dropped)
         for op in self.graph.ops:
             if op not in left_out and (op.changed or self._needs_canonical_form(op)):
@@ -75,7 +79,7 @@ class Writer:
                 self.module.graph.erase_node(node)
 
     def _needs_canonical_form(self, op: Op) -> bool:
-        """A norm that stays and was written in several steps, or whose parameters have another type than its value.
+        """Return True for a norm that stays and was written in several steps, or has parameters of another type than its value.
 
         ONNX Runtime has no BatchNormalization of mixed types.
         """
@@ -106,7 +110,7 @@ class Writer:
         self._now[op] = result
 
     def _input(self, op: Op) -> Node:
-        """The node that gives an operation's first value now."""
+        """Return the node that has an operation's first value now."""
         return self._now[op.inputs[0]]
 
     # --- layers ---
@@ -145,7 +149,7 @@ class Writer:
         self._now[op] = _like(total, node)
 
     def _stored(self, op: Op, name: str, new: Weight, given: Node | None) -> Node:
-        """A node that reads a folded weight: under the old attribute's name, unless others still read that."""
+        """Return a node that reads a folded weight: under the old attribute's name, unless that has other readers."""
         value = new.load()
         target = self._written.get(new)  # calls that fold alike go on sharing one weight
         if target is None:
@@ -175,7 +179,7 @@ class Writer:
         self.exact[target] = value
 
     def _constant(self, op: Op, name: str, value: Tensor, dtype: torch.dtype) -> Node:
-        """A new attribute beside an operation, and a node that reads it; to be called with a place in the graph."""
+        """Add an attribute next to an operation, and return a node that reads it; call it with a place in the graph."""
         target = self._free_name(op, name)
         self.beside += 0 if isinstance(op.kind, Layer) else value.numel()
         self._set(target, value, dtype)
@@ -184,7 +188,7 @@ class Writer:
         return node
 
     def _free_name(self, op: Op, name: str) -> str:
-        """An attribute name in the operation's module that nothing uses yet."""
+        """Return an unused attribute name in the operation's module."""
         holder: torch.nn.Module = self.module
         path = op.path
         for part in path.split(".") if path else ():
@@ -201,7 +205,7 @@ class Writer:
         return tensors[0].device if tensors else torch.device("cpu")
 
     def _names_still_read(self) -> set[str]:
-        """Attributes that must keep their values: some operation that did not change reads them."""
+        """Return the attributes that must keep their values: an unchanged operation reads them."""
         replaced: dict[str, int] = {}
         for op in self.graph.ops:
             if not isinstance(op.kind, Layer) or not isinstance(op.original, Layer):
@@ -217,7 +221,7 @@ class Writer:
     # --- what stays beside the layers ---
 
     def _norm(self, op: Op, affine: Affine, before: Node) -> Node:
-        """One canonical affine: a batch norm by fixed statistics where the channels are on axis 1, else arithmetic."""
+        """Write one canonical affine: a batch norm by fixed statistics where the channels are on axis 1, else arithmetic."""
         assert op.dtype is not None
         graph, value = self.module.graph, self._input(op)
         channels = op.shape[1] if op.rank >= 2 else None
@@ -259,8 +263,41 @@ class Writer:
 
 
 def _like(node: Node, other: Node) -> Node:
-    """Give a new node the module and the traced value of the one whose place it takes."""
+    """Give a new node the module and the traced value of the node that it replaces."""
     for key in ("nn_module_stack", "val", "stack_trace"):
         if key in other.meta:
             node.meta[key] = other.meta[key]
     return node
+
+
+def follow_input(module: GraphModule) -> None:
+    """Replace each device that a graph names by the device of the graph's first tensor, in place.
+
+    torch.export writes the device of tracing into factories and casts: ``torch.zeros(n, device=x.device)`` of a network that
+    is on the CPU becomes ``zeros(n, device="cpu")``, which fails as soon as the folded network is moved.
+    """
+    for part in module.modules():
+        if isinstance(part, GraphModule):
+            _follow(part)
+
+
+def _follow(part: GraphModule) -> None:
+    graph = part.graph
+    inputs = graph.find_nodes(op="placeholder")
+    first = next((node for node in inputs if isinstance(node.meta.get("val"), Tensor)), None)
+    naming = [node for node in graph.nodes if node.op == "call_function" and _names_device((node.args, node.kwargs))]
+    if first is None or not naming:
+        return
+    with graph.inserting_after(inputs[-1]):
+        device = graph.call_function(getattr, (first, "device"))
+
+    def followed(item: Any) -> Any:
+        return device if isinstance(item, torch.device) else item
+
+    for node in naming:
+        node.args, node.kwargs = map_aggregate(node.args, followed), map_aggregate(node.kwargs, followed)
+    part.recompile()
+
+
+def _names_device(arguments: Any) -> bool:
+    return any(isinstance(item, torch.device) for item in pytree.tree_leaves(arguments))

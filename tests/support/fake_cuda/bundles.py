@@ -13,8 +13,8 @@ from torch.nn import functional
 from bnexport.bundle import MODEL_ONNX, Bundle, Manifest, seal
 from bnexport.exporting.half import in_precision
 from bnexport.exporting.onnx_graph import export_onnx
-from bnexport.exporting.prepare import signature_of
 from bnexport.exporting.request import OnnxTarget
+from bnexport.exporting.signature import signature_of
 from bnexport.folding.fold import fold
 from bnexport.folding.torch_backend.trace import size_shapes
 

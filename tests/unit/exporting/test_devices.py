@@ -17,7 +17,7 @@ from torch.nn import functional
 
 import bnexport
 from bnexport.exporting.exported_program import export_program
-from bnexport.exporting.prepare import signature_of
+from bnexport.exporting.signature import signature_of
 from bnexport.exporting.torchscript import export_torchscript
 from bnexport.runtimes.torch_float64 import TorchFloat64Evaluator
 from bnexport.runtimes.torch_runners import _on_device

@@ -21,8 +21,8 @@ from bnexport.errors import ExportError
 from bnexport.exporting import exported_program as module_under_test
 from bnexport.exporting.exported_program import export_program
 from bnexport.exporting.formats import FORMATS
-from bnexport.exporting.prepare import signature_of
 from bnexport.exporting.request import ExportRequest
+from bnexport.exporting.signature import signature_of
 from bnexport.folding.torch_backend.trace import size_shapes
 from bnexport.runtimes.torch_outputs import flatten
 from bnexport.validation import validate_archive

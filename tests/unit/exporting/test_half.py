@@ -14,8 +14,8 @@ from bnexport.bundle import STORED_PRECISIONS
 from bnexport.errors import ExportError, UsageError
 from bnexport.exporting.half import PRECISIONS, in_precision
 from bnexport.exporting.onnx_graph import export_onnx
-from bnexport.exporting.prepare import signature_of
 from bnexport.exporting.request import ExportRequest, OnnxTarget
+from bnexport.exporting.signature import signature_of
 from bnexport.exporting.torchscript import export_torchscript
 from bnexport.onnx_files.float64 import Float64Evaluator
 

@@ -18,8 +18,8 @@ from torch import nn
 import bnexport
 from bnexport.errors import ExportError
 from bnexport.exporting.onnx_graph import check_model, export_onnx, stamp_metadata
-from bnexport.exporting.prepare import signature_of
 from bnexport.exporting.request import OnnxTarget
+from bnexport.exporting.signature import signature_of
 from bnexport.exporting.torchscript import export_torchscript
 from bnexport.folding.torch_backend.trace import trace
 from bnexport.tensors import Signature

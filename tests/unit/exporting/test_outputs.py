@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 import bnexport
 from bnexport.errors import ExportError
-from bnexport.exporting.prepare import signature_of
-from bnexport.exporting.varying import flat
+from bnexport.exporting.signature import flat, signature_of
 from bnexport.runtimes.torch_outputs import flatten
 
 

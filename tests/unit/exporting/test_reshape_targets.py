@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 import bnexport
 from bnexport.exporting.onnx_graph import export_onnx
-from bnexport.exporting.prepare import signature_of
-from bnexport.exporting.reshape_targets import simplify_reshapes
+from bnexport.exporting.signature import signature_of
+from bnexport.onnx_files.reshape_targets import simplify_reshapes
 
 Build = Callable[[Builder], str]
 

@@ -19,7 +19,7 @@ from bnexport.errors import BundleError, MissingDependency, ProofError
 from bnexport.exporting.exported_program import export_program
 from bnexport.exporting.half import in_precision
 from bnexport.exporting.onnx_graph import export_onnx
-from bnexport.exporting.prepare import signature_of
+from bnexport.exporting.signature import signature_of
 from bnexport.exporting.torchscript import export_torchscript
 from bnexport.onnx_files.float64 import Float64Evaluator
 from bnexport.onnx_files.models import read_model

@@ -1,21 +1,25 @@
-"""What the nodes of a graph are called in sentences: operators, modules, classes."""
+"""The nodes of a torch.export graph: their names in sentences, shapes, arguments, and the result of reading one."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from bnexport.folding.affine import Affine
+from bnexport.folding.graph import Kind, Weight
+from bnexport.folding.torch_backend.constants import Constants
 
 #: The one operator that is a BatchNorm by itself; each call of it has a row of its own in the report.
 BATCH_NORM = torch.ops.aten.batch_norm.default
 
 
 def shape_of(node: object) -> tuple[int | None, ...] | None:
-    """Shape of a node's value as traced, None for a dimension that varies; None when it is not a tensor.
+    """Return a value's traced shape, None for a dimension that varies; None when it is not a tensor.
 
     A symbolic size is never compared with a number: in torch that would pin it to that number.
     """
@@ -26,18 +30,18 @@ def shape_of(node: object) -> tuple[int | None, ...] | None:
 
 
 def dtype_of(node: object) -> torch.dtype | None:
-    """Element type of a node's value as traced; None when it is not a tensor."""
+    """Return a value's traced element type; None when it is not a tensor."""
     value = node.meta.get("val") if isinstance(node, Node) else None
     return value.dtype if isinstance(value, Tensor) else None
 
 
 def module_path(node: Node) -> str:
-    """Path of the innermost module that a node was traced in; "" for the root."""
+    """Return the path of the innermost module that a node was traced in; "" for the root."""
     return module_stack(node)[-1][1]
 
 
 def module_class(node: Node) -> str:
-    """Class name of the innermost module that a node was traced in; the operator's name in the root module."""
+    """Return the class name of the innermost module that a node was traced in; the operator's name in the root module."""
     path, qualified = module_stack(node)[-1][1:]
     if not path:
         return operator_name(node)
@@ -45,7 +49,7 @@ def module_class(node: Node) -> str:
 
 
 def describe(node: Node) -> str:
-    """A node in a sentence: its operator and module."""
+    """Describe a node in a sentence: its operator and module."""
     if node.op == "placeholder":
         return f"the model's input {node.name!r}"
     path = module_path(node)
@@ -59,14 +63,14 @@ def operator_name(node: Node) -> str:
 
 
 def module_stack(node: Node) -> list[tuple[str, str, str]]:
-    """(key, path, class) from the root inwards. A second call of one module has another key."""
+    """Return (key, path, class) from the root inwards. A second call of one module has another key."""
     stack = node.meta.get("nn_module_stack") or {}
     found = [(str(key), str(path), str(kind)) for key, (path, kind) in stack.items()]
     return found or [("", "", "")]
 
 
 def channels_of(value: Node, axis: int | None, affine: Affine | None) -> int:
-    """Number of channels that a norm's input has; 0 when the axis is not fixed."""
+    """Return the number of channels of a norm's input; 0 when the axis is not fixed."""
     shape = shape_of(value)
     if shape is None or axis is None or axis >= len(shape):
         return 0 if affine is None else max(affine.scale.shape, default=1)
@@ -74,6 +78,37 @@ def channels_of(value: Node, axis: int | None, affine: Affine | None) -> int:
 
 
 def batch_norm_nodes(graph_module: GraphModule) -> Iterator[Node]:
-    """The batch_norm operators of a graph, and of the graphs inside it (branches, regions under autocast)."""
+    """Return the batch_norm operators of a graph, and of the graphs inside it (branches, regions under autocast)."""
     graphs = (module.graph for module in graph_module.modules() if isinstance(module, GraphModule))
     return (node for graph in graphs for node in graph.find_nodes(op="call_function", target=BATCH_NORM))
+
+
+class Surroundings(Protocol):
+    """The part of the graph around a node that a reader may use."""
+
+    constants: Constants
+
+    def weight(self, node: Any) -> Weight | None:
+        """Return the stored tensor of a node; None when it is not a constant."""
+        ...
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The result of reading a node: its kind, the values it reads, and the argument positions of weight and bias."""
+
+    kind: Kind
+    inputs: tuple[Any, ...]
+    weight: int | None = None
+    bias: int | None = None
+
+
+#: Reads a node; None for what has no kind, a sentence for why not when there is more to say.
+Reader = Callable[[Node, Surroundings], Reading | str | None]
+
+
+def argument(node: Node, position: int, name: str, default: Any = None) -> Any:
+    """Return an argument by position or name, as the operator's schema allows both."""
+    if position < len(node.args):
+        return node.args[position]
+    return node.kwargs.get(name, default)

@@ -20,8 +20,7 @@ from torch import nn
 
 import bnexport
 from bnexport.errors import ModelError, UsageError
-from bnexport.onnx_folding.constants import node_evaluator
-from bnexport.onnx_folding.shapes import Shapes
+from bnexport.folding.onnx_backend.constants import Shapes, node_evaluator
 
 _MODELS = {case.name: case for case in CASES}
 

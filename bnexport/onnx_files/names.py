@@ -1,4 +1,4 @@
-"""Which names the graph of an ONNX file reads, and which names are taken."""
+"""The names that the graph of an ONNX file reads, and the names that are taken."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What folding changed, written back into a model: rounded once, named as before, nothing else touched."""
+"""Changed operations, written back into a model: rounded once, named as before, nothing else touched."""
 
 from __future__ import annotations
 
@@ -11,23 +11,18 @@ import torch
 from onnx import ModelProto, NodeProto, TensorProto, helper
 from torch import Tensor
 
-from bnexport.exporting.onnx_names import Names, mentions, reads
 from bnexport.folding.affine import Affine
 from bnexport.folding.graph import Clamp, Identity, Layer, Norm, Op, Weight
-from bnexport.onnx_folding.element_types import stored
-from bnexport.onnx_folding.inventory import BATCH_NORM, pinned
-from bnexport.onnx_folding.layer_nodes import with_tensors
-from bnexport.onnx_folding.onnx_graph import OnnxGraph, Source
+from bnexport.folding.onnx_backend.graph import OnnxGraph, Source, with_tensors
+from bnexport.folding.onnx_backend.inventory import BATCH_NORM, pinned, stored
+from bnexport.onnx_files.names import Names, mentions, reads
 
 
 class Writer:
     """Writes the changed operations of a graph back into its model.
 
-    Args:
-        graph: Read from the model that is to be changed.
-
     Attributes:
-        exact: What was written, in float64 before its one rounding, by initializer.
+        exact: The written tensors, in float64 before their one rounding, by initializer.
     """
 
     def __init__(self, graph: OnnxGraph) -> None:
@@ -47,11 +42,7 @@ class Writer:
         self._kept = self._names_still_read()
 
     def write(self, dropped: Iterable[Op]) -> bool:
-        """Write every changed operation, and take out what nothing reads any more.
-
-        Returns:
-            Whether anything changed.
-        """
+        """Write every changed operation, remove operations without a reader, and return True if anything changed."""
         left_out = set(dropped)
         changed = [op for op in self.graph.ops if op.changed and op not in left_out]
         for op in changed:
@@ -72,7 +63,7 @@ class Writer:
             self._clamp(op, kind)
 
     def _now(self, name: str) -> str:
-        """What a value is called now."""
+        """Return the present name of a value."""
         while name in self._called:
             name = self._called[name]
         return name
@@ -87,7 +78,7 @@ class Writer:
     # --- what is gone ---
 
     def _hand_on(self, op: Op) -> None:
-        """An operation that is gone: its readers read its input. A name that must stay goes to whoever computes that."""
+        """Remove an operation: its readers read its input. A name that must stay moves to that input's operation."""
         name, value = op.source.output, self._now(op.inputs[0].source.output)
         if name not in self._pinned:
             self._called[name] = value
@@ -127,7 +118,7 @@ class Writer:
         self._producers.update((name, node) for node in nodes for name in node.output if name)
 
     def _tensor(self, op: Op, what: str, new: Weight | None, old: Weight | None) -> str | None:
-        """Name of a folded tensor: that of the one before, unless others still read that. None: nothing changed."""
+        """Return the name of a folded tensor: the old name, unless that has other readers; None if nothing changed."""
         if new is old or new is None:
             return None
         value = new.load()
@@ -142,7 +133,7 @@ class Writer:
         return self._shared[key]
 
     def _names_still_read(self) -> set[str]:
-        """Constants that must keep their values: something that did not change reads them."""
+        """Return the constants that must keep their values: something that did not change reads them."""
         replaced: Counter[str] = Counter()
         for op in self.graph.ops:
             if isinstance(op.kind, Layer) and isinstance(op.original, Layer):
@@ -180,7 +171,7 @@ class Writer:
         return self._chain(op, value, steps)
 
     def _batch_norm(self, op: Op, node: NodeProto, value: str, scale: Tensor, shift: Tensor) -> NodeProto:
-        """The canonical affine: a mean of 0, a variance of 1, an epsilon of 0; element types as they were."""
+        """Write the canonical affine: a mean of 0, a variance of 1, an epsilon of 0; element types as they were."""
         types = [
             self.graph.constants.dtype(name) or op.dtype or torch.float32 for name in (node.input[1], node.input[3])
         ]
@@ -206,7 +197,7 @@ class Writer:
         return self._chain(op, op.inputs[0].source.output, steps) if steps else self._hand_on(op)
 
     def _chain(self, op: Op, value: str, steps: list[tuple[str, str]]) -> None:
-        """Elementwise operators with one constant each, one after the other; the last has the operation's names."""
+        """Write elementwise operators with one constant each, in turn; the last has the operation's names."""
         node, nodes = op.source.nodes[-1], []
         for index, (operator, constant) in enumerate(steps):
             last = index == len(steps) - 1
@@ -247,7 +238,7 @@ class Writer:
                     graph.input.append(value)
 
     def _drop_unused(self) -> None:
-        """Remove what had readers before and has none now: nodes, initializers, what is said of values that are gone."""
+        """Remove what had readers before and has none now: nodes, initializers, declarations of removed values."""
         graph = self.model.graph
         count = mentions(graph)
         dead: set[int] = set()
@@ -267,7 +258,7 @@ class Writer:
 
 
 def _refill(group: Any, items: list[Any]) -> None:
-    """Make a repeated field hold these of its messages; untouched when it holds them already."""
+    """Make a repeated field hold exactly these messages; untouched when it holds them already."""
     if len(group) == len(items) and all(one is other for one, other in zip(group, items, strict=True)):
         return
     copies = [type(item).FromString(item.SerializeToString()) for item in items]

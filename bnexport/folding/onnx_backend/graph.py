@@ -11,18 +11,15 @@ import torch
 from onnx import ModelProto, NodeProto, ValueInfoProto
 from torch import Tensor
 
-from bnexport.exporting.onnx_names import mentions, reads
 from bnexport.folding.graph import Identity, Kind, Layer, NormCall, Op, Opaque, Reshape, connect
 from bnexport.folding.layers import channels_of
+from bnexport.folding.onnx_backend.constants import SHAPE_ONLY, Constants, Shapes, node_evaluator
+from bnexport.folding.onnx_backend.inventory import is_batch_norm, is_default, label, opset_of
+from bnexport.folding.onnx_backend.norms import unread_batch_norm
+from bnexport.folding.onnx_backend.readers import READERS, read_piece, read_split
+from bnexport.folding.onnx_backend.view import OVERRIDABLE, Context, Reading, Slot, View
 from bnexport.folding.torch_backend.graph import evaluate_kind
-from bnexport.onnx_folding.constants import SHAPE_ONLY, Constants, node_evaluator
-from bnexport.onnx_folding.inventory import is_batch_norm, is_default, label, opset_of
-from bnexport.onnx_folding.layer_nodes import with_tensors
-from bnexport.onnx_folding.norms import unread_batch_norm
-from bnexport.onnx_folding.readers import READERS
-from bnexport.onnx_folding.readers_split import read_piece, read_split
-from bnexport.onnx_folding.shapes import Shapes
-from bnexport.onnx_folding.view import OVERRIDABLE, Context, Reading, Slot, View
+from bnexport.onnx_files.names import mentions, reads
 from bnexport.tensors import Array
 
 #: What a reader may raise over a file whose attributes contradict each other.
@@ -32,14 +29,13 @@ _WEIGHT, _BIAS = "folded weight", "folded bias"
 
 @dataclass
 class Source:
-    """Where a value comes from.
+    """The origin of a value.
 
     Attributes:
         nodes: The nodes that compute it, in order; empty for an input of the graph.
-        output: Its name.
         reads: Names of the values that are ``Op.inputs``.
-        weight: Where a layer's weight is read.
-        bias: Where its bias is read, or would be.
+        weight: The place of a layer's weight.
+        bias: The place of its bias, used or not.
         evaluators: By whether weight and bias are fed.
     """
 
@@ -52,14 +48,7 @@ class Source:
 
 
 class OnnxGraph:
-    """The main graph of a model, as ``folding.graph.Graph``.
-
-    Args:
-        model: Valid; not changed here.
-
-    Attributes:
-        nodes: Those of the main graph.
-    """
+    """The main graph of a valid model, as ``folding.graph.Graph``; the model is not changed here."""
 
     def __init__(self, model: ModelProto) -> None:
         self.model = model
@@ -133,7 +122,7 @@ class OnnxGraph:
             return None
 
     def _only_indexed(self, node: NodeProto) -> bool:
-        """Whether a sequence is only ever asked for one of its pieces, each in a known place."""
+        """Return True if every reader of a sequence takes one of its pieces, at a known place."""
         name = node.output[0]
         users = self._users.get(name, [])
         return len(users) == self._context.readers[name] and all(
@@ -202,7 +191,7 @@ class OnnxGraph:
     # --- evaluating ---
 
     def evaluate(self, op: Op, kind: Kind, inputs: Sequence[Tensor]) -> Tensor:
-        """As ``Graph.evaluate``."""
+        """See ``Graph.evaluate``."""
         if isinstance(kind, Identity):
             return inputs[kind.index]
         if kind is op.original:
@@ -213,7 +202,7 @@ class OnnxGraph:
         return evaluate_kind(kind, inputs)
 
     def _run(self, op: Op, inputs: Sequence[Tensor], layer: Layer | None) -> Tensor:
-        """Run an operation's own nodes on float64 values, with a layer's own weight and bias where one is given."""
+        """Run an operation's own nodes on float64 values, with a layer's own weight and bias where given."""
         source: Source = op.source
         feeds: dict[str, Array] = {name: value.numpy() for name, value in zip(source.reads, inputs, strict=True)}
         if isinstance(op.original, Reshape):
@@ -246,14 +235,14 @@ class OnnxGraph:
         return node_evaluator(nodes, self.model, names, source.output)
 
     def _target(self, op: Op, value: Tensor) -> list[int]:
-        """Shape that a value is given, whatever its varying sizes are in this probe."""
+        """Return the shape for a value, whatever its varying sizes are in this probe."""
         pairs = zip(op.inputs[0].shape, value.shape, strict=True)
         sizes = {size: number for size, number in pairs if not isinstance(size, int)}
         found = [size if isinstance(size, int) else size.subs(sizes) for size in op.shape]
         return [int(size) if isinstance(size, int) or size.is_number else -1 for size in found]
 
     def probe(self, op: Op, generator: torch.Generator, *, largest: int | None) -> Tensor:
-        """As ``Graph.probe``."""
+        """See ``Graph.probe``."""
         sizes = self.shapes.example(op.source.output)
         if op.dtype is None or not op.dtype.is_floating_point or sizes is None:
             raise RuntimeError(f"{op.name} is no floating-point value of a known shape")
@@ -267,9 +256,36 @@ def _described(node: NodeProto) -> str:
 
 
 def _tensors(op: Op, layer: Layer) -> dict[str, Array]:
-    """A layer's weight and bias to be fed; without a bias zeros are, which add nothing."""
+    """Return a layer's weight and bias to feed; a missing bias is fed as zeros, which add nothing."""
     feeds = {_WEIGHT: layer.weight.load().numpy()}
     if op.source.bias is not None:
         size = channels_of(layer.layout, layer.weight.shape, layer.groups)[1]
         feeds[_BIAS] = np.zeros(size) if layer.bias is None else layer.bias.load().contiguous().numpy()
     return feeds
+
+
+def with_tensors(
+    nodes: Sequence[NodeProto], weight_at: Slot | None, bias_at: Slot | None, *, weight: str | None, bias: str | None
+) -> list[NodeProto]:
+    """Return copies of a layer's nodes that read the named weight and bias at these places; None keeps the present one.
+
+    The same copies are evaluated in a proof and written. Gemm multiplies its weight by alpha and its bias by beta; both are
+    part of a folded tensor, so the factor is removed.
+    """
+    copies = []
+    for node in nodes:
+        copy = NodeProto()
+        copy.CopyFrom(node)
+        copies.append(copy)
+    for place, name, factor in ((weight_at, weight, "alpha"), (bias_at, bias, "beta")):
+        if place is None or name is None:
+            continue
+        node, slot = copies[place[0]], place[1]
+        while len(node.input) <= slot:
+            node.input.append("")
+        node.input[slot] = name
+        if node.op_type == "Gemm":
+            kept = [item for item in node.attribute if item.name != factor]
+            del node.attribute[:]
+            node.attribute.extend(kept)
+    return copies

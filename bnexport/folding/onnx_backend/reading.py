@@ -1,4 +1,4 @@
-"""From what a user names to a model: parsed, whole, valid, and with every weight inside."""
+"""Read an ONNX model from a file, bytes or a ModelProto: parsed, valid, and with every weight inside."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import onnx
 from onnx import ModelProto, TensorProto, numpy_helper
 
 from bnexport.errors import ModelError
+from bnexport.folding.onnx_backend.inventory import opset_of
 from bnexport.onnx_files.models import graphs, nodes
-from bnexport.onnx_folding.inventory import opset_of
 from bnexport.optional import one_line
 from bnexport.validation.limits import refusing
 from bnexport.validation.onnx_file import validate_onnx
@@ -25,14 +25,14 @@ _CHECK = "Check the file with onnx.checker, or export it again"
 
 
 def read_source(source: str | Path | bytes | ModelProto) -> ModelProto:
-    """A model of one's own, to be changed freely.
+    """Return a model that the caller may change freely.
 
     Args:
-        source: A file, whose external data must lie in its own folder; the bytes of one; or a model.
+        source: A file, whose external data must lie in its own folder; its bytes; or a model.
 
     Raises:
-        ModelError: No such file, no ONNX model, one that the checker refuses, of an operator set older than 7, or with
-            weights in files that are not there or lie elsewhere; or one that the screening refuses.
+        ModelError: No such file, not an ONNX model, refused by the checker or by validation, an operator set older than 7, or
+            weights in files that are missing or lie elsewhere.
     """
     if isinstance(source, ModelProto):
         model, folder, name = ModelProto(), None, "the model"
@@ -57,7 +57,7 @@ def read_source(source: str | Path | bytes | ModelProto) -> ModelProto:
 
 
 def check_valid(model: ModelProto, name: str) -> None:
-    """Let onnx's checker read a model.
+    """Run onnx's checker on a model.
 
     Raises:
         ModelError: It refuses it.
@@ -70,7 +70,7 @@ def check_valid(model: ModelProto, name: str) -> None:
 
 
 def is_fully_valid(model: ModelProto) -> bool:
-    """Whether the checker's strictest reading, with shape inference, accepts a model."""
+    """Return True if the checker's strictest reading, with shape inference, accepts a model."""
     try:
         onnx.checker.check_model(model, full_check=True)
     except Exception:  # the checker's and the shape inference's errors share no base class
@@ -101,7 +101,7 @@ def _parsed(content: bytes, name: str, folder: Path | None) -> ModelProto:
 
 
 def _tensors(model: ModelProto) -> Iterator[TensorProto]:
-    """Every stored tensor: initializers and attributes of all graphs."""
+    """Return every stored tensor: initializers and attributes of all graphs."""
     for graph in graphs(model):
         yield from graph.initializer
     for node in nodes(model):
@@ -112,7 +112,7 @@ def _tensors(model: ModelProto) -> Iterator[TensorProto]:
 
 
 def _check_sizes(model: ModelProto) -> None:
-    """The checker does not compare a tensor's sizes with its data."""
+    """Compare a tensor's sizes with its data, which the checker does not do."""
     for tensor in _tensors(model):
         if any(size < 0 for size in tensor.dims):
             raise ValueError(f"{tensor.name!r} has a negative size")
@@ -120,7 +120,7 @@ def _check_sizes(model: ModelProto) -> None:
 
 
 def _load_external(tensor: TensorProto, folder: Path | None, name: str) -> None:
-    """Put a tensor's bytes into the model. Only a plain file inside the model's own folder is read."""
+    """Read a tensor's bytes into the model, only from a plain file inside the model's own folder."""
     entries = {entry.key: entry.value for entry in tensor.external_data}
     location = entries.get("location", "")
     what = f"{name} keeps {tensor.name!r} in the file {location!r}"

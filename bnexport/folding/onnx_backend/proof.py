@@ -24,26 +24,23 @@ _SIZES = (32, 64, 224)
 
 
 class NotEvaluated(Exception):
-    """The original can't be evaluated: why, as a sentence without its full stop."""
+    """The original can't be evaluated; the reason is a sentence without its full stop."""
 
 
 def fold_error(original: ModelProto, folded: ModelProto, exact: Mapping[str, Tensor], *, seed: int = 0) -> float:
-    """Largest difference of any output, as a fraction of that output's largest value.
+    """Return the largest difference of any output, as a fraction of that output's largest value.
 
-    The folded model is evaluated with the folded tensors as they were before their one rounding, so that the figure shows
-    the algebra alone.
+    The folded model is evaluated with the folded tensors before their one rounding, so that the error is that of the algebra
+    alone. It is infinity when only the folded model can't be evaluated.
 
     Args:
         original: As it was read.
         folded: As it is written.
         exact: Folded tensors in float64, by initializer.
-        seed: Of the random inputs.
-
-    Returns:
-        The error; infinity when the folded model alone can't be evaluated.
+        seed: Random seed of the inputs.
 
     Raises:
-        NotEvaluated: The original can't be, or not in float64.
+        NotEvaluated: The original can't be evaluated, or not in float64.
     """
     before = evaluator(original)
     feeds, reference = first_that_works(before, original, seed)
@@ -58,7 +55,7 @@ def fold_error(original: ModelProto, folded: ModelProto, exact: Mapping[str, Ten
 
 
 def evaluator(model: ModelProto) -> Any:
-    """A model with every float widened to float64, ready to run.
+    """Return a model with every float widened to float64, ready to run.
 
     Raises:
         NotEvaluated: It has an operator that onnx's reference implementation lacks.
@@ -70,7 +67,7 @@ def evaluator(model: ModelProto) -> Any:
 
 
 def run(engine: Any, feeds: Mapping[str, Array]) -> list[Array]:
-    """Outputs in order.
+    """Return the outputs in order.
 
     Raises:
         NotEvaluated: An operator fails on these inputs.
@@ -83,10 +80,10 @@ def run(engine: Any, feeds: Mapping[str, Array]) -> list[Array]:
 
 
 def example_feeds(model: ModelProto, seed: int, *, batch: int = _BATCH) -> Iterator[dict[str, Array]]:
-    """Random inputs for a model, floats in float64, by several choices of the sizes that vary.
+    """Yield random inputs for a model, floats in float64, by several choices of the sizes that vary.
 
     Raises:
-        NotEvaluated: An input whose shape or type the file does not tell, or that memory can't hold.
+        NotEvaluated: An input has no declared shape or type, or memory can't hold it.
     """
     stored = {tensor.name for tensor in model.graph.initializer}
     inputs = [value for value in model.graph.input if value.name not in stored]
@@ -100,7 +97,7 @@ def example_feeds(model: ModelProto, seed: int, *, batch: int = _BATCH) -> Itera
 
 
 def first_that_works(engine: Any, model: ModelProto, seed: int) -> tuple[dict[str, Array], list[Array]]:
-    """The first of the example inputs that a model takes, and what it gives for them.
+    """Return the first example inputs that a model takes, and its outputs.
 
     Raises:
         NotEvaluated: It takes none of them.
@@ -125,7 +122,7 @@ def _comparable(output: Array) -> bool:
 
 
 def _random(value: ValueInfoProto, batch: int, size: int, rng: np.random.Generator) -> Array:
-    """Noise; for integers and flags 0 and 1, which are valid indices of every table."""
+    """Return noise; for integers and flags 0 and 1, which are valid indices of every table."""
     kind = value.type.tensor_type
     if value.type.WhichOneof("value") != "tensor_type" or not kind.HasField("shape"):
         raise NotEvaluated(f"the file does not tell the shape of its input {value.name!r}")
@@ -145,7 +142,7 @@ def _random(value: ValueInfoProto, batch: int, size: int, rng: np.random.Generat
 
 
 def _exactly(folded: ModelProto, exact: Mapping[str, Tensor]) -> ModelProto:
-    """The folded model with its new tensors as they were before their one rounding."""
+    """Return the folded model with its new tensors before their one rounding."""
     copy = ModelProto()
     copy.CopyFrom(folded)
     for tensor in copy.graph.initializer:
@@ -159,7 +156,7 @@ def _tensor(array: Array) -> Tensor:
 
 
 def _narrow_value(engine: Any, feeds: Mapping[str, Array]) -> str | None:
-    """Name of a value that is a float but not float64."""
+    """Return the name of a value that is a float but not float64."""
     with np.errstate(all="ignore"):
         values = dict(engine.run(None, dict(feeds), intermediate=True))
     return next(

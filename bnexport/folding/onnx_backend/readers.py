@@ -1,20 +1,24 @@
-"""How each ONNX operator is read into a kind of folding's graph: one table."""
+"""How each ONNX operator is read into a kind of folding's graph: the table READERS, and its readers by subject."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
+from bnexport.folding.affine import Dim
 from bnexport.folding.graph import (
     Add,
     Average,
     Clamp,
     Concat,
+    Geometry,
     Homogeneous,
     Identity,
     Kind,
+    Layer,
     MaxPool,
     Mean,
     Multiply,
@@ -23,10 +27,173 @@ from bnexport.folding.graph import (
     Reorder,
     Reshape,
     Slice,
+    Weight,
 )
-from bnexport.onnx_folding.norms import placed_constant, read_arithmetic, read_batch_norm, read_neg
-from bnexport.onnx_folding.readers_linear import read_conv, read_gemm, read_matmul
-from bnexport.onnx_folding.view import Reading, View
+from bnexport.folding.layers import channels_of
+from bnexport.folding.onnx_backend.inventory import is_default
+from bnexport.folding.onnx_backend.norms import placed_constant, read_arithmetic, read_batch_norm, read_neg
+from bnexport.folding.onnx_backend.view import Reading, View
+
+# --- linear layers: Conv, ConvTranspose, Gemm, MatMul, and MatMul with the Add of its bias -----------------------------
+
+_SAME = ("SAME_UPPER", "SAME_LOWER")
+
+
+def read_conv(view: View) -> Reading | str | None:
+    """Conv and ConvTranspose; the channels of an ONNX convolution are always on axis 1."""
+    weight, bias = view.context.weight(view.input(1)), view.context.weight(view.input(2))
+    if weight is None or (bias is None and view.input(2)):
+        return view.why_no_weight(1, 2)
+    if len(weight.shape) < 3 or view.rank != len(weight.shape):
+        return None
+    transposed, groups = view.node.op_type == "ConvTranspose", int(view.attribute("group", 1))
+    if not _fits(view, "transposed" if transposed else "rows", weight, bias, groups):
+        return "its sizes contradict each other"
+    geometry = _geometry(view, len(weight.shape) - 2)
+    layer = Layer(
+        "transposed convolution" if transposed else "convolution",
+        "transposed" if transposed else "rows",
+        weight,
+        bias,
+        groups=groups,
+        geometry=geometry,
+        zero_padded=geometry is None or any(view.attribute("pads", ())),
+    )
+    return Reading(layer, (view.input(0),), (0, 1), (0, 2))
+
+
+def _fits(view: View, layout: str, weight: Weight, bias: Weight | None, groups: int) -> bool:
+    """Return True if groups, channels and bias fit together; the checker does not check that."""
+    shape, value = weight.shape, view.shape()
+    if groups < 1 or shape[0] % groups:
+        return False
+    inputs, outputs = channels_of(layout, shape, groups)
+    there = inputs if value is None or not isinstance(value[1], int) else value[1]
+    return there == inputs and (bias is None or bias.shape == (outputs,))
+
+
+def _geometry(view: View, spatial: int) -> Geometry | None:
+    """Return None where the padding follows from the input's size."""
+    if view.attribute("auto_pad", "NOTSET") in _SAME or view.attribute("output_shape") is not None:
+        return None
+    ones, pads = (1,) * spatial, tuple(view.attribute("pads", (0,) * (2 * spatial)))
+    return Geometry(tuple(view.attribute("strides", ones)), tuple(view.attribute("dilations", ones)), pads[:spatial])
+
+
+def read_gemm(view: View) -> Reading | str | None:
+    """``alpha x W + beta c``, W stored as (in, out) or (out, in)."""
+    if view.attribute("transA", 0):
+        return "it takes its input transposed (transA=1)"
+    alpha, beta = float(view.attribute("alpha", 1.0)), float(view.attribute("beta", 1.0))
+    weight = view.context.weight(view.input(1), alpha)
+    if weight is None:
+        return view.why_no_weight(1)
+    if len(weight.shape) != 2:
+        return None
+    rows = bool(view.attribute("transB", 0))
+    size = weight.shape[0 if rows else 1]
+    bias = _gemm_bias(view, beta, size)
+    if isinstance(bias, str):
+        return bias
+    layer = Layer("linear layer", "rows" if rows else "right", weight, bias, out_axis=1, in_axis=1)
+    return Reading(layer, (view.input(0),), (0, 1), (0, 2))
+
+
+def _gemm_bias(view: View, beta: float, size: int) -> Weight | str | None:
+    if not view.input(2):
+        return None
+    if not view.is_constant(2):
+        return view.why_no_weight(2)
+    shape = view.context.constants.shape(view.input(2))
+    if shape not in ((size,), (1, size), (1,), (1, 1), ()):
+        return "its bias differs between rows"
+    return view.context.weight(view.input(2), beta, size) or view.why_no_weight(2)
+
+
+def read_matmul(view: View) -> Reading | str | None:
+    """``x @ W`` or ``W @ x``; an Add of a vector behind ``x @ W`` is its bias."""
+    right, left = view.context.weight(view.input(1)), view.context.weight(view.input(0))
+    weight = right or left
+    if weight is None:
+        overridable = view.context.constants.overridable & set(view.node.input)
+        return view.why_no_weight(0, 1) if overridable else None
+    value = 0 if right is not None else 1
+    before, rank = view.shape(value), view.rank
+    if before is None or rank is None or len(before) != rank or not 2 <= len(weight.shape) <= rank:
+        return "a product with a vector has no channel axis"
+    axis = rank - 1 if right is not None else rank - 2
+    layer = Layer(
+        "matrix product", "right" if right is not None else "left", weight, None,
+        out_axis=axis, in_axis=axis, takes_bias=False,
+    )  # fmt: skip
+    found = Reading(layer, (view.input(value),), (0, 1 - value), None)
+    return _with_bias(view, layer, found) or found
+
+
+def _with_bias(view: View, layer: Layer, found: Reading) -> Reading | None:
+    """Read MatMul and Add together, where the Add is the product's only reader and adds one number per output channel."""
+    add = view.context.followers.get(view.node.output[0])
+    if add is None or add.op_type != "Add" or not is_default(add) or layer.layout != "right":
+        return None
+    slot = 1 - list(add.input).index(view.node.output[0])
+    bias = view.context.weight(add.input[slot])
+    if bias is None or bias.shape != (layer.weight.shape[-1],) or bias.dtype != layer.weight.dtype:
+        return None
+    return replace(
+        found,
+        kind=replace(layer, name="linear layer", bias=bias, takes_bias=True),
+        bias=(1, slot),
+        nodes=(add,),
+    )
+
+
+# --- pieces: Split, and SplitToSequence with the SequenceAt of each piece ----------------------------------------------
+
+
+def read_split(view: View) -> list[Reading] | None:
+    """One reading per output of a Split."""
+    shape = view.shape()
+    outputs = [view.context.shapes.of(name) for name in view.node.output]
+    if shape is None or any(output is None for output in outputs):
+        return None
+    axis = int(view.attribute("axis", 0)) % len(shape)
+    bounds = _bounds(shape, axis, [output[axis] for output in outputs if output is not None])
+    if bounds is None:
+        return None
+    return [Reading(Slice(axis, start, stop), (view.input(0),)) for start, stop in bounds]
+
+
+def read_piece(split: View, at: View) -> Reading | None:
+    """A SequenceAt of a SplitToSequence."""
+    shape, given, index = split.shape(), split.constant(1), at.constant(1)
+    if shape is None or given is None or index is None or not split.attribute("keepdims", 1):
+        return None
+    axis = int(split.attribute("axis", 0)) % len(shape)
+    size = shape[axis]
+    if not isinstance(size, int):
+        return None
+    step = int(given.reshape(-1)[0])
+    sizes: list[Dim] = (
+        [int(item) for item in given]
+        if given.ndim
+        else [min(step, size - start) for start in range(0, size, max(step, 1))]
+    )
+    bounds = _bounds(shape, axis, sizes)
+    if bounds is None:
+        return None
+    return Reading(Slice(axis, *bounds[int(index)]), (split.input(0),), nodes=(at.node,))
+
+
+def _bounds(shape: tuple[Dim, ...], axis: int, sizes: list[Dim]) -> list[tuple[int, int]] | None:
+    """Return start and stop of each piece; None when a size varies, or they do not add up."""
+    start, found = 0, []
+    for size in sizes:
+        if not isinstance(size, int):
+            return None
+        found.append((start, start + size))
+        start += size
+    return found if start == shape[axis] else None
+
 
 #: Reads a node; None for what has no kind, a sentence for why not when there is more to say.
 Reader = Callable[[View], Reading | str | None]

@@ -1,4 +1,4 @@
-"""The public door for ONNX files: read, fold, write, prove, account."""
+"""The public entry for ONNX files: read, fold, write, prove, report."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from onnx import ModelProto, NodeProto
 from torch import Tensor
 
 from bnexport.errors import ExportError, ModelError, ProofError, UsageError
-from bnexport.exporting.reshape_targets import simplify_reshapes
 from bnexport.folding.engine import Account, Engine
 from bnexport.folding.fold import DEFAULT_MAX_GROWTH
+from bnexport.folding.onnx_backend.graph import OnnxGraph
+from bnexport.folding.onnx_backend.inventory import BATCH_NORM, count_batch_norms, inner_batch_norms, label
+from bnexport.folding.onnx_backend.proof import NotEvaluated, fold_error
+from bnexport.folding.onnx_backend.reading import MAX_BYTES, check_valid, is_fully_valid, read_source
+from bnexport.folding.onnx_backend.write import Writer
 from bnexport.folding.plan import ATTEMPTS, Budget
 from bnexport.folding.report import FoldReport, FoldRow
-from bnexport.onnx_folding.inventory import BATCH_NORM, count_batch_norms, inner_batch_norms, label
-from bnexport.onnx_folding.onnx_graph import OnnxGraph
-from bnexport.onnx_folding.reading import MAX_BYTES, check_valid, is_fully_valid, read_source
-from bnexport.onnx_folding.whole_proof import NotEvaluated, fold_error
-from bnexport.onnx_folding.write import Writer
+from bnexport.onnx_files.reshape_targets import simplify_reshapes
 from bnexport.optional import one_line
 
 #: Float64 rounding through a deep network stays below; the smallest real fault (a dropped eps) is far above.
@@ -28,13 +28,13 @@ _MAX_ERROR = 1e-9
 
 @dataclass(frozen=True)
 class OnnxFoldResult:
-    """What ``fold_onnx`` returns.
+    """The result of ``fold_onnx``.
 
     Attributes:
         model: The folded model, of the same operator set and IR version.
-        report: What became of each BatchNormalization.
+        report: The fold report, one row per BatchNormalization.
         original: The model as it was read, external data inside.
-        changed: Whether ``model`` differs from ``original``.
+        changed: True if ``model`` differs from ``original``.
     """
 
     model: ModelProto
@@ -50,26 +50,25 @@ def fold_onnx(
     clamps: bool = False,
     prove: bool = True,
 ) -> OnnxFoldResult:
-    """Fold every BatchNormalization of an ONNX file that can be folded exactly, and say of each what became of it.
+    """Fold every BatchNormalization of an ONNX file that can be folded exactly, and report what happened to each, and why.
 
     The rules are those of ``bnexport.fold``. ``source`` is never changed. Names of nodes, values, weights and outputs stay;
-    a weight that something else reads too keeps its numbers, and the fold gets a copy under a new name. Arithmetic is in
-    float64, rounded once to the weight's element type. A Reshape whose target is computed from sizes gets a constant target
-    where it provably gives the same (``exporting.reshape_targets``).
+    a weight with other readers keeps its numbers, and the fold gets a copy under a new name. Arithmetic is in float64, rounded
+    once to the weight's element type. A Reshape whose target is computed from sizes gets a constant target where it provably
+    gives the same (``onnx_files.reshape_targets``).
 
     Args:
-        source: A file (external data beside it), its bytes, or a model.
-        max_growth: The folded weights may have so many times as many elements as the original's: what a fold may spend on
-            copies of shared weights and on maps of constants.
-        clamps: Let a batch norm cross a ReLU by turning it into a maximum with a constant per channel, as in ``bnexport.fold``.
-        prove: Check each fold on its own, and the folded model against the original, in float64.
+        source: A file (external data next to it), its bytes, or a model.
+        max_growth: See ``bnexport.fold``.
+        clamps: See ``bnexport.fold``.
+        prove: Check each fold separately, and the folded model against the original, in float64.
 
     Returns:
-        The folded model and the account: one row per BatchNormalization of the file, functions and subgraphs included.
+        The folded model and its report, with a row for each BatchNormalization in functions and subgraphs too.
 
     Raises:
         UsageError: ``max_growth`` is below 1.
-        ModelError: No valid ONNX model.
+        ModelError: Not a valid ONNX model.
         ExportError: The result has 2 GB or more, which one file can't hold.
         ProofError: The folded model does not compute what the original does; that is a fault in bnexport.
     """
@@ -98,7 +97,7 @@ def fold_onnx(
 
 
 def _account(engine: Engine, original: ModelProto) -> Account:
-    """Run the engine; what it stumbles over in a file that is not quite valid is the file's fault."""
+    """Run the engine; its exceptions over a file that is not quite valid become a ModelError."""
     try:
         return engine.run()
     except (RuntimeError, ValueError, IndexError) as error:
@@ -113,7 +112,7 @@ def _account(engine: Engine, original: ModelProto) -> Account:
 def _proof(
     original: ModelProto, model: ModelProto, exact: Mapping[str, Tensor] | None
 ) -> tuple[float | None, tuple[str, ...]]:
-    """The error of the whole, 0 where nothing was changed; None, and why, where it can't be evaluated."""
+    """Return the error of the whole, 0 where nothing was changed; None and the reason where it can't be evaluated."""
     if exact is None:
         return 0.0, ()
     try:
@@ -129,7 +128,7 @@ def _proof(
 
 
 def _check_written(original: ModelProto, model: ModelProto) -> None:
-    """What was written is held to what the original was: valid, and valid in the checker's strictest reading."""
+    """Check that the written model is as valid as the original, also in the checker's strictest reading."""
     if (size := model.ByteSize()) > MAX_BYTES:
         raise ExportError(f"the folded model has {size} bytes, one file holds 2 GB", remedy="Fold it in parts")
     if is_fully_valid(original) and not is_fully_valid(model):
@@ -138,6 +137,6 @@ def _check_written(original: ModelProto, model: ModelProto) -> None:
 
 
 def _inner_row(node: NodeProto, where: str) -> FoldRow:
-    """The row of a BatchNormalization that no rule sees."""
+    """Return the row of a BatchNormalization that no rule sees."""
     unlock = "functions inlined (onnx.inliner)" if "function" in where else "the same nodes outside of it"
     return FoldRow(label(node), BATCH_NORM, "kept", reason=f"it is inside {where}", unlock=unlock)

@@ -1,4 +1,4 @@
-"""Readers of what is a scale and a shift by constants: BatchNormalization, and plain arithmetic."""
+"""Readers of a scale and a shift by constants: BatchNormalization, and plain arithmetic."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from torch import Tensor
 
 from bnexport.folding.affine import Affine, ChannelAffine, Dim
 from bnexport.folding.graph import Norm, NormCall, Opaque
-from bnexport.onnx_folding.inventory import BATCH_NORM
-from bnexport.onnx_folding.view import NOT_AN_INPUT, OVERRIDABLE, Reading, View
+from bnexport.folding.onnx_backend.inventory import BATCH_NORM
+from bnexport.folding.onnx_backend.view import NOT_AN_INPUT, OVERRIDABLE, Reading, View
 
 #: First operator set whose BatchNormalization says that it is training by an attribute; before, by its outputs.
 _TRAINING_MODE = 14
@@ -19,7 +19,7 @@ _DEFAULT_EPSILON = float(torch.tensor(1e-5))
 
 
 def read_batch_norm(view: View) -> Reading:
-    """A BatchNormalization; one that can't be read has a row of its own all the same."""
+    """Read a BatchNormalization; one that can't be read has a row in the report all the same."""
     why, unlock = _unreadable(view)
     affine = None if why else _affine(view)
     rank = len(view.shape() or ())
@@ -32,13 +32,13 @@ def read_batch_norm(view: View) -> Reading:
 
 
 def unread_batch_norm(view: View, why: str, unlock: str) -> Reading:
-    """A BatchNormalization that is left alone for a reason that lies outside of it."""
+    """Return the reading of a BatchNormalization that stays for a reason outside of it."""
     inputs = tuple(name for name in view.node.input if name)
     return Reading(Opaque(why), inputs, call=NormCall(view.name, BATCH_NORM, _channels(view), None, why, unlock))
 
 
 def _unreadable(view: View) -> tuple[str, str]:
-    """Why its affine can't be read, and what would help; two empty texts when it can."""
+    """Return the reason why its affine can't be read, and a hint; two empty texts when it can."""
     training = view.attribute("training_mode", 0) if view.opset >= _TRAINING_MODE else len(view.outputs()) > 1
     shape = view.shape()
     indices = range(1, 5)
@@ -94,7 +94,7 @@ def read_neg(view: View) -> Reading | None:
 
 
 def placed_constant(view: View, index: int, shape: tuple[Dim, ...] | None) -> Tensor | None:
-    """A constant input with as many axes as a value, float64; None when it would enlarge the value."""
+    """Return a constant input with as many axes as a value, float64; None when it would enlarge the value."""
     if shape is None or not shape:
         return None
     constant = view.context.constants.tensor(view.input(index))

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from bnexport.folding.affine import Dim
 from bnexport.folding.graph import Kind, NormCall, Weight
-from bnexport.onnx_folding.constants import Constants
-from bnexport.onnx_folding.inventory import label
-from bnexport.onnx_folding.shapes import Shapes
+from bnexport.folding.onnx_backend.constants import Constants, Shapes
+from bnexport.folding.onnx_backend.inventory import label
 from bnexport.tensors import Array
 
 #: Place of a tensor among the inputs of a value's nodes: (which node, which input).
@@ -26,13 +25,12 @@ NOT_AN_INPUT = "initializers that are not listed among the graph's inputs"
 
 @dataclass(frozen=True)
 class Reading:
-    """What a node is.
+    """The result of reading a node.
 
     Attributes:
-        kind: What it computes.
         inputs: Names of the values it reads.
-        weight: Where a layer's weight is read.
-        bias: Where its bias is read, or would be.
+        weight: The place of a layer's weight.
+        bias: The place of its bias, used or not.
         nodes: Nodes that belong to it besides its own.
         call: Set for a BatchNormalization.
     """
@@ -46,14 +44,14 @@ class Reading:
 
 
 class Context:
-    """What all nodes of a graph share.
+    """The shared facts of a graph's nodes.
 
     Args:
         opset: Version of the default operator set.
-        shapes: Of the graph's values.
-        constants: Of the graph.
-        followers: Name of a value -> the only node that reads it, where there is only one and it is no output.
-        readers: How often each name is read.
+        shapes: Shapes of the graph's values.
+        constants: Constants of the graph.
+        followers: Name of a value -> its only reader, if it has a single one and is not an output.
+        readers: Number of readings of each name.
     """
 
     def __init__(
@@ -67,12 +65,12 @@ class Context:
         self._weights: dict[tuple[str, float, int | None], Weight] = {}
 
     def weight(self, name: str, factor: float = 1.0, size: int | None = None) -> Weight | None:
-        """A constant as a layer's tensor; None when it is no constant of a floating type.
+        """Return a constant as a layer's tensor; None when it is not a constant of a floating type.
 
         Args:
-            name: Of the constant.
+            name: Name of the constant.
             factor: The layer multiplies it by this (Gemm's alpha and beta).
-            size: For a bias: spread over so many channels.
+            size: For a bias: the number of channels that it is spread over.
         """
         if not self.constants.known(name):
             return None
@@ -93,12 +91,7 @@ class Context:
 
 
 class View:
-    """One node.
-
-    Args:
-        node: Of ONNX's own operators.
-        context: Of its graph.
-    """
+    """One node of ONNX's default domain in its context."""
 
     def __init__(self, node: NodeProto, context: Context) -> None:
         self.node = node
@@ -108,30 +101,30 @@ class View:
 
     @property
     def name(self) -> str:
-        """In sentences and in the account."""
+        """The name in messages and in the report."""
         return label(self.node)
 
     def input(self, index: int) -> str:
-        """Name of an input; "" where it is left out."""
+        """Return the name of an input; "" where it is left out."""
         return self.node.input[index] if index < len(self.node.input) else ""
 
     def attribute(self, name: str, default: Any = None) -> Any:
-        """Value of an attribute; text as str."""
+        """Return the value of an attribute; text as str."""
         if name not in self._attributes:
             return default
         value = helper.get_attribute_value(self._attributes[name])
         return value.decode("utf-8", "replace") if isinstance(value, bytes) else value
 
     def is_constant(self, index: int) -> bool:
-        """Whether an input is there and constant."""
+        """Return True if an input is given and constant."""
         return bool(self.input(index)) and self.context.constants.known(self.input(index))
 
     def constant(self, index: int) -> Array | None:
-        """Numbers of a constant input."""
+        """Return the numbers of a constant input."""
         return self.context.constants.value(self.input(index)) if self.is_constant(index) else None
 
     def integers(self, name: str, index: int | None = None) -> list[int] | None:
-        """A list of whole numbers, given as an attribute in old operator sets and as a constant input in new ones."""
+        """Return whole numbers, given as an attribute in old operator sets and as a constant input in new ones."""
         if name in self._attributes:
             value = self.attribute(name)
             return [int(item) for item in value] if isinstance(value, (list, tuple)) else None
@@ -139,7 +132,7 @@ class View:
         return None if found is None else [int(item) for item in found.reshape(-1)]
 
     def shape(self, index: int = 0) -> tuple[Dim, ...] | None:
-        """Shape of an input."""
+        """Return the shape of an input."""
         return self.context.shapes.of(self.input(index)) if self.input(index) else None
 
     @property
@@ -154,7 +147,7 @@ class View:
         return None if shape is None else len(shape)
 
     def dtype(self, index: int = 0) -> torch.dtype | None:
-        """Element type of an input."""
+        """Return the element type of an input."""
         return self.context.shapes.dtype(self.input(index))
 
     @property
@@ -164,19 +157,19 @@ class View:
 
     @property
     def is_floating(self) -> bool:
-        """Whether the result is of a floating type."""
+        """True if the result is of a floating type."""
         dtype = self.output_dtype
         return dtype is not None and dtype.is_floating_point
 
     def uses_output(self, index: int) -> bool:
-        """Whether anything reads an output beside the first."""
+        """Return True if an output other than the first has a reader."""
         return index < len(self.node.output) and self.context.readers[self.node.output[index]] > 0
 
     def outputs(self) -> list[str]:
-        """Names of the outputs that are not left out."""
+        """Return the names of the outputs that are not left out."""
         return [name for name in self.node.output if name]
 
     def why_no_weight(self, *indices: int) -> str:
-        """Why these inputs are no weights."""
+        """Return the reason why these inputs are not weights."""
         names = {self.input(index) for index in indices}
         return OVERRIDABLE if names & self.context.constants.overridable else "its weights are computed in the graph"

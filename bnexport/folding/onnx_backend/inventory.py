@@ -1,0 +1,88 @@
+"""The contents of a file: operator set, batch norms, names that must stay, and tensors converted between ONNX and torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
+from torch import Tensor
+
+from bnexport.folding.torch_backend.write import flushed
+from bnexport.onnx_files.models import nodes
+from bnexport.onnx_files.names import mentioned_inside, subgraphs
+from bnexport.tensors import ELEMENT_TYPES, Array
+
+BATCH_NORM = "BatchNormalization"
+_DEFAULT_DOMAIN = ("", "ai.onnx")
+
+
+def opset_of(model: ModelProto) -> int:
+    """Return the version of the default operator set; 0 when the file imports none."""
+    return next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
+
+
+def label(node: NodeProto) -> str:
+    """Return a node's name in the report: its own name, or that of its first output."""
+    return node.name or next((name for name in node.output if name), node.op_type)
+
+
+def is_default(node: NodeProto) -> bool:
+    """Return True if an operator belongs to ONNX's default domain."""
+    return node.domain in _DEFAULT_DOMAIN
+
+
+def is_batch_norm(node: NodeProto) -> bool:
+    """Return True if a node has a row in the report."""
+    return node.op_type == BATCH_NORM and is_default(node)
+
+
+def count_batch_norms(model: ModelProto) -> int:
+    """Count the BatchNormalization nodes of all graphs and functions."""
+    return sum(map(is_batch_norm, nodes(model)))
+
+
+def inner_batch_norms(model: ModelProto) -> Iterator[tuple[NodeProto, str]]:
+    """Return each BatchNormalization outside the main graph, and its place as the end of a sentence."""
+    for node in _inside(model.graph.node):
+        if is_batch_norm(node):
+            yield node, "the body of an If, Loop or Scan"
+    for function in model.functions:
+        for node in (*function.node, *_inside(function.node)):
+            if is_batch_norm(node):
+                yield node, f"the body of the function {function.name}"
+
+
+def _inside(group: Iterable[NodeProto]) -> Iterator[NodeProto]:
+    for node in group:
+        for graph in subgraphs(node):
+            yield from graph.node
+            yield from _inside(graph.node)
+
+
+def pinned(graph: GraphProto) -> set[str]:
+    """Return the names that must stay: the graph's outputs, and names that inner graphs mention."""
+    inside = (name for node in graph.node for name in mentioned_inside(node))
+    return {*(value.name for value in graph.output), *inside}
+
+
+#: TensorProto's number -> torch's element type: those of ``tensors.ELEMENT_TYPES``, and bfloat16.
+TORCH: dict[int, torch.dtype] = {entry.onnx: getattr(torch, name) for name, entry in ELEMENT_TYPES.items()} | {
+    int(TensorProto.BFLOAT16): torch.bfloat16
+}
+ONNX: dict[torch.dtype, int] = {value: key for key, value in TORCH.items()}
+
+
+def widened(tensor: TensorProto) -> Array:
+    """Return a stored tensor as numpy: floats of any width in float64, other types unchanged."""
+    array = numpy_helper.to_array(tensor)
+    is_float = TORCH.get(tensor.data_type, torch.bool).is_floating_point
+    return array.astype(np.float64) if is_float else array
+
+
+def stored(name: str, value: Tensor, dtype: torch.dtype) -> TensorProto:
+    """Return a float64 tensor as it is written: rounded once, subnormal results flushed."""
+    cast = flushed(value, dtype).contiguous()
+    raw = cast.reshape(-1).view(torch.uint8).numpy().tobytes() if cast.numel() else b""
+    return TensorProto(name=name, dims=cast.shape, data_type=ONNX[dtype], raw_data=raw)
