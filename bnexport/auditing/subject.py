@@ -19,7 +19,7 @@ from bnexport.runtimes.replay import incomparable
 from bnexport.runtimes.torch_outputs import flatten, private_copy
 from bnexport.tensors import Array
 from bnexport.verification.metrics import common_scales
-from bnexport.verification.reference import wide_casts
+from bnexport.verification.widening import wide_casts
 
 #: Batch sizes of the probes. The first is what tools trace; a fold that is right for one size alone shows on the others.
 BATCHES = (2, 2, 3, 5)

@@ -1,16 +1,11 @@
-"""The original network in float64, with which every runtime is compared.
-
-Casts to float32 inside a user's forward are widened: ``x.float() / 255`` must not take the reference out of float64.
-"""
+"""The original network in float64, with which every runtime is compared."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch.overrides import TorchFunctionMode
 
 from bnexport.bundle import WEIGHTS, Bundle
 from bnexport.errors import BnexportError, ModelError
@@ -19,23 +14,6 @@ from bnexport.tensors import Array, Signature
 
 if TYPE_CHECKING:
     from torch import nn
-
-
-class wide_casts(TorchFunctionMode):  # noqa: N801 -- used as a context manager, like torch.inference_mode
-    """Gives float64 to every call in the block that names float32. Narrower types stay: the author wants that rounding."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        """Call ``func`` with the wider type."""
-        if func is torch.Tensor.float:
-            func = torch.Tensor.double
-        named = {name: _wide(value) for name, value in (kwargs or {}).items()}
-        return func(*map(_wide, args), **named)
-
-
-def _wide(value: Any) -> Any:
-    return torch.float64 if value is torch.float32 else value
 
 
 _CHUNK = 512
@@ -72,6 +50,7 @@ class Reference:
         import torch
 
         from bnexport.runtimes.torch_outputs import flatten
+        from bnexport.verification.widening import wide_casts
 
         arrays = [np.array(feeds[spec.name][start:stop]) for spec in self._signature.inputs]
         tensors = [torch.from_numpy(array.astype(np.float64) if array.dtype.kind == "f" else array) for array in arrays]
