@@ -6,6 +6,7 @@ A serving machine has neither of the two, and golden vectors have to be read the
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
 
 import numpy as np
@@ -20,6 +21,8 @@ _NAMES: Mapping[int, str] = {row.onnx: name for name, row in ELEMENT_TYPES.items
 _DIMS, _TYPE, _NAME, _RAW = 1, 2, 8, 9
 #: Field -> how its fixed-width numbers lie in the file; those of the others have variable length.
 _FIXED: Mapping[int, str] = {4: "<f4", 10: "<f8"}
+#: int32_data, int64_data and uint64_data.
+_WHOLE_NUMBERS = frozenset({5, 7, 11})
 #: A float16 lies in int32_data as the 16 bits that it is.
 _BITS: Mapping[str, str] = {"float16": "uint16"}
 
@@ -45,6 +48,9 @@ def read_tensor(content: bytes) -> tuple[str, Array]:
     if (dtype := _NAMES.get(number)) is None:
         raise Refusal(f"has elements of the type {number}, which bnexport does not read")
     shape = [size for field in found.get(_DIMS, []) for size in read_packed(content, field)]
+    for unread in _WHOLE_NUMBERS & found.keys() - ({ELEMENTS[number].field} if _RAW not in found else set()):
+        for field in found[unread]:  # protobuf refuses a file with a damaged number in any field
+            deque(read_packed(content, field), maxlen=0)
     if _RAW in found:
         raw = found[_RAW][0]
         values = np.frombuffer(content[raw.start : raw.end], np.dtype(dtype).newbyteorder("<"))

@@ -72,6 +72,7 @@ def test_the_plans_say_what_the_page_says() -> None:
         ChapterPlan(seeds=1)
 
 
+@pytest.mark.slow
 def test_a_run_keeps_what_is_done_and_goes_on(tmp_path: Path) -> None:
     plan = replace(PLAN, seeds=2, epochs=1)
     run, told = ChapterRun(tmp_path / "work", plan, ("e",), jobs=2), []

@@ -78,6 +78,7 @@ def test_three(): assert three(False) is None
 PROGRAM = "import sys; from mutation import mutate; mutate.LARGE = (); sys.exit(mutate.main())"
 
 
+@pytest.mark.slow
 def test_the_scores_of_a_small_tree(tmp_path: Path) -> None:
     for name, text in TREE.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

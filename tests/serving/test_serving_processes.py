@@ -61,6 +61,7 @@ def test_a_stop_loses_nothing_and_leaves_nobody(
         assert not any(map(alive, pids))
 
 
+@pytest.mark.slow
 def test_who_does_not_stop_in_time_is_killed_and_that_is_told(models: Path, tmp_path: Path) -> None:
     with serving_twice(models, tmp_path / "log", "--grace", "0.5") as server:
         stuck = running(server)[1]
@@ -290,6 +291,7 @@ def test_a_process_that_can_not_start_again_is_tried_again_until_it_can(
         until(lambda: sorted(running(server)) == [0, 1])
 
 
+@pytest.mark.slow
 def test_when_none_can_start_any_more_it_ends_with_the_reason(models: Path, tmp_path: Path) -> None:
     another(models, tmp_path / "m" / "bn_lenet" / "1", 1)
     with serving_twice(tmp_path / "m", tmp_path / "log") as server:

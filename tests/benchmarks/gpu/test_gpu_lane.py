@@ -274,6 +274,7 @@ def test_a_hidden_library_is_named_with_exit_code_3(bundle: Bundle, refusal: Ref
     assert refusals.tempfile.gettempdir() not in found.said
 
 
+@pytest.mark.slow
 def test_a_runtime_that_answers_all_the_same_is_no_refusal(bundle: Bundle) -> None:
     found = refuse(Refusal("nothing", "onnxruntime-cpu", environment={"CUDA_VISIBLE_DEVICES": ""}), bundle.path)
     assert found.code == 0

@@ -302,6 +302,7 @@ def test_the_whole_that_can_not_be_compared_is_told() -> None:
     assert result.report.error is not None or any("can't be compared" in text for text in result.report.warnings)
 
 
+@pytest.mark.slow
 def test_two_thousand_norms_in_a_row_are_accounted() -> None:
     torch.manual_seed(0)
     model = positive(randomise(nn.Sequential(*(nn.BatchNorm2d(2) for _ in range(1500)), nn.GELU()))).eval()

@@ -131,6 +131,13 @@ def test_damaged_tensors_are_refused_or_read_as_onnx_reads_them(data: st.DataObj
     assert same(have, numpy_helper.to_array(onnx.TensorProto.FromString(bytes(content))))
 
 
+def test_a_damaged_number_in_a_field_that_is_not_read_is_refused() -> None:
+    content = bytearray(write_tensor(np.array(False), "\x80"))
+    content[2] = 7 << 3 | 2  # the name's two bytes become int64_data whose number does not end
+    with pytest.raises(Refusal, match="does not end"):
+        read_tensor(bytes(content))
+
+
 @settings(max_examples=500, deadline=None, derandomize=True)
 @given(content=st.binary(max_size=60))
 def test_any_bytes_are_refused_or_read_as_onnx_reads_them(content: bytes) -> None:

@@ -148,6 +148,7 @@ def free_port():
         return found.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_ends_the_others_and_the_run_resumes(tmp_path):
     out, size = tmp_path / "a", 3
     words = [

@@ -73,6 +73,7 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "config.json"}
 
 
+@pytest.mark.slow
 def test_a_file_that_may_not_grow_leaves_the_checkpoint(tmp_path, one_epoch):
     out = tmp_path / "a"
     shutil.copytree(one_epoch, out)
