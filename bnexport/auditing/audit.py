@@ -37,7 +37,7 @@ class Hidden(nn.Module):
         self.batch_norm = batch_norm
 
     def forward(self, x: Tensor) -> Any:
-        """As the BatchNorm alone."""
+        """Normalise as the BatchNorm alone does."""
         output = self.batch_norm(x.neg().neg())
         return output.neg().neg() if isinstance(output, Tensor) else output
 

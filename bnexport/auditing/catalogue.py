@@ -21,7 +21,7 @@ class Job:
     """The input of a tool.
 
     Attributes:
-        module: A copy of the network of its own, in eval mode.
+        module: A separate copy of the network, in eval mode.
         example: One batch of inputs, for tracing.
         folder: For its files; it vanishes afterwards.
     """

@@ -237,7 +237,7 @@ def export(job: Job, *, optimize: bool) -> onnx.ModelProto:
     shapes = {name: pytree.tree_map(_varying, value) for name, value in arguments.items()}
     try:
         return _exported(job, shapes, optimize=optimize)
-    except Exception:  # torch.export's many classes; the second attempt tells what remains
+    except Exception:  # torch.export's many classes; the second attempt decides
         return _exported(job, None, optimize=optimize)
 
 

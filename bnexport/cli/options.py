@@ -183,7 +183,7 @@ class DatasetName(click.Choice[str]):
         return f"[{'|'.join(DATASETS)}|{FOLDER}PATH]"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """The name; what is no name is refused with the list of names."""
+        """Return the name of a data set; any other text is refused with the list of names."""
         if isinstance(value, str) and value not in DATASETS and is_dataset(value):
             return value
         return super().convert(value, param, ctx)

@@ -71,7 +71,7 @@ def make_bar(console: Console, *, timed: bool = True) -> Progress:
 
 @contextlib.contextmanager
 def progress_bar(words: str) -> Iterator[Callable[[int, int], None]]:
-    """Yields a function that is told how many images are done and how many there are; a log gets one line.
+    """Yield a function that takes the number of finished images and of all images; a log gets one line.
 
     Args:
         words: What is done: "evaluating".
@@ -80,13 +80,13 @@ def progress_bar(words: str) -> Iterator[Callable[[int, int], None]]:
 
     console = make_console(stderr=True)
     with make_bar(console) as bar:
-        task, told = bar.add_task(words, total=None), False
+        task, printed = bar.add_task(words, total=None), False
 
         def advance(done: int, total: int) -> None:
-            nonlocal told
-            if not told and not console.is_terminal:
+            nonlocal printed
+            if not printed and not console.is_terminal:
                 console.print(f"{words}: {total} images", soft_wrap=True)
-            told = True
+            printed = True
             bar.update(task, completed=done, total=total)
 
         yield advance

@@ -218,7 +218,7 @@ def model_and_version(out: Path) -> tuple[str, int]:
     """Return name and version from ``models/<name>/<version>``.
 
     Raises:
-        UsageError: The last part is not a positive integer, or there is no name before it.
+        UsageError: The last part is not a positive integer, or the name before it is missing.
     """
     absolute = Path(out).absolute()
     version, name = absolute.name, absolute.parent.name

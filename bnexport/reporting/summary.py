@@ -221,7 +221,7 @@ class ReportedRun:
 
     @property
     def detected(self) -> str:
-        """The precision that its error tells of; "" where nobody looked."""
+        """Return the precision that its error indicates; "" where none was determined."""
         return next((row.detected for row in self.rows if row.detected), "")
 
 

@@ -151,7 +151,8 @@ class Forecast:
 
         The error of TF32 that truncates is 2 to 6 times that of TF32 that rounds to nearest. Truncation is a bias: its errors
         point in one direction, also those of the unfolded network (cosine 0.86 to 1.00). Roundings to nearest do not (-0.5 to
-        0.1). So only an engine that truncates gets the larger bound, and no fault hides behind it.
+        0.1). So an engine that rounds keeps the smaller bound. A fault that points along truncation by chance gets the
+        larger one here; the strict stage judges it by its fixed bound.
         """
         usual, *others = ROUNDINGS.get(precision, (precision,))
         for name in others:

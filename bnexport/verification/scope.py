@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 
-from bnexport.bundle import MODEL_ONNX
 from bnexport.errors import UsageError
 from bnexport.runtimes.base import CONV_SEARCHES, KERNEL_PRECISIONS, OPTIMISATIONS, RunSettings
 from bnexport.runtimes.catalogue import RunnerSpec
@@ -76,8 +75,3 @@ class Scope:
                 f"{spec.name} has no {' or '.join(self.precisions or ())} kernels",
                 remedy=f"It has: {', '.join(spec.precisions)}",
             )
-
-
-def reads_onnx(spec: RunnerSpec) -> bool:
-    """Return whether a runtime opens model.onnx, so that its layers can be compared."""
-    return spec.file == MODEL_ONNX

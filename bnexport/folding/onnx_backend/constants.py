@@ -37,7 +37,7 @@ from bnexport.tensors import Array
 _BATCHES = (2, 3, 5)
 _SIZES = (64, 96, 128)
 _STEP = 32
-#: Constants of more elements tell no shape, so that their numbers need not be copied.
+#: Longer constants state no shape, so their numbers are not copied.
 _SMALL = 4096
 
 
@@ -61,11 +61,13 @@ class Shapes:
         sizes = {name: numbers[index] for name, numbers in self.sizes.items()}
         bound = _bound(skeleton, sizes)
         found = _inferred(bound)
-        told = [value for name, value in self._named.items() if _numbers_of(found.get(name)) is None]
-        told = [value for value in (_with_numbers(value, sizes) for value in told) if _numbers_of(value) is not None]
-        if not told:
+        stated = [value for name, value in self._named.items() if _numbers_of(found.get(name)) is None]
+        stated = [
+            value for value in (_with_numbers(value, sizes) for value in stated) if _numbers_of(value) is not None
+        ]
+        if not stated:
             return found
-        bound.graph.value_info.extend(told)
+        bound.graph.value_info.extend(stated)
         return _inferred(bound)
 
     def of(self, name: str) -> tuple[Dim, ...] | None:
