@@ -13,7 +13,7 @@ def silent(_stage: str, _done: float, _total: float) -> None:
 
 
 def part_of(progress: Progress, start: float, end: float) -> Progress:
-    """Return the progress of a part that takes a job from ``start`` to ``end``, as shares of 1; its calls count from 0 again."""
+    """Return the progress of a part that takes a job from ``start`` to ``end``, as shares of 1; its calls count from 0."""
 
     def report(stage: str, done: float, total: float) -> None:
         progress(stage, start + (end - start) * min(done / total, 1.0) if total else start, 1.0)
