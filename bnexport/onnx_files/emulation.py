@@ -90,7 +90,7 @@ def cut_to(array: Array, to: Format) -> Array:
 
     The format must have float32's exponents, so that only mantissa bits are lost.
     """
-    pattern = np.array(array, np.float32, order="C", copy=True, ndmin=1).view(np.uint32)
+    pattern = np.array(array, np.float32, order="K", copy=True, ndmin=1).view(np.uint32)
     pattern &= np.uint32(np.iinfo(np.uint32).max - ((1 << (FLOAT32.mantissa - to.mantissa)) - 1))
     return pattern.view(np.float32).reshape(array.shape)
 

@@ -32,12 +32,12 @@ def test_the_numbers_are_torch_s(layer: nn.Module, room: int, inference: bool, m
     layer = layer.double()
     with torch.inference_mode(inference), torch.no_grad():
         want = layer(x)
+        script = torch.jit.trace(layer, x, check_trace=False)
         with wide_convolutions():
-            found = layer(x)
-            script = torch.jit.trace(layer, x, check_trace=False)(x)
-    assert found.shape == want.shape
-    assert found.is_contiguous()
-    for result in (found, script):
+            results = (layer(x), script(x))
+    for result in results:
+        assert result.shape == want.shape
+        assert result.is_contiguous()
         torch.testing.assert_close(result, want, rtol=0, atol=1e-14 * float(want.abs().max()) * 10)
 
 
