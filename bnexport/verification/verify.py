@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from bnexport.bundle import WEIGHTS, Bundle
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.environment import environment
-from bnexport.errors import BnexportError, MissingDependency, Unavailable
+from bnexport.errors import BnexportError, MissingDependency, RuntimeUnavailable, Unavailable
 from bnexport.runtimes.base import RunSettings, plain_reason
 from bnexport.runtimes.catalogue import RUNNERS, RunnerSpec, runner_spec
 from bnexport.tensors import Array
@@ -130,6 +130,10 @@ class _Runs:
             return
         if not lives and (problem := work.changed(spec.file)) is not None:
             work.rows.append(failed("strict", spec.name, "open", f"{problem}, so it was not opened"))
+            return
+        # A child process of a GPU runtime imports torch before it finds no GPU, which takes seconds.
+        if not self.named and spec.device != "cpu" and (reason := spec.available()) is not None:
+            work.skipped[spec.name] = plain_reason(spec.name, RuntimeUnavailable(reason, remedy=""))
             return
         every = self.scope.settings_of(spec, precision=self._stored(spec))
         if not every:

@@ -201,14 +201,19 @@ def in_both_files(*inputs: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
     return [(one, other.numpy()) for one, other in zip(there, scripted, strict=True)]
 
 
-def test_torchvision_classifier_is_exported_and_rebuilt(export: Run, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("size", "formats"), [(40, ("--format", "onnx")), pytest.param(64, (), marks=pytest.mark.slow)], ids=["onnx", "all"]
+)
+def test_torchvision_classifier_is_exported_and_rebuilt(
+    export: Run, capfd: pytest.CaptureFixture[str], size: int, formats: tuple[str, ...]
+) -> None:
     given = ("--weights", weights("torchvision:resnet18", num_classes=10), "--model-option", "num_classes=10")
-    code, out, err = export("torchvision:resnet18", *given, "--input", "3x64x64")
+    code, out, err = export("torchvision:resnet18", *given, "--input", f"3x{size}x{size}", *formats)
     assert code == 0, out + err
     manifest = bundle().manifest
     assert manifest.network == {"source": "torchvision:resnet18", "options": {"num_classes": 10}}
     assert manifest.preprocessing is not None
-    assert (manifest.preprocessing["height"], manifest.preprocessing["mean"]) == (64, [0.485, 0.456, 0.406])
+    assert (manifest.preprocessing["height"], manifest.preprocessing["mean"]) == (size, [0.485, 0.456, 0.406])
     assert shapes() == {"logits": ("batch", 10)}
     assert run(["verify", "m/x/1", "--runtime", "onnxruntime-cpu"]) == 0  # by itself, from the unfolded weights
     assert "torchvision:resnet18 rebuilt from weights.safetensors" in " ".join(capfd.readouterr().out.split())

@@ -115,6 +115,7 @@ def test_truncation_left_on_in_strict_mode_is_caught(bundle: Bundle, monkeypatch
     assert {("strict", ""), ("precision", "")} <= stages(run(bundle))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("times", [3.5, 5, 7])
 def test_no_fault_hides_behind_the_noise_of_truncation(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch, times: float
@@ -166,6 +167,7 @@ def test_tf32_in_convolutions_alone_is_caught_in_strict_mode(bundle: Bundle, mon
     assert {("strict", ""), ("precision", "")} <= stages(run(bundle))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("coarser", ["bfloat16", "bfloat16-products"])
 def test_a_coarser_precision_than_asked_for_is_caught(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch, coarser: str

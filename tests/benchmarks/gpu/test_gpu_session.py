@@ -1,4 +1,4 @@
-"""scripts/gpu_session: the order of the steps, their exit codes, and the files. A program that prints its words is the Python."""
+"""scripts/gpu_session: the order of the steps, their exit codes, and the files. A shell script stands in for Python."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ from benchmarks.gpu.sweeps import cpu_sweeps
 
 SCRIPT = Path(__file__).parents[3] / "scripts" / "gpu_session"
 #: A stand-in for Python: it ends with the code of FAKE_CODES ("words=code ...") for the first words that its line contains.
-FAKE = '#!/bin/sh\nline="$*"\nfor pair in $FAKE_CODES; do case "$line" in *"${pair%=*}"*) echo odd; exit "${pair#*=}";; esac; done\necho "done $line"\n'
+FAKE = """#!/bin/sh
+line="$*"
+for pair in $FAKE_CODES; do
+  case "$line" in *"${pair%=*}"*) echo odd; exit "${pair#*=}";; esac
+done
+echo "done $line"
+"""
 
 
 def session(out: Path, *words: str, python: Path | str = sys.executable, codes: str = "") -> tuple[int, str]:
