@@ -31,21 +31,13 @@ _LAYOUT = "Lay it out as PATH/train/CLASS/x.png and PATH/val/CLASS/y.png, or as 
 
 @dataclass(frozen=True)
 class FolderLayout:
-    """The classes of a folder of images, and the places of its parts.
+    """The classes of a folder of images, and the places of its parts."""
 
-    Attributes:
-        root: The folder.
-        labels: Names of the classes, sorted as Python sorts strings (so does torchvision).
-        train: The folder of the training part: ``root`` itself, or ``root/train``.
-        test: The folder of the test part; None where a share of ``train`` is held out.
-        ignored: ``val`` when there is a ``test`` as well, else "".
-    """
-
-    root: Path
-    labels: tuple[str, ...]
-    train: Path
-    test: Path | None
-    ignored: str = ""
+    root: Path  # The folder
+    labels: tuple[str, ...]  # Names of the classes, sorted as Python sorts strings (so does torchvision)
+    train: Path  # The folder of the training part: ``root`` itself, or ``root/train``
+    test: Path | None  # The folder of the test part; None where a share of ``train`` is held out
+    ignored: str = ""  # ``val`` when there is a ``test`` as well, else ""
 
 
 def folder_layout(root: Path) -> FolderLayout:

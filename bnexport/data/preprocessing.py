@@ -16,23 +16,14 @@ from bnexport.tensors import Array
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Pixels 0 to 255 to ``(pixel * scale - mean) / std``, channels first, in float32.
+    """Pixels 0 to 255 to ``(pixel * scale - mean) / std``, channels first, in float32."""
 
-    Attributes:
-        channels: 1 for grey, 3 for RGB.
-        height: Pixels.
-        width: Pixels.
-        scale: Factor on the pixels.
-        mean: Subtracted after scaling, one value per channel.
-        std: Divided by, one value per channel.
-    """
-
-    channels: int = 1
-    height: int = 28
-    width: int = 28
-    scale: float = 1 / 255
-    mean: tuple[float, ...] = (0.0,)
-    std: tuple[float, ...] = (1.0,)
+    channels: int = 1  # 1 for grey, 3 for RGB
+    height: int = 28  # Pixels
+    width: int = 28  # Pixels
+    scale: float = 1 / 255  # Factor on the pixels
+    mean: tuple[float, ...] = (0.0,)  # Subtracted after scaling, one value per channel
+    std: tuple[float, ...] = (1.0,)  # Divided by, one value per channel
 
     def __post_init__(self) -> None:
         if (problem := self._problem()) is not None:

@@ -11,15 +11,10 @@ from bnexport.protobuf_wire import Field, read_fields
 
 
 class Reads(NamedTuple):
-    """Newest versions that an ONNX Runtime reads.
+    """Newest versions that an ONNX Runtime reads."""
 
-    Attributes:
-        opset: Version of the default operator set.
-        ir_version: Version of the file format.
-    """
-
-    opset: int
-    ir_version: int
+    opset: int  # Version of the default operator set
+    ir_version: int  # Version of the file format
 
 
 #: Minor version of ONNX Runtime -> what it reads. Measured: one Relu in every operator set and file format, loaded by the

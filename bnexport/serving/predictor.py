@@ -23,21 +23,13 @@ DEFAULT_RUNTIME = "onnxruntime-cpu"
 
 @dataclass(frozen=True)
 class Prediction:
-    """Answer for one image.
+    """Answer for one image."""
 
-    Attributes:
-        image: Its file, with [index] in a file of several.
-        index: Class with the largest logit.
-        label: Its name; the index as text when the bundle has no labels.
-        probability: Softmax of the logits at that class.
-        logits: The model's logits, one per class.
-    """
-
-    image: str
-    index: int
-    label: str
-    probability: float
-    logits: tuple[float, ...]
+    image: str  # Its file, with [index] in a file of several
+    index: int  # Class with the largest logit
+    label: str  # Its name; the index as text when the bundle has no labels
+    probability: float  # Softmax of the logits at that class
+    logits: tuple[float, ...]  # The model's logits, one per class
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""

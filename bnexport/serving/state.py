@@ -21,17 +21,11 @@ _LONGEST_ID = 128
 
 @dataclass(frozen=True)
 class AppSettings:
-    """Permissions and limits of clients.
+    """Permissions and limits of clients."""
 
-    Attributes:
-        limits: Limits of one request.
-        token: Bearer token that clients must send, except to health probes; None requires none.
-        allow_load: Allow requests to load and unload models.
-    """
-
-    limits: ServingLimits = field(default_factory=ServingLimits)
-    token: bytes | None = None
-    allow_load: bool = False
+    limits: ServingLimits = field(default_factory=ServingLimits)  # Limits of one request
+    token: bytes | None = None  # Bearer token that clients must send, except to health probes; None requires none
+    allow_load: bool = False  # Allow requests to load and unload models
 
 
 class Memory:
@@ -66,23 +60,14 @@ class Answered(Protocol):
 
 
 class Answer(NamedTuple):
-    """An answer's data for its log line.
+    """An answer's data for its log line."""
 
-    Attributes:
-        client: The client's address.
-        method: HTTP's, or "gRPC".
-        status: HTTP's, or the name of gRPC's code.
-        ns: Nanoseconds from the request to the answer.
-        size: Bytes of its body.
-        trace: The client's ``traceparent``, or "".
-    """
-
-    client: str
-    method: str
-    status: int | str
-    ns: int
-    size: int
-    trace: str
+    client: str  # The client's address
+    method: str  # HTTP's, or "gRPC"
+    status: int | str  # HTTP's, or the name of gRPC's code
+    ns: int  # Nanoseconds from the request to the answer
+    size: int  # Bytes of its body
+    trace: str  # The client's ``traceparent``, or ""
 
 
 class ServerState:

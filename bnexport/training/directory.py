@@ -39,23 +39,15 @@ _OURS = (CHECKPOINT, CONFIG, METRICS, MODEL, CURVES)
 
 @dataclass(frozen=True)
 class Saved:
-    """The state after a whole epoch.
+    """The state after a whole epoch."""
 
-    Attributes:
-        state: State dict.
-        epoch: Whole epochs done.
-        history: One row per epoch (``EpochMetrics.to_json``).
-        optimizer: What the optimiser remembers.
-        made_by: What the weights depend on to the last bit: device, processes, threads, torch.
-        scaler: State of the scaling of the loss (float16).
-    """
-
-    state: dict[str, Tensor]
-    epoch: int
-    history: list[dict[str, Any]]
-    optimizer: dict[str, Tensor] = field(default_factory=dict)
+    state: dict[str, Tensor]  # State dict
+    epoch: int  # Whole epochs done
+    history: list[dict[str, Any]]  # One row per epoch (``EpochMetrics.to_json``)
+    optimizer: dict[str, Tensor] = field(default_factory=dict)  # What the optimiser remembers
+    # What the weights depend on to the last bit: device, processes, threads, torch
     made_by: Mapping[str, Any] = field(default_factory=dict)
-    scaler: Mapping[str, Any] = field(default_factory=dict)
+    scaler: Mapping[str, Any] = field(default_factory=dict)  # State of the scaling of the loss (float16)
 
 
 class RunDirectory:

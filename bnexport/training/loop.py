@@ -25,15 +25,10 @@ _EVALUATION_BATCH = 500  # bounds the memory of evaluation; it does not change t
 
 @dataclass(frozen=True)
 class Outcome:
-    """Means over the images of an epoch or a test set.
+    """Means over the images of an epoch or a test set."""
 
-    Attributes:
-        loss: Mean cross-entropy, in nats.
-        accuracy: 0 to 1.
-    """
-
-    loss: float
-    accuracy: float
+    loss: float  # Mean cross-entropy, in nats
+    accuracy: float  # 0 to 1
 
 
 def epoch_order(count: int, *, seed: int, epoch: int) -> Tensor:

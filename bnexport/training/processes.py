@@ -98,17 +98,11 @@ _LOST = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe",
 
 @dataclass(frozen=True)
 class World:
-    """The processes of one training.
+    """The processes of one training."""
 
-    Attributes:
-        rank: This process's number; 0 writes and prints.
-        size: How many there are.
-        device: Of this process.
-    """
-
-    rank: int = 0
-    size: int = 1
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    rank: int = 0  # This process's number; 0 writes and prints
+    size: int = 1  # How many there are
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))  # Of this process
 
     @property
     def leads(self) -> bool:

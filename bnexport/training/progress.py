@@ -14,25 +14,15 @@ from bnexport.training.config import TrainingConfig
 
 @dataclass(frozen=True)
 class EpochMetrics:
-    """One whole epoch.
+    """One whole epoch."""
 
-    Attributes:
-        epoch: From 1.
-        train_loss: Mean cross-entropy over the epoch, in nats.
-        train_accuracy: Over the epoch, 0 to 1.
-        test_loss: Mean cross-entropy after the epoch, with the plain moving statistics, in nats.
-        test_accuracy: Likewise, 0 to 1.
-        learning_rate: Of the last step.
-        examples_per_s: Training images per second, of all processes; evaluation is not timed.
-    """
-
-    epoch: int
-    train_loss: float
-    train_accuracy: float
-    test_loss: float
-    test_accuracy: float
-    learning_rate: float
-    examples_per_s: float
+    epoch: int  # From 1
+    train_loss: float  # Mean cross-entropy over the epoch, in nats
+    train_accuracy: float  # Over the epoch, 0 to 1
+    test_loss: float  # Mean cross-entropy after the epoch, with the plain moving statistics, in nats
+    test_accuracy: float  # Likewise, 0 to 1
+    learning_rate: float  # Of the last step
+    examples_per_s: float  # Training images per second, of all processes; evaluation is not timed
 
     def to_json(self) -> dict[str, Any]:
         """A row of the history."""

@@ -22,17 +22,11 @@ _AMP = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 @dataclass
 class Sums:
-    """The sums of an epoch, on the device.
+    """The sums of an epoch, on the device."""
 
-    Attributes:
-        loss: float64 (), the sum over the images.
-        hits: int64 (), images whose label was the network's.
-        losses: float64 (steps,), each step's sum over its images; what is not finite is found in it by its step.
-    """
-
-    loss: Tensor
-    hits: Tensor
-    losses: Tensor
+    loss: Tensor  # float64 (), the sum over the images
+    hits: Tensor  # int64 (), images whose label was the network's
+    losses: Tensor  # float64 (steps,), each step's sum over its images; what is not finite is found in it by its step
 
     @classmethod
     def zeros(cls, steps: int, device: torch.device) -> Sums:

@@ -253,7 +253,7 @@ def test_timm(export: Run, capfd: pytest.CaptureFixture[str], monkeypatch: pytes
 
 
 def test_two_inputs_and_factory_options(export: Run, capfd: pytest.CaptureFixture[str]) -> None:
-    inputs = ("--input", "image=3x8x8", "--input", "side=6", "--model-option", "width=6")
+    inputs = ("--input", "image=3x8x8", "--input", "side=6", "--model-option", "width=6", "--format", "onnx")
     assert export("nets.py:TwoInputs", *inputs)[0] == 0
     assert shapes("inputs") == {"image": ("batch", 3, 8, 8), "side": ("batch", 6)}
     assert run(["verify", "m/x/1", "--source", "nets.py:TwoInputs", "--runtime", "onnxruntime-cpu"]) == 0
@@ -270,12 +270,12 @@ def test_dataclass_in_any_size(export: Run) -> None:
 
 
 def test_named_tuple(export: Run) -> None:
-    assert export("nets.py:Tuple", "--input", "3x8x8")[0] == 0
+    assert export("nets.py:Tuple", "--input", "3x8x8", "--format", "onnx")[0] == 0
     assert list(shapes()) == ["mean", "relu"]  # "relu" is the name of a value inside the file, too
 
 
 def test_what_a_network_prints_is_not_in_the_json(export: Run) -> None:
-    code, out, err = export("nets.py:Prints", "--input", "3x8x8", "--json")
+    code, out, err = export("nets.py:Prints", "--input", "3x8x8", "--json", "--format", "onnx")
     assert code == 0
     assert json.loads(out)
     assert "the sum is" in err
@@ -352,7 +352,7 @@ def test_a_path_that_depends_on_the_size_is_refused(export: Run) -> None:
 def test_a_path_that_depends_on_the_size_fails_the_verdict(export: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Were it not refused: torch.export takes the branch of the example; at an odd height the original takes the other."""
     monkeypatch.setattr("bnexport.folding.torch_backend.trace.refuse_forks", lambda *_: None)
-    code, out, _ = export("nets.py:Branches", "--input", "3x8x8", "--dynamic-size")
+    code, out, _ = export("nets.py:Branches", "--input", "3x8x8", "--dynamic-size", "--format", "onnx")
     assert code == 1
     assert "noise 15x21" in out
     assert not Path("m/x/1").exists()

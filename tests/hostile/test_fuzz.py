@@ -85,6 +85,7 @@ def _npy() -> bytes:
     return buffer.getvalue()
 
 
+@pytest.mark.sampled(3, 1)
 @pytest.mark.parametrize("kind", SCREENS)
 @examples(250)
 @given(change=changes(), raw=st.none() | st.binary(max_size=200))

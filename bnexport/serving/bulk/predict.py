@@ -265,21 +265,13 @@ ENGINES: dict[str, Callable[[Job, Sequence[Shard]], Iterator[int]]] = {"local": 
 
 @dataclass(frozen=True)
 class BulkResult:
-    """Result of a bulk prediction.
+    """Result of a bulk prediction."""
 
-    Attributes:
-        out: The folder of predictions.
-        rows: In all files together.
-        shards: Files.
-        resumed_rows: Rows among them that an earlier run had written.
-        seconds: Duration of this run, from the first worker's start.
-    """
-
-    out: str
-    rows: int
-    shards: int
-    resumed_rows: int
-    seconds: float
+    out: str  # The folder of predictions
+    rows: int  # In all files together
+    shards: int  # Files
+    resumed_rows: int  # Rows among them that an earlier run had written
+    seconds: float  # Duration of this run, from the first worker's start
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""

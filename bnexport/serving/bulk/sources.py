@@ -124,25 +124,15 @@ _REMEDY = "Give a folder of pictures, a .npy or .npz file of uint8 images, or Pa
 
 @dataclass(frozen=True)
 class Shard:
-    """Rows that one worker predicts and writes as one file.
+    """Rows that one worker predicts and writes as one file."""
 
-    Attributes:
-        number: Number of its file, from 0.
-        kind: A key of SOURCES.
-        path: The folder or file.
-        start: Number of its first row in the file.
-        rows: Number of rows.
-        parts: Names of the pictures below the folder, or numbers of the row groups.
-        stat: Size and time of the file when the shards were cut; of pictures, a digest of theirs.
-    """
-
-    number: int
-    kind: str
-    path: str
-    start: int
-    rows: int
-    parts: tuple[str | int, ...] = ()
-    stat: str = ""
+    number: int  # Number of its file, from 0
+    kind: str  # A key of SOURCES
+    path: str  # The folder or file
+    start: int  # Number of its first row in the file
+    rows: int  # Number of rows
+    parts: tuple[str | int, ...] = ()  # Names of the pictures below the folder, or numbers of the row groups
+    stat: str = ""  # Size and time of the file when the shards were cut; of pictures, a digest of theirs
 
     def check_unchanged(self) -> None:
         """Refuse a file that has changed since it was cut into shards; a folder is not checked again."""
@@ -154,15 +144,10 @@ class Shard:
 
 
 class ShardPlan(NamedTuple):
-    """The shards of one source, which is not read yet.
+    """The shards of one source, which is not read yet."""
 
-    Attributes:
-        shards: Shards in the order of the rows, numbered from 0.
-        fingerprint: Changes when the source does: sizes and times of its files, not their content.
-    """
-
-    shards: list[Shard]
-    fingerprint: str
+    shards: list[Shard]  # Shards in the order of the rows, numbered from 0
+    fingerprint: str  # Changes when the source does: sizes and times of its files, not their content
 
 
 def plan(sources: tuple[Path, ...], request: BulkRequest) -> ShardPlan:

@@ -43,17 +43,11 @@ Span = tuple[int, int]
 
 
 class Split(NamedTuple):
-    """Parts of a request.
+    """Parts of a request."""
 
-    Attributes:
-        header: The message without the other two.
-        id: The request's.
-        raw: Start of each raw tensor in the message, and its bytes.
-    """
-
-    header: bytes
-    id: str
-    raw: list[Span]
+    header: bytes  # The message without the other two
+    id: str  # The request's
+    raw: list[Span]  # Start of each raw tensor in the message, and its bytes
 
 
 def split(message: bytes, *, most: int) -> Split:

@@ -47,7 +47,7 @@ def export(case: Case, folder: Path) -> tuple[bnexport.FoldResult, Signature]:
     return result, signature
 
 
-@pytest.mark.sampled(6, 1)
+@pytest.mark.sampled(12, 1)
 @pytest.mark.parametrize("case", EXPORTED, ids=[case.name for case in EXPORTED])
 def test_both_formats_compute_what_the_original_does(case: Case, tmp_path: Path) -> None:
     _, signature = export(case, tmp_path)
