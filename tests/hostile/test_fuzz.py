@@ -219,6 +219,7 @@ def test_engines_open_what_was_not_changed(kind: str, good: Good, watched: Path,
     assert child.ask(kind, path) == "opened"
 
 
+@pytest.mark.sampled(3, 1)
 @pytest.mark.parametrize("kind", ["torchscript", "pt2", "weights"])
 @examples(60)
 @given(change=changes(), which=st.integers(0, 10**6))

@@ -150,6 +150,7 @@ FAULTS: dict[str, tuple[Callable[[], dict[str, Tensor]], bool, bool]] = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_in_one_file_is_caught_by_its_own_rows(

@@ -260,6 +260,7 @@ def test_without_its_code_the_folded_layer_itself_is_changed(theirs: Bundle) -> 
         assert "file-proof" in found[name].caught
 
 
+@pytest.mark.slow
 def test_half_precision(tmp_path: Path, only: Callable[..., None]) -> None:
     """What the rounding of the weights does anyway is no fault; NaN is one, not an exception."""
     request = ExportRequest(inputs=("3x12x12",), precision="float16")
