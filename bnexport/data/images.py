@@ -9,7 +9,10 @@ from __future__ import annotations
 import gzip
 import io
 import math
+import os
+import stat
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -100,6 +103,70 @@ ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif")
 PICTURES = "PNG, JPEG, BMP, WebP or GIF file"
 _FILES = "PNG, JPEG, BMP, WebP, GIF, .npy or IDX file"
 _REMEDY = f"Give a {_FILES} with images"
+
+
+def folder_entries(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Return the folders and the other entries of a folder by name. A link counts as its target; hidden entries do not count.
+
+    Raises:
+        DataError: The folder can't be read.
+    """
+    folders: list[Path] = []
+    files: list[Path] = []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                if not entry.name.startswith("."):
+                    (folders if entry.is_dir() else files).append(folder / entry.name)
+    except OSError as error:
+        raise DataError(
+            f"{folder} can't be read: {one_line(error)}", remedy="Check its permissions, and its links if it has some"
+        ) from error
+    return folders, files
+
+
+def pictures_below(
+    root: Path,
+    *,
+    endings: tuple[str, ...] = ENDINGS,
+    seen: dict[tuple[int, int], Path] | None = None,
+    below: tuple[str, ...] = (),
+) -> Iterator[tuple[str, os.stat_result]]:
+    """Yield the pictures at any depth of a folder: POSIX path below it, and status. Entries count as in ``folder_entries``.
+
+    Args:
+        root: The folder.
+        endings: Endings of pictures, in lower case.
+        seen: The folders listed so far. A folder that several links lead to is refused, since its pictures would count twice.
+        below: Names of the folders from the root to the listed one.
+
+    Raises:
+        DataError: A folder or picture can't be read, is listed twice or too deep, or is not a plain file.
+    """
+    folder, seen = root.joinpath(*below), {} if seen is None else seen
+    here = _status(folder)
+    if (twin := seen.setdefault((here.st_dev, here.st_ino), folder)) is not folder:
+        raise DataError(f"{folder} leads to {twin} again", remedy="Remove the link, so that each picture counts once")
+    if len(below) >= limit("name-parts"):
+        raise DataError(f"{folder} lies more than {limit('name-parts')} folders deep", remedy="Move it up")
+    folders, files = folder_entries(folder)
+    for file in files:
+        if file.name.lower().endswith(endings):
+            status = _status(file)
+            if not stat.S_ISREG(status.st_mode):
+                raise DataError(f"{file} is not a plain file", remedy="Remove it")
+            yield "/".join((*below, file.name)), status
+    for deeper in folders:
+        yield from pictures_below(root, endings=endings, seen=seen, below=(*below, deeper.name))
+
+
+def _status(path: Path) -> os.stat_result:
+    try:
+        return path.stat()
+    except OSError as error:
+        raise DataError(
+            f"{path} can't be read: {one_line(error)}", remedy="Check its permissions, or remove a link to nowhere"
+        ) from error
 
 
 def load_images(

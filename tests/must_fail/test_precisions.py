@@ -58,7 +58,7 @@ def unisolated(settings_of: Callable[..., tuple[RunSettings, ...]]) -> Callable[
 
 
 def run(bundle: Bundle | Path, **options: object) -> VerificationReport:
-    return verify(bundle, runtimes=[NAME], scope=Scope(max_samples=400, **options))
+    return verify(bundle, runtimes=[NAME], scope=Scope(max_samples=160, **options))
 
 
 def stages(report: VerificationReport) -> set[tuple[str, str]]:

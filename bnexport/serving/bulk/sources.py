@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-import os
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +17,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from bnexport.data.images import ENDINGS, fit_stack, load_images, map_npy, read_picture, stack_problem
+from bnexport.data.images import fit_stack, load_images, map_npy, pictures_below, read_picture, stack_problem
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import DataError, UsageError
 from bnexport.optional import one_line
@@ -210,26 +209,16 @@ def _cut(kind: str, path: Path, rows: int, request: BulkRequest) -> list[Shard]:
 
 
 def _plan_folder(path: Path, request: BulkRequest) -> ShardPlan:
-    found, digest, shards = sorted(_walk(path)), hashlib.sha256(), []
+    found = sorted((name, f"{status.st_size} {status.st_mtime_ns}") for name, status in pictures_below(path))
+    digest, shards = hashlib.sha256(), []
+    for name, _ in found:
+        _check_name(path / name)
     for start in range(0, len(found), request.shard_rows):
         piece = found[start : start + request.shard_rows]
         stat = hashlib.sha256("".join(f"{name} {stat}\n" for name, stat in piece).encode()).hexdigest()
         digest.update(stat.encode())
         shards.append(Shard(0, "folder", str(path), start, len(piece), tuple(name for name, _ in piece), stat))
     return ShardPlan(shards, digest.hexdigest())
-
-
-def _walk(folder: Path) -> Iterator[tuple[str, str]]:
-    """Yield every picture below a folder: POSIX path inside it, and its stat as text. Links to folders are not followed."""
-
-    def failed(error: OSError) -> None:
-        raise DataError(f"{folder} can't be read: {one_line(error)}", remedy="Check the folder") from error
-
-    for place, _, names in os.walk(folder, onerror=failed):
-        for name in names:
-            if name.lower().endswith(ENDINGS):
-                _check_name(file := Path(place, name))
-                yield file.relative_to(folder).as_posix(), _stat(file)
 
 
 def _stat(file: Path) -> str:
@@ -259,7 +248,7 @@ def _plan_parquet(path: Path, request: BulkRequest) -> ShardPlan:
     files = [path]
     if path.is_dir():
         files = sorted(file for file in path.rglob("*.parquet") if not file.name.startswith((".", "_")))
-        if (picture := next(_walk(path), None)) is not None:
+        if (picture := next(pictures_below(path), None)) is not None:
             raise DataError(
                 f"{path} holds Parquet files and pictures ({picture[0]})", remedy="Give the one or the other"
             )
