@@ -232,11 +232,7 @@ def load_folder(
 
 
 def load_folder_part(path: str | Path, part: Part, *, preprocessing: Preprocessing) -> tuple[Images, Labels]:
-    """Load one part as ``load_folder`` does with its defaults; the other part's pictures are not decoded.
-
-    Returns:
-        Images uint8 (n, channels, height, width), a read-only map of a file, and labels int64 (n,).
-    """
+    """Return images and labels of one part, as ``load_folder`` with its defaults; the other part's pictures are not decoded."""
     need_packages("reading a folder of images", "PIL", "filelock")
     layout = folder_layout(Path(path))
     if layout.test is None:

@@ -41,11 +41,7 @@ _IDX_REMEDY = "Copy or download the file again"
 
 
 def read_idx(path: str | Path, *, max_bytes: int = MAX_BYTES) -> Array:
-    """Read an IDX file, packed with gzip or not; its content decides, not its name.
-
-    Returns:
-        An array of the file's shape, in the machine's byte order.
-    """
+    """Return an IDX file's array in the machine's byte order; its content decides if it is packed with gzip, not its name."""
     file = Path(path)
     try:
         with refusing(file, DataError, remedy=_IDX_REMEDY):
@@ -106,10 +102,9 @@ _REMEDY = f"Give a {_FILES} with images"
 
 
 def folder_entries(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Return the folders and the other entries of a folder by name. A link counts as its target; hidden entries do not count.
+    """Return the folders and the other entries of a folder by name, or raise DataError.
 
-    Raises:
-        DataError: The folder can't be read.
+    A link counts as its target; hidden entries do not count.
     """
     folders: list[Path] = []
     files: list[Path] = []
@@ -239,11 +234,7 @@ def map_npy(file: Path, *, remedy: str = _REMEDY, most: int | None = None) -> np
 
 
 def fit_stack(file: Path, array: Array, preprocessing: Preprocessing) -> list[tuple[str, Array]]:
-    """Split an array into fitted images.
-
-    Returns:
-        As ``load_images``.
-    """
+    """Split an array into fitted images, as ``load_images`` returns them."""
     if array.dtype != np.uint8:
         raise DataError(
             f"{file} holds {array.dtype.name}, expected pixels as uint8", remedy="Save pixels from 0 to 255 as uint8"
@@ -271,11 +262,7 @@ def stack_problem(dtype: str, shape: tuple[int, ...], *, fortran: bool) -> str |
 
 
 def fit_array(image: Array, preprocessing: Preprocessing) -> Array:
-    """Fit one image. An image that fits already needs no pillow, which a serving machine may lack.
-
-    Returns:
-        As ``read_picture``; a new array.
-    """
+    """Return a new fitted array, as ``read_picture``. An image that fits needs no Pillow, which a serving machine may lack."""
     plain = image[..., 0] if image.shape[2:] == (1,) else image
     colours = {1: (), 3: (3,)}.get(preprocessing.channels)
     if colours is not None and plain.shape == (preprocessing.height, preprocessing.width, *colours):
@@ -285,11 +272,7 @@ def fit_array(image: Array, preprocessing: Preprocessing) -> Array:
 
 
 def read_picture_file(file: Path, preprocessing: Preprocessing, *, kinds: str = PICTURES) -> Array:
-    """Read a picture's file as pixels that fit; its size is checked first.
-
-    Returns:
-        As ``read_picture``.
-    """
+    """Read a picture's file as ``read_picture`` does; its size is checked first."""
     try:
         if (size := file.stat().st_size) > (most := limit("picture-bytes")):
             raise DataError(f"{file} has {size} bytes, the limit is {most}", remedy=_REMEDY)
@@ -300,10 +283,9 @@ def read_picture_file(file: Path, preprocessing: Preprocessing, *, kinds: str = 
 
 
 def read_picture(content: bytes, preprocessing: Preprocessing, *, name: str, kinds: str = PICTURES) -> Array:
-    """Decode a picture in memory to pixels that fit; its size in pixels is checked before it is unpacked.
+    """Decode a picture in memory to pixels that fit: uint8 (height, width) for one channel, else (height, width, channels).
 
-    Returns:
-        uint8 (height, width) for one channel, else (height, width, channels).
+    Its size in pixels is checked before it is unpacked.
     """
     module = require("PIL.Image", purpose="reading images")
     ops = require("PIL.ImageOps", purpose="reading images")

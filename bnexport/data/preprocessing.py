@@ -92,11 +92,7 @@ class Preprocessing:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Preprocessing:
-        """Read the result of ``to_json``.
-
-        Raises:
-            DataError: Missing or unknown keys, or values of the wrong kind.
-        """
+        """Read the result of ``to_json``; DataError for missing or unknown keys, or values of the wrong kind."""
         try:
             return cls(
                 channels=int(value["channels"]),

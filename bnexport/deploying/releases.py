@@ -81,11 +81,7 @@ def _operator_set(content: bytes, field: Field) -> tuple[str, int]:
 
 
 def check_loads(file: Path, release: str, *, from_onnx: bool = False) -> Reads:
-    """Refuse an ONNX file that a release of Triton can't load, before a container fails to start.
-
-    Returns:
-        The file's versions.
-    """
+    """Return an ONNX file's versions; refuse a file that a release of Triton can't load, before a container fails to start."""
     able, has = release_reads(release), file_versions(file)
     engine = f"Triton {release} (ONNX Runtime {TRITON_RELEASES[release]})"
     opset, ir_version = min(has.opset, able.opset), min(has.ir_version, able.ir_version)

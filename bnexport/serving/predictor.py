@@ -74,11 +74,7 @@ class Predictor:
         self._runner.close()
 
     def files(self, *paths: str | Path) -> list[Prediction]:
-        """Label every image of some PNG, JPEG, BMP, WebP, GIF, .npy or IDX files, in order.
-
-        Raises:
-            DataError: A file is missing, damaged, or holds no images.
-        """
+        """Label every image of some PNG, JPEG, BMP, WebP, GIF, .npy or IDX files, in order; DataError if one can't be read."""
         predictions = []
         for path in paths:
             named = load_images(path, self.preprocessing)

@@ -48,12 +48,9 @@ class Version:
 
 @dataclass
 class Repository:
-    """The model versions that a server serves.
+    """The model versions that a server serves, from a bundle or a folder of models (NAME/VERSION/manifest.json).
 
-    Args:
-        path: A bundle, or a folder of models: NAME/VERSION/manifest.json.
-        settings: Options for opening models.
-        log: Called with an event's name and its fields.
+    ``log`` receives an event's name and its fields.
     """
 
     path: Path

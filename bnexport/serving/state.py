@@ -29,11 +29,7 @@ class AppSettings:
 
 
 class Memory:
-    """Counts the bytes that requests in progress hold together.
-
-    Args:
-        most: Bytes at most.
-    """
+    """Counts the bytes that requests in progress hold together, at most ``most``."""
 
     def __init__(self, most: int) -> None:
         self.held, self._most = 0, most

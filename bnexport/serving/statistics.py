@@ -190,11 +190,7 @@ class Records:
         self._descriptor = descriptor
 
     def write(self, slot: int, record: bytes) -> bool:
-        """Replace a slot's record.
-
-        Returns:
-            Whether it did: a record of more than 16 MB, which is the counters of some ten thousand models, is not written.
-        """
+        """Replace a slot's record; return False if it is not written: one of more than 16 MB, of some ten thousand models."""
         if len(record) > _PLACE - _HEAD.size:
             return False
         numbers = [found[0] if (found := self._place(slot, index)) is not None else 0 for index in (0, 1)]

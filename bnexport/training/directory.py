@@ -97,11 +97,7 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the directory for one run; the system lets go of it when a process ends, however it ends.
-
-        Raises:
-            OutputError: Another run is writing here, or the directory can't be written.
-        """
+        """Hold the directory for one run, or raise OutputError; the system frees it when a process ends, however it ends."""
         from filelock import FileLock, Timeout
 
         made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
@@ -128,11 +124,7 @@ class RunDirectory:
                     folder.rmdir()
 
     def prepare(self, config: TrainingConfig, saved: Saved | None) -> None:
-        """Make the directory ready; to begin anew, the files of an old run in it are removed, others stay.
-
-        Raises:
-            OutputError: It can't be written.
-        """
+        """Make the directory ready, or raise OutputError. A new run removes the files of an old one; other files stay."""
         with output_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             if saved is None:

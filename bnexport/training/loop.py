@@ -32,12 +32,9 @@ class Outcome:
 
 
 def epoch_order(count: int, *, seed: int, epoch: int) -> Tensor:
-    """The order of the images in one epoch.
+    """Return the order of the images in one epoch: a permutation of 0 ... count - 1, int64 on the CPU.
 
-    It depends on the seed and the epoch alone, not on what was drawn before, so a resumed run sees the same order.
-
-    Returns:
-        A permutation of 0 ... count - 1, int64 on the CPU.
+    It depends on the seed and the epoch alone, not on earlier draws, so a resumed run uses the same order.
     """
     return torch.randperm(count, generator=torch.Generator().manual_seed(epoch_seed(seed, epoch)))
 

@@ -196,11 +196,7 @@ def _restore(model: nn.Module, saved: Saved) -> None:
 
 
 def check_last_batch(config: TrainingConfig, model: nn.Module, count: int, world: World) -> None:
-    """BatchNorm has no variance of one image after a fully connected layer; say so before an epoch is spent.
-
-    Raises:
-        UsageError: A process would be left with too small a part of a batch.
-    """
+    """Refuse (UsageError) a last batch of one image per process: after a linear layer BatchNorm has no variance of it."""
     if not any(isinstance(module, BATCH_NORMS) for module in model.modules()):
         return
     together = config.sync_batch_norm and world.size > 1

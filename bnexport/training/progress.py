@@ -85,22 +85,14 @@ class EventFiles(Progress):
     """Listener that writes each epoch's numbers."""
 
     def __init__(self, folder: Path) -> None:
-        """Find the package; the folder is written from ``on_start`` on, so that a refused run leaves none behind.
-
-        Raises:
-            MissingDependency: tensorboard is not installed.
-        """
+        """Find tensorboard, or raise MissingDependency. ``on_start`` makes the folder, so a refused run leaves none."""
         require("tensorboard", purpose="--tensorboard")
         self._make = require("torch.utils.tensorboard", purpose="--tensorboard").SummaryWriter
         self._folder = folder
         self._writer: Any = None
 
     def on_start(self, config: TrainingConfig, device: str, origin: str, first_epoch: int) -> None:  # noqa: ARG002
-        """Open a file.
-
-        Raises:
-            OutputError: The folder can't be written.
-        """
+        """Open a file; OutputError if the folder can't be written."""
         with output_errors(self._folder):
             self._writer = self._make(str(self._folder))
 

@@ -82,14 +82,7 @@ def to_device(value: Tensor, device: torch.device) -> Tensor:
 
 
 def make_samples(images: Array, labels: Array, preprocessing: Preprocessing, device: torch.device) -> Samples:
-    """One part of a data set, where it is fastest.
-
-    Args:
-        images: uint8 (n, height, width) or (n, channels, height, width), as ``data.prepare.prepared`` gives them.
-        labels: int64 (n,).
-        preprocessing: Of the pixels.
-        device: Where the network is.
-    """
+    """Return one part of a data set in the fastest place for a device; images as ``data.prepare.prepared`` returns them."""
     if images.size * 4 > RESIDENT_BYTES:
         return Streamed(images, labels, preprocessing, device)
     inputs = torch.from_numpy(preprocessing.apply(images))

@@ -102,12 +102,9 @@ _ONE_GIB = 1 << 30
 
 
 def keep_freed_memory() -> bool:
-    """Let malloc keep what is freed, for the whole process, so that a step does not fault its pages in again.
+    """Make malloc keep freed memory, for the whole process; return False if the C library can't (only glibc on Linux can).
 
-    A step frees and takes tensors of some megabytes, which glibc hands back to the system each time.
-
-    Returns:
-        Whether the C library could be told (glibc on Linux).
+    A step frees and allocates tensors of some megabytes, which glibc returns to the system each time.
     """
     if platform.libc_ver()[0] != "glibc":
         return False

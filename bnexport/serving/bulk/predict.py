@@ -39,11 +39,7 @@ from bnexport.tensors import Array
 
 
 class ShardWorker:
-    """Predicts and writes shards with one session of one thread.
-
-    Args:
-        job: The job; its shards are not used. The caller has checked the bundle's hashes.
-    """
+    """Predicts and writes shards of a job with one session of one thread. The caller has checked the bundle's hashes."""
 
     def __init__(self, job: Job) -> None:
         opened = Bundle.open(job.bundle)
@@ -59,11 +55,7 @@ class ShardWorker:
         self._runner.close()
 
     def run(self, shard: Shard) -> int:
-        """Predict and write one shard.
-
-        Returns:
-            Its rows.
-        """
+        """Predict and write one shard; return its rows."""
         ids: list[str] = []
         parts: list[Array] = []
         for names, images in read_shard(shard, self._request, self._preprocessing, self._files):
@@ -182,11 +174,9 @@ _RAY_PATIENCE = 2.0
 
 
 class ShardActor:
-    """A worker as Ray Data calls it: one row in, one row out. Values are pickled here: Arrow has no type for them.
+    """A worker as Ray Data calls it: one row in, one row out. Values are pickled here, because Arrow has no type for them.
 
-    Args:
-        job: Pickled, without its shards.
-        folder: The user's working directory, for relative paths; Ray's processes run where Ray was started.
+    ``job`` is pickled without its shards. ``folder``: the user's working directory; Ray's processes run where Ray was started.
     """
 
     def __init__(self, job: bytes, folder: str) -> None:

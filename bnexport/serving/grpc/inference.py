@@ -108,11 +108,7 @@ _known: BoundedCache[bytes, tuple[str, str]] = BoundedCache(256)
 
 
 async def infer(state: ServerState, call: Call, message: bytes) -> Any:
-    """Answer a request on the hot path: decode, queue, encode.
-
-    Returns:
-        A ModelInferResponse.
-    """
+    """Return the ModelInferResponse of a request, on the hot path: decode, queue, encode."""
     parts = split(message, most=state.settings.limits.header_json_bytes)
     call.message_id = parts.id
     name, version = _known.get(parts.header) or _named(parts.header)

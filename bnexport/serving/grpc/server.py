@@ -43,12 +43,7 @@ class GrpcSettings:
 
 
 class GrpcServer(grpc.GenericRpcHandler):  # type: ignore[misc]
-    """The protocol's service and gRPC's health service, on the running event loop.
-
-    Args:
-        state: State that all requests share.
-        settings: Address.
-    """
+    """The protocol's service and gRPC's health service, on the running event loop."""
 
     def __init__(self, state: ServerState, settings: GrpcSettings) -> None:
         self.state, self.settings = state, settings

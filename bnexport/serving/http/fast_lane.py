@@ -59,11 +59,7 @@ class Line(Protocol):
 
 
 class FastLane:
-    """Decides which requests are short, and how they are answered.
-
-    Args:
-        app: Application with the shared state, log and counters.
-    """
+    """Decides which requests to an application are short, and how they are answered."""
 
     def __init__(self, app: App) -> None:
         self.app = app

@@ -44,12 +44,7 @@ class Disconnected(Exception):
 
 
 class Intake:
-    """Reads bodies.
-
-    Args:
-        limits: Limits of one body.
-        memory: Counts those that are held.
-    """
+    """Reads bodies within the limits of one body and of all bodies in memory."""
 
     def __init__(self, limits: ServingLimits, memory: Memory) -> None:
         self.limits, self._memory = limits, memory
