@@ -44,7 +44,9 @@ def test_ratios_are_of_one_round(monkeypatch):
 
 def test_a_way_that_fails_is_named_and_the_others_go_on(monkeypatch):
     broken = RuntimeUnavailable("no compiler", remedy="Install one")
-    children(monkeypatch, {"gemm": [[1e11]] * 2, "chapter-4": [[1.0]] * 2, "one-thread": [broken], "plain": [[3.0]] * 2})
+    children(
+        monkeypatch, {"gemm": [[1e11]] * 2, "chapter-4": [[1.0]] * 2, "one-thread": [broken], "plain": [[3.0]] * 2}
+    )
     speeds = measure(["one-thread", "plain"], rounds=2)
     assert speeds.failed == {"one-thread": "no compiler"}
     assert speeds.ratios["plain"] == [3.0, 3.0]
