@@ -37,7 +37,7 @@ class Product:
 class Tool:
     """One row of TOOLS."""
 
-    name: str  # As on the command line and in the report
+    name: str  # Name on the command line and in the report
     # Gives the product, and puts back on leaving whatever it changed. It raises ``Unavailable`` where the tool is not
     # here.
     open: Callable[[Job], AbstractContextManager[Product]]
@@ -96,10 +96,10 @@ class AuditRow:
     # max |answer - reference| / max |reference|, worst output over all probes; infinite when they can't be compared
     # (None in JSON), None without an answer
     error: float | None = None
-    output: str = ""  # Of a wrong one: the output that is farthest off; "" when the answers can't be compared at all
-    # Of a wrong one: the index on axis 1 of that output's worst element; None without such an axis
+    output: str = ""  # If wrong: the output with the largest error; "" if the answers can't be compared at all
+    # If wrong: the index on axis 1 of that output's worst element; None without such an axis
     channel: int | None = None
-    # Of a wrong one: path of the first BatchNorm, in the order of the calls, whose fold makes it wrong: with that
+    # If wrong: path of the first BatchNorm, in the order of the calls, whose fold makes it wrong: with that
     # BatchNorm and all later ones hidden from the tool it is right. "" when there is none.
     batch_norm: str = ""
     reason: str = ""  # One line: how a wrong one is wrong, why it failed or was not run, or what else to know; else ""
@@ -118,9 +118,9 @@ class AuditReport:
     rows: tuple[AuditRow, ...]  # In the order of TOOLS, the control first
     bound: float  # Largest error that is right
     rule: str  # Where the bound comes from
-    seed: int  # Of the probes
+    seed: int  # Seed of the probes
     batches: tuple[int, ...]  # Batch size of each probe
-    notes: tuple[str, ...]  # What the reader should know about the network
+    notes: tuple[str, ...]  # Facts about the network for the reader
     environment: Mapping[str, Any]  # Hardware and versions
 
     @property

@@ -198,7 +198,7 @@ SHOWN_LAYERS = 40
 class Strip:
     """The errors of one run."""
 
-    name: str  # Of the run
+    name: str  # Name of the run
     chart: Markup  # Its distribution
     error: str  # The largest of all batches, as text
 
@@ -215,7 +215,7 @@ class Strips:
 class Drift:
     """The layers of one run."""
 
-    name: str  # Of the run
+    name: str  # Name of the run
     layers: tuple[LayerDrift, ...]  # All of them
     shown: tuple[LayerDrift, ...]  # Those of the table: the first SHOWN_LAYERS, and all that left their prediction
     first: str  # Name of the first that left its prediction; "" where none did

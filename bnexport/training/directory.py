@@ -44,8 +44,8 @@ class Saved:
     state: dict[str, Tensor]  # State dict
     epoch: int  # Whole epochs done
     history: list[dict[str, Any]]  # One row per epoch (``EpochMetrics.to_json``)
-    optimizer: dict[str, Tensor] = field(default_factory=dict)  # What the optimiser remembers
-    # What the weights depend on to the last bit: device, processes, threads, torch
+    optimizer: dict[str, Tensor] = field(default_factory=dict)  # State of the optimiser
+    # The environment that the weights depend on to the last bit: device, processes, threads, torch
     made_by: Mapping[str, Any] = field(default_factory=dict)
     scaler: Mapping[str, Any] = field(default_factory=dict)  # State of the scaling of the loss (float16)
 

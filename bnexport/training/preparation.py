@@ -104,14 +104,14 @@ class Prepared:
 
     config: TrainingConfig  # The recipe
     dataset: Dataset  # The images and labels
-    preprocessing: Preprocessing  # How an image becomes an input
+    preprocessing: Preprocessing  # Conversion of an image to an input
     model: nn.Module  # The network on this process's device, with the saved weights where there are some
-    optimizer: torch.optim.Optimizer  # Of its parameters, likewise
+    optimizer: torch.optim.Optimizer  # Optimiser of its parameters, with the saved state if there is one
     train: Samples  # The training part
     test: Samples  # The test part
     world: World  # The processes
     scaler: Mapping[str, Any]  # State of the scaling of the loss, from the checkpoint
-    unused: bool = False  # Whether a step leaves parameters without a gradient; asked for several processes only
+    unused: bool = False  # True if a step leaves parameters without a gradient; determined for several processes only
 
     def step(self, model: nn.Module) -> Step:
         """The step of a network that has this one's parameters."""
@@ -222,8 +222,8 @@ class MadeBy:
 
     device: str  # "cpu", or the GPU's name
     processor: str  # The CPU's name: kernels are chosen by it
-    processes: int  # How many trained together
-    threads: int  # Of each process, on a CPU
+    processes: int  # Number of processes that trained together
+    threads: int  # Threads of each process, on a CPU
     torch: str  # Version
 
     def to_json(self) -> dict[str, Any]:

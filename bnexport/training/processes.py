@@ -101,8 +101,8 @@ class World:
     """The processes of one training."""
 
     rank: int = 0  # This process's number; 0 writes and prints
-    size: int = 1  # How many there are
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))  # Of this process
+    size: int = 1  # Number of processes
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))  # Device of this process
 
     @property
     def leads(self) -> bool:

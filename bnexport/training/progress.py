@@ -20,8 +20,8 @@ class EpochMetrics:
     train_loss: float  # Mean cross-entropy over the epoch, in nats
     train_accuracy: float  # Over the epoch, 0 to 1
     test_loss: float  # Mean cross-entropy after the epoch, with the plain moving statistics, in nats
-    test_accuracy: float  # Likewise, 0 to 1
-    learning_rate: float  # Of the last step
+    test_accuracy: float  # Accuracy after the epoch, 0 to 1
+    learning_rate: float  # Learning rate of the last step
     examples_per_s: float  # Training images per second, of all processes; evaluation is not timed
 
     def to_json(self) -> dict[str, Any]:

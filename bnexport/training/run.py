@@ -33,13 +33,13 @@ class TrainingResult:
     """The result of a training run."""
 
     config: TrainingConfig  # The recipe
-    device: str  # Where it ran: "cpu" or "cuda"
+    device: str  # "cpu" or "cuda"
     origin: str  # Where the data came from, in words
     history: tuple[dict[str, Any], ...]  # One row per epoch (``EpochMetrics.to_json``)
     test_accuracy: float  # With the plain moving statistics, 0 to 1
     recalibrated_accuracy: float | None  # With the re-estimated ones; None when there are none
-    gamma: tuple[float, ...] | None  # Of the first BatchNorm; None when the network has none
-    beta: tuple[float, ...] | None  # Likewise
+    gamma: tuple[float, ...] | None  # Gamma of the first BatchNorm; None if the network has none
+    beta: tuple[float, ...] | None  # Beta of the first BatchNorm; None if the network has none
     out: Path  # The run directory
     checkpoint: Path  # The last whole epoch
     model: Path  # The result

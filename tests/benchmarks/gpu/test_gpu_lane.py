@@ -496,6 +496,7 @@ def test_a_part_that_does_not_end_is_stopped(bundle: Bundle, monkeypatch: pytest
     assert found.verdict == "FAIL"
 
 
+@pytest.mark.slow
 def test_a_sweep_runs_in_a_separate_process(bundle: Bundle) -> None:
     sweep = cpu_sweeps()[0]
     found = run_lane(Job(bundle, max_samples=20, real=False), [sweep], training=False, refusals=(), jobs=1)
