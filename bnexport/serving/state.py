@@ -74,28 +74,19 @@ class ServerState:
         settings: Permissions and limits of clients.
         log: Log of requests and events.
         share: Publishes this process's counters to the others; None if it serves alone.
-
-    Attributes:
-        memory: Counts the bytes that requests hold.
-        draining: True if the server is about to stop.
-        active: Requests in progress, over HTTP and gRPC.
-        last_work: Time of the last request that was not a probe, by ``time.monotonic``.
-        requests: (route, status) -> requests over HTTP.
-        calls: (method, code) -> calls over gRPC.
-        calls_active: Calls over gRPC that are being answered.
     """
 
     def __init__(
         self, repository: Repository, settings: AppSettings, log: JsonLog, *, share: Share | None = None
     ) -> None:
         self.repository, self.settings, self.log, self.share = repository, settings, log, share
-        self.memory = Memory(settings.limits.held_bytes)
-        self.draining = False
-        self.active = 0
-        self.last_work = time.monotonic()
-        self.requests: Counter[tuple[str, int]] = Counter()
-        self.calls: Counter[tuple[str, str]] = Counter()
-        self.calls_active = 0
+        self.memory = Memory(settings.limits.held_bytes)  # Counts the bytes that requests hold
+        self.draining = False  # True if the server is about to stop
+        self.active = 0  # Requests in progress, over HTTP and gRPC
+        self.last_work = time.monotonic()  # Time of the last request that was not a probe, by ``time.monotonic``
+        self.requests: Counter[tuple[str, int]] = Counter()  # (route, status) -> requests over HTTP
+        self.calls: Counter[tuple[str, str]] = Counter()  # (method, code) -> calls over gRPC
+        self.calls_active = 0  # Calls over gRPC that are being answered
         self._prefix, self._count = os.urandom(6).hex(), 0
 
     def id_of(self, given: str | None) -> str:

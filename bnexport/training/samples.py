@@ -18,15 +18,10 @@ RESIDENT_BYTES = 2 << 30
 
 
 class Samples(Protocol):
-    """One part of a data set.
+    """One part of a data set."""
 
-    Attributes:
-        count: Images.
-        device: Where its batches come out.
-    """
-
-    count: int
-    device: torch.device
+    count: int  # Images
+    device: torch.device  # Where its batches come out
 
     def batches(self, indices: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """Inputs float32 (n, channels, height, width) and labels int64 (n,) of each group of indices (int64, on the CPU)."""
