@@ -133,7 +133,13 @@ def render_report(
 
 
 def verification_page(bundle: Bundle, report: VerificationReport, *, command: str) -> str:
-    """Return the page of a later verification: its report, the command that repeats it, and the fold report in the manifest."""
+    """The page of a later verification, made on whatever machine it ran on.
+
+    Args:
+        bundle: What was verified; its manifest tells the model and the account of the fold.
+        report: The verdict.
+        command: How to run it again.
+    """
     fold = bundle.manifest.fold
     return render_report(
         bundle.manifest,
