@@ -26,6 +26,7 @@ from bnexport.reporting.html import render_report
 from bnexport.reporting.results import ExportResult
 from bnexport.tensors import DTYPES, Array, Signature, TensorSpec
 from bnexport.verification.golden import golden_inputs, real_images
+from bnexport.verification.scope import Scope
 from bnexport.verification.verdict import VerificationReport
 from bnexport.verification.verify import verify
 
@@ -112,7 +113,11 @@ def fold_and_export_onnx(
         with staged_directory(path, force=request.force) as stage:
             write_atomically(stage / MODEL_ONNX, _stamped(result.model, manifest))
             _write_golden(stage, manifest, result.original, request)
-            report = verify(seal(stage, manifest), data_dir=request.images_at(request.dataset))
+            report = verify(
+                seal(stage, manifest),
+                data_dir=request.images_at(request.dataset),
+                scope=Scope(thorough=request.thorough),
+            )
             if not report.passed:
                 raise _Failed
             _finish(stage, manifest, result, report, path)

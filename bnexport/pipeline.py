@@ -34,6 +34,7 @@ from bnexport.nn.soundness import check_sound
 from bnexport.reporting.html import render_report
 from bnexport.reporting.results import ExportResult
 from bnexport.verification.golden import write_golden_vectors
+from bnexport.verification.scope import Scope
 from bnexport.verification.verdict import VerificationReport
 from bnexport.verification.verify import verify
 
@@ -94,7 +95,12 @@ def fold_and_export(
             save_checkpoint(stage / WEIGHTS, checkpoint_of(loaded))
             shapes = {spec.name: spec.shape for spec in specs}
             write_golden_vectors(stage, manifest, loaded.module, shapes=shapes, data_dir=request.data_dir)
-            report = verify(seal(stage, manifest), module=loaded.module, data_dir=request.images_at(loaded.dataset))
+            report = verify(
+                seal(stage, manifest),
+                module=loaded.module,
+                data_dir=request.images_at(loaded.dataset),
+                scope=Scope(thorough=request.thorough),
+            )
             if not report.passed:
                 raise _Failed
             _finish(stage, manifest, result, report, path)
