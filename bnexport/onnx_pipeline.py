@@ -27,6 +27,7 @@ from bnexport.reporting.html import render_report
 from bnexport.reporting.results import ExportResult
 from bnexport.tensors import DTYPES, Array, Signature, TensorSpec
 from bnexport.verification.golden import golden_inputs, real_images
+from bnexport.verification.scope import Scope
 from bnexport.verification.verdict import VerificationReport
 from bnexport.verification.verify import verify
 
@@ -118,7 +119,11 @@ def fold_and_export_onnx(
             progress("writing golden vectors", 0.3, 1)
             _write_golden(stage, manifest, result.original, request)
             progress("verifying", 0.4, 1)
-            report = verify(seal(stage, manifest), data_dir=request.images_at(request.dataset))
+            report = verify(
+                seal(stage, manifest),
+                data_dir=request.images_at(request.dataset),
+                scope=Scope(thorough=request.thorough),
+            )
             if not report.passed:
                 raise _Failed
             _finish(stage, manifest, result, report, path)

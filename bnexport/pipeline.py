@@ -35,6 +35,7 @@ from bnexport.progress import Progress, part_of, silent
 from bnexport.reporting.html import render_report
 from bnexport.reporting.results import ExportResult
 from bnexport.verification.golden import write_golden_vectors
+from bnexport.verification.scope import Scope
 from bnexport.verification.verdict import VerificationReport
 from bnexport.verification.verify import verify
 
@@ -101,7 +102,12 @@ def fold_and_export(
             progress("writing golden vectors", 0.55, 1)
             write_golden_vectors(stage, manifest, loaded.module, shapes=shapes, data_dir=request.data_dir)
             progress("verifying", 0.6, 1)
-            report = verify(seal(stage, manifest), module=loaded.module, data_dir=request.images_at(loaded.dataset))
+            report = verify(
+                seal(stage, manifest),
+                module=loaded.module,
+                data_dir=request.images_at(loaded.dataset),
+                scope=Scope(thorough=request.thorough),
+            )
             if not report.passed:
                 raise _Failed
             _finish(stage, manifest, result, report, path)
