@@ -22,7 +22,7 @@ from bnexport.folding.onnx_backend.fold import OnnxFoldResult, fold_onnx
 from bnexport.folding.onnx_backend.inventory import opset_of
 from bnexport.folding.onnx_backend.proof import NotEvaluated, evaluator, first_that_works, run
 from bnexport.onnx_files.float64 import widen_array
-from bnexport.progress import Progress, silent
+from bnexport.progress import Progress, part_of, silent
 from bnexport.reporting.html import render_report
 from bnexport.reporting.results import ExportResult
 from bnexport.tensors import DTYPES, Array, Signature, TensorSpec
@@ -118,11 +118,11 @@ def fold_and_export_onnx(
             write_atomically(stage / MODEL_ONNX, _stamped(result.model, manifest))
             progress("writing golden vectors", 0.3, 1)
             _write_golden(stage, manifest, result.original, request)
-            progress("verifying", 0.4, 1)
             report = verify(
                 seal(stage, manifest),
                 data_dir=request.images_at(request.dataset),
                 scope=Scope(thorough=request.thorough),
+                progress=part_of(progress, 0.4, 1.0),
             )
             if not report.passed:
                 raise _Failed

@@ -65,7 +65,12 @@ def fold_and_export(
         BadInput: The source, the request or the output path is unusable; nothing was written.
         ProofError: A fold is not exact; nothing was written.
     """
-    request, path = request or ExportRequest(), Path(out)
+    return _export(source, Path(out), weights, request or ExportRequest(), progress)
+
+
+def _export(
+    source: str | nn.Module | LoadedModel, path: Path, weights: Path | None, request: ExportRequest, progress: Progress
+) -> ExportResult:
     name, version = model_and_version(path)
     refuse_existing(path, force=request.force)
     loaded = _loaded(source, weights, request)
@@ -101,12 +106,12 @@ def fold_and_export(
             shapes = {spec.name: spec.shape for spec in specs}
             progress("writing golden vectors", 0.55, 1)
             write_golden_vectors(stage, manifest, loaded.module, shapes=shapes, data_dir=request.data_dir)
-            progress("verifying", 0.6, 1)
             report = verify(
                 seal(stage, manifest),
                 module=loaded.module,
                 data_dir=request.images_at(loaded.dataset),
                 scope=Scope(thorough=request.thorough),
+                progress=part_of(progress, 0.6, 1.0),
             )
             if not report.passed:
                 raise _Failed
