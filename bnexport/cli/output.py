@@ -83,11 +83,12 @@ def make_bar(console: Console, *, timed: bool = True, counted: bool = True) -> P
 
 
 @contextlib.contextmanager
-def stages(*, quiet: bool = False) -> Iterator[progress.Progress]:
+def stages(*, quiet: bool = False, logged: bool = True) -> Iterator[progress.Progress]:
     """Show a job's stages on standard error: a bar with the time left on a terminal, or a line per finished stage in a log.
 
     Args:
         quiet: Show nothing.
+        logged: Print the lines in a log.
     """
     from bnexport.reporting.tables import make_console
 
@@ -99,7 +100,7 @@ def stages(*, quiet: bool = False) -> Iterator[progress.Progress]:
         task, shown, begun = bar.add_task("", total=None), "", time.perf_counter()
 
         def end() -> None:
-            if shown and not console.is_terminal:
+            if shown and logged and not console.is_terminal:
                 console.print(f"{shown}: {time.perf_counter() - begun:.1f} s", soft_wrap=True)
 
         def show(stage: str, done: float, total: float) -> None:
