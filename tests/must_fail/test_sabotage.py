@@ -38,9 +38,9 @@ FILE_OF = {spec.name: spec.file for spec in RUNNERS}
 @pytest.fixture(autouse=True)
 def few_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     """A fault has to be seen on a hundred samples; the full number only costs time here."""
-    monkeypatch.setattr(verifying, "_REAL_WORK", 3e7)
-    monkeypatch.setattr(verifying, "_SYNTHETIC_WORK", 3e7)
-    monkeypatch.setattr(verifying, "_PROOF_WORK", 9e6)
+    monkeypatch.setattr(verifying, "_REAL_WORK", 1.0)
+    monkeypatch.setattr(verifying, "_SYNTHETIC_WORK", 1.0)
+    monkeypatch.setattr(verifying, "_PROOF_WORK", 1.0)
 
 
 def with_fault(row: NormFault, *, everywhere: bool = False) -> State:
