@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from bnexport.bundle import WEIGHTS, Bundle
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.environment import environment
-from bnexport.errors import BnexportError, MissingDependency, Unavailable
+from bnexport.errors import BnexportError, MissingDependency, RuntimeUnavailable, Unavailable
 from bnexport.progress import Progress, part_of, silent
 from bnexport.runtimes.base import RunSettings, plain_reason
 from bnexport.runtimes.catalogue import RUNNERS, RunnerSpec, runner_spec
@@ -163,8 +163,8 @@ class _RuntimeChecks:
 def _runtime_checks(spec: RunnerSpec, evidence: Evidence, scope: Scope, *, named: bool) -> _RuntimeChecks:
     """Run one runtime in all settings, or state why it was skipped; a ``named`` one must work (or Unavailable)."""
     lives = spec.engine == "torch" and evidence.module is not None
-    if not lives and not named and spec.file not in evidence.bundle.manifest.files:
-        return _RuntimeChecks(skipped={spec.name: f"the bundle was written without {spec.file}"})
+    if not named and (reason := _absent(spec, evidence, lives=lives)) is not None:
+        return _RuntimeChecks(skipped={spec.name: reason})
     if not lives and (problem := evidence.changed(spec.file)) is not None:
         return _RuntimeChecks([failed("strict", spec.name, "open", f"{problem}, so it was not opened")])
     stored = "float32" if spec.file == WEIGHTS else evidence.precision
@@ -200,6 +200,16 @@ def _runtime_checks(spec: RunnerSpec, evidence: Evidence, scope: Scope, *, named
         runs[key] = run
         rows += run.rows
     return _RuntimeChecks(rows, runs, drift, skipped)
+
+
+def _absent(spec: RunnerSpec, evidence: Evidence, *, lives: bool) -> str | None:
+    """Return why an unnamed runtime is skipped before it is opened: its file or its GPU is missing."""
+    if not lives and spec.file not in evidence.bundle.manifest.files:
+        return f"the bundle was written without {spec.file}"
+    # The child process of a GPU runtime imports torch before it finds no GPU, which takes seconds.
+    if spec.device != "cpu" and (reason := spec.available()) is not None:
+        return plain_reason(spec.name, RuntimeUnavailable(reason, remedy=""))
+    return None
 
 
 def _left_out(spec: RunnerSpec, settings: RunSettings, every: Sequence[RunSettings], evidence: Evidence) -> str | None:

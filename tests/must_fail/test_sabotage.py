@@ -323,6 +323,7 @@ def test_a_manifest_that_promises_another_output_fails(
     assert any(row.subject == runtime for row in report.failures)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("change", "runtime"), pairs([{"scale": 1.0}, {"mean": (0.5,), "std": (0.5,)}, {"scale": 0.5 / 255}])
 )

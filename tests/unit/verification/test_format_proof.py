@@ -72,6 +72,7 @@ def error_of(found: dict[str, Array], wanted: dict[str, Array]) -> float:
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.sampled(6, 2)
 @pytest.mark.parametrize("case", [case for case in CASES if case.name not in LEFT_OUT], ids=lambda case: case.name)
 def test_every_case_is_proved(case: Case, tmp_path: Path) -> None:
     model = case.model()
@@ -149,6 +150,7 @@ FAULTS: dict[str, tuple[Callable[[], dict[str, Tensor]], bool, bool]] = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_in_one_file_is_caught_by_its_own_rows(

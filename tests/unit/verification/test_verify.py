@@ -168,6 +168,15 @@ def test_nothing_run_is_no_pass(bundle: Bundle, monkeypatch: pytest.MonkeyPatch)
     assert set(found.skipped) == {spec.name for spec in RUNNERS if spec.default}
 
 
+def test_a_missing_gpu_starts_no_process(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = tuple(replace(spec, prober=lambda _device: "no GPU") for spec in RUNNERS if spec.device != "cpu")
+    monkeypatch.setattr("bnexport.verification.verify.RUNNERS", (runner_spec("onnxruntime-cpu"), *missing))
+    monkeypatch.setattr("bnexport.runtimes.isolation.IsolatedRunner", None)
+    found = verify(bundle, scope=Scope(max_samples=20, drift=False))
+    assert found.passed, found.failures
+    assert found.skipped == {spec.name: "no GPU" for spec in missing if spec.default}
+
+
 def test_a_runtime_that_is_here_but_refuses_the_file_fails(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuses(*_args: object) -> None:
         raise RuntimeUnavailable("onnxruntime-cuda fell back: the node 'a' (Det) runs on the CPU", remedy="z")
