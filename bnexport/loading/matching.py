@@ -77,10 +77,11 @@ def _closest(wanted: Collection[str], found: Collection[str], aliases: Mapping[s
     misfits = []
     for names in _attempts(wanted, rest):
         lacking = [name for name in wanted if name not in names]
-        missing = [name for name in lacking if not _is_optional(name, names, wanted, aliases, counted)]
+        missing = [name for name in lacking if not _is_optional(name, names, wanted, aliases)]
         unexpected = set(rest) - set(names.values())
         if not missing and not unexpected:
             return Match(names, tuple(lacking), tuple(sorted(set(found) - set(rest))))
+        missing = lacking if counted else missing
         misfits.append(Misfit(tuple(sorted(missing)), tuple(sorted(unexpected)), ()))
     return min(misfits, key=lambda misfit: len(misfit.missing) + len(misfit.unexpected))
 
@@ -90,10 +91,10 @@ def _last(name: str) -> str:
 
 
 def _is_optional(
-    name: str, names: Collection[str], wanted: Collection[str], aliases: Mapping[str, Collection[str]], counted: bool
+    name: str, names: Collection[str], wanted: Collection[str], aliases: Mapping[str, Collection[str]]
 ) -> bool:
-    """Return True if the file may lack a name; ``counted`` is True if the file has counts of batches."""
-    if _last(name) == BATCHES and not counted and name.removesuffix(BATCHES) + "running_mean" in wanted:
+    """Return True if a file may lack a name."""
+    if _last(name) == BATCHES and name.removesuffix(BATCHES) + "running_mean" in wanted:
         return True
     return any(other in names for other in aliases.get(name, ()))
 

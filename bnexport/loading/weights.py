@@ -31,7 +31,8 @@ KEYS = (
     "state_dict_ema", "model_ema", "ema_state_dict", "ema", "ema_model", "params_ema",
 )  # fmt: skip
 _SAVE = "Save the weights alone: torch.save(model.state_dict(), FILE), or safetensors.torch.save_file"
-_SHOWN = 6
+#: Names in a message, and characters of one of them.
+_SHOWN, _LONGEST = 6, 60
 
 
 @dataclass(frozen=True)
@@ -254,7 +255,9 @@ def _listing(sets: Mapping[str, Tensors]) -> str:
     """Return the sets of weights in a file as the end of a sentence; "" for one at the top level."""
     if set(sets) <= {""}:
         return ""
-    return ". Found: " + _some([f"{place or 'top level'} ({len(names)} tensors)" for place, names in sets.items()])
+    return ". Found: " + _some(
+        [f"{place[:40] or 'top level'} (tensors: {len(names)})" for place, names in sets.items()]
+    )
 
 
 @contextlib.contextmanager
@@ -323,7 +326,9 @@ def _list(what: str, names: tuple[str, ...]) -> str:
 
 
 def _some(names: list[str], most: int = _SHOWN) -> str:
-    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+    """Return the first names, each cut if it is long."""
+    cut = [name if len(name) <= _LONGEST else name[: _LONGEST - 3] + "..." for name in names[:most]]
+    return ", ".join(cut) + (", ..." if len(names) > most else "")
 
 
 def _shape(tensor: Tensor) -> str:

@@ -11,6 +11,8 @@ import json
 import os
 import pathlib
 import pickle
+import random
+import re
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -30,6 +32,7 @@ from bnexport.errors import ModelError, UsageError
 from bnexport.exporting.request import ExportRequest
 from bnexport.loading.checkpoint import Checkpoint, save_checkpoint
 from bnexport.loading.sources import load_source
+from bnexport.optional import no_warnings
 from bnexport.tensors import Signature, TensorSpec
 
 State = dict[str, Tensor]
@@ -192,9 +195,9 @@ def test_old_names_of_torchvisions_densenets(folder: Path) -> None:
     pytest.importorskip("torchvision")
     state = state_of("dense")
     old = {
-        name.replace("norm1.", "norm.1.").replace("norm2.", "norm.2.").replace("conv1.", "conv.1.").replace("conv2.", "conv.2."): value
+        re.sub(r"(norm|conv)([12])\.", r"\1.\2.", name) if "layer" in name else name: value
         for name, value in state.items()
-    }  # fmt: skip
+    }
     assert set(old) != set(state)
     assert same(loaded(old, "dense").module, state)
     assert same(loaded({"state_dict": with_prefix("module.")(old)}, "dense").module, state)
@@ -254,7 +257,8 @@ MISFITS: dict[str, tuple[Callable[[State], Any], str]] = {
         lambda s: {"state_dict": with_prefix("module.")(two(s))}, "state_dict.module.encoder_k, state_dict.module.encoder_q",
     ),
     "a loss with weights": (
-        lambda s: {**with_prefix("model.")(s), "loss.weight": torch.ones(3)}, "--weights-key model takes only the names below it",
+        lambda s: {**with_prefix("model.")(s), "loss.weight": torch.ones(3)},
+        "--weights-key model takes only the names below it",
     ),
     "another shape": (lambda s: {**s, "head.weight": torch.ones(5, 4)}, "head.weight is 5x4 in the file and 3x4"),
     "integers": (lambda s: {**s, "head.weight": torch.ones(3, 4, dtype=torch.int8)}, "head.weight is torch.int8 in the file"),
@@ -271,17 +275,17 @@ def test_what_does_not_fit_is_refused(folder: Path, case: str) -> None:
     assert words in refusal(change(state_of()))
 
 
-def test_one_count_of_batches_that_is_missing_among_others_is_refused(folder: Path) -> None:
+def test_a_norm_without_its_statistics_is_refused(folder: Path) -> None:
     code = "\ndef two():\n    return nn.Sequential(nn.BatchNorm2d(2), nn.BatchNorm2d(2))\n"
     (folder / "net.py").write_text(NETWORK + code)
     state = dict(randomise(nn.Sequential(nn.BatchNorm2d(2), nn.BatchNorm2d(2))).state_dict())
-    del state["1.num_batches_tracked"]
-    assert "1 missing (1.num_batches_tracked)" in refusal(state, "two")
+    without = {name: value for name, value in state.items() if name not in ("1.num_batches_tracked", "1.running_var")}
+    assert "2 missing (1.num_batches_tracked, 1.running_var)" in refusal(without, "two")
 
 
 def test_nan_is_refused(folder: Path) -> None:
     torch.save({**state_of(), "head.bias": torch.tensor([1.0, float("nan"), 2.0])}, "w.pth")
-    with pytest.raises(bnexport.errors.RefusedModel, match="head.bias holds NaN"):
+    with pytest.raises(bnexport.errors.RefusedModel, match=r"head\.bias holds NaN"):
         bnexport.fold_and_export("net.py:Net", "m/x/1", weights="w.pth", request=ExportRequest(inputs=("2x8x8",)))
 
 
@@ -334,8 +338,11 @@ def test_of_several_sets_one_is_taken_and_the_others_are_named(folder: Path) -> 
     assert same(loaded(stored, key="state_dict_ema").module, averaged)
     assert loaded(stored, key="state_dict").notes == ()
     said = refusal(stored, key="state")
-    assert "no weights under 'state'. Found: state_dict_ema (9 tensors), state_dict (9 tensors)" in said
-    assert "state_dict (9 tensors)" in refusal({**stored, "state_dict": {"a": plain["head.bias"]}, "state_dict_ema": {"weight": plain["head.bias"]}})  # fmt: skip
+    assert "no weights under 'state'. Found: state_dict_ema (tensors: 9), state_dict (tensors: 9)" in said
+    bias = {"bias": plain["head.bias"]}
+    said = refusal({**stored, "state_dict": bias, "state_dict_ema": bias.copy()})
+    assert "does not fit Net under 'state_dict'" in said
+    assert "Found: state_dict_ema (tensors: 1), state_dict (tensors: 1)" in said
 
 
 def test_averaged_weights_are_taken_where_they_alone_fit(folder: Path) -> None:
@@ -345,7 +352,7 @@ def test_averaged_weights_are_taken_where_they_alone_fit(folder: Path) -> None:
 def test_two_networks_in_one_file_need_a_key(folder: Path) -> None:
     stored = {"generator": state_of(), "discriminator": {"0.weight": torch.ones(3, 2), "0.bias": torch.ones(3)}}
     said = refusal(stored)
-    assert "which one is meant is not clear. Found: generator (9 tensors), discriminator (2 tensors)" in said
+    assert "which one is meant is not clear. Found: generator (tensors: 9), discriminator (tensors: 2)" in said
     assert "--weights-key generator" in said
     assert same(loaded(stored, key="generator").module, state_of())
     assert "does not fit Net under 'discriminator'" in refusal(stored, key="discriminator")
@@ -368,7 +375,7 @@ def test_a_dictionary_that_is_there_a_million_times_takes_no_time(folder: Path) 
     value: Any = {"weight": torch.ones(1)}
     for _ in range(30):
         value = {"a": value, "b": value}
-    assert "does not fit Net" in refusal(value)
+    assert "does not fit Net under 'model'" in refusal({"model": {"bias": torch.ones(1)}, "more": value})
 
 
 @pytest.mark.parametrize("value", [{"epoch": 3}, {"state_dict": {"a": "b"}}, {"state_dict": np.ones(3)}, [], "text"])
@@ -393,16 +400,18 @@ HARMLESS: dict[str, Callable[[], Any]] = {
     "numpy dates": lambda: np.array(["2024-01-02"], dtype="datetime64[D]"),
     "numpy types": lambda: [np.dtype("float32"), np.float32, np.ndarray],
     "arguments": lambda: argparse.Namespace(lr=0.1, arch="tiny", sizes=[1, 2], gpu=None, inner=argparse.Namespace(x=1)),
-    "dates": lambda: [datetime.datetime(2024, 1, 2, tzinfo=datetime.timezone.utc), datetime.date(2024, 1, 2), datetime.timedelta(3)],  # noqa: UP017
+    "dates": lambda: [datetime.datetime(2024, 1, 2, tzinfo=datetime.UTC), datetime.date(2024, 1, 2), datetime.timedelta(3)],
     "paths": lambda: [pathlib.PurePosixPath("a/b"), Path("c"), pathlib.PureWindowsPath("d")],
-    "sizes, types and devices of torch": lambda: [torch.Size([1, 2]), torch.float16, torch.device("cuda:0"), torch.strided],
+    "sizes, types and devices": lambda: [torch.Size([1, 2]), torch.float16, torch.device("cuda:0"), torch.strided],
     "collections": lambda: {
-        "d": collections.defaultdict(list, {"a": [1]}), "q": collections.deque([1, 2], maxlen=3), "c": collections.Counter("abc"),
+        "d": collections.defaultdict(list, {"a": [1]}), "q": collections.deque([1, 2], maxlen=3),
+        "c": collections.Counter("abc"),
         "o": collections.OrderedDict(a=1), "s": {1, 2}, "f": frozenset({1}), "t": (1, (2, 3)),
     },
-    "numbers and bytes": lambda: [decimal.Decimal("1.5"), 1j, 2**70, -(2**40), b"\x00\xff", bytearray(b"ab"), uuid.UUID(int=3), True, None, 1e300],
+    "numbers": lambda: [decimal.Decimal("1.5"), 1j, 2**70, -(2**40), uuid.UUID(int=3), True, None, 1e300],
+    "bytes": lambda: [b"\x00\xff", bytearray(b"ab"), b""],
     "an optimiser": optimiser_state,
-    "generators": lambda: {"torch": torch.get_rng_state(), "numpy": np.random.RandomState(0).get_state(), "python": __import__("random").getstate()},
+    "generators": lambda: [torch.get_rng_state(), np.random.RandomState(0).get_state(), random.getstate()],
     "a parameter": lambda: nn.Parameter(torch.ones(3)),
 }  # fmt: skip
 
@@ -476,7 +485,8 @@ def test_whatever_could_run_code_is_refused(folder: Path, kind: str, protocol: i
 
 def test_a_name_in_pieces_does_not_pass(folder: Path) -> None:
     """Names with dots in them, and modules by their names in Python 2."""
-    for module, name in (("datetime", "sys.modules"), ("__builtin__", "eval"), ("collections", "abc.sys.modules"), ("pathlib", "os.system")):  # fmt: skip
+    for dotted in ("datetime sys.modules", "__builtin__ eval", "collections abc.sys.modules", "pathlib os.system"):
+        module, name = dotted.split()
         Path("w.pth").write_bytes(
             pickle.dumps(0x1950A86A20F9469CFC6C, 2) + b"\x80\x02c" + module.encode() + b"\n" + name.encode() + b"\n."
         )
@@ -507,12 +517,14 @@ def test_no_unpickler_is_used(folder: Path, monkeypatch: pytest.MonkeyPatch) -> 
 def tensors() -> State:
     base = torch.arange(24.0).reshape(4, 6)
     return {
-        "plain": base, "view": base[1:3, 2:], "turned": base.t(), "repeated": torch.ones(1, 3).expand(2, 3), "scalar": torch.tensor(3.5),
-        "empty": torch.empty(0, 3), "double": base.double() / 7, "half": base.half(), "bfloat16": base.bfloat16() / 3,
-        "int64": torch.arange(-3, 3), "int8": torch.tensor([-128, 127], dtype=torch.int8), "uint8": torch.tensor([0, 255], dtype=torch.uint8),
-        "uint16": torch.tensor([0, 65535], dtype=torch.uint16), "bool": torch.tensor([True, False]), "complex": torch.tensor([1 + 2j]),
-        "float8": torch.tensor([0.5, -2.0]).to(torch.float8_e4m3fn), "parameter": nn.Parameter(torch.ones(2)),
-        "shared": base, "strided": base[::2, ::3], "channels last": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
+        "plain": base, "view": base[1:3, 2:], "turned": base.t(), "shared": base, "strided": base[::2, ::3],
+        "repeated": torch.ones(1, 3).expand(2, 3), "scalar": torch.tensor(3.5), "empty": torch.empty(0, 3),
+        "double": base.double() / 7, "half": base.half(), "bfloat16": base.bfloat16() / 3,
+        "float8": torch.tensor([0.5, -2.0]).to(torch.float8_e4m3fn), "complex": torch.tensor([1 + 2j]),
+        "int64": torch.arange(-3, 3), "int8": torch.tensor([-128, 127], dtype=torch.int8),
+        "uint8": torch.tensor([0, 255], dtype=torch.uint8), "uint16": torch.tensor([0, 65535], dtype=torch.uint16),
+        "bool": torch.tensor([True, False]), "parameter": nn.Parameter(torch.ones(2)),
+        "channels last": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
     }  # fmt: skip
 
 
@@ -520,8 +532,11 @@ def tensors() -> State:
 def test_tensors_are_those_of_torchs_own_reader(tmp_path: Path, options: dict[str, Any]) -> None:
     from bnexport.loading.weights import _opened
 
-    torch.save(tensors(), tmp_path / "w.pth", **options)
-    want = torch.load(tmp_path / "w.pth", weights_only=True)
+    saved = tensors()
+    if "_use_new_zipfile_serialization" in options:  # torch can't read its own old format of these types
+        del saved["uint16"], saved["float8"]
+    torch.save(saved, tmp_path / "w.pth", **options)
+    want = torch.load(tmp_path / "w.pth", weights_only=False)  # its safe reader does not know protocol 4
     with _opened(tmp_path / "w.pth") as sets:
         got = {name: make() for name, make in sets[""].items()}
     assert set(got) == set(want)
@@ -561,9 +576,9 @@ def test_a_changed_bit_of_a_weight_is_seen(folder: Path) -> None:
 
 
 def test_quantized_and_conjugated_tensors_are_refused(folder: Path) -> None:
-    assert "quantized" in refusal(
-        {**state_of(), "head.bias": torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8)}
-    )
+    with no_warnings:
+        quantized = torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8)
+    assert "quantized" in refusal({**state_of(), "head.bias": quantized})
     assert "resolve_conj" in refusal({**state_of(), "head.bias": torch.ones(3, dtype=torch.complex64).conj()})
 
 
