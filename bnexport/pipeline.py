@@ -44,10 +44,10 @@ class _Failed(Exception):
 
 
 def fold_and_export(
-    source: str | nn.Module | LoadedModel,
+    source: str | Path | nn.Module | LoadedModel,
     out: str | Path,
     *,
-    weights: Path | None = None,
+    weights: str | Path | None = None,
     request: ExportRequest | None = None,
 ) -> ExportResult:
     """Fold, export and verify a network, and write one bundle: all of it, or nothing.
@@ -55,7 +55,7 @@ def fold_and_export(
     Args:
         source: A source as for ``loading.sources.load_source``, or a module.
         out: The bundle's directory, ``models/<name>/<version>``.
-        weights: Weights for a source that has none.
+        weights: A weights file, a bundle or a run directory, for a source without weights (docs/weights.md).
         request: The options of the export; default: as in the checkpoint.
 
     Raises:
@@ -75,7 +75,7 @@ def fold_and_export(
         inputs = example_inputs(larger_example(specs))
         sizes = size_shapes(loaded.module, inputs)
     result = fold(loaded.module, inputs, dynamic_shapes=sizes, max_growth=request.max_growth, clamps=request.clamps)
-    result = _warned_of_stale_statistics(result, loaded, request)
+    result = _with_warnings(result, loaded, request)
     names = tuple(spec.name for spec in specs)
     signature = signature_of(result.model, inputs, input_names=names, dynamic_size=request.dynamic_size)
     if request.dynamic_size:
@@ -110,7 +110,14 @@ def fold_and_export(
     return ExportResult(Bundle.open(path), result.report, report)
 
 
-def _loaded(source: str | nn.Module | LoadedModel, weights: Path | None, request: ExportRequest) -> LoadedModel:
+def _loaded(
+    source: str | Path | nn.Module | LoadedModel, weights: str | Path | None, request: ExportRequest
+) -> LoadedModel:
+    if weights is not None and isinstance(source, nn.Module | LoadedModel):
+        raise UsageError(
+            "the network is built already, so weights=... does not apply",
+            remedy="Load the weights into the module with load_state_dict, or give its code: 'file.py:factory'",
+        )
     if isinstance(source, nn.Module):
         source = LoadedModel(source, type(source).__name__, {"source": type(source).__qualname__, "options": {}})
     if isinstance(source, LoadedModel):
@@ -118,8 +125,8 @@ def _loaded(source: str | nn.Module | LoadedModel, weights: Path | None, request
             raise UsageError("the network is built already, so it takes no options", remedy="Leave model_options out")
         loaded = source
     else:
-        loaded = load_source(source, weights=weights, options=request.model_options)
-        if weights is None and zoo_of(source) is not None and not request.allow_untrained:
+        loaded = load_source(source, weights=weights, weights_key=request.weights_key, options=request.model_options)
+        if weights is None and zoo_of(str(source)) is not None and not request.allow_untrained:
             raise RefusedModel(
                 f"{source} has random weights",
                 remedy="Pass --weights FILE, or --allow-untrained if that is what you want",
@@ -127,11 +134,11 @@ def _loaded(source: str | nn.Module | LoadedModel, weights: Path | None, request
     return replace(loaded, labels=request.labels or loaded.labels, dataset=request.dataset or loaded.dataset)
 
 
-def _warned_of_stale_statistics(result: FoldResult, loaded: LoadedModel, request: ExportRequest) -> FoldResult:
-    """Add a warning to the fold report if the moving statistics, which a fold puts into the weights, do not fit the network."""
+def _with_warnings(result: FoldResult, loaded: LoadedModel, request: ExportRequest) -> FoldResult:
+    """Add to the fold report: choices in the weights file, and moving statistics that do not fit the network."""
     subject = Subject(loaded.module, loaded.dataset, loaded.preprocessing)
     warning = stale_warning(subject, data_dir=request.data_dir) if result.report.rows else ""
-    warnings = (*result.report.warnings, *([warning] if warning else []))
+    warnings = (*loaded.notes, *result.report.warnings, *([warning] if warning else []))
     return replace(result, report=replace(result.report, warnings=warnings))
 
 

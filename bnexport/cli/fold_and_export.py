@@ -16,6 +16,7 @@ from bnexport.optional import need_packages
 #: Option of fold-and-export that a file can't follow -> why.
 _REFUSED: dict[str, str] = {
     "weights": "an ONNX file has its own weights",
+    "weights_key": "an ONNX file has its own weights",
     "model_options": "an ONNX file is built already",
     "dynamic_size": "an ONNX file keeps the sizes that it declares",
     "opset": "an ONNX file keeps its operator set",
@@ -104,7 +105,7 @@ def _bundle(source: str, out: Path, options: dict[str, Any], *, as_json: bool) -
 @click.argument("source")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The bundle: models/<name>/<version>.")
 @click.option(
-    "--weights", type=click.Path(path_type=Path), help="Safetensors or a torch state dict, for a network without."
+    "--weights", type=click.Path(path_type=Path), help="Weights file, bundle or run directory, for a network without."
 )
 @options_of(ExportRequest, last="labels")
 @click.option("--mean", help="Per channel, as 0.485,0.456,0.406; with it images are accepted by predict.")

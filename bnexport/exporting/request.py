@@ -75,6 +75,7 @@ class ExportRequest:
     """The options of an export. A field with a ``help`` is an option of the command line too (``cli/options.py``).
 
     Attributes:
+        weights_key: The set of weights to take from a weights file with several, or the prefix of the names to take.
         model_options: Named arguments of the network's constructor or factory: ``{"num_classes": 10}``.
         inputs: One text per input: ``[NAME=]SHAPE[:TYPE]``, the shape of one sample: "1x28x28", "tokens=16:int64". Empty:
             the checkpoint's.
@@ -93,6 +94,7 @@ class ExportRequest:
         force: Replace an existing bundle.
     """
 
+    weights_key: str | None = option("Weights to take, of a file with several sets of them.", None, metavar="NAME")
     model_options: Mapping[str, Any] = option(
         "For its constructor; repeatable.", dict, flag="--model-option", metavar="KEY=VALUE"
     )
