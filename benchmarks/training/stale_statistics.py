@@ -31,7 +31,8 @@ def rows(name: str, runs: Sequence[tuple[float, float, int, tuple[int, ...]]] = 
     images, labels = torch.from_numpy(APPLY.apply(data.train_images)), torch.from_numpy(data.train_labels)
 
     def accuracy(network: torch.nn.Module) -> float:
-        found = network.eval()(torch.from_numpy(APPLY.apply(data.test_images)))
+        network.eval()
+        found = network(torch.from_numpy(APPLY.apply(data.test_images)))
         return float((found.argmax(1).numpy() == data.test_labels).mean())
 
     for lr, momentum, seed, epochs in runs:

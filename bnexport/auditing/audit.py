@@ -20,6 +20,7 @@ from bnexport.auditing.subject import AuditedNetwork, Deviation, batch_of, call,
 from bnexport.environment import environment
 from bnexport.errors import BnexportError, ModelError, Unavailable, UsageError
 from bnexport.exporting.request import InputSpec
+from bnexport.nn.calling import to_eval_mode
 from bnexport.nn.soundness import check_sound
 from bnexport.optional import one_line, quiet
 from bnexport.verification.tolerances import TOLERANCES
@@ -81,7 +82,7 @@ def hide(module: nn.Module, paths: list[str]) -> nn.Module:
         paths: As in ``named_modules``, none of them the root.
     """
     copied = copy.deepcopy(module)
-    wanted = {id(copied.get_submodule(path)): Hidden(copied.get_submodule(path)).eval() for path in paths}
+    wanted = {id(copied.get_submodule(path)): to_eval_mode(Hidden(copied.get_submodule(path))) for path in paths}
     for path, inner in list(copied.named_modules(remove_duplicate=False)):
         if id(inner) in wanted:
             parent, _, name = path.rpartition(".")

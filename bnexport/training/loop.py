@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bnexport.errors import Diverged
+from bnexport.nn.calling import to_eval_mode
 from bnexport.reproducibility import strict_float32
 from bnexport.training.processes import World
 from bnexport.training.recording import CapturedStep, Record, Recording
@@ -153,7 +154,7 @@ def evaluated(model: nn.Module, samples: Samples, world: World) -> Sums:
     """Return the sums of ``evaluate`` over this process's part, on the device; the host does not wait for them."""
     was_training = model.training
     sums = Sums.zeros(0, samples.device)
-    model.eval()
+    to_eval_mode(model)
     try:
         mine = torch.split(world.share(torch.arange(samples.count)), _EVALUATION_BATCH)
         with strict_float32():

@@ -25,7 +25,7 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from bnexport.errors import UntracedError
-from bnexport.nn.calling import NOT_THEIRS, call_once, place_of, unchanged
+from bnexport.nn.calling import NOT_THEIRS, call_once, place_of, switches_itself, to_eval_mode, unchanged
 from bnexport.optional import one_line, quiet
 from bnexport.tensors import size_axes
 
@@ -153,6 +153,8 @@ def trace(model: nn.Module, inputs: tuple[Any, ...], *, dynamic_shapes: Any = No
         UntracedError: With the line of the user's code at which tracing stopped.
     """
     shapes = batch_shapes(model, inputs) if dynamic_shapes is None else dynamic_shapes
+    if model.training and switches_itself(model):
+        model = _switched_copy(model)
     try:
         with eval_mode(model), unchanged(model) as kept, quiet(), torch.no_grad():
             program = _export(model, inputs, shapes)
@@ -166,6 +168,16 @@ def trace(model: nn.Module, inputs: tuple[Any, ...], *, dynamic_shapes: Any = No
         refuse_forks(program, model)
     assert isinstance(graph_module, GraphModule)
     return graph_module
+
+
+def _switched_copy(model: nn.Module) -> nn.Module:
+    """Return a copy in eval mode, because the author's ``train`` may do more than set flags (LoRA merges its weights).
+
+    The module itself is returned where it can't be copied.
+    """
+    with contextlib.suppress(Exception):
+        return to_eval_mode(copy.deepcopy(model))
+    return model
 
 
 def batch_shapes(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Any]:
@@ -218,7 +230,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     flags = [(module, module.training) for module in model.modules()]
     try:
         if model.training:
-            model.eval()
+            to_eval_mode(model)
         yield
     finally:
         for module, flag in flags:
