@@ -30,7 +30,8 @@ from bnexport.folding.torch_backend.trace import size_shapes
 from bnexport.loading.checkpoint import save_checkpoint
 from bnexport.loading.sources import LoadedModel, checkpoint_of, load_source
 from bnexport.loading.zoo import zoo_of
-from bnexport.nn.soundness import check_sound
+from bnexport.nn.batch_axis import check_batch
+from bnexport.nn.soundness import check_finite_output, check_sound
 from bnexport.reporting.html import render_report
 from bnexport.reporting.results import ExportResult
 from bnexport.verification.golden import write_golden_vectors
@@ -67,8 +68,10 @@ def fold_and_export(
     loaded = _loaded(source, weights, request)
     specs = parse_inputs(request.inputs, default_shape=loaded.input_shape)
     loaded = replace(loaded, preprocessing=request.preprocessing or fitted_preprocessing(loaded.preprocessing, specs))
-    check_sound(loaded.module, allow_untrained=request.allow_untrained)
+    check_sound(loaded.module, allow_untrained=request.allow_untrained, allow_nonfinite=request.allow_nonfinite)
     inputs, sizes = example_inputs(specs), None
+    check_finite_output(loaded.module, inputs)
+    check_batch(loaded.module, inputs)
     if request.dynamic_size:
         check_sizes_vary(loaded.module, specs)
         inputs = example_inputs(larger_example(specs))

@@ -43,7 +43,8 @@ def rows(name: str, runs: Sequence[tuple[float, float, int, tuple[int, ...]]] = 
         for epoch in range(1, max(epochs) + 1):
             for batch in torch.split(torch.randperm(len(labels)), 256):
                 optimizer.zero_grad()
-                torch.nn.functional.cross_entropy(network.train()(images[batch]), labels[batch]).backward()  # type: ignore[no-untyped-call]
+                network.train()
+                torch.nn.functional.cross_entropy(network(images[batch]), labels[batch]).backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
             if epoch in epochs:
                 worst, exact = sampled_staleness(Subject(network, name, APPLY.to_json())).worst, copy.deepcopy(network)

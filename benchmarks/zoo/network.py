@@ -62,7 +62,8 @@ def randomise(module: nn.Module, batch: Tensor, *, seed: int = 0) -> None:
     """
     generator = torch.Generator().manual_seed(seed)
     _wake(module, generator)
-    module.train().eval()  # some networks cache values computed from their weights in eval mode
+    module.train()
+    to_eval_mode(module)  # some networks cache values computed from their weights in eval mode
     norms = [item for item in module.modules() if isinstance(item, _BatchNorm)]
     handles: list[RemovableHandle] = []
     for number, norm in enumerate(norms):

@@ -24,7 +24,8 @@ NOT_THEIRS = (
     os.path.dirname(inspect.__file__) + os.sep + "inspect.py",
     "<",
 )
-_INSTALLED = f"{os.sep}site-packages{os.sep}"
+#: Part of the path of code that was installed, and so is not the user's own.
+INSTALLED = f"{os.sep}site-packages{os.sep}"
 
 
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -147,7 +148,7 @@ def place_of(error: BaseException | None, model: nn.Module | None = None) -> str
         for frame in traceback.extract_tb(None if error is None else error.__traceback__)
         if not frame.filename.startswith(NOT_THEIRS)
     ]
-    own = [frame for frame in frames if _INSTALLED not in frame[0]] or frames or _definition(model)
+    own = [frame for frame in frames if INSTALLED not in frame[0]] or frames or _definition(model)
     return f" at {os.path.basename(own[-1][0])}:{own[-1][1]}" if own else ""
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from bnexport.errors import Diverged
 from bnexport.nn.calling import to_eval_mode
+from bnexport.nn.soundness import has_diverged
 from bnexport.reproducibility import strict_float32
 from bnexport.training.processes import World
 from bnexport.training.recording import CapturedStep, Record, Recording
@@ -178,7 +179,7 @@ def _refuse_diverged(model: nn.Module, losses: Tensor) -> None:
     broken = (~torch.isfinite(losses)).nonzero()
     if len(broken):
         where = f"in batch {int(broken[0]) + 1} of {len(losses)}"
-    elif not all(bool(torch.isfinite(value).all()) for value in model.state_dict().values()):
+    elif has_diverged(model):
         where = f"after batch {len(losses)} of {len(losses)}"
     else:
         return

@@ -25,6 +25,7 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from bnexport.errors import UntracedError
+from bnexport.nn.batch_axis import batch_problem
 from bnexport.nn.calling import NOT_THEIRS, call_once, place_of, switches_itself, to_eval_mode, unchanged
 from bnexport.optional import one_line, quiet
 from bnexport.tensors import size_axes
@@ -98,6 +99,8 @@ def _turned(count: int) -> list[tuple[int, ...]]:
     return [tuple(_STEPS[(index + 5 * turn) % most] for turn in range(count)) for index in range(most)]
 
 
+#: Part of what torch.export says where forward takes another way for other batch sizes, or fails with them.
+_BATCH = "constraints violated"
 _TENSORS = "Write that line with torch's own operations on tensors, or move it out of forward"
 #: Part of what torch.export says (lower case) -> the same in plain words, and what to do. The first that fits counts.
 EXPLANATIONS: tuple[tuple[str, str, str], ...] = (
@@ -124,7 +127,7 @@ EXPLANATIONS: tuple[tuple[str, str, str], ...] = (
         "Return tensors, or a tuple, list, dict, NamedTuple or dataclass of them",
     ),
     (
-        "constraints violated",
+        _BATCH,
         "forward works for one batch size only",
         "Take the batch size from the input's shape (x.shape[0] or -1) instead of writing or asking for a number",
     ),
@@ -263,13 +266,16 @@ def _register_dataclasses(result: Any) -> bool:
 def _untraced(model: nn.Module, inputs: tuple[Any, ...], error: Exception) -> UntracedError:
     """Return the obstacle in one sentence: the model itself, a limit of torch.export, or torch's own message."""
     name = type(model).__name__
-    if (problem := call_once(model, inputs).problem) is not None and not isinstance(model, torch.jit.ScriptModule):
+    text = " ".join(str(error).split())
+    problem = None if isinstance(model, torch.jit.ScriptModule) else call_once(model, inputs).problem
+    if (problem is not None or _BATCH in text.lower()) and (found := batch_problem(model, inputs)) is not None:
+        return found
+    if problem is not None:
         shapes = ", ".join("x".join(map(str, item.shape)) for item in inputs if isinstance(item, Tensor))
         return UntracedError(
             f"{name} fails on an example input of shape {shapes}, before any tracing, {problem}",
             remedy="Check the shape given with --input (of one sample; a batch of 2 is fed), and that line",
         )
-    text = " ".join(str(error).split())
     for part, meaning, remedy in EXPLANATIONS:
         if part in text.lower():
             return UntracedError(f"torch.export can't trace {name}{place_of(error, model)}: {meaning}", remedy=remedy)
