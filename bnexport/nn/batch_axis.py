@@ -75,7 +75,9 @@ class _Record(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         results = [item for item in pytree.tree_leaves(result) if isinstance(item, Tensor)]
         name = getattr(func, "__name__", "")
-        if results and name not in ("__get__", "__set__"):
+        if name == "__get__":  # x.T
+            name = getattr(func.__self__, "__name__", name)
+        if results:
             if self._hold:
                 self._made.update((id(item), (len(self.steps), item)) for item in results)
             before = tuple(given[0].shape) if given else None
@@ -133,8 +135,12 @@ def check_batch(model: nn.Module, inputs: tuple[Any, ...]) -> None:
         return
     name = type(model).__name__
     if one.outcome.problem is not None:
-        raise _irregular(model, one, two) or UntracedError(
-            f"{name} takes a batch of 2, but fails on a batch of 1 {one.outcome.problem}", remedy=_KEEP
+        raise (
+            _irregular(model, one, two)
+            or _written_size(model, one, two)
+            or UntracedError(
+                f"{name} takes a batch of 2, but fails on a batch of 1 {one.outcome.problem}", remedy=_KEEP
+            )
         )
     if [tuple(item.shape) for item in one.outputs] != [(1, *item.shape[1:]) for item in two.outputs]:
         if error := _irregular(model, one, two) or _lost(model, run(2, hold=True)) or _lost(model, run(3, hold=True)):
@@ -220,10 +226,10 @@ def _lost(model: nn.Module, run: _Run) -> UntracedError | None:
     return None
 
 
-def _written_size(model: nn.Module, two: _Run, three: _Run) -> UntracedError | None:
-    """Return the error of the last step of a call that failed that gives one number of rows for every batch size."""
-    for here, there in reversed(list(_pairs(two, three))):
-        lost = here.before and there.before and (here.before[0], there.before[0]) == (two.size, three.size)
+def _written_size(model: nn.Module, few: _Run, many: _Run) -> UntracedError | None:
+    """Return the error of the last step that gives one number of rows for every batch size."""
+    for here, there in reversed(list(_pairs(few, many))):
+        lost = here.before and there.before and (here.before[0], there.before[0]) == (few.size, many.size)
         if lost and here.name in _RESHAPES and here.shapes[0][:1] == there.shapes[0][:1]:
             return _without_batch(model, here)
     return None
@@ -233,7 +239,7 @@ def _without_batch(model: nn.Module, step: _Step) -> UntracedError:
     assert step.before
     return UntracedError(
         f"forward of {type(model).__name__} loses the batch{step.where} gives {_text(step.shapes[0])} for"
-        f" {_text(step.before)}, so the first axis is no longer the {step.before[0]} samples",
+        f" {_text(step.before)}, so its first axis is no longer the batch of {step.before[0]}",
         remedy=_KEEP,
     )
 

@@ -59,7 +59,7 @@ def mixed(m: Net, y: Tensor) -> Tensor:
 
 
 def reduced(m: Net, y: Tensor) -> Tensor:
-    return m.head(y.mean((0, 2)))  # here
+    return m.head(y.mean((0, 2)).T)  # here
 
 
 def asks_for_one(m: Net, y: Tensor) -> Tensor:
@@ -121,7 +121,11 @@ def refusal(tail: Callable[[Net, Tensor], Tensor]) -> UntracedError:
         (squeezed_first, "drops a batch of 1 at FILE:LINE: squeeze gives 4 there", "flatten(1)"),
         (squeezed_and_failing, "drops a batch of 1 at FILE:LINE: squeeze gives 4 there", "squeeze((2, 3))"),
         (written, "loses the batch at FILE:LINE: reshape gives 4x72 for 2x4x6x6", "x.shape[0]"),
-        (written_as_two, "loses the batch at FILE:LINE: reshape gives 2x6 for 3x4", "x.shape[0]"),
+        (
+            written_as_two,
+            "loses the batch at FILE:LINE: reshape gives 2x2 for 1x4, so its first axis is no longer the batch of 1",
+            "x.shape[0]",
+        ),
         (written_whole, "fails on a batch of 1 at FILE:LINE: shape '[2, 5]' is invalid", "x.shape[0]"),
         (mixed, "loses the batch at FILE:LINE: view gives 72x4 for 2x4x6x6", "x.flatten(1)"),
         (reduced, "loses the batch at FILE:LINE: mean gives 4x6 for 2x4x6x6", "the first axis"),
