@@ -173,6 +173,26 @@ class Constants:
         """Return True for a number, and for a node whose value is a constant or several (the results of ``torch.var_mean``)."""
         return isinstance(item, (int, float)) or (isinstance(item, Node) and self._found(item) is not None)
 
+    def why_not(self, *items: Any) -> str:
+        """Return why some of the values are not constants, as the end of a sentence: "computed from the input"."""
+        found = [item for item in items if isinstance(item, Node) and not self.known(item)]
+        stack, seen = list(found), set(found)
+        while stack:
+            node = stack.pop()
+            if self.changes(node):
+                return "changed in forward"
+            if node.op == "placeholder":
+                return "computed from the input"
+            parents = [parent for parent in node.all_input_nodes if not self.known(parent)]
+            if not parents:
+                random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+                return (
+                    "drawn at random in forward" if random else "made in forward by an operator that is not run ahead"
+                )
+            stack += [parent for parent in parents if parent not in seen]
+            seen.update(parents)
+        return "not constant"
+
     def _stored(self, node: Node) -> Tensor | None:
         """Return the value in its own element type; only computed constants are held in float64."""
         found = self._found(node)

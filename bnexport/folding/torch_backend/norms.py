@@ -80,21 +80,30 @@ def _batch_norm(node: Node, constants: Constants) -> NormReading | None:
         return NormReading((node,), value, None, 1, True, why, unlock)
 
     if mean is None or var is None:
-        why = "it keeps no moving statistics (track_running_stats=False), so it uses batch statistics"
+        why = "it has no moving statistics (as with track_running_stats=False), so it uses batch statistics"
         return unread(why, "track_running_stats=True, and training with it")
     if training:
-        return unread("it is in training mode, so it uses batch statistics", "eval() on it")
+        why = "it is in training mode, so it uses batch statistics"
+        return unread(why, "eval() on it; where forward calls a function, training=False in the call")
     found = [None if item is None else constants.value(item) for item in (gamma, beta, mean, var)]
     if any(item is not None and tensor is None for item, tensor in zip((gamma, beta, mean, var), found, strict=True)):
-        why = "its statistics or parameters are computed from the input or changed in forward"
+        why = f"its statistics or parameters are {constants.why_not(gamma, beta, mean, var)}"
         return unread(why, "statistics and parameters that forward leaves alone")
     assert found[2] is not None
     assert found[3] is not None
     affine = ChannelAffine.from_statistics(found[2], found[3], eps, found[0], found[1])
     if not bool(torch.isfinite(affine.scale).all() and torch.isfinite(affine.shift).all()):
-        return unread("its scale or shift is not finite", "statistics with a variance and eps that are not both 0")
+        return unread(*_why_infinite(found[3], eps))
     offset = float((found[2].abs() * torch.rsqrt(found[3] + eps)).max())
     return NormReading((node,), value, affine.on_axis(1, len(shape)), 1, True, offset=offset)
+
+
+def _why_infinite(var: Tensor, eps: float) -> tuple[str, str]:
+    """Return reason and hint for a BatchNorm whose scale or shift is not finite."""
+    if bad := int((var + eps <= 0).sum()):
+        why = f"its variance plus eps is not above 0 in {bad} channel{'s' * (bad > 1)}, so its scale is not finite"
+        return why, "statistics with a variance and eps that are not both 0"
+    return "its statistics or parameters hold infinity, NaN or numbers too large to multiply", "finite ones"
 
 
 def _elementwise(node: Node, constants: Constants) -> NormReading | None:

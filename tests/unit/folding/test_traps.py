@@ -110,11 +110,18 @@ def _grad(m: Parts, x: Tensor) -> Tensor:
         return m.bn(m.conv(x))
 
 
-@pytest.mark.parametrize("forward", [_cond, _autocast, _grad])
-def test_a_batch_norm_in_a_region_of_its_own_is_accounted(forward: Callable[[Parts, Tensor], Tensor]) -> None:
+@pytest.mark.parametrize(
+    ("forward", "where"),
+    [
+        (_cond, "a branch (torch.cond)"),
+        (_autocast, "a region with another autocast mode"),
+        (_grad, "a region with another gradient mode"),
+    ],
+)
+def test_a_batch_norm_in_a_separate_region_is_accounted(forward: Callable[[Parts, Tensor], Tensor], where: str) -> None:
     report = check(parts(forward), images()).report
     assert [(row.outcome, row.channels) for row in report.rows] == [("kept", 4)]
-    assert "region" in report.rows[0].reason
+    assert f"it is inside {where}," in report.rows[0].reason
     assert report.remaining == 1
 
 
