@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from bnexport.folding.affine import Affine, ChannelAffine
+from bnexport.folding.affine import Affine, ChannelAffine, why_infinite
 from bnexport.folding.torch_backend.constants import Constants
 from bnexport.folding.torch_backend.nodes import BATCH_NORM, argument, dtype_of, module_stack, operator_name, shape_of
 from bnexport.nn.statistics import VOCABULARIES
@@ -93,17 +93,9 @@ def _batch_norm(node: Node, constants: Constants) -> NormReading | None:
     assert found[3] is not None
     affine = ChannelAffine.from_statistics(found[2], found[3], eps, found[0], found[1])
     if not bool(torch.isfinite(affine.scale).all() and torch.isfinite(affine.shift).all()):
-        return unread(*_why_infinite(found[3], eps))
+        return unread(*why_infinite(found[3], eps))
     offset = float((found[2].abs() * torch.rsqrt(found[3] + eps)).max())
     return NormReading((node,), value, affine.on_axis(1, len(shape)), 1, True, offset=offset)
-
-
-def _why_infinite(var: Tensor, eps: float) -> tuple[str, str]:
-    """Return reason and hint for a BatchNorm whose scale or shift is not finite."""
-    if bad := int((var + eps <= 0).sum()):
-        why = f"its variance plus eps is not above 0 in {bad} channel{'s' * (bad > 1)}, so its scale is not finite"
-        return why, "statistics with a variance and eps that are not both 0"
-    return "its statistics or parameters hold infinity, NaN or numbers too large to multiply", "finite ones"
 
 
 def _elementwise(node: Node, constants: Constants) -> NormReading | None:
