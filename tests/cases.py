@@ -192,7 +192,7 @@ def _through_backward() -> tuple[Case, ...]:
         across("leaky-relu-between", nn.LeakyReLU, "affine", "shift can't cross leaky_relu", positive=True),
         Case("pixel-shuffle", sequential(conv(3, 8), lambda: nn.PixelShuffle(2), bn(2)), IMAGE, moved),
         Case("pixel-unshuffle", sequential(conv(3, 2), lambda: nn.PixelUnshuffle(2), bn(8)), IMAGE, one("2", "affine"),
-             "different scales into positions"),
+             "different scales or shifts into positions"),
         Case("mean", graph(lambda m, x: m.bn(m.conv(x).mean((2, 3))), conv=conv(), bn=bn(dims=1)), IMAGE, one("bn", "through")),
         Case("squeezed", sequential(conv(3, 6, 8), lambda: nn.Flatten(1), bn(dims=1)), IMAGE, moved),
         Case("flattened-positions", sequential(conv(3, 2, 7), lambda: nn.Flatten(1), bn(8, dims=1)), IMAGE,

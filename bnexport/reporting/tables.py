@@ -94,11 +94,11 @@ def verdict_of(report: FoldReport) -> str:
         return f"{calls}, {report.remaining} norm operation{'' if report.remaining == 1 else 's'} left in the graph"
     shifts = sum(row.outcome == "affine" and bool(row.rule) for row in report.rows)
     counts = (
-        (shifts, "an addition"),
-        (report.count("affine") - shifts, "scale and shift"),
-        (report.count("kept"), "as before"),
+        (shifts, "left as an addition"),
+        (report.count("affine") - shifts, "left as scale and shift"),
+        (report.count("kept"), "left as before"),
     )
-    return f"{calls}, " + ", ".join(f"{count} left as {what}" for count, what in counts if count)
+    return f"{calls}, " + ", ".join(f"{count} {what}" for count, what in counts if count)
 
 
 def growth_of(report: FoldReport) -> str:
