@@ -130,6 +130,8 @@ def check_batch(model: nn.Module, inputs: tuple[Any, ...]) -> None:
         UntracedError: Naming the line that drops the batch, writes its size, or asks for it.
     """
     run = _runner(model, inputs)
+    if run is None:
+        return
     two, one = run(2), run(1)
     if two.outcome.problem is not None or not two.outputs:
         return
@@ -160,6 +162,8 @@ def batch_problem(model: nn.Module, inputs: tuple[Any, ...]) -> UntracedError | 
         inputs: An example with a batch of 2.
     """
     run = _runner(model, inputs)
+    if run is None:
+        return None
     two = run(2)
     if two.outcome.problem is not None:
         return _written_size(model, two, run(3))
@@ -177,9 +181,13 @@ def batch_problem(model: nn.Module, inputs: tuple[Any, ...]) -> UntracedError | 
     return None
 
 
-def _runner(model: nn.Module, inputs: tuple[Any, ...]) -> Callable[..., _Run]:
-    with quiet():
-        copied = copy.deepcopy(model)
+def _runner(model: nn.Module, inputs: tuple[Any, ...]) -> Callable[..., _Run] | None:
+    """Return a function that runs a copy on a number of samples; None for a module that can't be copied."""
+    try:
+        with quiet():
+            copied = copy.deepcopy(model)
+    except Exception:  # the module is the user's code
+        return None
 
     def run(size: int, *, hold: bool = False) -> _Run:
         record = _Record(hold=hold)

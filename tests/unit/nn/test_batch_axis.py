@@ -157,3 +157,11 @@ def test_a_network_that_fails_by_itself_is_not_blamed_for_its_batch() -> None:
 
     error = refusal(wrong_size)
     assert "fails on an example input of shape 2x3x8x8, before any tracing, at test_batch_axis.py" in error.message
+
+
+def test_a_module_that_can_not_be_copied_is_left_to_others() -> None:
+    class Uncopied(nn.Linear):
+        def __deepcopy__(self, memo: object) -> None:
+            raise RuntimeError("no copies")
+
+    check_batch(Uncopied(4, 2), (torch.ones(2, 4),))
