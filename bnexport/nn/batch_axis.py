@@ -172,8 +172,7 @@ def batch_problem(model: nn.Module, inputs: tuple[Any, ...]) -> UntracedError | 
         step = _ways(other, two)
         if other.outcome.problem is not None:
             return UntracedError(
-                f"forward of {type(model).__name__} works for one batch size only: with {size} samples it fails"
-                f" {other.outcome.problem}",
+                f"{type(model).__name__} takes a batch of 2, but fails on a batch of {size} {other.outcome.problem}",
                 remedy=_KEEP,
             )
         if step is not None:

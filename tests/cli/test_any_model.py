@@ -319,10 +319,10 @@ def line_of(name: str) -> int:
 
 
 REFUSED = {
-    "DataIf": "asks for the value of a tensor",
+    "DataIf": "needs the value of a tensor",
     "Numpy": "becomes a numpy array",
-    "Item": "asks for the value of a tensor",
-    "Values": "asks for the value of a tensor",
+    "Item": "needs the value of a tensor",
+    "Values": "needs the value of a tensor",
     "Library": "handed to code that is not torch's",
     "OddOutput": "an object whose tensors can't be seen",
     "Remembers": "it keeps items between calls",

@@ -111,7 +111,7 @@ EXPLANATIONS: tuple[tuple[str, str, str], ...] = (
     ),
     (
         "data-dependent",
-        "Python there asks for the value of a tensor, which is not known before the model runs",
+        "the code there needs the value of a tensor, which is not known before the model runs, for an if, a number or a size",
         "Choose between values with torch.where instead of if, loop over sizes instead of values, or move it out of forward",
     ),
     (".numpy() is not supported", "a tensor becomes a numpy array there, which no exported file can do", _TENSORS),
@@ -128,7 +128,7 @@ EXPLANATIONS: tuple[tuple[str, str, str], ...] = (
     ),
     (
         _BATCH,
-        "forward works for one batch size only",
+        "a size that should vary, such as the batch, can't vary in forward",
         "Take the batch size from the input's shape (x.shape[0] or -1) instead of writing or asking for a number",
     ),
 )
