@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from bnexport.bundle import MODEL_ONNX, REPORT, WEIGHTS, Bundle, Manifest, seal
 from bnexport.environment import environment
@@ -17,6 +17,7 @@ from bnexport.exporting.half import in_precision
 from bnexport.exporting.onnx_graph import stamp_metadata
 from bnexport.exporting.request import (
     ExportRequest,
+    InputSpec,
     example_inputs,
     fitted_preprocessing,
     model_and_version,
@@ -30,7 +31,8 @@ from bnexport.folding.torch_backend.trace import size_shapes
 from bnexport.loading.checkpoint import save_checkpoint
 from bnexport.loading.sources import LoadedModel, checkpoint_of, load_source
 from bnexport.loading.zoo import zoo_of
-from bnexport.nn.soundness import check_sound
+from bnexport.nn.batch_axis import check_batch
+from bnexport.nn.soundness import check_finite_output, check_sound
 from bnexport.reporting.html import render_report
 from bnexport.reporting.results import ExportResult
 from bnexport.verification.golden import write_golden_vectors
@@ -68,8 +70,7 @@ def fold_and_export(
     loaded = _loaded(source, weights, request)
     specs = parse_inputs(request.inputs, default_shape=loaded.input_shape)
     loaded = replace(loaded, preprocessing=request.preprocessing or fitted_preprocessing(loaded.preprocessing, specs))
-    check_sound(loaded.module, allow_untrained=request.allow_untrained)
-    inputs, sizes = example_inputs(specs), None
+    inputs, sizes = _checked_example(loaded.module, specs, request), None
     if request.dynamic_size:
         check_sizes_vary(loaded.module, specs)
         inputs = example_inputs(larger_example(specs))
@@ -108,6 +109,15 @@ def fold_and_export(
     except _Failed:
         return ExportResult(None, result.report, report)
     return ExportResult(Bundle.open(path), result.report, report)
+
+
+def _checked_example(module: nn.Module, specs: tuple[InputSpec, ...], request: ExportRequest) -> tuple[Tensor, ...]:
+    """Return an example batch of a network that may be shipped: sound, finite on the example, right for every batch size."""
+    check_sound(module, allow_untrained=request.allow_untrained, allow_nonfinite=request.allow_nonfinite)
+    inputs = example_inputs(specs)
+    check_finite_output(module, inputs)
+    check_batch(module, inputs)
+    return inputs
 
 
 def _loaded(

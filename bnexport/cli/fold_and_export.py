@@ -23,6 +23,7 @@ _REFUSED: dict[str, str] = {
     "ir_version": "an ONNX file keeps its IR version",
     "precision": "an ONNX file keeps its precision",
     "allow_untrained": "an ONNX file is taken as it is",
+    "allow_nonfinite": "an ONNX file is taken as it is",
 }
 #: Those that say something of a bundle and nothing of a file alone.
 _OF_BUNDLES = ("inputs", "labels", "mean", "std", "dataset", "data_dir", "formats")

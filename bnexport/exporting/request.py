@@ -91,6 +91,8 @@ class ExportRequest:
         onnx: Operator set and file format.
         formats: Names from ``exporting.formats.FORMATS``.
         allow_untrained: Accept BatchNorm layers that were never trained.
+        allow_nonfinite: Names of parameters that may hold infinities, and of buffers that may hold NaN. Buffers that are not
+            moving statistics may always hold infinities.
         force: Replace an existing bundle.
     """
 
@@ -119,6 +121,9 @@ class ExportRequest:
         "Write only this; repeatable.  [default: all]", _FORMATS, flag="--format", choices=_FORMATS
     )
     allow_untrained: bool = option("Accept BatchNorm layers that were never trained.", False)
+    allow_nonfinite: tuple[str, ...] = option(
+        "Tensor that is meant to hold infinities, as a mask does; repeatable.", (), metavar="NAME"
+    )
     force: bool = option("Replace an existing bundle.", False)
 
     def images_at(self, dataset: str | None) -> Path | None:
