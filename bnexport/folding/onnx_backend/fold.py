@@ -19,6 +19,8 @@ from bnexport.folding.onnx_backend.reading import MAX_BYTES, check_valid, is_ful
 from bnexport.folding.onnx_backend.write import Writer
 from bnexport.folding.plan import ATTEMPTS, Budget
 from bnexport.folding.report import FoldReport, FoldRow
+from bnexport.onnx_files.models import opset_of
+from bnexport.onnx_files.normalisation import join_sums, split_sums, upgraded
 from bnexport.onnx_files.reshape_targets import simplify_reshapes
 from bnexport.optional import one_line
 
@@ -31,16 +33,18 @@ class OnnxFoldResult:
     """The result of ``fold_onnx``.
 
     Attributes:
-        model: The folded model, of the same operator set and IR version.
+        model: The folded model, of the same IR version and operator set; of operator set 7 where the file has an older one.
         report: The fold report, one row per BatchNormalization.
-        original: The model as it was read, external data inside.
+        original: The model as it was read, external data inside, in the common spelling.
         changed: True if ``model`` differs from ``original``.
+        normalised: Names of the rows of ``onnx_files.normalisation.NORMALISATIONS`` that changed the file's spelling.
     """
 
     model: ModelProto
     report: FoldReport
     original: ModelProto
     changed: bool
+    normalised: tuple[str, ...] = ()
 
 
 def fold_onnx(
@@ -74,11 +78,15 @@ def fold_onnx(
     """
     if not max_growth >= 1.0:
         raise UsageError(f"max_growth is {max_growth:g}", remedy="Give a factor of 1 or more; 1 allows no copies")
-    original = read_source(source)
-    before = max(OnnxGraph(original).elements, 1)
+    file = read_source(source)
+    original = file.model
+    readable = ModelProto()
+    readable.CopyFrom(upgraded(original, file.name))
+    sums = split_sums(readable)
+    before = max(OnnxGraph(readable).elements, 1)
     for apart, biases in ATTEMPTS:  # again and stricter where the result exceeds the budget
         model = ModelProto()
-        model.CopyFrom(original)
+        model.CopyFrom(readable)
         graph = OnnxGraph(model)
         budget = Budget(before, max_growth, apart, biases)
         account = _account(Engine(graph, budget, clamps=clamps, prove=prove), original)
@@ -87,13 +95,14 @@ def fold_onnx(
         growth = OnnxGraph(model).elements / before
         if growth <= max_growth:
             break
-    changed = simplify_reshapes(model) > 0 or folded
+    join_sums(model, sums)
+    changed = simplify_reshapes(model) > 0 or folded or opset_of(model) != opset_of(original)
     if changed:
         _check_written(original, model)
     rows = (*account.rows, *(_inner_row(node, where) for node, where in inner_batch_norms(original)))
     error, unproved = _proof(original, model, writer.exact if changed else None) if prove else (None, ())
     report = FoldReport(rows, count_batch_norms(model), error, growth, (*account.warnings, *unproved))
-    return OnnxFoldResult(model, report, original, changed)
+    return OnnxFoldResult(model, report, original, changed, file.normalised)
 
 
 def _account(engine: Engine, original: ModelProto) -> Account:
