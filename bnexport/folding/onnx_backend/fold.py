@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,6 +53,7 @@ def fold_onnx(
     max_growth: float = DEFAULT_MAX_GROWTH,
     clamps: bool = False,
     prove: bool = True,
+    inputs: Mapping[str, Sequence[int]] | None = None,
 ) -> OnnxFoldResult:
     """Fold every BatchNormalization of an ONNX file that can be folded exactly, and report what happened to each, and why.
 
@@ -66,13 +67,15 @@ def fold_onnx(
         max_growth: See ``bnexport.fold``.
         clamps: See ``bnexport.fold``.
         prove: Check each fold separately, and the folded model against the original, in float64.
+        inputs: Name of an input -> shape of one sample; the only input may have any name. Sizes that the file leaves open get these numbers while shapes are
+            inferred and the fold is proved; the written file leaves them open.
 
     Returns:
         The folded model and its report, with a row for each BatchNormalization in functions and subgraphs too.
 
     Raises:
-        UsageError: ``max_growth`` is below 1.
-        ModelError: Not a valid ONNX model.
+        UsageError: ``max_growth`` is below 1, or ``inputs`` does not fit the file.
+        ModelError: Not a valid ONNX model, or of an operator set below 7 that onnx can't convert.
         ExportError: The result has 2 GB or more, which one file can't hold.
         ProofError: The folded model does not compute what the original does; that is a fault in bnexport.
     """
@@ -80,19 +83,20 @@ def fold_onnx(
         raise UsageError(f"max_growth is {max_growth:g}", remedy="Give a factor of 1 or more; 1 allows no copies")
     file = read_source(source)
     original = file.model
+    sizes = _sizes(original, inputs or {})
     readable = ModelProto()
     readable.CopyFrom(upgraded(original, file.name))
     sums = split_sums(readable)
-    before = max(OnnxGraph(readable).elements, 1)
+    before = max(OnnxGraph(readable, sizes).elements, 1)
     for apart, biases in ATTEMPTS:  # again and stricter where the result exceeds the budget
         model = ModelProto()
         model.CopyFrom(readable)
-        graph = OnnxGraph(model)
+        graph = OnnxGraph(model, sizes)
         budget = Budget(before, max_growth, apart, biases)
         account = _account(Engine(graph, budget, clamps=clamps, prove=prove), original)
         writer = Writer(graph)
         folded = writer.write(account.dropped)
-        growth = OnnxGraph(model).elements / before
+        growth = OnnxGraph(model, sizes).elements / before
         if growth <= max_growth:
             break
     join_sums(model, sums)
@@ -100,9 +104,34 @@ def fold_onnx(
     if changed:
         _check_written(original, model)
     rows = (*account.rows, *(_inner_row(node, where) for node, where in inner_batch_norms(original)))
-    error, unproved = _proof(original, model, writer.exact if changed else None) if prove else (None, ())
+    error, unproved = _proof(original, model, writer.exact if changed else None, sizes) if prove else (None, ())
     report = FoldReport(rows, count_batch_norms(model), error, growth, (*account.warnings, *unproved))
     return OnnxFoldResult(model, report, original, changed, file.normalised)
+
+
+def _sizes(model: ModelProto, inputs: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
+    """Return the requested shapes of one sample, by the file's names of its inputs.
+
+    Raises:
+        UsageError: An input that the file does not have, or a shape that its declaration excludes.
+    """
+    stored = {tensor.name for tensor in model.graph.initializer}
+    values = {value.name: value.type.tensor_type for value in model.graph.input if value.name not in stored}
+    if len(values) == len(inputs) == 1:
+        inputs = dict(zip(values, inputs.values(), strict=True))
+    for name, shape in inputs.items():
+        if name not in values:
+            raise UsageError(f"the file has the inputs {', '.join(values)}", remedy="Name each: --input NAME=3x224x224")
+        sample = [dim.dim_value or "?" for dim in list(values[name].shape.dim)[1:]]
+        fits = len(sample) == len(shape) and all(
+            size in ("?", given) for size, given in zip(sample, shape, strict=True)
+        )
+        if values[name].HasField("shape") and not fits:
+            raise UsageError(
+                f"{'x'.join(map(str, shape))} does not fit {name!r}, which the file declares as {'x'.join(map(str, sample))}",
+                remedy="Give numbers for the sizes that vary, and leave the rest as it is",
+            )
+    return {name: tuple(shape) for name, shape in inputs.items()}
 
 
 def _account(engine: Engine, original: ModelProto) -> Account:
@@ -119,13 +148,16 @@ def _account(engine: Engine, original: ModelProto) -> Account:
 
 
 def _proof(
-    original: ModelProto, model: ModelProto, exact: Mapping[str, Tensor] | None
+    original: ModelProto,
+    model: ModelProto,
+    exact: Mapping[str, Tensor] | None,
+    sizes: Mapping[str, Sequence[int]],
 ) -> tuple[float | None, tuple[str, ...]]:
-    """Return the error of the whole, 0 where nothing was changed; None and the reason where it can't be evaluated."""
+    """Return the error of the whole, 0 where nothing was changed; None and the reason where nothing could be compared."""
     if exact is None:
         return 0.0, ()
     try:
-        error = fold_error(original, model, exact)
+        error = fold_error(original, model, exact, sizes)
     except NotEvaluated as reason:
         return None, (f"the folded model as a whole could not be evaluated in float64: {reason}",)
     if not error <= _MAX_ERROR:

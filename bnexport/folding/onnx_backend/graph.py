@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,13 +49,16 @@ class Source:
 
 
 class OnnxGraph:
-    """The main graph of a valid model, as ``folding.graph.Graph``; the model is not changed here."""
+    """The main graph of a valid model, as ``folding.graph.Graph``; the model is not changed here.
 
-    def __init__(self, model: ModelProto) -> None:
+    ``given`` has numbers for open sizes, by input (see ``Shapes``).
+    """
+
+    def __init__(self, model: ModelProto, given: Mapping[str, Sequence[int]] | None = None) -> None:
         self.model = model
         self.nodes = list(model.graph.node)
         self.opset = opset_of(model)
-        self.shapes = Shapes(model)
+        self.shapes = Shapes(model, given)
         self.constants = Constants(model, self.shapes)
         self.ops: list[Op] = []
         self.by_name: dict[str, Op] = {}

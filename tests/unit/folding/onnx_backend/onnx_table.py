@@ -107,7 +107,7 @@ CASES = (
     Case("split-11", split, GONE, options={"opset": 11}),
     Case("channel-shuffle", shuffle, GONE),
     Case("reshape-by-shape", shaped_by_input, GONE),
-    Case("plain-arithmetic", plain_arithmetic, (("bn", "backward"),)),
+    Case("plain-arithmetic", plain_arithmetic, (("neg3", "backward"), ("bn", "backward"))),
     # the layer after it
     Case("before-conv", before(direct), OUT),
     Case("before-conv-grouped", before(direct, group=3), OUT),
