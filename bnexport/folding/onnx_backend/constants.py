@@ -64,16 +64,19 @@ class Shapes:
 
     def __init__(self, model: ModelProto, given: Mapping[str, Sequence[int]] | None = None) -> None:
         skeleton = _skeleton(model)
-        self._given = bool(given)
         self.sizes = _varying(skeleton, given or {})
         self._named = _inferred(skeleton)
         rounds = len(_BATCHES) if self.sizes else 1
         self._numbers = [self._round(skeleton, index) for index in range(rounds)]
+        self._as_given = self._round(skeleton, 0, batch=1) if given and self.sizes else {}
         self._expressions = _expressions(self.sizes)
 
-    def _round(self, skeleton: ModelProto, index: int) -> dict[str, ValueInfoProto]:
+    def _round(self, skeleton: ModelProto, index: int, batch: int | None = None) -> dict[str, ValueInfoProto]:
         """Infer with numbers for sizes. Shapes of inner values that the file declares are added where inference fails."""
-        sizes = {name: numbers[index] for name, numbers in self.sizes.items()}
+        sizes = {
+            name: numbers[index if batch is None or tuple(numbers) != _BATCHES else batch]
+            for name, numbers in self.sizes.items()
+        }
         bound = _bound(skeleton, sizes)
         found = _evaluated(bound)
         stated = [value for name, value in self._named.items() if _numbers_of(found.get(name)) is None]
@@ -89,8 +92,7 @@ class Shapes:
         """Return the shape of a value; None when it is unknown."""
         each = [_numbers_of(found.get(name)) for found in self._numbers]
         if any(shape is None or len(shape) != len(each[0] or ()) for shape in each):
-            named = self._as_named(name)
-            return tuple(each[0]) if named is None and self._given and each[0] is not None else named
+            return self._as_named(name) or self._with_given(name)
         return tuple(self._dim(values) for values in zip(*(shape or () for shape in each), strict=True))
 
     def example(self, name: str) -> list[int] | None:
@@ -114,6 +116,13 @@ class Shapes:
                 ratio = ratios.pop()
                 return expression * sympy.Rational(ratio.numerator, ratio.denominator)
         return sympy.Symbol("size_" + "_".join(map(str, values)), integer=True, positive=True)
+
+    def _with_given(self, name: str) -> tuple[Dim, ...] | None:
+        """Return the shape for the given sizes, where inference fails for all others; the batch still varies."""
+        first, second = _numbers_of(self._numbers[0].get(name)), _numbers_of(self._as_given.get(name))
+        if first is None or second is None or len(first) != len(second):
+            return None
+        return tuple(a if a == b else _symbol(f"size_{a}_{b}") for a, b in zip(first, second, strict=True))
 
     def _as_named(self, name: str) -> tuple[Dim, ...] | None:
         """Return the file's own shape, where inference with numbers in place of its names fails."""

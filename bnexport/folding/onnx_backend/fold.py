@@ -67,8 +67,8 @@ def fold_onnx(
         max_growth: See ``bnexport.fold``.
         clamps: See ``bnexport.fold``.
         prove: Check each fold separately, and the folded model against the original, in float64.
-        inputs: Name of an input -> shape of one sample; the only input may have any name. Sizes that the file leaves open get these numbers while shapes are
-            inferred and the fold is proved; the written file leaves them open.
+        inputs: Name of an input -> shape of one sample; the only input may have any name. Sizes that the file leaves open get
+            these numbers while shapes are inferred and the fold is proved; the written file leaves them open.
 
     Returns:
         The folded model and its report, with a row for each BatchNormalization in functions and subgraphs too.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from arithmetic_cases import ARITHMETIC
 from onnx_cases import (
     GONE,
     IN,
@@ -156,4 +157,6 @@ CASES = (
     Case("clamps", before(through("Relu")), GONE, fold={"clamps": True}),
     Case("clamps-clip", before(through("Clip", 0.0, 6.0)), GONE, fold={"clamps": True}),
     Case("clamps-opset-7", before(through("Relu")), STAYS, "relu", fold={"clamps": True}, options={"opset": 7, "ir": 3}),
+    # norms written as arithmetic
+    *ARITHMETIC,
 )  # fmt: skip

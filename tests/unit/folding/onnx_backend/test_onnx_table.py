@@ -14,7 +14,7 @@ import bnexport
 from bnexport.folding.onnx_backend.proof import evaluator, example_feeds, run
 
 #: Sums of convolutions of one value, which become one convolution.
-_MERGED = ("rep-vgg", "add", "sub", "add-norm-below")
+_MERGED = ("rep-vgg", "add", "sub", "add-norm-below", "sum-of-three")
 _EACH = pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
 
 
