@@ -29,6 +29,8 @@ OLDEST_OPSET = 7
 _TRAINING_MODE = 14
 #: The first format in which an initializer that is not listed as an input is a constant.
 _CONSTANTS_UNLISTED = 4
+#: Operators that are in training mode before operator set 7 unless is_test is set.
+_IS_TEST = ("BatchNormalization", "Dropout")
 #: Operator -> places of its weights among the inputs.
 _WEIGHTS = {
     "BatchNormalization": (1, 2, 3, 4),
@@ -225,11 +227,19 @@ def upgraded(model: ModelProto, name: str) -> ModelProto:
     """Return a model of operator set 7 or newer: the same, or converted by onnx.
 
     Raises:
-        ModelError: onnx.version_converter can't convert it.
+        ModelError: onnx.version_converter can't convert it, or an operator is in training mode, which the converter drops.
     """
     opset = opset_of(model)
     if opset >= OLDEST_OPSET:
         return model
+    remedy = f"Export the network again with operator set {OLDEST_OPSET} or newer"
+    for node in nodes(model):
+        if node.op_type in _IS_TEST and not any(item.name == "is_test" and item.i for item in node.attribute):
+            raise ModelError(
+                f"{name} uses operator set {opset}, and {node.op_type} ({node.name or node.output[0]}) is in training mode there"
+                " (is_test=0)",
+                remedy=remedy,
+            )
     try:
         converted: ModelProto = convert_version(model, OLDEST_OPSET)
         onnx.checker.check_model(converted)
@@ -237,7 +247,7 @@ def upgraded(model: ModelProto, name: str) -> ModelProto:
         raise ModelError(
             f"{name} uses operator set {opset}, and onnx.version_converter can't convert it to {OLDEST_OPSET}:"
             f" {one_line(error, 160)}",
-            remedy=f"Export the network again with operator set {OLDEST_OPSET} or newer",
+            remedy=remedy,
         ) from error
     return converted
 

@@ -253,10 +253,24 @@ def test_an_old_operator_set_is_converted_and_proved_against_the_file(opset: int
     assert np.abs(answers(result.model) - want).max() <= 1e-5 * np.abs(want).max()
 
 
-def test_an_old_operator_set_that_can_not_be_converted_is_refused():
-    with pytest.raises(ModelError, match="operator set 6, and onnx") as caught:
+def test_an_old_norm_in_training_mode_is_refused():
+    """onnx.version_converter would drop the mode."""
+    with pytest.raises(ModelError, match=r"BatchNormalization \(bn\) is in training mode") as caught:
         bnexport.fold_onnx(old(6, is_test=0))
     assert "operator set 7 or newer" in str(caught.value.remedy)
+
+
+def test_an_old_operator_set_that_can_not_be_converted_is_refused():
+    model = old(6)
+    model.graph.node.append(helper.make_node("Upsample", ["y"], ["z"], height_scale=2.0, width_scale=2.0))
+    model.graph.output[0].name = "z"
+    model.opset_import[0].version = 1
+    for node in model.graph.node:
+        for attribute in [item for item in node.attribute if item.name in ("axis", "broadcast")]:
+            node.attribute.remove(attribute)
+    with pytest.raises(ModelError) as caught:
+        bnexport.fold_onnx(model)
+    assert caught.value.remedy
 
 
 def test_a_new_operator_set_stays_as_it_is():
