@@ -190,7 +190,8 @@ def _why_not_placed(view: View, slot: int) -> str:
 def _unread_arithmetic(first: _Link) -> Reading:
     """Return the reading of what looks like a norm and must stay: the first node, with the reason in the report."""
     call = NormCall(first.view.name, first.view.node.op_type, 0, None, first.why_not)
-    return Reading(Opaque(first.why_not), tuple(name for name in first.view.node.input if name), call=call)
+    values = [name for name in first.view.node.input if name and not first.view.context.constants.known(name)]
+    return Reading(Opaque(first.why_not), tuple(values), call=call)
 
 
 def _size(view: View, first: _Link, axes: set[int]) -> int:
