@@ -29,6 +29,8 @@ OLDEST_OPSET = 7
 _TRAINING_MODE = 14
 #: The first format in which an initializer that is not listed as an input is a constant.
 _CONSTANTS_UNLISTED = 4
+#: A number for an open size during a conversion.
+_SIZE = 224
 #: Operators that are in training mode before operator set 7 unless is_test is set.
 _IS_TEST = ("BatchNormalization", "Dropout")
 #: Operator -> places of its weights among the inputs.
@@ -241,7 +243,10 @@ def upgraded(model: ModelProto, name: str) -> ModelProto:
                 remedy=remedy,
             )
     try:
-        converted: ModelProto = convert_version(model, OLDEST_OPSET)
+        converted = _with_numbers(model)
+        for version in range(opset + 1, OLDEST_OPSET + 1):  # one by one: shapes are inferred before each
+            converted = convert_version(converted, version)
+        _declare_as(model, converted)
         onnx.checker.check_model(converted)
     except Exception as error:  # the converter's and the checker's errors share no base class
         raise ModelError(
@@ -250,6 +255,30 @@ def upgraded(model: ModelProto, name: str) -> ModelProto:
             remedy=remedy,
         ) from error
     return converted
+
+
+def _with_numbers(model: ModelProto) -> ModelProto:
+    """Return a copy whose inputs have numbers for sizes: the converter gives up on names. None of them gets into an operator."""
+    copy = ModelProto()
+    copy.CopyFrom(model)
+    for value in copy.graph.input:
+        for axis, dim in enumerate(value.type.tensor_type.shape.dim):
+            if not dim.HasField("dim_value"):
+                dim.dim_value = _SIZE if axis else 1
+    for value in copy.graph.output:
+        value.type.tensor_type.ClearField("shape")
+    del copy.graph.value_info[:]
+    return copy
+
+
+def _declare_as(model: ModelProto, converted: ModelProto) -> None:
+    """Give the inputs and outputs of a converted model their declarations back."""
+    for ours, theirs in ((model.graph.input, converted.graph.input), (model.graph.output, converted.graph.output)):
+        declared = {value.name: value for value in ours}
+        for value in theirs:
+            if value.name in declared:
+                value.CopyFrom(declared[value.name])
+    del converted.graph.value_info[:]
 
 
 @dataclass(frozen=True)
