@@ -76,7 +76,8 @@ class EfficientNetLite(nn.Module):
         for block in self._blocks:
             x = block(x)
         x = functional.relu6(self._bn1(self._conv_head(x)))
-        return self._fc(torch.mean(x, (2, 3)))  # type: ignore[no-any-return]
+        logits: Tensor = self._fc(torch.mean(x, (2, 3)))
+        return logits
 
 
 def lite0() -> nn.Module:

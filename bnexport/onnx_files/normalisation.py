@@ -258,7 +258,7 @@ def upgraded(model: ModelProto, name: str) -> ModelProto:
 
 
 def _with_numbers(model: ModelProto) -> ModelProto:
-    """Return a copy whose inputs have numbers for sizes: the converter gives up on names. None of them gets into an operator."""
+    """Return a copy whose inputs have numbers for sizes: the converter gives up on names."""
     copy = ModelProto()
     copy.CopyFrom(model)
     for value in copy.graph.input:

@@ -23,15 +23,13 @@ import onnx
 import sympy  # type: ignore[import-untyped]
 import torch
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
-from onnx.reference import ReferenceEvaluator
 from torch import Tensor
 
 from bnexport.folding.affine import Dim
 from bnexport.folding.onnx_backend.inventory import TORCH, is_default, widened
-from bnexport.onnx_files.float64 import widen
+from bnexport.onnx_files.float64 import wide_evaluator
 from bnexport.onnx_files.models import refill
 from bnexport.onnx_files.names import mentions, subgraphs
-from bnexport.onnx_files.operators import better_operators
 from bnexport.tensors import Array
 
 #: Operators that look at a tensor's shape, never at its elements: a fold changes no shape.
@@ -180,6 +178,7 @@ def _bare(tensor: TensorProto) -> TensorProto:
 def _varying(model: ModelProto, given: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
     """Return names of sizes in the inputs -> the numbers for them, all different; given ones first."""
     found: dict[str, tuple[int, ...]] = {}
+    numbers: tuple[int, ...]
     others = itertools.count()
     for value in model.graph.input:
         for axis, dim in enumerate(value.type.tensor_type.shape.dim):
@@ -480,4 +479,4 @@ def node_evaluator(nodes: list[NodeProto], model: ModelProto, inputs: list[str],
         [helper.make_tensor_value_info(output, double, None)],
     )
     part = onnx.helper.make_model(graph, opset_imports=list(model.opset_import), ir_version=model.ir_version)
-    return ReferenceEvaluator(widen(part), new_ops=better_operators(part))
+    return wide_evaluator(part)

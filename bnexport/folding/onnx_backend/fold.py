@@ -20,7 +20,7 @@ from bnexport.folding.onnx_backend.write import Writer
 from bnexport.folding.plan import ATTEMPTS, Budget
 from bnexport.folding.report import FoldReport, FoldRow
 from bnexport.onnx_files.models import opset_of
-from bnexport.onnx_files.normalisation import join_sums, split_sums, upgraded
+from bnexport.onnx_files.normalisation import OLDEST_OPSET, join_sums, split_sums, upgraded
 from bnexport.onnx_files.reshape_targets import simplify_reshapes
 from bnexport.optional import one_line
 
@@ -86,6 +86,8 @@ def fold_onnx(
     sizes = _sizes(original, inputs or {})
     readable = ModelProto()
     readable.CopyFrom(upgraded(original, file.name))
+    if prove and opset_of(readable) != opset_of(original):
+        _check_conversion(original, readable, file.name, sizes)
     sums = split_sums(readable)
     before = max(OnnxGraph(readable, sizes).elements, 1)
     for apart, biases in ATTEMPTS:  # again and stricter where the result exceeds the budget
@@ -166,6 +168,22 @@ def _proof(
             remedy="Please report it with the file: a fold that is not exact is a fault in bnexport",
         )
     return error, ()
+
+
+def _check_conversion(
+    original: ModelProto, converted: ModelProto, name: str, sizes: Mapping[str, Sequence[int]]
+) -> None:
+    """Compare a file with its conversion to a newer operator set, in float64."""
+    try:
+        error = fold_error(original, converted, {}, sizes)
+    except NotEvaluated:
+        return  # the report then has the reason why the whole could not be compared
+    if not error <= _MAX_ERROR:
+        raise ModelError(
+            f"{name} uses operator set {opset_of(original)}, and onnx.version_converter changes its results by {error:.1e} of"
+            " scale",
+            remedy=f"Export the network again with operator set {OLDEST_OPSET} or newer",
+        )
 
 
 def _check_written(original: ModelProto, model: ModelProto) -> None:

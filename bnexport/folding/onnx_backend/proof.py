@@ -8,13 +8,11 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from onnx import ModelProto, ValueInfoProto, numpy_helper
-from onnx.reference import ReferenceEvaluator
+from onnx import ModelProto, ValueInfoProto
 from torch import Tensor
 
 from bnexport.folding.proof import scale_error
-from bnexport.onnx_files.float64 import widen
-from bnexport.onnx_files.operators import better_operators
+from bnexport.onnx_files.float64 import wide_evaluator
 from bnexport.optional import one_line
 from bnexport.tensors import Array
 
@@ -53,7 +51,7 @@ def fold_error(
     before = evaluator(original)
     feeds, reference = first_that_works(before, original, seed, inputs)
     try:
-        after = evaluator(_exactly(folded, exact))
+        after = evaluator(folded, {name: tensor.numpy() for name, tensor in exact.items()})
         error = _difference(run(after, feeds), reference)
         if inputs and (other := _other_sizes(before, original, seed, inputs)) is not None:
             error = max(error, _difference(run(after, other[0]), other[1]))
@@ -64,14 +62,14 @@ def fold_error(
     return error
 
 
-def evaluator(model: ModelProto) -> Any:
-    """Return a model with every float widened to float64, ready to run.
+def evaluator(model: ModelProto, weights: Mapping[str, Array] | None = None) -> Any:
+    """Return a model with every float widened to float64, ready to run; ``weights`` replace initializers.
 
     Raises:
         NotEvaluated: It has an operator that onnx's reference implementation lacks.
     """
     try:
-        return ReferenceEvaluator(widen(model), new_ops=better_operators(model))
+        return wide_evaluator(model, weights)
     except Exception as error:  # NotImplementedError, RuntimeError, onnx's own
         raise NotEvaluated(one_line(error, 160)) from error
 
@@ -176,16 +174,6 @@ def _random(
     if dtype.kind in "fV":
         return rng.standard_normal(shape)
     raise NotEvaluated(f"its input {value.name!r} is {dtype.name}")
-
-
-def _exactly(folded: ModelProto, exact: Mapping[str, Tensor]) -> ModelProto:
-    """Return the folded model with its new tensors before their one rounding."""
-    copy = ModelProto()
-    copy.CopyFrom(folded)
-    for tensor in copy.graph.initializer:
-        if tensor.name in exact:
-            tensor.CopyFrom(numpy_helper.from_array(exact[tensor.name].numpy(), tensor.name))
-    return copy
 
 
 def _tensor(array: Array) -> Tensor:
