@@ -90,7 +90,8 @@ class Shapes:
         """Return the shape of a value; None when it is unknown."""
         each = [_numbers_of(found.get(name)) for found in self._numbers]
         if any(shape is None or len(shape) != len(each[0] or ()) for shape in each):
-            return self._as_named(name) or self._with_given(name)
+            named = self._as_named(name)
+            return self._with_given(name) if named is None else named
         return tuple(self._dim(values) for values in zip(*(shape or () for shape in each), strict=True))
 
     def example(self, name: str) -> list[int] | None:

@@ -138,6 +138,9 @@ def _other_sizes(
     engine: Any, model: ModelProto, seed: int, given: Mapping[str, Sequence[int]]
 ) -> tuple[dict[str, Array], list[Array]] | None:
     """Return feeds and outputs for larger sizes than the given ones; None where the model takes none or has none open."""
+    declared = {value.name: list(value.type.tensor_type.shape.dim)[1:] for value in model.graph.input}
+    if all(dim.HasField("dim_value") for name in given for dim in declared.get(name, ())):
+        return None
     larger = {name: [size + _SIZES[0] for size in shape] for name, shape in given.items()}
     try:
         return first_that_works(engine, model, seed, larger)
