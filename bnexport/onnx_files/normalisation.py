@@ -29,6 +29,8 @@ OLDEST_OPSET = 7
 _TRAINING_MODE = 14
 #: The first format in which an initializer that is not listed as an input is a constant.
 _CONSTANTS_UNLISTED = 4
+#: Operators that broadcast by the attribute axis before operator set 7.
+_BROADCASTING = ("Add", "Sub", "Mul", "Div", "Pow", "And", "Or", "Xor", "Equal", "Greater", "Less")
 #: A number for an open size during a conversion.
 _SIZE = 224
 #: Operators that are in training mode before operator set 7 unless is_test is set.
@@ -245,6 +247,8 @@ def upgraded(model: ModelProto, name: str) -> ModelProto:
     try:
         converted = _with_numbers(model)
         for version in range(opset + 1, OLDEST_OPSET + 1):  # one by one: shapes are inferred before each
+            if version == OLDEST_OPSET:
+                converted = _aligned(converted)
             converted = convert_version(converted, version)
         _declare_as(model, converted)
         onnx.checker.check_model(converted)
@@ -269,6 +273,29 @@ def _with_numbers(model: ModelProto) -> ModelProto:
         value.type.tensor_type.ClearField("shape")
     del copy.graph.value_info[:]
     return copy
+
+
+def _aligned(model: ModelProto) -> ModelProto:
+    """Write out the axis from which on an old operator broadcasts: onnx 1.23 converts it to one axis too many."""
+    graph = onnx.shape_inference.infer_shapes(model).graph
+    ranks = {tensor.name: len(tensor.dims) for tensor in graph.initializer}
+    for value in (*graph.value_info, *graph.input):
+        if value.type.tensor_type.HasField("shape"):
+            ranks[value.name] = len(value.type.tensor_type.shape.dim)
+    names, aligned = Names(model), []
+    for node in model.graph.node:
+        axis = next((item for item in node.attribute if item.name == "axis" and node.op_type in _BROADCASTING), None)
+        if axis is not None and all(name in ranks for name in node.input):
+            left, right = (ranks[name] for name in node.input)
+            missing = range(right, left - axis.i % left)
+            if missing:
+                placed = names.free(node.input[1], "placed")
+                aligned.append(helper.make_node("Unsqueeze", [node.input[1]], [placed], axes=list(missing)))
+                node.input[1] = placed
+            node.attribute.remove(axis)
+        aligned.append(node)
+    refill(model.graph.node, aligned)
+    return model
 
 
 def _declare_as(model: ModelProto, converted: ModelProto) -> None:
