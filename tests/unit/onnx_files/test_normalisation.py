@@ -14,6 +14,7 @@ from support.onnx_builder import Builder
 import bnexport
 from bnexport.errors import ModelError
 from bnexport.folding.onnx_backend.proof import evaluator, run
+from bnexport.onnx_files import normalisation
 from bnexport.onnx_files.models import refill
 from bnexport.onnx_files.normalisation import NORMALISATIONS, normalise, upgraded
 
@@ -278,3 +279,10 @@ def test_an_old_operator_set_that_can_not_be_converted_is_refused():
 def test_a_new_operator_set_stays_as_it_is():
     model = network()
     assert upgraded(model, "the model") is model
+
+
+def test_a_conversion_that_changes_results_is_refused(monkeypatch: pytest.MonkeyPatch):
+    """Without the axis written out, onnx's converter places the operand on one axis too many."""
+    monkeypatch.setattr(normalisation, "_aligned", lambda model: model)
+    with pytest.raises(ModelError, match="changes its results"):
+        bnexport.fold_onnx(old(6))
