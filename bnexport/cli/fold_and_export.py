@@ -26,7 +26,7 @@ _REFUSED: dict[str, str] = {
     "allow_nonfinite": "an ONNX file is taken as it is",
 }
 #: Those that say something of a bundle and nothing of a file alone.
-_OF_BUNDLES = ("inputs", "labels", "mean", "std", "dataset", "data_dir", "formats")
+_OF_BUNDLES = ("labels", "mean", "std", "dataset", "data_dir", "formats")
 
 
 def is_onnx(source: str) -> bool:
@@ -79,14 +79,26 @@ def _file(source: str, out: Path, options: dict[str, Any], *, as_json: bool) -> 
     from bnexport.reporting.results import print_json
     from bnexport.reporting.tables import literal, make_console, print_fold_report
 
-    result = fold_onnx_file(source, out, force=options["force"], **_fold_options(options))
+    result = fold_onnx_file(
+        source, out, force=options["force"], inputs=tuple(options["inputs"] or ()), **_fold_options(options)
+    )
     if as_json:
-        print_json({"file": str(out), "changed": result.changed, "fold": result.report.to_json()})
+        print_json(
+            {
+                "file": str(out),
+                "changed": result.changed,
+                "normalised": list(result.normalised),
+                "fold": result.report.to_json(),
+            }
+        )
         return 0
     console = make_console()
     print_fold_report(result.report, console)
+    if result.normalised:
+        console.print(literal(f"Normalised before folding: {'; '.join(result.normalised)}.", console), soft_wrap=True)
     if not result.changed:
-        console.print(literal("Nothing was changed: the file is written as it was.", console), soft_wrap=True)
+        text = "Nothing was folded." if result.normalised else "Nothing was changed: the file is written as it was."
+        console.print(literal(text, console), soft_wrap=True)
     size = out.stat().st_size
     console.print(literal(f"File: {out} ({size / 1000:.0f} kB)", console), soft_wrap=True)
     return 0

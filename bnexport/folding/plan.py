@@ -279,6 +279,9 @@ class FoldPlan:
         Returns:
             True if the other calls will fold alike, so that all of them share the folded weight.
         """
+        for weight in weights:
+            if weight is not None and weight.made:
+                self._spend(weight.made, f"the weight of {op.name} is computed from fewer numbers, and the folded one")
         shared = [weight for weight in weights if weight is not None and weight.readers > 1]
         if not shared:
             return False

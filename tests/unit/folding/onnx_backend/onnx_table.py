@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from arithmetic_cases import ARITHMETIC
 from onnx_cases import (
     GONE,
     IN,
@@ -107,7 +108,7 @@ CASES = (
     Case("split-11", split, GONE, options={"opset": 11}),
     Case("channel-shuffle", shuffle, GONE),
     Case("reshape-by-shape", shaped_by_input, GONE),
-    Case("plain-arithmetic", plain_arithmetic, (("bn", "backward"),)),
+    Case("plain-arithmetic", plain_arithmetic, (("neg3", "backward"), ("bn", "backward"))),
     # the layer after it
     Case("before-conv", before(direct), OUT),
     Case("before-conv-grouped", before(direct, group=3), OUT),
@@ -156,4 +157,6 @@ CASES = (
     Case("clamps", before(through("Relu")), GONE, fold={"clamps": True}),
     Case("clamps-clip", before(through("Clip", 0.0, 6.0)), GONE, fold={"clamps": True}),
     Case("clamps-opset-7", before(through("Relu")), STAYS, "relu", fold={"clamps": True}, options={"opset": 7, "ir": 3}),
+    # norms written as arithmetic
+    *ARITHMETIC,
 )  # fmt: skip
