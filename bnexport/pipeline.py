@@ -33,6 +33,7 @@ from bnexport.loading.sources import LoadedModel, checkpoint_of, load_source
 from bnexport.loading.zoo import zoo_of
 from bnexport.nn.batch_axis import check_batch
 from bnexport.nn.soundness import check_finite_output, check_sound
+from bnexport.progress import Progress, part_of, silent
 from bnexport.reporting.html import render_report
 from bnexport.reporting.results import ExportResult
 from bnexport.verification.golden import write_golden_vectors
@@ -51,6 +52,7 @@ def fold_and_export(
     *,
     weights: str | Path | None = None,
     request: ExportRequest | None = None,
+    progress: Progress = silent,
 ) -> ExportResult:
     """Fold, export and verify a network, and write one bundle: all of it, or nothing.
 
@@ -59,12 +61,22 @@ def fold_and_export(
         out: The bundle's directory, ``models/<name>/<version>``.
         weights: A weights file, a bundle or a run directory, for a source without weights (docs/weights.md).
         request: The options of the export; default: as in the checkpoint.
+        progress: Called before each stage.
 
     Raises:
         BadInput: The source, the request or the output path is unusable; nothing was written.
         ProofError: A fold is not exact; nothing was written.
     """
-    request, path = request or ExportRequest(), Path(out)
+    return _export(source, Path(out), weights, request or ExportRequest(), progress)
+
+
+def _export(
+    source: str | Path | nn.Module | LoadedModel,
+    path: Path,
+    weights: str | Path | None,
+    request: ExportRequest,
+    progress: Progress,
+) -> ExportResult:
     name, version = model_and_version(path)
     refuse_existing(path, force=request.force)
     loaded = _loaded(source, weights, request)
@@ -75,6 +87,7 @@ def fold_and_export(
         check_sizes_vary(loaded.module, specs)
         inputs = example_inputs(larger_example(specs))
         sizes = size_shapes(loaded.module, inputs)
+    progress("tracing, folding and proving the fold", 0, 1)
     result = fold(loaded.module, inputs, dynamic_shapes=sizes, max_growth=request.max_growth, clamps=request.clamps)
     result = _with_warnings(result, loaded, request)
     names = tuple(spec.name for spec in specs)
@@ -90,17 +103,20 @@ def fold_and_export(
     try:
         with staged_directory(path, force=request.force) as stage:
             shipped = in_precision(result.model, inputs, request.precision)
-            _write_models(stage, ExportJob(shipped, inputs, signature, request.onnx), request)
+            job = ExportJob(shipped, inputs, signature, request.onnx)
+            _write_models(stage, job, request, part_of(progress, 0.25, 0.55))
             if MODEL_ONNX in {row.file for row in FORMATS if row.name in request.formats}:
                 stamp_metadata(stage / MODEL_ONNX, manifest.model_facts())
             save_checkpoint(stage / WEIGHTS, checkpoint_of(loaded))
             shapes = {spec.name: spec.shape for spec in specs}
+            progress("writing golden vectors", 0.55, 1)
             write_golden_vectors(stage, manifest, loaded.module, shapes=shapes, data_dir=request.data_dir)
             report = verify(
                 seal(stage, manifest),
                 module=loaded.module,
                 data_dir=request.images_at(loaded.dataset),
                 scope=Scope(thorough=request.thorough),
+                progress=part_of(progress, 0.6, 1.0),
             )
             if not report.passed:
                 raise _Failed
@@ -152,10 +168,11 @@ def _with_warnings(result: FoldResult, loaded: LoadedModel, request: ExportReque
     return replace(result, report=replace(result.report, warnings=warnings))
 
 
-def _write_models(stage: Path, job: ExportJob, request: ExportRequest) -> None:
-    for row in FORMATS:
-        if row.name in request.formats:
-            row.write(job, stage / row.file)
+def _write_models(stage: Path, job: ExportJob, request: ExportRequest, progress: Progress) -> None:
+    rows = [row for row in FORMATS if row.name in request.formats]
+    for number, row in enumerate(rows):
+        progress(f"writing {row.file}", number, len(rows))
+        row.write(job, stage / row.file)
 
 
 def _onnx_facts(request: ExportRequest) -> dict[str, str | int]:
