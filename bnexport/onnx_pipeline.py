@@ -19,9 +19,9 @@ from bnexport.exporting.triton import check_triton_config, write_triton_config
 from bnexport.files import refuse_existing, staged_directory, write_atomically
 from bnexport.folding.fold import DEFAULT_MAX_GROWTH
 from bnexport.folding.onnx_backend.fold import OnnxFoldResult, fold_onnx
-from bnexport.folding.onnx_backend.inventory import opset_of
 from bnexport.folding.onnx_backend.proof import NotEvaluated, evaluator, first_that_works, run
 from bnexport.onnx_files.float64 import widen_array
+from bnexport.onnx_files.models import opset_of
 from bnexport.progress import Progress, part_of, silent
 from bnexport.reporting.html import render_report
 from bnexport.reporting.results import ExportResult
@@ -46,6 +46,7 @@ def fold_onnx_file(
     force: bool = False,
     max_growth: float = DEFAULT_MAX_GROWTH,
     clamps: bool = False,
+    inputs: tuple[str, ...] = (),
 ) -> OnnxFoldResult:
     """Fold an ONNX file and write the result as one file, after its proof.
 
@@ -55,8 +56,10 @@ def fold_onnx_file(
         force: Replace ``out`` if it exists.
         max_growth: See ``fold_onnx``.
         clamps: See ``fold_onnx``.
+        inputs: Texts as in ``ExportRequest.inputs``: numbers for sizes that the file leaves open, for shapes and the proof.
 
     Raises:
+        UsageError: ``inputs`` does not fit the file.
         OutputError: ``out`` exists already, or can't be written.
         BadInput: See ``fold_onnx``; nothing was written.
         ProofError: See ``fold_onnx``; nothing was written.
@@ -66,7 +69,7 @@ def fold_onnx_file(
         raise OutputError(f"{path} is a folder", remedy="Choose another file")
     if path.exists() and not force:
         raise OutputError(f"{path} exists already", remedy="Choose another file, or pass --force to replace it")
-    result = fold_onnx(source, max_growth=max_growth, clamps=clamps)
+    result = fold_onnx(source, max_growth=max_growth, clamps=clamps, inputs=_requested(inputs))
     write_atomically(path, result.model.SerializeToString(deterministic=True))
     return result
 
@@ -100,7 +103,7 @@ def fold_and_export_onnx(
     name, version = model_and_version(path)
     refuse_existing(path, force=request.force)
     progress("folding and proving the fold", 0, 1)
-    result = fold_onnx(source, max_growth=max_growth, clamps=clamps)
+    result = fold_onnx(source, max_growth=max_growth, clamps=clamps, inputs=_requested(request.inputs))
     signature = signature_of_file(result.model)
     check_labels(signature, request.labels)
     check_triton_config(path, name, signature, force=request.force)
@@ -131,6 +134,10 @@ def fold_and_export_onnx(
     except _Failed:
         return ExportResult(None, result.report, report)
     return ExportResult(Bundle.open(path), result.report, report)
+
+
+def _requested(texts: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
+    return {spec.name: spec.shape for spec in parse_inputs(texts)} if texts else {}
 
 
 def signature_of_file(model: ModelProto) -> Signature:

@@ -16,15 +16,17 @@ from bnexport.optional import need_packages
 #: Option of fold-and-export that a file can't follow -> why.
 _REFUSED: dict[str, str] = {
     "weights": "an ONNX file has its own weights",
+    "weights_key": "an ONNX file has its own weights",
     "model_options": "an ONNX file is built already",
     "dynamic_size": "an ONNX file keeps the sizes that it declares",
     "opset": "an ONNX file keeps its operator set",
     "ir_version": "an ONNX file keeps its IR version",
     "precision": "an ONNX file keeps its precision",
     "allow_untrained": "an ONNX file is taken as it is",
+    "allow_nonfinite": "an ONNX file is taken as it is",
 }
 #: Those that say something of a bundle and nothing of a file alone.
-_OF_BUNDLES = ("inputs", "labels", "mean", "std", "dataset", "data_dir", "formats")
+_OF_BUNDLES = ("labels", "mean", "std", "dataset", "data_dir", "formats")
 
 
 def is_onnx(source: str) -> bool:
@@ -77,14 +79,26 @@ def _file(source: str, out: Path, options: dict[str, Any], *, as_json: bool) -> 
     from bnexport.reporting.results import print_json
     from bnexport.reporting.tables import literal, make_console, print_fold_report
 
-    result = fold_onnx_file(source, out, force=options["force"], **_fold_options(options))
+    result = fold_onnx_file(
+        source, out, force=options["force"], inputs=tuple(options["inputs"] or ()), **_fold_options(options)
+    )
     if as_json:
-        print_json({"file": str(out), "changed": result.changed, "fold": result.report.to_json()})
+        print_json(
+            {
+                "file": str(out),
+                "changed": result.changed,
+                "normalised": list(result.normalised),
+                "fold": result.report.to_json(),
+            }
+        )
         return 0
     console = make_console()
     print_fold_report(result.report, console)
+    if result.normalised:
+        console.print(literal(f"Normalised before folding: {'; '.join(result.normalised)}.", console), soft_wrap=True)
     if not result.changed:
-        console.print(literal("Nothing was changed: the file is written as it was.", console), soft_wrap=True)
+        text = "Nothing was folded." if result.normalised else "Nothing was changed: the file is written as it was."
+        console.print(literal(text, console), soft_wrap=True)
     size = out.stat().st_size
     console.print(literal(f"File: {out} ({size / 1000:.0f} kB)", console), soft_wrap=True)
     return 0
@@ -106,7 +120,7 @@ def _bundle(source: str, out: Path, options: dict[str, Any], *, as_json: bool, q
 @click.argument("source")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="The bundle: models/<name>/<version>.")
 @click.option(
-    "--weights", type=click.Path(path_type=Path), help="Safetensors or a torch state dict, for a network without."
+    "--weights", type=click.Path(path_type=Path), help="Weights file, bundle or run directory, for a network without."
 )
 @options_of(ExportRequest, last="labels")
 @click.option("--mean", help="Per channel, as 0.485,0.456,0.406; with it images are accepted by predict.")

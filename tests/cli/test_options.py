@@ -48,7 +48,7 @@ def test_every_option_reaches_the_request(tmp_path: Path):
     given = request(
         "--input", "image=3x8x9", "--labels", str(tmp_path / "labels.txt"), "--mean", "0.1,0.2,0.3", "--std", "1,2,3",
         "--dataset", "digits", "--data-dir", str(tmp_path), "--opset", "17", "--ir-version", "9", "--format", "onnx",
-        "--allow-untrained", "--force",
+        "--allow-untrained", "--force", "--allow-nonfinite", "mask", "--allow-nonfinite", "a.table",
     )  # fmt: skip
     assert given == ExportRequest(
         inputs=("image=3x8x9",),
@@ -58,6 +58,7 @@ def test_every_option_reaches_the_request(tmp_path: Path):
         onnx=OnnxTarget(17, 9),
         formats=("onnx",),
         allow_untrained=True,
+        allow_nonfinite=("mask", "a.table"),
         force=True,
         data_dir=tmp_path,
     )
