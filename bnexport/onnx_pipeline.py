@@ -22,6 +22,7 @@ from bnexport.folding.onnx_backend.fold import OnnxFoldResult, fold_onnx
 from bnexport.folding.onnx_backend.proof import NotEvaluated, evaluator, first_that_works, run
 from bnexport.onnx_files.float64 import widen_array
 from bnexport.onnx_files.models import opset_of
+from bnexport.progress import Progress, part_of, silent
 from bnexport.reporting.html import render_report
 from bnexport.reporting.results import ExportResult
 from bnexport.tensors import DTYPES, Array, Signature, TensorSpec
@@ -80,6 +81,7 @@ def fold_and_export_onnx(
     request: ExportRequest | None = None,
     max_growth: float = DEFAULT_MAX_GROWTH,
     clamps: bool = False,
+    progress: Progress = silent,
 ) -> ExportResult:
     """Fold an ONNX file and write a bundle of it: ``model.onnx`` alone, with golden vectors of the original in float64.
 
@@ -89,6 +91,7 @@ def fold_and_export_onnx(
         request: Labels, preprocessing, data set, sizes that vary, ``force``; the rest does not apply to a file.
         max_growth: See ``fold_onnx``.
         clamps: See ``fold_onnx``.
+        progress: Called before each stage.
 
     Raises:
         ExportError: The file can't be verified: inputs or outputs without a batch or a shape, another precision than
@@ -99,6 +102,7 @@ def fold_and_export_onnx(
     request, path = request or ExportRequest(), Path(out)
     name, version = model_and_version(path)
     refuse_existing(path, force=request.force)
+    progress("folding and proving the fold", 0, 1)
     result = fold_onnx(source, max_growth=max_growth, clamps=clamps, inputs=_requested(request.inputs))
     signature = signature_of_file(result.model)
     check_labels(signature, request.labels)
@@ -115,11 +119,13 @@ def fold_and_export_onnx(
     try:
         with staged_directory(path, force=request.force) as stage:
             write_atomically(stage / MODEL_ONNX, _stamped(result.model, manifest))
+            progress("writing golden vectors", 0.3, 1)
             _write_golden(stage, manifest, result.original, request)
             report = verify(
                 seal(stage, manifest),
                 data_dir=request.images_at(request.dataset),
                 scope=Scope(thorough=request.thorough),
+                progress=part_of(progress, 0.4, 1.0),
             )
             if not report.passed:
                 raise _Failed

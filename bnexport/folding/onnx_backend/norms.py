@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bnexport.folding.affine import Affine, ChannelAffine, Dim
+from bnexport.folding.affine import Affine, ChannelAffine, Dim, why_infinite
 from bnexport.folding.graph import Norm, NormCall, Opaque
 from bnexport.folding.onnx_backend.inventory import BATCH_NORM
 from bnexport.folding.onnx_backend.view import NOT_AN_INPUT, OVERRIDABLE, Reading, View
@@ -28,7 +28,8 @@ def read_batch_norm(view: View) -> Reading:
     affine = None if why else _affine(view)
     rank = len(view.shape() or ())
     if affine is not None and not bool(torch.isfinite(affine.scale).all() and torch.isfinite(affine.shift).all()):
-        why, unlock = "its scale or shift is not finite", "statistics with a variance and eps that are not both 0"
+        var = view.context.constants.tensor(view.input(4))
+        why, unlock = why_infinite(var, float(view.attribute("epsilon", _DEFAULT_EPSILON)))
         affine = None
     found = None if affine is None else affine.on_axis(1, rank)
     call = NormCall(view.name, BATCH_NORM, _channels(view), found, why, unlock)

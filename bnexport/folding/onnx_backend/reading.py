@@ -14,6 +14,7 @@ from bnexport.errors import ModelError
 from bnexport.onnx_files.models import graphs, nodes
 from bnexport.onnx_files.normalisation import normalise
 from bnexport.optional import one_line
+from bnexport.validation.file_kinds import refuse_other_kinds
 from bnexport.validation.limits import refusing
 from bnexport.validation.onnx_file import validate_onnx
 from bnexport.validation.paths import check_regular
@@ -96,6 +97,7 @@ def _content(path: Path) -> bytes:
             check_regular(path)
         if path.stat().st_size > MAX_BYTES:
             raise ModelError(f"{path} is larger than 2 GB, which is no ONNX file", remedy=_CHECK)
+        refuse_other_kinds(path, "onnx")
         return path.read_bytes()
     except OSError as error:
         raise ModelError(f"{path} can't be read: {one_line(error)}", remedy="Check the path") from error

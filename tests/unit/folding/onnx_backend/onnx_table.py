@@ -98,7 +98,7 @@ CASES = (
     Case("slice", image(through("Slice", [1], [5], [1]), channels=4), GONE),
     Case("relu-between", image(through("Relu")), STAYS, "relu"),
     Case("clip-between", image(through("Clip", 0.0, 6.0)), STAYS, "clip"),
-    Case("tanh-between", image(through("Tanh")), STAYS, "no scale and shift can cross"),
+    Case("tanh-between", image(through("Tanh")), STAYS, "no rule moves a scale and shift across"),
     Case("concat", lambda g: branches(g, "Concat"), GONE),
     Case("add", lambda g: branches(g, "Add"), GONE),
     Case("sub", lambda g: branches(g, "Sub"), GONE),
