@@ -262,7 +262,7 @@ def measured(network: Network, out: Path) -> Figures:
     feeds, unserved = noise(network), ""
     try:
         if result.bundle is None:
-            raise DataError(result.verification.summary, remedy="Nothing was written")
+            raise DataError(result.verification.summary(), remedy="Nothing was written")
         outputs = served_outputs(result.bundle, feeds)
     except BnexportError as reason:
         outputs, unserved = folded_outputs(network, feeds), str(reason)
