@@ -15,6 +15,7 @@ import time
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -22,7 +23,7 @@ from benchmarks.command import finish, known, options, progress
 from benchmarks.pages import render, write_page
 from bnexport.bundle import Bundle
 from bnexport.environment import describe, environment
-from bnexport.errors import DataError
+from bnexport.errors import BnexportError, DataError
 from bnexport.exporting.request import ExportRequest
 from bnexport.optional import require
 from bnexport.reporting.results import ExportResult
@@ -142,31 +143,39 @@ def _factory(network: Network, home: Path) -> str:
     return str(ours if Path(str(ours).partition(":")[0]).is_file() else home / network.factory)
 
 
-def original_outputs(network: Network, feeds: dict[str, Array]) -> list[Array]:
+def original_outputs(network: Network, feeds: list[Array]) -> list[Array]:
     """Return the original's outputs: by ONNX Runtime without optimisation for a file, by torch for a module."""
+    if not network.factory:
+        return _run((unpacked(network) / network.member).read_bytes(), feeds)
+    import torch
+
+    with torch.no_grad():
+        return [_module(network)(torch.from_numpy(feeds[0])).numpy()]
+
+
+def _module(network: Network) -> Any:
+    from bnexport.loading.sources import load_source
+
     home = unpacked(network)
-    if network.factory:
-        import torch
+    return load_source(_factory(network, home), weights=home / network.member).module  # in eval mode
 
-        from bnexport.loading.sources import load_source
 
-        module = load_source(_factory(network, home), weights=home / network.member).module
-        with torch.no_grad():
-            return [module.eval()(torch.from_numpy(next(iter(feeds.values())))).numpy()]
+def _run(model: bytes, feeds: list[Array]) -> list[Array]:
     ort = require("onnxruntime", purpose="the original file")
     settings = ort.SessionOptions()
     settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = ort.InferenceSession(home / network.member, settings, providers=["CPUExecutionProvider"])
-    return list(session.run(None, dict(zip([item.name for item in session.get_inputs()], feeds.values(), strict=True))))
+    session = ort.InferenceSession(model, settings, providers=["CPUExecutionProvider"])
+    return list(session.run(None, dict(zip([item.name for item in session.get_inputs()], feeds, strict=True))))
 
 
-def served_outputs(bundle: Bundle, feeds: dict[str, Array]) -> list[Array]:
+def served_outputs(bundle: Bundle, feeds: list[Array]) -> list[Array]:
     """Return the answers of ``bnexport serve``'s model, which replays the golden vectors before it opens."""
 
     async def answered() -> list[Array]:
         model = open_served(bundle.manifest.name, "1", bundle.path, ServingSettings(workers=1))
         try:
-            answer = await model.batcher.submit(feeds, len(next(iter(feeds.values()))))
+            names = [spec.name for spec in bundle.manifest.signature.inputs]
+            answer = await model.batcher.submit(dict(zip(names, feeds, strict=True)), len(feeds[0]))
         finally:
             await model.close()
         return [answer[spec.name] for spec in bundle.manifest.signature.outputs]
@@ -174,11 +183,26 @@ def served_outputs(bundle: Bundle, feeds: dict[str, Array]) -> list[Array]:
     return asyncio.run(answered())
 
 
-def noise(bundle: Bundle, network: Network) -> dict[str, Array]:
+def folded_outputs(network: Network, feeds: list[Array]) -> list[Array]:
+    """Return the outputs of a folded file in ONNX Runtime, or of a folded graph in torch."""
+    from bnexport.folding.fold import fold
+    from bnexport.folding.onnx_backend.fold import fold_onnx
+
+    home, shape = unpacked(network), feeds[0].shape[1:]
+    if not network.factory:
+        folded = fold_onnx(home / network.member, inputs={"x": shape}).model
+        return _run(folded.SerializeToString(), feeds)
+    import torch
+
+    module = _module(network)
+    with torch.no_grad():
+        return [fold(module, torch.from_numpy(feeds[0])).model(torch.from_numpy(feeds[0])).numpy()]
+
+
+def noise(network: Network) -> list[Array]:
     """Return random samples of the size that the table names."""
-    (spec,) = bundle.manifest.signature.inputs
     shape = (_SAMPLES, *map(int, network.sample.split("x")))
-    return {spec.name: np.random.default_rng(_SEED).standard_normal(shape).astype(np.float32)}
+    return [np.random.default_rng(_SEED).standard_normal(shape).astype(np.float32)]
 
 
 def error(candidate: list[Array], reference: list[Array]) -> float:
@@ -194,13 +218,16 @@ class Figures:
     Attributes:
         network: The network.
         result: Fold, verdict and bundle.
-        difference: Of the served outputs from the original's, as a fraction of scale.
+        difference: Of the served outputs from the original's, as a fraction of scale; of the folded file's outputs in ONNX
+            Runtime where nothing was served.
+        unserved: The reason why it is not served; "" where it is.
         seconds: Of fold, verification and writing.
     """
 
     network: Network
     result: ExportResult
     difference: float
+    unserved: str
     seconds: float
 
     def cells(self) -> list[str]:
@@ -215,6 +242,7 @@ class Figures:
             f"{sum(row.gone for row in written)} of {len(written)}",
             proof,
             f"{self.difference:.0e}",
+            "no" if self.unserved else "yes",
             "PASS" if self.result.verification.passed else "FAIL",
             f"{self.seconds:.0f}",
             self.network.licence,
@@ -231,11 +259,14 @@ def measured(network: Network, out: Path) -> Figures:
     begin = time.perf_counter()
     result = exported(network, out)
     seconds = time.perf_counter() - begin
-    difference = float("nan")
-    if result.bundle is not None:
-        feeds = noise(result.bundle, network)
-        difference = error(served_outputs(result.bundle, feeds), original_outputs(network, feeds))
-    return Figures(network, result, difference, seconds)
+    feeds, unserved = noise(network), ""
+    try:
+        if result.bundle is None:
+            raise DataError(result.verification.summary(), remedy="Nothing was written")
+        outputs = served_outputs(result.bundle, feeds)
+    except BnexportError as reason:
+        outputs, unserved = folded_outputs(network, feeds), str(reason)
+    return Figures(network, result, error(outputs, original_outputs(network, feeds)), unserved, seconds)
 
 
 def main() -> int:
@@ -256,6 +287,7 @@ def main() -> int:
         "real_networks.md.jinja",
         cells=[item.cells() for item in found],
         wheels=sorted({item.network.wheel for item in found}),
+        unserved=[[item.network.name, item.unserved] for item in found if item.unserved],
         kept=[[name, row.module, row.kind, row.outcome, row.reason] for name, row in kept],
         machine=describe(environment()),
         samples=_SAMPLES,

@@ -281,7 +281,7 @@ class FoldPlan:
         """
         for weight in weights:
             if weight is not None and weight.made:
-                self._spend(weight.made, f"the weight of {op.name} is computed from fewer numbers, and the folded one")
+                self.spend(weight.made, f"the weight of {op.name} is computed from fewer numbers, and the folded one")
         shared = [weight for weight in weights if weight is not None and weight.readers > 1]
         if not shared:
             return False

@@ -15,7 +15,7 @@ from bnexport.folding.fold import DEFAULT_MAX_GROWTH
 from bnexport.folding.onnx_backend.graph import OnnxGraph
 from bnexport.folding.onnx_backend.inventory import BATCH_NORM, count_batch_norms, inner_batch_norms, label
 from bnexport.folding.onnx_backend.proof import NotEvaluated, fold_error
-from bnexport.folding.onnx_backend.reading import MAX_BYTES, check_valid, is_fully_valid, read_source
+from bnexport.folding.onnx_backend.reading import MAX_BYTES, SourceFile, check_valid, is_fully_valid, read_source
 from bnexport.folding.onnx_backend.write import Writer
 from bnexport.folding.plan import ATTEMPTS, Budget
 from bnexport.folding.report import FoldReport, FoldRow
@@ -84,10 +84,7 @@ def fold_onnx(
     file = read_source(source)
     original = file.model
     sizes = _sizes(original, inputs or {})
-    readable = ModelProto()
-    readable.CopyFrom(upgraded(original, file.name))
-    if prove and opset_of(readable) != opset_of(original):
-        _check_conversion(original, readable, file.name, sizes)
+    readable = _readable(file, sizes, prove=prove)
     sums = split_sums(readable)
     before = max(OnnxGraph(readable, sizes).elements, 1)
     for apart, biases in ATTEMPTS:  # again and stricter where the result exceeds the budget
@@ -109,6 +106,15 @@ def fold_onnx(
     error, unproved = _proof(original, model, writer.exact if changed else None, sizes) if prove else (None, ())
     report = FoldReport(rows, count_batch_norms(model), error, growth, (*account.warnings, *unproved))
     return OnnxFoldResult(model, report, original, changed, file.normalised)
+
+
+def _readable(file: SourceFile, sizes: Mapping[str, Sequence[int]], *, prove: bool) -> ModelProto:
+    """Return a copy of a file's model, of operator set 7 or newer."""
+    readable = ModelProto()
+    readable.CopyFrom(upgraded(file.model, file.name))
+    if prove and opset_of(readable) != opset_of(file.model):
+        _check_conversion(file.model, readable, file.name, sizes)
+    return readable
 
 
 def _sizes(model: ModelProto, inputs: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
