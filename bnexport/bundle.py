@@ -101,6 +101,16 @@ class Manifest:
         values["labels"] = None if self.labels is None else list(self.labels)
         return {"format": FORMAT, "format_version": FORMAT_VERSION, **values}
 
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        """Return the names that the data set's classes should have, in the order of the logits; None if they are unknown.
+
+        They are the labels, except where the export gave the classes other names.
+        """
+        accuracy = self.verification.get("accuracy")
+        renamed = accuracy.get("classes") if isinstance(accuracy, dict) else None
+        return tuple(map(str, renamed)) if isinstance(renamed, list) else self.labels
+
     def model_facts(self) -> dict[str, str]:
         """What model.onnx repeats of the manifest in its own metadata, for a server that has only that file."""
         values = {

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -19,6 +22,9 @@ from bnexport.exporting.request import (
     ExportRequest,
     example_inputs,
     fitted_preprocessing,
+    image_preprocessing,
+    input_texts,
+    label_names,
     model_and_version,
     parse_inputs,
 )
@@ -26,6 +32,7 @@ from bnexport.exporting.signature import check_labels, signature_of
 from bnexport.exporting.triton import check_triton_config, write_triton_config
 from bnexport.files import refuse_existing, staged_directory, write_atomically
 from bnexport.folding.fold import FoldResult, fold
+from bnexport.folding.report import FoldReport
 from bnexport.folding.torch_backend.trace import size_shapes
 from bnexport.loading.checkpoint import save_checkpoint
 from bnexport.loading.sources import LoadedModel, checkpoint_of, load_source
@@ -33,6 +40,7 @@ from bnexport.loading.zoo import zoo_of
 from bnexport.nn.soundness import check_sound
 from bnexport.reporting.html import render_report
 from bnexport.reporting.results import ExportResult
+from bnexport.verification.coverage import verify_command
 from bnexport.verification.golden import write_golden_vectors
 from bnexport.verification.verdict import VerificationReport
 from bnexport.verification.verify import verify
@@ -46,8 +54,16 @@ def fold_and_export(
     source: str | nn.Module | LoadedModel,
     out: str | Path,
     *,
-    weights: Path | None = None,
+    weights: str | Path | None = None,
     request: ExportRequest | None = None,
+    input: str | Sequence[int] | Sequence[str] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    labels: Sequence[str] | str | Path | None = None,
+    dataset: str | None = None,
+    data_dir: str | Path | None = None,
+    model_options: Mapping[str, Any] | None = None,
+    force: bool | None = None,
 ) -> ExportResult:
     """Fold, export and verify a network, and write one bundle: all of it, or nothing.
 
@@ -55,18 +71,32 @@ def fold_and_export(
         source: A source as for ``loading.sources.load_source``, or a module.
         out: The bundle's directory, ``models/<name>/<version>``.
         weights: Weights for a source that has none.
-        request: The options of the export; default: as in the checkpoint.
+        request: All options of the export; default: as in the checkpoint. An argument below replaces the option of the same
+            name.
+        input: Shape of one sample, ``(3, 224, 224)`` or "3x224x224"; of several inputs one text each, "tokens=16:int64".
+        mean: Per channel, of pixels from 0 to 1, with ``std``: how an image becomes the input.
+        std: Per channel, of pixels from 0 to 1.
+        labels: Class names in the order of the scores, or a text file with one per line.
+        dataset: Data set whose test images the verification uses: a name, or ``folder:PATH``.
+        data_dir: Folder of the data set.
+        model_options: Named arguments of the network's constructor or factory.
+        force: Replace an existing bundle.
 
     Raises:
         BadInput: The source, the request or the output path is unusable; nothing was written.
         ProofError: A fold is not exact; nothing was written.
     """
-    request, path = request or ExportRequest(), Path(out)
+    given = {"inputs": input_texts(input), "labels": label_names(labels), "dataset": dataset, "force": force}
+    given |= {"data_dir": None if data_dir is None else Path(data_dir), "model_options": model_options}
+    request = replace(request or ExportRequest(), **{key: value for key, value in given.items() if value is not None})
+    path, weights = Path(out), None if weights is None else Path(weights)
     name, version = model_and_version(path)
     refuse_existing(path, force=request.force)
     loaded = _loaded(source, weights, request)
     specs = parse_inputs(request.inputs, default_shape=loaded.input_shape)
-    loaded = replace(loaded, preprocessing=request.preprocessing or fitted_preprocessing(loaded.preprocessing, specs))
+    image = image_preprocessing(specs, mean, std) or request.image or fitted_preprocessing(loaded.preprocessing, specs)
+    loaded = replace(loaded, preprocessing=image)
+    request.check_dataset(loaded.dataset, preprocessing=image, labels=loaded.labels)
     check_sound(loaded.module, allow_untrained=request.allow_untrained)
     inputs, sizes = example_inputs(specs), None
     if request.dynamic_size:
@@ -83,7 +113,7 @@ def fold_and_export(
     check_triton_config(path, name, signature, force=request.force)
     manifest = Manifest(
         name, version, signature, loaded.network, loaded.dataset, loaded.preprocessing, loaded.labels,
-        _onnx_facts(request), environment(), result.report.to_json(),
+        _onnx_facts(request), environment(), result.report.to_json(), request.expected_accuracy(loaded.dataset),
     )  # fmt: skip
     try:
         with staged_directory(path, force=request.force) as stage:
@@ -92,10 +122,14 @@ def fold_and_export(
             save_checkpoint(stage / WEIGHTS, checkpoint_of(loaded))
             shapes = {spec.name: spec.shape for spec in specs}
             write_golden_vectors(stage, manifest, loaded.module, shapes=shapes, data_dir=request.data_dir)
-            report = verify(seal(stage, manifest), module=loaded.module, data_dir=request.images_at(loaded.dataset))
+            report = verify(
+                seal(stage, manifest),
+                module=loaded.module,
+                data_dir=request.images_at(loaded.dataset, usable=image is not None),
+            )
             if not report.passed:
                 raise _Failed
-            _finish(stage, manifest, result, report, path)
+            _finish(stage, manifest, result.report, report, path, request.data_dir)
             write_triton_config(path, name, signature, force=request.force)  # before the bundle: all of it, or nothing
     except _Failed:
         return ExportResult(None, result.report, report)
@@ -141,16 +175,21 @@ def _onnx_facts(request: ExportRequest) -> dict[str, str | int]:
     }
 
 
-def _finish(stage: Path, manifest: Manifest, result: FoldResult, report: VerificationReport, path: Path) -> None:
+def _finish(
+    stage: Path, manifest: Manifest, fold: FoldReport, report: VerificationReport, path: Path, data_dir: Path | None
+) -> None:
     """Write the verdict into the model file's metadata, the page and the manifest."""
     stamp_metadata(stage / MODEL_ONNX, model_metadata(manifest, parity=report.parity()))
     page = render_report(
         manifest,
-        fold=result.report,
+        fold=fold,
         verification=report,
         environment=manifest.environment,
         samples=report.samples or None,
-        commands=[f"bnexport verify {path}", f"bnexport inspect {path}"],
+        commands=[
+            verify_command(manifest, path, report, data_dir=data_dir),
+            shlex.join(["bnexport", "inspect", str(path)]),
+        ],
     )
     write_atomically(stage / REPORT, page.encode())
     seal(stage, replace(manifest, verification=report.to_json()))

@@ -105,7 +105,7 @@ def recalibrate_checkpoint(
     target = file.with_name(file.stem + SUFFIX) if out is None else out
     _refuse_target(file, target, force=request.force)
     device = choose_device(request.device)
-    trained = load_trained(path, source=request.source)
+    trained = load_trained(path, request)
     module = trained.model.module
     layers = norm_layers(module)
     if not layers:
@@ -114,6 +114,7 @@ def recalibrate_checkpoint(
             remedy="Give a network that was trained with batch normalization",
         )
     name = trained.dataset(request.dataset)
+    trained.classes(name, data_dir=request.data_dir)
     fitting = trained.preprocessing
     train, _ = load_train_images(name, data_dir=request.data_dir, download=True, preprocessing=fitting)
     order = _chosen(len(train), request)

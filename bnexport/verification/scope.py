@@ -22,6 +22,8 @@ class Scope:
         conv_searches: How cuDNN chooses a convolution's algorithm.
         max_samples: Maximum number of samples of each kind; None: what a few seconds allow.
         drift: Compare layer by layer: True, False, or None: where it is cheap, and where a runtime failed.
+        allow_low_accuracy: Accept an original network whose accuracy on labelled samples is at or below chance
+            (``data.classes``).
 
     Raises:
         UsageError: A value that is not known, or no value at all.
@@ -33,6 +35,7 @@ class Scope:
     conv_searches: tuple[str, ...] = ("heuristic",)
     max_samples: int | None = None
     drift: bool | None = None
+    allow_low_accuracy: bool = False
 
     def __post_init__(self) -> None:
         for what, values, known in (

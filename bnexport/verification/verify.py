@@ -14,6 +14,7 @@ from bnexport.errors import BnexportError, MissingDependency, Unavailable
 from bnexport.runtimes.base import RunSettings, plain_reason
 from bnexport.runtimes.catalogue import RUNNERS, RunnerSpec, runner_spec
 from bnexport.tensors import Array
+from bnexport.verification.coverage import on_dataset
 from bnexport.verification.drift import look_at_layers
 from bnexport.verification.inputs import RunPlan
 from bnexport.verification.reference import is_known
@@ -35,6 +36,7 @@ def verify(
     bundle: Bundle | str | Path,
     *,
     runtimes: Sequence[str | RunnerSpec] | None = None,
+    dataset: str | None = None,
     data_dir: str | Path | None = None,
     samples: str | Path | None = None,
     module: nn.Module | None = None,
@@ -52,7 +54,8 @@ def verify(
         bundle: A bundle or its directory.
         runtimes: Names from RUNNERS, or rows of the same kind. None: all available ones. A runtime whose engine, device or
             library is missing is listed as skipped; one that exists but refuses the file fails.
-        data_dir: Where the data set lies. Nothing is downloaded.
+        dataset: The data set to verify on: a name, or ``folder:PATH``. None: the one that the bundle names.
+        data_dir: Folder of the data set. Nothing is downloaded.
         samples: A file or folder of inputs to use in place of the data set's images (``samples.load_samples``).
         module: The original network, for a bundle whose network only its author has. Never changed.
         seed: Random seed of the synthetic inputs.
@@ -60,18 +63,19 @@ def verify(
 
     Raises:
         BundleError: Not a bundle, or its manifest is damaged.
-        UsageError: An unknown runtime, or one that has none of the precisions asked for.
+        UsageError: An unknown runtime, one that has none of the precisions asked for, or images that can't be used.
         Unavailable: A named runtime can't run here, or refuses the file.
-        DataError: ``data_dir`` does not hold the data set, or ``samples`` can't be used.
+        DataError: ``dataset`` can't be read, ``data_dir`` does not hold it, or ``samples`` can't be used.
         ModelError: ``module`` can't be evaluated in float64.
     """
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     scope = scope or Scope()
     specs = _specs(runtimes, scope)
+    opened, place = on_dataset(opened, dataset, data_dir, samples=samples, module=module)
     given = None if samples is None else _samples(opened, Path(samples), scope)
-    work = Work(opened, module, seed, scope.max_samples)
+    work = Work(opened, module, seed, scope.max_samples, scope.allow_low_accuracy)
     work.rows += integrity_rows(opened, work.problems)
-    runs = _Runs(work, work.prepare(data_dir, given), scope, named=runtimes is not None)
+    runs = _Runs(work, work.prepare(place, given), scope, named=runtimes is not None)
     for spec in specs:
         runs.all_of(spec)
     return VerificationReport(
@@ -84,7 +88,13 @@ def verify(
         seed=seed,
         environment=environment(),
         findings=Findings(
-            work.predictions(runs.plan), runs.drift, runs.flipped, None, work.waived, tuple(work.warnings)
+            work.predictions(runs.plan),
+            runs.drift,
+            runs.flipped,
+            None,
+            work.waived,
+            tuple(work.warnings),
+            work.coverage,
         ),
         samples=runs.samples,
         pictures=runs.pictures(),

@@ -12,6 +12,7 @@ from bnexport.errors import BnexportError, MissingDependency, Unavailable, Usage
 from bnexport.onnx_files.models import multiplications, read_model
 from bnexport.optional import require
 from bnexport.tensors import check_feeds
+from bnexport.verification.coverage import GOLDEN_ONLY, judge_accuracy
 from bnexport.verification.forecast import Forecast
 from bnexport.verification.format_proof import TENSORS, format_rows
 from bnexport.verification.inputs import (
@@ -24,7 +25,7 @@ from bnexport.verification.inputs import (
     other_sized_batches,
     smallest_batch,
 )
-from bnexport.verification.metrics import common_scales, count_flips, has_labels
+from bnexport.verification.metrics import common_scales, has_labels
 from bnexport.verification.reference import Reference, find_reference, not_rebuilt, takes_empty_batch
 from bnexport.verification.samples import Samples
 from bnexport.verification.stages import compare, failed, proof_rows
@@ -53,11 +54,13 @@ class Work:
     Attributes:
         module: The live original network, if its author gave it.
         max_samples: Maximum number of samples of each kind; None: by their cost alone.
+        allow_low_accuracy: Accept a reference whose accuracy on labelled samples is at or below chance.
         waived: Required stage -> why it can't be run here, and what replaces it.
         warnings: Warnings for the reader that no row contains.
         reference: Description of the reference.
         inputs: Description of the real inputs, or the reason why there are none.
         accuracy: Accuracy of the reference on labelled samples.
+        coverage: The part of the proof that is covered; "" for all of it.
         forecast: Predicts the noise of precisions; set by ``prepare``.
     """
 
@@ -65,12 +68,14 @@ class Work:
     module: nn.Module | None
     seed: int
     max_samples: int | None = None
+    allow_low_accuracy: bool = False
     rows: list[Row] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     waived: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     reference: str = ""
     inputs: str = ""
+    coverage: str = ""
     accuracy: Mapping[str, Any] = field(default_factory=dict)
     forecast: Forecast = field(init=False)
     problems: dict[str, str | None] = field(init=False)
@@ -92,6 +97,7 @@ class Work:
         """Prepare the reference, the inputs, and the rows that need no runtime."""
         golden, model = self._golden(), self._model()
         reference = self._find_reference()
+        self.coverage = GOLDEN_ONLY if reference is None else ""
         if samples is not None and reference is None:
             self._refuse_samples()
         cost = self._cost(golden, model)
@@ -257,25 +263,11 @@ class Work:
         else:
             self.rows.append(compare("golden-reference", "reference", "golden", outputs, golden.expected))
         self.inputs = suite.images
-        if suite.labels is not None and (correct := _correct(cases[0], suite)) is not None:
-            self.accuracy = {"dataset": suite.dataset, "n": cases[0].batch.n, "correct": correct}
-            self._accuracy_row(cases[0])
-
-    def _accuracy_row(self, images: Case) -> None:
-        """Add a row: the original must be as accurate on these images as at export, else the preprocessing has changed."""
-        before = self.bundle.manifest.verification.get("accuracy")
-        now = self.accuracy
-        if not isinstance(before, dict) or not isinstance(before.get("correct"), int):
-            return  # made without images, or by another version
-        if before.get("dataset") != now["dataset"] or before.get("n") != now["n"]:
-            return
-        scores = next(iter(images.expected.values()))
-        unsure = count_flips(scores, scores, bound=TOLERANCES["golden-reference"].bound).uncertain
-        passed = abs(before["correct"] - now["correct"]) <= unsure
-        reason = f"{now['correct']} of {now['n']} images right, {before['correct']} at export"
-        if not passed:
-            reason += ": other preprocessing, images or weights"
-        self.rows.append(Row("accuracy", "reference", "images", passed, reason, n=now["n"]))
+        if suite.labels is not None:
+            self.accuracy, rows = judge_accuracy(
+                self.bundle.manifest, cases[0], suite.labels, suite.dataset, accept=self.allow_low_accuracy
+            )
+            self.rows += rows
 
     def _file_rows(self, cases: Sequence[Case], model: ModelProto | None) -> None:
         if model is not None:
@@ -327,11 +319,3 @@ class Work:
                 "the inputs are synthetic: how many labels change on noise says little of real samples; "
                 "give some with --samples or --data-dir"
             )
-
-
-def _correct(images: Case, suite: Suite) -> int | None:
-    """Return the number of labels that the reference gets right; None when the output is not one score per class."""
-    scores = next(iter(images.expected.values()))
-    if suite.labels is None or scores.ndim != 2:
-        return None
-    return int((scores.argmax(axis=1) == suite.labels).sum())
