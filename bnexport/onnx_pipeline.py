@@ -101,9 +101,8 @@ def fold_and_export_onnx(
     result = fold_onnx(source, max_growth=max_growth, clamps=clamps)
     signature = signature_of_file(result.model)
     check_labels(signature, request.labels)
-    request.check_dataset(
-        request.dataset, preprocessing=request.image, labels=request.labels, scores=score_count(signature)
-    )
+    image = request.image(parse_inputs(request.inputs) if request.inputs else ())
+    request.check_dataset(request.dataset, preprocessing=image, labels=request.labels, scores=score_count(signature))
     check_triton_config(path, name, signature, force=request.force)
     onnx_facts = {
         "opset": opset_of(result.model),
@@ -111,7 +110,7 @@ def fold_and_export_onnx(
         "precision": "float32",
     }
     manifest = Manifest(
-        name, version, signature, {"source": Path(source).name, "options": {}}, request.dataset, request.image,
+        name, version, signature, {"source": Path(source).name, "options": {}}, request.dataset, image,
         request.labels, onnx_facts, environment(), result.report.to_json(), request.expected_accuracy(request.dataset),
     )  # fmt: skip
     try:

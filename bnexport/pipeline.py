@@ -21,10 +21,6 @@ from bnexport.exporting.onnx_graph import model_metadata, stamp_metadata
 from bnexport.exporting.request import (
     ExportRequest,
     example_inputs,
-    fitted_preprocessing,
-    image_preprocessing,
-    input_texts,
-    label_names,
     model_and_version,
     parse_inputs,
 )
@@ -86,15 +82,22 @@ def fold_and_export(
         BadInput: The source, the request or the output path is unusable; nothing was written.
         ProofError: A fold is not exact; nothing was written.
     """
-    given = {"inputs": input_texts(input), "labels": label_names(labels), "dataset": dataset, "force": force}
-    given |= {"data_dir": None if data_dir is None else Path(data_dir), "model_options": model_options}
-    request = replace(request or ExportRequest(), **{key: value for key, value in given.items() if value is not None})
-    path, weights = Path(out), None if weights is None else Path(weights)
+    request = (request or ExportRequest()).with_options(
+        input=input, mean=mean, std=std, labels=labels, dataset=dataset, data_dir=data_dir, force=force,
+        model_options=model_options,
+    )  # fmt: skip
+    path, given = Path(out), None if weights is None else Path(weights)
+    return _export(source, path, given, request)
+
+
+def _export(
+    source: str | nn.Module | LoadedModel, path: Path, weights: Path | None, request: ExportRequest
+) -> ExportResult:
     name, version = model_and_version(path)
     refuse_existing(path, force=request.force)
     loaded = _loaded(source, weights, request)
     specs = parse_inputs(request.inputs, default_shape=loaded.input_shape)
-    image = image_preprocessing(specs, mean, std) or request.image or fitted_preprocessing(loaded.preprocessing, specs)
+    image = request.image(specs, stated=loaded.preprocessing)
     loaded = replace(loaded, preprocessing=image)
     request.check_dataset(loaded.dataset, preprocessing=image, labels=loaded.labels)
     check_sound(loaded.module, allow_untrained=request.allow_untrained)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,6 +89,8 @@ class ExportRequest:
         rename_classes: The labels are new names for the data set's classes, in the order of the data set.
         preprocessing: How an image becomes an input, or its JSON, in which form it is kept; None: that of the checkpoint or
             of the network's package.
+        mean: Per channel, of pixels from 0 to 1, with ``std``, in place of ``preprocessing``.
+        std: Per channel, of pixels from 0 to 1.
         dataset: Data set whose test images the verification uses; None: the checkpoint's.
         data_dir: Folder of the data set; None: the usual places.
         onnx: Operator set and file format.
@@ -115,6 +117,8 @@ class ExportRequest:
     labels: tuple[str, ...] | None = option("Text file with one class name per line.", None)
     rename_classes: bool = option("LABELS are new names for the data set's classes, in the same order.", False)
     preprocessing: Preprocessing | Mapping[str, Any] | None = None
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
     dataset: str | None = option("Verify on its test images (a checkpoint names its own).", None)
     data_dir: Path | None = option("Folder of data sets.", None)
     onnx: OnnxTarget = field(default_factory=OnnxTarget)
@@ -173,20 +177,32 @@ class ExportRequest:
             facts["accepted"] = True
         return {"accuracy": facts} if facts else {}
 
-    @property
-    def image(self) -> Mapping[str, Any] | None:
-        """Return the JSON of the preprocessing, if it was given."""
-        return self.preprocessing.to_json() if isinstance(self.preprocessing, Preprocessing) else self.preprocessing
+    def image(
+        self, specs: Sequence[InputSpec] = (), *, stated: Mapping[str, Any] | None = None
+    ) -> Mapping[str, Any] | None:
+        """Return the JSON of the preprocessing: the given one, or the ``stated`` one of the source if it fits the inputs."""
+        if (given := image_preprocessing(specs, self.mean, self.std)) is not None:
+            return given
+        own = self.preprocessing
+        return (own.to_json() if isinstance(own, Preprocessing) else own) or fitted_preprocessing(stated, specs)
+
+    def with_options(self, **options: Any) -> ExportRequest:
+        """Return the request with the options that are not None; ``input`` and ``data_dir`` in the forms that users write."""
+        options["inputs"] = input_texts(options.pop("input"))
+        options["data_dir"] = None if options["data_dir"] is None else Path(options["data_dir"])
+        return replace(self, **{name: value for name, value in options.items() if value is not None})
 
     def __post_init__(self) -> None:
         for name, value in (
             ("preprocessing", _preprocessing_json(self.preprocessing)),
             ("labels", label_names(self.labels)),
-            ("inputs", (self.inputs,) if isinstance(self.inputs, str) else tuple(self.inputs)),
+            ("inputs", input_texts(self.inputs)),
         ):
             object.__setattr__(self, name, value)
         if self.rename_classes and self.labels is None:
             raise UsageError("--rename-classes is given without --labels", remedy="Pass --labels, or leave it out")
+        if self.preprocessing is not None and (self.mean is not None or self.std is not None):
+            raise UsageError("preprocessing is given beside mean and std", remedy="Give one of them")
         if self.precision not in STORED_PRECISIONS:
             raise UsageError(
                 f"the precision {self.precision!r} is not known", remedy=f"Known: {', '.join(STORED_PRECISIONS)}"
@@ -326,8 +342,8 @@ def example_inputs(specs: tuple[InputSpec, ...], *, batch: int = 2, seed: int = 
         ) from error
 
 
-#: Largest plausible standard deviation of pixels that were scaled to 0 to 1.
-_LARGEST_STD = 10.0
+#: Largest plausible mean and standard deviation of pixels that were scaled to 0 to 1.
+_LARGEST_MEAN, _LARGEST_STD = 1.0, 10.0
 
 
 def image_preprocessing(
@@ -356,8 +372,8 @@ def image_preprocessing(
         )
     channels, height, width = specs[0].shape
     image = Preprocessing(channels, height, width, mean=tuple(mean), std=tuple(std))
-    for name, values, least, most in (("mean", mean, 0.0, 1.0), ("std", std, 0.0, _LARGEST_STD)):
-        if odd := [value for value in values if not least <= value <= most]:
+    for name, values, most in (("mean", mean, _LARGEST_MEAN), ("std", std, _LARGEST_STD)):
+        if odd := [value for value in values if abs(value) > most]:
             raise UsageError(
                 f"--{name} {odd[0]:g} is not a {name} of pixels from 0 to 1",
                 remedy=f"Pixels are divided by 255 first, so divide it, too: --{name} {odd[0] / 255:.4g}",
@@ -366,7 +382,7 @@ def image_preprocessing(
 
 
 def fitted_preprocessing(
-    preprocessing: Mapping[str, Any] | None, specs: tuple[InputSpec, ...]
+    preprocessing: Mapping[str, Any] | None, specs: Sequence[InputSpec]
 ) -> Mapping[str, Any] | None:
     """Return a source's preprocessing for the requested inputs: another size is used; other channels give None."""
     if preprocessing is None or len(specs) != 1 or len(specs[0].shape) != 3:

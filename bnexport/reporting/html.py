@@ -85,12 +85,12 @@ def render_report(
     """The page as text; the same arguments give the same bytes.
 
     Args:
-        manifest: Name, signature, labels and so on; its ``fold``, ``verification`` and ``environment`` are not read.
+        manifest: Name, signature, labels; its ``fold``, ``verification`` and ``environment`` are not read.
         fold: What became of each BatchNorm; None where nobody knows.
         verification: The verdict.
         environment: As from ``bnexport.environment.environment``.
-        commands: How to reproduce, one shell command each. The first verifies.
-        run_command: The command from which that of each run is made; "" is the first of ``commands``.
+        commands: How to reproduce, one shell command each.
+        run_command: The base of each run's command; "" is the first of ``commands``.
         samples: Error and margin per sample by run; with it the page shows their distribution.
     """
     lines, account = runs(verification), fold or FoldReport((), 0)

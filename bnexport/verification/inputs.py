@@ -221,8 +221,9 @@ def _found_images(
 
 def score_count(signature: Signature) -> int | None:
     """Return the number of scores of a classifier; None where there are several outputs, or not one row of scores."""
-    shape = signature.outputs[0].sample_shape
-    return shape[0] if len(signature.outputs) == len(shape) == 1 and isinstance(shape[0], int) else None
+    shapes = [spec.sample_shape for spec in signature.outputs]
+    size = shapes[0][0] if len(shapes) == 1 and len(shapes[0]) == 1 else None
+    return size if isinstance(size, int) else None
 
 
 Outputs = Mapping[str, Array]

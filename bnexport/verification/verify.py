@@ -52,8 +52,7 @@ def verify(
 
     Args:
         bundle: A bundle or its directory.
-        runtimes: Names from RUNNERS, or rows of the same kind. None: all available ones. A runtime whose engine, device or
-            library is missing is listed as skipped; one that exists but refuses the file fails.
+        runtimes: Names from RUNNERS, or rows of the same kind. None: all available ones; a missing one is listed as skipped.
         dataset: The data set to verify on: a name, or ``folder:PATH``. None: the one that the bundle names.
         data_dir: Folder of the data set. Nothing is downloaded.
         samples: A file or folder of inputs to use in place of the data set's images (``samples.load_samples``).
@@ -88,13 +87,7 @@ def verify(
         seed=seed,
         environment=environment(),
         findings=Findings(
-            work.predictions(runs.plan),
-            runs.drift,
-            runs.flipped,
-            None,
-            work.waived,
-            tuple(work.warnings),
-            work.coverage,
+            work.predictions(runs.plan), runs.drift, runs.flipped, None, work.waived, tuple(work.warnings), work.coverage
         ),
         samples=runs.samples,
         pictures=runs.pictures(),

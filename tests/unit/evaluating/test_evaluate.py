@@ -54,7 +54,10 @@ def test_a_run_directory_and_another_data_set(write: Write, monkeypatch: pytest.
     monkeypatch.setattr("bnexport.evaluating.evaluate.load_test_images", lambda *_, **__: TEST)
     folder = write().parent
     assert evaluate_path(folder, EvaluationRequest()).note == ""
-    assert evaluate_path(folder, EvaluationRequest(dataset="kmnist")).note == "the network was trained on digits"
+    with pytest.raises(UsageError, match="the classes of kmnist differ; first difference at class 0: '0' and 'o'"):
+        evaluate_path(folder, EvaluationRequest(dataset="kmnist"))
+    unnamed = evaluate_path(write(labels=None), EvaluationRequest(dataset="kmnist"))
+    assert unnamed.note.split("; ")[0] == "the network was trained on digits"
 
 
 @pytest.mark.parametrize("runtime", [None, "torchscript-cpu", "torch-cpu"])
