@@ -184,7 +184,7 @@ class Bundle:
                 what = "is a file, not a bundle's directory" if folder.exists() else "does not exist"
                 raise BundleError(f"{folder} {what}", remedy="Give a directory written by bnexport fold-and-export")
             if not file.is_file():
-                raise BundleError(f"{folder} has no {MANIFEST}, so it is not a bundle", remedy=_hint(folder))
+                raise BundleError(f"{folder} has no {MANIFEST}, so it is not a bundle", remedy=bundle_hint(folder))
             if (problem := place_problem(folder, MANIFEST)) is not None:
                 raise BundleError(f"{folder}: {problem}", remedy=_REBUILD)
             with refusing(f"{file} can't be read: it", BundleError, remedy=_REBUILD), file.open("rb") as opened:
@@ -387,11 +387,11 @@ def _check_file_table(files: Mapping[str, Mapping[str, Any]]) -> None:
     check_twins((*files, MANIFEST))
 
 
-def _hint(folder: Path) -> str:
-    """Where the bundle probably is, when a folder above it was given."""
+def bundle_hint(folder: Path, *, other: str = "") -> str:
+    """Return the remedy for a folder that is not a bundle: the newest bundle directly inside, if there is one."""
     inside = sorted(
         (path.parent for path in folder.glob(f"*/{MANIFEST}")), key=lambda path: (len(path.name), path.name)
     )
     if not inside:
-        return "Give a directory written by bnexport fold-and-export, such as models/bn_lenet/1"
+        return other or "Give a directory written by bnexport fold-and-export, such as models/bn_lenet/1"
     return f"Did you mean {inside[-1]}?"

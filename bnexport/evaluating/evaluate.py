@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -89,6 +89,44 @@ class Evaluation:
             "note": self.note,
             "environment": self.environment,
         }
+
+
+def evaluate(
+    path: str | Path,
+    *,
+    request: EvaluationRequest | None = None,
+    dataset: str | None = None,
+    data_dir: str | Path | None = None,
+    source: str | None = None,
+    input: str | Sequence[int] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    labels: Sequence[str] | str | Path | None = None,
+) -> Evaluation:
+    """Count what a network gets right on a data set's test images.
+
+    Args:
+        path: A run directory, a checkpoint, a bundle, or with ``source`` any file of weights.
+        request: All options; an argument below replaces the option of the same name.
+        dataset: A name, or ``folder:PATH``; default: the one that the checkpoint or bundle names.
+        data_dir: Folder of the data set.
+        source: Code of a user's own network: ``file.py:factory``. That file is run.
+        input: Shape of one image, ``(3, 224, 224)`` or "3x224x224"; for plain weights, as are the rest.
+        mean: Per channel, of pixels from 0 to 1, with ``std``.
+        std: Per channel, of pixels from 0 to 1.
+        labels: Class names in the order of the scores, or a text file with one per line.
+
+    Returns:
+        Accuracy with its 95 % interval, loss, classes and the confusion matrix.
+
+    Raises:
+        BadInput: The file, the options or the images can't be used, or the labels are not the data set's classes.
+        Unavailable: A package, device or network is missing here.
+    """
+    given = (request or EvaluationRequest()).with_options(
+        dataset=dataset, data_dir=data_dir, source=source, input=input, mean=mean, std=std, labels=labels
+    )
+    return evaluate_path(Path(path), given)
 
 
 def evaluate_path(path: Path, request: EvaluationRequest, *, on_batch: OnBatch | None = None) -> Evaluation:

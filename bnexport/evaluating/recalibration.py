@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from bnexport.evaluating.evaluate import BATCH_SIZE, OnBatch, count_confusion
 from bnexport.evaluating.network import NetworkClassifier, Trained, fails_on, input_batches, load_trained
 from bnexport.evaluating.request import RecalibrationRequest
 from bnexport.loading.checkpoint import Checkpoint, checkpoint_file, save_checkpoint
-from bnexport.nn.moving_statistics import norm_layers, recalibrate, recalibrate_by_layer
+from bnexport.nn.moving_statistics import norm_layers, recalibrate_by_layer
+from bnexport.nn.moving_statistics import recalibrate as recalibrate_in_one_pass
 from bnexport.nn.stale_statistics import StalenessReport, compare
 from bnexport.tensors import Array
 from bnexport.training.processes import choose_device
@@ -80,6 +81,45 @@ class Recalibration:
             "distance": self.distance.to_json(),
             "environment": self.environment,
         }
+
+
+def recalibrate(
+    path: str | Path,
+    out: str | Path | None = None,
+    *,
+    request: RecalibrationRequest | None = None,
+    dataset: str | None = None,
+    data_dir: str | Path | None = None,
+    source: str | None = None,
+    input: str | Sequence[int] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    labels: Sequence[str] | str | Path | None = None,
+    force: bool | None = None,
+) -> Recalibration:
+    """Write a checkpoint with exact moving statistics, re-estimated over training images; the old one stays as it is.
+
+    Args:
+        path: A run directory, a checkpoint, or with ``source`` any file of weights.
+        out: The file to write; default: beside ``path``, with SUFFIX.
+        request: All options; an argument below replaces the option of the same name.
+        dataset: A name, or ``folder:PATH``; default: the one that the checkpoint names.
+        data_dir: Folder of the data set.
+        source: Code of a user's own network: ``file.py:factory``. That file is run.
+        input: Shape of one image, ``(3, 224, 224)`` or "3x224x224"; for plain weights, as are the rest.
+        mean: Per channel, of pixels from 0 to 1, with ``std``.
+        std: Per channel, of pixels from 0 to 1.
+        labels: Class names in the order of the scores, or a text file with one per line.
+        force: Replace ``out``.
+
+    Raises:
+        BadInput: The file, the options or the images can't be used; nothing was written.
+        Unavailable: A package, device or network is missing here.
+    """
+    given = (request or RecalibrationRequest()).with_options(
+        dataset=dataset, data_dir=data_dir, source=source, input=input, mean=mean, std=std, labels=labels, force=force
+    )
+    return recalibrate_checkpoint(Path(path), None if out is None else Path(out), given)
 
 
 def recalibrate_checkpoint(
@@ -144,7 +184,7 @@ def _recalibrate(trained: Trained, feed: _Feed, device: torch.device) -> None:
         if feed.request.definition == "population":
             recalibrate_by_layer(module, feed.begin, device=device)
         else:
-            recalibrate(module, feed.begin(), device=device)
+            recalibrate_in_one_pass(module, feed.begin(), device=device)
     except BnexportError:
         raise
     except Exception as error:  # the module is the user's code

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import UsageError
@@ -49,6 +49,12 @@ class NetworkOptions:
         texts = input_texts(self.input)
         object.__setattr__(self, "input", texts[0] if texts else None)
         object.__setattr__(self, "labels", label_names(self.labels))
+
+    def with_options(self, **options: Any) -> Self:
+        """Return the request with the options that are not None."""
+        if options.get("data_dir") is not None:
+            options["data_dir"] = Path(options["data_dir"])
+        return replace(self, **{name: value for name, value in options.items() if value is not None})
 
     @property
     def given(self) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from typing import Any, Self
 import numpy as np
 
 from bnexport.bundle import Bundle
+from bnexport.data.classes import check_classes, known_classes
 from bnexport.data.images import load_images
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import BundleError, DataError, UsageError
@@ -50,6 +51,14 @@ class Prediction:
         }
 
 
+def _check_labels(bundle: Bundle) -> None:
+    """Refuse labels that are not the classes of the data set that the manifest names, where these are known."""
+    manifest = bundle.manifest
+    known = known_classes(manifest.dataset)
+    if known is not None and manifest.dataset is not None and manifest.classes is not None:
+        check_classes(manifest.classes, known, dataset=manifest.dataset, scores=None)
+
+
 class Predictor:
     """An open bundle that labels images. Use it in a ``with`` block.
 
@@ -70,6 +79,7 @@ class Predictor:
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         self.bundle.check()
         self.preprocessing = image_preprocessing(self.bundle)
+        _check_labels(self.bundle)
         self._batch_size = batch_size
         self._runner = runner_spec(runtime).open(self.bundle)
 

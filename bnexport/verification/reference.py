@@ -77,6 +77,7 @@ def find_reference(bundle: Bundle, module: nn.Module | None) -> Reference | None
     """
     signature = bundle.manifest.signature
     if module is not None:
+        _check_module(bundle, module)
         return Reference(module, signature, description="the original module, in float64")
     if not is_known(bundle):
         return None
@@ -84,6 +85,29 @@ def find_reference(bundle: Bundle, module: nn.Module | None) -> Reference | None
 
     source = bundle.manifest.network["source"]
     return Reference(original_network(bundle), signature, description=f"{source} rebuilt from {WEIGHTS}, in float64")
+
+
+def _check_module(bundle: Bundle, module: nn.Module) -> None:
+    """Refuse a caller's module whose weights have other shapes than those in the bundle; their names may differ.
+
+    Raises:
+        ModelError: It is another network.
+    """
+    if WEIGHTS not in bundle.manifest.files or bundle.problem(WEIGHTS) is not None:
+        return
+    from bnexport.loading.checkpoint import read_safetensors
+
+    stored = {name: tuple(tensor.shape) for name, tensor in read_safetensors(bundle.file(WEIGHTS))[0].items()}
+    given = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    shapes = [sorted(shape for shape in state.values() if shape) for state in (stored, given)]
+    if shapes[0] != shapes[1]:
+        odd = next((name for name, shape in stored.items() if given.get(name) != shape), next(iter(stored)))
+        found = "x".join(map(str, given[odd])) if odd in given else "missing"
+        raise ModelError(
+            f"{type(module).__name__} is not the network of the bundle: {odd} is {found}, in the bundle"
+            f" {'x'.join(map(str, stored[odd]))}",
+            remedy="Give the network that was exported, with its weights",
+        )
 
 
 def is_known(bundle: Bundle) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bnexport.errors import UsageError
@@ -70,6 +71,24 @@ class Scope:
             RunSettings(kernels, optimisation, search, binding, isolated=gpu)
             for kernels, optimisation, binding, search in chosen
         )
+
+    def check_used(self, specs: Sequence[RunnerSpec]) -> None:
+        """Refuse (UsageError) settings that none of the runtimes has, which would be ignored."""
+        sessions = [spec for spec in specs if spec.engine == "onnxruntime"]
+        for flag, given, useful, where in (
+            ("--optimisation", self.optimisations != ("all",), sessions, "onnxruntime-cpu"),
+            ("--io-binding", self.bindings != (False,), sessions, "onnxruntime-cpu"),
+            (
+                "--conv-search",
+                self.conv_searches != ("heuristic",),
+                [spec for spec in sessions if spec.device != "cpu"],
+                "onnxruntime-cuda",
+            ),
+        ):
+            if given and not useful:
+                raise UsageError(
+                    f"{flag} has no effect on {specs[0].name}", remedy=f"Name a runtime: --runtime {where}"
+                )
 
     def require(self, spec: RunnerSpec) -> None:
         """Refuse (UsageError) a named runtime that has none of the precisions asked for."""

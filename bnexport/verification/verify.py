@@ -87,7 +87,13 @@ def verify(
         seed=seed,
         environment=environment(),
         findings=Findings(
-            work.predictions(runs.plan), runs.drift, runs.flipped, None, work.waived, tuple(work.warnings), work.coverage
+            work.predictions(runs.plan),
+            runs.drift,
+            runs.flipped,
+            None,
+            work.waived,
+            tuple(work.warnings),
+            work.coverage,
         ),
         samples=runs.samples,
         pictures=runs.pictures(),
@@ -108,6 +114,7 @@ def _specs(runtimes: Sequence[str | RunnerSpec] | None, scope: Scope) -> tuple[R
     for spec in specs:
         scope.require(spec)
         spec.require()
+    scope.check_used(specs)
     return specs
 
 

@@ -15,7 +15,6 @@ import pytest
 import torch
 from support.bundles import reseal
 from support.journey import CLASSES, IMAGE, PREPROCESSING, TESTED, Home, make_home
-from support.shared import made_once
 
 import bnexport
 from bnexport.bundle import MODEL_ONNX, REPORT, Bundle
@@ -185,7 +184,7 @@ def test_a_verification_at_chance_is_a_fail(home: Home, exported: Bundle, tmp_pa
     ("words", "told"),
     [
         ((*IMAGE, "--dataset", "folder:typo"), "typo does not exist"),
-        (("--input", "3x32x32", "--dataset", "PHOTOS"), "it is not known how an image becomes an input of the network. Pass --mean"),
+        (("--input", "3x32x32", "--dataset", "PHOTOS"), "it is not known how an image becomes an input of the network. Pass"),
         ((*IMAGE[:2], *IMAGE[2:4], "--dataset", "PHOTOS"), "--mean is given without --std"),
         ((*IMAGE, "--data-dir", "photos"), "--data-dir is given, and no data set is known"),
         ((*IMAGE, "--dataset", "mnist"), "MNIST is not here"),
