@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from bnexport.data.preprocessing import Preprocessing
     from bnexport.errors import BnexportError
     from bnexport.evaluating.evaluate import Evaluation, evaluate
-    from bnexport.evaluating.recalibration import Recalibration, recalibrate
+    from bnexport.evaluating.recalibration import Recalibration
+    from bnexport.evaluating.recalibration import recalibrate_path as recalibrate
     from bnexport.evaluating.request import EvaluationRequest, RecalibrationRequest
     from bnexport.exporting.request import ExportRequest
     from bnexport.folding.fold import FoldResult, fold
@@ -73,7 +74,7 @@ _HOME: dict[str, tuple[str, str]] = {
     "fold_and_export": ("bnexport.pipeline", "fold_and_export"),
     "fold_onnx": ("bnexport.folding.onnx_backend.fold", "fold_onnx"),
     "predict": ("bnexport.serving.predictor", "predict_images"),
-    "recalibrate": ("bnexport.evaluating.recalibration", "recalibrate"),
+    "recalibrate": ("bnexport.evaluating.recalibration", "recalibrate_path"),
     "verify": ("bnexport.verification.verify", "verify"),
 }
 

@@ -28,6 +28,8 @@ from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import UsageError
 from bnexport.tensors import Array
 
+#: Causes of an accuracy at chance.
+SUSPECTS = "the order of the labels, the preprocessing (mean and std) and the weights"
 #: Largest probability of the observed count under chance that shows an accuracy above chance.
 _ABOVE = 0.01
 #: Smallest probability of the observed count under a useful accuracy that leaves a useful network possible.
@@ -86,6 +88,7 @@ def check_dataset(
     data_dir: str | Path | None = None,
     labels: Sequence[str] | None = None,
     scores: int | None = None,
+    remedy: str = "Leave --dataset out",
 ) -> None:
     """Refuse a data set that the user named and that can't be used.
 
@@ -95,6 +98,7 @@ def check_dataset(
         data_dir: Folder of the data set; None: the usual places.
         labels: The network's labels, if known.
         scores: Number of the network's scores, if known.
+        remedy: Remedy where the preprocessing is unknown.
 
     Raises:
         UsageError: An unknown name, no preprocessing, a ``data_dir`` for embedded images, or classes that are not the
@@ -106,7 +110,7 @@ def check_dataset(
     if preprocessing is None:
         raise UsageError(
             f"the images of {dataset} can't be used: it is not known how an image becomes an input of the network",
-            remedy="Pass --mean and --std, which go with one image input, or leave --dataset out",
+            remedy=remedy,
         )
     if data_dir is not None and dataset in DATASETS and DATASETS[dataset].embedded:
         raise UsageError(f"the images of {dataset} are part of bnexport", remedy="Leave --data-dir out")

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bnexport.bundle import MANIFEST, Bundle
-from bnexport.data.classes import at_chance, check_classes
+from bnexport.data.classes import SUSPECTS, at_chance, check_classes
 from bnexport.data.datasets import dataset_labels, load_test_images
 from bnexport.data.prepare import prepared
 from bnexport.data.preprocessing import Preprocessing
@@ -265,4 +265,4 @@ def _notes(subject: _Subject, found: Confusion) -> Iterator[str]:
         yield f"the network was trained on {subject.trained_on}"
     truth, given = (np.repeat(np.indices(found.counts.shape)[axis].ravel(), found.counts.ravel()) for axis in (0, 1))
     if at_chance(truth, given, len(subject.classes)) is not None:
-        yield "the accuracy is at or below chance: check the order of the labels, --mean and --std, and the weights"
+        yield f"the accuracy is at or below chance: check {SUSPECTS}"

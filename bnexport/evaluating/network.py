@@ -23,8 +23,9 @@ from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import BnexportError, DataError, ModelError, RuntimeUnavailable, UsageError
 from bnexport.evaluating.request import InspectionRequest, NetworkOptions
 from bnexport.loading.checkpoint import METADATA_KEY, checkpoint_file, load_checkpoint, read_safetensors
-from bnexport.loading.sources import LoadedModel, checkpoint_of, load_source
+from bnexport.loading.sources import LoadedModel, checkpoint_of, load_source, unknown_reason
 from bnexport.loading.weights import is_safetensors
+from bnexport.loading.zoo import zoo_of
 from bnexport.nn.calling import place_of
 from bnexport.nn.moving_statistics import norm_layers
 from bnexport.nn.stale_statistics import StalenessReport, staleness
@@ -104,6 +105,12 @@ def load_trained(path: Path, options: NetworkOptions | None = None) -> Trained:
         raise ModelError(
             f"{file} holds weights but no bnexport metadata, so its network is unknown",
             remedy="Name its code with --source file.py:factory",
+        )
+    code = str((metadata.get("network") or {}).get("source"))
+    if source is None and metadata and ":" in code and zoo_of(code) is None:
+        raise ModelError(
+            f"{file} holds the weights of your own network {code}, but not its code",
+            remedy=f"Name its code: --source {code}",
         )
     if source is None:
         if given.model_options:
@@ -250,6 +257,10 @@ def subject_of(path: Path, request: InspectionRequest | None = None) -> Subject:
         bundle = Bundle.open(path)
         bundle.check()
         manifest = bundle.manifest
+        if given.source is None and (reason := unknown_reason(manifest.network)) is not None:
+            raise ModelError(
+                f"{path} is the bundle of a network {reason}", remedy="Name its code: --source FILE.py:FACTORY"
+            )
         module = original_network(bundle) if given.source is None else network_of_bundle(bundle, given.source)
         return Subject(module, given.dataset or manifest.dataset, manifest.preprocessing)
     trained = load_trained(path, given)

@@ -20,8 +20,7 @@ from bnexport.evaluating.evaluate import BATCH_SIZE, OnBatch, count_confusion
 from bnexport.evaluating.network import NetworkClassifier, Trained, fails_on, input_batches, load_trained
 from bnexport.evaluating.request import RecalibrationRequest
 from bnexport.loading.checkpoint import Checkpoint, checkpoint_file, save_checkpoint
-from bnexport.nn.moving_statistics import norm_layers, recalibrate_by_layer
-from bnexport.nn.moving_statistics import recalibrate as recalibrate_in_one_pass
+from bnexport.nn.moving_statistics import norm_layers, recalibrate, recalibrate_by_layer
 from bnexport.nn.stale_statistics import StalenessReport, compare
 from bnexport.tensors import Array
 from bnexport.training.processes import choose_device
@@ -83,7 +82,7 @@ class Recalibration:
         }
 
 
-def recalibrate(
+def recalibrate_path(
     path: str | Path,
     out: str | Path | None = None,
     *,
@@ -184,7 +183,7 @@ def _recalibrate(trained: Trained, feed: _Feed, device: torch.device) -> None:
         if feed.request.definition == "population":
             recalibrate_by_layer(module, feed.begin, device=device)
         else:
-            recalibrate_in_one_pass(module, feed.begin(), device=device)
+            recalibrate(module, feed.begin(), device=device)
     except BnexportError:
         raise
     except Exception as error:  # the module is the user's code

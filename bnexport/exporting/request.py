@@ -166,7 +166,8 @@ class ExportRequest:
             raise UsageError("--data-dir is given, and no data set is known", remedy="Pass --dataset, too")
         names = None if self.rename_classes else labels
         place = self.images_at(dataset)
-        check_dataset(dataset, preprocessing=preprocessing, data_dir=place, labels=names, scores=scores)
+        remedy = "Pass --mean and --std, which go with one image input, or leave --dataset out"
+        check_dataset(dataset, preprocessing=preprocessing, data_dir=place, labels=names, scores=scores, remedy=remedy)
 
     def expected_accuracy(self, dataset: str | None) -> dict[str, Any]:
         """Return the facts that a manifest states before its verification: renamed classes, an accepted accuracy."""

@@ -176,7 +176,7 @@ def image_preprocessing(bundle: Bundle) -> Preprocessing:
     if manifest.preprocessing is None or not one_each or len(manifest.signature.outputs[0].shape) != 2:
         raise BundleError(
             f"{bundle.path} does not say how an image becomes an input, or is no image classifier",
-            remedy="Export it with --mean and --std, or feed model.onnx yourself",
+            remedy="Export it again by bnexport fold-and-export with --mean and --std, or feed model.onnx yourself",
         )
     told: Mapping[str, Any] = manifest.preprocessing
     preprocessing, spec = Preprocessing.from_json(told), manifest.signature.inputs[0]
@@ -189,6 +189,6 @@ def image_preprocessing(bundle: Bundle) -> Preprocessing:
         raise BundleError(
             f"{bundle.path} takes {spec.dtype} of {'x'.join(map(str, spec.sample_shape))}, its preprocessing makes float32 "
             f"of {'x'.join(map(str, made))}",
-            remedy="Export it with --mean and --std of its own input, or feed model.onnx yourself",
+            remedy="Export it by bnexport fold-and-export with --mean and --std of its own input, or feed model.onnx yourself",
         )
     return preprocessing

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from bnexport.bundle import WEIGHTS, Bundle, Manifest
 from bnexport.data.catalogue import folder_of
-from bnexport.data.classes import at_chance, check_dataset
+from bnexport.data.classes import SUSPECTS, at_chance, check_dataset
 from bnexport.errors import UsageError
 from bnexport.optional import installed, require
 from bnexport.tensors import Array
@@ -67,6 +67,7 @@ def on_dataset(
     check_dataset(
         manifest.dataset,
         preprocessing=manifest.preprocessing if len(manifest.signature.inputs) == 1 else None,
+        remedy="Export the bundle again by bnexport fold-and-export with --mean and --std",
         data_dir=place,
         labels=manifest.classes,
         scores=score_count(manifest.signature),
@@ -124,9 +125,7 @@ def judge_accuracy(
             reason += ", which was accepted"
         else:
             passed = False
-            reason += (
-                ": check the order of the labels, --mean and --std, and the weights; --allow-low-accuracy accepts it"
-            )
+            reason += f": check {SUSPECTS}; --allow-low-accuracy accepts it"
     if isinstance(before.get("classes"), list):
         found["classes"] = before["classes"]
     return found, [Row("accuracy", "reference", "images", passed, reason, n=n)]

@@ -317,5 +317,5 @@ class Work:
         if cases[0].batch.name not in REAL and any(map(has_labels, cases[0].expected.values())):
             self.warnings.append(
                 "the inputs are synthetic: how many labels change on noise says little of real samples; "
-                "give some with --samples or --data-dir"
+                "give real ones with --dataset"
             )

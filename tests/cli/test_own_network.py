@@ -300,7 +300,7 @@ def test_plain_weights_are_recalibrated_and_the_result_is_a_checkpoint(home: Hom
 def test_inspect_compares_the_statistics_of_one_s_own_network(home: Home, exported: Bundle, cli: Run) -> None:
     code, out, _ = cli("inspect", exported.path, "--source", home.source, "--dataset", home.dataset)
     assert code == 0
-    assert "block.bn2" in out.rpartition("mean off")[2]
+    assert "block.bn2" in out.partition("mean off")[2]
     code, _, err = cli("inspect", exported.path, "--statistics")
     assert code == 2
     assert "--source" in err

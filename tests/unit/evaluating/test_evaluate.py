@@ -77,8 +77,9 @@ def test_options_that_do_not_go_together(bundle: Bundle, write: Write) -> None:
         (write("unnamed.safetensors", dataset=None), EvaluationRequest(), "does not say on which data set"),
         (write(), EvaluationRequest(dataset="imagenet"), "'imagenet' is unknown"),
     ):
-        with pytest.raises(UsageError, match=words):
+        with pytest.raises(UsageError) as caught:
             evaluate_path(path, request)
+        assert words in caught.value.sentence
 
 
 def test_a_changed_bundle_is_refused(bundle: Bundle, tmp_path: Path) -> None:
