@@ -34,7 +34,7 @@ _FLAGS = (
 #: Option -> argument in Python, where the names differ in more than hyphens.
 _ARGUMENTS = {"model-option": "model_options", "format": "formats"}
 #: An option, its value in capitals or digits if one follows, and the command that is named before it, if any.
-_OPTION = re.compile(r"(?P<command>bnexport [a-z-]+ )?--(?P<name>[a-z][a-z-]*[a-z])(?P<value> (?=[A-Z0-9]))?")
+_OPTION = re.compile(r"(?P<command>bnexport [a-z-]+ )?--(?P<name>[a-z][a-z-]*[a-z])(?P<value> (?=[A-Z0-9]|folder:))?")
 
 
 def _in_python(text: str) -> str:

@@ -199,10 +199,10 @@ def _again(path: Path, options: dict[str, Any], *, runs: bool = True) -> str:
         if name not in options or name in _OF_FILES or (not runs and name in _OF_RUNS):
             continue
         value = options[name]
-        if value in (None, (), option.default) and value is not True:
-            continue
         if isinstance(value, bool):
-            words.append(option.opts[0] if value else option.secondary_opts[0])
+            words += option.opts[:1] if value else option.secondary_opts[:1]
+        elif value in (None, (), option.default):
+            continue
         else:
             values = value if isinstance(value, tuple) else (value,)
             words += [word for item in values for word in (option.opts[0], str(item))]

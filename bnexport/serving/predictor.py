@@ -51,7 +51,7 @@ class Prediction:
         }
 
 
-def _check_labels(bundle: Bundle) -> None:
+def check_labels(bundle: Bundle) -> None:
     """Refuse labels that are not the classes of the data set that the manifest names, where these are known."""
     manifest = bundle.manifest
     known = known_classes(manifest.dataset)
@@ -79,7 +79,7 @@ class Predictor:
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         self.bundle.check()
         self.preprocessing = image_preprocessing(self.bundle)
-        _check_labels(self.bundle)
+        check_labels(self.bundle)
         self._batch_size = batch_size
         self._runner = runner_spec(runtime).open(self.bundle)
 
