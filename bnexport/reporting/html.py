@@ -88,17 +88,16 @@ def render_report(
         manifest: Name, signature, labels; its ``fold``, ``verification`` and ``environment`` are not read.
         fold: What became of each BatchNorm; None where nobody knows.
         verification: The verdict.
-        environment: As from ``bnexport.environment.environment``.
+        environment: Hardware and versions.
         commands: How to reproduce, one shell command each.
         run_command: The base of each run's command; "" is the first of ``commands``.
-        samples: Error and margin per sample by run; with it the page shows their distribution.
+        samples: Error and margin per sample by run, whose distribution the page shows.
     """
     lines, account = runs(verification), fold or FoldReport((), 0)
     counted = total_flips(group.flips for group in groups(verification) if group.flips is not None)
-    base = run_command or (commands[0] if commands else "")
+    base = run_command or next(iter(commands), "")
     commanded = [(run.name, command_of(run, base, seed=verification.seed)) for run in lines]
-    faults = ordered_faults(verification)
-    files, changed = file_groups(verification), flips(verification)
+    faults, files, changed = ordered_faults(verification), file_groups(verification), flips(verification)
     page = _environment().get_template(TEMPLATE)
     return page.render(
         manifest=manifest,

@@ -77,6 +77,10 @@ def verify(
     runs = _Runs(work, work.prepare(place, given), scope, named=runtimes is not None)
     for spec in specs:
         runs.all_of(spec)
+    return _report(work, runs)
+
+
+def _report(work: Work, runs: _Runs) -> VerificationReport:
     return VerificationReport(
         tuple(work.rows),
         skipped=work.skipped,
@@ -84,7 +88,7 @@ def verify(
         reference=work.reference,
         inputs=work.inputs,
         accuracy=work.accuracy,
-        seed=seed,
+        seed=work.seed,
         environment=environment(),
         findings=Findings(
             work.predictions(runs.plan),
