@@ -264,6 +264,8 @@ def subject_of(path: Path, request: InspectionRequest | None = None) -> Subject:
         module = original_network(bundle) if given.source is None else network_of_bundle(bundle, given.source)
         return Subject(module, given.dataset or manifest.dataset, manifest.preprocessing)
     trained = load_trained(path, given)
+    if (name := given.dataset or trained.model.dataset) is not None:
+        trained.classes(name, data_dir=given.data_dir)
     return Subject(trained.model.module, given.dataset or trained.model.dataset, trained.preprocessing.to_json())
 
 
