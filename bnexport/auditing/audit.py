@@ -20,17 +20,14 @@ from bnexport.auditing.subject import AuditedNetwork, Deviation, batch_of, call,
 from bnexport.environment import environment
 from bnexport.errors import BnexportError, ModelError, Unavailable, UsageError
 from bnexport.exporting.request import InputSpec
+from bnexport.nn.calling import to_eval_mode
 from bnexport.nn.soundness import check_sound
 from bnexport.optional import one_line, quiet
 from bnexport.verification.tolerances import TOLERANCES
 
 
 class Hidden(nn.Module):
-    """A BatchNorm that no fold finds: its input and its output are negated twice, which changes no bit.
-
-    Args:
-        batch_norm: Called as it is, with its hooks.
-    """
+    """A wrapped BatchNorm that no fold finds: its input and output are negated twice, which changes no bit."""
 
     def __init__(self, batch_norm: nn.Module) -> None:
         super().__init__()
@@ -74,14 +71,9 @@ def first_culprit(subject: AuditedNetwork, is_wrong: Callable[[nn.Module], bool]
 
 
 def hide(module: nn.Module, paths: list[str]) -> nn.Module:
-    """A copy of a network in which some BatchNorms are hidden; one that has several paths is hidden at each.
-
-    Args:
-        module: The network.
-        paths: As in ``named_modules``, none of them the root.
-    """
+    """Return a copy of a network in which the BatchNorms at some paths, none the root, are hidden at all of their paths."""
     copied = copy.deepcopy(module)
-    wanted = {id(copied.get_submodule(path)): Hidden(copied.get_submodule(path)).eval() for path in paths}
+    wanted = {id(copied.get_submodule(path)): to_eval_mode(Hidden(copied.get_submodule(path))) for path in paths}
     for path, inner in list(copied.named_modules(remove_duplicate=False)):
         if id(inner) in wanted:
             parent, _, name = path.rpartition(".")

@@ -72,6 +72,11 @@ if TYPE_CHECKING:
     help="Your own inputs instead of the data set's images: .npy, .npz, or a folder of images.",
 )
 @click.option("--max-samples", type=click.IntRange(min=1), help="At most so many samples of each kind.")
+@click.option(
+    "--thorough",
+    is_flag=True,
+    help="Compare at least 16 samples of each kind and every batch size, however large the network is.",
+)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the synthetic inputs.")
 @click.option(
     "--drift/--no-drift",
@@ -105,7 +110,7 @@ def command(ctx: click.Context, /, bundle: Path, **options: Any) -> None:
     from bnexport.bundle import Bundle
     from bnexport.cli.output import prints_aside
     from bnexport.reporting.tables import literal, make_console, print_environment, print_verification
-    from bnexport.verification.coverage import full_check
+    from bnexport.verification.full_check import full_check
 
     if options["html_file"] is not None:
         need_packages("bnexport verify --html", "jinja2", "PIL")
@@ -117,7 +122,7 @@ def command(ctx: click.Context, /, bundle: Path, **options: Any) -> None:
     _write_files(report, opened, bundle, options)
     if options["json_file"] != STDOUT:
         console = make_console()
-        needs, full = full_check(opened, bundle) if report.findings.coverage else ("", "")
+        needs, full = full_check(opened, bundle) if report.findings.covers else ("", "")
         advice = f"; give {needs} for the full check" if needs else ""
         print_verification(report, console, labels=opened.manifest.labels, advice=advice)
         if full:
@@ -127,6 +132,7 @@ def command(ctx: click.Context, /, bundle: Path, **options: Any) -> None:
 
 
 def _verified(opened: Bundle, options: dict[str, Any]) -> VerificationReport:
+    from bnexport.cli.output import stages
     from bnexport.verification.scope import Scope
     from bnexport.verification.verify import verify
 
@@ -143,11 +149,13 @@ def _verified(opened: Bundle, options: dict[str, Any]) -> VerificationReport:
         options["optimisations"] or ("all",),
         (False, True) if options["io_binding"] else (False,),
         options["conv_searches"] or ("heuristic",),
-        options["max_samples"],
-        options["drift"],
-        options["allow_low_accuracy"],
+        max_samples=options["max_samples"],
+        thorough=options["thorough"],
+        drift=options["drift"],
+        allow_low_accuracy=options["allow_low_accuracy"],
     )
-    report = verify(opened, **common, scope=scope)
+    with stages(logged=False) as progress:
+        report = verify(opened, **common, scope=scope, progress=progress)
     if not options["with_self_test"]:
         return report
     from bnexport.cli.output import counting

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -214,7 +214,8 @@ def _evaluate_checkpoint(path: Path, request: EvaluationRequest, on_batch: OnBat
     classifier = NetworkClassifier(trained.model.module, trained.preprocessing, device)
     runtime = f"torch-{device.type}"
     subject = _Subject(trained.file, runtime, dataset, classes, trained.model.dataset, trained.preprocessing)
-    return _evaluation(classifier, subject, request, on_batch)
+    found = _evaluation(classifier, subject, request, on_batch)
+    return replace(found, note="; ".join(filter(None, (found.note, *trained.model.notes))))
 
 
 def _named(dataset: str | None, path: Path) -> str:

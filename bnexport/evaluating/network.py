@@ -32,6 +32,7 @@ from bnexport.nn.stale_statistics import StalenessReport, staleness
 from bnexport.optional import one_line
 from bnexport.reproducibility import strict_float32
 from bnexport.tensors import Array
+from bnexport.validation.file_kinds import kind_of
 
 #: What a data set without any word on preprocessing goes through: pixels from 0 to 1.
 DEFAULT_PREPROCESSING = Preprocessing()
@@ -101,7 +102,7 @@ def load_trained(path: Path, options: NetworkOptions | None = None) -> Trained:
     metadata: dict[str, Any] = {}
     if is_safetensors(file) and METADATA_KEY in read_safetensors(file)[1]:
         metadata = load_checkpoint(file).metadata
-    elif source is None and is_safetensors(file):
+    elif source is None and (kind := kind_of(file)) is not None and kind.name in ("safetensors", "torch", "index"):
         raise ModelError(
             f"{file} holds weights but no bnexport metadata, so its network is unknown",
             remedy="Name its code with --source file.py:factory",
@@ -115,10 +116,14 @@ def load_trained(path: Path, options: NetworkOptions | None = None) -> Trained:
     if source is None:
         if given.model_options:
             raise UsageError(f"{file} states the options of its network", remedy="Leave --model-option out")
+        if given.weights_key is not None:
+            raise UsageError("a checkpoint of bnexport has one set of weights", remedy="Leave --weights-key out")
         model = load_source(str(file))
     else:
         stated = (metadata.get("network") or {}).get("options") or {}
-        model = load_source(source, weights=file, options={**stated, **given.model_options})
+        model = load_source(
+            source, weights=file, weights_key=given.weights_key, options={**stated, **given.model_options}
+        )
         labels = metadata.get("labels")
         model = replace(
             model,

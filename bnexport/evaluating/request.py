@@ -27,6 +27,7 @@ class NetworkOptions:
 
     Attributes:
         source: Code of the network: ``file.py:factory``.
+        weights_key: The set of weights to take from a file with several.
         model_options: Named arguments of the factory.
         input: Shape of one image, "3x224x224" or ``(3, 224, 224)``.
         mean: Per channel, of pixels from 0 to 1, with ``std``.
@@ -36,6 +37,9 @@ class NetworkOptions:
 
     source: str | None = option(
         "Code of your own network, whose weights the file holds.", None, metavar="FILE.py:FACTORY"
+    )
+    weights_key: str | None = option(
+        "With --source: weights to take, of a file with several sets.", None, metavar="NAME"
     )
     model_options: Mapping[str, Any] = option(
         "For the factory of --source; repeatable.", dict, flag="--model-option", metavar="KEY=VALUE"
@@ -60,7 +64,8 @@ class NetworkOptions:
     def given(self) -> tuple[str, ...]:
         """Return the options that were given."""
         values = (
-            ("--source", self.source), ("--model-option", self.model_options or None), ("--input", self.input),
+            ("--source", self.source), ("--weights-key", self.weights_key),
+            ("--model-option", self.model_options or None), ("--input", self.input),
             ("--mean", self.mean), ("--std", self.std), ("--labels", self.labels),
         )  # fmt: skip
         return tuple(name for name, value in values if value is not None)

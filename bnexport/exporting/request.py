@@ -78,6 +78,7 @@ class ExportRequest:
     """The options of an export. A field with a ``help`` is an option of the command line too (``cli/options.py``).
 
     Attributes:
+        weights_key: The set of weights to take from a weights file with several, or the prefix of the names to take.
         model_options: Named arguments of the network's constructor or factory: ``{"num_classes": 10}``.
         inputs: One text per input: ``[NAME=]SHAPE[:TYPE]``, the shape of one sample: "1x28x28", "tokens=16:int64". Empty:
             the checkpoint's.
@@ -93,13 +94,17 @@ class ExportRequest:
         std: Per channel, of pixels from 0 to 1.
         dataset: Data set whose test images the verification uses; None: the checkpoint's.
         data_dir: Folder of the data set; None: the usual places.
+        thorough: Verify on at least 16 samples of each kind, however large the network is.
         onnx: Operator set and file format.
         formats: Names from ``exporting.formats.FORMATS``.
         allow_untrained: Accept BatchNorm layers that were never trained, and an accuracy at chance.
         allow_low_accuracy: Accept a network whose accuracy on labelled images is at or below chance (``data.classes``).
+        allow_nonfinite: Names of parameters that may hold infinities, and of buffers that may hold NaN. Buffers that are not
+            moving statistics may always hold infinities.
         force: Replace an existing bundle.
     """
 
+    weights_key: str | None = option("Weights to take, of a file with several sets of them.", None, metavar="NAME")
     model_options: Mapping[str, Any] = option(
         "For its constructor; repeatable.", dict, flag="--model-option", metavar="KEY=VALUE"
     )
@@ -121,12 +126,16 @@ class ExportRequest:
     std: Sequence[float] | None = None
     dataset: str | None = option("Verify on its test images (a checkpoint names its own).", None)
     data_dir: Path | None = option("Folder of data sets.", None)
+    thorough: bool = option("Verify at least 16 samples of each kind, however large the network is.", False)
     onnx: OnnxTarget = field(default_factory=OnnxTarget)
     formats: tuple[str, ...] = option(
         "Write only this; repeatable.  [default: all]", _FORMATS, flag="--format", choices=_FORMATS
     )
     allow_untrained: bool = option("Accept BatchNorm layers that were never trained.", False)
     allow_low_accuracy: bool = option("Accept an accuracy at or below chance.", False)
+    allow_nonfinite: tuple[str, ...] = option(
+        "Tensor that is meant to hold infinities, as a mask does; repeatable.", (), metavar="NAME"
+    )
     force: bool = option("Replace an existing bundle.", False)
 
     def images_at(self, dataset: str | None, *, usable: bool = True) -> Path | None:

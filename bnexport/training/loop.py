@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from bnexport.errors import Diverged
+from bnexport.nn.calling import to_eval_mode
+from bnexport.nn.soundness import has_diverged
 from bnexport.reproducibility import strict_float32
 from bnexport.training.processes import World
 from bnexport.training.recording import CapturedStep, Record, Recording
@@ -25,24 +27,16 @@ _EVALUATION_BATCH = 500  # bounds the memory of evaluation; it does not change t
 
 @dataclass(frozen=True)
 class Outcome:
-    """Means over the images of an epoch or a test set.
+    """Means over the images of an epoch or a test set."""
 
-    Attributes:
-        loss: Mean cross-entropy, in nats.
-        accuracy: 0 to 1.
-    """
-
-    loss: float
-    accuracy: float
+    loss: float  # Mean cross-entropy, in nats
+    accuracy: float  # 0 to 1
 
 
 def epoch_order(count: int, *, seed: int, epoch: int) -> Tensor:
-    """The order of the images in one epoch.
+    """Return the order of the images in one epoch: a permutation of 0 ... count - 1, int64 on the CPU.
 
-    It depends on the seed and the epoch alone, not on what was drawn before, so a resumed run sees the same order.
-
-    Returns:
-        A permutation of 0 ... count - 1, int64 on the CPU.
+    It depends on the seed and the epoch alone, not on earlier draws, so a resumed run uses the same order.
     """
     return torch.randperm(count, generator=torch.Generator().manual_seed(epoch_seed(seed, epoch)))
 
@@ -153,7 +147,7 @@ def evaluated(model: nn.Module, samples: Samples, world: World) -> Sums:
     """Return the sums of ``evaluate`` over this process's part, on the device; the host does not wait for them."""
     was_training = model.training
     sums = Sums.zeros(0, samples.device)
-    model.eval()
+    to_eval_mode(model)
     try:
         mine = torch.split(world.share(torch.arange(samples.count)), _EVALUATION_BATCH)
         with strict_float32():
@@ -177,7 +171,7 @@ def _refuse_diverged(model: nn.Module, losses: Tensor) -> None:
     broken = (~torch.isfinite(losses)).nonzero()
     if len(broken):
         where = f"in batch {int(broken[0]) + 1} of {len(losses)}"
-    elif not all(bool(torch.isfinite(value).all()) for value in model.state_dict().values()):
+    elif has_diverged(model):
         where = f"after batch {len(losses)} of {len(losses)}"
     else:
         return

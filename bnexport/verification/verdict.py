@@ -111,7 +111,7 @@ class Findings:
         self_test: The faults that were tried; None when the self-test was not asked for.
         waived: Required stage -> why it could not be run here and what replaces it.
         warnings: Facts that no row contains: "synthetic inputs can't show flips".
-        coverage: The part of the proof that this verification covers; "" for all of it.
+        covers: The part of the proof that this verification covers; "" for all of it.
     """
 
     predictions: tuple[Prediction, ...] = ()
@@ -120,7 +120,7 @@ class Findings:
     self_test: tuple[FaultResult, ...] | None = None
     waived: Mapping[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
-    coverage: str = ""
+    covers: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values; ``from_json`` reads them back."""
@@ -131,7 +131,7 @@ class Findings:
             "self_test": None if self.self_test is None else [_listed(asdict(item)) for item in self.self_test],
             "waived": dict(self.waived),
             "warnings": list(self.warnings),
-            "coverage": self.coverage,
+            "covers": self.covers,
         }
 
     @classmethod
@@ -145,7 +145,7 @@ class Findings:
             None if tests is None else tuple(map(FaultResult.from_json, tests)),
             dict(value.get("waived", {})),
             tuple(value.get("warnings", ())),
-            str(value.get("coverage", "")),
+            str(value.get("covers", "")),
         )
 
 
@@ -260,6 +260,7 @@ class VerificationReport:
         seed: Random seed of the synthetic inputs.
         environment: Hardware and versions.
         findings: Predictions, drift by layer, changed labels, the self-test, waived stages.
+        coverage: How many samples were compared, and how many more a thorough verification compares.
         samples: Runtime -> error (n,) and margin (n,) of each sample, for the plots; not part of the JSON.
         pictures: Index -> the input (channels, height, width) of each changed label; not part of the JSON.
     """
@@ -273,6 +274,7 @@ class VerificationReport:
     seed: int = 0
     environment: Mapping[str, Any] = field(default_factory=dict)
     findings: Findings = field(default_factory=Findings)
+    coverage: str = ""
     samples: Mapping[str, tuple[Array, Array]] = field(default_factory=dict, compare=False, repr=False)
     pictures: Mapping[int, Array] = field(default_factory=dict, compare=False, repr=False)
 
@@ -317,18 +319,8 @@ class VerificationReport:
             fault = self.missed[0]
             return f"FAIL: the self-test missed {len(self.missed)} faults, first {fault.fault} in {fault.where}"
         waived = "".join(f"; {told}" for told in self.findings.waived.values())
-        covered = f", {self.findings.coverage}{advice}" if self.findings.coverage else ""
+        covered = f", {self.findings.covers}{advice}" if self.findings.covers else ""
         return f"PASS{covered}: {len(self.rows)} rows{waived}"
-
-    def parity(self) -> str:
-        """Return the verdict for the model file's metadata: only figures that do not depend on the machine."""
-        proof, strict = self.worst("file-proof"), self.worst("strict")
-        if proof is None or strict is None or proof.error is None:
-            return "not proven"
-        return (
-            f"{'PASS' if self.passed else 'FAIL'}: float64 proof of this file {proof.error:.1e} of scale"
-            f" (bound {proof.bound:g}); strict float32 within {strict.bound:g} of scale of the unfolded network in float64"
-        )
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values without NaN; ``from_json`` reads them back."""
@@ -339,6 +331,7 @@ class VerificationReport:
             "summary": self.summary(),
             "reference": self.reference,
             "inputs": self.inputs,
+            "coverage": self.coverage,
             "accuracy": dict(self.accuracy),
             "seed": self.seed,
             "rows": [row.to_json() for row in self.rows],

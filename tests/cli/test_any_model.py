@@ -108,8 +108,8 @@ class Remembers(Base):
         return self.feat(x) + len(self.items)
 
 class OneBatch(Base):
-    def forward(self, x):  # here
-        return self.feat(x).reshape(2, 4)
+    def forward(self, x):
+        return self.feat(x).reshape(2, 4)  # here
 
 class Raises(Base):
     def forward(self, x):
@@ -147,6 +147,24 @@ class Flat(Base):
 class Text(Base):
     def forward(self, x):
         return self.feat(x), "done"
+
+class Squeezes(Base):
+    def forward(self, x):
+        y = nn.functional.adaptive_avg_pool2d(self.bn(self.conv(x)), 1)
+        return y.squeeze()  # here
+
+class Masked(Base):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mask", torch.full((64, 64), float("-inf")).triu(1))
+        self.table = nn.Parameter(torch.zeros(64, 64))
+        self.table.data[5, 3] = float("-inf")
+    def train(self, mode=True):
+        super().train(mode)
+        self.bn.eval()
+    def forward(self, x):
+        y = self.bn(self.conv(x)).flatten(2).transpose(1, 2)
+        return (torch.softmax(y @ y.transpose(1, 2) + self.mask + self.table, -1) @ y).mean(1)
 
 class Branches(Base):
     def forward(self, x):
@@ -201,14 +219,19 @@ def in_both_files(*inputs: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
     return [(one, other.numpy()) for one, other in zip(there, scripted, strict=True)]
 
 
-def test_torchvision_classifier_is_exported_and_rebuilt(export: Run, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("size", "formats"), [(40, ("--format", "onnx")), pytest.param(64, (), marks=pytest.mark.slow)], ids=["onnx", "all"]
+)
+def test_torchvision_classifier_is_exported_and_rebuilt(
+    export: Run, capfd: pytest.CaptureFixture[str], size: int, formats: tuple[str, ...]
+) -> None:
     given = ("--weights", weights("torchvision:resnet18", num_classes=10), "--model-option", "num_classes=10")
-    code, out, err = export("torchvision:resnet18", *given, "--input", "3x64x64")
+    code, out, err = export("torchvision:resnet18", *given, "--input", f"3x{size}x{size}", *formats)
     assert code == 0, out + err
     manifest = bundle().manifest
     assert manifest.network == {"source": "torchvision:resnet18", "options": {"num_classes": 10}}
     assert manifest.preprocessing is not None
-    assert (manifest.preprocessing["height"], manifest.preprocessing["mean"]) == (64, [0.485, 0.456, 0.406])
+    assert (manifest.preprocessing["height"], manifest.preprocessing["mean"]) == (size, [0.485, 0.456, 0.406])
     assert shapes() == {"logits": ("batch", 10)}
     assert run(["verify", "m/x/1", "--runtime", "onnxruntime-cpu"]) == 0  # by itself, from the unfolded weights
     assert "torchvision:resnet18 rebuilt from weights.safetensors" in " ".join(capfd.readouterr().out.split())
@@ -248,7 +271,7 @@ def test_timm(export: Run, capfd: pytest.CaptureFixture[str], monkeypatch: pytes
 
 
 def test_two_inputs_and_factory_options(export: Run, capfd: pytest.CaptureFixture[str]) -> None:
-    inputs = ("--input", "image=3x8x8", "--input", "side=6", "--model-option", "width=6")
+    inputs = ("--input", "image=3x8x8", "--input", "side=6", "--model-option", "width=6", "--format", "onnx")
     assert export("nets.py:TwoInputs", *inputs)[0] == 0
     assert shapes("inputs") == {"image": ("batch", 3, 8, 8), "side": ("batch", 6)}
     assert run(["verify", "m/x/1", "--source", "nets.py:TwoInputs", "--runtime", "onnxruntime-cpu"]) == 0
@@ -265,15 +288,28 @@ def test_dataclass_in_any_size(export: Run) -> None:
 
 
 def test_named_tuple(export: Run) -> None:
-    assert export("nets.py:Tuple", "--input", "3x8x8")[0] == 0
+    assert export("nets.py:Tuple", "--input", "3x8x8", "--format", "onnx")[0] == 0
     assert list(shapes()) == ["mean", "relu"]  # "relu" is the name of a value inside the file, too
 
 
 def test_what_a_network_prints_is_not_in_the_json(export: Run) -> None:
-    code, out, err = export("nets.py:Prints", "--input", "3x8x8", "--json")
+    code, out, err = export("nets.py:Prints", "--input", "3x8x8", "--json", "--format", "onnx")
     assert code == 0
     assert json.loads(out)
     assert "the sum is" in err
+
+
+def test_masks_and_train_that_returns_nothing(export: Run) -> None:
+    code, _, err = export("nets.py:Masked", "--input", "3x8x8")
+    assert code == 2
+    assert "table holds infinity (at [5, 3])" in err
+    assert "--allow-nonfinite table" in err
+    code, out, err = export("nets.py:Masked", "--input", "3x8x8", "--allow-nonfinite", "table")
+    assert code == 0, out + err
+    assert [row["outcome"] for row in bundle().manifest.fold["rows"]] == ["backward"]
+    for one, other in in_both_files(np.random.default_rng(0).standard_normal((3, 3, 8, 8), dtype=np.float32)):
+        np.testing.assert_allclose(one, other, atol=1e-4)
+    assert run(["verify", "m/x/1", "--source", "nets.py:Masked", "--runtime", "onnxruntime-cpu"]) == 0
 
 
 def line_of(name: str) -> int:
@@ -283,14 +319,15 @@ def line_of(name: str) -> int:
 
 
 REFUSED = {
-    "DataIf": "asks for the value of a tensor",
+    "DataIf": "needs the value of a tensor",
     "Numpy": "becomes a numpy array",
-    "Item": "asks for the value of a tensor",
-    "Values": "asks for the value of a tensor",
+    "Item": "needs the value of a tensor",
+    "Values": "needs the value of a tensor",
     "Library": "handed to code that is not torch's",
     "OddOutput": "an object whose tensors can't be seen",
     "Remembers": "it keeps items between calls",
-    "OneBatch": "for one batch size only",
+    "OneBatch": "takes a batch of 2, but fails on a batch of 1",
+    "Squeezes": "drops a batch of 1",
     "Raises": "only on Tuesdays",
     "Sparse": "does not know the operator",
     "Custom": "does not say what shape it gives",
@@ -347,7 +384,7 @@ def test_a_path_that_depends_on_the_size_is_refused(export: Run) -> None:
 def test_a_path_that_depends_on_the_size_fails_the_verdict(export: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Were it not refused: torch.export takes the branch of the example; at an odd height the original takes the other."""
     monkeypatch.setattr("bnexport.folding.torch_backend.trace.refuse_forks", lambda *_: None)
-    code, out, _ = export("nets.py:Branches", "--input", "3x8x8", "--dynamic-size")
+    code, out, _ = export("nets.py:Branches", "--input", "3x8x8", "--dynamic-size", "--format", "onnx")
     assert code == 1
     assert "noise 15x21" in out
     assert not Path("m/x/1").exists()

@@ -154,7 +154,7 @@ def test_an_export_at_chance_is_a_fail(home: Home, cli: Run) -> None:
              "--dataset", home.dataset, "--format", "onnx")  # fmt: skip
     code, out, _ = cli(*words, "--out", home.out("rolled"))
     assert code == 1
-    assert f"FAIL accuracy, reference, images: 0 of {SAMPLES} labels right, at or below chance (0.167)" in out
+    assert f"FAIL accuracy, reference, chance: 0 of {SAMPLES} labels right, at or below chance (0.167)" in out
     assert not home.out("rolled").exists()
     assert cli(*words, "--out", home.out("rolled"), "--allow-low-accuracy")[0] == 0
     code, out, _ = cli("verify", home.out("rolled"), "--source", home.source, "--dataset", home.dataset, *ENGINE)

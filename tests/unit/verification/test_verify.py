@@ -14,7 +14,7 @@ from bnexport.bundle import GOLDEN, Bundle, write_golden
 from bnexport.errors import BundleError, DataError, ModelError, RuntimeUnavailable, UsageError
 from bnexport.runtimes.catalogue import RUNNERS, RunnerSpec, runner_spec
 from bnexport.runtimes.torch_runners import TorchEagerRunner
-from bnexport.verification import work as module_under_test
+from bnexport.verification import budget as module_under_test
 from bnexport.verification.reference import Reference
 from bnexport.verification.scope import Scope
 from bnexport.verification.verdict import VerificationReport
@@ -27,7 +27,8 @@ FAST = ["onnxruntime-cpu"]
 @pytest.fixture(autouse=True)
 def few_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     """About a hundred samples per batch, thirty for the proof."""
-    monkeypatch.setattr(module_under_test, "_RUNTIME_WORK", 3e7)
+    monkeypatch.setattr(module_under_test, "_REAL_WORK", 3e7)
+    monkeypatch.setattr(module_under_test, "_SYNTHETIC_WORK", 3e7)
     monkeypatch.setattr(module_under_test, "_PROOF_WORK", 9e6)
 
 
@@ -167,6 +168,15 @@ def test_nothing_run_is_no_pass(bundle: Bundle, monkeypatch: pytest.MonkeyPatch)
     assert set(found.skipped) == {spec.name for spec in RUNNERS if spec.default}
 
 
+def test_a_missing_gpu_starts_no_process(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = tuple(replace(spec, prober=lambda _device: "no GPU") for spec in RUNNERS if spec.device != "cpu")
+    monkeypatch.setattr("bnexport.verification.verify.RUNNERS", (runner_spec("onnxruntime-cpu"), *missing))
+    monkeypatch.setattr("bnexport.runtimes.isolation.IsolatedRunner", None)
+    found = verify(bundle, scope=Scope(max_samples=20, drift=False))
+    assert found.passed, found.failures
+    assert found.skipped == {spec.name: "no GPU" for spec in missing if spec.default}
+
+
 def test_a_runtime_that_is_here_but_refuses_the_file_fails(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuses(*_args: object) -> None:
         raise RuntimeUnavailable("onnxruntime-cuda fell back: the node 'a' (Det) runs on the CPU", remedy="z")
@@ -224,7 +234,7 @@ def test_a_missing_data_folder_is_an_error_only_when_it_was_named(
 ) -> None:
     monkeypatch.setenv("BNEXPORT_DATA", str(tmp_path / "empty"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    real = reseal(copy_bundle(bundle, tmp_path / "1"), dataset="fashion-mnist")
+    real = reseal(copy_bundle(bundle, tmp_path / "1"), dataset="fashion-mnist", labels=None)
     with pytest.raises(DataError):
         verify(real, runtimes=FAST, data_dir=tmp_path / "nothing")
     assert verify(real, runtimes=FAST).inputs.startswith("no real images: ")
@@ -234,9 +244,9 @@ def test_a_missing_data_folder_is_an_error_only_when_it_was_named(
 def test_all_test_images_of_a_known_data_set_are_used(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module_under_test, "_RUNTIME_WORK", 5e9)
-    real = reseal(copy_bundle(bundle, tmp_path / "1"), dataset="fashion-mnist")
-    found = verify(real, runtimes=FAST)
+    monkeypatch.setattr(module_under_test, "_REAL_WORK", 5e9)
+    real = reseal(copy_bundle(bundle, tmp_path / "1"), dataset="fashion-mnist", labels=None)
+    found = verify(real, runtimes=FAST, scope=Scope(allow_low_accuracy=True))
     assert found.passed, found.failures
     images = next(row for row in found.rows if row.stage == "strict" and row.case == "images")
     assert images.n == 10_000
@@ -248,10 +258,40 @@ def test_the_accuracy_at_export_must_come_out_again(bundle: Bundle, tmp_path: Pa
     report = verify(bundle, runtimes=FAST)
     again = reseal(copy_bundle(bundle, tmp_path / "1"), verification=report.to_json())
     rows = [row for row in verify(again, runtimes=FAST).rows if row.stage == "accuracy"]
-    assert [row.passed for row in rows] == [True]
+    assert [(row.case, row.passed) for row in rows] == [("first image", True), ("images", True)]
     wrong = dict(report.accuracy, correct=report.accuracy["correct"] - 20)
     told = reseal(again.path, verification={"accuracy": wrong})
-    assert [row.stage for row in verify(told, runtimes=FAST).failures] == ["accuracy"]
+    assert [(row.stage, row.case) for row in verify(told, runtimes=FAST).failures] == [("accuracy", "images")]
+    mean, deviation = report.accuracy["first_image"]
+    wrong = dict(report.accuracy, first_image=[mean, deviation * 1.05])
+    told = reseal(again.path, verification={"accuracy": wrong})
+    assert [(row.stage, row.case) for row in verify(told, runtimes=FAST).failures] == [("accuracy", "first image")]
+
+
+def test_the_original_is_evaluated_once_on_each_input(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    original = Reference.evaluate
+
+    def counting(self: Reference, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        seen.append(len(feeds["input"]))
+        return original(self, feeds)
+
+    monkeypatch.setattr(Reference, "evaluate", counting)
+    found = verify(bundle, runtimes=FAST, scope=Scope(max_samples=9))
+    golden, cases = [row.n for row in found.rows if row.stage in ("golden", "strict")], 5
+    assert len(golden) == 1 + cases
+    assert seen == [sum(golden), 0]  # all of them, and no sample at all
+
+
+def test_a_precision_with_the_kernels_of_float32_is_not_run_again(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    same = replace(runner_spec("openvino-cpu"), same_as_float32=lambda _precision: "no bfloat16 here")
+    monkeypatch.setattr("bnexport.verification.verify.RUNNERS", (same,))
+    found = verify(bundle, scope=Scope(max_samples=4))
+    assert (list(found.runtimes), found.skipped) == (["openvino-cpu"], {"openvino-cpu, bfloat16": "no bfloat16 here"})
+    alone = verify(bundle, scope=Scope(("bfloat16",), max_samples=4))
+    assert list(alone.runtimes) == ["openvino-cpu, bfloat16"]
 
 
 class Sometimes(TorchEagerRunner):
