@@ -10,12 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from bnexport.bundle import Bundle
+    from bnexport.data.preprocessing import Preprocessing
     from bnexport.errors import BnexportError
+    from bnexport.evaluating.evaluate import Evaluation, evaluate
+    from bnexport.evaluating.recalibration import Recalibration
+    from bnexport.evaluating.recalibration import recalibrate_path as recalibrate
+    from bnexport.evaluating.request import EvaluationRequest, RecalibrationRequest
+    from bnexport.exporting.request import ExportRequest
     from bnexport.folding.fold import FoldResult, fold
     from bnexport.folding.onnx_backend.fold import OnnxFoldResult, fold_onnx
     from bnexport.folding.report import FoldReport
     from bnexport.nn.lenet import bn_lenet
     from bnexport.pipeline import fold_and_export
+    from bnexport.reporting.results import ExportResult
     from bnexport.serving.predictor import predict_images as predict
     from bnexport.verification.verdict import VerificationReport
     from bnexport.verification.verify import verify
@@ -23,16 +30,25 @@ if TYPE_CHECKING:
 __all__ = [
     "BnexportError",
     "Bundle",
+    "Evaluation",
+    "EvaluationRequest",
+    "ExportRequest",
+    "ExportResult",
     "FoldReport",
     "FoldResult",
     "OnnxFoldResult",
+    "Preprocessing",
+    "Recalibration",
+    "RecalibrationRequest",
     "VerificationReport",
     "__version__",
     "bn_lenet",
+    "evaluate",
     "fold",
     "fold_and_export",
     "fold_onnx",
     "predict",
+    "recalibrate",
     "verify",
 ]
 
@@ -41,15 +57,24 @@ __version__ = "0.1.0"
 _HOME: dict[str, tuple[str, str]] = {
     "BnexportError": ("bnexport.errors", "BnexportError"),
     "Bundle": ("bnexport.bundle", "Bundle"),
+    "Evaluation": ("bnexport.evaluating.evaluate", "Evaluation"),
+    "EvaluationRequest": ("bnexport.evaluating.request", "EvaluationRequest"),
+    "ExportRequest": ("bnexport.exporting.request", "ExportRequest"),
+    "ExportResult": ("bnexport.reporting.results", "ExportResult"),
     "FoldReport": ("bnexport.folding.report", "FoldReport"),
     "FoldResult": ("bnexport.folding.fold", "FoldResult"),
     "OnnxFoldResult": ("bnexport.folding.onnx_backend.fold", "OnnxFoldResult"),
+    "Preprocessing": ("bnexport.data.preprocessing", "Preprocessing"),
+    "Recalibration": ("bnexport.evaluating.recalibration", "Recalibration"),
+    "RecalibrationRequest": ("bnexport.evaluating.request", "RecalibrationRequest"),
     "VerificationReport": ("bnexport.verification.verdict", "VerificationReport"),
     "bn_lenet": ("bnexport.nn.lenet", "bn_lenet"),
+    "evaluate": ("bnexport.evaluating.evaluate", "evaluate"),
     "fold": ("bnexport.folding.fold", "fold"),
     "fold_and_export": ("bnexport.pipeline", "fold_and_export"),
     "fold_onnx": ("bnexport.folding.onnx_backend.fold", "fold_onnx"),
     "predict": ("bnexport.serving.predictor", "predict_images"),
+    "recalibrate": ("bnexport.evaluating.recalibration", "recalibrate_path"),
     "verify": ("bnexport.verification.verify", "verify"),
 }
 

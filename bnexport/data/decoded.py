@@ -138,7 +138,7 @@ def _build(entry: Path, wanted: PictureSet, progress: PictureProgress | None) ->
     if (free := shutil.disk_usage(entry.parent).free) < need:
         raise OutputError(
             f"the decoded images need {need / 1e9:.2f} GB in {entry.parent}, which has {free / 1e9:.2f} GB left",
-            remedy="Free some space, choose another cache folder (XDG_CACHE_HOME, cache_dir), or a smaller --input",
+            remedy="Free some space, choose another cache folder (XDG_CACHE_HOME, cache_dir), or smaller images",
         )
     with staged_directory(entry, force=True) as stage:
         with (stage / PIXELS).open("wb") as file:

@@ -20,6 +20,7 @@ from bnexport.tensors import check_feeds
 from bnexport.verification.budget import Budget, budget_of
 from bnexport.verification.forecast import Forecast
 from bnexport.verification.format_proof import TENSORS, format_rows
+from bnexport.verification.full_check import judge_accuracy
 from bnexport.verification.inputs import (
     REAL,
     Batch,
@@ -109,7 +110,7 @@ class Evidence:
             return ()
         return (
             "the inputs are synthetic: how many labels change on noise says little of real samples; "
-            "give some with --samples or --data-dir",
+            "give real ones with --dataset",
         )
 
 
@@ -127,6 +128,7 @@ def prepare(
     samples: Samples | None = None,
     max_samples: int | None = None,
     thorough: bool = False,
+    allow_low_accuracy: bool = False,
 ) -> Evidence:
     """Read the files, evaluate the original on every input, and record what fails on the way; for the arguments see ``verify``.
 
@@ -150,7 +152,9 @@ def prepare(
         suite = build_suite(
             bundle.manifest, golden.batch.feeds, data_dir=data_dir, seed=seed, budget=budget, samples=samples
         )
-        answered = _answers(bundle, reference, golden, suite, seed=seed, live=module is not None)
+        answered = _answers(
+            bundle, reference, golden, suite, seed=seed, live=module is not None, accept=allow_low_accuracy
+        )
     cases = answered.cases or (() if golden is None else (golden,))
     varies = all(isinstance(spec.shape[0], str) for spec in bundle.manifest.signature.inputs)
     noise = next((case.batch for case in answered.cases if case.batch.name == "noise"), None)
@@ -346,7 +350,9 @@ class _Answered:
     accuracy: Mapping[str, Any]
 
 
-def _answers(bundle: Bundle, reference: Reference, golden: Case, suite: Suite, *, seed: int, live: bool) -> _Answered:
+def _answers(
+    bundle: Bundle, reference: Reference, golden: Case, suite: Suite, *, seed: int, live: bool, accept: bool
+) -> _Answered:
     """Evaluate the original on every batch, and compare it with the golden vectors and the accuracy at export."""
     answers = each_once([golden.batch, *suite.batches], reference.evaluate)
     if (problem := next((item for item in answers[1:] if isinstance(item, BnexportError)), None)) is not None:
@@ -369,6 +375,9 @@ def _answers(bundle: Bundle, reference: Reference, golden: Case, suite: Suite, *
     accuracy = _accuracy(cases[0], suite)
     if accuracy:
         rows += _accuracy_rows(bundle, cases[0], accuracy)
+        facts, judged = judge_accuracy(bundle.manifest, cases[0], suite.labels, accept=accept)
+        accuracy |= facts
+        rows += judged
     noise = next(case.batch for case in cases if case.batch.name == "noise")
     return _Answered(cases, suite.images, suite.labels, takes_empty_batch(reference, noise.feeds), rows, accuracy)
 
