@@ -15,11 +15,11 @@ from support.models import randomise
 from torch import nn
 
 from bnexport.bundle import MANIFEST, MODEL_EXPORTED, MODEL_ONNX, MODEL_TORCHSCRIPT, WEIGHTS, Bundle
-from bnexport.exporting.onnx_graph import model_metadata, stamp_metadata
+from bnexport.exporting.onnx_graph import stamp_metadata
 from bnexport.exporting.request import ExportRequest
 from bnexport.files import sha256
 from bnexport.pipeline import fold_and_export
-from bnexport.verification import stages, tolerances, work
+from bnexport.verification import evidence, stages, tolerances
 from bnexport.verification.scope import Scope
 from bnexport.verification.self_test import tester as testing
 from bnexport.verification.self_test.faults import FAULTS, Fault, faults_of
@@ -45,7 +45,7 @@ def few_samples() -> Iterator[tuple[int, int]]:
 def proven(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """The BN-LeNet with random statistics, with all that an export writes: metadata and the verdict."""
     folder = copy_bundle(bundle, tmp_path_factory.mktemp("proven") / "1")
-    stamp_metadata(folder / MODEL_ONNX, model_metadata(bundle.manifest, parity=""))
+    stamp_metadata(folder / MODEL_ONNX, bundle.manifest.model_facts())
     report = verify(reseal(folder), runtimes=["onnxruntime-cpu"], scope=Scope(max_samples=64, drift=False))
     assert report.passed, report.failures
     return reseal(folder, verification=report.to_json())
@@ -182,7 +182,7 @@ def test_a_bound_that_is_too_wide_excuses_nothing(
     seen = {result.fault: result for result in self_test(proven)}
     assert {result.caught for result in seen.values()} == {("weights",)}, "another stage than the one made for it"
     assert {result.outcome for result in seen.values()} == {"caught"}
-    monkeypatch.setattr(work, "format_rows", lambda *_, **__: [])
+    monkeypatch.setattr(evidence, "format_rows", lambda *_, **__: [])
     blind = {result.fault: result for result in self_test(proven)}
     assert [result.outcome for result in blind.values()] == ["missed", "missed"]
     assert all((result.effect or 0) > 1e-6 for result in blind.values())
