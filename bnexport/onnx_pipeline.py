@@ -19,9 +19,10 @@ from bnexport.exporting.triton import check_triton_config, write_triton_config
 from bnexport.files import refuse_existing, staged_directory, write_atomically
 from bnexport.folding.fold import DEFAULT_MAX_GROWTH
 from bnexport.folding.onnx_backend.fold import OnnxFoldResult, fold_onnx
-from bnexport.folding.onnx_backend.inventory import opset_of
 from bnexport.folding.onnx_backend.proof import NotEvaluated, evaluator, first_that_works, run
 from bnexport.onnx_files.float64 import widen_array
+from bnexport.onnx_files.models import opset_of
+from bnexport.progress import Progress, part_of, silent
 from bnexport.reporting.html import render_report
 from bnexport.reporting.results import ExportResult
 from bnexport.tensors import DTYPES, Array, Signature, TensorSpec
@@ -45,6 +46,7 @@ def fold_onnx_file(
     force: bool = False,
     max_growth: float = DEFAULT_MAX_GROWTH,
     clamps: bool = False,
+    inputs: tuple[str, ...] = (),
 ) -> OnnxFoldResult:
     """Fold an ONNX file and write the result as one file, after its proof.
 
@@ -54,8 +56,10 @@ def fold_onnx_file(
         force: Replace ``out`` if it exists.
         max_growth: See ``fold_onnx``.
         clamps: See ``fold_onnx``.
+        inputs: Texts as in ``ExportRequest.inputs``: numbers for sizes that the file leaves open, for shapes and the proof.
 
     Raises:
+        UsageError: ``inputs`` does not fit the file.
         OutputError: ``out`` exists already, or can't be written.
         BadInput: See ``fold_onnx``; nothing was written.
         ProofError: See ``fold_onnx``; nothing was written.
@@ -65,7 +69,7 @@ def fold_onnx_file(
         raise OutputError(f"{path} is a folder", remedy="Choose another file")
     if path.exists() and not force:
         raise OutputError(f"{path} exists already", remedy="Choose another file, or pass --force to replace it")
-    result = fold_onnx(source, max_growth=max_growth, clamps=clamps)
+    result = fold_onnx(source, max_growth=max_growth, clamps=clamps, inputs=_requested(inputs))
     write_atomically(path, result.model.SerializeToString(deterministic=True))
     return result
 
@@ -77,6 +81,7 @@ def fold_and_export_onnx(
     request: ExportRequest | None = None,
     max_growth: float = DEFAULT_MAX_GROWTH,
     clamps: bool = False,
+    progress: Progress = silent,
 ) -> ExportResult:
     """Fold an ONNX file and write a bundle of it: ``model.onnx`` alone, with golden vectors of the original in float64.
 
@@ -86,6 +91,7 @@ def fold_and_export_onnx(
         request: Labels, preprocessing, data set, sizes that vary, ``force``; the rest does not apply to a file.
         max_growth: See ``fold_onnx``.
         clamps: See ``fold_onnx``.
+        progress: Called before each stage.
 
     Raises:
         ExportError: The file can't be verified: inputs or outputs without a batch or a shape, another precision than
@@ -96,7 +102,8 @@ def fold_and_export_onnx(
     request, path = request or ExportRequest(), Path(out)
     name, version = model_and_version(path)
     refuse_existing(path, force=request.force)
-    result = fold_onnx(source, max_growth=max_growth, clamps=clamps)
+    progress("folding and proving the fold", 0, 1)
+    result = fold_onnx(source, max_growth=max_growth, clamps=clamps, inputs=_requested(request.inputs))
     signature = signature_of_file(result.model)
     check_labels(signature, request.labels)
     check_triton_config(path, name, signature, force=request.force)
@@ -112,11 +119,13 @@ def fold_and_export_onnx(
     try:
         with staged_directory(path, force=request.force) as stage:
             write_atomically(stage / MODEL_ONNX, _stamped(result.model, manifest))
+            progress("writing golden vectors", 0.3, 1)
             _write_golden(stage, manifest, result.original, request)
             report = verify(
                 seal(stage, manifest),
                 data_dir=request.images_at(request.dataset),
                 scope=Scope(thorough=request.thorough),
+                progress=part_of(progress, 0.4, 1.0),
             )
             if not report.passed:
                 raise _Failed
@@ -125,6 +134,10 @@ def fold_and_export_onnx(
     except _Failed:
         return ExportResult(None, result.report, report)
     return ExportResult(Bundle.open(path), result.report, report)
+
+
+def _requested(texts: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
+    return {spec.name: spec.shape for spec in parse_inputs(texts)} if texts else {}
 
 
 def signature_of_file(model: ModelProto) -> Signature:

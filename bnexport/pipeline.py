@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from bnexport.bundle import MODEL_ONNX, REPORT, WEIGHTS, Bundle, Manifest, seal
 from bnexport.environment import environment
@@ -17,6 +17,7 @@ from bnexport.exporting.half import in_precision
 from bnexport.exporting.onnx_graph import stamp_metadata
 from bnexport.exporting.request import (
     ExportRequest,
+    InputSpec,
     example_inputs,
     fitted_preprocessing,
     model_and_version,
@@ -30,7 +31,9 @@ from bnexport.folding.torch_backend.trace import size_shapes
 from bnexport.loading.checkpoint import save_checkpoint
 from bnexport.loading.sources import LoadedModel, checkpoint_of, load_source
 from bnexport.loading.zoo import zoo_of
-from bnexport.nn.soundness import check_sound
+from bnexport.nn.batch_axis import check_batch
+from bnexport.nn.soundness import check_finite_output, check_sound
+from bnexport.progress import Progress, part_of, silent
 from bnexport.reporting.html import render_report
 from bnexport.reporting.results import ExportResult
 from bnexport.verification.golden import write_golden_vectors
@@ -44,38 +47,49 @@ class _Failed(Exception):
 
 
 def fold_and_export(
-    source: str | nn.Module | LoadedModel,
+    source: str | Path | nn.Module | LoadedModel,
     out: str | Path,
     *,
-    weights: Path | None = None,
+    weights: str | Path | None = None,
     request: ExportRequest | None = None,
+    progress: Progress = silent,
 ) -> ExportResult:
     """Fold, export and verify a network, and write one bundle: all of it, or nothing.
 
     Args:
         source: A source as for ``loading.sources.load_source``, or a module.
         out: The bundle's directory, ``models/<name>/<version>``.
-        weights: Weights for a source that has none.
+        weights: A weights file, a bundle or a run directory, for a source without weights (docs/weights.md).
         request: The options of the export; default: as in the checkpoint.
+        progress: Called before each stage.
 
     Raises:
         BadInput: The source, the request or the output path is unusable; nothing was written.
         ProofError: A fold is not exact; nothing was written.
     """
-    request, path = request or ExportRequest(), Path(out)
+    return _export(source, Path(out), weights, request or ExportRequest(), progress)
+
+
+def _export(
+    source: str | Path | nn.Module | LoadedModel,
+    path: Path,
+    weights: str | Path | None,
+    request: ExportRequest,
+    progress: Progress,
+) -> ExportResult:
     name, version = model_and_version(path)
     refuse_existing(path, force=request.force)
     loaded = _loaded(source, weights, request)
     specs = parse_inputs(request.inputs, default_shape=loaded.input_shape)
     loaded = replace(loaded, preprocessing=request.preprocessing or fitted_preprocessing(loaded.preprocessing, specs))
-    check_sound(loaded.module, allow_untrained=request.allow_untrained)
-    inputs, sizes = example_inputs(specs), None
+    inputs, sizes = _checked_example(loaded.module, specs, request), None
     if request.dynamic_size:
         check_sizes_vary(loaded.module, specs)
         inputs = example_inputs(larger_example(specs))
         sizes = size_shapes(loaded.module, inputs)
+    progress("tracing, folding and proving the fold", 0, 1)
     result = fold(loaded.module, inputs, dynamic_shapes=sizes, max_growth=request.max_growth, clamps=request.clamps)
-    result = _warned_of_stale_statistics(result, loaded, request)
+    result = _with_warnings(result, loaded, request)
     names = tuple(spec.name for spec in specs)
     signature = signature_of(result.model, inputs, input_names=names, dynamic_size=request.dynamic_size)
     if request.dynamic_size:
@@ -89,17 +103,20 @@ def fold_and_export(
     try:
         with staged_directory(path, force=request.force) as stage:
             shipped = in_precision(result.model, inputs, request.precision)
-            _write_models(stage, ExportJob(shipped, inputs, signature, request.onnx), request)
+            job = ExportJob(shipped, inputs, signature, request.onnx)
+            _write_models(stage, job, request, part_of(progress, 0.25, 0.55))
             if MODEL_ONNX in {row.file for row in FORMATS if row.name in request.formats}:
                 stamp_metadata(stage / MODEL_ONNX, manifest.model_facts())
             save_checkpoint(stage / WEIGHTS, checkpoint_of(loaded))
             shapes = {spec.name: spec.shape for spec in specs}
+            progress("writing golden vectors", 0.55, 1)
             write_golden_vectors(stage, manifest, loaded.module, shapes=shapes, data_dir=request.data_dir)
             report = verify(
                 seal(stage, manifest),
                 module=loaded.module,
                 data_dir=request.images_at(loaded.dataset),
                 scope=Scope(thorough=request.thorough),
+                progress=part_of(progress, 0.6, 1.0),
             )
             if not report.passed:
                 raise _Failed
@@ -110,7 +127,23 @@ def fold_and_export(
     return ExportResult(Bundle.open(path), result.report, report)
 
 
-def _loaded(source: str | nn.Module | LoadedModel, weights: Path | None, request: ExportRequest) -> LoadedModel:
+def _checked_example(module: nn.Module, specs: tuple[InputSpec, ...], request: ExportRequest) -> tuple[Tensor, ...]:
+    """Return an example batch of a network that may be shipped: sound, finite on the example, right for every batch size."""
+    check_sound(module, allow_untrained=request.allow_untrained, allow_nonfinite=request.allow_nonfinite)
+    inputs = example_inputs(specs)
+    check_finite_output(module, inputs)
+    check_batch(module, inputs)
+    return inputs
+
+
+def _loaded(
+    source: str | Path | nn.Module | LoadedModel, weights: str | Path | None, request: ExportRequest
+) -> LoadedModel:
+    if weights is not None and isinstance(source, nn.Module | LoadedModel):
+        raise UsageError(
+            "the network is built already, so weights=... does not apply",
+            remedy="Load the weights into the module with load_state_dict, or give its code: 'file.py:factory'",
+        )
     if isinstance(source, nn.Module):
         source = LoadedModel(source, type(source).__name__, {"source": type(source).__qualname__, "options": {}})
     if isinstance(source, LoadedModel):
@@ -118,8 +151,8 @@ def _loaded(source: str | nn.Module | LoadedModel, weights: Path | None, request
             raise UsageError("the network is built already, so it takes no options", remedy="Leave model_options out")
         loaded = source
     else:
-        loaded = load_source(source, weights=weights, options=request.model_options)
-        if weights is None and zoo_of(source) is not None and not request.allow_untrained:
+        loaded = load_source(source, weights=weights, weights_key=request.weights_key, options=request.model_options)
+        if weights is None and zoo_of(str(source)) is not None and not request.allow_untrained:
             raise RefusedModel(
                 f"{source} has random weights",
                 remedy="Pass --weights FILE, or --allow-untrained if that is what you want",
@@ -127,18 +160,19 @@ def _loaded(source: str | nn.Module | LoadedModel, weights: Path | None, request
     return replace(loaded, labels=request.labels or loaded.labels, dataset=request.dataset or loaded.dataset)
 
 
-def _warned_of_stale_statistics(result: FoldResult, loaded: LoadedModel, request: ExportRequest) -> FoldResult:
-    """Add a warning to the fold report if the moving statistics, which a fold puts into the weights, do not fit the network."""
+def _with_warnings(result: FoldResult, loaded: LoadedModel, request: ExportRequest) -> FoldResult:
+    """Add to the fold report: choices in the weights file, and moving statistics that do not fit the network."""
     subject = Subject(loaded.module, loaded.dataset, loaded.preprocessing)
     warning = stale_warning(subject, data_dir=request.data_dir) if result.report.rows else ""
-    warnings = (*result.report.warnings, *([warning] if warning else []))
+    warnings = (*loaded.notes, *result.report.warnings, *([warning] if warning else []))
     return replace(result, report=replace(result.report, warnings=warnings))
 
 
-def _write_models(stage: Path, job: ExportJob, request: ExportRequest) -> None:
-    for row in FORMATS:
-        if row.name in request.formats:
-            row.write(job, stage / row.file)
+def _write_models(stage: Path, job: ExportJob, request: ExportRequest, progress: Progress) -> None:
+    rows = [row for row in FORMATS if row.name in request.formats]
+    for number, row in enumerate(rows):
+        progress(f"writing {row.file}", number, len(rows))
+        row.write(job, stage / row.file)
 
 
 def _onnx_facts(request: ExportRequest) -> dict[str, str | int]:

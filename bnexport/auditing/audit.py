@@ -20,6 +20,7 @@ from bnexport.auditing.subject import AuditedNetwork, Deviation, batch_of, call,
 from bnexport.environment import environment
 from bnexport.errors import BnexportError, ModelError, Unavailable, UsageError
 from bnexport.exporting.request import InputSpec
+from bnexport.nn.calling import to_eval_mode
 from bnexport.nn.soundness import check_sound
 from bnexport.optional import one_line, quiet
 from bnexport.verification.tolerances import TOLERANCES
@@ -68,7 +69,7 @@ def first_culprit(subject: AuditedNetwork, is_wrong: Callable[[nn.Module], bool]
 def hide(module: nn.Module, paths: list[str]) -> nn.Module:
     """Return a copy of a network in which the BatchNorms at some paths, none the root, are hidden at all of their paths."""
     copied = copy.deepcopy(module)
-    wanted = {id(copied.get_submodule(path)): Hidden(copied.get_submodule(path)).eval() for path in paths}
+    wanted = {id(copied.get_submodule(path)): to_eval_mode(Hidden(copied.get_submodule(path))) for path in paths}
     for path, inner in list(copied.named_modules(remove_duplicate=False)):
         if id(inner) in wanted:
             parent, _, name = path.rpartition(".")

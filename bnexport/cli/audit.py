@@ -16,8 +16,9 @@ _NAMES = [tool.name for tool in TOOLS]
 @click.command("audit")
 @click.argument("source")
 @click.option(
-    "--weights", type=click.Path(path_type=Path), help="Safetensors or a torch state dict, for a network without."
+    "--weights", type=click.Path(path_type=Path), help="Weights file, bundle or run directory, for a network without."
 )
+@click.option("--weights-key", metavar="NAME", help="Weights to take, of a file with several sets of them.")
 @click.option(
     "--model-option", "model_options", multiple=True, metavar="KEY=VALUE", help="For its constructor; repeatable."
 )
@@ -52,7 +53,10 @@ def command(
     from bnexport.reporting.results import print_audit
 
     with prints_aside():
-        loaded = load_source(source, weights=weights, options=read_model_options(options["model_options"]))
+        given = read_model_options(options["model_options"])
+        loaded = load_source(source, weights=weights, weights_key=options["weights_key"], options=given)
+        for note in loaded.notes:
+            click.echo(note, err=True)
         specs = parse_inputs(inputs, default_shape=loaded.input_shape)
         report = audit(loaded.module, specs, tools=tools, seed=seed, progress=_tell)
     print_audit(report, as_json=options["as_json"])

@@ -25,6 +25,7 @@ from bnexport.training.config import DEVICES
 )
 @click.option("--device", type=click.Choice(DEVICES), help="Of a checkpoint.  [default: auto]")
 @click.option("--source", metavar="FILE.py:FACTORY", help="Of a checkpoint: the code of your own network.")
+@click.option("--weights-key", metavar="NAME", help="With --source: weights to take, of a file with several sets.")
 @click.option("--batch-size", type=int, default=1000, show_default=True, help="Images at once.")
 @click.option(
     "--confusion", type=click.Path(path_type=Path), metavar="FILE", help="Draw the confusion matrix: .png, .svg."

@@ -31,6 +31,7 @@ _DEFAULT = RecalibrationRequest()
 @click.option("--seed", type=click.IntRange(min=0), default=_DEFAULT.seed, help="Of the choice and order of images.")
 @click.option("--device", type=click.Choice(DEVICES), default=_DEFAULT.device, help="auto takes a GPU if there is one.")
 @click.option("--source", metavar="FILE.py:FACTORY", help="The code of your own network; CHECKPOINT holds its weights.")
+@click.option("--weights-key", metavar="NAME", help="With --source: weights to take, of a file with several sets.")
 @click.option("--force", is_flag=True, help="Replace the output.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(checkpoint: Path, out: Path | None, as_json: bool, **options: Any) -> None:

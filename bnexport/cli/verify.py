@@ -118,6 +118,7 @@ def command(ctx: click.Context, /, bundle: Path, **options: Any) -> None:
 
 
 def _verified(opened: Bundle, options: dict[str, Any]) -> VerificationReport:
+    from bnexport.cli.output import stages
     from bnexport.verification.scope import Scope
     from bnexport.verification.verify import verify
 
@@ -137,7 +138,8 @@ def _verified(opened: Bundle, options: dict[str, Any]) -> VerificationReport:
         thorough=options["thorough"],
         drift=options["drift"],
     )
-    report = verify(opened, **common, scope=scope)
+    with stages(logged=False) as progress:
+        report = verify(opened, **common, scope=scope, progress=progress)
     if not options["with_self_test"]:
         return report
     from bnexport.cli.output import counting

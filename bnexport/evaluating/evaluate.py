@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -43,6 +43,7 @@ class EvaluationRequest:
         runtime: For a bundle: a row of RUNNERS; default: onnxruntime-cpu.
         device: For a checkpoint: one of ``training.config.DEVICES``; default: "auto".
         source: For a checkpoint of a user's own network: ``file.py:factory``.
+        weights_key: With ``source``, the set of weights to take from a file with several.
         batch_size: Images at once; it does not change the result beyond rounding.
     """
 
@@ -51,6 +52,7 @@ class EvaluationRequest:
     runtime: str | None = None
     device: str | None = None
     source: str | None = None
+    weights_key: str | None = None
     batch_size: int = BATCH_SIZE
 
 
@@ -185,11 +187,12 @@ def _evaluate_checkpoint(path: Path, request: EvaluationRequest, on_batch: OnBat
     from bnexport.training.processes import choose_device
 
     device = choose_device(request.device or "auto")
-    trained = load_trained(path, source=request.source)
+    trained = load_trained(path, source=request.source, weights_key=request.weights_key)
     dataset = trained.dataset(request.dataset)
     classifier = NetworkClassifier(trained.model.module, trained.preprocessing, device)
     subject = _Subject(trained.file, f"torch-{device.type}", dataset, trained.model.dataset, trained.preprocessing)
-    return _evaluation(classifier, subject, request, on_batch)
+    found = _evaluation(classifier, subject, request, on_batch)
+    return replace(found, note="; ".join(filter(None, (found.note, *trained.model.notes))))
 
 
 def _named(dataset: str | None, path: Path) -> str:

@@ -29,6 +29,7 @@ from bnexport.nn.stale_statistics import StalenessReport, staleness
 from bnexport.optional import one_line
 from bnexport.reproducibility import strict_float32
 from bnexport.tensors import Array
+from bnexport.validation.file_kinds import kind_of
 
 #: What a data set without any word on preprocessing goes through: pixels from 0 to 1.
 DEFAULT_PREPROCESSING = Preprocessing()
@@ -69,12 +70,13 @@ class Trained:
         return name
 
 
-def load_trained(path: Path, *, source: str | None = None) -> Trained:
+def load_trained(path: Path, *, source: str | None = None, weights_key: str | None = None) -> Trained:
     """Load a run directory, a checkpoint, or the weights of a user's own network.
 
     Args:
-        path: A run directory or checkpoint of bnexport; with ``source`` also plain safetensors or a torch state dict.
+        path: A run directory or checkpoint of bnexport; with ``source`` also any weights file.
         source: Code of a network that bnexport can't rebuild by itself: ``file.py:factory``. That file is run.
+        weights_key: With ``source``, the set of weights to take from a file with several.
 
     Raises:
         ModelError: Something is missing, damaged, or does not fit together.
@@ -84,15 +86,17 @@ def load_trained(path: Path, *, source: str | None = None) -> Trained:
     metadata: dict[str, Any] = {}
     if is_safetensors(file) and METADATA_KEY in read_safetensors(file)[1]:
         metadata = load_checkpoint(file).metadata
-    elif source is None and is_safetensors(file):
+    elif source is None and (kind := kind_of(file)) is not None and kind.name in ("safetensors", "torch", "index"):
         raise ModelError(
             f"{file} holds weights but no bnexport metadata, so its network is unknown",
             remedy="Name its code with --source file.py:factory, which evaluate and recalibrate take",
         )
     if source is None:
+        if weights_key is not None:
+            raise UsageError("a checkpoint of bnexport has one set of weights", remedy="Leave --weights-key out")
         return Trained(file, load_source(str(file)), metadata)
     options = (metadata.get("network") or {}).get("options")
-    model = load_source(source, weights=file, options=options)
+    model = load_source(source, weights=file, weights_key=weights_key, options=options)
     labels = metadata.get("labels")
     model = replace(
         model,

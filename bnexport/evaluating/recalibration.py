@@ -59,6 +59,7 @@ class Recalibration:
         after: With the exact ones.
         distance: How far the old ones were from the exact ones, layer by layer.
         environment: Hardware and versions.
+        notes: Sentences about choices in the weights file.
     """
 
     file: Path
@@ -68,6 +69,7 @@ class Recalibration:
     after: Accuracy
     distance: StalenessReport
     environment: dict[str, Any]
+    notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -78,6 +80,7 @@ class Recalibration:
             "before": self.before.to_json(),
             "after": self.after.to_json(),
             "distance": self.distance.to_json(),
+            "notes": list(self.notes),
             "environment": self.environment,
         }
 
@@ -105,7 +108,7 @@ def recalibrate_checkpoint(
     target = file.with_name(file.stem + SUFFIX) if out is None else out
     _refuse_target(file, target, force=request.force)
     device = choose_device(request.device)
-    trained = load_trained(path, source=request.source)
+    trained = load_trained(path, source=request.source, weights_key=request.weights_key)
     module = trained.model.module
     layers = norm_layers(module)
     if not layers:
@@ -134,7 +137,8 @@ def recalibrate_checkpoint(
     }
     metadata = {**trained.metadata, "recalibrated": True, "recalibration": facts}
     save_checkpoint(target, Checkpoint(module.state_dict(), metadata))
-    return Recalibration(file, target, facts, before, after, StalenessReport(rows, len(order)), environment())
+    distance = StalenessReport(rows, len(order))
+    return Recalibration(file, target, facts, before, after, distance, environment(), trained.model.notes)
 
 
 def _recalibrate(trained: Trained, feed: _Feed, device: torch.device) -> None:

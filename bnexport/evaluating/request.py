@@ -27,6 +27,7 @@ class RecalibrationRequest:
         seed: Of the choice and order of the images.
         device: One of ``training.config.DEVICES``.
         source: Code of a user's own network: ``file.py:factory``.
+        weights_key: With ``source``, the set of weights to take from a file with several.
         force: Replace the output.
     """
 
@@ -38,6 +39,7 @@ class RecalibrationRequest:
     seed: int = 0
     device: str = "auto"
     source: str | None = None
+    weights_key: str | None = None
     force: bool = False
 
     def __post_init__(self) -> None:

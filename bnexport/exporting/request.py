@@ -75,6 +75,7 @@ class ExportRequest:
     """The options of an export. A field with a ``help`` is an option of the command line too (``cli/options.py``).
 
     Attributes:
+        weights_key: The set of weights to take from a weights file with several, or the prefix of the names to take.
         model_options: Named arguments of the network's constructor or factory: ``{"num_classes": 10}``.
         inputs: One text per input: ``[NAME=]SHAPE[:TYPE]``, the shape of one sample: "1x28x28", "tokens=16:int64". Empty:
             the checkpoint's.
@@ -90,9 +91,12 @@ class ExportRequest:
         onnx: Operator set and file format.
         formats: Names from ``exporting.formats.FORMATS``.
         allow_untrained: Accept BatchNorm layers that were never trained.
+        allow_nonfinite: Names of parameters that may hold infinities, and of buffers that may hold NaN. Buffers that are not
+            moving statistics may always hold infinities.
         force: Replace an existing bundle.
     """
 
+    weights_key: str | None = option("Weights to take, of a file with several sets of them.", None, metavar="NAME")
     model_options: Mapping[str, Any] = option(
         "For its constructor; repeatable.", dict, flag="--model-option", metavar="KEY=VALUE"
     )
@@ -117,6 +121,9 @@ class ExportRequest:
         "Write only this; repeatable.  [default: all]", _FORMATS, flag="--format", choices=_FORMATS
     )
     allow_untrained: bool = option("Accept BatchNorm layers that were never trained.", False)
+    allow_nonfinite: tuple[str, ...] = option(
+        "Tensor that is meant to hold infinities, as a mask does; repeatable.", (), metavar="NAME"
+    )
     force: bool = option("Replace an existing bundle.", False)
 
     def images_at(self, dataset: str | None) -> Path | None:

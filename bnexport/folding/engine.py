@@ -10,7 +10,7 @@ from bnexport.folding.affine import Affine
 from bnexport.folding.branches import EQUATION, merge_affine, merge_convolution, merge_skip, sum_guests
 from bnexport.folding.graph import Add, Graph, Identity, Kind, Layer, Norm, NormCall, Op
 from bnexport.folding.plan import Budget, FoldPlan, Refused
-from bnexport.folding.proof import MAX_SITE_ERROR, plan_error
+from bnexport.folding.proof import MAX_SITE_ERROR, NotComparedError, plan_error
 from bnexport.folding.propagation import PROPAGATION_RULES
 from bnexport.folding.report import FoldRow
 from bnexport.folding.rules import RULES, Rule, equation_of, outcome_of
@@ -124,16 +124,23 @@ class Engine:
 
     def _proved(self, site: _Site, plan: FoldPlan) -> float | None:
         """Return a plan's error; if it is too large, keep the call as it is, record that in its row, and return None."""
-        error = self._error(site, plan)
+        try:
+            error = self._error(site, plan)
+            what = f"a fold failed its proof ({error:.1e} of scale in float64)"
+        except NotComparedError as reason:
+            error, what = math.inf, f"its fold could not be proved: {reason}"
         if error <= MAX_SITE_ERROR:
             return error
-        what = f"a fold failed its proof ({error:.1e} of scale in float64)"
         site.row = replace(site.row, outcome="kept", reason=what, unlock="", rule="", equation="", error=None)
         self.failed.add(site.op)  # nothing is merged into it or moved across it any more
         return None
 
     def _error(self, site: _Site, plan: FoldPlan) -> float:
-        """Return a plan's error, infinite if it is not a number; a too large error becomes a warning."""
+        """Return a plan's error, infinite if it is not a number; a too large error becomes a warning.
+
+        Raises:
+            NotComparedError: See ``plan_error``.
+        """
         error = plan_error(self.graph, plan, seed=self.seed) if self.prove else 0.0
         if error <= MAX_SITE_ERROR:
             return error
@@ -202,8 +209,11 @@ class Engine:
             except Refused:
                 continue
             sites = [site for site in self.sites if guest in site.into]
-            if not sites or guest in self.dropped or self._error(sites[0], plan) > MAX_SITE_ERROR:
-                continue  # the fold that was made before stays right
+            try:
+                if not sites or guest in self.dropped or self._error(sites[0], plan) > MAX_SITE_ERROR:
+                    continue  # the fold that was made before stays right
+            except NotComparedError:
+                continue
             for site in sites:
                 site.into = tuple(host if op is guest else op for op in site.into)
                 site.row = replace(site.row, rule=f"{site.row.rule}, then {_BRANCHES}")

@@ -19,7 +19,7 @@ from bnexport.folding.plan import ATTEMPTS, Budget
 from bnexport.folding.report import FoldReport, FoldRow
 from bnexport.folding.torch_backend.constants import functionalise
 from bnexport.folding.torch_backend.graph import TorchGraph
-from bnexport.folding.torch_backend.nodes import batch_norm_nodes, module_class, module_path, shape_of
+from bnexport.folding.torch_backend.nodes import batch_norm_nodes, module_class, module_path, region_of, shape_of
 from bnexport.folding.torch_backend.proof import ROUGH_ERROR, fold_error, rough_error
 from bnexport.folding.torch_backend.trace import trace, two_samples
 from bnexport.folding.torch_backend.write import Writer, follow_input
@@ -113,7 +113,7 @@ def fold_traced(
         folded, account, exact, growth = _fold_copy(original, max_growth, clamps, prove)
         rows = [
             *account.rows,
-            *(_inner_row(node) for node in batch_norm_nodes(folded) if node.graph is not folded.graph),
+            *(_inner_row(node, folded) for node in batch_norm_nodes(folded) if node.graph is not folded.graph),
         ]
         clock.note("fold")
         proof = fold_error(original, folded, exact, inputs) if prove else None
@@ -122,7 +122,8 @@ def fold_traced(
     error, bound = (None, 0.0) if proof is None else proof
     if prove and proof is None and any(row.gone for row in rows):
         warnings += (
-            "the whole can't be compared in float64 (an operator pins another type): each fold was proved alone",
+            "the whole can't be compared in float64 (an operator takes another type only, or no output is finite): each fold"
+            " was proved alone",
         )
         rough = rough_error(original, folded, inputs)
         _refuse_wrong(name, rough, ROUGH_ERROR, "its own element types")
@@ -173,14 +174,14 @@ def _fold_graph(
     return account, writer.exact, (graph.elements - writer.beside) / max(before, 1)
 
 
-def _inner_row(node: Node) -> FoldRow:
+def _inner_row(node: Node, root: GraphModule) -> FoldRow:
     """Return the row of a BatchNorm that no rule sees, because torch.export keeps the region around it as a separate graph."""
     shape = shape_of(node.all_input_nodes[0])
     return FoldRow(
         module_path(node),
         module_class(node),
         "kept",
-        reason="it is inside a branch (torch.cond) or a region with its own autocast or gradient mode",
+        reason=f"it is inside {region_of(node, root)}, which torch.export keeps as a separate graph",
         unlock="the same code outside of that region",
         channels=(shape[1] or 0) if shape is not None and len(shape) > 1 else 0,
     )

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from bnexport.bundle import MANIFEST
 from bnexport.errors import ModelError, UsageError
 from bnexport.loading.checkpoint import METADATA_KEY, Checkpoint, checkpoint_file, load_checkpoint, read_safetensors
 from bnexport.loading.user_code import call_factory
-from bnexport.loading.weights import is_safetensors, load_weights
+from bnexport.loading.weights import WeightsFile, is_safetensors, load_weights
 from bnexport.loading.zoo import build_from_zoo, zoo_facts, zoo_of, zoo_problem
+from bnexport.nn.calling import to_eval_mode
 from bnexport.nn.lenet import bn_lenet
 from bnexport.optional import one_line
+from bnexport.validation.file_kinds import refuse_other_kinds
 
 #: bnexport's own networks. The networks of ``loading.zoo.ZOOS`` are known too, where their package is installed.
 KNOWN: dict[str, Callable[..., nn.Module]] = {"bn_lenet": bn_lenet}
@@ -84,6 +88,7 @@ class LoadedModel:
         labels: Class names in the order of the logits, if known.
         preprocessing: JSON of the preprocessing, if known.
         training: What the checkpoint says about the training.
+        notes: Sentences about choices in the weights file that the user should see.
     """
 
     module: nn.Module
@@ -94,9 +99,10 @@ class LoadedModel:
     labels: tuple[str, ...] | None = None
     preprocessing: Mapping[str, Any] | None = None
     training: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
-def _from_path(source: str, weights: Path | None, options: Mapping[str, Any]) -> LoadedModel:
+def _from_path(source: str, weights: WeightsFile | None, options: Mapping[str, Any]) -> LoadedModel:
     path = Path(source)
     if path.suffix == ".py":
         raise ModelError(
@@ -106,35 +112,40 @@ def _from_path(source: str, weights: Path | None, options: Mapping[str, Any]) ->
         raise UsageError(f"{source} brings its own weights", remedy="Name the network's code: file.py:factory")
     if options:
         raise UsageError(f"{source} brings its own options", remedy="Leave --model-option out")
-    return _from_checkpoint(checkpoint_file(path))
+    if (path / MANIFEST).is_file():
+        raise ModelError(
+            f"{source} is a bundle, the result of fold-and-export",
+            remedy=f"Name the network and take the bundle's unfolded weights: file.py:factory --weights {source}",
+        )
+    file = checkpoint_file(path)
+    refuse_other_kinds(file, "safetensors")
+    return _from_checkpoint(file)
 
 
-def _from_factory(source: str, weights: Path | None, options: Mapping[str, Any]) -> LoadedModel:
+def _from_factory(source: str, weights: WeightsFile | None, options: Mapping[str, Any]) -> LoadedModel:
     """A user's own network; a checkpoint that was trained with this very factory tells its options, labels and the rest."""
     told: Mapping[str, Any] = {}
-    if weights is not None and is_safetensors(weights) and METADATA_KEY in read_safetensors(weights)[1]:
-        metadata = load_checkpoint(weights).metadata
+    if weights is not None and _has_metadata(weights.path):
+        metadata = load_checkpoint(weights.path).metadata
         if Path(metadata["network"]["source"]).name == Path(source).name:  # the folder may have moved
             told = metadata
     options = {**((told.get("network") or {}).get("options") or {}), **options}
     network = {"source": source, "options": options}
     module = call_factory(source, options)
-    if weights is not None:
-        load_weights(module, weights)
-    return _told(module, network, None, told)
+    notes = () if weights is None else load_weights(module, weights)
+    return replace(_told(module, network, None, told), notes=notes)
 
 
-def _from_name(source: str, weights: Path | None, options: Mapping[str, Any]) -> LoadedModel:
+def _from_name(source: str, weights: WeightsFile | None, options: Mapping[str, Any]) -> LoadedModel:
     if weights is None and source in KNOWN:
         raise ModelError(f"{source} needs weights", remedy="Pass --weights FILE")
-    stated = {} if weights is None else _options_of(weights, source)
+    stated = {} if weights is None else _options_of(weights.path, source)
     network = {"source": source, "options": {**stated, **options} if options else stated}
     module = build_known(network)
-    if weights is not None:
-        load_weights(module, weights)
+    notes = () if weights is None else load_weights(module, weights)
     shape, preprocessing = sample_facts(network, module)
     name = source.rpartition(":")[2]
-    return LoadedModel(_in_eval_mode(module), name, network, shape, preprocessing=preprocessing)
+    return LoadedModel(_in_eval_mode(module), name, network, shape, preprocessing=preprocessing, notes=notes)
 
 
 def _from_checkpoint(path: Path) -> LoadedModel:
@@ -188,7 +199,7 @@ class SourceKind:
 
     form: str
     matches: Callable[[str], bool]
-    load: Callable[[str, Path | None, Mapping[str, Any]], LoadedModel]
+    load: Callable[[str, WeightsFile | None, Mapping[str, Any]], LoadedModel]
 
 
 #: The kinds of source, in the order in which they are tried. A run directory and a checkpoint have their own weights. The
@@ -203,13 +214,20 @@ SOURCE_KINDS: tuple[SourceKind, ...] = (
 )
 
 
-def load_source(source: str, *, weights: Path | None = None, options: Mapping[str, Any] | None = None) -> LoadedModel:
+def load_source(
+    source: str | os.PathLike[str],
+    *,
+    weights: str | os.PathLike[str] | None = None,
+    weights_key: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> LoadedModel:
     """Load what a user names.
 
     Args:
         source: One of SOURCE_KINDS. ``file.py:factory`` runs that file.
-        weights: Safetensors or a torch state dict (read without running code); for a checkpoint it must be None. Without
-            it, a zoo's network has random weights.
+        weights: A weights file, a bundle or a run directory (read without running code); for a checkpoint it must be None.
+            Without it, a zoo's network has random weights.
+        weights_key: The set of weights to take from a file with several, or the prefix of the names to take.
         options: Named arguments of the network's constructor, or of the factory; a checkpoint has its own.
 
     Raises:
@@ -217,9 +235,11 @@ def load_source(source: str, *, weights: Path | None = None, options: Mapping[st
         MissingDependency: The package that defines the network is not installed.
         UsageError: ``weights`` or ``options`` given for a checkpoint.
     """
+    source = os.fspath(source)
+    file = WeightsFile.of(weights, weights_key)
     for kind in SOURCE_KINDS:
         if kind.matches(source):
-            return kind.load(source, weights, dict(options or {}))
+            return kind.load(source, file, dict(options or {}))
     raise ModelError(
         f"{source!r} does not exist" if not source.strip(":") else f"{source} does not exist",
         remedy="Give a run directory, a .safetensors checkpoint, torchvision:NAME, timm:NAME, or file.py:factory of"
@@ -245,12 +265,16 @@ def checkpoint_of(loaded: LoadedModel) -> Checkpoint:
 
 def _options_of(weights: Path, source: str) -> Any:
     """Options that a bnexport checkpoint of this network states; none for plain weights."""
-    if not is_safetensors(weights) or METADATA_KEY not in read_safetensors(weights)[1]:
+    if not _has_metadata(weights):
         return {}
     network = load_checkpoint(weights).metadata["network"]
     return (network.get("options") or {}) if network["source"] == source else {}
 
 
+def _has_metadata(path: Path) -> bool:
+    return is_safetensors(path) and METADATA_KEY in read_safetensors(path)[1]
+
+
 def _in_eval_mode(module: nn.Module) -> nn.Module:
     """Switch a network to eval mode; one whose root is in eval mode already may hold layers in training mode on purpose."""
-    return module.eval() if module.training else module
+    return to_eval_mode(module) if module.training else module

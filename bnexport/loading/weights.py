@@ -1,133 +1,334 @@
-"""A weights file into a module: safetensors or a torch state dict, every tensor accounted for, no code run."""
+"""A user's weights file into a network: every tensor accounted for, and no code run. docs/weights.md is for users."""
 
 from __future__ import annotations
 
-import pickle
-from collections.abc import Mapping
+import contextlib
+import copy
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from bnexport.errors import ModelError
-from bnexport.loading.checkpoint import read_safetensors
+from bnexport.bundle import MANIFEST, WEIGHTS, Bundle
+from bnexport.errors import ModelError, UsageError
+from bnexport.loading.checkpoint import RUN_FILES, checkpoint_file, read_safetensors
+from bnexport.loading.matching import Match, Misfit, match_names
+from bnexport.loading.torch_files import Tensors, tensor_sets
 from bnexport.optional import no_warnings, one_line
-from bnexport.validation.archives import validate_weights
-from bnexport.validation.limits import refusing
-from bnexport.validation.paths import check_regular
-from bnexport.validation.zip_directory import MAGIC
+from bnexport.validation.archives import read_saved
+from bnexport.validation.file_kinds import kind_of, refuse_other_kinds
+from bnexport.validation.json_text import parse_json
+from bnexport.validation.limits import limit, refusing
+from bnexport.validation.paths import check_name, check_regular
 
-#: First byte of a pickle, which torch's older format is.
-_PICKLE = b"\x80"
+#: Keys under which training scripts save weights, the first choice first; averaged weights only where they alone fit.
+KEYS = (
+    "state_dict", "model_state_dict", "model", "net", "network", "module", "params", "weights",
+    "state_dict_ema", "model_ema", "ema_state_dict", "ema", "ema_model", "params_ema",
+)  # fmt: skip
 _SAVE = "Save the weights alone: torch.save(model.state_dict(), FILE), or safetensors.torch.save_file"
+#: Names in a message, and characters of one of them.
+_SHOWN, _LONGEST = 6, 60
 
 
-def load_weights(module: nn.Module, path: Path) -> None:
+@dataclass(frozen=True)
+class WeightsFile:
+    """The weights that a user names.
+
+    Attributes:
+        path: The file; a folder's best one.
+        key: The chosen set of weights, or the prefix of the chosen names; None: the set that fits.
+    """
+
+    path: Path
+    key: str | None = None
+
+    @classmethod
+    def of(cls, weights: Any, key: str | None = None) -> WeightsFile | None:
+        """Return the file that a path stands for: a bundle's weights, a run directory's best file, the file itself.
+
+        Raises:
+            UsageError: ``weights`` is not a path, or there is a key without weights.
+            ModelError: A folder without weights.
+            BundleError: A bundle whose files were changed.
+        """
+        if weights is None:
+            if key is not None:
+                raise UsageError(f"the key {key!r} needs a weights file", remedy="Pass --weights FILE (weights=FILE)")
+            return None
+        if not isinstance(weights, str | os.PathLike):
+            raise UsageError(
+                f"weights is a {type(weights).__name__}, not the path of a file",
+                remedy="Give a path. Weights in memory: module.load_state_dict(weights), and the module as the source",
+            )
+        path = Path(weights)
+        if not (path / MANIFEST).is_file():
+            if path.is_dir() and not any((path / name).is_file() for name in RUN_FILES):
+                raise ModelError(
+                    f"{path} is a folder without weights: it holds no {MANIFEST} and no {' or '.join(RUN_FILES)}",
+                    remedy="Give a weights file, the folder of a bundle, or a run directory of bnexport train",
+                )
+            return cls(checkpoint_file(path), key)
+        bundle = Bundle.open(path)
+        bundle.check()
+        return cls(bundle.file(WEIGHTS), key)
+
+
+def load_weights(module: nn.Module, weights: WeightsFile | Path) -> tuple[str, ...]:
     """Load a weights file into a module, every tensor accounted for.
 
-    Accepts safetensors and files of ``torch.save`` (read with ``weights_only``, so that no code runs): a state dict, or a
-    dict with one under "state_dict" or "model". A common prefix "module." (DistributedDataParallel) is dropped.
+    Accepts safetensors, files of ``torch.save`` and the index of either in several files. A file of ``torch.save`` is read as
+    data and not unpickled. It may have the weights under keys, next to plain values. Names may have the prefixes of wrappers
+    (``matching``).
+
+    Returns:
+        Sentences about choices that the user should see.
 
     Raises:
-        ModelError: The file is missing, empty, damaged, holds code, or its tensors are not this module's.
+        ModelError: The file is missing, empty, damaged, of another kind, names code, or its tensors are not this module's.
     """
-    state = _unwrap(_read_weights(path))
-    if state and all(key.startswith("module.") for key in state):
-        state = {key.removeprefix("module."): value for key, value in state.items()}
-    expected = module.state_dict()
-    missing = sorted(set(expected) - set(state))
-    unexpected = sorted(set(state) - set(expected))
-    misshapen = sorted(key for key in set(state) & set(expected) if _misfit(state[key], expected[key]))
-    if missing or unexpected:
-        raise ModelError(
-            f"{path} does not fit {type(module).__name__}: {_list('missing', missing)}{_list('unexpected', unexpected)}"
-            f"of {len(expected)} tensors",
-            remedy="Give the weights of this very network, or the factory that builds the network of these weights",
-        )
+    weights = weights if isinstance(weights, WeightsFile) else WeightsFile(weights)
+    expected = module.state_dict(keep_vars=True)
+    with _opened(weights.path) as sets:
+        chosen, notes = _chosen(sets, weights, expected, type(module).__name__)
+        fit = match_names(expected, sets[chosen], aliases=_aliases(expected))
+        if isinstance(fit, Misfit):
+            state = _made(sets[chosen])
+            if not _accepts(module, state):
+                raise _misfit(weights.path, type(module).__name__, fit, sets, chosen, len(expected))
+            module.load_state_dict(state)
+            return notes
+        state = {name: sets[chosen][place]() for name, place in fit.names.items()}
+    _check_values(weights.path, type(module).__name__, state, expected)
+    aliases = _aliases(expected)
+    for name in fit.absent:
+        tied = [state[other] for other in aliases.get(name, ()) if other in state]
+        state[name] = tied[0] if tied else expected[name].detach()
+    module.load_state_dict(state)
+    return (*notes, *_ignored(weights.path, fit))
+
+
+def _aliases(expected: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Return name -> the other names of the same tensor, for tied weights."""
+    names: dict[int, list[str]] = {}
+    for name, value in expected.items():
+        names.setdefault(id(value), []).append(name)
+    return {name: group for group in names.values() if len(group) > 1 for name in group}
+
+
+def _made(tensors: Tensors) -> dict[str, Tensor]:
+    return {name: make() for name, make in tensors.items()}
+
+
+def _accepts(module: nn.Module, state: Mapping[str, Tensor]) -> bool:
+    """Return True if the network itself reads these names: some networks translate older names."""
+    try:
+        copy.deepcopy(module).load_state_dict(state)
+    except Exception:  # torch raises RuntimeError; the network's own code may raise anything
+        return False
+    return True
+
+
+def _check_values(path: Path, title: str, state: Mapping[str, Tensor], expected: Mapping[str, Any]) -> None:
+    misshapen = [
+        name for name, value in state.items() if not is_lazy(expected[name]) and value.shape != expected[name].shape
+    ]
     if misshapen:
-        key = misshapen[0]
+        name = min(misshapen)
         raise ModelError(
-            f"{path} does not fit {type(module).__name__}: {key} is {_shape(state[key])} in the file and"
-            f" {_shape(expected[key])} in the network ({len(misshapen)} tensors differ in shape)",
+            f"{path} does not fit {title}: {name} is {_shape(state[name])} in the file and"
+            f" {_shape(expected[name])} in the network ({len(misshapen)} tensors differ in shape)",
             remedy="Check the network's options, such as the number of classes",
         )
-    module.load_state_dict(state)
+    for name, value in state.items():
+        want = expected[name].dtype
+        if (want.is_floating_point and not value.dtype.is_floating_point) or (
+            value.is_complex() and not want.is_complex
+        ):
+            raise ModelError(
+                f"{path} does not fit {title}: {name} is {value.dtype} in the file and {want} in the network",
+                remedy="Give the weights of the float network, not quantized ones",
+            )
 
 
-def _read_weights(path: Path) -> Any:
+def _misfit(path: Path, title: str, misfit: Misfit, sets: Mapping[str, Tensors], chosen: str, count: int) -> ModelError:
+    below = f" under {chosen!r}" if chosen else ""
+    text = (
+        f"{path} does not fit {title}{below}: {_list('missing', misfit.missing)}{_list('unexpected', misfit.unexpected)}"
+        f"of {count} tensors"
+    )
+    if misfit.candidates:
+        keys = [f"{chosen}.{name}" if chosen else name for name in misfit.candidates]
+        several = "each of them" if len(keys) > 1 else "them"
+        return ModelError(
+            f"{text}. The names below {_some(keys)} fit without the others",
+            remedy=f"If {several} is this network: --weights-key {keys[0]} takes only the names below it (weights_key in"
+            " Python)",
+        )
+    return ModelError(
+        text + _listing(sets),
+        remedy="Give the weights of this very network, or the factory that builds the network of these weights",
+    )
+
+
+def _ignored(path: Path, fit: Match) -> list[str]:
+    if not fit.ignored:
+        return []
+    return [f"{path} holds counters that are no weights; they were ignored: {_some(list(fit.ignored))}"]
+
+
+def _chosen(
+    sets: dict[str, Tensors], weights: WeightsFile, expected: Mapping[str, Any], title: str
+) -> tuple[str, tuple[str, ...]]:
+    """Return the key of the set of weights to load, and sentences on the choice. A prefix becomes a set."""
+    path, key = weights.path, weights.key
+    if key is not None:
+        return _by_key(sets, path, key), ()
+    last_parts = {name.rpartition(".")[2] for name in expected}
+    serious = [place for place, names in sets.items() if last_parts & {name.rpartition(".")[2] for name in names}]
+    if not sets:
+        raise ModelError(
+            f"{path} holds a value that is not a state dict (names with tensors)", remedy="Save model.state_dict()"
+        )
+    if len(serious) < 2:
+        place = serious[0] if serious else min(sets, key=lambda place: (_rank(place), place))
+        return place, () if _is_known(place) else (f"the weights were taken from {place!r} in {path}",)
+    fitting = [
+        place for place in serious if isinstance(match_names(expected, sets[place], aliases=_aliases(expected)), Match)
+    ]
+    known = sorted((place for place in fitting if _is_known(place)), key=_rank)
+    if known:
+        others = [place for place in fitting if place != known[0]]
+        return known[0], _several(path, known[0], others)
+    if fitting:
+        raise ModelError(
+            f"{path} holds several sets of weights, and which one is meant is not clear{_listing(sets)}",
+            remedy=f"Choose one: --weights-key {fitting[0]} (weights_key in Python); it fits {title}",
+        )
+    return min(serious, key=lambda place: (not _is_known(place), _rank(place), place)), ()
+
+
+def _several(path: Path, taken: str, others: list[str]) -> tuple[str, ...]:
+    if not others:
+        return ()
+    return (
+        f"{path} holds {len(others) + 1} sets of weights that fit: {taken or 'the top level'} was taken; --weights-key takes"
+        f" {_some([other or 'the top level' for other in others])} instead",
+    )
+
+
+def _by_key(sets: dict[str, Tensors], path: Path, key: str) -> str:
+    if key in sets:
+        return key
+    below: dict[str, Tensors] = {}
+    for place, tensors in sets.items():
+        inside = key.removeprefix(place + ".") if place else key
+        names = {
+            name.removeprefix(inside + "."): make for name, make in tensors.items() if name.startswith(inside + ".")
+        }
+        if names:
+            below[f"{place}.{inside}" if place else inside] = names
+    if len(below) == 1:
+        sets.update(below)
+        return next(iter(below))
+    what = (
+        f"several sets of weights with names below {key!r}: {_some(list(below))}"
+        if below
+        else f"no weights under {key!r}"
+    )
+    raise ModelError(f"{path} has {what}{_listing(sets)}", remedy="Choose one of the names with --weights-key")
+
+
+def _is_known(place: str) -> bool:
+    return not place or all(part in KEYS for part in place.split("."))
+
+
+def _rank(place: str) -> list[int]:
+    return [KEYS.index(part) if part in KEYS else len(KEYS) for part in place.split(".")] if place else []
+
+
+def _listing(sets: Mapping[str, Tensors]) -> str:
+    """Return the sets of weights in a file as the end of a sentence; "" for one at the top level."""
+    if set(sets) <= {""}:
+        return ""
+    return ". Found: " + _some(
+        [f"{place[:40] or 'top level'} (tensors: {len(names)})" for place, names in sets.items()]
+    )
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[dict[str, Tensors]]:
+    """Open a weights file; its sets of weights by their keys, "" for the top level. Tensors are made while it is open."""
     if not path.exists():
         raise ModelError(f"{path} does not exist", remedy="Check the path of the weights")
-    if path.is_dir():
-        raise ModelError(f"{path} is a folder, not a weights file", remedy="Give a file")
-    if path.stat().st_size == 0:
-        raise ModelError(f"{path} is empty", remedy="Copy or write the weights again")
+    kind = refuse_other_kinds(path, "safetensors", "torch", "index", "pickle")
+    with contextlib.ExitStack() as stack:
+        if kind == "index":
+            yield {"": _sharded(path, stack)}
+        else:
+            yield _sets(path, stack)
+
+
+def _sets(path: Path, stack: contextlib.ExitStack) -> dict[str, Tensors]:
     if is_safetensors(path):
-        return read_safetensors(path)[0]
-    _screen(path)
-    try:
-        # Given a name, torch would choose the format by the name's ending.
-        with path.open("rb") as file, no_warnings:  # torch remarks on old pickle protocols; what matters is raised
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ModelError(
-            f"{path} is not a plain state dict: it holds Python objects or code, which bnexport does not run,"
-            " or it is no torch file",
-            remedy=_SAVE,
-        ) from error
-    except Exception as error:  # torch.load raises RuntimeError, KeyError, EOFError, ValueError on foreign bytes
-        raise ModelError(
-            f"{path} is neither safetensors nor a torch state dict ({type(error).__name__}: {one_line(error, 120)})",
-            remedy="Save the weights with torch.save(model.state_dict(), FILE), or as .safetensors",
-        ) from error
-
-
-def _screen(path: Path) -> None:
-    """Refuse what is more than tensors, before torch opens it."""
+        return {"": {name: _constant(value) for name, value in read_safetensors(path)[0].items()}}
     try:
         with refusing(f"{path} is not a plain state dict: it", ModelError, remedy=_SAVE):
             check_regular(path)
-            with path.open("rb") as file:
-                validate_weights(file)
+            saved = read_saved(stack.enter_context(path.open("rb")))
+            stack.enter_context(no_warnings)  # torch's classes of storages remark on their age
+            return tensor_sets(saved, path)
     except OSError as error:
         raise ModelError(f"{path} can't be read: {one_line(error)}", remedy="Check the file's permissions") from error
 
 
+def _constant(value: Tensor) -> Any:
+    return lambda: value
+
+
+def _sharded(path: Path, stack: contextlib.ExitStack) -> Tensors:
+    """Return the tensors of an index and of the files that it names, which lie next to it."""
+    with refusing(f"{path} is not an index of weights: it", ModelError, remedy="Download the index again"):
+        check_regular(path)
+        index = parse_json(path.read_bytes(), max_bytes=limit("safetensors-header"))
+        places = index.get("weight_map") if isinstance(index, dict) else None
+        if not isinstance(places, dict) or not all(isinstance(place, str) for place in places.values()):
+            raise ModelError(f"{path} has no table of names and files", remedy="Download the index again")
+        for place in sorted(set(places.values())):
+            check_name(place)
+    shards: dict[str, Tensors] = {}
+    for place in sorted(set(places.values())):
+        shard = path.parent / place
+        if not shard.is_file():
+            raise ModelError(f"{shard} is missing, which {path.name} names", remedy="Download every file of the index")
+        refuse_other_kinds(shard, "safetensors", "torch")
+        shards[place] = _sets(shard, stack).get("", {})
+    for name, place in places.items():
+        if name not in shards[place]:
+            raise ModelError(
+                f"{path.parent / place} lacks {name}, which {path.name} names", remedy="Download both again"
+            )
+    return {name: shards[place][name] for name, place in places.items()}
+
+
 def is_safetensors(path: Path) -> bool:
-    """Return whether a file is safetensors: by its content, a JSON header after 8 bytes, else by its name."""
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        start = file.read(9)
-    if start[:4] == MAGIC:  # a zip archive: what torch.save writes
-        return False
-    return start[8:] == b"{" or (path.suffix == ".safetensors" and start[:1] != _PICKLE)
+    """Return True for a safetensors file: by its content, or by its name if its content is of no known kind."""
+    kind = kind_of(path)
+    return path.is_file() and (path.suffix == ".safetensors" if kind is None else kind.name == "safetensors")
 
 
-def _unwrap(value: Any) -> dict[str, Tensor]:
-    for key in ("state_dict", "model"):
-        if isinstance(value, Mapping) and isinstance(value.get(key), Mapping):
-            value = value[key]
-    if not isinstance(value, Mapping) or not all(
-        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in value.items()
-    ):
-        raise ModelError(
-            f"the weights file holds a {type(value).__name__} that is not a state dict (names with tensors)",
-            remedy="Save model.state_dict()",
-        )
-    return dict(value)
+def _list(what: str, names: tuple[str, ...]) -> str:
+    return f"{len(names)} {what} ({_some(list(names), 3)}) " if names else ""
 
 
-def _list(what: str, names: list[str]) -> str:
-    if not names:
-        return ""
-    shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-    return f"{len(names)} {what} ({shown}) "
-
-
-def _misfit(given: Tensor, expected: Tensor) -> bool:
-    return not is_lazy(expected) and given.shape != expected.shape
+def _some(names: list[str], most: int = _SHOWN) -> str:
+    """Return the first names, each cut if it is long."""
+    cut = [name if len(name) <= _LONGEST else name[: _LONGEST - 3] + "..." for name in names[:most]]
+    return ", ".join(cut) + (", ..." if len(names) > most else "")
 
 
 def _shape(tensor: Tensor) -> str:

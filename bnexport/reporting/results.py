@@ -224,6 +224,7 @@ def print_recalibration(done: Recalibration, *, as_json: bool = False) -> None:
     facts = done.facts
     how = f"{facts['images']} training images of {facts['dataset']}, batches of {facts['batch_size']}"
     for line in (
+        *done.notes,
         f"re-estimated over {how}; definition: {facts['definition']}",
         f"test accuracy before: {_accuracy(done.before)}",
         f"test accuracy after:  {_accuracy(done.after)}",

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from bnexport.errors import Diverged
+from bnexport.nn.calling import to_eval_mode
+from bnexport.nn.soundness import has_diverged
 from bnexport.reproducibility import strict_float32
 from bnexport.training.processes import World
 from bnexport.training.recording import CapturedStep, Record, Recording
@@ -139,7 +141,7 @@ def evaluated(model: nn.Module, samples: Samples, world: World) -> Sums:
     """Return the sums of ``evaluate`` over this process's part, on the device; the host does not wait for them."""
     was_training = model.training
     sums = Sums.zeros(0, samples.device)
-    model.eval()
+    to_eval_mode(model)
     try:
         mine = torch.split(world.share(torch.arange(samples.count)), _EVALUATION_BATCH)
         with strict_float32():
@@ -163,7 +165,7 @@ def _refuse_diverged(model: nn.Module, losses: Tensor) -> None:
     broken = (~torch.isfinite(losses)).nonzero()
     if len(broken):
         where = f"in batch {int(broken[0]) + 1} of {len(losses)}"
-    elif not all(bool(torch.isfinite(value).all()) for value in model.state_dict().values()):
+    elif has_diverged(model):
         where = f"after batch {len(losses)} of {len(losses)}"
     else:
         return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,7 +16,16 @@ from bnexport.optional import no_warnings, one_line
 from bnexport.validation.exported_program import check_code, check_exported
 from bnexport.validation.limits import count_elements, limit, refusing, shown
 from bnexport.validation.paths import check_regular
-from bnexport.validation.pickles import Storage, check_one_pickle, check_pickle, is_script_name, is_weight_name
+from bnexport.validation.pickles import (
+    Made,
+    Storage,
+    check_pickle,
+    is_checkpoint_name,
+    is_script_name,
+    is_weight_name,
+    read_one_pickle,
+    read_pickle,
+)
 from bnexport.validation.zip_directory import DEFLATED, MAGIC, Entry, read_directory, read_entry, read_start
 
 NPY_MAGIC = b"\x93NUMPY"
@@ -58,6 +67,9 @@ def _parsed(text: bytes) -> dict[str, Any]:
 _REBUILD = "Write the bundle again with bnexport fold-and-export, or copy it again from its source"
 #: Pickles at the start of torch's format before 1.6: its number, its version, the system, the object, the storages.
 _OLD_PICKLES = 5
+_OLD_NUMBER = 0x1950A86A20F9469CFC6C
+#: The number as a step of the first pickle.
+OLD_TORCH = b"\x8a\x0a" + _OLD_NUMBER.to_bytes(10, "little")
 _PICKLE = b"\x80"
 
 
@@ -114,19 +126,57 @@ def validate_archive(path: str | Path, kind: str, *, error: type[BadInput] | Non
         raise raised(f"{path} {what}", remedy=row.remedy) from problem
 
 
+@dataclass(frozen=True)
+class Saved:
+    """The value of a file of torch.save as data. Nothing that the file names was called.
+
+    Attributes:
+        value: Numbers, texts, ``pickles.Made`` and ``pickles.Name``.
+        bytes_of: Return the bytes of a storage; the file must still be open.
+        swapped: True if a machine with the most significant byte first wrote the file.
+    """
+
+    value: Any
+    bytes_of: Callable[[Storage], bytes]
+    swapped: bool
+
+
 def validate_weights(file: BinaryIO) -> None:
     """Refuse a torch state dict, in an archive or in the older format, that holds more than tensors."""
+    _read_saved(file, is_weight_name, modern=False)
+
+
+def read_saved(file: BinaryIO) -> Saved:
+    """Read a file of torch.save: weights, and plain values next to them. Refuse a file that names code."""
+    return _read_saved(file, is_checkpoint_name, modern=True)
+
+
+def _read_saved(file: BinaryIO, allowed: Callable[[str], bool], *, modern: bool) -> Saved:
     file.seek(0)
     start = file.read(4)
     if start == MAGIC:
-        _screen(file, ARCHIVES["checkpoint"])
-    elif start[:1] == _PICKLE:
-        _check_old_weights(file)
-    else:
-        raise Refusal("is neither safetensors nor a file of torch.save")
+        archive = _open_archive(file, ARCHIVES["checkpoint"])
+        return _from_archive(archive, allowed, modern=modern)
+    if start[:1] == _PICKLE:
+        return _from_old_format(file, allowed, modern=modern)
+    raise Refusal("is neither safetensors nor a file of torch.save")
+
+
+def names_in(file: BinaryIO) -> frozenset[str]:
+    """Return the names of the files inside a zip archive, without their common folder; empty for any other file."""
+    try:
+        entries = read_directory(file)
+        folder = _common_folder(entries)
+    except Refusal:
+        return frozenset()
+    return frozenset(entry.name.removeprefix(folder) for entry in entries)
 
 
 def _screen(file: BinaryIO, kind: ArchiveKind) -> None:
+    kind.check(_open_archive(file, kind))
+
+
+def _open_archive(file: BinaryIO, kind: ArchiveKind) -> _Archive:
     file.seek(0)
     start = file.read(4)
     if start != MAGIC:
@@ -134,7 +184,7 @@ def _screen(file: BinaryIO, kind: ArchiveKind) -> None:
     entries = read_directory(file)
     _check_growth(entries, limit(kind.inflated))
     folder = "" if kind.inflated == "npz-inflated" else _common_folder(entries)
-    kind.check(_Archive(file, {entry.name.removeprefix(folder): entry for entry in entries}))
+    return _Archive(file, {entry.name.removeprefix(folder): entry for entry in entries})
 
 
 def _check_growth(entries: Sequence[Entry], most: int) -> None:
@@ -181,8 +231,19 @@ _SCRIPT_FILES = frozenset({"data", "constants", "version", "byteorder", ".data",
 
 
 def _check_checkpoint(archive: _Archive) -> None:
-    storages = check_pickle(archive.read("data.pkl", limit("pickle-bytes")), is_weight_name)
+    _from_archive(archive, is_weight_name, modern=False)
+
+
+def _from_archive(archive: _Archive, allowed: Callable[[str], bool], *, modern: bool) -> Saved:
+    value, storages = read_pickle(archive.read("data.pkl", limit("pickle-bytes")), allowed, modern=modern)
     _check_storages(archive, storages, "data")
+    order = archive.read("byteorder", 16) if "byteorder" in archive.entries else b"little"
+
+    def bytes_of(storage: Storage) -> bytes:
+        size = storage.numel * storage.itemsize
+        return archive.read(f"data/{storage.key}", archive.entries[f"data/{storage.key}"].size)[:size] if size else b""
+
+    return Saved(value, bytes_of, order == b"big")
 
 
 def _check_storages(archive: _Archive, storages: Sequence[Storage], folder: str) -> None:
@@ -212,18 +273,52 @@ def _check_arrays(archive: _Archive) -> None:
             raise Refusal(f"holds {shown(name)}, which is no array")
 
 
-def _check_old_weights(file: BinaryIO) -> None:
-    """Check the format of torch before 1.6: five pickles, then the bytes of the storages."""
+def _from_old_format(file: BinaryIO, allowed: Callable[[str], bool], *, modern: bool) -> Saved:
+    """Read the format of torch before 1.6: five pickles, then the bytes of the storages."""
     size = file.seek(0, 2)
     file.seek(0)
     start = io.BytesIO(file.read(limit("pickle-bytes")))
     storages: list[Storage] = []
+    values: list[Any] = []
     for _ in range(_OLD_PICKLES):
-        storages += check_one_pickle(start, is_weight_name)
-    # A storage is named once for each tensor in it; 8 bytes in front of it tell its length.
-    needed = sum({storage.key: 8 + storage.numel * storage.itemsize for storage in storages}.values())
+        value, found = read_one_pickle(start, allowed, modern=modern)
+        values.append(value)
+        storages += found
+        if values[0] != _OLD_NUMBER:
+            raise Refusal("is a pickle, and not a file of torch.save")
+    # A storage is named once for each tensor in it; its number of elements stands in front of it, in 8 bytes.
+    places = {storage.key: storage for storage in storages}
+    needed = sum(8 + storage.numel * storage.itemsize for storage in places.values())
     if needed > size - start.tell():
         raise Refusal(f"says that its tensors have {needed} bytes; {size - start.tell()} are there")
+    system, order = values[2], values[4]
+    pairs = system.items if isinstance(system, Made) else []
+    return Saved(values[3], _old_storages(file, start.tell(), places, order), _swapped(pairs))
+
+
+def _swapped(pairs: Sequence[Any]) -> bool:
+    return any(key == "little_endian" and value is False for key, value in zip(pairs[::2], pairs[1::2], strict=False))
+
+
+def _old_storages(file: BinaryIO, start: int, places: Mapping[str, Storage], order: Any) -> Callable[[Storage], bytes]:
+    """Return the reader of storages that lie one after the other, in the order of the last pickle."""
+    starts: dict[str, int] = {}
+    for key in order.items if isinstance(order, Made) else ():
+        if (storage := places.get(key) if isinstance(key, str) else None) is None:
+            break  # the places of what follows are unknown
+        starts[key] = start + 8
+        start += 8 + storage.numel * storage.itemsize
+
+    def bytes_of(storage: Storage) -> bytes:
+        if storage.key not in starts:
+            raise Refusal(f"has no data for the tensor storage {shown(storage.key)}")
+        file.seek(starts[storage.key] - 8)
+        count = int.from_bytes(file.read(8), "little")
+        if count != storage.numel:
+            raise Refusal(f"says that a tensor storage has {storage.numel} elements; its data have {count}")
+        return file.read(storage.numel * storage.itemsize)
+
+    return bytes_of
 
 
 _SAVE = "Save the weights alone: torch.save(model.state_dict(), FILE), or safetensors.torch.save_file"

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-_CHUNK = 512
+#: Most samples at once, and most elements of their inputs: larger blocks of memory cost more time than they save.
+_CHUNK, _ELEMENTS = 512, 1 << 19
 
 
 class Reference:
@@ -42,7 +43,10 @@ class Reference:
         """
         size = len(feeds[self._signature.inputs[0].name])
         # A batch dimension that is fixed can't be cut; an empty batch still has to go through once.
-        step = _CHUNK if isinstance(self._signature.inputs[0].shape[0], str) else max(size, 1)
+        elements = sum(array.size for array in feeds.values()) // max(size, 1)
+        step = min(max(_ELEMENTS // max(elements, 1), 1), _CHUNK)
+        if not isinstance(self._signature.inputs[0].shape[0], str):
+            step = max(size, 1)
         parts = [self._part(feeds, at, at + step) for at in range(0, max(size, 1), step)]
         return {spec.name: np.concatenate([p[i] for p in parts]) for i, spec in enumerate(self._signature.outputs)}
 
@@ -50,12 +54,13 @@ class Reference:
         import torch
 
         from bnexport.runtimes.torch_outputs import flatten
+        from bnexport.runtimes.wide_convolution import wide_convolutions
         from bnexport.verification.widening import wide_casts
 
         arrays = [np.array(feeds[spec.name][start:stop]) for spec in self._signature.inputs]
         tensors = [torch.from_numpy(array.astype(np.float64) if array.dtype.kind == "f" else array) for array in arrays]
         try:
-            with torch.inference_mode(), wide_casts():
+            with torch.inference_mode(), wide_casts(), wide_convolutions():
                 results = [tensor.numpy() for tensor in flatten(self._module(*tensors))]
         except Exception as error:  # the module is the user's code
             raise _unusable(one_line(error, 200)) from error

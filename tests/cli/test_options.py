@@ -48,7 +48,7 @@ def test_every_option_reaches_the_request(tmp_path: Path):
     given = request(
         "--input", "image=3x8x9", "--labels", str(tmp_path / "labels.txt"), "--mean", "0.1,0.2,0.3", "--std", "1,2,3",
         "--dataset", "digits", "--data-dir", str(tmp_path), "--opset", "17", "--ir-version", "9", "--format", "onnx",
-        "--allow-untrained", "--force",
+        "--allow-untrained", "--force", "--allow-nonfinite", "mask", "--allow-nonfinite", "a.table",
     )  # fmt: skip
     assert given == ExportRequest(
         inputs=("image=3x8x9",),
@@ -58,6 +58,7 @@ def test_every_option_reaches_the_request(tmp_path: Path):
         onnx=OnnxTarget(17, 9),
         formats=("onnx",),
         allow_untrained=True,
+        allow_nonfinite=("mask", "a.table"),
         force=True,
         data_dir=tmp_path,
     )
@@ -194,3 +195,34 @@ def test_what_is_no_data_set_is_refused_with_all_names(name, capsys):
     told = " ".join(capsys.readouterr().err.split())
     assert "folder:PATH" in told
     assert "fashion-mnist" in told
+
+
+def test_stages_are_a_line_each_in_a_log_and_a_bar_on_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bnexport.cli.output import stages
+    from bnexport.progress import part_of
+
+    def job() -> None:
+        with stages() as progress:
+            progress("folding", 0, 1)
+            part = part_of(progress, 0.5, 1.0)
+            part("writing", 0, 4)
+            part("writing", 2, 4)
+
+    job()
+    out, err = capsys.readouterr()
+    lines = err.splitlines()
+    assert out == ""
+    assert [line.partition(":")[0] for line in lines] == ["folding", "writing"]
+    assert all(line.endswith(" s") for line in lines)
+    with pytest.raises(ValueError, match="x"), stages() as progress:
+        progress("folding", 0, 1)
+        raise ValueError("x")
+    with stages(quiet=True) as progress:
+        progress("folding", 0, 1)
+    assert capsys.readouterr().err == "", "a stage that failed is not reported as finished, and --quiet shows nothing"
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    job()
+    assert "75%" in (shown := capsys.readouterr().err)
+    assert "writing" in shown

@@ -309,7 +309,7 @@ SCRIPTS: dict[str, Hostile] = {
 CHECKPOINTS: dict[str, Hostile] = {
     "checkpoint: code": Hostile("weights", checkpoint(call("os.mkdir")), "names 'os.mkdir'"),
     "checkpoint: code of pickle.dumps": Hostile(
-        "weights", raw("weights.pt", pickle.dumps(Code())), "which weights do not need"
+        "weights", raw("weights.pt", pickle.dumps(Code())), "names 'posix.mkdir'"
     ),
     "checkpoint: code in the old format": Hostile(
         "weights", raw("weights.pt", pickle.dumps(0x1950A86A20F9469CFC6C, 2) + call("os.mkdir")), "names 'os.mkdir'"

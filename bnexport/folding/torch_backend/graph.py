@@ -20,7 +20,7 @@ from bnexport.folding.torch_backend.readers import POOLS_WITH_POSITIONS, READERS
 
 aten = torch.ops.aten
 
-_CHANGED = "what it reads or gives is changed in forward"
+_CHANGED = "its input or output may be changed in forward, in place (x += 1, x.add_(1))"
 _CONSTANT = "its input is a constant, so that what it gives is one, too"
 #: Operators that take only the shape of their second argument.
 _LIKE = (aten.view_as.default, aten.reshape_as.default)
@@ -123,11 +123,11 @@ class TorchGraph:
         if node.op == "output":
             return Reading(Opaque(is_output=True), everything)
         reader: Reader | None = READERS.get(node.target) if node.op == "call_function" else None
-        if self.constants.changes(node, *everything):
-            return Reading(Opaque(_CHANGED), everything)
         found = reader(node, self) if reader is not None else None
         if isinstance(found, str):
             return Reading(Opaque(found), everything)
+        if self.constants.changes(node, *everything):
+            return Reading(Opaque(_CHANGED), everything)
         if found is None or any(not isinstance(item, Node) or not self._is_value(item) for item in found.inputs):
             return Reading(Opaque(), everything)
         return found

@@ -258,10 +258,40 @@ def test_the_accuracy_at_export_must_come_out_again(bundle: Bundle, tmp_path: Pa
     report = verify(bundle, runtimes=FAST)
     again = reseal(copy_bundle(bundle, tmp_path / "1"), verification=report.to_json())
     rows = [row for row in verify(again, runtimes=FAST).rows if row.stage == "accuracy"]
-    assert [row.passed for row in rows] == [True]
+    assert [(row.case, row.passed) for row in rows] == [("first image", True), ("images", True)]
     wrong = dict(report.accuracy, correct=report.accuracy["correct"] - 20)
     told = reseal(again.path, verification={"accuracy": wrong})
-    assert [row.stage for row in verify(told, runtimes=FAST).failures] == ["accuracy"]
+    assert [(row.stage, row.case) for row in verify(told, runtimes=FAST).failures] == [("accuracy", "images")]
+    mean, deviation = report.accuracy["first_image"]
+    wrong = dict(report.accuracy, first_image=[mean, deviation * 1.05])
+    told = reseal(again.path, verification={"accuracy": wrong})
+    assert [(row.stage, row.case) for row in verify(told, runtimes=FAST).failures] == [("accuracy", "first image")]
+
+
+def test_the_original_is_evaluated_once_on_each_input(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    original = Reference.evaluate
+
+    def counting(self: Reference, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        seen.append(len(feeds["input"]))
+        return original(self, feeds)
+
+    monkeypatch.setattr(Reference, "evaluate", counting)
+    found = verify(bundle, runtimes=FAST, scope=Scope(max_samples=9))
+    golden, cases = [row.n for row in found.rows if row.stage in ("golden", "strict")], 5
+    assert len(golden) == 1 + cases
+    assert seen == [sum(golden), 0]  # all of them, and no sample at all
+
+
+def test_a_precision_with_the_kernels_of_float32_is_not_run_again(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    same = replace(runner_spec("openvino-cpu"), same_as_float32=lambda _precision: "no bfloat16 here")
+    monkeypatch.setattr("bnexport.verification.verify.RUNNERS", (same,))
+    found = verify(bundle, scope=Scope(max_samples=4))
+    assert (list(found.runtimes), found.skipped) == (["openvino-cpu"], {"openvino-cpu, bfloat16": "no bfloat16 here"})
+    alone = verify(bundle, scope=Scope(("bfloat16",), max_samples=4))
+    assert list(alone.runtimes) == ["openvino-cpu, bfloat16"]
 
 
 class Sometimes(TorchEagerRunner):

@@ -1,0 +1,654 @@
+"""The weights door: what a user's file may be, which names fit, and what is refused."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import datetime
+import decimal
+import functools
+import json
+import os
+import pathlib
+import pickle
+import random
+import re
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from cases import randomise
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+
+import bnexport
+from bnexport.bundle import WEIGHTS, Manifest, seal
+from bnexport.errors import ModelError, UsageError
+from bnexport.exporting.request import ExportRequest
+from bnexport.loading.checkpoint import Checkpoint, save_checkpoint
+from bnexport.loading.sources import load_source
+from bnexport.optional import no_warnings
+from bnexport.tensors import Signature, TensorSpec
+
+State = dict[str, Tensor]
+NETWORK = """
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self, classes=3):
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.head = nn.Linear(4, classes)
+
+    def forward(self, x):
+        return self.head(self.backbone(x))
+
+class Wrapped(nn.Module):
+    def __init__(self, name="module"):
+        super().__init__()
+        setattr(self, name, Net())
+        self.name = name
+
+    def forward(self, x):
+        return getattr(self, self.name)(x)
+
+def in_model():
+    return Wrapped("model")
+
+def dense():
+    import torchvision
+    return torchvision.models.DenseNet(4, (2,), 8, num_classes=3)
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table, self.norm, self.out = nn.Embedding(5, 4), nn.LayerNorm(4), nn.Linear(4, 5, bias=False)
+        self.out.weight = self.table.weight
+"""
+_SPACE: dict[str, Any] = {}
+exec(NETWORK, _SPACE)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "net.py").write_text(NETWORK)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def network(name: str = "Net", seed: int = 3) -> nn.Module:
+    torch.manual_seed(seed)
+    return randomise(_SPACE[name](), seed).eval()
+
+
+def state_of(name: str = "Net", seed: int = 3) -> State:
+    return dict(network(name, seed).state_dict())
+
+
+def loaded(stored: Any, name: str = "Net", *, key: str | None = None, **options: Any) -> Any:
+    torch.save(stored, "w.pth", **options)
+    return load_source(f"net.py:{name}", weights="w.pth", weights_key=key)
+
+
+def refusal(stored: Any, name: str = "Net", *, key: str | None = None) -> str:
+    """What is said about a file that is refused; nothing of it is in the network."""
+    with pytest.raises(ModelError) as caught:
+        loaded(stored, name, key=key)
+    assert "\n" not in caught.value.message
+    assert len(caught.value.message) < 600
+    return str(caught.value)
+
+
+def same(module: nn.Module, state: Mapping[str, Tensor]) -> bool:
+    mine = module.state_dict()
+    return set(mine) == set(state) and all(torch.equal(value, state[name]) for name, value in mine.items())
+
+
+def with_prefix(prefix: str) -> Callable[[State], State]:
+    return lambda state: {prefix + name: value for name, value in state.items()}
+
+
+def inside(place: str, wrapper: str) -> Callable[[State], State]:
+    return lambda state: {name.replace(f"{place}.", f"{place}.{wrapper}."): value for name, value in state.items()}
+
+
+# names
+
+
+PREFIXES = (
+    "module.",
+    "model.",
+    "net.",
+    "_orig_mod.",
+    "module._orig_mod.",
+    "model._orig_mod.module.",
+    "trainer.learner.",
+)
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+def test_a_prefix_of_every_name_is_left_out(folder: Path, prefix: str) -> None:
+    assert same(loaded(with_prefix(prefix)(state_of())).module, state_of())
+
+
+@pytest.mark.parametrize("wrapper", ["_orig_mod", "module", "_fsdp_wrapped_module", "module._orig_mod"])
+def test_a_wrapper_around_a_part_of_the_network_is_left_out(folder: Path, wrapper: str) -> None:
+    assert same(loaded(inside("backbone", wrapper)(state_of())).module, state_of())
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "model."])
+def test_a_prefix_that_the_network_itself_has_stays(folder: Path, prefix: str) -> None:
+    state = state_of("Wrapped")
+    assert all(name.startswith("module.") for name in state)
+    assert same(loaded(with_prefix(prefix)(state), "Wrapped").module, state)
+
+
+@pytest.mark.parametrize("name", ["Wrapped", "in_model"])
+def test_the_weights_of_the_network_inside_a_wrapper_of_the_users_fit(folder: Path, name: str) -> None:
+    start = "module." if name == "Wrapped" else "model."
+    assert same(loaded(state_of(), name).module, with_prefix(start)(state_of()))
+    assert same(loaded(with_prefix("_orig_mod.")(state_of()), name).module, with_prefix(start)(state_of()))
+
+
+def test_an_averaged_model_and_what_profilers_leave(folder: Path) -> None:
+    averaged = AveragedModel(network())
+    averaged.update_parameters(network())
+    found = loaded(averaged.state_dict())
+    assert same(found.module, state_of())
+    assert found.notes == ("w.pth holds counters that are no weights; they were ignored: n_averaged",)
+    counters = {
+        name: torch.zeros(1) for name in ("total_ops", "total_params", "head.total_ops", "backbone.0.total_params")
+    }
+    found = loaded({**state_of(), **counters})
+    assert same(found.module, state_of())
+    assert found.notes[0].endswith("backbone.0.total_params, head.total_ops, total_ops, total_params")
+    assert same(loaded(with_prefix("module.")({**state_of(), **counters})).module, state_of())
+
+
+def test_a_network_with_counters_gets_them(folder: Path) -> None:
+    (folder / "net.py").write_text(
+        NETWORK
+        + "\ndef averaged():\n    from torch.optim.swa_utils import AveragedModel\n    return AveragedModel(Net())\n"
+    )
+    model = AveragedModel(network())
+    model.update_parameters(network())
+    found = loaded(model.state_dict(), "averaged")
+    assert same(found.module, model.state_dict())
+    assert found.module.n_averaged == 1
+    assert found.notes == ()
+
+
+def test_files_without_counts_of_batches(folder: Path) -> None:
+    old = {name: value for name, value in state_of().items() if not name.endswith("num_batches_tracked")}
+    for stored in (old, with_prefix("module.")(old)):
+        module = loaded(stored).module
+        assert all(torch.equal(module.state_dict()[name], value) for name, value in old.items())
+        assert int(module.state_dict()["backbone.1.num_batches_tracked"]) == 0
+
+
+def test_old_names_of_torchvisions_densenets(folder: Path) -> None:
+    pytest.importorskip("torchvision")
+    state = state_of("dense")
+    old = {
+        re.sub(r"(norm|conv)([12])\.", r"\1.\2.", name) if "layer" in name else name: value
+        for name, value in state.items()
+    }
+    assert set(old) != set(state)
+    assert same(loaded(old, "dense").module, state)
+    assert same(loaded({"state_dict": with_prefix("module.")(old)}, "dense").module, state)
+
+
+def test_tied_weights_may_be_stored_once(folder: Path) -> None:
+    state = state_of("Tied")
+    module = loaded({name: value for name, value in state.items() if name != "out.weight"}, "Tied").module
+    assert same(module, state)
+    assert module.out.weight is module.table.weight
+    assert "1 missing (norm.bias)" in refusal(
+        {n: v for n, v in state.items() if n not in ("out.weight", "norm.bias")}, "Tied"
+    )
+
+
+def test_a_network_that_translates_names_itself(folder: Path) -> None:
+    code = """
+class Translating(Net):
+    def _load_from_state_dict(self, state, prefix, *rest):
+        for name in [name for name in state if name.startswith("fc.")]:
+            state["head." + name[3:]] = state.pop(name)
+        super()._load_from_state_dict(state, prefix, *rest)
+"""
+    (folder / "net.py").write_text(NETWORK + code)
+    old = {name.replace("head.", "fc."): value for name, value in state_of().items()}
+    assert same(loaded(old, "Translating").module, state_of())
+    assert "does not fit Net" in refusal(old, "Net")
+
+
+def half(state: State) -> State:
+    return {f"module.{name}" if name.startswith("backbone") else name: value for name, value in state.items()}
+
+
+def half_inside(state: State) -> State:
+    return {name.replace("backbone.0", "backbone.module.0"): value for name, value in state.items()}
+
+
+def two(state: State) -> State:
+    return {**with_prefix("encoder_q.")(state), **with_prefix("encoder_k.")(state_of(seed=9))}
+
+
+MISFITS: dict[str, tuple[Callable[[State], Any], str]] = {
+    "a missing layer": (lambda s: {n: v for n, v in s.items() if "head" not in n}, "2 missing (head.bias, head.weight)"),
+    "a missing layer under a prefix": (
+        lambda s: with_prefix("module.")({n: v for n, v in s.items() if "head" not in n}), "2 missing (head.bias, head.weight)",
+    ),
+    "a missing bias": (lambda s: {n: v for n, v in s.items() if n != "backbone.1.bias"}, "1 missing (backbone.1.bias)"),
+    "a missing moving mean": (lambda s: {n: v for n, v in s.items() if "running_mean" not in n}, "backbone.1.running_mean"),
+    "another layer": (lambda s: {**s, "head2.weight": s["head.weight"]}, "1 unexpected (head2.weight)"),
+    "another layer without the prefix": (
+        lambda s: {**with_prefix("module.")(s), "head2.weight": s["head.weight"]}, "module",
+    ),
+    "half a prefix": (half, "module.backbone.0.bias"),
+    "half a prefix inside": (half_inside, "backbone.module.0.bias"),
+    "two networks": (two, "The names below encoder_k, encoder_q fit without the others"),
+    "two networks under a prefix": (
+        lambda s: {"state_dict": with_prefix("module.")(two(s))}, "state_dict.module.encoder_k, state_dict.module.encoder_q",
+    ),
+    "a loss with weights": (
+        lambda s: {**with_prefix("model.")(s), "loss.weight": torch.ones(3)},
+        "--weights-key model takes only the names below it",
+    ),
+    "another shape": (lambda s: {**s, "head.weight": torch.ones(5, 4)}, "head.weight is 5x4 in the file and 3x4"),
+    "integers": (lambda s: {**s, "head.weight": torch.ones(3, 4, dtype=torch.int8)}, "head.weight is torch.int8 in the file"),
+    "complex numbers": (lambda s: {**s, "head.bias": torch.ones(3, dtype=torch.complex64)}, "head.bias is torch.complex64"),
+    "two names that are one without wrappers": (
+        lambda s: {**with_prefix("module.")(s), **with_prefix("module.module.")(s)}, "does not fit Net",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MISFITS)
+def test_what_does_not_fit_is_refused(folder: Path, case: str) -> None:
+    change, words = MISFITS[case]
+    assert words in refusal(change(state_of()))
+
+
+def test_a_norm_without_its_statistics_is_refused(folder: Path) -> None:
+    code = "\ndef two():\n    return nn.Sequential(nn.BatchNorm2d(2), nn.BatchNorm2d(2))\n"
+    (folder / "net.py").write_text(NETWORK + code)
+    state = dict(randomise(nn.Sequential(nn.BatchNorm2d(2), nn.BatchNorm2d(2))).state_dict())
+    without = {name: value for name, value in state.items() if name not in ("1.num_batches_tracked", "1.running_var")}
+    assert "2 missing (1.num_batches_tracked, 1.running_var)" in refusal(without, "two")
+
+
+def test_nan_is_refused(folder: Path) -> None:
+    torch.save({**state_of(), "head.bias": torch.tensor([1.0, float("nan"), 2.0])}, "w.pth")
+    with pytest.raises(bnexport.errors.RefusedModel, match=r"head\.bias holds NaN"):
+        bnexport.fold_and_export("net.py:Net", "m/x/1", weights="w.pth", request=ExportRequest(inputs=("2x8x8",)))
+
+
+def test_names_with_a_million_parts_take_no_time(folder: Path) -> None:
+    long = ".".join("a" * 1_000_000)
+    assert "does not fit Net" in refusal({long: torch.ones(1), long + ".b": torch.ones(1)})
+
+
+# sets of weights
+
+
+KEYS = (
+    "state_dict", "model", "model_state_dict", "net", "network", "ema", "state_dict_ema", "module", "params", "model_ema",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_the_keys_of_training_scripts(folder: Path, key: str) -> None:
+    found = loaded({"epoch": 3, key: collections.OrderedDict(state_of()), "best": 0.5, "loss": torch.tensor(0.3)})
+    assert same(found.module, state_of())
+    assert found.notes == ()
+
+
+def test_keys_in_keys_and_a_key_of_the_users(folder: Path) -> None:
+    assert same(loaded({"ema": {"state_dict": with_prefix("module.")(state_of()), "decay": 0.9}}).module, state_of())
+    found = loaded({"mine": state_of(), "epoch": 3})
+    assert same(found.module, state_of())
+    assert found.notes == ("the weights were taken from 'mine' in w.pth",)
+
+
+def test_a_checkpoint_of_lightning_with_a_metric_of_callbacks(folder: Path) -> None:
+    stored = {
+        "epoch": 9, "pytorch-lightning_version": "2.4.0", "state_dict": with_prefix("model.")(state_of()), "loops": {},
+        "callbacks": {"ModelCheckpoint{'monitor': 'acc'}": {"best_model_score": torch.tensor(0.9), "dirpath": Path("x")}},
+        "optimizer_states": [{"state": {0: {"exp_avg": torch.ones(2)}}}], "hyper_parameters": {"lr": 0.1},
+    }  # fmt: skip
+    found = loaded(stored)
+    assert same(found.module, state_of())
+    assert found.notes == ()
+
+
+def test_of_several_sets_one_is_taken_and_the_others_are_named(folder: Path) -> None:
+    plain, averaged = state_of(seed=3), state_of(seed=4)
+    stored = {"state_dict_ema": averaged, "state_dict": plain, "optimizer": {"state": {0: {"exp_avg": torch.ones(3)}}}}
+    found = loaded(stored)
+    assert same(found.module, plain)
+    assert found.notes == (
+        "w.pth holds 2 sets of weights that fit: state_dict was taken; --weights-key takes state_dict_ema instead",
+    )
+    assert same(loaded(stored, key="state_dict_ema").module, averaged)
+    assert loaded(stored, key="state_dict").notes == ()
+    said = refusal(stored, key="state")
+    assert "no weights under 'state'. Found: state_dict_ema (tensors: 9), state_dict (tensors: 9)" in said
+    bias = {"bias": plain["head.bias"]}
+    said = refusal({**stored, "state_dict": bias, "state_dict_ema": bias.copy()})
+    assert "does not fit Net under 'state_dict'" in said
+    assert "Found: state_dict_ema (tensors: 1), state_dict (tensors: 1)" in said
+
+
+def test_averaged_weights_are_taken_where_they_alone_fit(folder: Path) -> None:
+    assert same(loaded({"model": {"teacher.weight": torch.ones(3)}, "ema": state_of()}).module, state_of())
+
+
+def test_two_networks_in_one_file_need_a_key(folder: Path) -> None:
+    stored = {"generator": state_of(), "discriminator": {"0.weight": torch.ones(3, 2), "0.bias": torch.ones(3)}}
+    said = refusal(stored)
+    assert "which one is meant is not clear. Found: generator (tensors: 9), discriminator (tensors: 2)" in said
+    assert "--weights-key generator" in said
+    assert same(loaded(stored, key="generator").module, state_of())
+    assert "does not fit Net under 'discriminator'" in refusal(stored, key="discriminator")
+    stored["discriminator"] = state_of(seed=9)
+    assert "which one is meant is not clear" in refusal(stored)
+
+
+def test_a_key_may_be_a_prefix(folder: Path) -> None:
+    for stored in (two(state_of()), {"state_dict": two(state_of()), "epoch": 1}):
+        assert same(loaded(stored, key="encoder_q").module, state_of())
+        assert same(loaded(stored, key="encoder_k").module, state_of(seed=9))
+    assert same(loaded({"state_dict": two(state_of())}, key="state_dict.encoder_k").module, state_of(seed=9))
+    assert "several sets of weights with names below" in refusal(
+        {"a": two(state_of()), "b": two(state_of())}, key="encoder_q"
+    )
+    assert "does not fit Net under" in refusal({"state_dict": half(state_of())}, key="state_dict.module")
+
+
+def test_a_dictionary_that_is_there_a_million_times_takes_no_time(folder: Path) -> None:
+    value: Any = {"weight": torch.ones(1)}
+    for _ in range(30):
+        value = {"a": value, "b": value}
+    assert "does not fit Net under 'model'" in refusal({"model": {"bias": torch.ones(1)}, "more": value})
+
+
+@pytest.mark.parametrize("value", [{"epoch": 3}, {"state_dict": {"a": "b"}}, {"state_dict": np.ones(3)}, [], "text"])
+def test_a_file_without_weights(folder: Path, value: Any) -> None:
+    assert "is not a state dict" in refusal(value)
+
+
+# next to the weights
+
+
+def optimiser_state() -> dict[str, Any]:
+    model = network()
+    optimiser = torch.optim.AdamW(model.parameters())
+    model(torch.ones(2, 2, 8, 8)).sum().backward()
+    optimiser.step()
+    return {"optimizer": optimiser.state_dict(), "lr": torch.optim.lr_scheduler.StepLR(optimiser, 3).state_dict()}
+
+
+HARMLESS: dict[str, Callable[[], Any]] = {
+    "numpy numbers": lambda: [np.float64(71.5), np.int32(3), np.bool_(True), np.float32(0.1), np.complex128(1j)],
+    "numpy arrays": lambda: {"m": np.eye(3), "t": np.array(["a", "bc"]), "r": np.zeros(2, dtype=[("x", "f4"), ("y", "i8")])},
+    "numpy dates": lambda: np.array(["2024-01-02"], dtype="datetime64[D]"),
+    "numpy types": lambda: [np.dtype("float32"), np.float32, np.ndarray],
+    "arguments": lambda: argparse.Namespace(lr=0.1, arch="tiny", sizes=[1, 2], gpu=None, inner=argparse.Namespace(x=1)),
+    "dates": lambda: [datetime.datetime(2024, 1, 2, tzinfo=datetime.UTC), datetime.date(2024, 1, 2), datetime.timedelta(3)],
+    "paths": lambda: [pathlib.PurePosixPath("a/b"), Path("c"), pathlib.PureWindowsPath("d")],
+    "sizes, types and devices": lambda: [torch.Size([1, 2]), torch.float16, torch.device("cuda:0"), torch.strided],
+    "collections": lambda: {
+        "d": collections.defaultdict(list, {"a": [1]}), "q": collections.deque([1, 2], maxlen=3),
+        "c": collections.Counter("abc"),
+        "o": collections.OrderedDict(a=1), "s": {1, 2}, "f": frozenset({1}), "t": (1, (2, 3)),
+    },
+    "numbers": lambda: [decimal.Decimal("1.5"), 1j, 2**70, -(2**40), uuid.UUID(int=3), True, None, 1e300],
+    "bytes": lambda: [b"\x00\xff", bytearray(b"ab"), b""],
+    "an optimiser": optimiser_state,
+    "generators": lambda: [torch.get_rng_state(), np.random.RandomState(0).get_state(), random.getstate()],
+    "a parameter": lambda: nn.Parameter(torch.ones(3)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("kind", HARMLESS)
+def test_plain_values_next_to_the_weights_do_no_harm(folder: Path, kind: str, protocol: int) -> None:
+    stored = {"epoch": 3, "state_dict": state_of(), "more": HARMLESS[kind]()}
+    found = loaded(stored, pickle_protocol=protocol)
+    assert same(found.module, state_of())
+    old = loaded(stored, _use_new_zipfile_serialization=False)
+    assert same(old.module, state_of())
+
+
+class Calls:
+    """A value whose pickle calls something."""
+
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.call = (function, arguments)
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+class Namespace(argparse.Namespace):
+    def __reduce__(self) -> Any:
+        return os.system, ("touch hacked",)
+
+
+def made_by_build() -> Any:
+    value = argparse.Namespace()
+    value.__dict__["x"] = Calls(eval, "open('hacked', 'w')")
+    return value
+
+
+HOSTILE: dict[str, Callable[[], Any]] = {
+    "os.system": lambda: Calls(os.system, "touch hacked"),
+    "eval": lambda: Calls(eval, "open('hacked', 'w')"),
+    "exec": lambda: Calls(exec, "open('hacked', 'w')"),
+    "open": lambda: Calls(open, "hacked", "w"),
+    "getattr": lambda: Calls(getattr, Calls(__import__, "os"), "system"),
+    "functools.partial": lambda: functools.partial(print, "hacked"),
+    "a method": lambda: [].append,
+    "a Namespace with another call": Namespace,
+    "a call in the attributes of a Namespace": made_by_build,
+    "an array of objects": lambda: np.array([Calls(os.mkdir, "hacked")], dtype=object),
+    "an array of plain objects": lambda: np.array([1, "a"], dtype=object),
+    "a record with objects": lambda: np.zeros(1, dtype=[("x", object)]),
+    "a call as a key": lambda: {Calls(os.mkdir, "hacked"): 1},
+    "a call in a defaultdict": lambda: collections.defaultdict(functools.partial(os.mkdir, "hacked")),
+    "a factory of a defaultdict": lambda: collections.defaultdict(os.getcwd),
+    "a call in a tensor's place": lambda: {"state_dict": {"head.weight": Calls(os.mkdir, "hacked")}},
+    "torch.load in a tensor": lambda: Calls(torch.storage._load_from_bytes, b"x"),
+    "a module": lambda: nn.Linear(2, 2),
+    "a function": lambda: loaded,
+    "a class of the user's": lambda: Calls,
+    "a size that is called": lambda: Calls(torch.FloatStorage, 2**40),
+}
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_whatever_could_run_code_is_refused(folder: Path, kind: str, protocol: int) -> None:
+    for options in ({}, {"_use_new_zipfile_serialization": False}):
+        torch.save({"state_dict": state_of(), "more": HOSTILE[kind]()}, "w.pth", pickle_protocol=protocol, **options)
+        with pytest.raises(ModelError) as caught:
+            load_source("net.py:Net", weights="w.pth")
+        assert "w.pth is" in caught.value.message
+        assert not Path("hacked").exists()
+
+
+def test_a_name_in_pieces_does_not_pass(folder: Path) -> None:
+    """Names with dots in them, and modules by their names in Python 2."""
+    for dotted in ("datetime sys.modules", "__builtin__ eval", "collections abc.sys.modules", "pathlib os.system"):
+        module, name = dotted.split()
+        Path("w.pth").write_bytes(
+            pickle.dumps(0x1950A86A20F9469CFC6C, 2) + b"\x80\x02c" + module.encode() + b"\n" + name.encode() + b"\n."
+        )
+        with pytest.raises(ModelError, match=f"names '{module}.{name}', code which bnexport does not run"):
+            load_source("net.py:Net", weights="w.pth")
+
+
+def test_no_unpickler_is_used(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save({"state_dict": state_of(), "args": argparse.Namespace(lr=1)}, "w.pth")
+
+    def trap(*_arguments: Any, **_options: Any) -> None:
+        raise AssertionError("the file was unpickled")
+
+    for place in (
+        "torch.load",
+        "pickle.loads",
+        "pickle.load",
+        "pickle.Unpickler",
+        "torch._weights_only_unpickler.Unpickler",
+    ):
+        monkeypatch.setattr(place, trap)
+    assert same(load_source("net.py:Net", weights="w.pth").module, state_of())
+
+
+# tensors
+
+
+def tensors() -> State:
+    base = torch.arange(24.0).reshape(4, 6)
+    return {
+        "plain": base, "view": base[1:3, 2:], "turned": base.t(), "shared": base, "strided": base[::2, ::3],
+        "repeated": torch.ones(1, 3).expand(2, 3), "scalar": torch.tensor(3.5), "empty": torch.empty(0, 3),
+        "double": base.double() / 7, "half": base.half(), "bfloat16": base.bfloat16() / 3,
+        "float8": torch.tensor([0.5, -2.0]).to(torch.float8_e4m3fn), "complex": torch.tensor([1 + 2j]),
+        "int64": torch.arange(-3, 3), "int8": torch.tensor([-128, 127], dtype=torch.int8),
+        "uint8": torch.tensor([0, 255], dtype=torch.uint8), "uint16": torch.tensor([0, 65535], dtype=torch.uint16),
+        "bool": torch.tensor([True, False]), "parameter": nn.Parameter(torch.ones(2)),
+        "channels last": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [{}, {"_use_new_zipfile_serialization": False}, {"pickle_protocol": 4}])
+def test_tensors_are_those_of_torchs_own_reader(tmp_path: Path, options: dict[str, Any]) -> None:
+    from bnexport.loading.weights import _opened
+
+    saved = tensors()
+    if "_use_new_zipfile_serialization" in options:  # torch can't read its own old format of these types
+        del saved["uint16"], saved["float8"]
+    torch.save(saved, tmp_path / "w.pth", **options)
+    want = torch.load(tmp_path / "w.pth", weights_only=False)  # its safe reader does not know protocol 4
+    with _opened(tmp_path / "w.pth") as sets:
+        got = {name: make() for name, make in sets[""].items()}
+    assert set(got) == set(want)
+    for name, value in want.items():
+        assert (got[name].dtype, got[name].shape, got[name].stride()) == (value.dtype, value.shape, value.stride()), (
+            name
+        )
+        assert (
+            got[name].contiguous().flatten().view(torch.uint8).equal(value.contiguous().flatten().view(torch.uint8))
+        ), name
+
+
+def test_a_file_of_a_machine_with_the_other_byte_order(folder: Path) -> None:
+    from support.hostile import members_of, write_zip
+
+    torch.save(state_of(), "w.pth")
+    members = members_of(Path("w.pth"))
+    for member in members:
+        if member.name.endswith("byteorder"):
+            member.data = b"big"
+        elif "/data/" in member.name:
+            width = 8 if len(member.data) == 8 else 4  # the count of batches is the one int64
+            member.data = np.frombuffer(member.data, np.uint8).reshape(-1, width)[:, ::-1].tobytes()
+        member.__post_init__()
+    write_zip(Path("swapped.pth"), members)
+    assert same(load_source("net.py:Net", weights="swapped.pth").module, state_of())
+
+
+def test_a_changed_bit_of_a_weight_is_seen(folder: Path) -> None:
+    torch.save(state_of(), "w.pth")
+    content = bytearray(Path("w.pth").read_bytes())
+    at = content.find(state_of()["head.weight"].numpy().tobytes())
+    content[at + 5] ^= 1
+    Path("w.pth").write_bytes(bytes(content))
+    with pytest.raises(ModelError, match="does not have the size and checksum"):
+        load_source("net.py:Net", weights="w.pth")
+
+
+def test_quantized_and_conjugated_tensors_are_refused(folder: Path) -> None:
+    with no_warnings:
+        quantized = torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8)
+    assert "quantized" in refusal({**state_of(), "head.bias": quantized})
+    assert "resolve_conj" in refusal({**state_of(), "head.bias": torch.ones(3, dtype=torch.complex64).conj()})
+
+
+# files and folders
+
+
+@pytest.mark.parametrize("name", ["w.pt", "w.pth", "w.pth.tar", "w.ckpt", "w.bin", "w.safetensors", "w"])
+def test_the_ending_of_a_name_does_not_matter(folder: Path, name: str) -> None:
+    torch.save(state_of(), name)
+    assert same(load_source("net.py:Net", weights=name).module, state_of())
+    safetensors.torch.save_file(with_prefix("model.")(state_of()), name)
+    assert same(load_source("net.py:Net", weights=Path(name)).module, state_of())
+
+
+def sharded(save: Callable[[State, str], object], ending: str) -> dict[str, str]:
+    state = with_prefix("model.")(state_of())
+    first = {name: value for name, value in state.items() if "backbone" in name}
+    places = {name: f"part-{1 if name in first else 2}.{ending}" for name in state}
+    save(first, f"part-1.{ending}")
+    save({name: value for name, value in state.items() if name not in first}, f"part-2.{ending}")
+    Path("w.index.json").write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": places}))
+    return places
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "bin"])
+def test_weights_in_several_files(folder: Path, ending: str) -> None:
+    places = sharded(safetensors.torch.save_file if ending == "safetensors" else torch.save, ending)
+    assert same(load_source("net.py:Net", weights="w.index.json").module, state_of())
+    for change, words in (
+        ({"model.head.extra": f"part-2.{ending}"}, f"part-2.{ending} lacks model.head.extra"),
+        ({"model.head.bias": "part-3.bin"}, "part-3.bin is missing, which w.index.json names"),
+        ({"model.head.bias": "../part-2.bin"}, "has the part '..'"),
+        ({"model.head.bias": "/etc/passwd"}, "is absolute"),
+        ({"model.head.bias": 3}, "has no table of names and files"),
+    ):
+        Path("w.index.json").write_text(json.dumps({"weight_map": {**places, **change}}))
+        with pytest.raises(ModelError, match=words.replace("(", r"\(")):
+            load_source("net.py:Net", weights="w.index.json")
+    Path("w.index.json").write_text(json.dumps({"weight_map": {n: p for n, p in places.items() if "bias" not in n}}))
+    with pytest.raises(ModelError, match="3 missing"):
+        load_source("net.py:Net", weights="w.index.json")
+
+
+def test_a_bundle_and_a_run_directory(folder: Path) -> None:
+    metadata = {"network": {"source": "net.py:Net", "options": {"classes": 3}}, "labels": ["a", "b", "c"]}
+    spec = TensorSpec("x", "float32", ("batch",))
+    save_checkpoint(folder / "bundle" / WEIGHTS, Checkpoint(state_of(), metadata))
+    seal(folder / "bundle", Manifest("x", 1, Signature((spec,), (spec,)), metadata["network"]))
+    save_checkpoint(folder / "run" / "model.safetensors", Checkpoint(state_of(), metadata))
+    for name in ("bundle", "run"):
+        found = load_source("net.py:Net", weights=name)
+        assert same(found.module, state_of())
+        assert found.labels == ("a", "b", "c")
+    with pytest.raises(ModelError, match=r"bundle is a bundle.*--weights bundle"):
+        load_source("bundle")
+    (folder / "nothing").mkdir()
+    with pytest.raises(ModelError, match="nothing is a folder without weights"):
+        load_source("net.py:Net", weights="nothing")
+    content = bytearray((folder / "bundle" / WEIGHTS).read_bytes())
+    content[-1] ^= 1
+    (folder / "bundle" / WEIGHTS).write_bytes(bytes(content))
+    with pytest.raises(bnexport.errors.BundleError):
+        load_source("net.py:Net", weights="bundle")
+
+
+def test_python_callers_are_told_of_python(folder: Path) -> None:
+    for weights in (state_of(), 3):
+        with pytest.raises(UsageError, match=r"weights is a (dict|int), not the path.*load_state_dict"):
+            load_source("net.py:Net", weights=weights)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="needs a weights file"):
+        load_source("net.py:Net", weights_key="ema")
+    with pytest.raises(UsageError, match=r"weights=... does not apply.*load_state_dict"):
+        bnexport.fold_and_export(network(), "m/x/1", weights="w.pth", request=ExportRequest(inputs=("2x8x8",)))
