@@ -96,16 +96,9 @@ class Predictor:
         return predictions
 
     def logits(self, images: Array) -> Array:
-        """Return the logits of images.
+        """Return the logits (n, classes), in the model's element type, of images: uint8 (n, height, width[, channels]).
 
-        Args:
-            images: uint8 (n, height, width), or (n, height, width, channels), of the preprocessing's size.
-
-        Returns:
-            (n, classes) in the model's element type.
-
-        Raises:
-            DataError: The images do not fit, or the model's answer is not finite.
+        Raises DataError if the images do not have the preprocessing's size, or if the answer is not finite.
         """
         starts = range(0, max(len(images), 1), self._batch_size)
         parts = [
