@@ -214,17 +214,18 @@ class Evaluator(ReferenceEvaluator):
         output_names: Any,
         feed_inputs: dict[str, Any],
         attributes: dict[str, Any] | None = None,
-        intermediate: bool = False,
+        intermediate: bool | None = False,
+        *,
         look: Callable[[str, Any], None] | None = None,
         **rest: Any,
     ) -> Any:
         """Run as onnx's evaluator does; ``look`` is called with the name and the value of each output of a node."""
         if intermediate or rest or any(node.need_context() for node in self.rt_nodes_):  # inner graphs read any value
-            values = super().run(None, feed_inputs, attributes, intermediate=True, **rest)
-            for node in self.rt_nodes_ if look else ():
-                for name in filter(None, node.output):
-                    look(name, values[name])
-            return values if intermediate else [values[name] for name in output_names or self.output_names]
+            every: dict[str, Any] = dict(super().run(None, feed_inputs, attributes, intermediate=True, **rest))
+            if look is not None:
+                for name in (name for node in self.rt_nodes_ for name in node.output if name):
+                    look(name, every[name])
+            return every if intermediate else [every[name] for name in output_names or self.output_names]
         if attributes is None and isinstance(self.proto_, FunctionProto):
             raise TypeError("a function needs its attributes")
         wanted = list(output_names or self.output_names)

@@ -94,9 +94,7 @@ def verify(
         seed=seed,
         data_dir=place,
         samples=given,
-        max_samples=scope.max_samples,
-        thorough=scope.thorough,
-        allow_low_accuracy=scope.allow_low_accuracy,
+        scope=scope,
     )
     progress("float64 proofs", _REFERENCE, 1.0)
     file_rows, skipped = file_checks(evidence)
@@ -104,7 +102,18 @@ def verify(
     for number, spec in enumerate(specs):
         part_of(progress, _PROOFS, 1.0)(spec.name, number, len(specs))
         found.append(_runtime_checks(spec, evidence, scope, named=runtimes is not None))
-    rows = [*integrity_rows(opened, evidence.problems), *evidence.rows, *file_rows]
+    return _report(evidence, found, file_rows, skipped, seed)
+
+
+def _report(
+    evidence: Evidence,
+    found: Sequence[_RuntimeChecks],
+    file_rows: Sequence[Row],
+    skipped: Mapping[str, str],
+    seed: int,
+) -> VerificationReport:
+    """Return the sum of all checks; ``skipped`` are the proofs that were not made."""
+    rows = [*integrity_rows(evidence.bundle, evidence.problems), *evidence.rows, *file_rows]
     rows += [row for one in found for row in one.rows]
     flipped = {name: run.flipped for one in found for name, run in one.runs.items() if run.flipped}
     return VerificationReport(
