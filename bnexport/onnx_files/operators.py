@@ -209,7 +209,7 @@ def better_operators(model: ModelProto) -> list[Any] | None:
 class Evaluator(ReferenceEvaluator):
     """onnx's reference evaluator; a run frees each value after its last use, and can show each value as it is made."""
 
-    def run(
+    def run(  # type: ignore[override]  # onnx names its types differently from release to release
         self,
         output_names: Any,
         feed_inputs: dict[str, Any],
