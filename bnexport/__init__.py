@@ -12,8 +12,10 @@ if TYPE_CHECKING:
     from bnexport.bundle import Bundle
     from bnexport.errors import BnexportError
     from bnexport.folding.fold import FoldResult, fold
+    from bnexport.folding.module_fold import ModuleFoldResult, fold_modules, load_folded
     from bnexport.folding.onnx_backend.fold import OnnxFoldResult, fold_onnx
     from bnexport.folding.report import FoldReport
+    from bnexport.nn.folded import is_folded
     from bnexport.nn.lenet import bn_lenet
     from bnexport.pipeline import fold_and_export
     from bnexport.serving.predictor import predict_images as predict
@@ -25,13 +27,17 @@ __all__ = [
     "Bundle",
     "FoldReport",
     "FoldResult",
+    "ModuleFoldResult",
     "OnnxFoldResult",
     "VerificationReport",
     "__version__",
     "bn_lenet",
     "fold",
     "fold_and_export",
+    "fold_modules",
     "fold_onnx",
+    "is_folded",
+    "load_folded",
     "predict",
     "verify",
 ]
@@ -43,12 +49,16 @@ _HOME: dict[str, tuple[str, str]] = {
     "Bundle": ("bnexport.bundle", "Bundle"),
     "FoldReport": ("bnexport.folding.report", "FoldReport"),
     "FoldResult": ("bnexport.folding.fold", "FoldResult"),
+    "ModuleFoldResult": ("bnexport.folding.module_fold", "ModuleFoldResult"),
     "OnnxFoldResult": ("bnexport.folding.onnx_backend.fold", "OnnxFoldResult"),
     "VerificationReport": ("bnexport.verification.verdict", "VerificationReport"),
     "bn_lenet": ("bnexport.nn.lenet", "bn_lenet"),
     "fold": ("bnexport.folding.fold", "fold"),
     "fold_and_export": ("bnexport.pipeline", "fold_and_export"),
+    "fold_modules": ("bnexport.folding.module_fold", "fold_modules"),
     "fold_onnx": ("bnexport.folding.onnx_backend.fold", "fold_onnx"),
+    "is_folded": ("bnexport.nn.folded", "is_folded"),
+    "load_folded": ("bnexport.folding.module_fold", "load_folded"),
     "predict": ("bnexport.serving.predictor", "predict_images"),
     "verify": ("bnexport.verification.verify", "verify"),
 }

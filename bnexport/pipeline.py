@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from torch import nn
 
 from bnexport.bundle import MODEL_ONNX, REPORT, WEIGHTS, Bundle, Manifest, seal
 from bnexport.environment import environment
-from bnexport.errors import RefusedModel, UsageError
+from bnexport.errors import OutputError, RefusedModel, UsageError
 from bnexport.evaluating.network import Subject, stale_warning
 from bnexport.exporting.dynamic_size import check_sizes_vary, larger_example, with_smallest_sizes
 from bnexport.exporting.formats import FORMATS, ExportJob
@@ -26,10 +27,12 @@ from bnexport.exporting.signature import check_labels, signature_of
 from bnexport.exporting.triton import check_triton_config, write_triton_config
 from bnexport.files import refuse_existing, staged_directory, write_atomically
 from bnexport.folding.fold import FoldResult, fold
+from bnexport.folding.module_fold import ModuleFoldResult, fold_modules
 from bnexport.folding.torch_backend.trace import size_shapes
-from bnexport.loading.checkpoint import save_checkpoint
+from bnexport.loading.checkpoint import save_checkpoint, save_tensors
 from bnexport.loading.sources import LoadedModel, checkpoint_of, load_source
 from bnexport.loading.zoo import zoo_of
+from bnexport.nn.folded import MARKER
 from bnexport.nn.soundness import check_sound
 from bnexport.reporting.html import render_report
 from bnexport.reporting.results import ExportResult
@@ -100,6 +103,44 @@ def fold_and_export(
     except _Failed:
         return ExportResult(None, result.report, report)
     return ExportResult(Bundle.open(path), result.report, report)
+
+
+def fold_weights(
+    source: str | nn.Module | LoadedModel,
+    out: str | Path,
+    *,
+    weights: Path | None = None,
+    request: ExportRequest | None = None,
+) -> ModuleFoldResult:
+    """Fold BatchNorm inside a network and write its folded weights as safetensors, after the proof.
+
+    The metadata of the file state the source and the outcome under ``bnexport_folded``.
+
+    Args:
+        source: As for ``fold_and_export``.
+        out: The file to write, ``*.safetensors``.
+        weights: Weights for a source that has none.
+        request: ``model_options``, ``inputs``, ``allow_untrained`` and ``force``; the rest does not apply to weights.
+
+    Raises:
+        BadInput: The source, the request or the output path is unusable; nothing was written.
+        ProofError: The fold is not exact; nothing was written.
+    """
+    request, path = request or ExportRequest(), Path(out)
+    if path.suffix != ".safetensors":
+        raise UsageError(f"{path} is not named .safetensors", remedy="Pass --out FILE.safetensors")
+    if path.is_dir() or (path.exists() and not request.force):
+        raise OutputError(f"{path} exists already", remedy="Choose another file, or pass --force to replace a file")
+    given = [weights, *([Path(source)] if isinstance(source, str) else [])]
+    if any(item is not None and item.exists() and path.exists() and item.samefile(path) for item in given):
+        raise OutputError(f"{path} is the file that is read", remedy="Choose another file: a fold can't be undone")
+    loaded = _loaded(source, weights, request)
+    specs = parse_inputs(request.inputs, default_shape=loaded.input_shape)
+    check_sound(loaded.module, allow_untrained=request.allow_untrained)
+    result = fold_modules(loaded.module, example_inputs(specs))
+    facts = {"network": dict(loaded.network), "fold": result.report.to_json()}
+    save_tensors(path, result.model.state_dict(), {MARKER: json.dumps(facts, allow_nan=False)})
+    return result
 
 
 def _loaded(source: str | nn.Module | LoadedModel, weights: Path | None, request: ExportRequest) -> LoadedModel:

@@ -22,7 +22,6 @@ from bnexport.folding.proof import scale_error
 from bnexport.folding.report import FoldReport, FoldRow
 from bnexport.folding.torch_backend.modules import (
     FORMAT,
-    MARKER,
     Changes,
     ModuleGraph,
     add_bias,
@@ -47,6 +46,7 @@ from bnexport.folding.torch_backend.proof import (
 from bnexport.folding.torch_backend.trace import trace, two_samples
 from bnexport.nn.batch_norm import BATCH_NORMS
 from bnexport.nn.calling import place_of
+from bnexport.nn.folded import MARKER
 from bnexport.optional import one_line
 
 #: Sides of images, as multiples of the example's, with which the fold is compared once more.
@@ -109,16 +109,6 @@ def fold_modules(
             if not kept:
                 raise
         return _attempt(original, inputs, dynamic_shapes, kept, prove)
-
-
-def is_folded(model: nn.Module | Mapping[str, Any]) -> bool:
-    """Return True if a network, or a part of it, was folded by ``fold_modules``.
-
-    Args:
-        model: A module, or a state dict with any prefix.
-    """
-    names = [name for name, _ in model.named_buffers()] if isinstance(model, nn.Module) else list(model)
-    return any(name.rpartition(".")[2] == MARKER for name in names)
 
 
 def load_folded(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:

@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from bnexport.errors import ModelError
 from bnexport.loading.checkpoint import read_safetensors
+from bnexport.nn.folded import is_folded
 from bnexport.optional import no_warnings, one_line
 from bnexport.validation.archives import validate_weights
 from bnexport.validation.limits import refusing
@@ -37,6 +38,11 @@ def load_weights(module: nn.Module, path: Path) -> None:
     if state and all(key.startswith("module.") for key in state):
         state = {key.removeprefix("module."): value for key, value in state.items()}
     expected = module.state_dict()
+    if is_folded(state) and not is_folded(expected):
+        raise ModelError(
+            f"{path} holds folded weights, which contain the BatchNorms, but {type(module).__name__} still has its BatchNorms",
+            remedy="Give the weights from before the fold; bnexport.load_folded(model, state) returns the folded network",
+        )
     missing = sorted(set(expected) - set(state))
     unexpected = sorted(set(state) - set(expected))
     misshapen = sorted(key for key in set(state) & set(expected) if _misfit(state[key], expected[key]))

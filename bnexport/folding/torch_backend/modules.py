@@ -25,9 +25,8 @@ from bnexport.folding.torch_backend.constants import functionalise, mutated_memo
 from bnexport.folding.torch_backend.graph import SHAPE_ONLY, TorchGraph
 from bnexport.folding.torch_backend.nodes import BATCH_NORM, argument, batch_norm_nodes, module_path, module_stack
 from bnexport.folding.torch_backend.write import check_stored, flushed
+from bnexport.nn.folded import MARKER, ScaleShift
 
-#: The buffer of a folded network that states what was folded: JSON in UTF-8, as bytes.
-MARKER = "bnexport_folded"
 #: Of the JSON in MARKER. It grows when an older version would misunderstand it.
 FORMAT = 1
 #: Name of a ScaleShift in front of a norm's own submodules.
@@ -38,26 +37,6 @@ _OVERWRITTEN = (
     "its result is changed in place; without it, that would change what it reads, which is read elsewhere too"
 )
 _ARITHMETIC = "its numbers are in the code, which stays as it is"
-
-
-class ScaleShift(nn.Module):
-    """``weight * x + bias``: the remaining part of a norm, the same in training and in eval mode.
-
-    Args:
-        weight: Scale, broadcast over the input; None for a scale of one.
-        bias: Shift, broadcast over the input; None for a shift of zero.
-    """
-
-    def __init__(self, weight: Tensor | None, bias: Tensor | None) -> None:
-        super().__init__()
-        self.weight = None if weight is None else nn.Parameter(weight)
-        self.bias = None if bias is None else nn.Parameter(bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply it to a value of any shape that the two tensors fit."""
-        if self.weight is not None:
-            x = x * self.weight
-        return x if self.bias is None else x + self.bias
 
 
 @dataclass
