@@ -29,6 +29,7 @@ from bnexport.folding.torch_backend.modules import (
     inner_norms,
     overwritten_by,
     replace_module,
+    show_hooked,
     with_layout,
     write,
 )
@@ -152,6 +153,17 @@ def load_folded(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
 
 
 def _copied(model: nn.Module) -> nn.Module:
+    """Return a copy in eval mode, without the history of any tensor.
+
+    Raises:
+        ModelError: The network can't be copied or changed.
+    """
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UntracedError(
+                f"{path or 'the network'} is a TorchScript module, whose Python code is gone",
+                remedy="Give the Python module that it was made from, and its weights",
+            )
     lazy = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if is_lazy(tensor)]
     if lazy:
         raise ModelError(
@@ -180,7 +192,7 @@ def _attempt(
     clock = Clock()
     folded = copy.deepcopy(original)
     added = add_biases(folded, kept)
-    traced = trace(folded, inputs, dynamic_shapes=dynamic_shapes)
+    traced = _traced(folded, inputs, dynamic_shapes)
     clock.note("trace")
     overwritten = overwritten_by(traced)
     drop_unused(traced)
@@ -198,6 +210,21 @@ def _attempt(
     growth = _elements(folded) / max(_elements(original), 1)
     report = FoldReport(rows, sum(not row.gone for row in rows), error, growth, warnings)
     return ModuleFoldResult(folded, report, clock.seconds)
+
+
+def _traced(model: nn.Module, inputs: tuple[Any, ...], dynamic_shapes: Any) -> GraphModule:
+    before = [name for name, _ in model.named_modules()]
+    traced = trace(model, inputs, dynamic_shapes=dynamic_shapes)
+    if made := [name for name, _ in model.named_modules() if name not in before]:
+        raise ModelError(
+            f"forward of {type(model).__name__} makes the layer {made[0]} in its first call",
+            remedy="Run the network once on an example, so that all its layers exist, and load its weights",
+        )
+    if handles := show_hooked(model, traced):
+        traced = trace(model, inputs, dynamic_shapes=dynamic_shapes)
+        for handle in handles:
+            handle.remove()
+    return traced
 
 
 def _folded(

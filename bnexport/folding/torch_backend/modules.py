@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
 
 from bnexport.folding.affine import Affine
 from bnexport.folding.graph import Identity, Kind, Layer, Norm, Op, Opaque, Weight
@@ -259,6 +260,21 @@ def _tensor(model: nn.Module, name: str) -> Tensor | None:
     except AttributeError:
         return None
     return value if isinstance(value, Tensor) else None
+
+
+def show_hooked(model: nn.Module, traced: GraphModule) -> list[Any]:
+    """Make the modules with hooks visible that leave no operation in the graph (an identity): they copy their input.
+
+    Returns:
+        The handles of what was added; empty if every module with hooks can be seen.
+    """
+    paths = {path for node in traced.graph.nodes for _, path, _ in module_stack(node)}
+    unseen = [model.get_submodule(path) for path in _hooked(model) if path not in paths]
+    return [module.register_forward_pre_hook(_copy_inputs) for module in unseen]
+
+
+def _copy_inputs(_module: nn.Module, inputs: tuple[Any, ...]) -> Any:
+    return pytree.tree_map_only(Tensor, torch.clone, inputs)
 
 
 def _has_hooks(module: nn.Module) -> bool:
