@@ -28,8 +28,11 @@ def command(source: str, out: Path, weights: Path | None, as_json: bool, **optio
     itself in float64. The file appears whole or not at all. bnexport.load_folded puts it into a network again.
 
     \b
-    bnexport fold my_network.py:build --weights weights.pth --input 3x224x224 --out folded.safetensors
-    bnexport fold torchvision:resnet18 --weights resnet18.pth --out resnet18_folded.safetensors
+    Examples:
+      bnexport fold my_network.py:build --weights weights.pth \\
+          --input 3x224x224 --out folded.safetensors
+      bnexport fold torchvision:resnet18 --weights resnet18.pth \\
+          --out resnet18_folded.safetensors
 
     Exit codes: 0 done, 1 the proof failed, 2 bad input.
     """  # noqa: D301 -- click reads the backspace as "do not wrap"

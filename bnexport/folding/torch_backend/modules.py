@@ -331,20 +331,20 @@ def write(model: nn.Module, changes: Changes, added: Iterable[str]) -> None:
     """
     with torch.no_grad():
         for name, value in changes.values.items():
-            old = _tensor(model, name)
-            assert old is not None
-            stored = flushed(value, old.dtype)
-            check_stored(stored, value, name)
-            old.copy_(stored)
+            stored = _tensor(model, name)
+            assert stored is not None
+            rounded = flushed(value, stored.dtype)
+            check_stored(rounded, value, name)
+            stored.copy_(rounded)
     for path in set(added) - set(changes.biases):
-        model.get_submodule(path).bias = None
+        model.get_submodule(path).register_parameter("bias", None)
     for path, affine in changes.norms.items():
-        old = model.get_submodule(path)
+        norm = model.get_submodule(path)
         rest = None
         if affine is not None:
             parts = (affine.scale if affine.has_scale else None, affine.shift if affine.has_shift else None)
-            rest = ScaleShift(*(None if part is None else _stored_like(old, part) for part in parts))
-        replace_module(model, old, exchanged(old, rest))
+            rest = ScaleShift(*(None if part is None else _stored_like(norm, part) for part in parts))
+        replace_module(model, norm, exchanged(norm, rest))
     if changes.values or changes.norms:
         mark(model, changes.layout())
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from cases import CASES, Case
 from support.models import Graph, bn, conv, graph, linear, positive, randomise, sequential
@@ -567,3 +568,13 @@ def test_a_saved_file_is_whole_and_loads(network: tuple[nn.Module, nn.Module], t
     loaded = torch.load(tmp_path / "folded.pth", weights_only=True)
     assert bnexport.is_folded(loaded)
     assert torch.equal(bnexport.load_folded(Residual(), loaded).eval()(X), result(X))
+
+
+def test_facts_about_other_tools_in_the_documentation() -> None:
+    """docs/folding.md compares: an added bias gets no gradient in torch's function; timm folds where a module defines it."""
+    layer, norm = nn.Conv2d(3, 6, 3, bias=False).eval(), nn.BatchNorm2d(6).eval()
+    assert not torch.nn.utils.fuse_conv_bn_eval(layer, norm).bias.requires_grad
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6))
+    reparameterised = timm.utils.reparameterize_model(model)
+    assert isinstance(reparameterised[1], nn.BatchNorm2d)
+    assert reparameterised is not model
