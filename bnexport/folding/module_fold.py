@@ -52,6 +52,8 @@ from bnexport.optional import one_line
 
 #: Sides of images, as multiples of the example's, with which the fold is compared once more.
 _OTHER_SIZES = (0.75, 1.5)
+#: Of that comparison, the largest side that is multiplied.
+_LARGEST = 64
 #: Error of the same computation with a module exchanged; a forward that goes another way is far above.
 _SAME = 1e-3
 
@@ -242,9 +244,10 @@ def _folded(
 
 def _uncalled(model: nn.Module, rows: Sequence[FoldRow]) -> Iterator[FoldRow]:
     """Return a row for each BatchNorm that eval mode never calls, as in an auxiliary head of training."""
-    called = {id(model.get_submodule(row.module)) for row in rows}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    called = {modules[row.module] for row in rows if row.module in modules}
     for path, module in model.named_modules():
-        if isinstance(module, BATCH_NORMS) and id(module) not in called:
+        if isinstance(module, BATCH_NORMS) and module not in called:
             channels = getattr(module, "num_features", 0)
             reason = "forward does not call it in eval mode"
             yield FoldRow(path, type(module).__name__, "kept", reason=reason, channels=channels)
@@ -290,7 +293,7 @@ def _prove_other_sizes(name: str, wide: nn.Module, narrow: nn.Module, inputs: tu
         def resized(item: Any, factor: float = factor) -> Any:
             if not isinstance(item, Tensor) or item.ndim != 4 or not item.is_floating_point():
                 return item
-            height, width = (max(int(min(size, 128) * factor), 1) for size in item.shape[2:])
+            height, width = (max(int(min(size, _LARGEST) * factor), 1) for size in item.shape[2:])
             return item.new_zeros(*item.shape[:2], height, width)
 
         probes = probes_like(tuple(pytree.tree_map(resized, inputs)), 1)
@@ -319,28 +322,42 @@ def _needed_as_they_are(original: nn.Module, inputs: tuple[Any, ...]) -> dict[st
         return {}
     kept: dict[str, str] = {}
     for path, module in list(model.named_modules()):
-        if path and hasattr(module, "running_mean"):
-            other = ExchangedNorm(module)
-            replace_module(model, module, other)
-            problem = _difference(model, inputs, reference)
-            replace_module(model, other, module)
-            if problem:
-                kept[path] = f"forward uses it for more than calling it{problem}"
+        if path and (isinstance(module, BATCH_NORMS) or hasattr(module, "running_mean")):
+            if problem := _exchange_problem(model, module, inputs, reference):
+                kept[path] = problem
         elif add_bias(module):
             problem = _difference(model, inputs, reference)
-            module.bias = None
+            module.register_parameter("bias", None)
             if problem:
                 kept[path] = f"forward goes another way when it has a bias{problem}"
     return kept
 
 
+def _exchange_problem(model: nn.Module, norm: nn.Module, inputs: tuple[Any, ...], reference: Sequence[Tensor]) -> str:
+    """Return why a norm can't be exchanged by another module; "" if it can."""
+    calls: list[nn.Module] = []
+    other = ExchangedNorm(norm)
+    handles = [module.register_forward_hook(lambda called, *_: calls.append(called)) for module in (norm, other)]
+    replace_module(model, norm, other)
+    problem = _difference(model, inputs, reference)
+    replace_module(model, other, norm)
+    for handle in handles:
+        handle.remove()
+    if problem:
+        return f"forward uses it for more than calling it{problem}"
+    return (
+        "forward reaches it otherwise than as a submodule, as in a list"
+        if calls.count(norm) > calls.count(other)
+        else ""
+    )
+
+
 def _difference(model: nn.Module, inputs: tuple[Any, ...], reference: Sequence[Tensor]) -> str:
     """Return "" if a network still gives the reference, else what happened, as the end of a sentence."""
     try:
-        found = run(model, inputs)
+        worst = max((scale_error(a, b) for a, b in zip(run(model, inputs), reference, strict=True)), default=0.0)
     except Exception as error:  # the user's code
         return f"{place_of(error, model)}: {one_line(error, 120)}"
-    worst = max((scale_error(a, b) for a, b in zip(found, reference, strict=True)), default=0.0)
     return "" if worst <= _SAME else place_of(None, model)
 
 

@@ -89,6 +89,7 @@ class ModuleGraph(TorchGraph):
         super().__init__(traced)
         self._model, self._overwritten, self._kept = model, overwritten, kept
         self._cells = _cells(model)
+        self._modules = dict(model.named_modules(remove_duplicate=False))
         hooked = _hooked(model)
         for op in self.ops:
             if isinstance(op.kind, Opaque):
@@ -108,7 +109,9 @@ class ModuleGraph(TorchGraph):
             return self._kept[op.path]
         if not op.path:
             return "it is computed in forward itself, so there is no module to exchange"
-        module = self._model.get_submodule(op.path)
+        module = self._modules.get(op.path)
+        if module is None:
+            return "it is not registered as a submodule, so it can't be exchanged"
         if _has_hooks(module):
             return _HOOKED
         if not self._can_be_exchanged(op, module):
@@ -167,8 +170,8 @@ class ModuleGraph(TorchGraph):
                 found[name] = "its weight is read several times, and the calls would need different numbers"
         norms: dict[nn.Module, list[Op]] = {}
         for op in self.ops:
-            if op.norm is not None and op.path:
-                norms.setdefault(self._model.get_submodule(op.path), []).append(op)
+            if op.norm is not None and op.path in self._modules:
+                norms.setdefault(self._modules[op.path], []).append(op)
         for calls in norms.values():
             if any(not _same(op.kind, op.original, calls[0].kind, calls[0].original) for op in calls):
                 reason = f"it is called {len(calls)} times, and the calls would fold differently"
@@ -376,7 +379,14 @@ def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 
 def mark(model: nn.Module, layout: Mapping[str, Any]) -> None:
-    """Register the buffer that states what was folded."""
+    """Register the buffer that states what was folded; a network that is folded again keeps what it states already."""
+    if isinstance(before := getattr(model, MARKER, None), Tensor):
+        old = json.loads(bytes(before.tolist()))
+        layout = {
+            **layout,
+            "norms": {**old["norms"], **layout["norms"]},
+            "biases": list(dict.fromkeys([*old["biases"], *layout["biases"]])),
+        }
     text = json.dumps(layout, separators=(",", ":")).encode()
     device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
     model.register_buffer(MARKER, torch.tensor(list(text), dtype=torch.uint8, device=device))
