@@ -13,7 +13,6 @@ from onnx import ModelProto, TensorProto, ValueInfoProto
 from bnexport.bundle import MODEL_ONNX, REPORT, Bundle, Manifest, seal, write_golden
 from bnexport.environment import environment
 from bnexport.errors import ExportError, OutputError, UsageError
-from bnexport.exporting.onnx_graph import model_metadata
 from bnexport.exporting.request import ExportRequest, InputSpec, model_and_version, parse_inputs
 from bnexport.exporting.signature import check_labels
 from bnexport.exporting.triton import check_triton_config, write_triton_config
@@ -27,6 +26,7 @@ from bnexport.reporting.html import render_report
 from bnexport.reporting.results import ExportResult
 from bnexport.tensors import DTYPES, Array, Signature, TensorSpec
 from bnexport.verification.golden import golden_inputs, real_images
+from bnexport.verification.scope import Scope
 from bnexport.verification.verdict import VerificationReport
 from bnexport.verification.verify import verify
 
@@ -111,9 +111,13 @@ def fold_and_export_onnx(
     )  # fmt: skip
     try:
         with staged_directory(path, force=request.force) as stage:
-            write_atomically(stage / MODEL_ONNX, _stamped(result.model, manifest, parity=""))
+            write_atomically(stage / MODEL_ONNX, _stamped(result.model, manifest))
             _write_golden(stage, manifest, result.original, request)
-            report = verify(seal(stage, manifest), data_dir=request.images_at(request.dataset))
+            report = verify(
+                seal(stage, manifest),
+                data_dir=request.images_at(request.dataset),
+                scope=Scope(thorough=request.thorough),
+            )
             if not report.passed:
                 raise _Failed
             _finish(stage, manifest, result, report, path)
@@ -218,11 +222,11 @@ def _named(specs: tuple[InputSpec, ...], signature: Signature) -> Mapping[str, I
     return given
 
 
-def _stamped(model: ModelProto, manifest: Manifest, *, parity: str) -> bytes:
+def _stamped(model: ModelProto, manifest: Manifest) -> bytes:
     """Return the file's bytes with a server's facts added to its metadata."""
     copy = ModelProto()
     copy.CopyFrom(model)
-    entries = {item.key: item.value for item in copy.metadata_props} | model_metadata(manifest, parity=parity)
+    entries = {item.key: item.value for item in copy.metadata_props} | manifest.model_facts()
     del copy.metadata_props[:]
     for key in sorted(entries):
         copy.metadata_props.add(key=key, value=entries[key])
@@ -231,8 +235,7 @@ def _stamped(model: ModelProto, manifest: Manifest, *, parity: str) -> bytes:
 
 
 def _finish(stage: Path, manifest: Manifest, result: OnnxFoldResult, report: VerificationReport, path: Path) -> None:
-    """Write the verdict into the model file's metadata, the page and the manifest."""
-    write_atomically(stage / MODEL_ONNX, _stamped(result.model, manifest, parity=report.parity()))
+    """Write the verdict into the page and the manifest; the model file stays as it was verified, byte for byte."""
     page = render_report(
         manifest,
         fold=result.report,

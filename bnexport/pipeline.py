@@ -15,7 +15,7 @@ from bnexport.evaluating.network import Subject, stale_warning
 from bnexport.exporting.dynamic_size import check_sizes_vary, larger_example, with_smallest_sizes
 from bnexport.exporting.formats import FORMATS, ExportJob
 from bnexport.exporting.half import in_precision
-from bnexport.exporting.onnx_graph import model_metadata, stamp_metadata
+from bnexport.exporting.onnx_graph import stamp_metadata
 from bnexport.exporting.request import (
     ExportRequest,
     example_inputs,
@@ -37,6 +37,7 @@ from bnexport.nn.soundness import check_sound
 from bnexport.reporting.html import render_report
 from bnexport.reporting.results import ExportResult
 from bnexport.verification.golden import write_golden_vectors
+from bnexport.verification.scope import Scope
 from bnexport.verification.verdict import VerificationReport
 from bnexport.verification.verify import verify
 
@@ -92,10 +93,17 @@ def fold_and_export(
         with staged_directory(path, force=request.force) as stage:
             shipped = in_precision(result.model, inputs, request.precision)
             _write_models(stage, ExportJob(shipped, inputs, signature, request.onnx), request)
+            if MODEL_ONNX in {row.file for row in FORMATS if row.name in request.formats}:
+                stamp_metadata(stage / MODEL_ONNX, manifest.model_facts())
             save_checkpoint(stage / WEIGHTS, checkpoint_of(loaded))
             shapes = {spec.name: spec.shape for spec in specs}
             write_golden_vectors(stage, manifest, loaded.module, shapes=shapes, data_dir=request.data_dir)
-            report = verify(seal(stage, manifest), module=loaded.module, data_dir=request.images_at(loaded.dataset))
+            report = verify(
+                seal(stage, manifest),
+                module=loaded.module,
+                data_dir=request.images_at(loaded.dataset),
+                scope=Scope(thorough=request.thorough),
+            )
             if not report.passed:
                 raise _Failed
             _finish(stage, manifest, result, report, path)
@@ -183,8 +191,7 @@ def _onnx_facts(request: ExportRequest) -> dict[str, str | int]:
 
 
 def _finish(stage: Path, manifest: Manifest, result: FoldResult, report: VerificationReport, path: Path) -> None:
-    """Write the verdict into the model file's metadata, the page and the manifest."""
-    stamp_metadata(stage / MODEL_ONNX, model_metadata(manifest, parity=report.parity()))
+    """Write the verdict into the page and the manifest; the model files stay as they were verified, byte for byte."""
     page = render_report(
         manifest,
         fold=result.report,

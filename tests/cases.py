@@ -49,27 +49,16 @@ Outcomes = tuple[tuple[str, str], ...]
 
 @dataclass(frozen=True)
 class Case:
-    """One model.
+    """One model."""
 
-    Attributes:
-        name: Of the test.
-        build: Makes the model; its BatchNorms are randomised afterwards.
-        shapes: One per input, batch first.
-        outcomes: Module path -> outcome, in the order of the calls.
-        because: Part of the reason of the first BatchNorm that is not gone.
-        positive: Whether all gammas are positive.
-        max_growth: As for ``bnexport.fold``.
-        clamps: As for ``bnexport.fold``.
-    """
-
-    name: str
-    build: Callable[[], nn.Module]
-    shapes: tuple[tuple[int, ...], ...]
-    outcomes: Outcomes
-    because: str = ""
-    positive: bool = False
-    max_growth: float = 1.1
-    clamps: bool = False
+    name: str  # Of the test
+    build: Callable[[], nn.Module]  # Makes the model; its BatchNorms are randomised afterwards
+    shapes: tuple[tuple[int, ...], ...]  # One per input, batch first
+    outcomes: Outcomes  # Module path -> outcome, in the order of the calls
+    because: str = ""  # Part of the reason of the first BatchNorm that is not gone
+    positive: bool = False  # Whether all gammas are positive
+    max_growth: float = 1.1  # As for ``bnexport.fold``
+    clamps: bool = False  # As for ``bnexport.fold``
 
     def model(self, seed: int = 0) -> nn.Module:
         torch.manual_seed(seed)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import HealthCheck, settings
-from support.lanes import shuffled, workers
+from support.lanes import shuffled, thinned, workers
 
 if TYPE_CHECKING:
     from bnexport.bundle import Bundle
@@ -135,7 +135,17 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     return workers()
 
 
+def _sampled(item: pytest.Item) -> tuple[int, ...]:
+    mark = item.get_closest_marker("sampled")
+    return mark.args if mark else ()
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m selects
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    names = [(item.nodeid.partition("[")[0], _sampled(item)) for item in items]
+    for item, slow in zip(items, thinned(names), strict=True):
+        if slow:
+            item.add_marker(pytest.mark.slow)
     if (seed := config.getoption("file_order")) is not None:
         items[:] = shuffled(items, seed)
 

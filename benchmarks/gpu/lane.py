@@ -23,7 +23,7 @@ from pathlib import Path
 from benchmarks.gpu import sweeps as tables
 from benchmarks.gpu.measure import MAX_SAMPLES, gpu_machine, measure
 from benchmarks.gpu.refusals import REFUSALS, Refusal, refuse
-from benchmarks.gpu.results import TRAINING, Lane, merge, parts_of, read_results, runtime_of
+from benchmarks.gpu.results import TRAINING, Lane, merge, parts_of, read_results, runtime_of, write_results
 from benchmarks.gpu.sweeps import Sweep
 from bnexport.bundle import MANIFEST, Bundle
 from bnexport.environment import environment
@@ -48,19 +48,12 @@ _SMALL = {"train": 512, "test": 64, "batch_sizes": (128,)}
 
 @dataclass(frozen=True)
 class Job:
-    """The inputs that all parts share.
+    """The inputs that all parts share."""
 
-    Attributes:
-        bundle: The bundle to verify.
-        data_dir: The folder of the data set.
-        max_samples: Upper bound on the samples of each kind.
-        real: Whether GPU runtimes are measured; False: the CPU rehearses.
-    """
-
-    bundle: Bundle
-    data_dir: Path | None = None
-    max_samples: int = MAX_SAMPLES
-    real: bool = True
+    bundle: Bundle  # The bundle to verify
+    data_dir: Path | None = None  # The folder of the data set
+    max_samples: int = MAX_SAMPLES  # Upper bound on the samples of each kind
+    real: bool = True  # Whether GPU runtimes are measured; False: the CPU rehearses
 
     def empty(self) -> Lane:
         """Return a lane without results."""
@@ -229,7 +222,7 @@ def _in_child(job: Job, part: str, seconds: float, stop: threading.Event) -> Lan
             "real": job.real,
             "out": str(out),
         }
-        command = [sys.executable, "-P", "-m", "benchmarks.gpu.part", json.dumps(request)]
+        command = [sys.executable, "-P", "-m", "benchmarks.gpu.lane", json.dumps(request)]
         with printed.open("wb") as output:
             problem = _problem_of(command, output.fileno(), seconds, stop)
         found = read_results(out) if out.is_file() else job.empty()
@@ -284,3 +277,15 @@ def plain_reason_of(spec: RunnerSpec) -> str:
     """Return why a runtime is missing, without its name; "" if it works."""
     reason = spec.available()
     return "" if reason is None else plain_reason(spec.name, RuntimeUnavailable(reason, remedy=""))
+
+
+def main() -> None:
+    """Measure the part that the request names, in this process, and write its results each time there are more."""
+    request = json.loads(sys.argv[1])
+    data_dir = None if request["data_dir"] is None else Path(request["data_dir"])
+    job = Job(Bundle.open(request["bundle"]), data_dir, request["max_samples"], request["real"])
+    measure_part(job, request["part"], lambda found: write_results(found, Path(request["out"])))
+
+
+if __name__ == "__main__":
+    main()

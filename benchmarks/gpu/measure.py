@@ -27,60 +27,37 @@ _REPEATED = 64
 
 @dataclass(frozen=True)
 class Run:
-    """The results of one runtime in one setting.
+    """The results of one runtime in one setting."""
 
-    Attributes:
-        runtime: "onnxruntime-cuda".
-        settings: ``RunSettings.describe``; "" for strict float32 as users serve it.
-        stage: "strict" or "shipping".
-        passed: Whether every check passed.
-        reason: The reason of the first check that failed.
-        n: Number of samples compared.
-        error: Largest error of scale of the stage; None if no finite values were compared.
-        bound: The bound of that error.
-        predicted: Predicted noise; None without a prediction.
-        detected: The precision that the error indicates.
-        repeat: Largest difference of scale between two runs in one session.
-        batches: Largest difference of scale between batch sizes.
-        nodes: Provider, or precision where the engine reports precisions -> number of nodes; None without either.
-        changed: Number of labels that changed.
-    """
-
-    runtime: str
-    settings: str
-    stage: str
-    passed: bool
-    reason: str = ""
-    n: int = 0
-    error: float | None = None
-    bound: float | None = None
-    predicted: float | None = None
-    detected: str = ""
-    repeat: float | None = None
-    batches: float | None = None
+    runtime: str  # "onnxruntime-cuda"
+    settings: str  # ``RunSettings.describe``; "" for strict float32 as users serve it
+    stage: str  # "strict" or "shipping"
+    passed: bool  # Whether every check passed
+    reason: str = ""  # The reason of the first check that failed
+    n: int = 0  # Number of samples compared
+    error: float | None = None  # Largest error of scale of the stage; None if no finite values were compared
+    bound: float | None = None  # The bound of that error
+    predicted: float | None = None  # Predicted noise; None without a prediction
+    detected: str = ""  # The precision that the error indicates
+    repeat: float | None = None  # Largest difference of scale between two runs in one session
+    batches: float | None = None  # Largest difference of scale between batch sizes
+    # Provider, or precision where the engine reports precisions -> number of nodes; None without either
     nodes: Mapping[str, int] | None = None
-    changed: int = 0
+    changed: int = 0  # Number of labels that changed
 
 
 @dataclass(frozen=True)
 class SweepResult:
-    """The results of one sweep.
+    """The results of one sweep."""
 
-    Attributes:
-        runtime: The runtime.
-        runs: One value for each setting.
-        sessions: Settings -> largest difference of scale between two sessions.
-        drift: Runtime and settings -> the first layer that leaves its prediction; None if every layer keeps it.
-        broken: Runtime or file -> why it could not be measured.
-        reference: The reference and the inputs of the comparison.
-    """
-
-    runtime: str
-    runs: tuple[Run, ...] = ()
+    runtime: str  # The runtime
+    runs: tuple[Run, ...] = ()  # One value for each setting
+    # Settings -> largest difference of scale between two sessions
     sessions: Mapping[str, float] = field(default_factory=dict)
+    # Runtime and settings -> the first layer that leaves its prediction; None if every layer keeps it
     drift: Mapping[str, str | None] = field(default_factory=dict)
-    broken: Mapping[str, str] = field(default_factory=dict)
-    reference: str = ""
+    broken: Mapping[str, str] = field(default_factory=dict)  # Runtime or file -> why it could not be measured
+    reference: str = ""  # The reference and the inputs of the comparison
 
     @property
     def passed(self) -> bool:

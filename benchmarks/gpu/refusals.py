@@ -33,21 +33,13 @@ _COMMAND = "from bnexport.cli.main import main\nmain()\n"
 
 @dataclass(frozen=True)
 class Refusal:
-    """One row of REFUSALS.
+    """One row of REFUSALS."""
 
-    Attributes:
-        name: The missing part, for a table.
-        runtime: The runtime that needs it.
-        hidden: Libraries that the loader finds only as empty files.
-        preload: Whether bnexport may load the libraries of Python packages first, past the loader's search.
-        environment: Further environment variables.
-    """
-
-    name: str
-    runtime: str
-    hidden: tuple[str, ...] = ()
-    preload: bool = True
-    environment: Mapping[str, str] = field(default_factory=dict, hash=False)
+    name: str  # The missing part, for a table
+    runtime: str  # The runtime that needs it
+    hidden: tuple[str, ...] = ()  # Libraries that the loader finds only as empty files
+    preload: bool = True  # Whether bnexport may load the libraries of Python packages first, past the loader's search
+    environment: Mapping[str, str] = field(default_factory=dict, hash=False)  # Further environment variables
 
     @property
     def part(self) -> str:
@@ -57,19 +49,12 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Refused:
-    """The result of one refusal.
+    """The result of one refusal."""
 
-    Attributes:
-        refusal: The row of REFUSALS.
-        passed: Whether the process ended with exit code 3 and named the missing part in one sentence.
-        code: The exit code; None if the process did not end.
-        said: The text that it printed.
-    """
-
-    refusal: Refusal
-    passed: bool
-    code: int | None
-    said: str
+    refusal: Refusal  # The row of REFUSALS
+    passed: bool  # Whether the process ended with exit code 3 and named the missing part in one sentence
+    code: int | None  # The exit code; None if the process did not end
+    said: str  # The text that it printed
 
 
 REFUSALS: tuple[Refusal, ...] = (

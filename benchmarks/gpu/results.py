@@ -22,52 +22,30 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True)
 class GpuSpeed:
-    """Training speed of one combination.
+    """Training speed of one combination."""
 
-    Attributes:
-        norm: Kind of BatchNorm.
-        captured: Whether the step was recorded as a CUDA graph.
-        batch_size: Images per step.
-        images: Images per epoch.
-        images_per_s: Speed of each measured epoch, its evaluation included.
-        total_s: Duration of all measured epochs.
-    """
-
-    norm: str
-    captured: bool
-    batch_size: int
-    images: int
-    images_per_s: Spread
-    total_s: float
+    norm: str  # Kind of BatchNorm
+    captured: bool  # Whether the step was recorded as a CUDA graph
+    batch_size: int  # Images per step
+    images: int  # Images per epoch
+    images_per_s: Spread  # Speed of each measured epoch, its evaluation included
+    total_s: float  # Duration of all measured epochs
 
 
 @dataclass(frozen=True)
 class Lane:
-    """The results of one or several calls of the lane.
+    """The results of one or several calls of the lane."""
 
-    Attributes:
-        real: Whether the measured device is a GPU.
-        bundle: SHA-256 of the bundle's manifest; "" if no part needed a bundle.
-        sweeps: Name of a sweep -> its result.
-        refused: The results of hiding libraries.
-        training: Training speed on the GPU, row by row.
-        unreached: Names of the parts that were requested and not measured, because the time was up.
-        absent: Runtime -> why it can't run on this machine.
-        failed: Part -> why it ended without a result.
-        machine: GPU, driver and CUDA; empty without a GPU.
-        environment: Hardware and versions.
-    """
-
-    real: bool
-    bundle: str = ""
-    sweeps: Mapping[str, SweepResult] = field(default_factory=dict)
-    refused: tuple[Refused, ...] = ()
-    training: tuple[GpuSpeed, ...] = ()
-    unreached: tuple[str, ...] = ()
-    absent: Mapping[str, str] = field(default_factory=dict)
-    failed: Mapping[str, str] = field(default_factory=dict)
-    machine: Mapping[str, str] = field(default_factory=dict)
-    environment: Mapping[str, Any] = field(default_factory=dict)
+    real: bool  # Whether the measured device is a GPU
+    bundle: str = ""  # SHA-256 of the bundle's manifest; "" if no part needed a bundle
+    sweeps: Mapping[str, SweepResult] = field(default_factory=dict)  # Name of a sweep -> its result
+    refused: tuple[Refused, ...] = ()  # The results of hiding libraries
+    training: tuple[GpuSpeed, ...] = ()  # Training speed on the GPU, row by row
+    unreached: tuple[str, ...] = ()  # Names of the parts that were requested and not measured, because the time was up
+    absent: Mapping[str, str] = field(default_factory=dict)  # Runtime -> why it can't run on this machine
+    failed: Mapping[str, str] = field(default_factory=dict)  # Part -> why it ended without a result
+    machine: Mapping[str, str] = field(default_factory=dict)  # GPU, driver and CUDA; empty without a GPU
+    environment: Mapping[str, Any] = field(default_factory=dict)  # Hardware and versions
 
     @property
     def measured(self) -> bool:

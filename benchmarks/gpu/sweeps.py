@@ -20,17 +20,11 @@ _BOTH = ("float32", "tf32")
 
 @dataclass(frozen=True)
 class Sweep:
-    """One verification of one runtime in several settings, in a separate process.
+    """One verification of one runtime in several settings, in a separate process."""
 
-    Attributes:
-        spec: The runtime.
-        scope: The settings.
-        label: Distinguishes the sweeps of one runtime.
-    """
-
-    spec: RunnerSpec
-    scope: Scope
-    label: str = ""
+    spec: RunnerSpec  # The runtime
+    scope: Scope  # The settings
+    label: str = ""  # Distinguishes the sweeps of one runtime
 
     @property
     def name(self) -> str:

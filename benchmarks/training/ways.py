@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from bnexport.data.catalogue import dataset_info
 from bnexport.data.datasets import load_dataset
@@ -95,36 +95,8 @@ def _chapter(workers: int) -> Callable[[], int]:
     return epoch
 
 
-class _Unfolded(nn.Module):
-    """A convolution as unfold and a matrix product."""
-
-    def __init__(self, conv: nn.Conv2d) -> None:
-        super().__init__()
-        self.conv = conv
-
-    def forward(self, X: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, C', H', W')."""
-        k = int(self.conv.kernel_size[0])
-        assert self.conv.bias is not None
-        columns = nn.functional.unfold(X, k)  # (N, C * k * k, H' * W')
-        rows = self.conv.weight.flatten(1) @ columns + self.conv.bias[:, None]
-        return rows.view(len(X), -1, X.shape[2] - k + 1, X.shape[3] - k + 1)
-
-
-def _unfolded(network: nn.Module) -> nn.Module:
-    for name in ("conv1", "conv2"):
-        setattr(network, name, _Unfolded(getattr(network, name)))
-    return network
-
-
 def _tensor_loop(
-    change: Callable[[nn.Module], Any] = lambda network: network,
-    *,
-    fused: bool = False,
-    products: bool = False,
-    kept_memory: bool = False,
-    threads: int | None = None,
-    channels_last: bool = False,
+    *, fused: bool = False, products: bool = False, kept_memory: bool = False, threads: int | None = None
 ) -> Callable[[], int]:
     """The data set as one tensor, a gather per batch, and the given changes to the plain step."""
     if threads is not None:
@@ -132,9 +104,7 @@ def _tensor_loop(
     if kept_memory:
         keep_freed_memory()
     train, test = _data()
-    if channels_last:
-        train.images = train.images.contiguous(memory_format=torch.channels_last)
-    network = change(bn_lenet())
+    network = bn_lenet()
     optimizer = torch.optim.SGD(network.parameters(), lr=LR, fused=fused)
     epochs = Epochs(Step(network, optimizer), train, batch_size=BATCH)
     numbers = itertools.count(1)
@@ -179,19 +149,13 @@ def epochs_of(prepare: Callable[[], Callable[[], int]]) -> Callable[[float], tup
     return measure
 
 
-def _channels_last(network: nn.Module) -> nn.Module:
-    return network.to(memory_format=torch.channels_last)
-
-
-def _way(
-    words: str, kept: bool = False, change: Callable[[nn.Module], Any] = lambda network: network, **loop: Any
-) -> TrainingWay:
-    return TrainingWay(words, epochs_of(lambda: _tensor_loop(change, **loop)), kept)
+def _way(words: str, kept: bool = False, **loop: Any) -> TrainingWay:
+    return TrainingWay(words, epochs_of(lambda: _tensor_loop(**loop)), kept)
 
 
 _FAST: dict[str, Any] = {"fused": True, "kept_memory": True}
 _OURS: dict[str, Any] = {**_FAST, "products": True}
-#: Name -> way. The first ones are the chapter's, then come the steps to bnexport's, then rejected experiments.
+#: Name -> way. The first ones are the chapter's, then come the steps to bnexport's, then variants of it.
 WAYS: dict[str, TrainingWay] = {
     "chapter-4": TrainingWay("the chapter's code, 4 workers (its default)", epochs_of(lambda: _chapter(4))),
     "chapter-2": TrainingWay("the chapter's code, 2 workers", epochs_of(lambda: _chapter(2))),
@@ -201,11 +165,6 @@ WAYS: dict[str, TrainingWay] = {
     "memory": _way("... and freed memory kept", kept=True, **_FAST),
     "bnexport": _way("... and pooling as a product: bnexport train", kept=True, **_OURS),
     "one-thread": _way("bnexport with one thread", threads=1, **_OURS),
-    "unfold": _way("bnexport with convolution by unfold and product", change=_unfolded, **_OURS),
-    "channels-last": _way(
-        "bnexport with channels last, torch's pooling", change=_channels_last, channels_last=True, **_FAST
-    ),
-    "compiled": _way("torch.compile, torch's pooling", change=lambda net: torch.compile(net, dynamic=False), **_FAST),
     "processes": TrainingWay("two processes of bnexport, synchronised BatchNorm (training alone)", _two_processes),
 }
 

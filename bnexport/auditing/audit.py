@@ -26,11 +26,7 @@ from bnexport.verification.tolerances import TOLERANCES
 
 
 class Hidden(nn.Module):
-    """A BatchNorm that no fold finds: its input and its output are negated twice, which changes no bit.
-
-    Args:
-        batch_norm: Called as it is, with its hooks.
-    """
+    """A wrapped BatchNorm that no fold finds: its input and output are negated twice, which changes no bit."""
 
     def __init__(self, batch_norm: nn.Module) -> None:
         super().__init__()
@@ -74,12 +70,7 @@ def first_culprit(subject: AuditedNetwork, is_wrong: Callable[[nn.Module], bool]
 
 
 def hide(module: nn.Module, paths: list[str]) -> nn.Module:
-    """A copy of a network in which some BatchNorms are hidden; one that has several paths is hidden at each.
-
-    Args:
-        module: The network.
-        paths: As in ``named_modules``, none of them the root.
-    """
+    """Return a copy of a network in which the BatchNorms at some paths, none the root, are hidden at all of their paths."""
     copied = copy.deepcopy(module)
     wanted = {id(copied.get_submodule(path)): Hidden(copied.get_submodule(path)).eval() for path in paths}
     for path, inner in list(copied.named_modules(remove_duplicate=False)):

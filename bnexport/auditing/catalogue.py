@@ -18,46 +18,30 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Job:
-    """The input of a tool.
+    """The input of a tool."""
 
-    Attributes:
-        module: A separate copy of the network, in eval mode.
-        example: One batch of inputs, for tracing.
-        folder: For its files; it vanishes afterwards.
-    """
-
-    module: nn.Module
-    example: tuple[Tensor, ...]
-    folder: Path
+    module: nn.Module  # A separate copy of the network, in eval mode
+    example: tuple[Tensor, ...]  # One batch of inputs, for tracing
+    folder: Path  # For its files; it vanishes afterwards
 
 
 @dataclass(frozen=True)
 class Product:
-    """The result of a tool.
+    """The result of a tool."""
 
-    Attributes:
-        run: Input batch -> outputs in order.
-        batch_norms: BatchNorm operations left in what runs; None when they can't be counted.
-    """
-
-    run: Callable[[tuple[Tensor, ...]], Sequence[Array]]
-    batch_norms: int | None
+    run: Callable[[tuple[Tensor, ...]], Sequence[Array]]  # Input batch -> outputs in order
+    batch_norms: int | None  # BatchNorm operations left in what runs; None when they can't be counted
 
 
 @dataclass(frozen=True)
 class Tool:
-    """One row of TOOLS.
+    """One row of TOOLS."""
 
-    Attributes:
-        name: As on the command line and in the report.
-        open: Gives the product, and puts back on leaving whatever it changed. It raises ``Unavailable`` where the tool
-            is not here.
-        control: It folds nothing; its error is the noise of float32 that the others are allowed.
-    """
-
-    name: str
+    name: str  # Name on the command line and in the report
+    # Gives the product, and puts back on leaving whatever it changed. It raises ``Unavailable`` where the tool is not
+    # here.
     open: Callable[[Job], AbstractContextManager[Product]]
-    control: bool = False
+    control: bool = False  # It folds nothing; its error is the noise of float32 that the others are allowed
 
 
 def _later(function: str, **options: Any) -> Callable[[Job], AbstractContextManager[Product]]:
@@ -103,33 +87,23 @@ VERDICTS: dict[Verdict, str] = {
 
 @dataclass(frozen=True)
 class AuditRow:
-    """One tool.
+    """One tool."""
 
-    Attributes:
-        tool: Its name in TOOLS.
-        verdict: A key of VERDICTS.
-        control: It is the network itself in float32; it can't be wrong.
-        batch_norms: BatchNorm operations left in what it runs; None when they can't be counted.
-        error: max |answer - reference| / max |reference|, worst output over all probes; infinite when they can't be
-            compared (None in JSON), None without an answer.
-        output: Of a wrong one: the output that is farthest off; "" when the answers can't be compared at all.
-        channel: Of a wrong one: the index on axis 1 of that output's worst element; None without such an axis.
-        batch_norm: Of a wrong one: path of the first BatchNorm, in the order of the calls, whose fold makes it wrong: with
-            that BatchNorm and all later ones hidden from the tool it is right. "" when there is none.
-        reason: One line: how a wrong one is wrong, why it failed or was not run, or what else to know; else "".
-        batches: Batch sizes that were compared.
-    """
-
-    tool: str
-    verdict: Verdict
-    control: bool = False
-    batch_norms: int | None = None
+    tool: str  # Its name in TOOLS
+    verdict: Verdict  # A key of VERDICTS
+    control: bool = False  # It is the network itself in float32; it can't be wrong
+    batch_norms: int | None = None  # BatchNorm operations left in what it runs; None when they can't be counted
+    # max |answer - reference| / max |reference|, worst output over all probes; infinite when they can't be compared
+    # (None in JSON), None without an answer
     error: float | None = None
-    output: str = ""
+    output: str = ""  # If wrong: the output with the largest error; "" if the answers can't be compared at all
+    # If wrong: the index on axis 1 of that output's worst element; None without such an axis
     channel: int | None = None
+    # If wrong: path of the first BatchNorm, in the order of the calls, whose fold makes it wrong: with that
+    # BatchNorm and all later ones hidden from the tool it is right. "" when there is none.
     batch_norm: str = ""
-    reason: str = ""
-    batches: tuple[int, ...] = ()
+    reason: str = ""  # One line: how a wrong one is wrong, why it failed or was not run, or what else to know; else ""
+    batches: tuple[int, ...] = ()  # Batch sizes that were compared
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -139,25 +113,15 @@ class AuditRow:
 
 @dataclass(frozen=True)
 class AuditReport:
-    """All tools on one network.
+    """All tools on one network."""
 
-    Attributes:
-        rows: In the order of TOOLS, the control first.
-        bound: Largest error that is right.
-        rule: Where the bound comes from.
-        seed: Of the probes.
-        batches: Batch size of each probe.
-        notes: What the reader should know about the network.
-        environment: Hardware and versions.
-    """
-
-    rows: tuple[AuditRow, ...]
-    bound: float
-    rule: str
-    seed: int
-    batches: tuple[int, ...]
-    notes: tuple[str, ...]
-    environment: Mapping[str, Any]
+    rows: tuple[AuditRow, ...]  # In the order of TOOLS, the control first
+    bound: float  # Largest error that is right
+    rule: str  # Where the bound comes from
+    seed: int  # Seed of the probes
+    batches: tuple[int, ...]  # Batch size of each probe
+    notes: tuple[str, ...]  # Facts about the network for the reader
+    environment: Mapping[str, Any]  # Hardware and versions
 
     @property
     def wrong(self) -> tuple[AuditRow, ...]:

@@ -29,38 +29,24 @@ _REPEAT = 1e-9
 
 @dataclass(frozen=True)
 class Deviation:
-    """The distance of one answer from the reference.
+    """The distance of one answer from the reference."""
 
-    Attributes:
-        error: max |answer - reference| / max |reference| of the worst output; infinite when they can't be compared.
-        output: Name of that output.
-        channel: Index on axis 1 of its worst element; None without such an axis.
-        problem: Why they can't be compared; "" when they can.
-    """
-
+    # max |answer - reference| / max |reference| of the worst output; infinite when they can't be compared
     error: float = 0.0
-    output: str = ""
-    channel: int | None = None
-    problem: str = ""
+    output: str = ""  # Name of that output
+    channel: int | None = None  # Index on axis 1 of its worst element; None without such an axis
+    problem: str = ""  # Why they can't be compared; "" when they can
 
 
 @dataclass(frozen=True)
 class AuditedNetwork:
-    """One network, its probes and its answers in float64.
+    """One network, its probes and its answers in float64."""
 
-    Attributes:
-        module: A private copy in eval mode, in its own precision. Tools get copies of it.
-        probes: Input batches, batch first; the first is the example that tools trace.
-        expected: Per probe: output name -> float64 array.
-        scales: Output name -> largest |value| over all probes.
-        untrained: BatchNorm layers that got random statistics, because they had none of their own.
-    """
-
-    module: nn.Module
-    probes: tuple[tuple[Tensor, ...], ...]
-    expected: tuple[dict[str, Array], ...]
-    scales: dict[str, float]
-    untrained: int = 0
+    module: nn.Module  # A private copy in eval mode, in its own precision. Tools get copies of it.
+    probes: tuple[tuple[Tensor, ...], ...]  # Input batches, batch first; the first is the example that tools trace
+    expected: tuple[dict[str, Array], ...]  # Per probe: output name -> float64 array
+    scales: dict[str, float]  # Output name -> largest |value| over all probes
+    untrained: int = 0  # BatchNorm layers that got random statistics, because they had none of their own
 
     @property
     def example(self) -> tuple[Tensor, ...]:

@@ -123,8 +123,7 @@ _UNKNOWN = object()
 def compile_freezing(job: Job) -> Iterator[Product]:
     """Compile with ``torch._inductor.config.freezing``; configuration, caches and files are as before afterwards.
 
-    Raises:
-        RuntimeUnavailable: There is no C++ compiler.
+    Raises RuntimeUnavailable without a C++ compiler.
     """
     with _files_in(job.folder):
         import torch._inductor.config as config
@@ -227,11 +226,9 @@ def onnxsim(job: Job) -> Iterator[Product]:
 
 
 def export(job: Job, *, optimize: bool) -> onnx.ModelProto:
-    """Export with a batch dimension that may vary, or a fixed one where the network does not let it vary.
+    """Export with a varying batch dimension, or a fixed one if the network needs it.
 
-    Args:
-        job: The network.
-        optimize: With the exporter's optimiser, which folds BatchNorm; without it constants alone are computed.
+    ``optimize``: by the exporter's optimiser, which folds BatchNorm; without it, only constants are computed.
     """
     arguments = inspect.signature(job.module.forward).bind(*job.example).arguments
     shapes = {name: pytree.tree_map(_varying, value) for name, value in arguments.items()}

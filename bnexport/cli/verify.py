@@ -66,6 +66,11 @@ if TYPE_CHECKING:
     help="Your own inputs instead of the data set's images: .npy, .npz, or a folder of images.",
 )
 @click.option("--max-samples", type=click.IntRange(min=1), help="At most so many samples of each kind.")
+@click.option(
+    "--thorough",
+    is_flag=True,
+    help="Compare at least 16 samples of each kind and every batch size, however large the network is.",
+)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the synthetic inputs.")
 @click.option(
     "--drift/--no-drift",
@@ -128,8 +133,9 @@ def _verified(opened: Bundle, options: dict[str, Any]) -> VerificationReport:
         options["optimisations"] or ("all",),
         (False, True) if options["io_binding"] else (False,),
         options["conv_searches"] or ("heuristic",),
-        options["max_samples"],
-        options["drift"],
+        max_samples=options["max_samples"],
+        thorough=options["thorough"],
+        drift=options["drift"],
     )
     report = verify(opened, **common, scope=scope)
     if not options["with_self_test"]:
@@ -178,4 +184,5 @@ _INPUTS = {"data_dir": "--data-dir", "samples": "--samples", "max_samples": "--m
 def _again(path: Path, options: dict[str, Any]) -> str:
     """The command that verifies this bundle on the same inputs, as a shell takes it."""
     given = [word for name, word in _INPUTS.items() if options[name] is not None for word in (word, str(options[name]))]
+    given += ["--thorough"] if options["thorough"] else []
     return shlex.join(["bnexport", "verify", str(path), *given])

@@ -16,27 +16,18 @@ Labels = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set.
+    """A data set."""
 
-    Attributes:
-        name: Name of its row in DATASETS, or ``folder:PATH``.
-        train_images: uint8 (n, 28, 28) of a row of DATASETS; of a folder (n, channels, height, width), a read-only map of
-            a file, so that a set larger than memory can be used: take batches of it. ``data.prepare.prepared`` makes
-            both (n, channels, height, width).
-        train_labels: int64 (n,).
-        test_images: Like ``train_images``.
-        test_labels: int64 (n,).
-        labels: Class names in the order of the labels.
-        origin: Its origin, in words.
-    """
-
-    name: str
+    name: str  # Name of its row in DATASETS, or ``folder:PATH``
+    # uint8 (n, 28, 28) of a row of DATASETS; of a folder (n, channels, height, width), a read-only map of a file, so
+    # that a set larger than memory can be used: take batches of it. ``data.prepare.prepared`` makes both (n, channels,
+    # height, width).
     train_images: Images
-    train_labels: Labels
-    test_images: Images
-    test_labels: Labels
-    labels: tuple[str, ...]
-    origin: str
+    train_labels: Labels  # int64 (n,)
+    test_images: Images  # Like ``train_images``
+    test_labels: Labels  # int64 (n,)
+    labels: tuple[str, ...]  # Class names in the order of the labels
+    origin: str  # Its origin, in words
 
 
 #: A data set of this beginning is a folder of the user's own images: "folder:PATH".
@@ -55,26 +46,16 @@ class DataFile:
 
 @dataclass(frozen=True)
 class DatasetInfo:
-    """A row of DATASETS.
+    """A row of DATASETS."""
 
-    Attributes:
-        name: Name on the command line.
-        title: Name in sentences.
-        labels: Class names in the order of the labels.
-        folder: The folder below a root of data sets, with ``raw/`` inside (torchvision's layout); "" for the embedded
-        set.
-        train: Images, then labels.
-        test: Images, then labels.
-        mirrors: Addresses to which a file's name is appended, in the order they are tried.
-    """
-
-    name: str
-    title: str
-    labels: tuple[str, ...]
+    name: str  # Name on the command line
+    title: str  # Name in sentences
+    labels: tuple[str, ...]  # Class names in the order of the labels
+    # The folder below a root of data sets, with ``raw/`` inside (torchvision's layout); "" for the embedded set
     folder: str = ""
-    train: tuple[DataFile, ...] = ()
-    test: tuple[DataFile, ...] = ()
-    mirrors: tuple[str, ...] = ()
+    train: tuple[DataFile, ...] = ()  # Images, then labels
+    test: tuple[DataFile, ...] = ()  # Images, then labels
+    mirrors: tuple[str, ...] = ()  # Addresses to which a file's name is appended, in the order they are tried
 
     @property
     def embedded(self) -> bool:

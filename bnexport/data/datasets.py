@@ -88,11 +88,7 @@ def load_test_images(
     download: bool = False,
     preprocessing: Preprocessing | None = None,
 ) -> tuple[Images, Labels]:
-    """Load the test part alone; training files may be missing, and a folder's training pictures are not decoded.
-
-    Returns:
-        Images uint8 (n, 28, 28), of a folder (n, channels, height, width), and labels int64 (n,).
-    """
+    """Load the test part as ``load_dataset``; training files may be missing, and training pictures are not decoded."""
     return _load_part(name, "test", data_dir=data_dir, download=download, preprocessing=preprocessing)
 
 
@@ -103,11 +99,7 @@ def load_train_images(
     download: bool = False,
     preprocessing: Preprocessing | None = None,
 ) -> tuple[Images, Labels]:
-    """Load the training part alone; test files may be missing, and a folder's test pictures are not decoded.
-
-    Returns:
-        Images uint8 (n, 28, 28), of a folder (n, channels, height, width), and labels int64 (n,).
-    """
+    """Load the training part as ``load_dataset``; test files may be missing, and test pictures are not decoded."""
     return _load_part(name, "train", data_dir=data_dir, download=download, preprocessing=preprocessing)
 
 

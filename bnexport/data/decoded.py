@@ -43,38 +43,23 @@ _MOST_THREADS = 8  # each may hold a picture of 50 million pixels
 
 
 class PictureFile(NamedTuple):
-    """One picture.
+    """One picture."""
 
-    Attributes:
-        name: Path below the folder, with "/".
-        label: The number of its class.
-        size: In bytes.
-        mtime_ns: Time of its last change.
-    """
-
-    name: str
-    label: int
-    size: int
-    mtime_ns: int
+    name: str  # Path below the folder, with "/"
+    label: int  # The number of its class
+    size: int  # In bytes
+    mtime_ns: int  # Time of its last change
 
 
 @dataclass(frozen=True)
 class PictureSet:
-    """Pictures to decode, and the wanted size and channels.
+    """Pictures to decode, and the wanted size and channels."""
 
-    Attributes:
-        root: The folder that their names are relative to.
-        part: "train" or "test".
-        files: In the order of the result.
-        preprocessing: Size and channels of the result.
-        on_bad: "stop" or "skip" at a picture that can't be read.
-    """
-
-    root: Path
-    part: str
-    files: Sequence[PictureFile]
-    preprocessing: Preprocessing
-    on_bad: OnBad = "stop"
+    root: Path  # The folder that their names are relative to
+    part: str  # "train" or "test"
+    files: Sequence[PictureFile]  # In the order of the result
+    preprocessing: Preprocessing  # Size and channels of the result
+    on_bad: OnBad = "stop"  # "stop" or "skip" at a picture that can't be read
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -93,17 +78,11 @@ class PictureSet:
 
 @dataclass(frozen=True)
 class Decoded:
-    """Pictures as pixels.
+    """Pictures as pixels."""
 
-    Attributes:
-        images: uint8 (n, channels, height, width), a read-only map of a file.
-        files: The pictures in ``images``.
-        skipped: Name and reason of each picture that is not.
-    """
-
-    images: Images
-    files: tuple[PictureFile, ...]
-    skipped: tuple[tuple[str, str], ...]
+    images: Images  # uint8 (n, channels, height, width), a read-only map of a file
+    files: tuple[PictureFile, ...]  # The pictures in ``images``
+    skipped: tuple[tuple[str, str], ...]  # Name and reason of each picture that is not
 
 
 def decode_once(

@@ -66,11 +66,7 @@ def _copy(
 
 
 def draw(count: int, *, seed: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
-    """Draw digits, the labels running 0, 1, ..., 9, 0, ...
-
-    Returns:
-        Images uint8 (count, 28, 28), white on black, and labels int64 (count,).
-    """
+    """Draw digits with the labels 0 to 9 in turn: uint8 (count, 28, 28), white on black, and int64 (count,)."""
     generator = np.random.Generator(np.random.PCG64(seed))
     labels = np.arange(count, dtype=np.int64) % len(STROKES)
     images = np.empty((count, SIZE, SIZE), np.uint8)

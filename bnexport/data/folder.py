@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import filecmp
 import hashlib
-import os
-import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +13,10 @@ import numpy as np
 
 from bnexport.data.catalogue import FOLDER, Dataset, Images, Labels
 from bnexport.data.decoded import Decoded, OnBad, PictureFile, PictureProgress, PictureSet, decode_once
-from bnexport.data.images import ENDINGS
+from bnexport.data.images import ENDINGS, folder_entries, pictures_below
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import DataError, UsageError
 from bnexport.optional import need_packages, one_line
-from bnexport.validation.limits import limit
 
 TRAIN = "train"
 #: Names of the test part's folder; the first that is there counts.
@@ -31,21 +28,13 @@ _LAYOUT = "Lay it out as PATH/train/CLASS/x.png and PATH/val/CLASS/y.png, or as 
 
 @dataclass(frozen=True)
 class FolderLayout:
-    """The classes of a folder of images, and the places of its parts.
+    """The classes of a folder of images, and the places of its parts."""
 
-    Attributes:
-        root: The folder.
-        labels: Names of the classes, sorted as Python sorts strings (so does torchvision).
-        train: The folder of the training part: ``root`` itself, or ``root/train``.
-        test: The folder of the test part; None where a share of ``train`` is held out.
-        ignored: ``val`` when there is a ``test`` as well, else "".
-    """
-
-    root: Path
-    labels: tuple[str, ...]
-    train: Path
-    test: Path | None
-    ignored: str = ""
+    root: Path  # The folder
+    labels: tuple[str, ...]  # Names of the classes, sorted as Python sorts strings (so does torchvision)
+    train: Path  # The folder of the training part: ``root`` itself, or ``root/train``
+    test: Path | None  # The folder of the test part; None where a share of ``train`` is held out
+    ignored: str = ""  # ``val`` when there is a ``test`` as well, else ""
 
 
 def folder_layout(root: Path) -> FolderLayout:
@@ -74,7 +63,12 @@ def list_part(layout: FolderLayout, part: Path, seen: dict[tuple[int, int], Path
     seen = {} if seen is None else seen
     found: list[PictureFile] = []
     for label, name in enumerate(layout.labels):
-        inside = sorted(_walk(layout.root, part / name, label, seen), key=lambda file: file.name)
+        below = pictures_below(part / name, endings=(*ENDINGS, *_OTHER_ENDINGS), seen=seen)
+        place = (part / name).relative_to(layout.root).as_posix()
+        inside = sorted(
+            (PictureFile(f"{place}/{file}", label, status.st_size, status.st_mtime_ns) for file, status in below),
+            key=lambda file: file.name,
+        )
         if not inside:
             raise DataError(
                 f"the class folder {part / name} holds no picture ({', '.join(ENDINGS)})",
@@ -145,10 +139,10 @@ def _rank(name: str, seed: int) -> bytes:
 
 def _parts(root: Path) -> tuple[Path, Path | None, str]:
     """Return the training part, the test part, and the name of a part that is not used."""
-    folders, _ = _entries(root)
+    folders, _ = folder_entries(root)
     names = [folder.name for folder in folders]
     tests = [name for name in TEST if name in names]
-    if TRAIN not in names or not _entries(root / TRAIN)[0]:
+    if TRAIN not in names or not folder_entries(root / TRAIN)[0]:
         if names and set(names) <= {TRAIN, *TEST}:
             raise DataError(f"{root} has {' and '.join(names)}, but no classes in {TRAIN}", remedy=_LAYOUT)
         return root, None, ""
@@ -161,8 +155,8 @@ def _parts(root: Path) -> tuple[Path, Path | None, str]:
 
 
 def _classes(part: Path) -> tuple[str, ...]:
-    folders, files = _entries(part)
-    if loose := [file for file in files if _is_picture(file.name)]:
+    folders, files = folder_entries(part)
+    if loose := [file for file in files if file.name.lower().endswith((*ENDINGS, *_OTHER_ENDINGS))]:
         raise DataError(
             f"{part} holds the picture {loose[0].name}, which is in no class", remedy="Move it into a class folder"
         )
@@ -178,56 +172,6 @@ def _check_same_classes(train: Path, labels: tuple[str, ...], test: Path, others
                 f"{there / name} {what}; {train.name} and {test.name} must have the same classes",
                 remedy=f"Make it a folder with pictures, or delete the class {name!r} from the other part",
             )
-
-
-def _walk(
-    root: Path, folder: Path, label: int, seen: dict[tuple[int, int], Path], *, depth: int = 1
-) -> list[PictureFile]:
-    """List the pictures below a folder; links are followed, but no folder is listed twice."""
-    here = _status(folder)
-    if (twin := seen.setdefault((here.st_dev, here.st_ino), folder)) is not folder:
-        raise DataError(f"{folder} leads to {twin} again", remedy="Remove the link, so that each picture counts once")
-    if depth > limit("name-parts"):
-        raise DataError(f"{folder} lies more than {limit('name-parts')} folders deep", remedy="Move it up")
-    folders, files = _entries(folder)
-    found, below = [], folder.relative_to(root).as_posix()
-    for file in (entry for entry in files if _is_picture(entry.name)):
-        status = _status(file)
-        if not stat.S_ISREG(status.st_mode):
-            raise DataError(f"{file} is not a plain file", remedy="Remove it")
-        found.append(PictureFile(f"{below}/{file.name}", label, status.st_size, status.st_mtime_ns))
-    for deeper in folders:
-        found += _walk(root, deeper, label, seen, depth=depth + 1)
-    return found
-
-
-def _is_picture(name: str) -> bool:
-    return name.lower().endswith((*ENDINGS, *_OTHER_ENDINGS))
-
-
-def _entries(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Return folders and other entries of a folder by name, without the hidden ones."""
-    folders: list[Path] = []
-    files: list[Path] = []
-    try:
-        with os.scandir(folder) as entries:
-            for entry in sorted(entries, key=lambda entry: entry.name):
-                if not entry.name.startswith("."):
-                    (folders if entry.is_dir() else files).append(folder / entry.name)
-    except OSError as error:
-        raise DataError(
-            f"{folder} can't be read: {one_line(error)}", remedy="Check its permissions, and its links if it has some"
-        ) from error
-    return folders, files
-
-
-def _status(path: Path) -> os.stat_result:
-    try:
-        return path.stat()
-    except OSError as error:
-        raise DataError(
-            f"{path} can't be read: {one_line(error)}", remedy="Check its permissions, or remove a link to nowhere"
-        ) from error
 
 
 Part = Literal["train", "test"]
@@ -288,11 +232,7 @@ def load_folder(
 
 
 def load_folder_part(path: str | Path, part: Part, *, preprocessing: Preprocessing) -> tuple[Images, Labels]:
-    """Load one part as ``load_folder`` does with its defaults; the other part's pictures are not decoded.
-
-    Returns:
-        Images uint8 (n, channels, height, width), a read-only map of a file, and labels int64 (n,).
-    """
+    """Return images and labels of one part, as ``load_folder`` with its defaults; the other part's pictures are not decoded."""
     need_packages("reading a folder of images", "PIL", "filelock")
     layout = folder_layout(Path(path))
     if layout.test is None:

@@ -9,7 +9,10 @@ from __future__ import annotations
 import gzip
 import io
 import math
+import os
+import stat
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -38,11 +41,7 @@ _IDX_REMEDY = "Copy or download the file again"
 
 
 def read_idx(path: str | Path, *, max_bytes: int = MAX_BYTES) -> Array:
-    """Read an IDX file, packed with gzip or not; its content decides, not its name.
-
-    Returns:
-        An array of the file's shape, in the machine's byte order.
-    """
+    """Return an IDX file's array in the machine's byte order; its content decides if it is packed with gzip, not its name."""
     file = Path(path)
     try:
         with refusing(file, DataError, remedy=_IDX_REMEDY):
@@ -100,6 +99,69 @@ ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif")
 PICTURES = "PNG, JPEG, BMP, WebP or GIF file"
 _FILES = "PNG, JPEG, BMP, WebP, GIF, .npy or IDX file"
 _REMEDY = f"Give a {_FILES} with images"
+
+
+def folder_entries(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Return the folders and the other entries of a folder by name, or raise DataError.
+
+    A link counts as its target; hidden entries do not count.
+    """
+    folders: list[Path] = []
+    files: list[Path] = []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                if not entry.name.startswith("."):
+                    (folders if entry.is_dir() else files).append(folder / entry.name)
+    except OSError as error:
+        raise DataError(
+            f"{folder} can't be read: {one_line(error)}", remedy="Check its permissions, and its links if it has some"
+        ) from error
+    return folders, files
+
+
+def pictures_below(
+    root: Path,
+    *,
+    endings: tuple[str, ...] = ENDINGS,
+    seen: dict[tuple[int, int], Path] | None = None,
+    below: tuple[str, ...] = (),
+) -> Iterator[tuple[str, os.stat_result]]:
+    """Yield the pictures at any depth of a folder: POSIX path below it, and status. Entries count as in ``folder_entries``.
+
+    Args:
+        root: The folder.
+        endings: Endings of pictures, in lower case.
+        seen: The folders listed so far. A folder that several links lead to is refused, since its pictures would count twice.
+        below: Names of the folders from the root to the listed one.
+
+    Raises:
+        DataError: A folder or picture can't be read, is listed twice or too deep, or is not a plain file.
+    """
+    folder, seen = root.joinpath(*below), {} if seen is None else seen
+    here = _status(folder)
+    if (twin := seen.setdefault((here.st_dev, here.st_ino), folder)) is not folder:
+        raise DataError(f"{folder} leads to {twin} again", remedy="Remove the link, so that each picture counts once")
+    if len(below) >= limit("name-parts"):
+        raise DataError(f"{folder} lies more than {limit('name-parts')} folders deep", remedy="Move it up")
+    folders, files = folder_entries(folder)
+    for file in files:
+        if file.name.lower().endswith(endings):
+            status = _status(file)
+            if not stat.S_ISREG(status.st_mode):
+                raise DataError(f"{file} is not a plain file", remedy="Remove it")
+            yield "/".join((*below, file.name)), status
+    for deeper in folders:
+        yield from pictures_below(root, endings=endings, seen=seen, below=(*below, deeper.name))
+
+
+def _status(path: Path) -> os.stat_result:
+    try:
+        return path.stat()
+    except OSError as error:
+        raise DataError(
+            f"{path} can't be read: {one_line(error)}", remedy="Check its permissions, or remove a link to nowhere"
+        ) from error
 
 
 def load_images(
@@ -172,11 +234,7 @@ def map_npy(file: Path, *, remedy: str = _REMEDY, most: int | None = None) -> np
 
 
 def fit_stack(file: Path, array: Array, preprocessing: Preprocessing) -> list[tuple[str, Array]]:
-    """Split an array into fitted images.
-
-    Returns:
-        As ``load_images``.
-    """
+    """Split an array into fitted images, as ``load_images`` returns them."""
     if array.dtype != np.uint8:
         raise DataError(
             f"{file} holds {array.dtype.name}, expected pixels as uint8", remedy="Save pixels from 0 to 255 as uint8"
@@ -204,11 +262,7 @@ def stack_problem(dtype: str, shape: tuple[int, ...], *, fortran: bool) -> str |
 
 
 def fit_array(image: Array, preprocessing: Preprocessing) -> Array:
-    """Fit one image. An image that fits already needs no pillow, which a serving machine may lack.
-
-    Returns:
-        As ``read_picture``; a new array.
-    """
+    """Return a new fitted array, as ``read_picture``. An image that fits needs no Pillow, which a serving machine may lack."""
     plain = image[..., 0] if image.shape[2:] == (1,) else image
     colours = {1: (), 3: (3,)}.get(preprocessing.channels)
     if colours is not None and plain.shape == (preprocessing.height, preprocessing.width, *colours):
@@ -218,11 +272,7 @@ def fit_array(image: Array, preprocessing: Preprocessing) -> Array:
 
 
 def read_picture_file(file: Path, preprocessing: Preprocessing, *, kinds: str = PICTURES) -> Array:
-    """Read a picture's file as pixels that fit; its size is checked first.
-
-    Returns:
-        As ``read_picture``.
-    """
+    """Read a picture's file as ``read_picture`` does; its size is checked first."""
     try:
         if (size := file.stat().st_size) > (most := limit("picture-bytes")):
             raise DataError(f"{file} has {size} bytes, the limit is {most}", remedy=_REMEDY)
@@ -233,10 +283,9 @@ def read_picture_file(file: Path, preprocessing: Preprocessing, *, kinds: str = 
 
 
 def read_picture(content: bytes, preprocessing: Preprocessing, *, name: str, kinds: str = PICTURES) -> Array:
-    """Decode a picture in memory to pixels that fit; its size in pixels is checked before it is unpacked.
+    """Decode a picture in memory to pixels that fit: uint8 (height, width) for one channel, else (height, width, channels).
 
-    Returns:
-        uint8 (height, width) for one channel, else (height, width, channels).
+    Its size in pixels is checked before it is unpacked.
     """
     module = require("PIL.Image", purpose="reading images")
     ops = require("PIL.ImageOps", purpose="reading images")

@@ -68,15 +68,10 @@ DATA_VARIABLE = "BNEXPORT_DATA"
 
 @dataclass(frozen=True)
 class Located:
-    """Checked files of a data set.
+    """Checked files of a data set."""
 
-    Attributes:
-        paths: In the order they were asked for; packed or unpacked.
-        origin: Their origin, in words.
-    """
-
-    paths: tuple[Path, ...]
-    origin: str
+    paths: tuple[Path, ...]  # In the order they were asked for; packed or unpacked
+    origin: str  # Their origin, in words
 
 
 def locate(

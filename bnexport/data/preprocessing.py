@@ -16,23 +16,14 @@ from bnexport.tensors import Array
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Pixels 0 to 255 to ``(pixel * scale - mean) / std``, channels first, in float32.
+    """Pixels 0 to 255 to ``(pixel * scale - mean) / std``, channels first, in float32."""
 
-    Attributes:
-        channels: 1 for grey, 3 for RGB.
-        height: Pixels.
-        width: Pixels.
-        scale: Factor on the pixels.
-        mean: Subtracted after scaling, one value per channel.
-        std: Divided by, one value per channel.
-    """
-
-    channels: int = 1
-    height: int = 28
-    width: int = 28
-    scale: float = 1 / 255
-    mean: tuple[float, ...] = (0.0,)
-    std: tuple[float, ...] = (1.0,)
+    channels: int = 1  # 1 for grey, 3 for RGB
+    height: int = 28  # Pixels
+    width: int = 28  # Pixels
+    scale: float = 1 / 255  # Factor on the pixels
+    mean: tuple[float, ...] = (0.0,)  # Subtracted after scaling, one value per channel
+    std: tuple[float, ...] = (1.0,)  # Divided by, one value per channel
 
     def __post_init__(self) -> None:
         if (problem := self._problem()) is not None:
@@ -101,11 +92,7 @@ class Preprocessing:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Preprocessing:
-        """Read the result of ``to_json``.
-
-        Raises:
-            DataError: Missing or unknown keys, or values of the wrong kind.
-        """
+        """Read the result of ``to_json``; DataError for missing or unknown keys, or values of the wrong kind."""
         try:
             return cls(
                 channels=int(value["channels"]),

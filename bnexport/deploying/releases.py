@@ -11,15 +11,10 @@ from bnexport.protobuf_wire import Field, read_fields
 
 
 class Reads(NamedTuple):
-    """Newest versions that an ONNX Runtime reads.
+    """Newest versions that an ONNX Runtime reads."""
 
-    Attributes:
-        opset: Version of the default operator set.
-        ir_version: Version of the file format.
-    """
-
-    opset: int
-    ir_version: int
+    opset: int  # Version of the default operator set
+    ir_version: int  # Version of the file format
 
 
 #: Minor version of ONNX Runtime -> what it reads. Measured: one Relu in every operator set and file format, loaded by the
@@ -86,11 +81,7 @@ def _operator_set(content: bytes, field: Field) -> tuple[str, int]:
 
 
 def check_loads(file: Path, release: str, *, from_onnx: bool = False) -> Reads:
-    """Refuse an ONNX file that a release of Triton can't load, before a container fails to start.
-
-    Returns:
-        The file's versions.
-    """
+    """Return an ONNX file's versions; refuse a file that a release of Triton can't load, before a container fails to start."""
     able, has = release_reads(release), file_versions(file)
     engine = f"Triton {release} (ONNX Runtime {TRITON_RELEASES[release]})"
     opset, ir_version = min(has.opset, able.opset), min(has.ir_version, able.ir_version)

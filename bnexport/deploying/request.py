@@ -20,23 +20,14 @@ STORAGE_SCHEMES = ("s3", "gs", "pvc", "hdfs", "webhdfs", "https", "http")
 
 @dataclass(frozen=True)
 class DeployRequest:
-    """Options of every target.
+    """Options of every target."""
 
-    Attributes:
-        name: Name there; None: the bundle's.
-        triton: Release of Triton Inference Server, a key of ``releases.TRITON_RELEASES``.
-        device: One of DEVICES, for Triton.
-        instances: Copies of the model that run at once; on a CPU one thread each.
-        max_batch_size: Largest batch that Triton forms.
-        force: Replace an existing folder.
-    """
-
-    name: str | None = None
-    triton: str = DEFAULT_RELEASE
-    device: str = "cpu"
-    instances: int = 1
-    max_batch_size: int = 64
-    force: bool = False
+    name: str | None = None  # Name there; None: the bundle's
+    triton: str = DEFAULT_RELEASE  # Release of Triton Inference Server, a key of ``releases.TRITON_RELEASES``
+    device: str = "cpu"  # One of DEVICES, for Triton
+    instances: int = 1  # Copies of the model that run at once; on a CPU one thread each
+    max_batch_size: int = 64  # Largest batch that Triton forms
+    force: bool = False  # Replace an existing folder
 
     def __post_init__(self) -> None:
         if self.device not in DEVICES:
@@ -48,20 +39,14 @@ class DeployRequest:
 
 @dataclass(frozen=True)
 class Scaling:
-    """Autoscaling of an InferenceService.
+    """Autoscaling of an InferenceService."""
 
-    Attributes:
-        storage_uri: Upload address of the model repository's root: "s3://bucket/models".
-        min_replicas: Smallest number of pods; 0 lets the service sleep, which needs Knative.
-        max_replicas: Largest number of pods.
-        metric: One of SCALE_METRICS. Knative scales by concurrency and rps, a standard deployment by cpu and memory.
-        target: Target of the metric per pod: concurrent requests, requests per second, percent of the requested CPU or memory.
-    """
-
-    storage_uri: str
-    min_replicas: int = 1
-    max_replicas: int = 4
+    storage_uri: str  # Upload address of the model repository's root: "s3://bucket/models"
+    min_replicas: int = 1  # Smallest number of pods; 0 lets the service sleep, which needs Knative
+    max_replicas: int = 4  # Largest number of pods
+    # One of SCALE_METRICS. Knative scales by concurrency and rps, a standard deployment by cpu and memory.
     metric: str = "concurrency"
+    # Target of the metric per pod: concurrent requests, requests per second, percent of the requested CPU or memory
     target: int = 8
 
     def __post_init__(self) -> None:
@@ -89,19 +74,12 @@ class Scaling:
 
 
 class NameRule(NamedTuple):
-    """Rule for names in a target.
+    """Rule for names in a target."""
 
-    Attributes:
-        pattern: Regular expression of the whole name.
-        longest: Characters.
-        joint: Replacement in a suggestion for a character that is not allowed.
-        words: The rule as people read it.
-    """
-
-    pattern: str
-    longest: int
-    joint: str
-    words: str
+    pattern: str  # Regular expression of the whole name
+    longest: int  # Characters
+    joint: str  # Replacement in a suggestion for a character that is not allowed
+    words: str  # The rule as people read it
 
 
 #: Target -> its rule. A new target is a new row.
@@ -140,14 +118,8 @@ def suggested_name(target: str, name: str) -> str:
 
 @dataclass(frozen=True)
 class Deployment:
-    """The written deployment.
+    """The written deployment."""
 
-    Attributes:
-        path: The folder.
-        files: Inside it, as sorted POSIX paths.
-        next_steps: Next steps for the user, one command or sentence each.
-    """
-
-    path: Path
-    files: tuple[str, ...]
-    next_steps: tuple[str, ...]
+    path: Path  # The folder
+    files: tuple[str, ...]  # Inside it, as sorted POSIX paths
+    next_steps: tuple[str, ...]  # Next steps for the user, one command or sentence each

@@ -13,7 +13,6 @@ from onnx_ir.passes import common
 from torch import Tensor
 from torch.fx import GraphModule
 
-from bnexport.bundle import Manifest
 from bnexport.errors import ExportError
 from bnexport.exporting.request import DEFAULT_OPSET, OnnxTarget
 from bnexport.exporting.signature import export_flat
@@ -58,11 +57,6 @@ def export_onnx(
     _clean(model, signature)
     check_model(model, signature, target.opset, ir_version, normalisations=expected_normalisations(folded))
     write_atomically(path, model.SerializeToString(deterministic=True))
-
-
-def model_metadata(manifest: Manifest, *, parity: str) -> dict[str, str]:
-    """Return the facts for a server that has only the model file, as ONNX metadata: texts under "bnexport." keys."""
-    return {**manifest.model_facts(), "bnexport.parity": parity}
 
 
 def stamp_metadata(path: Path, metadata: Mapping[str, str]) -> None:

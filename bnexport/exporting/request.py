@@ -86,6 +86,7 @@ class ExportRequest:
         preprocessing: JSON of the preprocessing; None: that of the checkpoint or of the network's package.
         dataset: Data set whose test images the verification uses; None: the checkpoint's.
         data_dir: Folder of the data set; None: the usual places.
+        thorough: Verify on at least 16 samples of each kind, however large the network is.
         onnx: Operator set and file format.
         formats: Names from ``exporting.formats.FORMATS``.
         allow_untrained: Accept BatchNorm layers that were never trained.
@@ -110,6 +111,7 @@ class ExportRequest:
     preprocessing: Mapping[str, Any] | None = None
     dataset: str | None = option("Verify on its test images (a checkpoint names its own).", None)
     data_dir: Path | None = option("Folder of data sets.", None)
+    thorough: bool = option("Verify at least 16 samples of each kind, however large the network is.", False)
     onnx: OnnxTarget = field(default_factory=OnnxTarget)
     formats: tuple[str, ...] = option(
         "Write only this; repeatable.  [default: all]", _FORMATS, flag="--format", choices=_FORMATS

@@ -227,14 +227,14 @@ class Emulator(Float64Evaluator):
     Args:
         source: The file, its bytes, or the model read from it (which is not changed).
         precision: A key of PRECISIONS.
-        chunk: Samples evaluated at once where the batch dimension varies; bounds the memory.
+        chunk: As for ``Float64Evaluator``.
 
     Raises:
         BundleError: Not a model, or one with an operator that onnx's reference implementation lacks.
         UsageError: There is no such precision.
     """
 
-    def __init__(self, source: bytes | Path | ModelProto, precision: str, *, chunk: int = 64) -> None:
+    def __init__(self, source: bytes | Path | ModelProto, precision: str, *, chunk: int | None = None) -> None:
         self.precision = precision_of(precision)
         model = read_model(source) if isinstance(source, bytes | Path) else source
         super().__init__(model, chunk=chunk)
@@ -261,7 +261,7 @@ class Emulator(Float64Evaluator):
     def _stored(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         return {name: _rounded(widen_array(array), self.precision.storage) for name, array in feeds.items()}
 
-    def _refuse_narrow_values(self, wide: Mapping[str, Array]) -> None:
+    def _look(self, name: str, value: Any) -> None:
         """Do nothing: an emulation computes values that are not float64."""
 
 

@@ -21,6 +21,10 @@ from bnexport.tensors import Array
 if TYPE_CHECKING:
     from onnx import AttributeProto, ModelProto, NodeProto, TensorProto
 
+    from bnexport.onnx_files.operators import Evaluator
+
+#: Elements of the inputs that are evaluated at once, and the most samples.
+_ELEMENTS, _MOST = 1 << 21, 64
 
 #: TensorProto's numbers of FLOAT, FLOAT16, BFLOAT16, and of DOUBLE.
 _NARROW = (1, 10, 16)
@@ -34,26 +38,25 @@ class Float64Evaluator:
 
     Args:
         source: The file, its bytes, or the model read from it (which is not changed).
-        chunk: Samples evaluated at once where the batch dimension varies; bounds the memory.
+        chunk: Samples evaluated at once where the batch dimension varies; bounds the memory. None: as many as have 2 million
+            elements, at most 64.
 
     Raises:
         BundleError: Not a model, or one with an operator that onnx's reference implementation lacks.
     """
 
-    def __init__(self, source: bytes | Path | ModelProto, *, chunk: int = 64) -> None:
+    def __init__(self, source: bytes | Path | ModelProto, *, chunk: int | None = None) -> None:
         require("onnx", purpose="the float64 proof")
-        from onnx.reference import ReferenceEvaluator
-
-        from bnexport.onnx_files.operators import better_operators
-
-        model = widen(read_model(source) if isinstance(source, bytes | Path) else source)
+        model = read_model(source) if isinstance(source, bytes | Path) else source
         self.inputs = tuple(item.name for item in model.graph.input)
         self.outputs = tuple(item.name for item in model.graph.output)
         first: Any = model.graph.input[0].type.tensor_type.shape.dim if model.graph.input else ()
         self.varies = bool(first) and not first[0].HasField("dim_value")
-        self._chunk = chunk if self.varies else None
+        self._chunk = chunk
         try:
-            self._engine: Any = ReferenceEvaluator(model, new_ops=better_operators(model))
+            self._engine: Any = wide_evaluator(model)
+        except BnexportError:
+            raise
         except Exception as error:  # NotImplementedError, RuntimeError, onnx's own
             raise _not_evaluated(error) from error
         self._checked = False
@@ -67,15 +70,15 @@ class Float64Evaluator:
         """
         wide = {name: widen_array(feeds[name]) for name in self.inputs if name in feeds}
         size = len(next(iter(wide.values()), np.empty(0)))
-        step = self._chunk or max(size, 1)
+        step = self._step(wide, size)
         try:
             # Overflow in a branch that numpy evaluates and discards (sigmoid) is not an error of the model.
             with np.errstate(all="ignore"):
-                self._refuse_narrow_values(wide)
-                parts = [
-                    self._engine.run(None, {name: array[at : at + step] for name, array in wide.items()})
-                    for at in range(0, max(size, 1), step)
-                ]
+                parts = []
+                for at in range(0, max(size, 1), step):
+                    part = {name: array[at : at + step] for name, array in wide.items()}
+                    parts.append(self._engine.run(None, part, look=None if self._checked else self._look))
+                    self._checked = True
                 return {name: np.concatenate([part[i] for part in parts]) for i, name in enumerate(self.outputs)}
         except BnexportError:
             raise
@@ -92,24 +95,57 @@ class Float64Evaluator:
             raise _not_evaluated(error) from error
         return {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
 
-    def _refuse_narrow_values(self, wide: Mapping[str, Array]) -> None:
-        """Run one or two samples with all intermediate values, once, and check their types."""
-        if self._checked:
-            return
-        few = {name: array[:2] for name, array in wide.items()} if self._chunk else dict(wide)
-        values = dict(self._engine.run(None, few, intermediate=True))
-        narrow = [name for name, value in values.items() if isinstance(value, np.ndarray) and _is_narrow(value.dtype)]
-        if narrow:
+    def _step(self, wide: Mapping[str, Array], size: int) -> int:
+        """Return how many samples are evaluated at once."""
+        if not self.varies:
+            return max(size, 1)
+        elements = sum(array.size for array in wide.values()) // max(size, 1)
+        return self._chunk or min(max(_ELEMENTS // max(elements, 1), 1), _MOST)
+
+    def _look(self, name: str, value: Any) -> None:
+        """Refuse a value that left float64; the first run shows all values."""
+        if isinstance(value, np.ndarray) and _is_narrow(value.dtype):
             raise ProofError(
-                f"the float64 evaluation left float64 at {', '.join(map(repr, narrow[:3]))}",
+                f"the float64 evaluation left float64 at {name!r}",
                 remedy="Report this with the model: an operator of onnx's reference implementation rounds",
             )
-        self._checked = True
 
 
 def widen_array(array: Array) -> Array:
     """Return floats as float64; other arrays are unchanged."""
     return array.astype(np.float64) if array.dtype.kind == "f" else array
+
+
+def wide_evaluator(model: ModelProto, weights: Mapping[str, Array] | None = None) -> Evaluator:
+    """Return an evaluator of a model with every float widened to float64; the model's weights are read once.
+
+    Args:
+        model: A model, which is not changed.
+        weights: Values that replace initializers, by name.
+    """
+    from onnx import numpy_helper
+
+    from bnexport.onnx_files.operators import evaluator_of
+
+    given = weights or {}
+    wide: dict[str, Array] = {}
+    for tensor in model.graph.initializer:
+        array = given[tensor.name] if tensor.name in given else numpy_helper.to_array(tensor)
+        wide[tensor.name] = array.astype(np.float64) if tensor.data_type in _NARROW else array
+    return evaluator_of(widen(_without_weights(model)), wide)
+
+
+def _without_weights(model: ModelProto) -> ModelProto:
+    """Return a copy of a model without the initializers of its main graph, which are most of its bytes."""
+    copy = type(model)()
+    for source, target in ((model, copy), (model.graph, copy.graph)):
+        for field, value in source.ListFields():
+            if field.name not in ("graph", "initializer"):
+                if field.is_repeated:
+                    getattr(target, field.name).extend(value)
+                else:
+                    setattr(target, field.name, value)
+    return copy
 
 
 def widen(model: ModelProto) -> ModelProto:

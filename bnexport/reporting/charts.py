@@ -26,15 +26,10 @@ _DOTTED = 40  # layers up to which each has its dot
 
 @dataclass(frozen=True)
 class Axis:
-    """A logarithmic axis of whole decades.
+    """A logarithmic axis of whole decades."""
 
-    Attributes:
-        low: Exponent of 10 at its beginning.
-        high: Exponent at its end; larger than ``low``.
-    """
-
-    low: int
-    high: int
+    low: int  # Exponent of 10 at its beginning
+    high: int  # Exponent at its end; larger than ``low``
 
     def at(self, values: Array | float) -> Array:
         """Return the places of values on the axis, from 0 to 1. NaN stays NaN."""
@@ -201,17 +196,11 @@ SHOWN_LAYERS = 40
 
 @dataclass(frozen=True)
 class Strip:
-    """The errors of one run.
+    """The errors of one run."""
 
-    Attributes:
-        name: Of the run.
-        chart: Its distribution.
-        error: The largest of all batches, as text.
-    """
-
-    name: str
-    chart: Markup
-    error: str
+    name: str  # Name of the run
+    chart: Markup  # Its distribution
+    error: str  # The largest of all batches, as text
 
 
 @dataclass(frozen=True)
@@ -224,21 +213,13 @@ class Strips:
 
 @dataclass(frozen=True)
 class Drift:
-    """The layers of one run.
+    """The layers of one run."""
 
-    Attributes:
-        name: Of the run.
-        layers: All of them.
-        shown: Those of the table: the first SHOWN_LAYERS, and all that left their prediction.
-        first: Name of the first that left its prediction; "" where none did.
-        chart: Measured beside predicted.
-    """
-
-    name: str
-    layers: tuple[LayerDrift, ...]
-    shown: tuple[LayerDrift, ...]
-    first: str
-    chart: Markup
+    name: str  # Name of the run
+    layers: tuple[LayerDrift, ...]  # All of them
+    shown: tuple[LayerDrift, ...]  # Those of the table: the first SHOWN_LAYERS, and all that left their prediction
+    first: str  # Name of the first that left its prediction; "" where none did
+    chart: Markup  # Measured beside predicted
 
 
 def strips(lines: Sequence[ReportedRun], samples: Samples) -> Strips | None:

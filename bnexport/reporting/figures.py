@@ -90,21 +90,13 @@ def new_panels(
 
 
 def check_suffix(path: Path) -> None:
-    """Refuse a picture of another kind, before long work.
-
-    Raises:
-        OutputError: Neither .png nor .svg.
-    """
+    """Refuse (OutputError) a picture that is neither .png nor .svg, before long work."""
     if path.suffix.lower() not in FORMATS:
         raise OutputError(f"{path} is neither a .png nor a .svg file", remedy="Choose one of these suffixes")
 
 
 def render(figure: Figure, path: Path) -> bytes:
-    """The figure's bytes in the format of a path's suffix, the same for the same data.
-
-    Raises:
-        OutputError: Neither .png nor .svg.
-    """
+    """Return the figure's bytes as .png or .svg by the path's suffix, else OutputError; equal data give equal bytes."""
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 

@@ -49,6 +49,7 @@ def _properties(report: VerificationReport) -> Iterator[tuple[str, str]]:
     yield "verdict", report.summary()
     yield "reference", report.reference
     yield "inputs", report.inputs
+    yield "coverage", report.coverage
     yield "seed", str(report.seed)
     if report.environment:
         yield "environment", describe(dict(report.environment))

@@ -204,7 +204,7 @@ def print_verification(report: VerificationReport, console: Console, *, labels: 
     lines = runs(report)
     _print_files(report, console)
     _print_runs(lines, console)
-    for note in (report.inputs, report.reference, *_found(report, lines)):
+    for note in (report.inputs, report.coverage, report.reference, *_found(report, lines)):
         if note:
             console.print(literal(note, console, style="dim"))
     _print_flips(report, console, labels)

@@ -28,6 +28,7 @@ class RunnerSpec:
         served: Precision of its kernels by default, as users serve with it: TF32 on most GPU engines.
         precisions: Values of ``RunSettings.precision`` that it accepts.
         default: ``verify`` runs it without being asked.
+        same_as_float32: Precision -> why its kernels are those of float32 on this machine, or None.
         extra: The package, and extra of bnexport, that it needs in addition to every installation's; "" when it needs none.
     """
 
@@ -39,6 +40,7 @@ class RunnerSpec:
     served: str = "float32"
     precisions: tuple[str, ...] = ("float32",)
     default: bool = True
+    same_as_float32: Callable[[str], str | None] = lambda _precision: None
     extra: str = ""
 
     @property
@@ -144,6 +146,12 @@ def _openvino_problem(device: str) -> str | None:
     return problem(device)
 
 
+def _openvino_same(precision: str) -> str | None:
+    from bnexport.runtimes.openvino import same_as_float32
+
+    return same_as_float32(precision)
+
+
 #: IEEE float32, and kernels that round the inputs of convolutions and products to TF32.
 _GPU_PRECISIONS = ("float32", "tf32")
 
@@ -157,7 +165,6 @@ RUNNERS: tuple[RunnerSpec, ...] = (
     RunnerSpec("onnxruntime", "cpu", MODEL_ONNX, _open_onnxruntime, _onnxruntime_problem),
     RunnerSpec("onnxruntime", "cuda", MODEL_ONNX, _open_onnxruntime, _onnxruntime_problem, "tf32", _GPU_PRECISIONS),
     RunnerSpec("onnxruntime", "tensorrt", MODEL_ONNX, _open_onnxruntime, _onnxruntime_problem, "tf32", _GPU_PRECISIONS),
-    # On a CPU without bfloat16 its bfloat16 is float32, and the report states that.
     RunnerSpec(
         "openvino",
         "cpu",
@@ -166,6 +173,7 @@ RUNNERS: tuple[RunnerSpec, ...] = (
         _openvino_problem,
         "bfloat16",
         ("float32", "bfloat16"),
+        same_as_float32=_openvino_same,
         extra="openvino",
     ),
     # Off by default: the file proof already evaluates it.

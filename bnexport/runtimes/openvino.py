@@ -176,3 +176,14 @@ def problem(_device: str) -> str | None:
     except Exception as error:  # a plugin that can't be loaded
         return f"OpenVINO can't start: {own_reason(error)}"
     return None if _DEVICE in devices else f"OpenVINO sees no CPU, only {', '.join(devices) or 'nothing'}"
+
+
+@functools.cache
+def same_as_float32(precision: str) -> str | None:
+    """Return why kernels of a precision are those of float32 here: a CPU without bfloat16; None where they differ."""
+    if precision != "bfloat16" or problem(_DEVICE) is not None:
+        return None
+    core = require("openvino", purpose="the OpenVINO runner").Core()
+    if "BF16" in core.get_property(_DEVICE, "OPTIMIZATION_CAPABILITIES"):
+        return None
+    return "this CPU has no bfloat16, so OpenVINO's bfloat16 kernels are its float32 kernels, which were run"

@@ -50,17 +50,11 @@ class Cost:
 
 @dataclass(frozen=True)
 class BatchLimits:
-    """Limits on waiting requests and on a batch.
+    """Limits on waiting requests and on a batch."""
 
-    Attributes:
-        rows: Samples of one batch; a request with more runs alone.
-        queue: Requests that may wait.
-        deadline: Seconds from a request's coming to its answer.
-    """
-
-    rows: int = 64
-    queue: int = 1024
-    deadline: float = 30.0
+    rows: int = 64  # Samples of one batch; a request with more runs alone
+    queue: int = 1024  # Requests that may wait
+    deadline: float = 30.0  # Seconds from a request's coming to its answer
 
 
 #: Output name -> (rows, ...), or why there is none.

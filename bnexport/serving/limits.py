@@ -74,11 +74,7 @@ V = TypeVar("V")
 
 
 class BoundedCache(dict[K, V]):
-    """A dictionary that is emptied when it is full. Reading it costs no more than reading a plain one.
-
-    Args:
-        most: Number of entries.
-    """
+    """A dictionary that is emptied at ``most`` entries. Reading it costs no more than reading a plain one."""
 
     def __init__(self, most: int) -> None:
         super().__init__()

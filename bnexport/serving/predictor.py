@@ -23,21 +23,13 @@ DEFAULT_RUNTIME = "onnxruntime-cpu"
 
 @dataclass(frozen=True)
 class Prediction:
-    """Answer for one image.
+    """Answer for one image."""
 
-    Attributes:
-        image: Its file, with [index] in a file of several.
-        index: Class with the largest logit.
-        label: Its name; the index as text when the bundle has no labels.
-        probability: Softmax of the logits at that class.
-        logits: The model's logits, one per class.
-    """
-
-    image: str
-    index: int
-    label: str
-    probability: float
-    logits: tuple[float, ...]
+    image: str  # Its file, with [index] in a file of several
+    index: int  # Class with the largest logit
+    label: str  # Its name; the index as text when the bundle has no labels
+    probability: float  # Softmax of the logits at that class
+    logits: tuple[float, ...]  # The model's logits, one per class
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -82,11 +74,7 @@ class Predictor:
         self._runner.close()
 
     def files(self, *paths: str | Path) -> list[Prediction]:
-        """Label every image of some PNG, JPEG, BMP, WebP, GIF, .npy or IDX files, in order.
-
-        Raises:
-            DataError: A file is missing, damaged, or holds no images.
-        """
+        """Label every image of some PNG, JPEG, BMP, WebP, GIF, .npy or IDX files, in order; DataError if one can't be read."""
         predictions = []
         for path in paths:
             named = load_images(path, self.preprocessing)

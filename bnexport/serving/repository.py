@@ -32,21 +32,13 @@ Log = Callable[..., None]
 
 @dataclass
 class Version:
-    """One version of a model.
+    """One version of a model."""
 
-    Attributes:
-        path: Folder of its bundle.
-        seen: State of its files when it was loaded; another value means that it changed.
-        served: The open model; None while there is none.
-        reason: Why there is none, or why what lies on disk now is not what is served.
-        missed: Consecutive looks without it on disk; a folder that is being replaced is missing for a moment.
-    """
-
-    path: Path
-    seen: object = None
-    served: ServedModel | None = None
-    reason: str = ""
-    missed: int = 0
+    path: Path  # Folder of its bundle
+    seen: object = None  # State of its files when it was loaded; another value means that it changed
+    served: ServedModel | None = None  # The open model; None while there is none
+    reason: str = ""  # Why there is none, or why what lies on disk now is not what is served
+    missed: int = 0  # Consecutive looks without it on disk; a folder that is being replaced is missing for a moment
 
     @property
     def state(self) -> str:
@@ -56,12 +48,9 @@ class Version:
 
 @dataclass
 class Repository:
-    """The model versions that a server serves.
+    """The model versions that a server serves, from a bundle or a folder of models (NAME/VERSION/manifest.json).
 
-    Args:
-        path: A bundle, or a folder of models: NAME/VERSION/manifest.json.
-        settings: Options for opening models.
-        log: Called with an event's name and its fields.
+    ``log`` receives an event's name and its fields.
     """
 
     path: Path

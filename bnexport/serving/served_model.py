@@ -41,46 +41,27 @@ _MEASURED_SECONDS, _WORTH = 0.2, 1.1
 
 @dataclass(frozen=True)
 class ServingSettings:
-    """Options for opening models.
+    """Options for opening models."""
 
-    Attributes:
-        runtime: A name from ``runtimes.catalogue.RUNNERS``.
-        workers: Sessions per model, each with one thread; None measures how many are worth it.
-        max_batch: Samples of a batch that is made of several requests.
-        limits: Limits of one request.
-        processes: Number of processes that serve the same models on this machine, and share its cores.
-    """
-
-    runtime: str = DEFAULT_RUNTIME
-    workers: int | None = None
-    max_batch: int = 64
-    limits: ServingLimits = field(default_factory=ServingLimits)
-    processes: int = 1
+    runtime: str = DEFAULT_RUNTIME  # A name from ``runtimes.catalogue.RUNNERS``
+    workers: int | None = None  # Sessions per model, each with one thread; None measures how many are worth it
+    max_batch: int = 64  # Samples of a batch that is made of several requests
+    limits: ServingLimits = field(default_factory=ServingLimits)  # Limits of one request
+    processes: int = 1  # Number of processes that serve the same models on this machine, and share its cores
 
 
 @dataclass
 class ServedModel:
-    """A model that answers requests. Made by ``open_served``.
+    """A model that answers requests. Made by ``open_served``."""
 
-    Attributes:
-        name: Name in URLs.
-        version: Version in URLs.
-        bundle: Its bundle.
-        spec: Row of its runtime.
-        batcher: The queue before its sessions.
-        replay: Result of the golden vectors; the worst session's.
-        decoder: Decoder of its requests.
-        preprocessing: Preprocessing of pictures; None if it is not an image classifier.
-    """
-
-    name: str
-    version: str
-    bundle: Bundle
-    spec: RunnerSpec
-    batcher: Batcher
-    replay: Replay
-    decoder: Decoder
-    preprocessing: Preprocessing | None = None
+    name: str  # Name in URLs
+    version: str  # Version in URLs
+    bundle: Bundle  # Its bundle
+    spec: RunnerSpec  # Row of its runtime
+    batcher: Batcher  # The queue before its sessions
+    replay: Replay  # Result of the golden vectors; the worst session's
+    decoder: Decoder  # Decoder of its requests
+    preprocessing: Preprocessing | None = None  # Preprocessing of pictures; None if it is not an image classifier
 
     def __post_init__(self) -> None:
         self.signature = self.bundle.manifest.signature

@@ -21,25 +21,15 @@ _LONGEST_ID = 128
 
 @dataclass(frozen=True)
 class AppSettings:
-    """Permissions and limits of clients.
+    """Permissions and limits of clients."""
 
-    Attributes:
-        limits: Limits of one request.
-        token: Bearer token that clients must send, except to health probes; None requires none.
-        allow_load: Allow requests to load and unload models.
-    """
-
-    limits: ServingLimits = field(default_factory=ServingLimits)
-    token: bytes | None = None
-    allow_load: bool = False
+    limits: ServingLimits = field(default_factory=ServingLimits)  # Limits of one request
+    token: bytes | None = None  # Bearer token that clients must send, except to health probes; None requires none
+    allow_load: bool = False  # Allow requests to load and unload models
 
 
 class Memory:
-    """Counts the bytes that requests in progress hold together.
-
-    Args:
-        most: Bytes at most.
-    """
+    """Counts the bytes that requests in progress hold together, at most ``most``."""
 
     def __init__(self, most: int) -> None:
         self.held, self._most = 0, most
@@ -66,23 +56,14 @@ class Answered(Protocol):
 
 
 class Answer(NamedTuple):
-    """An answer's data for its log line.
+    """An answer's data for its log line."""
 
-    Attributes:
-        client: The client's address.
-        method: HTTP's, or "gRPC".
-        status: HTTP's, or the name of gRPC's code.
-        ns: Nanoseconds from the request to the answer.
-        size: Bytes of its body.
-        trace: The client's ``traceparent``, or "".
-    """
-
-    client: str
-    method: str
-    status: int | str
-    ns: int
-    size: int
-    trace: str
+    client: str  # The client's address
+    method: str  # HTTP's, or "gRPC"
+    status: int | str  # HTTP's, or the name of gRPC's code
+    ns: int  # Nanoseconds from the request to the answer
+    size: int  # Bytes of its body
+    trace: str  # The client's ``traceparent``, or ""
 
 
 class ServerState:
@@ -93,28 +74,19 @@ class ServerState:
         settings: Permissions and limits of clients.
         log: Log of requests and events.
         share: Publishes this process's counters to the others; None if it serves alone.
-
-    Attributes:
-        memory: Counts the bytes that requests hold.
-        draining: True if the server is about to stop.
-        active: Requests in progress, over HTTP and gRPC.
-        last_work: Time of the last request that was not a probe, by ``time.monotonic``.
-        requests: (route, status) -> requests over HTTP.
-        calls: (method, code) -> calls over gRPC.
-        calls_active: Calls over gRPC that are being answered.
     """
 
     def __init__(
         self, repository: Repository, settings: AppSettings, log: JsonLog, *, share: Share | None = None
     ) -> None:
         self.repository, self.settings, self.log, self.share = repository, settings, log, share
-        self.memory = Memory(settings.limits.held_bytes)
-        self.draining = False
-        self.active = 0
-        self.last_work = time.monotonic()
-        self.requests: Counter[tuple[str, int]] = Counter()
-        self.calls: Counter[tuple[str, str]] = Counter()
-        self.calls_active = 0
+        self.memory = Memory(settings.limits.held_bytes)  # Counts the bytes that requests hold
+        self.draining = False  # True if the server is about to stop
+        self.active = 0  # Requests in progress, over HTTP and gRPC
+        self.last_work = time.monotonic()  # Time of the last request that was not a probe, by ``time.monotonic``
+        self.requests: Counter[tuple[str, int]] = Counter()  # (route, status) -> requests over HTTP
+        self.calls: Counter[tuple[str, str]] = Counter()  # (method, code) -> calls over gRPC
+        self.calls_active = 0  # Calls over gRPC that are being answered
         self._prefix, self._count = os.urandom(6).hex(), 0
 
     def id_of(self, given: str | None) -> str:

@@ -69,31 +69,18 @@ class Histogram:
 
 @dataclass(slots=True)
 class ModelStatistics:
-    """Counters of one version of one model, since it was loaded.
+    """Counters of one version of one model, since it was loaded."""
 
-    Attributes:
-        success: Whole requests, from their last byte to their answer.
-        fail: Failed requests, likewise.
-        queue: Time in the queue.
-        infer: Time of the engine, shared out among the requests of a batch.
-        rows: Samples.
-        executions: Batches.
-        last_ms: Milliseconds since 1970 of the last request; 0 before the first.
-        seconds: Histogram of ``success``.
-        batches: Histogram of batch sizes.
-        by_size: Batch size -> time of the engine.
-    """
-
-    success: Duration = field(default_factory=Duration)
-    fail: Duration = field(default_factory=Duration)
-    queue: Duration = field(default_factory=Duration)
-    infer: Duration = field(default_factory=Duration)
-    rows: int = 0
-    executions: int = 0
-    last_ms: int = 0
-    seconds: Histogram = field(default_factory=lambda: Histogram(SECONDS))
-    batches: Histogram = field(default_factory=lambda: Histogram(ROWS))
-    by_size: dict[int, Duration] = field(default_factory=dict)
+    success: Duration = field(default_factory=Duration)  # Whole requests, from their last byte to their answer
+    fail: Duration = field(default_factory=Duration)  # Failed requests, likewise
+    queue: Duration = field(default_factory=Duration)  # Time in the queue
+    infer: Duration = field(default_factory=Duration)  # Time of the engine, shared out among the requests of a batch
+    rows: int = 0  # Samples
+    executions: int = 0  # Batches
+    last_ms: int = 0  # Milliseconds since 1970 of the last request; 0 before the first
+    seconds: Histogram = field(default_factory=lambda: Histogram(SECONDS))  # Histogram of ``success``
+    batches: Histogram = field(default_factory=lambda: Histogram(ROWS))  # Histogram of batch sizes
+    by_size: dict[int, Duration] = field(default_factory=dict)  # Batch size -> time of the engine
 
     def executed(self, *, requests: int, rows: int, queue_ns: int, infer_ns: int) -> None:
         """Count one batch."""
@@ -203,11 +190,7 @@ class Records:
         self._descriptor = descriptor
 
     def write(self, slot: int, record: bytes) -> bool:
-        """Replace a slot's record.
-
-        Returns:
-            Whether it did: a record of more than 16 MB, which is the counters of some ten thousand models, is not written.
-        """
+        """Replace a slot's record; return False if it is not written: one of more than 16 MB, of some ten thousand models."""
         if len(record) > _PLACE - _HEAD.size:
             return False
         numbers = [found[0] if (found := self._place(slot, index)) is not None else 0 for index in (0, 1)]
@@ -259,19 +242,12 @@ _SPARE = 20.0
 
 @dataclass
 class ModelTotals:
-    """Totals of one version of one model.
+    """Totals of one version of one model."""
 
-    Attributes:
-        ready: True if it answers in every process that has it; None if no process has it.
-        waiting: Requests in its queues.
-        sessions: Number of the engine's sessions.
-        statistics: Its counters; None if it is not served.
-    """
-
-    ready: bool | None
-    waiting: int = 0
-    sessions: int = 0
-    statistics: ModelStatistics | None = None
+    ready: bool | None  # True if it answers in every process that has it; None if no process has it
+    waiting: int = 0  # Requests in its queues
+    sessions: int = 0  # Number of the engine's sessions
+    statistics: ModelStatistics | None = None  # Its counters; None if it is not served
 
     def merge(self, other: ModelTotals) -> None:
         """Add another process's totals."""
@@ -286,25 +262,16 @@ class ModelTotals:
 
 @dataclass
 class Totals:
-    """Totals of a process, or of several.
+    """Totals of a process, or of several."""
 
-    Attributes:
-        requests: (route, status) -> requests over HTTP.
-        calls: (method, code) -> calls over gRPC.
-        active: Requests and calls that are being answered.
-        calls_active: Calls that are being answered.
-        models: (name, version) -> its totals.
-        processes: Number -> process id of those that run; empty where there is one alone.
-        starts: Number -> how often that process was started.
-    """
-
-    requests: Counter[tuple[str, int]] = field(default_factory=Counter)
-    calls: Counter[tuple[str, str]] = field(default_factory=Counter)
-    active: int = 0
-    calls_active: int = 0
-    models: dict[Key, ModelTotals] = field(default_factory=dict)
+    requests: Counter[tuple[str, int]] = field(default_factory=Counter)  # (route, status) -> requests over HTTP
+    calls: Counter[tuple[str, str]] = field(default_factory=Counter)  # (method, code) -> calls over gRPC
+    active: int = 0  # Requests and calls that are being answered
+    calls_active: int = 0  # Calls that are being answered
+    models: dict[Key, ModelTotals] = field(default_factory=dict)  # (name, version) -> its totals
+    # Number -> process id of those that run; empty where there is one alone
     processes: dict[int, int] = field(default_factory=dict)
-    starts: dict[int, int] = field(default_factory=dict)
+    starts: dict[int, int] = field(default_factory=dict)  # Number -> how often that process was started
 
     def merge(self, other: Totals) -> None:
         """Add another process's totals, which stay unchanged."""

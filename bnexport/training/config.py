@@ -134,12 +134,7 @@ class TrainingConfig:
             raise UsageError(f"the seed is {self.seed}", remedy="Give a number from 0 to 2**63 - 1")
 
     def preprocessing(self) -> Preprocessing:
-        """Return the preprocessing of images.
-
-        Raises:
-            UsageError: ``input``, ``mean`` or ``std`` can't be understood, or do not fit each other.
-            DataError: A deviation is not positive.
-        """
+        """Return the preprocessing; UsageError if ``input``, ``mean`` and ``std`` do not fit, DataError for a bad deviation."""
         channels, height, width = self._shape()
         mean, std = self.mean or (0.0,) * channels, self.std or (1.0,) * channels
         if not len(mean) == len(std) == channels:
@@ -163,11 +158,7 @@ class TrainingConfig:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> TrainingConfig:
-        """Read what ``to_json`` wrote; an option that is missing, as in a run of an older version, has its default.
-
-        Raises:
-            UsageError: Unknown options, or values out of range or of the wrong kind.
-        """
+        """Read the result of ``to_json``; an option that an older version lacks has its default. UsageError for bad values."""
         known = {item.name: item.default for item in fields(cls)}
         if not isinstance(value, Mapping) or "dataset" not in value or not set(value) <= set(known):
             raise UsageError("the saved configuration has missing or unknown options", remedy=_START_ANEW)
@@ -181,11 +172,7 @@ class TrainingConfig:
             raise wrong from error
 
     def check_continues(self, before: TrainingConfig) -> None:
-        """Refuse to continue a run with other options; the number of epochs may grow, device and CUDA graph may change.
-
-        Raises:
-            UsageError: Naming the first option that differs.
-        """
+        """Refuse (UsageError) to continue a run with another option than more epochs, another device or another CUDA graph."""
         for item in fields(self):
             old, new = getattr(before, item.name), getattr(self, item.name)
             if old == new or item.name in _FREE:

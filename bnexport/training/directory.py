@@ -39,23 +39,15 @@ _OURS = (CHECKPOINT, CONFIG, METRICS, MODEL, CURVES)
 
 @dataclass(frozen=True)
 class Saved:
-    """The state after a whole epoch.
+    """The state after a whole epoch."""
 
-    Attributes:
-        state: State dict.
-        epoch: Whole epochs done.
-        history: One row per epoch (``EpochMetrics.to_json``).
-        optimizer: What the optimiser remembers.
-        made_by: What the weights depend on to the last bit: device, processes, threads, torch.
-        scaler: State of the scaling of the loss (float16).
-    """
-
-    state: dict[str, Tensor]
-    epoch: int
-    history: list[dict[str, Any]]
-    optimizer: dict[str, Tensor] = field(default_factory=dict)
+    state: dict[str, Tensor]  # State dict
+    epoch: int  # Whole epochs done
+    history: list[dict[str, Any]]  # One row per epoch (``EpochMetrics.to_json``)
+    optimizer: dict[str, Tensor] = field(default_factory=dict)  # State of the optimiser
+    # The environment that the weights depend on to the last bit: device, processes, threads, torch
     made_by: Mapping[str, Any] = field(default_factory=dict)
-    scaler: Mapping[str, Any] = field(default_factory=dict)
+    scaler: Mapping[str, Any] = field(default_factory=dict)  # State of the scaling of the loss (float16)
 
 
 class RunDirectory:
@@ -105,11 +97,7 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the directory for one run; the system lets go of it when a process ends, however it ends.
-
-        Raises:
-            OutputError: Another run is writing here, or the directory can't be written.
-        """
+        """Hold the directory for one run, or raise OutputError; the system frees it when a process ends, however it ends."""
         from filelock import FileLock, Timeout
 
         made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
@@ -136,11 +124,7 @@ class RunDirectory:
                     folder.rmdir()
 
     def prepare(self, config: TrainingConfig, saved: Saved | None) -> None:
-        """Make the directory ready; to begin anew, the files of an old run in it are removed, others stay.
-
-        Raises:
-            OutputError: It can't be written.
-        """
+        """Make the directory ready, or raise OutputError. A new run removes the files of an old one; other files stay."""
         with output_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             if saved is None:

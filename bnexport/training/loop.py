@@ -25,24 +25,16 @@ _EVALUATION_BATCH = 500  # bounds the memory of evaluation; it does not change t
 
 @dataclass(frozen=True)
 class Outcome:
-    """Means over the images of an epoch or a test set.
+    """Means over the images of an epoch or a test set."""
 
-    Attributes:
-        loss: Mean cross-entropy, in nats.
-        accuracy: 0 to 1.
-    """
-
-    loss: float
-    accuracy: float
+    loss: float  # Mean cross-entropy, in nats
+    accuracy: float  # 0 to 1
 
 
 def epoch_order(count: int, *, seed: int, epoch: int) -> Tensor:
-    """The order of the images in one epoch.
+    """Return the order of the images in one epoch: a permutation of 0 ... count - 1, int64 on the CPU.
 
-    It depends on the seed and the epoch alone, not on what was drawn before, so a resumed run sees the same order.
-
-    Returns:
-        A permutation of 0 ... count - 1, int64 on the CPU.
+    It depends on the seed and the epoch alone, not on earlier draws, so a resumed run uses the same order.
     """
     return torch.randperm(count, generator=torch.Generator().manual_seed(epoch_seed(seed, epoch)))
 

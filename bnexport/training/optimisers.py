@@ -97,11 +97,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Put back what ``optimizer_tensors`` gave.
-
-    Raises:
-        ModelError: The tensors are not this optimiser's.
-    """
+    """Restore the result of ``optimizer_tensors``; ModelError for the tensors of another optimiser."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     try:

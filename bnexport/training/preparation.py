@@ -100,31 +100,18 @@ def _check_scores(network: nn.Module, facts: Mapping[str, Any], classes: int, pr
 
 @dataclass(frozen=True)
 class Prepared:
-    """Everything that a run works with.
+    """Everything that a run works with."""
 
-    Attributes:
-        config: The recipe.
-        dataset: The images and labels.
-        preprocessing: How an image becomes an input.
-        model: The network on this process's device, with the saved weights where there are some.
-        optimizer: Of its parameters, likewise.
-        train: The training part.
-        test: The test part.
-        world: The processes.
-        scaler: State of the scaling of the loss, from the checkpoint.
-        unused: Whether a step leaves parameters without a gradient; asked for several processes only.
-    """
-
-    config: TrainingConfig
-    dataset: Dataset
-    preprocessing: Preprocessing
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    train: Samples
-    test: Samples
-    world: World
-    scaler: Mapping[str, Any]
-    unused: bool = False
+    config: TrainingConfig  # The recipe
+    dataset: Dataset  # The images and labels
+    preprocessing: Preprocessing  # Conversion of an image to an input
+    model: nn.Module  # The network on this process's device, with the saved weights where there are some
+    optimizer: torch.optim.Optimizer  # Optimiser of its parameters, with the saved state if there is one
+    train: Samples  # The training part
+    test: Samples  # The test part
+    world: World  # The processes
+    scaler: Mapping[str, Any]  # State of the scaling of the loss, from the checkpoint
+    unused: bool = False  # True if a step leaves parameters without a gradient; determined for several processes only
 
     def step(self, model: nn.Module) -> Step:
         """The step of a network that has this one's parameters."""
@@ -209,11 +196,7 @@ def _restore(model: nn.Module, saved: Saved) -> None:
 
 
 def check_last_batch(config: TrainingConfig, model: nn.Module, count: int, world: World) -> None:
-    """BatchNorm has no variance of one image after a fully connected layer; say so before an epoch is spent.
-
-    Raises:
-        UsageError: A process would be left with too small a part of a batch.
-    """
+    """Refuse (UsageError) a last batch of one image per process: after a linear layer BatchNorm has no variance of it."""
     if not any(isinstance(module, BATCH_NORMS) for module in model.modules()):
         return
     together = config.sync_batch_norm and world.size > 1
@@ -235,21 +218,13 @@ def check_last_batch(config: TrainingConfig, model: nn.Module, count: int, world
 
 @dataclass(frozen=True)
 class MadeBy:
-    """Everything besides the recipe that a run's weights depend on, to the last bit.
+    """Everything besides the recipe that a run's weights depend on, to the last bit."""
 
-    Attributes:
-        device: "cpu", or the GPU's name.
-        processor: The CPU's name: kernels are chosen by it.
-        processes: How many trained together.
-        threads: Of each process, on a CPU.
-        torch: Version.
-    """
-
-    device: str
-    processor: str
-    processes: int
-    threads: int
-    torch: str
+    device: str  # "cpu", or the GPU's name
+    processor: str  # The CPU's name: kernels are chosen by it
+    processes: int  # Number of processes that trained together
+    threads: int  # Threads of each process, on a CPU
+    torch: str  # Version
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""

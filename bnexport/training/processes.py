@@ -98,17 +98,11 @@ _LOST = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe",
 
 @dataclass(frozen=True)
 class World:
-    """The processes of one training.
+    """The processes of one training."""
 
-    Attributes:
-        rank: This process's number; 0 writes and prints.
-        size: How many there are.
-        device: Of this process.
-    """
-
-    rank: int = 0
-    size: int = 1
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    rank: int = 0  # This process's number; 0 writes and prints
+    size: int = 1  # Number of processes
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))  # Device of this process
 
     @property
     def leads(self) -> bool:
@@ -140,11 +134,7 @@ class World:
             self.wait()
 
     def told_by_leader(self, find: Callable[[], T]) -> T:
-        """Return the leading process's result in all; an error of bnexport there is raised by all.
-
-        Args:
-            find: Called by the leading process alone; its result must be picklable.
-        """
+        """Return the leading process's result (picklable) in all; all raise an error of bnexport that occurs there."""
         if self.size == 1:
             return find()
         told: list[Any] = [None]
@@ -192,11 +182,9 @@ class World:
         return found[0] if self.leads else act()
 
     def parallel(self, model: nn.Module, *, unused: bool = False) -> nn.Module:
-        """The network as this process calls it in training: with gradients averaged over all.
+        """Return the network for training, with gradients averaged over all processes.
 
-        Args:
-            model: The network.
-            unused: Whether a step may leave parameters without a gradient; looking for them takes time.
+        ``unused``: a step may leave parameters without a gradient; the search for them takes time.
         """
         if self.size == 1:
             return model
@@ -280,11 +268,7 @@ def end_process(code: int) -> NoReturn:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device for one of ``config.DEVICES``.
-
-    Raises:
-        RuntimeUnavailable: CUDA was asked for by name and torch finds no GPU.
-    """
+    """Return the device for one of ``config.DEVICES``; RuntimeUnavailable if CUDA was requested and torch finds no GPU."""
     if name == "cuda" and not torch.cuda.is_available():
         raise RuntimeUnavailable(
             "torch finds no CUDA device here", remedy="Use --device cpu, or install a CUDA build of torch and a driver"

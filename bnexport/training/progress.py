@@ -14,25 +14,15 @@ from bnexport.training.config import TrainingConfig
 
 @dataclass(frozen=True)
 class EpochMetrics:
-    """One whole epoch.
+    """One whole epoch."""
 
-    Attributes:
-        epoch: From 1.
-        train_loss: Mean cross-entropy over the epoch, in nats.
-        train_accuracy: Over the epoch, 0 to 1.
-        test_loss: Mean cross-entropy after the epoch, with the plain moving statistics, in nats.
-        test_accuracy: Likewise, 0 to 1.
-        learning_rate: Of the last step.
-        examples_per_s: Training images per second, of all processes; evaluation is not timed.
-    """
-
-    epoch: int
-    train_loss: float
-    train_accuracy: float
-    test_loss: float
-    test_accuracy: float
-    learning_rate: float
-    examples_per_s: float
+    epoch: int  # From 1
+    train_loss: float  # Mean cross-entropy over the epoch, in nats
+    train_accuracy: float  # Over the epoch, 0 to 1
+    test_loss: float  # Mean cross-entropy after the epoch, with the plain moving statistics, in nats
+    test_accuracy: float  # Accuracy after the epoch, 0 to 1
+    learning_rate: float  # Learning rate of the last step
+    examples_per_s: float  # Training images per second, of all processes; evaluation is not timed
 
     def to_json(self) -> dict[str, Any]:
         """A row of the history."""
@@ -95,22 +85,14 @@ class EventFiles(Progress):
     """Listener that writes each epoch's numbers."""
 
     def __init__(self, folder: Path) -> None:
-        """Find the package; the folder is written from ``on_start`` on, so that a refused run leaves none behind.
-
-        Raises:
-            MissingDependency: tensorboard is not installed.
-        """
+        """Find tensorboard, or raise MissingDependency. ``on_start`` makes the folder, so a refused run leaves none."""
         require("tensorboard", purpose="--tensorboard")
         self._make = require("torch.utils.tensorboard", purpose="--tensorboard").SummaryWriter
         self._folder = folder
         self._writer: Any = None
 
     def on_start(self, config: TrainingConfig, device: str, origin: str, first_epoch: int) -> None:  # noqa: ARG002
-        """Open a file.
-
-        Raises:
-            OutputError: The folder can't be written.
-        """
+        """Open a file; OutputError if the folder can't be written."""
         with output_errors(self._folder):
             self._writer = self._make(str(self._folder))
 

@@ -107,13 +107,9 @@ class Recording:
         record: Record = CapturedStep,
         on_note: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """Create a recording that is yet to be made.
+        """Create a recording of steps of ``batch_size`` images, which ``record`` makes later; other batches are taken plainly.
 
-        Args:
-            step: The step.
-            batch_size: Images of a recorded step; other batches are taken plainly.
-            record: Makes the recording.
-            on_note: Called with a sentence where no recording is made.
+        ``on_note`` receives a sentence if no recording is made.
         """
         self.step, self.batch_size = step, batch_size
         self._record, self._on_note = record, on_note

@@ -30,33 +30,19 @@ from bnexport.training.step import pooling_by_products
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """The result of a training run.
+    """The result of a training run."""
 
-    Attributes:
-        config: The recipe.
-        device: Where it ran: "cpu" or "cuda".
-        origin: Where the data came from, in words.
-        history: One row per epoch (``EpochMetrics.to_json``).
-        test_accuracy: With the plain moving statistics, 0 to 1.
-        recalibrated_accuracy: With the re-estimated ones; None when there are none.
-        gamma: Of the first BatchNorm; None when the network has none.
-        beta: Likewise.
-        out: The run directory.
-        checkpoint: The last whole epoch.
-        model: The result.
-    """
-
-    config: TrainingConfig
-    device: str
-    origin: str
-    history: tuple[dict[str, Any], ...]
-    test_accuracy: float
-    recalibrated_accuracy: float | None
-    gamma: tuple[float, ...] | None
-    beta: tuple[float, ...] | None
-    out: Path
-    checkpoint: Path
-    model: Path
+    config: TrainingConfig  # The recipe
+    device: str  # "cpu" or "cuda"
+    origin: str  # Where the data came from, in words
+    history: tuple[dict[str, Any], ...]  # One row per epoch (``EpochMetrics.to_json``)
+    test_accuracy: float  # With the plain moving statistics, 0 to 1
+    recalibrated_accuracy: float | None  # With the re-estimated ones; None when there are none
+    gamma: tuple[float, ...] | None  # Gamma of the first BatchNorm; None if the network has none
+    beta: tuple[float, ...] | None  # Beta of the first BatchNorm; None if the network has none
+    out: Path  # The run directory
+    checkpoint: Path  # The last whole epoch
+    model: Path  # The result
 
 
 def first_batch_norm(model: nn.Module) -> tuple[Tensor, Tensor] | None:

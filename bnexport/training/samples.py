@@ -18,15 +18,10 @@ RESIDENT_BYTES = 2 << 30
 
 
 class Samples(Protocol):
-    """One part of a data set.
+    """One part of a data set."""
 
-    Attributes:
-        count: Images.
-        device: Where its batches come out.
-    """
-
-    count: int
-    device: torch.device
+    count: int  # Images
+    device: torch.device  # Where its batches come out
 
     def batches(self, indices: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
         """Inputs float32 (n, channels, height, width) and labels int64 (n,) of each group of indices (int64, on the CPU)."""
@@ -82,14 +77,7 @@ def to_device(value: Tensor, device: torch.device) -> Tensor:
 
 
 def make_samples(images: Array, labels: Array, preprocessing: Preprocessing, device: torch.device) -> Samples:
-    """One part of a data set, where it is fastest.
-
-    Args:
-        images: uint8 (n, height, width) or (n, channels, height, width), as ``data.prepare.prepared`` gives them.
-        labels: int64 (n,).
-        preprocessing: Of the pixels.
-        device: Where the network is.
-    """
+    """Return one part of a data set in the fastest place for a device; images as ``data.prepare.prepared`` returns them."""
     if images.size * 4 > RESIDENT_BYTES:
         return Streamed(images, labels, preprocessing, device)
     inputs = torch.from_numpy(preprocessing.apply(images))

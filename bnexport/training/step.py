@@ -22,17 +22,11 @@ _AMP = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
 @dataclass
 class Sums:
-    """The sums of an epoch, on the device.
+    """The sums of an epoch, on the device."""
 
-    Attributes:
-        loss: float64 (), the sum over the images.
-        hits: int64 (), images whose label was the network's.
-        losses: float64 (steps,), each step's sum over its images; what is not finite is found in it by its step.
-    """
-
-    loss: Tensor
-    hits: Tensor
-    losses: Tensor
+    loss: Tensor  # float64 (), the sum over the images
+    hits: Tensor  # int64 (), images whose label was the network's
+    losses: Tensor  # float64 (steps,), each step's sum over its images; what is not finite is found in it by its step
 
     @classmethod
     def zeros(cls, steps: int, device: torch.device) -> Sums:
@@ -108,12 +102,9 @@ _ONE_GIB = 1 << 30
 
 
 def keep_freed_memory() -> bool:
-    """Let malloc keep what is freed, for the whole process, so that a step does not fault its pages in again.
+    """Make malloc keep freed memory, for the whole process; return False if the C library can't (only glibc on Linux can).
 
-    A step frees and takes tensors of some megabytes, which glibc hands back to the system each time.
-
-    Returns:
-        Whether the C library could be told (glibc on Linux).
+    A step frees and allocates tensors of some megabytes, which glibc returns to the system each time.
     """
     if platform.libc_ver()[0] != "glibc":
         return False

@@ -63,15 +63,10 @@ _PICKLE = b"\x80"
 
 @dataclass(frozen=True)
 class _Archive:
-    """An archive with a valid table of contents.
+    """An archive with a valid table of contents."""
 
-    Attributes:
-        file: Open.
-        entries: Name inside the archive's one folder -> its entry; the whole name for .npz.
-    """
-
-    file: BinaryIO
-    entries: dict[str, Entry]
+    file: BinaryIO  # Open
+    entries: dict[str, Entry]  # Name inside the archive's one folder -> its entry; the whole name for .npz
 
     def read(self, name: str, max_bytes: int) -> bytes:
         if name not in self.entries:
@@ -81,21 +76,13 @@ class _Archive:
 
 @dataclass(frozen=True)
 class ArchiveKind:
-    """A row of ARCHIVES.
+    """A row of ARCHIVES."""
 
-    Attributes:
-        title: Name of the kind of file, with its article.
-        error: Class of the raised error.
-        remedy: Second sentence of the error.
-        inflated: Row of LIMITS for the unpacked bytes in all.
-        check: Looks at the contents.
-    """
-
-    title: str
-    error: type[BadInput]
-    remedy: str
-    inflated: str
-    check: Callable[[_Archive], None]
+    title: str  # Name of the kind of file, with its article
+    error: type[BadInput]  # Class of the raised error
+    remedy: str  # Second sentence of the error
+    inflated: str  # Row of LIMITS for the unpacked bytes in all
+    check: Callable[[_Archive], None]  # Looks at the contents
 
 
 def validate_archive(path: str | Path, kind: str, *, error: type[BadInput] | None = None) -> None:

@@ -12,17 +12,11 @@ from bnexport.files import Refusal
 
 
 class Limit(NamedTuple):
-    """One row of LIMITS.
+    """One row of LIMITS."""
 
-    Attributes:
-        value: The largest number that passes.
-        what: Counted thing.
-        reason: Why this number.
-    """
-
-    value: int
-    what: str
-    reason: str
+    value: int  # The largest number that passes
+    what: str  # Counted thing
+    reason: str  # Why this number
 
 
 _KB, _MB, _GB = 2**10, 2**20, 2**30

@@ -16,17 +16,11 @@ from bnexport.validation.paths import name_problem, place_problem
 
 
 class Known(NamedTuple):
-    """A field of a message.
+    """A field of a message."""
 
-    Attributes:
-        wire: Wire type; a repeated number may also be packed into BYTES.
-        many: True for a repeated field.
-        message: Name of the message inside; "" for a plain value.
-    """
-
-    wire: int
-    many: bool = False
-    message: str = ""
+    wire: int  # Wire type; a repeated number may also be packed into BYTES
+    many: bool = False  # True for a repeated field
+    message: str = ""  # Name of the message inside; "" for a plain value
 
 
 def _one(message: str) -> Known:
@@ -87,19 +81,12 @@ MESSAGES: dict[str, dict[int, Known]] = {
 
 
 class Element(NamedTuple):
-    """A row of ELEMENTS.
+    """A row of ELEMENTS."""
 
-    Attributes:
-        bits: Bits of one element in ``raw_data``; 0 if it can't be there.
-        field: Number of the field that holds it otherwise.
-        entries: Number of entries of that field that hold ``elements``.
-        elements: See ``entries``.
-    """
-
-    bits: int
-    field: int
-    entries: int = 1
-    elements: int = 1
+    bits: int  # Bits of one element in ``raw_data``; 0 if it can't be there
+    field: int  # Number of the field that holds it otherwise
+    entries: int = 1  # Number of entries of that field that hold ``elements``
+    elements: int = 1  # See ``entries``
 
 
 #: TensorProto.DataType -> how elements are stored (comments of onnx.proto).
@@ -161,15 +148,10 @@ _LAST_BYTES = bytes(range(0x80))
 
 @dataclass(frozen=True)
 class Outside:
-    """Rules for data in other files.
+    """Rules for data in other files."""
 
-    Attributes:
-        folder: Folder of the files; None: the model has no folder, so its reader will refuse them.
-        refused: True if no such file is allowed.
-    """
-
-    folder: Path | None
-    refused: bool
+    folder: Path | None  # Folder of the files; None: the model has no folder, so its reader will refuse them
+    refused: bool  # True if no such file is allowed
 
 
 def _check_tensor(content: bytes, found: Mapping[int, list[Field]], name: str, outside: Outside) -> None:

@@ -22,11 +22,7 @@ _METADATA = "__metadata__"
 
 
 def validate_safetensors(file: BinaryIO) -> Any:
-    """Read and check the header.
-
-    Returns:
-        The header's JSON value.
-    """
+    """Read and check the header; return its JSON value."""
     size = file.seek(0, 2)
     file.seek(0)
     length = int.from_bytes(file.read(8), "little")

@@ -29,25 +29,15 @@ _SYMLINK, _KIND = 0o120000, 0o170000
 
 @dataclass(frozen=True)
 class Entry:
-    """One file of an archive.
+    """One file of an archive."""
 
-    Attributes:
-        name: Name as written, UTF-8.
-        method: STORED or DEFLATED.
-        crc: CRC-32 of the unpacked bytes.
-        packed: Bytes in the archive.
-        size: Bytes unpacked.
-        header: Start of its local header.
-        start: Start of its bytes.
-    """
-
-    name: str
-    method: int
-    crc: int
-    packed: int
-    size: int
-    header: int
-    start: int = 0
+    name: str  # Name as written, UTF-8
+    method: int  # STORED or DEFLATED
+    crc: int  # CRC-32 of the unpacked bytes
+    packed: int  # Bytes in the archive
+    size: int  # Bytes unpacked
+    header: int  # Start of its local header
+    start: int = 0  # Start of its bytes
 
 
 @dataclass(frozen=True)

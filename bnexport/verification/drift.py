@@ -20,10 +20,10 @@ from bnexport.runtimes.base import REBUILD, RunSettings
 from bnexport.runtimes.catalogue import RunnerSpec
 from bnexport.runtimes.replay import scale
 from bnexport.tensors import DTYPES, Array, Signature, TensorSpec
+from bnexport.verification.evidence import Evidence
 from bnexport.verification.forecast import FACTOR
 from bnexport.verification.runs import RuntimeRun
 from bnexport.verification.verdict import LayerDrift
-from bnexport.verification.work import Work
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -157,28 +157,29 @@ _SAMPLES = 4
 _STAGES = ("golden", "strict", "shipping")
 
 
-def look_at_layers(spec: RunnerSpec, run: RuntimeRun, work: Work, *, wanted: bool | None) -> tuple[LayerDrift, ...]:
+def diagnose(
+    spec: RunnerSpec, settings: RunSettings, run: RuntimeRun, evidence: Evidence, *, wanted: bool | None
+) -> tuple[tuple[LayerDrift, ...], RuntimeRun, str]:
     """Compare a runtime layer by layer where ``wanted``, or (None) where it is cheap or the runtime failed.
 
-    The reason of the run's first failed row gets the first layer that exceeds its prediction. The result is empty where layers
-    were not compared, or the engine refuses.
+    Returns:
+        The layers, which are empty where they were not compared or the engine refuses. The run; the reason of its first failed
+        check names the first layer that exceeds its prediction. Why the layers could not be compared, if they were wanted.
     """
     failed = next((i for i, row in enumerate(run.rows) if not row.passed and row.stage in _STAGES), None)
-    if wanted is False or spec.file != MODEL_ONNX or not run.plan.cases or not run.forecast.possible:
-        return ()
-    if wanted is None and failed is None and not run.forecast.cheap:
-        return ()
-    case = run.plan.cases[0]
-    feeds = case.batch.head(min(_SAMPLES, run.forecast.limit)).feeds if run.varies else case.batch.feeds
+    forecast = evidence.forecast
+    if wanted is False or spec.file != MODEL_ONNX or not evidence.cases or not forecast.possible:
+        return (), run, ""
+    if wanted is None and failed is None and not forecast.cheap:
+        return (), run, ""
+    feeds = forecast.front(evidence.cases[0], most=_SAMPLES).batch.feeds
     try:
-        layers = layer_drift(work.bundle, spec, run.settings, feeds, precision=run.rounding)
+        layers = layer_drift(evidence.bundle, spec, settings, feeds, precision=run.rounding)
     except BnexportError as error:
-        if wanted:
-            work.skipped[f"drift of {spec.name}"] = error.message
-        return ()
+        return (), run, error.message if wanted else ""
     first = next((layer for layer in layers if layer.left), None)
-    if failed is not None and first is not None:
-        row = run.rows[failed]
-        told = f"; the first layer off its prediction is {first.layer} ({first.operator}): {first.error:.1e} of scale"
-        run.rows[failed] = replace(row, reason=row.reason + told)
-    return layers
+    if failed is None or first is None:
+        return layers, run, ""
+    told = f"; the first layer off its prediction is {first.layer} ({first.operator}): {first.error:.1e} of scale"
+    rows = [replace(row, reason=row.reason + told) if at == failed else row for at, row in enumerate(run.rows)]
+    return layers, replace(run, rows=tuple(rows)), ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,8 @@ from bnexport.errors import BnexportError
 from bnexport.onnx_files.emulation import ROUNDINGS, Emulator
 from bnexport.onnx_files.float64 import Float64Evaluator
 from bnexport.tensors import Array
-from bnexport.verification.inputs import Case, Outputs, heads
+from bnexport.verification.budget import Budget
+from bnexport.verification.inputs import Case, Outputs, each_once, heads
 from bnexport.verification.metrics import measure
 from bnexport.verification.prediction import points_along, rounding_noise
 from bnexport.verification.verdict import Prediction
@@ -58,31 +59,33 @@ class Forecast:
 
     Args:
         model: model.onnx as read; None when it can't be read here, so that only ``recorded`` predictions remain.
-        limit: Samples per batch.
+        cases: The batches of the verification. The first is the lead: its noise counts for smaller batches where it is
+            larger, since the largest error of a few samples says little about other roundings.
+        budget: Number of samples that are evaluated of the lead and of each other batch.
+        varies: The batch dimension is free, so that a batch may be cut and joined to others.
         stored: Precision of the file's weights.
         recorded: Precision -> error of scale, predicted when the bundle was made.
-
-    Attributes:
-        lead: The batch of many real samples, if any. Its noise counts for smaller batches where it is larger, since the
-            largest error of a few samples says little about other roundings.
     """
 
     def __init__(
         self,
         model: ModelProto | None,
         *,
-        limit: int,
+        cases: Sequence[Case],
+        budget: Budget,
+        varies: bool,
         stored: str = "float32",
         recorded: Mapping[str, float] | None = None,
     ) -> None:
         self._model = model
-        self.limit = limit
-        self.lead: Case | None = None
+        self._cases = tuple(cases)
+        self._budget = budget
+        self._varies = varies
         self._stored = stored
         self._recorded = dict(recorded or {})
         self._evaluator: Float64Evaluator | None = None
         self._engines: dict[str, Emulator | None] = {}
-        self._exact: dict[str, tuple[int, Outputs]] = {}
+        self._exact: dict[str, Outputs | BnexportError] = {}
         self._rounding: dict[str, float] = {}
         self._found: dict[tuple[str, str], Emulated | None] = {}
 
@@ -94,10 +97,18 @@ class Forecast:
     @property
     def cheap(self) -> bool:
         """Return whether the model is so small that optional evaluations take no noticeable time."""
-        return self.limit >= _CHEAP
+        return self._budget.proof >= _CHEAP
 
-    def exact(self, case: Case) -> tuple[int, Outputs]:
-        """Evaluate the front of a batch in float64, and return the number of samples and output name -> (n, ...).
+    def front(self, case: Case, *, most: int | None = None) -> Case:
+        """Return the samples of a batch, at most ``most``, that are evaluated in float64 and under emulated precisions."""
+        if not self._varies:
+            return case
+        leads = bool(self._cases) and case.batch.name == self._cases[0].batch.name
+        n = self._budget.proof if leads else self._budget.proof_other
+        return case.head(min(case.batch.n, n, n if most is None else most))
+
+    def exact(self, case: Case) -> Outputs:
+        """Return the file's outputs in float64 for the front of a batch: output name -> (n, ...).
 
         Raises:
             BundleError: The file can't be evaluated.
@@ -106,9 +117,14 @@ class Forecast:
         if case.batch.name not in self._exact:
             assert self._model is not None, "ask possible first"
             self._evaluator = self._evaluator or Float64Evaluator(self._model)
-            n = min(self.limit, case.batch.n) if self._evaluator.varies else case.batch.n
-            self._exact[case.batch.name] = n, self._evaluator.evaluate(case.batch.head(n).feeds)
-        return self._exact[case.batch.name]
+            named = {item.batch.name: item for item in (*self._cases, case)}
+            fronts = [self.front(item).batch for item in named.values()]
+            found = each_once(fronts, self._evaluator.evaluate, together=self._varies)
+            self._exact |= dict(zip(named, found, strict=True))
+        outputs = self._exact[case.batch.name]
+        if isinstance(outputs, BnexportError):
+            raise outputs
+        return outputs
 
     def rounding(self, case: Case) -> float | None:
         """Return the change of the outputs, of scale, by rounding the weights to the file's type; None for float32.
@@ -118,8 +134,8 @@ class Forecast:
         if self._stored == "float32" or self._model is None:
             return None
         if case.batch.name not in self._rounding:
-            n, _ = self.exact(case)
-            feeds = case.batch.head(min(n, _ROUNDED) if n < case.batch.n else n).feeds
+            front = self.front(case).batch
+            feeds = (front.head(_ROUNDED) if self._varies else front).feeds
             self._rounding[case.batch.name] = rounding_noise(self._model, feeds)
         return self._rounding[case.batch.name]
 
@@ -129,22 +145,35 @@ class Forecast:
         if found is None:
             return self._recorded.get(precision)
         error = found.error
-        if found.n < _FEW and self.lead is not None and self.lead is not case:
-            lead = self.emulated(precision, self.lead)
+        if found.n < _FEW and self._cases and self._cases[0] is not case:
+            lead = self.emulated(precision, self._cases[0])
             error = max(error, 0.0 if lead is None else lead.error)
         if not np.isfinite(error):  # values that are no numbers have no rounding that could be measured
             return error
         return error + (self.rounding(case) or 0.0)
 
     def emulated(self, precision: str, case: Case) -> Emulated | None:
-        """Evaluate a batch under an emulated precision; None when the file can't be evaluated."""
-        key = (precision, case.batch.name)
-        if key not in self._found:
-            try:
-                self._found[key] = self._emulate(precision, case)
-            except BnexportError:
-                self._found[key] = None
-        return self._found[key]
+        """Evaluate the front of a batch under an emulated precision; None when the file can't be evaluated."""
+        if (precision, case.batch.name) not in self._found:
+            self.emulate(precision, [case])
+        return self._found[precision, case.batch.name]
+
+    def emulate(self, precision: str, cases: Sequence[Case]) -> None:
+        """Evaluate the fronts of several batches in one call, for ``emulated``."""
+        missing = [case for case in cases if (precision, case.batch.name) not in self._found]
+        for case in missing:
+            self._found[precision, case.batch.name] = None
+        try:
+            engine = self._engine(precision)
+            if engine is None:
+                return
+            exact = [self.exact(case) for case in missing]
+        except BnexportError:
+            return
+        outputs = each_once([self.front(case).batch for case in missing], engine.evaluate, together=self._varies)
+        for case, found, right in zip(missing, outputs, exact, strict=True):
+            if not isinstance(found, BnexportError):
+                self._found[precision, case.batch.name] = _emulated(found, right, case)
 
     def rounding_seen(self, precision: str, case: Case, outputs: Outputs) -> str:
         """Return the way of rounding (``emulation.ROUNDINGS``) that the error of a run shows; the usual way otherwise.
@@ -171,19 +200,6 @@ class Forecast:
             return None
         return Prediction(precision, found.error, found.rms, found.n, found.flips, case.batch.name)
 
-    def _emulate(self, precision: str, case: Case) -> Emulated | None:
-        engine = self._engine(precision)
-        if engine is None:
-            return None
-        n, exact = self.exact(case)
-        outputs = engine.evaluate(case.batch.head(n).feeds)
-        found = measure(outputs, exact, bound=0.0, scales=case.scales)
-        if found.problem:  # infinity or NaN: this precision can't hold the model's values
-            return Emulated(n, outputs, exact, float("inf"), float("inf"), None)
-        flips = None if found.flips is None else found.flips.explained + found.flips.unexplained
-        relative = found.rms * (found.error / found.max_abs) if found.max_abs else 0.0
-        return Emulated(n, outputs, exact, found.error, relative, flips)
-
     def _engine(self, precision: str) -> Emulator | None:
         if self._model is None:
             return None
@@ -191,3 +207,13 @@ class Forecast:
             self._engines[precision] = None
             self._engines[precision] = Emulator(self._model, precision)
         return self._engines[precision]
+
+
+def _emulated(outputs: Outputs, exact: Outputs, case: Case) -> Emulated:
+    n = len(next(iter(exact.values())))
+    found = measure(outputs, exact, bound=0.0, scales=case.scales)
+    if found.problem:  # infinity or NaN: this precision can't hold the model's values
+        return Emulated(n, outputs, exact, float("inf"), float("inf"), None)
+    flips = None if found.flips is None else found.flips.explained + found.flips.unexplained
+    relative = found.rms * (found.error / found.max_abs) if found.max_abs else 0.0
+    return Emulated(n, outputs, exact, found.error, relative, flips)

@@ -14,7 +14,7 @@ from bnexport.errors import BnexportError, Unavailable
 from bnexport.onnx_files.models import trained_tensors
 from bnexport.optional import require
 from bnexport.tensors import Array
-from bnexport.verification.inputs import Case, Outputs
+from bnexport.verification.inputs import Case, each_once
 from bnexport.verification.stages import failed, float64_rows
 from bnexport.verification.verdict import Row
 
@@ -96,12 +96,11 @@ def format_rows(
     cases: Sequence[Case],
     *,
     model: ModelProto | None,
-    limit: int,
     rounding: Callable[[Case], float | None] = lambda _case: None,
 ) -> list[Row]:
     """Prove model.pt or model.pt2: its weights are those of model.onnx, and it computes in float64 what the original computes.
 
-    The result is one row of the stage "weights", if there is a ``model``, and one of "file-proof" per case (``limit`` samples).
+    The result is one row of the stage "weights", if there is a ``model``, and one of "file-proof" per case.
     ``rounding`` is ``Forecast.rounding``, the bound where the fixed one does not cover rounding (half precision).
 
     Raises:
@@ -109,7 +108,7 @@ def format_rows(
     """
     require("torch", purpose=f"the proof of {name}")
     rows = [] if model is None else [_weights_row(model, bundle, name)]
-    return rows + _proof(bundle, name, cases, limit, rounding)
+    return rows + _proof(bundle, name, cases, rounding)
 
 
 def _weights_row(model: ModelProto, bundle: Bundle, name: str) -> Row:
@@ -121,9 +120,7 @@ def _weights_row(model: ModelProto, bundle: Bundle, name: str) -> Row:
         return failed("weights", name, "bits", error.message)
 
 
-def _proof(
-    bundle: Bundle, name: str, cases: Sequence[Case], limit: int, rounding: Callable[[Case], float | None]
-) -> list[Row]:
+def _proof(bundle: Bundle, name: str, cases: Sequence[Case], rounding: Callable[[Case], float | None]) -> list[Row]:
     """Compare the file with all floats widened, evaluated by torch in float64, with the reference."""
     from bnexport.runtimes.torch_float64 import TorchFloat64Evaluator
 
@@ -133,9 +130,5 @@ def _proof(
         raise
     except BnexportError as error:
         return [failed("file-proof", name, "open", error.message)]
-
-    def evaluate(case: Case) -> tuple[int, Outputs]:
-        n = min(limit, case.batch.n) if evaluator.varies else case.batch.n
-        return n, evaluator.evaluate(case.batch.head(n).feeds)
-
-    return float64_rows(name, cases, evaluate, rounding, device="float64 in torch")
+    found = each_once([case.batch for case in cases], evaluator.evaluate, together=evaluator.varies)
+    return float64_rows(name, cases, found, rounding, device="float64 in torch")

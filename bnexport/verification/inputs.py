@@ -5,7 +5,7 @@ Random inputs alone are too weak: with two random samples no finite fault of the
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,11 @@ import numpy as np
 from bnexport.bundle import Manifest
 from bnexport.errors import BnexportError, DataError
 from bnexport.tensors import Array, Signature, TensorSpec, other_sizes
+from bnexport.verification.budget import Budget
 from bnexport.verification.samples import Samples
 
-#: Sizes compared with the whole batch; 0 is tested in addition.
-BATCH_SIZES = (1, 2, 7, 64)
 #: Names of batches that are no synthetic inputs.
 REAL = ("images", "samples")
-_NOISE = 256
-_ONE_HOT = 784
 _OTHER_SIZED = 2
 
 
@@ -66,10 +63,10 @@ def build_suite(
     *,
     data_dir: str | Path | None,
     seed: int,
-    limit: int,
+    budget: Budget,
     samples: Samples | None = None,
 ) -> Suite:
-    """Build a bundle's inputs, at most ``limit`` samples per batch, from the caller's samples or the data set's test images.
+    """Build a bundle's inputs within the budget, from the caller's samples or the data set's test images.
 
     The golden inputs supply the sizes of dimensions that vary, and valid values of integer inputs. Nothing is downloaded.
 
@@ -80,21 +77,21 @@ def build_suite(
     fixed = specs[0].shape[0] if isinstance(specs[0].shape[0], int) else None
     dataset = manifest.dataset
     if samples is not None:
-        batches, labels, told = _given(samples, limit, fixed)
+        batches, labels, told = _given(samples, budget.real, fixed)
         dataset = samples.described
     else:
-        images, labels, told = _images(manifest, data_dir, limit if fixed is None else fixed)
+        images, labels, told = _images(manifest, data_dir, budget.real if fixed is None else fixed)
         batches = [] if images is None or len(images) < (fixed or 1) else [Batch("images", {specs[0].name: images})]
     for name, size, fill in (
-        ("noise", _NOISE, _noise),
-        ("zeros", 2, _zeros),
-        ("ones", 2, _ones),
-        ("one-hot", _ONE_HOT, _one_hot),
+        ("noise", budget.noise, _noise),
+        ("zeros", budget.constant, _zeros),
+        ("ones", budget.constant, _ones),
+        ("one-hot", budget.one_hot, _one_hot),
     ):
         if name != "noise" and not any(spec.dtype.startswith("float") for spec in specs):
             continue
         rng = np.random.default_rng(seed)
-        n = fixed or max(1, min(size, limit))
+        n = fixed or size
         batches.append(Batch(name, {spec.name: _filled(fill, spec, golden[spec.name], n, rng) for spec in specs}))
     real = bool(batches) and batches[0].name in REAL
     return Suite(tuple(batches), told, labels if real else None, dataset)
@@ -224,25 +221,51 @@ class Case:
         return Case(self.batch.head(n), heads(self.expected, n), self.scales)
 
 
-@dataclass(frozen=True)
-class RunPlan:
-    """The comparisons that every runtime runs.
-
-    Attributes:
-        golden: The bundle's golden vectors; None when they can't be read.
-        cases: The batches of stages 2 and 3, real images first.
-        sizes: The batch whose first samples are run in other batch sizes; None when the batch dimension is fixed.
-        empty: Zero samples have to work.
-        labels: True classes of the first batch; None without.
-    """
-
-    golden: Case | None
-    cases: tuple[Case, ...]
-    sizes: Batch | None
-    empty: bool
-    labels: Array | None = None
-
-
 def heads(outputs: Outputs, n: int) -> dict[str, Array]:
     """Return the first n samples of every output."""
     return {name: array[:n] for name, array in outputs.items()}
+
+
+def each_once(
+    batches: Sequence[Batch], evaluate: Callable[[Mapping[str, Array]], Mapping[str, Array]], *, together: bool = True
+) -> list[Outputs | BnexportError]:
+    """Evaluate batches, those of one sample shape in one call, and return the outputs of each, or the error that it raised.
+
+    Args:
+        batches: The batches, whose results are returned in this order.
+        evaluate: Input name -> (n, ...) to output name -> (n, ...).
+        together: False where the batch dimension is fixed, so that each batch needs a call.
+    """
+    found: dict[int, Outputs | BnexportError] = {}
+    groups: dict[Any, list[int]] = {}
+    for index, batch in enumerate(batches):
+        shapes = tuple((name, array.dtype.str, array.shape[1:]) for name, array in batch.feeds.items())
+        groups.setdefault((shapes, batch.smallest) if together else index, []).append(index)
+    for members in groups.values():
+        found |= _in_one_call([batches[index] for index in members], members, evaluate)
+    return [found[index] for index in range(len(batches))]
+
+
+def _in_one_call(
+    batches: Sequence[Batch], members: Sequence[int], evaluate: Callable[[Mapping[str, Array]], Mapping[str, Array]]
+) -> dict[int, Outputs | BnexportError]:
+    """Evaluate batches of one sample shape together, or one by one where an error must be told apart."""
+    n = sum(batch.n for batch in batches)
+    try:
+        feeds = {name: np.concatenate([batch.feeds[name] for batch in batches]) for name in batches[0].feeds}
+        whole = evaluate(feeds if len(batches) > 1 else batches[0].feeds)
+    except BnexportError as error:
+        if len(batches) == 1:
+            return {members[0]: error}
+        whole = None
+    if len(batches) == 1 and whole is not None:
+        return {members[0]: whole}
+    if whole is None or any(array.ndim == 0 or len(array) != n for array in whole.values()):
+        parts = [_in_one_call([batch], [index], evaluate) for batch, index in zip(batches, members, strict=True)]
+        return {index: result for part in parts for index, result in part.items()}
+    found: dict[int, Outputs | BnexportError] = {}
+    at = 0
+    for batch, index in zip(batches, members, strict=True):
+        found[index] = {name: array[at : at + batch.n] for name, array in whole.items()}
+        at += batch.n
+    return found

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bnexport.data.images import ENDINGS, fit_stack, load_images, start_of
+from bnexport.data.images import ENDINGS, fit_stack, folder_entries, load_images, start_of
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import DataError, FeedError
 from bnexport.optional import one_line
@@ -243,13 +243,9 @@ def _from_folder(target: _Target) -> Samples:
 
 def _listing(folder: Path) -> tuple[list[Path], list[Path], int]:
     """Return pictures and folders in the order of their names, and the number of other entries; hidden ones don't count."""
-    try:
-        entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
-    except OSError as error:
-        raise DataError(f"{folder} can't be read: {one_line(error)}", remedy="Check its permissions") from error
-    folders = [entry for entry in entries if entry.is_dir()]
-    files = [entry for entry in entries if entry not in folders and entry.suffix.lower() in ENDINGS]
-    return files, folders, len(entries) - len(files) - len(folders)
+    folders, others = folder_entries(folder)
+    files = [entry for entry in others if entry.name.lower().endswith(ENDINGS)]
+    return files, folders, len(others) - len(files)
 
 
 def _class_of(target: _Target, folder: Path) -> int:

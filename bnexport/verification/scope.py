@@ -20,7 +20,8 @@ class Scope:
         optimisations: ONNX Runtime's levels of graph optimisation; "all" is what users serve with.
         bindings: False: a plain call. True: inputs and outputs bound to the device's memory.
         conv_searches: How cuDNN chooses a convolution's algorithm.
-        max_samples: Maximum number of samples of each kind; None: what a few seconds allow.
+        max_samples: Maximum number of samples of each kind; None: what the budget allows (``budget``).
+        thorough: At least 16 samples of each kind and every batch size, however large the network is.
         drift: Compare layer by layer: True, False, or None: where it is cheap, and where a runtime failed.
 
     Raises:
@@ -32,6 +33,7 @@ class Scope:
     bindings: tuple[bool, ...] = (False,)
     conv_searches: tuple[str, ...] = ("heuristic",)
     max_samples: int | None = None
+    thorough: bool = False
     drift: bool | None = None
 
     def __post_init__(self) -> None:

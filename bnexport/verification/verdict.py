@@ -256,6 +256,7 @@ class VerificationReport:
         seed: Random seed of the synthetic inputs.
         environment: Hardware and versions.
         findings: Predictions, drift by layer, changed labels, the self-test, waived stages.
+        coverage: How many samples were compared, and how many more a thorough verification compares.
         samples: Runtime -> error (n,) and margin (n,) of each sample, for the plots; not part of the JSON.
         pictures: Index -> the input (channels, height, width) of each changed label; not part of the JSON.
     """
@@ -269,6 +270,7 @@ class VerificationReport:
     seed: int = 0
     environment: Mapping[str, Any] = field(default_factory=dict)
     findings: Findings = field(default_factory=Findings)
+    coverage: str = ""
     samples: Mapping[str, tuple[Array, Array]] = field(default_factory=dict, compare=False, repr=False)
     pictures: Mapping[int, Array] = field(default_factory=dict, compare=False, repr=False)
 
@@ -315,16 +317,6 @@ class VerificationReport:
         waived = "".join(f"; {told}" for told in self.findings.waived.values())
         return f"PASS: {len(self.rows)} rows{waived}"
 
-    def parity(self) -> str:
-        """Return the verdict for the model file's metadata: only figures that do not depend on the machine."""
-        proof, strict = self.worst("file-proof"), self.worst("strict")
-        if proof is None or strict is None or proof.error is None:
-            return "not proven"
-        return (
-            f"{'PASS' if self.passed else 'FAIL'}: float64 proof of this file {proof.error:.1e} of scale"
-            f" (bound {proof.bound:g}); strict float32 within {strict.bound:g} of scale of the unfolded network in float64"
-        )
-
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values without NaN; ``from_json`` reads them back."""
         return {
@@ -334,6 +326,7 @@ class VerificationReport:
             "summary": self.summary(),
             "reference": self.reference,
             "inputs": self.inputs,
+            "coverage": self.coverage,
             "accuracy": dict(self.accuracy),
             "seed": self.seed,
             "rows": [row.to_json() for row in self.rows],

@@ -5,30 +5,43 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from bnexport.bundle import WEIGHTS, Bundle
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.environment import environment
-from bnexport.errors import BnexportError, MissingDependency, Unavailable
+from bnexport.errors import BnexportError, MissingDependency, RuntimeUnavailable, Unavailable
+from bnexport.progress import Progress, part_of, silent
 from bnexport.runtimes.base import RunSettings, plain_reason
 from bnexport.runtimes.catalogue import RUNNERS, RunnerSpec, runner_spec
 from bnexport.tensors import Array
-from bnexport.verification.drift import look_at_layers
-from bnexport.verification.inputs import RunPlan
+from bnexport.verification.drift import diagnose
+from bnexport.verification.evidence import Evidence, coverage, file_checks, prepare
 from bnexport.verification.reference import is_known
-from bnexport.verification.runs import RuntimeRun, precision_row
+from bnexport.verification.runs import RuntimeRun, run_runtime
 from bnexport.verification.samples import Samples, load_samples
 from bnexport.verification.scope import Scope
 from bnexport.verification.stages import failed, integrity_rows
-from bnexport.verification.verdict import Findings, FlippedSample, LayerDrift, VerificationReport, run_name
-from bnexport.verification.work import Work
+from bnexport.verification.verdict import (
+    Findings,
+    FlippedSample,
+    LayerDrift,
+    Prediction,
+    Row,
+    VerificationReport,
+    run_name,
+)
 
 if TYPE_CHECKING:
     from torch import nn
 
 #: Pictures of changed labels that the report keeps.
 _PICTURES = 64
+#: Shares of a verification that are done when the reference, and then the proofs, are: 0.2 and 0.4 of a ResNet-50's.
+_REFERENCE, _PROOFS = 0.2, 0.4
+#: Precisions that the report predicts; optional ones only where that is cheap.
+_ALWAYS = ("float32", "tf32")
+_WHERE_CHEAP = ("float16", "bfloat16")
 
 
 def verify(
@@ -40,6 +53,7 @@ def verify(
     module: nn.Module | None = None,
     seed: int = 0,
     scope: Scope | None = None,
+    progress: Progress = silent,
 ) -> VerificationReport:
     """Check that a bundle is as it was written and computes what the original network computes.
 
@@ -57,6 +71,7 @@ def verify(
         module: The original network, for a bundle whose network only its author has. Never changed.
         seed: Random seed of the synthetic inputs.
         scope: Precisions, optimisation levels, ways of calling, number of samples.
+        progress: Called before each step.
 
     Raises:
         BundleError: Not a bundle, or its manifest is damaged.
@@ -69,25 +84,45 @@ def verify(
     scope = scope or Scope()
     specs = _specs(runtimes, scope)
     given = None if samples is None else _samples(opened, Path(samples), scope)
-    work = Work(opened, module, seed, scope.max_samples)
-    work.rows += integrity_rows(opened, work.problems)
-    runs = _Runs(work, work.prepare(data_dir, given), scope, named=runtimes is not None)
-    for spec in specs:
-        runs.all_of(spec)
+    progress("float64 reference", 0.0, 1.0)
+    evidence = prepare(
+        opened,
+        module,
+        seed=seed,
+        data_dir=data_dir,
+        samples=given,
+        max_samples=scope.max_samples,
+        thorough=scope.thorough,
+    )
+    progress("float64 proofs", _REFERENCE, 1.0)
+    file_rows, skipped = file_checks(evidence)
+    found = []
+    for number, spec in enumerate(specs):
+        part_of(progress, _PROOFS, 1.0)(spec.name, number, len(specs))
+        found.append(_runtime_checks(spec, evidence, scope, named=runtimes is not None))
+    rows = [*integrity_rows(opened, evidence.problems), *evidence.rows, *file_rows]
+    rows += [row for one in found for row in one.rows]
+    flipped = {name: run.flipped for one in found for name, run in one.runs.items() if run.flipped}
     return VerificationReport(
-        tuple(work.rows),
-        skipped=work.skipped,
-        runtimes=runs.runtimes,
-        reference=work.reference,
-        inputs=work.inputs,
-        accuracy=work.accuracy,
+        tuple(rows),
+        skipped={**evidence.skipped, **skipped, **{name: why for one in found for name, why in one.skipped.items()}},
+        runtimes={name: run.description for one in found for name, run in one.runs.items()},
+        reference=evidence.reference,
+        inputs=evidence.inputs,
+        accuracy=evidence.accuracy,
         seed=seed,
         environment=environment(),
         findings=Findings(
-            work.predictions(runs.plan), runs.drift, runs.flipped, None, work.waived, tuple(work.warnings)
+            _predictions(evidence),
+            {name: layers for one in found for name, layers in one.drift.items()},
+            flipped,
+            None,
+            evidence.waived,
+            evidence.warnings(),
         ),
-        samples=runs.samples,
-        pictures=runs.pictures(),
+        coverage=coverage(evidence, [row for one in found for row in one.rows]),
+        samples={name: run.samples for one in found for name, run in one.runs.items() if run.samples is not None},
+        pictures=_pictures(evidence, flipped),
     )
 
 
@@ -108,90 +143,110 @@ def _specs(runtimes: Sequence[str | RunnerSpec] | None, scope: Scope) -> tuple[R
     return specs
 
 
-@dataclass
-class _Runs:
-    """Every runtime in every setting."""
+@dataclass(frozen=True)
+class _RuntimeChecks:
+    """Checks of one runtime in all its settings.
 
-    work: Work
-    plan: RunPlan
-    scope: Scope
-    named: bool
-    runtimes: dict[str, Mapping[str, Any]] = field(default_factory=dict)
-    samples: dict[str, tuple[Array, Array]] = field(default_factory=dict)
-    drift: dict[str, tuple[LayerDrift, ...]] = field(default_factory=dict)
-    flipped: dict[str, tuple[FlippedSample, ...]] = field(default_factory=dict)
+    Attributes:
+        rows: The checks, also of settings that could not be opened.
+        runs: "runtime" or "runtime, settings" -> its run.
+        drift: The same name -> its layers.
+        skipped: Runtime or setting -> why it was not run.
+    """
 
-    def all_of(self, spec: RunnerSpec) -> None:
-        """Run one runtime in all settings, or record why it was skipped."""
-        work = self.work
-        lives = spec.engine == "torch" and work.module is not None
-        if not lives and not self.named and spec.file not in work.bundle.manifest.files:
-            work.skipped[spec.name] = f"the bundle was written without {spec.file}"
-            return
-        if not lives and (problem := work.changed(spec.file)) is not None:
-            work.rows.append(failed("strict", spec.name, "open", f"{problem}, so it was not opened"))
-            return
-        every = self.scope.settings_of(spec, precision=self._stored(spec))
-        if not every:
-            work.skipped[spec.name] = f"it has no {' or '.join(self.scope.precisions or ())} kernels"
-        for settings in every:
-            key = run_name(spec.name, settings.describe())
-            if settings.precision != "float32" and not self._predictable(settings.precision):
-                work.skipped[key] = "its noise can't be predicted here: model.onnx can't be evaluated"
-                continue
-            if not self._one(spec, settings):
-                return
+    rows: Sequence[Row] = ()
+    runs: Mapping[str, RuntimeRun] = field(default_factory=dict)
+    drift: Mapping[str, tuple[LayerDrift, ...]] = field(default_factory=dict)
+    skipped: Mapping[str, str] = field(default_factory=dict)
 
-    def _one(self, spec: RunnerSpec, settings: RunSettings) -> bool:
-        """Run one setting; False when the runtime can't be opened, so that its other settings are not tried."""
-        work, key = self.work, run_name(spec.name, settings.describe())
+
+def _runtime_checks(spec: RunnerSpec, evidence: Evidence, scope: Scope, *, named: bool) -> _RuntimeChecks:
+    """Run one runtime in all settings, or state why it was skipped; a ``named`` one must work (or Unavailable)."""
+    lives = spec.engine == "torch" and evidence.module is not None
+    if not named and (reason := _absent(spec, evidence, lives=lives)) is not None:
+        return _RuntimeChecks(skipped={spec.name: reason})
+    if not lives and (problem := evidence.changed(spec.file)) is not None:
+        return _RuntimeChecks([failed("strict", spec.name, "open", f"{problem}, so it was not opened")])
+    stored = "float32" if spec.file == WEIGHTS else evidence.precision
+    every = scope.settings_of(spec, precision=stored)
+    if not every:
+        return _RuntimeChecks(skipped={spec.name: f"it has no {' or '.join(scope.precisions or ())} kernels"})
+    rows: list[Row] = []
+    runs: dict[str, RuntimeRun] = {}
+    drift: dict[str, tuple[LayerDrift, ...]] = {}
+    skipped: dict[str, str] = {}
+    for settings in every:
+        key = run_name(spec.name, settings.describe())
+        if (reason := _left_out(spec, settings, every, evidence)) is not None:
+            skipped[key] = reason
+            continue
         try:
-            runner = spec.open(work.bundle, module=work.module, settings=settings)
+            runner = spec.open(evidence.bundle, module=evidence.module, settings=settings)
         except BnexportError as error:
-            unavailable = isinstance(error, Unavailable)
-            if unavailable and self.named:
+            if isinstance(error, Unavailable) and named:
                 raise
-            if unavailable and self._is_missing(spec, error):
-                work.skipped[spec.name] = plain_reason(spec.name, error)
+            if isinstance(error, Unavailable) and _is_missing(spec, error, evidence):
+                skipped[spec.name] = plain_reason(spec.name, error)
             else:  # the runtime works here, so it refuses this file or these settings
-                work.rows.append(failed("strict", spec.name, "open", error.message))
-            return False
+                rows.append(failed("strict", spec.name, "open", error.message))
+            break  # its other settings would end the same
         with runner:
-            run = RuntimeRun(runner, settings, self.plan, work.forecast, self._stored(spec))
-            self.runtimes[key] = runner.description
-            run.go()
-        if layers := look_at_layers(spec, run, work, wanted=self.scope.drift):
-            self.drift[key] = layers
-        work.rows += run.rows
-        if (row := precision_row(run, spec.file)) is not None:
-            work.rows.append(row)
-        if run.samples is not None:
-            self.samples[key] = run.samples
-        if run.flipped:
-            self.flipped[key] = run.flipped
+            run = run_runtime(runner, settings, evidence, file=spec.file)
+        layers, run, why_not = diagnose(spec, settings, run, evidence, wanted=scope.drift)
+        if layers:
+            drift[key] = layers
+        if why_not:
+            skipped[f"drift of {spec.name}"] = why_not
+        runs[key] = run
+        rows += run.rows
+    return _RuntimeChecks(rows, runs, drift, skipped)
+
+
+def _absent(spec: RunnerSpec, evidence: Evidence, *, lives: bool) -> str | None:
+    """Return why an unnamed runtime is skipped before it is opened: its file or its GPU is missing."""
+    if not lives and spec.file not in evidence.bundle.manifest.files:
+        return f"the bundle was written without {spec.file}"
+    # The child process of a GPU runtime imports torch before it finds no GPU, which takes seconds.
+    if spec.device != "cpu" and (reason := spec.available()) is not None:
+        return plain_reason(spec.name, RuntimeUnavailable(reason, remedy=""))
+    return None
+
+
+def _left_out(spec: RunnerSpec, settings: RunSettings, every: Sequence[RunSettings], evidence: Evidence) -> str | None:
+    """Return why a setting is not run: its noise is unknown here, or another setting has the same kernels."""
+    if settings.precision == "float32":
+        return None
+    if any(other.precision == "float32" for other in every) and (same := spec.same_as_float32(settings.precision)):
+        return same
+    cases = evidence.cases
+    if not cases or evidence.forecast.noise(settings.precision, cases[0]) is None:
+        return "its noise can't be predicted here: model.onnx can't be evaluated"
+    return None
+
+
+def _is_missing(spec: RunnerSpec, error: BnexportError, evidence: Evidence) -> bool:
+    """Return whether a package, a device or the original network is missing, which leaves a runtime out."""
+    rebuilds = spec.engine == "torch" and evidence.module is None
+    if isinstance(error, MissingDependency) or (rebuilds and not is_known(evidence.bundle)):
         return True
+    return spec.available() is not None
 
-    def _is_missing(self, spec: RunnerSpec, error: BnexportError) -> bool:
-        """Return whether a package, a device or the original network is missing, which leaves a runtime out."""
-        rebuilds = spec.engine == "torch" and self.work.module is None
-        if isinstance(error, MissingDependency) or (rebuilds and not is_known(self.work.bundle)):
-            return True
-        return spec.available() is not None
 
-    def _predictable(self, precision: str) -> bool:
-        cases = self.plan.cases
-        return bool(cases) and self.work.forecast.noise(precision, cases[0]) is not None
+def _predictions(evidence: Evidence) -> tuple[Prediction, ...]:
+    """Return each precision's effect on the first batch; precisions that were not asked for only where that is cheap."""
+    if not evidence.cases:
+        return ()
+    names = _ALWAYS + (_WHERE_CHEAP if evidence.forecast.cheap else ())
+    found = [evidence.forecast.prediction(name, evidence.cases[0]) for name in names]
+    return tuple(item for item in found if item is not None)
 
-    def _stored(self, spec: RunnerSpec) -> str:
-        """Return the precision of a runtime's file; the original network computes in float32 whatever the files do."""
-        return "float32" if spec.file == WEIGHTS else self.work.precision
 
-    def pictures(self) -> dict[int, Array]:
-        """Return the inputs whose label changed on any runtime, where they are pictures."""
-        if not self.plan.cases or not self.flipped:
-            return {}
-        feeds = list(self.plan.cases[0].batch.feeds.values())
-        if len(feeds) != 1 or feeds[0].ndim != 4:
-            return {}
-        wanted = sorted({item.index for items in self.flipped.values() for item in items})[:_PICTURES]
-        return {index: feeds[0][index] for index in wanted}
+def _pictures(evidence: Evidence, flipped: Mapping[str, Sequence[FlippedSample]]) -> dict[int, Array]:
+    """Return the inputs whose label changed on any runtime, where they are pictures."""
+    if not evidence.cases or not flipped:
+        return {}
+    feeds = list(evidence.cases[0].batch.feeds.values())
+    if len(feeds) != 1 or feeds[0].ndim != 4:
+        return {}
+    wanted = sorted({item.index for items in flipped.values() for item in items})[:_PICTURES]
+    return {index: feeds[0][index] for index in wanted}

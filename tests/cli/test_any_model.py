@@ -201,14 +201,19 @@ def in_both_files(*inputs: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
     return [(one, other.numpy()) for one, other in zip(there, scripted, strict=True)]
 
 
-def test_torchvision_classifier_is_exported_and_rebuilt(export: Run, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("size", "formats"), [(40, ("--format", "onnx")), pytest.param(64, (), marks=pytest.mark.slow)], ids=["onnx", "all"]
+)
+def test_torchvision_classifier_is_exported_and_rebuilt(
+    export: Run, capfd: pytest.CaptureFixture[str], size: int, formats: tuple[str, ...]
+) -> None:
     given = ("--weights", weights("torchvision:resnet18", num_classes=10), "--model-option", "num_classes=10")
-    code, out, err = export("torchvision:resnet18", *given, "--input", "3x64x64")
+    code, out, err = export("torchvision:resnet18", *given, "--input", f"3x{size}x{size}", *formats)
     assert code == 0, out + err
     manifest = bundle().manifest
     assert manifest.network == {"source": "torchvision:resnet18", "options": {"num_classes": 10}}
     assert manifest.preprocessing is not None
-    assert (manifest.preprocessing["height"], manifest.preprocessing["mean"]) == (64, [0.485, 0.456, 0.406])
+    assert (manifest.preprocessing["height"], manifest.preprocessing["mean"]) == (size, [0.485, 0.456, 0.406])
     assert shapes() == {"logits": ("batch", 10)}
     assert run(["verify", "m/x/1", "--runtime", "onnxruntime-cpu"]) == 0  # by itself, from the unfolded weights
     assert "torchvision:resnet18 rebuilt from weights.safetensors" in " ".join(capfd.readouterr().out.split())
@@ -248,7 +253,7 @@ def test_timm(export: Run, capfd: pytest.CaptureFixture[str], monkeypatch: pytes
 
 
 def test_two_inputs_and_factory_options(export: Run, capfd: pytest.CaptureFixture[str]) -> None:
-    inputs = ("--input", "image=3x8x8", "--input", "side=6", "--model-option", "width=6")
+    inputs = ("--input", "image=3x8x8", "--input", "side=6", "--model-option", "width=6", "--format", "onnx")
     assert export("nets.py:TwoInputs", *inputs)[0] == 0
     assert shapes("inputs") == {"image": ("batch", 3, 8, 8), "side": ("batch", 6)}
     assert run(["verify", "m/x/1", "--source", "nets.py:TwoInputs", "--runtime", "onnxruntime-cpu"]) == 0
@@ -265,12 +270,12 @@ def test_dataclass_in_any_size(export: Run) -> None:
 
 
 def test_named_tuple(export: Run) -> None:
-    assert export("nets.py:Tuple", "--input", "3x8x8")[0] == 0
+    assert export("nets.py:Tuple", "--input", "3x8x8", "--format", "onnx")[0] == 0
     assert list(shapes()) == ["mean", "relu"]  # "relu" is the name of a value inside the file, too
 
 
 def test_what_a_network_prints_is_not_in_the_json(export: Run) -> None:
-    code, out, err = export("nets.py:Prints", "--input", "3x8x8", "--json")
+    code, out, err = export("nets.py:Prints", "--input", "3x8x8", "--json", "--format", "onnx")
     assert code == 0
     assert json.loads(out)
     assert "the sum is" in err
@@ -347,7 +352,7 @@ def test_a_path_that_depends_on_the_size_is_refused(export: Run) -> None:
 def test_a_path_that_depends_on_the_size_fails_the_verdict(export: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Were it not refused: torch.export takes the branch of the example; at an odd height the original takes the other."""
     monkeypatch.setattr("bnexport.folding.torch_backend.trace.refuse_forks", lambda *_: None)
-    code, out, _ = export("nets.py:Branches", "--input", "3x8x8", "--dynamic-size")
+    code, out, _ = export("nets.py:Branches", "--input", "3x8x8", "--dynamic-size", "--format", "onnx")
     assert code == 1
     assert "noise 15x21" in out
     assert not Path("m/x/1").exists()

@@ -13,8 +13,8 @@ from bnexport.bundle import Bundle
 from bnexport.cli.main import run
 from bnexport.cli.output import counting
 from bnexport.runtimes.catalogue import RUNNERS
+from bnexport.verification import budget as verifying
 from bnexport.verification import stages
-from bnexport.verification import work as verifying
 from bnexport.verification.self_test import faults
 from bnexport.verification.self_test.faults import Fault
 
@@ -23,7 +23,8 @@ FAST = ["--runtime", "onnxruntime-cpu"]
 
 @pytest.fixture(autouse=True)
 def few_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verifying, "_RUNTIME_WORK", 3e7)
+    monkeypatch.setattr(verifying, "_REAL_WORK", 3e7)
+    monkeypatch.setattr(verifying, "_SYNTHETIC_WORK", 3e7)
     monkeypatch.setattr(verifying, "_PROOF_WORK", 9e6)
 
 

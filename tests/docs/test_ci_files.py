@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from support.schemas import violations
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -36,6 +37,12 @@ def test_the_workflow_runs_both_commands_on_every_python() -> None:
     assert all(("uses" in step) != ("run" in step) for step in steps)
     assert all("@v" in step["uses"] for step in steps if "uses" in step)
     assert [step["run"] for step in steps if "run" in step] == ["${{ matrix.command }}"]
+
+
+def test_the_workflow_fits_the_published_schema() -> None:
+    text = (ROOT / ".github" / "workflows" / "check.yml").read_text(encoding="utf-8")
+    assert violations(text, "github-workflows") == []
+    assert violations(text.replace("runs-on:", "runs-in:"), "github-workflows")
 
 
 def test_the_workflow_uses_what_the_matrix_defines() -> None:

@@ -3,7 +3,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from support.bundles import write_bundle
 from support.fake_cuda.bundles import AnySize, NoKernel, Users, onnx_bundle
 from support.fake_cuda.machine import Machine
 
@@ -13,12 +12,6 @@ from bnexport.bundle import Bundle
 @pytest.fixture(scope="session")
 def machine(tmp_path_factory: pytest.TempPathFactory) -> Machine:
     return Machine(tmp_path_factory.mktemp("fake_cuda"))
-
-
-@pytest.fixture(scope="session")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """The tests' LeNet, written by torch.onnx.export alone: its flatten is Shape, Squeeze, Concat, Reshape."""
-    return write_bundle(tmp_path_factory.mktemp("bundle") / "1")
 
 
 @pytest.fixture(scope="session")

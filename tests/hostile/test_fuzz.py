@@ -85,6 +85,7 @@ def _npy() -> bytes:
     return buffer.getvalue()
 
 
+@pytest.mark.sampled(3, 1)
 @pytest.mark.parametrize("kind", SCREENS)
 @examples(250)
 @given(change=changes(), raw=st.none() | st.binary(max_size=200))
@@ -218,6 +219,7 @@ def test_engines_open_what_was_not_changed(kind: str, good: Good, watched: Path,
     assert child.ask(kind, path) == "opened"
 
 
+@pytest.mark.sampled(3, 1)
 @pytest.mark.parametrize("kind", ["torchscript", "pt2", "weights"])
 @examples(60)
 @given(change=changes(), which=st.integers(0, 10**6))

@@ -58,7 +58,7 @@ def unisolated(settings_of: Callable[..., tuple[RunSettings, ...]]) -> Callable[
 
 
 def run(bundle: Bundle | Path, **options: object) -> VerificationReport:
-    return verify(bundle, runtimes=[NAME], scope=Scope(max_samples=400, **options))
+    return verify(bundle, runtimes=[NAME], scope=Scope(max_samples=160, **options))
 
 
 def stages(report: VerificationReport) -> set[tuple[str, str]]:
@@ -115,6 +115,7 @@ def test_truncation_left_on_in_strict_mode_is_caught(bundle: Bundle, monkeypatch
     assert {("strict", ""), ("precision", "")} <= stages(run(bundle))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("times", [3.5, 5, 7])
 def test_no_fault_hides_behind_the_noise_of_truncation(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch, times: float
@@ -166,6 +167,7 @@ def test_tf32_in_convolutions_alone_is_caught_in_strict_mode(bundle: Bundle, mon
     assert {("strict", ""), ("precision", "")} <= stages(run(bundle))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("coarser", ["bfloat16", "bfloat16-products"])
 def test_a_coarser_precision_than_asked_for_is_caught(
     bundle: Bundle, monkeypatch: pytest.MonkeyPatch, coarser: str

@@ -27,7 +27,7 @@ from bnexport.bundle import MODEL_EXPORTED, MODEL_ONNX, MODEL_TORCHSCRIPT, WEIGH
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.runtimes.catalogue import RUNNERS
 from bnexport.tensors import Signature, TensorSpec
-from bnexport.verification import work as verifying
+from bnexport.verification import budget as verifying
 from bnexport.verification.self_test.norm_faults import NORM_FAULTS, NormFault, norms_of
 from bnexport.verification.verify import verify
 
@@ -38,7 +38,8 @@ FILE_OF = {spec.name: spec.file for spec in RUNNERS}
 @pytest.fixture(autouse=True)
 def few_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     """A fault has to be seen on a hundred samples; the full number only costs time here."""
-    monkeypatch.setattr(verifying, "_RUNTIME_WORK", 3e7)
+    monkeypatch.setattr(verifying, "_REAL_WORK", 3e7)
+    monkeypatch.setattr(verifying, "_SYNTHETIC_WORK", 3e7)
     monkeypatch.setattr(verifying, "_PROOF_WORK", 9e6)
 
 
@@ -322,6 +323,7 @@ def test_a_manifest_that_promises_another_output_fails(
     assert any(row.subject == runtime for row in report.failures)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     ("change", "runtime"), pairs([{"scale": 1.0}, {"mean": (0.5,), "std": (0.5,)}, {"scale": 0.5 / 255}])
 )

@@ -51,17 +51,11 @@ _OPERATORS: dict[type[ast.operator], type[ast.operator]] = {
 
 @dataclass(frozen=True)
 class Change:
-    """One possible change of a syntax tree.
+    """One possible change of a syntax tree."""
 
-    Attributes:
-        line: Line of the source.
-        text: Description: "Lt -> LtE".
-        apply: Make the change in the tree that the change was found in.
-    """
-
-    line: int
-    text: str
-    apply: Callable[[], None]
+    line: int  # Line of the source
+    text: str  # Description: "Lt -> LtE"
+    apply: Callable[[], None]  # Make the change in the tree that the change was found in
 
 
 def _set(node: ast.AST, field: str, value: object) -> Callable[[], None]:

@@ -230,6 +230,7 @@ def test_nothing_heavy_is_imported() -> None:
     assert done.stdout == "[]\n"
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("runtime", ["torchscript-cpu", "torch-cpu", "openvino-cpu"])
 def test_other_runtimes_serve_too(models, tmp_path, images: np.ndarray, logits: np.ndarray, runtime: str) -> None:
     if (reason := runner_spec(runtime).available()) is not None:

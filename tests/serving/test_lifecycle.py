@@ -21,6 +21,7 @@ from support.serving import INFER, PATIENCE, ROOT, Server, binary, refused, serv
 from support.serving_clients import Clients
 
 from bnexport.bundle import Bundle
+from bnexport.cli.main import run
 
 
 def test_sigterm_loses_nothing(models: Path, tmp_path: Path, images: np.ndarray, logits: np.ndarray) -> None:
@@ -85,6 +86,7 @@ def stopping(server: Server) -> bool:
         return True
 
 
+@pytest.mark.sampled(4, 3)
 @pytest.mark.parametrize("words", [(), ("--processes", "2")])
 @pytest.mark.parametrize("signals", [1, 2])
 def test_an_engine_that_does_not_come_back_is_not_waited_for(
@@ -191,26 +193,54 @@ def test_as_many_connections_as_the_limit_says(models: Path, tmp_path: Path) -> 
             assert [(event["allowed"], event["wanted"]) for event in told] == ([(300, 366)] if hard == 300 else [])
 
 
-def test_what_can_not_be_served_ends_with_a_sentence(models: Path, tmp_path: Path) -> None:
+def test_what_can_not_be_served_ends_with_a_sentence(models: Path) -> None:
+    assert "no positive number" in refused(str(models), "--limit", "queue=-3", code=2)
+
+
+#: Words after the folder of models -> exit code, and a part of the sentence. No server is started for any of them.
+BAD = {
+    ("--limit", "bodies=3"): (2, "there is no limit 'bodies'"),
+    ("--port", "0", "--token-file", "short"): (2, "holds no token"),
+    **{
+        (option, value): (2, f"{value} is no number of seconds")
+        for option in ("--grace", "--poll")
+        for value in ("nan", "inf")
+    },
+    ("--tls-cert", "x.pem"): (2, "go together"),
+    ("--port", "0", "--tls-cert", "x.pem", "--tls-key", "y.pem"): (2, "the TLS files x.pem and y.pem can't be used"),
+    ("--port", "8765", "--grpc-port", "8765"): (2, "are both 8765"),
+    ("--workers", "three"): (2, "'three' is neither auto nor a number"),
+    ("--port", "0", "--middleware", "nowhere:x"): (2, "the middleware 'nowhere:x'"),
+    ("--port", "0", "--runtime", "onnxruntime-tensorrt"): (3, "can't run here"),
+}
+
+
+@pytest.mark.parametrize("words", BAD, ids=" ".join)
+def test_the_other_sentences(
+    models: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    words: tuple[str, ...],
+) -> None:
+    """In this process, which is quicker."""
+    monkeypatch.chdir(tmp_path)
+    Path("short").write_text("x")
+    code, sentence = BAD[words]
+    assert run(["serve", str(models), *words]) == code
+    assert sentence in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"), [("empty", "holds no bundle"), ("nowhere", "does not exist"), ("short", "short is no folder")]
+)
+def test_a_folder_that_holds_no_model(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str, sentence: str
+) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "short").write_text("x")
-    path = str(models)
-    assert "holds no bundle" in refused(str(tmp_path / "empty"), code=2)
-    assert "nowhere does not exist" in refused(str(tmp_path / "nowhere"), code=2)
-    assert "short is no folder" in refused(str(tmp_path / "short"), code=2)
-    assert "there is no limit 'bodies'" in refused(path, "--limit", "bodies=3", code=2)
-    assert "no positive number" in refused(path, "--limit", "queue=-3", code=2)
-    assert "holds no token" in refused(path, "--port", "0", "--token-file", str(tmp_path / "short"), code=2)
-    for option in ("--grace", "--poll"):
-        for value in ("nan", "inf"):
-            assert f"{value} is no number of seconds" in refused(path, option, value, code=2)
-    assert "go together" in refused(path, "--tls-cert", "x.pem", code=2)
-    missing = refused(path, "--port", "0", "--tls-cert", "x.pem", "--tls-key", "y.pem", code=2)
-    assert "the TLS files x.pem and y.pem can't be used" in missing
-    assert "are both 8765" in refused(path, "--port", "8765", "--grpc-port", "8765", code=2)
-    assert "'three' is neither auto nor a number" in refused(path, "--workers", "three", code=2)
-    assert "the middleware 'nowhere:x'" in refused(path, "--port", "0", "--middleware", "nowhere:x", code=2)
-    assert "can't run here" in refused(path, "--port", "0", "--runtime", "onnxruntime-tensorrt", code=3)
+    assert run(["serve", str(tmp_path / name)]) == 2
+    assert sentence in capfd.readouterr().err
 
 
 def test_folders_that_are_no_models_are_named_in_the_log(models: Path, tmp_path: Path) -> None:

@@ -44,6 +44,7 @@ def test_all_processes_serve_and_the_supervisor_opens_no_model(
     assert all("onnxruntime" in Path(f"/proc/{pid}/maps").read_text() for pid in running(server).values())
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stop_loses_nothing_and_leaves_nobody(
     models: Path, tmp_path: Path, images: np.ndarray, logits: np.ndarray, number: int

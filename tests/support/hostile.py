@@ -15,40 +15,25 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Good:
-    """Valid files, to be spoiled in copies.
+    """Valid files, to be spoiled in copies."""
 
-    Attributes:
-        bundle: A sealed bundle.
-        exported: A .pt2 file.
-        checkpoint: A state dict of torch.save.
-        old_checkpoint: One in the format before torch 1.6.
-        onnx: An ONNX file with a BatchNorm.
-        network: ``file.py:build`` of the checkpoint's network.
-        picture: A PNG that the bundle can label.
-    """
-
-    bundle: Path
-    exported: Path
-    checkpoint: Path
-    old_checkpoint: Path
-    onnx: Path
-    network: str
-    picture: Path
+    bundle: Path  # A sealed bundle
+    exported: Path  # A .pt2 file
+    checkpoint: Path  # A state dict of torch.save
+    old_checkpoint: Path  # One in the format before torch 1.6
+    onnx: Path  # An ONNX file with a BatchNorm
+    network: str  # ``file.py:build`` of the checkpoint's network
+    picture: Path  # A PNG that the bundle can label
 
 
 @dataclass(frozen=True)
 class Hostile:
-    """One hostile file.
+    """One hostile file."""
 
-    Attributes:
-        reader: Row of READERS in test_corpus.py.
-        build: Given an empty folder and the good files, makes it; gives the path of the file, or of the bundle.
-        words: Part of the sentence that refuses it.
-    """
-
-    reader: str
+    reader: str  # Row of READERS in test_corpus.py
+    # Given an empty folder and the good files, makes it; gives the path of the file, or of the bundle
     build: Callable[[Path, Good], Path]
-    words: str
+    words: str  # Part of the sentence that refuses it
 
 
 def forge(folder: Path, change: Callable[[dict[str, Any]], object]) -> Path:

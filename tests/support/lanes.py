@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -20,6 +21,21 @@ class Item(Protocol):
 
 
 AnyItem = TypeVar("AnyItem", bound=Item)
+
+
+def thinned(functions: Sequence[tuple[str, Sequence[int]]]) -> Iterator[bool]:
+    """Yield, for each test in order, whether ``@pytest.mark.sampled(n, first)`` makes it slow.
+
+    Of each test's parameters every n-th is fast, from ``first`` on (0 by default), and the others are slow.
+
+    Args:
+        functions: The test's name without its parameters, and the arguments of the mark; none without the mark.
+    """
+    seen: Counter[str] = Counter()
+    for name, given in functions:
+        every, first = (*given, 0)[:2] if given else (1, 0)
+        yield seen[name] % every != first
+        seen[name] += 1
 
 
 def workers() -> int:

@@ -29,17 +29,11 @@ _ASK = (
 
 @dataclass(frozen=True)
 class Installation:
-    """Where a Python environment keeps its Triton.
+    """Where a Python environment keeps its Triton."""
 
-    Attributes:
-        python: Its Python, which has Triton's client too.
-        packages: Its folder of packages.
-        libpython: Where the library of that Python lies, which the Python backend loads.
-    """
-
-    python: Path
-    packages: Path
-    libpython: str
+    python: Path  # Its Python, which has Triton's client too
+    packages: Path  # Its folder of packages
+    libpython: str  # Where the library of that Python lies, which the Python backend loads
 
     @property
     def root(self) -> Path:

@@ -42,6 +42,7 @@ GROUND = (
     "interrupts",
     "optional",
     "request_fields",
+    "progress",
     "errors",
 )
 #: The door and ``python -m`` may import anything; the door's lazy imports would make every unit depend on every other.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from support.lanes import MOST_WORKERS, shuffled, workers
+from support.lanes import MOST_WORKERS, shuffled, thinned, workers
 from support.runtimes import READS_EXPORTED, pairs
 from support.shared import made_once
 
@@ -44,6 +44,17 @@ def test_files_are_shuffled_and_the_tests_of_a_file_are_not() -> None:
         assert sorted(order, key=lambda item: item.name) == items
         for start in range(0, len(order), 3):
             assert order[start : start + 3] == [item for item in items if item.path == order[start].path]
+
+
+def test_every_nth_parameter_of_a_sampled_test_is_fast() -> None:
+    functions = [("a", (3,)), ("b", ()), ("a", (3,)), ("a", (3,)), ("c", (3, 1)), ("a", (3,)), ("b", ()), ("c", (3, 1))]
+    assert list(thinned(functions)) == [False, False, True, True, True, False, False, False]
+
+
+@pytest.mark.sampled(2)
+@pytest.mark.parametrize("number", range(3))
+def test_the_mark_makes_the_others_slow(request: pytest.FixtureRequest, number: int) -> None:
+    assert (request.node.get_closest_marker("slow") is not None) == (number == 1)
 
 
 def test_there_is_one_worker_per_core_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -14,11 +15,12 @@ from cases import Graph, randomise
 from torch import nn
 
 import bnexport
-from bnexport.bundle import GOLDEN, MANIFEST, MODEL_EXPORTED, MODEL_ONNX, MODEL_TORCHSCRIPT, REPORT, WEIGHTS
+from bnexport.bundle import GOLDEN, MANIFEST, MODEL_EXPORTED, MODEL_ONNX, MODEL_TORCHSCRIPT, REPORT, WEIGHTS, Bundle
 from bnexport.errors import ExportError, ModelError, OutputError, RefusedModel, UsageError
 from bnexport.exporting.request import ExportRequest, OnnxTarget
 from bnexport.loading.sources import load_source
 from bnexport.verification.verdict import Row, VerificationReport
+from bnexport.verification.verify import verify
 
 
 def network() -> nn.Module:
@@ -31,9 +33,21 @@ REQUEST = ExportRequest(inputs=("3x8x8",), labels=tuple("abcde"))
 
 
 @pytest.fixture(scope="module")
-def result(tmp_path_factory: pytest.TempPathFactory) -> bnexport.pipeline.ExportResult:
+def verified() -> dict[str, object]:
+    """File -> its hash when ``result`` was verified."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory, verified: dict[str, object]) -> bnexport.pipeline.ExportResult:
+    def remembering(bundle: Bundle, **options: Any) -> VerificationReport:
+        verified.update({name: facts["sha256"] for name, facts in bundle.manifest.files.items()})
+        return verify(bundle, **options)
+
     out = tmp_path_factory.mktemp("repository") / "small" / "1"
-    return bnexport.fold_and_export(network(), out, request=REQUEST)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bnexport.pipeline.verify", remembering)
+        return bnexport.fold_and_export(network(), out, request=REQUEST)
 
 
 def test_bundle_is_complete_and_passes(result: bnexport.pipeline.ExportResult) -> None:
@@ -66,12 +80,20 @@ def test_manifest_tells_what_a_server_needs(result: bnexport.pipeline.ExportResu
     assert {"torch", "onnx", "numpy"} <= set(value["environment"]["packages"])
 
 
-def test_model_file_carries_labels_and_parity(result: bnexport.pipeline.ExportResult) -> None:
+def test_the_shipped_files_are_the_verified_ones(
+    result: bnexport.pipeline.ExportResult, verified: dict[str, object]
+) -> None:
+    assert result.bundle is not None
+    shipped = {name: facts["sha256"] for name, facts in result.bundle.manifest.files.items() if name != REPORT}
+    assert {MODEL_ONNX, MODEL_TORCHSCRIPT, MODEL_EXPORTED, WEIGHTS} < set(shipped)
+    assert shipped == verified
+
+
+def test_model_file_carries_labels(result: bnexport.pipeline.ExportResult) -> None:
     assert result.bundle is not None
     model = onnx.load(result.bundle.file(MODEL_ONNX))
     metadata = {item.key: item.value for item in model.metadata_props}
     assert json.loads(metadata["bnexport.labels"]) == list("abcde")
-    assert metadata["bnexport.parity"].startswith("PASS: float64 proof of this file ")
 
 
 def test_golden_outputs_are_the_original_networks(result: bnexport.pipeline.ExportResult) -> None:

@@ -63,6 +63,7 @@ def test_the_wheel_has_the_package_with_its_data_files_and_nothing_else(unpacked
         assert f"{folder.relative_to(ROOT).as_posix()}/__init__.py" in packed
 
 
+@pytest.mark.slow
 def test_no_module_of_the_wheel_looks_for_a_checkout(unpacked: Path, tmp_path: Path) -> None:
     checkout = [path.name for path in ROOT.iterdir() if path.name != "bnexport"]
     assert {"docs", "models", "scripts", "benchmarks"} <= set(checkout)

@@ -22,14 +22,12 @@ import onnx
 import sympy  # type: ignore[import-untyped]
 import torch
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
-from onnx.reference import ReferenceEvaluator
 from torch import Tensor
 
 from bnexport.folding.affine import Dim
 from bnexport.folding.onnx_backend.inventory import TORCH, is_default, widened
-from bnexport.onnx_files.float64 import widen
+from bnexport.onnx_files.float64 import wide_evaluator
 from bnexport.onnx_files.names import mentions
-from bnexport.onnx_files.operators import better_operators
 from bnexport.tensors import Array
 
 #: Numbers for a size that is the first of an input (the batch), and for any other (height, width): several halvings fit. The
@@ -384,4 +382,4 @@ def node_evaluator(nodes: list[NodeProto], model: ModelProto, inputs: list[str],
         [helper.make_tensor_value_info(output, double, None)],
     )
     part = onnx.helper.make_model(graph, opset_imports=list(model.opset_import), ir_version=model.ir_version)
-    return ReferenceEvaluator(widen(part), new_ops=better_operators(part))
+    return wide_evaluator(part)

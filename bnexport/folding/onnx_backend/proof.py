@@ -8,13 +8,11 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
-from onnx import ModelProto, ValueInfoProto, numpy_helper
-from onnx.reference import ReferenceEvaluator
+from onnx import ModelProto, ValueInfoProto
 from torch import Tensor
 
 from bnexport.folding.proof import scale_error
-from bnexport.onnx_files.float64 import widen
-from bnexport.onnx_files.operators import better_operators
+from bnexport.onnx_files.float64 import wide_evaluator
 from bnexport.optional import one_line
 from bnexport.tensors import Array
 
@@ -45,7 +43,7 @@ def fold_error(original: ModelProto, folded: ModelProto, exact: Mapping[str, Ten
     before = evaluator(original)
     feeds, reference = first_that_works(before, original, seed)
     try:
-        candidate = run(evaluator(_exactly(folded, exact)), feeds)
+        candidate = run(evaluator(folded, {name: tensor.numpy() for name, tensor in exact.items()}), feeds)
     except NotEvaluated:
         return float("inf")
     error = max((scale_error(_tensor(a), _tensor(b)) for a, b in zip(candidate, reference, strict=True)), default=0.0)
@@ -54,14 +52,14 @@ def fold_error(original: ModelProto, folded: ModelProto, exact: Mapping[str, Ten
     return error
 
 
-def evaluator(model: ModelProto) -> Any:
-    """Return a model with every float widened to float64, ready to run.
+def evaluator(model: ModelProto, weights: Mapping[str, Array] | None = None) -> Any:
+    """Return a model with every float widened to float64, ready to run; ``weights`` replace initializers.
 
     Raises:
         NotEvaluated: It has an operator that onnx's reference implementation lacks.
     """
     try:
-        return ReferenceEvaluator(widen(model), new_ops=better_operators(model))
+        return wide_evaluator(model, weights)
     except Exception as error:  # NotImplementedError, RuntimeError, onnx's own
         raise NotEvaluated(one_line(error, 160)) from error
 
@@ -139,16 +137,6 @@ def _random(value: ValueInfoProto, batch: int, size: int, rng: np.random.Generat
     if dtype.kind in "fV":
         return rng.standard_normal(shape)
     raise NotEvaluated(f"its input {value.name!r} is {dtype.name}")
-
-
-def _exactly(folded: ModelProto, exact: Mapping[str, Tensor]) -> ModelProto:
-    """Return the folded model with its new tensors before their one rounding."""
-    copy = ModelProto()
-    copy.CopyFrom(folded)
-    for tensor in copy.graph.initializer:
-        if tensor.name in exact:
-            tensor.CopyFrom(numpy_helper.from_array(exact[tensor.name].numpy(), tensor.name))
-    return copy
 
 
 def _tensor(array: Array) -> Tensor:

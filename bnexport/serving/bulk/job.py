@@ -34,21 +34,13 @@ _OF_ALL = ("sources", "fingerprint", "rows", "shards")
 
 @dataclass(frozen=True)
 class Job:
-    """A bulk prediction: bundle, request, shards and the description in _job.json.
+    """A bulk prediction: bundle, request, shards and the description in _job.json."""
 
-    Attributes:
-        bundle: Directory of the bundle.
-        out: The folder of predictions.
-        request: Options.
-        shards: All of them, in order.
-        description: Content of _job.json.
-    """
-
-    bundle: str
-    out: str
-    request: BulkRequest
-    shards: tuple[Shard, ...]
-    description: dict[str, Any]
+    bundle: str  # Directory of the bundle
+    out: str  # The folder of predictions
+    request: BulkRequest  # Options
+    shards: tuple[Shard, ...]  # All of them, in order
+    description: dict[str, Any]  # Content of _job.json
 
     @property
     def rows(self) -> int:

@@ -39,11 +39,7 @@ from bnexport.tensors import Array
 
 
 class ShardWorker:
-    """Predicts and writes shards with one session of one thread.
-
-    Args:
-        job: The job; its shards are not used. The caller has checked the bundle's hashes.
-    """
+    """Predicts and writes shards of a job with one session of one thread. The caller has checked the bundle's hashes."""
 
     def __init__(self, job: Job) -> None:
         opened = Bundle.open(job.bundle)
@@ -59,11 +55,7 @@ class ShardWorker:
         self._runner.close()
 
     def run(self, shard: Shard) -> int:
-        """Predict and write one shard.
-
-        Returns:
-            Its rows.
-        """
+        """Predict and write one shard; return its rows."""
         ids: list[str] = []
         parts: list[Array] = []
         for names, images in read_shard(shard, self._request, self._preprocessing, self._files):
@@ -182,11 +174,9 @@ _RAY_PATIENCE = 2.0
 
 
 class ShardActor:
-    """A worker as Ray Data calls it: one row in, one row out. Values are pickled here: Arrow has no type for them.
+    """A worker as Ray Data calls it: one row in, one row out. Values are pickled here, because Arrow has no type for them.
 
-    Args:
-        job: Pickled, without its shards.
-        folder: The user's working directory, for relative paths; Ray's processes run where Ray was started.
+    ``job`` is pickled without its shards. ``folder``: the user's working directory; Ray's processes run where Ray was started.
     """
 
     def __init__(self, job: bytes, folder: str) -> None:
@@ -265,21 +255,13 @@ ENGINES: dict[str, Callable[[Job, Sequence[Shard]], Iterator[int]]] = {"local": 
 
 @dataclass(frozen=True)
 class BulkResult:
-    """Result of a bulk prediction.
+    """Result of a bulk prediction."""
 
-    Attributes:
-        out: The folder of predictions.
-        rows: In all files together.
-        shards: Files.
-        resumed_rows: Rows among them that an earlier run had written.
-        seconds: Duration of this run, from the first worker's start.
-    """
-
-    out: str
-    rows: int
-    shards: int
-    resumed_rows: int
-    seconds: float
+    out: str  # The folder of predictions
+    rows: int  # In all files together
+    shards: int  # Files
+    resumed_rows: int  # Rows among them that an earlier run had written
+    seconds: float  # Duration of this run, from the first worker's start
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""

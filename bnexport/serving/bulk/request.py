@@ -13,27 +13,17 @@ DEFAULT_RUNTIME = "onnxruntime-cpu"
 
 @dataclass(frozen=True)
 class BulkRequest:
-    """Options of a bulk prediction.
+    """Options of a bulk prediction."""
 
-    Attributes:
-        column: Column of the images in Parquet files, and name of the array in .npz files.
-        id_column: Column of the rows' ids in Parquet files; None: file name and row number.
-        logits: Write the raw logits beside the probabilities.
-        runtime: A name from ``runtimes.catalogue.RUNNERS``.
-        batch_size: Images per call of the engine.
-        shard_rows: Rows of one written file; what is lost when a process is killed.
-        workers: Processes (local) or actors (Ray), each with a session of one thread; None: one per core, one on a GPU.
-        force: Throw away what another job has written; files with the very rows of this one stay.
-    """
-
-    column: str = "image"
-    id_column: str | None = None
-    logits: bool = False
-    runtime: str = DEFAULT_RUNTIME
-    batch_size: int = 256
-    shard_rows: int = 10_000
+    column: str = "image"  # Column of the images in Parquet files, and name of the array in .npz files
+    id_column: str | None = None  # Column of the rows' ids in Parquet files; None: file name and row number
+    logits: bool = False  # Write the raw logits beside the probabilities
+    runtime: str = DEFAULT_RUNTIME  # A name from ``runtimes.catalogue.RUNNERS``
+    batch_size: int = 256  # Images per call of the engine
+    shard_rows: int = 10_000  # Rows of one written file; what is lost when a process is killed
+    # Processes (local) or actors (Ray), each with a session of one thread; None: one per core, one on a GPU
     workers: int | None = None
-    force: bool = False
+    force: bool = False  # Throw away what another job has written; files with the very rows of this one stay
 
     def __post_init__(self) -> None:
         runner_spec(self.runtime)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-import os
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +17,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from bnexport.data.images import ENDINGS, fit_stack, load_images, map_npy, read_picture, stack_problem
+from bnexport.data.images import fit_stack, load_images, map_npy, pictures_below, read_picture, stack_problem
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import DataError, UsageError
 from bnexport.optional import one_line
@@ -124,25 +123,15 @@ _REMEDY = "Give a folder of pictures, a .npy or .npz file of uint8 images, or Pa
 
 @dataclass(frozen=True)
 class Shard:
-    """Rows that one worker predicts and writes as one file.
+    """Rows that one worker predicts and writes as one file."""
 
-    Attributes:
-        number: Number of its file, from 0.
-        kind: A key of SOURCES.
-        path: The folder or file.
-        start: Number of its first row in the file.
-        rows: Number of rows.
-        parts: Names of the pictures below the folder, or numbers of the row groups.
-        stat: Size and time of the file when the shards were cut; of pictures, a digest of theirs.
-    """
-
-    number: int
-    kind: str
-    path: str
-    start: int
-    rows: int
-    parts: tuple[str | int, ...] = ()
-    stat: str = ""
+    number: int  # Number of its file, from 0
+    kind: str  # A key of SOURCES
+    path: str  # The folder or file
+    start: int  # Number of its first row in the file
+    rows: int  # Number of rows
+    parts: tuple[str | int, ...] = ()  # Names of the pictures below the folder, or numbers of the row groups
+    stat: str = ""  # Size and time of the file when the shards were cut; of pictures, a digest of theirs
 
     def check_unchanged(self) -> None:
         """Refuse a file that has changed since it was cut into shards; a folder is not checked again."""
@@ -154,15 +143,10 @@ class Shard:
 
 
 class ShardPlan(NamedTuple):
-    """The shards of one source, which is not read yet.
+    """The shards of one source, which is not read yet."""
 
-    Attributes:
-        shards: Shards in the order of the rows, numbered from 0.
-        fingerprint: Changes when the source does: sizes and times of its files, not their content.
-    """
-
-    shards: list[Shard]
-    fingerprint: str
+    shards: list[Shard]  # Shards in the order of the rows, numbered from 0
+    fingerprint: str  # Changes when the source does: sizes and times of its files, not their content
 
 
 def plan(sources: tuple[Path, ...], request: BulkRequest) -> ShardPlan:
@@ -225,26 +209,16 @@ def _cut(kind: str, path: Path, rows: int, request: BulkRequest) -> list[Shard]:
 
 
 def _plan_folder(path: Path, request: BulkRequest) -> ShardPlan:
-    found, digest, shards = sorted(_walk(path)), hashlib.sha256(), []
+    found = sorted((name, f"{status.st_size} {status.st_mtime_ns}") for name, status in pictures_below(path))
+    digest, shards = hashlib.sha256(), []
+    for name, _ in found:
+        _check_name(path / name)
     for start in range(0, len(found), request.shard_rows):
         piece = found[start : start + request.shard_rows]
         stat = hashlib.sha256("".join(f"{name} {stat}\n" for name, stat in piece).encode()).hexdigest()
         digest.update(stat.encode())
         shards.append(Shard(0, "folder", str(path), start, len(piece), tuple(name for name, _ in piece), stat))
     return ShardPlan(shards, digest.hexdigest())
-
-
-def _walk(folder: Path) -> Iterator[tuple[str, str]]:
-    """Yield every picture below a folder: POSIX path inside it, and its stat as text. Links to folders are not followed."""
-
-    def failed(error: OSError) -> None:
-        raise DataError(f"{folder} can't be read: {one_line(error)}", remedy="Check the folder") from error
-
-    for place, _, names in os.walk(folder, onerror=failed):
-        for name in names:
-            if name.lower().endswith(ENDINGS):
-                _check_name(file := Path(place, name))
-                yield file.relative_to(folder).as_posix(), _stat(file)
 
 
 def _stat(file: Path) -> str:
@@ -274,7 +248,7 @@ def _plan_parquet(path: Path, request: BulkRequest) -> ShardPlan:
     files = [path]
     if path.is_dir():
         files = sorted(file for file in path.rglob("*.parquet") if not file.name.startswith((".", "_")))
-        if (picture := next(_walk(path), None)) is not None:
+        if (picture := next(pictures_below(path), None)) is not None:
             raise DataError(
                 f"{path} holds Parquet files and pictures ({picture[0]})", remedy="Give the one or the other"
             )

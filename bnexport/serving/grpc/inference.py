@@ -43,17 +43,11 @@ Span = tuple[int, int]
 
 
 class Split(NamedTuple):
-    """Parts of a request.
+    """Parts of a request."""
 
-    Attributes:
-        header: The message without the other two.
-        id: The request's.
-        raw: Start of each raw tensor in the message, and its bytes.
-    """
-
-    header: bytes
-    id: str
-    raw: list[Span]
+    header: bytes  # The message without the other two
+    id: str  # The request's
+    raw: list[Span]  # Start of each raw tensor in the message, and its bytes
 
 
 def split(message: bytes, *, most: int) -> Split:
@@ -114,11 +108,7 @@ _known: BoundedCache[bytes, tuple[str, str]] = BoundedCache(256)
 
 
 async def infer(state: ServerState, call: Call, message: bytes) -> Any:
-    """Answer a request on the hot path: decode, queue, encode.
-
-    Returns:
-        A ModelInferResponse.
-    """
+    """Return the ModelInferResponse of a request, on the hot path: decode, queue, encode."""
     parts = split(message, most=state.settings.limits.header_json_bytes)
     call.message_id = parts.id
     name, version = _known.get(parts.header) or _named(parts.header)

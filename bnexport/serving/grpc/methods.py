@@ -71,17 +71,11 @@ Handler = Callable[[ServerState, Call, Any], Awaitable[Any]]
 
 
 class Method(NamedTuple):
-    """One row of METHODS.
+    """One row of METHODS."""
 
-    Attributes:
-        request: Name of the request's message; "" for a handler that takes the bytes as they came.
-        handler: Answers.
-        probe: A supervisor's probe: open without a token, and a stop does not wait for it.
-    """
-
-    request: str
-    handler: Handler
-    probe: bool = False
+    request: str  # Name of the request's message; "" for a handler that takes the bytes as they came
+    handler: Handler  # Answers
+    probe: bool = False  # A supervisor's probe: open without a token, and a stop does not wait for it
 
     async def answer(self, state: ServerState, call: Call, data: bytes) -> bytes:
         """Answer a message."""

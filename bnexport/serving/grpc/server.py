@@ -34,28 +34,16 @@ _SILENCE, _FAREWELL = 0.5, 1.5
 
 @dataclass(frozen=True)
 class GrpcSettings:
-    """Address of the gRPC server.
+    """Address of the gRPC server."""
 
-    Attributes:
-        host: Address to bind.
-        port: 0 takes a free one.
-        reuse_port: Share the port among several processes.
-        tls: Files of the certificate and of its key.
-    """
-
-    host: str = "127.0.0.1"
-    port: int = 8001
-    reuse_port: bool = False
-    tls: tuple[Path, Path] | None = None
+    host: str = "127.0.0.1"  # Address to bind
+    port: int = 8001  # 0 takes a free one
+    reuse_port: bool = False  # Share the port among several processes
+    tls: tuple[Path, Path] | None = None  # Files of the certificate and of its key
 
 
 class GrpcServer(grpc.GenericRpcHandler):  # type: ignore[misc]
-    """The protocol's service and gRPC's health service, on the running event loop.
-
-    Args:
-        state: State that all requests share.
-        settings: Address.
-    """
+    """The protocol's service and gRPC's health service, on the running event loop."""
 
     def __init__(self, state: ServerState, settings: GrpcSettings) -> None:
         self.state, self.settings = state, settings

@@ -19,11 +19,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 
 class App:
-    """An ASGI application (version 3.0) that serves a repository.
-
-    Args:
-        state: State that its requests share.
-    """
+    """An ASGI application (version 3.0) that serves a repository, with the state that its requests share."""
 
     def __init__(self, state: State) -> None:
         self.state = state

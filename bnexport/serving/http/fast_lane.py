@@ -36,34 +36,21 @@ class Head(NamedTuple):
 
 
 class Line(Protocol):
-    """The part of a connection that the fast lane uses.
+    """The part of a connection that the fast lane uses."""
 
-    Attributes:
-        parser: httptools'.
-        url: URL in the request.
-        headers: Headers of the request that is being read.
-        client: Address and port.
-        transport: asyncio's.
-        known_head: Head of the last request that was taken.
-    """
-
-    parser: Any
-    url: bytes
-    headers: list[tuple[bytes, bytes]]
-    client: tuple[str, int] | None
-    transport: Any
-    known_head: Head | None
+    parser: Any  # httptools'
+    url: bytes  # URL in the request
+    headers: list[tuple[bytes, bytes]]  # Headers of the request that is being read
+    client: tuple[str, int] | None  # Address and port
+    transport: Any  # asyncio's
+    known_head: Head | None  # Head of the last request that was taken
 
     def answered(self) -> None:
         """Note that a request was answered."""
 
 
 class FastLane:
-    """Decides which requests are short, and how they are answered.
-
-    Args:
-        app: Application with the shared state, log and counters.
-    """
+    """Decides which requests to an application are short, and how they are answered."""
 
     def __init__(self, app: App) -> None:
         self.app = app

@@ -23,19 +23,12 @@ STATUS_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".enc
 
 @dataclass(slots=True)
 class Reply:
-    """One answer.
+    """One answer."""
 
-    Attributes:
-        status: HTTP's.
-        body: The whole body.
-        content_type: Its media type.
-        headers: Headers in addition to those of every answer.
-    """
-
-    status: int
-    body: bytes = b""
-    content_type: bytes = JSON
-    headers: tuple[tuple[bytes, bytes], ...] = ()
+    status: int  # HTTP's
+    body: bytes = b""  # The whole body
+    content_type: bytes = JSON  # Its media type
+    headers: tuple[tuple[bytes, bytes], ...] = ()  # Headers in addition to those of every answer
 
 
 def json_reply(value: Any, status: int = 200) -> Reply:

@@ -44,12 +44,7 @@ class Disconnected(Exception):
 
 
 class Intake:
-    """Reads bodies.
-
-    Args:
-        limits: Limits of one body.
-        memory: Counts those that are held.
-    """
+    """Reads bodies within the limits of one body and of all bodies in memory."""
 
     def __init__(self, limits: ServingLimits, memory: Memory) -> None:
         self.limits, self._memory = limits, memory
@@ -213,16 +208,13 @@ class State(ServerState):
         settings: Permissions and limits of clients.
         log: Log of requests and events.
         share: Publishes this process's counters to the others; None if it serves alone.
-
-    Attributes:
-        intake: Reads bodies.
     """
 
     def __init__(
         self, repository: Repository, settings: AppSettings, log: JsonLog, *, share: Share | None = None
     ) -> None:
         super().__init__(repository, settings, log, share=share)
-        self.intake = Intake(settings.limits, self.memory)
+        self.intake = Intake(settings.limits, self.memory)  # Reads bodies
 
     async def body(self, exchange: Exchange) -> bytes:
         """Return the request's body; the caller returns it to ``intake.release``."""

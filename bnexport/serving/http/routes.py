@@ -29,19 +29,12 @@ Handler = Callable[..., Awaitable[Reply]]
 
 
 class Route(NamedTuple):
-    """One row of ROUTES.
+    """One row of ROUTES."""
 
-    Attributes:
-        method: HTTP's.
-        pattern: Segments of the path; {..} takes any one segment, and what stands in [..] may be missing.
-        handler: (state, exchange, *captured segments) -> reply.
-        probe: A supervisor's probe: open without a token, and a stop does not wait for it.
-    """
-
-    method: str
-    pattern: str
-    handler: Handler
-    probe: bool = False
+    method: str  # HTTP's
+    pattern: str  # Segments of the path; {..} takes any one segment, and what stands in [..] may be missing
+    handler: Handler  # (state, exchange, *captured segments) -> reply
+    probe: bool = False  # A supervisor's probe: open without a token, and a stop does not wait for it
 
 
 _INFER_TYPES = (b"", b"application/json", b"application/octet-stream")

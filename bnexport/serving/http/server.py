@@ -44,35 +44,20 @@ def _nothing() -> None:
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """Options of the server.
+    """Options of the server."""
 
-    Attributes:
-        host: Address to bind.
-        port: 0 takes a free one.
-        grpc_port: Port of the gRPC server; 0 takes a free one, None opens none.
-        reuse_port: Share the port with other servers; the system spreads the connections among them.
-        grace: Seconds from SIGTERM until what is still not answered is given up.
-        poll: Seconds between looks for new versions; None looks never.
-        access_log: Write a line for each request to standard error.
-        token_file: A file with the token that clients must show.
-        tls: Files of the certificate and of its key.
-        middleware: "package.module:callable" that wraps the ASGI application, such as OpenTelemetry's.
-        allow_load: Allow requests to load and unload models.
-        models: Options for opening models, and the limits.
-    """
-
-    host: str = "127.0.0.1"
-    port: int = 8000
-    grpc_port: int | None = None
-    reuse_port: bool = False
-    grace: float = 30.0
-    poll: float | None = None
-    access_log: bool = True
-    token_file: Path | None = None
-    tls: tuple[Path, Path] | None = None
-    middleware: str | None = None
-    allow_load: bool = False
-    models: ServingSettings = field(default_factory=ServingSettings)
+    host: str = "127.0.0.1"  # Address to bind
+    port: int = 8000  # 0 takes a free one
+    grpc_port: int | None = None  # Port of the gRPC server; 0 takes a free one, None opens none
+    reuse_port: bool = False  # Share the port with other servers; the system spreads the connections among them
+    grace: float = 30.0  # Seconds from SIGTERM until what is still not answered is given up
+    poll: float | None = None  # Seconds between looks for new versions; None looks never
+    access_log: bool = True  # Write a line for each request to standard error
+    token_file: Path | None = None  # A file with the token that clients must show
+    tls: tuple[Path, Path] | None = None  # Files of the certificate and of its key
+    middleware: str | None = None  # "package.module:callable" that wraps the ASGI application, such as OpenTelemetry's
+    allow_load: bool = False  # Allow requests to load and unload models
+    models: ServingSettings = field(default_factory=ServingSettings)  # Options for opening models, and the limits
 
 
 @interrupts.terminable()  # while models are loaded; from then on a signal begins the drain

@@ -51,35 +51,21 @@ _REAP = 5.0
 
 @dataclass
 class _Seat:
-    """One of the processes, or its place while it does not run.
+    """One of the processes, or its place while it does not run."""
 
-    Attributes:
-        number: Number of the process, from 0.
-        listener: Its socket; None while no client should connect to it.
-        process: The running process, if there is one.
-        line: To the process.
-        ready_at: Time at which it began to serve, by ``time.monotonic``; None while it does not serve.
-        failures: Consecutive ends before it was sound.
-        vain: Consecutive starts that never became ready.
-        start_at: Time of the next start.
-        error: Error of its last failed start.
-        started_at: Time of its last start, by ``time.monotonic``.
-        beat: Its heartbeat at the last check.
-        silent: Consecutive checks without a new heartbeat.
-    """
-
-    number: int
-    listener: socket.socket | None = None
-    process: subprocess.Popen[bytes] | None = None
-    line: Connection | None = None
+    number: int  # Number of the process, from 0
+    listener: socket.socket | None = None  # Its socket; None while no client should connect to it
+    process: subprocess.Popen[bytes] | None = None  # The running process, if there is one
+    line: Connection | None = None  # To the process
+    # Time at which it began to serve, by ``time.monotonic``; None while it does not serve
     ready_at: float | None = None
-    failures: int = 0
-    vain: int = 0
-    start_at: float | None = None
-    error: Exception | None = None
-    started_at: float = 0.0
-    beat: bytes = b""
-    silent: int = 0
+    failures: int = 0  # Consecutive ends before it was sound
+    vain: int = 0  # Consecutive starts that never became ready
+    start_at: float | None = None  # Time of the next start
+    error: Exception | None = None  # Error of its last failed start
+    started_at: float = 0.0  # Time of its last start, by ``time.monotonic``
+    beat: bytes = b""  # Its heartbeat at the last check
+    silent: int = 0  # Consecutive checks without a new heartbeat
 
 
 def supervise(path: Path, settings: ServerSettings, *, announce: Callable[[str], None]) -> None:

@@ -28,21 +28,13 @@ PATIENCE = 10.0
 
 @dataclass(frozen=True)
 class Job:
-    """Task of one process of several.
+    """Task of one process of several."""
 
-    Attributes:
-        number: Number of the process.
-        listener: Descriptor of its socket, which listens already.
-        records: Descriptor of the memory with all processes' counters.
-        path: A bundle, or a folder of models.
-        settings: Options.
-    """
-
-    number: int
-    listener: int
-    records: int
-    path: Path
-    settings: ServerSettings
+    number: int  # Number of the process
+    listener: int  # Descriptor of its socket, which listens already
+    records: int  # Descriptor of the memory with all processes' counters
+    path: Path  # A bundle, or a folder of models
+    settings: ServerSettings  # Options
 
 
 def main(line: Connection) -> None:

@@ -123,12 +123,7 @@ class _Plan:
 
 
 class Decoder:
-    """Decodes the requests to one model.
-
-    Args:
-        signature: The model's signature; the first dimension that has a name is the batch.
-        limits: Limits of a request.
-    """
+    """Decodes the requests to one model within the limits; the first dimension that has a name is the batch."""
 
     def __init__(self, signature: Signature, limits: ServingLimits) -> None:
         self.signature = signature

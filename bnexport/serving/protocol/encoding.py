@@ -40,10 +40,9 @@ def answer(
 
 
 def classify(scores: Array, count: int, labels: Sequence[str] | None) -> tuple[list[str], tuple[int, ...]]:
-    """Return the best classes of each sample as texts "score:index:label" (Triton, "Classification Extension").
+    """Return the best classes of each sample as texts "score:index:label", row by row, and their shape (n, count).
 
-    Returns:
-        The texts, row by row, and their shape (n, count).
+    Source: Triton, "Classification Extension".
     """
     count = min(count, scores.shape[1])
     best = np.argsort(-scores.astype(np.float64), axis=1, kind="stable")[:, :count]
@@ -61,11 +60,7 @@ _heads: BoundedCache[tuple[Any, ...], bytes] = BoundedCache(256)
 
 
 def encode_response(response: InferResponse) -> tuple[bytes, int | None]:
-    """Return the body of an answer.
-
-    Returns:
-        The body, and the length of the JSON at its start; None when all of it is JSON.
-    """
+    """Return the body of an answer and the length of the JSON at its start; None if all of it is JSON."""
     key = _key(response)
     if key is not None and (head := _heads.get(key)) is not None:
         return b"".join((head, *(tensor.data.tobytes() for tensor in response.outputs))), len(head)  # type: ignore[union-attr]

@@ -18,71 +18,42 @@ BYTES = "BYTES"
 
 
 class RequestedOutput(NamedTuple):
-    """One output that a client requests.
+    """One output that a client requests."""
 
-    Attributes:
-        name: Name of the model's output.
-        datatype: The protocol's, of the tensor.
-        binary: Send the tensor as bytes after the JSON.
-        classes: Number of best classes to send as texts instead of the tensor; 0 for the tensor.
-    """
-
-    name: str
-    datatype: str
-    binary: bool = False
-    classes: int = 0
+    name: str  # Name of the model's output
+    datatype: str  # The protocol's, of the tensor
+    binary: bool = False  # Send the tensor as bytes after the JSON
+    classes: int = 0  # Number of best classes to send as texts instead of the tensor; 0 for the tensor
 
 
 class InferRequest(NamedTuple):
-    """A request that fits its model.
+    """A request that fits its model."""
 
-    Attributes:
-        inputs: Input name -> array of the signature's element type and shape; may be read-only.
-        rows: Samples: the size of the batch dimension.
-        outputs: Requested outputs, in order; every output of the model if the client named none.
-        id: The client's, to be repeated in the answer; "" without one.
-        timeout: Seconds that the client waits; None leaves it to the server.
-    """
-
-    inputs: dict[str, Array]
-    rows: int
+    inputs: dict[str, Array]  # Input name -> array of the signature's element type and shape; may be read-only
+    rows: int  # Samples: the size of the batch dimension
+    # Requested outputs, in order; every output of the model if the client named none
     outputs: tuple[RequestedOutput, ...]
-    id: str = ""
-    timeout: float | None = None
+    id: str = ""  # The client's, to be repeated in the answer; "" without one
+    timeout: float | None = None  # Seconds that the client waits; None leaves it to the server
 
 
 class OutputTensor(NamedTuple):
-    """One output of an answer.
+    """One output of an answer."""
 
-    Attributes:
-        name: Name of the model's output.
-        datatype: The protocol's.
-        shape: Shape of the tensor.
-        data: The tensor; for BYTES its texts in row-major order.
-        binary: To be sent as bytes after the JSON.
-    """
-
-    name: str
-    datatype: str
-    shape: tuple[int, ...]
-    data: Array | Sequence[str]
-    binary: bool
+    name: str  # Name of the model's output
+    datatype: str  # The protocol's
+    shape: tuple[int, ...]  # Shape of the tensor
+    data: Array | Sequence[str]  # The tensor; for BYTES its texts in row-major order
+    binary: bool  # To be sent as bytes after the JSON
 
 
 class InferResponse(NamedTuple):
-    """An answer.
+    """An answer."""
 
-    Attributes:
-        model: Name of the model that answered.
-        version: Its version.
-        outputs: In the order that was asked for.
-        id: The client's.
-    """
-
-    model: str
-    version: str
-    outputs: tuple[OutputTensor, ...]
-    id: str = ""
+    model: str  # Name of the model that answered
+    version: str  # Its version
+    outputs: tuple[OutputTensor, ...]  # In the order that was asked for
+    id: str = ""  # The client's
 
 
 def status_of(error: BnexportError) -> int:

@@ -265,6 +265,7 @@ def test_what_counts_as_a_refusal(code: int, said: str, passed: bool) -> None:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux's loader can be made to miss a library")
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("refusal", REFUSALS, ids=lambda row: f"{row.name}, {row.runtime}")
 def test_a_hidden_library_is_named_with_exit_code_3(bundle: Bundle, refusal: Refusal) -> None:
     """On any machine: what is hidden is missing, whatever else is."""
@@ -495,6 +496,7 @@ def test_a_part_that_does_not_end_is_stopped(bundle: Bundle, monkeypatch: pytest
     assert found.verdict == "FAIL"
 
 
+@pytest.mark.slow
 def test_a_sweep_runs_in_a_separate_process(bundle: Bundle) -> None:
     sweep = cpu_sweeps()[0]
     found = run_lane(Job(bundle, max_samples=20, real=False), [sweep], training=False, refusals=(), jobs=1)

@@ -32,38 +32,23 @@ _DEADLINE = 240
 
 @dataclass(frozen=True)
 class Job:
-    """One bundle to open on onnxruntime-cuda.
+    """One bundle to open on onnxruntime-cuda."""
 
-    Attributes:
-        bundle: Its folder.
-        settings: How to open it.
-        shapes: Shapes of the first input to run, in order.
-    """
-
-    bundle: str
-    settings: RunSettings = field(default_factory=RunSettings)
-    shapes: tuple[tuple[int, ...], ...] = ()
+    bundle: str  # Its folder
+    settings: RunSettings = field(default_factory=RunSettings)  # How to open it
+    shapes: tuple[tuple[int, ...], ...] = ()  # Shapes of the first input to run, in order
 
 
 @dataclass(frozen=True)
 class Opened:
-    """What came of a job.
+    """What came of a job."""
 
-    Attributes:
-        error: Message of the exception; "" when the bundle opened.
-        kind: Its class.
-        remedy: Its remedy.
-        description: Of the runner, after the runs.
-        nodes: Name, operator and provider of each node.
-        outputs: Per run, the shape of every output.
-    """
-
-    error: str = ""
-    kind: str = ""
-    remedy: str = ""
-    description: dict[str, Any] = field(default_factory=dict)
-    nodes: tuple[tuple[str, str, str], ...] = ()
-    outputs: tuple[dict[str, list[int]], ...] = ()
+    error: str = ""  # Message of the exception; "" when the bundle opened
+    kind: str = ""  # Its class
+    remedy: str = ""  # Its remedy
+    description: dict[str, Any] = field(default_factory=dict)  # Of the runner, after the runs
+    nodes: tuple[tuple[str, str, str], ...] = ()  # Name, operator and provider of each node
+    outputs: tuple[dict[str, list[int]], ...] = ()  # Per run, the shape of every output
 
     def on(self, provider: str) -> list[tuple[str, str]]:
         """Name and operator of the nodes of a provider."""

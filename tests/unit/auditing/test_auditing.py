@@ -35,8 +35,20 @@ def breaks(path: str) -> Any:
     return make
 
 
-def test_tools_are_right_on_a_plain_network_and_what_is_left_is_counted() -> None:
-    report = audit(trained(pair()), IMAGE, tools=QUICK)
+@pytest.fixture(scope="module")
+def audited() -> tuple[nn.Module, dict[str, Any], AuditReport]:
+    """A network in training mode with a hook, its state and torch's from before its audit, and the report."""
+    network = trained(pair()).train()
+    network[1].register_forward_hook(lambda *_: None)
+    before = {"state": copy.deepcopy(network.state_dict()), "threads": torch.get_num_threads()}
+    before["random"] = torch.get_rng_state()
+    report = audit(network, IMAGE, tools=QUICK)
+    before["kept"] = torch.equal(torch.get_rng_state(), before["random"])
+    return network, before, report
+
+
+def test_tools_are_right_on_a_plain_network_and_what_is_left_is_counted(audited: Any) -> None:
+    _, _, report = audited
     assert {row.verdict for row in report.rows} == {"right"}
     assert not report.wrong
     left = {row.tool: row.batch_norms for row in report.rows}
@@ -204,19 +216,15 @@ def test_all_outputs_are_compared(with_tools: Any) -> None:
     ]
 
 
-def test_the_network_and_torch_are_as_before() -> None:
-    network = trained(Twice()).train()
-    network.bn.register_forward_hook(lambda *_: None)
-    before, threads = copy.deepcopy(network.state_dict()), torch.get_num_threads()
-    state = torch.get_rng_state()
-    audit(network, IMAGE, tools=QUICK)
-    assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
+def test_the_network_and_torch_are_as_before(audited: Any) -> None:
+    network, before, _ = audited
+    assert before["kept"], "the random state"
+    assert all(torch.equal(before["state"][name], tensor) for name, tensor in network.state_dict().items())
     assert all(module.training for module in network.modules())
-    assert len(network.bn._forward_hooks) == 1
+    assert len(network[1]._forward_hooks) == 1
     assert all(tensor.requires_grad for tensor in network.parameters())
     assert torch.is_grad_enabled()
-    assert torch.get_num_threads() == threads
-    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.get_num_threads() == before["threads"]
 
 
 def test_an_untrained_batch_norm_does_not_hide_a_wrong_fold(with_tools: Any) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from support.schemas import violations
 from unit.deploying.conftest import foreign_bundle
 from unit.deploying.docker_files import Refused, check_compose, check_dockerfile
 
@@ -244,6 +245,13 @@ def test_a_compose_file_that_opens_a_port_to_the_world_is_refused() -> None:
     text = "name: x\nservices:\n  serve: {build: ., ports: ['8000:8000'], restart: unless-stopped}\n"
     with pytest.raises(Refused, match="compose: "):
         check_compose(text)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_every_compose_file_fits_the_published_schema(device: str) -> None:
+    text = compose("123", DeployRequest(device=device))
+    assert violations(text, "compose-spec") == []
+    assert violations(text.replace("build:", "biuld:"), "compose-spec")
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -126,6 +126,7 @@ def meta_equal() -> Iterator[None]:
 
 @pytest.mark.usefixtures("meta_equal")
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_torchscript_file_names_no_device_and_runs_where_it_is_loaded(name: str, tmp_path: Path) -> None:
     module, network = folded(name)
@@ -149,6 +150,7 @@ def test_branches_follow_too(tmp_path: Path) -> None:
     assert_program_on_cuda(file, inputs_of(network, 5))
 
 
+@pytest.mark.sampled(3, 1)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_a_folded_network_and_its_exported_program_can_be_moved_to_a_gpu(name: str, tmp_path: Path) -> None:
     module, network = folded(name)

@@ -152,6 +152,7 @@ SMALL: dict[str, Callable[[nn.Module, Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", SMALL)
 @pytest.mark.parametrize("mean", [False, True], ids=["map", "mean"])
 def test_the_smallest_sizes_are_those_that_the_network_takes(name: str, *, mean: bool) -> None:

@@ -53,6 +53,7 @@ def same(program: torch.nn.Module, folded: torch.nn.Module, inputs: tuple[Tensor
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.sampled(9)
 @pytest.mark.parametrize("case", BATCHED, ids=lambda case: case.name)
 def test_every_case_loads_and_agrees_bit_for_bit_in_every_batch_size(case: Case, tmp_path: Path) -> None:
     folded = write(case, file := tmp_path / "model.pt2")

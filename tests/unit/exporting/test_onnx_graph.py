@@ -47,6 +47,7 @@ def export(case: Case, folder: Path) -> tuple[bnexport.FoldResult, Signature]:
     return result, signature
 
 
+@pytest.mark.sampled(16, 1)
 @pytest.mark.parametrize("case", EXPORTED, ids=[case.name for case in EXPORTED])
 def test_both_formats_compute_what_the_original_does(case: Case, tmp_path: Path) -> None:
     _, signature = export(case, tmp_path)
@@ -112,6 +113,7 @@ def test_no_local_path_is_in_the_bytes(exported: Path) -> None:
     assert str(Path.cwd()).encode() not in (exported / "model.pt").read_bytes()
 
 
+@pytest.mark.slow
 def test_same_bytes_from_another_process_and_folder(exported: Path, tmp_path: Path) -> None:
     code = (
         "import sys; sys.path[:0] = sys.argv[2:]\n"
@@ -128,6 +130,7 @@ def test_same_bytes_from_another_process_and_folder(exported: Path, tmp_path: Pa
     assert (tmp_path / "model.onnx").read_bytes() == (exported / "model.onnx").read_bytes()
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("opset", "ir_version", "written"), [(17, None, 8), (18, 9, 9), (20, None, 9), (21, None, 10)])
 def test_other_targets_are_written_as_asked(opset: int, ir_version: int | None, written: int, tmp_path: Path) -> None:
     result, signature, inputs = lenet()

@@ -94,6 +94,7 @@ def test_options_reach_the_constructor(source, options):
     assert isinstance(build_from_zoo(source, options), nn.Module)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "source",
     [

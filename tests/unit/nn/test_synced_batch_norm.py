@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -43,12 +44,15 @@ def start(size, folder):
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    return {size: start(size, tmp_path_factory.mktemp("meeting")) for size in (2, 3)}
+    return functools.cache(lambda size: start(size, tmp_path_factory.mktemp("meeting")))
 
 
-@pytest.mark.parametrize("case", CASES)
+SIZES = {case: len(parts) for case, (_, _, parts) in CASES.items()}
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.slow] * (SIZES[case] > 2)) for case in CASES])
 def test_several_processes_compute_what_one_does(results, case):
-    parts = [found[case] for found in results[len(CASES[case][2])]]
+    parts = [found[case] for found in results(SIZES[case])]
     whole = computed(network(case), *batch(case))
     together = {name: torch.cat([part[name] for part in parts]) for name in ("Y", "grad X")}
     for name in whole:

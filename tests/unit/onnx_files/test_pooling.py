@@ -11,8 +11,9 @@ from onnx import TensorProto, helper
 from torch.nn import functional
 
 from bnexport.onnx_files.float64 import Float64Evaluator
+from bnexport.onnx_files.kernels import Axis, average_pool, axes_of, max_pool
 from bnexport.onnx_files.models import read_model
-from bnexport.onnx_files.operators import average_pool, better_operators, max_pool
+from bnexport.onnx_files.operators import better_operators
 
 GEOMETRIES = [
     (kernel, stride, pad, dilation, ceil)
@@ -21,12 +22,17 @@ GEOMETRIES = [
 ]
 
 
+def _axes(x: np.ndarray, kernel: int, stride: int, pad: int, dilation: int, ceil: bool) -> tuple[Axis, ...]:
+    pairs = {"strides": (stride,) * 2, "pads": (pad,) * 4, "dilations": (dilation,) * 2}
+    return axes_of(x.shape[2:], (kernel,) * 2, **pairs, ceil=ceil)
+
+
 @pytest.mark.parametrize(("kernel", "stride", "pad", "dilation", "ceil"), GEOMETRIES)
 def test_max_pool_is_torch_s(kernel: int, stride: int, pad: int, dilation: int, ceil: bool) -> None:
     for size in (7, 8, 9):
         x = np.random.default_rng(size).standard_normal((2, 3, size, size + 1)) - 5.0  # a padding of zeros would win
         want = functional.max_pool2d(torch.from_numpy(x), kernel, stride, pad, dilation, ceil_mode=ceil).numpy()
-        have = max_pool(x, (kernel,) * 2, (stride,) * 2, (pad,) * 4, (dilation,) * 2, ceil=ceil)
+        have = max_pool(x, _axes(x, kernel, stride, pad, dilation, ceil))
         np.testing.assert_array_equal(have, want)
 
 
@@ -36,19 +42,20 @@ def test_average_pool_is_torch_s(kernel: int, stride: int, pad: int, dilation: i
     for size in (7, 8, 9):
         x = np.random.default_rng(size).standard_normal((2, 3, size, size + 1)) + 5.0
         want = functional.avg_pool2d(torch.from_numpy(x), kernel, stride, pad, ceil, counted).numpy()
-        have = average_pool(x, (kernel,) * 2, (stride,) * 2, (pad,) * 4, (dilation,) * 2, ceil=ceil, counted=counted)
+        have = average_pool(x, _axes(x, kernel, stride, pad, dilation, ceil), counted=counted)
         np.testing.assert_allclose(have, want, rtol=1e-13, atol=1e-15)
 
 
 def test_average_pool_with_steps_inside_a_window() -> None:
     x = np.arange(1.0, 8.0).reshape(1, 1, 7)
-    assert average_pool(x, (2,), (3,), (1, 0), (2,), counted=True).tolist() == [[[1.0, 4.0]]]
-    assert average_pool(x, (2,), (3,), (1, 0), (2,), counted=False).tolist() == [[[2.0, 4.0]]]
+    axes = axes_of((7,), (2,), strides=(3,), pads=(1, 0), dilations=(2,))
+    assert average_pool(x, axes, counted=True).tolist() == [[[1.0, 4.0]]]
+    assert average_pool(x, axes, counted=False).tolist() == [[[2.0, 4.0]]]
 
 
 def test_max_pool_of_whole_numbers() -> None:
     x = np.arange(-8, 1, dtype=np.int64).reshape(1, 1, 9)
-    assert max_pool(x, (2,), (2,), (1, 1)).tolist() == [[[-8, -6, -4, -2, 0]]]
+    assert max_pool(x, axes_of((9,), (2,), strides=(2,), pads=(1, 1))).tolist() == [[[-8, -6, -4, -2, 0]]]
 
 
 def model(outputs: list[str], operator: str = "MaxPool", **attributes: object) -> bytes:
@@ -60,7 +67,7 @@ def model(outputs: list[str], operator: str = "MaxPool", **attributes: object) -
 
 @pytest.mark.parametrize(
     ("outputs", "attributes", "fast"),
-    [(["y"], {"ceil_mode": 1}, True), (["y", "at"], {}, False), (["y"], {"auto_pad": "SAME_UPPER"}, False)],
+    [(["y"], {"ceil_mode": 1}, True), (["y", "at"], {}, False), (["y"], {"pads": [-1, 0, 0, 0]}, False)],
 )
 def test_only_what_is_understood_is_replaced(outputs: list[str], attributes: dict[str, object], fast: bool) -> None:
     assert (better_operators(read_model(model(outputs, **attributes))) is not None) == fast

@@ -29,8 +29,13 @@ from bnexport.tensors import DTYPES, Signature, TensorSpec
 
 X = np.random.default_rng(0).random((5, 1, 28, 28), dtype=np.float32)
 ISOLATED = RunSettings(isolated=True)
-CPU = [spec.name for spec in RUNNERS if spec.device == "cpu"]
 QUICK = "onnxruntime-cpu"
+#: The engines whose child imports torch take seconds.
+CPU = [
+    pytest.param(spec.name, marks=[] if spec.engine in ("onnxruntime", "openvino", "torch") else pytest.mark.slow)
+    for spec in RUNNERS
+    if spec.device == "cpu"
+]
 
 
 def is_gone(process: int) -> bool:

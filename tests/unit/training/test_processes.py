@@ -212,6 +212,7 @@ end_process(3)
 """
 
 
+@pytest.mark.sampled(2, 1)
 @pytest.mark.parametrize(
     ("way", "shown"), [("plainly", "said exit function\nfinalised\n"), ("", "said exit function\n")]
 )
@@ -224,6 +225,7 @@ def test_a_process_of_several_ends_without_finalising_python_and_loses_nothing(w
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(("code", "ended"), [(0, 120), (3, 3)])
 def test_output_that_is_lost_is_no_success(code, ended):
     """As where Python itself ends: 120."""

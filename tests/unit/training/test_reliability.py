@@ -13,9 +13,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from bnexport.cli.main import main
 from bnexport.loading.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from bnexport.training.config import TrainingConfig
 from bnexport.training.preparation import MadeBy
+from bnexport.training.run import train
 
 HERE = Path(__file__).parent
 ROOT = Path(__file__).parents[3]
@@ -57,15 +61,21 @@ def test_twenty_kills_at_random_moments_resume_to_the_same_weights(tmp_path):
 @pytest.fixture(scope="module")
 def one_epoch(tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "a"
-    done = bnexport_train("--epochs", 1, "--out", out)
-    assert done.returncode == 0, done.stderr
+    train(TrainingConfig(dataset="digits", device="cpu", batch_size=1024, epochs=1), out=out)
     return out
 
 
-def sentences(done):
-    assert "Traceback" not in done.stderr
-    lines = done.stderr.splitlines()
-    assert len(lines) == 2, done.stderr
+def train_here(capsys, *options):
+    """The command in this process: its exit code, and what it printed."""
+    with pytest.raises(SystemExit) as left:
+        main([*TRAIN[3:], *map(str, options)])
+    return left.value.code, *capsys.readouterr()
+
+
+def sentences(error):
+    assert "Traceback" not in error
+    lines = error.splitlines()
+    assert len(lines) == 2, error
     return lines
 
 
@@ -81,7 +91,7 @@ def test_a_file_that_may_not_grow_leaves_the_checkpoint(tmp_path, one_epoch):
     limit = (out / "checkpoint.safetensors").stat().st_size // 2
     done = bnexport_train("--out", out, "--resume", "--epochs", 2, limit=limit)
     assert done.returncode == 2
-    assert "checkpoint.safetensors can't be written: [Errno 27] File too large" in sentences(done)[0]
+    assert "checkpoint.safetensors can't be written: [Errno 27] File too large" in sentences(done.stderr)[0]
     assert contents(out) == before
     assert bnexport_train("--out", out, "--resume", "--epochs", 2).returncode == 0
 
@@ -118,7 +128,7 @@ def test_a_full_disk_leaves_the_checkpoint(tmp_path, one_epoch):
         cwd=ROOT, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 2
-    assert "can't be written: [Errno 28] No space left on device" in sentences(done)[0]
+    assert "can't be written: [Errno 28] No space left on device" in sentences(done.stderr)[0]
     assert contents(kept) == contents(one_epoch)
 
 
@@ -141,7 +151,7 @@ def test_two_runs_at_once_and_a_killed_one(tmp_path):
             for option in ("--resume", "--force"):
                 second = bnexport_train("--out", out, option)
                 assert second.returncode == 2
-                assert f"another run is writing into {out}" in sentences(second)[0]
+                assert f"another run is writing into {out}" in sentences(second.stderr)[0]
             before = load_checkpoint(out / "checkpoint.safetensors").metadata["training"]["epoch"]
             wait_until(lambda: load_checkpoint(out / "checkpoint.safetensors").metadata["training"]["epoch"] > before)
             assert first.poll() is None
@@ -184,25 +194,26 @@ def test_what_differs_is_named():
     assert "on a GPU" in str(MadeBy("H100", "a", 1, 0, "2.14").differs_from({}))
 
 
-def test_a_resumed_run_with_other_threads_says_so(tmp_path, one_epoch):
+def test_a_resumed_run_with_other_threads_says_so(tmp_path, one_epoch, capsys):
     out = tmp_path / "a"
     shutil.copytree(one_epoch, out)
     saved = load_checkpoint(out / "checkpoint.safetensors")
     saved.metadata["training"]["made_by"]["threads"] = 64
     save_checkpoint(out / "checkpoint.safetensors", Checkpoint(saved.state, saved.metadata, saved.optimizer))
-    done = bnexport_train("--out", out, "--resume", "--epochs", 2)
-    assert done.returncode == 0, done.stderr
-    assert "note: the resumed weights may differ by rounding" in done.stdout
-    assert "threads was 64, is 1" in done.stdout
+    code, printed, error = train_here(capsys, "--out", out, "--resume", "--epochs", 2)
+    assert code == 0, error
+    assert "note: the resumed weights may differ by rounding" in printed
+    assert f"threads was 64, is {torch.get_num_threads()}" in printed
 
 
-def test_a_loss_that_is_not_finite_names_epoch_batch_and_checkpoint(tmp_path):
+def test_a_loss_that_is_not_finite_names_epoch_batch_and_checkpoint(tmp_path, capsys):
     """The network becomes infinite in the middle of its third epoch."""
     (tmp_path / "net.py").write_text(BREAKS)
     out = tmp_path / "a"
-    done = bnexport_train("--model", f"{tmp_path / 'net.py'}:build", "--out", out, "--lr", 0.01, "--epochs", 4)
-    assert done.returncode == 2
-    message, remedy = sentences(done)
+    model = f"{tmp_path / 'net.py'}:build"
+    code, _, error = train_here(capsys, "--model", model, "--out", out, "--lr", 0.01, "--epochs", 4)
+    assert code == 2
+    message, remedy = sentences(error)
     assert "no longer finite in batch 2 of 6 of epoch 3" in message
     assert f"{out / 'checkpoint.safetensors'} holds epoch 2, which was sound" in remedy
     assert load_checkpoint(out / "checkpoint.safetensors").metadata["training"]["epoch"] == 2

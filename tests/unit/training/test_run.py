@@ -225,12 +225,13 @@ run.train(test_run.CONFIG, out=sys.argv[1], progress=progress)
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("moment", "epochs"),
     [
+        (("write", "4"), 1),  # the second checkpoint
         (("batch",), 1),
         (("write", "1"), 0),  # config.json
-        (("write", "4"), 1),  # the second checkpoint
     ],
 )
 def test_a_killed_run_is_readable_and_resumes_to_the_same_weights(tmp_path, whole, moment, epochs):

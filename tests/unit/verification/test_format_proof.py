@@ -72,6 +72,7 @@ def error_of(found: dict[str, Array], wanted: dict[str, Array]) -> float:
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.sampled(6, 2)
 @pytest.mark.parametrize("case", [case for case in CASES if case.name not in LEFT_OUT], ids=lambda case: case.name)
 def test_every_case_is_proved(case: Case, tmp_path: Path) -> None:
     model = case.model()
@@ -101,7 +102,7 @@ def images(right: Bundle) -> ComparedCase:
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_right_file_passes(right: Bundle, images: ComparedCase, name: str) -> None:
-    weights, proof = rows_of(right, name, [images], limit=7)
+    weights, proof = rows_of(right, name, [images.head(7)])
     assert (weights.stage, weights.subject, weights.case, weights.passed) == ("weights", name, "bits", True)
     assert (proof.stage, proof.subject, proof.case, proof.passed, proof.n) == ("file-proof", name, "images", True, 7)
     assert proof.device == "float64 in torch"
@@ -149,6 +150,7 @@ FAULTS: dict[str, tuple[Callable[[], dict[str, Tensor]], bool, bool]] = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_in_one_file_is_caught_by_its_own_rows(
@@ -158,12 +160,12 @@ def test_a_fault_in_one_file_is_caught_by_its_own_rows(
     folder = copy_bundle(right, tmp_path / "1")
     WRITERS[name](folder / name, make())
     spoiled = reseal(folder)
-    weights, proof = rows_of(spoiled, name, [images], limit=9)
+    weights, proof = rows_of(spoiled, name, [images.head(9)])
     assert (weights.passed, proof.passed) == (bits, proved)
     assert weights.subject == proof.subject == name
     assert all(row.reason for row in (weights, proof) if not row.passed)
     other = next(item for item in FILES if item != name)
-    assert all(row.passed for row in rows_of(spoiled, other, [images], limit=9))
+    assert all(row.passed for row in rows_of(spoiled, other, [images.head(9)]))
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -172,7 +174,7 @@ def test_a_file_that_can_t_be_read_is_a_failed_row(
 ) -> None:
     folder = copy_bundle(right, tmp_path / "1")
     (folder / name).write_bytes(b"no model")
-    rows = rows_of(reseal(folder), name, [images], limit=9)
+    rows = rows_of(reseal(folder), name, [images.head(9)])
     assert [(row.stage, row.case, row.passed) for row in rows] == [
         ("weights", "bits", False),
         ("file-proof", "open", False),
@@ -186,7 +188,7 @@ def test_without_torch_it_says_so(right: Bundle, images: ComparedCase, monkeypat
 
     monkeypatch.setattr("bnexport.verification.format_proof.require", missing)
     with pytest.raises(MissingDependency, match=r"the proof of model\.pt needs torch"):
-        rows_of(right, MODEL_TORCHSCRIPT, [images], limit=2)
+        rows_of(right, MODEL_TORCHSCRIPT, [images.head(2)])
 
 
 class Narrow(nn.Module):
@@ -230,7 +232,7 @@ def test_a_script_that_is_not_frozen_is_proved_as_well(right: Bundle, images: Co
     plain = bnexport.bn_lenet("none").eval()
     plain.load_state_dict(fold_by_hand(network()))
     torch.jit.save(torch.jit.script(plain), str(folder / MODEL_TORCHSCRIPT))
-    assert all(row.passed for row in rows_of(reseal(folder), MODEL_TORCHSCRIPT, [images], limit=9))
+    assert all(row.passed for row in rows_of(reseal(folder), MODEL_TORCHSCRIPT, [images.head(9)]))
 
 
 def test_a_script_that_changes_itself_is_no_function(tmp_path: Path) -> None:
@@ -281,8 +283,8 @@ def test_half_precision_is_judged_by_what_its_weights_rounding_does(tmp_path: Pa
             assert error_of(TorchFloat64Evaluator(tmp_path / name, signature).evaluate(feeds), exact) < 1e-12
     bundle = seal(tmp_path, manifest)
     for name in FILES:
-        *bits, strict = rows_of(bundle, name, [given], limit=9)
-        *_, judged = rows_of(bundle, name, [given], limit=9, rounding=lambda _, row=strict: row.error)
+        *bits, strict = rows_of(bundle, name, [given.head(9)])
+        *_, judged = rows_of(bundle, name, [given.head(9)], rounding=lambda _, row=strict: row.error)
         assert all(row.passed for row in bits), bits
         assert (strict.passed, judged.passed) == (False, True)
         assert judged.predicted == strict.error

@@ -11,6 +11,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from cases import randomise
+from support.bundles import copy_bundle
 from support.hostile import forge
 from torch import nn
 
@@ -44,32 +45,42 @@ def test_without_a_varying_size_there_are_none() -> None:
     assert list(other_sized_batches(Signature((spec,), (spec,)), golden, seed=0)) == []
 
 
-def exported(folder: Path) -> tuple[Bundle, nn.Module]:
+def sized() -> nn.Module:
     torch.manual_seed(0)
-    network = randomise(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())).eval()
+    return randomise(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())).eval()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     request = ExportRequest(inputs=("3x12x10",), dynamic_size=True)
-    result = bnexport.fold_and_export(network, folder / "sized" / "1", request=request)
+    result = bnexport.fold_and_export(sized(), tmp_path_factory.mktemp("made") / "sized" / "1", request=request)
     assert result.bundle is not None, result.verification.summary()
-    return result.bundle, network
+    return result.bundle
 
 
-def test_every_engine_runs_another_size(tmp_path: Path) -> None:
-    bundle, network = exported(tmp_path)
+@pytest.fixture
+def exported(made: Bundle, tmp_path: Path) -> tuple[Bundle, nn.Module]:
+    """A copy of the bundle, and its network."""
+    return Bundle.open(copy_bundle(made, tmp_path / "1")), sized()
+
+
+def test_every_engine_runs_another_size(exported: tuple[Bundle, nn.Module]) -> None:
+    bundle, network = exported
     report = bnexport.verify(bundle, module=network)
     ran = {row.subject for row in report.rows if row.case == "noise 19x23" and row.passed}
     assert {MODEL_ONNX, "torch-cpu", "torchscript-cpu", "onnxruntime-cpu"} <= ran
 
 
-def test_the_smallest_size_is_run_by_every_engine(tmp_path: Path) -> None:
-    bundle, network = exported(tmp_path)
+def test_the_smallest_size_is_run_by_every_engine(exported: tuple[Bundle, nn.Module]) -> None:
+    bundle, network = exported
     assert bundle.manifest.signature.inputs[0].smallest == {"height": 3, "width": 3}
     report = bnexport.verify(bundle, module=network)
     ran = {row.subject for row in report.rows if row.case == "noise 3x3" and row.passed}
     assert {MODEL_ONNX, "torch-cpu", "torchscript-cpu", "onnxruntime-cpu"} <= ran
 
 
-def test_a_smallest_size_that_the_original_refuses_fails_the_verdict(tmp_path: Path) -> None:
-    bundle, network = exported(tmp_path)
+def test_a_smallest_size_that_the_original_refuses_fails_the_verdict(exported: tuple[Bundle, nn.Module]) -> None:
+    bundle, network = exported
     forge(bundle.path, lambda value: value["signature"]["inputs"][0].update(smallest={"height": 2}))
     report = bnexport.verify(bundle.path, module=network, runtimes=["onnxruntime-cpu"])
     failed = {(row.subject, row.case) for row in report.rows if not row.passed}
@@ -77,9 +88,9 @@ def test_a_smallest_size_that_the_original_refuses_fails_the_verdict(tmp_path: P
 
 
 def test_an_engine_may_refuse_the_smallest_size_but_not_answer_it_wrongly(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    exported: tuple[Bundle, nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bundle, network = exported(tmp_path)
+    bundle, network = exported
     plain = OnnxRuntimeRunner.run_fitting
 
     def rows(answer: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Row]:
@@ -126,8 +137,8 @@ def test_what_an_engine_would_answer_below_the_smallest_size_is_refused(tmp_path
         runner.run(feeds)
 
 
-def test_an_original_that_takes_no_other_size_fails_the_verdict(tmp_path: Path) -> None:
-    bundle, network = exported(tmp_path)
+def test_an_original_that_takes_no_other_size_fails_the_verdict(exported: tuple[Bundle, nn.Module]) -> None:
+    bundle, network = exported
 
     class Stubborn(nn.Module):
         def __init__(self) -> None:
@@ -143,7 +154,7 @@ def test_an_original_that_takes_no_other_size_fails_the_verdict(tmp_path: Path) 
     assert any(row.case == "another size" and not row.passed for row in report.rows)
 
 
-def test_the_work_is_counted_at_the_exported_size(tmp_path: Path) -> None:
-    model = read_model(exported(tmp_path)[0].file(MODEL_ONNX))
+def test_the_work_is_counted_at_the_exported_size(made: Bundle) -> None:
+    model = read_model(made.file(MODEL_ONNX))
     assert multiplications(model) < 4 * 3 * 9 * 2
     assert multiplications(model, {"input": (3, 12, 10)}) >= 4 * 3 * 9 * 10 * 8

@@ -68,6 +68,7 @@ def test_real_float32_engines_are_float32(bundle: Bundle, exact: Outputs, emulat
 HALF = ("conv2d", "conv1d", "conv-groups", "conv-stride", "linear", "two-in-a-row", "flatten-between", "residual")
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("precision", ["float16", "bfloat16"])
 @pytest.mark.parametrize("name", [name for name in HALF if any(case.name == name for case in CASES)])
 def test_real_half_precision_is_predicted_and_recognised(name: str, precision: str) -> None:

@@ -17,7 +17,7 @@ from bnexport.errors import BundleError, ProofError
 from bnexport.onnx_files import float64
 from bnexport.onnx_files.float64 import Float64Evaluator, widen
 from bnexport.onnx_files.models import declaration_problem, multiplications, read_model, trained_tensors
-from bnexport.onnx_files.operators import average_pool, better_operators
+from bnexport.onnx_files.operators import better_operators
 from bnexport.tensors import Signature
 from bnexport.verification.metrics import Measurement, measure
 from bnexport.verification.tolerances import TOLERANCES
@@ -105,10 +105,6 @@ def test_average_pooling_is_fast_only_where_it_is_plain(attributes: dict[str, ob
     session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     expected = session.run(None, {"x": x.astype(np.float32)})[0]
     np.testing.assert_allclose(Float64Evaluator(source).evaluate({"x": x})["y"], expected, rtol=1e-5, atol=1e-6)
-
-
-def test_average_pool_in_one_dimension() -> None:
-    assert average_pool(np.arange(6.0).reshape(1, 1, 6), (2,), (3,)).tolist() == [[[0.5, 3.5]]]
 
 
 def test_every_kind_of_float_in_the_file_is_widened() -> None:

@@ -14,7 +14,7 @@ from bnexport.bundle import GOLDEN, Bundle, write_golden
 from bnexport.errors import BundleError, DataError, ModelError, RuntimeUnavailable, UsageError
 from bnexport.runtimes.catalogue import RUNNERS, RunnerSpec, runner_spec
 from bnexport.runtimes.torch_runners import TorchEagerRunner
-from bnexport.verification import work as module_under_test
+from bnexport.verification import budget as module_under_test
 from bnexport.verification.reference import Reference
 from bnexport.verification.scope import Scope
 from bnexport.verification.verdict import VerificationReport
@@ -27,7 +27,8 @@ FAST = ["onnxruntime-cpu"]
 @pytest.fixture(autouse=True)
 def few_samples(monkeypatch: pytest.MonkeyPatch) -> None:
     """About a hundred samples per batch, thirty for the proof."""
-    monkeypatch.setattr(module_under_test, "_RUNTIME_WORK", 3e7)
+    monkeypatch.setattr(module_under_test, "_REAL_WORK", 3e7)
+    monkeypatch.setattr(module_under_test, "_SYNTHETIC_WORK", 3e7)
     monkeypatch.setattr(module_under_test, "_PROOF_WORK", 9e6)
 
 
@@ -167,6 +168,15 @@ def test_nothing_run_is_no_pass(bundle: Bundle, monkeypatch: pytest.MonkeyPatch)
     assert set(found.skipped) == {spec.name for spec in RUNNERS if spec.default}
 
 
+def test_a_missing_gpu_starts_no_process(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = tuple(replace(spec, prober=lambda _device: "no GPU") for spec in RUNNERS if spec.device != "cpu")
+    monkeypatch.setattr("bnexport.verification.verify.RUNNERS", (runner_spec("onnxruntime-cpu"), *missing))
+    monkeypatch.setattr("bnexport.runtimes.isolation.IsolatedRunner", None)
+    found = verify(bundle, scope=Scope(max_samples=20, drift=False))
+    assert found.passed, found.failures
+    assert found.skipped == {spec.name: "no GPU" for spec in missing if spec.default}
+
+
 def test_a_runtime_that_is_here_but_refuses_the_file_fails(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuses(*_args: object) -> None:
         raise RuntimeUnavailable("onnxruntime-cuda fell back: the node 'a' (Det) runs on the CPU", remedy="z")
@@ -234,7 +244,7 @@ def test_a_missing_data_folder_is_an_error_only_when_it_was_named(
 def test_all_test_images_of_a_known_data_set_are_used(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module_under_test, "_RUNTIME_WORK", 5e9)
+    monkeypatch.setattr(module_under_test, "_REAL_WORK", 5e9)
     real = reseal(copy_bundle(bundle, tmp_path / "1"), dataset="fashion-mnist")
     found = verify(real, runtimes=FAST)
     assert found.passed, found.failures

@@ -13,25 +13,15 @@ from support.onnx_builder import Builder
 
 @dataclass(frozen=True)
 class Case:
-    """One graph.
+    """One graph."""
 
-    Attributes:
-        name: Of the test.
-        build: Fills the builder.
-        outcomes: Node -> outcome, in the order of the account.
-        because: Part of the reason of the first that stays.
-        options: Of the builder: opset, ir, dtype.
-        fold: Of ``fold_onnx``.
-        runs: Whether onnxruntime has a kernel for it and gives finite numbers.
-    """
-
-    name: str
-    build: Callable[[Builder], None]
-    outcomes: tuple[tuple[str, str], ...]
-    because: str = ""
-    options: dict[str, Any] = field(default_factory=dict)
-    fold: dict[str, Any] = field(default_factory=dict)
-    runs: bool = True
+    name: str  # Of the test
+    build: Callable[[Builder], None]  # Fills the builder
+    outcomes: tuple[tuple[str, str], ...]  # Node -> outcome, in the order of the account
+    because: str = ""  # Part of the reason of the first that stays
+    options: dict[str, Any] = field(default_factory=dict)  # Of the builder: opset, ir, dtype
+    fold: dict[str, Any] = field(default_factory=dict)  # Of ``fold_onnx``
+    runs: bool = True  # Whether onnxruntime has a kernel for it and gives finite numbers
 
     def model(self) -> ModelProto:
         builder = Builder(**self.options)

@@ -287,6 +287,7 @@ def small_shufflenet() -> nn.Module:
     return torchvision.models.ShuffleNetV2([1, 2, 1], [8, 16, 24, 32, 48], num_classes=5)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("build", [small_densenet, small_shufflenet])
 def test_as_many_as_the_torch_door(build: Any):
     torch.manual_seed(0)

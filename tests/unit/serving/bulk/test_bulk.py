@@ -228,6 +228,22 @@ def test_a_damaged_image_ends_the_run_and_the_mended_one_goes_on(bundle: Bundle,
     assert rows(tmp_path / "out")["id"] == sorted(map(str, folder.iterdir()))
 
 
+def test_a_folder_is_read_as_training_reads_it(bundle: Bundle, tmp_path: Path) -> None:
+    """Hidden entries do not count, links count as their targets, and no picture counts twice."""
+    folder, store = tmp_path / "in", tmp_path / "store"
+    for place, names in ((folder, ("a.png", ".b.png", ".git/c.png")), (store, ("d.PNG", "deeper/e.png"))):
+        for index, name in enumerate(names):
+            (place / name).parent.mkdir(parents=True, exist_ok=True)
+            (place / name).write_bytes(png(IMAGES[index]))
+    (folder / "linked").symlink_to(store)
+    predict(bundle, folder, tmp_path / "out")
+    found = rows(tmp_path / "out")["id"]
+    assert found == [str(folder / name) for name in ("a.png", "linked/d.PNG", "linked/deeper/e.png")]
+    (folder / "again").symlink_to(store)
+    with pytest.raises(BnexportError, match=r"leads to .* again"):
+        predict(bundle, folder, tmp_path / "other")
+
+
 def test_force_keeps_what_belongs_to_the_new_job_alone(bundle: Bundle, tmp_path: Path) -> None:
     """A picture that goes moves all after it by one; a second source that grows leaves the first one as it is."""
     first, second, out = tmp_path / "a", tmp_path / "b.npy", tmp_path / "out"

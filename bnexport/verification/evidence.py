@@ -1,0 +1,415 @@
+"""Everything that a verification needs before any engine runs: files, the original's answers, inputs, predictions.
+
+Only files whose hash holds are opened. The original is evaluated once for each input, and inputs of one size in one go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bnexport.bundle import GOLDEN, MODEL_ONNX, WEIGHTS, Bundle
+from bnexport.errors import BnexportError, MissingDependency, Unavailable, UsageError
+from bnexport.onnx_files.models import multiplications, read_model
+from bnexport.optional import require
+from bnexport.tensors import check_feeds
+from bnexport.verification.budget import Budget, budget_of
+from bnexport.verification.forecast import Forecast
+from bnexport.verification.format_proof import TENSORS, format_rows
+from bnexport.verification.inputs import (
+    REAL,
+    Batch,
+    Case,
+    Outputs,
+    Suite,
+    build_suite,
+    each_once,
+    other_sized_batches,
+    smallest_batch,
+)
+from bnexport.verification.metrics import common_scales, count_flips, has_labels
+from bnexport.verification.reference import Reference, find_reference, not_rebuilt, takes_empty_batch
+from bnexport.verification.samples import Samples
+from bnexport.verification.stages import compare, failed, proof_rows
+from bnexport.verification.tolerances import TOLERANCES
+from bnexport.verification.verdict import Row
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+    from torch import nn
+
+#: Description of a reference that is not the original itself.
+GOLDEN_ALONE = "the bundle's golden vectors"
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """The inputs of a verification with their right answers, and the checks that were made while they were prepared.
+
+    Attributes:
+        module: The live original network, if its author gave it.
+        problems: File of the bundle -> why it must not be opened; None for a file whose hash holds.
+        model: model.onnx as read; None when it can't be read here.
+        cost: Multiplications per sample.
+        budget: Number of samples of each kind.
+        golden: The golden vectors; None when they can't be read.
+        cases: The batches of stages 2 and 3, real images first.
+        sizes: The batch whose first samples are run in other batch sizes; None when the batch dimension is fixed.
+        empty: Zero samples have to work.
+        labels: True classes of the first batch, int64 (n,); None without.
+        forecast: Predicts the noise of precisions.
+        rows: The checks so far.
+        skipped: Part -> why it was not checked.
+        waived: Required stage -> why it can't be run here, and what replaces it.
+        reference: Description of the reference.
+        inputs: Description of the real inputs, or the reason why there are none.
+        accuracy: Accuracy of the reference on labelled samples: ``{"dataset", "n", "correct"}``; empty without.
+    """
+
+    bundle: Bundle
+    module: nn.Module | None
+    problems: Mapping[str, str | None]
+    model: ModelProto | None
+    cost: int
+    budget: Budget
+    golden: Case | None
+    cases: tuple[Case, ...]
+    sizes: Batch | None
+    empty: bool
+    labels: Any
+    forecast: Forecast
+    rows: tuple[Row, ...]
+    skipped: Mapping[str, str]
+    waived: Mapping[str, str]
+    reference: str
+    inputs: str
+    accuracy: Mapping[str, Any]
+
+    @property
+    def precision(self) -> str:
+        """Return the precision of the files: "float32", "float16", "bfloat16"."""
+        return stored_precision(self.bundle)
+
+    def changed(self, name: str) -> str | None:
+        """Return the reason why a file must not be opened; None for a file whose hash holds."""
+        return _changed(self.problems, name)
+
+    def warnings(self) -> tuple[str, ...]:
+        """Return the warnings for the reader that no row contains."""
+        if not self.cases or self.cases[0].batch.name in REAL:
+            return ()
+        if not any(map(has_labels, self.cases[0].expected.values())):
+            return ()
+        return (
+            "the inputs are synthetic: how many labels change on noise says little of real samples; "
+            "give some with --samples or --data-dir",
+        )
+
+
+def stored_precision(bundle: Bundle) -> str:
+    """Return the precision of a bundle's files: "float32", "float16", "bfloat16"."""
+    return str(bundle.manifest.onnx.get("precision", "float32"))
+
+
+def prepare(
+    bundle: Bundle,
+    module: nn.Module | None,
+    *,
+    seed: int,
+    data_dir: str | Path | None = None,
+    samples: Samples | None = None,
+    max_samples: int | None = None,
+    thorough: bool = False,
+) -> Evidence:
+    """Read the files, evaluate the original on every input, and record what fails on the way; for the arguments see ``verify``.
+
+    Raises:
+        DataError: ``data_dir`` does not hold the data set, or the samples are too few.
+        ModelError: ``module`` can't be evaluated in float64.
+        UsageError: There are samples, but no original to compare with.
+    """
+    # Once: a model of a gigabyte takes seconds to hash, and every stage asks.
+    problems = {name: bundle.problem(name) for name in bundle.manifest.files}
+    golden, rows = _golden(bundle, problems)
+    model, model_rows, skipped, waived = _model(bundle, problems)
+    reference, told, reference_rows = _find_reference(bundle, module, problems)
+    rows += [*model_rows, *reference_rows]
+    if samples is not None and reference is None:
+        _refuse_samples(told)
+    cost = _cost(bundle, golden, model)
+    budget = budget_of(cost, thorough=thorough, most=max_samples, given=samples is not None)
+    answered = _Answered((), "", None, False, (), {})
+    if golden is not None and reference is not None:
+        suite = build_suite(
+            bundle.manifest, golden.batch.feeds, data_dir=data_dir, seed=seed, budget=budget, samples=samples
+        )
+        answered = _answers(bundle, reference, golden, suite, seed=seed, live=module is not None)
+    cases = answered.cases or (() if golden is None else (golden,))
+    varies = all(isinstance(spec.shape[0], str) for spec in bundle.manifest.signature.inputs)
+    noise = next((case.batch for case in answered.cases if case.batch.name == "noise"), None)
+    sizes = noise or (None if golden is None else golden.batch)
+    return Evidence(
+        bundle=bundle,
+        module=module,
+        problems=problems,
+        model=model,
+        cost=cost,
+        budget=budget,
+        golden=golden,
+        cases=cases,
+        sizes=sizes if varies else None,
+        empty=answered.empty and varies,
+        labels=answered.labels,
+        forecast=Forecast(
+            model,
+            cases=cases,
+            budget=budget,
+            varies=varies,
+            stored=stored_precision(bundle),
+            recorded=_recorded(bundle),
+        ),
+        rows=(*rows, *answered.rows),
+        skipped=skipped,
+        waived=waived,
+        reference=told,
+        inputs=answered.inputs or "golden vectors alone: they are all that is known here of the original network",
+        accuracy=answered.accuracy,
+    )
+
+
+def file_checks(evidence: Evidence) -> tuple[list[Row], dict[str, str]]:
+    """Prove the written files in float64 (stage 1). Return the checks, and proof -> why it was not made."""
+    rows: list[Row] = []
+    skipped: dict[str, str] = {}
+    cases, forecast = evidence.cases, evidence.forecast
+    if not cases:
+        return rows, skipped
+    if evidence.model is not None:
+        rows += proof_rows(evidence.bundle, evidence.model, cases, forecast)
+    for name in TENSORS:
+        if evidence.changed(name) is not None:
+            continue  # it was not written, or its runtime's row says what is wrong
+        try:
+            fronts = [forecast.front(case) for case in cases]
+            rows += format_rows(evidence.bundle, name, fronts, model=evidence.model, rounding=forecast.rounding)
+        except Unavailable as error:
+            skipped[f"proof of {name}"] = error.message
+        except BnexportError as error:
+            rows.append(failed("weights", name, "bits", error.message))
+    return rows, skipped
+
+
+def coverage(evidence: Evidence, rows: Sequence[Row]) -> str:
+    """Return how many samples were compared, and how many a thorough verification compares; ``rows`` are the runtimes'."""
+    if not evidence.cases:
+        return "nothing was compared: there are no inputs"
+    kinds = ", ".join(f"{case.batch.n} {case.batch.name}" for case in evidence.cases)
+    sizes = ", ".join(map(str, evidence.budget.batch_sizes))
+    proof = sum(evidence.forecast.front(case).batch.n for case in evidence.cases)
+    told = f"each runtime: {kinds}; batch sizes {sizes}" if evidence.sizes is not None else f"each runtime: {kinds}"
+    if not rows:
+        told = f"inputs: {kinds}"
+    told += f"; float64 proofs: {proof}"
+    more = budget_of(evidence.cost, thorough=True, given=True)
+    times = more.synthetic / evidence.budget.synthetic
+    return told if times < 1.05 else f"{told}; --thorough compares {times:.1f} times as many synthetic samples"
+
+
+def _changed(problems: Mapping[str, str | None], name: str) -> str | None:
+    return problems.get(name, f"{name} is not in the bundle")
+
+
+def _golden(bundle: Bundle, problems: Mapping[str, str | None]) -> tuple[Case | None, list[Row]]:
+    """Return the golden vectors, or the failed row that says why they can't be used."""
+    found = [problem for name, problem in problems.items() if name.startswith(f"{GOLDEN}/") and problem is not None]
+    if found:
+        return None, [failed("golden", GOLDEN, "open", f"{found[0]}, so it was not opened")]
+    try:
+        inputs, outputs = bundle.golden()
+        check_feeds(bundle.manifest.signature, inputs)
+    except BnexportError as error:
+        return None, [failed("golden", GOLDEN, "open", error.message)]
+    return Case(Batch("golden", inputs), outputs), []
+
+
+def _model(
+    bundle: Bundle, problems: Mapping[str, str | None]
+) -> tuple[ModelProto | None, list[Row], dict[str, str], dict[str, str]]:
+    """Return model.onnx as read, failed rows, skipped parts and waived stages."""
+    if (problem := _changed(problems, MODEL_ONNX)) is not None:
+        return None, [failed("file-proof", MODEL_ONNX, "open", f"{problem}, so it was not opened")], {}, {}
+    try:
+        return read_model(bundle.file(MODEL_ONNX)), [], {}, {}
+    except MissingDependency:
+        rows, waived = _proof_at_export(bundle)
+        return None, rows, {"weights": "whether all formats hold the same weights: onnx is not installed"}, waived
+    except BnexportError as error:
+        return None, [failed("file-proof", MODEL_ONNX, "open", error.message)], {}, {}
+
+
+def _proof_at_export(bundle: Bundle) -> tuple[list[Row], dict[str, str]]:
+    """Use the manifest, whose digest holds, in place of the proof without onnx; a bundle that was never proved fails."""
+    told = "the float64 proof was not repeated here: onnx is not installed"
+    error = _error_at_export(bundle)
+    if error is None:
+        reason = f"{told}; the manifest holds no proof from export that passes"
+        return [failed("file-proof", MODEL_ONNX, "open", reason)], {}
+    return [], {"file-proof": f"{told}; at export it was {error:.1e} of scale (manifest, whose digest holds)"}
+
+
+def _error_at_export(bundle: Bundle) -> float | None:
+    """Return the largest error of this file's proof at export; None unless every row is within today's bound."""
+    rows = bundle.manifest.verification.get("rows")
+    errors = [
+        row.get("error")
+        for row in (rows if isinstance(rows, list) else ())
+        if isinstance(row, dict) and row.get("stage") == "file-proof" and row.get("subject") == MODEL_ONNX
+    ]
+    bounds = {"float32": TOLERANCES["file-proof"].bound}  # in half precision the bound is the manifest's own word
+    known = [error for error in errors if isinstance(error, float)]
+    if not known or len(known) < len(errors):
+        return None
+    worst = max(known)
+    return worst if worst <= bounds.get(stored_precision(bundle), worst) else None
+
+
+def _find_reference(
+    bundle: Bundle, module: nn.Module | None, problems: Mapping[str, str | None]
+) -> tuple[Reference | None, str, list[Row]]:
+    """Return the original in float64 if there is one, its description, and a failed row where it should be there and is not."""
+    why_not = not_rebuilt(bundle) if module is None else None
+    problem = _changed(problems, WEIGHTS) if module is None and why_not is None else None
+    reference = None
+    try:
+        reference = find_reference(bundle, module) if problem is None else None
+    except BnexportError as error:
+        if module is not None:
+            raise
+        problem = error.message
+    if reference is not None:
+        return reference, reference.description, []
+    if problem is not None:
+        row = failed("golden-reference", "reference", "open", f"no reference could be built: {problem}")
+        return None, GOLDEN_ALONE, [row]
+    return None, GOLDEN_ALONE + (f", not the original network, {why_not}" if why_not is not None else ""), []
+
+
+def _refuse_samples(reference: str) -> None:
+    """Refuse samples without a reference.
+
+    Raises:
+        MissingDependency: The original network needs torch.
+        UsageError: Only its author has its code.
+    """
+    require("torch", purpose="--samples, which needs the original network in float64,")
+    raise UsageError(
+        f"--samples has nothing to be compared with: the bundle has no original network here ({reference})",
+        remedy="Give the original network with --source FILE.py:FACTORY",
+    )
+
+
+def _cost(bundle: Bundle, golden: Case | None, model: ModelProto | None) -> int:
+    """Return the multiplications per sample; estimated from the file's size where its content does not give them."""
+    if model is not None:
+        sizes = {} if golden is None else {name: x.shape[1:] for name, x in golden.batch.feeds.items()}
+        return max(1, multiplications(model, sizes))
+    return max(1, int(bundle.manifest.files.get(MODEL_ONNX, {}).get("size", 0)))
+
+
+def _recorded(bundle: Bundle) -> dict[str, float]:
+    """Return precision -> error of scale, predicted when the bundle was made."""
+    findings = bundle.manifest.verification.get("findings")
+    listed = findings.get("predictions") if isinstance(findings, dict) else None
+    return {
+        str(item.get("precision")): item["error"]
+        for item in (listed if isinstance(listed, list) else ())
+        if isinstance(item, dict) and isinstance(item.get("error"), float)
+    }
+
+
+@dataclass(frozen=True)
+class _Answered:
+    """Inputs with the original's answers; the attributes are those of ``Evidence``."""
+
+    cases: tuple[Case, ...]
+    inputs: str
+    labels: Any
+    empty: bool
+    rows: Sequence[Row]
+    accuracy: Mapping[str, Any]
+
+
+def _answers(bundle: Bundle, reference: Reference, golden: Case, suite: Suite, *, seed: int, live: bool) -> _Answered:
+    """Evaluate the original on every batch, and compare it with the golden vectors and the accuracy at export."""
+    answers = each_once([golden.batch, *suite.batches], reference.evaluate)
+    if (problem := next((item for item in answers[1:] if isinstance(item, BnexportError)), None)) is not None:
+        if live:
+            raise problem  # the caller's own module can't be used: no verdict on the bundle
+        row = failed("golden-reference", "reference", "open", problem.message)
+        return _Answered((), "", None, False, [row], {})
+    on_golden, *others = answers
+    answered = [
+        (batch, item) for batch, item in zip(suite.batches, others, strict=True) if not isinstance(item, Exception)
+    ]
+    more, rows = _other_sizes(bundle, reference, golden, seed)
+    answered += more
+    scales = common_scales([item for _, item in answered])
+    cases = tuple(Case(batch, item, scales) for batch, item in answered)
+    if isinstance(on_golden, BnexportError):
+        rows.append(failed("golden-reference", "reference", "golden", on_golden.message))
+    else:
+        rows.append(compare("golden-reference", "reference", "golden", on_golden, golden.expected))
+    accuracy = _accuracy(cases[0], suite)
+    if accuracy:
+        rows += _accuracy_rows(bundle, cases[0], accuracy)
+    noise = next(case.batch for case in cases if case.batch.name == "noise")
+    return _Answered(cases, suite.images, suite.labels, takes_empty_batch(reference, noise.feeds), rows, accuracy)
+
+
+def _other_sizes(
+    bundle: Bundle, reference: Reference, golden: Case, seed: int
+) -> tuple[list[tuple[Batch, Outputs]], list[Row]]:
+    """Return batches in another and the smallest size, where sizes vary, or a failed row where the original takes none."""
+    signature, refused = bundle.manifest.signature, ""
+    for batch in other_sized_batches(signature, golden.batch.feeds, seed=seed):
+        (found,) = each_once([batch], reference.evaluate)
+        if isinstance(found, BnexportError):
+            refused = found.message
+            continue
+        smallest = smallest_batch(signature, golden.batch.feeds, seed=seed)
+        if smallest is None:
+            return [(batch, found)], []
+        (least,) = each_once([smallest], reference.evaluate)
+        if isinstance(least, BnexportError):
+            return [(batch, found)], [failed("strict", "reference", "the smallest size", least.message)]
+        return [(batch, found), (smallest, least)], []
+    if refused:
+        return [], [failed("strict", "reference", "another size", f"no other size could be tried: {refused}")]
+    return [], []
+
+
+def _accuracy(images: Case, suite: Suite) -> dict[str, Any]:
+    """Return how many labels the reference gets right; {} without labels, or when the output is not one score per class."""
+    scores = next(iter(images.expected.values()))
+    if suite.labels is None or scores.ndim != 2:
+        return {}
+    correct = int((scores.argmax(axis=1) == suite.labels).sum())
+    return {"dataset": suite.dataset, "n": images.batch.n, "correct": correct}
+
+
+def _accuracy_rows(bundle: Bundle, images: Case, now: Mapping[str, Any]) -> list[Row]:
+    """The original must be as accurate on these images as at export, else the preprocessing has changed."""
+    before = bundle.manifest.verification.get("accuracy")
+    if not isinstance(before, dict) or not isinstance(before.get("correct"), int):
+        return []  # made without images, or by another version
+    if before.get("dataset") != now["dataset"] or before.get("n") != now["n"]:
+        return []
+    scores = next(iter(images.expected.values()))
+    unsure = count_flips(scores, scores, bound=TOLERANCES["golden-reference"].bound).uncertain
+    passed = abs(before["correct"] - now["correct"]) <= unsure
+    reason = f"{now['correct']} of {now['n']} images right, {before['correct']} at export"
+    if not passed:
+        reason += ": other preprocessing, images or weights"
+    return [Row("accuracy", "reference", "images", passed, reason, n=now["n"])]
