@@ -412,6 +412,56 @@ def test_what_has_no_place_in_the_modules_stays(name: str) -> None:
     assert type(result.model.get_submodule(path)) is type(model.get_submodule(path)), "what stays is as it was"
 
 
+class InAList(ReadsMean):
+    """Registered, but forward calls what its list holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.items = [self.other, self.conv, self.bn]
+
+    def forward(self, x: Tensor) -> Tensor:
+        for item in self.items:
+            x = item(x)
+        return x
+
+
+def test_a_norm_that_is_reached_through_a_list_stays() -> None:
+    torch.manual_seed(0)
+    model = randomise(InAList()).eval()
+    result = bnexport.fold_modules(model, IMAGE)
+    assert [row.outcome for row in result.report.rows] == ["kept", "kept"]
+    assert all("as in a list" in row.reason for row in result.report.rows)
+    assert difference(model, result.model, (torch.randn(3, 3, 8, 8),)) == 0
+
+
+def test_a_norm_under_two_names_and_a_wrapper() -> None:
+    torch.manual_seed(0)
+    model = Graph(lambda m, x: m.second(m.conv(x)), conv=conv()(), first=bn()())
+    model.second = model.first
+    wrapped = nn.DataParallel(randomise(model)).eval()
+    result = bnexport.fold_modules(wrapped, IMAGE)
+    assert [row.outcome for row in result.report.rows] == ["backward"]
+    assert isinstance(result.model.module.first, nn.Identity)
+    assert isinstance(result.model.module.second, nn.Identity)
+    assert difference(wrapped.module, result.model.module, (torch.randn(3, 3, 8, 8),)) <= 1e-6
+
+
+def test_a_network_that_is_folded_again_still_loads() -> None:
+    torch.manual_seed(0)
+    model = randomise(
+        nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4))
+    ).eval()
+    once = bnexport.fold_modules(model, IMAGE).model
+    head = nn.Conv2d(4, 2, 1, bias=False)
+    once.append(head)
+    twice = bnexport.fold_modules(once, IMAGE).model
+    assert isinstance(twice[3], nn.Identity)
+    restored = bnexport.load_folded(nn.Sequential(*copy.deepcopy(model), copy.deepcopy(head)), twice.state_dict())
+    x = torch.randn(3, 3, 8, 8)
+    assert torch.equal(restored.eval()(x), twice(x))
+    assert close(twice(x), head(model(x)))
+
+
 def test_the_rest_folds_where_forward_reads_one_norm() -> None:
     torch.manual_seed(0)
     model = randomise(ReadsMean()).eval()
@@ -497,10 +547,11 @@ def test_the_proof_catches_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
         bnexport.fold_modules(residual(), X)
 
 
-def test_another_way_for_another_size_is_found() -> None:
+@pytest.mark.parametrize("condition", [lambda x: x.shape[-1] <= 8, lambda x: x.shape[-1] > 6, lambda x: x.shape[0] > 1])
+def test_another_way_for_another_size_is_found(condition: Callable[[Tensor], bool]) -> None:
     def forward(m: Graph, x: Tensor) -> Tensor:
         y = m.conv(x)
-        return m.bn(y) if x.shape[-1] <= 8 else y
+        return m.bn(y) if condition(x) else y
 
     torch.manual_seed(0)
     with pytest.raises(ProofError, match="another size"):
