@@ -94,7 +94,8 @@ def fold_modules(
         example_inputs: The inputs of one call, batch first: a tensor, or a sequence of forward's positional arguments. The
             fold holds for the way that forward takes with them.
         dynamic_shapes: As for ``bnexport.fold``.
-        prove: Check each fold separately, and the folded module against the original, in float64.
+        prove: Check each fold separately, and the folded module against the original, in float64. Only this check finds a
+            forward that uses a BatchNorm for more than calling it.
 
     Raises:
         UntracedError: torch.export can't trace the model.
