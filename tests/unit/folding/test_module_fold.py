@@ -38,7 +38,7 @@ OTHERWISE: dict[str, tuple[str, str]] = {
     **dict.fromkeys(
         ("rep-vgg", "rep-vgg-depthwise", "rep-vgg-dilated", "rep-vgg-even-kernel"), ("affine", "other operand is not scaled")
     ),
-    "skip-into-convolution": ("affine", "second consumer"),
+    "skip-into-convolution": ("affine", "it is an output of the model"),
     **dict.fromkeys(("conv-called-twice-unshared", "conv-with-two-norms-unshared"), ("affine", "is read 2 times")),
 }  # fmt: skip
 
