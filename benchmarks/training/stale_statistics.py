@@ -31,7 +31,8 @@ def rows(name: str, runs: Sequence[tuple[float, float, int, tuple[int, ...]]] = 
     images, labels = torch.from_numpy(APPLY.apply(data.train_images)), torch.from_numpy(data.train_labels)
 
     def accuracy(network: torch.nn.Module) -> float:
-        found = network.eval()(torch.from_numpy(APPLY.apply(data.test_images)))
+        network.eval()
+        found = network(torch.from_numpy(APPLY.apply(data.test_images)))
         return float((found.argmax(1).numpy() == data.test_labels).mean())
 
     for lr, momentum, seed, epochs in runs:
@@ -42,7 +43,8 @@ def rows(name: str, runs: Sequence[tuple[float, float, int, tuple[int, ...]]] = 
         for epoch in range(1, max(epochs) + 1):
             for batch in torch.split(torch.randperm(len(labels)), 256):
                 optimizer.zero_grad()
-                torch.nn.functional.cross_entropy(network.train()(images[batch]), labels[batch]).backward()  # type: ignore[no-untyped-call]
+                network.train()
+                torch.nn.functional.cross_entropy(network(images[batch]), labels[batch]).backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
             if epoch in epochs:
                 worst, exact = sampled_staleness(Subject(network, name, APPLY.to_json())).worst, copy.deepcopy(network)

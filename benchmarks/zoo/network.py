@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from bnexport.errors import ModelError
 from bnexport.loading.zoo import build_from_zoo, zoo_facts
+from bnexport.nn.calling import to_eval_mode
 from bnexport.optional import one_line, quiet
 
 #: Heights and widths tried before the network's own; the fold does not depend on them, but its time does.
@@ -44,7 +45,7 @@ def make_subject(source: str, *, seed: int = 0) -> Subject:
     """
     torch.manual_seed(seed)
     with quiet():
-        module = build_from_zoo(source, {}).eval()
+        module = to_eval_mode(build_from_zoo(source, {}))
     norms = [item for item in module.modules() if isinstance(item, _BatchNorm)]
     subject = Subject(module, _sample_shape(source, module), len(norms))
     if norms:
@@ -61,7 +62,8 @@ def randomise(module: nn.Module, batch: Tensor, *, seed: int = 0) -> None:
     """
     generator = torch.Generator().manual_seed(seed)
     _wake(module, generator)
-    module.train().eval()  # some networks cache values computed from their weights in eval mode
+    module.train()
+    to_eval_mode(module)  # some networks cache values computed from their weights in eval mode
     norms = [item for item in module.modules() if isinstance(item, _BatchNorm)]
     handles: list[RemovableHandle] = []
     for number, norm in enumerate(norms):

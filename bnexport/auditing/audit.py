@@ -20,6 +20,7 @@ from bnexport.auditing.subject import AuditedNetwork, Deviation, batch_of, call,
 from bnexport.environment import environment
 from bnexport.errors import BnexportError, ModelError, Unavailable, UsageError
 from bnexport.exporting.request import InputSpec
+from bnexport.nn.calling import to_eval_mode
 from bnexport.nn.soundness import check_sound
 from bnexport.optional import one_line, quiet
 from bnexport.verification.tolerances import TOLERANCES
@@ -39,19 +40,15 @@ class Hidden(nn.Module):
 
 
 def first_culprit(subject: AuditedNetwork, is_wrong: Callable[[nn.Module], bool]) -> str:
-    """Path of the first BatchNorm, in the order of the calls, that a tool gets wrong.
+    """Return the path of the first BatchNorm, in the order of the calls, that a tool gets wrong; "" if none can be named.
 
-    A search by halves: with the BatchNorms up to this one in sight the tool is wrong, with those before it alone it is
-    right. It costs one run of the tool per halving, and one to see that the tool is right when all are hidden.
+    A search by halves: with the BatchNorms up to this one visible the tool is wrong, with only those before it the tool is
+    right. It costs one run of the tool per halving, and one to check that the tool is right when all are hidden. None can be
+    named without a BatchNorm, if the tool is wrong for another reason, or if it fails on the changed network.
 
     Args:
         subject: The network; it is not changed.
-        is_wrong: Runs the tool on a module that computes what the network does, and judges it. What it raises ends the
-            search.
-
-    Returns:
-        The path; "" when there is no BatchNorm, when the tool is wrong for another reason, or when it fails on the changed
-        network, so that nothing can be said.
+        is_wrong: Runs the tool on an equivalent module, and judges it. An exception ends the search.
     """
     names = calls_in_order(subject)
     try:
@@ -72,7 +69,7 @@ def first_culprit(subject: AuditedNetwork, is_wrong: Callable[[nn.Module], bool]
 def hide(module: nn.Module, paths: list[str]) -> nn.Module:
     """Return a copy of a network in which the BatchNorms at some paths, none the root, are hidden at all of their paths."""
     copied = copy.deepcopy(module)
-    wanted = {id(copied.get_submodule(path)): Hidden(copied.get_submodule(path)).eval() for path in paths}
+    wanted = {id(copied.get_submodule(path)): to_eval_mode(Hidden(copied.get_submodule(path))) for path in paths}
     for path, inner in list(copied.named_modules(remove_duplicate=False)):
         if id(inner) in wanted:
             parent, _, name = path.rpartition(".")

@@ -23,9 +23,11 @@ _REFUSED: dict[str, str] = {
     "ir_version": "an ONNX file keeps its IR version",
     "precision": "an ONNX file keeps its precision",
     "allow_untrained": "an ONNX file is taken as it is",
+    "allow_low_accuracy": "the accuracy of an ONNX file is not judged",
+    "allow_nonfinite": "an ONNX file is taken as it is",
 }
 #: Those that say something of a bundle and nothing of a file alone.
-_OF_BUNDLES = ("inputs", "labels", "mean", "std", "dataset", "data_dir", "formats")
+_OF_BUNDLES = ("labels", "rename_classes", "mean", "std", "dataset", "data_dir", "formats")
 
 
 def is_onnx(source: str) -> bool:
@@ -41,8 +43,8 @@ def is_onnx(source: str) -> bool:
     return start[:1] == b"\x08" and start[8:9] != b"{"  # a safetensors file has its length there, then JSON
 
 
-def fold_onnx_source(source: str, out: Path, options: dict[str, Any], *, as_json: bool) -> int:
-    """Write a file or a bundle, print the account; returns the exit code.
+def fold_onnx_source(source: str, out: Path, options: dict[str, Any], *, as_json: bool, quiet: bool = False) -> int:
+    """Write a file or a bundle, print the fold report, and return the exit code.
 
     Raises:
         UsageError: An option that does not go with an ONNX file.
@@ -50,7 +52,7 @@ def fold_onnx_source(source: str, out: Path, options: dict[str, Any], *, as_json
     refuse_options(out)
     if out.suffix == ".onnx":
         return _file(source, out, options, as_json=as_json)
-    return _bundle(source, out, options, as_json=as_json)
+    return _bundle(source, out, options, as_json=as_json, quiet=quiet)
 
 
 def refuse_options(out: Path) -> None:
@@ -78,25 +80,39 @@ def _file(source: str, out: Path, options: dict[str, Any], *, as_json: bool) -> 
     from bnexport.reporting.results import print_json
     from bnexport.reporting.tables import literal, make_console, print_fold_report
 
-    result = fold_onnx_file(source, out, force=options["force"], **_fold_options(options))
+    result = fold_onnx_file(
+        source, out, force=options["force"], inputs=tuple(options["inputs"] or ()), **_fold_options(options)
+    )
     if as_json:
-        print_json({"file": str(out), "changed": result.changed, "fold": result.report.to_json()})
+        print_json(
+            {
+                "file": str(out),
+                "changed": result.changed,
+                "normalised": list(result.normalised),
+                "fold": result.report.to_json(),
+            }
+        )
         return 0
     console = make_console()
     print_fold_report(result.report, console)
+    if result.normalised:
+        console.print(literal(f"Normalised before folding: {'; '.join(result.normalised)}.", console), soft_wrap=True)
     if not result.changed:
-        console.print(literal("Nothing was changed: the file is written as it was.", console), soft_wrap=True)
+        text = "Nothing was folded." if result.normalised else "Nothing was changed: the file is written as it was."
+        console.print(literal(text, console), soft_wrap=True)
     size = out.stat().st_size
     console.print(literal(f"File: {out} ({size / 1000:.0f} kB)", console), soft_wrap=True)
     return 0
 
 
-def _bundle(source: str, out: Path, options: dict[str, Any], *, as_json: bool) -> int:
+def _bundle(source: str, out: Path, options: dict[str, Any], *, as_json: bool, quiet: bool) -> int:
+    from bnexport.cli.output import stages
     from bnexport.onnx_pipeline import fold_and_export_onnx
     from bnexport.reporting.results import print_export
 
     request = export_request(**options)
-    result = fold_and_export_onnx(source, out, request=request, **_fold_options(options))
+    with stages(quiet=quiet) as progress:
+        result = fold_and_export_onnx(source, out, request=request, progress=progress, **_fold_options(options))
     print_export(result.fold, result.verification, result.bundle, as_json=as_json)
     return 0 if result.bundle is not None else 1
 
@@ -107,12 +123,13 @@ def _bundle(source: str, out: Path, options: dict[str, Any], *, as_json: bool) -
 @click.option(
     "--weights", type=click.Path(path_type=Path), help="Weights file, bundle or run directory, for a network without."
 )
-@options_of(ExportRequest, last="labels")
+@options_of(ExportRequest, last="rename_classes")
 @click.option("--mean", help="Per channel, as 0.485,0.456,0.406; with it images are accepted by predict.")
 @click.option("--std", help="Per channel, as 0.229,0.224,0.225.")
 @options_of(ExportRequest, first="dataset")
+@click.option("--quiet", is_flag=True, help="Show no progress.")
 @click.option("--json", "as_json", is_flag=True, help="Print the fold report and the verdict as JSON.")
-def command(source: str, out: Path, weights: Path | None, as_json: bool, **options: Any) -> int:
+def command(source: str, out: Path, weights: Path | None, quiet: bool, as_json: bool, **options: Any) -> int:
     """Fold BatchNorm, export to ONNX and TorchScript, verify, and write one bundle.
 
     SOURCE is a run directory or checkpoint of bnexport train, torchvision:NAME or timm:NAME (with --weights), or your own
@@ -120,15 +137,15 @@ def command(source: str, out: Path, weights: Path | None, as_json: bool, **optio
     verdict is PASS, or not at all. An ONNX file as SOURCE is folded as it is, into a bundle or into --out FILE.onnx.
     """
     need_packages("bnexport fold-and-export", "torch", "onnx", "onnxscript", "onnx_ir", "safetensors", "jinja2")
-    from bnexport.cli.output import prints_aside
+    from bnexport.cli.output import prints_aside, stages
 
     if is_onnx(source):
-        return fold_onnx_source(source, out, options, as_json=as_json)
+        return fold_onnx_source(source, out, options, as_json=as_json, quiet=quiet)
     from bnexport.pipeline import fold_and_export
     from bnexport.reporting.results import print_export
 
     request = export_request(**options)
-    with prints_aside():
-        result = fold_and_export(source, out, weights=weights, request=request)
+    with stages(quiet=quiet) as progress, prints_aside():
+        result = fold_and_export(source, out, weights=weights, request=request, progress=progress)
     print_export(result.fold, result.verification, result.bundle, as_json=as_json)
     return 0 if result.bundle is not None else 1

@@ -8,11 +8,14 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+
+from bnexport import progress
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -50,23 +53,65 @@ def write_result(target: str, content: bytes) -> None:
         write_atomically(Path(target), content)
 
 
-def make_bar(console: Console, *, timed: bool = True) -> Progress:
+def make_bar(console: Console, *, timed: bool = True, counted: bool = True) -> Progress:
     """A bar that shows itself on a terminal alone and vanishes at the end.
 
     Args:
         console: Where it is shown.
-        timed: Whether the time that is left says something: the steps take about the same.
+        timed: Show the time left, for steps that take about the same.
+        counted: Show the number of steps; otherwise the share that is done.
     """
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
+    amount = MofNCompleteColumn() if counted else TaskProgressColumn()
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), amount)
     return Progress(
         *columns,
         *((TimeRemainingColumn(),) if timed else ()),
         console=console,
         transient=True,
         disable=not console.is_terminal,
+        speed_estimate_period=30.0 if counted else 3600.0,
     )
+
+
+@contextlib.contextmanager
+def stages(*, quiet: bool = False, logged: bool = True) -> Iterator[progress.Progress]:
+    """Show a job's stages on standard error: a bar with the time left on a terminal, or a line per finished stage in a log.
+
+    Args:
+        quiet: Show nothing.
+        logged: Print the lines in a log.
+    """
+    from bnexport.reporting.tables import make_console
+
+    if quiet:
+        yield progress.silent
+        return
+    console = make_console(stderr=True)
+    with make_bar(console, counted=False) as bar:
+        task, shown, begun = bar.add_task("", total=None), "", time.perf_counter()
+
+        def end() -> None:
+            if shown and logged and not console.is_terminal:
+                console.print(f"{shown}: {time.perf_counter() - begun:.1f} s", soft_wrap=True)
+
+        def show(stage: str, done: float, total: float) -> None:
+            nonlocal shown, begun
+            if stage != shown:
+                end()
+                shown, begun = stage, time.perf_counter()
+            bar.update(task, description=stage, completed=done, total=total)
+
+        yield show
+        end()
 
 
 @contextlib.contextmanager

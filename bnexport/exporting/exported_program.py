@@ -15,13 +15,20 @@ from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule, Node
 
 from bnexport.errors import ExportError
-from bnexport.exporting.signature import export_flat
+from bnexport.exporting.signature import export_flat, varying_axes
 from bnexport.files import write_atomically
 from bnexport.optional import one_line, quiet
 from bnexport.tensors import Signature
 
 
-def export_program(folded: GraphModule, inputs: tuple[Tensor, ...], path: Path, *, signature: Signature) -> None:
+def export_program(
+    folded: GraphModule,
+    inputs: tuple[Tensor, ...],
+    path: Path,
+    *,
+    signature: Signature,
+    exported: Callable[[], ExportedProgram] | None = None,
+) -> None:
     """Write ``model.pt2``, which ``torch.export.load(path).module()`` reads without bnexport; the same bytes each time.
 
     Outputs nested in a dict or a tuple are returned flat, in the order of the signature, as from ``model.pt``. The batch
@@ -32,15 +39,15 @@ def export_program(folded: GraphModule, inputs: tuple[Tensor, ...], path: Path, 
         inputs: Example inputs with a batch of at least 2; they are not written.
         path: The file.
         signature: States which sizes vary.
+        exported: Makes or returns ``export_flat`` of the network, which is changed.
 
     Raises:
         ExportError: torch.export can't take the folded graph as a program again, or can't write it.
     """
-    axes = tuple(tuple(at for at, dim in enumerate(s.shape) if at and isinstance(dim, str)) for s in signature.inputs)
     buffer = io.BytesIO()
     with quiet(), torch.no_grad():
         try:
-            program = export_flat(folded, inputs, axes)
+            program = exported() if exported else export_flat(folded, inputs, varying_axes(signature))
             _divide_in_whole_numbers(program.graph)
             _strip(program)
             torch.export.save(program, buffer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from bnexport.tensors import Signature
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.export import ExportedProgram
     from torch.fx import GraphModule
 
     from bnexport.exporting.request import OnnxTarget
@@ -26,6 +28,13 @@ class ExportJob:
     signature: Signature
     onnx: OnnxTarget
 
+    @cached_property
+    def program(self) -> ExportedProgram:
+        """Return ``torch.export`` of the flat graph, made once; the format that changes it is the last one of FORMATS."""
+        from bnexport.exporting.signature import export_flat, varying_axes
+
+        return export_flat(self.folded, self.inputs, varying_axes(self.signature))
+
 
 @dataclass(frozen=True)
 class Format:
@@ -39,7 +48,7 @@ class Format:
 def _write_onnx(job: ExportJob, path: Path) -> None:
     from bnexport.exporting.onnx_graph import export_onnx
 
-    export_onnx(job.folded, job.inputs, path, signature=job.signature, target=job.onnx)
+    export_onnx(job.folded, job.inputs, path, signature=job.signature, target=job.onnx, exported=lambda: job.program)
 
 
 def _write_torchscript(job: ExportJob, path: Path) -> None:
@@ -51,7 +60,7 @@ def _write_torchscript(job: ExportJob, path: Path) -> None:
 def _write_exported(job: ExportJob, path: Path) -> None:
     from bnexport.exporting.exported_program import export_program
 
-    export_program(job.folded, job.inputs, path, signature=job.signature)
+    export_program(job.folded, job.inputs, path, signature=job.signature, exported=lambda: job.program)
 
 
 #: Every format. A new one is a new row.

@@ -60,7 +60,8 @@ def _refuse_overflow(module: GraphModule, dtype: torch.dtype) -> None:
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if not tensor.is_floating_point() or not tensor.numel():
             continue
-        if (largest := float(tensor.detach().abs().max())) > most:
+        finite = torch.where(torch.isinf(tensor), 0.0, tensor.detach())  # an infinity, as of a mask, stays one
+        if (largest := float(finite.abs().max())) > most:
             raise ExportError(
                 f"{name} holds {largest:.3g}, {str(dtype).removeprefix('torch.')} ends at {most:.3g}",
                 remedy="Use --precision bfloat16, or leave --precision out",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 
 import onnx
@@ -11,11 +12,12 @@ import onnxscript.optimizer
 import torch
 from onnx_ir.passes import common
 from torch import Tensor
+from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from bnexport.errors import ExportError
 from bnexport.exporting.request import DEFAULT_OPSET, OnnxTarget
-from bnexport.exporting.signature import export_flat
+from bnexport.exporting.signature import export_flat, varying_axes
 from bnexport.files import write_atomically
 from bnexport.onnx_files.names import graphs_within
 from bnexport.onnx_files.reshape_targets import simplify_reshapes
@@ -36,6 +38,7 @@ def export_onnx(
     *,
     signature: Signature,
     target: OnnxTarget = _DEFAULT_TARGET,
+    exported: Callable[[], ExportedProgram] | None = None,
 ) -> None:
     """Write ``model.onnx``: one file, dynamic batch, the same bytes for the same folded network.
 
@@ -45,13 +48,15 @@ def export_onnx(
         path: The file.
         signature: Names, element types and shapes that the file must have.
         target: Operator set and file format.
+        exported: Makes or returns ``export_flat`` of the network, for a caller that writes several formats.
 
     Raises:
         ExportError: The exporter can't write the graph, or the written file is not as requested.
     """
     ir_version = target.resolved_ir_version()
     _refuse_dropped(folded)
-    model = _convert(folded, inputs, signature, target.opset)
+    export = exported or partial(export_flat, folded, inputs, varying_axes(signature))
+    model = _convert(export, signature, target.opset)
     model.ir_version = ir_version
     simplify_reshapes(model)
     _clean(model, signature)
@@ -114,15 +119,11 @@ def _refuse_dropped(folded: GraphModule) -> None:
             )
 
 
-def _convert(folded: GraphModule, inputs: tuple[Tensor, ...], signature: Signature, opset: int) -> onnx.ModelProto:
-    varying = tuple(
-        tuple(at for at, dim in enumerate(s.shape) if at and isinstance(dim, str)) for s in signature.inputs
-    )
+def _convert(export: Callable[[], ExportedProgram], signature: Signature, opset: int) -> onnx.ModelProto:
     with quiet(), torch.no_grad():
         try:
-            program = export_flat(folded, inputs, varying)
             exported = torch.onnx.export(
-                program,
+                export(),
                 input_names=[spec.name for spec in signature.inputs],
                 output_names=[spec.name for spec in signature.outputs],
                 opset_version=_NATIVE_OPSET,

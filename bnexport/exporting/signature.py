@@ -50,6 +50,13 @@ def export_flat(folded: GraphModule, inputs: tuple[Tensor, ...], axes: tuple[tup
     return torch.export.export(flat(folded), inputs, dynamic_shapes=shapes)
 
 
+def varying_axes(signature: Signature) -> tuple[tuple[int, ...], ...]:
+    """Return for each input the axes that vary besides the batch."""
+    return tuple(
+        tuple(at for at, dim in enumerate(spec.shape) if at and isinstance(dim, str)) for spec in signature.inputs
+    )
+
+
 def with_varying_sizes(plain: Signature, folded: GraphModule, inputs: tuple[Tensor, ...]) -> Signature:
     """Return a signature with names where the size of an image, or a size that depends on it, varies, and with smallest sizes.
 

@@ -36,7 +36,8 @@ def export_torchscript(folded: GraphModule, path: Path) -> None:
         warnings.simplefilter("ignore")  # torch.jit is deprecated upstream and says so at each call
         try:
             scripted = torch.jit.script(_scriptable(folded))
-            frozen = torch.jit.freeze(scripted.eval(), optimize_numerics=False)
+            scripted.eval()
+            frozen = torch.jit.freeze(scripted, optimize_numerics=False)
             _follow_input(frozen.graph)
             buffer = io.BytesIO()
             torch.jit.save(frozen, buffer)

@@ -141,6 +141,14 @@ class Affine:
         return self.mapped(lambda tensor: tensor.expand(sizes).reshape(target))
 
 
+def why_infinite(var: Tensor, eps: float) -> tuple[str, str]:
+    """Return reason and hint for a BatchNorm whose scale or shift is not finite."""
+    if bad := int((var + eps <= 0).sum()):
+        why = f"its variance plus eps is not above 0 in {bad} channel{'s' * (bad > 1)}, so its scale is not finite"
+        return why, "statistics with a variance and eps that are not both 0"
+    return "its statistics or parameters hold infinity, NaN or numbers too large to multiply", "finite ones"
+
+
 def matching_axes(before: Sequence[Dim], after: Sequence[Dim]) -> list[tuple[list[int], list[int]]]:
     """Cut two shapes of equally many elements into the finest runs of axes that hold equally many each."""
     found: list[tuple[list[int], list[int]]] = []

@@ -10,7 +10,7 @@ from bnexport.folding.affine import Affine
 from bnexport.folding.branches import EQUATION, merge_affine, merge_convolution, merge_skip, sum_guests
 from bnexport.folding.graph import Add, Graph, Identity, Kind, Layer, Norm, NormCall, Op
 from bnexport.folding.plan import Budget, FoldPlan, Refused
-from bnexport.folding.proof import MAX_SITE_ERROR, plan_error
+from bnexport.folding.proof import MAX_SITE_ERROR, NotComparedError, plan_error
 from bnexport.folding.propagation import PROPAGATION_RULES
 from bnexport.folding.report import FoldRow
 from bnexport.folding.rules import RULES, Rule, equation_of, outcome_of
@@ -52,6 +52,7 @@ class Engine:
         budget: Limits copies of shared weights.
         clamps: Allow a ReLU to become a maximum with a constant per channel.
         prove: Check each fold separately before it is made.
+        in_place: See ``FoldPlan``; parallel branches stay apart, since merging them removes operations.
         seed: Random seed of the probes.
     """
 
@@ -59,6 +60,7 @@ class Engine:
     budget: Budget
     clamps: bool = False
     prove: bool = True
+    in_place: bool = False
     seed: int = 0
     sites: list[_Site] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -73,21 +75,31 @@ class Engine:
         self.sites = [_Site(op, op.norm, _first_row(op.norm)) for op in self.graph.ops if op.norm is not None]
         for site in self.sites:
             self._fold(site)
-        merged = [site for site in self._left() if self._merge_affine(site)]
-        merged_layers = self._merge_convolutions()
-        if merged or merged_layers:
+        if not self.in_place and self._merge_branches():
             for site in self._left():
                 self._fold(site)
         by_op = {site.op: site for site in self.sites}
         rows = tuple(self._row(site, by_op) for site in self.sites)
         return Account(rows, tuple(self.warnings), tuple(self.dropped))
 
+    def _merge_branches(self) -> bool:
+        merged = [site for site in self._left() if self._merge_affine(site)]
+        return self._merge_convolutions() or bool(merged)
+
     def _left(self) -> list[_Site]:
         left = [site for site in self.sites if site.row.outcome == "affine" and isinstance(site.op.kind, Norm)]
         return [site for site in left if site.op not in self.failed]
 
     def _plan(self, *, maps: bool = False) -> FoldPlan:
-        return FoldPlan(self.graph, PROPAGATION_RULES, self.budget, maps=maps, clamps=self.clamps, fixed=self.failed)
+        return FoldPlan(
+            self.graph,
+            PROPAGATION_RULES,
+            self.budget,
+            maps=maps,
+            clamps=self.clamps,
+            fixed=self.failed,
+            in_place=self.in_place,
+        )
 
     def _fold(self, site: _Site) -> None:
         """Use the first rule whose plan is not refused and whose proof holds; otherwise record the reasons."""
@@ -95,8 +107,11 @@ class Engine:
             return
         refusals: list[tuple[Rule, Refused]] = []
         self._take_in_arithmetic(site)
-        self._merge_skips(site)
+        if not self.in_place:
+            self._merge_skips(site)
         for rule in RULES:
+            if rule.maps and self.in_place:
+                continue
             kind: Kind = site.op.kind
             if not isinstance(kind, Norm) or site.op in self.failed:
                 return
@@ -124,16 +139,23 @@ class Engine:
 
     def _proved(self, site: _Site, plan: FoldPlan) -> float | None:
         """Return a plan's error; if it is too large, keep the call as it is, record that in its row, and return None."""
-        error = self._error(site, plan)
+        try:
+            error = self._error(site, plan)
+            what = f"a fold failed its proof ({error:.1e} of scale in float64)"
+        except NotComparedError as reason:
+            error, what = math.inf, f"its fold could not be proved: {reason}"
         if error <= MAX_SITE_ERROR:
             return error
-        what = f"a fold failed its proof ({error:.1e} of scale in float64)"
         site.row = replace(site.row, outcome="kept", reason=what, unlock="", rule="", equation="", error=None)
         self.failed.add(site.op)  # nothing is merged into it or moved across it any more
         return None
 
     def _error(self, site: _Site, plan: FoldPlan) -> float:
-        """Return a plan's error, infinite if it is not a number; a too large error becomes a warning."""
+        """Return a plan's error, infinite if it is not a number; a too large error becomes a warning.
+
+        Raises:
+            NotComparedError: See ``plan_error``.
+        """
         error = plan_error(self.graph, plan, seed=self.seed) if self.prove else 0.0
         if error <= MAX_SITE_ERROR:
             return error
@@ -202,8 +224,11 @@ class Engine:
             except Refused:
                 continue
             sites = [site for site in self.sites if guest in site.into]
-            if not sites or guest in self.dropped or self._error(sites[0], plan) > MAX_SITE_ERROR:
-                continue  # the fold that was made before stays right
+            try:
+                if not sites or guest in self.dropped or self._error(sites[0], plan) > MAX_SITE_ERROR:
+                    continue  # the fold that was made before stays right
+            except NotComparedError:
+                continue
             for site in sites:
                 site.into = tuple(host if op is guest else op for op in site.into)
                 site.row = replace(site.row, rule=f"{site.row.rule}, then {_BRANCHES}")

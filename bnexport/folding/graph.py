@@ -26,6 +26,8 @@ class Weight:
         dtype: Element type of the stored tensor.
         load: Reads it in float64.
         readers: Number of operations that read it.
+        made: Elements that the file does not store, because it computes them from fewer (an expanded constant). A folded weight
+            is stored in full.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Weight:
     dtype: torch.dtype
     load: Callable[[], Tensor]
     readers: int = 1
+    made: int = 0
 
     @property
     def elements(self) -> int:
@@ -163,6 +166,10 @@ class Clamp(Kind):
 
     low: Tensor
     high: Tensor
+
+    def same_bounds(self, other: Kind) -> bool:
+        """Return True if another kind is a clamp with the same bounds."""
+        return isinstance(other, Clamp) and bool((self.low == other.low).all() and (self.high == other.high).all())
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from bnexport.folding.affine import Affine
-from bnexport.folding.graph import Graph, Identity, Kind, Layer, Norm, Op, Slice, Weight
+from bnexport.folding.graph import Clamp, Graph, Identity, Kind, Layer, Norm, Op, Opaque, Slice, Weight
 
 #: Values of ``Budget.apart`` and ``Budget.biases`` to fold with in turn, each stricter, until the result is within the budget.
 ATTEMPTS = ((False, False), (True, False), (True, True))
@@ -107,6 +107,8 @@ class FoldPlan:
         maps: Allow a shift to become a constant map over the positions behind a zero-padded layer.
         clamps: Allow an activation to get a separate bound in each channel.
         fixed: Operations that must stay as they are.
+        in_place: The result is written back into the layers that exist: the plan may change their numbers and remove norms,
+            but not copy a weight, add a constant, or change an activation.
 
     Attributes:
         edits: The new function of each changed operation.
@@ -124,8 +126,10 @@ class FoldPlan:
         maps: bool = False,
         clamps: bool = False,
         fixed: Collection[Op] = (),
+        in_place: bool = False,
     ) -> None:
         self.fixed = fixed
+        self.in_place = in_place
         self.graph = graph
         self.rules = rules
         self.clamps = clamps
@@ -153,14 +157,17 @@ class FoldPlan:
         """
         if not affine.has_scale and not affine.has_shift:
             return
-        self._only_reader(op, reader)
-        self.visit(op)
+        self._reach(op, reader)
         while isinstance(op.kind, Identity):  # a folded BatchNorm is one, too: long chains need no deep stack
             reader, op = op, op.inputs[op.kind.index]
-            self._only_reader(op, reader)
-            self.visit(op)
+            self._reach(op, reader)
         with self._deeper():
             self.rules.pull[type(op.kind)](self, op, op.kind, affine)
+
+    def _reach(self, op: Op, reader: Op) -> None:
+        if not isinstance(op.kind, Opaque):  # that nothing crosses it is the reason, however many readers it has
+            self._only_reader(op, reader)
+        self.visit(op)
 
     def push(self, op: Op, affine: Affine) -> None:
         """Make every reader of ``op`` compute the same from a value to which ``affine`` was not applied.
@@ -188,11 +195,17 @@ class FoldPlan:
             raise Refused(f"{op.name} stays as it is, because its own fold failed its proof")
         self._steps += 1
         if self._steps > MAX_STEPS or self._depth > MAX_DEPTH:
-            raise Refused("too many operations lie between it and a layer that could take it in")
+            raise Refused("too many operations would have to be crossed")
         self.path[op] = None
 
     def edit(self, op: Op, kind: Kind) -> None:
-        """Record the new function of an operation."""
+        """Record the new function of an operation.
+
+        Raises:
+            Refused: The operation would get other bounds, and the result is written back into the layers that exist.
+        """
+        if self.in_place and isinstance(kind, Clamp) and not kind.same_bounds(op.kind):
+            raise Refused(f"{op.name} would need other bounds, and they are in its module's code")
         self.edits[op] = kind
 
     def attempt(self, action: Callable[[], None]) -> Refused | None:
@@ -210,8 +223,10 @@ class FoldPlan:
         new = {"weight": weight, "bias": bias}
         old = {"weight": layer.weight, "bias": layer.bias}
         together = self._clone(op, [old[name] for name, value in new.items() if value is not None])
+        if self.in_place and (after is not None or (layer.bias is None and bias is not None)):
+            raise Refused(f"its shift needs a bias, and {op.name} is called without one", "a bias there")
         if self.budget.biases and layer.bias is None and bias is not None:
-            self._spend(bias.numel(), f"the bias that {op.name} would get")
+            self.spend(bias.numel(), f"the bias that {op.name} would get")
         changes: dict[str, object] = {"after": after if after is not None else layer.after}
         for name, value in new.items():
             if value is not None:
@@ -248,11 +263,10 @@ class FoldPlan:
         cast = value.to(dtype)
         if not math.isfinite(float(cast.sum(dtype=torch.float64))):
             if not bool(torch.isfinite(value).all()):
-                raise Refused(
-                    f"the folded {what} is not finite", "statistics with a variance and eps that are not both 0"
-                )
+                raise Refused(f"the folded {what} is not finite", "a finite weight and bias there")
             if not bool(torch.isfinite(cast).all()):
-                raise Refused(f"the folded {what} does not fit into {dtype}", "weights in float32 or bfloat16")
+                wider = "weights in float32 or bfloat16" if dtype is torch.float16 else ""
+                raise Refused(f"the folded {what} does not fit into {dtype}", wider)
         if dtype is torch.float16 and what == "weight" and _underflows(value, cast):
             raise Refused(f"the folded {what} would lose its last digits in {dtype}", "weights in float32 or bfloat16")
         return value
@@ -264,9 +278,11 @@ class FoldPlan:
             for other in op.users:
                 self.path.setdefault(other)
             return
+        if all(other is reader for other in op.users):
+            raise Refused(f"{reader.name} reads the output of {op.name} {len(op.users)} times")
         raise Refused(
             f"the output of {op.name} has a second consumer, which needs it as it is",
-            "a layer of its own for each consumer",
+            "a separate layer for each consumer",
         )
 
     def _clone(self, op: Op, weights: Sequence[Weight | None]) -> bool:
@@ -275,17 +291,26 @@ class FoldPlan:
         Returns:
             True if the other calls will fold alike, so that all of them share the folded weight.
         """
+        for weight in weights:
+            if weight is not None and weight.made:
+                self.spend(weight.made, f"the weight of {op.name} is computed from fewer numbers, and the folded one")
         shared = [weight for weight in weights if weight is not None and weight.readers > 1]
         if not shared:
             return False
         if not self.budget.apart and all(self._alike(op, weight) for weight in shared):
             return True
+        if self.in_place:
+            raise Refused(
+                f"the weight of {op.name} is read {max(weight.readers for weight in shared)} times (a shared layer or"
+                " parameter), and another reader needs it as it is",
+                "a layer of its own for each call",
+            )
         more, calls = sum(weight.elements for weight in shared), max(weight.readers for weight in shared)
         what = f"the weight of {op.name} is used {calls} times (a shared layer or parameter), and a copy for this call"
-        self._spend(more, what, in_all=(calls - 1) * more)
+        self.spend(more, what, in_all=(calls - 1) * more)
         return False
 
-    def _spend(self, more: int, what: str, *, in_all: int | None = None) -> None:
+    def spend(self, more: int, what: str, *, in_all: int | None = None) -> None:
         """Take ``more`` elements from the budget.
 
         ``what`` is the start of a sentence. ``in_all`` counts the elements of all plans with the same need, for the remedy.

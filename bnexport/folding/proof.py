@@ -9,11 +9,24 @@ from torch import Tensor
 
 from bnexport.folding.graph import Graph, Layer, Norm, Op, Reshape, Slice
 from bnexport.folding.plan import FoldPlan
+from bnexport.optional import one_line
 
 #: Rounding of float64 in a handful of operations; the smallest real fault (a dropped eps) is far above.
 MAX_SITE_ERROR = 1e-12
 #: Positions of a spatial axis in a probe, the fewest first: a few where padding lets the kernels fit, then as traced.
 _LARGEST: tuple[int | None, ...] = (4, 12, None)
+
+
+#: What operators raise over sizes that do not fit.
+_PROBLEMS = (RuntimeError, TypeError, ValueError, IndexError)
+
+
+class _PlannedFailsError(Exception):
+    """An operation runs untouched, but not as planned."""
+
+
+class NotComparedError(Exception):
+    """Nothing of a plan could be compared; the reason is a sentence without its full stop."""
 
 
 def plan_error(graph: Graph, plan: FoldPlan, *, seed: int = 0) -> float:
@@ -24,16 +37,28 @@ def plan_error(graph: Graph, plan: FoldPlan, *, seed: int = 0) -> float:
     images are cut to a few pixels where nothing depends on their size.
 
     Returns:
-        max |planned - untouched| / max |untouched|, worst value; infinity when the part can't be run.
+        max |planned - untouched| / max |untouched|, worst value; infinity when only the planned part can't be run.
+
+    Raises:
+        NotComparedError: The part can't be run at any size, or gives no number to compare.
     """
+    reason, fails = "it gives no number to compare", False
     region = sorted(plan.path, key=lambda op: op.index)
     sizes: tuple[int | None, ...] = (None,) if _needs_full_size(region, plan) else _LARGEST
     for largest in sizes:
         try:
-            return _region_error(graph, plan, region, largest, seed)
-        except (RuntimeError, TypeError, ValueError, IndexError):
+            error = _region_error(graph, plan, region, largest, seed)
+        except _PlannedFailsError:
+            fails = True
             continue
-    return float("inf")
+        except _PROBLEMS as problem:
+            reason = one_line(problem, 160)
+            continue
+        if error is not None:
+            return error
+    if fails:
+        return float("inf")
+    raise NotComparedError(reason)
 
 
 def _needs_full_size(region: Sequence[Op], plan: FoldPlan) -> bool:
@@ -48,7 +73,8 @@ def _needs_full_size(region: Sequence[Op], plan: FoldPlan) -> bool:
     return False
 
 
-def _region_error(graph: Graph, plan: FoldPlan, region: Sequence[Op], largest: int | None, seed: int) -> float:
+def _region_error(graph: Graph, plan: FoldPlan, region: Sequence[Op], largest: int | None, seed: int) -> float | None:
+    """Return the largest difference; None where values leave the region and none of them has an element."""
     generator = torch.Generator().manual_seed(seed)
     inside = set(region)
     old: dict[Op, Tensor] = {}
@@ -57,15 +83,19 @@ def _region_error(graph: Graph, plan: FoldPlan, region: Sequence[Op], largest: i
             if parent not in inside and parent not in old:
                 old[parent] = graph.probe(parent, generator, largest=largest)
     new = dict(old)
-    worst = 0.0
+    worst, compared, empty = 0.0, 0, 0
     for op in region:
         kind = plan.edits.get(op, op.kind)
         old[op] = graph.evaluate(op, op.kind, [old[parent] for parent in op.inputs])
         same = kind is op.kind and all(new[parent] is old[parent] for parent in op.inputs)
-        new[op] = old[op] if same else graph.evaluate(op, kind, [new[parent] for parent in op.inputs])
+        try:
+            new[op] = old[op] if same else graph.evaluate(op, kind, [new[parent] for parent in op.inputs])
+        except _PROBLEMS as problem:
+            raise _PlannedFailsError from problem
         if new[op] is not old[op] and (not op.users or any(user not in inside for user in op.users)):
             worst = max(worst, scale_error(new[op], old[op]))
-    return worst
+            compared, empty = compared + bool(old[op].numel()), empty + (not old[op].numel())
+    return worst if compared or not empty else None
 
 
 def scale_error(candidate: Tensor, reference: Tensor) -> float:

@@ -48,17 +48,14 @@ def refuse_varying(op: Op, affine: Affine, axes: Iterable[int]) -> None:
     """Refuse an affine that differs between positions which an operation mixes."""
     for axis in axes:
         if affine.varies_along(axis % affine.rank):
-            raise Refused(f"{op.name} mixes positions of axis {axis % affine.rank}, along which its scale varies")
+            raise Refused(f"{op.name} mixes positions of axis {axis % affine.rank}, along which it varies")
 
 
-def refuse_negative(op: Op, affine: Affine) -> None:
-    """Refuse a negative scale before or after an operation that keeps the order of values."""
+def refuse_negative(op: Op, affine: Affine, why: str = "keeps the order of values") -> None:
+    """Refuse a negative scale before or after an operation that treats large and small values differently."""
     if bool((affine.scale < 0).any()):
         negative = int((affine.scale < 0).sum())
-        raise Refused(
-            f"{negative} of its scales are negative, and {op.name} keeps the order of values",
-            "gammas that are not negative",
-        )
+        raise Refused(f"{negative} of its scales are negative, and {op.name} {why}", "gammas that are not negative")
 
 
 def pull_identity(plan: FoldPlan, op: Op, kind: Identity, affine: Affine) -> None:
@@ -86,7 +83,12 @@ def _reshaped(op: Op, affine: Affine, *, backward: bool) -> Affine:
     shapes = op.inputs[0].shape, op.shape
     found = affine.reshaped(*(reversed(shapes) if backward else shapes))
     if found is None:
-        raise Refused(f"{op.name} merges its channels with an axis whose size varies")
+        fixed = all(isinstance(size, int) for shape in shapes for size in shape[1:])
+        raise Refused(
+            f"behind {op.name} it would be a map of too many numbers"
+            if fixed and shapes[0][:1] == shapes[1][:1]
+            else f"{op.name} merges its channels with an axis whose size varies"
+        )
     return found
 
 
@@ -135,7 +137,7 @@ def _gathered(op: Op, kind: PixelShuffle, affine: Affine) -> Affine:
     if not torch.equal(_spread(op, kind, few).scale.expand_as(affine.scale), affine.scale) or not torch.equal(
         _spread(op, kind, few).shift.expand_as(affine.shift), affine.shift
     ):
-        raise Refused(f"{op.name} turns channels with different scales into positions of one channel")
+        raise Refused(f"{op.name} turns channels with different scales or shifts into positions of one channel")
     return few
 
 
@@ -222,7 +224,7 @@ def push_add(plan: FoldPlan, op: Op, kind: Add, index: int, affine: Affine) -> N
 def pull_multiply(plan: FoldPlan, op: Op, kind: Multiply, affine: Affine) -> None:
     """``s (a b) = (s a) b``: the scale into the first factor that takes it."""
     if affine.has_shift:
-        raise Refused(f"its shift can't cross {op.name}, a product of two values")
+        raise Refused(f"its shift can't cross {op.name}, a {'quotient' if kind.inverse else 'product'} of two values")
     refusals = []
     for parent in op.inputs[:1] if kind.inverse else op.inputs:
         if (refused := plan.attempt(lambda p=parent: plan.pull(p, _restricted(op, p, affine), op))) is None:  # type: ignore[misc]
@@ -234,7 +236,7 @@ def pull_multiply(plan: FoldPlan, op: Op, kind: Multiply, affine: Affine) -> Non
 def push_multiply(plan: FoldPlan, op: Op, kind: Multiply, index: int, affine: Affine) -> None:
     """``(s a) b = s (a b)``: a scale passes through a product."""
     if affine.has_shift:
-        raise Refused(f"its shift can't cross {op.name}, a product of two values")
+        raise Refused(f"its shift can't cross {op.name}, a {'quotient' if kind.inverse else 'product'} of two values")
     if kind.inverse and index == 1:
         raise Refused(f"{op.name} divides by it")
     plan.push(op, _widened(op, affine))
@@ -244,7 +246,9 @@ def _restricted(op: Op, parent: Op, affine: Affine) -> Affine:
     """The affine on an operand that is broadcast to ``op``'s shape."""
     missing = op.rank - parent.rank
     broadcast = [axis for axis in range(op.rank) if axis < missing or parent.shape[axis - missing] != op.shape[axis]]
-    refuse_varying(op, affine, broadcast)
+    for axis in broadcast:
+        if affine.varies_along(axis):
+            raise Refused(f"{op.name} repeats {parent.name} along axis {axis}, along which it varies")
     return affine.mapped(lambda tensor: tensor.reshape(tensor.shape[missing:]))
 
 
@@ -318,9 +322,10 @@ def pull_clamp(plan: FoldPlan, op: Op, kind: Clamp, affine: Affine) -> None:
     swap = scale < 0
     bounds = _bounds(plan, op, torch.where(swap, ends[1], ends[0]), torch.where(swap, ends[0], ends[1]))
     if passes(bounds) > passes(kind):
+        signs = "some of its scales are negative" if bool(swap.any()) else "some of its scales are 0"
         raise Refused(
-            f"its scale has both signs, so {op.name} would become two clamps, which cost more than the batch norm itself",
-            "gammas of one sign",
+            f"{signs}, so {op.name} would become two clamps, which cost more than the batch norm itself",
+            "gammas of one sign, none of them 0",
         )
     plan.edit(op, bounds)
     plan.pull(op.inputs[0], affine, op)
@@ -349,7 +354,9 @@ def _bounds(plan: FoldPlan, op: Op, low: Tensor, high: Tensor) -> Clamp:
             plan.storable(torch.where(torch.isinf(bound), 0.0, bound), op.dtype, "bound of the activation")
     found = Affine.of(low, high)
     clamp = Clamp(found.scale, found.shift)
-    if not plan.clamps and not is_plain(clamp):
+    if not is_plain(clamp) and plan.in_place:
+        raise Refused(f"across {op.name} it would become a bound per channel, which the module does not have")
+    if not is_plain(clamp) and not plan.clamps:
         raise Refused(
             f"across {op.name} it would become a bound per channel, which ONNX Runtime computes no faster on a CPU than the"
             " batch norm (docs/affine_form.md)",
@@ -383,7 +390,7 @@ def push_homogeneous(plan: FoldPlan, op: Op, _kind: Homogeneous, _index: int, af
 def _check_homogeneous(op: Op, affine: Affine) -> None:
     if affine.has_shift:
         raise Refused(f"its shift can't cross {op.name}")
-    refuse_negative(op, affine)
+    refuse_negative(op, affine, "has another slope for negative values")
 
 
 def pull_norm(plan: FoldPlan, op: Op, kind: Norm, affine: Affine) -> None:
@@ -425,20 +432,19 @@ def _onwards_or_here(plan: FoldPlan, op: Op, onwards: Callable[[], None], both: 
     plan.into[op] = None
 
 
+_NO_RULE = ", which no rule moves a scale and shift across"
+
+
 def pull_opaque(_plan: FoldPlan, op: Op, kind: Opaque, _affine: Affine) -> None:
     """No affine is known to cross it."""
-    raise Refused(
-        f"it follows {op.name}" + (f": {kind.reason}" if kind.reason else ", which no scale and shift can cross")
-    )
+    raise Refused(f"it follows {op.name}" + (f": {kind.reason}" if kind.reason else _NO_RULE))
 
 
 def push_opaque(_plan: FoldPlan, op: Op, kind: Opaque, _index: int, _affine: Affine) -> None:
     """As ``pull_opaque``."""
     if kind.is_output:
         raise Refused("it is an output of the model")
-    raise Refused(
-        f"it feeds {op.name}" + (f": {kind.reason}" if kind.reason else ", which no scale and shift can cross")
-    )
+    raise Refused(f"it feeds {op.name}" + (f": {kind.reason}" if kind.reason else _NO_RULE))
 
 
 def pull_layer(plan: FoldPlan, op: Op, layer: Layer, affine: Affine) -> None:
@@ -466,9 +472,10 @@ def push_layer(plan: FoldPlan, op: Op, layer: Layer, _index: int, affine: Affine
     if affine.has_shift:
         edge = layer.zero_padded or layer.layout == "transposed"
         if edge and not plan.maps:
-            where = "which puts zeros around its input" if layer.zero_padded else "whose edges see fewer taps"
+            if layer.layout == "transposed":
+                raise Refused(f"its shift can't go into {op.name}, whose output positions see different taps")
             raise Refused(
-                f"its shift can't go into {op.name}, {where}",
+                f"its shift can't go into {op.name}, which puts zeros around its input",
                 "padding 0 or padding_mode 'reflect', 'replicate' or 'circular' there",
             )
         if edge:
@@ -520,16 +527,11 @@ def _bias_map(plan: FoldPlan, op: Op, layer: Layer, affine: Affine) -> Tensor:
         raise Refused(f"its shift can't go into {op.name} as a map of constants: height or width varies", "fixed sizes")
     constant = affine.shift.expand(1, *(int(size) for size in parent.shape[1:]))
     found = plan.graph.evaluate(op, replace(layer, bias=None, after=None), [constant.contiguous()])
-    if not plan.budget.allows(plan.grown + found.numel()):
-        raise Refused(
-            f"its shift as a map of constants behind {op.name} would exceed the size budget of {plan.budget.max_growth:g}",
-            "--max-growth 1.5, or padding 0 there",
-        )
     if found.numel() >= torch.Size(constant.shape).numel():
         raise Refused(
             f"its shift as a map of constants behind {op.name} would cost as much as the one addition that it saves"
         )
-    plan.grown += found.numel()
+    plan.spend(found.numel(), f"its shift as a map of constants behind {op.name}")
     return found
 
 

@@ -16,6 +16,7 @@ from bnexport.loading.checkpoint import METADATA_KEY, Checkpoint, checkpoint_fil
 from bnexport.loading.user_code import call_factory
 from bnexport.loading.weights import WeightsFile, is_safetensors, load_weights
 from bnexport.loading.zoo import build_from_zoo, zoo_facts, zoo_of, zoo_problem
+from bnexport.nn.calling import to_eval_mode
 from bnexport.nn.lenet import bn_lenet
 from bnexport.optional import one_line
 from bnexport.validation.file_kinds import refuse_other_kinds
@@ -276,4 +277,4 @@ def _has_metadata(path: Path) -> bool:
 
 def _in_eval_mode(module: nn.Module) -> nn.Module:
     """Switch a network to eval mode; one whose root is in eval mode already may hold layers in training mode on purpose."""
-    return module.eval() if module.training else module
+    return to_eval_mode(module) if module.training else module

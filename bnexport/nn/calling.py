@@ -9,7 +9,7 @@ import os
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,37 @@ NOT_THEIRS = (
     os.path.dirname(inspect.__file__) + os.sep + "inspect.py",
     "<",
 )
-_INSTALLED = f"{os.sep}site-packages{os.sep}"
+#: Part of the path of code that was installed, and so is not the user's own.
+INSTALLED = f"{os.sep}site-packages{os.sep}"
+
+
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
+def to_eval_mode(model: _Module) -> _Module:
+    """Switch a module to eval mode in place, and return the module itself.
+
+    ``eval()`` calls the author's ``train(False)``, which may return nothing, raise, or change nothing. Its return value is
+    never used. Where the root is in training mode afterwards, every flag is set directly. A part in training mode below a
+    root in eval mode is left alone: Monte Carlo dropout is switched on like that.
+    """
+    with contextlib.suppress(Exception):  # the author's own code
+        model.eval()
+        if not model.training:
+            return model
+    for module in model.modules():
+        module.training = False
+    return model
+
+
+def switches_itself(model: nn.Module) -> bool:
+    """Return True if some module has a separate ``train`` or ``eval``, which may change more than the flags."""
+    return any(
+        getattr(type(module), name) is not getattr(nn.Module, name) or name in vars(module)
+        for module in model.modules()
+        if not isinstance(module, torch.jit.ScriptModule)
+        for name in ("train", "eval")
+    )
 
 
 @dataclass(frozen=True)
@@ -52,7 +82,7 @@ def call_once(model: nn.Module, inputs: tuple[Any, ...], *, on_itself: bool = Fa
     with quiet(), torch.no_grad():
         try:
             copied = model if on_itself else copy.deepcopy(model)
-            return Outcome(result=(copied.eval() if model.training else copied)(*feeds))
+            return Outcome(result=(to_eval_mode(copied) if model.training else copied)(*feeds))
         except Exception as error:  # the module is the user's code
             return Outcome(
                 problem=f"{place_of(error, model).removeprefix(' ')}: {one_line(error, 200)}".removeprefix(": ")
@@ -118,7 +148,7 @@ def place_of(error: BaseException | None, model: nn.Module | None = None) -> str
         for frame in traceback.extract_tb(None if error is None else error.__traceback__)
         if not frame.filename.startswith(NOT_THEIRS)
     ]
-    own = [frame for frame in frames if _INSTALLED not in frame[0]] or frames or _definition(model)
+    own = [frame for frame in frames if INSTALLED not in frame[0]] or frames or _definition(model)
     return f" at {os.path.basename(own[-1][0])}:{own[-1][1]}" if own else ""
 
 

@@ -38,6 +38,7 @@ from torch import Tensor, nn
 
 from bnexport.errors import DataError, FeedError, ModelError
 from bnexport.nn.batch_norm import BATCH_NORMS
+from bnexport.nn.calling import to_eval_mode
 from bnexport.nn.statistics import NormView
 from bnexport.reproducibility import strict_float32
 
@@ -235,7 +236,7 @@ def _estimation_mode(model: nn.Module, training: Sequence[nn.Module]) -> Iterato
     """Some BatchNorm layers in training mode, all other modules in eval mode; every module's own mode is put back."""
     modes = [(module, module.training) for module in model.modules()]
     try:
-        model.eval()
+        to_eval_mode(model)
         for layer in training:
             layer.training = True
         yield

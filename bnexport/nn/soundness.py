@@ -2,40 +2,48 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Collection
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils import _pytree as pytree
 
-from bnexport.errors import RefusedModel
+from bnexport.errors import RefusedModel, UsageError
 from bnexport.nn.batch_norm import BATCH_NORMS
+from bnexport.nn.calling import call_once
 from bnexport.nn.statistics import VOCABULARIES, NormView
 
+_STATISTICS = {name for names in VOCABULARIES for name in names[2:]}
 _VARIANCES = tuple(names[3] for names in VOCABULARIES)
 
 
-def check_sound(model: nn.Module, *, allow_untrained: bool = False) -> None:
+def check_sound(model: nn.Module, *, allow_untrained: bool = False, allow_nonfinite: Collection[str] = ()) -> None:
     """Refuse a model whose outputs would be nonsense.
+
+    Parameters and moving statistics have to be finite. Another buffer may hold infinities, as the mask of an attention does;
+    ``check_finite_output`` shows whether they reach an output. NaN is refused everywhere.
 
     Args:
         model: Any module; read only.
         allow_untrained: Accept BatchNorm layers that still have the statistics they were created with.
+        allow_nonfinite: Names of parameters that may hold infinities, and of buffers that may hold NaN as well.
 
     Raises:
         RefusedModel: Naming the tensor: without a value (a lazy layer), not finite, a negative variance, or a BatchNorm
             that was never trained or, in a model in eval mode, is in training mode.
+        UsageError: ``allow_nonfinite`` has a name that no tensor has.
     """
+    _check_names(model, allow_nonfinite)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if is_lazy(tensor):
             raise RefusedModel(
                 f"{name} has no value yet",
                 remedy="Run the network once on an example inside the factory, so that its lazy layers get their shapes",
             )
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            what = "NaN" if bool(torch.isnan(tensor).any()) else "infinity"
-            raise RefusedModel(
-                f"{name} holds {what} ({_first(~torch.isfinite(tensor))})",
-                remedy="The training diverged or the file is damaged: train again, with a lower learning rate if need be",
-            )
+        _refuse_nonfinite(name, tensor, allowed=name in allow_nonfinite)
         if name.rpartition(".")[2] in _VARIANCES and bool((tensor < 0).any()):
             raise RefusedModel(
                 f"{name} holds a negative variance ({_first(tensor < 0)})",
@@ -56,6 +64,73 @@ def check_sound(model: nn.Module, *, allow_untrained: bool = False) -> None:
                     " its moving variance 1 in every channel)",
                     remedy="Load trained weights with --weights, or pass --allow-untrained if that is what you want",
                 )
+
+
+def _check_names(model: nn.Module, names: Collection[str]) -> None:
+    known = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    if unknown := sorted(set(names) - known):
+        near = difflib.get_close_matches(unknown[0], known, 1)
+        raise UsageError(
+            f"--allow-nonfinite {unknown[0]}: {type(model).__name__} has no parameter or buffer of that name",
+            remedy=f"Did you mean {near[0]}?" if near else "Give the name as in named_parameters() or named_buffers()",
+        )
+
+
+def _refuse_nonfinite(name: str, tensor: Tensor, *, allowed: bool) -> None:
+    if not tensor.is_floating_point() or bool(torch.isfinite(tensor).all()):
+        return
+    statistic, parameter = _is_statistic(name), isinstance(tensor, nn.Parameter)
+    remedy = "The training diverged or the file is damaged: train again, with a lower learning rate if need be"
+    if bool(nan := torch.isnan(tensor).any()):
+        accepted = allowed and not parameter and not statistic
+        where = _first(torch.isnan(tensor))
+        hint = "" if parameter or statistic else f"; if it is meant to hold NaN, pass --allow-nonfinite {name}"
+    else:
+        accepted = not statistic and (allowed or not parameter)
+        where = _first(torch.isinf(tensor))
+        hint = "" if statistic else f"; if it is meant to, as a mask is, pass --allow-nonfinite {name}"
+    if not accepted:
+        raise RefusedModel(f"{name} holds {'NaN' if nan else 'infinity'} ({where})", remedy=remedy + hint)
+
+
+def _is_statistic(name: str) -> bool:
+    return name.rpartition(".")[2] in _STATISTICS
+
+
+def nonfinite_names(model: nn.Module) -> list[str]:
+    """Return the names of all parameters and buffers that hold an infinity or NaN."""
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    return [name for name, item in tensors if item.is_floating_point() and not bool(torch.isfinite(item).all())]
+
+
+def has_diverged(model: nn.Module) -> bool:
+    """Return True if a trained parameter or a moving statistic is not finite, or any tensor holds NaN."""
+    return any(
+        bool(torch.isnan(item).any())
+        or (bool(torch.isinf(item).any()) and (_is_statistic(name) or bool(item.requires_grad)))
+        for name, item in (*model.named_parameters(), *model.named_buffers())
+        if item.is_floating_point()
+    )
+
+
+def check_finite_output(model: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """Refuse a model whose infinities reach an output; a model of finite tensors is not run.
+
+    Args:
+        model: Not changed; a copy is run. One that fails on the example is left to the caller's next step.
+        inputs: An example.
+
+    Raises:
+        RefusedModel: Naming the first tensor that holds infinities.
+    """
+    if not (names := nonfinite_names(model)):
+        return
+    for output in pytree.tree_leaves(call_once(model, inputs).result):
+        if isinstance(output, Tensor) and output.is_floating_point() and not bool(torch.isfinite(output).all()):
+            raise RefusedModel(
+                f"{names[0]} holds infinity or NaN, and the network's output on an example is not finite",
+                remedy="Repair that tensor; a mask must leave each row of the softmax a finite number",
+            )
 
 
 def is_untrained(module: nn.Module) -> bool:

@@ -90,7 +90,7 @@ def cut_to(array: Array, to: Format) -> Array:
 
     The format must have float32's exponents, so that only mantissa bits are lost.
     """
-    pattern = np.array(array, np.float32, order="C", copy=True, ndmin=1).view(np.uint32)
+    pattern = np.array(array, np.float32, order="K", copy=True, ndmin=1).view(np.uint32)
     pattern &= np.uint32(np.iinfo(np.uint32).max - ((1 << (FLOAT32.mantissa - to.mantissa)) - 1))
     return pattern.view(np.float32).reshape(array.shape)
 
@@ -111,7 +111,7 @@ def _shortened(array: Array, mantissa: int) -> Array:
     integer, stored = _PATTERNS[array.dtype]
     bits = stored - mantissa
     rest = (1 << bits) - 1
-    pattern = np.array(array, order="C", copy=True, ndmin=1).view(integer)
+    pattern = np.array(array, order="K", copy=True, ndmin=1).view(integer)
     even = (pattern >> integer(bits)) & integer(1)
     pattern += even + integer(rest >> 1)
     pattern &= integer(np.iinfo(integer).max - rest)
@@ -340,7 +340,9 @@ def _rounded(value: Any, to: Format) -> Any:
         return [_rounded(item, to) for item in value]
     if isinstance(value, np.ndarray | np.floating) and value.dtype.kind == "f":
         with np.errstate(over="ignore", invalid="ignore"):
-            return round_to(np.asarray(value), to).astype(np.float32)
+            if to == FLOAT32:
+                return np.asarray(value).astype(np.float32, copy=False)
+            return round_to(np.asarray(value), to).astype(np.float32, copy=False)
     return value
 
 

@@ -92,6 +92,20 @@ def nodes(model: ModelProto) -> Iterator[NodeProto]:
         yield from function.node
 
 
+def opset_of(model: ModelProto) -> int:
+    """Return the version of the default operator set; 0 when the file imports none."""
+    return next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
+
+
+def refill(group: Any, items: Sequence[Any]) -> None:
+    """Make a repeated field hold exactly these messages; it stays untouched when it holds them already."""
+    if len(group) == len(items) and all(one is other for one, other in zip(group, items, strict=True)):
+        return
+    copies = [type(item).FromString(item.SerializeToString()) for item in items]
+    del group[:]
+    group.extend(copies)
+
+
 def _inner(group: Any) -> Iterator[GraphProto]:
     for node in group:
         for attribute in node.attribute:
@@ -115,8 +129,7 @@ def declaration_problem(model: ModelProto, manifest: Manifest) -> str | None:
             problem = declared_problem(spec, _dtype(value), _shape(value), strict=kind == "input")
             if problem is not None:
                 return f"{kind} {problem}"
-    opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
-    for what, have in (("opset", opset), ("ir_version", model.ir_version)):
+    for what, have in (("opset", opset_of(model)), ("ir_version", model.ir_version)):
         if (want := manifest.onnx.get(what, have)) != have:
             return f"the file has {what} {have}, the manifest says {want}"
     facts = manifest.model_facts()

@@ -2,6 +2,7 @@
 
 Checked against onnx 1.23:
 
+- Add, Sub, Mul and Div before operator set 7 broadcast by the attribute axis, which is not read.
 - BatchNormalization before operator set 14 takes the statistics of the batch although it is not training.
 - ConvTranspose with groups fails where the groups do not divide the weight evenly, and loops over samples and channels.
 - AveragePool and MaxPool loop over each output position. Where windows are rounded up and there is padding, their number is
@@ -75,6 +76,43 @@ class MaxPool(OpRun):
         return (kernels.max_pool(x, _axes(x, kernel_shape, options)),)
 
 
+class _OldArithmetic(OpRun):
+    """Arithmetic before operator set 7: the second operand is aligned with the first from ``axis`` on."""
+
+    compute: Any
+
+    def _run(
+        self, a: Array, b: Array, axis: int | None = None, broadcast: int | None = None, **_rest: Any
+    ) -> tuple[Array]:
+        if broadcast and axis is not None:
+            b = b.reshape(b.shape + (1,) * (a.ndim - axis % a.ndim - b.ndim))
+        return (type(self).compute(a, b),)
+
+
+class Add(_OldArithmetic):
+    """``a + b``."""
+
+    compute = staticmethod(np.add)
+
+
+class Sub(_OldArithmetic):
+    """``a - b``."""
+
+    compute = staticmethod(np.subtract)
+
+
+class Mul(_OldArithmetic):
+    """``a * b``."""
+
+    compute = staticmethod(np.multiply)
+
+
+class Div(_OldArithmetic):
+    """``a / b``."""
+
+    compute = staticmethod(lambda a, b: a / b if a.dtype.kind == "f" else a // b)
+
+
 class Relu(OpRun):
     """Maximum with 0."""
 
@@ -138,6 +176,7 @@ def _one_output(node: NodeProto) -> bool:
 
 #: Operator -> (class, newest operator set that needs it, nodes that it can compute).
 _TABLE: dict[str, tuple[Any, int, Callable[[NodeProto], bool]]] = {
+    **{operator.__name__: (operator, 6, lambda _node: True) for operator in (Add, Sub, Mul, Div)},
     "BatchNormalization": (
         BatchNormalization, 99, lambda node: _one_output(node) and not _values(node).get("training_mode")
     ),
@@ -170,22 +209,23 @@ def better_operators(model: ModelProto) -> list[Any] | None:
 class Evaluator(ReferenceEvaluator):
     """onnx's reference evaluator; a run frees each value after its last use, and can show each value as it is made."""
 
-    def run(
+    def run(  # type: ignore[override]  # onnx names its types differently from release to release
         self,
         output_names: Any,
         feed_inputs: dict[str, Any],
         attributes: dict[str, Any] | None = None,
-        intermediate: bool = False,
+        intermediate: bool | None = False,
+        *,
         look: Callable[[str, Any], None] | None = None,
         **rest: Any,
     ) -> Any:
         """Run as onnx's evaluator does; ``look`` is called with the name and the value of each output of a node."""
         if intermediate or rest or any(node.need_context() for node in self.rt_nodes_):  # inner graphs read any value
-            values = super().run(None, feed_inputs, attributes, intermediate=True, **rest)
-            for node in self.rt_nodes_ if look else ():
-                for name in filter(None, node.output):
-                    look(name, values[name])
-            return values if intermediate else [values[name] for name in output_names or self.output_names]
+            every: dict[str, Any] = dict(super().run(None, feed_inputs, attributes, intermediate=True, **rest))
+            if look is not None:
+                for name in (name for node in self.rt_nodes_ for name in node.output if name):
+                    look(name, every[name])
+            return every if intermediate else [every[name] for name in output_names or self.output_names]
         if attributes is None and isinstance(self.proto_, FunctionProto):
             raise TypeError("a function needs its attributes")
         wanted = list(output_names or self.output_names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -87,10 +88,17 @@ def tallies(report: FoldReport) -> tuple[Tally, ...]:
 
 
 def verdict_of(report: FoldReport) -> str:
-    """The account in one sentence."""
+    """Return the fold report in one sentence; of calls that are not gone, what became of them."""
     calls = f"{report.folded} of {len(report.rows)} BatchNorm call{'' if len(report.rows) == 1 else 's'} gone"
-    left = f"{report.remaining} norm operation{'' if report.remaining == 1 else 's'} left in the graph"
-    return f"{calls}, {left}"
+    if report.folded == len(report.rows):
+        return f"{calls}, {report.remaining} norm operation{'' if report.remaining == 1 else 's'} left in the graph"
+    shifts = sum(row.outcome == "affine" and bool(row.rule) for row in report.rows)
+    counts = (
+        (shifts, "left as an addition"),
+        (report.count("affine") - shifts, "left as scale and shift"),
+        (report.count("kept"), "left as before"),
+    )
+    return f"{calls}, " + ", ".join(f"{count} {what}" for count, what in counts if count)
 
 
 def growth_of(report: FoldReport) -> str:
@@ -118,6 +126,18 @@ def account_of(row: FoldRow) -> str:
     unlock = f"would go with: {row.unlock}" if row.unlock else ""
     dead = f"{row.dead} dead channel{'' if row.dead == 1 else 's'}" if row.dead else ""
     return "; ".join(part for part in (target_of(row), row.reason, unlock, dead) if part) or NOTHING
+
+
+#: Length up to which a row's sentences are printed whole.
+_LONG_ACCOUNT = 120
+
+
+def short_account_of(row: FoldRow) -> str:
+    """Return ``account_of`` where it is short; else the reason alone, each side up to its first comma."""
+    whole = account_of(row)
+    if len(whole) <= _LONG_ACCOUNT or not row.reason:
+        return whole
+    return "; ".join(re.split(r", | \(docs", side, maxsplit=1)[0] for side in row.reason.split("; "))
 
 
 #: Colour of a word in a table; the word itself carries the meaning.
@@ -160,6 +180,8 @@ def print_fold_report(report: FoldReport, console: Console) -> None:
         rows = [row for row in rows if not row.gone]
     if rows:
         _print_calls(rows, console)
+        if any(short_account_of(row) != account_of(row) for row in rows):
+            console.print(literal("Reasons are shortened: --json prints them whole, with what would help.", console))
     for sentence in (growth_of(report), verdict_of(report)):
         if sentence:
             console.print(literal(sentence, console), soft_wrap=True)
@@ -193,14 +215,19 @@ def _print_calls(rows: Sequence[FoldRow], console: Console) -> None:
         table.add_row(
             literal(row.outcome, console),
             literal(f"{module_name(row.module)} ({row.kind}, {row.channels})", console),
-            literal(account_of(row), console),
+            literal(short_account_of(row), console),
             gain_of(row) if row.channels else NOTHING,
         )
     console.print(table)
 
 
-def print_verification(report: VerificationReport, console: Console, *, labels: Sequence[str] | None = None) -> None:
-    """The files and the runs with their worst comparisons, what else was found, each failure, then the verdict."""
+def print_verification(
+    report: VerificationReport, console: Console, *, labels: Sequence[str] | None = None, advice: str = ""
+) -> None:
+    """Print the files and the runs with their worst comparisons, the findings, each failure, then the verdict.
+
+    ``advice`` follows the coverage of a verdict that covers a part of the proof.
+    """
     lines = runs(report)
     _print_files(report, console)
     _print_runs(lines, console)
@@ -217,7 +244,7 @@ def print_verification(report: VerificationReport, console: Console, *, labels: 
         for told in report.findings.waived.values():
             console.print(literal(f"not run: {told}", console))
     _print_failures(report, console)
-    console.print(literal(report.summary(), console, style=STYLES[word(report.passed)]), soft_wrap=True)
+    console.print(literal(report.summary(advice=advice), console, style=STYLES[word(report.passed)]), soft_wrap=True)
 
 
 def _print_files(report: VerificationReport, console: Console) -> None:

@@ -137,7 +137,8 @@ def torch_module() -> nn.Module:
         module.parameters(), (weights.kernel, weights.shift, weights.matrix, weights.bias), strict=True
     ):
         parameter.data.copy_(torch.from_numpy(values))
-    return module.eval()
+    module.eval()
+    return module
 
 
 def write_torchscript(file: Path) -> None:

@@ -22,6 +22,7 @@ from bnexport.errors import BnexportError, BundleError, ProofError
 from bnexport.optional import one_line, quiet
 from bnexport.runtimes.torch_outputs import flatten
 from bnexport.runtimes.torch_runners import load_exported_program, load_torchscript, tensor_constants
+from bnexport.runtimes.wide_convolution import wide_convolutions
 from bnexport.tensors import Array, Signature
 
 _NARROW = (torch.float16, torch.bfloat16, torch.float32)
@@ -67,7 +68,7 @@ class TorchFloat64Evaluator:
         arrays = [np.array(feeds[spec.name][start:stop]) for spec in self._signature.inputs]
         tensors = [torch.from_numpy(array.astype(np.float64) if array.dtype.kind == "f" else array) for array in arrays]
         try:
-            with torch.inference_mode(), _float64_by_default(), quiet():
+            with torch.inference_mode(), _float64_by_default(), wide_convolutions(), quiet():
                 results = flatten(self._function(*tensors))
         except BnexportError:
             raise

@@ -154,9 +154,11 @@ def private_copy(module: nn.Module, device: torch.device | str, dtype: torch.dty
         ModelError: The module can't be copied.
         RuntimeUnavailable: The GPU does not take the module: its memory is full, or CUDA failed.
     """
+    from bnexport.nn.calling import to_eval_mode
+
     try:
         # A module may be on a GPU that is nearly full: the copy is made there.
-        return copy.deepcopy(module).eval().to(device, dtype)
+        return to_eval_mode(copy.deepcopy(module)).to(device, dtype)
     except Exception as error:  # the module is the user's code
         if device_fault(error):
             raise RuntimeUnavailable(

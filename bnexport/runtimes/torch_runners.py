@@ -54,7 +54,7 @@ def open_bundle(
         if (reason := unknown_reason(bundle.manifest.network)) is not None:
             raise RuntimeUnavailable(
                 f"torch-{device} needs the original network, {reason}",
-                remedy="Pass the module, or --source file.py:factory",
+                remedy="Choose onnxruntime-cpu; bnexport verify --source FILE.py:FACTORY runs the network itself",
             )
         module = original_network(bundle)
     return TorchEagerRunner(module, bundle.manifest.signature, device=device, settings=settings)
@@ -70,10 +70,11 @@ def original_network(bundle: Bundle) -> nn.Module:
     """
     from bnexport.loading.sources import build_known
     from bnexport.loading.weights import load_weights
+    from bnexport.nn.calling import to_eval_mode
 
     network = build_known(bundle.manifest.network)
     load_weights(network, bundle.file(WEIGHTS))
-    return network.eval()
+    return to_eval_mode(network)
 
 
 class TorchScriptRunner(torch_outputs.TorchRunner):
@@ -112,7 +113,9 @@ def load_torchscript(file: Path, device: str | torch.device = "cpu") -> Any:
     try:
         with no_warnings:  # deprecated upstream; TorchScript is one of the formats asked of this project
             # Not .to(device) afterwards: it would leave constants of the graph where they are.
-            return torch.jit.load(str(file), map_location=device).eval()
+            module = torch.jit.load(str(file), map_location=device)
+            module.eval()
+            return module
     except Exception as error:  # RuntimeError, ValueError, UnpicklingError: depends on where the bytes are wrong
         if torch_outputs.device_fault(error):
             raise RuntimeUnavailable(

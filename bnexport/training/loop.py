@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from bnexport.errors import Diverged
+from bnexport.nn.calling import to_eval_mode
+from bnexport.nn.soundness import has_diverged
 from bnexport.reproducibility import strict_float32
 from bnexport.training.processes import World
 from bnexport.training.recording import CapturedStep, Record, Recording
@@ -57,15 +59,9 @@ class Epochs:
         record: Record = CapturedStep,
         on_note: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """Prepare.
+        """Prepare steps of ``batch_size`` images, of all processes together; ``capture``: record the step where that is safe.
 
-        Args:
-            step: The step.
-            samples: The training set.
-            batch_size: Images per step, of all processes together.
-            capture: Record the step as a CUDA graph where that is safe; for one process only.
-            record: Makes the recording.
-            on_note: Called with a sentence where no recording is made.
+        ``record`` makes the recording, for one process only; ``on_note`` receives a sentence if none is made.
         """
         self.step, self.samples, self.batch_size = step, samples, batch_size
         self.world = step.world
@@ -130,9 +126,9 @@ class Epochs:
 
 
 def evaluate(model: nn.Module, samples: Samples, world: World | None = None) -> Outcome:
-    """Return loss and accuracy in eval mode, so with the moving statistics, and in strict float32.
+    """Return loss and accuracy in eval mode, with the moving statistics and in strict float32; the model's mode is restored.
 
-    The model's mode is put back. With several processes each takes its part of the samples.
+    With several processes each takes its part of the samples.
     """
     world = world or World()
     sums = evaluated(model, samples, world)
@@ -145,7 +141,7 @@ def evaluated(model: nn.Module, samples: Samples, world: World) -> Sums:
     """Return the sums of ``evaluate`` over this process's part, on the device; the host does not wait for them."""
     was_training = model.training
     sums = Sums.zeros(0, samples.device)
-    model.eval()
+    to_eval_mode(model)
     try:
         mine = torch.split(world.share(torch.arange(samples.count)), _EVALUATION_BATCH)
         with strict_float32():
@@ -169,7 +165,7 @@ def _refuse_diverged(model: nn.Module, losses: Tensor) -> None:
     broken = (~torch.isfinite(losses)).nonzero()
     if len(broken):
         where = f"in batch {int(broken[0]) + 1} of {len(losses)}"
-    elif not all(bool(torch.isfinite(value).all()) for value in model.state_dict().values()):
+    elif has_diverged(model):
         where = f"after batch {len(losses)} of {len(losses)}"
     else:
         return

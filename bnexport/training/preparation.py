@@ -20,6 +20,7 @@ from bnexport.loading.sources import KNOWN, build_known
 from bnexport.loading.user_code import call_factory
 from bnexport.loading.zoo import zoo_of
 from bnexport.nn.batch_norm import BATCH_NORMS
+from bnexport.nn.calling import to_eval_mode
 from bnexport.nn.synced_batch_norm import synchronised
 from bnexport.optional import one_line
 from bnexport.reproducibility import seeded
@@ -58,12 +59,14 @@ def build_network(config: TrainingConfig, classes: int, preprocessing: Preproces
         else:
             network = call_factory(facts["source"], facts["options"])
         _check_scores(network, facts, classes, preprocessing)
-    return network.train()
+    network.train()
+    return network
 
 
 def leaves_parameters_unused(network: nn.Module, preprocessing: Preprocessing) -> bool:
     """Return whether a step leaves a parameter without gradient, as in a head that is switched off; tries a copy."""
-    twin = copy.deepcopy(network).train()
+    twin = copy.deepcopy(network)
+    twin.train()
     with seeded(0), torch.enable_grad():
         scores = twin(torch.rand(2, preprocessing.channels, preprocessing.height, preprocessing.width))
         if not isinstance(scores, Tensor):  # the first step will say what is wrong
@@ -81,7 +84,7 @@ def _check_scores(network: nn.Module, facts: Mapping[str, Any], classes: int, pr
         raise ModelError(f"bn_lenet takes images of 28x28, not {text}", remedy="Pass --input 1x28x28 or 3x28x28")
     try:
         with torch.no_grad():
-            scores = network.eval()(torch.full((2, *shape), 0.5))
+            scores = to_eval_mode(network)(torch.full((2, *shape), 0.5))
     except BnexportError:
         raise
     except Exception as error:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,17 +17,22 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-_CHUNK = 512
+#: Most samples at once, and most elements of their inputs: larger blocks of memory cost more time than they save.
+_CHUNK, _ELEMENTS = 512, 1 << 19
 
 
 class Reference:
     """Evaluates an unfolded module in float64, in eval mode; the module given is never changed.
 
-    The signature has inputs and outputs in order. The description gives the origin, for the report.
+    The signature has inputs and outputs in order. The description gives the origin, for the report. ``doubt`` returns how the
+    module differs from the network of the bundle; it is called when the module fails.
     """
 
-    def __init__(self, module: nn.Module, signature: Signature, *, description: str) -> None:
+    def __init__(
+        self, module: nn.Module, signature: Signature, *, description: str, doubt: Callable[[], str] = str
+    ) -> None:
         self.description = description
+        self._doubt = doubt
         self._signature = signature
         import torch
 
@@ -42,7 +48,10 @@ class Reference:
         """
         size = len(feeds[self._signature.inputs[0].name])
         # A batch dimension that is fixed can't be cut; an empty batch still has to go through once.
-        step = _CHUNK if isinstance(self._signature.inputs[0].shape[0], str) else max(size, 1)
+        elements = sum(array.size for array in feeds.values()) // max(size, 1)
+        step = min(max(_ELEMENTS // max(elements, 1), 1), _CHUNK)
+        if not isinstance(self._signature.inputs[0].shape[0], str):
+            step = max(size, 1)
         parts = [self._part(feeds, at, at + step) for at in range(0, max(size, 1), step)]
         return {spec.name: np.concatenate([p[i] for p in parts]) for i, spec in enumerate(self._signature.outputs)}
 
@@ -50,14 +59,20 @@ class Reference:
         import torch
 
         from bnexport.runtimes.torch_outputs import flatten
+        from bnexport.runtimes.wide_convolution import wide_convolutions
         from bnexport.verification.widening import wide_casts
 
         arrays = [np.array(feeds[spec.name][start:stop]) for spec in self._signature.inputs]
         tensors = [torch.from_numpy(array.astype(np.float64) if array.dtype.kind == "f" else array) for array in arrays]
         try:
-            with torch.inference_mode(), wide_casts():
+            with torch.inference_mode(), wide_casts(), wide_convolutions():
                 results = [tensor.numpy() for tensor in flatten(self._module(*tensors))]
         except Exception as error:  # the module is the user's code
+            if difference := self._doubt():
+                raise ModelError(
+                    f"{type(self._module).__name__} is not the network of the bundle: {difference}",
+                    remedy="Give the network that was exported",
+                ) from error
             raise _unusable(one_line(error, 200)) from error
         if len(results) < len(self._signature.outputs):
             raise _unusable(f"it gives {len(results)} outputs, expected {len(self._signature.outputs)}")
@@ -77,13 +92,30 @@ def find_reference(bundle: Bundle, module: nn.Module | None) -> Reference | None
     """
     signature = bundle.manifest.signature
     if module is not None:
-        return Reference(module, signature, description="the original module, in float64")
+        doubt = functools.partial(_difference, bundle, module)
+        return Reference(module, signature, description="the original module, in float64", doubt=doubt)
     if not is_known(bundle):
         return None
     from bnexport.runtimes.torch_runners import original_network
 
     source = bundle.manifest.network["source"]
     return Reference(original_network(bundle), signature, description=f"{source} rebuilt from {WEIGHTS}, in float64")
+
+
+def _difference(bundle: Bundle, module: nn.Module) -> str:
+    """Return how a module's tensors differ in shape from the bundle's weights, whatever their names are; "" if they do not."""
+    if WEIGHTS not in bundle.manifest.files or bundle.problem(WEIGHTS) is not None:
+        return ""
+    from bnexport.loading.checkpoint import read_safetensors
+
+    stored = {name: tuple(tensor.shape) for name, tensor in read_safetensors(bundle.file(WEIGHTS))[0].items()}
+    given = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    shapes = [sorted(shape for shape in state.values() if shape) for state in (stored, given)]
+    if shapes[0] == shapes[1]:
+        return ""
+    odd = next((name for name, shape in stored.items() if shape and given.get(name) != shape), next(iter(stored)))
+    found = "x".join(map(str, given[odd])) if odd in given else "missing"
+    return f"{odd} is {found}, in the bundle {'x'.join(map(str, stored[odd]))}"
 
 
 def is_known(bundle: Bundle) -> bool:

@@ -37,10 +37,10 @@ FILE_OF = {spec.name: spec.file for spec in RUNNERS}
 
 @pytest.fixture(autouse=True)
 def few_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A fault has to be seen on a hundred samples; the full number only costs time here."""
-    monkeypatch.setattr(verifying, "_REAL_WORK", 3e7)
-    monkeypatch.setattr(verifying, "_SYNTHETIC_WORK", 3e7)
-    monkeypatch.setattr(verifying, "_PROOF_WORK", 9e6)
+    """A fault has to be seen on the samples that the largest network gets: 8 images, 4 of noise, 1 of each other kind."""
+    monkeypatch.setattr(verifying, "_REAL_WORK", 1.0)
+    monkeypatch.setattr(verifying, "_SYNTHETIC_WORK", 1.0)
+    monkeypatch.setattr(verifying, "_PROOF_WORK", 1.0)
 
 
 def with_fault(row: NormFault, *, everywhere: bool = False) -> State:
@@ -336,7 +336,8 @@ def test_other_preprocessing_fails_by_the_accuracy_at_export(
     report = verify(
         reseal(folder, verification=before, preprocessing=Preprocessing(**change).to_json()), runtimes=[runtime]
     )
-    assert [row.stage for row in report.failures] == ["accuracy"]
+    assert {row.stage for row in report.failures} == {"accuracy"}
+    assert "first image" in {row.case for row in report.failures}  # the number of right labels may be the same
 
 
 def test_the_faults_are_real_faults() -> None:

@@ -181,6 +181,23 @@ def foreign_imports(root: Path) -> list[str]:
     return found
 
 
+def chained_modes(tree: ast.Module) -> list[int]:
+    """Lines that use what ``eval()`` or ``train()`` of a module returns: a network's own ``train`` may return nothing."""
+    statements = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
+    return [
+        node.lineno
+        for node in calls
+        if isinstance(node.func, ast.Attribute) and node.func.attr in ("eval", "train") and id(node) not in statements
+    ]
+
+
+def test_nothing_uses_what_eval_and_train_return() -> None:
+    files = [path for folder in ("bnexport", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))]
+    assert [(str(path), line) for path in files for line in chained_modes(ast.parse(path.read_bytes()))] == []
+    assert chained_modes(ast.parse("net.eval()\nnet.train(False)\ny = net.eval()(x)\nreturned(net.train())")) == [3, 4]
+
+
 def test_bnexport_imports_nothing_outside_the_wheel(tmp_path: Path) -> None:
     assert foreign_imports(ROOT) == []
     make_tree(tmp_path, {"nn/lenet.py": "def f():\n    from benchmarks.clock import Spread"})

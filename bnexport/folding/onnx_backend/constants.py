@@ -1,9 +1,10 @@
 """Shapes, element types and constants of a graph's values, found without running it on an input.
 
 Shapes: onnx's inference runs several times, each time with other numbers in place of the sizes that vary. It is complete for
-numbers, but gives up on most arithmetic with names. A size that is the same each time is fixed. A size that varies as one of
-the inputs' sizes, or as a product of two, is that expression. Two sizes that always agree are taken for the same size. Every
-fold is proved afterwards, so a coincidence here can lose a fold, but can't make a wrong one.
+numbers, but gives up on most arithmetic with names. Values that the graph computes from shapes (the target of a Reshape) are
+evaluated in between, since inference follows few of their operators. A size that is the same each time is fixed. A size that
+varies as one of the inputs' sizes, or as a product of two, is that expression. Two sizes that always agree are taken for the
+same size. Every fold is proved afterwards, so a coincidence here can lose a fold, but can't make a wrong one.
 
 Constants: initializers, Constant nodes, and everything that is computed from them alone.
 """
@@ -21,15 +22,20 @@ import numpy as np
 import onnx
 import sympy  # type: ignore[import-untyped]
 import torch
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 from torch import Tensor
 
 from bnexport.folding.affine import Dim
 from bnexport.folding.onnx_backend.inventory import TORCH, is_default, widened
 from bnexport.onnx_files.float64 import wide_evaluator
-from bnexport.onnx_files.names import mentions
+from bnexport.onnx_files.models import refill
+from bnexport.onnx_files.names import mentions, subgraphs
 from bnexport.tensors import Array
 
+#: Operators that look at a tensor's shape, never at its elements: a fold changes no shape.
+SHAPE_ONLY = ("Shape", "Size")
+#: Operators without a fixed result.
+_RANDOM = ("RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli")
 #: Numbers for a size that is the first of an input (the batch), and for any other (height, width): several halvings fit. The
 #: two do not grow alike, so that neither is a multiple of the other.
 _BATCHES = (2, 3, 5)
@@ -37,28 +43,40 @@ _SIZES = (64, 96, 128)
 _STEP = 32
 #: Longer constants state no shape, so their numbers are not copied.
 _SMALL = 4096
+#: Values that are computed from shapes are shorter; evaluations in a row: each may find the shapes that the next one reads.
+_MAX_TARGET = 64
+_MAX_EVALUATIONS = 8
 
 
 class Shapes:
     """Shapes and element types by name of the value.
 
+    Args:
+        model: Is not changed.
+        given: Input -> numbers for the sizes of one sample, used where the file leaves a size open. Only where inference fails
+            with other numbers, a size is taken for fixed because of them.
+
     Attributes:
         sizes: The inputs' varying sizes -> the numbers in their place.
     """
 
-    def __init__(self, model: ModelProto) -> None:
+    def __init__(self, model: ModelProto, given: Mapping[str, Sequence[int]] | None = None) -> None:
         skeleton = _skeleton(model)
-        self.sizes = _varying(skeleton)
+        self.sizes = _varying(skeleton, given or {})
         self._named = _inferred(skeleton)
         rounds = len(_BATCHES) if self.sizes else 1
         self._numbers = [self._round(skeleton, index) for index in range(rounds)]
+        self._as_given = self._round(skeleton, 0, batch=1) if given and self.sizes else {}
         self._expressions = _expressions(self.sizes)
 
-    def _round(self, skeleton: ModelProto, index: int) -> dict[str, ValueInfoProto]:
+    def _round(self, skeleton: ModelProto, index: int, batch: int | None = None) -> dict[str, ValueInfoProto]:
         """Infer with numbers for sizes. Shapes of inner values that the file declares are added where inference fails."""
-        sizes = {name: numbers[index] for name, numbers in self.sizes.items()}
+        sizes = {
+            name: numbers[index if batch is None or tuple(numbers) != _BATCHES else batch]
+            for name, numbers in self.sizes.items()
+        }
         bound = _bound(skeleton, sizes)
-        found = _inferred(bound)
+        found = _evaluated(bound)
         stated = [value for name, value in self._named.items() if _numbers_of(found.get(name)) is None]
         stated = [
             value for value in (_with_numbers(value, sizes) for value in stated) if _numbers_of(value) is not None
@@ -66,13 +84,14 @@ class Shapes:
         if not stated:
             return found
         bound.graph.value_info.extend(stated)
-        return _inferred(bound)
+        return _evaluated(bound)
 
     def of(self, name: str) -> tuple[Dim, ...] | None:
         """Return the shape of a value; None when it is unknown."""
         each = [_numbers_of(found.get(name)) for found in self._numbers]
         if any(shape is None or len(shape) != len(each[0] or ()) for shape in each):
-            return self._as_named(name)
+            named = self._as_named(name)
+            return self._with_given(name) if named is None else named
         return tuple(self._dim(values) for values in zip(*(shape or () for shape in each), strict=True))
 
     def example(self, name: str) -> list[int] | None:
@@ -96,6 +115,13 @@ class Shapes:
                 ratio = ratios.pop()
                 return expression * sympy.Rational(ratio.numerator, ratio.denominator)
         return sympy.Symbol("size_" + "_".join(map(str, values)), integer=True, positive=True)
+
+    def _with_given(self, name: str) -> tuple[Dim, ...] | None:
+        """Return the shape for the given sizes, where inference fails for all others; the batch still varies."""
+        first, second = _numbers_of(self._numbers[0].get(name)), _numbers_of(self._as_given.get(name))
+        if first is None or second is None or len(first) != len(second):
+            return None
+        return tuple(a if a == b else _symbol(f"size_{a}_{b}") for a, b in zip(first, second, strict=True))
 
     def _as_named(self, name: str) -> tuple[Dim, ...] | None:
         """Return the file's own shape, where inference with numbers in place of its names fails."""
@@ -150,15 +176,20 @@ def _bare(tensor: TensorProto) -> TensorProto:
     return TensorProto(name=tensor.name, dims=tensor.dims, data_type=tensor.data_type)
 
 
-def _varying(model: ModelProto) -> dict[str, tuple[int, ...]]:
-    """Return names of sizes in the inputs -> the numbers for them, all different."""
+def _varying(model: ModelProto, given: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
+    """Return names of sizes in the inputs -> the numbers for them, all different; given ones first."""
     found: dict[str, tuple[int, ...]] = {}
+    numbers: tuple[int, ...]
     others = itertools.count()
     for value in model.graph.input:
         for axis, dim in enumerate(value.type.tensor_type.shape.dim):
             if dim.dim_param and dim.dim_param not in found:
                 step = 0 if axis == 0 else next(others) * _STEP
-                found[dim.dim_param] = tuple(number + step for number in (_SIZES if axis else _BATCHES))
+                numbers = _SIZES if axis else _BATCHES
+                sample = given.get(value.name, ())
+                if 0 < axis <= len(sample):
+                    step, numbers = 0, tuple(sample[axis - 1] + number - _SIZES[0] for number in _SIZES)
+                found[dim.dim_param] = tuple(number + step for number in numbers)
     return found
 
 
@@ -200,6 +231,59 @@ def _inferred(model: ModelProto) -> dict[str, ValueInfoProto]:
     return found
 
 
+def _evaluated(model: ModelProto) -> dict[str, ValueInfoProto]:
+    """Infer the shapes of a model whose inputs have numbers for sizes; values computed from shapes become initializers."""
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    known = {name: numpy_helper.to_array(tensor) for name, tensor in stored.items() if _has_numbers(tensor)}
+    found = _inferred(model)
+    if not any(node.op_type in SHAPE_ONLY for node in model.graph.node):
+        return found
+    sized: set[str] = set()
+    for _ in range(_MAX_EVALUATIONS):
+        fresh = {}
+        for node in model.graph.node:
+            if node.output[0] in known or (value := _value_of(node, known, found, model)) is None:
+                continue
+            known[node.output[0]] = value
+            if node.op_type in SHAPE_ONLY or sized & set(node.input):
+                sized.add(node.output[0])
+                fresh[node.output[0]] = value
+        if not fresh:
+            break
+        refill(model.graph.node, [node for node in model.graph.node if not (node.output and node.output[0] in fresh)])
+        model.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in fresh.items())
+        found = _inferred(model)
+    return found
+
+
+def _has_numbers(tensor: TensorProto) -> bool:
+    return math.prod(tensor.dims) <= _MAX_TARGET and tensor.data_type in TORCH
+
+
+def _value_of(
+    node: NodeProto, known: Mapping[str, Array], found: Mapping[str, ValueInfoProto], model: ModelProto
+) -> Array | None:
+    """Return the short result of a node that reads shapes, or values computed from them; None for any other."""
+    if not is_default(node) or len(node.output) != 1 or subgraphs(node) or node.op_type in _RANDOM:
+        return None
+    feeds = {}
+    for name in filter(None, node.input):
+        shape = _numbers_of(found.get(name)) if node.op_type in SHAPE_ONLY else None
+        if shape is None and name not in known:
+            return None
+        feeds[name] = known[name] if shape is None else np.broadcast_to(np.float64(0), shape)
+    try:
+        (value,) = node_evaluator([node], model, list(feeds), node.output[0]).run(None, feeds)
+    except Exception:  # of no common class; what is unknown is left alone
+        return None
+    array, declared = np.asarray(value), found.get(node.output[0])
+    if array.size > _MAX_TARGET or array.dtype.kind not in "fiub":
+        return None
+    if declared is not None and declared.type.tensor_type.elem_type in TORCH:
+        array = array.astype(helper.tensor_dtype_to_np_dtype(declared.type.tensor_type.elem_type))
+    return array
+
+
 def _numbers_of(value: ValueInfoProto | None) -> list[int] | None:
     if value is None or not value.type.tensor_type.HasField("shape"):
         return None
@@ -217,8 +301,6 @@ _COMPUTED = frozenset(
         *("Squeeze", "Sub", "Transpose", "Unsqueeze"),
     )
 )
-#: Operators that look at a tensor's shape, never at its elements: a fold changes no shape.
-SHAPE_ONLY = ("Shape", "Size")
 _MAX_ELEMENTS = 1 << 26
 _MAX_RANK = 16
 
@@ -266,6 +348,18 @@ class Constants:
     def readers(self, name: str) -> int:
         """Count the readers of a constant, under any of its names, and of the constants that it is computed from."""
         return self._readers.get(self.root(name), self._counts[self.root(name)])
+
+    def computed_from(self, name: str) -> int:
+        """Count the elements that are stored for a constant: its own, or those of the constants that it is computed from."""
+        sources, stack = set(), [name]
+        while stack:
+            top = stack.pop()
+            node = self._nodes.get(top)
+            if node is None or node.op_type == "Constant":
+                sources.add(top)
+            else:
+                stack += self._read_by(node)
+        return sum(self._size(item) for item in sources if self._is_float(item))
 
     def uses(self, name: str) -> int:
         """Count the readers of the constant itself, under any of its names."""
@@ -354,10 +448,14 @@ class Constants:
             root = self.root(name)
             self._readers[root] = max(self._readers.get(root, 0), self._aliased[root], *above, 0)
 
+    def _is_float(self, name: str) -> bool:
+        dtype = self.dtype(name)
+        return dtype is not None and dtype.is_floating_point
+
     def _is_weight(self, name: str) -> bool:
         """Return True if a constant is more than a shape, an axis or a single number."""
-        dtype, shape = self.dtype(name), self._shapes.example(name)
-        return dtype is not None and dtype.is_floating_point and (shape is None or math.prod(shape) > 1)
+        shape = self._shapes.example(name)
+        return self._is_float(name) and (shape is None or math.prod(shape) > 1)
 
     def _computed(self, node: NodeProto) -> Array:
         read = self._read_by(node)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,10 +15,12 @@ from bnexport.folding.fold import DEFAULT_MAX_GROWTH
 from bnexport.folding.onnx_backend.graph import OnnxGraph
 from bnexport.folding.onnx_backend.inventory import BATCH_NORM, count_batch_norms, inner_batch_norms, label
 from bnexport.folding.onnx_backend.proof import NotEvaluated, fold_error
-from bnexport.folding.onnx_backend.reading import MAX_BYTES, check_valid, is_fully_valid, read_source
+from bnexport.folding.onnx_backend.reading import MAX_BYTES, SourceFile, check_valid, is_fully_valid, read_source
 from bnexport.folding.onnx_backend.write import Writer
 from bnexport.folding.plan import ATTEMPTS, Budget
 from bnexport.folding.report import FoldReport, FoldRow
+from bnexport.onnx_files.models import opset_of
+from bnexport.onnx_files.normalisation import OLDEST_OPSET, join_sums, split_sums, upgraded
 from bnexport.onnx_files.reshape_targets import simplify_reshapes
 from bnexport.optional import one_line
 
@@ -31,16 +33,18 @@ class OnnxFoldResult:
     """The result of ``fold_onnx``.
 
     Attributes:
-        model: The folded model, of the same operator set and IR version.
+        model: The folded model, of the same IR version and operator set; of operator set 7 where the file has an older one.
         report: The fold report, one row per BatchNormalization.
-        original: The model as it was read, external data inside.
+        original: The model as it was read, external data inside, in the common spelling.
         changed: True if ``model`` differs from ``original``.
+        normalised: Names of the rows of ``onnx_files.normalisation.NORMALISATIONS`` that changed the file's spelling.
     """
 
     model: ModelProto
     report: FoldReport
     original: ModelProto
     changed: bool
+    normalised: tuple[str, ...] = ()
 
 
 def fold_onnx(
@@ -49,6 +53,7 @@ def fold_onnx(
     max_growth: float = DEFAULT_MAX_GROWTH,
     clamps: bool = False,
     prove: bool = True,
+    inputs: Mapping[str, Sequence[int]] | None = None,
 ) -> OnnxFoldResult:
     """Fold every BatchNormalization of an ONNX file that can be folded exactly, and report what happened to each, and why.
 
@@ -62,38 +67,79 @@ def fold_onnx(
         max_growth: See ``bnexport.fold``.
         clamps: See ``bnexport.fold``.
         prove: Check each fold separately, and the folded model against the original, in float64.
+        inputs: Name of an input -> shape of one sample; the only input may have any name. Sizes that the file leaves open get
+            these numbers while shapes are inferred and the fold is proved; the written file leaves them open.
 
     Returns:
         The folded model and its report, with a row for each BatchNormalization in functions and subgraphs too.
 
     Raises:
-        UsageError: ``max_growth`` is below 1.
-        ModelError: Not a valid ONNX model.
+        UsageError: ``max_growth`` is below 1, or ``inputs`` does not fit the file.
+        ModelError: Not a valid ONNX model, or of an operator set below 7 that onnx can't convert.
         ExportError: The result has 2 GB or more, which one file can't hold.
         ProofError: The folded model does not compute what the original does; that is a fault in bnexport.
     """
     if not max_growth >= 1.0:
         raise UsageError(f"max_growth is {max_growth:g}", remedy="Give a factor of 1 or more; 1 allows no copies")
-    original = read_source(source)
-    before = max(OnnxGraph(original).elements, 1)
+    file = read_source(source)
+    original = file.model
+    sizes = _sizes(original, inputs or {})
+    readable = _readable(file, sizes, prove=prove)
+    sums = split_sums(readable)
+    before = max(OnnxGraph(readable, sizes).elements, 1)
     for apart, biases in ATTEMPTS:  # again and stricter where the result exceeds the budget
         model = ModelProto()
-        model.CopyFrom(original)
-        graph = OnnxGraph(model)
+        model.CopyFrom(readable)
+        graph = OnnxGraph(model, sizes)
         budget = Budget(before, max_growth, apart, biases)
         account = _account(Engine(graph, budget, clamps=clamps, prove=prove), original)
         writer = Writer(graph)
         folded = writer.write(account.dropped)
-        growth = OnnxGraph(model).elements / before
+        growth = OnnxGraph(model, sizes).elements / before
         if growth <= max_growth:
             break
-    changed = simplify_reshapes(model) > 0 or folded
+    join_sums(model, sums)
+    changed = simplify_reshapes(model) > 0 or folded or opset_of(model) != opset_of(original)
     if changed:
         _check_written(original, model)
     rows = (*account.rows, *(_inner_row(node, where) for node, where in inner_batch_norms(original)))
-    error, unproved = _proof(original, model, writer.exact if changed else None) if prove else (None, ())
+    error, unproved = _proof(original, model, writer.exact if changed else None, sizes) if prove else (None, ())
     report = FoldReport(rows, count_batch_norms(model), error, growth, (*account.warnings, *unproved))
-    return OnnxFoldResult(model, report, original, changed)
+    return OnnxFoldResult(model, report, original, changed, file.normalised)
+
+
+def _readable(file: SourceFile, sizes: Mapping[str, Sequence[int]], *, prove: bool) -> ModelProto:
+    """Return a copy of a file's model, of operator set 7 or newer."""
+    readable = ModelProto()
+    readable.CopyFrom(upgraded(file.model, file.name))
+    if prove and opset_of(readable) != opset_of(file.model):
+        _check_conversion(file.model, readable, file.name, sizes)
+    return readable
+
+
+def _sizes(model: ModelProto, inputs: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
+    """Return the requested shapes of one sample, by the file's names of its inputs.
+
+    Raises:
+        UsageError: An input that the file does not have, or a shape that its declaration excludes.
+    """
+    stored = {tensor.name for tensor in model.graph.initializer}
+    values = {value.name: value.type.tensor_type for value in model.graph.input if value.name not in stored}
+    if len(values) == len(inputs) == 1:
+        inputs = dict(zip(values, inputs.values(), strict=True))
+    for name, shape in inputs.items():
+        if name not in values:
+            raise UsageError(f"the file has the inputs {', '.join(values)}", remedy="Name each: --input NAME=3x224x224")
+        sample = [dim.dim_value or "?" for dim in list(values[name].shape.dim)[1:]]
+        fits = len(sample) == len(shape) and all(
+            size in ("?", given) for size, given in zip(sample, shape, strict=True)
+        )
+        if values[name].HasField("shape") and not fits:
+            raise UsageError(
+                f"{'x'.join(map(str, shape))} does not fit {name!r}, which the file declares as {'x'.join(map(str, sample))}",
+                remedy="Give numbers for the sizes that vary, and leave the rest as it is",
+            )
+    return {name: tuple(shape) for name, shape in inputs.items()}
 
 
 def _account(engine: Engine, original: ModelProto) -> Account:
@@ -110,13 +156,16 @@ def _account(engine: Engine, original: ModelProto) -> Account:
 
 
 def _proof(
-    original: ModelProto, model: ModelProto, exact: Mapping[str, Tensor] | None
+    original: ModelProto,
+    model: ModelProto,
+    exact: Mapping[str, Tensor] | None,
+    sizes: Mapping[str, Sequence[int]],
 ) -> tuple[float | None, tuple[str, ...]]:
-    """Return the error of the whole, 0 where nothing was changed; None and the reason where it can't be evaluated."""
+    """Return the error of the whole, 0 where nothing was changed; None and the reason where nothing could be compared."""
     if exact is None:
         return 0.0, ()
     try:
-        error = fold_error(original, model, exact)
+        error = fold_error(original, model, exact, sizes)
     except NotEvaluated as reason:
         return None, (f"the folded model as a whole could not be evaluated in float64: {reason}",)
     if not error <= _MAX_ERROR:
@@ -125,6 +174,22 @@ def _proof(
             remedy="Please report it with the file: a fold that is not exact is a fault in bnexport",
         )
     return error, ()
+
+
+def _check_conversion(
+    original: ModelProto, converted: ModelProto, name: str, sizes: Mapping[str, Sequence[int]]
+) -> None:
+    """Compare a file with its conversion to a newer operator set, in float64."""
+    try:
+        error = fold_error(original, converted, {}, sizes)
+    except NotEvaluated:
+        return  # the report then has the reason why the whole could not be compared
+    if not error <= _MAX_ERROR:
+        raise ModelError(
+            f"{name} uses operator set {opset_of(original)}, and onnx.version_converter changes its results by {error:.1e} of"
+            " scale",
+            remedy=f"Export the network again with operator set {OLDEST_OPSET} or newer",
+        )
 
 
 def _check_written(original: ModelProto, model: ModelProto) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,11 +14,12 @@ from torch import Tensor
 from bnexport.folding.graph import Identity, Kind, Layer, NormCall, Op, Opaque, Reshape, connect
 from bnexport.folding.layers import channels_of
 from bnexport.folding.onnx_backend.constants import SHAPE_ONLY, Constants, Shapes, node_evaluator
-from bnexport.folding.onnx_backend.inventory import is_batch_norm, is_default, label, opset_of
+from bnexport.folding.onnx_backend.inventory import is_batch_norm, is_default, label
 from bnexport.folding.onnx_backend.norms import unread_batch_norm
 from bnexport.folding.onnx_backend.readers import READERS, read_piece, read_split
 from bnexport.folding.onnx_backend.view import OVERRIDABLE, Context, Reading, Slot, View
 from bnexport.folding.torch_backend.graph import evaluate_kind
+from bnexport.onnx_files.models import opset_of
 from bnexport.onnx_files.names import mentions, reads
 from bnexport.tensors import Array
 
@@ -48,13 +49,16 @@ class Source:
 
 
 class OnnxGraph:
-    """The main graph of a valid model, as ``folding.graph.Graph``; the model is not changed here."""
+    """The main graph of a valid model, as ``folding.graph.Graph``; the model is not changed here.
 
-    def __init__(self, model: ModelProto) -> None:
+    ``given`` has numbers for open sizes, by input (see ``Shapes``).
+    """
+
+    def __init__(self, model: ModelProto, given: Mapping[str, Sequence[int]] | None = None) -> None:
         self.model = model
         self.nodes = list(model.graph.node)
         self.opset = opset_of(model)
-        self.shapes = Shapes(model)
+        self.shapes = Shapes(model, given)
         self.constants = Constants(model, self.shapes)
         self.ops: list[Op] = []
         self.by_name: dict[str, Op] = {}
@@ -82,7 +86,11 @@ class OnnxGraph:
             for name in reads(node):
                 self._users.setdefault(name, []).append(node)
         count = mentions(self.model.graph)
-        followers = {name: users[0] for name, users in self._users.items() if len(users) == count[name] == 1}
+        followers = {
+            name: users[0]
+            for name, users in self._users.items()
+            if len(users) == count[name] == 1 and self._is_plain(users[0])
+        }
         return Context(self.opset, self.shapes, self.constants, followers, count)
 
     def _add_input(self, value: ValueInfoProto) -> None:
@@ -159,7 +167,7 @@ class OnnxGraph:
         if isinstance(found, str):
             return Reading(Opaque(found), everything)
         if found is None or any(name not in self.by_name for name in found.inputs):
-            if found is not None and found.call is not None:
+            if is_batch_norm(node):
                 return unread_batch_norm(view, "its input is a constant", "")
             return Reading(Opaque(), everything)
         return found

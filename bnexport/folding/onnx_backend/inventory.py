@@ -18,11 +18,6 @@ BATCH_NORM = "BatchNormalization"
 _DEFAULT_DOMAIN = ("", "ai.onnx")
 
 
-def opset_of(model: ModelProto) -> int:
-    """Return the version of the default operator set; 0 when the file imports none."""
-    return next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
-
-
 def label(node: NodeProto) -> str:
     """Return a node's name in the report: its own name, or that of its first output."""
     return node.name or next((name for name in node.output if name), node.op_type)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from bnexport.folding.affine import Affine, ChannelAffine, Dim
+from bnexport.folding.affine import Affine, ChannelAffine, Dim, why_infinite
 from bnexport.folding.graph import Norm, NormCall, Opaque
 from bnexport.folding.onnx_backend.inventory import BATCH_NORM
 from bnexport.folding.onnx_backend.view import NOT_AN_INPUT, OVERRIDABLE, Reading, View
 
 #: First operator set whose BatchNormalization says that it is training by an attribute; before, by its outputs.
 _TRAINING_MODE = 14
+#: Reason of a norm whose input has no known shape.
+UNKNOWN_SHAPE = "the file does not state the shape of its input"
 #: The operator's default, which is stored in float32.
 _DEFAULT_EPSILON = float(torch.tensor(1e-5))
 
@@ -24,7 +28,8 @@ def read_batch_norm(view: View) -> Reading:
     affine = None if why else _affine(view)
     rank = len(view.shape() or ())
     if affine is not None and not bool(torch.isfinite(affine.scale).all() and torch.isfinite(affine.shift).all()):
-        why, unlock = "its scale or shift is not finite", "statistics with a variance and eps that are not both 0"
+        var = view.context.constants.tensor(view.input(4))
+        why, unlock = why_infinite(var, float(view.attribute("epsilon", _DEFAULT_EPSILON)))
         affine = None
     found = None if affine is None else affine.on_axis(1, rank)
     call = NormCall(view.name, BATCH_NORM, _channels(view), found, why, unlock)
@@ -52,7 +57,7 @@ def _unreadable(view: View) -> tuple[str, str]:
     if not all(view.is_constant(index) for index in indices):
         return "its parameters are computed in the graph", "parameters and statistics stored as initializers"
     if shape is None or len(shape) < 2 or not view.is_floating:
-        return "the file does not tell the shape of its input", "a file that shape inference can read"
+        return UNKNOWN_SHAPE, "a file that shape inference can read"
     sizes = {view.context.constants.shape(view.input(index)) for index in indices}
     if len(sizes) != 1 or len(next(iter(sizes))) != 1:
         return "its parameters have different lengths", ""
@@ -70,27 +75,131 @@ def _channels(view: View) -> int:
     return size if isinstance(size, int) else 0
 
 
+@dataclass(frozen=True)
+class _Link:
+    """One node of arithmetic with a constant.
+
+    Attributes:
+        value: Name of the value that it reads.
+        affine: None when it can't be read.
+        scales: True if its constant is a scale with more than one number.
+        shifts: True if it adds or subtracts.
+        why_not: The reason why it can't be read.
+    """
+
+    view: View
+    value: str
+    affine: Affine | None
+    scales: bool
+    shifts: bool
+    why_not: str = ""
+
+    @property
+    def axes(self) -> tuple[int, ...]:
+        """The axes along which it varies."""
+        return () if self.affine is None else tuple(filter(self.affine.varies_along, range(self.affine.rank)))
+
+
 def read_arithmetic(view: View) -> Reading | None:
-    """``x + c``, ``x - c``, ``c - x``, ``x * c``, ``x / c`` with a constant that does not enlarge the value."""
-    if len(view.node.input) != 2 or not view.is_floating or view.is_constant(0) == view.is_constant(1):
+    """Read a run of arithmetic with constants as one norm; where it is none, read its first node alone.
+
+    A run counts as a norm, with a row in the report, when it multiplies or divides by more than one number, and all its
+    constants vary along one axis. A run whose constants vary along several axes counts when it also has a shift: statistics
+    for each position. So ``x * 2``, ``x + bias`` and a table of positions do not count. Every value inside the run has one
+    reader.
+    """
+    first = _link(view)
+    if first is None:
         return None
-    value = 1 if view.is_constant(0) else 0
-    placed = placed_constant(view, 1 - value, view.shape(value))
+    if first.affine is None:
+        return _unread_arithmetic(first) if first.scales and _following(first) is not None else None
+    links = _run(first)
+    affine = first.affine
+    for link in links[1:]:
+        assert link.affine is not None
+        affine = link.affine.after(affine)
+    axes = {axis for link in links for axis in link.axes}
+    if not any(link.scales for link in links) or (len(axes) > 1 and not any(link.shifts for link in links)):
+        return Reading(Norm(first.affine), (first.value,))
+    nodes = [link.view.node for link in links]
+    call = NormCall(links[-1].view.name, ", ".join(node.op_type for node in nodes), _size(view, first, axes), affine)
+    return Reading(Norm(affine), (first.value,), nodes=tuple(nodes[1:]), call=call)
+
+
+def _run(first: _Link) -> list[_Link]:
+    """Return the links from the first on, each the only reader of the one before; none adds an axis to those before."""
+    links, axes = [first], set(first.axes)
+    while (link := _following(links[-1])) is not None and link.affine is not None:
+        more = axes | set(link.axes)
+        if len(more) > 1 and more != axes:
+            break
+        links.append(link)
+        axes = more
+    return links
+
+
+def _following(link: _Link) -> _Link | None:
+    """Return the arithmetic that is the only reader of a link's result."""
+    output = link.view.node.output[0]
+    user = link.view.context.followers.get(output)
+    found = _link(View(user, link.view.context)) if user is not None and user.op_type in _ARITHMETIC else None
+    return found if found is not None and found.value == output else None
+
+
+def _link(view: View) -> _Link | None:
+    """Read one node; None for anything but floating-point arithmetic with one constant."""
+    if not view.is_floating:
+        return None
+    if view.node.op_type == "Neg":
+        shape = view.shape()
+        ones = torch.ones([1] * len(shape or ()), dtype=torch.float64)
+        return (
+            None if shape is None else _Link(view, view.input(0), Affine(-ones, torch.zeros_like(ones)), False, False)
+        )
+    constants = view.context.constants
+    given = [constants.known(name) or name in constants.overridable for name in view.node.input]
+    if len(given) != 2 or given[0] == given[1]:
+        return None
+    slot = given.index(True)
+    constant, value = view.input(slot), view.input(1 - slot)
+    shifts = view.node.op_type in ("Add", "Sum", "Sub")
+    if constant in constants.overridable:
+        return _Link(view, value, None, not shifts, shifts, OVERRIDABLE.replace("weights", "parameters"))
+    scales = not shifts and math.prod(constants.shape(constant)) > 1
+    placed = placed_constant(view, slot, view.shape(1 - slot))
     if placed is None:
+        return _Link(view, value, None, scales, shifts, _why_not_placed(view, slot))
+    pair = _ELEMENTWISE[view.node.op_type](placed, slot == 0)
+    if pair is None:
         return None
-    pair = _ELEMENTWISE[view.node.op_type](placed, value == 1)
-    if pair is None or not bool(torch.isfinite(pair[0]).all() and torch.isfinite(pair[1]).all()):
-        return None
-    return Reading(Norm(Affine.of(*pair)), (view.input(value),))
+    if not bool(torch.isfinite(pair[0]).all() and torch.isfinite(pair[1]).all()):
+        return _Link(view, value, None, scales, shifts, "its scale or shift is not finite")
+    return _Link(view, value, Affine.of(*pair), scales, shifts)
 
 
-def read_neg(view: View) -> Reading | None:
-    """``-x``."""
-    shape = view.shape()
-    if shape is None or not view.is_floating:
-        return None
-    ones = torch.ones([1] * len(shape), dtype=torch.float64)
-    return Reading(Norm(Affine(-ones, torch.zeros_like(ones))), (view.input(0),))
+def _why_not_placed(view: View, slot: int) -> str:
+    shape, given = view.shape(1 - slot), view.context.constants.shape(view.input(slot))
+    if shape is None:
+        return UNKNOWN_SHAPE
+    if len(given) <= len(shape):
+        pairs = zip(shape[len(shape) - len(given) :], given, strict=True)
+        if any(size > 1 and not isinstance(there, int) for there, size in pairs):
+            return "the file does not state the size of the axis that it normalises"
+    return "its constants enlarge the value"
+
+
+def _unread_arithmetic(first: _Link) -> Reading:
+    """Return the reading of what looks like a norm and must stay: the first node, with the reason in the report."""
+    call = NormCall(first.view.name, first.view.node.op_type, 0, None, first.why_not)
+    values = [name for name in first.view.node.input if name and not first.view.context.constants.known(name)]
+    return Reading(Opaque(first.why_not), tuple(values), call=call)
+
+
+def _size(view: View, first: _Link, axes: set[int]) -> int:
+    """Return the number of channels; 0 where it varies, or where there are several axes."""
+    shape = view.context.shapes.of(first.value) or ()
+    size = shape[next(iter(axes))] if len(axes) == 1 else 0
+    return size if isinstance(size, int) else 0
 
 
 def placed_constant(view: View, index: int, shape: tuple[Dim, ...] | None) -> Tensor | None:
@@ -132,3 +241,5 @@ _ELEMENTWISE: dict[str, Callable[[Tensor, bool], tuple[Tensor, Tensor] | None]] 
     "Mul": _mul,
     "Div": _div,
 }
+#: Operators of a run of arithmetic.
+_ARITHMETIC = (*_ELEMENTWISE, "Neg")

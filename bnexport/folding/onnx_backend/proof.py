@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,14 @@ class NotEvaluated(Exception):
     """The original can't be evaluated; the reason is a sentence without its full stop."""
 
 
-def fold_error(original: ModelProto, folded: ModelProto, exact: Mapping[str, Tensor], *, seed: int = 0) -> float:
+def fold_error(
+    original: ModelProto,
+    folded: ModelProto,
+    exact: Mapping[str, Tensor],
+    inputs: Mapping[str, Sequence[int]] | None = None,
+    *,
+    seed: int = 0,
+) -> float:
     """Return the largest difference of any output, as a fraction of that output's largest value.
 
     The folded model is evaluated with the folded tensors before their one rounding, so that the error is that of the algebra
@@ -35,18 +42,21 @@ def fold_error(original: ModelProto, folded: ModelProto, exact: Mapping[str, Ten
         original: As it was read.
         folded: As it is written.
         exact: Folded tensors in float64, by initializer.
+        inputs: Input -> shape of one sample, for sizes that the file leaves open.
         seed: Random seed of the inputs.
 
     Raises:
         NotEvaluated: The original can't be evaluated, or not in float64.
     """
     before = evaluator(original)
-    feeds, reference = first_that_works(before, original, seed)
+    feeds, reference = first_that_works(before, original, seed, inputs)
     try:
-        candidate = run(evaluator(folded, {name: tensor.numpy() for name, tensor in exact.items()}), feeds)
+        after = evaluator(folded, {name: tensor.numpy() for name, tensor in exact.items()})
+        error = _difference(run(after, feeds), reference)
+        if inputs and (other := _other_sizes(before, original, seed, inputs)) is not None:
+            error = max(error, _difference(run(after, other[0]), other[1]))
     except NotEvaluated:
         return float("inf")
-    error = max((scale_error(_tensor(a), _tensor(b)) for a, b in zip(candidate, reference, strict=True)), default=0.0)
     if not error <= 1e-12 and (narrow := _narrow_value(before, feeds)) is not None:
         raise NotEvaluated(f"onnx's reference implementation leaves float64 at {narrow!r}")
     return error
@@ -77,31 +87,40 @@ def run(engine: Any, feeds: Mapping[str, Array]) -> list[Array]:
         raise NotEvaluated(one_line(error, 160)) from error
 
 
-def example_feeds(model: ModelProto, seed: int, *, batch: int = _BATCH) -> Iterator[dict[str, Array]]:
-    """Yield random inputs for a model, floats in float64, by several choices of the sizes that vary.
+def example_feeds(
+    model: ModelProto, seed: int, given: Mapping[str, Sequence[int]] | None = None, *, batch: int = _BATCH
+) -> Iterator[dict[str, Array]]:
+    """Yield random inputs for a model, floats in float64, by several choices of the sizes that vary and are not given.
 
     Raises:
         NotEvaluated: An input has no declared shape or type, or memory can't hold it.
     """
     stored = {tensor.name for tensor in model.graph.initializer}
     inputs = [value for value in model.graph.input if value.name not in stored]
-    varies = any(not dim.HasField("dim_value") for value in inputs for dim in value.type.tensor_type.shape.dim[1:])
+    samples = given or {}
+    varies = any(
+        not dim.HasField("dim_value")
+        for value in inputs
+        for dim in list(value.type.tensor_type.shape.dim)[1 + len(samples.get(value.name, ())) :]
+    )
     for size in _SIZES if varies else _SIZES[:1]:
         rng = np.random.default_rng(seed)
         try:
-            yield {value.name: _random(value, batch, size, rng) for value in inputs}
+            yield {value.name: _random(value, batch, size, rng, samples.get(value.name, ())) for value in inputs}
         except (MemoryError, ValueError) as error:
             raise NotEvaluated(f"an input of its sizes can't be made: {one_line(error, 100)}") from error
 
 
-def first_that_works(engine: Any, model: ModelProto, seed: int) -> tuple[dict[str, Array], list[Array]]:
+def first_that_works(
+    engine: Any, model: ModelProto, seed: int, given: Mapping[str, Sequence[int]] | None = None
+) -> tuple[dict[str, Array], list[Array]]:
     """Return the first example inputs that a model takes, and its outputs.
 
     Raises:
         NotEvaluated: It takes none of them.
     """
     refused = None
-    for feeds in example_feeds(model, seed):
+    for feeds in example_feeds(model, seed, given):
         try:
             outputs = run(engine, feeds)
         except NotEvaluated as error:
@@ -109,24 +128,45 @@ def first_that_works(engine: Any, model: ModelProto, seed: int) -> tuple[dict[st
             continue
         if not all(isinstance(output, np.ndarray) for output in outputs):
             raise NotEvaluated("it has an output that is no tensor")
-        if all(map(_comparable, outputs)):
+        if all(map(_comparable, outputs)) and any(output.size for output in outputs):
             return feeds, outputs
         refused = NotEvaluated("it gives no finite number for noise")
     raise refused or NotEvaluated("it takes no input")
+
+
+def _other_sizes(
+    engine: Any, model: ModelProto, seed: int, given: Mapping[str, Sequence[int]]
+) -> tuple[dict[str, Array], list[Array]] | None:
+    """Return feeds and outputs for larger sizes than the given ones; None where the model takes none or has none open."""
+    declared = {value.name: list(value.type.tensor_type.shape.dim)[1:] for value in model.graph.input}
+    if all(dim.HasField("dim_value") for name in given for dim in declared.get(name, ())):
+        return None
+    larger = {name: [size + _SIZES[0] for size in shape] for name, shape in given.items()}
+    try:
+        return first_that_works(engine, model, seed, larger)
+    except NotEvaluated:
+        return None
+
+
+def _difference(candidate: Sequence[Array], reference: Sequence[Array]) -> float:
+    return max((scale_error(_tensor(a), _tensor(b)) for a, b in zip(candidate, reference, strict=True)), default=0.0)
 
 
 def _comparable(output: Array) -> bool:
     return not output.size or output.dtype.kind != "f" or bool(np.isfinite(output).any())
 
 
-def _random(value: ValueInfoProto, batch: int, size: int, rng: np.random.Generator) -> Array:
+def _random(
+    value: ValueInfoProto, batch: int, size: int, rng: np.random.Generator, sample: Sequence[int] = ()
+) -> Array:
     """Return noise; for integers and flags 0 and 1, which are valid indices of every table."""
     kind = value.type.tensor_type
     if value.type.WhichOneof("value") != "tensor_type" or not kind.HasField("shape"):
-        raise NotEvaluated(f"the file does not tell the shape of its input {value.name!r}")
+        raise NotEvaluated(f"the file does not state the shape of its input {value.name!r}")
+    open_sizes = [batch, *sample, *[size] * len(kind.shape.dim)]
     shape = [
-        dim.dim_value if dim.HasField("dim_value") else (size if axis else batch)
-        for axis, dim in enumerate(kind.shape.dim)
+        dim.dim_value if dim.HasField("dim_value") else open_size
+        for dim, open_size in zip(kind.shape.dim, open_sizes, strict=False)
     ]
     try:
         dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)

@@ -31,7 +31,7 @@ from bnexport.folding.graph import (
 )
 from bnexport.folding.layers import channels_of
 from bnexport.folding.onnx_backend.inventory import is_default
-from bnexport.folding.onnx_backend.norms import placed_constant, read_arithmetic, read_batch_norm, read_neg
+from bnexport.folding.onnx_backend.norms import placed_constant, read_arithmetic, read_batch_norm
 from bnexport.folding.onnx_backend.view import Reading, View
 
 # --- linear layers: Conv, ConvTranspose, Gemm, MatMul, and MatMul with the Add of its bias -----------------------------
@@ -426,32 +426,33 @@ def _prelu(view: View) -> Reading | None:
 
 
 def _add(view: View) -> Reading | None:
-    if view.is_constant(0) or view.is_constant(1):
-        return read_arithmetic(view)
-    return _joined(view, Add((1.0, 1.0)))
+    if len(view.node.input) == 1:  # a Sum of one value
+        return _of(view, Identity())
+    return read_arithmetic(view) or _joined(view, Add((1.0, 1.0)))
 
 
 def _sub(view: View) -> Reading | None:
-    if view.is_constant(0) or view.is_constant(1):
-        return read_arithmetic(view)
-    return _joined(view, Add((1.0, -1.0)))
+    return read_arithmetic(view) or _joined(view, Add((1.0, -1.0)))
 
 
 def _mul(view: View) -> Reading | None:
-    if view.is_constant(0) or view.is_constant(1):
-        return read_arithmetic(view)
-    return _joined(view, Multiply())
+    return read_arithmetic(view) or _joined(view, Multiply())
 
 
 def _div(view: View) -> Reading | None:
-    if view.is_constant(0) or view.is_constant(1):
-        return read_arithmetic(view)
-    return _joined(view, Multiply(inverse=True))
+    return read_arithmetic(view) or _joined(view, Multiply(inverse=True))
 
 
 def _joined(view: View, kind: Kind) -> Reading | None:
     """Two floating values of one type."""
-    if len(view.node.input) != 2 or not view.is_floating or view.shape(0) is None or view.shape(1) is None:
+    if (
+        len(view.node.input) != 2
+        or view.is_constant(0)
+        or view.is_constant(1)
+        or not view.is_floating
+        or view.shape(0) is None
+        or view.shape(1) is None
+    ):
         return None
     return Reading(kind, tuple(view.node.input))
 
@@ -489,5 +490,5 @@ READERS: dict[str, Reader] = {
     "Sub": _sub,
     "Mul": _mul,
     "Div": _div,
-    "Neg": read_neg,
+    "Neg": read_arithmetic,
 }

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
 from onnx import ModelProto, TensorProto, numpy_helper
 
 from bnexport.errors import ModelError
-from bnexport.folding.onnx_backend.inventory import opset_of
 from bnexport.onnx_files.models import graphs, nodes
+from bnexport.onnx_files.normalisation import normalise
 from bnexport.optional import one_line
 from bnexport.validation.file_kinds import refuse_other_kinds
 from bnexport.validation.limits import refusing
@@ -20,20 +21,33 @@ from bnexport.validation.paths import check_regular
 
 #: protobuf reads and writes messages below this size.
 MAX_BYTES = 2**31 - 1
-#: Older operator sets broadcast by an attribute, and their BatchNormalization tells by another one that it is not training.
-OLDEST_OPSET = 7
 _CHECK = "Check the file with onnx.checker, or export it again"
 
 
-def read_source(source: str | Path | bytes | ModelProto) -> ModelProto:
-    """Return a model that the caller may change freely.
+@dataclass(frozen=True)
+class SourceFile:
+    """A model as it was read.
+
+    Attributes:
+        model: Valid, in the common spelling, every weight inside. The caller may change it freely.
+        name: The file's path, or "the model".
+        normalised: Names of the rows of ``NORMALISATIONS`` that changed its spelling.
+    """
+
+    model: ModelProto
+    name: str
+    normalised: tuple[str, ...]
+
+
+def read_source(source: str | Path | bytes | ModelProto) -> SourceFile:
+    """Read a model and bring its spelling into the common form (``onnx_files.normalisation``).
 
     Args:
         source: A file, whose external data must lie in its own folder; its bytes; or a model.
 
     Raises:
-        ModelError: No such file, not an ONNX model, refused by the checker or by validation, an operator set older than 7, or
-            weights in files that are missing or lie elsewhere.
+        ModelError: No such file, not an ONNX model, refused by the checker or by validation, or weights in files that are
+            missing or lie elsewhere.
     """
     if isinstance(source, ModelProto):
         model, folder, name = ModelProto(), None, "the model"
@@ -48,13 +62,9 @@ def read_source(source: str | Path | bytes | ModelProto) -> ModelProto:
     for tensor in _tensors(model):
         if tensor.data_location == TensorProto.EXTERNAL:
             _load_external(tensor, folder, name)
+    normalised = normalise(model)
     check_valid(model, name)
-    if opset_of(model) < OLDEST_OPSET:
-        raise ModelError(
-            f"{name} uses operator set {opset_of(model)}; {OLDEST_OPSET} and newer are read",
-            remedy="Convert it with onnx.version_converter, or export it again",
-        )
-    return model
+    return SourceFile(model, name, normalised)
 
 
 def check_valid(model: ModelProto, name: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -80,8 +81,9 @@ class Context:
         key = (root, factor, size)
         if key not in self._weights:
             shape = self.constants.shape(root) if size is None else (size,)
+            made = 0 if size is not None else max(math.prod(shape) - self.constants.computed_from(root), 0)
             self._weights[key] = Weight(
-                root, shape, dtype, lambda: self._loaded(root, factor, size), self.constants.readers(root)
+                root, shape, dtype, lambda: self._loaded(root, factor, size), self.constants.readers(root), made
             )
         return self._weights[key]
 

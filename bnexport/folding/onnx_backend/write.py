@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from onnx import ModelProto, NodeProto, TensorProto, helper
@@ -15,6 +14,7 @@ from bnexport.folding.affine import Affine
 from bnexport.folding.graph import Clamp, Identity, Layer, Norm, Op, Weight
 from bnexport.folding.onnx_backend.graph import OnnxGraph, Source, with_tensors
 from bnexport.folding.onnx_backend.inventory import BATCH_NORM, pinned, stored
+from bnexport.onnx_files.models import refill
 from bnexport.onnx_files.names import Names, mentions, reads
 
 
@@ -85,8 +85,8 @@ class Writer:
             return self._replace(op, [])
         producer = self._producers.get(value)
         if producer is None or value in self._pinned:
-            (node,) = op.source.nodes
-            return self._replace(op, [helper.make_node("Identity", [value], [name], name=node.name)])
+            label = op.source.nodes[-1].name
+            return self._replace(op, [helper.make_node("Identity", [value], [name], name=label)])
         self._replace(op, [])
         outputs = list(producer.output)
         del producer.output[:]
@@ -156,7 +156,7 @@ class Writer:
     def _norm(self, op: Op, affine: Affine) -> None:
         if not affine.has_scale and not affine.has_shift:
             return self._hand_on(op)
-        (node,) = op.source.nodes
+        node = op.source.nodes[-1]
         size = op.shape[1] if op.rank >= 2 else None
         vector = affine.channels(1, size) if isinstance(size, int) else None
         value = op.inputs[0].source.output
@@ -217,7 +217,7 @@ class Writer:
                 if name in self._called:
                     node.input[index] = self._now(name)
         # A node that gave a constant goes when an initializer of its name takes its place.
-        _refill(graph.node, [node for node in kept if not any(name in self._tensors for name in node.output)])
+        refill(graph.node, [node for node in kept if not any(name in self._tensors for name in node.output)])
         self._put_tensors()
         self._drop_unused()
 
@@ -248,19 +248,10 @@ class Writer:
             if not any(count[name] for name in names) and any(self._before[name] for name in names):
                 dead.add(index)
                 count.subtract(reads(node))
-        _refill(graph.node, [node for index, node in enumerate(graph.node) if index not in dead])
+        refill(graph.node, [node for index, node in enumerate(graph.node) if index not in dead])
         unused = {tensor.name for tensor in graph.initializer if not count[tensor.name] and self._before[tensor.name]}
-        _refill(graph.initializer, [item for item in graph.initializer if item.name not in unused])
+        refill(graph.initializer, [item for item in graph.initializer if item.name not in unused])
         if self.model.ir_version < 4:
-            _refill(graph.input, [item for item in graph.input if item.name not in unused])
+            refill(graph.input, [item for item in graph.input if item.name not in unused])
         gone = self._given - {name for node in graph.node for name in node.output} | unused
-        _refill(graph.value_info, [item for item in graph.value_info if item.name not in gone])
-
-
-def _refill(group: Any, items: list[Any]) -> None:
-    """Make a repeated field hold exactly these messages; untouched when it holds them already."""
-    if len(group) == len(items) and all(one is other for one, other in zip(group, items, strict=True)):
-        return
-    copies = [type(item).FromString(item.SerializeToString()) for item in items]
-    del group[:]
-    group.extend(copies)
+        refill(graph.value_info, [item for item in graph.value_info if item.name not in gone])

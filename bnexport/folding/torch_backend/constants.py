@@ -142,8 +142,6 @@ def _owned(node: Node, order: dict[Node, int]) -> bool:
 #: Casts to a wider floating type inside a constant are skipped, so that the constant keeps its float64 precision. One that
 #: rounds (to float16, to an integer) is part of what the network computes.
 _CASTS = (aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout, aten.to.device)
-#: Operators that cut a constant into pieces, which getitem takes.
-_CUTS = (aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int)
 
 
 class Constants:
@@ -156,7 +154,7 @@ class Constants:
     def __init__(self, module: GraphModule) -> None:
         self._module = module
         self._values: dict[Node, Tensor | tuple[Tensor, ...] | None] = {}
-        self.mutated = set(_mutated_memory(module))
+        self.mutated = set(mutated_memory(module))
 
     def changes(self, *nodes: Node) -> bool:
         """Return True if the memory of some value is changed in place, so that the time of reading matters."""
@@ -172,15 +170,38 @@ class Constants:
         return None if found is None else _wide(found)
 
     def known(self, item: Any) -> bool:
-        """Return True if ``value`` has a result; without the cost of widening it."""
-        return isinstance(item, (int, float)) or (isinstance(item, Node) and self._stored(item) is not None)
+        """Return True for a number, and for a node whose value is a constant or several (the results of ``torch.var_mean``)."""
+        return isinstance(item, (int, float)) or (isinstance(item, Node) and self._found(item) is not None)
+
+    def why_not(self, *items: Any) -> str:
+        """Return why some of the values are not constants, as the end of a sentence: "computed from the input"."""
+        found = [item for item in items if isinstance(item, Node) and not self.known(item)]
+        stack, seen = list(found), set(found)
+        while stack:
+            node = stack.pop()
+            if self.changes(node):
+                return "changed in forward"
+            if node.op == "placeholder":
+                return "computed from the input"
+            parents = [parent for parent in node.all_input_nodes if not self.known(parent)]
+            if not parents:
+                random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+                return (
+                    "drawn at random in forward" if random else "made in forward by an operator that is not run ahead"
+                )
+            stack += [parent for parent in parents if parent not in seen]
+            seen.update(parents)
+        return "not constant"
 
     def _stored(self, node: Node) -> Tensor | None:
         """Return the value in its own element type; only computed constants are held in float64."""
+        found = self._found(node)
+        return found if isinstance(found, Tensor) else None
+
+    def _found(self, node: Node) -> Tensor | tuple[Tensor, ...] | None:
         if node not in self._values:
             self._resolve(node)
-        found = self._values[node]
-        return found if isinstance(found, Tensor) else None
+        return self._values[node]
 
     def _resolve(self, target: Node) -> None:
         """Compute ``target`` and what it needs, without recursion: constant subgraphs can be long."""
@@ -216,7 +237,7 @@ class Constants:
                     result = node.target(*args, **kwargs)  # type: ignore[operator]
             except (RuntimeError, TypeError, ValueError, NotImplementedError):
                 continue  # an operator for float32 alone, such as those of quantisation
-            if node.target in _CUTS:
+            if isinstance(result, tuple | list) and all(isinstance(item, Tensor) for item in result):
                 return tuple(_wide(item) for item in result)
             if isinstance(result, Tensor) and _fits(result, node):
                 return result if result.is_quantized else _wide(result)
@@ -281,7 +302,7 @@ def _widens(cast: Node) -> bool:
     return before.dtype == after.dtype or torch.finfo(after.dtype).bits > torch.finfo(before.dtype).bits
 
 
-def _mutated_memory(module: GraphModule) -> Iterator[str | Node]:
+def mutated_memory(module: GraphModule) -> Iterator[str | Node]:
     """Return what in-place operators change, directly or through a view: targets of attributes, and computed nodes."""
     for node in module.graph.nodes:
         schema = getattr(node.target, "_schema", None)

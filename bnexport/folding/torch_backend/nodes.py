@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 
 from bnexport.folding.affine import Affine
 from bnexport.folding.graph import Kind, Weight
-from bnexport.folding.torch_backend.constants import Constants
+from bnexport.folding.torch_backend.constants import Constants, attribute
 
 #: The one operator that is a BatchNorm by itself; each call of it has a row of its own in the report.
 BATCH_NORM = torch.ops.aten.batch_norm.default
@@ -81,6 +81,29 @@ def batch_norm_nodes(graph_module: GraphModule) -> Iterator[Node]:
     """Return the batch_norm operators of a graph, and of the graphs inside it (branches, regions under autocast)."""
     graphs = (module.graph for module in graph_module.modules() if isinstance(module, GraphModule))
     return (node for graph in graphs for node in graph.find_nodes(op="call_function", target=BATCH_NORM))
+
+
+#: Part of the name of an operator that runs a graph -> that region in words.
+_REGIONS = (
+    ("cond", "a branch (torch.cond)"),
+    ("autocast", "a region with another autocast mode"),
+    ("set_grad_enabled", "a region with another gradient mode"),
+)
+
+
+_REGION = "a region of forward"
+
+
+def region_of(node: Node, root: GraphModule) -> str:
+    """Return the region of forward whose separate graph a node is in, in words."""
+    for module in root.modules():
+        holders = module.graph.find_nodes(op="get_attr") if isinstance(module, GraphModule) else ()
+        for holder in holders:
+            if attribute(module, str(holder.target)) is not node.graph.owning_module:
+                continue
+            names = [str(getattr(user.target, "_name", user.target)) for user in holder.users]
+            return next((words for part, words in _REGIONS for name in names if part in name), _REGION)
+    return _REGION
 
 
 class Surroundings(Protocol):

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from bnexport.folding.affine import Affine, ChannelAffine
+from bnexport.folding.affine import Affine, ChannelAffine, why_infinite
 from bnexport.folding.torch_backend.constants import Constants
 from bnexport.folding.torch_backend.nodes import BATCH_NORM, argument, dtype_of, module_stack, operator_name, shape_of
+from bnexport.nn.statistics import VOCABULARIES
 
 aten = torch.ops.aten
 
@@ -79,19 +80,20 @@ def _batch_norm(node: Node, constants: Constants) -> NormReading | None:
         return NormReading((node,), value, None, 1, True, why, unlock)
 
     if mean is None or var is None:
-        why = "it keeps no moving statistics (track_running_stats=False), so it uses batch statistics"
+        why = "it has no moving statistics (as with track_running_stats=False), so it uses batch statistics"
         return unread(why, "track_running_stats=True, and training with it")
     if training:
-        return unread("it is in training mode, so it uses batch statistics", "eval() on it")
+        why = "it is in training mode, so it uses batch statistics"
+        return unread(why, "eval() on it; where forward calls a function, training=False in the call")
     found = [None if item is None else constants.value(item) for item in (gamma, beta, mean, var)]
     if any(item is not None and tensor is None for item, tensor in zip((gamma, beta, mean, var), found, strict=True)):
-        why = "its statistics or parameters are computed from the input or changed in forward"
+        why = f"its statistics or parameters are {constants.why_not(gamma, beta, mean, var)}"
         return unread(why, "statistics and parameters that forward leaves alone")
     assert found[2] is not None
     assert found[3] is not None
     affine = ChannelAffine.from_statistics(found[2], found[3], eps, found[0], found[1])
     if not bool(torch.isfinite(affine.scale).all() and torch.isfinite(affine.shift).all()):
-        return unread("its scale or shift is not finite", "statistics with a variance and eps that are not both 0")
+        return unread(*why_infinite(found[3], eps))
     offset = float((found[2].abs() * torch.rsqrt(found[3] + eps)).max())
     return NormReading((node,), value, affine.on_axis(1, len(shape)), 1, True, offset=offset)
 
@@ -206,8 +208,9 @@ READERS: dict[Any, Reader] = {
 def _chain(first: NormReading, constants: Constants) -> NormReading:
     """Read the run of arithmetic that starts here, within one call of one module, without other readers, as one norm.
 
-    It counts as a norm when it has a stored scale and a shift, along one axis at most. A lone ``x * 2`` or ``x + bias`` does
-    not count, and neither does the scale and the table of positions of an attention.
+    It counts as a norm when it varies along one axis at most, and has a stored scale and a shift, or reads moving statistics:
+    a bias-free denoiser divides by the deviation alone, a mean-only BatchNorm subtracts the mean alone. A lone ``x * 2`` or
+    ``x + bias`` does not count, and neither does the scale and the table of positions of an attention.
     """
     links = [first]
     node = first.nodes[0]
@@ -219,7 +222,8 @@ def _chain(first: NormReading, constants: Constants) -> NormReading:
         links.append(following)
         node = user
     nodes = tuple(link.nodes[0] for link in links)
-    if len(links) == 1 and first.nodes[0].target is not aten.addcmul.default:
+    of_statistics = _reads_statistics(nodes, constants)
+    if len(links) == 1 and first.nodes[0].target is not aten.addcmul.default and not of_statistics:
         return first
     affine = first.affine
     for link in links[1:]:
@@ -229,10 +233,41 @@ def _chain(first: NormReading, constants: Constants) -> NormReading:
     assert affine is not None
     whole = _plain(first.nodes[0], first.value, affine)
     varying = sum(affine.varies_along(axis) for axis in range(affine.rank))
-    return NormReading(nodes, first.value, affine, whole.axis, varying <= 1 and _is_norm(nodes, constants))
+    counts = varying <= 1 and (of_statistics or _has_scale_and_shift(nodes, constants))
+    return NormReading(nodes, first.value, affine, whole.axis, counts)
 
 
-def _is_norm(nodes: tuple[Node, ...], constants: Constants) -> bool:
+#: Last part of the names of moving statistics, and the operators that make a deviation of a variance.
+_STATISTICS = {name for names in VOCABULARIES for name in names[2:]} | {"running_std", "moving_std"}
+_ROOTS = {"sqrt", "rsqrt", "pow"}
+#: Operators by which a norm computes its scale and shift of stored vectors.
+_VECTORS = {
+    *_ROOTS,
+    *("add", "sub", "rsub", "mul", "div", "truediv", "neg", "reciprocal", "clamp", "clamp_min", "maximum", "getitem"),
+    *("view", "reshape", "unsqueeze", "squeeze", "flatten", "expand", "permute", "transpose", "slice", "select"),
+    *("_to_copy", "to", "detach", "clone", "contiguous", "alias"),
+}
+
+
+def _reads_statistics(nodes: tuple[Node, ...], constants: Constants) -> bool:
+    """Return True if some constant that the nodes read is made of a moving mean or variance, or of a root of stored numbers."""
+    stack: list[tuple[Node, bool]] = [
+        (item, False) for node in nodes for item in node.all_input_nodes if constants.known(item)
+    ]
+    seen = set(stack)
+    while stack:
+        item, rooted = stack.pop()
+        if item.op == "get_attr" and (rooted or str(item.target).rpartition(".")[2] in _STATISTICS):
+            return True
+        rooted = rooted or operator_name(item) in _ROOTS
+        for parent in item.all_input_nodes if operator_name(item) in _VECTORS else ():
+            if (parent, rooted) not in seen:
+                seen.add((parent, rooted))
+                stack.append((parent, rooted))
+    return False
+
+
+def _has_scale_and_shift(nodes: tuple[Node, ...], constants: Constants) -> bool:
     names = {operator_name(node) for node in nodes}
     scales = [node for node in nodes if operator_name(node) in ("mul", "div", "truediv", "addcmul")]
     stored = any(constants.known(parent) for node in scales for parent in node.all_input_nodes)

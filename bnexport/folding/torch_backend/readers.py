@@ -39,7 +39,7 @@ def read_conv(spatial: int, transposed: bool = False) -> Reader:
     def read(node: Node, graph: Surroundings) -> Reading | str | None:
         weight, bias = graph.weight(node.args[1]), graph.weight(argument(node, 2, "bias"))
         if weight is None or (bias is None and argument(node, 2, "bias") is not None):
-            return "its weights are computed from the input or changed in forward"
+            return f"its weights are {graph.constants.why_not(node.args[1], argument(node, 2, 'bias'))}"
         shape = shape_of(node)
         batched = shape is not None and len(shape) == spatial + 2
         where: int | str = 1
@@ -88,7 +88,7 @@ def read_linear(node: Node, graph: Surroundings) -> Reading | str | None:
     """``x W^T + b`` on the last axis."""
     weight, bias = graph.weight(node.args[1]), graph.weight(argument(node, 2, "bias"))
     if weight is None or (bias is None and argument(node, 2, "bias") is not None):
-        return "its weights are computed from the input or changed in forward"
+        return f"its weights are {graph.constants.why_not(node.args[1], argument(node, 2, 'bias'))}"
     before, after = shape_of(node.args[0]), shape_of(node)
     if before is None or after is None:
         return None

@@ -25,7 +25,8 @@ from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
 from bnexport.errors import UntracedError
-from bnexport.nn.calling import NOT_THEIRS, call_once, place_of, unchanged
+from bnexport.nn.batch_axis import batch_problem
+from bnexport.nn.calling import NOT_THEIRS, call_once, place_of, switches_itself, to_eval_mode, unchanged
 from bnexport.optional import one_line, quiet
 from bnexport.tensors import size_axes
 
@@ -98,6 +99,8 @@ def _turned(count: int) -> list[tuple[int, ...]]:
     return [tuple(_STEPS[(index + 5 * turn) % most] for turn in range(count)) for index in range(most)]
 
 
+#: Part of what torch.export says where forward takes another way for other batch sizes, or fails with them.
+_BATCH = "constraints violated"
 _TENSORS = "Write that line with torch's own operations on tensors, or move it out of forward"
 #: Part of what torch.export says (lower case) -> the same in plain words, and what to do. The first that fits counts.
 EXPLANATIONS: tuple[tuple[str, str, str], ...] = (
@@ -108,7 +111,7 @@ EXPLANATIONS: tuple[tuple[str, str, str], ...] = (
     ),
     (
         "data-dependent",
-        "Python there asks for the value of a tensor, which is not known before the model runs",
+        "the code there needs the value of a tensor, which is not known before the model runs, for an if, a number or a size",
         "Choose between values with torch.where instead of if, loop over sizes instead of values, or move it out of forward",
     ),
     (".numpy() is not supported", "a tensor becomes a numpy array there, which no exported file can do", _TENSORS),
@@ -124,8 +127,8 @@ EXPLANATIONS: tuple[tuple[str, str, str], ...] = (
         "Return tensors, or a tuple, list, dict, NamedTuple or dataclass of them",
     ),
     (
-        "constraints violated",
-        "forward works for one batch size only",
+        _BATCH,
+        "a size that should vary, such as the batch, can't vary in forward",
         "Take the batch size from the input's shape (x.shape[0] or -1) instead of writing or asking for a number",
     ),
 )
@@ -153,6 +156,8 @@ def trace(model: nn.Module, inputs: tuple[Any, ...], *, dynamic_shapes: Any = No
         UntracedError: With the line of the user's code at which tracing stopped.
     """
     shapes = batch_shapes(model, inputs) if dynamic_shapes is None else dynamic_shapes
+    if model.training and switches_itself(model):
+        model = _switched_copy(model)
     try:
         with eval_mode(model), unchanged(model) as kept, quiet(), torch.no_grad():
             program = _export(model, inputs, shapes)
@@ -166,6 +171,16 @@ def trace(model: nn.Module, inputs: tuple[Any, ...], *, dynamic_shapes: Any = No
         refuse_forks(program, model)
     assert isinstance(graph_module, GraphModule)
     return graph_module
+
+
+def _switched_copy(model: nn.Module) -> nn.Module:
+    """Return a copy in eval mode, because the author's ``train`` may do more than set flags (LoRA merges its weights).
+
+    The module itself is returned where it can't be copied.
+    """
+    with contextlib.suppress(Exception):
+        return to_eval_mode(copy.deepcopy(model))
+    return model
 
 
 def batch_shapes(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Any]:
@@ -218,7 +233,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     flags = [(module, module.training) for module in model.modules()]
     try:
         if model.training:
-            model.eval()
+            to_eval_mode(model)
         yield
     finally:
         for module, flag in flags:
@@ -251,13 +266,16 @@ def _register_dataclasses(result: Any) -> bool:
 def _untraced(model: nn.Module, inputs: tuple[Any, ...], error: Exception) -> UntracedError:
     """Return the obstacle in one sentence: the model itself, a limit of torch.export, or torch's own message."""
     name = type(model).__name__
-    if (problem := call_once(model, inputs).problem) is not None and not isinstance(model, torch.jit.ScriptModule):
+    text = " ".join(str(error).split())
+    problem = None if isinstance(model, torch.jit.ScriptModule) else call_once(model, inputs).problem
+    if (problem is not None or _BATCH in text.lower()) and (found := batch_problem(model, inputs)) is not None:
+        return found
+    if problem is not None:
         shapes = ", ".join("x".join(map(str, item.shape)) for item in inputs if isinstance(item, Tensor))
         return UntracedError(
             f"{name} fails on an example input of shape {shapes}, before any tracing, {problem}",
             remedy="Check the shape given with --input (of one sample; a batch of 2 is fed), and that line",
         )
-    text = " ".join(str(error).split())
     for part, meaning, remedy in EXPLANATIONS:
         if part in text.lower():
             return UntracedError(f"torch.export can't trace {name}{place_of(error, model)}: {meaning}", remedy=remedy)

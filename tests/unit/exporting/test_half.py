@@ -116,3 +116,15 @@ def test_requests_that_can_not_be_met() -> None:
         ExportRequest(precision="bfloat16")
     assert "--opset 22" in caught.value.remedy
     ExportRequest(precision="bfloat16", onnx=OnnxTarget(22))
+
+
+def test_a_mask_of_infinities_stays_one() -> None:
+    class Masked(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.softmax(super().forward(x) + self.mask, -1)
+
+    module = Masked(3, 3)
+    module.register_buffer("mask", torch.tensor([0, 0, -torch.inf]))
+    x = torch.ones(2, 3)
+    half = in_precision(bnexport.fold(module.eval(), (x,)).model, (x,), "float16")
+    assert torch.equal(half(x)[:, 2], torch.zeros(2))

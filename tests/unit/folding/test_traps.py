@@ -110,11 +110,18 @@ def _grad(m: Parts, x: Tensor) -> Tensor:
         return m.bn(m.conv(x))
 
 
-@pytest.mark.parametrize("forward", [_cond, _autocast, _grad])
-def test_a_batch_norm_in_a_region_of_its_own_is_accounted(forward: Callable[[Parts, Tensor], Tensor]) -> None:
+@pytest.mark.parametrize(
+    ("forward", "where"),
+    [
+        (_cond, "a branch (torch.cond)"),
+        (_autocast, "a region with another autocast mode"),
+        (_grad, "a region with another gradient mode"),
+    ],
+)
+def test_a_batch_norm_in_a_separate_region_is_accounted(forward: Callable[[Parts, Tensor], Tensor], where: str) -> None:
     report = check(parts(forward), images()).report
     assert [(row.outcome, row.channels) for row in report.rows] == [("kept", 4)]
-    assert "region" in report.rows[0].reason
+    assert f"it is inside {where}," in report.rows[0].reason
     assert report.remaining == 1
 
 
@@ -187,3 +194,34 @@ def test_constants_are_not_computed_again_after_each_fold(monkeypatch: pytest.Mo
     assert result.report.folded == 12
     traced = 12 * 30  # nodes of a block, rounded up
     assert computed <= traced
+
+
+class Merges(nn.Module):
+    """As LoRA: eval mode adds an update to the weight, training mode takes it away again. Neither returns the module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.merged = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), False
+
+    def train(self, mode: bool = True) -> None:  # type: ignore[override]
+        super().train(mode)
+        if self.merged == mode:
+            self.conv.weight.data += -0.5 if mode else 0.5
+            self.merged = not mode
+
+    def forward(self, x: Tensor) -> Tensor:
+        update = 0.0 if self.merged else 0.5
+        return self.bn(nn.functional.conv2d(x, self.conv.weight + update, self.conv.bias))
+
+
+def test_a_train_that_changes_weights_changes_only_a_copy() -> None:
+    torch.manual_seed(0)
+    model = randomise(Merges())
+    weight = model.conv.weight.detach().clone()
+    result = bnexport.fold(model, images())
+    assert [row.outcome for row in result.report.rows] == ["backward"]
+    assert torch.equal(model.conv.weight, weight)
+    assert (model.merged, model.training, model.bn.training) == (False, True, True)
+    model.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(result.model(images()), model(images()), rtol=1e-4, atol=1e-4)

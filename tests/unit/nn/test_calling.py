@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
-from bnexport.nn.calling import call_once, place_of, unchanged
+from bnexport.nn.calling import call_once, place_of, switches_itself, to_eval_mode, unchanged
 
 
 class Fails(nn.Module):
@@ -44,6 +45,45 @@ def test_the_module_and_the_inputs_stay() -> None:
     assert not hasattr(model, "last")
     assert int(model.inner.num_batches_tracked) == 0  # in eval mode, though the model is in training mode
     assert model.training
+
+
+class Frozen(nn.Module):
+    """A network with an own ``train``, which does ``what``."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what, self.norm, self.dropout = what, nn.BatchNorm1d(4), nn.Dropout()
+        self.merged = False
+
+    def train(self, mode: bool = True) -> None:  # type: ignore[override]
+        if self.what == "raises":
+            raise RuntimeError("this network is frozen")
+        if self.what == "changes nothing":
+            return
+        super().train(mode)
+        self.merged = not mode
+        if self.what == "keeps dropout":
+            self.dropout.train()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(x)
+
+
+@pytest.mark.parametrize("what", ["returns nothing", "raises", "changes nothing"])
+def test_a_network_with_its_own_train_comes_into_eval_mode(what):
+    network = Frozen(what)
+    assert to_eval_mode(network) is network
+    assert [module.training for module in network.modules()] == [False] * 3
+    assert network.merged == (what == "returns nothing")
+    outcome = call_once(Frozen(what), (torch.ones(1, 4),))  # one row: batch statistics would be an error
+    assert outcome.problem is None
+
+
+def test_dropout_that_train_switches_on_stays_on():
+    network = to_eval_mode(Frozen("keeps dropout"))
+    assert [network.training, network.norm.training, network.dropout.training] == [False, False, True]
+    assert switches_itself(network)
+    assert not switches_itself(network.norm)
 
 
 def test_what_a_forward_keeps_is_undone_and_named() -> None:

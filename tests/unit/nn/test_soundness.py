@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -7,9 +8,9 @@ import torch
 from cases import randomise
 from torch import nn
 
-from bnexport.errors import RefusedModel
+from bnexport.errors import RefusedModel, UsageError
 from bnexport.nn.batch_norm import BatchNorm
-from bnexport.nn.soundness import check_sound, is_untrained
+from bnexport.nn.soundness import check_finite_output, check_sound, has_diverged, is_untrained, nonfinite_names
 
 
 def model(norm: nn.Module | None = None) -> nn.Sequential:
@@ -17,9 +18,9 @@ def model(norm: nn.Module | None = None) -> nn.Sequential:
     return randomise(nn.Sequential(nn.Conv2d(2, 4, 3), norm or nn.BatchNorm2d(4), nn.ReLU()))
 
 
-def refusal(network: nn.Module, **options: bool) -> str:
+def refusal(network: nn.Module, **options: object) -> str:
     with pytest.raises(RefusedModel) as caught:
-        check_sound(network, **options)
+        check_sound(network, **options)  # type: ignore[arg-type]
     assert caught.value.remedy
     return caught.value.message
 
@@ -51,10 +52,57 @@ def test_the_first_place_is_named():
     assert refusal(network) == "1.bias holds NaN (at [2])"
 
 
-def test_a_buffer_outside_the_state_dict_counts():
+@pytest.mark.parametrize("persistent", [True, False])
+def test_a_mask_may_hold_infinities_and_no_nan(persistent):
     network = model()
-    network.register_buffer("scale", torch.tensor(math.inf), persistent=False)
-    assert refusal(network) == "scale holds infinity (as its value)"
+    network.register_buffer("mask", torch.full((3, 3), -math.inf).triu(1), persistent=persistent)
+    network.register_buffer("least", torch.tensor(math.inf), persistent=persistent)
+    check_sound(network)
+    assert nonfinite_names(network) == ["mask", "least"]
+    network.mask[2, 1] = math.nan
+    assert refusal(network) == "mask holds NaN (at [2, 1])"
+    check_sound(network, allow_nonfinite=["mask"])
+
+
+def test_what_may_be_allowed_by_name():
+    network = model()
+    network[0].bias.data[1] = -math.inf
+    with pytest.raises(RefusedModel, match=r"0\.bias holds infinity") as caught:
+        check_sound(network)
+    assert "--allow-nonfinite 0.bias" in caught.value.remedy
+    check_sound(network, allow_nonfinite=["0.bias"])
+    network[0].bias.data[0] = math.nan  # NaN in a parameter is damage, whatever is allowed
+    assert refusal(network, allow_nonfinite=["0.bias"]) == "0.bias holds NaN (at [0])"
+    network[0].bias.data[:2] = 0
+    for name in ("1.running_mean", "1.running_var"):
+        network.state_dict()[name][2] = math.inf
+        assert refusal(network, allow_nonfinite=[name]) == f"{name} holds infinity (at [2])"
+        network.state_dict()[name][2] = 1.0
+    with pytest.raises(UsageError, match=r"no parameter or buffer of that name") as unknown:
+        check_sound(network, allow_nonfinite=["0.bais"])
+    assert unknown.value.remedy == "Did you mean 0.bias?"
+
+
+def test_infinities_that_reach_the_output_are_refused():
+    network, x = model(), torch.ones(2, 2, 5, 5)
+    check_finite_output(network, (x,))
+    network.register_buffer("mask", torch.tensor(-math.inf))
+    check_finite_output(network, (x,))  # nothing reads it
+    network[1].bias.data[1] = -math.inf
+    check_finite_output(network, (x,))  # the ReLU makes it 0
+    network[2] = nn.Identity()
+    with pytest.raises(RefusedModel, match=r"1\.bias holds infinity or NaN, and the network's output"):
+        check_finite_output(network, (x,))
+
+
+def test_a_training_with_a_mask_has_not_diverged():
+    network = model()
+    network.register_buffer("mask", torch.full((3,), -math.inf))
+    assert not has_diverged(network)
+    for name, value in (("0.weight", math.inf), ("1.running_var", math.inf), ("mask", math.nan)):
+        broken = copy.deepcopy(network)
+        broken.state_dict()[name].view(-1)[0] = value
+        assert has_diverged(broken), name
 
 
 def test_half_and_double_are_read_and_integers_passed():

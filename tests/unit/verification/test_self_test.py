@@ -19,7 +19,7 @@ from bnexport.exporting.onnx_graph import stamp_metadata
 from bnexport.exporting.request import ExportRequest
 from bnexport.files import sha256
 from bnexport.pipeline import fold_and_export
-from bnexport.verification import evidence, stages, tolerances
+from bnexport.verification import budget, evidence, stages, tolerances
 from bnexport.verification.scope import Scope
 from bnexport.verification.self_test import tester as testing
 from bnexport.verification.self_test.faults import FAULTS, Fault, faults_of
@@ -33,11 +33,13 @@ REFERENCE = Path(__file__).parents[3] / "models" / "bn_lenet" / "1"
 
 @pytest.fixture(scope="module", autouse=True)
 def few_samples() -> Iterator[tuple[int, int]]:
-    """Fewer samples only make a fault harder to see. The value: the product's own numbers."""
+    """The samples that the largest network gets. Fewer only hide a fault better. The value: the product's own numbers."""
     before = testing._SAMPLES, testing._MANY_SAMPLES
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(testing, "_SAMPLES", 16)
         patch.setattr(testing, "_MANY_SAMPLES", 128)
+        for name in ("_REAL_WORK", "_SYNTHETIC_WORK", "_PROOF_WORK"):
+            patch.setattr(budget, name, 1.0)
         yield before
 
 

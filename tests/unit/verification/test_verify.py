@@ -234,7 +234,7 @@ def test_a_missing_data_folder_is_an_error_only_when_it_was_named(
 ) -> None:
     monkeypatch.setenv("BNEXPORT_DATA", str(tmp_path / "empty"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    real = reseal(copy_bundle(bundle, tmp_path / "1"), dataset="fashion-mnist")
+    real = reseal(copy_bundle(bundle, tmp_path / "1"), dataset="fashion-mnist", labels=None)
     with pytest.raises(DataError):
         verify(real, runtimes=FAST, data_dir=tmp_path / "nothing")
     assert verify(real, runtimes=FAST).inputs.startswith("no real images: ")
@@ -245,8 +245,8 @@ def test_all_test_images_of_a_known_data_set_are_used(
     bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module_under_test, "_REAL_WORK", 5e9)
-    real = reseal(copy_bundle(bundle, tmp_path / "1"), dataset="fashion-mnist")
-    found = verify(real, runtimes=FAST)
+    real = reseal(copy_bundle(bundle, tmp_path / "1"), dataset="fashion-mnist", labels=None)
+    found = verify(real, runtimes=FAST, scope=Scope(allow_low_accuracy=True))
     assert found.passed, found.failures
     images = next(row for row in found.rows if row.stage == "strict" and row.case == "images")
     assert images.n == 10_000
@@ -258,10 +258,40 @@ def test_the_accuracy_at_export_must_come_out_again(bundle: Bundle, tmp_path: Pa
     report = verify(bundle, runtimes=FAST)
     again = reseal(copy_bundle(bundle, tmp_path / "1"), verification=report.to_json())
     rows = [row for row in verify(again, runtimes=FAST).rows if row.stage == "accuracy"]
-    assert [row.passed for row in rows] == [True]
+    assert [(row.case, row.passed) for row in rows] == [("first image", True), ("images", True)]
     wrong = dict(report.accuracy, correct=report.accuracy["correct"] - 20)
     told = reseal(again.path, verification={"accuracy": wrong})
-    assert [row.stage for row in verify(told, runtimes=FAST).failures] == ["accuracy"]
+    assert [(row.stage, row.case) for row in verify(told, runtimes=FAST).failures] == [("accuracy", "images")]
+    mean, deviation = report.accuracy["first_image"]
+    wrong = dict(report.accuracy, first_image=[mean, deviation * 1.05])
+    told = reseal(again.path, verification={"accuracy": wrong})
+    assert [(row.stage, row.case) for row in verify(told, runtimes=FAST).failures] == [("accuracy", "first image")]
+
+
+def test_the_original_is_evaluated_once_on_each_input(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    original = Reference.evaluate
+
+    def counting(self: Reference, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        seen.append(len(feeds["input"]))
+        return original(self, feeds)
+
+    monkeypatch.setattr(Reference, "evaluate", counting)
+    found = verify(bundle, runtimes=FAST, scope=Scope(max_samples=9))
+    golden, cases = [row.n for row in found.rows if row.stage in ("golden", "strict")], 5
+    assert len(golden) == 1 + cases
+    assert seen == [sum(golden), 0]  # all of them, and no sample at all
+
+
+def test_a_precision_with_the_kernels_of_float32_is_not_run_again(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    same = replace(runner_spec("openvino-cpu"), same_as_float32=lambda _precision: "no bfloat16 here")
+    monkeypatch.setattr("bnexport.verification.verify.RUNNERS", (same,))
+    found = verify(bundle, scope=Scope(max_samples=4))
+    assert (list(found.runtimes), found.skipped) == (["openvino-cpu"], {"openvino-cpu, bfloat16": "no bfloat16 here"})
+    alone = verify(bundle, scope=Scope(("bfloat16",), max_samples=4))
+    assert list(alone.runtimes) == ["openvino-cpu, bfloat16"]
 
 
 class Sometimes(TorchEagerRunner):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from arithmetic_cases import ARITHMETIC
 from onnx_cases import (
     GONE,
     IN,
@@ -97,7 +98,7 @@ CASES = (
     Case("slice", image(through("Slice", [1], [5], [1]), channels=4), GONE),
     Case("relu-between", image(through("Relu")), STAYS, "relu"),
     Case("clip-between", image(through("Clip", 0.0, 6.0)), STAYS, "clip"),
-    Case("tanh-between", image(through("Tanh")), STAYS, "no scale and shift can cross"),
+    Case("tanh-between", image(through("Tanh")), STAYS, "no rule moves a scale and shift across"),
     Case("concat", lambda g: branches(g, "Concat"), GONE),
     Case("add", lambda g: branches(g, "Add"), GONE),
     Case("sub", lambda g: branches(g, "Sub"), GONE),
@@ -107,7 +108,7 @@ CASES = (
     Case("split-11", split, GONE, options={"opset": 11}),
     Case("channel-shuffle", shuffle, GONE),
     Case("reshape-by-shape", shaped_by_input, GONE),
-    Case("plain-arithmetic", plain_arithmetic, (("bn", "backward"),)),
+    Case("plain-arithmetic", plain_arithmetic, (("neg3", "backward"), ("bn", "backward"))),
     # the layer after it
     Case("before-conv", before(direct), OUT),
     Case("before-conv-grouped", before(direct, group=3), OUT),
@@ -156,4 +157,6 @@ CASES = (
     Case("clamps", before(through("Relu")), GONE, fold={"clamps": True}),
     Case("clamps-clip", before(through("Clip", 0.0, 6.0)), GONE, fold={"clamps": True}),
     Case("clamps-opset-7", before(through("Relu")), STAYS, "relu", fold={"clamps": True}, options={"opset": 7, "ir": 3}),
+    # norms written as arithmetic
+    *ARITHMETIC,
 )  # fmt: skip

@@ -1,0 +1,303 @@
+"""Find the line of a user's forward at which the batch is lost, or at which another batch size takes another way.
+
+``x.squeeze()`` drops a batch of 1, ``x.reshape(4, -1)`` writes the batch size as a number, ``x.view(-1, 8)`` mixes samples. The
+network is run on batches of two sizes, and the shapes of all results are compared step by step.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from bnexport.errors import UntracedError
+from bnexport.nn.calling import INSTALLED, NOT_THEIRS, Outcome, call_once, place_of
+from bnexport.optional import quiet
+
+#: A share of the largest output: two sums in float32 of the same numbers differ by less.
+_ROUNDING = 1e-3
+#: Batch sizes that are tried where torch.export found that forward is different for some, the likely ones first.
+_SIZES = (1, 3, 4, 5, 8, 9, 16, 17, 32, 33, 64, 65)
+_RESHAPES = ("reshape", "view", "flatten", "unflatten")
+_KEEP = "Keep the batch as the first axis there: take its size from x.shape[0], as in x.flatten(1) or x.reshape(x.shape[0], -1)"
+_SQUEEZE = "Name the axes to drop, as squeeze((2, 3)), or write flatten(1): squeeze without them drops a batch of 1 too"
+_NO_QUESTION = "Compute the same for every batch size there, without if or for over it in Python"
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One call of torch in forward.
+
+    Attributes:
+        name: Name of the function.
+        place: " at FILE:LINE"; empty where no line of the user's code called it.
+        shapes: Of its results.
+        before: Shape of its first tensor; None without one.
+        parents: Numbers of the steps that made its tensors.
+    """
+
+    name: str
+    place: str
+    shapes: tuple[tuple[int, ...], ...]
+    before: tuple[int, ...] | None
+    parents: tuple[int, ...]
+
+    @property
+    def where(self) -> str:
+        """The line as the end of a sentence, and the call."""
+        return f"{self.place or ' in forward'}: {self.name}"
+
+
+class _Record(TorchFunctionMode):
+    """Notes every call of torch that gives tensors.
+
+    Args:
+        hold: Keep all tensors, so that ``made`` and the steps' parents are known: an id is used again once a tensor is gone.
+    """
+
+    def __init__(self, *, hold: bool) -> None:
+        super().__init__()
+        self.steps: list[_Step] = []
+        self._hold = hold
+        self._made: dict[int, tuple[int, Tensor]] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = [item for item in pytree.tree_leaves((args, kwargs or {})) if isinstance(item, Tensor)]
+        parents = tuple(self._made[id(item)][0] for item in given if id(item) in self._made)
+        result = func(*args, **(kwargs or {}))
+        results = [item for item in pytree.tree_leaves(result) if isinstance(item, Tensor)]
+        name = getattr(func, "__name__", "")
+        if name == "__get__":  # x.T
+            name = getattr(func.__self__, "__name__", name)
+        if results:
+            if self._hold:
+                self._made.update((id(item), (len(self.steps), item)) for item in results)
+            before = tuple(given[0].shape) if given else None
+            self.steps.append(_Step(name, _place(), tuple(tuple(item.shape) for item in results), before, parents))
+        return result
+
+    def made(self, tensor: Tensor) -> int | None:
+        """Return the number of the step that gave a tensor."""
+        found = self._made.get(id(tensor))
+        return None if found is None else found[0]
+
+
+def _place() -> str:
+    """Return `` at FILE:LINE`` of the innermost frame of the user's code that is running; empty where there is none."""
+    own = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+    frame, installed = sys._getframe(2), ""
+    while frame is not None and not frame.f_code.co_filename.startswith(own):
+        file = frame.f_code.co_filename
+        if not file.startswith(NOT_THEIRS):
+            place = f" at {os.path.basename(file)}:{frame.f_lineno}"
+            if INSTALLED not in file:
+                return place
+            installed = installed or place
+        frame = frame.f_back  # type: ignore[assignment]
+    return installed
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A call with one batch size: what it gave, and its steps."""
+
+    size: int
+    outcome: Outcome
+    record: _Record
+
+    @property
+    def outputs(self) -> list[Tensor]:
+        """The tensors that forward returned."""
+        return [item for item in pytree.tree_leaves(self.outcome.result) if isinstance(item, Tensor)]
+
+
+def check_batch(model: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """Refuse a network whose answer for one sample is not the answer for a batch of 2 with one row less.
+
+    Args:
+        model: Not changed; a copy is run.
+        inputs: An example with a batch of 2. A network that fails on it is left to ``trace``.
+
+    Raises:
+        UntracedError: Naming the line that drops the batch, writes its size, or asks for it.
+    """
+    run = _runner(model, inputs)
+    if run is None:
+        return
+    two, one = run(2), run(1)
+    if two.outcome.problem is not None or not two.outputs:
+        return
+    name = type(model).__name__
+    if one.outcome.problem is not None:
+        raise (
+            _irregular(model, one, two)
+            or _written_size(model, one, two)
+            or UntracedError(
+                f"{name} takes a batch of 2, but fails on a batch of 1 {one.outcome.problem}", remedy=_KEEP
+            )
+        )
+    if [tuple(item.shape) for item in one.outputs] != [(1, *item.shape[1:]) for item in two.outputs]:
+        if error := _irregular(model, one, two) or _lost(model, run(2, hold=True)) or _lost(model, run(3, hold=True)):
+            raise error
+        return
+    if _ways(one, two) is not None and not _same_row(one, two):  # a forward that caches takes another way once
+        two, one = run(2), run(1)
+        if (step := _ways(one, two)) is not None and not _same_row(one, two):
+            raise _other_way(model, one.size, step)
+
+
+def batch_problem(model: nn.Module, inputs: tuple[Any, ...]) -> UntracedError | None:
+    """Return why torch.export found that a forward does not take every batch size, with its line; None if no size shows it.
+
+    Args:
+        model: Not changed; a copy is run.
+        inputs: An example with a batch of 2.
+    """
+    run = _runner(model, inputs)
+    if run is None:
+        return None
+    two = run(2)
+    if two.outcome.problem is not None:
+        return _written_size(model, two, run(3))
+    for size in _SIZES:
+        other = run(size)
+        step = _ways(other, two)
+        if other.outcome.problem is not None:
+            return UntracedError(
+                f"{type(model).__name__} takes a batch of 2, but fails on a batch of {size} {other.outcome.problem}",
+                remedy=_KEEP,
+            )
+        if step is not None:
+            return _other_way(model, size, step)
+    return None
+
+
+def _runner(model: nn.Module, inputs: tuple[Any, ...]) -> Callable[..., _Run] | None:
+    """Return a function that runs a copy on a number of samples; None for a module that can't be copied."""
+    try:
+        with quiet():
+            copied = copy.deepcopy(model)
+    except Exception:  # the module is the user's code
+        return None
+
+    def run(size: int, *, hold: bool = False) -> _Run:
+        record = _Record(hold=hold)
+        with record:
+            return _Run(size, call_once(copied, _rows(inputs, size), on_itself=True), record)
+
+    return run
+
+
+def _rows(inputs: tuple[Any, ...], size: int) -> tuple[Any, ...]:
+    """Return inputs with another number of samples: the first ones, repeated where there are too few."""
+
+    def rows(item: Any) -> Any:
+        return item[torch.arange(size) % len(item)] if isinstance(item, Tensor) and item.ndim and len(item) else item
+
+    return tuple(pytree.tree_map(rows, inputs))
+
+
+def _irregular(model: nn.Module, one: _Run, two: _Run) -> UntracedError | None:
+    """Return the error of the first step whose shape for one sample is not that for two with fewer rows."""
+    for here, there in _pairs(one, two):
+        for small, large in zip(here.shapes, there.shapes, strict=False):
+            fits = len(small) == len(large) and all(a in (b, b / 2) for a, b in zip(small, large, strict=True))
+            if fits:
+                continue
+            remedy = _SQUEEZE if here.name.startswith("squeeze") else _KEEP
+            return UntracedError(
+                f"forward of {type(model).__name__} drops a batch of 1{here.where} gives {_text(small)} there, and"
+                f" {_text(large)} for a batch of 2",
+                remedy=remedy,
+            )
+    return None
+
+
+def _lost(model: nn.Module, run: _Run) -> UntracedError | None:
+    """Return the error of the step that makes a result without the batch as first axis, going back from the outputs."""
+    steps = run.record.steps
+    for output in run.outputs:
+        start = run.record.made(output) if output.ndim and output.shape[0] != run.size else None
+        for number in _backwards(steps, start):
+            step = steps[number]
+            if step.before and step.before[0] == run.size and all(s and s[0] != run.size for s in step.shapes):
+                return _without_batch(model, step)
+    return None
+
+
+def _written_size(model: nn.Module, few: _Run, many: _Run) -> UntracedError | None:
+    """Return the error of the last step that gives one number of rows for every batch size."""
+    for here, there in reversed(list(_pairs(few, many))):
+        lost = here.before and there.before and (here.before[0], there.before[0]) == (few.size, many.size)
+        if lost and here.name in _RESHAPES and here.shapes[0][:1] == there.shapes[0][:1]:
+            return _without_batch(model, here)
+    return None
+
+
+def _without_batch(model: nn.Module, step: _Step) -> UntracedError:
+    assert step.before
+    return UntracedError(
+        f"forward of {type(model).__name__} loses the batch{step.where} gives {_text(step.shapes[0])} for"
+        f" {_text(step.before)}, so its first axis is no longer the batch of {step.before[0]}",
+        remedy=_KEEP,
+    )
+
+
+def _backwards(steps: list[_Step], start: int | None) -> Iterator[int]:
+    """Return the steps that a result is made of, the latest first."""
+    seen: set[int] = set()
+    stack = [] if start is None else [start]
+    while stack:
+        number = max(stack)
+        stack.remove(number)
+        yield number
+        stack += [parent for parent in steps[number].parents if parent not in seen]
+        seen.update(steps[number].parents)
+
+
+def _ways(one: _Run, two: _Run) -> _Step | None:
+    """Return the first step in which two runs differ; None if both take the same steps."""
+    for here, there in zip(one.record.steps, two.record.steps, strict=False):
+        if (here.name, here.place) != (there.name, there.place):
+            return here
+    few, many = sorted((one.record.steps, two.record.steps), key=len)
+    return many[len(few)] if len(few) < len(many) and one.outcome.problem is two.outcome.problem is None else None
+
+
+def _pairs(one: _Run, two: _Run) -> Iterator[tuple[_Step, _Step]]:
+    """Return the steps of two runs side by side, as long as both take the same."""
+    for here, there in zip(one.record.steps, two.record.steps, strict=False):
+        if (here.name, here.place) != (there.name, there.place):
+            return
+        yield here, there
+
+
+def _same_row(one: _Run, two: _Run) -> bool:
+    """Return True if the answer for the first sample does not depend on the batch size."""
+    for small, large in zip(one.outputs, two.outputs, strict=True):
+        here, there = small.double(), large[:1].double()
+        scale = float(there.abs().nan_to_num(posinf=0.0).max()) if there.numel() else 0.0
+        if not torch.allclose(here, there, rtol=0, atol=_ROUNDING * scale, equal_nan=True):
+            return False
+    return True
+
+
+def _other_way(model: nn.Module, size: int, step: _Step) -> UntracedError:
+    place = step.place or place_of(None, model)
+    return UntracedError(
+        f"forward of {type(model).__name__} takes another way for a batch of {size} than for a batch of 2, from"
+        f" {place.removeprefix(' at ') or 'its start'} on, and an exported file has one way",
+        remedy=_NO_QUESTION,
+    )
+
+
+def _text(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape)) or "a single number"

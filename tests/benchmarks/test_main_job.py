@@ -1,0 +1,55 @@
+"""The side-by-side measurement of the main job runs on a small network, and its table judges the targets."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import main_job
+from benchmarks.main_job import LENET, Run, row_of
+
+FAST, SLOW = Run(1.0, 1.0, 100.0), Run(2.5, 2.0, 200.0)
+
+
+@pytest.mark.parametrize(
+    ("network", "ours", "met"),
+    [
+        ("resnet50", FAST, True),
+        ("resnet50", SLOW, False),
+        ("resnet50", Run(1.0, 1.0, 300.0), False),
+        (LENET, SLOW, True),
+    ],
+)
+def test_the_row_judges_the_targets(network: str, ours: Run, met: bool) -> None:
+    cells, found = row_of(network, [FAST, FAST], [ours, ours])
+    assert found == met
+    assert cells[-1] == ("met" if met else "missed")
+    assert cells[3].startswith(f"{ours.wall:.2f} (")
+
+
+def test_the_command_measures_and_writes_its_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both sides do their real work on a small network, in this process."""
+
+    def prepare(network: str, folder: Path) -> None:
+        torch.manual_seed(0)
+        norm = nn.BatchNorm2d(4)
+        norm.running_mean, norm.running_var = torch.randn(4), torch.rand(4) + 0.5
+        module = nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.Flatten(), nn.Linear(4 * 6 * 6, 5)).eval()
+        torch.save(module, folder / f"{network}.module")
+
+    def measure(way: str, network: str, folder: Path) -> Run:
+        main_job.run_way(way, network, str(folder))
+        return FAST
+
+    monkeypatch.setattr(main_job, "NETWORKS", {"resnet50": (3, 8, 8)})
+    monkeypatch.setattr(main_job, "prepare", prepare)
+    monkeypatch.setattr(main_job, "measure", measure)
+    monkeypatch.setattr(sys, "argv", ["main_job", "--rounds", "1", "--out", str(tmp_path / "page.md")])
+    assert main_job.main() == 0
+    page = " ".join((tmp_path / "page.md").read_text().split())
+    assert "| resnet50 | 1.0 (1.0 to 1.0) |" in page
+    assert "verify` of resnet50 with one runtime: 1.0" in page
