@@ -123,7 +123,8 @@ def prepare(network: str, folder: Path) -> None:
         from bnexport.loading.zoo import build_from_zoo
 
         torch.manual_seed(_SEED)
-        module = build_from_zoo(f"torchvision:{network}", {}).eval()
+        module = build_from_zoo(f"torchvision:{network}", {})
+        module.eval()
         randomise(module, torch.randn(8, *NETWORKS[network]), seed=_SEED)
     torch.save(module, folder / f"{network}.module")
 
