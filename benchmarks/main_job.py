@@ -125,9 +125,8 @@ def prepare(network: str, folder: Path) -> None:
         module = build_from_zoo(f"torchvision:{network}", {})
         module.eval()
         for norm in (item for item in module.modules() if isinstance(item, torch.nn.BatchNorm2d)):
-            assert norm.running_mean is not None and norm.running_var is not None
-            norm.running_mean.normal_(0, 0.1)
-            norm.running_var.uniform_(0.5, 1.5)
+            norm.get_buffer("running_mean").normal_(0, 0.1)
+            norm.get_buffer("running_var").uniform_(0.5, 1.5)
             torch.nn.init.uniform_(norm.weight, 0.75, 1.25)
             torch.nn.init.normal_(norm.bias, 0, 0.1)
     torch.save(module, folder / f"{network}.module")

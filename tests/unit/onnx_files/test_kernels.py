@@ -40,7 +40,7 @@ def feeds_of(made: onnx.ModelProto, seed: int = 0) -> dict[str, np.ndarray]:
 def compare(made: onnx.ModelProto, want: np.ndarray | None = None) -> None:
     assert better_operators(made), "onnx's own operator would be compared with itself"
     feeds = feeds_of(made)
-    expected: Any = list(ReferenceEvaluator(made).run(None, feeds))[0] if want is None else want
+    expected: Any = next(iter(ReferenceEvaluator(made).run(None, feeds))) if want is None else want
     (found,) = wide_evaluator(made).run(None, feeds)
     assert found.shape == expected.shape
     assert found.dtype == np.float64
