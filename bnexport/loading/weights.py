@@ -59,7 +59,7 @@ class WeightsFile:
         """
         if weights is None:
             if key is not None:
-                raise UsageError(f"the key {key!r} needs a weights file", remedy="Pass --weights FILE (weights=FILE)")
+                raise UsageError(f"the key {key!r} needs a weights file", remedy="Pass --weights FILE")
             return None
         if not isinstance(weights, str | os.PathLike):
             raise UsageError(
@@ -170,11 +170,9 @@ def _misfit(path: Path, title: str, misfit: Misfit, sets: Mapping[str, Tensors],
     )
     if misfit.candidates:
         keys = [f"{chosen}.{name}" if chosen else name for name in misfit.candidates]
-        several = "each of them" if len(keys) > 1 else "them"
         return ModelError(
             f"{text}. The names below {_some(keys)} fit without the others",
-            remedy=f"If {several} is this network: --weights-key {keys[0]} takes only the names below it (weights_key in"
-            " Python)",
+            remedy=f"If one of them is this network: --weights-key {keys[0]} takes only the names below it",
         )
     return ModelError(
         text + _listing(sets),
@@ -214,7 +212,7 @@ def _chosen(
     if fitting:
         raise ModelError(
             f"{path} holds several sets of weights, and which one is meant is not clear{_listing(sets)}",
-            remedy=f"Choose one: --weights-key {fitting[0]} (weights_key in Python); it fits {title}",
+            remedy=f"Choose one: --weights-key {fitting[0]}; it fits {title}",
         )
     return min(serious, key=lambda place: (not _is_known(place), _rank(place), place)), ()
 
