@@ -50,7 +50,7 @@ class _Block(nn.Module):
         self._expands, self._skips = expansion > 1, stride == 1 and inputs == outputs
 
     def forward(self, x: Tensor) -> Tensor:
-        y = functional.relu6(self._bn0(self._expand_conv(x))) if self._expands else x
+        y: Tensor = functional.relu6(self._bn0(self._expand_conv(x))) if self._expands else x
         y = self._bn2(self._project_conv(functional.relu6(self._bn1(self._depthwise_conv(y)))))
         return x + y if self._skips else y
 
