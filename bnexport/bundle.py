@@ -101,6 +101,16 @@ class Manifest:
         values["labels"] = None if self.labels is None else list(self.labels)
         return {"format": FORMAT, "format_version": FORMAT_VERSION, **values}
 
+    @property
+    def classes(self) -> tuple[str, ...] | None:
+        """Return the names that the data set's classes should have, in the order of the logits; None if they are unknown.
+
+        They are the labels, except where the export gave the classes other names.
+        """
+        accuracy = self.verification.get("accuracy")
+        renamed = accuracy.get("classes") if isinstance(accuracy, dict) else None
+        return tuple(map(str, renamed)) if isinstance(renamed, list) else self.labels
+
     def model_facts(self) -> dict[str, str]:
         """What model.onnx repeats of the manifest in its own metadata, for a server that has only that file."""
         values = {
@@ -174,7 +184,7 @@ class Bundle:
                 what = "is a file, not a bundle's directory" if folder.exists() else "does not exist"
                 raise BundleError(f"{folder} {what}", remedy="Give a directory written by bnexport fold-and-export")
             if not file.is_file():
-                raise BundleError(f"{folder} has no {MANIFEST}, so it is not a bundle", remedy=_hint(folder))
+                raise BundleError(f"{folder} has no {MANIFEST}, so it is not a bundle", remedy=bundle_hint(folder))
             if (problem := place_problem(folder, MANIFEST)) is not None:
                 raise BundleError(f"{folder}: {problem}", remedy=_REBUILD)
             with refusing(f"{file} can't be read: it", BundleError, remedy=_REBUILD), file.open("rb") as opened:
@@ -377,11 +387,11 @@ def _check_file_table(files: Mapping[str, Mapping[str, Any]]) -> None:
     check_twins((*files, MANIFEST))
 
 
-def _hint(folder: Path) -> str:
-    """Where the bundle probably is, when a folder above it was given."""
+def bundle_hint(folder: Path, *, other: str = "") -> str:
+    """Return the remedy for a folder that is not a bundle: the newest bundle directly inside, if there is one."""
     inside = sorted(
         (path.parent for path in folder.glob(f"*/{MANIFEST}")), key=lambda path: (len(path.name), path.name)
     )
     if not inside:
-        return "Give a directory written by bnexport fold-and-export, such as models/bn_lenet/1"
+        return other or "Give a directory written by bnexport fold-and-export, such as models/bn_lenet/1"
     return f"Did you mean {inside[-1]}?"

@@ -25,6 +25,29 @@ Each carries a message (what is wrong, and where) and a remedy (what to do about
 
 from __future__ import annotations
 
+import re
+
+#: Options without a value, which are True in Python.
+_FLAGS = (
+    "allow-low-accuracy", "allow-untrained", "clamps", "dynamic-size", "force", "rename-classes", "resume", "recalibrate",
+)  # fmt: skip
+#: Option -> argument in Python, where the names differ in more than hyphens.
+_ARGUMENTS = {"model-option": "model_options", "format": "formats"}
+#: An option, its value in capitals or digits if one follows, and the command that is named before it, if any.
+_OPTION = re.compile(r"(?P<command>bnexport [a-z-]+ )?--(?P<name>[a-z][a-z-]*[a-z])(?P<value> (?=[A-Z0-9]|folder:))?")
+
+
+def _in_python(text: str) -> str:
+    """Return a text with options as arguments: "Pass --mean 0.5" becomes "Pass mean=0.5"; a command is kept as it is."""
+
+    def argument(found: re.Match[str]) -> str:
+        if found["command"]:
+            return found[0]
+        name = _ARGUMENTS.get(found["name"], found["name"].replace("-", "_"))
+        return f"{name}=True{found['value'] or ''}" if found["name"] in _FLAGS else f"{name}="
+
+    return _OPTION.sub(argument, text)
+
 
 class BnexportError(Exception):
     """Base of the tree.
@@ -40,6 +63,12 @@ class BnexportError(Exception):
         self.remedy = remedy
 
     def __str__(self) -> str:
+        """Return fact and remedy for a caller in Python: options of the command line are named as arguments."""
+        return _in_python(self.sentence)
+
+    @property
+    def sentence(self) -> str:
+        """Fact and remedy, with the options of the command line."""
         return f"{self.message}. {self.remedy}" if self.remedy else self.message
 
     def __reduce__(self) -> tuple[object, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,7 @@ from bnexport.reporting.html import render_report
 from bnexport.reporting.results import ExportResult
 from bnexport.tensors import DTYPES, Array, Signature, TensorSpec
 from bnexport.verification.golden import golden_inputs, real_images
+from bnexport.verification.inputs import score_count
 from bnexport.verification.scope import Scope
 from bnexport.verification.verdict import VerificationReport
 from bnexport.verification.verify import verify
@@ -106,6 +108,8 @@ def fold_and_export_onnx(
     result = fold_onnx(source, max_growth=max_growth, clamps=clamps, inputs=_requested(request.inputs))
     signature = signature_of_file(result.model)
     check_labels(signature, request.labels)
+    image = request.image(parse_inputs(request.inputs) if request.inputs else ())
+    request.check_dataset(request.dataset, preprocessing=image, labels=request.labels, scores=score_count(signature))
     check_triton_config(path, name, signature, force=request.force)
     onnx_facts = {
         "opset": opset_of(result.model),
@@ -113,8 +117,8 @@ def fold_and_export_onnx(
         "precision": "float32",
     }
     manifest = Manifest(
-        name, version, signature, {"source": Path(source).name, "options": {}}, request.dataset, request.preprocessing,
-        request.labels, onnx_facts, environment(), result.report.to_json(),
+        name, version, signature, {"source": Path(source).name, "options": {}}, request.dataset, image,
+        request.labels, onnx_facts, environment(), result.report.to_json(), request.expected_accuracy(request.dataset),
     )  # fmt: skip
     try:
         with staged_directory(path, force=request.force) as stage:
@@ -122,10 +126,7 @@ def fold_and_export_onnx(
             progress("writing golden vectors", 0.3, 1)
             _write_golden(stage, manifest, result.original, request)
             report = verify(
-                seal(stage, manifest),
-                data_dir=request.images_at(request.dataset),
-                scope=Scope(thorough=request.thorough),
-                progress=part_of(progress, 0.4, 1.0),
+                seal(stage, manifest), scope=Scope(thorough=request.thorough), progress=part_of(progress, 0.4, 1.0)
             )
             if not report.passed:
                 raise _Failed
@@ -183,7 +184,9 @@ def _write_golden(stage: Path, manifest: Manifest, original: ModelProto, request
         shapes = _sample_shapes(signature, request.inputs)
         if shapes is None:
             shapes = {name: array.shape[1:] for name, array in first_that_works(engine, original, 0)[0].items()}
-        feeds = golden_inputs(signature, shapes=shapes, images=real_images(manifest, data_dir=request.data_dir))
+        feeds = golden_inputs(
+            signature, shapes=shapes, images=real_images(manifest, data_dir=request.images_at(request.dataset))
+        )
         feeds = {spec.name: _of_fixed_batch(spec, feeds[spec.name]) for spec in signature.inputs}
         outputs = run(engine, {name: widen_array(array) for name, array in feeds.items()})
     except NotEvaluated as reason:
@@ -255,7 +258,12 @@ def _finish(stage: Path, manifest: Manifest, result: OnnxFoldResult, report: Ver
         verification=report,
         environment=manifest.environment,
         samples=report.samples or None,
-        commands=[f"bnexport verify {path}"],
+        commands=[shlex.join(["bnexport", "verify", str(path)])],
     )
     write_atomically(stage / REPORT, page.encode())
-    seal(stage, replace(manifest, verification=report.to_json()))
+    facts = report.to_json()
+    if (
+        manifest.classes != manifest.labels
+    ):  # no network labelled images, so the report does not state the renamed classes
+        facts["accuracy"] = {"classes": list(manifest.classes or ())}
+    seal(stage, replace(manifest, verification=facts))

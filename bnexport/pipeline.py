@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
 from bnexport.bundle import MODEL_ONNX, REPORT, WEIGHTS, Bundle, Manifest, seal
 from bnexport.environment import environment
-from bnexport.errors import RefusedModel, UsageError
+from bnexport.errors import OutputError, RefusedModel, UsageError
 from bnexport.evaluating.network import Subject, stale_warning
 from bnexport.exporting.dynamic_size import check_sizes_vary, larger_example, with_smallest_sizes
 from bnexport.exporting.formats import FORMATS, ExportJob
@@ -19,7 +23,6 @@ from bnexport.exporting.request import (
     ExportRequest,
     InputSpec,
     example_inputs,
-    fitted_preprocessing,
     model_and_version,
     parse_inputs,
 )
@@ -27,15 +30,19 @@ from bnexport.exporting.signature import check_labels, signature_of
 from bnexport.exporting.triton import check_triton_config, write_triton_config
 from bnexport.files import refuse_existing, staged_directory, write_atomically
 from bnexport.folding.fold import FoldResult, fold
+from bnexport.folding.module_fold import ModuleFoldResult, fold_modules
+from bnexport.folding.report import FoldReport
 from bnexport.folding.torch_backend.trace import size_shapes
-from bnexport.loading.checkpoint import save_checkpoint
+from bnexport.loading.checkpoint import save_checkpoint, save_tensors
 from bnexport.loading.sources import LoadedModel, checkpoint_of, load_source
 from bnexport.loading.zoo import zoo_of
 from bnexport.nn.batch_axis import check_batch
+from bnexport.nn.folded import MARKER
 from bnexport.nn.soundness import check_finite_output, check_sound
 from bnexport.progress import Progress, part_of, silent
 from bnexport.reporting.html import render_report
 from bnexport.reporting.results import ExportResult
+from bnexport.verification.full_check import verify_command
 from bnexport.verification.golden import write_golden_vectors
 from bnexport.verification.scope import Scope
 from bnexport.verification.verdict import VerificationReport
@@ -52,6 +59,14 @@ def fold_and_export(
     *,
     weights: str | Path | None = None,
     request: ExportRequest | None = None,
+    input: str | Sequence[int] | Sequence[str] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    labels: Sequence[str] | str | Path | None = None,
+    dataset: str | None = None,
+    data_dir: str | Path | None = None,
+    model_options: Mapping[str, Any] | None = None,
+    force: bool | None = None,
     progress: Progress = silent,
 ) -> ExportResult:
     """Fold, export and verify a network, and write one bundle: all of it, or nothing.
@@ -60,14 +75,27 @@ def fold_and_export(
         source: A source as for ``loading.sources.load_source``, or a module.
         out: The bundle's directory, ``models/<name>/<version>``.
         weights: A weights file, a bundle or a run directory, for a source without weights (docs/weights.md).
-        request: The options of the export; default: as in the checkpoint.
+        request: All options of the export; default: as in the checkpoint. An argument below replaces the option of the same
+            name.
+        input: Shape of one sample, ``(3, 224, 224)`` or "3x224x224"; of several inputs one text each, "tokens=16:int64".
+        mean: Per channel, of pixels from 0 to 1, with ``std``: how an image becomes the input.
+        std: Per channel, of pixels from 0 to 1.
+        labels: Class names in the order of the scores, or a text file with one per line.
+        dataset: Data set whose test images the verification uses: a name, or ``folder:PATH``.
+        data_dir: Folder of the data set.
+        model_options: Named arguments of the network's constructor or factory.
+        force: Replace an existing bundle.
         progress: Called before each stage.
 
     Raises:
         BadInput: The source, the request or the output path is unusable; nothing was written.
         ProofError: A fold is not exact; nothing was written.
     """
-    return _export(source, Path(out), weights, request or ExportRequest(), progress)
+    request = (request or ExportRequest()).with_options(
+        input=input, mean=mean, std=std, labels=labels, dataset=dataset, data_dir=data_dir, force=force,
+        model_options=model_options,
+    )  # fmt: skip
+    return _export(source, Path(out), weights, request, progress)
 
 
 def _export(
@@ -81,7 +109,9 @@ def _export(
     refuse_existing(path, force=request.force)
     loaded = _loaded(source, weights, request)
     specs = parse_inputs(request.inputs, default_shape=loaded.input_shape)
-    loaded = replace(loaded, preprocessing=request.preprocessing or fitted_preprocessing(loaded.preprocessing, specs))
+    image = request.image(specs, stated=loaded.preprocessing)
+    loaded = replace(loaded, preprocessing=image)
+    request.check_dataset(loaded.dataset, preprocessing=image, labels=loaded.labels)
     inputs, sizes = _checked_example(loaded.module, specs, request), None
     if request.dynamic_size:
         check_sizes_vary(loaded.module, specs)
@@ -98,7 +128,7 @@ def _export(
     check_triton_config(path, name, signature, force=request.force)
     manifest = Manifest(
         name, version, signature, loaded.network, loaded.dataset, loaded.preprocessing, loaded.labels,
-        _onnx_facts(request), environment(), result.report.to_json(),
+        _onnx_facts(request), environment(), result.report.to_json(), request.expected_accuracy(loaded.dataset),
     )  # fmt: skip
     try:
         with staged_directory(path, force=request.force) as stage:
@@ -114,17 +144,54 @@ def _export(
             report = verify(
                 seal(stage, manifest),
                 module=loaded.module,
-                data_dir=request.images_at(loaded.dataset),
+                data_dir=request.images_at(loaded.dataset, usable=image is not None),
                 scope=Scope(thorough=request.thorough),
                 progress=part_of(progress, 0.6, 1.0),
             )
             if not report.passed:
                 raise _Failed
-            _finish(stage, manifest, result, report, path)
+            _finish(stage, manifest, result.report, report, path, request.data_dir)
             write_triton_config(path, name, signature, force=request.force)  # before the bundle: all of it, or nothing
     except _Failed:
         return ExportResult(None, result.report, report)
     return ExportResult(Bundle.open(path), result.report, report)
+
+
+def fold_weights(
+    source: str | Path | nn.Module | LoadedModel,
+    out: str | Path,
+    *,
+    weights: str | Path | None = None,
+    request: ExportRequest | None = None,
+) -> ModuleFoldResult:
+    """Fold BatchNorm inside a network and write its folded weights as safetensors, after the proof.
+
+    The metadata of the file state the source and the outcome under ``bnexport_folded``.
+
+    Args:
+        source: As for ``fold_and_export``.
+        out: The file to write, ``*.safetensors``.
+        weights: Weights for a source that has none.
+        request: ``model_options``, ``inputs``, ``allow_untrained`` and ``force``; the rest does not apply to weights.
+
+    Raises:
+        BadInput: The source, the request or the output path is unusable; nothing was written.
+        ProofError: The fold is not exact; nothing was written.
+    """
+    request, path = request or ExportRequest(), Path(out)
+    if path.suffix != ".safetensors":
+        raise UsageError(f"{path} is not named .safetensors", remedy="Pass --out FILE.safetensors")
+    if path.is_dir() or (path.exists() and not request.force):
+        raise OutputError(f"{path} exists already", remedy="Choose another file, or pass --force to replace a file")
+    given = [Path(item) for item in (weights, source) if isinstance(item, str | Path)]
+    if any(item.exists() and path.exists() and item.samefile(path) for item in given):
+        raise OutputError(f"{path} is the file that is read", remedy="Choose another file: a fold can't be undone")
+    loaded = _loaded(source, weights, request)
+    specs = parse_inputs(request.inputs, default_shape=loaded.input_shape)
+    result = fold_modules(loaded.module, _checked_example(loaded.module, specs, request))
+    facts = {"network": dict(loaded.network), "fold": result.report.to_json()}
+    save_tensors(path, result.model.state_dict(), {MARKER: json.dumps(facts, allow_nan=False)})
+    return result
 
 
 def _checked_example(module: nn.Module, specs: tuple[InputSpec, ...], request: ExportRequest) -> tuple[Tensor, ...]:
@@ -183,15 +250,20 @@ def _onnx_facts(request: ExportRequest) -> dict[str, str | int]:
     }
 
 
-def _finish(stage: Path, manifest: Manifest, result: FoldResult, report: VerificationReport, path: Path) -> None:
+def _finish(
+    stage: Path, manifest: Manifest, fold: FoldReport, report: VerificationReport, path: Path, data_dir: Path | None
+) -> None:
     """Write the verdict into the page and the manifest; the model files stay as they were verified, byte for byte."""
     page = render_report(
         manifest,
-        fold=result.report,
+        fold=fold,
         verification=report,
         environment=manifest.environment,
         samples=report.samples or None,
-        commands=[f"bnexport verify {path}", f"bnexport inspect {path}"],
+        commands=[
+            verify_command(manifest, path, report, data_dir=data_dir),
+            shlex.join(["bnexport", "inspect", str(path)]),
+        ],
     )
     write_atomically(stage / REPORT, page.encode())
     seal(stage, replace(manifest, verification=report.to_json()))

@@ -40,19 +40,15 @@ class Hidden(nn.Module):
 
 
 def first_culprit(subject: AuditedNetwork, is_wrong: Callable[[nn.Module], bool]) -> str:
-    """Path of the first BatchNorm, in the order of the calls, that a tool gets wrong.
+    """Return the path of the first BatchNorm, in the order of the calls, that a tool gets wrong; "" if none can be named.
 
-    A search by halves: with the BatchNorms up to this one in sight the tool is wrong, with those before it alone it is
-    right. It costs one run of the tool per halving, and one to see that the tool is right when all are hidden.
+    A search by halves: with the BatchNorms up to this one visible the tool is wrong, with only those before it the tool is
+    right. It costs one run of the tool per halving, and one to check that the tool is right when all are hidden. None can be
+    named without a BatchNorm, if the tool is wrong for another reason, or if it fails on the changed network.
 
     Args:
         subject: The network; it is not changed.
-        is_wrong: Runs the tool on a module that computes what the network does, and judges it. What it raises ends the
-            search.
-
-    Returns:
-        The path; "" when there is no BatchNorm, when the tool is wrong for another reason, or when it fails on the changed
-        network, so that nothing can be said.
+        is_wrong: Runs the tool on an equivalent module, and judges it. An exception ends the search.
     """
     names = calls_in_order(subject)
     try:

@@ -156,14 +156,7 @@ def _files_in(folder: Path) -> Iterator[None]:
 
 
 def need_compiler(candidates: Any) -> None:
-    """Refuse a machine without any of the compilers that inductor would try.
-
-    Args:
-        candidates: ``torch._inductor.config.cpp.cxx``: a command, or several with None among them.
-
-    Raises:
-        RuntimeUnavailable: None of them is on the PATH.
-    """
+    """Refuse (RuntimeUnavailable) a machine without inductor's compilers (``torch._inductor.config.cpp.cxx``) on its PATH."""
     listed = candidates if isinstance(candidates, list | tuple) else (candidates,)
     commands = ["cl"] if sys.platform == "win32" else [str(command) for command in listed if command]
     if not any(shutil.which(shlex.split(command)[0]) for command in commands if command.strip()):

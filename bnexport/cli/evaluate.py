@@ -7,26 +7,15 @@ from typing import Any
 
 import click
 
-from bnexport.cli.options import DatasetName
+from bnexport.cli.options import options_of, values_of
+from bnexport.evaluating.request import EvaluationRequest
 from bnexport.optional import need_packages
-from bnexport.runtimes.catalogue import RUNNERS
-from bnexport.training.config import DEVICES
 
 
 @click.command("evaluate")
 @click.argument("path", type=click.Path(path_type=Path))
-@click.option("--dataset", type=DatasetName(), help="Whose test images.  [default: PATH's own]")
-@click.option("--data-dir", type=click.Path(path_type=Path), metavar="DIR", help="Folder of data sets.")
-@click.option(
-    "--runtime",
-    type=click.Choice([spec.name for spec in RUNNERS]),
-    metavar="NAME",
-    help=f"Of a bundle: {', '.join(spec.name for spec in RUNNERS)}.  [default: onnxruntime-cpu]",
-)
-@click.option("--device", type=click.Choice(DEVICES), help="Of a checkpoint.  [default: auto]")
-@click.option("--source", metavar="FILE.py:FACTORY", help="Of a checkpoint: the code of your own network.")
-@click.option("--weights-key", metavar="NAME", help="With --source: weights to take, of a file with several sets.")
-@click.option("--batch-size", type=int, default=1000, show_default=True, help="Images at once.")
+@options_of(EvaluationRequest, first="dataset")
+@options_of(EvaluationRequest, last="labels")
 @click.option(
     "--confusion", type=click.Path(path_type=Path), metavar="FILE", help="Draw the confusion matrix: .png, .svg."
 )
@@ -43,11 +32,12 @@ def command(path: Path, confusion: Path | None, json_file: str | None, **options
 
         check_suffix(confusion)
     from bnexport.cli.output import STDOUT, prints_aside, progress_bar, write_json
-    from bnexport.evaluating.evaluate import EvaluationRequest, evaluate_path
+    from bnexport.evaluating.evaluate import evaluate_path
     from bnexport.reporting.results import print_evaluation
 
+    request = EvaluationRequest(**values_of(EvaluationRequest, options))
     with prints_aside(), progress_bar("evaluating") as advance:
-        found = evaluate_path(path, EvaluationRequest(**options), on_batch=advance)
+        found = evaluate_path(path, request, on_batch=advance)
     written = [str(target) for target in (confusion, json_file) if target not in (None, STDOUT)]
     if confusion is not None:
         from bnexport.reporting.figures import confusion_picture

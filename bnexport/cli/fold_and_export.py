@@ -23,10 +23,11 @@ _REFUSED: dict[str, str] = {
     "ir_version": "an ONNX file keeps its IR version",
     "precision": "an ONNX file keeps its precision",
     "allow_untrained": "an ONNX file is taken as it is",
+    "allow_low_accuracy": "the accuracy of an ONNX file is not judged",
     "allow_nonfinite": "an ONNX file is taken as it is",
 }
 #: Those that say something of a bundle and nothing of a file alone.
-_OF_BUNDLES = ("labels", "mean", "std", "dataset", "data_dir", "formats")
+_OF_BUNDLES = ("labels", "rename_classes", "mean", "std", "dataset", "data_dir", "formats")
 
 
 def is_onnx(source: str) -> bool:
@@ -122,7 +123,7 @@ def _bundle(source: str, out: Path, options: dict[str, Any], *, as_json: bool, q
 @click.option(
     "--weights", type=click.Path(path_type=Path), help="Weights file, bundle or run directory, for a network without."
 )
-@options_of(ExportRequest, last="labels")
+@options_of(ExportRequest, last="rename_classes")
 @click.option("--mean", help="Per channel, as 0.485,0.456,0.406; with it images are accepted by predict.")
 @click.option("--std", help="Per channel, as 0.229,0.224,0.225.")
 @options_of(ExportRequest, first="dataset")

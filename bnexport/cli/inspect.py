@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
+from bnexport.cli.options import options_of, values_of
+from bnexport.evaluating.request import InspectionRequest
 from bnexport.optional import need_packages
 
 
@@ -14,22 +17,24 @@ from bnexport.optional import need_packages
 @click.option(
     "--statistics", is_flag=True, help="Compare the moving statistics with exact ones on 1024 training images."
 )
-@click.option("--data-dir", type=click.Path(path_type=Path), metavar="DIR", help="Folder of data sets; --statistics.")
+@options_of(InspectionRequest, first="dataset")
+@options_of(InspectionRequest, last="labels")
 @click.option("--json", "as_json", is_flag=True, help="Every number, as JSON.")
-def command(path: Path, statistics: bool, data_dir: Path | None, as_json: bool) -> None:
+def command(path: Path, statistics: bool, as_json: bool, **options: Any) -> None:
     """Show gamma, beta, the moving statistics and the folded scale of every BatchNorm channel.
 
     PATH is a run directory or checkpoint, any other .safetensors file, or a bundle. Dead channels (constant output) and
-    exploding ones (scaled over 30 times the layer's median) are marked. With --statistics or --data-dir it also shows,
-    layer by layer, how far the moving statistics are from the exact ones.
+    exploding ones (scaled over 30 times the layer's median) are marked. With --statistics, or an option that it needs,
+    it also shows, layer by layer, how far the moving statistics are from the exact ones.
     """
     from bnexport.loading.inspection import inspect_path
     from bnexport.reporting.results import print_statistics
 
+    request = InspectionRequest(**values_of(InspectionRequest, options))
     inspection, stale = inspect_path(path), None
-    if statistics or data_dir is not None:
+    if statistics or request != InspectionRequest():
         need_packages("bnexport inspect --statistics", "torch", "safetensors")
         from bnexport.evaluating.network import sampled_staleness, subject_of
 
-        stale = sampled_staleness(subject_of(path), data_dir=data_dir, download=True)
+        stale = sampled_staleness(subject_of(path, request), data_dir=request.data_dir, download=True)
     print_statistics(inspection, stale=stale, as_json=as_json)

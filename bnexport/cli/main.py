@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import os
 import sys
@@ -20,6 +21,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("bnexport.cli.train", "Train a BatchNorm-LeNet."),
     "recalibrate": ("bnexport.cli.recalibrate", "Re-estimate a checkpoint's moving statistics exactly."),
     "evaluate": ("bnexport.cli.evaluate", "Count what a checkpoint or bundle gets right, class by class."),
+    "fold": ("bnexport.cli.fold", "Fold BatchNorm inside a network: write its folded weights."),
     "fold-and-export": ("bnexport.cli.fold_and_export", "Fold BatchNorm, export, verify: write one bundle."),
     "verify": ("bnexport.cli.verify", "Prove that a bundle computes what its network computes."),
     "audit": ("bnexport.cli.audit", "Show which other tools fold a network wrongly."),
@@ -28,6 +30,19 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "serve": ("bnexport.cli.serve", "Serve bundles over the Open Inference Protocol."),
     "inspect": ("bnexport.cli.inspect", "Show the BatchNorm statistics of a checkpoint or bundle."),
     "doctor": ("bnexport.cli.doctor", "Try every runtime on this machine."),
+}
+
+#: Names that users try -> the command.
+_SYNONYMS: dict[str, str] = {
+    **dict.fromkeys(("export", "convert", "fuse", "fold", "fold-export", "onnx"), "fold-and-export"),
+    **dict.fromkeys(("check", "validate", "prove", "compare"), "verify"),
+    **dict.fromkeys(("eval", "test", "accuracy"), "evaluate"),
+    **dict.fromkeys(("infer", "inference", "classify", "label"), "predict"),
+    **dict.fromkeys(("show", "info", "stats", "statistics"), "inspect"),
+    **dict.fromkeys(("calibrate", "re-estimate"), "recalibrate"),
+    **dict.fromkeys(("fit", "learn"), "train"),
+    **dict.fromkeys(("run", "server", "start"), "serve"),
+    **dict.fromkeys(("diagnose", "env", "devices"), "doctor"),
 }
 
 #: 0 done, 1 the verdict is FAIL, 2 usage or bad input, 3 this machine can't run it.
@@ -52,6 +67,17 @@ class LazyGroup(click.Group):
         command = importlib.import_module(COMMANDS[cmd_name][0]).command
         assert isinstance(command, click.Command)
         return command
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command; an unknown one is refused with the command that was probably meant."""
+        name = click.utils.make_str(args[0])
+        if name not in COMMANDS and not name.startswith("-"):
+            meant = _SYNONYMS.get(name.lower()) or next(iter(difflib.get_close_matches(name.lower(), COMMANDS)), None)
+            hint = "bnexport --help lists the commands." if meant is None else f"Did you mean {meant}?"
+            ctx.fail(f"There is no command {name!r}. {hint}")
+        return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
         """List the commands without importing them."""

@@ -16,9 +16,8 @@ from typing import Any
 import click
 
 from bnexport.data.catalogue import DATASETS, FOLDER, is_dataset
-from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import UsageError
-from bnexport.exporting.request import ExportRequest, parse_inputs
+from bnexport.exporting.request import ExportRequest, image_preprocessing, parse_inputs, read_labels
 from bnexport.optional import one_line
 
 
@@ -72,6 +71,8 @@ def _option(item: Field[Any]) -> Callable[[Any], Any]:
 def values_of(request: type, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of a request class from click's values, each converted by the type of its field.
 
+    An option that the command does not have keeps its default.
+
     Raises:
         UsageError: A value that can't be read.
     """
@@ -80,7 +81,7 @@ def values_of(request: type, options: Mapping[str, Any]) -> dict[str, Any]:
         if (nested := _nested(item)) is not None:
             values[item.name] = nested(**values_of(nested, options))
         elif "help" in item.metadata:
-            given, read = options[item.name], _kind(item).read
+            given, read = options.get(item.name), _kind(item).read
             if given in (None, ()):
                 given = item.default if item.default_factory is MISSING else item.default_factory()
             elif read is not None:
@@ -130,32 +131,11 @@ def _value(text: str) -> bool | int | float | str:
     return text
 
 
-def read_labels(path: Path) -> tuple[str, ...]:
-    """Class names from a text file, one per line."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # Windows editors write a byte order mark
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(
-            f"{path} can't be read: {one_line(error)}", remedy="Give a text file, one label per line"
-        ) from error
-    labels = tuple(line.strip() for line in lines if line.strip())
-    if not labels:
-        raise UsageError(f"{path} holds no label", remedy="Give a text file, one label per line")
-    if odd := [label for label in labels if not label.isprintable()]:
-        raise UsageError(f"{path} holds the label {odd[0]!r} with control characters", remedy="Give plain text")
-    return labels
-
-
 def preprocessing(inputs: tuple[str, ...], mean: str | None, std: str | None) -> dict[str, Any] | None:
-    """Preprocessing of a network that takes one image, when --mean or --std says that it is one."""
-    if mean is None and std is None:
-        return None
-    if len(inputs) != 1 or len(shape := parse_inputs(inputs)[0].shape) != 3:
-        raise UsageError("--mean and --std are for one image input", remedy="Pass --input with its shape, as 3x224x224")
-    channels, height, width = shape
-    means = numbers(mean, "--mean") if mean is not None else (0.0,) * channels
-    stds = numbers(std, "--std") if std is not None else (1.0,) * channels
-    return Preprocessing(channels, height, width, mean=means, std=stds).to_json()
+    """Return the preprocessing of a network that takes one image, if --mean and --std are given."""
+    means, stds = (None if text is None else numbers(text, flag) for text, flag in ((mean, "--mean"), (std, "--std")))
+    specs = parse_inputs(inputs) if inputs and (means, stds) != (None, None) else ()
+    return image_preprocessing(specs, means, stds)
 
 
 def numbers(text: str, option: str) -> tuple[float, ...]:
@@ -189,8 +169,9 @@ class DatasetName(click.Choice[str]):
         return super().convert(value, param, ctx)
 
     def get_invalid_choice_message(self, value: Any, ctx: click.Context | None) -> str:  # noqa: ARG002
-        """The list of names."""
-        return f"{value!r} is not one of {', '.join(DATASETS)}, {FOLDER}PATH."
+        """Return the list of names, or the name of a folder that exists."""
+        hint = f" Your own images are {FOLDER}{value}." if str(value).strip() and Path(str(value)).is_dir() else ""
+        return f"{value!r} is not one of {', '.join(DATASETS)}, {FOLDER}PATH.{hint}"
 
 
 @dataclass(frozen=True)
@@ -208,6 +189,7 @@ _KINDS: dict[str, _Kind] = {
     "tuple[str, ...]": _Kind({"multiple": True}),
     "tuple[str, ...] | None": _Kind({"type": click.Path(path_type=Path)}, lambda path, _: read_labels(path)),
     "tuple[float, ...]": _Kind({}, numbers),
+    "tuple[float, ...] | None": _Kind({}, numbers),
     "Mapping": _Kind({"multiple": True}, lambda texts, _: read_model_options(texts)),
 }
 

@@ -110,8 +110,10 @@ def command(bundle: Path, images: tuple[Path, ...], runtime: str, as_json: bool,
     if given:
         raise UsageError(f"{_BULK[next(iter(given))]} is for --out", remedy="Pass --out FOLDER, or leave it away")
     if many := [image for image in images if image.is_dir() or image.suffix.lower() in (".parquet", ".npz")]:
+        few = f", or the pictures themselves: {many[0]}/*" if many[0].is_dir() else ""
         raise UsageError(
-            f"{many[0]} is read with --out alone", remedy="Pass --out FOLDER: the labels go there, into Parquet files"
+            f"{many[0]} holds many images, which are labelled into Parquet files",
+            remedy=f"Pass --out FOLDER, where the files go{few}",
         )
     from bnexport.reporting.results import print_predictions
     from bnexport.serving.predictor import predict_images

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from bnexport.cli.options import DatasetName
 from bnexport.cli.output import STDOUT, write_json, write_result
-from bnexport.optional import need_packages
+from bnexport.optional import need_packages, require
 from bnexport.runtimes.base import CONV_SEARCHES, KERNEL_PRECISIONS, OPTIMISATIONS
 from bnexport.runtimes.catalogue import RUNNERS
 
@@ -56,9 +57,14 @@ if TYPE_CHECKING:
     help="How cuDNN chooses a convolution's algorithm; may be given again. Default: heuristic.",
 )
 @click.option(
+    "--dataset",
+    type=DatasetName(),
+    help="Data set to verify on. Default: BUNDLE's own; a folder of images is read only if it is named here or by --data-dir.",
+)
+@click.option(
     "--data-dir",
     type=click.Path(path_type=Path),
-    help="Where the data set's files lie. Nothing is downloaded. Default: BNEXPORT_DATA, then the cache.",
+    help="Folder of the data set's files. Nothing is downloaded. Default: BNEXPORT_DATA, then the cache.",
 )
 @click.option(
     "--samples",
@@ -88,6 +94,9 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Also put faults into copies of the bundle and show which stage catches each; one that is missed is a FAIL.",
 )
+@click.option(
+    "--allow-low-accuracy", is_flag=True, help="Accept an original network whose accuracy is at or below chance."
+)
 @click.option("--json", "json_file", metavar="FILE", help="Write the report as JSON; - prints it instead of the table.")
 @click.option("--junit", "junit_file", metavar="FILE", help="Write the report as JUnit XML, for CI systems.")
 @click.option("--html", "html_file", metavar="FILE", help="Write the report as one self-contained page.")
@@ -100,7 +109,8 @@ def command(ctx: click.Context, /, bundle: Path, **options: Any) -> None:
     """
     from bnexport.bundle import Bundle
     from bnexport.cli.output import prints_aside
-    from bnexport.reporting.tables import make_console, print_environment, print_verification
+    from bnexport.reporting.tables import literal, make_console, print_environment, print_verification
+    from bnexport.verification.full_check import full_check
 
     if options["html_file"] is not None:
         need_packages("bnexport verify --html", "jinja2", "PIL")
@@ -112,7 +122,11 @@ def command(ctx: click.Context, /, bundle: Path, **options: Any) -> None:
     _write_files(report, opened, bundle, options)
     if options["json_file"] != STDOUT:
         console = make_console()
-        print_verification(report, console, labels=opened.manifest.labels)
+        needs, full = full_check(opened, bundle) if report.findings.covers else ("", "")
+        advice = f"; give {needs} for the full check" if needs else ""
+        print_verification(report, console, labels=opened.manifest.labels, advice=advice)
+        if full:
+            console.print(literal(f"Full check: {full}", console), soft_wrap=True)
         print_environment(report.environment, console)
     ctx.exit(0 if report.passed else 1)
 
@@ -124,9 +138,10 @@ def _verified(opened: Bundle, options: dict[str, Any]) -> VerificationReport:
 
     common = {
         "runtimes": options["runtimes"] or None,
+        "dataset": options["dataset"],
         "data_dir": options["data_dir"],
         "samples": options["samples"],
-        "module": _module(options["source"], opened) if options["source"] else None,
+        "module": _module(opened, options["source"]),
         "seed": options["seed"],
     }
     scope = Scope(
@@ -137,6 +152,7 @@ def _verified(opened: Bundle, options: dict[str, Any]) -> VerificationReport:
         max_samples=options["max_samples"],
         thorough=options["thorough"],
         drift=options["drift"],
+        allow_low_accuracy=options["allow_low_accuracy"],
     )
     with stages(logged=False) as progress:
         report = verify(opened, **common, scope=scope, progress=progress)
@@ -146,23 +162,17 @@ def _verified(opened: Bundle, options: dict[str, Any]) -> VerificationReport:
     from bnexport.verification.self_test.tester import self_test
 
     with counting("self-test") as progress:
-        return report.with_self_test(self_test(opened, **common, progress=progress))
+        low = scope.allow_low_accuracy
+        return report.with_self_test(self_test(opened, **common, allow_low_accuracy=low, progress=progress))
 
 
-def _module(source: str, bundle: Bundle) -> nn.Module:
-    """The original network with the bundle's own options and unfolded weights."""
-    from bnexport.bundle import WEIGHTS
-    from bnexport.optional import require
-
+def _module(bundle: Bundle, source: str | None) -> nn.Module | None:
+    if source is None:
+        return None
     require("torch", purpose="--source")
-    from bnexport.loading.sources import load_source
+    from bnexport.evaluating.network import network_of_bundle
 
-    network = bundle.manifest.network
-    same = (
-        str(network.get("source")).rpartition(":")[2] == source.rpartition(":")[2]
-    )  # the file may lie elsewhere by now
-    options = network.get("options") if same else None
-    return load_source(source, weights=bundle.file(WEIGHTS), options=options).module
+    return network_of_bundle(bundle, source)
 
 
 def _write_files(report: VerificationReport, opened: Bundle, path: Path, options: dict[str, Any]) -> None:
@@ -176,15 +186,32 @@ def _write_files(report: VerificationReport, opened: Bundle, path: Path, options
     if (target := options["html_file"]) is not None:
         from bnexport.reporting.html import verification_page
 
-        write_result(target, verification_page(opened, report, command=_again(path, options)).encode())
+        write_result(
+            target,
+            verification_page(
+                opened, report, command=_again(path, options), run_command=_again(path, options, runs=False)
+            ).encode(),
+        )
 
 
-#: Options that say on what a bundle is verified; the page adds those of each run, and the seed.
-_INPUTS = {"data_dir": "--data-dir", "samples": "--samples", "max_samples": "--max-samples", "source": "--source"}
+#: Options of the written files, and of each run, which the page adds to the command itself.
+_OF_FILES = ("json_file", "junit_file", "html_file")
+_OF_RUNS = ("runtimes", "precisions", "optimisations", "io_binding", "conv_searches", "seed", "with_self_test")
 
 
-def _again(path: Path, options: dict[str, Any]) -> str:
-    """The command that verifies this bundle on the same inputs, as a shell takes it."""
-    given = [word for name, word in _INPUTS.items() if options[name] is not None for word in (word, str(options[name]))]
-    given += ["--thorough"] if options["thorough"] else []
-    return shlex.join(["bnexport", "verify", str(path), *given])
+def _again(path: Path, options: dict[str, Any], *, runs: bool = True) -> str:
+    """Return the command that repeats this verification, as a shell takes it; without ``runs`` for any run."""
+    words = ["bnexport", "verify", str(path)]
+    for option in click.get_current_context().command.params:
+        name = option.name or ""
+        if name not in options or name in _OF_FILES or (not runs and name in _OF_RUNS):
+            continue
+        value = options[name]
+        if isinstance(value, bool):
+            words += option.opts[:1] if value else option.secondary_opts[:1]
+        elif value in (None, (), option.default):
+            continue
+        else:
+            values = value if isinstance(value, tuple) else (value,)
+            words += [word for item in values for word in (option.opts[0], str(item))]
+    return shlex.join(words)

@@ -88,11 +88,10 @@ class Decoded:
 def decode_once(
     wanted: PictureSet, *, cache_dir: Path | None = None, progress: PictureProgress | None = None
 ) -> Decoded:
-    """Take pictures from the cache, or decode them into it.
+    """Take pictures from the cache, or decode them into it; other processes wait for the one that decodes the same folder.
 
-    One process builds, others that want the same folder wait for it. After a build the outdated entries of the same part
-    of the same folder are removed (entries of another size stay while the pictures are unchanged), and so is what a
-    killed build left behind. A process that has mapped a removed entry keeps its pixels.
+    A build removes the outdated entries of the same part of the same folder (entries of another size stay while the
+    pictures are unchanged), and the rest of a killed build. A process that has mapped a removed entry keeps its pixels.
     """
     lock = require("filelock", purpose="reading a folder of images")
     place = hashlib.sha256(os.fsencode(os.path.realpath(wanted.root))).hexdigest()[:16]
@@ -138,7 +137,7 @@ def _build(entry: Path, wanted: PictureSet, progress: PictureProgress | None) ->
     if (free := shutil.disk_usage(entry.parent).free) < need:
         raise OutputError(
             f"the decoded images need {need / 1e9:.2f} GB in {entry.parent}, which has {free / 1e9:.2f} GB left",
-            remedy="Free some space, choose another cache folder (XDG_CACHE_HOME, cache_dir), or a smaller --input",
+            remedy="Free some space, choose another cache folder (XDG_CACHE_HOME, cache_dir), or smaller images",
         )
     with staged_directory(entry, force=True) as stage:
         with (stage / PIXELS).open("wb") as file:

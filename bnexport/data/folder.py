@@ -262,7 +262,7 @@ def _fitting(preprocessing: Preprocessing) -> Preprocessing:
     if preprocessing.channels not in (1, 3):
         raise DataError(
             f"the model takes images of {preprocessing.channels} channels, pictures have 1 or 3",
-            remedy="Give the model an input of 1 or 3 channels, as --input 3x64x64",
+            remedy="Give the model an input of 1 or 3 channels, such as 3x64x64",
         )
     return preprocessing
 

@@ -84,9 +84,8 @@ def locate(
 ) -> Located:
     """Find files, or download them.
 
-    A ``data_dir`` that is given is the only place looked at; else the first of BNEXPORT_DATA and the cache that has all of
-    them wins. A packed file's MD5 is checked; an
-    unpacked one has no published MD5, so its reader checks its structure alone.
+    A given ``data_dir`` is the only place that is searched; else the first of BNEXPORT_DATA and the cache that has all files
+    wins. A packed file's MD5 is checked; an unpacked one has no published MD5, so its reader checks its structure.
     """
     cache = cache_folder()
     variable = os.environ.get(DATA_VARIABLE)

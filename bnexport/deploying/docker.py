@@ -94,10 +94,7 @@ def dockerfile(wheel: str | None) -> str:
 
 
 def compose(name: str, request: DeployRequest) -> str:
-    """Fill the template of compose.yaml. Triton's service waits for ``--profile triton``; ports are local.
-
-    Source: the Compose specification.
-    """
+    """Fill the template of compose.yaml (Compose specification); Triton needs ``--profile triton``, and ports are local."""
     devices = "" if request.device == "cpu" else _filled("compose_gpu.yaml")
     return _filled("compose.yaml", name=name, image=image(request.triton), devices=devices)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,12 +11,14 @@ import numpy as np
 import numpy.typing as npt
 
 from bnexport.bundle import MANIFEST, Bundle
+from bnexport.data.classes import SUSPECTS, at_chance, check_classes
 from bnexport.data.datasets import dataset_labels, load_test_images
 from bnexport.data.prepare import prepared
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.environment import environment
 from bnexport.errors import DataError, UsageError
 from bnexport.evaluating.confusion import TOP_K, ClassScores, Confusion, wilson_interval
+from bnexport.evaluating.request import EvaluationRequest
 from bnexport.optional import need_packages
 from bnexport.serving.predictor import DEFAULT_RUNTIME, Predictor
 from bnexport.tensors import Array
@@ -31,29 +33,6 @@ class Classifier(Protocol):
 
     def logits(self, images: Array) -> Array:
         """Scores of a batch."""
-
-
-@dataclass(frozen=True)
-class EvaluationRequest:
-    """The options of an evaluation.
-
-    Attributes:
-        dataset: A row of DATASETS; default: the one that the checkpoint or bundle names.
-        data_dir: Root of data sets.
-        runtime: For a bundle: a row of RUNNERS; default: onnxruntime-cpu.
-        device: For a checkpoint: one of ``training.config.DEVICES``; default: "auto".
-        source: For a checkpoint of a user's own network: ``file.py:factory``.
-        weights_key: With ``source``, the set of weights to take from a file with several.
-        batch_size: Images at once; it does not change the result beyond rounding.
-    """
-
-    dataset: str | None = None
-    data_dir: Path | None = None
-    runtime: str | None = None
-    device: str | None = None
-    source: str | None = None
-    weights_key: str | None = None
-    batch_size: int = BATCH_SIZE
 
 
 @dataclass(frozen=True)
@@ -112,6 +91,44 @@ class Evaluation:
         }
 
 
+def evaluate(
+    path: str | Path,
+    *,
+    request: EvaluationRequest | None = None,
+    dataset: str | None = None,
+    data_dir: str | Path | None = None,
+    source: str | None = None,
+    input: str | Sequence[int] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    labels: Sequence[str] | str | Path | None = None,
+) -> Evaluation:
+    """Count what a network gets right on a data set's test images.
+
+    Args:
+        path: A run directory, a checkpoint, a bundle, or with ``source`` any file of weights.
+        request: All options; an argument below replaces the option of the same name.
+        dataset: A name, or ``folder:PATH``; default: the one that the checkpoint or bundle names.
+        data_dir: Folder of the data set.
+        source: Code of a user's own network: ``file.py:factory``. That file is run.
+        input: Shape of one image, ``(3, 224, 224)`` or "3x224x224"; for plain weights, as are the rest.
+        mean: Per channel, of pixels from 0 to 1, with ``std``.
+        std: Per channel, of pixels from 0 to 1.
+        labels: Class names in the order of the scores, or a text file with one per line.
+
+    Returns:
+        Accuracy with its 95 % interval, loss, classes and the confusion matrix.
+
+    Raises:
+        BadInput: The file, the options or the images can't be used, or the labels are not the data set's classes.
+        Unavailable: A package, device or network is missing here.
+    """
+    given = (request or EvaluationRequest()).with_options(
+        dataset=dataset, data_dir=data_dir, source=source, input=input, mean=mean, std=std, labels=labels
+    )
+    return evaluate_path(Path(path), given)
+
+
 def evaluate_path(path: Path, request: EvaluationRequest, *, on_batch: OnBatch | None = None) -> Evaluation:
     """Evaluate a run directory, a checkpoint or a bundle.
 
@@ -162,17 +179,21 @@ class _FittingPredictor(Predictor):
 
 
 def _evaluate_bundle(path: Path, request: EvaluationRequest, on_batch: OnBatch | None) -> Evaluation:
-    for option, value in (("--device", request.device), ("--source", request.source)):
-        if value is not None:
-            raise UsageError(
-                f"{option} goes with a checkpoint, {path} is a bundle",
-                remedy="Name its engine and device with --runtime, such as onnxruntime-cuda",
-            )
+    if given := (*(("--device",) if request.device is not None else ()), *request.given):
+        raise UsageError(
+            f"{given[0]} goes with a checkpoint, {path} is a bundle",
+            remedy="Name its engine and device with --runtime, such as onnxruntime-cuda",
+        )
     bundle = Bundle.open(path)
-    dataset = _named(request.dataset or bundle.manifest.dataset, path)
+    manifest = bundle.manifest
+    dataset = _named(request.dataset or manifest.dataset, path)
+    classes = dataset_labels(dataset, data_dir=request.data_dir)
+    if manifest.classes is not None:
+        check_classes(manifest.classes, classes, dataset=dataset, scores=None)
+        classes = manifest.labels or classes
     runtime = request.runtime or DEFAULT_RUNTIME
     with _FittingPredictor(bundle, runtime=runtime, batch_size=request.batch_size) as predictor:
-        subject = _Subject(path, runtime, dataset, bundle.manifest.dataset, predictor.preprocessing)
+        subject = _Subject(path, runtime, dataset, classes, manifest.dataset, predictor.preprocessing)
         return _evaluation(predictor, subject, request, on_batch)
 
 
@@ -187,10 +208,12 @@ def _evaluate_checkpoint(path: Path, request: EvaluationRequest, on_batch: OnBat
     from bnexport.training.processes import choose_device
 
     device = choose_device(request.device or "auto")
-    trained = load_trained(path, source=request.source, weights_key=request.weights_key)
+    trained = load_trained(path, request)
     dataset = trained.dataset(request.dataset)
+    classes = trained.classes(dataset, data_dir=request.data_dir)
     classifier = NetworkClassifier(trained.model.module, trained.preprocessing, device)
-    subject = _Subject(trained.file, f"torch-{device.type}", dataset, trained.model.dataset, trained.preprocessing)
+    runtime = f"torch-{device.type}"
+    subject = _Subject(trained.file, runtime, dataset, classes, trained.model.dataset, trained.preprocessing)
     found = _evaluation(classifier, subject, request, on_batch)
     return replace(found, note="; ".join(filter(None, (found.note, *trained.model.notes))))
 
@@ -206,6 +229,7 @@ class _Subject:
     path: Path
     runtime: str
     dataset: str
+    classes: tuple[str, ...]
     trained_on: str | None
     preprocessing: Preprocessing
 
@@ -213,7 +237,7 @@ class _Subject:
 def _evaluation(
     classifier: Classifier, subject: _Subject, request: EvaluationRequest, on_batch: OnBatch | None
 ) -> Evaluation:
-    labels = dataset_labels(subject.dataset, data_dir=request.data_dir)
+    labels = subject.classes
     images, truth = load_test_images(
         subject.dataset, data_dir=request.data_dir, download=True, preprocessing=subject.preprocessing
     )
@@ -232,7 +256,14 @@ def _evaluation(
         classes=found.classes(labels),
         confusion=found.counts,
         environment=environment(),
-        note=""
-        if subject.trained_on in (None, subject.dataset)
-        else f"the network was trained on {subject.trained_on}",
+        note="; ".join(_notes(subject, found)),
     )
+
+
+def _notes(subject: _Subject, found: Confusion) -> Iterator[str]:
+    """Yield the facts that a reader of the accuracy must know."""
+    if subject.trained_on not in (None, subject.dataset):
+        yield f"the network was trained on {subject.trained_on}"
+    truth, given = (np.repeat(np.indices(found.counts.shape)[axis].ravel(), found.counts.ravel()) for axis in (0, 1))
+    if at_chance(truth, given, len(subject.classes)) is not None:
+        yield f"the accuracy is at or below chance: check {SUSPECTS}"

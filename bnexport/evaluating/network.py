@@ -15,14 +15,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bnexport.bundle import MANIFEST, Bundle
-from bnexport.data.datasets import load_train_images
+from bnexport.bundle import MANIFEST, WEIGHTS, Bundle
+from bnexport.data.classes import check_classes
+from bnexport.data.datasets import dataset_labels, load_train_images
 from bnexport.data.prepare import prepared
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import BnexportError, DataError, ModelError, RuntimeUnavailable, UsageError
+from bnexport.evaluating.request import InspectionRequest, NetworkOptions
 from bnexport.loading.checkpoint import METADATA_KEY, checkpoint_file, load_checkpoint, read_safetensors
-from bnexport.loading.sources import LoadedModel, checkpoint_of, load_source
+from bnexport.loading.sources import LoadedModel, checkpoint_of, load_source, unknown_reason
 from bnexport.loading.weights import is_safetensors
+from bnexport.loading.zoo import zoo_of
 from bnexport.nn.calling import place_of
 from bnexport.nn.moving_statistics import norm_layers
 from bnexport.nn.stale_statistics import StalenessReport, staleness
@@ -69,42 +72,68 @@ class Trained:
             raise UsageError(f"{self.file} does not say on which data set it was trained", remedy="Pass --dataset NAME")
         return name
 
+    def classes(self, dataset: str, *, data_dir: Path | None) -> tuple[str, ...]:
+        """Return the classes of a data set, which must be the network's labels in their order.
 
-def load_trained(path: Path, *, source: str | None = None, weights_key: str | None = None) -> Trained:
+        Raises:
+            UsageError: The classes are not the network's.
+            DataError: The data set's folder can't be read.
+        """
+        found = dataset_labels(dataset, data_dir=data_dir)
+        if self.model.labels is not None:
+            check_classes(self.model.labels, found, dataset=dataset, scores=None)
+        return found
+
+
+def load_trained(path: Path, options: NetworkOptions | None = None) -> Trained:
     """Load a run directory, a checkpoint, or the weights of a user's own network.
 
     Args:
-        path: A run directory or checkpoint of bnexport; with ``source`` also any weights file.
-        source: Code of a network that bnexport can't rebuild by itself: ``file.py:factory``. That file is run.
-        weights_key: With ``source``, the set of weights to take from a file with several.
+        path: A run directory or checkpoint of bnexport; with ``options.source`` also plain safetensors or a torch state dict.
+        options: Code of a network that bnexport can't rebuild by itself, which is run, and facts that replace the file's.
 
     Raises:
+        UsageError: Options that do not go together.
         ModelError: Something is missing, damaged, or does not fit together.
         MissingDependency: The package that defines the network is not installed.
     """
-    file = checkpoint_file(path)
+    given, file = options or NetworkOptions(), checkpoint_file(path)
+    source = given.source
     metadata: dict[str, Any] = {}
     if is_safetensors(file) and METADATA_KEY in read_safetensors(file)[1]:
         metadata = load_checkpoint(file).metadata
     elif source is None and (kind := kind_of(file)) is not None and kind.name in ("safetensors", "torch", "index"):
         raise ModelError(
             f"{file} holds weights but no bnexport metadata, so its network is unknown",
-            remedy="Name its code with --source file.py:factory, which evaluate and recalibrate take",
+            remedy="Name its code with --source file.py:factory",
+        )
+    code = str((metadata.get("network") or {}).get("source"))
+    if source is None and metadata and ":" in code and zoo_of(code) is None:
+        raise ModelError(
+            f"{file} holds the weights of your own network {code}, but not its code",
+            remedy=f"Name its code: --source {code}",
         )
     if source is None:
-        if weights_key is not None:
+        if given.model_options:
+            raise UsageError(f"{file} states the options of its network", remedy="Leave --model-option out")
+        if given.weights_key is not None:
             raise UsageError("a checkpoint of bnexport has one set of weights", remedy="Leave --weights-key out")
-        return Trained(file, load_source(str(file)), metadata)
-    options = (metadata.get("network") or {}).get("options")
-    model = load_source(source, weights=file, weights_key=weights_key, options=options)
-    labels = metadata.get("labels")
-    model = replace(
-        model,
-        dataset=metadata.get("dataset"),
-        labels=model.labels if labels is None else tuple(labels),
-        preprocessing=metadata.get("preprocessing") or model.preprocessing,
-    )
-    return Trained(file, model, metadata or checkpoint_of(model).metadata)
+        model = load_source(str(file))
+    else:
+        stated = (metadata.get("network") or {}).get("options") or {}
+        model = load_source(
+            source, weights=file, weights_key=given.weights_key, options={**stated, **given.model_options}
+        )
+        labels = metadata.get("labels")
+        model = replace(
+            model,
+            dataset=metadata.get("dataset"),
+            labels=model.labels if labels is None else tuple(labels),
+            preprocessing=metadata.get("preprocessing") or model.preprocessing,
+        )
+    model = replace(model, labels=given.labels or model.labels, preprocessing=given.image(model.preprocessing))
+    facts = checkpoint_of(model).metadata
+    return Trained(file, model, {**(metadata or facts), **{key: facts[key] for key in ("labels", "preprocessing")}})
 
 
 class NetworkClassifier:
@@ -195,22 +224,54 @@ class Subject:
     preprocessing: Mapping[str, Any] | None
 
 
-def subject_of(path: Path) -> Subject:
-    """The network of a run directory, a checkpoint or a bundle that bnexport can rebuild.
+def network_of_bundle(bundle: Bundle, source: str) -> nn.Module:
+    """Return the original network of a bundle, from a user's code with the bundle's own options and unfolded weights.
+
+    Args:
+        bundle: The bundle.
+        source: ``file.py:factory``; that file is run. It may lie elsewhere than the manifest states.
 
     Raises:
+        BundleError: The bundle holds no weights.
+        ModelError: The code does not build the network of these weights.
+    """
+    network = bundle.manifest.network
+    same = str(network.get("source")).rpartition(":")[2] == source.rpartition(":")[2]
+    return load_source(source, weights=bundle.file(WEIGHTS), options=network.get("options") if same else None).module
+
+
+def subject_of(path: Path, request: InspectionRequest | None = None) -> Subject:
+    """Return the network of a run directory, a checkpoint or a bundle, with the data set that it was trained on.
+
+    Args:
+        path: The run directory, checkpoint, weights or bundle.
+        request: Code of the network, and facts that replace those of the file.
+
+    Raises:
+        UsageError: Options that a bundle does not take.
         BundleError: The bundle was changed or holds no weights.
         ModelError: The checkpoint is missing or damaged, or its network's code is its author's alone.
         MissingDependency: The package that defines the network is not installed.
     """
+    given = request or InspectionRequest()
     if (path / MANIFEST).exists():
         from bnexport.runtimes.torch_runners import original_network
 
+        if odd := [name for name in given.given if name != "--source"]:
+            raise UsageError(f"{odd[0]} goes with a checkpoint, {path} is a bundle", remedy="Leave it out")
         bundle = Bundle.open(path)
         bundle.check()
-        return Subject(original_network(bundle), bundle.manifest.dataset, bundle.manifest.preprocessing)
-    trained = load_trained(path)
-    return Subject(trained.model.module, trained.model.dataset, trained.preprocessing.to_json())
+        manifest = bundle.manifest
+        if given.source is None and (reason := unknown_reason(manifest.network)) is not None:
+            raise ModelError(
+                f"{path} is the bundle of a network {reason}", remedy="Name its code: --source FILE.py:FACTORY"
+            )
+        module = original_network(bundle) if given.source is None else network_of_bundle(bundle, given.source)
+        return Subject(module, given.dataset or manifest.dataset, manifest.preprocessing)
+    trained = load_trained(path, given)
+    if (name := given.dataset or trained.model.dataset) is not None:
+        trained.classes(name, data_dir=given.data_dir)
+    return Subject(trained.model.module, given.dataset or trained.model.dataset, trained.preprocessing.to_json())
 
 
 def sampled_staleness(
@@ -227,7 +288,7 @@ def sampled_staleness(
     if subject.dataset is None or subject.preprocessing is None:
         raise UsageError(
             "it is not known on which images the network was trained, so there is nothing to compare with",
-            remedy="Give a checkpoint of bnexport train, or a bundle of one",
+            remedy="Pass --dataset, and for plain weights --input, --mean and --std",
         )
     preprocessing = Preprocessing.from_json(subject.preprocessing)
     if not norm_layers(subject.module):

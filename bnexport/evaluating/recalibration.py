@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,6 +85,45 @@ class Recalibration:
         }
 
 
+def recalibrate_path(
+    path: str | Path,
+    out: str | Path | None = None,
+    *,
+    request: RecalibrationRequest | None = None,
+    dataset: str | None = None,
+    data_dir: str | Path | None = None,
+    source: str | None = None,
+    input: str | Sequence[int] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    labels: Sequence[str] | str | Path | None = None,
+    force: bool | None = None,
+) -> Recalibration:
+    """Write a checkpoint with exact moving statistics, re-estimated over training images; the old one stays as it is.
+
+    Args:
+        path: A run directory, a checkpoint, or with ``source`` any file of weights.
+        out: The file to write; default: beside ``path``, with SUFFIX.
+        request: All options; an argument below replaces the option of the same name.
+        dataset: A name, or ``folder:PATH``; default: the one that the checkpoint names.
+        data_dir: Folder of the data set.
+        source: Code of a user's own network: ``file.py:factory``. That file is run.
+        input: Shape of one image, ``(3, 224, 224)`` or "3x224x224"; for plain weights, as are the rest.
+        mean: Per channel, of pixels from 0 to 1, with ``std``.
+        std: Per channel, of pixels from 0 to 1.
+        labels: Class names in the order of the scores, or a text file with one per line.
+        force: Replace ``out``.
+
+    Raises:
+        BadInput: The file, the options or the images can't be used; nothing was written.
+        Unavailable: A package, device or network is missing here.
+    """
+    given = (request or RecalibrationRequest()).with_options(
+        dataset=dataset, data_dir=data_dir, source=source, input=input, mean=mean, std=std, labels=labels, force=force
+    )
+    return recalibrate_checkpoint(Path(path), None if out is None else Path(out), given)
+
+
 def recalibrate_checkpoint(
     path: Path, out: Path | None, request: RecalibrationRequest, *, on_batch: OnBatch | None = None
 ) -> Recalibration:
@@ -108,7 +147,7 @@ def recalibrate_checkpoint(
     target = file.with_name(file.stem + SUFFIX) if out is None else out
     _refuse_target(file, target, force=request.force)
     device = choose_device(request.device)
-    trained = load_trained(path, source=request.source, weights_key=request.weights_key)
+    trained = load_trained(path, request)
     module = trained.model.module
     layers = norm_layers(module)
     if not layers:
@@ -117,6 +156,7 @@ def recalibrate_checkpoint(
             remedy="Give a network that was trained with batch normalization",
         )
     name = trained.dataset(request.dataset)
+    trained.classes(name, data_dir=request.data_dir)
     fitting = trained.preprocessing
     train, _ = load_train_images(name, data_dir=request.data_dir, download=True, preprocessing=fitting)
     order = _chosen(len(train), request)

@@ -6,14 +6,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bnexport.bundle import STORED_PRECISIONS
 from bnexport.data.catalogue import folder_of
-from bnexport.errors import ExportError, UsageError
+from bnexport.data.classes import check_dataset
+from bnexport.data.datasets import dataset_labels
+from bnexport.data.preprocessing import Preprocessing
+from bnexport.errors import DataError, ExportError, UsageError
 from bnexport.optional import one_line
 from bnexport.request_fields import option
 from bnexport.tensors import DTYPES
@@ -84,13 +87,18 @@ class ExportRequest:
         clamps: Fold across ReLU, at the price of a bound per channel, as for ``folding.fold``.
         precision: A row of ``bundle.STORED_PRECISIONS``.
         labels: Class names in the order of the logits; None: the checkpoint's.
-        preprocessing: JSON of the preprocessing; None: that of the checkpoint or of the network's package.
+        rename_classes: The labels are new names for the data set's classes, in the order of the data set.
+        preprocessing: How an image becomes an input, or its JSON, in which form it is kept; None: that of the checkpoint or
+            of the network's package.
+        mean: Per channel, of pixels from 0 to 1, with ``std``, in place of ``preprocessing``.
+        std: Per channel, of pixels from 0 to 1.
         dataset: Data set whose test images the verification uses; None: the checkpoint's.
         data_dir: Folder of the data set; None: the usual places.
         thorough: Verify on at least 16 samples of each kind, however large the network is.
         onnx: Operator set and file format.
         formats: Names from ``exporting.formats.FORMATS``.
-        allow_untrained: Accept BatchNorm layers that were never trained.
+        allow_untrained: Accept BatchNorm layers that were never trained, and an accuracy at chance.
+        allow_low_accuracy: Accept a network whose accuracy on labelled images is at or below chance (``data.classes``).
         allow_nonfinite: Names of parameters that may hold infinities, and of buffers that may hold NaN. Buffers that are not
             moving statistics may always hold infinities.
         force: Replace an existing bundle.
@@ -112,7 +120,10 @@ class ExportRequest:
         choices=tuple(STORED_PRECISIONS),
     )
     labels: tuple[str, ...] | None = option("Text file with one class name per line.", None)
-    preprocessing: Mapping[str, Any] | None = None
+    rename_classes: bool = option("LABELS are new names for the data set's classes, in the same order.", False)
+    preprocessing: Preprocessing | Mapping[str, Any] | None = None
+    mean: Sequence[float] | None = None
+    std: Sequence[float] | None = None
     dataset: str | None = option("Verify on its test images (a checkpoint names its own).", None)
     data_dir: Path | None = option("Folder of data sets.", None)
     thorough: bool = option("Verify at least 16 samples of each kind, however large the network is.", False)
@@ -121,20 +132,87 @@ class ExportRequest:
         "Write only this; repeatable.  [default: all]", _FORMATS, flag="--format", choices=_FORMATS
     )
     allow_untrained: bool = option("Accept BatchNorm layers that were never trained.", False)
+    allow_low_accuracy: bool = option("Accept an accuracy at or below chance.", False)
     allow_nonfinite: tuple[str, ...] = option(
         "Tensor that is meant to hold infinities, as a mask does; repeatable.", (), metavar="NAME"
     )
     force: bool = option("Replace an existing bundle.", False)
 
-    def images_at(self, dataset: str | None) -> Path | None:
+    def images_at(self, dataset: str | None, *, usable: bool = True) -> Path | None:
         """Folder of the images for the verification of an export: ``data_dir``, or the folder that the data set itself is.
 
-        An untrusted bundle may name any folder, so ``verify`` reads one only on request; here the user names it.
+        An untrusted bundle may name any folder, so ``verify`` reads one only on request; here the user names it. A
+        checkpoint's folder that is missing, or whose images are not ``usable`` as inputs, is left out.
         """
         folder = None if dataset is None else folder_of(dataset)
-        return self.data_dir or (folder if folder is not None and folder.is_dir() else None)
+        there = folder is not None and (dataset == self.dataset or (usable and folder.is_dir()))
+        return self.data_dir or (folder if there else None)
+
+    def check_dataset(
+        self,
+        dataset: str | None,
+        *,
+        preprocessing: Mapping[str, Any] | None,
+        labels: tuple[str, ...] | None,
+        scores: int | None = None,
+    ) -> None:
+        """Refuse a data set or a folder that was given and can't be used.
+
+        Args:
+            dataset: The given data set, or the checkpoint's.
+            preprocessing: JSON of the network's preprocessing, if known.
+            labels: The network's labels, if known.
+            scores: Number of the network's scores, if known.
+
+        Raises:
+            UsageError: ``data_dir`` without a data set, a data set without a preprocessing, or classes that are not the
+                network's.
+            DataError: The images are missing or damaged.
+        """
+        if self.dataset is None and self.data_dir is None:
+            return
+        if dataset is None:
+            raise UsageError("--data-dir is given, and no data set is known", remedy="Pass --dataset, too")
+        names = None if self.rename_classes else labels
+        place = self.images_at(dataset)
+        remedy = "Pass --mean and --std, which go with one image input, or leave --dataset out"
+        check_dataset(dataset, preprocessing=preprocessing, data_dir=place, labels=names, scores=scores, remedy=remedy)
+
+    def expected_accuracy(self, dataset: str | None) -> dict[str, Any]:
+        """Return the facts that a manifest states before its verification: renamed classes, an accepted accuracy."""
+        facts: dict[str, Any] = {}
+        if self.rename_classes and dataset is not None:
+            facts["classes"] = list(dataset_labels(dataset, data_dir=self.images_at(dataset)))
+        if self.allow_low_accuracy or self.allow_untrained:
+            facts["accepted"] = True
+        return {"accuracy": facts} if facts else {}
+
+    def image(
+        self, specs: Sequence[InputSpec] = (), *, stated: Mapping[str, Any] | None = None
+    ) -> Mapping[str, Any] | None:
+        """Return the JSON of the preprocessing: the given one, or the ``stated`` one of the source if it fits the inputs."""
+        if (given := image_preprocessing(specs, self.mean, self.std)) is not None:
+            return given
+        own = self.preprocessing
+        return (own.to_json() if isinstance(own, Preprocessing) else own) or fitted_preprocessing(stated, specs)
+
+    def with_options(self, **options: Any) -> ExportRequest:
+        """Return the request with the options that are not None; ``input`` and ``data_dir`` in the forms that users write."""
+        options["inputs"] = input_texts(options.pop("input"))
+        options["data_dir"] = None if options["data_dir"] is None else Path(options["data_dir"])
+        return replace(self, **{name: value for name, value in options.items() if value is not None})
 
     def __post_init__(self) -> None:
+        for name, value in (
+            ("preprocessing", _preprocessing_json(self.preprocessing)),
+            ("labels", label_names(self.labels)),
+            ("inputs", input_texts(self.inputs)),
+        ):
+            object.__setattr__(self, name, value)
+        if self.rename_classes and self.labels is None:
+            raise UsageError("--rename-classes is given without --labels", remedy="Pass --labels, or leave it out")
+        if self.preprocessing is not None and (self.mean is not None or self.std is not None):
+            raise UsageError("preprocessing is given beside mean and std", remedy="Give one of them")
         if self.precision not in STORED_PRECISIONS:
             raise UsageError(
                 f"the precision {self.precision!r} is not known", remedy=f"Known: {', '.join(STORED_PRECISIONS)}"
@@ -144,6 +222,58 @@ class ExportRequest:
                 f"operator set {self.onnx.opset} has no convolution in bfloat16",
                 remedy=f"Pass --opset {BFLOAT16_OPSET}",
             )
+
+
+def read_labels(path: Path) -> tuple[str, ...]:
+    """Return class names from a text file, one per line.
+
+    Raises:
+        UsageError: The file can't be read, or holds no label, or control characters.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # Windows editors write a byte order mark
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"{path} can't be read: {one_line(error)}", remedy="Give a text file, one label per line"
+        ) from error
+    labels = tuple(line.strip() for line in lines if line.strip())
+    if not labels:
+        raise UsageError(f"{path} holds no label", remedy="Give a text file, one label per line")
+    if odd := [label for label in labels if not label.isprintable()]:
+        raise UsageError(f"{path} holds the label {odd[0]!r} with control characters", remedy="Give plain text")
+    return labels
+
+
+def label_names(given: str | Path | Sequence[str] | None) -> tuple[str, ...] | None:
+    """Return labels as a tuple; a path is a text file with one per line."""
+    if given is None:
+        return None
+    return read_labels(Path(given)) if isinstance(given, str | Path) else tuple(map(str, given))
+
+
+def _preprocessing_json(given: Any) -> Mapping[str, Any] | None:
+    """Return a preprocessing as JSON.
+
+    Raises:
+        UsageError: A mapping without the keys of a preprocessing, or with values that can't be used.
+    """
+    if given is None:
+        return None
+    example = "Give bnexport.Preprocessing(3, 224, 224, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))"
+    if isinstance(given, Preprocessing):
+        return given.to_json()
+    if not isinstance(given, Mapping):
+        raise UsageError(f"preprocessing is a {type(given).__name__}, not a Preprocessing", remedy=example)
+    known = [item.name for item in fields(Preprocessing)]
+    if missing := [key for key in known if key not in given]:
+        raise UsageError(f"preprocessing has no {', '.join(map(repr, missing))}", remedy=example)
+    if odd := [key for key in given if key not in known]:
+        raise UsageError(f"preprocessing has the unknown key {odd[0]!r}", remedy=example)
+    try:
+        Preprocessing.from_json(given)
+    except DataError as error:
+        raise UsageError(error.message, remedy=example) from error
+    return dict(given)
 
 
 @dataclass(frozen=True)
@@ -162,6 +292,17 @@ class InputSpec:
         if dtype.is_floating_point:
             return torch.randn(batch, *self.shape, generator=generator).to(dtype)
         return torch.zeros(batch, *self.shape, dtype=dtype)
+
+
+def input_texts(given: str | Sequence[int] | Sequence[str] | None) -> tuple[str, ...] | None:
+    """Return inputs as the texts that ``parse_inputs`` reads: a shape, one text, or one text per input."""
+    if given is None:
+        return None
+    if isinstance(given, str):
+        return (given,)
+    if all(isinstance(item, str) for item in given):
+        return tuple(map(str, given))
+    return ("x".join(str(item) for item in given),)
 
 
 def parse_inputs(texts: tuple[str, ...], *, default_shape: tuple[int, ...] | None = None) -> tuple[InputSpec, ...]:
@@ -211,8 +352,47 @@ def example_inputs(specs: tuple[InputSpec, ...], *, batch: int = 2, seed: int = 
         ) from error
 
 
+#: Largest plausible mean and standard deviation of pixels that were scaled to 0 to 1.
+_LARGEST_MEAN, _LARGEST_STD = 1.0, 10.0
+
+
+def image_preprocessing(
+    specs: Sequence[InputSpec], mean: Sequence[float] | None, std: Sequence[float] | None
+) -> dict[str, Any] | None:
+    """Return the JSON of the preprocessing of a network that takes one image; None without mean and std.
+
+    Args:
+        specs: The network's inputs.
+        mean: Per channel, of pixels from 0 to 1.
+        std: Per channel, of pixels from 0 to 1.
+
+    Raises:
+        UsageError: One without the other, several inputs or another shape, or values of pixels from 0 to 255.
+        DataError: Another number of values than channels, or values that are not finite or not positive.
+    """
+    if mean is None and std is None:
+        return None
+    if len(specs) != 1 or len(specs[0].shape) != 3:
+        raise UsageError("--mean and --std are for one image input", remedy="Pass --input with its shape, as 3x224x224")
+    if mean is None or std is None:
+        given, missing = ("--std", "--mean") if mean is None else ("--mean", "--std")
+        raise UsageError(
+            f"{given} is given without {missing}",
+            remedy="Pass both; pixels from 0 to 1 as they are have --mean 0,0,0 --std 1,1,1",
+        )
+    channels, height, width = specs[0].shape
+    image = Preprocessing(channels, height, width, mean=tuple(mean), std=tuple(std))
+    for name, values, most in (("mean", mean, _LARGEST_MEAN), ("std", std, _LARGEST_STD)):
+        if odd := [value for value in values if abs(value) > most]:
+            raise UsageError(
+                f"--{name} {odd[0]:g} is not a {name} of pixels from 0 to 1",
+                remedy=f"Pixels are divided by 255 first, so divide it, too: --{name} {odd[0] / 255:.4g}",
+            )
+    return image.to_json()
+
+
 def fitted_preprocessing(
-    preprocessing: Mapping[str, Any] | None, specs: tuple[InputSpec, ...]
+    preprocessing: Mapping[str, Any] | None, specs: Sequence[InputSpec]
 ) -> Mapping[str, Any] | None:
     """Return a source's preprocessing for the requested inputs: another size is used; other channels give None."""
     if preprocessing is None or len(specs) != 1 or len(specs[0].shape) != 3:

@@ -51,7 +51,7 @@ def _made_by(module: Any, source: str, options: Mapping[str, Any]) -> nn.Module:
     except (Exception, SystemExit) as error:
         raise ModelError(
             f"{source} failed{_line_of(error, place)}: {type(error).__name__}: {one_line(error)}",
-            remedy="The factory is called without arguments (or those of --model-option) and must return a torch.nn.Module",
+            remedy="The factory is called without arguments (or the given ones) and must return a torch.nn.Module",
         ) from error
     if not isinstance(network, nn.Module):
         raise ModelError(

@@ -18,6 +18,7 @@ from bnexport.errors import ModelError, UsageError
 from bnexport.loading.checkpoint import RUN_FILES, checkpoint_file, read_safetensors
 from bnexport.loading.matching import Match, Misfit, match_names
 from bnexport.loading.torch_files import Tensors, tensor_sets
+from bnexport.nn.folded import is_folded
 from bnexport.optional import no_warnings, one_line
 from bnexport.validation.archives import read_saved
 from bnexport.validation.file_kinds import kind_of, refuse_other_kinds
@@ -95,6 +96,12 @@ def load_weights(module: nn.Module, weights: WeightsFile | Path) -> tuple[str, .
     expected = module.state_dict(keep_vars=True)
     with _opened(weights.path) as sets:
         chosen, notes = _chosen(sets, weights, expected, type(module).__name__)
+        if is_folded(sets[chosen]) and not is_folded(expected):
+            raise ModelError(
+                f"{weights.path} holds folded weights, which contain the BatchNorms, but {type(module).__name__} still has its"
+                " BatchNorms",
+                remedy="Give the weights from before the fold; bnexport.load_folded(model, state) returns the folded network",
+            )
         fit = match_names(expected, sets[chosen], aliases=_aliases(expected))
         if isinstance(fit, Misfit):
             state = _made(sets[chosen])

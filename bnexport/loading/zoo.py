@@ -99,7 +99,7 @@ def build_from_zoo(source: str, options: Mapping[str, Any]) -> nn.Module:
     if fetching := [key for key in options if key in _FETCHING]:
         raise ModelError(
             f"{source} takes no option {fetching[0]!r} here: bnexport fetches no weights",
-            remedy="Pass the weights as a file, with --weights",
+            remedy="Give the weights as a file",
         )
     try:
         with no_warnings:  # remarks on initialisation: the weights come from a file

@@ -155,8 +155,9 @@ def _sum_over_taps(x: Array, weight: Array, y: Array, axes: tuple[Axis, ...]) ->
         part = sums[chosen, :, samples]
         scratch = np.empty(part.shape, y.dtype)
         for number, tap in enumerate(itertools.product(*(range(axis.kernel) for axis in axes))):
-            factor = factors[(chosen, slice(None), *tap)].reshape(*part.shape[:2], *(1,) * (part.ndim - 2))
-            np.multiply(windows[(..., *tap)], factor, out=scratch if number else part)
+            place: Any = (..., *tap)
+            factor = factors[chosen][place].reshape(*part.shape[:2], *(1,) * (part.ndim - 2))
+            np.multiply(windows[place], factor, out=scratch if number else part)
             if number:
                 np.add(part, scratch, out=part)
 
@@ -214,7 +215,8 @@ def transposed_convolution(
     for samples, _ in _blocks(n, 1, max(x.shape[0], y.shape[0] * y.shape[1]) * math.prod(x.shape[2:])):
         part = x[:, samples].reshape(groups, taps.shape[1], -1)
         for tap in itertools.product(*(range(axis.kernel) for axis in axes)):
-            product = np.matmul(taps[(..., *tap)].swapaxes(1, 2), part)
+            place: Any = (..., *tap)
+            product = np.matmul(taps[place].swapaxes(1, 2), part)
             places = tuple(axis.tap(number, axis.size) for axis, number in zip(axes, tap, strict=True))
             y[(slice(None), slice(None), samples, *places)] += product.reshape(*y.shape[:2], -1, *x.shape[2:])
     kept = tuple(slice(axis.before, size - axis.after) for axis, size in zip(axes, sizes, strict=True))

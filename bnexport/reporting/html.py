@@ -79,23 +79,25 @@ def render_report(
     verification: VerificationReport,
     environment: Mapping[str, Any],
     commands: Sequence[str],
+    run_command: str = "",
     samples: Samples | None = None,
 ) -> str:
     """The page as text; the same arguments give the same bytes.
 
     Args:
-        manifest: Name, signature, labels and so on; its ``fold``, ``verification`` and ``environment`` are not read.
+        manifest: Name, signature, labels; its ``fold``, ``verification`` and ``environment`` are not read.
         fold: What became of each BatchNorm; None where nobody knows.
         verification: The verdict.
-        environment: As from ``bnexport.environment.environment``.
-        commands: How to reproduce, one shell command each. The first verifies: the command of each run is made from it.
-        samples: Error and margin per sample by run; with it the page shows their distribution.
+        environment: Hardware and versions.
+        commands: How to reproduce, one shell command each.
+        run_command: The base of each run's command; "" is the first of ``commands``.
+        samples: Error and margin per sample by run, whose distribution the page shows.
     """
     lines, account = runs(verification), fold or FoldReport((), 0)
     counted = total_flips(group.flips for group in groups(verification) if group.flips is not None)
-    commanded = [(run.name, command_of(run, commands[0] if commands else "", seed=verification.seed)) for run in lines]
-    faults = ordered_faults(verification)
-    files, changed = file_groups(verification), flips(verification)
+    base = run_command or next(iter(commands), "")
+    commanded = [(run.name, command_of(run, base, seed=verification.seed)) for run in lines]
+    faults, files, changed = ordered_faults(verification), file_groups(verification), flips(verification)
     page = _environment().get_template(TEMPLATE)
     return page.render(
         manifest=manifest,
@@ -132,13 +134,14 @@ def render_report(
     )
 
 
-def verification_page(bundle: Bundle, report: VerificationReport, *, command: str) -> str:
+def verification_page(bundle: Bundle, report: VerificationReport, *, command: str, run_command: str = "") -> str:
     """The page of a later verification, made on whatever machine it ran on.
 
     Args:
         bundle: What was verified; its manifest tells the model and the account of the fold.
         report: The verdict.
         command: How to run it again.
+        run_command: The same without the options of a run; "" is ``command``.
     """
     fold = bundle.manifest.fold
     return render_report(
@@ -147,6 +150,7 @@ def verification_page(bundle: Bundle, report: VerificationReport, *, command: st
         verification=report,
         environment=report.environment,
         commands=[command],
+        run_command=run_command,
         samples=report.samples or None,
     )
 

@@ -221,8 +221,13 @@ def _print_calls(rows: Sequence[FoldRow], console: Console) -> None:
     console.print(table)
 
 
-def print_verification(report: VerificationReport, console: Console, *, labels: Sequence[str] | None = None) -> None:
-    """The files and the runs with their worst comparisons, what else was found, each failure, then the verdict."""
+def print_verification(
+    report: VerificationReport, console: Console, *, labels: Sequence[str] | None = None, advice: str = ""
+) -> None:
+    """Print the files and the runs with their worst comparisons, the findings, each failure, then the verdict.
+
+    ``advice`` follows the coverage of a verdict that covers a part of the proof.
+    """
     lines = runs(report)
     _print_files(report, console)
     _print_runs(lines, console)
@@ -239,7 +244,7 @@ def print_verification(report: VerificationReport, console: Console, *, labels: 
         for told in report.findings.waived.values():
             console.print(literal(f"not run: {told}", console))
     _print_failures(report, console)
-    console.print(literal(report.summary(), console, style=STYLES[word(report.passed)]), soft_wrap=True)
+    console.print(literal(report.summary(advice=advice), console, style=STYLES[word(report.passed)]), soft_wrap=True)
 
 
 def _print_files(report: VerificationReport, console: Console) -> None:

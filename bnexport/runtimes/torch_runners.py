@@ -54,7 +54,7 @@ def open_bundle(
         if (reason := unknown_reason(bundle.manifest.network)) is not None:
             raise RuntimeUnavailable(
                 f"torch-{device} needs the original network, {reason}",
-                remedy="Pass the module, or --source file.py:factory",
+                remedy="Choose onnxruntime-cpu; bnexport verify --source FILE.py:FACTORY runs the network itself",
             )
         module = original_network(bundle)
     return TorchEagerRunner(module, bundle.manifest.signature, device=device, settings=settings)

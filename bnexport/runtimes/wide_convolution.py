@@ -24,8 +24,11 @@ _OPERATORS = {_ATEN.conv2d.default: None, _ATEN.conv3d.default: None, _ATEN.conv
 _NAMES = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 
 
-class wide_convolutions(TorchDispatchMode):  # noqa: N801 -- used as a context manager, like torch.inference_mode
+class wide_convolutions(TorchDispatchMode):  # type: ignore[no-untyped-call] # noqa: N801 -- as torch.inference_mode is used
     """Computes dense float64 convolutions on the CPU by matrix products inside the block, also those of TorchScript."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None

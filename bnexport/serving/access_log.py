@@ -24,12 +24,9 @@ _PATIENCE = 2.0
 
 
 class JsonLog:
-    """Writes events to a stream. The server keeps serving if the stream's reader is gone.
+    """Writes events to a text stream. The server keeps serving if the stream's reader is gone.
 
-    Args:
-        stream: Text; standard error of the process.
-        access: Write a line for each request, too.
-        process: Number of this process among several that write there; stands in each of its lines.
+    ``access`` adds a line for each request; ``process``, a number among several processes, stands in each line.
     """
 
     def __init__(self, stream: IO[str], *, access: bool = True, process: int | None = None) -> None:

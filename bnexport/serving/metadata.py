@@ -58,5 +58,5 @@ def why_model_not_ready(state: ServerState, name: str, version: str | None = Non
     try:
         state.repository.resolve(name, version)
     except NotServing as error:
-        return str(error)
+        return error.sentence
     return _STOPPING if state.draining else ""

@@ -11,6 +11,7 @@ from typing import Any, Self
 import numpy as np
 
 from bnexport.bundle import Bundle
+from bnexport.data.classes import check_classes, known_classes
 from bnexport.data.images import load_images
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import BundleError, DataError, UsageError
@@ -42,6 +43,15 @@ class Prediction:
         }
 
 
+def check_labels(bundle: Bundle) -> None:
+    """Refuse labels that are not the classes of the data set that the manifest names, where these are known."""
+    manifest = bundle.manifest
+    known = known_classes(manifest.dataset)
+    names = manifest.classes
+    if known is not None and manifest.dataset is not None and names is not None and len(names) == len(known):
+        check_classes(names, known, dataset=manifest.dataset, scores=None)
+
+
 class Predictor:
     """An open bundle that labels images. Use it in a ``with`` block.
 
@@ -62,6 +72,7 @@ class Predictor:
         self.bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
         self.bundle.check()
         self.preprocessing = image_preprocessing(self.bundle)
+        check_labels(self.bundle)
         self._batch_size = batch_size
         self._runner = runner_spec(runtime).open(self.bundle)
 
@@ -85,16 +96,9 @@ class Predictor:
         return predictions
 
     def logits(self, images: Array) -> Array:
-        """Return the logits of images.
+        """Return the logits (n, classes), in the model's element type, of images: uint8 (n, height, width[, channels]).
 
-        Args:
-            images: uint8 (n, height, width), or (n, height, width, channels), of the preprocessing's size.
-
-        Returns:
-            (n, classes) in the model's element type.
-
-        Raises:
-            DataError: The images do not fit, or the model's answer is not finite.
+        Raises DataError if the images do not have the preprocessing's size, or if the answer is not finite.
         """
         starts = range(0, max(len(images), 1), self._batch_size)
         parts = [
@@ -154,7 +158,7 @@ def image_preprocessing(bundle: Bundle) -> Preprocessing:
     if manifest.preprocessing is None or not one_each or len(manifest.signature.outputs[0].shape) != 2:
         raise BundleError(
             f"{bundle.path} does not say how an image becomes an input, or is no image classifier",
-            remedy="Export it with --mean and --std, or feed model.onnx yourself",
+            remedy="Export it again by bnexport fold-and-export with --mean and --std, or feed model.onnx yourself",
         )
     told: Mapping[str, Any] = manifest.preprocessing
     preprocessing, spec = Preprocessing.from_json(told), manifest.signature.inputs[0]
@@ -167,6 +171,6 @@ def image_preprocessing(bundle: Bundle) -> Preprocessing:
         raise BundleError(
             f"{bundle.path} takes {spec.dtype} of {'x'.join(map(str, spec.sample_shape))}, its preprocessing makes float32 "
             f"of {'x'.join(map(str, made))}",
-            remedy="Export it with --mean and --std of its own input, or feed model.onnx yourself",
+            remedy="Export it by bnexport fold-and-export with --mean and --std of its own input, or feed model.onnx yourself",
         )
     return preprocessing

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bnexport.bundle import MANIFEST, Bundle
+from bnexport.bundle import MANIFEST, Bundle, bundle_hint
 from bnexport.errors import BnexportError, BundleError, NotServing, RequestError, Unavailable
 from bnexport.optional import one_line
 from bnexport.serving.protocol.messages import printable
@@ -68,7 +68,9 @@ class Repository:
                 raise BundleError(f"{other[0]} can't be served under its name", remedy=f"Rename it: {_NAMES}")
             raise BundleError(
                 f"{self.path} holds no bundle",
-                remedy="Give a bundle such as models/bn_lenet/1, or a folder of models such as models/",
+                remedy=bundle_hint(
+                    self.path, other="Give a bundle such as models/bn_lenet/1, or a folder such as models/"
+                ),
             )
         for folder in _left_out(self.path, places.values()):
             self.log("folder left out", folder=str(folder), reason=_NAMES)
@@ -178,9 +180,9 @@ class Repository:
         except Unavailable as error:
             if strict:
                 raise
-            return printable(str(error))
+            return printable(error.sentence)
         except BnexportError as error:
-            return printable(str(error))
+            return printable(error.sentence)
         except Exception as error:  # a fault with one bundle must not keep the others from being served
             return printable(f"{type(error).__name__}: {one_line(error)}")
 

@@ -59,15 +59,9 @@ class Epochs:
         record: Record = CapturedStep,
         on_note: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """Prepare.
+        """Prepare steps of ``batch_size`` images, of all processes together; ``capture``: record the step where that is safe.
 
-        Args:
-            step: The step.
-            samples: The training set.
-            batch_size: Images per step, of all processes together.
-            capture: Record the step as a CUDA graph where that is safe; for one process only.
-            record: Makes the recording.
-            on_note: Called with a sentence where no recording is made.
+        ``record`` makes the recording, for one process only; ``on_note`` receives a sentence if none is made.
         """
         self.step, self.samples, self.batch_size = step, samples, batch_size
         self.world = step.world
@@ -132,9 +126,9 @@ class Epochs:
 
 
 def evaluate(model: nn.Module, samples: Samples, world: World | None = None) -> Outcome:
-    """Return loss and accuracy in eval mode, so with the moving statistics, and in strict float32.
+    """Return loss and accuracy in eval mode, with the moving statistics and in strict float32; the model's mode is restored.
 
-    The model's mode is put back. With several processes each takes its part of the samples.
+    With several processes each takes its part of the samples.
     """
     world = world or World()
     sums = evaluated(model, samples, world)

@@ -59,14 +59,9 @@ def _fill_momentum(optimizer: torch.optim.Optimizer) -> None:
 
 
 def learning_rate(config: TrainingConfig, step: int, steps_per_epoch: int) -> float:
-    """The learning rate of one step.
+    """Return the learning rate of a step, counted from 0 over the whole training.
 
-    It depends on the step's number alone, so a resumed run goes on with the same values.
-
-    Args:
-        config: With its ``lr``, ``schedule`` and ``warmup_epochs``.
-        step: From 0, over the whole training.
-        steps_per_epoch: Steps of one epoch.
+    It depends on the step's number alone, so a resumed run continues with the same values.
     """
     warmup, total = config.warmup_epochs * steps_per_epoch, config.epochs * steps_per_epoch
     if step < warmup:

@@ -46,14 +46,9 @@ def lost(reason: str) -> RuntimeUnavailable:
 
 @contextlib.contextmanager
 def watched(rank: int, size: int) -> Iterator[None]:
-    """End this process with exit code 3 when another process is lost inside of the block.
+    """End this process with exit code 3 if another one is lost inside the block; all ``size`` processes enter it together.
 
-    The main thread may be in a kernel that never ends, so the process ends without it. Files are whole or absent at any
-    moment.
-
-    Args:
-        rank: This process's number.
-        size: Number of processes; all of them enter the block together.
+    The main thread may be in a kernel that never ends, so the process ends without it. Files are whole or absent at any moment.
     """
     group: Any = dist.new_group(backend="gloo", timeout=_FOREVER)
     over = threading.Event()

@@ -114,14 +114,11 @@ def keep_freed_memory() -> bool:
 
 @contextlib.contextmanager
 def pooling_by_products(model: nn.Module) -> Iterator[None]:
-    """Inside the block, small average poolings without overlap are matrix products, which torch computes faster.
+    """Compute small average poolings without overlap as matrix products inside the block, which torch computes faster.
 
     k rows of an image of width w lie one after the other in memory: as one vector of k * w numbers, times a constant
     (k * w, w / k) matrix, they give one row of the pooled image. Sums are taken in another order, so results differ by
-    rounding.
-
-    Args:
-        model: Its ``nn.AvgPool2d`` layers are changed inside the block, and put back after it.
+    rounding. The model's ``nn.AvgPool2d`` layers are restored after the block.
     """
     changed = [module for module in model.modules() if type(module) is nn.AvgPool2d and _replaceable(module)]
     for module in changed:

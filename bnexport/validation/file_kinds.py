@@ -86,7 +86,7 @@ def _is_onnx(content: _Content) -> bool:
     return content.start[:1] == b"\x08" and content.start[8:9] != b"{"
 
 
-_LOAD = "torch.save({}, 'weights.pt'), and give weights.pt with --weights next to the network's code, file.py:factory"
+_LOAD = "torch.save({}, 'weights.pt'), and give weights.pt next to the network's code, file.py:factory"
 _AGAIN = "Export the network to ONNX, and give the .onnx file"
 #: The kinds, in the order in which they are tried.
 KINDS: tuple[FileKind, ...] = (
@@ -143,7 +143,7 @@ KINDS: tuple[FileKind, ...] = (
     FileKind("gzip", "is packed with gzip", "Unpack it: gunzip, or tar -xzf", _starts(b"\x1f\x8b")),
     FileKind("tar", "is a tar archive", "Unpack it: tar -xf {path}", _starts(b"ustar", at=257)),
     FileKind(
-        "onnx", "is an ONNX model", "Give it as SOURCE of fold-and-export without --weights, or to bnexport.fold_onnx",
+        "onnx", "is an ONNX model", "Give it as SOURCE of fold-and-export by itself, or to bnexport.fold_onnx",
         _is_onnx,
     ),
 )  # fmt: skip

@@ -6,7 +6,7 @@ Only files whose hash holds are opened. The original is evaluated once for each 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from bnexport.tensors import check_feeds
 from bnexport.verification.budget import Budget, budget_of
 from bnexport.verification.forecast import Forecast
 from bnexport.verification.format_proof import TENSORS, format_rows
+from bnexport.verification.full_check import judge_accuracy
 from bnexport.verification.inputs import (
     REAL,
     Batch,
@@ -34,6 +35,7 @@ from bnexport.verification.inputs import (
 from bnexport.verification.metrics import common_scales, count_flips, has_labels
 from bnexport.verification.reference import Reference, find_reference, not_rebuilt, takes_empty_batch
 from bnexport.verification.samples import Samples
+from bnexport.verification.scope import Scope
 from bnexport.verification.stages import compare, failed, proof_rows
 from bnexport.verification.tolerances import TOLERANCES
 from bnexport.verification.verdict import Row
@@ -109,7 +111,7 @@ class Evidence:
             return ()
         return (
             "the inputs are synthetic: how many labels change on noise says little of real samples; "
-            "give some with --samples or --data-dir",
+            "give real ones with --dataset",
         )
 
 
@@ -125,8 +127,7 @@ def prepare(
     seed: int,
     data_dir: str | Path | None = None,
     samples: Samples | None = None,
-    max_samples: int | None = None,
-    thorough: bool = False,
+    scope: Scope,
 ) -> Evidence:
     """Read the files, evaluate the original on every input, and record what fails on the way; for the arguments see ``verify``.
 
@@ -144,17 +145,19 @@ def prepare(
     if samples is not None and reference is None:
         _refuse_samples(told)
     cost = _cost(bundle, golden, model)
-    budget = budget_of(cost, thorough=thorough, most=max_samples, given=samples is not None)
-    answered = _Answered((), "", None, False, (), {})
+    budget = budget_of(cost, thorough=scope.thorough, most=scope.max_samples, given=samples is not None)
+    answered = _Answered()
     if golden is not None and reference is not None:
-        suite = build_suite(
-            bundle.manifest, golden.batch.feeds, data_dir=data_dir, seed=seed, budget=budget, samples=samples
-        )
-        answered = _answers(bundle, reference, golden, suite, seed=seed, live=module is not None)
+        feeds = golden.batch.feeds
+        suite = build_suite(bundle.manifest, feeds, data_dir=data_dir, seed=seed, budget=budget, samples=samples)
+        accept = scope.allow_low_accuracy
+        answered = _answers(bundle, reference, golden, suite, seed=seed, live=module is not None, accept=accept)
     cases = answered.cases or (() if golden is None else (golden,))
     varies = all(isinstance(spec.shape[0], str) for spec in bundle.manifest.signature.inputs)
-    noise = next((case.batch for case in answered.cases if case.batch.name == "noise"), None)
-    sizes = noise or (None if golden is None else golden.batch)
+    sizes = next((case.batch for case in cases if case.batch.name in ("noise", "golden")), None)
+    forecast = Forecast(
+        model, cases=cases, budget=budget, varies=varies, stored=stored_precision(bundle), recorded=_recorded(bundle)
+    )
     return Evidence(
         bundle=bundle,
         module=module,
@@ -167,19 +170,12 @@ def prepare(
         sizes=sizes if varies else None,
         empty=answered.empty and varies,
         labels=answered.labels,
-        forecast=Forecast(
-            model,
-            cases=cases,
-            budget=budget,
-            varies=varies,
-            stored=stored_precision(bundle),
-            recorded=_recorded(bundle),
-        ),
+        forecast=forecast,
         rows=(*rows, *answered.rows),
         skipped=skipped,
         waived=waived,
         reference=told,
-        inputs=answered.inputs or "golden vectors alone: they are all that is known here of the original network",
+        inputs=answered.inputs,
         accuracy=answered.accuracy,
     )
 
@@ -338,22 +334,24 @@ def _recorded(bundle: Bundle) -> dict[str, float]:
 class _Answered:
     """Inputs with the original's answers; the attributes are those of ``Evidence``."""
 
-    cases: tuple[Case, ...]
-    inputs: str
-    labels: Any
-    empty: bool
-    rows: Sequence[Row]
-    accuracy: Mapping[str, Any]
+    cases: tuple[Case, ...] = ()
+    inputs: str = "golden vectors alone: they are all that is known here of the original network"
+    labels: Any = None
+    empty: bool = False
+    rows: Sequence[Row] = ()
+    accuracy: Mapping[str, Any] = field(default_factory=dict)
 
 
-def _answers(bundle: Bundle, reference: Reference, golden: Case, suite: Suite, *, seed: int, live: bool) -> _Answered:
+def _answers(
+    bundle: Bundle, reference: Reference, golden: Case, suite: Suite, *, seed: int, live: bool, accept: bool
+) -> _Answered:
     """Evaluate the original on every batch, and compare it with the golden vectors and the accuracy at export."""
     answers = each_once([golden.batch, *suite.batches], reference.evaluate)
     if (problem := next((item for item in answers[1:] if isinstance(item, BnexportError)), None)) is not None:
         if live:
             raise problem  # the caller's own module can't be used: no verdict on the bundle
         row = failed("golden-reference", "reference", "open", problem.message)
-        return _Answered((), "", None, False, [row], {})
+        return _Answered(rows=[row])
     on_golden, *others = answers
     answered = [
         (batch, item) for batch, item in zip(suite.batches, others, strict=True) if not isinstance(item, Exception)
@@ -367,8 +365,11 @@ def _answers(bundle: Bundle, reference: Reference, golden: Case, suite: Suite, *
     else:
         rows.append(compare("golden-reference", "reference", "golden", on_golden, golden.expected))
     accuracy = _accuracy(cases[0], suite)
-    if accuracy:
+    if accuracy and suite.labels is not None:
         rows += _accuracy_rows(bundle, cases[0], accuracy)
+        facts, judged = judge_accuracy(bundle.manifest, cases[0], suite.labels, accept=accept)
+        accuracy |= facts
+        rows += judged
     noise = next(case.batch for case in cases if case.batch.name == "noise")
     return _Answered(cases, suite.images, suite.labels, takes_empty_batch(reference, noise.feeds), rows, accuracy)
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from bnexport.bundle import Manifest
-from bnexport.errors import BnexportError, DataError
+from bnexport.errors import BnexportError, DataError, UsageError
 from bnexport.tensors import Array, Signature, TensorSpec, other_sizes
 from bnexport.verification.budget import Budget
 from bnexport.verification.samples import Samples
@@ -169,13 +169,28 @@ def _given(samples: Samples, limit: int, fixed: int | None) -> tuple[list[Batch]
 
 
 def _images(manifest: Manifest, data_dir: str | Path | None, limit: int) -> tuple[Array | None, Array | None, str]:
-    """Return test images as inputs (n, channels, height, width), their labels, and a description; None where there are none."""
+    """Return test images as inputs (n, channels, height, width), their labels, and a description; None where there are none.
+
+    Raises:
+        UsageError: The data set's classes are not the bundle's, or ``data_dir`` was given and there are no images.
+        DataError: ``data_dir`` was given and does not hold the data set.
+    """
+    images, labels, told = _found_images(manifest, data_dir, limit)
+    if images is None and data_dir is not None:
+        raise UsageError(f"the images in {data_dir} can't be used: {told}", remedy="Leave --data-dir and --dataset out")
+    return images, labels, told
+
+
+def _found_images(
+    manifest: Manifest, data_dir: str | Path | None, limit: int
+) -> tuple[Array | None, Array | None, str]:
     name = manifest.dataset
     if name is None:
         return None, None, "no real images: the bundle names no data set that bnexport knows"
     if manifest.preprocessing is None or len(manifest.signature.inputs) != 1:
         return None, None, f"no real images: the bundle does not say how an image of {name} becomes an input"
     from bnexport.data.catalogue import folder_of, is_dataset
+    from bnexport.data.classes import check_classes
     from bnexport.data.datasets import dataset_labels, load_test_images
     from bnexport.data.prepare import prepared
     from bnexport.data.preprocessing import Preprocessing
@@ -186,7 +201,7 @@ def _images(manifest: Manifest, data_dir: str | Path | None, limit: int) -> tupl
         return None, None, "no real images: a bundle may name any folder, so its images are read where --data-dir says"
     try:
         preprocessing = Preprocessing.from_json(manifest.preprocessing)
-        classes = len(dataset_labels(name, data_dir=data_dir))
+        classes = dataset_labels(name, data_dir=data_dir)
         pixels, labels = load_test_images(name, data_dir=data_dir, download=False, preprocessing=preprocessing)
         images = preprocessing.apply(prepared(pixels[:limit], preprocessing))
     except BnexportError:
@@ -194,12 +209,18 @@ def _images(manifest: Manifest, data_dir: str | Path | None, limit: int) -> tupl
             raise
         # Not the error's own words: they name folders of this machine, and this text travels in the bundle.
         return None, None, f"no real images: {name} can't be read here; BNEXPORT_DATA or --data-dir names its folder"
-    if manifest.labels is not None and len(manifest.labels) != classes:
-        return None, None, f"no real images: {name} has {classes} classes, the bundle names {len(manifest.labels)}"
+    check_classes(manifest.classes, classes, dataset=name, scores=score_count(manifest.signature))
     spec = manifest.signature.inputs[0]
     if (problem := spec.problem(images)) is not None and isinstance(spec.shape[0], str):
         return None, None, f"no real images: of {name}, {problem}"
     return images, labels[:limit], f"{len(images)} test images of {name}"
+
+
+def score_count(signature: Signature) -> int | None:
+    """Return the number of scores of a classifier; None where there are several outputs, or not one row of scores."""
+    shapes = [spec.sample_shape for spec in signature.outputs]
+    size = shapes[0][0] if len(shapes) == 1 and len(shapes[0]) == 1 else None
+    return size if isinstance(size, int) else None
 
 
 Outputs = Mapping[str, Array]

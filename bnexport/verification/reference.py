@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,11 +24,15 @@ _CHUNK, _ELEMENTS = 512, 1 << 19
 class Reference:
     """Evaluates an unfolded module in float64, in eval mode; the module given is never changed.
 
-    The signature has inputs and outputs in order. The description gives the origin, for the report.
+    The signature has inputs and outputs in order. The description gives the origin, for the report. ``doubt`` returns how the
+    module differs from the network of the bundle; it is called when the module fails.
     """
 
-    def __init__(self, module: nn.Module, signature: Signature, *, description: str) -> None:
+    def __init__(
+        self, module: nn.Module, signature: Signature, *, description: str, doubt: Callable[[], str] = str
+    ) -> None:
         self.description = description
+        self._doubt = doubt
         self._signature = signature
         import torch
 
@@ -63,6 +68,11 @@ class Reference:
             with torch.inference_mode(), wide_casts(), wide_convolutions():
                 results = [tensor.numpy() for tensor in flatten(self._module(*tensors))]
         except Exception as error:  # the module is the user's code
+            if difference := self._doubt():
+                raise ModelError(
+                    f"{type(self._module).__name__} is not the network of the bundle: {difference}",
+                    remedy="Give the network that was exported",
+                ) from error
             raise _unusable(one_line(error, 200)) from error
         if len(results) < len(self._signature.outputs):
             raise _unusable(f"it gives {len(results)} outputs, expected {len(self._signature.outputs)}")
@@ -82,13 +92,30 @@ def find_reference(bundle: Bundle, module: nn.Module | None) -> Reference | None
     """
     signature = bundle.manifest.signature
     if module is not None:
-        return Reference(module, signature, description="the original module, in float64")
+        doubt = functools.partial(_difference, bundle, module)
+        return Reference(module, signature, description="the original module, in float64", doubt=doubt)
     if not is_known(bundle):
         return None
     from bnexport.runtimes.torch_runners import original_network
 
     source = bundle.manifest.network["source"]
     return Reference(original_network(bundle), signature, description=f"{source} rebuilt from {WEIGHTS}, in float64")
+
+
+def _difference(bundle: Bundle, module: nn.Module) -> str:
+    """Return how a module's tensors differ in shape from the bundle's weights, whatever their names are; "" if they do not."""
+    if WEIGHTS not in bundle.manifest.files or bundle.problem(WEIGHTS) is not None:
+        return ""
+    from bnexport.loading.checkpoint import read_safetensors
+
+    stored = {name: tuple(tensor.shape) for name, tensor in read_safetensors(bundle.file(WEIGHTS))[0].items()}
+    given = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+    shapes = [sorted(shape for shape in state.values() if shape) for state in (stored, given)]
+    if shapes[0] == shapes[1]:
+        return ""
+    odd = next((name for name, shape in stored.items() if shape and given.get(name) != shape), next(iter(stored)))
+    found = "x".join(map(str, given[odd])) if odd in given else "missing"
+    return f"{odd} is {found}, in the bundle {'x'.join(map(str, stored[odd]))}"
 
 
 def is_known(bundle: Bundle) -> bool:

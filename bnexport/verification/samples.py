@@ -210,7 +210,7 @@ def _preprocessing(target: _Target) -> Preprocessing:
     if target.preprocessing is None or len(target.signature.inputs) != 1:
         raise DataError(
             f"{target.path} can only be read as images, and the bundle does not say how an image becomes an input",
-            remedy="Give arrays as the network takes them, or export the bundle with --mean and --std",
+            remedy="Give arrays as the network takes them, or export again by bnexport fold-and-export with --mean and --std",
         )
     return target.preprocessing
 

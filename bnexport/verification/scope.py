@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from bnexport.errors import UsageError
@@ -23,6 +24,8 @@ class Scope:
         max_samples: Maximum number of samples of each kind; None: what the budget allows (``budget``).
         thorough: At least 16 samples of each kind and every batch size, however large the network is.
         drift: Compare layer by layer: True, False, or None: where it is cheap, and where a runtime failed.
+        allow_low_accuracy: Accept an original network whose accuracy on labelled samples is at or below chance
+            (``data.classes``).
 
     Raises:
         UsageError: A value that is not known, or no value at all.
@@ -35,6 +38,7 @@ class Scope:
     max_samples: int | None = None
     thorough: bool = False
     drift: bool | None = None
+    allow_low_accuracy: bool = False
 
     def __post_init__(self) -> None:
         for what, values, known in (
@@ -69,6 +73,24 @@ class Scope:
             RunSettings(kernels, optimisation, search, binding, isolated=gpu)
             for kernels, optimisation, binding, search in chosen
         )
+
+    def check_used(self, specs: Sequence[RunnerSpec]) -> None:
+        """Refuse (UsageError) settings that none of the runtimes has, which would be ignored."""
+        sessions = [spec for spec in specs if spec.engine == "onnxruntime"]
+        for flag, given, useful, where in (
+            ("--optimisation", self.optimisations != ("all",), sessions, "onnxruntime-cpu"),
+            ("--io-binding", self.bindings != (False,), sessions, "onnxruntime-cpu"),
+            (
+                "--conv-search",
+                self.conv_searches != ("heuristic",),
+                [spec for spec in sessions if spec.device != "cpu"],
+                "onnxruntime-cuda",
+            ),
+        ):
+            if given and not useful:
+                raise UsageError(
+                    f"{flag} has no effect on {specs[0].name}", remedy=f"Name a runtime: --runtime {where}"
+                )
 
     def require(self, spec: RunnerSpec) -> None:
         """Refuse (UsageError) a named runtime that has none of the precisions asked for."""

@@ -111,6 +111,7 @@ class Findings:
         self_test: The faults that were tried; None when the self-test was not asked for.
         waived: Required stage -> why it could not be run here and what replaces it.
         warnings: Facts that no row contains: "synthetic inputs can't show flips".
+        covers: The part of the proof that this verification covers; "" for all of it.
     """
 
     predictions: tuple[Prediction, ...] = ()
@@ -119,6 +120,7 @@ class Findings:
     self_test: tuple[FaultResult, ...] | None = None
     waived: Mapping[str, str] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    covers: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values; ``from_json`` reads them back."""
@@ -129,6 +131,7 @@ class Findings:
             "self_test": None if self.self_test is None else [_listed(asdict(item)) for item in self.self_test],
             "waived": dict(self.waived),
             "warnings": list(self.warnings),
+            "covers": self.covers,
         }
 
     @classmethod
@@ -142,6 +145,7 @@ class Findings:
             None if tests is None else tuple(map(FaultResult.from_json, tests)),
             dict(value.get("waived", {})),
             tuple(value.get("warnings", ())),
+            str(value.get("covers", "")),
         )
 
 
@@ -304,8 +308,8 @@ class VerificationReport:
         measured = [row for row in self.rows if row.stage == stage and row.error is not None]
         return max(measured, key=lambda row: row.error or 0.0, default=None)
 
-    def summary(self) -> str:
-        """Return the verdict and its cause in one line."""
+    def summary(self, *, advice: str = "") -> str:
+        """Return the verdict and its cause in one line; ``advice`` follows the coverage of a verdict that covers a part."""
         if self.failures:
             first = self.failures[0]
             return f"FAIL: {len(self.failures)} of {len(self.rows)} rows failed, first {first.stage}: {first.reason}"
@@ -315,7 +319,8 @@ class VerificationReport:
             fault = self.missed[0]
             return f"FAIL: the self-test missed {len(self.missed)} faults, first {fault.fault} in {fault.where}"
         waived = "".join(f"; {told}" for told in self.findings.waived.values())
-        return f"PASS: {len(self.rows)} rows{waived}"
+        covered = f", {self.findings.covers}{advice}" if self.findings.covers else ""
+        return f"PASS{covered}: {len(self.rows)} rows{waived}"
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values without NaN; ``from_json`` reads them back."""

@@ -16,7 +16,8 @@ from bnexport.runtimes.base import RunSettings, plain_reason
 from bnexport.runtimes.catalogue import RUNNERS, RunnerSpec, runner_spec
 from bnexport.tensors import Array
 from bnexport.verification.drift import diagnose
-from bnexport.verification.evidence import Evidence, coverage, file_checks, prepare
+from bnexport.verification.evidence import GOLDEN_ALONE, Evidence, coverage, file_checks, prepare
+from bnexport.verification.full_check import GOLDEN_ONLY, on_dataset
 from bnexport.verification.reference import is_known
 from bnexport.verification.runs import RuntimeRun, run_runtime
 from bnexport.verification.samples import Samples, load_samples
@@ -48,6 +49,7 @@ def verify(
     bundle: Bundle | str | Path,
     *,
     runtimes: Sequence[str | RunnerSpec] | None = None,
+    dataset: str | None = None,
     data_dir: str | Path | None = None,
     samples: str | Path | None = None,
     module: nn.Module | None = None,
@@ -64,9 +66,9 @@ def verify(
 
     Args:
         bundle: A bundle or its directory.
-        runtimes: Names from RUNNERS, or rows of the same kind. None: all available ones. A runtime whose engine, device or
-            library is missing is listed as skipped; one that exists but refuses the file fails.
-        data_dir: Where the data set lies. Nothing is downloaded.
+        runtimes: Names from RUNNERS, or rows of the same kind. None: all available ones; a missing one is listed as skipped.
+        dataset: The data set to verify on: a name, or ``folder:PATH``. None: the one that the bundle names.
+        data_dir: Folder of the data set. Nothing is downloaded.
         samples: A file or folder of inputs to use in place of the data set's images (``samples.load_samples``).
         module: The original network, for a bundle whose network only its author has. Never changed.
         seed: Random seed of the synthetic inputs.
@@ -75,24 +77,24 @@ def verify(
 
     Raises:
         BundleError: Not a bundle, or its manifest is damaged.
-        UsageError: An unknown runtime, or one that has none of the precisions asked for.
+        UsageError: An unknown runtime, one that has none of the precisions asked for, or images that can't be used.
         Unavailable: A named runtime can't run here, or refuses the file.
-        DataError: ``data_dir`` does not hold the data set, or ``samples`` can't be used.
+        DataError: ``dataset`` can't be read, ``data_dir`` does not hold it, or ``samples`` can't be used.
         ModelError: ``module`` can't be evaluated in float64.
     """
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     scope = scope or Scope()
     specs = _specs(runtimes, scope)
+    opened, place = on_dataset(opened, dataset, data_dir, samples=samples, module=module)
     given = None if samples is None else _samples(opened, Path(samples), scope)
     progress("float64 reference", 0.0, 1.0)
     evidence = prepare(
         opened,
         module,
         seed=seed,
-        data_dir=data_dir,
+        data_dir=place,
         samples=given,
-        max_samples=scope.max_samples,
-        thorough=scope.thorough,
+        scope=scope,
     )
     progress("float64 proofs", _REFERENCE, 1.0)
     file_rows, skipped = file_checks(evidence)
@@ -100,7 +102,18 @@ def verify(
     for number, spec in enumerate(specs):
         part_of(progress, _PROOFS, 1.0)(spec.name, number, len(specs))
         found.append(_runtime_checks(spec, evidence, scope, named=runtimes is not None))
-    rows = [*integrity_rows(opened, evidence.problems), *evidence.rows, *file_rows]
+    return _report(evidence, found, file_rows, skipped, seed)
+
+
+def _report(
+    evidence: Evidence,
+    found: Sequence[_RuntimeChecks],
+    file_rows: Sequence[Row],
+    skipped: Mapping[str, str],
+    seed: int,
+) -> VerificationReport:
+    """Return the sum of all checks; ``skipped`` are the proofs that were not made."""
+    rows = [*integrity_rows(evidence.bundle, evidence.problems), *evidence.rows, *file_rows]
     rows += [row for one in found for row in one.rows]
     flipped = {name: run.flipped for one in found for name, run in one.runs.items() if run.flipped}
     return VerificationReport(
@@ -119,6 +132,7 @@ def verify(
             None,
             evidence.waived,
             evidence.warnings(),
+            GOLDEN_ONLY if evidence.reference.startswith(GOLDEN_ALONE) else "",
         ),
         coverage=coverage(evidence, [row for one in found for row in one.rows]),
         samples={name: run.samples for one in found for name, run in one.runs.items() if run.samples is not None},
@@ -140,6 +154,7 @@ def _specs(runtimes: Sequence[str | RunnerSpec] | None, scope: Scope) -> tuple[R
     for spec in specs:
         scope.require(spec)
         spec.require()
+    scope.check_used(specs)
     return specs
 
 

@@ -126,13 +126,23 @@ def test_labels_that_are_not_there(tmp_path: Path):
     ("mean", "std", "want"),
     [
         (None, None, None),
-        ("0.5", None, Preprocessing(1, 4, 5, mean=(0.5,), std=(1.0,))),
-        (None, "0.25", Preprocessing(1, 4, 5, mean=(0.0,), std=(0.25,))),
+        ("0.5", "1", Preprocessing(1, 4, 5, mean=(0.5,), std=(1.0,))),
+        ("0", "0.25", Preprocessing(1, 4, 5, mean=(0.0,), std=(0.25,))),
         (" -1e-3 ", "2", Preprocessing(1, 4, 5, mean=(-0.001,), std=(2.0,))),
     ],
 )
-def test_one_of_mean_and_std_is_enough(mean, std, want):
+def test_mean_and_std_are_a_preprocessing(mean, std, want):
     assert preprocessing(("1x4x5",), mean, std) == (None if want is None else want.to_json())
+
+
+@pytest.mark.parametrize(("given", "missing"), [("--mean", "--std"), ("--std", "--mean")])
+def test_one_of_mean_and_std_is_not_enough(given, missing):
+    assert refusal("--input", "1x4x5", given, "0.5") == f"{given} is given without {missing}"
+
+
+@pytest.mark.parametrize(("mean", "std"), [("127.5", "64"), ("0.5", "64"), ("127.5", "0.25"), ("0", "255")])
+def test_mean_and_std_of_pixels_up_to_255_are_refused(mean, std):
+    assert "of pixels from 0 to 1" in refusal("--input", "1x4x5", "--mean", mean, "--std", std)
 
 
 @pytest.mark.parametrize("inputs", [[], ["10"], ["3x8"], ["3x8x8", "a=3x8x8"], ["2x3x8x8"], ["x=scalar"]])
@@ -150,12 +160,12 @@ def test_what_is_no_list_of_numbers(option, text):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (("--mean", "0.1,0.2"), "2 means and 3 deviations for 3 channel"),
-        (("--std", "1"), "3 means and 1 deviations for 3 channel"),
-        (("--std", "1,0,1"), "not positive"),
-        (("--std", "1,-1,1"), "not positive"),
-        (("--mean", "nan,0,0"), "not finite"),
-        (("--std", "1,inf,1"), "not finite"),
+        (("--mean", "0.1,0.2", "--std", "1,1,1"), "2 means and 3 deviations for 3 channel"),
+        (("--mean", "0,0,0", "--std", "1"), "3 means and 1 deviations for 3 channel"),
+        (("--mean", "0,0,0", "--std", "1,0,1"), "not positive"),
+        (("--mean", "0,0,0", "--std", "1,-1,1"), "not positive"),
+        (("--mean", "nan,0,0", "--std", "1,1,1"), "not finite"),
+        (("--mean", "0,0,0", "--std", "1,inf,1"), "not finite"),
     ],
 )
 def test_numbers_that_are_no_preprocessing(arguments, told):

@@ -14,6 +14,7 @@ import torch
 from cases import randomise
 from PIL import Image
 from safetensors.torch import save_file
+from support.bundles import reseal
 
 from bnexport.cli.main import run
 from bnexport.data import digits
@@ -121,11 +122,15 @@ def test_evaluate(checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture
     assert json.loads(capfd.readouterr().out)["correct"] == value["correct"]
 
 
-def test_evaluate_a_bundle(capfd: pytest.CaptureFixture[str]) -> None:
-    assert run(["evaluate", str(REFERENCE), "--dataset", "digits", "--batch-size", "7"]) == 0
+def test_evaluate_a_bundle(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(REFERENCE, tmp_path / "1")
+    reseal(tmp_path / "1", labels=None)
+    assert run(["evaluate", str(tmp_path / "1"), "--dataset", "digits", "--batch-size", "7"]) == 0
     out = capfd.readouterr().out
     assert "60 test images of digits, onnxruntime-cpu" in out
     assert "WARNING: the network was trained on fashion-mnist" in out
+    told = "the classes of digits differ; first difference at class 0: 't-shirt' and '0'"
+    assert told in refused(capfd, 2, "evaluate", REFERENCE, "--dataset", "digits")
 
 
 def refused(capfd: pytest.CaptureFixture[str], code: int, *words: object) -> str:

@@ -67,7 +67,7 @@ def test_refusals_exit_with_2_and_list_what_was_found(capfd: pytest.CaptureFixtu
 
 
 def test_audit_evaluate_and_recalibrate_take_the_key(capfd: pytest.CaptureFixture[str]) -> None:
-    audit = ("audit", "net.py:build", "--weights", "last.pth.tar", "--input", "1x12x12", "--tool", "torch.jit")
+    audit = ("audit", "net.py:build", "--weights", "last.pth.tar", "--input", "1x12x12", "--tool", "torch.jit.freeze")
     assert run(list(audit)) in (0, 1)
     assert "state_dict was taken" in capfd.readouterr().err
     assert run([*audit, "--weights-key", "state_dict_ema"]) in (0, 1)
@@ -79,6 +79,6 @@ def test_audit_evaluate_and_recalibrate_take_the_key(capfd: pytest.CaptureFixtur
     assert "was taken" not in capfd.readouterr().out
     assert run(["recalibrate", *common, "--samples", "64", "--force"]) == 0
     assert "state_dict was taken" in capfd.readouterr().out
-    for command in ("evaluate", "recalibrate"):
-        assert run([command, "last.pth.tar"]) == 2
+    for command in (("evaluate",), ("recalibrate", "--force")):
+        assert run([*command, "last.pth.tar"]) == 2
         assert "Name its code with --source" in capfd.readouterr().err

@@ -13,6 +13,7 @@ import pytest
 from onnx import numpy_helper
 from runtime_only.absence import REFERENCE, WITH_ONNX
 from runtime_only.conftest import Run
+from support.bundles import reseal
 
 from bnexport.bundle import GOLDEN, MODEL_ONNX, Bundle, seal
 from bnexport.cli.main import COMMANDS
@@ -40,7 +41,7 @@ def test_help_needs_nothing(without: Run) -> None:
 def test_verify_passes_and_says_what_it_did_not_cover(without: Run) -> None:
     shown, raw = without([["verify", str(REFERENCE)], ["verify", str(REFERENCE), "--json", "-"]])
     assert shown["code"] == 0, told(shown)
-    assert f"PASS: {len(report_of(raw)['rows'])} rows; {LEFT_OUT}" in told(shown)
+    assert f"PASS, files and golden vectors only: {len(report_of(raw)['rows'])} rows; {LEFT_OUT}" in told(shown)
     proofs = [row for row in Bundle.open(REFERENCE).manifest.verification["rows"] if row["stage"] == "file-proof"]
     worst = max(row["error"] for row in proofs if row["subject"] == MODEL_ONNX)
     assert f"at export it was {worst:.1e} of scale" in told(shown)
@@ -165,8 +166,10 @@ def test_predict_inspect_and_doctor(without: Run, files: Path) -> None:
     assert doctor["code"] == 3, "from a checkout the whole tool is expected"
 
 
-def test_evaluate_counts_with_onnxruntime_alone(without: Run) -> None:
-    (result,) = without([["evaluate", str(REFERENCE), "--dataset", "digits", "--json", "-"]])
+def test_evaluate_counts_with_onnxruntime_alone(without: Run, tmp_path: Path) -> None:
+    shutil.copytree(REFERENCE, tmp_path / "1")
+    reseal(tmp_path / "1", labels=None)
+    (result,) = without([["evaluate", str(tmp_path / "1"), "--dataset", "digits", "--json", "-"]])
     assert result["code"] == 0, told(result)
     report = report_of(result)
     assert report["n"] == sum(map(sum, report["confusion"])) == 1000

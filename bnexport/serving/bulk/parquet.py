@@ -103,8 +103,7 @@ def _ids(path: Path, start: int, column: Any) -> list[str]:
 def encode(ids: Sequence[str], logits: Array, *, labels: Sequence[str], keep_logits: bool, about: str) -> bytes:
     """Return predictions as the bytes of a Parquet file.
 
-    Columns: ``id`` (string), ``label`` (string), ``probabilities`` (float32, one per class), and ``logits`` (as the model
-    gives them) if asked for.
+    Columns: ``id`` and ``label`` (string), ``probabilities`` (float32, one per class), and ``logits`` if requested.
     """
     arrow, parquet = _arrow(), require("pyarrow.parquet", purpose="Parquet")
     exact = logits.astype(np.float64)

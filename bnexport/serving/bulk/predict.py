@@ -34,7 +34,7 @@ from bnexport.serving.bulk.job import Job, folder_of, make_job, part_file
 from bnexport.serving.bulk.parquet import encode
 from bnexport.serving.bulk.request import BulkProgress, BulkRequest
 from bnexport.serving.bulk.sources import NpzFiles, Shard, read_shard
-from bnexport.serving.predictor import image_preprocessing, run_images
+from bnexport.serving.predictor import check_labels, image_preprocessing, run_images
 from bnexport.tensors import Array
 
 
@@ -302,6 +302,7 @@ def predict_in_bulk(
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     opened.check()
     image_preprocessing(opened)
+    check_labels(opened)
     job = make_job(opened, tuple(map(Path, sources)), Path(out), request)
     listener = progress or BulkProgress()
     with folder_of(job):

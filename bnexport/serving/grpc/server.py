@@ -108,8 +108,8 @@ class GrpcServer(grpc.GenericRpcHandler):  # type: ignore[misc]
     def _unary(self, path: str, method: Method | None) -> Any:
         """Make a handler of calls with one message.
 
-        gRPC has it as one of calls with many, which begin before their message is there: a token is asked for first, the
-        message has its time, and it is known how many calls there are.
+        For gRPC they are calls with many, which begin before their message has arrived. So the token is checked first, the
+        message has its own time limit, and the number of calls is known.
         """
 
         async def answer(_messages: Any, context: Any) -> bytes:

@@ -92,7 +92,7 @@ async def classify(state: State, exchange: Exchange, name: str, version: str | N
     if preprocessing is None:
         raise RequestError(
             f"model {name!r} does not say how a picture becomes an input, or is no image classifier",
-            remedy="Send tensors to its infer route, or export it with --mean and --std",
+            remedy="Send tensors to its infer route, or export it by bnexport fold-and-export with --mean and --std",
         )
     body = await state.body(exchange)
     try:

@@ -68,7 +68,7 @@ def status_of(error: BnexportError) -> int:
 
 def sentence_of(error: BnexportError) -> str:
     """Return fact and remedy, without characters that would steer a terminal."""
-    return printable(str(error))
+    return printable(error.sentence)
 
 
 def printable(text: str) -> str:

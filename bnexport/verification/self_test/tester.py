@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from bnexport import interrupts
 from bnexport.bundle import MODEL_ONNX, Bundle
-from bnexport.errors import BundleError
+from bnexport.errors import BundleError, UsageError
 from bnexport.files import output_errors
 from bnexport.onnx_files.models import multiplications, read_model
 from bnexport.runtimes.catalogue import RunnerSpec
@@ -54,10 +54,12 @@ def self_test(
     bundle: Bundle | str | Path,
     *,
     runtimes: Sequence[str | RunnerSpec] | None = None,
+    dataset: str | None = None,
     data_dir: str | Path | None = None,
     samples: str | Path | None = None,
     module: nn.Module | None = None,
     seed: int = 0,
+    allow_low_accuracy: bool = False,
     progress: Progress = _silent,
 ) -> tuple[FaultResult, ...]:
     """Put every fault into a copy of a bundle and verify the copy, in strict float32, on few samples.
@@ -69,10 +71,12 @@ def self_test(
     Args:
         bundle: A bundle or its directory; never changed.
         runtimes: As for ``verify``. Default: onnxruntime-cpu alone.
+        dataset: As for ``verify``.
         data_dir: As for ``verify``.
         samples: As for ``verify``.
         module: As for ``verify``; BatchNorm faults are put into copies of it.
         seed: As for ``verify``.
+        allow_low_accuracy: As in ``Scope``.
         progress: Called before each fault.
 
     Returns:
@@ -86,7 +90,7 @@ def self_test(
         ModelError: ``module`` can't be evaluated in float64.
     """
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
-    tester = _Tester(tuple(runtimes or (_RUNTIME,)), data_dir, samples, module, seed)
+    tester = _Tester(tuple(runtimes or (_RUNTIME,)), dataset, data_dir, samples, module, seed, allow_low_accuracy)
     control = tester.verify(opened, _MANY_SAMPLES)
     faults = faults_of(opened)
     if not control.passed:
@@ -106,21 +110,24 @@ class _Tester:
     """The arguments of ``self_test``, with which every copy is verified."""
 
     runtimes: tuple[str | RunnerSpec, ...]
+    dataset: str | None
     data_dir: str | Path | None
     samples: str | Path | None
     module: nn.Module | None
     seed: int
+    allow_low_accuracy: bool
 
     def verify(self, bundle: Bundle, most: int, *, runner: RunnerSpec | None = None) -> VerificationReport:
         """Verify with few samples and in strict float32 only."""
         return verify(
             bundle,
             runtimes=self.runtimes if runner is None else (runner,),
+            dataset=self.dataset,
             data_dir=self.data_dir,
             samples=self.samples,
             module=self.module,
             seed=self.seed,
-            scope=Scope(("float32",), max_samples=most, drift=False),
+            scope=Scope(("float32",), max_samples=most, drift=False, allow_low_accuracy=self.allow_low_accuracy),
         )
 
     def result(self, subject: FaultTarget, fault: Fault, few: int) -> FaultResult:
@@ -141,7 +148,12 @@ class _Tester:
                 )
             effect = effect_of(spoiled, fault.evaluate)
             most = _MANY_SAMPLES if fault.many else few
-            return _judged(subject, fault, where, effect, self.verify(spoiled, most, runner=fault.runner))
+            try:
+                report = self.verify(spoiled, most, runner=fault.runner)
+            except UsageError:  # the copy's labels are no longer the data set's: verified without images
+                silent = Bundle(spoiled.path, replace(spoiled.manifest, dataset=None))
+                report = replace(self, dataset=None, data_dir=None).verify(silent, most, runner=fault.runner)
+            return _judged(subject, fault, where, effect, report)
 
 
 def _judged(

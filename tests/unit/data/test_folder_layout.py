@@ -261,4 +261,4 @@ def test_a_model_of_two_channels(tmp_path):
     two = type(COLOURS)(2, 6, 5, mean=(0.0, 0.0), std=(1.0, 1.0))
     with pytest.raises(DataError, match="2 channels") as caught:
         load_folder(write_parts(tmp_path / "set"), preprocessing=two, cache_dir=tmp_path / "cache")
-    assert "--input" in caught.value.remedy
+    assert "3x64x64" in caught.value.remedy

@@ -54,7 +54,10 @@ def test_a_run_directory_and_another_data_set(write: Write, monkeypatch: pytest.
     monkeypatch.setattr("bnexport.evaluating.evaluate.load_test_images", lambda *_, **__: TEST)
     folder = write().parent
     assert evaluate_path(folder, EvaluationRequest()).note == ""
-    assert evaluate_path(folder, EvaluationRequest(dataset="kmnist")).note == "the network was trained on digits"
+    with pytest.raises(UsageError, match="the classes of kmnist differ; first difference at class 0: '0' and 'o'"):
+        evaluate_path(folder, EvaluationRequest(dataset="kmnist"))
+    unnamed = evaluate_path(write(labels=None), EvaluationRequest(dataset="kmnist"))
+    assert unnamed.note.split("; ")[0] == "the network was trained on digits"
 
 
 @pytest.mark.parametrize("runtime", [None, "torchscript-cpu", "torch-cpu"])
@@ -74,8 +77,9 @@ def test_options_that_do_not_go_together(bundle: Bundle, write: Write) -> None:
         (write("unnamed.safetensors", dataset=None), EvaluationRequest(), "does not say on which data set"),
         (write(), EvaluationRequest(dataset="imagenet"), "'imagenet' is unknown"),
     ):
-        with pytest.raises(UsageError, match=words):
+        with pytest.raises(UsageError) as caught:
             evaluate_path(path, request)
+        assert words in caught.value.sentence
 
 
 def test_a_changed_bundle_is_refused(bundle: Bundle, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from support.pictures import COLOURS, write_parts
 from bnexport.bundle import Manifest
 from bnexport.data.datasets import load_test_images
 from bnexport.data.preprocessing import Preprocessing
-from bnexport.errors import DataError
+from bnexport.errors import DataError, UsageError
 from bnexport.tensors import Signature, TensorSpec
 from bnexport.verification.budget import budget_of
 from bnexport.verification.inputs import build_suite
@@ -126,11 +126,21 @@ def test_a_folder_of_images_is_decoded_to_the_bundles_size(tmp_path: Path, monke
     assert suite.images == f"4 test images of {described.dataset}"
 
 
-def test_a_folder_whose_classes_have_changed_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    described = pictures(tmp_path, monkeypatch, labels=("cat", "dog", "emu"))
-    suite = suite_of(described, {"input": np.zeros((2, 3, 6, 5), np.float32)}, data_dir=tmp_path / "set")
-    assert suite.images.endswith("has 2 classes, the bundle names 3")
-    assert suite.labels is None
+@pytest.mark.parametrize(
+    ("labels", "told"),
+    [
+        (("cat", "dog", "emu"), "differ in number, 3 and 2; first difference at class 2: 'emu' and nothing"),
+        (("dog", "cat"), "are the same names in another order; first difference at class 0: 'dog' and 'cat'"),
+        (("cat", "emu"), "differ; first difference at class 1: 'emu' and 'dog'"),
+    ],
+)
+def test_a_folder_whose_classes_are_not_the_labels_is_refused(
+    labels: tuple[str, ...], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    described = pictures(tmp_path, monkeypatch, labels=labels)
+    with pytest.raises(UsageError) as caught:
+        suite_of(described, {"input": np.zeros((2, 3, 6, 5), np.float32)}, data_dir=tmp_path / "set")
+    assert caught.value.message.endswith(told)
 
 
 def test_a_folder_is_read_only_where_data_dir_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
