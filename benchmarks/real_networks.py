@@ -265,7 +265,7 @@ def measured(network: Network, out: Path) -> Figures:
             raise DataError(result.verification.summary(), remedy="Nothing was written")
         outputs = served_outputs(result.bundle, feeds)
     except BnexportError as reason:
-        outputs, unserved = folded_outputs(network, feeds), str(reason)
+        outputs, unserved = folded_outputs(network, feeds), str(reason).replace(str(out), "the bundle")
     return Figures(network, result, error(outputs, original_outputs(network, feeds)), unserved, seconds)
 
 
