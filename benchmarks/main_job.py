@@ -119,13 +119,16 @@ def prepare(network: str, folder: Path) -> None:
 
         module = load_source(str(CHECKPOINT)).module
     else:
-        from benchmarks.zoo.network import randomise
         from bnexport.loading.zoo import build_from_zoo
 
         torch.manual_seed(_SEED)
         module = build_from_zoo(f"torchvision:{network}", {})
         module.eval()
-        randomise(module, torch.randn(8, *NETWORKS[network]), seed=_SEED)
+        for norm in (item for item in module.modules() if isinstance(item, torch.nn.BatchNorm2d)):
+            norm.get_buffer("running_mean").normal_(0, 0.1)
+            norm.get_buffer("running_var").uniform_(0.5, 1.5)
+            torch.nn.init.uniform_(norm.weight, 0.75, 1.25)
+            torch.nn.init.normal_(norm.bias, 0, 0.1)
     torch.save(module, folder / f"{network}.module")
 
 

@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from bnexport.evaluating.request import EvaluationRequest, RecalibrationRequest
     from bnexport.exporting.request import ExportRequest
     from bnexport.folding.fold import FoldResult, fold
+    from bnexport.folding.module_fold import ModuleFoldResult, fold_modules, load_folded
     from bnexport.folding.onnx_backend.fold import OnnxFoldResult, fold_onnx
     from bnexport.folding.report import FoldReport
+    from bnexport.nn.folded import is_folded
     from bnexport.nn.lenet import bn_lenet
     from bnexport.pipeline import fold_and_export
     from bnexport.reporting.results import ExportResult
@@ -36,6 +38,7 @@ __all__ = [
     "ExportResult",
     "FoldReport",
     "FoldResult",
+    "ModuleFoldResult",
     "OnnxFoldResult",
     "Preprocessing",
     "Recalibration",
@@ -46,7 +49,10 @@ __all__ = [
     "evaluate",
     "fold",
     "fold_and_export",
+    "fold_modules",
     "fold_onnx",
+    "is_folded",
+    "load_folded",
     "predict",
     "recalibrate",
     "verify",
@@ -63,6 +69,7 @@ _HOME: dict[str, tuple[str, str]] = {
     "ExportResult": ("bnexport.reporting.results", "ExportResult"),
     "FoldReport": ("bnexport.folding.report", "FoldReport"),
     "FoldResult": ("bnexport.folding.fold", "FoldResult"),
+    "ModuleFoldResult": ("bnexport.folding.module_fold", "ModuleFoldResult"),
     "OnnxFoldResult": ("bnexport.folding.onnx_backend.fold", "OnnxFoldResult"),
     "Preprocessing": ("bnexport.data.preprocessing", "Preprocessing"),
     "Recalibration": ("bnexport.evaluating.recalibration", "Recalibration"),
@@ -72,7 +79,10 @@ _HOME: dict[str, tuple[str, str]] = {
     "evaluate": ("bnexport.evaluating.evaluate", "evaluate"),
     "fold": ("bnexport.folding.fold", "fold"),
     "fold_and_export": ("bnexport.pipeline", "fold_and_export"),
+    "fold_modules": ("bnexport.folding.module_fold", "fold_modules"),
     "fold_onnx": ("bnexport.folding.onnx_backend.fold", "fold_onnx"),
+    "is_folded": ("bnexport.nn.folded", "is_folded"),
+    "load_folded": ("bnexport.folding.module_fold", "load_folded"),
     "predict": ("bnexport.serving.predictor", "predict_images"),
     "recalibrate": ("bnexport.evaluating.recalibration", "recalibrate_path"),
     "verify": ("bnexport.verification.verify", "verify"),

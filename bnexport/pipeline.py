@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from bnexport.bundle import MODEL_ONNX, REPORT, WEIGHTS, Bundle, Manifest, seal
 from bnexport.environment import environment
-from bnexport.errors import RefusedModel, UsageError
+from bnexport.errors import OutputError, RefusedModel, UsageError
 from bnexport.evaluating.network import Subject, stale_warning
 from bnexport.exporting.dynamic_size import check_sizes_vary, larger_example, with_smallest_sizes
 from bnexport.exporting.formats import FORMATS, ExportJob
@@ -29,12 +30,14 @@ from bnexport.exporting.signature import check_labels, signature_of
 from bnexport.exporting.triton import check_triton_config, write_triton_config
 from bnexport.files import refuse_existing, staged_directory, write_atomically
 from bnexport.folding.fold import FoldResult, fold
+from bnexport.folding.module_fold import ModuleFoldResult, fold_modules
 from bnexport.folding.report import FoldReport
 from bnexport.folding.torch_backend.trace import size_shapes
-from bnexport.loading.checkpoint import save_checkpoint
+from bnexport.loading.checkpoint import save_checkpoint, save_tensors
 from bnexport.loading.sources import LoadedModel, checkpoint_of, load_source
 from bnexport.loading.zoo import zoo_of
 from bnexport.nn.batch_axis import check_batch
+from bnexport.nn.folded import MARKER
 from bnexport.nn.soundness import check_finite_output, check_sound
 from bnexport.progress import Progress, part_of, silent
 from bnexport.reporting.html import render_report
@@ -152,6 +155,43 @@ def _export(
     except _Failed:
         return ExportResult(None, result.report, report)
     return ExportResult(Bundle.open(path), result.report, report)
+
+
+def fold_weights(
+    source: str | Path | nn.Module | LoadedModel,
+    out: str | Path,
+    *,
+    weights: str | Path | None = None,
+    request: ExportRequest | None = None,
+) -> ModuleFoldResult:
+    """Fold BatchNorm inside a network and write its folded weights as safetensors, after the proof.
+
+    The metadata of the file state the source and the outcome under ``bnexport_folded``.
+
+    Args:
+        source: As for ``fold_and_export``.
+        out: The file to write, ``*.safetensors``.
+        weights: Weights for a source that has none.
+        request: ``model_options``, ``inputs``, ``allow_untrained`` and ``force``; the rest does not apply to weights.
+
+    Raises:
+        BadInput: The source, the request or the output path is unusable; nothing was written.
+        ProofError: The fold is not exact; nothing was written.
+    """
+    request, path = request or ExportRequest(), Path(out)
+    if path.suffix != ".safetensors":
+        raise UsageError(f"{path} is not named .safetensors", remedy="Pass --out FILE.safetensors")
+    if path.is_dir() or (path.exists() and not request.force):
+        raise OutputError(f"{path} exists already", remedy="Choose another file, or pass --force to replace a file")
+    given = [Path(item) for item in (weights, source) if isinstance(item, str | Path)]
+    if any(item.exists() and path.exists() and item.samefile(path) for item in given):
+        raise OutputError(f"{path} is the file that is read", remedy="Choose another file: a fold can't be undone")
+    loaded = _loaded(source, weights, request)
+    specs = parse_inputs(request.inputs, default_shape=loaded.input_shape)
+    result = fold_modules(loaded.module, _checked_example(loaded.module, specs, request))
+    facts = {"network": dict(loaded.network), "fold": result.report.to_json()}
+    save_tensors(path, result.model.state_dict(), {MARKER: json.dumps(facts, allow_nan=False)})
+    return result
 
 
 def _checked_example(module: nn.Module, specs: tuple[InputSpec, ...], request: ExportRequest) -> tuple[Tensor, ...]:

@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("bnexport.cli.train", "Train a BatchNorm-LeNet."),
     "recalibrate": ("bnexport.cli.recalibrate", "Re-estimate a checkpoint's moving statistics exactly."),
     "evaluate": ("bnexport.cli.evaluate", "Count what a checkpoint or bundle gets right, class by class."),
+    "fold": ("bnexport.cli.fold", "Fold BatchNorm inside a network: write its folded weights."),
     "fold-and-export": ("bnexport.cli.fold_and_export", "Fold BatchNorm, export, verify: write one bundle."),
     "verify": ("bnexport.cli.verify", "Prove that a bundle computes what its network computes."),
     "audit": ("bnexport.cli.audit", "Show which other tools fold a network wrongly."),

@@ -71,6 +71,8 @@ def _option(item: Field[Any]) -> Callable[[Any], Any]:
 def values_of(request: type, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of a request class from click's values, each converted by the type of its field.
 
+    An option that the command does not have keeps its default.
+
     Raises:
         UsageError: A value that can't be read.
     """
@@ -79,7 +81,7 @@ def values_of(request: type, options: Mapping[str, Any]) -> dict[str, Any]:
         if (nested := _nested(item)) is not None:
             values[item.name] = nested(**values_of(nested, options))
         elif "help" in item.metadata:
-            given, read = options[item.name], _kind(item).read
+            given, read = options.get(item.name), _kind(item).read
             if given in (None, ()):
                 given = item.default if item.default_factory is MISSING else item.default_factory()
             elif read is not None:

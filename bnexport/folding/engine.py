@@ -52,6 +52,7 @@ class Engine:
         budget: Limits copies of shared weights.
         clamps: Allow a ReLU to become a maximum with a constant per channel.
         prove: Check each fold separately before it is made.
+        in_place: See ``FoldPlan``; parallel branches stay apart, since merging them removes operations.
         seed: Random seed of the probes.
     """
 
@@ -59,6 +60,7 @@ class Engine:
     budget: Budget
     clamps: bool = False
     prove: bool = True
+    in_place: bool = False
     seed: int = 0
     sites: list[_Site] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -73,21 +75,31 @@ class Engine:
         self.sites = [_Site(op, op.norm, _first_row(op.norm)) for op in self.graph.ops if op.norm is not None]
         for site in self.sites:
             self._fold(site)
-        merged = [site for site in self._left() if self._merge_affine(site)]
-        merged_layers = self._merge_convolutions()
-        if merged or merged_layers:
+        if not self.in_place and self._merge_branches():
             for site in self._left():
                 self._fold(site)
         by_op = {site.op: site for site in self.sites}
         rows = tuple(self._row(site, by_op) for site in self.sites)
         return Account(rows, tuple(self.warnings), tuple(self.dropped))
 
+    def _merge_branches(self) -> bool:
+        merged = [site for site in self._left() if self._merge_affine(site)]
+        return self._merge_convolutions() or bool(merged)
+
     def _left(self) -> list[_Site]:
         left = [site for site in self.sites if site.row.outcome == "affine" and isinstance(site.op.kind, Norm)]
         return [site for site in left if site.op not in self.failed]
 
     def _plan(self, *, maps: bool = False) -> FoldPlan:
-        return FoldPlan(self.graph, PROPAGATION_RULES, self.budget, maps=maps, clamps=self.clamps, fixed=self.failed)
+        return FoldPlan(
+            self.graph,
+            PROPAGATION_RULES,
+            self.budget,
+            maps=maps,
+            clamps=self.clamps,
+            fixed=self.failed,
+            in_place=self.in_place,
+        )
 
     def _fold(self, site: _Site) -> None:
         """Use the first rule whose plan is not refused and whose proof holds; otherwise record the reasons."""
@@ -95,8 +107,11 @@ class Engine:
             return
         refusals: list[tuple[Rule, Refused]] = []
         self._take_in_arithmetic(site)
-        self._merge_skips(site)
+        if not self.in_place:
+            self._merge_skips(site)
         for rule in RULES:
+            if rule.maps and self.in_place:
+                continue
             kind: Kind = site.op.kind
             if not isinstance(kind, Norm) or site.op in self.failed:
                 return

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -114,34 +114,55 @@ def fold_traced(
     Raises:
         ProofError: See ``fold``.
     """
-    clock = _Clock()
+    clock = Clock()
     with torch.no_grad():
         folded, account, exact, growth = _fold_copy(original, max_growth, clamps, prove)
         rows = [
             *account.rows,
-            *(_inner_row(node, folded) for node in batch_norm_nodes(folded) if node.graph is not folded.graph),
+            *(inner_row(node, folded) for node in batch_norm_nodes(folded) if node.graph is not folded.graph),
         ]
         clock.note("fold")
         proof = fold_error(original, folded, exact, inputs) if prove else None
         clock.note("proof")
-    warnings = account.warnings
-    error, bound = (None, 0.0) if proof is None else proof
-    if prove and proof is None and any(row.gone for row in rows):
-        warnings += (
-            "the whole can't be compared in float64 (an operator takes another type only, or no output is finite): each fold"
-            " was proved alone",
-        )
-        rough = rough_error(original, folded, inputs)
-        _refuse_wrong(name, rough, ROUGH_ERROR, "its own element types")
-    elif bound == math.inf:
-        warnings += (
-            "the network turns the last digit of its input into much of its output, so the whole can't be compared in float64:"
-            " each fold was proved alone",
-        )
-    _refuse_wrong(name, error, bound, "float64")
+    error, warnings = None, account.warnings
+    if prove:
+        gone = any(row.gone for row in rows)
+        error, more = judged(name, proof, gone, lambda: rough_error(original, folded, inputs))
+        warnings += more
     remaining = sum(1 for _ in batch_norm_nodes(folded))
     follow_input(folded)
     return FoldResult(folded, FoldReport(tuple(rows), remaining, error, growth, warnings), clock.seconds)
+
+
+def judged(
+    name: str, proof: tuple[float, float] | None, folded: bool, rough: Callable[[], float | None]
+) -> tuple[float | None, tuple[str, ...]]:
+    """Return the error of the whole in float64, and a warning where it can't be compared.
+
+    Args:
+        name: The network's name.
+        proof: Error and bound; None if the network can't run in float64.
+        folded: True if any BatchNorm is gone.
+        rough: Returns the error in the network's own element types.
+
+    Raises:
+        ProofError: The error is above its bound.
+    """
+    if proof is None:
+        if not folded:
+            return None, ()
+        _refuse_wrong(name, rough(), ROUGH_ERROR, "its own element types")
+        return None, (
+            "the whole can't be compared in float64 (an operator takes another type only, or no output is finite): each fold"
+            " was proved alone",
+        )
+    _refuse_wrong(name, *proof, "float64")
+    if proof[1] < math.inf:
+        return proof[0], ()
+    return proof[0], (
+        "the network turns the last digit of its input into much of its output, so the whole can't be compared in float64:"
+        " each fold was proved alone",
+    )
 
 
 def _refuse_wrong(name: str, error: float | None, bound: float, types: str) -> None:
@@ -169,18 +190,18 @@ def _fold_graph(
 ) -> tuple[Account, dict[str, Tensor], float]:
     """Fold a graph in place; return the account, the folded tensors in float64 by attribute, and the growth."""
     functionalise(module)
-    _drop_unused(module)  # heads that eval mode never runs are no measure for the budget
+    drop_unused(module)  # heads that eval mode never runs are no measure for the budget
     graph = TorchGraph(module)
     before = graph.elements
     budget = Budget(before, max_growth, apart, biases)
     account = Engine(graph, budget, clamps=clamps, prove=prove).run()
     writer = Writer(graph)
     writer.write(account.dropped)
-    _drop_unused(module)
+    drop_unused(module)
     return account, writer.exact, (graph.elements - writer.beside) / max(before, 1)
 
 
-def _inner_row(node: Node, root: GraphModule) -> FoldRow:
+def inner_row(node: Node, root: GraphModule) -> FoldRow:
     """Return the row of a BatchNorm that no rule sees, because torch.export keeps the region around it as a separate graph."""
     shape = shape_of(node.all_input_nodes[0])
     return FoldRow(
@@ -209,7 +230,7 @@ def _clone(tensor: Tensor) -> Tensor:
     return nn.Parameter(copied, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copied
 
 
-def _drop_unused(graph_module: GraphModule) -> None:
+def drop_unused(graph_module: GraphModule) -> None:
     """Remove constants and attributes without a reader: folded statistics must not stay in the file."""
     for node in reversed(_constant_nodes(graph_module)):
         if not node.users:
@@ -239,7 +260,7 @@ def _constant_nodes(graph_module: GraphModule) -> list[Node]:
     return list(found)
 
 
-class _Clock:
+class Clock:
     """Seconds between notes."""
 
     def __init__(self) -> None:

@@ -167,6 +167,10 @@ class Clamp(Kind):
     low: Tensor
     high: Tensor
 
+    def same_bounds(self, other: Kind) -> bool:
+        """Return True if another kind is a clamp with the same bounds."""
+        return isinstance(other, Clamp) and bool((self.low == other.low).all() and (self.high == other.high).all())
+
 
 @dataclass(frozen=True)
 class Homogeneous(Kind):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from bnexport.folding.affine import Affine
-from bnexport.folding.graph import Graph, Identity, Kind, Layer, Norm, Op, Opaque, Slice, Weight
+from bnexport.folding.graph import Clamp, Graph, Identity, Kind, Layer, Norm, Op, Opaque, Slice, Weight
 
 #: Values of ``Budget.apart`` and ``Budget.biases`` to fold with in turn, each stricter, until the result is within the budget.
 ATTEMPTS = ((False, False), (True, False), (True, True))
@@ -107,6 +107,8 @@ class FoldPlan:
         maps: Allow a shift to become a constant map over the positions behind a zero-padded layer.
         clamps: Allow an activation to get a separate bound in each channel.
         fixed: Operations that must stay as they are.
+        in_place: The result is written back into the layers that exist: the plan may change their numbers and remove norms,
+            but not copy a weight, add a constant, or change an activation.
 
     Attributes:
         edits: The new function of each changed operation.
@@ -124,8 +126,10 @@ class FoldPlan:
         maps: bool = False,
         clamps: bool = False,
         fixed: Collection[Op] = (),
+        in_place: bool = False,
     ) -> None:
         self.fixed = fixed
+        self.in_place = in_place
         self.graph = graph
         self.rules = rules
         self.clamps = clamps
@@ -195,7 +199,13 @@ class FoldPlan:
         self.path[op] = None
 
     def edit(self, op: Op, kind: Kind) -> None:
-        """Record the new function of an operation."""
+        """Record the new function of an operation.
+
+        Raises:
+            Refused: The operation would get other bounds, and the result is written back into the layers that exist.
+        """
+        if self.in_place and isinstance(kind, Clamp) and not kind.same_bounds(op.kind):
+            raise Refused(f"{op.name} would need other bounds, and they are in its module's code")
         self.edits[op] = kind
 
     def attempt(self, action: Callable[[], None]) -> Refused | None:
@@ -213,6 +223,8 @@ class FoldPlan:
         new = {"weight": weight, "bias": bias}
         old = {"weight": layer.weight, "bias": layer.bias}
         together = self._clone(op, [old[name] for name, value in new.items() if value is not None])
+        if self.in_place and (after is not None or (layer.bias is None and bias is not None)):
+            raise Refused(f"its shift needs a bias, and {op.name} is called without one", "a bias there")
         if self.budget.biases and layer.bias is None and bias is not None:
             self.spend(bias.numel(), f"the bias that {op.name} would get")
         changes: dict[str, object] = {"after": after if after is not None else layer.after}
@@ -287,6 +299,12 @@ class FoldPlan:
             return False
         if not self.budget.apart and all(self._alike(op, weight) for weight in shared):
             return True
+        if self.in_place:
+            raise Refused(
+                f"the weight of {op.name} is read {max(weight.readers for weight in shared)} times (a shared layer or"
+                " parameter), and another reader needs it as it is",
+                "a layer of its own for each call",
+            )
         more, calls = sum(weight.elements for weight in shared), max(weight.readers for weight in shared)
         what = f"the weight of {op.name} is used {calls} times (a shared layer or parameter), and a copy for this call"
         self.spend(more, what, in_all=(calls - 1) * more)

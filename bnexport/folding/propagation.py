@@ -354,7 +354,9 @@ def _bounds(plan: FoldPlan, op: Op, low: Tensor, high: Tensor) -> Clamp:
             plan.storable(torch.where(torch.isinf(bound), 0.0, bound), op.dtype, "bound of the activation")
     found = Affine.of(low, high)
     clamp = Clamp(found.scale, found.shift)
-    if not plan.clamps and not is_plain(clamp):
+    if not is_plain(clamp) and plan.in_place:
+        raise Refused(f"across {op.name} it would become a bound per channel, which the module does not have")
+    if not is_plain(clamp) and not plan.clamps:
         raise Refused(
             f"across {op.name} it would become a bound per channel, which ONNX Runtime computes no faster on a CPU than the"
             " batch norm (docs/affine_form.md)",

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from bnexport.folding.affine import Affine
-from bnexport.folding.graph import Clamp, Identity, Kind, Layer, Norm, Op
+from bnexport.folding.graph import Clamp, Identity, Layer, Norm, Op
 from bnexport.folding.plan import FoldPlan, Refused
 from bnexport.folding.report import Outcome
 
@@ -119,14 +119,10 @@ def outcome_of(rule: Rule, plan: FoldPlan, site: Op) -> Outcome:
 
 def equation_of(rule: Rule, plan: FoldPlan) -> str:
     """Return the rule's equation, with its effect on activations."""
-    clamps = [op for op, kind in plan.edits.items() if isinstance(kind, Clamp) and not _same_bounds(op.kind, kind)]
+    clamps = [op for op, kind in plan.edits.items() if isinstance(kind, Clamp) and not kind.same_bounds(op.kind)]
     merged = [kind for kind in plan.edits.values() if isinstance(kind, Norm)]
     if merged and rule.outcome is None:
         return "s' = s2 s, t' = s2 t + t2"
     if clamps:
         return f"{rule.equation}; clamp(s x + t, a, b) = s clamp(x, (a - t) / s, (b - t) / s) + t"
     return rule.equation
-
-
-def _same_bounds(before: Kind, after: Clamp) -> bool:
-    return isinstance(before, Clamp) and bool((before.low == after.low).all() and (before.high == after.high).all())

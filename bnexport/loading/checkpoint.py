@@ -20,6 +20,7 @@ for weights does not see it.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -76,12 +77,21 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
     Raises:
         OutputError: The file can't be written.
     """
+    named = {**checkpoint.state, **{OPTIMIZER + name: value for name, value in checkpoint.optimizer.items()}}
+    text = json.dumps({"format": FORMAT, **checkpoint.metadata}, allow_nan=False)
+    save_tensors(path, named, {METADATA_KEY: text})
+
+
+def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file, whole or not at all.
+
+    Raises:
+        OutputError: The file can't be written.
+    """
     safetensors = require("safetensors.torch", purpose="writing a checkpoint")
     # clone: safetensors refuses tensors that share memory, as tied weights do.
-    named = {**checkpoint.state, **{OPTIMIZER + name: value for name, value in checkpoint.optimizer.items()}}
-    state = {name: value.detach().cpu().clone().contiguous() for name, value in named.items()}
-    text = json.dumps({"format": FORMAT, **checkpoint.metadata}, allow_nan=False)
-    write_atomically(Path(path), safetensors.save(state, metadata={METADATA_KEY: text}))
+    state = {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
+    write_atomically(Path(path), safetensors.save(state, metadata=dict(metadata)))
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:

@@ -18,6 +18,7 @@ from bnexport.errors import ModelError, UsageError
 from bnexport.loading.checkpoint import RUN_FILES, checkpoint_file, read_safetensors
 from bnexport.loading.matching import Match, Misfit, match_names
 from bnexport.loading.torch_files import Tensors, tensor_sets
+from bnexport.nn.folded import is_folded
 from bnexport.optional import no_warnings, one_line
 from bnexport.validation.archives import read_saved
 from bnexport.validation.file_kinds import kind_of, refuse_other_kinds
@@ -58,7 +59,7 @@ class WeightsFile:
         """
         if weights is None:
             if key is not None:
-                raise UsageError(f"the key {key!r} needs a weights file", remedy="Pass --weights FILE (weights=FILE)")
+                raise UsageError(f"the key {key!r} needs a weights file", remedy="Pass --weights FILE")
             return None
         if not isinstance(weights, str | os.PathLike):
             raise UsageError(
@@ -95,6 +96,12 @@ def load_weights(module: nn.Module, weights: WeightsFile | Path) -> tuple[str, .
     expected = module.state_dict(keep_vars=True)
     with _opened(weights.path) as sets:
         chosen, notes = _chosen(sets, weights, expected, type(module).__name__)
+        if is_folded(sets[chosen]) and not is_folded(expected):
+            raise ModelError(
+                f"{weights.path} holds folded weights, which contain the BatchNorms, but {type(module).__name__} still has its"
+                " BatchNorms",
+                remedy="Give the weights from before the fold; bnexport.load_folded(model, state) returns the folded network",
+            )
         fit = match_names(expected, sets[chosen], aliases=_aliases(expected))
         if isinstance(fit, Misfit):
             state = _made(sets[chosen])
@@ -163,11 +170,9 @@ def _misfit(path: Path, title: str, misfit: Misfit, sets: Mapping[str, Tensors],
     )
     if misfit.candidates:
         keys = [f"{chosen}.{name}" if chosen else name for name in misfit.candidates]
-        several = "each of them" if len(keys) > 1 else "them"
         return ModelError(
             f"{text}. The names below {_some(keys)} fit without the others",
-            remedy=f"If {several} is this network: --weights-key {keys[0]} takes only the names below it (weights_key in"
-            " Python)",
+            remedy=f"If one of them is this network: --weights-key {keys[0]} takes only the names below it",
         )
     return ModelError(
         text + _listing(sets),
@@ -207,7 +212,7 @@ def _chosen(
     if fitting:
         raise ModelError(
             f"{path} holds several sets of weights, and which one is meant is not clear{_listing(sets)}",
-            remedy=f"Choose one: --weights-key {fitting[0]} (weights_key in Python); it fits {title}",
+            remedy=f"Choose one: --weights-key {fitting[0]}; it fits {title}",
         )
     return min(serious, key=lambda place: (not _is_known(place), _rank(place), place)), ()
 

@@ -77,7 +77,8 @@ class Float64Evaluator:
                 parts = []
                 for at in range(0, max(size, 1), step):
                     part = {name: array[at : at + step] for name, array in wide.items()}
-                    parts.append(self._engine.run(None, part, look=None if self._checked else self._look))
+                    self._engine.look = None if self._checked else self._look
+                    parts.append(self._engine.run(None, part))
                     self._checked = True
                 return {name: np.concatenate([part[i] for part in parts]) for i, name in enumerate(self.outputs)}
         except BnexportError:

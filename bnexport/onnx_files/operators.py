@@ -207,25 +207,31 @@ def better_operators(model: ModelProto) -> list[Any] | None:
 
 
 class Evaluator(ReferenceEvaluator):
-    """onnx's reference evaluator; a run frees each value after its last use, and can show each value as it is made."""
+    """onnx's reference evaluator; a run frees each value after its last use, and can show each value as it is made.
 
-    def run(  # type: ignore[override]  # onnx names its types differently from release to release
+    Attributes:
+        look: Called with the name and the value of each output of a node.
+    """
+
+    look: Callable[[str, Any], None] | None = None
+
+    def run(
         self,
         output_names: Any,
         feed_inputs: dict[str, Any],
         attributes: dict[str, Any] | None = None,
-        intermediate: bool | None = False,
-        *,
-        look: Callable[[str, Any], None] | None = None,
-        **rest: Any,
+        intermediate: bool = False,
+        check_shape_annotations: bool | None = None,
+        _bindings: Any = None,
     ) -> Any:
-        """Run as onnx's evaluator does; ``look`` is called with the name and the value of each output of a node."""
-        if intermediate or rest or any(node.need_context() for node in self.rt_nodes_):  # inner graphs read any value
-            every: dict[str, Any] = dict(super().run(None, feed_inputs, attributes, intermediate=True, **rest))
-            if look is not None:
-                for name in (name for node in self.rt_nodes_ for name in node.output if name):
-                    look(name, every[name])
-            return every if intermediate else [every[name] for name in output_names or self.output_names]
+        """Run as onnx's evaluator does."""
+        checks = {"check_shape_annotations": check_shape_annotations, "_bindings": _bindings}
+        checks = {name: value for name, value in checks.items() if value is not None}
+        if intermediate or checks or any(node.need_context() for node in self.rt_nodes_):  # inner graphs read any value
+            found: Any = super().run(None, feed_inputs, attributes, intermediate=True, **checks)
+            for name in (name for node in self.rt_nodes_ for name in node.output if name and self.look):
+                self._show(name, found[name])
+            return found if intermediate else [found[name] for name in output_names or self.output_names]
         if attributes is None and isinstance(self.proto_, FunctionProto):
             raise TypeError("a function needs its attributes")
         wanted = list(output_names or self.output_names)
@@ -235,11 +241,14 @@ class Evaluator(ReferenceEvaluator):
             made = node.run(*(values[name] for name in node.input), **linked)
             for name, value in zip(node.output, made, strict=False):
                 values[name] = value
-                if look and name:
-                    look(name, value)
+                self._show(name, value)
             for name in last:
                 values.pop(name, None)
         return [values[name] for name in wanted]
+
+    def _show(self, name: str, value: Any) -> None:
+        if self.look is not None and name:
+            self.look(name, value)
 
     def _last_uses(self, wanted: Sequence[str]) -> list[list[str]]:
         """Return for each node the values that nothing reads after it."""

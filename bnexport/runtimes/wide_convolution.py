@@ -24,7 +24,7 @@ _OPERATORS = {_ATEN.conv2d.default: None, _ATEN.conv3d.default: None, _ATEN.conv
 _NAMES = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 
 
-class wide_convolutions(TorchDispatchMode):  # type: ignore[no-untyped-call]  # noqa: N801 -- a context manager
+class wide_convolutions(TorchDispatchMode):  # type: ignore[no-untyped-call] # noqa: N801 -- as torch.inference_mode is used
     """Computes dense float64 convolutions on the CPU by matrix products inside the block, also those of TorchScript."""
 
     def __init__(self) -> None:

@@ -79,6 +79,6 @@ def test_audit_evaluate_and_recalibrate_take_the_key(capfd: pytest.CaptureFixtur
     assert "was taken" not in capfd.readouterr().out
     assert run(["recalibrate", *common, "--samples", "64", "--force"]) == 0
     assert "state_dict was taken" in capfd.readouterr().out
-    for command in ("evaluate", "recalibrate"):
-        assert run([command, "last.pth.tar"]) == 2
+    for command in (("evaluate",), ("recalibrate", "--force")):
+        assert run([*command, "last.pth.tar"]) == 2
         assert "Name its code with --source" in capfd.readouterr().err

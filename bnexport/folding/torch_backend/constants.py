@@ -154,7 +154,7 @@ class Constants:
     def __init__(self, module: GraphModule) -> None:
         self._module = module
         self._values: dict[Node, Tensor | tuple[Tensor, ...] | None] = {}
-        self.mutated = set(_mutated_memory(module))
+        self.mutated = set(mutated_memory(module))
 
     def changes(self, *nodes: Node) -> bool:
         """Return True if the memory of some value is changed in place, so that the time of reading matters."""
@@ -302,7 +302,7 @@ def _widens(cast: Node) -> bool:
     return before.dtype == after.dtype or torch.finfo(after.dtype).bits > torch.finfo(before.dtype).bits
 
 
-def _mutated_memory(module: GraphModule) -> Iterator[str | Node]:
+def mutated_memory(module: GraphModule) -> Iterator[str | Node]:
     """Return what in-place operators change, directly or through a view: targets of attributes, and computed nodes."""
     for node in module.graph.nodes:
         schema = getattr(node.target, "_schema", None)

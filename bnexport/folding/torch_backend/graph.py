@@ -25,7 +25,7 @@ _CONSTANT = "its input is a constant, so that what it gives is one, too"
 #: Operators that take only the shape of their second argument.
 _LIKE = (aten.view_as.default, aten.reshape_as.default)
 #: Operators that look at a tensor's shape or type, never at its elements.
-_SHAPE_ONLY = (aten.sym_size.int, aten.sym_numel.default, aten.sym_stride.int, aten._assert_tensor_metadata.default)
+SHAPE_ONLY = (aten.sym_size.int, aten.sym_numel.default, aten.sym_stride.int, aten._assert_tensor_metadata.default)
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class TorchGraph:
     # --- reading ---
 
     def _read(self, node: Node) -> None:
-        if node.target in _SHAPE_ONLY or self._is_inner(node):
+        if node.target in SHAPE_ONLY or self._is_inner(node):
             return
         if self._is_constant(node):
             self._note_constant_norm(node)
@@ -216,7 +216,7 @@ class TorchGraph:
                     inside.add(parent)
                     stack.append(parent)
         others = {user for item in inside - {node} for user in item.users} - inside
-        return any(user.users or user.op == "output" for user in others if user.target not in _SHAPE_ONLY)
+        return any(user.users or user.op == "output" for user in others if user.target not in SHAPE_ONLY)
 
     def _loaded(self, node: Node) -> Tensor:
         value = self.constants.value(node)

@@ -7,7 +7,7 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
@@ -48,47 +48,61 @@ def fold_error(
         or when an output is not finite in one graph only. None when the original can't run in float64 (an operator that pins
         another type) or gives no finite number to compare.
     """
-    wide, narrow = _double(original, {}), _double(folded, exact)
+    return compare(_double(original, {}), _double(folded, exact), inputs, image_sizes(original, inputs), seed=seed)
+
+
+def compare(
+    wide: nn.Module, narrow: nn.Module, inputs: tuple[Any, ...], sizes: list[int | None], *, seed: int = 0
+) -> tuple[float, float] | None:
+    """Compare two networks in float64, as ``fold_error`` does.
+
+    Args:
+        wide: The original, in float64.
+        narrow: The folded network, in float64.
+        inputs: Example inputs.
+        sizes: The result of ``image_sizes``.
+        seed: Random seed of the noise.
+    """
     # A network may take positive numbers alone, and answer noise with NaN: the user's own example is the last try.
-    sizes = _sizes(original, inputs)
-    tries = [_cut(_probes(inputs, seed), size) for size in sizes] + [_widened(inputs)]
+    tries = [_cut(probes_like(inputs, seed), size) for size in sizes] + [_widened(inputs)]
     found = None
     for number, probes in enumerate(tries):
         full = number >= len(sizes) - 1
         try:
-            reference = _run(wide, probes)
-        except (RuntimeError, TypeError, ValueError, AssertionError):
+            reference = run(wide, probes)
+        except Exception:  # forward may be the user's code, which raises any class
             if full:
                 return None
             continue
-        if not all(_comparable(output) for output in reference):
+        if not all(comparable(output) for output in reference):
             continue
-        found = _error(narrow, probes, reference)
+        found = output_error(narrow, probes, reference)
         if found <= MAX_ERROR or full:
             return found, MAX_ERROR if found <= MAX_ERROR else max(MAX_ERROR, _rounding(wide, probes, reference))
     return None
 
 
-def rough_error(original: GraphModule, folded: GraphModule, inputs: tuple[Any, ...]) -> float | None:
+def rough_error(original: nn.Module, folded: nn.Module, inputs: tuple[Any, ...]) -> float | None:
     """Return ``fold_error`` in the network's own element types, if it can't run in float64; None where nothing can run."""
     try:
-        reference = _run(original, inputs)
-    except (RuntimeError, TypeError, ValueError, AssertionError):
+        reference = run(original, inputs)
+    except Exception:  # forward may be the user's code, which raises any class
         return None
-    if not all(_comparable(output) for output in reference):
+    if not all(comparable(output) for output in reference):
         return None
-    return _error(folded, inputs, reference)
+    return output_error(folded, inputs, reference)
 
 
-def _error(narrow: GraphModule, probes: tuple[Any, ...], reference: list[Tensor]) -> float:
+def output_error(narrow: nn.Module, probes: tuple[Any, ...], reference: list[Tensor]) -> float:
+    """Return the largest difference of any output from ``reference``; infinity if the network fails."""
     try:
-        candidate = _run(narrow, probes)
-    except (RuntimeError, TypeError, ValueError, AssertionError):
+        candidate = run(narrow, probes)
+    except Exception:  # forward may be the user's code, which raises any class
         return float("inf")
     return max((scale_error(a, b) for a, b in zip(candidate, reference, strict=True)), default=0.0)
 
 
-def _rounding(wide: GraphModule, probes: tuple[Any, ...], reference: list[Tensor]) -> float:
+def _rounding(wide: nn.Module, probes: tuple[Any, ...], reference: list[Tensor]) -> float:
     """Return the error of float64 itself: the outputs' change when every input changes in its last digit.
 
     A fold changes the order of operations in every layer, not the inputs alone, hence the factor; a deep network, or one
@@ -102,13 +116,13 @@ def _rounding(wide: GraphModule, probes: tuple[Any, ...], reference: list[Tensor
         sign = torch.randint(0, 2, item.shape, generator=generator).to(item) * 2 - 1
         return item * (1 + sign * torch.finfo(torch.float64).eps)
 
-    other = _run(wide, tuple(pytree.tree_map(nudged, probes)))
+    other = run(wide, tuple(pytree.tree_map(nudged, probes)))
     change = max((scale_error(a, b) for a, b in zip(other, reference, strict=True)), default=0.0)
     bound = _DEPTH * change
     return bound if bound <= _MAX_ROUNDING else math.inf
 
 
-def _sizes(original: GraphModule, inputs: tuple[Any, ...]) -> list[int | None]:
+def image_sizes(original: GraphModule, inputs: tuple[Any, ...]) -> list[int | None]:
     """Return the largest sides of the images to try, the smallest first; None for the traced size."""
     images = [item for item in pytree.tree_leaves(inputs) if isinstance(item, Tensor) and item.ndim == 4]
     side = max((max(item.shape[2:]) for item in images), default=0)
@@ -151,10 +165,10 @@ def _double(graph_module: GraphModule, exact: dict[str, Tensor]) -> GraphModule:
     for name, tensor in (*graph_module.named_parameters(), *graph_module.named_buffers()):
         value = exact.get(name, tensor.detach()).to(tensor.device)
         wide = value.double() if value.is_floating_point() else value
-        if not isinstance(tensor, torch.nn.Parameter):
+        if not isinstance(tensor, nn.Parameter):
             memo[id(tensor)] = wide.clone()  # forward may change a buffer
         else:
-            memo[id(tensor)] = torch.nn.Parameter(wide, requires_grad=False)
+            memo[id(tensor)] = nn.Parameter(wide, requires_grad=False)
     module = copy.deepcopy(graph_module, memo)
     for node in module.graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
         module.graph.erase_node(node)  # torch.export pins the element types before every cast
@@ -167,11 +181,12 @@ def _double(graph_module: GraphModule, exact: dict[str, Tensor]) -> GraphModule:
         parent = module.get_submodule(holder) if holder else module
         if leaf in parent._parameters:
             device = parent.get_parameter(leaf).device
-            parent._parameters[leaf] = torch.nn.Parameter(value.to(device), requires_grad=False)
+            parent._parameters[leaf] = nn.Parameter(value.to(device), requires_grad=False)
     return module
 
 
-def _probes(inputs: tuple[Any, ...], seed: int) -> tuple[Any, ...]:
+def probes_like(inputs: tuple[Any, ...], seed: int) -> tuple[Any, ...]:
+    """Replace floating inputs by seeded noise in float64."""
     generator = torch.Generator().manual_seed(seed)
 
     def probe(item: Any) -> Any:
@@ -189,11 +204,13 @@ def _widened(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(pytree.tree_map(widened, inputs))
 
 
-def _comparable(output: Tensor) -> bool:
+def comparable(output: Tensor) -> bool:
+    """Return False if all numbers of an output are infinite or NaN."""
     return not output.numel() or not output.is_floating_point() or bool(torch.isfinite(output).any())
 
 
-def _run(module: GraphModule, inputs: tuple[Any, ...]) -> list[Tensor]:
+def run(module: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:
+    """Run a network on copies of its inputs; return the tensors of its result."""
     # Random operators that are kept (dropout in training mode on purpose) must draw the same numbers in both runs.
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)

@@ -34,7 +34,7 @@ def flushed(value: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(cast.abs() < torch.finfo(dtype).tiny, torch.zeros_like(cast), cast)
 
 
-def _check_stored(stored: Tensor, value: Tensor, target: str) -> None:
+def check_stored(stored: Tensor, value: Tensor, target: str) -> None:
     """Check that the stored tensor is the proved float64 tensor, rounded once."""
     if torch.equal(stored, value.to(stored.dtype)):
         return  # nearly always; what follows costs several passes more
@@ -174,7 +174,7 @@ class Writer:
         if leaf in module._buffers:
             del module._buffers[leaf]
         stored = flushed(value, dtype)
-        _check_stored(stored, value, target)
+        check_stored(stored, value, target)
         setattr(module, leaf, torch.nn.Parameter(stored.to(device), requires_grad=False))
         self.exact[target] = value
 

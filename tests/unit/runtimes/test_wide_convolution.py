@@ -32,7 +32,7 @@ def test_the_numbers_are_torch_s(layer: nn.Module, room: int, inference: bool, m
     layer = layer.double()
     with torch.inference_mode(inference), torch.no_grad():
         want = layer(x)
-        script = torch.jit.trace(layer, x, check_trace=False)
+        script = torch.jit.trace(layer, x, check_trace=False)  # type: ignore[no-untyped-call]
         with wide_convolutions():
             results = (layer(x), script(x))
     for result in results:

@@ -1,0 +1,62 @@
+"""``bnexport fold``: the folded weights of a network as one file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from bnexport.cli.options import options_of, values_of
+from bnexport.errors import UsageError
+from bnexport.exporting.request import ExportRequest
+from bnexport.optional import need_packages
+
+
+@click.command("fold")
+@click.argument("source")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="The file to write: weights.safetensors.")
+@click.option("--weights", type=click.Path(path_type=Path), help="Safetensors or a torch state dict.")
+@options_of(ExportRequest, last="inputs")
+@options_of(ExportRequest, first="allow_untrained", last="allow_untrained")
+@click.option("--force", is_flag=True, help="Replace an existing file.")
+@click.option("--json", "as_json", is_flag=True, help="Print the fold report as JSON.")
+def command(source: str, out: Path, weights: Path | None, as_json: bool, **options: Any) -> int:
+    """Fold BatchNorm inside a network and write the folded weights, under the network's own names.
+
+    SOURCE is as for fold-and-export; an ONNX file is folded by fold-and-export alone. The fold is proved on the network
+    itself in float64. The file appears whole or not at all. bnexport.load_folded puts it into a network again.
+
+    \b
+    Examples:
+      bnexport fold my_network.py:build --weights weights.pth \\
+          --input 3x224x224 --out folded.safetensors
+      bnexport fold torchvision:resnet18 --weights resnet18.pth \\
+          --out resnet18_folded.safetensors
+
+    Exit codes: 0 done, 1 the proof failed, 2 bad input.
+    """  # noqa: D301 -- click reads the backspace as "do not wrap"
+    need_packages("bnexport fold", "torch", "safetensors")
+    from bnexport.cli.fold_and_export import is_onnx
+    from bnexport.cli.output import prints_aside
+    from bnexport.pipeline import fold_weights
+    from bnexport.reporting.results import print_json
+    from bnexport.reporting.tables import literal, make_console, print_fold_report
+
+    if is_onnx(source):
+        raise UsageError(
+            f"{source} is an ONNX file, which has no modules",
+            remedy=f"Fold it with bnexport fold-and-export {source} --out FILE.onnx",
+        )
+    request = ExportRequest(**values_of(ExportRequest, options))
+    with prints_aside():
+        result = fold_weights(source, out, weights=weights, request=request)
+    if as_json:
+        print_json({"file": str(out), "fold": result.report.to_json()})
+        return 0
+    console = make_console()
+    print_fold_report(result.report, console)
+    if not result.report.folded:
+        console.print(literal("Nothing was folded: the file holds the weights as they were.", console), soft_wrap=True)
+    console.print(literal(f"File: {out} ({out.stat().st_size / 1000:.0f} kB)", console), soft_wrap=True)
+    return 0

@@ -1,0 +1,387 @@
+"""Folding inside the user's own module: the same class and forward, with other weights and without the BatchNorms."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
+from torch.nn.parameter import is_lazy
+from torch.utils import _pytree as pytree
+
+from bnexport.errors import ModelError, ProofError, UntracedError
+from bnexport.folding.engine import Account, Engine
+from bnexport.folding.fold import Clock, drop_unused, inner_row, judged
+from bnexport.folding.plan import Budget
+from bnexport.folding.proof import scale_error
+from bnexport.folding.report import FoldReport, FoldRow
+from bnexport.folding.torch_backend.modules import (
+    FORMAT,
+    Changes,
+    ModuleGraph,
+    add_bias,
+    add_biases,
+    inner_norms,
+    overwritten_by,
+    replace_module,
+    show_hooked,
+    with_layout,
+    write,
+)
+from bnexport.folding.torch_backend.nodes import batch_norm_nodes
+from bnexport.folding.torch_backend.proof import (
+    MAX_ERROR,
+    comparable,
+    compare,
+    image_sizes,
+    output_error,
+    probes_like,
+    rough_error,
+    run,
+)
+from bnexport.folding.torch_backend.trace import trace, two_samples
+from bnexport.nn.batch_norm import BATCH_NORMS
+from bnexport.nn.calling import place_of
+from bnexport.nn.folded import MARKER
+from bnexport.optional import one_line
+
+#: With what the fold is compared once more: one sample (None), and sides of images as multiples of the example's.
+_OTHER_SIZES = (None, 0.75, 1.5)
+#: Error of that comparison from which on forward went another way; rounding in an amplifying network stays below.
+_OTHER_WAY = 1e-5
+#: Of that comparison, the largest side that is multiplied.
+_LARGEST = 64
+#: Error of the same computation with a module exchanged; a forward that goes another way is far above.
+_SAME = 1e-3
+
+
+@dataclass(frozen=True)
+class ModuleFoldResult:
+    """The result of ``fold_modules``.
+
+    Attributes:
+        model: A copy of the network, of its own class, in eval mode, with folded weights. A BatchNorm that is gone is an
+            ``nn.Identity``; one with submodules (an activation) is an ``nn.Sequential`` of them. Its buffer
+            ``bnexport_folded`` states what was folded.
+        report: The fold report, one row per BatchNorm call, and one per BatchNorm that eval mode never calls.
+        seconds: Duration of "trace", "fold" and "proof".
+    """
+
+    model: nn.Module
+    report: FoldReport
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+def fold_modules(
+    model: nn.Module, example_inputs: Tensor | Sequence[Any], *, dynamic_shapes: Any = None, prove: bool = True
+) -> ModuleFoldResult:
+    """Fold BatchNorm inside a copy of a network, which keeps its class, its forward and the names of its weights.
+
+    A fold is made where it only changes numbers of existing layers and removes the BatchNorm; a layer without a bias gets
+    one. Whatever has no place in the modules stays as it was, with its reason in the report: a weight that is shared or
+    computed in forward, a module that is called twice with different neighbours, a module with hooks, parallel branches that
+    only another forward could merge. ``model`` is never changed. Arithmetic is in float64, cast once to each tensor's type.
+
+    The result is a network without these BatchNorms in training mode too.
+
+    Args:
+        model: Any module that torch.export can trace. In training mode it is taken as if ``eval()`` had been called on it.
+        example_inputs: The inputs of one call, batch first: a tensor, or a sequence of forward's positional arguments. The
+            fold holds for the way that forward takes with them.
+        dynamic_shapes: As for ``bnexport.fold``.
+        prove: Check each fold separately, and the folded module against the original, in float64. Only this check finds a
+            forward that uses a BatchNorm for more than calling it.
+
+    Raises:
+        UntracedError: torch.export can't trace the model.
+        ModelError: The model can't be copied, or has parameters without a value (lazy layers).
+        ProofError: The folded module does not compute what the original does.
+    """
+    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
+    if dynamic_shapes is None:
+        inputs = two_samples(inputs)
+    original = _copied(model)
+    with torch.no_grad():
+        kept: dict[str, str] = {}
+        try:
+            return _attempt(original, inputs, dynamic_shapes, kept, prove)
+        except (UntracedError, ProofError):
+            kept = _needed_as_they_are(original, inputs)
+            if not kept:
+                raise
+        return _attempt(original, inputs, dynamic_shapes, kept, prove)
+
+
+def load_folded(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+    """Return a copy of an unfolded network with the weights of a folded one.
+
+    Args:
+        model: A network of the class that was folded; its weights do not matter, and it is not changed.
+        state: The folded network's state dict, as ``torch.load`` or ``safetensors.torch.load_file`` returns it. A prefix that
+            all names have ("module.") is dropped.
+
+    Raises:
+        ModelError: The state dict is not of a folded network, or not of this one.
+    """
+    markers = [name for name in state if name.rpartition(".")[2] == MARKER]
+    if not markers:
+        raise ModelError(
+            f"the state dict holds no {MARKER}, so it is not of a folded network",
+            remedy="Load it with model.load_state_dict(state)",
+        )
+    prefix = markers[0].removesuffix(MARKER)
+    if len(markers) == 1 and all(name.startswith(prefix) for name in state):
+        state = {name.removeprefix(prefix): value for name, value in state.items()}
+        markers = [MARKER]
+    copied = _copied(model)
+    try:
+        for marker in markers:
+            layout = json.loads(bytes(state[marker].tolist()))
+            if layout["format"] > FORMAT:
+                raise ModelError(
+                    f"the state dict has format {layout['format']}, this bnexport reads up to {FORMAT}",
+                    remedy="Update bnexport: pip install --upgrade bnexport",
+                )
+            with_layout(copied.get_submodule(marker.removesuffix(MARKER).rstrip(".")), layout)
+        copied.load_state_dict(dict(state))
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ModelError(
+            f"the folded weights are not of this {type(model).__name__}: {one_line(error)}",
+            remedy="Give a network of the class and the options that was folded, before any fold",
+        ) from error
+    return copied
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    """Return a copy in eval mode, without the history of any tensor.
+
+    Raises:
+        ModelError: The network can't be copied or changed.
+    """
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UntracedError(
+                f"{path or 'the network'} is a TorchScript module, whose Python code is gone",
+                remedy="Give the Python module that it was made from, and its weights",
+            )
+    lazy = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if is_lazy(tensor)]
+    if lazy:
+        raise ModelError(
+            f"{lazy[0]} has no value yet",
+            remedy="Run the network once on an example, so that its lazy layers get shapes",
+        )
+    # What a pre-hook computed (old weight_norm, pruning) has a history, and deepcopy refuses it.
+    values = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+    memo: dict[int, Any] = {id(value): value.detach().clone() for value in values if not value.is_leaf}
+    try:
+        copied = copy.deepcopy(model, memo)
+    except Exception as error:  # the module is the user's code
+        raise ModelError(
+            f"{type(model).__name__} can't be copied: {one_line(error)}",
+            remedy="Keep no tensors with a history, locks or open files in the module",
+        ) from error
+    if copied.training:
+        copied.eval()
+    return copied
+
+
+def _attempt(
+    original: nn.Module, inputs: tuple[Any, ...], dynamic_shapes: Any, kept: Mapping[str, str], prove: bool
+) -> ModuleFoldResult:
+    """Trace a copy with a bias in every layer, fold what ``kept`` does not name, and write the fold into that copy."""
+    clock = Clock()
+    folded = copy.deepcopy(original)
+    added = add_biases(folded, kept)
+    traced = _traced(folded, inputs, dynamic_shapes)
+    clock.note("trace")
+    overwritten = overwritten_by(traced)
+    drop_unused(traced)
+    graph, account = _folded(traced, folded, overwritten, {**kept, **inner_norms(traced)}, prove)
+    changes = graph.changes(added)
+    inner = [node for node in batch_norm_nodes(traced) if node.graph is not traced.graph]
+    rows = (*account.rows, *(inner_row(node, traced) for node in inner))
+    rows = (*rows, *_uncalled(original, rows))
+    clock.note("fold")
+    error, warnings = None, account.warnings
+    if prove:
+        error, more = _proved(original, folded, changes, added, traced, inputs)
+        warnings += more
+    write(folded, changes, added)
+    clock.note("proof")
+    growth = _elements(folded) / max(_elements(original), 1)
+    report = FoldReport(rows, sum(not row.gone for row in rows), error, growth, warnings)
+    return ModuleFoldResult(folded, report, clock.seconds)
+
+
+def _traced(model: nn.Module, inputs: tuple[Any, ...], dynamic_shapes: Any) -> GraphModule:
+    before = [name for name, _ in model.named_modules()]
+    traced = trace(model, inputs, dynamic_shapes=dynamic_shapes)
+    if made := [name for name, _ in model.named_modules() if name not in before]:
+        raise ModelError(
+            f"forward of {type(model).__name__} makes the layer {made[0]} in its first call",
+            remedy="Run the network once on an example, so that all its layers exist, and load its weights",
+        )
+    if handles := show_hooked(model, traced):
+        traced = trace(model, inputs, dynamic_shapes=dynamic_shapes)
+        for handle in handles:
+            handle.remove()
+    return traced
+
+
+def _folded(
+    traced: GraphModule, model: nn.Module, overwritten: set[Any], kept: dict[str, str], prove: bool
+) -> tuple[ModuleGraph, Account]:
+    """Plan until no module or weight would have to be two things at once."""
+    while True:
+        graph = ModuleGraph(traced, model, overwritten, kept)
+        account = Engine(graph, Budget(graph.elements), prove=prove, in_place=True).run()
+        clashes = {name: reason for name, reason in graph.clashes().items() if name not in kept}
+        if not clashes:
+            return graph, account
+        kept = {**kept, **clashes}
+
+
+def _uncalled(model: nn.Module, rows: Sequence[FoldRow]) -> Iterator[FoldRow]:
+    """Return a row for each BatchNorm that eval mode never calls, as in an auxiliary head of training."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    called = {modules[row.module] for row in rows if row.module in modules}
+    for path, module in model.named_modules():
+        if isinstance(module, BATCH_NORMS) and module not in called:
+            channels = getattr(module, "num_features", 0)
+            reason = "forward does not call it in eval mode"
+            yield FoldRow(path, type(module).__name__, "kept", reason=reason, channels=channels)
+
+
+def _elements(model: nn.Module) -> int:
+    return sum(tensor.numel() for name, tensor in model.state_dict().items() if name != MARKER)
+
+
+def _proved(
+    original: nn.Module,
+    folded: nn.Module,
+    changes: Changes,
+    added: Sequence[str],
+    traced: GraphModule,
+    inputs: tuple[Any, ...],
+) -> tuple[float | None, tuple[str, ...]]:
+    """Compare the modules in float64, with the folded numbers before their one cast.
+
+    Raises:
+        ProofError: They differ.
+    """
+    wide, narrow = copy.deepcopy(original).double(), copy.deepcopy(folded).double()
+    write(narrow, changes, added)
+    proof = compare(wide, narrow, inputs, image_sizes(traced, inputs))
+
+    def rough() -> float | None:
+        candidate = copy.deepcopy(folded)
+        write(candidate, changes, added)
+        return rough_error(copy.deepcopy(original), candidate, inputs)
+
+    name = type(original).__name__
+    found = judged(name, proof, bool(changes.norms), rough)
+    if proof is not None and proof[1] <= MAX_ERROR:
+        _prove_other_sizes(name, wide, narrow, inputs)
+    return found
+
+
+def _prove_other_sizes(name: str, wide: nn.Module, narrow: nn.Module, inputs: tuple[Any, ...]) -> None:
+    """Compare for one sample, and on images of other sizes, where forward takes them: it may go another way than was traced.
+
+    Raises:
+        ProofError: It does, and the fold is not right there.
+    """
+
+    def other(item: Any, factor: float | None) -> Any:
+        if not isinstance(item, Tensor) or not item.ndim:
+            return item
+        if factor is None:
+            return item[:1]
+        if item.ndim != 4 or not item.is_floating_point():
+            return item
+        return item.new_zeros(*item.shape[:2], *(max(int(min(size, _LARGEST) * factor), 1) for size in item.shape[2:]))
+
+    for factor in _OTHER_SIZES:
+        probes = probes_like(tuple(pytree.tree_map(lambda item, factor=factor: other(item, factor), inputs)), 1)
+        try:
+            reference = run(wide, probes)
+        except Exception:  # the user's code does not take this size
+            continue
+        if all(map(comparable, reference)) and not (error := output_error(narrow, probes, reference)) <= _OTHER_WAY:
+            raise ProofError(
+                f"the folded {name} differs from the original by {error:.1e} of scale on inputs of another size than the"
+                f" example ({'one sample' if factor is None else f'{factor:g} times height and width'}): forward goes"
+                " another way there",
+                remedy="Write forward without a branch on the size, or use bnexport.fold, whose result has one fixed way",
+            )
+
+
+def _needed_as_they_are(original: nn.Module, inputs: tuple[Any, ...]) -> dict[str, str]:
+    """Return what forward uses for more than calling it, with the reason: ``bn.running_mean``, ``conv.bias is None``.
+
+    Each BatchNorm is exchanged by a module that computes the same, and each layer without a bias gets one of zeros: forward
+    has to give the same result.
+    """
+    model = copy.deepcopy(original)
+    try:
+        reference = run(model, inputs)
+    except Exception:  # the user's code; the first error says why
+        return {}
+    kept: dict[str, str] = {}
+    for path, module in list(model.named_modules()):
+        if path and (isinstance(module, BATCH_NORMS) or hasattr(module, "running_mean")):
+            if problem := _exchange_problem(model, module, inputs, reference):
+                kept[path] = problem
+        elif add_bias(module):
+            problem = _difference(model, inputs, reference)
+            module.register_parameter("bias", None)
+            if problem:
+                kept[path] = f"forward goes another way when it has a bias{problem}"
+    return kept
+
+
+def _exchange_problem(model: nn.Module, norm: nn.Module, inputs: tuple[Any, ...], reference: Sequence[Tensor]) -> str:
+    """Return why a norm can't be exchanged by another module; "" if it can."""
+    calls: list[nn.Module] = []
+    other = ExchangedNorm(norm)
+    handles = [module.register_forward_hook(lambda called, *_: calls.append(called)) for module in (norm, other)]
+    replace_module(model, norm, other)
+    problem = _difference(model, inputs, reference)
+    replace_module(model, other, norm)
+    for handle in handles:
+        handle.remove()
+    if problem:
+        return f"forward uses it for more than calling it{problem}"
+    return (
+        "forward reaches it otherwise than as a submodule, as in a list"
+        if calls.count(norm) > calls.count(other)
+        else ""
+    )
+
+
+def _difference(model: nn.Module, inputs: tuple[Any, ...], reference: Sequence[Tensor]) -> str:
+    """Return "" if a network still gives the reference, else what happened, as the end of a sentence."""
+    try:
+        worst = max((scale_error(a, b) for a, b in zip(run(model, inputs), reference, strict=True)), default=0.0)
+    except Exception as error:  # the user's code
+        return f"{place_of(error, model)}: {one_line(error, 120)}"
+    return "" if worst <= _SAME else place_of(None, model)
+
+
+class ExchangedNorm(nn.Module):
+    """Calls a norm without being one, and without its attributes; its submodules are there."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        for name, child in norm.named_children():
+            self.add_module(name, child)
+        self.__dict__["_norm"] = norm
+
+    def forward(self, x: Tensor) -> Any:
+        """Return what the norm returns."""
+        return self.__dict__["_norm"](x)

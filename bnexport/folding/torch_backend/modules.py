@@ -1,0 +1,405 @@
+"""A network's own modules: which parts of a fold have a place in them, and the fold written into them.
+
+The graph of torch.export is only read here. A fold that needs more than other numbers in existing weights, or a norm less,
+has no place in a module whose forward stays as it is; ``ModuleGraph`` closes such ways, each with its reason, so that the
+engine plans around them.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+from torch.utils import _pytree as pytree
+
+from bnexport.folding.affine import Affine
+from bnexport.folding.graph import Identity, Kind, Layer, Norm, Op, Opaque, Weight
+from bnexport.folding.proof import MAX_SITE_ERROR, scale_error
+from bnexport.folding.torch_backend.constants import functionalise, mutated_memory, shares_memory
+from bnexport.folding.torch_backend.graph import SHAPE_ONLY, TorchGraph
+from bnexport.folding.torch_backend.nodes import BATCH_NORM, argument, batch_norm_nodes, module_path, module_stack
+from bnexport.folding.torch_backend.write import check_stored, flushed
+from bnexport.nn.folded import MARKER, ScaleShift
+
+#: Of the JSON in MARKER. It grows when an older version would misunderstand it.
+FORMAT = 1
+#: Name of a ScaleShift in front of a norm's own submodules.
+_REST = "scale_shift"
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_HOOKED = "a hook reads its value, and would read other numbers"
+_OVERWRITTEN = (
+    "its result is changed in place; without it, that would change what it reads, which is read elsewhere too"
+)
+_ARITHMETIC = "its numbers are in the code, which stays as it is"
+
+
+@dataclass
+class Changes:
+    """A fold as it is written into modules.
+
+    Attributes:
+        values: Folded weights and biases in float64, by their names in the state dict.
+        norms: Module path of a norm -> the affine that remains of it; None for nothing.
+        biases: Paths of the layers that got a bias.
+    """
+
+    values: dict[str, Tensor] = field(default_factory=dict)
+    norms: dict[str, Affine | None] = field(default_factory=dict)
+    biases: tuple[str, ...] = ()
+
+    def layout(self) -> dict[str, Any]:
+        """Return what ``with_layout`` needs to build the folded network from an unfolded one, as JSON values."""
+        norms = {
+            path: [
+                _shape(affine.scale) if affine.has_scale else None,
+                _shape(affine.shift) if affine.has_shift else None,
+            ]
+            if affine is not None
+            else None
+            for path, affine in self.norms.items()
+        }
+        return {"format": FORMAT, "norms": norms, "biases": list(self.biases)}
+
+
+def _shape(tensor: Tensor) -> list[int]:
+    return list(tensor.shape)
+
+
+# --- reading ---
+
+
+class ModuleGraph(TorchGraph):
+    """A traced network in which whatever has no place in a module is opaque.
+
+    Args:
+        traced: The functional graph of ``model``.
+        model: The network; not changed.
+        overwritten: Nodes whose memory an in-place operator of forward changes, as ``overwritten_by`` returns them.
+        kept: Module paths and names of weights that must stay as they are -> the reason.
+    """
+
+    def __init__(self, traced: GraphModule, model: nn.Module, overwritten: set[Node], kept: Mapping[str, str]) -> None:
+        super().__init__(traced)
+        self._model, self._overwritten, self._kept = model, overwritten, kept
+        self._cells = _cells(model)
+        self._modules = dict(model.named_modules(remove_duplicate=False))
+        hooked = _hooked(model)
+        for op in self.ops:
+            if isinstance(op.kind, Opaque):
+                continue
+            problem = self._problem(op) or (_HOOKED if _is_seen(op.source.result, hooked) else "")
+            if problem:
+                _close(op, problem)
+
+    def _problem(self, op: Op) -> str:
+        """Return why an operation's numbers can't be changed in a module; "" if they can, or if there are none."""
+        if isinstance(op.kind, Norm):
+            return _ARITHMETIC if op.norm is None else self._norm_problem(op)
+        return self._layer_problem(op) if isinstance(op.kind, Layer) else ""
+
+    def _norm_problem(self, op: Op) -> str:
+        if op.path in self._kept:
+            return self._kept[op.path]
+        if not op.path:
+            return "it is computed in forward itself, so there is no module to exchange"
+        module = self._modules.get(op.path)
+        if module is None:
+            return "it is not registered as a submodule, so it can't be exchanged"
+        if _has_hooks(module):
+            return _HOOKED
+        if not self._can_be_exchanged(op, module):
+            return f"forward of {type(module).__name__} does more than this scale and shift, so the module can't be exchanged"
+        return ""
+
+    def _can_be_exchanged(self, op: Op, module: nn.Module) -> bool:
+        """Return True if the module computes its affine, then its submodules in their order, and nothing else."""
+        assert isinstance(op.kind, Norm)
+        try:
+            value = self.probe(op.inputs[0], torch.Generator().manual_seed(0), largest=4)
+            wide = copy.deepcopy(module).cpu().double()
+            other = copy.deepcopy(exchanged(wide, ScaleShift(op.kind.affine.scale, op.kind.affine.shift)))
+            with torch.random.fork_rng(devices=[]), torch.no_grad():
+                torch.manual_seed(0)
+                before = wide(value.clone())
+                torch.manual_seed(0)
+                after = other(value.clone())
+        except Exception:  # the module is the user's code
+            return False
+        return isinstance(before, Tensor) and scale_error(after, before) <= MAX_SITE_ERROR
+
+    def _layer_problem(self, op: Op) -> str:
+        node = op.source.nodes[-1]
+        for place, name in ((op.source.weight, "weight"), (op.source.bias, "bias")):
+            given = None if place is None else argument(node, place, name)
+            if isinstance(given, Node) and (problem := self._weight_problem(given, name)):
+                return problem
+        return ""
+
+    def _weight_problem(self, node: Node, name: str) -> str:
+        """Return why a layer's tensor can't be changed in its module; "" if it can."""
+        if node.op != "get_attr":
+            return f"its {name} is computed in forward (a parametrization, or code of your own)"
+        target = str(node.target)
+        if target in self._kept:
+            return self._kept[target]
+        cells = self._cells.get(_memory(_tensor(self._model, target)), [])
+        if not cells:
+            return f"its {name} is neither a parameter nor a buffer"
+        if len(cells) > 1:
+            others = [other for other in cells if other != target]
+            return f"its {name} is shared with {others[0]}"
+        return ""
+
+    # --- the result ---
+
+    def clashes(self) -> dict[str, str]:
+        """Return what would have to be two things at once, with the reason; it must be kept in the next attempt."""
+        found: dict[str, str] = {}
+        weights: dict[str, set[Weight]] = {}
+        for _, old, new in self._weights_now():
+            weights.setdefault(old.name, set()).add(new)
+        for name, seen in weights.items():
+            if len(seen) > 1:
+                found[name] = "its weight is read several times, and the calls would need different numbers"
+        norms: dict[nn.Module, list[Op]] = {}
+        for op in self.ops:
+            if op.norm is not None and op.path in self._modules:
+                norms.setdefault(self._modules[op.path], []).append(op)
+        for calls in norms.values():
+            if any(not _same(op.kind, op.original, calls[0].kind, calls[0].original) for op in calls):
+                reason = f"it is called {len(calls)} times, and the calls would fold differently"
+                found |= {op.path: reason for op in calls}
+            for op in calls:
+                if (
+                    isinstance(op.kind, Identity)
+                    and op.source.result in self._overwritten
+                    and not _only_reader(op.source)
+                ):
+                    found[op.path] = _OVERWRITTEN
+        return found
+
+    def changes(self, added: Iterable[str]) -> Changes:
+        """Return the fold. ``added`` are the paths of layers that were given a bias of zeros; the others had one."""
+        changes = Changes()
+        for _, old, new in self._weights_now():
+            if new is not old:
+                changes.values[old.name] = new.load()
+        for op in self.ops:
+            if op.norm is not None and op.changed:
+                changes.norms[op.path] = op.kind.affine if isinstance(op.kind, Norm) else None
+        changes.biases = tuple(path for path in added if f"{path}.bias".lstrip(".") in changes.values)
+        return changes
+
+    def _weights_now(self) -> Iterator[tuple[Op, Weight, Weight]]:
+        for op in self.ops:
+            if isinstance(op.kind, Layer) and isinstance(op.original, Layer):
+                before, after = op.original, op.kind
+                for old, new in ((before.weight, after.weight), (before.bias, after.bias)):
+                    if old is not None and new is not None:
+                        yield op, old, new
+
+
+def _close(op: Op, reason: str) -> None:
+    op.kind = op.original = Opaque(reason)
+    if op.norm is not None:
+        op.norm = replace(op.norm, affine=None, why_not=reason, unlock="")
+
+
+def _same(kind: Kind, original: Kind, other: Kind, other_original: Kind) -> bool:
+    """Return True if two calls of one module end alike: both unchanged, both gone, or with the same rest."""
+    if (kind is original) != (other is other_original):
+        return False
+    if kind is original or (isinstance(kind, Identity) and isinstance(other, Identity)):
+        return True
+    if not isinstance(kind, Norm) or not isinstance(other, Norm):
+        return False
+    return torch.equal(kind.affine.scale, other.affine.scale) and torch.equal(kind.affine.shift, other.affine.shift)
+
+
+def overwritten_by(traced: GraphModule) -> set[Node]:
+    """Return the nodes whose memory an in-place operator of forward changes; the graph is made functional afterwards."""
+    found = {item for item in mutated_memory(traced) if isinstance(item, Node)}
+    functionalise(traced)
+    return found
+
+
+def _only_reader(source: Any) -> bool:
+    """Return True if a norm reads memory that nothing else reads, so that its result may be that memory."""
+    node = source.reads[0]
+    while node.op == "call_function":
+        if sum(user.target not in SHAPE_ONLY for user in node.users) > 1:
+            return False
+        if node.target is not BATCH_NORM and not shares_memory(node):
+            return True
+        node = node.all_input_nodes[0]
+    return False  # an input of the network, or a parameter
+
+
+def _cells(model: nn.Module) -> dict[int, list[str]]:
+    """Return the names of all parameters and buffers by their memory; a shared module counts once."""
+    found: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and tensor.numel():
+                found.setdefault(_memory(tensor), []).append(f"{path}.{name}".lstrip("."))
+    return found
+
+
+def _memory(tensor: Tensor | None) -> int:
+    return 0 if tensor is None or not tensor.numel() else tensor.untyped_storage().data_ptr()
+
+
+def _tensor(model: nn.Module, name: str) -> Tensor | None:
+    holder, _, leaf = name.rpartition(".")
+    try:
+        value = getattr(model.get_submodule(holder), leaf, None)
+    except AttributeError:
+        return None
+    return value if isinstance(value, Tensor) else None
+
+
+def show_hooked(model: nn.Module, traced: GraphModule) -> list[Any]:
+    """Make the modules with hooks visible that leave no operation in the graph (an identity): they copy their input.
+
+    Returns:
+        The handles of what was added; empty if every module with hooks can be seen.
+    """
+    paths = {path for node in traced.graph.nodes for _, path, _ in module_stack(node)}
+    unseen = [model.get_submodule(path) for path in _hooked(model) if path not in paths]
+    return [module.register_forward_pre_hook(_copy_inputs) for module in unseen]
+
+
+def _copy_inputs(_module: nn.Module, inputs: tuple[Any, ...]) -> Any:
+    return pytree.tree_map_only(Tensor, torch.clone, inputs)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return any(getattr(module, name, None) for name in _HOOKS)
+
+
+def _hooked(model: nn.Module) -> tuple[str, ...]:
+    return tuple(path for path, module in model.named_modules() if path and _has_hooks(module))
+
+
+def _is_seen(node: Node, hooked: tuple[str, ...]) -> bool:
+    """Return True if a value enters or leaves a module that has hooks."""
+    readers = [user for user in node.users if user.target not in SHAPE_ONLY]
+    return any(_is_inside(user, path) != _is_inside(node, path) for path in hooked for user in readers)
+
+
+def _is_inside(node: Node, path: str) -> bool:
+    return any(f"{item}.".startswith(f"{path}.") for _, item, _ in module_stack(node))
+
+
+def inner_norms(traced: GraphModule) -> dict[str, str]:
+    """Return the paths of norms in separate graphs (branches, regions under autocast), which no rule sees, with the reason."""
+    reason = "it is called inside a branch (torch.cond) or a region with its own autocast or gradient mode"
+    return {module_path(node): reason for node in batch_norm_nodes(traced) if node.graph is not traced.graph}
+
+
+# --- writing ---
+
+
+def add_biases(model: nn.Module, excluded: Iterable[str] = ()) -> tuple[str, ...]:
+    """Give every linear layer without a bias a bias of zeros, in place; return the layers' paths."""
+    added = [path for path, module in model.named_modules() if path not in excluded and add_bias(module)]
+    return tuple(added)
+
+
+def add_bias(module: nn.Module) -> bool:
+    """Give a linear layer without a bias one of zeros, in place; return True if it got one."""
+    weight, size = module._parameters.get("weight"), getattr(module, "out_channels", getattr(module, "out_features", 0))
+    if weight is None or weight.ndim < 2 or module._parameters.get("bias", weight) is not None or not size:
+        return False
+    if not weight.is_floating_point():
+        return False
+    module.bias = nn.Parameter(weight.detach().new_zeros(size), requires_grad=weight.requires_grad)
+    return True
+
+
+def write(model: nn.Module, changes: Changes, added: Iterable[str]) -> None:
+    """Write a fold into a network, in place: each value rounded once to the type of its tensor.
+
+    Args:
+        model: A copy of the network, with the biases of ``add_biases``.
+        changes: The fold.
+        added: The paths that ``add_biases`` returned; a bias that the fold does not use is removed again.
+    """
+    with torch.no_grad():
+        for name, value in changes.values.items():
+            stored = _tensor(model, name)
+            assert stored is not None
+            rounded = flushed(value, stored.dtype)
+            check_stored(rounded, value, name)
+            stored.copy_(rounded)
+    for path in set(added) - set(changes.biases):
+        model.get_submodule(path).register_parameter("bias", None)
+    for path, affine in changes.norms.items():
+        norm = model.get_submodule(path)
+        rest = None
+        if affine is not None:
+            parts = (affine.scale if affine.has_scale else None, affine.shift if affine.has_shift else None)
+            rest = ScaleShift(*(None if part is None else _stored_like(norm, part) for part in parts))
+        replace_module(model, norm, exchanged(norm, rest))
+    if changes.values or changes.norms:
+        mark(model, changes.layout())
+
+
+def _stored_like(norm: nn.Module, value: Tensor) -> Tensor:
+    """Return a value in the element type and on the device of a norm's own tensors."""
+    tensors = [tensor for tensor in (*norm.parameters(), *norm.buffers()) if tensor.is_floating_point()]
+    return flushed(value.contiguous(), tensors[0].dtype).to(tensors[0].device) if tensors else value.float()
+
+
+def exchanged(norm: nn.Module, rest: ScaleShift | None) -> nn.Module:
+    """Return the module in a norm's place: its rest, then its own submodules (an activation) under their names."""
+    children = dict(norm.named_children())
+    if not children:
+        replacement: nn.Module = rest or nn.Identity()
+    else:
+        first = {} if rest is None else {_REST: rest}
+        replacement = nn.Sequential(OrderedDict({**first, **children}))
+    replacement.training = norm.training
+    return replacement
+
+
+def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put a module in the place of another, wherever that is registered."""
+    for module in list(model.modules()):
+        for name, child in module._modules.items():
+            if child is old:
+                module._modules[name] = new
+
+
+def mark(model: nn.Module, layout: Mapping[str, Any]) -> None:
+    """Register the buffer that states what was folded; a network that is folded again keeps what it states already."""
+    if isinstance(before := getattr(model, MARKER, None), Tensor):
+        old = json.loads(bytes(before.tolist()))
+        layout = {
+            **layout,
+            "norms": {**old["norms"], **layout["norms"]},
+            "biases": list(dict.fromkeys([*old["biases"], *layout["biases"]])),
+        }
+    text = json.dumps(layout, separators=(",", ":")).encode()
+    device = next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+    model.register_buffer(MARKER, torch.tensor(list(text), dtype=torch.uint8, device=device))
+
+
+def with_layout(model: nn.Module, layout: Mapping[str, Any]) -> None:
+    """Give an unfolded network the modules of a folded one, in place, with zeros for what is loaded afterwards."""
+    for path in layout["biases"]:
+        add_bias(model.get_submodule(path))
+    for path, shapes in layout["norms"].items():
+        old = model.get_submodule(path)
+        rest = None
+        if shapes is not None:
+            rest = ScaleShift(*(None if shape is None else _stored_like(old, torch.zeros(shape)) for shape in shapes))
+        replace_module(model, old, exchanged(old, rest))
+    mark(model, layout)
