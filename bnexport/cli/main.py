@@ -34,7 +34,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
 
 #: Names that users try -> the command.
 _SYNONYMS: dict[str, str] = {
-    **dict.fromkeys(("export", "convert", "fuse", "fold", "fold-export", "onnx"), "fold-and-export"),
+    **dict.fromkeys(("export", "convert", "fold-export", "onnx"), "fold-and-export"),
+    **dict.fromkeys(("fuse", "merge", "absorb"), "fold"),
     **dict.fromkeys(("check", "validate", "prove", "compare"), "verify"),
     **dict.fromkeys(("eval", "test", "accuracy"), "evaluate"),
     **dict.fromkeys(("infer", "inference", "classify", "label"), "predict"),
