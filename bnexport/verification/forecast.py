@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 FACTOR = 3.0
 #: Samples on which the rounding of weights is measured: each needs several evaluations of the model.
 _ROUNDED = 64
+#: Samples of a batch on which the noise is predicted before it fails.
+_ALL = 16
 #: Samples below which a batch's own noise is no bound.
 _FEW = 8
 #: Samples that are evaluated of each batch from which on another evaluation takes no time worth mention.
@@ -126,12 +128,13 @@ class Forecast:
             raise outputs
         return outputs
 
-    def rounding(self, case: Case) -> float | None:
+    def rounding(self, case: Case, *, always: bool = False) -> float | None:
         """Return the change of the outputs, of scale, by rounding the weights to the file's type; None for float32.
 
-        In float32 the fixed bound of the proof covers it. In half precision it is most of the error, so it is measured.
+        In float32 the fixed bound of the proof covers it, but for networks that turn the last digit of a weight into much of
+        their output: for these it is measured (``always``). In half precision it is most of the error of every network.
         """
-        if self._stored == "float32" or self._model is None:
+        if self._model is None or (self._stored == "float32" and not always):
             return None
         if case.batch.name not in self._rounding:
             front = self.front(case).batch
@@ -139,8 +142,12 @@ class Forecast:
             self._rounding[case.batch.name] = rounding_noise(self._model, feeds)
         return self._rounding[case.batch.name]
 
-    def noise(self, precision: str, case: Case) -> float | None:
-        """Return the predicted max |candidate - reference| / scale of a batch; None when nothing is known."""
+    def noise(self, precision: str, case: Case, *, on_all: bool = False) -> float | None:
+        """Return the predicted max |candidate - reference| / scale of a batch; None when nothing is known.
+
+        The largest error of two samples says little of that of five. So a batch that would fail is judged by the noise of
+        ``on_all`` its samples, at most 16.
+        """
         found = self.emulated(precision, case)
         if found is None:
             return self._recorded.get(precision)
@@ -148,9 +155,23 @@ class Forecast:
         if found.n < _FEW and self._cases and self._cases[0] is not case:
             lead = self.emulated(precision, self._cases[0])
             error = max(error, 0.0 if lead is None else lead.error)
+        if on_all:
+            error = max(error, self._noise_on_all(precision, case, found))
         if not np.isfinite(error):  # values that are no numbers have no rounding that could be measured
             return error
         return error + (self.rounding(case) or 0.0)
+
+    def _noise_on_all(self, precision: str, case: Case, front: Emulated) -> float:
+        """Return the predicted noise of a whole batch of few samples; that of its front where it can't be evaluated."""
+        whole = case.head(_ALL) if self._varies else case
+        engine = self._engine(precision)
+        if whole.batch.n <= front.n or engine is None or self._evaluator is None:
+            return front.error
+        try:
+            outputs, exact = engine.evaluate(whole.batch.feeds), self._evaluator.evaluate(whole.batch.feeds)
+        except BnexportError:
+            return front.error
+        return _emulated(outputs, exact, whole).error
 
     def emulated(self, precision: str, case: Case) -> Emulated | None:
         """Evaluate the front of a batch under an emulated precision; None when the file can't be evaluated."""

@@ -15,7 +15,7 @@ from bnexport.onnx_files.models import trained_tensors
 from bnexport.optional import require
 from bnexport.tensors import Array
 from bnexport.verification.inputs import Case, each_once
-from bnexport.verification.stages import failed, float64_rows
+from bnexport.verification.stages import Rounding, failed, float64_rows
 from bnexport.verification.verdict import Row
 
 if TYPE_CHECKING:
@@ -90,13 +90,18 @@ def _key(array: Array) -> tuple[str, int, bytes]:
     return array.dtype.name, array.size, hashlib.sha256(bits.tobytes()).digest()
 
 
+def no_rounding(_case: Case, *, always: bool = False) -> float | None:  # noqa: ARG001 -- a Rounding
+    """Return None: the fixed bound holds."""
+    return None
+
+
 def format_rows(
     bundle: Bundle,
     name: str,
     cases: Sequence[Case],
     *,
     model: ModelProto | None,
-    rounding: Callable[[Case], float | None] = lambda _case: None,
+    rounding: Rounding = no_rounding,
 ) -> list[Row]:
     """Prove model.pt or model.pt2: its weights are those of model.onnx, and it computes in float64 what the original computes.
 
@@ -120,7 +125,7 @@ def _weights_row(model: ModelProto, bundle: Bundle, name: str) -> Row:
         return failed("weights", name, "bits", error.message)
 
 
-def _proof(bundle: Bundle, name: str, cases: Sequence[Case], rounding: Callable[[Case], float | None]) -> list[Row]:
+def _proof(bundle: Bundle, name: str, cases: Sequence[Case], rounding: Rounding) -> list[Row]:
     """Compare the file with all floats widened, evaluated by torch in float64, with the reference."""
     from bnexport.runtimes.torch_float64 import TorchFloat64Evaluator
 

@@ -30,6 +30,7 @@ from bnexport.verification.format_proof import format_rows
 from bnexport.verification.inputs import Batch
 from bnexport.verification.inputs import Case as ComparedCase
 from bnexport.verification.reference import Reference
+from bnexport.verification.stages import float64_rows
 from bnexport.verification.verdict import Row
 
 FILES = (MODEL_TORCHSCRIPT, MODEL_EXPORTED)
@@ -284,7 +285,25 @@ def test_half_precision_is_judged_by_what_its_weights_rounding_does(tmp_path: Pa
     bundle = seal(tmp_path, manifest)
     for name in FILES:
         *bits, strict = rows_of(bundle, name, [given.head(9)])
-        *_, judged = rows_of(bundle, name, [given.head(9)], rounding=lambda _, row=strict: row.error)
+        *_, judged = rows_of(bundle, name, [given.head(9)], rounding=lambda _, row=strict, **_options: row.error)
         assert all(row.passed for row in bits), bits
         assert (strict.passed, judged.passed) == (False, True)
         assert judged.predicted == strict.error
+
+
+@pytest.mark.parametrize(("noise", "passed"), [(1.2e-6, True), (0.8e-6, False), (None, False)])
+def test_a_network_that_amplifies_rounding_is_judged_by_its_own(noise: float | None, passed: bool) -> None:
+    """An error of 3e-6 is a fault in most networks, and the rounding of the weights in a few."""
+    case = ComparedCase(Batch("noise", {"input": np.ones((2, 1))}), {"y": np.array([[1.0], [0.5]])})
+    asked: list[bool] = []
+
+    def rounding(_case: ComparedCase, *, always: bool = False) -> float | None:
+        asked.append(always)
+        return noise if always else None
+
+    found = {"y": np.array([[1.0 + 3e-6], [0.5]])}
+    (row,) = float64_rows("model.onnx", [case], [found], rounding, device="cpu")
+    assert (row.passed, row.predicted, asked) == (passed, noise, [False, True])
+    (right,) = float64_rows("model.onnx", [case], [{"y": case.expected["y"]}], rounding, device="cpu")
+    assert (right.passed, right.predicted) == (True, None)
+    assert asked == [False, True, False]  # it costs several evaluations, so it is measured only where it decides
