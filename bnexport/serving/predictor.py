@@ -11,7 +11,7 @@ from typing import Any, Self
 import numpy as np
 
 from bnexport.bundle import Bundle
-from bnexport.data.classes import check_classes, known_classes
+from bnexport.data.classes import check_classes, known_classes, reordered
 from bnexport.data.images import load_images
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import BundleError, DataError, UsageError
@@ -44,11 +44,14 @@ class Prediction:
 
 
 def check_labels(bundle: Bundle) -> None:
-    """Refuse labels that are not the classes of the data set that the manifest names, where these are known."""
+    """Refuse labels that are the classes of the manifest's data set in another order, where these are known.
+
+    Other names are no fault: labels may be translated.
+    """
     manifest = bundle.manifest
     known = known_classes(manifest.dataset)
     names = manifest.classes
-    if known is not None and manifest.dataset is not None and names is not None and len(names) == len(known):
+    if known is not None and manifest.dataset is not None and names is not None and reordered(names, known):
         check_classes(names, known, dataset=manifest.dataset, scores=None)
 
 

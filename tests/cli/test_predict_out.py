@@ -69,7 +69,7 @@ def test_sources_that_need_out(tmp_path: Path, capsys: pytest.CaptureFixture[str
     source.mkdir() if name == "photos" else source.write_bytes(b"x")
     assert predict(source) == 2
     told = capsys.readouterr().err
-    assert f"{source} is read with --out alone" in told
+    assert f"{source} holds many images, which are labelled into Parquet files" in " ".join(told.split())
     assert "Pass --out FOLDER" in told
 
 

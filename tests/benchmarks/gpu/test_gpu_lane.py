@@ -136,7 +136,8 @@ def test_jitter_is_measured_within_and_between_sessions(bundle: Bundle) -> None:
     assert found.passed, [run.reason for run in found.runs]
     for run in found.runs:
         assert 0 < run.repeat < 3e-6
-        assert 0 < run.batches < 1e-5
+        # In TF32 another order of sums tips numbers that are close to a tie, so a batch size may differ as much as the error.
+        assert 0 < run.batches < (1e-5 if run.stage == "strict" else run.error)
     assert all(0 < value < 3e-6 for value in found.sessions.values())
     assert not lane(bundle, gpu(change=jittering(1e-3)), Scope(("float32",), drift=False)).passed
 
