@@ -19,6 +19,7 @@ from bnexport.optional import need_packages
 @click.option("--weights", type=click.Path(path_type=Path), help="Safetensors or a torch state dict.")
 @options_of(ExportRequest, last="inputs")
 @options_of(ExportRequest, first="allow_untrained", last="allow_untrained")
+@options_of(ExportRequest, first="allow_nonfinite", last="allow_nonfinite")
 @click.option("--force", is_flag=True, help="Replace an existing file.")
 @click.option("--json", "as_json", is_flag=True, help="Print the fold report as JSON.")
 def command(source: str, out: Path, weights: Path | None, as_json: bool, **options: Any) -> int:

@@ -27,7 +27,7 @@ _REFUSED: dict[str, str] = {
     "allow_nonfinite": "an ONNX file is taken as it is",
 }
 #: Those that say something of a bundle and nothing of a file alone.
-_OF_BUNDLES = ("labels", "rename_classes", "mean", "std", "dataset", "data_dir", "formats")
+_OF_BUNDLES = ("labels", "rename_classes", "mean", "std", "dataset", "data_dir", "thorough", "formats")
 
 
 def is_onnx(source: str) -> bool:
