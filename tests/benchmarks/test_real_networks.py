@@ -39,13 +39,8 @@ def test_its_outputs_are_the_originals(figures: Figures):
 
 
 #: Network -> part of the reason why it is not served. ONNX Runtime's Sigmoid is exact to 1e-7, and the detector answers noise
-#: with probabilities of 1e-4. basic-pitch takes the logarithm of a spectrum, and the replay before serving allows 1e-5. The
-#: rounding of MobileNetV2's folded weights shows in constant images by more than the file proof allows.
-_UNSERVED = {
-    "PP-OCR det": "x the predicted noise",
-    "basic-pitch": "answers the golden vectors with an error",
-    "MobileNetV2 trunk": "(file-proof)",
-}
+#: with probabilities of 1e-4.
+_UNSERVED = {"PP-OCR det": "x the predicted noise"}
 
 
 def test_it_is_verified_and_served(figures: Figures):

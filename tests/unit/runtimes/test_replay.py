@@ -49,6 +49,17 @@ def test_half_precision_has_the_bound_of_its_verdict(bundle: Bundle, tmp_path: P
 
 
 @pytest.mark.parametrize(
+    ("recorded", "bound"), [(3e-5, 3e-5), (1e-7, GOLDEN_BOUND), (0.004, GOLDEN_BOUND), (None, GOLDEN_BOUND)]
+)
+def test_a_network_with_noisy_float32_has_the_bound_of_its_verdict(
+    bundle: Bundle, tmp_path: Path, recorded: float | None, bound: float
+) -> None:
+    noisy = reseal(copy_bundle(bundle, tmp_path / "1"), verification={"rows": [row(bound=recorded)]})
+    assert golden_bound(noisy.manifest, "onnxruntime-cpu") == bound
+    assert golden_bound(noisy.manifest, "openvino-cpu") == GOLDEN_BOUND
+
+
+@pytest.mark.parametrize(
     "rows",
     [
         (),
