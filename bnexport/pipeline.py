@@ -135,7 +135,7 @@ def _export(
             shipped = in_precision(result.model, inputs, request.precision)
             job = ExportJob(shipped, inputs, signature, request.onnx)
             _write_models(stage, job, request, part_of(progress, 0.25, 0.55))
-            if MODEL_ONNX in {row.file for row in FORMATS if row.name in request.formats}:
+            if (stage / MODEL_ONNX).is_file():
                 stamp_metadata(stage / MODEL_ONNX, manifest.model_facts())
             save_checkpoint(stage / WEIGHTS, checkpoint_of(loaded))
             shapes = {spec.name: spec.shape for spec in specs}
@@ -166,13 +166,14 @@ def fold_weights(
 ) -> ModuleFoldResult:
     """Fold BatchNorm inside a network and write its folded weights as safetensors, after the proof.
 
-    The metadata of the file state the source and the outcome under ``bnexport_folded``.
+    The metadata of the file holds the source and the fold report under ``bnexport_folded``.
 
     Args:
         source: As for ``fold_and_export``.
         out: The file to write, ``*.safetensors``.
         weights: Weights for a source that has none.
-        request: ``model_options``, ``inputs``, ``allow_untrained`` and ``force``; the rest does not apply to weights.
+        request: ``weights_key``, ``model_options``, ``inputs``, ``allow_untrained``, ``allow_nonfinite`` and ``force``;
+            the rest does not apply to weights.
 
     Raises:
         BadInput: The source, the request or the output path is unusable; nothing was written.

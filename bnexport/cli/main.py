@@ -77,7 +77,7 @@ class LazyGroup(click.Group):
         if name not in COMMANDS and not name.startswith("-"):
             meant = _SYNONYMS.get(name.lower()) or next(iter(difflib.get_close_matches(name.lower(), COMMANDS)), None)
             hint = "bnexport --help lists the commands." if meant is None else f"Did you mean {meant}?"
-            ctx.fail(f"There is no command {name!r}. {hint}")
+            ctx.fail(f"{name!r} is not a command. {hint}")
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002

@@ -65,7 +65,7 @@ class ModuleFoldResult:
     """The result of ``fold_modules``.
 
     Attributes:
-        model: A copy of the network, of its own class, in eval mode, with folded weights. A BatchNorm that is gone is an
+        model: A copy of the network, of the same class, in eval mode, with folded weights. A BatchNorm that is gone is an
             ``nn.Identity``; one with submodules (an activation) is an ``nn.Sequential`` of them. Its buffer
             ``bnexport_folded`` states what was folded.
         report: The fold report, one row per BatchNorm call, and one per BatchNorm that eval mode never calls.

@@ -303,7 +303,7 @@ class FoldPlan:
             raise Refused(
                 f"the weight of {op.name} is read {max(weight.readers for weight in shared)} times (a shared layer or"
                 " parameter), and another reader needs it as it is",
-                "a layer of its own for each call",
+                "a separate layer for each call",
             )
         more, calls = sum(weight.elements for weight in shared), max(weight.readers for weight in shared)
         what = f"the weight of {op.name} is used {calls} times (a shared layer or parameter), and a copy for this call"

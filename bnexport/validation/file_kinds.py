@@ -70,7 +70,9 @@ def _is_text(*beginnings: bytes) -> Callable[[_Content], bool]:
 
 def _is_safetensors(content: _Content) -> bool:
     length = int.from_bytes(content.start[:8], "little")
-    return content.start[8:9] == b"{" and content.start[:4] != MAGIC and 1 < length < 2**32  # a text is no such number
+    return (
+        content.start[8:9] == b"{" and content.start[:4] != MAGIC and 1 < length < 2**32
+    )  # text gives a larger number
 
 
 def _is_pickled_module(content: _Content) -> bool:

@@ -1,4 +1,6 @@
-"""How many samples of each kind a verification compares: decided by multiplications, so that two machines compare the same.
+"""The number of samples of each kind that a verification compares.
+
+It depends on multiplications and not on time, so two machines compare the same samples.
 
 A fault of a fold or a kernel changes the output of almost every sample, so the first few samples decide most stages. Counts of
 labels need many samples, which only small networks can afford in seconds.

@@ -180,6 +180,6 @@ def diagnose(
     first = next((layer for layer in layers if layer.left), None)
     if failed is None or first is None:
         return layers, run, ""
-    told = f"; the first layer off its prediction is {first.layer} ({first.operator}): {first.error:.1e} of scale"
-    rows = [replace(row, reason=row.reason + told) if at == failed else row for at, row in enumerate(run.rows)]
+    where = f"; the first layer off its prediction is {first.layer} ({first.operator}): {first.error:.1e} of scale"
+    rows = [replace(row, reason=row.reason + where) if at == failed else row for at, row in enumerate(run.rows)]
     return layers, replace(run, rows=tuple(rows)), ""

@@ -140,10 +140,10 @@ def prepare(
     problems = {name: bundle.problem(name) for name in bundle.manifest.files}
     golden, rows = _golden(bundle, problems)
     model, model_rows, skipped, waived = _model(bundle, problems)
-    reference, told, reference_rows = _find_reference(bundle, module, problems)
+    reference, description, reference_rows = _find_reference(bundle, module, problems)
     rows += [*model_rows, *reference_rows]
     if samples is not None and reference is None:
-        _refuse_samples(told)
+        _refuse_samples(description)
     cost = _cost(bundle, golden, model)
     budget = budget_of(cost, thorough=scope.thorough, most=scope.max_samples, given=samples is not None)
     answered = _Answered()
@@ -174,7 +174,7 @@ def prepare(
         rows=(*rows, *answered.rows),
         skipped=skipped,
         waived=waived,
-        reference=told,
+        reference=description,
         inputs=answered.inputs,
         accuracy=answered.accuracy,
     )
