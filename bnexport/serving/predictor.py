@@ -174,6 +174,6 @@ def image_preprocessing(bundle: Bundle) -> Preprocessing:
         raise BundleError(
             f"{bundle.path} takes {spec.dtype} of {'x'.join(map(str, spec.sample_shape))}, its preprocessing makes float32 "
             f"of {'x'.join(map(str, made))}",
-            remedy="Export it by bnexport fold-and-export with the --mean and --std of this input, or feed model.onnx yourself",
+            remedy="Export it by bnexport fold-and-export with --mean and --std of this input, or feed model.onnx yourself",
         )
     return preprocessing
