@@ -46,19 +46,19 @@ class Format:
 
 
 def _write_onnx(job: ExportJob, path: Path) -> None:
-    from bnexport.exporting.onnx_graph import export_onnx
+    from bnexport.exporting.export_onnx import export_onnx
 
     export_onnx(job.folded, job.inputs, path, signature=job.signature, target=job.onnx, exported=lambda: job.program)
 
 
 def _write_torchscript(job: ExportJob, path: Path) -> None:
-    from bnexport.exporting.torchscript import export_torchscript
+    from bnexport.exporting.export_torchscript import export_torchscript
 
     export_torchscript(job.folded, path)
 
 
 def _write_exported(job: ExportJob, path: Path) -> None:
-    from bnexport.exporting.exported_program import export_program
+    from bnexport.exporting.export_program import export_program
 
     export_program(job.folded, job.inputs, path, signature=job.signature, exported=lambda: job.program)
 

@@ -17,12 +17,12 @@ from bnexport.errors import ProofError, UsageError
 from bnexport.folding.engine import Account, Engine
 from bnexport.folding.plan import ATTEMPTS, Budget
 from bnexport.folding.report import FoldReport, FoldRow
-from bnexport.folding.torch_backend.constants import functionalise
-from bnexport.folding.torch_backend.graph import TorchGraph
 from bnexport.folding.torch_backend.nodes import batch_norm_nodes, module_class, module_path, region_of, shape_of
-from bnexport.folding.torch_backend.proof import ROUGH_ERROR, fold_error, rough_error
+from bnexport.folding.torch_backend.torch_constants import functionalise
+from bnexport.folding.torch_backend.torch_graph import TorchGraph
+from bnexport.folding.torch_backend.torch_proof import ROUGH_ERROR, fold_error, rough_error
+from bnexport.folding.torch_backend.torch_writer import Writer, follow_input
 from bnexport.folding.torch_backend.trace import trace, two_samples
-from bnexport.folding.torch_backend.write import Writer, follow_input
 
 DEFAULT_MAX_GROWTH = 1.1
 

@@ -34,7 +34,7 @@ from bnexport.folding.torch_backend.modules import (
     write,
 )
 from bnexport.folding.torch_backend.nodes import batch_norm_nodes
-from bnexport.folding.torch_backend.proof import (
+from bnexport.folding.torch_backend.torch_proof import (
     MAX_ERROR,
     comparable,
     compare,

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from bnexport.folding.affine import Dim
 from bnexport.folding.graph import Kind, NormCall, Weight
-from bnexport.folding.onnx_backend.constants import Constants, Shapes
 from bnexport.folding.onnx_backend.inventory import label
+from bnexport.folding.onnx_backend.onnx_constants import Constants, Shapes
 from bnexport.tensors import Array
 
 #: Place of a tensor among the inputs of a value's nodes: (which node, which input).

@@ -22,10 +22,10 @@ from torch.utils import _pytree as pytree
 from bnexport.folding.affine import Affine
 from bnexport.folding.graph import Identity, Kind, Layer, Norm, Op, Opaque, Weight
 from bnexport.folding.proof import MAX_SITE_ERROR, scale_error
-from bnexport.folding.torch_backend.constants import functionalise, mutated_memory, shares_memory
-from bnexport.folding.torch_backend.graph import SHAPE_ONLY, TorchGraph
 from bnexport.folding.torch_backend.nodes import BATCH_NORM, argument, batch_norm_nodes, module_path, module_stack
-from bnexport.folding.torch_backend.write import check_stored, flushed
+from bnexport.folding.torch_backend.torch_constants import functionalise, mutated_memory, shares_memory
+from bnexport.folding.torch_backend.torch_graph import SHAPE_ONLY, TorchGraph
+from bnexport.folding.torch_backend.torch_writer import check_stored, flushed
 from bnexport.nn.folded import MARKER, ScaleShift
 
 #: Of the JSON in MARKER. It grows when an older version would misunderstand it.

@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 
 from bnexport.folding.affine import Affine
 from bnexport.folding.graph import Kind, Weight
-from bnexport.folding.torch_backend.constants import Constants, attribute
+from bnexport.folding.torch_backend.torch_constants import Constants, attribute
 
 #: The one operator that is a BatchNorm by itself; each call of it has a row of its own in the report.
 BATCH_NORM = torch.ops.aten.batch_norm.default

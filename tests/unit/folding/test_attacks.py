@@ -16,7 +16,7 @@ from torch.nn import functional
 import bnexport
 from bnexport.errors import ProofError
 from bnexport.folding import branches, layers
-from bnexport.folding.torch_backend import write as torch_write
+from bnexport.folding.torch_backend import torch_writer
 
 
 def model_of(forward: Callable[..., Any], **layers: Callable[[], nn.Module]) -> nn.Module:
@@ -403,7 +403,7 @@ def test_two_thousand_norms_in_a_row_are_accounted() -> None:
 
 
 def test_what_is_stored_is_what_was_proved(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch_write, "flushed", lambda value, dtype: value.to(dtype) * 1.01)
+    monkeypatch.setattr(torch_writer, "flushed", lambda value, dtype: value.to(dtype) * 1.01)
     with pytest.raises(ProofError, match="rounded once"):
         bnexport.fold(model_of(lambda m, x: m.bn(m.conv(x)), conv=conv(), bn=bn()), images())
 

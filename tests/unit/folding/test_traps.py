@@ -13,7 +13,7 @@ from torchvision.ops import FrozenBatchNorm2d
 import bnexport
 from bnexport.errors import ProofError
 from bnexport.folding import fold as fold_module
-from bnexport.folding.torch_backend.constants import Constants
+from bnexport.folding.torch_backend.torch_constants import Constants
 
 
 class Parts(nn.Module):

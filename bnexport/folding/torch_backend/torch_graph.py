@@ -13,10 +13,10 @@ from torch.fx import GraphModule, Node
 
 from bnexport.folding.affine import Dim
 from bnexport.folding.graph import Clamp, Identity, Kind, Layer, Norm, NormCall, Op, Opaque, Weight, connect
-from bnexport.folding.torch_backend.constants import Constants, attribute
 from bnexport.folding.torch_backend.nodes import Reader, Reading, channels_of, describe, module_class, module_path
-from bnexport.folding.torch_backend.norms import NormReading, read_norms
-from bnexport.folding.torch_backend.readers import POOLS_WITH_POSITIONS, READERS, SPLITS, is_whole_slice
+from bnexport.folding.torch_backend.torch_constants import Constants, attribute
+from bnexport.folding.torch_backend.torch_norms import NormReading, read_norms
+from bnexport.folding.torch_backend.torch_readers import POOLS_WITH_POSITIONS, READERS, SPLITS, is_whole_slice
 
 aten = torch.ops.aten
 

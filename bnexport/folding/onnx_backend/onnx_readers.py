@@ -31,7 +31,7 @@ from bnexport.folding.graph import (
 )
 from bnexport.folding.layers import channels_of
 from bnexport.folding.onnx_backend.inventory import is_default
-from bnexport.folding.onnx_backend.norms import placed_constant, read_arithmetic, read_batch_norm
+from bnexport.folding.onnx_backend.onnx_norms import placed_constant, read_arithmetic, read_batch_norm
 from bnexport.folding.onnx_backend.view import Reading, View
 
 # --- linear layers: Conv, ConvTranspose, Gemm, MatMul, and MatMul with the Add of its bias -----------------------------

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from bnexport.folding.affine import Affine
 from bnexport.folding.graph import Clamp, Identity, Layer, Norm, Op, Weight
-from bnexport.folding.onnx_backend.graph import OnnxGraph, Source, with_tensors
 from bnexport.folding.onnx_backend.inventory import BATCH_NORM, pinned, stored
+from bnexport.folding.onnx_backend.onnx_graph import OnnxGraph, Source, with_tensors
 from bnexport.onnx_files.models import refill
 from bnexport.onnx_files.names import Names, mentions, reads
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from bnexport.folding.affine import Affine, ChannelAffine, why_infinite
-from bnexport.folding.torch_backend.constants import Constants
 from bnexport.folding.torch_backend.nodes import BATCH_NORM, argument, dtype_of, module_stack, operator_name, shape_of
+from bnexport.folding.torch_backend.torch_constants import Constants
 from bnexport.nn.statistics import VOCABULARIES
 
 aten = torch.ops.aten

@@ -12,11 +12,11 @@ from torch import Tensor
 from bnexport.errors import ExportError, ModelError, ProofError, UsageError
 from bnexport.folding.engine import Account, Engine
 from bnexport.folding.fold import DEFAULT_MAX_GROWTH
-from bnexport.folding.onnx_backend.graph import OnnxGraph
 from bnexport.folding.onnx_backend.inventory import BATCH_NORM, count_batch_norms, inner_batch_norms, label
-from bnexport.folding.onnx_backend.proof import NotEvaluated, fold_error
+from bnexport.folding.onnx_backend.onnx_graph import OnnxGraph
+from bnexport.folding.onnx_backend.onnx_proof import NotEvaluated, fold_error
+from bnexport.folding.onnx_backend.onnx_writer import Writer
 from bnexport.folding.onnx_backend.reading import MAX_BYTES, SourceFile, check_valid, is_fully_valid, read_source
-from bnexport.folding.onnx_backend.write import Writer
 from bnexport.folding.plan import ATTEMPTS, Budget
 from bnexport.folding.report import FoldReport, FoldRow
 from bnexport.onnx_files.models import opset_of

@@ -16,8 +16,8 @@ from torch.utils import _pytree as pytree
 from bnexport.errors import ProofError
 from bnexport.folding.affine import Affine
 from bnexport.folding.graph import Clamp, Identity, Layer, Norm, Op, Weight
-from bnexport.folding.torch_backend.constants import attribute
-from bnexport.folding.torch_backend.graph import Source, TorchGraph
+from bnexport.folding.torch_backend.torch_constants import attribute
+from bnexport.folding.torch_backend.torch_graph import Source, TorchGraph
 
 aten = torch.ops.aten
 

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from bnexport.folding.graph import Identity, Kind, Layer, NormCall, Op, Opaque, Reshape, connect
 from bnexport.folding.layers import channels_of
-from bnexport.folding.onnx_backend.constants import SHAPE_ONLY, Constants, Shapes, node_evaluator
 from bnexport.folding.onnx_backend.inventory import is_batch_norm, is_default, label
-from bnexport.folding.onnx_backend.norms import unread_batch_norm
-from bnexport.folding.onnx_backend.readers import READERS, read_piece, read_split
+from bnexport.folding.onnx_backend.onnx_constants import SHAPE_ONLY, Constants, Shapes, node_evaluator
+from bnexport.folding.onnx_backend.onnx_norms import unread_batch_norm
+from bnexport.folding.onnx_backend.onnx_readers import READERS, read_piece, read_split
 from bnexport.folding.onnx_backend.view import OVERRIDABLE, Context, Reading, Slot, View
-from bnexport.folding.torch_backend.graph import evaluate_kind
+from bnexport.folding.torch_backend.torch_graph import evaluate_kind
 from bnexport.onnx_files.models import opset_of
 from bnexport.onnx_files.names import mentions, reads
 from bnexport.tensors import Array
