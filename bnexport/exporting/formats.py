@@ -37,7 +37,7 @@ class ExportJob:
 
 
 @dataclass(frozen=True)
-class Format:
+class ExportFormat:
     """One kind of file: its name on the command line, its name in the bundle, and its writer."""
 
     name: str
@@ -64,8 +64,8 @@ def _write_exported(job: ExportJob, path: Path) -> None:
 
 
 #: Every format. A new one is a new row.
-FORMATS: tuple[Format, ...] = (
-    Format("onnx", MODEL_ONNX, _write_onnx),
-    Format("torchscript", MODEL_TORCHSCRIPT, _write_torchscript),
-    Format("exported-program", MODEL_EXPORTED, _write_exported),
+FORMATS: tuple[ExportFormat, ...] = (
+    ExportFormat("onnx", MODEL_ONNX, _write_onnx),
+    ExportFormat("torchscript", MODEL_TORCHSCRIPT, _write_torchscript),
+    ExportFormat("exported-program", MODEL_EXPORTED, _write_exported),
 )

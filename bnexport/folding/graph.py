@@ -91,7 +91,7 @@ class Layer(Kind):
 
 
 @dataclass(frozen=True)
-class Norm(Kind):
+class ConstantAffine(Kind):
     """A scale and a shift by constants: a BatchNorm, or plain arithmetic."""
 
     affine: Affine
@@ -154,7 +154,7 @@ class Mean(Kind):
 
 
 @dataclass(frozen=True)
-class MaxPool(Kind):
+class WindowMaximum(Kind):
     """The largest value along some axes."""
 
     axes: tuple[int, ...]
@@ -194,7 +194,7 @@ class Slice(Kind):
 
 
 @dataclass(frozen=True)
-class Add(Kind):
+class WeightedSum(Kind):
     """``factors[0] * a + factors[1] * b`` of two values, broadcast."""
 
     factors: tuple[float, float]
@@ -268,7 +268,7 @@ class NormCall:
         channels: Number of channels; 0 when unknown.
         affine: The affine before folding; None when it can't be read.
         why_not: The reason why it can't be read.
-        unlock: A change that would make it readable.
+        hint: A change that would make it readable.
         offset: Largest |moving mean| as a multiple of the standard deviation: how much a sum has to cancel if the mean is
             subtracted later than before.
     """
@@ -278,7 +278,7 @@ class NormCall:
     channels: int
     affine: Affine | None
     why_not: str = ""
-    unlock: str = ""
+    hint: str = ""
     offset: float = 0.0
 
 

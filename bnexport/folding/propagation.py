@@ -13,17 +13,15 @@ from torch import Tensor
 
 from bnexport.folding.affine import Affine, ChannelAffine
 from bnexport.folding.graph import (
-    Add,
     Average,
     Clamp,
     Concat,
+    ConstantAffine,
     Homogeneous,
     Identity,
     Layer,
-    MaxPool,
     Mean,
     Multiply,
-    Norm,
     Op,
     Opaque,
     Permute,
@@ -31,6 +29,8 @@ from bnexport.folding.graph import (
     Reorder,
     Reshape,
     Slice,
+    WeightedSum,
+    WindowMaximum,
 )
 from bnexport.folding.layers import ABSORBERS, channels_of
 from bnexport.folding.plan import FoldPlan, PropagationRules, Refused
@@ -193,7 +193,7 @@ def _padded(affine: Affine, axis: int, before: int, size: int, after: int) -> Af
     return Affine.of(pad(affine.scale, 1.0), pad(affine.shift, 0.0))
 
 
-def pull_add(plan: FoldPlan, op: Op, kind: Add, affine: Affine) -> None:
+def pull_add(plan: FoldPlan, op: Op, kind: WeightedSum, affine: Affine) -> None:
     """``s (a + b) + t = (s a + t) + s b``: the scale into both operands, the shift into the first that takes it."""
     refusals = []
     for taker in (0, 1):
@@ -211,7 +211,7 @@ def pull_add(plan: FoldPlan, op: Op, kind: Add, affine: Affine) -> None:
     raise refusals[0]
 
 
-def push_add(plan: FoldPlan, op: Op, kind: Add, index: int, affine: Affine) -> None:
+def push_add(plan: FoldPlan, op: Op, kind: WeightedSum, index: int, affine: Affine) -> None:
     """A shift passes through a sum; a scale would have to be on the other operand too."""
     if affine.has_scale:
         raise Refused(
@@ -301,14 +301,14 @@ def push_mean(plan: FoldPlan, op: Op, kind: Mean, _index: int, affine: Affine) -
     plan.push(op, affine)
 
 
-def pull_max_pool(plan: FoldPlan, op: Op, kind: MaxPool, affine: Affine) -> None:
+def pull_max_pool(plan: FoldPlan, op: Op, kind: WindowMaximum, affine: Affine) -> None:
     """``max(s x + t) = s max(x) + t`` for s >= 0."""
     refuse_varying(op, affine, kind.axes)
     refuse_negative(op, affine)
     plan.pull(op.inputs[0], affine, op)
 
 
-def push_max_pool(plan: FoldPlan, op: Op, kind: MaxPool, _index: int, affine: Affine) -> None:
+def push_max_pool(plan: FoldPlan, op: Op, kind: WindowMaximum, _index: int, affine: Affine) -> None:
     """As ``pull_max_pool``."""
     refuse_varying(op, affine, kind.axes)
     refuse_negative(op, affine)
@@ -393,7 +393,7 @@ def _check_homogeneous(op: Op, affine: Affine) -> None:
     refuse_negative(op, affine, "has another slope for negative values")
 
 
-def pull_norm(plan: FoldPlan, op: Op, kind: Norm, affine: Affine) -> None:
+def pull_norm(plan: FoldPlan, op: Op, kind: ConstantAffine, affine: Affine) -> None:
     """Two affines in a row are one. It is pulled further if possible, else another BatchNorm's affine takes it in.
 
     Plain arithmetic takes nothing in: a BatchNorm that ended there would be gone from the report but not from the graph.
@@ -407,7 +407,7 @@ def pull_norm(plan: FoldPlan, op: Op, kind: Norm, affine: Affine) -> None:
     _onwards_or_here(plan, op, onwards, both, affine)
 
 
-def push_norm(plan: FoldPlan, op: Op, kind: Norm, _index: int, affine: Affine) -> None:
+def push_norm(plan: FoldPlan, op: Op, kind: ConstantAffine, _index: int, affine: Affine) -> None:
     """The later of two affines takes in the earlier one and is folded in its turn; plain arithmetic is crossed."""
     both = kind.affine.after(affine)
 
@@ -538,7 +538,7 @@ def _bias_map(plan: FoldPlan, op: Op, layer: Layer, affine: Affine) -> Tensor:
 PROPAGATION_RULES = PropagationRules(
     pull={
         Layer: pull_layer,
-        Norm: pull_norm,
+        ConstantAffine: pull_norm,
         Identity: pull_identity,
         Reshape: pull_reshape,
         Permute: pull_permute,
@@ -546,18 +546,18 @@ PROPAGATION_RULES = PropagationRules(
         PixelShuffle: pull_pixels,
         Average: pull_average,
         Mean: pull_mean,
-        MaxPool: pull_max_pool,
+        WindowMaximum: pull_max_pool,
         Clamp: pull_clamp,
         Homogeneous: pull_homogeneous,
         Concat: pull_concat,
         Slice: pull_slice,
-        Add: pull_add,
+        WeightedSum: pull_add,
         Multiply: pull_multiply,
         Opaque: pull_opaque,
     },
     push={
         Layer: push_layer,
-        Norm: push_norm,
+        ConstantAffine: push_norm,
         Identity: push_identity,
         Reshape: push_reshape,
         Permute: push_permute,
@@ -565,12 +565,12 @@ PROPAGATION_RULES = PropagationRules(
         PixelShuffle: push_pixels,
         Average: push_average,
         Mean: push_mean,
-        MaxPool: push_max_pool,
+        WindowMaximum: push_max_pool,
         Clamp: push_clamp,
         Homogeneous: push_homogeneous,
         Concat: push_concat,
         Slice: push_slice,
-        Add: push_add,
+        WeightedSum: push_add,
         Multiply: push_multiply,
         Opaque: push_opaque,
     },

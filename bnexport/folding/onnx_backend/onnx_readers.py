@@ -1,4 +1,4 @@
-"""How each ONNX operator is read into a kind of folding's graph: the table READERS, and its readers by subject."""
+"""How each ONNX operator is read into a kind of folding's graph: the table ONNX_READERS, and its readers by subject."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch
 
 from bnexport.folding.affine import Dim
 from bnexport.folding.graph import (
-    Add,
     Average,
     Clamp,
     Concat,
@@ -19,7 +18,6 @@ from bnexport.folding.graph import (
     Identity,
     Kind,
     Layer,
-    MaxPool,
     Mean,
     Multiply,
     Permute,
@@ -28,18 +26,20 @@ from bnexport.folding.graph import (
     Reshape,
     Slice,
     Weight,
+    WeightedSum,
+    WindowMaximum,
 )
 from bnexport.folding.layers import channels_of
 from bnexport.folding.onnx_backend.inventory import is_default
 from bnexport.folding.onnx_backend.onnx_norms import placed_constant, read_arithmetic, read_batch_norm
-from bnexport.folding.onnx_backend.view import Reading, View
+from bnexport.folding.onnx_backend.view import NodeView, OnnxReading
 
 # --- linear layers: Conv, ConvTranspose, Gemm, MatMul, and MatMul with the Add of its bias -----------------------------
 
 _SAME = ("SAME_UPPER", "SAME_LOWER")
 
 
-def read_conv(view: View) -> Reading | str | None:
+def read_conv(view: NodeView) -> OnnxReading | str | None:
     """Conv and ConvTranspose; the channels of an ONNX convolution are always on axis 1."""
     weight, bias = view.context.weight(view.input(1)), view.context.weight(view.input(2))
     if weight is None or (bias is None and view.input(2)):
@@ -59,10 +59,10 @@ def read_conv(view: View) -> Reading | str | None:
         geometry=geometry,
         zero_padded=geometry is None or any(view.attribute("pads", ())),
     )
-    return Reading(layer, (view.input(0),), (0, 1), (0, 2))
+    return OnnxReading(layer, (view.input(0),), (0, 1), (0, 2))
 
 
-def _fits(view: View, layout: str, weight: Weight, bias: Weight | None, groups: int) -> bool:
+def _fits(view: NodeView, layout: str, weight: Weight, bias: Weight | None, groups: int) -> bool:
     """Return True if groups, channels and bias fit together; the checker does not check that."""
     shape, value = weight.shape, view.shape()
     if groups < 1 or shape[0] % groups:
@@ -72,7 +72,7 @@ def _fits(view: View, layout: str, weight: Weight, bias: Weight | None, groups: 
     return there == inputs and (bias is None or bias.shape == (outputs,))
 
 
-def _geometry(view: View, spatial: int) -> Geometry | None:
+def _geometry(view: NodeView, spatial: int) -> Geometry | None:
     """Return None where the padding follows from the input's size."""
     if view.attribute("auto_pad", "NOTSET") in _SAME or view.attribute("output_shape") is not None:
         return None
@@ -80,7 +80,7 @@ def _geometry(view: View, spatial: int) -> Geometry | None:
     return Geometry(tuple(view.attribute("strides", ones)), tuple(view.attribute("dilations", ones)), pads[:spatial])
 
 
-def read_gemm(view: View) -> Reading | str | None:
+def read_gemm(view: NodeView) -> OnnxReading | str | None:
     """``alpha x W + beta c``, W stored as (in, out) or (out, in)."""
     if view.attribute("transA", 0):
         return "it takes its input transposed (transA=1)"
@@ -96,10 +96,10 @@ def read_gemm(view: View) -> Reading | str | None:
     if isinstance(bias, str):
         return bias
     layer = Layer("linear layer", "rows" if rows else "right", weight, bias, out_axis=1, in_axis=1)
-    return Reading(layer, (view.input(0),), (0, 1), (0, 2))
+    return OnnxReading(layer, (view.input(0),), (0, 1), (0, 2))
 
 
-def _gemm_bias(view: View, beta: float, size: int) -> Weight | str | None:
+def _gemm_bias(view: NodeView, beta: float, size: int) -> Weight | str | None:
     if not view.input(2):
         return None
     if not view.is_constant(2):
@@ -110,7 +110,7 @@ def _gemm_bias(view: View, beta: float, size: int) -> Weight | str | None:
     return view.context.weight(view.input(2), beta, size) or view.why_no_weight(2)
 
 
-def read_matmul(view: View) -> Reading | str | None:
+def read_matmul(view: NodeView) -> OnnxReading | str | None:
     """``x @ W`` or ``W @ x``; an Add of a vector behind ``x @ W`` is its bias."""
     right, left = view.context.weight(view.input(1)), view.context.weight(view.input(0))
     weight = right or left
@@ -126,11 +126,11 @@ def read_matmul(view: View) -> Reading | str | None:
         "matrix product", "right" if right is not None else "left", weight, None,
         out_axis=axis, in_axis=axis, takes_bias=False,
     )  # fmt: skip
-    found = Reading(layer, (view.input(value),), (0, 1 - value), None)
+    found = OnnxReading(layer, (view.input(value),), (0, 1 - value), None)
     return _with_bias(view, layer, found) or found
 
 
-def _with_bias(view: View, layer: Layer, found: Reading) -> Reading | None:
+def _with_bias(view: NodeView, layer: Layer, found: OnnxReading) -> OnnxReading | None:
     """Read MatMul and Add together, where the Add is the product's only reader and adds one number per output channel."""
     add = view.context.followers.get(view.node.output[0])
     if add is None or add.op_type != "Add" or not is_default(add) or layer.layout != "right":
@@ -150,7 +150,7 @@ def _with_bias(view: View, layer: Layer, found: Reading) -> Reading | None:
 # --- pieces: Split, and SplitToSequence with the SequenceAt of each piece ----------------------------------------------
 
 
-def read_split(view: View) -> list[Reading] | None:
+def read_split(view: NodeView) -> list[OnnxReading] | None:
     """One reading per output of a Split."""
     shape = view.shape()
     outputs = [view.context.shapes.of(name) for name in view.node.output]
@@ -160,10 +160,10 @@ def read_split(view: View) -> list[Reading] | None:
     bounds = _bounds(shape, axis, [output[axis] for output in outputs if output is not None])
     if bounds is None:
         return None
-    return [Reading(Slice(axis, start, stop), (view.input(0),)) for start, stop in bounds]
+    return [OnnxReading(Slice(axis, start, stop), (view.input(0),)) for start, stop in bounds]
 
 
-def read_piece(split: View, at: View) -> Reading | None:
+def read_piece(split: NodeView, at: NodeView) -> OnnxReading | None:
     """A SequenceAt of a SplitToSequence."""
     shape, given, index = split.shape(), split.constant(1), at.constant(1)
     if shape is None or given is None or index is None or not split.attribute("keepdims", 1):
@@ -181,7 +181,7 @@ def read_piece(split: View, at: View) -> Reading | None:
     bounds = _bounds(shape, axis, sizes)
     if bounds is None:
         return None
-    return Reading(Slice(axis, *bounds[int(index)]), (split.input(0),), nodes=(at.node,))
+    return OnnxReading(Slice(axis, *bounds[int(index)]), (split.input(0),), nodes=(at.node,))
 
 
 def _bounds(shape: tuple[Dim, ...], axis: int, sizes: list[Dim]) -> list[tuple[int, int]] | None:
@@ -196,28 +196,28 @@ def _bounds(shape: tuple[Dim, ...], axis: int, sizes: list[Dim]) -> list[tuple[i
 
 
 #: Reads a node; None for what has no kind, a sentence for why not when there is more to say.
-Reader = Callable[[View], Reading | str | None]
+OnnxReader = Callable[[NodeView], OnnxReading | str | None]
 
 #: First operator set in which Max and Min broadcast: a clamp by one bound per channel can be written from here on.
 _BROADCASTING_MAX = 8
 
 
-def _of(view: View, kind: Kind) -> Reading:
-    return Reading(kind, (view.input(0),))
+def _of(view: NodeView, kind: Kind) -> OnnxReading:
+    return OnnxReading(kind, (view.input(0),))
 
 
 # --- layout -----------------------------------------------------------------------------------------------------------
 
 
-def _same(view: View) -> Reading:
+def _same(view: NodeView) -> OnnxReading:
     return _of(view, Identity())
 
 
-def _cast(view: View) -> Reading | None:
+def _cast(view: NodeView) -> OnnxReading | None:
     return _of(view, Identity()) if view.is_floating and view.dtype() == view.output_dtype else None
 
 
-def _dropout(view: View) -> Reading | str:
+def _dropout(view: NodeView) -> OnnxReading | str:
     if view.uses_output(1):
         return "its mask is used"
     training = view.constant(2) if view.input(2) else None
@@ -226,11 +226,11 @@ def _dropout(view: View) -> Reading | str:
     return _of(view, Identity())
 
 
-def _reshape(view: View) -> Reading | None:
+def _reshape(view: NodeView) -> OnnxReading | None:
     return _of(view, Reshape()) if view.shape() is not None and view.output_shape is not None else None
 
 
-def _transpose(view: View) -> Reading | None:
+def _transpose(view: NodeView) -> OnnxReading | None:
     shape = view.shape()
     if shape is None:
         return None
@@ -238,7 +238,7 @@ def _transpose(view: View) -> Reading | None:
     return _of(view, Permute(tuple(axes)))
 
 
-def _gather(view: View) -> Reading | None:
+def _gather(view: NodeView) -> OnnxReading | None:
     shape, index = view.shape(), view.constant(1)
     if shape is None or index is None or index.ndim != 1 or view.is_constant(0):
         return None
@@ -249,13 +249,13 @@ def _gather(view: View) -> Reading | None:
     return _of(view, Reorder(axis, tuple(int(item) % size for item in index)))
 
 
-def _depth_to_space(view: View) -> Reading | str:
+def _depth_to_space(view: NodeView) -> OnnxReading | str:
     if view.attribute("mode", "DCR") != "CRD":
         return "it spreads each channel's neighbours over distant channels (mode DCR)"
     return _of(view, PixelShuffle(int(view.attribute("blocksize"))))
 
 
-def _slice(view: View) -> Reading | None:
+def _slice(view: NodeView) -> OnnxReading | None:
     shape = view.shape()
     starts, ends = view.integers("starts", 1), view.integers("ends", 2)
     steps = view.integers("steps", 4) if view.input(4) else None
@@ -282,40 +282,40 @@ def _is_whole(size: object, start: int, end: int) -> bool:
     return start == 0 and end >= 2**31 - 1
 
 
-def _concat(view: View) -> Reading | None:
+def _concat(view: NodeView) -> OnnxReading | None:
     rank, names = view.rank, tuple(view.node.input)
     if rank is None or any(view.is_constant(index) for index in range(len(names))):
         return None
-    return Reading(Concat(int(view.attribute("axis", 1)) % rank), names)
+    return OnnxReading(Concat(int(view.attribute("axis", 1)) % rank), names)
 
 
 # --- what mixes positions ---------------------------------------------------------------------------------------------
 
 
-def _spatial(view: View) -> tuple[int, ...] | None:
+def _spatial(view: NodeView) -> tuple[int, ...] | None:
     return None if view.rank is None else tuple(range(2, view.rank))
 
 
-def _average_pool(view: View) -> Reading | None:
+def _average_pool(view: NodeView) -> OnnxReading | None:
     axes = _spatial(view)
     padded = any(view.attribute("pads", ())) or view.attribute("auto_pad", "NOTSET") not in ("NOTSET", "VALID")
     counted = bool(view.attribute("count_include_pad", 0)) and (padded or bool(view.attribute("ceil_mode", 0)))
     return None if axes is None else _of(view, Average(axes, not counted))
 
 
-def _global_average(view: View) -> Reading | None:
+def _global_average(view: NodeView) -> OnnxReading | None:
     axes = _spatial(view)
     return None if axes is None else _of(view, Mean(axes, keepdim=True))
 
 
-def _max_pool(view: View) -> Reading | str | None:
+def _max_pool(view: NodeView) -> OnnxReading | str | None:
     axes = _spatial(view)
     if view.uses_output(1):
         return "the positions that it gives are used"
-    return None if axes is None else _of(view, MaxPool(axes))
+    return None if axes is None else _of(view, WindowMaximum(axes))
 
 
-def _reduce_mean(view: View) -> Reading | None:
+def _reduce_mean(view: NodeView) -> OnnxReading | None:
     shape, axes = view.shape(), view.integers("axes", 1)
     if shape is None or not view.is_floating or (view.input(1) and axes is None):
         return None
@@ -329,7 +329,7 @@ def _reduce_mean(view: View) -> Reading | None:
     return _of(view, Mean(found, bool(view.attribute("keepdims", 1))))
 
 
-def _resize(view: View) -> Reading | None:
+def _resize(view: NodeView) -> OnnxReading | None:
     """Interpolation: every output is a weighted mean; the weights of every mode add up to one."""
     shape, after = view.shape(), view.output_shape
     if shape is None or after is None or "crop" in view.attribute("coordinate_transformation_mode", ""):
@@ -349,7 +349,7 @@ def _resize(view: View) -> Reading | None:
     return _of(view, Average(tuple(mixed)))
 
 
-def _pad(view: View) -> Reading | None:
+def _pad(view: NodeView) -> OnnxReading | None:
     shape, mode = view.shape(), view.attribute("mode", "constant")
     pads = view.integers("pads", 1)
     given = view.constant(2) if view.input(2) else None
@@ -367,7 +367,9 @@ def _pad(view: View) -> Reading | None:
 # --- activations ------------------------------------------------------------------------------------------------------
 
 
-def _clamped(view: View, low: torch.Tensor | float, high: torch.Tensor | float, value: int = 0) -> Reading | str | None:
+def _clamped(
+    view: NodeView, low: torch.Tensor | float, high: torch.Tensor | float, value: int = 0
+) -> OnnxReading | str | None:
     shape = view.shape(value)
     if not shape or not view.is_floating:
         return None
@@ -375,16 +377,16 @@ def _clamped(view: View, low: torch.Tensor | float, high: torch.Tensor | float, 
         return f"operator set {view.opset} has no maximum with one bound per channel"
     ones = torch.ones([1] * len(shape), dtype=torch.float64)
     bounds = low * ones, high * ones
-    return None if bool((bounds[0] > bounds[1]).any()) else Reading(Clamp(*bounds), (view.input(value),))
+    return None if bool((bounds[0] > bounds[1]).any()) else OnnxReading(Clamp(*bounds), (view.input(value),))
 
 
-def _relu(view: View) -> Reading | str | None:
+def _relu(view: NodeView) -> OnnxReading | str | None:
     if view.opset < _BROADCASTING_MAX:
         return _of(view, Homogeneous())
     return _clamped(view, 0.0, math.inf)
 
 
-def _clip(view: View) -> Reading | str | None:
+def _clip(view: NodeView) -> OnnxReading | str | None:
     if view.opset < 11:
         low, high = view.attribute("min", -math.inf), view.attribute("max", math.inf)
         return _clamped(view, float(low), float(high))
@@ -398,7 +400,7 @@ def _clip(view: View) -> Reading | str | None:
     return _clamped(view, bounds[0], bounds[1])
 
 
-def _extreme(view: View) -> Reading | str | None:
+def _extreme(view: NodeView) -> OnnxReading | str | None:
     """Max or Min with a constant."""
     if len(view.node.input) != 2 or view.is_constant(0) == view.is_constant(1):
         return None
@@ -411,11 +413,11 @@ def _extreme(view: View) -> Reading | str | None:
     return _clamped(view, -math.inf, bound, value)
 
 
-def _leaky_relu(view: View) -> Reading:
+def _leaky_relu(view: NodeView) -> OnnxReading:
     return _of(view, Homogeneous())
 
 
-def _prelu(view: View) -> Reading | None:
+def _prelu(view: NodeView) -> OnnxReading | None:
     shape = view.shape()
     if shape is None or not view.is_constant(1) or placed_constant(view, 1, shape) is None:
         return None
@@ -425,25 +427,25 @@ def _prelu(view: View) -> Reading | None:
 # --- branches ---------------------------------------------------------------------------------------------------------
 
 
-def _add(view: View) -> Reading | None:
+def _add(view: NodeView) -> OnnxReading | None:
     if len(view.node.input) == 1:  # a Sum of one value
         return _of(view, Identity())
-    return read_arithmetic(view) or _joined(view, Add((1.0, 1.0)))
+    return read_arithmetic(view) or _joined(view, WeightedSum((1.0, 1.0)))
 
 
-def _sub(view: View) -> Reading | None:
-    return read_arithmetic(view) or _joined(view, Add((1.0, -1.0)))
+def _sub(view: NodeView) -> OnnxReading | None:
+    return read_arithmetic(view) or _joined(view, WeightedSum((1.0, -1.0)))
 
 
-def _mul(view: View) -> Reading | None:
+def _mul(view: NodeView) -> OnnxReading | None:
     return read_arithmetic(view) or _joined(view, Multiply())
 
 
-def _div(view: View) -> Reading | None:
+def _div(view: NodeView) -> OnnxReading | None:
     return read_arithmetic(view) or _joined(view, Multiply(inverse=True))
 
 
-def _joined(view: View, kind: Kind) -> Reading | None:
+def _joined(view: NodeView, kind: Kind) -> OnnxReading | None:
     """Two floating values of one type."""
     if (
         len(view.node.input) != 2
@@ -454,11 +456,11 @@ def _joined(view: View, kind: Kind) -> Reading | None:
         or view.shape(1) is None
     ):
         return None
-    return Reading(kind, tuple(view.node.input))
+    return OnnxReading(kind, tuple(view.node.input))
 
 
 #: Operator -> reader. A new operation that an affine can cross is a new row.
-READERS: dict[str, Reader] = {
+ONNX_READERS: dict[str, OnnxReader] = {
     "BatchNormalization": read_batch_norm,
     "Conv": read_conv,
     "ConvTranspose": read_conv,

@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 
 from bnexport.folding.affine import Affine, ChannelAffine, why_infinite
 from bnexport.folding.torch_backend.nodes import BATCH_NORM, argument, dtype_of, module_stack, operator_name, shape_of
-from bnexport.folding.torch_backend.torch_constants import Constants
+from bnexport.folding.torch_backend.torch_constants import TorchConstants
 from bnexport.nn.statistics import VOCABULARIES
 
 aten = torch.ops.aten
@@ -29,7 +29,7 @@ class NormReading:
         axis: Channel axis of ``value``; None when it is the same for every element, or varies along several.
         counts: True for a BatchNorm (or a norm written out), False for mere arithmetic.
         why_not: The reason why it can't be read.
-        unlock: A change that would make it readable.
+        hint: A change that would make it readable.
         offset: Largest |moving mean| as a multiple of the standard deviation; 0 where it is not known.
     """
 
@@ -39,14 +39,14 @@ class NormReading:
     axis: int | None
     counts: bool
     why_not: str = ""
-    unlock: str = ""
+    hint: str = ""
     offset: float = 0.0
 
 
-Reader = Callable[[Node, Constants], NormReading | None]
+NormReader = Callable[[Node, TorchConstants], NormReading | None]
 
 
-def read_norms(module: GraphModule, constants: Constants) -> dict[Node, NormReading]:
+def read_norms(module: GraphModule, constants: TorchConstants) -> dict[Node, NormReading]:
     """Return every norm of a graph, under each of its nodes; each node belongs to one norm at most."""
     found: dict[Node, NormReading] = {}
     for node in module.graph.nodes:
@@ -60,15 +60,15 @@ def read_norms(module: GraphModule, constants: Constants) -> dict[Node, NormRead
     return found
 
 
-def read_node(node: Node, constants: Constants) -> NormReading | None:
+def read_node(node: Node, constants: TorchConstants) -> NormReading | None:
     """Read one node by the table of readers; None when it is no affine, or is itself a constant."""
-    reader = READERS.get(node.target) if node.op == "call_function" else None
+    reader = NORM_READERS.get(node.target) if node.op == "call_function" else None
     if reader is None or not isinstance(node.meta.get("val"), Tensor):
         return None
     return reader(node, constants)
 
 
-def _batch_norm(node: Node, constants: Constants) -> NormReading | None:
+def _batch_norm(node: Node, constants: TorchConstants) -> NormReading | None:
     """``aten.batch_norm``: nn.BatchNorm1d/2d/3d, SyncBatchNorm in eval mode, F.batch_norm, any subclass."""
     value, gamma, beta, mean, var, training = node.args[:6]
     eps = float(node.args[7])  # type: ignore[arg-type]
@@ -76,8 +76,8 @@ def _batch_norm(node: Node, constants: Constants) -> NormReading | None:
     if not isinstance(value, Node) or shape is None:
         return None
 
-    def unread(why: str, unlock: str) -> NormReading:
-        return NormReading((node,), value, None, 1, True, why, unlock)
+    def unread(why: str, hint: str) -> NormReading:
+        return NormReading((node,), value, None, 1, True, why, hint)
 
     if mean is None or var is None:
         why = "it has no moving statistics (as with track_running_stats=False), so it uses batch statistics"
@@ -98,7 +98,7 @@ def _batch_norm(node: Node, constants: Constants) -> NormReading | None:
     return NormReading((node,), value, affine.on_axis(1, len(shape)), 1, True, offset=offset)
 
 
-def _elementwise(node: Node, constants: Constants) -> NormReading | None:
+def _elementwise(node: Node, constants: TorchConstants) -> NormReading | None:
     """``x + c``, ``x - c``, ``c - x``, ``x * c``, ``x / c`` with a constant that does not enlarge the value."""
     left, right = node.args[:2]
     given: Any = argument(node, 2, "alpha", 1)  # the one positional argument that rsub.Scalar has more than the others
@@ -118,7 +118,7 @@ def _elementwise(node: Node, constants: Constants) -> NormReading | None:
     return _plain(node, value, Affine.of(*pair))
 
 
-def _addcmul(node: Node, constants: Constants) -> NormReading | None:
+def _addcmul(node: Node, constants: TorchConstants) -> NormReading | None:
     """``addcmul(t, x, s)``: a shift and a scale in one operator."""
     shift, *factors = node.args[:3]
     factor = float(node.kwargs.get("value", 1))  # type: ignore[arg-type]
@@ -133,7 +133,7 @@ def _addcmul(node: Node, constants: Constants) -> NormReading | None:
     return _plain(node, values[0], Affine.of(factor * placed_scale, placed_shift))
 
 
-def _neg(node: Node, constants: Constants) -> NormReading | None:
+def _neg(node: Node, constants: TorchConstants) -> NormReading | None:
     value = node.args[0]
     if not isinstance(value, Node) or constants.value(value) is not None or (shape := shape_of(value)) is None:
         return None
@@ -197,7 +197,7 @@ _ELEMENTWISE: dict[Any, Callable[[Tensor, float, bool], tuple[Tensor, Tensor] | 
 }
 
 #: Operator -> reader. A new norm is a new row.
-READERS: dict[Any, Reader] = {
+NORM_READERS: dict[Any, NormReader] = {
     BATCH_NORM: _batch_norm,
     aten.addcmul.default: _addcmul,
     aten.neg.default: _neg,
@@ -205,7 +205,7 @@ READERS: dict[Any, Reader] = {
 }
 
 
-def _chain(first: NormReading, constants: Constants) -> NormReading:
+def _chain(first: NormReading, constants: TorchConstants) -> NormReading:
     """Read the run of arithmetic that starts here, within one call of one module, without other readers, as one norm.
 
     It counts as a norm when it varies along one axis at most, and has a stored scale and a shift, or reads moving statistics:
@@ -249,7 +249,7 @@ _VECTORS = {
 }
 
 
-def _reads_statistics(nodes: tuple[Node, ...], constants: Constants) -> bool:
+def _reads_statistics(nodes: tuple[Node, ...], constants: TorchConstants) -> bool:
     """Return True if some constant that the nodes read is made of a moving mean or variance, or of a root of stored numbers."""
     stack: list[tuple[Node, bool]] = [
         (item, False) for node in nodes for item in node.all_input_nodes if constants.known(item)
@@ -267,7 +267,7 @@ def _reads_statistics(nodes: tuple[Node, ...], constants: Constants) -> bool:
     return False
 
 
-def _has_scale_and_shift(nodes: tuple[Node, ...], constants: Constants) -> bool:
+def _has_scale_and_shift(nodes: tuple[Node, ...], constants: TorchConstants) -> bool:
     names = {operator_name(node) for node in nodes}
     scales = [node for node in nodes if operator_name(node) in ("mul", "div", "truediv", "addcmul")]
     stored = any(constants.known(parent) for node in scales for parent in node.all_input_nodes)

@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.fx import Node
 
 from bnexport.folding.graph import (
-    Add,
     Average,
     Clamp,
     Concat,
@@ -19,7 +18,6 @@ from bnexport.folding.graph import (
     Homogeneous,
     Identity,
     Layer,
-    MaxPool,
     Mean,
     Multiply,
     Permute,
@@ -27,16 +25,18 @@ from bnexport.folding.graph import (
     Reorder,
     Reshape,
     Slice,
+    WeightedSum,
+    WindowMaximum,
 )
-from bnexport.folding.torch_backend.nodes import Reader, Reading, Surroundings, argument, dtype_of, shape_of
+from bnexport.folding.torch_backend.nodes import NodeReader, Surroundings, TorchReading, argument, dtype_of, shape_of
 
 aten = torch.ops.aten
 
 
-def read_conv(spatial: int, transposed: bool = False) -> Reader:
+def read_conv(spatial: int, transposed: bool = False) -> NodeReader:
     """Convolutions; (out, in / groups, *kernel), transposed (in, out / groups, *kernel)."""
 
-    def read(node: Node, graph: Surroundings) -> Reading | str | None:
+    def read(node: Node, graph: Surroundings) -> TorchReading | str | None:
         weight, bias = graph.weight(node.args[1]), graph.weight(argument(node, 2, "bias"))
         if weight is None or (bias is None and argument(node, 2, "bias") is not None):
             return f"its weights are {graph.constants.why_not(node.args[1], argument(node, 2, 'bias'))}"
@@ -59,7 +59,7 @@ def read_conv(spatial: int, transposed: bool = False) -> Reader:
             geometry=geometry,
             zero_padded=geometry is None or any(geometry.padding) or _pads_after(node, weight.shape),
         )
-        return Reading(layer, (node.args[0],), 1, 2)
+        return TorchReading(layer, (node.args[0],), 1, 2)
 
     return read
 
@@ -84,7 +84,7 @@ def _pads_after(node: Node, shape: tuple[int, ...]) -> bool:
     return argument(node, 4, "padding", 0) == "same" and any(kernel > 1 for kernel in shape[2:])
 
 
-def read_linear(node: Node, graph: Surroundings) -> Reading | str | None:
+def read_linear(node: Node, graph: Surroundings) -> TorchReading | str | None:
     """``x W^T + b`` on the last axis."""
     weight, bias = graph.weight(node.args[1]), graph.weight(argument(node, 2, "bias"))
     if weight is None or (bias is None and argument(node, 2, "bias") is not None):
@@ -96,10 +96,10 @@ def read_linear(node: Node, graph: Surroundings) -> Reading | str | None:
     if len(weight.shape) != 2:
         axis = "the linear layer's weight is a vector, so its output has no channel axis"
     layer = Layer("linear layer", "rows", weight, bias, out_axis=axis, in_axis=axis)
-    return Reading(layer, (node.args[0],), 1, 2)
+    return TorchReading(layer, (node.args[0],), 1, 2)
 
 
-def read_product(node: Node, graph: Surroundings) -> Reading | str | None:
+def read_product(node: Node, graph: Surroundings) -> TorchReading | str | None:
     """matmul, mm, bmm with one constant: ``x @ W`` or ``W @ x``."""
     right, left = graph.weight(node.args[1]), graph.weight(node.args[0])
     shape = shape_of(node)
@@ -120,10 +120,10 @@ def read_product(node: Node, graph: Surroundings) -> Reading | str | None:
         in_axis=axis,
         takes_bias=False,
     )
-    return Reading(layer, (value,), 1 if right is not None else 0, None)
+    return TorchReading(layer, (value,), 1 if right is not None else 0, None)
 
 
-def read_addmm(node: Node, graph: Surroundings) -> Reading | str | None:
+def read_addmm(node: Node, graph: Surroundings) -> TorchReading | str | None:
     """``b + x @ W``."""
     bias, weight = graph.weight(node.args[0]), graph.weight(node.args[2])
     shape = shape_of(node)
@@ -131,30 +131,30 @@ def read_addmm(node: Node, graph: Surroundings) -> Reading | str | None:
         return None
     if bias.shape != (weight.shape[1],):
         return None
-    return Reading(Layer("linear layer", "right", weight, bias, out_axis=1, in_axis=1), (node.args[1],), 2, 0)
+    return TorchReading(Layer("linear layer", "right", weight, bias, out_axis=1, in_axis=1), (node.args[1],), 2, 0)
 
 
-def read_same(node: Node, _graph: Surroundings) -> Reading:
+def read_same(node: Node, _graph: Surroundings) -> TorchReading:
     """Operators that return their input."""
-    return Reading(Identity(), (node.args[0],))
+    return TorchReading(Identity(), (node.args[0],))
 
 
-def read_dropout(node: Node, _graph: Surroundings) -> Reading | None:
+def read_dropout(node: Node, _graph: Surroundings) -> TorchReading | None:
     """Dropout returns its input unless it is in training mode."""
-    return Reading(Identity(), (node.args[0],)) if node.args[2] is False else None
+    return TorchReading(Identity(), (node.args[0],)) if node.args[2] is False else None
 
 
-def read_cast(node: Node, _graph: Surroundings) -> Reading | None:
+def read_cast(node: Node, _graph: Surroundings) -> TorchReading | None:
     """A cast to the value's own type."""
-    return Reading(Identity(), (node.args[0],)) if dtype_of(node.args[0]) == dtype_of(node) else None
+    return TorchReading(Identity(), (node.args[0],)) if dtype_of(node.args[0]) == dtype_of(node) else None
 
 
-def read_reshape(node: Node, _graph: Surroundings) -> Reading:
+def read_reshape(node: Node, _graph: Surroundings) -> TorchReading:
     """Another shape, the same order of elements."""
-    return Reading(Reshape(), (node.args[0],))
+    return TorchReading(Reshape(), (node.args[0],))
 
 
-def read_permute(node: Node, _graph: Surroundings) -> Reading | None:
+def read_permute(node: Node, _graph: Surroundings) -> TorchReading | None:
     """permute, transpose, t."""
     shape = shape_of(node)
     if shape is None:
@@ -165,36 +165,36 @@ def read_permute(node: Node, _graph: Surroundings) -> Reading | None:
     elif len(shape) > 1:
         first, second = (0, 1) if node.target is aten.t.default else (int(item) for item in node.args[1:3])  # type: ignore[arg-type]
         axes[first], axes[second] = axes[second], axes[first]
-    return Reading(Permute(tuple(axes)), (node.args[0],))
+    return TorchReading(Permute(tuple(axes)), (node.args[0],))
 
 
-def read_channel_shuffle(node: Node, _graph: Surroundings) -> Reading | None:
+def read_channel_shuffle(node: Node, _graph: Surroundings) -> TorchReading | None:
     """``channel_shuffle(x, groups)``: channel g * n + i goes to i * groups + g."""
     shape = shape_of(node)
     if shape is None or shape[1] is None:
         return None
     order = torch.arange(shape[1]).reshape(int(node.args[1]), -1).T.reshape(-1)  # type: ignore[arg-type]
-    return Reading(Reorder(1, tuple(order.tolist())), (node.args[0],))
+    return TorchReading(Reorder(1, tuple(order.tolist())), (node.args[0],))
 
 
-def read_index_select(node: Node, graph: Surroundings) -> Reading | None:
+def read_index_select(node: Node, graph: Surroundings) -> TorchReading | None:
     """Positions of an axis by a constant index."""
     index, shape = graph.constants.value(node.args[2]), shape_of(node)
     if index is None or shape is None or index.ndim != 1:
         return None
-    return Reading(Reorder(int(node.args[1]) % len(shape), tuple(index.tolist())), (node.args[0],))  # type: ignore[arg-type]
+    return TorchReading(Reorder(int(node.args[1]) % len(shape), tuple(index.tolist())), (node.args[0],))  # type: ignore[arg-type]
 
 
-def read_pixels(inverse: bool) -> Reader:
+def read_pixels(inverse: bool) -> NodeReader:
     """pixel_shuffle and pixel_unshuffle."""
 
-    def read(node: Node, _graph: Surroundings) -> Reading:
-        return Reading(PixelShuffle(int(node.args[1]), inverse), (node.args[0],))  # type: ignore[arg-type]
+    def read(node: Node, _graph: Surroundings) -> TorchReading:
+        return TorchReading(PixelShuffle(int(node.args[1]), inverse), (node.args[0],))  # type: ignore[arg-type]
 
     return read
 
 
-def read_slice(node: Node, _graph: Surroundings) -> Reading | None:
+def read_slice(node: Node, _graph: Surroundings) -> TorchReading | None:
     """A slice with constant ends and step 1."""
     value, axis, start, stop, step = (*node.args, *(None,) * 5)[:5]
     shape = shape_of(value)
@@ -206,18 +206,18 @@ def read_slice(node: Node, _graph: Surroundings) -> Reading | None:
         return None
     begin, end, _ = slice(start, stop).indices(size)
     if (begin, end) == (0, size):
-        return Reading(Identity(), (value,))
-    return Reading(Slice(axis % len(shape), begin, end), (value,))
+        return TorchReading(Identity(), (value,))
+    return TorchReading(Slice(axis % len(shape), begin, end), (value,))
 
 
-def read_piece(node: Node, _graph: Surroundings) -> Reading | None:
+def read_piece(node: Node, _graph: Surroundings) -> TorchReading | None:
     """Getitem of a split: the run of positions that belongs to this piece."""
     split, index = node.args
     pieces = split.meta.get("val") if isinstance(split, Node) else None
     if not isinstance(split, Node) or not isinstance(pieces, (list, tuple)) or not isinstance(index, int):
         return None
     if split.target in POOLS_WITH_POSITIONS:
-        return Reading(MaxPool(_last(len(pieces[0].shape), POOLS_WITH_POSITIONS[split.target])), (split,))
+        return TorchReading(WindowMaximum(_last(len(pieces[0].shape), POOLS_WITH_POSITIONS[split.target])), (split,))
     if split.target not in SPLITS:
         return None
     axis = int(argument(split, 2, "dim", 0))
@@ -227,7 +227,7 @@ def read_piece(node: Node, _graph: Surroundings) -> Reading | None:
     index %= len(sizes)
     start = sum(sizes[:index])
     rank = len(pieces[0].shape)
-    return Reading(Slice(axis % rank, start, start + sizes[index]), (split,))
+    return TorchReading(Slice(axis % rank, start, start + sizes[index]), (split,))
 
 
 #: Operators that cut a value into pieces along an axis.
@@ -250,20 +250,20 @@ def is_whole_slice(node: Node) -> bool:
     return start in (None, 0) and step == 1 and (stop is None or (isinstance(stop, int) and stop >= 2**62))
 
 
-def read_concat(node: Node, _graph: Surroundings) -> Reading | None:
+def read_concat(node: Node, _graph: Surroundings) -> TorchReading | None:
     """Concatenation of values of one type and rank."""
     shape, parts = shape_of(node), node.args[0]
     if shape is None or not isinstance(parts, (list, tuple)) or not all(isinstance(part, Node) for part in parts):
         return None
     if any(dtype_of(part) != dtype_of(node) or len(shape_of(part) or ()) != len(shape) for part in parts):
         return None
-    return Reading(Concat(int(argument(node, 1, "dim", 0)) % len(shape)), tuple(parts))
+    return TorchReading(Concat(int(argument(node, 1, "dim", 0)) % len(shape)), tuple(parts))
 
 
-def read_pool(spatial: int) -> Reader:
+def read_pool(spatial: int) -> NodeReader:
     """Average pooling; exact unless zeros are averaged in or another divisor is used."""
 
-    def read(node: Node, _graph: Surroundings) -> Reading | None:
+    def read(node: Node, _graph: Surroundings) -> TorchReading | None:
         shape = shape_of(node)
         if shape is None or len(shape) < spatial + 1:
             return None
@@ -272,27 +272,27 @@ def read_pool(spatial: int) -> Reader:
         counted = bool(argument(node, 5, "count_include_pad", True))
         divisor = argument(node, 6, "divisor_override")
         exact = (not padded or not counted) and divisor is None
-        return Reading(Average(_last(len(shape), spatial), exact), (node.args[0],))
+        return TorchReading(Average(_last(len(shape), spatial), exact), (node.args[0],))
 
     return read
 
 
-def read_averaging(spatial: int) -> Reader:
+def read_averaging(spatial: int) -> NodeReader:
     """Adaptive average pooling and interpolation: weights that add up to one."""
 
-    def read(node: Node, _graph: Surroundings) -> Reading | None:
+    def read(node: Node, _graph: Surroundings) -> TorchReading | None:
         shape = shape_of(node)
-        return None if shape is None else Reading(Average(_last(len(shape), spatial)), (node.args[0],))
+        return None if shape is None else TorchReading(Average(_last(len(shape), spatial)), (node.args[0],))
 
     return read
 
 
-def read_max_pool(spatial: int) -> Reader:
+def read_max_pool(spatial: int) -> NodeReader:
     """Max pooling; its padding is minus infinity."""
 
-    def read(node: Node, _graph: Surroundings) -> Reading | None:
+    def read(node: Node, _graph: Surroundings) -> TorchReading | None:
         shape = shape_of(node)
-        return None if shape is None else Reading(MaxPool(_last(len(shape), spatial)), (node.args[0],))
+        return None if shape is None else TorchReading(WindowMaximum(_last(len(shape), spatial)), (node.args[0],))
 
     return read
 
@@ -301,7 +301,7 @@ def _last(rank: int, spatial: int) -> tuple[int, ...]:
     return tuple(range(rank - spatial, rank))
 
 
-def read_mean(node: Node, _graph: Surroundings) -> Reading | None:
+def read_mean(node: Node, _graph: Surroundings) -> TorchReading | None:
     """The mean over axes, or over all."""
     shape = shape_of(node.args[0])
     if shape is None or node.kwargs.get("dtype") is not None:
@@ -309,27 +309,27 @@ def read_mean(node: Node, _graph: Surroundings) -> Reading | None:
     given: Any = node.args[1] if node.target is aten.mean.dim and len(node.args) > 1 else None
     axes = given or range(len(shape))
     keepdim = bool(argument(node, 2, "keepdim", False)) if node.target is aten.mean.dim else False
-    return Reading(Mean(tuple(sorted(int(axis) % len(shape) for axis in axes)), keepdim), (node.args[0],))
+    return TorchReading(Mean(tuple(sorted(int(axis) % len(shape) for axis in axes)), keepdim), (node.args[0],))
 
 
-def read_pad(node: Node, _graph: Surroundings) -> Reading | None:
+def read_pad(node: Node, _graph: Surroundings) -> TorchReading | None:
     """Padding by zeros (a scale crosses it) or by copies (a shift too)."""
     shape, amounts = shape_of(node), node.args[1]
     mode = argument(node, 2, "mode", "constant") if node.target is aten.pad.default else "constant"
     value = argument(node, 3 if node.target is aten.pad.default else 2, "value", 0)
     if shape is None or not isinstance(amounts, (list, tuple)) or (mode == "constant" and value not in (0, None)):
         return None
-    return Reading(Average(_last(len(shape), math.ceil(len(amounts) / 2)), mode != "constant"), (node.args[0],))
+    return TorchReading(Average(_last(len(shape), math.ceil(len(amounts) / 2)), mode != "constant"), (node.args[0],))
 
 
-def read_clamp(low: Any, high: Any) -> Reader:
+def read_clamp(low: Any, high: Any) -> NodeReader:
     """Bounds: a number, or the position and name of the argument that holds one."""
 
     def bound(node: Node, given: Any, absent: float) -> Any:
         found = argument(node, *given) if isinstance(given, tuple) else given
         return absent if found is None else found
 
-    def read(node: Node, _graph: Surroundings) -> Reading | None:
+    def read(node: Node, _graph: Surroundings) -> TorchReading | None:
         shape = shape_of(node)
         least, most = bound(node, low, -math.inf), bound(node, high, math.inf)
         if (
@@ -341,39 +341,39 @@ def read_clamp(low: Any, high: Any) -> Reader:
         if least > most:
             return None
         ones: Tensor = torch.ones([1] * len(shape), dtype=torch.float64)
-        return Reading(Clamp(least * ones, most * ones), (node.args[0],))
+        return TorchReading(Clamp(least * ones, most * ones), (node.args[0],))
 
     return read
 
 
-def read_homogeneous(node: Node, graph: Surroundings) -> Reading | None:
+def read_homogeneous(node: Node, graph: Surroundings) -> TorchReading | None:
     """LeakyReLU, and PReLU with constant slopes."""
     if node.target is aten.prelu.default and graph.constants.value(node.args[1]) is None:
         return None
-    return Reading(Homogeneous(), (node.args[0],))
+    return TorchReading(Homogeneous(), (node.args[0],))
 
 
-def read_sum(sign: float) -> Reader:
+def read_sum(sign: float) -> NodeReader:
     """``a + alpha b`` or ``a - alpha b`` of two values."""
 
-    def read(node: Node, _graph: Surroundings) -> Reading | None:
+    def read(node: Node, _graph: Surroundings) -> TorchReading | None:
         left, right = node.args[:2]
         if not _joins(node, left, right):
             return None
         alpha = float(node.kwargs.get("alpha", 1))  # type: ignore[arg-type]
-        return Reading(Add((1.0, sign * alpha)), (left, right)) if alpha else None
+        return TorchReading(WeightedSum((1.0, sign * alpha)), (left, right)) if alpha else None
 
     return read
 
 
-def read_times(inverse: bool) -> Reader:
+def read_times(inverse: bool) -> NodeReader:
     """The product of two values, or their quotient."""
 
-    def read(node: Node, _graph: Surroundings) -> Reading | None:
+    def read(node: Node, _graph: Surroundings) -> TorchReading | None:
         left, right = node.args[:2]
         if not _joins(node, left, right) or "rounding_mode" in node.kwargs:
             return None
-        return Reading(Multiply(inverse), (left, right))
+        return TorchReading(Multiply(inverse), (left, right))
 
     return read
 
@@ -395,7 +395,7 @@ def _named(*names: str) -> list[Any]:
 
 
 #: Operator -> reader. A new operation that an affine can cross is a new row.
-READERS: dict[Any, Reader] = {
+TORCH_READERS: dict[Any, NodeReader] = {
     **dict.fromkeys(_named("conv1d", "conv1d.padding"), read_conv(1)),
     **dict.fromkeys(_named("conv2d", "conv2d.padding"), read_conv(2)),
     **dict.fromkeys(_named("conv3d", "conv3d.padding"), read_conv(3)),

@@ -15,9 +15,9 @@ from torch.utils import _pytree as pytree
 
 from bnexport.errors import ProofError
 from bnexport.folding.affine import Affine
-from bnexport.folding.graph import Clamp, Identity, Layer, Norm, Op, Weight
+from bnexport.folding.graph import Clamp, ConstantAffine, Identity, Layer, Op, Weight
 from bnexport.folding.torch_backend.torch_constants import attribute
-from bnexport.folding.torch_backend.torch_graph import Source, TorchGraph
+from bnexport.folding.torch_backend.torch_graph import TorchGraph, TorchSource
 
 aten = torch.ops.aten
 
@@ -48,7 +48,7 @@ def check_stored(stored: Tensor, value: Tensor, target: str) -> None:
         )
 
 
-class Writer:
+class TorchWriter:
     """Writes the changed operations of one graph back into its module.
 
     Attributes:
@@ -83,7 +83,7 @@ class Writer:
 
         ONNX Runtime has no BatchNormalization of mixed types.
         """
-        if op.norm is None or not isinstance(op.kind, Norm) or op.dtype is None:
+        if op.norm is None or not isinstance(op.kind, ConstantAffine) or op.dtype is None:
             return False
         stored = {
             item.meta["val"].dtype for item in op.source.result.all_input_nodes if self.graph.constants.known(item)
@@ -99,7 +99,7 @@ class Writer:
             self._layer(op, kind)
         elif isinstance(kind, Identity):
             self._replace(op, self._input(op))
-        elif isinstance(kind, Norm):
+        elif isinstance(kind, ConstantAffine):
             self._replace(op, self._norm(op, kind.affine, source.result))
         elif isinstance(kind, Clamp):
             self._replace(op, self._clamp(op, kind, source.result))
@@ -116,7 +116,7 @@ class Writer:
     # --- layers ---
 
     def _layer(self, op: Op, kind: Layer) -> None:
-        source: Source = op.source
+        source: TorchSource = op.source
         (node,) = source.nodes
         before = op.original
         assert isinstance(before, Layer)

@@ -126,7 +126,9 @@ def test_rounded_quotients_of_sizes_are_written_and_exact(tmp_path: Path) -> Non
         assert torch.equal(program(x), model(x))
 
 
-SCRIPT = "import sys; from test_export_program import CONV, write; from pathlib import Path; write(CONV, Path(sys.argv[1]))"
+SCRIPT = (
+    "import sys; from test_export_program import CONV, write; from pathlib import Path; write(CONV, Path(sys.argv[1]))"
+)
 
 
 def test_the_bytes_are_the_same_in_every_process(tmp_path: Path) -> None:
