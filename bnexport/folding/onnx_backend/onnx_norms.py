@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from bnexport.folding.affine import Affine, ChannelAffine, Dim, why_infinite
+from bnexport.folding.affine import Affine, ChannelAffine, Dim, arithmetic, is_finite, placed_on, why_infinite
 from bnexport.folding.graph import ConstantAffine, NormCall, Opaque
 from bnexport.folding.onnx_backend.inventory import BATCH_NORM
 from bnexport.folding.onnx_backend.view import NOT_AN_INPUT, OVERRIDABLE, NodeView, OnnxReading
@@ -27,7 +26,7 @@ def read_batch_norm(view: NodeView) -> OnnxReading:
     why, hint = _unreadable(view)
     affine = None if why else _affine(view)
     rank = len(view.shape() or ())
-    if affine is not None and not bool(torch.isfinite(affine.scale).all() and torch.isfinite(affine.shift).all()):
+    if affine is not None and not is_finite(affine):
         var = view.context.constants.tensor(view.input(4))
         why, hint = why_infinite(var, float(view.attribute("epsilon", _DEFAULT_EPSILON)))
         affine = None
@@ -151,11 +150,10 @@ def _link(view: NodeView) -> _Link | None:
     if not view.is_floating:
         return None
     if view.node.op_type == "Neg":
-        shape = view.shape()
-        ones = torch.ones([1] * len(shape or ()), dtype=torch.float64)
-        return (
-            None if shape is None else _Link(view, view.input(0), Affine(-ones, torch.zeros_like(ones)), False, False)
-        )
+        if (shape := view.shape()) is None:
+            return None
+        identity = Affine.identity(len(shape))
+        return _Link(view, view.input(0), Affine(-identity.scale, identity.shift), False, False)
     constants = view.context.constants
     given = [constants.known(name) or name in constants.overridable for name in view.node.input]
     if len(given) != 2 or given[0] == given[1]:
@@ -169,12 +167,12 @@ def _link(view: NodeView) -> _Link | None:
     placed = placed_constant(view, slot, view.shape(1 - slot))
     if placed is None:
         return _Link(view, value, None, scales, shifts, _why_not_placed(view, slot))
-    pair = _ELEMENTWISE[view.node.op_type](placed, slot == 0)
-    if pair is None:
+    affine = arithmetic(_ELEMENTWISE[view.node.op_type], placed, first=slot == 0)
+    if affine is None:
         return None
-    if not bool(torch.isfinite(pair[0]).all() and torch.isfinite(pair[1]).all()):
+    if not is_finite(affine):
         return _Link(view, value, None, scales, shifts, "its scale or shift is not finite")
-    return _Link(view, value, Affine.of(*pair), scales, shifts)
+    return _Link(view, value, affine, scales, shifts)
 
 
 def _why_not_placed(view: NodeView, slot: int) -> str:
@@ -203,43 +201,10 @@ def _size(view: NodeView, first: _Link, axes: set[int]) -> int:
 
 
 def placed_constant(view: NodeView, index: int, shape: tuple[Dim, ...] | None) -> Tensor | None:
-    """Return a constant input with as many axes as a value, float64; None when it would enlarge the value."""
-    if shape is None or not shape:
-        return None
-    constant = view.context.constants.tensor(view.input(index))
-    if constant.ndim > len(shape):
-        return None
-    placed = constant.reshape([*[1] * (len(shape) - constant.ndim), *constant.shape])
-    fits = all(size == 1 or size == there for size, there in zip(placed.shape, shape, strict=True))
-    return placed if fits else None
+    """Return a constant input with as many axes as a value, float64; None if it would enlarge the value."""
+    return placed_on(view.context.constants.tensor(view.input(index)), shape) if shape else None
 
 
-def _add(constant: Tensor, _constant_first: bool) -> tuple[Tensor, Tensor]:
-    return torch.ones_like(constant), constant
-
-
-def _sub(constant: Tensor, constant_first: bool) -> tuple[Tensor, Tensor]:
-    if constant_first:  # c - x
-        return -torch.ones_like(constant), constant
-    return torch.ones_like(constant), -constant
-
-
-def _mul(constant: Tensor, _constant_first: bool) -> tuple[Tensor, Tensor]:
-    return constant, torch.zeros_like(constant)
-
-
-def _div(constant: Tensor, constant_first: bool) -> tuple[Tensor, Tensor] | None:
-    if constant_first:  # c / x is not affine
-        return None
-    return constant.reciprocal(), torch.zeros_like(constant)
-
-
-_ELEMENTWISE: dict[str, Callable[[Tensor, bool], tuple[Tensor, Tensor] | None]] = {
-    "Add": _add,
-    "Sum": _add,
-    "Sub": _sub,
-    "Mul": _mul,
-    "Div": _div,
-}
+_ELEMENTWISE = {"Add": "add", "Sum": "add", "Sub": "sub", "Mul": "mul", "Div": "div"}
 #: Operators of a run of arithmetic.
 _ARITHMETIC = (*_ELEMENTWISE, "Neg")

@@ -11,7 +11,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper
 from torch import Tensor
 
 from bnexport.folding.affine import Affine
-from bnexport.folding.graph import Clamp, ConstantAffine, Identity, Layer, Op, Weight
+from bnexport.folding.graph import Clamp, ConstantAffine, Identity, Layer, Op, Weight, weights_now
 from bnexport.folding.onnx_backend.inventory import BATCH_NORM, pinned, stored
 from bnexport.folding.onnx_backend.onnx_graph import OnnxGraph, OnnxSource, with_tensors
 from bnexport.onnx_files.models import refill
@@ -134,12 +134,7 @@ class OnnxWriter:
 
     def _names_still_read(self) -> set[str]:
         """Return the constants that must keep their values: something that did not change reads them."""
-        replaced: Counter[str] = Counter()
-        for op in self.graph.ops:
-            if isinstance(op.kind, Layer) and isinstance(op.original, Layer):
-                for new, old in ((op.kind.weight, op.original.weight), (op.kind.bias, op.original.bias)):
-                    if old is not None and new is not old:
-                        replaced[old.name] += 1
+        replaced = Counter(old.name for old, new in weights_now(self.graph.ops) if new is not old)
         return {name for name, times in replaced.items() if self.graph.constants.uses(name) > times}
 
     def _constant(self, op: Op, what: str, value: Tensor, dtype: torch.dtype) -> str:

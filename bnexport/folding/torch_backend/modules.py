@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import json
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from bnexport.folding.affine import Affine
-from bnexport.folding.graph import ConstantAffine, Identity, Kind, Layer, Op, Opaque, Weight
+from bnexport.folding.graph import ConstantAffine, Identity, Kind, Layer, Op, Opaque, Weight, weights_now
 from bnexport.folding.proof import MAX_SITE_ERROR, scale_error
 from bnexport.folding.torch_backend.nodes import BATCH_NORM, argument, batch_norm_nodes, module_path, module_stack
 from bnexport.folding.torch_backend.torch_constants import functionalise, mutated_memory, shares_memory
@@ -163,8 +163,9 @@ class ModuleGraph(TorchGraph):
         """Return what would have to be two things at once, with the reason; it must be kept in the next attempt."""
         found: dict[str, str] = {}
         weights: dict[str, set[Weight]] = {}
-        for _, old, new in self._weights_now():
-            weights.setdefault(old.name, set()).add(new)
+        for old, new in weights_now(self.ops):
+            if new is not None:
+                weights.setdefault(old.name, set()).add(new)
         for name, seen in weights.items():
             if len(seen) > 1:
                 found[name] = "its weight is read several times, and the calls would need different numbers"
@@ -188,22 +189,14 @@ class ModuleGraph(TorchGraph):
     def changes(self, added: Iterable[str]) -> Changes:
         """Return the fold. ``added`` are the paths of layers that were given a bias of zeros; the others had one."""
         changes = Changes()
-        for _, old, new in self._weights_now():
-            if new is not old:
+        for old, new in weights_now(self.ops):
+            if new is not None and new is not old:
                 changes.values[old.name] = new.load()
         for op in self.ops:
             if op.norm is not None and op.changed:
                 changes.norms[op.path] = op.kind.affine if isinstance(op.kind, ConstantAffine) else None
         changes.biases = tuple(path for path in added if f"{path}.bias".lstrip(".") in changes.values)
         return changes
-
-    def _weights_now(self) -> Iterator[tuple[Op, Weight, Weight]]:
-        for op in self.ops:
-            if isinstance(op.kind, Layer) and isinstance(op.original, Layer):
-                before, after = op.original, op.kind
-                for old, new in ((before.weight, after.weight), (before.bias, after.bias)):
-                    if old is not None and new is not None:
-                        yield op, old, new
 
 
 def _close(op: Op, reason: str) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from bnexport.folding.affine import Affine, ChannelAffine, why_infinite
+from bnexport.folding.affine import Affine, ChannelAffine, arithmetic, is_finite, placed_on, why_infinite
 from bnexport.folding.torch_backend.nodes import BATCH_NORM, argument, dtype_of, module_stack, operator_name, shape_of
 from bnexport.folding.torch_backend.torch_constants import TorchConstants
 from bnexport.nn.statistics import VOCABULARIES
@@ -92,7 +92,7 @@ def _batch_norm(node: Node, constants: TorchConstants) -> NormReading | None:
     assert found[2] is not None
     assert found[3] is not None
     affine = ChannelAffine.from_statistics(found[2], found[3], eps, found[0], found[1])
-    if not bool(torch.isfinite(affine.scale).all() and torch.isfinite(affine.shift).all()):
+    if not is_finite(affine):
         return unread(*why_infinite(found[3], eps))
     offset = float((found[2].abs() * torch.rsqrt(found[3] + eps)).max())
     return NormReading((node,), value, affine.on_axis(1, len(shape)), 1, True, offset=offset)
@@ -112,10 +112,11 @@ def _elementwise(node: Node, constants: TorchConstants) -> NormReading | None:
     shape = shape_of(value)
     if shape is None or (placed := placed_on(constant, shape)) is None:
         return None
-    pair = _ELEMENTWISE[node.target](placed, alpha, left_constant is not None)
-    if pair is None or not bool(torch.isfinite(pair[0]).all() and torch.isfinite(pair[1]).all()):
-        return None
-    return _plain(node, value, Affine.of(*pair))
+    name, first = _ELEMENTWISE[node.target], left_constant is not None
+    if name == "rsub":
+        name, first = "sub", not first
+    affine = arithmetic(name, placed, first=first, factor=alpha)
+    return None if affine is None or not is_finite(affine) else _plain(node, value, affine)
 
 
 def _addcmul(node: Node, constants: TorchConstants) -> NormReading | None:
@@ -146,54 +147,17 @@ def _plain(node: Node, value: Node, affine: Affine) -> NormReading:
     return NormReading((node,), value, affine, varying[0] if len(varying) == 1 else None, False)
 
 
-def placed_on(constant: Tensor, shape: tuple[int | None, ...]) -> Tensor | None:
-    """Return a constant with as many axes as the value that it is broadcast over; None when it would enlarge the value."""
-    if constant.ndim > len(shape):
-        return None
-    placed = constant.reshape([*[1] * (len(shape) - constant.ndim), *constant.shape])
-    fits = all(size == 1 or size == there for size, there in zip(placed.shape, shape, strict=True))
-    return placed.double() if fits else None
-
-
-def _add(constant: Tensor, alpha: float, constant_first: bool) -> tuple[Tensor, Tensor]:
-    if constant_first:  # c + alpha * x
-        return torch.full_like(constant, alpha), constant
-    return torch.ones_like(constant), alpha * constant
-
-
-def _sub(constant: Tensor, alpha: float, constant_first: bool) -> tuple[Tensor, Tensor]:
-    if constant_first:  # c - alpha * x
-        return torch.full_like(constant, -alpha), constant
-    return torch.ones_like(constant), -alpha * constant
-
-
-def _rsub(constant: Tensor, alpha: float, constant_first: bool) -> tuple[Tensor, Tensor]:
-    if constant_first:  # x - alpha * c
-        return torch.ones_like(constant), -alpha * constant
-    return torch.full_like(constant, -alpha), constant  # c - alpha * x
-
-
-def _mul(constant: Tensor, _alpha: float, _constant_first: bool) -> tuple[Tensor, Tensor]:
-    return constant, torch.zeros_like(constant)
-
-
-def _div(constant: Tensor, _alpha: float, constant_first: bool) -> tuple[Tensor, Tensor] | None:
-    if constant_first:  # c / x is not affine
-        return None
-    return constant.reciprocal(), torch.zeros_like(constant)
-
-
-_ELEMENTWISE: dict[Any, Callable[[Tensor, float, bool], tuple[Tensor, Tensor] | None]] = {
-    aten.add.Tensor: _add,
-    aten.sub.Tensor: _sub,
-    aten.rsub.Scalar: _rsub,
-    aten.rsub.Tensor: _rsub,
-    aten.mul.Tensor: _mul,
-    aten.div.Tensor: _div,
-    operator.add: _add,
-    operator.sub: _sub,
-    operator.mul: _mul,
-    operator.truediv: _div,
+_ELEMENTWISE: dict[Any, str] = {
+    aten.add.Tensor: "add",
+    aten.sub.Tensor: "sub",
+    aten.rsub.Scalar: "rsub",
+    aten.rsub.Tensor: "rsub",
+    aten.mul.Tensor: "mul",
+    aten.div.Tensor: "div",
+    operator.add: "add",
+    operator.sub: "sub",
+    operator.mul: "mul",
+    operator.truediv: "div",
 }
 
 #: Operator -> reader. A new norm is a new row.

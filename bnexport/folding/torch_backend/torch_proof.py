@@ -83,7 +83,7 @@ def compare(
 
 
 def rough_error(original: nn.Module, folded: nn.Module, inputs: tuple[Any, ...]) -> float | None:
-    """Return ``torch_fold_error`` in the network's own element types, if it can't run in float64; None where nothing can run."""
+    """Return the error in the network's own element types, for a network that can't run in float64; None if it can't run."""
     try:
         reference = run(original, inputs)
     except Exception:  # forward may be the user's code, which raises any class

@@ -5,6 +5,7 @@ Tensors that the network creates in forward follow the device of its input after
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from bnexport.errors import ProofError
 from bnexport.folding.affine import Affine
-from bnexport.folding.graph import Clamp, ConstantAffine, Identity, Layer, Op, Weight
+from bnexport.folding.graph import Clamp, ConstantAffine, Identity, Layer, Op, Weight, weights_now
 from bnexport.folding.torch_backend.torch_constants import attribute
 from bnexport.folding.torch_backend.torch_graph import TorchGraph, TorchSource
 
@@ -206,17 +207,11 @@ class TorchWriter:
 
     def _names_still_read(self) -> set[str]:
         """Return the attributes that must keep their values: an unchanged operation reads them."""
-        replaced: dict[str, int] = {}
-        for op in self.graph.ops:
-            if not isinstance(op.kind, Layer) or not isinstance(op.original, Layer):
-                continue
-            for new, old in ((op.kind.weight, op.original.weight), (op.kind.bias, op.original.bias)):
-                if old is not None and new is not old:
-                    replaced[old.name] = replaced.get(old.name, 0) + 1
-        readers: dict[str, int] = {}
+        replaced = Counter(old.name for old, new in weights_now(self.graph.ops) if new is not old)
+        readers: Counter[str] = Counter()
         for node in self.module.graph.find_nodes(op="get_attr"):
-            readers[str(node.target)] = readers.get(str(node.target), 0) + len(node.users)
-        return {name for name, count in readers.items() if count > replaced.get(name, 0)}
+            readers[str(node.target)] += len(node.users)
+        return {name for name, count in readers.items() if count > replaced[name]}
 
     # --- what stays beside the layers ---
 
