@@ -338,7 +338,7 @@ def _prove_other_sizes(name: str, wide: nn.Module, narrow: nn.Module, inputs: tu
 
 
 def _needed_as_they_are(original: nn.Module, inputs: tuple[Any, ...]) -> dict[str, str]:
-    """Return modules that forward uses for more than calling them (``bn.running_mean``, ``conv.bias is None``), with the reason.
+    """Return modules that forward uses for more than calls (``bn.running_mean``, ``conv.bias is None``), with the reason.
 
     Each BatchNorm is exchanged for a module that computes the same, and each layer without a bias gets a bias of zeros.
     Forward must then give the same result.
