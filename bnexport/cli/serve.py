@@ -90,8 +90,8 @@ def command(path: Path, **options: Any) -> None:
 def _settings(options: dict[str, Any]) -> Any:
     from bnexport.errors import UsageError
     from bnexport.serving.http.server import ServerSettings
-    from bnexport.serving.limits import limits_from
     from bnexport.serving.served_model import ServingSettings
+    from bnexport.serving.serving_limits import limits_from
 
     certificate, key = options["tls_cert"], options["tls_key"]
     if (certificate is None) != (key is None):

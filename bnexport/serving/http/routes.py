@@ -17,12 +17,12 @@ from bnexport.serving.http.metrics import render
 from bnexport.serving.http.page import models, page, report
 from bnexport.serving.http.reply import BINARY, JSON, TEXT, Reply, json_reply
 from bnexport.serving.http.request import Exchange, State, header_length
-from bnexport.serving.limits import BoundedCache
 from bnexport.serving.protocol.decoding import load_json
 from bnexport.serving.protocol.encoding import encode_response
 from bnexport.serving.protocol.messages import InferRequest, InferResponse
 from bnexport.serving.repository import READY
 from bnexport.serving.served_model import ServedModel
+from bnexport.serving.serving_limits import BoundedCache
 from bnexport.validation.limits import shown
 
 Handler = Callable[..., Awaitable[Reply]]

@@ -30,8 +30,8 @@ from bnexport.errors import BnexportError, UsageError
 from bnexport.optional import one_line
 from bnexport.serving.http.reply import STATUS_LINES
 from bnexport.serving.http.request import State
-from bnexport.serving.limits import ServingLimits
 from bnexport.serving.listener import backlog, deafen
+from bnexport.serving.serving_limits import ServingLimits
 
 try:
     from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle

@@ -14,8 +14,8 @@ import orjson
 
 from bnexport.errors import FeedError, RequestError
 from bnexport.optional import one_line
-from bnexport.serving.limits import BoundedCache, ServingLimits
 from bnexport.serving.protocol.messages import DATATYPES, InferRequest, RequestedOutput
+from bnexport.serving.serving_limits import BoundedCache, ServingLimits
 from bnexport.tensors import Array, Signature, TensorSpec, check_feeds
 from bnexport.validation.limits import shown
 
