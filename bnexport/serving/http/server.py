@@ -21,6 +21,7 @@ from bnexport.errors import UsageError
 from bnexport.optional import one_line
 from bnexport.serving.access_log import JsonLog
 from bnexport.serving.batcher import THREADS
+from bnexport.serving.counters import Share
 from bnexport.serving.http.app import App
 from bnexport.serving.http.fast_lane import FastLane
 from bnexport.serving.http.request import State
@@ -29,7 +30,6 @@ from bnexport.serving.listener import bound, free_port
 from bnexport.serving.repository import Repository
 from bnexport.serving.served_model import ServingSettings
 from bnexport.serving.state import AppSettings
-from bnexport.serving.statistics import Share
 
 if TYPE_CHECKING:
     from bnexport.serving.grpc.server import GrpcServer
