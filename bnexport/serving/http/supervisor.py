@@ -29,7 +29,7 @@ from bnexport.optional import one_line
 from bnexport.runtimes.isolation import how_ended, import_path
 from bnexport.serving.access_log import JsonLog
 from bnexport.serving.counters import Records, new_memory, note_end, note_start
-from bnexport.serving.http.server import ServerSettings
+from bnexport.serving.http.http_server import ServerSettings
 from bnexport.serving.http.worker import BLOCKED, PATIENCE, STOPPING, Job
 from bnexport.serving.listener import bound, free_port
 

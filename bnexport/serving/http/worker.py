@@ -16,7 +16,7 @@ from pathlib import Path
 from bnexport.errors import BnexportError
 from bnexport.optional import one_line
 from bnexport.serving.counters import Records, Share
-from bnexport.serving.http.server import ServerSettings, leave_engines, serve_on
+from bnexport.serving.http.http_server import ServerSettings, leave_engines, serve_on
 
 #: Blocked by the supervisor while it starts a process, so that none is lost before somebody listens for it.
 BLOCKED = (signal.SIGTERM, signal.SIGINT)
