@@ -32,7 +32,7 @@ from bnexport.serving.served_model import ServingSettings
 from bnexport.serving.state import AppSettings
 
 if TYPE_CHECKING:
-    from bnexport.serving.grpc.server import GrpcServer
+    from bnexport.serving.grpc.grpc_server import GrpcServer
 
 #: Files that a process opens in addition to its connections: libraries, models, gRPC.
 _OTHER_FILES = 256
@@ -141,7 +141,7 @@ def _told(
 
 
 def _grpc_server(state: State, settings: ServerSettings, port: int) -> GrpcServer:
-    from bnexport.serving.grpc.server import GrpcServer, GrpcSettings
+    from bnexport.serving.grpc.grpc_server import GrpcServer, GrpcSettings
 
     return GrpcServer(state, GrpcSettings(settings.host, port, settings.reuse_port, settings.tls))
 

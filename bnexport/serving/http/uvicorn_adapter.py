@@ -39,7 +39,7 @@ except ImportError:  # moved in a later uvicorn: ``missing_part`` reports it, an
     HttpToolsProtocol = RequestResponseCycle = asyncio.Protocol  # type: ignore[assignment,misc]
 
 if TYPE_CHECKING:
-    from bnexport.serving.grpc.server import GrpcServer
+    from bnexport.serving.grpc.grpc_server import GrpcServer
     from bnexport.serving.http.fast_lane import FastCall, FastLane, Head
 
 
