@@ -23,8 +23,8 @@ from bnexport.serving.access_log import JsonLog
 from bnexport.serving.batcher import THREADS
 from bnexport.serving.counters import Share
 from bnexport.serving.http.app import App
+from bnexport.serving.http.exchange import State
 from bnexport.serving.http.fast_lane import FastLane
-from bnexport.serving.http.request import State
 from bnexport.serving.http.uvicorn_adapter import DrainingServer, configured, limited, missing_part
 from bnexport.serving.listener import bound, free_port
 from bnexport.serving.repository import Repository

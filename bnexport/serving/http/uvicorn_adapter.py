@@ -28,8 +28,8 @@ import uvicorn
 
 from bnexport.errors import BnexportError, UsageError
 from bnexport.optional import one_line
+from bnexport.serving.http.exchange import State
 from bnexport.serving.http.reply import STATUS_LINES
-from bnexport.serving.http.request import State
 from bnexport.serving.listener import backlog, deafen
 from bnexport.serving.serving_limits import ServingLimits
 
