@@ -14,8 +14,8 @@ from bnexport.errors import RequestError
 from bnexport.serving import metadata
 from bnexport.serving.http.classify import classify
 from bnexport.serving.http.exchange import Exchange, State, header_length
-from bnexport.serving.http.metrics import render
 from bnexport.serving.http.page import models, page, report
+from bnexport.serving.http.prometheus import render
 from bnexport.serving.http.reply import BINARY, JSON, TEXT, Reply, json_reply
 from bnexport.serving.protocol.decoding import load_json
 from bnexport.serving.protocol.encoding import encode_response
