@@ -31,9 +31,9 @@ from bnexport.optional import one_line, require
 from bnexport.runtimes.base import RunSettings
 from bnexport.runtimes.catalogue import runner_spec
 from bnexport.serving.bulk.bulk_request import BulkProgress, BulkRequest
+from bnexport.serving.bulk.image_sources import NpzFiles, Shard, read_shard
 from bnexport.serving.bulk.job import Job, folder_of, make_job, part_file
 from bnexport.serving.bulk.parquet import encode
-from bnexport.serving.bulk.sources import NpzFiles, Shard, read_shard
 from bnexport.serving.predictor import check_labels, image_preprocessing, run_images
 from bnexport.tensors import Array
 

@@ -22,8 +22,8 @@ from bnexport.errors import OutputError, UsageError
 from bnexport.files import held, output_errors, refuse_overlap, sha256, write_atomically
 from bnexport.optional import one_line
 from bnexport.serving.bulk.bulk_request import BulkRequest
+from bnexport.serving.bulk.image_sources import Shard, plan
 from bnexport.serving.bulk.parquet import rows_in
-from bnexport.serving.bulk.sources import Shard, plan
 
 JOB = "_job.json"
 FORMAT = "bnexport-predictions"
