@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from bnexport.deploying.deploy_request import DEVICES, SCALE_METRICS, DeployRequest, Scaling
 from bnexport.deploying.releases import DEFAULT_RELEASE, TRITON_RELEASES
-from bnexport.deploying.request import DEVICES, SCALE_METRICS, DeployRequest, Scaling
 from bnexport.optional import require
 
 if TYPE_CHECKING:
-    from bnexport.deploying.request import Deployment
+    from bnexport.deploying.deploy_request import Deployment
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 

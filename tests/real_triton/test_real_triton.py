@@ -24,7 +24,7 @@ from support.triton import REQUIREMENTS, Installation, Triton, installation, tri
 from unit.deploying.conftest import FOREIGN, fixed, foreign_bundle
 
 from bnexport.bundle import MODEL_ONNX, Bundle
-from bnexport.deploying.request import DEVICES, DeployRequest
+from bnexport.deploying.deploy_request import DEVICES, DeployRequest
 from bnexport.deploying.triton import LABELS, deploy_triton
 from bnexport.exporting.triton import CONFIG, read_config
 

@@ -10,8 +10,8 @@ from support.bundles import copy_bundle, reseal
 from unit.deploying.conftest import FOREIGN, fixed, foreign_bundle
 
 from bnexport.bundle import MODEL_ONNX, Bundle
+from bnexport.deploying.deploy_request import DEVICES, NAME_RULES, DeployRequest, deployed_name, suggested_name
 from bnexport.deploying.docker import deploy_docker
-from bnexport.deploying.request import DEVICES, NAME_RULES, DeployRequest, deployed_name, suggested_name
 from bnexport.deploying.triton import LABELS, deploy_triton
 from bnexport.errors import BundleError, ExportError, OutputError, UsageError
 from bnexport.exporting.triton import CONFIG, check_config, device_blocks, read_config, triton_config
