@@ -18,7 +18,7 @@ from bnexport.data.preprocessing import Preprocessing
 from bnexport.environment import environment
 from bnexport.errors import DataError, UsageError
 from bnexport.evaluating.confusion import TOP_K, ClassScores, Confusion, wilson_interval
-from bnexport.evaluating.request import EvaluationRequest
+from bnexport.evaluating.network_options import EvaluationRequest
 from bnexport.optional import need_packages
 from bnexport.serving.predictor import DEFAULT_RUNTIME, Predictor
 from bnexport.tensors import Array

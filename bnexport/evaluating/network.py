@@ -21,7 +21,7 @@ from bnexport.data.datasets import dataset_labels, load_train_images
 from bnexport.data.prepare import prepared
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import BnexportError, DataError, ModelError, RuntimeUnavailable, UsageError
-from bnexport.evaluating.request import InspectionRequest, NetworkOptions
+from bnexport.evaluating.network_options import InspectionRequest, NetworkOptions
 from bnexport.loading.checkpoint import METADATA_KEY, checkpoint_file, load_checkpoint, read_safetensors
 from bnexport.loading.sources import LoadedModel, checkpoint_of, load_source, unknown_reason
 from bnexport.loading.weights import is_safetensors

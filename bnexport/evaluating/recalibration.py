@@ -18,7 +18,7 @@ from bnexport.errors import BnexportError, ModelError, OutputError
 from bnexport.evaluating.confusion import wilson_interval
 from bnexport.evaluating.evaluate import BATCH_SIZE, OnBatch, count_confusion
 from bnexport.evaluating.network import NetworkClassifier, Trained, fails_on, input_batches, load_trained
-from bnexport.evaluating.request import RecalibrationRequest
+from bnexport.evaluating.network_options import RecalibrationRequest
 from bnexport.loading.checkpoint import Checkpoint, checkpoint_file, save_checkpoint
 from bnexport.nn.moving_statistics import norm_layers, recalibrate, recalibrate_by_layer
 from bnexport.nn.stale_statistics import StalenessReport, compare

@@ -10,8 +10,8 @@ import bnexport
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import BnexportError, UsageError
 from bnexport.evaluating.network import Subject, sampled_staleness, stale_warning, subject_of
+from bnexport.evaluating.network_options import RecalibrationRequest
 from bnexport.evaluating.recalibration import recalibrate_checkpoint
-from bnexport.evaluating.request import RecalibrationRequest
 from bnexport.exporting.request import ExportRequest
 from bnexport.nn.moving_statistics import recalibrate
 from bnexport.reporting.html import render_report

@@ -12,8 +12,8 @@ from torch import nn
 from bnexport.data import digits
 from bnexport.data.datasets import Dataset
 from bnexport.evaluating.evaluate import EvaluationRequest, evaluate_path
+from bnexport.evaluating.network_options import DEFINITIONS, RecalibrationRequest
 from bnexport.evaluating.recalibration import recalibrate_checkpoint
-from bnexport.evaluating.request import DEFINITIONS, RecalibrationRequest
 from bnexport.nn.lenet import bn_lenet
 from bnexport.nn.moving_statistics import exact_moments, recalibrate, recalibrate_by_layer
 from bnexport.nn.stale_statistics import staleness
