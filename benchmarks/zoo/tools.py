@@ -15,7 +15,7 @@ from onnx_ir.passes import common
 from torch import Tensor
 
 from benchmarks.zoo.network import EXAMPLE, make_subject
-from bnexport.auditing.catalogue import Job
+from bnexport.auditing.tool_table import Job
 from bnexport.auditing.tools import batch_norms, jit_freeze
 from bnexport.optional import one_line, quiet, require
 from bnexport.runtimes.onnxruntime_session import load_engine

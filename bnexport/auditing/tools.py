@@ -26,8 +26,8 @@ from torch.fx import GraphModule
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from bnexport.auditing.catalogue import Job, Product
 from bnexport.auditing.subject import call
+from bnexport.auditing.tool_table import Job, Product
 from bnexport.errors import RuntimeUnavailable
 from bnexport.folding.fold import fold
 from bnexport.optional import require

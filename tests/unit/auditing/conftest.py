@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from bnexport.auditing import audit as auditing
-from bnexport.auditing.catalogue import TOOLS, Job, Product, Tool
 from bnexport.auditing.subject import call
+from bnexport.auditing.tool_table import TOOLS, Job, Product, Tool
 
 Maker = Callable[[Job], Any]
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
 from bnexport.auditing.audit import Hidden, audit
-from bnexport.auditing.catalogue import TOOLS, VERDICTS, AuditReport, AuditRow, Job
+from bnexport.auditing.tool_table import TOOLS, VERDICTS, AuditReport, AuditRow, Job
 from bnexport.errors import ModelError, RefusedModel, RuntimeUnavailable, UsageError
 from bnexport.exporting.request import InputSpec
 
