@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bnexport import interrupts
-from bnexport.auditing.subject import AuditedNetwork, Deviation, batch_of, call, deviation, subject_of
+from bnexport.auditing.audited_network import AuditedNetwork, Deviation, batch_of, call, deviation, subject_of
 from bnexport.auditing.tool_table import TOOLS, AuditReport, AuditRow, Job, Tool
 from bnexport.environment import environment
 from bnexport.errors import BnexportError, ModelError, Unavailable, UsageError

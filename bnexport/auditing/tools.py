@@ -26,7 +26,7 @@ from torch.fx import GraphModule
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from bnexport.auditing.subject import call
+from bnexport.auditing.audited_network import call
 from bnexport.auditing.tool_table import Job, Product
 from bnexport.errors import RuntimeUnavailable
 from bnexport.folding.fold import fold

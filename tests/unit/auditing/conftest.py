@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from bnexport.auditing import audit as auditing
-from bnexport.auditing.subject import call
+from bnexport.auditing.audited_network import call
 from bnexport.auditing.tool_table import TOOLS, Job, Product, Tool
 
 Maker = Callable[[Job], Any]
