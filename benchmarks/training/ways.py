@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bnexport.data.catalogue import dataset_info
+from bnexport.data.dataset_table import dataset_info
 from bnexport.data.datasets import load_dataset
 from bnexport.data.locate import locate
 from bnexport.data.preprocessing import Preprocessing

@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from bnexport.data import catalogue, locate
+from bnexport.data import dataset_table, locate
 from bnexport.data.datasets import load_dataset, load_test_images, load_train_images
 from bnexport.errors import DataError, NetworkError, OutputError, UsageError
 

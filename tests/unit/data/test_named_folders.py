@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from support.pictures import COLOURS, write_parts
 
-from bnexport.data import catalogue
+from bnexport.data import dataset_table
 from bnexport.data.datasets import dataset_labels, load_dataset, load_test_images, load_train_images
 from bnexport.errors import DataError, UsageError
 
