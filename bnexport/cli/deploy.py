@@ -60,7 +60,7 @@ def command() -> None:
 def triton(bundle: Path, out: Path, **options: Any) -> None:
     """Write BUNDLE as a model repository of Triton Inference Server."""
     from bnexport.bundle import Bundle
-    from bnexport.deploying.triton import deploy_triton
+    from bnexport.deploying.triton_repository import deploy_triton
 
     _tell(deploy_triton(Bundle.open(bundle), out, DeployRequest(**options)))
 
