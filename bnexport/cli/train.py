@@ -12,7 +12,7 @@ from bnexport.optional import need_packages
 from bnexport.training.config import LENET, TrainingConfig
 
 if TYPE_CHECKING:
-    from bnexport.training.progress import Progress
+    from bnexport.training.listeners import Progress
 
 
 @click.command("train", context_settings={"show_default": True})
@@ -62,7 +62,7 @@ def _config(context: click.Context, out: Path, resume: bool, options: dict[str, 
 
 
 def _with_events(display: Progress, folder: Path) -> Progress:
-    from bnexport.training.progress import Both, EventFiles
+    from bnexport.training.listeners import Both, EventFiles
 
     return Both(display, EventFiles(folder))
 

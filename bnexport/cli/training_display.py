@@ -12,8 +12,8 @@ from rich.console import Console
 from bnexport.cli.output import make_bar
 from bnexport.errors import BadInput
 from bnexport.training.config import LENET, TrainingConfig
+from bnexport.training.listeners import EpochMetrics, Progress
 from bnexport.training.processes import asked_rank
-from bnexport.training.progress import EpochMetrics, Progress
 from bnexport.training.run import TrainingResult
 
 _MEGABYTE = 1e6

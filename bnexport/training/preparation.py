@@ -26,9 +26,9 @@ from bnexport.optional import one_line
 from bnexport.reproducibility import seeded
 from bnexport.training.config import LENET, TrainingConfig
 from bnexport.training.directory import CHECKPOINT, Saved
+from bnexport.training.listeners import Progress
 from bnexport.training.optimisers import make_optimizer, restore_optimizer
 from bnexport.training.processes import World
-from bnexport.training.progress import Progress
 from bnexport.training.samples import Samples, make_samples
 from bnexport.training.step import Step
 

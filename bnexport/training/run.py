@@ -19,11 +19,11 @@ from bnexport.nn.stale_statistics import staleness
 from bnexport.reproducibility import seeded
 from bnexport.training.config import TrainingConfig
 from bnexport.training.directory import RunDirectory, Saved
+from bnexport.training.listeners import EpochMetrics, Progress
 from bnexport.training.loop import Epochs, Outcome, batches_of, epoch_order, epoch_seed, evaluate
 from bnexport.training.optimisers import learning_rate, optimizer_tensors, set_learning_rate
 from bnexport.training.preparation import Prepared, made_by, network_facts, prepare
 from bnexport.training.processes import World, open_world
-from bnexport.training.progress import EpochMetrics, Progress
 from bnexport.training.recording import obstacle, recorded_by_default
 from bnexport.training.step import pooling_by_products
 

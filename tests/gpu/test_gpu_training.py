@@ -17,10 +17,10 @@ from bnexport.loading.checkpoint import load_checkpoint
 from bnexport.nn.lenet import bn_lenet
 from bnexport.reproducibility import strict_float32
 from bnexport.training.config import TrainingConfig
+from bnexport.training.listeners import Progress
 from bnexport.training.loop import Epochs, epoch_order, evaluated
 from bnexport.training.optimisers import learning_rate, make_optimizer, set_learning_rate
 from bnexport.training.processes import World
-from bnexport.training.progress import Progress
 from bnexport.training.run import train
 from bnexport.training.samples import Resident
 from bnexport.training.step import Step

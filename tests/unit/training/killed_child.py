@@ -22,7 +22,7 @@ from bnexport.loading.checkpoint import load_checkpoint
 from bnexport.optional import require
 from bnexport.training import preparation
 from bnexport.training.config import TrainingConfig
-from bnexport.training.progress import Progress
+from bnexport.training.listeners import Progress
 from bnexport.training.run import train
 
 EPOCHS, BATCHES, KILLS = 3, 4, 20

@@ -16,7 +16,7 @@ from bnexport.errors import OutputError
 from bnexport.loading.checkpoint import load_checkpoint
 from bnexport.nn.lenet import NORMS, bn_lenet
 from bnexport.training.config import TrainingConfig
-from bnexport.training.progress import Progress
+from bnexport.training.listeners import Progress
 from bnexport.training.run import train
 
 CONFIG = TrainingConfig(dataset="digits", epochs=3, batch_size=64, lr=0.5, device="cpu", seed=3)
