@@ -34,8 +34,8 @@ def command(context: click.Context, /, out: Path, resume: bool, tensorboard: Pat
     from bnexport.cli.training_display import TrainingDisplay, leading, quiet_followers
     from bnexport.reporting.figures import learning_curves
     from bnexport.training.directory import CURVES
-    from bnexport.training.run import train
     from bnexport.training.step import keep_freed_memory
+    from bnexport.training.training_run import train
 
     data_dir, force = options.pop("data_dir"), options.pop("force")
     keep_freed_memory()

@@ -14,7 +14,7 @@ from bnexport.errors import BadInput
 from bnexport.training.config import LENET, TrainingConfig
 from bnexport.training.listeners import EpochMetrics, Progress
 from bnexport.training.processes import asked_rank
-from bnexport.training.run import TrainingResult
+from bnexport.training.training_run import TrainingResult
 
 _MEGABYTE = 1e6
 #: Values of a line; as many as a terminal of 80 columns has room for twice.

@@ -121,7 +121,7 @@ def test_a_terminal_shows_a_bar(tmp_path, monkeypatch):
     from rich.console import Console
 
     from bnexport.cli.training_display import TrainingDisplay
-    from bnexport.training.run import train
+    from bnexport.training.training_run import train
 
     stream = io.StringIO()
     console = Console(file=stream, force_terminal=True, width=100, highlight=False, markup=False)

@@ -21,9 +21,9 @@ from bnexport.training.listeners import Progress
 from bnexport.training.loop import Epochs, epoch_order, evaluated
 from bnexport.training.optimisers import learning_rate, make_optimizer, set_learning_rate
 from bnexport.training.processes import World
-from bnexport.training.run import train
 from bnexport.training.samples import Resident
 from bnexport.training.step import Step
+from bnexport.training.training_run import train
 
 pytestmark = pytest.mark.needs("cuda")
 CONFIG = TrainingConfig(dataset="digits", epochs=2, batch_size=64, lr=0.5, device="cuda", seed=3)

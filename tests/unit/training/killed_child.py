@@ -23,7 +23,7 @@ from bnexport.optional import require
 from bnexport.training import preparation
 from bnexport.training.config import TrainingConfig
 from bnexport.training.listeners import Progress
-from bnexport.training.run import train
+from bnexport.training.training_run import train
 
 EPOCHS, BATCHES, KILLS = 3, 4, 20
 #: Random layers of its own kind: dropout by torch, noise by numpy and by Python.

@@ -24,9 +24,9 @@ from bnexport.training.loop import Epochs, epoch_order
 from bnexport.training.optimisers import make_optimizer, optimizer_tensors
 from bnexport.training.processes import World
 from bnexport.training.recording import Recording, obstacle, recorded_by_default
-from bnexport.training.run import train
 from bnexport.training.samples import Resident, Streamed
 from bnexport.training.step import Step, Sums
+from bnexport.training.training_run import train
 
 CPU = torch.device("cpu")
 BATCH, COUNT = 8, 50

@@ -17,7 +17,7 @@ from bnexport.loading.checkpoint import load_checkpoint
 from bnexport.nn.lenet import NORMS, bn_lenet
 from bnexport.training.config import TrainingConfig
 from bnexport.training.listeners import Progress
-from bnexport.training.run import train
+from bnexport.training.training_run import train
 
 CONFIG = TrainingConfig(dataset="digits", epochs=3, batch_size=64, lr=0.5, device="cpu", seed=3)
 
@@ -198,7 +198,7 @@ CHILD = """
 import os, signal, sys
 from pathlib import Path
 import test_run
-from bnexport.training import preparation, run
+from bnexport.training import preparation, training_run
 preparation.load_dataset = test_run.small_dataset
 
 class Kill(test_run.StopAt):

@@ -19,7 +19,7 @@ from bnexport.nn.moving_statistics import exact_moments, recalibrate, recalibrat
 from bnexport.nn.stale_statistics import staleness
 from bnexport.reproducibility import effective_precision, float32_precision
 from bnexport.training.config import TrainingConfig
-from bnexport.training.run import train
+from bnexport.training.training_run import train
 
 TRAIN, TEST = digits.draw(120, seed=1), digits.draw(40, seed=2)
 CONFIG = TrainingConfig(dataset="digits", epochs=2, device="cpu", batch_size=64, lr=0.1)
