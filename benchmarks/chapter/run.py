@@ -22,10 +22,10 @@ from bnexport.nn.moving_statistics import recalibrate
 from bnexport.nn.statistics import DEFAULT_EPS, LayerStatistics, layer_statistics
 from bnexport.tensors import Array
 from bnexport.training.config import TrainingConfig
+from bnexport.training.data_parts import Samples, make_samples
 from bnexport.training.loop import Epochs, Outcome, batches_of, epoch_order, evaluate
 from bnexport.training.optimisers import make_optimizer
 from bnexport.training.preparation import build_network
-from bnexport.training.samples import Samples, make_samples
 from bnexport.training.step import Step, pooling_by_products
 
 #: Training images of the re-estimated statistics after each epoch.

@@ -29,8 +29,8 @@ from bnexport.data.datasets import load_dataset
 from bnexport.data.locate import locate
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.nn.lenet import bn_lenet
+from bnexport.training.data_parts import Resident, make_samples
 from bnexport.training.loop import Epochs, epoch_order, evaluate
-from bnexport.training.samples import Resident, make_samples
 from bnexport.training.step import Step, keep_freed_memory, pooling_by_products
 
 BATCH = 256

@@ -14,9 +14,9 @@ from bnexport.errors import Diverged
 from bnexport.nn.calling import to_eval_mode
 from bnexport.nn.soundness import has_diverged
 from bnexport.reproducibility import strict_float32
+from bnexport.training.data_parts import Samples
 from bnexport.training.processes import World
 from bnexport.training.recording import CapturedStep, Record, Recording
-from bnexport.training.samples import Samples
 from bnexport.training.step import Step, Sums
 
 #: Called after each step with the steps done and the steps in all.

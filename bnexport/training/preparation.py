@@ -25,11 +25,11 @@ from bnexport.nn.synced_batch_norm import synchronised
 from bnexport.optional import one_line
 from bnexport.reproducibility import seeded
 from bnexport.training.config import LENET, TrainingConfig
+from bnexport.training.data_parts import Samples, make_samples
 from bnexport.training.directory import CHECKPOINT, Saved
 from bnexport.training.listeners import Progress
 from bnexport.training.optimisers import make_optimizer, restore_optimizer
 from bnexport.training.processes import World
-from bnexport.training.samples import Samples, make_samples
 from bnexport.training.step import Step
 
 _LENET_SIDE = 28

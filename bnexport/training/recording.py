@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from bnexport.loading.zoo import zoo_of
 from bnexport.optional import one_line
 from bnexport.training.config import LENET, TrainingConfig
+from bnexport.training.data_parts import Resident, Samples
 from bnexport.training.processes import World
-from bnexport.training.samples import Resident, Samples
 from bnexport.training.step import Step, Sums
 
 #: Takes the step for one batch (X, y); the returned loss is overwritten by the next call.

@@ -17,11 +17,11 @@ from bnexport.loading.checkpoint import load_checkpoint
 from bnexport.nn.lenet import bn_lenet
 from bnexport.reproducibility import strict_float32
 from bnexport.training.config import TrainingConfig
+from bnexport.training.data_parts import Resident
 from bnexport.training.listeners import Progress
 from bnexport.training.loop import Epochs, epoch_order, evaluated
 from bnexport.training.optimisers import learning_rate, make_optimizer, set_learning_rate
 from bnexport.training.processes import World
-from bnexport.training.samples import Resident
 from bnexport.training.step import Step
 from bnexport.training.training_run import train
 

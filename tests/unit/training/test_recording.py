@@ -19,12 +19,12 @@ from bnexport.data.datasets import Dataset
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.nn.lenet import bn_lenet
 from bnexport.training.config import TrainingConfig
+from bnexport.training.data_parts import Resident, Streamed
 from bnexport.training.listeners import Progress
 from bnexport.training.loop import Epochs, epoch_order
 from bnexport.training.optimisers import make_optimizer, optimizer_tensors
 from bnexport.training.processes import World
 from bnexport.training.recording import Recording, obstacle, recorded_by_default
-from bnexport.training.samples import Resident, Streamed
 from bnexport.training.step import Step, Sums
 from bnexport.training.training_run import train
 

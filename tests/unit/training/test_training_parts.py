@@ -11,11 +11,11 @@ from torch import nn
 
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import ModelError, UsageError
-from bnexport.training import samples
+from bnexport.training import data_parts
 from bnexport.training.config import OPTIMIZERS, TrainingConfig
+from bnexport.training.data_parts import Resident, Streamed, make_samples
 from bnexport.training.optimisers import _MAKERS, learning_rate, make_optimizer, optimizer_tensors, restore_optimizer
 from bnexport.training.preparation import build_network, leaves_parameters_unused
-from bnexport.training.samples import Resident, Streamed, make_samples
 from bnexport.training.step import Step, Sums, keep_freed_memory, pooling_by_products
 
 CPU = torch.device("cpu")

@@ -70,8 +70,8 @@ def test_a_run_steps_in_the_users_precision_and_judges_in_strict_float32(tmp_pat
 
 
 def test_evaluation_in_training_is_strict(seen: Seen) -> None:
+    from bnexport.training.data_parts import Resident
     from bnexport.training.loop import evaluate
-    from bnexport.training.samples import Resident
 
     evaluate(bn_lenet(), Resident(torch.rand(6, 1, 28, 28), torch.zeros(6, dtype=torch.int64)))
     assert seen == {(False, False, STRICT)}
