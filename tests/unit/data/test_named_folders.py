@@ -60,4 +60,4 @@ def test_a_folder_needs_a_size_and_a_path(pictures, load):
     ("name", "known"), [("mnist", True), ("folder:x", True), ("folder:", False), ("cifar", False), ("", False)]
 )
 def test_what_is_a_name(name, known):
-    assert catalogue.is_dataset(name) is known
+    assert dataset_table.is_dataset(name) is known

@@ -183,7 +183,7 @@ def test_streamed_samples_are_the_resident_ones(monkeypatch, shape):
     channels = 1 if len(shape) == 3 else 3
     preprocessing = Preprocessing(channels, 6, 5, mean=(0.4,) * channels, std=(0.3,) * channels)
     resident = make_samples(images, labels, preprocessing, CPU)
-    monkeypatch.setattr(samples, "RESIDENT_BYTES", 10)
+    monkeypatch.setattr(data_parts, "RESIDENT_BYTES", 10)
     streamed = make_samples(images, labels, preprocessing, CPU)
     assert isinstance(resident, Resident)
     assert isinstance(streamed, Streamed)
