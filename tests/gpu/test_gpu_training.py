@@ -18,7 +18,7 @@ from bnexport.nn.lenet import bn_lenet
 from bnexport.reproducibility import strict_float32
 from bnexport.training.config import TrainingConfig
 from bnexport.training.data_parts import Resident
-from bnexport.training.listeners import Progress
+from bnexport.training.listeners import TrainingListener
 from bnexport.training.loop import Epochs, epoch_order, evaluated
 from bnexport.training.optimisers import learning_rate, make_optimizer, set_learning_rate
 from bnexport.training.processes import World
@@ -137,7 +137,7 @@ class Net(nn.Module):
 """
 
 
-class Notes(Progress):
+class Notes(TrainingListener):
     def __init__(self) -> None:
         self.notes: list[str] = []
 

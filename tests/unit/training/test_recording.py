@@ -20,7 +20,7 @@ from bnexport.data.preprocessing import Preprocessing
 from bnexport.nn.lenet import bn_lenet
 from bnexport.training.config import TrainingConfig
 from bnexport.training.data_parts import Resident, Streamed
-from bnexport.training.listeners import Progress
+from bnexport.training.listeners import TrainingListener
 from bnexport.training.loop import Epochs, epoch_order
 from bnexport.training.optimisers import make_optimizer, optimizer_tensors
 from bnexport.training.processes import World
@@ -256,7 +256,7 @@ def test_obstacles() -> None:
         assert words in found
 
 
-class Notes(Progress):
+class Notes(TrainingListener):
     def __init__(self) -> None:
         self.notes: list[str] = []
 

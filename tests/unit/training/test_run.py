@@ -16,7 +16,7 @@ from bnexport.errors import OutputError
 from bnexport.loading.checkpoint import load_checkpoint
 from bnexport.nn.lenet import NORMS, bn_lenet
 from bnexport.training.config import TrainingConfig
-from bnexport.training.listeners import Progress
+from bnexport.training.listeners import TrainingListener
 from bnexport.training.training_run import train
 
 CONFIG = TrainingConfig(dataset="digits", epochs=3, batch_size=64, lr=0.5, device="cpu", seed=3)
@@ -51,7 +51,7 @@ class Stopped(Exception):
     pass
 
 
-class StopAt(Progress):
+class StopAt(TrainingListener):
     """Leaves the run in the middle of an epoch."""
 
     def __init__(self, epoch, batch=3):
