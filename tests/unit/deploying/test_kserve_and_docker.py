@@ -20,7 +20,7 @@ from bnexport.deploying.deploy_request import DEVICES, DeployRequest, Scaling
 from bnexport.deploying.docker import compose, deploy_docker, dockerfile
 from bnexport.deploying.kserve import check_yaml, checked_yaml, deploy_kserve, inference_service
 from bnexport.errors import ExportError, OutputError, UsageError
-from bnexport.exporting.triton import CONFIG, read_config
+from bnexport.exporting.triton_config import CONFIG, read_config
 
 SCALING = Scaling("s3://bucket/models", 0, 6, "rps", 50)
 NAMED = DeployRequest(name="bn-lenet", triton="24.05")

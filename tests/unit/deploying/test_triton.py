@@ -14,7 +14,7 @@ from bnexport.deploying.deploy_request import DEVICES, NAME_RULES, DeployRequest
 from bnexport.deploying.docker import deploy_docker
 from bnexport.deploying.triton_repository import LABELS, deploy_triton
 from bnexport.errors import BundleError, ExportError, OutputError, UsageError
-from bnexport.exporting.triton import CONFIG, check_config, device_blocks, read_config, triton_config
+from bnexport.exporting.triton_config import CONFIG, check_config, device_blocks, read_config, triton_config
 from bnexport.proto_messages import message_classes
 from bnexport.tensors import Dim, Signature, TensorSpec
 
