@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from bnexport.data.preprocessing import Preprocessing
     from bnexport.errors import BnexportError
     from bnexport.evaluating.evaluate import Evaluation, evaluate
+    from bnexport.evaluating.network_options import EvaluationRequest, RecalibrationRequest
     from bnexport.evaluating.recalibration import Recalibration
     from bnexport.evaluating.recalibration import recalibrate_path as recalibrate
-    from bnexport.evaluating.request import EvaluationRequest, RecalibrationRequest
     from bnexport.exporting.request import ExportRequest
     from bnexport.folding.fold import FoldResult, fold
     from bnexport.folding.module_fold import ModuleFoldResult, fold_modules, load_folded
@@ -64,7 +64,7 @@ _HOME: dict[str, tuple[str, str]] = {
     "BnexportError": ("bnexport.errors", "BnexportError"),
     "Bundle": ("bnexport.bundle", "Bundle"),
     "Evaluation": ("bnexport.evaluating.evaluate", "Evaluation"),
-    "EvaluationRequest": ("bnexport.evaluating.request", "EvaluationRequest"),
+    "EvaluationRequest": ("bnexport.evaluating.network_options", "EvaluationRequest"),
     "ExportRequest": ("bnexport.exporting.request", "ExportRequest"),
     "ExportResult": ("bnexport.reporting.results", "ExportResult"),
     "FoldReport": ("bnexport.folding.report", "FoldReport"),
@@ -73,7 +73,7 @@ _HOME: dict[str, tuple[str, str]] = {
     "OnnxFoldResult": ("bnexport.folding.onnx_backend.onnx_fold", "OnnxFoldResult"),
     "Preprocessing": ("bnexport.data.preprocessing", "Preprocessing"),
     "Recalibration": ("bnexport.evaluating.recalibration", "Recalibration"),
-    "RecalibrationRequest": ("bnexport.evaluating.request", "RecalibrationRequest"),
+    "RecalibrationRequest": ("bnexport.evaluating.network_options", "RecalibrationRequest"),
     "VerificationReport": ("bnexport.verification.verdict", "VerificationReport"),
     "bn_lenet": ("bnexport.nn.lenet", "bn_lenet"),
     "evaluate": ("bnexport.evaluating.evaluate", "evaluate"),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from bnexport.bundle import MODEL_ONNX, REPORT, WEIGHTS, Bundle, Manifest, seal
 from bnexport.environment import environment
 from bnexport.errors import OutputError, RefusedModel, UsageError
-from bnexport.evaluating.network import Subject, stale_warning
+from bnexport.evaluating.network import TrainedNetwork, stale_warning
 from bnexport.exporting.dynamic_size import check_sizes_vary, larger_example, with_smallest_sizes
 from bnexport.exporting.export_onnx import stamp_metadata
 from bnexport.exporting.formats import FORMATS, ExportJob
@@ -230,7 +230,7 @@ def _loaded(
 
 def _with_warnings(result: FoldResult, loaded: LoadedModel, request: ExportRequest) -> FoldResult:
     """Add to the fold report: choices in the weights file, and moving statistics that do not fit the network."""
-    subject = Subject(loaded.module, loaded.dataset, loaded.preprocessing)
+    subject = TrainedNetwork(loaded.module, loaded.dataset, loaded.preprocessing)
     warning = stale_warning(subject, data_dir=request.data_dir) if result.report.rows else ""
     warnings = (*loaded.notes, *result.report.warnings, *([warning] if warning else []))
     return replace(result, report=replace(result.report, warnings=warnings))

@@ -1,4 +1,4 @@
-"""The page docs/zoo.md, from the lines of a measured zoo."""
+"""The page docs/results/zoo.md, from the lines of a measured zoo."""
 
 from __future__ import annotations
 

@@ -75,7 +75,7 @@ def fold(
         max_growth: Upper bound on parameter growth, as a factor of the original element count. Folds spend it on copies of
             shared weights and on maps of constants.
         clamps: Let a BatchNorm cross a ReLU by turning the ReLU into a maximum with a constant per channel. That leaves fewer
-            operations, but ONNX Runtime runs them no faster on a CPU (docs/affine_form.md).
+            operations, but ONNX Runtime runs them no faster on a CPU (docs/results/affine_form.md).
         prove: Check each fold separately, and the folded graph against the original, in float64.
 
     Returns:

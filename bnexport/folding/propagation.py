@@ -365,7 +365,7 @@ def _bounds(plan: FoldPlan, op: Op, low: Tensor, high: Tensor) -> Clamp:
     if not is_plain(clamp) and not plan.clamps:
         raise Refused(
             f"across {op.name} it would become a bound per channel, which ONNX Runtime computes no faster on a CPU than the"
-            " batch norm (docs/affine_form.md)",
+            " batch norm (docs/results/affine_form.md)",
             "--clamps",
         )
     return clamp
