@@ -1,7 +1,7 @@
-"""Triton's model configuration, ``config.pbtxt``: written, and read as Triton reads it.
+"""Triton's model configuration, ``config.pbtxt``: written, and parsed as Triton parses it.
 
-It lies next to a model's versions, so that ``models/`` is a Triton model repository. Reading uses protobuf's text parser with
-the fields of ``proto/model_config.proto``: another field is an error, as is a wrong type or a missing bracket.
+The file is next to a model's versions, so that ``models/`` is a Triton model repository. Reading uses protobuf's text parser
+with the fields of ``proto/model_config.proto``: an unknown field, a wrong type and a missing bracket are errors.
 """
 
 from __future__ import annotations
@@ -31,16 +31,15 @@ def triton_config(
 ) -> str:
     """Return the text of ``config.pbtxt`` (Triton Inference Server, "Model Configuration").
 
-    ``dynamic_batching`` without a delay batches what has queued while the previous batch ran. Triton's ONNX Runtime
-    backend otherwise gives every instance all cores; one thread per instance keeps the 99th percentile low.
+    ``dynamic_batching`` without a delay batches the requests that were queued while the previous batch ran. Triton's ONNX
+    Runtime backend otherwise gives every instance all cores; one thread per instance keeps the 99th percentile low.
 
     Args:
-        name: The model's name, which must be its folder's.
-        signature: Inputs and outputs, batch first. Triton writes the dimensions without the batch, and the batch with
-            them where it does not vary.
-        max_batch_size: Largest batch that Triton forms; of no use where the batch does not vary.
-        label_filename: File of class names beside the configuration, for the first output: Triton's classification
-            extension answers with them.
+        name: The model's name, which must be its folder's name.
+        signature: Inputs and outputs, batch first. Triton writes the dimensions without the batch, or with a fixed batch.
+        max_batch_size: Largest batch that Triton forms; ignored if the batch is fixed.
+        label_filename: File of class names next to the configuration, for the first output: Triton's classification
+            extension returns them.
         more: Further blocks, such as instance groups.
     """
     batched = signature.batched
@@ -79,7 +78,7 @@ def quoted(text: str) -> str:
 
 def _tensor(spec: TensorSpec, batched: bool, label_filename: str | None = None) -> str:
     dims = triton_dims(spec, batched=batched)
-    # Triton takes no empty dims; one value per sample is written as [ 1 ] with a reshape to [ ].
+    # Triton refuses empty dims; one value per sample is written as [ 1 ] with a reshape to [ ].
     shape = ", ".join(map(str, dims)) or "1"
     lines = [f"name: {quoted(spec.name)}", f"data_type: {triton_type(spec)}", f"dims: [ {shape} ]"]
     lines += [] if dims else ["reshape: { shape: [ ] }"]
@@ -110,8 +109,8 @@ def device_blocks(signature: Signature, *, device: str, instances: int, max_batc
     """Return the blocks of a configuration that depend on the device.
 
     Sources: "Model Configuration", instance groups and warmup; README of Triton's ONNX Runtime backend. On GPUs the first
-    batch of a new size is slow, for cuDNN picks its algorithms and TensorRT builds its engines then, so the smallest and
-    the largest batch run before the model is ready.
+    batch of a new size is slow, because cuDNN picks its algorithms and TensorRT builds its engines. So the smallest and the
+    largest batch run before the model is ready.
     """
     kind = "KIND_CPU" if device == "cpu" else "KIND_GPU"
     blocks = [f"instance_group [ {{ count: {instances} kind: {kind} }} ]"]
@@ -129,7 +128,7 @@ def device_blocks(signature: Signature, *, device: str, instances: int, max_batc
 def _warmups(signature: Signature, max_batch_size: int) -> list[str]:
     batched = signature.batched
     shapes = [triton_dims(spec, batched=batched) for spec in signature.inputs]
-    if any(-1 in dims for dims in shapes):  # a warmup needs sizes, and which ones come is not known
+    if any(-1 in dims for dims in shapes):  # a warmup needs sizes, and those of the requests are unknown
         return []
     inputs = " ".join(
         f"inputs {{ key: {quoted(spec.name)} value {{ data_type: {triton_type(spec)}"
@@ -169,7 +168,7 @@ def _problems(config: Any, name: str, signature: Signature, files: frozenset[str
     if (config.max_batch_size > 0) != batched:
         yield f"max_batch_size is {config.max_batch_size} for a batch that {'varies' if batched else 'is fixed'}"
     if config.HasField("dynamic_batching") and not config.max_batch_size:
-        yield "it batches dynamically what takes no batch"
+        yield "it has dynamic_batching for a model without a varying batch"
     for words, specs, found in (
         ("inputs", signature.inputs, config.input),
         ("outputs", signature.outputs, config.output),

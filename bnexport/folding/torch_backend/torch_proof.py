@@ -39,8 +39,8 @@ def torch_fold_error(
 
     Returns:
         The error, and the bound that float64 rounding explains. The bound is infinite if the network amplifies the last digit
-        of its input so much that the comparison decides nothing. The error is infinity if the folded graph alone fails, or if an
-        output is not finite in one graph only. None if the original can't run in float64 (an operator pins another type) or
+        of its input so much that the comparison decides nothing. The error is infinity if the folded graph alone fails, or if
+        an output is not finite in one graph only. None if the original can't run in float64 (an operator pins another type) or
         has no finite number to compare.
     """
     return compare(_double(original, {}), _double(folded, exact), inputs, image_sizes(original, inputs), seed=seed)

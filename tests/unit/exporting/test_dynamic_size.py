@@ -173,7 +173,7 @@ def test_the_graph_holds_from_where_forward_goes_its_way() -> None:
 
     network = model(forward)
     assert signature_in_sizes(network).inputs[0].smallest == {"height": 23, "width": 3}
-    with pytest.raises(ExportError, match="computes something else for a height of 22 than from 23 on") as caught:
+    with pytest.raises(ExportError, match="takes another branch for a height of 22 than for 23 and more") as caught:
         signature_in_sizes(network, (InputSpec("input", (3, 22, 40)),))
     assert "--input" in caught.value.remedy
 
