@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -51,7 +52,13 @@ def compare(
 ) -> tuple[float, float] | None:
     """Compare two networks in float64 as ``torch_fold_error`` does; ``sizes`` is the result of ``image_sizes``."""
     # A network may return NaN for noise because it expects positive numbers: the user's example is the last try.
-    tries = [_cut(probes_like(inputs, seed), size) for size in sizes] + [_widened(inputs)]
+    noise = probes_like(inputs, seed)
+
+    def cut(size: int | None) -> tuple[Any, ...]:
+        return tuple(pytree.tree_map_only(Tensor, lambda t: t[..., :size, :size] if t.ndim == 4 else t, noise))
+
+    tries = [cut(size) for size in sizes]
+    tries.append(_floats_mapped(Tensor.double, inputs))
     found = None
     for number, probes in enumerate(tries):
         full = number >= len(sizes) - 1
@@ -97,13 +104,11 @@ def _rounding(wide: nn.Module, probes: tuple[Any, ...], reference: list[Tensor])
     """
     generator = torch.Generator().manual_seed(1)
 
-    def nudged(item: Any) -> Any:
-        if not isinstance(item, Tensor) or not item.is_floating_point():
-            return item
-        sign = torch.randint(0, 2, item.shape, generator=generator).to(item) * 2 - 1
-        return item * (1 + sign * torch.finfo(torch.float64).eps)
+    def nudged(tensor: Tensor) -> Tensor:
+        sign = torch.randint(0, 2, tensor.shape, generator=generator).to(tensor) * 2 - 1
+        return tensor * (1 + sign * torch.finfo(torch.float64).eps)
 
-    other = run(wide, tuple(pytree.tree_map(nudged, probes)))
+    other = run(wide, _floats_mapped(nudged, probes))
     change = max((scale_error(a, b) for a, b in zip(other, reference, strict=True)), default=0.0)
     bound = _DEPTH * change
     return bound if bound <= _MAX_ROUNDING else math.inf
@@ -137,13 +142,9 @@ def multiplications(graph_module: GraphModule) -> int:
     return total
 
 
-def _cut(probes: tuple[Any, ...], size: int | None) -> tuple[Any, ...]:
-    def cut(item: Any) -> Any:
-        if size is None or not isinstance(item, Tensor) or item.ndim != 4:
-            return item
-        return item[..., :size, :size]
-
-    return tuple(pytree.tree_map(cut, probes))
+def _floats_mapped(change: Callable[[Tensor], Tensor], inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return inputs with every floating tensor changed."""
+    return tuple(pytree.tree_map_only(Tensor, lambda t: change(t) if t.is_floating_point() else t, inputs))
 
 
 def _double(graph_module: GraphModule, exact: dict[str, Tensor]) -> GraphModule:
@@ -175,20 +176,10 @@ def _double(graph_module: GraphModule, exact: dict[str, Tensor]) -> GraphModule:
 def probes_like(inputs: tuple[Any, ...], seed: int) -> tuple[Any, ...]:
     """Replace floating inputs by seeded noise in float64."""
     generator = torch.Generator().manual_seed(seed)
-
-    def probe(item: Any) -> Any:
-        if isinstance(item, Tensor) and item.is_floating_point():
-            return torch.randn(item.shape, generator=generator, dtype=torch.float64).to(item.device)
-        return item
-
-    return tuple(pytree.tree_map(probe, inputs))
-
-
-def _widened(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    def widened(item: Any) -> Any:
-        return item.double() if isinstance(item, Tensor) and item.is_floating_point() else item
-
-    return tuple(pytree.tree_map(widened, inputs))
+    return _floats_mapped(
+        lambda t: torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.device),
+        inputs,
+    )
 
 
 def comparable(output: Tensor) -> bool:
@@ -201,5 +192,5 @@ def run(module: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:
     # Random operators that are kept (dropout in training mode on purpose) must draw the same numbers in both runs.
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        outputs = module(*pytree.tree_map(lambda item: item.clone() if isinstance(item, Tensor) else item, inputs))
+        outputs = module(*pytree.tree_map_only(Tensor, Tensor.clone, inputs))
     return [item for item in pytree.tree_leaves(outputs) if isinstance(item, Tensor)]
