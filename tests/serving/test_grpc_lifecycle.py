@@ -87,7 +87,7 @@ def test_a_server_that_nobody_asks_stops_at_once(models: Path, tmp_path: Path, i
         assert list(watch) == [b"\x08\x02"]
         requests.put(None)
         assert stream.code() is grpc.StatusCode.UNAVAILABLE
-        assert "has stopped" in stream.details()
+        assert "is stopping" in stream.details()
 
 
 def test_a_call_whose_message_is_on_its_way_is_answered(models: Path, tmp_path: Path, images: np.ndarray) -> None:

@@ -195,7 +195,7 @@ def test_deadlines_hold_in_the_queue_and_while_a_batch_runs() -> None:
             await asyncio.sleep(0.01)
             batcher.expire()
         for future in (running, queued):
-            with pytest.raises(NotServing, match="not there in time") as caught:
+            with pytest.raises(NotServing, match="not ready before the deadline") as caught:
                 await future
             assert caught.value.status == 504
         runner.gate.set()

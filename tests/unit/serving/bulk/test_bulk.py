@@ -161,12 +161,12 @@ def test_a_folder_of_something_else_is_never_replaced(bundle: Bundle, sources: d
     (tmp_path / "out" / "precious").write_text("x")
     (tmp_path / "file").write_text("x")
     for out in ("out", "file"):
-        with pytest.raises(OutputError, match="no folder of predictions"):
+        with pytest.raises(OutputError, match="not a folder of predictions"):
             predict(bundle, sources["a.npy"], tmp_path / out, force=True)
     (tmp_path / "out" / "precious").unlink()
     assert predict(bundle, sources["a.npy"], tmp_path / "out").rows == 90, "an empty folder is as good as none"
     (tmp_path / "out" / JOB).write_text("[]")
-    with pytest.raises(OutputError, match="not bnexport's"):
+    with pytest.raises(OutputError, match="not written by bnexport"):
         predict(bundle, sources["a.npy"], tmp_path / "out", force=True)
 
 
