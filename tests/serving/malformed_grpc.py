@@ -191,7 +191,7 @@ CASES: tuple[Case, ...] = (
     Case("an unknown service", NONE, "no method", (b"",), "/other.Service/ModelInfer"),
     Case("a path of 5,000 characters", NONE, "no method", (b"",), "/" + "x" * 5000),
     Case("shared memory is registered", NONE, "no method", (b"",), SERVICE + "SystemSharedMemoryRegister"),
-    Case("noise for a name", BAD, "no inference.ModelReadyRequest", (b"\xff" * 9,), SERVICE + "ModelReady"),
+    Case("noise for a name", BAD, "parsed as inference.ModelReadyRequest", (b"\xff" * 9,), SERVICE + "ModelReady"),
     Case("2 MB for a name", LARGE, "the limit is", of("ModelReadyRequest", name="x" * 2_000_000), SERVICE + "ModelReady"),
     Case("metadata of none", GONE, "no model 'x'", of("ModelMetadataRequest", name="x"), SERVICE + "ModelMetadata"),
     Case("metadata without a name", GONE, "no model ''", (b"",), SERVICE + "ModelMetadata"),
@@ -209,6 +209,6 @@ CASES: tuple[Case, ...] = (
         of("RepositoryModelUnloadRequest", model_name="bn_lenet"), SERVICE + "RepositoryModelUnload",
     ),
     Case("the health of none", GONE, "no service 'x'", of("HealthCheckRequest", service="x"), HEALTH + "Check"),
-    Case("noise for health", BAD, "no grpc.health.v1", (struct.pack("<q", -1),), HEALTH + "Check"),
+    Case("noise for health", BAD, "parsed as grpc.health.v1", (struct.pack("<q", -1),), HEALTH + "Check"),
     Case("40 kB of metadata", LARGE, "", (_GOOD,), options={"metadata": [("x-long", "y" * 40_000)]}),
 )  # fmt: skip

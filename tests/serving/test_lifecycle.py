@@ -259,7 +259,7 @@ def test_folders_that_are_no_models_are_named_in_the_log(models: Path, tmp_path:
 
 def test_a_port_that_is_taken(server: Server, models: Path) -> None:
     said = refused(str(models), "--port", str(server.port), code=2)
-    assert f"port {server.port} can't be served on: Address already in use." in said
+    assert f"port {server.port} can't be used: Address already in use." in said
     assert "Choose another --host or --port." in said
 
 

@@ -316,8 +316,8 @@ def test_what_can_not_be_served_ends_as_with_one_process(models: Path, tmp_path:
 
 def test_a_port_that_is_taken(server: Server, models: Path) -> None:
     words = (str(models), "--port", str(server.port))
-    assert f"port {server.port} can't be served on" in refused(*words, *TWO, code=2)
-    assert f"port {server.port} can't be served on" in refused(*words, code=2)
+    assert f"port {server.port} can't be used" in refused(*words, *TWO, code=2)
+    assert f"port {server.port} can't be used" in refused(*words, code=2)
 
 
 def test_log_lines_of_several_processes_are_whole(server: Server) -> None:

@@ -77,7 +77,7 @@ class GrpcServer(grpc.GenericRpcHandler):  # type: ignore[misc]
                 self.port = server.add_secure_port(address, grpc.ssl_server_credentials((pair,)))
         except (RuntimeError, OSError, ValueError) as error:
             raise UsageError(
-                f"{self.settings.host} port {self.settings.port} can't be served on by gRPC: {one_line(error)}",
+                f"{self.settings.host} port {self.settings.port} can't be used by gRPC: {one_line(error)}",
                 remedy="Choose another --host or --grpc-port",
             ) from error
         await server.start()

@@ -97,7 +97,8 @@ def _parsed(name: str, data: bytes, most: int) -> Any:
         return kind.FromString(data)
     except DecodeError as error:
         raise RequestError(
-            f"the message is not a {kind.DESCRIPTOR.full_name}", remedy="Write it with a client of the protocol"
+            f"the message can't be parsed as {kind.DESCRIPTOR.full_name}",
+            remedy="Write it with a client of the protocol",
         ) from error
 
 

@@ -129,7 +129,7 @@ def test_what_is_no_image_classifier_is_refused(bundle: Bundle, tmp_path: Path, 
     assert "is not an image classifier" in refusal(BundleError, tmp_path / "1")
     other = copy_bundle(bundle, tmp_path / "other")
     reseal(other, preprocessing=Preprocessing(height=32).to_json())
-    assert "takes float32 of 1x28x28, its preprocessing makes float32 of 1x32x28" in refusal(BundleError, other)
+    assert "takes float32 of 1x28x28, but its preprocessing makes float32 of 1x32x28" in refusal(BundleError, other)
 
 
 def test_the_remedy_names_options_that_exist(bundle: Bundle, tmp_path: Path) -> None:
