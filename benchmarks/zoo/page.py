@@ -14,7 +14,7 @@ from benchmarks.zoo.fold import PLACES, WRONG_FACTOR, WRONG_SHARE
 from benchmarks.zoo.network import CALIBRATION, EXAMPLE
 from bnexport.environment import describe
 from bnexport.folding.report import GONE, OUTCOMES
-from bnexport.folding.torch_backend.proof import MAX_ERROR
+from bnexport.folding.torch_backend.torch_proof import MAX_ERROR
 
 #: Key of a tool in the lines -> its heading.
 TOOLS: dict[str, str] = {
