@@ -143,7 +143,10 @@ class Session:
 
     def follow(self, page: Path) -> Iterator[tuple[Block, list[tuple[str, str, str]]]]:
         """Write the files and run the console blocks of a page, in order; yield (command, shown output, real output)."""
-        for block in blocks(page.read_text(encoding="utf-8")):
+        text = page.read_text(encoding="utf-8")
+        if page.name not in EXAMPLES and re.search(r"^\$ .*models/bn_lenet/1", text, re.MULTILINE):
+            shutil.copytree(ROOT / "models", self.folder / "models")
+        for block in blocks(text):
             if block.file:
                 (self.folder / block.file).write_text(block.text, encoding="utf-8")
             elif block.language == "console" and (page.name not in EXAMPLES or any(shown for _, shown in steps(block))):
