@@ -1,7 +1,7 @@
 """Draw docs/pictures/fold.svg: the first block of BN-LeNet before and after the fold, from the two graphs.
 
 Use: python tests/support/fold_picture.py
-Boxes are the operations of the graphs, numbers below them the stored values that they read. The equation is that of the fold report.
+Boxes are operations of the graphs; below them is the number of stored values that they read. The equation is the report's.
 """
 
 from __future__ import annotations
