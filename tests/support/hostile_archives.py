@@ -261,8 +261,8 @@ SCRIPTS: dict[str, Hostile] = {
     "script: place far away": Hostile(
         "torchscript", script("constants.pkl", b"\x80\x02Nr\xff\xff\xff\xff."), "at the place 4294967295"
     ),
-    "script: empty stack": Hostile("torchscript", script("constants.pkl", b"\x80\x02R."), "takes a value from an empty stack"),
-    "script: puts what is not there": Hostile("torchscript", script("constants.pkl", b"\x80\x02q\x00."), "takes a value from an empty stack"),
+    "script: empty stack": Hostile("torchscript", script("constants.pkl", b"\x80\x02R."), "an empty stack"),
+    "script: puts what is not there": Hostile("torchscript", script("constants.pkl", b"\x80\x02q\x00."), "an empty stack"),
     "script: length beyond the end": Hostile(
         "torchscript", script("constants.pkl", b"\x80\x02X\xff\xff\xff\x7fabc"), "damaged pickle"
     ),
@@ -280,8 +280,8 @@ SCRIPTS: dict[str, Hostile] = {
     "script: value that was never put": Hostile("torchscript", script("constants.pkl", b"\x80\x02h\x07."), "never put"),
     "script: no mark": Hostile("torchscript", script("constants.pkl", b"\x80\x02Nt."), "has no mark"),
     "script: bytes behind a pickle": Hostile("torchscript", script("constants.pkl", b"\x80\x02).cos\n"), "behind its end"),
-    "script: calls a number": Hostile("torchscript", script("constants.pkl", b"\x80\x02K\x01)R."), "calls a value which is not a name"),
-    "script: something kept outside": Hostile("torchscript", script("constants.pkl", b"\x80\x02NQ."), "not the storage of a tensor"),
+    "script: calls a number": Hostile("torchscript", script("constants.pkl", b"\x80\x02K\x01)R."), "which is not a name"),
+    "script: something kept outside": Hostile("torchscript", script("constants.pkl", b"\x80\x02NQ."), "not the storage"),
     "script: storage of negative size": Hostile("torchscript", script("constants.pkl", tensor((1,), (1,), -4)), "-4 elements"),
     "script: tensor of nothing": Hostile(
         "torchscript", script("constants.pkl", b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n)R."), "is not made of"
