@@ -97,6 +97,7 @@ if TYPE_CHECKING:
 @click.option(
     "--allow-low-accuracy", is_flag=True, help="Accept an original network whose accuracy is at or below chance."
 )
+@click.option("--verbose", is_flag=True, help="Print the whole reason for every runtime that was not run.")
 @click.option("--json", "json_file", metavar="FILE", help="Write the report as JSON; - prints it instead of the table.")
 @click.option("--junit", "junit_file", metavar="FILE", help="Write the report as JUnit XML, for CI systems.")
 @click.option("--html", "html_file", metavar="FILE", help="Write the report as one self-contained page.")
@@ -124,7 +125,7 @@ def command(ctx: click.Context, /, bundle: Path, **options: Any) -> None:
         console = make_console()
         needs, full = full_check(opened, bundle) if report.findings.covers else ("", "")
         advice = f"; give {needs} for the full check" if needs else ""
-        print_verification(report, console, labels=opened.manifest.labels, advice=advice)
+        print_verification(report, console, labels=opened.manifest.labels, advice=advice, verbose=options["verbose"])
         if full:
             console.print(literal(f"Full check: {full}", console), soft_wrap=True)
         print_environment(report.environment, console)
@@ -195,7 +196,7 @@ def _write_files(report: VerificationReport, opened: Bundle, path: Path, options
 
 
 #: Options of the written files, and of each run, which the page adds to the command itself.
-_OF_FILES = ("json_file", "junit_file", "html_file")
+_OF_FILES = ("verbose", "json_file", "junit_file", "html_file")
 _OF_RUNS = ("runtimes", "precisions", "optimisations", "io_binding", "conv_searches", "seed", "with_self_test")
 
 

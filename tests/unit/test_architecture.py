@@ -37,6 +37,7 @@ GROUND = (
     "protobuf_wire",
     "reproducibility",
     "environment",
+    "plain_table",
     "tensors",
     "files",
     "interrupts",
