@@ -36,17 +36,17 @@ class NetworkOptions:
     """
 
     source: str | None = option(
-        "Code of your own network, whose weights the file holds.", None, metavar="FILE.py:FACTORY"
+        "Code of your own network. The file holds its weights.", None, metavar="FILE.py:FACTORY"
     )
     weights_key: str | None = option(
-        "With --source: weights to take, of a file with several sets.", None, metavar="NAME"
+        "With --source: name of the set of weights, if the file has several.", None, metavar="NAME"
     )
     model_options: Mapping[str, Any] = option(
-        "For the factory of --source; repeatable.", dict, flag="--model-option", metavar="KEY=VALUE"
+        "Argument of the factory of --source. Repeatable.", dict, flag="--model-option", metavar="KEY=VALUE"
     )
     input: str | None = option("Shape of one image, as 3x224x224, for plain weights.", None, metavar="CxHxW")
-    mean: tuple[float, ...] | None = option("Per channel, as 0.485,0.456,0.406, for plain weights.", None)
-    std: tuple[float, ...] | None = option("Per channel, as 0.229,0.224,0.225.", None)
+    mean: tuple[float, ...] | None = option("Mean per channel, as 0.485,0.456,0.406, for plain weights.", None)
+    std: tuple[float, ...] | None = option("Standard deviation per channel, as 0.229,0.224,0.225.", None)
     labels: tuple[str, ...] | None = option("Text file with one class name per line, for plain weights.", None)
 
     def __post_init__(self) -> None:
@@ -106,7 +106,7 @@ class InspectionRequest(NetworkOptions):
     """
 
     dataset: str | None = option("Data set whose training images are used.  [default: PATH's own]", None)
-    data_dir: Path | None = option("Folder of data sets.", None, metavar="DIR")
+    data_dir: Path | None = option("Folder of the data set's files.", None, metavar="DIR")
 
 
 @dataclass(frozen=True)
@@ -122,15 +122,15 @@ class EvaluationRequest(NetworkOptions):
     """
 
     dataset: str | None = option("Data set to evaluate on.  [default: PATH's own]", None)
-    data_dir: Path | None = option("Folder of data sets.", None, metavar="DIR")
+    data_dir: Path | None = option("Folder of the data set's files.", None, metavar="DIR")
     runtime: str | None = option(
-        f"For a bundle: {', '.join(spec.name for spec in RUNNERS)}.  [default: onnxruntime-cpu]",
+        f"Runtime of a bundle: {', '.join(spec.name for spec in RUNNERS)}.  [default: onnxruntime-cpu]",
         None,
         choices=tuple(spec.name for spec in RUNNERS),
         metavar="NAME",
     )
-    device: str | None = option("For a checkpoint.  [default: auto]", None, choices=DEVICES)
-    batch_size: int = option("Images at once.", 1000)
+    device: str | None = option("Device for a checkpoint.  [default: auto]", None, choices=DEVICES)
+    batch_size: int = option("Number of images per batch.", 1000)
 
 
 @dataclass(frozen=True)
@@ -154,12 +154,12 @@ class RecalibrationRequest(NetworkOptions):
         choices=tuple(DEFINITIONS),
     )
     dataset: str | None = option("Data set whose images are used.  [default: CHECKPOINT's own]", None)
-    data_dir: Path | None = option("Folder of data sets.", None, metavar="DIR")
-    samples: int | None = option("Training images, chosen at random.  [default: all]", None, metavar="N")
-    batch_size: int = option("Images at once, at most.", 256)
+    data_dir: Path | None = option("Folder of the data set's files.", None, metavar="DIR")
+    samples: int | None = option("Number of training images, chosen at random.  [default: all]", None, metavar="N")
+    batch_size: int = option("Largest number of images per batch.", 256)
     seed: int = option("Random seed of the choice and order of images.", 0)
-    device: str = option("auto takes a GPU if there is one.", "auto", choices=DEVICES)
-    force: bool = option("Replace the output.", False)
+    device: str = option("Device of torch. auto uses a GPU if torch finds one.", "auto", choices=DEVICES)
+    force: bool = option("Replace an existing output.", False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
