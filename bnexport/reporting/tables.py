@@ -267,7 +267,7 @@ def print_verdict(report: VerificationReport, console: Console, *, advice: str =
     for row in report.failures[:_LISTED_FAILURES]:
         console.print(literal(f"FAIL {row.stage}, {row.run}, {row.case}: {row.reason}", console, style=STYLES["FAIL"]))
     if (more := len(report.failures) - _LISTED_FAILURES) > 0:
-        console.print(literal(f"and {more} more failed comparisons, listed by --json FILE", console))
+        console.print(literal(f"and {more} more failed comparisons: --json lists them", console))
     for warning in report.findings.warnings:
         console.print(literal(f"WARNING: {warning}", console))
 
@@ -443,7 +443,7 @@ def _print_flips(report: VerificationReport, console: Console, labels: Sequence[
             )
         )
     if (more := len(changed) - _LISTED_FLIPS) > 0:
-        console.print(literal(f"and {more} more changed labels, listed by --json FILE", console, style="dim"))
+        console.print(literal(f"and {more} more changed labels: --json lists them", console, style="dim"))
 
 
 def _print_self_test(report: VerificationReport, console: Console) -> None:

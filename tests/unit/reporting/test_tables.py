@@ -187,7 +187,7 @@ def test_everything_that_was_found_is_told_in_short() -> None:
 def test_flips_are_listed_up_to_a_number() -> None:
     words = words_of(large_report())
     assert words.count("label changed, sample ") == 8
-    assert "and 492 more changed labels, listed by --json FILE" in words
+    assert "and 492 more changed labels: --json lists them" in words
 
 
 DRIVER = "Found no NVIDIA driver on your system. Please check that you have an NVIDIA GPU and installed a driver"
