@@ -46,8 +46,8 @@ class OnnxTarget:
         ir_version: Version of the file format; None: the lowest that the opset allows, at least 8.
     """
 
-    opset: int = option("ONNX operator set.", DEFAULT_OPSET)
-    ir_version: int | None = option("ONNX file format.  [default: lowest possible, at least 8]", None)
+    opset: int = option("Version of the ONNX operator set.", DEFAULT_OPSET)
+    ir_version: int | None = option("Version of the ONNX file format.  [default: lowest possible, at least 8]", None)
 
     def resolved_ir_version(self) -> int:
         """Return the IR version to write.
@@ -104,37 +104,37 @@ class ExportRequest:
         force: Replace an existing bundle.
     """
 
-    weights_key: str | None = option("Weights to take, of a file with several sets of them.", None, metavar="NAME")
+    weights_key: str | None = option("Name of the set of weights, if the file has several.", None, metavar="NAME")
     model_options: Mapping[str, Any] = option(
-        "For its constructor; repeatable.", dict, flag="--model-option", metavar="KEY=VALUE"
+        "Argument of the network's constructor. Repeatable.", dict, flag="--model-option", metavar="KEY=VALUE"
     )
     inputs: tuple[str, ...] = option(
-        "One sample, as 1x28x28; repeatable.", (), flag="--input", metavar="[NAME=]SHAPE[:TYPE]"
+        "Shape of one sample, as 1x28x28. Repeatable.", (), flag="--input", metavar="[NAME=]SHAPE[:TYPE]"
     )
     dynamic_size: bool = option("Let height and width of image inputs vary, as the batch does.", False)
-    max_growth: float = option("How much larger the weights may become by copies.", 1.1)
-    clamps: bool = option("Fold across ReLU too: a bound per channel instead of a BatchNorm.", False)
+    max_growth: float = option("Upper bound on parameter growth by copies, as a factor.", 1.1)
+    clamps: bool = option("Fold across ReLU too, which leaves a bound per channel instead of a BatchNorm.", False)
     precision: str = option(
-        "Of weights and arithmetic in the files; inputs and outputs keep their types.",
+        "Precision of weights and arithmetic in the files. Inputs and outputs keep their types.",
         "float32",
         choices=tuple(STORED_PRECISIONS),
     )
     labels: tuple[str, ...] | None = option("Text file with one class name per line.", None)
-    rename_classes: bool = option("LABELS are new names for the data set's classes, in the same order.", False)
+    rename_classes: bool = option("Take --labels as new names of the data set's classes, in the same order.", False)
     preprocessing: Preprocessing | Mapping[str, Any] | None = None
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
-    dataset: str | None = option("Verify on its test images (a checkpoint names its own).", None)
-    data_dir: Path | None = option("Folder of data sets.", None)
-    thorough: bool = option("Verify at least 16 samples of each kind, however large the network is.", False)
+    dataset: str | None = option("Data set whose test images the verification uses.  [default: the checkpoint's]", None)
+    data_dir: Path | None = option("Folder of the data set's files.", None)
+    thorough: bool = option("Compare at least 16 samples of each kind, also of a large network.", False)
     onnx: OnnxTarget = field(default_factory=OnnxTarget)
     formats: tuple[str, ...] = option(
-        "Write only this; repeatable.  [default: all]", _FORMATS, flag="--format", choices=_FORMATS
+        "Format to write. Repeatable.  [default: all]", _FORMATS, flag="--format", choices=_FORMATS
     )
     allow_untrained: bool = option("Accept BatchNorm layers that were never trained.", False)
-    allow_low_accuracy: bool = option("Accept an accuracy at or below chance.", False)
+    allow_low_accuracy: bool = option("Accept a network whose accuracy is at or below chance.", False)
     allow_nonfinite: tuple[str, ...] = option(
-        "Tensor that is meant to hold infinities, as a mask does; repeatable.", (), metavar="NAME"
+        "Tensor that may hold infinities, as a mask does. Repeatable.", (), metavar="NAME"
     )
     force: bool = option("Replace an existing bundle.", False)
 

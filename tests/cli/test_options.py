@@ -161,8 +161,8 @@ def test_what_is_no_list_of_numbers(option, text):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (("--mean", "0.1,0.2", "--std", "1,1,1"), "2 means and 3 deviations for 3 channel"),
-        (("--mean", "0,0,0", "--std", "1"), "3 means and 1 deviations for 3 channel"),
+        (("--mean", "0.1,0.2", "--std", "1,1,1"), "2 means and 3 standard deviations for 3 channel"),
+        (("--mean", "0,0,0", "--std", "1"), "3 means and 1 standard deviations for 3 channel"),
         (("--mean", "0,0,0", "--std", "1,0,1"), "not positive"),
         (("--mean", "0,0,0", "--std", "1,-1,1"), "not positive"),
         (("--mean", "nan,0,0", "--std", "1,1,1"), "not finite"),
