@@ -97,7 +97,13 @@ def output_error(narrow: nn.Module, probes: tuple[Any, ...], reference: list[Ten
 
 
 def _rounding(wide: nn.Module, probes: tuple[Any, ...], reference: list[Tensor]) -> float:
-    """Return the error of float64 itself: the outputs' change when every input changes in its last digit.
+    """Return the bound that float64 rounding explains; infinity above the size that could hide a real fault."""
+    bound = last_digit_response(wide, probes, reference)
+    return bound if bound <= _MAX_ROUNDING else math.inf
+
+
+def last_digit_response(wide: nn.Module, probes: tuple[Any, ...], reference: list[Tensor]) -> float:
+    """Return the allowed error of float64 itself: a multiple of the outputs' change when every input's last digit changes.
 
     A fold changes the order of operations in every layer, not only the inputs, hence the factor. A deep network, or one with a
     steep softmax, amplifies the last digit of its input.
@@ -109,9 +115,7 @@ def _rounding(wide: nn.Module, probes: tuple[Any, ...], reference: list[Tensor])
         return tensor * (1 + sign * torch.finfo(torch.float64).eps)
 
     other = run(wide, _floats_mapped(nudged, probes))
-    change = max((scale_error(a, b) for a, b in zip(other, reference, strict=True)), default=0.0)
-    bound = _DEPTH * change
-    return bound if bound <= _MAX_ROUNDING else math.inf
+    return _DEPTH * max((scale_error(a, b) for a, b in zip(other, reference, strict=True)), default=0.0)
 
 
 def image_sizes(original: GraphModule, inputs: tuple[Any, ...]) -> list[int | None]:

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 import bnexport
 from bnexport.errors import ModelError, ProofError, UntracedError
-from bnexport.folding import module_fold
+from bnexport.folding.torch_backend import modules
 from bnexport.nn.folded import MARKER, ScaleShift
 
 IMAGE = torch.zeros(2, 3, 8, 8)
@@ -534,15 +534,32 @@ def test_training_heads_are_listed() -> None:
     assert len(result.model.train()(X)) == 2
 
 
-def test_the_proof_catches_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
-    written = module_fold.write
+class ZeroForOneSample(nn.Module):
+    """The mean of batch-normalised numbers, which is 0 for a single sample: its output is rounding there."""
 
-    def wrong(model: nn.Module, changes: module_fold.Changes, added: tuple[str, ...]) -> None:
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        self.last = nn.BatchNorm2d(8, track_running_stats=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.relu(self.bn(self.conv(x)))).mean((2, 3))
+
+
+def test_an_output_that_is_only_rounding_is_not_another_branch() -> None:
+    result = bnexport.fold_modules(randomise(ZeroForOneSample()).eval(), torch.randn(2, 3, 16, 16))
+    assert [row.outcome for row in result.report.rows] == ["backward", "kept"]
+
+
+def test_the_proof_catches_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = modules.write
+
+    def wrong(model: nn.Module, changes: modules.Changes, added: tuple[str, ...]) -> None:
         written(model, changes, added)
         with torch.no_grad():
             model.conv1.bias.add_(1e-9)
 
-    monkeypatch.setattr(module_fold, "write", wrong)
+    monkeypatch.setattr(modules, "write", wrong)
     with pytest.raises(ProofError, match="differs from the original"):
         bnexport.fold_modules(residual(), X)
 
