@@ -6,6 +6,7 @@ import copy
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -301,7 +302,7 @@ def _prove_other_sizes(name: str, wide: nn.Module, narrow: nn.Module, inputs: tu
         return item.new_zeros(*item.shape[:2], *(max(int(min(size, _LARGEST) * factor), 1) for size in item.shape[2:]))
 
     for factor in _OTHER_SIZES:
-        resized = pytree.tree_map_only(Tensor, lambda item, by=factor: other(item, by), inputs)
+        resized = pytree.tree_map_only(Tensor, partial(other, factor=factor), inputs)
         probes = torch_proof.probes_like(resized, 1)
         try:
             reference = torch_proof.run(wide, probes)
