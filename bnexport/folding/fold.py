@@ -189,7 +189,7 @@ def _fold_copy(
         writer = TorchWriter(graph)
         writer.write(outcome.dropped)
         drop_unused(folded)
-        growth = (graph.elements - writer.beside) / max(before, 1)
+        growth = (graph.elements - writer.standalone) / max(before, 1)
         if growth <= max_growth:
             break
     return folded, outcome, writer.exact, growth

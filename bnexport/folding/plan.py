@@ -306,7 +306,7 @@ def _underflows(value: Tensor, cast: Tensor) -> bool:
 
 
 def _next_norm(op: Op) -> Op | None:
-    """Return the norm that is the only reader of a value, behind identities."""
+    """Return the norm that is the only reader of a value, after identities."""
     while len(op.users) == 1:
         op = op.users[0]
         if isinstance(op.kind, ConstantAffine):
