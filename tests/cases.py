@@ -325,7 +325,7 @@ def _branches_and_sharing() -> tuple[Case, ...]:
 
 
 def _left_alone() -> tuple[Case, ...]:
-    """What must stay, each with its reason."""
+    """Cases that must stay, each with its reason."""
     return (
         Case("declared-in-another-order", graph(lambda m, x: m.bn(torch.relu(m.conv(x))), conv=conv(), bn=bn()), IMAGE,
              one("bn", "affine"), "before: across relu"),

@@ -90,7 +90,7 @@ def folded(case: Case) -> tuple[nn.Module, dict[str, Tensor], bnexport.ModuleFol
 
 
 @pytest.mark.parametrize("case", _PARAMETERS)
-def test_the_module_computes_the_same_and_what_stays_has_its_reason(case: Case) -> None:
+def test_the_module_computes_the_same_and_reports_reasons(case: Case) -> None:
     model, before, result = folded(case)
     assert same(state(model), before), "the original was changed"
     assert type(result.model) is type(model)
@@ -398,7 +398,7 @@ KEPT: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
 
 
 @pytest.mark.parametrize("name", KEPT)
-def test_what_has_no_place_in_the_modules_stays(name: str) -> None:
+def test_folds_without_a_place_in_the_modules_are_not_made(name: str) -> None:
     build, path, reason = KEPT[name]
     torch.manual_seed(0)
     model = randomise(build()).eval()
@@ -472,7 +472,7 @@ def test_the_rest_folds_where_forward_reads_one_norm() -> None:
 
 @pytest.mark.parametrize("hook", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"])
 @pytest.mark.parametrize("path", ["0", "1", "2"])
-def test_hooks_go_on_seeing_what_they_saw(hook: str, path: str) -> None:
+def test_hooks_see_the_same_values(hook: str, path: str) -> None:
     torch.manual_seed(0)
     build = sequential(conv(), nn.Identity, bn(), nn.ReLU)
     seen: list[Tensor] = []
@@ -496,7 +496,7 @@ def test_hooks_go_on_seeing_what_they_saw(hook: str, path: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*records, strict=True))
 
 
-def test_hooks_beside_a_fold_do_not_stop_it() -> None:
+def test_hooks_on_other_modules_do_not_stop_a_fold() -> None:
     torch.manual_seed(0)
     model = randomise(sequential(sequential(conv(), bn()), nn.ReLU, sequential(conv(6, 6), bn()))()).eval()
     model[0].register_forward_hook(lambda *_: None)

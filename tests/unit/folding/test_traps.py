@@ -118,7 +118,7 @@ def _grad(m: Parts, x: Tensor) -> Tensor:
         (_grad, "a region with another gradient mode"),
     ],
 )
-def test_a_batch_norm_in_a_separate_region_is_accounted(forward: Callable[[Parts, Tensor], Tensor], where: str) -> None:
+def test_a_batch_norm_in_a_separate_region_has_a_row(forward: Callable[[Parts, Tensor], Tensor], where: str) -> None:
     report = check(parts(forward), images()).report
     assert [(row.outcome, row.channels) for row in report.rows] == [("kept", 4)]
     assert f"it is inside {where}," in report.rows[0].reason
