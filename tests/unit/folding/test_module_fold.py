@@ -34,7 +34,7 @@ OTHERWISE: dict[str, tuple[str, str]] = {
     **dict.fromkeys(("weight-norm", "weight-norm-by-hook", "spectral-norm", "pruned"), ("affine", "computed in forward")),
     **dict.fromkeys(("relu-between-clamped", "before-relu-clamped", "before-relu6-clamped"), ("affine", "bound per channel")),
     "hook-on-bn": ("kept", "a hook reads its value"),
-    "before-zero-padding-map": ("affine", "zeros around its input"),
+    "before-zero-padding-map": ("affine", "pads its input with zeros"),
     **dict.fromkeys(
         ("rep-vgg", "rep-vgg-depthwise", "rep-vgg-dilated", "rep-vgg-even-kernel"), ("affine", "other operand is not scaled")
     ),
