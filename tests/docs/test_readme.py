@@ -11,7 +11,6 @@ from pathlib import Path
 
 import click
 import pytest
-
 from support.documents import PAGES, blocks, commands
 
 from bnexport.bundle import GOLDEN, MANIFEST, MODEL_ONNX, MODEL_TORCHSCRIPT, REPORT, WEIGHTS
@@ -20,6 +19,7 @@ from bnexport.cli.main import COMMANDS, EXIT_CODES, EXIT_FAULT, EXIT_INTERRUPTED
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 REFERENCE = ROOT / "models" / "bn_lenet" / "1"
+
 
 def table(heading: str) -> list[list[str]]:
     """Rows of the first table below a heading, without its first two lines."""
