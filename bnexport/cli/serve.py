@@ -58,7 +58,7 @@ class _Seconds(click.FloatRange):
 @click.option("--max-batch", type=click.IntRange(1, 65536), default=64, show_default=True, help="Samples run together.")
 @click.option(
     "--limit", "limits", multiple=True, metavar="NAME=N",
-    help="Change a limit, as batch=64; repeatable. docs/serving.md has the table.",
+    help="Change a limit, as batch=64; repeatable. docs/serving_reference.md has the table.",
 )  # fmt: skip
 @click.option("--poll", type=_Seconds(0.1), help="Look for new versions every so many seconds.")
 @click.option("--grace", type=_Seconds(0.1), default=30.0, show_default=True, help="Seconds to stop in.")
