@@ -93,7 +93,7 @@ async def classify(state: ServerState, exchange: Exchange, name: str, version: s
     if preprocessing is None:
         raise RequestError(
             f"model {name!r} has no preprocessing for pictures, or is not an image classifier",
-            remedy="Send tensors to its infer route, or export it with --mean and --std",
+            remedy="Send tensors to its infer route, or export it by bnexport fold-and-export with --mean and --std",
         )
     body = await read_body(state, exchange)
     try:
