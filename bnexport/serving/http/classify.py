@@ -14,8 +14,7 @@ import numpy as np
 from bnexport.data.images import read_picture
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import RequestError
-from bnexport.serving.http.exchange import Exchange, read_body
-from bnexport.serving.http.reply import Reply, json_reply
+from bnexport.serving.http.exchange import Exchange, Reply, json_reply, read_body
 from bnexport.serving.predictor import labelled
 from bnexport.serving.state import ServerState
 from bnexport.tensors import Array
