@@ -16,7 +16,7 @@ from bnexport.bundle import MODEL_ONNX, Bundle
 from bnexport.data.datasets import load_dataset
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import BundleError, DataError, UsageError
-from bnexport.serving.predictor import Predictor, predict_images
+from bnexport.serving.predictor import Predictor, labelled, predict_images
 from bnexport.tensors import Signature, TensorSpec
 
 IMAGES = load_dataset("digits").test_images[:20]
