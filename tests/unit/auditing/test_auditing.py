@@ -269,7 +269,7 @@ def test_networks_that_can_not_be_judged(network: nn.Module, told: str) -> None:
 
 def test_what_is_refused_at_once() -> None:
     network = trained(pair())
-    with pytest.raises(UsageError, match="there is no tool 'torch'"):
+    with pytest.raises(UsageError, match="the tool 'torch' is unknown"):
         audit(network, IMAGE, tools=("torch",))
     network[0].weight.data[0] = math.nan
     with pytest.raises(RefusedModel, match="NaN"):

@@ -49,7 +49,7 @@ def test_a_gpu_is_asked_for() -> None:
 
 
 def test_a_foreign_model_on_kserve(foreign: Bundle, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"takes no name like 'Foreign\.v2'") as caught:
+    with pytest.raises(UsageError, match=r"refuses the name 'Foreign\.v2'") as caught:
         deploy_kserve(foreign, tmp_path / "out", DeployRequest(), SCALING)
     assert caught.value.remedy == "Pass --name foreign-v2"
     deploy_kserve(foreign, tmp_path / "out", DeployRequest(name="foreign-v2"), SCALING)
@@ -208,7 +208,7 @@ def test_docker_refusals(bundle: Bundle, foreign: Bundle, tmp_path: Path) -> Non
     (tmp_path / "out").mkdir()
     with pytest.raises(OutputError, match="exists already"):
         deploy_docker(bundle, tmp_path / "out")
-    with pytest.raises(UsageError, match="docker takes no name like"):
+    with pytest.raises(UsageError, match="docker refuses the name"):
         deploy_docker(foreign, tmp_path / "new")
     (tmp_path / "other-1.0-py3-none-any.whl").write_bytes(b"")
     for wheel in ("other-1.0-py3-none-any.whl", "bnexport-0.1.0-py3-none-any.whl"):

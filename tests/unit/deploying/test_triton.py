@@ -234,7 +234,7 @@ def test_bad_requests(options: dict[str, object], told: str) -> None:
     ],
 )
 def test_names_that_a_target_refuses(target: str, name: str, proposed: str) -> None:
-    with pytest.raises(UsageError, match="takes no name") as caught:
+    with pytest.raises(UsageError, match="refuses the name") as caught:
         deployed_name(target, DeployRequest(name=name), "bundle")
     assert caught.value.remedy == f"Pass --name {proposed}"
     assert deployed_name(target, DeployRequest(name=proposed), "bundle") == proposed

@@ -170,7 +170,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no digest": (manifest_text(lambda text: text.replace(',\n "digest"', ',\n "dig"')), "unknown keys: dig"),
     "other name": (manifest_text(lambda text: text.replace('"small"', '"large"')), "its digest does not match"),
     "wrong bytes": (spoil(MODEL_ONNX, b"A model"), "model.onnx was changed"),
-    "fewer bytes": (spoil(MODEL_ONNX, b"a mode"), "model.onnx has 6 bytes, the manifest says 7"),
+    "fewer bytes": (spoil(MODEL_ONNX, b"a mode"), "model.onnx has 6 bytes, the manifest states 7"),
     "missing file": (lambda folder: (folder / MODEL_ONNX).unlink(), "model.onnx is missing"),
     "folder for a file": (folder_for_file, "report.html is not a plain file"),
     "linked file": (link, "model.onnx is not a plain file"),
