@@ -143,7 +143,7 @@ def test_no_answer_is_not_wrong(with_tools: Any) -> None:
     assert [row.verdict for row in report.rows] == ["right", "failed", "not run"]
     assert report.rows[1].reason.startswith("ValueError: first line second")
     assert report.rows[2].reason == "no such engine"
-    assert report.summary() == "no tool gave an answer"
+    assert report.summary() == "no tool could be compared"
     assert not report.wrong
 
 
@@ -256,9 +256,9 @@ class Overflows(nn.Module):
 @pytest.mark.parametrize(
     ("network", "told"),
     [
-        (Dice(), "another answer each time"),
+        (Dice(), "change from call to call"),
         (Infinite(), "not finite"),
-        (Overflows(), "does not give its float64 answers"),
+        (Overflows(), "does not match float64"),
         (nn.Linear(3, 2), "can't run on a batch of 2"),
     ],
 )

@@ -243,7 +243,7 @@ def test_names_that_leave_the_bundle_are_refused(folder: Path, name: str) -> Non
 )  # fmt: skip
 def test_entries_that_are_no_hash_and_size_are_refused(folder: Path, entry: object) -> None:
     forge(folder, lambda value: value["files"].update({MODEL_ONNX: entry}))
-    assert "can't be understood" in refused(folder)
+    assert "can't be read" in refused(folder)
 
 
 KINDS = {"name": str, "version": int, "network": dict, "onnx": dict, "environment": dict, "fold": dict, "files": dict,
@@ -286,7 +286,7 @@ SIGNATURES = {
 @pytest.mark.parametrize("name", SIGNATURES)
 def test_a_forged_signature_is_refused(folder: Path, name: str) -> None:
     forge(folder, lambda value: value.update(signature=SIGNATURES[name]))
-    assert "can't be understood" in refused(folder)
+    assert "can't be read" in refused(folder)
 
 
 def test_all_problems_are_listed(folder: Path) -> None:

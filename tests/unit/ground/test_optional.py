@@ -123,7 +123,7 @@ def test_all_missing_packages_are_named_at_once(monkeypatch):
     with pytest.raises(MissingDependency) as caught:
         need_packages("an example", "json", "no_such_a", "no_such_b", "no_such_c")
     assert caught.value.message == "an example needs no_such_a, no_such_b and no_such_c, which are not installed"
-    assert caught.value.remedy == "Install what is missing: pip install no_such_a no_such_b no_such_c"
+    assert caught.value.remedy == "Install the missing packages: pip install no_such_a no_such_b no_such_c"
     with pytest.raises(MissingDependency, match="an example needs no_such_a, which is not installed"):
         need_packages("an example", "no_such_a")
 
