@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from bnexport.exporting.request import ExportRequest
     from bnexport.folding.fold import FoldResult, fold
     from bnexport.folding.module_fold import ModuleFoldResult, fold_modules, load_folded
-    from bnexport.folding.onnx_backend.fold import OnnxFoldResult, fold_onnx
+    from bnexport.folding.onnx_backend.onnx_fold import OnnxFoldResult, fold_onnx
     from bnexport.folding.report import FoldReport
     from bnexport.nn.folded import is_folded
     from bnexport.nn.lenet import bn_lenet
@@ -70,7 +70,7 @@ _HOME: dict[str, tuple[str, str]] = {
     "FoldReport": ("bnexport.folding.report", "FoldReport"),
     "FoldResult": ("bnexport.folding.fold", "FoldResult"),
     "ModuleFoldResult": ("bnexport.folding.module_fold", "ModuleFoldResult"),
-    "OnnxFoldResult": ("bnexport.folding.onnx_backend.fold", "OnnxFoldResult"),
+    "OnnxFoldResult": ("bnexport.folding.onnx_backend.onnx_fold", "OnnxFoldResult"),
     "Preprocessing": ("bnexport.data.preprocessing", "Preprocessing"),
     "Recalibration": ("bnexport.evaluating.recalibration", "Recalibration"),
     "RecalibrationRequest": ("bnexport.evaluating.network_options", "RecalibrationRequest"),
@@ -80,7 +80,7 @@ _HOME: dict[str, tuple[str, str]] = {
     "fold": ("bnexport.folding.fold", "fold"),
     "fold_and_export": ("bnexport.pipeline", "fold_and_export"),
     "fold_modules": ("bnexport.folding.module_fold", "fold_modules"),
-    "fold_onnx": ("bnexport.folding.onnx_backend.fold", "fold_onnx"),
+    "fold_onnx": ("bnexport.folding.onnx_backend.onnx_fold", "fold_onnx"),
     "is_folded": ("bnexport.nn.folded", "is_folded"),
     "load_folded": ("bnexport.folding.module_fold", "load_folded"),
     "predict": ("bnexport.serving.predictor", "predict_images"),

@@ -16,9 +16,9 @@ from bnexport.environment import environment
 from bnexport.errors import OutputError, RefusedModel, UsageError
 from bnexport.evaluating.network import TrainedNetwork, stale_warning
 from bnexport.exporting.dynamic_size import check_sizes_vary, larger_example, with_smallest_sizes
+from bnexport.exporting.export_onnx import stamp_metadata
 from bnexport.exporting.formats import FORMATS, ExportJob
 from bnexport.exporting.half import in_precision
-from bnexport.exporting.onnx_graph import stamp_metadata
 from bnexport.exporting.request import (
     ExportRequest,
     InputSpec,
@@ -27,7 +27,7 @@ from bnexport.exporting.request import (
     parse_inputs,
 )
 from bnexport.exporting.signature import check_labels, signature_of
-from bnexport.exporting.triton import check_triton_config, write_triton_config
+from bnexport.exporting.triton_config import check_triton_config, write_triton_config
 from bnexport.files import refuse_existing, staged_directory, write_atomically
 from bnexport.folding.fold import FoldResult, fold
 from bnexport.folding.module_fold import ModuleFoldResult, fold_modules

@@ -28,15 +28,17 @@ class NetworkOptions:
     ``input`` may be "3x224x224" or ``(3, 224, 224)``. ``labels`` may be names or a text file with one name per line.
     """
 
-    source: str | None = option("Code of your own network, for a file of its weights.", None, metavar="FILE.py:FACTORY")
+    source: str | None = option(
+        "Code of your own network. The file holds its weights.", None, metavar="FILE.py:FACTORY"
+    )
     weights_key: str | None = option(
-        "With --source: set of weights to take from a file with several sets.", None, metavar="NAME"
+        "With --source: name of the set of weights, if the file has several.", None, metavar="NAME"
     )
     model_options: Mapping[str, Any] = option(
-        "Argument of the factory of --source; repeatable.", dict, flag="--model-option", metavar="KEY=VALUE"
+        "Argument of the factory of --source. Repeatable.", dict, flag="--model-option", metavar="KEY=VALUE"
     )
-    input: str | None = option("Shape of one image for plain weights, as 3x224x224.", None, metavar="CxHxW")
-    mean: tuple[float, ...] | None = option("Mean per channel of pixels from 0 to 1, as 0.485,0.456,0.406.", None)
+    input: str | None = option("Shape of one image, as 3x224x224, for plain weights.", None, metavar="CxHxW")
+    mean: tuple[float, ...] | None = option("Mean per channel, as 0.485,0.456,0.406, for plain weights.", None)
     std: tuple[float, ...] | None = option("Standard deviation per channel, as 0.229,0.224,0.225.", None)
     labels: tuple[str, ...] | None = option("Text file with one class name per line, for plain weights.", None)
 
@@ -95,8 +97,8 @@ def needed_dataset(name: str | None, file: Path) -> str:
 class InspectionRequest(NetworkOptions):
     """The options of a comparison of moving statistics with exact ones."""
 
-    dataset: str | None = option("Data set with the training images.  [default: PATH's own]", None)
-    data_dir: Path | None = option("Folder of data sets.", None, metavar="DIR")
+    dataset: str | None = option("Data set whose training images are used.  [default: PATH's own]", None)
+    data_dir: Path | None = option("Folder of the data set's files.", None, metavar="DIR")
 
 
 @dataclass(frozen=True)
@@ -109,15 +111,15 @@ class EvaluationRequest(NetworkOptions):
     """
 
     dataset: str | None = option("Data set to evaluate on.  [default: PATH's own]", None)
-    data_dir: Path | None = option("Folder of data sets.", None, metavar="DIR")
+    data_dir: Path | None = option("Folder of the data set's files.", None, metavar="DIR")
     runtime: str | None = option(
         f"Runtime of a bundle: {', '.join(spec.name for spec in RUNNERS)}.  [default: onnxruntime-cpu]",
         None,
         choices=tuple(spec.name for spec in RUNNERS),
         metavar="NAME",
     )
-    device: str | None = option("Device of torch for a checkpoint.  [default: auto]", None, choices=DEVICES)
-    batch_size: int = option("Images per batch.", 1000)
+    device: str | None = option("Device for a checkpoint.  [default: auto]", None, choices=DEVICES)
+    batch_size: int = option("Number of images per batch.", 1000)
 
 
 @dataclass(frozen=True)
@@ -134,13 +136,13 @@ class RecalibrationRequest(NetworkOptions):
         "batch",
         choices=tuple(DEFINITIONS),
     )
-    dataset: str | None = option("Data set with the training images.  [default: CHECKPOINT's own]", None)
-    data_dir: Path | None = option("Folder of data sets.", None, metavar="DIR")
+    dataset: str | None = option("Data set whose images are used.  [default: CHECKPOINT's own]", None)
+    data_dir: Path | None = option("Folder of the data set's files.", None, metavar="DIR")
     samples: int | None = option("Number of training images, chosen at random.  [default: all]", None, metavar="N")
     batch_size: int = option("Largest number of images per batch.", 256)
-    seed: int = option("Random seed for the choice and order of images.", 0)
-    device: str = option("Device of torch; auto: a GPU if torch finds one.", "auto", choices=DEVICES)
-    force: bool = option("Replace an existing output file.", False)
+    seed: int = option("Random seed of the choice and order of images.", 0)
+    device: str = option("Device of torch. auto uses a GPU if torch finds one.", "auto", choices=DEVICES)
+    force: bool = option("Replace an existing output.", False)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -105,7 +105,8 @@ def test_a_byte_order_mark_is_no_part_of_the_first_label(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("content", "told"), [(b"", "holds no label"), (b" \n\n\t\n", "holds no label"), (b"caf\xe9\n", "can't be read")]
+    ("content", "told"),
+    [(b"", "contains no label"), (b" \n\n\t\n", "contains no label"), (b"caf\xe9\n", "can't be read")],
 )
 def test_a_file_without_labels(tmp_path: Path, content: bytes, told: str):
     file = tmp_path / "labels.txt"
