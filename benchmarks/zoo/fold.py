@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from benchmarks.folding.cost import cost_of
+from benchmarks.clock import Spread
 from benchmarks.zoo.network import EXAMPLE, Subject, make_subject, outputs_of
-from bnexport.folding.fold import fold_traced
+from bnexport.folding.fold import FoldResult, fold_traced
 from bnexport.folding.report import FoldReport, FoldRow
 from bnexport.folding.torch_backend.nodes import module_path
 from bnexport.folding.torch_backend.trace import trace
@@ -58,15 +58,23 @@ def measure_fold(source: str, *, seed: int = 0) -> dict[str, Any]:
     original = trace(subject.module, (example,))
     traced = time.perf_counter() - started
     result, plain = (fold_traced(original, (example,), name=source, prove=prove) for prove in (True, False))
-    cost = cost_of((plain, result), traced)
     parameters = sum(item.numel() for item in subject.module.parameters())
     found |= {"parameters": parameters, "nodes": len(original.graph.nodes)}
     places = places_of(original)
     found |= account(result.report, places)
-    found |= {"cost": cost.to_json()} | independent_check(subject, result.model, seed=seed + _OTHER_SEED)
+    found |= {"cost": cost_of(traced, plain, result)} | independent_check(
+        subject, result.model, seed=seed + _OTHER_SEED
+    )
     clamped = fold_traced(original, (example,), name=source, clamps=True)
     check = independent_check(subject, clamped.model, seed=seed + _OTHER_SEED)
     return found | {"clamped": account(clamped.report, places) | check}
+
+
+def cost_of(traced: float, plain: FoldResult, proved: FoldResult) -> dict[str, dict[str, float]]:
+    """Return the seconds of the trace and of a fold of its graph, without and with proofs, and their ratios to the trace."""
+    fold, proof = (sum(result.seconds.values()) for result in (plain, proved))
+    values = {"trace": traced, "fold": fold, "proved": proof, "ratio": fold / traced, "ratio_proved": proof / traced}
+    return {name: Spread.of([value]).to_json() for name, value in values.items()}
 
 
 def account(report: FoldReport, places: dict[str, list[str]]) -> dict[str, Any]:

@@ -258,8 +258,8 @@ def test_a_server_that_can_not_be_had_is_named_and_the_needed_ones_are_not_left_
         raise RuntimeUnavailable("pip has no index", remedy="Get one")
 
     monkeypatch.setattr("benchmarks.serving.servers.make_venv", broken)
-    assert list(made.prepare(["binary", "echo", "litserve"])) == ["binary", "echo"]
-    assert made.failed == {"litserve": "pip has no index"}
+    assert list(made.prepare(["binary", "echo", "fastapi"])) == ["binary", "echo"]
+    assert made.failed == {"fastapi": "pip has no index"}
     with pytest.raises(RuntimeUnavailable, match="no index"):
         made._give_up("echo", RuntimeUnavailable("no index", remedy="Get one"))
 

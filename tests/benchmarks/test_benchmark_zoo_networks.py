@@ -10,7 +10,6 @@ from cases import bn, conv, graph, randomise, sequential
 from torch import nn
 
 from benchmarks.clock import Spread
-from benchmarks.folding.cost import fold_cost
 from benchmarks.zoo import fold as zoo_fold
 from benchmarks.zoo import network as zoo_subject
 from benchmarks.zoo import tools as zoo_tools
@@ -175,15 +174,8 @@ def test_a_tool_that_fails_is_named(tiny: Callable[[], nn.Module], monkeypatch: 
     monkeypatch.setattr("torch.onnx.export", fail)
     found = zoo_tools.measure_tools("x")
     assert found["failed"]["before"] == "ValueError: no such operator"
-    assert "there is no file" in found["failed"]["onnxruntime"]
+    assert set(found["failed"]) == {"before", "onnxruntime", "onnxslim", "torch.onnx.export"}
     assert found["left"] == {"torch.jit.freeze": 1}
-
-
-def test_cost_counts_its_repeats() -> None:
-    module = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval()
-    cost = fold_cost(module, torch.randn(2, 3, 4, 4), seconds=60, repeats=2)
-    assert (cost.trace.n, cost.fold.n, cost.ratio_proved.n) == (4, 2, 2)
-    assert 0 < cost.fold.low <= cost.fold.middle <= cost.fold.high
 
 
 def test_a_spread() -> None:
