@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from benchmarks.command import finish, options, progress
-from benchmarks.gpu.lane import Job, absent_runtimes, require, run_lane, table
+from benchmarks.gpu.lane import LaneInput, absent_runtimes, require, run_lane, table
 from benchmarks.gpu.measure import MAX_SAMPLES
 from benchmarks.gpu.page import refuse_replacing, write_document
 from benchmarks.gpu.refusals import REFUSALS
@@ -97,7 +97,7 @@ def _merged(given: argparse.Namespace, files: _Files) -> Lane:
 def _measured(given: argparse.Namespace, files: _Files) -> Lane:
     require(os.environ.get("BNEXPORT_REQUIRE", ""))
     only = [runner_spec(name).name for name in given.only]
-    job = Job(Bundle.open(given.bundle), given.data_dir, given.max_samples, not given.rehearse)
+    job = LaneInput(Bundle.open(given.bundle), given.data_dir, given.max_samples, not given.rehearse)
     if job.real and not (only or given.sweep or given.no_sweeps):
         absent = absent_runtimes()
         job = replace(job, real=any(sweep.spec.name not in absent for sweep in table(job)))
@@ -117,7 +117,7 @@ def _measured(given: argparse.Namespace, files: _Files) -> Lane:
     )
 
 
-def _chosen(job: Job, only: Sequence[str], names: Sequence[str]) -> tuple[Sweep, ...]:
+def _chosen(job: LaneInput, only: Sequence[str], names: Sequence[str]) -> tuple[Sweep, ...]:
     known = {sweep.name: sweep for sweep in table(job)}
     if unknown := [name for name in names if name not in known]:
         raise UsageError(f"there is no sweep {unknown[0]!r}", remedy=f"Known: {'; '.join(known)}")

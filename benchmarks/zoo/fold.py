@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from benchmarks.clock import Spread
-from benchmarks.zoo.network import EXAMPLE, Subject, make_subject, outputs_of
+from benchmarks.zoo.network import EXAMPLE, ZooNetwork, make_zoo_network, outputs_of
 from bnexport.folding.fold import FoldResult, fold_traced
 from bnexport.folding.report import FoldReport, FoldRow
 from bnexport.folding.torch_backend.nodes import module_path
@@ -49,7 +49,7 @@ def measure_fold(source: str, *, seed: int = 0) -> dict[str, Any]:
     Raises:
         BnexportError: The network can't be made, traced or folded.
     """
-    subject = make_subject(source, seed=seed)
+    subject = make_zoo_network(source, seed=seed)
     found: dict[str, Any] = {"shape": list(subject.shape), "norms": subject.norms}
     if not subject.norms:
         return found
@@ -112,7 +112,7 @@ def places_of(graph_module: GraphModule) -> dict[str, list[str]]:
     return found
 
 
-def independent_check(subject: Subject, folded: GraphModule, *, seed: int) -> dict[str, Any]:
+def independent_check(subject: ZooNetwork, folded: GraphModule, *, seed: int) -> dict[str, Any]:
     """Compare the folded graph in float32 with the original in float64, on other inputs and another batch size.
 
     The error of the original in float32 is the share of rounding that the network has without a fold.

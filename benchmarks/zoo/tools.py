@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.zoo.network import EXAMPLE, make_subject
+from benchmarks.zoo.network import EXAMPLE, make_zoo_network
 from bnexport.auditing.tool_table import Product, ToolInput
 from bnexport.auditing.tools import batch_norms, export, jit_freeze, onnxruntime_level, onnxslim, torch_export
 from bnexport.optional import one_line, quiet
@@ -37,7 +37,7 @@ TOOLS: dict[str, Callable[[ToolInput], AbstractContextManager[Product]]] = {
 
 def measure_tools(source: str, *, seed: int = 0) -> dict[str, Any]:
     """Return the remaining BatchNorms of each tool, and the message of each tool that fails, as plain JSON values."""
-    subject = make_subject(source, seed=seed)
+    subject = make_zoo_network(source, seed=seed)
     found: dict[str, Any] = {"shape": list(subject.shape), "norms": subject.norms}
     found |= {"left": {}, "failed": {}, "seconds": {}}
     for name, open_tool in TOOLS.items() if subject.norms else ():
