@@ -66,7 +66,7 @@ def _run(given: argparse.Namespace, files: _Files) -> int:
     lane = _merged(given, files) if given.merge else _measured(given, files)
     if lane.absent and not parts_of(lane) | set(lane.unreached):
         reasons = "; ".join(f"{name}: {reason}" for name, reason in lane.absent.items())
-        raise RuntimeUnavailable(reasons, remedy="bnexport doctor says what to install")
+        raise RuntimeUnavailable(reasons, remedy="Run bnexport doctor, which lists the missing packages")
     counts = {"settings": lane.runs, "speeds of training": lane.training, "refusals": lane.refused,
               "parts not reached": lane.unreached, "failures": lane.failed}  # fmt: skip
     found = ", ".join(f"{len(values)} {name}" for name, values in counts.items() if values)
@@ -112,7 +112,7 @@ def _measured(given: argparse.Namespace, files: _Files) -> Lane:
         refusals=() if given.no_refusals else REFUSALS,
         seconds=given.seconds,
         jobs=min(4, max(1, cores // 2)) if given.jobs is None else given.jobs,
-        tell=progress,
+        on_line=progress,
         keep=lambda lane: files.write(merge([*before, lane])),
     )
 

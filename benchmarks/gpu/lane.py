@@ -68,14 +68,14 @@ def run_lane(
     refusals: Iterable[HiddenLibrary] = REFUSALS,
     seconds: float | None = None,
     jobs: int = 1,
-    tell: Callable[[str], None] = lambda _line: None,
+    on_line: Callable[[str], None] = lambda _line: None,
     keep: Callable[[Lane], None] = lambda _lane: None,
 ) -> Lane:
     """Measure every part whose runtime works here.
 
     Sweeps run side by side, then the training speed alone, then the refusals (on Linux only) side by side. No part starts
     after ``seconds``, and a part that still runs a minute later is stopped. ``jobs`` parts run side by side, each in a separate
-    process; 0: one by one in this process. ``tell`` receives a line before each part, ``keep`` the results after it.
+    process; 0: one by one in this process. ``on_line`` receives a line before each part, ``keep`` the results after it.
     """
     begun = time.monotonic()
     hidden = tuple(refusals) if sys.platform.startswith("linux") else ()
@@ -91,7 +91,7 @@ def run_lane(
         left = PART_SECONDS if seconds is None else begun + seconds - time.monotonic()
         if left <= 0 or runtime_of(part) in lane.absent:
             return None
-        tell(part)
+        on_line(part)
         return measurer(min(PART_SECONDS, left + (0 if seconds is None else _GRACE)))
 
     try:

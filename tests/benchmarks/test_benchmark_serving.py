@@ -282,7 +282,7 @@ def test_a_missing_load_tool_and_another_model_are_refused(monkeypatch, tmp_path
 def test_a_short_run(tmp_path):
     told = []
     plan = ServingPlan(BUNDLE, tmp_path, rounds=1, seconds=1, memory_requests=1000, warm_requests=100, clients=(8,))
-    speeds = measure(["json", "grpc", "processes"], plan, tell=told.append)
+    speeds = measure(["json", "grpc", "processes"], plan, on_line=told.append)
     assert set(speeds.samples) | set(speeds.failed) == {"binary", "echo", "json", "grpc", "processes"}
     assert {"binary", "echo", "json"} <= set(speeds.samples)
     assert all("has no --" in reason for reason in speeds.failed.values())

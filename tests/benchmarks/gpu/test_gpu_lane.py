@@ -399,7 +399,7 @@ def test_no_sweep_starts_after_the_budget(bundle: Bundle) -> None:
         patch.setattr(gpu_lane.time, "monotonic", lambda: now[0])
         found = run_lane(
             LaneInput(bundle, max_samples=20), sweeps, training=False, refusals=(), seconds=50, jobs=0,
-            tell=begun.append, keep=kept.append,
+            on_line=begun.append, keep=kept.append,
         )  # fmt: skip
     assert begun == ["onnxruntime-cuda, a"]
     assert list(found.sweeps) == ["onnxruntime-cuda, a"]
@@ -511,7 +511,9 @@ def test_an_absent_runtime_is_neither_a_failure_nor_unreached(bundle: Bundle, go
     row = replace(gpu(), prober=lambda _device: "no GPU")
     begun: list[str] = []
     sweeps = [Sweep(row, Scope(("float32",)), label) for label in ("", "wide")]
-    found = run_lane(LaneInput(bundle, max_samples=20), sweeps, training=False, refusals=(), jobs=0, tell=begun.append)
+    found = run_lane(
+        LaneInput(bundle, max_samples=20), sweeps, training=False, refusals=(), jobs=0, on_line=begun.append
+    )
     assert dict(found.absent) == {"onnxruntime-cuda": "no GPU"}
     assert found.unreached == ()
     assert begun == ["onnxruntime-cuda"], "the second sweep of an absent runtime was tried"
