@@ -11,7 +11,6 @@ from pathlib import Path
 
 import click
 import pytest
-
 from support.documents import PAGES, blocks, commands
 
 from bnexport.bundle import GOLDEN, MANIFEST, MODEL_ONNX, MODEL_TORCHSCRIPT, REPORT, WEIGHTS
