@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 REFERENCE = ROOT / "models" / "bn_lenet" / "1"
 
+
 def table(heading: str) -> list[list[str]]:
     """Rows of the first table below a heading, without its first two lines."""
     section = README.split(f"## {heading}\n")[1].split("\n## ")[0]
