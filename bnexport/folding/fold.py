@@ -88,13 +88,12 @@ def fold(
     """
     if not max_growth >= 1.0:
         raise UsageError(f"max_growth is {max_growth:g}", remedy="Give a factor of 1 or more; 1 allows no copies")
-    given = example_inputs if isinstance(example_inputs, Sequence) else (example_inputs,)
-    if odd := [item for item in given if type(item).__module__ == "numpy"]:
+    inputs = tuple(example_inputs) if isinstance(example_inputs, Sequence) else (example_inputs,)
+    if odd := [item for item in inputs if type(item).__module__ == "numpy"]:
         raise UsageError(
             f"fold takes example inputs as tensors, not as a numpy.{type(odd[0]).__name__}",
             remedy="Give a tensor with the batch first, torch.from_numpy(array), or a tuple of tensors",
         )
-    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     if dynamic_shapes is None:
         inputs = two_samples(inputs)
     started = time.perf_counter()

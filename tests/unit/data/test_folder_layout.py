@@ -198,7 +198,9 @@ REFUSED = {
     "no folder": (lambda root: None, "does not exist", "--data-dir"),
     "a file": (a_file, "is a file, not a folder", "--data-dir"),
     "nothing": (lambda root: root.mkdir(), "has no class folders", "PATH/train/CLASS"),
-    "pictures without classes": (lambda root: write_pictures(root, "1.png"), "has the image 1.png outside of the class folders", "class folder"),
+    "pictures without classes": (
+        lambda root: write_pictures(root, "1.png"), "has the image 1.png outside of the class folders", "class folder",
+    ),
     "a picture beside classes": (
         lambda root: write_pictures(write_parts(root), "train/x.jpg"), "x.jpg outside of the class folders", "class folder",
     ),
