@@ -18,9 +18,14 @@ from bnexport.cli.main import cli
 
 #: Options of other programs that the pages name.
 FOREIGN = {
-    "--all", "--all-targets", "--allow-unsafe", "--cpus", "--disable-auto-complete-config", "--export-only", "--fuzz", "--index", "--init",
-    "--merge", "--nproc-per-node", "--page", "--profile", "--quick", "--rehearse", "--require", "--stop-timeout", "--timeout",
-}  # fmt: skip
+    "--all",
+    "--disable-auto-complete-config",
+    "--init",
+    "--nproc-per-node",
+    "--profile",
+    "--stop-timeout",
+    "--timeout",
+}
 
 
 def options() -> set[str]:

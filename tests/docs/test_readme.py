@@ -99,7 +99,11 @@ def test_bundle_files_are_those_of_the_code() -> None:
 
 def test_the_first_screen_is_short() -> None:
     assert README.count("\n") <= 200
-    assert README.index("docs/pictures/fold.svg") < README.index("$ bnexport train") < README.index("<!-- parity-table -->")
+    assert (
+        README.index("docs/pictures/fold.svg")
+        < README.index("$ bnexport train")
+        < README.index("<!-- parity-table -->")
+    )
 
 
 def test_result_blocks_can_be_filled() -> None:
