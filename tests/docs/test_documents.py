@@ -99,6 +99,7 @@ def test_the_tables_to_add_to_exist() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", ["docs/tutorial.md", "docs/reading_the_output.md", "README.md"])
 @pytest.mark.needs("data")
 def test_the_outputs_are_real(name: str, tmp_path: Path) -> None:
