@@ -80,6 +80,14 @@ def test_the_picture_of_a_fold_is_current() -> None:
     assert fold_picture.PICTURE.read_text(encoding="utf-8") == fold_picture.draw()
 
 
+def test_python_blocks_compile_and_that_of_folding_runs() -> None:
+    for page in PAGES:
+        for block in blocks_of(page.read_text(encoding="utf-8"), "python"):
+            compile(block.text, f"{page.name}: {block.file}", "exec")
+    (block,) = blocks_of((ROOT / "docs" / "folding.md").read_text(encoding="utf-8"), "python")
+    exec(block.text, {})  # it asserts what it shows
+
+
 def test_the_tables_to_add_to_exist() -> None:
     """Each `NAME` in `file` of docs/architecture.md is assigned in that file, and each path exists."""
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").split("## Where to add something\n")[1]
