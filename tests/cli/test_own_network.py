@@ -285,6 +285,9 @@ def test_plain_weights_are_evaluated_with_the_facts_that_others_take(home: Home,
     code, _, err = cli(*words[:-2])
     assert code == 2
     assert "--dataset" in err
+    code, _, err = cli(*(word for word in words if word not in IMAGE))
+    assert code == 2
+    assert "For plain weights, --input is the shape of one image" in err
 
 
 def test_plain_weights_are_recalibrated_and_the_result_is_a_checkpoint(home: Home, tmp_path: Path, cli: Run) -> None:
