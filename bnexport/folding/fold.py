@@ -17,7 +17,7 @@ from bnexport.errors import ProofError, UsageError
 from bnexport.folding.engine import Account, Engine
 from bnexport.folding.plan import ATTEMPTS, Budget
 from bnexport.folding.report import FoldReport, FoldRow
-from bnexport.folding.torch_backend.constants import functionalise
+from bnexport.folding.torch_backend.constants import functionalise, is_pure
 from bnexport.folding.torch_backend.graph import TorchGraph
 from bnexport.folding.torch_backend.nodes import batch_norm_nodes, module_class, module_path, region_of, shape_of
 from bnexport.folding.torch_backend.proof import ROUGH_ERROR, fold_error, rough_error
@@ -246,7 +246,7 @@ def drop_unused(graph_module: GraphModule) -> None:
 
 
 def _constant_nodes(graph_module: GraphModule) -> list[Node]:
-    """Return attributes and what is computed from them alone, without side effects, in the graph's order.
+    """Return attributes, tensors that the graph makes itself, and what is computed from them alone, in the graph's order.
 
     A node that reads an input stays, even without a reader: torch.export's assertions have no readers either.
     """
@@ -254,7 +254,8 @@ def _constant_nodes(graph_module: GraphModule) -> list[Node]:
     for node in graph_module.graph.nodes:
         mutable = getattr(getattr(node.target, "_schema", None), "is_mutable", False)
         parents = node.all_input_nodes
-        computed = node.op == "call_function" and not mutable and parents and all(item in found for item in parents)
+        alone = all(item in found for item in parents) if parents else is_pure(node)
+        computed = node.op == "call_function" and not mutable and alone
         if node.op == "get_attr" or computed:
             found[node] = None
     return list(found)
