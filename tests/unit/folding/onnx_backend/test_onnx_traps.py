@@ -211,7 +211,7 @@ def test_external_data_that_is_short_or_gone(tmp_path: Path):
     (tmp_path / "weights.bin").write_bytes(content[:-4])
     assert "can't be used" in refusal(tmp_path / "model.onnx")
     (tmp_path / "weights.bin").unlink()
-    assert "is not there" in refusal(tmp_path / "model.onnx")
+    assert "does not exist" in refusal(tmp_path / "model.onnx")
 
 
 def test_a_file_that_can_not_be_evaluated_says_so():
