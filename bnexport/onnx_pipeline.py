@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -22,18 +23,22 @@ from bnexport.folding.fold import DEFAULT_MAX_GROWTH
 from bnexport.folding.onnx_backend.onnx_fold import OnnxFoldResult, fold_onnx
 from bnexport.folding.onnx_backend.onnx_proof import NotEvaluated, evaluator, first_that_works, run
 from bnexport.onnx_files.float64 import widen_array
-from bnexport.onnx_files.models import opset_of
+from bnexport.onnx_files.models import multiplications, opset_of
 from bnexport.progress import Progress, part_of, silent
 from bnexport.reporting.html import render_report
 from bnexport.reporting.results import ExportResult
 from bnexport.tensors import DTYPES, Array, Signature, TensorSpec
+from bnexport.verification.budget import budget_of
+from bnexport.verification.full_check import judge_accuracy
 from bnexport.verification.golden import golden_inputs, real_images
-from bnexport.verification.inputs import score_count
+from bnexport.verification.inputs import Case, build_suite, score_count
 from bnexport.verification.scope import Scope
 from bnexport.verification.verdict import VerificationReport
 from bnexport.verification.verify import verify
 
 _FILE_ALONE = "Pass --out FILE.onnx to write the folded file alone"
+#: Images on which the accuracy of the original is judged at most, and those evaluated in one call.
+_MOST_JUDGED, _CHUNK = 1000, 64
 _HALVES = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
 
 
@@ -124,10 +129,10 @@ def fold_and_export_onnx(
         with staged_directory(path, force=request.force) as stage:
             write_atomically(stage / MODEL_ONNX, _stamped(result.model, manifest))
             progress("writing golden vectors", 0.3, 1)
-            _write_golden(stage, manifest, result.original, request)
-            report = verify(
-                seal(stage, manifest), scope=Scope(thorough=request.thorough), progress=part_of(progress, 0.4, 1.0)
-            )
+            engine, feeds = _write_golden(stage, manifest, result.original, request)
+            scope = Scope(thorough=request.thorough, allow_low_accuracy=request.allow_low_accuracy)
+            report = verify(seal(stage, manifest), scope=scope, progress=part_of(progress, 0.4, 1.0))
+            report = _judged(report, manifest, result.original, engine, feeds, request)
             if not report.passed:
                 raise _Failed
             _finish(stage, manifest, result, report, path)
@@ -176,8 +181,10 @@ def _spec(value: ValueInfoProto) -> TensorSpec:
     return TensorSpec(value.name, dtype, shape)
 
 
-def _write_golden(stage: Path, manifest: Manifest, original: ModelProto, request: ExportRequest) -> None:
-    """Write inputs, and the original file's outputs for them in float64."""
+def _write_golden(
+    stage: Path, manifest: Manifest, original: ModelProto, request: ExportRequest
+) -> tuple[Any, dict[str, Array]]:
+    """Write inputs, and the original file's outputs for them in float64; return the evaluator and the inputs."""
     signature = manifest.signature
     try:
         engine = evaluator(original)
@@ -196,6 +203,35 @@ def _write_golden(stage: Path, manifest: Manifest, original: ModelProto, request
         ) from reason
     named = {spec.name: np.asarray(output) for spec, output in zip(signature.outputs, outputs, strict=True)}
     write_golden(stage, signature, feeds, named)
+    return engine, feeds
+
+
+def _judged(
+    report: VerificationReport,
+    manifest: Manifest,
+    original: ModelProto,
+    engine: Any,
+    golden: Mapping[str, Array],
+    request: ExportRequest,
+) -> VerificationReport:
+    """Return the report with a check of the original's accuracy on the data set's images, if it is at or below chance."""
+    if request.dataset is None or len(manifest.signature.inputs) != 1:
+        return report
+    cost = max(1, multiplications(original, {name: array.shape[1:] for name, array in golden.items()}))
+    budget = budget_of(cost, thorough=request.thorough, most=_MOST_JUDGED)
+    place = request.images_at(request.dataset)
+    suite = build_suite(manifest, golden, data_dir=place, seed=0, budget=budget)
+    if suite.labels is None:
+        return report
+    batch, (spec,) = suite.batches[0], manifest.signature.inputs
+    step = _CHUNK if isinstance(spec.shape[0], str) else batch.n
+    images = widen_array(batch.feeds[spec.name])
+    scores = np.concatenate(
+        [np.asarray(run(engine, {spec.name: images[at : at + step]})[0]) for at in range(0, batch.n, step)]
+    )
+    case = Case(batch, {manifest.signature.outputs[0].name: scores})
+    facts, rows = judge_accuracy(manifest, case, suite.labels, accept=request.allow_low_accuracy)
+    return replace(report, rows=(*report.rows, *rows), accuracy={**report.accuracy, **facts})
 
 
 def _of_fixed_batch(spec: TensorSpec, array: Array) -> Array:

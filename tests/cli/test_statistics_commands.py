@@ -102,8 +102,28 @@ def test_inspect_shows_stale_statistics(checkpoint: Path, capfd: pytest.CaptureF
     value = json.loads(capfd.readouterr().out)
     assert value["staleness"]["images"] == 200
     assert [layer["name"] for layer in value["staleness"]["layers"]] == ["bn1", "bn2", "bn3", "bn4"]
-    assert run(["inspect", str(checkpoint), "--data-dir", "anywhere"]) == 0
+    assert run(["inspect", str(checkpoint), "--statistics"]) == 0
     assert "bnexport recalibrate" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("train", "--dataset", "digits", "--epochs", "1", "--out", "RUN"),
+        ("evaluate", "FILE", "--dataset", "digits"),
+        ("evaluate", "FILE"),
+        ("recalibrate", "FILE", "--out", "RUN"),
+        ("inspect", "FILE"),
+    ],
+)
+def test_a_folder_for_embedded_images_is_refused(
+    checkpoint: Path, tmp_path: Path, words: tuple[str, ...], capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    given = [{"FILE": str(checkpoint), "RUN": str(out)}.get(word, word) for word in words]
+    assert run([*given, "--data-dir", str(tmp_path)]) == 2
+    assert "the images of digits are part of bnexport.\nLeave --data-dir out" in capfd.readouterr().err
+    assert not out.exists()
 
 
 def test_evaluate(checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
