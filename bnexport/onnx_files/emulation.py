@@ -234,6 +234,8 @@ class Emulator(Float64Evaluator):
         UsageError: There is no such precision.
     """
 
+    _weight_type = np.float32  # without loss: a precision stores no wider numbers
+
     def __init__(self, source: bytes | Path | ModelProto, precision: str, *, chunk: int | None = None) -> None:
         self.precision = precision_of(precision)
         model = read_model(source) if isinstance(source, bytes | Path) else source
