@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bnexport.errors import BnexportError
-from bnexport.onnx_files.emulation import ROUNDINGS, Emulator
+from bnexport.onnx_files.emulation import APPROXIMATED, ROUNDINGS, ApproximatingEvaluator, Emulator
 from bnexport.onnx_files.float64 import Float64Evaluator
+from bnexport.onnx_files.models import nodes
 from bnexport.tensors import Array
 from bnexport.verification.budget import Budget
 from bnexport.verification.inputs import Case, Outputs, each_once, heads
@@ -31,6 +32,8 @@ _ALL = 16
 _FEW = 8
 #: Samples that are evaluated of each batch from which on another evaluation takes no time worth mention.
 _CHEAP = 64
+#: Draws of the errors of approximated functions.
+_DRAWS = 3
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,21 @@ class Emulated:
     error: float
     rms: float
     flips: int | None
+
+
+@dataclass(frozen=True)
+class FunctionNoise:
+    """Change of the outputs by the accuracy of the functions that a runtime approximates."""
+
+    #: Operators of the file whose functions are approximated: "Sigmoid".
+    operators: tuple[str, ...]
+    #: Largest change, of scale.
+    error: float
+    #: Root mean square of the change, over scale.
+    rms: float
+
+    def __str__(self) -> str:
+        return f"{self.error:.1e} of scale is the accuracy of this runtime's {' and '.join(self.operators)}"
 
 
 class Forecast:
@@ -90,6 +108,7 @@ class Forecast:
         self._exact: dict[str, Outputs | BnexportError] = {}
         self._rounding: dict[str, float] = {}
         self._found: dict[tuple[str, str], Emulated | None] = {}
+        self._functions: dict[tuple[str, str], FunctionNoise | None] = {}
 
     @property
     def possible(self) -> bool:
@@ -172,6 +191,33 @@ class Forecast:
         except BnexportError:
             return front.error
         return _emulated(outputs, exact, whole).error
+
+    def function_noise(self, runtime: str, case: Case) -> FunctionNoise | None:
+        """Return the effect of a runtime's approximated functions (``emulation.APPROXIMATED``) on at most 16 samples.
+
+        It is None where the file has no such function, or can't be evaluated.
+        """
+        key = (runtime, case.batch.name)
+        if key not in self._functions:
+            self._functions[key] = None
+            try:
+                self._functions[key] = self._function_noise(runtime, case)
+            except BnexportError:
+                return None
+        return self._functions[key]
+
+    def _function_noise(self, runtime: str, case: Case) -> FunctionNoise | None:
+        errors = APPROXIMATED.get(runtime, {})
+        used = {node.op_type for node in nodes(self._model)} if self._model is not None else set()
+        if self._model is None or not (operators := tuple(sorted(used & set(errors)))):
+            return None
+        whole = case.head(_ALL) if self._varies else case
+        exact = Float64Evaluator(self._model).evaluate(whole.batch.feeds)
+        draws = [
+            _emulated(ApproximatingEvaluator(self._model, errors, seed=seed).evaluate(whole.batch.feeds), exact, whole)
+            for seed in range(_DRAWS)
+        ]
+        return FunctionNoise(operators, max(draw.error for draw in draws), max(draw.rms for draw in draws))
 
     def emulated(self, precision: str, case: Case) -> Emulated | None:
         """Evaluate the front of a batch under an emulated precision; None when the file can't be evaluated."""
