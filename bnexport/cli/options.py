@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from bnexport.data.catalogue import DATASETS, FOLDER, is_dataset
+from bnexport.data.dataset_table import DATASETS, FOLDER, is_dataset
 from bnexport.errors import UsageError
 from bnexport.exporting.request import ExportRequest, image_preprocessing, parse_inputs, read_labels
 from bnexport.optional import one_line
@@ -218,7 +218,7 @@ def config_option(table: str) -> Callable[..., Any]:
         is_eager=True,
         expose_value=False,
         callback=read,
-        help="TOML file with these options, as batch-size = 128; the command line wins.",
+        help="TOML file with options of this command, as batch-size = 128. The command line overrides the file.",
     )
 
 

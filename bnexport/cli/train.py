@@ -12,21 +12,34 @@ from bnexport.optional import need_packages
 from bnexport.training.config import LENET, TrainingConfig
 
 if TYPE_CHECKING:
-    from bnexport.training.progress import Progress
+    from bnexport.training.listeners import TrainingListener
 
 
-@click.command("train", context_settings={"show_default": True})
+@click.command(
+    "train",
+    context_settings={"show_default": True},
+    epilog="Example: bnexport train --epochs 10 --lr 1.0 --out runs/bn_lenet",
+)
 @config_option("train")
 @options_of(TrainingConfig, last="dataset")
-@click.option("--data-dir", type=click.Path(path_type=Path), metavar="DIR", help="Folder that holds FashionMNIST/raw.")
+@click.option(
+    "--data-dir",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Folder of data sets: it contains FashionMNIST/raw.",
+)
 @options_of(TrainingConfig, first="model")
-@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/bn_lenet"), help="Run directory.")
-@click.option("--tensorboard", type=click.Path(path_type=Path), metavar="DIR", help="Write TensorBoard event files.")
-@click.option("--resume", is_flag=True, help="Go on from the last whole epoch; options not given are the run's own.")
-@click.option("--force", is_flag=True, help="Replace a run that is there.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/bn_lenet"), help="Run directory to write.")
+@click.option(
+    "--tensorboard", type=click.Path(path_type=Path), metavar="DIR", help="Folder for TensorBoard event files."
+)
+@click.option(
+    "--resume", is_flag=True, help="Resume after the last finished epoch, with the options of the stopped run."
+)
+@click.option("--force", is_flag=True, help="Replace an existing run.")
 @click.pass_context
 def command(context: click.Context, /, out: Path, resume: bool, tensorboard: Path | None, **options: Any) -> None:
-    """Train a classifier, BN-LeNet by default; the defaults are those of "Dive into Deep Learning", section 8.5.
+    """Train a classifier, by default BN-LeNet with the settings of "Dive into Deep Learning", section 8.5.
 
     Several processes: torchrun --nproc-per-node N -m bnexport train ...
     """
@@ -34,14 +47,14 @@ def command(context: click.Context, /, out: Path, resume: bool, tensorboard: Pat
     from bnexport.cli.training_display import TrainingDisplay, leading, quiet_followers
     from bnexport.reporting.figures import learning_curves
     from bnexport.training.directory import CURVES
-    from bnexport.training.run import train
     from bnexport.training.step import keep_freed_memory
+    from bnexport.training.training_run import train
 
     data_dir, force = options.pop("data_dir"), options.pop("force")
     keep_freed_memory()
     with quiet_followers(), TrainingDisplay() as display:
         config = _config(context, out, resume, options)
-        listener: Progress = display
+        listener: TrainingListener = display
         if tensorboard is not None and leading():
             listener = _with_events(display, tensorboard)
         result = train(config, out=out, resume=resume, force=force, data_dir=data_dir, progress=listener)
@@ -61,8 +74,8 @@ def _config(context: click.Context, out: Path, resume: bool, options: dict[str, 
     return RunDirectory(out).config_to_resume(given)
 
 
-def _with_events(display: Progress, folder: Path) -> Progress:
-    from bnexport.training.progress import Both, EventFiles
+def _with_events(display: TrainingListener, folder: Path) -> TrainingListener:
+    from bnexport.training.listeners import Both, EventFiles
 
     return Both(display, EventFiles(folder))
 

@@ -1,4 +1,4 @@
-"""The engine applies the first rule that fits to every BatchNorm call of a graph; each fold is proved before it is made."""
+"""The engine applies the first rule that fits to every BatchNorm call of a graph, and proves each fold before it is made."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 
 from bnexport.folding.affine import Affine
 from bnexport.folding.branches import EQUATION, merge_affine, merge_convolution, merge_skip, sum_guests
-from bnexport.folding.graph import Add, Graph, Identity, Kind, Layer, Norm, NormCall, Op
-from bnexport.folding.plan import Budget, FoldPlan, Refused
+from bnexport.folding.graph import ConstantAffine, Graph, Identity, Kind, Layer, NormCall, Op, WeightedSum
+from bnexport.folding.plan import FoldPlan, GrowthBudget, Refused
 from bnexport.folding.proof import MAX_SITE_ERROR, NotComparedError, plan_error
 from bnexport.folding.propagation import PROPAGATION_RULES
 from bnexport.folding.report import FoldRow
@@ -29,13 +29,13 @@ class _Site:
 
 
 @dataclass
-class Account:
+class EngineResult:
     """The result of the engine.
 
     Attributes:
-        rows: One per call, in the order of the graph.
-        warnings: Folds that failed their proof.
-        dropped: Operations without a reader.
+        rows: One row per call, in the order of the graph.
+        warnings: One sentence per fold that failed its proof.
+        dropped: Operations that have no reader any more.
     """
 
     rows: tuple[FoldRow, ...]
@@ -48,16 +48,14 @@ class Engine:
     """Folds one graph; its operations are changed in place.
 
     Attributes:
-        graph: A backend's reading of a network.
-        budget: Limits copies of shared weights.
         clamps: Allow a ReLU to become a maximum with a constant per channel.
         prove: Check each fold separately before it is made.
-        in_place: See ``FoldPlan``; parallel branches stay apart, since merging them removes operations.
+        in_place: As in ``FoldPlan``; parallel branches are not merged, since that removes operations.
         seed: Random seed of the probes.
     """
 
     graph: Graph
-    budget: Budget
+    budget: GrowthBudget
     clamps: bool = False
     prove: bool = True
     in_place: bool = False
@@ -67,27 +65,27 @@ class Engine:
     dropped: dict[Op, None] = field(default_factory=dict)
     failed: set[Op] = field(default_factory=set)
 
-    def run(self) -> Account:
-        """Fold every call that can be folded exactly.
+    def run(self) -> EngineResult:
+        """Fold every call that can be folded exactly: by the rules, by merging parallel branches, then the rest by the rules.
 
-        First by the rules, then sums of parallel branches, then the remaining calls again: a merged branch may open a way.
+        A merged branch may open a path for a call that was refused before.
         """
         self.sites = [_Site(op, op.norm, _first_row(op.norm)) for op in self.graph.ops if op.norm is not None]
         for site in self.sites:
             self._fold(site)
-        if not self.in_place and self._merge_branches():
-            for site in self._left():
-                self._fold(site)
+        if not self.in_place:
+            merged = [site for site in self._left() if self._merge_affine(site)]
+            if self._merge_convolutions() or merged:
+                for site in self._left():
+                    self._fold(site)
         by_op = {site.op: site for site in self.sites}
         rows = tuple(self._row(site, by_op) for site in self.sites)
-        return Account(rows, tuple(self.warnings), tuple(self.dropped))
-
-    def _merge_branches(self) -> bool:
-        merged = [site for site in self._left() if self._merge_affine(site)]
-        return self._merge_convolutions() or bool(merged)
+        return EngineResult(rows, tuple(self.warnings), tuple(self.dropped))
 
     def _left(self) -> list[_Site]:
-        left = [site for site in self.sites if site.row.outcome == "affine" and isinstance(site.op.kind, Norm)]
+        left = [
+            site for site in self.sites if site.row.outcome == "affine" and isinstance(site.op.kind, ConstantAffine)
+        ]
         return [site for site in left if site.op not in self.failed]
 
     def _plan(self, *, maps: bool = False) -> FoldPlan:
@@ -103,7 +101,7 @@ class Engine:
 
     def _fold(self, site: _Site) -> None:
         """Use the first rule whose plan is not refused and whose proof holds; otherwise record the reasons."""
-        if not isinstance(site.op.kind, Norm):
+        if not isinstance(site.op.kind, ConstantAffine):
             return
         refusals: list[tuple[Rule, Refused]] = []
         self._take_in_arithmetic(site)
@@ -113,7 +111,7 @@ class Engine:
             if rule.maps and self.in_place:
                 continue
             kind: Kind = site.op.kind
-            if not isinstance(kind, Norm) or site.op in self.failed:
+            if not isinstance(kind, ConstantAffine) or site.op in self.failed:
                 return
             plan = self._plan(maps=rule.maps)
             plan.path[site.op] = None
@@ -129,16 +127,16 @@ class Engine:
             row = replace(site.row, rule=rule.name, equation=equation_of(rule, plan), error=error)
             if not into:
                 row = replace(row, rule="nothing to move", equation="s = 1, t = 0 wherever it is read")
-            reason, unlock = _why(refusals, rule)
-            site.row = replace(row, outcome=outcome_of(rule, plan, site.op), reason=reason, unlock=unlock)
-            site.into = (*site.into, *into)  # a scale may have gone into a layer before, and what stayed goes now
+            reason, hint = _why(refusals, rule)
+            site.row = replace(row, outcome=outcome_of(rule, plan, site.op), reason=reason, hint=hint)
+            site.into = (*site.into, *into)  # the scale may have been folded before, and the shift is folded now
             self._carry_out(plan)
             return
-        reason, unlock = _why(refusals, None)
-        site.row = replace(site.row, outcome="affine", reason=reason, unlock=unlock)
+        reason, hint = _why(refusals, None)
+        site.row = replace(site.row, outcome="affine", reason=reason, hint=hint)
 
     def _proved(self, site: _Site, plan: FoldPlan) -> float | None:
-        """Return a plan's error; if it is too large, keep the call as it is, record that in its row, and return None."""
+        """Return a plan's error; if it is too large, keep the call, record the reason in its row, and return None."""
         try:
             error = self._error(site, plan)
             what = f"a fold failed its proof ({error:.1e} of scale in float64)"
@@ -146,16 +144,12 @@ class Engine:
             error, what = math.inf, f"its fold could not be proved: {reason}"
         if error <= MAX_SITE_ERROR:
             return error
-        site.row = replace(site.row, outcome="kept", reason=what, unlock="", rule="", equation="", error=None)
-        self.failed.add(site.op)  # nothing is merged into it or moved across it any more
+        site.row = replace(site.row, outcome="kept", reason=what, hint="", rule="", equation="", error=None)
+        self.failed.add(site.op)  # from now on nothing is merged into it or moved across it
         return None
 
     def _error(self, site: _Site, plan: FoldPlan) -> float:
-        """Return a plan's error, infinite if it is not a number; a too large error becomes a warning.
-
-        Raises:
-            NotComparedError: See ``plan_error``.
-        """
+        """Return a plan's error, infinite if it is not a number, and record a warning if it is too large."""
         error = plan_error(self.graph, plan, seed=self.seed) if self.prove else 0.0
         if error <= MAX_SITE_ERROR:
             return error
@@ -169,8 +163,8 @@ class Engine:
         """Merge plain scales and shifts next to a BatchNorm into it, before the rules are tried."""
         while (chain := _arithmetic_before(site.op)) or (chain := _arithmetic_after(site.op)):
             other = chain[-1]
-            assert isinstance(other.kind, Norm)
-            assert isinstance(site.op.kind, Norm)
+            assert isinstance(other.kind, ConstantAffine)
+            assert isinstance(site.op.kind, ConstantAffine)
             here, there = site.op.kind.affine, other.kind.affine
             plan = self._plan()
             plan.path.update(dict.fromkeys((site.op, *chain)))
@@ -185,9 +179,9 @@ class Engine:
             self._carry_out(plan)
 
     def _merge_skips(self, site: _Site) -> None:
-        """A BatchNorm after ``conv(x) + x`` can go back only when the skip connection is part of the convolution."""
+        """Merge skip connections before a site: ``conv(x) + x`` takes an affine in only as one convolution."""
         total = site.op.inputs[0]
-        while len(total.users) == 1 and isinstance(total.kind, Add | Identity):
+        while len(total.users) == 1 and isinstance(total.kind, WeightedSum | Identity):
             plan = self._plan()
             try:
                 merge_skip(plan, total)
@@ -200,19 +194,19 @@ class Engine:
     def _merge_affine(self, site: _Site) -> bool:
         plan = self._plan()
         try:
-            assert isinstance(site.op.kind, Norm)
+            assert isinstance(site.op.kind, ConstantAffine)
             host = merge_affine(plan, site.op, site.op.kind.affine)
         except Refused:
             return False
         if (error := self._proved(site, plan)) is None:
             return False
         row = replace(site.row, outcome="merged", rule=_BRANCHES, equation=EQUATION, error=error)
-        site.row, site.into = replace(row, reason="", unlock=""), (*site.into, host)
+        site.row, site.into = replace(row, reason="", hint=""), (*site.into, host)
         self._carry_out(plan)
         return True
 
     def _merge_convolutions(self) -> bool:
-        """Merge sums of convolutions that took in a BatchNorm into one convolution, the smaller kernels into the larger."""
+        """Merge sums of convolutions that absorbed a BatchNorm into one convolution, the smaller kernels into the larger."""
         touched = {op for site in self.sites for op in site.into}
         guests = sum_guests(list(self.graph.ops), touched)
         guests.sort(key=lambda op: op.kind.weight.elements if isinstance(op.kind, Layer) else 0)
@@ -226,7 +220,7 @@ class Engine:
             sites = [site for site in self.sites if guest in site.into]
             try:
                 if not sites or guest in self.dropped or self._error(sites[0], plan) > MAX_SITE_ERROR:
-                    continue  # the fold that was made before stays right
+                    continue  # the fold that was made before stays valid
             except NotComparedError:
                 continue
             for site in sites:
@@ -243,7 +237,7 @@ class Engine:
                 for old, new in ((op.kind.weight, kind.weight), (op.kind.bias, kind.bias)):
                     if old is not None and new is not old:
                         old.readers -= 1
-            if isinstance(op.kind, Add) and isinstance(kind, Identity):
+            if isinstance(op.kind, WeightedSum) and isinstance(kind, Identity):
                 self._leave_out(op, op.inputs[1 - kind.index])
                 kind = Identity()
             op.kind = kind
@@ -260,7 +254,7 @@ class Engine:
                 stack += [(value, above) for above in value.inputs]
 
     def _row(self, site: _Site, by_op: Mapping[Op, _Site]) -> FoldRow:
-        """Return the finished row, with the final place of the numbers, however often they were moved."""
+        """Return the finished row, with the final place of the scale and shift, which may have moved several times."""
         names: dict[str, None] = {}
         stack, seen = list(reversed(site.into)), set()
         while stack:
@@ -275,11 +269,11 @@ class Engine:
 
 
 def _arithmetic_before(site: Op) -> list[Op]:
-    """Return the chain of identities up to plain arithmetic that only the site reads; empty when there is none."""
+    """Return the chain of identities up to plain arithmetic that only the site reads; empty if there is none."""
     chain, op = [], site.inputs[0]
     while len(op.users) == 1 and op.shape == site.shape:
         chain.append(op)
-        if isinstance(op.kind, Norm) and op.norm is None:
+        if isinstance(op.kind, ConstantAffine) and op.norm is None:
             return chain
         if not isinstance(op.kind, Identity):
             return []
@@ -293,7 +287,7 @@ def _arithmetic_after(site: Op) -> list[Op]:
     while len(op.users) == 1 and op.users[0].shape == site.shape:
         op = op.users[0]
         chain.append(op)
-        if isinstance(op.kind, Norm) and op.norm is None:
+        if isinstance(op.kind, ConstantAffine) and op.norm is None:
             return chain
         if not isinstance(op.kind, Identity) or len(op.inputs) != 1:
             return []
@@ -303,11 +297,11 @@ def _arithmetic_after(site: Op) -> list[Op]:
 def _first_row(call: NormCall) -> FoldRow:
     gain, dead = _gain(call.affine)
     row = FoldRow(call.module, call.kind, "kept", channels=call.channels, gain=gain, dead=dead)
-    return row if call.affine is not None else replace(row, reason=call.why_not, unlock=call.unlock)
+    return row if call.affine is not None else replace(row, reason=call.why_not, hint=call.hint)
 
 
 def _gain(affine: Affine | None) -> tuple[tuple[float, float] | None, int]:
-    """Return the smallest and largest |scale| and the number of dead channels; None if not finite (JSON has none)."""
+    """Return the smallest and largest |scale| (None if not finite, for JSON) and the number of dead channels."""
     if affine is None:
         return None, 0
     size = affine.scale.abs()
@@ -316,15 +310,15 @@ def _gain(affine: Affine | None) -> tuple[tuple[float, float] | None, int]:
 
 
 def _why(refusals: Sequence[tuple[Rule, Refused]], used: Rule | None) -> tuple[str, str]:
-    """Return reason and hint for a call that is not gone: the refusals before it and after it."""
+    """Return reason and hint for a call that is not gone, from the refusals before it and after it."""
     if used is not None and used.outcome is None:
         return "", ""
     first = {rule.name: refused for rule, refused in refusals}
     before, after = first.get(RULES[0].name), first.get(RULES[1].name)
     parts = [f"{side}: {refused.reason}" for side, refused in (("before", before), ("after", after)) if refused]
-    unlocks = [refused.unlock for refused in (after, before) if refused and refused.unlock]
-    unlocks += [refused.unlock for _, refused in refusals if refused.unlock.startswith("--")]
-    return "; ".join(parts), "; or ".join(dict.fromkeys(unlocks))
+    hints = [refused.hint for refused in (after, before) if refused and refused.hint]
+    hints += [refused.hint for _, refused in refusals if refused.hint.startswith("--")]
+    return "; ".join(parts), "; or ".join(dict.fromkeys(hints))
 
 
 def _name(op: Op) -> str:

@@ -14,9 +14,9 @@ from bnexport.errors import Diverged
 from bnexport.nn.calling import to_eval_mode
 from bnexport.nn.soundness import has_diverged
 from bnexport.reproducibility import strict_float32
+from bnexport.training.data_parts import DataPart
 from bnexport.training.processes import World
 from bnexport.training.recording import CapturedStep, Record, Recording
-from bnexport.training.samples import Samples
 from bnexport.training.step import Step, Sums
 
 #: Called after each step with the steps done and the steps in all.
@@ -26,8 +26,8 @@ _EVALUATION_BATCH = 500  # bounds the memory of evaluation; it does not change t
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """Means over the images of an epoch or a test set."""
+class MeanMetrics:
+    """Mean loss and accuracy over the images of an epoch or a test set."""
 
     loss: float  # Mean cross-entropy, in nats
     accuracy: float  # 0 to 1
@@ -42,7 +42,7 @@ def epoch_order(count: int, *, seed: int, epoch: int) -> Tensor:
 
 
 def epoch_seed(*parts: int) -> int:
-    """One seed from several numbers, such that neighbours have nothing in common; 0 to 2**63 - 1."""
+    """Return one seed, 0 to 2**63 - 1, from several numbers; neighbouring numbers give unrelated seeds."""
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0]) >> 1
 
 
@@ -52,16 +52,16 @@ class Epochs:
     def __init__(
         self,
         step: Step,
-        samples: Samples,
+        samples: DataPart,
         *,
         batch_size: int,
         capture: bool = False,
         record: Record = CapturedStep,
         on_note: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """Prepare steps of ``batch_size`` images, of all processes together; ``capture``: record the step where that is safe.
+        """Prepare steps of ``batch_size`` images, summed over all processes; ``capture`` records the step if that is safe.
 
-        ``record`` makes the recording, for one process only; ``on_note`` receives a sentence if none is made.
+        ``record`` makes the recording, for one process only; ``on_note`` receives a sentence if there is no recording.
         """
         self.step, self.samples, self.batch_size = step, samples, batch_size
         self.world = step.world
@@ -74,16 +74,13 @@ class Epochs:
 
     def take(
         self, order: Tensor, *, before_step: Callable[[int], None] | None = None, on_batch: OnBatch | None = None
-    ) -> Outcome:
-        """Take one pass over the training set.
+    ) -> MeanMetrics:
+        """Train one epoch and return its means; each image counts with the weights of its step, as in the chapter.
 
         Args:
             order: Permutation of the images, int64 on the CPU.
-            before_step: Called with the number of the step in this epoch, from 0, before the step is taken.
+            before_step: Called with the number of the step in this epoch, from 0, before the step.
             on_batch: Called after each step; it must not wait for the device.
-
-        Returns:
-            Means over the epoch, each image as the network was when it came (as the chapter reports them).
 
         Raises:
             Diverged: The loss or the weights are no longer finite; the message names the batch.
@@ -92,12 +89,12 @@ class Epochs:
         self.world.add_up(sums.loss, sums.hits, sums.losses)
         self.world.same_buffers(self.step.model)
         _refuse_diverged(self.step.model, sums.losses)
-        return Outcome(sums.loss.item() / len(order), sums.hits.item() / len(order))
+        return MeanMetrics(sums.loss.item() / len(order), sums.hits.item() / len(order))
 
     def take_steps(
         self, order: Tensor, *, before_step: Callable[[int], None] | None = None, on_batch: OnBatch | None = None
     ) -> Sums:
-        """Take the steps of one epoch, as ``take``; on a GPU the host does not wait for the device."""
+        """Take the steps of one epoch, as in ``take``; on a GPU the host does not wait for the device."""
         self.step.model.train()
         batches = torch.split(order, self.batch_size)
         sums = self._fresh_sums(len(batches))
@@ -109,13 +106,13 @@ class Epochs:
             loss = take(X, y, len(batches[number]), sums)
             sums.losses[number] = loss
             if loss.device.type == "cpu" and self.world.size == 1 and not math.isfinite(loss.item()):
-                break  # on a GPU, and with several processes, it is found at the end of the epoch, without a wait
+                break  # a GPU and several processes are checked at the end of the epoch, without a wait
             if on_batch is not None:
                 on_batch(number + 1, len(batches))
         return sums
 
     def _fresh_sums(self, steps: int) -> Sums:
-        """Return zeros: the same tensors in every epoch, because a recorded step adds to those of its recording."""
+        """Return zeros, in the same tensors in every epoch, because a recorded step adds to the tensors of its recording."""
         if self._sums is None or len(self._sums.losses) != steps:
             self._sums = Sums.zeros(steps, self.samples.device)
             if self.recording is not None:
@@ -125,19 +122,19 @@ class Epochs:
         return self._sums
 
 
-def evaluate(model: nn.Module, samples: Samples, world: World | None = None) -> Outcome:
-    """Return loss and accuracy in eval mode, with the moving statistics and in strict float32; the model's mode is restored.
+def evaluate(model: nn.Module, samples: DataPart, world: World | None = None) -> MeanMetrics:
+    """Return loss and accuracy in eval mode and strict float32; the model's mode is restored afterwards.
 
-    With several processes each takes its part of the samples.
+    With several processes each one evaluates its part of the images.
     """
     world = world or World()
     sums = evaluated(model, samples, world)
     world.add_up(sums.loss, sums.hits)
-    return Outcome(sums.loss.item() / samples.count, sums.hits.item() / samples.count)
+    return MeanMetrics(sums.loss.item() / samples.count, sums.hits.item() / samples.count)
 
 
 @torch.no_grad()
-def evaluated(model: nn.Module, samples: Samples, world: World) -> Sums:
+def evaluated(model: nn.Module, samples: DataPart, world: World) -> Sums:
     """Return the sums of ``evaluate`` over this process's part, on the device; the host does not wait for them."""
     was_training = model.training
     sums = Sums.zeros(0, samples.device)
@@ -154,14 +151,14 @@ def evaluated(model: nn.Module, samples: Samples, world: World) -> Sums:
     return sums
 
 
-def batches_of(samples: Samples, order: Tensor, batch_size: int) -> Iterator[Tensor]:
-    """The images in an order, in batches; for the re-estimation of moving statistics."""
+def batches_of(samples: DataPart, order: Tensor, batch_size: int) -> Iterator[Tensor]:
+    """Yield the images of an order in batches, for the re-estimation of moving statistics."""
     for X, _ in samples.batches(torch.split(order, batch_size)):
         yield X
 
 
 def _refuse_diverged(model: nn.Module, losses: Tensor) -> None:
-    """Name the first batch whose loss is not finite; weights may also break after the last one."""
+    """Raise Diverged with the first batch whose loss is not finite, or for weights that are not finite after the last batch."""
     broken = (~torch.isfinite(losses)).nonzero()
     if len(broken):
         where = f"in batch {int(broken[0]) + 1} of {len(losses)}"

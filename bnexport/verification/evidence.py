@@ -22,7 +22,6 @@ from bnexport.verification.forecast import Forecast
 from bnexport.verification.format_proof import TORCH_PROOFS, format_rows
 from bnexport.verification.full_check import judge_accuracy
 from bnexport.verification.inputs import (
-    REAL,
     Batch,
     Case,
     Outputs,
@@ -38,7 +37,7 @@ from bnexport.verification.samples import Samples
 from bnexport.verification.scope import Scope
 from bnexport.verification.stages import compare, failed, proof_rows
 from bnexport.verification.tolerances import TOLERANCES
-from bnexport.verification.verdict import Row
+from bnexport.verification.verdict import REAL, Row
 
 if TYPE_CHECKING:
     from onnx import ModelProto

@@ -64,7 +64,7 @@ def _plain(tensor: Tensor) -> tuple[str, Array]:
 
 def _key(kind: str, array: Array, *, ordered: bool) -> tuple[str, int, bytes]:
     bits = np.ascontiguousarray(array).reshape(-1).view(f"u{array.dtype.itemsize}")
-    return kind, array.size, hashlib.sha256(np.sort(bits) if ordered else bits).digest()
+    return kind, array.size, hashlib.sha256(np.sort(bits).data if ordered else bits.data).digest()
 
 
 def no_rounding(_case: Case, *, always: bool = False) -> float | None:  # noqa: ARG001 -- a Rounding

@@ -17,9 +17,8 @@ from bnexport.errors import BnexportError, DataError, UsageError
 from bnexport.tensors import Array, Signature, TensorSpec, other_sizes
 from bnexport.verification.budget import Budget
 from bnexport.verification.samples import Samples
+from bnexport.verification.verdict import REAL
 
-#: Names of batches that are no synthetic inputs.
-REAL = ("images", "samples")
 _OTHER_SIZED = 2
 
 
@@ -189,8 +188,8 @@ def _found_images(
         return None, None, "no real images: the bundle names no data set that bnexport knows"
     if manifest.preprocessing is None or len(manifest.signature.inputs) != 1:
         return None, None, f"no real images: the bundle does not say how an image of {name} becomes an input"
-    from bnexport.data.catalogue import folder_of, is_dataset
     from bnexport.data.classes import check_classes
+    from bnexport.data.dataset_table import folder_of, is_dataset
     from bnexport.data.datasets import dataset_labels, load_test_images
     from bnexport.data.prepare import prepared
     from bnexport.data.preprocessing import Preprocessing

@@ -19,7 +19,7 @@ from bnexport.cli.main import main
 from bnexport.loading.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from bnexport.training.config import TrainingConfig
 from bnexport.training.preparation import MadeBy
-from bnexport.training.run import train
+from bnexport.training.training_run import train
 
 HERE = Path(__file__).parent
 ROOT = Path(__file__).parents[3]
@@ -215,6 +215,6 @@ def test_a_loss_that_is_not_finite_names_epoch_batch_and_checkpoint(tmp_path, ca
     assert code == 2
     message, remedy = sentences(error)
     assert "no longer finite in batch 2 of 6 of epoch 3" in message
-    assert f"{out / 'checkpoint.safetensors'} holds epoch 2, which was sound" in remedy
+    assert f"{out / 'checkpoint.safetensors'} has epoch 2, which was finite" in remedy
     assert load_checkpoint(out / "checkpoint.safetensors").metadata["training"]["epoch"] == 2
     assert not (out / "model.safetensors").exists()

@@ -1,0 +1,101 @@
+"""A Triton model repository with one model: ``NAME/config.pbtxt``, ``NAME/labels.txt``, ``NAME/VERSION/model.onnx``."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+from collections.abc import Collection
+from pathlib import Path
+
+from bnexport.bundle import MODEL_ONNX, Bundle
+from bnexport.deploying.deploy_request import Deployment, DeployRequest, deployed_name
+from bnexport.deploying.releases import check_loads
+from bnexport.errors import OutputError
+from bnexport.exporting.triton_config import CONFIG, device_blocks, triton_config
+from bnexport.files import output_errors, refuse_existing, refuse_overlap, staged_directory, write_atomically
+
+LABELS = "labels.txt"
+IMAGE = "nvcr.io/nvidia/tritonserver"
+
+
+def deploy_triton(bundle: Bundle, out: Path, request: DeployRequest = DeployRequest()) -> Deployment:  # noqa: B008
+    """Write a model repository that a release of Triton loads.
+
+    Args:
+        bundle: The bundle; its hashes are checked first.
+        out: The repository's root.
+        request: Name, release, device.
+
+    Raises:
+        BundleError: The bundle is not as it was written.
+        ExportError: The release can't load the model file.
+        OutputError: ``out`` exists already, or is not what may be replaced, or can't be written.
+        UsageError: A name that can't be a folder of a repository, or an unknown release.
+    """
+    name = deployed_name("triton", request, bundle.manifest.name)
+    checked(bundle, out, request, writes=(name,))
+    with staged_directory(out, force=request.force) as stage:
+        write_model(bundle, stage, name, request)
+        files = names_in(stage)
+    gpus = "" if request.device == "cpu" else " --gpus all"
+    ports = " ".join(f"-p 127.0.0.1:{port}:{port}" for port in (8000, 8001))
+    mount = shlex.quote(f"type=bind,source={out.absolute()},target=/models,readonly")
+    command = f"docker run --rm{gpus} {ports} --mount {mount} {image(request.triton)}"
+    return Deployment(out, files, (f"{command} tritonserver --model-repository=/models",))
+
+
+def checked(bundle: Bundle, out: Path, request: DeployRequest, *, writes: Collection[str]) -> None:
+    """Check before writing, for every target: the bundle's hashes, the place, and that Triton can load the file."""
+    refuse_existing(out, force=request.force)
+    refuse_overlap(out, bundle.path)
+    if out.exists():
+        _refuse_to_lose(out, writes)
+    bundle.check()
+    from_onnx = str(bundle.manifest.network.get("source")).lower().endswith(".onnx")
+    check_loads(bundle.file(MODEL_ONNX), request.triton, from_onnx=from_onnx)
+
+
+def _refuse_to_lose(out: Path, writes: Collection[str]) -> None:
+    with output_errors(out):
+        others = sorted(path.name for path in out.iterdir() if path.name not in writes)
+    if others:
+        raise OutputError(
+            f"{out} holds {others[0]}, which this deployment does not write, so --force does not replace it",
+            remedy="Choose another folder, or remove this one yourself",
+        )
+
+
+def image(release: str) -> str:
+    """Return the name of Triton's container image."""
+    return f"{IMAGE}:{release}-py3"
+
+
+def write_model(bundle: Bundle, root: Path, name: str, request: DeployRequest, *, whole: bool = False) -> None:
+    """Write a model's folder into a repository."""
+    folder, manifest = root / name, bundle.manifest
+    version = folder / str(manifest.version)
+    if whole:
+        shutil.copytree(bundle.path, version)
+    else:
+        version.mkdir(parents=True)
+        shutil.copyfile(bundle.file(MODEL_ONNX), version / MODEL_ONNX)
+    if labels := manifest.labels:
+        write_atomically(folder / LABELS, "".join(f"{' '.join(label.split())}\n" for label in labels).encode())
+    text = triton_config(
+        name,
+        manifest.signature,
+        max_batch_size=request.max_batch_size,
+        label_filename=LABELS if labels else None,
+        more=device_blocks(
+            manifest.signature,
+            device=request.device,
+            instances=request.instances,
+            max_batch_size=request.max_batch_size,
+        ),
+    )
+    write_atomically(folder / CONFIG, text.encode())
+
+
+def names_in(folder: Path) -> tuple[str, ...]:
+    """Return every file below a folder, as sorted POSIX paths."""
+    return tuple(sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()))

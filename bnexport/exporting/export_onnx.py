@@ -1,0 +1,227 @@
+"""ONNX: exported from the folded graph, cleaned, and checked against the request."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from pathlib import Path
+
+import onnx
+import onnx_ir
+import onnxscript.optimizer
+import torch
+from onnx_ir.passes import common
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.fx import GraphModule
+
+from bnexport.errors import ExportError
+from bnexport.exporting.request import DEFAULT_OPSET, OnnxTarget
+from bnexport.exporting.signature import export_flat, varying_axes
+from bnexport.files import write_atomically
+from bnexport.onnx_files.names import graphs_within
+from bnexport.onnx_files.reshape_targets import simplify_reshapes
+from bnexport.optional import one_line, quiet
+from bnexport.tensors import Signature
+
+#: The opset that the exporter writes; other opsets are converted from it.
+_NATIVE_OPSET = 18
+_MAX_BYTES = 2**31 - 1
+_PRODUCER = "bnexport"
+_DEFAULT_TARGET = OnnxTarget()
+
+
+def export_onnx(
+    folded: GraphModule,
+    inputs: tuple[Tensor, ...],
+    path: Path,
+    *,
+    signature: Signature,
+    target: OnnxTarget = _DEFAULT_TARGET,
+    exported: Callable[[], ExportedProgram] | None = None,
+) -> None:
+    """Write ``model.onnx``: one file, dynamic batch, the same bytes for the same folded network.
+
+    ``inputs`` are examples with a batch of at least 2, because the exporter treats a batch of 1 as a constant. ``exported``
+    returns ``export_flat`` of the network, for a caller that writes several formats.
+
+    Raises:
+        ExportError: The exporter can't write the graph, or the written file is not as requested.
+    """
+    ir_version = target.resolved_ir_version()
+    _refuse_dropped(folded)
+    export = exported or partial(export_flat, folded, inputs, varying_axes(signature))
+    model = _convert(export, signature, target.opset)
+    model.ir_version = ir_version
+    simplify_reshapes(model)
+    _clean(model, signature)
+    check_model(model, signature, target.opset, ir_version, normalisations=expected_normalisations(folded))
+    write_atomically(path, model.SerializeToString(deterministic=True))
+
+
+def stamp_metadata(path: Path, metadata: Mapping[str, str]) -> None:
+    """Write key-value metadata into a model file; the graph and the weights stay as they are, byte for byte."""
+    model = onnx.load(path, load_external_data=False)
+    del model.metadata_props[:]
+    for key in sorted(metadata):
+        model.metadata_props.add(key=key, value=metadata[key])
+    write_atomically(path, model.SerializeToString(deterministic=True))
+
+
+def check_model(
+    model: onnx.ModelProto, signature: Signature, opset: int, ir_version: int, *, normalisations: int = 0
+) -> None:
+    """Check the written model against the request, since the exporter sometimes writes something else; name the difference."""
+    opsets = {entry.domain: entry.version for entry in model.opset_import}
+    found = sum(node.op_type == "BatchNormalization" for node in _nodes(model.graph))
+    facts = (
+        (opsets, {"": opset}, "operator sets"),
+        (model.ir_version, ir_version, "IR version"),
+        (_specs(model.graph.input), [(s.name, s.dtype, s.shape) for s in signature.inputs], "inputs"),
+        (_specs(model.graph.output), [(s.name, s.dtype, s.shape) for s in signature.outputs], "outputs"),
+        (found, normalisations, "BatchNormalization nodes"),
+        (any(t.data_location == onnx.TensorProto.EXTERNAL for t in model.graph.initializer), False, "external data"),
+    )
+    for have, want, what in facts:
+        if have != want:
+            raise ExportError(
+                f"the exporter wrote {what} {have} instead of {want}", remedy="Try another --opset, or report the model"
+            )
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except Exception as error:  # the checker's and the shape inference's errors share no base class
+        raise ExportError(
+            f"the exported file is not valid ONNX: {one_line(error)}", remedy="Try another --opset"
+        ) from error
+
+
+def _refuse_dropped(folded: GraphModule) -> None:
+    """Refuse a divisor that the exporter drops silently: ONNX's AveragePool does not have one."""
+    aten = torch.ops.aten
+    for node in folded.graph.nodes:
+        if (
+            node.target in (aten.avg_pool2d.default, aten.avg_pool3d.default)
+            and node.args[6:]
+            and node.args[6] is not None
+        ):
+            raise ExportError(
+                f"an average pooling has divisor_override={node.args[6]}, which ONNX does not support",
+                remedy="Leave it out, and multiply by kernel size / divisor_override instead",
+            )
+
+
+def _convert(export: Callable[[], ExportedProgram], signature: Signature, opset: int) -> onnx.ModelProto:
+    with quiet(), torch.no_grad():
+        try:
+            exported = torch.onnx.export(
+                export(),
+                input_names=[spec.name for spec in signature.inputs],
+                output_names=[spec.name for spec in signature.outputs],
+                opset_version=_NATIVE_OPSET,
+                external_data=False,
+                dynamo=True,
+                verbose=False,
+                optimize=False,
+            )
+            assert exported is not None
+            _simplify(exported.model)
+            model = exported.model_proto
+        except Exception as error:  # the exporter raises many unrelated classes
+            raise ExportError(
+                f"torch.onnx can't export the folded graph: {one_line(error)}",
+                remedy="Replace the operator it names, or leave it out of the exported part of the model",
+            ) from error
+        written = {entry.domain: entry.version for entry in model.opset_import}.get("")
+        if written != opset:
+            try:
+                model = onnx.version_converter.convert_version(model, opset)
+                _drop_newer_defaults(model, opset)
+            except Exception as error:  # the converter raises bare RuntimeErrors
+                raise ExportError(
+                    f"the model can't be converted from opset {written} to {opset}: {one_line(error)}",
+                    remedy=f"Use --opset {DEFAULT_OPSET}",
+                ) from error
+    if model.ByteSize() > _MAX_BYTES:
+        raise ExportError(
+            f"the model has {model.ByteSize()} bytes, one ONNX file holds less than {_MAX_BYTES}",
+            remedy="Export it in parts",
+        )
+    return model
+
+
+def _drop_newer_defaults(model: onnx.ModelProto, opset: int) -> None:
+    """Remove attributes that an older operator lacks, if they state its behaviour; the converter leaves them in."""
+    for node in _nodes(model.graph):
+        kept = [item for item in node.attribute if not (item.name == "noop_with_empty_axes" and item.i == 0)]
+        if onnx.defs.get_schema(node.op_type, opset, node.domain).attributes.keys() >= {item.name for item in kept}:
+            del node.attribute[:]
+            node.attribute.extend(kept)
+
+
+def _simplify(model: onnx_ir.Model) -> None:
+    """Compute constants ahead and remove unused nodes; the folded numbers stay.
+
+    The exporter's own optimiser is off: it silently folds BatchNormalization into convolutions again, in float32, and even a
+    BatchNormalization in training mode, which is wrong.
+    """
+    common.InlinePass()(model)
+    onnxscript.optimizer.fold_constants(model)
+    common.IdentityEliminationPass()(model)
+    common.CommonSubexpressionEliminationPass()(model)
+    common.RemoveUnusedNodesPass()(model)
+    common.RemoveUnusedFunctionsPass()(model)  # type: ignore[no-untyped-call]
+
+
+def expected_normalisations(folded: GraphModule) -> int:
+    """Count the BatchNormalization nodes of the file: remaining batch norms, and instance norms by moving statistics."""
+    aten = torch.ops.aten
+    graphs = [module.graph for module in folded.modules() if isinstance(module, GraphModule)]  # branches too
+    nodes = [node for graph in graphs for node in graph.nodes]
+    batch = sum(node.target is aten.batch_norm.default for node in nodes)
+    return batch + sum(node.target is aten.instance_norm.default and not node.args[5] for node in nodes)
+
+
+def _clean(model: onnx.ModelProto, signature: Signature) -> None:
+    """Remove everything that differs between two runs or names the exporting machine, and name the batch dimension."""
+    model.producer_name, model.producer_version, model.doc_string = _PRODUCER, "", ""
+    graph = model.graph
+    graph.doc_string = ""
+    del model.metadata_props[:], graph.metadata_props[:], graph.value_info[:]
+    for node in _nodes(graph):
+        node.doc_string = ""
+        del node.metadata_props[:]
+    for tensor in graph.initializer:
+        tensor.doc_string = ""
+        del tensor.metadata_props[:]
+    for values, specs in ((graph.input, signature.inputs), (graph.output, signature.outputs)):
+        for value, spec in zip(values, specs, strict=True):
+            value.doc_string = ""
+            del value.metadata_props[:]
+            for dim, want in zip(value.type.tensor_type.shape.dim, spec.shape, strict=False):
+                # Only a dimension that the exporter left open is named: a batch that it pinned must not look dynamic.
+                if isinstance(want, str) and not dim.HasField("dim_value"):
+                    dim.dim_param = want
+    used = {entry.domain for entry in model.opset_import} & {node.domain for node in _nodes(graph)} | {""}
+    kept = [entry for entry in model.opset_import if entry.domain in used]
+    del model.opset_import[:]
+    model.opset_import.extend(kept)
+
+
+def _nodes(graph: onnx.GraphProto) -> Iterable[onnx.NodeProto]:
+    """Yield every node, including those in subgraphs."""
+    for each in (graph, *graphs_within(graph.node)):
+        yield from each.node
+
+
+def _specs(values: Iterable[onnx.ValueInfoProto]) -> list[tuple[str, str, tuple[int | str, ...]]]:
+    return [
+        (
+            value.name,
+            onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type).name,
+            tuple(
+                dim.dim_value if dim.HasField("dim_value") else dim.dim_param
+                for dim in value.type.tensor_type.shape.dim
+            ),
+        )
+        for value in values
+    ]

@@ -1,0 +1,316 @@
+"""Bulk prediction: checks the sources and predicts the missing shards, in processes of this machine or with Ray.
+
+Workers are processes instead of threads: the parent survives a crash of an engine, and decoding holds Python's lock
+(docs/predicting.md). With Ray (extra ``ray``), the bundle, the sources and the predictions must have the same paths on every
+machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bnexport.bundle import Bundle
+from bnexport.errors import BnexportError, DataError, RuntimeUnavailable, UsageError
+from bnexport.files import write_atomically
+from bnexport.optional import one_line, require
+from bnexport.runtimes.base import RunSettings
+from bnexport.runtimes.catalogue import runner_spec
+from bnexport.serving.bulk.bulk_request import BulkProgress, BulkRequest
+from bnexport.serving.bulk.image_sources import NpzFiles, Shard, read_shard
+from bnexport.serving.bulk.job import BulkJob, folder_of, make_job, part_file
+from bnexport.serving.bulk.parquet import encode
+from bnexport.serving.predictor import check_labels, image_preprocessing, run_images
+from bnexport.tensors import Array
+
+
+class ShardWorker:
+    """Predicts and writes shards of a job with one session of one thread. The caller must check the bundle's hashes."""
+
+    def __init__(self, job: BulkJob) -> None:
+        opened = Bundle.open(job.bundle)
+        self._job, self._request = job, job.request
+        self._files = NpzFiles()
+        self._preprocessing = image_preprocessing(opened)
+        self._labels = opened.manifest.labels or ()
+        self._runner = runner_spec(job.request.runtime).open(opened, settings=RunSettings(threads=1))
+
+    def close(self) -> None:
+        """Free the session and close open sources."""
+        self._files.close()
+        self._runner.close()
+
+    def run(self, shard: Shard) -> int:
+        """Predict and write one shard; return its rows."""
+        ids: list[str] = []
+        parts: list[Array] = []
+        for names, images in read_shard(shard, self._request, self._preprocessing, self._files):
+            logits = run_images(self._runner, self._preprocessing.apply(images))
+            if not np.isfinite(logits).all():
+                row = int(np.flatnonzero(~np.isfinite(logits).all(1))[0])
+                raise DataError(
+                    f"the model's answer to {names[row]} contains NaN or infinity",
+                    remedy="Run bnexport verify on the bundle",
+                )
+            ids += names
+            parts.append(logits)
+        if len(ids) != shard.rows:
+            raise DataError(
+                f"{shard.path} has {len(ids)} rows, but had {shard.rows} when they were counted",
+                remedy="Do not change the source while it is read, and start again",
+            )
+        shard.check_unchanged()
+        logits = np.concatenate(parts)
+        labels = [*self._labels, *map(str, range(len(self._labels), logits.shape[1]))]
+        content = encode(ids, logits, labels=labels, keep_logits=self._request.logits, about=self._job.about(shard))
+        write_atomically(part_file(Path(self._job.out), shard), content)
+        return shard.rows
+
+
+#: Submitted shards per worker: one that runs, and one that waits.
+_AHEAD = 2
+
+
+class _Process:
+    """State of a worker's process: a pool drops the result of its initialiser."""
+
+    job: BulkJob | None = None
+    worker: ShardWorker | None = None
+
+
+def run_locally(job: BulkJob, shards: Sequence[Shard]) -> Iterator[int]:
+    """Predict shards in processes of this machine; yield the rows of each as it is written."""
+    workers = min(job.request.resolved_workers(), len(shards))
+    if workers <= 1:
+        yield from _in_this_process(job, shards)
+        return
+    context = multiprocessing.get_context("spawn")  # a fork would copy locks of running engines
+    with ProcessPoolExecutor(workers, context, _start, (job.without_shards(),)) as pool:
+        try:
+            yield from _in_turn(pool, shards, workers)
+        except BrokenProcessPool as error:
+            raise RuntimeUnavailable(
+                "a worker's process died: it was killed or out of memory",
+                remedy="Run the same command again to resume, with fewer --workers if memory was short",
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _in_this_process(job: BulkJob, shards: Sequence[Shard]) -> Iterator[int]:
+    worker = ShardWorker(job)
+    try:
+        yield from map(worker.run, shards)
+    finally:
+        worker.close()
+
+
+def _in_turn(pool: ProcessPoolExecutor, shards: Sequence[Shard], workers: int) -> Iterator[int]:
+    left = iter(shards)
+    running: set[Future[int]] = set()
+    while True:
+        while len(running) < workers * _AHEAD and (shard := next(left, None)) is not None:
+            with _interrupts_held():
+                running.add(pool.submit(_run, shard))
+        if not running:
+            return
+        done, running = wait(running, return_when=FIRST_COMPLETED)
+        for future in done:
+            yield future.result()
+
+
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Delay Ctrl-C until after the block. Processes that start in the block inherit this and receive no Ctrl-C."""
+    if sys.platform == "win32":
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _start(job: BulkJob) -> None:
+    """Initialise a worker's process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C; the worker finishes its shard
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
+    _Process.job = job
+
+
+def _leave_with(parent: multiprocessing.process.BaseProcess) -> None:
+    """End a worker whose parent was killed; the pool's pipes do not report that."""
+    parent.join()
+    os._exit(1)
+
+
+def _run(shard: Shard) -> int:
+    """Run a shard. The first one opens the worker, because the pool drops exceptions of its initialiser."""
+    if _Process.worker is None:
+        assert _Process.job is not None
+        _Process.worker = ShardWorker(_Process.job)
+    return _Process.worker.run(shard)
+
+
+#: Seconds for Ray Data's threads to end. A thread that only sleeps may never end, which is harmless (Ray 2.60).
+_RAY_PATIENCE = 2.0
+
+
+class ShardActor:
+    """A worker in Ray Data's form: it maps one row to one row. Values are pickled, because Arrow has no type for them.
+
+    ``job`` is pickled without its shards. ``folder`` is the user's working directory; Ray's processes start in another one.
+    """
+
+    def __init__(self, job: bytes, folder: str) -> None:
+        with contextlib.suppress(OSError):  # a machine without this folder can still use absolute paths
+            os.chdir(folder)
+        self._job = job
+        self._worker: ShardWorker | None = None
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Predict and write the shard of a row. Return a bnexport error as a value: Ray would retry an exception."""
+        try:
+            if self._worker is None:  # Ray would wrap an exception of the constructor
+                self._worker = ShardWorker(pickle.loads(self._job))  # noqa: S301  (written by run_on_ray)
+            return {"rows": self._worker.run(pickle.loads(row["shard"])), "error": b""}  # noqa: S301
+        except BnexportError as error:
+            return {"rows": 0, "error": pickle.dumps(error)}
+
+
+@contextlib.contextmanager
+def threads_ended() -> Iterator[None]:
+    """Wait for threads that started in the block: a thread that calls Ray after its shutdown ends the process silently."""
+    before = set(threading.enumerate())
+    try:
+        yield
+    finally:
+        end = time.monotonic() + _RAY_PATIENCE
+        for thread in set(threading.enumerate()) - before:
+            thread.join(max(end - time.monotonic(), 0.0))
+
+
+def run_on_ray(job: BulkJob, shards: Sequence[Shard]) -> Iterator[int]:
+    """Predict shards in actors of a Ray cluster, or of a Ray that is started here; yield the rows of each.
+
+    Ray replaces a dead actor, and its whole shard is written again, so that no row is duplicated.
+    """
+    ray, data = require("ray", purpose="--engine ray"), require("ray.data", purpose="--engine ray")
+    bare = pickle.dumps(job.without_shards())
+    workers = min(job.request.resolved_workers(), len(shards))
+    started = not ray.is_initialized()
+    if started:
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its C++ part writes to the terminal
+        # ray.init joins the cluster of RAY_ADDRESS, or one on this machine; otherwise it starts Ray here.
+        try:
+            ray.init(logging_level=logging.ERROR, log_to_driver=False, include_dashboard=False)
+        except OSError as error:  # ConnectionError is one
+            raise RuntimeUnavailable(
+                f"Ray can't be reached or started: {one_line(error)}",
+                remedy="Check RAY_ADDRESS and the cluster's requirements, or unset RAY_ADDRESS to start Ray here",
+            ) from error
+    logger = logging.getLogger("ray.data")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # the listener reports progress
+    try:
+        data.DataContext.get_current().enable_progress_bars = False
+        rows = data.from_items([{"shard": pickle.dumps(shard)} for shard in shards], override_num_blocks=len(shards))
+        pool = data.ActorPoolStrategy(size=workers)
+        done = rows.map(ShardActor, fn_constructor_args=(bare, os.getcwd()), compute=pool, num_cpus=1)
+        with threads_ended(), contextlib.closing(iter(done.iter_rows())) as found:
+            for row in found:
+                if row["error"]:
+                    raise pickle.loads(row["error"])  # noqa: S301
+                yield int(row["rows"])
+    except ray.exceptions.RayError as error:
+        raise RuntimeUnavailable(
+            f"Ray failed: {one_line(error)}", remedy="Run the same command again to resume"
+        ) from error
+    finally:
+        logger.setLevel(level)
+        if started:
+            ray.shutdown()
+
+
+#: Engine -> function that runs a job's shards. A new engine is a new row.
+ENGINES: dict[str, Callable[[BulkJob, Sequence[Shard]], Iterator[int]]] = {"local": run_locally, "ray": run_on_ray}
+
+
+@dataclass(frozen=True)
+class BulkResult:
+    """Result of a bulk prediction."""
+
+    out: str  # The folder of predictions
+    rows: int  # Rows of all files
+    shards: int  # Number of files
+    resumed_rows: int  # Rows that an earlier run had written
+    seconds: float  # Duration of this run from the start of the first worker
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return asdict(self)
+
+
+def predict_in_bulk(
+    bundle: Bundle | str | Path,
+    sources: Sequence[str | Path],
+    out: str | Path,
+    *,
+    engine: str = "local",
+    request: BulkRequest = BulkRequest(),  # noqa: B008  (frozen)
+    progress: BulkProgress | None = None,
+) -> BulkResult:
+    """Label every image of folders, .npy, .npz and Parquet files, into a folder of Parquet files.
+
+    Each row is written exactly once, even if the run was killed and started again: the same sources always give the same
+    shards, and each shard is one file that is complete or absent.
+
+    Args:
+        bundle: A bundle or its directory. Its hashes are checked first.
+        sources: Folders and files.
+        out: A new folder, or the folder of the same job.
+        engine: A key of ENGINES.
+        request: Options.
+        progress: Listener.
+
+    Raises:
+        BundleError: The bundle was changed, or is not an image classifier with one input and one output.
+        DataError: An image or a source can't be read.
+        MissingDependency: pyarrow or Ray is missing.
+        OutputError: ``out`` has other contents, another run is writing there, or it can't be written.
+        UsageError: The engine is unknown, or sources overlap.
+    """
+    if engine not in ENGINES:
+        raise UsageError(f"the engine {engine!r} is unknown", remedy=f"The engines are {', '.join(ENGINES)}")
+    opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    opened.check()
+    image_preprocessing(opened)
+    check_labels(opened)
+    job = make_job(opened, tuple(map(Path, sources)), Path(out), request)
+    listener = progress or BulkProgress()
+    with folder_of(job):
+        missing = job.missing()
+        resumed = job.rows - sum(shard.rows for shard in missing)
+        listener.on_start(job.rows, resumed, min(request.resolved_workers(), max(len(missing), 1)))
+        start = time.perf_counter()
+        for rows in ENGINES[engine](job, missing) if missing else ():
+            listener.on_shard(rows)
+    return BulkResult(str(out), job.rows, len(job.shards), resumed, time.perf_counter() - start)

@@ -1,0 +1,277 @@
+"""The gRPC server: finds a call's handler in the table of methods, sends the answer, logs and counts it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from bnexport.errors import BnexportError, NotServing, RequestError, UsageError
+from bnexport.optional import one_line
+from bnexport.serving.grpc.call import Call, classes, code_of, read_message
+from bnexport.serving.grpc.inference import infer
+from bnexport.serving.grpc.methods import METHODS, STREAM, WATCH, Method, watch
+from bnexport.serving.listener import resolved
+from bnexport.serving.protocol.messages import sentence_of
+from bnexport.serving.serving_limits import ServingLimits
+from bnexport.serving.state import ServerState
+from bnexport.validation.limits import shown
+
+#: Calls of Watch at a time: they need no token, and count as open calls.
+_MOST_WATCHERS = 256
+#: Milliseconds after which a connection without calls is closed; clients connect again by themselves.
+_IDLE_MS = 300_000
+#: Seconds without a refused call after which a closing server is shut, and the longest time until then.
+_SILENCE, _FAREWELL = 0.5, 1.5
+
+
+@dataclass(frozen=True)
+class GrpcSettings:
+    """Address of the gRPC server."""
+
+    host: str = "127.0.0.1"  # Address to bind
+    port: int = 8001  # 0 takes a free one
+    reuse_port: bool = False  # Share the port among several processes
+    tls: tuple[Path, Path] | None = None  # Files of the certificate and of its key
+
+
+class GrpcServer(grpc.GenericRpcHandler):  # type: ignore[misc]
+    """The protocol's service and gRPC's health service, on the running event loop."""
+
+    def __init__(self, state: ServerState, settings: GrpcSettings) -> None:
+        self.state, self.settings = state, settings
+        self.port = settings.port
+        self._closing, self._refused_at = False, 0.0
+        self._handlers = {path: self._unary(path, method) for path, method in METHODS.items()}
+        self._handlers[STREAM] = grpc.stream_stream_rpc_method_handler(self._stream)
+        self._handlers[WATCH] = grpc.stream_stream_rpc_method_handler(self._watch)
+        self._idle: set[asyncio.Task[Any]] = set()
+        self._watching = 0
+        self._server: Any = None
+
+    async def start(self) -> None:
+        """Listen."""
+        # gRPC's Python part logs errors to standard error that clients can cause.
+        logging.getLogger("grpc").setLevel(logging.CRITICAL + 1)
+        server = grpc.aio.server(
+            options=_options(self.state.settings.limits, reuse=self.settings.reuse_port),
+            maximum_concurrent_rpcs=self.state.settings.limits.connections,
+        )
+        server.add_generic_rpc_handlers((self,))
+        try:
+            # gRPC would listen at every address of a name; HTTP listens at one.
+            host = resolved(self.settings.host, self.settings.port)[1][0]
+            address = f"[{host}]:{self.settings.port}" if ":" in host else f"{host}:{self.settings.port}"
+            tls = self.settings.tls
+            if tls is None:
+                self.port = server.add_insecure_port(address)
+            else:
+                pair = (tls[1].read_bytes(), tls[0].read_bytes())
+                self.port = server.add_secure_port(address, grpc.ssl_server_credentials((pair,)))
+        except (RuntimeError, OSError, ValueError) as error:
+            raise UsageError(
+                f"{self.settings.host} port {self.settings.port} can't be used by gRPC: {one_line(error)}",
+                remedy="Choose another --host or --grpc-port",
+            ) from error
+        await server.start()
+        self._server = server
+
+    async def stop(self, grace: float | None) -> None:
+        """Answer accepted calls, refuse new ones, and close."""
+        self._closing = True
+        for task in self._idle:
+            task.cancel()
+        if self._server is None:
+            return
+        # gRPC would cancel calls that arrive while it stops, without a reason.
+        start = self._refused_at = time.monotonic()
+        while grace is not None and time.monotonic() < min(self._refused_at + _SILENCE, start + min(_FAREWELL, grace)):
+            await asyncio.sleep(0.01)
+        await self._server.stop(None if grace is None else max(grace - (time.monotonic() - start), 0.0))
+
+    def is_closing(self) -> bool:
+        """Return True if the server refuses new calls."""
+        return self._closing
+
+    def service(self, details: Any) -> Any:
+        """Return the handler of a call, as grpc.GenericRpcHandler requires."""
+        found = self._handlers.get(details.method)
+        return found if found is not None else self._unary(details.method, None)
+
+    def _unary(self, path: str, method: Method | None) -> Any:
+        """Make a handler of calls with one message.
+
+        They are declared as calls with a stream of messages, because gRPC starts such a handler before the first message
+        arrives. So the token is checked first, the message has its own time limit, and all open calls are counted.
+        """
+
+        async def answer(_messages: Any, context: Any) -> bytes:
+            call = self._call(path, context)
+            context.set_trailing_metadata((("x-request-id", call.id),))
+            code, answer = await self._measured(call, self._answer(method, call), counted=method is not None)
+            return _finished(context, code, answer)
+
+        return grpc.stream_unary_rpc_method_handler(answer)
+
+    async def _answer(self, method: Method | None, call: Call) -> bytes:
+        if method is None:
+            raise RequestError(
+                f"the server has no method {shown(call.path, 200)}",
+                remedy="docs/serving_reference.md has the table of methods",
+                status=501,
+            )
+        if not method.probe:
+            self._let_in(call)
+        state = self.state
+        data = await read_message(call.context, state.settings.limits.body_seconds)
+        call.bytes_in = len(data)
+        state.memory.hold(len(data))
+        try:
+            return await method.answer(state, call, data)
+        finally:
+            state.memory.release(len(data))
+
+    async def _stream(self, _messages: Any, context: Any) -> None:
+        """Answer ModelStreamInfer: one answer per request, in order. An error ends a request but not the stream."""
+        call = self._call(STREAM, context)
+        try:
+            self._let_in(call)
+        except BnexportError as error:
+            _finished(context, code_of(error), error)
+            return
+        while (data := await self._next(context)) is not None:
+            one = self._call(STREAM, context)
+            one.bytes_in = len(data)
+            _, answer = await self._measured(one, self._streamed(one, data), counted=True)
+            if isinstance(answer, BnexportError):
+                answer = _failed(one, answer)
+            await context.write(answer)
+        if self.is_closing():
+            _finished(context, grpc.StatusCode.UNAVAILABLE, _stopping())
+
+    async def _streamed(self, call: Call, data: bytes) -> bytes:
+        self.state.last_work = time.monotonic()
+        self.state.memory.hold(len(data))
+        try:
+            response = await infer(self.state, call, data)
+        finally:
+            self.state.memory.release(len(data))
+        response.parameters["triton_final_response"].bool_param = True
+        answer: bytes = classes()["ModelStreamInferResponse"](infer_response=response).SerializeToString()
+        return answer
+
+    async def _next(self, context: Any) -> bytes | None:
+        """Return the next message of a stream; None at its end or if the server closes."""
+        if self.is_closing():
+            return None
+        task = asyncio.current_task()
+        assert task is not None
+        self._idle.add(task)
+        try:
+            data = await context.read()
+        except asyncio.CancelledError:
+            if not self.is_closing():
+                raise
+            return None
+        finally:
+            self._idle.discard(task)
+        return data if isinstance(data, bytes) else None
+
+    async def _watch(self, _messages: Any, context: Any) -> None:
+        """Answer the health service's Watch."""
+        self._watching += 1
+        try:
+            if self._watching > _MOST_WATCHERS:
+                raise RequestError(
+                    f"{_MOST_WATCHERS} clients watch already, which is the limit",
+                    remedy="Call Check regularly instead",
+                    status=413,
+                )
+            await watch(self.state, context, self.is_closing)
+        except BnexportError as error:
+            _finished(context, code_of(error), error)
+        finally:
+            self._watching -= 1
+
+    def _let_in(self, call: Call) -> None:
+        shown_tokens = [value for name, value in call.context.invocation_metadata() if name == "authorization"]
+        # Of several values, two programs could use different ones.
+        self.state.let_in(shown_tokens[0].encode() if len(shown_tokens) == 1 else b"")
+        if self.is_closing():
+            self._refused_at = time.monotonic()
+            raise _stopping()
+        self.state.last_work = time.monotonic()
+
+    def _call(self, path: str, context: Any) -> Call:
+        metadata = dict(context.invocation_metadata() or ())
+        return Call(path, context, metadata, self.state.id_of(str(metadata.get("x-request-id", ""))))
+
+    async def _measured(
+        self, call: Call, work: Awaitable[bytes], *, counted: bool
+    ) -> tuple[grpc.StatusCode, bytes | BnexportError]:
+        """Await the answer to a call, count and log it; return its code, and the answer or the error."""
+        state, start = self.state, time.perf_counter_ns()
+        state.active += 1
+        state.calls_active += 1
+        code: grpc.StatusCode = grpc.StatusCode.CANCELLED
+        answer: bytes | BnexportError = b""
+        try:
+            answer = await work
+            code = grpc.StatusCode.OK
+        except BnexportError as error:
+            code, answer = code_of(error), error
+        except Exception as error:
+            state.log.event("fault", id=call.id, path=call.path, error=f"{type(error).__name__}: {one_line(error)}")
+            code = grpc.StatusCode.INTERNAL
+            answer = NotServing("the server failed", remedy="Its log has the error", status=500)
+        finally:
+            state.active -= 1
+            state.calls_active -= 1
+            state.calls[call.path if counted else "none", code.name] += 1
+            ns, size = time.perf_counter_ns() - start, len(answer) if isinstance(answer, bytes) else 0
+            state.answered(call, code.name, ns, size, ok=code is grpc.StatusCode.OK)
+        return code, answer
+
+
+def _finished(context: Any, code: grpc.StatusCode, answer: bytes | BnexportError) -> bytes:
+    """Return the bytes of an answer; for an error, set its code and sentence and return none."""
+    if isinstance(answer, BnexportError):
+        context.set_code(code)
+        context.set_details(sentence_of(answer))
+        return b""
+    return answer
+
+
+def _failed(call: Call, error: BnexportError) -> bytes:
+    """Return the error answer to a request of a stream, with the request's id as Triton does."""
+    message = classes()["ModelStreamInferResponse"](error_message=sentence_of(error))
+    message.infer_response.id = call.message_id
+    data: bytes = message.SerializeToString()
+    return data
+
+
+def _stopping() -> NotServing:
+    return NotServing(
+        "the server is stopping and takes no more requests", remedy="Try another server, or this one later"
+    )
+
+
+def _options(limits: ServingLimits, *, reuse: bool) -> list[tuple[str, Any]]:
+    """Return the options for limits that gRPC itself enforces."""
+    return [
+        ("grpc.so_reuseport", int(reuse)),
+        ("grpc.max_receive_message_length", min(limits.body_bytes, limits.inflated_bytes, 2**31 - 1)),
+        ("grpc.max_send_message_length", -1),
+        ("grpc.max_metadata_size", limits.head_bytes),
+        ("grpc.absolute_max_metadata_size", limits.head_bytes),
+        ("grpc.max_concurrent_streams", limits.connections),
+        ("grpc.server_handshake_timeout_ms", int(limits.head_seconds * 1000)),
+        ("grpc.max_connection_idle_ms", _IDLE_MS),
+    ]

@@ -1,0 +1,192 @@
+"""Requests over HTTP: their headers, and their bodies within the limits on size.
+
+uvicorn_adapter.py enforces the limits on time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+import zlib
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+from bnexport.errors import RequestError
+from bnexport.serving.serving_limits import ServingLimits
+from bnexport.serving.state import RequestContext, ServerState
+from bnexport.validation.limits import shown
+
+Receive = Callable[[], Awaitable[Mapping[str, Any]]]
+#: zlib's window bits: gzip's header (RFC 1952), or zlib's (RFC 1950, which HTTP calls deflate).
+_WINDOWS = {b"gzip": 31, b"x-gzip": 31, b"deflate": 15}
+#: Seconds for reading the rest of a refused body, so that the client can read the reason.
+_LINGER = 1.0
+#: Headers that must not be repeated: two programs could use different values.
+_ONCE = (
+    b"host",
+    b"content-length",
+    b"content-encoding",
+    b"content-type",
+    b"inference-header-content-length",
+    b"authorization",
+)
+
+
+class Disconnected(Exception):
+    """The client has disconnected."""
+
+
+class Exchange(RequestContext):
+    """One request over HTTP.
+
+    Attributes:
+        method: "GET", "POST".
+        headers: Lower-case name -> value.
+        receive: ASGI's.
+        client: The client's address.
+        read: True if the body was read to its end.
+        arrived_ns: Time of the last part of the body; 0 before.
+    """
+
+    __slots__ = ("arrived_ns", "client", "headers", "method", "read", "receive")
+
+    def __init__(
+        self, method: str, path: str, headers: dict[bytes, bytes], receive: Receive, request_id: str, client: str
+    ) -> None:
+        super().__init__(path, request_id)
+        self.method, self.headers, self.receive, self.client = method, headers, receive, client
+        self.read = False
+        self.arrived_ns = 0
+
+    def origin(self) -> tuple[str, str, str]:
+        """Return the method, the client's address, and ``traceparent`` or ""."""
+        return self.method, self.client, self.headers.get(b"traceparent", b"").decode("latin-1")
+
+    async def next_message(self) -> Mapping[str, Any]:
+        """Receive the next part of the body."""
+        message = await self.receive()
+        self.arrived_ns = time.perf_counter_ns()
+        if message["type"] == "http.disconnect":
+            raise Disconnected
+        return message
+
+
+async def read_body(state: ServerState, exchange: Exchange) -> bytes:
+    """Return the whole body, unpacked, within the limits of one body and of all bodies.
+
+    The caller returns its length to ``state.memory.release``.
+    """
+    limits, memory, headers = state.settings.limits, state.memory, exchange.headers
+    declared = headers.get(b"content-length")
+    if declared is not None and int(declared) > limits.body_bytes:
+        if b"expect" not in headers:
+            await _linger(exchange, limits)
+        raise _too_large(f"{int(declared)} bytes", limits)
+    message = await exchange.next_message()
+    body: bytes = message.get("body", b"")
+    if len(body) > limits.body_bytes:
+        raise _too_large(f"{len(body)} bytes", limits)
+    memory.hold(len(body))
+    if message.get("more_body", False):
+        body = await _rest(state, exchange, body)
+    coding = headers.get(b"content-encoding")
+    if coding is not None and coding.lower() != b"identity":
+        packed = len(body)
+        try:
+            # In a thread: detecting a decompression bomb takes a tenth of a second.
+            body = await asyncio.to_thread(unpacked, body, coding.lower(), limits.inflated_bytes)
+            memory.hold(len(body))
+        finally:
+            memory.release(packed)
+    exchange.read = True
+    exchange.bytes_in = len(body)
+    return body
+
+
+async def _rest(state: ServerState, exchange: Exchange, start: bytes) -> bytes:
+    """Return the body that begins with ``start``."""
+    limits, chunks, size, more = state.settings.limits, [start], len(start), True
+    try:
+        while more:
+            message = await exchange.next_message()
+            chunk, more = message.get("body", b""), message.get("more_body", False)
+            state.memory.hold(len(chunk))
+            chunks.append(chunk)
+            size += len(chunk)
+            if size > limits.body_bytes:
+                await _linger(exchange, limits)
+                raise _too_large("more bytes", limits)
+    except BaseException:
+        state.memory.release(size)
+        raise
+    return b"".join(chunks)
+
+
+def _too_large(size: str, limits: ServingLimits) -> RequestError:
+    return RequestError(
+        f"the body has {size}, the limit is {limits.body_bytes}", remedy="Send several requests", status=413
+    )
+
+
+async def _linger(exchange: Exchange, limits: ServingLimits) -> None:
+    """Read and drop the rest of a refused body: a client that is still sending would lose the answer to a closed connection."""
+    seen, most = 0, 4 * limits.body_bytes
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_LINGER):
+            while seen < most:
+                message = await exchange.receive()
+                seen += len(message.get("body", b""))
+                if message["type"] == "http.disconnect" or not message.get("more_body", False):
+                    return
+
+
+def check_host(headers: Mapping[bytes, bytes], http_version: str) -> None:
+    """Refuse an HTTP/1.1 request without the header Host (RFC 9112, 3.2)."""
+    if http_version == "1.1" and b"host" not in headers:
+        raise RequestError(
+            "the header Host is missing, which HTTP/1.1 requires", remedy="Let an HTTP library write the request"
+        )
+
+
+def check_once(pairs: list[tuple[bytes, bytes]]) -> None:
+    """Refuse headers that must not be repeated."""
+    names = [name for name, _ in pairs]
+    for name in _ONCE:
+        if names.count(name) > 1:
+            raise RequestError(f"the header {name.decode()} was sent more than once", remedy="Send it once")
+
+
+def unpacked(body: bytes, coding: bytes, most: int) -> bytes:
+    """Unpack a body of at most ``most`` bytes."""
+    if coding not in _WINDOWS:
+        raise RequestError(
+            f"the content-encoding {shown(coding.decode('latin-1'))} is not supported",
+            remedy="Pack the body with gzip or deflate, or not at all",
+            status=415,
+        )
+    inflater = zlib.decompressobj(_WINDOWS[coding])
+    try:
+        content = inflater.decompress(body, most + 1)
+    except zlib.error as error:
+        raise RequestError(f"the body is not {coding.decode()} data", remedy="Pack the body again") from error
+    if len(content) > most:
+        raise RequestError(f"the body unpacks to more than {most} bytes", remedy="Send several requests", status=413)
+    if not inflater.eof or inflater.unused_data:
+        raise RequestError(
+            f"the {coding.decode()} data of the body ends too early or too late", remedy="Pack the body again"
+        )
+    return content
+
+
+def header_length(headers: Mapping[bytes, bytes]) -> int | None:
+    """Return Inference-Header-Content-Length; None without it."""
+    text = headers.get(b"inference-header-content-length")
+    if text is None:
+        return None
+    if not text.isdigit() or len(text) > 12:
+        raise RequestError(
+            "Inference-Header-Content-Length is not a whole number",
+            remedy="Give the length of the JSON before the tensors",
+        )
+    return int(text)
