@@ -305,8 +305,7 @@ def not_run(skipped: Mapping[str, str], width: int = 80, *, verbose: bool = Fals
         return [f"not run: {name}: {why}" for name, why in skipped.items()]
     causes: dict[str, list[str]] = {}
     for name, why in skipped.items():
-        cause = _NO_DRIVER if "NVIDIA driver" in why else re.split(r"; | \(|, so |\. ", why, maxsplit=1)[0]
-        causes.setdefault(cause, []).append(name)
+        causes.setdefault(cause_of(why), []).append(name)
     lines = []
     for cause, names in causes.items():
         line = f"not run: {', '.join(names)}: {cause}"
@@ -315,6 +314,11 @@ def not_run(skipped: Mapping[str, str], width: int = 80, *, verbose: bool = Fals
             line = f"not run: {len(names)} {kind}: {cause} (--verbose lists them)"
         lines.append(line if len(line) <= width else f"{line[: width - 4]} ...")
     return lines
+
+
+def cause_of(reason: str) -> str:
+    """Return the first clause of a reason; one text for a missing NVIDIA driver, which each engine words differently."""
+    return _NO_DRIVER if "NVIDIA driver" in reason else re.split(r"; | \(|, so |\. ", reason, maxsplit=1)[0]
 
 
 def _print_files(report: VerificationReport, console: Console) -> None:
