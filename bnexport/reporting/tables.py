@@ -369,7 +369,7 @@ def _print_runs(lines: Sequence[ReportedRun], console: Console) -> None:
         table.add_row(
             literal(word(run.passed), console),
             literal(run.name, console),
-            *(literal(_stage_cell(run, stages), console) for stages in (("golden",), KERNEL_STAGES)),
+            *(literal(_stage_cell(run, stages), console) for stages in (("golden",), tuple(KERNEL_STAGES))),
             number(kernels.ratio if kernels else None),
             literal(_stage_cell(run, ("batch-size", "repeat")), console),
             _changed(kernels.flips if kernels else None),

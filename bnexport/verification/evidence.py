@@ -19,7 +19,7 @@ from bnexport.optional import require
 from bnexport.tensors import check_feeds
 from bnexport.verification.budget import Budget, budget_of
 from bnexport.verification.forecast import Forecast
-from bnexport.verification.format_proof import TENSORS, format_rows
+from bnexport.verification.format_proof import TORCH_PROOFS, format_rows
 from bnexport.verification.full_check import judge_accuracy
 from bnexport.verification.inputs import (
     Batch,
@@ -188,7 +188,7 @@ def file_checks(evidence: Evidence) -> tuple[list[Row], dict[str, str]]:
         return rows, skipped
     if evidence.model is not None:
         rows += proof_rows(evidence.bundle, evidence.model, cases, forecast)
-    for name in TENSORS:
+    for name in TORCH_PROOFS:
         if evidence.changed(name) is not None:
             continue  # it was not written, or its runtime's row says what is wrong
         try:
