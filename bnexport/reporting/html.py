@@ -31,7 +31,7 @@ from bnexport.reporting.summary import (
     rate_bound,
     runs,
 )
-from bnexport.reporting.tables import gain_of, growth_of, ordered_faults, self_test_sentence, tallies, verdict_of
+from bnexport.reporting.tables import gain_of, growth_of, ordered_faults, self_test_sentence, tallies
 from bnexport.tensors import Signature, TensorSpec
 from bnexport.verification.tolerances import TOLERANCES
 from bnexport.verification.verdict import Group, VerificationReport, groups, number, total_flips, word
@@ -177,7 +177,6 @@ def _environment() -> jinja2.Environment:
         certified=certified,
         module_name=module_name,
         gain=gain_of,
-        fold_verdict=verdict_of,
         growth=growth_of,
         compact=_compact,
         class_name=class_name,
