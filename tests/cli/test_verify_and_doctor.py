@@ -145,7 +145,7 @@ def test_the_verdict_as_a_page_and_for_ci(bundle: Bundle, tmp_path: Path) -> Non
     )
     text = page.read_text()
     assert "onnxruntime-cpu, IO binding, optimisation basic" in text
-    assert "What each precision does to this model" in text
+    assert "Predicted effect of each precision on this model" in text
     assert "layer by layer" in text
     assert f"bnexport verify {bundle.path}" in text
     assert b"<testsuite " in xml.read_bytes()
