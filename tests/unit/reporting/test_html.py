@@ -204,7 +204,7 @@ def test_everything_that_was_found_is_told(render: Render) -> None:
         "5 faults: 1 MISSED, 1 not tried here, 1 harmless to this model, 2 caught",
         "MISSED one flipped bit",
         "caught eps dropped model.onnx file-proof file-proof, golden above 1e-06 6.8e-05",
-        "What really ran: providers",
+        "Engine and device of this run: providers",
         "871 of 1000 labels right before, 870 after",
         "bnexport verify 'models/<name>/1' --runtime onnxruntime-cuda --precision tf32 --seed 3",
     ):
@@ -254,10 +254,8 @@ def test_a_large_report_stays_small_and_says_what_is_left_out(
     assert text.count('<svg class="map"') == 24
     assert f"The other {24 - SHOWN_MAPS} runs" in words
     assert text.count('<svg class="drift"') == SHOWN_DRIFTS
-    assert (
-        f"The layers of {24 - SHOWN_DRIFTS} more runs are in the JSON report; none of these runs have a layer above its prediction"
-        in words
-    )
+    more = f"The layers of {24 - SHOWN_DRIFTS} more runs are in the JSON report"
+    assert f"{more}; none of these runs have a layer above its prediction" in words
     assert "and 240 more layers" in words
     assert f"and {1000 - SHOWN_LABELS} more" in words
     assert "All 60 faults" in words
