@@ -165,7 +165,7 @@ def make_console(stderr: bool = False) -> Console:
 
 def print_fold_report(report: FoldReport, console: Console) -> None:
     """Print the outcome of each BatchNorm call, after a summary and the warnings; of many calls, count removed ones."""
-    console.print(literal(report.summary(), console), soft_wrap=True)
+    console.print(literal(report.summary(why=False), console), soft_wrap=True)
     for warning in report.warnings:
         console.print(literal(f"WARNING: {warning}", console, style=STYLES["FAIL"]))
     if growth := growth_of(report):

@@ -103,7 +103,7 @@ def test_an_incomplete_report_is_no_proof(render: Render) -> None:
 def test_everything_is_told(render: Render, passing: VerificationReport) -> None:
     words = " ".join(Page(render(verification=passing)).words.split())
     for expected in (
-        "4 of 7 BatchNorm calls folded, 1 became an affine layer (before: it follows relu), 2 were kept unchanged",
+        "4 of 7 BatchNorm calls folded, 1 became an affine layer, 2 were kept unchanged",
         "conv <- batch norm",
         "W' = s W, b' = s b + t",
         "(root) BatchNorm1d",
