@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -220,14 +219,6 @@ def _attempt(
 
 def _traced(model: nn.Module, inputs: tuple[Any, ...], dynamic_shapes: Any) -> GraphModule:
     traced = trace(model, inputs, dynamic_shapes=dynamic_shapes)
-    called, names = copy.deepcopy(model), {name for name, _ in model.named_modules()}
-    with contextlib.suppress(Exception):  # the user's code; the trace above has succeeded
-        torch_proof.run(called, inputs)
-    if made := [name for name, _ in called.named_modules() if name not in names]:
-        raise ModelError(
-            f"forward of {type(model).__name__} makes the layer {made[0]} in its first call",
-            remedy="Run the network once on an example, so that all its layers exist, and load its weights",
-        )
     if handles := modules.show_hooked(model, traced):
         traced = trace(model, inputs, dynamic_shapes=dynamic_shapes)
         for handle in handles:
