@@ -123,7 +123,7 @@ def _bundle(source: str, out: Path, options: dict[str, Any], *, as_json: bool, q
 
     request = export_request(**options)
     with stages(quiet=quiet) as progress:
-        result = fold_and_export_onnx(source, out, request=request, progress=progress, **_fold_options(options))
+        result = fold_and_export_onnx(source, out, request=request, progress=progress)
     print_export(result.fold, result.verification, result.bundle, as_json=as_json, verbose=verbose)
     return 0 if result.bundle is not None else 1
 
