@@ -87,15 +87,14 @@ def render_report(
     run_command: str = "",
     samples: Samples | None = None,
 ) -> str:
-    """The page as text; the same arguments give the same bytes.
+    """Return the page as text; the same arguments give the same bytes.
 
     Args:
         manifest: Name, signature, labels; its ``fold``, ``verification`` and ``environment`` are not read.
-        fold: What became of each BatchNorm; None where nobody knows.
+        fold: The fold report; None if the bundle has none.
         verification: The verdict.
         environment: Hardware and versions.
-        commands: How to reproduce, one shell command each.
-        run_command: The base of each run's command; "" is the first of ``commands``.
+        commands: Shell commands that repeat the verification; ``run_command`` ("": the first) is the base of each run's.
         samples: Error and margin per sample by run, whose distribution the page shows.
     """
     lines, account = runs(verification), fold or FoldReport((), 0)
@@ -106,8 +105,7 @@ def render_report(
     page = _environment().get_template(TEMPLATE)
     return page.render(
         manifest=manifest,
-        inputs=_specs(manifest.signature)[0],
-        outputs=_specs(manifest.signature)[1],
+        **dict(zip(("inputs", "outputs"), _specs(manifest.signature), strict=True)),
         fold=account,
         no_fold="The bundle contains no fold report." if fold is None else "The network has no BatchNorm.",
         outcomes=OUTCOMES,
@@ -137,7 +135,7 @@ def render_report(
         pictures=pictures(verification, changed[:SHOWN_FLIPS]),
         confused=confusions(verification),
         environment=environment,
-        commands=list(commands),
+        commands=commands,
         run_commands=[(name, command) for name, command in commanded if command],
     )
 
