@@ -94,7 +94,8 @@ def render_report(
         fold: The fold report; None if the bundle has none.
         verification: The verdict.
         environment: Hardware and versions.
-        commands: Shell commands that repeat the verification; ``run_command`` ("": the first) is the base of each run's.
+        commands: Shell commands that repeat the verification.
+        run_command: The base of each run's command; "" is the first of ``commands``.
         samples: Error and margin per sample by run, whose distribution the page shows.
     """
     lines, account = runs(verification), fold or FoldReport((), 0)
@@ -108,16 +109,12 @@ def render_report(
         **dict(zip(("inputs", "outputs"), _specs(manifest.signature), strict=True)),
         fold=account,
         no_fold="The bundle contains no fold report." if fold is None else "The network has no BatchNorm.",
-        outcomes=OUTCOMES,
-        gone=GONE,
         tallies=tallies(account),
         many=len(account.rows) > OPEN_CALLS,
         verification=verification,
         runs=lines,
         columns=columns(lines),
         files=files,
-        legend=LEGEND,
-        meaning={**FILE_CHECKS, **KERNEL_STAGES},
         not_run=[line.removeprefix("not run: ") for line in not_run(verification.skipped, 200)],
         file_rows=[row for group in files for row in group.rows],
         stages=_stages(verification),
@@ -174,6 +171,10 @@ def _environment() -> jinja2.Environment:
         keep_trailing_newline=True,
     )
     environment.globals.update(
+        outcomes=OUTCOMES,
+        gone=GONE,
+        legend=LEGEND,
+        meaning={**FILE_CHECKS, **KERNEL_STAGES},
         shown_failures=SHOWN_FAILURES,
         shown_flips=SHOWN_FLIPS,
         shown_confusions=SHOWN_CONFUSIONS,
