@@ -87,14 +87,14 @@ def render_report(
     run_command: str = "",
     samples: Samples | None = None,
 ) -> str:
-    """The page as text; the same arguments give the same bytes.
+    """Return the page as text; the same arguments give the same bytes.
 
     Args:
         manifest: Name, signature, labels; its ``fold``, ``verification`` and ``environment`` are not read.
-        fold: What became of each BatchNorm; None where nobody knows.
+        fold: The fold report; None if the bundle has none.
         verification: The verdict.
         environment: Hardware and versions.
-        commands: How to reproduce, one shell command each.
+        commands: Shell commands that repeat the verification.
         run_command: The base of each run's command; "" is the first of ``commands``.
         samples: Error and margin per sample by run, whose distribution the page shows.
     """
@@ -106,20 +106,15 @@ def render_report(
     page = _environment().get_template(TEMPLATE)
     return page.render(
         manifest=manifest,
-        inputs=_specs(manifest.signature)[0],
-        outputs=_specs(manifest.signature)[1],
+        **dict(zip(("inputs", "outputs"), _specs(manifest.signature), strict=True)),
         fold=account,
         no_fold="The bundle contains no fold report." if fold is None else "The network has no BatchNorm.",
-        outcomes=OUTCOMES,
-        gone=GONE,
         tallies=tallies(account),
         many=len(account.rows) > OPEN_CALLS,
         verification=verification,
         runs=lines,
         columns=columns(lines),
         files=files,
-        legend=LEGEND,
-        meaning={**FILE_CHECKS, **KERNEL_STAGES},
         not_run=[line.removeprefix("not run: ") for line in not_run(verification.skipped, 200)],
         file_rows=[row for group in files for row in group.rows],
         stages=_stages(verification),
@@ -137,7 +132,7 @@ def render_report(
         pictures=pictures(verification, changed[:SHOWN_FLIPS]),
         confused=confusions(verification),
         environment=environment,
-        commands=list(commands),
+        commands=commands,
         run_commands=[(name, command) for name, command in commanded if command],
     )
 
@@ -176,6 +171,10 @@ def _environment() -> jinja2.Environment:
         keep_trailing_newline=True,
     )
     environment.globals.update(
+        outcomes=OUTCOMES,
+        gone=GONE,
+        legend=LEGEND,
+        meaning={**FILE_CHECKS, **KERNEL_STAGES},
         shown_failures=SHOWN_FAILURES,
         shown_flips=SHOWN_FLIPS,
         shown_confusions=SHOWN_CONFUSIONS,
