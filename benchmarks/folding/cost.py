@@ -8,7 +8,6 @@ docs/results/fold_cost.md has the table.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +18,7 @@ from benchmarks.command import finish, options
 from benchmarks.pages import render
 from benchmarks.zoo.network import EXAMPLE, make_zoo_network
 from bnexport.environment import describe, environment
-from bnexport.folding.fold import FoldResult, fold
+from bnexport.folding.fold import fold
 
 #: Deep networks of three kinds; the last has more operations than any other of timm's convolutional ones tried.
 DEEP = ("torchvision:resnet152", "torchvision:densenet201", "timm:resnetrs420")
@@ -56,12 +55,6 @@ def fold_cost(module: nn.Module, example: Tensor, *, seconds: float = 10.0, repe
     times = [Spread.of([rest for rest, _ in taken]) for taken in columns.values()]
     ratios = [Spread.of([rest / trace for rest, trace in taken]) for taken in columns.values()]
     return Cost(Spread.of(traces), *times, *ratios)
-
-
-def cost_of(results: Sequence[FoldResult], traced: float) -> Cost:
-    """Return the cost of two folds of one traced graph, without and with proof; ``traced``: seconds of the trace."""
-    plain, proved = (sum(result.seconds.values()) for result in results)
-    return Cost(*(Spread.of([value]) for value in (traced, plain, proved, plain / traced, proved / traced)))
 
 
 def cost_row(source: str, *, seconds: float, repeats: int = MOST_REPEATS) -> list[str]:
