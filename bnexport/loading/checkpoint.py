@@ -1,4 +1,4 @@
-"""Checkpoints: weights in one safetensors file that also says what they are.
+"""Checkpoints: weights and their metadata in one safetensors file.
 
 Safetensors holds no code, so opening an unknown file runs nothing. The metadata is JSON under the one key
 ``bnexport``::
@@ -13,8 +13,8 @@ Safetensors holds no code, so opening an unknown file runs nothing. The metadata
     recalibration  how, if ``bnexport recalibrate`` did it:
                    {"definition": "batch", "dataset": ..., "images": 60000, "batch_size": 256, "seed": 0}
 
-A checkpoint to go on from also holds what the optimiser remembers, under names that start with ``optimizer/``; whoever asks
-for weights does not see it.
+A checkpoint from which a training resumes also has the optimiser's state, under names that start with ``optimizer/``.
+Readers of weights leave it out.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 #: Key of the JSON text in the safetensors header.
 METADATA_KEY = "bnexport"
-#: Of the files written here. It grows when an older version would misunderstand them; such files are refused there.
+#: Number of the layout of written files. It grows if an older version would misread them; older versions refuse such files.
 FORMAT = 1
 #: Start of the names of the optimiser's tensors; no module has a slash in its name.
 OPTIMIZER = "optimizer/"
@@ -58,12 +58,12 @@ _REMEDY = "Give a file written by bnexport train, or another safetensors file th
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A network's weights and what is known about them.
+    """A network's weights and their metadata.
 
     Attributes:
         state: State dict, on the CPU when loaded.
         metadata: JSON values; the keys are in this module's docstring, but for ``format``, which belongs to the file.
-        optimizer: What the optimiser remembers, by names of its own; {} for one that remembers nothing.
+        optimizer: The optimiser's tensors by its own names; {} for an optimiser without state.
     """
 
     state: dict[str, Tensor]
@@ -136,7 +136,7 @@ def _check_format(path: str | Path, found: Any) -> None:
 def read_safetensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read any safetensors file: its weights and its string metadata.
 
-    The file is read once, so that what is replaced meanwhile can't be mixed.
+    The file is read once, so that header and data are of the same version of the file.
 
     Raises:
         ModelError: The file is missing, empty, damaged or not safetensors.
@@ -184,7 +184,7 @@ def _array(data: memoryview, dtype: str) -> Array:
 
 
 def checkpoint_file(path: Path) -> Path:
-    """The checkpoint that a path stands for: itself, or the best file of a run directory.
+    """Return the checkpoint at a path: the file itself, or the best file of a run directory.
 
     Raises:
         ModelError: A folder without a checkpoint.
@@ -201,7 +201,7 @@ def checkpoint_file(path: Path) -> Path:
 
 
 def _read(path: Path) -> tuple[bytes, dict[str, Any]]:
-    """The file's bytes and its header, which was looked at before the rest was read."""
+    """Return the file's bytes and its header, which is validated before the rest is read."""
     if not path.exists():
         raise ModelError(f"{path} does not exist", remedy="Check the path; bnexport train writes model.safetensors")
     if path.is_dir():

@@ -26,10 +26,10 @@ KNOWN: dict[str, Callable[..., nn.Module]] = {"bn_lenet": bn_lenet}
 
 
 def unknown_reason(network: Mapping[str, Any]) -> str | None:
-    """Why a network can't be rebuilt here, as the end of a sentence; None when it can.
+    """Return the reason why a network can't be rebuilt here, as the end of a sentence; None if it can.
 
     Args:
-        network: What a checkpoint or manifest says: ``{"source": ..., "options": {...}}``.
+        network: The entry of a checkpoint or manifest: ``{"source": ..., "options": {...}}``.
     """
     source = network.get("source")
     if source in KNOWN:
@@ -41,7 +41,7 @@ def unknown_reason(network: Mapping[str, Any]) -> str | None:
 
 
 def build_known(network: Mapping[str, Any]) -> nn.Module:
-    """Build a network that bnexport knows from what a checkpoint or manifest says about it, without weights.
+    """Build a known network from its entry in a checkpoint or manifest, without weights.
 
     Raises:
         ModelError: Not a network that bnexport knows, or its options are not its own.
@@ -64,30 +64,30 @@ def build_known(network: Mapping[str, Any]) -> nn.Module:
 
 
 def sample_facts(network: Mapping[str, Any], module: nn.Module) -> tuple[tuple[int, ...] | None, dict[str, Any] | None]:
-    """Shape of one sample of a known network, and its zoo's preprocessing as JSON; None for what is not known."""
+    """Return the shape of one sample of a known network, and its zoo's preprocessing as JSON; None for unknown facts."""
     source, options = str(network["source"]), network.get("options") or {}
     if zoo_of(source) is not None:
         return zoo_facts(source, options, module)
     return (int(options.get("in_channels", 1)), 28, 28), None
 
 
-#: What a checkpoint says about its moving statistics; a loaded network has it beside the words on its training.
+#: Metadata on moving statistics, which a loaded network has among the facts on its training.
 _RECALIBRATED = ("recalibrated", "recalibration")
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A network with its weights and what is known about it.
+    """A network with its weights and the known facts about it.
 
     Attributes:
         module: In eval mode, on the CPU.
         name: A short name for titles and folders.
-        network: How to build it again: ``{"source": ..., "options": {...}}``.
-        input_shape: Shape of one sample, when the source says it.
+        network: Source and options, to build it again: ``{"source": ..., "options": {...}}``.
+        input_shape: Shape of one sample, if the source states it.
         dataset: Data set that it was trained on, if known.
         labels: Class names in the order of the logits, if known.
         preprocessing: JSON of the preprocessing, if known.
-        training: What the checkpoint says about the training.
+        training: The checkpoint's metadata on the training.
         notes: Sentences about choices in the weights file that the user should see.
     """
 
@@ -123,17 +123,17 @@ def _from_path(source: str, weights: WeightsFile | None, options: Mapping[str, A
 
 
 def _from_factory(source: str, weights: WeightsFile | None, options: Mapping[str, Any]) -> LoadedModel:
-    """A user's own network; a checkpoint that was trained with this very factory tells its options, labels and the rest."""
-    told: Mapping[str, Any] = {}
+    """Load a user's own network; a checkpoint of this factory adds its options, labels and other metadata."""
+    stated: Mapping[str, Any] = {}
     if weights is not None and _has_metadata(weights.path):
         metadata = load_checkpoint(weights.path).metadata
         if Path(metadata["network"]["source"]).name == Path(source).name:  # the folder may have moved
-            told = metadata
-    options = {**((told.get("network") or {}).get("options") or {}), **options}
+            stated = metadata
+    options = {**((stated.get("network") or {}).get("options") or {}), **options}
     network = {"source": source, "options": options}
     module = call_factory(source, options)
     notes = () if weights is None else load_weights(module, weights)
-    return replace(_told(module, network, None, told), notes=notes)
+    return replace(_described(module, network, None, stated), notes=notes)
 
 
 def _from_name(source: str, weights: WeightsFile | None, options: Mapping[str, Any]) -> LoadedModel:
@@ -164,13 +164,13 @@ def _from_checkpoint(path: Path) -> LoadedModel:
         raise ModelError(
             f"{path} does not hold the weights of the network that it names: {one_line(error)}", remedy="Train again"
         ) from error
-    return _told(module, metadata["network"], sample_facts(metadata["network"], module)[0], metadata)
+    return _described(module, metadata["network"], sample_facts(metadata["network"], module)[0], metadata)
 
 
-def _told(
+def _described(
     module: nn.Module, network: Mapping[str, Any], shape: tuple[int, ...] | None, metadata: Mapping[str, Any]
 ) -> LoadedModel:
-    """A network with what its checkpoint's metadata say; ``shape`` of a sample where they do not."""
+    """Return a network with its checkpoint's metadata; ``shape`` of a sample if the metadata have none."""
     labels, image = metadata.get("labels"), metadata.get("preprocessing")
     if isinstance(image, dict):  # a zoo's network may be trained on another size than its package names
         sides = [side for name in ("channels", "height", "width") if isinstance(side := image.get(name), int)]
@@ -193,7 +193,7 @@ class SourceKind:
 
     Attributes:
         form: The kind as a user writes it.
-        matches: Return whether a source is of this kind.
+        matches: Return True if a source is of this kind.
         load: Load it, from the source, the weights and the options.
     """
 
@@ -248,7 +248,7 @@ def load_source(
 
 
 def checkpoint_of(loaded: LoadedModel) -> Checkpoint:
-    """A loaded network as a checkpoint: what ``load_source`` reads back."""
+    """Return a loaded network as a checkpoint, which ``load_source`` can read."""
     training = {key: value for key, value in loaded.training.items() if key not in _RECALIBRATED}
     metadata: dict[str, Any] = {
         "network": dict(loaded.network),
@@ -264,7 +264,7 @@ def checkpoint_of(loaded: LoadedModel) -> Checkpoint:
 
 
 def _options_of(weights: Path, source: str) -> Any:
-    """Options that a bnexport checkpoint of this network states; none for plain weights."""
+    """Return the options that a bnexport checkpoint of this network states; none for plain weights."""
     if not _has_metadata(weights):
         return {}
     network = load_checkpoint(weights).metadata["network"]

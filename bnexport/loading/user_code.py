@@ -1,4 +1,4 @@
-"""A user's own code: imported, run, and whatever goes wrong in it told by its line."""
+"""A user's own code is imported and run; errors in it are reported with their line."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def call_factory(source: str, options: Mapping[str, Any]) -> nn.Module:
         options: Named arguments of the factory; usually none.
 
     Raises:
-        ModelError: The code is not there, fails, or returns something else than a module.
+        ModelError: The code is missing, fails, or does not return a module.
     """
     place = source.rpartition(":")[0]
     file = Path(place) if place.endswith(".py") else None
     # A file finds its own neighbours, as by python FILE; a package in the current folder is found, as by python -m.
-    # What the user's code prints is no result of ours: on standard output it would break --json.
+    # The user's code may print; on standard output that would break --json.
     with (
         _importing_from("" if file is None else str(file.parent.resolve())),
         contextlib.redirect_stdout(sys.stderr),
@@ -95,7 +95,7 @@ def _import_module(name: str) -> Any:
 
 @contextlib.contextmanager
 def _importing_from(folder: str) -> Iterator[None]:
-    """Let imports look into ``folder`` first; what the user's code adds to the path meanwhile stays."""
+    """Search ``folder`` first for imports; folders that the user's code adds to the path stay."""
     sys.path.insert(0, folder)
     try:
         yield

@@ -32,8 +32,8 @@ _REFUSED = {
     "quantization": "is meant for integer arithmetic; name the float network without quantized_",
     "optical_flow": "gives a list of refinements that its training code reads, not one answer per sample",
 }
-#: Height and width for a segmentation network, which takes any. torchvision evaluates at 520, which is no multiple of 32 and
-#: whose proof in float64 takes minutes; another one is asked for with --input, all of them with --dynamic-size.
+#: Height and width for a segmentation network, which takes any. torchvision evaluates at 520, which is not a multiple of 32 and
+#: whose proof in float64 takes minutes. --input requests another size, --dynamic-size all of them.
 _SEGMENTATION_SIZE = 256
 #: Frames of a video: what torchvision's recipes train on.
 _FRAMES = 16
@@ -106,7 +106,7 @@ def build_from_zoo(source: str, options: Mapping[str, Any]) -> nn.Module:
             return zoo.build(name, options)
     except ModelError:
         raise
-    except Exception as error:  # what a constructor says to a wrong value
+    except Exception as error:  # a constructor raises any class for a wrong value
         raise _not_built(source, options, error) from error
 
 
@@ -168,9 +168,9 @@ def _torchvision_kind(builder: Callable[..., Any]) -> str:
 def _options_of(builder: Callable[..., Any]) -> set[str]:
     """Names that a builder takes.
 
-    Some builders hand **options on to a configuration or a class that swallows what it does not know, so no TypeError
-    tells. Where a builder names the number of classes itself, its own parameters are all; else those of the functions and
-    networks of its module count too.
+    Some builders pass **options to a configuration or a class that ignores unknown ones, so there is no TypeError. If a builder
+    names the number of classes itself, only its own parameters count; otherwise also those of the functions and networks of its
+    module.
     """
     own = set(inspect.signature(builder).parameters)
     if "num_classes" in own:

@@ -127,7 +127,7 @@ def check_batch(model: nn.Module, inputs: tuple[Any, ...]) -> None:
         inputs: An example with a batch of 2. A network that fails on it is left to ``trace``.
 
     Raises:
-        UntracedError: Naming the line that drops the batch, writes its size, or asks for it.
+        UntracedError: Naming the line that drops the batch, writes its size, or reads it.
     """
     run = _runner(model, inputs)
     if run is None:

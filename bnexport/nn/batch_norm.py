@@ -2,12 +2,12 @@
 
 What is mended against the chapter's code, because it goes wrong in real use:
 
-- The mode is ``self.training``. The chapter asks whether gradients are enabled, so ``model.eval()`` alone would keep
+- The mode is ``self.training``. The chapter checks whether gradients are enabled, so ``model.eval()`` alone would keep
   using batch statistics, and a ``no_grad`` block in training would use the moving ones.
 - Moving statistics are buffers: saved in the state dict, moved with the module, exported.
 - They are (num_features,)-vectors as in ``torch.nn.BatchNorm2d``; the chapter's (1, C) and (1, C, 1, 1) shapes are
   accepted.
-- A user's mistake raises an error that says what to do; there are no asserts.
+- A user's mistake raises an error with a remedy; there are no asserts.
 - One value per channel in training is refused: its variance is 0, so the output would be beta, whatever the input.
 
 How it differs from ``torch.nn.BatchNorm1d/2d``: both normalise a training batch with its *biased* variance (divided

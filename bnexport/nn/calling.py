@@ -1,4 +1,4 @@
-"""Calling a user's module as plain Python: whether it runs at all, and the line at which it does not."""
+"""Calls of a user's module as plain Python, with the line at which one fails."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def call_once(model: nn.Module, inputs: tuple[Any, ...], *, on_itself: bool = Fa
     Args:
         model: Any module. A root in eval mode keeps layers that are in training mode on purpose.
         inputs: Positional arguments of forward; copies are fed.
-        on_itself: Run the module that was given: for a caller that has made a copy of its own.
+        on_itself: Run the given module itself: the caller has made a copy.
     """
     feeds = pytree.tree_map(lambda item: item.clone() if isinstance(item, Tensor) else item, inputs)
     with quiet(), torch.no_grad():
@@ -92,7 +92,7 @@ def call_once(model: nn.Module, inputs: tuple[Any, ...], *, on_itself: bool = Fa
 
 @dataclass(frozen=True)
 class Changes:
-    """What a block of ``unchanged`` changed: names of plain attributes, and of new layers with parameters or buffers."""
+    """Changes inside a block of ``unchanged``: names of plain attributes, and of new layers with parameters or buffers."""
 
     attributes: list[str] = field(default_factory=list)
     layers: list[str] = field(default_factory=list)
@@ -151,9 +151,9 @@ def _same(value: Any, before: Any) -> bool:
 
 
 def place_of(error: BaseException | None, model: nn.Module | None = None) -> str:
-    """`` at FILE:LINE`` of the innermost frame of the user's code.
+    """Return `` at FILE:LINE`` of the innermost frame of the user's code.
 
-    Code of installed packages counts only where there is no other. Without any frame: the line where forward of ``model``
+    Code of installed packages counts only if there is no other code. Without any frame: the line where forward of ``model``
     is defined, if it is the user's; else empty.
     """
     frames = [
@@ -166,7 +166,7 @@ def place_of(error: BaseException | None, model: nn.Module | None = None) -> str
 
 
 def _definition(model: nn.Module | None) -> list[tuple[str, int | None]]:
-    """File and line of a module's forward; empty when it is torch's, or was not written in a file."""
+    """Return file and line of a module's forward; empty if it is torch's, or was not written in a file."""
     forward: Any = getattr(type(model), "forward", None)
     try:
         file = inspect.getsourcefile(forward)

@@ -116,8 +116,8 @@ def recalibrate_by_layer(
 ) -> int:
     """Replace the moving statistics of every BatchNorm by the exact ones, by the definition "population".
 
-    Everything else is as in ``recalibrate``; a batch may leave one value per channel to a layer that is called once. Which
-    layers are called, and in which order, the first batch tells.
+    Everything else is as in ``recalibrate``; a batch may leave one value per channel to a layer that is called once.
+    The first batch shows which layers are called, and in which order.
 
     Args:
         model: Changed in place, its moving statistics only.
@@ -192,7 +192,7 @@ def _pass(
 def _calls(
     model: nn.Module, layers: dict[str, NormView], batches: Iterable[Batch], device: torch.device | str | None
 ) -> dict[str, int]:
-    """Calls per forward pass of each layer that is called, in the order of first calls; the first batch tells."""
+    """Return the calls per forward pass of each called layer, in the order of first calls, from the first batch."""
     calls: dict[str, int] = {}
 
     def count(name: str) -> Callable[..., None]:

@@ -1,4 +1,4 @@
-"""How far moving statistics are from the exact ones of the same weights: stale statistics.
+"""Stale statistics: the distance of moving statistics from the exact ones of the same weights.
 
 In training a BatchNorm normalises with its batch's own statistics; in eval mode, and after folding, with the moving ones,
 an exponential average over batches that earlier weights made. Where the weights moved fast (a high learning rate), the
@@ -6,7 +6,7 @@ average is slow (a small momentum) or short (few steps), it is of a network that
 it: only accuracy in eval mode falls.
 
 With the exact mean m and variance v of a channel's inputs, and s = sqrt(v + eps) the deviation that it should be divided
-by, three numbers tell how far the moving mean m' and variance v' (s' = sqrt(v' + eps)) are off:
+by, three numbers measure how far the moving mean m' and variance v' (s' = sqrt(v' + eps)) are off:
 
 - shift: (m' - m) / s, in standard deviations;
 - scale: s' / s, by which the output is divided too much;
@@ -34,7 +34,7 @@ from bnexport.nn.statistics import NormView
 #: A layer's error above which statistics count as stale: in the runs of docs/statistics.md those below lost at most 1.6 points
 #: of accuracy, those above up to 67. Training with a learning rate of 0.01 stays below 0.05.
 STALE_ABOVE = 0.15
-#: What sampling alone makes of exact statistics is about 1 / sqrt(images); few images need a larger error to tell.
+#: Sampling alone moves exact statistics by about 1 / sqrt(images); with few images only a larger error is significant.
 _SAMPLING = 3.0
 
 
@@ -130,7 +130,7 @@ def staleness(
 
     One forward pass. The exact statistics are by the definition "batch" of ``nn.moving_statistics``: those that moving
     statistics are an average of. From n inputs the mean is known to about 1 / sqrt(n) standard deviations, so 1000 images
-    are enough to tell an error of 0.15 from chance.
+    are enough to distinguish an error of 0.15 from chance.
 
     Args:
         model: With BatchNorm layers in any mode.

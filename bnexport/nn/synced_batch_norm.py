@@ -47,7 +47,7 @@ def synchronised(model: nn.Module) -> nn.Module:
 
 
 def _synced(layer: nn.Module) -> nn.Module:
-    """The layer over all processes; the same object for what is no BatchNorm with moving statistics, or is synced."""
+    """Return the layer over all processes; the same object if it has no moving statistics or is synchronised already."""
     scratch = isinstance(layer, BatchNorm)
     if not scratch and (not isinstance(layer, nn.modules.batchnorm._BatchNorm) or layer.running_mean is None):
         return layer

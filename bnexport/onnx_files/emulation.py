@@ -231,7 +231,7 @@ class Emulator(Float64Evaluator):
 
     Raises:
         BundleError: Not a model, or one with an operator that onnx's reference implementation lacks.
-        UsageError: There is no such precision.
+        UsageError: The precision is unknown.
     """
 
     _weight_type = np.float32  # without loss: a precision stores no wider numbers
@@ -256,7 +256,7 @@ class Emulator(Float64Evaluator):
         try:
             with np.errstate(all="ignore"):  # infinity is an answer here
                 found = self._engine.run(None, given, intermediate=True)
-        except Exception as error:  # whatever numpy says inside an operator
+        except Exception as error:  # numpy raises any class inside an operator
             raise _not_emulated(self.precision, error) from error
         return {name: value for name, value in found.items() if name in self._named and isinstance(value, np.ndarray)}
 

@@ -85,7 +85,7 @@ class Float64Evaluator:
                 return {name: np.concatenate([part[i] for part in parts]) for i, name in enumerate(self.outputs)}
         except BnexportError:
             raise
-        except Exception as error:  # whatever numpy says inside an operator
+        except Exception as error:  # numpy raises any class inside an operator
             raise _not_evaluated(error) from error
 
     def intermediate(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
@@ -94,7 +94,7 @@ class Float64Evaluator:
         try:
             with np.errstate(all="ignore"):
                 values = self._engine.run(None, wide, intermediate=True)
-        except Exception as error:  # whatever numpy says inside an operator
+        except Exception as error:  # numpy raises any class inside an operator
             raise _not_evaluated(error) from error
         return {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
 

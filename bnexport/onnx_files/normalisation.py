@@ -172,7 +172,7 @@ def _output_types(model: ModelProto) -> bool:
     bare.graph.output.extend(value for value in model.graph.output if _is_typed(value))
     try:
         inferred = onnx.shape_inference.infer_shapes(bare, data_prop=True).graph
-    except Exception:  # of no common class; the checker then says what is missing
+    except Exception:  # onnx raises several classes; the checker then reports the fault
         return False
     types = {value.name: value.type for value in (*inferred.value_info, *inferred.input)}
     for value in untyped:

@@ -100,7 +100,7 @@ class ArchiveKind:
 def validate_archive(path: str | Path, kind: str, *, error: type[BadInput] | None = None) -> None:
     """Refuse an archive that could harm the process that opens it. It is not unpacked, and nothing in it runs.
 
-    Sizes that it says, sizes that it has, names, nesting, every pickle's steps and names, TorchScript's code, the
+    Validated are declared and real sizes, names, nesting, every pickle's steps and names, TorchScript's code, the
     expressions in a .pt2 file, object arrays in an .npz file. Weights are not read, so gigabytes take milliseconds.
 
     Args:

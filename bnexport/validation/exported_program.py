@@ -40,7 +40,7 @@ _WORD_KEYS = frozenset({"name", "as_name"})
 _DOTTED_KEYS = frozenset(
     {"parameter_name", "buffer_name", "tensor_constant_name", "custom_obj_name", "user_input_name", "fqn", "path_name"}
 )
-#: Containers of a network's arguments that can be told in JSON; others are looked up by their name.
+#: Containers of a network's arguments that JSON can describe; others are looked up by their name.
 _CONTAINERS = frozenset(
     {None, "builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict", "torch.Size"}
 )

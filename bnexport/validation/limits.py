@@ -49,7 +49,7 @@ LIMITS: dict[str, Limit] = {
     "archive-ratio": Limit(
         200, "times that packed data may grow", "source text grows 6 to 11 times, a bomb 1,000 times"
     ),
-    "ratio-free": Limit(4 * _MB, "unpacked bytes below which the growth does not count", "that much harms nobody"),
+    "ratio-free": Limit(4 * _MB, "unpacked bytes below which the growth does not count", "a size without risk"),
     # Pickles
     "pickle-bytes": Limit(64 * _MB, "bytes of one pickle", "a checkpoint needs about 170 per tensor"),
     "pickle-steps": Limit(2_000_000, "steps of one pickle", "a checkpoint needs about 40 per tensor"),

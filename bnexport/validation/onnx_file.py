@@ -272,13 +272,13 @@ def _whole(text: str, what: str) -> int:
     return int(text)
 
 
-#: Operators that make an engine open other files: a program of its own kind, stored or named.
+#: Operators that make an engine open other files: a stored or named program.
 FOREIGN_OPERATORS = frozenset({"EPContext", "PyOp", "PythonOp"})
 _Fields = dict[int, list[Field]]
 
 
 def validate_onnx(content: bytes, *, folder: Path | None = None, inside: bool = True) -> None:
-    """Refuse an ONNX file that is damaged or that could harm whoever opens it.
+    """Refuse an ONNX file that is damaged or that could harm the process that opens it.
 
     Args:
         content: The file.

@@ -178,7 +178,7 @@ class Name:
 
 
 class StandIn:
-    """An object of a class that bnexport does not know. The class is not imported, and the object is not made.
+    """An object of an unknown class. The class is not imported, and the object is not made.
 
     Only steps that make an object without a call have a stand-in: NEWOBJ, and ``copyreg._reconstructor`` of older protocols.
     All values in the object's arguments and state are validated like any others, and then dropped.

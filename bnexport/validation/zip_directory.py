@@ -1,8 +1,8 @@
 """The table of contents of a zip archive, read strictly: every parser must see the same files in it.
 
-Python's ``zipfile`` and the reader inside torch forgive different things (bytes in front, comments, sizes that are told
-twice and differ), so what one of them checked another may read differently. What is not told alike everywhere is refused
-here. Source: PKWARE's APPNOTE.TXT 6.3.10.
+Python's ``zipfile`` and the reader inside torch tolerate different faults (bytes in front, comments, two sizes that differ), so
+one may read a file differently from the other. An archive whose records disagree is refused here.
+Source: PKWARE's APPNOTE.TXT 6.3.10.
 """
 
 from __future__ import annotations
