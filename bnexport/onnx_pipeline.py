@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -19,15 +21,20 @@ from bnexport.folding.fold import DEFAULT_MAX_GROWTH
 from bnexport.folding.onnx_backend.onnx_fold import OnnxFoldResult, fold_onnx
 from bnexport.folding.onnx_backend.onnx_proof import NotEvaluated, evaluator, first_that_works, run
 from bnexport.onnx_files.float64 import widen_array
-from bnexport.onnx_files.models import opset_of
+from bnexport.onnx_files.models import multiplications, opset_of
 from bnexport.pipeline import Source, publish
 from bnexport.progress import Progress, silent
 from bnexport.reporting.results import ExportResult
 from bnexport.tensors import DTYPES, Array, Signature, TensorSpec
+from bnexport.verification.budget import budget_of
+from bnexport.verification.full_check import judge_accuracy
 from bnexport.verification.golden import golden_inputs, real_images
-from bnexport.verification.inputs import score_count
+from bnexport.verification.inputs import Case, build_suite, score_count
+from bnexport.verification.verdict import VerificationReport
 
 _FILE_ALONE = "Pass --out FILE.onnx to write the folded file alone"
+#: Images on which the accuracy of the original is judged at most, and those evaluated in one call.
+_MOST_JUDGED, _CHUNK = 1000, 64
 _HALVES = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
 
 
@@ -86,13 +93,13 @@ def fold_and_export_onnx(
     """
     given = request or ExportRequest()
 
-    def make(name: str, version: str) -> Source:
+    def make(name: str, version: int) -> Source:
         return _file_source(Path(source), name, version, given, progress)
 
     return publish(make, Path(out), given, progress)
 
 
-def _file_source(file: Path, name: str, version: str, request: ExportRequest, progress: Progress) -> Source:
+def _file_source(file: Path, name: str, version: int, request: ExportRequest, progress: Progress) -> Source:
     """Check and fold a file."""
     progress("folding and proving the fold", 0, 1)
     result = fold_onnx(file, max_growth=request.max_growth, clamps=request.clamps, inputs=_requested(request.inputs))
@@ -110,13 +117,18 @@ def _file_source(file: Path, name: str, version: str, request: ExportRequest, pr
         request.labels, onnx_facts, environment(), result.report.to_json(), request.expected_accuracy(request.dataset),
     )  # fmt: skip
 
+    found: list[tuple[Any, dict[str, Array]]] = []
+
     def write(stage: Path, report: Progress) -> Manifest:
         write_atomically(stage / MODEL_ONNX, _stamped(result.model, manifest))
         report("writing golden vectors", 0.2, 1)
-        _write_golden(stage, manifest, result.original, request)
+        found.append(_write_golden(stage, manifest, result.original, request))
         return manifest
 
-    return Source(manifest, result.report, write)
+    def judge(report: VerificationReport) -> VerificationReport:
+        return _judged(report, manifest, result.original, *found[0], request)
+
+    return Source(manifest, result.report, write, judge)
 
 
 def _requested(texts: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
@@ -158,8 +170,10 @@ def _spec(value: ValueInfoProto) -> TensorSpec:
     return TensorSpec(value.name, dtype, shape)
 
 
-def _write_golden(stage: Path, manifest: Manifest, original: ModelProto, request: ExportRequest) -> None:
-    """Write inputs, and the original file's outputs for them in float64."""
+def _write_golden(
+    stage: Path, manifest: Manifest, original: ModelProto, request: ExportRequest
+) -> tuple[Any, dict[str, Array]]:
+    """Write inputs, and the original file's outputs for them in float64; return the evaluator and the inputs."""
     signature = manifest.signature
     try:
         engine = evaluator(original)
@@ -178,6 +192,35 @@ def _write_golden(stage: Path, manifest: Manifest, original: ModelProto, request
         ) from reason
     named = {spec.name: np.asarray(output) for spec, output in zip(signature.outputs, outputs, strict=True)}
     write_golden(stage, signature, feeds, named)
+    return engine, feeds
+
+
+def _judged(
+    report: VerificationReport,
+    manifest: Manifest,
+    original: ModelProto,
+    engine: Any,
+    golden: Mapping[str, Array],
+    request: ExportRequest,
+) -> VerificationReport:
+    """Return the report with a check of the original's accuracy on the data set's images, if it is at or below chance."""
+    if request.dataset is None or len(manifest.signature.inputs) != 1:
+        return report
+    cost = max(1, multiplications(original, {name: array.shape[1:] for name, array in golden.items()}))
+    budget = budget_of(cost, thorough=request.thorough, most=_MOST_JUDGED)
+    place = request.images_at(request.dataset)
+    suite = build_suite(manifest, golden, data_dir=place, seed=0, budget=budget)
+    if suite.labels is None:
+        return report
+    batch, (spec,) = suite.batches[0], manifest.signature.inputs
+    step = _CHUNK if isinstance(spec.shape[0], str) else batch.n
+    images = widen_array(batch.feeds[spec.name])
+    scores = np.concatenate(
+        [np.asarray(run(engine, {spec.name: images[at : at + step]})[0]) for at in range(0, batch.n, step)]
+    )
+    case = Case(batch, {manifest.signature.outputs[0].name: scores})
+    facts, rows = judge_accuracy(manifest, case, suite.labels, accept=request.allow_low_accuracy)
+    return replace(report, rows=(*report.rows, *rows), accuracy={**report.accuracy, **facts})
 
 
 def _of_fixed_batch(spec: TensorSpec, array: Array) -> Array:

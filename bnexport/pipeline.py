@@ -61,6 +61,8 @@ class Source:
     fold: FoldReport
     #: Writes the model files and the golden vectors into a folder, and returns the manifest with facts of what was written.
     write: Callable[[Path, Progress], Manifest]
+    #: Adds checks that need the original to the report of the written bundle.
+    judge: Callable[[VerificationReport], VerificationReport] = lambda report: report
     #: The original network in eval mode; None for an ONNX file, which golden vectors of its float64 evaluation represent.
     module: nn.Module | None = None
     #: Folder of the data set for the verification; None: not requested, or not usable.
@@ -71,7 +73,7 @@ class _Failed(Exception):
     """Leaves the staged directory, so that it is removed."""
 
 
-def publish(make: Callable[[str, str], Source], path: Path, request: ExportRequest, progress: Progress) -> ExportResult:
+def publish(make: Callable[[str, int], Source], path: Path, request: ExportRequest, progress: Progress) -> ExportResult:
     """Write a source's bundle and verify it; the bundle is at ``path`` only after a PASS, and otherwise nothing is.
 
     Args:
@@ -91,9 +93,10 @@ def publish(make: Callable[[str, str], Source], path: Path, request: ExportReque
                 seal(stage, manifest),
                 module=source.module,
                 data_dir=source.images,
-                scope=Scope(thorough=request.thorough),
+                scope=Scope(thorough=request.thorough, allow_low_accuracy=request.allow_low_accuracy),
                 progress=part_of(progress, 0.6, 1.0),
             )
+            report = source.judge(report)
             if not report.passed:
                 raise _Failed
             _finish(stage, replace(source, manifest=manifest), report, path, request.data_dir)
@@ -147,13 +150,13 @@ def fold_and_export(
         model_options=model_options,
     )  # fmt: skip
 
-    def make(name: str, version: str) -> Source:
+    def make(name: str, version: int) -> Source:
         return _network_source(_loaded(source, weights, request), name, version, request, progress)
 
     return publish(make, Path(out), request, progress)
 
 
-def _network_source(loaded: LoadedModel, name: str, version: str, request: ExportRequest, progress: Progress) -> Source:
+def _network_source(loaded: LoadedModel, name: str, version: int, request: ExportRequest, progress: Progress) -> Source:
     """Check and fold a network."""
     specs = parse_inputs(request.inputs, default_shape=loaded.input_shape)
     image = request.image(specs, stated=loaded.preprocessing)
@@ -189,7 +192,7 @@ def _network_source(loaded: LoadedModel, name: str, version: str, request: Expor
         return manifest
 
     images = request.images_at(loaded.dataset, usable=image is not None)
-    return Source(manifest, result.report, write, loaded.module, images)
+    return Source(manifest, result.report, write, module=loaded.module, images=images)
 
 
 def fold_weights(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from benchmarks.clock import Spread
 from benchmarks.command import finish, options
 from benchmarks.pages import render
-from benchmarks.zoo.network import EXAMPLE, make_subject
+from benchmarks.zoo.network import EXAMPLE, make_zoo_network
 from bnexport.environment import describe, environment
 from bnexport.folding.fold import FoldResult, fold
 
@@ -66,7 +66,7 @@ def cost_of(results: Sequence[FoldResult], traced: float) -> Cost:
 
 def cost_row(source: str, *, seconds: float, repeats: int = MOST_REPEATS) -> list[str]:
     """Return one network's cells of the table."""
-    subject = make_subject(source)
+    subject = make_zoo_network(source)
     cost = fold_cost(subject.module, subject.batch(EXAMPLE, 1), seconds=seconds, repeats=repeats)
     ratios = [f"{item.low:.2f} to {item.high:.2f}" for item in (cost.ratio, cost.ratio_proved)]
     times = [f"{item.low:.2f}" for item in (cost.trace, cost.fold, cost.proved)]

@@ -23,11 +23,20 @@ _REFUSED: dict[str, str] = {
     "ir_version": "an ONNX file keeps its IR version",
     "precision": "an ONNX file keeps its precision",
     "allow_untrained": "an ONNX file is taken as it is",
-    "allow_low_accuracy": "the accuracy of an ONNX file is not judged",
     "allow_nonfinite": "an ONNX file is taken as it is",
 }
 #: Those that say something of a bundle and nothing of a file alone.
-_OF_BUNDLES = ("labels", "rename_classes", "mean", "std", "dataset", "data_dir", "thorough", "formats")
+_OF_BUNDLES = (
+    "labels",
+    "rename_classes",
+    "mean",
+    "std",
+    "dataset",
+    "data_dir",
+    "thorough",
+    "formats",
+    "allow_low_accuracy",
+)
 
 
 def is_onnx(source: str) -> bool:

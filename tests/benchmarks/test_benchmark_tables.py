@@ -20,7 +20,7 @@ from benchmarks.folding import cost
 from benchmarks.pages import ranged, render, write_page
 from benchmarks.training.accuracy import cell, row
 from benchmarks.training.stale_statistics import rows
-from benchmarks.zoo.network import Subject
+from benchmarks.zoo.network import ZooNetwork
 from bnexport.errors import BundleError, MissingDependency, ProofError
 
 ROOT = Path(__file__).parents[2]
@@ -28,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 
 def test_a_fold_is_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
     module = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval()
-    monkeypatch.setattr(cost, "make_subject", lambda _source: Subject(module, (3, 8, 8), 1))
+    monkeypatch.setattr(cost, "make_zoo_network", lambda _source: ZooNetwork(module, (3, 8, 8), 1))
     cells = cost.cost_row("timm:x", seconds=60, repeats=2)
     assert (cells[0], cells[1], cells[-1], len(cells)) == ("timm:x", "1", "2", 8)
     table = render("folding/cost.md.jinja", rows=[cells], machine="a machine").splitlines()

@@ -77,7 +77,7 @@ def through_broadcast(m: Graph, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("forward", [add_later, through_einsum, through_broadcast])
-def test_a_read_is_not_moved_past_a_change_of_what_it_reads(forward: Callable[..., Tensor]) -> None:
+def test_a_read_is_not_moved_past_a_change_of_its_memory(forward: Callable[..., Tensor]) -> None:
     report = check(model_of(forward, conv=conv(), bn=bn(), out=conv(6, 6, 1)), images())
     assert report.folded == 0
     assert report.rows[0].reason
@@ -125,6 +125,49 @@ def test_a_weight_computed_by_an_operator_with_several_results_is_a_constant(nam
 
     model = model_of(forward, conv=conv(3, 4, 3), bn=bn(4))
     assert [row.outcome for row in check(model, images()).rows] == ["backward"]
+
+
+#: Name -> a weight of 4 x 3 x 3 x 3 computed from a parameter and from a tensor that forward makes.
+MADE: dict[str, Callable[[Tensor], Tensor]] = {
+    "eye": lambda w: w * (torch.eye(3) + 0.5),
+    "eye of a type": lambda w: w + torch.eye(3, dtype=torch.float64).to(w.dtype),
+    "arange": lambda w: w * torch.arange(1, 4),
+    "arange in steps": lambda w: w + torch.arange(0.1, 0.7, 0.2),
+    "linspace": lambda w: w * torch.linspace(0.5, 2, 3),
+    "logspace": lambda w: w * torch.logspace(0, 1, 3),
+    "full": lambda w: w * torch.full((3, 1, 1), 0.3),
+    "ones and zeros": lambda w: w * torch.ones(3) + torch.zeros(3, 1),
+    "full_like": lambda w: w * torch.full_like(w, 0.3),
+    "triangles": lambda w: w * torch.ones(3, 3).triu() + torch.tril_indices(3, 3).sum(),
+    "a window": lambda w: w * torch.hann_window(3, periodic=False),
+    "a stack": lambda w: w * torch.stack([torch.arange(3) / 3, torch.full((3,), 2.0), torch.ones(3)]),
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_a_weight_computed_from_a_tensor_made_in_forward_is_a_constant(name: str) -> None:
+    def forward(m: Graph, x: Tensor) -> Tensor:
+        return m.bn(functional.conv2d(x, MADE[name](m.conv.weight), m.conv.bias))
+
+    model = model_of(forward, conv=conv(3, 4, 3), bn=bn(4))
+    assert [row.outcome for row in check(model, images()).rows] == ["backward"]
+
+
+def test_a_tensor_made_with_a_size_of_the_input_is_no_constant() -> None:
+    def forward(m: Graph, x: Tensor) -> Tensor:
+        return m.bn(functional.conv2d(x, m.conv.weight * torch.arange(x.shape[0]).sum(), m.conv.bias))
+
+    (row,) = check(model_of(forward, conv=conv(3, 4, 3), bn=bn(4)), images()).rows
+    assert (row.outcome, "computed from the input" in row.reason) == ("affine", True), row
+
+
+def test_a_tensor_made_and_changed_in_forward_is_no_wrong_constant() -> None:
+    def forward(m: Graph, x: Tensor) -> Tensor:
+        mask = torch.zeros(3)
+        mask[1] = 2.0
+        return m.bn(functional.conv2d(x, m.conv.weight * mask, m.conv.bias))
+
+    check(model_of(forward, conv=conv(3, 4, 3), bn=bn(4)), images())
 
 
 def test_results_that_depend_on_the_input_are_no_constants() -> None:
@@ -213,7 +256,7 @@ def test_a_new_bias_counts_where_nothing_is_freed_for_it() -> None:
     assert 1.0 < loose.growth <= growth
 
 
-def test_the_advice_to_allow_growth_unlocks() -> None:
+def test_a_fold_succeeds_with_the_hinted_growth() -> None:
     def forward(m: Graph, x: Tensor) -> Tensor:
         return m.p(m.conv(x)) + m.q(m.conv(x.tanh())).tanh() + m.r(m.conv(x.sin())).tanh()
 
@@ -382,7 +425,7 @@ def test_a_scale_that_would_vanish_is_not_divided_by() -> None:
     check(model, images())
 
 
-def test_the_whole_that_can_not_be_compared_is_told() -> None:
+def test_a_network_that_can_not_be_compared_gets_a_warning() -> None:
     def forward(m: Graph, x: Tensor) -> Tensor:
         return m.bn(m.conv(x)) + functional.linear(x.float().mean((2, 3)), torch.ones(3, 3)).mean()
 
@@ -391,7 +434,7 @@ def test_the_whole_that_can_not_be_compared_is_told() -> None:
 
 
 @pytest.mark.slow
-def test_two_thousand_norms_in_a_row_are_accounted() -> None:
+def test_two_thousand_norms_in_a_row_have_rows() -> None:
     torch.manual_seed(0)
     model = positive(randomise(nn.Sequential(*(nn.BatchNorm2d(2) for _ in range(1500)), nn.GELU()))).eval()
     for layer in model[:-1]:
@@ -402,14 +445,14 @@ def test_two_thousand_norms_in_a_row_are_accounted() -> None:
     assert {row.into for row in report.rows[:-1]} == {"1499"}
 
 
-def test_what_is_stored_is_what_was_proved(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_stored_tensor_is_the_proved_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_writer, "flushed", lambda value, dtype: value.to(dtype) * 1.01)
     with pytest.raises(ProofError, match="rounded once"):
         bnexport.fold(model_of(lambda m, x: m.bn(m.conv(x)), conv=conv(), bn=bn()), images())
 
 
 @pytest.mark.parametrize("late", ["merge", "second"])
-def test_a_late_failure_leaves_what_was_right(monkeypatch: pytest.MonkeyPatch, late: str) -> None:
+def test_a_late_failure_keeps_the_earlier_folds(monkeypatch: pytest.MonkeyPatch, late: str) -> None:
     """A merge of branches, or of a norm that took in another one, fails its proof after folds were made."""
     if late == "merge":
         monkeypatch.setattr(branches, "_factor", lambda *_: 1.0)
@@ -454,7 +497,7 @@ def test_a_batch_norm_of_a_constant_has_a_row() -> None:
     assert "constant" in report.rows[0].reason
 
 
-def test_what_changes_nothing_says_so() -> None:
+def test_an_identity_norm_has_its_own_rule() -> None:
     model = nn.Sequential(nn.Tanh(), nn.BatchNorm2d(3, eps=2.0**-20), nn.GELU()).eval()
     model[1].running_var.fill_(1 - 2.0**-20)
     (row,) = bnexport.fold(model, images()).report.rows

@@ -37,7 +37,7 @@ WEIGHTS: dict[str, Forward] = {
     "computed from the input": lambda m, x: m.conv.weight * x.mean(),
     "changed in forward": _changed,
     "drawn at random in forward": lambda m, _x: m.conv.weight + torch.randn(6, 1, 1, 1),
-    "made in forward by an operator that is not run ahead": lambda m, _x: m.conv.weight * torch.eye(3),
+    "made in forward without values": lambda m, _x: m.conv.weight * torch.empty(6, 1, 1, 1),
 }
 
 
@@ -78,7 +78,7 @@ def _from_input(m: Graph, x: Tensor) -> Tensor:
         (_from_input, "its statistics or parameters are computed from the input", "that forward does not change"),
     ],
 )
-def test_why_a_batch_norm_can_not_be_read(forward: Forward, reason: str, hint: str) -> None:
+def test_the_reason_why_a_batch_norm_can_not_be_read(forward: Forward, reason: str, hint: str) -> None:
     model = one_norm(forward)
     model.bn.register_buffer("channel", torch.tensor([0, 1, 0, 0, 0, 0]))
     row = row_of(model, prove=False)
