@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
 #: Error over prediction that passes. A prediction is one draw of the same roundings in another order of summation.
 FACTOR = 3.0
+#: Share of the noise of approximated functions that counts as predicted, so that 1.5 times that noise passes. It is already the
+#: largest of several draws, each with the largest error of the engine; the noise of rounding is one draw.
+FUNCTIONS = 0.5
 #: Samples on which the rounding of weights is measured: each needs several evaluations of the model.
 _ROUNDED = 64
 #: Samples of a batch on which the noise is predicted before it fails.

@@ -15,6 +15,7 @@ from bnexport.runtimes.base import Runner, RunSettings
 from bnexport.runtimes.replay import incomparable
 from bnexport.tensors import Array
 from bnexport.verification.evidence import Evidence
+from bnexport.verification.forecast import FUNCTIONS
 from bnexport.verification.inputs import Batch, Case, Outputs, each_once, heads
 from bnexport.verification.metrics import SIGNIFICANT, accuracy_change, flipped_samples, has_labels, per_sample
 from bnexport.verification.prediction import compatible, detect
@@ -134,7 +135,7 @@ class _Run:
         if not row.passed and row.predicted is not None and row.error is not None:
             functions = self.evidence.forecast.function_noise(self.runner.name, case)
             if functions is not None:
-                predicted = row.predicted + functions.error
+                predicted = row.predicted + FUNCTIONS * functions.error
                 row = self._row(stage, case, found, predicted)
                 row = replace(row, reason=row.reason or str(functions))
         return row
