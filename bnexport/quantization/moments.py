@@ -130,7 +130,7 @@ class _Propagation:
             return self._elementwise(node, runner, given)
         if node.op_type in _POOLS and len(given) == 1:
             return self._moved(node, given[0])
-        if node.op_type in ("Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose") and len(given) == 1:
+        if node.op_type in ("Pad", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose") and len(given) == 1:
             return self._moved(node, given[0])
         if node.op_type == "Concat" and len(given) == len(node.input):
             return self._joined(node, given)

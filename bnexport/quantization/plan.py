@@ -23,7 +23,7 @@ from bnexport.tensors import Array
 #: The first operator set whose DequantizeLinear has one scale for each channel.
 OLDEST_OPSET = 13
 #: Operators whose output has the numbers of their first input.
-MOVERS = ("MaxPool", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Identity", "Dropout")
+MOVERS = ("MaxPool", "Pad", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Identity", "Dropout")
 #: Operators that a kernel computes together with the layer before them.
 _ABSORBED = ("Relu", "Clip")
 _HALVES = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
@@ -185,7 +185,7 @@ class Plan:
         shares: dict[str, str] = {}
         for node in reversed(self.model.graph.node):  # a mover hands the need for codes on to its input
             name = str(node.output[0]) if node.output else ""
-            if name in marked and node.op_type in MOVERS:
+            if name in marked and self._moves(node):
                 source = str(node.input[0])
                 shares[name] = source
                 marked.add(source)
@@ -194,6 +194,13 @@ class Plan:
         order = [value.name for value in self.model.graph.input]
         order += [str(name) for node in self.model.graph.node for name in node.output]
         return {name: _root(name, shares) for name in order if name in marked}
+
+    def _moves(self, node: NodeProto) -> bool:
+        """Return whether an operator only moves numbers; a padding with another constant than 0 adds one."""
+        if node.op_type == "Pad" and len(node.input) > 2 and node.input[2]:
+            value = self._weights.get(node.input[2])
+            return value is not None and not numpy_helper.to_array(value).any()
+        return node.op_type in MOVERS
 
     def _reaching(self) -> set[str]:
         """Return the tensors from which an int8 layer can be reached."""

@@ -48,7 +48,7 @@ class Range:
 
 
 def _short(value: float) -> float:
-    return float(f"{float(value):.6g}")
+    return float(f"{float(value):.6g}") + 0.0  # no -0.0
 
 
 @dataclass(frozen=True)
