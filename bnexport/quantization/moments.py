@@ -152,7 +152,8 @@ class _Propagation:
         elif first.values.shape[1] > 1:
             return None
         feeds = [
-            self._found[name].values.reshape(shape) if name in self._found else constants.get(name) for name in node.input
+            self._found[name].values.reshape(shape) if name in self._found else constants.get(name)
+            for name in node.input
         ]
         try:
             with np.errstate(all="ignore"):
@@ -173,7 +174,10 @@ class _Propagation:
         if node.op_type in ("Add", "Sub"):
             sign = 1.0 if node.op_type == "Add" else -1.0
             mean, std = one.mean + sign * other.mean, np.hypot(one.std, other.std)
-            ends = [lows[0] + sign * (lows[1] if sign > 0 else highs[1]), highs[0] + sign * (highs[1] if sign > 0 else lows[1])]
+            ends = [
+                lows[0] + sign * (lows[1] if sign > 0 else highs[1]),
+                highs[0] + sign * (highs[1] if sign > 0 else lows[1]),
+            ]
         elif node.op_type == "Mul":
             mean = one.mean * other.mean
             square = (one.mean**2 + one.std**2) * (other.mean**2 + other.std**2)

@@ -60,7 +60,12 @@ def seen_in_module(module: nn.Module, feeds: Mapping[str, Array]) -> list[Seen]:
         if NormView.of(layer) is not None:
             layer.register_forward_hook(look)
     with torch.no_grad():
-        copied(*(torch.from_numpy(array.astype(np.float64) if array.dtype.kind == "f" else array) for array in feeds.values()))
+        copied(
+            *(
+                torch.from_numpy(array.astype(np.float64) if array.dtype.kind == "f" else array)
+                for array in feeds.values()
+            )
+        )
     return outputs + inputs
 
 

@@ -235,12 +235,15 @@ def _refuse_unfit(model: ModelProto) -> None:
     inner: Iterable[NodeProto] = (node for node in model.graph.node if subgraphs(node))
     if (node := next(iter(inner), None)) is not None:
         raise ModelError(
-            f"the network has {node.op_type}, whose inner graphs can't be quantised", remedy="Leave --precision int8 out"
+            f"the network has {node.op_type}, whose inner graphs can't be quantised",
+            remedy="Leave --precision int8 out",
         )
     if model.functions:
         raise ModelError("the file has functions, which can't be quantised", remedy="Inline them with onnx.inliner")
     if half := [tensor.name for tensor in model.graph.initializer if tensor.data_type in _HALVES]:
-        raise ModelError(f"{half[0]!r} is in half precision; int8 is made from float32", remedy="Give the float32 network")
+        raise ModelError(
+            f"{half[0]!r} is in half precision; int8 is made from float32", remedy="Give the float32 network"
+        )
     if (opset := opset_of(model)) < OLDEST_OPSET:
         raise ModelError(
             f"the file has operator set {opset}; scales per channel need {OLDEST_OPSET}",

@@ -25,7 +25,9 @@ _FEWEST = 16
 _CHUNK = 8
 #: A calibrated range beyond this many standard deviations of the trained one means other images than those of the training.
 _FAR = 8.0
-_UNKNOWN = "Pass --calibrate with a data set, a folder of images or an .npy file, or keep its layer in float: --float-layers"
+_UNKNOWN = (
+    "Pass --calibrate with a data set, a folder of images or an .npy file, or keep its layer in float: --float-layers"
+)
 
 
 @dataclass(frozen=True)
@@ -163,7 +165,9 @@ def _trained_ranges(
     for name in plan.tensors:
         if name not in trained:
             if name in plan.required:
-                raise ModelError(f"no BatchNorm gives the range of {name!r}, which an int8 layer reads", remedy=_UNKNOWN)
+                raise ModelError(
+                    f"no BatchNorm gives the range of {name!r}, which an int8 layer reads", remedy=_UNKNOWN
+                )
             continue
         readers = [layer for layer in plan.layers if layer.input == name]
         spread = trained[name]
