@@ -37,13 +37,15 @@ FORMAT = "bnexport-bundle"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 MODEL_ONNX = "model.onnx"
+#: The float32 model from which an int8 model.onnx was made: the reference of its file proof.
+MODEL_FLOAT32 = "model.float32.onnx"
 MODEL_TORCHSCRIPT = "model.pt"
 MODEL_EXPORTED = "model.pt2"
 WEIGHTS = "weights.safetensors"
 REPORT = "report.html"
 GOLDEN = "test_data_set_0"
 #: What the weights of a model file may be stored and computed in; ``Manifest.onnx`` says which, under "precision".
-STORED_PRECISIONS = ("float32", "float16", "bfloat16")
+STORED_PRECISIONS = ("float32", "float16", "bfloat16", "int8")
 #: What the JSON value of a key of the manifest is; those that are not here are objects.
 _KINDS: dict[str, tuple[type, ...]] = {
     "name": (str,),
@@ -57,7 +59,7 @@ _INNER_KEYS: dict[str, tuple[str, ...]] = {
     "signature": ("inputs", "outputs"),
     "network": ("source", "options"),
     "preprocessing": ("channels", "height", "width", "scale", "mean", "std"),
-    "onnx": ("opset", "ir_version", "precision"),
+    "onnx": ("opset", "ir_version", "precision", "quantization"),
 }
 _REBUILD = "Write the bundle again with bnexport fold-and-export, or copy it again from its source"
 
@@ -74,7 +76,8 @@ class Manifest:
         dataset: Name of the data set that the network was trained on, if it is one that bnexport knows.
         preprocessing: How an image becomes an input (``data.preprocessing.Preprocessing.to_json``).
         labels: Class names in the order of the logits.
-        onnx: ``{"opset": 18, "ir_version": 8, "precision": "float32"}``.
+        onnx: ``{"opset": 18, "ir_version": 8, "precision": "float32"}``; of an int8 file also "quantization", its ranges and
+            their sources (``quantization.quantize.Int8Result.record``).
         environment: Hardware and versions at export.
         fold: The fold report (``folding.FoldReport.to_json``).
         verification: The verdict at export (``verification.VerificationReport.to_json``).
