@@ -26,8 +26,8 @@ from bnexport.bundle import MODEL_ONNX, Bundle
 from bnexport.data.images import map_npy
 from bnexport.environment import available_cores, describe, environment
 from bnexport.optional import require
-from bnexport.serving.bulk.predict import predict_in_bulk
-from bnexport.serving.bulk.request import BulkRequest
+from bnexport.serving.bulk.bulk_prediction import predict_in_bulk
+from bnexport.serving.bulk.bulk_request import BulkRequest
 
 
 class Cost(NamedTuple):

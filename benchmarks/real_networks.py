@@ -187,7 +187,7 @@ def served_outputs(bundle: Bundle, feeds: list[Array]) -> list[Array]:
 def folded_outputs(network: Network, feeds: list[Array]) -> list[Array]:
     """Return the outputs of a folded file in ONNX Runtime, or of a folded graph in torch."""
     from bnexport.folding.fold import fold
-    from bnexport.folding.onnx_backend.fold import fold_onnx
+    from bnexport.folding.onnx_backend.onnx_fold import fold_onnx
 
     home, shape = unpacked(network), feeds[0].shape[1:]
     if not network.factory:

@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     from bnexport.data.preprocessing import Preprocessing
     from bnexport.errors import BnexportError
     from bnexport.evaluating.evaluate import Evaluation, evaluate
+    from bnexport.evaluating.network_options import EvaluationRequest, RecalibrationRequest
     from bnexport.evaluating.recalibration import Recalibration
     from bnexport.evaluating.recalibration import recalibrate_path as recalibrate
-    from bnexport.evaluating.request import EvaluationRequest, RecalibrationRequest
     from bnexport.exporting.request import ExportRequest
     from bnexport.folding.fold import FoldResult, fold
     from bnexport.folding.module_fold import ModuleFoldResult, fold_modules, load_folded
-    from bnexport.folding.onnx_backend.fold import OnnxFoldResult, fold_onnx
+    from bnexport.folding.onnx_backend.onnx_fold import OnnxFoldResult, fold_onnx
     from bnexport.folding.report import FoldReport
     from bnexport.nn.folded import is_folded
     from bnexport.nn.lenet import bn_lenet
@@ -64,23 +64,23 @@ _HOME: dict[str, tuple[str, str]] = {
     "BnexportError": ("bnexport.errors", "BnexportError"),
     "Bundle": ("bnexport.bundle", "Bundle"),
     "Evaluation": ("bnexport.evaluating.evaluate", "Evaluation"),
-    "EvaluationRequest": ("bnexport.evaluating.request", "EvaluationRequest"),
+    "EvaluationRequest": ("bnexport.evaluating.network_options", "EvaluationRequest"),
     "ExportRequest": ("bnexport.exporting.request", "ExportRequest"),
     "ExportResult": ("bnexport.reporting.results", "ExportResult"),
     "FoldReport": ("bnexport.folding.report", "FoldReport"),
     "FoldResult": ("bnexport.folding.fold", "FoldResult"),
     "ModuleFoldResult": ("bnexport.folding.module_fold", "ModuleFoldResult"),
-    "OnnxFoldResult": ("bnexport.folding.onnx_backend.fold", "OnnxFoldResult"),
+    "OnnxFoldResult": ("bnexport.folding.onnx_backend.onnx_fold", "OnnxFoldResult"),
     "Preprocessing": ("bnexport.data.preprocessing", "Preprocessing"),
     "Recalibration": ("bnexport.evaluating.recalibration", "Recalibration"),
-    "RecalibrationRequest": ("bnexport.evaluating.request", "RecalibrationRequest"),
+    "RecalibrationRequest": ("bnexport.evaluating.network_options", "RecalibrationRequest"),
     "VerificationReport": ("bnexport.verification.verdict", "VerificationReport"),
     "bn_lenet": ("bnexport.nn.lenet", "bn_lenet"),
     "evaluate": ("bnexport.evaluating.evaluate", "evaluate"),
     "fold": ("bnexport.folding.fold", "fold"),
     "fold_and_export": ("bnexport.pipeline", "fold_and_export"),
     "fold_modules": ("bnexport.folding.module_fold", "fold_modules"),
-    "fold_onnx": ("bnexport.folding.onnx_backend.fold", "fold_onnx"),
+    "fold_onnx": ("bnexport.folding.onnx_backend.onnx_fold", "fold_onnx"),
     "is_folded": ("bnexport.nn.folded", "is_folded"),
     "load_folded": ("bnexport.folding.module_fold", "load_folded"),
     "predict": ("bnexport.serving.predictor", "predict_images"),

@@ -16,11 +16,11 @@ from bnexport.environment import environment
 from bnexport.errors import ExportError, OutputError, UsageError
 from bnexport.exporting.request import ExportRequest, InputSpec, model_and_version, parse_inputs
 from bnexport.exporting.signature import check_labels
-from bnexport.exporting.triton import check_triton_config, write_triton_config
+from bnexport.exporting.triton_config import check_triton_config, write_triton_config
 from bnexport.files import refuse_existing, staged_directory, write_atomically
 from bnexport.folding.fold import DEFAULT_MAX_GROWTH
-from bnexport.folding.onnx_backend.fold import OnnxFoldResult, fold_onnx
-from bnexport.folding.onnx_backend.proof import NotEvaluated, evaluator, first_that_works, run
+from bnexport.folding.onnx_backend.onnx_fold import OnnxFoldResult, fold_onnx
+from bnexport.folding.onnx_backend.onnx_proof import NotEvaluated, evaluator, first_that_works, run
 from bnexport.onnx_files.float64 import widen_array
 from bnexport.onnx_files.models import opset_of
 from bnexport.progress import Progress, part_of, silent

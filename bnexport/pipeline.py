@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from bnexport.bundle import MODEL_ONNX, REPORT, WEIGHTS, Bundle, Manifest, seal
 from bnexport.environment import environment
 from bnexport.errors import OutputError, RefusedModel, UsageError
-from bnexport.evaluating.network import Subject, stale_warning
+from bnexport.evaluating.network import TrainedNetwork, stale_warning
 from bnexport.exporting.dynamic_size import check_sizes_vary, larger_example, with_smallest_sizes
+from bnexport.exporting.export_onnx import stamp_metadata
 from bnexport.exporting.formats import FORMATS, ExportJob
 from bnexport.exporting.half import in_precision
-from bnexport.exporting.onnx_graph import stamp_metadata
 from bnexport.exporting.request import (
     ExportRequest,
     InputSpec,
@@ -27,7 +27,7 @@ from bnexport.exporting.request import (
     parse_inputs,
 )
 from bnexport.exporting.signature import check_labels, signature_of
-from bnexport.exporting.triton import check_triton_config, write_triton_config
+from bnexport.exporting.triton_config import check_triton_config, write_triton_config
 from bnexport.files import refuse_existing, staged_directory, write_atomically
 from bnexport.folding.fold import FoldResult, fold
 from bnexport.folding.module_fold import ModuleFoldResult, fold_modules
@@ -230,7 +230,7 @@ def _loaded(
 
 def _with_warnings(result: FoldResult, loaded: LoadedModel, request: ExportRequest) -> FoldResult:
     """Add to the fold report: choices in the weights file, and moving statistics that do not fit the network."""
-    subject = Subject(loaded.module, loaded.dataset, loaded.preprocessing)
+    subject = TrainedNetwork(loaded.module, loaded.dataset, loaded.preprocessing)
     warning = stale_warning(subject, data_dir=request.data_dir) if result.report.rows else ""
     warnings = (*loaded.notes, *result.report.warnings, *([warning] if warning else []))
     return replace(result, report=replace(result.report, warnings=warnings))

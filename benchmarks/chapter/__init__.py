@@ -1,1 +1,1 @@
-"""The trainings behind docs/chapter.md."""
+"""The trainings behind docs/results/chapter.md."""

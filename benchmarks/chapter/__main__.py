@@ -1,4 +1,4 @@
-"""Show by trainings the claims of "Dive into Deep Learning", section 8.5, on BatchNorm; write docs/chapter.md and figures.
+"""Show by trainings the claims of "Dive into Deep Learning", section 8.5, on BatchNorm; write docs/results/chapter.md.
 
 Every finished training is kept in the folder --work, so an interrupted run resumes. Fashion-MNIST comes from the folder that
 BNEXPORT_DATA names, the cache or the network. The whole takes about 20 minutes on two idle cores.
@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--dataset", default=FULL.dataset, help="a row of the catalogue; digits needs --quick")
     parser.add_argument("--work", type=Path, default=Path("runs/chapter"), help="folder of finished trainings")
     parser.add_argument(
-        "--page", type=Path, default=Path("docs/chapter.md"), help="the page, with its figures next to it"
+        "--page", type=Path, default=Path("docs/results/chapter.md"), help="the page, with its figures next to it"
     )
     given = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # each training sets its threads in its process

@@ -1,4 +1,4 @@
-"""The figures of docs/chapter.md, one for each experiment.
+"""The figures of docs/results/chapter.md, one for each experiment.
 
 Series differ in line style and marker as well as in colour (of Okabe and Ito), so they differ in black and white, too. Thin
 lines and small marks are single seeds, thick ones means over the seeds that learned.

@@ -1,4 +1,4 @@
-"""The page docs/chapter.md, from the results of the chapter's experiments."""
+"""The page docs/results/chapter.md, from the results of the chapter's experiments."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Table = tuple[str, list[str], list[list[str]]]
 
 
 def write_chapter(results: Results, page: Path) -> None:
-    """Write a page as docs/chapter.md, with results and figures in the folder next to it that has its name."""
+    """Write a page as docs/results/chapter.md, with results and figures in the folder next to it that has its name."""
     folder = page.with_suffix("")
     save_results(results, folder / RESULTS)
     write_figures(results, folder)

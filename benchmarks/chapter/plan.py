@@ -38,7 +38,7 @@ class RunSpec:
     epochs: int
     images: int  # the first ones of the training set
     test_images: int  # the first ones of the test set
-    dataset: str  # a row of ``data.catalogue.DATASETS``
+    dataset: str  # a row of ``data.dataset_table.DATASETS``
     seed: int = 0  # of the initial weights and the order of the images
 
     @property
@@ -52,7 +52,7 @@ class RunSpec:
 class ChapterPlan:
     """The size of the experiments."""
 
-    dataset: str = "fashion-mnist"  # a row of ``data.catalogue.DATASETS``
+    dataset: str = "fashion-mnist"  # a row of ``data.dataset_table.DATASETS``
     seeds: int = 5  # 0 to ``seeds - 1``
     images: int = 60_000  # of the training set, in experiments a, d and e
     test_images: int = 10_000

@@ -22,10 +22,10 @@ from bnexport.nn.moving_statistics import recalibrate
 from bnexport.nn.statistics import DEFAULT_EPS, LayerStatistics, layer_statistics
 from bnexport.tensors import Array
 from bnexport.training.config import TrainingConfig
-from bnexport.training.loop import Epochs, Outcome, batches_of, epoch_order, evaluate
+from bnexport.training.data_parts import DataPart, make_part
+from bnexport.training.loop import Epochs, MeanMetrics, batches_of, epoch_order, evaluate
 from bnexport.training.optimisers import make_optimizer
 from bnexport.training.preparation import build_network
-from bnexport.training.samples import Samples, make_samples
 from bnexport.training.step import Step, pooling_by_products
 
 #: Training images of the re-estimated statistics after each epoch.
@@ -128,15 +128,15 @@ def _conditions() -> dict[str, Any]:
 
 
 @functools.lru_cache(maxsize=2)
-def _samples(dataset: str, images: int, test_images: int) -> tuple[Samples, Samples, int]:
+def _samples(dataset: str, images: int, test_images: int) -> tuple[DataPart, DataPart, int]:
     """Training part, test part, number of classes; cached, because a process trains many networks on them."""
     found = load_dataset(dataset)
     for wanted, count in ((images, len(found.train_labels)), (test_images, len(found.test_labels))):
         if wanted > count:
             raise UsageError(f"{dataset} has {count} images, not {wanted}", remedy="Take --quick for a small data set")
     preprocessing = TrainingConfig(dataset=dataset).preprocessing()
-    train = make_samples(found.train_images[:images], found.train_labels[:images], preprocessing, _CPU)
-    test = make_samples(found.test_images[:test_images], found.test_labels[:test_images], preprocessing, _CPU)
+    train = make_part(found.train_images[:images], found.train_labels[:images], preprocessing, _CPU)
+    test = make_part(found.test_images[:test_images], found.test_labels[:test_images], preprocessing, _CPU)
     return train, test, len(found.labels)
 
 
@@ -147,7 +147,7 @@ def _config(spec: RunSpec) -> TrainingConfig:
     )  # fmt: skip
 
 
-def _after_epoch(model: nn.Module, trained: Outcome, train: Samples, test: Samples, spec: RunSpec) -> EpochResult:
+def _after_epoch(model: nn.Module, trained: MeanMetrics, train: DataPart, test: DataPart, spec: RunSpec) -> EpochResult:
     """Test the network after an epoch; Diverged if its weights are finite, but its answers are not."""
     tested = evaluate(model, test)
     exact = _with_exact_statistics(model, train, test, spec) if spec.norm != "none" else ()
@@ -158,7 +158,7 @@ def _after_epoch(model: nn.Module, trained: Outcome, train: Samples, test: Sampl
 
 
 def _with_exact_statistics(
-    model: nn.Module, train: Samples, test: Samples, spec: RunSpec
+    model: nn.Module, train: DataPart, test: DataPart, spec: RunSpec
 ) -> tuple[float, float, float]:
     """Test accuracy with re-estimated statistics, shift and scale; the network is unchanged afterwards."""
     before = {name: value.clone() for name, value in model.state_dict().items()}

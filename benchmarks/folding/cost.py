@@ -1,7 +1,8 @@
 """Measure how long a fold takes next to the torch.export that it needs; print a table in Markdown.
 
 ``python -m benchmarks.folding.cost [torchvision:NAME | timm:NAME ...]`` takes about ten minutes for its default networks, of
-which the last one is timm's. Both times come from the same calls, so they are comparable. docs/fold_cost.md has the table.
+which the last one is timm's. Both times come from the same calls, so they are comparable.
+docs/results/fold_cost.md has the table.
 """
 
 from __future__ import annotations

@@ -11,9 +11,9 @@ from benchmarks.clock import Spread
 from benchmarks.gpu.results import GpuSpeed
 from bnexport.nn.lenet import bn_lenet
 from bnexport.training.config import TrainingConfig
+from bnexport.training.data_parts import Resident
 from bnexport.training.loop import Epochs, epoch_order, evaluate
 from bnexport.training.optimisers import make_optimizer
-from bnexport.training.samples import Resident
 from bnexport.training.step import Step
 
 #: Images of one epoch and of its evaluation: those of Fashion-MNIST.

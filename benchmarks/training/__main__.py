@@ -1,4 +1,4 @@
-"""Measure the speed of training next to the chapter's own code, in turn; write docs/training_speed.md.
+"""Measure the speed of training next to the chapter's own code, in turn; write docs/results/training_speed.md.
 
 Fashion-MNIST comes from the folder that BNEXPORT_DATA names. All ways take about ten minutes, on an idle machine.
 """
@@ -18,7 +18,7 @@ def main() -> None:
     """Measure, and write the page."""
     parser = options("training", __doc__)
     parser.add_argument("ways", nargs="*", metavar="WAY", help=f"of {', '.join(WAYS)}; default all")
-    parser.add_argument("--out", type=Path, default=Path("docs/training_speed.md"))
+    parser.add_argument("--out", type=Path, default=Path("docs/results/training_speed.md"))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=8.0)
     parser.add_argument("--note", default="", help="more conditions for the reader")

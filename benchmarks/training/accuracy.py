@@ -13,7 +13,7 @@ from benchmarks.pages import render
 from bnexport.environment import describe, environment
 from bnexport.nn.lenet import NORMS
 from bnexport.training.config import TrainingConfig
-from bnexport.training.run import TrainingResult, train
+from bnexport.training.training_run import TrainingResult, train
 
 
 def cell(values: list[float]) -> str:

@@ -15,7 +15,7 @@ from benchmarks.pages import render
 from bnexport.data.datasets import load_dataset
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.environment import describe, environment
-from bnexport.evaluating.network import BATCH_SIZE, Subject, input_batches, sampled_staleness
+from bnexport.evaluating.network import BATCH_SIZE, TrainedNetwork, input_batches, sampled_staleness
 from bnexport.nn.lenet import bn_lenet
 from bnexport.nn.moving_statistics import recalibrate
 
@@ -47,7 +47,10 @@ def rows(name: str, runs: Sequence[tuple[float, float, int, tuple[int, ...]]] = 
                 torch.nn.functional.cross_entropy(network(images[batch]), labels[batch]).backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
             if epoch in epochs:
-                worst, exact = sampled_staleness(Subject(network, name, APPLY.to_json())).worst, copy.deepcopy(network)
+                worst, exact = (
+                    sampled_staleness(TrainedNetwork(network, name, APPLY.to_json())).worst,
+                    copy.deepcopy(network),
+                )
                 assert worst is not None
                 order = torch.randperm(len(labels)).numpy()
                 recalibrate(exact, input_batches(data.train_images, order, BATCH_SIZE, APPLY))

@@ -24,13 +24,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from bnexport.data.catalogue import dataset_info
+from bnexport.data.dataset_table import dataset_info
 from bnexport.data.datasets import load_dataset
 from bnexport.data.locate import locate
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.nn.lenet import bn_lenet
+from bnexport.training.data_parts import Resident, make_part
 from bnexport.training.loop import Epochs, epoch_order, evaluate
-from bnexport.training.samples import Resident, make_samples
 from bnexport.training.step import Step, keep_freed_memory, pooling_by_products
 
 BATCH = 256
@@ -50,7 +50,7 @@ class TrainingWay:
 def _data() -> tuple[Resident, Resident]:
     dataset = load_dataset("fashion-mnist", download=False)
     parts = (dataset.train_images, dataset.train_labels), (dataset.test_images, dataset.test_labels)
-    train, test = (make_samples(*part, Preprocessing(), torch.device("cpu")) for part in parts)
+    train, test = (make_part(*part, Preprocessing(), torch.device("cpu")) for part in parts)
     assert isinstance(train, Resident)
     assert isinstance(test, Resident)
     return train, test

@@ -1,4 +1,4 @@
-"""Fold every network of torchvision and many of timm, next to other tools; write JSON lines and docs/zoo.md.
+"""Fold every network of torchvision and many of timm, next to other tools; write JSON lines and docs/results/zoo.md.
 
 Networks that are in the file already are not measured again, so an interrupted run resumes. All of them take some hours.
 """
@@ -24,7 +24,9 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=300.0, help="time limit of one network")
     parser.add_argument("--memory-gb", type=float, default=10.0, help="memory limit of one process")
     parser.add_argument("--again", action="store_true", help="measure networks of the file again")
-    parser.add_argument("--page", type=Path, help="write the page of all measurements to this file, as docs/zoo.md")
+    parser.add_argument(
+        "--page", type=Path, help="write the page of all measurements to this file, as docs/results/zoo.md"
+    )
     given = vars(parser.parse_args())
     page, only = given.pop("page"), given.pop("only")
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread a process: as many processes as --jobs

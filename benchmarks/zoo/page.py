@@ -1,4 +1,4 @@
-"""The page docs/zoo.md, from the lines of a measured zoo."""
+"""The page docs/results/zoo.md, from the lines of a measured zoo."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.zoo.fold import PLACES, WRONG_FACTOR, WRONG_SHARE
 from benchmarks.zoo.network import CALIBRATION, EXAMPLE
 from bnexport.environment import describe
 from bnexport.folding.report import GONE, OUTCOMES
-from bnexport.folding.torch_backend.proof import MAX_ERROR
+from bnexport.folding.torch_backend.torch_proof import MAX_ERROR
 
 #: Key of a tool in the lines -> its heading.
 TOOLS: dict[str, str] = {

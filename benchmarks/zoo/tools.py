@@ -15,7 +15,7 @@ from onnx_ir.passes import common
 from torch import Tensor
 
 from benchmarks.zoo.network import EXAMPLE, make_subject
-from bnexport.auditing.catalogue import Job
+from bnexport.auditing.tool_table import ToolInput
 from bnexport.auditing.tools import batch_norms, jit_freeze
 from bnexport.optional import one_line, quiet, require
 from bnexport.runtimes.onnxruntime_session import load_engine
@@ -83,7 +83,7 @@ class Tools:
         return batch_norms(onnx.load(written, load_external_data=False))
 
     def _jit(self) -> int:
-        with jit_freeze(Job(self._module, (self._example,), self._folder)) as product:
+        with jit_freeze(ToolInput(self._module, (self._example,), self._folder)) as product:
             return product.batch_norms or 0
 
     def _onnxruntime(self) -> int:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from bnexport import interrupts
-from bnexport.auditing.catalogue import TOOLS, AuditReport, AuditRow, Job, Tool
-from bnexport.auditing.subject import AuditedNetwork, Deviation, batch_of, call, deviation, subject_of
+from bnexport.auditing.audited_network import AuditedNetwork, Deviation, audited_network, batch_of, call, deviation
+from bnexport.auditing.tool_table import TOOLS, AuditReport, AuditRow, Tool, ToolInput
 from bnexport.environment import environment
 from bnexport.errors import BnexportError, ModelError, Unavailable, UsageError
 from bnexport.exporting.request import InputSpec
@@ -139,7 +139,7 @@ def audit(
     """
     chosen = _chosen(tools)
     check_sound(module, allow_untrained=True)
-    subject = subject_of(module, inputs, seed=seed)
+    subject = audited_network(module, inputs, seed=seed)
     rows: list[AuditRow] = []
     bound, rule = 0.0, ""
     for tool in chosen:
@@ -224,7 +224,7 @@ def _examine(tool: Tool, subject: AuditedNetwork, module: nn.Module) -> _Finding
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="bnexport-audit-"))
         stack.enter_context(quiet())
         stack.enter_context(torch.no_grad())
-        job = Job(copy.deepcopy(module), subject.example, Path(folder))
+        job = ToolInput(copy.deepcopy(module), subject.example, Path(folder))
         product = stack.enter_context(tool.open(job))
         for probe, expected in zip(subject.probes, subject.expected, strict=True):
             try:

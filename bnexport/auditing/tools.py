@@ -26,8 +26,8 @@ from torch.fx import GraphModule
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from bnexport.auditing.catalogue import Job, Product
-from bnexport.auditing.subject import call
+from bnexport.auditing.audited_network import call
+from bnexport.auditing.tool_table import Product, ToolInput
 from bnexport.errors import RuntimeUnavailable
 from bnexport.folding.fold import fold
 from bnexport.optional import require
@@ -51,13 +51,13 @@ class counted_calls(TorchFunctionMode):  # noqa: N801 -- used as a context manag
 
 
 @contextlib.contextmanager
-def eager(job: Job) -> Iterator[Product]:
+def eager(job: ToolInput) -> Iterator[Product]:
     """The network as it is."""
     yield _called(job.module, job.example)
 
 
 @contextlib.contextmanager
-def fx_fuse(job: Job) -> Iterator[Product]:
+def fx_fuse(job: ToolInput) -> Iterator[Product]:
     """``torch.fx.experimental.optimization.fuse``."""
     from torch.fx.experimental.optimization import fuse
 
@@ -65,19 +65,19 @@ def fx_fuse(job: Job) -> Iterator[Product]:
 
 
 @contextlib.contextmanager
-def jit_freeze(job: Job) -> Iterator[Product]:
+def jit_freeze(job: ToolInput) -> Iterator[Product]:
     """``torch.jit.trace``, then ``torch.jit.freeze``."""
     yield _scripted(torch.jit.freeze(_traced(job)))
 
 
 @contextlib.contextmanager
-def jit_optimize(job: Job) -> Iterator[Product]:
+def jit_optimize(job: ToolInput) -> Iterator[Product]:
     """``torch.jit.trace``, then ``torch.jit.optimize_for_inference``, which freezes and moves to oneDNN."""
     yield _scripted(torch.jit.optimize_for_inference(_traced(job)))
 
 
 @contextlib.contextmanager
-def bnexport_fold(job: Job) -> Iterator[Product]:
+def bnexport_fold(job: ToolInput) -> Iterator[Product]:
     """``bnexport.fold``, run in torch."""
     folded = fold(job.module, job.example).model
     graphs = [module.graph for module in folded.modules() if isinstance(module, GraphModule)]  # branches too
@@ -91,7 +91,7 @@ def _called(module: Any, example: tuple[Tensor, ...]) -> Product:
     return Product(functools.partial(call, module), calls.count)
 
 
-def _traced(job: Job) -> Any:
+def _traced(job: ToolInput) -> Any:
     # Not strict, because a network that returns a dict is not wrong for that.
     return torch.jit.trace(job.module, job.example, check_trace=False, strict=False)  # type: ignore[no-untyped-call]
 
@@ -120,7 +120,7 @@ _UNKNOWN = object()
 
 
 @contextlib.contextmanager
-def compile_freezing(job: Job) -> Iterator[Product]:
+def compile_freezing(job: ToolInput) -> Iterator[Product]:
     """Compile with ``torch._inductor.config.freezing``; configuration, caches and files are as before afterwards.
 
     Raises RuntimeUnavailable without a C++ compiler.
@@ -188,14 +188,14 @@ def _total(graphs: list[set[object]]) -> int | None:
 
 
 @contextlib.contextmanager
-def torch_export(job: Job) -> Iterator[Product]:
+def torch_export(job: ToolInput) -> Iterator[Product]:
     """``torch.onnx.export`` with its default optimiser, run without any optimiser of ONNX Runtime."""
     model = export(job, optimize=True)
     yield Product(_session(model, "ORT_DISABLE_ALL"), batch_norms(model))
 
 
 @contextlib.contextmanager
-def onnxruntime_level(job: Job, *, level: str) -> Iterator[Product]:
+def onnxruntime_level(job: ToolInput, *, level: str) -> Iterator[Product]:
     """ONNX Runtime at one ``GraphOptimizationLevel``, on an export that still has its BatchNorms."""
     written = job.folder / "optimised.onnx"
     session = _session(export(job, optimize=False), level, optimised=str(written))
@@ -203,7 +203,7 @@ def onnxruntime_level(job: Job, *, level: str) -> Iterator[Product]:
 
 
 @contextlib.contextmanager
-def onnxslim(job: Job) -> Iterator[Product]:
+def onnxslim(job: ToolInput) -> Iterator[Product]:
     """``onnxslim.slim`` on an export that still has its BatchNorms, run without any optimiser of ONNX Runtime."""
     slim = require("onnxslim", purpose="it")
     model = slim.slim(export(job, optimize=False))
@@ -211,14 +211,14 @@ def onnxslim(job: Job) -> Iterator[Product]:
 
 
 @contextlib.contextmanager
-def onnxsim(job: Job) -> Iterator[Product]:
+def onnxsim(job: ToolInput) -> Iterator[Product]:
     """``onnxsim.simplify`` on an export that still has its BatchNorms, run without any optimiser of ONNX Runtime."""
     simplifier = require("onnxsim", purpose="it")
     model, _checked = simplifier.simplify(export(job, optimize=False))
     yield Product(_session(model, "ORT_DISABLE_ALL"), batch_norms(model))
 
 
-def export(job: Job, *, optimize: bool) -> onnx.ModelProto:
+def export(job: ToolInput, *, optimize: bool) -> onnx.ModelProto:
     """Export with a varying batch dimension, or a fixed one if the network needs it.
 
     ``optimize``: by the exporter's optimiser, which folds BatchNorm; without it, only constants are computed.
@@ -231,7 +231,7 @@ def export(job: Job, *, optimize: bool) -> onnx.ModelProto:
         return _exported(job, None, optimize=optimize)
 
 
-def _exported(job: Job, shapes: Any, *, optimize: bool) -> onnx.ModelProto:
+def _exported(job: ToolInput, shapes: Any, *, optimize: bool) -> onnx.ModelProto:
     program: Any = torch.onnx.export(
         job.module,
         job.example,

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from bnexport.auditing.catalogue import TOOLS
+from bnexport.auditing.tool_table import TOOLS
 from bnexport.optional import need_packages
 
 _NAMES = [tool.name for tool in TOOLS]

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from bnexport.deploying.deploy_request import DEVICES, SCALE_METRICS, DeployRequest, Scaling
 from bnexport.deploying.releases import DEFAULT_RELEASE, TRITON_RELEASES
-from bnexport.deploying.request import DEVICES, SCALE_METRICS, DeployRequest, Scaling
 from bnexport.optional import require
 
 if TYPE_CHECKING:
-    from bnexport.deploying.request import Deployment
+    from bnexport.deploying.deploy_request import Deployment
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -60,7 +60,7 @@ def command() -> None:
 def triton(bundle: Path, out: Path, **options: Any) -> None:
     """Write BUNDLE as a model repository of Triton Inference Server."""
     from bnexport.bundle import Bundle
-    from bnexport.deploying.triton import deploy_triton
+    from bnexport.deploying.triton_repository import deploy_triton
 
     _tell(deploy_triton(Bundle.open(bundle), out, DeployRequest(**options)))
 

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from bnexport.cli.options import options_of, values_of
-from bnexport.evaluating.request import InspectionRequest
+from bnexport.evaluating.network_options import InspectionRequest
 from bnexport.optional import need_packages
 
 
@@ -34,7 +34,7 @@ def command(path: Path, statistics: bool, as_json: bool, **options: Any) -> None
     inspection, stale = inspect_path(path), None
     if statistics or request != InspectionRequest():
         need_packages("bnexport inspect --statistics", "torch", "safetensors")
-        from bnexport.evaluating.network import sampled_staleness, subject_of
+        from bnexport.evaluating.network import sampled_staleness, trained_network
 
-        stale = sampled_staleness(subject_of(path, request), data_dir=request.data_dir, download=True)
+        stale = sampled_staleness(trained_network(path, request), data_dir=request.data_dir, download=True)
     print_statistics(inspection, stale=stale, as_json=as_json)

@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from bnexport.data.catalogue import DATASETS, FOLDER, is_dataset
+from bnexport.data.dataset_table import DATASETS, FOLDER, is_dataset
 from bnexport.errors import UsageError
 from bnexport.exporting.request import ExportRequest, image_preprocessing, parse_inputs, read_labels
 from bnexport.optional import one_line

@@ -13,12 +13,12 @@ from bnexport.cli.output import make_bar
 from bnexport.errors import UsageError
 from bnexport.optional import require
 from bnexport.runtimes.catalogue import RUNNERS
-from bnexport.serving.bulk.request import BulkProgress
+from bnexport.serving.bulk.bulk_request import BulkProgress
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from bnexport.serving.bulk.predict import BulkResult
+    from bnexport.serving.bulk.bulk_prediction import BulkResult
 
 
 #: Seconds between two lines of a log.
@@ -125,8 +125,8 @@ def _in_bulk(bundle: Path, sources: tuple[Path, ...], out: Path, options: dict[s
     engine = options.pop("engine", "local")
     for name in ("pyarrow",) if engine == "local" else ("ray", "pyarrow"):  # ray's extra brings pyarrow, too
         require(name, purpose=f"bnexport predict --out with --engine {engine}")
-    from bnexport.serving.bulk.predict import predict_in_bulk
-    from bnexport.serving.bulk.request import BulkRequest
+    from bnexport.serving.bulk.bulk_prediction import predict_in_bulk
+    from bnexport.serving.bulk.bulk_request import BulkRequest
 
     with BulkDisplay() as display:
         result = predict_in_bulk(bundle, sources, out, engine=engine, request=BulkRequest(**options), progress=display)

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from bnexport.cli.options import options_of, values_of
-from bnexport.evaluating.request import RecalibrationRequest
+from bnexport.evaluating.network_options import RecalibrationRequest
 from bnexport.optional import need_packages
 
 

@@ -79,7 +79,7 @@ def command(path: Path, **options: Any) -> None:
 
         for name in ("grpc", "google.protobuf"):
             require(name, purpose="bnexport serve --grpc-port")
-    from bnexport.serving.http.server import leave_engines, serve
+    from bnexport.serving.http.http_server import leave_engines, serve
     from bnexport.serving.http.supervisor import supervise
 
     settings = _settings(options)
@@ -89,9 +89,9 @@ def command(path: Path, **options: Any) -> None:
 
 def _settings(options: dict[str, Any]) -> Any:
     from bnexport.errors import UsageError
-    from bnexport.serving.http.server import ServerSettings
-    from bnexport.serving.limits import limits_from
+    from bnexport.serving.http.http_server import ServerSettings
     from bnexport.serving.served_model import ServingSettings
+    from bnexport.serving.serving_limits import limits_from
 
     certificate, key = options["tls_cert"], options["tls_key"]
     if (certificate is None) != (key is None):

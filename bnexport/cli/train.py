@@ -12,7 +12,7 @@ from bnexport.optional import need_packages
 from bnexport.training.config import LENET, TrainingConfig
 
 if TYPE_CHECKING:
-    from bnexport.training.progress import Progress
+    from bnexport.training.listeners import TrainingListener
 
 
 @click.command("train", context_settings={"show_default": True})
@@ -34,14 +34,14 @@ def command(context: click.Context, /, out: Path, resume: bool, tensorboard: Pat
     from bnexport.cli.training_display import TrainingDisplay, leading, quiet_followers
     from bnexport.reporting.figures import learning_curves
     from bnexport.training.directory import CURVES
-    from bnexport.training.run import train
     from bnexport.training.step import keep_freed_memory
+    from bnexport.training.training_run import train
 
     data_dir, force = options.pop("data_dir"), options.pop("force")
     keep_freed_memory()
     with quiet_followers(), TrainingDisplay() as display:
         config = _config(context, out, resume, options)
-        listener: Progress = display
+        listener: TrainingListener = display
         if tensorboard is not None and leading():
             listener = _with_events(display, tensorboard)
         result = train(config, out=out, resume=resume, force=force, data_dir=data_dir, progress=listener)
@@ -61,8 +61,8 @@ def _config(context: click.Context, out: Path, resume: bool, options: dict[str, 
     return RunDirectory(out).config_to_resume(given)
 
 
-def _with_events(display: Progress, folder: Path) -> Progress:
-    from bnexport.training.progress import Both, EventFiles
+def _with_events(display: TrainingListener, folder: Path) -> TrainingListener:
+    from bnexport.training.listeners import Both, EventFiles
 
     return Both(display, EventFiles(folder))
 

@@ -12,9 +12,9 @@ from rich.console import Console
 from bnexport.cli.output import make_bar
 from bnexport.errors import BadInput
 from bnexport.training.config import LENET, TrainingConfig
+from bnexport.training.listeners import EpochMetrics, TrainingListener
 from bnexport.training.processes import asked_rank
-from bnexport.training.progress import EpochMetrics, Progress
-from bnexport.training.run import TrainingResult
+from bnexport.training.training_run import TrainingResult
 
 _MEGABYTE = 1e6
 #: Values of a line; as many as a terminal of 80 columns has room for twice.
@@ -37,7 +37,7 @@ def quiet_followers() -> Iterator[None]:
         raise SystemExit(2) from None
 
 
-class TrainingDisplay(Progress):
+class TrainingDisplay(TrainingListener):
     """Listener that prints; use it in a ``with`` block, which ends the bar also after an error."""
 
     def __init__(self, console: Console | None = None) -> None:

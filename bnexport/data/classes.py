@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from bnexport.data.catalogue import DATASETS, is_dataset
+from bnexport.data.dataset_table import DATASETS, is_dataset
 from bnexport.data.datasets import dataset_labels, load_test_images
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import UsageError

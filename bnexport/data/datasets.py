@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from bnexport.data import digits
-from bnexport.data.catalogue import DATASETS, Dataset, DatasetInfo, Images, Labels, dataset_info, folder_of
+from bnexport.data.dataset_table import DATASETS, Dataset, DatasetInfo, Images, Labels, dataset_info, folder_of
 from bnexport.data.decoded import PictureProgress
 from bnexport.data.folder import Part, folder_labels, load_folder, load_folder_part
 from bnexport.data.images import read_idx

@@ -21,7 +21,7 @@ from typing import BinaryIO, Literal, NamedTuple
 import numpy as np
 
 from bnexport import interrupts
-from bnexport.data.catalogue import Images
+from bnexport.data.dataset_table import Images
 from bnexport.data.images import read_picture_file
 from bnexport.data.locate import cache_folder
 from bnexport.data.prepare import channels_first

@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 
-from bnexport.data.catalogue import FOLDER, Dataset, Images, Labels
+from bnexport.data.dataset_table import FOLDER, Dataset, Images, Labels
 from bnexport.data.decoded import Decoded, OnBad, PictureFile, PictureProgress, PictureSet, decode_once
 from bnexport.data.images import ENDINGS, folder_entries, pictures_below
 from bnexport.data.preprocessing import Preprocessing

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from bnexport.data.catalogue import DataFile, DatasetInfo
+from bnexport.data.dataset_table import DataFile, DatasetInfo
 from bnexport.errors import DataError, NetworkError
 from bnexport.files import write_atomically
 from bnexport.optional import installed, one_line

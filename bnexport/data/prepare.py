@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from bnexport.data.catalogue import Images
+from bnexport.data.dataset_table import Images
 from bnexport.data.images import fit_array
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import DataError

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from bnexport import __version__
 from bnexport.bundle import Bundle
-from bnexport.deploying.request import Deployment, DeployRequest, deployed_name, suggested_name
-from bnexport.deploying.triton import checked, image, names_in, write_model
+from bnexport.deploying.deploy_request import Deployment, DeployRequest, deployed_name, suggested_name
+from bnexport.deploying.triton_repository import checked, image, names_in, write_model
 from bnexport.errors import UsageError
 from bnexport.files import staged_directory, write_atomically
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from bnexport.bundle import MODEL_ONNX, Bundle
-from bnexport.deploying.request import Deployment, DeployRequest, Scaling, deployed_name
-from bnexport.deploying.triton import checked, names_in, write_model
+from bnexport.deploying.deploy_request import Deployment, DeployRequest, Scaling, deployed_name
+from bnexport.deploying.triton_repository import checked, names_in, write_model
 from bnexport.errors import ExportError
 from bnexport.files import staged_directory, write_atomically
 from bnexport.optional import one_line, require

@@ -40,7 +40,7 @@ class ClassScores:
         return dict(vars(self))
 
 
-class Confusion:
+class ConfusionCounts:
     """Counts over all samples so far; memory does not grow with them.
 
     Args:

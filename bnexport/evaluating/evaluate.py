@@ -17,8 +17,8 @@ from bnexport.data.prepare import prepared
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.environment import environment
 from bnexport.errors import DataError, UsageError
-from bnexport.evaluating.confusion import TOP_K, ClassScores, Confusion, wilson_interval
-from bnexport.evaluating.request import EvaluationRequest
+from bnexport.evaluating.confusion import TOP_K, ClassScores, ConfusionCounts, wilson_interval
+from bnexport.evaluating.network_options import EvaluationRequest
 from bnexport.optional import need_packages
 from bnexport.serving.predictor import DEFAULT_RUNTIME, Predictor
 from bnexport.tensors import Array
@@ -148,7 +148,7 @@ def evaluate_path(path: Path, request: EvaluationRequest, *, on_batch: OnBatch |
 
 def count_confusion(
     classifier: Classifier, images: Array, labels: Array, *, classes: int, batch_size: int, on_batch: OnBatch | None
-) -> Confusion:
+) -> ConfusionCounts:
     """Run a classifier over labelled images.
 
     Raises:
@@ -156,7 +156,7 @@ def count_confusion(
     """
     if len(images) == 0:
         raise DataError("there are no images to evaluate on", remedy="Give a data set that has a test part")
-    confusion = Confusion(classes)
+    confusion = ConfusionCounts(classes)
     for start in range(0, len(images), batch_size):
         logits = classifier.logits(images[start : start + batch_size])
         if logits.shape[1] != classes:
@@ -260,7 +260,7 @@ def _evaluation(
     )
 
 
-def _notes(subject: _Subject, found: Confusion) -> Iterator[str]:
+def _notes(subject: _Subject, found: ConfusionCounts) -> Iterator[str]:
     """Yield the facts that a reader of the accuracy must know."""
     if subject.trained_on not in (None, subject.dataset):
         yield f"the network was trained on {subject.trained_on}"

@@ -21,7 +21,7 @@ from bnexport.data.datasets import dataset_labels, load_train_images
 from bnexport.data.prepare import prepared
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import BnexportError, DataError, ModelError, RuntimeUnavailable, UsageError
-from bnexport.evaluating.request import InspectionRequest, NetworkOptions
+from bnexport.evaluating.network_options import InspectionRequest, NetworkOptions
 from bnexport.loading.checkpoint import METADATA_KEY, checkpoint_file, load_checkpoint, read_safetensors
 from bnexport.loading.sources import LoadedModel, checkpoint_of, load_source, unknown_reason
 from bnexport.loading.weights import is_safetensors
@@ -39,7 +39,7 @@ DEFAULT_PREPROCESSING = Preprocessing()
 
 
 @dataclass(frozen=True)
-class Trained:
+class LoadedCheckpoint:
     """A checkpoint, loaded.
 
     Attributes:
@@ -85,7 +85,7 @@ class Trained:
         return found
 
 
-def load_trained(path: Path, options: NetworkOptions | None = None) -> Trained:
+def load_trained(path: Path, options: NetworkOptions | None = None) -> LoadedCheckpoint:
     """Load a run directory, a checkpoint, or the weights of a user's own network.
 
     Args:
@@ -133,7 +133,9 @@ def load_trained(path: Path, options: NetworkOptions | None = None) -> Trained:
         )
     model = replace(model, labels=given.labels or model.labels, preprocessing=given.image(model.preprocessing))
     facts = checkpoint_of(model).metadata
-    return Trained(file, model, {**(metadata or facts), **{key: facts[key] for key in ("labels", "preprocessing")}})
+    return LoadedCheckpoint(
+        file, model, {**(metadata or facts), **{key: facts[key] for key in ("labels", "preprocessing")}}
+    )
 
 
 class NetworkClassifier:
@@ -210,7 +212,7 @@ BATCH_SIZE = 256
 
 
 @dataclass(frozen=True)
-class Subject:
+class TrainedNetwork:
     """A network, and how images of its training set become its inputs.
 
     Attributes:
@@ -240,7 +242,7 @@ def network_of_bundle(bundle: Bundle, source: str) -> nn.Module:
     return load_source(source, weights=bundle.file(WEIGHTS), options=network.get("options") if same else None).module
 
 
-def subject_of(path: Path, request: InspectionRequest | None = None) -> Subject:
+def trained_network(path: Path, request: InspectionRequest | None = None) -> TrainedNetwork:
     """Return the network of a run directory, a checkpoint or a bundle, with the data set that it was trained on.
 
     Args:
@@ -267,15 +269,15 @@ def subject_of(path: Path, request: InspectionRequest | None = None) -> Subject:
                 f"{path} is the bundle of a network {reason}", remedy="Name its code: --source FILE.py:FACTORY"
             )
         module = original_network(bundle) if given.source is None else network_of_bundle(bundle, given.source)
-        return Subject(module, given.dataset or manifest.dataset, manifest.preprocessing)
+        return TrainedNetwork(module, given.dataset or manifest.dataset, manifest.preprocessing)
     trained = load_trained(path, given)
     if (name := given.dataset or trained.model.dataset) is not None:
         trained.classes(name, data_dir=given.data_dir)
-    return Subject(trained.model.module, given.dataset or trained.model.dataset, trained.preprocessing.to_json())
+    return TrainedNetwork(trained.model.module, given.dataset or trained.model.dataset, trained.preprocessing.to_json())
 
 
 def sampled_staleness(
-    subject: Subject, *, data_dir: str | Path | None = None, download: bool = False
+    subject: TrainedNetwork, *, data_dir: str | Path | None = None, download: bool = False
 ) -> StalenessReport:
     """Compare moving statistics with exact ones over SAMPLE training images, always the same; on the CPU.
 
@@ -305,7 +307,7 @@ def sampled_staleness(
             raise fails_on(batches[0], error, subject.module) from error
 
 
-def stale_warning(subject: Subject, *, data_dir: str | Path | None = None) -> str:
+def stale_warning(subject: TrainedNetwork, *, data_dir: str | Path | None = None) -> str:
     """Return the fold report's warning of stale statistics; "" if they are up to date or can't be compared."""
     try:
         report = sampled_staleness(subject, data_dir=data_dir)

@@ -17,8 +17,8 @@ from bnexport.environment import environment
 from bnexport.errors import BnexportError, ModelError, OutputError
 from bnexport.evaluating.confusion import wilson_interval
 from bnexport.evaluating.evaluate import BATCH_SIZE, OnBatch, count_confusion
-from bnexport.evaluating.network import NetworkClassifier, Trained, fails_on, input_batches, load_trained
-from bnexport.evaluating.request import RecalibrationRequest
+from bnexport.evaluating.network import LoadedCheckpoint, NetworkClassifier, fails_on, input_batches, load_trained
+from bnexport.evaluating.network_options import RecalibrationRequest
 from bnexport.loading.checkpoint import Checkpoint, checkpoint_file, save_checkpoint
 from bnexport.nn.moving_statistics import norm_layers, recalibrate, recalibrate_by_layer
 from bnexport.nn.stale_statistics import StalenessReport, compare
@@ -181,7 +181,7 @@ def recalibrate_checkpoint(
     return Recalibration(file, target, facts, before, after, distance, environment(), trained.model.notes)
 
 
-def _recalibrate(trained: Trained, feed: _Feed, device: torch.device) -> None:
+def _recalibrate(trained: LoadedCheckpoint, feed: _Feed, device: torch.device) -> None:
     module = trained.model.module
     try:
         if feed.request.definition == "population":
@@ -198,7 +198,12 @@ class _Feed:
     """The training images in batches, as often as they are needed."""
 
     def __init__(
-        self, images: Array, order: Array, request: RecalibrationRequest, trained: Trained, on_batch: OnBatch | None
+        self,
+        images: Array,
+        order: Array,
+        request: RecalibrationRequest,
+        trained: LoadedCheckpoint,
+        on_batch: OnBatch | None,
     ) -> None:
         self.request = request
         self.last = torch.zeros(0)

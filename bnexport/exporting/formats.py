@@ -37,7 +37,7 @@ class ExportJob:
 
 
 @dataclass(frozen=True)
-class Format:
+class ExportFormat:
     """One kind of file: its name on the command line, its name in the bundle, and its writer."""
 
     name: str
@@ -46,26 +46,26 @@ class Format:
 
 
 def _write_onnx(job: ExportJob, path: Path) -> None:
-    from bnexport.exporting.onnx_graph import export_onnx
+    from bnexport.exporting.export_onnx import export_onnx
 
     export_onnx(job.folded, job.inputs, path, signature=job.signature, target=job.onnx, exported=lambda: job.program)
 
 
 def _write_torchscript(job: ExportJob, path: Path) -> None:
-    from bnexport.exporting.torchscript import export_torchscript
+    from bnexport.exporting.export_torchscript import export_torchscript
 
     export_torchscript(job.folded, path)
 
 
 def _write_exported(job: ExportJob, path: Path) -> None:
-    from bnexport.exporting.exported_program import export_program
+    from bnexport.exporting.export_program import export_program
 
     export_program(job.folded, job.inputs, path, signature=job.signature, exported=lambda: job.program)
 
 
 #: Every format. A new one is a new row.
-FORMATS: tuple[Format, ...] = (
-    Format("onnx", MODEL_ONNX, _write_onnx),
-    Format("torchscript", MODEL_TORCHSCRIPT, _write_torchscript),
-    Format("exported-program", MODEL_EXPORTED, _write_exported),
+FORMATS: tuple[ExportFormat, ...] = (
+    ExportFormat("onnx", MODEL_ONNX, _write_onnx),
+    ExportFormat("torchscript", MODEL_TORCHSCRIPT, _write_torchscript),
+    ExportFormat("exported-program", MODEL_EXPORTED, _write_exported),
 )

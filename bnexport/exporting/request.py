@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bnexport.bundle import STORED_PRECISIONS
-from bnexport.data.catalogue import folder_of
 from bnexport.data.classes import check_dataset
+from bnexport.data.dataset_table import folder_of
 from bnexport.data.datasets import dataset_labels
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import DataError, ExportError, UsageError

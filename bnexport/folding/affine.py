@@ -141,6 +141,47 @@ class Affine:
         return self.mapped(lambda tensor: tensor.expand(sizes).reshape(target))
 
 
+def is_finite(affine: Affine | ChannelAffine) -> bool:
+    """Return True if every scale and every shift is finite."""
+    return bool(torch.isfinite(affine.scale).all() and torch.isfinite(affine.shift).all())
+
+
+def arithmetic(operator: str, constant: Tensor, *, first: bool, factor: float = 1.0) -> Affine | None:
+    """Return ``x operator constant`` as an affine, or ``constant operator x``; None for ``constant / x``.
+
+    Args:
+        operator: "add", "sub", "mul" or "div".
+        constant: float64, placed on x by ``placed_on``.
+        first: True if the constant is the first operand.
+        factor: Factor of the second operand of a sum or difference (torch's alpha).
+    """
+    ones, zeros = torch.ones_like(constant), torch.zeros_like(constant)
+    match operator, first:
+        case "add", False:
+            return Affine.of(ones, factor * constant)
+        case "add", True:
+            return Affine.of(factor * ones, constant)
+        case "sub", False:
+            return Affine.of(ones, -factor * constant)
+        case "sub", True:
+            return Affine.of(-factor * ones, constant)
+        case "mul", _:
+            return Affine.of(constant, zeros)
+        case "div", False:
+            return Affine.of(constant.reciprocal(), zeros)
+        case _:
+            return None
+
+
+def placed_on(constant: Tensor, shape: Sequence[Dim | None]) -> Tensor | None:
+    """Return a constant in float64 with as many axes as the value it is broadcast over; None if it would enlarge the value."""
+    if constant.ndim > len(shape):
+        return None
+    placed = constant.reshape([*[1] * (len(shape) - constant.ndim), *constant.shape])
+    fits = all(size == 1 or size == there for size, there in zip(placed.shape, shape, strict=True))
+    return placed.double() if fits else None
+
+
 def why_infinite(var: Tensor, eps: float) -> tuple[str, str]:
     """Return reason and hint for a BatchNorm whose scale or shift is not finite."""
     if bad := int((var + eps <= 0).sum()):

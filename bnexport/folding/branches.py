@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bnexport.folding.affine import Affine
-from bnexport.folding.graph import Add, Geometry, Identity, Layer, Norm, Op
+from bnexport.folding.graph import ConstantAffine, Geometry, Identity, Layer, Op, WeightedSum
 from bnexport.folding.layers import channels_of
 from bnexport.folding.plan import FoldPlan, Refused
 
@@ -64,7 +64,7 @@ def merge_skip(plan: FoldPlan, total: Op) -> Op:
     """
     refusals = [Refused(f"{total.name} is no sum of a value and a convolution of it")]
     for add, parent in _edges(total):
-        if (isinstance(parent.kind, Add) and len(parent.users) == 1) or parent.rank < 3:
+        if (isinstance(parent.kind, WeightedSum) and len(parent.users) == 1) or parent.rank < 3:
             continue
         branch, identity = _Branch(add, parent, parent, ()), Affine.identity(parent.rank)
 
@@ -85,7 +85,7 @@ def _edges(total: Op) -> list[tuple[Op, Op]]:
         op = stack.pop()
         if _passes(op) and len(op.users) == len(op.inputs[0].users) == 1:
             stack.append(op.inputs[0])
-        if not isinstance(op.kind, Add):
+        if not isinstance(op.kind, WeightedSum):
             continue
         for parent in op.inputs:
             found.append((op, parent))
@@ -99,7 +99,7 @@ def _branch_of(guest: Op) -> _Branch:
     while len(op.users) == 1 and _passes(op.users[0]):
         op = op.users[0]
         members.append(op)
-    if len(op.users) != 1 or not isinstance(op.users[0].kind, Add):
+    if len(op.users) != 1 or not isinstance(op.users[0].kind, WeightedSum):
         raise Refused(f"{guest.name} is not a branch of a sum")
     return _Branch(op.users[0], op, guest.inputs[0], tuple(members))
 
@@ -140,7 +140,7 @@ def _carry_out(plan: FoldPlan, chain: list[Op], branch: _Branch, host: Op, weigh
 
 def _without(op: Op, operand: Op) -> Identity:
     kind = op.kind
-    assert isinstance(kind, Add)
+    assert isinstance(kind, WeightedSum)
     other = 1 - op.inputs.index(operand)
     if kind.factors[other] != 1 or op.inputs[0] is op.inputs[1]:
         raise Refused(f"{op.name} does not simply add what would be left of it")
@@ -150,10 +150,10 @@ def _without(op: Op, operand: Op) -> Identity:
 def _sum_from(first: Op) -> list[Op]:
     """Return the additions and identities that feed only each other, from the first to the last of the sum."""
     chain, op = [first], first
-    while len(op.users) == 1 and (isinstance(op.users[0].kind, Add) or _passes(op.users[0])):
+    while len(op.users) == 1 and (isinstance(op.users[0].kind, WeightedSum) or _passes(op.users[0])):
         op = op.users[0]
         chain.append(op)
-    while not isinstance(chain[-1].kind, Add):
+    while not isinstance(chain[-1].kind, WeightedSum):
         chain.pop()
     _refuse_broadcast(chain)
     return chain
@@ -161,7 +161,7 @@ def _sum_from(first: Op) -> list[Op]:
 
 def _refuse_broadcast(path: list[Op]) -> None:
     for op in path:
-        if isinstance(op.kind, Add) and any(parent.shape != op.shape for parent in op.inputs):
+        if isinstance(op.kind, WeightedSum) and any(parent.shape != op.shape for parent in op.inputs):
             raise Refused(f"{op.name} broadcasts one of its operands")
 
 
@@ -174,7 +174,7 @@ def _leaves(root: Op) -> list[Op]:
     leaves = [
         parent
         for _, parent in _edges(root)
-        if len(parent.users) == 1 and not isinstance(parent.kind, Add) and not _passes(parent)
+        if len(parent.users) == 1 and not isinstance(parent.kind, WeightedSum) and not _passes(parent)
     ]
     leaves += [op.inputs[0] for _, op in _edges(root) if _passes(op) and len(op.users) == len(op.inputs[0].users) == 1]
     return sorted(leaves, key=lambda op: op.kind.weight.elements if isinstance(op.kind, Layer) else 0, reverse=True)
@@ -191,7 +191,7 @@ def _sum_path(op: Op, root: Op) -> list[Op]:
 def _factor(path: list[Op], op: Op) -> float:
     factor = 1.0
     for user in path:
-        if isinstance(user.kind, Add):
+        if isinstance(user.kind, WeightedSum):
             factor *= user.kind.factors[user.inputs.index(op)]
         op = user
     return factor
@@ -278,5 +278,5 @@ def sum_guests(ops: list[Op], touched: set[Op]) -> list[Op]:
         and isinstance(op.kind, Layer)
         and op.kind.geometry is not None
         and len(op.users) == 1
-        and not isinstance(op.users[0].kind, Norm)
+        and not isinstance(op.users[0].kind, ConstantAffine)
     ]

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 
 from bnexport.folding.affine import Affine
 from bnexport.folding.branches import EQUATION, merge_affine, merge_convolution, merge_skip, sum_guests
-from bnexport.folding.graph import Add, Graph, Identity, Kind, Layer, Norm, NormCall, Op
-from bnexport.folding.plan import Budget, FoldPlan, Refused
+from bnexport.folding.graph import ConstantAffine, Graph, Identity, Kind, Layer, NormCall, Op, WeightedSum
+from bnexport.folding.plan import FoldPlan, GrowthBudget, Refused
 from bnexport.folding.proof import MAX_SITE_ERROR, NotComparedError, plan_error
 from bnexport.folding.propagation import PROPAGATION_RULES
 from bnexport.folding.report import FoldRow
@@ -29,7 +29,7 @@ class _Site:
 
 
 @dataclass
-class Account:
+class EngineResult:
     """The result of the engine.
 
     Attributes:
@@ -57,7 +57,7 @@ class Engine:
     """
 
     graph: Graph
-    budget: Budget
+    budget: GrowthBudget
     clamps: bool = False
     prove: bool = True
     in_place: bool = False
@@ -67,7 +67,7 @@ class Engine:
     dropped: dict[Op, None] = field(default_factory=dict)
     failed: set[Op] = field(default_factory=set)
 
-    def run(self) -> Account:
+    def run(self) -> EngineResult:
         """Fold every call that can be folded exactly.
 
         First by the rules, then sums of parallel branches, then the remaining calls again: a merged branch may open a way.
@@ -80,14 +80,16 @@ class Engine:
                 self._fold(site)
         by_op = {site.op: site for site in self.sites}
         rows = tuple(self._row(site, by_op) for site in self.sites)
-        return Account(rows, tuple(self.warnings), tuple(self.dropped))
+        return EngineResult(rows, tuple(self.warnings), tuple(self.dropped))
 
     def _merge_branches(self) -> bool:
         merged = [site for site in self._left() if self._merge_affine(site)]
         return self._merge_convolutions() or bool(merged)
 
     def _left(self) -> list[_Site]:
-        left = [site for site in self.sites if site.row.outcome == "affine" and isinstance(site.op.kind, Norm)]
+        left = [
+            site for site in self.sites if site.row.outcome == "affine" and isinstance(site.op.kind, ConstantAffine)
+        ]
         return [site for site in left if site.op not in self.failed]
 
     def _plan(self, *, maps: bool = False) -> FoldPlan:
@@ -103,7 +105,7 @@ class Engine:
 
     def _fold(self, site: _Site) -> None:
         """Use the first rule whose plan is not refused and whose proof holds; otherwise record the reasons."""
-        if not isinstance(site.op.kind, Norm):
+        if not isinstance(site.op.kind, ConstantAffine):
             return
         refusals: list[tuple[Rule, Refused]] = []
         self._take_in_arithmetic(site)
@@ -113,7 +115,7 @@ class Engine:
             if rule.maps and self.in_place:
                 continue
             kind: Kind = site.op.kind
-            if not isinstance(kind, Norm) or site.op in self.failed:
+            if not isinstance(kind, ConstantAffine) or site.op in self.failed:
                 return
             plan = self._plan(maps=rule.maps)
             plan.path[site.op] = None
@@ -129,13 +131,13 @@ class Engine:
             row = replace(site.row, rule=rule.name, equation=equation_of(rule, plan), error=error)
             if not into:
                 row = replace(row, rule="nothing to move", equation="s = 1, t = 0 wherever it is read")
-            reason, unlock = _why(refusals, rule)
-            site.row = replace(row, outcome=outcome_of(rule, plan, site.op), reason=reason, unlock=unlock)
+            reason, hint = _why(refusals, rule)
+            site.row = replace(row, outcome=outcome_of(rule, plan, site.op), reason=reason, hint=hint)
             site.into = (*site.into, *into)  # a scale may have gone into a layer before, and what stayed goes now
             self._carry_out(plan)
             return
-        reason, unlock = _why(refusals, None)
-        site.row = replace(site.row, outcome="affine", reason=reason, unlock=unlock)
+        reason, hint = _why(refusals, None)
+        site.row = replace(site.row, outcome="affine", reason=reason, hint=hint)
 
     def _proved(self, site: _Site, plan: FoldPlan) -> float | None:
         """Return a plan's error; if it is too large, keep the call as it is, record that in its row, and return None."""
@@ -146,7 +148,7 @@ class Engine:
             error, what = math.inf, f"its fold could not be proved: {reason}"
         if error <= MAX_SITE_ERROR:
             return error
-        site.row = replace(site.row, outcome="kept", reason=what, unlock="", rule="", equation="", error=None)
+        site.row = replace(site.row, outcome="kept", reason=what, hint="", rule="", equation="", error=None)
         self.failed.add(site.op)  # nothing is merged into it or moved across it any more
         return None
 
@@ -169,8 +171,8 @@ class Engine:
         """Merge plain scales and shifts next to a BatchNorm into it, before the rules are tried."""
         while (chain := _arithmetic_before(site.op)) or (chain := _arithmetic_after(site.op)):
             other = chain[-1]
-            assert isinstance(other.kind, Norm)
-            assert isinstance(site.op.kind, Norm)
+            assert isinstance(other.kind, ConstantAffine)
+            assert isinstance(site.op.kind, ConstantAffine)
             here, there = site.op.kind.affine, other.kind.affine
             plan = self._plan()
             plan.path.update(dict.fromkeys((site.op, *chain)))
@@ -187,7 +189,7 @@ class Engine:
     def _merge_skips(self, site: _Site) -> None:
         """A BatchNorm after ``conv(x) + x`` can go back only when the skip connection is part of the convolution."""
         total = site.op.inputs[0]
-        while len(total.users) == 1 and isinstance(total.kind, Add | Identity):
+        while len(total.users) == 1 and isinstance(total.kind, WeightedSum | Identity):
             plan = self._plan()
             try:
                 merge_skip(plan, total)
@@ -200,14 +202,14 @@ class Engine:
     def _merge_affine(self, site: _Site) -> bool:
         plan = self._plan()
         try:
-            assert isinstance(site.op.kind, Norm)
+            assert isinstance(site.op.kind, ConstantAffine)
             host = merge_affine(plan, site.op, site.op.kind.affine)
         except Refused:
             return False
         if (error := self._proved(site, plan)) is None:
             return False
         row = replace(site.row, outcome="merged", rule=_BRANCHES, equation=EQUATION, error=error)
-        site.row, site.into = replace(row, reason="", unlock=""), (*site.into, host)
+        site.row, site.into = replace(row, reason="", hint=""), (*site.into, host)
         self._carry_out(plan)
         return True
 
@@ -243,7 +245,7 @@ class Engine:
                 for old, new in ((op.kind.weight, kind.weight), (op.kind.bias, kind.bias)):
                     if old is not None and new is not old:
                         old.readers -= 1
-            if isinstance(op.kind, Add) and isinstance(kind, Identity):
+            if isinstance(op.kind, WeightedSum) and isinstance(kind, Identity):
                 self._leave_out(op, op.inputs[1 - kind.index])
                 kind = Identity()
             op.kind = kind
@@ -279,7 +281,7 @@ def _arithmetic_before(site: Op) -> list[Op]:
     chain, op = [], site.inputs[0]
     while len(op.users) == 1 and op.shape == site.shape:
         chain.append(op)
-        if isinstance(op.kind, Norm) and op.norm is None:
+        if isinstance(op.kind, ConstantAffine) and op.norm is None:
             return chain
         if not isinstance(op.kind, Identity):
             return []
@@ -293,7 +295,7 @@ def _arithmetic_after(site: Op) -> list[Op]:
     while len(op.users) == 1 and op.users[0].shape == site.shape:
         op = op.users[0]
         chain.append(op)
-        if isinstance(op.kind, Norm) and op.norm is None:
+        if isinstance(op.kind, ConstantAffine) and op.norm is None:
             return chain
         if not isinstance(op.kind, Identity) or len(op.inputs) != 1:
             return []
@@ -303,7 +305,7 @@ def _arithmetic_after(site: Op) -> list[Op]:
 def _first_row(call: NormCall) -> FoldRow:
     gain, dead = _gain(call.affine)
     row = FoldRow(call.module, call.kind, "kept", channels=call.channels, gain=gain, dead=dead)
-    return row if call.affine is not None else replace(row, reason=call.why_not, unlock=call.unlock)
+    return row if call.affine is not None else replace(row, reason=call.why_not, hint=call.hint)
 
 
 def _gain(affine: Affine | None) -> tuple[tuple[float, float] | None, int]:
@@ -322,9 +324,9 @@ def _why(refusals: Sequence[tuple[Rule, Refused]], used: Rule | None) -> tuple[s
     first = {rule.name: refused for rule, refused in refusals}
     before, after = first.get(RULES[0].name), first.get(RULES[1].name)
     parts = [f"{side}: {refused.reason}" for side, refused in (("before", before), ("after", after)) if refused]
-    unlocks = [refused.unlock for refused in (after, before) if refused and refused.unlock]
-    unlocks += [refused.unlock for _, refused in refusals if refused.unlock.startswith("--")]
-    return "; ".join(parts), "; or ".join(dict.fromkeys(unlocks))
+    hints = [refused.hint for refused in (after, before) if refused and refused.hint]
+    hints += [refused.hint for _, refused in refusals if refused.hint.startswith("--")]
+    return "; ".join(parts), "; or ".join(dict.fromkeys(hints))
 
 
 def _name(op: Op) -> str:

@@ -14,15 +14,15 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from bnexport.errors import ProofError, UsageError
-from bnexport.folding.engine import Account, Engine
-from bnexport.folding.plan import ATTEMPTS, Budget
+from bnexport.folding.engine import Engine, EngineResult
+from bnexport.folding.plan import ATTEMPTS, GrowthBudget
 from bnexport.folding.report import FoldReport, FoldRow
-from bnexport.folding.torch_backend.constants import functionalise
-from bnexport.folding.torch_backend.graph import TorchGraph
 from bnexport.folding.torch_backend.nodes import batch_norm_nodes, module_class, module_path, region_of, shape_of
-from bnexport.folding.torch_backend.proof import ROUGH_ERROR, fold_error, rough_error
+from bnexport.folding.torch_backend.torch_constants import functionalise
+from bnexport.folding.torch_backend.torch_graph import TorchGraph
+from bnexport.folding.torch_backend.torch_proof import ROUGH_ERROR, rough_error, torch_fold_error
+from bnexport.folding.torch_backend.torch_writer import TorchWriter, follow_input
 from bnexport.folding.torch_backend.trace import trace, two_samples
-from bnexport.folding.torch_backend.write import Writer, follow_input
 
 DEFAULT_MAX_GROWTH = 1.1
 
@@ -65,7 +65,7 @@ def fold(
         max_growth: Upper bound on parameter growth, as a factor of the original element count. Folds spend it on copies of
             shared weights and on maps of constants.
         clamps: Let a batch norm cross a ReLU by turning it into a maximum with a constant per channel. That leaves fewer
-            operations, but ONNX Runtime is no faster with them on a CPU (docs/affine_form.md).
+            operations, but ONNX Runtime is no faster with them on a CPU (docs/results/affine_form.md).
         prove: Check each fold separately, and the folded graph against the original, in float64.
 
     Raises:
@@ -122,7 +122,7 @@ def fold_traced(
             *(inner_row(node, folded) for node in batch_norm_nodes(folded) if node.graph is not folded.graph),
         ]
         clock.note("fold")
-        proof = fold_error(original, folded, exact, inputs) if prove else None
+        proof = torch_fold_error(original, folded, exact, inputs) if prove else None
         clock.note("proof")
     error, warnings = None, account.warnings
     if prove:
@@ -175,7 +175,7 @@ def _refuse_wrong(name: str, error: float | None, bound: float, types: str) -> N
 
 def _fold_copy(
     original: GraphModule, max_growth: float, clamps: bool, prove: bool
-) -> tuple[GraphModule, Account, dict[str, Tensor], float]:
+) -> tuple[GraphModule, EngineResult, dict[str, Tensor], float]:
     """Fold a copy; repeat with stricter attempts while the result exceeds the budget, as when calls did not fold alike."""
     for apart, biases in ATTEMPTS:
         folded = _copy(original)
@@ -187,15 +187,15 @@ def _fold_copy(
 
 def _fold_graph(
     module: GraphModule, max_growth: float, clamps: bool, prove: bool, *, apart: bool, biases: bool
-) -> tuple[Account, dict[str, Tensor], float]:
+) -> tuple[EngineResult, dict[str, Tensor], float]:
     """Fold a graph in place; return the account, the folded tensors in float64 by attribute, and the growth."""
     functionalise(module)
     drop_unused(module)  # heads that eval mode never runs are no measure for the budget
     graph = TorchGraph(module)
     before = graph.elements
-    budget = Budget(before, max_growth, apart, biases)
+    budget = GrowthBudget(before, max_growth, apart, biases)
     account = Engine(graph, budget, clamps=clamps, prove=prove).run()
-    writer = Writer(graph)
+    writer = TorchWriter(graph)
     writer.write(account.dropped)
     drop_unused(module)
     return account, writer.exact, (graph.elements - writer.beside) / max(before, 1)
@@ -209,7 +209,7 @@ def inner_row(node: Node, root: GraphModule) -> FoldRow:
         module_class(node),
         "kept",
         reason=f"it is inside {region_of(node, root)}, which torch.export keeps as a separate graph",
-        unlock="the same code outside of that region",
+        hint="the same code outside of that region",
         channels=(shape[1] or 0) if shape is not None and len(shape) > 1 else 0,
     )
 

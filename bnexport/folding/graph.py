@@ -1,12 +1,12 @@
-"""A network as folding sees it: values, the operation that computes each, and its readers. No framework is named here.
+"""The graph on which folding works: values, the operation that computes each value, and its readers, without a framework.
 
 A backend (``torch_backend`` for graphs of torch.export, ``onnx_backend`` for ONNX files) reads its nodes into these kinds,
-evaluates them, and writes the changed ones back; the rules in between are the same for all.
+evaluates them, and writes the changed ones back. The rules in between are the same for both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -22,12 +22,10 @@ class Weight:
 
     Attributes:
         name: The backend's name; "" for a tensor made by folding.
-        shape: As stored.
-        dtype: Element type of the stored tensor.
-        load: Reads it in float64.
-        readers: Number of operations that read it.
-        made: Elements that the file does not store, because it computes them from fewer (an expanded constant). A folded weight
-            is stored in full.
+        load: Returns the tensor in float64.
+        readers: Number of operations that read the tensor.
+        made: Number of elements that the file computes instead of storing (an expanded constant). A folded weight is stored in
+            full.
     """
 
     name: str
@@ -49,7 +47,7 @@ class Weight:
 
 
 class Kind:
-    """The function of an operation. A subclass per kind; ``propagation`` defines how an affine crosses it."""
+    """The function of an operation. ``propagation`` defines for each subclass how an affine crosses it."""
 
 
 @dataclass(frozen=True)
@@ -66,15 +64,15 @@ class Layer(Kind):
     """A linear layer: ``W x + b``, then ``after`` added.
 
     Attributes:
-        name: In messages: "convolution", "linear layer".
+        name: Name in messages: "convolution", "linear layer".
         layout: Key of ABSORBERS.
         bias: One value per output channel.
-        out_axis: Axis of the output's channels; a sentence where there is none.
-        in_axis: Axis of the input's channels; a sentence where there is none.
+        out_axis: Axis of the output's channels, or a sentence why there is none.
+        in_axis: Axis of the input's channels, or a sentence why there is none.
         geometry: Set for a convolution.
-        zero_padded: True if zeros are put around the input.
-        takes_bias: True if the operation has a place for a bias.
-        after: float64, broadcast over the output: a shift that the bias can't hold.
+        zero_padded: True if the input is padded with zeros.
+        takes_bias: True if the operation has a bias argument.
+        after: A shift that the bias can't hold: float64, broadcast over the output.
     """
 
     name: str
@@ -89,9 +87,29 @@ class Layer(Kind):
     takes_bias: bool = True
     after: Tensor | None = None
 
+    @classmethod
+    def convolution(
+        cls, weight: Weight, bias: Weight | None, *, transposed: bool, geometry: Geometry | None, **options: Any
+    ) -> Layer:
+        """Return a convolution, with further fields in ``options``."""
+        name, layout = ("transposed convolution", "transposed") if transposed else ("convolution", "rows")
+        return cls(name, layout, weight, bias, geometry=geometry, **options)
+
+    @classmethod
+    def matrix_product(cls, weight: Weight, before: Sequence[Any] | None, rank: int, *, right: bool) -> Layer | str:
+        """Return ``x @ W`` (``right``) or ``W @ x`` for an x of shape ``before``, or a sentence why it is not a layer.
+
+        ``rank`` is the number of axes of the result.
+        """
+        if before is None or len(before) != rank or not 2 <= len(weight.shape) <= rank:
+            return "a product with a vector has no channel axis"
+        axis = rank - 1 if right else rank - 2
+        layout = "right" if right else "left"
+        return cls("matrix product", layout, weight, None, out_axis=axis, in_axis=axis, takes_bias=False)
+
 
 @dataclass(frozen=True)
-class Norm(Kind):
+class ConstantAffine(Kind):
     """A scale and a shift by constants: a BatchNorm, or plain arithmetic."""
 
     affine: Affine
@@ -154,7 +172,7 @@ class Mean(Kind):
 
 
 @dataclass(frozen=True)
-class MaxPool(Kind):
+class WindowMaximum(Kind):
     """The largest value along some axes."""
 
     axes: tuple[int, ...]
@@ -166,6 +184,12 @@ class Clamp(Kind):
 
     low: Tensor
     high: Tensor
+
+    @classmethod
+    def of(cls, low: Tensor | float, high: Tensor | float, rank: int) -> Clamp | None:
+        """Return the clamp of a value with ``rank`` axes; None if a lower bound is above its upper bound."""
+        ones = torch.ones([1] * rank, dtype=torch.float64)
+        return None if bool((low * ones > high * ones).any()) else cls(low * ones, high * ones)
 
     def same_bounds(self, other: Kind) -> bool:
         """Return True if another kind is a clamp with the same bounds."""
@@ -194,7 +218,7 @@ class Slice(Kind):
 
 
 @dataclass(frozen=True)
-class Add(Kind):
+class WeightedSum(Kind):
     """``factors[0] * a + factors[1] * b`` of two values, broadcast."""
 
     factors: tuple[float, float]
@@ -221,13 +245,13 @@ class Op:
 
     Attributes:
         kind: The current function; folding changes it.
-        inputs: The values that it reads, without constants.
-        shape: Sizes and expressions; () when the value is not a tensor.
-        name: In messages: "relu (features.2)".
+        inputs: The values that the operation reads, without constants.
+        shape: Sizes and expressions; () if the value is not a tensor.
+        name: Name in messages: "relu (features.2)".
         path: Module path.
         source: The backend's nodes.
         index: Position in the graph's order.
-        users: Its readers, once per reading.
+        users: The readers of the value; an operation that reads it twice is listed twice.
         original: The function before folding.
         norm: Set for an operation that counts as a BatchNorm call.
     """
@@ -254,7 +278,7 @@ class Op:
 
     @property
     def changed(self) -> bool:
-        """True if folding changed it."""
+        """True if folding changed the operation."""
         return self.kind is not self.original
 
 
@@ -266,10 +290,10 @@ class NormCall:
         module: Module path.
         kind: Class of the module.
         channels: Number of channels; 0 when unknown.
-        affine: The affine before folding; None when it can't be read.
-        why_not: The reason why it can't be read.
-        unlock: A change that would make it readable.
-        offset: Largest |moving mean| as a multiple of the standard deviation: how much a sum has to cancel if the mean is
+        affine: The affine before folding; None if it can't be read.
+        why_not: The reason why the affine can't be read.
+        hint: A change that would make the affine readable.
+        offset: Largest |moving mean| as a multiple of the standard deviation: the cancellation in a sum if the mean is
             subtracted later than before.
     """
 
@@ -278,7 +302,7 @@ class NormCall:
     channels: int
     affine: Affine | None
     why_not: str = ""
-    unlock: str = ""
+    hint: str = ""
     offset: float = 0.0
 
 
@@ -291,12 +315,22 @@ class Graph(Protocol):
         ...
 
     def evaluate(self, op: Op, kind: Kind, inputs: Sequence[Tensor]) -> Tensor:
-        """Return the float64 result of ``op`` if it did ``kind``; its own nodes run where ``kind`` is what they compute."""
+        """Return the float64 result that ``op`` has with ``kind``; the backend's nodes run if they compute ``kind``."""
         ...
 
     def probe(self, op: Op, generator: torch.Generator, *, largest: int | None) -> Tensor:
-        """Return a random float64 value of ``op``'s shape, its spatial axes cut to ``largest`` positions if that is given."""
+        """Return a random float64 value of ``op``'s shape, with at most ``largest`` positions per spatial axis."""
         ...
+
+
+def weights_now(ops: Sequence[Op]) -> Iterator[tuple[Weight, Weight | None]]:
+    """Yield every weight and bias of the layers with its present tensor, which is another one if folding changed it."""
+    for op in ops:
+        if isinstance(op.kind, Layer) and isinstance(op.original, Layer):
+            before, after = op.original, op.kind
+            for old, new in ((before.weight, after.weight), (before.bias, after.bias)):
+                if old is not None:
+                    yield old, new
 
 
 def connect(ops: Sequence[Op]) -> None:

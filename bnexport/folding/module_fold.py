@@ -15,9 +15,9 @@ from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from bnexport.errors import ModelError, ProofError, UntracedError
-from bnexport.folding.engine import Account, Engine
+from bnexport.folding.engine import Engine, EngineResult
 from bnexport.folding.fold import Clock, drop_unused, inner_row, judged
-from bnexport.folding.plan import Budget
+from bnexport.folding.plan import GrowthBudget
 from bnexport.folding.proof import scale_error
 from bnexport.folding.report import FoldReport, FoldRow
 from bnexport.folding.torch_backend.modules import (
@@ -34,7 +34,7 @@ from bnexport.folding.torch_backend.modules import (
     write,
 )
 from bnexport.folding.torch_backend.nodes import batch_norm_nodes
-from bnexport.folding.torch_backend.proof import (
+from bnexport.folding.torch_backend.torch_proof import (
     MAX_ERROR,
     comparable,
     compare,
@@ -235,11 +235,11 @@ def _traced(model: nn.Module, inputs: tuple[Any, ...], dynamic_shapes: Any) -> G
 
 def _folded(
     traced: GraphModule, model: nn.Module, overwritten: set[Any], kept: dict[str, str], prove: bool
-) -> tuple[ModuleGraph, Account]:
+) -> tuple[ModuleGraph, EngineResult]:
     """Plan until no module or weight would have to be two things at once."""
     while True:
         graph = ModuleGraph(traced, model, overwritten, kept)
-        account = Engine(graph, Budget(graph.elements), prove=prove, in_place=True).run()
+        account = Engine(graph, GrowthBudget(graph.elements), prove=prove, in_place=True).run()
         clashes = {name: reason for name, reason in graph.clashes().items() if name not in kept}
         if not clashes:
             return graph, account

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from bnexport.folding.affine import Affine
-from bnexport.folding.graph import Clamp, Graph, Identity, Kind, Layer, Norm, Op, Opaque, Slice, Weight
+from bnexport.folding.graph import Clamp, ConstantAffine, Graph, Identity, Kind, Layer, Op, Opaque, Slice, Weight
 
-#: Values of ``Budget.apart`` and ``Budget.biases`` to fold with in turn, each stricter, until the result is within the budget.
+#: Values of ``apart`` and ``biases`` of a GrowthBudget, tried in turn and each stricter, until the result is within the budget.
 ATTEMPTS = ((False, False), (True, False), (True, True))
 #: Operations that one plan may look at, ways that turn out closed included, and operations one behind the other: bounds on
 #: the work per BatchNorm and on Python's stack, far above what real networks need.
@@ -33,17 +33,17 @@ class Refused(Exception):
 
     Args:
         reason: A sentence without its full stop.
-        unlock: A change that the network's author could make.
+        hint: A change that the network's author could make.
     """
 
-    def __init__(self, reason: str, unlock: str = "") -> None:
+    def __init__(self, reason: str, hint: str = "") -> None:
         super().__init__(reason)
         self.reason = reason
-        self.unlock = unlock
+        self.hint = hint
 
 
 @dataclass
-class Budget:
+class GrowthBudget:
     """Upper bound on the growth of the weights by copies of shared ones.
 
     Attributes:
@@ -121,7 +121,7 @@ class FoldPlan:
         self,
         graph: Graph,
         rules: PropagationRules,
-        budget: Budget,
+        budget: GrowthBudget,
         *,
         maps: bool = False,
         clamps: bool = False,
@@ -245,13 +245,13 @@ class FoldPlan:
             affine: Its new map.
             held: Elements of what is merged into it: a scale per channel and a map of positions would give a much larger map.
         """
-        assert isinstance(op.kind, Norm)
+        assert isinstance(op.kind, ConstantAffine)
         if affine.scale.numel() > op.kind.affine.scale.numel() + held:
             raise Refused(f"together with {op.name} it would vary along more axes than each of the two")
         if op.dtype is not None:
             self.storable(affine.scale, op.dtype, "scale")
             self.storable(affine.shift, op.dtype, "shift")
-        self.edit(op, Norm(affine))
+        self.edit(op, ConstantAffine(affine))
 
     def storable(self, value: Tensor, dtype: torch.dtype, what: str) -> Tensor:
         """Return ``value`` if it is finite in its element type (float16 ends at 65504).
@@ -334,7 +334,7 @@ class FoldPlan:
             return False
         for other in readers:
             user = _next_norm(other)
-            if user is None or not isinstance(user.kind, Norm):
+            if user is None or not isinstance(user.kind, ConstantAffine):
                 return False
             first = first or user.kind.affine
             if not _equal(first, user.kind.affine):
@@ -356,7 +356,7 @@ def _next_norm(op: Op) -> Op | None:
     """Return the norm that is the only reader of a value, behind identities."""
     while len(op.users) == 1:
         op = op.users[0]
-        if isinstance(op.kind, Norm):
+        if isinstance(op.kind, ConstantAffine):
             return op
         if not isinstance(op.kind, Identity):
             return None

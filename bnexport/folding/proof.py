@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bnexport.folding.graph import Graph, Layer, Norm, Op, Reshape, Slice
+from bnexport.folding.graph import ConstantAffine, Graph, Layer, Op, Reshape, Slice
 from bnexport.folding.plan import FoldPlan
 from bnexport.optional import one_line
 
@@ -68,7 +68,7 @@ def _needs_full_size(region: Sequence[Op], plan: FoldPlan) -> bool:
             return True
         if isinstance(kind, Layer) and kind.after is not None and kind.after.numel() > max(kind.after.shape):
             return True
-        if isinstance(kind, Norm) and kind.affine.scale.numel() > max(kind.affine.scale.shape, default=1):
+        if isinstance(kind, ConstantAffine) and kind.affine.scale.numel() > max(kind.affine.scale.shape, default=1):
             return True
     return False
 

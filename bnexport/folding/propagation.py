@@ -7,23 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from bnexport.folding.affine import Affine, ChannelAffine
+from bnexport.folding.affine import Affine, ChannelAffine, Dim
 from bnexport.folding.graph import (
-    Add,
     Average,
     Clamp,
     Concat,
+    ConstantAffine,
     Homogeneous,
     Identity,
+    Kind,
     Layer,
-    MaxPool,
     Mean,
     Multiply,
-    Norm,
     Op,
     Opaque,
     Permute,
@@ -31,6 +31,8 @@ from bnexport.folding.graph import (
     Reorder,
     Reshape,
     Slice,
+    WeightedSum,
+    WindowMaximum,
 )
 from bnexport.folding.layers import ABSORBERS, channels_of
 from bnexport.folding.plan import FoldPlan, PropagationRules, Refused
@@ -53,9 +55,178 @@ def refuse_varying(op: Op, affine: Affine, axes: Iterable[int]) -> None:
 
 def refuse_negative(op: Op, affine: Affine, why: str = "keeps the order of values") -> None:
     """Refuse a negative scale before or after an operation that treats large and small values differently."""
-    if bool((affine.scale < 0).any()):
-        negative = int((affine.scale < 0).sum())
+    if negative := int((affine.scale < 0).sum()):
         raise Refused(f"{negative} of its scales are negative, and {op.name} {why}", "gammas that are not negative")
+
+
+# --- one input, and an affine in another layout on its other side: the table ONE_INPUT ---------------------------------
+
+
+def _before_reshape(op: Op, _kind: Reshape, affine: Affine) -> Affine:
+    return _reshaped(op, affine, op.shape, op.inputs[0].shape)
+
+
+def _after_reshape(op: Op, _kind: Reshape, affine: Affine) -> Affine:
+    return _reshaped(op, affine, op.inputs[0].shape, op.shape)
+
+
+def _reshaped(op: Op, affine: Affine, start: tuple[Dim, ...], end: tuple[Dim, ...]) -> Affine:
+    if (found := affine.reshaped(start, end)) is not None:
+        return found
+    if start[:1] == end[:1] and all(isinstance(size, int) for size in (*start[1:], *end[1:])):
+        raise Refused(f"behind {op.name} it would be a map of too many numbers")
+    raise Refused(f"{op.name} merges its channels with an axis whose size varies")
+
+
+def _before_permute(_op: Op, kind: Permute, affine: Affine) -> Affine:
+    inverse = [kind.axes.index(axis) for axis in range(len(kind.axes))]
+    return affine.mapped(lambda tensor: tensor.permute(inverse))
+
+
+def _after_permute(_op: Op, kind: Permute, affine: Affine) -> Affine:
+    return affine.mapped(lambda tensor: tensor.permute(kind.axes))
+
+
+def _before_reorder(op: Op, kind: Reorder, affine: Affine) -> Affine:
+    if not affine.varies_along(kind.axis):
+        return affine
+    if sorted(kind.index) != list(range(size_along(op.inputs[0], kind.axis))):
+        raise Refused(f"{op.name} takes some channels more than once or not at all")
+    inverse = torch.tensor(kind.index).argsort()
+    return affine.mapped(lambda tensor: tensor.index_select(kind.axis, inverse))
+
+
+def _after_reorder(_op: Op, kind: Reorder, affine: Affine) -> Affine:
+    order = torch.tensor(kind.index)
+    if not affine.varies_along(kind.axis):
+        return affine
+    return affine.mapped(lambda tensor: tensor.index_select(kind.axis, order))
+
+
+def _before_pixels(op: Op, kind: PixelShuffle, affine: Affine) -> Affine:
+    return _gathered(op, kind, affine) if kind.inverse else _spread(op, kind, affine)
+
+
+def _after_pixels(op: Op, kind: PixelShuffle, affine: Affine) -> Affine:
+    return _spread(op, kind, affine) if kind.inverse else _gathered(op, kind, affine)
+
+
+def _spread(op: Op, kind: PixelShuffle, affine: Affine) -> Affine:
+    """Return the affine of few channels for many: each channel becomes factor squared neighbours."""
+    refuse_varying(op, affine, (-2, -1))
+    copies = kind.factor**2
+    return affine.mapped(lambda t: t.repeat_interleave(copies, -3) if t.shape[-3] > 1 else t)
+
+
+def _gathered(op: Op, kind: PixelShuffle, affine: Affine) -> Affine:
+    """Return the affine of many channels for few; refuse it where neighbours that become one channel differ."""
+    refuse_varying(op, affine, (-2, -1))
+    if not affine.varies_along(affine.rank - 3):
+        return affine
+    few = affine.mapped(lambda tensor: tensor[..., :: kind.factor**2, :, :])
+    again = _spread(op, kind, few)
+    for one, other in ((again.scale, affine.scale), (again.shift, affine.shift)):
+        if not torch.equal(one.expand_as(other), other):
+            raise Refused(f"{op.name} turns channels with different scales or shifts into positions of one channel")
+    return few
+
+
+def _before_slice(op: Op, kind: Slice, affine: Affine) -> Affine:
+    size = size_along(op.inputs[0], kind.axis)
+    return _padded(affine, kind.axis, kind.start, kind.stop - kind.start, size - kind.stop)
+
+
+def _after_slice(_op: Op, kind: Slice, affine: Affine) -> Affine:
+    if not affine.varies_along(kind.axis):
+        return affine
+    return affine.mapped(lambda tensor: tensor.narrow(kind.axis, kind.start, kind.stop - kind.start))
+
+
+def _padded(affine: Affine, axis: int, before: int, size: int, after: int) -> Affine:
+    """Return the affine on its run of an axis, and the identity on the positions around it."""
+
+    def pad(tensor: Tensor, value: float) -> Tensor:
+        shape = list(tensor.shape)
+        shape[axis] = size
+        parts = [tensor.new_full([*shape[:axis], n, *shape[axis + 1 :]], value) for n in (before, after)]
+        return torch.cat([parts[0], tensor.expand(shape), parts[1]], axis)
+
+    return Affine.of(pad(affine.scale, 1.0), pad(affine.shift, 0.0))
+
+
+def _across_average(op: Op, kind: Average, affine: Affine) -> Affine:
+    """A mean with weights that add up to one commutes with an affine per channel."""
+    refuse_varying(op, affine, kind.axes)
+    if not kind.exact and affine.has_shift:
+        raise Refused(
+            f"its shift can't cross {op.name}, which averages or pads with zeros",
+            "count_include_pad=False, no divisor_override, or another padding than zeros",
+        )
+    return affine
+
+
+def _before_mean(op: Op, kind: Mean, affine: Affine) -> Affine:
+    """The mean over whole axes commutes with an affine that is the same along them."""
+
+    def with_axes(tensor: Tensor) -> Tensor:
+        for axis in sorted(kind.axes):
+            tensor = tensor.unsqueeze(axis)
+        return tensor
+
+    affine = affine if kind.keepdim else affine.mapped(with_axes)
+    refuse_varying(op, affine, kind.axes)
+    return affine
+
+
+def _after_mean(op: Op, kind: Mean, affine: Affine) -> Affine:
+    refuse_varying(op, affine, kind.axes)
+    if kind.keepdim:
+        return affine
+    kept = [axis for axis in range(affine.rank) if axis not in kind.axes]
+    return affine.mapped(lambda tensor: tensor.reshape([tensor.shape[axis] for axis in kept]))
+
+
+def _across_maximum(op: Op, kind: WindowMaximum, affine: Affine) -> Affine:
+    """``max(s x + t) = s max(x) + t`` for s >= 0."""
+    refuse_varying(op, affine, kind.axes)
+    refuse_negative(op, affine)
+    return affine
+
+
+def _across_homogeneous(op: Op, _kind: Homogeneous, affine: Affine) -> Affine:
+    """``s f(x) = f(s x)`` for s >= 0."""
+    if affine.has_shift:
+        raise Refused(f"its shift can't cross {op.name}")
+    refuse_negative(op, affine, "has another slope for negative values")
+    return affine
+
+
+#: Kind with one input -> two functions ``(op, kind, affine) -> affine``: the affine on the input that equals the given affine
+#: on the output, and the affine on the output that equals the given affine on the input. Each may raise Refused.
+ONE_INPUT: dict[type[Kind], tuple[Callable[[Op, Any, Affine], Affine], Callable[[Op, Any, Affine], Affine]]] = {
+    Reshape: (_before_reshape, _after_reshape),
+    Permute: (_before_permute, _after_permute),
+    Reorder: (_before_reorder, _after_reorder),
+    PixelShuffle: (_before_pixels, _after_pixels),
+    Slice: (_before_slice, _after_slice),
+    Average: (_across_average, _across_average),
+    Mean: (_before_mean, _after_mean),
+    WindowMaximum: (_across_maximum, _across_maximum),
+    Homogeneous: (_across_homogeneous, _across_homogeneous),
+}
+
+
+def pull_across(plan: FoldPlan, op: Op, kind: Kind, affine: Affine) -> None:
+    """Pull an affine across an operation of ONE_INPUT."""
+    plan.pull(op.inputs[0], ONE_INPUT[type(kind)][0](op, kind, affine), op)
+
+
+def push_across(plan: FoldPlan, op: Op, kind: Kind, _index: int, affine: Affine) -> None:
+    """Push an affine across an operation of ONE_INPUT."""
+    plan.push(op, ONE_INPUT[type(kind)][1](op, kind, affine))
+
+
+# --- several inputs ----------------------------------------------------------------------------------------------------
 
 
 def pull_identity(plan: FoldPlan, op: Op, kind: Identity, affine: Affine) -> None:
@@ -67,88 +238,6 @@ def push_identity(plan: FoldPlan, op: Op, kind: Identity, index: int, affine: Af
     """Push the affine to the readers; the other inputs do not matter."""
     if index == kind.index:
         plan.push(op, affine)
-
-
-def pull_reshape(plan: FoldPlan, op: Op, _kind: Reshape, affine: Affine) -> None:
-    """Pull the same affine in the shape before."""
-    plan.pull(op.inputs[0], _reshaped(op, affine, backward=True), op)
-
-
-def push_reshape(plan: FoldPlan, op: Op, _kind: Reshape, _index: int, affine: Affine) -> None:
-    """Push the same affine in the shape after."""
-    plan.push(op, _reshaped(op, affine, backward=False))
-
-
-def _reshaped(op: Op, affine: Affine, *, backward: bool) -> Affine:
-    shapes = op.inputs[0].shape, op.shape
-    found = affine.reshaped(*(reversed(shapes) if backward else shapes))
-    if found is None:
-        fixed = all(isinstance(size, int) for shape in shapes for size in shape[1:])
-        raise Refused(
-            f"behind {op.name} it would be a map of too many numbers"
-            if fixed and shapes[0][:1] == shapes[1][:1]
-            else f"{op.name} merges its channels with an axis whose size varies"
-        )
-    return found
-
-
-def pull_permute(plan: FoldPlan, op: Op, kind: Permute, affine: Affine) -> None:
-    """Pull the same affine with its axes put back."""
-    inverse = [kind.axes.index(axis) for axis in range(len(kind.axes))]
-    plan.pull(op.inputs[0], affine.mapped(lambda tensor: tensor.permute(inverse)), op)
-
-
-def push_permute(plan: FoldPlan, op: Op, kind: Permute, _index: int, affine: Affine) -> None:
-    """Push the same affine with its axes permuted."""
-    plan.push(op, affine.mapped(lambda tensor: tensor.permute(kind.axes)))
-
-
-def pull_reorder(plan: FoldPlan, op: Op, kind: Reorder, affine: Affine) -> None:
-    """Pull the same affine with its positions put back."""
-    if not affine.varies_along(kind.axis):
-        return plan.pull(op.inputs[0], affine, op)
-    if sorted(kind.index) != list(range(size_along(op.inputs[0], kind.axis))):
-        raise Refused(f"{op.name} takes some channels more than once or not at all")
-    inverse = torch.tensor(kind.index).argsort()
-    return plan.pull(op.inputs[0], affine.mapped(lambda tensor: tensor.index_select(kind.axis, inverse)), op)
-
-
-def push_reorder(plan: FoldPlan, op: Op, kind: Reorder, _index: int, affine: Affine) -> None:
-    """Push the same affine with its positions reordered."""
-    order = torch.tensor(kind.index)
-    varies = affine.varies_along(kind.axis)
-    plan.push(op, affine.mapped(lambda tensor: tensor.index_select(kind.axis, order) if varies else tensor))
-
-
-def _spread(op: Op, kind: PixelShuffle, affine: Affine) -> Affine:
-    """From few channels to many: each channel becomes factor squared neighbours."""
-    refuse_varying(op, affine, (-2, -1))
-    copies = kind.factor**2
-    return affine.mapped(lambda t: t.repeat_interleave(copies, -3) if t.shape[-3] > 1 else t)
-
-
-def _gathered(op: Op, kind: PixelShuffle, affine: Affine) -> Affine:
-    """From many channels to few: only where the neighbours that become one channel agree."""
-    refuse_varying(op, affine, (-2, -1))
-    if not affine.varies_along(affine.rank - 3):
-        return affine
-    copies = kind.factor**2
-    few = affine.mapped(lambda tensor: tensor[..., ::copies, :, :])
-    if not torch.equal(_spread(op, kind, few).scale.expand_as(affine.scale), affine.scale) or not torch.equal(
-        _spread(op, kind, few).shift.expand_as(affine.shift), affine.shift
-    ):
-        raise Refused(f"{op.name} turns channels with different scales or shifts into positions of one channel")
-    return few
-
-
-def pull_pixels(plan: FoldPlan, op: Op, kind: PixelShuffle, affine: Affine) -> None:
-    """PixelShuffle(r) before the affine: each scale belongs to r squared channels (repeat_interleave)."""
-    plan.pull(op.inputs[0], (_gathered if kind.inverse else _spread)(op, kind, affine), op)
-
-
-def push_pixels(plan: FoldPlan, op: Op, kind: PixelShuffle, _index: int, affine: Affine) -> None:
-    """PixelShuffle(r) after the affine: the r squared channels of one must agree."""
-    plan.push(op, (_spread if kind.inverse else _gathered)(op, kind, affine))
 
 
 def pull_concat(plan: FoldPlan, op: Op, kind: Concat, affine: Affine) -> None:
@@ -168,32 +257,7 @@ def push_concat(plan: FoldPlan, op: Op, kind: Concat, index: int, affine: Affine
     plan.push(op, _padded(affine, kind.axis, before, sizes[index], after))
 
 
-def pull_slice(plan: FoldPlan, op: Op, kind: Slice, affine: Affine) -> None:
-    """Pull the affine on the positions that are taken, and the identity on the others."""
-    size = size_along(op.inputs[0], kind.axis)
-    plan.pull(op.inputs[0], _padded(affine, kind.axis, kind.start, kind.stop - kind.start, size - kind.stop), op)
-
-
-def push_slice(plan: FoldPlan, op: Op, kind: Slice, _index: int, affine: Affine) -> None:
-    """Push the affine of the positions that are taken."""
-    if affine.varies_along(kind.axis):
-        affine = affine.mapped(lambda tensor: tensor.narrow(kind.axis, kind.start, kind.stop - kind.start))
-    plan.push(op, affine)
-
-
-def _padded(affine: Affine, axis: int, before: int, size: int, after: int) -> Affine:
-    """Return the affine on its run of an axis, and the identity on the positions around it."""
-
-    def pad(tensor: Tensor, value: float) -> Tensor:
-        shape = list(tensor.shape)
-        shape[axis] = size
-        parts = [tensor.new_full([*shape[:axis], n, *shape[axis + 1 :]], value) for n in (before, after)]
-        return torch.cat([parts[0], tensor.expand(shape), parts[1]], axis)
-
-    return Affine.of(pad(affine.scale, 1.0), pad(affine.shift, 0.0))
-
-
-def pull_add(plan: FoldPlan, op: Op, kind: Add, affine: Affine) -> None:
+def pull_add(plan: FoldPlan, op: Op, kind: WeightedSum, affine: Affine) -> None:
     """``s (a + b) + t = (s a + t) + s b``: the scale into both operands, the shift into the first that takes it."""
     refusals = []
     for taker in (0, 1):
@@ -211,7 +275,7 @@ def pull_add(plan: FoldPlan, op: Op, kind: Add, affine: Affine) -> None:
     raise refusals[0]
 
 
-def push_add(plan: FoldPlan, op: Op, kind: Add, index: int, affine: Affine) -> None:
+def push_add(plan: FoldPlan, op: Op, kind: WeightedSum, index: int, affine: Affine) -> None:
     """A shift passes through a sum; a scale would have to be on the other operand too."""
     if affine.has_scale:
         raise Refused(
@@ -255,64 +319,6 @@ def _restricted(op: Op, parent: Op, affine: Affine) -> Affine:
 def _widened(op: Op, affine: Affine) -> Affine:
     missing = op.rank - affine.rank
     return affine.mapped(lambda tensor: tensor.reshape([*[1] * missing, *tensor.shape]))
-
-
-def pull_average(plan: FoldPlan, op: Op, kind: Average, affine: Affine) -> None:
-    """A mean with weights that add up to one commutes with an affine per channel."""
-    _check_average(op, kind, affine)
-    plan.pull(op.inputs[0], affine, op)
-
-
-def push_average(plan: FoldPlan, op: Op, kind: Average, _index: int, affine: Affine) -> None:
-    """As ``pull_average``."""
-    _check_average(op, kind, affine)
-    plan.push(op, affine)
-
-
-def _check_average(op: Op, kind: Average, affine: Affine) -> None:
-    refuse_varying(op, affine, kind.axes)
-    if not kind.exact and affine.has_shift:
-        raise Refused(
-            f"its shift can't cross {op.name}, which averages or pads with zeros",
-            "count_include_pad=False, no divisor_override, or another padding than zeros",
-        )
-
-
-def pull_mean(plan: FoldPlan, op: Op, kind: Mean, affine: Affine) -> None:
-    """The mean over whole axes commutes with an affine that is the same along them."""
-    if not kind.keepdim:
-        affine = affine.mapped(lambda tensor: _with_axes(tensor, kind.axes))
-    refuse_varying(op, affine, kind.axes)
-    plan.pull(op.inputs[0], affine, op)
-
-
-def _with_axes(tensor: Tensor, axes: tuple[int, ...]) -> Tensor:
-    for axis in sorted(axes):
-        tensor = tensor.unsqueeze(axis)
-    return tensor
-
-
-def push_mean(plan: FoldPlan, op: Op, kind: Mean, _index: int, affine: Affine) -> None:
-    """As ``pull_mean``."""
-    refuse_varying(op, affine, kind.axes)
-    if not kind.keepdim:
-        kept = [axis for axis in range(affine.rank) if axis not in kind.axes]
-        affine = affine.mapped(lambda tensor: tensor.reshape([tensor.shape[axis] for axis in kept]))
-    plan.push(op, affine)
-
-
-def pull_max_pool(plan: FoldPlan, op: Op, kind: MaxPool, affine: Affine) -> None:
-    """``max(s x + t) = s max(x) + t`` for s >= 0."""
-    refuse_varying(op, affine, kind.axes)
-    refuse_negative(op, affine)
-    plan.pull(op.inputs[0], affine, op)
-
-
-def push_max_pool(plan: FoldPlan, op: Op, kind: MaxPool, _index: int, affine: Affine) -> None:
-    """As ``pull_max_pool``."""
-    refuse_varying(op, affine, kind.axes)
-    refuse_negative(op, affine)
-    plan.push(op, affine)
 
 
 def pull_clamp(plan: FoldPlan, op: Op, kind: Clamp, affine: Affine) -> None:
@@ -359,7 +365,7 @@ def _bounds(plan: FoldPlan, op: Op, low: Tensor, high: Tensor) -> Clamp:
     if not is_plain(clamp) and not plan.clamps:
         raise Refused(
             f"across {op.name} it would become a bound per channel, which ONNX Runtime computes no faster on a CPU than the"
-            " batch norm (docs/affine_form.md)",
+            " batch norm (docs/results/affine_form.md)",
             "--clamps",
         )
     return clamp
@@ -375,25 +381,7 @@ def passes(clamp: Clamp) -> int:
     return int(bool((clamp.low > -torch.inf).any())) + int(bool((clamp.high < torch.inf).any()))
 
 
-def pull_homogeneous(plan: FoldPlan, op: Op, _kind: Homogeneous, affine: Affine) -> None:
-    """``s f(x) = f(s x)`` for s >= 0."""
-    _check_homogeneous(op, affine)
-    plan.pull(op.inputs[0], affine, op)
-
-
-def push_homogeneous(plan: FoldPlan, op: Op, _kind: Homogeneous, _index: int, affine: Affine) -> None:
-    """As ``pull_homogeneous``."""
-    _check_homogeneous(op, affine)
-    plan.push(op, affine)
-
-
-def _check_homogeneous(op: Op, affine: Affine) -> None:
-    if affine.has_shift:
-        raise Refused(f"its shift can't cross {op.name}")
-    refuse_negative(op, affine, "has another slope for negative values")
-
-
-def pull_norm(plan: FoldPlan, op: Op, kind: Norm, affine: Affine) -> None:
+def pull_norm(plan: FoldPlan, op: Op, kind: ConstantAffine, affine: Affine) -> None:
     """Two affines in a row are one. It is pulled further if possible, else another BatchNorm's affine takes it in.
 
     Plain arithmetic takes nothing in: a BatchNorm that ended there would be gone from the report but not from the graph.
@@ -407,7 +395,7 @@ def pull_norm(plan: FoldPlan, op: Op, kind: Norm, affine: Affine) -> None:
     _onwards_or_here(plan, op, onwards, both, affine)
 
 
-def push_norm(plan: FoldPlan, op: Op, kind: Norm, _index: int, affine: Affine) -> None:
+def push_norm(plan: FoldPlan, op: Op, kind: ConstantAffine, _index: int, affine: Affine) -> None:
     """The later of two affines takes in the earlier one and is folded in its turn; plain arithmetic is crossed."""
     both = kind.affine.after(affine)
 
@@ -535,42 +523,27 @@ def _bias_map(plan: FoldPlan, op: Op, layer: Layer, affine: Affine) -> Tensor:
     return found
 
 
+#: Every kind has a row on both sides.
 PROPAGATION_RULES = PropagationRules(
     pull={
+        **dict.fromkeys(ONE_INPUT, pull_across),
         Layer: pull_layer,
-        Norm: pull_norm,
+        ConstantAffine: pull_norm,
         Identity: pull_identity,
-        Reshape: pull_reshape,
-        Permute: pull_permute,
-        Reorder: pull_reorder,
-        PixelShuffle: pull_pixels,
-        Average: pull_average,
-        Mean: pull_mean,
-        MaxPool: pull_max_pool,
         Clamp: pull_clamp,
-        Homogeneous: pull_homogeneous,
         Concat: pull_concat,
-        Slice: pull_slice,
-        Add: pull_add,
+        WeightedSum: pull_add,
         Multiply: pull_multiply,
         Opaque: pull_opaque,
     },
     push={
+        **dict.fromkeys(ONE_INPUT, push_across),
         Layer: push_layer,
-        Norm: push_norm,
+        ConstantAffine: push_norm,
         Identity: push_identity,
-        Reshape: push_reshape,
-        Permute: push_permute,
-        Reorder: push_reorder,
-        PixelShuffle: push_pixels,
-        Average: push_average,
-        Mean: push_mean,
-        MaxPool: push_max_pool,
         Clamp: push_clamp,
-        Homogeneous: push_homogeneous,
         Concat: push_concat,
-        Slice: push_slice,
-        Add: push_add,
+        WeightedSum: push_add,
         Multiply: push_multiply,
         Opaque: push_opaque,
     },

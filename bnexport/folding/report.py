@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-Outcome = Literal["backward", "forward", "through", "merged", "affine", "kept"]
+FoldOutcome = Literal["backward", "forward", "through", "merged", "affine", "kept"]
 
 #: Outcome -> what it means. In the first four the BatchNorm is gone and costs nothing any more.
-OUTCOMES: dict[Outcome, str] = {
+OUTCOMES: dict[FoldOutcome, str] = {
     "backward": "gone: its scale and shift are part of the weights of the layer before it",
     "forward": "gone: its scale and shift are part of the weights of the layer after it",
     "through": "gone: moved across other operations into the weights of layers farther away",
@@ -18,7 +18,7 @@ OUTCOMES: dict[Outcome, str] = {
     "affine": "left as one scale and one shift per channel",
     "kept": "left as it was",
 }
-GONE: tuple[Outcome, ...] = ("backward", "forward", "through", "merged")
+GONE: tuple[FoldOutcome, ...] = ("backward", "forward", "through", "merged")
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ class FoldRow:
         into: The present place of its numbers, module paths joined by ", "; "" for nowhere.
         equation: The computation, with W, b of the layer and s, t of the affine; "" for none.
         reason: The reason why it is not gone; "" when it is.
-        unlock: A change by the network's author that would make it go; "" when it is gone or nothing would help.
+        hint: A change by the network's author that would let it be folded; "" if it is gone or nothing would help. In JSON
+            the key is "unlock".
         channels: Number of channels; 0 when unknown.
         gain: Smallest and largest |gamma / sqrt(moving_var + eps)|; None when it can't be read or is not finite.
         dead: Number of channels with scale 0, whose output does not depend on the input.
@@ -44,12 +45,12 @@ class FoldRow:
 
     module: str
     kind: str
-    outcome: Outcome
+    outcome: FoldOutcome
     rule: str = ""
     into: str = ""
     equation: str = ""
     reason: str = ""
-    unlock: str = ""
+    hint: str = ""
     channels: int = 0
     gain: tuple[float, float] | None = None
     dead: int = 0
@@ -60,17 +61,22 @@ class FoldRow:
         """True if nothing of the BatchNorm remains to be computed."""
         return self.outcome in GONE
 
+    @property
+    def unlock(self) -> str:
+        """The former name of ``hint``."""
+        return self.hint
+
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        value = asdict(self)
+        value = {"unlock" if name == "hint" else name: item for name, item in asdict(self).items()}
         value["gain"] = None if self.gain is None else list(self.gain)
         return value
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> FoldRow:
         """Read what ``to_json`` wrote."""
-        gain = value["gain"]
-        return cls(**{**value, "gain": None if gain is None else (float(gain[0]), float(gain[1]))})
+        gain, fields = value["gain"], {"hint" if name == "unlock" else name: item for name, item in value.items()}
+        return cls(**{**fields, "gain": None if gain is None else (float(gain[0]), float(gain[1]))})
 
 
 @dataclass(frozen=True)
@@ -98,7 +104,7 @@ class FoldReport:
         """Number of BatchNorm calls that are gone."""
         return sum(row.gone for row in self.rows)
 
-    def count(self, outcome: Outcome) -> int:
+    def count(self, outcome: FoldOutcome) -> int:
         """Number of rows with this outcome."""
         return Counter(row.outcome for row in self.rows)[outcome]
 

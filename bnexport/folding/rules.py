@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 
 from bnexport.folding.affine import Affine
-from bnexport.folding.graph import Clamp, Identity, Layer, Norm, Op
+from bnexport.folding.graph import Clamp, ConstantAffine, Identity, Layer, Op
 from bnexport.folding.plan import FoldPlan, Refused
-from bnexport.folding.report import Outcome
+from bnexport.folding.report import FoldOutcome
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Rule:
     name: str
     equation: str
     plan: Callable[[FoldPlan, Op, Affine], None]
-    outcome: Outcome | None = None
+    outcome: FoldOutcome | None = None
     maps: bool = False
 
 
@@ -78,7 +78,7 @@ def _scale_forward(plan: FoldPlan, site: Op, affine: Affine) -> None:
     _refuse_scaleless(affine)
     plan.norm(site, Affine.of(torch.ones_like(affine.scale), affine.shift / affine.scale))
     plan.push(site, affine.scale_alone())
-    if any(isinstance(plan.edits[op], Norm) for op in plan.into):
+    if any(isinstance(plan.edits[op], ConstantAffine) for op in plan.into):
         raise Refused("another affine would take its scale in, and both would stay")
 
 
@@ -105,11 +105,11 @@ RULES: tuple[Rule, ...] = (
 )
 
 
-def outcome_of(rule: Rule, plan: FoldPlan, site: Op) -> Outcome:
+def outcome_of(rule: Rule, plan: FoldPlan, site: Op) -> FoldOutcome:
     """Return where the affine went: into the next layer, across others, or into another affine."""
     if rule.outcome is not None:
         return rule.outcome
-    if any(isinstance(plan.edits.get(op), Norm) for op in plan.into):
+    if any(isinstance(plan.edits.get(op), ConstantAffine) for op in plan.into):
         return "merged"
     passive = [op for op in plan.path if op is not site and not isinstance(op.kind, (Layer, Identity))]
     if passive or rule.plan is _both:
@@ -120,7 +120,7 @@ def outcome_of(rule: Rule, plan: FoldPlan, site: Op) -> Outcome:
 def equation_of(rule: Rule, plan: FoldPlan) -> str:
     """Return the rule's equation, with its effect on activations."""
     clamps = [op for op, kind in plan.edits.items() if isinstance(kind, Clamp) and not kind.same_bounds(op.kind)]
-    merged = [kind for kind in plan.edits.values() if isinstance(kind, Norm)]
+    merged = [kind for kind in plan.edits.values() if isinstance(kind, ConstantAffine)]
     if merged and rule.outcome is None:
         return "s' = s2 s, t' = s2 t + t2"
     if clamps:

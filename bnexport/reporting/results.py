@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from rich.console import Console
 
-from bnexport.auditing.catalogue import AuditReport, AuditRow
+from bnexport.auditing.tool_table import AuditReport, AuditRow
 from bnexport.bundle import REPORT, Bundle
 from bnexport.evaluating.confusion import TOP_K, ClassScores, wilson_interval
 from bnexport.folding.report import FoldReport

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from bnexport.environment import describe
 from bnexport.files import forget_reader
-from bnexport.folding.report import GONE, OUTCOMES, FoldReport, FoldRow, Outcome
+from bnexport.folding.report import GONE, OUTCOMES, FoldOutcome, FoldReport, FoldRow
 from bnexport.reporting.summary import (
     KERNEL_STAGES,
     NOTHING,
@@ -71,7 +71,7 @@ class Tally:
         dead: Channels whose scale is 0, over all of them.
     """
 
-    outcome: Outcome
+    outcome: FoldOutcome
     rule: str
     count: int
     dead: int
@@ -79,7 +79,7 @@ class Tally:
 
 def tallies(report: FoldReport) -> tuple[Tally, ...]:
     """Rows counted by outcome and rule: outcomes in the order of OUTCOMES, the most frequent rule first."""
-    gathered: dict[tuple[Outcome, str], list[FoldRow]] = {}
+    gathered: dict[tuple[FoldOutcome, str], list[FoldRow]] = {}
     for row in report.rows:
         gathered.setdefault((row.outcome, row.rule), []).append(row)
     order = list(OUTCOMES)
@@ -122,10 +122,10 @@ def target_of(row: FoldRow) -> str:
 
 
 def account_of(row: FoldRow) -> str:
-    """Everything about a row that is a sentence, joined: target, reason, what would unlock it, dead channels."""
-    unlock = f"would go with: {row.unlock}" if row.unlock else ""
+    """Everything about a row that is a sentence, joined: target, reason, hint, dead channels."""
+    hint = f"would go with: {row.hint}" if row.hint else ""
     dead = f"{row.dead} dead channel{'' if row.dead == 1 else 's'}" if row.dead else ""
-    return "; ".join(part for part in (target_of(row), row.reason, unlock, dead) if part) or NOTHING
+    return "; ".join(part for part in (target_of(row), row.reason, hint, dead) if part) or NOTHING
 
 
 #: Length up to which a row's sentences are printed whole.

@@ -27,7 +27,7 @@ import numpy as np
 from bnexport.errors import BnexportError, BundleError, NotServing, RequestError
 from bnexport.optional import one_line
 from bnexport.runtimes.base import Runner
-from bnexport.serving.statistics import ModelStatistics
+from bnexport.serving.counters import ModelStatistics
 from bnexport.tensors import Array
 
 #: A batch may keep the event loop for so long; health checks and other models wait meanwhile.

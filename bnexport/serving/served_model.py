@@ -20,12 +20,12 @@ from bnexport.runtimes.base import Runner, RunSettings
 from bnexport.runtimes.catalogue import RunnerSpec, runner_spec
 from bnexport.runtimes.replay import Replay, replay_golden
 from bnexport.serving.batcher import INLINE_SECONDS, Batcher, BatchLimits, Cost
-from bnexport.serving.limits import ServingLimits
+from bnexport.serving.counters import ModelStatistics
 from bnexport.serving.predictor import DEFAULT_RUNTIME, batches, image_preprocessing
 from bnexport.serving.protocol.decoding import Decoder
 from bnexport.serving.protocol.encoding import answer
 from bnexport.serving.protocol.messages import DATATYPES, InferRequest, InferResponse
-from bnexport.serving.statistics import ModelStatistics
+from bnexport.serving.serving_limits import ServingLimits
 from bnexport.tensors import Array, TensorSpec
 
 #: File that a runtime reads -> what Triton calls such a platform.

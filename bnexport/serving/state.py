@@ -11,10 +11,10 @@ from typing import Any, NamedTuple, Protocol
 
 from bnexport.errors import NotServing, RequestError
 from bnexport.serving.access_log import JsonLog
-from bnexport.serving.limits import ServingLimits
+from bnexport.serving.counters import Key, ModelTotals, Share, Totals
 from bnexport.serving.repository import Repository
 from bnexport.serving.served_model import ServedModel
-from bnexport.serving.statistics import Key, ModelTotals, Share, Totals
+from bnexport.serving.serving_limits import ServingLimits
 
 _LONGEST_ID = 128
 

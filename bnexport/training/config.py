@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from bnexport.data.catalogue import DATASETS, FOLDER, is_dataset
+from bnexport.data.dataset_table import DATASETS, FOLDER, is_dataset
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import UsageError
 from bnexport.nn.lenet import NORMS
@@ -34,7 +34,7 @@ class TrainingConfig:
     Each field is an option of ``bnexport train`` too (``cli/options.py``); its help is the field's description.
 
     Attributes:
-        dataset: A row of ``data.catalogue.DATASETS``, or ``folder:PATH``.
+        dataset: A row of ``data.dataset_table.DATASETS``, or ``folder:PATH``.
         input: "" is the shape of the images of DATASETS, 1x28x28.
         mean: () is 0.
         std: () is 1.

@@ -38,7 +38,7 @@ _OURS = (CHECKPOINT, CONFIG, METRICS, MODEL, CURVES)
 
 
 @dataclass(frozen=True)
-class Saved:
+class SavedEpoch:
     """The state after a whole epoch."""
 
     state: dict[str, Tensor]  # State dict
@@ -58,7 +58,7 @@ class RunDirectory:
         self.checkpoint_path = self.path / CHECKPOINT
         self.model_path = self.path / MODEL
 
-    def examine(self, config: TrainingConfig, *, resume: bool, force: bool) -> Saved | None:
+    def examine(self, config: TrainingConfig, *, resume: bool, force: bool) -> SavedEpoch | None:
         """Say whether the run may go here, before anything is loaded or written.
 
         Args:
@@ -123,7 +123,7 @@ class RunDirectory:
                 with contextlib.suppress(OSError):
                     folder.rmdir()
 
-    def prepare(self, config: TrainingConfig, saved: Saved | None) -> None:
+    def prepare(self, config: TrainingConfig, saved: SavedEpoch | None) -> None:
         """Make the directory ready, or raise OutputError. A new run removes the files of an old one; other files stay."""
         with output_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
@@ -157,16 +157,16 @@ class RunDirectory:
             )
         refuse_existing(self.path, force=force)
 
-    def _read(self) -> tuple[TrainingConfig | None, Saved | None]:
+    def _read(self) -> tuple[TrainingConfig | None, SavedEpoch | None]:
         """The recipe and the last whole epoch of the run that is here, as far as there are any."""
         return self._read_checkpoint() if (self.path / CHECKPOINT).exists() else (self._read_config(), None)
 
-    def _read_checkpoint(self) -> tuple[TrainingConfig, Saved]:
+    def _read_checkpoint(self) -> tuple[TrainingConfig, SavedEpoch]:
         file = self.path / CHECKPOINT
         checkpoint = load_checkpoint(file)
         try:
             training = checkpoint.metadata["training"]
-            saved = Saved(
+            saved = SavedEpoch(
                 checkpoint.state,
                 int(training["epoch"]),
                 [dict(row) for row in training["history"]],

@@ -14,9 +14,9 @@ from bnexport.errors import Diverged
 from bnexport.nn.calling import to_eval_mode
 from bnexport.nn.soundness import has_diverged
 from bnexport.reproducibility import strict_float32
+from bnexport.training.data_parts import DataPart
 from bnexport.training.processes import World
 from bnexport.training.recording import CapturedStep, Record, Recording
-from bnexport.training.samples import Samples
 from bnexport.training.step import Step, Sums
 
 #: Called after each step with the steps done and the steps in all.
@@ -26,7 +26,7 @@ _EVALUATION_BATCH = 500  # bounds the memory of evaluation; it does not change t
 
 
 @dataclass(frozen=True)
-class Outcome:
+class MeanMetrics:
     """Means over the images of an epoch or a test set."""
 
     loss: float  # Mean cross-entropy, in nats
@@ -52,7 +52,7 @@ class Epochs:
     def __init__(
         self,
         step: Step,
-        samples: Samples,
+        samples: DataPart,
         *,
         batch_size: int,
         capture: bool = False,
@@ -74,7 +74,7 @@ class Epochs:
 
     def take(
         self, order: Tensor, *, before_step: Callable[[int], None] | None = None, on_batch: OnBatch | None = None
-    ) -> Outcome:
+    ) -> MeanMetrics:
         """Take one pass over the training set.
 
         Args:
@@ -92,7 +92,7 @@ class Epochs:
         self.world.add_up(sums.loss, sums.hits, sums.losses)
         self.world.same_buffers(self.step.model)
         _refuse_diverged(self.step.model, sums.losses)
-        return Outcome(sums.loss.item() / len(order), sums.hits.item() / len(order))
+        return MeanMetrics(sums.loss.item() / len(order), sums.hits.item() / len(order))
 
     def take_steps(
         self, order: Tensor, *, before_step: Callable[[int], None] | None = None, on_batch: OnBatch | None = None
@@ -125,7 +125,7 @@ class Epochs:
         return self._sums
 
 
-def evaluate(model: nn.Module, samples: Samples, world: World | None = None) -> Outcome:
+def evaluate(model: nn.Module, samples: DataPart, world: World | None = None) -> MeanMetrics:
     """Return loss and accuracy in eval mode, with the moving statistics and in strict float32; the model's mode is restored.
 
     With several processes each takes its part of the samples.
@@ -133,11 +133,11 @@ def evaluate(model: nn.Module, samples: Samples, world: World | None = None) -> 
     world = world or World()
     sums = evaluated(model, samples, world)
     world.add_up(sums.loss, sums.hits)
-    return Outcome(sums.loss.item() / samples.count, sums.hits.item() / samples.count)
+    return MeanMetrics(sums.loss.item() / samples.count, sums.hits.item() / samples.count)
 
 
 @torch.no_grad()
-def evaluated(model: nn.Module, samples: Samples, world: World) -> Sums:
+def evaluated(model: nn.Module, samples: DataPart, world: World) -> Sums:
     """Return the sums of ``evaluate`` over this process's part, on the device; the host does not wait for them."""
     was_training = model.training
     sums = Sums.zeros(0, samples.device)
@@ -154,7 +154,7 @@ def evaluated(model: nn.Module, samples: Samples, world: World) -> Sums:
     return sums
 
 
-def batches_of(samples: Samples, order: Tensor, batch_size: int) -> Iterator[Tensor]:
+def batches_of(samples: DataPart, order: Tensor, batch_size: int) -> Iterator[Tensor]:
     """The images in an order, in batches; for the re-estimation of moving statistics."""
     for X, _ in samples.batches(torch.split(order, batch_size)):
         yield X

@@ -25,11 +25,11 @@ from bnexport.nn.synced_batch_norm import synchronised
 from bnexport.optional import one_line
 from bnexport.reproducibility import seeded
 from bnexport.training.config import LENET, TrainingConfig
-from bnexport.training.directory import CHECKPOINT, Saved
+from bnexport.training.data_parts import DataPart, make_part
+from bnexport.training.directory import CHECKPOINT, SavedEpoch
+from bnexport.training.listeners import TrainingListener
 from bnexport.training.optimisers import make_optimizer, restore_optimizer
 from bnexport.training.processes import World
-from bnexport.training.progress import Progress
-from bnexport.training.samples import Samples, make_samples
 from bnexport.training.step import Step
 
 _LENET_SIDE = 28
@@ -110,8 +110,8 @@ class Prepared:
     preprocessing: Preprocessing  # Conversion of an image to an input
     model: nn.Module  # The network on this process's device, with the saved weights where there are some
     optimizer: torch.optim.Optimizer  # Optimiser of its parameters, with the saved state if there is one
-    train: Samples  # The training part
-    test: Samples  # The test part
+    train: DataPart  # The training part
+    test: DataPart  # The test part
     world: World  # The processes
     scaler: Mapping[str, Any]  # State of the scaling of the loss, from the checkpoint
     unused: bool = False  # True if a step leaves parameters without a gradient; determined for several processes only
@@ -134,11 +134,11 @@ class Prepared:
 
 def prepare(
     config: TrainingConfig,
-    saved: Saved | None,
+    saved: SavedEpoch | None,
     world: World,
     *,
     data_dir: str | Path | None,
-    listener: Progress,
+    listener: TrainingListener,
 ) -> Prepared:
     """Load the data, build the network and its optimiser.
 
@@ -167,7 +167,7 @@ def prepare(
     if saved is not None and saved.optimizer:
         restore_optimizer(optimizer, saved.optimizer)
     train, test = (
-        make_samples(prepared(images, preprocessing), labels, preprocessing, world.device)
+        make_part(prepared(images, preprocessing), labels, preprocessing, world.device)
         for images, labels in (
             (dataset.train_images, dataset.train_labels),
             (dataset.test_images, dataset.test_labels),
@@ -178,7 +178,7 @@ def prepare(
 
 
 def _load(
-    config: TrainingConfig, preprocessing: Preprocessing, data_dir: str | Path | None, listener: Progress
+    config: TrainingConfig, preprocessing: Preprocessing, data_dir: str | Path | None, listener: TrainingListener
 ) -> Dataset:
     return load_dataset(
         config.dataset,
@@ -189,7 +189,7 @@ def _load(
     )
 
 
-def _restore(model: nn.Module, saved: Saved) -> None:
+def _restore(model: nn.Module, saved: SavedEpoch) -> None:
     try:
         model.load_state_dict(saved.state)
     except RuntimeError as error:

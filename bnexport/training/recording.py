@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from bnexport.loading.zoo import zoo_of
 from bnexport.optional import one_line
 from bnexport.training.config import LENET, TrainingConfig
+from bnexport.training.data_parts import DataPart, Resident
 from bnexport.training.processes import World
-from bnexport.training.samples import Resident, Samples
 from bnexport.training.step import Step, Sums
 
 #: Takes the step for one batch (X, y); the returned loss is overwritten by the next call.
@@ -45,7 +45,7 @@ def recorded_by_default(model: str) -> bool:
     return model == LENET or zoo_of(model) is not None
 
 
-def obstacle(config: TrainingConfig, samples: Samples, world: World) -> str | None:
+def obstacle(config: TrainingConfig, samples: DataPart, world: World) -> str | None:
     """Return the note that says why this training can't record its step; None where it can."""
     if samples.device.type != "cuda":
         return f"{_NOT_RECORDED}: the training runs on {samples.device.type}"

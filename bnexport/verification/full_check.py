@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bnexport.bundle import WEIGHTS, Bundle, Manifest
-from bnexport.data.catalogue import folder_of
 from bnexport.data.classes import SUSPECTS, at_chance, check_dataset
+from bnexport.data.dataset_table import folder_of
 from bnexport.errors import UsageError
 from bnexport.optional import installed, require
 from bnexport.tensors import Array

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bnexport.bundle import Manifest, write_golden
-from bnexport.data.catalogue import is_dataset
+from bnexport.data.dataset_table import is_dataset
 from bnexport.data.datasets import load_test_images
 from bnexport.data.prepare import prepared
 from bnexport.data.preprocessing import Preprocessing

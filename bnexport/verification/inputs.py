@@ -189,8 +189,8 @@ def _found_images(
         return None, None, "no real images: the bundle names no data set that bnexport knows"
     if manifest.preprocessing is None or len(manifest.signature.inputs) != 1:
         return None, None, f"no real images: the bundle does not say how an image of {name} becomes an input"
-    from bnexport.data.catalogue import folder_of, is_dataset
     from bnexport.data.classes import check_classes
+    from bnexport.data.dataset_table import folder_of, is_dataset
     from bnexport.data.datasets import dataset_labels, load_test_images
     from bnexport.data.prepare import prepared
     from bnexport.data.preprocessing import Preprocessing

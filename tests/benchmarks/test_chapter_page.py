@@ -1,4 +1,4 @@
-"""docs/chapter.md and its figures, from made-up results."""
+"""docs/results/chapter.md and its figures, from made-up results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The trainings behind docs/chapter.md: what one measures, what a run over all of them keeps, and what it saves."""
+"""The trainings behind docs/results/chapter.md: what one measures, what a run over all of them keeps, and what it saves."""
 
 from __future__ import annotations
 

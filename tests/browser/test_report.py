@@ -56,7 +56,7 @@ def write_page(folder: Path, name: str) -> str:
     row = FoldRow(
         "bn1", "BatchNorm2d", "backward", "conv <- batch norm", "conv1", "W' = s W", channels=6, gain=(0.1, 4.0)
     )
-    kept = FoldRow(HOSTILE, "BatchNorm2d", "kept", reason=HOSTILE, unlock="gammas of one sign", channels=6)
+    kept = FoldRow(HOSTILE, "BatchNorm2d", "kept", reason=HOSTILE, hint="gammas of one sign", channels=6)
     fold = FoldReport((kept, *[row] * (250 if name == "large" else 3)), 1, 1e-15, warnings=(HOSTILE,))
     report = REPORTS[name]
     text = render_report(

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from bnexport.auditing.catalogue import TOOLS
+from bnexport.auditing.tool_table import TOOLS
 from bnexport.cli.main import run
 
 NETWORKS = """

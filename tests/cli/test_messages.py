@@ -29,7 +29,7 @@ RAISED_BY: dict[str, tuple[str, ...]] = {
     "evaluating/evaluate": ("evaluate",),
     "evaluating/network": ("evaluate", "recalibrate"),
     "evaluating/recalibration": ("recalibrate",),
-    "evaluating/request": _OWN,
+    "evaluating/network_options": _OWN,
     "exporting": _EXPORT,
     "files": (
         "train",

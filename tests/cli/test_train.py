@@ -6,7 +6,7 @@ import pytest
 from bnexport.cli.main import run
 from bnexport.cli.train import command
 from bnexport.data import digits
-from bnexport.data.catalogue import DATASETS
+from bnexport.data.dataset_table import DATASETS
 from bnexport.data.datasets import Dataset
 from bnexport.errors import NetworkError
 from bnexport.nn.lenet import NORMS
@@ -121,7 +121,7 @@ def test_a_terminal_shows_a_bar(tmp_path, monkeypatch):
     from rich.console import Console
 
     from bnexport.cli.training_display import TrainingDisplay
-    from bnexport.training.run import train
+    from bnexport.training.training_run import train
 
     stream = io.StringIO()
     console = Console(file=stream, force_terminal=True, width=100, highlight=False, markup=False)

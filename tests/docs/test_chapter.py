@@ -1,4 +1,4 @@
-"""docs/chapter.md says what its results give, and ``python -m benchmarks.chapter`` makes it."""
+"""docs/results/chapter.md says what its results give, and ``python -m benchmarks.chapter`` makes it."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from benchmarks.chapter.results import load_results
 from benchmarks.command import finish
 
 ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs" / "chapter.md"
-FOLDER = ROOT / "docs" / "chapter"
+PAGE = ROOT / "docs" / "results" / "chapter.md"
+FOLDER = ROOT / "docs" / "results" / "chapter"
 
 
 def script(*arguments: object) -> subprocess.CompletedProcess[str]:

@@ -17,13 +17,13 @@ from bnexport.loading.checkpoint import load_checkpoint
 from bnexport.nn.lenet import bn_lenet
 from bnexport.reproducibility import strict_float32
 from bnexport.training.config import TrainingConfig
+from bnexport.training.data_parts import Resident
+from bnexport.training.listeners import TrainingListener
 from bnexport.training.loop import Epochs, epoch_order, evaluated
 from bnexport.training.optimisers import learning_rate, make_optimizer, set_learning_rate
 from bnexport.training.processes import World
-from bnexport.training.progress import Progress
-from bnexport.training.run import train
-from bnexport.training.samples import Resident
 from bnexport.training.step import Step
+from bnexport.training.training_run import train
 
 pytestmark = pytest.mark.needs("cuda")
 CONFIG = TrainingConfig(dataset="digits", epochs=2, batch_size=64, lr=0.5, device="cuda", seed=3)
@@ -137,7 +137,7 @@ class Net(nn.Module):
 """
 
 
-class Notes(Progress):
+class Notes(TrainingListener):
     def __init__(self) -> None:
         self.notes: list[str] = []
 

@@ -24,9 +24,9 @@ from support.triton import REQUIREMENTS, Installation, Triton, installation, tri
 from unit.deploying.conftest import FOREIGN, fixed, foreign_bundle
 
 from bnexport.bundle import MODEL_ONNX, Bundle
-from bnexport.deploying.request import DEVICES, DeployRequest
-from bnexport.deploying.triton import LABELS, deploy_triton
-from bnexport.exporting.triton import CONFIG, read_config
+from bnexport.deploying.deploy_request import DEVICES, DeployRequest
+from bnexport.deploying.triton_repository import LABELS, deploy_triton
+from bnexport.exporting.triton_config import CONFIG, read_config
 
 pytestmark = [pytest.mark.slow, pytest.mark.needs("triton")]
 HERE = Path(__file__).parent

@@ -223,7 +223,7 @@ def test_many_clients_get_their_own_answers(server: Server, images: np.ndarray, 
 
 def test_nothing_heavy_is_imported() -> None:
     code = (
-        "import sys, bnexport.serving.http.server; "
+        "import sys, bnexport.serving.http.http_server; "
         "print(sorted({'torch', 'onnx', 'pydantic', 'starlette', 'PIL', 'matplotlib'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE, check=True)

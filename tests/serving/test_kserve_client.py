@@ -18,8 +18,8 @@ from support.environments import run_program
 from support.serving import Server, serving
 
 from bnexport.bundle import MODEL_ONNX
+from bnexport.deploying.deploy_request import DEVICES, SCALE_METRICS, DeployRequest, Scaling
 from bnexport.deploying.kserve import inference_service
-from bnexport.deploying.request import DEVICES, SCALE_METRICS, DeployRequest, Scaling
 
 pytestmark = pytest.mark.slow
 

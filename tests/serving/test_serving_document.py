@@ -18,7 +18,7 @@ from bnexport.cli.main import run
 from bnexport.serving.grpc.call import CODES
 from bnexport.serving.grpc.methods import METHODS, STREAM, WATCH
 from bnexport.serving.http.routes import ROUTES
-from bnexport.serving.limits import rows
+from bnexport.serving.serving_limits import rows
 
 TEXT = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
 

@@ -16,11 +16,11 @@ from uvicorn.server import ServerState
 
 from bnexport.serving.access_log import JsonLog
 from bnexport.serving.http.app import App
+from bnexport.serving.http.exchange import State
 from bnexport.serving.http.fast_lane import FastLane
-from bnexport.serving.http.request import State
 from bnexport.serving.http.uvicorn_adapter import LimitedConnection, limited
-from bnexport.serving.limits import ServingLimits
 from bnexport.serving.repository import Repository
+from bnexport.serving.serving_limits import ServingLimits
 from bnexport.serving.state import AppSettings
 
 INFER = "/v2/models/bn_lenet/infer"

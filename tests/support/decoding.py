@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from support.pictures import GREY
 
-from bnexport.data.catalogue import Dataset
+from bnexport.data.dataset_table import Dataset
 from bnexport.data.folder import load_folder
 from bnexport.data.images import load_images
 from bnexport.data.preprocessing import Preprocessing

@@ -37,6 +37,7 @@ GROUND = (
     "protobuf_wire",
     "reproducibility",
     "environment",
+    "plain_table",
     "tensors",
     "files",
     "interrupts",
@@ -237,7 +238,7 @@ def test_floors_are_the_documented_ones() -> None:
     [
         ("nn/lenet.py", "from bnexport.folding.fold import fold", "folding is above nn"),
         ("nn/lenet.py", "def f():\n    import bnexport.cli.main", "cli is above nn"),
-        ("runtimes/base.py", "from bnexport.exporting import onnx_graph", "exporting is beside runtimes"),
+        ("runtimes/base.py", "from bnexport.exporting import export_onnx", "exporting is beside runtimes"),
         ("runtimes/base.py", "from ..folding.fold import fold", "folding is beside runtimes"),
         ("runtimes/base.py", "from .. import training", "training is beside runtimes"),
         ("runtimes/base.py", "from bnexport import pipeline", "pipeline is above runtimes"),
@@ -301,7 +302,7 @@ def test_checker_finds_cycles(tmp_path: Path) -> None:
 
 def make_tree(root: Path, files: dict[str, str]) -> None:
     """A small bnexport with every file that the cases import, and ``files`` over it."""
-    there = ("folding/fold", "exporting/onnx_graph", "cli/main", "nn/lenet", "nn/batch_norm", "data/datasets")
+    there = ("folding/fold", "exporting/export_onnx", "cli/main", "nn/lenet", "nn/batch_norm", "data/datasets")
     rest = ("runtimes/base", "verification/verdict", "training/loop", "pipeline", "errors", "files", "bundle")
     for name in ("__init__", *there, *rest):
         path = root / "bnexport" / f"{name}.py"

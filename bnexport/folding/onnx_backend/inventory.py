@@ -9,7 +9,7 @@ import torch
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, numpy_helper
 from torch import Tensor
 
-from bnexport.folding.torch_backend.write import flushed
+from bnexport.folding.torch_backend.torch_writer import flushed
 from bnexport.onnx_files.models import nodes
 from bnexport.onnx_files.names import mentioned_inside, subgraphs
 from bnexport.tensors import ELEMENT_TYPES, Array

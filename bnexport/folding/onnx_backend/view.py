@@ -13,8 +13,8 @@ from torch import Tensor
 
 from bnexport.folding.affine import Dim
 from bnexport.folding.graph import Kind, NormCall, Weight
-from bnexport.folding.onnx_backend.constants import Constants, Shapes
 from bnexport.folding.onnx_backend.inventory import label
+from bnexport.folding.onnx_backend.onnx_constants import OnnxConstants, Shapes
 from bnexport.tensors import Array
 
 #: Place of a tensor among the inputs of a value's nodes: (which node, which input).
@@ -25,7 +25,7 @@ NOT_AN_INPUT = "initializers that are not listed among the graph's inputs"
 
 
 @dataclass(frozen=True)
-class Reading:
+class OnnxReading:
     """The result of reading a node.
 
     Attributes:
@@ -44,7 +44,7 @@ class Reading:
     call: NormCall | None = None
 
 
-class Context:
+class GraphContext:
     """The shared facts of a graph's nodes.
 
     Args:
@@ -56,7 +56,12 @@ class Context:
     """
 
     def __init__(
-        self, opset: int, shapes: Shapes, constants: Constants, followers: dict[str, NodeProto], readers: Counter[str]
+        self,
+        opset: int,
+        shapes: Shapes,
+        constants: OnnxConstants,
+        followers: dict[str, NodeProto],
+        readers: Counter[str],
     ) -> None:
         self.opset = opset
         self.shapes = shapes
@@ -92,10 +97,10 @@ class Context:
         return value if size is None else value.reshape(-1).expand(size)
 
 
-class View:
+class NodeView:
     """One node of ONNX's default domain in its context."""
 
-    def __init__(self, node: NodeProto, context: Context) -> None:
+    def __init__(self, node: NodeProto, context: GraphContext) -> None:
         self.node = node
         self.context = context
         self.opset = context.opset

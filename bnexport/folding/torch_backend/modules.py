@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import json
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,12 +20,12 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from bnexport.folding.affine import Affine
-from bnexport.folding.graph import Identity, Kind, Layer, Norm, Op, Opaque, Weight
+from bnexport.folding.graph import ConstantAffine, Identity, Kind, Layer, Op, Opaque, Weight, weights_now
 from bnexport.folding.proof import MAX_SITE_ERROR, scale_error
-from bnexport.folding.torch_backend.constants import functionalise, mutated_memory, shares_memory
-from bnexport.folding.torch_backend.graph import SHAPE_ONLY, TorchGraph
 from bnexport.folding.torch_backend.nodes import BATCH_NORM, argument, batch_norm_nodes, module_path, module_stack
-from bnexport.folding.torch_backend.write import check_stored, flushed
+from bnexport.folding.torch_backend.torch_constants import functionalise, mutated_memory, shares_memory
+from bnexport.folding.torch_backend.torch_graph import SHAPE_ONLY, TorchGraph
+from bnexport.folding.torch_backend.torch_writer import check_stored, flushed
 from bnexport.nn.folded import MARKER, ScaleShift
 
 #: Of the JSON in MARKER. It grows when an older version would misunderstand it.
@@ -100,7 +100,7 @@ class ModuleGraph(TorchGraph):
 
     def _problem(self, op: Op) -> str:
         """Return why an operation's numbers can't be changed in a module; "" if they can, or if there are none."""
-        if isinstance(op.kind, Norm):
+        if isinstance(op.kind, ConstantAffine):
             return _ARITHMETIC if op.norm is None else self._norm_problem(op)
         return self._layer_problem(op) if isinstance(op.kind, Layer) else ""
 
@@ -120,7 +120,7 @@ class ModuleGraph(TorchGraph):
 
     def _can_be_exchanged(self, op: Op, module: nn.Module) -> bool:
         """Return True if the module computes its affine, then its submodules in their order, and nothing else."""
-        assert isinstance(op.kind, Norm)
+        assert isinstance(op.kind, ConstantAffine)
         try:
             value = self.probe(op.inputs[0], torch.Generator().manual_seed(0), largest=4)
             wide = copy.deepcopy(module).cpu().double()
@@ -163,8 +163,9 @@ class ModuleGraph(TorchGraph):
         """Return what would have to be two things at once, with the reason; it must be kept in the next attempt."""
         found: dict[str, str] = {}
         weights: dict[str, set[Weight]] = {}
-        for _, old, new in self._weights_now():
-            weights.setdefault(old.name, set()).add(new)
+        for old, new in weights_now(self.ops):
+            if new is not None:
+                weights.setdefault(old.name, set()).add(new)
         for name, seen in weights.items():
             if len(seen) > 1:
                 found[name] = "its weight is read several times, and the calls would need different numbers"
@@ -188,28 +189,20 @@ class ModuleGraph(TorchGraph):
     def changes(self, added: Iterable[str]) -> Changes:
         """Return the fold. ``added`` are the paths of layers that were given a bias of zeros; the others had one."""
         changes = Changes()
-        for _, old, new in self._weights_now():
-            if new is not old:
+        for old, new in weights_now(self.ops):
+            if new is not None and new is not old:
                 changes.values[old.name] = new.load()
         for op in self.ops:
             if op.norm is not None and op.changed:
-                changes.norms[op.path] = op.kind.affine if isinstance(op.kind, Norm) else None
+                changes.norms[op.path] = op.kind.affine if isinstance(op.kind, ConstantAffine) else None
         changes.biases = tuple(path for path in added if f"{path}.bias".lstrip(".") in changes.values)
         return changes
-
-    def _weights_now(self) -> Iterator[tuple[Op, Weight, Weight]]:
-        for op in self.ops:
-            if isinstance(op.kind, Layer) and isinstance(op.original, Layer):
-                before, after = op.original, op.kind
-                for old, new in ((before.weight, after.weight), (before.bias, after.bias)):
-                    if old is not None and new is not None:
-                        yield op, old, new
 
 
 def _close(op: Op, reason: str) -> None:
     op.kind = op.original = Opaque(reason)
     if op.norm is not None:
-        op.norm = replace(op.norm, affine=None, why_not=reason, unlock="")
+        op.norm = replace(op.norm, affine=None, why_not=reason, hint="")
 
 
 def _same(kind: Kind, original: Kind, other: Kind, other_original: Kind) -> bool:
@@ -218,7 +211,7 @@ def _same(kind: Kind, original: Kind, other: Kind, other_original: Kind) -> bool
         return False
     if kind is original or (isinstance(kind, Identity) and isinstance(other, Identity)):
         return True
-    if not isinstance(kind, Norm) or not isinstance(other, Norm):
+    if not isinstance(kind, ConstantAffine) or not isinstance(other, ConstantAffine):
         return False
     return torch.equal(kind.affine.scale, other.affine.scale) and torch.equal(kind.affine.shift, other.affine.shift)
 

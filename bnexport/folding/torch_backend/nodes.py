@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 
 from bnexport.folding.affine import Affine
 from bnexport.folding.graph import Kind, Weight
-from bnexport.folding.torch_backend.constants import Constants, attribute
+from bnexport.folding.torch_backend.torch_constants import TorchConstants, attribute
 
 #: The one operator that is a BatchNorm by itself; each call of it has a row of its own in the report.
 BATCH_NORM = torch.ops.aten.batch_norm.default
@@ -109,7 +109,7 @@ def region_of(node: Node, root: GraphModule) -> str:
 class Surroundings(Protocol):
     """The part of the graph around a node that a reader may use."""
 
-    constants: Constants
+    constants: TorchConstants
 
     def weight(self, node: Any) -> Weight | None:
         """Return the stored tensor of a node; None when it is not a constant."""
@@ -117,7 +117,7 @@ class Surroundings(Protocol):
 
 
 @dataclass(frozen=True)
-class Reading:
+class TorchReading:
     """The result of reading a node: its kind, the values it reads, and the argument positions of weight and bias."""
 
     kind: Kind
@@ -127,7 +127,7 @@ class Reading:
 
 
 #: Reads a node; None for what has no kind, a sentence for why not when there is more to say.
-Reader = Callable[[Node, Surroundings], Reading | str | None]
+NodeReader = Callable[[Node, Surroundings], TorchReading | str | None]
 
 
 def argument(node: Node, position: int, name: str, default: Any = None) -> Any:

@@ -21,9 +21,9 @@ from bnexport.bundle import MANIFEST, Bundle
 from bnexport.errors import OutputError, UsageError
 from bnexport.files import held, output_errors, refuse_overlap, sha256, write_atomically
 from bnexport.optional import one_line
+from bnexport.serving.bulk.bulk_request import BulkRequest
+from bnexport.serving.bulk.image_sources import Shard, plan
 from bnexport.serving.bulk.parquet import rows_in
-from bnexport.serving.bulk.request import BulkRequest
-from bnexport.serving.bulk.sources import Shard, plan
 
 JOB = "_job.json"
 FORMAT = "bnexport-predictions"
@@ -33,7 +33,7 @@ _OF_ALL = ("sources", "fingerprint", "rows", "shards")
 
 
 @dataclass(frozen=True)
-class Job:
+class BulkJob:
     """A bulk prediction: bundle, request, shards and the description in _job.json."""
 
     bundle: str  # Directory of the bundle
@@ -53,7 +53,7 @@ class Job:
         mine = {"source": shard.path, "start": shard.start, "rows": shard.rows, "stat": shard.stat}
         return json.dumps(common | mine, sort_keys=True)
 
-    def without_shards(self) -> Job:
+    def without_shards(self) -> BulkJob:
         """Return a copy for workers, to which shards are sent one by one."""
         return replace(self, shards=())
 
@@ -68,7 +68,7 @@ def part_file(out: Path, shard: Shard) -> Path:
     return out / f"part-{shard.number:05d}.parquet"
 
 
-def make_job(bundle: Bundle, sources: tuple[Path, ...], out: Path, request: BulkRequest) -> Job:
+def make_job(bundle: Bundle, sources: tuple[Path, ...], out: Path, request: BulkRequest) -> BulkJob:
     """Plan a job from its sources; nothing is written."""
     refuse_overlap(out, bundle.path)
     for source in sources:
@@ -91,11 +91,11 @@ def make_job(bundle: Bundle, sources: tuple[Path, ...], out: Path, request: Bulk
         "logits": request.logits,
         "runtime": request.runtime,
     }
-    return Job(str(bundle.path), str(out), request, tuple(planned.shards), description)
+    return BulkJob(str(bundle.path), str(out), request, tuple(planned.shards), description)
 
 
 @contextlib.contextmanager
-def folder_of(job: Job) -> Iterator[None]:
+def folder_of(job: BulkJob) -> Iterator[None]:
     """Hold the folder of predictions, opened for a job."""
     out = Path(job.out)
     if out.exists() and not out.is_dir():
@@ -111,7 +111,7 @@ def _no_folder(out: Path) -> OutputError:
     )
 
 
-def open_folder(job: Job) -> None:
+def open_folder(job: BulkJob) -> None:
     """Begin in the folder of predictions, or resume this very job in it."""
     out = Path(job.out)
     before = _description(out)

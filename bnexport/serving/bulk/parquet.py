@@ -12,7 +12,7 @@ import numpy as np
 
 from bnexport.errors import DataError
 from bnexport.optional import one_line, require
-from bnexport.serving.bulk.request import BulkRequest
+from bnexport.serving.bulk.bulk_request import BulkRequest
 from bnexport.tensors import Array
 
 _REMEDY = "Give Parquet with the bytes of PNG, JPEG, BMP, WebP or GIF files in a binary column, named with --column"

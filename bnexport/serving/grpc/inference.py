@@ -22,10 +22,10 @@ from bnexport.errors import RequestError
 from bnexport.files import Refusal
 from bnexport.protobuf_wire import BYTES, FIXED32, FIXED64, VARINT, read_varint
 from bnexport.serving.grpc.call import Call, classes
-from bnexport.serving.limits import BoundedCache
 from bnexport.serving.protocol.decoding import SHORT, Decoder
 from bnexport.serving.protocol.encoding import binary_texts
 from bnexport.serving.protocol.messages import DATATYPES, InferRequest, InferResponse
+from bnexport.serving.serving_limits import BoundedCache
 from bnexport.serving.state import ServerState
 from bnexport.tensors import ELEMENT_TYPES
 from bnexport.validation.limits import shown

@@ -14,8 +14,8 @@ import numpy as np
 from bnexport.data.images import read_picture
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import RequestError
+from bnexport.serving.http.exchange import Exchange, State
 from bnexport.serving.http.reply import Reply, json_reply
-from bnexport.serving.http.request import Exchange, State
 from bnexport.serving.predictor import labelled
 from bnexport.tensors import Array
 from bnexport.validation.limits import shown

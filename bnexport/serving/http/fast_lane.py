@@ -13,10 +13,10 @@ from typing import Any, NamedTuple, Protocol
 
 from bnexport.errors import BnexportError, RequestError
 from bnexport.serving.http.app import App
+from bnexport.serving.http.exchange import Exchange
 from bnexport.serving.http.reply import STATUS_LINES, Reply, reply_headers
-from bnexport.serving.http.request import Exchange
 from bnexport.serving.http.routes import Found, find_route, infer, infer_reply, infer_request, infer_target
-from bnexport.serving.limits import BoundedCache
+from bnexport.serving.serving_limits import BoundedCache
 from bnexport.tensors import Array
 
 #: Bytes of a body: uvicorn reads no more before somebody asks for it.

@@ -13,8 +13,8 @@ from typing import Any
 from bnexport.bundle import REPORT, Bundle
 from bnexport.errors import BnexportError, NotServing, RequestError
 from bnexport.optional import one_line
+from bnexport.serving.http.exchange import Exchange, State
 from bnexport.serving.http.reply import Reply, json_reply
-from bnexport.serving.http.request import Exchange, State
 from bnexport.serving.repository import Version
 from bnexport.tensors import TensorSpec
 

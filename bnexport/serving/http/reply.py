@@ -11,7 +11,7 @@ from typing import Any
 import orjson
 
 from bnexport.errors import BnexportError, RequestError
-from bnexport.serving.http.request import Exchange
+from bnexport.serving.http.exchange import Exchange
 from bnexport.serving.protocol.messages import sentence_of, status_of
 
 #: Bodies below this are not packed: it would cost more than it saves. (Some clients always say that they take gzip.)

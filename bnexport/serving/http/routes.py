@@ -13,16 +13,16 @@ from bnexport import __version__
 from bnexport.errors import RequestError
 from bnexport.serving import metadata
 from bnexport.serving.http.classify import classify
-from bnexport.serving.http.metrics import render
+from bnexport.serving.http.exchange import Exchange, State, header_length
 from bnexport.serving.http.page import models, page, report
+from bnexport.serving.http.prometheus import render
 from bnexport.serving.http.reply import BINARY, JSON, TEXT, Reply, json_reply
-from bnexport.serving.http.request import Exchange, State, header_length
-from bnexport.serving.limits import BoundedCache
 from bnexport.serving.protocol.decoding import load_json
 from bnexport.serving.protocol.encoding import encode_response
 from bnexport.serving.protocol.messages import InferRequest, InferResponse
 from bnexport.serving.repository import READY
 from bnexport.serving.served_model import ServedModel
+from bnexport.serving.serving_limits import BoundedCache
 from bnexport.validation.limits import shown
 
 Handler = Callable[..., Awaitable[Reply]]

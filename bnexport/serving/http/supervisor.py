@@ -28,10 +28,10 @@ from bnexport.errors import NotServing, RuntimeUnavailable, UsageError
 from bnexport.optional import one_line
 from bnexport.runtimes.isolation import how_ended, import_path
 from bnexport.serving.access_log import JsonLog
-from bnexport.serving.http.server import ServerSettings
-from bnexport.serving.http.worker import BLOCKED, PATIENCE, STOPPING, Job
+from bnexport.serving.counters import Records, new_memory, note_end, note_start
+from bnexport.serving.http.http_server import ServerSettings
+from bnexport.serving.http.worker import BLOCKED, PATIENCE, STOPPING, WorkerTask
 from bnexport.serving.listener import bound, free_port
-from bnexport.serving.statistics import Records, new_memory, note_end, note_start
 
 _WORKER = "bnexport.serving.http.worker"
 #: Seconds after which a process that served counts as sound: its end is no reason to wait with the next one.
@@ -227,7 +227,7 @@ class Supervisor:
                 return
         self._log.event("process started", process=seat.number, pid=seat.process.pid)
         with contextlib.suppress(OSError):  # it is dead already, which its line will tell
-            ours.send(Job(seat.number, *descriptors[1:], self._path, self._settings))
+            ours.send(WorkerTask(seat.number, *descriptors[1:], self._path, self._settings))
 
     def _hear(self, seat: _Seat, line: Connection) -> None:
         try:

@@ -28,10 +28,10 @@ import uvicorn
 
 from bnexport.errors import BnexportError, UsageError
 from bnexport.optional import one_line
+from bnexport.serving.http.exchange import State
 from bnexport.serving.http.reply import STATUS_LINES
-from bnexport.serving.http.request import State
-from bnexport.serving.limits import ServingLimits
 from bnexport.serving.listener import backlog, deafen
+from bnexport.serving.serving_limits import ServingLimits
 
 try:
     from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
@@ -39,7 +39,7 @@ except ImportError:  # moved in a later uvicorn: ``missing_part`` reports it, an
     HttpToolsProtocol = RequestResponseCycle = asyncio.Protocol  # type: ignore[assignment,misc]
 
 if TYPE_CHECKING:
-    from bnexport.serving.grpc.server import GrpcServer
+    from bnexport.serving.grpc.grpc_server import GrpcServer
     from bnexport.serving.http.fast_lane import FastCall, FastLane, Head
 
 

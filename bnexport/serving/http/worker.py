@@ -15,8 +15,8 @@ from pathlib import Path
 
 from bnexport.errors import BnexportError
 from bnexport.optional import one_line
-from bnexport.serving.http.server import ServerSettings, leave_engines, serve_on
-from bnexport.serving.statistics import Records, Share
+from bnexport.serving.counters import Records, Share
+from bnexport.serving.http.http_server import ServerSettings, leave_engines, serve_on
 
 #: Blocked by the supervisor while it starts a process, so that none is lost before somebody listens for it.
 BLOCKED = (signal.SIGTERM, signal.SIGINT)
@@ -27,7 +27,7 @@ PATIENCE = 10.0
 
 
 @dataclass(frozen=True)
-class Job:
+class WorkerTask:
     """Task of one process of several."""
 
     number: int  # Number of the process
@@ -44,7 +44,7 @@ def main(line: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # the supervisor's way to say at once
     signal.pthread_sigmask(signal.SIG_UNBLOCK, BLOCKED)
     try:
-        job: Job = line.recv()
+        job: WorkerTask = line.recv()
     except EOFError:  # the supervisor is gone already
         return
 

@@ -14,8 +14,8 @@ import orjson
 
 from bnexport.errors import FeedError, RequestError
 from bnexport.optional import one_line
-from bnexport.serving.limits import BoundedCache, ServingLimits
 from bnexport.serving.protocol.messages import DATATYPES, InferRequest, RequestedOutput
+from bnexport.serving.serving_limits import BoundedCache, ServingLimits
 from bnexport.tensors import Array, Signature, TensorSpec, check_feeds
 from bnexport.validation.limits import shown
 
@@ -114,7 +114,7 @@ class _Input:
 
 
 @dataclass(frozen=True, slots=True)
-class _Plan:
+class _RequestPlan:
     """The parsed JSON of a request."""
 
     inputs: tuple[_Input, ...]
@@ -134,7 +134,7 @@ class Decoder:
         self._batch = next((dim for dim in firsts if isinstance(dim, str)), None)
         self._fixed_rows = next((dim for dim in firsts if isinstance(dim, int)), 1)
         # Of JSON and of protobuf: no JSON object begins like a protobuf message.
-        self._plans: BoundedCache[bytes, _Plan] = BoundedCache(256)
+        self._plans: BoundedCache[bytes, _RequestPlan] = BoundedCache(256)
 
     def decode(self, body: bytes, header_length: int | None = None) -> InferRequest:
         """Decode one request."""
@@ -206,7 +206,7 @@ class Decoder:
         if count > len(self._specs):
             raise RequestError(f"the request has {count} inputs, the model takes {len(self._specs)}", remedy=_SHAPES)
 
-    def _remembered(self, header: bytes) -> _Plan:
+    def _remembered(self, header: bytes) -> _RequestPlan:
         if (plan := self._plans.get(header)) is not None:
             return plan
         plan = self._plan(header)
@@ -214,7 +214,7 @@ class Decoder:
             self._remember(header, plan)
         return plan
 
-    def _remember(self, header: bytes, plan: _Plan) -> None:
+    def _remember(self, header: bytes, plan: _RequestPlan) -> None:
         if len(header) <= SHORT:
             self._plans[header] = plan
 
@@ -236,10 +236,10 @@ class Decoder:
         item = _Input(spec, self._checked_shape(spec, list(shape)), math.prod(shape), len(body), None)
         return InferRequest({spec.name: _from_bytes(body, 0, item)}, shape[0], self._wanted(None, binary=True))
 
-    def _plan(self, text: bytes) -> _Plan:
+    def _plan(self, text: bytes) -> _RequestPlan:
         return self._understood(load_json(text, brackets=self._limits.brackets))
 
-    def _understood(self, value: object) -> _Plan:
+    def _understood(self, value: object) -> _RequestPlan:
         if not isinstance(value, dict):
             raise RequestError("the request is no JSON object", remedy='Send {"inputs": [...]}')
         given = value.get("inputs")
@@ -260,7 +260,7 @@ class Decoder:
         parameters = _object(value, "parameters")
         outputs = self._wanted(value.get("outputs"), binary=_flag(parameters, "binary_data_output"))
         request = InferRequest({}, max(rows, default=self._fixed_rows), outputs, _id(value), _timeout(parameters))
-        return _Plan(inputs, request, sum(item.size for item in inputs))
+        return _RequestPlan(inputs, request, sum(item.size for item in inputs))
 
     def _input(self, item: object) -> _Input:
         if not isinstance(item, dict):

@@ -13,9 +13,9 @@ import numpy as np
 import orjson
 
 from bnexport.errors import RequestError
-from bnexport.serving.limits import BoundedCache
 from bnexport.serving.protocol.decoding import all_finite
 from bnexport.serving.protocol.messages import BYTES, InferResponse, OutputTensor, RequestedOutput
+from bnexport.serving.serving_limits import BoundedCache
 from bnexport.tensors import Array
 
 

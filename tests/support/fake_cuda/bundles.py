@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from bnexport.bundle import MODEL_ONNX, Bundle, Manifest, seal
+from bnexport.exporting.export_onnx import export_onnx
 from bnexport.exporting.half import in_precision
-from bnexport.exporting.onnx_graph import export_onnx
 from bnexport.exporting.request import OnnxTarget
 from bnexport.exporting.signature import signature_of
 from bnexport.folding.fold import fold

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from bnexport.auditing import audit as auditing
-from bnexport.auditing.catalogue import TOOLS, Job, Product, Tool
-from bnexport.auditing.subject import call
+from bnexport.auditing.audited_network import call
+from bnexport.auditing.tool_table import TOOLS, Product, Tool, ToolInput
 
-Maker = Callable[[Job], Any]
+Maker = Callable[[ToolInput], Any]
 
 
 @pytest.fixture
@@ -26,5 +26,5 @@ def with_tools(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 @contextlib.contextmanager
-def _open(maker: Maker, job: Job) -> Iterator[Product]:
+def _open(maker: Maker, job: ToolInput) -> Iterator[Product]:
     yield Product(partial(call, maker(job)), 0)

@@ -7,7 +7,7 @@ import math
 import pytest
 from rich.console import Console
 
-from bnexport.auditing.catalogue import AuditReport, AuditRow
+from bnexport.auditing.tool_table import AuditReport, AuditRow
 from bnexport.environment import environment
 from bnexport.reporting.results import explanation, print_audit
 from bnexport.reporting.tables import make_console

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
 from bnexport.auditing.audit import Hidden, audit
-from bnexport.auditing.catalogue import TOOLS, VERDICTS, AuditReport, AuditRow, Job
+from bnexport.auditing.tool_table import TOOLS, VERDICTS, AuditReport, AuditRow, ToolInput
 from bnexport.errors import ModelError, RefusedModel, RuntimeUnavailable, UsageError
 from bnexport.exporting.request import InputSpec
 
@@ -26,7 +26,7 @@ def row_of(report: AuditReport, tool: str) -> AuditRow:
 def breaks(path: str) -> Any:
     """A tool that drops the shift of one BatchNorm, if it sees it."""
 
-    def make(job: Job) -> nn.Module:
+    def make(job: ToolInput) -> nn.Module:
         layer = job.module.get_submodule(path)
         if not isinstance(layer, Hidden):
             layer.bias.data.zero_()
@@ -84,7 +84,7 @@ def test_a_silently_wrong_fold_is_found_and_named(build: Any, shape: tuple[int, 
 def test_the_first_wrong_batch_norm_is_found_by_halves(with_tools: Any, place: int) -> None:
     opened = []
 
-    def tool(job: Job) -> nn.Module:
+    def tool(job: ToolInput) -> nn.Module:
         opened.append(job)
         for path in {f"{place}.1", "5.1"}:  # the last one is wrong as well; the first is what counts
             breaks(path)(job)
@@ -106,7 +106,7 @@ def test_the_order_is_that_of_the_calls(with_tools: Any) -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.second(self.first(x).tanh())
 
-    with_tools(tool=lambda job: breaks("second")(Job(breaks("first")(job), job.example, job.folder)))
+    with_tools(tool=lambda job: breaks("second")(ToolInput(breaks("first")(job), job.example, job.folder)))
     assert audit(trained(Backwards()), IMAGE).rows[1].batch_norm == "first"
 
 
@@ -125,17 +125,17 @@ def test_no_batch_norm_is_blamed_for_another_fault(with_tools: Any) -> None:
     assert [(row.verdict, row.batch_norm) for row in report.rows[1:]] == [("wrong", ""), ("wrong", "")]
 
 
-def _refuses_what_is_hidden(job: Job) -> Any:
+def _refuses_what_is_hidden(job: ToolInput) -> Any:
     if any(isinstance(module, Hidden) for module in job.module.modules()):
         raise ValueError("unknown layer")
     return breaks("1")(job)
 
 
 def test_no_answer_is_not_wrong(with_tools: Any) -> None:
-    def fails(job: Job) -> Any:
+    def fails(job: ToolInput) -> Any:
         raise ValueError("first line\n\n  second\x1b[31m line")
 
-    def is_missing(job: Job) -> Any:
+    def is_missing(job: ToolInput) -> Any:
         raise RuntimeUnavailable("no such engine", remedy="Install it")
 
     with_tools(fails=fails, missing=is_missing)
@@ -163,7 +163,7 @@ def test_answers_that_can_not_be_compared_are_wrong(with_tools: Any) -> None:
 
 
 def test_a_tool_for_one_batch_size_is_judged_on_that_one(with_tools: Any) -> None:
-    def fixed(job: Job) -> Any:
+    def fixed(job: ToolInput) -> Any:
         return lambda x: job.module(x.view(2, 3, 8, 8))
 
     with_tools(fixed=fixed)
@@ -200,7 +200,7 @@ def test_all_outputs_are_compared(with_tools: Any) -> None:
         def forward(self, x: Tensor, y: Tensor) -> dict[str, Any]:
             return {"a": x + 1, "b": (x.mean(), [y * 2])}
 
-    def off(job: Job) -> Any:
+    def off(job: ToolInput) -> Any:
         def run(x: Tensor, y: Tensor) -> list[Tensor]:
             z = y * 2
             z[:, 4] += 1

@@ -11,11 +11,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from bnexport.data import catalogue, locate
+from bnexport.data import dataset_table, locate
 from bnexport.data.datasets import load_dataset, load_test_images, load_train_images
 from bnexport.errors import DataError, NetworkError, OutputError, UsageError
 
-NAMES = [file.name for file in (*catalogue.DATASETS["mnist"].train, *catalogue.DATASETS["mnist"].test)]
+NAMES = [file.name for file in (*dataset_table.DATASETS["mnist"].train, *dataset_table.DATASETS["mnist"].test)]
 
 
 def idx(array):
@@ -39,9 +39,9 @@ def md5(content):
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
     """mnist with tiny files, no mirror, an empty cache and no BNEXPORT_DATA."""
-    files = [catalogue.DataFile(name, md5(content)) for name, content in zip(NAMES, contents(), strict=True)]
-    info = replace(catalogue.DATASETS["mnist"], train=tuple(files[:2]), test=tuple(files[2:]), mirrors=())
-    monkeypatch.setitem(catalogue.DATASETS, "mnist", info)
+    files = [dataset_table.DataFile(name, md5(content)) for name, content in zip(NAMES, contents(), strict=True)]
+    info = replace(dataset_table.DATASETS["mnist"], train=tuple(files[:2]), test=tuple(files[2:]), mirrors=())
+    monkeypatch.setitem(dataset_table.DATASETS, "mnist", info)
     monkeypatch.setattr(locate, "cache_folder", lambda: tmp_path / "cache")
     monkeypatch.delenv("BNEXPORT_DATA", raising=False)
     return info
@@ -109,7 +109,7 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 def mirrors(monkeypatch, info, *urls):
-    monkeypatch.setitem(catalogue.DATASETS, "mnist", replace(info, mirrors=urls))
+    monkeypatch.setitem(dataset_table.DATASETS, "mnist", replace(info, mirrors=urls))
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
 
@@ -212,7 +212,7 @@ def test_real_fashion_mnist():
 
 
 def test_the_table():
-    for name, info in catalogue.DATASETS.items():
+    for name, info in dataset_table.DATASETS.items():
         assert name == info.name
         assert len(info.labels) == 10
         files = (*info.train, *info.test)

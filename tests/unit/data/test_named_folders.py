@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from support.pictures import COLOURS, write_parts
 
-from bnexport.data import catalogue
+from bnexport.data import dataset_table
 from bnexport.data.datasets import dataset_labels, load_dataset, load_test_images, load_train_images
 from bnexport.errors import DataError, UsageError
 
@@ -60,4 +60,4 @@ def test_a_folder_needs_a_size_and_a_path(pictures, load):
     ("name", "known"), [("mnist", True), ("folder:x", True), ("folder:", False), ("cifar", False), ("", False)]
 )
 def test_what_is_a_name(name, known):
-    assert catalogue.is_dataset(name) is known
+    assert dataset_table.is_dataset(name) is known

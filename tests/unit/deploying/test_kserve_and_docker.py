@@ -16,11 +16,11 @@ from unit.deploying.conftest import foreign_bundle
 from unit.deploying.docker_files import Refused, check_compose, check_dockerfile
 
 from bnexport.bundle import MODEL_ONNX, Bundle
+from bnexport.deploying.deploy_request import DEVICES, DeployRequest, Scaling
 from bnexport.deploying.docker import compose, deploy_docker, dockerfile
 from bnexport.deploying.kserve import check_yaml, checked_yaml, deploy_kserve, inference_service
-from bnexport.deploying.request import DEVICES, DeployRequest, Scaling
 from bnexport.errors import ExportError, OutputError, UsageError
-from bnexport.exporting.triton import CONFIG, read_config
+from bnexport.exporting.triton_config import CONFIG, read_config
 
 SCALING = Scaling("s3://bucket/models", 0, 6, "rps", 50)
 NAMED = DeployRequest(name="bn-lenet", triton="24.05")

@@ -10,11 +10,11 @@ from support.bundles import copy_bundle, reseal
 from unit.deploying.conftest import FOREIGN, fixed, foreign_bundle
 
 from bnexport.bundle import MODEL_ONNX, Bundle
+from bnexport.deploying.deploy_request import DEVICES, NAME_RULES, DeployRequest, deployed_name, suggested_name
 from bnexport.deploying.docker import deploy_docker
-from bnexport.deploying.request import DEVICES, NAME_RULES, DeployRequest, deployed_name, suggested_name
-from bnexport.deploying.triton import LABELS, deploy_triton
+from bnexport.deploying.triton_repository import LABELS, deploy_triton
 from bnexport.errors import BundleError, ExportError, OutputError, UsageError
-from bnexport.exporting.triton import CONFIG, check_config, device_blocks, read_config, triton_config
+from bnexport.exporting.triton_config import CONFIG, check_config, device_blocks, read_config, triton_config
 from bnexport.proto_messages import message_classes
 from bnexport.tensors import Dim, Signature, TensorSpec
 
@@ -183,7 +183,7 @@ def test_whole_or_absent(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.Mon
     def broken(*_: object, **__: object) -> None:
         raise ExportError("no", remedy="x")
 
-    monkeypatch.setattr("bnexport.deploying.triton.check_config", broken)
+    monkeypatch.setattr("bnexport.deploying.triton_repository.check_config", broken)
     with pytest.raises(ExportError):
         deploy_triton(bundle, tmp_path / "below" / "out")
     assert list(tmp_path.iterdir()) == []

@@ -6,11 +6,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bnexport.evaluating.confusion import TOP_K, Confusion, wilson_interval
+from bnexport.evaluating.confusion import TOP_K, ConfusionCounts, wilson_interval
 
 
-def confusion(logits: np.ndarray, labels: np.ndarray, *cuts: int) -> Confusion:
-    found = Confusion(logits.shape[1])
+def confusion(logits: np.ndarray, labels: np.ndarray, *cuts: int) -> ConfusionCounts:
+    found = ConfusionCounts(logits.shape[1])
     for part, truth in zip(np.split(logits, cuts), np.split(labels, cuts), strict=True):
         found.add(part, truth)
     return found
@@ -44,7 +44,7 @@ def test_counts_and_loss_are_those_of_the_textbook(n: int, classes: int, seed: i
 
 def test_precision_recall_and_f1() -> None:
     counts = np.array([[5, 1, 0], [2, 2, 0], [0, 4, 0]])
-    found = Confusion(3)
+    found = ConfusionCounts(3)
     found.counts[:] = counts
     rows = found.classes(("a", "b", "c"))
     assert [row.support for row in rows] == [6, 4, 4]

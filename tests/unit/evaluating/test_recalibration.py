@@ -10,8 +10,8 @@ from unit.evaluating.conftest import TEST, TRAIN, Write, inputs, lenet
 
 from bnexport.errors import FeedError, ModelError, OutputError, UsageError
 from bnexport.evaluating.confusion import wilson_interval
+from bnexport.evaluating.network_options import DEFINITIONS, RecalibrationRequest
 from bnexport.evaluating.recalibration import recalibrate_checkpoint
-from bnexport.evaluating.request import DEFINITIONS, RecalibrationRequest
 from bnexport.loading.checkpoint import load_checkpoint
 from bnexport.loading.sources import checkpoint_of, load_source
 from bnexport.nn.lenet import bn_lenet

@@ -9,9 +9,9 @@ from unit.evaluating.conftest import TRAIN, Write, inputs, lenet
 import bnexport
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import BnexportError, UsageError
-from bnexport.evaluating.network import Subject, sampled_staleness, stale_warning, subject_of
+from bnexport.evaluating.network import TrainedNetwork, sampled_staleness, stale_warning, trained_network
+from bnexport.evaluating.network_options import RecalibrationRequest
 from bnexport.evaluating.recalibration import recalibrate_checkpoint
-from bnexport.evaluating.request import RecalibrationRequest
 from bnexport.exporting.request import ExportRequest
 from bnexport.nn.moving_statistics import recalibrate
 from bnexport.reporting.html import render_report
@@ -35,10 +35,10 @@ class Keeps(nn.Sequential):
 
 
 def test_a_fresh_network_is_not_warned_of_and_a_stale_one_is() -> None:
-    assert stale_warning(Subject(fresh(), **DIGITS)) == ""
-    told = stale_warning(Subject(lenet(), **DIGITS))
+    assert stale_warning(TrainedNetwork(fresh(), **DIGITS)) == ""
+    told = stale_warning(TrainedNetwork(lenet(), **DIGITS))
     assert told.startswith("the moving statistics are stale on 300 training images")
-    assert sampled_staleness(Subject(fresh(), **DIGITS)).images == len(TRAIN[0])
+    assert sampled_staleness(TrainedNetwork(fresh(), **DIGITS)).images == len(TRAIN[0])
 
 
 def test_the_network_and_the_random_state_are_as_before() -> None:
@@ -47,7 +47,7 @@ def test_the_network_and_the_random_state_are_as_before() -> None:
     torch.manual_seed(1)
     expected = torch.rand(3)
     torch.manual_seed(1)
-    assert stale_warning(Subject(network, **DIGITS)) != ""
+    assert stale_warning(TrainedNetwork(network, **DIGITS)) != ""
     assert torch.equal(torch.rand(3), expected)
     assert network.last is None
 
@@ -64,13 +64,13 @@ def test_the_network_and_the_random_state_are_as_before() -> None:
     ],
 )
 def test_where_nothing_tells_there_is_no_warning(network: nn.Module, changes: dict[str, object]) -> None:
-    assert stale_warning(Subject(network, **{**DIGITS, **changes})) == ""
+    assert stale_warning(TrainedNetwork(network, **{**DIGITS, **changes})) == ""
 
 
 def test_without_data_there_is_no_warning(tmp_path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("BNEXPORT_DATA", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    subject = Subject(lenet(), "fashion-mnist", Preprocessing().to_json())
+    subject = TrainedNetwork(lenet(), "fashion-mnist", Preprocessing().to_json())
     assert stale_warning(subject) == ""
     with pytest.raises(BnexportError, match="is not here"):
         sampled_staleness(subject)
@@ -78,7 +78,7 @@ def test_without_data_there_is_no_warning(tmp_path, monkeypatch: pytest.MonkeyPa
 
 def test_asked_for_it_is_said_why_not() -> None:
     with pytest.raises(UsageError, match="not known on which images"):
-        sampled_staleness(Subject(lenet(), None, None))
+        sampled_staleness(TrainedNetwork(lenet(), None, None))
 
 
 def test_the_fold_s_account_carries_the_warning(write: Write, tmp_path) -> None:
@@ -93,7 +93,7 @@ def test_the_fold_s_account_carries_the_warning(write: Write, tmp_path) -> None:
         stale.bundle.manifest, fold=stale.fold, verification=stale.verification, environment={}, commands=[]
     )
     assert "WARNING: the moving statistics are stale" in page
-    found = sampled_staleness(subject_of(stale.bundle.path))
+    found = sampled_staleness(trained_network(stale.bundle.path))
     assert found.sentence() == warning, "a bundle keeps the unfolded weights, so it can be asked later"
     mended = recalibrate_checkpoint(write(), tmp_path / "mended.safetensors", RecalibrationRequest())
     exact = bnexport.fold_and_export(str(mended.out), tmp_path / "models" / "exact" / "1", request=request)

@@ -16,9 +16,9 @@ from torch.fx import GraphModule
 from torch.nn import functional
 
 import bnexport
-from bnexport.exporting.exported_program import export_program
+from bnexport.exporting.export_program import export_program
+from bnexport.exporting.export_torchscript import export_torchscript
 from bnexport.exporting.signature import signature_of
-from bnexport.exporting.torchscript import export_torchscript
 from bnexport.runtimes.torch_float64 import TorchFloat64Evaluator
 from bnexport.runtimes.torch_runners import _on_device
 from bnexport.runtimes.torch_runners import load_exported_program as load_program

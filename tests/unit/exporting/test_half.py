@@ -12,11 +12,11 @@ from torch import nn
 import bnexport
 from bnexport.bundle import STORED_PRECISIONS
 from bnexport.errors import ExportError, UsageError
+from bnexport.exporting.export_onnx import export_onnx
+from bnexport.exporting.export_torchscript import export_torchscript
 from bnexport.exporting.half import PRECISIONS, in_precision
-from bnexport.exporting.onnx_graph import export_onnx
 from bnexport.exporting.request import ExportRequest, OnnxTarget
 from bnexport.exporting.signature import signature_of
-from bnexport.exporting.torchscript import export_torchscript
 from bnexport.onnx_files.float64 import Float64Evaluator
 
 X = torch.from_numpy(np.random.default_rng(1).random((5, 1, 28, 28), dtype=np.float32))

@@ -10,7 +10,7 @@ import torch
 from bnexport.errors import ExportError, OutputError, UsageError
 from bnexport.exporting.request import InputSpec, example_inputs, model_and_version, parse_inputs
 from bnexport.exporting.signature import signature_of
-from bnexport.exporting.triton import triton_config, write_triton_config
+from bnexport.exporting.triton_config import triton_config, write_triton_config
 from bnexport.tensors import Signature, TensorSpec
 
 

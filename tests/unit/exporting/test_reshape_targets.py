@@ -16,7 +16,7 @@ from support.onnx_builder import Builder
 from torch import Tensor, nn
 
 import bnexport
-from bnexport.exporting.onnx_graph import export_onnx
+from bnexport.exporting.export_onnx import export_onnx
 from bnexport.exporting.signature import signature_of
 from bnexport.onnx_files.reshape_targets import simplify_reshapes
 

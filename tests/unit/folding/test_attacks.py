@@ -16,7 +16,7 @@ from torch.nn import functional
 import bnexport
 from bnexport.errors import ProofError
 from bnexport.folding import branches, layers
-from bnexport.folding.torch_backend import write as torch_write
+from bnexport.folding.torch_backend import torch_writer
 
 
 def model_of(forward: Callable[..., Any], **layers: Callable[[], nn.Module]) -> nn.Module:
@@ -207,7 +207,7 @@ def test_a_new_bias_counts_where_nothing_is_freed_for_it() -> None:
     assert [row.outcome for row in tight.rows] == ["affine", "affine"]
     assert tight.growth == 1.0
     assert "the bias that conv2d (out) would get would exceed the size budget of 1" in tight.rows[1].reason
-    growth = float(tight.rows[1].unlock.split("--max-growth ")[1].split(";")[0])
+    growth = float(tight.rows[1].hint.split("--max-growth ")[1].split(";")[0])
     loose = check(model, images(), max_growth=growth)
     assert [row.outcome for row in loose.rows] == ["affine", "forward"]
     assert 1.0 < loose.growth <= growth
@@ -221,7 +221,7 @@ def test_the_advice_to_allow_growth_unlocks() -> None:
         layers = {"conv": conv(3, channels), "p": bn(channels), "q": bn(channels), "r": bn(channels)}
         model = model_of(forward, **layers)
         refused = check(model, images())
-        advice = next(row.unlock for row in refused.rows if "--max-growth" in row.unlock)
+        advice = next(row.hint for row in refused.rows if "--max-growth" in row.hint)
         growth = float(advice.split("--max-growth ")[1].split(";")[0])
         assert check(model, images(), max_growth=growth).folded == 3
 
@@ -403,7 +403,7 @@ def test_two_thousand_norms_in_a_row_are_accounted() -> None:
 
 
 def test_what_is_stored_is_what_was_proved(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch_write, "flushed", lambda value, dtype: value.to(dtype) * 1.01)
+    monkeypatch.setattr(torch_writer, "flushed", lambda value, dtype: value.to(dtype) * 1.01)
     with pytest.raises(ProofError, match="rounded once"):
         bnexport.fold(model_of(lambda m, x: m.bn(m.conv(x)), conv=conv(), bn=bn()), images())
 
@@ -478,7 +478,7 @@ def test_a_large_mean_is_not_moved_behind_a_sum(dtype: torch.dtype) -> None:
 def test_the_advice_names_the_size_of_a_map() -> None:
     model = model_of(lambda m, x: m.out(m.bn(x)), bn=bn(3), out=conv(3, 2, padding=1, stride=2))
     (row,) = check(model, images()).rows
-    growth = float(row.unlock.split("--max-growth ")[1].split(";")[0])
+    growth = float(row.hint.split("--max-growth ")[1].split(";")[0])
     assert check(model, images(), max_growth=growth - 0.02).folded == 0
     assert check(model, images(), max_growth=growth).folded == 1
 

@@ -19,7 +19,7 @@ from torchvision.ops import FrozenBatchNorm2d
 import bnexport
 from bnexport.errors import ProofError, UntracedError, UsageError
 from bnexport.folding import layers, plan
-from bnexport.folding.torch_backend import write as torch_write
+from bnexport.folding.torch_backend import torch_writer
 from bnexport.nn.batch_norm import BatchNorm
 
 ids = [case.name for case in CASES]
@@ -160,7 +160,7 @@ def test_half_precision_overflow_is_refused_before_the_cast() -> None:
     result = bnexport.fold(model, torch.randn(2, 3, 8, 8).half())
     assert [row.outcome for row in result.report.rows] == ["affine"]
     assert "does not fit into torch.float16" in result.report.rows[0].reason
-    assert "float32" in result.report.rows[0].unlock
+    assert "float32" in result.report.rows[0].hint
 
 
 def test_mixed_precision_is_refused() -> None:
@@ -212,12 +212,12 @@ def test_a_wrong_fold_is_rolled_back_alone_and_loudly(monkeypatch: pytest.Monkey
 
 def test_a_wrong_fold_that_no_site_shows_is_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is written differs from what was planned: only the proof of the whole can see that."""
-    flushed = torch_write.Writer._set
+    flushed = torch_writer.TorchWriter._set
 
-    def damaged(self: torch_write.Writer, target: str, value: Tensor, dtype: torch.dtype) -> None:
+    def damaged(self: torch_writer.TorchWriter, target: str, value: Tensor, dtype: torch.dtype) -> None:
         flushed(self, target, value * 1.001, dtype)
 
-    monkeypatch.setattr(torch_write.Writer, "_set", damaged)
+    monkeypatch.setattr(torch_writer.TorchWriter, "_set", damaged)
     model = randomise(nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6))).eval()
     with pytest.raises(ProofError, match="differs from the original"):
         bnexport.fold(model, torch.randn(2, 3, 8, 8))

@@ -69,7 +69,7 @@ def _from_input(m: Graph, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("forward", "reason", "unlock"),
+    ("forward", "reason", "hint"),
     [
         (_with("running_var", -1.0), "its variance plus eps is not above 0 in 1 channel,", "a variance and eps"),
         (_with("weight", math.inf), "its statistics or parameters hold infinity, NaN", "finite ones"),
@@ -78,11 +78,11 @@ def _from_input(m: Graph, x: Tensor) -> Tensor:
         (_from_input, "its statistics or parameters are computed from the input", "that forward leaves alone"),
     ],
 )
-def test_why_a_batch_norm_can_not_be_read(forward: Forward, reason: str, unlock: str) -> None:
+def test_why_a_batch_norm_can_not_be_read(forward: Forward, reason: str, hint: str) -> None:
     model = one_norm(forward)
     model.bn.register_buffer("channel", torch.tensor([0, 1, 0, 0, 0, 0]))
     row = row_of(model, prove=False)
-    assert (row.outcome, reason in row.reason, unlock in row.unlock) == ("kept", True, True), row
+    assert (row.outcome, reason in row.reason, hint in row.hint) == ("kept", True, True), row
 
 
 #: Reason -> a forward whose BatchNorm has a scale and a shift.
@@ -105,7 +105,7 @@ def test_why_a_scale_and_a_shift_stay(reason: str) -> None:
     layers = {"bn3": bn(3), "up": transposed(6, 4, padding=1, stride=2), "fc": linear(8, 7), "one": conv(3, 1)}
     row = row_of(one_norm(WITH_SHIFT[reason], **layers))
     assert (row.outcome, reason in f"{row.reason};") == ("affine", True), row
-    assert "padding" not in row.unlock
+    assert "padding" not in row.hint
 
 
 def _scaled(model: nn.Module, gammas: tuple[float, ...], shift: float = 0.0) -> nn.Module:
@@ -126,7 +126,7 @@ def test_a_value_that_is_read_twice_by_one_operation_has_no_second_consumer() ->
 
 
 @pytest.mark.parametrize(
-    ("function", "gammas", "shift", "reason", "unlock"),
+    ("function", "gammas", "shift", "reason", "hint"),
     [
         (functional.leaky_relu, (1, -2, 3, 4, -5, 6), 0.0,
          "2 of its scales are negative, and leaky_relu has another slope for negative values", "gammas that are not"),
@@ -139,11 +139,11 @@ def test_a_value_that_is_read_twice_by_one_operation_has_no_second_consumer() ->
     ],
 )  # fmt: skip
 def test_why_a_scale_does_not_cross(
-    function: Callable[[Tensor], Tensor], gammas: tuple[float, ...], shift: float, reason: str, unlock: str
+    function: Callable[[Tensor], Tensor], gammas: tuple[float, ...], shift: float, reason: str, hint: str
 ) -> None:
     model = _scaled(one_norm(lambda m, x: m.bn(function(m.conv(x))).sin()), gammas, shift)
     row = row_of(model, clamps=True)
-    assert (reason in row.reason, unlock in row.unlock) == (True, True), row
+    assert (reason in row.reason, hint in row.hint) == (True, True), row
 
 
 def test_a_weight_that_holds_infinity_is_the_reason() -> None:
@@ -151,7 +151,7 @@ def test_a_weight_that_holds_infinity_is_the_reason() -> None:
     model.conv.weight.data[2, 1, 0, 0] = math.inf
     row = row_of(model, prove=False)
     assert "before: the folded weight is not finite" in row.reason
-    assert "a finite weight" in row.unlock
+    assert "a finite weight" in row.hint
 
 
 def test_numbers_too_large_for_float32_have_no_wider_type_as_remedy() -> None:
@@ -160,4 +160,4 @@ def test_numbers_too_large_for_float32_have_no_wider_type_as_remedy() -> None:
     model.bn.weight.data[2] = 1e3
     row = row_of(model, prove=False)
     assert "before: the folded weight does not fit into torch.float32" in row.reason
-    assert "float32 or" not in row.unlock
+    assert "float32 or" not in row.hint

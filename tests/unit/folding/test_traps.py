@@ -13,7 +13,7 @@ from torchvision.ops import FrozenBatchNorm2d
 import bnexport
 from bnexport.errors import ProofError
 from bnexport.folding import fold as fold_module
-from bnexport.folding.torch_backend.constants import Constants
+from bnexport.folding.torch_backend.torch_constants import TorchConstants
 
 
 class Parts(nn.Module):
@@ -182,14 +182,14 @@ def test_a_deep_residual_network_is_cleaned_in_one_pass() -> None:
 
 def test_constants_are_not_computed_again_after_each_fold(monkeypatch: pytest.MonkeyPatch) -> None:
     computed = 0
-    original = Constants._compute
+    original = TorchConstants._compute
 
-    def counting(self: Constants, node: torch.fx.Node) -> Tensor | None:
+    def counting(self: TorchConstants, node: torch.fx.Node) -> Tensor | None:
         nonlocal computed
         computed += 1
         return original(self, node)
 
-    monkeypatch.setattr(Constants, "_compute", counting)
+    monkeypatch.setattr(TorchConstants, "_compute", counting)
     result = bnexport.fold(deep(FrozenBatchNorm2d, 12), images(2, 4, 6, 6), prove=False)
     assert result.report.folded == 12
     traced = 12 * 30  # nodes of a block, rounded up

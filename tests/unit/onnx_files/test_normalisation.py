@@ -13,7 +13,7 @@ from support.onnx_builder import Builder
 
 import bnexport
 from bnexport.errors import ModelError
-from bnexport.folding.onnx_backend.proof import evaluator, run
+from bnexport.folding.onnx_backend.onnx_proof import evaluator, run
 from bnexport.onnx_files import normalisation
 from bnexport.onnx_files.models import refill
 from bnexport.onnx_files.normalisation import NORMALISATIONS, normalise, upgraded

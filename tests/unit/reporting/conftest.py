@@ -23,11 +23,11 @@ def fold() -> FoldReport:
             FoldRow("cat", "BatchNorm2d", "through", "backward", "left, right", **gone),
             FoldRow("beside", "BatchNorm2d", "merged", "parallel branches", "3x3", "W' = W + s", **gone),
             FoldRow(
-                "", "BatchNorm1d", "affine", reason="before: it follows relu", unlock="gammas of one sign", channels=3,
+                "", "BatchNorm1d", "affine", reason="before: it follows relu", hint="gammas of one sign", channels=3,
                 gain=(0.0, 0.0),
             ),
             FoldRow(LONG, "SyncBatchNorm", "kept", reason=f"{LONG} has a second consumer", channels=960),
-            FoldRow(HOSTILE, "BatchNorm2d", "kept", reason="its input is ⟨odd⟩", unlock=HOSTILE),
+            FoldRow(HOSTILE, "BatchNorm2d", "kept", reason="its input is ⟨odd⟩", hint=HOSTILE),
         ),
         remaining=3,
         error=3.1e-15,
@@ -51,7 +51,7 @@ def large() -> FoldReport:
         for index in range(47)
     ]  # fmt: skip
     left = [
-        FoldRow(f"{LONG}{index}", "BatchNorm2d", "affine", reason="before: it follows relu", unlock="a linear layer after it",
+        FoldRow(f"{LONG}{index}", "BatchNorm2d", "affine", reason="before: it follows relu", hint="a linear layer after it",
                 channels=8, gain=(0.1, 1.0))
         for index in range(3)
     ]  # fmt: skip

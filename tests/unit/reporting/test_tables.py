@@ -76,9 +76,9 @@ def test_thirty_calls_are_listed_one_by_one(large: FoldReport) -> None:
 def test_a_long_reason_is_short_in_the_table_and_whole_in_the_json() -> None:
     before = "before: the output of max_pool2d (features.pool0) has a second consumer, which needs it as it is"
     after = "after: across relu it would become a bound per channel, which ONNX Runtime computes no faster"
-    row = FoldRow("norm1", "BatchNorm2d", "affine", reason=f"{before}; {after}", unlock="--clamps", channels=64)
+    row = FoldRow("norm1", "BatchNorm2d", "affine", reason=f"{before}; {after}", hint="--clamps", channels=64)
     shift = replace(row, module="norm2", rule="scale after, one addition stays")
-    report = FoldReport((row, shift, replace(row, outcome="backward", reason="", unlock="", into="conv", rule="r")), 1)
+    report = FoldReport((row, shift, replace(row, outcome="backward", reason="", hint="", into="conv", rule="r")), 1)
     console, raw = console_with("ascii")
     print_fold_report(report, console)
     text = raw.getvalue().decode()

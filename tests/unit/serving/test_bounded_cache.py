@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from bnexport.serving.limits import BoundedCache
+from bnexport.serving.serving_limits import BoundedCache
 
 
 def test_a_full_cache_is_emptied_before_it_grows() -> None:

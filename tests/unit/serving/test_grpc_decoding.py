@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from bnexport.errors import RequestError
 from bnexport.serving.grpc.call import classes
 from bnexport.serving.grpc.inference import CONTENTS, decode, encoded, split
-from bnexport.serving.limits import ServingLimits
 from bnexport.serving.protocol.decoding import Decoder
 from bnexport.serving.protocol.encoding import answer
 from bnexport.serving.protocol.messages import DATATYPES, InferRequest, InferResponse
+from bnexport.serving.serving_limits import ServingLimits
 from bnexport.tensors import DTYPES, Signature, TensorSpec
 
 LIMITS = ServingLimits()

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bnexport.errors import RequestError
-from bnexport.serving.limits import ServingLimits
 from bnexport.serving.protocol.decoding import Decoder, array_from_json
+from bnexport.serving.serving_limits import ServingLimits
 from bnexport.tensors import Signature, TensorSpec
 
 FLOATS = ("float16", "float32", "float64")

@@ -24,8 +24,8 @@ from bnexport.bundle import MODEL_ONNX, Manifest, seal, write_golden
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import BundleError
 from bnexport.serving.access_log import JsonLog
-from bnexport.serving.bulk.predict import predict_in_bulk
-from bnexport.serving.bulk.request import BulkRequest
+from bnexport.serving.bulk.bulk_prediction import predict_in_bulk
+from bnexport.serving.bulk.bulk_request import BulkRequest
 from bnexport.serving.predictor import Predictor
 from bnexport.serving.repository import Repository
 from bnexport.serving.served_model import ServingSettings

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bnexport.errors import RequestError
-from bnexport.serving.limits import ServingLimits, limits_from, rows
 from bnexport.serving.protocol.decoding import Decoder, load_json
 from bnexport.serving.protocol.encoding import answer, classify, encode_response
 from bnexport.serving.protocol.messages import DATATYPES, InferRequest, InferResponse, RequestedOutput
+from bnexport.serving.serving_limits import ServingLimits, limits_from, rows
 from bnexport.tensors import DTYPES, Signature, TensorSpec
 
 LIMITS = ServingLimits()

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import orjson
 import pytest
 
-from bnexport.serving.statistics import (
+from bnexport.serving.counters import (
     ModelStatistics,
     ModelTotals,
     Records,

@@ -18,10 +18,10 @@ from torch.utils._pytree import tree_leaves
 from bnexport.nn.lenet import NORMS, bn_lenet
 from bnexport.nn.moving_statistics import recalibrate, recalibrate_by_layer
 from bnexport.training.config import AMP, TrainingConfig
+from bnexport.training.data_parts import Resident
 from bnexport.training.loop import Epochs, evaluated
 from bnexport.training.optimisers import make_optimizer, set_learning_rate
 from bnexport.training.processes import World
-from bnexport.training.samples import Resident
 from bnexport.training.step import Step
 
 CUDA, COUNT, BATCH = torch.device("cuda"), 12, 8
@@ -141,7 +141,7 @@ def momentum_on_the_cpu(config: TrainingConfig, watch: Watch) -> None:
 
 def labels_on_the_cpu(config: TrainingConfig, watch: Watch) -> None:
     training = Training(config, watch)
-    training.samples.labels = torch.zeros(COUNT, dtype=torch.int64)
+    training.data_parts.labels = torch.zeros(COUNT, dtype=torch.int64)
     training.take()
 
 

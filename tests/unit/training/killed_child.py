@@ -22,8 +22,8 @@ from bnexport.loading.checkpoint import load_checkpoint
 from bnexport.optional import require
 from bnexport.training import preparation
 from bnexport.training.config import TrainingConfig
-from bnexport.training.progress import Progress
-from bnexport.training.run import train
+from bnexport.training.listeners import TrainingListener
+from bnexport.training.training_run import train
 
 EPOCHS, BATCHES, KILLS = 3, 4, 20
 #: Random layers of its own kind: dropout by torch, noise by numpy and by Python.
@@ -65,7 +65,7 @@ def small_dataset(*_: object, **__: object) -> Dataset:
     return Dataset("digits", *digits.draw(54, seed=1), *digits.draw(20, seed=2), tuple("0123456789"), "a test")
 
 
-class Teller(Progress):
+class Teller(TrainingListener):
     """Writes a letter for each step into a pipe."""
 
     def __init__(self, pipe: int) -> None:

@@ -20,9 +20,9 @@ from bnexport.data.datasets import Dataset
 from bnexport.errors import DataError
 from bnexport.training import preparation
 from bnexport.training.config import TrainingConfig
+from bnexport.training.data_parts import Resident
 from bnexport.training.processes import end_process
-from bnexport.training.run import train
-from bnexport.training.samples import Resident
+from bnexport.training.training_run import train
 
 #: 53 images in batches of 15 and one of 8: neither 2 nor 3 processes divide them.
 COUNT = 53

@@ -8,7 +8,7 @@ from bnexport.cli.training_display import TrainingDisplay
 from bnexport.loading.checkpoint import load_checkpoint, save_checkpoint
 from bnexport.training.config import TrainingConfig
 from bnexport.training.processes import asked_rank, end_process
-from bnexport.training.run import train
+from bnexport.training.training_run import train
 
 if __name__ == "__main__":
     out = Path(sys.argv[1])

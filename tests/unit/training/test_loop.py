@@ -3,8 +3,8 @@ import torch
 from torch import nn
 
 from bnexport.errors import Diverged
+from bnexport.training.data_parts import Resident
 from bnexport.training.loop import Epochs, batches_of, epoch_order, evaluate
-from bnexport.training.samples import Resident
 from bnexport.training.step import Step
 
 

@@ -22,7 +22,7 @@ from bnexport.errors import DataError, UsageError
 from bnexport.loading.checkpoint import load_checkpoint
 from bnexport.training.loop import epoch_order
 from bnexport.training.processes import World, open_world
-from bnexport.training.run import train
+from bnexport.training.training_run import train
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[3]
 

@@ -19,14 +19,14 @@ from bnexport.data.datasets import Dataset
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.nn.lenet import bn_lenet
 from bnexport.training.config import TrainingConfig
+from bnexport.training.data_parts import Resident, Streamed
+from bnexport.training.listeners import TrainingListener
 from bnexport.training.loop import Epochs, epoch_order
 from bnexport.training.optimisers import make_optimizer, optimizer_tensors
 from bnexport.training.processes import World
-from bnexport.training.progress import Progress
 from bnexport.training.recording import Recording, obstacle, recorded_by_default
-from bnexport.training.run import train
-from bnexport.training.samples import Resident, Streamed
 from bnexport.training.step import Step, Sums
+from bnexport.training.training_run import train
 
 CPU = torch.device("cpu")
 BATCH, COUNT = 8, 50
@@ -256,7 +256,7 @@ def test_obstacles() -> None:
         assert words in found
 
 
-class Notes(Progress):
+class Notes(TrainingListener):
     def __init__(self) -> None:
         self.notes: list[str] = []
 

@@ -19,7 +19,7 @@ from bnexport.cli.main import main
 from bnexport.loading.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from bnexport.training.config import TrainingConfig
 from bnexport.training.preparation import MadeBy
-from bnexport.training.run import train
+from bnexport.training.training_run import train
 
 HERE = Path(__file__).parent
 ROOT = Path(__file__).parents[3]

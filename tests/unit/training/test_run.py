@@ -16,8 +16,8 @@ from bnexport.errors import OutputError
 from bnexport.loading.checkpoint import load_checkpoint
 from bnexport.nn.lenet import NORMS, bn_lenet
 from bnexport.training.config import TrainingConfig
-from bnexport.training.progress import Progress
-from bnexport.training.run import train
+from bnexport.training.listeners import TrainingListener
+from bnexport.training.training_run import train
 
 CONFIG = TrainingConfig(dataset="digits", epochs=3, batch_size=64, lr=0.5, device="cpu", seed=3)
 
@@ -51,7 +51,7 @@ class Stopped(Exception):
     pass
 
 
-class StopAt(Progress):
+class StopAt(TrainingListener):
     """Leaves the run in the middle of an epoch."""
 
     def __init__(self, epoch, batch=3):
@@ -198,7 +198,7 @@ CHILD = """
 import os, signal, sys
 from pathlib import Path
 import test_run
-from bnexport.training import preparation, run
+from bnexport.training import preparation, training_run
 preparation.load_dataset = test_run.small_dataset
 
 class Kill(test_run.StopAt):

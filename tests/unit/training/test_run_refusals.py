@@ -11,7 +11,7 @@ from bnexport.loading.checkpoint import Checkpoint, load_checkpoint, save_checkp
 from bnexport.training.config import TrainingConfig
 from bnexport.training.directory import RunDirectory
 from bnexport.training.processes import choose_device
-from bnexport.training.run import train
+from bnexport.training.training_run import train
 
 
 def test_an_existing_run_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):

@@ -11,11 +11,11 @@ from torch import nn
 
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import ModelError, UsageError
-from bnexport.training import samples
+from bnexport.training import data_parts
 from bnexport.training.config import OPTIMIZERS, TrainingConfig
+from bnexport.training.data_parts import Resident, Streamed, make_part
 from bnexport.training.optimisers import _MAKERS, learning_rate, make_optimizer, optimizer_tensors, restore_optimizer
 from bnexport.training.preparation import build_network, leaves_parameters_unused
-from bnexport.training.samples import Resident, Streamed, make_samples
 from bnexport.training.step import Step, Sums, keep_freed_memory, pooling_by_products
 
 CPU = torch.device("cpu")
@@ -182,9 +182,9 @@ def test_streamed_samples_are_the_resident_ones(monkeypatch, shape):
     labels = generator.integers(0, 10, len(images))
     channels = 1 if len(shape) == 3 else 3
     preprocessing = Preprocessing(channels, 6, 5, mean=(0.4,) * channels, std=(0.3,) * channels)
-    resident = make_samples(images, labels, preprocessing, CPU)
-    monkeypatch.setattr(samples, "RESIDENT_BYTES", 10)
-    streamed = make_samples(images, labels, preprocessing, CPU)
+    resident = make_part(images, labels, preprocessing, CPU)
+    monkeypatch.setattr(data_parts, "RESIDENT_BYTES", 10)
+    streamed = make_part(images, labels, preprocessing, CPU)
     assert isinstance(resident, Resident)
     assert isinstance(streamed, Streamed)
     groups = [torch.tensor([5, 0, 22, 7]), torch.tensor([3, 3]), torch.tensor([], dtype=torch.int64), torch.tensor([1])]

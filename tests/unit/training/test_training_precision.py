@@ -12,14 +12,14 @@ from torch import nn
 from bnexport.data import digits
 from bnexport.data.datasets import Dataset
 from bnexport.evaluating.evaluate import EvaluationRequest, evaluate_path
+from bnexport.evaluating.network_options import DEFINITIONS, RecalibrationRequest
 from bnexport.evaluating.recalibration import recalibrate_checkpoint
-from bnexport.evaluating.request import DEFINITIONS, RecalibrationRequest
 from bnexport.nn.lenet import bn_lenet
 from bnexport.nn.moving_statistics import exact_moments, recalibrate, recalibrate_by_layer
 from bnexport.nn.stale_statistics import staleness
 from bnexport.reproducibility import effective_precision, float32_precision
 from bnexport.training.config import TrainingConfig
-from bnexport.training.run import train
+from bnexport.training.training_run import train
 
 TRAIN, TEST = digits.draw(120, seed=1), digits.draw(40, seed=2)
 CONFIG = TrainingConfig(dataset="digits", epochs=2, device="cpu", batch_size=64, lr=0.1)
@@ -70,8 +70,8 @@ def test_a_run_steps_in_the_users_precision_and_judges_in_strict_float32(tmp_pat
 
 
 def test_evaluation_in_training_is_strict(seen: Seen) -> None:
+    from bnexport.training.data_parts import Resident
     from bnexport.training.loop import evaluate
-    from bnexport.training.samples import Resident
 
     evaluate(bn_lenet(), Resident(torch.rand(6, 1, 28, 28), torch.zeros(6, dtype=torch.int64)))
     assert seen == {(False, False, STRICT)}

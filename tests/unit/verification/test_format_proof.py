@@ -16,11 +16,11 @@ from torch import Tensor, nn
 import bnexport
 from bnexport.bundle import MODEL_EXPORTED, MODEL_ONNX, MODEL_TORCHSCRIPT, Bundle, Manifest, seal
 from bnexport.errors import BundleError, MissingDependency, ProofError
-from bnexport.exporting.exported_program import export_program
+from bnexport.exporting.export_onnx import export_onnx
+from bnexport.exporting.export_program import export_program
+from bnexport.exporting.export_torchscript import export_torchscript
 from bnexport.exporting.half import in_precision
-from bnexport.exporting.onnx_graph import export_onnx
 from bnexport.exporting.signature import signature_of
-from bnexport.exporting.torchscript import export_torchscript
 from bnexport.onnx_files.float64 import Float64Evaluator
 from bnexport.onnx_files.models import read_model
 from bnexport.runtimes import torch_float64

@@ -15,7 +15,7 @@ from support.models import randomise
 from torch import nn
 
 from bnexport.bundle import MANIFEST, MODEL_EXPORTED, MODEL_ONNX, MODEL_TORCHSCRIPT, WEIGHTS, Bundle
-from bnexport.exporting.onnx_graph import stamp_metadata
+from bnexport.exporting.export_onnx import stamp_metadata
 from bnexport.exporting.request import ExportRequest
 from bnexport.files import sha256
 from bnexport.pipeline import fold_and_export

@@ -14,9 +14,9 @@ from support.onnx_builder import Builder
 import bnexport
 from bnexport.cli.main import run
 from bnexport.errors import UsageError
-from bnexport.folding.onnx_backend.constants import Shapes
-from bnexport.folding.onnx_backend.proof import evaluator
-from bnexport.folding.onnx_backend.proof import run as evaluate
+from bnexport.folding.onnx_backend.onnx_constants import Shapes
+from bnexport.folding.onnx_backend.onnx_proof import evaluator
+from bnexport.folding.onnx_backend.onnx_proof import run as evaluate
 
 
 def flattened_by_shape() -> ModelProto:

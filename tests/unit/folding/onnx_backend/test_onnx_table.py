@@ -11,7 +11,7 @@ from onnx_cases import Case
 from onnx_table import CASES
 
 import bnexport
-from bnexport.folding.onnx_backend.proof import evaluator, example_feeds, run
+from bnexport.folding.onnx_backend.onnx_proof import evaluator, example_feeds, run
 
 #: Sums of convolutions of one value, which become one convolution.
 _MERGED = ("rep-vgg", "add", "sub", "add-norm-below", "sum-of-three")

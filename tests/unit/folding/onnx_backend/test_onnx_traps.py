@@ -19,7 +19,7 @@ from torch import nn
 
 import bnexport
 from bnexport.errors import ModelError, UsageError
-from bnexport.folding.onnx_backend.constants import Shapes, node_evaluator
+from bnexport.folding.onnx_backend.onnx_constants import Shapes, node_evaluator
 
 _MODELS = {case.name: case for case in CASES}
 

@@ -14,8 +14,8 @@ from support.bundles import network
 from bnexport.bundle import Bundle
 from bnexport.data.datasets import load_dataset
 from bnexport.data.preprocessing import Preprocessing
-from bnexport.serving.bulk.predict import BulkResult, predict_in_bulk
-from bnexport.serving.bulk.request import BulkRequest
+from bnexport.serving.bulk.bulk_prediction import BulkResult, predict_in_bulk
+from bnexport.serving.bulk.bulk_request import BulkRequest
 
 IMAGES = load_dataset("digits").test_images[:90]
 

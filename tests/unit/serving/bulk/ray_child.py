@@ -10,8 +10,8 @@ import signal
 import sys
 from pathlib import Path
 
-from bnexport.serving.bulk.predict import predict_in_bulk
-from bnexport.serving.bulk.request import BulkProgress, BulkRequest
+from bnexport.serving.bulk.bulk_prediction import predict_in_bulk
+from bnexport.serving.bulk.bulk_request import BulkProgress, BulkRequest
 
 
 def actors() -> list[int]:

@@ -17,9 +17,9 @@ from unit.serving.bulk.conftest import IMAGES, png, predict, rows
 
 from bnexport.bundle import MODEL_ONNX, MODEL_TORCHSCRIPT, Bundle
 from bnexport.errors import BnexportError, BundleError, OutputError, UsageError
+from bnexport.serving.bulk.bulk_prediction import ShardActor, predict_in_bulk, threads_ended
+from bnexport.serving.bulk.bulk_request import BulkProgress, BulkRequest
 from bnexport.serving.bulk.job import JOB, make_job
-from bnexport.serving.bulk.predict import ShardActor, predict_in_bulk, threads_ended
-from bnexport.serving.bulk.request import BulkProgress, BulkRequest
 from bnexport.serving.predictor import predict_images
 
 

@@ -17,8 +17,8 @@ import pytest
 from unit.serving.bulk.conftest import IMAGES
 
 from bnexport.bundle import Bundle
-from bnexport.serving.bulk.predict import predict_in_bulk
-from bnexport.serving.bulk.request import BulkRequest
+from bnexport.serving.bulk.bulk_prediction import predict_in_bulk
+from bnexport.serving.bulk.bulk_request import BulkRequest
 
 ROOT = Path(__file__).parents[4]
 #: A cluster that runs on this machine is not joined: its actors are no children of the test.
@@ -143,8 +143,8 @@ def test_a_dead_worker_is_a_sentence(bundle: Bundle, stack: Path, tmp_path: Path
 PEAK = """
 import sys
 from pathlib import Path
-from bnexport.serving.bulk.predict import predict_in_bulk
-from bnexport.serving.bulk.request import BulkRequest
+from bnexport.serving.bulk.bulk_prediction import predict_in_bulk
+from bnexport.serving.bulk.bulk_request import BulkRequest
 
 predict_in_bulk(sys.argv[1], [sys.argv[2]], sys.argv[3], request=BulkRequest(workers=1, shard_rows=2000))
 print(next(line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line))

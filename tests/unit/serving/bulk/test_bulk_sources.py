@@ -15,10 +15,10 @@ from unit.serving.bulk.conftest import IMAGES, png, predict, rows, write_parquet
 from bnexport.bundle import Bundle
 from bnexport.data.images import ENDINGS
 from bnexport.errors import DataError, UsageError
+from bnexport.serving.bulk.bulk_prediction import ShardWorker
+from bnexport.serving.bulk.bulk_request import BulkRequest
+from bnexport.serving.bulk.image_sources import READERS, SOURCES
 from bnexport.serving.bulk.job import make_job
-from bnexport.serving.bulk.predict import ShardWorker
-from bnexport.serving.bulk.request import BulkRequest
-from bnexport.serving.bulk.sources import READERS, SOURCES
 
 
 def test_every_kind_of_source_has_its_reader() -> None:

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from bnexport.errors import RequestError
 from bnexport.serving.access_log import JsonLog
-from bnexport.serving.limits import ServingLimits
+from bnexport.serving.counters import Share
 from bnexport.serving.repository import Repository
+from bnexport.serving.serving_limits import ServingLimits
 from bnexport.serving.state import AppSettings, Memory, ServerState
-from bnexport.serving.statistics import Share
 from bnexport.validation.limits import shown
 
 if TYPE_CHECKING:

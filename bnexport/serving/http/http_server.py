@@ -21,18 +21,18 @@ from bnexport.errors import UsageError
 from bnexport.optional import one_line
 from bnexport.serving.access_log import JsonLog
 from bnexport.serving.batcher import THREADS
+from bnexport.serving.counters import Share
 from bnexport.serving.http.app import App
+from bnexport.serving.http.exchange import State
 from bnexport.serving.http.fast_lane import FastLane
-from bnexport.serving.http.request import State
 from bnexport.serving.http.uvicorn_adapter import DrainingServer, configured, limited, missing_part
 from bnexport.serving.listener import bound, free_port
 from bnexport.serving.repository import Repository
 from bnexport.serving.served_model import ServingSettings
 from bnexport.serving.state import AppSettings
-from bnexport.serving.statistics import Share
 
 if TYPE_CHECKING:
-    from bnexport.serving.grpc.server import GrpcServer
+    from bnexport.serving.grpc.grpc_server import GrpcServer
 
 #: Files that a process opens in addition to its connections: libraries, models, gRPC.
 _OTHER_FILES = 256
@@ -141,7 +141,7 @@ def _told(
 
 
 def _grpc_server(state: State, settings: ServerSettings, port: int) -> GrpcServer:
-    from bnexport.serving.grpc.server import GrpcServer, GrpcSettings
+    from bnexport.serving.grpc.grpc_server import GrpcServer, GrpcSettings
 
     return GrpcServer(state, GrpcSettings(settings.host, port, settings.reuse_port, settings.tls))
 

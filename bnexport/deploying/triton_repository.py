@@ -8,10 +8,10 @@ from collections.abc import Collection
 from pathlib import Path
 
 from bnexport.bundle import MODEL_ONNX, Bundle
+from bnexport.deploying.deploy_request import Deployment, DeployRequest, deployed_name
 from bnexport.deploying.releases import check_loads
-from bnexport.deploying.request import Deployment, DeployRequest, deployed_name
 from bnexport.errors import OutputError
-from bnexport.exporting.triton import CONFIG, check_config, device_blocks, triton_config
+from bnexport.exporting.triton_config import CONFIG, check_config, device_blocks, triton_config
 from bnexport.files import output_errors, refuse_existing, refuse_overlap, staged_directory, write_atomically
 
 LABELS = "labels.txt"

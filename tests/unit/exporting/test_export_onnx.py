@@ -17,10 +17,10 @@ from torch import nn
 
 import bnexport
 from bnexport.errors import ExportError
-from bnexport.exporting.onnx_graph import check_model, export_onnx, stamp_metadata
+from bnexport.exporting.export_onnx import check_model, export_onnx, stamp_metadata
+from bnexport.exporting.export_torchscript import export_torchscript
 from bnexport.exporting.request import OnnxTarget
 from bnexport.exporting.signature import signature_of
-from bnexport.exporting.torchscript import export_torchscript
 from bnexport.folding.torch_backend.trace import trace
 from bnexport.tensors import Signature
 
@@ -118,8 +118,8 @@ def test_same_bytes_from_another_process_and_folder(exported: Path, tmp_path: Pa
     code = (
         "import sys; sys.path[:0] = sys.argv[2:]\n"
         "from pathlib import Path\n"
-        "from unit.exporting.test_onnx_graph import lenet\n"
-        "from bnexport.exporting.onnx_graph import export_onnx\n"
+        "from unit.exporting.test_export_onnx import lenet\n"
+        "from bnexport.exporting.export_onnx import export_onnx\n"
         "result, signature, inputs = lenet()\n"
         "export_onnx(result.model, inputs, Path(sys.argv[1]) / 'model.onnx', signature=signature)\n"
     )

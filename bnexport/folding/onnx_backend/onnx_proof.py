@@ -25,7 +25,7 @@ class NotEvaluated(Exception):
     """The original can't be evaluated; the reason is a sentence without its full stop."""
 
 
-def fold_error(
+def onnx_fold_error(
     original: ModelProto,
     folded: ModelProto,
     exact: Mapping[str, Tensor],

@@ -21,8 +21,8 @@ from bnexport.data.images import fit_stack, load_images, map_npy, pictures_below
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import DataError, UsageError
 from bnexport.optional import one_line
+from bnexport.serving.bulk.bulk_request import BulkRequest
 from bnexport.serving.bulk.parquet import encoded_images
-from bnexport.serving.bulk.request import BulkRequest
 from bnexport.tensors import Array
 from bnexport.validation import validate_archive
 

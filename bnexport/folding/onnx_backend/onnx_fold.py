@@ -10,14 +10,14 @@ from onnx import ModelProto, NodeProto
 from torch import Tensor
 
 from bnexport.errors import ExportError, ModelError, ProofError, UsageError
-from bnexport.folding.engine import Account, Engine
+from bnexport.folding.engine import Engine, EngineResult
 from bnexport.folding.fold import DEFAULT_MAX_GROWTH
-from bnexport.folding.onnx_backend.graph import OnnxGraph
 from bnexport.folding.onnx_backend.inventory import BATCH_NORM, count_batch_norms, inner_batch_norms, label
-from bnexport.folding.onnx_backend.proof import NotEvaluated, fold_error
+from bnexport.folding.onnx_backend.onnx_graph import OnnxGraph
+from bnexport.folding.onnx_backend.onnx_proof import NotEvaluated, onnx_fold_error
+from bnexport.folding.onnx_backend.onnx_writer import OnnxWriter
 from bnexport.folding.onnx_backend.reading import MAX_BYTES, SourceFile, check_valid, is_fully_valid, read_source
-from bnexport.folding.onnx_backend.write import Writer
-from bnexport.folding.plan import ATTEMPTS, Budget
+from bnexport.folding.plan import ATTEMPTS, GrowthBudget
 from bnexport.folding.report import FoldReport, FoldRow
 from bnexport.onnx_files.models import opset_of
 from bnexport.onnx_files.normalisation import OLDEST_OPSET, join_sums, split_sums, upgraded
@@ -91,9 +91,9 @@ def fold_onnx(
         model = ModelProto()
         model.CopyFrom(readable)
         graph = OnnxGraph(model, sizes)
-        budget = Budget(before, max_growth, apart, biases)
+        budget = GrowthBudget(before, max_growth, apart, biases)
         account = _account(Engine(graph, budget, clamps=clamps, prove=prove), original)
-        writer = Writer(graph)
+        writer = OnnxWriter(graph)
         folded = writer.write(account.dropped)
         growth = OnnxGraph(model, sizes).elements / before
         if growth <= max_growth:
@@ -142,7 +142,7 @@ def _sizes(model: ModelProto, inputs: Mapping[str, Sequence[int]]) -> dict[str, 
     return {name: tuple(shape) for name, shape in inputs.items()}
 
 
-def _account(engine: Engine, original: ModelProto) -> Account:
+def _account(engine: Engine, original: ModelProto) -> EngineResult:
     """Run the engine; its exceptions over a file that is not quite valid become a ModelError."""
     try:
         return engine.run()
@@ -165,7 +165,7 @@ def _proof(
     if exact is None:
         return 0.0, ()
     try:
-        error = fold_error(original, model, exact, sizes)
+        error = onnx_fold_error(original, model, exact, sizes)
     except NotEvaluated as reason:
         return None, (f"the folded model as a whole could not be evaluated in float64: {reason}",)
     if not error <= _MAX_ERROR:
@@ -181,7 +181,7 @@ def _check_conversion(
 ) -> None:
     """Compare a file with its conversion to a newer operator set, in float64."""
     try:
-        error = fold_error(original, converted, {}, sizes)
+        error = onnx_fold_error(original, converted, {}, sizes)
     except NotEvaluated:
         return  # the report then has the reason why the whole could not be compared
     if not error <= _MAX_ERROR:
@@ -203,5 +203,5 @@ def _check_written(original: ModelProto, model: ModelProto) -> None:
 
 def _inner_row(node: NodeProto, where: str) -> FoldRow:
     """Return the row of a BatchNormalization that no rule sees."""
-    unlock = "functions inlined (onnx.inliner)" if "function" in where else "the same nodes outside of it"
-    return FoldRow(label(node), BATCH_NORM, "kept", reason=f"it is inside {where}", unlock=unlock)
+    hint = "functions inlined (onnx.inliner)" if "function" in where else "the same nodes outside of it"
+    return FoldRow(label(node), BATCH_NORM, "kept", reason=f"it is inside {where}", hint=hint)

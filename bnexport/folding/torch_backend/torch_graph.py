@@ -12,11 +12,18 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from bnexport.folding.affine import Dim
-from bnexport.folding.graph import Clamp, Identity, Kind, Layer, Norm, NormCall, Op, Opaque, Weight, connect
-from bnexport.folding.torch_backend.constants import Constants, attribute
-from bnexport.folding.torch_backend.nodes import Reader, Reading, channels_of, describe, module_class, module_path
-from bnexport.folding.torch_backend.norms import NormReading, read_norms
-from bnexport.folding.torch_backend.readers import POOLS_WITH_POSITIONS, READERS, SPLITS, is_whole_slice
+from bnexport.folding.graph import Clamp, ConstantAffine, Identity, Kind, Layer, NormCall, Op, Opaque, Weight, connect
+from bnexport.folding.torch_backend.nodes import (
+    NodeReader,
+    TorchReading,
+    channels_of,
+    describe,
+    module_class,
+    module_path,
+)
+from bnexport.folding.torch_backend.torch_constants import TorchConstants, attribute
+from bnexport.folding.torch_backend.torch_norms import NormReading, read_norms
+from bnexport.folding.torch_backend.torch_readers import POOLS_WITH_POSITIONS, SPLITS, TORCH_READERS, is_whole_slice
 
 aten = torch.ops.aten
 
@@ -29,7 +36,7 @@ SHAPE_ONLY = (aten.sym_size.int, aten.sym_numel.default, aten.sym_stride.int, at
 
 
 @dataclass(frozen=True)
-class Source:
+class TorchSource:
     """The origin of a value.
 
     Attributes:
@@ -60,7 +67,7 @@ class TorchGraph:
 
     def __init__(self, module: GraphModule) -> None:
         self.module = module
-        self.constants = Constants(module)
+        self.constants = TorchConstants(module)
         self.ops: list[Op] = []
         self.by_node: dict[Node, Op] = {}
         self.aliases: list[Node] = []
@@ -107,7 +114,7 @@ class TorchGraph:
                 module_path(node), module_class(node), channels_of(norm.value, norm.axis, norm.affine), None, _CONSTANT
             )
             self.ops.append(
-                Op(Opaque(), [], (), None, describe(node), module_path(node), Source(norm.nodes, ()), norm=call)
+                Op(Opaque(), [], (), None, describe(node), module_path(node), TorchSource(norm.nodes, ()), norm=call)
             )
 
     def _is_inner(self, node: Node) -> bool:
@@ -118,18 +125,18 @@ class TorchGraph:
     def _is_constant(self, node: Node) -> bool:
         return node.op in ("get_attr", "call_function") and self.constants.known(node)
 
-    def _reading(self, node: Node) -> Reading:
+    def _reading(self, node: Node) -> TorchReading:
         everything = tuple(item for item in node.all_input_nodes if self._is_value(item))
         if node.op == "output":
-            return Reading(Opaque(is_output=True), everything)
-        reader: Reader | None = READERS.get(node.target) if node.op == "call_function" else None
+            return TorchReading(Opaque(is_output=True), everything)
+        reader: NodeReader | None = TORCH_READERS.get(node.target) if node.op == "call_function" else None
         found = reader(node, self) if reader is not None else None
         if isinstance(found, str):
-            return Reading(Opaque(found), everything)
+            return TorchReading(Opaque(found), everything)
         if self.constants.changes(node, *everything):
-            return Reading(Opaque(_CHANGED), everything)
+            return TorchReading(Opaque(_CHANGED), everything)
         if found is None or any(not isinstance(item, Node) or not self._is_value(item) for item in found.inputs):
-            return Reading(Opaque(), everything)
+            return TorchReading(Opaque(), everything)
         return found
 
     def _is_value(self, node: Node) -> bool:
@@ -141,20 +148,20 @@ class TorchGraph:
             return Opaque(norm.why_not or _CHANGED)
         if not norm.counts and not norm.affine.has_scale and not norm.affine.has_shift:
             return Identity()  # x + 0, x * 1
-        return Norm(norm.affine)
+        return ConstantAffine(norm.affine)
 
     def _call(self, norm: NormReading) -> NormCall | None:
         if not norm.counts:
             return None
         node = norm.nodes[-1]
-        affine = norm.affine if isinstance(self._norm(norm), Norm) else None
+        affine = norm.affine if isinstance(self._norm(norm), ConstantAffine) else None
         return NormCall(
             module_path(node),
             module_class(node),
             channels_of(norm.value, norm.axis, norm.affine),
             affine,
             norm.why_not or ("" if affine is not None else _CHANGED),
-            norm.unlock,
+            norm.hint,
             norm.offset,
         )
 
@@ -188,7 +195,7 @@ class TorchGraph:
             dtype,
             describe(node),
             module_path(node),
-            Source(nodes, tuple(reads), weight, bias),
+            TorchSource(nodes, tuple(reads), weight, bias),
             norm=call,
         )
         self.ops.append(op)
@@ -232,7 +239,7 @@ class TorchGraph:
         if kind is op.original or isinstance(kind, Opaque):
             return self._run(op, inputs, {})
         if isinstance(kind, Layer):
-            source: Source = op.source
+            source: TorchSource = op.source
             replaced: dict[int, Tensor | None] = {}
             assert source.weight is not None
             replaced[source.weight] = kind.weight.load()
@@ -244,7 +251,7 @@ class TorchGraph:
 
     def _run(self, op: Op, inputs: Sequence[Tensor], replaced: dict[int, Tensor | None]) -> Tensor:
         """Run an operation's own nodes on float64 values, with replaced layer weights where given."""
-        source: Source = op.source
+        source: TorchSource = op.source
         values: dict[Node, Any] = dict(zip(_readable(source, self.by_node), inputs, strict=True))
         with torch.no_grad():
             for read in source.reads:
@@ -295,14 +302,14 @@ class TorchGraph:
 
 def evaluate_kind(kind: Kind, inputs: Sequence[Tensor]) -> Tensor:
     """Return the float64 result of a kind that folding made."""
-    if isinstance(kind, Norm):
+    if isinstance(kind, ConstantAffine):
         return kind.affine(inputs[0])
     if isinstance(kind, Clamp):
         return torch.minimum(torch.maximum(inputs[0], kind.low.to(inputs[0])), kind.high.to(inputs[0]))
     raise TypeError(f"{type(kind).__name__} is not made by folding")
 
 
-def _readable(source: Source, by_node: dict[Node, Op]) -> list[Node]:
+def _readable(source: TorchSource, by_node: dict[Node, Op]) -> list[Node]:
     """Return the nodes whose values are an operation's inputs; for a piece of a split, the split's inputs."""
     found: list[Node] = []
     for read in source.reads:

@@ -17,7 +17,7 @@ from bnexport.tensors import Array
 RESIDENT_BYTES = 2 << 30
 
 
-class Samples(Protocol):
+class DataPart(Protocol):
     """One part of a data set."""
 
     count: int  # Images
@@ -35,7 +35,7 @@ class Resident:
         self.count, self.device = len(labels), images.device
 
     def batches(self, indices: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """See ``Samples``. The indices travel once, together."""
+        """See ``DataPart``. The indices travel once, together."""
         together = to_device(torch.cat([torch.empty(0, dtype=torch.int64), *indices]), self.device)
         for batch in torch.split(together, [len(part) for part in indices]):
             yield self.images.index_select(0, batch), self.labels.index_select(0, batch)
@@ -49,7 +49,7 @@ class Streamed:
         self.count, self.device = len(labels), device
 
     def batches(self, indices: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """See ``Samples``."""
+        """See ``DataPart``."""
         with ThreadPoolExecutor(1) as reader:
             ahead: Future[tuple[Tensor, Tensor]] | None = None
             for batch in indices:
@@ -76,7 +76,7 @@ def to_device(value: Tensor, device: torch.device) -> Tensor:
     return value if device.type == "cpu" else value.pin_memory().to(device, non_blocking=True)
 
 
-def make_samples(images: Array, labels: Array, preprocessing: Preprocessing, device: torch.device) -> Samples:
+def make_part(images: Array, labels: Array, preprocessing: Preprocessing, device: torch.device) -> DataPart:
     """Return one part of a data set in the fastest place for a device; images as ``data.prepare.prepared`` returns them."""
     if images.size * 4 > RESIDENT_BYTES:
         return Streamed(images, labels, preprocessing, device)

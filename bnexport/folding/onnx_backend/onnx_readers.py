@@ -1,4 +1,4 @@
-"""How each ONNX operator is read into a kind of folding's graph: the table READERS, and its readers by subject."""
+"""The table of ONNX operators: the reader that turns each into a kind of ``folding.graph``."""
 
 from __future__ import annotations
 
@@ -8,39 +8,21 @@ from dataclasses import replace
 
 import torch
 
+from bnexport.folding import graph as kinds
 from bnexport.folding.affine import Dim
-from bnexport.folding.graph import (
-    Add,
-    Average,
-    Clamp,
-    Concat,
-    Geometry,
-    Homogeneous,
-    Identity,
-    Kind,
-    Layer,
-    MaxPool,
-    Mean,
-    Multiply,
-    Permute,
-    PixelShuffle,
-    Reorder,
-    Reshape,
-    Slice,
-    Weight,
-)
+from bnexport.folding.graph import Geometry, Kind, Layer, Weight
 from bnexport.folding.layers import channels_of
 from bnexport.folding.onnx_backend.inventory import is_default
-from bnexport.folding.onnx_backend.norms import placed_constant, read_arithmetic, read_batch_norm
-from bnexport.folding.onnx_backend.view import Reading, View
+from bnexport.folding.onnx_backend.onnx_norms import placed_constant, read_arithmetic, read_batch_norm
+from bnexport.folding.onnx_backend.view import NodeView, OnnxReading
 
 # --- linear layers: Conv, ConvTranspose, Gemm, MatMul, and MatMul with the Add of its bias -----------------------------
 
 _SAME = ("SAME_UPPER", "SAME_LOWER")
 
 
-def read_conv(view: View) -> Reading | str | None:
-    """Conv and ConvTranspose; the channels of an ONNX convolution are always on axis 1."""
+def read_conv(view: NodeView) -> OnnxReading | str | None:
+    """Read Conv or ConvTranspose; the channels of an ONNX convolution are always on axis 1."""
     weight, bias = view.context.weight(view.input(1)), view.context.weight(view.input(2))
     if weight is None or (bias is None and view.input(2)):
         return view.why_no_weight(1, 2)
@@ -50,20 +32,19 @@ def read_conv(view: View) -> Reading | str | None:
     if not _fits(view, "transposed" if transposed else "rows", weight, bias, groups):
         return "its sizes contradict each other"
     geometry = _geometry(view, len(weight.shape) - 2)
-    layer = Layer(
-        "transposed convolution" if transposed else "convolution",
-        "transposed" if transposed else "rows",
+    layer = Layer.convolution(
         weight,
         bias,
+        transposed=transposed,
         groups=groups,
         geometry=geometry,
         zero_padded=geometry is None or any(view.attribute("pads", ())),
     )
-    return Reading(layer, (view.input(0),), (0, 1), (0, 2))
+    return OnnxReading(layer, (view.input(0),), (0, 1), (0, 2))
 
 
-def _fits(view: View, layout: str, weight: Weight, bias: Weight | None, groups: int) -> bool:
-    """Return True if groups, channels and bias fit together; the checker does not check that."""
+def _fits(view: NodeView, layout: str, weight: Weight, bias: Weight | None, groups: int) -> bool:
+    """Return True if groups, channels and bias fit together, which onnx.checker does not check."""
     shape, value = weight.shape, view.shape()
     if groups < 1 or shape[0] % groups:
         return False
@@ -72,16 +53,16 @@ def _fits(view: View, layout: str, weight: Weight, bias: Weight | None, groups: 
     return there == inputs and (bias is None or bias.shape == (outputs,))
 
 
-def _geometry(view: View, spatial: int) -> Geometry | None:
-    """Return None where the padding follows from the input's size."""
+def _geometry(view: NodeView, spatial: int) -> Geometry | None:
+    """Return stride, dilation and padding; None if the padding depends on the input's size."""
     if view.attribute("auto_pad", "NOTSET") in _SAME or view.attribute("output_shape") is not None:
         return None
     ones, pads = (1,) * spatial, tuple(view.attribute("pads", (0,) * (2 * spatial)))
     return Geometry(tuple(view.attribute("strides", ones)), tuple(view.attribute("dilations", ones)), pads[:spatial])
 
 
-def read_gemm(view: View) -> Reading | str | None:
-    """``alpha x W + beta c``, W stored as (in, out) or (out, in)."""
+def read_gemm(view: NodeView) -> OnnxReading | str | None:
+    """Read ``alpha x W + beta c``, W stored as (in, out) or (out, in)."""
     if view.attribute("transA", 0):
         return "it takes its input transposed (transA=1)"
     alpha, beta = float(view.attribute("alpha", 1.0)), float(view.attribute("beta", 1.0))
@@ -96,10 +77,10 @@ def read_gemm(view: View) -> Reading | str | None:
     if isinstance(bias, str):
         return bias
     layer = Layer("linear layer", "rows" if rows else "right", weight, bias, out_axis=1, in_axis=1)
-    return Reading(layer, (view.input(0),), (0, 1), (0, 2))
+    return OnnxReading(layer, (view.input(0),), (0, 1), (0, 2))
 
 
-def _gemm_bias(view: View, beta: float, size: int) -> Weight | str | None:
+def _gemm_bias(view: NodeView, beta: float, size: int) -> Weight | str | None:
     if not view.input(2):
         return None
     if not view.is_constant(2):
@@ -110,28 +91,25 @@ def _gemm_bias(view: View, beta: float, size: int) -> Weight | str | None:
     return view.context.weight(view.input(2), beta, size) or view.why_no_weight(2)
 
 
-def read_matmul(view: View) -> Reading | str | None:
-    """``x @ W`` or ``W @ x``; an Add of a vector behind ``x @ W`` is its bias."""
+def read_matmul(view: NodeView) -> OnnxReading | str | None:
+    """Read ``x @ W`` or ``W @ x``; an Add of a vector that follows ``x @ W`` is its bias."""
     right, left = view.context.weight(view.input(1)), view.context.weight(view.input(0))
     weight = right or left
     if weight is None:
         overridable = view.context.constants.overridable & set(view.node.input)
         return view.why_no_weight(0, 1) if overridable else None
     value = 0 if right is not None else 1
-    before, rank = view.shape(value), view.rank
-    if before is None or rank is None or len(before) != rank or not 2 <= len(weight.shape) <= rank:
+    if view.rank is None:
         return "a product with a vector has no channel axis"
-    axis = rank - 1 if right is not None else rank - 2
-    layer = Layer(
-        "matrix product", "right" if right is not None else "left", weight, None,
-        out_axis=axis, in_axis=axis, takes_bias=False,
-    )  # fmt: skip
-    found = Reading(layer, (view.input(value),), (0, 1 - value), None)
+    layer = Layer.matrix_product(weight, view.shape(value), view.rank, right=right is not None)
+    if isinstance(layer, str):
+        return layer
+    found = OnnxReading(layer, (view.input(value),), (0, 1 - value), None)
     return _with_bias(view, layer, found) or found
 
 
-def _with_bias(view: View, layer: Layer, found: Reading) -> Reading | None:
-    """Read MatMul and Add together, where the Add is the product's only reader and adds one number per output channel."""
+def _with_bias(view: NodeView, layer: Layer, found: OnnxReading) -> OnnxReading | None:
+    """Read MatMul and Add as one layer if the Add is the product's only reader and adds one number per output channel."""
     add = view.context.followers.get(view.node.output[0])
     if add is None or add.op_type != "Add" or not is_default(add) or layer.layout != "right":
         return None
@@ -150,8 +128,8 @@ def _with_bias(view: View, layer: Layer, found: Reading) -> Reading | None:
 # --- pieces: Split, and SplitToSequence with the SequenceAt of each piece ----------------------------------------------
 
 
-def read_split(view: View) -> list[Reading] | None:
-    """One reading per output of a Split."""
+def read_split(view: NodeView) -> list[OnnxReading] | None:
+    """Return one reading per output of a Split."""
     shape = view.shape()
     outputs = [view.context.shapes.of(name) for name in view.node.output]
     if shape is None or any(output is None for output in outputs):
@@ -160,11 +138,11 @@ def read_split(view: View) -> list[Reading] | None:
     bounds = _bounds(shape, axis, [output[axis] for output in outputs if output is not None])
     if bounds is None:
         return None
-    return [Reading(Slice(axis, start, stop), (view.input(0),)) for start, stop in bounds]
+    return [OnnxReading(kinds.Slice(axis, start, stop), (view.input(0),)) for start, stop in bounds]
 
 
-def read_piece(split: View, at: View) -> Reading | None:
-    """A SequenceAt of a SplitToSequence."""
+def read_piece(split: NodeView, at: NodeView) -> OnnxReading | None:
+    """Read a SequenceAt of a SplitToSequence."""
     shape, given, index = split.shape(), split.constant(1), at.constant(1)
     if shape is None or given is None or index is None or not split.attribute("keepdims", 1):
         return None
@@ -181,11 +159,11 @@ def read_piece(split: View, at: View) -> Reading | None:
     bounds = _bounds(shape, axis, sizes)
     if bounds is None:
         return None
-    return Reading(Slice(axis, *bounds[int(index)]), (split.input(0),), nodes=(at.node,))
+    return OnnxReading(kinds.Slice(axis, *bounds[int(index)]), (split.input(0),), nodes=(at.node,))
 
 
 def _bounds(shape: tuple[Dim, ...], axis: int, sizes: list[Dim]) -> list[tuple[int, int]] | None:
-    """Return start and stop of each piece; None when a size varies, or they do not add up."""
+    """Return start and stop of each piece; None if a size varies, or if the sizes do not add up."""
     start, found = 0, []
     for size in sizes:
         if not isinstance(size, int):
@@ -195,50 +173,46 @@ def _bounds(shape: tuple[Dim, ...], axis: int, sizes: list[Dim]) -> list[tuple[i
     return found if start == shape[axis] else None
 
 
-#: Reads a node; None for what has no kind, a sentence for why not when there is more to say.
-Reader = Callable[[View], Reading | str | None]
+#: Reads a node. The result is None if no kind fits, or a sentence if there is a more specific reason.
+OnnxReader = Callable[[NodeView], OnnxReading | str | None]
 
-#: First operator set in which Max and Min broadcast: a clamp by one bound per channel can be written from here on.
+#: First operator set whose Max and Min broadcast, so that a clamp with one bound per channel can be written.
 _BROADCASTING_MAX = 8
 
 
-def _of(view: View, kind: Kind) -> Reading:
-    return Reading(kind, (view.input(0),))
+def _of(view: NodeView, kind: Kind) -> OnnxReading:
+    return OnnxReading(kind, (view.input(0),))
 
 
 # --- layout -----------------------------------------------------------------------------------------------------------
 
 
-def _same(view: View) -> Reading:
-    return _of(view, Identity())
+def _cast(view: NodeView) -> OnnxReading | None:
+    return _of(view, kinds.Identity()) if view.is_floating and view.dtype() == view.output_dtype else None
 
 
-def _cast(view: View) -> Reading | None:
-    return _of(view, Identity()) if view.is_floating and view.dtype() == view.output_dtype else None
-
-
-def _dropout(view: View) -> Reading | str:
+def _dropout(view: NodeView) -> OnnxReading | str:
     if view.uses_output(1):
         return "its mask is used"
     training = view.constant(2) if view.input(2) else None
     if view.input(2) and (training is None or bool(training.any())):
         return "it is in training mode"
-    return _of(view, Identity())
+    return _of(view, kinds.Identity())
 
 
-def _reshape(view: View) -> Reading | None:
-    return _of(view, Reshape()) if view.shape() is not None and view.output_shape is not None else None
+def _reshape(view: NodeView) -> OnnxReading | None:
+    return _of(view, kinds.Reshape()) if view.shape() is not None and view.output_shape is not None else None
 
 
-def _transpose(view: View) -> Reading | None:
+def _transpose(view: NodeView) -> OnnxReading | None:
     shape = view.shape()
     if shape is None:
         return None
     axes = view.integers("perm") or list(reversed(range(len(shape))))
-    return _of(view, Permute(tuple(axes)))
+    return _of(view, kinds.Permute(tuple(axes)))
 
 
-def _gather(view: View) -> Reading | None:
+def _gather(view: NodeView) -> OnnxReading | None:
     shape, index = view.shape(), view.constant(1)
     if shape is None or index is None or index.ndim != 1 or view.is_constant(0):
         return None
@@ -246,16 +220,16 @@ def _gather(view: View) -> Reading | None:
     size = shape[axis]
     if not isinstance(size, int):
         return None
-    return _of(view, Reorder(axis, tuple(int(item) % size for item in index)))
+    return _of(view, kinds.Reorder(axis, tuple(int(item) % size for item in index)))
 
 
-def _depth_to_space(view: View) -> Reading | str:
+def _depth_to_space(view: NodeView) -> OnnxReading | str:
     if view.attribute("mode", "DCR") != "CRD":
         return "it spreads each channel's neighbours over distant channels (mode DCR)"
-    return _of(view, PixelShuffle(int(view.attribute("blocksize"))))
+    return _of(view, kinds.PixelShuffle(int(view.attribute("blocksize"))))
 
 
-def _slice(view: View) -> Reading | None:
+def _slice(view: NodeView) -> OnnxReading | None:
     shape = view.shape()
     starts, ends = view.integers("starts", 1), view.integers("ends", 2)
     steps = view.integers("steps", 4) if view.input(4) else None
@@ -267,13 +241,13 @@ def _slice(view: View) -> Reading | None:
     cuts = [(axis % len(shape), start, end) for axis, start, end in zip(axes, starts, ends, strict=True)]
     found = [cut for cut in cuts if not _is_whole(shape[cut[0]], cut[1], cut[2])]
     if not found:
-        return _of(view, Identity())
+        return _of(view, kinds.Identity())
     axis, start, end = found[0]
     size = shape[axis]
     if len(found) > 1 or not isinstance(size, int):
         return None
     begin, stop, _ = slice(start, end).indices(size)
-    return _of(view, Slice(axis, begin, max(stop, begin)))
+    return _of(view, kinds.Slice(axis, begin, max(stop, begin)))
 
 
 def _is_whole(size: object, start: int, end: int) -> bool:
@@ -282,55 +256,55 @@ def _is_whole(size: object, start: int, end: int) -> bool:
     return start == 0 and end >= 2**31 - 1
 
 
-def _concat(view: View) -> Reading | None:
+def _concat(view: NodeView) -> OnnxReading | None:
     rank, names = view.rank, tuple(view.node.input)
     if rank is None or any(view.is_constant(index) for index in range(len(names))):
         return None
-    return Reading(Concat(int(view.attribute("axis", 1)) % rank), names)
+    return OnnxReading(kinds.Concat(int(view.attribute("axis", 1)) % rank), names)
 
 
-# --- what mixes positions ---------------------------------------------------------------------------------------------
+# --- operators that mix positions ---------------------------------------------------------------------------------------------
 
 
-def _spatial(view: View) -> tuple[int, ...] | None:
+def _spatial(view: NodeView) -> tuple[int, ...] | None:
     return None if view.rank is None else tuple(range(2, view.rank))
 
 
-def _average_pool(view: View) -> Reading | None:
+def _average_pool(view: NodeView) -> OnnxReading | None:
     axes = _spatial(view)
     padded = any(view.attribute("pads", ())) or view.attribute("auto_pad", "NOTSET") not in ("NOTSET", "VALID")
     counted = bool(view.attribute("count_include_pad", 0)) and (padded or bool(view.attribute("ceil_mode", 0)))
-    return None if axes is None else _of(view, Average(axes, not counted))
+    return None if axes is None else _of(view, kinds.Average(axes, not counted))
 
 
-def _global_average(view: View) -> Reading | None:
+def _global_average(view: NodeView) -> OnnxReading | None:
     axes = _spatial(view)
-    return None if axes is None else _of(view, Mean(axes, keepdim=True))
+    return None if axes is None else _of(view, kinds.Mean(axes, keepdim=True))
 
 
-def _max_pool(view: View) -> Reading | str | None:
+def _max_pool(view: NodeView) -> OnnxReading | str | None:
     axes = _spatial(view)
     if view.uses_output(1):
         return "the positions that it gives are used"
-    return None if axes is None else _of(view, MaxPool(axes))
+    return None if axes is None else _of(view, kinds.WindowMaximum(axes))
 
 
-def _reduce_mean(view: View) -> Reading | None:
+def _reduce_mean(view: NodeView) -> OnnxReading | None:
     shape, axes = view.shape(), view.integers("axes", 1)
     if shape is None or not view.is_floating or (view.input(1) and axes is None):
         return None
     if not axes:
         if view.attribute("noop_with_empty_axes", 0):
-            return _of(view, Identity())
+            return _of(view, kinds.Identity())
         axes = list(range(len(shape)))
     found = tuple(sorted({axis % len(shape) for axis in axes}))
     if len(found) != len(axes):
         return None
-    return _of(view, Mean(found, bool(view.attribute("keepdims", 1))))
+    return _of(view, kinds.Mean(found, bool(view.attribute("keepdims", 1))))
 
 
-def _resize(view: View) -> Reading | None:
-    """Interpolation: every output is a weighted mean; the weights of every mode add up to one."""
+def _resize(view: NodeView) -> OnnxReading | None:
+    """Read interpolation: every output is a weighted mean; the weights of every mode add up to one."""
     shape, after = view.shape(), view.output_shape
     if shape is None or after is None or "crop" in view.attribute("coordinate_transformation_mode", ""):
         return None
@@ -343,13 +317,13 @@ def _resize(view: View) -> Reading | None:
         mixed = [axis for axis, scale in zip(listed, scales, strict=True) if scale != 1]
     elif view.input(slot) and slot == 1:
         return None
-    else:  # given as sizes: where the size is the same, so is every position
+    else:  # given as sizes: an axis of unchanged size keeps every position
         kept = view.attribute("keep_aspect_ratio_policy", "stretch") == "stretch"
         mixed = [axis for axis in listed if not kept or shape[axis] != after[axis]]
-    return _of(view, Average(tuple(mixed)))
+    return _of(view, kinds.Average(tuple(mixed)))
 
 
-def _pad(view: View) -> Reading | None:
+def _pad(view: NodeView) -> OnnxReading | None:
     shape, mode = view.shape(), view.attribute("mode", "constant")
     pads = view.integers("pads", 1)
     given = view.constant(2) if view.input(2) else None
@@ -361,30 +335,31 @@ def _pad(view: View) -> Reading | None:
         return None
     padded = [axis % len(shape) for at, axis in enumerate(axes) if pads[at] or pads[len(axes) + at]]
     only_cut = all(pad <= 0 for pad in pads)
-    return _of(view, Average(tuple(padded), mode != "constant" or only_cut))
+    return _of(view, kinds.Average(tuple(padded), mode != "constant" or only_cut))
 
 
 # --- activations ------------------------------------------------------------------------------------------------------
 
 
-def _clamped(view: View, low: torch.Tensor | float, high: torch.Tensor | float, value: int = 0) -> Reading | str | None:
+def _clamped(
+    view: NodeView, low: torch.Tensor | float, high: torch.Tensor | float, value: int = 0
+) -> OnnxReading | str | None:
     shape = view.shape(value)
     if not shape or not view.is_floating:
         return None
     if view.opset < _BROADCASTING_MAX:
         return f"operator set {view.opset} has no maximum with one bound per channel"
-    ones = torch.ones([1] * len(shape), dtype=torch.float64)
-    bounds = low * ones, high * ones
-    return None if bool((bounds[0] > bounds[1]).any()) else Reading(Clamp(*bounds), (view.input(value),))
+    clamp = kinds.Clamp.of(low, high, len(shape))
+    return None if clamp is None else OnnxReading(clamp, (view.input(value),))
 
 
-def _relu(view: View) -> Reading | str | None:
+def _relu(view: NodeView) -> OnnxReading | str | None:
     if view.opset < _BROADCASTING_MAX:
-        return _of(view, Homogeneous())
+        return _of(view, kinds.Homogeneous())
     return _clamped(view, 0.0, math.inf)
 
 
-def _clip(view: View) -> Reading | str | None:
+def _clip(view: NodeView) -> OnnxReading | str | None:
     if view.opset < 11:
         low, high = view.attribute("min", -math.inf), view.attribute("max", math.inf)
         return _clamped(view, float(low), float(high))
@@ -398,8 +373,8 @@ def _clip(view: View) -> Reading | str | None:
     return _clamped(view, bounds[0], bounds[1])
 
 
-def _extreme(view: View) -> Reading | str | None:
-    """Max or Min with a constant."""
+def _extreme(view: NodeView) -> OnnxReading | str | None:
+    """Read Max or Min with a constant."""
     if len(view.node.input) != 2 or view.is_constant(0) == view.is_constant(1):
         return None
     value = 1 if view.is_constant(0) else 0
@@ -411,60 +386,43 @@ def _extreme(view: View) -> Reading | str | None:
     return _clamped(view, -math.inf, bound, value)
 
 
-def _leaky_relu(view: View) -> Reading:
-    return _of(view, Homogeneous())
-
-
-def _prelu(view: View) -> Reading | None:
+def _prelu(view: NodeView) -> OnnxReading | None:
     shape = view.shape()
     if shape is None or not view.is_constant(1) or placed_constant(view, 1, shape) is None:
         return None
-    return _of(view, Homogeneous())
+    return _of(view, kinds.Homogeneous())
 
 
 # --- branches ---------------------------------------------------------------------------------------------------------
 
 
-def _add(view: View) -> Reading | None:
+def _add(view: NodeView) -> OnnxReading | None:
     if len(view.node.input) == 1:  # a Sum of one value
-        return _of(view, Identity())
-    return read_arithmetic(view) or _joined(view, Add((1.0, 1.0)))
+        return _of(view, kinds.Identity())
+    return read_arithmetic(view) or _joined(view, kinds.WeightedSum((1.0, 1.0)))
 
 
-def _sub(view: View) -> Reading | None:
-    return read_arithmetic(view) or _joined(view, Add((1.0, -1.0)))
+def _joins(kind: Kind) -> OnnxReader:
+    """Return the reader of an operator that joins two values by ``kind``, or is arithmetic with a constant."""
+    return lambda view: read_arithmetic(view) or _joined(view, kind)
 
 
-def _mul(view: View) -> Reading | None:
-    return read_arithmetic(view) or _joined(view, Multiply())
-
-
-def _div(view: View) -> Reading | None:
-    return read_arithmetic(view) or _joined(view, Multiply(inverse=True))
-
-
-def _joined(view: View, kind: Kind) -> Reading | None:
-    """Two floating values of one type."""
-    if (
-        len(view.node.input) != 2
-        or view.is_constant(0)
-        or view.is_constant(1)
-        or not view.is_floating
-        or view.shape(0) is None
-        or view.shape(1) is None
-    ):
+def _joined(view: NodeView, kind: Kind) -> OnnxReading | None:
+    """Read an operator with two floating values of one type."""
+    two_values = len(view.node.input) == 2 and not view.is_constant(0) and not view.is_constant(1)
+    if not two_values or not view.is_floating or view.shape(0) is None or view.shape(1) is None:
         return None
-    return Reading(kind, tuple(view.node.input))
+    return OnnxReading(kind, tuple(view.node.input))
 
 
 #: Operator -> reader. A new operation that an affine can cross is a new row.
-READERS: dict[str, Reader] = {
+ONNX_READERS: dict[str, OnnxReader] = {
     "BatchNormalization": read_batch_norm,
     "Conv": read_conv,
     "ConvTranspose": read_conv,
     "Gemm": read_gemm,
     "MatMul": read_matmul,
-    "Identity": _same,
+    "Identity": lambda view: _of(view, kinds.Identity()),
     **dict.fromkeys(("Cast", "CastLike"), _cast),
     "Dropout": _dropout,
     **dict.fromkeys(("Reshape", "Flatten", "Squeeze", "Unsqueeze"), _reshape),
@@ -483,12 +441,12 @@ READERS: dict[str, Reader] = {
     "Relu": _relu,
     "Clip": _clip,
     **dict.fromkeys(("Max", "Min"), _extreme),
-    "LeakyRelu": _leaky_relu,
+    "LeakyRelu": lambda view: _of(view, kinds.Homogeneous()),
     "PRelu": _prelu,
     "Add": _add,
     "Sum": _add,
-    "Sub": _sub,
-    "Mul": _mul,
-    "Div": _div,
+    "Sub": _joins(kinds.WeightedSum((1.0, -1.0))),
+    "Mul": _joins(kinds.Multiply()),
+    "Div": _joins(kinds.Multiply(inverse=True)),
     "Neg": read_arithmetic,
 }

@@ -18,8 +18,8 @@ from torch.nn import functional
 
 import bnexport
 from bnexport.errors import ExportError
-from bnexport.exporting import exported_program as module_under_test
-from bnexport.exporting.exported_program import export_program
+from bnexport.exporting import export_program as module_under_test
+from bnexport.exporting.export_program import export_program
 from bnexport.exporting.formats import FORMATS
 from bnexport.exporting.request import ExportRequest
 from bnexport.exporting.signature import signature_of
@@ -126,7 +126,9 @@ def test_rounded_quotients_of_sizes_are_written_and_exact(tmp_path: Path) -> Non
         assert torch.equal(program(x), model(x))
 
 
-SCRIPT = "import sys; from test_exported_program import CONV, write; from pathlib import Path; write(CONV, Path(sys.argv[1]))"
+SCRIPT = (
+    "import sys; from test_export_program import CONV, write; from pathlib import Path; write(CONV, Path(sys.argv[1]))"
+)
 
 
 def test_the_bytes_are_the_same_in_every_process(tmp_path: Path) -> None:

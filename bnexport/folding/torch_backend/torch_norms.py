@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from bnexport.folding.affine import Affine, ChannelAffine, why_infinite
-from bnexport.folding.torch_backend.constants import Constants
+from bnexport.folding.affine import Affine, ChannelAffine, arithmetic, is_finite, placed_on, why_infinite
 from bnexport.folding.torch_backend.nodes import BATCH_NORM, argument, dtype_of, module_stack, operator_name, shape_of
+from bnexport.folding.torch_backend.torch_constants import TorchConstants
 from bnexport.nn.statistics import VOCABULARIES
 
 aten = torch.ops.aten
@@ -29,7 +29,7 @@ class NormReading:
         axis: Channel axis of ``value``; None when it is the same for every element, or varies along several.
         counts: True for a BatchNorm (or a norm written out), False for mere arithmetic.
         why_not: The reason why it can't be read.
-        unlock: A change that would make it readable.
+        hint: A change that would make it readable.
         offset: Largest |moving mean| as a multiple of the standard deviation; 0 where it is not known.
     """
 
@@ -39,14 +39,14 @@ class NormReading:
     axis: int | None
     counts: bool
     why_not: str = ""
-    unlock: str = ""
+    hint: str = ""
     offset: float = 0.0
 
 
-Reader = Callable[[Node, Constants], NormReading | None]
+NormReader = Callable[[Node, TorchConstants], NormReading | None]
 
 
-def read_norms(module: GraphModule, constants: Constants) -> dict[Node, NormReading]:
+def read_norms(module: GraphModule, constants: TorchConstants) -> dict[Node, NormReading]:
     """Return every norm of a graph, under each of its nodes; each node belongs to one norm at most."""
     found: dict[Node, NormReading] = {}
     for node in module.graph.nodes:
@@ -60,15 +60,15 @@ def read_norms(module: GraphModule, constants: Constants) -> dict[Node, NormRead
     return found
 
 
-def read_node(node: Node, constants: Constants) -> NormReading | None:
+def read_node(node: Node, constants: TorchConstants) -> NormReading | None:
     """Read one node by the table of readers; None when it is no affine, or is itself a constant."""
-    reader = READERS.get(node.target) if node.op == "call_function" else None
+    reader = NORM_READERS.get(node.target) if node.op == "call_function" else None
     if reader is None or not isinstance(node.meta.get("val"), Tensor):
         return None
     return reader(node, constants)
 
 
-def _batch_norm(node: Node, constants: Constants) -> NormReading | None:
+def _batch_norm(node: Node, constants: TorchConstants) -> NormReading | None:
     """``aten.batch_norm``: nn.BatchNorm1d/2d/3d, SyncBatchNorm in eval mode, F.batch_norm, any subclass."""
     value, gamma, beta, mean, var, training = node.args[:6]
     eps = float(node.args[7])  # type: ignore[arg-type]
@@ -76,8 +76,8 @@ def _batch_norm(node: Node, constants: Constants) -> NormReading | None:
     if not isinstance(value, Node) or shape is None:
         return None
 
-    def unread(why: str, unlock: str) -> NormReading:
-        return NormReading((node,), value, None, 1, True, why, unlock)
+    def unread(why: str, hint: str) -> NormReading:
+        return NormReading((node,), value, None, 1, True, why, hint)
 
     if mean is None or var is None:
         why = "it has no moving statistics (as with track_running_stats=False), so it uses batch statistics"
@@ -92,13 +92,13 @@ def _batch_norm(node: Node, constants: Constants) -> NormReading | None:
     assert found[2] is not None
     assert found[3] is not None
     affine = ChannelAffine.from_statistics(found[2], found[3], eps, found[0], found[1])
-    if not bool(torch.isfinite(affine.scale).all() and torch.isfinite(affine.shift).all()):
+    if not is_finite(affine):
         return unread(*why_infinite(found[3], eps))
     offset = float((found[2].abs() * torch.rsqrt(found[3] + eps)).max())
     return NormReading((node,), value, affine.on_axis(1, len(shape)), 1, True, offset=offset)
 
 
-def _elementwise(node: Node, constants: Constants) -> NormReading | None:
+def _elementwise(node: Node, constants: TorchConstants) -> NormReading | None:
     """``x + c``, ``x - c``, ``c - x``, ``x * c``, ``x / c`` with a constant that does not enlarge the value."""
     left, right = node.args[:2]
     given: Any = argument(node, 2, "alpha", 1)  # the one positional argument that rsub.Scalar has more than the others
@@ -112,13 +112,14 @@ def _elementwise(node: Node, constants: Constants) -> NormReading | None:
     shape = shape_of(value)
     if shape is None or (placed := placed_on(constant, shape)) is None:
         return None
-    pair = _ELEMENTWISE[node.target](placed, alpha, left_constant is not None)
-    if pair is None or not bool(torch.isfinite(pair[0]).all() and torch.isfinite(pair[1]).all()):
-        return None
-    return _plain(node, value, Affine.of(*pair))
+    name, first = _ELEMENTWISE[node.target], left_constant is not None
+    if name == "rsub":
+        name, first = "sub", not first
+    affine = arithmetic(name, placed, first=first, factor=alpha)
+    return None if affine is None or not is_finite(affine) else _plain(node, value, affine)
 
 
-def _addcmul(node: Node, constants: Constants) -> NormReading | None:
+def _addcmul(node: Node, constants: TorchConstants) -> NormReading | None:
     """``addcmul(t, x, s)``: a shift and a scale in one operator."""
     shift, *factors = node.args[:3]
     factor = float(node.kwargs.get("value", 1))  # type: ignore[arg-type]
@@ -133,7 +134,7 @@ def _addcmul(node: Node, constants: Constants) -> NormReading | None:
     return _plain(node, values[0], Affine.of(factor * placed_scale, placed_shift))
 
 
-def _neg(node: Node, constants: Constants) -> NormReading | None:
+def _neg(node: Node, constants: TorchConstants) -> NormReading | None:
     value = node.args[0]
     if not isinstance(value, Node) or constants.value(value) is not None or (shape := shape_of(value)) is None:
         return None
@@ -146,58 +147,21 @@ def _plain(node: Node, value: Node, affine: Affine) -> NormReading:
     return NormReading((node,), value, affine, varying[0] if len(varying) == 1 else None, False)
 
 
-def placed_on(constant: Tensor, shape: tuple[int | None, ...]) -> Tensor | None:
-    """Return a constant with as many axes as the value that it is broadcast over; None when it would enlarge the value."""
-    if constant.ndim > len(shape):
-        return None
-    placed = constant.reshape([*[1] * (len(shape) - constant.ndim), *constant.shape])
-    fits = all(size == 1 or size == there for size, there in zip(placed.shape, shape, strict=True))
-    return placed.double() if fits else None
-
-
-def _add(constant: Tensor, alpha: float, constant_first: bool) -> tuple[Tensor, Tensor]:
-    if constant_first:  # c + alpha * x
-        return torch.full_like(constant, alpha), constant
-    return torch.ones_like(constant), alpha * constant
-
-
-def _sub(constant: Tensor, alpha: float, constant_first: bool) -> tuple[Tensor, Tensor]:
-    if constant_first:  # c - alpha * x
-        return torch.full_like(constant, -alpha), constant
-    return torch.ones_like(constant), -alpha * constant
-
-
-def _rsub(constant: Tensor, alpha: float, constant_first: bool) -> tuple[Tensor, Tensor]:
-    if constant_first:  # x - alpha * c
-        return torch.ones_like(constant), -alpha * constant
-    return torch.full_like(constant, -alpha), constant  # c - alpha * x
-
-
-def _mul(constant: Tensor, _alpha: float, _constant_first: bool) -> tuple[Tensor, Tensor]:
-    return constant, torch.zeros_like(constant)
-
-
-def _div(constant: Tensor, _alpha: float, constant_first: bool) -> tuple[Tensor, Tensor] | None:
-    if constant_first:  # c / x is not affine
-        return None
-    return constant.reciprocal(), torch.zeros_like(constant)
-
-
-_ELEMENTWISE: dict[Any, Callable[[Tensor, float, bool], tuple[Tensor, Tensor] | None]] = {
-    aten.add.Tensor: _add,
-    aten.sub.Tensor: _sub,
-    aten.rsub.Scalar: _rsub,
-    aten.rsub.Tensor: _rsub,
-    aten.mul.Tensor: _mul,
-    aten.div.Tensor: _div,
-    operator.add: _add,
-    operator.sub: _sub,
-    operator.mul: _mul,
-    operator.truediv: _div,
+_ELEMENTWISE: dict[Any, str] = {
+    aten.add.Tensor: "add",
+    aten.sub.Tensor: "sub",
+    aten.rsub.Scalar: "rsub",
+    aten.rsub.Tensor: "rsub",
+    aten.mul.Tensor: "mul",
+    aten.div.Tensor: "div",
+    operator.add: "add",
+    operator.sub: "sub",
+    operator.mul: "mul",
+    operator.truediv: "div",
 }
 
 #: Operator -> reader. A new norm is a new row.
-READERS: dict[Any, Reader] = {
+NORM_READERS: dict[Any, NormReader] = {
     BATCH_NORM: _batch_norm,
     aten.addcmul.default: _addcmul,
     aten.neg.default: _neg,
@@ -205,7 +169,7 @@ READERS: dict[Any, Reader] = {
 }
 
 
-def _chain(first: NormReading, constants: Constants) -> NormReading:
+def _chain(first: NormReading, constants: TorchConstants) -> NormReading:
     """Read the run of arithmetic that starts here, within one call of one module, without other readers, as one norm.
 
     It counts as a norm when it varies along one axis at most, and has a stored scale and a shift, or reads moving statistics:
@@ -249,7 +213,7 @@ _VECTORS = {
 }
 
 
-def _reads_statistics(nodes: tuple[Node, ...], constants: Constants) -> bool:
+def _reads_statistics(nodes: tuple[Node, ...], constants: TorchConstants) -> bool:
     """Return True if some constant that the nodes read is made of a moving mean or variance, or of a root of stored numbers."""
     stack: list[tuple[Node, bool]] = [
         (item, False) for node in nodes for item in node.all_input_nodes if constants.known(item)
@@ -267,7 +231,7 @@ def _reads_statistics(nodes: tuple[Node, ...], constants: Constants) -> bool:
     return False
 
 
-def _has_scale_and_shift(nodes: tuple[Node, ...], constants: Constants) -> bool:
+def _has_scale_and_shift(nodes: tuple[Node, ...], constants: TorchConstants) -> bool:
     names = {operator_name(node) for node in nodes}
     scales = [node for node in nodes if operator_name(node) in ("mul", "div", "truediv", "addcmul")]
     stored = any(constants.known(parent) for node in scales for parent in node.all_input_nodes)

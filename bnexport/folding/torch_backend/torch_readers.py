@@ -1,46 +1,30 @@
-"""The table of ATen operators: how each one is read into a kind of folding's graph."""
+"""The table of ATen operators: the reader that turns each into a kind of ``folding.graph``."""
 
 from __future__ import annotations
 
 import math
 import operator
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.fx import Node
 
-from bnexport.folding.graph import (
-    Add,
-    Average,
-    Clamp,
-    Concat,
-    Geometry,
-    Homogeneous,
-    Identity,
-    Layer,
-    MaxPool,
-    Mean,
-    Multiply,
-    Permute,
-    PixelShuffle,
-    Reorder,
-    Reshape,
-    Slice,
-)
-from bnexport.folding.torch_backend.nodes import Reader, Reading, Surroundings, argument, dtype_of, shape_of
+from bnexport.folding import graph as kinds
+from bnexport.folding.graph import Geometry, Layer, Weight
+from bnexport.folding.torch_backend.nodes import NodeReader, Surroundings, TorchReading, argument, dtype_of, shape_of
 
 aten = torch.ops.aten
 
 
-def read_conv(spatial: int, transposed: bool = False) -> Reader:
-    """Convolutions; (out, in / groups, *kernel), transposed (in, out / groups, *kernel)."""
+def read_conv(spatial: int, transposed: bool = False) -> NodeReader:
+    """Read a convolution; its weight is (out, in / groups, *kernel), transposed (in, out / groups, *kernel)."""
 
-    def read(node: Node, graph: Surroundings) -> Reading | str | None:
-        weight, bias = graph.weight(node.args[1]), graph.weight(argument(node, 2, "bias"))
-        if weight is None or (bias is None and argument(node, 2, "bias") is not None):
-            return f"its weights are {graph.constants.why_not(node.args[1], argument(node, 2, 'bias'))}"
-        shape = shape_of(node)
+    def read(node: Node, graph: Surroundings) -> TorchReading | str | None:
+        found = _weight_and_bias(node, graph)
+        if isinstance(found, str):
+            return found
+        (weight, bias), shape = found, shape_of(node)
         batched = shape is not None and len(shape) == spatial + 2
         where: int | str = 1
         if not batched:
@@ -48,20 +32,28 @@ def read_conv(spatial: int, transposed: bool = False) -> Reader:
                 f"the convolution's input has no batch dimension, so its channels are not on axis 1 of {spatial + 2}"
             )
         geometry = _geometry(node, spatial, transposed, weight.shape)
-        layer = Layer(
-            "transposed convolution" if transposed else "convolution",
-            "transposed" if transposed else "rows",
+        layer = Layer.convolution(
             weight,
             bias,
+            transposed=transposed,
             groups=int(argument(node, 6, "groups", 1)),
             out_axis=where,
             in_axis=where,
             geometry=geometry,
             zero_padded=geometry is None or any(geometry.padding) or _pads_after(node, weight.shape),
         )
-        return Reading(layer, (node.args[0],), 1, 2)
+        return TorchReading(layer, (node.args[0],), 1, 2)
 
     return read
+
+
+def _weight_and_bias(node: Node, graph: Surroundings) -> tuple[Weight, Weight | None] | str:
+    """Return the second and third argument of a layer, or the reason why they are not constants."""
+    given = argument(node, 2, "bias")
+    weight, bias = graph.weight(node.args[1]), graph.weight(given)
+    if weight is None or (bias is None and given is not None):
+        return f"its weights are {graph.constants.why_not(node.args[1], given)}"
+    return weight, bias
 
 
 def _geometry(node: Node, spatial: int, transposed: bool, shape: tuple[int, ...]) -> Geometry | None:
@@ -80,15 +72,16 @@ def _geometry(node: Node, spatial: int, transposed: bool, shape: tuple[int, ...]
 
 
 def _pads_after(node: Node, shape: tuple[int, ...]) -> bool:
-    """An even kernel with padding "same" and dilation 1 of 2 taps has its one zero at the far end."""
+    """Return True for padding "same", which may add a zero at the far end alone: an even kernel, one of 2 taps."""
     return argument(node, 4, "padding", 0) == "same" and any(kernel > 1 for kernel in shape[2:])
 
 
-def read_linear(node: Node, graph: Surroundings) -> Reading | str | None:
-    """``x W^T + b`` on the last axis."""
-    weight, bias = graph.weight(node.args[1]), graph.weight(argument(node, 2, "bias"))
-    if weight is None or (bias is None and argument(node, 2, "bias") is not None):
-        return f"its weights are {graph.constants.why_not(node.args[1], argument(node, 2, 'bias'))}"
+def read_linear(node: Node, graph: Surroundings) -> TorchReading | str | None:
+    """Read ``x W^T + b`` on the last axis."""
+    found = _weight_and_bias(node, graph)
+    if isinstance(found, str):
+        return found
+    weight, bias = found
     before, after = shape_of(node.args[0]), shape_of(node)
     if before is None or after is None:
         return None
@@ -96,66 +89,54 @@ def read_linear(node: Node, graph: Surroundings) -> Reading | str | None:
     if len(weight.shape) != 2:
         axis = "the linear layer's weight is a vector, so its output has no channel axis"
     layer = Layer("linear layer", "rows", weight, bias, out_axis=axis, in_axis=axis)
-    return Reading(layer, (node.args[0],), 1, 2)
+    return TorchReading(layer, (node.args[0],), 1, 2)
 
 
-def read_product(node: Node, graph: Surroundings) -> Reading | str | None:
-    """matmul, mm, bmm with one constant: ``x @ W`` or ``W @ x``."""
+def read_product(node: Node, graph: Surroundings) -> TorchReading | str | None:
+    """Read matmul, mm or bmm with one constant: ``x @ W`` or ``W @ x``."""
     right, left = graph.weight(node.args[1]), graph.weight(node.args[0])
     shape = shape_of(node)
     weight = right or left
     if weight is None or shape is None:
         return None
-    value = node.args[0] if right is not None else node.args[1]
-    before = shape_of(value)
-    if before is None or len(before) != len(shape) or not 2 <= len(weight.shape) <= len(shape):
-        return "a product with a vector has no channel axis"
-    axis = len(shape) - 1 if right is not None else len(shape) - 2
-    layer = Layer(
-        "matrix product",
-        "right" if right is not None else "left",
-        weight,
-        None,
-        out_axis=axis,
-        in_axis=axis,
-        takes_bias=False,
-    )
-    return Reading(layer, (value,), 1 if right is not None else 0, None)
+    value, position = (node.args[0], 1) if right is not None else (node.args[1], 0)
+    layer = Layer.matrix_product(weight, shape_of(value), len(shape), right=right is not None)
+    return layer if isinstance(layer, str) else TorchReading(layer, (value,), position, None)
 
 
-def read_addmm(node: Node, graph: Surroundings) -> Reading | str | None:
-    """``b + x @ W``."""
+def read_addmm(node: Node, graph: Surroundings) -> TorchReading | str | None:
+    """Read ``b + x @ W``."""
     bias, weight = graph.weight(node.args[0]), graph.weight(node.args[2])
     shape = shape_of(node)
     if bias is None or weight is None or shape is None or len(weight.shape) != 2 or node.kwargs:
         return None
     if bias.shape != (weight.shape[1],):
         return None
-    return Reading(Layer("linear layer", "right", weight, bias, out_axis=1, in_axis=1), (node.args[1],), 2, 0)
+    return TorchReading(Layer("linear layer", "right", weight, bias, out_axis=1, in_axis=1), (node.args[1],), 2, 0)
 
 
-def read_same(node: Node, _graph: Surroundings) -> Reading:
-    """Operators that return their input."""
-    return Reading(Identity(), (node.args[0],))
+def read_same(node: Node, _graph: Surroundings) -> TorchReading:
+    """Read an operator that returns its input."""
+    return TorchReading(kinds.Identity(), (node.args[0],))
 
 
-def read_dropout(node: Node, _graph: Surroundings) -> Reading | None:
-    """Dropout returns its input unless it is in training mode."""
-    return Reading(Identity(), (node.args[0],)) if node.args[2] is False else None
+def read_dropout(node: Node, _graph: Surroundings) -> TorchReading | None:
+    """Read dropout, which returns its input unless it is in training mode."""
+    return TorchReading(kinds.Identity(), (node.args[0],)) if node.args[2] is False else None
 
 
-def read_cast(node: Node, _graph: Surroundings) -> Reading | None:
-    """A cast to the value's own type."""
-    return Reading(Identity(), (node.args[0],)) if dtype_of(node.args[0]) == dtype_of(node) else None
+def read_cast(node: Node, _graph: Surroundings) -> TorchReading | None:
+    """Read a cast to the type that the value already has."""
+    return TorchReading(kinds.Identity(), (node.args[0],)) if dtype_of(node.args[0]) == dtype_of(node) else None
 
 
-def read_reshape(node: Node, _graph: Surroundings) -> Reading:
-    """Another shape, the same order of elements."""
-    return Reading(Reshape(), (node.args[0],))
+def read_reshape(node: Node, _graph: Surroundings) -> TorchReading:
+    """Read an operator that changes the shape and keeps the order of elements."""
+    return TorchReading(kinds.Reshape(), (node.args[0],))
 
 
-def read_permute(node: Node, _graph: Surroundings) -> Reading | None:
-    """permute, transpose, t."""
+def read_permute(node: Node, _graph: Surroundings) -> TorchReading | None:
+    """Read permute, transpose or t."""
     shape = shape_of(node)
     if shape is None:
         return None
@@ -165,37 +146,37 @@ def read_permute(node: Node, _graph: Surroundings) -> Reading | None:
     elif len(shape) > 1:
         first, second = (0, 1) if node.target is aten.t.default else (int(item) for item in node.args[1:3])  # type: ignore[arg-type]
         axes[first], axes[second] = axes[second], axes[first]
-    return Reading(Permute(tuple(axes)), (node.args[0],))
+    return TorchReading(kinds.Permute(tuple(axes)), (node.args[0],))
 
 
-def read_channel_shuffle(node: Node, _graph: Surroundings) -> Reading | None:
-    """``channel_shuffle(x, groups)``: channel g * n + i goes to i * groups + g."""
+def read_channel_shuffle(node: Node, _graph: Surroundings) -> TorchReading | None:
+    """Read ``channel_shuffle(x, groups)``: channel g * n + i goes to i * groups + g."""
     shape = shape_of(node)
     if shape is None or shape[1] is None:
         return None
     order = torch.arange(shape[1]).reshape(int(node.args[1]), -1).T.reshape(-1)  # type: ignore[arg-type]
-    return Reading(Reorder(1, tuple(order.tolist())), (node.args[0],))
+    return TorchReading(kinds.Reorder(1, tuple(order.tolist())), (node.args[0],))
 
 
-def read_index_select(node: Node, graph: Surroundings) -> Reading | None:
-    """Positions of an axis by a constant index."""
+def read_index_select(node: Node, graph: Surroundings) -> TorchReading | None:
+    """Read a selection of positions of an axis by a constant index."""
     index, shape = graph.constants.value(node.args[2]), shape_of(node)
     if index is None or shape is None or index.ndim != 1:
         return None
-    return Reading(Reorder(int(node.args[1]) % len(shape), tuple(index.tolist())), (node.args[0],))  # type: ignore[arg-type]
+    return TorchReading(kinds.Reorder(int(node.args[1]) % len(shape), tuple(index.tolist())), (node.args[0],))  # type: ignore[arg-type]
 
 
-def read_pixels(inverse: bool) -> Reader:
-    """pixel_shuffle and pixel_unshuffle."""
+def read_pixels(inverse: bool) -> NodeReader:
+    """Read pixel_shuffle or pixel_unshuffle."""
 
-    def read(node: Node, _graph: Surroundings) -> Reading:
-        return Reading(PixelShuffle(int(node.args[1]), inverse), (node.args[0],))  # type: ignore[arg-type]
+    def read(node: Node, _graph: Surroundings) -> TorchReading:
+        return TorchReading(kinds.PixelShuffle(int(node.args[1]), inverse), (node.args[0],))  # type: ignore[arg-type]
 
     return read
 
 
-def read_slice(node: Node, _graph: Surroundings) -> Reading | None:
-    """A slice with constant ends and step 1."""
+def read_slice(node: Node, _graph: Surroundings) -> TorchReading | None:
+    """Read a slice with constant ends and step 1."""
     value, axis, start, stop, step = (*node.args, *(None,) * 5)[:5]
     shape = shape_of(value)
     axis = int(axis or 0)  # type: ignore[arg-type]
@@ -206,18 +187,20 @@ def read_slice(node: Node, _graph: Surroundings) -> Reading | None:
         return None
     begin, end, _ = slice(start, stop).indices(size)
     if (begin, end) == (0, size):
-        return Reading(Identity(), (value,))
-    return Reading(Slice(axis % len(shape), begin, end), (value,))
+        return TorchReading(kinds.Identity(), (value,))
+    return TorchReading(kinds.Slice(axis % len(shape), begin, end), (value,))
 
 
-def read_piece(node: Node, _graph: Surroundings) -> Reading | None:
-    """Getitem of a split: the run of positions that belongs to this piece."""
+def read_piece(node: Node, _graph: Surroundings) -> TorchReading | None:
+    """Read getitem of a split as the slice that this piece is."""
     split, index = node.args
     pieces = split.meta.get("val") if isinstance(split, Node) else None
     if not isinstance(split, Node) or not isinstance(pieces, (list, tuple)) or not isinstance(index, int):
         return None
     if split.target in POOLS_WITH_POSITIONS:
-        return Reading(MaxPool(_last(len(pieces[0].shape), POOLS_WITH_POSITIONS[split.target])), (split,))
+        return TorchReading(
+            kinds.WindowMaximum(_last(len(pieces[0].shape), POOLS_WITH_POSITIONS[split.target])), (split,)
+        )
     if split.target not in SPLITS:
         return None
     axis = int(argument(split, 2, "dim", 0))
@@ -227,7 +210,7 @@ def read_piece(node: Node, _graph: Surroundings) -> Reading | None:
     index %= len(sizes)
     start = sum(sizes[:index])
     rank = len(pieces[0].shape)
-    return Reading(Slice(axis % rank, start, start + sizes[index]), (split,))
+    return TorchReading(kinds.Slice(axis % rank, start, start + sizes[index]), (split,))
 
 
 #: Operators that cut a value into pieces along an axis.
@@ -243,27 +226,27 @@ POOLS_WITH_POSITIONS = {
 
 
 def is_whole_slice(node: Node) -> bool:
-    """A slice that takes every position, such as the one of axis 0 in ``x[:, 2:]``."""
+    """Return True for a slice that takes every position, such as the one of axis 0 in ``x[:, 2:]``."""
     if node.target is not aten.slice.Tensor:
         return False
     start, stop, step = (argument(node, 2, "start"), argument(node, 3, "end"), argument(node, 4, "step", 1))
     return start in (None, 0) and step == 1 and (stop is None or (isinstance(stop, int) and stop >= 2**62))
 
 
-def read_concat(node: Node, _graph: Surroundings) -> Reading | None:
-    """Concatenation of values of one type and rank."""
+def read_concat(node: Node, _graph: Surroundings) -> TorchReading | None:
+    """Read a concatenation of values of one type and rank."""
     shape, parts = shape_of(node), node.args[0]
     if shape is None or not isinstance(parts, (list, tuple)) or not all(isinstance(part, Node) for part in parts):
         return None
     if any(dtype_of(part) != dtype_of(node) or len(shape_of(part) or ()) != len(shape) for part in parts):
         return None
-    return Reading(Concat(int(argument(node, 1, "dim", 0)) % len(shape)), tuple(parts))
+    return TorchReading(kinds.Concat(int(argument(node, 1, "dim", 0)) % len(shape)), tuple(parts))
 
 
-def read_pool(spatial: int) -> Reader:
-    """Average pooling; exact unless zeros are averaged in or another divisor is used."""
+def read_pool(spatial: int) -> NodeReader:
+    """Read average pooling: exact unless zeros are averaged in or another divisor is used."""
 
-    def read(node: Node, _graph: Surroundings) -> Reading | None:
+    def read(node: Node, _graph: Surroundings) -> TorchReading | None:
         shape = shape_of(node)
         if shape is None or len(shape) < spatial + 1:
             return None
@@ -272,27 +255,17 @@ def read_pool(spatial: int) -> Reader:
         counted = bool(argument(node, 5, "count_include_pad", True))
         divisor = argument(node, 6, "divisor_override")
         exact = (not padded or not counted) and divisor is None
-        return Reading(Average(_last(len(shape), spatial), exact), (node.args[0],))
+        return TorchReading(kinds.Average(_last(len(shape), spatial), exact), (node.args[0],))
 
     return read
 
 
-def read_averaging(spatial: int) -> Reader:
-    """Adaptive average pooling and interpolation: weights that add up to one."""
+def read_window(kind: type[kinds.Average | kinds.WindowMaximum], spatial: int) -> NodeReader:
+    """Read adaptive pooling and interpolation (weights that add up to one), or max pooling (padded with minus infinity)."""
 
-    def read(node: Node, _graph: Surroundings) -> Reading | None:
+    def read(node: Node, _graph: Surroundings) -> TorchReading | None:
         shape = shape_of(node)
-        return None if shape is None else Reading(Average(_last(len(shape), spatial)), (node.args[0],))
-
-    return read
-
-
-def read_max_pool(spatial: int) -> Reader:
-    """Max pooling; its padding is minus infinity."""
-
-    def read(node: Node, _graph: Surroundings) -> Reading | None:
-        shape = shape_of(node)
-        return None if shape is None else Reading(MaxPool(_last(len(shape), spatial)), (node.args[0],))
+        return None if shape is None else TorchReading(kind(_last(len(shape), spatial)), (node.args[0],))
 
     return read
 
@@ -301,85 +274,85 @@ def _last(rank: int, spatial: int) -> tuple[int, ...]:
     return tuple(range(rank - spatial, rank))
 
 
-def read_mean(node: Node, _graph: Surroundings) -> Reading | None:
-    """The mean over axes, or over all."""
+read_mixing, read_max_pool = partial(read_window, kinds.Average), partial(read_window, kinds.WindowMaximum)
+
+
+def read_mean(node: Node, _graph: Surroundings) -> TorchReading | None:
+    """Read the mean over some axes or all."""
     shape = shape_of(node.args[0])
     if shape is None or node.kwargs.get("dtype") is not None:
         return None
     given: Any = node.args[1] if node.target is aten.mean.dim and len(node.args) > 1 else None
     axes = given or range(len(shape))
     keepdim = bool(argument(node, 2, "keepdim", False)) if node.target is aten.mean.dim else False
-    return Reading(Mean(tuple(sorted(int(axis) % len(shape) for axis in axes)), keepdim), (node.args[0],))
+    return TorchReading(kinds.Mean(tuple(sorted(int(axis) % len(shape) for axis in axes)), keepdim), (node.args[0],))
 
 
-def read_pad(node: Node, _graph: Surroundings) -> Reading | None:
-    """Padding by zeros (a scale crosses it) or by copies (a shift too)."""
+def read_pad(node: Node, _graph: Surroundings) -> TorchReading | None:
+    """Read padding with zeros, which a scale can cross, or with copies, which a shift can cross too."""
     shape, amounts = shape_of(node), node.args[1]
     mode = argument(node, 2, "mode", "constant") if node.target is aten.pad.default else "constant"
     value = argument(node, 3 if node.target is aten.pad.default else 2, "value", 0)
     if shape is None or not isinstance(amounts, (list, tuple)) or (mode == "constant" and value not in (0, None)):
         return None
-    return Reading(Average(_last(len(shape), math.ceil(len(amounts) / 2)), mode != "constant"), (node.args[0],))
+    return TorchReading(
+        kinds.Average(_last(len(shape), math.ceil(len(amounts) / 2)), mode != "constant"), (node.args[0],)
+    )
 
 
-def read_clamp(low: Any, high: Any) -> Reader:
-    """Bounds: a number, or the position and name of the argument that holds one."""
+def read_clamp(low: Any, high: Any) -> NodeReader:
+    """Read a clamp; a bound is a number, or position and name of the argument that holds it."""
 
     def bound(node: Node, given: Any, absent: float) -> Any:
         found = argument(node, *given) if isinstance(given, tuple) else given
         return absent if found is None else found
 
-    def read(node: Node, _graph: Surroundings) -> Reading | None:
+    def read(node: Node, _graph: Surroundings) -> TorchReading | None:
         shape = shape_of(node)
         least, most = bound(node, low, -math.inf), bound(node, high, math.inf)
-        if (
-            shape is None
-            or dtype_of(node) != dtype_of(node.args[0])
-            or not all(isinstance(b, (int, float)) for b in (least, most))
-        ):
+        numbers = isinstance(least, int | float) and isinstance(most, int | float)
+        if shape is None or dtype_of(node) != dtype_of(node.args[0]) or not numbers:
             return None
-        if least > most:
-            return None
-        ones: Tensor = torch.ones([1] * len(shape), dtype=torch.float64)
-        return Reading(Clamp(least * ones, most * ones), (node.args[0],))
+        clamp = kinds.Clamp.of(float(least), float(most), len(shape))
+        return None if clamp is None else TorchReading(clamp, (node.args[0],))
 
     return read
 
 
-def read_homogeneous(node: Node, graph: Surroundings) -> Reading | None:
-    """LeakyReLU, and PReLU with constant slopes."""
+def read_homogeneous(node: Node, graph: Surroundings) -> TorchReading | None:
+    """Read LeakyReLU, or PReLU with constant slopes."""
     if node.target is aten.prelu.default and graph.constants.value(node.args[1]) is None:
         return None
-    return Reading(Homogeneous(), (node.args[0],))
+    return TorchReading(kinds.Homogeneous(), (node.args[0],))
 
 
-def read_sum(sign: float) -> Reader:
-    """``a + alpha b`` or ``a - alpha b`` of two values."""
+def read_sum(sign: float) -> NodeReader:
+    """Read ``a + alpha b`` or ``a - alpha b`` of two values."""
 
-    def read(node: Node, _graph: Surroundings) -> Reading | None:
+    def read(node: Node, _graph: Surroundings) -> TorchReading | None:
         left, right = node.args[:2]
         if not _joins(node, left, right):
             return None
         alpha = float(node.kwargs.get("alpha", 1))  # type: ignore[arg-type]
-        return Reading(Add((1.0, sign * alpha)), (left, right)) if alpha else None
+        return TorchReading(kinds.WeightedSum((1.0, sign * alpha)), (left, right)) if alpha else None
 
     return read
 
 
-def read_times(inverse: bool) -> Reader:
-    """The product of two values, or their quotient."""
+def read_times(inverse: bool) -> NodeReader:
+    """Read the product of two values, or their quotient."""
 
-    def read(node: Node, _graph: Surroundings) -> Reading | None:
+    def read(node: Node, _graph: Surroundings) -> TorchReading | None:
         left, right = node.args[:2]
         if not _joins(node, left, right) or "rounding_mode" in node.kwargs:
             return None
-        return Reading(Multiply(inverse), (left, right))
+        return TorchReading(kinds.Multiply(inverse), (left, right))
 
     return read
 
 
 def _joins(node: Node, left: Any, right: Any) -> bool:
-    """Whether two floating values of one type are joined."""
+    """Return True if two values of one type give a result of that type."""
     return isinstance(left, Node) and isinstance(right, Node) and dtype_of(left) == dtype_of(right) == dtype_of(node)
 
 
@@ -395,7 +368,7 @@ def _named(*names: str) -> list[Any]:
 
 
 #: Operator -> reader. A new operation that an affine can cross is a new row.
-READERS: dict[Any, Reader] = {
+TORCH_READERS: dict[Any, NodeReader] = {
     **dict.fromkeys(_named("conv1d", "conv1d.padding"), read_conv(1)),
     **dict.fromkeys(_named("conv2d", "conv2d.padding"), read_conv(2)),
     **dict.fromkeys(_named("conv3d", "conv3d.padding"), read_conv(3)),
@@ -426,26 +399,23 @@ READERS: dict[Any, Reader] = {
     aten.avg_pool1d.default: read_pool(1),
     aten.avg_pool2d.default: read_pool(2),
     aten.avg_pool3d.default: read_pool(3),
-    aten.adaptive_avg_pool1d.default: read_averaging(1),
-    aten.adaptive_avg_pool2d.default: read_averaging(2),
-    aten.adaptive_avg_pool3d.default: read_averaging(3),
+    aten.adaptive_avg_pool1d.default: read_mixing(1),
+    aten.adaptive_avg_pool2d.default: read_mixing(2),
+    aten.adaptive_avg_pool3d.default: read_mixing(3),
     **dict.fromkeys(
-        _named("upsample_nearest1d.vec", "upsample_linear1d.vec", "_upsample_nearest_exact1d.vec"), read_averaging(1)
+        _named("upsample_nearest1d.vec", "upsample_linear1d.vec", "_upsample_nearest_exact1d.vec"),
+        read_mixing(1),
     ),
     **dict.fromkeys(
         _named(
-            *(
-                "upsample_nearest2d.vec",
-                "_upsample_nearest_exact2d.vec",
-                "upsample_bilinear2d.vec",
-                "upsample_bicubic2d.vec",
-            ),
-            *("_upsample_bilinear2d_aa.vec", "_upsample_bicubic2d_aa.vec"),
+            *("upsample_nearest2d.vec", "_upsample_nearest_exact2d.vec", "upsample_bilinear2d.vec"),
+            *("upsample_bicubic2d.vec", "_upsample_bilinear2d_aa.vec", "_upsample_bicubic2d_aa.vec"),
         ),
-        read_averaging(2),
+        read_mixing(2),
     ),
     **dict.fromkeys(
-        _named("upsample_nearest3d.vec", "upsample_trilinear3d.vec", "_upsample_nearest_exact3d.vec"), read_averaging(3)
+        _named("upsample_nearest3d.vec", "upsample_trilinear3d.vec", "_upsample_nearest_exact3d.vec"),
+        read_mixing(3),
     ),
     **dict.fromkeys(_named("mean", "mean.dim"), read_mean),
     **dict.fromkeys(_named("pad", "constant_pad_nd"), read_pad),

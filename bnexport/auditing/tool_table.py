@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Job:
+class ToolInput:
     """The input of a tool."""
 
     module: nn.Module  # A separate copy of the network, in eval mode
@@ -40,14 +40,14 @@ class Tool:
     name: str  # Name on the command line and in the report
     # Gives the product, and puts back on leaving whatever it changed. It raises ``Unavailable`` where the tool is not
     # here.
-    open: Callable[[Job], AbstractContextManager[Product]]
+    open: Callable[[ToolInput], AbstractContextManager[Product]]
     control: bool = False  # It folds nothing; its error is the noise of float32 that the others are allowed
 
 
-def _later(function: str, **options: Any) -> Callable[[Job], AbstractContextManager[Product]]:
+def _later(function: str, **options: Any) -> Callable[[ToolInput], AbstractContextManager[Product]]:
     """Return a function of ``auditing.tools`` that is imported when a job comes."""
 
-    def open_tool(job: Job) -> AbstractContextManager[Product]:
+    def open_tool(job: ToolInput) -> AbstractContextManager[Product]:
         opened: AbstractContextManager[Product] = getattr(importlib.import_module(f"{__package__}.tools"), function)(
             job, **options
         )

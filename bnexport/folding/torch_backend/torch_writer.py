@@ -5,6 +5,7 @@ Tensors that the network creates in forward follow the device of its input after
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -15,9 +16,9 @@ from torch.utils import _pytree as pytree
 
 from bnexport.errors import ProofError
 from bnexport.folding.affine import Affine
-from bnexport.folding.graph import Clamp, Identity, Layer, Norm, Op, Weight
-from bnexport.folding.torch_backend.constants import attribute
-from bnexport.folding.torch_backend.graph import Source, TorchGraph
+from bnexport.folding.graph import Clamp, ConstantAffine, Identity, Layer, Op, Weight, weights_now
+from bnexport.folding.torch_backend.torch_constants import attribute
+from bnexport.folding.torch_backend.torch_graph import TorchGraph, TorchSource
 
 aten = torch.ops.aten
 
@@ -48,7 +49,7 @@ def check_stored(stored: Tensor, value: Tensor, target: str) -> None:
         )
 
 
-class Writer:
+class TorchWriter:
     """Writes the changed operations of one graph back into its module.
 
     Attributes:
@@ -83,7 +84,7 @@ class Writer:
 
         ONNX Runtime has no BatchNormalization of mixed types.
         """
-        if op.norm is None or not isinstance(op.kind, Norm) or op.dtype is None:
+        if op.norm is None or not isinstance(op.kind, ConstantAffine) or op.dtype is None:
             return False
         stored = {
             item.meta["val"].dtype for item in op.source.result.all_input_nodes if self.graph.constants.known(item)
@@ -99,7 +100,7 @@ class Writer:
             self._layer(op, kind)
         elif isinstance(kind, Identity):
             self._replace(op, self._input(op))
-        elif isinstance(kind, Norm):
+        elif isinstance(kind, ConstantAffine):
             self._replace(op, self._norm(op, kind.affine, source.result))
         elif isinstance(kind, Clamp):
             self._replace(op, self._clamp(op, kind, source.result))
@@ -116,7 +117,7 @@ class Writer:
     # --- layers ---
 
     def _layer(self, op: Op, kind: Layer) -> None:
-        source: Source = op.source
+        source: TorchSource = op.source
         (node,) = source.nodes
         before = op.original
         assert isinstance(before, Layer)
@@ -206,17 +207,11 @@ class Writer:
 
     def _names_still_read(self) -> set[str]:
         """Return the attributes that must keep their values: an unchanged operation reads them."""
-        replaced: dict[str, int] = {}
-        for op in self.graph.ops:
-            if not isinstance(op.kind, Layer) or not isinstance(op.original, Layer):
-                continue
-            for new, old in ((op.kind.weight, op.original.weight), (op.kind.bias, op.original.bias)):
-                if old is not None and new is not old:
-                    replaced[old.name] = replaced.get(old.name, 0) + 1
-        readers: dict[str, int] = {}
+        replaced = Counter(old.name for old, new in weights_now(self.graph.ops) if new is not old)
+        readers: Counter[str] = Counter()
         for node in self.module.graph.find_nodes(op="get_attr"):
-            readers[str(node.target)] = readers.get(str(node.target), 0) + len(node.users)
-        return {name for name, count in readers.items() if count > replaced.get(name, 0)}
+            readers[str(node.target)] += len(node.users)
+        return {name for name, count in readers.items() if count > replaced[name]}
 
     # --- what stays beside the layers ---
 

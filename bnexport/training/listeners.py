@@ -29,7 +29,7 @@ class EpochMetrics:
         return asdict(self)
 
 
-class Progress:
+class TrainingListener:
     """Listener of a training run; every method may be overridden and does nothing here."""
 
     def on_download(self, file: str, done: int, total: int | None) -> None:
@@ -54,11 +54,11 @@ class Progress:
         """The run is over, well or not."""
 
 
-class Both(Progress):
+class Both(TrainingListener):
     """Several listeners as one: each method calls that of all, in order."""
 
-    def __init__(self, *listeners: Progress) -> None:
-        for name in (name for name in vars(Progress) if name.startswith("on_")):
+    def __init__(self, *listeners: TrainingListener) -> None:
+        for name in (name for name in vars(TrainingListener) if name.startswith("on_")):
             setattr(self, name, _calling([getattr(listener, name) for listener in listeners]))
 
 
@@ -81,7 +81,7 @@ _SCALARS = {
 }
 
 
-class EventFiles(Progress):
+class EventFiles(TrainingListener):
     """Listener that writes each epoch's numbers."""
 
     def __init__(self, folder: Path) -> None:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from bnexport.folding.affine import Affine, ChannelAffine, Dim, why_infinite
-from bnexport.folding.graph import Norm, NormCall, Opaque
+from bnexport.folding.affine import Affine, ChannelAffine, Dim, arithmetic, is_finite, placed_on, why_infinite
+from bnexport.folding.graph import ConstantAffine, NormCall, Opaque
 from bnexport.folding.onnx_backend.inventory import BATCH_NORM
-from bnexport.folding.onnx_backend.view import NOT_AN_INPUT, OVERRIDABLE, Reading, View
+from bnexport.folding.onnx_backend.view import NOT_AN_INPUT, OVERRIDABLE, NodeView, OnnxReading
 
 #: First operator set whose BatchNormalization says that it is training by an attribute; before, by its outputs.
 _TRAINING_MODE = 14
@@ -22,27 +21,27 @@ UNKNOWN_SHAPE = "the file does not state the shape of its input"
 _DEFAULT_EPSILON = float(torch.tensor(1e-5))
 
 
-def read_batch_norm(view: View) -> Reading:
+def read_batch_norm(view: NodeView) -> OnnxReading:
     """Read a BatchNormalization; one that can't be read has a row in the report all the same."""
-    why, unlock = _unreadable(view)
+    why, hint = _unreadable(view)
     affine = None if why else _affine(view)
     rank = len(view.shape() or ())
-    if affine is not None and not bool(torch.isfinite(affine.scale).all() and torch.isfinite(affine.shift).all()):
+    if affine is not None and not is_finite(affine):
         var = view.context.constants.tensor(view.input(4))
-        why, unlock = why_infinite(var, float(view.attribute("epsilon", _DEFAULT_EPSILON)))
+        why, hint = why_infinite(var, float(view.attribute("epsilon", _DEFAULT_EPSILON)))
         affine = None
     found = None if affine is None else affine.on_axis(1, rank)
-    call = NormCall(view.name, BATCH_NORM, _channels(view), found, why, unlock)
-    return Reading(Opaque(why) if found is None else Norm(found), (view.input(0),), call=call)
+    call = NormCall(view.name, BATCH_NORM, _channels(view), found, why, hint)
+    return OnnxReading(Opaque(why) if found is None else ConstantAffine(found), (view.input(0),), call=call)
 
 
-def unread_batch_norm(view: View, why: str, unlock: str) -> Reading:
+def unread_batch_norm(view: NodeView, why: str, hint: str) -> OnnxReading:
     """Return the reading of a BatchNormalization that stays for a reason outside of it."""
     inputs = tuple(name for name in view.node.input if name)
-    return Reading(Opaque(why), inputs, call=NormCall(view.name, BATCH_NORM, _channels(view), None, why, unlock))
+    return OnnxReading(Opaque(why), inputs, call=NormCall(view.name, BATCH_NORM, _channels(view), None, why, hint))
 
 
-def _unreadable(view: View) -> tuple[str, str]:
+def _unreadable(view: NodeView) -> tuple[str, str]:
     """Return the reason why its affine can't be read, and a hint; two empty texts when it can."""
     training = view.attribute("training_mode", 0) if view.opset >= _TRAINING_MODE else len(view.outputs()) > 1
     shape = view.shape()
@@ -64,12 +63,12 @@ def _unreadable(view: View) -> tuple[str, str]:
     return "", ""
 
 
-def _affine(view: View) -> ChannelAffine:
+def _affine(view: NodeView) -> ChannelAffine:
     gamma, beta, mean, var = (view.context.constants.tensor(view.input(index)) for index in range(1, 5))
     return ChannelAffine.from_statistics(mean, var, float(view.attribute("epsilon", _DEFAULT_EPSILON)), gamma, beta)
 
 
-def _channels(view: View) -> int:
+def _channels(view: NodeView) -> int:
     shape = view.shape()
     size = shape[1] if shape is not None and len(shape) > 1 else 0
     return size if isinstance(size, int) else 0
@@ -87,7 +86,7 @@ class _Link:
         why_not: The reason why it can't be read.
     """
 
-    view: View
+    view: NodeView
     value: str
     affine: Affine | None
     scales: bool
@@ -100,7 +99,7 @@ class _Link:
         return () if self.affine is None else tuple(filter(self.affine.varies_along, range(self.affine.rank)))
 
 
-def read_arithmetic(view: View) -> Reading | None:
+def read_arithmetic(view: NodeView) -> OnnxReading | None:
     """Read a run of arithmetic with constants as one norm; where it is none, read its first node alone.
 
     A run counts as a norm, with a row in the report, when it multiplies or divides by more than one number, and all its
@@ -120,10 +119,10 @@ def read_arithmetic(view: View) -> Reading | None:
         affine = link.affine.after(affine)
     axes = {axis for link in links for axis in link.axes}
     if not any(link.scales for link in links) or (len(axes) > 1 and not any(link.shifts for link in links)):
-        return Reading(Norm(first.affine), (first.value,))
+        return OnnxReading(ConstantAffine(first.affine), (first.value,))
     nodes = [link.view.node for link in links]
     call = NormCall(links[-1].view.name, ", ".join(node.op_type for node in nodes), _size(view, first, axes), affine)
-    return Reading(Norm(affine), (first.value,), nodes=tuple(nodes[1:]), call=call)
+    return OnnxReading(ConstantAffine(affine), (first.value,), nodes=tuple(nodes[1:]), call=call)
 
 
 def _run(first: _Link) -> list[_Link]:
@@ -142,20 +141,19 @@ def _following(link: _Link) -> _Link | None:
     """Return the arithmetic that is the only reader of a link's result."""
     output = link.view.node.output[0]
     user = link.view.context.followers.get(output)
-    found = _link(View(user, link.view.context)) if user is not None and user.op_type in _ARITHMETIC else None
+    found = _link(NodeView(user, link.view.context)) if user is not None and user.op_type in _ARITHMETIC else None
     return found if found is not None and found.value == output else None
 
 
-def _link(view: View) -> _Link | None:
+def _link(view: NodeView) -> _Link | None:
     """Read one node; None for anything but floating-point arithmetic with one constant."""
     if not view.is_floating:
         return None
     if view.node.op_type == "Neg":
-        shape = view.shape()
-        ones = torch.ones([1] * len(shape or ()), dtype=torch.float64)
-        return (
-            None if shape is None else _Link(view, view.input(0), Affine(-ones, torch.zeros_like(ones)), False, False)
-        )
+        if (shape := view.shape()) is None:
+            return None
+        identity = Affine.identity(len(shape))
+        return _Link(view, view.input(0), Affine(-identity.scale, identity.shift), False, False)
     constants = view.context.constants
     given = [constants.known(name) or name in constants.overridable for name in view.node.input]
     if len(given) != 2 or given[0] == given[1]:
@@ -169,15 +167,15 @@ def _link(view: View) -> _Link | None:
     placed = placed_constant(view, slot, view.shape(1 - slot))
     if placed is None:
         return _Link(view, value, None, scales, shifts, _why_not_placed(view, slot))
-    pair = _ELEMENTWISE[view.node.op_type](placed, slot == 0)
-    if pair is None:
+    affine = arithmetic(_ELEMENTWISE[view.node.op_type], placed, first=slot == 0)
+    if affine is None:
         return None
-    if not bool(torch.isfinite(pair[0]).all() and torch.isfinite(pair[1]).all()):
+    if not is_finite(affine):
         return _Link(view, value, None, scales, shifts, "its scale or shift is not finite")
-    return _Link(view, value, Affine.of(*pair), scales, shifts)
+    return _Link(view, value, affine, scales, shifts)
 
 
-def _why_not_placed(view: View, slot: int) -> str:
+def _why_not_placed(view: NodeView, slot: int) -> str:
     shape, given = view.shape(1 - slot), view.context.constants.shape(view.input(slot))
     if shape is None:
         return UNKNOWN_SHAPE
@@ -188,58 +186,25 @@ def _why_not_placed(view: View, slot: int) -> str:
     return "its constants enlarge the value"
 
 
-def _unread_arithmetic(first: _Link) -> Reading:
+def _unread_arithmetic(first: _Link) -> OnnxReading:
     """Return the reading of what looks like a norm and must stay: the first node, with the reason in the report."""
     call = NormCall(first.view.name, first.view.node.op_type, 0, None, first.why_not)
     values = [name for name in first.view.node.input if name and not first.view.context.constants.known(name)]
-    return Reading(Opaque(first.why_not), tuple(values), call=call)
+    return OnnxReading(Opaque(first.why_not), tuple(values), call=call)
 
 
-def _size(view: View, first: _Link, axes: set[int]) -> int:
+def _size(view: NodeView, first: _Link, axes: set[int]) -> int:
     """Return the number of channels; 0 where it varies, or where there are several axes."""
     shape = view.context.shapes.of(first.value) or ()
     size = shape[next(iter(axes))] if len(axes) == 1 else 0
     return size if isinstance(size, int) else 0
 
 
-def placed_constant(view: View, index: int, shape: tuple[Dim, ...] | None) -> Tensor | None:
-    """Return a constant input with as many axes as a value, float64; None when it would enlarge the value."""
-    if shape is None or not shape:
-        return None
-    constant = view.context.constants.tensor(view.input(index))
-    if constant.ndim > len(shape):
-        return None
-    placed = constant.reshape([*[1] * (len(shape) - constant.ndim), *constant.shape])
-    fits = all(size == 1 or size == there for size, there in zip(placed.shape, shape, strict=True))
-    return placed if fits else None
+def placed_constant(view: NodeView, index: int, shape: tuple[Dim, ...] | None) -> Tensor | None:
+    """Return a constant input with as many axes as a value, float64; None if it would enlarge the value."""
+    return placed_on(view.context.constants.tensor(view.input(index)), shape) if shape else None
 
 
-def _add(constant: Tensor, _constant_first: bool) -> tuple[Tensor, Tensor]:
-    return torch.ones_like(constant), constant
-
-
-def _sub(constant: Tensor, constant_first: bool) -> tuple[Tensor, Tensor]:
-    if constant_first:  # c - x
-        return -torch.ones_like(constant), constant
-    return torch.ones_like(constant), -constant
-
-
-def _mul(constant: Tensor, _constant_first: bool) -> tuple[Tensor, Tensor]:
-    return constant, torch.zeros_like(constant)
-
-
-def _div(constant: Tensor, constant_first: bool) -> tuple[Tensor, Tensor] | None:
-    if constant_first:  # c / x is not affine
-        return None
-    return constant.reciprocal(), torch.zeros_like(constant)
-
-
-_ELEMENTWISE: dict[str, Callable[[Tensor, bool], tuple[Tensor, Tensor] | None]] = {
-    "Add": _add,
-    "Sum": _add,
-    "Sub": _sub,
-    "Mul": _mul,
-    "Div": _div,
-}
+_ELEMENTWISE = {"Add": "add", "Sum": "add", "Sub": "sub", "Mul": "mul", "Div": "div"}
 #: Operators of a run of arithmetic.
 _ARITHMETIC = (*_ELEMENTWISE, "Neg")

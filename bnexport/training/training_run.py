@@ -18,12 +18,12 @@ from bnexport.nn.moving_statistics import norm_layers, recalibrate
 from bnexport.nn.stale_statistics import staleness
 from bnexport.reproducibility import seeded
 from bnexport.training.config import TrainingConfig
-from bnexport.training.directory import RunDirectory, Saved
-from bnexport.training.loop import Epochs, Outcome, batches_of, epoch_order, epoch_seed, evaluate
+from bnexport.training.directory import RunDirectory, SavedEpoch
+from bnexport.training.listeners import EpochMetrics, TrainingListener
+from bnexport.training.loop import Epochs, MeanMetrics, batches_of, epoch_order, epoch_seed, evaluate
 from bnexport.training.optimisers import learning_rate, optimizer_tensors, set_learning_rate
 from bnexport.training.preparation import Prepared, made_by, network_facts, prepare
 from bnexport.training.processes import World, open_world
-from bnexport.training.progress import EpochMetrics, Progress
 from bnexport.training.recording import obstacle, recorded_by_default
 from bnexport.training.step import pooling_by_products
 
@@ -62,7 +62,7 @@ def train(
     resume: bool = False,
     force: bool = False,
     data_dir: str | Path | None = None,
-    progress: Progress | None = None,
+    progress: TrainingListener | None = None,
 ) -> TrainingResult:
     """Train a classifier and write a run directory.
 
@@ -90,11 +90,11 @@ def train(
         raise UsageError("--resume and --force contradict each other", remedy="Give one of them")
     directory, given = RunDirectory(out), config
     with open_world(config.device) as world, contextlib.ExitStack() as held:
-        listener = progress if progress is not None and world.leads else Progress()
+        listener = progress if progress is not None and world.leads else TrainingListener()
         held.callback(listener.on_end)
         config = world.told_by_leader(lambda: given)
 
-        def examined() -> Saved | None:
+        def examined() -> SavedEpoch | None:
             directory.examine(config, resume=resume, force=force)  # a folder of somebody else's is not even locked
             held.enter_context(directory.locked())
             return directory.examine(config, resume=resume, force=force)
@@ -103,18 +103,23 @@ def train(
         prepared = world.all_do(lambda: prepare(config, saved, world, data_dir=data_dir, listener=listener))
         world.told_by_leader(lambda: directory.prepare(config, saved))
         with pooling_by_products(prepared.model):
-            return _Run(config, prepared, directory, world, listener).go(saved)
+            return _TrainingRun(config, prepared, directory, world, listener).go(saved)
 
 
 #: Training images on which the statistics are looked at: enough to tell 0.15 standard deviations from chance.
 _LOOKED_AT = 1024
 
 
-class _Run:
+class _TrainingRun:
     """A run between its preparation and its result."""
 
     def __init__(
-        self, config: TrainingConfig, prepared: Prepared, directory: RunDirectory, world: World, listener: Progress
+        self,
+        config: TrainingConfig,
+        prepared: Prepared,
+        directory: RunDirectory,
+        world: World,
+        listener: TrainingListener,
     ) -> None:
         self.config, self.directory, self.world, self.listener = config, directory, world, listener
         self.prepared, self.model, self.dataset = prepared, prepared.model, prepared.dataset
@@ -129,7 +134,7 @@ class _Run:
             on_note=listener.on_note,
         )
 
-    def go(self, saved: Saved | None) -> TrainingResult:
+    def go(self, saved: SavedEpoch | None) -> TrainingResult:
         """Train what is left, and finish."""
         self.history = saved.history if saved is not None else []
         device = self.world.device.type
@@ -251,7 +256,7 @@ class _Run:
         layers = recalibrate(self.model, batches_of(samples, order, self.config.batch_size))
         return self._tested().accuracy if layers else None
 
-    def _tested(self) -> Outcome:
+    def _tested(self) -> MeanMetrics:
         return evaluate(self.model, self.prepared.test, self.world)
 
 

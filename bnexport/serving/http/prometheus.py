@@ -8,8 +8,8 @@ from prometheus_client import CollectorRegistry, ProcessCollector, generate_late
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from bnexport.serving.counters import Histogram, Totals
 from bnexport.serving.state import ServerState
-from bnexport.serving.statistics import Histogram, Totals
 
 _MODEL = ("model", "version")
 

@@ -26,7 +26,7 @@ _WORK = 2_000_000_000
 _SMALLEST = 64
 
 
-def fold_error(
+def torch_fold_error(
     original: GraphModule, folded: GraphModule, exact: dict[str, Tensor], inputs: tuple[Any, ...], *, seed: int = 0
 ) -> tuple[float, float] | None:
     """Return the largest difference of any output, as a fraction of that output's largest value, in float64, and its bound.
@@ -54,7 +54,7 @@ def fold_error(
 def compare(
     wide: nn.Module, narrow: nn.Module, inputs: tuple[Any, ...], sizes: list[int | None], *, seed: int = 0
 ) -> tuple[float, float] | None:
-    """Compare two networks in float64, as ``fold_error`` does.
+    """Compare two networks in float64, as ``torch_fold_error`` does.
 
     Args:
         wide: The original, in float64.
@@ -83,7 +83,7 @@ def compare(
 
 
 def rough_error(original: nn.Module, folded: nn.Module, inputs: tuple[Any, ...]) -> float | None:
-    """Return ``fold_error`` in the network's own element types, if it can't run in float64; None where nothing can run."""
+    """Return the error in the network's own element types, for a network that can't run in float64; None if it can't run."""
     try:
         reference = run(original, inputs)
     except Exception:  # forward may be the user's code, which raises any class

@@ -305,7 +305,7 @@ _MAX_ELEMENTS = 1 << 26
 _MAX_RANK = 16
 
 
-class Constants:
+class OnnxConstants:
     """The constants of a model's main graph, in float64; the model is not changed.
 
     Attributes:

@@ -144,7 +144,7 @@ def _owned(node: Node, order: dict[Node, int]) -> bool:
 _CASTS = (aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout, aten.to.device)
 
 
-class Constants:
+class TorchConstants:
     """Values that depend on parameters, buffers and literals alone, computed in float64 on demand.
 
     A parameter or buffer that some operator of the graph changes in place (also through a view) is not a constant: its value

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from bnexport.folding.graph import Identity, Kind, Layer, NormCall, Op, Opaque, Reshape, connect
 from bnexport.folding.layers import channels_of
-from bnexport.folding.onnx_backend.constants import SHAPE_ONLY, Constants, Shapes, node_evaluator
 from bnexport.folding.onnx_backend.inventory import is_batch_norm, is_default, label
-from bnexport.folding.onnx_backend.norms import unread_batch_norm
-from bnexport.folding.onnx_backend.readers import READERS, read_piece, read_split
-from bnexport.folding.onnx_backend.view import OVERRIDABLE, Context, Reading, Slot, View
-from bnexport.folding.torch_backend.graph import evaluate_kind
+from bnexport.folding.onnx_backend.onnx_constants import SHAPE_ONLY, OnnxConstants, Shapes, node_evaluator
+from bnexport.folding.onnx_backend.onnx_norms import unread_batch_norm
+from bnexport.folding.onnx_backend.onnx_readers import ONNX_READERS, read_piece, read_split
+from bnexport.folding.onnx_backend.view import OVERRIDABLE, GraphContext, NodeView, OnnxReading, Slot
+from bnexport.folding.torch_backend.torch_graph import evaluate_kind
 from bnexport.onnx_files.models import opset_of
 from bnexport.onnx_files.names import mentions, reads
 from bnexport.tensors import Array
@@ -29,7 +29,7 @@ _WEIGHT, _BIAS = "folded weight", "folded bias"
 
 
 @dataclass
-class Source:
+class OnnxSource:
     """The origin of a value.
 
     Attributes:
@@ -59,7 +59,7 @@ class OnnxGraph:
         self.nodes = list(model.graph.node)
         self.opset = opset_of(model)
         self.shapes = Shapes(model, given)
-        self.constants = Constants(model, self.shapes)
+        self.constants = OnnxConstants(model, self.shapes)
         self.ops: list[Op] = []
         self.by_name: dict[str, Op] = {}
         self._functions = {(function.domain, function.name) for function in model.functions}
@@ -81,7 +81,7 @@ class OnnxGraph:
 
     # --- reading ---
 
-    def _make_context(self) -> Context:
+    def _make_context(self) -> GraphContext:
         for node in self.nodes:
             for name in reads(node):
                 self._users.setdefault(name, []).append(node)
@@ -91,12 +91,12 @@ class OnnxGraph:
             for name, users in self._users.items()
             if len(users) == count[name] == 1 and self._is_plain(users[0])
         }
-        return Context(self.opset, self.shapes, self.constants, followers, count)
+        return GraphContext(self.opset, self.shapes, self.constants, followers, count)
 
     def _add_input(self, value: ValueInfoProto) -> None:
         if not self.constants.known(value.name):
             kind = Opaque(OVERRIDABLE) if value.name in self.constants.overridable else Opaque()
-            self._add(kind, Source((), value.name, ()), f"the model's input {value.name!r}", "")
+            self._add(kind, OnnxSource((), value.name, ()), f"the model's input {value.name!r}", "")
 
     def _read(self, node: NodeProto) -> None:
         if self.constants.computes(node) or not any(node.output) or node.output[0] in self._taken:
@@ -118,10 +118,10 @@ class OnnxGraph:
         self._add_reading(node, result, reading, nodes)
         for name in nodes[-1].output:
             if name and name != result:  # a further output of what can't be crossed
-                self._add(Opaque(), Source((node,), name, (result,)), _described(node), label(node))
+                self._add(Opaque(), OnnxSource((node,), name, (result,)), _described(node), label(node))
 
-    def _pieces(self, node: NodeProto) -> list[Reading] | None:
-        view = View(node, self._context)
+    def _pieces(self, node: NodeProto) -> list[OnnxReading] | None:
+        view = NodeView(node, self._context)
         if not self._is_plain(node) or view.is_constant(0) or not all(node.output):
             return None
         try:
@@ -141,48 +141,48 @@ class OnnxGraph:
     def _read_piece(self, node: NodeProto) -> None:
         split = self._sequences[node.input[0]]
         try:
-            found = read_piece(View(split, self._context), View(node, self._context))
+            found = read_piece(NodeView(split, self._context), NodeView(node, self._context))
         except _CONTRADICTIONS:
             found = None
         if found is None:
-            found = Reading(Opaque(), (split.input[0],), nodes=(node,))
+            found = OnnxReading(Opaque(), (split.input[0],), nodes=(node,))
         self._add_reading(node, node.output[0], found, (split, *found.nodes))
 
-    def _reading(self, node: NodeProto) -> Reading:
-        view = View(node, self._context)
+    def _reading(self, node: NodeProto) -> OnnxReading:
+        view = NodeView(node, self._context)
         everything = tuple(reads(node))
         if not self._is_plain(node):
             if is_batch_norm(node):
                 return unread_batch_norm(view, "a function of the file has its name", "another name for that function")
-            return Reading(Opaque(), everything)
+            return OnnxReading(Opaque(), everything)
         if node.op_type in SHAPE_ONLY:
-            return Reading(Opaque(), ())
-        reader = READERS.get(node.op_type)
+            return OnnxReading(Opaque(), ())
+        reader = ONNX_READERS.get(node.op_type)
         try:
             found = reader(view) if reader is not None else None
         except _CONTRADICTIONS:
             found = "its attributes can't be understood"
-        if is_batch_norm(node) and not isinstance(found, Reading):
+        if is_batch_norm(node) and not isinstance(found, OnnxReading):
             return unread_batch_norm(view, found or "it can't be read", "")
         if isinstance(found, str):
-            return Reading(Opaque(found), everything)
+            return OnnxReading(Opaque(found), everything)
         if found is None or any(name not in self.by_name for name in found.inputs):
             if is_batch_norm(node):
                 return unread_batch_norm(view, "its input is a constant", "")
-            return Reading(Opaque(), everything)
+            return OnnxReading(Opaque(), everything)
         return found
 
     def _is_plain(self, node: NodeProto) -> bool:
         return is_default(node) and (node.domain, node.op_type) not in self._functions
 
     def _add_reading(
-        self, node: NodeProto, name: str, reading: Reading, nodes: tuple[NodeProto, ...] | None = None
+        self, node: NodeProto, name: str, reading: OnnxReading, nodes: tuple[NodeProto, ...] | None = None
     ) -> None:
         known = tuple(item for item in reading.inputs if item in self.by_name)
-        source = Source(nodes or (node,), name, known, reading.weight, reading.bias)
+        source = OnnxSource(nodes or (node,), name, known, reading.weight, reading.bias)
         self._add(reading.kind, source, _described(node), label(node), reading.call)
 
-    def _add(self, kind: Kind, source: Source, name: str, path: str, call: NormCall | None = None) -> None:
+    def _add(self, kind: Kind, source: OnnxSource, name: str, path: str, call: NormCall | None = None) -> None:
         shape = self.shapes.of(source.output)
         dtype = self.shapes.dtype(source.output)
         inputs = [self.by_name[item] for item in source.reads]
@@ -194,7 +194,7 @@ class OnnxGraph:
         names = tuple(value.name for value in self.model.graph.output if value.name in self.by_name)
         inputs = [self.by_name[name] for name in names]
         kind = Opaque(is_output=True)
-        self.ops.append(Op(kind, inputs, (), None, "the model's output", "", Source((), "", names)))
+        self.ops.append(Op(kind, inputs, (), None, "the model's output", "", OnnxSource((), "", names)))
 
     # --- evaluating ---
 
@@ -211,7 +211,7 @@ class OnnxGraph:
 
     def _run(self, op: Op, inputs: Sequence[Tensor], layer: Layer | None) -> Tensor:
         """Run an operation's own nodes on float64 values, with a layer's own weight and bias where given."""
-        source: Source = op.source
+        source: OnnxSource = op.source
         feeds: dict[str, Array] = {name: value.numpy() for name, value in zip(source.reads, inputs, strict=True)}
         if isinstance(op.original, Reshape):
             return inputs[0].reshape(self._target(op, inputs[0]))
@@ -234,7 +234,7 @@ class OnnxGraph:
             raise RuntimeError(f"{op.name} left float64")
         return torch.from_numpy(np.ascontiguousarray(found))
 
-    def _evaluator(self, source: Source, *, fed: bool) -> Any:
+    def _evaluator(self, source: OnnxSource, *, fed: bool) -> Any:
         nodes = list(source.nodes)
         if fed:
             nodes = with_tensors(nodes, source.weight, source.bias, weight=_WEIGHT, bias=_BIAS if source.bias else None)

@@ -30,10 +30,10 @@ from bnexport.files import write_atomically
 from bnexport.optional import one_line, require
 from bnexport.runtimes.base import RunSettings
 from bnexport.runtimes.catalogue import runner_spec
-from bnexport.serving.bulk.job import Job, folder_of, make_job, part_file
+from bnexport.serving.bulk.bulk_request import BulkProgress, BulkRequest
+from bnexport.serving.bulk.image_sources import NpzFiles, Shard, read_shard
+from bnexport.serving.bulk.job import BulkJob, folder_of, make_job, part_file
 from bnexport.serving.bulk.parquet import encode
-from bnexport.serving.bulk.request import BulkProgress, BulkRequest
-from bnexport.serving.bulk.sources import NpzFiles, Shard, read_shard
 from bnexport.serving.predictor import check_labels, image_preprocessing, run_images
 from bnexport.tensors import Array
 
@@ -41,7 +41,7 @@ from bnexport.tensors import Array
 class ShardWorker:
     """Predicts and writes shards of a job with one session of one thread. The caller has checked the bundle's hashes."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: BulkJob) -> None:
         opened = Bundle.open(job.bundle)
         self._job, self._request = job, job.request
         self._files = NpzFiles()
@@ -88,11 +88,11 @@ _AHEAD = 2
 class _Process:
     """State of a worker's process: a pool drops the result of its initialiser."""
 
-    job: Job | None = None
+    job: BulkJob | None = None
     worker: ShardWorker | None = None
 
 
-def run_locally(job: Job, shards: Sequence[Shard]) -> Iterator[int]:
+def run_locally(job: BulkJob, shards: Sequence[Shard]) -> Iterator[int]:
     """Predict shards in processes of this machine; yield the rows of each as it is written."""
     workers = min(job.request.resolved_workers(), len(shards))
     if workers <= 1:
@@ -111,7 +111,7 @@ def run_locally(job: Job, shards: Sequence[Shard]) -> Iterator[int]:
             pool.shutdown(cancel_futures=True)
 
 
-def _in_this_process(job: Job, shards: Sequence[Shard]) -> Iterator[int]:
+def _in_this_process(job: BulkJob, shards: Sequence[Shard]) -> Iterator[int]:
     worker = ShardWorker(job)
     try:
         yield from map(worker.run, shards)
@@ -146,7 +146,7 @@ def _interrupts_held() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _start(job: Job) -> None:
+def _start(job: BulkJob) -> None:
     """Initialise a worker's process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to hear; a shard that was begun is finished
     parent = multiprocessing.parent_process()
@@ -207,7 +207,7 @@ def threads_ended() -> Iterator[None]:
             thread.join(max(end - time.monotonic(), 0.0))
 
 
-def run_on_ray(job: Job, shards: Sequence[Shard]) -> Iterator[int]:
+def run_on_ray(job: BulkJob, shards: Sequence[Shard]) -> Iterator[int]:
     """Predict shards in actors of a Ray cluster, or of one that is started here; yield the rows of each.
 
     An actor that dies is replaced, and its shard is written again: as a whole, so that no row is there twice.
@@ -250,7 +250,7 @@ def run_on_ray(job: Job, shards: Sequence[Shard]) -> Iterator[int]:
 
 
 #: Engine -> what runs a job's shards. A new engine is a new row.
-ENGINES: dict[str, Callable[[Job, Sequence[Shard]], Iterator[int]]] = {"local": run_locally, "ray": run_on_ray}
+ENGINES: dict[str, Callable[[BulkJob, Sequence[Shard]], Iterator[int]]] = {"local": run_locally, "ray": run_on_ray}
 
 
 @dataclass(frozen=True)

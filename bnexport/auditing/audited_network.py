@@ -59,7 +59,7 @@ class AuditedNetwork:
         return tuple(batch_of(probe) for probe in self.probes)
 
 
-def subject_of(module: nn.Module, inputs: tuple[InputSpec, ...], *, seed: int = 0) -> AuditedNetwork:
+def audited_network(module: nn.Module, inputs: tuple[InputSpec, ...], *, seed: int = 0) -> AuditedNetwork:
     """Copy a network and compute its answers in float64; the network itself is never changed.
 
     A network that takes only the first batch size is probed with that size alone. BatchNorms that were never trained get

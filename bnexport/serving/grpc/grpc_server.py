@@ -18,9 +18,9 @@ from bnexport.optional import one_line
 from bnexport.serving.grpc.call import Call, classes, code_of, read_message
 from bnexport.serving.grpc.inference import infer
 from bnexport.serving.grpc.methods import METHODS, STREAM, WATCH, Method, watch
-from bnexport.serving.limits import ServingLimits
 from bnexport.serving.listener import resolved
 from bnexport.serving.protocol.messages import sentence_of
+from bnexport.serving.serving_limits import ServingLimits
 from bnexport.serving.state import Answer, ServerState
 from bnexport.validation.limits import shown
 

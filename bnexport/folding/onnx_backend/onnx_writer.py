@@ -11,14 +11,14 @@ from onnx import ModelProto, NodeProto, TensorProto, helper
 from torch import Tensor
 
 from bnexport.folding.affine import Affine
-from bnexport.folding.graph import Clamp, Identity, Layer, Norm, Op, Weight
-from bnexport.folding.onnx_backend.graph import OnnxGraph, Source, with_tensors
+from bnexport.folding.graph import Clamp, ConstantAffine, Identity, Layer, Op, Weight, weights_now
 from bnexport.folding.onnx_backend.inventory import BATCH_NORM, pinned, stored
+from bnexport.folding.onnx_backend.onnx_graph import OnnxGraph, OnnxSource, with_tensors
 from bnexport.onnx_files.models import refill
 from bnexport.onnx_files.names import Names, mentions, reads
 
 
-class Writer:
+class OnnxWriter:
     """Writes the changed operations of a graph back into its model.
 
     Attributes:
@@ -57,7 +57,7 @@ class Writer:
             self._layer(op, kind)
         elif isinstance(kind, Identity):
             self._hand_on(op)
-        elif isinstance(kind, Norm):
+        elif isinstance(kind, ConstantAffine):
             self._norm(op, kind.affine)
         elif isinstance(kind, Clamp):
             self._clamp(op, kind)
@@ -70,7 +70,7 @@ class Writer:
 
     def _replace(self, op: Op, nodes: list[NodeProto]) -> None:
         """Put nodes in the place of an operation's own; the last gives its value under the same name."""
-        source: Source = op.source
+        source: OnnxSource = op.source
         for index, node in enumerate(source.nodes):
             self._groups[self._place[id(node)]] = nodes if index == len(source.nodes) - 1 else []
         self._producers.update((name, node) for node in nodes for name in node.output if name)
@@ -98,7 +98,7 @@ class Writer:
     # --- layers ---
 
     def _layer(self, op: Op, kind: Layer) -> None:
-        source: Source = op.source
+        source: OnnxSource = op.source
         before = op.original
         assert isinstance(before, Layer)
         weight = self._tensor(op, "weight", kind.weight, before.weight)
@@ -134,12 +134,7 @@ class Writer:
 
     def _names_still_read(self) -> set[str]:
         """Return the constants that must keep their values: something that did not change reads them."""
-        replaced: Counter[str] = Counter()
-        for op in self.graph.ops:
-            if isinstance(op.kind, Layer) and isinstance(op.original, Layer):
-                for new, old in ((op.kind.weight, op.original.weight), (op.kind.bias, op.original.bias)):
-                    if old is not None and new is not old:
-                        replaced[old.name] += 1
+        replaced = Counter(old.name for old, new in weights_now(self.graph.ops) if new is not old)
         return {name for name, times in replaced.items() if self.graph.constants.uses(name) > times}
 
     def _constant(self, op: Op, what: str, value: Tensor, dtype: torch.dtype) -> str:
