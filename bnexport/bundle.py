@@ -3,6 +3,7 @@
 ::
 
     models/bn_lenet/1/model.onnx            folded, dynamic batch
+    models/bn_lenet/1/model.float32.onnx    of an int8 bundle: the float32 file that model.onnx was made from
     models/bn_lenet/1/model.pt              TorchScript made from the same folded weights
     models/bn_lenet/1/model.pt2             torch.export's file of the same
     models/bn_lenet/1/weights.safetensors   the unfolded weights
@@ -46,6 +47,8 @@ REPORT = "report.html"
 GOLDEN = "test_data_set_0"
 #: What the weights of a model file may be stored and computed in; ``Manifest.onnx`` says which, under "precision".
 STORED_PRECISIONS = ("float32", "float16", "bfloat16", "int8")
+#: What an int8 file is written for (``quantization``).
+INT8_TARGETS = ("cpu", "tensorrt")
 #: What the JSON value of a key of the manifest is; those that are not here are objects.
 _KINDS: dict[str, tuple[type, ...]] = {
     "name": (str,),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +25,13 @@ from bnexport.folding.onnx_backend.onnx_proof import NotEvaluated, evaluator, fi
 from bnexport.onnx_files.float64 import widen_array
 from bnexport.onnx_files.models import opset_of
 from bnexport.progress import Progress, part_of, silent
+from bnexport.quantization.norm_outputs import seen_in_file
 from bnexport.reporting.html import render_report
 from bnexport.reporting.results import ExportResult
 from bnexport.tensors import DTYPES, Array, Signature, TensorSpec
 from bnexport.verification.golden import golden_inputs, real_images
 from bnexport.verification.inputs import score_count
+from bnexport.verification.int8 import with_int8, within_range
 from bnexport.verification.scope import Scope
 from bnexport.verification.verdict import VerificationReport
 from bnexport.verification.verify import verify
@@ -123,6 +126,8 @@ def fold_and_export_onnx(
     try:
         with staged_directory(path, force=request.force) as stage:
             write_atomically(stage / MODEL_ONNX, _stamped(result.model, manifest))
+            if request.precision == "int8":
+                manifest = _int8(stage, manifest, result, request)
             progress("writing golden vectors", 0.3, 1)
             _write_golden(stage, manifest, result.original, request)
             report = verify(
@@ -135,6 +140,16 @@ def fold_and_export_onnx(
     except _Failed:
         return ExportResult(None, result.report, report)
     return ExportResult(Bundle.open(path), result.report, report)
+
+
+def _int8(stage: Path, manifest: Manifest, result: OnnxFoldResult, request: ExportRequest) -> Manifest:
+    """Make model.onnx int8, next to its float32 original, and return the manifest with the record of it."""
+    sizes = _requested(request.inputs)
+    try:
+        example, _ = first_that_works(evaluator(result.original), result.original, 0, sizes)
+    except NotEvaluated as reason:
+        raise ExportError(f"the file can't be evaluated in float64: {reason}", remedy=_FILE_ALONE) from reason
+    return with_int8(stage, manifest, example, partial(seen_in_file, result.original), request)
 
 
 def _requested(texts: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
@@ -187,6 +202,7 @@ def _write_golden(stage: Path, manifest: Manifest, original: ModelProto, request
         feeds = golden_inputs(
             signature, shapes=shapes, images=real_images(manifest, data_dir=request.images_at(request.dataset))
         )
+        feeds = within_range(manifest, feeds)
         feeds = {spec.name: _of_fixed_batch(spec, feeds[spec.name]) for spec in signature.inputs}
         outputs = run(engine, {name: widen_array(array) for name, array in feeds.items()})
     except NotEvaluated as reason:

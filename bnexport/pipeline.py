@@ -6,6 +6,7 @@ import json
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,10 +41,12 @@ from bnexport.nn.batch_axis import check_batch
 from bnexport.nn.folded import MARKER
 from bnexport.nn.soundness import check_finite_output, check_sound
 from bnexport.progress import Progress, part_of, silent
+from bnexport.quantization.norm_outputs import seen_in_module
 from bnexport.reporting.html import render_report
 from bnexport.reporting.results import ExportResult
 from bnexport.verification.full_check import verify_command
 from bnexport.verification.golden import write_golden_vectors
+from bnexport.verification.int8 import with_int8
 from bnexport.verification.scope import Scope
 from bnexport.verification.verdict import VerificationReport
 from bnexport.verification.verify import verify
@@ -135,6 +138,8 @@ def _export(
             shipped = in_precision(result.model, inputs, request.precision)
             job = ExportJob(shipped, inputs, signature, request.onnx)
             _write_models(stage, job, request, part_of(progress, 0.25, 0.55))
+            if request.precision == "int8":
+                manifest = _int8(stage, manifest, loaded.module, inputs, request)
             if (stage / MODEL_ONNX).is_file():
                 stamp_metadata(stage / MODEL_ONNX, manifest.model_facts())
             save_checkpoint(stage / WEIGHTS, checkpoint_of(loaded))
@@ -232,15 +237,30 @@ def _with_warnings(result: FoldResult, loaded: LoadedModel, request: ExportReque
     """Add to the fold report: choices in the weights file, and moving statistics that do not fit the network."""
     subject = TrainedNetwork(loaded.module, loaded.dataset, loaded.preprocessing)
     warning = stale_warning(subject, data_dir=request.data_dir) if result.report.rows else ""
+    if warning and request.precision == "int8" and request.calibrate in (None, "none"):
+        raise RefusedModel(
+            f"int8 ranges come from BatchNorm, and {warning[:1].lower()}{warning[1:]}",
+            remedy="Run bnexport recalibrate and export its result, or pass --calibrate with a data set or a folder",
+        )
     warnings = (*loaded.notes, *result.report.warnings, *([warning] if warning else []))
     return replace(result, report=replace(result.report, warnings=warnings))
 
 
 def _write_models(stage: Path, job: ExportJob, request: ExportRequest, progress: Progress) -> None:
-    rows = [row for row in FORMATS if row.name in request.formats]
+    formats = ("onnx",) if request.precision == "int8" else request.formats  # int8 is an ONNX format
+    rows = [row for row in FORMATS if row.name in formats]
     for number, row in enumerate(rows):
         progress(f"writing {row.file}", number, len(rows))
         row.write(job, stage / row.file)
+
+
+def _int8(
+    stage: Path, manifest: Manifest, module: nn.Module, inputs: tuple[Tensor, ...], request: ExportRequest
+) -> Manifest:
+    """Make model.onnx int8, next to its float32 original, and return the manifest with the record of it."""
+    names = [spec.name for spec in manifest.signature.inputs]
+    example = {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)}
+    return with_int8(stage, manifest, example, partial(seen_in_module, module), request)
 
 
 def _onnx_facts(request: ExportRequest) -> dict[str, str | int]:

@@ -74,7 +74,7 @@ class Spread:
     @property
     def std(self) -> Array:
         """Return the standard deviation of each channel."""
-        return np.sqrt(_WEIGHTS @ np.square(self.values - self.mean))
+        return np.asarray(np.sqrt(_WEIGHTS @ np.square(self.values - self.mean)))
 
     @property
     def limits(self) -> tuple[Array, Array]:

@@ -8,7 +8,7 @@ tensor. So no name has to be traced through exporters, and it does not matter by
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -85,7 +85,7 @@ def seen_in_file(original: ModelProto, feeds: Mapping[str, Array]) -> list[Seen]
     return outputs + inputs
 
 
-def known_moments(seen: list[Seen], values: Mapping[str, Array]) -> dict[str, Known]:
+def known_moments(seen: Sequence[Seen], values: Mapping[str, Array]) -> dict[str, Known]:
     """Return tensor of the folded file -> trained moments, for each tensor with the numbers of a BatchNorm's output or input.
 
     Args:

@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 from onnx import ModelProto
 
+from bnexport.bundle import INT8_TARGETS
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import DataError, ModelError, UsageError
 from bnexport.onnx_files.float64 import Float64Evaluator
 from bnexport.quantization.moments import Known, Spread, refined_means, spreads
 from bnexport.quantization.norm_outputs import Seen, known_moments
 from bnexport.quantization.plan import Plan
-from bnexport.quantization.ranges import TARGETS, Range
+from bnexport.quantization.ranges import Range
 from bnexport.quantization.writer import quantised_model
 from bnexport.tensors import Array
 
@@ -35,7 +36,7 @@ class Int8Options:
     """How a model becomes int8.
 
     Attributes:
-        target: One of ``ranges.TARGETS``.
+        target: One of ``bundle.INT8_TARGETS``.
         float_layers: Layers that stay in float.
         allow_flips: Largest share of labels that may change; None: judged by what the margins predict.
     """
@@ -45,8 +46,8 @@ class Int8Options:
     allow_flips: float | None = None
 
     def __post_init__(self) -> None:
-        if self.target not in TARGETS:
-            raise UsageError(f"the target {self.target!r} is not known", remedy=f"Known: {', '.join(TARGETS)}")
+        if self.target not in INT8_TARGETS:
+            raise UsageError(f"the target {self.target!r} is not known", remedy=f"Known: {', '.join(INT8_TARGETS)}")
         if self.allow_flips is not None and not 0 <= self.allow_flips <= 1:
             raise UsageError(f"--allow-flips is {self.allow_flips:g}", remedy="Give a share from 0% to 100%")
 

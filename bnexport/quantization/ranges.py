@@ -11,9 +11,6 @@ import numpy as np
 from bnexport.errors import ModelError
 from bnexport.tensors import Array
 
-#: Targets: U8 asymmetric activations for CPUs; TensorRT reads symmetric S8 alone.
-TARGETS = ("cpu", "tensorrt")
-
 
 @dataclass(frozen=True)
 class Range:
@@ -86,7 +83,7 @@ def coding_of(name: str, found: Range, target: str) -> Coding:
             f"the range of {name!r} has no width: all its values are {high:g} ({found.source})",
             remedy="Give images that differ with --calibrate, or leave its layer in float with --float-layers",
         )
-    if target == "tensorrt":
+    if target == "tensorrt":  # reads symmetric S8 alone; CPUs get asymmetric U8, with one bit more for a ReLU's output
         return Coding(np.float32(max(-low, high) / 127), 0, signed=True)
     scale = np.float32((high - low) / 255)
     return Coding(scale, int(np.clip(np.rint(-low / float(scale)), 0, 255)), signed=False)

@@ -73,12 +73,12 @@ def _unfit(codes: Array, *, pair_safe: bool) -> Array:
 def _largest_pair(flat: Array) -> Array:
     """Return for each row the sum of its two largest numbers of one sign, or the largest one alone."""
     if flat.shape[1] < 2:
-        return np.abs(flat).max(axis=1, initial=0.0)
+        return np.asarray(np.abs(flat).max(axis=1, initial=0.0))
     found = []
     for side in (flat, -flat):
         top = np.partition(np.maximum(side, 0.0), flat.shape[1] - 2, axis=1)[:, -2:]
         found.append(top.sum(axis=1))
-    return np.maximum(*found)
+    return np.asarray(np.maximum(*found))
 
 
 def saturating_channels(codes: Array) -> Array:

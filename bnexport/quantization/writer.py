@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx
@@ -57,7 +58,7 @@ def quantised_model(plan: Plan, ranges: Mapping[str, Range], target: str) -> Mod
     Args:
         plan: Of the folded float32 model, which is not changed.
         ranges: Tensor -> its range, for every tensor with codes.
-        target: One of ``ranges.TARGETS``.
+        target: One of ``bundle.INT8_TARGETS``.
 
     Raises:
         ModelError: A range has no width or is not finite.
@@ -150,5 +151,5 @@ class _Writer:
         self._tensors.append(numpy_helper.from_array(array, free))
         return free
 
-    def _add(self, operator: str, inputs: Sequence[str], output: str, **settings: int) -> None:
+    def _add(self, operator: str, inputs: Sequence[str], output: str, **settings: Any) -> None:
         self._nodes.append(helper.make_node(operator, inputs, [output], name=output, **settings))

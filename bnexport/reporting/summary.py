@@ -166,6 +166,7 @@ RUN_STAGES: dict[str, str] = {
     "batch-size": "batch size",
     "repeat": "repeat",
     "accuracy-change": "accuracy",
+    "labels": "labels",
     "precision": "precision",
 }
 #: Stages whose error is that of the kernels, against the unfolded network.
