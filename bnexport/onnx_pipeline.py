@@ -126,8 +126,7 @@ def fold_and_export_onnx(
     try:
         with staged_directory(path, force=request.force) as stage:
             write_atomically(stage / MODEL_ONNX, _stamped(result.model, manifest))
-            if request.precision == "int8":
-                manifest = _int8(stage, manifest, result, request)
+            manifest = _int8(stage, manifest, result, request)
             progress("writing golden vectors", 0.3, 1)
             _write_golden(stage, manifest, result.original, request)
             report = verify(
@@ -143,7 +142,9 @@ def fold_and_export_onnx(
 
 
 def _int8(stage: Path, manifest: Manifest, result: OnnxFoldResult, request: ExportRequest) -> Manifest:
-    """Make model.onnx int8, next to its float32 original, and return the manifest with the record of it."""
+    """Make model.onnx int8 where that is requested, and return the manifest with the record of it."""
+    if request.precision != "int8":
+        return manifest
     sizes = _requested(request.inputs)
     try:
         example, _ = first_that_works(evaluator(result.original), result.original, 0, sizes)

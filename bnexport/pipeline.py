@@ -138,8 +138,7 @@ def _export(
             shipped = in_precision(result.model, inputs, request.precision)
             job = ExportJob(shipped, inputs, signature, request.onnx)
             _write_models(stage, job, request, part_of(progress, 0.25, 0.55))
-            if request.precision == "int8":
-                manifest = _int8(stage, manifest, loaded.module, inputs, request)
+            manifest = _int8(stage, manifest, loaded.module, inputs, request)
             if (stage / MODEL_ONNX).is_file():
                 stamp_metadata(stage / MODEL_ONNX, manifest.model_facts())
             save_checkpoint(stage / WEIGHTS, checkpoint_of(loaded))
@@ -257,7 +256,9 @@ def _write_models(stage: Path, job: ExportJob, request: ExportRequest, progress:
 def _int8(
     stage: Path, manifest: Manifest, module: nn.Module, inputs: tuple[Tensor, ...], request: ExportRequest
 ) -> Manifest:
-    """Make model.onnx int8, next to its float32 original, and return the manifest with the record of it."""
+    """Make model.onnx int8 where that is requested, and return the manifest with the record of it."""
+    if request.precision != "int8":
+        return manifest
     names = [spec.name for spec in manifest.signature.inputs]
     example = {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)}
     return with_int8(stage, manifest, example, partial(seen_in_module, module), request)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bnexport.bundle import GOLDEN, MODEL_FLOAT32, MODEL_ONNX, WEIGHTS, Bundle
+from bnexport.bundle import GOLDEN, MODEL_ONNX, WEIGHTS, Bundle
 from bnexport.errors import BnexportError, MissingDependency, Unavailable, UsageError
 from bnexport.onnx_files.models import multiplications, read_model
 from bnexport.optional import require
@@ -32,7 +32,7 @@ from bnexport.verification.inputs import (
     other_sized_batches,
     smallest_batch,
 )
-from bnexport.verification.int8 import int8_file_rows, is_int8, within_range
+from bnexport.verification.int8 import int8_file_rows, int8_notes, is_int8, record_of, within
 from bnexport.verification.metrics import common_scales, count_flips, has_labels
 from bnexport.verification.reference import Reference, find_reference, not_rebuilt, takes_empty_batch
 from bnexport.verification.samples import Samples
@@ -108,6 +108,9 @@ class Evidence:
 
     def warnings(self) -> tuple[str, ...]:
         """Return the warnings for the reader that no row contains."""
+        return (*int8_notes(record_of(self.bundle.manifest)), *self._input_warnings())
+
+    def _input_warnings(self) -> tuple[str, ...]:
         if not self.cases or self.cases[0].batch.name in REAL:
             return ()
         if not any(map(has_labels, self.cases[0].expected.values())):
@@ -142,13 +145,10 @@ def prepare(
     # Once: a model of a gigabyte takes seconds to hash, and every stage asks.
     problems = {name: bundle.problem(name) for name in bundle.manifest.files}
     golden, rows = _golden(bundle, problems)
-    model, model_rows, skipped, waived = _model(bundle, problems)
-    int8 = None
-    if is_int8(bundle.manifest):
-        int8, (model, more_rows, _, _) = model, _model(bundle, problems, MODEL_FLOAT32)
-        model_rows += more_rows
+    model, model_rows, skipped, waived = _model(bundle, problems, proved_file(bundle))
+    int8, int8_rows = _model(bundle, problems)[:2] if is_int8(bundle.manifest) else (None, [])
     reference, description, reference_rows = _find_reference(bundle, module, problems)
-    rows += [*model_rows, *reference_rows]
+    rows += [*model_rows, *int8_rows, *reference_rows]
     if samples is not None and reference is None:
         _refuse_samples(description)
     cost = _cost(bundle, golden, model)
@@ -157,22 +157,15 @@ def prepare(
     if golden is not None and reference is not None:
         feeds = golden.batch.feeds
         suite = build_suite(bundle.manifest, feeds, data_dir=data_dir, seed=seed, budget=budget, samples=samples)
-        batches = [replace(item, feeds=within_range(bundle.manifest, item.feeds)) for item in suite.batches]
-        suite = replace(suite, batches=tuple(batches))
         accept = scope.allow_low_accuracy
         answered = _answers(bundle, reference, golden, suite, seed=seed, live=module is not None, accept=accept)
     cases = answered.cases or (() if golden is None else (golden,))
     varies = all(isinstance(spec.shape[0], str) for spec in bundle.manifest.signature.inputs)
     sizes = next((case.batch for case in cases if case.batch.name in ("noise", "golden")), None)
     forecast = Forecast(
-        model,
-        cases=cases,
-        budget=budget,
-        varies=varies,
-        stored=stored_precision(bundle),
-        recorded=_recorded(bundle),
+        model, cases=cases, budget=budget, varies=varies, stored=stored_precision(bundle), recorded=_recorded(bundle),
         int8=int8,
-    )
+    )  # fmt: skip
     return Evidence(
         bundle=bundle,
         module=module,
@@ -364,6 +357,7 @@ def _answers(
     bundle: Bundle, reference: Reference, golden: Case, suite: Suite, *, seed: int, live: bool, accept: bool
 ) -> _Answered:
     """Evaluate the original on every batch, and compare it with the golden vectors and the accuracy at export."""
+    suite = replace(suite, batches=tuple(within(bundle.manifest, batch) for batch in suite.batches))
     answers = each_once([golden.batch, *suite.batches], reference.evaluate)
     if (problem := next((item for item in answers[1:] if isinstance(item, BnexportError)), None)) is not None:
         if live:

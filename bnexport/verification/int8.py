@@ -7,7 +7,9 @@ compares a runtime with the emulated file, and the shipping stage with the netwo
 
 from __future__ import annotations
 
+import contextlib
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,14 +22,18 @@ from bnexport.data.dataset_table import is_dataset
 from bnexport.data.datasets import load_train_images
 from bnexport.data.prepare import prepared
 from bnexport.data.preprocessing import Preprocessing
-from bnexport.errors import DataError, ModelError, UsageError
+from bnexport.errors import BnexportError, DataError, ModelError, UsageError
 from bnexport.exporting.request import ExportRequest, read_share
 from bnexport.files import write_atomically
 from bnexport.onnx_files.models import read_model
+from bnexport.optional import installed
 from bnexport.quantization.norm_outputs import Seen
 from bnexport.quantization.proof import Int8File, findings
 from bnexport.quantization.quantize import Calibration, Int8Options, Int8Result, quantise
+from bnexport.runtimes.base import RunSettings
+from bnexport.runtimes.onnxruntime import OnnxRuntimeRunner
 from bnexport.tensors import Array, Signature
+from bnexport.verification.inputs import Batch
 from bnexport.verification.metrics import has_labels
 from bnexport.verification.samples import load_samples
 from bnexport.verification.stages import failed
@@ -38,6 +44,10 @@ if TYPE_CHECKING:
 
 #: Samples of a calibration; the ranges of a BN-LeNet do not change beyond.
 _CALIBRATION = 1000
+#: Runs of each file by which their times are compared; the shortest counts.
+_ROUNDS = 15
+#: Layers that are named.
+_SHOWN = 4
 #: Draws of the noise by which the expected number of changed labels is estimated.
 _DRAWS = 10
 #: More changed labels than this many times the expected number fail, where that is no accident.
@@ -53,6 +63,44 @@ def record_of(manifest: Manifest) -> Mapping[str, Any]:
     """Return the record of a quantisation (``quantize.Int8Result.record``); empty for other bundles."""
     found = manifest.onnx.get("quantization")
     return found if isinstance(found, dict) else {}
+
+
+def int8_notes(record: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return what a reader of an int8 bundle's report should know; nothing for other bundles."""
+    if not record:
+        return ()
+    kept = record.get("kept_in_float", {})
+    notes = [
+        f"int8 ({record.get('calibration')}): model.pt and model.pt2 are not written, since int8 is an ONNX format;"
+        f" {record.get('pair_safe')}"
+    ]
+    if kept:
+        shown = ", ".join(f"{name} ({why})" for name, why in list(kept.items())[:_SHOWN])
+        notes.append(f"{len(kept)} layers stay in float: {shown}" + (", ..." if len(kept) > _SHOWN else ""))
+    return (*notes, *map(str, record.get("warnings", ())))
+
+
+def speed_note(folder: Path, manifest: Manifest, feeds: Mapping[str, Array]) -> str:
+    """Return a warning where int8 is slower than float32 in ONNX Runtime here, on one thread and one sample; "" elsewhere."""
+    if not installed("onnxruntime"):
+        return ""
+    settings, fixed = RunSettings(threads=1), isinstance(manifest.signature.inputs[0].shape[0], int)
+    given = {name: array if fixed else array[:1] for name, array in feeds.items()}
+    with contextlib.suppress(BnexportError), contextlib.ExitStack() as stack:  # the verdict says what fails
+        runners = [
+            stack.enter_context(OnnxRuntimeRunner(folder / name, manifest.signature, settings=settings))
+            for name in (MODEL_FLOAT32, MODEL_ONNX)
+        ]
+        times: tuple[list[float], list[float]] = ([], [])
+        for _ in range(_ROUNDS):  # in turn, so that other work on the machine meets both
+            for runner, taken in zip(runners, times, strict=True):
+                start = time.perf_counter()
+                runner.run(given)
+                taken.append(time.perf_counter() - start)
+        ratio = min(times[1]) / min(times[0])
+        if ratio > 1.0:
+            return f"int8 takes {ratio:.2g} times as long as float32 here (ONNX Runtime, CPU, one thread, one sample)"
+    return ""
 
 
 def calibration_of(
@@ -118,7 +166,15 @@ def with_int8(
             raise unknown from None
     write_atomically(stage / MODEL_FLOAT32, (stage / MODEL_ONNX).read_bytes())
     write_atomically(stage / MODEL_ONNX, result.model.SerializeToString(deterministic=True))
-    return replace(manifest, onnx={**manifest.onnx, "precision": "int8", "quantization": result.record})
+    record = dict(result.record)
+    if slow := speed_note(stage, manifest, within_range_of(record, example)):
+        record["warnings"] = [*record["warnings"], slow]
+    return replace(manifest, onnx={**manifest.onnx, "precision": "int8", "quantization": record})
+
+
+def within(manifest: Manifest, batch: Batch) -> Batch:
+    """Return a batch cut to the ranges that an int8 file represents."""
+    return replace(batch, feeds=within_range(manifest, batch.feeds))
 
 
 def within_range(manifest: Manifest, feeds: Mapping[str, Array]) -> dict[str, Array]:
@@ -126,7 +182,12 @@ def within_range(manifest: Manifest, feeds: Mapping[str, Array]) -> dict[str, Ar
 
     Noise beyond the pixels' range shows the file's clipping and hides everything else.
     """
-    ranges = record_of(manifest).get("ranges", {})
+    return within_range_of(record_of(manifest), feeds)
+
+
+def within_range_of(record: Mapping[str, Any], feeds: Mapping[str, Array]) -> dict[str, Array]:
+    """Return inputs cut to the ranges of a record of a quantisation."""
+    ranges = record.get("ranges", {})
     return {
         name: np.clip(array, ranges[name]["low"], ranges[name]["high"]).astype(array.dtype) if name in ranges else array
         for name, array in feeds.items()
