@@ -25,7 +25,7 @@ from bnexport.folding.onnx_backend.onnx_proof import NotEvaluated, evaluator, fi
 from bnexport.onnx_files.float64 import widen_array
 from bnexport.onnx_files.models import opset_of
 from bnexport.progress import Progress, part_of, silent
-from bnexport.quantization.norm_outputs import seen_in_file
+from bnexport.quantization.moments import seen_in_file
 from bnexport.reporting.html import render_report
 from bnexport.reporting.results import ExportResult
 from bnexport.tensors import DTYPES, Array, Signature, TensorSpec

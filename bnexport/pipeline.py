@@ -41,7 +41,7 @@ from bnexport.nn.batch_axis import check_batch
 from bnexport.nn.folded import MARKER
 from bnexport.nn.soundness import check_finite_output, check_sound
 from bnexport.progress import Progress, part_of, silent
-from bnexport.quantization.norm_outputs import seen_in_module
+from bnexport.quantization.moments import seen_in_module
 from bnexport.reporting.html import render_report
 from bnexport.reporting.results import ExportResult
 from bnexport.verification.full_check import verify_command

@@ -11,9 +11,8 @@ from onnx import ModelProto, NodeProto, numpy_helper
 
 from bnexport.errors import BnexportError
 from bnexport.onnx_files.names import mentions
+from bnexport.quantization.codes import LARGEST, Coding, Range, coding_of, correction, saturating_channels
 from bnexport.quantization.plan import Layer, Plan
-from bnexport.quantization.ranges import Coding, Range, coding_of
-from bnexport.quantization.weights import LARGEST, correction, saturating_channels
 from bnexport.tensors import Array
 
 #: A float32 scale carries a relative rounding of 6e-8; products of two and the quotient stay below.

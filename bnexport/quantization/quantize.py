@@ -13,10 +13,9 @@ from bnexport.bundle import INT8_TARGETS
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import DataError, ModelError, UsageError
 from bnexport.onnx_files.float64 import Float64Evaluator
-from bnexport.quantization.moments import Known, Spread, refined_means, spreads
-from bnexport.quantization.norm_outputs import Seen, known_moments
+from bnexport.quantization.codes import Range
+from bnexport.quantization.moments import Known, Seen, Spread, known_moments, refined_means, spreads
 from bnexport.quantization.plan import Plan
-from bnexport.quantization.ranges import Range
 from bnexport.quantization.writer import quantised_model
 from bnexport.tensors import Array
 
@@ -82,7 +81,7 @@ def quantise(
     Args:
         folded: The folded float32 model; not changed.
         example: A few samples, by which BatchNorms are found again in the folded model.
-        norms: Samples -> the original's BatchNorm outputs and inputs for them (``norm_outputs``).
+        norms: Samples -> the original's BatchNorm outputs and inputs for them (``moments.known_moments``).
         options: Target, layers in float, allowed flips.
         preprocessing: JSON of the image preprocessing, which gives the range of the input.
         calibration: Samples whose smallest and largest values are the ranges; None: ranges from BatchNorm.

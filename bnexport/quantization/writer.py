@@ -18,9 +18,8 @@ from bnexport.errors import ExportError
 from bnexport.onnx_files.models import refill
 from bnexport.onnx_files.names import Names, mentions
 from bnexport.optional import one_line
+from bnexport.quantization.codes import Coding, Range, coding_of, correction, encode, encode_bias, least_scales
 from bnexport.quantization.plan import Layer, Plan
-from bnexport.quantization.ranges import Coding, Range, coding_of
-from bnexport.quantization.weights import correction, encode, encode_bias, least_scales
 from bnexport.tensors import Array
 
 

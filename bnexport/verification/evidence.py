@@ -142,8 +142,7 @@ def prepare(
         ModelError: ``module`` can't be evaluated in float64.
         UsageError: There are samples, but no original to compare with.
     """
-    # Once: a model of a gigabyte takes seconds to hash, and every stage asks.
-    problems = {name: bundle.problem(name) for name in bundle.manifest.files}
+    problems = {name: bundle.problem(name) for name in bundle.manifest.files}  # once: hashing a gigabyte takes seconds
     golden, rows = _golden(bundle, problems)
     model, model_rows, skipped, waived = _model(bundle, problems, proved_file(bundle))
     int8, int8_rows = _model(bundle, problems)[:2] if is_int8(bundle.manifest) else (None, [])
@@ -155,10 +154,10 @@ def prepare(
     budget = budget_of(cost, thorough=scope.thorough, most=scope.max_samples, given=samples is not None)
     answered = _Answered()
     if golden is not None and reference is not None:
-        feeds = golden.batch.feeds
-        suite = build_suite(bundle.manifest, feeds, data_dir=data_dir, seed=seed, budget=budget, samples=samples)
-        accept = scope.allow_low_accuracy
-        answered = _answers(bundle, reference, golden, suite, seed=seed, live=module is not None, accept=accept)
+        given = golden.batch.feeds
+        suite = build_suite(bundle.manifest, given, data_dir=data_dir, seed=seed, budget=budget, samples=samples)
+        live, accept = module is not None, scope.allow_low_accuracy
+        answered = _answers(bundle, reference, golden, suite, seed=seed, live=live, accept=accept)
     cases = answered.cases or (() if golden is None else (golden,))
     varies = all(isinstance(spec.shape[0], str) for spec in bundle.manifest.signature.inputs)
     sizes = next((case.batch for case in cases if case.batch.name in ("noise", "golden")), None)

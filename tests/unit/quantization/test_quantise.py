@@ -18,7 +18,7 @@ from torch import nn
 from bnexport.errors import DataError, ModelError, UsageError
 from bnexport.onnx_files.float64 import Float64Evaluator
 from bnexport.quantization.emulation import EXACT, SATURATING, IntegerEmulator, int8_layers
-from bnexport.quantization.norm_outputs import seen_in_file, seen_in_module
+from bnexport.quantization.moments import seen_in_file, seen_in_module
 from bnexport.quantization.plan import Plan
 from bnexport.quantization.proof import Int8File, findings
 from bnexport.quantization.quantize import Calibration, Int8Options, Int8Result, quantise

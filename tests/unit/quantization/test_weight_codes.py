@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bnexport.quantization.weights import (
+from bnexport.quantization.codes import (
     LARGEST,
     PAIR,
     correction,
