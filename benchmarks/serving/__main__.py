@@ -1,4 +1,4 @@
-"""Measure the speed of serving next to other servers of the same model, in turn; write docs/serving_speed.md.
+"""Measure the speed of serving next to other servers of the same model, in turn; write docs/results/serving_speed.md.
 
 It needs wrk, and for gRPC h2load (apt-get install wrk nghttp2-client); pip installs other servers into separate environments.
 It takes about half an hour, on an idle machine. The exit code is 1 if a target is missed.
@@ -20,7 +20,7 @@ def main() -> int:
     """Measure, write the page, and judge the targets."""
     parser = options("serving", __doc__)
     parser.add_argument("servers", nargs="*", metavar="SERVER", help=f"of {', '.join(WAYS)}; default all")
-    parser.add_argument("--out", type=Path, default=Path("docs/serving_speed.md"))
+    parser.add_argument("--out", type=Path, default=Path("docs/results/serving_speed.md"))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=int, default=2, help="duration of each load")
     parser.add_argument("--memory-requests", type=int, default=1_000_000, help="0 leaves the memory out")

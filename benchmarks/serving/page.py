@@ -1,4 +1,4 @@
-"""The page docs/serving_speed.md: the targets of serving judged on one run, and its figures."""
+"""The page docs/results/serving_speed.md: the targets of serving judged on one run, and its figures."""
 
 from __future__ import annotations
 

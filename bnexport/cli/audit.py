@@ -13,17 +13,27 @@ from bnexport.optional import need_packages
 _NAMES = [tool.name for tool in TOOLS]
 
 
-@click.command("audit")
+@click.command("audit", epilog="Example: bnexport audit torchvision:resnet18 --weights resnet18.pth")
 @click.argument("source")
 @click.option(
-    "--weights", type=click.Path(path_type=Path), help="Weights file, bundle or run directory, for a network without."
+    "--weights",
+    type=click.Path(path_type=Path),
+    help="Weights file, bundle or run directory with the weights of the network.",
 )
-@click.option("--weights-key", metavar="NAME", help="Weights to take, of a file with several sets of them.")
+@click.option("--weights-key", metavar="NAME", help="Name of the set of weights, if the file has several.")
 @click.option(
-    "--model-option", "model_options", multiple=True, metavar="KEY=VALUE", help="For its constructor; repeatable."
+    "--model-option",
+    "model_options",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Argument of the network's constructor. Repeatable.",
 )
 @click.option(
-    "--input", "inputs", multiple=True, metavar="[NAME=]SHAPE[:TYPE]", help="One sample, as 1x28x28; repeatable."
+    "--input",
+    "inputs",
+    multiple=True,
+    metavar="[NAME=]SHAPE[:TYPE]",
+    help="Shape of one sample, as 1x28x28. Repeatable.",
 )
 @click.option(
     "--tool",
@@ -31,18 +41,20 @@ _NAMES = [tool.name for tool in TOOLS]
     multiple=True,
     type=click.Choice(_NAMES),
     metavar="NAME",
-    help=f"Audit only this one; repeatable. One of {', '.join(_NAMES)}.  [default: all]",
+    help=f"Audit only this tool. Repeatable. Tools: {', '.join(_NAMES)}.  [default: all]",
 )
-@click.option("--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Of the random inputs.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option(
+    "--seed", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True, help="Random seed of the inputs."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 def command(
     source: str, weights: Path | None, inputs: tuple[str, ...], tools: tuple[str, ...], seed: int, **options: Any
 ) -> int:
-    """Show which tools that fold BatchNorm by themselves give a wrong answer on a network.
+    """Show which tools fold the BatchNorm layers of a network wrongly.
 
-    SOURCE is what fold-and-export takes. torch.jit, torch.fx, torch.compile, torch.onnx.export, ONNX Runtime at each
-    optimisation level, and bnexport get random inputs and are compared with the network in float64. Exits with 1 when a
-    tool is wrong; one that gives no answer, or is not installed, is not wrong.
+    SOURCE is a source of fold-and-export. Each tool folds the network, and its outputs on random inputs are compared with
+    the network in float64. The tools are torch.jit, torch.fx, torch.compile, torch.onnx.export, ONNX Runtime at each
+    optimisation level, and bnexport. Exit code 1: a tool is wrong. A tool without an answer, or not installed, is not wrong.
     """
     need_packages("bnexport audit", "torch", "onnx", "onnxscript", "onnx_ir")
     from bnexport.auditing.audit import audit

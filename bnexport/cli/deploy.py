@@ -20,21 +20,21 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 #: What every target takes.
 _COMMON = (
     click.argument("bundle", type=click.Path(path_type=Path)),
-    click.option("--out", required=True, type=click.Path(path_type=Path), help="The folder to write."),
-    click.option("--name", help="Name there.  [default: the bundle's]"),
+    click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write."),
+    click.option("--name", help="Name of the deployed model.  [default: the bundle's]"),
     click.option(
         "--triton", metavar="RELEASE", default=DEFAULT_RELEASE, show_default=True,
-        help=f"Triton's release, {list(TRITON_RELEASES)[-1]} to {DEFAULT_RELEASE}: it must be able to load the file.",
+        help=f"Release of Triton, {list(TRITON_RELEASES)[-1]} to {DEFAULT_RELEASE}, that must be able to load the file.",
     ),
     click.option(
-        "--device", type=click.Choice(DEVICES), default="cpu", show_default=True, help="What Triton runs it on."
+        "--device", type=click.Choice(DEVICES), default="cpu", show_default=True, help="Device on which Triton runs the model."
     ),
     click.option(
         "--instances", type=click.IntRange(min=1), default=1, show_default=True,
-        help="Copies in one Triton that run at once; on CPUs one per core.",
+        help="Copies of the model that run at once in one Triton. On CPUs, use one per core.",
     ),
     click.option(
-        "--max-batch-size", type=click.IntRange(min=1), default=64, show_default=True, help="Largest batch in Triton."
+        "--max-batch-size", type=click.IntRange(min=1), default=64, show_default=True, help="Largest batch that Triton forms."
     ),
     click.option("--force", is_flag=True, help="Replace an existing deployment."),
 )  # fmt: skip
@@ -46,16 +46,20 @@ def _common(command: Command) -> Command:
     return command
 
 
-@click.group("deploy")
+@click.group("deploy", epilog="Example: bnexport deploy triton models/bn_lenet/1 --out repository")
 def command() -> None:
-    """Write the files with which other servers serve a bundle.
+    """Write the files that other servers need to serve a bundle.
 
     Each file is checked before it is written: Triton's configuration by protobuf, KServe's YAML by a strict schema, the
     model's operator set and file format against the ONNX Runtime in that release of Triton.
     """
 
 
-@command.command("triton", short_help="Write a model repository of Triton Inference Server.")
+@command.command(
+    "triton",
+    short_help="Write a model repository of Triton Inference Server.",
+    epilog="Example: bnexport deploy triton models/bn_lenet/1 --out repository",
+)
 @_common
 def triton(bundle: Path, out: Path, **options: Any) -> None:
     """Write BUNDLE as a model repository of Triton Inference Server."""
@@ -65,19 +69,29 @@ def triton(bundle: Path, out: Path, **options: Any) -> None:
     _tell(deploy_triton(Bundle.open(bundle), out, DeployRequest(**options)))
 
 
-@command.command("kserve", short_help="Write an InferenceService for KServe, and the repository.")
+@command.command(
+    "kserve",
+    short_help="Write an InferenceService for KServe, and the repository.",
+    epilog="Example: bnexport deploy kserve models/bn_lenet/1 --out kserve --storage-uri s3://bucket/models",
+)
 @_common
 @click.option(
-    "--storage-uri", required=True, metavar="URI", help="Where the repository's root will lie, as s3://bucket/models."
+    "--storage-uri", required=True, metavar="URI", help="Storage that will hold the repository, as s3://bucket/models."
 )
-@click.option("--namespace", help="Of the service.  [default: kubectl's]")
-@click.option("--min-replicas", type=int, default=1, show_default=True, help="0 lets it sleep (Knative only).")
-@click.option("--max-replicas", type=int, default=4, show_default=True, help="Pods at the most.")
+@click.option("--namespace", help="Namespace of the service.  [default: kubectl's]")
+@click.option(
+    "--min-replicas",
+    type=int,
+    default=1,
+    show_default=True,
+    help="Least number of pods. With 0 the service stops when idle (Knative only).",
+)
+@click.option("--max-replicas", type=int, default=4, show_default=True, help="Largest number of pods.")
 @click.option(
     "--scale-metric", type=click.Choice(SCALE_METRICS), default="concurrency", show_default=True,
-    help="concurrency and rps need Knative, cpu and memory a standard deployment.",
+    help="Measure that decides the number of pods. concurrency and rps need Knative, cpu and memory a standard deployment.",
 )  # fmt: skip
-@click.option("--scale-target", type=int, default=8, show_default=True, help="Of the metric, per pod.")
+@click.option("--scale-target", type=int, default=8, show_default=True, help="Value of the scale metric per pod.")
 def kserve(bundle: Path, out: Path, storage_uri: str, namespace: str | None, **options: Any) -> None:
     """Write BUNDLE as a KServe InferenceService that runs Triton, and the repository to upload."""
     for name in ("yaml", "jsonschema"):
@@ -90,10 +104,16 @@ def kserve(bundle: Path, out: Path, storage_uri: str, namespace: str | None, **o
     _tell(deploy_kserve(Bundle.open(bundle), out, DeployRequest(**options), scaling, namespace=namespace))
 
 
-@command.command("docker", short_help="Write a Dockerfile and compose file for bnexport serve.")
+@command.command(
+    "docker",
+    short_help="Write a Dockerfile and compose file for bnexport serve.",
+    epilog="Example: bnexport deploy docker models/bn_lenet/1 --out image",
+)
 @_common
 @click.option(
-    "--wheel", type=click.Path(path_type=Path), help="Install this wheel of bnexport.  [default: from pip's index]"
+    "--wheel",
+    type=click.Path(path_type=Path),
+    help="Wheel of bnexport to install in the image.  [default: from pip's index]",
 )
 def docker(bundle: Path, out: Path, wheel: Path | None, **options: Any) -> None:
     """Write BUNDLE with a Dockerfile for bnexport serve, and a compose file for it and for Triton."""

@@ -13,20 +13,20 @@ if TYPE_CHECKING:
     from bnexport.runtimes.doctor import Diagnosis
 
 
-@click.command(name="doctor")
+@click.command(name="doctor", epilog="Example: bnexport doctor --require onnxruntime-cuda")
 @click.option(
     "--require",
     multiple=True,
     type=click.Choice([spec.name for spec in RUNNERS]),
     metavar="NAME",
-    help="Exit with 3 unless this runtime works; may be given again. Default: all CPU runtimes of this installation.",
+    help="Exit with 3 unless this runtime works. Repeatable.  [default: all CPU runtimes of this installation]",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 @click.pass_context
 def command(ctx: click.Context, require: tuple[str, ...], as_json: bool) -> None:
-    """Run a small model on every runtime, print what is missing, and name CUDA packages that do not fit together.
+    """Run a small model on every runtime, and report missing packages and CUDA packages that do not fit together.
 
-    Exits with 0 when all CPU runtimes work (with bnexport-runtime: ONNX Runtime), or those of --require, else with 3.
+    Exit codes: 0 if the runtimes of --require work (default: all CPU runtimes; in bnexport-runtime ONNX Runtime), else 3.
     """
     from bnexport.runtimes.doctor import diagnose
 

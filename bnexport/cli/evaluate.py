@@ -1,4 +1,4 @@
-"""``bnexport evaluate``."""
+"""``bnexport evaluate`` and ``bnexport recalibrate``."""
 
 from __future__ import annotations
 
@@ -8,23 +8,28 @@ from typing import Any
 import click
 
 from bnexport.cli.options import options_of, values_of
-from bnexport.evaluating.network_options import EvaluationRequest
+from bnexport.evaluating.network_options import EvaluationRequest, RecalibrationRequest
 from bnexport.optional import need_packages
 
 
-@click.command("evaluate")
+@click.command("evaluate", epilog="Example: bnexport evaluate models/bn_lenet/1 --confusion confusion.png")
 @click.argument("path", type=click.Path(path_type=Path))
 @options_of(EvaluationRequest, first="dataset")
 @options_of(EvaluationRequest, last="labels")
 @click.option(
-    "--confusion", type=click.Path(path_type=Path), metavar="FILE", help="Draw the confusion matrix: .png, .svg."
+    "--confusion",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Draw the confusion matrix into this .png or .svg file.",
 )
-@click.option("--json", "json_file", metavar="FILE", help="Write everything as JSON; - prints it instead of the table.")
-def command(path: Path, confusion: Path | None, json_file: str | None, **options: Any) -> None:
-    """Count what a network gets right on a data set's test images: accuracy, loss, classes, confusion matrix.
+@click.option(
+    "--json", "json_file", metavar="FILE", help="Write the whole result as JSON. - prints it instead of the table."
+)
+def evaluate(path: Path, confusion: Path | None, json_file: str | None, **options: Any) -> None:
+    """Measure a network on the test images of a data set: accuracy, loss, scores per class, confusion matrix.
 
-    PATH is a run directory or checkpoint, which torch runs, or a bundle, which any runtime runs. The accuracy has its 95 %
-    Wilson interval.
+    PATH is a run directory or checkpoint, which torch runs, or a bundle, which any runtime runs. The accuracy is printed
+    with its 95 % Wilson interval.
     """
     if confusion is not None:
         need_packages("bnexport evaluate --confusion", "matplotlib")
@@ -48,3 +53,31 @@ def command(path: Path, confusion: Path | None, json_file: str | None, **options
         write_json(json_file, found.to_json())
     if json_file != STDOUT:
         print_evaluation(found, written=written)
+
+
+@click.command("recalibrate", epilog="Example: bnexport recalibrate runs/bn_lenet --samples 10000")
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Checkpoint to write.  [default: *.recalibrated.safetensors]",
+)
+@options_of(RecalibrationRequest, first="definition")
+@options_of(RecalibrationRequest, last="labels")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+def recalibrate(checkpoint: Path, out: Path | None, as_json: bool, **options: Any) -> None:
+    """Re-estimate the moving statistics of every BatchNorm exactly, over training images, into a new checkpoint.
+
+    CHECKPOINT is a run directory or checkpoint, or with --source any weights file. It is not changed. The output is the
+    distance of the old statistics from the exact ones, layer by layer, and the accuracy on test images before and after.
+    """
+    need_packages("bnexport recalibrate", "torch", "safetensors")
+    from bnexport.cli.output import prints_aside, progress_bar
+    from bnexport.evaluating.recalibration import recalibrate_checkpoint
+    from bnexport.reporting.results import print_recalibration
+
+    request = RecalibrationRequest(**values_of(RecalibrationRequest, options))
+    with prints_aside(), progress_bar("re-estimating") as advance:
+        done = recalibrate_checkpoint(checkpoint, out, request, on_batch=advance)
+    print_recalibration(done, as_json=as_json)

@@ -13,10 +13,14 @@ from bnexport.exporting.request import ExportRequest
 from bnexport.optional import need_packages
 
 
-@click.command("fold")
+@click.command(
+    "fold", epilog="Example: bnexport fold torchvision:resnet18 --weights resnet18.pth --out folded.safetensors"
+)
 @click.argument("source")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="The file to write: weights.safetensors.")
-@click.option("--weights", type=click.Path(path_type=Path), help="Safetensors or a torch state dict.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Safetensors file to write.")
+@click.option(
+    "--weights", type=click.Path(path_type=Path), help="Weights of the network: safetensors or a torch state dict."
+)
 @options_of(ExportRequest, last="inputs")
 @options_of(ExportRequest, first="allow_untrained", last="allow_untrained")
 @options_of(ExportRequest, first="allow_nonfinite", last="allow_nonfinite")
@@ -25,18 +29,11 @@ from bnexport.optional import need_packages
 def command(source: str, out: Path, weights: Path | None, as_json: bool, **options: Any) -> int:
     """Fold BatchNorm inside a network and write the folded weights, under the network's own names.
 
-    SOURCE is as for fold-and-export; an ONNX file is folded by fold-and-export alone. The fold is proved on the network
-    itself in float64. The file appears whole or not at all. bnexport.load_folded puts it into a network again.
-
-    \b
-    Examples:
-      bnexport fold my_network.py:build --weights weights.pth \\
-          --input 3x224x224 --out folded.safetensors
-      bnexport fold torchvision:resnet18 --weights resnet18.pth \\
-          --out resnet18_folded.safetensors
+    SOURCE is a source of fold-and-export, except an ONNX file. The fold is proved on the network itself in float64. The
+    file appears whole or not at all. bnexport.load_folded loads it into a network.
 
     Exit codes: 0 done, 1 the proof failed, 2 bad input.
-    """  # noqa: D301 -- click reads the backspace as "do not wrap"
+    """
     need_packages("bnexport fold", "torch", "safetensors")
     from bnexport.cli.fold_and_export import is_onnx
     from bnexport.cli.output import prints_aside

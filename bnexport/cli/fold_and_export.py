@@ -42,7 +42,9 @@ def is_onnx(source: str) -> bool:
     return start[:1] == b"\x08" and start[8:9] != b"{"  # a safetensors file has its length there, then JSON
 
 
-def fold_onnx_source(source: str, out: Path, options: dict[str, Any], *, as_json: bool, quiet: bool = False) -> int:
+def fold_onnx_source(
+    source: str, out: Path, options: dict[str, Any], *, as_json: bool, quiet: bool = False, verbose: bool = False
+) -> int:
     """Write a file or a bundle, print the fold report, and return the exit code.
 
     Raises:
@@ -51,7 +53,7 @@ def fold_onnx_source(source: str, out: Path, options: dict[str, Any], *, as_json
     refuse_options(out)
     if out.suffix == ".onnx":
         return _file(source, out, options, as_json=as_json)
-    return _bundle(source, out, options, as_json=as_json, quiet=quiet)
+    return _bundle(source, out, options, as_json=as_json, quiet=quiet, verbose=verbose)
 
 
 def refuse_options(out: Path) -> None:
@@ -109,7 +111,7 @@ def _file(source: str, out: Path, options: dict[str, Any], *, as_json: bool) -> 
     return 0
 
 
-def _bundle(source: str, out: Path, options: dict[str, Any], *, as_json: bool, quiet: bool) -> int:
+def _bundle(source: str, out: Path, options: dict[str, Any], *, as_json: bool, quiet: bool, verbose: bool) -> int:
     from bnexport.cli.output import stages
     from bnexport.onnx_pipeline import fold_and_export_onnx
     from bnexport.reporting.results import print_export
@@ -117,39 +119,53 @@ def _bundle(source: str, out: Path, options: dict[str, Any], *, as_json: bool, q
     request = export_request(**options)
     with stages(quiet=quiet) as progress:
         result = fold_and_export_onnx(source, out, request=request, progress=progress, **_fold_options(options))
-    print_export(result.fold, result.verification, result.bundle, as_json=as_json)
+    print_export(result.fold, result.verification, result.bundle, as_json=as_json, verbose=verbose)
     return 0 if result.bundle is not None else 1
 
 
-@click.command("fold-and-export")
+@click.command("fold-and-export", epilog="Example: bnexport fold-and-export runs/bn_lenet --out models/bn_lenet/1")
 @click.argument("source")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="The bundle: models/<name>/<version>.")
 @click.option(
-    "--weights", type=click.Path(path_type=Path), help="Weights file, bundle or run directory, for a network without."
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Bundle to write: models/<name>/<version>, or FILE.onnx for an ONNX file.",
+)
+@click.option(
+    "--weights",
+    type=click.Path(path_type=Path),
+    help="Weights file, bundle or run directory with the weights of the network.",
 )
 @options_of(ExportRequest, last="rename_classes")
-@click.option("--mean", help="Per channel, as 0.485,0.456,0.406; with it images are accepted by predict.")
-@click.option("--std", help="Per channel, as 0.229,0.224,0.225.")
+@click.option(
+    "--mean", help="Mean per channel of pixels from 0 to 1, as 0.485,0.456,0.406. predict and serve then accept images."
+)
+@click.option("--std", help="Standard deviation per channel, as 0.229,0.224,0.225.")
 @options_of(ExportRequest, first="dataset")
-@click.option("--quiet", is_flag=True, help="Show no progress.")
+@click.option("--quiet", is_flag=True, help="Print no progress.")
+@click.option("--verbose", is_flag=True, help="Print the whole reason for every runtime that was not run.")
 @click.option("--json", "as_json", is_flag=True, help="Print the fold report and the verdict as JSON.")
-def command(source: str, out: Path, weights: Path | None, quiet: bool, as_json: bool, **options: Any) -> int:
+def command(
+    source: str, out: Path, weights: Path | None, quiet: bool, verbose: bool, as_json: bool, **options: Any
+) -> int:
     """Fold BatchNorm, export to ONNX and TorchScript, verify, and write one bundle.
 
     SOURCE is a run directory or checkpoint of bnexport train, torchvision:NAME or timm:NAME (with --weights), or your own
-    network as file.py:factory or package.module:factory (with --weights and --input). The bundle appears whole, after the
-    verdict is PASS, or not at all. An ONNX file as SOURCE is folded as it is, into a bundle or into --out FILE.onnx.
+    network as file.py:factory or package.module:factory (with --weights and --input). The bundle is written only if the
+    verdict is PASS. An ONNX file as SOURCE is folded as it is, into a bundle or into --out FILE.onnx.
+
+    Exit codes: 0 the bundle is written, 1 the verdict is FAIL, 2 bad input, 3 this machine can't run it.
     """
     need_packages("bnexport fold-and-export", "torch", "onnx", "onnxscript", "onnx_ir", "safetensors", "jinja2")
     from bnexport.cli.output import prints_aside, stages
 
     if is_onnx(source):
-        return fold_onnx_source(source, out, options, as_json=as_json, quiet=quiet)
+        return fold_onnx_source(source, out, options, as_json=as_json, quiet=quiet, verbose=verbose)
     from bnexport.pipeline import fold_and_export
     from bnexport.reporting.results import print_export
 
     request = export_request(**options)
     with stages(quiet=quiet) as progress, prints_aside():
         result = fold_and_export(source, out, weights=weights, request=request, progress=progress)
-    print_export(result.fold, result.verification, result.bundle, as_json=as_json)
+    print_export(result.fold, result.verification, result.bundle, as_json=as_json, verbose=verbose)
     return 0 if result.bundle is not None else 1

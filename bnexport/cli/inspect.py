@@ -12,14 +12,14 @@ from bnexport.evaluating.network_options import InspectionRequest
 from bnexport.optional import need_packages
 
 
-@click.command("inspect")
+@click.command("inspect", epilog="Example: bnexport inspect runs/bn_lenet --statistics")
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option(
     "--statistics", is_flag=True, help="Compare the moving statistics with exact ones on 1024 training images."
 )
 @options_of(InspectionRequest, first="dataset")
 @options_of(InspectionRequest, last="labels")
-@click.option("--json", "as_json", is_flag=True, help="Every number, as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print every number as JSON.")
 def command(path: Path, statistics: bool, as_json: bool, **options: Any) -> None:
     """Show gamma, beta, the moving statistics and the folded scale of every BatchNorm channel.
 

@@ -16,21 +16,31 @@ from bnexport.errors import BadInput, BnexportError, ProofError, Unavailable
 from bnexport.files import forget_reader
 from bnexport.optional import one_line
 
-#: Command -> (module that holds its click ``command``, one line of help). The module is imported when the command runs.
-COMMANDS: dict[str, tuple[str, str]] = {
-    "train": ("bnexport.cli.train", "Train a BatchNorm-LeNet."),
-    "recalibrate": ("bnexport.cli.recalibrate", "Re-estimate a checkpoint's moving statistics exactly."),
-    "evaluate": ("bnexport.cli.evaluate", "Count what a checkpoint or bundle gets right, class by class."),
-    "fold": ("bnexport.cli.fold", "Fold BatchNorm inside a network: write its folded weights."),
-    "fold-and-export": ("bnexport.cli.fold_and_export", "Fold BatchNorm, export, verify: write one bundle."),
-    "verify": ("bnexport.cli.verify", "Prove that a bundle computes what its network computes."),
-    "audit": ("bnexport.cli.audit", "Show which other tools fold a network wrongly."),
-    "predict": ("bnexport.cli.predict", "Label images with a bundle."),
-    "deploy": ("bnexport.cli.deploy", "Write a bundle's files for Triton, KServe or Docker."),
-    "serve": ("bnexport.cli.serve", "Serve bundles over the Open Inference Protocol."),
-    "inspect": ("bnexport.cli.inspect", "Show the BatchNorm statistics of a checkpoint or bundle."),
-    "doctor": ("bnexport.cli.doctor", "Try every runtime on this machine."),
+#: Section of the help -> command -> (module that holds it, one line of help). "module:name" names the click command in the
+#: module; without a name it is ``command``. The module is imported when the command runs.
+SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
+    "Train": {
+        "train": ("bnexport.cli.train", "Train a BatchNorm-LeNet, or another network."),
+        "recalibrate": ("bnexport.cli.evaluate:recalibrate", "Re-estimate a checkpoint's moving statistics exactly."),
+    },
+    "Export": {
+        "fold-and-export": ("bnexport.cli.fold_and_export", "Fold BatchNorm, export, verify: write one bundle."),
+        "fold": ("bnexport.cli.fold", "Fold BatchNorm inside a network: write its folded weights."),
+    },
+    "Check": {
+        "verify": ("bnexport.cli.verify", "Prove that a bundle computes what its network computes."),
+        "evaluate": ("bnexport.cli.evaluate:evaluate", "Measure accuracy on test images, class by class."),
+        "inspect": ("bnexport.cli.inspect", "Show the BatchNorm statistics of a checkpoint or bundle."),
+        "audit": ("bnexport.cli.audit", "Show which other tools fold a network wrongly."),
+        "doctor": ("bnexport.cli.doctor", "Try every runtime on this machine."),
+    },
+    "Serve": {
+        "predict": ("bnexport.cli.predict", "Label images with a bundle."),
+        "serve": ("bnexport.cli.serve", "Serve bundles over the Open Inference Protocol."),
+        "deploy": ("bnexport.cli.deploy", "Write a bundle's files for Triton, KServe or Docker."),
+    },
 }
+COMMANDS: dict[str, tuple[str, str]] = {name: row for rows in SECTIONS.values() for name, row in rows.items()}
 
 #: Names that users try -> the command.
 _SYNONYMS: dict[str, str] = {
@@ -55,7 +65,7 @@ DEBUG = "BNEXPORT_DEBUG"
 
 
 class LazyGroup(click.Group):
-    """A group that imports a command's module only when that command is asked for."""
+    """A group that imports a command's module only when that command runs."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 -- click's signature
         """Names in the order of a user's work."""
@@ -65,7 +75,8 @@ class LazyGroup(click.Group):
         """The command itself; None for an unknown name."""
         if cmd_name not in COMMANDS:
             return None
-        command = importlib.import_module(COMMANDS[cmd_name][0]).command
+        module, _, name = COMMANDS[cmd_name][0].partition(":")
+        command = getattr(importlib.import_module(module), name or "command")
         assert isinstance(command, click.Command)
         return command
 
@@ -81,12 +92,14 @@ class LazyGroup(click.Group):
         return super().resolve_command(ctx, args)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
-        """List the commands without importing them."""
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
+        """List the commands by section, without importing them."""
+        width = max(map(len, COMMANDS))
+        for section, rows in SECTIONS.items():
+            with formatter.section(section):
+                formatter.write_dl([(name.ljust(width), text) for name, (_, text) in rows.items()])
 
 
-@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 80})
 @click.version_option(__version__, prog_name="bnexport")
 def cli() -> None:
     """Fold BatchNorm exactly, export to ONNX and TorchScript, and prove that the outputs match.

@@ -218,7 +218,7 @@ def config_option(table: str) -> Callable[..., Any]:
         is_eager=True,
         expose_value=False,
         callback=read,
-        help="TOML file with these options, as batch-size = 128; the command line wins.",
+        help="TOML file with options of this command, as batch-size = 128. The command line overrides the file.",
     )
 
 

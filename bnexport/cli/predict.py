@@ -72,36 +72,42 @@ _BULK = {
 }  # fmt: skip
 
 
-@click.command("predict")
+@click.command("predict", epilog="Example: bnexport predict models/bn_lenet/1 shirt.png")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option(
     "--runtime", type=_RUNTIME, default="onnxruntime-cpu", show_default=True, metavar="NAME",
-    help="Engine and device, as bnexport doctor lists them.",
+    help="Engine and device. bnexport doctor lists them.",
 )  # fmt: skip
-@click.option("--json", "as_json", is_flag=True, help="One JSON object per image, one per line; with --out one in all.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object per image; with --out, one for the whole job."
+)
 @click.option(
     "--out", type=click.Path(path_type=Path), help="Write Parquet files into this folder instead of printing."
 )
 @click.option(
     "--engine",
     type=click.Choice(("local", "ray")),
-    help="With --out: processes here, or a Ray cluster.  [default: local]",
+    help="With --out: run in processes of this machine or on a Ray cluster.  [default: local]",
 )
 @click.option(
-    "--workers", type=click.IntRange(min=1), help="With --out: one-thread sessions.  [default: one per core; GPU: 1]"
+    "--workers",
+    type=click.IntRange(min=1),
+    help="With --out: number of sessions with one thread each.  [default: one per core; GPU: 1]",
 )
-@click.option("--batch-size", type=click.IntRange(min=1), help="With --out: images per call.  [default: 256]")
-@click.option("--shard-rows", type=click.IntRange(min=1), help="With --out: rows per file.  [default: 10000]")
-@click.option("--column", help="With --out: of Parquet and .npz files, where the images are.  [default: image]")
-@click.option("--id-column", help="With --out: of Parquet files.  [default: file name and row]")
+@click.option("--batch-size", type=click.IntRange(min=1), help="With --out: number of images per call.  [default: 256]")
+@click.option("--shard-rows", type=click.IntRange(min=1), help="With --out: number of rows per file.  [default: 10000]")
+@click.option("--column", help="With --out: column of Parquet and .npz files that holds the images.  [default: image]")
+@click.option(
+    "--id-column", help="With --out: column of Parquet files that holds the ids.  [default: file name and row]"
+)
 @click.option("--logits", is_flag=True, default=None, help="With --out: write the raw logits too.")
-@click.option("--force", is_flag=True, default=None, help="With --out: throw away what another job has written.")
+@click.option("--force", is_flag=True, default=None, help="With --out: delete the files of another job in that folder.")
 def command(bundle: Path, images: tuple[Path, ...], runtime: str, as_json: bool, out: Path | None, **bulk: Any) -> None:
-    """Label IMAGES (PNG, JPEG, BMP, WebP, GIF, .npy, IDX) with BUNDLE's own preprocessing: label and probability per image.
+    """Print the label and probability of each of IMAGES (PNG, JPEG, BMP, WebP, GIF, .npy, IDX).
 
     With --out, IMAGES are folders of pictures, .npy and .npz files of uint8 images, and Parquet files with image bytes, of
-    any size. OUT gets Parquet files with id, label and probabilities. The same command goes on after a kill.
+    any size. OUT receives Parquet files with id, label and probabilities. The same command resumes a stopped job.
     """
     given = {key: value for key, value in bulk.items() if value is not None}
     if out is not None:

@@ -39,35 +39,67 @@ class _Seconds(click.FloatRange):
         return found
 
 
-@click.command("serve")
+@click.command("serve", epilog="Example: bnexport serve models --port 8000 --processes 4")
 @click.argument("path", type=_FILE)
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 is every one.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0 takes a free one.")
-@click.option("--grpc-port", type=click.IntRange(0, 65535), metavar="N", help="Open a gRPC door, too; 8001 is usual.")
-@click.option("--reuse-port", is_flag=True, help="Share the port with other servers that are started so.")
-@click.option("--processes", type=click.IntRange(1, 256), default=1, show_default=True, help="Each uses one core.")
+@click.option(
+    "--host", default="127.0.0.1", show_default=True, help="Address to listen on. 0.0.0.0 means every address."
+)
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8000,
+    show_default=True,
+    help="Port of HTTP. 0 chooses a free port.",
+)
+@click.option(
+    "--grpc-port", type=click.IntRange(0, 65535), metavar="N", help="Also serve gRPC on this port; 8001 is usual."
+)
+@click.option("--reuse-port", is_flag=True, help="Share the port with other servers that have this option.")
+@click.option(
+    "--processes",
+    type=click.IntRange(1, 256),
+    default=1,
+    show_default=True,
+    help="Number of processes. Each uses one core.",
+)
 @click.option(
     "--runtime",
     type=click.Choice([spec.name for spec in RUNNERS]),
     default="onnxruntime-cpu",
     show_default=True,
     metavar="NAME",
-    help="Engine and device, as bnexport doctor lists them; one that is not here is an error, never replaced.",
+    help="Engine and device. bnexport doctor lists them. A missing runtime is an error and is never replaced by another.",
 )
-@click.option("--workers", type=_Workers(), default="auto", show_default=True, help="Sessions, of one thread each.")
-@click.option("--max-batch", type=click.IntRange(1, 65536), default=64, show_default=True, help="Samples run together.")
+@click.option(
+    "--workers", type=_Workers(), default="auto", show_default=True, help="Number of sessions with one thread each."
+)
+@click.option(
+    "--max-batch",
+    type=click.IntRange(1, 65536),
+    default=64,
+    show_default=True,
+    help="Largest number of samples that are run as one batch.",
+)
 @click.option(
     "--limit", "limits", multiple=True, metavar="NAME=N",
-    help="Change a limit, as batch=64; repeatable. docs/serving.md has the table.",
+    help="Change a limit, as batch=64. Repeatable. docs/serving.md lists the limits.",
 )  # fmt: skip
-@click.option("--poll", type=_Seconds(0.1), help="Look for new versions every so many seconds.")
-@click.option("--grace", type=_Seconds(0.1), default=30.0, show_default=True, help="Seconds to stop in.")
-@click.option("--token-file", type=_FILE, help="Clients must show the token in this file.")
-@click.option("--tls-cert", type=_FILE, help="Certificate (PEM), with --tls-key.")
-@click.option("--tls-key", type=_FILE, help="Its key (PEM).")
+@click.option("--poll", type=_Seconds(0.1), help="Seconds between two searches for new versions.  [default: never]")
+@click.option(
+    "--grace",
+    type=_Seconds(0.1),
+    default=30.0,
+    show_default=True,
+    help="Seconds in which running requests may finish at the end.",
+)
+@click.option("--token-file", type=_FILE, help="File with a token that every client must send.")
+@click.option("--tls-cert", type=_FILE, help="Certificate of the server (PEM), with --tls-key.")
+@click.option("--tls-key", type=_FILE, help="Key of the certificate (PEM).")
 @click.option("--allow-load", is_flag=True, help="Let clients load and unload models.")
-@click.option("--access-log/--no-access-log", default=True, show_default=True, help="One JSON line per request.")
-@click.option("--middleware", metavar="MODULE:NAME", help="Wrap the ASGI application, for OpenTelemetry and the like.")
+@click.option("--access-log/--no-access-log", default=True, show_default=True, help="Print one JSON line per request.")
+@click.option(
+    "--middleware", metavar="MODULE:NAME", help="Wrapper of the ASGI application, for example of OpenTelemetry."
+)
 def command(path: Path, **options: Any) -> None:
     """Serve PATH, a bundle or a folder of models, over the Open Inference Protocol v2 until SIGTERM or Ctrl-C."""
     from bnexport.optional import require

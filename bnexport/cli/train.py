@@ -15,18 +15,31 @@ if TYPE_CHECKING:
     from bnexport.training.listeners import TrainingListener
 
 
-@click.command("train", context_settings={"show_default": True})
+@click.command(
+    "train",
+    context_settings={"show_default": True},
+    epilog="Example: bnexport train --epochs 10 --lr 1.0 --out runs/bn_lenet",
+)
 @config_option("train")
 @options_of(TrainingConfig, last="dataset")
-@click.option("--data-dir", type=click.Path(path_type=Path), metavar="DIR", help="Folder that holds FashionMNIST/raw.")
+@click.option(
+    "--data-dir",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Folder of data sets: it contains FashionMNIST/raw.",
+)
 @options_of(TrainingConfig, first="model")
-@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/bn_lenet"), help="Run directory.")
-@click.option("--tensorboard", type=click.Path(path_type=Path), metavar="DIR", help="Write TensorBoard event files.")
-@click.option("--resume", is_flag=True, help="Go on from the last whole epoch; options not given are the run's own.")
-@click.option("--force", is_flag=True, help="Replace a run that is there.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("runs/bn_lenet"), help="Run directory to write.")
+@click.option(
+    "--tensorboard", type=click.Path(path_type=Path), metavar="DIR", help="Folder for TensorBoard event files."
+)
+@click.option(
+    "--resume", is_flag=True, help="Resume after the last finished epoch, with the options of the stopped run."
+)
+@click.option("--force", is_flag=True, help="Replace an existing run.")
 @click.pass_context
 def command(context: click.Context, /, out: Path, resume: bool, tensorboard: Path | None, **options: Any) -> None:
-    """Train a classifier, BN-LeNet by default; the defaults are those of "Dive into Deep Learning", section 8.5.
+    """Train a classifier, by default BN-LeNet with the settings of "Dive into Deep Learning", section 8.5.
 
     Several processes: torchrun --nproc-per-node N -m bnexport train ...
     """

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from bnexport.verification.verdict import VerificationReport
 
 
-@click.command(name="verify")
+@click.command(name="verify", epilog="Example: bnexport verify models/bn_lenet/1 --html report.html")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option(
     "--runtime",
@@ -29,83 +29,87 @@ if TYPE_CHECKING:
     multiple=True,
     type=click.Choice([spec.name for spec in RUNNERS]),
     metavar="NAME",
-    help="Verify on this runtime; may be given again. Default: all that work here. "
-    f"Known: {', '.join(spec.name for spec in RUNNERS)}.",
+    help=f"Verify on this runtime only. Repeatable. Runtimes: {', '.join(spec.name for spec in RUNNERS)}.  "
+    "[default: all that work here]",
 )
 @click.option(
     "--precision",
     "precisions",
     multiple=True,
     type=click.Choice(KERNEL_PRECISIONS),
-    help="Of the kernels; may be given again. Default: float32, and what each runtime is served with.",
+    help="Precision of the kernels. Repeatable.  [default: float32, and the one that each runtime is served with]",
 )
 @click.option(
     "--optimisation",
     "optimisations",
     multiple=True,
     type=click.Choice(OPTIMISATIONS),
-    help="ONNX Runtime's level of graph optimisation; may be given again. Default: all, as users serve it.",
+    help="ONNX Runtime's level of graph optimisation. Repeatable.  [default: all, as in serving]",
 )
 @click.option(
-    "--io-binding", is_flag=True, help="ONNX Runtime also with inputs and outputs bound to the device's memory."
+    "--io-binding", is_flag=True, help="Run ONNX Runtime also with inputs and outputs bound to the device's memory."
 )
 @click.option(
     "--conv-search",
     "conv_searches",
     multiple=True,
     type=click.Choice(CONV_SEARCHES),
-    help="How cuDNN chooses a convolution's algorithm; may be given again. Default: heuristic.",
+    help="Method by which cuDNN chooses the algorithm of a convolution. Repeatable.  [default: heuristic]",
 )
 @click.option(
     "--dataset",
     type=DatasetName(),
-    help="Data set to verify on. Default: BUNDLE's own; a folder of images is read only if it is named here or by --data-dir.",
+    help="Data set to verify on. A folder is read only if this option or --data-dir names it.  [default: BUNDLE's own]",
 )
 @click.option(
     "--data-dir",
     type=click.Path(path_type=Path),
-    help="Folder of the data set's files. Nothing is downloaded. Default: BNEXPORT_DATA, then the cache.",
+    help="Folder of the data set's files. Nothing is downloaded.  [default: BNEXPORT_DATA, then the cache]",
 )
 @click.option(
     "--samples",
     type=click.Path(path_type=Path),
     help="Your own inputs instead of the data set's images: .npy, .npz, or a folder of images.",
 )
-@click.option("--max-samples", type=click.IntRange(min=1), help="At most so many samples of each kind.")
+@click.option("--max-samples", type=click.IntRange(min=1), help="Largest number of samples of each kind.")
 @click.option(
     "--thorough",
     is_flag=True,
     help="Compare at least 16 samples of each kind and every batch size, however large the network is.",
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the synthetic inputs.")
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Random seed of the synthetic inputs."
+)
 @click.option(
     "--drift/--no-drift",
     default=None,
-    help="Compare layer by layer. Default: where it is cheap, and where a runtime failed.",
+    help="Compare the outputs of every layer.  [default: where it is cheap, and where a runtime failed]",
 )
 @click.option(
     "--source",
     metavar="FILE.py:FACTORY",
-    help="The code of the original network, for a bundle of your own model. Its weights come from the bundle.",
+    help="Code of the original network, for a bundle of your own model. The weights come from the bundle.",
 )
 @click.option(
     "--self-test",
     "with_self_test",
     is_flag=True,
-    help="Also put faults into copies of the bundle and show which stage catches each; one that is missed is a FAIL.",
+    help="Also put faults into copies of the bundle, and show which check catches each. A missed fault is a FAIL.",
 )
 @click.option(
     "--allow-low-accuracy", is_flag=True, help="Accept an original network whose accuracy is at or below chance."
 )
-@click.option("--json", "json_file", metavar="FILE", help="Write the report as JSON; - prints it instead of the table.")
+@click.option("--verbose", is_flag=True, help="Print the whole reason for every runtime that was not run.")
+@click.option("--json", "json_file", metavar="FILE", help="Write the report as JSON. - prints it instead of the table.")
 @click.option("--junit", "junit_file", metavar="FILE", help="Write the report as JUnit XML, for CI systems.")
-@click.option("--html", "html_file", metavar="FILE", help="Write the report as one self-contained page.")
+@click.option("--html", "html_file", metavar="FILE", help="Write the report as one self-contained HTML page.")
 @click.pass_context
 def command(ctx: click.Context, /, bundle: Path, **options: Any) -> None:
     """Prove that BUNDLE computes what its network computes: exit 0 for PASS, 1 for FAIL.
 
-    Checks every file's hash, replays the golden vectors, proves the written files in float64, and compares each
-    runtime in strict float32 and in the precision that it is served with, on real test images and synthetic inputs.
+    Checks the hash of every file, replays the golden vectors (inputs and outputs stored at export), proves the written
+    files in float64, and compares each runtime with the original network on real images and synthetic inputs: in strict
+    float32 (full precision), and in the shipping precision (the one it is served with).
     """
     from bnexport.bundle import Bundle
     from bnexport.cli.output import prints_aside
@@ -124,7 +128,7 @@ def command(ctx: click.Context, /, bundle: Path, **options: Any) -> None:
         console = make_console()
         needs, full = full_check(opened, bundle) if report.findings.covers else ("", "")
         advice = f"; give {needs} for the full check" if needs else ""
-        print_verification(report, console, labels=opened.manifest.labels, advice=advice)
+        print_verification(report, console, labels=opened.manifest.labels, advice=advice, verbose=options["verbose"])
         if full:
             console.print(literal(f"Full check: {full}", console), soft_wrap=True)
         print_environment(report.environment, console)
@@ -195,7 +199,7 @@ def _write_files(report: VerificationReport, opened: Bundle, path: Path, options
 
 
 #: Options of the written files, and of each run, which the page adds to the command itself.
-_OF_FILES = ("json_file", "junit_file", "html_file")
+_OF_FILES = ("verbose", "json_file", "junit_file", "html_file")
 _OF_RUNS = ("runtimes", "precisions", "optimisations", "io_binding", "conv_searches", "seed", "with_self_test")
 
 

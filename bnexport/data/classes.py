@@ -1,15 +1,15 @@
-"""The classes of a data set and the labels of a network: the same names in the same order, and an accuracy above chance.
+"""Checks that a network's labels are a data set's classes in the same order, and that its accuracy is above chance.
 
 An accuracy is at or below chance if two statements hold for the number of right labels (one-sided binomial tests):
 
-1. The network need not be better than chance: P(at least as many right | chance) > 1 %.
-2. The network is not a useful one: P(at most as many right | useful) < 0.1 %.
+1. The count is consistent with chance: P(at least as many right | chance) > 1 %.
+2. The count is inconsistent with a useful network: P(at most as many right | useful) < 0.1 %.
 
-Chance is the share of right labels if the network's answers were dealt to the samples at random: the sum over all classes of
-(share of samples) x (share of answers), and at least 1 / classes. A network that gives one class for every sample is therefore
-at chance also where that class is frequent. Useful is twice chance, at least 10 % and at most halfway between chance and 100 %.
-Statement 2 bounds the error: a useful network is refused by accident in less than one case of 1000, however few samples there
-are. With 6 balanced classes and no right label it takes 18 samples, with 1000 classes 66.
+Chance is the share of right labels if the network's answers were assigned to the samples at random: the sum over all classes of
+(share of samples) x (share of answers), and at least 1 / classes. So a network that predicts one class for every sample is at
+chance even if that class is frequent. Useful is twice chance, at least 10 % and at most halfway between chance and 100 %.
+Statement 2 bounds the error: for any number of samples, a useful network is refused in less than one case of 1000. Without a
+right label the refusal needs 18 samples for 6 balanced classes, and 66 for 1000 classes.
 """
 
 from __future__ import annotations
@@ -32,16 +32,14 @@ from bnexport.tensors import Array
 SUSPECTS = "the order of the labels, the preprocessing (mean and std) and the weights"
 #: Largest probability of the observed count under chance that shows an accuracy above chance.
 _ABOVE = 0.01
-#: Smallest probability of the observed count under a useful accuracy that leaves a useful network possible.
+#: Smallest probability of the observed count under a useful accuracy that is consistent with a useful network.
 _USEFUL = 0.001
-#: The lowest accuracy that counts as useful where there are many classes.
+#: The lowest useful accuracy for many classes.
 _LEAST_USEFUL = 0.1
 
 
 def check_classes(labels: Sequence[str] | None, classes: Sequence[str], *, dataset: str, scores: int | None) -> None:
-    """Refuse a data set whose classes are not the network's.
-
-    Upper and lower case, spaces, hyphens and underscores do not count.
+    """Refuse a data set whose classes are not the network's; case, spaces, hyphens and underscores are ignored.
 
     Args:
         labels: The network's labels in the order of its scores; None if they are unknown.
@@ -90,26 +88,26 @@ def check_dataset(
     scores: int | None = None,
     remedy: str = "Leave --dataset out",
 ) -> None:
-    """Refuse a data set that the user named and that can't be used.
+    """Refuse a data set, named by the user, that can't be used.
 
     Args:
         dataset: A row of DATASETS, or ``folder:PATH``.
-        preprocessing: JSON of the network's preprocessing; None if the network takes no images, or it is unknown how.
-        data_dir: Folder of the data set; None: the usual places.
+        preprocessing: JSON of the network's preprocessing; None if it is unknown or the input is not an image.
+        data_dir: Folder of the data set; None: the default places.
         labels: The network's labels, if known.
         scores: Number of the network's scores, if known.
-        remedy: Remedy where the preprocessing is unknown.
+        remedy: Remedy for an unknown preprocessing.
 
     Raises:
-        UsageError: An unknown name, no preprocessing, a ``data_dir`` for embedded images, or classes that are not the
-            network's.
+        UsageError: The name is unknown, there is no preprocessing, ``data_dir`` is given for embedded images, or the classes
+            are not the network's.
         DataError: The images are missing or damaged.
     """
     if not is_dataset(dataset):
         raise UsageError(f"the data set {dataset!r} is unknown", remedy=dataset_remedy(dataset))
     if preprocessing is None:
         raise UsageError(
-            f"the images of {dataset} can't be used: it is not known how an image becomes an input of the network",
+            f"the images of {dataset} can't be used: the preprocessing of the network is unknown",
             remedy=remedy,
         )
     if data_dir is not None and dataset in DATASETS and DATASETS[dataset].embedded:
@@ -119,28 +117,28 @@ def check_dataset(
 
 
 def dataset_remedy(name: str) -> str:
-    """Return the remedy for an unknown name of a data set: the folder of that name if it exists, else the known names."""
+    """Return the remedy for an unknown data set: the existing folder of that name, else the known names."""
     if name and Path(name).is_dir():
-        return f"Your own images are --dataset folder:{name}"
+        return f"For your own images pass --dataset folder:{name}"
     return f"Choose one of {', '.join(DATASETS)}, or folder:PATH"
 
 
 def reordered(labels: Sequence[str], classes: Sequence[str]) -> bool:
-    """Return whether labels are the names of the classes in any order; upper and lower case do not count."""
+    """Return True if the labels are the names of the classes in any order, compared as in ``check_classes``."""
     return sorted(map(_plain, labels)) == sorted(map(_plain, classes))
 
 
 def known_classes(dataset: str | None) -> tuple[str, ...] | None:
-    """Return the classes of a data set that are known without its files; None for a folder and an unknown name."""
+    """Return the classes of a row of DATASETS; None for other names, whose classes depend on files."""
     return DATASETS[dataset].labels if dataset in DATASETS else None
 
 
 def at_chance(truth: Array, given: npt.NDArray[np.int64], classes: int) -> float | None:
-    """Return the chance level if the answers are at or below it, by the two tests of this module; None if they are not.
+    """Return the chance level if the answers are at or below it by the tests of this module; None otherwise.
 
     Args:
-        truth: Classes of the samples, integers (n,).
-        given: Classes that the network gives, integers (n,).
+        truth: True classes, integers (n,).
+        given: Predicted classes, integers (n,).
         classes: Number of classes.
     """
     n, right = len(truth), int((truth == given).sum())

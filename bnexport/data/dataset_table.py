@@ -1,4 +1,4 @@
-"""The table of data sets, and the form of a data set in memory."""
+"""The table of data sets, and the arrays of a data set."""
 
 from __future__ import annotations
 
@@ -16,21 +16,20 @@ Labels = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Dataset:
-    """A data set."""
+    """A data set in memory."""
 
     name: str  # Name of its row in DATASETS, or ``folder:PATH``
-    # uint8 (n, 28, 28) of a row of DATASETS; of a folder (n, channels, height, width), a read-only map of a file, so
-    # that a set larger than memory can be used: take batches of it. ``data.prepare.prepared`` makes both (n, channels,
-    # height, width).
+    # uint8: (n, 28, 28) for a row of DATASETS; for a folder (n, channels, height, width), a read-only map of a file, which
+    # can be larger than memory. ``data.prepare.prepared`` converts both to (n, channels, height, width).
     train_images: Images
     train_labels: Labels  # int64 (n,)
     test_images: Images  # Like ``train_images``
     test_labels: Labels  # int64 (n,)
     labels: tuple[str, ...]  # Class names in the order of the labels
-    origin: str  # Its origin, in words
+    origin: str  # Origin, in words
 
 
-#: A data set of this beginning is a folder of the user's own images: "folder:PATH".
+#: Prefix of a data set that is a folder of the user's images: "folder:PATH".
 FOLDER = "folder:"
 
 _DIGITS = tuple(str(digit) for digit in range(10))
@@ -51,7 +50,7 @@ class DatasetInfo:
     name: str  # Name on the command line
     title: str  # Name in sentences
     labels: tuple[str, ...]  # Class names in the order of the labels
-    # The folder below a root of data sets, with ``raw/`` inside (torchvision's layout); "" for the embedded set
+    # Folder below a root of data sets, with ``raw/`` inside (torchvision's layout); "" for the embedded set
     folder: str = ""
     train: tuple[DataFile, ...] = ()  # Images, then labels
     test: tuple[DataFile, ...] = ()  # Images, then labels
@@ -138,7 +137,7 @@ def dataset_info(name: str) -> DatasetInfo:
 
 
 def folder_of(name: str) -> Path | None:
-    """Return the folder of images in a data set's name; None for a row of DATASETS or an unknown name."""
+    """Return the folder in the name of a data set; None for other names."""
     if not name.startswith(FOLDER):
         return None
     if not (path := name.removeprefix(FOLDER)):

@@ -1,4 +1,4 @@
-"""The data sets by their names, as arrays."""
+"""Loading of data sets by name."""
 
 from __future__ import annotations
 
@@ -41,31 +41,26 @@ def load_dataset(
     preprocessing: Preprocessing | None = None,
     on_picture: PictureProgress | None = None,
 ) -> Dataset:
-    """Load the training and the test part.
+    """Load the training and the test part of a data set.
 
-    Files are looked for in ``data_dir`` alone if it is given, else in the folder that BNEXPORT_DATA names and then in
-    the user's cache; the first that has them all wins. Else they are downloaded, into ``data_dir`` if given, otherwise
-    into the cache. Reading never writes.
-
-    ``folder:PATH`` is a folder of images, see ``data.folder.load_folder``, with its defaults.
+    A given ``data_dir`` is the only folder that is searched. Otherwise the first folder with all files is used: the one that
+    BNEXPORT_DATA names, then the user's cache. Missing files are downloaded into ``data_dir``, or into the cache.
 
     Args:
-        name: A row of DATASETS, or ``folder:PATH``.
-        data_dir: A root: it holds ``FashionMNIST/raw/*.gz`` (or the unpacked files). For ``folder:PATH``: where the
-            folder is now, instead of PATH.
-        download: Fetch files that are found nowhere.
-        progress: Called with a file's name, the bytes so far and the bytes in all (None when unknown).
-        preprocessing: Of the model: a folder's pictures are decoded to its size and channels. The others come as they
-            are, for ``data.prepare.prepared``.
-        on_picture: Called with the pictures decoded so far and in all.
+        name: A row of DATASETS, or ``folder:PATH`` for a folder of images (see ``data.folder.load_folder``).
+        data_dir: A root with ``FashionMNIST/raw/*.gz`` or the unpacked files; for ``folder:PATH`` the new place of the folder.
+        download: Download missing files.
+        progress: Called with a file's name, the bytes so far and the total bytes (None if unknown).
+        preprocessing: The model's preprocessing: images of a folder are decoded to its size and channels. Other images are
+            unchanged; ``data.prepare.prepared`` fits them.
+        on_picture: Called with the number of decoded images and their total number.
 
     Returns:
-        Images as uint8 (n, 28, 28), those of a folder (n, channels, height, width).
+        Images as uint8 (n, 28, 28); for a folder (n, channels, height, width).
 
     Raises:
-        UsageError: An unknown name, or a folder without a preprocessing.
-        DataError: A file with a wrong MD5, truncated, or not what it should be; or none found and ``download`` is
-        false. Of a folder: see ``load_folder``.
+        UsageError: The name is unknown, or a folder is given without a preprocessing.
+        DataError: A file has a wrong MD5, is truncated or has another content; or it is missing and ``download`` is false.
         NetworkError: No mirror delivered a file.
         OutputError: A downloaded file, or the cache, can't be written.
     """
@@ -88,7 +83,7 @@ def load_test_images(
     download: bool = False,
     preprocessing: Preprocessing | None = None,
 ) -> tuple[Images, Labels]:
-    """Load the test part as ``load_dataset``; training files may be missing, and training pictures are not decoded."""
+    """Load the test part as ``load_dataset`` does; training files may be missing, and training images are not decoded."""
     return _load_part(name, "test", data_dir=data_dir, download=download, preprocessing=preprocessing)
 
 
@@ -99,12 +94,12 @@ def load_train_images(
     download: bool = False,
     preprocessing: Preprocessing | None = None,
 ) -> tuple[Images, Labels]:
-    """Load the training part as ``load_dataset``; test files may be missing, and test pictures are not decoded."""
+    """Load the training part as ``load_dataset`` does; test files may be missing, and test images are not decoded."""
     return _load_part(name, "train", data_dir=data_dir, download=download, preprocessing=preprocessing)
 
 
 def dataset_labels(name: str, *, data_dir: str | Path | None = None) -> tuple[str, ...]:
-    """Return the class names in the order of the labels; those of a folder are its sub-folders."""
+    """Return the class names in the order of the labels; the classes of a folder are its sub-folders."""
     if (folder := folder_of(name)) is not None:
         return folder_labels(Path(data_dir) if data_dir else folder)
     return dataset_info(name).labels
@@ -125,21 +120,19 @@ def _load_part(
 
 def _needed(preprocessing: Preprocessing | None, name: str) -> Preprocessing:
     if preprocessing is None:
-        raise UsageError(
-            f"{name} can't be read without knowing the size that the model takes", remedy="Pass preprocessing="
-        )
+        raise UsageError(f"{name} can't be read without the image size of the model", remedy="Pass preprocessing=")
     return preprocessing
 
 
 def _read_part(info: DatasetInfo, paths: Sequence[Path]) -> tuple[Images, Labels]:
-    """Read images and labels of one part, checked against each other and against the set's labels."""
+    """Read images and labels of one part, and check that they fit each other and the set's classes."""
     images, labels = (read_idx(path) for path in paths)
     if images.dtype != np.uint8 or images.shape[1:] != (_SIDE, _SIDE) or len(images) == 0:
-        raise _odd(paths[0], f"holds {images.dtype.name} of shape {images.shape}, expected uint8 (n, {_SIDE}, {_SIDE})")
+        raise _odd(paths[0], f"has {images.dtype.name} of shape {images.shape}, expected uint8 (n, {_SIDE}, {_SIDE})")
     if labels.dtype != np.uint8 or labels.ndim != 1 or len(labels) != len(images):
-        raise _odd(paths[1], f"holds {labels.dtype.name} of shape {labels.shape}, expected uint8 ({len(images)},)")
+        raise _odd(paths[1], f"has {labels.dtype.name} of shape {labels.shape}, expected uint8 ({len(images)},)")
     if int(labels.max()) >= len(info.labels):
-        raise _odd(paths[1], f"holds the label {int(labels.max())}, {info.title} has {len(info.labels)} classes")
+        raise _odd(paths[1], f"has the label {int(labels.max())}, {info.title} has {len(info.labels)} classes")
     return images, labels.astype(np.int64)
 
 

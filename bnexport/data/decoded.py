@@ -1,8 +1,8 @@
-"""Pictures decoded once into a file of pixels that is mapped into memory.
+"""Cache of decoded images: a file of pixels that is mapped into memory.
 
-A cache entry is a folder with the pixels, raw, and an index in JSON. Its name is a hash of what the pixels depend on: the
-pictures' names, sizes and times, the size and channels asked for, the version of Pillow, and VERSION. So an entry is
-never wrong, only outdated.
+A cache entry is a folder with the raw pixels and an index in JSON. Its name is a hash of everything that the pixels depend on:
+the images' names, sizes and times, the requested size and channels, the version of Pillow, and VERSION. So an entry can be
+outdated, but not wrong.
 """
 
 from __future__ import annotations
@@ -30,45 +30,45 @@ from bnexport.errors import DataError, OutputError
 from bnexport.files import output_errors, staged_directory
 from bnexport.optional import one_line, require
 
-#: Told after each picture: pictures done, pictures in all.
+#: Called after each image with the number of decoded images and the total number.
 PictureProgress = Callable[[int, int], None]
-#: What to do with a picture that can't be read.
+#: Action for an image that can't be read.
 OnBad = Literal["stop", "skip"]
 
-#: Of the way pictures are decoded and kept; another one makes every entry outdated.
+#: Version of the decoding and of the format of entries; a new version outdates all entries.
 VERSION = 1
 PIXELS, INDEX = "pixels.bin", "index.json"
-_BLOCK = 64  # pictures between two looks for an interrupt, and at most so many decoded ones wait to be written
-_MOST_THREADS = 8  # each may hold a picture of 50 million pixels
+_BLOCK = 64  # images between two checks for an interrupt, and the limit of decoded images that are not written yet
+_MOST_THREADS = 8  # each thread may have an image of 50 million pixels in memory
 
 
 class PictureFile(NamedTuple):
-    """One picture."""
+    """One image file."""
 
     name: str  # Path below the folder, with "/"
-    label: int  # The number of its class
-    size: int  # In bytes
+    label: int  # Number of its class
+    size: int  # Size in bytes
     mtime_ns: int  # Time of its last change
 
 
 @dataclass(frozen=True)
 class PictureSet:
-    """Pictures to decode, and the wanted size and channels."""
+    """Images to decode, with the requested size and channels."""
 
-    root: Path  # The folder that their names are relative to
+    root: Path  # The folder to which their names are relative
     part: str  # "train" or "test"
     files: Sequence[PictureFile]  # In the order of the result
     preprocessing: Preprocessing  # Size and channels of the result
-    on_bad: OnBad = "stop"  # "stop" or "skip" at a picture that can't be read
+    on_bad: OnBad = "stop"  # Action for an image that can't be read
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(channels, height, width)."""
+        """Channels, height and width of the result."""
         return self.preprocessing.channels, self.preprocessing.height, self.preprocessing.width
 
     @property
     def state(self) -> str:
-        """A hash of the pictures' names, classes, sizes and times."""
+        """Hash of the images' names, classes, sizes and times."""
         digest = hashlib.sha256(f"{VERSION} {require('PIL', purpose='reading images').__version__}\n".encode())
         for file in self.files:
             line = f"{file.name}\0{file.label}\0{file.size}\0{file.mtime_ns}\n"
@@ -78,20 +78,20 @@ class PictureSet:
 
 @dataclass(frozen=True)
 class Decoded:
-    """Pictures as pixels."""
+    """Decoded images."""
 
     images: Images  # uint8 (n, channels, height, width), a read-only map of a file
-    files: tuple[PictureFile, ...]  # The pictures in ``images``
-    skipped: tuple[tuple[str, str], ...]  # Name and reason of each picture that is not
+    files: tuple[PictureFile, ...]  # The files of ``images``
+    skipped: tuple[tuple[str, str], ...]  # Name and reason of each image that is left out
 
 
 def decode_once(
     wanted: PictureSet, *, cache_dir: Path | None = None, progress: PictureProgress | None = None
 ) -> Decoded:
-    """Take pictures from the cache, or decode them into it; other processes wait for the one that decodes the same folder.
+    """Return images from the cache, or decode them into it; only one process at a time decodes a folder.
 
-    A build removes the outdated entries of the same part of the same folder (entries of another size stay while the
-    pictures are unchanged), and the rest of a killed build. A process that has mapped a removed entry keeps its pixels.
+    A build removes the outdated entries of the same part of the same folder (entries of another size stay while the images are
+    unchanged), and the files of a killed build. A process that has mapped a removed entry keeps its pixels.
     """
     lock = require("filelock", purpose="reading a folder of images")
     place = hashlib.sha256(os.fsencode(os.path.realpath(wanted.root))).hexdigest()[:16]
@@ -103,7 +103,7 @@ def decode_once(
         with output_errors(shelf):
             stack.enter_context(lock.FileLock(shelf.with_suffix(".lock")))
         if (found := _read(entry, wanted)) is None:
-            _tidy(shelf, lambda name: name.startswith("."))  # first: what a killed build left takes room
+            _tidy(shelf, lambda name: name.startswith("."))  # first: the files of a killed build use disk space
             _build(entry, wanted, progress)
             current = f"{wanted.part}-{wanted.state}-"
             _tidy(shelf, lambda name: name.startswith(f"{wanted.part}-") and not name.startswith(current))
@@ -117,7 +117,7 @@ def decode_once(
 
 
 def _read(entry: Path, wanted: PictureSet) -> Decoded | None:
-    """Return a whole entry; None if it is missing or damaged."""
+    """Return an entry; None if it is missing or damaged."""
     try:
         index = json.loads((entry / INDEX).read_text(encoding="ascii"))
         skipped = tuple((str(name), str(reason)) for name, reason in index["skipped"])
@@ -132,7 +132,7 @@ def _read(entry: Path, wanted: PictureSet) -> Decoded | None:
 
 
 def _build(entry: Path, wanted: PictureSet, progress: PictureProgress | None) -> None:
-    """Decode all pictures into a new entry, which appears whole or not at all."""
+    """Decode all images into a new entry, which is complete or absent."""
     need = len(wanted.files) * int(np.prod(wanted.shape))
     if (free := shutil.disk_usage(entry.parent).free) < need:
         raise OutputError(
@@ -147,9 +147,9 @@ def _build(entry: Path, wanted: PictureSet, progress: PictureProgress | None) ->
 
 
 def _write_pixels(target: BinaryIO, wanted: PictureSet, progress: PictureProgress | None) -> list[tuple[str, str]]:
-    """Write the pictures one behind the other; return name and reason of those that can't be read."""
+    """Write the images one after the other; return name and reason of each image that can't be read."""
     skipped = []
-    with contextlib.closing(_decode(wanted)) as pictures:  # its threads end here, not at some later time
+    with contextlib.closing(_decode(wanted)) as pictures:  # ends its threads
         for index, (file, picture) in enumerate(pictures, start=1):
             if isinstance(picture, DataError):
                 if wanted.on_bad == "stop":
@@ -160,12 +160,12 @@ def _write_pixels(target: BinaryIO, wanted: PictureSet, progress: PictureProgres
             if progress is not None:
                 progress(index, len(wanted.files))
     if len(skipped) == len(wanted.files):
-        raise DataError(f"no picture of {wanted.root} can be read: {skipped[0][1]}", remedy=_bad_remedy(skipped[0][0]))
+        raise DataError(f"no image of {wanted.root} can be read: {skipped[0][1]}", remedy=_bad_remedy(skipped[0][0]))
     return skipped
 
 
 def _decode(wanted: PictureSet) -> Generator[tuple[PictureFile, Images | DataError]]:
-    """Yield each picture with its pixels or its error. Pillow decodes and resizes without Python's lock."""
+    """Yield each file with its pixels or its error; Pillow decodes and resizes without the GIL."""
 
     def decode(file: PictureFile) -> Images | DataError:
         try:
@@ -181,11 +181,11 @@ def _decode(wanted: PictureSet) -> Generator[tuple[PictureFile, Images | DataErr
 
 
 def _bad_remedy(name: str) -> str:
-    return f'Mend or delete {name}, or leave out what can\'t be read with on_bad="skip"'
+    return f'Replace or delete {name}, or skip unreadable images with on_bad="skip"'
 
 
 def _tidy(shelf: Path, outdated: Callable[[str], bool]) -> None:
-    """Remove entries by their names; one that can't be removed (Windows keeps open files) stays for the next time."""
+    """Remove entries by their names; an entry that can't be removed (open files on Windows) stays until the next call."""
     try:
         entries = [entry for entry in shelf.iterdir() if outdated(entry.name)]
     except OSError as error:

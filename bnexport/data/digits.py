@@ -1,8 +1,7 @@
-"""The embedded data set: digits drawn by this module, so that everything runs without a network or a file.
+"""The embedded data set: digits drawn by this module, so that everything runs without a network connection or a file.
 
-Each digit is a hand-designed set of strokes. Every image draws them with its own rotation, shear, size, place, wobble
-of the stroke points, pen width, softness, brightness and noise. It is a stand-in for trying things out, not a
-benchmark.
+Each digit is a hand-designed set of strokes. Each image has its own rotation, shear, size, place, wobble of the stroke
+points, pen width, softness, brightness and noise. The set is for trials and tests, not for benchmarks.
 
 Only additions, products, quotients, square roots and comparisons are used (rotations come from the rational
 parametrisation of the circle), which IEEE 754 defines to the last bit: the images are the same on every machine.
@@ -48,20 +47,20 @@ def training_set() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
 
 
 def test_set() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
-    """Return TEST_COUNT images (n, 28, 28) and their labels (n,), other drawings than the training set's."""
+    """Return TEST_COUNT images (n, 28, 28) and their labels (n,), drawn with another seed."""
     return _copy(*_drawn(TEST_COUNT, seed=2))
 
 
 @functools.cache
 def _drawn(count: int, *, seed: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
-    """Keep both sets: drawing them takes about a second, and a verification needs them several times."""
+    """Draw a set once per process: it takes about a second, and a verification uses it several times."""
     return draw(count, seed=seed)
 
 
 def _copy(
     images: npt.NDArray[np.uint8], labels: npt.NDArray[np.int64]
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
-    """Return copies, so that a caller may change its own images."""
+    """Return copies, so that a caller may change its images."""
     return images.copy(), labels.copy()
 
 
@@ -82,7 +81,7 @@ def _draw_digit(digit: int, count: int, generator: np.random.Generator) -> npt.N
     """Return ``count`` drawings of one digit."""
 
     def between(low: float, high: float, *shape: int) -> Floats:
-        # random() alone: its stream is the part of numpy's generators that stays the same from version to version.
+        # random() only: its stream is the part of numpy's generators that is the same in all versions.
         return low + (high - low) * generator.random((count, *shape))
 
     place = _placement(between)

@@ -1,4 +1,4 @@
-"""Folders of images as data sets: which pictures of which classes they hold (torchvision's ImageFolder), and their pixels."""
+"""Folders of images as data sets, in the layout of torchvision's ImageFolder: parts, classes and pixels."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ from bnexport.errors import DataError, UsageError
 from bnexport.optional import need_packages, one_line
 
 TRAIN = "train"
-#: Names of the test part's folder; the first that is there counts.
+#: Names of the test part's folder; the first existing one is used.
 TEST = ("test", "val")
-#: What torchvision takes for an image as well: an error is better than a picture that is silently left out.
+#: Further image formats of torchvision: an error is better than an image that is silently left out.
 _OTHER_ENDINGS = (".ppm", ".pgm", ".tif", ".tiff")
 _LAYOUT = "Lay it out as PATH/train/CLASS/x.png and PATH/val/CLASS/y.png, or as PATH/CLASS/x.png"
 
 
 @dataclass(frozen=True)
 class FolderLayout:
-    """The classes of a folder of images, and the places of its parts."""
+    """The classes and the parts of a folder of images."""
 
     root: Path  # The folder
-    labels: tuple[str, ...]  # Names of the classes, sorted as Python sorts strings (so does torchvision)
+    labels: tuple[str, ...]  # Names of the classes, sorted as strings, as in torchvision
     train: Path  # The folder of the training part: ``root`` itself, or ``root/train``
-    test: Path | None  # The folder of the test part; None where a share of ``train`` is held out
-    ignored: str = ""  # ``val`` when there is a ``test`` as well, else ""
+    test: Path | None  # The folder of the test part; None if a share of ``train`` is held out
+    ignored: str = ""  # ``val`` if there is a ``test`` too, else ""
 
 
 def folder_layout(root: Path) -> FolderLayout:
     """Find the parts and classes of a folder of images.
 
-    ``root/train`` is the training part if it holds folders itself; else the folders of ``root`` are the classes. Hidden
-    folders and files (".name") do not count.
+    ``root/train`` is the training part if it has sub-folders; otherwise the folders of ``root`` are the classes. Hidden
+    folders and files (".name") are ignored.
     """
     if not root.is_dir():
         what = "is a file, not a folder of images" if root.exists() else "does not exist"
@@ -52,14 +52,14 @@ def folder_layout(root: Path) -> FolderLayout:
         _check_same_classes(train, labels, test, _classes(test))
     if len(labels) < 2:
         raise DataError(
-            f"{train} has the one class {labels[0]!r}" if labels else f"{train} holds no class folders",
-            remedy="A classifier needs at least two classes" if labels else _LAYOUT,
+            f"{train} has only the class {labels[0]!r}" if labels else f"{train} has no class folders",
+            remedy="Give at least two classes" if labels else _LAYOUT,
         )
     return FolderLayout(root, labels, train, test, ignored)
 
 
 def list_part(layout: FolderLayout, part: Path, seen: dict[tuple[int, int], Path] | None = None) -> list[PictureFile]:
-    """List the pictures of a part by class and name."""
+    """Return the image files of a part by class and name."""
     seen = {} if seen is None else seen
     found: list[PictureFile] = []
     for label, name in enumerate(layout.labels):
@@ -71,8 +71,8 @@ def list_part(layout: FolderLayout, part: Path, seen: dict[tuple[int, int], Path
         )
         if not inside:
             raise DataError(
-                f"the class folder {part / name} holds no picture ({', '.join(ENDINGS)})",
-                remedy="Put pictures into it, or delete it",
+                f"the class folder {part / name} has no image ({', '.join(ENDINGS)})",
+                remedy="Put images into it, or delete it",
             )
         found += inside
     return found
@@ -81,10 +81,9 @@ def list_part(layout: FolderLayout, part: Path, seen: dict[tuple[int, int], Path
 def hold_out(
     files: Sequence[PictureFile], *, share: float = 0.1, seed: int = 0
 ) -> tuple[list[PictureFile], list[PictureFile]]:
-    """Split pictures into a training and a test part, class by class.
+    """Split images into a training and a test part, class by class.
 
-    A picture's place follows from a hash of the seed and its name, so that a folder that grows keeps nearly all of the
-    split.
+    The part follows from a hash of the seed and the name, so a growing folder keeps nearly all of its split.
     """
     if not 0 < share < 1:
         raise UsageError(f"the share to hold out is {share}", remedy="Give a number between 0 and 1, as 0.1")
@@ -95,8 +94,8 @@ def hold_out(
     for names in classes.values():
         if len(names) == 1:
             raise DataError(
-                f"{names[0]} is the only picture of its class, so none can be held out for testing",
-                remedy="Give each class at least two pictures",
+                f"{names[0]} is the only image of its class, so none can be held out for testing",
+                remedy="Give each class at least two images",
             )
         count = min(max(1, round(len(names) * share)), len(names) - 1)
         held.update(sorted(names, key=lambda name: _rank(name, seed))[:count])
@@ -104,14 +103,14 @@ def hold_out(
 
 
 def mixed(files: Sequence[PictureFile]) -> list[PictureFile]:
-    """Sort the pictures independently of their classes, so that the first n are a fair sample."""
+    """Return the images in an order independent of their classes, so that the first n are a fair sample."""
     return sorted(files, key=lambda file: _rank(file.name, 0))
 
 
 def check_apart(layout: FolderLayout, train: Sequence[PictureFile], test: Sequence[PictureFile]) -> None:
-    """Refuse a picture that is in both parts under one name: the test would contain training data.
+    """Refuse an image that is in both parts under one name, because the test part would contain training data.
 
-    Two pictures of one name with different content are fine, as where each part numbers its own.
+    Images of one name with different content are allowed: each part may have its own numbers.
     """
     if layout.test is None:
         return
@@ -121,7 +120,7 @@ def check_apart(layout: FolderLayout, train: Sequence[PictureFile], test: Sequen
         twin = known.get((file.name.removeprefix(f"{below[1]}/"), file.size))
         if twin is not None and _same(layout.root / twin, layout.root / file.name):
             raise DataError(
-                f"{layout.root / file.name} is the same picture as {layout.root / twin}, which is trained with",
+                f"{layout.root / file.name} is the same image as {layout.root / twin} of the training part",
                 remedy="Delete one of the two",
             )
 
@@ -138,7 +137,7 @@ def _rank(name: str, seed: int) -> bytes:
 
 
 def _parts(root: Path) -> tuple[Path, Path | None, str]:
-    """Return the training part, the test part, and the name of a part that is not used."""
+    """Return the training part, the test part, and the name of an unused part."""
     folders, _ = folder_entries(root)
     names = [folder.name for folder in folders]
     tests = [name for name in TEST if name in names]
@@ -158,7 +157,7 @@ def _classes(part: Path) -> tuple[str, ...]:
     folders, files = folder_entries(part)
     if loose := [file for file in files if file.name.lower().endswith((*ENDINGS, *_OTHER_ENDINGS))]:
         raise DataError(
-            f"{part} holds the picture {loose[0].name}, which is in no class", remedy="Move it into a class folder"
+            f"{part} has the image {loose[0].name} outside of the class folders", remedy="Move it into a class folder"
         )
     return tuple(folder.name for folder in folders)
 
@@ -170,13 +169,13 @@ def _check_same_classes(train: Path, labels: tuple[str, ...], test: Path, others
             what = "is a file, not a class folder" if (there / name).exists() else "is missing"
             raise DataError(
                 f"{there / name} {what}; {train.name} and {test.name} must have the same classes",
-                remedy=f"Make it a folder with pictures, or delete the class {name!r} from the other part",
+                remedy=f"Make it a folder with images, or delete the class {name!r} from the other part",
             )
 
 
 Part = Literal["train", "test"]
 
-#: The share of each class that is held out for testing where a folder has no part of its own for that.
+#: Share of each class that is held out for testing if a folder has no test part.
 HOLDOUT = 0.1
 
 
@@ -190,30 +189,30 @@ def load_folder(
     progress: PictureProgress | None = None,
     on_bad: OnBad = "stop",
 ) -> Dataset:
-    """Load a folder of images, laid out as torchvision's ImageFolder takes it.
+    """Load a folder of images in the layout of torchvision's ImageFolder.
 
-    ``PATH/train/CLASS/x.png`` with ``PATH/test`` or ``PATH/val`` (``test`` if both are there); or ``PATH/CLASS/x.png``, of
-    which a share of each class is held out for testing. Class names are sorted. Pictures (PNG, JPEG, BMP, WebP, a GIF's
-    first frame) are turned upright, converted and resized as ``data.images.load_images`` does it for prediction, and
-    kept in the user's cache, see ``data.decoded.decode_once``; later calls map that file.
+    The layout is ``PATH/train/CLASS/x.png`` with ``PATH/test`` or ``PATH/val`` (``test`` if both exist), or
+    ``PATH/CLASS/x.png`` with a held-out share of each class as the test part. Class names are sorted. Images
+    (PNG, JPEG, BMP, WebP, the first frame of a GIF) are converted as ``data.images.load_images`` does for prediction. The pixels are kept
+    in the user's cache, see ``data.decoded.decode_once``, and later calls map that file.
 
     Args:
         path: The folder.
         preprocessing: The model's preprocessing: size and channels (1 or 3).
-        seed: Seed of the split, if a share is held out.
-        holdout: Share to hold out.
-        cache_dir: Folder for the decoded pictures; default: the user's cache.
-        progress: Called with the pictures decoded so far and in all, for each part.
-        on_bad: "skip" leaves out pictures that can't be read, and ``origin`` says how many.
+        seed: Seed of the split into parts.
+        holdout: Held-out share, between 0 and 1.
+        cache_dir: Folder for the decoded images; default: the user's cache.
+        progress: Called with the number of decoded images and their total number, for each part.
+        on_bad: "skip" leaves out images that can't be read; ``origin`` contains their number.
 
     Returns:
-        Images uint8 (n, channels, height, width), read-only maps of files; labels int64 (n,). Those to train with are in
-        the order of their classes and names; those to test with are mixed, so that the first n are a fair sample.
+        Images uint8 (n, channels, height, width), read-only maps of files; labels int64 (n,). Training images are in the order
+        of their classes and names. Test images are mixed, so that the first n are a fair sample.
 
     Raises:
-        DataError: The folder is not there or not laid out so; fewer than two classes, or one without pictures; a picture
-        that is in both parts, or that can't be read.
-        UsageError: A share that is not between 0 and 1.
+        DataError: The folder is missing or has another layout; there are fewer than two classes, or a class without images; an
+            image is in both parts, or can't be read.
+        UsageError: The share is not between 0 and 1.
         OutputError: The cache can't be written.
         MissingDependency: Pillow or filelock is not installed.
     """
@@ -232,7 +231,7 @@ def load_folder(
 
 
 def load_folder_part(path: str | Path, part: Part, *, preprocessing: Preprocessing) -> tuple[Images, Labels]:
-    """Return images and labels of one part, as ``load_folder`` with its defaults; the other part's pictures are not decoded."""
+    """Return images and labels of one part as ``load_folder`` does by default; the other part is not decoded."""
     need_packages("reading a folder of images", "PIL", "filelock")
     layout = folder_layout(Path(path))
     if layout.test is None:
@@ -249,7 +248,7 @@ def folder_labels(path: str | Path) -> tuple[str, ...]:
 
 
 def _split(layout: FolderLayout, seed: int, holdout: float) -> tuple[list[PictureFile], list[PictureFile]]:
-    """Return the training pictures, by class and name, and the test pictures, mixed."""
+    """Return the training images by class and name, and the test images mixed."""
     seen: dict[tuple[int, int], Path] = {}
     train = list_part(layout, layout.train, seen)
     if layout.test is None:
@@ -261,18 +260,18 @@ def _split(layout: FolderLayout, seed: int, holdout: float) -> tuple[list[Pictur
 def _fitting(preprocessing: Preprocessing) -> Preprocessing:
     if preprocessing.channels not in (1, 3):
         raise DataError(
-            f"the model takes images of {preprocessing.channels} channels, pictures have 1 or 3",
+            f"the model needs images of {preprocessing.channels} channels, image files have 1 or 3",
             remedy="Give the model an input of 1 or 3 channels, such as 3x64x64",
         )
     return preprocessing
 
 
 def _checked(layout: FolderLayout, found: Decoded) -> Decoded:
-    """Refuse a part in which skipping left a class without pictures."""
+    """Refuse a part in which skipped images leave a class without images."""
     if empty := set(range(len(layout.labels))) - {file.label for file in found.files}:
         raise DataError(
-            f"no picture of the class {layout.labels[min(empty)]!r} can be read: {found.skipped[0][1]}",
-            remedy="Mend its pictures, or delete the class",
+            f"no image of the class {layout.labels[min(empty)]!r} can be read: {found.skipped[0][1]}",
+            remedy="Replace its images, or delete the class",
         )
     return found
 
@@ -282,12 +281,12 @@ def _labels(found: Decoded) -> Labels:
 
 
 def _origin(layout: FolderLayout, counts: tuple[int, int], seed: int, parts: Sequence[Decoded]) -> str:
-    """Return the place of the images, in words."""
+    """Return the origin of the images, in words."""
     if layout.test is None:
-        told = f"{layout.train}, {counts[1]} of {sum(counts)} pictures held out for testing (each class, seed {seed})"
+        text = f"{layout.train}, {counts[1]} of {sum(counts)} images held out for testing (each class, seed {seed})"
     else:
-        told = f"{layout.root}, {layout.train.name} and {layout.test.name}"
-        told += f" ({layout.ignored} is not used)" if layout.ignored else ""
+        text = f"{layout.root}, {layout.train.name} and {layout.test.name}"
+        text += f" ({layout.ignored} is not used)" if layout.ignored else ""
     if skipped := [item for part in parts for item in part.skipped]:
-        told += f"; {len(skipped)} left out that can't be read, such as {skipped[0][0]}"
-    return told
+        text += f"; {len(skipped)} unreadable images left out, such as {skipped[0][0]}"
+    return text

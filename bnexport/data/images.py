@@ -1,4 +1,4 @@
-"""Image files as pixel arrays that fit a model's preprocessing: pictures, .npy files and IDX files.
+"""Reading of image files, .npy files and IDX files as pixel arrays that fit a model's preprocessing.
 
 An IDX file (LeCun, Cortes and Burges, "The MNIST database") has two zero bytes, a byte for the element type, a byte for the
 number of dimensions, each dimension as a big-endian 32-bit number, then the elements, big-endian, in C order.
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 #: The third byte of the file -> numpy's name of the element type in the file.
 IDX_TYPES: dict[int, str] = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
-#: No file may unpack to more than this: 20 times the largest known set, and far below a machine's memory.
+#: Upper bound on the unpacked bytes of a file: 20 times the largest known set, and far below a machine's memory.
 MAX_BYTES = limit("array-bytes")
 GZIP_MAGIC = b"\x1f\x8b"
 _MAX_DIMS = 8
@@ -41,7 +41,7 @@ _IDX_REMEDY = "Copy or download the file again"
 
 
 def read_idx(path: str | Path, *, max_bytes: int = MAX_BYTES) -> Array:
-    """Return an IDX file's array in the machine's byte order; its content decides if it is packed with gzip, not its name."""
+    """Return an IDX file's array in the machine's byte order; gzip is detected by content, not by name."""
     file = Path(path)
     try:
         with refusing(file, DataError, remedy=_IDX_REMEDY):
@@ -65,14 +65,14 @@ def _read(stream: BinaryIO, file: Path, max_bytes: int) -> Array:
     size = math.prod(shape) * dtype.itemsize
     if size > max_bytes:
         raise DataError(
-            f"{file} says that it holds {size} bytes, above the limit of {max_bytes}",
-            remedy="Check where it comes from",
+            f"{file} declares {size} bytes, above the limit of {max_bytes}",
+            remedy="Check the origin of the file",
         )
     content = stream.read(size + 1)
     if len(content) < size:
-        raise DataError(f"{file} is truncated: {len(content)} of {size} bytes are there", remedy=_IDX_REMEDY)
+        raise DataError(f"{file} is truncated: it has {len(content)} of {size} bytes", remedy=_IDX_REMEDY)
     if len(content) > size:
-        raise DataError(f"{file} is longer than its header says ({size} bytes)", remedy=_IDX_REMEDY)
+        raise DataError(f"{file} is longer than its header declares ({size} bytes)", remedy=_IDX_REMEDY)
     return np.frombuffer(content, dtype).reshape(shape).astype(dtype.newbyteorder("="))
 
 
@@ -89,11 +89,11 @@ def _header(stream: BinaryIO, file: Path) -> tuple[np.dtype[np.generic], tuple[i
     return np.dtype(IDX_TYPES[magic[2]]), tuple(int(dim) for dim in np.frombuffer(dims, ">u4"))
 
 
-#: An image file may unpack to no more than this many pixels.
+#: Upper bound on the pixels of an image file.
 MAX_PIXELS = 50_000_000
-#: Pillow's names of the formats that are read; of an animation, the first frame.
+#: Pillow's names of the supported formats; the first frame of an animation is read.
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "GIF")
-#: Endings of their files, in lower case. The content counts, not the name; a folder is searched by them.
+#: Endings of their files, in lower case, for the search in folders. The format of a file is detected by its content.
 ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif")
 #: The formats in words, for errors.
 PICTURES = "PNG, JPEG, BMP, WebP or GIF file"
@@ -104,7 +104,7 @@ _REMEDY = f"Give a {_FILES} with images"
 def folder_entries(folder: Path) -> tuple[list[Path], list[Path]]:
     """Return the folders and the other entries of a folder by name, or raise DataError.
 
-    A link counts as its target; hidden entries do not count.
+    A link counts as its target; hidden entries are ignored.
     """
     folders: list[Path] = []
     files: list[Path] = []
@@ -115,7 +115,7 @@ def folder_entries(folder: Path) -> tuple[list[Path], list[Path]]:
                     (folders if entry.is_dir() else files).append(folder / entry.name)
     except OSError as error:
         raise DataError(
-            f"{folder} can't be read: {one_line(error)}", remedy="Check its permissions, and its links if it has some"
+            f"{folder} can't be read: {one_line(error)}", remedy="Check its permissions and its links"
         ) from error
     return folders, files
 
@@ -127,21 +127,21 @@ def pictures_below(
     seen: dict[tuple[int, int], Path] | None = None,
     below: tuple[str, ...] = (),
 ) -> Iterator[tuple[str, os.stat_result]]:
-    """Yield the pictures at any depth of a folder: POSIX path below it, and status. Entries count as in ``folder_entries``.
+    """Yield the images at any depth of a folder, as POSIX path below it and status; hidden entries are ignored.
 
     Args:
         root: The folder.
-        endings: Endings of pictures, in lower case.
-        seen: The folders listed so far. A folder that several links lead to is refused, since its pictures would count twice.
+        endings: Endings of image files, in lower case.
+        seen: The folders listed so far. A second link to a folder is refused, since its images would count twice.
         below: Names of the folders from the root to the listed one.
 
     Raises:
-        DataError: A folder or picture can't be read, is listed twice or too deep, or is not a plain file.
+        DataError: A folder or image can't be read, is listed twice or too deep, or is not a plain file.
     """
     folder, seen = root.joinpath(*below), {} if seen is None else seen
     here = _status(folder)
     if (twin := seen.setdefault((here.st_dev, here.st_ino), folder)) is not folder:
-        raise DataError(f"{folder} leads to {twin} again", remedy="Remove the link, so that each picture counts once")
+        raise DataError(f"{folder} leads to {twin} again", remedy="Remove the link, so that each image counts once")
     if len(below) >= limit("name-parts"):
         raise DataError(f"{folder} lies more than {limit('name-parts')} folders deep", remedy="Move it up")
     folders, files = folder_entries(folder)
@@ -160,7 +160,7 @@ def _status(path: Path) -> os.stat_result:
         return path.stat()
     except OSError as error:
         raise DataError(
-            f"{path} can't be read: {one_line(error)}", remedy="Check its permissions, or remove a link to nowhere"
+            f"{path} can't be read: {one_line(error)}", remedy="Check its permissions, or remove a broken link"
         ) from error
 
 
@@ -168,11 +168,11 @@ def load_images(
     path: str | Path,
     preprocessing: Preprocessing = Preprocessing(),  # noqa: B008  (frozen)
 ) -> list[tuple[str, Array]]:
-    """Read a picture (PNG, JPEG, BMP, WebP, a GIF's first frame), .npy or IDX file; the content decides the kind.
+    """Read an image (PNG, JPEG, BMP, WebP, the first frame of a GIF), .npy or IDX file; the kind is detected by content.
 
-    Images are turned upright as their EXIF tag says, laid on black where they are transparent, converted to grey or
-    RGB and resized to the preprocessing's size by bilinear filtering; the aspect ratio is not kept. Pixels are not
-    inverted: the known data sets are light on dark.
+    Images are turned upright by their EXIF tag, put on black if they are transparent, converted to grey or RGB, and resized to
+    the preprocessing's size by bilinear filtering; the aspect ratio is not kept. Pixels are not inverted: the known data sets
+    are light on dark.
 
     Args:
         path: A file with one image, or with a stack: .npy uint8 (H, W), (H, W, 1|3|4), (n, H, W) or (n, H, W, 1|3|4),
@@ -180,11 +180,11 @@ def load_images(
         preprocessing: The model's preprocessing: size and channels.
 
     Returns:
-        One (name, image) per image: uint8 (height, width) for one channel, else (height, width, channels). The name
-        is the file's, with [index] in a stack.
+        (name, image) of each image: uint8 (height, width) for one channel, else (height, width, channels). The name is the
+        file's, with [index] in a stack.
 
     Raises:
-        DataError: The file is missing, damaged, too large, or not images.
+        DataError: The file is missing, damaged or too large, or has no images.
     """
     file = Path(path)
     start = start_of(file)
@@ -196,7 +196,7 @@ def load_images(
 
 
 def start_of(file: Path) -> bytes:
-    """Return the first bytes of a file, from which its kind follows."""
+    """Return the first bytes of a file, which determine its kind."""
     if file.is_dir():
         raise DataError(f"{file} is a folder, not an image", remedy=_REMEDY)
     try:
@@ -221,7 +221,7 @@ def _read_npy(file: Path) -> Array:
 
 
 def map_npy(file: Path, *, remedy: str = _REMEDY, most: int | None = None) -> np.memmap[Any, np.dtype[Any]]:
-    """Map the array of a .npy file, after checking that the file has the bytes that its header promises."""
+    """Map the array of a .npy file, after a check that the file has the bytes that its header declares."""
     try:
         with refusing(f"{file} is not a whole .npy file: it", DataError, remedy=remedy), file.open("rb") as opened:
             check_header(opened.read(limit("npy-header") + 12), size := file.stat().st_size)
@@ -237,32 +237,33 @@ def fit_stack(file: Path, array: Array, preprocessing: Preprocessing) -> list[tu
     """Split an array into fitted images, as ``load_images`` returns them."""
     if array.dtype != np.uint8:
         raise DataError(
-            f"{file} holds {array.dtype.name}, expected pixels as uint8", remedy="Save pixels from 0 to 255 as uint8"
+            f"{file} has elements of {array.dtype.name}, expected pixels as uint8",
+            remedy="Save pixels from 0 to 255 as uint8",
         )
     coloured = array.ndim >= 3 and array.shape[-1] in (1, 3, 4)
     sample_dims = 3 if coloured else 2
     if array.ndim not in (sample_dims, sample_dims + 1) or array.size == 0:
-        raise DataError(f"{file} holds an array of shape {array.shape}, which is not images", remedy=_REMEDY)
+        raise DataError(f"{file} has an array of shape {array.shape}, which is not a shape of images", remedy=_REMEDY)
     if array.ndim == sample_dims:
         return [(str(file), fit_array(array, preprocessing))]
     return [(f"{file}[{index}]", fit_array(image, preprocessing)) for index, image in enumerate(array)]
 
 
 def stack_problem(dtype: str, shape: tuple[int, ...], *, fortran: bool) -> str | None:
-    """Return the reason why an array is not a stack of images that can be read in turn; None if it is one."""
+    """Return the reason why an array is not a stack of images that can be read one by one; None if it is."""
     coloured = bool(shape) and shape[-1] in (1, 3, 4)
     if dtype != "uint8" or fortran or len(shape) != (4 if coloured else 3):
         form = "(n, height, width) or (n, height, width, channels)"
-        one = ": one picture in colour is saved as image[None]" if coloured and len(shape) == 3 else ""
+        one = ": save one colour image as image[None]" if coloured and len(shape) == 3 else ""
         order = " in Fortran order" if fortran else ""
-        return f"holds {dtype} of shape {shape}{order}, expected a stack of uint8 images in C order, {form}{one}"
+        return f"has {dtype} of shape {shape}{order}, expected a stack of uint8 images in C order, {form}{one}"
     if 0 in shape[1:] or shape[1] * shape[2] > MAX_PIXELS:
-        return f"holds images of {shape[2]}x{shape[1]} pixels, from 1 to {MAX_PIXELS} can be read"
+        return f"has images of {shape[2]}x{shape[1]} pixels, expected 1 to {MAX_PIXELS}"
     return None
 
 
 def fit_array(image: Array, preprocessing: Preprocessing) -> Array:
-    """Return a new fitted array, as ``read_picture``. An image that fits needs no Pillow, which a serving machine may lack."""
+    """Return a new fitted array as ``read_picture`` does; an image that fits needs no Pillow (serving machines may lack it)."""
     plain = image[..., 0] if image.shape[2:] == (1,) else image
     colours = {1: (), 3: (3,)}.get(preprocessing.channels)
     if colours is not None and plain.shape == (preprocessing.height, preprocessing.width, *colours):
@@ -272,7 +273,7 @@ def fit_array(image: Array, preprocessing: Preprocessing) -> Array:
 
 
 def read_picture_file(file: Path, preprocessing: Preprocessing, *, kinds: str = PICTURES) -> Array:
-    """Read a picture's file as ``read_picture`` does; its size is checked first."""
+    """Read an image file as ``read_picture`` does; its size is checked first."""
     try:
         if (size := file.stat().st_size) > (most := limit("picture-bytes")):
             raise DataError(f"{file} has {size} bytes, the limit is {most}", remedy=_REMEDY)
@@ -283,15 +284,15 @@ def read_picture_file(file: Path, preprocessing: Preprocessing, *, kinds: str = 
 
 
 def read_picture(content: bytes, preprocessing: Preprocessing, *, name: str, kinds: str = PICTURES) -> Array:
-    """Decode a picture in memory to pixels that fit: uint8 (height, width) for one channel, else (height, width, channels).
+    """Decode an image in memory and fit it: uint8 (height, width) for one channel, else (height, width, channels).
 
-    Its size in pixels is checked before it is unpacked.
+    The number of pixels is checked before the image is unpacked.
     """
     module = require("PIL.Image", purpose="reading images")
     ops = require("PIL.ImageOps", purpose="reading images")
     remedy = f"Give a {kinds} with an image"
     try:
-        # Pillow's own warnings (a bomb, odd metadata) are for its callers: the limit below decides.
+        # The limit below replaces Pillow's warnings (a bomb, odd metadata).
         with no_warnings, module.open(io.BytesIO(content), formats=FORMATS) as picture:
             if picture.width * picture.height > MAX_PIXELS:
                 raise ValueError(f"it has {picture.width}x{picture.height} pixels, the limit is {MAX_PIXELS}")
@@ -307,13 +308,13 @@ def _fit(picture: Image, preprocessing: Preprocessing) -> Array:
     module = require("PIL.Image", purpose="reading images")
     if preprocessing.channels not in (1, 3):
         raise DataError(
-            f"the model takes images of {preprocessing.channels} channels",
-            remedy="Feed it arrays through the Python API",
+            f"the model needs images of {preprocessing.channels} channels, image files have 1 or 3",
+            remedy="Feed arrays through the Python API",
         )
     if preprocessing.width * preprocessing.height > MAX_PIXELS:
         raise DataError(
-            f"the model takes images of {preprocessing.width}x{preprocessing.height} pixels, the limit is {MAX_PIXELS}",
-            remedy="Mend the preprocessing of the model or the manifest",
+            f"the model needs images of {preprocessing.width}x{preprocessing.height} pixels, the limit is {MAX_PIXELS}",
+            remedy="Correct the preprocessing of the model or the manifest",
         )
     if picture.mode.startswith("I"):  # 16 bits per pixel: pillow would clip instead of scaling
         picture = module.fromarray((np.asarray(picture, np.int64) // 257).clip(0, 255).astype(np.uint8))

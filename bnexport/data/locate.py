@@ -1,4 +1,4 @@
-"""Files of a data set: in a given folder, the folder that BNEXPORT_DATA names, the user's cache, or downloaded."""
+"""Search for a data set's files in the given folder, the folder of BNEXPORT_DATA and the user's cache; download."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from bnexport.errors import DataError, NetworkError
 from bnexport.files import write_atomically
 from bnexport.optional import installed, one_line
 
-#: Called with the file's name, the bytes so far, and the bytes in all (None when the server does not say).
+#: Called with the file's name, the bytes so far, and the total bytes (None if the server does not send them).
 DownloadProgress = Callable[[str, int, int | None], None]
 
 TIMEOUT_S = 30.0
-#: The largest official file has 26 MB; a server that sends more sends something else.
+#: The largest official file has 26 MB; a server that sends more than this limit sends another file.
 MAX_BYTES = 128 * 2**20
 _BLOCK = 2**18
 
@@ -28,7 +28,7 @@ _BLOCK = 2**18
 def download_file(
     path: Path, urls: Sequence[str], md5: str, remedy: str, progress: DownloadProgress | None = None
 ) -> None:
-    """Fetch a file from the first address that delivers it with the right MD5, and write it atomically."""
+    """Download a file from the first address that delivers it with the right MD5, and write it atomically."""
     reasons = []
     for url in urls:
         # OSError covers URLError, HTTPError, timeouts and resets; ValueError an address that is not one.
@@ -40,7 +40,7 @@ def download_file(
         if hashlib.md5(content, usedforsecurity=False).hexdigest() == md5:
             write_atomically(path, content)
             return
-        reasons.append(f"{url}: {len(content)} bytes came, with a wrong MD5")
+        reasons.append(f"{url}: received {len(content)} bytes with a wrong MD5")
     raise NetworkError(f"{path.name} could not be downloaded ({'; '.join(reasons)})", remedy=remedy)
 
 
@@ -54,7 +54,7 @@ def _fetch(url: str, name: str, progress: DownloadProgress | None) -> bytes:
         while block := response.read(_BLOCK):
             content += block
             if len(content) > MAX_BYTES:
-                raise ValueError(f"more than {MAX_BYTES} bytes came")
+                raise ValueError(f"received more than {MAX_BYTES} bytes")
             if progress is not None:
                 progress(name, len(content), total)
     if total is not None and len(content) < total:
@@ -62,7 +62,7 @@ def _fetch(url: str, name: str, progress: DownloadProgress | None) -> bytes:
     return bytes(content)
 
 
-#: A folder of data sets that is only read, never written.
+#: Environment variable with a root of data sets, which is only read.
 DATA_VARIABLE = "BNEXPORT_DATA"
 
 
@@ -70,8 +70,8 @@ DATA_VARIABLE = "BNEXPORT_DATA"
 class Located:
     """Checked files of a data set."""
 
-    paths: tuple[Path, ...]  # In the order they were asked for; packed or unpacked
-    origin: str  # Their origin, in words
+    paths: tuple[Path, ...]  # Packed or unpacked files, in the order of the request
+    origin: str  # Origin, in words
 
 
 def locate(
@@ -84,8 +84,8 @@ def locate(
 ) -> Located:
     """Find files, or download them.
 
-    A given ``data_dir`` is the only place that is searched; else the first of BNEXPORT_DATA and the cache that has all files
-    wins. A packed file's MD5 is checked; an unpacked one has no published MD5, so its reader checks its structure.
+    A given ``data_dir`` is the only folder that is searched. Otherwise the first of BNEXPORT_DATA and the cache that has all
+    files is used. The MD5 of a packed file is checked; for an unpacked file no MD5 is published, so its reader checks it.
     """
     cache = cache_folder()
     variable = os.environ.get(DATA_VARIABLE)
@@ -101,14 +101,14 @@ def locate(
             raise _wrong_md5(wrong[0])
     if not fetch:
         places = ", ".join(str(raw_folder(root, info)) for root in roots)
-        raise DataError(f"{info.title} is not here (looked in {places})", remedy=remedy(info))
+        raise DataError(f"{info.title} is missing (searched {places})", remedy=remedy(info))
     return _download_missing(info, files, Path(data_dir) if data_dir else cache, progress)
 
 
 def cache_folder() -> Path:
-    """Return the user's cache of data sets, in the system's own place for caches.
+    """Return bnexport's folder in the user's cache.
 
-    On a serving machine without platformdirs it is the place that platformdirs knows for Linux.
+    Without platformdirs, as on serving machines, it is the folder that platformdirs returns on Linux.
     """
     if not installed("platformdirs"):
         return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "bnexport"
@@ -123,7 +123,7 @@ def raw_folder(root: Path, info: DatasetInfo) -> Path:
 
 
 def remedy(info: DatasetInfo) -> str:
-    """Return the remedy for a set that is missing and can't be fetched."""
+    """Return the remedy for a set that is missing and can't be downloaded."""
     return (
         f"Put its four .gz files into DIR/{info.folder}/raw and pass --data-dir DIR or set {DATA_VARIABLE}=DIR, "
         "or use --dataset digits, which needs no files"
@@ -139,7 +139,7 @@ def _download_missing(
         path = _find(folder, file)
         if path is not None and not _is_right(path, file):
             if target != cache_folder():
-                raise _wrong_md5(path)  # a user's file is not ours to overwrite
+                raise _wrong_md5(path)  # the user's files are not overwritten
             path = None
         if path is None:
             path = folder / file.name

@@ -1,4 +1,4 @@
-"""Images of one size and kind, fitted to a model."""
+"""Conversion of image arrays to a model's size and channels."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from bnexport.errors import DataError
 
 
 def prepared(images: Images, preprocessing: Preprocessing) -> Images:
-    """Fit images to a model: what ``data.images`` gives, to the last bit, for the same pictures stored as PNG files.
+    """Fit images to a model, bit for bit as ``data.images`` does for the same images in PNG files.
 
-    Grey becomes RGB by repeating, RGB grey by Pillow's weights (ITU-R 601-2: 0.299, 0.587, 0.114), another size is
-    reached by bilinear filtering. The result is in memory: take a large set in batches.
+    Grey is repeated to RGB, RGB is converted to grey by Pillow's weights (ITU-R 601-2: 0.299, 0.587, 0.114), and images are
+    resized by bilinear filtering. The result is in memory, so a large set should be fitted in batches.
 
     Args:
         images: uint8 (n, H, W), or (n, C, H, W) with 1 or 3 channels.
         preprocessing: The model's preprocessing: size and channels.
 
     Returns:
-        uint8 (n, channels, height, width). Where nothing is to do it is a view of the images.
+        uint8 (n, channels, height, width); a view of the images if they fit.
 
     Raises:
-        DataError: It is not such images, or the model takes neither 1 nor 3 channels.
-        MissingDependency: Pillow is needed, and not installed.
+        DataError: The array has another type or shape, or the model has neither 1 nor 3 channels.
+        MissingDependency: Pillow is needed and not installed.
     """
     planes = images[:, np.newaxis] if images.ndim == 3 else images
     if images.dtype != np.uint8 or planes.ndim != 4 or planes.shape[1] not in (1, 3) or 0 in planes.shape[1:]:
         raise DataError(
-            f"an array of {images.dtype.name} and shape {images.shape} is not images",
+            f"the images are an array of {images.dtype.name} and shape {images.shape}",
             remedy="Give uint8 of shape (n, H, W) or (n, C, H, W) with 1 or 3 channels",
         )
     wanted = (preprocessing.channels, preprocessing.height, preprocessing.width)

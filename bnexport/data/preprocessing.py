@@ -1,4 +1,4 @@
-"""How an image becomes an input: one definition for training, verification and serving."""
+"""The conversion of images to inputs: one definition for training, verification and serving."""
 
 from __future__ import annotations
 
@@ -16,32 +16,42 @@ from bnexport.tensors import Array
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Pixels 0 to 255 to ``(pixel * scale - mean) / std``, channels first, in float32."""
+    """Converts pixels from 0 to 255 to ``(pixel * scale - mean) / std`` in float32, channels first.
+
+    Example:
+        >>> import numpy as np
+        >>> preprocessing = bnexport.Preprocessing(3, 4, 4, mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25))
+        >>> preprocessing.apply(np.full((2, 4, 4, 3), 255, np.uint8)).shape
+        (2, 3, 4, 4)
+
+    Raises:
+        DataError: A number is out of range, or the means or deviations are not one per channel.
+    """
 
     channels: int = 1  # 1 for grey, 3 for RGB
-    height: int = 28  # Pixels
-    width: int = 28  # Pixels
+    height: int = 28  # Height in pixels
+    width: int = 28  # Width in pixels
     scale: float = 1 / 255  # Factor on the pixels
     mean: tuple[float, ...] = (0.0,)  # Subtracted after scaling, one value per channel
-    std: tuple[float, ...] = (1.0,)  # Divided by, one value per channel
+    std: tuple[float, ...] = (1.0,)  # Divisor after the mean, one value per channel
 
     def __post_init__(self) -> None:
         if (problem := self._problem()) is not None:
             raise DataError(
-                f"the preprocessing {problem}", remedy="Mend the preprocessing of the model or the manifest"
+                f"the preprocessing {problem}", remedy="Correct the preprocessing of the model or the manifest"
             )
 
     def _problem(self) -> str | None:
         if min(self.channels, self.height, self.width) < 1:
-            return f"asks for images of {self.channels}x{self.height}x{self.width}"
+            return f"has an empty image of {self.channels}x{self.height}x{self.width}"
         if len(self.mean) != self.channels or len(self.std) != self.channels:
-            return f"has {len(self.mean)} means and {len(self.std)} deviations for {self.channels} channel(s)"
+            return f"has {len(self.mean)} means and {len(self.std)} standard deviations for {self.channels} channel(s)"
         if not all(map(math.isfinite, (self.scale, *self.mean, *self.std))) or min(self.std) <= 0 or self.scale <= 0:
-            return "has numbers that are not finite, or a scale or deviation that is not positive"
+            return "has numbers that are not finite, or a scale or standard deviation that is not positive"
         return None
 
     def apply(self, images: Array) -> Array:
-        """Turn images into inputs.
+        """Convert images to inputs.
 
         Args:
             images: uint8 (n, height, width), (n, height, width, channels) or (n, channels, height, width).
@@ -50,8 +60,8 @@ class Preprocessing:
             float32 (n, channels, height, width), a new array.
 
         Raises:
-            DataError: Another element type or shape; ``data.prepare`` fits images to the shape. Or one that could be
-            read both ways: pictures of 3x3 pixels with 3 channels.
+            DataError: The element type or shape is another one (``data.prepare`` fits images to the shape), or ambiguous: 3x3
+                pixels with 3 channels.
         """
         if images.dtype != np.uint8:
             raise DataError(
@@ -73,7 +83,7 @@ class Preprocessing:
         if first == last and self.channels > 1 and images.ndim == 4:
             raise DataError(
                 f"images of {'x'.join(map(str, first))} may have their channels first or last",
-                remedy="Let the model take another size",
+                remedy="Use a model with another image size",
             )
         stacked = images[..., np.newaxis] if images.ndim == 3 else images
         if stacked.shape[1:] == last:
@@ -92,7 +102,7 @@ class Preprocessing:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Preprocessing:
-        """Read the result of ``to_json``; DataError for missing or unknown keys, or values of the wrong kind."""
+        """Read the result of ``to_json``; DataError for missing keys or values of the wrong type."""
         try:
             return cls(
                 channels=int(value["channels"]),
@@ -104,6 +114,6 @@ class Preprocessing:
             )
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(
-                f"the preprocessing can't be understood: {one_line(error)}",
+                f"the preprocessing can't be read: {one_line(error)}",
                 remedy="Write the bundle or the checkpoint again",
             ) from error

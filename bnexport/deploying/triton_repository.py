@@ -11,7 +11,7 @@ from bnexport.bundle import MODEL_ONNX, Bundle
 from bnexport.deploying.deploy_request import Deployment, DeployRequest, deployed_name
 from bnexport.deploying.releases import check_loads
 from bnexport.errors import OutputError
-from bnexport.exporting.triton_config import CONFIG, check_config, device_blocks, triton_config
+from bnexport.exporting.triton_config import CONFIG, device_blocks, triton_config
 from bnexport.files import output_errors, refuse_existing, refuse_overlap, staged_directory, write_atomically
 
 LABELS = "labels.txt"
@@ -93,7 +93,6 @@ def write_model(bundle: Bundle, root: Path, name: str, request: DeployRequest, *
             max_batch_size=request.max_batch_size,
         ),
     )
-    check_config(text, name, manifest.signature, files=frozenset({MODEL_ONNX, *([LABELS] if labels else [])}))
     write_atomically(folder / CONFIG, text.encode())
 
 

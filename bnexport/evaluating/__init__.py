@@ -1,1 +1,1 @@
-"""A trained network on a labelled data set: what it gets right, and whether its moving statistics fit its weights."""
+"""Accuracy of a trained network on a labelled data set, and checks of its moving statistics."""

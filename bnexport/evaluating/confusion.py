@@ -1,4 +1,4 @@
-"""Scores and true classes, batch by batch, to accuracy, loss and the confusion matrix; numpy alone."""
+"""Accuracy, loss and confusion matrix from scores and true classes, batch by batch; needs numpy only."""
 
 from __future__ import annotations
 
@@ -19,52 +19,31 @@ _Z95 = 1.959963984540054
 
 @dataclass(frozen=True)
 class ClassScores:
-    """One class against all others.
+    """Scores of one class against all others."""
 
-    Attributes:
-        label: Its name.
-        precision: Share of what was given this label that is this class; None when nothing was given it.
-        recall: Share of this class that was given this label; None when there is no sample of it.
-        f1: Harmonic mean of both, 2 tp / (2 tp + fp + fn); None when there is neither sample nor label.
-        support: Samples of this class.
-    """
-
-    label: str
-    precision: float | None
-    recall: float | None
-    f1: float | None
-    support: int
+    label: str  # Class name
+    precision: float | None  # Share of the predictions of this class that are right; None without a prediction
+    recall: float | None  # Share of the samples of this class that are predicted right; None without a sample
+    f1: float | None  # Harmonic mean of both, 2 tp / (2 tp + fp + fn); None without a sample and a prediction
+    support: int  # Samples of this class
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Return plain JSON values."""
         return dict(vars(self))
 
 
 class ConfusionCounts:
-    """Counts over all samples so far; memory does not grow with them.
-
-    Args:
-        classes: Number of classes.
-
-    Attributes:
-        counts: int64 (classes, classes): row the true class, column the given one.
-        n: Samples.
-        top_hits: Samples whose true class is among the TOP_K largest scores.
-    """
+    """Counts over all samples so far, in memory that depends on the number of classes only."""
 
     def __init__(self, classes: int) -> None:
+        # Row: true class; column: predicted class
         self.counts: npt.NDArray[np.int64] = np.zeros((classes, classes), np.int64)
-        self.n = 0
-        self.top_hits = 0
+        self.n = 0  # Samples
+        self.top_hits = 0  # Samples whose true class is among the TOP_K largest scores
         self._loss = 0.0
 
     def add(self, logits: Array, labels: Array) -> None:
-        """Add a batch.
-
-        Args:
-            logits: (n, classes), finite; of equal scores the first class wins.
-            labels: Integers (n,) from 0 to classes - 1.
-        """
+        """Add a batch: finite logits (n, classes) and true classes (n,); the first of equal scores is the prediction."""
         exact, rows = logits.astype(np.float64), np.arange(len(logits))
         np.add.at(self.counts, (labels, exact.argmax(axis=1)), 1)
         true = exact[rows, labels][:, np.newaxis]
@@ -78,7 +57,7 @@ class ConfusionCounts:
 
     @property
     def correct(self) -> int:
-        """Samples whose largest score is that of their class."""
+        """Number of samples whose largest score is that of their class."""
         return int(np.trace(self.counts))
 
     @property
@@ -87,11 +66,11 @@ class ConfusionCounts:
         return self._loss / self.n
 
     def top_accuracy(self) -> float | None:
-        """Share of samples whose class is among the TOP_K best; None where there are not more classes than that."""
+        """Return the share of samples whose class is among the TOP_K best; None for at most TOP_K classes."""
         return self.top_hits / self.n if len(self.counts) > TOP_K else None
 
     def classes(self, labels: tuple[str, ...]) -> tuple[ClassScores, ...]:
-        """Precision, recall, F1 and support of each class."""
+        """Return precision, recall, F1 and support of each class."""
         hits, support, given = np.diag(self.counts), self.counts.sum(axis=1), self.counts.sum(axis=0)
         return tuple(
             ClassScores(
@@ -106,7 +85,7 @@ class ConfusionCounts:
 
 
 def wilson_interval(hits: int, n: int) -> tuple[float, float]:
-    """95 % score interval of a share of n trials (Wilson, J. Am. Stat. Assoc. 22, 1927), without continuity correction."""
+    """Return the 95 % score interval of a share of n trials (Wilson, J. Am. Stat. Assoc. 22, 1927; not corrected)."""
     if n == 0:
         return 0.0, 1.0
     share, z2 = hits / n, _Z95**2

@@ -18,62 +18,47 @@ from bnexport.data.preprocessing import Preprocessing
 from bnexport.environment import environment
 from bnexport.errors import DataError, UsageError
 from bnexport.evaluating.confusion import TOP_K, ClassScores, ConfusionCounts, wilson_interval
-from bnexport.evaluating.network_options import EvaluationRequest
+from bnexport.evaluating.network_options import EvaluationRequest, needed_dataset
 from bnexport.optional import need_packages
 from bnexport.serving.predictor import DEFAULT_RUNTIME, Predictor
 from bnexport.tensors import Array
 
-#: Told after each batch: images done, images in all.
+#: Called after each batch with the images done and the images in all.
 OnBatch = Callable[[int, int], None]
 BATCH_SIZE = 1000
 
 
 class Classifier(Protocol):
-    """Whatever gives scores (n, classes) for uint8 images (n, height, width)."""
+    """An object that computes scores (n, classes) of uint8 images (n, height, width)."""
 
     def logits(self, images: Array) -> Array:
-        """Scores of a batch."""
+        """Return the scores of a batch."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A network's accuracy on a data set.
+    """The accuracy of a network on a data set's test images, as ``evaluate`` returns it."""
 
-    Attributes:
-        subject: The file or folder.
-        runtime: What ran it: "torch-cpu", "onnxruntime-cpu".
-        dataset: Whose test images.
-        n: Images.
-        correct: Images whose best score is that of their class.
-        interval: 95 % Wilson interval of the accuracy.
-        loss: Mean cross-entropy in nats.
-        top: Share of images whose class is among the TOP_K best scores; None for that few classes.
-        classes: One row per class.
-        confusion: int64 (classes, classes): row the true class, column the given one.
-        environment: Hardware and versions.
-        note: What the reader must know; "" for nothing.
-    """
-
-    subject: str
-    runtime: str
-    dataset: str
-    n: int
-    correct: int
-    interval: tuple[float, float]
-    loss: float
-    top: float | None
-    classes: tuple[ClassScores, ...]
-    confusion: npt.NDArray[np.int64]
-    environment: dict[str, Any]
-    note: str = ""
+    subject: str  # The evaluated file or folder
+    runtime: str  # The engine: "torch-cpu", "onnxruntime-cpu"
+    dataset: str  # Name of the data set
+    n: int  # Number of images
+    correct: int  # Images whose best score is that of their class
+    interval: tuple[float, float]  # 95 % Wilson interval of the accuracy
+    loss: float  # Mean cross-entropy in nats
+    top: float | None  # Share of images whose class is among the TOP_K best scores; None for at most TOP_K classes
+    classes: tuple[ClassScores, ...]  # Scores of each class
+    confusion: npt.NDArray[np.int64]  # (classes, classes); row: true class, column: predicted class
+    environment: dict[str, Any]  # Hardware and versions
+    note: str = ""  # Warning for the reader; "" without one
 
     @property
     def accuracy(self) -> float:
-        """0 to 1."""
+        """Share of right labels, 0 to 1."""
         return self.correct / self.n
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Return plain JSON values."""
         return {
             "subject": self.subject,
             "runtime": self.runtime,
@@ -103,25 +88,30 @@ def evaluate(
     std: Sequence[float] | None = None,
     labels: Sequence[str] | str | Path | None = None,
 ) -> Evaluation:
-    """Count what a network gets right on a data set's test images.
+    """Measure the accuracy of a trained network on the test images of a data set.
+
+    Example:
+        >>> found = bnexport.evaluate("models/bn_lenet/1", dataset="fashion-mnist")  # doctest: +SKIP
+        >>> print(found.correct, "of", found.n)  # doctest: +SKIP
+        8607 of 10000
 
     Args:
         path: A run directory, a checkpoint, a bundle, or with ``source`` any file of weights.
         request: All options; an argument below replaces the option of the same name.
-        dataset: A name, or ``folder:PATH``; default: the one that the checkpoint or bundle names.
+        dataset: Name of a data set, or ``folder:PATH``; default: the one that the checkpoint or bundle names.
         data_dir: Folder of the data set.
-        source: Code of a user's own network: ``file.py:factory``. That file is run.
-        input: Shape of one image, ``(3, 224, 224)`` or "3x224x224"; for plain weights, as are the rest.
-        mean: Per channel, of pixels from 0 to 1, with ``std``.
-        std: Per channel, of pixels from 0 to 1.
-        labels: Class names in the order of the scores, or a text file with one per line.
+        source: Code of the user's network, ``file.py:factory``. The file is executed.
+        input: Shape of one image for plain weights, ``(3, 224, 224)`` or "3x224x224".
+        mean: Mean per channel of pixels from 0 to 1, for plain weights; needs ``std``.
+        std: Standard deviation per channel of pixels from 0 to 1, for plain weights.
+        labels: Class names in the order of the scores, or a text file with one name per line.
 
     Returns:
-        Accuracy with its 95 % interval, loss, classes and the confusion matrix.
+        Accuracy with its 95 % interval, loss, scores of each class, and the confusion matrix.
 
     Raises:
         BadInput: The file, the options or the images can't be used, or the labels are not the data set's classes.
-        Unavailable: A package, device or network is missing here.
+        Unavailable: A package, a device or the network connection is missing.
     """
     given = (request or EvaluationRequest()).with_options(
         dataset=dataset, data_dir=data_dir, source=source, input=input, mean=mean, std=std, labels=labels
@@ -130,15 +120,7 @@ def evaluate(
 
 
 def evaluate_path(path: Path, request: EvaluationRequest, *, on_batch: OnBatch | None = None) -> Evaluation:
-    """Evaluate a run directory, a checkpoint or a bundle.
-
-    Raises:
-        UsageError: Options that do not go with what is evaluated, or no data set is named.
-        BundleError: The bundle was changed, or is no classifier of images.
-        ModelError: The checkpoint is missing or damaged, or the network fails.
-        DataError: The images can't be read, or the network has another number of classes than the data set.
-        Unavailable: A package, device or network that is not here.
-    """
+    """Evaluate a run directory, a checkpoint or a bundle; errors are those of ``evaluate``."""
     if request.batch_size < 1:
         raise UsageError(f"the batch size is {request.batch_size}", remedy="Give at least 1")
     if (path / MANIFEST).exists():
@@ -147,15 +129,19 @@ def evaluate_path(path: Path, request: EvaluationRequest, *, on_batch: OnBatch |
 
 
 def count_confusion(
-    classifier: Classifier, images: Array, labels: Array, *, classes: int, batch_size: int, on_batch: OnBatch | None
+    classifier: Classifier,
+    dataset: str,
+    classes: int,
+    preprocessing: Preprocessing,
+    *,
+    data_dir: Path | None,
+    batch_size: int = BATCH_SIZE,
+    on_batch: OnBatch | None = None,
 ) -> ConfusionCounts:
-    """Run a classifier over labelled images.
-
-    Raises:
-        DataError: It gives another number of scores than there are classes, or no image is there.
-    """
+    """Run a classifier over a data set's test images; DataError for no image or for another number of scores."""
+    images, labels = load_test_images(dataset, data_dir=data_dir, download=True, preprocessing=preprocessing)
     if len(images) == 0:
-        raise DataError("there are no images to evaluate on", remedy="Give a data set that has a test part")
+        raise DataError("the data set has no test images", remedy="Choose a data set that has a test part")
     confusion = ConfusionCounts(classes)
     for start in range(0, len(images), batch_size):
         logits = classifier.logits(images[start : start + batch_size])
@@ -171,37 +157,37 @@ def count_confusion(
 
 
 class _FittingPredictor(Predictor):
-    """A predictor for images of any size, as data sets have them: (n, H, W) or (n, C, H, W)."""
+    """A predictor for images of any size in a data set's layout: (n, H, W) or (n, C, H, W)."""
 
     def logits(self, images: Array) -> Array:
-        """See ``Predictor.logits``."""
+        """Return the scores of images, fitted first."""
         return super().logits(prepared(images, self.preprocessing))
 
 
 def _evaluate_bundle(path: Path, request: EvaluationRequest, on_batch: OnBatch | None) -> Evaluation:
     if given := (*(("--device",) if request.device is not None else ()), *request.given):
         raise UsageError(
-            f"{given[0]} goes with a checkpoint, {path} is a bundle",
+            f"{given[0]} is for a checkpoint, {path} is a bundle",
             remedy="Name its engine and device with --runtime, such as onnxruntime-cuda",
         )
     bundle = Bundle.open(path)
     manifest = bundle.manifest
-    dataset = _named(request.dataset or manifest.dataset, path)
+    dataset = needed_dataset(request.dataset or manifest.dataset, path)
     classes = dataset_labels(dataset, data_dir=request.data_dir)
     if manifest.classes is not None:
         check_classes(manifest.classes, classes, dataset=dataset, scores=None)
         classes = manifest.labels or classes
     runtime = request.runtime or DEFAULT_RUNTIME
     with _FittingPredictor(bundle, runtime=runtime, batch_size=request.batch_size) as predictor:
-        subject = _Subject(path, runtime, dataset, classes, manifest.dataset, predictor.preprocessing)
+        subject = _Evaluated(path, runtime, dataset, classes, manifest.dataset, predictor.preprocessing)
         return _evaluation(predictor, subject, request, on_batch)
 
 
 def _evaluate_checkpoint(path: Path, request: EvaluationRequest, on_batch: OnBatch | None) -> Evaluation:
     if request.runtime is not None:
         raise UsageError(
-            f"--runtime goes with a bundle, {path} is none",
-            remedy="Choose where torch runs with --device, or export it",
+            f"--runtime is for a bundle, {path} is not a bundle",
+            remedy="Choose the device of torch with --device, or export the network first",
         )
     need_packages("evaluating a checkpoint", "torch", "safetensors")
     from bnexport.evaluating.network import NetworkClassifier, load_trained
@@ -213,19 +199,13 @@ def _evaluate_checkpoint(path: Path, request: EvaluationRequest, on_batch: OnBat
     classes = trained.classes(dataset, data_dir=request.data_dir)
     classifier = NetworkClassifier(trained.model.module, trained.preprocessing, device)
     runtime = f"torch-{device.type}"
-    subject = _Subject(trained.file, runtime, dataset, classes, trained.model.dataset, trained.preprocessing)
+    subject = _Evaluated(trained.file, runtime, dataset, classes, trained.model.dataset, trained.preprocessing)
     found = _evaluation(classifier, subject, request, on_batch)
     return replace(found, note="; ".join(filter(None, (found.note, *trained.model.notes))))
 
 
-def _named(dataset: str | None, path: Path) -> str:
-    if dataset is None:
-        raise UsageError(f"{path} does not say on which data set it was trained", remedy="Pass --dataset NAME")
-    return dataset
-
-
 @dataclass(frozen=True)
-class _Subject:
+class _Evaluated:
     path: Path
     runtime: str
     dataset: str
@@ -235,14 +215,16 @@ class _Subject:
 
 
 def _evaluation(
-    classifier: Classifier, subject: _Subject, request: EvaluationRequest, on_batch: OnBatch | None
+    classifier: Classifier, subject: _Evaluated, request: EvaluationRequest, on_batch: OnBatch | None
 ) -> Evaluation:
-    labels = subject.classes
-    images, truth = load_test_images(
-        subject.dataset, data_dir=request.data_dir, download=True, preprocessing=subject.preprocessing
-    )
     found = count_confusion(
-        classifier, images, truth, classes=len(labels), batch_size=request.batch_size, on_batch=on_batch
+        classifier,
+        subject.dataset,
+        len(subject.classes),
+        subject.preprocessing,
+        data_dir=request.data_dir,
+        batch_size=request.batch_size,
+        on_batch=on_batch,
     )
     return Evaluation(
         subject=str(subject.path),
@@ -253,15 +235,15 @@ def _evaluation(
         interval=wilson_interval(found.correct, found.n),
         loss=found.loss,
         top=found.top_accuracy(),
-        classes=found.classes(labels),
+        classes=found.classes(subject.classes),
         confusion=found.counts,
         environment=environment(),
         note="; ".join(_notes(subject, found)),
     )
 
 
-def _notes(subject: _Subject, found: ConfusionCounts) -> Iterator[str]:
-    """Yield the facts that a reader of the accuracy must know."""
+def _notes(subject: _Evaluated, found: ConfusionCounts) -> Iterator[str]:
+    """Yield warnings for the reader of the accuracy."""
     if subject.trained_on not in (None, subject.dataset):
         yield f"the network was trained on {subject.trained_on}"
     truth, given = (np.repeat(np.indices(found.counts.shape)[axis].ravel(), found.counts.ravel()) for axis in (0, 1))

@@ -1,6 +1,6 @@
-"""A checkpoint as a network that runs on a device, by its own preprocessing; stale statistics of any network's layers.
+"""Trained networks loaded from checkpoints and bundles, and the comparison of their moving statistics with exact ones.
 
-The code is the checkpoint's own or a user's. Staleness is measured on a sample of the training images at hand.
+The code of a network comes from bnexport, from a package, or from the user.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from bnexport.data.datasets import dataset_labels, load_train_images
 from bnexport.data.prepare import prepared
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import BnexportError, DataError, ModelError, RuntimeUnavailable, UsageError
-from bnexport.evaluating.network_options import InspectionRequest, NetworkOptions
+from bnexport.evaluating.network_options import InspectionRequest, NetworkOptions, needed_dataset
 from bnexport.loading.checkpoint import METADATA_KEY, checkpoint_file, load_checkpoint, read_safetensors
 from bnexport.loading.sources import LoadedModel, checkpoint_of, load_source, unknown_reason
 from bnexport.loading.weights import is_safetensors
@@ -34,51 +34,30 @@ from bnexport.reproducibility import strict_float32
 from bnexport.tensors import Array
 from bnexport.validation.file_kinds import kind_of
 
-#: What a data set without any word on preprocessing goes through: pixels from 0 to 1.
+#: Used for a checkpoint without a preprocessing: pixels from 0 to 1.
 DEFAULT_PREPROCESSING = Preprocessing()
 
 
 @dataclass(frozen=True)
 class LoadedCheckpoint:
-    """A checkpoint, loaded.
+    """A loaded checkpoint."""
 
-    Attributes:
-        file: The file that was read.
-        model: The network in eval mode on the CPU, and what is known about it.
-        metadata: All that the checkpoint says about itself; of plain weights, what can be said of them.
-    """
-
-    file: Path
-    model: LoadedModel
-    metadata: Mapping[str, Any]
+    file: Path  # The file that was read
+    model: LoadedModel  # The network in eval mode on the CPU, with its facts
+    metadata: Mapping[str, Any]  # Metadata of the checkpoint; for plain weights, the facts of ``model``
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """Its own, or pixels from 0 to 1.
-
-        Raises:
-            DataError: What the checkpoint says can't be understood.
-        """
+        """The checkpoint's preprocessing, or DEFAULT_PREPROCESSING; DataError if it can't be read."""
         found = self.model.preprocessing
         return DEFAULT_PREPROCESSING if found is None else Preprocessing.from_json(found)
 
     def dataset(self, given: str | None) -> str:
-        """The data set to use: the one that is given, else the one that it was trained on.
-
-        Raises:
-            UsageError: There is neither.
-        """
-        if (name := given or self.model.dataset) is None:
-            raise UsageError(f"{self.file} does not say on which data set it was trained", remedy="Pass --dataset NAME")
-        return name
+        """Return the given data set, else the one that the network was trained on; UsageError without either."""
+        return needed_dataset(given or self.model.dataset, self.file)
 
     def classes(self, dataset: str, *, data_dir: Path | None) -> tuple[str, ...]:
-        """Return the classes of a data set, which must be the network's labels in their order.
-
-        Raises:
-            UsageError: The classes are not the network's.
-            DataError: The data set's folder can't be read.
-        """
+        """Return the classes of a data set; UsageError if they are not the network's labels in the same order."""
         found = dataset_labels(dataset, data_dir=data_dir)
         if self.model.labels is not None:
             check_classes(self.model.labels, found, dataset=dataset, scores=None)
@@ -86,15 +65,11 @@ class LoadedCheckpoint:
 
 
 def load_trained(path: Path, options: NetworkOptions | None = None) -> LoadedCheckpoint:
-    """Load a run directory, a checkpoint, or the weights of a user's own network.
-
-    Args:
-        path: A run directory or checkpoint of bnexport; with ``options.source`` also plain safetensors or a torch state dict.
-        options: Code of a network that bnexport can't rebuild by itself, which is run, and facts that replace the file's.
+    """Load a run directory, a checkpoint, or with ``options.source`` the weights of a user's network.
 
     Raises:
-        UsageError: Options that do not go together.
-        ModelError: Something is missing, damaged, or does not fit together.
+        UsageError: The options contradict each other.
+        ModelError: The file is missing or damaged, or does not fit the network.
         MissingDependency: The package that defines the network is not installed.
     """
     given, file = options or NetworkOptions(), checkpoint_file(path)
@@ -104,13 +79,13 @@ def load_trained(path: Path, options: NetworkOptions | None = None) -> LoadedChe
         metadata = load_checkpoint(file).metadata
     elif source is None and (kind := kind_of(file)) is not None and kind.name in ("safetensors", "torch", "index"):
         raise ModelError(
-            f"{file} holds weights but no bnexport metadata, so its network is unknown",
+            f"{file} has weights but no bnexport metadata, so its network is unknown",
             remedy="Name its code with --source file.py:factory",
         )
     code = str((metadata.get("network") or {}).get("source"))
     if source is None and metadata and ":" in code and zoo_of(code) is None:
         raise ModelError(
-            f"{file} holds the weights of your own network {code}, but not its code",
+            f"{file} has the weights of your own network {code}, but not its code",
             remedy=f"Name its code: --source {code}",
         )
     if source is None:
@@ -139,13 +114,7 @@ def load_trained(path: Path, options: NetworkOptions | None = None) -> LoadedChe
 
 
 class NetworkClassifier:
-    """A network in eval mode and strict float32 that gives scores for images.
-
-    Args:
-        module: Moved to the device.
-        preprocessing: Of its images.
-        device: Where it runs.
-    """
+    """A network in eval mode and strict float32 that computes scores of images; ``module`` is moved to the device."""
 
     def __init__(self, module: nn.Module, preprocessing: Preprocessing, device: torch.device) -> None:
         self._module = module.to(device)
@@ -153,12 +122,12 @@ class NetworkClassifier:
         self._device = device
 
     def logits(self, images: Array) -> Array:
-        """Scores (n, classes) of uint8 images (n, height, width) or (n, channels, height, width) of any size.
+        """Return scores (n, classes) of uint8 images (n, height, width) or (n, channels, height, width) of any size.
 
         Raises:
             DataError: The images do not fit the preprocessing, or the scores are not finite.
-            ModelError: The network fails on them, or gives something else than one score per class.
-            RuntimeUnavailable: The GPU's memory is full.
+            ModelError: The network fails on the images, or its output has no row of scores per image.
+            RuntimeUnavailable: The GPU is out of memory.
         """
         X = inputs_of(images, self._preprocessing).to(self._device)
         with strict_float32(), torch.inference_mode():
@@ -166,20 +135,20 @@ class NetworkClassifier:
                 Y: Any = self._module(X)
             except torch.OutOfMemoryError as error:
                 raise RuntimeUnavailable(
-                    f"the memory of {self._device} is full", remedy="Choose a smaller --batch-size, or --device cpu"
+                    f"{self._device} is out of memory", remedy="Choose a smaller --batch-size, or --device cpu"
                 ) from error
             except Exception as error:  # the module is the user's code
                 raise fails_on(X, error, self._module) from error
         if not isinstance(Y, Tensor) or Y.dim() != 2 or len(Y) != len(X):
-            raise ModelError("the network does not give one row of scores per image", remedy="Evaluate a classifier")
+            raise ModelError("the network's output has no row of scores per image", remedy="Evaluate a classifier")
         logits: Array = Y.float().cpu().numpy()
         if not np.isfinite(logits).all():
-            raise DataError("the network's answer holds NaN or infinity", remedy="Check its weights; train again")
+            raise DataError("the network's scores contain NaN or infinity", remedy="Check its weights; train again")
         return logits
 
 
 def fails_on(X: Tensor, error: Exception, module: nn.Module) -> ModelError:
-    """Return the error of a user's network that fails on a batch."""
+    """Return the ModelError of a user's network that fails on a batch."""
     shape = "x".join(map(str, X.shape))
     return ModelError(
         f"the network fails on images of shape {shape}{place_of(error, module)}: {one_line(error, 200)}",
@@ -188,53 +157,38 @@ def fails_on(X: Tensor, error: Exception, module: nn.Module) -> ModelError:
 
 
 def inputs_of(images: Array, preprocessing: Preprocessing) -> Tensor:
-    """uint8 images (n, H, W) or (n, C, H, W) as an input (n, channels, height, width), resized where they do not fit."""
+    """Return uint8 images (n, H, W) or (n, C, H, W) as an input (n, channels, height, width), resized if necessary."""
     return torch.from_numpy(preprocessing.apply(prepared(images, preprocessing)))
 
 
 def input_batches(images: Array, order: Array, batch_size: int, preprocessing: Preprocessing) -> Iterator[Tensor]:
-    """Inputs in batches of nearly equal size, at most ``batch_size``, so that no single image is left for the last.
-
-    Args:
-        images: uint8 (n, height, width) or (n, channels, height, width).
-        order: Indices of the images that are used.
-        batch_size: At least 1.
-        preprocessing: Of the network.
-    """
+    """Yield the inputs of images[order] in batches of nearly equal size, at most ``batch_size``: none has a single image."""
     for indices in np.array_split(order, max(1, -(-len(order) // batch_size))):
         yield inputs_of(images[indices], preprocessing)
 
 
-#: Training images that are looked at: enough for 0.03 standard deviations, and a fraction of a second for small networks.
+#: Training images of the comparison: enough for 0.03 standard deviations, and a fraction of a second for small networks.
 SAMPLE = 1024
-#: As in training by default.
+#: The default of training.
 BATCH_SIZE = 256
 
 
 @dataclass(frozen=True)
 class TrainedNetwork:
-    """A network, and how images of its training set become its inputs.
+    """A network with its training set and preprocessing."""
 
-    Attributes:
-        module: With BatchNorm layers; it is not changed.
-        dataset: What it was trained on; None when unknown.
-        preprocessing: JSON of the preprocessing; None when unknown.
-    """
-
-    module: nn.Module
-    dataset: str | None
-    preprocessing: Mapping[str, Any] | None
+    module: nn.Module  # The network; it is not changed
+    dataset: str | None  # The data set that it was trained on; None if unknown
+    preprocessing: Mapping[str, Any] | None  # JSON of the preprocessing; None if unknown
 
 
 def network_of_bundle(bundle: Bundle, source: str) -> nn.Module:
-    """Return the original network of a bundle, from a user's code with the bundle's own options and unfolded weights.
+    """Return the unfolded network of a bundle, built by the user's code ``file.py:factory`` with the bundle's options.
 
-    Args:
-        bundle: The bundle.
-        source: ``file.py:factory``; that file is run. It may lie elsewhere than the manifest states.
+    The file may be in another folder than the manifest states.
 
     Raises:
-        BundleError: The bundle holds no weights.
+        BundleError: The bundle has no weights.
         ModelError: The code does not build the network of these weights.
     """
     network = bundle.manifest.network
@@ -243,16 +197,12 @@ def network_of_bundle(bundle: Bundle, source: str) -> nn.Module:
 
 
 def trained_network(path: Path, request: InspectionRequest | None = None) -> TrainedNetwork:
-    """Return the network of a run directory, a checkpoint or a bundle, with the data set that it was trained on.
-
-    Args:
-        path: The run directory, checkpoint, weights or bundle.
-        request: Code of the network, and facts that replace those of the file.
+    """Return the network of a run directory, a checkpoint, weights or a bundle; ``request`` replaces facts of the file.
 
     Raises:
-        UsageError: Options that a bundle does not take.
-        BundleError: The bundle was changed or holds no weights.
-        ModelError: The checkpoint is missing or damaged, or its network's code is its author's alone.
+        UsageError: An option does not apply to bundles.
+        BundleError: The bundle was changed or has no weights.
+        ModelError: The checkpoint is missing or damaged, or the network needs its author's code.
         MissingDependency: The package that defines the network is not installed.
     """
     given = request or InspectionRequest()
@@ -260,7 +210,7 @@ def trained_network(path: Path, request: InspectionRequest | None = None) -> Tra
         from bnexport.runtimes.torch_runners import original_network
 
         if odd := [name for name in given.given if name != "--source"]:
-            raise UsageError(f"{odd[0]} goes with a checkpoint, {path} is a bundle", remedy="Leave it out")
+            raise UsageError(f"{odd[0]} is for a checkpoint, {path} is a bundle", remedy="Leave it out")
         bundle = Bundle.open(path)
         bundle.check()
         manifest = bundle.manifest
@@ -279,17 +229,17 @@ def trained_network(path: Path, request: InspectionRequest | None = None) -> Tra
 def sampled_staleness(
     subject: TrainedNetwork, *, data_dir: str | Path | None = None, download: bool = False
 ) -> StalenessReport:
-    """Compare moving statistics with exact ones over SAMPLE training images, always the same; on the CPU.
+    """Compare moving statistics with exact ones over SAMPLE training images, the same in each call; on the CPU.
 
     Raises:
-        UsageError: It is not known on which data set the network was trained, or how images become inputs.
-        DataError: The images are not here, or do not fit.
-        NetworkError: They could not be downloaded.
-        ModelError: The network fails on them.
+        UsageError: The training set or the preprocessing of the network is unknown.
+        DataError: The images are missing or do not fit.
+        NetworkError: A download failed.
+        ModelError: The network fails on the images.
     """
     if subject.dataset is None or subject.preprocessing is None:
         raise UsageError(
-            "it is not known on which images the network was trained, so there is nothing to compare with",
+            "the training images of the network are not known, so there is nothing to compare with",
             remedy="Pass --dataset, and for plain weights --input, --mean and --std",
         )
     preprocessing = Preprocessing.from_json(subject.preprocessing)
@@ -300,7 +250,7 @@ def sampled_staleness(
     batches = list(input_batches(images, order, BATCH_SIZE, preprocessing))
     with torch.random.fork_rng(devices=[]):
         try:
-            return staleness(copy.deepcopy(subject.module), batches)  # a copy: a user's forward may keep things
+            return staleness(copy.deepcopy(subject.module), batches)  # a copy: a user's forward may change its module
         except BnexportError:
             raise
         except Exception as error:  # the module is the user's code
@@ -311,6 +261,6 @@ def stale_warning(subject: TrainedNetwork, *, data_dir: str | Path | None = None
     """Return the fold report's warning of stale statistics; "" if they are up to date or can't be compared."""
     try:
         report = sampled_staleness(subject, data_dir=data_dir)
-    except BnexportError:  # no data here, or a network that takes no such images: nothing to warn of
+    except BnexportError:  # no data, or the network does not accept the images
         return ""
     return report.sentence() if report.stale else ""

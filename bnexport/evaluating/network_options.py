@@ -1,4 +1,4 @@
-"""The options of evaluate, recalibrate and inspect; they load no torch, so that the command line can offer them."""
+"""Options of evaluate, recalibrate and inspect; this module needs no torch, so ``--help`` is fast."""
 
 from __future__ import annotations
 
@@ -14,39 +14,32 @@ from bnexport.request_fields import option
 from bnexport.runtimes.catalogue import RUNNERS
 from bnexport.training.config import DEVICES
 
-#: Definition of exact statistics -> what it means. ``nn.moving_statistics`` has both in full.
+#: Definition of exact statistics -> its meaning; ``nn.moving_statistics`` has the formulas.
 DEFINITIONS: dict[str, str] = {
-    "batch": "one pass; layers normalise with each batch's own statistics, as in training (precise BatchNorm)",
-    "population": "one pass per layer; the layers before it are exact already, so batches do not matter",
+    "batch": "one pass; layers normalise with the statistics of each batch, as in training (precise BatchNorm)",
+    "population": "one pass per layer, after the earlier layers are exact, so the batch size does not matter",
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkOptions:
-    """Facts about a user's own network that plain weights do not contain; a checkpoint of bnexport states its own.
+    """Facts about a user's network that plain weights do not contain; a checkpoint of bnexport contains them.
 
-    Attributes:
-        source: Code of the network: ``file.py:factory``.
-        weights_key: The set of weights to take from a file with several.
-        model_options: Named arguments of the factory.
-        input: Shape of one image, "3x224x224" or ``(3, 224, 224)``.
-        mean: Per channel, of pixels from 0 to 1, with ``std``.
-        std: Per channel, of pixels from 0 to 1.
-        labels: Class names in the order of the scores, or a text file with one per line.
+    ``input`` may be "3x224x224" or ``(3, 224, 224)``. ``labels`` may be names or a text file with one name per line.
     """
 
     source: str | None = option(
-        "Code of your own network, whose weights the file holds.", None, metavar="FILE.py:FACTORY"
+        "Code of your own network. The file holds its weights.", None, metavar="FILE.py:FACTORY"
     )
     weights_key: str | None = option(
-        "With --source: weights to take, of a file with several sets.", None, metavar="NAME"
+        "With --source: name of the set of weights, if the file has several.", None, metavar="NAME"
     )
     model_options: Mapping[str, Any] = option(
-        "For the factory of --source; repeatable.", dict, flag="--model-option", metavar="KEY=VALUE"
+        "Argument of the factory of --source. Repeatable.", dict, flag="--model-option", metavar="KEY=VALUE"
     )
     input: str | None = option("Shape of one image, as 3x224x224, for plain weights.", None, metavar="CxHxW")
-    mean: tuple[float, ...] | None = option("Per channel, as 0.485,0.456,0.406, for plain weights.", None)
-    std: tuple[float, ...] | None = option("Per channel, as 0.229,0.224,0.225.", None)
+    mean: tuple[float, ...] | None = option("Mean per channel, as 0.485,0.456,0.406, for plain weights.", None)
+    std: tuple[float, ...] | None = option("Standard deviation per channel, as 0.229,0.224,0.225.", None)
     labels: tuple[str, ...] | None = option("Text file with one class name per line, for plain weights.", None)
 
     def __post_init__(self) -> None:
@@ -62,7 +55,7 @@ class NetworkOptions:
 
     @property
     def given(self) -> tuple[str, ...]:
-        """Return the options that were given."""
+        """Names of the given options."""
         values = (
             ("--source", self.source), ("--weights-key", self.weights_key),
             ("--model-option", self.model_options or None), ("--input", self.input),
@@ -71,13 +64,10 @@ class NetworkOptions:
         return tuple(name for name, value in values if value is not None)
 
     def image(self, stated: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-        """Return the JSON of the preprocessing: the given values in place of the stated ones.
-
-        Args:
-            stated: JSON of the preprocessing that the checkpoint or the network's package states.
+        """Return the preprocessing as JSON: ``stated`` by the checkpoint or package, changed by the given options.
 
         Raises:
-            UsageError: Values that do not go together, or --mean and --std without a shape.
+            UsageError: The values contradict each other, or --mean and --std are given without a shape.
         """
         if self.input is None and self.mean is None and self.std is None:
             return stated
@@ -89,63 +79,56 @@ class NetworkOptions:
         if (found := image_preprocessing(specs, self.mean, self.std)) is not None:
             return found
         if len(specs[0].shape) != 3:
-            raise UsageError(f"--input {shape} is not the shape of an image", remedy="Give it as 3x224x224")
+            raise UsageError(f"--input {shape} is not the shape of an image", remedy="Write it as 3x224x224")
         channels, height, width = specs[0].shape
         if stated is not None and stated.get("channels") == channels:
             return {**stated, "height": height, "width": width}
         return Preprocessing(channels, height, width, mean=(0.0,) * channels, std=(1.0,) * channels).to_json()
 
 
+def needed_dataset(name: str | None, file: Path) -> str:
+    """Return the name of a data set; UsageError without one."""
+    if name is None:
+        raise UsageError(f"{file} does not state the data set that it was trained on", remedy="Pass --dataset NAME")
+    return name
+
+
 @dataclass(frozen=True)
 class InspectionRequest(NetworkOptions):
-    """The options of a comparison of moving statistics with exact ones.
-
-    Attributes:
-        dataset: A data set; default: the one that the file names.
-        data_dir: Folder of data sets.
-    """
+    """The options of a comparison of moving statistics with exact ones."""
 
     dataset: str | None = option("Data set whose training images are used.  [default: PATH's own]", None)
-    data_dir: Path | None = option("Folder of data sets.", None, metavar="DIR")
+    data_dir: Path | None = option("Folder of the data set's files.", None, metavar="DIR")
 
 
 @dataclass(frozen=True)
 class EvaluationRequest(NetworkOptions):
-    """The options of an evaluation.
+    """The options of ``evaluate``.
 
-    Attributes:
-        dataset: A data set; default: the one that the checkpoint or bundle names.
-        data_dir: Folder of data sets.
-        runtime: For a bundle: a row of RUNNERS; default: onnxruntime-cpu.
-        device: For a checkpoint: one of ``training.config.DEVICES``; default: "auto".
-        batch_size: Images at once; it does not change the result beyond rounding.
+    Example:
+        >>> bnexport.EvaluationRequest(dataset="mnist", batch_size=100).batch_size
+        100
     """
 
     dataset: str | None = option("Data set to evaluate on.  [default: PATH's own]", None)
-    data_dir: Path | None = option("Folder of data sets.", None, metavar="DIR")
+    data_dir: Path | None = option("Folder of the data set's files.", None, metavar="DIR")
     runtime: str | None = option(
-        f"For a bundle: {', '.join(spec.name for spec in RUNNERS)}.  [default: onnxruntime-cpu]",
+        f"Runtime of a bundle: {', '.join(spec.name for spec in RUNNERS)}.  [default: onnxruntime-cpu]",
         None,
         choices=tuple(spec.name for spec in RUNNERS),
         metavar="NAME",
     )
-    device: str | None = option("For a checkpoint.  [default: auto]", None, choices=DEVICES)
-    batch_size: int = option("Images at once.", 1000)
+    device: str | None = option("Device for a checkpoint.  [default: auto]", None, choices=DEVICES)
+    batch_size: int = option("Number of images per batch.", 1000)
 
 
 @dataclass(frozen=True)
 class RecalibrationRequest(NetworkOptions):
-    """The options of a recalibration.
+    """The options of ``recalibrate``; batches are made equal in size, at most ``batch_size``.
 
-    Attributes:
-        definition: A key of DEFINITIONS.
-        dataset: A data set; default: the one that the checkpoint names.
-        data_dir: Folder of data sets.
-        samples: Training images, chosen at random; default: all.
-        batch_size: Images at once; batches are made equal in size, at most this.
-        seed: Random seed of the choice and order of the images.
-        device: One of ``training.config.DEVICES``.
-        force: Replace the output.
+    Example:
+        >>> bnexport.RecalibrationRequest(definition="population").samples is None  # all training images
+        True
     """
 
     definition: str = option(
@@ -154,12 +137,12 @@ class RecalibrationRequest(NetworkOptions):
         choices=tuple(DEFINITIONS),
     )
     dataset: str | None = option("Data set whose images are used.  [default: CHECKPOINT's own]", None)
-    data_dir: Path | None = option("Folder of data sets.", None, metavar="DIR")
-    samples: int | None = option("Training images, chosen at random.  [default: all]", None, metavar="N")
-    batch_size: int = option("Images at once, at most.", 256)
+    data_dir: Path | None = option("Folder of the data set's files.", None, metavar="DIR")
+    samples: int | None = option("Number of training images, chosen at random.  [default: all]", None, metavar="N")
+    batch_size: int = option("Largest number of images per batch.", 256)
     seed: int = option("Random seed of the choice and order of images.", 0)
-    device: str = option("auto takes a GPU if there is one.", "auto", choices=DEVICES)
-    force: bool = option("Replace the output.", False)
+    device: str = option("Device of torch. auto uses a GPU if torch finds one.", "auto", choices=DEVICES)
+    force: bool = option("Replace an existing output.", False)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,4 +1,4 @@
-"""A checkpoint with exact moving statistics, re-estimated over its training images, as a new checkpoint."""
+"""Re-estimation of a checkpoint's moving statistics over its training images, written as a new checkpoint."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from bnexport.data.datasets import dataset_labels, load_test_images, load_train_images
-from bnexport.data.preprocessing import Preprocessing
+from bnexport.data.datasets import load_train_images
 from bnexport.environment import environment
 from bnexport.errors import BnexportError, ModelError, OutputError
 from bnexport.evaluating.confusion import wilson_interval
-from bnexport.evaluating.evaluate import BATCH_SIZE, OnBatch, count_confusion
+from bnexport.evaluating.evaluate import OnBatch, count_confusion
 from bnexport.evaluating.network import LoadedCheckpoint, NetworkClassifier, fails_on, input_batches, load_trained
 from bnexport.evaluating.network_options import RecalibrationRequest
 from bnexport.loading.checkpoint import Checkpoint, checkpoint_file, save_checkpoint
@@ -25,54 +24,38 @@ from bnexport.nn.stale_statistics import StalenessReport, compare
 from bnexport.tensors import Array
 from bnexport.training.processes import choose_device
 
-#: Added to the name of the checkpoint that is read.
+#: Default ending of the written file, after the name of the checkpoint.
 SUFFIX = ".recalibrated.safetensors"
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """On the data set's test images.
+    """Accuracy on the data set's test images."""
 
-    Attributes:
-        correct: Images whose best score is that of their class.
-        n: Images.
-    """
-
-    correct: int
-    n: int
+    correct: int  # Images whose best score is that of their class
+    n: int  # Number of images
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values, with the 95 % Wilson interval."""
+        """Return plain JSON values, with the 95 % Wilson interval."""
         interval = list(wilson_interval(self.correct, self.n))
         return {"correct": self.correct, "n": self.n, "accuracy": self.correct / self.n, "accuracy_95": interval}
 
 
 @dataclass(frozen=True)
 class Recalibration:
-    """The result of a recalibration.
+    """The result of a recalibration, as ``recalibrate`` returns it."""
 
-    Attributes:
-        file: The checkpoint that was read; unchanged.
-        out: The checkpoint that was written.
-        facts: What ``out`` says of it: definition, data set, images, batch size, seed.
-        before: With the old moving statistics.
-        after: With the exact ones.
-        distance: How far the old ones were from the exact ones, layer by layer.
-        environment: Hardware and versions.
-        notes: Sentences about choices in the weights file.
-    """
-
-    file: Path
-    out: Path
-    facts: dict[str, Any]
-    before: Accuracy
-    after: Accuracy
-    distance: StalenessReport
-    environment: dict[str, Any]
-    notes: tuple[str, ...] = ()
+    file: Path  # The checkpoint that was read; unchanged
+    out: Path  # The checkpoint that was written
+    facts: dict[str, Any]  # Its metadata "recalibration": definition, data set, images, batch size, seed
+    before: Accuracy  # With the old moving statistics
+    after: Accuracy  # With the exact statistics
+    distance: StalenessReport  # Distance of the old statistics from the exact ones, layer by layer
+    environment: dict[str, Any]  # Hardware and versions
+    notes: tuple[str, ...] = ()  # Sentences about choices in the weights file
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Return plain JSON values."""
         return {
             "file": str(self.file),
             "out": str(self.out),
@@ -99,24 +82,31 @@ def recalibrate_path(
     labels: Sequence[str] | str | Path | None = None,
     force: bool | None = None,
 ) -> Recalibration:
-    """Write a checkpoint with exact moving statistics, re-estimated over training images; the old one stays as it is.
+    """Write a copy of a checkpoint with exact moving statistics, re-estimated over training images.
+
+    Example:
+        >>> done = bnexport.recalibrate("runs/train", dataset="fashion-mnist")  # doctest: +SKIP
+        >>> print(done.before.correct, done.after.correct, done.out)  # doctest: +SKIP
 
     Args:
-        path: A run directory, a checkpoint, or with ``source`` any file of weights.
-        out: The file to write; default: beside ``path``, with SUFFIX.
+        path: A run directory, a checkpoint, or with ``source`` any file of weights. It is not changed.
+        out: The file to write; default: next to ``path``, ending in ".recalibrated.safetensors".
         request: All options; an argument below replaces the option of the same name.
-        dataset: A name, or ``folder:PATH``; default: the one that the checkpoint names.
+        dataset: Name of a data set, or ``folder:PATH``; default: the one that the checkpoint names.
         data_dir: Folder of the data set.
-        source: Code of a user's own network: ``file.py:factory``. That file is run.
-        input: Shape of one image, ``(3, 224, 224)`` or "3x224x224"; for plain weights, as are the rest.
-        mean: Per channel, of pixels from 0 to 1, with ``std``.
-        std: Per channel, of pixels from 0 to 1.
-        labels: Class names in the order of the scores, or a text file with one per line.
+        source: Code of the user's network, ``file.py:factory``. The file is executed.
+        input: Shape of one image for plain weights, ``(3, 224, 224)`` or "3x224x224".
+        mean: Mean per channel of pixels from 0 to 1, for plain weights; needs ``std``.
+        std: Standard deviation per channel of pixels from 0 to 1, for plain weights.
+        labels: Class names in the order of the scores, or a text file with one name per line.
         force: Replace ``out``.
+
+    Returns:
+        The written file, the accuracy before and after, and the distance of the old statistics from the exact ones.
 
     Raises:
         BadInput: The file, the options or the images can't be used; nothing was written.
-        Unavailable: A package, device or network is missing here.
+        Unavailable: A package, a device or the network connection is missing.
     """
     given = (request or RecalibrationRequest()).with_options(
         dataset=dataset, data_dir=data_dir, source=source, input=input, mean=mean, std=std, labels=labels, force=force
@@ -127,13 +117,7 @@ def recalibrate_path(
 def recalibrate_checkpoint(
     path: Path, out: Path | None, request: RecalibrationRequest, *, on_batch: OnBatch | None = None
 ) -> Recalibration:
-    """Write a checkpoint with exact moving statistics; the one that is read stays as it is.
-
-    Args:
-        path: A run directory or checkpoint; with ``request.source`` also the weights of a user's own network.
-        out: The file to write; default: beside ``path``, with SUFFIX.
-        request: How.
-        on_batch: Told after each batch of training images.
+    """Write a checkpoint with exact moving statistics; ``on_batch`` is called after each batch of training images.
 
     Raises:
         OutputError: ``out`` is the file that is read, exists already, or can't be written.
@@ -141,7 +125,7 @@ def recalibrate_checkpoint(
         ModelError: The checkpoint is missing or damaged, has no BatchNorm, or fails on the images.
         FeedError: A batch is too small for a BatchNorm.
         DataError: The images can't be read, or the network has another number of classes than the data set.
-        Unavailable: A package, device or network that is not here.
+        Unavailable: A package, a device or the network connection is missing.
     """
     file = checkpoint_file(path)
     target = file.with_name(file.stem + SUFFIX) if out is None else out
@@ -153,21 +137,26 @@ def recalibrate_checkpoint(
     if not layers:
         raise ModelError(
             f"{file} has no BatchNorm with moving statistics, so there is nothing to re-estimate",
-            remedy="Give a network that was trained with batch normalization",
+            remedy="Give a network with BatchNorm layers",
         )
     name = trained.dataset(request.dataset)
-    trained.classes(name, data_dir=request.data_dir)
-    fitting = trained.preprocessing
+    classes, fitting = len(trained.classes(name, data_dir=request.data_dir)), trained.preprocessing
     train, _ = load_train_images(name, data_dir=request.data_dir, download=True, preprocessing=fitting)
-    order = _chosen(len(train), request)
-    classifier = NetworkClassifier(module, trained.preprocessing, device)
-    before = _accuracy(classifier, name, request, fitting)
+    # In mixed order: a set sorted by class would give batches unlike those of training.
+    order = np.random.default_rng(request.seed).permutation(len(train))[: request.samples]
+    classifier = NetworkClassifier(module, fitting, device)
+
+    def accuracy() -> Accuracy:
+        found = count_confusion(classifier, name, classes, fitting, data_dir=request.data_dir)
+        return Accuracy(found.correct, found.n)
+
+    before = accuracy()
     old = {path: (layer.mean.clone(), layer.var.clone()) for path, layer in layers.items()}
     _recalibrate(trained, _Feed(train, order, request, trained, on_batch), device)
     rows = tuple(
         compare(path, layer, moving=old[path], exact=(layer.mean, layer.var)) for path, layer in layers.items()
     )
-    after = _accuracy(classifier, name, request, fitting)
+    after = accuracy()
     facts = {
         "definition": request.definition,
         "dataset": name,
@@ -195,7 +184,7 @@ def _recalibrate(trained: LoadedCheckpoint, feed: _Feed, device: torch.device) -
 
 
 class _Feed:
-    """The training images in batches, as often as they are needed."""
+    """The training images in batches, as many times as they are needed."""
 
     def __init__(
         self,
@@ -210,11 +199,11 @@ class _Feed:
         self._images, self._order = images, order
         self._preprocessing = trained.preprocessing
         self._on_batch = on_batch
-        self._passes = _passes(trained.model.module, request.definition)
+        self._passes = len(norm_layers(trained.model.module)) if request.definition == "population" else 1  # at most
         self._done = 0
 
     def begin(self) -> Iterator[Tensor]:
-        """All batches, once."""
+        """Yield each batch once."""
         for X in input_batches(self._images, self._order, self.request.batch_size, self._preprocessing):
             self.last = X
             yield X
@@ -223,27 +212,8 @@ class _Feed:
                 self._on_batch(self._done, self._passes * len(self._order))
 
 
-def _passes(module: nn.Module, definition: str) -> int:
-    """Passes over the images, at most."""
-    return len(norm_layers(module)) if definition == "population" else 1
-
-
-def _chosen(n: int, request: RecalibrationRequest) -> Array:
-    """The images that are used, in mixed order: a set sorted by class would give batches like none in training."""
-    return np.random.default_rng(request.seed).permutation(n)[: request.samples]
-
-
-def _accuracy(
-    classifier: NetworkClassifier, name: str, request: RecalibrationRequest, fitting: Preprocessing
-) -> Accuracy:
-    images, labels = load_test_images(name, data_dir=request.data_dir, download=True, preprocessing=fitting)
-    classes = len(dataset_labels(name, data_dir=request.data_dir))
-    found = count_confusion(classifier, images, labels, classes=classes, batch_size=BATCH_SIZE, on_batch=None)
-    return Accuracy(found.correct, found.n)
-
-
 def _refuse_target(file: Path, target: Path, *, force: bool) -> None:
-    """Refuse to write over something, before long work."""
+    """Refuse (OutputError) an output that can't be written, before long work."""
     if target.exists() and file.exists() and target.samefile(file):
         raise OutputError(f"{target} is the checkpoint that is read", remedy="Choose another --out")
     if target.is_dir():

@@ -1,4 +1,4 @@
-"""Height and width that vary: a check that the network allows it, and an example to trace it with."""
+"""Height and width that vary: checks that the network allows it, and example inputs for tracing."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from bnexport.nn.calling import call_once
 from bnexport.optional import quiet
 from bnexport.tensors import Signature, other_sizes, size_axes
 
-#: Below this a network's last feature map may be one pixel wide, which torch.export takes for a constant.
+#: Below this size a network's last feature map may be one pixel wide, and torch.export treats a size of 1 as a constant.
 _LARGE = 128
-#: A share of the largest output: what float32 may differ by in a deep network.
+#: Largest difference from rounding in a deep float32 network, as a share of the largest output.
 _ROUNDING = 1e-3
 
 
 def larger_example(specs: tuple[InputSpec, ...]) -> tuple[InputSpec, ...]:
-    """Return the inputs with small sizes doubled, to trace with: an inner size of 1 must not be taken for a constant."""
+    """Return the inputs with small sizes doubled, for tracing: torch.export would treat an inner size of 1 as a constant."""
     return tuple(
         _resized(spec, {axis: 2 for axis in _axes(spec) if spec.shape[axis - 1] < _LARGE}, times=True) for spec in specs
     )
 
 
 def check_sizes_vary(module: nn.Module, specs: tuple[InputSpec, ...]) -> None:
-    """Refuse a network that takes one size of image only, by running a copy of it on others.
+    """Run a copy of the network on other image sizes, and refuse a network that accepts only one.
 
     Raises:
         UsageError: No input is an image.
-        ExportError: Naming the size that can't vary, and the line at which another one fails.
+        ExportError: A size can't vary. The message names the size, and the line at which another size fails.
     """
     words = {word for spec in specs for word in _axes(spec).values()}
     if not words:
@@ -52,11 +52,11 @@ def check_sizes_vary(module: nn.Module, specs: tuple[InputSpec, ...]) -> None:
             )
             raise ExportError(
                 f"the {word} of the input of {type(module).__name__} is pinned to {' and '.join(map(str, sizes))}: with another"
-                f" one it fails {problems[0]}",
+                f" {word} it fails {problems[0]}",
                 remedy="Leave --dynamic-size out",
             )
     raise ExportError(
-        f"{type(module).__name__} takes no other height and width together than those given",
+        f"{type(module).__name__} accepts only the given height and width",
         remedy="Leave --dynamic-size out",
     )
 
@@ -66,34 +66,28 @@ def with_smallest_sizes(
 ) -> Signature:
     """Return the signature with the smallest sizes at which the graph equals the network; both are run on small inputs.
 
-    torch.export states from which sizes on that is certain (``signature_of``). It does not know every resizing's limit, and
-    it is too careful about maps of one pixel. So the sizes below are tried one by one, down to the first that does not fit.
-
-    Args:
-        signature: With names for the sizes that vary, and torch.export's limits.
-        module: The user's network; a copy is run.
-        folded: Its graph.
-        specs: Its inputs, in the requested size.
+    The limits of torch.export (``signature_of``) do not cover every resizing, and are too strict for maps of one pixel. So
+    smaller sizes are tried one by one, down to the first that does not fit. ``specs`` are the inputs in the requested size.
 
     Raises:
         ExportError: The requested size is smaller: forward takes another branch there.
     """
-    asked = signature.named_sizes({spec.name: own.shape for spec, own in zip(signature.inputs, specs, strict=True)})
-    sure = signature.smallest
+    requested = signature.named_sizes({spec.name: own.shape for spec, own in zip(signature.inputs, specs, strict=True)})
+    certain = signature.smallest
     sizes = _Sizes(signature, module, folded, specs)
-    start = sizes.first_fit(sure, {dim: max(size, sure[dim]) for dim, size in asked.items()})
+    start = sizes.first_fit(certain, {dim: max(size, certain[dim]) for dim, size in requested.items()})
     found = sizes.first_fit({dim: sizes.smallest(dim, start) for dim in start}, start)
-    for dim, size in asked.items():
+    for dim, size in requested.items():
         if size < found[dim]:
             raise ExportError(
-                f"{type(module).__name__} computes something else for a {dim} of {size} than from {found[dim]} on",
+                f"{type(module).__name__} takes another branch for a {dim} of {size} than for {found[dim]} and more",
                 remedy="Leave --dynamic-size out, or give a larger --input",
             )
     return signature.with_smallest(found)
 
 
 class _Sizes:
-    """Tries a network and its graph in other sizes."""
+    """Compares a network and its graph on inputs of other sizes."""
 
     def __init__(
         self, signature: Signature, module: nn.Module, folded: nn.Module, specs: tuple[InputSpec, ...]
@@ -103,20 +97,20 @@ class _Sizes:
             self._module = copy.deepcopy(module)
 
     def first_fit(self, low: Mapping[str, int], high: dict[str, int]) -> dict[str, int]:
-        """Return the first sizes that fit, all growing together from low to high; high where none does."""
+        """Return the first sizes that fit, all growing together from low to high; high if none fits before."""
         steps = range(max((high[dim] - low[dim] for dim in high), default=0))
         tries = ({dim: min(low[dim] + step, high[dim]) for dim in high} for step in steps)
         return next((tried for tried in tries if self.fit(tried)), high)
 
     def smallest(self, dim: str, start: dict[str, int]) -> int:
-        """Return the smallest size of one dimension, down from the start while the sizes fit."""
+        """Return the smallest size of one dimension, decreased from the start as long as the sizes fit."""
         size = start[dim]
         while size > 1 and self.fit({**start, dim: size - 1}):
             size -= 1
         return size
 
     def fit(self, sizes: Mapping[str, int]) -> bool:
-        """Return True if the network takes these sizes, and the graph computes the same."""
+        """Return True if the network accepts these sizes, and the graph computes the same."""
         resized = (
             replace(
                 own,

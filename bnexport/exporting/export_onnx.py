@@ -1,4 +1,4 @@
-"""ONNX: exported from the folded graph, cleaned, and then checked against the request."""
+"""ONNX: exported from the folded graph, cleaned, and checked against the request."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from bnexport.onnx_files.reshape_targets import simplify_reshapes
 from bnexport.optional import one_line, quiet
 from bnexport.tensors import Signature
 
-#: The opset that the exporter writes by itself; another one is converted from it.
+#: The opset that the exporter writes; other opsets are converted from it.
 _NATIVE_OPSET = 18
 _MAX_BYTES = 2**31 - 1
 _PRODUCER = "bnexport"
@@ -42,13 +42,8 @@ def export_onnx(
 ) -> None:
     """Write ``model.onnx``: one file, dynamic batch, the same bytes for the same folded network.
 
-    Args:
-        folded: The folded network, in eval mode.
-        inputs: Example inputs with a batch of at least 2: a batch of 1 would be taken for a constant.
-        path: The file.
-        signature: Names, element types and shapes that the file must have.
-        target: Operator set and file format.
-        exported: Makes or returns ``export_flat`` of the network, for a caller that writes several formats.
+    ``inputs`` are examples with a batch of at least 2, because the exporter treats a batch of 1 as a constant. ``exported``
+    returns ``export_flat`` of the network, for a caller that writes several formats.
 
     Raises:
         ExportError: The exporter can't write the graph, or the written file is not as requested.
@@ -76,11 +71,7 @@ def stamp_metadata(path: Path, metadata: Mapping[str, str]) -> None:
 def check_model(
     model: onnx.ModelProto, signature: Signature, opset: int, ir_version: int, *, normalisations: int = 0
 ) -> None:
-    """Check the written model against the request: the exporter has been seen to write something else.
-
-    Raises:
-        ExportError: Naming the first difference.
-    """
+    """Check the written model against the request, since the exporter sometimes writes something else; name the difference."""
     opsets = {entry.domain: entry.version for entry in model.opset_import}
     found = sum(node.op_type == "BatchNormalization" for node in _nodes(model.graph))
     facts = (
@@ -94,7 +85,7 @@ def check_model(
     for have, want, what in facts:
         if have != want:
             raise ExportError(
-                f"the exporter wrote {what} {have}, asked was {want}", remedy="Try another --opset, or report the model"
+                f"the exporter wrote {what} {have} instead of {want}", remedy="Try another --opset, or report the model"
             )
     try:
         onnx.checker.check_model(model, full_check=True)
@@ -105,7 +96,7 @@ def check_model(
 
 
 def _refuse_dropped(folded: GraphModule) -> None:
-    """Refuse what the exporter drops silently: ONNX's AveragePool has no separate divisor."""
+    """Refuse a divisor that the exporter drops silently: ONNX's AveragePool does not have one."""
     aten = torch.ops.aten
     for node in folded.graph.nodes:
         if (
@@ -114,7 +105,7 @@ def _refuse_dropped(folded: GraphModule) -> None:
             and node.args[6] is not None
         ):
             raise ExportError(
-                f"an average pooling has divisor_override={node.args[6]}, which ONNX can't say",
+                f"an average pooling has divisor_override={node.args[6]}, which ONNX does not support",
                 remedy="Leave it out, and multiply by kernel size / divisor_override instead",
             )
 
@@ -168,10 +159,10 @@ def _drop_newer_defaults(model: onnx.ModelProto, opset: int) -> None:
 
 
 def _simplify(model: onnx_ir.Model) -> None:
-    """Compute constants ahead and drop what nothing reads; the numbers stay the folded ones.
+    """Compute constants ahead and remove unused nodes; the folded numbers stay.
 
-    The exporter's own optimiser is off: it silently folds BatchNormalization into convolutions once more, in float32, also one
-    in training mode, which is wrong.
+    The exporter's own optimiser is off: it silently folds BatchNormalization into convolutions again, in float32, and even a
+    BatchNormalization in training mode, which is wrong.
     """
     common.InlinePass()(model)
     onnxscript.optimizer.fold_constants(model)
@@ -191,7 +182,7 @@ def expected_normalisations(folded: GraphModule) -> int:
 
 
 def _clean(model: onnx.ModelProto, signature: Signature) -> None:
-    """Remove what differs between two runs or names the exporting machine, and name the batch dimension."""
+    """Remove everything that differs between two runs or names the exporting machine, and name the batch dimension."""
     model.producer_name, model.producer_version, model.doc_string = _PRODUCER, "", ""
     graph = model.graph
     graph.doc_string = ""
@@ -217,7 +208,7 @@ def _clean(model: onnx.ModelProto, signature: Signature) -> None:
 
 
 def _nodes(graph: onnx.GraphProto) -> Iterable[onnx.NodeProto]:
-    """Return every node, also inside subgraphs."""
+    """Yield every node, including those in subgraphs."""
     for each in (graph, *graphs_within(graph.node)):
         yield from each.node
 

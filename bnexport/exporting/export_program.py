@@ -32,17 +32,13 @@ def export_program(
     """Write ``model.pt2``, which ``torch.export.load(path).module()`` reads without bnexport; the same bytes each time.
 
     Outputs nested in a dict or a tuple are returned flat, in the order of the signature, as from ``model.pt``. The batch
-    varies, and so do sizes that have names in the signature.
+    varies, and so do sizes with names in the signature.
 
-    Args:
-        folded: The folded network, in eval mode.
-        inputs: Example inputs with a batch of at least 2; they are not written.
-        path: The file.
-        signature: States which sizes vary.
-        exported: Makes or returns ``export_flat`` of the network, which is changed.
+    ``inputs`` are examples with a batch of at least 2, which are not written. ``exported`` returns ``export_flat`` of the
+    network, which is changed; without it the graph is exported here.
 
     Raises:
-        ExportError: torch.export can't take the folded graph as a program again, or can't write it.
+        ExportError: torch.export can't export the folded graph again, or can't write it.
     """
     buffer = io.BytesIO()
     with quiet(), torch.no_grad():
@@ -60,10 +56,10 @@ def export_program(
 
 
 def _divide_in_whole_numbers(graph: Graph) -> None:
-    """Write a rounded quotient of two sizes, as in TensorFlow's padding, as a division of whole numbers.
+    """Replace a rounded quotient of two sizes, as in TensorFlow's padding, by a division of whole numbers.
 
-    torch.export traces ``math.ceil(size / 2)``, but its file format can't hold it (torch 2.11 to 2.14). ``-(-size // 2)`` is
-    the same number, and exact for every size.
+    torch.export traces ``math.ceil(size / 2)``, but its file format does not support it (torch 2.11 to 2.14). ``-(-size // 2)``
+    is the same number, and exact for every size.
     """
     for node in list(graph.nodes):
         quotient = node.args[0] if node.target in (math.ceil, math.floor) else None
@@ -88,7 +84,7 @@ def _is_whole(items: Sequence[Any]) -> bool:
 
 
 def _call(graph: Graph, function: Callable[..., Any], *items: Any) -> Node:
-    """Return a node with its value, which the file declares for every size."""
+    """Return a call node with its value, from which the file declares the size."""
     made = graph.call_function(function, items)
     made.meta["val"] = function(*map(_value, items))
     return made
@@ -99,10 +95,10 @@ def _value(item: Any) -> Any:
 
 
 def _strip(program: ExportedProgram) -> None:
-    """Remove what no reader needs: lines and paths of the exporting machine, addresses of objects, example inputs, guards.
+    """Remove parts that no reader needs: lines and paths of the exporting machine, addresses of objects, examples, guards.
 
-    The examples would be a pickle inside the file; an absent one is an empty file to torch. Guards are Python expressions
-    that a reader would evaluate; sizes that do not fit fail in the operators anyway.
+    Example inputs would be a pickle inside the file. Guards are Python expressions that a reader would evaluate; the operators
+    refuse sizes that do not fit.
     """
     for module in program.graph_module.modules():
         for node in module.graph.nodes if isinstance(module, GraphModule) else ():

@@ -20,20 +20,16 @@ from bnexport.optional import one_line
 def export_torchscript(folded: GraphModule, path: Path) -> None:
     """Write ``model.pt``, which ``torch.jit.load`` reads without bnexport.
 
-    The folded graph is a straight line of ATen calls, which TorchScript compiles as it is; tracing it would freeze every
-    size that is computed from the batch. Freezing only turns parameters into constants: its numerical optimisations are
-    switched off, so that the weights in the file are the folded ones bit for bit. Outputs nested in a dict or a tuple are
-    returned flat, in the order of the bundle's signature.
-
-    Args:
-        folded: The folded network, in eval mode.
-        path: The file.
+    TorchScript compiles the folded graph, a straight line of ATen calls; tracing would freeze every size that is computed from
+    the batch. Freezing only turns parameters into constants: its numerical optimisations are off, so that the weights in the
+    file are the folded weights bit for bit. Outputs nested in a dict or a tuple are returned flat, in the order of the
+    bundle's signature.
 
     Raises:
         ExportError: TorchScript can't compile the graph.
     """
     with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")  # torch.jit is deprecated upstream and says so at each call
+        warnings.simplefilter("ignore")  # torch.jit is deprecated and warns at each call
         try:
             scripted = torch.jit.script(_scriptable(folded))
             scripted.eval()
@@ -41,7 +37,7 @@ def export_torchscript(folded: GraphModule, path: Path) -> None:
             _follow_input(frozen.graph)
             buffer = io.BytesIO()
             torch.jit.save(frozen, buffer)
-        except Exception as error:  # torch.jit raises bare RuntimeErrors, OSErrors and its own frontend errors
+        except Exception as error:  # torch.jit raises RuntimeError, OSError and frontend errors
             raise ExportError(
                 f"TorchScript can't compile the folded graph: {one_line(error)}",
                 remedy="Export ONNX alone with --format onnx; that file does not depend on TorchScript",
@@ -50,9 +46,9 @@ def export_torchscript(folded: GraphModule, path: Path) -> None:
 
 
 def _scriptable(folded: GraphModule) -> GraphModule:
-    """Return a copy of the graph in TorchScript's vocabulary: operators without overload, sizes by ``Tensor.size``.
+    """Return a copy of the graph in TorchScript's terms: operators without overload, sizes by ``Tensor.size``.
 
-    The device of an input is a constant again, so that freezing computes ahead what does not depend on the input.
+    The device of an input is a constant again, so that freezing computes everything ahead that does not depend on the input.
     """
     module = flat(folded)
     for node in module.graph.nodes:
@@ -67,10 +63,10 @@ def _scriptable(folded: GraphModule) -> GraphModule:
 
 
 def _follow_input(graph: Any) -> None:
-    """Make every tensor that the graph creates on its way on the device of the first input.
+    """Create every intermediate tensor on the device of the first input.
 
-    Tracing writes the exporting machine's device into factories (``torch.zeros(..., device=x.device)``) and casts. What
-    freezing could compute ahead is a constant of the file by now, which ``map_location`` moves.
+    Tracing writes the exporting machine's device into factories (``torch.zeros(..., device=x.device)``) and casts. Tensors that
+    freezing computed ahead are constants of the file, which ``map_location`` moves.
     """
     calls = [(node, at) for node in _nodes(graph) if (at := _device_argument(node)) is not None]
     if not calls:
@@ -84,7 +80,7 @@ def _follow_input(graph: Any) -> None:
 
 
 def _device_argument(node: Any) -> int | None:
-    """Return the place of an argument that fixes a device: a named one, or none where nothing but the call chooses it."""
+    """Return the position of an argument that fixes a device: a named device, or None if no tensor argument decides it."""
     if node.schema() == "(no schema)":
         return None
     names = [argument.name for argument in torch._C.parse_schema(node.schema()).arguments]
@@ -98,7 +94,7 @@ def _device_argument(node: Any) -> int | None:
 
 
 def _nodes(block: Any) -> Iterator[Any]:
-    """Yield every node, also in the blocks of branches and loops."""
+    """Yield every node, including those in the blocks of branches and loops."""
     for node in list(block.nodes()):
         yield node
         for inner in node.blocks():

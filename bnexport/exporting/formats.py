@@ -1,4 +1,4 @@
-"""The table of formats that a bundle holds; it loads no exporter before one is used."""
+"""The table of file formats in a bundle; an exporter is imported when it is first used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The folded network in half precision: weights and arithmetic in float16 or bfloat16, inputs and outputs as they were."""
+"""The folded network in half precision: weights and arithmetic in float16 or bfloat16, inputs and outputs unchanged."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 from bnexport.errors import ExportError
 from bnexport.optional import one_line
 
-#: Name of a precision (``bundle.STORED_PRECISIONS``) -> what the folded network computes in.
+#: Name of a precision (``bundle.STORED_PRECISIONS``) -> element type of the folded network's weights and arithmetic.
 PRECISIONS: dict[str, torch.dtype] = {
     "float32": torch.float32,
     "float16": torch.float16,
@@ -24,16 +24,11 @@ PRECISIONS: dict[str, torch.dtype] = {
 def in_precision(folded: GraphModule, inputs: tuple[Tensor, ...], precision: str) -> GraphModule:
     """Return a copy of the folded graph that computes in another precision, with inputs and outputs of the same types.
 
-    Each weight is rounded once, from the folded float32 one. Float inputs are cast at the entrance and float outputs at the
-    exit, so that a client of the file needs no knowledge of its precision, and a server's tensors stay float32.
-
-    Args:
-        folded: The folded network in float32; not changed.
-        inputs: Example inputs.
-        precision: A key of PRECISIONS.
+    Each weight is rounded once, from the folded float32 weight. Float inputs are cast at the start and float outputs at the
+    end, so that the tensors of clients and servers stay float32 in every precision. ``folded`` is not changed.
 
     Raises:
-        ExportError: A weight is too large for the precision, or an operator of the graph does not exist in it.
+        ExportError: A weight is too large for the precision, or an operator of the graph does not support it.
     """
     dtype = PRECISIONS[precision]
     if dtype is torch.float32:
@@ -64,13 +59,13 @@ def _refuse_overflow(module: GraphModule, dtype: torch.dtype) -> None:
         finite = torch.where(torch.isinf(tensor), 0.0, tensor.detach())  # an infinity, as of a mask, stays one
         if (largest := float(finite.abs().max())) > most:
             raise ExportError(
-                f"{name} holds {largest:.3g}, {str(dtype).removeprefix('torch.')} ends at {most:.3g}",
+                f"{name} contains {largest:.3g}, and the largest {str(dtype).removeprefix('torch.')} number is {most:.3g}",
                 remedy="Use --precision bfloat16, or leave --precision out",
             )
 
 
 def _output_kinds(folded: GraphModule, inputs: tuple[Tensor, ...]) -> dict[str, torch.dtype]:
-    """Return node -> element type, of the graph's outputs."""
+    """Return the element type of every node by its name."""
     found: dict[str, torch.dtype] = {}
 
     class Look(torch.fx.Interpreter):
@@ -96,7 +91,7 @@ def _cast_inputs(module: GraphModule, inputs: tuple[Tensor, ...], dtype: torch.d
 
 
 def _cast_inside(module: GraphModule, dtype: torch.dtype) -> None:
-    """Replace float32 inside the graph (in a cast, a tensor of zeros) by the new type."""
+    """Replace float32 in the arguments of nodes (a cast, a tensor of zeros) by the new type."""
     for node in module.graph.nodes:
         if node.op == "call_function":
             node.args = tuple(dtype if item is torch.float32 else item for item in node.args)

@@ -1,4 +1,4 @@
-"""The options of an export: the bundle's folder, the network's inputs, the properties of the files.
+"""The options of an export: the network's inputs, the properties of the files, and the bundle's folder.
 
 ``--help`` reads this module, so it imports neither torch nor onnx before they are needed.
 """
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-#: Opset 18 with IR version 8 is read by ONNX Runtime 1.14 and newer, and so by the serving images in use.
+#: ONNX Runtime 1.14 and newer read opset 18 with IR version 8, and so do the serving images in use.
 DEFAULT_OPSET = 18
 DEFAULT_IR_VERSION = 8
-#: Older operator sets lack what the exporter writes, and onnx's converter has no adapters for much of it.
+#: Older operator sets lack operators that the exporter writes, and onnx's converter has no adapters for many of them.
 OLDEST_OPSET = 17
 _FORMATS = ("onnx", "torchscript", "exported-program")
 
-#: The first operator set whose Conv, pooling and so on take bfloat16.
+#: The first operator set whose Conv and pooling support bfloat16.
 BFLOAT16_OPSET = 22
 _INPUT = re.compile(r"(?:(?P<name>[A-Za-z_]\w*)=)?(?P<shape>\d+(?:x\d+)*|scalar)(?::(?P<dtype>\w+))?")
 
@@ -46,8 +46,8 @@ class OnnxTarget:
         ir_version: Version of the file format; None: the lowest that the opset allows, at least 8.
     """
 
-    opset: int = option("ONNX operator set.", DEFAULT_OPSET)
-    ir_version: int | None = option("ONNX file format.  [default: lowest possible, at least 8]", None)
+    opset: int = option("Version of the ONNX operator set.", DEFAULT_OPSET)
+    ir_version: int | None = option("Version of the ONNX file format.  [default: lowest possible, at least 8]", None)
 
     def resolved_ir_version(self) -> int:
         """Return the IR version to write.
@@ -109,18 +109,18 @@ class ExportRequest:
         force: Replace an existing bundle.
     """
 
-    weights_key: str | None = option("Weights to take, of a file with several sets of them.", None, metavar="NAME")
+    weights_key: str | None = option("Name of the set of weights, if the file has several.", None, metavar="NAME")
     model_options: Mapping[str, Any] = option(
-        "For its constructor; repeatable.", dict, flag="--model-option", metavar="KEY=VALUE"
+        "Argument of the network's constructor. Repeatable.", dict, flag="--model-option", metavar="KEY=VALUE"
     )
     inputs: tuple[str, ...] = option(
-        "One sample, as 1x28x28; repeatable.", (), flag="--input", metavar="[NAME=]SHAPE[:TYPE]"
+        "Shape of one sample, as 1x28x28. Repeatable.", (), flag="--input", metavar="[NAME=]SHAPE[:TYPE]"
     )
     dynamic_size: bool = option("Let height and width of image inputs vary, as the batch does.", False)
-    max_growth: float = option("How much larger the weights may become by copies.", 1.1)
-    clamps: bool = option("Fold across ReLU too: a bound per channel instead of a BatchNorm.", False)
+    max_growth: float = option("Upper bound on parameter growth by copies, as a factor.", 1.1)
+    clamps: bool = option("Fold across ReLU too, which leaves a bound per channel instead of a BatchNorm.", False)
     precision: str = option(
-        "Of weights and arithmetic in the files; inputs and outputs keep their types.",
+        "Precision of weights and arithmetic in the files. Inputs and outputs keep their types.",
         "float32",
         choices=tuple(STORED_PRECISIONS),
     )
@@ -133,29 +133,29 @@ class ExportRequest:
     allow_flips: float | str | None = option("int8: labels that may change, as 1%.", None, metavar="SHARE")
     float_layers: tuple[str, ...] = option("int8: layer that stays in float; repeatable.", (), metavar="NAME")
     labels: tuple[str, ...] | None = option("Text file with one class name per line.", None)
-    rename_classes: bool = option("LABELS are new names for the data set's classes, in the same order.", False)
+    rename_classes: bool = option("Take --labels as new names of the data set's classes, in the same order.", False)
     preprocessing: Preprocessing | Mapping[str, Any] | None = None
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
-    dataset: str | None = option("Verify on its test images (a checkpoint names its own).", None)
-    data_dir: Path | None = option("Folder of data sets.", None)
-    thorough: bool = option("Verify at least 16 samples of each kind, however large the network is.", False)
+    dataset: str | None = option("Data set whose test images the verification uses.  [default: the checkpoint's]", None)
+    data_dir: Path | None = option("Folder of the data set's files.", None)
+    thorough: bool = option("Compare at least 16 samples of each kind, also of a large network.", False)
     onnx: OnnxTarget = field(default_factory=OnnxTarget)
     formats: tuple[str, ...] = option(
-        "Write only this; repeatable.  [default: all]", _FORMATS, flag="--format", choices=_FORMATS
+        "Format to write. Repeatable.  [default: all]", _FORMATS, flag="--format", choices=_FORMATS
     )
     allow_untrained: bool = option("Accept BatchNorm layers that were never trained.", False)
-    allow_low_accuracy: bool = option("Accept an accuracy at or below chance.", False)
+    allow_low_accuracy: bool = option("Accept a network whose accuracy is at or below chance.", False)
     allow_nonfinite: tuple[str, ...] = option(
-        "Tensor that is meant to hold infinities, as a mask does; repeatable.", (), metavar="NAME"
+        "Tensor that may hold infinities, as a mask does. Repeatable.", (), metavar="NAME"
     )
     force: bool = option("Replace an existing bundle.", False)
 
     def images_at(self, dataset: str | None, *, usable: bool = True) -> Path | None:
-        """Folder of the images for the verification of an export: ``data_dir``, or the folder that the data set itself is.
+        """Return the folder of the images for the verification of an export: ``data_dir``, or a data set that is a folder.
 
-        An untrusted bundle may name any folder, so ``verify`` reads one only on request; here the user names it. A
-        checkpoint's folder that is missing, or whose images are not ``usable`` as inputs, is left out.
+        An untrusted bundle may name any folder, so ``verify`` reads a folder only on request; here the user names it. A
+        checkpoint's folder is left out if it is missing, or if its images are not ``usable`` as inputs.
         """
         folder = None if dataset is None else folder_of(dataset)
         there = folder is not None and (dataset == self.dataset or (usable and folder.is_dir()))
@@ -169,13 +169,7 @@ class ExportRequest:
         labels: tuple[str, ...] | None,
         scores: int | None = None,
     ) -> None:
-        """Refuse a data set or a folder that was given and can't be used.
-
-        Args:
-            dataset: The given data set, or the checkpoint's.
-            preprocessing: JSON of the network's preprocessing, if known.
-            labels: The network's labels, if known.
-            scores: Number of the network's scores, if known.
+        """Refuse a given data set or folder that can't be used. ``dataset`` is the given data set, or the checkpoint's.
 
         Raises:
             UsageError: ``data_dir`` without a data set, a data set without a preprocessing, or classes that are not the
@@ -185,7 +179,7 @@ class ExportRequest:
         if self.dataset is None and self.data_dir is None:
             return
         if dataset is None:
-            raise UsageError("--data-dir is given, and no data set is known", remedy="Pass --dataset, too")
+            raise UsageError("--data-dir is given without a data set", remedy="Pass --dataset, too")
         names = None if self.rename_classes else labels
         place = self.images_at(dataset)
         remedy = "Pass --mean and --std, which go with one image input, or leave --dataset out"
@@ -210,7 +204,7 @@ class ExportRequest:
         return (own.to_json() if isinstance(own, Preprocessing) else own) or fitted_preprocessing(stated, specs)
 
     def with_options(self, **options: Any) -> ExportRequest:
-        """Return the request with the options that are not None; ``input`` and ``data_dir`` in the forms that users write."""
+        """Return the request with the options that are not None; ``input`` and ``data_dir`` as users write them."""
         options["inputs"] = input_texts(options.pop("input"))
         options["data_dir"] = None if options["data_dir"] is None else Path(options["data_dir"])
         return replace(self, **{name: value for name, value in options.items() if value is not None})
@@ -225,7 +219,7 @@ class ExportRequest:
         if self.rename_classes and self.labels is None:
             raise UsageError("--rename-classes is given without --labels", remedy="Pass --labels, or leave it out")
         if self.preprocessing is not None and (self.mean is not None or self.std is not None):
-            raise UsageError("preprocessing is given beside mean and std", remedy="Give one of them")
+            raise UsageError("both preprocessing and mean with std are given", remedy="Give one of them")
         if self.precision not in STORED_PRECISIONS:
             raise UsageError(
                 f"the precision {self.precision!r} is not known", remedy=f"Known: {', '.join(STORED_PRECISIONS)}"
@@ -265,11 +259,7 @@ def read_share(given: float | str | None, flag: str) -> float | None:
 
 
 def read_labels(path: Path) -> tuple[str, ...]:
-    """Return class names from a text file, one per line.
-
-    Raises:
-        UsageError: The file can't be read, or holds no label, or control characters.
-    """
+    """Return class names from a text file, one per line; refuse a file without labels or with control characters."""
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")  # Windows editors write a byte order mark
     except (OSError, UnicodeDecodeError) as error:
@@ -278,9 +268,9 @@ def read_labels(path: Path) -> tuple[str, ...]:
         ) from error
     labels = tuple(line.strip() for line in lines if line.strip())
     if not labels:
-        raise UsageError(f"{path} holds no label", remedy="Give a text file, one label per line")
+        raise UsageError(f"{path} contains no label", remedy="Give a text file, one label per line")
     if odd := [label for label in labels if not label.isprintable()]:
-        raise UsageError(f"{path} holds the label {odd[0]!r} with control characters", remedy="Give plain text")
+        raise UsageError(f"{path} contains the label {odd[0]!r} with control characters", remedy="Give plain text")
     return labels
 
 
@@ -292,11 +282,7 @@ def label_names(given: str | Path | Sequence[str] | None) -> tuple[str, ...] | N
 
 
 def _preprocessing_json(given: Any) -> Mapping[str, Any] | None:
-    """Return a preprocessing as JSON.
-
-    Raises:
-        UsageError: A mapping without the keys of a preprocessing, or with values that can't be used.
-    """
+    """Return a preprocessing as JSON; refuse a mapping with other keys or unusable values."""
     if given is None:
         return None
     example = "Give bnexport.Preprocessing(3, 224, 224, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))"
@@ -325,7 +311,7 @@ class InputSpec:
     dtype: str = "float32"
 
     def example(self, batch: int, generator: torch.Generator) -> Tensor:
-        """A batch of noise; of zeros for integers and flags, which are valid indices of every table."""
+        """Return a batch of noise, or of zeros for integers and flags, which are valid indices of every table."""
         import torch
 
         dtype: torch.dtype = getattr(torch, self.dtype)
@@ -346,11 +332,7 @@ def input_texts(given: str | Sequence[int] | Sequence[str] | None) -> tuple[str,
 
 
 def parse_inputs(texts: tuple[str, ...], *, default_shape: tuple[int, ...] | None = None) -> tuple[InputSpec, ...]:
-    """Read ``[NAME=]SHAPE[:TYPE]`` texts. Names default to "input", or "input_0", "input_1", ... for several.
-
-    Raises:
-        UsageError: No text and no default, a text of another form, an unknown type, or one name twice.
-    """
+    """Read ``[NAME=]SHAPE[:TYPE]`` texts. Names default to "input", or "input_0", "input_1", ... for several inputs."""
     if not texts:
         if default_shape is None:
             raise UsageError(
@@ -380,13 +362,13 @@ def _parse(text: str, default_name: str) -> InputSpec:
 
 
 def example_inputs(specs: tuple[InputSpec, ...], *, batch: int = 2, seed: int = 0) -> tuple[Tensor, ...]:
-    """One example batch; of 2 samples, because exporters take a batch of 1 for a constant."""
+    """Return one example batch of 2 samples, because exporters treat a batch of 1 as a constant."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
     try:
         return tuple(spec.example(batch, generator) for spec in specs)
-    except RuntimeError as error:  # torch's allocator raises no class of its own
+    except RuntimeError as error:  # torch's allocator raises no other class
         raise UsageError(
             f"an example input can't be made: {one_line(error)}", remedy="Check the sizes given with --input"
         ) from error
@@ -399,12 +381,9 @@ _LARGEST_MEAN, _LARGEST_STD = 1.0, 10.0
 def image_preprocessing(
     specs: Sequence[InputSpec], mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> dict[str, Any] | None:
-    """Return the JSON of the preprocessing of a network that takes one image; None without mean and std.
+    """Return the JSON of the preprocessing of a network with one image input; None without mean and std.
 
-    Args:
-        specs: The network's inputs.
-        mean: Per channel, of pixels from 0 to 1.
-        std: Per channel, of pixels from 0 to 1.
+    ``mean`` and ``std`` are per channel, of pixels from 0 to 1.
 
     Raises:
         UsageError: One without the other, several inputs or another shape, or values of pixels from 0 to 255.
@@ -434,7 +413,7 @@ def image_preprocessing(
 def fitted_preprocessing(
     preprocessing: Mapping[str, Any] | None, specs: Sequence[InputSpec]
 ) -> Mapping[str, Any] | None:
-    """Return a source's preprocessing for the requested inputs: another size is used; other channels give None."""
+    """Return a source's preprocessing with the size of the requested input; None if the channels differ."""
     if preprocessing is None or len(specs) != 1 or len(specs[0].shape) != 3:
         return None
     channels, height, width = specs[0].shape
@@ -444,11 +423,7 @@ def fitted_preprocessing(
 
 
 def model_and_version(out: Path) -> tuple[str, int]:
-    """Return name and version from ``models/<name>/<version>``.
-
-    Raises:
-        UsageError: The last part is not a positive integer, or the name before it is missing.
-    """
+    """Return name and version from ``models/<name>/<version>``; refuse a folder of another form."""
     absolute = Path(out).absolute()
     version, name = absolute.name, absolute.parent.name
     if not re.fullmatch(r"[1-9]\d{0,17}", version) or not re.fullmatch(r"[A-Za-z0-9][\w.\-]*", name):

@@ -39,7 +39,7 @@ def flat(folded: GraphModule) -> GraphModule:
 def export_flat(folded: GraphModule, inputs: tuple[Tensor, ...], axes: tuple[tuple[int, ...], ...]) -> ExportedProgram:
     """Return ``torch.export`` of the flat graph: the batch varies, and the given axes of each input.
 
-    ``inputs`` need a batch of at least 2: a batch of 1 would be taken for a constant.
+    ``inputs`` need a batch of at least 2, because torch.export treats a batch of 1 as a constant.
     """
     batch = torch.export.Dim(BATCH)
     vary = torch.export.Dim.AUTO
@@ -51,22 +51,18 @@ def export_flat(folded: GraphModule, inputs: tuple[Tensor, ...], axes: tuple[tup
 
 
 def varying_axes(signature: Signature) -> tuple[tuple[int, ...], ...]:
-    """Return for each input the axes that vary besides the batch."""
+    """Return for each input the varying axes other than the batch."""
     return tuple(
         tuple(at for at, dim in enumerate(spec.shape) if at and isinstance(dim, str)) for spec in signature.inputs
     )
 
 
 def with_varying_sizes(plain: Signature, folded: GraphModule, inputs: tuple[Tensor, ...]) -> Signature:
-    """Return a signature with names where the size of an image, or a size that depends on it, varies, and with smallest sizes.
+    """Return a signature with names for the image sizes that vary, and for the sizes that depend on them, with smallest sizes.
 
     Inputs that must have the same height share its name; a separate height is named after its input. A dimension of an output
-    that equals a size of an input has its name; another one that varies is named after its output.
-
-    Args:
-        plain: The signature for one size of image.
-        folded: The folded network.
-        inputs: Example inputs.
+    that equals a size of an input has its name; another varying dimension is named after its output. ``plain`` is the signature
+    for one image size.
 
     Raises:
         ExportError: The graph can't be exported with varying sizes, or pins one.
@@ -99,7 +95,7 @@ def with_varying_sizes(plain: Signature, folded: GraphModule, inputs: tuple[Tens
 
 
 def _lower_bound(size: Any) -> int:
-    """Return the size from which on the graph surely equals forward: torch.export follows ``if x.shape[2] > 40``, windows."""
+    """Return the smallest size at which the graph surely equals forward: torch.export follows ``if x.shape[2] > 40``."""
     if isinstance(size, int):
         return 1
     return int(size.node.shape_env.bound_sympy(size.node.expr).lower)
@@ -125,33 +121,25 @@ def signature_of(
 ) -> Signature:
     """Run the network once and name its inputs and outputs.
 
-    A tensor returned alone is called "logits". Others are named by their keys or fields, joined by "." where they are nested:
+    A tensor returned alone is called "logits". Others are named by their keys or fields, joined by "." if they are nested:
     "out", "features.0"; without keys "output_0", "output_1", ... in the order in which forward returns them. None is not an
-    output.
-
-    Args:
-        folded: The folded network.
-        inputs: Example inputs, batch first.
-        input_names: One name per input.
-        dynamic_size: Height and width of image inputs vary: they, and what depends on them, are names in the signature.
+    output. With ``dynamic_size``, height and width of image inputs, and sizes that depend on them, are names in the signature.
 
     Raises:
-        ExportError: A network in another precision than float32, an input with an output's name, one tensor returned twice,
-            or an output that is not a tensor, has no batch dimension, or has an element type that no engine takes.
+        ExportError: The network has another precision than float32; an input has an output's name; one tensor is returned
+            twice; or an output is not a tensor, has no batch dimension, or has an element type that no engine supports.
     """
     _refuse_other_precisions(folded)
     with torch.no_grad():
         found = pytree.tree_flatten_with_path(folded(*inputs))[0]
     found = [(path, output) for path, output in found if output is not None]
     if not found:
-        raise ExportError("forward returns no tensor", remedy="Return what the network computes")
+        raise ExportError("forward returns no tensor", remedy="Return the tensors that the network computes")
     names, outputs = _output_names([path for path, _ in found]), [output for _, output in found]
     if clash := set(names) & set(input_names):
         raise ExportError(f"{clash.pop()!r} names an input and an output", remedy="Name the input otherwise in --input")
     if len({id(output) for output in outputs}) < len(outputs):
-        raise ExportError(
-            "forward returns one tensor twice", remedy="Return it once: every output has a name of its own"
-        )
+        raise ExportError("forward returns one tensor twice", remedy="Return it once: every output has a separate name")
     batch = inputs[0].shape[0]
     for name, output in zip(names, outputs, strict=True):
         if not isinstance(output, Tensor) or output.ndim == 0 or output.shape[0] != batch:
@@ -178,7 +166,7 @@ def _output_names(paths: list[tuple[Any, ...]]) -> tuple[str, ...]:
 
 
 def _path_name(path: tuple[Any, ...], index: int) -> str:
-    """Join keys and fields by "."; "output_3" where there are none, or as a start where the first part is a position."""
+    """Join keys and fields by "."; "output_3" if there are none, or as the first part if that is a position."""
     if all(isinstance(key, pytree.SequenceKey) for key in path):
         return f"output_{index}"
     first, *rest = (getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))) for key in path)
@@ -187,21 +175,17 @@ def _path_name(path: tuple[Any, ...], index: int) -> str:
 
 
 def check_labels(signature: Signature, labels: tuple[str, ...] | None) -> None:
-    """Refuse labels whose number differs from the number of scores; any output but one row of scores is accepted.
-
-    Raises:
-        ExportError: Another number of labels than of scores.
-    """
+    """Refuse labels whose number differs from the number of scores; other outputs than one row of scores are not checked."""
     shape = signature.outputs[0].sample_shape
     if labels is not None and len(signature.outputs) == 1 and len(shape) == 1 and shape[0] != len(labels):
         raise ExportError(
-            f"there are {len(labels)} labels, the network gives {shape[0]} scores",
+            f"there are {len(labels)} labels, but the network returns {shape[0]} scores",
             remedy="Name every class in the order of the scores, one per line",
         )
 
 
 def _refuse_other_precisions(folded: GraphModule) -> None:
-    """Refuse at once instead of by a failed verdict: the verdict's bounds are those of float32 kernels."""
+    """Refuse a network whose parameters are not float32: the bounds of the verification are those of float32 kernels."""
     for name, tensor in folded.named_parameters():
         if tensor.is_floating_point() and tensor.dtype is not torch.float32:
             raise ExportError(
@@ -214,6 +198,6 @@ def _spec(name: str, tensor: Tensor) -> TensorSpec:
     dtype = str(tensor.dtype).removeprefix("torch.")
     if dtype not in DTYPES:
         raise ExportError(
-            f"{name!r} is {dtype}, which an exported file can't take or give", remedy=f"Use one of {', '.join(DTYPES)}"
+            f"{name!r} is {dtype}, which an exported file does not support", remedy=f"Use one of {', '.join(DTYPES)}"
         )
     return TensorSpec(name, dtype, (BATCH, *map(int, tensor.shape[1:])))

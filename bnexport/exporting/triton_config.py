@@ -1,21 +1,17 @@
-"""Triton's model configuration, ``config.pbtxt``: written, and read as Triton reads it.
+"""Triton's model configuration, ``config.pbtxt``, next to a model's versions, so that ``models/`` is a Triton model repository.
 
-It lies next to a model's versions, so that ``models/`` is a Triton model repository. Reading uses protobuf's text parser with
-the fields of ``proto/model_config.proto``: another field is an error, as is a wrong type or a missing bracket.
+The tests parse it with the fields of ``proto/model_config.proto`` and compare it with the signature.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from bnexport.bundle import MODEL_ONNX
-from bnexport.errors import ExportError, OutputError
+from bnexport.errors import OutputError
 from bnexport.files import write_atomically
-from bnexport.optional import one_line, require
-from bnexport.proto_messages import message_classes
 from bnexport.tensors import ELEMENT_TYPES, Signature, TensorSpec
 
 CONFIG = "config.pbtxt"
@@ -31,16 +27,15 @@ def triton_config(
 ) -> str:
     """Return the text of ``config.pbtxt`` (Triton Inference Server, "Model Configuration").
 
-    ``dynamic_batching`` without a delay batches what has queued while the previous batch ran. Triton's ONNX Runtime
-    backend otherwise gives every instance all cores; one thread per instance keeps the 99th percentile low.
+    ``dynamic_batching`` without a delay batches the requests that were queued while the previous batch ran. Triton's ONNX
+    Runtime backend otherwise gives every instance all cores; one thread per instance keeps the 99th percentile low.
 
     Args:
-        name: The model's name, which must be its folder's.
-        signature: Inputs and outputs, batch first. Triton writes the dimensions without the batch, and the batch with
-            them where it does not vary.
-        max_batch_size: Largest batch that Triton forms; of no use where the batch does not vary.
-        label_filename: File of class names beside the configuration, for the first output: Triton's classification
-            extension answers with them.
+        name: The model's name, which must be its folder's name.
+        signature: Inputs and outputs, batch first. Triton writes the dimensions without the batch, or with a fixed batch.
+        max_batch_size: Largest batch that Triton forms; ignored if the batch is fixed.
+        label_filename: File of class names next to the configuration, for the first output: Triton's classification
+            extension returns them.
         more: Further blocks, such as instance groups.
     """
     batched = signature.batched
@@ -79,7 +74,7 @@ def quoted(text: str) -> str:
 
 def _tensor(spec: TensorSpec, batched: bool, label_filename: str | None = None) -> str:
     dims = triton_dims(spec, batched=batched)
-    # Triton takes no empty dims; one value per sample is written as [ 1 ] with a reshape to [ ].
+    # Triton refuses empty dims; one value per sample is written as [ 1 ] with a reshape to [ ].
     shape = ", ".join(map(str, dims)) or "1"
     lines = [f"name: {quoted(spec.name)}", f"data_type: {triton_type(spec)}", f"dims: [ {shape} ]"]
     lines += [] if dims else ["reshape: { shape: [ ] }"]
@@ -110,8 +105,8 @@ def device_blocks(signature: Signature, *, device: str, instances: int, max_batc
     """Return the blocks of a configuration that depend on the device.
 
     Sources: "Model Configuration", instance groups and warmup; README of Triton's ONNX Runtime backend. On GPUs the first
-    batch of a new size is slow, for cuDNN picks its algorithms and TensorRT builds its engines then, so the smallest and
-    the largest batch run before the model is ready.
+    batch of a new size is slow, because cuDNN picks its algorithms and TensorRT builds its engines. So the smallest and the
+    largest batch run before the model is ready.
     """
     kind = "KIND_CPU" if device == "cpu" else "KIND_GPU"
     blocks = [f"instance_group [ {{ count: {instances} kind: {kind} }} ]"]
@@ -129,7 +124,7 @@ def device_blocks(signature: Signature, *, device: str, instances: int, max_batc
 def _warmups(signature: Signature, max_batch_size: int) -> list[str]:
     batched = signature.batched
     shapes = [triton_dims(spec, batched=batched) for spec in signature.inputs]
-    if any(-1 in dims for dims in shapes):  # a warmup needs sizes, and which ones come is not known
+    if any(-1 in dims for dims in shapes):  # a warmup needs sizes, and those of the requests are unknown
         return []
     inputs = " ".join(
         f"inputs {{ key: {quoted(spec.name)} value {{ data_type: {triton_type(spec)}"
@@ -138,61 +133,3 @@ def _warmups(signature: Signature, max_batch_size: int) -> list[str]:
     )
     sizes = sorted({1, max_batch_size}) if batched else [1]
     return [f'model_warmup [ {{ name: "batch_{size}" batch_size: {size} {inputs} }} ]' for size in sizes]
-
-
-_CONFIG_REMEDY = "This is a fault in bnexport: please report it with the model's signature"
-
-
-def read_config(text: str) -> Any:
-    """Parse a configuration: a message of ``proto/model_config.proto``."""
-    text_format = require("google.protobuf.text_format", purpose="checking Triton's configuration")
-    try:
-        return text_format.Parse(text, _message_class()())
-    except text_format.ParseError as error:
-        raise ExportError(f"Triton can't read this configuration: {one_line(error)}", remedy=_CONFIG_REMEDY) from error
-
-
-def check_config(text: str, name: str, signature: Signature, *, files: frozenset[str]) -> None:
-    """Refuse a configuration with which Triton would not load this model."""
-    if (problem := next(_problems(read_config(text), name, signature, files), None)) is not None:
-        raise ExportError(f"Triton would not load this configuration: {problem}", remedy=_CONFIG_REMEDY)
-
-
-def _problems(config: Any, name: str, signature: Signature, files: frozenset[str]) -> Iterator[str]:
-    batched = signature.batched
-    if config.name != name:
-        yield f"it is named {config.name!r}, its folder {name!r}"
-    if config.backend != "onnxruntime":
-        yield f"its backend is {config.backend!r}"
-    if config.default_model_filename not in files:
-        yield f"there is no {config.default_model_filename!r}"
-    if (config.max_batch_size > 0) != batched:
-        yield f"max_batch_size is {config.max_batch_size} for a batch that {'varies' if batched else 'is fixed'}"
-    if config.HasField("dynamic_batching") and not config.max_batch_size:
-        yield "it batches dynamically what takes no batch"
-    for words, specs, found in (
-        ("inputs", signature.inputs, config.input),
-        ("outputs", signature.outputs, config.output),
-    ):
-        if (have := [_declared(tensor) for tensor in found]) != (want := [_expected(s, batched) for s in specs]):
-            yield f"its {words} are {have}, the model's {want}"
-    for tensor in config.output:
-        if tensor.label_filename and tensor.label_filename not in files:
-            yield f"there is no {tensor.label_filename!r}"
-    if not config.parameters["intra_op_thread_count"].string_value:
-        yield "every instance would take all cores"
-
-
-def _declared(tensor: Any) -> tuple[str, int, list[int]]:
-    """Return name, type and dimensions of an input or output, as the backend sees them after the reshape."""
-    dims = tensor.reshape.shape if tensor.HasField("reshape") else tensor.dims
-    return tensor.name, tensor.data_type, list(dims)
-
-
-def _expected(spec: TensorSpec, batched: bool) -> tuple[str, int, list[int]]:
-    types = _message_class().DESCRIPTOR.file.enum_types_by_name["DataType"].values_by_name
-    return spec.name, types[triton_type(spec)].number, triton_dims(spec, batched=batched)
-
-
-def _message_class() -> Any:
-    return message_classes("checking Triton's configuration")["ModelConfig"]

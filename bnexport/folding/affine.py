@@ -1,4 +1,4 @@
-"""The affine map of a BatchNorm in eval mode, and its form on the other side of a change of layout.
+"""The affine map of a BatchNorm in eval mode, and its form after a change of layout.
 
 In eval mode a BatchNorm is the affine map ``y = gamma * (x - moving_mean) / sqrt(moving_var + eps) + beta`` (Ioffe and
 Szegedy 2015, algorithm 2), so ``scale = gamma / sqrt(moving_var + eps)`` and ``shift = beta - scale * moving_mean``.
@@ -16,7 +16,7 @@ from torch import Tensor
 
 #: A size (int), or the sympy expression of one that varies.
 Dim = Any
-#: Elements of a scale that is spread over merged axes (channels times height times width); more is not worth a fold.
+#: Largest number of elements of a scale that is spread over merged axes (channels times height times width).
 _MAX_ELEMENTS = 1 << 24
 
 
@@ -52,7 +52,7 @@ class ChannelAffine:
 class Affine:
     """``y = scale * x + shift`` on a whole value, both float64 of one shape and of the value's rank.
 
-    Each axis has the value's size, or 1 where nothing varies along it.
+    Each axis has the value's size, or 1 if scale and shift are constant along it.
     """
 
     scale: Tensor
@@ -109,11 +109,11 @@ class Affine:
         return Affine.of(change(self.scale), change(self.shift))
 
     def __call__(self, value: Tensor) -> Tensor:
-        """Apply it."""
+        """Return the scaled and shifted value."""
         return self.scale.to(value) * value + self.shift.to(value)
 
     def channels(self, axis: int, size: int) -> ChannelAffine | None:
-        """Return the map as one scale and shift per position of ``axis``; None when it varies along another axis."""
+        """Return the map as one scale and shift per position of ``axis``; None if it varies along another axis."""
         if any(self.varies_along(other) for other in range(self.rank) if other != axis):
             return None
         if self.scale.shape[axis] not in (1, size):
@@ -123,7 +123,7 @@ class Affine:
     def reshaped(self, before: Sequence[Dim], after: Sequence[Dim]) -> Affine | None:
         """Return the map on a value that is reshaped from ``before`` to ``after``.
 
-        None when an axis along which the map varies is merged with one of varying size.
+        None if an axis along which the map varies is merged with an axis of varying size.
         """
         sizes, target = list(self.scale.shape), [1] * len(after)
         for left, right in matching_axes(before, after):
@@ -187,11 +187,11 @@ def why_infinite(var: Tensor, eps: float) -> tuple[str, str]:
     if bad := int((var + eps <= 0).sum()):
         why = f"its variance plus eps is not above 0 in {bad} channel{'s' * (bad > 1)}, so its scale is not finite"
         return why, "statistics with a variance and eps that are not both 0"
-    return "its statistics or parameters hold infinity, NaN or numbers too large to multiply", "finite ones"
+    return "its statistics or parameters contain infinity, NaN or numbers too large to multiply", "finite ones"
 
 
 def matching_axes(before: Sequence[Dim], after: Sequence[Dim]) -> list[tuple[list[int], list[int]]]:
-    """Cut two shapes of equally many elements into the finest runs of axes that hold equally many each."""
+    """Cut two shapes with the same number of elements into the finest runs of axes with the same number of elements."""
     found: list[tuple[list[int], list[int]]] = []
     i = j = 0
     while i < len(before) and j < len(after):
@@ -206,7 +206,7 @@ def matching_axes(before: Sequence[Dim], after: Sequence[Dim]) -> list[tuple[lis
                 right.append(j)
                 there, j = there * after[j], j + 1
         found.append((left, right))
-    if found:  # what is left are axes of size 1
+    if found:  # the rest are axes of size 1
         found[-1][0].extend(range(i, len(before)))
         found[-1][1].extend(range(j, len(after)))
     return found

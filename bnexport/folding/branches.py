@@ -1,7 +1,7 @@
-"""Parallel linear branches of one value, summed: they are one convolution (RepVGG, Ding et al. 2021, section 3.3).
+"""A sum of parallel linear branches of one value is one convolution (RepVGG, Ding et al. 2021, section 3.3).
 
 A convolution with a smaller kernel, a 1x1 convolution, or the affine of an identity branch fits into the largest kernel of
-the sum where its taps look at the same positions.
+the sum if its taps read the same positions.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from bnexport.folding.layers import channels_of
 from bnexport.folding.plan import FoldPlan, Refused
 
 EQUATION = "W' = W + s at the centre tap, b' = b + t"
-#: Host -> what is added to its weight and to its bias; or Refused.
+#: Host -> summands of its weight and of its bias; or Refused.
 _Taps = Callable[[Layer], tuple[Tensor, Tensor | None]]
 
 
@@ -29,8 +29,8 @@ class _Branch:
 
     Attributes:
         first: The addition that reads the operand.
-        value: The input of the branch; the operand itself where the branch has no operation.
-        members: The operations that vanish with the branch.
+        value: The input of the branch; the operand itself if the branch has no operation.
+        members: The operations that are removed with the branch.
     """
 
     first: Op
@@ -40,16 +40,12 @@ class _Branch:
 
 
 def merge_affine(plan: FoldPlan, site: Op, affine: Affine) -> Op:
-    """Merge an affine branch into a convolution of the same value in the same sum, and return the convolution.
-
-    Raises:
-        Refused: No such sum, or taps that do not line up.
-    """
+    """Merge an affine branch into a convolution of the same value in the same sum, and return the convolution."""
     return _merge(plan, _branch_of(site), lambda host: _affine_taps(affine, host))
 
 
 def merge_convolution(plan: FoldPlan, guest: Op) -> Op:
-    """Merge a convolution into a parallel one with a kernel that covers it, and return the latter."""
+    """Merge a convolution into a parallel convolution whose kernel covers it, and return the latter."""
     layer = guest.kind
     assert isinstance(layer, Layer)
     if layer.weight.readers > 1:
@@ -58,11 +54,11 @@ def merge_convolution(plan: FoldPlan, guest: Op) -> Op:
 
 
 def merge_skip(plan: FoldPlan, total: Op) -> Op:
-    """Merge a skip connection into a convolution of the same value, and return it: ``W x + x = (W + I) x``.
+    """Merge a skip connection into a convolution of the same value, and return the convolution: ``W x + x = (W + I) x``.
 
     ``total`` is the value of a sum and has a single reader.
     """
-    refusals = [Refused(f"{total.name} is no sum of a value and a convolution of it")]
+    refusals = [Refused(f"{total.name} is not a sum of a value and its convolution")]
     for add, parent in _edges(total):
         if (isinstance(parent.kind, WeightedSum) and len(parent.users) == 1) or parent.rank < 3:
             continue
@@ -122,7 +118,7 @@ def _merge(plan: FoldPlan, branch: _Branch, taps: _Taps) -> Op:
             refusals.append(refused)
         else:
             return host
-    raise refusals[0] if refusals else Refused("nothing parallel to it is a convolution that could hold it")
+    raise refusals[0] if refusals else Refused("no parallel convolution has a kernel that could hold it")
 
 
 def _carry_out(plan: FoldPlan, chain: list[Op], branch: _Branch, host: Op, weight: Tensor, bias: Tensor | None) -> None:
@@ -143,12 +139,12 @@ def _without(op: Op, operand: Op) -> Identity:
     assert isinstance(kind, WeightedSum)
     other = 1 - op.inputs.index(operand)
     if kind.factors[other] != 1 or op.inputs[0] is op.inputs[1]:
-        raise Refused(f"{op.name} does not simply add what would be left of it")
+        raise Refused(f"{op.name} is not a plain addition")
     return Identity(other)
 
 
 def _sum_from(first: Op) -> list[Op]:
-    """Return the additions and identities that feed only each other, from the first to the last of the sum."""
+    """Return the additions and identities from the first to the last of a sum, each the only reader of the one before."""
     chain, op = [first], first
     while len(op.users) == 1 and (isinstance(op.users[0].kind, WeightedSum) or _passes(op.users[0])):
         op = op.users[0]
@@ -203,7 +199,7 @@ def _affine_taps(affine: Affine, host: Layer) -> tuple[Tensor, Tensor | None]:
     inputs, outputs = channels_of(host.layout, host.weight.shape, host.groups)
     vector = affine.channels(1, inputs) if affine.rank == len(geometry.stride) + 2 else None
     if vector is None or inputs != outputs:
-        raise Refused("it has other channels than the convolution beside it")
+        raise Refused("it has other channels than the parallel convolution")
     weight = torch.zeros(inputs, 1, *[1] * len(geometry.stride), dtype=torch.float64)
     weight[:, 0] = vector.scale.reshape(-1, *[1] * len(geometry.stride))
     ones, zeros = tuple(1 for _ in geometry.stride), tuple(0 for _ in geometry.stride)
@@ -213,7 +209,7 @@ def _affine_taps(affine: Affine, host: Layer) -> tuple[Tensor, Tensor | None]:
 
 def _convolution_taps(guest: Layer, host: Layer) -> tuple[Tensor, Tensor | None]:
     if guest.geometry is None or guest.layout != "rows" or guest.after is not None or host.after is not None:
-        raise Refused("it is no plain convolution")
+        raise Refused("it is not a plain convolution")
     if guest.weight.dtype != host.weight.dtype:
         raise Refused("the two convolutions have different element types")
     bias = None if guest.bias is None else guest.bias.load()
@@ -221,10 +217,10 @@ def _convolution_taps(guest: Layer, host: Layer) -> tuple[Tensor, Tensor | None]
 
 
 def _placed(weight: Tensor, groups: int, geometry: Geometry, host: Layer) -> Tensor:
-    """Return a guest's weight (out, in / groups, *kernel) in the layout of the host's.
+    """Return a guest's weight (out, in / groups, *kernel) in the layout of the host's weight.
 
-    For output position o, tap i of the guest reads input position ``o * stride - padding + i * dilation``; the host needs a
-    tap at the same place.
+    For output position o, tap i of the guest reads input position ``o * stride - padding + i * dilation``. The host must have
+    a tap that reads the same position.
     """
     assert host.geometry is not None
     if geometry.stride != host.geometry.stride:
@@ -249,13 +245,13 @@ def _taps_of(kernel: int, guest: Geometry, host: Geometry, room: int, axis: int)
         offset = host.padding[axis] - guest.padding[axis] + tap * guest.dilation[axis]
         place, rest = divmod(offset, host.dilation[axis])
         if rest or not 0 <= place < room:
-            raise Refused("the taps of the two branches do not look at the same positions")
+            raise Refused("the taps of the two branches read different positions")
         found.append(place)
     return found
 
 
 def _regrouped(weight: Tensor, groups: int, wanted: int) -> Tensor:
-    """Return (out, in / groups, ...) as (out, in / wanted, ...), with zeros where a guest's group does not reach."""
+    """Return (out, in / groups, ...) as (out, in / wanted, ...), with zeros outside a guest's group."""
     if groups == wanted:
         return weight
     if groups % wanted:
@@ -270,7 +266,7 @@ def _regrouped(weight: Tensor, groups: int, wanted: int) -> Tensor:
 
 
 def sum_guests(ops: list[Op], touched: set[Op]) -> list[Op]:
-    """Return the convolutions in a sum that a fold has changed, or whose sum it has changed."""
+    """Return the convolutions in a sum among the operations that folds have changed."""
     return [
         op
         for op in ops

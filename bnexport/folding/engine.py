@@ -1,4 +1,4 @@
-"""The engine applies the first rule that fits to every BatchNorm call of a graph; each fold is proved before it is made."""
+"""The engine applies the first rule that fits to every BatchNorm call of a graph, and proves each fold before it is made."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class EngineResult:
     """The result of the engine.
 
     Attributes:
-        rows: One per call, in the order of the graph.
-        warnings: Folds that failed their proof.
-        dropped: Operations without a reader.
+        rows: One row per call, in the order of the graph.
+        warnings: One sentence per fold that failed its proof.
+        dropped: Operations that have no reader any more.
     """
 
     rows: tuple[FoldRow, ...]
@@ -48,11 +48,9 @@ class Engine:
     """Folds one graph; its operations are changed in place.
 
     Attributes:
-        graph: A backend's reading of a network.
-        budget: Limits copies of shared weights.
         clamps: Allow a ReLU to become a maximum with a constant per channel.
         prove: Check each fold separately before it is made.
-        in_place: See ``FoldPlan``; parallel branches stay apart, since merging them removes operations.
+        in_place: As in ``FoldPlan``; parallel branches are not merged, since that removes operations.
         seed: Random seed of the probes.
     """
 
@@ -68,23 +66,21 @@ class Engine:
     failed: set[Op] = field(default_factory=set)
 
     def run(self) -> EngineResult:
-        """Fold every call that can be folded exactly.
+        """Fold every call that can be folded exactly: by the rules, by merging parallel branches, then the rest by the rules.
 
-        First by the rules, then sums of parallel branches, then the remaining calls again: a merged branch may open a way.
+        A merged branch may open a path for a call that was refused before.
         """
         self.sites = [_Site(op, op.norm, _first_row(op.norm)) for op in self.graph.ops if op.norm is not None]
         for site in self.sites:
             self._fold(site)
-        if not self.in_place and self._merge_branches():
-            for site in self._left():
-                self._fold(site)
+        if not self.in_place:
+            merged = [site for site in self._left() if self._merge_affine(site)]
+            if self._merge_convolutions() or merged:
+                for site in self._left():
+                    self._fold(site)
         by_op = {site.op: site for site in self.sites}
         rows = tuple(self._row(site, by_op) for site in self.sites)
         return EngineResult(rows, tuple(self.warnings), tuple(self.dropped))
-
-    def _merge_branches(self) -> bool:
-        merged = [site for site in self._left() if self._merge_affine(site)]
-        return self._merge_convolutions() or bool(merged)
 
     def _left(self) -> list[_Site]:
         left = [
@@ -133,14 +129,14 @@ class Engine:
                 row = replace(row, rule="nothing to move", equation="s = 1, t = 0 wherever it is read")
             reason, hint = _why(refusals, rule)
             site.row = replace(row, outcome=outcome_of(rule, plan, site.op), reason=reason, hint=hint)
-            site.into = (*site.into, *into)  # a scale may have gone into a layer before, and what stayed goes now
+            site.into = (*site.into, *into)  # the scale may have been folded before, and the shift is folded now
             self._carry_out(plan)
             return
         reason, hint = _why(refusals, None)
         site.row = replace(site.row, outcome="affine", reason=reason, hint=hint)
 
     def _proved(self, site: _Site, plan: FoldPlan) -> float | None:
-        """Return a plan's error; if it is too large, keep the call as it is, record that in its row, and return None."""
+        """Return a plan's error; if it is too large, keep the call, record the reason in its row, and return None."""
         try:
             error = self._error(site, plan)
             what = f"a fold failed its proof ({error:.1e} of scale in float64)"
@@ -149,15 +145,11 @@ class Engine:
         if error <= MAX_SITE_ERROR:
             return error
         site.row = replace(site.row, outcome="kept", reason=what, hint="", rule="", equation="", error=None)
-        self.failed.add(site.op)  # nothing is merged into it or moved across it any more
+        self.failed.add(site.op)  # from now on nothing is merged into it or moved across it
         return None
 
     def _error(self, site: _Site, plan: FoldPlan) -> float:
-        """Return a plan's error, infinite if it is not a number; a too large error becomes a warning.
-
-        Raises:
-            NotComparedError: See ``plan_error``.
-        """
+        """Return a plan's error, infinite if it is not a number, and record a warning if it is too large."""
         error = plan_error(self.graph, plan, seed=self.seed) if self.prove else 0.0
         if error <= MAX_SITE_ERROR:
             return error
@@ -187,7 +179,7 @@ class Engine:
             self._carry_out(plan)
 
     def _merge_skips(self, site: _Site) -> None:
-        """A BatchNorm after ``conv(x) + x`` can go back only when the skip connection is part of the convolution."""
+        """Merge skip connections before a site: ``conv(x) + x`` takes an affine in only as one convolution."""
         total = site.op.inputs[0]
         while len(total.users) == 1 and isinstance(total.kind, WeightedSum | Identity):
             plan = self._plan()
@@ -214,7 +206,7 @@ class Engine:
         return True
 
     def _merge_convolutions(self) -> bool:
-        """Merge sums of convolutions that took in a BatchNorm into one convolution, the smaller kernels into the larger."""
+        """Merge sums of convolutions that absorbed a BatchNorm into one convolution, the smaller kernels into the larger."""
         touched = {op for site in self.sites for op in site.into}
         guests = sum_guests(list(self.graph.ops), touched)
         guests.sort(key=lambda op: op.kind.weight.elements if isinstance(op.kind, Layer) else 0)
@@ -228,7 +220,7 @@ class Engine:
             sites = [site for site in self.sites if guest in site.into]
             try:
                 if not sites or guest in self.dropped or self._error(sites[0], plan) > MAX_SITE_ERROR:
-                    continue  # the fold that was made before stays right
+                    continue  # the fold that was made before stays valid
             except NotComparedError:
                 continue
             for site in sites:
@@ -262,7 +254,7 @@ class Engine:
                 stack += [(value, above) for above in value.inputs]
 
     def _row(self, site: _Site, by_op: Mapping[Op, _Site]) -> FoldRow:
-        """Return the finished row, with the final place of the numbers, however often they were moved."""
+        """Return the finished row, with the final place of the scale and shift, which may have moved several times."""
         names: dict[str, None] = {}
         stack, seen = list(reversed(site.into)), set()
         while stack:
@@ -277,7 +269,7 @@ class Engine:
 
 
 def _arithmetic_before(site: Op) -> list[Op]:
-    """Return the chain of identities up to plain arithmetic that only the site reads; empty when there is none."""
+    """Return the chain of identities up to plain arithmetic that only the site reads; empty if there is none."""
     chain, op = [], site.inputs[0]
     while len(op.users) == 1 and op.shape == site.shape:
         chain.append(op)
@@ -309,7 +301,7 @@ def _first_row(call: NormCall) -> FoldRow:
 
 
 def _gain(affine: Affine | None) -> tuple[tuple[float, float] | None, int]:
-    """Return the smallest and largest |scale| and the number of dead channels; None if not finite (JSON has none)."""
+    """Return the smallest and largest |scale| (None if not finite, for JSON) and the number of dead channels."""
     if affine is None:
         return None, 0
     size = affine.scale.abs()
@@ -318,7 +310,7 @@ def _gain(affine: Affine | None) -> tuple[tuple[float, float] | None, int]:
 
 
 def _why(refusals: Sequence[tuple[Rule, Refused]], used: Rule | None) -> tuple[str, str]:
-    """Return reason and hint for a call that is not gone: the refusals before it and after it."""
+    """Return reason and hint for a call that is not gone, from the refusals before it and after it."""
     if used is not None and used.outcome is None:
         return "", ""
     first = {rule.name: refused for rule, refused in refusals}

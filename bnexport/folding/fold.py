@@ -1,4 +1,4 @@
-"""The public entry of folding: trace, read, fold, prove, report."""
+"""``bnexport.fold``: trace a network, read its graph, fold, prove, report."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.fx import GraphModule, Node
 from bnexport.errors import ProofError, UsageError
 from bnexport.folding.engine import Engine, EngineResult
 from bnexport.folding.plan import ATTEMPTS, GrowthBudget
-from bnexport.folding.report import FoldReport, FoldRow
+from bnexport.folding.report import FoldReport, FoldRow, Reported
 from bnexport.folding.torch_backend.nodes import batch_norm_nodes, module_class, module_path, region_of, shape_of
 from bnexport.folding.torch_backend.torch_constants import functionalise
 from bnexport.folding.torch_backend.torch_graph import TorchGraph
@@ -28,12 +28,12 @@ DEFAULT_MAX_GROWTH = 1.1
 
 
 @dataclass(frozen=True)
-class FoldResult:
+class FoldResult(Reported):
     """The result of ``fold``.
 
     Attributes:
         model: The folded network in eval mode. It shares no memory with the user's module, and ``to(device)`` moves it.
-        report: The fold report, one row per BatchNorm call.
+        report: The fold report, with one row per BatchNorm call. ``print(result)`` shows it.
         seconds: Duration of "trace", "fold" (with each fold's proof) and "proof" (of the whole).
     """
 
@@ -53,9 +53,19 @@ def fold(
 ) -> FoldResult:
     """Fold every BatchNorm that can be folded exactly, and report what happened to each, and why.
 
-    ``model`` is never changed. It is taken in eval mode: a model in training mode is traced as if ``eval()`` had been
-    called on it; in a model in eval mode, a layer in training mode is so on purpose and stays as it is.
-    Arithmetic is in float64, cast once to the layer's element type.
+    ``model`` is never changed, and its eval mode is folded. A model in training mode is traced as if ``eval()`` had been
+    called on it. In a model in eval mode, a layer in training mode is so on purpose and stays as it is. Arithmetic is in
+    float64, cast once to the layer's element type.
+
+    Example:
+        >>> import bnexport, torch
+        >>> model = bnexport.bn_lenet().eval()
+        >>> result = bnexport.fold(model, torch.randn(2, 1, 28, 28))
+        >>> print(result.summary())
+        4 of 4 BatchNorm calls folded
+        >>> images = torch.randn(8, 1, 28, 28)
+        >>> torch.allclose(result.model(images), model(images), atol=1e-5)
+        True
 
     Args:
         model: Any module that torch.export can trace.
@@ -64,24 +74,26 @@ def fold(
             batch dimension that may vary.
         max_growth: Upper bound on parameter growth, as a factor of the original element count. Folds spend it on copies of
             shared weights and on maps of constants.
-        clamps: Let a batch norm cross a ReLU by turning it into a maximum with a constant per channel. That leaves fewer
-            operations, but ONNX Runtime is no faster with them on a CPU (docs/results/affine_form.md).
+        clamps: Let a BatchNorm cross a ReLU by turning the ReLU into a maximum with a constant per channel. That leaves fewer
+            operations, but ONNX Runtime runs them no faster on a CPU (docs/results/affine_form.md).
         prove: Check each fold separately, and the folded graph against the original, in float64.
 
+    Returns:
+        The folded network, its fold report, and the duration of each step.
+
     Raises:
-        UsageError: ``max_growth`` is below 1.
+        UsageError: ``max_growth`` is below 1, or an input is a numpy array.
         UntracedError: torch.export can't trace the model.
-        ProofError: The folded graph does not compute what the original does; that is a fault in bnexport.
+        ProofError: The folded graph does not compute what the original does. That is a fault in bnexport.
     """
     if not max_growth >= 1.0:
         raise UsageError(f"max_growth is {max_growth:g}", remedy="Give a factor of 1 or more; 1 allows no copies")
-    given = example_inputs if isinstance(example_inputs, Sequence) else (example_inputs,)
-    if odd := [item for item in given if type(item).__module__ == "numpy"]:
+    inputs = tuple(example_inputs) if isinstance(example_inputs, Sequence) else (example_inputs,)
+    if odd := [item for item in inputs if type(item).__module__ == "numpy"]:
         raise UsageError(
             f"fold takes example inputs as tensors, not as a numpy.{type(odd[0]).__name__}",
             remedy="Give a tensor with the batch first, torch.from_numpy(array), or a tuple of tensors",
         )
-    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else tuple(example_inputs)
     if dynamic_shapes is None:
         inputs = two_samples(inputs)
     started = time.perf_counter()
@@ -101,30 +113,21 @@ def fold_traced(
     clamps: bool = False,
     prove: bool = True,
 ) -> FoldResult:
-    """Fold a graph that ``trace`` returned, with the options of ``fold``; the graph is not changed.
+    """Fold a graph that ``trace`` returned for ``inputs``, with the options of ``fold``; the graph is not changed.
 
-    Args:
-        original: A traced network.
-        inputs: The inputs that it was traced with.
-        name: The network's name in messages.
-        max_growth: See ``fold``.
-        clamps: See ``fold``.
-        prove: See ``fold``.
-
-    Raises:
-        ProofError: See ``fold``.
+    ``name`` is the network's name in messages.
     """
     clock = Clock()
     with torch.no_grad():
-        folded, account, exact, growth = _fold_copy(original, max_growth, clamps, prove)
+        folded, outcome, exact, growth = _fold_copy(original, max_growth, clamps, prove)
         rows = [
-            *account.rows,
+            *outcome.rows,
             *(inner_row(node, folded) for node in batch_norm_nodes(folded) if node.graph is not folded.graph),
         ]
         clock.note("fold")
         proof = torch_fold_error(original, folded, exact, inputs) if prove else None
         clock.note("proof")
-    error, warnings = None, account.warnings
+    error, warnings = None, outcome.warnings
     if prove:
         gone = any(row.gone for row in rows)
         error, more = judged(name, proof, gone, lambda: rough_error(original, folded, inputs))
@@ -137,13 +140,10 @@ def fold_traced(
 def judged(
     name: str, proof: tuple[float, float] | None, folded: bool, rough: Callable[[], float | None]
 ) -> tuple[float | None, tuple[str, ...]]:
-    """Return the error of the whole in float64, and a warning where it can't be compared.
+    """Return the error of the whole network in float64, and a warning if it can't be compared.
 
-    Args:
-        name: The network's name.
-        proof: Error and bound; None if the network can't run in float64.
-        folded: True if any BatchNorm is gone.
-        rough: Returns the error in the network's own element types.
+    ``proof`` is the error and its bound, or None if the network can't run in float64; ``rough`` returns the error in the
+    network's own element types. ``folded`` is True if any BatchNorm is gone.
 
     Raises:
         ProofError: The error is above its bound.
@@ -153,15 +153,15 @@ def judged(
             return None, ()
         _refuse_wrong(name, rough(), ROUGH_ERROR, "its own element types")
         return None, (
-            "the whole can't be compared in float64 (an operator takes another type only, or no output is finite): each fold"
-            " was proved alone",
+            "the network as a whole can't be compared in float64 (an operator needs another type, or no output is finite): each"
+            " fold was proved separately",
         )
     _refuse_wrong(name, *proof, "float64")
     if proof[1] < math.inf:
         return proof[0], ()
     return proof[0], (
-        "the network turns the last digit of its input into much of its output, so the whole can't be compared in float64:"
-        " each fold was proved alone",
+        "a change in the last digit of the input changes much of the output, so the network as a whole can't be compared in"
+        " float64: each fold was proved separately",
     )
 
 
@@ -176,33 +176,33 @@ def _refuse_wrong(name: str, error: float | None, bound: float, types: str) -> N
 def _fold_copy(
     original: GraphModule, max_growth: float, clamps: bool, prove: bool
 ) -> tuple[GraphModule, EngineResult, dict[str, Tensor], float]:
-    """Fold a copy; repeat with stricter attempts while the result exceeds the budget, as when calls did not fold alike."""
+    """Fold a copy; fold again with stricter settings while the result exceeds the budget (calls that did not fold alike)."""
     for apart, biases in ATTEMPTS:
         folded = _copy(original)
-        account, exact, growth = _fold_graph(folded, max_growth, clamps, prove, apart=apart, biases=biases)
+        outcome, exact, growth = _fold_graph(folded, max_growth, clamps, prove, apart=apart, biases=biases)
         if growth <= max_growth:
             break
-    return folded, account, exact, growth
+    return folded, outcome, exact, growth
 
 
 def _fold_graph(
     module: GraphModule, max_growth: float, clamps: bool, prove: bool, *, apart: bool, biases: bool
 ) -> tuple[EngineResult, dict[str, Tensor], float]:
-    """Fold a graph in place; return the account, the folded tensors in float64 by attribute, and the growth."""
+    """Fold a graph in place; return the engine's result, the folded tensors in float64 by attribute, and the growth."""
     functionalise(module)
-    drop_unused(module)  # heads that eval mode never runs are no measure for the budget
+    drop_unused(module)  # heads that eval mode never runs do not count for the budget
     graph = TorchGraph(module)
     before = graph.elements
     budget = GrowthBudget(before, max_growth, apart, biases)
-    account = Engine(graph, budget, clamps=clamps, prove=prove).run()
+    outcome = Engine(graph, budget, clamps=clamps, prove=prove).run()
     writer = TorchWriter(graph)
-    writer.write(account.dropped)
+    writer.write(outcome.dropped)
     drop_unused(module)
-    return account, writer.exact, (graph.elements - writer.beside) / max(before, 1)
+    return outcome, writer.exact, (graph.elements - writer.beside) / max(before, 1)
 
 
 def inner_row(node: Node, root: GraphModule) -> FoldRow:
-    """Return the row of a BatchNorm that no rule sees, because torch.export keeps the region around it as a separate graph."""
+    """Return the row of a BatchNorm in a region that torch.export keeps as a separate graph, where no rule applies."""
     shape = shape_of(node.all_input_nodes[0])
     return FoldRow(
         module_path(node),

@@ -1,4 +1,4 @@
-"""Absorbers: how each kind of linear layer takes in a channel affine, after it or before it.
+"""Absorbers: the new weight of each kind of linear layer that absorbs a channel affine after it or before it.
 
 For ``z = W x + b``: an affine after it gives ``s z + t = (s W) x + (s b + t)``, one before it ``W (s x + t) + b = (W s) x +
 (W t + b)``. The kinds differ in the axes of the stored weight that hold the output's and the input's channels, and in
@@ -22,7 +22,7 @@ class Absorber:
         scale_outputs: ``(weight, (out,) scale, groups) -> weight``, each output channel scaled.
         scale_inputs: ``(weight, (in,) scale, groups) -> weight``, the contribution of each input channel scaled.
         push_shift: ``(weight, (in,) shift, groups) -> (out,)``, the result of a constant input; (..., out) for a matrix with
-            axes in front.
+            leading axes.
     """
 
     scale_outputs: Callable[[Tensor, Tensor, int], Tensor]
@@ -54,7 +54,7 @@ def _rows_summed(weight: Tensor, shift: Tensor, groups: int) -> Tensor:
 
 
 def _transposed_summed(weight: Tensor, shift: Tensor, groups: int) -> Tensor:
-    """Return the sum over all kernel taps of a constant input: exact only away from the edges, so no rule uses it."""
+    """Return the sum over all kernel taps of a constant input: exact only away from the borders, so no rule uses it."""
     taps = (weight * _first_axis(shift, weight)).reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
     return taps.sum((1, 3)).reshape(-1)
 

@@ -1,4 +1,4 @@
-"""Folding inside the user's own module: the same class and forward, with other weights and without the BatchNorms."""
+"""``bnexport.fold_modules``: fold inside a copy of the user's module, which keeps its class and forward."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from bnexport.folding.engine import Engine, EngineResult
 from bnexport.folding.fold import Clock, drop_unused, inner_row, judged
 from bnexport.folding.plan import GrowthBudget
 from bnexport.folding.proof import scale_error
-from bnexport.folding.report import FoldReport, FoldRow
+from bnexport.folding.report import FoldReport, FoldRow, Reported
 from bnexport.folding.torch_backend.modules import (
     FORMAT,
     Changes,
@@ -50,25 +50,26 @@ from bnexport.nn.calling import place_of
 from bnexport.nn.folded import MARKER
 from bnexport.optional import one_line
 
-#: With what the fold is compared once more: one sample (None), and sides of images as multiples of the example's.
+#: Other inputs of the comparison: one sample (None), and sides of images as multiples of the example's.
 _OTHER_SIZES = (None, 0.75, 1.5)
-#: Error of that comparison from which on forward went another way; rounding in an amplifying network stays below.
+#: Error of that comparison above which forward took another branch; rounding in an amplifying network stays below.
 _OTHER_WAY = 1e-5
-#: Of that comparison, the largest side that is multiplied.
+#: Largest side of an image that is multiplied in that comparison.
 _LARGEST = 64
-#: Error of the same computation with a module exchanged; a forward that goes another way is far above.
+#: Largest error of the same computation with a module exchanged; a forward that takes another branch is far above.
 _SAME = 1e-3
 
 
 @dataclass(frozen=True)
-class ModuleFoldResult:
+class ModuleFoldResult(Reported):
     """The result of ``fold_modules``.
 
     Attributes:
-        model: A copy of the network, of the same class, in eval mode, with folded weights. A BatchNorm that is gone is an
-            ``nn.Identity``; one with submodules (an activation) is an ``nn.Sequential`` of them. Its buffer
-            ``bnexport_folded`` states what was folded.
-        report: The fold report, one row per BatchNorm call, and one per BatchNorm that eval mode never calls.
+        model: A copy of the network, of the same class, in eval mode, with folded weights. A folded BatchNorm is an
+            ``nn.Identity``, or an ``nn.Sequential`` of its submodules (an activation). The buffer ``bnexport_folded`` states
+            what was folded.
+        report: The fold report, with one row per BatchNorm call, and one per BatchNorm that eval mode never calls.
+            ``print(result)`` shows it.
         seconds: Duration of "trace", "fold" and "proof".
     """
 
@@ -82,20 +83,32 @@ def fold_modules(
 ) -> ModuleFoldResult:
     """Fold BatchNorm inside a copy of a network, which keeps its class, its forward and the names of its weights.
 
-    A fold is made where it only changes numbers of existing layers and removes the BatchNorm; a layer without a bias gets
-    one. Whatever has no place in the modules stays as it was, with its reason in the report: a weight that is shared or
-    computed in forward, a module that is called twice with different neighbours, a module with hooks, parallel branches that
-    only another forward could merge. ``model`` is never changed. Arithmetic is in float64, cast once to each tensor's type.
+    A fold is made if it only changes numbers of existing layers and removes the BatchNorm; a layer without a bias gets one.
+    Everything else stays as it was, with its reason in the report: a weight that is shared or computed in forward, a module
+    that is called twice with different neighbours, a module with hooks, parallel branches that only another forward could
+    merge. ``model`` is never changed. Arithmetic is in float64, cast once to each tensor's type.
 
-    The result is a network without these BatchNorms in training mode too.
+    In training mode too, the result is a network without these BatchNorms.
+
+    Example:
+        >>> import bnexport, torch
+        >>> model = bnexport.bn_lenet().eval()
+        >>> result = bnexport.fold_modules(model, torch.randn(2, 1, 28, 28))
+        >>> print(result.summary())
+        4 of 4 BatchNorm calls folded
+        >>> type(result.model) is type(model), bnexport.is_folded(result.model)
+        (True, True)
 
     Args:
-        model: Any module that torch.export can trace. In training mode it is taken as if ``eval()`` had been called on it.
+        model: Any module that torch.export can trace; one in training mode is folded as if ``eval()`` had been called.
         example_inputs: The inputs of one call, batch first: a tensor, or a sequence of forward's positional arguments. The
-            fold holds for the way that forward takes with them.
+            fold is valid for the branches that forward takes with these inputs.
         dynamic_shapes: As for ``bnexport.fold``.
         prove: Check each fold separately, and the folded module against the original, in float64. Only this check finds a
             forward that uses a BatchNorm for more than calling it.
+
+    Returns:
+        The folded copy, its fold report, and the duration of each step.
 
     Raises:
         UntracedError: torch.export can't trace the model.
@@ -120,18 +133,29 @@ def fold_modules(
 def load_folded(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     """Return a copy of an unfolded network with the weights of a folded one.
 
+    Example:
+        >>> import bnexport, torch
+        >>> folded = bnexport.fold_modules(bnexport.bn_lenet().eval(), torch.randn(2, 1, 28, 28)).model
+        >>> torch.save(folded.state_dict(), "folded.pt")
+        >>> again = bnexport.load_folded(bnexport.bn_lenet(), torch.load("folded.pt"))
+        >>> torch.equal(again.conv1.weight, folded.conv1.weight)
+        True
+
     Args:
-        model: A network of the class that was folded; its weights do not matter, and it is not changed.
+        model: A network of the class that was folded. Its weights are replaced in the copy; the network is not changed.
         state: The folded network's state dict, as ``torch.load`` or ``safetensors.torch.load_file`` returns it. A prefix that
             all names have ("module.") is dropped.
 
+    Returns:
+        The copy in eval mode, with the folded weights.
+
     Raises:
-        ModelError: The state dict is not of a folded network, or not of this one.
+        ModelError: The state dict is not of a folded network, or not of this network.
     """
     markers = [name for name in state if name.rpartition(".")[2] == MARKER]
     if not markers:
         raise ModelError(
-            f"the state dict holds no {MARKER}, so it is not of a folded network",
+            f"the state dict has no {MARKER}, so it is not of a folded network",
             remedy="Load it with model.load_state_dict(state)",
         )
     prefix = markers[0].removesuffix(MARKER)
@@ -158,11 +182,7 @@ def load_folded(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
 
 
 def _copied(model: nn.Module) -> nn.Module:
-    """Return a copy in eval mode, without the history of any tensor.
-
-    Raises:
-        ModelError: The network can't be copied or changed.
-    """
+    """Return a copy in eval mode, without the history of any tensor."""
     for path, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise UntracedError(
@@ -175,7 +195,7 @@ def _copied(model: nn.Module) -> nn.Module:
             f"{lazy[0]} has no value yet",
             remedy="Run the network once on an example, so that its lazy layers get shapes",
         )
-    # What a pre-hook computed (old weight_norm, pruning) has a history, and deepcopy refuses it.
+    # A tensor that a pre-hook computed (old weight_norm, pruning) has a history, which deepcopy refuses.
     values = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
     memo: dict[int, Any] = {id(value): value.detach().clone() for value in values if not value.is_leaf}
     try:
@@ -193,7 +213,7 @@ def _copied(model: nn.Module) -> nn.Module:
 def _attempt(
     original: nn.Module, inputs: tuple[Any, ...], dynamic_shapes: Any, kept: Mapping[str, str], prove: bool
 ) -> ModuleFoldResult:
-    """Trace a copy with a bias in every layer, fold what ``kept`` does not name, and write the fold into that copy."""
+    """Trace a copy with a bias in every layer, fold it except for the parts in ``kept``, and write the fold into that copy."""
     clock = Clock()
     folded = copy.deepcopy(original)
     added = add_biases(folded, kept)
@@ -201,13 +221,13 @@ def _attempt(
     clock.note("trace")
     overwritten = overwritten_by(traced)
     drop_unused(traced)
-    graph, account = _folded(traced, folded, overwritten, {**kept, **inner_norms(traced)}, prove)
+    graph, outcome = _folded(traced, folded, overwritten, {**kept, **inner_norms(traced)}, prove)
     changes = graph.changes(added)
     inner = [node for node in batch_norm_nodes(traced) if node.graph is not traced.graph]
-    rows = (*account.rows, *(inner_row(node, traced) for node in inner))
+    rows = (*outcome.rows, *(inner_row(node, traced) for node in inner))
     rows = (*rows, *_uncalled(original, rows))
     clock.note("fold")
-    error, warnings = None, account.warnings
+    error, warnings = None, outcome.warnings
     if prove:
         error, more = _proved(original, folded, changes, added, traced, inputs)
         warnings += more
@@ -236,13 +256,13 @@ def _traced(model: nn.Module, inputs: tuple[Any, ...], dynamic_shapes: Any) -> G
 def _folded(
     traced: GraphModule, model: nn.Module, overwritten: set[Any], kept: dict[str, str], prove: bool
 ) -> tuple[ModuleGraph, EngineResult]:
-    """Plan until no module or weight would have to be two things at once."""
+    """Plan until no module or weight would need two different values."""
     while True:
         graph = ModuleGraph(traced, model, overwritten, kept)
-        account = Engine(graph, GrowthBudget(graph.elements), prove=prove, in_place=True).run()
+        outcome = Engine(graph, GrowthBudget(graph.elements), prove=prove, in_place=True).run()
         clashes = {name: reason for name, reason in graph.clashes().items() if name not in kept}
         if not clashes:
-            return graph, account
+            return graph, outcome
         kept = {**kept, **clashes}
 
 
@@ -269,11 +289,7 @@ def _proved(
     traced: GraphModule,
     inputs: tuple[Any, ...],
 ) -> tuple[float | None, tuple[str, ...]]:
-    """Compare the modules in float64, with the folded numbers before their one cast.
-
-    Raises:
-        ProofError: They differ.
-    """
+    """Compare the modules in float64, with the folded numbers before their one cast; raise ProofError if they differ."""
     wide, narrow = copy.deepcopy(original).double(), copy.deepcopy(folded).double()
     write(narrow, changes, added)
     proof = compare(wide, narrow, inputs, image_sizes(traced, inputs))
@@ -291,10 +307,10 @@ def _proved(
 
 
 def _prove_other_sizes(name: str, wide: nn.Module, narrow: nn.Module, inputs: tuple[Any, ...]) -> None:
-    """Compare for one sample, and on images of other sizes, where forward takes them: it may go another way than was traced.
+    """Compare on one sample and on images of other sizes, if forward accepts them: it may take a branch that was not traced.
 
     Raises:
-        ProofError: It does, and the fold is not right there.
+        ProofError: The fold is wrong on that branch.
     """
 
     def other(item: Any, factor: float | None) -> Any:
@@ -315,22 +331,22 @@ def _prove_other_sizes(name: str, wide: nn.Module, narrow: nn.Module, inputs: tu
         if all(map(comparable, reference)) and not (error := output_error(narrow, probes, reference)) <= _OTHER_WAY:
             raise ProofError(
                 f"the folded {name} differs from the original by {error:.1e} of scale on inputs of another size than the"
-                f" example ({'one sample' if factor is None else f'{factor:g} times height and width'}): forward goes"
-                " another way there",
-                remedy="Write forward without a branch on the size, or use bnexport.fold, whose result has one fixed way",
+                f" example ({'one sample' if factor is None else f'{factor:g} times height and width'}): forward takes"
+                " another branch there",
+                remedy="Write forward without a branch on the size, or use bnexport.fold, whose result has a single branch",
             )
 
 
 def _needed_as_they_are(original: nn.Module, inputs: tuple[Any, ...]) -> dict[str, str]:
-    """Return what forward uses for more than calling it, with the reason: ``bn.running_mean``, ``conv.bias is None``.
+    """Return modules that forward uses for more than calls (``bn.running_mean``, ``conv.bias is None``), with the reason.
 
-    Each BatchNorm is exchanged by a module that computes the same, and each layer without a bias gets one of zeros: forward
-    has to give the same result.
+    Each BatchNorm is exchanged for a module that computes the same, and each layer without a bias gets a bias of zeros.
+    Forward must then give the same result.
     """
     model = copy.deepcopy(original)
     try:
         reference = run(model, inputs)
-    except Exception:  # the user's code; the first error says why
+    except Exception:  # the user's code; the first error states the reason
         return {}
     kept: dict[str, str] = {}
     for path, module in list(model.named_modules()):
@@ -341,12 +357,12 @@ def _needed_as_they_are(original: nn.Module, inputs: tuple[Any, ...]) -> dict[st
             problem = _difference(model, inputs, reference)
             module.register_parameter("bias", None)
             if problem:
-                kept[path] = f"forward goes another way when it has a bias{problem}"
+                kept[path] = f"forward takes another branch when it has a bias{problem}"
     return kept
 
 
 def _exchange_problem(model: nn.Module, norm: nn.Module, inputs: tuple[Any, ...], reference: Sequence[Tensor]) -> str:
-    """Return why a norm can't be exchanged by another module; "" if it can."""
+    """Return why a norm can't be exchanged for another module; "" if it can."""
     calls: list[nn.Module] = []
     other = ExchangedNorm(norm)
     handles = [module.register_forward_hook(lambda called, *_: calls.append(called)) for module in (norm, other)]
@@ -358,14 +374,14 @@ def _exchange_problem(model: nn.Module, norm: nn.Module, inputs: tuple[Any, ...]
     if problem:
         return f"forward uses it for more than calling it{problem}"
     return (
-        "forward reaches it otherwise than as a submodule, as in a list"
+        "forward calls it through a list or another attribute instead of as a submodule"
         if calls.count(norm) > calls.count(other)
         else ""
     )
 
 
 def _difference(model: nn.Module, inputs: tuple[Any, ...], reference: Sequence[Tensor]) -> str:
-    """Return "" if a network still gives the reference, else what happened, as the end of a sentence."""
+    """Return "" if a network still gives the reference, else the place or the error, as the end of a sentence."""
     try:
         worst = max((scale_error(a, b) for a, b in zip(run(model, inputs), reference, strict=True)), default=0.0)
     except Exception as error:  # the user's code
@@ -374,7 +390,7 @@ def _difference(model: nn.Module, inputs: tuple[Any, ...], reference: Sequence[T
 
 
 class ExchangedNorm(nn.Module):
-    """Calls a norm without being one, and without its attributes; its submodules are there."""
+    """Calls a norm, is not a norm itself, and has its submodules but none of its attributes."""
 
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()

@@ -1,8 +1,9 @@
-"""A plan: the changes that make an affine disappear, found before anything is changed.
+"""A plan: the changes that remove an affine, found before anything is changed.
 
-``pull`` requires a value that is already scaled and shifted; ``push`` requires all readers of a value to do without its scale
-and shift. Both walk the graph through operations that commute (``propagation``) until a linear layer takes the affine in, or an
-operation refuses. A refusal is a sentence, so each BatchNorm that stays has a reason. A plan is proved before it is made.
+``pull`` makes an operation return the value that is already scaled and shifted. ``push`` makes all readers of a value compute
+the same without its scale and shift. Both walk the graph through operations that commute (``propagation``) until a linear
+layer absorbs the affine or an operation refuses. A refusal is a sentence, so each BatchNorm that stays has a reason. A plan is
+proved before it is carried out.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import contextlib
 import hashlib
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,19 +23,14 @@ from bnexport.folding.graph import Clamp, ConstantAffine, Graph, Identity, Kind,
 
 #: Values of ``apart`` and ``biases`` of a GrowthBudget, tried in turn and each stricter, until the result is within the budget.
 ATTEMPTS = ((False, False), (True, False), (True, True))
-#: Operations that one plan may look at, ways that turn out closed included, and operations one behind the other: bounds on
-#: the work per BatchNorm and on Python's stack, far above what real networks need.
+#: Largest number of operations that one plan visits, dead ends included, and largest number in a row: bounds on the work per
+#: BatchNorm and on Python's stack, far above the needs of real networks.
 MAX_STEPS = 1024
 MAX_DEPTH = 64
 
 
 class Refused(Exception):
-    """An affine can't go this way.
-
-    Args:
-        reason: A sentence without its full stop.
-        hint: A change that the network's author could make.
-    """
+    """An affine can't take this path: a sentence without its full stop, and a change that the network's author could make."""
 
     def __init__(self, reason: str, hint: str = "") -> None:
         super().__init__(reason)
@@ -47,12 +43,12 @@ class GrowthBudget:
     """Upper bound on the growth of the weights by copies of shared ones.
 
     Attributes:
-        elements: Elements of all weights of the original.
+        elements: Number of elements of all weights of the original.
         max_growth: Upper bound for the result, as a factor of ``elements``.
-        apart: Give calls that fold alike separate weights all the same.
-        biases: Count the bias of a layer that had none. That is rarely needed: a BatchNorm that goes frees more, but one whose
-            other call stays frees nothing.
-        added: Elements added so far.
+        apart: Give separate weights even to calls that fold alike.
+        biases: Count the bias of a layer that had none. Usually the BatchNorm that goes frees more elements, but a BatchNorm
+            whose other call stays frees none.
+        added: Number of elements added so far.
     """
 
     elements: int
@@ -67,13 +63,9 @@ class GrowthBudget:
         return self.added + more <= (self.max_growth - 1.0) * self.elements
 
     def folded(self, old: Weight | None, value: Tensor, dtype: torch.dtype, *, together: bool) -> Weight:
-        """Return a folded weight; one for all calls that shared ``old`` and fold it into the same numbers.
+        """Return a folded weight, the same object for all calls that shared ``old`` and fold it into the same numbers.
 
-        Args:
-            old: The weight that the call read before.
-            value: float64.
-            dtype: Element type to store it in.
-            together: True if other calls are expected to fold alike.
+        ``together`` is True if other calls are expected to fold alike. ``dtype`` is the element type of the stored weight.
         """
         if old is None or not (together or any(known is old for known, _ in self._together)):
             return Weight.folded(value, dtype)
@@ -86,60 +78,50 @@ class GrowthBudget:
 
 @dataclass(frozen=True)
 class PropagationRules:
-    """How an affine crosses each kind of operation; the tables are in ``folding.propagation``.
+    """The functions that move an affine across each kind of operation; the tables are in ``folding.propagation``.
 
     Attributes:
-        pull: Kind -> ``(plan, op, kind, affine)``: move an affine from the output to the inputs.
-        push: Kind -> ``(plan, op, kind, index of the input, affine)``: move it from an input to the output.
+        pull: Kind -> ``(plan, op, kind, affine)``: move the affine from the output to the inputs.
+        push: Kind -> ``(plan, op, kind, index of the input, affine)``: move the affine from that input to the output.
     """
 
     pull: Mapping[type[Kind], Callable[[FoldPlan, Op, Any, Affine], None]]
     push: Mapping[type[Kind], Callable[[FoldPlan, Op, Any, int, Affine], None]]
 
 
+@dataclass(eq=False)
 class FoldPlan:
-    """The changes that make one affine disappear.
-
-    Args:
-        graph: Is not changed.
-        rules: How an affine crosses each kind of operation.
-        budget: Limits copies of shared weights.
-        maps: Allow a shift to become a constant map over the positions behind a zero-padded layer.
-        clamps: Allow an activation to get a separate bound in each channel.
-        fixed: Operations that must stay as they are.
-        in_place: The result is written back into the layers that exist: the plan may change their numbers and remove norms,
-            but not copy a weight, add a constant, or change an activation.
+    """The changes that remove one affine.
 
     Attributes:
+        graph: The graph, which the plan does not change.
+        rules: The propagation rules.
+        budget: Limits copies of shared weights.
+        maps: Allow a shift to become a constant map over the positions that follow a zero-padded layer.
+        clamps: Allow an activation to get a separate bound in each channel.
+        fixed: Operations that must stay as they are.
+        in_place: The result is written back into the existing layers: the plan may change their numbers and remove norms, but
+            not copy a weight, add a constant, or change an activation.
         edits: The new function of each changed operation.
         path: Every visited operation, in the order of the walk.
-        into: Operations that took the affine in.
-        grown: Elements that the plan adds to the weights.
+        into: Operations that absorbed the affine.
+        grown: Number of elements that the plan adds to the weights.
     """
 
-    def __init__(
-        self,
-        graph: Graph,
-        rules: PropagationRules,
-        budget: GrowthBudget,
-        *,
-        maps: bool = False,
-        clamps: bool = False,
-        fixed: Collection[Op] = (),
-        in_place: bool = False,
-    ) -> None:
-        self.fixed = fixed
-        self.in_place = in_place
-        self.graph = graph
-        self.rules = rules
-        self.clamps = clamps
-        self.budget = budget
-        self.maps = maps
-        self.edits: dict[Op, Kind] = {}
-        self.path: dict[Op, None] = {}
-        self.into: dict[Op, None] = {}
-        self.grown = 0
-        self._steps = self._depth = 0
+    graph: Graph
+    rules: PropagationRules
+    budget: GrowthBudget
+    _: KW_ONLY
+    maps: bool = False
+    clamps: bool = False
+    fixed: Collection[Op] = ()
+    in_place: bool = False
+    edits: dict[Op, Kind] = field(default_factory=dict, init=False)
+    path: dict[Op, None] = field(default_factory=dict, init=False)
+    into: dict[Op, None] = field(default_factory=dict, init=False)
+    grown: int = field(default=0, init=False)
+    _steps: int = field(default=0, init=False)
+    _depth: int = field(default=0, init=False)
 
     @contextlib.contextmanager
     def _deeper(self) -> Iterator[None]:
@@ -150,35 +132,27 @@ class FoldPlan:
             self._depth -= 1
 
     def pull(self, op: Op, affine: Affine, reader: Op) -> None:
-        """Make ``op`` give ``affine(op)`` to its only reader.
-
-        Raises:
-            Refused: The plan is then incomplete; the caller drops it.
-        """
+        """Make ``op`` return ``affine(op)`` to its only reader; after a ``Refused`` the plan is incomplete and dropped."""
         if not affine.has_scale and not affine.has_shift:
             return
         self._reach(op, reader)
-        while isinstance(op.kind, Identity):  # a folded BatchNorm is one, too: long chains need no deep stack
+        while isinstance(op.kind, Identity):  # also a folded BatchNorm; a loop, so that long chains need no deep stack
             reader, op = op, op.inputs[op.kind.index]
             self._reach(op, reader)
         with self._deeper():
             self.rules.pull[type(op.kind)](self, op, op.kind, affine)
 
     def _reach(self, op: Op, reader: Op) -> None:
-        if not isinstance(op.kind, Opaque):  # that nothing crosses it is the reason, however many readers it has
+        if not isinstance(op.kind, Opaque):  # an opaque operation refuses with its own reason
             self._only_reader(op, reader)
         self.visit(op)
 
     def push(self, op: Op, affine: Affine) -> None:
-        """Make every reader of ``op`` compute the same from a value to which ``affine`` was not applied.
-
-        Raises:
-            Refused: As ``pull``.
-        """
+        """Make every reader of ``op`` compute the same from a value to which ``affine`` was not applied."""
         if not affine.has_scale and not affine.has_shift:
             return
         if not op.users:
-            raise Refused("nothing reads it")
+            raise Refused("its result is not used")
         for user in dict.fromkeys(op.users):
             places = [index for index, parent in enumerate(user.inputs) if parent is op]
             if len(places) > 1:
@@ -188,9 +162,9 @@ class FoldPlan:
                 self.rules.push[type(user.kind)](self, user, user.kind, places[0], affine)
 
     def visit(self, op: Op) -> None:
-        """Record that the plan touches an operation; each only once, so that two changes can't meet."""
+        """Record that the plan visits an operation; a second visit is refused, so that two changes can't meet."""
         if op in self.path:
-            raise Refused(f"two ways from it meet again at {op.name}")
+            raise Refused(f"two paths from it meet again at {op.name}")
         if op in self.fixed:
             raise Refused(f"{op.name} stays as it is, because its own fold failed its proof")
         self._steps += 1
@@ -199,13 +173,9 @@ class FoldPlan:
         self.path[op] = None
 
     def edit(self, op: Op, kind: Kind) -> None:
-        """Record the new function of an operation.
-
-        Raises:
-            Refused: The operation would get other bounds, and the result is written back into the layers that exist.
-        """
+        """Record the new function of an operation; refuse other bounds of a clamp with ``in_place``."""
         if self.in_place and isinstance(kind, Clamp) and not kind.same_bounds(op.kind):
-            raise Refused(f"{op.name} would need other bounds, and they are in its module's code")
+            raise Refused(f"{op.name} would need other bounds, and the bounds are in its module's code")
         self.edits[op] = kind
 
     def attempt(self, action: Callable[[], None]) -> Refused | None:
@@ -238,12 +208,10 @@ class FoldPlan:
         self.into[op] = None
 
     def norm(self, op: Op, affine: Affine, *, held: int = 0) -> None:
-        """Give a norm another scale and shift; both must be finite in its element type.
+        """Give a norm another scale and shift, which must be finite in its element type.
 
-        Args:
-            op: The norm.
-            affine: Its new map.
-            held: Elements of what is merged into it: a scale per channel and a map of positions would give a much larger map.
+        ``held`` is the number of elements merged into the norm. A scale per channel and a map of positions would give a much
+        larger map, which is refused.
         """
         assert isinstance(op.kind, ConstantAffine)
         if affine.scale.numel() > op.kind.affine.scale.numel() + held:
@@ -254,11 +222,7 @@ class FoldPlan:
         self.edit(op, ConstantAffine(affine))
 
     def storable(self, value: Tensor, dtype: torch.dtype, what: str) -> Tensor:
-        """Return ``value`` if it is finite in its element type (float16 ends at 65504).
-
-        Raises:
-            Refused: It is not.
-        """
+        """Return ``value`` if it is finite in its element type (float16 ends at 65504); refuse it otherwise."""
         # One pass: a sum of finite numbers in float64 is finite, and only a sum that is not needs a closer look.
         cast = value.to(dtype)
         if not math.isfinite(float(cast.sum(dtype=torch.float64))):
@@ -288,8 +252,7 @@ class FoldPlan:
     def _clone(self, op: Op, weights: Sequence[Weight | None]) -> bool:
         """Copy weights that other calls read as well, if the budget allows.
 
-        Returns:
-            True if the other calls will fold alike, so that all of them share the folded weight.
+        Return True if the other calls will fold alike, so that all calls share the folded weight.
         """
         for weight in weights:
             if weight is not None and weight.made:
@@ -311,12 +274,9 @@ class FoldPlan:
         return False
 
     def spend(self, more: int, what: str, *, in_all: int | None = None) -> None:
-        """Take ``more`` elements from the budget.
+        """Take ``more`` elements from the budget; refuse if the budget has fewer.
 
-        ``what`` is the start of a sentence. ``in_all`` counts the elements of all plans with the same need, for the remedy.
-
-        Raises:
-            Refused: The budget has fewer.
+        ``what`` is the start of a sentence. ``in_all`` counts the elements of all plans with the same need, for the hint.
         """
         if not self.budget.allows(self.grown + more):
             spent = self.budget.added + self.grown + (more if in_all is None else in_all)
@@ -327,7 +287,7 @@ class FoldPlan:
         self.grown += more
 
     def _alike(self, op: Op, weight: Weight) -> bool:
-        """Return True if the same affine alone follows every call that reads a weight: then all share one folded weight."""
+        """Return True if every call that reads a weight has the same affine as its only reader: all share one folded weight."""
         first: Affine | None = None
         readers = [o for o in self.graph.ops if isinstance(o.kind, Layer) and weight in (o.kind.weight, o.kind.bias)]
         if len(readers) < weight.readers:
@@ -346,7 +306,7 @@ def _underflows(value: Tensor, cast: Tensor) -> bool:
     """Return True if rounding changes some row of a weight by more than the type's resolution: its numbers are too small."""
     if value.ndim < 2:
         return False
-    taps = value.reshape(*value.shape[:2], -1)  # (rows, columns, whatever the rest is)
+    taps = value.reshape(*value.shape[:2], -1)  # (rows, columns, all other axes)
     lost = (taps - cast.double().reshape(taps.shape)).abs()
     resolution = 2 * torch.finfo(cast.dtype).eps
     return any(bool((lost.amax(rest) > resolution * taps.abs().amax(rest)).any()) for rest in ((1, 2), (0, 2)))

@@ -1,4 +1,4 @@
-"""Proofs in float64: of one plan on its own part of the graph, and of a whole folded network."""
+"""Proof of one plan in float64, on its part of the graph, and the measure of an error that all proofs share."""
 
 from __future__ import annotations
 
@@ -11,38 +11,36 @@ from bnexport.folding.graph import ConstantAffine, Graph, Layer, Op, Reshape, Sl
 from bnexport.folding.plan import FoldPlan
 from bnexport.optional import one_line
 
-#: Rounding of float64 in a handful of operations; the smallest real fault (a dropped eps) is far above.
+#: Rounding of float64 in a handful of operations stays below; the smallest real fault (a dropped eps) is far above.
 MAX_SITE_ERROR = 1e-12
-#: Positions of a spatial axis in a probe, the fewest first: a few where padding lets the kernels fit, then as traced.
+#: Largest number of positions per spatial axis of a probe, tried in turn: few if the kernels fit, at last as traced (None).
 _LARGEST: tuple[int | None, ...] = (4, 12, None)
-
-
-#: What operators raise over sizes that do not fit.
+#: Exceptions of operators whose sizes do not fit.
 _PROBLEMS = (RuntimeError, TypeError, ValueError, IndexError)
 
 
 class _PlannedFailsError(Exception):
-    """An operation runs untouched, but not as planned."""
+    """An operation runs unchanged, but not as planned."""
 
 
 class NotComparedError(Exception):
-    """Nothing of a plan could be compared; the reason is a sentence without its full stop."""
+    """No value of a plan could be compared; the reason is a sentence without its full stop."""
 
 
 def plan_error(graph: Graph, plan: FoldPlan, *, seed: int = 0) -> float:
     """Return the largest difference that a plan makes anywhere outside its own operations, in float64.
 
-    Every value that leaves the plan's part of the graph is compared, also values that the plan assumes to be unread: an
-    overlooked reader would show. The untouched part runs the backend's operators on seeded noise, separate for each channel;
-    images are cut to a few pixels where nothing depends on their size.
+    Every value that leaves the plan's part of the graph is compared, also a value that the plan assumes to be unread, so that
+    an overlooked reader shows. The backend's operators run on seeded noise that differs between channels. Images are cut to a
+    few pixels if no operation depends on their size.
 
     Returns:
-        max |planned - untouched| / max |untouched|, worst value; infinity when only the planned part can't be run.
+        max |planned - unchanged| / max |unchanged| of the worst value; infinity if only the planned part can't be run.
 
     Raises:
-        NotComparedError: The part can't be run at any size, or gives no number to compare.
+        NotComparedError: The part can't be run at any size, or has no number to compare.
     """
-    reason, fails = "it gives no number to compare", False
+    reason, fails = "it has no number to compare", False
     region = sorted(plan.path, key=lambda op: op.index)
     sizes: tuple[int | None, ...] = (None,) if _needs_full_size(region, plan) else _LARGEST
     for largest in sizes:
@@ -74,7 +72,7 @@ def _needs_full_size(region: Sequence[Op], plan: FoldPlan) -> bool:
 
 
 def _region_error(graph: Graph, plan: FoldPlan, region: Sequence[Op], largest: int | None, seed: int) -> float | None:
-    """Return the largest difference; None where values leave the region and none of them has an element."""
+    """Return the largest difference; None if the values that leave the region have no elements."""
     generator = torch.Generator().manual_seed(seed)
     inside = set(region)
     old: dict[Op, Tensor] = {}
@@ -99,7 +97,7 @@ def _region_error(graph: Graph, plan: FoldPlan, region: Sequence[Op], largest: i
 
 
 def scale_error(candidate: Tensor, reference: Tensor) -> float:
-    """Return max |candidate - reference| / max |reference|; infinity where only one is finite, or shapes differ."""
+    """Return max |candidate - reference| / max |reference|; infinity if only one is finite, or if shapes differ."""
     if candidate.shape != reference.shape:
         return float("inf")
     if not reference.numel() or not reference.is_floating_point():

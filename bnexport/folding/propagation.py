@@ -1,6 +1,6 @@
-"""The propagation rules: how an affine crosses each kind of operation, against the data flow (pull) and with it (push).
+"""The propagation rules move an affine across each kind of operation, against the data flow (pull) and with it (push).
 
-The table at the end has one row per kind. A linear layer takes the affine in, so each path of rules ends there.
+``PROPAGATION_RULES`` at the end has one row per kind. Each path of rules ends at a linear layer, which absorbs the affine.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def _reshaped(op: Op, affine: Affine, start: tuple[Dim, ...], end: tuple[Dim, ..
     if (found := affine.reshaped(start, end)) is not None:
         return found
     if start[:1] == end[:1] and all(isinstance(size, int) for size in (*start[1:], *end[1:])):
-        raise Refused(f"behind {op.name} it would be a map of too many numbers")
+        raise Refused(f"across {op.name} it would become a map of too many numbers")
     raise Refused(f"{op.name} merges its channels with an axis whose size varies")
 
 
@@ -307,7 +307,7 @@ def push_multiply(plan: FoldPlan, op: Op, kind: Multiply, index: int, affine: Af
 
 
 def _restricted(op: Op, parent: Op, affine: Affine) -> Affine:
-    """The affine on an operand that is broadcast to ``op``'s shape."""
+    """Return the affine on an operand that is broadcast to ``op``'s shape."""
     missing = op.rank - parent.rank
     broadcast = [axis for axis in range(op.rank) if axis < missing or parent.shape[axis - missing] != op.shape[axis]]
     for axis in broadcast:
@@ -340,7 +340,7 @@ def pull_clamp(plan: FoldPlan, op: Op, kind: Clamp, affine: Affine) -> None:
 def push_clamp(plan: FoldPlan, op: Op, kind: Clamp, _index: int, affine: Affine) -> None:
     """``clamp(s x + t, a, b) = s clamp(x, (a - t) / s, (b - t) / s) + t``, the bounds exchanged where s < 0.
 
-    So a ReLU behind a BatchNorm becomes one maximum with a constant per channel. Where s = 0 the value is a constant.
+    So a ReLU that follows a BatchNorm becomes one maximum with a constant per channel. Where s = 0 the value is a constant.
     """
     scale, shift = affine.scale, affine.shift
     dead, infinity = scale == 0, torch.full_like(scale, torch.inf)
@@ -382,9 +382,9 @@ def passes(clamp: Clamp) -> int:
 
 
 def pull_norm(plan: FoldPlan, op: Op, kind: ConstantAffine, affine: Affine) -> None:
-    """Two affines in a row are one. It is pulled further if possible, else another BatchNorm's affine takes it in.
+    """Two affines in a row are one affine. Pull it further if possible, else merge it into another BatchNorm's affine.
 
-    Plain arithmetic takes nothing in: a BatchNorm that ended there would be gone from the report but not from the graph.
+    Nothing is merged into plain arithmetic: a BatchNorm that ended there would be gone from the report but not from the graph.
     """
     both = affine.after(kind.affine)
 
@@ -396,7 +396,7 @@ def pull_norm(plan: FoldPlan, op: Op, kind: ConstantAffine, affine: Affine) -> N
 
 
 def push_norm(plan: FoldPlan, op: Op, kind: ConstantAffine, _index: int, affine: Affine) -> None:
-    """The later of two affines takes in the earlier one and is folded in its turn; plain arithmetic is crossed."""
+    """Merge the earlier of two affines into the later, which is folded in its turn; plain arithmetic is crossed."""
     both = kind.affine.after(affine)
 
     def onwards() -> None:
@@ -424,12 +424,12 @@ _NO_RULE = ", which no rule moves a scale and shift across"
 
 
 def pull_opaque(_plan: FoldPlan, op: Op, kind: Opaque, _affine: Affine) -> None:
-    """No affine is known to cross it."""
+    """Refuse: no rule moves an affine across the operation."""
     raise Refused(f"it follows {op.name}" + (f": {kind.reason}" if kind.reason else _NO_RULE))
 
 
 def push_opaque(_plan: FoldPlan, op: Op, kind: Opaque, _index: int, _affine: Affine) -> None:
-    """As ``pull_opaque``."""
+    """Refuse as ``pull_opaque``, with another reason for an output of the model."""
     if kind.is_output:
         raise Refused("it is an output of the model")
     raise Refused(f"it feeds {op.name}" + (f": {kind.reason}" if kind.reason else _NO_RULE))
@@ -452,7 +452,7 @@ def pull_layer(plan: FoldPlan, op: Op, layer: Layer, affine: Affine) -> None:
 
 
 def push_layer(plan: FoldPlan, op: Op, layer: Layer, _index: int, affine: Affine) -> None:
-    """``W (s x + t) + b = (W s) x + (W t + b)``: the scale always; the shift only without zero padding."""
+    """``W (s x + t) + b = (W s) x + (W t + b)``: exact for every scale, and for a shift without zero padding."""
     vector = _channels(op, layer, affine, output=False)
     absorber, stored = ABSORBERS[layer.layout], layer.weight.load()
     weight = absorber.scale_inputs(stored, vector.scale, layer.groups) if affine.has_scale else None
@@ -461,9 +461,11 @@ def push_layer(plan: FoldPlan, op: Op, layer: Layer, _index: int, affine: Affine
         edge = layer.zero_padded or layer.layout == "transposed"
         if edge and not plan.maps:
             if layer.layout == "transposed":
-                raise Refused(f"its shift can't go into {op.name}, whose output positions see different taps")
+                raise Refused(
+                    f"its shift can't be folded into {op.name}, whose output positions use different kernel taps"
+                )
             raise Refused(
-                f"its shift can't go into {op.name}, which puts zeros around its input",
+                f"its shift can't be folded into {op.name}, which pads its input with zeros",
                 "padding 0 or padding_mode 'reflect', 'replicate' or 'circular' there",
             )
         if edge:
@@ -508,18 +510,20 @@ def _on_output(op: Op, layer: Layer, gained: Tensor) -> Tensor:
 
 
 def _bias_map(plan: FoldPlan, op: Op, layer: Layer, affine: Affine) -> Tensor:
-    """Return the result of a constant input behind zero padding, one value per position: it differs near each edge."""
+    """Return the result of a constant input after zero padding, one value per position: it differs near each border."""
     parent = op.inputs[0]
     sizes = [*parent.shape[1:], *op.shape[1:]]
     if not all(isinstance(size, int) for size in sizes):
-        raise Refused(f"its shift can't go into {op.name} as a map of constants: height or width varies", "fixed sizes")
+        raise Refused(
+            f"its shift can't be folded into {op.name} as a map of constants: height or width varies", "fixed sizes"
+        )
     constant = affine.shift.expand(1, *(int(size) for size in parent.shape[1:]))
     found = plan.graph.evaluate(op, replace(layer, bias=None, after=None), [constant.contiguous()])
     if found.numel() >= torch.Size(constant.shape).numel():
         raise Refused(
-            f"its shift as a map of constants behind {op.name} would cost as much as the one addition that it saves"
+            f"its shift as a map of constants after {op.name} would cost as much as the one addition that it saves"
         )
-    plan.spend(found.numel(), f"its shift as a map of constants behind {op.name}")
+    plan.spend(found.numel(), f"its shift as a map of constants after {op.name}")
     return found
 
 

@@ -1,6 +1,6 @@
-"""The table of rules: the ways in which one affine can disappear, cheapest first.
+"""The table of rules: the ways to remove one affine, cheapest first.
 
-Each rule fills a plan or refuses with a sentence; the sentences of all refusals are the reason in the fold report.
+Each rule fills a plan or refuses with a sentence. The sentences of all refusals are the reason in the fold report.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from bnexport.folding.report import FoldOutcome
 
 @dataclass(frozen=True)
 class Rule:
-    """One way to make an affine disappear, or smaller.
+    """One way to remove an affine, or to make it cheaper.
 
     Attributes:
-        name: As in the report.
+        name: Name in the fold report.
         equation: The computation; W, b are the layer's weight and bias, s, t the affine's scale and shift.
         plan: Fills the plan for a site, or raises Refused.
-        outcome: Outcome of a site that it was used on; None: depends on where the affine went.
-        maps: Allow maps of constants behind zero padding.
+        outcome: Outcome of a site with this rule; None if it depends on the path of the affine.
+        maps: Allow maps of constants after zero padding.
     """
 
     name: str
@@ -40,8 +40,8 @@ def _backward(plan: FoldPlan, site: Op, affine: Affine) -> None:
     plan.pull(site.inputs[0], affine, site)
 
 
-#: Element type -> largest |mean| / deviation with which a shift may be moved behind the sum that a layer computes: above it,
-#: what was taken away exactly before the layer has to cancel in the layer's own rounding.
+#: Element type -> largest |mean| / deviation with which a shift may move behind the sum that a layer computes. Above it, the
+#: mean that was subtracted exactly before the layer would have to cancel within the layer's rounding.
 _LARGEST_OFFSET = {torch.float16: 2.0**4, torch.bfloat16: 2.0**2, torch.float32: 2.0**10}
 
 
@@ -49,7 +49,7 @@ def _refuse_cancellation(site: Op) -> None:
     offset = site.norm.offset if site.norm is not None else 0.0
     if site.dtype is not None and offset > _LARGEST_OFFSET.get(site.dtype, float("inf")):
         raise Refused(
-            f"its mean is up to {offset:.3g} times its deviation: taken away behind the layer, it would cancel in {site.dtype}",
+            f"its mean is up to {offset:.3g} times its deviation: subtracted after the layer, it would cancel in {site.dtype}",
             "inputs nearer to a mean of 0",
         )
 
@@ -62,7 +62,7 @@ def _forward(plan: FoldPlan, site: Op, affine: Affine) -> None:
 
 def _both(plan: FoldPlan, site: Op, affine: Affine) -> None:
     if not affine.has_scale or not affine.has_shift:
-        raise Refused("there are no two parts to part")
+        raise Refused("it has only a scale or only a shift")
     _refuse_cancellation(site)
     plan.edit(site, Identity())
     plan.pull(site.inputs[0], affine.scale_alone(), site)
@@ -73,16 +73,16 @@ def _scale_forward(plan: FoldPlan, site: Op, affine: Affine) -> None:
     """``W (s x + t) = (W s) (x + t / s)``: one addition stays before the layer.
 
     For s > 0 the scale also crosses ReLU, LeakyReLU and PReLU: ``f(s x + t) = s f(x + t / s)``. With a negative scale in some
-    channel a multiplication by the sign would stay next to the addition, which saves nothing.
+    channel, a multiplication by the sign would have to stay next to the addition, which saves nothing.
     """
     _refuse_scaleless(affine)
     plan.norm(site, Affine.of(torch.ones_like(affine.scale), affine.shift / affine.scale))
     plan.push(site, affine.scale_alone())
     if any(isinstance(plan.edits[op], ConstantAffine) for op in plan.into):
-        raise Refused("another affine would take its scale in, and both would stay")
+        raise Refused("another affine would absorb its scale, and both would stay")
 
 
-#: Below it a product with a scale may become a subnormal number in float32, which is stored as 0, and t / s is no help.
+#: Smallest |scale| to divide by: the product of a smaller one and a weight may be subnormal in float32, which is stored as 0.
 _SMALLEST_DIVISOR = 1e-25
 
 
@@ -106,7 +106,7 @@ RULES: tuple[Rule, ...] = (
 
 
 def outcome_of(rule: Rule, plan: FoldPlan, site: Op) -> FoldOutcome:
-    """Return where the affine went: into the next layer, across others, or into another affine."""
+    """Return the outcome: into the next layer, across other operations, or into another affine."""
     if rule.outcome is not None:
         return rule.outcome
     if any(isinstance(plan.edits.get(op), ConstantAffine) for op in plan.into):

@@ -15,7 +15,7 @@ from bnexport.files import Refusal
 from bnexport.optional import one_line
 from bnexport.validation.archives import Saved
 from bnexport.validation.limits import refusing
-from bnexport.validation.pickles import REBUILD, Made, Name, Storage, is_mapping
+from bnexport.validation.pickles import REBUILD, Made, Name, Storage
 
 _PARAMETER = ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state")
 #: Levels of dictionaries in which sets of weights are looked for.
@@ -26,7 +26,7 @@ Tensors = dict[str, Callable[[], Tensor]]
 
 def tensor_sets(saved: Saved, path: Path) -> dict[str, Tensors]:
     """Return every dictionary of named tensors in a saved value, by its keys from the outermost on, joined by dots."""
-    made: dict[tuple[str, str], Tensor] = {}
+    made: dict[tuple[Storage, str], Tensor] = {}
     sets: dict[str, Tensors] = {}
     for place, pairs in _tables(saved.value, "", _LEVELS, set()):
         tensors = {name: part for name, value in pairs if (part := _plain_tensor(value)) is not None}
@@ -37,21 +37,13 @@ def tensor_sets(saved: Saved, path: Path) -> dict[str, Tensors]:
 
 def _tables(value: Any, place: str, levels: int, seen: set[int]) -> Iterator[tuple[str, list[tuple[str, Any]]]]:
     """Yield the place and the named values of each dictionary; one that is there twice is yielded once."""
-    if not isinstance(value, Made) or not (value.kind == "dict" or is_mapping(value.kind)) or id(value) in seen:
+    if not isinstance(value, Made) or not value.is_mapping or id(value) in seen:
         return
     seen.add(id(value))
-    pairs = [(key, item) for key, item in _pairs(value) if isinstance(key, str)]
+    pairs = [(key, item) for key, item in value.pairs() if isinstance(key, str)]
     yield place, pairs
     for key, item in pairs if levels > 1 else ():
         yield from _tables(item, f"{place}.{key}" if place else key, levels - 1, seen)
-
-
-def _pairs(value: Made) -> Iterator[tuple[Any, Any]]:
-    for argument in value.arguments:  # Python 2 gives an OrderedDict its items as a list of pairs
-        for pair in argument.items if isinstance(argument, Made) and argument.kind == "list" else ():
-            if isinstance(pair, Made) and len(pair.items) == 2:
-                yield pair.items[0], pair.items[1]
-    yield from zip(value.items[::2], value.items[1::2], strict=True)
 
 
 def _plain_tensor(value: Any) -> Made | None:
@@ -61,7 +53,7 @@ def _plain_tensor(value: Any) -> Made | None:
     return value if isinstance(value, Made) and value.kind in REBUILD else None
 
 
-def _maker(call: Made, saved: Saved, path: Path, made: dict[tuple[str, str], Tensor]) -> Callable[[], Tensor]:
+def _maker(call: Made, saved: Saved, path: Path, made: dict[tuple[Storage, str], Tensor]) -> Callable[[], Tensor]:
     def make() -> Tensor:
         try:
             with refusing(path, ModelError, remedy="Copy or download the file again"):
@@ -75,15 +67,15 @@ def _maker(call: Made, saved: Saved, path: Path, made: dict[tuple[str, str], Ten
     return make
 
 
-def _tensor(call: Made, saved: Saved, made: dict[tuple[str, str], Tensor]) -> Tensor:
+def _tensor(call: Made, saved: Saved, made: dict[tuple[Storage, str], Tensor]) -> Tensor:
     storage, offset, sizes, strides, *rest = call.arguments
     if call.kind.endswith("qtensor"):
         raise Refusal("holds quantized tensors; give the weights of the float network")
     types = [part.text for part in rest if isinstance(part, Name)]  # of _rebuild_tensor_v3
     kind = types[0] if types else storage.kind
-    if (storage.key, kind) not in made:
-        made[storage.key, kind] = _flat(storage, kind, saved)
-    tensor = made[storage.key, kind].as_strided(sizes.items, strides.items, offset)
+    if (storage, kind) not in made:
+        made[storage, kind] = _flat(storage, kind, saved)
+    tensor = made[storage, kind].as_strided(sizes.items, strides.items, offset)
     if any(isinstance(part, Made) and part.kind == "dict" and part.items for part in rest):
         raise Refusal("holds a conjugated or negated view; save tensor.resolve_conj().resolve_neg()")
     return tensor

@@ -7,6 +7,7 @@ import copy
 import inspect
 import os
 import traceback
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -91,13 +92,13 @@ def call_once(model: nn.Module, inputs: tuple[Any, ...], *, on_itself: bool = Fa
 
 @contextlib.contextmanager
 def unchanged(model: nn.Module) -> Iterator[list[str]]:
-    """Give every module its plain attributes back after the block, and every list and dict among them its contents.
+    """Give every module its attributes back after the block: plain ones, layers, parameters, buffers, and what containers hold.
 
-    A forward that keeps something (``self.last = y``, ``self.seen.append(y)``) would keep the tracer's tensors, which hold
-    no numbers and can't be copied.
+    A forward that stores something (``self.last = y``, ``self.seen.append(y)``, a layer made in the first call) would keep the
+    tracer's tensors, which hold no numbers and can't be copied.
 
     Yields:
-        A list that, after the block, has the names of the attributes that were changed in it.
+        A list that, after the block, has the names of the plain attributes that were changed in it.
     """
     kept = [
         (module, path, dict(vars(module)))
@@ -105,16 +106,16 @@ def unchanged(model: nn.Module) -> Iterator[list[str]]:
         if not isinstance(module, torch.jit.ScriptModule)
     ]
     contents = [
-        (value, value.copy(), f"{path}.{name}".lstrip("."))
+        (value, value.copy(), name if name.startswith("_") else f"{path}.{name}".lstrip("."))
         for _, path, attributes in kept
         for name, value in attributes.items()
-        if type(value) in (list, dict) and not name.startswith("_")
+        if type(value) in (list, dict, set, OrderedDict)
     ]
     changed: list[str] = []
     try:
         yield changed
     finally:
-        altered = [name for value, before, name in contents if not _same(value, before)]
+        altered = [name for value, before, name in contents if not name.startswith("_") and not _same(value, before)]
         for value, before, _ in contents:
             value.clear()
             value.extend(before) if isinstance(value, list) else value.update(before)
@@ -127,8 +128,8 @@ def unchanged(model: nn.Module) -> Iterator[list[str]]:
 
 
 def _same(value: Any, before: Any) -> bool:
-    """Return whether an attribute is the same object, or a container of the same objects: the tracer copies containers."""
-    if value is before or (isinstance(value, int | float | str) and value == before):
+    """Return True for the same object, and for a container of the same objects: the tracer copies containers."""
+    if value is before or (isinstance(value, int | float | str | set) and value == before):
         return True
     if type(value) is not type(before) or not isinstance(value, list | tuple | dict) or len(value) != len(before):
         return False

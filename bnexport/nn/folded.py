@@ -35,6 +35,12 @@ class ScaleShift(nn.Module):
 def is_folded(model: nn.Module | Mapping[str, Any]) -> bool:
     """Return True if a network, or a part of it, was folded by ``fold_modules``.
 
+    Example:
+        >>> import bnexport, torch
+        >>> folded = bnexport.fold_modules(bnexport.bn_lenet().eval(), torch.randn(2, 1, 28, 28)).model
+        >>> bnexport.is_folded(folded), bnexport.is_folded(folded.state_dict()), bnexport.is_folded(bnexport.bn_lenet())
+        (True, True, False)
+
     Args:
         model: A module, or a state dict with any prefix.
     """

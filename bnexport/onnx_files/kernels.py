@@ -19,8 +19,9 @@ import numpy as np
 
 from bnexport.tensors import Array
 
-#: Elements of the unfolded windows of one matrix product: 16 MB in float64, above which it gets no faster.
-_ROOM = 1 << 21
+#: Elements of the unfolded windows of one matrix product. A small weight is fastest with windows that stay in the processor's
+#: cache (2 MB in float64); a large one needs more columns, because each product reads it anew, but no more than 16 MB.
+_ROOM, _MOST_ROOM, _PER_WEIGHT = 1 << 18, 1 << 21, 8
 #: Elements of one block of a depthwise convolution, whose sums over the taps stay in the processor's second cache.
 _CACHED = 1 << 14
 
@@ -136,7 +137,8 @@ def _multiply_windows(x: Array, weight: Array, y: Array, axes: tuple[Axis, ...],
     factors = weight.reshape(groups, y.shape[0] // groups, -1)
     sums = y.reshape(groups, factors.shape[1], -1)
     row = math.prod(counts[1:])
-    for samples, rows in _blocks(n, counts[0], x.shape[0] * math.prod(weight.shape[2:]) * row):
+    room = _room_of(weight.size)
+    for samples, rows in _blocks(n, counts[0], x.shape[0] * math.prod(weight.shape[2:]) * row, room):
         windows = _windows(x[:, samples], rows, axes)
         order = (0, *range(2 + len(axes), windows.ndim), *range(1, 2 + len(axes)))
         unfolded = windows.transpose(order).reshape(groups, factors.shape[2], -1)  # (groups, in * kernel, n * count)
@@ -162,7 +164,12 @@ def _sum_over_taps(x: Array, weight: Array, y: Array, axes: tuple[Axis, ...]) ->
                 np.add(part, scratch, out=part)
 
 
-def _blocks(many: int, parts: int, cost: int, room: int = _ROOM) -> Iterator[tuple[slice, slice]]:
+def _room_of(weights: int) -> int:
+    """Return the number of elements of unfolded windows in one product with that many weights."""
+    return max(_ROOM, min(_MOST_ROOM, _PER_WEIGHT * weights))
+
+
+def _blocks(many: int, parts: int, cost: int, room: int) -> Iterator[tuple[slice, slice]]:
     """Yield blocks of several whole items, or of some parts of one item where an item has no room.
 
     Args:
@@ -212,7 +219,8 @@ def transposed_convolution(
     taps = weight.reshape(groups, -1, *weight.shape[1:])  # (groups, in / groups, out / groups, *kernel)
     y = np.zeros((groups, taps.shape[2], n, *sizes), np.result_type(x, weight))
     x = x.swapaxes(0, 1)
-    for samples, _ in _blocks(n, 1, max(x.shape[0], y.shape[0] * y.shape[1]) * math.prod(x.shape[2:])):
+    cost = max(x.shape[0], y.shape[0] * y.shape[1]) * math.prod(x.shape[2:])
+    for samples, _ in _blocks(n, 1, cost, _MOST_ROOM):
         part = x[:, samples].reshape(groups, taps.shape[1], -1)
         for tap in itertools.product(*(range(axis.kernel) for axis in axes)):
             place: Any = (..., *tap)

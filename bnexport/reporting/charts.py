@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 from markupsafe import Markup
 
-from bnexport.reporting.summary import ReportedRun, number
+from bnexport.reporting.summary import ReportedRun
 from bnexport.tensors import Array
-from bnexport.verification.verdict import LayerDrift, VerificationReport
+from bnexport.verification.verdict import LayerDrift, VerificationReport, number
 
 #: Logarithmic axes end here: what is smaller (an exact 0) or larger (infinity) is drawn at the end.
 LEAST, MOST = 1e-10, 1e3

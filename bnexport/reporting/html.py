@@ -15,7 +15,6 @@ from bnexport.reporting.charts import SHOWN_DRIFTS, SHOWN_MAPS, Samples, drifts,
 from bnexport.reporting.summary import (
     SHOWN_CONFUSIONS,
     SHOWN_FLIPS,
-    Group,
     cell,
     certified,
     class_name,
@@ -26,20 +25,16 @@ from bnexport.reporting.summary import (
     flipped,
     flips,
     flips_on_real_inputs,
-    groups,
     module_name,
-    number,
     pictures,
     predicted_sentence,
     rate_bound,
     runs,
-    total_flips,
-    word,
 )
 from bnexport.reporting.tables import gain_of, growth_of, ordered_faults, self_test_sentence, tallies, verdict_of
 from bnexport.tensors import Signature, TensorSpec
 from bnexport.verification.tolerances import TOLERANCES
-from bnexport.verification.verdict import VerificationReport
+from bnexport.verification.verdict import Group, VerificationReport, groups, number, total_flips, word
 
 TEMPLATE = "report.html.jinja"
 

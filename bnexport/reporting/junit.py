@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from xml.etree import ElementTree
 
 from bnexport.environment import describe
-from bnexport.reporting.summary import number
-from bnexport.verification.verdict import FaultResult, Row, VerificationReport
+from bnexport.verification.verdict import FaultResult, Row, VerificationReport, number
 
 #: Times are no part of a verdict; 0 keeps readers that insist on the attribute.
 _TIME = "0"

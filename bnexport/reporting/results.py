@@ -15,17 +15,17 @@ from bnexport.auditing.tool_table import AuditReport, AuditRow
 from bnexport.bundle import REPORT, Bundle
 from bnexport.evaluating.confusion import TOP_K, ClassScores, wilson_interval
 from bnexport.folding.report import FoldReport
-from bnexport.reporting.summary import NOTHING, number
 from bnexport.reporting.tables import (
     STYLES,
     literal,
     make_console,
     make_table,
+    print_checks,
     print_environment,
     print_fold_report,
-    print_verification,
+    print_verdict,
 )
-from bnexport.verification.verdict import VerificationReport
+from bnexport.verification.verdict import NOTHING, VerificationReport, number
 
 if TYPE_CHECKING:
     from bnexport.evaluating.evaluate import Evaluation
@@ -56,16 +56,23 @@ class ExportResult:
 
 
 def print_export(
-    fold: FoldReport, verification: VerificationReport, bundle: Bundle | None, *, as_json: bool = False
+    fold: FoldReport,
+    verification: VerificationReport,
+    bundle: Bundle | None,
+    *,
+    as_json: bool = False,
+    verbose: bool = False,
 ) -> None:
-    """Print the fold report, the verdict and the bundle's path; after a failed verdict, that nothing was written."""
+    """Print the verdict, the fold report, the checks and the bundle's path; after FAIL, that nothing was written."""
     if as_json:
         path = None if bundle is None else str(bundle.path)
         print_json({"bundle": path, "fold": fold.to_json(), "verification": verification.to_json()})
         return
     console = make_console()
+    print_verdict(verification, console)
     print_fold_report(fold, console)
-    print_verification(verification, console, labels=None if bundle is None else bundle.manifest.labels)
+    labels = None if bundle is None else bundle.manifest.labels
+    print_checks(verification, console, labels=labels, verbose=verbose)
     if bundle is None:
         console.print(literal("Nothing was written: a bundle appears only with the verdict PASS.", console))
         return

@@ -9,7 +9,7 @@ import base64
 import io
 import math
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,72 +18,19 @@ from bnexport.onnx_files.emulation import PRECISIONS
 from bnexport.runtimes.base import CONV_SEARCHES, KERNEL_PRECISIONS, OPTIMISATIONS
 from bnexport.runtimes.catalogue import RUNNERS
 from bnexport.tensors import Array
-from bnexport.verification.inputs import REAL
-from bnexport.verification.verdict import FlippedSample, Flips, Prediction, Row, VerificationReport, run_name
-
-#: Shown where there is no number.
-NOTHING = "-"
-
-#: Stages whose rows are one per file: gathered under one subject, because only a failure needs the file's name.
-FILE_STAGES: dict[str, str] = {"integrity": "files"}
-
-#: Stands for infinity in reports, which are JSON.
-_INFINITE = 1e300
-
-
-@dataclass(frozen=True)
-class Group:
-    """All comparisons of one subject in one stage.
-
-    Attributes:
-        stage: As in the rows.
-        subject: As in the rows, with the settings where there are some.
-        rows: In the report's order; never empty.
-    """
-
-    stage: str
-    subject: str
-    rows: tuple[Row, ...]
-
-    @property
-    def passed(self) -> bool:
-        """True when every row passed."""
-        return all(row.passed for row in self.rows)
-
-    @property
-    def devices(self) -> str:
-        """Return the devices of the candidates."""
-        return ", ".join(dict.fromkeys(row.device for row in self.rows if row.device))
-
-    @property
-    def n(self) -> int:
-        """Samples (or tensors, or files) over all rows."""
-        return sum(row.n for row in self.rows)
-
-    @property
-    def worst(self) -> Row | None:
-        """The row nearest to, or farthest over, its bound: a failed one without a finite error before all others."""
-        judged = [row for row in self.rows if row.bound is not None]
-        return max(judged, key=_pressure, default=None)
-
-    @property
-    def ratio(self) -> float | None:
-        """The largest error in units of the noise predicted for the same inputs; None without a prediction."""
-        return max((row.ratio for row in self.rows if row.ratio is not None), default=None)
-
-    @property
-    def flips(self) -> Flips | None:
-        """Top-1 labels over all rows; None where no row counts them."""
-        counted = [row.flips for row in self.rows if row.flips is not None]
-        return total_flips(counted) if counted else None
-
-
-def groups(report: VerificationReport) -> tuple[Group, ...]:
-    """The report's rows by stage, subject and settings, in the order of first appearance."""
-    gathered: dict[tuple[str, str], list[Row]] = {}
-    for row in report.rows:
-        gathered.setdefault((row.stage, FILE_STAGES.get(row.stage, row.run)), []).append(row)
-    return tuple(Group(stage, subject, tuple(rows)) for (stage, subject), rows in gathered.items())
+from bnexport.verification.verdict import (
+    NOTHING,
+    REAL,
+    FlippedSample,
+    Flips,
+    Group,
+    Prediction,
+    Row,
+    VerificationReport,
+    groups,
+    number,
+    run_name,
+)
 
 
 def predicted_sentence(item: Prediction) -> str:
@@ -96,18 +43,6 @@ def predicted_sentence(item: Prediction) -> str:
     return f"{moves} and to change {item.flips or 'none'} of {item.n} labels{on}"
 
 
-def total_flips(flips: Iterable[Flips]) -> Flips:
-    """The sum of several counts, without a bound of the rate: the same sample may be in several of them."""
-    every = list(flips)
-    return Flips(
-        certified=sum(item.certified for item in every),
-        uncertain=sum(item.uncertain for item in every),
-        explained=sum(item.explained for item in every),
-        unexplained=sum(item.unexplained for item in every),
-        rate_bound=None,
-    )
-
-
 def rate_bound(report: VerificationReport) -> float | None:
     """95 % upper bound of the flip rate on real images, the weakest over the runtimes; None unless each has one.
 
@@ -117,13 +52,6 @@ def rate_bound(report: VerificationReport) -> float | None:
     counted = [row.flips for row in rows if row.flips is not None]
     bounds = [flips.rate_bound for flips in counted if flips.rate_bound is not None]
     return max(bounds) if bounds and len(bounds) == len(counted) else None
-
-
-def number(value: float | None) -> str:
-    """A measured size in two significant digits: '3.8e-07', '12', 'infinite', or NOTHING for what is no number."""
-    if value is None or not math.isfinite(value):
-        return NOTHING
-    return "infinite" if abs(value) >= _INFINITE else f"{value:.2g}"
 
 
 def flipped(flips: Flips | None) -> str:
@@ -147,17 +75,6 @@ def module_name(path: str) -> str:
     return path or "(root)"
 
 
-def word(passed: bool) -> str:
-    """The verdict as a word: no reader has to see colours."""
-    return "PASS" if passed else "FAIL"
-
-
-def _pressure(row: Row) -> float:
-    if row.error is None or row.bound is None:
-        return math.inf if not row.passed else -1.0
-    return row.error / row.bound if row.bound else (math.inf if row.error else 0.0)
-
-
 #: Stages that a run goes through -> heading of their column, in the order of the table. The others look at files.
 RUN_STAGES: dict[str, str] = {
     "golden": "golden",
@@ -169,8 +86,8 @@ RUN_STAGES: dict[str, str] = {
     "labels": "labels",
     "precision": "precision",
 }
-#: Stages whose error is that of the kernels, against the unfolded network.
-KERNEL_STAGES = ("strict", "shipping")
+#: Stages whose error is that of the kernels, against the unfolded network -> the arithmetic of the stage.
+KERNEL_STAGES: dict[str, str] = {"strict": "full float32 arithmetic", "shipping": "the precision that is served"}
 #: Part of ``RunSettings.describe`` -> options of ``bnexport verify`` that ask for it.
 OPTIONS: dict[str, tuple[str, ...]] = {
     "IO binding": ("--io-binding",),

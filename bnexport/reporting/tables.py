@@ -17,18 +17,15 @@ from bnexport.files import forget_reader
 from bnexport.folding.report import GONE, OUTCOMES, FoldOutcome, FoldReport, FoldRow
 from bnexport.reporting.summary import (
     KERNEL_STAGES,
-    NOTHING,
     ReportedRun,
     certified,
     class_name,
     file_groups,
     flips,
     module_name,
-    number,
     runs,
-    word,
 )
-from bnexport.verification.verdict import FaultResult, VerificationReport
+from bnexport.verification.verdict import NOTHING, FaultResult, VerificationReport, number, word
 
 if TYPE_CHECKING:
     from bnexport.verification.verdict import Flips, VerificationReport
@@ -128,16 +125,16 @@ def account_of(row: FoldRow) -> str:
     return "; ".join(part for part in (target_of(row), row.reason, hint, dead) if part) or NOTHING
 
 
-#: Length up to which a row's sentences are printed whole.
-_LONG_ACCOUNT = 120
+#: Largest number of letters in a cell of the terminal's table: at most four lines in 80 columns.
+_LONGEST_CELL = 120
 
 
 def short_account_of(row: FoldRow) -> str:
-    """Return ``account_of`` where it is short; else the reason alone, each side up to its first comma."""
+    """Return ``account_of`` if it is short; else the reason alone, each side up to its first comma, cut to the cell."""
     whole = account_of(row)
-    if len(whole) <= _LONG_ACCOUNT or not row.reason:
-        return whole
-    return "; ".join(re.split(r", | \(docs", side, maxsplit=1)[0] for side in row.reason.split("; "))
+    if len(whole) > _LONGEST_CELL and row.reason:
+        whole = "; ".join(re.split(r", | \(docs", side, maxsplit=1)[0] for side in row.reason.split("; "))
+    return whole if len(whole) <= _LONGEST_CELL else f"{whole[: _LONGEST_CELL - 3].rstrip()}..."
 
 
 #: Colour of a word in a table; the word itself carries the meaning.
@@ -146,12 +143,32 @@ STYLES: dict[str, str] = {
     "FAIL": "bold red",
     **{outcome: "green" if outcome in GONE else "yellow" for outcome in OUTCOMES},
 }
-#: Failed rows that are printed with their reason: one fault fails every runtime on every input, and the first tells it.
+#: Number of failures that are printed: one fault fails every runtime on every input, so the first ones show the cause.
 _LISTED_FAILURES = 8
-#: Samples with a changed label that are printed, those that nothing explains first.
+#: Number of samples with a changed label that are printed, unexplained ones first.
 _LISTED_FLIPS = 8
-#: BatchNorm calls up to which each has its row; of more, those that are gone are counted by outcome and rule.
+#: Largest number of BatchNorm calls with one row each; of more, removed ones are counted by outcome and rule.
 _LISTED_CALLS = 30
+#: Columns of the table of runtimes, one line each.
+LEGEND = (
+    "golden vectors: inputs and outputs stored in the bundle at export, replayed here",
+    "max error: largest |difference| / largest |reference output| (error of scale)",
+    "x predicted noise: max error / the error predicted for this precision and model",
+    "across batch sizes: the same samples in other batch sizes, and a second time",
+    "labels changed: class differs from that of the network before the fold",
+    "labels proven stable: no error within the bound can change the class",
+)
+#: Check of the files -> the condition under which it passes, for its first line.
+FILE_CHECKS: dict[str, str] = {
+    "integrity": "SHA-256 as recorded",
+    "golden": "vectors can be read",
+    "golden-reference": "original gives them",
+    "accuracy": "same as at export",
+    "declaration": "as in the manifest",
+    "file-proof": "exact in float64",
+    "weights": "same in all formats",
+}
+_NO_DRIVER = "no NVIDIA driver"
 
 
 class _Console(Console):
@@ -182,6 +199,13 @@ def print_fold_report(report: FoldReport, console: Console) -> None:
         _print_calls(rows, console)
         if any(short_account_of(row) != account_of(row) for row in rows):
             console.print(literal("Reasons are shortened: --json prints them whole, with what would help.", console))
+        shown = [outcome for outcome in OUTCOMES if any(row.outcome == outcome for row in rows)]
+        if gone := ", ".join(outcome for outcome in shown if outcome in GONE):
+            console.print(literal(f"{gone}: gone, now part of other layers' weights", console, style="dim"))
+        for outcome in shown:
+            if outcome not in GONE:
+                console.print(literal(f"{outcome}: {OUTCOMES[outcome]}", console, style="dim"))
+        console.print(literal("|scale|: smallest..largest |gamma / sqrt(var + eps)|", console, style="dim"))
     for sentence in (growth_of(report), verdict_of(report)):
         if sentence:
             console.print(literal(sentence, console), soft_wrap=True)
@@ -208,8 +232,8 @@ def _print_tallies(report: FoldReport, console: Console) -> None:
 def _print_calls(rows: Sequence[FoldRow], console: Console) -> None:
     table = make_table(console)
     table.add_column("outcome", no_wrap=True)
-    table.add_column("BatchNorm", overflow="fold")
-    table.add_column("into what, or why not", overflow="fold")
+    table.add_column("BatchNorm", overflow="fold", max_width=26)
+    table.add_column("folded into, or why not", overflow="fold")
     table.add_column("|scale|", justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
@@ -222,42 +246,90 @@ def _print_calls(rows: Sequence[FoldRow], console: Console) -> None:
 
 
 def print_verification(
-    report: VerificationReport, console: Console, *, labels: Sequence[str] | None = None, advice: str = ""
+    report: VerificationReport,
+    console: Console,
+    *,
+    labels: Sequence[str] | None = None,
+    advice: str = "",
+    verbose: bool = False,
 ) -> None:
-    """Print the files and the runs with their worst comparisons, the findings, each failure, then the verdict.
+    """Print the verdict, then the checks behind it; the arguments are those of the two functions below."""
+    print_verdict(report, console, advice=advice)
+    print_checks(report, console, labels=labels, verbose=verbose)
+
+
+def print_verdict(report: VerificationReport, console: Console, *, advice: str = "") -> None:
+    """Print the verdict as one line, then the first failures and every warning.
 
     ``advice`` follows the coverage of a verdict that covers a part of the proof.
+    """
+    console.print(literal(report.summary(advice=advice), console, style=STYLES[word(report.passed)]), soft_wrap=True)
+    for row in report.failures[:_LISTED_FAILURES]:
+        console.print(literal(f"FAIL {row.stage}, {row.run}, {row.case}: {row.reason}", console, style=STYLES["FAIL"]))
+    if (more := len(report.failures) - _LISTED_FAILURES) > 0:
+        console.print(literal(f"and {more} more failed comparisons: --json lists them", console))
+    for warning in report.findings.warnings:
+        console.print(literal(f"WARNING: {warning}", console))
+
+
+def print_checks(
+    report: VerificationReport, console: Console, *, labels: Sequence[str] | None = None, verbose: bool = False
+) -> None:
+    """Print the files and the runtimes with their largest errors, the findings, and the parts that were not run.
+
+    ``labels`` are the class names of changed labels. With ``verbose``, every part that was not run has its whole reason.
     """
     lines = runs(report)
     _print_files(report, console)
     _print_runs(lines, console)
-    for note in (report.inputs, report.coverage, report.reference, *_found(report, lines)):
+    for note in (
+        f"inputs: {report.inputs}" if report.inputs else "",
+        f"compared: {report.coverage}" if report.coverage else "",
+        f"reference: {report.reference}" if report.reference else "",
+        *_found(report, lines),
+    ):
         if note:
             console.print(literal(note, console, style="dim"))
     _print_flips(report, console, labels)
     _print_self_test(report, console)
-    for warning in report.findings.warnings:
-        console.print(literal(f"WARNING: {warning}", console))
-    for name, why in report.skipped.items():
-        console.print(literal(f"not run: {name}: {why}", console))
-    if not report.passed:  # the verdict says it itself when it is PASS
-        for told in report.findings.waived.values():
-            console.print(literal(f"not run: {told}", console))
-    _print_failures(report, console)
-    console.print(literal(report.summary(advice=advice), console, style=STYLES[word(report.passed)]), soft_wrap=True)
+    for line in not_run(report.skipped, console.width, verbose=verbose):
+        console.print(literal(line, console))
+    if not report.passed:  # a verdict PASS contains these sentences
+        for sentence in report.findings.waived.values():
+            console.print(literal(f"not run: {sentence}", console))
+
+
+def not_run(skipped: Mapping[str, str], width: int = 80, *, verbose: bool = False) -> list[str]:
+    """Return one line per cause for the parts that were not run, cut to ``width``; with ``verbose`` one per part, whole."""
+    if verbose:
+        return [f"not run: {name}: {why}" for name, why in skipped.items()]
+    causes: dict[str, list[str]] = {}
+    for name, why in skipped.items():
+        cause = _NO_DRIVER if "NVIDIA driver" in why else re.split(r"; | \(|, so |\. ", why, maxsplit=1)[0]
+        causes.setdefault(cause, []).append(name)
+    lines = []
+    for cause, names in causes.items():
+        line = f"not run: {', '.join(names)}: {cause}"
+        if len(line) > width and len(names) > 1:
+            kind = "GPU runtimes" if cause == _NO_DRIVER else "parts"
+            line = f"not run: {len(names)} {kind}: {cause} (--verbose lists them)"
+        lines.append(line if len(line) <= width else f"{line[: width - 4]} ...")
+    return lines
 
 
 def _print_files(report: VerificationReport, console: Console) -> None:
-    """Print the checks made without an engine, and the checks that no run reached."""
+    """Print the checks made without an engine, and the checks that no runtime reached."""
     gathered = file_groups(report)
     if not gathered:
         return
     table = make_table(console)
     table.add_column("", no_wrap=True)
-    table.add_column("stage", no_wrap=True)
-    table.add_column("file", overflow="fold")
-    for heading in ("n", "error", "bound"):
+    table.add_column("check of files", no_wrap=True)
+    table.add_column("file", overflow="fold", min_width=10)
+    for heading in ("compared", "max error", "bound"):
         table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("passes if", overflow="fold", min_width=20)
+    meanings = dict(FILE_CHECKS)
     for group in gathered:
         worst = group.worst
         table.add_row(
@@ -267,42 +339,45 @@ def _print_files(report: VerificationReport, console: Console) -> None:
             str(group.n),
             number(worst.error if worst else None),
             number(worst.bound if worst else None),
+            literal(meanings.pop(group.stage, ""), console, style="dim"),  # once each
         )
     console.print(table)
 
 
 def _print_runs(lines: Sequence[ReportedRun], console: Console) -> None:
-    """One line per runtime and settings. A stage that failed says so in place of its number."""
+    """Print one line per runtime and settings. A stage that failed has FAIL in place of its number."""
     if not lines:
         return
     table = make_table(console)
     table.add_column("", no_wrap=True)
-    table.add_column("runtime", overflow="fold", min_width=17)
-    for heading in ("golden", "error", "x pred", "again", "flips", "sure"):
+    table.add_column("\n\nruntime", overflow="fold", min_width=17)
+    for heading in (
+        "\ngolden\nvectors",
+        "\nmax\nerror",
+        "x\npredicted\nnoise",
+        "across\nbatch\nsizes",
+        "\nlabels\nchanged",
+        "labels\nproven\nstable",
+    ):
         table.add_column(heading, justify="right", no_wrap=True)
     for run in lines:
         kernels = run.kernels
         table.add_row(
             literal(word(run.passed), console),
             literal(run.name, console),
-            *(literal(_stage_cell(run, stages), console) for stages in (("golden",), KERNEL_STAGES)),
+            *(literal(_stage_cell(run, stages), console) for stages in (("golden",), tuple(KERNEL_STAGES))),
             number(kernels.ratio if kernels else None),
             literal(_stage_cell(run, ("batch-size", "repeat")), console),
             _changed(kernels.flips if kernels else None),
             certified(kernels.flips if kernels else None),
         )
     console.print(table)
-    for note in (
-        f"error: largest |difference| / largest |reference|, worst case of each row{_bounds(lines)}",
-        "x pred: in units of the noise predicted for this precision on the same inputs",
-        "again: in other batch sizes, and a second time",
-        "sure: labels that no error within the bound could change",
-    ):
+    for note in (*LEGEND, *_bounds(lines)):
         console.print(literal(note, console, style="dim"))
 
 
 def _stage_cell(run: ReportedRun, stages: Sequence[str]) -> str:
-    """The largest error of some stages, FAIL where one failed, "ok" where none has a number."""
+    """Return the largest error of some stages, FAIL where one failed, "ok" where none has a number."""
     rows = [row for stage in stages if stage in run.stages for row in run.stages[stage].rows]
     if not rows:
         return NOTHING
@@ -312,16 +387,16 @@ def _stage_cell(run: ReportedRun, stages: Sequence[str]) -> str:
     return number(max(errors)) if errors else "ok"
 
 
-def _bounds(lines: Sequence[ReportedRun]) -> str:
-    """Return the bounds by stage: "; bound: strict 1e-05, shipping 0.02 to 0.028"."""
-    told = []
-    for stage in KERNEL_STAGES:
+def _bounds(lines: Sequence[ReportedRun]) -> list[str]:
+    """Return one line per stage of the kernels, with its bound: "strict: ...; max error at most 1e-05"."""
+    found = []
+    for stage, meaning in KERNEL_STAGES.items():
         rows = [row for run in lines if stage in run.stages for row in run.stages[stage].rows]
         bounds = sorted(row.bound for row in rows if row.bound is not None)
         if bounds:
             low, high = number(bounds[0]), number(bounds[-1])
-            told.append(f"{stage} {low}" if low == high else f"{stage} {low} to {high}")
-    return f"; bound: {', '.join(told)}" if told else ""
+            found.append(f"{stage}: {meaning}; max error at most {low if low == high else f'{low} to {high}'}")
+    return found
 
 
 def _changed(flips: Flips | None) -> str:
@@ -329,26 +404,27 @@ def _changed(flips: Flips | None) -> str:
 
 
 def _found(report: VerificationReport, lines: Sequence[ReportedRun]) -> list[str]:
-    """Predictions, precisions that are not float32, changes of accuracy, layers that left their prediction."""
-    told = []
+    """Return lines on predictions, precisions that are not float32, accuracy, and layers outside their prediction."""
+    found = []
     for item in report.findings.predictions:
-        labels = "" if item.flips is None else f", {item.flips} of {item.n} labels change"
-        told.append(f"predicted: {item.precision} {number(item.error)} of scale{labels} ({item.inputs})")
+        labels = "" if item.flips is None else f", {item.flips} of {item.n} labels changed"
+        found.append(f"predicted in {item.precision}: max error {number(item.error)}{labels} ({item.inputs})")
     for run in lines:
-        told += [f"{run.name}: {row.reason}" for row in run.rows if row.detected not in ("", "float32") and row.passed]
+        found += [f"{run.name}: {row.reason}" for row in run.rows if row.detected not in ("", "float32") and row.passed]
     same: dict[str, list[str]] = {}
     for run in lines:
         for row in run.stages["accuracy-change"].rows if "accuracy-change" in run.stages else ():
             same.setdefault(row.reason, []).append(run.name)
-    told += [f"accuracy-change: {reason}: {'; '.join(names)}" for reason, names in same.items()]
+    for reason, names in same.items():
+        found.append(f"accuracy: {reason}: {'every runtime' if len(names) == len(lines) else '; '.join(names)}")
     for name, layers in report.findings.drift.items():
         first = next((layer for layer in layers if layer.left), None)
         if first is not None:
-            told.append(
-                f"{name}: {first.layer} ({first.operator}) is the first layer that leaves its prediction:"
-                f" {number(first.error)} of scale, {number(first.predicted)} predicted"
+            found.append(
+                f"{name}: {first.layer} ({first.operator}) is the first layer with more than its predicted error:"
+                f" {number(first.error)}, {number(first.predicted)} predicted"
             )
-    return told
+    return found
 
 
 def _print_flips(report: VerificationReport, console: Console, labels: Sequence[str] | None) -> None:
@@ -360,14 +436,14 @@ def _print_flips(report: VerificationReport, console: Console, labels: Sequence[
         why = "explained" if item.explained else "NOT explained"
         console.print(
             literal(
-                f"flip {item.index}: {before} -> {after}{true}, margin"
+                f"label changed, sample {item.index}: {before} -> {after}{true}, margin"
                 f" {number(item.margin)}, {why}; {'; '.join(flip.runs)}",
                 console,
                 style="dim" if item.explained else STYLES["FAIL"],
             )
         )
     if (more := len(changed) - _LISTED_FLIPS) > 0:
-        console.print(literal(f"and {more} more flips, all of them in the JSON report", console, style="dim"))
+        console.print(literal(f"and {more} more changed labels: --json lists them", console, style="dim"))
 
 
 def _print_self_test(report: VerificationReport, console: Console) -> None:
@@ -385,15 +461,8 @@ def _print_self_test(report: VerificationReport, console: Console) -> None:
             cells = (fault.fault, fault.where, fault.expected, ", ".join(fault.caught) or "nothing")
             table.add_row(shown, *(literal(cell, console) for cell in cells))
         console.print(table)
-    if told := self_test_sentence(report):
-        console.print(literal(f"self-test: {told}", console, style=STYLES["FAIL"] if report.missed else ""))
-
-
-def _print_failures(report: VerificationReport, console: Console) -> None:
-    for row in report.failures[:_LISTED_FAILURES]:
-        console.print(literal(f"FAIL {row.stage}, {row.run}, {row.case}: {row.reason}", console, style=STYLES["FAIL"]))
-    if (more := len(report.failures) - _LISTED_FAILURES) > 0:
-        console.print(literal(f"and {more} more failed rows, all of them in the JSON report", console))
+    if sentence := self_test_sentence(report):
+        console.print(literal(f"self-test: {sentence}", console, style=STYLES["FAIL"] if report.missed else ""))
 
 
 def print_environment(record: Mapping[str, Any], console: Console) -> None:

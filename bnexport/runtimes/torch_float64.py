@@ -7,9 +7,10 @@ tensors. The remaining difference from the original is the one rounding of the w
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,22 +32,25 @@ _NARROW_NUMBERS, _DOUBLE_NUMBER = (5, 6, 15), 7
 
 
 class TorchFloat64Evaluator:
-    """Evaluates a file of torch, with the name of a row of WIDENED, with every float widened to float64.
+    """Evaluates a file of torch, with the name of a row of TORCH_FILES, with every float widened to float64.
 
-    Inputs and outputs of the signature are in the file's order. ``chunk`` samples are evaluated at once where the batch
-    dimension varies, which bounds the memory.
+    Args:
+        file: The file, or what ``TorchFile.load`` returned for it.
+        signature: Inputs and outputs in the file's order.
+        chunk: Samples evaluated at once where the batch dimension varies; bounds the memory.
 
     Raises:
         BundleError: The file can't be read, or its graph can't be widened.
     """
 
-    def __init__(self, file: Path, signature: Signature, *, chunk: int = 64) -> None:
-        self._name = file.name
+    def __init__(self, file: Path | TorchFile, signature: Signature, *, chunk: int = 64) -> None:
+        opened = TorchFile.load(file) if isinstance(file, Path) else file
+        self._name = opened.name
         self._signature = signature
         self.varies = all(isinstance(spec.shape[0], str) for spec in signature.inputs)
         self._chunk = chunk if self.varies else None
         try:
-            self._function = WIDENED[self._name](file)
+            self._function = TORCH_FILES[self._name].widened(opened)
         except BnexportError:
             raise
         except Exception as error:  # torch's compilers raise many unrelated classes
@@ -91,10 +95,44 @@ class TorchFloat64Evaluator:
         )
 
 
-def _widened_program(file: Path) -> Callable[..., Any]:
+@dataclass(frozen=True)
+class TorchFile:
+    """A loaded file of torch, whose module is not changed after loading."""
+
+    name: str
+    #: A ScriptModule or an ExportedProgram.
+    module: Any
+    #: Every tensor in the file: parameters, buffers and constants, in the types of the file.
+    tensors: Sequence[Tensor]
+
+    @classmethod
+    def load(cls, file: Path) -> TorchFile:
+        """Load a file with the name of a row of TORCH_FILES.
+
+        Raises:
+            BundleError: The file can't be read.
+        """
+        kind = TORCH_FILES[file.name]
+        module = kind.load(file)
+        return cls(file.name, module, [tensor.detach() for tensor in kind.tensors(module)])
+
+
+def _script_tensors(module: Any) -> list[Tensor]:
+    """Return constants (freezing makes weights constants), parameters and buffers of a TorchScript module."""
+    constants = [node.t("value") for node in tensor_constants(module.graph)]
+    return [*constants, *module.parameters(), *module.buffers()]
+
+
+def _program_tensors(program: Any) -> list[Tensor]:
+    """Return parameters, buffers and constants of an exported program."""
+    found = (*program.state_dict.values(), *program.constants.values())
+    return [value for value in found if isinstance(value, Tensor)]
+
+
+def _widened_program(file: TorchFile) -> Callable[..., Any]:
     """Return an exported program's graph, run node by node, so that every value is checked."""
     with quiet():
-        module = load_exported_program(file).module(check_guards=False)
+        module = file.module.module(check_guards=False)
     module._forward_pre_hooks.clear()  # they refuse inputs of another type than the exported one
     assert isinstance(module, GraphModule)
     module.double()
@@ -127,9 +165,9 @@ class _LookingInterpreter(Interpreter):
         return result
 
 
-def _widened_script(file: Path) -> Callable[..., Any]:
+def _widened_script(file: TorchFile) -> Callable[..., Any]:
     """Return a TorchScript function made from a copy of the file's graph."""
-    module = load_torchscript(file)
+    module = file.module
     with quiet():
         if next(module.parameters(), None) is not None or next(module.buffers(), None) is not None:
             module = torch.jit.freeze(module, optimize_numerics=False)  # weights become constants of one graph
@@ -174,10 +212,18 @@ def _script_nodes(block: Any) -> Iterator[Any]:
             yield from _script_nodes(inner)
 
 
-#: File of a bundle -> its function on tensors, all of it in float64.
-WIDENED: dict[str, Callable[[Path], Callable[..., Any]]] = {
-    MODEL_TORCHSCRIPT: _widened_script,
-    MODEL_EXPORTED: _widened_program,
+class _TorchFormat(NamedTuple):
+    """One row of TORCH_FILES: how a file is loaded, its tensors, and its function on tensors in float64."""
+
+    load: Callable[[Path], Any]
+    tensors: Callable[[Any], list[Tensor]]
+    widened: Callable[[TorchFile], Callable[..., Any]]
+
+
+#: File of a bundle -> its format.
+TORCH_FILES: dict[str, _TorchFormat] = {
+    MODEL_TORCHSCRIPT: _TorchFormat(load_torchscript, _script_tensors, _widened_script),
+    MODEL_EXPORTED: _TorchFormat(load_exported_program, _program_tensors, _widened_program),
 }
 
 

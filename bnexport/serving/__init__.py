@@ -1,1 +1,1 @@
-"""A bundle put to work."""
+"""Prediction with a bundle: a server, bulk prediction, and single pictures."""

@@ -1,4 +1,4 @@
-"""Log lines as JSON, one object per line, written by a thread: a reader who is slow must not stop the server."""
+"""A log of JSON objects, one per line. A thread writes it, so that a slow reader can't stop the server."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from typing import IO, Any
 
 import orjson
 
-#: Seconds that a request's line may wait for others, and requests that are written together: that is faster than one by
-#: one, and takes less than a millisecond.
+#: Longest delay in seconds and number of requests' lines that are written together, which takes less than a millisecond and
+#: is faster than line by line.
 _DELAY, _MANY = 0.1, 250
-#: Pieces that may wait for a slow reader; what comes when there are more is dropped, and counted.
+#: Pieces that may wait for a slow reader; further ones are dropped and counted.
 _PIECES = 256
-#: Seconds for the last lines at the end.
+#: Seconds for writing the last lines when the log is closed.
 _PATIENCE = 2.0
 
 
 class JsonLog:
     """Writes events to a text stream. The server keeps serving if the stream's reader is gone.
 
-    ``access`` adds a line for each request; ``process``, a number among several processes, stands in each line.
+    ``access`` adds a line for each request. ``process`` is the number among several processes, and a field of each line.
     """
 
     def __init__(self, stream: IO[str], *, access: bool = True, process: int | None = None) -> None:
@@ -63,7 +63,7 @@ class JsonLog:
             self._loggers.append(logger)
 
     def flush(self) -> None:
-        """Hand waiting lines to the writing thread."""
+        """Pass waiting lines to the writing thread."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -94,12 +94,12 @@ class JsonLog:
                 for part in _parts(piece) if self._own else (piece,):
                     self._stream.write(part.decode())
                     self._stream.flush()
-            except (OSError, ValueError):  # the reader went away, or the disk is full
+            except (OSError, ValueError):  # the reader is gone, or the disk is full
                 continue
 
 
 class _Handler(logging.Handler):
-    """Turns log records of libraries into events: their own lines would not be JSON, and would block on a slow reader."""
+    """Logs records of libraries as events. Their own handlers write no JSON, and block on a slow reader."""
 
     def __init__(self, log: JsonLog) -> None:
         super().__init__(logging.WARNING)
@@ -114,7 +114,7 @@ class _Handler(logging.Handler):
 
 
 def _parts(piece: bytes) -> Iterator[bytes]:
-    """Yield whole lines, as many as a pipe takes in one piece (pipe(7): PIPE_BUF), so that processes do not mix them."""
+    """Yield whole lines in pieces that a pipe writes atomically (pipe(7): PIPE_BUF), so that processes do not mix them."""
     start = 0
     while start < len(piece):
         end = piece.rfind(b"\n", start, start + select.PIPE_BUF) + 1 or piece.find(b"\n", start) + 1 or len(piece)
@@ -123,9 +123,9 @@ def _parts(piece: bytes) -> Iterator[bytes]:
 
 
 def _line(fields: dict[str, Any]) -> bytes:
-    """Return a line in ASCII, which is JSON in any encoding of a stream."""
+    """Return a line of JSON in ASCII, which every encoding of a stream can write."""
     try:
         line = orjson.dumps(fields, default=str, option=orjson.OPT_APPEND_NEWLINE)
-    except TypeError:  # a file's name that is no UTF-8; one line must not keep the others from being written
+    except TypeError:  # a file name that is not UTF-8; the other lines must still be written
         return json.dumps(fields, default=str).encode() + b"\n"
     return line if line.isascii() else json.dumps(orjson.loads(line)).encode() + b"\n"

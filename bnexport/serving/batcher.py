@@ -1,14 +1,14 @@
-"""Natural batching: a batch is whatever has queued while the previous one ran. Nobody waits for company.
+"""Natural batching: a batch contains the requests that queued while the previous batch ran. No request is delayed to fill one.
 
-All of it lives on the event loop's thread; engines that take long run in threads of their own. A request of a small model
-costs less than the way to a thread and back, so where there is one session and a batch is expected to take less than
-INLINE_SECONDS it runs on the loop itself. Requests that arrived together are still one batch: they queue in the turn of the
-loop in which they were read, and the batch is made in the next.
+The batcher runs on the event loop's thread; slow engines run in separate threads. A request of a small model costs less than
+a switch to a thread and back, so with one session, a batch that is expected to take less than INLINE_SECONDS runs on the loop
+itself. Requests that arrive together still form one batch: they queue in the turn of the loop in which they are read, and the
+batch is made in the next turn.
 
 When an engine refuses a batch, each of its requests runs again alone: the values of one must not fail the others.
 
-Whoever waits for an answer is told by a call, not by a task that has to be woken: a future is one such Waiter, and the fast
-lane of HTTP has its own.
+An answer is delivered by a call of a Waiter, without waking a task: an asyncio future is a Waiter, and so is a request in the
+fast lane of HTTP.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from bnexport.runtimes.base import Runner
 from bnexport.serving.counters import ModelStatistics
 from bnexport.tensors import Array
 
-#: A batch may keep the event loop for so long; health checks and other models wait meanwhile.
+#: Longest expected time of a batch on the event loop; health checks and other models wait meanwhile.
 INLINE_SECONDS = 0.002
-#: How the names of the engines' threads begin.
+#: Prefix of the names of the engines' threads.
 THREADS = "bnexport-session"
 
 
@@ -54,24 +54,24 @@ class BatchLimits:
 
     rows: int = 64  # Samples of one batch; a request with more runs alone
     queue: int = 1024  # Requests that may wait
-    deadline: float = 30.0  # Seconds from a request's coming to its answer
+    deadline: float = 30.0  # Seconds from a request's arrival to its answer
 
 
-#: Output name -> (rows, ...), or why there is none.
-Outcome = dict[str, Array] | BnexportError
+#: Output name -> (rows, ...), or the error.
+BatchOutcome = dict[str, Array] | BnexportError
 
 
 class Waiter(Protocol):
     """Receiver of an answer: the part of ``asyncio.Future`` that the batcher uses. Its methods must not raise."""
 
     def done(self) -> bool:
-        """Return True if the request was answered or given up."""
+        """Return True if the request was answered or abandoned."""
 
     def set_result(self, result: dict[str, Array], /) -> None:
-        """Take output name -> (rows, ...)."""
+        """Receive output name -> (rows, ...)."""
 
     def set_exception(self, exception: BnexportError, /) -> None:
-        """Take the reason for a missing answer."""
+        """Receive the error instead of an answer."""
 
 
 class _Waiting:
@@ -94,8 +94,8 @@ class Batcher:
     """The queue in front of the sessions of one model.
 
     Args:
-        runners: Open; each runs one batch at a time.
-        cost: Cost of a batch on one of them.
+        runners: Open runners; each runs one batch at a time.
+        cost: Cost of a batch on one runner.
         limits: Limits of the queue and the batches.
         batches: Run samples of several requests together (``Signature.batched``).
     """
@@ -129,7 +129,7 @@ class Batcher:
     def submit(
         self, inputs: dict[str, Array], rows: int, timeout: float | None = None
     ) -> asyncio.Future[dict[str, Array]]:
-        """Queue a request as ``enqueue`` does; the future gives output name -> (rows, ...)."""
+        """Queue a request; return a future for output name -> (rows, ...)."""
         future: asyncio.Future[dict[str, Array]] = asyncio.get_running_loop().create_future()
         self.enqueue(inputs, rows, future, timeout)
         return future
@@ -137,16 +137,14 @@ class Batcher:
     def enqueue(self, inputs: dict[str, Array], rows: int, waiter: Waiter, timeout: float | None = None) -> None:
         """Queue a request that fits the model."""
         if len(self._queue) >= self.limits.queue:
-            raise NotServing(
-                f"{len(self._queue)} requests are waiting, which is the limit", remedy="Try again in a second"
-            )
+            raise NotServing(f"{len(self._queue)} requests wait, which is the limit", remedy="Try again in a second")
         loop = asyncio.get_running_loop()
         patience = self.limits.deadline if timeout is None else min(timeout, self.limits.deadline)
         self._queue.append(_Waiting(inputs, rows, waiter, loop.time() + patience))
         self._wake(loop)
 
     def run_now(self, inputs: dict[str, Array], rows: int) -> dict[str, Array] | None:
-        """Run a request that has no concurrent ones at once; None if it has to queue."""
+        """Run a request at once if no other one waits or runs and the model is fast; return None if it has to queue."""
         if self._queue or len(self._runners) > 1 or not self._idle:
             return None
         if self._cost.seconds(sum(array.nbytes for array in inputs.values())) >= INLINE_SECONDS:
@@ -158,7 +156,7 @@ class Batcher:
         return outcome
 
     def expire(self) -> None:
-        """Fail every request whose deadline has passed; to be called regularly."""
+        """Fail every request whose deadline has passed. The server calls it regularly."""
         now = asyncio.get_running_loop().time()
         for item in (*self._queue, *(item for batch in self._running for item in batch)):
             if item.deadline <= now:
@@ -187,7 +185,7 @@ class Batcher:
             if len(self._runners) == 1 and self._cost.seconds(size) < INLINE_SECONDS:
                 outcome, ns = _run_batch(runner, batch)
                 self._finish(runner, batch, outcome, ns)
-                break  # the loop reads what has come meanwhile, which is the next batch
+                break  # the loop first reads the requests that arrived meanwhile: they are the next batch
             future = loop.run_in_executor(self._threads, _run_batch, runner, batch)
             future.add_done_callback(functools.partial(self._returned, loop, runner, batch))
         self._wake(loop)
@@ -199,7 +197,7 @@ class Batcher:
         self._wake(loop)
 
     def _take(self, now: float) -> list[_Waiting]:
-        """Take the next batch from the front of the queue, as long as shapes agree and the rows suffice."""
+        """Take requests of the same shapes from the front of the queue, up to the largest batch."""
         batch: list[_Waiting] = []
         rows = 0
         while self._queue:
@@ -217,12 +215,12 @@ class Batcher:
             self._queue.popleft()
         return batch
 
-    def _finish(self, runner: Runner, batch: list[_Waiting], outcome: Outcome, infer_ns: int) -> None:
+    def _finish(self, runner: Runner, batch: list[_Waiting], outcome: BatchOutcome, infer_ns: int) -> None:
         self._idle.append(runner)
         self._running.remove(batch)
         if isinstance(outcome, BnexportError) and len(batch) > 1:
             for item in batch:
-                item.key = item  # is no other's key
+                item.key = item  # differs from every other key
             self._queue.extendleft(reversed(batch))
             return
         now = time.perf_counter_ns()
@@ -248,43 +246,43 @@ def _together(batch: list[_Waiting]) -> dict[str, Array]:
     return {name: np.concatenate([item.inputs[name] for item in batch]) for name in feeds}
 
 
-def _run_batch(runner: Runner, batch: list[_Waiting]) -> tuple[Outcome, int]:
+def _run_batch(runner: Runner, batch: list[_Waiting]) -> tuple[BatchOutcome, int]:
     try:
         feeds = _together(batch)
-    except Exception as error:  # a session that is not given back would never run again
+    except Exception as error:  # otherwise the session would never be idle again
         return _fault(error), 0
     return _run(runner, feeds)
 
 
-def _run(runner: Runner, feeds: dict[str, Array]) -> tuple[Outcome, int]:
+def _run(runner: Runner, feeds: dict[str, Array]) -> tuple[BatchOutcome, int]:
     """Run a batch; return the outputs or the error, and the nanoseconds of the engine."""
     start = time.perf_counter_ns()
     try:
-        outcome: Outcome = runner.run_fitting(feeds)
-    except Exception as error:  # whatever it is, nobody may wait for it for ever
+        outcome: BatchOutcome = runner.run_fitting(feeds)
+    except Exception as error:  # otherwise the client would wait for ever
         outcome = _fault(error)
     return outcome, time.perf_counter_ns() - start
 
 
 def _blamed(error: BnexportError) -> BnexportError:
-    """Return the error for the request that caused it.
+    """Return a RequestError if the request's values caused the error.
 
-    A file that has answered its golden vectors can run, so what ONNX Runtime calls an invalid argument is the request's, such
-    as an index past the end of a table.
+    The file has answered its golden vectors, so an invalid argument in ONNX Runtime's words comes from the request, such as an
+    index past the end of a table.
     """
     cause = error.__cause__
     if cause is None or not isinstance(error, BundleError) or type(cause).__name__ != "InvalidArgument":
         return error
     reason = one_line(cause).rpartition("Status Message: ")[2]
-    return RequestError(f"the model can't take these values: {reason}", remedy="Send values that it takes")
+    return RequestError(f"the model can't take these values: {reason}", remedy="Send values in the model's range")
 
 
 def _fault(error: Exception) -> BnexportError:
     if isinstance(error, BnexportError):
         return _blamed(error)
     if isinstance(error, MemoryError):
-        return NotServing("this machine has too little memory for the batch", remedy="Send fewer samples")
-    return NotServing(f"the batch failed: {one_line(error)}", remedy="Look into the log", status=500)
+        return NotServing("out of memory for the batch", remedy="Send fewer samples")
+    return NotServing(f"the batch failed: {one_line(error)}", remedy="Look into the server's log", status=500)
 
 
 def _fail(item: _Waiting, error: BnexportError) -> None:
@@ -293,4 +291,6 @@ def _fail(item: _Waiting, error: BnexportError) -> None:
 
 
 def _late() -> NotServing:
-    return NotServing("the answer was not there in time", remedy="Wait longer, or send less", status=504)
+    return NotServing(
+        "the answer was not ready before the deadline", remedy="Allow more time, or send less", status=504
+    )

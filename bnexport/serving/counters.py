@@ -1,42 +1,36 @@
 """Counters of a server: of one model version, of one process, and of all processes that share a port.
 
-Counters are plain numbers, added up on the event loop's thread. They are written by hand on purpose: prometheus_client's
-multiprocess mode does not take custom collectors. Several processes keep theirs in memory that all of them hold open.
+Counters are plain numbers, updated on the event loop's thread. They are hand-written on purpose: prometheus_client's
+multiprocess mode does not take custom collectors. Several processes share their counters in memory that all of them have open.
 """
 
 from __future__ import annotations
 
 import os
+import pickle
 import struct
 import time
 import zlib
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
-
-import orjson
 
 #: Upper edges of the histogram of answer times, in seconds: a LeNet's 100 us to a slow model's 10 s.
 SECONDS = (0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 #: Upper edges of the histogram of batch sizes.
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
-#: The fields of ModelStatistics by their kind.
-_DURATIONS, _HISTOGRAMS = ("success", "fail", "queue", "infer"), ("seconds", "batches")
-_NUMBERS = ("rows", "executions", "last_ms")
-
 
 @dataclass(slots=True)
 class Duration:
-    """Number of events and their nanoseconds in all."""
+    """Number of events and their total nanoseconds."""
 
     count: int = 0
     ns: int = 0
 
     def add(self, ns: int, times: int = 1) -> None:
-        """Add ``times`` events of ``ns`` nanoseconds together."""
+        """Add ``times`` events that took ``ns`` nanoseconds in total."""
         self.count += times
         self.ns += ns
 
@@ -74,7 +68,7 @@ class ModelStatistics:
     success: Duration = field(default_factory=Duration)  # Whole requests, from their last byte to their answer
     fail: Duration = field(default_factory=Duration)  # Failed requests, likewise
     queue: Duration = field(default_factory=Duration)  # Time in the queue
-    infer: Duration = field(default_factory=Duration)  # Time of the engine, shared out among the requests of a batch
+    infer: Duration = field(default_factory=Duration)  # Time of the engine, divided among the requests of a batch
     rows: int = 0  # Samples
     executions: int = 0  # Batches
     last_ms: int = 0  # Milliseconds since 1970 of the last request; 0 before the first
@@ -104,36 +98,13 @@ class ModelStatistics:
 
     def merge(self, other: ModelStatistics) -> None:
         """Add another process's counts of the same version."""
-        for name in _DURATIONS:
+        for name in ("success", "fail", "queue", "infer", "seconds", "batches"):
             getattr(self, name).merge(getattr(other, name))
         self.rows += other.rows
         self.executions += other.executions
         self.last_ms = max(self.last_ms, other.last_ms)
-        self.seconds.merge(other.seconds)
-        self.batches.merge(other.batches)
         for size, found in other.by_size.items():
             self.by_size.setdefault(size, Duration()).merge(found)
-
-    def to_record(self) -> dict[str, Any]:
-        """Return plain JSON values, from which ``from_record`` makes the same counters in another process."""
-        return {
-            **{name: [getattr(self, name).count, getattr(self, name).ns] for name in _DURATIONS},
-            **{name: getattr(self, name) for name in _NUMBERS},
-            **{name: [getattr(self, name).counts, getattr(self, name).total] for name in _HISTOGRAMS},
-            "by_size": [[size, found.count, found.ns] for size, found in self.by_size.items()],
-        }
-
-    @classmethod
-    def from_record(cls, record: dict[str, Any]) -> ModelStatistics:
-        """Read the result of ``to_record``."""
-        found = cls(**{name: record[name] for name in _NUMBERS})
-        for name in _DURATIONS:
-            setattr(found, name, Duration(*record[name]))
-        for name in _HISTOGRAMS:
-            histogram = getattr(found, name)
-            histogram.counts, histogram.total = record[name]
-        found.by_size = {size: Duration(count, ns) for size, count, ns in record["by_size"]}
-        return found
 
     def to_json(self, name: str, version: str) -> dict[str, Any]:
         """Return one entry of "model_stats" (Triton, "Statistics Extension")."""
@@ -167,20 +138,20 @@ class ModelStatistics:
         }
 
 
-#: Before a record's bytes: its number in the order of writing, its length, and its CRC-32.
+#: Header of a record: its sequence number, its length, and its CRC-32.
 _HEAD = struct.Struct("<QII")
-#: Bytes of one of the two places that each slot has. What is not written takes no memory.
+#: Bytes of one of the two places of each slot. Unwritten bytes take no memory.
 _PLACE = 1 << 24
 _TRIES = 5
-#: A heartbeat, and the bytes before the records that are kept for those of all slots.
+#: A heartbeat, and the bytes before the records for the heartbeats of all slots.
 _BEAT, _BEATS = struct.Struct("<Q"), 4096
 
 
 class Records:
     """A record of counters and a heartbeat per slot; each slot has one writer at a time, and any number of readers.
 
-    A record is written to the older of two places. So a reader finds a whole one at any moment, also when the writer was
-    killed in the middle of a write. The memory has no name: nothing is left of it when the last process ends.
+    A record is written to the older of two places, so a reader always finds a complete one, even if the writer was killed
+    during a write. The memory has no name, and disappears with the last process.
 
     Args:
         descriptor: Descriptor of the memory, made by ``new_memory`` in the process that starts the others.
@@ -190,7 +161,7 @@ class Records:
         self._descriptor = descriptor
 
     def write(self, slot: int, record: bytes) -> bool:
-        """Replace a slot's record; return False if it is not written: one of more than 16 MB, of some ten thousand models."""
+        """Replace a slot's record. Return False for one of more than 16 MB (about ten thousand models), not written."""
         if len(record) > _PLACE - _HEAD.size:
             return False
         numbers = [found[0] if (found := self._place(slot, index)) is not None else 0 for index in (0, 1)]
@@ -201,7 +172,7 @@ class Records:
 
     def read(self, slot: int) -> bytes | None:
         """Return a slot's newest record; None before the first."""
-        for _ in range(_TRIES):  # both places can be torn only when the writer wrote twice meanwhile
+        for _ in range(_TRIES):  # both places are torn only if the writer wrote twice meanwhile
             found = [place for index in (0, 1) if (place := self._place(slot, index)) is not None]
             if found:
                 return max(found)[1]
@@ -212,11 +183,11 @@ class Records:
         os.pwrite(self._descriptor, _BEAT.pack(time.monotonic_ns()), slot * _BEAT.size)
 
     def heartbeat(self, slot: int) -> bytes:
-        """Return the last heartbeat: different bytes each time."""
+        """Return the last heartbeat; each one has different bytes."""
         return os.pread(self._descriptor, _BEAT.size, slot * _BEAT.size)
 
     def _place(self, slot: int, index: int) -> tuple[int, bytes] | None:
-        """Return number and bytes of a record; None if there is none, or a torn one."""
+        """Return number and bytes of a record; None if it is missing or torn."""
         start = _offset(slot, index)
         head = os.pread(self._descriptor, _HEAD.size, start)
         if len(head) < _HEAD.size:
@@ -236,7 +207,7 @@ def _offset(slot: int, index: int) -> int:
 
 
 Key = tuple[str, str]
-#: Publishing unasked may take one part in so many of the time.
+#: Time between periodic publications, in multiples of the time that one takes.
 _SPARE = 20.0
 
 
@@ -269,12 +240,12 @@ class Totals:
     active: int = 0  # Requests and calls that are being answered
     calls_active: int = 0  # Calls that are being answered
     models: dict[Key, ModelTotals] = field(default_factory=dict)  # (name, version) -> its totals
-    # Number -> process id of those that run; empty where there is one alone
+    # Number -> process id of the running processes; empty for a single process
     processes: dict[int, int] = field(default_factory=dict)
-    starts: dict[int, int] = field(default_factory=dict)  # Number -> how often that process was started
+    starts: dict[int, int] = field(default_factory=dict)  # Number -> starts of that process
 
     def merge(self, other: Totals) -> None:
-        """Add another process's totals, which stay unchanged."""
+        """Add another process's totals without changing them."""
         self.requests.update(other.requests)
         self.calls.update(other.calls)
         self.active += other.active
@@ -283,39 +254,6 @@ class Totals:
         self.starts |= other.starts
         for key, found in other.models.items():
             self.models.setdefault(key, ModelTotals(ready=None)).merge(found)
-
-    def to_record(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return {
-            "requests": [[route, status, count] for (route, status), count in self.requests.items()],
-            "calls": [[method, code, count] for (method, code), count in self.calls.items()],
-            "active": self.active,
-            "calls_active": self.calls_active,
-            "models": [
-                [*key, m.ready, m.waiting, m.sessions, None if m.statistics is None else m.statistics.to_record()]
-                for key, m in self.models.items()
-            ],
-            "processes": list(self.processes.items()),
-            "starts": list(self.starts.items()),
-        }
-
-    @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> Totals:
-        """Read the result of ``to_record``."""
-        return cls(
-            Counter({(route, status): count for route, status, count in record["requests"]}),
-            Counter({(method, code): count for method, code, count in record["calls"]}),
-            record["active"],
-            record["calls_active"],
-            {
-                (name, version): ModelTotals(
-                    ready, waiting, sessions, None if counted is None else ModelStatistics.from_record(counted)
-                )
-                for name, version, ready, waiting, sessions, counted in record["models"]
-            },
-            dict(record["processes"]),
-            dict(record["starts"]),
-        )
 
     def ended(self) -> Totals:
         """Return the totals of an ended process: its counts, but neither its queues nor its readiness."""
@@ -326,9 +264,9 @@ class Totals:
 class Share:
     """Publishes the counters of one process of several; its successor continues them.
 
-    Counters never fall: a process that is started again goes on where its predecessor was, and whatever has been shown by
-    one process was written before, so that the next one that is asked knows it. What the others counted in the last tenth
-    of a second may be missing.
+    Counters never fall. A restarted process continues from its predecessor's counters. A process writes its counters before it
+    reports them, so every other process reports at least as much afterwards. Counts of the other processes in the last tenth of
+    a second may be missing.
 
     Args:
         records: Records of all processes.
@@ -348,17 +286,17 @@ class Share:
         self._records.beat(self.slot)
 
     def due(self) -> bool:
-        """Return True if it is time to publish; with very many models, less often than ten times a second."""
+        """Return True if it is time to publish: ten times a second, or less often with very many models."""
         return time.monotonic() >= self._due_at
 
     def publish(self, own: Totals) -> Totals:
-        """Write this process's totals plus its predecessors'; return them."""
+        """Write and return the totals of this process and its predecessors."""
         start = time.monotonic()
         self._keep_replaced(own)
         total = Totals(processes={self.slot: os.getpid()})
         total.merge(_of_known(self._before, own))
         total.merge(own)
-        record = orjson.dumps(total.to_record())
+        record = pickle.dumps(total)
         if record != self._written and self._records.write(self.slot, record):
             self._written = record
         end = time.monotonic()
@@ -375,7 +313,7 @@ class Share:
         return total
 
     def _keep_replaced(self, own: Totals) -> None:
-        """Keep the counts of a version that was loaded again and counts from zero."""
+        """Keep the counts of a version that was loaded again: its new counters start at zero."""
         for key, found in own.models.items():
             if found.statistics is None:
                 continue
@@ -386,7 +324,7 @@ class Share:
 
 
 def _of_known(before: Totals, own: Totals) -> Totals:
-    """Return earlier counts of the versions that are served now."""
+    """Return the earlier counts, limited to versions that are served now."""
     served = {key for key, found in own.models.items() if found.statistics is not None}
     models = {key: found for key, found in before.models.items() if key in served}
     return Totals(before.requests, before.calls, models=models, starts=before.starts)
@@ -395,16 +333,19 @@ def _of_known(before: Totals, own: Totals) -> Totals:
 def read_totals(records: Records, slot: int) -> Totals:
     """Read a slot's record; empty totals before the first."""
     record = records.read(slot)
-    return Totals() if record is None else Totals.from_record(orjson.loads(record))
+    if record is None:
+        return Totals()
+    totals: Totals = pickle.loads(record)  # noqa: S301 -- only this server's processes can write the memory
+    return totals
 
 
 def note_start(records: Records, slot: int) -> None:
-    """Count the start of a slot's process; to be called while it has none."""
+    """Count the start of a slot's process, before it starts."""
     totals = read_totals(records, slot).ended()
     totals.starts[slot] = totals.starts.get(slot, 0) + 1
-    records.write(slot, orjson.dumps(totals.to_record()))
+    records.write(slot, pickle.dumps(totals))
 
 
 def note_end(records: Records, slot: int) -> None:
-    """Record that a slot's process has ended: it has no queue, and is not ready."""
-    records.write(slot, orjson.dumps(read_totals(records, slot).ended().to_record()))
+    """Record the end of a slot's process: it has no queue and no readiness."""
+    records.write(slot, pickle.dumps(read_totals(records, slot).ended()))

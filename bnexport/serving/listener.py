@@ -1,4 +1,4 @@
-"""Sockets that listen: bound before anything is loaded, and closed without cutting anybody off."""
+"""Listening sockets: bound before any model is loaded, and closed without resetting clients."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def bound(host: str, port: int, *, reuse: bool = False) -> socket.socket:
 
 
 def free_port(host: str, port: int, *, reuse: bool = False, option: str = "--port") -> int:
-    """Return a port that can be listened on. It is not listened on meanwhile, so that no clients are cut off."""
+    """Return a port that a server can listen on. Nothing listens on it yet, so no client can connect too early."""
     with _refusing(host, port, option):
         family, address = resolved(host, port)
         with socket.socket(family) as probe:
@@ -37,7 +37,7 @@ def free_port(host: str, port: int, *, reuse: bool = False, option: str = "--por
 
 
 def resolved(host: str, port: int) -> tuple[socket.AddressFamily, Any]:
-    """Return family and address of a name; both servers take the first of several."""
+    """Return family and address of a name; both servers use the first of several."""
     found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     return found[0], found[4]
 
@@ -47,21 +47,21 @@ def _refusing(host: str, port: int, option: str) -> Iterator[None]:
     try:
         yield
     except (OSError, OverflowError, UnicodeError, ValueError) as error:
-        # create_server puts its own words around the system's.
+        # create_server adds words to the system's message.
         reason = os.strerror(number) if (number := getattr(error, "errno", None) or 0) > 0 else one_line(error)
         raise UsageError(
-            f"{host} port {port} can't be served on: {reason}", remedy=f"Choose another --host or {option}"
+            f"{host} port {port} can't be used: {reason}", remedy=f"Choose another --host or {option}"
         ) from error
 
 
 def deafen(listener: socket.socket) -> bool:
-    """Make the system drop new clients' packets to a listening socket, so that its backlog stays empty once it is.
+    """Make the system drop new clients' packets to a listening socket, so that its backlog stays empty after it was emptied.
 
-    They try again after a second, and are refused then, or find another server. (Linux, socket(7): SO_ATTACH_FILTER with a
-    program of one instruction, which keeps no byte of any packet; connections that were made before are not touched.)
+    The clients try again after a second, and are refused then or reach another server. (Linux, socket(7): SO_ATTACH_FILTER with
+    a program of one instruction, which keeps no byte of any packet. Existing connections are not affected.)
 
     Returns:
-        Whether the system can do it. Where it can't, a client may be reset in the microseconds before the socket closes.
+        True if the system can do this. Otherwise, a client may be reset in the microseconds before the socket closes.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -74,7 +74,7 @@ def deafen(listener: socket.socket) -> bool:
 
 
 def backlog(listener: socket.socket) -> Iterator[socket.socket]:
-    """Yield connections that the system has made and no process has accepted."""
+    """Yield connections that the system has established and no process has accepted."""
     while True:
         try:
             client, _ = listener.accept()

@@ -1,4 +1,4 @@
-"""Metadata, readiness and statistics of a server and its models, as plain data; the same for HTTP and gRPC."""
+"""Metadata, readiness and statistics of a server and its models, as plain data for HTTP and gRPC."""
 
 from __future__ import annotations
 
@@ -44,17 +44,17 @@ def statistics(state: ServerState, name: str | None = None, version: str | None 
 
 
 def why_not_ready(state: ServerState) -> str:
-    """Return the reason why no requests should be sent here; "" if they should."""
+    """Return the reason for sending no requests to this server; "" if it is ready."""
     if state.draining:
         return _STOPPING
     if state.repository.ready():
         return ""
     problems = state.repository.problems()
-    return "; ".join(f"{name}: {text}" for name, text in problems.items()) or "there is no model"
+    return "; ".join(f"{name}: {text}" for name, text in problems.items()) or "the server has no model"
 
 
 def why_model_not_ready(state: ServerState, name: str, version: str | None = None) -> str:
-    """Return the reason why a model does not answer; "" if it does."""
+    """Return the reason why a model does not answer; "" if it answers."""
     try:
         state.repository.resolve(name, version)
     except NotServing as error:

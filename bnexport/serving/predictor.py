@@ -1,8 +1,8 @@
-"""From images to labels with a bundle: preprocessing, one runner, probabilities. No torch, no HTTP."""
+"""Labels images with a bundle: preprocessing, one runner, probabilities. It needs neither torch nor HTTP."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -24,11 +24,11 @@ DEFAULT_RUNTIME = "onnxruntime-cpu"
 
 @dataclass(frozen=True)
 class Prediction:
-    """Answer for one image."""
+    """The prediction for one image."""
 
-    image: str  # Its file, with [index] in a file of several
+    image: str  # The image's file, with [index] in a file of several images
     index: int  # Class with the largest logit
-    label: str  # Its name; the index as text when the bundle has no labels
+    label: str  # Name of the class; its index as text if the bundle has no labels
     probability: float  # Softmax of the logits at that class
     logits: tuple[float, ...]  # The model's logits, one per class
 
@@ -44,9 +44,9 @@ class Prediction:
 
 
 def check_labels(bundle: Bundle) -> None:
-    """Refuse labels that are the classes of the manifest's data set in another order, where these are known.
+    """Refuse labels that are the known classes of the manifest's data set in another order.
 
-    Other names are no fault: labels may be translated.
+    Other names are accepted: labels may be translated.
     """
     manifest = bundle.manifest
     known = known_classes(manifest.dataset)
@@ -64,8 +64,8 @@ class Predictor:
         batch_size: Images per call of the engine.
 
     Raises:
-        BundleError: The bundle was changed, or is no image classifier with one input and one output.
-        RuntimeUnavailable: The engine or device is not here.
+        BundleError: The bundle was changed, or is not an image classifier with one input and one output.
+        RuntimeUnavailable: The engine or device is missing.
         UsageError: An unknown runtime, or a batch size below 1.
     """
 
@@ -88,12 +88,12 @@ class Predictor:
         self._runner.close()
 
     def files(self, *paths: str | Path) -> list[Prediction]:
-        """Label every image of some PNG, JPEG, BMP, WebP, GIF, .npy or IDX files, in order; DataError if one can't be read."""
+        """Label every image of PNG, JPEG, BMP, WebP, GIF, .npy or IDX files, in order; DataError for an unreadable file."""
         predictions = []
         for path in paths:
             named = load_images(path, self.preprocessing)
             if not named:
-                raise DataError(f"{path} holds no image", remedy="Give a file with at least one image")
+                raise DataError(f"{path} contains no image", remedy="Give a file with at least one image")
             logits = self.logits(np.stack([image for _, image in named]))
             predictions += [self._prediction(name, row) for (name, _), row in zip(named, logits, strict=True)]
         return predictions
@@ -101,7 +101,7 @@ class Predictor:
     def logits(self, images: Array) -> Array:
         """Return the logits (n, classes), in the model's element type, of images: uint8 (n, height, width[, channels]).
 
-        Raises DataError if the images do not have the preprocessing's size, or if the answer is not finite.
+        Raises DataError for images of another size than the preprocessing's, or if a logit is not finite.
         """
         starts = range(0, max(len(images), 1), self._batch_size)
         parts = [
@@ -110,7 +110,7 @@ class Predictor:
         ]
         logits: Array = np.concatenate(parts)
         if not np.isfinite(logits).all():
-            raise DataError("the model's answer holds NaN or infinity", remedy="Run bnexport verify on the bundle")
+            raise DataError("the model's answer contains NaN or infinity", remedy="Run bnexport verify on the bundle")
         return logits
 
     def _prediction(self, image: str, logits: Array) -> Prediction:
@@ -118,9 +118,9 @@ class Predictor:
 
 
 def batches(inputs: Array, spec: TensorSpec) -> Iterator[tuple[Array, int]]:
-    """Yield inputs (n, ...) in batches that a model's input takes, each with the number of its valid rows.
+    """Yield inputs (n, ...) in batches of the model's size, each with the number of its valid rows.
 
-    A batch that does not vary is filled up with its own inputs, in turn.
+    A fixed batch is filled by repeating its inputs.
     """
     size = spec.shape[0]
     if isinstance(size, str):
@@ -132,7 +132,7 @@ def batches(inputs: Array, spec: TensorSpec) -> Iterator[tuple[Array, int]]:
 
 
 def run_images(runner: Runner, inputs: Array) -> Array:
-    """Return logits (n, classes) of inputs (n, ...) for a model with one input and one output, in batches of its size."""
+    """Return logits (n, classes) of inputs (n, ...) for a model with one input and one output."""
     spec, output = runner.signature.inputs[0], runner.signature.outputs[0].name
     return np.concatenate([runner.run({spec.name: batch})[output][:rows] for batch, rows in batches(inputs, spec)])
 
@@ -155,16 +155,15 @@ def predict_images(
 
 
 def image_preprocessing(bundle: Bundle) -> Preprocessing:
-    """Return the bundle's preprocessing."""
+    """Return the preprocessing of an image classifier; BundleError for other models."""
     manifest = bundle.manifest
     one_each = len(manifest.signature.inputs) == len(manifest.signature.outputs) == 1
     if manifest.preprocessing is None or not one_each or len(manifest.signature.outputs[0].shape) != 2:
         raise BundleError(
-            f"{bundle.path} does not say how an image becomes an input, or is no image classifier",
+            f"{bundle.path} has no preprocessing for images, or is not an image classifier",
             remedy="Export it again by bnexport fold-and-export with --mean and --std, or feed model.onnx yourself",
         )
-    told: Mapping[str, Any] = manifest.preprocessing
-    preprocessing, spec = Preprocessing.from_json(told), manifest.signature.inputs[0]
+    preprocessing, spec = Preprocessing.from_json(manifest.preprocessing), manifest.signature.inputs[0]
     made = (preprocessing.channels, preprocessing.height, preprocessing.width)
     if (
         spec.dtype != "float32"
@@ -172,7 +171,7 @@ def image_preprocessing(bundle: Bundle) -> Preprocessing:
         or any(isinstance(dim, int) and dim != size for dim, size in zip(spec.sample_shape, made, strict=True))
     ):
         raise BundleError(
-            f"{bundle.path} takes {spec.dtype} of {'x'.join(map(str, spec.sample_shape))}, its preprocessing makes float32 "
+            f"{bundle.path} takes {spec.dtype} of {'x'.join(map(str, spec.sample_shape))}, but its preprocessing makes float32 "
             f"of {'x'.join(map(str, made))}",
             remedy="Export it by bnexport fold-and-export with --mean and --std of this input, or feed model.onnx yourself",
         )

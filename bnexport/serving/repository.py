@@ -1,7 +1,7 @@
-"""The models of a server: a bundle, or a folder of models with versions, kept up with what lies on disk.
+"""The models of a server: a bundle, or a folder of models with versions, synchronised with the disk.
 
-A version that came is loaded beside those that serve, verified, and only then switched in; one that changed is replaced in
-the same way; the old one answers what it had accepted and is closed after that.
+A new or changed version is loaded while the old one serves, verified, and only then replaces it. The old one answers the
+requests that it has accepted, and is closed after that.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from bnexport.serving.protocol.messages import printable
 from bnexport.serving.served_model import ServedModel, ServingSettings, open_served
 from bnexport.validation.limits import shown
 
-#: Names of models that can stand in a URL as they are, and of versions, as Triton has them.
+#: Models' names that need no quoting in a URL, and versions, both as in Triton.
 _NAME, _VERSION = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}"), re.compile(r"[1-9][0-9]{0,17}")
 _NAMES = (
     "a model's name has letters, digits, _ . and -, its version is a number like 1, not 01: NAME/VERSION/manifest.json"
 )
 READY, UNAVAILABLE = "READY", "UNAVAILABLE"
-_UNLOADED = "unloaded"  # the word of Triton's index, too
+_UNLOADED = "unloaded"  # as in Triton's index
 Log = Callable[..., None]
 
 
@@ -35,10 +35,10 @@ class Version:
     """One version of a model."""
 
     path: Path  # Folder of its bundle
-    seen: object = None  # State of its files when it was loaded; another value means that it changed
-    served: ServedModel | None = None  # The open model; None while there is none
-    reason: str = ""  # Why there is none, or why what lies on disk now is not what is served
-    missed: int = 0  # Consecutive looks without it on disk; a folder that is being replaced is missing for a moment
+    seen: object = None  # State of its files when it was loaded; a different value means that they changed
+    served: ServedModel | None = None  # The open model; None if it is not ready
+    reason: str = ""  # Reason for not serving the version that is on disk
+    missed: int = 0  # Consecutive polls without it on disk; a folder that is being replaced is missing for a moment
 
     @property
     def state(self) -> str:
@@ -61,13 +61,13 @@ class Repository:
     _closing: set[asyncio.Task[None]] = field(default_factory=set)
 
     def load(self) -> None:
-        """Open every version, before the server listens."""
+        """Open every version before the server listens."""
         places = find_bundles(self.path)
         if not places:
             if other := _misnamed(self.path, ()):
                 raise BundleError(f"{other[0]} can't be served under its name", remedy=f"Rename it: {_NAMES}")
             raise BundleError(
-                f"{self.path} holds no bundle",
+                f"{self.path} contains no bundle",
                 remedy=bundle_hint(
                     self.path, other="Give a bundle such as models/bn_lenet/1, or a folder such as models/"
                 ),
@@ -90,7 +90,9 @@ class Repository:
         versions = self.models.get(name)
         if versions is None:
             raise RequestError(
-                f"there is no model {shown(name)}", remedy="The index (POST v2/repository/index) lists them", status=404
+                f"the server has no model {shown(name)}",
+                remedy="The index (POST v2/repository/index) lists them",
+                status=404,
             )
         entry = versions[max(versions, key=int)] if version is None else versions.get(version)
         if entry is None:
@@ -100,18 +102,18 @@ class Repository:
                 status=404,
             )
         if entry.served is None:
-            mended = "" if entry.reason == _UNLOADED else "Mend the bundle, then "
+            repaired = "" if entry.reason == _UNLOADED else "Repair the bundle, then "
             raise NotServing(
-                f"model {name!r} is not ready: {entry.reason}", remedy=f"{mended}load it again".capitalize()
+                f"model {name!r} is not ready: {entry.reason}", remedy=f"{repaired}load it again".capitalize()
             )
         return entry.served
 
     def problems(self) -> dict[str, str]:
-        """Return model and version, as in "bn_lenet/1" -> the reason why it is not served as it lies on disk."""
+        """Return model and version, such as "bn_lenet/1" -> the reason for not serving the version on disk."""
         return {f"{name}/{version}": entry.reason for name, version, entry in self.each() if entry.reason}
 
     def ready(self) -> bool:
-        """Return True if a model can answer, and all of them except those that were unloaded on purpose."""
+        """Return True if there is a model, and every model can answer that was not unloaded by a request."""
         return bool(self._newest) and all(name in self._newest or _unloaded(self.models[name]) for name in self.models)
 
     def each(self) -> Iterator[tuple[str, str, Version]]:
@@ -144,24 +146,30 @@ class Repository:
                 self._forget(name, version, entry)
 
     async def reload(self, name: str) -> None:
-        """Load every version of a model again, even where its files look the same."""
+        """Load every version of a model again, even if its files did not change."""
         places = {
             key: folder for key, folder in (await asyncio.to_thread(find_bundles, self.path)).items() if key[0] == name
         }
         if not places:
-            raise RequestError(f"there is no model {shown(name)}", remedy="Put its folder there first", status=404)
+            raise RequestError(
+                f"the server has no model {shown(name)}",
+                remedy="Copy its folder into the folder of models first",
+                status=404,
+            )
         for (_, version), folder in places.items():
             entry = self.models.setdefault(name, {}).setdefault(version, Version(folder))
             entry.seen = await asyncio.to_thread(_looks, folder)
             self._switch(name, version, entry, await asyncio.to_thread(self._opened, name, version, folder))
         if reasons := [entry.reason for entry in self.models[name].values() if entry.reason]:
-            raise RequestError(f"model {name!r} can't be loaded: {reasons[0]}", remedy="Mend the bundle")
+            raise RequestError(f"model {name!r} can't be loaded: {reasons[0]}", remedy="Repair the bundle")
 
     def unload(self, name: str) -> None:
-        """Close every version of a model; it stays known, as unavailable."""
+        """Close every version of a model; the index lists it as unavailable."""
         if name not in self.models:
             raise RequestError(
-                f"there is no model {shown(name)}", remedy="The index (POST v2/repository/index) lists them", status=404
+                f"the server has no model {shown(name)}",
+                remedy="The index (POST v2/repository/index) lists them",
+                status=404,
             )
         for version, entry in self.models[name].items():
             self._replace(name, version, entry, None)
@@ -174,7 +182,7 @@ class Repository:
         await asyncio.gather(*self._closing)
 
     def _opened(self, name: str, version: str, folder: Path, *, strict: bool = False) -> ServedModel | str:
-        """Open a model, or return the reason for failing. ``strict`` raises faults of this machine instead of the bundle's."""
+        """Open a model, or return the reason for failing. ``strict`` raises errors of the machine, such as a missing engine."""
         try:
             return open_served(name, version, folder, self.settings)
         except Unavailable as error:
@@ -183,7 +191,7 @@ class Repository:
             return printable(error.sentence)
         except BnexportError as error:
             return printable(error.sentence)
-        except Exception as error:  # a fault with one bundle must not keep the others from being served
+        except Exception as error:  # one bad bundle must not stop the others
             return printable(f"{type(error).__name__}: {one_line(error)}")
 
     def _switch(self, name: str, version: str, entry: Version, opened: ServedModel | str) -> None:
@@ -200,7 +208,7 @@ class Repository:
         )  # fmt: skip
 
     def _replace(self, name: str, version: str, entry: Version, served: ServedModel | None) -> None:
-        """Switch new requests to another model; the old one still answers accepted requests."""
+        """Send new requests to another model; the old one still answers accepted requests."""
         old, entry.served = entry.served, served
         ready = [item for item in self.models[name].values() if item.served is not None]
         newest = max(ready, key=lambda item: int(item.served.version) if item.served else 0, default=None)
@@ -224,16 +232,18 @@ class Repository:
 def find_bundles(path: Path) -> Mapping[tuple[str, str], Path]:
     """Find the bundles below a path: (name, version) -> folder.
 
-    A bundle goes by the name and version of its manifest; in a folder of models the folders' names count, as in Triton.
+    A single bundle has the name and version of its manifest. In a folder of models, the folders' names count, as in Triton.
     """
     if (path / MANIFEST).is_file():
         manifest = Bundle.open(path).manifest
         if not _NAME.fullmatch(manifest.name):
-            told = shown(manifest.name)
-            raise BundleError(f"{path} has the name {told}, which no URL holds", remedy="Export it under another name")
+            name = shown(manifest.name)
+            raise BundleError(
+                f"{path} has the name {name}, which is not valid in a URL", remedy="Export it under another name"
+            )
         return {(manifest.name, str(manifest.version)): path}
     if not path.is_dir():
-        what = "is no folder" if path.exists() else "does not exist"
+        what = "is not a folder" if path.exists() else "does not exist"
         raise BundleError(f"{path} {what}", remedy="Give a bundle, or a folder of models such as models/")
     try:
         return {
@@ -248,10 +258,7 @@ def find_bundles(path: Path) -> Mapping[tuple[str, str], Path]:
 
 
 def _misnamed(path: Path, found: Iterable[Path]) -> list[Path]:
-    """Return bundles in a folder of models that are not served, because their folders' names are not a name and version.
-
-    Hidden folders are meant to be passed over.
-    """
+    """Return bundles in visible folders whose names are not a model's name and version."""
     try:
         folders = {file.parent for file in path.glob(f"[!.]*/[!.]*/{MANIFEST}") if file.is_file()}
     except OSError:
@@ -260,7 +267,7 @@ def _misnamed(path: Path, found: Iterable[Path]) -> list[Path]:
 
 
 def _left_out(path: Path, found: Collection[Path]) -> list[Path]:
-    """Return folders in a folder of models that are not served: with a bundle under another name, or without one."""
+    """Return visible folders that are not served: misnamed bundles, and folders without a bundle."""
     if (path / MANIFEST).is_file():
         return []
     odd = _misnamed(path, found)
@@ -270,17 +277,17 @@ def _left_out(path: Path, found: Collection[Path]) -> list[Path]:
 
 
 def _unloaded(versions: Mapping[str, Version]) -> bool:
-    """Return True if a client closed every version; that does not make a server unready (as in Triton)."""
+    """Return True if a request unloaded every version. The server then stays ready, as in Triton."""
     return all(entry.reason == _UNLOADED for entry in versions.values())
 
 
 def _looks(folder: Path) -> object:
-    """Return sizes and times of a bundle's files, which change whenever a file is written."""
+    """Return sizes and times of a bundle's files, which change when a file is written."""
     try:
         stats = [
             (item.relative_to(folder).as_posix(), item.stat()) for item in sorted(folder.rglob("*")) if item.is_file()
         ]
     except OSError:
         return None
-    # Archives and package managers give all files one time of change; nobody gives them st_ctime.
+    # Archives and package managers set the same st_mtime for all files; they can't set st_ctime.
     return tuple((name, found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino) for name, found in stats)

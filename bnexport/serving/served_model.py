@@ -1,4 +1,4 @@
-"""One version of one model that is ready to answer: verified on the very sessions that serve it."""
+"""One model version that is ready to answer, verified on the sessions that serve it."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from bnexport.serving.protocol.messages import DATATYPES, InferRequest, InferRes
 from bnexport.serving.serving_limits import ServingLimits
 from bnexport.tensors import Array, TensorSpec
 
-#: File that a runtime reads -> what Triton calls such a platform.
+#: File that a runtime reads -> Triton's name of the platform.
 PLATFORMS = {
     MODEL_ONNX: "onnxruntime_onnx",
     MODEL_TORCHSCRIPT: "pytorch_libtorch",
     MODEL_EXPORTED: "pytorch_export",
     WEIGHTS: "pytorch_eager",
 }
-#: Seconds of one measurement of ``--workers auto``, and by how much another session must be worth its memory.
+#: Seconds of one measurement of ``--workers auto``, and the throughput gain (factor) that justifies another session's memory.
 _MEASURED_SECONDS, _WORTH = 0.2, 1.1
 
 
@@ -44,22 +44,22 @@ class ServingSettings:
     """Options for opening models."""
 
     runtime: str = DEFAULT_RUNTIME  # A name from ``runtimes.catalogue.RUNNERS``
-    workers: int | None = None  # Sessions per model, each with one thread; None measures how many are worth it
+    workers: int | None = None  # Sessions per model, each with one thread; None measures the useful number
     max_batch: int = 64  # Samples of a batch that is made of several requests
     limits: ServingLimits = field(default_factory=ServingLimits)  # Limits of one request
-    processes: int = 1  # Number of processes that serve the same models on this machine, and share its cores
+    processes: int = 1  # Processes that serve the same models and share the cores
 
 
 @dataclass
 class ServedModel:
-    """A model that answers requests. Made by ``open_served``."""
+    """A model that answers requests; ``open_served`` creates it."""
 
     name: str  # Name in URLs
     version: str  # Version in URLs
     bundle: Bundle  # Its bundle
     spec: RunnerSpec  # Row of its runtime
     batcher: Batcher  # The queue before its sessions
-    replay: Replay  # Result of the golden vectors; the worst session's
+    replay: Replay  # Result of the golden vectors on the worst session
     decoder: Decoder  # Decoder of its requests
     preprocessing: Preprocessing | None = None  # Preprocessing of pictures; None if it is not an image classifier
 
@@ -78,11 +78,11 @@ class ServedModel:
         return self.response(request, await self.batcher.submit(request.inputs, request.rows, request.timeout))
 
     def response(self, request: InferRequest, arrays: dict[str, Array]) -> InferResponse:
-        """Return the outputs (rows, ...) that a client requested."""
+        """Return the answer with the requested outputs (rows, ...)."""
         return InferResponse(self.name, self.version, answer(arrays, request.outputs, self.labels), request.id)
 
     async def logits(self, pixels: Array) -> Array:
-        """Return logits (n, classes) of images that fit: uint8 (n, height, width[, channels])."""
+        """Return logits (n, classes) of images of the model's size: uint8 (n, height, width[, channels])."""
         assert self.preprocessing is not None
         spec, output = self.signature.inputs[0], self.signature.outputs[0].name
         parts = []
@@ -165,7 +165,7 @@ def _preprocessing(bundle: Bundle) -> Preprocessing | None:
 
 
 def measured_cost(runner: Runner, feeds: dict[str, Array]) -> Cost:
-    """Measure the cost of one sample and of all ``feeds``, the better of several runs."""
+    """Measure the cost of one sample and of all ``feeds``, each as the best of several runs."""
     one = _one(runner, feeds)
     size_one, size_all = (sum(array.nbytes for array in side.values()) for side in (one, feeds))
     first, rest = _best(lambda: runner.run(one)), _best(lambda: runner.run(feeds))
@@ -176,9 +176,9 @@ def measured_cost(runner: Runner, feeds: dict[str, Array]) -> Cost:
 def add_workers(
     runners: list[Runner], another: Callable[[], Runner], feeds: dict[str, Array], cost: Cost, most: int | None = None
 ) -> None:
-    """Open more sessions as long as each adds enough throughput for its memory.
+    """Open more sessions while each adds enough throughput for its memory.
 
-    A model that runs on the event loop needs one alone: there the loop is the limit, and not the session.
+    A model that runs on the event loop needs one session: the loop is the limit.
     """
     one = _one(runners[0], feeds)
     if cost.seconds(sum(array.nbytes for array in one.values())) < INLINE_SECONDS:
@@ -194,7 +194,7 @@ def add_workers(
 
 
 def throughput(runners: Sequence[Runner], feeds: dict[str, Array], seconds: float = _MEASURED_SECONDS) -> float:
-    """Return batches per second of sessions that run at the same time, each in a separate thread."""
+    """Return the batches per second of concurrent sessions, each in a separate thread."""
     counts = [0] * len(runners)
     end = time.perf_counter() + seconds
 
@@ -213,7 +213,7 @@ def throughput(runners: Sequence[Runner], feeds: dict[str, Array], seconds: floa
 
 
 def _sample(bundle: Bundle) -> dict[str, Array]:
-    """Return the golden inputs, at least eight samples if the batch varies."""
+    """Return the golden inputs, repeated to at least eight samples if the batch varies."""
     inputs, _ = bundle.golden()
     if not bundle.manifest.signature.batched:
         return inputs
@@ -221,7 +221,7 @@ def _sample(bundle: Bundle) -> dict[str, Array]:
 
 
 def _one(runner: Runner, feeds: dict[str, Array]) -> dict[str, Array]:
-    """Return one sample, or all of them if their number does not vary."""
+    """Return one sample, or all samples of a fixed batch."""
     return {name: array[:1] for name, array in feeds.items()} if runner.signature.batched else feeds
 
 

@@ -1,4 +1,4 @@
-"""State that all requests of a server share, over HTTP and gRPC alike."""
+"""The state that all requests of a server share, over HTTP and gRPC, and the context of one request."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import time
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 from bnexport.errors import NotServing, RequestError
 from bnexport.serving.access_log import JsonLog
@@ -29,41 +29,43 @@ class AppSettings:
 
 
 class Memory:
-    """Counts the bytes that requests in progress hold together, at most ``most``."""
+    """Counts the bytes of the bodies of all requests in progress, at most ``most``."""
 
     def __init__(self, most: int) -> None:
         self.held, self._most = 0, most
 
     def hold(self, size: int) -> None:
-        """Count ``size`` bytes more."""
+        """Count ``size`` more bytes."""
         if self.held + size > self._most:
-            raise NotServing("the requests that are being answered fill the memory", remedy="Try again in a second")
+            raise NotServing("the requests in progress use all memory for bodies", remedy="Try again in a second")
         self.held += size
 
     def release(self, size: int) -> None:
-        """Count ``size`` bytes less."""
+        """Stop counting ``size`` bytes."""
         self.held -= size
 
 
-class Answered(Protocol):
-    """A request's data for its log line, for HTTP and gRPC alike."""
+class RequestContext:
+    """One request over HTTP or gRPC, with the data of its log line.
 
-    id: str
-    path: str
-    model: ServedModel | None
-    rows: int
-    bytes_in: int
+    Attributes:
+        path: Path in the URL, unquoted; of gRPC "/package.Service/Method".
+        id: The client's request id, or a new one.
+        model: The answering model, once it is known.
+        rows: Samples, once they are known.
+        bytes_in: Bytes of the body.
+    """
 
+    __slots__ = ("bytes_in", "id", "model", "path", "rows")
 
-class Answer(NamedTuple):
-    """An answer's data for its log line."""
+    def __init__(self, path: str, request_id: str) -> None:
+        self.path, self.id = path, request_id
+        self.model: ServedModel | None = None
+        self.rows = self.bytes_in = 0
 
-    client: str  # The client's address
-    method: str  # HTTP's, or "gRPC"
-    status: int | str  # HTTP's, or the name of gRPC's code
-    ns: int  # Nanoseconds from the request to the answer
-    size: int  # Bytes of its body
-    trace: str  # The client's ``traceparent``, or ""
+    def origin(self) -> tuple[str, str, str]:
+        """Return the method (HTTP's, or "gRPC"), the client's address, and ``traceparent`` or ""."""
+        raise NotImplementedError
 
 
 class ServerState:
@@ -90,30 +92,38 @@ class ServerState:
         self._prefix, self._count = os.urandom(6).hex(), 0
 
     def id_of(self, given: str | None) -> str:
-        """Return a request's id: the client's, if it can be logged and returned unchanged, or a new one."""
+        """Return the client's request id if it is short printable ASCII, else a new one."""
         self._count += 1
         if given and len(given) <= _LONGEST_ID and given.isascii() and given.isprintable():
             return given
         return f"{self._prefix}{self._count:x}"
 
-    def log_answer(self, request: Answered, answer: Answer) -> None:
-        """Write the line of a request into the access log."""
+    def answered(self, request: RequestContext, status: int | str, ns: int, size: int, *, ok: bool) -> None:
+        """Count an answer of ``size`` bytes after ``ns`` nanoseconds for its model, and log it.
+
+        ``status`` is HTTP's, or the name of gRPC's code.
+        """
         model = request.model
+        if model is not None:
+            model.statistics.answered(ns, ok=ok)
+        if not self.log.access:
+            return
+        method, client, trace = request.origin()
         fields: dict[str, Any] = {
             "time": time.time(),
             "id": request.id,
-            "client": answer.client,
-            "method": answer.method,
+            "client": client,
+            "method": method,
             "path": request.path[:200],
-            "status": answer.status,
-            "us": answer.ns // 1000,
+            "status": status,
+            "us": ns // 1000,
             "in": request.bytes_in,
-            "out": answer.size,
+            "out": size,
         }
         if model is not None:
             fields["model"], fields["version"], fields["rows"] = model.name, model.version, request.rows
-        if answer.trace:
-            fields["trace"] = answer.trace[:64]
+        if trace:
+            fields["trace"] = trace[:64]
         self.log.request(fields)
 
     def totals(self) -> Totals:
@@ -127,7 +137,7 @@ class ServerState:
             self.share.publish(self._own_totals())
 
     def tick(self) -> None:
-        """Fail requests past their deadline, publish counters and the heartbeat; to be called ten times a second."""
+        """Fail requests past their deadline, publish the counters and the heartbeat. The server calls it ten times a second."""
         for _, _, entry in self.repository.each():
             if entry.served is not None:
                 entry.served.batcher.expire()
@@ -139,30 +149,30 @@ class ServerState:
         return Totals(self.requests, self.calls, self.active, self.calls_active, _models_of(self.repository))
 
     def let_in(self, authorization: bytes) -> None:
-        """Refuse a request without the token."""
+        """Refuse a request without the required token."""
         token = self.settings.token
         if token is None:
             return
         kind, _, shown = authorization.partition(b" ")
         if kind.lower() != b"bearer" or not hmac.compare_digest(shown.strip(), token):
             raise RequestError(
-                "the request shows no token, or another one",
+                "the request has no token, or a wrong one",
                 remedy="Send the header Authorization: Bearer TOKEN",
                 status=401,
             )
 
     def permit_loading(self) -> None:
-        """Refuse to load and unload, unless that is allowed."""
+        """Refuse to load and unload models unless the settings allow it."""
         if not self.settings.allow_load:
             raise RequestError(
                 "this server does not load or unload models by request",
-                remedy="Start it with --allow-load, or let it look for changes with --poll",
+                remedy="Start the server with --allow-load, or with --poll to load changes from disk",
                 status=403,
             )
 
 
 def _models_of(repository: Repository) -> dict[Key, ModelTotals]:
-    """Return the totals of this process's models; the counters are shared, not copied."""
+    """Return the totals of this process's models. They share the counters."""
     models: dict[Key, ModelTotals] = {}
     for name, version, entry in repository.each():
         served = entry.served

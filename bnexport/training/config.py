@@ -1,4 +1,4 @@
-"""What a training run is asked to do."""
+"""The configuration of a training run."""
 
 from __future__ import annotations
 
@@ -20,64 +20,67 @@ SCHEDULES = ("constant", "cosine")
 #: Automatic mixed precision; float16 scales the loss and is for CUDA alone.
 AMP = ("off", "bfloat16", "float16")
 LENET = "bn_lenet"
-#: Channels, height and width of the images of DATASETS, where ``input`` does not say another shape.
+#: Channels, height and width of the images of DATASETS, the default of ``input``.
 _SHAPE = (1, 28, 28)
 _START_ANEW = "Start the training anew with --force"
-#: Options that a resumed run may change: the weights change by rounding only.
+#: Options that a resumed run may change, because they change the weights by rounding only.
 _FREE = ("device", "cuda_graph")
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """The recipe; the defaults are those of "Dive into Deep Learning", section 8.5.
+    """The configuration of a training; the defaults are those of "Dive into Deep Learning", section 8.5.
 
-    Each field is an option of ``bnexport train`` too (``cli/options.py``); its help is the field's description.
+    Each field is an option of ``bnexport train``, and the option's help describes the field. An empty ``input`` is 1x28x28, the
+    shape of DATASETS. The last, partial batch is kept. Weight decay is an L2 penalty of SGD, and decoupled in AdamW
+    (Loshchilov and Hutter, 2019). The cosine schedule falls to 0 at the end (Loshchilov and Hutter, 2017). Label smoothing
+    follows Szegedy et al., 2016.
 
-    Attributes:
-        dataset: A row of ``data.dataset_table.DATASETS``, or ``folder:PATH``.
-        input: "" is the shape of the images of DATASETS, 1x28x28.
-        mean: () is 0.
-        std: () is 1.
-        batch_size: The last, partial batch is kept.
-        weight_decay: L2 penalty of SGD; decoupled in AdamW (Loshchilov and Hutter, 2019).
-        schedule: "cosine" falls to 0 at the end (Loshchilov and Hutter, 2017).
-        warmup_epochs: Epochs over which the learning rate grows linearly from 0 first.
-        label_smoothing: Share of the target that is spread over all classes (Szegedy et al., 2016).
-        cuda_graph: None records bn_lenet and the networks of torchvision and timm.
+    Example:
+        >>> from bnexport.training.config import TrainingConfig
+        >>> TrainingConfig(dataset="mnist", epochs=2, lr=0.5).batch_size
+        256
+
+    Raises:
+        UsageError: An option is unknown or out of range, or options contradict each other.
     """
 
-    dataset: str = option("What to train on; a folder has train/CLASS/*.png and val/CLASS/*.png.", "fashion-mnist")
+    dataset: str = option(
+        "Data set to train on, or folder:PATH with train/CLASS/*.png and val/CLASS/*.png.", "fashion-mnist"
+    )
     model: str = option(
-        "bn_lenet, torchvision:NAME, timm:NAME, or file.py:factory of your own.", LENET, metavar="SOURCE"
+        "Network: bn_lenet, torchvision:NAME, timm:NAME, or your own file.py:factory.", LENET, metavar="SOURCE"
     )
     model_options: Mapping[str, bool | int | float | str] = option(
-        "Of the model's constructor.", dict, flag="--model-option", metavar="KEY=VALUE"
+        "Argument of the model's constructor; repeatable.", dict, flag="--model-option", metavar="KEY=VALUE"
     )
     input: str = option("Shape of an image for the model.", "", metavar="CxHxW", show_default="the images' own")
     mean: tuple[float, ...] = option(
-        "Subtracted from pixels of 0 to 1, per channel.", (), metavar="M,M,M", show_default="0"
+        "Mean per channel, subtracted from pixels of 0 to 1.", (), metavar="M,M,M", show_default="0"
     )
-    std: tuple[float, ...] = option("Divided by, per channel.", (), metavar="S,S,S", show_default="1")
-    norm: str = option("Kind of BatchNorm of bn_lenet.", "torch", choices=NORMS)
+    std: tuple[float, ...] = option(
+        "Standard deviation per channel, by which pixels are divided.", (), metavar="S,S,S", show_default="1"
+    )
+    norm: str = option("Kind of BatchNorm in bn_lenet.", "torch", choices=NORMS)
     epochs: int = option("Passes over the training set.", 10)
-    lr: float = option("Learning rate; the largest of a schedule.", 1.0)
-    batch_size: int = option("Images per step, of all processes together.", 256)
-    optimizer: str = option("How weights move.", "sgd", choices=OPTIMIZERS)
-    momentum: float = option("Of SGD.", 0.0)
-    weight_decay: float = option("Not on biases, gamma and beta.", 0.0)
-    schedule: str = option("Of the learning rate.", "constant", choices=SCHEDULES)
-    warmup_epochs: float = option("The learning rate grows first.", 0.0)
-    label_smoothing: float = option("Share of every class alike.", 0.0)
+    lr: float = option("Learning rate; with a schedule, the largest one.", 1.0)
+    batch_size: int = option("Images per step, summed over all processes.", 256)
+    optimizer: str = option("Optimiser of the weights.", "sgd", choices=OPTIMIZERS)
+    momentum: float = option("SGD momentum.", 0.0)
+    weight_decay: float = option("Weight decay; biases, gamma and beta are left out.", 0.0)
+    schedule: str = option("Learning rate schedule.", "constant", choices=SCHEDULES)
+    warmup_epochs: float = option("Epochs in which the learning rate grows linearly from 0.", 0.0)
+    label_smoothing: float = option("Share of the target that is spread over all classes.", 0.0)
     amp: str = option("Automatic mixed precision.", "off", choices=AMP)
     cuda_graph: bool | None = option(
-        "Record the training step as a CUDA graph on a GPU, or take every step plainly. "
-        "A network whose Python code changes something in a step is not recorded, and a note says so.",
+        "Record the training step as a CUDA graph on a GPU, or run every step without a recording. "
+        "A network whose Python code changes state in a step is not recorded; the output says so.",
         None,
         show_default="records bn_lenet and the networks of torchvision and timm",
     )
-    sync_batch_norm: bool = option("Statistics over all processes (torchrun).", False)
-    device: str = option("auto takes a GPU if there is one.", "auto", choices=DEVICES)
-    seed: int = option("Of the weights, the order of the images, and dropout.", 0)
+    sync_batch_norm: bool = option("Compute BatchNorm statistics over all processes (torchrun).", False)
+    device: str = option("Device of torch; auto: a GPU if torch finds one.", "auto", choices=DEVICES)
+    seed: int = option("Random seed for weights, image order and dropout.", 0)
     recalibrate: bool = option("Re-estimate the moving statistics over the training set at the end.", True)
 
     def __post_init__(self) -> None:
@@ -85,19 +88,19 @@ class TrainingConfig:
         self._check_choices()
         self._check_numbers()
         if self.model == LENET and self.model_options:
-            raise UsageError("bn_lenet takes no --model-option", remedy="Leave it out; --norm chooses its BatchNorm")
+            raise UsageError("bn_lenet has no --model-option", remedy="Leave it out; --norm chooses its BatchNorm")
         if self.model != LENET and self.norm != "torch":
             raise UsageError(f"--norm {self.norm} is for bn_lenet, not {self.model}", remedy="Leave --norm out")
         if self.momentum and self.optimizer != "sgd":
-            raise UsageError(f"{self.optimizer} has no momentum of its own to set", remedy="Leave --momentum out")
+            raise UsageError(f"--momentum is for sgd, not {self.optimizer}", remedy="Leave --momentum out")
         if self.dataset.startswith(FOLDER) and self.model != LENET and not self.input:
             raise UsageError(
-                f"the pictures of {self.dataset} have no one size", remedy="Pass the model's with --input, as 3x64x64"
+                f"the images of {self.dataset} can differ in size", remedy="Pass the model's with --input, as 3x64x64"
             )
         self.preprocessing()
 
     def _convert_numbers(self) -> None:
-        """Give every number the type of its field: a learning rate of 1 would make an integer tensor on a GPU."""
+        """Convert each number to the type of its field: a learning rate of 1 would make an integer tensor on a GPU."""
         for item in fields(self):
             value = getattr(self, item.name)
             if item.type in ("int", "float"):
@@ -134,12 +137,12 @@ class TrainingConfig:
             raise UsageError(f"the seed is {self.seed}", remedy="Give a number from 0 to 2**63 - 1")
 
     def preprocessing(self) -> Preprocessing:
-        """Return the preprocessing; UsageError if ``input``, ``mean`` and ``std`` do not fit, DataError for a bad deviation."""
+        """Return the preprocessing; UsageError if ``input``, ``mean`` and ``std`` do not fit, DataError for a bad ``std``."""
         channels, height, width = self._shape()
         mean, std = self.mean or (0.0,) * channels, self.std or (1.0,) * channels
         if not len(mean) == len(std) == channels:
             raise UsageError(
-                f"there are {len(mean)} means and {len(std)} deviations for {channels} channel(s)",
+                f"there are {len(mean)} means and {len(std)} standard deviations for {channels} channel(s)",
                 remedy="Give one value per channel, as --input 3x64x64 --mean 0.485,0.456,0.406 --std 0.229,0.224,0.225",
             )
         return Preprocessing(channels, height, width, mean=mean, std=std)
@@ -149,20 +152,20 @@ class TrainingConfig:
             return _SHAPE
         parts = self.input.lower().split("x")
         if len(parts) != 3 or not all(part.isdecimal() and 0 < int(part) <= 65536 for part in parts):
-            raise UsageError(f"--input {self.input!r} is no shape of an image", remedy="Write it as 3x64x64")
+            raise UsageError(f"--input {self.input!r} is not the shape of an image", remedy="Write it as 3x64x64")
         return int(parts[0]), int(parts[1]), int(parts[2])
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Return plain JSON values."""
         return {**asdict(self), "model_options": dict(self.model_options), "mean": [*self.mean], "std": [*self.std]}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> TrainingConfig:
-        """Read the result of ``to_json``; an option that an older version lacks has its default. UsageError for bad values."""
+        """Read the result of ``to_json``; a missing option gets its default. UsageError for bad values."""
         known = {item.name: item.default for item in fields(cls)}
         if not isinstance(value, Mapping) or "dataset" not in value or not set(value) <= set(known):
             raise UsageError("the saved configuration has missing or unknown options", remedy=_START_ANEW)
-        wrong = UsageError("the saved configuration holds values of the wrong kind", remedy=_START_ANEW)
+        wrong = UsageError("the saved configuration has values of the wrong type", remedy=_START_ANEW)
         if not all(_same_kind(given, known[name]) for name, given in value.items() if name != "model_options"):
             raise wrong
         try:
@@ -172,7 +175,7 @@ class TrainingConfig:
             raise wrong from error
 
     def check_continues(self, before: TrainingConfig) -> None:
-        """Refuse (UsageError) to continue a run with another option than more epochs, another device or another CUDA graph."""
+        """Raise UsageError unless only ``device``, ``cuda_graph`` and a larger number of epochs differ from the first run."""
         for item in fields(self):
             old, new = getattr(before, item.name), getattr(self, item.name)
             if old == new or item.name in _FREE:

@@ -1,4 +1,4 @@
-"""Images and labels on the way to the network: resident on the device, or gathered from a file as they are needed."""
+"""Images and labels of a training: resident on the device, or read from a file batch by batch."""
 
 from __future__ import annotations
 
@@ -13,43 +13,43 @@ from torch import Tensor
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.tensors import Array
 
-#: A part that is larger than this as float32 stays where it is, as uint8, and is gathered batch by batch.
+#: A part that is larger than this as float32 stays in its file, as uint8, and is read batch by batch.
 RESIDENT_BYTES = 2 << 30
 
 
 class DataPart(Protocol):
-    """One part of a data set."""
+    """One part of a data set, training or test."""
 
-    count: int  # Images
-    device: torch.device  # Where its batches come out
+    count: int  # Number of images
+    device: torch.device  # Device of the batches
 
     def batches(self, indices: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Inputs float32 (n, channels, height, width) and labels int64 (n,) of each group of indices (int64, on the CPU)."""
+        """Yield inputs float32 (n, channels, height, width) and labels int64 (n,) for each group of int64 CPU indices."""
 
 
 class Resident:
-    """The whole part as one float32 tensor on the device: a batch is one gather, nothing is done per image."""
+    """A part as one float32 tensor on the device: a batch is one gather, without work per image."""
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
         self.images, self.labels = images, labels
         self.count, self.device = len(labels), images.device
 
     def batches(self, indices: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """See ``DataPart``. The indices travel once, together."""
+        """Yield the batches; all indices are copied to the device at once."""
         together = to_device(torch.cat([torch.empty(0, dtype=torch.int64), *indices]), self.device)
         for batch in torch.split(together, [len(part) for part in indices]):
             yield self.images.index_select(0, batch), self.labels.index_select(0, batch)
 
 
 class Streamed:
-    """A part that is too large for memory: the next batch is read and converted while this one is computed with."""
+    """A part that is too large for memory: a thread reads and converts the next batch during the current step."""
 
     def __init__(self, images: Array, labels: Array, preprocessing: Preprocessing, device: torch.device) -> None:
         self.images, self.labels, self.preprocessing = images, labels, preprocessing
         self.count, self.device = len(labels), device
 
     def batches(self, indices: Sequence[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """See ``DataPart``."""
+        """Yield the batches."""
         with ThreadPoolExecutor(1) as reader:
             ahead: Future[tuple[Tensor, Tensor]] | None = None
             for batch in indices:
@@ -63,7 +63,7 @@ class Streamed:
         return to_device(X, self.device), to_device(y, self.device)
 
     def _read(self, batch: Array) -> tuple[Tensor, Tensor]:
-        # A file is read forwards: sorted on the way in, put in order in memory.
+        # The file is read in ascending order, and the batch is ordered in memory.
         forwards = np.argsort(batch)
         pixels = np.empty((len(batch), *self.images.shape[1:]), np.uint8)
         pixels[forwards] = self.images[batch[forwards]]
@@ -72,12 +72,12 @@ class Streamed:
 
 
 def to_device(value: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor of the CPU on a device; the host does not wait for the copy, which pinned memory allows."""
+    """Copy a CPU tensor to a device; with pinned memory the host does not wait for the copy."""
     return value if device.type == "cpu" else value.pin_memory().to(device, non_blocking=True)
 
 
 def make_part(images: Array, labels: Array, preprocessing: Preprocessing, device: torch.device) -> DataPart:
-    """Return one part of a data set in the fastest place for a device; images as ``data.prepare.prepared`` returns them."""
+    """Return one part of a data set for a device; ``images`` are the result of ``data.prepare.prepared``."""
     if images.size * 4 > RESIDENT_BYTES:
         return Streamed(images, labels, preprocessing, device)
     inputs = torch.from_numpy(preprocessing.apply(images))

@@ -1,12 +1,12 @@
-"""The run directory: what is in it, who may write it, how a run is found again.
+"""The run directory: its files, its lock, and the state from which a run resumes.
 
 ::
 
-    checkpoint.safetensors   weights, optimiser and history after the last whole epoch: what a resumed run starts from
-    config.json              the recipe
+    checkpoint.safetensors   weights, optimiser and history after the last whole epoch; a resumed run starts from it
+    config.json              the configuration
     metrics.jsonl            one line per epoch, rewritten from the history
-    model.safetensors        the result, with re-estimated moving statistics if asked for
-    .run.lock                locked while a run writes here, so that two can't
+    model.safetensors        the result, by default with re-estimated moving statistics
+    .run.lock                lock of the run that writes here
 
 Each file is replaced atomically, the checkpoint first, so the directory is readable after a kill at any moment.
 """
@@ -41,17 +41,17 @@ _OURS = (CHECKPOINT, CONFIG, METRICS, MODEL, CURVES)
 class SavedEpoch:
     """The state after a whole epoch."""
 
-    state: dict[str, Tensor]  # State dict
-    epoch: int  # Whole epochs done
+    state: dict[str, Tensor]  # State dict of the network
+    epoch: int  # Number of whole epochs
     history: list[dict[str, Any]]  # One row per epoch (``EpochMetrics.to_json``)
     optimizer: dict[str, Tensor] = field(default_factory=dict)  # State of the optimiser
-    # The environment that the weights depend on to the last bit: device, processes, threads, torch
+    # Environment on which the last bit of the weights depends: device, processes, threads, torch
     made_by: Mapping[str, Any] = field(default_factory=dict)
-    scaler: Mapping[str, Any] = field(default_factory=dict)  # State of the scaling of the loss (float16)
+    scaler: Mapping[str, Any] = field(default_factory=dict)  # State of the loss scaler (float16)
 
 
 class RunDirectory:
-    """A run's folder on disk."""
+    """The folder of one run."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -59,20 +59,12 @@ class RunDirectory:
         self.model_path = self.path / MODEL
 
     def examine(self, config: TrainingConfig, *, resume: bool, force: bool) -> SavedEpoch | None:
-        """Say whether the run may go here, before anything is loaded or written.
-
-        Args:
-            config: Of the run that starts or goes on.
-            resume: Go on from the last whole epoch; a run that was killed before its first one begins anew.
-            force: Replace a run that is there.
-
-        Returns:
-            The last whole epoch of the resumed run, None to begin anew.
+        """Return the last whole epoch of the run to resume, or None to start from the beginning; nothing is written.
 
         Raises:
             OutputError: The path is taken, is not a run, or can't be read.
             UsageError: The resumed run was started with other options.
-            ModelError: Its checkpoint is damaged.
+            ModelError: The checkpoint is damaged.
         """
         if not resume:
             # An empty folder may be a mounted volume, which can't be replaced but can be filled.
@@ -85,19 +77,13 @@ class RunDirectory:
         return saved
 
     def config_to_resume(self, given: Mapping[str, Any]) -> TrainingConfig:
-        """The recipe of the run that is here, with the options that were given now; the defaults when there is no run.
-
-        Raises:
-            UsageError: A given option is out of range.
-            OutputError: The path is not a run.
-            ModelError: The run's checkpoint is damaged.
-        """
+        """Return the configuration of the existing run, or the default one, with the given options replaced."""
         before, _ = self._read()
         return replace(before or TrainingConfig(), **given)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the directory for one run, or raise OutputError; the system frees it when a process ends, however it ends."""
+        """Lock the directory for one run, or raise OutputError; the system releases the lock when the process ends."""
         from filelock import FileLock, Timeout
 
         made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
@@ -116,7 +102,7 @@ class RunDirectory:
         try:
             yield
         finally:
-            if made and not self._entries():  # a run that was refused leaves no folder behind
+            if made and not self._entries():  # a refused run leaves no folder
                 (self.path / LOCK).unlink(missing_ok=True)
             lock.release()
             for folder in made:
@@ -124,13 +110,13 @@ class RunDirectory:
                     folder.rmdir()
 
     def prepare(self, config: TrainingConfig, saved: SavedEpoch | None) -> None:
-        """Make the directory ready, or raise OutputError. A new run removes the files of an old one; other files stay."""
+        """Create the directory and its configuration; a new run removes the files of an old run and keeps other files."""
         with output_errors(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             if saved is None:
-                for name in _OURS:  # the checkpoint first: what is left after a kill here begins anew
+                for name in _OURS:  # the checkpoint first: after a kill in this loop the run starts from the beginning
                     (self.path / name).unlink(missing_ok=True)
-            for name in _OURS:  # what a killed write left beside the files
+            for name in _OURS:  # parts that a killed write left
                 for part in self.path.glob(f".{name}.*.part"):
                     part.unlink(missing_ok=True)
         write_atomically(self.path / CONFIG, (json.dumps(config.to_json(), indent=1) + "\n").encode())
@@ -138,7 +124,7 @@ class RunDirectory:
             self._write_metrics(saved.history)
 
     def save(self, checkpoint: Checkpoint) -> None:
-        """Keep the state after a whole epoch: the checkpoint, then the metrics that its history holds."""
+        """Write the state after a whole epoch: the checkpoint, then the metrics in its history."""
         save_checkpoint(self.checkpoint_path, checkpoint)
         self._write_metrics(checkpoint.metadata["training"]["history"])
 
@@ -152,13 +138,13 @@ class RunDirectory:
     def _refuse_taken(self, force: bool) -> None:
         if not force and (self.path / CONFIG).exists():
             raise OutputError(
-                f"{self.path} holds a run already",
-                remedy="Choose another --out, go on with --resume, or replace it with --force",
+                f"{self.path} has a run already",
+                remedy="Choose another --out, continue it with --resume, or replace it with --force",
             )
         refuse_existing(self.path, force=force)
 
     def _read(self) -> tuple[TrainingConfig | None, SavedEpoch | None]:
-        """The recipe and the last whole epoch of the run that is here, as far as there are any."""
+        """Return the configuration and the last whole epoch of the existing run; None for what is missing."""
         return self._read_checkpoint() if (self.path / CHECKPOINT).exists() else (self._read_config(), None)
 
     def _read_checkpoint(self) -> tuple[TrainingConfig, SavedEpoch]:
@@ -179,11 +165,12 @@ class RunDirectory:
             return TrainingConfig.from_json(training["config"]), saved
         except (KeyError, TypeError, ValueError) as error:
             raise ModelError(
-                f"{file} does not say how it was trained: {one_line(error)}", remedy="Start anew with --force"
+                f"{file} has no readable description of its training: {one_line(error)}",
+                remedy="Start anew with --force",
             ) from error
 
     def _read_config(self) -> TrainingConfig | None:
-        """The recipe of a run without a whole epoch; None when there is no run yet."""
+        """Return the configuration of a run without a whole epoch; None without a run."""
         if not self.path.exists():
             return None
         if not self.path.is_dir():
@@ -193,7 +180,7 @@ class RunDirectory:
         except FileNotFoundError:
             if any(not name.startswith(".") for name in self._entries()):
                 raise OutputError(
-                    f"{self.path} holds no run to resume", remedy="Check --out, or train without --resume"
+                    f"{self.path} has no run to resume", remedy="Check --out, or train without --resume"
                 ) from None
             return None
         except (OSError, ValueError) as error:

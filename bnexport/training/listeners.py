@@ -1,4 +1,4 @@
-"""Listeners of a training run, the numbers of an epoch, and event files for TensorBoard (extra ``tensorboard``)."""
+"""Listeners of a training run, the metrics of an epoch, and event files for TensorBoard (extra ``tensorboard``)."""
 
 from __future__ import annotations
 
@@ -14,48 +14,48 @@ from bnexport.training.config import TrainingConfig
 
 @dataclass(frozen=True)
 class EpochMetrics:
-    """One whole epoch."""
+    """The metrics of one whole epoch."""
 
-    epoch: int  # From 1
+    epoch: int  # Number of the epoch, from 1
     train_loss: float  # Mean cross-entropy over the epoch, in nats
-    train_accuracy: float  # Over the epoch, 0 to 1
-    test_loss: float  # Mean cross-entropy after the epoch, with the plain moving statistics, in nats
+    train_accuracy: float  # Accuracy over the epoch, 0 to 1
+    test_loss: float  # Mean cross-entropy after the epoch, with the moving statistics, in nats
     test_accuracy: float  # Accuracy after the epoch, 0 to 1
     learning_rate: float  # Learning rate of the last step
-    examples_per_s: float  # Training images per second, of all processes; evaluation is not timed
+    examples_per_s: float  # Training images per second of all processes, without the evaluation
 
     def to_json(self) -> dict[str, Any]:
-        """A row of the history."""
+        """Return the row of the history."""
         return asdict(self)
 
 
 class TrainingListener:
-    """Listener of a training run; every method may be overridden and does nothing here."""
+    """Listener of a training run; the methods do nothing and may be overridden."""
 
     def on_download(self, file: str, done: int, total: int | None) -> None:
-        """Bytes of a file of the data set, so far and in all (None when unknown)."""
+        """Receive the downloaded and the total bytes (None if unknown) of a file of the data set."""
 
     def on_start(self, config: TrainingConfig, device: str, origin: str, first_epoch: int) -> None:
-        """The data are loaded; ``first_epoch`` is above 1 in a resumed run, above ``epochs`` in a complete one."""
+        """Receive the facts of the run after the data are loaded; ``first_epoch`` is above 1 in a resumed run."""
 
     def on_files(self, done: int, total: int) -> None:
-        """Image files of a folder that were decoded, so far and in all; only the first time."""
+        """Receive the decoded and the total number of image files of a folder; not called if they are in the cache."""
 
     def on_note(self, text: str) -> None:
-        """Something that the user should know, as a sentence without its full stop."""
+        """Receive a note for the user, as a sentence without its full stop."""
 
     def on_batch(self, done: int, total: int) -> None:
-        """Steps of the running epoch, so far and in all; it must be quick and not wait for the device."""
+        """Receive the finished and the total steps of an epoch; it must be fast and not wait for the device."""
 
     def on_epoch(self, metrics: EpochMetrics) -> None:
-        """An epoch is over and saved."""
+        """Receive the metrics of an epoch, after its checkpoint is written."""
 
     def on_end(self) -> None:
-        """The run is over, well or not."""
+        """Called at the end of the run, also after an error."""
 
 
 class Both(TrainingListener):
-    """Several listeners as one: each method calls that of all, in order."""
+    """A listener that calls several listeners in order."""
 
     def __init__(self, *listeners: TrainingListener) -> None:
         for name in (name for name in vars(TrainingListener) if name.startswith("on_")):
@@ -82,10 +82,10 @@ _SCALARS = {
 
 
 class EventFiles(TrainingListener):
-    """Listener that writes each epoch's numbers."""
+    """Listener that writes each epoch's metrics for TensorBoard."""
 
     def __init__(self, folder: Path) -> None:
-        """Find tensorboard, or raise MissingDependency. ``on_start`` makes the folder, so a refused run leaves none."""
+        """Import tensorboard, or raise MissingDependency; ``on_start`` creates the folder, so a refused run leaves none."""
         require("tensorboard", purpose="--tensorboard")
         self._make = require("torch.utils.tensorboard", purpose="--tensorboard").SummaryWriter
         self._folder = folder
@@ -97,7 +97,7 @@ class EventFiles(TrainingListener):
             self._writer = self._make(str(self._folder))
 
     def on_epoch(self, metrics: EpochMetrics) -> None:
-        """Write the epoch's numbers; they are on disk afterwards."""
+        """Write the epoch's metrics to disk."""
         for name, attribute in _SCALARS.items():
             self._writer.add_scalar(name, getattr(metrics, attribute), metrics.epoch)
         self._writer.flush()

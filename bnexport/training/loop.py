@@ -27,7 +27,7 @@ _EVALUATION_BATCH = 500  # bounds the memory of evaluation; it does not change t
 
 @dataclass(frozen=True)
 class MeanMetrics:
-    """Means over the images of an epoch or a test set."""
+    """Mean loss and accuracy over the images of an epoch or a test set."""
 
     loss: float  # Mean cross-entropy, in nats
     accuracy: float  # 0 to 1
@@ -42,7 +42,7 @@ def epoch_order(count: int, *, seed: int, epoch: int) -> Tensor:
 
 
 def epoch_seed(*parts: int) -> int:
-    """One seed from several numbers, such that neighbours have nothing in common; 0 to 2**63 - 1."""
+    """Return one seed, 0 to 2**63 - 1, from several numbers; neighbouring numbers give unrelated seeds."""
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0]) >> 1
 
 
@@ -59,9 +59,9 @@ class Epochs:
         record: Record = CapturedStep,
         on_note: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """Prepare steps of ``batch_size`` images, of all processes together; ``capture``: record the step where that is safe.
+        """Prepare steps of ``batch_size`` images, summed over all processes; ``capture`` records the step if that is safe.
 
-        ``record`` makes the recording, for one process only; ``on_note`` receives a sentence if none is made.
+        ``record`` makes the recording, for one process only; ``on_note`` receives a sentence if there is no recording.
         """
         self.step, self.samples, self.batch_size = step, samples, batch_size
         self.world = step.world
@@ -75,15 +75,12 @@ class Epochs:
     def take(
         self, order: Tensor, *, before_step: Callable[[int], None] | None = None, on_batch: OnBatch | None = None
     ) -> MeanMetrics:
-        """Take one pass over the training set.
+        """Train one epoch and return its means; each image counts with the weights of its step, as in the chapter.
 
         Args:
             order: Permutation of the images, int64 on the CPU.
-            before_step: Called with the number of the step in this epoch, from 0, before the step is taken.
+            before_step: Called with the number of the step in this epoch, from 0, before the step.
             on_batch: Called after each step; it must not wait for the device.
-
-        Returns:
-            Means over the epoch, each image as the network was when it came (as the chapter reports them).
 
         Raises:
             Diverged: The loss or the weights are no longer finite; the message names the batch.
@@ -97,7 +94,7 @@ class Epochs:
     def take_steps(
         self, order: Tensor, *, before_step: Callable[[int], None] | None = None, on_batch: OnBatch | None = None
     ) -> Sums:
-        """Take the steps of one epoch, as ``take``; on a GPU the host does not wait for the device."""
+        """Take the steps of one epoch, as in ``take``; on a GPU the host does not wait for the device."""
         self.step.model.train()
         batches = torch.split(order, self.batch_size)
         sums = self._fresh_sums(len(batches))
@@ -109,13 +106,13 @@ class Epochs:
             loss = take(X, y, len(batches[number]), sums)
             sums.losses[number] = loss
             if loss.device.type == "cpu" and self.world.size == 1 and not math.isfinite(loss.item()):
-                break  # on a GPU, and with several processes, it is found at the end of the epoch, without a wait
+                break  # a GPU and several processes are checked at the end of the epoch, without a wait
             if on_batch is not None:
                 on_batch(number + 1, len(batches))
         return sums
 
     def _fresh_sums(self, steps: int) -> Sums:
-        """Return zeros: the same tensors in every epoch, because a recorded step adds to those of its recording."""
+        """Return zeros, in the same tensors in every epoch, because a recorded step adds to the tensors of its recording."""
         if self._sums is None or len(self._sums.losses) != steps:
             self._sums = Sums.zeros(steps, self.samples.device)
             if self.recording is not None:
@@ -126,9 +123,9 @@ class Epochs:
 
 
 def evaluate(model: nn.Module, samples: DataPart, world: World | None = None) -> MeanMetrics:
-    """Return loss and accuracy in eval mode, with the moving statistics and in strict float32; the model's mode is restored.
+    """Return loss and accuracy in eval mode and strict float32; the model's mode is restored afterwards.
 
-    With several processes each takes its part of the samples.
+    With several processes each one evaluates its part of the images.
     """
     world = world or World()
     sums = evaluated(model, samples, world)
@@ -155,13 +152,13 @@ def evaluated(model: nn.Module, samples: DataPart, world: World) -> Sums:
 
 
 def batches_of(samples: DataPart, order: Tensor, batch_size: int) -> Iterator[Tensor]:
-    """The images in an order, in batches; for the re-estimation of moving statistics."""
+    """Yield the images of an order in batches, for the re-estimation of moving statistics."""
     for X, _ in samples.batches(torch.split(order, batch_size)):
         yield X
 
 
 def _refuse_diverged(model: nn.Module, losses: Tensor) -> None:
-    """Name the first batch whose loss is not finite; weights may also break after the last one."""
+    """Raise Diverged with the first batch whose loss is not finite, or for weights that are not finite after the last batch."""
     broken = (~torch.isfinite(losses)).nonzero()
     if len(broken):
         where = f"in batch {int(broken[0]) + 1} of {len(losses)}"

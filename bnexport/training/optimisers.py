@@ -17,16 +17,16 @@ from bnexport.training.config import TrainingConfig
 def make_optimizer(model: nn.Module, config: TrainingConfig, device: torch.device) -> torch.optim.Optimizer:
     """Return the optimiser of a network's trained parameters.
 
-    Weight decay leaves vectors alone (biases, gamma, beta), as is usual. On CUDA the learning rate becomes a tensor on the
-    device, so that a recorded step reads a new value without a new recording.
+    Weight decay leaves out vectors (biases, gamma, beta). On CUDA the learning rate is a tensor on the device, so that a
+    recorded step reads a new value.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trained:
-        raise ModelError(f"{config.model} has no parameter to train", remedy="Return a network with trainable weights")
+        raise ModelError(f"{config.model} has no trainable parameter", remedy="Return a network with trainable weights")
     decayed, others = [p for p in trained if p.dim() > 1], [p for p in trained if p.dim() <= 1]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimizer = _MAKERS[config.optimizer]([group for group in groups if group["params"]], config, device)
-    if device.type != "cpu":  # after the constructor, which compares the rate and would wait for the device
+    if device.type != "cpu":  # after the constructor, whose comparison of the rate would wait for the device
         for group in optimizer.param_groups:
             group["lr"] = torch.tensor(config.lr, device=device)
     _fill_momentum(optimizer)
@@ -41,16 +41,16 @@ def _adamw(groups: list[dict[str, Any]], config: TrainingConfig, device: torch.d
     return torch.optim.AdamW(groups, lr=config.lr, fused=True, capturable=device.type == "cuda")
 
 
-#: Name in the configuration -> its maker. One kernel for all parameters ("fused") has measured fastest on CPU and GPU.
+#: Name in the configuration -> constructor. One kernel for all parameters ("fused") was the fastest on CPU and GPU.
 _MAKERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"sgd": _sgd, "adamw": _adamw}
 
 
 def _fill_momentum(optimizer: torch.optim.Optimizer) -> None:
-    """Give each parameter without a momentum buffer one that holds -0.
+    """Add a momentum buffer of -0 to each parameter without one.
 
     torch's fused SGD (2.11 to 2.14) allocates the buffers in its first step and leaves them uninitialised when that step is
     skipped, as the scaling of float16 losses does; the second step then adds to them. AdamW fills its moments with zeros.
-    The first step is still torch's, bit for bit: momentum * -0 + gradient is the gradient, a gradient of -0 included.
+    The first step equals torch's, bit for bit: momentum * -0 + gradient is the gradient, also for a gradient of -0.
     """
     for group in optimizer.param_groups:
         if group.get("momentum"):
@@ -72,7 +72,7 @@ def learning_rate(config: TrainingConfig, step: int, steps_per_epoch: int) -> fl
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
-    """Set the learning rate of all groups; without a wait for the device where it is a tensor."""
+    """Set the learning rate of all groups; a tensor is filled without a wait for the device."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):
             group["lr"].fill_(value)
@@ -92,19 +92,19 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Restore the result of ``optimizer_tensors``; ModelError for the tensors of another optimiser."""
+    """Restore the result of ``optimizer_tensors``; ModelError for tensors of another optimiser."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     try:
         for key, value in tensors.items():
             number, _, name = key.partition(".")
             if int(number) not in range(len(parameters)):
-                raise ValueError(f"{key} is of no parameter")
+                raise ValueError(f"{key} belongs to no parameter")
             if value.dim() and value.shape != parameters[int(number)].shape:
                 raise ValueError(f"{key} has shape {tuple(value.shape)}")
             state.setdefault(int(number), {})[name] = value
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-        _fill_momentum(optimizer)  # of parameters that had no gradient in a run of an older version
+        _fill_momentum(optimizer)  # for parameters without a gradient in a run of an older version
     except (ValueError, KeyError) as error:
         raise ModelError(
             f"the optimiser's state in the checkpoint does not fit the network: {one_line(error)}",

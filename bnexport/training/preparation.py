@@ -1,4 +1,4 @@
-"""Everything that a run needs before its first epoch: data set, network with its initial weights, optimiser."""
+"""Preparation of a run: data set, network with its initial weights, optimiser."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _LENET_SIDE = 28
 
 
 def network_facts(config: TrainingConfig, classes: int, preprocessing: Preprocessing) -> dict[str, Any]:
-    """Return the facts to build the network again, as a checkpoint states them: ``{"source": ..., "options": {...}}``."""
+    """Return the facts from which a checkpoint's network is rebuilt: ``{"source": ..., "options": {...}}``."""
     options: dict[str, Any] = dict(config.model_options)
     if config.model == LENET:
         options = {"norm": config.norm, "in_channels": preprocessing.channels, "num_classes": classes}
@@ -46,10 +46,10 @@ def network_facts(config: TrainingConfig, classes: int, preprocessing: Preproces
 
 
 def build_network(config: TrainingConfig, classes: int, preprocessing: Preprocessing) -> nn.Module:
-    """Build the network, with weights drawn from the configuration's seed; the caller's random state is left alone.
+    """Build the network with weights drawn from the configuration's seed; the caller's random state does not change.
 
     Raises:
-        ModelError: It can't be built, does not take such images, or gives another number of scores.
+        ModelError: It can't be built, does not accept such images, or returns another number of scores.
         MissingDependency: The package that defines it is not installed.
     """
     facts = network_facts(config, classes, preprocessing)
@@ -64,69 +64,63 @@ def build_network(config: TrainingConfig, classes: int, preprocessing: Preproces
 
 
 def leaves_parameters_unused(network: nn.Module, preprocessing: Preprocessing) -> bool:
-    """Return whether a step leaves a parameter without gradient, as in a head that is switched off; tries a copy."""
+    """Return True if a step on a copy leaves a parameter without a gradient, as in a head that is switched off."""
     twin = copy.deepcopy(network)
     twin.train()
     with seeded(0), torch.enable_grad():
         scores = twin(torch.rand(2, preprocessing.channels, preprocessing.height, preprocessing.width))
-        if not isinstance(scores, Tensor):  # the first step will say what is wrong
+        if not isinstance(scores, Tensor):  # the first step raises the error
             return False
         torch.autograd.backward(scores.sum())
     return any(parameter.requires_grad and parameter.grad is None for parameter in twin.parameters())
 
 
 def _check_scores(network: nn.Module, facts: Mapping[str, Any], classes: int, preprocessing: Preprocessing) -> None:
-    """Try the network on two grey images, in eval mode, so that nothing in it changes."""
+    """Run the network on two grey images, in eval mode so that it does not change, and check its scores."""
     shape = (preprocessing.channels, preprocessing.height, preprocessing.width)
     text, source = "x".join(map(str, shape)), facts["source"]
-    remedy = "Give the shape that it takes with --input, as 3x64x64, and its own options with --model-option"
+    remedy = (
+        "Pass the network's image size with --input, as 3x64x64, and its constructor's arguments with --model-option"
+    )
     if source == LENET and shape[1:] != (_LENET_SIDE, _LENET_SIDE):
-        raise ModelError(f"bn_lenet takes images of 28x28, not {text}", remedy="Pass --input 1x28x28 or 3x28x28")
+        raise ModelError(f"bn_lenet needs images of 28x28, not {text}", remedy="Pass --input 1x28x28 or 3x28x28")
     try:
         with torch.no_grad():
             scores = to_eval_mode(network)(torch.full((2, *shape), 0.5))
     except BnexportError:
         raise
     except Exception as error:
-        raise ModelError(f"{source} does not take images of {text}: {one_line(error)}", remedy=remedy) from error
+        raise ModelError(f"{source} fails on images of {text}: {one_line(error)}", remedy=remedy) from error
     if not isinstance(scores, Tensor) or scores.dim() != 2 or len(scores) != 2:
         raise ModelError(
-            f"{source} gives no table of scores (images, classes)", remedy="Train a classifier that returns its logits"
+            f"{source} does not return scores (images, classes)", remedy="Train a classifier that returns its logits"
         )
     if scores.shape[1] != classes:
         raise ModelError(
-            f"{source} gives {scores.shape[1]} scores per image, the data set has {classes} classes",
-            remedy="Pass the number of classes to it: --model-option num_classes="
-            f"{classes}, or whatever its constructor calls it",
+            f"{source} returns {scores.shape[1]} scores per image, the data set has {classes} classes",
+            remedy=f"Pass the number of classes to its constructor, such as --model-option num_classes={classes}",
         )
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Everything that a run works with."""
+    """The objects of a run."""
 
-    config: TrainingConfig  # The recipe
+    config: TrainingConfig  # The configuration
     dataset: Dataset  # The images and labels
     preprocessing: Preprocessing  # Conversion of an image to an input
-    model: nn.Module  # The network on this process's device, with the saved weights where there are some
-    optimizer: torch.optim.Optimizer  # Optimiser of its parameters, with the saved state if there is one
+    model: nn.Module  # The network on this process's device, with the saved weights of a resumed run
+    optimizer: torch.optim.Optimizer  # Optimiser of its parameters, with the saved state of a resumed run
     train: DataPart  # The training part
     test: DataPart  # The test part
     world: World  # The processes
-    scaler: Mapping[str, Any]  # State of the scaling of the loss, from the checkpoint
+    scaler: Mapping[str, Any]  # State of the loss scaler, from the checkpoint
     unused: bool = False  # True if a step leaves parameters without a gradient; determined for several processes only
 
     def step(self, model: nn.Module) -> Step:
-        """The step of a network that has this one's parameters."""
-        config = self.config
-        step = Step(
-            model,
-            self.optimizer,
-            label_smoothing=config.label_smoothing,
-            amp=config.amp,
-            world=self.world,
-            unused=self.unused,
-        )
+        """Return the training step of a network with these parameters."""
+        smoothing, amp = self.config.label_smoothing, self.config.amp
+        step = Step(model, self.optimizer, label_smoothing=smoothing, amp=amp, world=self.world, unused=self.unused)
         if self.scaler:
             step.scaler.load_state_dict(dict(self.scaler))
         return step
@@ -140,25 +134,37 @@ def prepare(
     data_dir: str | Path | None,
     listener: TrainingListener,
 ) -> Prepared:
-    """Load the data, build the network and its optimiser.
+    """Load the data, and build the network and its optimiser.
 
     Raises:
-        DataError, NetworkError: As ``data.datasets.load_dataset``.
+        DataError, NetworkError: See ``data.datasets.load_dataset``.
         ModelError: The network can't be built, the saved weights do not fit it, or its BatchNorm can't be synchronised.
-        UsageError: A batch would leave a BatchNorm without a variance.
-        RuntimeUnavailable: float16 was asked for on a CPU.
+        UsageError: A batch is too small for a BatchNorm.
+        RuntimeUnavailable: float16 was requested on a CPU.
     """
     if config.amp == "float16" and world.device.type != "cuda":
         raise RuntimeUnavailable(
-            "--amp float16 needs a CUDA device", remedy="Use --amp bfloat16, which a CPU can do too, or leave it out"
+            "--amp float16 needs a CUDA device", remedy="Use --amp bfloat16, which works on a CPU too, or leave it out"
         )
     preprocessing = config.preprocessing()
-    # The leading process downloads and decodes; the others read what it left.
-    dataset = world.leader_first(lambda: _load(config, preprocessing, data_dir, listener))
+    # The leading process downloads and decodes; the others read its files.
+    dataset = world.leader_first(
+        lambda: load_dataset(
+            config.dataset,
+            data_dir=data_dir,
+            progress=listener.on_download,
+            preprocessing=preprocessing,
+            on_picture=listener.on_files,
+        )
+    )
     model = build_network(config, len(dataset.labels), preprocessing)
     check_last_batch(config, model, len(dataset.train_labels), world)
     if saved is not None:
-        _restore(model, saved)
+        try:
+            model.load_state_dict(saved.state)
+        except RuntimeError as error:
+            message = f"{CHECKPOINT} does not fit the network: {one_line(error)}"
+            raise ModelError(message, remedy="Start anew with --force") from error
     unused = world.size > 1 and leaves_parameters_unused(model, preprocessing)
     model.to(world.device)
     if config.sync_batch_norm and world.size > 1:
@@ -177,43 +183,22 @@ def prepare(
     return Prepared(config, dataset, preprocessing, model, optimizer, train, test, world, scaler, unused)
 
 
-def _load(
-    config: TrainingConfig, preprocessing: Preprocessing, data_dir: str | Path | None, listener: TrainingListener
-) -> Dataset:
-    return load_dataset(
-        config.dataset,
-        data_dir=data_dir,
-        progress=listener.on_download,
-        preprocessing=preprocessing,
-        on_picture=listener.on_files,
-    )
-
-
-def _restore(model: nn.Module, saved: SavedEpoch) -> None:
-    try:
-        model.load_state_dict(saved.state)
-    except RuntimeError as error:
-        raise ModelError(
-            f"{CHECKPOINT} does not fit the network: {one_line(error)}", remedy="Start anew with --force"
-        ) from error
-
-
 def check_last_batch(config: TrainingConfig, model: nn.Module, count: int, world: World) -> None:
-    """Refuse (UsageError) a last batch of one image per process: after a linear layer BatchNorm has no variance of it."""
+    """Raise UsageError for a last batch of one image per process: after a linear layer BatchNorm has no variance of it."""
     if not any(isinstance(module, BATCH_NORMS) for module in model.modules()):
         return
     together = config.sync_batch_norm and world.size > 1
-    least = 2 if not together else 1  # over all processes a part may be a single image, but not none
+    least = 2 if not together else 1  # synchronised, each process needs one image
     for batch in (min(config.batch_size, count), count % config.batch_size):
         if batch and (world.smallest_share(batch) < least or batch < 2):
             if world.size == 1:
                 raise UsageError(
-                    f"with batch-size {config.batch_size} a batch of one of the {count} images is left, "
+                    f"with batch-size {config.batch_size} the last batch has one of the {count} images, "
                     "and BatchNorm needs at least 2",
                     remedy="Choose another --batch-size",
                 )
             raise UsageError(
-                f"with batch-size {config.batch_size} a batch of {batch} of the {count} images is left for "
+                f"with batch-size {config.batch_size} the last batch has {batch} of the {count} images for "
                 f"{world.size} processes, and BatchNorm needs at least {least} in each",
                 remedy="Choose another --batch-size, or --sync-batch-norm, or fewer processes",
             )
@@ -221,20 +206,20 @@ def check_last_batch(config: TrainingConfig, model: nn.Module, count: int, world
 
 @dataclass(frozen=True)
 class MadeBy:
-    """Everything besides the recipe that a run's weights depend on, to the last bit."""
+    """The environment on which the last bit of a run's weights depends."""
 
     device: str  # "cpu", or the GPU's name
-    processor: str  # The CPU's name: kernels are chosen by it
+    processor: str  # Name of the CPU, by which kernels are chosen
     processes: int  # Number of processes that trained together
     threads: int  # Threads of each process, on a CPU
-    torch: str  # Version
+    torch: str  # Version of torch
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Return plain JSON values."""
         return asdict(self)
 
     def differs_from(self, before: Mapping[str, Any]) -> str | None:
-        """Why a resumed run may end with other weights than one without the interruption; None when it does not."""
+        """Return why a resumed run may end with other weights than an uninterrupted one; None if it does not."""
         changed = [
             f"{name} was {before[name]}, is {value}"
             for name, value in self.to_json().items()
@@ -243,12 +228,12 @@ class MadeBy:
         if changed:
             return f"the resumed weights may differ by rounding from an uninterrupted run's: {'; '.join(changed)}"
         if self.device != "cpu":
-            return "on a GPU sums are taken in no fixed order: the resumed weights may differ by rounding"
+            return "the order of sums on a GPU is not fixed: the resumed weights may differ by rounding"
         return None
 
 
 def made_by(world: World) -> MadeBy:
-    """Return everything that this run's weights depend on."""
+    """Return the environment of this run."""
     cpu = world.device.type == "cpu"
     device = "cpu" if cpu else torch.cuda.get_device_name(world.device)
     return MadeBy(device, cpu_name(), world.size, torch.get_num_threads() if cpu else 0, torch.__version__)

@@ -1,10 +1,10 @@
-"""Several processes that train one network: their ranks, the share of each, and the loss of a process.
+"""Distributed training: ranks, shares of a batch, and the detection of lost processes.
 
-torchrun starts them and sets the environment variables that are read here (torch documentation, "torchrun").
+torchrun starts the processes and sets the environment variables that are read here (torch documentation, "torchrun").
 
-NCCL does not notice a lost process: its kernels wait until the time-out, and then its watchdog aborts this process (SIGABRT).
-Gloo's connections are closed at once when a process ends. So next to NCCL the processes form a ring of gloo connections: each
-process listens to the next in a thread, and sends a word to the one before when it leaves.
+NCCL does not detect a lost process: its kernels wait until the time-out, and then its watchdog aborts this process (SIGABRT).
+Gloo's connections close at once when a process ends. So in addition to NCCL the processes form a ring of gloo connections: each
+process listens to the next one in a thread, and sends a number to the previous one when it ends.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from bnexport.errors import BnexportError, RuntimeUnavailable, UsageError
 from bnexport.optional import one_line
 
 _DONE, _FAILED = 0, 1
-#: Seconds in which a process ends by itself after the next one has left with an error, because the error is its own too.
+#: Seconds in which a process ends by itself after the next one ended with an error, if it has the same error.
 _GRACE = 10.0
 _FOREVER = datetime.timedelta(days=365)
-#: Exit code of a training whose processes were lost, as of every ``Unavailable``.
+#: Exit code of a training that lost a process, the one of ``Unavailable``.
 _UNAVAILABLE = 3
 
 
 def lost(reason: str) -> RuntimeUnavailable:
     """Return the error of a training that has lost a process."""
     return RuntimeUnavailable(
-        f"another process of this training is gone: {reason}",
+        f"another process of this training ended: {reason}",
         remedy="The last whole epoch is kept: start again with --resume, with any number of processes",
     )
 
@@ -48,7 +48,7 @@ def lost(reason: str) -> RuntimeUnavailable:
 def watched(rank: int, size: int) -> Iterator[None]:
     """End this process with exit code 3 if another one is lost inside the block; all ``size`` processes enter it together.
 
-    The main thread may be in a kernel that never ends, so the process ends without it. Files are whole or absent at any moment.
+    The main thread may be in a kernel that never ends, so another thread ends the process. Files are whole or absent then.
     """
     group: Any = dist.new_group(backend="gloo", timeout=_FOREVER)
     over = threading.Event()
@@ -60,7 +60,7 @@ def watched(rank: int, size: int) -> Iterator[None]:
         word = _DONE
     finally:
         over.set()
-        with contextlib.suppress(RuntimeError):  # the process before is gone already
+        with contextlib.suppress(RuntimeError):  # the previous process has ended
             dist.send(torch.tensor([word]), dst=(rank - 1) % size, group=group)
         listener.join(None if word == _DONE else 1.0)
 
@@ -71,7 +71,7 @@ def _listen(peer: int, group: Any, over: threading.Event) -> None:
         dist.recv(word, src=peer, group=group)
         if word.item() == _DONE or over.wait(_GRACE):
             return
-        reason = f"process {peer} left with an error"
+        reason = f"process {peer} ended with an error"
     except RuntimeError as error:
         if over.is_set():
             return
@@ -84,10 +84,10 @@ def _listen(peer: int, group: Any, over: threading.Event) -> None:
 T = TypeVar("T")
 
 #: Time for which a process waits for the others: they may be decoding a folder of images for the first time. A lost process
-#: is noticed at once, by its closed connection (gloo's own, or the ring of ``peers`` next to NCCL). A machine that vanishes
-#: closes none: then gloo raises after this time, and NCCL's watchdog aborts the process.
+#: is detected at once, by its closed connection (gloo's, or the ring next to NCCL). A lost machine closes no connection: then
+#: gloo raises after this time, and NCCL's watchdog aborts the process.
 _PATIENCE = datetime.timedelta(minutes=30)
-#: What backends say, in their errors, of a process that is gone.
+#: Parts of the backends' error messages for a lost process.
 _LOST = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe", "timed out", "distbackend", "peer")
 
 
@@ -95,7 +95,7 @@ _LOST = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe",
 class World:
     """The processes of one training."""
 
-    rank: int = 0  # This process's number; 0 writes and prints
+    rank: int = 0  # Number of this process; 0 writes and prints
     size: int = 1  # Number of processes
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))  # Device of this process
 
@@ -105,11 +105,11 @@ class World:
         return self.rank == 0
 
     def share(self, batch: Tensor) -> Tensor:
-        """This process's part of a batch; the parts of all are the batch, none twice, and differ by one at most."""
+        """Return this process's part of a batch; the disjoint parts of all processes differ by one image at most."""
         return batch.tensor_split(self.size)[self.rank]
 
     def smallest_share(self, count: int) -> int:
-        """The length of the shortest part of a batch of ``count``."""
+        """Return the length of the shortest part of a batch of ``count``."""
         return count // self.size
 
     def add_up(self, *values: Tensor) -> None:
@@ -119,40 +119,40 @@ class World:
                 dist.all_reduce(value)
 
     def wait(self) -> None:
-        """Until every process is here."""
+        """Wait until every process calls this method."""
         if self.size > 1:
             self.add_up(torch.zeros(1, device=self.device))
 
     def leave_together(self) -> None:
-        """Wait for all as the last thing: nobody closes connections by which another still reads something that counts."""
-        with contextlib.suppress(RuntimeError):  # that somebody has left already means that all is done
+        """Wait for all processes before the end, so that no process closes a connection that another one still reads."""
+        with contextlib.suppress(RuntimeError):  # a process has ended, so all work is done
             self.wait()
 
-    def told_by_leader(self, find: Callable[[], T]) -> T:
-        """Return the leading process's result (picklable) in all; all raise an error of bnexport that occurs there."""
+    def from_leader(self, find: Callable[[], T]) -> T:
+        """Return the leading process's picklable result in all processes; all raise its BnexportError."""
         if self.size == 1:
             return find()
-        told: list[Any] = [None]
+        sent: list[Any] = [None]
         if self.leads:
             try:
-                told = [find()]
+                sent = [find()]
             except BnexportError as error:
-                told = [error]
-        dist.broadcast_object_list(told, src=0)
-        if isinstance(told[0], BnexportError):
+                sent = [error]
+        dist.broadcast_object_list(sent, src=0)
+        if isinstance(sent[0], BnexportError):
             self.leave_together()
-            raise told[0]
-        result: T = told[0]
+            raise sent[0]
+        result: T = sent[0]
         return result
 
     def same_buffers(self, model: nn.Module) -> None:
-        """Give every process the leading one's buffers: without synchronised BatchNorm each has statistics of its own."""
+        """Copy the leading process's buffers to all: without synchronised BatchNorm the moving statistics differ."""
         if self.size > 1:
             for buffer in model.buffers():
                 dist.broadcast(buffer, src=0)
 
     def all_do(self, act: Callable[[], T]) -> T:
-        """Return each process's own result; an error of bnexport in one is raised by all, so that the first reports it."""
+        """Return each process's result; all raise a BnexportError of any process, so that the first one reports it."""
         if self.size == 1:
             return act()
         found: list[T] = []
@@ -171,15 +171,15 @@ class World:
         return found[0]
 
     def leader_first(self, act: Callable[[], T]) -> T:
-        """Return each process's own result, the leading one's first: it may write files that the others read."""
+        """Return each process's result; the leading one runs first, because it may write files that the others read."""
         found: list[T] = []
-        self.told_by_leader(lambda: found.append(act()))
+        self.from_leader(lambda: found.append(act()))
         return found[0] if self.leads else act()
 
     def parallel(self, model: nn.Module, *, unused: bool = False) -> nn.Module:
         """Return the network for training, with gradients averaged over all processes.
 
-        ``unused``: a step may leave parameters without a gradient; the search for them takes time.
+        ``unused``: a step may leave parameters without a gradient, and the search for these takes time.
         """
         if self.size == 1:
             return model
@@ -188,22 +188,19 @@ class World:
 
 
 def asked_rank() -> int:
-    """The number that torchrun gave this process; 0 without torchrun."""
+    """Return the rank that torchrun set for this process; 0 without torchrun."""
     return _number("RANK", 0)
 
 
 @contextlib.contextmanager
 def open_world(device: str) -> Iterator[World]:
-    """Join the processes that torchrun started; alone without it.
+    """Join the processes that torchrun started; without torchrun the world has one process.
 
-    A program that trains several times joins them once, by ``torch.distributed.init_process_group``: torch's meeting place
-    of a closed group can't be used again.
-
-    Args:
-        device: One of ``config.DEVICES``.
+    A program that trains several times joins them once, by ``torch.distributed.init_process_group``, because the rendezvous
+    of a closed group can't be used again. ``device`` is one of ``config.DEVICES``.
 
     Raises:
-        RuntimeUnavailable: CUDA was asked for and is not here, there are fewer GPUs than processes, or a process was lost.
+        RuntimeUnavailable: CUDA is not available, there are fewer GPUs than processes, or a process was lost.
         UsageError: The environment variables contradict each other.
     """
     rank, size, local = asked_rank(), _number("WORLD_SIZE", 1), _number("LOCAL_RANK", 0)
@@ -221,7 +218,7 @@ def open_world(device: str) -> Iterator[World]:
     if kind.type == "cuda":
         if local >= torch.cuda.device_count():
             raise RuntimeUnavailable(
-                f"process {local} has no GPU: there are {torch.cuda.device_count()} here",
+                f"process {local} has no GPU: torch finds {torch.cuda.device_count()}",
                 remedy="Start as many processes as GPUs, or pass --device cpu",
             )
         kind = torch.device("cuda", local)
@@ -248,15 +245,12 @@ def _leave() -> None:
 
 
 def end_process(code: int) -> NoReturn:
-    """End this process, one of several, with an exit code and without taking Python down around gloo's threads.
+    """End one of several processes with an exit code, without Python's finalisation, which gloo's threads can abort.
 
-    Those threads live for as long as anything holds the group, which the frames of a training do beyond
-    ``destroy_process_group``. One of them may just be letting go of the tensors of the last exchange and ask for the GIL for
-    it. CPython before 3.14 ends a thread that asks while it finalises; in the midst of C++ that is an abort, and a process
-    that has done all its work ends with SIGABRT (pytorch/pytorch, pull request 179291).
-
-    Args:
-        code: As of ``sys.exit``.
+    These threads live as long as the process group is referenced, and the frames of a training keep it beyond
+    ``destroy_process_group``. A thread may need the GIL to free the tensors of the last exchange. CPython before 3.14 ends a
+    thread that requests the GIL during finalisation. Inside C++ code this is an abort, so a process that has done all its work
+    ends with SIGABRT (pytorch/pytorch, pull request 179291).
     """
     atexit._run_exitfuncs()
     interrupts.exit_at_once(code)
@@ -266,7 +260,7 @@ def choose_device(name: str) -> torch.device:
     """Return the device for one of ``config.DEVICES``; RuntimeUnavailable if CUDA was requested and torch finds no GPU."""
     if name == "cuda" and not torch.cuda.is_available():
         raise RuntimeUnavailable(
-            "torch finds no CUDA device here", remedy="Use --device cpu, or install a CUDA build of torch and a driver"
+            "torch finds no CUDA device", remedy="Use --device cpu, or install a CUDA build of torch and a driver"
         )
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
@@ -280,7 +274,7 @@ def _number(variable: str, default: int) -> int:
 
 @contextlib.contextmanager
 def _lost_process_named() -> Iterator[None]:
-    """One sentence for the many errors that a lost process makes in the others."""
+    """Replace the backends' many errors for a lost process by the one of ``lost``."""
     try:
         yield
     except RuntimeError as error:

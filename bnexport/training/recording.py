@@ -1,9 +1,9 @@
-"""The training step recorded as a CUDA graph, where a recording computes what the step computes.
+"""The training step recorded as a CUDA graph, if the recording computes the same as the step.
 
-A recording holds the kernels of one step. Whatever Python decides while they are recorded is frozen: random numbers of
-Python, numpy or torch's CPU generator, counters, schedules inside of forward. So bn_lenet and the networks of the zoos are
-recorded, other networks only when the user asks for it. Every recording is preceded by steps that are watched: where the host's
-state changes in one of them, or the host waits for the device, the network is not recorded.
+A recording contains the kernels of one step. Decisions of Python during the recording are frozen: random numbers of Python,
+numpy or torch's CPU generator, counters, schedules inside forward. So bn_lenet and the networks of the zoos are recorded by
+default, and other networks on request. Before a recording some steps are observed: if the host's state changes in one of them,
+or the host waits for the device, the network is not recorded.
 """
 
 from __future__ import annotations
@@ -25,41 +25,41 @@ from bnexport.training.data_parts import DataPart, Resident
 from bnexport.training.processes import World
 from bnexport.training.step import Step, Sums
 
-#: Takes the step for one batch (X, y); the returned loss is overwritten by the next call.
+#: Runs the recorded step for one batch (X, y); the next call overwrites the returned loss.
 Replay = Callable[[Tensor, Tensor], Tensor]
-#: Records a step with the arguments of ``Step.__call__``; the step itself is not taken.
+#: Records a step with the arguments of ``Step.__call__``, without running it.
 Record = Callable[[Step, Tensor, Tensor, int, Sums], Replay]
 
-#: Steps before the recording. The first one makes lazy state (moments, cuBLAS workspaces, a network's caches); the others
-#: are watched.
+#: Steps before the recording. The first one creates lazy state (moments, cuBLAS workspaces, a network's caches); the others
+#: are observed.
 WARM_UP = 3
 _NOT_RECORDED = "the step is not recorded as a CUDA graph"
-#: Part of torch's warning where the host waits for the device ("warn" of ``torch.cuda.set_sync_debug_mode``).
+#: Part of torch's warning that the host waits for the device ("warn" of ``torch.cuda.set_sync_debug_mode``).
 _WAITS = "synchronizing CUDA operation"
 #: Part of torch's warning that this mode is a prototype.
 _PROTOTYPE = "Synchronization debug mode"
 
 
 def recorded_by_default(model: str) -> bool:
-    """Return whether the step of a model is recorded without being asked for: Python decides nothing in its forward."""
+    """Return True if the step of a model is recorded by default: Python decides nothing in its forward."""
     return model == LENET or zoo_of(model) is not None
 
 
 def obstacle(config: TrainingConfig, samples: DataPart, world: World) -> str | None:
-    """Return the note that says why this training can't record its step; None where it can."""
+    """Return a note with the reason why this training can't record its step; None if it can."""
     if samples.device.type != "cuda":
         return f"{_NOT_RECORDED}: the training runs on {samples.device.type}"
     if world.size > 1:
         return f"{_NOT_RECORDED}: {world.size} processes train together"
     if not isinstance(samples, Resident):
-        return f"{_NOT_RECORDED}: the training images do not lie in the device's memory"
+        return f"{_NOT_RECORDED}: the training images are not in the device's memory"
     if config.amp == "float16":
-        return f"{_NOT_RECORDED}: the scaling of float16 losses is not recorded"
+        return f"{_NOT_RECORDED}: the scaling of float16 losses can't be recorded"
     return None
 
 
 class CapturedStep:
-    """A step of one batch size as a CUDA graph: the host launches one thing per step."""
+    """A step of one batch size as a CUDA graph, with one launch per step."""
 
     def __init__(self, step: Step, X: Tensor, y: Tensor, images: int, sums: Sums) -> None:
         self._X, self._y = X.clone(), y.clone()
@@ -74,7 +74,7 @@ class CapturedStep:
             raise
 
     def __call__(self, X: Tensor, y: Tensor) -> Tensor:
-        """Take the step; the result is overwritten by the next one."""
+        """Run the step; the next call overwrites the result."""
         self._X.copy_(X)
         self._y.copy_(y)
         self._graph.replay()
@@ -82,14 +82,14 @@ class CapturedStep:
 
 
 def _leave_capture(outside: torch.cuda.Stream, pool: Any, device: torch.device) -> None:
-    """Undo what torch leaves behind where the end of a capture raises.
+    """Restore the state that torch leaves changed if the end of a capture raises.
 
-    ``torch.cuda.graph`` then leaves its own stream current. Releases before 2.12 also keep the allocator in the capture's
+    ``torch.cuda.graph`` leaves its own stream current. Releases before 2.12 also keep the allocator in the capture's
     pool (pytorch pull request 180395), and CUDA's generator in a state that refuses draws outside of a capture (171265).
     """
     torch.cuda.set_stream(outside)
     index = device.index if device.index is not None else torch.cuda.current_device()
-    with contextlib.suppress(Exception):  # raises where the pool is closed already
+    with contextlib.suppress(Exception):  # raises if the pool is closed already
         torch._C._cuda_endAllocateToPool(index, pool)
     generator, fresh = torch.cuda.default_generators[index], torch.Generator(torch.device("cuda", index))
     fresh.set_state(generator.get_state())
@@ -97,7 +97,7 @@ def _leave_capture(outside: torch.cuda.Stream, pool: Any, device: torch.device) 
 
 
 class Recording:
-    """Takes the steps of a training: some plainly, then as a recording; plainly to the end where no recording is made."""
+    """Runs the steps of a training: the first ones without a recording, then by the recording if there is one."""
 
     def __init__(
         self,
@@ -107,9 +107,9 @@ class Recording:
         record: Record = CapturedStep,
         on_note: Callable[[str], None] = lambda _: None,
     ) -> None:
-        """Create a recording of steps of ``batch_size`` images, which ``record`` makes later; other batches are taken plainly.
+        """Prepare the recording, by ``record``, of steps of ``batch_size`` images; other batches run without it.
 
-        ``on_note`` receives a sentence if no recording is made.
+        ``on_note`` receives a sentence if there is no recording.
         """
         self.step, self.batch_size = step, batch_size
         self._record, self._on_note = record, on_note
@@ -123,21 +123,21 @@ class Recording:
         return self._replay is not None
 
     def forget(self) -> None:
-        """Drop the recording, whose sums are replaced; the next whole batch is recorded anew."""
+        """Drop the recording, because its sums are replaced; the next whole batch is recorded again."""
         self._replay = None
 
     def take(self, X: Tensor, y: Tensor, images: int, sums: Sums) -> Tensor:
-        """Take a step, as ``Step.__call__``; the returned loss is overwritten by the next one."""
+        """Run a step, as ``Step.__call__``; the next call overwrites the returned loss."""
         if self._given_up:
             return self.step(X, y, images, sums)
         if len(y) != self.batch_size:
             return self._on_side_stream(X, y, images, sums)
         if self._replay is not None:
             return self._replay(X, y)
-        return self._watched(X, y, images, sums) if self._warm_ups < WARM_UP else self._recorded(X, y, images, sums)
+        return self._observed(X, y, images, sums) if self._warm_ups < WARM_UP else self._recorded(X, y, images, sums)
 
-    def _watched(self, X: Tensor, y: Tensor, images: int, sums: Sums) -> Tensor:
-        """Take a plain step, and give up recording where the step shows that Python takes part in it."""
+    def _observed(self, X: Tensor, y: Tensor, images: int, sums: Sums) -> Tensor:
+        """Run a step without a recording, and give up recording if Python takes part in the step."""
         self._warm_ups += 1
         if self._warm_ups == 1:
             return self._on_side_stream(X, y, images, sums)
@@ -152,7 +152,7 @@ class Recording:
         return loss
 
     def _recorded(self, X: Tensor, y: Tensor, images: int, sums: Sums) -> Tensor:
-        """Record the step and take it; where that fails, put everything back and take it plainly."""
+        """Record the step and run it; if that fails, restore all state and run the step without a recording."""
         kept, before = _Kept(self.step, sums), _host_state(self.step.model)
         try:
             replay = self._record(self.step, X, y, images, sums)
@@ -171,9 +171,9 @@ class Recording:
         self._on_note(f"{_NOT_RECORDED}: {reason}")
 
     def _on_side_stream(self, X: Tensor, y: Tensor, images: int, sums: Sums) -> Tensor:
-        """Take a plain step on another stream, as torch asks for before a recording.
+        """Run a step on another stream, as torch requires before a recording.
 
-        It is one stream for all steps: torch's allocator keeps a pool of memory for each stream.
+        All steps use one stream, because torch's allocator keeps a pool of memory for each stream.
         """
         if X.device.type != "cuda":
             return self.step(X, y, images, sums)
@@ -188,7 +188,7 @@ class Recording:
 
 @contextlib.contextmanager
 def _waits(device: torch.device) -> Iterator[list[str]]:
-    """Collect torch's warnings of waits for a CUDA device inside of the block; other warnings are passed on."""
+    """Collect torch's warnings of waits for a CUDA device inside the block; other warnings are passed on."""
     found: list[str] = []
     if device.type != "cuda":
         yield found
@@ -210,10 +210,9 @@ def _waits(device: torch.device) -> Iterator[list[str]]:
 
 
 def _host_state(model: nn.Module) -> dict[str, Any]:
-    """Return what a forward may change on the host: random numbers, and what modules hold, by name.
+    """Return the state on the host that a forward may change, by name: random numbers and attributes of modules.
 
-    Tensors count by identity: a recording would read the tensor that an attribute held while it was recorded. Containers
-    count by their length.
+    Tensors are compared by identity, because a recording reads the tensors of its time. Containers are compared by length.
     """
     kind, keys, *rest = np.random.get_state()
     state: dict[str, Any] = {
@@ -231,7 +230,7 @@ def _host_state(model: nn.Module) -> dict[str, Any]:
 
 
 def _changed(before: dict[str, Any], after: dict[str, Any]) -> str | None:
-    """Return a sentence that names the first value that differs; None where all are the same."""
+    """Return a sentence that names the first value that differs; None if all are equal."""
     for name in before | after:
         old, new = before.get(name), after.get(name)
         same = old is new or (not isinstance(old, Tensor) and not isinstance(new, Tensor) and old == new)
@@ -241,7 +240,7 @@ def _changed(before: dict[str, Any], after: dict[str, Any]) -> str | None:
 
 
 class _Kept:
-    """Everything that a step changes, kept in the host's memory until the recording is made."""
+    """A copy, in the host's memory, of all state that a step changes."""
 
     def __init__(self, step: Step, sums: Sums) -> None:
         self._step = step
@@ -261,7 +260,7 @@ class _Kept:
         self._cuda = torch.cuda.get_rng_state(self._device) if self._device.type == "cuda" else None
 
     def put_back(self) -> None:
-        """Put back everything; gradients are dropped, since a recording's memory may hold them."""
+        """Restore the state; gradients are dropped, since they may be in a recording's memory."""
         for held, before in self._held:
             held.clear()
             held.update(before)

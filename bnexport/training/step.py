@@ -1,6 +1,6 @@
-"""One training step and the sums of an epoch, which stay on the device until the epoch's end; faster kernels on a CPU.
+"""One training step, the sums of an epoch, which stay on the device until its end, and faster kernels on a CPU.
 
-The CPU kernels change results by rounding only. The figures that decided for them are in docs/training.md.
+The CPU kernels change results by rounding only. docs/training.md has the measurements that justify them.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ _AMP = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 class Sums:
     """The sums of an epoch, on the device."""
 
-    loss: Tensor  # float64 (), the sum over the images
-    hits: Tensor  # int64 (), images whose label was the network's
-    losses: Tensor  # float64 (steps,), each step's sum over its images; what is not finite is found in it by its step
+    loss: Tensor  # float64 (), sum over the images
+    hits: Tensor  # int64 (), images with the right prediction
+    losses: Tensor  # float64 (steps,), sum over the images of each step; shows the step of a loss that is not finite
 
     @classmethod
     def zeros(cls, steps: int, device: torch.device) -> Sums:
-        """Nothing yet."""
+        """Return zeros for an epoch of ``steps``."""
         return cls(
             torch.zeros((), dtype=torch.float64, device=device),
             torch.zeros((), dtype=torch.int64, device=device),
@@ -41,8 +41,8 @@ class Sums:
 class Step:
     """Forward, loss, backward, update.
 
-    The loss is the mean over the images of ALL processes' parts of the batch: each process weights its own sum by
-    size / images, because the gradients are averaged over the processes, whose parts may differ by one image.
+    The loss is the mean over the whole batch of all processes. Each process weights its sum by size / images, because the
+    gradients are averaged over the processes, whose parts may differ by one image.
     """
 
     def __init__(
@@ -67,9 +67,9 @@ class Step:
 
         Args:
             X: This process's part of the batch, (n, channels, height, width).
-            y: int64 (n,).
-            images: Of the whole batch, over all processes.
-            sums: Added to; not ``losses``, whose place the caller knows.
+            y: Labels, int64 (n,).
+            images: Number of images in the whole batch, summed over all processes.
+            sums: The loss and hits are added to these sums; the caller sets ``losses``.
 
         Returns:
             The sum of the losses of X, float32 (), on the device.
@@ -79,8 +79,8 @@ class Step:
             logits = self.model(X)
             if not isinstance(logits, Tensor):
                 raise ModelError(
-                    f"in training the network gives a {type(logits).__name__}, not logits",
-                    remedy="Switch its auxiliary outputs off, as with --model-option aux_logits=false",
+                    f"in training mode the network returns a {type(logits).__name__}, not logits",
+                    remedy="Switch its auxiliary outputs off, such as with --model-option aux_logits=false",
                 )
         loss: Tensor = self.loss_of(logits.float(), y)
         torch.autograd.backward(self.scaler.scale(loss * (self.world.size / images)))
@@ -93,7 +93,7 @@ class Step:
         return kept
 
 
-#: Above this width the product costs more than torch's pooling: its work grows with the square of the width.
+#: Above this width the product is slower than torch's pooling, because its work grows with the square of the width.
 _MAX_WIDTH = 32
 # Parameters of mallopt(3), from glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -102,9 +102,9 @@ _ONE_GIB = 1 << 30
 
 
 def keep_freed_memory() -> bool:
-    """Make malloc keep freed memory, for the whole process; return False if the C library can't (only glibc on Linux can).
+    """Make malloc keep freed memory, for the whole process; return False without glibc.
 
-    A step frees and allocates tensors of some megabytes, which glibc returns to the system each time.
+    A step frees and allocates tensors of some megabytes, which glibc by default returns to the system each time.
     """
     if platform.libc_ver()[0] != "glibc":
         return False
@@ -114,11 +114,11 @@ def keep_freed_memory() -> bool:
 
 @contextlib.contextmanager
 def pooling_by_products(model: nn.Module) -> Iterator[None]:
-    """Compute small average poolings without overlap as matrix products inside the block, which torch computes faster.
+    """Compute small average poolings without overlap as matrix products inside the block, which is faster.
 
-    k rows of an image of width w lie one after the other in memory: as one vector of k * w numbers, times a constant
-    (k * w, w / k) matrix, they give one row of the pooled image. Sums are taken in another order, so results differ by
-    rounding. The model's ``nn.AvgPool2d`` layers are restored after the block.
+    k consecutive rows of an image of width w are one vector of k * w numbers. Its product with a constant (k * w, w / k) matrix
+    is one row of the pooled image. Sums have another order, so results differ by rounding. The model's ``nn.AvgPool2d`` layers
+    are restored after the block.
     """
     changed = [module for module in model.modules() if type(module) is nn.AvgPool2d and _replaceable(module)]
     for module in changed:
@@ -131,7 +131,7 @@ def pooling_by_products(model: nn.Module) -> Iterator[None]:
 
 
 def _replaceable(module: nn.AvgPool2d) -> bool:
-    """Return whether the windows do not overlap and the layer has its original forward."""
+    """Return True if the windows do not overlap and the layer has its original forward."""
     kernel = module.kernel_size
     return (
         "forward" not in module.__dict__
@@ -144,7 +144,7 @@ def _replaceable(module: nn.AvgPool2d) -> bool:
 
 
 class _Pooling:
-    """The forward of one layer; falls back to torch's where the product would not fit."""
+    """The forward of one layer; it calls torch's forward for inputs that the product does not fit."""
 
     def __init__(self, module: nn.AvgPool2d) -> None:
         self._torch = type(module).forward.__get__(module)
@@ -160,7 +160,7 @@ class _Pooling:
             or X.shape[2] % k
             or X.shape[3] % k
             or not X.is_contiguous()
-            or torch.is_autocast_enabled("cpu")  # it would round the product to bfloat16, a pooling it does not
+            or torch.is_autocast_enabled("cpu")  # autocast rounds a product to bfloat16, but not a pooling
         ):
             pooled: Tensor = self._torch(X)
             return pooled

@@ -1,4 +1,4 @@
-"""A whole training run: data, network, epochs, checkpoints, re-estimated statistics."""
+"""A training run: data, network, epochs, checkpoints, re-estimated statistics."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ from bnexport.training.step import pooling_by_products
 class TrainingResult:
     """The result of a training run."""
 
-    config: TrainingConfig  # The recipe
+    config: TrainingConfig  # The configuration
     device: str  # "cpu" or "cuda"
-    origin: str  # Where the data came from, in words
+    origin: str  # Origin of the data, in words
     history: tuple[dict[str, Any], ...]  # One row per epoch (``EpochMetrics.to_json``)
-    test_accuracy: float  # With the plain moving statistics, 0 to 1
-    recalibrated_accuracy: float | None  # With the re-estimated ones; None when there are none
+    test_accuracy: float  # Accuracy with the moving statistics, 0 to 1
+    recalibrated_accuracy: float | None  # Accuracy with the re-estimated statistics; None without them
     gamma: tuple[float, ...] | None  # Gamma of the first BatchNorm; None if the network has none
     beta: tuple[float, ...] | None  # Beta of the first BatchNorm; None if the network has none
     out: Path  # The run directory
     checkpoint: Path  # The last whole epoch
-    model: Path  # The result
+    model: Path  # The resulting model
 
 
 def first_batch_norm(model: nn.Module) -> tuple[Tensor, Tensor] | None:
-    """Gamma and beta (channels,) of the first BatchNorm, on the CPU; None when there is none."""
+    """Return gamma and beta (channels,) of the first BatchNorm, on the CPU; None without a BatchNorm."""
     for module in model.modules():
         if isinstance(module, BatchNorm):
             return module.gamma.detach().cpu(), module.beta.detach().cpu()
@@ -66,25 +66,36 @@ def train(
 ) -> TrainingResult:
     """Train a classifier and write a run directory.
 
-    Under torchrun every process calls it; the first one's recipe counts for all, and it alone writes and tells.
+    Under torchrun each process calls this function. The first process's configuration counts for all, and it alone writes
+    files and reports progress.
+
+    Example:
+        >>> from bnexport.training.config import TrainingConfig
+        >>> from bnexport.training.training_run import train
+        >>> result = train(TrainingConfig(dataset="digits", epochs=2), out="runs/digits")  # doctest: +SKIP
+        >>> result.model.name  # doctest: +SKIP
+        'model.safetensors'
 
     Args:
-        config: The recipe.
+        config: The configuration.
         out: The run directory.
-        resume: Go on from the last whole epoch in it. On a CPU with the same number of processes and threads the weights
-            come out the same, bit for bit, as without the interruption; where they may not, ``progress`` is told why.
-        force: Replace a run that is there.
+        resume: Continue from the last whole epoch in ``out``. On a CPU with the same number of processes and threads the
+            weights equal those of an uninterrupted run bit for bit; otherwise ``progress`` receives a note with the reason.
+        force: Replace an existing run.
         data_dir: Root of data sets, see ``data.datasets.load_dataset``.
-        progress: Told what happens.
+        progress: Listener of the run.
+
+    Returns:
+        Accuracies, history, and the paths of the written files.
 
     Raises:
-        UsageError: Options that do not fit together or the resumed run.
+        UsageError: The options contradict each other or the resumed run.
         Diverged: The loss is no longer finite.
         OutputError: The directory is taken, another run is writing there, or it can't be written.
         ModelError: The network can't be built, or the checkpoint to resume from is damaged.
         DataError: The data can't be read.
-        NetworkError: The data can't be downloaded.
-        RuntimeUnavailable: CUDA was asked for and is not here, or another process is gone.
+        NetworkError: A download failed.
+        RuntimeUnavailable: CUDA is not available, or another process ended.
     """
     if resume and force:
         raise UsageError("--resume and --force contradict each other", remedy="Give one of them")
@@ -92,26 +103,26 @@ def train(
     with open_world(config.device) as world, contextlib.ExitStack() as held:
         listener = progress if progress is not None and world.leads else TrainingListener()
         held.callback(listener.on_end)
-        config = world.told_by_leader(lambda: given)
+        config = world.from_leader(lambda: given)
 
         def examined() -> SavedEpoch | None:
-            directory.examine(config, resume=resume, force=force)  # a folder of somebody else's is not even locked
+            directory.examine(config, resume=resume, force=force)  # a folder that is not a run is not locked
             held.enter_context(directory.locked())
             return directory.examine(config, resume=resume, force=force)
 
-        saved = world.told_by_leader(examined)
+        saved = world.from_leader(examined)
         prepared = world.all_do(lambda: prepare(config, saved, world, data_dir=data_dir, listener=listener))
-        world.told_by_leader(lambda: directory.prepare(config, saved))
+        world.from_leader(lambda: directory.prepare(config, saved))
         with pooling_by_products(prepared.model):
             return _TrainingRun(config, prepared, directory, world, listener).go(saved)
 
 
-#: Training images on which the statistics are looked at: enough to tell 0.15 standard deviations from chance.
-_LOOKED_AT = 1024
+#: Training images for the check of the statistics: enough to distinguish 0.15 standard deviations from chance.
+_CHECKED_IMAGES = 1024
 
 
 class _TrainingRun:
-    """A run between its preparation and its result."""
+    """A prepared run."""
 
     def __init__(
         self,
@@ -124,18 +135,18 @@ class _TrainingRun:
         self.config, self.directory, self.world, self.listener = config, directory, world, listener
         self.prepared, self.model, self.dataset = prepared, prepared.model, prepared.dataset
         self.history: list[dict[str, Any]] = []
-        asked = recorded_by_default(config.model) if config.cuda_graph is None else config.cuda_graph
+        wanted = recorded_by_default(config.model) if config.cuda_graph is None else config.cuda_graph
         self._obstacle = obstacle(config, prepared.train, world)
         self.epochs = Epochs(
             prepared.step(self.model),
             prepared.train,
             batch_size=config.batch_size,
-            capture=asked and self._obstacle is None,
+            capture=wanted and self._obstacle is None,
             on_note=listener.on_note,
         )
 
     def go(self, saved: SavedEpoch | None) -> TrainingResult:
-        """Train what is left, and finish."""
+        """Train the remaining epochs, and write the result."""
         self.history = saved.history if saved is not None else []
         device = self.world.device.type
         self.listener.on_start(self.config, device, self.dataset.origin, len(self.history) + 1)
@@ -145,7 +156,7 @@ class _TrainingRun:
             self.listener.on_note(self._obstacle)
         for epoch in range(len(self.history) + 1, self.config.epochs + 1):
             metrics = self._take_epoch(epoch)
-            self.world.told_by_leader(lambda: self.directory.save(self._checkpoint()))
+            self.world.from_leader(lambda: self.directory.save(self._checkpoint()))
             self.listener.on_epoch(metrics)
         return self._finish()
 
@@ -179,16 +190,16 @@ class _TrainingRun:
 
     def _after_divergence(self, epoch: int) -> str:
         last = self.directory.checkpoint_path
-        kept = f"; {last} holds epoch {epoch - 1}, which was sound" if epoch > 1 else ""
+        kept = f"; {last} has epoch {epoch - 1}, which was finite" if epoch > 1 else ""
         return f"Lower --lr, or add --warmup-epochs 1{kept}"
 
     def _finish(self) -> TrainingResult:
-        """Re-estimate the moving statistics if asked for, and write the result."""
+        """Re-estimate the moving statistics by the configuration, and write the result."""
         plain = float(self.history[-1]["test_accuracy"])
-        stale = self._look_at_statistics()
+        stale = self._check_statistics()
         recalibrated = self._recalibrate() if self.config.recalibrate else None
         accuracies = {"moving": plain, "recalibrated": recalibrated}
-        self.world.told_by_leader(
+        self.world.from_leader(
             lambda: self.directory.save_model(
                 self._result(recalibrated is not None, {"test_accuracy": accuracies, "staleness": stale})
             )
@@ -209,14 +220,14 @@ class _TrainingRun:
         )
 
     def _checkpoint(self) -> Checkpoint:
-        """The weights now, with what is known about them and what it takes to go on."""
+        """Return the checkpoint of the current weights, from which a run can resume."""
         found = self._result(False, {})
         if scaler := self.epochs.step.scaler.state_dict():
             found.metadata["training"]["scaler"] = scaler
         return replace(found, optimizer=optimizer_tensors(self.prepared.optimizer))
 
     def _result(self, recalibrated: bool, facts: Mapping[str, Any]) -> Checkpoint:
-        """The weights now, with what is known about them."""
+        """Return the current weights with their metadata."""
         training: dict[str, Any] = {
             "epoch": len(self.history),
             "epochs": self.config.epochs,
@@ -235,23 +246,23 @@ class _TrainingRun:
         }
         return Checkpoint(self.model.state_dict(), metadata)
 
-    def _look_at_statistics(self) -> dict[str, Any] | None:
-        """Tell how stale the moving statistics are, on some training images; None for a network without."""
+    def _check_statistics(self) -> dict[str, Any] | None:
+        """Compare the moving statistics with exact ones on some training images; None without moving statistics."""
         if not norm_layers(self.model):
             return None
         samples, size = self.prepared.train, self.config.batch_size
-        order = epoch_order(samples.count, seed=self.config.seed, epoch=0)[: max(_LOOKED_AT, size)]
+        order = epoch_order(samples.count, seed=self.config.seed, epoch=0)[: max(_CHECKED_IMAGES, size)]
         whole = order[: max(len(order) // size * size, min(size, len(order)))]  # no batch of one image at the end
         report = staleness(self.model, batches_of(samples, whole, size))
         if report.stale:
-            done = {"remedy": "model.safetensors holds them re-estimated"} if self.config.recalibrate else {}
+            done = {"remedy": "model.safetensors has them re-estimated"} if self.config.recalibrate else {}
             self.listener.on_note(report.sentence(**done))
         return report.to_json()
 
     def _recalibrate(self) -> float | None:
-        """Test accuracy with re-estimated statistics; None for a network without moving statistics."""
+        """Re-estimate the statistics and return the test accuracy; None without moving statistics."""
         samples = self.prepared.train
-        # A set that is sorted by label would skew the batches.
+        # A mixed order, because batches of a set that is sorted by label would be skewed.
         order = epoch_order(samples.count, seed=self.config.seed, epoch=0)
         layers = recalibrate(self.model, batches_of(samples, order, self.config.batch_size))
         return self._tested().accuracy if layers else None
@@ -262,7 +273,7 @@ class _TrainingRun:
 
 @contextlib.contextmanager
 def _own_randomness(seed: int, epoch: int, world: World) -> Iterator[None]:
-    """Dropout and a network's own draws start from the seed, the epoch and the process: a resumed run draws the same."""
+    """Seed dropout and a network's own draws by seed, epoch and process, so that a resumed run draws the same numbers."""
     devices = [world.device] if world.device.type == "cuda" else []
     with seeded(epoch_seed(seed, epoch, world.rank, 1), devices=devices):
         yield

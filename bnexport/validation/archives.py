@@ -17,12 +17,12 @@ from bnexport.validation.exported_program import check_code, check_exported
 from bnexport.validation.limits import count_elements, limit, refusing, shown
 from bnexport.validation.paths import check_regular
 from bnexport.validation.pickles import (
+    CHECKPOINT,
+    TORCHSCRIPT,
+    WEIGHTS_ALONE,
     Made,
     Storage,
-    check_pickle,
-    is_checkpoint_name,
-    is_script_name,
-    is_weight_name,
+    Vocabulary,
     read_one_pickle,
     read_pickle,
 )
@@ -143,22 +143,22 @@ class Saved:
 
 def validate_weights(file: BinaryIO) -> None:
     """Refuse a torch state dict, in an archive or in the older format, that holds more than tensors."""
-    _read_saved(file, is_weight_name, modern=False)
+    _read_saved(file, WEIGHTS_ALONE)
 
 
 def read_saved(file: BinaryIO) -> Saved:
     """Read a file of torch.save: weights, and plain values next to them. Refuse a file that names code."""
-    return _read_saved(file, is_checkpoint_name, modern=True)
+    return _read_saved(file, CHECKPOINT)
 
 
-def _read_saved(file: BinaryIO, allowed: Callable[[str], bool], *, modern: bool) -> Saved:
+def _read_saved(file: BinaryIO, vocabulary: Vocabulary) -> Saved:
     file.seek(0)
     start = file.read(4)
     if start == MAGIC:
         archive = _open_archive(file, ARCHIVES["checkpoint"])
-        return _from_archive(archive, allowed, modern=modern)
+        return _from_archive(archive, vocabulary)
     if start[:1] == _PICKLE:
-        return _from_old_format(file, allowed, modern=modern)
+        return _from_old_format(file, vocabulary)
     raise Refusal("is neither safetensors nor a file of torch.save")
 
 
@@ -216,7 +216,7 @@ def _check_script(archive: _Archive) -> None:
         elif name.endswith("pkl"):
             pickle = archive.read(name, limit("pickle-bytes"))
             folder = {"data.pkl": "data", "constants.pkl": "constants"}.get(name, "data")
-            _check_storages(archive, check_pickle(pickle, is_script_name), folder)
+            _check_storages(archive, read_pickle(pickle, TORCHSCRIPT)[1], folder)
         elif name.partition("/")[0] not in _SCRIPT_FILES:
             raise Refusal(f"holds {shown(name)}, which no TorchScript file has")
     for name in ("data.pkl", "constants.pkl"):
@@ -231,17 +231,17 @@ _SCRIPT_FILES = frozenset({"data", "constants", "version", "byteorder", ".data",
 
 
 def _check_checkpoint(archive: _Archive) -> None:
-    _from_archive(archive, is_weight_name, modern=False)
+    _from_archive(archive, WEIGHTS_ALONE)
 
 
-def _from_archive(archive: _Archive, allowed: Callable[[str], bool], *, modern: bool) -> Saved:
-    value, storages = read_pickle(archive.read("data.pkl", limit("pickle-bytes")), allowed, modern=modern)
+def _from_archive(archive: _Archive, vocabulary: Vocabulary) -> Saved:
+    value, storages = read_pickle(archive.read("data.pkl", limit("pickle-bytes")), vocabulary)
     _check_storages(archive, storages, "data")
     order = archive.read("byteorder", 16) if "byteorder" in archive.entries else b"little"
 
     def bytes_of(storage: Storage) -> bytes:
-        size = storage.numel * storage.itemsize
-        return archive.read(f"data/{storage.key}", archive.entries[f"data/{storage.key}"].size)[:size] if size else b""
+        name = f"data/{storage.key}"
+        return storage.cut(archive.read(name, archive.entries[name].size)) if storage.numel else b""
 
     return Saved(value, bytes_of, order == b"big")
 
@@ -273,7 +273,7 @@ def _check_arrays(archive: _Archive) -> None:
             raise Refusal(f"holds {shown(name)}, which is no array")
 
 
-def _from_old_format(file: BinaryIO, allowed: Callable[[str], bool], *, modern: bool) -> Saved:
+def _from_old_format(file: BinaryIO, vocabulary: Vocabulary) -> Saved:
     """Read the format of torch before 1.6: five pickles, then the bytes of the storages."""
     size = file.seek(0, 2)
     file.seek(0)
@@ -281,7 +281,7 @@ def _from_old_format(file: BinaryIO, allowed: Callable[[str], bool], *, modern: 
     storages: list[Storage] = []
     values: list[Any] = []
     for _ in range(_OLD_PICKLES):
-        value, found = read_one_pickle(start, allowed, modern=modern)
+        value, found = read_one_pickle(start, vocabulary)
         values.append(value)
         storages += found
         if values[0] != _OLD_NUMBER:
@@ -292,12 +292,8 @@ def _from_old_format(file: BinaryIO, allowed: Callable[[str], bool], *, modern: 
     if needed > size - start.tell():
         raise Refusal(f"says that its tensors have {needed} bytes; {size - start.tell()} are there")
     system, order = values[2], values[4]
-    pairs = system.items if isinstance(system, Made) else []
-    return Saved(values[3], _old_storages(file, start.tell(), places, order), _swapped(pairs))
-
-
-def _swapped(pairs: Sequence[Any]) -> bool:
-    return any(key == "little_endian" and value is False for key, value in zip(pairs[::2], pairs[1::2], strict=False))
+    swapped = isinstance(system, Made) and ("little_endian", False) in system.pairs()
+    return Saved(values[3], _old_storages(file, start.tell(), places, order), swapped)
 
 
 def _old_storages(file: BinaryIO, start: int, places: Mapping[str, Storage], order: Any) -> Callable[[Storage], bytes]:
@@ -313,10 +309,10 @@ def _old_storages(file: BinaryIO, start: int, places: Mapping[str, Storage], ord
         if storage.key not in starts:
             raise Refusal(f"has no data for the tensor storage {shown(storage.key)}")
         file.seek(starts[storage.key] - 8)
-        count = int.from_bytes(file.read(8), "little")
-        if count != storage.numel:
-            raise Refusal(f"says that a tensor storage has {storage.numel} elements; its data have {count}")
-        return file.read(storage.numel * storage.itemsize)
+        count, whole = int.from_bytes(file.read(8), "little"), places[storage.key]
+        if count != whole.numel:
+            raise Refusal(f"declares a tensor storage of {whole.numel} elements; its data have {count}")
+        return storage.cut(file.read(whole.numel * whole.itemsize))
 
     return bytes_of
 

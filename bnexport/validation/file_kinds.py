@@ -17,7 +17,7 @@ from bnexport.errors import ModelError
 from bnexport.files import Refusal
 from bnexport.validation.archives import OLD_TORCH, names_in
 from bnexport.validation.limits import limit, shown
-from bnexport.validation.pickles import current_name, is_checkpoint_name, read_one_pickle
+from bnexport.validation.pickles import Vocabulary, current_name, is_checkpoint_name, read_one_pickle
 from bnexport.validation.zip_directory import MAGIC, read_directory, read_entry
 
 #: Bytes at the start of a file that decide its kind.
@@ -143,6 +143,11 @@ KINDS: tuple[FileKind, ...] = (
     FileKind("tflite", "is a TensorFlow Lite model", _AGAIN, _starts(b"TFL3", at=4)),
     FileKind("hdf5", "is an HDF5 file, as Keras writes them", _AGAIN, _starts(b"\x89HDF\r\n\x1a\n")),
     FileKind("gzip", "is packed with gzip", "Unpack it: gunzip, or tar -xzf", _starts(b"\x1f\x8b")),
+    FileKind(
+        "old", "is a file of PyTorch before 0.1.10, a tar archive",
+        "Where you trust the file, convert it: torch.save(torch.load({path!r}, weights_only=False), 'weights.pt')",
+        lambda content: content.start[257:].startswith(b"ustar") and content.start.startswith(b"sys_info\0"),
+    ),
     FileKind("tar", "is a tar archive", "Unpack it: tar -xf {path}", _starts(b"ustar", at=257)),
     FileKind(
         "onnx", "is an ONNX model", "Give it as SOURCE of fold-and-export by itself, or to bnexport.fold_onnx",
@@ -193,7 +198,7 @@ def _pickled_names(file: BinaryIO) -> list[str]:
     with contextlib.suppress(Refusal):
         stream = io.BytesIO(_pickle_of(file))
         while stream.tell() < len(stream.getbuffer()):
-            read_one_pickle(stream, noted, modern=True)
+            read_one_pickle(stream, Vocabulary(noted, modern=True))
     return names
 
 

@@ -1,6 +1,6 @@
-"""Pickles in torch's files: their steps, the names that they may use, and the tensors that they rebuild.
+"""Pickles in torch's files, read as data: their steps, the names that they may use, and the tensors that they rebuild.
 
-A pickle is walked through without being run. Written by hand on purpose: fickling is under the LGPL, and checks imports only.
+Nothing is imported or called. Written by hand on purpose: fickling is under the LGPL, and only checks imports.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import re
 import struct
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -78,7 +79,9 @@ HARMLESS = (
     | MAPPINGS
     | {f"builtins.{kind}" for kind in ("list", "tuple", "frozenset", "int", "float", "bool", "str", "bytes", "bytearray")}
     | {f"datetime.{kind}" for kind in ("datetime", "date", "time", "timedelta", "timezone")}
+    | {f"typing.{kind}" for kind in ("Any", "Dict", "List", "Optional", "Tuple", "Union")}
     | {"argparse.Namespace", "types.SimpleNamespace", "collections.deque", "decimal.Decimal", "fractions.Fraction", "uuid.UUID"}
+    | {"builtins.object", "copyreg._reconstructor"}
 )  # fmt: skip
 #: Harmless names of several versions of a library.
 _VERSIONS = re.compile(
@@ -89,8 +92,13 @@ _VERSIONS = re.compile(
 )
 #: Element types of numpy arrays of plain values; "O" is an array of Python objects.
 _ELEMENTS = re.compile(r"[<>=|]?[?biufcSUVmM]\d*(?:\[\w+\])?")
-#: Modules by their names in Python 2, which pickles of protocol 2 use.
-_PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}
+#: Makes an object of a class in protocols 0 and 1: (class, base class, state of the base class).
+_RECONSTRUCTOR = "copyreg._reconstructor"
+#: Packages whose names are allowed by the tables above only: no stand-in replaces an object of Python, torch or numpy.
+_TABLED = sys.stdlib_module_names | {"__builtin__", "copy_reg", "torch", "numpy"}
+_CLASS = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)+")
+#: Names in Python 2, which pickles of protocol 2 use.
+_PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg", "long": "int", "unicode": "str", "xrange": "range"}
 _DTYPE = re.compile(r"torch\.(?:float|bfloat|complex|u?int|bool|qu?int|float8_e|float4_e)[0-9a-z_]*")
 #: Classes that the archive's own code defines. ``torch.classes`` are written in C++, and some open files or sockets.
 _SCRIPT_CLASS = re.compile(r"__torch__\.(?!torch\.classes\.)[A-Za-z0-9_.]+")
@@ -107,33 +115,338 @@ def is_checkpoint_name(name: str) -> bool:
     return is_weight_name(name) or name in HARMLESS or _VERSIONS.fullmatch(name) is not None
 
 
+def _is_foreign(name: str) -> bool:
+    return name.partition(".")[0] not in _TABLED and _CLASS.fullmatch(name) is not None
+
+
 def current_name(name: str) -> str:
-    """Return a name with its module named as in Python 3."""
+    """Return a name as in Python 3."""
     module, dot, rest = name.partition(".")
-    return _PYTHON_2.get(module, module) + dot + rest
+    module = _PYTHON_2.get(module, module)
+    return module + dot + (_PYTHON_2.get(rest, rest) if module == "builtins" else rest)
 
 
-def is_mapping(name: str) -> bool:
-    """Return True if the call of a name makes a mapping."""
-    return name in MAPPINGS or name.endswith(".AttributeDict")
-
-
-def is_script_name(name: str) -> bool:
-    """Return True if a pickle in a TorchScript archive may use a name."""
+def _is_script_name(name: str) -> bool:
     return name in SCRIPT or name in STORAGES or _SCRIPT_CLASS.fullmatch(name) is not None
 
 
-def read_steps(stream: io.BytesIO, *, modern: bool = False) -> Iterator[tuple[str, Any]]:
-    """Yield name and argument of each step, up to the end of one pickle; ``modern`` adds the steps of protocols 3 to 5."""
-    opcodes = {**_OPCODES, **_MODERN} if modern else _OPCODES
-    while True:
+@dataclass(frozen=True)
+class Vocabulary:
+    """The names and the steps that a pickle may have."""
+
+    allows: Callable[[str], bool]
+    modern: bool = False  # Allows the steps of protocols 3 to 5
+    stand_ins: bool = False  # Allows objects of other classes; StandIn has the rule
+
+    def check(self, name: str) -> None:
+        """Refuse a name of code."""
+        if not self.allows(name):
+            raise Refusal(f"holds a pickle that names {shown(name)}, code which bnexport does not run")
+
+
+#: State dicts that torch itself will read.
+WEIGHTS_ALONE = Vocabulary(is_weight_name)
+#: Pickles in TorchScript archives.
+TORCHSCRIPT = Vocabulary(_is_script_name)
+#: A user's weights files, which bnexport reads by itself.
+CHECKPOINT = Vocabulary(is_checkpoint_name, modern=True, stand_ins=True)
+
+
+_INT64 = 2**63
+
+
+@dataclass(frozen=True)
+class Storage:
+    """The elements of a tensor: a file of the archive, or a part of one as PyTorch before 0.4 wrote it."""
+
+    key: str
+    numel: int
+    itemsize: int
+    kind: str
+    start: int = 0  # Elements of the file in front of the part
+
+    def cut(self, content: bytes) -> bytes:
+        """Return the bytes of the part from those of the file."""
+        return content[self.start * self.itemsize : (self.start + self.numel) * self.itemsize]
+
+
+@dataclass(frozen=True)
+class Name:
+    """A class or function that the pickle names."""
+
+    text: str
+
+
+class StandIn:
+    """An object of a class that bnexport does not know. The class is not imported, and the object is not made.
+
+    Only steps that make an object without a call have a stand-in: NEWOBJ, and ``copyreg._reconstructor`` of older protocols.
+    All values in the object's arguments and state are validated like any others, and then dropped.
+    """
+
+
+class Made:
+    """A container, or the result of a call that was not made.
+
+    Attributes:
+        kind: "tuple", "list", "dict" or "set", or the name of the called class or function.
+        items: Values of a container; keys and values in turn of a mapping.
+        arguments: Arguments of the call; empty for a container.
+        depth: Levels of containers, itself included.
+        used: True once it lies inside another one: from then on it must not grow, or it could contain itself.
+    """
+
+    __slots__ = ("arguments", "depth", "items", "kind", "used")
+
+    def __init__(self, kind: str, parts: Sequence[Any] = (), *, arguments: Sequence[Any] = ()) -> None:
+        self.kind, self.items, self.arguments = kind, list(parts), tuple(arguments)
+        self.depth, self.used = 1, False
+        self.take([*parts, *arguments])
+
+    @property
+    def is_mapping(self) -> bool:
+        """True for a dictionary, and for the call of a class of dictionaries."""
+        return self.kind == "dict" or self.kind in MAPPINGS or self.kind.endswith(".AttributeDict")
+
+    def pairs(self) -> Iterator[tuple[Any, Any]]:
+        """Yield the keys and values of a mapping."""
+        for argument in self.arguments:  # Python 2 gives an OrderedDict its items as a list of pairs
+            for pair in argument.items if isinstance(argument, Made) and argument.kind == "list" else ():
+                if isinstance(pair, Made) and len(pair.items) == 2:
+                    yield pair.items[0], pair.items[1]
+        yield from zip(self.items[::2], self.items[1::2], strict=True)
+
+    def take(self, parts: list[Any]) -> None:
+        """Count the levels of values that are put into the container."""
+        for part in parts:
+            if isinstance(part, Made):
+                if part is self:
+                    raise Refusal("holds a pickle with a self-referencing value")
+                part.used = True
+                self.depth = max(self.depth, part.depth + 1)
+        if self.depth > limit("pickle-depth"):
+            raise Refusal(f"holds a pickle with more than {limit('pickle-depth')} levels of values")
+
+
+def read_pickle(content: bytes, vocabulary: Vocabulary) -> tuple[Any, list[Storage]]:
+    """Return the value of one pickle that is the whole of ``content``, and the storages of its tensors."""
+    stream = io.BytesIO(content)
+    value, storages = read_one_pickle(stream, vocabulary)
+    if stream.tell() != len(content):
+        raise Refusal("holds a pickle with bytes behind its end")
+    return value, storages
+
+
+def read_one_pickle(stream: io.BytesIO, vocabulary: Vocabulary) -> tuple[Any, list[Storage]]:
+    """Read one of several pickles in a row, as ``read_pickle`` does; the stream is behind the pickle afterwards."""
+    steps = {**_STEPS, **_MODERN_STEPS} if vocabulary.modern else _STEPS
+    machine = _Machine(vocabulary)
+    for _ in range(limit("pickle-steps")):
         code = _take(stream, 1)
-        if code not in opcodes:
+        if code not in steps:
             raise Refusal(f"holds a pickle with the step {code!r}, which weights do not need")
-        name, read = opcodes[code]
-        yield name, read(stream)
-        if name == "STOP":
+        read, act = steps[code]
+        act(machine, read(stream))
+        if code == _STOP:
+            return machine.result(), machine.storages
+    raise Refusal(f"holds a pickle of more than {limit('pickle-steps')} steps")
+
+
+class _Machine:
+    """A stack of values. Calls are recorded and not made."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self.storages: list[Storage] = []
+        self._vocabulary = vocabulary
+        self._stack: list[Any] = []
+        self._marks: list[int] = []
+        self._memo: dict[int, Any] = {}
+
+    def result(self) -> Any:
+        """Return the value on top of the stack. No value may name an unknown class, except to make an object of it."""
+        value = self._top()
+        rest, seen = list(self._stack), set[int]()
+        while self._vocabulary.stand_ins and rest:
+            part = rest.pop()
+            if isinstance(part, Name):
+                self._vocabulary.check(part.text)
+            elif isinstance(part, Made) and id(part) not in seen:
+                seen.add(id(part))
+                rest += [*part.items, *part.arguments]
+        return value
+
+    def push(self, value: Any) -> None:
+        self._stack.append(value)
+
+    def put(self, place: int) -> None:
+        if place > limit("pickle-steps"):  # torch's reader makes room for every number below it
+            raise Refusal(f"holds a pickle that puts a value at the place {place}")
+        self._memo[place] = self._top()
+
+    def memoize(self, _: Any) -> None:
+        self.put(len(self._memo))
+
+    def get(self, place: int) -> None:
+        if place not in self._memo:
+            raise Refusal("holds a damaged pickle: it gets a value that was never put")
+        self.push(self._memo[place])
+
+    def _top(self) -> Any:
+        if len(self._stack) <= (self._marks[-1] if self._marks else 0):
+            raise Refusal("holds a damaged pickle: it takes a value from an empty stack")
+        return self._stack[-1]
+
+    def _pop(self, count: int) -> list[Any]:
+        at = len(self._stack) - count
+        if at < (self._marks[-1] if self._marks else 0):
+            raise Refusal("holds a damaged pickle: it takes a value from an empty stack")
+        taken = self._stack[at:]
+        del self._stack[at:]
+        return taken
+
+    def _pop_to_mark(self) -> list[Any]:
+        if not self._marks:
+            raise Refusal("holds a damaged pickle: it has no mark")
+        return self._pop(len(self._stack) - self._marks.pop())
+
+    def mark(self, _: Any) -> None:
+        self._marks.append(len(self._stack))
+
+    def tuple_to_mark(self, _: Any) -> None:
+        self.push(Made("tuple", self._pop_to_mark()))
+
+    def tuple_of(self, count: int) -> None:
+        self.push(Made("tuple", self._pop(count)))
+
+    def frozen_set(self, _: Any) -> None:
+        self.push(Made("set", self._pop_to_mark()))
+
+    def _growing(self, parts: list[Any]) -> Made | None:
+        """Return the value on top of the stack, which takes the parts; None if it is a stand-in, which drops them."""
+        target = self._top()
+        if isinstance(target, StandIn):
+            return None
+        if not isinstance(target, Made) or target.kind == "tuple" or target.used:
+            raise Refusal("holds a pickle that changes a value after its use")
+        target.take(parts)
+        return target
+
+    def _extend(self, items: list[Any]) -> None:
+        target = self._growing(items)
+        if target is not None and target.is_mapping:
+            raise Refusal("holds a damaged pickle: it appends to a mapping")
+        if target is not None and not target.arguments:
+            target.items += items
+
+    def _set(self, pairs: list[Any]) -> None:
+        target = self._growing(pairs)
+        if len(pairs) % 2 or (target is not None and target.kind in ("list", "set")):
+            raise Refusal("holds a damaged pickle: it sets a key of a value that is not a mapping")
+        if target is not None:
+            target.items += pairs
+
+    def append(self, _: Any) -> None:
+        self._extend(self._pop(1))
+
+    def append_to_mark(self, _: Any) -> None:
+        self._extend(self._pop_to_mark())
+
+    def set_item(self, _: Any) -> None:
+        self._set(self._pop(2))
+
+    def set_to_mark(self, _: Any) -> None:
+        self._set(self._pop_to_mark())
+
+    def name(self, dotted: str) -> None:
+        if not (self._vocabulary.stand_ins and _is_foreign(dotted)):
+            self._vocabulary.check(dotted)
+        self.push(Name(dotted))
+
+    def name_of_texts(self, _: Any) -> None:
+        module, name = self._pop(2)
+        if not isinstance(module, str) or not isinstance(name, str):
+            raise Refusal("holds a damaged pickle: a name in it is not a text")
+        self.name(f"{module}.{name}")
+
+    def call(self, _: Any) -> None:
+        function, arguments = self._pop(2)
+        match function, arguments:
+            case Name(text), Made(items=[Name() as kind, Name(base), None]) if current_name(text) == _RECONSTRUCTOR:
+                if current_name(base) != "builtins.object":
+                    raise Refusal(f"holds a pickle that makes an object from {shown(base)}")
+                self._make(kind, Made("tuple"))
+            case Name(text), Made():
+                self._vocabulary.check(text)
+                self._make(function, arguments)
+            case _:
+                raise Refusal("holds a pickle that calls a value which is not a name")
+
+    def new_object(self, _: Any) -> None:
+        self._make(*self._pop(2))
+
+    def new_object_with_names(self, _: Any) -> None:
+        self._make(*self._pop(3))
+
+    def _make(self, function: Any, arguments: Any, *named: Any) -> None:
+        if not isinstance(function, Name) or not isinstance(arguments, Made):
+            raise Refusal("holds a pickle that calls a value which is not a name")
+        if not self._vocabulary.allows(function.text):
+            self.push(StandIn())
             return
+        if function.text in NOT_CALLED:
+            raise Refusal(f"holds a pickle that calls {shown(function.text)}, which allocates any amount of memory")
+        if function.text in REBUILD:
+            _check_tensor(arguments.items)
+        if function.text == "numpy.dtype":
+            _check_elements(arguments.items)
+        arguments.used = True
+        self.push(Made(current_name(function.text), arguments=[*arguments.items, *named]))
+
+    def build(self, _: Any) -> None:
+        self._growing(self._pop(1))
+
+    def persistent(self, _: Any) -> None:
+        (identity,) = self._pop(1)
+        items = identity.items if isinstance(identity, Made) and identity.kind == "tuple" else ()
+        match items:
+            case ["storage", Name(kind), str(key), str(), int(numel), *rest] if kind in STORAGES:
+                if not 0 <= numel < _INT64:
+                    raise Refusal(f"holds a pickle with a storage of {numel} elements")
+                storage = Storage(key, numel, STORAGES[kind], kind)
+            case _:
+                raise Refusal("holds a pickle that refers to an outside value which is not the storage of a tensor")
+        self.storages.append(storage)
+        self.push(_part(storage, rest[0]) if rest and rest[0] is not None else storage)
+
+
+def _part(storage: Storage, view: Any) -> Storage:
+    """Return the part of a storage that PyTorch before 0.4 describes: a name, the first element, the number of elements."""
+    match view:
+        case Made(kind="tuple", items=[str(), int(start), int(numel)]) if 0 <= start <= start + numel <= storage.numel:
+            return Storage(storage.key, numel, storage.itemsize, storage.kind, start)
+    raise Refusal("holds a pickle with a part of a storage that lies outside of the storage")
+
+
+def _check_tensor(arguments: Sequence[Any]) -> None:
+    """Refuse a rebuilt tensor beyond its storage: torch would enlarge the storage."""
+    match arguments:
+        case [
+            Storage(numel=numel),
+            int(offset),
+            Made(kind="tuple", items=sizes),
+            Made(kind="tuple", items=strides),
+            *_,
+        ]:
+            check_view(numel, offset, sizes, strides)
+        case _:
+            raise Refusal("holds a pickle with a tensor that is not made of a storage, sizes and strides")
+
+
+def _check_elements(arguments: Sequence[Any]) -> None:
+    """Refuse a numpy array whose elements are Python objects."""
+    kind = arguments[0] if arguments else None
+    if not isinstance(kind, str) or _ELEMENTS.fullmatch(kind) is None:
+        raise Refusal(f"holds a numpy array of {shown(str(kind))}, which may contain code")
 
 
 def _take(stream: io.BytesIO, count: int) -> bytes:
@@ -184,340 +497,79 @@ def _name(stream: io.BytesIO) -> str:
 
 
 def _decoded(content: bytes) -> str:
-    # Texts may hold any bytes (a shared constant of a network): what is no UTF-8 is only looked at, never used.
+    # A text may hold any bytes (a shared constant of a network). A text that is not UTF-8 is checked and never used.
     return content.decode("utf-8", "replace")
 
 
-#: Byte -> name and the reader of its argument: what ``weights_only`` and TorchScript know, and no more.
-_OPCODES: dict[bytes, tuple[str, Callable[[io.BytesIO], Any]]] = {
-    b"\x80": ("PROTO", _number("B")),
-    b".": ("STOP", _nothing),
-    b"(": ("MARK", _nothing),
-    b")": ("EMPTY_TUPLE", _nothing),
-    b"]": ("EMPTY_LIST", _nothing),
-    b"}": ("EMPTY_DICT", _nothing),
-    b"\x8f": ("EMPTY_SET", _nothing),
-    b"N": ("NONE", _nothing),
-    b"\x88": ("NEWTRUE", _nothing),
-    b"\x89": ("NEWFALSE", _nothing),
-    b"J": ("BININT", _number("<i")),
-    b"K": ("BININT1", _number("B")),
-    b"M": ("BININT2", _number("<H")),
-    b"\x8a": ("LONG1", _whole("B")),
-    b"G": ("BINFLOAT", _number(">d")),
-    b"X": ("BINUNICODE", _text("<I")),
-    b"T": ("BINSTRING", _text("<i")),
-    b"U": ("SHORT_BINSTRING", _text("B")),
-    b"q": ("BINPUT", _number("B")),
-    b"r": ("LONG_BINPUT", _number("<I")),
-    b"h": ("BINGET", _number("B")),
-    b"j": ("LONG_BINGET", _number("<I")),
-    b"t": ("TUPLE", _nothing),
-    b"\x85": ("TUPLE1", _nothing),
-    b"\x86": ("TUPLE2", _nothing),
-    b"\x87": ("TUPLE3", _nothing),
-    b"a": ("APPEND", _nothing),
-    b"e": ("APPENDS", _nothing),
-    b"s": ("SETITEM", _nothing),
-    b"u": ("SETITEMS", _nothing),
-    b"c": ("GLOBAL", _name),
-    b"R": ("REDUCE", _nothing),
-    b"\x81": ("NEWOBJ", _nothing),
-    b"b": ("BUILD", _nothing),
-    b"Q": ("BINPERSID", _nothing),
+def _ignore(_machine: _Machine, _argument: Any) -> None:
+    return None
+
+
+def _constant(value: Any) -> Callable[[_Machine, Any], None]:
+    return lambda machine, _: machine.push(value)
+
+
+def _empty(kind: str) -> Callable[[_Machine, Any], None]:
+    return lambda machine, _: machine.push(Made(kind))
+
+
+def _tuple(count: int) -> Callable[[_Machine, Any], None]:
+    return lambda machine, _: machine.tuple_of(count)
+
+
+_STOP = b"."
+_Steps = dict[bytes, tuple[Callable[[io.BytesIO], Any], Callable[[_Machine, Any], None]]]
+#: Byte -> the reader of the step's argument, and its action. ``weights_only`` and TorchScript have the same steps.
+_STEPS: _Steps = {
+    b"\x80": (_number("B"), _ignore),  # PROTO
+    _STOP: (_nothing, _ignore),
+    b"(": (_nothing, _Machine.mark),
+    b")": (_nothing, _empty("tuple")),
+    b"]": (_nothing, _empty("list")),
+    b"}": (_nothing, _empty("dict")),
+    b"\x8f": (_nothing, _empty("set")),
+    b"N": (_nothing, _constant(None)),
+    b"\x88": (_nothing, _constant(True)),
+    b"\x89": (_nothing, _constant(False)),
+    b"J": (_number("<i"), _Machine.push),  # BININT
+    b"K": (_number("B"), _Machine.push),
+    b"M": (_number("<H"), _Machine.push),
+    b"\x8a": (_whole("B"), _Machine.push),  # LONG1
+    b"G": (_number(">d"), _Machine.push),  # BINFLOAT
+    b"X": (_text("<I"), _Machine.push),  # BINUNICODE
+    b"T": (_text("<i"), _Machine.push),  # BINSTRING
+    b"U": (_text("B"), _Machine.push),
+    b"q": (_number("B"), _Machine.put),  # BINPUT
+    b"r": (_number("<I"), _Machine.put),
+    b"h": (_number("B"), _Machine.get),  # BINGET
+    b"j": (_number("<I"), _Machine.get),
+    b"t": (_nothing, _Machine.tuple_to_mark),
+    b"\x85": (_nothing, _tuple(1)),
+    b"\x86": (_nothing, _tuple(2)),
+    b"\x87": (_nothing, _tuple(3)),
+    b"a": (_nothing, _Machine.append),
+    b"e": (_nothing, _Machine.append_to_mark),
+    b"s": (_nothing, _Machine.set_item),
+    b"u": (_nothing, _Machine.set_to_mark),
+    b"c": (_name, _Machine.name),  # GLOBAL
+    b"R": (_nothing, _Machine.call),  # REDUCE
+    b"\x81": (_nothing, _Machine.new_object),  # NEWOBJ
+    b"b": (_nothing, _Machine.build),
+    b"Q": (_nothing, _Machine.persistent),  # BINPERSID
 }
-#: The further steps of protocols 3 to 5, which the reader of weights files knows too.
-_MODERN: dict[bytes, tuple[str, Callable[[io.BytesIO], Any]]] = {
-    b"\x95": ("FRAME", _number("<Q")),
-    b"\x94": ("MEMOIZE", _nothing),
-    b"\x93": ("STACK_GLOBAL", _nothing),
-    b"\x8c": ("BINUNICODE", _text("B")),
-    b"\x8d": ("BINUNICODE", _text("<Q")),
-    b"C": ("BINBYTES", _bytes("B")),
-    b"B": ("BINBYTES", _bytes("<I")),
-    b"\x8e": ("BINBYTES", _bytes("<Q")),
-    b"\x96": ("BINBYTES", _bytes("<Q")),
-    b"\x8b": ("LONG1", _whole("<i")),
-    b"\x90": ("ADDITEMS", _nothing),
-    b"\x91": ("FROZENSET", _nothing),
-    b"\x92": ("NEWOBJ_EX", _nothing),
+#: Further steps, of protocols 3 to 5.
+_MODERN_STEPS: _Steps = {
+    b"\x95": (_number("<Q"), _ignore),  # FRAME
+    b"\x94": (_nothing, _Machine.memoize),
+    b"\x93": (_nothing, _Machine.name_of_texts),  # STACK_GLOBAL
+    b"\x8c": (_text("B"), _Machine.push),
+    b"\x8d": (_text("<Q"), _Machine.push),
+    b"C": (_bytes("B"), _Machine.push),  # BINBYTES
+    b"B": (_bytes("<I"), _Machine.push),
+    b"\x8e": (_bytes("<Q"), _Machine.push),
+    b"\x96": (_bytes("<Q"), _Machine.push),
+    b"\x8b": (_whole("<i"), _Machine.push),  # LONG4
+    b"\x90": (_nothing, _Machine.append_to_mark),  # ADDITEMS
+    b"\x91": (_nothing, _Machine.frozen_set),
+    b"\x92": (_nothing, _Machine.new_object_with_names),
 }
-
-
-_INT64 = 2**63
-
-
-@dataclass(frozen=True)
-class Storage:
-    """The bytes of tensors: the file of the archive, and the size that it must have."""
-
-    key: str
-    numel: int
-    itemsize: int
-    kind: str
-
-
-@dataclass(frozen=True)
-class Name:
-    """A class or function that the pickle names."""
-
-    text: str
-
-
-class Made:
-    """A container, or the result of a call that was not made.
-
-    Attributes:
-        kind: "tuple", "list", "dict" or "set", or the name of the called class or function.
-        items: Values of a container; keys and values in turn of a mapping.
-        arguments: Arguments of the call; empty for a container.
-        depth: Levels of containers, itself included.
-        used: True once it lies inside another one: from then on it must not grow, or it could contain itself.
-    """
-
-    __slots__ = ("arguments", "depth", "items", "kind", "used")
-
-    def __init__(self, kind: str, parts: Sequence[Any] = (), *, arguments: Sequence[Any] = ()) -> None:
-        self.kind, self.items, self.arguments = kind, list(parts), tuple(arguments)
-        self.depth, self.used = 1, False
-        self.take([*parts, *arguments])
-
-    def take(self, parts: list[Any]) -> None:
-        """Count the levels of values that are put into the container."""
-        for part in parts:
-            if isinstance(part, Made):
-                if part is self:
-                    raise Refusal("holds a pickle with a value that holds itself")
-                part.used = True
-                self.depth = max(self.depth, part.depth + 1)
-        if self.depth > limit("pickle-depth"):
-            raise Refusal(f"holds a pickle with more than {limit('pickle-depth')} levels of values")
-
-
-def check_pickle(content: bytes, allowed: Callable[[str], bool]) -> list[Storage]:
-    """Walk through one pickle that is the whole of ``content``.
-
-    Returns:
-        The storages that its tensors lie in.
-    """
-    return read_pickle(content, allowed)[1]
-
-
-def read_pickle(content: bytes, allowed: Callable[[str], bool], *, modern: bool = False) -> tuple[Any, list[Storage]]:
-    """Return the value of one pickle that is the whole of ``content``, and the storages that its tensors lie in."""
-    stream = io.BytesIO(content)
-    value, storages = read_one_pickle(stream, allowed, modern=modern)
-    if stream.tell() != len(content):
-        raise Refusal("holds a pickle with bytes behind its end")
-    return value, storages
-
-
-def read_one_pickle(
-    stream: io.BytesIO, allowed: Callable[[str], bool], *, modern: bool = False
-) -> tuple[Any, list[Storage]]:
-    """Read one of several pickles in a row, as ``read_pickle`` does; the stream stands behind the pickle afterwards."""
-    machine = _Machine(allowed)
-    for step, (name, argument) in enumerate(read_steps(stream, modern=modern)):
-        if step >= limit("pickle-steps"):
-            raise Refusal(f"holds a pickle of more than {limit('pickle-steps')} steps")
-        machine.do(name, argument)
-    return machine.result(), machine.storages
-
-
-class _Machine:
-    """A stack of values. Calls are recorded and not made."""
-
-    def __init__(self, allowed: Callable[[str], bool]) -> None:
-        self.storages: list[Storage] = []
-        self._allowed = allowed
-        self._stack: list[Any] = []
-        self._marks: list[int] = []
-        self._memo: dict[int, Any] = {}
-
-    def do(self, name: str, argument: Any) -> None:
-        if name in _CONSTANTS:
-            self._stack.append(_VALUES.get(name, argument))
-        elif (kind := _EMPTY.get(name)) is not None:
-            self._stack.append(Made(kind))
-        elif name in ("BINPUT", "LONG_BINPUT"):
-            self._put(argument)
-        elif name == "MEMOIZE":
-            self._put(len(self._memo))
-        elif name in ("BINGET", "LONG_BINGET"):
-            if argument not in self._memo:
-                raise Refusal("holds a damaged pickle: it gets what was never put")
-            self._stack.append(self._memo[argument])
-        elif (step := _STEPS.get(name)) is not None:
-            step(self, argument)
-
-    def result(self) -> Any:
-        """Return the value on top of the stack."""
-        return self._top()
-
-    def _put(self, place: int) -> None:
-        if place > limit("pickle-steps"):  # torch's reader makes room for every number below it
-            raise Refusal(f"holds a pickle that puts something at the place {place}")
-        self._memo[place] = self._top()
-
-    def _top(self) -> Any:
-        if len(self._stack) <= (self._marks[-1] if self._marks else 0):
-            raise Refusal("holds a damaged pickle: it takes more than is there")
-        return self._stack[-1]
-
-    def _pop(self, count: int) -> list[Any]:
-        if len(self._stack) - (self._marks[-1] if self._marks else 0) < count:
-            raise Refusal("holds a damaged pickle: it takes more than is there")
-        taken = self._stack[len(self._stack) - count :]
-        del self._stack[len(self._stack) - count :]
-        return taken
-
-    def _pop_to_mark(self) -> list[Any]:
-        if not self._marks:
-            raise Refusal("holds a damaged pickle: it has no mark")
-        mark = self._marks.pop()
-        taken = self._stack[mark:]
-        del self._stack[mark:]
-        return taken
-
-    def mark(self, _: Any) -> None:
-        self._marks.append(len(self._stack))
-
-    def tuple_to_mark(self, _: Any) -> None:
-        self._stack.append(Made("tuple", self._pop_to_mark()))
-
-    def frozen_set(self, _: Any) -> None:
-        self._stack.append(Made("set", self._pop_to_mark()))
-
-    def tuple_of(self, count: int) -> None:
-        self._stack.append(Made("tuple", self._pop(count)))
-
-    def _growing(self, parts: list[Any]) -> Made:
-        target = self._top()
-        if not isinstance(target, Made) or target.kind == "tuple" or target.used:
-            raise Refusal("holds a pickle that changes a value after its use")
-        target.take(parts)
-        return target
-
-    def _extend(self, items: list[Any]) -> None:
-        target = self._growing(items)
-        if target.kind == "dict" or is_mapping(target.kind):
-            raise Refusal("holds a damaged pickle: it appends to a mapping")
-        if not target.arguments:
-            target.items += items
-
-    def _set(self, pairs: list[Any]) -> None:
-        target = self._growing(pairs)
-        if target.kind in ("list", "set") or len(pairs) % 2:
-            raise Refusal("holds a damaged pickle: it sets a key of something that is not a mapping")
-        target.items += pairs
-
-    def append(self, _: Any) -> None:
-        self._extend(self._pop(1))
-
-    def append_to_mark(self, _: Any) -> None:
-        self._extend(self._pop_to_mark())
-
-    def set_item(self, _: Any) -> None:
-        self._set(self._pop(2))
-
-    def set_to_mark(self, _: Any) -> None:
-        self._set(self._pop_to_mark())
-
-    def name(self, dotted: str) -> None:
-        if not self._allowed(dotted):
-            raise Refusal(f"holds a pickle that names {shown(dotted)}, code which bnexport does not run")
-        self._stack.append(Name(dotted))
-
-    def name_of_texts(self, _: Any) -> None:
-        module, name = self._pop(2)
-        if not isinstance(module, str) or not isinstance(name, str):
-            raise Refusal("holds a damaged pickle: it names something that is not a text")
-        self.name(f"{module}.{name}")
-
-    def call(self, _: Any) -> None:
-        self._call(*self._pop(2))
-
-    def call_with_names(self, _: Any) -> None:
-        function, arguments, named = self._pop(3)
-        self._call(function, arguments, named)
-
-    def _call(self, function: Any, arguments: Any, *named: Any) -> None:
-        if not isinstance(function, Name) or not isinstance(arguments, Made):
-            raise Refusal("holds a pickle that calls something that is no name")
-        if function.text in NOT_CALLED:
-            raise Refusal(f"holds a pickle that calls {shown(function.text)}, which takes as much memory as it is told")
-        if function.text in REBUILD:
-            _check_tensor(arguments.items)
-        if function.text == "numpy.dtype":
-            _check_elements(arguments.items)
-        arguments.used = True
-        self._stack.append(Made(current_name(function.text), arguments=[*arguments.items, *named]))
-
-    def build(self, _: Any) -> None:
-        self._growing(self._pop(1))
-
-    def persistent(self, _: Any) -> None:
-        (identity,) = self._pop(1)
-        items = identity.items if isinstance(identity, Made) and identity.kind == "tuple" else ()
-        match items:
-            case ["storage", Name(_), str(_), str(), int(_), Made()]:
-                raise Refusal("holds a pickle with a part of a storage, as PyTorch before 0.4 wrote it")
-            case ["storage", Name(kind), str(key), str(), int(numel), *_] if kind in STORAGES:
-                if not 0 <= numel < _INT64:
-                    raise Refusal(f"holds a pickle with a storage of {numel} elements")
-                storage = Storage(key, numel, STORAGES[kind], kind)
-            case _:
-                raise Refusal("holds a pickle with something kept outside that is no storage of a tensor")
-        self.storages.append(storage)
-        self._stack.append(storage)
-
-
-_VALUES: dict[str, Any] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-_CONSTANTS = frozenset(
-    {"NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE"}
-    | {"SHORT_BINSTRING", "BINSTRING", "BINBYTES"}
-)
-_EMPTY = {"EMPTY_TUPLE": "tuple", "EMPTY_LIST": "list", "EMPTY_DICT": "dict", "EMPTY_SET": "set"}
-#: Step -> its function.
-_STEPS: dict[str, Callable[[_Machine, Any], None]] = {
-    "MARK": _Machine.mark,
-    "TUPLE": _Machine.tuple_to_mark,
-    "TUPLE1": lambda machine, _: machine.tuple_of(1),
-    "TUPLE2": lambda machine, _: machine.tuple_of(2),
-    "TUPLE3": lambda machine, _: machine.tuple_of(3),
-    "APPEND": _Machine.append,
-    "APPENDS": _Machine.append_to_mark,
-    "ADDITEMS": _Machine.append_to_mark,
-    "FROZENSET": _Machine.frozen_set,
-    "SETITEM": _Machine.set_item,
-    "SETITEMS": _Machine.set_to_mark,
-    "GLOBAL": _Machine.name,
-    "STACK_GLOBAL": _Machine.name_of_texts,
-    "REDUCE": _Machine.call,
-    "NEWOBJ": _Machine.call,
-    "NEWOBJ_EX": _Machine.call_with_names,
-    "BUILD": _Machine.build,
-    "BINPERSID": _Machine.persistent,
-}
-
-
-def _check_tensor(arguments: Sequence[Any]) -> None:
-    """Refuse a rebuilt tensor beyond its storage: torch would enlarge the storage."""
-    match arguments:
-        case [
-            Storage(numel=numel),
-            int(offset),
-            Made(kind="tuple", items=sizes),
-            Made(kind="tuple", items=strides),
-            *_,
-        ]:
-            check_view(numel, offset, sizes, strides)
-        case _:
-            raise Refusal("holds a pickle with a tensor that is not made of a storage, sizes and strides")
-
-
-def _check_elements(arguments: Sequence[Any]) -> None:
-    """Refuse a numpy array whose elements are Python objects."""
-    kind = arguments[0] if arguments else None
-    if not isinstance(kind, str) or _ELEMENTS.fullmatch(kind) is None:
-        raise Refusal(f"holds a numpy array of {shown(str(kind))}, which may contain code")

@@ -19,10 +19,9 @@ from bnexport.optional import require
 from bnexport.tensors import check_feeds
 from bnexport.verification.budget import Budget, budget_of
 from bnexport.verification.forecast import Forecast
-from bnexport.verification.format_proof import TENSORS, format_rows
+from bnexport.verification.format_proof import TORCH_PROOFS, format_rows
 from bnexport.verification.full_check import judge_accuracy
 from bnexport.verification.inputs import (
-    REAL,
     Batch,
     Case,
     Outputs,
@@ -39,7 +38,7 @@ from bnexport.verification.samples import Samples
 from bnexport.verification.scope import Scope
 from bnexport.verification.stages import compare, failed, proof_rows, proved_file
 from bnexport.verification.tolerances import TOLERANCES
-from bnexport.verification.verdict import Row
+from bnexport.verification.verdict import REAL, Row
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -199,7 +198,7 @@ def file_checks(evidence: Evidence) -> tuple[list[Row], dict[str, str]]:
         rows += proof_rows(evidence.bundle, evidence.int8 or evidence.model, cases, forecast)
     if is_int8(evidence.bundle.manifest):
         rows += int8_file_rows(evidence.bundle, evidence.model, evidence.int8)
-    for name in TENSORS:
+    for name in TORCH_PROOFS:
         if evidence.changed(name) is not None:
             continue  # it was not written, or its runtime's row says what is wrong
         try:

@@ -17,9 +17,8 @@ from bnexport.errors import BnexportError, DataError, UsageError
 from bnexport.tensors import Array, Signature, TensorSpec, other_sizes
 from bnexport.verification.budget import Budget
 from bnexport.verification.samples import Samples
+from bnexport.verification.verdict import REAL
 
-#: Names of batches that are no synthetic inputs.
-REAL = ("images", "samples")
 _OTHER_SIZED = 2
 
 

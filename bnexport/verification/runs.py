@@ -16,12 +16,12 @@ from bnexport.runtimes.base import Runner, RunSettings
 from bnexport.runtimes.replay import incomparable
 from bnexport.tensors import Array
 from bnexport.verification.evidence import Evidence
-from bnexport.verification.inputs import REAL, Batch, Case, Outputs, each_once, heads
+from bnexport.verification.inputs import Batch, Case, Outputs, each_once, heads
 from bnexport.verification.int8 import labels_row, record_of
 from bnexport.verification.metrics import SIGNIFICANT, accuracy_change, flipped_samples, has_labels, per_sample
 from bnexport.verification.prediction import compatible, detect
 from bnexport.verification.stages import compare, failed
-from bnexport.verification.verdict import FlippedSample, Row
+from bnexport.verification.verdict import REAL, FlippedSample, Row
 
 _CHUNK = 1024
 

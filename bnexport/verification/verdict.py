@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from html import escape
 from typing import Any
 
+from bnexport.plain_table import html_table, text_table
 from bnexport.tensors import Array
 
 
@@ -158,6 +162,12 @@ REQUIRED_STAGES = ("integrity", "golden", "file-proof", "strict")
 #: Accepted replacements: a file in half precision has no strict float32.
 INSTEAD: dict[str, str] = {"strict": "shipping"}
 
+#: Names of the batches of real inputs: a data set's test images, or the caller's samples.
+REAL = ("images", "samples")
+_RIGHT = re.compile(r"(\d+) of \d+ labels right before, (\d+) after")  # metrics.AccuracyChange.sentence
+_HEADS = ("verdict", "check", "subject", "compared", "max error", "bound")
+_NUMBERS = ("compared", "max error", "bound")
+
 #: Name and version of the JSON report: a new key needs no new version, a changed meaning does.
 FORMAT = "bnexport-verification"
 FORMAT_VERSION = 1
@@ -309,18 +319,68 @@ class VerificationReport:
         return max(measured, key=lambda row: row.error or 0.0, default=None)
 
     def summary(self, *, advice: str = "") -> str:
-        """Return the verdict and its cause in one line; ``advice`` follows the coverage of a verdict that covers a part."""
+        """Return the verdict in one line: what was compared on which data, or the first cause of a FAIL.
+
+        ``advice`` follows the coverage of a verdict that covers a part of the proof.
+        """
         if self.failures:
             first = self.failures[0]
-            return f"FAIL: {len(self.failures)} of {len(self.rows)} rows failed, first {first.stage}: {first.reason}"
+            failed = f"{len(self.failures)} of {len(self.rows)} comparisons failed"
+            return f"FAIL: {failed}, first {first.stage}: {first.reason}"
         if self.missing_stages:
             return f"FAIL: nothing was checked in {', '.join(self.missing_stages)}"
         if self.missed:
             fault = self.missed[0]
             return f"FAIL: the self-test missed {len(self.missed)} faults, first {fault.fault} in {fault.where}"
-        waived = "".join(f"; {told}" for told in self.findings.waived.values())
+        waived = "".join(f"; {sentence}" for sentence in self.findings.waived.values())
         covered = f", {self.findings.covers}{advice}" if self.findings.covers else ""
-        return f"PASS{covered}: {len(self.rows)} rows{waived}"
+        compared = f"{len(self.rows)} comparison{'' if len(self.rows) == 1 else 's'}"
+        return f"PASS{covered}: {compared}{self._data()}{self._labels()}{waived}"
+
+    def _data(self) -> str:
+        """Return the data of the comparisons: " on 480 images of shapes", or the number and kinds of synthetic samples."""
+        sizes: dict[str, int] = {}  # of one run, or of the files where nothing was run
+        for row in self.rows:
+            if row.error is not None and row.stage in ("strict", "shipping", "file-proof"):
+                sizes[row.case] = max(row.n, sizes.get(row.case, 0))
+        if any(case in REAL for case in sizes):
+            return f" on {self.inputs.removesuffix(', with labels')}"
+        if synthetic := [case for case in sizes if case != "golden"]:
+            return f" on {sum(sizes[case] for case in synthetic)} synthetic samples ({', '.join(synthetic)})"
+        golden = max((row.n for row in self.rows if row.case == "golden"), default=0)
+        return f" on {golden} golden vectors (stored inputs and outputs)" if golden else ""
+
+    def _labels(self) -> str:
+        """Return the right labels before and after: "; 480 labels right before and after"; "" without labels."""
+        reasons = [row.reason for row in self.rows if row.stage == "accuracy-change"]
+        counts = [tuple(map(int, found.groups())) for found in map(_RIGHT.match, reasons) if found]
+        if not counts:
+            return ""
+        before, after = counts[0][0], sorted({after for _, after in counts})
+        if after == [before]:
+            return f"; {before} labels right before and after"
+        return f"; {before} labels right before, {' to '.join(map(str, dict.fromkeys((after[0], after[-1]))))} after"
+
+    def __str__(self) -> str:
+        """Return the verdict and a table of the checks as text of about 80 columns."""
+        return f"{self.summary()}\n\n{text_table(_HEADS, self._table(), numbers=_NUMBERS)}"
+
+    def _repr_html_(self) -> str:
+        """Return the verdict and a table of the checks as HTML, which notebooks show."""
+        return f"<p><b>{escape(self.summary())}</b></p>{html_table(_HEADS, self._table(), numbers=_NUMBERS)}"
+
+    def _table(self) -> list[tuple[str, ...]]:
+        """Return one line per check and subject: verdict, comparisons, samples, largest error and its bound."""
+        return [
+            (
+                word(group.passed),
+                group.stage,
+                group.subject,
+                str(group.n),
+                *(number(value) for value in ((group.worst.error, group.worst.bound) if group.worst else (None, None))),
+            )
+            for group in groups(self)
+        ]
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values without NaN; ``from_json`` reads them back."""
@@ -348,3 +408,98 @@ class VerificationReport:
         rest = {key: item for key, item in value.items() if key not in computed}
         rows = tuple(Row.from_json(row) for row in value["rows"])
         return cls(rows, findings=Findings.from_json(value.get("findings", {})), **rest)
+
+
+#: Shown where there is no number.
+NOTHING = "-"
+
+#: Stages whose rows are one per file: gathered under one subject, because only a failure needs the file's name.
+FILE_STAGES: dict[str, str] = {"integrity": "files"}
+
+#: Stands for infinity in reports, which are JSON.
+_INFINITE = 1e300
+
+
+@dataclass(frozen=True)
+class Group:
+    """All comparisons of one subject in one stage.
+
+    Attributes:
+        stage: As in the rows.
+        subject: As in the rows, with the settings where there are some.
+        rows: In the report's order; never empty.
+    """
+
+    stage: str
+    subject: str
+    rows: tuple[Row, ...]
+
+    @property
+    def passed(self) -> bool:
+        """True when every row passed."""
+        return all(row.passed for row in self.rows)
+
+    @property
+    def devices(self) -> str:
+        """Return the devices of the candidates."""
+        return ", ".join(dict.fromkeys(row.device for row in self.rows if row.device))
+
+    @property
+    def n(self) -> int:
+        """Samples (or tensors, or files) over all rows."""
+        return sum(row.n for row in self.rows)
+
+    @property
+    def worst(self) -> Row | None:
+        """The row nearest to, or farthest over, its bound: a failed one without a finite error before all others."""
+        judged = [row for row in self.rows if row.bound is not None]
+        return max(judged, key=_pressure, default=None)
+
+    @property
+    def ratio(self) -> float | None:
+        """The largest error in units of the noise predicted for the same inputs; None without a prediction."""
+        return max((row.ratio for row in self.rows if row.ratio is not None), default=None)
+
+    @property
+    def flips(self) -> Flips | None:
+        """Top-1 labels over all rows; None where no row counts them."""
+        counted = [row.flips for row in self.rows if row.flips is not None]
+        return total_flips(counted) if counted else None
+
+
+def groups(report: VerificationReport) -> tuple[Group, ...]:
+    """The report's rows by stage, subject and settings, in the order of first appearance."""
+    gathered: dict[tuple[str, str], list[Row]] = {}
+    for row in report.rows:
+        gathered.setdefault((row.stage, FILE_STAGES.get(row.stage, row.run)), []).append(row)
+    return tuple(Group(stage, subject, tuple(rows)) for (stage, subject), rows in gathered.items())
+
+
+def total_flips(flips: Iterable[Flips]) -> Flips:
+    """The sum of several counts, without a bound of the rate: the same sample may be in several of them."""
+    every = list(flips)
+    return Flips(
+        certified=sum(item.certified for item in every),
+        uncertain=sum(item.uncertain for item in every),
+        explained=sum(item.explained for item in every),
+        unexplained=sum(item.unexplained for item in every),
+        rate_bound=None,
+    )
+
+
+def number(value: float | None) -> str:
+    """A measured size in two significant digits: '3.8e-07', '12', 'infinite', or NOTHING for what is no number."""
+    if value is None or not math.isfinite(value):
+        return NOTHING
+    return "infinite" if abs(value) >= _INFINITE else f"{value:.2g}"
+
+
+def word(passed: bool) -> str:
+    """The verdict as a word: no reader has to see colours."""
+    return "PASS" if passed else "FAIL"
+
+
+def _pressure(row: Row) -> float:
+    if row.error is None or row.bound is None:
+        return math.inf if not row.passed else -1.0
+    return row.error / row.bound if row.bound else (math.inf if row.error else 0.0)

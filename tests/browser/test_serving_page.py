@@ -109,7 +109,7 @@ def probabilities(server: Server, content: bytes) -> tuple[dict[str, Any], np.nd
 def test_a_dropped_picture_gets_its_label_and_bars(browser: Browser, server: Server, index: int) -> None:
     want, shares = probabilities(server, content := png(IMAGES[index]))
     drop(browser, content)
-    told = browser.until("document.getElementById('told').textContent")
+    told = browser.until("document.getElementById('answer').textContent")
     assert told.startswith(f"{want['label']}, ")
     found = bars(browser)
     assert [label for label, _ in found] == [str(i) for i in np.argsort(-shares, kind="stable")]
@@ -125,7 +125,7 @@ def test_a_stroke_is_drawn_seen_and_cleared(browser: Browser, server: Server) ->
     box = "(() => { const b = canvas.getBoundingClientRect(); return [b.x, b.y, b.width]; })()"
     x, y, width = browser.evaluate(box)
     browser.drag(*[(x + width * 0.5, y + width * part) for part in (0.15, 0.3, 0.5, 0.7, 0.85)])
-    told = browser.until("document.getElementById('told').textContent")
+    told = browser.until("document.getElementById('answer').textContent")
     picture = base64.b64decode(browser.evaluate("canvas.toDataURL('image/png').split(',')[1]"))
     want, _ = probabilities(server, picture)
     assert told.startswith(f"{want['label']}, ")
@@ -134,7 +134,8 @@ def test_a_stroke_is_drawn_seen_and_cleared(browser: Browser, server: Server) ->
     assert pixels[140, 40] == pixels[5, 140] == 0
     assert len(set(pixels[140, 110:140].tolist()) - {0, 255}) > 2, "the brush has a soft edge"
     browser.evaluate("document.getElementById('clear').click()")
-    assert (text(browser, "told"), bars(browser)) == ("", [])
+    assert (text(browser, "answer"), bars(browser)) == ("", [])
+    assert text(browser, "more") == "The class probabilities appear here."
     assert browser.evaluate("pen.getImageData(0, 0, 280, 280).data.every((value, i) => i % 4 === 3 || value === 0)")
     assert browser.complaints == []
 
@@ -143,7 +144,7 @@ def test_what_is_no_picture_gets_the_server_s_sentence(browser: Browser) -> None
     drop(browser, b"hello")
     assert "not a PNG" in browser.until("document.getElementById('refusal').textContent")
     drop(browser, png(IMAGES[0]))
-    browser.until("document.getElementById('told').textContent")
+    browser.until("document.getElementById('answer').textContent")
     assert text(browser, "refusal") == ""
 
 
@@ -173,7 +174,7 @@ def test_the_verdict_and_the_report(browser: Browser) -> None:
 def test_a_server_without_models_says_so(browser: Browser) -> None:
     """Their folders may go while it runs; the page must not look as if it had not loaded."""
     browser.evaluate("ask = async () => ({json: async () => ({models: []})}); load()")
-    assert browser.until("document.getElementById('problem').textContent") == "This server has no model now."
+    assert browser.until("document.getElementById('problem').textContent") == "This server has no models now."
     assert not browser.evaluate("document.getElementById('model').checkVisibility()")
 
 
@@ -190,7 +191,7 @@ def test_the_smallest_size_is_shown_and_sent(browser: Browser) -> None:
 def test_words_of_strangers_are_words(browser: Browser) -> None:
     pick(browser, "hostile 1")
     drop(browser, png(IMAGES[0]))
-    told = browser.until("document.getElementById('told').textContent")
+    told = browser.until("document.getElementById('answer').textContent")
     assert told.startswith(HOSTILE)
     assert HOSTILE in text(browser, "verdict")
     assert HOSTILE in bars(browser)[0][0]
@@ -255,16 +256,47 @@ def test_the_line_for_several_inputs(browser: Browser, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("width", [320, 360, 720, 1100])
+@pytest.mark.parametrize("width", [320, 360, 390, 720, 1100])
 @pytest.mark.parametrize("name", ["bn_lenet 1", "bn_lenet 2", "hostile 1", "plain 1"])
 def test_every_screen(browser: Browser, width: int, name: str) -> None:
     browser.screen(width)
     pick(browser, name)
     if name in ("bn_lenet 1", "hostile 1"):
         drop(browser, png(IMAGES[0]))
-        browser.until("document.getElementById('told').textContent")
+        browser.until("document.getElementById('answer').textContent")
     assert browser.evaluate("document.documentElement.scrollWidth <= document.documentElement.clientWidth")
     assert browser.evaluate(BEYOND) == []
+
+
+def test_nothing_is_cut_without_a_sign(browser: Browser) -> None:
+    """A long label ends with an ellipsis and has its full text as a title; the command is never cut; each column has a head."""
+    browser.screen(390)
+    pick(browser, "hostile 1")
+    drop(browser, png(IMAGES[0]))
+    browser.until("document.getElementById('answer').textContent")
+    label = "document.querySelector('#bars .label')"
+    assert browser.evaluate(f"{label}.scrollHeight > {label}.clientHeight"), "the label is too long for its place"
+    assert browser.evaluate(f"getComputedStyle({label}).webkitLineClamp") == "2"
+    assert browser.evaluate(f"{label}.title === {label}.textContent")
+    pick(browser, "plain 1")
+    assert browser.evaluate("byId('line').scrollHeight <= byId('line').clientHeight")
+    assert browser.evaluate("[...document.querySelectorAll('th')].every(head => head.textContent)")
+
+
+def test_a_long_name_breaks_after_its_separators(browser: Browser) -> None:
+    browser.screen(390)
+    name = "a_model_with_a_rather_long_name.v2-final"
+    model = {"name": name, "version": "12", "state": "READY", "inputs": [], "outputs": []}
+    browser.evaluate(f"choose({json.dumps(model)}, false)")
+    assert text(browser, "title") == f"{name}, version 12"
+    lines = """(() => { const range = document.createRange(), lines = new Map();
+        for (const node of byId('title').childNodes) for (let i = 0; node.nodeType === 3 && i < node.length; i++) {
+          range.setStart(node, i); range.setEnd(node, i + 1); const top = range.getBoundingClientRect().top;
+          lines.set(top, (lines.get(top) || '') + node.data[i]); }
+        return [...lines.values()]; })()"""
+    first, *_, last = browser.evaluate(lines)
+    assert first != last, "it takes several lines"
+    assert first[-1] in "_.- "
 
 
 @pytest.mark.parametrize("dark", [False, True])
@@ -286,7 +318,7 @@ def test_what_a_screen_reader_is_told(browser: Browser) -> None:
     nameless = [role for role, name in found if role in ("button", "textbox", "image", "link") and not name]
     assert nameless == []
     live = "[...document.querySelectorAll('[aria-live], [role=alert]')].map(e => e.id)"
-    assert {"told", "refusal", "problem"} <= set(browser.evaluate(live))
+    assert {"answer", "refusal", "problem"} <= set(browser.evaluate(live))
 
 
 def test_a_token_is_asked_for_and_kept_in_memory_alone(chromium: Browser, folder: Path, tmp_path: Path) -> None:
@@ -302,7 +334,7 @@ def test_a_token_is_asked_for_and_kept_in_memory_alone(chromium: Browser, folder
         chromium.until("current !== null")
         assert not chromium.evaluate("document.getElementById('gate').checkVisibility()")
         drop(chromium, png(IMAGES[0]))
-        chromium.until("document.getElementById('told').textContent")
+        chromium.until("document.getElementById('answer').textContent")
         assert '"Authorization: Bearer $TOKEN"' in text(chromium, "line")
         assert TOKEN not in chromium.evaluate("document.documentElement.outerHTML + location.href + document.cookie")
         assert chromium.evaluate("localStorage.length + sessionStorage.length") == 0

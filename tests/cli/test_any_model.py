@@ -329,8 +329,8 @@ REFUSED = {
     "OneBatch": "takes a batch of 2, but fails on a batch of 1",
     "Squeezes": "drops a batch of 1",
     "Raises": "only on Tuesdays",
-    "Sparse": "does not know the operator",
-    "Custom": "does not say what shape it gives",
+    "Sparse": "does not support the operator",
+    "Custom": "does not declare its output shape",
     "Keyword": "does not take 1 inputs",
 }
 
@@ -377,7 +377,7 @@ def test_other_refusals(export: Run, arguments: tuple[str, ...], part: str) -> N
 def test_a_path_that_depends_on_the_size_is_refused(export: Run) -> None:
     code, _, err = export("nets.py:Branches", "--input", "3x8x8", "--dynamic-size")
     assert code == 2
-    assert "forward of Branches asks for a size at nets.py:" in err
+    assert "forward of Branches takes another branch at nets.py:" in err
     assert not Path("m").exists()
 
 

@@ -138,7 +138,7 @@ def test_a_batch_norm_in_a_region_is_kept_in_the_file(here: Path) -> None:
 @pytest.mark.parametrize(
     ("network", "options", "sentence"),
     [
-        ("net", ("--labels", "labels.txt"), "2 labels, the network gives 4 scores"),
+        ("net", ("--labels", "labels.txt"), "2 labels, but the network returns 4 scores"),
         ("net", ("--input", "4"), "does not take 2 inputs"),
         ("in_training", (), "bn is a BatchNorm2d in training mode"),
         ("control", (), "can't trace Control at nets.py:"),

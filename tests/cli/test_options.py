@@ -105,7 +105,8 @@ def test_a_byte_order_mark_is_no_part_of_the_first_label(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    ("content", "told"), [(b"", "holds no label"), (b" \n\n\t\n", "holds no label"), (b"caf\xe9\n", "can't be read")]
+    ("content", "told"),
+    [(b"", "contains no label"), (b" \n\n\t\n", "contains no label"), (b"caf\xe9\n", "can't be read")],
 )
 def test_a_file_without_labels(tmp_path: Path, content: bytes, told: str):
     file = tmp_path / "labels.txt"
@@ -160,8 +161,8 @@ def test_what_is_no_list_of_numbers(option, text):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (("--mean", "0.1,0.2", "--std", "1,1,1"), "2 means and 3 deviations for 3 channel"),
-        (("--mean", "0,0,0", "--std", "1"), "3 means and 1 deviations for 3 channel"),
+        (("--mean", "0.1,0.2", "--std", "1,1,1"), "2 means and 3 standard deviations for 3 channel"),
+        (("--mean", "0,0,0", "--std", "1"), "3 means and 1 standard deviations for 3 channel"),
         (("--mean", "0,0,0", "--std", "1,0,1"), "not positive"),
         (("--mean", "0,0,0", "--std", "1,-1,1"), "not positive"),
         (("--mean", "nan,0,0", "--std", "1,1,1"), "not finite"),

@@ -84,7 +84,7 @@ def test_refusals(tmp_path, capsys, monkeypatch):
     out = tmp_path / "a"
     assert run([*FAST, "--epochs", "1", "--out", str(out)]) == 0
     capsys.readouterr()
-    assert "holds a run already" in refused(capsys, 2, "--out", str(out))
+    assert "has a run already" in refused(capsys, 2, "--out", str(out))
     assert "can't be resumed with seed 5" in refused(capsys, 2, "--out", str(out), "--resume", "--seed", "5")
     assert "epochs is 0" in refused(capsys, 2, "--epochs", "0")
     assert "learning rate is -1.0" in refused(capsys, 2, "--lr", "-1")

@@ -152,7 +152,7 @@ def test_the_users_own_samples(bundle: Bundle, tmp_path: Path, capsys: pytest.Ca
     assert run(["verify", str(bundle.path), *options]) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "30 images of x.npz, with labels" in out
-    assert "accuracy-change" in out
+    assert "labels right before" in out
 
 
 @pytest.fixture
@@ -221,7 +221,7 @@ def test_changed_labels_are_called_by_their_names(bundle: Bundle, capsys: pytest
     flip = FlippedSample(7, 1, 0, 2, 0.001, 0.002, explained=True)
     report = VerificationReport((), findings=Findings(flipped={"x": (flip,)}))
     print_verification(report, make_console(), labels=("shoe", "bag", "coat"))
-    assert "flip 7: shoe -> coat (true bag)" in capsys.readouterr().out
+    assert "label changed, sample 7: shoe -> coat (true bag)" in capsys.readouterr().out
 
 
 def test_progress_is_lines_in_a_log_and_a_bar_on_a_terminal(

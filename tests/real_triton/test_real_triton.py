@@ -21,12 +21,13 @@ from support.bundles import copy_bundle, reseal, write_bundle
 from support.environments import environment, run_program
 from support.serving import serving
 from support.triton import REQUIREMENTS, Installation, Triton, installation, triton
+from support.triton_config_check import read_config
 from unit.deploying.conftest import FOREIGN, fixed, foreign_bundle
 
 from bnexport.bundle import MODEL_ONNX, Bundle
 from bnexport.deploying.deploy_request import DEVICES, DeployRequest
 from bnexport.deploying.triton_repository import LABELS, deploy_triton
-from bnexport.exporting.triton_config import CONFIG, read_config
+from bnexport.exporting.triton_config import CONFIG
 
 pytestmark = [pytest.mark.slow, pytest.mark.needs("triton")]
 HERE = Path(__file__).parent

@@ -41,11 +41,11 @@ def test_help_needs_nothing(without: Run) -> None:
 def test_verify_passes_and_says_what_it_did_not_cover(without: Run) -> None:
     shown, raw = without([["verify", str(REFERENCE)], ["verify", str(REFERENCE), "--json", "-"]])
     assert shown["code"] == 0, told(shown)
-    assert f"PASS, files and golden vectors only: {len(report_of(raw)['rows'])} rows; {LEFT_OUT}" in told(shown)
+    assert f"PASS, files and golden vectors only: {len(report_of(raw)['rows'])} comparisons on " in told(shown)
     proofs = [row for row in Bundle.open(REFERENCE).manifest.verification["rows"] if row["stage"] == "file-proof"]
     worst = max(row["error"] for row in proofs if row["subject"] == MODEL_ONNX)
     assert f"at export it was {worst:.1e} of scale" in told(shown)
-    assert "not run: torch-cpu: torch is not installed" in told(shown)
+    assert "torch is not installed" in told(shown)
     assert "the bundle's golden vectors, not the original network, which needs torch" in told(shown)
     report = report_of(raw)
     assert raw["code"] == 0

@@ -83,4 +83,4 @@ def test_the_bundle_s_labels_and_preprocessing(models: Path, pixels: np.ndarray,
         assert got["label"] == f"class {want.index}"
     with serving(tmp_path / "m", tmp_path / "log") as server:
         answer = server.ask("POST", "/v2/models/plain/classify", picture(pixels[5]), {"content-type": "image/png"})
-        assert (answer.status, "does not say how a picture becomes an input" in answer.error) == (400, True)
+        assert (answer.status, "has no preprocessing for pictures" in answer.error) == (400, True)

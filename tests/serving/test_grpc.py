@@ -250,7 +250,7 @@ def test_a_stream_answers_each_request_in_turn(channel: grpc.Channel, images: np
         assert close(got, logits[number : number + 1])
     requests.put(b"nonsense")
     assert (
-        "no inference.ModelInferRequest"
+        "not an inference.ModelInferRequest"
         in classes()["ModelStreamInferResponse"].FromString(next(answers)).error_message
     )
     requests.put(infer_request(images, id="mine", model_name="x").SerializeToString())

@@ -87,7 +87,7 @@ def test_a_server_that_nobody_asks_stops_at_once(models: Path, tmp_path: Path, i
         assert list(watch) == [b"\x08\x02"]
         requests.put(None)
         assert stream.code() is grpc.StatusCode.UNAVAILABLE
-        assert "has stopped" in stream.details()
+        assert "is stopping" in stream.details()
 
 
 def test_a_call_whose_message_is_on_its_way_is_answered(models: Path, tmp_path: Path, images: np.ndarray) -> None:
@@ -155,7 +155,7 @@ def test_what_can_not_be_opened_ends_with_a_sentence(server: Server, models: Pat
     words = (str(models), "--port", "0", "--grpc-port")
     taken = refused("pass", *words, str(server.grpc_port))
     assert taken.startswith("2: ")
-    assert f"port {server.grpc_port} can't be served on" in taken
+    assert f"port {server.grpc_port} can't be used" in taken
     missing = refused("sys.modules['grpc'] = None", *words, "0")
     assert missing.startswith("3: ")
     assert "bnexport serve --grpc-port needs grpc" in missing

@@ -156,7 +156,7 @@ def test_messages_that_fill_the_memory_together(models: Path, tmp_path: Path, im
     words = ["--grpc-port", "0", "--limit", "held_bytes=20000"]
     with serving(models, tmp_path / "log", *words) as small, channel_to(small) as channel:
         told = call(channel, INFER, bytes(30_000))
-        assert (told.code, "fill the memory" in told.says) == ("UNAVAILABLE", True)
+        assert (told.code, "use all memory" in told.says) == ("UNAVAILABLE", True)
         for _ in range(10):
             assert infer(channel, images[:3]).shape == (3, 10)
 

@@ -69,5 +69,5 @@ def test_a_port_that_is_taken(models: Path, tmp_path: Path, processes: str) -> N
     with serving_twice(models, tmp_path / "log", "--grpc-port", "0") as server:
         words = (str(models), "--port", "0", "--grpc-port", str(server.grpc_port), "--processes", processes)
         told = refused(*words, code=2)
-        assert f"port {server.grpc_port} can't be served on" in told
+        assert f"port {server.grpc_port} can't be used" in told
         assert "Choose another --host or --grpc-port" in told

@@ -194,13 +194,13 @@ def test_as_many_connections_as_the_limit_says(models: Path, tmp_path: Path) -> 
 
 
 def test_what_can_not_be_served_ends_with_a_sentence(models: Path) -> None:
-    assert "no positive number" in refused(str(models), "--limit", "queue=-3", code=2)
+    assert "not a positive number" in refused(str(models), "--limit", "queue=-3", code=2)
 
 
 #: Words after the folder of models -> exit code, and a part of the sentence. No server is started for any of them.
 BAD = {
-    ("--limit", "bodies=3"): (2, "there is no limit 'bodies'"),
-    ("--port", "0", "--token-file", "short"): (2, "holds no token"),
+    ("--limit", "bodies=3"): (2, "the server has no limit 'bodies'"),
+    ("--port", "0", "--token-file", "short"): (2, "contains no token"),
     **{
         (option, value): (2, f"{value} is no number of seconds")
         for option in ("--grace", "--poll")
@@ -232,7 +232,8 @@ def test_the_other_sentences(
 
 
 @pytest.mark.parametrize(
-    ("name", "sentence"), [("empty", "holds no bundle"), ("nowhere", "does not exist"), ("short", "short is no folder")]
+    ("name", "sentence"),
+    [("empty", "contains no bundle"), ("nowhere", "does not exist"), ("short", "short is not a folder")],
 )
 def test_a_folder_that_holds_no_model(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str, sentence: str
@@ -258,7 +259,7 @@ def test_folders_that_are_no_models_are_named_in_the_log(models: Path, tmp_path:
 
 def test_a_port_that_is_taken(server: Server, models: Path) -> None:
     said = refused(str(models), "--port", str(server.port), code=2)
-    assert f"port {server.port} can't be served on: Address already in use." in said
+    assert f"port {server.port} can't be used: Address already in use." in said
     assert "Choose another --host or --port." in said
 
 

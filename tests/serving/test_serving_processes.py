@@ -286,7 +286,7 @@ def test_a_process_that_can_not_start_again_is_tried_again_until_it_can(
         for _ in range(12):
             assert server.infer({"inputs": [tensor(images)]}).status == 200, "the other one gets all connections"
         deaths = told(server, "process died")
-        assert "holds no bundle" in deaths[1]["reason"]
+        assert "contains no bundle" in deaths[1]["reason"]
         assert deaths[2]["restart_in"] > deaths[1]["restart_in"] > deaths[0]["restart_in"] == 0
         (tmp_path / "away").rename(tmp_path / "m" / "bn_lenet")
         until(lambda: sorted(running(server)) == [0, 1])
@@ -300,24 +300,24 @@ def test_when_none_can_start_any_more_it_ends_with_the_reason(models: Path, tmp_
         for pid in running(server).values():
             os.kill(pid, signal.SIGKILL)
         assert server.process.wait(PATIENCE) == 2
-        assert "holds no bundle" in server.log.read_text().splitlines()[-2]
+        assert "contains no bundle" in server.log.read_text().splitlines()[-2]
 
 
 def test_what_can_not_be_served_ends_as_with_one_process(models: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "short").write_text("x")
     words = ("--port", "0", *TWO)
-    assert "holds no bundle" in refused(str(tmp_path / "empty"), *words, code=2)
-    assert "holds no token" in refused(str(models), *words, "--token-file", str(tmp_path / "short"), code=2)
+    assert "contains no bundle" in refused(str(tmp_path / "empty"), *words, code=2)
+    assert "contains no token" in refused(str(models), *words, "--token-file", str(tmp_path / "short"), code=2)
     assert "the middleware 'nowhere:x'" in refused(str(models), *words, "--middleware", "nowhere:x", code=2)
     assert "can't run here" in refused(str(models), *words, "--runtime", "onnxruntime-tensorrt", code=3)
-    assert "one process of several alone" in refused(str(models), *words, "--allow-load", code=2)
+    assert "only one of several processes" in refused(str(models), *words, "--allow-load", code=2)
 
 
 def test_a_port_that_is_taken(server: Server, models: Path) -> None:
     words = (str(models), "--port", str(server.port))
-    assert f"port {server.port} can't be served on" in refused(*words, *TWO, code=2)
-    assert f"port {server.port} can't be served on" in refused(*words, code=2)
+    assert f"port {server.port} can't be used" in refused(*words, *TWO, code=2)
+    assert f"port {server.port} can't be used" in refused(*words, code=2)
 
 
 def test_log_lines_of_several_processes_are_whole(server: Server) -> None:

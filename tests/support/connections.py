@@ -12,16 +12,15 @@ import numpy as np
 import pytest
 from support.serving import binary
 from uvicorn.config import Config
-from uvicorn.server import ServerState
+from uvicorn.server import ServerState as UvicornState
 
 from bnexport.serving.access_log import JsonLog
 from bnexport.serving.http.app import App
-from bnexport.serving.http.exchange import State
 from bnexport.serving.http.fast_lane import FastLane
 from bnexport.serving.http.uvicorn_adapter import LimitedConnection, limited
 from bnexport.serving.repository import Repository
 from bnexport.serving.serving_limits import ServingLimits
-from bnexport.serving.state import AppSettings
+from bnexport.serving.state import AppSettings, ServerState
 
 INFER = "/v2/models/bn_lenet/infer"
 IMAGES = np.random.default_rng(0).normal(size=(21, 1, 28, 28)).astype(np.float32)
@@ -62,11 +61,11 @@ class House:
     def __init__(self, repository: Repository, *, fast: bool = True, token: bytes | None = None, **limits: int) -> None:
         self.log = io.StringIO()
         self.json_log = JsonLog(self.log)
-        self.state = State(repository, AppSettings(ServingLimits(**limits), token), self.json_log)
+        self.state = ServerState(repository, AppSettings(ServingLimits(**limits), token), self.json_log)
         self.app = App(self.state)
         kind = limited(ServingLimits(**limits), FastLane(self.app) if fast else None, self.app.refused)
         self.config = Config(self.app, http=kind, ws="none", lifespan="off", log_config=None, access_log=False)
-        self.server_state = ServerState()
+        self.server_state = UvicornState()
 
     def connect(self) -> tuple[LimitedConnection, Wire]:
         self.config.load() if not self.config.loaded else None

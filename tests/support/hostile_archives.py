@@ -261,8 +261,8 @@ SCRIPTS: dict[str, Hostile] = {
     "script: place far away": Hostile(
         "torchscript", script("constants.pkl", b"\x80\x02Nr\xff\xff\xff\xff."), "at the place 4294967295"
     ),
-    "script: empty stack": Hostile("torchscript", script("constants.pkl", b"\x80\x02R."), "takes more than is there"),
-    "script: puts what is not there": Hostile("torchscript", script("constants.pkl", b"\x80\x02q\x00."), "takes more"),
+    "script: empty stack": Hostile("torchscript", script("constants.pkl", b"\x80\x02R."), "an empty stack"),
+    "script: puts what is not there": Hostile("torchscript", script("constants.pkl", b"\x80\x02q\x00."), "an empty stack"),
     "script: length beyond the end": Hostile(
         "torchscript", script("constants.pkl", b"\x80\x02X\xff\xff\xff\x7fabc"), "damaged pickle"
     ),
@@ -280,8 +280,8 @@ SCRIPTS: dict[str, Hostile] = {
     "script: value that was never put": Hostile("torchscript", script("constants.pkl", b"\x80\x02h\x07."), "never put"),
     "script: no mark": Hostile("torchscript", script("constants.pkl", b"\x80\x02Nt."), "has no mark"),
     "script: bytes behind a pickle": Hostile("torchscript", script("constants.pkl", b"\x80\x02).cos\n"), "behind its end"),
-    "script: calls a number": Hostile("torchscript", script("constants.pkl", b"\x80\x02K\x01)R."), "no name"),
-    "script: something kept outside": Hostile("torchscript", script("constants.pkl", b"\x80\x02NQ."), "no storage"),
+    "script: calls a number": Hostile("torchscript", script("constants.pkl", b"\x80\x02K\x01)R."), "which is not a name"),
+    "script: something kept outside": Hostile("torchscript", script("constants.pkl", b"\x80\x02NQ."), "not the storage"),
     "script: storage of negative size": Hostile("torchscript", script("constants.pkl", tensor((1,), (1,), -4)), "-4 elements"),
     "script: tensor of nothing": Hostile(
         "torchscript", script("constants.pkl", b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n)R."), "is not made of"
@@ -338,9 +338,9 @@ CHECKPOINTS: dict[str, Hostile] = {
         "has no data for",
     ),
     "checkpoint: storage of a terabyte by a call": Hostile(
-        "weights", checkpoint(call("torch.FloatStorage", b"\x8a\x06\0\0\0\0\0\x01")), "takes as much memory"
+        "weights", checkpoint(call("torch.FloatStorage", b"\x8a\x06\0\0\0\0\0\x01")), "allocates any amount of memory"
     ),
-    "checkpoint: list in itself": Hostile("weights", checkpoint(b"\x80\x02]q\x00h\x00a."), "that holds itself"),
+    "checkpoint: list in itself": Hostile("weights", checkpoint(b"\x80\x02]q\x00h\x00a."), "self-referencing value"),
     "checkpoint: list that holds itself": Hostile("weights", checkpoint(SELF), "changes a value after its use"),
     "checkpoint: values 5000 levels deep": Hostile("weights", checkpoint(DEEP), "levels of values"),
     "checkpoint: bomb": Hostile(

@@ -1,4 +1,4 @@
-"""The contents of a file: operator set, batch norms, names that must stay, and tensors converted between ONNX and torch."""
+"""BatchNormalization nodes of a file, names that must stay, and tensors converted between ONNX and torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _DEFAULT_DOMAIN = ("", "ai.onnx")
 
 
 def label(node: NodeProto) -> str:
-    """Return a node's name in the report: its own name, or that of its first output."""
+    """Return a node's name in the fold report: its name, or that of its first output."""
     return node.name or next((name for name in node.output if name), node.op_type)
 
 
@@ -39,7 +39,7 @@ def count_batch_norms(model: ModelProto) -> int:
 
 
 def inner_batch_norms(model: ModelProto) -> Iterator[tuple[NodeProto, str]]:
-    """Return each BatchNormalization outside the main graph, and its place as the end of a sentence."""
+    """Yield each BatchNormalization outside the main graph with its place, as the end of a sentence."""
     for node in _inside(model.graph.node):
         if is_batch_norm(node):
             yield node, "the body of an If, Loop or Scan"
@@ -57,7 +57,7 @@ def _inside(group: Iterable[NodeProto]) -> Iterator[NodeProto]:
 
 
 def pinned(graph: GraphProto) -> set[str]:
-    """Return the names that must stay: the graph's outputs, and names that inner graphs mention."""
+    """Return the names that must stay: the graph's outputs, and names that inner graphs read."""
     inside = (name for node in graph.node for name in mentioned_inside(node))
     return {*(value.name for value in graph.output), *inside}
 
@@ -77,7 +77,7 @@ def widened(tensor: TensorProto) -> Array:
 
 
 def stored(name: str, value: Tensor, dtype: torch.dtype) -> TensorProto:
-    """Return a float64 tensor as it is written: rounded once, subnormal results flushed."""
+    """Return a float64 tensor as it is written: rounded once, with subnormal results flushed to zero."""
     cast = flushed(value, dtype).contiguous()
     raw = cast.reshape(-1).view(torch.uint8).numpy().tobytes() if cast.numel() else b""
     return TensorProto(name=name, dims=cast.shape, data_type=ONNX[dtype], raw_data=raw)

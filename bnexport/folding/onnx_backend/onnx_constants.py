@@ -1,10 +1,10 @@
 """Shapes, element types and constants of a graph's values, found without running it on an input.
 
 Shapes: onnx's inference runs several times, each time with other numbers in place of the sizes that vary. It is complete for
-numbers, but gives up on most arithmetic with names. Values that the graph computes from shapes (the target of a Reshape) are
-evaluated in between, since inference follows few of their operators. A size that is the same each time is fixed. A size that
-varies as one of the inputs' sizes, or as a product of two, is that expression. Two sizes that always agree are taken for the
-same size. Every fold is proved afterwards, so a coincidence here can lose a fold, but can't make a wrong one.
+numbers, but fails on most arithmetic with names. Values that the graph computes from shapes (the target of a Reshape) are
+evaluated in between, since inference supports few of their operators. A size that is the same each time is fixed. A size that
+varies as one of the inputs' sizes, or as a product of two, is that expression. Two sizes that always agree are treated as one
+size. Every fold is proved afterwards, so a coincidence can lose a fold, but can't make a wrong one.
 
 Constants: initializers, Constant nodes, and everything that is computed from them alone.
 """
@@ -32,32 +32,27 @@ from bnexport.onnx_files.models import refill
 from bnexport.onnx_files.names import mentions, subgraphs
 from bnexport.tensors import Array
 
-#: Operators that look at a tensor's shape, never at its elements: a fold changes no shape.
+#: Operators that read a tensor's shape and not its elements; a fold changes no shape.
 SHAPE_ONLY = ("Shape", "Size")
 #: Operators without a fixed result.
 _RANDOM = ("RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli")
-#: Numbers for a size that is the first of an input (the batch), and for any other (height, width): several halvings fit. The
-#: two do not grow alike, so that neither is a multiple of the other.
+#: Numbers for the first size of an input (the batch) and for its other sizes (height, width), which can be halved several
+#: times. The two series grow differently, so that neither is a multiple of the other.
 _BATCHES = (2, 3, 5)
 _SIZES = (64, 96, 128)
 _STEP = 32
-#: Longer constants state no shape, so their numbers are not copied.
+#: Largest constant whose numbers are copied for inference: a longer one does not state a shape.
 _SMALL = 4096
-#: Values that are computed from shapes are shorter; evaluations in a row: each may find the shapes that the next one reads.
+#: Largest value computed from shapes, and number of evaluations in a row: each may find the shapes that the next one reads.
 _MAX_TARGET = 64
 _MAX_EVALUATIONS = 8
 
 
 class Shapes:
-    """Shapes and element types by name of the value.
+    """Shapes and element types by name of the value; the model is not changed.
 
-    Args:
-        model: Is not changed.
-        given: Input -> numbers for the sizes of one sample, used where the file leaves a size open. Only where inference fails
-            with other numbers, a size is taken for fixed because of them.
-
-    Attributes:
-        sizes: The inputs' varying sizes -> the numbers in their place.
+    ``given`` maps inputs to the sizes of one sample, for sizes that the file leaves open. If inference fails with all other
+    numbers, these sizes are treated as fixed. ``sizes`` maps the inputs' varying sizes to the numbers in their place.
     """
 
     def __init__(self, model: ModelProto, given: Mapping[str, Sequence[int]] | None = None) -> None:
@@ -70,7 +65,7 @@ class Shapes:
         self._expressions = _expressions(self.sizes)
 
     def _round(self, skeleton: ModelProto, index: int, batch: int | None = None) -> dict[str, ValueInfoProto]:
-        """Infer with numbers for sizes. Shapes of inner values that the file declares are added where inference fails."""
+        """Infer with numbers for sizes; add the file's declared shapes of inner values that inference does not find."""
         sizes = {
             name: numbers[index if batch is None or tuple(numbers) != _BATCHES else batch]
             for name, numbers in self.sizes.items()
@@ -87,7 +82,7 @@ class Shapes:
         return _evaluated(bound)
 
     def of(self, name: str) -> tuple[Dim, ...] | None:
-        """Return the shape of a value; None when it is unknown."""
+        """Return the shape of a value; None if it is unknown."""
         each = [_numbers_of(found.get(name)) for found in self._numbers]
         if any(shape is None or len(shape) != len(each[0] or ()) for shape in each):
             named = self._as_named(name)
@@ -95,14 +90,14 @@ class Shapes:
         return tuple(self._dim(values) for values in zip(*(shape or () for shape in each), strict=True))
 
     def example(self, name: str) -> list[int] | None:
-        """Return the shape of a value in one example, in which the sizes of all values agree; None when it is unknown."""
+        """Return the shape of a value in one example, with consistent sizes of all values; None if it is unknown."""
         found = _numbers_of(self._numbers[0].get(name))
         if found is None and (shape := self.of(name)) is not None and all(isinstance(size, int) for size in shape):
             return [int(size) for size in shape]
         return found
 
     def dtype(self, name: str) -> torch.dtype | None:
-        """Return the element type of a value; None when it is unknown or folding does not support it."""
+        """Return the element type of a value; None if it is unknown or folding does not support it."""
         value = self._numbers[0].get(name) or self._named.get(name)
         return None if value is None else TORCH.get(value.type.tensor_type.elem_type)
 
@@ -117,14 +112,14 @@ class Shapes:
         return sympy.Symbol("size_" + "_".join(map(str, values)), integer=True, positive=True)
 
     def _with_given(self, name: str) -> tuple[Dim, ...] | None:
-        """Return the shape for the given sizes, where inference fails for all others; the batch still varies."""
+        """Return the shape for the given sizes if inference fails for all others; the batch still varies."""
         first, second = _numbers_of(self._numbers[0].get(name)), _numbers_of(self._as_given.get(name))
         if first is None or second is None or len(first) != len(second):
             return None
         return tuple(a if a == b else _symbol(f"size_{a}_{b}") for a, b in zip(first, second, strict=True))
 
     def _as_named(self, name: str) -> tuple[Dim, ...] | None:
-        """Return the file's own shape, where inference with numbers in place of its names fails."""
+        """Return the shape that the file declares, for a value whose inference with numbers fails."""
         value = self._named.get(name)
         if value is None or not value.type.tensor_type.HasField("shape"):
             return None
@@ -147,7 +142,7 @@ def _expressions(sizes: Mapping[str, Sequence[int]]) -> list[tuple[sympy.Expr, l
 
 
 def _skeleton(model: ModelProto) -> ModelProto:
-    """Return the model without the numbers of its large weights; sizes of inputs that have no name get one."""
+    """Return the model without the numbers of its large weights, and with names for all open sizes of inputs."""
     bare = ModelProto(ir_version=model.ir_version)
     bare.opset_import.extend(model.opset_import)
     bare.functions.extend(model.functions)
@@ -177,7 +172,7 @@ def _bare(tensor: TensorProto) -> TensorProto:
 
 
 def _varying(model: ModelProto, given: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
-    """Return names of sizes in the inputs -> the numbers for them, all different; given ones first."""
+    """Return the names of the inputs' sizes with their numbers, all different; given numbers come first."""
     found: dict[str, tuple[int, ...]] = {}
     numbers: tuple[int, ...]
     others = itertools.count()
@@ -223,7 +218,7 @@ def _inferred(model: ModelProto) -> dict[str, ValueInfoProto]:
     infer: Callable[..., ModelProto] = onnx.shape_inference.infer_shapes
     try:
         graph = infer(model, strict_mode=False, data_prop=True).graph
-    except Exception:  # of no common class; what is unknown is left alone
+    except Exception:  # of no common class; unknown values are left alone
         graph = model.graph
     found = {value.name: value for value in (*graph.value_info, *graph.input, *graph.output)}
     for tensor in graph.initializer:
@@ -263,7 +258,7 @@ def _has_numbers(tensor: TensorProto) -> bool:
 def _value_of(
     node: NodeProto, known: Mapping[str, Array], found: Mapping[str, ValueInfoProto], model: ModelProto
 ) -> Array | None:
-    """Return the short result of a node that reads shapes, or values computed from them; None for any other."""
+    """Return the short result of a node that reads shapes, or values computed from shapes; None for other nodes."""
     if not is_default(node) or len(node.output) != 1 or subgraphs(node) or node.op_type in _RANDOM:
         return None
     feeds = {}
@@ -274,7 +269,7 @@ def _value_of(
         feeds[name] = known[name] if shape is None else np.broadcast_to(np.float64(0), shape)
     try:
         (value,) = node_evaluator([node], model, list(feeds), node.output[0]).run(None, feeds)
-    except Exception:  # of no common class; what is unknown is left alone
+    except Exception:  # of no common class; unknown values are left alone
         return None
     array, declared = np.asarray(value), found.get(node.output[0])
     if array.size > _MAX_TARGET or array.dtype.kind not in "fiub":
@@ -293,7 +288,7 @@ def _numbers_of(value: ValueInfoProto | None) -> list[int] | None:
     return [int(dim.dim_value) for dim in dims]
 
 
-#: Operators that are computed ahead when all they read is constant.
+#: Operators that are computed ahead if all their inputs are constant.
 _COMPUTED = frozenset(
     (
         *("Abs", "Add", "Cast", "CastLike", "Concat", "ConstantOfShape", "Div", "Exp", "Expand", "Flatten", "Gather"),
@@ -309,14 +304,14 @@ class OnnxConstants:
     """The constants of a model's main graph, in float64; the model is not changed.
 
     Attributes:
-        overridable: Initializers that are inputs too: a caller may replace them.
+        overridable: Initializers that are also inputs, so that a caller may replace them.
     """
 
     def __init__(self, model: ModelProto, shapes: Shapes) -> None:
         self._model, self._shapes = model, shapes
         inputs = {value.name for value in model.graph.input}
         stored = {tensor.name: tensor for tensor in model.graph.initializer}
-        # Before IR version 4 every initializer had to be listed as an input; engines take it for a constant.
+        # Before IR version 4 every initializer had to be listed as an input; engines treat it as a constant.
         self.overridable = inputs & set(stored) if model.ir_version >= 4 else set()
         self._stored = {name: tensor for name, tensor in stored.items() if name not in self.overridable}
         self._nodes: dict[str, NodeProto] = {}
@@ -334,23 +329,23 @@ class OnnxConstants:
         self._count_aliases()
 
     def known(self, name: str) -> bool:
-        """Return True if a name stands for a constant."""
+        """Return True if a name is that of a constant."""
         return name in self._stored or name in self._nodes
 
     def computes(self, node: NodeProto) -> bool:
-        """Return True if a node gives a constant."""
+        """Return True if a node computes a constant."""
         return bool(node.output) and node.output[0] in self._nodes
 
     def root(self, name: str) -> str:
-        """Return the constant behind a name, across Identity nodes."""
+        """Return the name of a constant before all Identity nodes."""
         return self._root.get(name, name)
 
     def readers(self, name: str) -> int:
-        """Count the readers of a constant, under any of its names, and of the constants that it is computed from."""
+        """Count the readers of a constant, under any of its names, and of the constants from which it is computed."""
         return self._readers.get(self.root(name), self._counts[self.root(name)])
 
     def computed_from(self, name: str) -> int:
-        """Count the elements that are stored for a constant: its own, or those of the constants that it is computed from."""
+        """Count the elements that are stored for a constant: its own, or those from which it is computed."""
         sources, stack = set(), [name]
         while stack:
             top = stack.pop()
@@ -432,7 +427,7 @@ class OnnxConstants:
         return max(self._elements_of(node), 1) if node.op_type != "Constant" else max(self.value(name).size, 1)
 
     def _count_aliases(self) -> None:
-        """Count readers of each constant: a second name is not a reader; the result of a shared constant is shared too."""
+        """Count readers of each constant. A second name is not a reader; the result of a shared constant is shared too."""
         for name, node in self._nodes.items():
             if node.op_type == "Identity":
                 self._root[name] = self.root(node.input[0])
@@ -471,7 +466,7 @@ class OnnxConstants:
 
 
 def node_evaluator(nodes: list[NodeProto], model: ModelProto, inputs: list[str], output: str) -> Any:
-    """Return the reference evaluator of a few nodes alone, every float widened to float64."""
+    """Return the reference evaluator of a few nodes, with every float widened to float64."""
     double = TensorProto.DOUBLE
     graph = helper.make_graph(
         nodes,

@@ -1,4 +1,4 @@
-"""The public entry for ONNX files: read, fold, write, prove, report."""
+"""``bnexport.fold_onnx``: read an ONNX file, fold, write, prove, report."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from bnexport.folding.onnx_backend.onnx_proof import NotEvaluated, onnx_fold_err
 from bnexport.folding.onnx_backend.onnx_writer import OnnxWriter
 from bnexport.folding.onnx_backend.reading import MAX_BYTES, SourceFile, check_valid, is_fully_valid, read_source
 from bnexport.folding.plan import ATTEMPTS, GrowthBudget
-from bnexport.folding.report import FoldReport, FoldRow
+from bnexport.folding.report import FoldReport, FoldRow, Reported
 from bnexport.onnx_files.models import opset_of
 from bnexport.onnx_files.normalisation import OLDEST_OPSET, join_sums, split_sums, upgraded
 from bnexport.onnx_files.reshape_targets import simplify_reshapes
@@ -29,13 +29,13 @@ _MAX_ERROR = 1e-9
 
 
 @dataclass(frozen=True)
-class OnnxFoldResult:
+class OnnxFoldResult(Reported):
     """The result of ``fold_onnx``.
 
     Attributes:
-        model: The folded model, of the same IR version and operator set; of operator set 7 where the file has an older one.
-        report: The fold report, one row per BatchNormalization.
-        original: The model as it was read, external data inside, in the common spelling.
+        model: The folded model, of the same IR version and operator set; of operator set 7 if the file has an older one.
+        report: The fold report, with one row per BatchNormalization. ``print(result)`` shows it.
+        original: The model as it was read, external data included, in the common spelling.
         changed: True if ``model`` differs from ``original``.
         normalised: Names of the rows of ``onnx_files.normalisation.NORMALISATIONS`` that changed the file's spelling.
     """
@@ -57,18 +57,25 @@ def fold_onnx(
 ) -> OnnxFoldResult:
     """Fold every BatchNormalization of an ONNX file that can be folded exactly, and report what happened to each, and why.
 
-    The rules are those of ``bnexport.fold``. ``source`` is never changed. Names of nodes, values, weights and outputs stay;
-    a weight with other readers keeps its numbers, and the fold gets a copy under a new name. Arithmetic is in float64, rounded
-    once to the weight's element type. A Reshape whose target is computed from sizes gets a constant target where it provably
-    gives the same (``onnx_files.reshape_targets``).
+    The rules are those of ``bnexport.fold``. ``source`` is never changed. Names of nodes, values, weights and outputs stay.
+    A weight with other readers keeps its numbers, and the fold gets a copy under a new name. Arithmetic is in float64, rounded
+    once to the weight's element type. A Reshape whose target is computed from sizes gets a constant target if that provably
+    gives the same result (``onnx_files.reshape_targets``).
+
+    Example:
+        >>> import bnexport, onnx
+        >>> result = bnexport.fold_onnx("network.onnx")
+        >>> print(result.summary())
+        1 of 1 BatchNorm call folded
+        >>> onnx.save(result.model, "folded.onnx")
 
     Args:
         source: A file (external data next to it), its bytes, or a model.
-        max_growth: See ``bnexport.fold``.
-        clamps: See ``bnexport.fold``.
+        max_growth: As for ``bnexport.fold``.
+        clamps: As for ``bnexport.fold``.
         prove: Check each fold separately, and the folded model against the original, in float64.
-        inputs: Name of an input -> shape of one sample; the only input may have any name. Sizes that the file leaves open get
-            these numbers while shapes are inferred and the fold is proved; the written file leaves them open.
+        inputs: Name of an input -> shape of one sample; the only input may have any name. These numbers replace sizes that the
+            file leaves open while shapes are inferred and the fold is proved. The written file leaves them open.
 
     Returns:
         The folded model and its report, with a row for each BatchNormalization in functions and subgraphs too.
@@ -77,7 +84,7 @@ def fold_onnx(
         UsageError: ``max_growth`` is below 1, or ``inputs`` does not fit the file.
         ModelError: Not a valid ONNX model, or of an operator set below 7 that onnx can't convert.
         ExportError: The result has 2 GB or more, which one file can't hold.
-        ProofError: The folded model does not compute what the original does; that is a fault in bnexport.
+        ProofError: The folded model does not compute what the original does. That is a fault in bnexport.
     """
     if not max_growth >= 1.0:
         raise UsageError(f"max_growth is {max_growth:g}", remedy="Give a factor of 1 or more; 1 allows no copies")
@@ -92,9 +99,9 @@ def fold_onnx(
         model.CopyFrom(readable)
         graph = OnnxGraph(model, sizes)
         budget = GrowthBudget(before, max_growth, apart, biases)
-        account = _account(Engine(graph, budget, clamps=clamps, prove=prove), original)
+        outcome = _run_engine(Engine(graph, budget, clamps=clamps, prove=prove), original)
         writer = OnnxWriter(graph)
-        folded = writer.write(account.dropped)
+        folded = writer.write(outcome.dropped)
         growth = OnnxGraph(model, sizes).elements / before
         if growth <= max_growth:
             break
@@ -102,9 +109,9 @@ def fold_onnx(
     changed = simplify_reshapes(model) > 0 or folded or opset_of(model) != opset_of(original)
     if changed:
         _check_written(original, model)
-    rows = (*account.rows, *(_inner_row(node, where) for node, where in inner_batch_norms(original)))
+    rows = (*outcome.rows, *(_inner_row(node, where) for node, where in inner_batch_norms(original)))
     error, unproved = _proof(original, model, writer.exact if changed else None, sizes) if prove else (None, ())
-    report = FoldReport(rows, count_batch_norms(model), error, growth, (*account.warnings, *unproved))
+    report = FoldReport(rows, count_batch_norms(model), error, growth, (*outcome.warnings, *unproved))
     return OnnxFoldResult(model, report, original, changed, file.normalised)
 
 
@@ -118,11 +125,7 @@ def _readable(file: SourceFile, sizes: Mapping[str, Sequence[int]], *, prove: bo
 
 
 def _sizes(model: ModelProto, inputs: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
-    """Return the requested shapes of one sample, by the file's names of its inputs.
-
-    Raises:
-        UsageError: An input that the file does not have, or a shape that its declaration excludes.
-    """
+    """Return the requested shapes of one sample by input name; refuse inputs and shapes that the file does not have."""
     stored = {tensor.name for tensor in model.graph.initializer}
     values = {value.name: value.type.tensor_type for value in model.graph.input if value.name not in stored}
     if len(values) == len(inputs) == 1:
@@ -142,8 +145,8 @@ def _sizes(model: ModelProto, inputs: Mapping[str, Sequence[int]]) -> dict[str, 
     return {name: tuple(shape) for name, shape in inputs.items()}
 
 
-def _account(engine: Engine, original: ModelProto) -> EngineResult:
-    """Run the engine; its exceptions over a file that is not quite valid become a ModelError."""
+def _run_engine(engine: Engine, original: ModelProto) -> EngineResult:
+    """Run the engine; turn its exceptions over a file that is not fully valid into a ModelError."""
     try:
         return engine.run()
     except (RuntimeError, ValueError, IndexError) as error:
@@ -161,7 +164,7 @@ def _proof(
     exact: Mapping[str, Tensor] | None,
     sizes: Mapping[str, Sequence[int]],
 ) -> tuple[float | None, tuple[str, ...]]:
-    """Return the error of the whole, 0 where nothing was changed; None and the reason where nothing could be compared."""
+    """Return the error of the whole model, 0 if nothing was changed, or None and the reason if nothing could be compared."""
     if exact is None:
         return 0.0, ()
     try:
@@ -183,7 +186,7 @@ def _check_conversion(
     try:
         error = onnx_fold_error(original, converted, {}, sizes)
     except NotEvaluated:
-        return  # the report then has the reason why the whole could not be compared
+        return  # the report then states the reason
     if not error <= _MAX_ERROR:
         raise ModelError(
             f"{name} uses operator set {opset_of(original)}, and onnx.version_converter changes its results by {error:.1e} of"
@@ -193,7 +196,7 @@ def _check_conversion(
 
 
 def _check_written(original: ModelProto, model: ModelProto) -> None:
-    """Check that the written model is as valid as the original, also in the checker's strictest reading."""
+    """Check that the written model is as valid as the original, also in the checker's full check."""
     if (size := model.ByteSize()) > MAX_BYTES:
         raise ExportError(f"the folded model has {size} bytes, one file holds 2 GB", remedy="Fold it in parts")
     if is_fully_valid(original) and not is_fully_valid(model):
@@ -202,6 +205,6 @@ def _check_written(original: ModelProto, model: ModelProto) -> None:
 
 
 def _inner_row(node: NodeProto, where: str) -> FoldRow:
-    """Return the row of a BatchNormalization that no rule sees."""
+    """Return the row of a BatchNormalization outside the main graph, where no rule applies."""
     hint = "functions inlined (onnx.inliner)" if "function" in where else "the same nodes outside of it"
     return FoldRow(label(node), BATCH_NORM, "kept", reason=f"it is inside {where}", hint=hint)

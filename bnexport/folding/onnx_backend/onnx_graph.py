@@ -23,7 +23,7 @@ from bnexport.onnx_files.models import opset_of
 from bnexport.onnx_files.names import mentions, reads
 from bnexport.tensors import Array
 
-#: What a reader may raise over a file whose attributes contradict each other.
+#: Exceptions of a reader if a file's attributes contradict each other.
 _CONTRADICTIONS = (ValueError, TypeError, IndexError, KeyError, ZeroDivisionError, AttributeError)
 _WEIGHT, _BIAS = "folded weight", "folded bias"
 
@@ -33,11 +33,11 @@ class OnnxSource:
     """The origin of a value.
 
     Attributes:
-        nodes: The nodes that compute it, in order; empty for an input of the graph.
+        nodes: The nodes that compute the value, in order; empty for an input of the graph.
         reads: Names of the values that are ``Op.inputs``.
         weight: The place of a layer's weight.
         bias: The place of its bias, used or not.
-        evaluators: By whether weight and bias are fed.
+        evaluators: The evaluator with fed weight and bias (True) and the one with the file's own (False).
     """
 
     nodes: tuple[NodeProto, ...]
@@ -49,7 +49,7 @@ class OnnxSource:
 
 
 class OnnxGraph:
-    """The main graph of a valid model, as ``folding.graph.Graph``; the model is not changed here.
+    """The main graph of a valid model as ``folding.graph.Graph``; the model is not changed.
 
     ``given`` has numbers for open sizes, by input (see ``Shapes``).
     """
@@ -117,7 +117,7 @@ class OnnxGraph:
         self._taken.update(name for extra in reading.nodes for name in extra.output)
         self._add_reading(node, result, reading, nodes)
         for name in nodes[-1].output:
-            if name and name != result:  # a further output of what can't be crossed
+            if name and name != result:  # a further output of an operation that no affine crosses
                 self._add(Opaque(), OnnxSource((node,), name, (result,)), _described(node), label(node))
 
     def _pieces(self, node: NodeProto) -> list[OnnxReading] | None:
@@ -130,7 +130,7 @@ class OnnxGraph:
             return None
 
     def _only_indexed(self, node: NodeProto) -> bool:
-        """Return True if every reader of a sequence takes one of its pieces, at a known place."""
+        """Return True if every reader of a sequence takes one of its pieces, at a constant position."""
         name = node.output[0]
         users = self._users.get(name, [])
         return len(users) == self._context.readers[name] and all(
@@ -161,7 +161,7 @@ class OnnxGraph:
         try:
             found = reader(view) if reader is not None else None
         except _CONTRADICTIONS:
-            found = "its attributes can't be understood"
+            found = "its attributes contradict each other"
         if is_batch_norm(node) and not isinstance(found, OnnxReading):
             return unread_batch_norm(view, found or "it can't be read", "")
         if isinstance(found, str):
@@ -210,7 +210,7 @@ class OnnxGraph:
         return evaluate_kind(kind, inputs)
 
     def _run(self, op: Op, inputs: Sequence[Tensor], layer: Layer | None) -> Tensor:
-        """Run an operation's own nodes on float64 values, with a layer's own weight and bias where given."""
+        """Run an operation's nodes on float64 values, with the weight and bias of ``layer`` if it is given."""
         source: OnnxSource = op.source
         feeds: dict[str, Array] = {name: value.numpy() for name, value in zip(source.reads, inputs, strict=True)}
         if isinstance(op.original, Reshape):
@@ -228,10 +228,10 @@ class OnnxGraph:
         try:
             with np.errstate(all="ignore"):
                 (found,) = evaluator.run(None, {name: feeds[name] for name in evaluator.input_names})
-        except Exception as error:  # whatever numpy says inside an operator
+        except Exception as error:  # numpy raises any class inside an operator
             raise RuntimeError(f"{op.name} can't be evaluated: {error}") from error
         if not isinstance(found, np.ndarray) or found.dtype != np.float64:
-            raise RuntimeError(f"{op.name} left float64")
+            raise RuntimeError(f"{op.name} has a result that is not float64")
         return torch.from_numpy(np.ascontiguousarray(found))
 
     def _evaluator(self, source: OnnxSource, *, fed: bool) -> Any:
@@ -243,7 +243,7 @@ class OnnxGraph:
         return node_evaluator(nodes, self.model, names, source.output)
 
     def _target(self, op: Op, value: Tensor) -> list[int]:
-        """Return the shape for a value, whatever its varying sizes are in this probe."""
+        """Return the target shape for a value with the sizes of this probe."""
         pairs = zip(op.inputs[0].shape, value.shape, strict=True)
         sizes = {size: number for size, number in pairs if not isinstance(size, int)}
         found = [size if isinstance(size, int) else size.subs(sizes) for size in op.shape]
@@ -253,7 +253,7 @@ class OnnxGraph:
         """See ``Graph.probe``."""
         sizes = self.shapes.example(op.source.output)
         if op.dtype is None or not op.dtype.is_floating_point or sizes is None:
-            raise RuntimeError(f"{op.name} is no floating-point value of a known shape")
+            raise RuntimeError(f"{op.name} is not a floating-point value of a known shape")
         if largest is not None:
             sizes = [*sizes[:2], *(min(size, largest) for size in sizes[2:])]
         return torch.randn(sizes, generator=generator, dtype=torch.float64)
@@ -275,10 +275,10 @@ def _tensors(op: Op, layer: Layer) -> dict[str, Array]:
 def with_tensors(
     nodes: Sequence[NodeProto], weight_at: Slot | None, bias_at: Slot | None, *, weight: str | None, bias: str | None
 ) -> list[NodeProto]:
-    """Return copies of a layer's nodes that read the named weight and bias at these places; None keeps the present one.
+    """Return copies of a layer's nodes that read the named weight and bias at these places; None keeps the present tensor.
 
-    The same copies are evaluated in a proof and written. Gemm multiplies its weight by alpha and its bias by beta; both are
-    part of a folded tensor, so the factor is removed.
+    The same copies are evaluated in a proof and written. Gemm multiplies its weight by alpha and its bias by beta. A folded
+    tensor includes the factor, which is removed from the node.
     """
     copies = []
     for node in nodes:

@@ -13,7 +13,7 @@ from bnexport.folding.graph import ConstantAffine, NormCall, Opaque
 from bnexport.folding.onnx_backend.inventory import BATCH_NORM
 from bnexport.folding.onnx_backend.view import NOT_AN_INPUT, OVERRIDABLE, NodeView, OnnxReading
 
-#: First operator set whose BatchNormalization says that it is training by an attribute; before, by its outputs.
+#: First operator set whose BatchNormalization has an attribute for training mode; before, its outputs show it.
 _TRAINING_MODE = 14
 #: Reason of a norm whose input has no known shape.
 UNKNOWN_SHAPE = "the file does not state the shape of its input"
@@ -22,7 +22,7 @@ _DEFAULT_EPSILON = float(torch.tensor(1e-5))
 
 
 def read_batch_norm(view: NodeView) -> OnnxReading:
-    """Read a BatchNormalization; one that can't be read has a row in the report all the same."""
+    """Read a BatchNormalization; one that can't be read still has a row in the report."""
     why, hint = _unreadable(view)
     affine = None if why else _affine(view)
     rank = len(view.shape() or ())
@@ -36,13 +36,13 @@ def read_batch_norm(view: NodeView) -> OnnxReading:
 
 
 def unread_batch_norm(view: NodeView, why: str, hint: str) -> OnnxReading:
-    """Return the reading of a BatchNormalization that stays for a reason outside of it."""
+    """Return the reading of a BatchNormalization that stays for a reason outside of the node."""
     inputs = tuple(name for name in view.node.input if name)
     return OnnxReading(Opaque(why), inputs, call=NormCall(view.name, BATCH_NORM, _channels(view), None, why, hint))
 
 
 def _unreadable(view: NodeView) -> tuple[str, str]:
-    """Return the reason why its affine can't be read, and a hint; two empty texts when it can."""
+    """Return the reason why the affine can't be read, and a hint; two empty texts if it can be read."""
     training = view.attribute("training_mode", 0) if view.opset >= _TRAINING_MODE else len(view.outputs()) > 1
     shape = view.shape()
     indices = range(1, 5)
@@ -79,11 +79,10 @@ class _Link:
     """One node of arithmetic with a constant.
 
     Attributes:
-        value: Name of the value that it reads.
-        affine: None when it can't be read.
-        scales: True if its constant is a scale with more than one number.
-        shifts: True if it adds or subtracts.
-        why_not: The reason why it can't be read.
+        value: Name of the value that the node reads.
+        affine: None if the affine can't be read, for the reason ``why_not``.
+        scales: True if the constant is a scale with more than one number.
+        shifts: True if the node adds or subtracts.
     """
 
     view: NodeView
@@ -95,17 +94,16 @@ class _Link:
 
     @property
     def axes(self) -> tuple[int, ...]:
-        """The axes along which it varies."""
+        """The axes along which the affine varies."""
         return () if self.affine is None else tuple(filter(self.affine.varies_along, range(self.affine.rank)))
 
 
 def read_arithmetic(view: NodeView) -> OnnxReading | None:
-    """Read a run of arithmetic with constants as one norm; where it is none, read its first node alone.
+    """Read a run of arithmetic with constants as one norm; if the run is not a norm, read its first node alone.
 
-    A run counts as a norm, with a row in the report, when it multiplies or divides by more than one number, and all its
-    constants vary along one axis. A run whose constants vary along several axes counts when it also has a shift: statistics
-    for each position. So ``x * 2``, ``x + bias`` and a table of positions do not count. Every value inside the run has one
-    reader.
+    A run is a norm, with a row in the report, if it multiplies or divides by more than one number, and all its constants vary
+    along one axis. A run whose constants vary along several axes (statistics for each position) is a norm if it also has a
+    shift. So ``x * 2``, ``x + bias`` and a table of positions are not norms. Every value inside the run has one reader.
     """
     first = _link(view)
     if first is None:
@@ -126,7 +124,7 @@ def read_arithmetic(view: NodeView) -> OnnxReading | None:
 
 
 def _run(first: _Link) -> list[_Link]:
-    """Return the links from the first on, each the only reader of the one before; none adds an axis to those before."""
+    """Return the links from the first on, each the only reader of the previous one, as long as they vary along one axis."""
     links, axes = [first], set(first.axes)
     while (link := _following(links[-1])) is not None and link.affine is not None:
         more = axes | set(link.axes)
@@ -187,14 +185,14 @@ def _why_not_placed(view: NodeView, slot: int) -> str:
 
 
 def _unread_arithmetic(first: _Link) -> OnnxReading:
-    """Return the reading of what looks like a norm and must stay: the first node, with the reason in the report."""
+    """Return the reading of arithmetic that looks like a norm and must stay, with the reason in the report."""
     call = NormCall(first.view.name, first.view.node.op_type, 0, None, first.why_not)
     values = [name for name in first.view.node.input if name and not first.view.context.constants.known(name)]
     return OnnxReading(Opaque(first.why_not), tuple(values), call=call)
 
 
 def _size(view: NodeView, first: _Link, axes: set[int]) -> int:
-    """Return the number of channels; 0 where it varies, or where there are several axes."""
+    """Return the number of channels; 0 if it varies, or if there are several axes."""
     shape = view.context.shapes.of(first.value) or ()
     size = shape[next(iter(axes))] if len(axes) == 1 else 0
     return size if isinstance(size, int) else 0

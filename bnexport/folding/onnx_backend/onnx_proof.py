@@ -1,4 +1,4 @@
-"""Proof of a whole fold: the folded model against the original, both in float64 by onnx's reference implementation."""
+"""Proof of a folded ONNX model against the original, both in float64 by onnx's reference implementation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bnexport.optional import one_line
 from bnexport.tensors import Array
 
 _BATCH = 2
-#: Numbers for sizes that vary, the cheapest first; a network that halves its input often takes the larger ones alone.
+#: Numbers for sizes that vary, the cheapest first; a network that halves its input often accepts only the larger ones.
 _SIZES = (32, 64, 224)
 
 
@@ -35,15 +35,9 @@ def onnx_fold_error(
 ) -> float:
     """Return the largest difference of any output, as a fraction of that output's largest value.
 
-    The folded model is evaluated with the folded tensors before their one rounding, so that the error is that of the algebra
-    alone. It is infinity when only the folded model can't be evaluated.
-
-    Args:
-        original: As it was read.
-        folded: As it is written.
-        exact: Folded tensors in float64, by initializer.
-        inputs: Input -> shape of one sample, for sizes that the file leaves open.
-        seed: Random seed of the inputs.
+    The folded model is evaluated with the folded tensors before their one rounding (``exact``: by initializer), so that the
+    error is that of the algebra alone. The error is infinity if only the folded model can't be evaluated. ``inputs`` maps
+    inputs to the shape of one sample, for sizes that the file leaves open.
 
     Raises:
         NotEvaluated: The original can't be evaluated, or not in float64.
@@ -63,11 +57,7 @@ def onnx_fold_error(
 
 
 def evaluator(model: ModelProto, weights: Mapping[str, Array] | None = None) -> Any:
-    """Return a model with every float widened to float64, ready to run; ``weights`` replace initializers.
-
-    Raises:
-        NotEvaluated: It has an operator that onnx's reference implementation lacks.
-    """
+    """Return a model with every float widened to float64, ready to run; ``weights`` replace initializers."""
     try:
         return wide_evaluator(model, weights)
     except Exception as error:  # NotImplementedError, RuntimeError, onnx's own
@@ -75,26 +65,18 @@ def evaluator(model: ModelProto, weights: Mapping[str, Array] | None = None) -> 
 
 
 def run(engine: Any, feeds: Mapping[str, Array]) -> list[Array]:
-    """Return the outputs in order.
-
-    Raises:
-        NotEvaluated: An operator fails on these inputs.
-    """
+    """Return the outputs in order; raise NotEvaluated if an operator fails on these inputs."""
     try:
         with np.errstate(all="ignore"):
             return list(engine.run(None, dict(feeds)))
-    except Exception as error:  # whatever numpy says inside an operator
+    except Exception as error:  # numpy raises any class inside an operator
         raise NotEvaluated(one_line(error, 160)) from error
 
 
 def example_feeds(
     model: ModelProto, seed: int, given: Mapping[str, Sequence[int]] | None = None, *, batch: int = _BATCH
 ) -> Iterator[dict[str, Array]]:
-    """Yield random inputs for a model, floats in float64, by several choices of the sizes that vary and are not given.
-
-    Raises:
-        NotEvaluated: An input has no declared shape or type, or memory can't hold it.
-    """
+    """Yield random inputs for a model, floats in float64, with several choices for sizes that vary and are not given."""
     stored = {tensor.name for tensor in model.graph.initializer}
     inputs = [value for value in model.graph.input if value.name not in stored]
     samples = given or {}
@@ -114,11 +96,7 @@ def example_feeds(
 def first_that_works(
     engine: Any, model: ModelProto, seed: int, given: Mapping[str, Sequence[int]] | None = None
 ) -> tuple[dict[str, Array], list[Array]]:
-    """Return the first example inputs that a model takes, and its outputs.
-
-    Raises:
-        NotEvaluated: It takes none of them.
-    """
+    """Return the first example inputs that a model accepts, and its outputs; raise NotEvaluated if it accepts none."""
     refused = None
     for feeds in example_feeds(model, seed, given):
         try:
@@ -127,17 +105,17 @@ def first_that_works(
             refused = refused or error
             continue
         if not all(isinstance(output, np.ndarray) for output in outputs):
-            raise NotEvaluated("it has an output that is no tensor")
+            raise NotEvaluated("it has an output that is not a tensor")
         if all(map(_comparable, outputs)) and any(output.size for output in outputs):
             return feeds, outputs
-        refused = NotEvaluated("it gives no finite number for noise")
-    raise refused or NotEvaluated("it takes no input")
+        refused = NotEvaluated("it has no finite output for noise")
+    raise refused or NotEvaluated("it accepts no input")
 
 
 def _other_sizes(
     engine: Any, model: ModelProto, seed: int, given: Mapping[str, Sequence[int]]
 ) -> tuple[dict[str, Array], list[Array]] | None:
-    """Return feeds and outputs for larger sizes than the given ones; None where the model takes none or has none open."""
+    """Return feeds and outputs for larger sizes than the given ones; None if the model accepts none or has none open."""
     declared = {value.name: list(value.type.tensor_type.shape.dim)[1:] for value in model.graph.input}
     if all(dim.HasField("dim_value") for name in given for dim in declared.get(name, ())):
         return None
@@ -159,7 +137,7 @@ def _comparable(output: Array) -> bool:
 def _random(
     value: ValueInfoProto, batch: int, size: int, rng: np.random.Generator, sample: Sequence[int] = ()
 ) -> Array:
-    """Return noise; for integers and flags 0 and 1, which are valid indices of every table."""
+    """Return noise, or 0 and 1 for integers and flags, which are valid indices of every table."""
     kind = value.type.tensor_type
     if value.type.WhichOneof("value") != "tensor_type" or not kind.HasField("shape"):
         raise NotEvaluated(f"the file does not state the shape of its input {value.name!r}")
@@ -184,7 +162,7 @@ def _tensor(array: Array) -> Tensor:
 
 
 def _narrow_value(engine: Any, feeds: Mapping[str, Array]) -> str | None:
-    """Return the name of a value that is a float but not float64."""
+    """Return the name of a float value that is not float64, or None."""
     with np.errstate(all="ignore"):
         values = dict(engine.run(None, dict(feeds), intermediate=True))
     return next(

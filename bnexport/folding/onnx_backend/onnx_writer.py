@@ -1,4 +1,4 @@
-"""Changed operations, written back into a model: rounded once, named as before, nothing else touched."""
+"""Write changed operations back into an ONNX model: rounded once, named as before, everything else unchanged."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class OnnxWriter:
         if isinstance(kind, Layer):
             self._layer(op, kind)
         elif isinstance(kind, Identity):
-            self._hand_on(op)
+            self._remove(op)
         elif isinstance(kind, ConstantAffine):
             self._norm(op, kind.affine)
         elif isinstance(kind, Clamp):
@@ -69,16 +69,16 @@ class OnnxWriter:
         return name
 
     def _replace(self, op: Op, nodes: list[NodeProto]) -> None:
-        """Put nodes in the place of an operation's own; the last gives its value under the same name."""
+        """Replace an operation's nodes; the last new node computes the value under the same name."""
         source: OnnxSource = op.source
         for index, node in enumerate(source.nodes):
             self._groups[self._place[id(node)]] = nodes if index == len(source.nodes) - 1 else []
         self._producers.update((name, node) for node in nodes for name in node.output if name)
 
-    # --- what is gone ---
+    # --- removed operations ---
 
-    def _hand_on(self, op: Op) -> None:
-        """Remove an operation: its readers read its input. A name that must stay moves to that input's operation."""
+    def _remove(self, op: Op) -> None:
+        """Remove an operation: its readers read its input. A name that must stay is given to the producer of that input."""
         name, value = op.source.output, self._now(op.inputs[0].source.output)
         if name not in self._pinned:
             self._called[name] = value
@@ -118,7 +118,7 @@ class OnnxWriter:
         self._producers.update((name, node) for node in nodes for name in node.output if name)
 
     def _tensor(self, op: Op, what: str, new: Weight | None, old: Weight | None) -> str | None:
-        """Return the name of a folded tensor: the old name, unless that has other readers; None if nothing changed."""
+        """Return the name of a folded tensor: the old name, unless it has other readers; None if nothing changed."""
         if new is old or new is None:
             return None
         value = new.load()
@@ -133,7 +133,7 @@ class OnnxWriter:
         return self._shared[key]
 
     def _names_still_read(self) -> set[str]:
-        """Return the constants that must keep their values: something that did not change reads them."""
+        """Return the constants that must keep their values because an unchanged operation reads them."""
         replaced = Counter(old.name for old, new in weights_now(self.graph.ops) if new is not old)
         return {name for name, times in replaced.items() if self.graph.constants.uses(name) > times}
 
@@ -146,11 +146,11 @@ class OnnxWriter:
         self._tensors[name] = stored(name, value, dtype)
         self.exact[name] = value.contiguous()
 
-    # --- what stays beside the layers ---
+    # --- affines and clamps that stay ---
 
     def _norm(self, op: Op, affine: Affine) -> None:
         if not affine.has_scale and not affine.has_shift:
-            return self._hand_on(op)
+            return self._remove(op)
         node = op.source.nodes[-1]
         size = op.shape[1] if op.rank >= 2 else None
         vector = affine.channels(1, size) if isinstance(size, int) else None
@@ -166,7 +166,7 @@ class OnnxWriter:
         return self._chain(op, value, steps)
 
     def _batch_norm(self, op: Op, node: NodeProto, value: str, scale: Tensor, shift: Tensor) -> NodeProto:
-        """Write the canonical affine: a mean of 0, a variance of 1, an epsilon of 0; element types as they were."""
+        """Return the canonical affine: mean 0, variance 1, epsilon 0, and the element types of the file."""
         types = [
             self.graph.constants.dtype(name) or op.dtype or torch.float32 for name in (node.input[1], node.input[3])
         ]
@@ -189,10 +189,10 @@ class OnnxWriter:
             for operator, what, bound in (("Max", "low", kind.low), ("Min", "high", kind.high))
             if not bool(torch.isinf(bound).all())
         ]
-        return self._chain(op, op.inputs[0].source.output, steps) if steps else self._hand_on(op)
+        return self._chain(op, op.inputs[0].source.output, steps) if steps else self._remove(op)
 
     def _chain(self, op: Op, value: str, steps: list[tuple[str, str]]) -> None:
-        """Write elementwise operators with one constant each, in turn; the last has the operation's names."""
+        """Write elementwise operators with one constant each, in turn; the last gets the operation's names."""
         node, nodes = op.source.nodes[-1], []
         for index, (operator, constant) in enumerate(steps):
             last = index == len(steps) - 1
@@ -202,7 +202,7 @@ class OnnxWriter:
             value = output
         self._replace(op, nodes)
 
-    # --- the whole ---
+    # --- the model ---
 
     def _finish(self) -> None:
         graph = self.model.graph
@@ -211,7 +211,7 @@ class OnnxWriter:
             for index, name in enumerate(node.input):
                 if name in self._called:
                     node.input[index] = self._now(name)
-        # A node that gave a constant goes when an initializer of its name takes its place.
+        # A node that computed a constant is removed if an initializer of its name replaces it.
         refill(graph.node, [node for node in kept if not any(name in self._tensors for name in node.output)])
         self._put_tensors()
         self._drop_unused()
@@ -233,7 +233,7 @@ class OnnxWriter:
                     graph.input.append(value)
 
     def _drop_unused(self) -> None:
-        """Remove what had readers before and has none now: nodes, initializers, declarations of removed values."""
+        """Remove nodes, initializers and declarations of values that had readers before and have none now."""
         graph = self.model.graph
         count = mentions(graph)
         dead: set[int] = set()

@@ -29,9 +29,9 @@ class SourceFile:
     """A model as it was read.
 
     Attributes:
-        model: Valid, in the common spelling, every weight inside. The caller may change it freely.
+        model: A valid model in the common spelling, with every weight inside. The caller may change it.
         name: The file's path, or "the model".
-        normalised: Names of the rows of ``NORMALISATIONS`` that changed its spelling.
+        normalised: Names of the rows of ``NORMALISATIONS`` that changed the spelling.
     """
 
     model: ModelProto
@@ -42,12 +42,11 @@ class SourceFile:
 def read_source(source: str | Path | bytes | ModelProto) -> SourceFile:
     """Read a model and bring its spelling into the common form (``onnx_files.normalisation``).
 
-    Args:
-        source: A file, whose external data must lie in its own folder; its bytes; or a model.
+    The external data of a file must be in the same folder.
 
     Raises:
-        ModelError: No such file, not an ONNX model, refused by the checker or by validation, or weights in files that are
-            missing or lie elsewhere.
+        ModelError: The file is missing, not an ONNX model, or refused by the checker or by validation; or its external data
+            are missing or in another folder.
     """
     if isinstance(source, ModelProto):
         model, folder, name = ModelProto(), None, "the model"
@@ -58,7 +57,7 @@ def read_source(source: str | Path | bytes | ModelProto) -> SourceFile:
         path = Path(source)
         model, folder, name = _parsed(_content(path), str(path), path.parent), path.parent, str(path)
     if not model.graph.node or not model.graph.output:
-        raise ModelError(f"{name} is an ONNX file without a single node", remedy="Export the network again")
+        raise ModelError(f"{name} is an ONNX file without nodes", remedy="Export the network again")
     for tensor in _tensors(model):
         if tensor.data_location == TensorProto.EXTERNAL:
             _load_external(tensor, folder, name)
@@ -68,11 +67,7 @@ def read_source(source: str | Path | bytes | ModelProto) -> SourceFile:
 
 
 def check_valid(model: ModelProto, name: str) -> None:
-    """Run onnx's checker on a model.
-
-    Raises:
-        ModelError: It refuses it.
-    """
+    """Run onnx's checker on a model; raise ModelError if the checker refuses it."""
     try:
         onnx.checker.check_model(model)
         _check_sizes(model)
@@ -81,7 +76,7 @@ def check_valid(model: ModelProto, name: str) -> None:
 
 
 def is_fully_valid(model: ModelProto) -> bool:
-    """Return True if the checker's strictest reading, with shape inference, accepts a model."""
+    """Return True if the checker's full check, with shape inference, accepts a model."""
     try:
         onnx.checker.check_model(model, full_check=True)
     except Exception:  # the checker's and the shape inference's errors share no base class
@@ -96,7 +91,7 @@ def _content(path: Path) -> bytes:
         with refusing(path, ModelError, remedy=_CHECK):
             check_regular(path)
         if path.stat().st_size > MAX_BYTES:
-            raise ModelError(f"{path} is larger than 2 GB, which is no ONNX file", remedy=_CHECK)
+            raise ModelError(f"{path} is larger than 2 GB, so it is not an ONNX file", remedy=_CHECK)
         refuse_other_kinds(path, "onnx")
         return path.read_bytes()
     except OSError as error:
@@ -113,7 +108,7 @@ def _parsed(content: bytes, name: str, folder: Path | None) -> ModelProto:
 
 
 def _tensors(model: ModelProto) -> Iterator[TensorProto]:
-    """Return every stored tensor: initializers and attributes of all graphs."""
+    """Yield every stored tensor: initializers and attributes of all graphs."""
     for graph in graphs(model):
         yield from graph.initializer
     for node in nodes(model):
@@ -124,7 +119,7 @@ def _tensors(model: ModelProto) -> Iterator[TensorProto]:
 
 
 def _check_sizes(model: ModelProto) -> None:
-    """Compare a tensor's sizes with its data, which the checker does not do."""
+    """Compare each tensor's sizes with its data, which the checker does not do."""
     for tensor in _tensors(model):
         if any(size < 0 for size in tensor.dims):
             raise ValueError(f"{tensor.name!r} has a negative size")
@@ -137,17 +132,17 @@ def _load_external(tensor: TensorProto, folder: Path | None, name: str) -> None:
     location = entries.get("location", "")
     what = f"{name} keeps {tensor.name!r} in the file {location!r}"
     if folder is None:
-        raise ModelError(f"{what}, but has no folder of its own", remedy="Give the path of the model's file")
+        raise ModelError(f"{what}, but the folder is unknown", remedy="Give the path of the model's file")
     home, path = folder.resolve(), (folder / location).resolve()
     if not location or not path.is_relative_to(home):
-        raise ModelError(f"{what}, which is not inside its folder", remedy="Put the data beside the model")
+        raise ModelError(f"{what}, which is not inside its folder", remedy="Put the data next to the model")
     if not path.is_file():
-        raise ModelError(f"{what}, which is not there", remedy="Copy the data file beside the model")
+        raise ModelError(f"{what}, which does not exist", remedy="Copy the data file into the model's folder")
     try:
         offset = int(entries.get("offset") or 0)
         length = int(entries.get("length") or path.stat().st_size - offset)
         if offset < 0 or length < 0 or offset + length > path.stat().st_size:
-            raise ValueError("the file is shorter than the model says")
+            raise ValueError("the file is shorter than the model states")
         if length > MAX_BYTES:
             raise ValueError("one tensor has more than 2 GB")
         with path.open("rb") as file:

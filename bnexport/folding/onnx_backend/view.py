@@ -1,10 +1,10 @@
-"""A node as its reader sees it: attributes, constants, shapes."""
+"""One node with its attributes, constants and shapes, and the result of reading it."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,10 +29,10 @@ class OnnxReading:
     """The result of reading a node.
 
     Attributes:
-        inputs: Names of the values it reads.
+        inputs: Names of the values that the node reads.
         weight: The place of a layer's weight.
         bias: The place of its bias, used or not.
-        nodes: Nodes that belong to it besides its own.
+        nodes: Further nodes that belong to the operation.
         call: Set for a BatchNormalization.
     """
 
@@ -44,39 +44,27 @@ class OnnxReading:
     call: NormCall | None = None
 
 
+@dataclass
 class GraphContext:
     """The shared facts of a graph's nodes.
 
-    Args:
+    Attributes:
         opset: Version of the default operator set.
-        shapes: Shapes of the graph's values.
-        constants: Constants of the graph.
-        followers: Name of a value -> its only reader, if it has a single one and is not an output.
-        readers: Number of readings of each name.
+        followers: Name of a value -> its only reader, for a value with one reader that is not an output.
+        readers: Number of readers of each name.
     """
 
-    def __init__(
-        self,
-        opset: int,
-        shapes: Shapes,
-        constants: OnnxConstants,
-        followers: dict[str, NodeProto],
-        readers: Counter[str],
-    ) -> None:
-        self.opset = opset
-        self.shapes = shapes
-        self.constants = constants
-        self.followers = followers
-        self.readers = readers
-        self._weights: dict[tuple[str, float, int | None], Weight] = {}
+    opset: int
+    shapes: Shapes
+    constants: OnnxConstants
+    followers: dict[str, NodeProto]
+    readers: Counter[str]
+    _weights: dict[tuple[str, float, int | None], Weight] = field(default_factory=dict, init=False)
 
     def weight(self, name: str, factor: float = 1.0, size: int | None = None) -> Weight | None:
-        """Return a constant as a layer's tensor; None when it is not a constant of a floating type.
+        """Return a constant as a layer's tensor; None if it is not a constant of a floating type.
 
-        Args:
-            name: Name of the constant.
-            factor: The layer multiplies it by this (Gemm's alpha and beta).
-            size: For a bias: the number of channels that it is spread over.
+        ``factor`` is that of Gemm (alpha, beta); ``size`` is the number of channels over which a bias is spread.
         """
         if not self.constants.known(name):
             return None
@@ -112,7 +100,7 @@ class NodeView:
         return label(self.node)
 
     def input(self, index: int) -> str:
-        """Return the name of an input; "" where it is left out."""
+        """Return the name of an input; "" if it is left out."""
         return self.node.input[index] if index < len(self.node.input) else ""
 
     def attribute(self, name: str, default: Any = None) -> Any:
@@ -131,7 +119,7 @@ class NodeView:
         return self.context.constants.value(self.input(index)) if self.is_constant(index) else None
 
     def integers(self, name: str, index: int | None = None) -> list[int] | None:
-        """Return whole numbers, given as an attribute in old operator sets and as a constant input in new ones."""
+        """Return whole numbers: an attribute in old operator sets, a constant input in new ones."""
         if name in self._attributes:
             value = self.attribute(name)
             return [int(item) for item in value] if isinstance(value, (list, tuple)) else None

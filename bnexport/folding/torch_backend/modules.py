@@ -1,8 +1,7 @@
-"""A network's own modules: which parts of a fold have a place in them, and the fold written into them.
+"""Folds that fit into a network's existing modules, and their writing into the modules.
 
-The graph of torch.export is only read here. A fold that needs more than other numbers in existing weights, or a norm less,
-has no place in a module whose forward stays as it is; ``ModuleGraph`` closes such ways, each with its reason, so that the
-engine plans around them.
+The graph of torch.export is only read here. A module whose forward stays as it is can only get other numbers in existing
+weights, or lose a norm. ``ModuleGraph`` marks every other operation as opaque, with the reason.
 """
 
 from __future__ import annotations
@@ -28,25 +27,25 @@ from bnexport.folding.torch_backend.torch_graph import SHAPE_ONLY, TorchGraph
 from bnexport.folding.torch_backend.torch_writer import check_stored, flushed
 from bnexport.nn.folded import MARKER, ScaleShift
 
-#: Of the JSON in MARKER. It grows when an older version would misunderstand it.
+#: Format number of the JSON in MARKER. It grows if an older version would misunderstand the JSON.
 FORMAT = 1
 #: Name of a ScaleShift in front of a norm's own submodules.
 _REST = "scale_shift"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_HOOKED = "a hook reads its value, and would read other numbers"
+_HOOKED = "a hook reads its value, which a fold would change"
 _OVERWRITTEN = (
-    "its result is changed in place; without it, that would change what it reads, which is read elsewhere too"
+    "its result is changed in place; without it, its input would be changed in place, which has other readers"
 )
 _ARITHMETIC = "its numbers are in the code, which stays as it is"
 
 
 @dataclass
 class Changes:
-    """A fold as it is written into modules.
+    """A fold to be written into modules.
 
     Attributes:
-        values: Folded weights and biases in float64, by their names in the state dict.
-        norms: Module path of a norm -> the affine that remains of it; None for nothing.
+        values: Folded weights and biases in float64, by name in the state dict.
+        norms: Module path of a norm -> the affine that remains of it, or None.
         biases: Paths of the layers that got a bias.
     """
 
@@ -55,7 +54,7 @@ class Changes:
     biases: tuple[str, ...] = ()
 
     def layout(self) -> dict[str, Any]:
-        """Return what ``with_layout`` needs to build the folded network from an unfolded one, as JSON values."""
+        """Return the description from which ``with_layout`` builds the folded network, as JSON values."""
         norms = {
             path: [
                 _shape(affine.scale) if affine.has_scale else None,
@@ -76,13 +75,10 @@ def _shape(tensor: Tensor) -> list[int]:
 
 
 class ModuleGraph(TorchGraph):
-    """A traced network in which whatever has no place in a module is opaque.
+    """A traced network in which every operation that has no place in a module is opaque.
 
-    Args:
-        traced: The functional graph of ``model``.
-        model: The network; not changed.
-        overwritten: Nodes whose memory an in-place operator of forward changes, as ``overwritten_by`` returns them.
-        kept: Module paths and names of weights that must stay as they are -> the reason.
+    ``overwritten`` is the result of ``overwritten_by``. ``kept`` maps module paths and names of weights that must stay as they
+    are to the reason.
     """
 
     def __init__(self, traced: GraphModule, model: nn.Module, overwritten: set[Node], kept: Mapping[str, str]) -> None:
@@ -99,7 +95,7 @@ class ModuleGraph(TorchGraph):
                 _close(op, problem)
 
     def _problem(self, op: Op) -> str:
-        """Return why an operation's numbers can't be changed in a module; "" if they can, or if there are none."""
+        """Return why an operation's numbers can't be changed in a module; "" if they can, or if it has none."""
         if isinstance(op.kind, ConstantAffine):
             return _ARITHMETIC if op.norm is None else self._norm_problem(op)
         return self._layer_problem(op) if isinstance(op.kind, Layer) else ""
@@ -145,7 +141,7 @@ class ModuleGraph(TorchGraph):
     def _weight_problem(self, node: Node, name: str) -> str:
         """Return why a layer's tensor can't be changed in its module; "" if it can."""
         if node.op != "get_attr":
-            return f"its {name} is computed in forward (a parametrization, or code of your own)"
+            return f"its {name} is computed in forward (by a parametrization, or by other code)"
         target = str(node.target)
         if target in self._kept:
             return self._kept[target]
@@ -160,7 +156,7 @@ class ModuleGraph(TorchGraph):
     # --- the result ---
 
     def clashes(self) -> dict[str, str]:
-        """Return what would have to be two things at once, with the reason; it must be kept in the next attempt."""
+        """Return weights and norms whose calls would need different values, with the reason, to keep in the next attempt."""
         found: dict[str, str] = {}
         weights: dict[str, set[Weight]] = {}
         for old, new in weights_now(self.ops):
@@ -187,7 +183,7 @@ class ModuleGraph(TorchGraph):
         return found
 
     def changes(self, added: Iterable[str]) -> Changes:
-        """Return the fold. ``added`` are the paths of layers that were given a bias of zeros; the others had one."""
+        """Return the fold. ``added`` are the paths of layers that got a bias of zeros before tracing."""
         changes = Changes()
         for old, new in weights_now(self.ops):
             if new is not None and new is not old:
@@ -206,7 +202,7 @@ def _close(op: Op, reason: str) -> None:
 
 
 def _same(kind: Kind, original: Kind, other: Kind, other_original: Kind) -> bool:
-    """Return True if two calls of one module end alike: both unchanged, both gone, or with the same rest."""
+    """Return True if two calls of one module have the same result: unchanged, gone, or the same remaining affine."""
     if (kind is original) != (other is other_original):
         return False
     if kind is original or (isinstance(kind, Identity) and isinstance(other, Identity)):
@@ -217,14 +213,14 @@ def _same(kind: Kind, original: Kind, other: Kind, other_original: Kind) -> bool
 
 
 def overwritten_by(traced: GraphModule) -> set[Node]:
-    """Return the nodes whose memory an in-place operator of forward changes; the graph is made functional afterwards."""
+    """Return the nodes whose memory an in-place operator of forward changes, then make the graph functional."""
     found = {item for item in mutated_memory(traced) if isinstance(item, Node)}
     functionalise(traced)
     return found
 
 
 def _only_reader(source: Any) -> bool:
-    """Return True if a norm reads memory that nothing else reads, so that its result may be that memory."""
+    """Return True if a norm is the only reader of its input's memory, so that its result may be that memory."""
     node = source.reads[0]
     while node.op == "call_function":
         if sum(user.target not in SHAPE_ONLY for user in node.users) > 1:
@@ -259,10 +255,9 @@ def _tensor(model: nn.Module, name: str) -> Tensor | None:
 
 
 def show_hooked(model: nn.Module, traced: GraphModule) -> list[Any]:
-    """Make the modules with hooks visible that leave no operation in the graph (an identity): they copy their input.
+    """Make modules with hooks that leave no operation in the graph (an identity) copy their input, so that they are visible.
 
-    Returns:
-        The handles of what was added; empty if every module with hooks can be seen.
+    Return the handles of the added hooks.
     """
     paths = {path for node in traced.graph.nodes for _, path, _ in module_stack(node)}
     unseen = [model.get_submodule(path) for path in _hooked(model) if path not in paths]
@@ -292,7 +287,7 @@ def _is_inside(node: Node, path: str) -> bool:
 
 
 def inner_norms(traced: GraphModule) -> dict[str, str]:
-    """Return the paths of norms in separate graphs (branches, regions under autocast), which no rule sees, with the reason."""
+    """Return the paths of norms in separate graphs (branches, regions under autocast), where no rule applies -> reason."""
     reason = "it is called inside a branch (torch.cond) or a region with its own autocast or gradient mode"
     return {module_path(node): reason for node in batch_norm_nodes(traced) if node.graph is not traced.graph}
 
@@ -301,13 +296,13 @@ def inner_norms(traced: GraphModule) -> dict[str, str]:
 
 
 def add_biases(model: nn.Module, excluded: Iterable[str] = ()) -> tuple[str, ...]:
-    """Give every linear layer without a bias a bias of zeros, in place; return the layers' paths."""
+    """Add a bias of zeros to every linear layer without a bias, in place; return the layers' paths."""
     added = [path for path, module in model.named_modules() if path not in excluded and add_bias(module)]
     return tuple(added)
 
 
 def add_bias(module: nn.Module) -> bool:
-    """Give a linear layer without a bias one of zeros, in place; return True if it got one."""
+    """Add a bias of zeros to a linear layer without a bias, in place; return True if it got one."""
     weight, size = module._parameters.get("weight"), getattr(module, "out_channels", getattr(module, "out_features", 0))
     if weight is None or weight.ndim < 2 or module._parameters.get("bias", weight) is not None or not size:
         return False
@@ -318,12 +313,9 @@ def add_bias(module: nn.Module) -> bool:
 
 
 def write(model: nn.Module, changes: Changes, added: Iterable[str]) -> None:
-    """Write a fold into a network, in place: each value rounded once to the type of its tensor.
+    """Write a fold into a copy of the network, in place: each value rounded once to the type of its tensor.
 
-    Args:
-        model: A copy of the network, with the biases of ``add_biases``.
-        changes: The fold.
-        added: The paths that ``add_biases`` returned; a bias that the fold does not use is removed again.
+    ``added`` is the result of ``add_biases``; a bias that the fold does not use is removed again.
     """
     with torch.no_grad():
         for name, value in changes.values.items():
@@ -346,13 +338,13 @@ def write(model: nn.Module, changes: Changes, added: Iterable[str]) -> None:
 
 
 def _stored_like(norm: nn.Module, value: Tensor) -> Tensor:
-    """Return a value in the element type and on the device of a norm's own tensors."""
+    """Return a value in the element type and on the device of a norm's tensors."""
     tensors = [tensor for tensor in (*norm.parameters(), *norm.buffers()) if tensor.is_floating_point()]
     return flushed(value.contiguous(), tensors[0].dtype).to(tensors[0].device) if tensors else value.float()
 
 
 def exchanged(norm: nn.Module, rest: ScaleShift | None) -> nn.Module:
-    """Return the module in a norm's place: its rest, then its own submodules (an activation) under their names."""
+    """Return the replacement of a norm: its remaining affine, then its submodules (an activation) under their names."""
     children = dict(norm.named_children())
     if not children:
         replacement: nn.Module = rest or nn.Identity()
@@ -364,7 +356,7 @@ def exchanged(norm: nn.Module, rest: ScaleShift | None) -> nn.Module:
 
 
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
-    """Put a module in the place of another, wherever that is registered."""
+    """Replace a module by another, wherever it is registered."""
     for module in list(model.modules()):
         for name, child in module._modules.items():
             if child is old:
@@ -372,7 +364,7 @@ def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 
 def mark(model: nn.Module, layout: Mapping[str, Any]) -> None:
-    """Register the buffer that states what was folded; a network that is folded again keeps what it states already."""
+    """Register the buffer that states what was folded; a network that is folded again keeps the earlier statements."""
     if isinstance(before := getattr(model, MARKER, None), Tensor):
         old = json.loads(bytes(before.tolist()))
         layout = {
@@ -386,7 +378,7 @@ def mark(model: nn.Module, layout: Mapping[str, Any]) -> None:
 
 
 def with_layout(model: nn.Module, layout: Mapping[str, Any]) -> None:
-    """Give an unfolded network the modules of a folded one, in place, with zeros for what is loaded afterwards."""
+    """Give an unfolded network the modules of a folded one, in place, with zeros for the values that are loaded later."""
     for path in layout["biases"]:
         add_bias(model.get_submodule(path))
     for path, shapes in layout["norms"].items():

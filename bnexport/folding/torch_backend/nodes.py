@@ -1,4 +1,4 @@
-"""The nodes of a torch.export graph: their names in sentences, shapes, arguments, and the result of reading one."""
+"""Nodes of a torch.export graph: their names in messages, shapes, arguments, and the result of reading one."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from bnexport.folding.affine import Affine
 from bnexport.folding.graph import Kind, Weight
 from bnexport.folding.torch_backend.torch_constants import TorchConstants, attribute
 
-#: The one operator that is a BatchNorm by itself; each call of it has a row of its own in the report.
+#: The operator that is a BatchNorm; each call has a separate row in the fold report.
 BATCH_NORM = torch.ops.aten.batch_norm.default
 
 
 def shape_of(node: object) -> tuple[int | None, ...] | None:
-    """Return a value's traced shape, None for a dimension that varies; None when it is not a tensor.
+    """Return a value's traced shape, with None for a dimension that varies; None if it is not a tensor.
 
-    A symbolic size is never compared with a number: in torch that would pin it to that number.
+    A symbolic size is never compared with a number, because torch would then pin the size to that number.
     """
     value = node.meta.get("val") if isinstance(node, Node) else None
     if not isinstance(value, Tensor):
@@ -30,7 +30,7 @@ def shape_of(node: object) -> tuple[int | None, ...] | None:
 
 
 def dtype_of(node: object) -> torch.dtype | None:
-    """Return a value's traced element type; None when it is not a tensor."""
+    """Return a value's traced element type; None if it is not a tensor."""
     value = node.meta.get("val") if isinstance(node, Node) else None
     return value.dtype if isinstance(value, Tensor) else None
 
@@ -49,7 +49,7 @@ def module_class(node: Node) -> str:
 
 
 def describe(node: Node) -> str:
-    """Describe a node in a sentence: its operator and module."""
+    """Return a node's name in messages: operator and module."""
     if node.op == "placeholder":
         return f"the model's input {node.name!r}"
     path = module_path(node)
@@ -63,14 +63,14 @@ def operator_name(node: Node) -> str:
 
 
 def module_stack(node: Node) -> list[tuple[str, str, str]]:
-    """Return (key, path, class) from the root inwards. A second call of one module has another key."""
+    """Return (key, path, class) of each module from the root inwards. A second call of a module has another key."""
     stack = node.meta.get("nn_module_stack") or {}
     found = [(str(key), str(path), str(kind)) for key, (path, kind) in stack.items()]
     return found or [("", "", "")]
 
 
 def channels_of(value: Node, axis: int | None, affine: Affine | None) -> int:
-    """Return the number of channels of a norm's input; 0 when the axis is not fixed."""
+    """Return the number of channels of a norm's input; 0 if the axis is not fixed."""
     shape = shape_of(value)
     if shape is None or axis is None or axis >= len(shape):
         return 0 if affine is None else max(affine.scale.shape, default=1)
@@ -83,19 +83,17 @@ def batch_norm_nodes(graph_module: GraphModule) -> Iterator[Node]:
     return (node for graph in graphs for node in graph.find_nodes(op="call_function", target=BATCH_NORM))
 
 
-#: Part of the name of an operator that runs a graph -> that region in words.
+#: Part of the name of an operator that runs a graph -> the name of that region in messages.
 _REGIONS = (
     ("cond", "a branch (torch.cond)"),
     ("autocast", "a region with another autocast mode"),
     ("set_grad_enabled", "a region with another gradient mode"),
 )
-
-
 _REGION = "a region of forward"
 
 
 def region_of(node: Node, root: GraphModule) -> str:
-    """Return the region of forward whose separate graph a node is in, in words."""
+    """Return the name of the region of forward whose separate graph contains a node."""
     for module in root.modules():
         holders = module.graph.find_nodes(op="get_attr") if isinstance(module, GraphModule) else ()
         for holder in holders:
@@ -107,12 +105,12 @@ def region_of(node: Node, root: GraphModule) -> str:
 
 
 class Surroundings(Protocol):
-    """The part of the graph around a node that a reader may use."""
+    """The interface of the graph that a reader may use."""
 
     constants: TorchConstants
 
     def weight(self, node: Any) -> Weight | None:
-        """Return the stored tensor of a node; None when it is not a constant."""
+        """Return the stored tensor of a node; None if it is not a constant."""
         ...
 
 
@@ -126,7 +124,7 @@ class TorchReading:
     bias: int | None = None
 
 
-#: Reads a node; None for what has no kind, a sentence for why not when there is more to say.
+#: Reads a node. The result is None if no kind fits, or a sentence if there is a more specific reason.
 NodeReader = Callable[[Node, Surroundings], TorchReading | str | None]
 
 

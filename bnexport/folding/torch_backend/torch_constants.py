@@ -1,8 +1,8 @@
 """Memory and constants of a torch.export graph: shared memory, constant values, and their float64 numbers.
 
-``torch.export`` keeps ``relu_`` and ``add_`` as the author of the network wrote them. Where the changed memory belongs to one
-value alone, the functional operator computes the same and replaces the in-place one. Elsewhere the in-place operator stays, and
-folding leaves the memory that it changes alone.
+``torch.export`` keeps ``relu_`` and ``add_`` as the author of the network wrote them. If the changed memory belongs to a single
+value, the functional operator computes the same and replaces the in-place operator. Otherwise the in-place operator stays, and
+folding does not change the values that share its memory.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def _overloads(*names: str) -> set[Any]:
     return {getattr(packet, name) for packet in packets if packet is not None for name in packet.overloads()}
 
 
-#: Operators made of others (so their schema says nothing of views) whose result is always memory of its own.
+#: Composite operators, whose schema does not declare views, with a result that always has separate memory.
 _FRESH = _overloads(
     *("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear", "matmul"),
     *(
@@ -90,7 +90,7 @@ def memory_of(node: Node) -> set[str | Node]:
 
 
 def functionalise(graph_module: GraphModule) -> None:
-    """Replace in-place operators, in one pass over the graph, where that is exact."""
+    """Replace in-place operators by functional ones where that is exact, in one pass over the graph."""
     order = {node: index for index, node in enumerate(graph_module.graph.nodes)}
     for node in graph_module.graph.nodes:
         twin = _functional(node)
@@ -100,7 +100,7 @@ def functionalise(graph_module: GraphModule) -> None:
 
 
 def _functional(node: Node) -> Any:
-    """``aten.relu_.default`` -> ``aten.relu.default``; None for anything else, and where the twin would give another type."""
+    """``aten.relu_.default`` -> ``aten.relu.default``; None for other operators, or if the result would have another type."""
     if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
         return None
     schema = node.target._schema
@@ -123,7 +123,7 @@ def _type(node: Node) -> tuple[torch.dtype, torch.device] | None:
 
 
 def _owned(node: Node, order: dict[Node, int]) -> bool:
-    """Return True if no other value sees the memory that a node changes: not before through a view, not after at all."""
+    """Return True if no other value reads the memory that a node changes, through an earlier view or afterwards."""
     reader, value = node, node.args[0]
     while isinstance(value, Node):
         if value.op != "call_function":
@@ -139,16 +139,16 @@ def _owned(node: Node, order: dict[Node, int]) -> bool:
     return False
 
 
-#: Casts to a wider floating type inside a constant are skipped, so that the constant keeps its float64 precision. One that
-#: rounds (to float16, to an integer) is part of what the network computes.
+#: Casts to a wider floating type inside a constant are skipped, so that the constant keeps its float64 precision. A cast that
+#: rounds (to float16, to an integer) is part of the network's computation.
 _CASTS = (aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout, aten.to.device)
 
 
 class TorchConstants:
     """Values that depend on parameters, buffers and literals alone, computed in float64 on demand.
 
-    A parameter or buffer that some operator of the graph changes in place (also through a view) is not a constant: its value
-    depends on the time of reading. ``mutated`` holds the changed ones: targets of attributes, and computed nodes.
+    A parameter or buffer that an operator of the graph changes in place (also through a view) is not a constant: its value
+    depends on the time of reading. ``mutated`` holds the changed memory: targets of attributes, and computed nodes.
     """
 
     def __init__(self, module: GraphModule) -> None:
@@ -157,11 +157,11 @@ class TorchConstants:
         self.mutated = set(mutated_memory(module))
 
     def changes(self, *nodes: Node) -> bool:
-        """Return True if the memory of some value is changed in place, so that the time of reading matters."""
+        """Return True if the memory of a value is changed in place, so that the time of reading matters."""
         return bool(self.mutated) and any(not self.mutated.isdisjoint(memory_of(node)) for node in nodes)
 
     def value(self, item: Any) -> Tensor | None:
-        """Return the constant for an operator's argument (a node, a number, ...), in float64; None when it is not one."""
+        """Return an operator's argument (a node, a number, ...) as a float64 constant; None if it is not a constant."""
         if isinstance(item, bool) or not isinstance(item, (int, float, Node)):
             return None
         if isinstance(item, (int, float)):
@@ -170,7 +170,7 @@ class TorchConstants:
         return None if found is None else _wide(found)
 
     def known(self, item: Any) -> bool:
-        """Return True for a number, and for a node whose value is a constant or several (the results of ``torch.var_mean``)."""
+        """Return True for a number, and for a node with one or several constant results (``torch.var_mean``)."""
         return isinstance(item, (int, float)) or (isinstance(item, Node) and self._found(item) is not None)
 
     def why_not(self, *items: Any) -> str:
@@ -194,7 +194,7 @@ class TorchConstants:
         return "not constant"
 
     def _stored(self, node: Node) -> Tensor | None:
-        """Return the value in its own element type; only computed constants are held in float64."""
+        """Return the value in its element type; computed constants are in float64."""
         found = self._found(node)
         return found if isinstance(found, Tensor) else None
 
@@ -204,7 +204,7 @@ class TorchConstants:
         return self._values[node]
 
     def _resolve(self, target: Node) -> None:
-        """Compute ``target`` and what it needs, without recursion: constant subgraphs can be long."""
+        """Compute ``target`` and the constants it needs, without recursion: constant subgraphs can be long."""
         stack = [target]
         while stack:
             node = stack[-1]
@@ -236,7 +236,7 @@ class TorchConstants:
                     kwargs: Any = torch.fx.map_arg(node.kwargs, look_up)
                     result = node.target(*args, **kwargs)  # type: ignore[operator]
             except (RuntimeError, TypeError, ValueError, NotImplementedError):
-                continue  # an operator for float32 alone, such as those of quantisation
+                continue  # an operator that supports only float32, as those of quantisation
             if isinstance(result, tuple | list) and all(isinstance(item, Tensor) for item in result):
                 return tuple(_wide(item) for item in result)
             if isinstance(result, Tensor) and _fits(result, node):
@@ -256,7 +256,7 @@ class TorchConstants:
 
 
 def _wide(value: Tensor) -> Tensor:
-    """Return a tensor in float64 on the CPU, wherever the network is: the algebra is small, and one device avoids mix-ups."""
+    """Return a tensor in float64 on the CPU, on which the whole algebra runs."""
     if value.is_quantized:
         return value
     value = value.cpu()
@@ -264,7 +264,7 @@ def _wide(value: Tensor) -> Tensor:
 
 
 def _looks_at_bits(node: Node) -> bool:
-    """Return True if an operator's result depends on the element type itself, so that widening would change it."""
+    """Return True if an operator's result depends on the element type, so that widening would change the result."""
     name = getattr(getattr(node.target, "_schema", None), "name", "")
     return node.target is aten.view.dtype or any(part in name for part in ("quantize", "bitwise", "frexp", "nextafter"))
 
@@ -283,7 +283,7 @@ def attribute(module: torch.nn.Module, target: str) -> Any:
 
 
 def _is_pure(node: Node) -> bool:
-    """Return True if a node is deterministic and without side effects, and so can be computed once ahead of time."""
+    """Return True if a node is deterministic and without side effects, so that it can be computed ahead of time."""
     schema = getattr(node.target, "_schema", None)
     if schema is None or schema.is_mutable:
         return node.target is operator.getitem
@@ -303,7 +303,7 @@ def _widens(cast: Node) -> bool:
 
 
 def mutated_memory(module: GraphModule) -> Iterator[str | Node]:
-    """Return what in-place operators change, directly or through a view: targets of attributes, and computed nodes."""
+    """Yield the memory that in-place operators change, also through a view: targets of attributes, and computed nodes."""
     for node in module.graph.nodes:
         schema = getattr(node.target, "_schema", None)
         if node.op != "call_function" or schema is None or not schema.is_mutable:
@@ -314,7 +314,7 @@ def mutated_memory(module: GraphModule) -> Iterator[str | Node]:
             given = node.args[position] if position < len(node.args) else node.kwargs.get(argument.name)
             for item in _nodes(given):
                 yield from memory_of(item)
-    # Training-mode batch_norm changes its statistics without saying so in its schema.
+    # Training-mode batch_norm changes its statistics, which its schema does not declare.
     for node in module.graph.nodes:
         if node.op == "call_function" and node.target is aten.batch_norm.default and node.args[5]:
             for item in node.args[3:5]:

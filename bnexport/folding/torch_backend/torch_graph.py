@@ -28,10 +28,10 @@ from bnexport.folding.torch_backend.torch_readers import POOLS_WITH_POSITIONS, S
 aten = torch.ops.aten
 
 _CHANGED = "its input or output may be changed in forward, in place (x += 1, x.add_(1))"
-_CONSTANT = "its input is a constant, so that what it gives is one, too"
+_CONSTANT = "its input is a constant, so its result is a constant, too"
 #: Operators that take only the shape of their second argument.
 _LIKE = (aten.view_as.default, aten.reshape_as.default)
-#: Operators that look at a tensor's shape or type, never at its elements.
+#: Operators that read a tensor's shape or type and not its elements.
 SHAPE_ONLY = (aten.sym_size.int, aten.sym_numel.default, aten.sym_stride.int, aten._assert_tensor_metadata.default)
 
 
@@ -40,10 +40,10 @@ class TorchSource:
     """The origin of a value.
 
     Attributes:
-        nodes: The nodes that compute it, in order; the last one has its value.
+        nodes: The nodes that compute the value, in order; the last one has the value.
         reads: The nodes whose values are ``Op.inputs``.
         weight: Position of a layer's weight among the node's arguments.
-        bias: Position of its bias; None where the operator has none.
+        bias: Position of its bias; None if the operator has none.
     """
 
     nodes: tuple[Node, ...]
@@ -58,11 +58,11 @@ class TorchSource:
 
 
 class TorchGraph:
-    """A graph of ATen operators, as ``folding.graph.Graph``; its module is not changed here.
+    """A graph of ATen operators as ``folding.graph.Graph``; the module is not changed.
 
     Attributes:
         by_node: Node -> the operation whose value it has.
-        aliases: Nodes that return another node's whole value, as the slices that ``x[:, 2:]`` begins with.
+        aliases: Nodes that return another node's whole value, such as the first slice of ``x[:, 2:]``.
     """
 
     def __init__(self, module: GraphModule) -> None:
@@ -93,7 +93,7 @@ class TorchGraph:
         if _is_transparent_split(node) or (node.op == "call_function" and _is_size(node)):
             return
         if not node.users and node.target is operator.getitem and _is_transparent_split(node.args[0]):
-            return  # positions of a pooling that nobody asks for
+            return  # positions of a pooling that are not used
         whole = node.args[0] if is_whole_slice(node) else None
         if isinstance(whole, Node) and whole in self.by_node:
             self.by_node[node] = self.by_node[whole]
@@ -107,7 +107,7 @@ class TorchGraph:
         self._add(reading.kind, (node,), reading.inputs, weight=reading.weight, bias=reading.bias)
 
     def _note_constant_norm(self, node: Node) -> None:
-        """A BatchNorm of a constant is a call like any other in the report, but no value that an affine could cross."""
+        """Add a BatchNorm of a constant: a call in the report, but not a value that an affine could cross."""
         norm = self._norms.get(node)
         if norm is not None and norm.counts:
             call = NormCall(
@@ -118,7 +118,7 @@ class TorchGraph:
             )
 
     def _is_inner(self, node: Node) -> bool:
-        """Return True for a node inside a norm written out in several steps, whose last step represents all."""
+        """Return True for a node inside a norm of several steps, except for the last step, which represents the norm."""
         found = self._norms.get(node)
         return found is not None and node is not found.nodes[-1]
 
@@ -202,7 +202,7 @@ class TorchGraph:
         self.by_node[node] = op
 
     def weight(self, node: Any) -> Weight | None:
-        """Return the stored tensor of a node; None when it is not a constant."""
+        """Return the stored tensor of a node; None if it is not a constant."""
         if not isinstance(node, Node) or not self.constants.known(node):
             return None
         key = str(node.target) if node.op == "get_attr" else node
@@ -235,7 +235,7 @@ class TorchGraph:
     def evaluate(self, op: Op, kind: Kind, inputs: Sequence[Tensor]) -> Tensor:
         """See ``Graph.evaluate``."""
         if isinstance(kind, Identity):
-            return inputs[kind.index]  # a cast to the type that the value has anyway would leave float64
+            return inputs[kind.index]  # its own cast to the network's type would not keep float64
         if kind is op.original or isinstance(kind, Opaque):
             return self._run(op, inputs, {})
         if isinstance(kind, Layer):
@@ -250,7 +250,7 @@ class TorchGraph:
         return evaluate_kind(kind, inputs)
 
     def _run(self, op: Op, inputs: Sequence[Tensor], replaced: dict[int, Tensor | None]) -> Tensor:
-        """Run an operation's own nodes on float64 values, with replaced layer weights where given."""
+        """Run an operation's nodes on float64 values; ``replaced`` holds arguments to replace, by position."""
         source: TorchSource = op.source
         values: dict[Node, Any] = dict(zip(_readable(source, self.by_node), inputs, strict=True))
         with torch.no_grad():
@@ -293,7 +293,7 @@ class TorchGraph:
         """See ``Graph.probe``."""
         value = op.source.result.meta.get("val")
         if not isinstance(value, Tensor) or not value.is_floating_point():
-            raise RuntimeError(f"{op.name} is no floating-point value")
+            raise RuntimeError(f"{op.name} is not a floating-point value")
         sizes = [_hint(size) for size in value.shape]
         if largest is not None:
             sizes = [*sizes[:2], *(min(size, largest) for size in sizes[2:])] if len(sizes) > 2 else sizes
@@ -301,12 +301,12 @@ class TorchGraph:
 
 
 def evaluate_kind(kind: Kind, inputs: Sequence[Tensor]) -> Tensor:
-    """Return the float64 result of a kind that folding made."""
+    """Return the float64 result of a kind that folding created."""
     if isinstance(kind, ConstantAffine):
         return kind.affine(inputs[0])
     if isinstance(kind, Clamp):
         return torch.minimum(torch.maximum(inputs[0], kind.low.to(inputs[0])), kind.high.to(inputs[0]))
-    raise TypeError(f"{type(kind).__name__} is not made by folding")
+    raise TypeError(f"{type(kind).__name__} is not created by folding")
 
 
 def _readable(source: TorchSource, by_node: dict[Node, Op]) -> list[Node]:
@@ -318,7 +318,7 @@ def _readable(source: TorchSource, by_node: dict[Node, Op]) -> list[Node]:
 
 
 def _is_transparent_split(node: Any) -> bool:
-    """Return True if getitem takes all pieces of a split (each is a slice), or for a pooling without positions."""
+    """Return True for a split whose readers all take one piece (a slice), or a pooling whose positions are not used."""
     if not all(user.target is operator.getitem for user in node.users):
         return False
     if node.target in POOLS_WITH_POSITIONS:

@@ -1,4 +1,4 @@
-"""Readers of norms: everything in a graph of torch.export that is a scale and a shift by constants."""
+"""Readers of norms: every scale and shift by constants in a graph of torch.export."""
 
 from __future__ import annotations
 
@@ -24,13 +24,12 @@ class NormReading:
     """One scale and shift, in one node or several.
 
     Attributes:
-        nodes: In order; the first takes ``value``, the last gives the result.
-        affine: None when it can't be read.
-        axis: Channel axis of ``value``; None when it is the same for every element, or varies along several.
-        counts: True for a BatchNorm (or a norm written out), False for mere arithmetic.
-        why_not: The reason why it can't be read.
-        hint: A change that would make it readable.
-        offset: Largest |moving mean| as a multiple of the standard deviation; 0 where it is not known.
+        nodes: The nodes in order; the first reads ``value``, the last has the result.
+        affine: None if the affine can't be read, for the reason ``why_not``.
+        axis: Channel axis of ``value``; None if the affine is the same for every element, or varies along several axes.
+        counts: True for a BatchNorm, also one written as arithmetic; False for other arithmetic.
+        hint: A change that would make the affine readable.
+        offset: Largest |moving mean| as a multiple of the standard deviation; 0 if unknown.
     """
 
     nodes: tuple[Node, ...]
@@ -61,7 +60,7 @@ def read_norms(module: GraphModule, constants: TorchConstants) -> dict[Node, Nor
 
 
 def read_node(node: Node, constants: TorchConstants) -> NormReading | None:
-    """Read one node by the table of readers; None when it is no affine, or is itself a constant."""
+    """Read one node by the table of readers; None if it is not an affine, or is a constant."""
     reader = NORM_READERS.get(node.target) if node.op == "call_function" else None
     if reader is None or not isinstance(node.meta.get("val"), Tensor):
         return None
@@ -69,7 +68,7 @@ def read_node(node: Node, constants: TorchConstants) -> NormReading | None:
 
 
 def _batch_norm(node: Node, constants: TorchConstants) -> NormReading | None:
-    """``aten.batch_norm``: nn.BatchNorm1d/2d/3d, SyncBatchNorm in eval mode, F.batch_norm, any subclass."""
+    """Read ``aten.batch_norm``: nn.BatchNorm1d/2d/3d, SyncBatchNorm in eval mode, F.batch_norm, any subclass."""
     value, gamma, beta, mean, var, training = node.args[:6]
     eps = float(node.args[7])  # type: ignore[arg-type]
     shape = shape_of(value)
@@ -88,7 +87,7 @@ def _batch_norm(node: Node, constants: TorchConstants) -> NormReading | None:
     found = [None if item is None else constants.value(item) for item in (gamma, beta, mean, var)]
     if any(item is not None and tensor is None for item, tensor in zip((gamma, beta, mean, var), found, strict=True)):
         why = f"its statistics or parameters are {constants.why_not(gamma, beta, mean, var)}"
-        return unread(why, "statistics and parameters that forward leaves alone")
+        return unread(why, "statistics and parameters that forward does not change")
     assert found[2] is not None
     assert found[3] is not None
     affine = ChannelAffine.from_statistics(found[2], found[3], eps, found[0], found[1])
@@ -99,9 +98,9 @@ def _batch_norm(node: Node, constants: TorchConstants) -> NormReading | None:
 
 
 def _elementwise(node: Node, constants: TorchConstants) -> NormReading | None:
-    """``x + c``, ``x - c``, ``c - x``, ``x * c``, ``x / c`` with a constant that does not enlarge the value."""
+    """Read ``x + c``, ``x - c``, ``c - x``, ``x * c`` or ``x / c`` with a constant that does not enlarge the value."""
     left, right = node.args[:2]
-    given: Any = argument(node, 2, "alpha", 1)  # the one positional argument that rsub.Scalar has more than the others
+    given: Any = argument(node, 2, "alpha", 1)  # only rsub.Scalar has it as a positional argument
     alpha = float(given)
     left_constant, right_constant = constants.value(left), constants.value(right)
     if (left_constant is None) == (right_constant is None):
@@ -120,7 +119,7 @@ def _elementwise(node: Node, constants: TorchConstants) -> NormReading | None:
 
 
 def _addcmul(node: Node, constants: TorchConstants) -> NormReading | None:
-    """``addcmul(t, x, s)``: a shift and a scale in one operator."""
+    """Read ``addcmul(t, x, s)``: a shift and a scale in one operator."""
     shift, *factors = node.args[:3]
     factor = float(node.kwargs.get("value", 1))  # type: ignore[arg-type]
     values = [item for item in factors if isinstance(item, Node) and constants.value(item) is None]
@@ -170,11 +169,11 @@ NORM_READERS: dict[Any, NormReader] = {
 
 
 def _chain(first: NormReading, constants: TorchConstants) -> NormReading:
-    """Read the run of arithmetic that starts here, within one call of one module, without other readers, as one norm.
+    """Read the run of arithmetic that starts here, within one call of one module and without other readers, as one norm.
 
-    It counts as a norm when it varies along one axis at most, and has a stored scale and a shift, or reads moving statistics:
-    a bias-free denoiser divides by the deviation alone, a mean-only BatchNorm subtracts the mean alone. A lone ``x * 2`` or
-    ``x + bias`` does not count, and neither does the scale and the table of positions of an attention.
+    The run is a norm if it varies along one axis at most, and has a stored scale and a shift, or reads moving statistics:
+    a bias-free denoiser only divides by the deviation, a mean-only BatchNorm only subtracts the mean. A single ``x * 2`` or
+    ``x + bias`` is not a norm, nor are the scale and the table of positions of an attention.
     """
     links = [first]
     node = first.nodes[0]
@@ -201,10 +200,10 @@ def _chain(first: NormReading, constants: TorchConstants) -> NormReading:
     return NormReading(nodes, first.value, affine, whole.axis, counts)
 
 
-#: Last part of the names of moving statistics, and the operators that make a deviation of a variance.
+#: Last part of the names of moving statistics, and the operators that compute a deviation from a variance.
 _STATISTICS = {name for names in VOCABULARIES for name in names[2:]} | {"running_std", "moving_std"}
 _ROOTS = {"sqrt", "rsqrt", "pow"}
-#: Operators by which a norm computes its scale and shift of stored vectors.
+#: Operators with which a norm computes its scale and shift from stored vectors.
 _VECTORS = {
     *_ROOTS,
     *("add", "sub", "rsub", "mul", "div", "truediv", "neg", "reciprocal", "clamp", "clamp_min", "maximum", "getitem"),
@@ -214,7 +213,7 @@ _VECTORS = {
 
 
 def _reads_statistics(nodes: tuple[Node, ...], constants: TorchConstants) -> bool:
-    """Return True if some constant that the nodes read is made of a moving mean or variance, or of a root of stored numbers."""
+    """Return True if a constant of the nodes is computed from a moving mean or variance, or is a root of stored numbers."""
     stack: list[tuple[Node, bool]] = [
         (item, False) for node in nodes for item in node.all_input_nodes if constants.known(item)
     ]
@@ -239,11 +238,11 @@ def _has_scale_and_shift(nodes: tuple[Node, ...], constants: TorchConstants) -> 
 
 
 def _typed(reading: NormReading) -> NormReading:
-    """A norm that changes the element type must stay: folded, that conversion would be lost."""
+    """Mark a norm that changes the element type as unreadable: a fold would lose that conversion."""
     before, after = dtype_of(reading.value), dtype_of(reading.nodes[-1])
     if before == after and before is not None and before.is_floating_point:
         return reading
-    why = f"it turns {before} into {after}; folded, that conversion would be lost"
+    why = f"it converts {before} to {after}, and a fold would lose that conversion"
     return NormReading(
         reading.nodes, reading.value, None, reading.axis, reading.counts, why, "one element type in the whole network"
     )

@@ -1,4 +1,4 @@
-"""Proof of a whole fold: the folded graph against the original, both in float64."""
+"""Proof of a folded graph or module against the original, both in float64."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ from bnexport.folding.torch_backend.nodes import dtype_of
 
 #: Rounding of float64 through a network of usual depth stays below; the smallest real fault (a dropped eps) is far above.
 MAX_ERROR = 1e-12
-#: Changes of the last digit of the input that a fold may amount to, and above which rounding hides a real fault.
+#: Allowed error, in multiples of the response to a change of the input's last digit; above the second number, rounding would
+#: hide a real fault.
 _DEPTH = 100
 _MAX_ROUNDING = 1e-9
 #: Rounding in float16 and bfloat16 stays below in ordinary networks; a wrong fold is far above.
 ROUGH_ERROR = 0.05
-#: Multiplications that one run may take before images are cut, and the smallest side that they are cut to.
+#: Number of multiplications of one run above which images are cut, and the smallest side after a cut.
 _WORK = 2_000_000_000
 _SMALLEST = 64
 
@@ -31,22 +32,16 @@ def torch_fold_error(
 ) -> tuple[float, float] | None:
     """Return the largest difference of any output, as a fraction of that output's largest value, in float64, and its bound.
 
-    The folded graph is run with the folded tensors before their one cast, so that the error is that of the algebra alone: the
-    file's own proof covers rounding of the stored weights. Large images are cut to a smaller size where the network takes one:
-    the algebra is the same at every size.
-
-    Args:
-        original: The traced graph.
-        folded: The rewritten graph.
-        exact: Folded tensors in float64, by attribute.
-        inputs: Example inputs; floating ones are replaced by seeded noise, so that every channel takes part.
-        seed: Random seed of the noise.
+    The folded graph runs with the folded tensors before their one cast (``exact``: float64, by attribute), so that the error is
+    that of the algebra alone. The file's own proof covers rounding of the stored weights. Floating inputs are replaced by
+    seeded noise, so that every channel takes part. Large images are cut to a smaller size if the network accepts it: the
+    algebra is the same at every size.
 
     Returns:
-        The error, and the bound that float64 rounding explains; infinite where a network turns the last digit of its input
-        into so much of its output that the comparison decides nothing. The error is infinity when the folded graph alone fails,
-        or when an output is not finite in one graph only. None when the original can't run in float64 (an operator that pins
-        another type) or gives no finite number to compare.
+        The error, and the bound that float64 rounding explains. The bound is infinite if the network amplifies the last digit
+        of its input so much that the comparison decides nothing. The error is infinity if the folded graph alone fails, or if
+        an output is not finite in one graph only. None if the original can't run in float64 (an operator pins another type) or
+        has no finite number to compare.
     """
     return compare(_double(original, {}), _double(folded, exact), inputs, image_sizes(original, inputs), seed=seed)
 
@@ -54,16 +49,8 @@ def torch_fold_error(
 def compare(
     wide: nn.Module, narrow: nn.Module, inputs: tuple[Any, ...], sizes: list[int | None], *, seed: int = 0
 ) -> tuple[float, float] | None:
-    """Compare two networks in float64, as ``torch_fold_error`` does.
-
-    Args:
-        wide: The original, in float64.
-        narrow: The folded network, in float64.
-        inputs: Example inputs.
-        sizes: The result of ``image_sizes``.
-        seed: Random seed of the noise.
-    """
-    # A network may take positive numbers alone, and answer noise with NaN: the user's own example is the last try.
+    """Compare two networks in float64 as ``torch_fold_error`` does; ``sizes`` is the result of ``image_sizes``."""
+    # A network may return NaN for noise because it expects positive numbers: the user's example is the last try.
     tries = [_cut(probes_like(inputs, seed), size) for size in sizes] + [_widened(inputs)]
     found = None
     for number, probes in enumerate(tries):
@@ -105,8 +92,8 @@ def output_error(narrow: nn.Module, probes: tuple[Any, ...], reference: list[Ten
 def _rounding(wide: nn.Module, probes: tuple[Any, ...], reference: list[Tensor]) -> float:
     """Return the error of float64 itself: the outputs' change when every input changes in its last digit.
 
-    A fold changes the order of operations in every layer, not the inputs alone, hence the factor; a deep network, or one
-    with a steep softmax, turns the last digit of its input into much more.
+    A fold changes the order of operations in every layer, not only the inputs, hence the factor. A deep network, or one with a
+    steep softmax, amplifies the last digit of its input.
     """
     generator = torch.Generator().manual_seed(1)
 
@@ -160,7 +147,7 @@ def _cut(probes: tuple[Any, ...], size: int | None) -> tuple[Any, ...]:
 
 
 def _double(graph_module: GraphModule, exact: dict[str, Tensor]) -> GraphModule:
-    """Return a float64 copy with some attributes replaced; replaced tensors are never copied, the others only once."""
+    """Return a float64 copy with some attributes replaced; replaced tensors are not copied, others once."""
     memo: dict[int, Any] = {}
     for name, tensor in (*graph_module.named_parameters(), *graph_module.named_buffers()):
         value = exact.get(name, tensor.detach()).to(tensor.device)

@@ -1,6 +1,6 @@
-"""Changed operations, written back into a graph of torch.export: cast once, named as before, nothing left over.
+"""Write changed operations back into a graph of torch.export: cast once, named as before, unused parts removed.
 
-Tensors that the network creates in forward follow the device of its input afterwards, wherever the network was traced.
+Afterwards, tensors that the network creates in forward follow the device of its input, wherever the network was traced.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ aten = torch.ops.aten
 def flushed(value: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a float64 tensor in its element type, rounded once.
 
-    A subnormal result is flushed to zero: it is below the resolution of every sum it enters, and slows a CPU several times.
-    Not in float16, whose subnormal numbers (below 6e-5) are as large as many weights.
+    A subnormal result is flushed to zero: it is below the resolution of every sum, and slows a CPU several times. Float16 is
+    excluded, because its subnormal numbers (below 6e-5) are as large as many weights.
     """
     cast = value.to(dtype)
     if dtype is torch.float16:
@@ -38,13 +38,13 @@ def flushed(value: Tensor, dtype: torch.dtype) -> Tensor:
 def check_stored(stored: Tensor, value: Tensor, target: str) -> None:
     """Check that the stored tensor is the proved float64 tensor, rounded once."""
     if torch.equal(stored, value.to(stored.dtype)):
-        return  # nearly always; what follows costs several passes more
+        return  # nearly always; the check below costs several passes more
     info = torch.finfo(stored.dtype)
     finite = torch.isfinite(value)  # an absent bound of a clamp is infinite
     allowed = info.eps * value.abs() + info.tiny
     if not bool(((stored.double() - value).abs() <= allowed)[finite].all()):
         raise ProofError(
-            f"what is stored as {target} is not the folded tensor rounded once",
+            f"the tensor stored as {target} is not the folded tensor rounded once",
             remedy="Please report it with the model: that is a fault in bnexport",
         )
 
@@ -53,8 +53,8 @@ class TorchWriter:
     """Writes the changed operations of one graph back into its module.
 
     Attributes:
-        exact: The written tensors, in float64 before their one cast, by attribute.
-        beside: Elements of the affines that stay, which are not copies of anything.
+        exact: The written tensors in float64 before their one cast, by attribute.
+        beside: Number of elements of the affines that stay, which are not copies.
     """
 
     def __init__(self, graph: TorchGraph) -> None:
@@ -80,7 +80,7 @@ class TorchWriter:
                 self.module.graph.erase_node(node)
 
     def _needs_canonical_form(self, op: Op) -> bool:
-        """Return True for a norm that stays and was written in several steps, or has parameters of another type than its value.
+        """Return True for a norm that stays and has several steps, or has parameters of another type than its value.
 
         ONNX Runtime has no BatchNormalization of mixed types.
         """
@@ -111,7 +111,7 @@ class TorchWriter:
         self._now[op] = result
 
     def _input(self, op: Op) -> Node:
-        """Return the node that has an operation's first value now."""
+        """Return the node that now has the value of an operation's first input."""
         return self._now[op.inputs[0]]
 
     # --- layers ---
@@ -150,9 +150,9 @@ class TorchWriter:
         self._now[op] = _like(total, node)
 
     def _stored(self, op: Op, name: str, new: Weight, given: Node | None) -> Node:
-        """Return a node that reads a folded weight: under the old attribute's name, unless that has other readers."""
+        """Return a node that reads a folded weight, under the old name unless that attribute has other readers."""
         value = new.load()
-        target = self._written.get(new)  # calls that fold alike go on sharing one weight
+        target = self._written.get(new)  # calls that fold alike keep sharing one weight
         if target is None:
             own = given is not None and given.op == "get_attr" and str(given.target) not in self._kept
             target = str(given.target) if own and given is not None else self._free_name(op, name)
@@ -180,7 +180,7 @@ class TorchWriter:
         self.exact[target] = value
 
     def _constant(self, op: Op, name: str, value: Tensor, dtype: torch.dtype) -> Node:
-        """Add an attribute next to an operation, and return a node that reads it; call it with a place in the graph."""
+        """Add an attribute next to an operation, and return a node that reads it, at the graph's insertion point."""
         target = self._free_name(op, name)
         self.beside += 0 if isinstance(op.kind, Layer) else value.numel()
         self._set(target, value, dtype)
@@ -206,17 +206,17 @@ class TorchWriter:
         return tensors[0].device if tensors else torch.device("cpu")
 
     def _names_still_read(self) -> set[str]:
-        """Return the attributes that must keep their values: an unchanged operation reads them."""
+        """Return the attributes that must keep their values because an unchanged operation reads them."""
         replaced = Counter(old.name for old, new in weights_now(self.graph.ops) if new is not old)
         readers: Counter[str] = Counter()
         for node in self.module.graph.find_nodes(op="get_attr"):
             readers[str(node.target)] += len(node.users)
         return {name for name, count in readers.items() if count > replaced[name]}
 
-    # --- what stays beside the layers ---
+    # --- affines and clamps that stay ---
 
     def _norm(self, op: Op, affine: Affine, before: Node) -> Node:
-        """Write one canonical affine: a batch norm by fixed statistics where the channels are on axis 1, else arithmetic."""
+        """Write one canonical affine: a batch norm with fixed statistics if the channels are on axis 1, else arithmetic."""
         assert op.dtype is not None
         graph, value = self.module.graph, self._input(op)
         channels = op.shape[1] if op.rank >= 2 else None
@@ -268,8 +268,8 @@ def _like(node: Node, other: Node) -> Node:
 def follow_input(module: GraphModule) -> None:
     """Replace each device that a graph names by the device of the graph's first tensor, in place.
 
-    torch.export writes the device of tracing into factories and casts: ``torch.zeros(n, device=x.device)`` of a network that
-    is on the CPU becomes ``zeros(n, device="cpu")``, which fails as soon as the folded network is moved.
+    torch.export writes the device of tracing into factories and casts: ``torch.zeros(n, device=x.device)`` of a network on the
+    CPU becomes ``zeros(n, device="cpu")``, which fails as soon as the folded network is moved.
     """
     for part in module.modules():
         if isinstance(part, GraphModule):

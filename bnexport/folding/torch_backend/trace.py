@@ -1,7 +1,8 @@
-"""Trace a module into a graph of ATen operators in eval mode, and check that the graph holds for every image size.
+"""Trace a module into a graph of ATen operators in eval mode, and check that the graph is valid for every image size.
 
 torch.export follows ``if x.shape[2] % 2`` for the size of the example and records the condition as a guard (PyTorch
-documentation, "Dynamic Shapes"). A branch taken from a smallest size upwards is one path, and the signature names that size.
+documentation, "Dynamic Shapes"). A branch that is taken from a smallest size upwards is accepted: the signature states that
+size.
 """
 
 from __future__ import annotations
@@ -30,35 +31,28 @@ from bnexport.nn.calling import NOT_THEIRS, call_once, place_of, switches_itself
 from bnexport.optional import one_line, quiet
 from bnexport.tensors import size_axes
 
-#: What is added to the smallest size where a guard is tried: odd and even, around the powers of two, and large.
+#: Sizes at which a guard is tried, as steps above the smallest: odd and even, around powers of two, and large.
 _STEPS = (0, 1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 31, 32, 33, 63, 64, 127, 128, 256, 1000, 4096, 65537)
 
 
 def refuse_forks(program: ExportedProgram, model: nn.Module) -> None:
-    """Refuse a graph whose forward takes another branch in Python for other sizes.
+    """Refuse a graph whose forward takes another branch in Python for other sizes, naming the line of the branch.
 
-    Guards of torch's own code do not count: the operator refuses what does not fit them, or they only cost time.
-
-    Args:
-        program: With sizes that vary.
-        model: The name in messages.
-
-    Raises:
-        UntracedError: Naming the line of the branch.
+    Guards of torch's own code are skipped: its operators refuse sizes that do not fit, or the guard only affects speed.
     """
     for environment in _environments(program):
         for guard in environment.guards:
             place = _place(guard)
             if place and not _holds(environment, guard.expr):
                 raise UntracedError(
-                    f"forward of {type(model).__name__} asks for a size at {place} and goes another way, or refuses, for some"
-                    " sizes of the image, so one graph does not do for all",
-                    remedy="Leave --dynamic-size out, or write that line without a question in Python",
+                    f"forward of {type(model).__name__} takes another branch at {place}, or fails there, for some sizes of the"
+                    " image, so one graph is not valid for all sizes",
+                    remedy="Leave --dynamic-size out, or write that line without a condition in Python",
                 )
 
 
 def _environments(program: ExportedProgram) -> list[Any]:
-    """Return the places where torch.export keeps the guards of the sizes that vary."""
+    """Return the objects in which torch.export keeps the guards of the sizes that vary."""
     found: dict[int, Any] = {}
     for node in program.graph.find_nodes(op="placeholder"):
         for size in getattr(node.meta.get("val"), "shape", ()):
@@ -68,7 +62,7 @@ def _environments(program: ExportedProgram) -> list[Any]:
 
 
 def _place(guard: Any) -> str:
-    """Return FILE:LINE of the user's code with the branch; empty where it is torch's own."""
+    """Return FILE:LINE of the branch in the user's code; "" if the branch is in torch's own code."""
     frame = getattr(guard.sloc, "framework_loc", None)
     if not isinstance(frame, traceback.FrameSummary) or frame.filename.startswith(NOT_THEIRS):
         return ""
@@ -80,7 +74,7 @@ def _holds(environment: Any, condition: Any) -> bool:
     condition = environment.replace(condition)
     symbols = sorted(condition.free_symbols, key=str)
     lowest = [environment.bound_sympy(symbol).lower for symbol in symbols]
-    if not all(getattr(low, "is_Integer", False) for low in lowest):  # no size of an input, but of what a tensor holds
+    if not all(getattr(low, "is_Integer", False) for low in lowest):  # a size that depends on a tensor's values
         return True
     tried = itertools.product(_STEPS, repeat=len(symbols)) if len(symbols) <= 2 else _turned(len(symbols))
     return all(
@@ -94,15 +88,15 @@ def _holds(environment: Any, condition: Any) -> bool:
 
 
 def _turned(count: int) -> list[tuple[int, ...]]:
-    """Return steps for many sizes at once, each list begun elsewhere: all combinations would be too many."""
+    """Return steps for many sizes at once, each list with another start: all combinations would be too many."""
     most = len(_STEPS)
     return [tuple(_STEPS[(index + 5 * turn) % most] for turn in range(count)) for index in range(most)]
 
 
-#: Part of what torch.export says where forward takes another way for other batch sizes, or fails with them.
+#: Part of torch.export's message if forward takes another branch for other batch sizes, or fails with them.
 _BATCH = "constraints violated"
 _TENSORS = "Write that line with torch's own operations on tensors, or move it out of forward"
-#: Part of what torch.export says (lower case) -> the same in plain words, and what to do. The first that fits counts.
+#: Part of torch.export's message (lower case) -> an explanation and the remedy. The first row that fits is used.
 EXPLANATIONS: tuple[tuple[str, str, str], ...] = (
     (
         "scriptmodule",
@@ -114,11 +108,15 @@ EXPLANATIONS: tuple[tuple[str, str, str], ...] = (
         "the code there needs the value of a tensor, which is not known before the model runs, for an if, a number or a size",
         "Choose between values with torch.where instead of if, loop over sizes instead of values, or move it out of forward",
     ),
-    (".numpy() is not supported", "a tensor becomes a numpy array there, which no exported file can do", _TENSORS),
+    (
+        ".numpy() is not supported",
+        "a tensor becomes a numpy array there, which an exported file can't contain",
+        _TENSORS,
+    ),
     ("data pointer", "a tensor's memory is handed to code that is not torch's there", _TENSORS),
     (
         "no fake impl",
-        "a custom operator there does not say what shape it gives",
+        "a custom operator there does not declare its output shape",
         "Register one for it with torch.library.register_fake, or write it with torch's own operations",
     ),
     (
@@ -129,17 +127,17 @@ EXPLANATIONS: tuple[tuple[str, str, str], ...] = (
     (
         _BATCH,
         "a size that should vary, such as the batch, can't vary in forward",
-        "Take the batch size from the input's shape (x.shape[0] or -1) instead of writing or asking for a number",
+        "Take the batch size from the input's shape (x.shape[0] or -1) instead of writing a number or comparing with one",
     ),
 )
-#: Where torch.export stops telling what is wrong and starts to advise.
+#: Start of the advice in a message of torch.export, after the statement of the problem.
 _ADVICE = re.compile(
     r"\(unhinted:|Caused by:|For more information|The error above occurred|Please see|See https?:|If you're using torch\."
 )
 
-#: What torch.export says of a class among the outputs that it can't see into; the second is torch 2.11's.
+#: Part of torch.export's message about an output of an unknown class; the second is torch 2.11's.
 _UNKNOWN_TYPE = ("not a known type", "unhashable type")
-#: Sizes from here on are "no limit".
+#: An upper bound of this size or more means "no limit".
 _ENDLESS = 2**31
 
 
@@ -147,10 +145,10 @@ def trace(model: nn.Module, inputs: tuple[Any, ...], *, dynamic_shapes: Any = No
     """Trace a module by ``torch.export`` into a graph that can run and be rewritten.
 
     Args:
-        model: Not changed, its training flags and attributes included.
+        model: Stays as it is, including its training flags and attributes.
         inputs: Positional arguments of forward, batch first.
-        dynamic_shapes: As for ``torch.export.export``; default: one shared batch dimension. A size of an image that should
-            vary (``size_shapes``) but can't is an error.
+        dynamic_shapes: As for ``torch.export.export``; default: one shared batch dimension. An image size that should vary
+            (``size_shapes``) but can't is an error.
 
     Raises:
         UntracedError: With the line of the user's code at which tracing stopped.
@@ -174,9 +172,9 @@ def trace(model: nn.Module, inputs: tuple[Any, ...], *, dynamic_shapes: Any = No
 
 
 def _switched_copy(model: nn.Module) -> nn.Module:
-    """Return a copy in eval mode, because the author's ``train`` may do more than set flags (LoRA merges its weights).
+    """Return a copy in eval mode, or the module itself if it can't be copied.
 
-    The module itself is returned where it can't be copied.
+    The author's ``train`` may do more than set flags: LoRA merges its weights.
     """
     with contextlib.suppress(Exception):
         return to_eval_mode(copy.deepcopy(model))
@@ -190,7 +188,7 @@ def batch_shapes(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Any]:
 
 
 def two_samples(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Repeat example inputs of a single sample: torch.export takes a size of 1 for a constant."""
+    """Repeat example inputs of a single sample: torch.export treats a size of 1 as a constant."""
     tensors = [item for item in pytree.tree_leaves(inputs) if isinstance(item, Tensor) and item.ndim]
     if not tensors or any(item.shape[0] != 1 for item in tensors):
         return inputs
@@ -201,7 +199,7 @@ def two_samples(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def size_shapes(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Any]:
-    """Return ``batch_shapes`` in which the height and width (length; depth) of image inputs vary as well.
+    """Return ``batch_shapes`` with a height and width (length, depth) of image inputs that vary as well.
 
     torch.export finds the relations between the sizes of several inputs; ``trace`` checks that a size really varies.
     """
@@ -227,7 +225,7 @@ def _shapes(model: nn.Module, inputs: tuple[Any, ...], of: Any) -> dict[str, Any
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Evaluate in eval mode inside the block and restore every module's flag after it.
 
-    Only a model whose root is in training mode is switched: below a root in eval mode, a layer in training mode is so on
+    Only a model whose root is in training mode is switched. Below a root in eval mode, a layer in training mode is so on
     purpose (Monte Carlo dropout, batch statistics at test time).
     """
     flags = [(module, module.training) for module in model.modules()]
@@ -241,7 +239,7 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def _export(model: nn.Module, inputs: tuple[Any, ...], shapes: Any) -> ExportedProgram:
-    """Export; once more if the only obstacle was a dataclass among the outputs that torch does not know yet."""
+    """Export; try again with the outputs' dataclasses registered if torch does not support one of them yet."""
     try:
         return torch.export.export(model, inputs, dynamic_shapes=shapes)
     except Exception as error:
@@ -264,7 +262,7 @@ def _register_dataclasses(result: Any) -> bool:
 
 
 def _untraced(model: nn.Module, inputs: tuple[Any, ...], error: Exception) -> UntracedError:
-    """Return the obstacle in one sentence: the model itself, a limit of torch.export, or torch's own message."""
+    """Return the problem in one sentence: of the model itself, a limit of torch.export, or torch's own message."""
     name = type(model).__name__
     text = " ".join(str(error).split())
     problem = None if isinstance(model, torch.jit.ScriptModule) else call_once(model, inputs).problem
@@ -279,11 +277,11 @@ def _untraced(model: nn.Module, inputs: tuple[Any, ...], error: Exception) -> Un
     for part, meaning, remedy in EXPLANATIONS:
         if part in text.lower():
             return UntracedError(f"torch.export can't trace {name}{place_of(error, model)}: {meaning}", remedy=remedy)
-    told = _ADVICE.split(text)[0].strip(" .") or type(error).__name__
-    if re.fullmatch(r"[a-z]+\.\w+(\.\w+)?", told):  # the bare name of an operator
-        told = f"it does not know the operator {told}"
+    reason = _ADVICE.split(text)[0].strip(" .") or type(error).__name__
+    if re.fullmatch(r"[a-z]+\.\w+(\.\w+)?", reason):  # the bare name of an operator
+        reason = f"it does not support the operator {reason}"
     return UntracedError(
-        f"torch.export can't trace {name}{place_of(error, model)}: {told if len(told) < 300 else told[:297] + '...'}",
+        f"torch.export can't trace {name}{place_of(error, model)}: {reason if len(reason) < 300 else reason[:297] + '...'}",
         remedy=_TENSORS,
     )
 
@@ -296,7 +294,7 @@ def _refuse_memory(model: nn.Module, inputs: tuple[Any, ...], kept: list[str]) -
     pairs = zip(pytree.tree_leaves(first), pytree.tree_leaves(second), strict=False)
     if any(isinstance(a, Tensor) and isinstance(b, Tensor) and not torch.equal(a, b) for a, b in pairs):
         raise UntracedError(
-            f"{type(model).__name__}{place_of(None, model)} answers differently when it is called again: it keeps"
+            f"{type(model).__name__}{place_of(None, model)} gives another result when it is called again: it keeps"
             f" {' and '.join(kept[:2])} between calls, which an exported file can't",
             remedy="Pass what is kept as an input and return it as an output, or leave it out in eval mode",
         )
@@ -308,7 +306,7 @@ def _limited(upper: Any) -> bool:
 
 
 def _refuse_pinned(program: ExportedProgram, model: nn.Module) -> None:
-    """Refuse a graph in which a size of an image that should vary is a number, or may not grow."""
+    """Refuse a graph in which an image size that should vary is a number or has an upper limit."""
     values: dict[str, Any] = {
         node.name: node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"
     }

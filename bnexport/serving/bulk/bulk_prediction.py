@@ -1,7 +1,8 @@
-"""Bulk prediction: check the sources, find which shards exist, predict the others, by processes of this machine or by Ray.
+"""Bulk prediction: checks the sources and predicts the missing shards, in processes of this machine or with Ray.
 
-Processes and not threads: the parent outlives a crash of an engine, and decoding holds Python's lock (docs/predicting.md).
-On Ray (extra ``ray``) every machine must reach the bundle, the sources and the predictions under the same path.
+Workers are processes instead of threads: the parent survives a crash of an engine, and decoding holds Python's lock
+(docs/predicting.md). With Ray (extra ``ray``), the bundle, the sources and the predictions must have the same paths on every
+machine.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from bnexport.tensors import Array
 
 
 class ShardWorker:
-    """Predicts and writes shards of a job with one session of one thread. The caller has checked the bundle's hashes."""
+    """Predicts and writes shards of a job with one session of one thread. The caller must check the bundle's hashes."""
 
     def __init__(self, job: BulkJob) -> None:
         opened = Bundle.open(job.bundle)
@@ -63,15 +64,15 @@ class ShardWorker:
             if not np.isfinite(logits).all():
                 row = int(np.flatnonzero(~np.isfinite(logits).all(1))[0])
                 raise DataError(
-                    f"the model's answer to {names[row]} holds NaN or infinity",
+                    f"the model's answer to {names[row]} contains NaN or infinity",
                     remedy="Run bnexport verify on the bundle",
                 )
             ids += names
             parts.append(logits)
         if len(ids) != shard.rows:
             raise DataError(
-                f"{shard.path} gave {len(ids)} rows where {shard.rows} were counted",
-                remedy="Leave the source as it is while it is read, and start again",
+                f"{shard.path} has {len(ids)} rows, but had {shard.rows} when they were counted",
+                remedy="Do not change the source while it is read, and start again",
             )
         shard.check_unchanged()
         logits = np.concatenate(parts)
@@ -81,7 +82,7 @@ class ShardWorker:
         return shard.rows
 
 
-#: Shards that wait for each worker: one is enough to keep it busy, and more would only be held in memory.
+#: Submitted shards per worker: one that runs, and one that waits.
 _AHEAD = 2
 
 
@@ -98,14 +99,14 @@ def run_locally(job: BulkJob, shards: Sequence[Shard]) -> Iterator[int]:
     if workers <= 1:
         yield from _in_this_process(job, shards)
         return
-    context = multiprocessing.get_context("spawn")  # a fork would take over locks of engines that run already
+    context = multiprocessing.get_context("spawn")  # a fork would copy locks of running engines
     with ProcessPoolExecutor(workers, context, _start, (job.without_shards(),)) as pool:
         try:
             yield from _in_turn(pool, shards, workers)
         except BrokenProcessPool as error:
             raise RuntimeUnavailable(
-                "a process of a worker died, killed or out of memory",
-                remedy="Run the same command again, with fewer --workers if memory was short: it goes on where it was",
+                "a worker's process died: it was killed or out of memory",
+                remedy="Run the same command again to resume, with fewer --workers if memory was short",
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)
@@ -135,7 +136,7 @@ def _in_turn(pool: ProcessPoolExecutor, shards: Sequence[Shard], workers: int) -
 
 @contextlib.contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Delay Ctrl-C until after the block. A process that begins inside receives none, from its first moment on."""
+    """Delay Ctrl-C until after the block. Processes that start in the block inherit this and receive no Ctrl-C."""
     if sys.platform == "win32":
         yield
         return
@@ -148,7 +149,7 @@ def _interrupts_held() -> Iterator[None]:
 
 def _start(job: BulkJob) -> None:
     """Initialise a worker's process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to hear; a shard that was begun is finished
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C; the worker finishes its shard
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
@@ -156,39 +157,39 @@ def _start(job: BulkJob) -> None:
 
 
 def _leave_with(parent: multiprocessing.process.BaseProcess) -> None:
-    """End a worker whose parent was killed: the pool's pipes do not report that."""
+    """End a worker whose parent was killed; the pool's pipes do not report that."""
     parent.join()
     os._exit(1)
 
 
 def _run(shard: Shard) -> int:
-    """Run a shard; the first one opens the worker, because the pool drops the initialiser's exceptions."""
+    """Run a shard. The first one opens the worker, because the pool drops exceptions of its initialiser."""
     if _Process.worker is None:
         assert _Process.job is not None
         _Process.worker = ShardWorker(_Process.job)
     return _Process.worker.run(shard)
 
 
-#: Seconds for Ray Data's threads to end. One that only sleeps, and so does no harm, may never end (Ray 2.60).
+#: Seconds for Ray Data's threads to end. A thread that only sleeps may never end, which is harmless (Ray 2.60).
 _RAY_PATIENCE = 2.0
 
 
 class ShardActor:
-    """A worker as Ray Data calls it: one row in, one row out. Values are pickled here, because Arrow has no type for them.
+    """A worker in Ray Data's form: it maps one row to one row. Values are pickled, because Arrow has no type for them.
 
-    ``job`` is pickled without its shards. ``folder``: the user's working directory; Ray's processes run where Ray was started.
+    ``job`` is pickled without its shards. ``folder`` is the user's working directory; Ray's processes start in another one.
     """
 
     def __init__(self, job: bytes, folder: str) -> None:
-        with contextlib.suppress(OSError):  # a machine without this folder can still have all that is named in full
+        with contextlib.suppress(OSError):  # a machine without this folder can still use absolute paths
             os.chdir(folder)
         self._job = job
         self._worker: ShardWorker | None = None
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Predict and write the shard of a row. A bnexport error is returned as a value: Ray would retry an exception."""
+        """Predict and write the shard of a row. Return a bnexport error as a value: Ray would retry an exception."""
         try:
-            if self._worker is None:  # what a constructor raises reaches nobody as it is
+            if self._worker is None:  # Ray would wrap an exception of the constructor
                 self._worker = ShardWorker(pickle.loads(self._job))  # noqa: S301  (written by run_on_ray)
             return {"rows": self._worker.run(pickle.loads(row["shard"])), "error": b""}  # noqa: S301
         except BnexportError as error:
@@ -197,7 +198,7 @@ class ShardActor:
 
 @contextlib.contextmanager
 def threads_ended() -> Iterator[None]:
-    """Wait for threads that began in the block: one that calls Ray after its shutdown ends the process silently."""
+    """Wait for threads that started in the block: a thread that calls Ray after its shutdown ends the process silently."""
     before = set(threading.enumerate())
     try:
         yield
@@ -208,9 +209,9 @@ def threads_ended() -> Iterator[None]:
 
 
 def run_on_ray(job: BulkJob, shards: Sequence[Shard]) -> Iterator[int]:
-    """Predict shards in actors of a Ray cluster, or of one that is started here; yield the rows of each.
+    """Predict shards in actors of a Ray cluster, or of a Ray that is started here; yield the rows of each.
 
-    An actor that dies is replaced, and its shard is written again: as a whole, so that no row is there twice.
+    Ray replaces a dead actor, and its whole shard is written again, so that no row is duplicated.
     """
     ray, data = require("ray", purpose="--engine ray"), require("ray.data", purpose="--engine ray")
     bare = pickle.dumps(job.without_shards())
@@ -218,17 +219,17 @@ def run_on_ray(job: BulkJob, shards: Sequence[Shard]) -> Iterator[int]:
     started = not ray.is_initialized()
     if started:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its C++ part writes to the terminal
-        # A cluster is joined whose address is in the environment, or that runs on this machine; else Ray starts here.
+        # ray.init joins the cluster of RAY_ADDRESS, or one on this machine; otherwise it starts Ray here.
         try:
             ray.init(logging_level=logging.ERROR, log_to_driver=False, include_dashboard=False)
         except OSError as error:  # ConnectionError is one
             raise RuntimeUnavailable(
                 f"Ray can't be reached or started: {one_line(error)}",
-                remedy="Check RAY_ADDRESS and what the cluster asks for, or leave RAY_ADDRESS out to start Ray here",
+                remedy="Check RAY_ADDRESS and the cluster's requirements, or unset RAY_ADDRESS to start Ray here",
             ) from error
     logger = logging.getLogger("ray.data")
     level = logger.level
-    logger.setLevel(logging.ERROR)  # progress is told by our own listener
+    logger.setLevel(logging.ERROR)  # the listener reports progress
     try:
         data.DataContext.get_current().enable_progress_bars = False
         rows = data.from_items([{"shard": pickle.dumps(shard)} for shard in shards], override_num_blocks=len(shards))
@@ -241,7 +242,7 @@ def run_on_ray(job: BulkJob, shards: Sequence[Shard]) -> Iterator[int]:
                 yield int(row["rows"])
     except ray.exceptions.RayError as error:
         raise RuntimeUnavailable(
-            f"Ray gave up: {one_line(error)}", remedy="Run the same command again: it goes on where it was"
+            f"Ray failed: {one_line(error)}", remedy="Run the same command again to resume"
         ) from error
     finally:
         logger.setLevel(level)
@@ -249,7 +250,7 @@ def run_on_ray(job: BulkJob, shards: Sequence[Shard]) -> Iterator[int]:
             ray.shutdown()
 
 
-#: Engine -> what runs a job's shards. A new engine is a new row.
+#: Engine -> function that runs a job's shards. A new engine is a new row.
 ENGINES: dict[str, Callable[[BulkJob, Sequence[Shard]], Iterator[int]]] = {"local": run_locally, "ray": run_on_ray}
 
 
@@ -258,10 +259,10 @@ class BulkResult:
     """Result of a bulk prediction."""
 
     out: str  # The folder of predictions
-    rows: int  # In all files together
-    shards: int  # Files
-    resumed_rows: int  # Rows among them that an earlier run had written
-    seconds: float  # Duration of this run, from the first worker's start
+    rows: int  # Rows of all files
+    shards: int  # Number of files
+    resumed_rows: int  # Rows that an earlier run had written
+    seconds: float  # Duration of this run from the start of the first worker
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
@@ -277,28 +278,28 @@ def predict_in_bulk(
     request: BulkRequest = BulkRequest(),  # noqa: B008  (frozen)
     progress: BulkProgress | None = None,
 ) -> BulkResult:
-    """Label every image of some folders, .npy, .npz and Parquet files, into a folder of Parquet files.
+    """Label every image of folders, .npy, .npz and Parquet files, into a folder of Parquet files.
 
-    Each row is there exactly once, also when the run was killed and started again: the same shards are cut from the same
-    sources, and each is one file that appears whole.
+    Each row is written exactly once, even if the run was killed and started again: the same sources always give the same
+    shards, and each shard is one file that is complete or absent.
 
     Args:
         bundle: A bundle or its directory. Its hashes are checked first.
         sources: Folders and files.
-        out: A new folder, or one that the same job has begun.
+        out: A new folder, or the folder of the same job.
         engine: A key of ENGINES.
         request: Options.
         progress: Listener.
 
     Raises:
-        BundleError: The bundle was changed, or is no image classifier with one input and one output.
-        DataError: An image, or a source, that can't be read.
-        MissingDependency: pyarrow is not here, or Ray.
-        OutputError: ``out`` holds something else, another run is writing there, or it can't be written.
-        UsageError: An unknown engine, or sources that overlap.
+        BundleError: The bundle was changed, or is not an image classifier with one input and one output.
+        DataError: An image or a source can't be read.
+        MissingDependency: pyarrow or Ray is missing.
+        OutputError: ``out`` has other contents, another run is writing there, or it can't be written.
+        UsageError: The engine is unknown, or sources overlap.
     """
     if engine not in ENGINES:
-        raise UsageError(f"the engine {engine!r} is not known", remedy=f"Known: {', '.join(ENGINES)}")
+        raise UsageError(f"the engine {engine!r} is unknown", remedy=f"The engines are {', '.join(ENGINES)}")
     opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
     opened.check()
     image_preprocessing(opened)

@@ -1,4 +1,4 @@
-"""What a user asks of a bulk prediction, and what it tells while it runs."""
+"""Options of a bulk prediction, and the listener of its progress."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ class BulkRequest:
     """Options of a bulk prediction."""
 
     column: str = "image"  # Column of the images in Parquet files, and name of the array in .npz files
-    id_column: str | None = None  # Column of the rows' ids in Parquet files; None: file name and row number
-    logits: bool = False  # Write the raw logits beside the probabilities
+    id_column: str | None = None  # Column of the rows' ids in Parquet files; None uses file name and row number
+    logits: bool = False  # Write the raw logits in addition to the probabilities
     runtime: str = DEFAULT_RUNTIME  # A name from ``runtimes.catalogue.RUNNERS``
     batch_size: int = 256  # Images per call of the engine
-    shard_rows: int = 10_000  # Rows of one written file; what is lost when a process is killed
-    # Processes (local) or actors (Ray), each with a session of one thread; None: one per core, one on a GPU
+    shard_rows: int = 10_000  # Rows of one written file, and the most that a killed process loses
+    # Processes (local) or actors (Ray), each with a session of one thread; None uses one per core, or one on a GPU
     workers: int | None = None
-    force: bool = False  # Throw away what another job has written; files with the very rows of this one stay
+    force: bool = False  # Delete another job's files, except those with exactly the rows of this job
 
     def __post_init__(self) -> None:
         runner_spec(self.runtime)
@@ -43,10 +43,10 @@ class BulkRequest:
 
 
 class BulkProgress:
-    """Listener of a bulk prediction; every method may be overridden and does nothing here."""
+    """Listener of a bulk prediction. Its methods do nothing; override any of them."""
 
     def on_start(self, rows: int, done: int, workers: int) -> None:
-        """Receive the number of rows, those that an earlier run has written, and the number of workers."""
+        """Receive the number of rows, the rows that an earlier run has written, and the number of workers."""
 
     def on_shard(self, rows: int) -> None:
-        """Receive the rows of one more written file."""
+        """Receive the number of rows of a newly written file."""

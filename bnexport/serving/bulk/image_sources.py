@@ -1,6 +1,6 @@
-"""Sources of images: cut into shards, always the same ones for the same source, and read in batches that fit the model.
+"""Sources of images: cuts them into shards, and reads them in batches that fit the model.
 
-A shard is the unit of work, of writing and of resuming after a kill, so it does not depend on the caller or the time.
+A shard is the unit of work, of writing and of resuming after a kill, so the shards depend only on the source and the options.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ _NPZ_REMEDY = "Give an .npz file with one array of uint8 images, or name it with
 
 
 class NpzStream:
-    """One array of an .npz file, read in turn and never as a whole: memory stays that of a batch.
+    """One array of an .npz file, read batch by batch; it is never in memory as a whole.
 
     Args:
         path: The file.
-        column: Name of the array, where there are several.
+        column: Name of the array, if the file has several.
 
     Attributes:
         shape: (n, height, width, ...).
-        row: The next one that is read.
+        row: Index of the next row to be read.
     """
 
     def __init__(self, path: Path, column: str) -> None:
@@ -71,13 +71,13 @@ class NpzStream:
 
 
 class NpzFiles:
-    """The stream that a worker reads, kept open between shards: otherwise each shard would unpack all rows before it."""
+    """The open stream of a worker, kept between shards: otherwise each shard would unpack all rows before it."""
 
     def __init__(self) -> None:
         self._open: NpzStream | None = None
 
     def stream(self, path: Path, column: str, *, start: int) -> NpzStream:
-        """Return a stream that has not passed a row."""
+        """Return a stream that has not passed the row ``start``."""
         found = self._open
         if found is None or (found.path, found.column) != (path, column) or found.row > start:
             self.close()
@@ -114,7 +114,7 @@ def _member(path: Path, names: list[str], column: str) -> str:
         return f"{column}.npy"
     if len(names) != 1:
         have = ", ".join(repr(name.removesuffix(".npy")) for name in names[:10]) or "nothing"
-        raise DataError(f"{path} holds no array {column!r} but {have}", remedy="Name one with --column")
+        raise DataError(f"{path} contains no array {column!r}, only {have}", remedy="Name one with --column")
     return names[0]
 
 
@@ -134,19 +134,19 @@ class Shard:
     stat: str = ""  # Size and time of the file when the shards were cut; of pictures, a digest of theirs
 
     def check_unchanged(self) -> None:
-        """Refuse a file that has changed since it was cut into shards; a folder is not checked again."""
+        """Refuse a file that has changed since the planning; a folder is not checked again."""
         if self.kind != "folder" and _stat(Path(self.path)) != self.stat:
             raise DataError(
                 f"{self.path} has changed while it was read",
-                remedy="Leave the source as it is while it is read, and start again with --force",
+                remedy="Do not change the source while it is read, and start again with --force",
             )
 
 
 class ShardPlan(NamedTuple):
-    """The shards of one source, which is not read yet."""
+    """The shards of the sources, before reading."""
 
     shards: list[Shard]  # Shards in the order of the rows, numbered from 0
-    fingerprint: str  # Changes when the source does: sizes and times of its files, not their content
+    fingerprint: str  # Hash of the sizes and times of the sources' files
 
 
 def plan(sources: tuple[Path, ...], request: BulkRequest) -> ShardPlan:
@@ -158,10 +158,12 @@ def plan(sources: tuple[Path, ...], request: BulkRequest) -> ShardPlan:
         _check_name(path)
         kind = _kind_of(path)
         if request.id_column is not None and kind != "parquet":
-            raise UsageError(f"{path} has no column {request.id_column!r}", remedy="Leave --id-column to Parquet files")
+            raise UsageError(
+                f"{path} has no column {request.id_column!r}", remedy="Use --id-column only for Parquet files"
+            )
         found = SOURCES[kind](path, request)
         if not found.shards:
-            raise DataError(f"{path} holds no image", remedy=_REMEDY)
+            raise DataError(f"{path} contains no image", remedy=_REMEDY)
         digest.update(f"{path} {kind} {found.fingerprint}\n".encode())
         for shard in found.shards:
             shards.append(replace(shard, number=len(shards)))
@@ -174,7 +176,7 @@ def _refuse_overlaps(sources: tuple[Path, ...]) -> None:
         for other in (*places[:index], *places[index + 1 :]):
             if place == other or place.is_relative_to(other):
                 raise UsageError(
-                    f"{sources[index]} is given twice, or lies in another source", remedy="Give each image once"
+                    f"{sources[index]} is given twice, or is inside another source", remedy="Give each image once"
                 )
 
 
@@ -197,7 +199,7 @@ def _kind_of(path: Path) -> str:
     kind = path.suffix.lower().removeprefix(".")
     if kind not in SOURCES:
         raise DataError(
-            f"{path} is no folder and no .npy, .npz or Parquet file",
+            f"{path} is neither a folder nor a .npy, .npz or Parquet file",
             remedy=f"{_REMEDY}; single pictures are read without --out",
         )
     return kind
@@ -250,7 +252,7 @@ def _plan_parquet(path: Path, request: BulkRequest) -> ShardPlan:
         files = sorted(file for file in path.rglob("*.parquet") if not file.name.startswith((".", "_")))
         if (picture := next(pictures_below(path), None)) is not None:
             raise DataError(
-                f"{path} holds Parquet files and pictures ({picture[0]})", remedy="Give the one or the other"
+                f"{path} contains Parquet files and pictures ({picture[0]})", remedy="Give a folder with one of them"
             )
     shards, digest = [], hashlib.sha256()
     for file in files:
@@ -277,7 +279,7 @@ def _row_groups(path: Path, request: BulkRequest) -> list[int]:
         return [file.metadata.row_group(index).num_rows for index in range(file.metadata.num_row_groups)]
 
 
-#: Kind of source, a file's ending or "folder" -> what cuts it into shards. ``reading.READERS`` has a row for each.
+#: Kind of source (a file's ending or "folder") -> function that cuts it into shards. READERS has a row for each.
 SOURCES: dict[str, Callable[[Path, BulkRequest], ShardPlan]] = {
     "folder": _plan_folder,
     "npy": _plan_npy,
@@ -300,8 +302,10 @@ def _read_folder(shard: Shard, request: BulkRequest, preprocessing: Preprocessin
         found = []
         for part in shard.parts[start : start + request.batch_size]:
             images = load_images(Path(shard.path, str(part)), preprocessing)
-            if len(images) != 1:  # a stack under a picture's name
-                raise DataError(f"{images[0][0]} is one of several images in a picture", remedy="Name it .npy")
+            if len(images) != 1:  # a stack with a picture's file name
+                raise DataError(
+                    f"{images[0][0]} is one of several images in a picture file", remedy="Name the file .npy"
+                )
             found += images
         yield [name for name, _ in found], np.stack([image for _, image in found])
 
@@ -311,7 +315,7 @@ def _read_npy(shard: Shard, request: BulkRequest, preprocessing: Preprocessing, 
 
 
 def _npy_pieces(shard: Shard, batch: int) -> Iterator[Array]:
-    """Yield pieces of a .npy file; they are read and not mapped, because mapped pages count as this process's memory."""
+    """Yield pieces of a .npy file, read into memory: mapped pages would count as this process's memory."""
     array = map_npy(Path(shard.path), remedy=_REMEDY)
     size = math.prod(array.shape[1:])
     with Path(shard.path).open("rb") as file:
@@ -336,7 +340,7 @@ def _stacks(shard: Shard, pieces: Iterator[Array], preprocessing: Preprocessing)
 
 
 def _fitted(path: str, stack: Array, preprocessing: Preprocessing) -> Array:
-    """Return a stack that fits, in one copy; otherwise fit image by image."""
+    """Return a stack in the model's size: one copy if it fits already, otherwise fitted image by image."""
     colours = () if preprocessing.channels == 1 else (preprocessing.channels,)
     plain = stack[..., 0] if stack.ndim == 4 and stack.shape[3] == 1 else stack
     if plain.dtype == np.uint8 and plain.shape[1:] == (preprocessing.height, preprocessing.width, *colours):
@@ -357,12 +361,12 @@ def _decoded(
     for name, content in zip(ids, contents, strict=True):
         named = name if name.startswith(path) else f"{path}, {name}"
         if not content:
-            raise DataError(f"{named} has no image", remedy="Leave such rows out")
+            raise DataError(f"{named} has no image", remedy="Remove rows without an image")
         images.append(read_picture(content, preprocessing, name=named))
     return images
 
 
-#: Kind of shard -> its reader; ``sources.SOURCES`` has a row for each.
+#: Kind of shard -> its reader; SOURCES has a row for each.
 READERS: dict[str, Callable[[Shard, BulkRequest, Preprocessing, NpzFiles], Iterator[Batch]]] = {
     "folder": _read_folder,
     "npy": _read_npy,

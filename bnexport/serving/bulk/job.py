@@ -1,11 +1,11 @@
-"""A folder of predictions: what is to be written there, what is there already, and whether both belong together.
+"""A folder of predictions: plans a job, finds its existing files, and refuses files of another job.
 
 ::
 
-    OUT/_job.json             what was asked for: bundle, sources, columns
-    OUT/part-00000.parquet    one file per shard, whole or absent
+    OUT/_job.json             the job: bundle, sources, columns
+    OUT/part-00000.parquet    one file per shard, complete or absent
 
-Names that start with _ or . are left out by everything that reads a folder of Parquet files.
+Readers of Parquet folders ignore names that start with _ or a dot.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from bnexport.serving.bulk.parquet import rows_in
 JOB = "_job.json"
 FORMAT = "bnexport-predictions"
 FORMAT_VERSION = 2
-#: Keys of the description that tell of all shards together.
+#: Keys of the description that concern all shards together.
 _OF_ALL = ("sources", "fingerprint", "rows", "shards")
 
 
 @dataclass(frozen=True)
 class BulkJob:
-    """A bulk prediction: bundle, request, shards and the description in _job.json."""
+    """A bulk prediction."""
 
     bundle: str  # Directory of the bundle
     out: str  # The folder of predictions
     request: BulkRequest  # Options
-    shards: tuple[Shard, ...]  # All of them, in order
+    shards: tuple[Shard, ...]  # All shards, in order
     description: dict[str, Any]  # Content of _job.json
 
     @property
@@ -48,17 +48,17 @@ class BulkJob:
         return sum(shard.rows for shard in self.shards)
 
     def about(self, shard: Shard) -> str:
-        """Return the metadata of a shard's file: everything that decides its rows, and nothing of the rest of the job."""
+        """Return the metadata of a shard's file: everything that determines its rows."""
         common = {key: value for key, value in self.description.items() if key not in _OF_ALL}
         mine = {"source": shard.path, "start": shard.start, "rows": shard.rows, "stat": shard.stat}
         return json.dumps(common | mine, sort_keys=True)
 
     def without_shards(self) -> BulkJob:
-        """Return a copy for workers, to which shards are sent one by one."""
+        """Return a copy for workers, which receive shards one by one."""
         return replace(self, shards=())
 
     def missing(self) -> list[Shard]:
-        """Return the shards whose file is missing, incomplete, or has the rows of another job or of a changed source."""
+        """Return the shards whose file is missing, incomplete, or of another job or a changed source."""
         out = Path(self.out)
         return [shard for shard in self.shards if rows_in(part_file(out, shard), about=self.about(shard)) != shard.rows]
 
@@ -69,11 +69,11 @@ def part_file(out: Path, shard: Shard) -> Path:
 
 
 def make_job(bundle: Bundle, sources: tuple[Path, ...], out: Path, request: BulkRequest) -> BulkJob:
-    """Plan a job from its sources; nothing is written."""
+    """Plan a job from its sources without writing anything."""
     refuse_overlap(out, bundle.path)
     for source in sources:
         if out.resolve().is_relative_to(source.resolve()):
-            raise UsageError(f"{out} lies in the source {source}", remedy="Choose a folder outside of it")
+            raise UsageError(f"{out} is inside the source {source}", remedy="Choose a folder outside of it")
     planned = plan(sources, request)
     description = {
         "format": FORMAT,
@@ -96,7 +96,7 @@ def make_job(bundle: Bundle, sources: tuple[Path, ...], out: Path, request: Bulk
 
 @contextlib.contextmanager
 def folder_of(job: BulkJob) -> Iterator[None]:
-    """Hold the folder of predictions, opened for a job."""
+    """Lock the folder of predictions, and open it for a job."""
     out = Path(job.out)
     if out.exists() and not out.is_dir():
         raise _no_folder(out)
@@ -107,24 +107,24 @@ def folder_of(job: BulkJob) -> Iterator[None]:
 
 def _no_folder(out: Path) -> OutputError:
     return OutputError(
-        f"{out} is no folder of predictions", remedy="Choose another folder; --force does not replace it"
+        f"{out} is not a folder of predictions", remedy="Choose another folder; --force does not replace this one"
     )
 
 
 def open_folder(job: BulkJob) -> None:
-    """Begin in the folder of predictions, or resume this very job in it."""
+    """Begin a job in its folder, or resume it."""
     out = Path(job.out)
     before = _description(out)
     if before == job.description:
-        _remove(out.glob(".part-*.part"))  # what a killed process had begun
+        _remove(out.glob(".part-*.part"))  # unfinished files of a killed process
         return
     if before is None and any(out.iterdir()):
         raise _no_folder(out)
     if before is not None:
         if not job.request.force:
             raise OutputError(
-                f"{out} holds the predictions of another job: {_difference(before, job.description)}",
-                remedy="Choose another folder, or pass --force to throw away what does not belong to this one",
+                f"{out} contains the predictions of another job: {_difference(before, job.description)}",
+                remedy="Choose another folder, or delete the other job's files with --force",
             )
         kept = {part_file(out, shard) for shard in job.shards} - {part_file(out, shard) for shard in job.missing()}
         _remove([*({*out.glob("part-*.parquet")} - kept), *out.glob(".part-*.part")])
@@ -141,14 +141,14 @@ def _description(out: Path) -> dict[str, Any] | None:
     except (OSError, ValueError) as error:
         raise OutputError(f"{file} can't be read: {one_line(error)}", remedy="Choose another folder") from error
     if not isinstance(value, dict) or value.get("format") != FORMAT:
-        raise OutputError(f"{file} is not bnexport's", remedy="Choose another folder")
+        raise OutputError(f"{file} was not written by bnexport", remedy="Choose another folder")
     return value
 
 
 def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
     key = next(key for key in (*now, *before) if before.get(key) != now.get(key))
     if key == "fingerprint":
-        return "a source has changed since"
+        return "a source has changed"
     return f"{key} was {before.get(key)!r}, now {now.get(key)!r}"
 
 

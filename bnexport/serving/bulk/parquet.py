@@ -1,4 +1,4 @@
-"""Parquet: columns of image bytes in, predictions out. Needs pyarrow (extra ``parquet``)."""
+"""Reads columns of image bytes and writes predictions as Parquet, with pyarrow (extra ``parquet``)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def opened(path: Path) -> Iterator[Any]:
             yield file
     except (OSError, arrow.ArrowException) as error:
         raise DataError(
-            f"{path} is not a Parquet file that pyarrow reads: {one_line(error)}", remedy=_REMEDY
+            f"{path} is not a Parquet file that pyarrow can read: {one_line(error)}", remedy=_REMEDY
         ) from error
 
 
@@ -36,22 +36,22 @@ def _arrow() -> Any:
 
 
 def check_columns(path: Path, schema: Any, request: BulkRequest) -> None:
-    """Refuse a file without a column of bytes, or of structs that hold "bytes" as Hugging Face writes them."""
+    """Refuse a file without a column of bytes, or of structs with a field "bytes" as Hugging Face writes them."""
     names = ", ".join(map(repr, schema.names)) or "none"
     for name in (request.column, request.id_column):
         if name is not None and name not in schema.names:
             raise DataError(
-                f"{path} has no column {name!r}, it has {names}", remedy="Name it with --column or --id-column"
+                f"{path} has no column {name!r}, only {names}", remedy="Name one with --column or --id-column"
             )
         if schema.names.count(name) > 1:
-            raise DataError(f"{path} has several columns {name!r}", remedy="Give each column a name of its own")
+            raise DataError(f"{path} has several columns {name!r}", remedy="Give each column a different name")
     kind = schema.field(request.column).type
     if not _is_binary(kind) and not (_arrow().types.is_struct(kind) and _has_bytes(kind)):
         raise DataError(f"{path}: column {request.column!r} is {kind}, expected bytes", remedy=_REMEDY)
     if request.id_column is not None and not _is_plain(kind := schema.field(request.id_column).type):
         raise DataError(
             f"{path}: column {request.id_column!r} is {kind}, expected text or numbers",
-            remedy="Name another one with --id-column, or leave it out",
+            remedy="Name another column with --id-column, or omit the option",
         )
 
 
@@ -62,7 +62,7 @@ def _is_binary(kind: Any) -> bool:
 
 
 def _is_plain(kind: Any) -> bool:
-    """Return True for a type whose values have one usual text."""
+    """Return True for a type whose values have an unambiguous text form."""
     return not (_is_binary(kind) or _arrow().types.is_fixed_size_binary(kind) or _arrow().types.is_nested(kind))
 
 
@@ -74,7 +74,7 @@ def _has_bytes(kind: Any) -> bool:
 def encoded_images(
     path: Path, request: BulkRequest, *, row_groups: Sequence[int], start: int
 ) -> Iterator[tuple[list[str], list[bytes | None]]]:
-    """Yield ids and image bytes of some row groups, in batches; None for a row without an image."""
+    """Yield ids and image bytes of row groups, in batches; None for a row without an image."""
     columns = [name for name in (request.column, request.id_column) if name is not None]
     row = start
     with opened(path) as file:
@@ -94,9 +94,11 @@ def _ids(path: Path, start: int, column: Any) -> list[str]:
     try:
         values = column.to_pylist()
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} has ids that are not UTF-8: {one_line(error)}", remedy="Write them again") from error
+        raise DataError(
+            f"{path} has ids that are not UTF-8: {one_line(error)}", remedy="Write the ids as UTF-8"
+        ) from error
     if None in values:
-        raise DataError(f"{path}[{start + values.index(None)}] has no id", remedy="Leave such rows out")
+        raise DataError(f"{path}[{start + values.index(None)}] has no id", remedy="Remove rows without an id")
     return [str(value) for value in values]
 
 
@@ -120,16 +122,16 @@ def encode(ids: Sequence[str], logits: Array, *, labels: Sequence[str], keep_log
         columns["logits"] = arrow.FixedSizeListArray.from_arrays(arrow.array(logits.ravel()), classes)
     table = arrow.table(columns).replace_schema_metadata({"bnexport": about})
     file = io.BytesIO()
-    # Probabilities and logits are noise to a dictionary and to a compressor: they would only cost time.
+    # Dictionaries and stronger compression only cost time: probabilities and logits are noise to them.
     parquet.write_table(table, file, use_dictionary=["label"], compression="snappy")
     return file.getvalue()
 
 
 def rows_in(path: Path, *, about: str) -> int | None:
-    """Count the rows of a written file by its footer; None if it is incomplete, or was written with another ``about``."""
+    """Return the rows of a written file from its footer; None if it is incomplete or has another ``about``."""
     arrow, parquet = _arrow(), require("pyarrow.parquet", purpose="Parquet")
     try:
-        with path.open("rb") as file:  # a path that is not there would be tried as an address
+        with path.open("rb") as file:  # pyarrow would try a missing path as a URL
             footer = parquet.read_metadata(file)
     except (OSError, arrow.ArrowException):
         return None

@@ -1,10 +1,10 @@
-"""One gRPC call: the data that its log line needs, its message, and gRPC's codes for errors."""
+"""One gRPC call: its context, its message, and gRPC's codes for errors."""
 
 from __future__ import annotations
 
 import asyncio
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import unquote
 
 import grpc
@@ -13,11 +13,9 @@ import grpc.aio
 from bnexport.errors import BnexportError, RequestError
 from bnexport.proto_messages import message_classes
 from bnexport.serving.protocol.messages import status_of
+from bnexport.serving.state import RequestContext
 
-if TYPE_CHECKING:
-    from bnexport.serving.served_model import ServedModel
-
-#: Status of an error of the tree -> gRPC's code ("Status codes and their use in gRPC").
+#: HTTP status of an error -> gRPC's code ("Status codes and their use in gRPC").
 CODES: dict[int, grpc.StatusCode] = {
     400: grpc.StatusCode.INVALID_ARGUMENT,
     401: grpc.StatusCode.UNAUTHENTICATED,
@@ -34,50 +32,42 @@ CODES: dict[int, grpc.StatusCode] = {
 
 @functools.cache
 def classes() -> dict[str, Any]:
-    """Return the classes of the messages of both services, by name."""
+    """Return the message classes of both services, by name."""
     return message_classes("bnexport serve --grpc-port")
 
 
-class Call:
-    """One call; of a stream, one message of it.
+class Call(RequestContext):
+    """One call, or one message of a stream.
 
     Attributes:
-        path: "/package.Service/Method".
         context: gRPC's.
-        metadata: Lower-case name -> value, of those that are text.
-        id: Id of the request, the client's or a new one.
-        message_id: The id in its message; "" until that is known.
-        model: The answering model, once it is known.
-        rows: Samples, once they are known.
-        bytes_in: Bytes of the message.
+        metadata: Lower-case name -> value, of text values.
+        message_id: The id in its message; "" until it is known.
     """
 
-    __slots__ = ("bytes_in", "context", "id", "message_id", "metadata", "model", "path", "rows")
+    __slots__ = ("context", "message_id", "metadata")
 
     def __init__(self, path: str, context: Any, metadata: dict[str, Any], request_id: str) -> None:
-        self.path, self.context, self.metadata, self.id = path, context, metadata, request_id
-        self.model: ServedModel | None = None
-        self.rows = self.bytes_in = 0
-        self.message_id = ""
+        super().__init__(path, request_id)
+        self.context, self.metadata, self.message_id = context, metadata, ""
 
-    @property
-    def client(self) -> str:
-        """Client's address without its port: "127.0.0.1" of "ipv4:127.0.0.1:5000"."""
-        address = unquote(self.context.peer()).partition(":")[2].rpartition(":")[0]
-        return address.strip("[]")
+    def origin(self) -> tuple[str, str, str]:
+        """Return "gRPC", the client's address without its port ("127.0.0.1"), and ``traceparent`` or ""."""
+        address = unquote(self.context.peer()).partition(":")[2].rpartition(":")[0]  # of "ipv4:127.0.0.1:5000"
+        return "gRPC", address.strip("[]"), str(self.metadata.get("traceparent", ""))
 
 
 async def read_message(context: Any, seconds: float) -> bytes:
-    """Read the message of a call that has one."""
+    """Read the message of a call."""
     try:
         async with asyncio.timeout(seconds):
             message = await context.read()
     except TimeoutError as error:
         raise RequestError(
-            f"the message was not there after {seconds:g} seconds", remedy="Send it faster", status=408
+            f"the message did not arrive within {seconds:g} seconds", remedy="Send it faster", status=408
         ) from error
     if not isinstance(message, bytes):
-        raise RequestError("the call came without a message that can be read", remedy="Send one, within the limits")
+        raise RequestError("the call has no readable message", remedy="Send one message within the limits")
     return message
 
 

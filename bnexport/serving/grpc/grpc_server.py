@@ -1,4 +1,4 @@
-"""The gRPC server: from a call to a handler of the table, and back as an answer, a log line and counters."""
+"""The gRPC server: finds a call's handler in the table of methods, sends the answer, logs and counts it."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from bnexport.serving.grpc.methods import METHODS, STREAM, WATCH, Method, watch
 from bnexport.serving.listener import resolved
 from bnexport.serving.protocol.messages import sentence_of
 from bnexport.serving.serving_limits import ServingLimits
-from bnexport.serving.state import Answer, ServerState
+from bnexport.serving.state import ServerState
 from bnexport.validation.limits import shown
 
-#: Those who watch need no token and take a place among the calls.
+#: Calls of Watch at a time: they need no token, and count as open calls.
 _MOST_WATCHERS = 256
-#: Milliseconds after which a connection without calls is closed; clients open another one by themselves.
+#: Milliseconds after which a connection without calls is closed; clients connect again by themselves.
 _IDLE_MS = 300_000
-#: A closing server is shut after this many seconds without a refused call, and after the second number in any case.
+#: Seconds without a refused call after which a closing server is shut, and the longest time until then.
 _SILENCE, _FAREWELL = 0.5, 1.5
 
 
@@ -58,7 +58,7 @@ class GrpcServer(grpc.GenericRpcHandler):  # type: ignore[misc]
 
     async def start(self) -> None:
         """Listen."""
-        # What gRPC's wrapper says on standard error are faults that clients can bring about, too.
+        # gRPC's Python part logs errors to standard error that clients can cause.
         logging.getLogger("grpc").setLevel(logging.CRITICAL + 1)
         server = grpc.aio.server(
             options=_options(self.state.settings.limits, reuse=self.settings.reuse_port),
@@ -66,7 +66,7 @@ class GrpcServer(grpc.GenericRpcHandler):  # type: ignore[misc]
         )
         server.add_generic_rpc_handlers((self,))
         try:
-            # gRPC would take every address of a name, HTTP takes one.
+            # gRPC would listen at every address of a name; HTTP listens at one.
             host = resolved(self.settings.host, self.settings.port)[1][0]
             address = f"[{host}]:{self.settings.port}" if ":" in host else f"{host}:{self.settings.port}"
             tls = self.settings.tls
@@ -77,7 +77,7 @@ class GrpcServer(grpc.GenericRpcHandler):  # type: ignore[misc]
                 self.port = server.add_secure_port(address, grpc.ssl_server_credentials((pair,)))
         except (RuntimeError, OSError, ValueError) as error:
             raise UsageError(
-                f"{self.settings.host} port {self.settings.port} can't be served on by gRPC: {one_line(error)}",
+                f"{self.settings.host} port {self.settings.port} can't be used by gRPC: {one_line(error)}",
                 remedy="Choose another --host or --grpc-port",
             ) from error
         await server.start()
@@ -90,41 +90,41 @@ class GrpcServer(grpc.GenericRpcHandler):  # type: ignore[misc]
             task.cancel()
         if self._server is None:
             return
-        # gRPC would cancel the calls that come while it stops, without a word of why.
+        # gRPC would cancel calls that arrive while it stops, without a reason.
         start = self._refused_at = time.monotonic()
         while grace is not None and time.monotonic() < min(self._refused_at + _SILENCE, start + min(_FAREWELL, grace)):
             await asyncio.sleep(0.01)
         await self._server.stop(None if grace is None else max(grace - (time.monotonic() - start), 0.0))
 
     def is_closing(self) -> bool:
-        """Return True if no calls are accepted any more."""
+        """Return True if the server refuses new calls."""
         return self._closing
 
     def service(self, details: Any) -> Any:
-        """Return the handler of a call (grpc.GenericRpcHandler's)."""
+        """Return the handler of a call, as grpc.GenericRpcHandler requires."""
         found = self._handlers.get(details.method)
         return found if found is not None else self._unary(details.method, None)
 
     def _unary(self, path: str, method: Method | None) -> Any:
         """Make a handler of calls with one message.
 
-        For gRPC they are calls with many, which begin before their message has arrived. So the token is checked first, the
-        message has its own time limit, and the number of calls is known.
+        They are declared as calls with a stream of messages, because gRPC starts such a handler before the first message
+        arrives. So the token is checked first, the message has its own time limit, and all open calls are counted.
         """
 
         async def answer(_messages: Any, context: Any) -> bytes:
             call = self._call(path, context)
             context.set_trailing_metadata((("x-request-id", call.id),))
             code, answer = await self._measured(call, self._answer(method, call), counted=method is not None)
-            return _told(context, code, answer)
+            return _finished(context, code, answer)
 
         return grpc.stream_unary_rpc_method_handler(answer)
 
     async def _answer(self, method: Method | None, call: Call) -> bytes:
         if method is None:
             raise RequestError(
-                f"there is no method {shown(call.path, 200)}",
-                remedy="docs/serving.md has the table of methods",
+                f"the server has no method {shown(call.path, 200)}",
+                remedy="docs/serving_reference.md has the table of methods",
                 status=501,
             )
         if not method.probe:
@@ -139,12 +139,12 @@ class GrpcServer(grpc.GenericRpcHandler):  # type: ignore[misc]
             state.memory.release(len(data))
 
     async def _stream(self, _messages: Any, context: Any) -> None:
-        """Answer ModelStreamInfer: one answer per request, in order; an error ends a request and not the stream."""
+        """Answer ModelStreamInfer: one answer per request, in order. An error ends a request but not the stream."""
         call = self._call(STREAM, context)
         try:
             self._let_in(call)
         except BnexportError as error:
-            _told(context, code_of(error), error)
+            _finished(context, code_of(error), error)
             return
         while (data := await self._next(context)) is not None:
             one = self._call(STREAM, context)
@@ -154,7 +154,7 @@ class GrpcServer(grpc.GenericRpcHandler):  # type: ignore[misc]
                 answer = _failed(one, answer)
             await context.write(answer)
         if self.is_closing():
-            _told(context, grpc.StatusCode.UNAVAILABLE, _stopping())
+            _finished(context, grpc.StatusCode.UNAVAILABLE, _stopping())
 
     async def _streamed(self, call: Call, data: bytes) -> bytes:
         self.state.last_work = time.monotonic()
@@ -168,7 +168,7 @@ class GrpcServer(grpc.GenericRpcHandler):  # type: ignore[misc]
         return answer
 
     async def _next(self, context: Any) -> bytes | None:
-        """Return the next message of a stream; None at its end, and when the server closes."""
+        """Return the next message of a stream; None at its end or if the server closes."""
         if self.is_closing():
             return None
         task = asyncio.current_task()
@@ -190,17 +190,19 @@ class GrpcServer(grpc.GenericRpcHandler):  # type: ignore[misc]
         try:
             if self._watching > _MOST_WATCHERS:
                 raise RequestError(
-                    f"{_MOST_WATCHERS} clients watch already", remedy="Ask Check now and then", status=413
+                    f"{_MOST_WATCHERS} clients watch already, which is the limit",
+                    remedy="Call Check regularly instead",
+                    status=413,
                 )
             await watch(self.state, context, self.is_closing)
         except BnexportError as error:
-            _told(context, code_of(error), error)
+            _finished(context, code_of(error), error)
         finally:
             self._watching -= 1
 
     def _let_in(self, call: Call) -> None:
         shown_tokens = [value for name, value in call.context.invocation_metadata() if name == "authorization"]
-        # Two readers would take different ones of several.
+        # Of several values, two programs could use different ones.
         self.state.let_in(shown_tokens[0].encode() if len(shown_tokens) == 1 else b"")
         if self.is_closing():
             self._refused_at = time.monotonic()
@@ -214,7 +216,7 @@ class GrpcServer(grpc.GenericRpcHandler):  # type: ignore[misc]
     async def _measured(
         self, call: Call, work: Awaitable[bytes], *, counted: bool
     ) -> tuple[grpc.StatusCode, bytes | BnexportError]:
-        """Do the work of a call, count it and log it; return its code, and the answer or the error."""
+        """Await the answer to a call, count and log it; return its code, and the answer or the error."""
         state, start = self.state, time.perf_counter_ns()
         state.active += 1
         state.calls_active += 1
@@ -228,22 +230,18 @@ class GrpcServer(grpc.GenericRpcHandler):  # type: ignore[misc]
         except Exception as error:
             state.log.event("fault", id=call.id, path=call.path, error=f"{type(error).__name__}: {one_line(error)}")
             code = grpc.StatusCode.INTERNAL
-            answer = NotServing("the server failed", remedy="Its log says how", status=500)
+            answer = NotServing("the server failed", remedy="Its log has the error", status=500)
         finally:
             state.active -= 1
             state.calls_active -= 1
             state.calls[call.path if counted else "none", code.name] += 1
             ns, size = time.perf_counter_ns() - start, len(answer) if isinstance(answer, bytes) else 0
-            if call.model is not None:
-                call.model.statistics.answered(ns, ok=code is grpc.StatusCode.OK)
-            if state.log.access:
-                trace = str(call.metadata.get("traceparent", ""))
-                state.log_answer(call, Answer(call.client, "gRPC", code.name, ns, size, trace))
+            state.answered(call, code.name, ns, size, ok=code is grpc.StatusCode.OK)
         return code, answer
 
 
-def _told(context: Any, code: grpc.StatusCode, answer: bytes | BnexportError) -> bytes:
-    """Set the code and the sentence of an error; return the answer's bytes."""
+def _finished(context: Any, code: grpc.StatusCode, answer: bytes | BnexportError) -> bytes:
+    """Return the bytes of an answer; for an error, set its code and sentence and return none."""
     if isinstance(answer, BnexportError):
         context.set_code(code)
         context.set_details(sentence_of(answer))
@@ -252,7 +250,7 @@ def _told(context: Any, code: grpc.StatusCode, answer: bytes | BnexportError) ->
 
 
 def _failed(call: Call, error: BnexportError) -> bytes:
-    """Return the error answer to a request of a stream; like Triton's, it has the request's id."""
+    """Return the error answer to a request of a stream, with the request's id as Triton does."""
     message = classes()["ModelStreamInferResponse"](error_message=sentence_of(error))
     message.infer_response.id = call.message_id
     data: bytes = message.SerializeToString()
@@ -260,11 +258,13 @@ def _failed(call: Call, error: BnexportError) -> bytes:
 
 
 def _stopping() -> NotServing:
-    return NotServing("the server has stopped to take requests", remedy="Ask another server, or this one later")
+    return NotServing(
+        "the server is stopping and takes no more requests", remedy="Try another server, or this one later"
+    )
 
 
 def _options(limits: ServingLimits, *, reuse: bool) -> list[tuple[str, Any]]:
-    """Return the limits that gRPC itself enforces."""
+    """Return the options for limits that gRPC itself enforces."""
     return [
         ("grpc.so_reuseport", int(reuse)),
         ("grpc.max_receive_message_length", min(limits.body_bytes, limits.inflated_bytes, 2**31 - 1)),

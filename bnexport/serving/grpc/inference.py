@@ -1,9 +1,8 @@
-"""ModelInfer: from a message to a request that fits its model, and from its answer to a message.
+"""ModelInfer: decodes a message to a request that fits its model, and encodes the answer.
 
-A request is taken apart on the wire before protobuf builds anything.
-
-Two bytes of a message can be an empty tensor that takes seventy in memory, so what is not a raw tensor is counted first. The
-raw tensors are not copied. What is left, the description, is the same again and again and can be remembered.
+The wire format is split before protobuf parses anything. Two bytes of a message can encode an empty tensor that takes seventy
+bytes in memory, so the bytes outside raw tensors are limited first. The raw tensors are not copied. The rest of the message
+describes them; clients repeat it, so its parsed form is cached.
 
 Source: Protocol Buffers, "Encoding".
 """
@@ -34,24 +33,23 @@ from bnexport.validation.limits import shown
 _ID, _RAW = 3 << 3 | BYTES, 7 << 3 | BYTES
 #: Raw tensors of one request.
 _MOST_RAW = 1024
-BROKEN = "the message is no inference.ModelInferRequest"
-_REMEDY = "Let a client of the protocol write it"
+BROKEN = "the message is not an inference.ModelInferRequest"
+_REMEDY = "Write it with a client of the protocol"
 
-
-#: Where bytes begin, and how many they are.
+#: Start and number of bytes.
 Span = tuple[int, int]
 
 
 class Split(NamedTuple):
-    """Parts of a request."""
+    """The parts of a request."""
 
-    header: bytes  # The message without the other two
-    id: str  # The request's
-    raw: list[Span]  # Start of each raw tensor in the message, and its bytes
+    header: bytes  # The message without the id and the raw tensors
+    id: str  # Id of the request
+    raw: list[Span]  # The raw tensors in the message
 
 
 def split(message: bytes, *, most: int) -> Split:
-    """Take a message apart."""
+    """Split a message that has at most ``most`` bytes besides raw tensors."""
     raw: list[Span] = []
     pieces: list[bytes] = []
     request_id, position, end, size = "", 0, len(message), 0
@@ -84,13 +82,13 @@ def split(message: bytes, *, most: int) -> Split:
             size += position - start
             if size > most:
                 raise RequestError(
-                    f"the message has more than {most} bytes beside raw tensors",
+                    f"the message has more than {most} bytes besides raw tensors",
                     remedy="Send the tensors as raw_input_contents",
                     status=413,
                 )
             pieces.append(message[start:position])
     except UnicodeDecodeError as error:
-        raise RequestError("the id is not UTF-8", remedy="Send a text, or none") from error
+        raise RequestError("the id is not UTF-8", remedy="Send UTF-8, or no id") from error
     except Refusal as error:
         raise RequestError(BROKEN, remedy=_REMEDY) from error
     if position != end:
@@ -98,24 +96,23 @@ def split(message: bytes, *, most: int) -> Split:
     return Split(b"".join(pieces), request_id, raw)
 
 
-#: The protocol's element type -> the field of InferTensorContents that holds it, and the type that it has there. What is not
-#: here comes as raw bytes only.
+#: The protocol's element type -> its field of InferTensorContents, and numpy's element type. Others are sent raw only.
 CONTENTS: dict[str, tuple[str, str]] = {
     row.datatype: (row.contents, name) for name, row in ELEMENT_TYPES.items() if row.contents
 }
-#: Description of a request without its tensors -> the model that it names.
+#: Header of a request -> name and version of its model.
 _known: BoundedCache[bytes, tuple[str, str]] = BoundedCache(256)
 
 
 async def infer(state: ServerState, call: Call, message: bytes) -> Any:
-    """Return the ModelInferResponse of a request, on the hot path: decode, queue, encode."""
+    """Return the ModelInferResponse of a request. This is the hot path: decode, queue, encode."""
     parts = split(message, most=state.settings.limits.header_json_bytes)
     call.message_id = parts.id
     name, version = _known.get(parts.header) or _named(parts.header)
     model = call.model = state.repository.resolve(name, version or None)
     request = decode(model.decoder, message, parts, patience=call.context.time_remaining())
     call.rows = request.rows
-    # With company it queues, where those that came together become one batch.
+    # Concurrent requests queue, so that they form one batch.
     arrays = model.batcher.run_now(request.inputs, request.rows) if state.active == 1 else None
     response = await model.infer(request) if arrays is None else model.response(request, arrays)
     return encoded(response)
@@ -132,7 +129,7 @@ def decode(decoder: Decoder, message: bytes, parts: Split, *, patience: float | 
 
 
 def encoded(response: InferResponse) -> Any:
-    """Return an answer as a ModelInferResponse with its tensors as raw bytes."""
+    """Return a ModelInferResponse with raw tensors."""
     made = classes()["ModelInferResponse"](model_name=response.model, model_version=response.version, id=response.id)
     for tensor in response.outputs:
         made.outputs.add(name=tensor.name, datatype=tensor.datatype, shape=tensor.shape)
@@ -143,7 +140,7 @@ def encoded(response: InferResponse) -> Any:
 
 
 def _named(header: bytes) -> tuple[str, str]:
-    """Return name and version of the model that a request is for."""
+    """Return name and version of a request's model."""
     message = _parsed(header)
     found = message.model_name, message.model_version
     if len(header) <= SHORT:
@@ -155,11 +152,11 @@ def _parsed(header: bytes) -> Any:
     try:
         return classes()["ModelInferRequest"].FromString(header)
     except DecodeError as error:
-        raise RequestError(BROKEN, remedy="Let a client of the protocol write it") from error
+        raise RequestError(BROKEN, remedy=_REMEDY) from error
 
 
 def _described(header: bytes, decoder: Decoder, spans: Sequence[Span], *, typed: bool) -> dict[str, Any]:
-    """Describe a request as the protocol's JSON does, with its tensors as bytes of known sizes."""
+    """Return a request's description in the form of the protocol's JSON with binary tensors."""
     message = _parsed(header)
     decoder.check_count(len(message.inputs))
     if len(spans) != len(message.inputs):
@@ -169,7 +166,7 @@ def _described(header: bytes, decoder: Decoder, spans: Sequence[Span], *, typed:
         )
     if not typed and any(item.contents.ListFields() for item in message.inputs):
         raise RequestError(
-            "the request has both contents and raw_input_contents", remedy="Send all tensors in one of the two ways"
+            "the request has both contents and raw_input_contents", remedy="Send all tensors as one of the two"
         )
     return {
         "parameters": _values(message.parameters) | {"binary_data_output": True},
@@ -197,7 +194,7 @@ def _values(parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _typed(message: Any, decoder: Decoder) -> tuple[bytes, list[Span]]:
-    """Return the contents of all inputs as consecutive bytes, and the span of each."""
+    """Return the typed contents of all inputs as consecutive bytes, and the span of each."""
     decoder.check_count(len(message.inputs))
     chunks = [_bytes_of(item) for item in message.inputs]
     ends = list(itertools.accumulate(map(len, chunks), initial=0))
@@ -205,22 +202,22 @@ def _typed(message: Any, decoder: Decoder) -> tuple[bytes, list[Span]]:
 
 
 def _bytes_of(item: Any) -> bytes:
-    """Return the contents of one input in its element type; the decoder compares it with the model's."""
+    """Return the typed contents of one input as bytes; the decoder compares the element type with the model's."""
     if item.datatype not in DATATYPES.values():
         return b""
-    told = f"input {shown(item.name)}"
+    name = f"input {shown(item.name)}"
     if item.datatype not in CONTENTS:
-        raise RequestError(f"{told} is {item.datatype}, which contents can't hold", remedy="Send raw_input_contents")
+        raise RequestError(f"{name} is {item.datatype}, which contents can't hold", remedy="Send raw_input_contents")
     field, dtype = CONTENTS[item.datatype]
     filled = [found.name for found, _ in item.contents.ListFields()]
     if filled != [field]:
         raise RequestError(
-            f"{told} has {'no data' if not filled else ' and '.join(filled)}",
+            f"{name} has {'no data' if not filled else ' and '.join(filled)}",
             remedy=f"Send {item.datatype} as {field}, or all tensors as raw_input_contents",
         )
     values = getattr(item.contents, field)
     kind = np.dtype(dtype).kind
     wide = np.fromiter(values, np.int64 if kind in "iu" else dtype, len(values))
     if kind in "iu" and not np.iinfo(dtype).min <= wide.min() <= wide.max() <= np.iinfo(dtype).max:
-        raise RequestError(f"{told} holds a number that {dtype} can't", remedy="Send smaller numbers")
+        raise RequestError(f"{name} contains a number outside the range of {dtype}", remedy="Send smaller numbers")
     return wide.astype(dtype).tobytes()

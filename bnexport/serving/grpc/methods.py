@@ -1,6 +1,6 @@
 """The table of gRPC methods and their handlers: the protocol's, and gRPC's Health Checking Protocol.
 
-For the health service, "" is the server, and each model has its name.
+The health service has the service "" for the server, and one service per model, with the model's name.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from bnexport.serving.repository import READY
 from bnexport.serving.state import ServerState
 from bnexport.validation.limits import shown
 
-#: Name of a state of a service -> its number.
+#: Name of a service's state -> its number.
 STATUSES: dict[str, int] = dict(classes()["HealthCheckResponse"].ServingStatus.items())
-#: Names that stand for the whole server.
+#: Names of the service for the whole server.
 _SERVER = ("", f"{INFERENCE}.GRPCInferenceService")
-#: Seconds between looks for one who watches.
+#: Seconds between the checks of Watch.
 _LOOK = 0.1
 
 
 def status_of_service(state: ServerState, service: str) -> int:
-    """Return a value of STATUSES."""
+    """Return a service's state, a value of STATUSES."""
     if service in _SERVER:
         return STATUSES["NOT_SERVING" if metadata.why_not_ready(state) else "SERVING"]
     try:
@@ -41,41 +41,41 @@ def status_of_service(state: ServerState, service: str) -> int:
 
 
 async def check(state: ServerState, _call: Call, request: Any) -> Any:
-    """Return the state of a service at this moment."""
+    """Return the current state of a service."""
     status = status_of_service(state, request.service)
     if status == STATUSES["SERVICE_UNKNOWN"]:
         raise RequestError(
-            f"there is no service {shown(request.service)}", remedy='Ask for "" or a model\'s name', status=404
+            f"the server has no service {shown(request.service)}", remedy='Name "" or a model', status=404
         )
     return classes()["HealthCheckResponse"](status=status)
 
 
 async def watch(state: ServerState, context: Any, closing: Callable[[], bool]) -> None:
-    """Send the state of a service now and at each change, until the server closes."""
+    """Send the state of a service at once and after each change, until the server closes."""
     data = await read_message(context, state.settings.limits.body_seconds)
     try:
         service = classes()["HealthCheckRequest"].FromString(data).service
     except DecodeError as error:
-        raise RequestError("the message is no HealthCheckRequest", remedy="Name a service") from error
-    told = -1
+        raise RequestError("the message is not a HealthCheckRequest", remedy="Name a service") from error
+    sent = -1
     while not closing():
         status = status_of_service(state, service)
-        if status != told:
+        if status != sent:
             await context.write(classes()["HealthCheckResponse"](status=status).SerializeToString())
-            told = status
+            sent = status
         await asyncio.sleep(_LOOK)
 
 
-#: (state, call, the request's message) -> the answer's.
+#: (state, call, request message) -> answer message.
 Handler = Callable[[ServerState, Call, Any], Awaitable[Any]]
 
 
 class Method(NamedTuple):
     """One row of METHODS."""
 
-    request: str  # Name of the request's message; "" for a handler that takes the bytes as they came
-    handler: Handler  # Answers
-    probe: bool = False  # A supervisor's probe: open without a token, and a stop does not wait for it
+    request: str  # Name of the request message's class; "" for a handler that takes bytes
+    handler: Handler  # Function that answers
+    probe: bool = False  # A health probe: needs no token, and a stop does not wait for it
 
     async def answer(self, state: ServerState, call: Call, data: bytes) -> bytes:
         """Answer a message."""
@@ -97,7 +97,8 @@ def _parsed(name: str, data: bytes, most: int) -> Any:
         return kind.FromString(data)
     except DecodeError as error:
         raise RequestError(
-            f"the message is no {kind.DESCRIPTOR.full_name}", remedy="Let a client of the protocol write it"
+            f"the message can't be parsed as {kind.DESCRIPTOR.full_name}",
+            remedy="Write it with a client of the protocol",
         ) from error
 
 
@@ -111,12 +112,12 @@ async def server_live(_state: ServerState, _call: Call, _request: Any) -> Any:
 
 
 async def server_ready(state: ServerState, _call: Call, _request: Any) -> Any:
-    """Report if requests should be sent here."""
+    """Report if clients should send requests to this server."""
     return classes()["ServerReadyResponse"](ready=not metadata.why_not_ready(state))
 
 
 async def model_ready(state: ServerState, _call: Call, request: Any) -> Any:
-    """Report if a model answers; an unknown one does not."""
+    """Report if a model answers; False for an unknown one."""
     try:
         ready = not metadata.why_model_not_ready(state, request.name, request.version or None)
     except RequestError:
@@ -147,7 +148,7 @@ async def model_statistics(state: ServerState, _call: Call, request: Any) -> Any
 
 
 async def repository_index(state: ServerState, _call: Call, request: Any) -> Any:
-    """List every model version with its state, or those that are ready."""
+    """List every model version with its state, or only ready ones."""
     models = [row for row in state.repository.index() if not request.ready or row["state"] == READY]
     return _filled("RepositoryIndexResponse", {"models": models})
 
@@ -156,7 +157,7 @@ async def load(state: ServerState, _call: Call, request: Any) -> Any:
     """Load a model's versions from disk."""
     state.permit_loading()
     if request.parameters:
-        raise RequestError("a model is loaded as it lies on disk, without parameters", remedy="Send none")
+        raise RequestError("a model is loaded from disk as it is, without parameters", remedy="Send no parameters")
     await state.repository.reload(_model_named(request))
     return classes()["RepositoryModelLoadResponse"]()
 
@@ -169,14 +170,14 @@ async def unload(state: ServerState, _call: Call, request: Any) -> Any:
 
 
 def _model_named(request: Any) -> str:
-    """Return the model's name; KServe's message has it where Triton's has the repository's name."""
+    """Return the model's name; KServe's message has it in the field for Triton's repository name."""
     return str(request.model_name or request.repository_name)
 
 
 _SERVICE = f"/{INFERENCE}.GRPCInferenceService/"
 INFER, STREAM = f"{_SERVICE}ModelInfer", f"{_SERVICE}ModelStreamInfer"
 WATCH = f"/{HEALTH}.Health/Watch"
-#: Path -> method. The server itself handles the two that stream, STREAM and WATCH.
+#: Path -> method. grpc_server.py handles the two streaming methods, STREAM and WATCH.
 METHODS: dict[str, Method] = {
     INFER: Method("", infer),
     f"{_SERVICE}ServerLive": Method("ServerLiveRequest", server_live, probe=True),

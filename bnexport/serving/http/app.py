@@ -1,4 +1,4 @@
-"""The ASGI application: from a request to a handler of the table, and back as an answer, a log line and counters."""
+"""The ASGI application: finds a request's handler in the table of routes, sends the answer, logs and counts it."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Any
 
 from bnexport.errors import BnexportError, NotServing
 from bnexport.optional import one_line
-from bnexport.serving.http.exchange import Disconnected, Exchange, Receive, State, check_host, check_once
+from bnexport.serving.http.exchange import Disconnected, Exchange, Receive, check_host, check_once
 from bnexport.serving.http.reply import Reply, error_reply, packed, reply_headers
 from bnexport.serving.http.routes import find_route
-from bnexport.serving.state import Answer
+from bnexport.serving.state import ServerState
 
 Scope = MutableMapping[str, Any]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 
 class App:
-    """An ASGI application (version 3.0) that serves a repository, with the state that its requests share."""
+    """An ASGI application (version 3.0) that serves a repository."""
 
-    def __init__(self, state: State) -> None:
+    def __init__(self, state: ServerState) -> None:
         self.state = state
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -32,7 +32,8 @@ class App:
         start = time.perf_counter_ns()
         pairs = scope["headers"]
         headers = dict(pairs)
-        exchange = Exchange(scope["method"], scope["path"], headers, receive, self.id_of(headers))
+        client = (scope.get("client") or ("",))[0]
+        exchange = Exchange(scope["method"], scope["path"], headers, receive, self.id_of(headers), client)
         state.active += 1
         route = ""
         try:
@@ -47,47 +48,42 @@ class App:
         except Disconnected:
             return
         except asyncio.CancelledError:
-            reply = error_reply(NotServing("the server stopped before the answer was there", remedy="Try again"))
+            reply = error_reply(NotServing("the server stopped before it could answer", remedy="Try again"))
         except Exception as error:
             reply = self.failed(exchange, error)
         finally:
             state.active -= 1
-        # The time counts from the last byte, as in the fast lane: a slow client makes no slow server.
-        reply = self.told(exchange, (scope.get("client") or ("",))[0], route, reply, exchange.arrived_ns or start)
+        # The time counts from the last byte, as in the fast lane: a slow client must not look like a slow server.
+        reply = self.finished(exchange, route, reply, exchange.arrived_ns or start)
         headers_out = reply_headers(reply, exchange, close=state.draining)
         await send({"type": "http.response.start", "status": reply.status, "headers": headers_out})
         await send({"type": "http.response.body", "body": reply.body})
 
     def failed(self, exchange: Exchange, error: Exception) -> Reply:
-        """Return the reply to an error; an unexpected one is logged."""
+        """Return the reply to an error; log an unexpected one."""
         if isinstance(error, BnexportError):
             return error_reply(error)
         self.state.log.event(
             "fault", id=exchange.id, path=exchange.path[:200], error=f"{type(error).__name__}: {one_line(error)}"
         )
-        return error_reply(NotServing("the server failed", remedy="Its log says how", status=500))
+        return error_reply(NotServing("the server failed", remedy="Its log has the error", status=500))
 
     def let_in(self, headers: dict[bytes, bytes]) -> None:
         """Check the token, and record the time of the request."""
         self.state.let_in(headers.get(b"authorization", b""))
         self.state.last_work = time.monotonic()
 
-    def told(self, exchange: Exchange, client: str, route: str, reply: Reply, start_ns: int) -> Reply:
+    def finished(self, exchange: Exchange, route: str, reply: Reply, start_ns: int) -> Reply:
         """Compress a reply if the client accepts that, count it, and log it."""
         if exchange.model is not None and (accepted := exchange.headers.get(b"accept-encoding")) is not None:
             reply = packed(reply, accepted)
         ns = time.perf_counter_ns() - start_ns
         self.state.requests[route, reply.status] += 1
-        if exchange.model is not None:
-            exchange.model.statistics.answered(ns, ok=reply.status < 400)
-        if self.state.log.access:
-            trace = exchange.headers.get(b"traceparent", b"").decode("latin-1")
-            answer = Answer(client, exchange.method, reply.status, ns, len(reply.body), trace)
-            self.state.log_answer(exchange, answer)
+        self.state.answered(exchange, reply.status, ns, len(reply.body), ok=reply.status < 400)
         return reply
 
     def refused(self, client: str, status: int, reason: str) -> None:
-        """Count and log input that was refused before it was a request: malformed, too slow, too large, too many."""
+        """Count and log input that was refused before it became a request: malformed, too slow, too large, too many."""
         self.state.requests["", status] += 1
         if self.state.log.access:
             self.state.log.request({"time": time.time(), "client": client, "status": status, "reason": reason})

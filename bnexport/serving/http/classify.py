@@ -1,4 +1,4 @@
-"""The route ``classify``: pictures of a request, alone or in a multipart form, to labels.
+"""The route ``classify``: labels one picture, or several in a multipart form.
 
 The multipart reader is written by hand on purpose: it counts parts and bytes before it keeps any.
 """
@@ -14,9 +14,10 @@ import numpy as np
 from bnexport.data.images import read_picture
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import RequestError
-from bnexport.serving.http.exchange import Exchange, State
+from bnexport.serving.http.exchange import Exchange, read_body
 from bnexport.serving.http.reply import Reply, json_reply
 from bnexport.serving.predictor import labelled
+from bnexport.serving.state import ServerState
 from bnexport.tensors import Array
 from bnexport.validation.limits import shown
 
@@ -25,7 +26,7 @@ _BOUNDARY = re.compile(rb'boundary=(?:"([^"\r\n]{1,70})"|([^\s";,]{1,70}))(?:\s*
 _FILENAME = re.compile(rb'filename="([^"\r\n]*)"')
 _CODING = re.compile(rb"content-transfer-encoding:\s*(?!(?:binary|8bit|7bit)\s*(?:\r|\Z))", re.IGNORECASE)
 _PART_HEADERS = 8192
-_AGAIN = "Let the HTTP library write the body"
+_AGAIN = "Write the body with an HTTP library"
 
 
 class Picture(NamedTuple):
@@ -44,12 +45,12 @@ def pictures_of(body: bytes, content_type: bytes, *, most: int) -> list[Picture]
         found = [Picture("image", body)]
     else:
         raise RequestError(
-            f"the content-type {shown(kind.decode('latin-1'))} is no picture",
+            f"the content-type {shown(kind.decode('latin-1'))} is not that of a picture",
             remedy="Send image/png, image/jpeg, or several as multipart/form-data",
             status=415,
         )
     if not found or not all(picture.content for picture in found):
-        raise RequestError("a picture is empty, or there is none", remedy="Send a PNG or JPEG")
+        raise RequestError("a picture is empty or missing", remedy="Send a PNG or JPEG")
     return found
 
 
@@ -57,7 +58,7 @@ def _parts(body: bytes, content_type: bytes, most: int) -> list[Picture]:
     match = _BOUNDARY.search(content_type)
     if match is None:
         raise RequestError(
-            "multipart/form-data comes without a boundary", remedy="Let the HTTP library write the header"
+            "the content-type multipart/form-data has no boundary", remedy="Write the header with an HTTP library"
         )
     mark = b"--" + (match[1] or match[2])
     if not body.startswith(mark + b"\r\n"):
@@ -75,38 +76,38 @@ def _part(piece: bytes, index: int) -> Picture:
     """Parse one part: the bytes after its boundary."""
     head, gap, content = piece.partition(b"\r\n\r\n")
     if not head.startswith(b"\r\n") or not gap or len(head) > _PART_HEADERS:
-        raise RequestError(f"part {index} of the multipart data has no headers of its own", remedy=_AGAIN)
+        raise RequestError(f"part {index} of the multipart data has no headers", remedy=_AGAIN)
     if _CODING.search(head):
         raise RequestError(
-            f"part {index} of the multipart data is coded", remedy="Send the picture's bytes as they are"
+            f"part {index} of the multipart data is encoded", remedy="Send the picture's bytes unchanged"
         )
     name = _FILENAME.search(head)
-    told = name[1].decode("utf-8", "replace")[:200] if name else ""
-    return Picture(told or f"image {index}", content)
+    filename = name[1].decode("utf-8", "replace")[:200] if name else ""
+    return Picture(filename or f"image {index}", content)
 
 
-async def classify(state: State, exchange: Exchange, name: str, version: str | None = None) -> Reply:
+async def classify(state: ServerState, exchange: Exchange, name: str, version: str | None = None) -> Reply:
     """Label PNG or JPEG pictures by the model's own preprocessing: label, probability and raw logits of each."""
     model = exchange.model = state.repository.resolve(name, version)
     preprocessing = model.preprocessing
     if preprocessing is None:
         raise RequestError(
-            f"model {name!r} does not say how a picture becomes an input, or is no image classifier",
-            remedy="Send tensors to its infer route, or export it by bnexport fold-and-export with --mean and --std",
+            f"model {name!r} has no preprocessing for pictures, or is not an image classifier",
+            remedy="Send tensors to its infer route, or export it with --mean and --std",
         )
-    body = await state.body(exchange)
+    body = await read_body(state, exchange)
     try:
         pictures = pictures_of(body, exchange.headers.get(b"content-type", b""), most=state.settings.limits.parts)
         exchange.rows = len(pictures)
-        # Unpacking takes milliseconds; the other clients' requests go on meanwhile.
+        # Decoding takes milliseconds; other requests continue meanwhile.
         pixels = await asyncio.to_thread(_read, pictures, preprocessing)
     finally:
-        state.intake.release(body)
-    # It may have been switched meanwhile; one that takes other pictures says so.
+        state.memory.release(len(body))
+    # The model may have been replaced meanwhile; one with another input size refuses the pictures.
     model = exchange.model = state.repository.resolve(name, version)
     logits = await model.logits(pixels)
     if not np.isfinite(logits).all():
-        raise RequestError("the model's answer holds NaN or infinity", remedy="Run bnexport verify on the bundle")
+        raise RequestError("the model's answer contains NaN or infinity", remedy="Run bnexport verify on the bundle")
     predictions = [
         labelled(picture.name, row, model.labels).to_json() for picture, row in zip(pictures, logits, strict=True)
     ]

@@ -1,34 +1,28 @@
-"""Requests over HTTP: their headers, their bodies within the limits of size, and the state that they share.
+"""Requests over HTTP: their headers, and their bodies within the limits on size.
 
-Limits on time are the connection's (uvicorn_adapter.py).
+uvicorn_adapter.py enforces the limits on time.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 import zlib
 from collections.abc import Awaitable, Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bnexport.errors import RequestError
-from bnexport.serving.access_log import JsonLog
-from bnexport.serving.counters import Share
-from bnexport.serving.repository import Repository
 from bnexport.serving.serving_limits import ServingLimits
-from bnexport.serving.state import AppSettings, Memory, ServerState
+from bnexport.serving.state import RequestContext, ServerState
 from bnexport.validation.limits import shown
-
-if TYPE_CHECKING:
-    from bnexport.serving.served_model import ServedModel
-
 
 Receive = Callable[[], Awaitable[Mapping[str, Any]]]
 #: zlib's window bits: gzip's header (RFC 1952), or zlib's (RFC 1950, which HTTP calls deflate).
 _WINDOWS = {b"gzip": 31, b"x-gzip": 31, b"deflate": 15}
-#: Seconds for which the rest of a body that is refused is read, so that the client gets to read the reason.
+#: Seconds for reading the rest of a refused body, so that the client can read the reason.
 _LINGER = 1.0
-#: Headers that must not come twice: two readers would take different ones.
+#: Headers that must not be repeated: two programs could use different values.
 _ONCE = (
     b"host",
     b"content-length",
@@ -43,78 +37,115 @@ class Disconnected(Exception):
     """The client has disconnected."""
 
 
-class Intake:
-    """Reads bodies within the limits of one body and of all bodies in memory."""
+class Exchange(RequestContext):
+    """One request over HTTP.
 
-    def __init__(self, limits: ServingLimits, memory: Memory) -> None:
-        self.limits, self._memory = limits, memory
+    Attributes:
+        method: "GET", "POST".
+        headers: Lower-case name -> value.
+        receive: ASGI's.
+        client: The client's address.
+        read: True if the body was read to its end.
+        arrived_ns: Time of the last part of the body; 0 before.
+    """
 
-    async def read(self, receive: Receive, headers: Mapping[bytes, bytes]) -> bytes:
-        """Return the whole body, unpacked. Its bytes are counted until ``release``."""
-        declared = headers.get(b"content-length")
-        if declared is not None and int(declared) > self.limits.body_bytes:
-            if b"expect" not in headers:
-                await _linger(receive, 4 * self.limits.body_bytes)
-            raise self._too_large(int(declared))
-        message = await receive()
+    __slots__ = ("arrived_ns", "client", "headers", "method", "read", "receive")
+
+    def __init__(
+        self, method: str, path: str, headers: dict[bytes, bytes], receive: Receive, request_id: str, client: str
+    ) -> None:
+        super().__init__(path, request_id)
+        self.method, self.headers, self.receive, self.client = method, headers, receive, client
+        self.read = False
+        self.arrived_ns = 0
+
+    def origin(self) -> tuple[str, str, str]:
+        """Return the method, the client's address, and ``traceparent`` or ""."""
+        return self.method, self.client, self.headers.get(b"traceparent", b"").decode("latin-1")
+
+    async def next_message(self) -> Mapping[str, Any]:
+        """Receive the next part of the body."""
+        message = await self.receive()
+        self.arrived_ns = time.perf_counter_ns()
         if message["type"] == "http.disconnect":
             raise Disconnected
-        body: bytes = message.get("body", b"")
-        if len(body) > self.limits.body_bytes:
-            raise self._too_large(len(body))
-        self.hold(len(body))
-        if message.get("more_body", False):
-            body = await self._rest(receive, body)
-        coding = headers.get(b"content-encoding")
-        if coding is None or coding.lower() == b"identity":
-            return body
+        return message
+
+
+async def read_body(state: ServerState, exchange: Exchange) -> bytes:
+    """Return the whole body, unpacked, within the limits of one body and of all bodies.
+
+    The caller returns its length to ``state.memory.release``.
+    """
+    limits, memory, headers = state.settings.limits, state.memory, exchange.headers
+    declared = headers.get(b"content-length")
+    if declared is not None and int(declared) > limits.body_bytes:
+        if b"expect" not in headers:
+            await _linger(exchange, limits)
+        raise _too_large(f"{int(declared)} bytes", limits)
+    message = await exchange.next_message()
+    body: bytes = message.get("body", b"")
+    if len(body) > limits.body_bytes:
+        raise _too_large(f"{len(body)} bytes", limits)
+    memory.hold(len(body))
+    if message.get("more_body", False):
+        body = await _rest(state, exchange, body)
+    coding = headers.get(b"content-encoding")
+    if coding is not None and coding.lower() != b"identity":
+        packed = len(body)
         try:
-            # In a thread: a bomb takes a tenth of a second until it is known as one.
-            content = await asyncio.to_thread(unpacked, body, coding.lower(), self.limits.inflated_bytes)
-            self.hold(len(content))
+            # In a thread: detecting a decompression bomb takes a tenth of a second.
+            body = await asyncio.to_thread(unpacked, body, coding.lower(), limits.inflated_bytes)
+            memory.hold(len(body))
         finally:
-            self.release(body)
-        return content
+            memory.release(packed)
+    exchange.read = True
+    exchange.bytes_in = len(body)
+    return body
 
-    def release(self, body: bytes | bytearray) -> None:
-        """Stop counting a body."""
-        self._memory.release(len(body))
 
-    def hold(self, size: int) -> None:
-        """Count a body of ``size`` bytes."""
-        self._memory.hold(size)
+async def _rest(state: ServerState, exchange: Exchange, start: bytes) -> bytes:
+    """Return the body that begins with ``start``."""
+    limits, chunks, size, more = state.settings.limits, [start], len(start), True
+    try:
+        while more:
+            message = await exchange.next_message()
+            chunk, more = message.get("body", b""), message.get("more_body", False)
+            state.memory.hold(len(chunk))
+            chunks.append(chunk)
+            size += len(chunk)
+            if size > limits.body_bytes:
+                await _linger(exchange, limits)
+                raise _too_large("more bytes", limits)
+    except BaseException:
+        state.memory.release(size)
+        raise
+    return b"".join(chunks)
 
-    async def _rest(self, receive: Receive, start: bytes) -> bytes:
-        chunks, size, more = [start], len(start), True
-        try:
-            while more:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    raise Disconnected
-                chunk, more = message.get("body", b""), message.get("more_body", False)
-                self.hold(len(chunk))
-                chunks.append(chunk)
-                size += len(chunk)
-                if size > self.limits.body_bytes:
-                    await _linger(receive, 4 * self.limits.body_bytes)
-                    raise self._too_large(None)
-        except BaseException:
-            self._memory.release(size)
-            raise
-        return b"".join(chunks)
 
-    def _too_large(self, size: int | None) -> RequestError:
-        told = "more bytes" if size is None else f"{size} bytes"
-        return RequestError(
-            f"the body has {told}, the limit is {self.limits.body_bytes}", remedy="Send several requests", status=413
-        )
+def _too_large(size: str, limits: ServingLimits) -> RequestError:
+    return RequestError(
+        f"the body has {size}, the limit is {limits.body_bytes}", remedy="Send several requests", status=413
+    )
+
+
+async def _linger(exchange: Exchange, limits: ServingLimits) -> None:
+    """Read and drop the rest of a refused body: a client that is still sending would lose the answer to a closed connection."""
+    seen, most = 0, 4 * limits.body_bytes
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_LINGER):
+            while seen < most:
+                message = await exchange.receive()
+                seen += len(message.get("body", b""))
+                if message["type"] == "http.disconnect" or not message.get("more_body", False):
+                    return
 
 
 def check_host(headers: Mapping[bytes, bytes], http_version: str) -> None:
-    """Refuse a request that does not name its host (RFC 9112, 3.2)."""
+    """Refuse an HTTP/1.1 request without the header Host (RFC 9112, 3.2)."""
     if http_version == "1.1" and b"host" not in headers:
         raise RequestError(
-            "the header Host is missing, which HTTP/1.1 wants", remedy="Let an HTTP library write the request"
+            "the header Host is missing, which HTTP/1.1 requires", remedy="Let an HTTP library write the request"
         )
 
 
@@ -123,14 +154,14 @@ def check_once(pairs: list[tuple[bytes, bytes]]) -> None:
     names = [name for name, _ in pairs]
     for name in _ONCE:
         if names.count(name) > 1:
-            raise RequestError(f"the header {name.decode()} is there twice", remedy="Send it once")
+            raise RequestError(f"the header {name.decode()} was sent more than once", remedy="Send it once")
 
 
 def unpacked(body: bytes, coding: bytes, most: int) -> bytes:
-    """Unpack a body; never more than the limit."""
+    """Unpack a body of at most ``most`` bytes."""
     if coding not in _WINDOWS:
         raise RequestError(
-            f"the content-encoding {shown(coding.decode('latin-1'))} is not known",
+            f"the content-encoding {shown(coding.decode('latin-1'))} is not supported",
             remedy="Pack the body with gzip or deflate, or not at all",
             status=415,
         )
@@ -138,26 +169,14 @@ def unpacked(body: bytes, coding: bytes, most: int) -> bytes:
     try:
         content = inflater.decompress(body, most + 1)
     except zlib.error as error:
-        raise RequestError(f"the body is no {coding.decode()} data", remedy="Pack it again") from error
+        raise RequestError(f"the body is not {coding.decode()} data", remedy="Pack the body again") from error
     if len(content) > most:
         raise RequestError(f"the body unpacks to more than {most} bytes", remedy="Send several requests", status=413)
     if not inflater.eof or inflater.unused_data:
-        raise RequestError(f"the {coding.decode()} data of the body ends too early or too late", remedy="Pack it again")
+        raise RequestError(
+            f"the {coding.decode()} data of the body ends too early or too late", remedy="Pack the body again"
+        )
     return content
-
-
-async def _linger(receive: Receive, most: int) -> None:
-    """Read and drop the rest of a body: closing the connection of a sending client would lose the answer on its way."""
-    seen = 0
-    try:
-        async with asyncio.timeout(_LINGER):
-            while seen < most:
-                message = await receive()
-                seen += len(message.get("body", b""))
-                if message["type"] == "http.disconnect" or not message.get("more_body", False):
-                    return
-    except TimeoutError:
-        return
 
 
 def header_length(headers: Mapping[bytes, bytes]) -> int | None:
@@ -167,64 +186,7 @@ def header_length(headers: Mapping[bytes, bytes]) -> int | None:
         return None
     if not text.isdigit() or len(text) > 12:
         raise RequestError(
-            "Inference-Header-Content-Length is no whole number",
+            "Inference-Header-Content-Length is not a whole number",
             remedy="Give the length of the JSON before the tensors",
         )
     return int(text)
-
-
-class Exchange:
-    """One request, with the data that its log line needs.
-
-    Attributes:
-        method: "GET", "POST".
-        path: Unquoted.
-        headers: Lower-case name -> value.
-        receive: ASGI's.
-        id: Id of the request, the client's or a new one.
-        model: The answering model, once it is known.
-        rows: Samples, once they are known.
-        read: True if the body was read to its end.
-        bytes_in: Bytes of the body.
-        arrived_ns: Time of the last part of the body; 0 before.
-    """
-
-    __slots__ = ("arrived_ns", "bytes_in", "headers", "id", "method", "model", "path", "read", "receive", "rows")
-
-    def __init__(self, method: str, path: str, headers: dict[bytes, bytes], receive: Receive, request_id: str) -> None:
-        self.method, self.path = method, path
-        self.headers, self.receive, self.id = headers, receive, request_id
-        self.model: ServedModel | None = None
-        self.rows = 0
-        self.read = False
-        self.bytes_in = self.arrived_ns = 0
-
-
-class State(ServerState):
-    """State that all requests over HTTP share.
-
-    Args:
-        repository: Loaded.
-        settings: Permissions and limits of clients.
-        log: Log of requests and events.
-        share: Publishes this process's counters to the others; None if it serves alone.
-    """
-
-    def __init__(
-        self, repository: Repository, settings: AppSettings, log: JsonLog, *, share: Share | None = None
-    ) -> None:
-        super().__init__(repository, settings, log, share=share)
-        self.intake = Intake(settings.limits, self.memory)  # Reads bodies
-
-    async def body(self, exchange: Exchange) -> bytes:
-        """Return the request's body; the caller returns it to ``intake.release``."""
-
-        async def receive() -> Mapping[str, Any]:
-            message = await exchange.receive()
-            exchange.arrived_ns = time.perf_counter_ns()
-            return message
-
-        body = await self.intake.read(receive, exchange.headers)
-        exchange.read = True
-        exchange.bytes_in = len(body)
-        return body

@@ -1,8 +1,8 @@
-"""Short requests for inference, answered without a task and without ASGI's messages, which cost more than a small model.
+"""Short inference requests, answered without a task and without ASGI's messages, which cost more than a small model.
 
-The connection gives such a request here once its headers are known. Everything else (large, packed or chunked bodies,
-pipelined requests, other routes) goes through the application, by the same functions of routes.py and app.py: an answer does
-not tell which way it came.
+The connection passes such a request to the fast lane once its headers are complete. Everything else (large, packed or chunked
+bodies, pipelined requests, other routes) goes through the application. Both call the same functions of routes.py and app.py,
+so the answers are the same.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from bnexport.errors import BnexportError, RequestError
 from bnexport.serving.http.app import App
 from bnexport.serving.http.exchange import Exchange
 from bnexport.serving.http.reply import STATUS_LINES, Reply, reply_headers
-from bnexport.serving.http.routes import Found, find_route, infer, infer_reply, infer_request, infer_target
+from bnexport.serving.http.routes import FoundRoute, find_route, infer, infer_reply, infer_request, infer_target
 from bnexport.serving.serving_limits import BoundedCache
 from bnexport.tensors import Array
 
-#: Bytes of a body: uvicorn reads no more before somebody asks for it.
+#: Bytes of a short body: uvicorn buffers no more until the application reads.
 SHORT_BODY = 65536
-#: With one of these a request needs more than its body as it is.
+#: A request with one of these headers needs more processing than its plain body.
 _SLOW_HEADERS = (b"transfer-encoding", b"content-encoding", b"expect", b"upgrade")
 
 
 class Head(NamedTuple):
-    """The parsed head of a request. Clients send the same one again and again."""
+    """The parsed head of a request. Clients repeat the same head."""
 
     url: bytes
     path: str
     pairs: list[tuple[bytes, bytes]]
-    found: Found
+    found: FoundRoute
     headers: dict[bytes, bytes]
 
 
@@ -43,28 +43,28 @@ class Line(Protocol):
     headers: list[tuple[bytes, bytes]]  # Headers of the request that is being read
     client: tuple[str, int] | None  # Address and port
     transport: Any  # asyncio's
-    known_head: Head | None  # Head of the last request that was taken
+    known_head: Head | None  # Head of the last request in the fast lane
 
     def answered(self) -> None:
         """Note that a request was answered."""
 
 
 class FastLane:
-    """Decides which requests to an application are short, and how they are answered."""
+    """Selects the short inference requests to an application."""
 
     def __init__(self, app: App) -> None:
         self.app = app
         self._longest = min(SHORT_BODY, app.state.settings.limits.body_bytes)
-        self._known: BoundedCache[bytes, Found | None] = BoundedCache(1024)
+        self._known: BoundedCache[bytes, FoundRoute | None] = BoundedCache(1024)
         self._previous: Line | None = None
 
     def alone(self, connection: Line) -> bool:
-        """Return True if this connection sent the previous request, too: then no other request could share its batch."""
+        """Return True if this connection sent the previous request too: no other request could share its batch."""
         before, self._previous = self._previous, connection
         return before is connection
 
     def call(self, connection: Line) -> FastCall | None:
-        """Return the request whose headers a connection has read, if it is a short inference request."""
+        """Return the request whose headers a connection has read; None if it is not a short inference request."""
         parser = connection.parser
         if parser.get_method() != b"POST" or not parser.should_keep_alive() or self.app.state.draining:
             return None
@@ -76,7 +76,7 @@ class FastLane:
         return FastCall(connection, self, head)
 
     def _understood(self, connection: Line) -> Head | None:
-        """Return the head of a request that qualifies for the fast lane."""
+        """Return the head of a request that qualifies for the fast lane; None for others."""
         url, pairs = connection.url, connection.headers
         found, headers = self._found(url), dict(pairs)
         length = headers.get(b"content-length", b"")
@@ -91,8 +91,8 @@ class FastLane:
         )
         return Head(url, url.decode(), pairs, found, headers) if found is not None and fits else None
 
-    def _found(self, url: bytes) -> Found | None:
-        """Return the route of a URL that needs no decoding, if it is that of inference."""
+    def _found(self, url: bytes) -> FoundRoute | None:
+        """Return the inference route of a URL that needs no decoding; None for other URLs."""
         try:
             return self._known[url]
         except KeyError:
@@ -101,7 +101,7 @@ class FastLane:
         return found
 
 
-def _infer_route(url: bytes) -> Found | None:
+def _infer_route(url: bytes) -> FoundRoute | None:
     if not url.startswith(b"/") or not url.isascii() or any(char in url for char in b"%?#"):
         return None
     try:
@@ -112,21 +112,21 @@ def _infer_route(url: bytes) -> Found | None:
 
 
 class _NoEvent:
-    """Stand-in for the event with which uvicorn wakes the task of a request: this request has no task."""
+    """Replaces the event with which uvicorn wakes the task of a request: this request has no task."""
 
     def set(self) -> None:
         """Do nothing."""
 
 
 class FastCall(Exchange):
-    """One request: the part that uvicorn reads of it, and the batcher's Waiter.
+    """One request with the attributes that uvicorn reads, and the batcher's Waiter.
 
     Attributes:
         body: Received part of the body.
         keep_alive: Keep the connection open afterwards; uvicorn clears it when it stops.
         disconnected: True if the client disconnected.
         response_started: True if the answer was written.
-        response_complete: The same: it is written at once.
+        response_complete: The same: the answer is written at once.
     """
 
     __slots__ = (
@@ -143,7 +143,8 @@ class FastCall(Exchange):
     message_event = _NoEvent()
 
     def __init__(self, connection: Line, lane: FastLane, head: Head) -> None:
-        super().__init__("POST", head.path, head.headers, _no_more, lane.app.id_of(head.headers))
+        client = connection.client[0] if connection.client else ""
+        super().__init__("POST", head.path, head.headers, _no_more, lane.app.id_of(head.headers), client)
         self._connection, self._lane, self._route = connection, lane, head.found
         self.body = b""
         self.keep_alive = True
@@ -162,7 +163,7 @@ class FastCall(Exchange):
         state = app.state
         try:
             app.let_in(self.headers)
-            state.intake.hold(len(body))
+            state.memory.hold(len(body))
             self.read, self.bytes_in = True, len(body)
             model = infer_target(state, self, *self._route.captured)
             self._request = request = infer_request(model, self, body)
@@ -200,9 +201,8 @@ class FastCall(Exchange):
         app, connection = self._lane.app, self._connection
         app.state.active -= 1
         if self.read:
-            app.state.intake.release(self.body)
-        client = connection.client[0] if connection.client else ""
-        reply = app.told(self, client, self._route.name, reply, self._start)
+            app.state.memory.release(len(self.body))
+        reply = app.finished(self, self._route.name, reply, self._start)
         self.response_complete = self.read = True
         transport = connection.transport
         if self.disconnected or transport.is_closing():
@@ -219,5 +219,5 @@ class FastCall(Exchange):
 
 
 async def _no_more() -> Mapping[str, Any]:
-    """Stand in for ASGI's receive after the request was read."""
+    """Replace ASGI's receive: the request is read already."""
     return {"type": "http.disconnect"}

@@ -1,4 +1,4 @@
-"""The process: a socket, uvicorn on it, and a stop that loses no request."""
+"""One serving process: a socket, uvicorn on it, and a stop that loses no request."""
 
 from __future__ import annotations
 
@@ -23,23 +23,18 @@ from bnexport.serving.access_log import JsonLog
 from bnexport.serving.batcher import THREADS
 from bnexport.serving.counters import Share
 from bnexport.serving.http.app import App
-from bnexport.serving.http.exchange import State
 from bnexport.serving.http.fast_lane import FastLane
-from bnexport.serving.http.uvicorn_adapter import DrainingServer, configured, limited, missing_part
+from bnexport.serving.http.uvicorn_adapter import DrainingServer, configured, limited, missing_part, nothing
 from bnexport.serving.listener import bound, free_port
 from bnexport.serving.repository import Repository
 from bnexport.serving.served_model import ServingSettings
-from bnexport.serving.state import AppSettings
+from bnexport.serving.state import AppSettings, ServerState
 
 if TYPE_CHECKING:
     from bnexport.serving.grpc.grpc_server import GrpcServer
 
-#: Files that a process opens in addition to its connections: libraries, models, gRPC.
+#: Files that a process opens in addition to connections: libraries, models, gRPC.
 _OTHER_FILES = 256
-
-
-def _nothing() -> None:
-    """Do nothing: no-op callback."""
 
 
 @dataclass(frozen=True)
@@ -47,33 +42,33 @@ class ServerSettings:
     """Options of the server."""
 
     host: str = "127.0.0.1"  # Address to bind
-    port: int = 8000  # 0 takes a free one
+    port: int = 8000  # Port; 0 takes a free one
     grpc_port: int | None = None  # Port of the gRPC server; 0 takes a free one, None opens none
     reuse_port: bool = False  # Share the port with other servers; the system spreads the connections among them
-    grace: float = 30.0  # Seconds from SIGTERM until what is still not answered is given up
-    poll: float | None = None  # Seconds between looks for new versions; None looks never
+    grace: float = 30.0  # Seconds from SIGTERM until unanswered requests are abandoned
+    poll: float | None = None  # Seconds between polls for new versions; None never polls
     access_log: bool = True  # Write a line for each request to standard error
-    token_file: Path | None = None  # A file with the token that clients must show
+    token_file: Path | None = None  # File with the token that clients must send
     tls: tuple[Path, Path] | None = None  # Files of the certificate and of its key
     middleware: str | None = None  # "package.module:callable" that wraps the ASGI application, such as OpenTelemetry's
     allow_load: bool = False  # Allow requests to load and unload models
     models: ServingSettings = field(default_factory=ServingSettings)  # Options for opening models, and the limits
 
 
-@interrupts.terminable()  # while models are loaded; from then on a signal begins the drain
+@interrupts.terminable()  # while models are loaded; afterwards, a signal starts the drain
 def serve(path: Path, settings: ServerSettings, *, announce: Callable[[str], None]) -> None:
     """Serve until SIGTERM or Ctrl-C.
 
     Args:
         path: A bundle, or a folder of models.
         settings: Options.
-        announce: Called with one sentence once requests can come.
+        announce: Receives one sentence when the server accepts requests.
 
     Raises:
-        BundleError: There is no model.
+        BundleError: ``path`` contains no model.
         UsageError: The port, the token file, the certificate or the middleware can't be used.
-        Unavailable: The runtime does not work here.
-        KeyboardInterrupt: It was stopped before it served.
+        Unavailable: The runtime does not work on this machine.
+        KeyboardInterrupt: The server was stopped before it served.
     """
     with contextlib.closing(bound(settings.host, settings.port, reuse=settings.reuse_port)) as listener:
         serve_on(listener, path, settings, announce=announce)
@@ -86,9 +81,9 @@ def serve_on(
     *,
     announce: Callable[[str], None],
     share: Share | None = None,
-    stopping: Callable[[], None] = _nothing,
+    stopping: Callable[[], None] = nothing,
 ) -> None:
-    """Serve on a socket that is bound until SIGTERM or Ctrl-C."""
+    """Serve on a bound socket until SIGTERM or Ctrl-C; ``stopping`` is called at the first signal."""
     token = None if settings.token_file is None else read_token(settings.token_file)
     log = JsonLog(sys.stderr, access=settings.access_log, process=None if share is None else share.slot)
     log.take_over("uvicorn.error", "asyncio")
@@ -98,21 +93,23 @@ def serve_on(
             free_port(settings.host, settings.grpc_port, reuse=settings.reuse_port, option="--grpc-port")
         repository = Repository(path, settings.models, log.event)
         repository.load()
-        state = State(repository, AppSettings(settings.models.limits, token, settings.allow_load), log, share=share)
+        state = ServerState(
+            repository, AppSettings(settings.models.limits, token, settings.allow_load), log, share=share
+        )
         app = App(state)
         grpc_server = None if settings.grpc_port is None else _grpc_server(state, settings, settings.grpc_port)
         server = DrainingServer(_config(app, settings), state, grpc_server, grace=settings.grace, poll=settings.poll)
-        told = functools.partial(_told, repository, listener, grpc_server, settings)
-        server.run([listener], on_start=lambda: announce(told()), on_stop=stopping)
+        summary = functools.partial(_summary, repository, listener, grpc_server, settings)
+        server.run([listener], on_start=lambda: announce(summary()), on_stop=stopping)
     finally:
         log.close()
 
 
 def _allow_files(wanted: int, log: JsonLog) -> None:
-    """Raise the limit of open files as far as the system allows (getrlimit(2)): connections count, too."""
+    """Raise the limit of open files, which include connections, as far as the system allows (getrlimit(2))."""
     if sys.platform == "win32":
         return
-    import resource  # not on Windows
+    import resource  # missing on Windows
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
@@ -120,17 +117,20 @@ def _allow_files(wanted: int, log: JsonLog) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
     if most < wanted:
         log.event(
-            "few files", allowed=hard, wanted=wanted, reason="connections are reset before their limit is reached"
+            "few files",
+            allowed=hard,
+            wanted=wanted,
+            reason="connections are reset before the server's limit is reached",
         )
 
 
 def leave_engines() -> None:
-    """End the process at once if an engine still runs a batch: Python would wait for its thread."""
+    """End the process at once if an engine still runs a batch; Python would wait for its thread."""
     if any(thread.name.startswith(THREADS) for thread in threading.enumerate()):
         interrupts.exit_at_once(0)
 
 
-def _told(
+def _summary(
     repository: Repository, listener: socket.socket, grpc_server: GrpcServer | None, settings: ServerSettings
 ) -> str:
     host, port = listener.getsockname()[:2]
@@ -140,7 +140,7 @@ def _told(
     return f"Serving {names} on {also}{'http' if settings.tls is None else 'https'}://{shown}:{port}"
 
 
-def _grpc_server(state: State, settings: ServerSettings, port: int) -> GrpcServer:
+def _grpc_server(state: ServerState, settings: ServerSettings, port: int) -> GrpcServer:
     from bnexport.serving.grpc.grpc_server import GrpcServer, GrpcSettings
 
     return GrpcServer(state, GrpcSettings(settings.host, port, settings.reuse_port, settings.tls))
@@ -155,15 +155,15 @@ def _wrapped(app: Any, middleware: str | None) -> Any:
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise UsageError(
             f"the middleware {middleware!r} can't be used: {one_line(error)}",
-            remedy="Write it as package.module:callable",
+            remedy="Give an ASGI wrapper as package.module:callable",
         ) from error
 
 
 def _config(app: App, settings: ServerSettings) -> uvicorn.Config:
-    """Configure uvicorn, with limited connections if its private parts are those that the adapter knows."""
+    """Configure uvicorn, with limited connections if it has the private parts that the adapter needs."""
     kind: type[asyncio.Protocol] | Literal["auto"] = "auto"
     if (missing := missing_part()) is None:
-        # Middleware sees ASGI's messages, so with it nothing may go around them.
+        # Middleware must see every ASGI message, so the fast lane is off.
         fast_lane = FastLane(app) if settings.middleware is None else None
         kind = limited(settings.models.limits, fast_lane, app.refused)
     else:
@@ -175,13 +175,13 @@ def _config(app: App, settings: ServerSettings) -> uvicorn.Config:
 
 
 def read_token(file: Path) -> bytes:
-    """Return the token in a file, without the white space around it."""
+    """Return the token in a file, without surrounding white space."""
     try:
         token = file.read_bytes().strip()
     except OSError as error:
         raise UsageError(f"{file} can't be read: {one_line(error)}", remedy="Give a file with one token") from error
     if len(token) < 16 or len(token) > 4096 or any(not 0x21 <= byte <= 0x7E for byte in token):
         raise UsageError(
-            f"{file} holds no token of 16 to 4096 visible ASCII characters", remedy="Write one: openssl rand -hex 32"
+            f"{file} contains no token of 16 to 4096 visible ASCII characters", remedy="Write one: openssl rand -hex 32"
         )
     return token

@@ -1,4 +1,4 @@
-"""The page at /: one file that asks the other routes, what it is told about the models, and their reports."""
+"""The web page at /, the list of models that it displays, and the models' reports."""
 
 from __future__ import annotations
 
@@ -13,36 +13,37 @@ from typing import Any
 from bnexport.bundle import REPORT, Bundle
 from bnexport.errors import BnexportError, NotServing, RequestError
 from bnexport.optional import one_line
-from bnexport.serving.http.exchange import Exchange, State
+from bnexport.serving.http.exchange import Exchange
 from bnexport.serving.http.reply import Reply, json_reply
 from bnexport.serving.repository import Version
+from bnexport.serving.state import ServerState
 from bnexport.tensors import TensorSpec
 
 HTML = b"text/html; charset=utf-8"
-#: Of all pages: no guessing of types, no address of this server to others, nothing old.
+#: Headers of all pages: browsers guess no types, send no referrer, and cache nothing.
 _COMMON = (
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
     (b"cache-control", b"no-cache"),
 )
-#: A report comes with its bundle, from whoever made that: no script runs in it, and it is a stranger to this origin.
+#: A report is an untrusted file of its bundle: it runs no script, and has another origin than this server.
 REPORT_POLICY = (
     b"sandbox; default-src 'none'; img-src data:; style-src 'unsafe-inline'; "
     b"base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-#: Characters of a verdict's summary that are shown.
+#: Displayed characters of a verdict's summary.
 _SUMMARY = 500
 
 
-async def page(_state: State, _exchange: Exchange) -> Reply:
-    """Return the page, in HTML; it contains nothing about the models and is open without a token."""
+async def page(_state: ServerState, _exchange: Exchange) -> Reply:
+    """Return the page in HTML. It contains nothing about the models and needs no token."""
     content, policy = _page()
     return Reply(200, content, HTML, (*_COMMON, (b"content-security-policy", policy)))
 
 
 @functools.cache
 def _page() -> tuple[bytes, bytes]:
-    """Read the file, and make the policy (W3C, "Content Security Policy Level 3") for its own script and style alone."""
+    """Return the file, and a policy that allows only its script and style (W3C, "Content Security Policy Level 3")."""
     content = resources.files("bnexport.serving.http").joinpath("page.html").read_bytes()
     script, style = (_hashes(content, tag) for tag in (b"script", b"style"))
     policy = (
@@ -57,13 +58,13 @@ def _hashes(content: bytes, tag: bytes) -> bytes:
     return b" ".join(b"'sha256-%s'" % base64.b64encode(hashlib.sha256(text).digest()) for text in found)
 
 
-async def models(state: State, _exchange: Exchange) -> Reply:
+async def models(state: ServerState, _exchange: Exchange) -> Reply:
     """List every model version: its state, signature, labels and verdict."""
     entries = [_described(state, name, version, entry) for name, version, entry in state.repository.each()]
     return json_reply({"models": entries})
 
 
-def _described(state: State, name: str, version: str, entry: Version) -> dict[str, Any]:
+def _described(state: ServerState, name: str, version: str, entry: Version) -> dict[str, Any]:
     value: dict[str, Any] = {
         "name": name,
         "version": version,
@@ -96,20 +97,20 @@ def _described(state: State, name: str, version: str, entry: Version) -> dict[st
 
 
 def _smallest(spec: TensorSpec) -> list[int]:
-    """Return the shape of the smallest tensor that the input takes."""
+    """Return the smallest shape that the input takes."""
     return [spec.smallest.get(dim, 1) if isinstance(dim, str) else dim for dim in spec.shape]
 
 
 def _verdict(bundle: Bundle) -> dict[str, Any] | None:
-    """Return the manifest's verdict of the verification at export; its values are untrusted."""
-    told = bundle.manifest.verification
-    if "passed" not in told:
+    """Return the verdict of the verification at export from the manifest; its values are untrusted."""
+    verdict = bundle.manifest.verification
+    if "passed" not in verdict:
         return None
-    return {"passed": told["passed"] is True, "summary": str(told.get("summary", ""))[:_SUMMARY]}
+    return {"passed": verdict["passed"] is True, "summary": str(verdict.get("summary", ""))[:_SUMMARY]}
 
 
-async def report(state: State, _exchange: Exchange, name: str, version: str) -> Reply:
-    """Return the report of a model's verification at export, in HTML, from its bundle."""
+async def report(state: ServerState, _exchange: Exchange, name: str, version: str) -> Reply:
+    """Return the HTML report of a model's verification at export, from its bundle."""
     bundle = state.repository.resolve(name, version).bundle
     content = await asyncio.to_thread(_report, bundle, f"{name}/{version}")
     return Reply(200, content, HTML, (*_COMMON, (b"content-security-policy", REPORT_POLICY)))
@@ -117,12 +118,12 @@ async def report(state: State, _exchange: Exchange, name: str, version: str) -> 
 
 def _report(bundle: Bundle, shown: str) -> bytes:
     if REPORT not in bundle.manifest.files:
-        raise RequestError(f"{shown} has no report", remedy="bnexport fold-and-export writes one", status=404)
+        raise RequestError(f"{shown} has no report", remedy="Write one with bnexport fold-and-export", status=404)
     try:
         content = bundle.file(REPORT).read_bytes()
     except (BnexportError, OSError) as error:
         reason = one_line(error)
-        raise NotServing(f"the report of {shown} can't be read: {reason}", remedy="Mend the bundle") from error
+        raise NotServing(f"the report of {shown} can't be read: {reason}", remedy="Repair the bundle") from error
     if hashlib.sha256(content).hexdigest() != bundle.manifest.files[REPORT]["sha256"]:
-        raise NotServing(f"the report of {shown} was changed after it was written", remedy="Mend the bundle")
+        raise NotServing(f"the report of {shown} was changed after it was written", remedy="Repair the bundle")
     return content

@@ -1,4 +1,4 @@
-"""Counters in Prometheus's text format, made of the statistics when they are asked for."""
+"""Counters in Prometheus's text format, made from the statistics at each request."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ class _TotalsCollector(Collector):
         for (route, status), count in self._totals.requests.items():
             requests.add_metric((route or "none", str(status)), count)
         yield requests
-        active = GaugeMetricFamily("bnexport_http_requests_active", "Requests that are being answered.")
+        active = GaugeMetricFamily("bnexport_http_requests_active", "Requests in progress.")
         active.add_metric((), self._totals.active - self._totals.calls_active)
         yield active
         calls = CounterMetricFamily("bnexport_grpc_calls", "Calls by method and code.", labels=("method", "code"))
         for call, count in self._totals.calls.items():
             calls.add_metric(call, count)
         yield calls
-        active = GaugeMetricFamily("bnexport_grpc_calls_active", "Calls that are being answered.")
+        active = GaugeMetricFamily("bnexport_grpc_calls_active", "Calls in progress.")
         active.add_metric((), self._totals.calls_active)
         yield active
-        starts = CounterMetricFamily("bnexport_process_starts", "How often a process was started.", labels=("process",))
+        starts = CounterMetricFamily("bnexport_process_starts", "Starts of a process.", labels=("process",))
         for number, count in sorted(self._totals.starts.items()):
             starts.add_metric((str(number),), count)
         if self._totals.starts:
@@ -44,7 +44,7 @@ class _TotalsCollector(Collector):
         yield from self._models()
 
     def _models(self) -> Iterator[Metric]:
-        ready = GaugeMetricFamily("bnexport_model_ready", "1 when the version answers requests.", labels=_MODEL)
+        ready = GaugeMetricFamily("bnexport_model_ready", "1 if the version answers requests.", labels=_MODEL)
         waiting = GaugeMetricFamily("bnexport_queue_length", "Requests that wait for a session.", labels=_MODEL)
         workers = GaugeMetricFamily("bnexport_sessions", "Sessions of the engine.", labels=_MODEL)
         rows = CounterMetricFamily("bnexport_samples", "Samples that an engine ran.", labels=_MODEL)
@@ -72,13 +72,13 @@ class _TotalsCollector(Collector):
 
 
 class _ProcessesCollector(Collector):
-    """Figures of several processes, distinguished by the label ``process``."""
+    """System metrics of several processes, with the label ``process``."""
 
     def __init__(self, processes: Mapping[int, int]) -> None:
         self._processes = processes
 
     def collect(self) -> Iterator[Metric]:
-        """Yield the figures of ``ProcessCollector`` for each process."""
+        """Yield the metrics of ``ProcessCollector`` for each process."""
         found: dict[str, Metric] = {}
         for number, pid in sorted(self._processes.items()):
             for metric in ProcessCollector(pid=lambda pid=pid: pid, registry=None).collect():  # type: ignore[misc]
@@ -89,7 +89,7 @@ class _ProcessesCollector(Collector):
 
 
 def render(state: ServerState) -> bytes:
-    """Return the text, with the processes' own figures (memory, CPU time, open files) if the system provides them."""
+    """Return the metrics as text, with memory, CPU time and open files of the processes if the system provides them."""
     totals = state.totals()
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_TotalsCollector(totals))
@@ -101,7 +101,7 @@ def render(state: ServerState) -> bytes:
 
 
 def _buckets(histogram: Histogram) -> list[tuple[str, float]]:
-    """Return edges with the counts up to each, as Prometheus has them."""
+    """Return the upper edges with cumulative counts, as Prometheus has them."""
     total, buckets = 0, []
     for edge, count in zip((*map(str, histogram.edges), "+Inf"), histogram.counts, strict=True):
         total += count

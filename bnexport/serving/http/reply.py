@@ -1,4 +1,4 @@
-"""Answers of the server: bodies, headers, and errors as one sentence each."""
+"""Answers over HTTP: bodies, headers, and errors of one sentence."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bnexport.errors import BnexportError, RequestError
 from bnexport.serving.http.exchange import Exchange
 from bnexport.serving.protocol.messages import sentence_of, status_of
 
-#: Bodies below this are not packed: it would cost more than it saves. (Some clients always say that they take gzip.)
+#: Smaller bodies are not packed: packing would cost more than it saves, and some clients always send Accept-Encoding: gzip.
 PACKED_BYTES = 1024
 JSON, BINARY, TEXT = b"application/json", b"application/octet-stream", b"text/plain; version=0.0.4; charset=utf-8"
 #: Status -> the first line of an answer.
@@ -32,12 +32,12 @@ class Reply:
 
 
 def json_reply(value: Any, status: int = 200) -> Reply:
-    """Return a value as JSON."""
+    """Return a reply with a JSON value."""
     return Reply(status, orjson.dumps(value))
 
 
 def error_reply(error: BnexportError) -> Reply:
-    """Return an error as {"error": "fact, and remedy"} (Open Inference Protocol v2, "Inference Errors")."""
+    """Return a reply {"error": "fact and remedy"} (Open Inference Protocol v2, "Inference Errors")."""
     status = status_of(error)
     headers: tuple[tuple[bytes, bytes], ...] = ()
     if status == 401:
@@ -50,7 +50,7 @@ def error_reply(error: BnexportError) -> Reply:
 
 
 def packed(reply: Reply, accepted: bytes) -> Reply:
-    """Compress an answer if the client accepts that and it is large enough."""
+    """Compress a large answer if the client accepts that."""
     if len(reply.body) < PACKED_BYTES:
         return reply
     taken = {
@@ -77,7 +77,7 @@ def reply_headers(reply: Reply, exchange: Exchange, *, close: bool) -> list[tupl
         (b"x-request-id", exchange.id.encode()),
         *reply.headers,
     ]
-    # What was not read of a request would be taken for the next one's time and memory.
+    # The unread rest of a request would cost the next request time and memory.
     unread = not exchange.read and reply.status >= 400 and exchange.method == "POST"
     if close or unread:
         headers.append((b"connection", b"close"))

@@ -1,4 +1,4 @@
-"""The table of routes, and the handlers of the protocol."""
+"""The table of HTTP routes, and the handlers of the protocol."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bnexport import __version__
 from bnexport.errors import RequestError
 from bnexport.serving import metadata
 from bnexport.serving.http.classify import classify
-from bnexport.serving.http.exchange import Exchange, State, header_length
+from bnexport.serving.http.exchange import Exchange, header_length, read_body
 from bnexport.serving.http.page import models, page, report
 from bnexport.serving.http.prometheus import render
 from bnexport.serving.http.reply import BINARY, JSON, TEXT, Reply, json_reply
@@ -23,6 +23,7 @@ from bnexport.serving.protocol.messages import InferRequest, InferResponse
 from bnexport.serving.repository import READY
 from bnexport.serving.served_model import ServedModel
 from bnexport.serving.serving_limits import BoundedCache
+from bnexport.serving.state import ServerState
 from bnexport.validation.limits import shown
 
 Handler = Callable[..., Awaitable[Reply]]
@@ -32,69 +33,71 @@ class Route(NamedTuple):
     """One row of ROUTES."""
 
     method: str  # HTTP's
-    pattern: str  # Segments of the path; {..} takes any one segment, and what stands in [..] may be missing
+    pattern: str  # Segments of the path; {..} matches any one segment, and the part in [..] is optional
     handler: Handler  # (state, exchange, *captured segments) -> reply
-    probe: bool = False  # A supervisor's probe: open without a token, and a stop does not wait for it
+    probe: bool = False  # A health probe or the page: needs no token, and a stop does not wait for it
 
 
 _INFER_TYPES = (b"", b"application/json", b"application/octet-stream")
 
 
-async def live(_state: State, _exchange: Exchange) -> Reply:
+async def live(_state: ServerState, _exchange: Exchange) -> Reply:
     """Report that the process answers."""
     return json_reply({"live": True})
 
 
-async def ready(state: State, _exchange: Exchange) -> Reply:
-    """Report if requests should be sent here, and the reason if not."""
+async def ready(state: ServerState, _exchange: Exchange) -> Reply:
+    """Report if clients should send requests to this server, and the reason if not."""
     if reason := metadata.why_not_ready(state):
         return json_reply({"ready": False, "reason": reason}, 503)
     problems = state.repository.problems()
     return json_reply({"ready": True, "problems": problems} if problems else {"ready": True})
 
 
-async def server_metadata(_state: State, _exchange: Exchange) -> Reply:
+async def server_metadata(_state: ServerState, _exchange: Exchange) -> Reply:
     """Return the protocol's "Server Metadata"."""
     return json_reply(metadata.server_metadata())
 
 
-async def model_metadata(state: State, _exchange: Exchange, name: str, version: str | None = None) -> Reply:
+async def model_metadata(state: ServerState, _exchange: Exchange, name: str, version: str | None = None) -> Reply:
     """Return the protocol's "Model Metadata"."""
     return json_reply(metadata.model_metadata(state, name, version))
 
 
-async def model_ready(state: State, _exchange: Exchange, name: str, version: str | None = None) -> Reply:
+async def model_ready(state: ServerState, _exchange: Exchange, name: str, version: str | None = None) -> Reply:
     """Report if a model answers; 404 for an unknown one."""
     reason = metadata.why_model_not_ready(state, name, version)
     value: dict[str, Any] = {"name": name, "ready": not reason}
     return json_reply(value | {"reason": reason}, 503) if reason else json_reply(value)
 
 
-async def model_config(state: State, _exchange: Exchange, name: str, version: str | None = None) -> Reply:
+async def model_config(state: ServerState, _exchange: Exchange, name: str, version: str | None = None) -> Reply:
     """Return Triton's model configuration."""
     return json_reply(state.repository.resolve(name, version).config())
 
 
-async def statistics(state: State, _exchange: Exchange, name: str | None = None, version: str | None = None) -> Reply:
+async def statistics(
+    state: ServerState, _exchange: Exchange, name: str | None = None, version: str | None = None
+) -> Reply:
     """Return the counters of one model, or of all."""
     return json_reply(metadata.statistics(state, name, version))
 
 
-async def infer(state: State, exchange: Exchange, name: str, version: str | None = None) -> Reply:
+async def infer(state: ServerState, exchange: Exchange, name: str, version: str | None = None) -> Reply:
     """Decode, queue, encode. Short requests take the fast lane (fast_lane.py), in the same three steps."""
-    infer_target(state, exchange, name, version)  # before the body, which may be large
-    body = await state.body(exchange)
+    infer_target(state, exchange, name, version)  # before reading the body, which may be large
+    body = await read_body(state, exchange)
     try:
-        # The model may have been switched meanwhile.
+        # The model may have been replaced meanwhile.
         model = infer_target(state, exchange, name, version)
         request = infer_request(model, exchange, body)
         response = await model.infer(request)
     finally:
-        state.intake.release(body)
+        state.memory.release(len(body))
     return infer_reply(response)
 
 
-def infer_target(state: State, exchange: Exchange, name: str, version: str | None = None) -> ServedModel:
+def infer_target(state: ServerState, exchange: Exchange, name: str, version: str | None = None) -> ServedModel:
     """Return the model of an inference request."""
     exchange.model = model = state.repository.resolve(name, version)
     kind = exchange.headers.get(b"content-type", b"")
@@ -122,46 +125,48 @@ def infer_reply(response: InferResponse) -> Reply:
     return Reply(200, content, BINARY, ((b"inference-header-content-length", b"%d" % length),))
 
 
-async def repository_index(state: State, exchange: Exchange) -> Reply:
-    """List every model version with its state, or those that are ready (Triton, "Model Repository Extension")."""
-    ready = (await _told(state, exchange)).get("ready", False)
+async def repository_index(state: ServerState, exchange: Exchange) -> Reply:
+    """List every model version with its state, or only ready ones (Triton, "Model Repository Extension")."""
+    ready = (await _optional_object(state, exchange)).get("ready", False)
     if not isinstance(ready, bool):
         raise RequestError('"ready" is neither true nor false', remedy="Send true or false, or leave it out")
     return json_reply([row for row in state.repository.index() if not ready or row["state"] == READY])
 
 
-async def load(state: State, exchange: Exchange, name: str) -> Reply:
+async def load(state: ServerState, exchange: Exchange, name: str) -> Reply:
     """Load a model's versions from disk."""
-    told = await _told(state, exchange)
+    parameters = (await _optional_object(state, exchange)).get("parameters", {})
     _permit(state, exchange)
-    if told.get("parameters", {}) != {}:
-        raise RequestError("a model is loaded as it lies on disk, without parameters", remedy="Send none")
+    if parameters != {}:
+        raise RequestError("a model is loaded from disk as it is, without parameters", remedy="Send no parameters")
     await state.repository.reload(name)
     return json_reply({})
 
 
-async def unload(state: State, exchange: Exchange, name: str) -> Reply:
+async def unload(state: ServerState, exchange: Exchange, name: str) -> Reply:
     """Close a model's versions."""
-    await _told(state, exchange)
+    await _optional_object(state, exchange)
     _permit(state, exchange)
     state.repository.unload(name)
     return json_reply({})
 
 
-def _permit(state: State, exchange: Exchange) -> None:
-    """Refuse to load and unload, unless that is allowed; a page of another origin may not request it."""
+def _permit(state: ServerState, exchange: Exchange) -> None:
+    """Refuse to load and unload models unless that is allowed, and refuse pages of another origin."""
     state.permit_loading()
     origin = exchange.headers.get(b"origin")
     if origin is not None and origin.partition(b"://")[2] != exchange.headers.get(b"host"):
         raise RequestError(
-            "a page of another origin may not load or unload models", remedy="Let a program ask", status=403
+            "a web page of another origin may not load or unload models",
+            remedy="Send the request from a program",
+            status=403,
         )
 
 
-async def _told(state: State, exchange: Exchange) -> dict[str, Any]:
-    """Return the body of a request that may have none."""
+async def _optional_object(state: ServerState, exchange: Exchange) -> dict[str, Any]:
+    """Return the JSON object in a request's body; {} without a body."""
     limits = state.settings.limits
-    body = await state.body(exchange)
+    body = await read_body(state, exchange)
     try:
         if len(body) > limits.header_json_bytes:
             raise RequestError(
@@ -169,25 +174,25 @@ async def _told(state: State, exchange: Exchange) -> dict[str, Any]:
             )
         value = load_json(body, brackets=limits.brackets) if body else {}
     finally:
-        state.intake.release(body)
+        state.memory.release(len(body))
     if not isinstance(value, dict):
-        raise RequestError("the request is no JSON object", remedy="Send {}, or nothing")
+        raise RequestError("the request is not a JSON object", remedy="Send {}, or no body")
     return value
 
 
-async def metrics(state: State, _exchange: Exchange) -> Reply:
+async def metrics(state: ServerState, _exchange: Exchange) -> Reply:
     """Return the counters in Prometheus's text format."""
     return Reply(200, render(state), TEXT)
 
 
-async def openapi(_state: State, _exchange: Exchange) -> Reply:
-    """Return the list of routes as an OpenAPI document."""
+async def openapi(_state: ServerState, _exchange: Exchange) -> Reply:
+    """Return the OpenAPI document of the routes."""
     return json_reply(openapi_document())
 
 
 @functools.cache
 def openapi_document() -> dict[str, Any]:
-    """Read ``openapi.json`` (OpenAPI 3.1), which describes every row of ROUTES, and put the version in."""
+    """Read ``openapi.json`` (OpenAPI 3.1), which describes every row of ROUTES, and insert the version."""
     document: dict[str, Any] = orjson.loads(Path(__file__).with_name("openapi.json").read_bytes())
     document["info"]["version"] = __version__
     return document
@@ -216,8 +221,8 @@ ROUTES: tuple[Route, ...] = (
 )
 
 
-class Found(NamedTuple):
-    """A route with the segments that its pattern captured; ``name`` is for counters."""
+class FoundRoute(NamedTuple):
+    """A route with the captured segments of the path; ``name`` is the key of its counters."""
 
     name: str
     handler: Handler
@@ -237,10 +242,10 @@ _BY_LENGTH: dict[int, list[tuple[tuple[str, ...], Route]]] = {}
 for _route in ROUTES:
     for _segments in _expanded(_route.pattern):
         _BY_LENGTH.setdefault(len(_segments), []).append((_segments, _route))
-_known: BoundedCache[tuple[str, str], Found] = BoundedCache(1024)
+_known: BoundedCache[tuple[str, str], FoundRoute] = BoundedCache(1024)
 
 
-def find_route(method: str, path: str) -> Found:
+def find_route(method: str, path: str) -> FoundRoute:
     """Return the handler of a path."""
     if (found := _known.get((method, path))) is not None:
         return found
@@ -249,7 +254,7 @@ def find_route(method: str, path: str) -> Found:
     return found
 
 
-def _search(method: str, path: str) -> Found:
+def _search(method: str, path: str) -> FoundRoute:
     segments = path.removeprefix("/").split("/")
     wanted = "GET" if method == "HEAD" else method
     methods = []
@@ -257,11 +262,11 @@ def _search(method: str, path: str) -> Found:
         if all(part == have or (part[:1] == "{" and have) for part, have in zip(pattern, segments, strict=True)):
             if route.method == wanted:
                 captured = tuple(have for part, have in zip(pattern, segments, strict=True) if part[:1] == "{")
-                return Found(route.pattern, route.handler, captured, route.probe)
+                return FoundRoute(route.pattern, route.handler, captured, route.probe)
             methods.append(route.method)
     if methods:
         allow = tuple(dict.fromkeys(["GET", "HEAD"] if "GET" in methods else methods))
-        raise RequestError(
-            f"{path[:200]} does not take {method}", remedy=f"It takes {allow[0]}", status=405, allow=allow
-        )
-    raise RequestError(f"there is nothing at {shown(path, 200)}", remedy="GET v2 tells what this server is", status=404)
+        raise RequestError(f"{path[:200]} does not take {method}", remedy=f"Send {allow[0]}", status=405, allow=allow)
+    raise RequestError(
+        f"the server has no route {shown(path, 200)}", remedy="GET v2/openapi.json lists the routes", status=404
+    )

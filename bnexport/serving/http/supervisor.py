@@ -1,11 +1,11 @@
-"""Several processes on one port, and one that opens no model, which starts them, watches them, and stops them.
+"""Several processes on one port, and a supervisor without models that starts, watches and stops them.
 
-Each process has a socket of its own on the port (SO_REUSEPORT), and the supervisor holds every socket open. With one socket
-for all, whoever wakes first takes what waits: of 64 connections that came one by one, 15 times over, one of two processes got
-all at worst, and a client that keeps its connection keeps the imbalance. With a socket each, the system spreads them by a hash
-(at least a third for each in the same measurement). What waits in the backlog of a killed process is lost where only that
-process holds its socket: 15 of 40 connections, and none of 40 where the supervisor holds it, too; its successor answers them.
-(Linux 6.18, uvloop 0.23, two cores, loopback.)
+Each process has its own socket on the port (SO_REUSEPORT), and the supervisor holds every socket open. With one shared socket,
+the process that wakes first accepts all waiting connections: in the worst of 15 runs with 64 consecutive connections, one of
+two processes got all, and clients that keep their connection keep the imbalance. With separate sockets, the system distributes
+connections by a hash (at least a third per process in the same measurement). The connections in the backlog of a killed process
+are lost if only that process holds the socket: 15 of 40. None of 40 was lost if the supervisor holds the socket too: the
+successor answers them. (Linux 6.18, uvloop 0.23, two cores, loopback.)
 """
 
 from __future__ import annotations
@@ -34,33 +34,33 @@ from bnexport.serving.http.worker import BLOCKED, PATIENCE, STOPPING, WorkerTask
 from bnexport.serving.listener import bound, free_port
 
 _WORKER = "bnexport.serving.http.worker"
-#: Seconds after which a process that served counts as sound: its end is no reason to wait with the next one.
+#: Seconds of serving after which a process counts as sound: after its end, the next one starts without a pause.
 _SOUND = 10.0
-#: Seconds before a new start: the first of them that follow each other, and the longest. Connections wait for a process that
-#: has served before, so it may not be away for as long as one that could not start, whose share the others get.
+#: Seconds before a new start: the first pause, the longest for a process that has served, and the longest for one that never
+#: served. Connections wait for a process that has served; the share of one that never served goes to the others.
 _PAUSE, _LONGEST_WAIT, _LONGEST_PAUSE = 0.25, 5.0, 30.0
-#: Starts in a row of one process that fail while no other one serves, before the supervisor gives up.
+#: Consecutive failed starts of one process, while no other one serves, before the supervisor gives up.
 _STARTS = 5
-#: Seconds between looks at the heartbeats, and looks in a row without a new one after which a process that serves is killed.
-#: Engines and loading have threads of their own, so the loop that beats is never away for long. Looks are counted, not
-#: seconds: where everybody stood still, as in a container that is paused, nobody is to blame.
+#: Seconds between checks of the heartbeats, and consecutive checks without a new one after which a serving process is killed.
+#: Engines and loading use separate threads, so the loop that beats is never blocked for long. Checks are counted instead of
+#: seconds, so that a pause of the whole container kills no process.
 _LOOK, _SILENT = 1.0, 60
-#: Seconds for the system to take a process away once it has closed its line.
+#: Seconds for the end of a process after it has closed its pipe.
 _REAP = 5.0
 
 
 @dataclass
 class _Seat:
-    """One of the processes, or its place while it does not run."""
+    """One of the processes, or the place of one that does not run."""
 
     number: int  # Number of the process, from 0
-    listener: socket.socket | None = None  # Its socket; None while no client should connect to it
-    process: subprocess.Popen[bytes] | None = None  # The running process, if there is one
-    line: Connection | None = None  # To the process
-    # Time at which it began to serve, by ``time.monotonic``; None while it does not serve
+    listener: socket.socket | None = None  # Its socket; None while clients should not connect to it
+    process: subprocess.Popen[bytes] | None = None  # The running process; None without one
+    line: Connection | None = None  # Pipe to the process
+    # Start of serving, by ``time.monotonic``; None while it does not serve
     ready_at: float | None = None
     failures: int = 0  # Consecutive ends before it was sound
-    vain: int = 0  # Consecutive starts that never became ready
+    failed_starts: int = 0  # Consecutive starts that never became ready
     start_at: float | None = None  # Time of the next start
     error: Exception | None = None  # Error of its last failed start
     started_at: float = 0.0  # Time of its last start, by ``time.monotonic``
@@ -74,23 +74,23 @@ def supervise(path: Path, settings: ServerSettings, *, announce: Callable[[str],
     Args:
         path: A bundle, or a folder of models.
         settings: Options of each of them.
-        announce: Called with one sentence once all of them serve.
+        announce: Receives one sentence when all of them serve.
 
     Raises:
-        BnexportError: The first one's error, as with one process; or no process can be started any more.
-        KeyboardInterrupt: It was stopped before all of them served.
+        BnexportError: The first process's error, as with a single process; or no process can be started any more.
+        KeyboardInterrupt: The server was stopped before all processes served.
         NotServing: A process did not stop in time, and was killed.
         RuntimeUnavailable: The system can't share a port.
-        UsageError: The port can't be had, or the settings do not go with several processes.
+        UsageError: The port can't be used, or the settings do not allow several processes.
     """
     if settings.allow_load:
         raise UsageError(
-            "a request to load or unload a model reaches one process of several alone",
-            remedy="Leave out --allow-load or --processes; --poll looks for new versions in each process",
+            "a request to load or unload a model reaches only one of several processes",
+            remedy="Omit --allow-load or --processes; with --poll, each process loads new versions",
         )
     if not sys.platform.startswith("linux"):
         raise RuntimeUnavailable(
-            "only Linux spreads the connections to a port among processes", remedy="Leave out --processes"
+            "only Linux distributes the connections to a port among processes", remedy="Omit --processes"
         )
     log = JsonLog(sys.stderr, access=settings.access_log)
     try:
@@ -104,7 +104,7 @@ class Supervisor:
 
     def __init__(self, path: Path, settings: ServerSettings, log: JsonLog, announce: Callable[[str], None]) -> None:
         self._path, self._log, self._announce = path, log, announce
-        # Who did not ask to share a port must not get one that is taken.
+        # Without --reuse-port, a port in use must be refused.
         port, grpc_port = free_port(settings.host, settings.port, reuse=settings.reuse_port), settings.grpc_port
         if grpc_port is not None:
             grpc_port = free_port(settings.host, grpc_port, reuse=settings.reuse_port, option="--grpc-port")
@@ -118,14 +118,14 @@ class Supervisor:
         self._killed: list[int] = []
 
     def run(self) -> None:
-        """Run until all processes have stopped."""
+        """Supervise until all processes have stopped."""
         self._memory = new_memory()
         self._records = Records(self._memory)
         try:
             with self._signals() as woken:
                 for seat in self._seats:
                     seat.listener = self._bound()
-                self._start(self._seats[0])  # what is wrong with the models, one process tells as well as all
+                self._start(self._seats[0])  # one process reports all errors in the models
                 while self._stop_seen == 0 or any(seat.process for seat in self._seats):
                     self._turn(woken)
         finally:
@@ -133,14 +133,14 @@ class Supervisor:
         if self._killed:
             raise NotServing(
                 f"processes {', '.join(map(str, self._killed))} did not stop in time and were killed",
-                remedy="Give them more --grace",
+                remedy="Give a longer --grace",
             )
         if not self._announced:
             raise KeyboardInterrupt
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[socket.socket]:
-        """Count SIGTERM and SIGINT; the socket becomes readable with each."""
+        """Count SIGTERM and SIGINT; each makes the socket readable."""
         reader, writer = socket.socketpair()
 
         def note(_number: int, _frame: FrameType | None) -> None:
@@ -165,10 +165,10 @@ class Supervisor:
         happened = wait([*lines, woken], max(0.0, next_time - time.monotonic()))
         if woken in happened:
             woken.recv(64)
-        self._heed_signals()
+        self._handle_signals()
         for line, seat in lines.items():
             if line in happened:
-                self._hear(seat, line)
+                self._receive(seat, line)
         now = time.monotonic()
         for seat in self._seats:
             if seat.start_at is not None and now >= seat.start_at:
@@ -179,7 +179,7 @@ class Supervisor:
         if now >= self._deadline:
             self._kill_late()
 
-    def _heed_signals(self) -> None:
+    def _handle_signals(self) -> None:
         """Start the drain at the first signal, end it at the second."""
         while self._stop_seen < self._stops:
             self._stop_seen += 1
@@ -188,19 +188,19 @@ class Supervisor:
             self._deadline = min(self._deadline, time.monotonic() + self._settings.grace + PATIENCE)
             for seat in self._seats:
                 seat.start_at = None
-                # Each process closes its own; one that is held here would keep the system sending connections to it.
+                # Each process closes its copy. If this copy stayed open, the system would still send connections to it.
                 self._close_listener(seat)
                 if seat.process is not None:
                     seat.process.send_signal(self._signal(first=first))
 
     def _signal(self, *, first: bool) -> signal.Signals:
-        """Return the signal that stops a process; before all were announced, processes are killed."""
+        """Return the signal that stops a process: SIGKILL before the announcement."""
         if not self._announced:
             return signal.SIGKILL
         return signal.SIGTERM if first else signal.SIGINT
 
     def _start(self, seat: _Seat) -> None:
-        """Start a process: no fork, which inherits libraries, nor multiprocessing, which imports the user's script."""
+        """Start a process. A fork would inherit libraries; multiprocessing would import the user's script."""
         seat.start_at, seat.started_at, seat.error, seat.silent = None, time.monotonic(), None, 0
         if seat.listener is None:
             seat.listener = self._bound()
@@ -209,7 +209,7 @@ class Supervisor:
         seat.line = ours
         descriptors = (theirs.fileno(), seat.listener.fileno(), self._memory)
         with theirs:
-            # -P: nothing in the working directory may stand in for a package. A group of its own: Ctrl-C is ours to hear.
+            # -P: files in the working directory must not replace packages. A separate group: only the supervisor gets Ctrl-C.
             try:
                 with _blocked():
                     seat.process = subprocess.Popen(
@@ -221,26 +221,27 @@ class Supervisor:
                 ours.close()
                 seat.line = None
                 seat.error = RuntimeUnavailable(
-                    f"no process can be started: {one_line(error)}", remedy="Look at memory and the limit of processes"
+                    f"no process can be started: {one_line(error)}",
+                    remedy="Check the memory and the limit of processes",
                 )
                 self._try_again(seat, served=None, how="not started", pid=None)
                 return
         self._log.event("process started", process=seat.number, pid=seat.process.pid)
-        with contextlib.suppress(OSError):  # it is dead already, which its line will tell
+        with contextlib.suppress(OSError):  # it is dead already: ``_receive`` gets EOF
             ours.send(WorkerTask(seat.number, *descriptors[1:], self._path, self._settings))
 
-    def _hear(self, seat: _Seat, line: Connection) -> None:
+    def _receive(self, seat: _Seat, line: Connection) -> None:
         try:
-            told = line.recv()
+            message = line.recv()
         except (EOFError, OSError):
             self._ended(seat)
             return
-        if isinstance(told, Exception):
-            seat.error = told
+        if isinstance(message, Exception):
+            seat.error = message
             return
-        if told == STOPPING:
-            # Perhaps it alone was told to. It makes its socket deaf, so its successor needs another one; while nobody holds
-            # this one, the system sends new connections to the others.
+        if message == STOPPING:
+            # Perhaps only this process got a signal. It refuses packets to its socket, so its successor needs another one.
+            # With this copy closed, the system sends new connections to the other processes.
             self._close_listener(seat)
             return
         assert seat.process is not None
@@ -254,7 +255,7 @@ class Supervisor:
                 self._start(other)
         if all(other.ready_at is not None for other in self._seats):
             self._announced = True
-            self._announce(str(told))
+            self._announce(str(message))
 
     def _ended(self, seat: _Seat) -> None:
         process, served = seat.process, seat.ready_at
@@ -270,21 +271,23 @@ class Supervisor:
         """Schedule a new start, after a pause if this process did not serve for long."""
         sound = served is not None and time.monotonic() - served >= _SOUND
         seat.failures = 0 if sound else seat.failures + 1
-        seat.vain = seat.vain + 1 if served is None else 0
+        seat.failed_starts = seat.failed_starts + 1 if served is None else 0
         pause = _pause(seat.failures, served=served is not None)
         reason = {} if seat.error is None else {"reason": str(seat.error)}
         self._log.event("process died", process=seat.number, pid=pid, how=how, **reason, restart_in=pause)
-        if not self._announced or (seat.vain >= _STARTS and all(other.ready_at is None for other in self._seats)):
+        if not self._announced or (
+            seat.failed_starts >= _STARTS and all(other.ready_at is None for other in self._seats)
+        ):
             when = "before it could serve" if served is None else "while the others were started"
             raise seat.error or NotServing(
-                f"process {seat.number} ended {when}: {how}", remedy="Look into the log, and at the memory"
+                f"process {seat.number} ended {when}: {how}", remedy="Look into the log, and check the memory"
             )
         if served is None:
-            self._close_listener(seat)  # nobody may wait there for one that perhaps never comes
+            self._close_listener(seat)  # clients must not wait for a process that may never start
         seat.start_at = time.monotonic() + pause
 
     def _reaped(self, seat: _Seat) -> int:
-        """Return the return code of a process whose line is closed; it is killed if it lingers."""
+        """Return the return code of a process that has closed its pipe; kill it if it does not end."""
         process, line = seat.process, seat.line
         assert process is not None
         assert line is not None
@@ -298,7 +301,7 @@ class Supervisor:
         return code
 
     def _kill_hanging(self) -> None:
-        """Kill processes that serve but show no heartbeat; a stop has its own deadline."""
+        """Kill processes that serve without a heartbeat; a stop has its own deadline."""
         for seat in self._seats:
             if seat.process is None or seat.ready_at is None or self._stop_seen:
                 continue
@@ -307,12 +310,13 @@ class Supervisor:
             seat.beat = beat
             if seat.silent == _SILENT:
                 seat.error = NotServing(
-                    f"it showed no life for {_LOOK * _SILENT:g} seconds and was killed", remedy="Look what it did then"
+                    f"it sent no heartbeat for {_LOOK * _SILENT:g} seconds and was killed",
+                    remedy="Look into the log for its last requests",
                 )
                 seat.process.kill()
 
     def _kill_late(self) -> None:
-        """Kill processes that should have stopped."""
+        """Kill processes that did not stop in time."""
         self._deadline = math.inf
         for seat in self._seats:
             if seat.process is not None:
@@ -328,7 +332,7 @@ class Supervisor:
             seat.listener = None
 
     def _clear(self) -> None:
-        """Close and stop everything, whatever happened."""
+        """Close all sockets and kill all processes."""
         for seat in self._seats:
             self._close_listener(seat)
             if seat.process is not None:
@@ -339,7 +343,7 @@ class Supervisor:
 
 @contextlib.contextmanager
 def _blocked() -> Iterator[None]:
-    """Block signals: processes that start in the block receive those in ``BLOCKED`` when they unblock them."""
+    """Block the signals in ``BLOCKED``: processes that start meanwhile receive them when they unblock them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKED)
     try:
         yield
@@ -348,7 +352,7 @@ def _blocked() -> Iterator[None]:
 
 
 def _pause(failures: int, *, served: bool) -> float:
-    """Return the seconds before the next start: none after one end of a process that served, doubled after each further one."""
+    """Return the seconds before the next start: 0 after one end of a process that served, doubled after each further end."""
     if served and failures <= 1:
         return 0.0
     return min(_PAUSE * 2.0 ** min(failures - 1, 10), _LONGEST_WAIT if served else _LONGEST_PAUSE)

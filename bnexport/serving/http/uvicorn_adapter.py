@@ -1,8 +1,9 @@
-"""All that depends on private parts of uvicorn: connections with limits, and a server that drains.
+"""Everything that depends on private parts of uvicorn: connections with limits, and a server that drains.
 
 uvicorn has no limits on the size and the time of headers (its issue 157), answers malformed requests without a reason, and
-makes a task and ASGI messages for each request, which costs more than a small model. It stays: a bare echo on two cores takes,
-per request at 1, 8 and 64 clients, 115, 94 and 106 us of CPU time with uvicorn, and 300, 147 and 100 us with granian (ASGI).
+makes a task and ASGI messages for each request, which costs more than a small model. It is used nevertheless: a bare echo on
+two cores takes, per request at 1, 8 and 64 clients, 115, 94 and 106 us of CPU time with uvicorn, and 300, 147 and 100 us with
+granian (ASGI).
 
 ``missing_part`` checks the private names that connections need; pyproject.toml bounds uvicorn's version, and
 ``tests/unit/serving/test_uvicorn_adapter.py`` is the contract.
@@ -28,14 +29,14 @@ import uvicorn
 
 from bnexport.errors import BnexportError, UsageError
 from bnexport.optional import one_line
-from bnexport.serving.http.exchange import State
 from bnexport.serving.http.reply import STATUS_LINES
 from bnexport.serving.listener import backlog, deafen
 from bnexport.serving.serving_limits import ServingLimits
+from bnexport.serving.state import ServerState
 
 try:
     from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
-except ImportError:  # moved in a later uvicorn: ``missing_part`` reports it, and connections are plain
+except ImportError:  # moved in a later uvicorn: ``missing_part`` reports it, and the server uses plain connections
     HttpToolsProtocol = RequestResponseCycle = asyncio.Protocol  # type: ignore[assignment,misc]
 
 if TYPE_CHECKING:
@@ -43,19 +44,19 @@ if TYPE_CHECKING:
     from bnexport.serving.http.fast_lane import FastCall, FastLane, Head
 
 
-#: Seconds without a request after which a server that is to stop does so; balancers stop sending when it is not ready.
+#: Seconds without a request after which a draining server stops; balancers send none to a server that is not ready.
 QUIET = 1.0
-#: Seconds for connections that are half made when the server stops to listen.
+#: Seconds for half-open connections to complete before the server stops listening.
 _HANDSHAKES = 0.05
-#: Seconds that an idle connection is kept; longer than balancers keep theirs, so that they close first.
+#: Seconds that an idle connection is kept. It is longer than in balancers, so that they close first.
 _KEEP_ALIVE = 75
-#: Told the client's address, the status and the reason of what was refused before it was a request.
+#: Receives the client's address, the status and the reason for input that was refused before it became a request.
 Refused = Callable[[str, int, str], None]
-_MALFORMED = "the request is not HTTP/1.1 as it is written in RFC 9112. Let an HTTP library write it"
+_MALFORMED = "the request is not valid HTTP/1.1 (RFC 9112). Write it with an HTTP library"
 
 
-#: Private names of a connection and of a request in uvicorn: methods and attributes that ``LimitedConnection`` and the fast
-#: lane's requests use, overwrite, or stand in for.
+#: Private names of connections and requests in uvicorn: methods and attributes that ``LimitedConnection`` and the fast lane
+#: use, override, or replace.
 METHODS = (
     "connection_made", "connection_lost", "data_received", "on_message_begin", "on_url", "on_header", "on_headers_complete",
     "on_body", "on_message_complete", "on_response_complete", "send_400_response", "timeout_keep_alive_handler",
@@ -94,7 +95,7 @@ class LimitedConnection(HttpToolsProtocol):
         self._since = self.loop.time()
         self._idle_since: float | None = None
         self._unread_since: float | None = None
-        self._call: FastCall | None = None  # a short request of which the body is not complete
+        self._call: FastCall | None = None  # a short request whose body is not complete
         super().connection_made(transport)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -105,7 +106,7 @@ class LimitedConnection(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def eof_received(self) -> bool:  # type: ignore[override]
-        """Keep a connection half open while its client waits for an answer; the connection ends with that answer."""
+        """Keep a connection half open while its client waits for an answer, and close it after that answer."""
         if self._waits:
             self.cycle.keep_alive = False
         return self._waits and self.scheme == "http"  # TLS has no half-closed connections
@@ -117,11 +118,11 @@ class LimitedConnection(HttpToolsProtocol):
 
     @property
     def expected(self) -> bool:
-        """True if the first request is still to come, or a part of the next one's headers has come."""
+        """True if the first request has not come, or a part of the next request's headers has come."""
         return self._head_open and (self._head_size > 0 or self.cycle is None) and not self.transport.is_closing()
 
     def data_received(self, data: bytes) -> None:
-        """Receive bytes. Unfinished headers are counted here, before the parser has them complete."""
+        """Receive bytes. Incomplete headers are counted here; the parser reports complete ones only."""
         if self._head_open:
             if self._head_size == 0:
                 self._since, self._idle_since = self.loop.time(), None
@@ -136,10 +137,10 @@ class LimitedConnection(HttpToolsProtocol):
             self.send_400_response("")
 
     def _feed(self, data: bytes | memoryview) -> None:
-        """Give bytes to the parser, which takes everything after an Upgrade header for another protocol.
+        """Pass bytes to the parser.
 
-        There is none here, and a server may answer as if the header were not there (RFC 9110, 7.8; Java's client sends it
-        with every first request), so the request is read again without it.
+        It treats everything after an Upgrade header as another protocol. This server supports none, and may ignore the header
+        (RFC 9110, 7.8; Java's client sends it with every first request), so the request is parsed again without it.
         """
         while data:
             try:
@@ -156,7 +157,7 @@ class LimitedConnection(HttpToolsProtocol):
                 self.parser.feed_data(b"\r\n".join((*head, b"", b"")))
 
     def on_message_begin(self) -> None:
-        """Begin a request; uvicorn's ASGI scope is made when it turns out to be needed."""
+        """Begin a request. uvicorn's ASGI scope is created only if the application needs it."""
         self.url, self.headers, self.expect_100_continue = b"", [], False
 
     def on_headers_complete(self) -> None:
@@ -168,7 +169,7 @@ class LimitedConnection(HttpToolsProtocol):
                 raise ValueError("headers too large")
         if self.parser.should_upgrade():
             if self.parser.get_method() == b"CONNECT":
-                raise ValueError("this is no proxy")
+                raise ValueError("this server is not a proxy")
             return
         if len(self.connections) > self.limits.connections:
             self._status = 503
@@ -176,9 +177,7 @@ class LimitedConnection(HttpToolsProtocol):
             raise ValueError("too many connections")
         if len(self.pipeline) >= self.limits.pipeline:
             self._status = 503
-            self._reason = (
-                f"more than {self.limits.pipeline} requests wait behind another one. Read their answers first"
-            )
+            self._reason = f"more than {self.limits.pipeline} requests wait for an earlier one. Read the answers first"
             raise ValueError("too many requests")
         self._head_open, self._since = False, self.loop.time()
         if self.fast_lane is not None and self._free() and (call := self.fast_lane.call(self)) is not None:
@@ -199,10 +198,10 @@ class LimitedConnection(HttpToolsProtocol):
         if self._call is None:
             super().on_body(body)
         else:
-            self._call.body += body  # mostly all of it, and then the very same bytes
+            self._call.body += body  # usually the whole body: b"" + body is body itself
 
     def on_message_complete(self) -> None:
-        """Complete the request; headers follow."""
+        """Complete the request."""
         if self.parser.should_upgrade():
             return
         self._head_open, self._head_size = True, 0
@@ -213,15 +212,15 @@ class LimitedConnection(HttpToolsProtocol):
         call.begin()
 
     def answered(self) -> None:
-        """Note that a short request was answered. uvicorn would set a timer for each; ``sweep`` closes idle connections."""
+        """Record the answer to a short request. Instead of uvicorn's timer per request, ``sweep`` closes idle connections."""
         if self.pipeline or self.flow.read_paused:
             self.on_response_complete()
         else:
             self.server_state.total_requests += 1
             self._idle_since = self.loop.time()
 
-    def send_400_response(self, msg: str) -> None:  # noqa: ARG002 -- uvicorn's words tell nobody what is wrong
-        """Refuse malformed input with a reason, and close; complete requests before it are answered first."""
+    def send_400_response(self, msg: str) -> None:  # noqa: ARG002 -- uvicorn's message has no reason
+        """Refuse malformed input with a reason, and close the connection after the answers to earlier complete requests."""
         if self.transport.is_closing() or (self._waits and not self.cycle.keep_alive):
             return
         body = orjson.dumps({"error": f"{self._reason}."})
@@ -239,10 +238,7 @@ class LimitedConnection(HttpToolsProtocol):
         self.transport.close()
 
     def sweep(self, now: float) -> None:
-        """Close a connection whose client is too slow with its headers or its body.
-
-        One that is idle between two requests is closed as uvicorn does it, and one whose client does not read is cut off.
-        """
+        """Close a connection that is idle or whose client sends too slowly; abort one whose client does not read."""
         stuck = self.flow.write_paused or self.transport.is_closing()
         self._unread_since = None if not stuck else now if self._unread_since is None else self._unread_since
         if self._unread_since is not None and now - self._unread_since > self.limits.body_seconds:
@@ -251,9 +247,9 @@ class LimitedConnection(HttpToolsProtocol):
             self.timeout_keep_alive_handler()
         elif self._head_open:
             if self.expected and now - self._since > self.limits.head_seconds:
-                self._too_slow(f"the headers were not there after {self.limits.head_seconds:g} seconds")
+                self._too_slow(f"the headers did not arrive within {self.limits.head_seconds:g} seconds")
         elif now - self._since > self.limits.body_seconds:
-            self._too_slow(f"the body was not there after {self.limits.body_seconds:g} seconds")
+            self._too_slow(f"the body did not arrive within {self.limits.body_seconds:g} seconds")
 
     def _too_slow(self, reason: str) -> None:
         self._status, self._reason = 408, f"{reason}. Send it faster"
@@ -261,13 +257,13 @@ class LimitedConnection(HttpToolsProtocol):
 
     def _too_large(self) -> None:
         self._status = 431
-        self._reason = f"the headers have more than {self.limits.head_bytes} bytes. Send fewer"
+        self._reason = f"the headers have more than {self.limits.head_bytes} bytes. Send shorter headers"
 
 
 def limited(
     limits: ServingLimits, fast_lane: FastLane | None = None, refused: Refused | None = None
 ) -> type[LimitedConnection]:
-    """Return the class of connections with these limits; without a fast lane every request goes through the application."""
+    """Return a class of connections with these limits; without a fast lane, all requests go through the application."""
     values: dict[str, Any] = {"limits": limits, "fast_lane": fast_lane}
     if refused is not None:
         values["refused"] = staticmethod(refused)
@@ -295,10 +291,10 @@ def configured(
     try:
         config.load()
     except (OSError, ValueError) as error:
-        told = " and ".join(map(str, tls or ()))
+        files = " and ".join(map(str, tls or ()))
         raise UsageError(
-            f"the TLS files {told} can't be used: {one_line(error)}",
-            remedy="Give a certificate and its own key, as PEM files",
+            f"the TLS files {files} can't be used: {one_line(error)}",
+            remedy="Give a certificate and its key as PEM files",
         ) from error
     return config
 
@@ -312,32 +308,32 @@ def _tls_options(certificate: Path, key: Path) -> dict[str, Any]:
     if locked:
         raise UsageError(
             f"the key in {key} has a passphrase",
-            remedy="Give one without, in a file of this user alone: openssl pkey -in KEY -out PLAIN",
+            remedy="Remove it, and make the file readable for this user only: openssl pkey -in KEY -out PLAIN",
         )
     return {"ssl_certfile": str(certificate), "ssl_keyfile": str(key)}
 
 
-def _nothing() -> None:
+def nothing() -> None:
     """Do nothing: no-op callback."""
 
 
 class DrainingServer(uvicorn.Server):
     """uvicorn's server, which at SIGTERM first reports that it is not ready, and serves until no more requests come.
 
-    uvicorn itself closes its socket at once, before balancers know that they must not send requests here.
+    uvicorn itself closes its socket at once, before balancers can detect that the server is not ready.
 
     Args:
         config: uvicorn's configuration.
         state: State of the application.
         grpc_server: Started and stopped with this server; None without one.
-        grace: Seconds from the first signal until requests without an answer are given up.
-        poll: Seconds between looks for new versions; None looks never.
+        grace: Seconds from the first signal until unanswered requests are abandoned.
+        poll: Seconds between polls for new versions; None never polls.
     """
 
     def __init__(
         self,
         config: uvicorn.Config,
-        state: State,
+        state: ServerState,
         grpc_server: GrpcServer | None,
         *,
         grace: float,
@@ -348,14 +344,14 @@ class DrainingServer(uvicorn.Server):
         self._stop_at: float | None = None
         self._polled = time.monotonic()
         self._poll_task: asyncio.Task[None] | None = None
-        self._on_start = self._on_stop = _nothing
+        self._on_start = self._on_stop = nothing
 
     def run(
         self,
         sockets: list[socket.socket] | None = None,
         *,
-        on_start: Callable[[], None] = _nothing,
-        on_stop: Callable[[], None] = _nothing,
+        on_start: Callable[[], None] = nothing,
+        on_stop: Callable[[], None] = nothing,
     ) -> None:
         """Serve until stopped; ``on_start`` is called once the socket accepts, ``on_stop`` at the first signal."""
         self._on_start, self._on_stop = on_start, on_stop
@@ -367,14 +363,14 @@ class DrainingServer(uvicorn.Server):
         if self._grpc_server is not None:
             await self._grpc_server.start()
         gc.collect()
-        gc.freeze()  # what was loaded stays: the collector needs not look through it again and again
+        gc.freeze()  # loaded objects stay alive: the collector need not traverse them again
         self._on_start()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 -- uvicorn's signature
         """Start the drain at the first signal, end it at the second.
 
-        One process of several is told by its supervisor, and perhaps by the system as well (systemd signals all processes
-        of a service): there a SIGINT ends the drain, also when it is seen before a SIGTERM that was sent earlier.
+        One process of several gets signals from its supervisor and possibly from the system too (systemd signals all processes
+        of a service). There, SIGINT ends the drain, even if it is handled before an earlier SIGTERM.
         """
         first = self._stop_at is None
         if first:
@@ -401,7 +397,7 @@ class DrainingServer(uvicorn.Server):
 
     def _consider_exit(self, now: float, stop_at: float) -> None:
         quiet = self._state.active == 0 and now - self._state.last_work >= QUIET
-        # Half of the time is for requests that come, the other half for those that are being answered.
+        # Half of the time is for new requests, the other half for requests in progress.
         if quiet or now >= stop_at - self._grace / 2:
             self._state.log.event("closing", quiet=quiet, active=self._state.active)
             self.config.timeout_graceful_shutdown = max(1, math.ceil(stop_at - now))
@@ -412,7 +408,7 @@ class DrainingServer(uvicorn.Server):
             await self._state.repository.poll()
         except BnexportError as error:
             self._state.log.event("poll failed", reason=str(error))
-        except Exception as error:  # a fault in one look must not end the looking
+        except Exception as error:  # an error in one poll must not end the polling
             self._state.log.event("fault", error=f"{type(error).__name__}: {one_line(error)}")
         finally:
             self._polled, self._poll_task = time.monotonic(), None
@@ -436,10 +432,9 @@ class DrainingServer(uvicorn.Server):
         self._state.log.event("stopped")
 
     async def _stop_accepting(self, sockets: Sequence[socket.socket]) -> None:
-        """Close the listening socket without cutting off clients that the system has connected already.
+        """Close the listening socket without resetting clients that the system has connected already.
 
-        What waits in the socket's backlog would be reset by closing it, and uvicorn closes connections on which no request
-        has come yet.
+        Closing the socket would reset the connections in its backlog, and uvicorn closes connections without a request.
         """
         loop = asyncio.get_running_loop()
         if all(deafen(listener) for listener in sockets):
@@ -476,5 +471,5 @@ class DrainingServer(uvicorn.Server):
 
 
 def _expected(connection: object) -> bool:
-    """Return True if a connection's first request, or the rest of its next one's headers, is still to come."""
+    """Return True if a connection waits for its first request, or for the rest of a request's headers."""
     return isinstance(connection, LimitedConnection) and connection.expected

@@ -1,4 +1,4 @@
-"""One of the processes that serve: ``python -m bnexport.serving.http.worker``, started by ``supervisor`` alone."""
+"""One of several serving processes: ``python -m bnexport.serving.http.worker``, started by ``supervisor`` only."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from bnexport.optional import one_line
 from bnexport.serving.counters import Records, Share
 from bnexport.serving.http.http_server import ServerSettings, leave_engines, serve_on
 
-#: Blocked by the supervisor while it starts a process, so that none is lost before somebody listens for it.
+#: Signals that the supervisor blocks while it starts a process, so that none is lost before the process handles it.
 BLOCKED = (signal.SIGTERM, signal.SIGINT)
-#: What a process says when it was told to stop, by whomever.
+#: Message of a process that received a signal to stop.
 STOPPING = "stopping"
-#: Seconds over the grace until a process that should have stopped is killed.
+#: Seconds after the grace until a process that did not stop is killed.
 PATIENCE = 10.0
 
 
@@ -32,24 +32,24 @@ class WorkerTask:
 
     number: int  # Number of the process
     listener: int  # Descriptor of its socket, which listens already
-    records: int  # Descriptor of the memory with all processes' counters
+    records: int  # Descriptor of the memory with the counters of all processes
     path: Path  # A bundle, or a folder of models
     settings: ServerSettings  # Options
 
 
 def main(line: Connection) -> None:
-    """Serve until the supervisor sends a signal, or is gone."""
-    early: list[int] = []  # what waits for a process that is to stop before it serves is answered first
+    """Serve until the supervisor sends a signal or dies."""
+    early: list[int] = []  # a process that must stop before it serves first answers the waiting clients
     signal.signal(signal.SIGTERM, lambda number, _frame: early.append(number))
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the supervisor's way to say at once
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # the supervisor sends it to stop at once
     signal.pthread_sigmask(signal.SIG_UNBLOCK, BLOCKED)
     try:
         job: WorkerTask = line.recv()
-    except EOFError:  # the supervisor is gone already
+    except EOFError:  # the supervisor is dead
         return
 
-    def serving(told: str) -> None:
-        _tell(line, told)
+    def serving(sentence: str) -> None:
+        _send(line, sentence)
         if early:
             signal.raise_signal(signal.SIGTERM)
 
@@ -61,23 +61,23 @@ def main(line: Connection) -> None:
         with socket.socket(fileno=job.listener) as listener:
             serve_on(
                 listener, job.path, job.settings,
-                announce=serving, share=share, stopping=lambda: _tell(line, STOPPING),
+                announce=serving, share=share, stopping=lambda: _send(line, STOPPING),
             )  # fmt: skip
     except (BnexportError, MemoryError) as error:
-        _tell(line, error)
-    except Exception as error:  # the supervisor tells it as one process would
-        _tell(line, RuntimeError(f"{type(error).__name__}: {one_line(error)}"))
+        _send(line, error)
+    except Exception as error:  # the supervisor reports it as a single process would
+        _send(line, RuntimeError(f"{type(error).__name__}: {one_line(error)}"))
     else:
         leave_engines()
 
 
-def _tell(line: Connection, what: str | Exception) -> None:
-    with contextlib.suppress(OSError):  # the supervisor is gone, which ``_leave_with`` sees to
-        line.send(what)
+def _send(line: Connection, message: str | Exception) -> None:
+    with contextlib.suppress(OSError):  # the supervisor is dead: ``_leave_with`` stops this process
+        line.send(message)
 
 
 def _leave_with(line: Connection, grace: float) -> None:
-    """Stop this process after its supervisor was killed: as if it had sent a signal, or at once after the grace."""
+    """Stop this process after the death of its supervisor: by SIGTERM, and by SIGKILL after the grace."""
     try:
         line.recv()
     except (EOFError, OSError):

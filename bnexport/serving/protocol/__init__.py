@@ -1,1 +1,1 @@
-"""The Open Inference Protocol, version 2, as plain data: requests decoded, answers encoded. No HTTP and no engine."""
+"""The Open Inference Protocol, version 2, as plain data: decodes requests and encodes answers. No HTTP and no engine."""

@@ -1,4 +1,4 @@
-"""Requests: from bytes to arrays that fit a model, and from JSON's numbers to an array."""
+"""Decodes requests: from bytes or JSON to arrays that fit a model."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from bnexport.serving.serving_limits import BoundedCache, ServingLimits
 from bnexport.tensors import Array, Signature, TensorSpec, check_feeds
 from bnexport.validation.limits import shown
 
-#: Kind of numpy's element type -> what JSON's values may be. (True is an int in Python, and no number in JSON.)
+#: Kind of numpy's element type -> Python types of JSON's values. (True is an int in Python, but not a number in JSON.)
 _VALUES: dict[str, frozenset[type]] = {
     "f": frozenset((int, float)),
     "i": frozenset((int,)),
@@ -30,24 +30,25 @@ _WORDS = {"f": "numbers", "i": "whole numbers", "u": "whole numbers", "b": "true
 
 
 def array_from_json(data: Any, spec: TensorSpec, shape: tuple[int, ...], *, booleans: bool = True) -> Array:
-    """Convert JSON's data to an array."""
+    """Convert JSON's data to an array; ``booleans``: they may contain true or false."""
     if type(data) is not list:
-        raise RequestError(f"the data of input {spec.name!r} is no list", remedy="Send a list of values")
+        raise RequestError(f"the data of input {spec.name!r} is not a list", remedy="Send a list of values")
     count = math.prod(shape)
     flat = data if len(data) == count and (not data or type(data[0]) is not list) else _flattened(data, spec, shape)
     kind = np.dtype(spec.dtype).kind
-    known = kind == "f" and not booleans  # then only numbers can be packed
+    known = kind == "f" and not booleans  # packing refuses everything but numbers
     if not known and not set(map(type, flat)) <= _VALUES[kind]:
         raise _other_values(spec, kind)
     try:
-        with np.errstate(over="ignore"):  # what became infinite is found below
+        with np.errstate(over="ignore"):  # check_finite refuses infinity
             array: Array = _packed(flat).astype(spec.dtype) if known else np.array(flat, spec.dtype)
             array = array.reshape(shape)
     except struct.error as error:
         raise _other_values(spec, kind) from error
     except OverflowError as error:
         raise RequestError(
-            f"the data of input {spec.name!r} holds a number that {spec.dtype} can't", remedy="Send smaller numbers"
+            f"the data of input {spec.name!r} contains a number outside the range of {spec.dtype}",
+            remedy="Send smaller numbers",
         ) from error
     check_finite(array, spec.name)
     return array
@@ -60,70 +61,70 @@ def _packed(numbers: list[Any]) -> Array:
 
 def _other_values(spec: TensorSpec, kind: str) -> RequestError:
     return RequestError(
-        f"the data of input {spec.name!r} holds other values than {_WORDS[kind]}", remedy="Send only those"
+        f"the data of input {spec.name!r} contains other values than {_WORDS[kind]}", remedy="Send only those"
     )
 
 
 def _flattened(data: list[Any], spec: TensorSpec, shape: tuple[int, ...]) -> list[Any]:
-    """Return the values of nested lists; every level must have the length in the shape."""
+    """Return the values of nested lists, whose lengths must be those of the shape."""
     level: list[Any] = [data]
     for size in shape:
         if any(type(item) is not list or len(item) != size for item in level):
             raise RequestError(
                 f"the data of input {spec.name!r} does not have the shape {'x'.join(map(str, shape))}",
-                remedy="Send as many values as the shape says, flat or in lists of lists",
+                remedy="Send as many values as the shape has elements, flat or as lists of lists",
             )
         level = list(itertools.chain.from_iterable(level))
     return level
 
 
 def all_finite(array: Array) -> bool:
-    """Return True without NaN and infinity; for one image in a third of the time of ``np.isfinite(array).all()``."""
+    """Return True if no value is NaN or infinite, for one image in a third of the time of ``np.isfinite(array).all()``."""
     return array.dtype.kind != "f" or b"\0" not in np.isfinite(array).tobytes()
 
 
 def check_finite(array: Array, name: str) -> None:
     """Refuse NaN and infinity."""
     if not all_finite(array):
-        raise RequestError(f"the data of input {name!r} holds NaN or infinity", remedy="Send finite numbers")
+        raise RequestError(f"the data of input {name!r} contains NaN or infinity", remedy="Send finite numbers")
 
 
 def checked_flags(array: Array, name: str) -> Array:
-    """Return bytes as booleans."""
+    """Return bytes as booleans; refuse others than 0 and 1."""
     if array.size and array.max() > 1:
-        raise RequestError(f"the data of input {name!r} holds a byte that is neither 0 nor 1", remedy="Send 0 or 1")
+        raise RequestError(f"the data of input {name!r} contains a byte that is neither 0 nor 1", remedy="Send 0 or 1")
     return array.view(np.bool_)
 
 
-#: Bytes of the longest header that is remembered: clients repeat the same short one.
+#: Bytes of the longest cached header: clients repeat the same short header.
 SHORT = 2048
-#: numpy's element type -> what its bytes are read as.
+#: numpy's element type -> element type of its bytes.
 _STORED = {name: np.dtype("uint8" if name == "bool" else name) for name in DATATYPES}
-_SHAPES = "The model's metadata (v2/models/NAME) tells names, shapes and datatypes"
+_SHAPES = "The model's metadata (v2/models/NAME) has names, shapes and datatypes"
 
 
 @dataclass(frozen=True, slots=True)
 class _Input:
-    """One input as the JSON describes it, with the place of its data."""
+    """The description of one input."""
 
     spec: TensorSpec
     shape: tuple[int, ...]
-    count: int  # elements
-    size: int  # bytes in the binary part
-    data: Any  # JSON's data, when it is there
+    count: int  # Elements in the binary part
+    size: int  # Bytes in the binary part
+    data: Any  # JSON's data; None for data in the binary part
 
 
 @dataclass(frozen=True, slots=True)
 class _RequestPlan:
-    """The parsed JSON of a request."""
+    """The parsed description of a request."""
 
     inputs: tuple[_Input, ...]
-    request: InferRequest  # without its inputs
+    request: InferRequest  # The request without its inputs
     binary_bytes: int
 
 
 class Decoder:
-    """Decodes the requests to one model within the limits; the first dimension that has a name is the batch."""
+    """Decodes the requests to one model within the limits. The first named dimension is the batch."""
 
     def __init__(self, signature: Signature, limits: ServingLimits) -> None:
         self.signature = signature
@@ -133,11 +134,11 @@ class Decoder:
         firsts = [spec.shape[0] for spec in signature.inputs if spec.shape]
         self._batch = next((dim for dim in firsts if isinstance(dim, str)), None)
         self._fixed_rows = next((dim for dim in firsts if isinstance(dim, int)), 1)
-        # Of JSON and of protobuf: no JSON object begins like a protobuf message.
+        # Keys are JSON or protobuf; no JSON object begins like a protobuf message.
         self._plans: BoundedCache[bytes, _RequestPlan] = BoundedCache(256)
 
     def decode(self, body: bytes, header_length: int | None = None) -> InferRequest:
-        """Decode one request."""
+        """Decode a request of JSON, of JSON and binary tensors (``header_length`` bytes of JSON), or of raw data (0)."""
         if header_length == 0:
             return self._raw(body)
         if header_length is None:
@@ -147,14 +148,16 @@ class Decoder:
                     remedy="Send the tensors in binary",
                     status=413,
                 )
-            plan, start = self._plan(body), len(body)
+            plan, start = self._planned(load_json(body, brackets=self._limits.brackets)), len(body)
         else:
             if header_length > len(body) or header_length > self._limits.header_json_bytes:
                 raise RequestError(
                     f"Inference-Header-Content-Length is {header_length}, the body has {len(body)} bytes",
                     remedy=f"Give the length of the JSON before the tensors, at most {self._limits.header_json_bytes}",
                 )
-            plan, start = self._remembered(body[:header_length]), header_length
+            header, start = body[:header_length], header_length
+            cached = self._plans.get(header)
+            plan = cached or self._remember(header, load_json(header, brackets=self._limits.brackets))
         if len(body) - start != plan.binary_bytes:
             raise RequestError(
                 f"there are {len(body) - start} bytes after the JSON, its binary_data_size add up to {plan.binary_bytes}",
@@ -169,10 +172,7 @@ class Decoder:
                 arrays[item.spec.name] = array_from_json(
                     item.data, item.spec, item.shape, booleans=_may_hold_booleans(body)
                 )
-        if len(arrays) > 1:
-            _check_together(self.signature, arrays)
-        request = plan.request
-        return InferRequest(arrays, request.rows, request.outputs, request.id, request.timeout)
+        return self._request(plan, arrays, plan.request.id, plan.request.timeout)
 
     def decode_parts(
         self,
@@ -184,39 +184,43 @@ class Decoder:
         request_id: str = "",
         patience: float | None = None,
     ) -> InferRequest:
-        """Decode a request of a protocol without JSON."""
-        plan = self._plans.get(key) if key else None
+        """Decode a request with binary tensors of a protocol without JSON.
+
+        Args:
+            body: Bytes that contain the tensors.
+            spans: Start and size of each input's tensor in ``body``.
+            describe: Returns the description of the request in the form of the protocol's JSON.
+            key: Bytes that determine the description; b"" if it must not be cached.
+            request_id: The client's id.
+            patience: Seconds that the client waits; None without a deadline.
+        """
+        plan = self._plans.get(key)
         if plan is None or [item.size for item in plan.inputs] != [size for _, size in spans]:
-            plan = self._understood(describe())
-            if key:
-                self._remember(key, plan)
+            plan = self._remember(key, describe())
         arrays = {
             item.spec.name: _from_bytes(body, start, item) for item, (start, _) in zip(plan.inputs, spans, strict=True)
         }
-        if len(arrays) > 1:
-            _check_together(self.signature, arrays)
-        request = plan.request
-        timeout = request.timeout
-        if patience is not None:
-            timeout = patience if timeout is None else min(timeout, patience)
-        return InferRequest(arrays, request.rows, request.outputs, _id({"id": request_id}), timeout)
+        timeouts = [seconds for seconds in (plan.request.timeout, patience) if seconds is not None]
+        return self._request(plan, arrays, _id({"id": request_id}), min(timeouts, default=None))
 
     def check_count(self, count: int) -> None:
         """Refuse more inputs than the model has, before they are parsed."""
         if count > len(self._specs):
             raise RequestError(f"the request has {count} inputs, the model takes {len(self._specs)}", remedy=_SHAPES)
 
-    def _remembered(self, header: bytes) -> _RequestPlan:
-        if (plan := self._plans.get(header)) is not None:
-            return plan
-        plan = self._plan(header)
-        if all(item.data is None for item in plan.inputs):
-            self._remember(header, plan)
-        return plan
+    def _request(
+        self, plan: _RequestPlan, arrays: dict[str, Array], request_id: str, timeout: float | None
+    ) -> InferRequest:
+        if len(arrays) > 1:
+            _check_together(self.signature, arrays)
+        return InferRequest(arrays, plan.request.rows, plan.request.outputs, request_id, timeout)
 
-    def _remember(self, header: bytes, plan: _RequestPlan) -> None:
-        if len(header) <= SHORT:
-            self._plans[header] = plan
+    def _remember(self, key: bytes, description: object) -> _RequestPlan:
+        """Return the plan of a description; cache it if it contains no data and its key is short."""
+        plan = self._planned(description)
+        if 0 < len(key) <= SHORT and all(item.data is None for item in plan.inputs):
+            self._plans[key] = plan
+        return plan
 
     def _raw(self, body: bytes) -> InferRequest:
         """Decode the data of the one input; the batch follows from the size (Triton, "Raw Binary Request")."""
@@ -224,7 +228,7 @@ class Decoder:
         sizes = [dim for dim in spec.shape[1:] if isinstance(dim, int)]
         if len(self._specs) != 1 or len(sizes) != len(spec.shape) - 1 or isinstance(spec.shape[0], int):
             raise RequestError(
-                "this model takes no raw binary request: its shape does not follow from the number of bytes",
+                "this model takes no raw binary requests: the number of bytes does not determine its shape",
                 remedy="Send JSON with the shapes before the bytes",
             )
         row = math.prod(sizes) * np.dtype(spec.dtype).itemsize
@@ -236,12 +240,9 @@ class Decoder:
         item = _Input(spec, self._checked_shape(spec, list(shape)), math.prod(shape), len(body), None)
         return InferRequest({spec.name: _from_bytes(body, 0, item)}, shape[0], self._wanted(None, binary=True))
 
-    def _plan(self, text: bytes) -> _RequestPlan:
-        return self._understood(load_json(text, brackets=self._limits.brackets))
-
-    def _understood(self, value: object) -> _RequestPlan:
+    def _planned(self, value: object) -> _RequestPlan:
         if not isinstance(value, dict):
-            raise RequestError("the request is no JSON object", remedy='Send {"inputs": [...]}')
+            raise RequestError("the request is not a JSON object", remedy='Send {"inputs": [...]}')
         given = value.get("inputs")
         if not isinstance(given, list) or not given:
             raise RequestError('the request has no list "inputs"', remedy=_SHAPES)
@@ -249,13 +250,13 @@ class Decoder:
         inputs = tuple(self._input(item) for item in given)
         names = [item.spec.name for item in inputs]
         if len(set(names)) < len(names):
-            raise RequestError("the request has one input twice", remedy="Send each input once")
+            raise RequestError("the request has an input twice", remedy="Send each input once")
         if missing := self._specs.keys() - set(names):
             raise RequestError(f"the input {min(missing)!r} is missing", remedy=_SHAPES)
         rows = {item.shape[0] for item in inputs if self._batch is not None and item.spec.shape[:1] == (self._batch,)}
         if len(rows) > 1:
             raise RequestError(
-                f"the inputs have batches of {sorted(rows)}", remedy="Send as many samples of each input"
+                f"the inputs have batches of {sorted(rows)}", remedy="Send the same number of samples for each input"
             )
         parameters = _object(value, "parameters")
         outputs = self._wanted(value.get("outputs"), binary=_flag(parameters, "binary_data_output"))
@@ -264,15 +265,15 @@ class Decoder:
 
     def _input(self, item: object) -> _Input:
         if not isinstance(item, dict):
-            raise RequestError("an input is no JSON object", remedy=_SHAPES)
+            raise RequestError("an input is not a JSON object", remedy=_SHAPES)
         spec = self._specs.get(name) if isinstance(name := item.get("name"), str) else None
         if spec is None:
             raise RequestError(
-                f"there is no input {shown(str(name))}", remedy=f"The inputs are {', '.join(self._specs)}"
+                f"the model has no input {shown(str(name))}", remedy=f"The inputs are {', '.join(self._specs)}"
             )
         if item.get("datatype") != (expected := DATATYPES[spec.dtype]):
-            told = shown(str(item.get("datatype")))
-            raise RequestError(f"input {spec.name!r} has the datatype {told}", remedy=f"Send {expected}")
+            found = shown(str(item.get("datatype")))
+            raise RequestError(f"input {spec.name!r} has the datatype {found}", remedy=f"Send {expected}")
         shape = self._checked_shape(spec, item.get("shape"))
         parameters = _object(item, "parameters")
         if "shared_memory_region" in parameters:
@@ -287,17 +288,17 @@ class Decoder:
             return _Input(spec, shape, 0, 0, data)
         expected_size = math.prod(shape) * np.dtype(spec.dtype).itemsize
         if type(size) is not int or size != expected_size:
-            told = str(size) if type(size) is int else shown(str(size))
+            found = str(size) if type(size) is int else shown(str(size))
             raise RequestError(
-                f"input {spec.name!r} has {told} bytes (binary_data_size), its shape needs {expected_size}",
+                f"input {spec.name!r} has {found} bytes (binary_data_size), its shape needs {expected_size}",
                 remedy="Send the bytes of the whole tensor",
             )
         return _Input(spec, shape, math.prod(shape), size, None)
 
     def _checked_shape(self, spec: TensorSpec, shape: object) -> tuple[int, ...]:
-        """Return a shape that fits; Python's numbers do not overflow, and the data must have its length."""
+        """Return a shape that fits. Python's integers do not overflow, and the size of the data is compared later."""
         if not isinstance(shape, list) or any(type(dim) is not int or dim < 1 for dim in shape):
-            raise RequestError(f"input {spec.name!r} has no shape of whole numbers from 1", remedy=_SHAPES)
+            raise RequestError(f"input {spec.name!r} has no shape of positive whole numbers", remedy=_SHAPES)
         fits = len(shape) == len(spec.shape) and all(
             isinstance(want, str) or want == have for want, have in zip(spec.shape, shape, strict=True)
         )
@@ -325,19 +326,19 @@ class Decoder:
         if given is None or given == []:
             return tuple(RequestedOutput(name, DATATYPES[spec.dtype], binary) for name, spec in self._outputs.items())
         if not isinstance(given, list) or len(given) > len(self._outputs):
-            raise RequestError('"outputs" is no list of outputs of this model', remedy=_SHAPES)
+            raise RequestError('"outputs" is not a list of outputs of this model', remedy=_SHAPES)
         wanted = tuple(self._output(item, binary=binary) for item in given)
         if len({want.name for want in wanted}) < len(wanted):
-            raise RequestError("the request asks for one output twice", remedy="Ask for each output once")
+            raise RequestError("the request has an output twice", remedy="Request each output once")
         return wanted
 
     def _output(self, item: object, *, binary: bool) -> RequestedOutput:
         if not isinstance(item, dict):
-            raise RequestError("an output is no JSON object", remedy=_SHAPES)
+            raise RequestError("an output is not a JSON object", remedy=_SHAPES)
         spec = self._outputs.get(name) if isinstance(name := item.get("name"), str) else None
         if spec is None:
-            told = ", ".join(self._outputs)
-            raise RequestError(f"there is no output {shown(str(name))}", remedy=f"The outputs are {told}")
+            outputs = ", ".join(self._outputs)
+            raise RequestError(f"the model has no output {shown(str(name))}", remedy=f"The outputs are {outputs}")
         parameters = _object(item, "parameters")
         if "shared_memory_region" in parameters:
             raise RequestError("shared memory is not supported", remedy="Take the data from the answer")
@@ -345,14 +346,14 @@ class Decoder:
         if type(classes) is not int or classes < 0 or (classes and len(spec.shape) != 2):
             raise RequestError(
                 f"output {spec.name!r} can't be classified into {shown(str(classes))} classes",
-                remedy="Ask for a whole number of classes, of an output with one score per class",
+                remedy="Request a whole number of classes, of an output with one score per class",
             )
         binary = _flag(parameters, "binary_data", default=binary)
         return RequestedOutput(spec.name, DATATYPES[spec.dtype], binary, classes)
 
 
 def load_json(text: bytes, *, brackets: int) -> Any:
-    """Parse JSON; its lists and objects are counted before."""
+    """Parse JSON after counting its lists and objects."""
     if len(text) > brackets and text.count(b"[") + text.count(b"{") > brackets:
         raise RequestError(
             f"the JSON has more than {brackets} lists and objects",
@@ -366,7 +367,7 @@ def load_json(text: bytes, *, brackets: int) -> Any:
 
 
 def _may_hold_booleans(text: bytes) -> bool:
-    """Return True if true or false may occur; one letter is found in a fiftieth of the time of a word."""
+    """Return True if true or false may occur; a letter is found in a fiftieth of the time of a word."""
     return (b"r" in text and b"true" in text) or (b"l" in text and b"false" in text)
 
 
@@ -391,7 +392,7 @@ def _object(value: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     if found is None:
         return {}
     if not isinstance(found, dict):
-        raise RequestError(f'"{key}" is no JSON object', remedy=f'Leave "{key}" out, or send an object')
+        raise RequestError(f'"{key}" is not a JSON object', remedy=f'Omit "{key}", or send an object')
     return found
 
 
@@ -405,17 +406,18 @@ def _flag(parameters: Mapping[str, Any], key: str, *, default: bool = False) -> 
 def _id(value: Mapping[str, Any]) -> str:
     found = value.get("id", "")
     if not isinstance(found, str) or len(found) > 256:
-        raise RequestError('"id" is no text of at most 256 characters', remedy="Send a shorter text, or none")
+        raise RequestError('"id" is not a text of at most 256 characters', remedy="Send a shorter text, or no id")
     return found
 
 
 def _timeout(parameters: Mapping[str, Any]) -> float | None:
-    """Return the seconds of a timeout, which the protocol has in microseconds."""
+    """Return the timeout in seconds; the protocol has microseconds."""
     found = parameters.get("timeout")
     if found is None or found == 0:
         return None
     if type(found) is not int or found < 0:
         raise RequestError(
-            'the parameter "timeout" is no whole number of microseconds', remedy="Send a positive number, or none"
+            'the parameter "timeout" is not a whole number of microseconds',
+            remedy="Send a positive number, or no timeout",
         )
     return found / 1e6

@@ -1,4 +1,4 @@
-"""Answers: from a model's arrays to the outputs that a client wants, as JSON or with binary tensors behind the JSON.
+"""Encodes answers: from a model's arrays to the requested outputs, as JSON or with binary tensors after the JSON.
 
 Source: Triton, "Classification Extension" and "Binary Tensor Data Extension".
 """
@@ -28,7 +28,7 @@ def answer(
         array = arrays[want.name]
         if not all_finite(array):
             raise RequestError(
-                f"the model's answer {want.name!r} to these inputs holds NaN or infinity",
+                f"the model's output {want.name!r} for these inputs contains NaN or infinity",
                 remedy="Send inputs in the range that the model was trained on",
             )
         if want.classes:
@@ -55,12 +55,12 @@ def classify(scores: Array, count: int, labels: Sequence[str] | None) -> tuple[l
     return texts, (len(scores), count)
 
 
-#: The JSON of answers that are all binary is the same again and again.
+#: The JSON before binary tensors is the same in many answers.
 _heads: BoundedCache[tuple[Any, ...], bytes] = BoundedCache(256)
 
 
 def encode_response(response: InferResponse) -> tuple[bytes, int | None]:
-    """Return the body of an answer and the length of the JSON at its start; None if all of it is JSON."""
+    """Return the body of an answer, and the length of the JSON before binary tensors; None without binary tensors."""
     key = _key(response)
     if key is not None and (head := _heads.get(key)) is not None:
         return b"".join((head, *(tensor.data.tobytes() for tensor in response.outputs))), len(head)  # type: ignore[union-attr]
@@ -82,7 +82,7 @@ def encode_response(response: InferResponse) -> tuple[bytes, int | None]:
 
 
 def _key(response: InferResponse) -> tuple[Any, ...] | None:
-    """Return everything that the JSON before binary tensors depends on; None if it contains data or a client's id."""
+    """Return a key that determines the JSON before binary tensors; None if the JSON contains data or a client's id."""
     if response.id:
         return None
     parts: list[Any] = [response.model, response.version]
@@ -94,7 +94,7 @@ def _key(response: InferResponse) -> tuple[Any, ...] | None:
 
 
 def _described(tensor: OutputTensor, chunks: list[bytes]) -> dict[str, Any]:
-    """Return one output's JSON; the bytes of a binary one go to ``chunks``."""
+    """Return one output's JSON; append the bytes of a binary one to ``chunks``."""
     described: dict[str, Any] = {"name": tensor.name, "datatype": tensor.datatype, "shape": tensor.shape}
     if tensor.binary:
         chunk = binary_texts(cast(list[str], tensor.data)) if tensor.datatype == BYTES else tensor.data.tobytes()  # type: ignore[union-attr]
@@ -108,6 +108,6 @@ def _described(tensor: OutputTensor, chunks: list[bytes]) -> dict[str, Any]:
 
 
 def binary_texts(texts: list[str]) -> bytes:
-    """Pack texts as the protocol does: the length of each in four bytes, little-endian, then its UTF-8."""
+    """Pack texts as the protocol does: each as its length in four bytes, little-endian, and its UTF-8."""
     encoded = [text.encode() for text in texts]
     return b"".join(part for text in encoded for part in (struct.pack("<I", len(text)), text))

@@ -85,7 +85,7 @@ def test_names_are_compared_without_case_and_separators() -> None:
 def test_a_data_set_that_can_not_be_used_is_refused() -> None:
     with pytest.raises(UsageError, match="'photos' is unknown"):
         check_dataset("photos", preprocessing=None)
-    with pytest.raises(UsageError, match="Your own images are dataset=folder:"):
+    with pytest.raises(UsageError, match="For your own images pass dataset=folder:"):
         check_dataset("/", preprocessing=None)
     image = {"channels": 1, "height": 4, "width": 4, "scale": 1.0, "mean": [0.0], "std": [1.0]}
     with pytest.raises(DataError, match="nowhere does not exist"):

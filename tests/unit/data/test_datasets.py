@@ -140,7 +140,7 @@ def test_the_order_of_the_places(tiny, tmp_path, monkeypatch):
     (tmp_path / "variable" / "MNIST" / "raw" / NAMES[0]).unlink()
     assert "cache" in load_dataset("mnist").origin
     (tmp_path / "given" / "MNIST" / "raw" / NAMES[0]).unlink()
-    with pytest.raises(DataError, match="MNIST is not here"):
+    with pytest.raises(DataError, match="MNIST is missing"):
         load_dataset("mnist", data_dir=tmp_path / "given", download=False)
 
 
@@ -149,7 +149,7 @@ def test_the_test_part_alone(tiny, tmp_path):
     images, labels = load_test_images("mnist", data_dir=root)
     assert images.shape == (4, 28, 28)
     assert labels.tolist() == [0, 1, 2, 3]
-    with pytest.raises(DataError, match="MNIST is not here"):
+    with pytest.raises(DataError, match="MNIST is missing"):
         load_dataset("mnist", data_dir=root, download=False)
 
 
@@ -182,7 +182,7 @@ def test_the_variables_folder_is_not_filled_by_a_download(tiny, tmp_path, monkey
 
 
 def test_nothing_found(tiny, tmp_path):
-    with pytest.raises(DataError, match="MNIST is not here") as caught:
+    with pytest.raises(DataError, match="MNIST is missing") as caught:
         load_test_images("mnist", data_dir=tmp_path / "nowhere")
     assert "nowhere" in caught.value.message
     assert "BNEXPORT_DATA" in caught.value.remedy

@@ -72,7 +72,7 @@ def test_bad_pictures_can_be_left_out_which_is_told(tmp_path, built):
     for _ in range(2):
         dataset = load(root, on_bad="skip")
         assert dataset.train_labels.tolist() == [0, 0, 0, 1, 1, 1]
-        assert "2 left out that can't be read, such as train/cat/bad.png" in dataset.origin
+        assert "2 unreadable images left out, such as train/cat/bad.png" in dataset.origin
     assert len(built) == 2
     with pytest.raises(DataError, match=r"bad\.png is not a PNG"):  # although it is in the cache
         load(root)
@@ -87,7 +87,7 @@ def test_leaving_out_may_leave_no_class_empty(tmp_path, labels):
     for label in labels.split():
         for file in (root / "train" / label).iterdir():
             file.write_bytes(b"hello")
-    with pytest.raises(DataError, match="no picture of"):
+    with pytest.raises(DataError, match="no image of"):
         load(root, on_bad="skip")
 
 

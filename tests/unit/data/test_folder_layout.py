@@ -59,7 +59,7 @@ def test_without_parts_a_share_of_each_class_is_held_out_and_this_is_told(tmp_pa
     dataset = load(root)
     assert sorted(dataset.test_labels) == [0, 0, 1]
     assert dataset.train_labels.tolist() == [0] * 18 + [1] * 2
-    assert "3 of 23 pictures held out" in dataset.origin
+    assert "3 of 23 images held out" in dataset.origin
     assert "seed 0" in dataset.origin
     assert len(load(root, holdout=0.5).test_labels) == 10 + 2
 
@@ -130,7 +130,7 @@ def test_a_share_that_is_none(share):
 
 
 def test_a_class_of_one_picture_can_not_be_split():
-    with pytest.raises(DataError, match=r"1/0\.png is the only picture of its class"):
+    with pytest.raises(DataError, match=r"1/0\.png is the only image of its class"):
         hold_out(files(2, 1))
 
 
@@ -197,26 +197,28 @@ def renamed_val(root):
 REFUSED = {
     "no folder": (lambda root: None, "does not exist", "--data-dir"),
     "a file": (a_file, "is a file, not a folder", "--data-dir"),
-    "nothing": (lambda root: root.mkdir(), "holds no class folders", "PATH/train/CLASS"),
-    "pictures without classes": (lambda root: write_pictures(root, "1.png"), "1.png, which is in no class", "class folder"),
+    "nothing": (lambda root: root.mkdir(), "has no class folders", "PATH/train/CLASS"),
+    "pictures without classes": (
+        lambda root: write_pictures(root, "1.png"), "has the image 1.png outside of the class folders", "class folder",
+    ),
     "a picture beside classes": (
-        lambda root: write_pictures(write_parts(root), "train/x.jpg"), "x.jpg, which is in no class", "class folder",
+        lambda root: write_pictures(write_parts(root), "train/x.jpg"), "x.jpg outside of the class folders", "class folder",
     ),
     "parts without classes": (
         lambda root: write_pictures(root, "train/1.png", "val/1.png"), "no classes in train", "PATH/train/CLASS"
     ),
     "an unknown part": (renamed_val, "'valid', but no val or test", "val"),
-    "one class": (lambda root: write_pictures(root, "cat/1.png"), "the one class 'cat'", "two classes"),
-    "no pictures at all": (lambda root: [(root / name).mkdir(parents=True) for name in "ab"], "holds no picture", "delete"),
-    "an empty class": (empty_class, "dog holds no picture", "delete"),
-    "a class that is a file": (class_is_a_file, "dog is a file, not a class folder", "folder with pictures"),
+    "one class": (lambda root: write_pictures(root, "cat/1.png"), "only the class 'cat'", "two classes"),
+    "no pictures at all": (lambda root: [(root / name).mkdir(parents=True) for name in "ab"], "has no image", "delete"),
+    "an empty class": (empty_class, "dog has no image", "delete"),
+    "a class that is a file": (class_is_a_file, "dog is a file, not a class folder", "folder with images"),
     "a class only in train": (class_only_in("train"), "emu is missing", "'emu'"),
     "a class only in val": (class_only_in("val"), "emu is missing", "'emu'"),
-    "a picture in both parts": (same_picture, "is the same picture as", "Delete one"),
+    "a picture in both parts": (same_picture, "is the same image as", "Delete one"),
     "a loop of links": (loop, "leads to", "Remove the link"),
     "a link to itself": (link_to_itself, "can't be read", "links"),
     "val is train": (val_is_train, "leads to", "Remove the link"),
-    "a link to nowhere": (dead_link, "x.png can't be read", "link to nowhere"),
+    "a link to nowhere": (dead_link, "x.png can't be read", "broken link"),
     "a pipe": (pipe, "is not a plain file", "Remove it"),
     "too deep": (too_deep, "folders deep", "Move it up"),
 }  # fmt: skip

@@ -48,7 +48,7 @@ def test_no_elements(tmp_path):
         (b"", "is empty"),
         (b"\0\0", "is truncated"),
         (idx(IMAGES)[:10], "truncated inside its header"),
-        (idx(IMAGES)[:-1], "truncated: 23 of 24"),
+        (idx(IMAGES)[:-1], "truncated: it has 23 of 24"),
         (idx(IMAGES) + b"x", "longer than its header"),
         (b"PNG and more", "not an IDX file"),
         (b"\0\0\x08\x00" + bytes(8), "not an IDX file"),

@@ -46,7 +46,7 @@ def test_a_folder_that_moved_is_found_by_data_dir(pictures, tmp_path):
 
 @pytest.mark.parametrize("load", [load_dataset, load_test_images, load_train_images])
 def test_a_folder_needs_a_size_and_a_path(pictures, load):
-    with pytest.raises(UsageError, match="the size"):
+    with pytest.raises(UsageError, match="the image size"):
         load(pictures)
     with pytest.raises(UsageError, match="names no folder") as caught:
         load("folder:", preprocessing=COLOURS)

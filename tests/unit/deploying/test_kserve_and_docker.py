@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from support.schemas import violations
+from support.triton_config_check import read_config
 from unit.deploying.conftest import foreign_bundle
 from unit.deploying.docker_files import Refused, check_compose, check_dockerfile
 
@@ -20,7 +21,7 @@ from bnexport.deploying.deploy_request import DEVICES, DeployRequest, Scaling
 from bnexport.deploying.docker import compose, deploy_docker, dockerfile
 from bnexport.deploying.kserve import check_yaml, checked_yaml, deploy_kserve, inference_service
 from bnexport.errors import ExportError, OutputError, UsageError
-from bnexport.exporting.triton_config import CONFIG, read_config
+from bnexport.exporting.triton_config import CONFIG
 
 SCALING = Scaling("s3://bucket/models", 0, 6, "rps", 50)
 NAMED = DeployRequest(name="bn-lenet", triton="24.05")

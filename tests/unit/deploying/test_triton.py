@@ -7,6 +7,7 @@ from pathlib import Path
 import onnxruntime
 import pytest
 from support.bundles import copy_bundle, reseal
+from support.triton_config_check import ConfigError, check_config, read_config
 from unit.deploying.conftest import FOREIGN, fixed, foreign_bundle
 
 from bnexport.bundle import MODEL_ONNX, Bundle
@@ -14,7 +15,7 @@ from bnexport.deploying.deploy_request import DEVICES, NAME_RULES, DeployRequest
 from bnexport.deploying.docker import deploy_docker
 from bnexport.deploying.triton_repository import LABELS, deploy_triton
 from bnexport.errors import BundleError, ExportError, OutputError, UsageError
-from bnexport.exporting.triton_config import CONFIG, check_config, device_blocks, read_config, triton_config
+from bnexport.exporting.triton_config import CONFIG, device_blocks, triton_config
 from bnexport.proto_messages import message_classes
 from bnexport.tensors import Dim, Signature, TensorSpec
 
@@ -183,7 +184,7 @@ def test_whole_or_absent(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.Mon
     def broken(*_: object, **__: object) -> None:
         raise ExportError("no", remedy="x")
 
-    monkeypatch.setattr("bnexport.deploying.triton_repository.check_config", broken)
+    monkeypatch.setattr("bnexport.deploying.triton_repository.device_blocks", broken)
     with pytest.raises(ExportError):
         deploy_triton(bundle, tmp_path / "below" / "out")
     assert list(tmp_path.iterdir()) == []
@@ -274,7 +275,7 @@ TEXT = triton_config("foreign", FOREIGN)
 def test_configurations_that_triton_would_refuse(old: str, new: str, told: str) -> None:
     check_config(TEXT, "foreign", FOREIGN, files=FILES)
     assert old in TEXT
-    with pytest.raises(ExportError, match=told):
+    with pytest.raises(ConfigError, match=told):
         check_config(TEXT.replace(old, new), "foreign", FOREIGN, files=FILES)
 
 

@@ -70,11 +70,11 @@ def test_a_bundle_on_its_runtimes(bundle: Bundle, runtime: str | None) -> None:
 
 def test_options_that_do_not_go_together(bundle: Bundle, write: Write) -> None:
     for path, request, words in (
-        (bundle.path, EvaluationRequest(device="cpu"), "--device goes with a checkpoint"),
-        (bundle.path, EvaluationRequest(source="x.py:f"), "--source goes with a checkpoint"),
-        (write(), EvaluationRequest(runtime="torch-cpu"), "--runtime goes with a bundle"),
+        (bundle.path, EvaluationRequest(device="cpu"), "--device is for a checkpoint"),
+        (bundle.path, EvaluationRequest(source="x.py:f"), "--source is for a checkpoint"),
+        (write(), EvaluationRequest(runtime="torch-cpu"), "--runtime is for a bundle"),
         (write(), EvaluationRequest(batch_size=0), "the batch size is 0"),
-        (write("unnamed.safetensors", dataset=None), EvaluationRequest(), "does not say on which data set"),
+        (write("unnamed.safetensors", dataset=None), EvaluationRequest(), "does not state the data set"),
         (write(), EvaluationRequest(dataset="imagenet"), "'imagenet' is unknown"),
     ):
         with pytest.raises(UsageError) as caught:
@@ -131,7 +131,7 @@ def test_a_user_s_own_network(write: Write, tmp_path: Path) -> None:
     ("name", "error", "words"),
     [
         ("Colour", ModelError, "fails on images of shape 80x1x28x28 at net.py:9"),
-        ("Maps", ModelError, "does not give one row of scores"),
+        ("Maps", ModelError, "has no row of scores per image"),
         ("Nan", DataError, "NaN or infinity"),
     ],
 )

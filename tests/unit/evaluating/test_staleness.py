@@ -77,7 +77,7 @@ def test_without_data_there_is_no_warning(tmp_path, monkeypatch: pytest.MonkeyPa
 
 
 def test_asked_for_it_is_said_why_not() -> None:
-    with pytest.raises(UsageError, match="not known on which images"):
+    with pytest.raises(UsageError, match="training images of the network are not known"):
         sampled_staleness(TrainedNetwork(lenet(), None, None))
 
 

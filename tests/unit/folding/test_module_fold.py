@@ -430,7 +430,7 @@ def test_a_norm_that_is_reached_through_a_list_stays() -> None:
     model = randomise(InAList()).eval()
     result = bnexport.fold_modules(model, IMAGE)
     assert [row.outcome for row in result.report.rows] == ["kept", "kept"]
-    assert all("as in a list" in row.reason for row in result.report.rows)
+    assert all("through a list" in row.reason for row in result.report.rows)
     assert difference(model, result.model, (torch.randn(3, 3, 8, 8),)) == 0
 
 

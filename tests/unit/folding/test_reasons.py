@@ -72,10 +72,10 @@ def _from_input(m: Graph, x: Tensor) -> Tensor:
     ("forward", "reason", "hint"),
     [
         (_with("running_var", -1.0), "its variance plus eps is not above 0 in 1 channel,", "a variance and eps"),
-        (_with("weight", math.inf), "its statistics or parameters hold infinity, NaN", "finite ones"),
-        (_with("running_mean", math.nan), "its statistics or parameters hold infinity, NaN", "finite ones"),
+        (_with("weight", math.inf), "its statistics or parameters contain infinity, NaN", "finite ones"),
+        (_with("running_mean", math.nan), "its statistics or parameters contain infinity, NaN", "finite ones"),
         (_in_training, "it is in training mode, so it uses batch statistics", "training=False in the call"),
-        (_from_input, "its statistics or parameters are computed from the input", "that forward leaves alone"),
+        (_from_input, "its statistics or parameters are computed from the input", "that forward does not change"),
     ],
 )
 def test_why_a_batch_norm_can_not_be_read(forward: Forward, reason: str, hint: str) -> None:
@@ -92,7 +92,7 @@ WITH_SHIFT: dict[str, Forward] = {
     "its shift can't cross div, a quotient of two values": lambda m, x: m.bn(m.conv(x) / (1 + x.mean())),
     "its shift can't cross mul, a product of two values": lambda m, x: m.bn(m.conv(x) * (1 + x.mean())),
     "its shift can't cross leaky_relu;": lambda m, x: m.bn(functional.leaky_relu(m.conv(x))),
-    "after: its shift can't go into conv_transpose2d (up), whose output positions see different taps": (
+    "after: its shift can't be folded into conv_transpose2d (up), whose output positions use different kernel taps": (
         lambda m, x: m.up(m.bn(torch.sin(m.conv(x))))
     ),
     "it normalises axis 1, the output channels of linear (fc) are on axis 3": lambda m, x: m.bn3(m.fc(x)),

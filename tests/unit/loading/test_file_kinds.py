@@ -74,6 +74,12 @@ def tar(path: Path) -> None:
         archive.addfile(tarfile.TarInfo("weights.pth"))
 
 
+def old_tar(path: Path) -> None:
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as archive:
+        for name in ("sys_info", "pickle", "tensors", "storages"):
+            archive.addfile(tarfile.TarInfo(name))
+
+
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4d7a2146" * 8 + b"\nsize 102571313\n"
 PAGE = b"\n<!DOCTYPE html>\n<html><head><title>404</title></head></html>\n"
 SHARDS = b'{"metadata": {"total_size": 9}, "weight_map": {"0.weight": "part-1.bin"}}'
@@ -95,6 +101,7 @@ FILES: dict[str, tuple[Callable[[Path], object], str, str, str]] = {
     "a pickle": (lambda p: p.write_bytes(pickle.dumps({"w": np.ones(2)})), "pickle", "is a pickle", "torch.save"),
     "an archive of gzip": (lambda p: p.write_bytes(gzip.compress(b"x" * 99)), "gzip", "packed with gzip", "Unpack it"),
     "an archive of tar": (tar, "tar", "tar archive", "Unpack it"),
+    "a tar archive of PyTorch": (old_tar, "old", "PyTorch before 0.1.10", "weights_only=False"),
     "HDF5": (lambda p: p.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(99)), "hdf5", "HDF5 file", ".onnx"),
     "TensorFlow Lite": (lambda p: p.write_bytes(b"\x1c\0\0\0TFL3" + bytes(99)), "tflite", "TensorFlow Lite", ".onnx"),
 }  # fmt: skip

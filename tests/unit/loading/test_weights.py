@@ -1,20 +1,11 @@
-"""The weights door: what a user's file may be, which names fit, and what is refused."""
+"""Weights files: which names and which sets of weights fit a network, and what is refused."""
 
 from __future__ import annotations
 
-import argparse
 import collections
-import datetime
-import decimal
-import functools
 import json
-import os
-import pathlib
-import pickle
-import random
 import re
-import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +14,9 @@ import pytest
 import safetensors.torch
 import torch
 from cases import randomise
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.swa_utils import AveragedModel
+from weights_files import NETWORK, State, inside, loaded, network, refusal, same, state_of, with_prefix
 
 import bnexport
 from bnexport.bundle import WEIGHTS, Manifest, seal
@@ -32,90 +24,7 @@ from bnexport.errors import ModelError, UsageError
 from bnexport.exporting.request import ExportRequest
 from bnexport.loading.checkpoint import Checkpoint, save_checkpoint
 from bnexport.loading.sources import load_source
-from bnexport.optional import no_warnings
 from bnexport.tensors import Signature, TensorSpec
-
-State = dict[str, Tensor]
-NETWORK = """
-from torch import nn
-
-class Net(nn.Module):
-    def __init__(self, classes=3):
-        super().__init__()
-        self.backbone = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        self.head = nn.Linear(4, classes)
-
-    def forward(self, x):
-        return self.head(self.backbone(x))
-
-class Wrapped(nn.Module):
-    def __init__(self, name="module"):
-        super().__init__()
-        setattr(self, name, Net())
-        self.name = name
-
-    def forward(self, x):
-        return getattr(self, self.name)(x)
-
-def in_model():
-    return Wrapped("model")
-
-def dense():
-    import torchvision
-    return torchvision.models.DenseNet(4, (2,), 8, num_classes=3)
-
-class Tied(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.table, self.norm, self.out = nn.Embedding(5, 4), nn.LayerNorm(4), nn.Linear(4, 5, bias=False)
-        self.out.weight = self.table.weight
-"""
-_SPACE: dict[str, Any] = {}
-exec(NETWORK, _SPACE)
-
-
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / "net.py").write_text(NETWORK)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def network(name: str = "Net", seed: int = 3) -> nn.Module:
-    torch.manual_seed(seed)
-    return randomise(_SPACE[name](), seed).eval()
-
-
-def state_of(name: str = "Net", seed: int = 3) -> State:
-    return dict(network(name, seed).state_dict())
-
-
-def loaded(stored: Any, name: str = "Net", *, key: str | None = None, **options: Any) -> Any:
-    torch.save(stored, "w.pth", **options)
-    return load_source(f"net.py:{name}", weights="w.pth", weights_key=key)
-
-
-def refusal(stored: Any, name: str = "Net", *, key: str | None = None) -> str:
-    """What is said about a file that is refused; nothing of it is in the network."""
-    with pytest.raises(ModelError) as caught:
-        loaded(stored, name, key=key)
-    assert "\n" not in caught.value.message
-    assert len(caught.value.message) < 600
-    return caught.value.sentence
-
-
-def same(module: nn.Module, state: Mapping[str, Tensor]) -> bool:
-    mine = module.state_dict()
-    return set(mine) == set(state) and all(torch.equal(value, state[name]) for name, value in mine.items())
-
-
-def with_prefix(prefix: str) -> Callable[[State], State]:
-    return lambda state: {prefix + name: value for name, value in state.items()}
-
-
-def inside(place: str, wrapper: str) -> Callable[[State], State]:
-    return lambda state: {name.replace(f"{place}.", f"{place}.{wrapper}."): value for name, value in state.items()}
-
 
 # names
 
@@ -381,205 +290,6 @@ def test_a_dictionary_that_is_there_a_million_times_takes_no_time(folder: Path) 
 @pytest.mark.parametrize("value", [{"epoch": 3}, {"state_dict": {"a": "b"}}, {"state_dict": np.ones(3)}, [], "text"])
 def test_a_file_without_weights(folder: Path, value: Any) -> None:
     assert "is not a state dict" in refusal(value)
-
-
-# next to the weights
-
-
-def optimiser_state() -> dict[str, Any]:
-    model = network()
-    optimiser = torch.optim.AdamW(model.parameters())
-    model(torch.ones(2, 2, 8, 8)).sum().backward()
-    optimiser.step()
-    return {"optimizer": optimiser.state_dict(), "lr": torch.optim.lr_scheduler.StepLR(optimiser, 3).state_dict()}
-
-
-HARMLESS: dict[str, Callable[[], Any]] = {
-    "numpy numbers": lambda: [np.float64(71.5), np.int32(3), np.bool_(True), np.float32(0.1), np.complex128(1j)],
-    "numpy arrays": lambda: {"m": np.eye(3), "t": np.array(["a", "bc"]), "r": np.zeros(2, dtype=[("x", "f4"), ("y", "i8")])},
-    "numpy dates": lambda: np.array(["2024-01-02"], dtype="datetime64[D]"),
-    "numpy types": lambda: [np.dtype("float32"), np.float32, np.ndarray],
-    "arguments": lambda: argparse.Namespace(lr=0.1, arch="tiny", sizes=[1, 2], gpu=None, inner=argparse.Namespace(x=1)),
-    "dates": lambda: [datetime.datetime(2024, 1, 2, tzinfo=datetime.UTC), datetime.date(2024, 1, 2), datetime.timedelta(3)],
-    "paths": lambda: [pathlib.PurePosixPath("a/b"), Path("c"), pathlib.PureWindowsPath("d")],
-    "sizes, types and devices": lambda: [torch.Size([1, 2]), torch.float16, torch.device("cuda:0"), torch.strided],
-    "collections": lambda: {
-        "d": collections.defaultdict(list, {"a": [1]}), "q": collections.deque([1, 2], maxlen=3),
-        "c": collections.Counter("abc"),
-        "o": collections.OrderedDict(a=1), "s": {1, 2}, "f": frozenset({1}), "t": (1, (2, 3)),
-    },
-    "numbers": lambda: [decimal.Decimal("1.5"), 1j, 2**70, -(2**40), uuid.UUID(int=3), True, None, 1e300],
-    "bytes": lambda: [b"\x00\xff", bytearray(b"ab"), b""],
-    "an optimiser": optimiser_state,
-    "generators": lambda: [torch.get_rng_state(), np.random.RandomState(0).get_state(), random.getstate()],
-    "a parameter": lambda: nn.Parameter(torch.ones(3)),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("protocol", [2, 4])
-@pytest.mark.parametrize("kind", HARMLESS)
-def test_plain_values_next_to_the_weights_do_no_harm(folder: Path, kind: str, protocol: int) -> None:
-    stored = {"epoch": 3, "state_dict": state_of(), "more": HARMLESS[kind]()}
-    found = loaded(stored, pickle_protocol=protocol)
-    assert same(found.module, state_of())
-    old = loaded(stored, _use_new_zipfile_serialization=False)
-    assert same(old.module, state_of())
-
-
-class Calls:
-    """A value whose pickle calls something."""
-
-    def __init__(self, function: Any, *arguments: Any) -> None:
-        self.call = (function, arguments)
-
-    def __reduce__(self) -> Any:
-        return self.call
-
-
-class Namespace(argparse.Namespace):
-    def __reduce__(self) -> Any:
-        return os.system, ("touch hacked",)
-
-
-def made_by_build() -> Any:
-    value = argparse.Namespace()
-    value.__dict__["x"] = Calls(eval, "open('hacked', 'w')")
-    return value
-
-
-HOSTILE: dict[str, Callable[[], Any]] = {
-    "os.system": lambda: Calls(os.system, "touch hacked"),
-    "eval": lambda: Calls(eval, "open('hacked', 'w')"),
-    "exec": lambda: Calls(exec, "open('hacked', 'w')"),
-    "open": lambda: Calls(open, "hacked", "w"),
-    "getattr": lambda: Calls(getattr, Calls(__import__, "os"), "system"),
-    "functools.partial": lambda: functools.partial(print, "hacked"),
-    "a method": lambda: [].append,
-    "a Namespace with another call": Namespace,
-    "a call in the attributes of a Namespace": made_by_build,
-    "an array of objects": lambda: np.array([Calls(os.mkdir, "hacked")], dtype=object),
-    "an array of plain objects": lambda: np.array([1, "a"], dtype=object),
-    "a record with objects": lambda: np.zeros(1, dtype=[("x", object)]),
-    "a call as a key": lambda: {Calls(os.mkdir, "hacked"): 1},
-    "a call in a defaultdict": lambda: collections.defaultdict(functools.partial(os.mkdir, "hacked")),
-    "a factory of a defaultdict": lambda: collections.defaultdict(os.getcwd),
-    "a call in a tensor's place": lambda: {"state_dict": {"head.weight": Calls(os.mkdir, "hacked")}},
-    "torch.load in a tensor": lambda: Calls(torch.storage._load_from_bytes, b"x"),
-    "a module": lambda: nn.Linear(2, 2),
-    "a function": lambda: loaded,
-    "a class of the user's": lambda: Calls,
-    "a size that is called": lambda: Calls(torch.FloatStorage, 2**40),
-}
-
-
-@pytest.mark.parametrize("protocol", [2, 4])
-@pytest.mark.parametrize("kind", HOSTILE)
-def test_whatever_could_run_code_is_refused(folder: Path, kind: str, protocol: int) -> None:
-    for options in ({}, {"_use_new_zipfile_serialization": False}):
-        torch.save({"state_dict": state_of(), "more": HOSTILE[kind]()}, "w.pth", pickle_protocol=protocol, **options)
-        with pytest.raises(ModelError) as caught:
-            load_source("net.py:Net", weights="w.pth")
-        assert "w.pth is" in caught.value.message
-        assert not Path("hacked").exists()
-
-
-def test_a_name_in_pieces_does_not_pass(folder: Path) -> None:
-    """Names with dots in them, and modules by their names in Python 2."""
-    for dotted in ("datetime sys.modules", "__builtin__ eval", "collections abc.sys.modules", "pathlib os.system"):
-        module, name = dotted.split()
-        Path("w.pth").write_bytes(
-            pickle.dumps(0x1950A86A20F9469CFC6C, 2) + b"\x80\x02c" + module.encode() + b"\n" + name.encode() + b"\n."
-        )
-        with pytest.raises(ModelError, match=f"names '{module}.{name}', code which bnexport does not run"):
-            load_source("net.py:Net", weights="w.pth")
-
-
-def test_no_unpickler_is_used(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.save({"state_dict": state_of(), "args": argparse.Namespace(lr=1)}, "w.pth")
-
-    def trap(*_arguments: Any, **_options: Any) -> None:
-        raise AssertionError("the file was unpickled")
-
-    for place in (
-        "torch.load",
-        "pickle.loads",
-        "pickle.load",
-        "pickle.Unpickler",
-        "torch._weights_only_unpickler.Unpickler",
-    ):
-        monkeypatch.setattr(place, trap)
-    assert same(load_source("net.py:Net", weights="w.pth").module, state_of())
-
-
-# tensors
-
-
-def tensors() -> State:
-    base = torch.arange(24.0).reshape(4, 6)
-    return {
-        "plain": base, "view": base[1:3, 2:], "turned": base.t(), "shared": base, "strided": base[::2, ::3],
-        "repeated": torch.ones(1, 3).expand(2, 3), "scalar": torch.tensor(3.5), "empty": torch.empty(0, 3),
-        "double": base.double() / 7, "half": base.half(), "bfloat16": base.bfloat16() / 3,
-        "float8": torch.tensor([0.5, -2.0]).to(torch.float8_e4m3fn), "complex": torch.tensor([1 + 2j]),
-        "int64": torch.arange(-3, 3), "int8": torch.tensor([-128, 127], dtype=torch.int8),
-        "uint8": torch.tensor([0, 255], dtype=torch.uint8), "uint16": torch.tensor([0, 65535], dtype=torch.uint16),
-        "bool": torch.tensor([True, False]), "parameter": nn.Parameter(torch.ones(2)),
-        "channels last": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize("options", [{}, {"_use_new_zipfile_serialization": False}, {"pickle_protocol": 4}])
-def test_tensors_are_those_of_torchs_own_reader(tmp_path: Path, options: dict[str, Any]) -> None:
-    from bnexport.loading.weights import _opened
-
-    saved = tensors()
-    if "_use_new_zipfile_serialization" in options:  # torch can't read its own old format of these types
-        del saved["uint16"], saved["float8"]
-    torch.save(saved, tmp_path / "w.pth", **options)
-    want = torch.load(tmp_path / "w.pth", weights_only=False)  # its safe reader does not know protocol 4
-    with _opened(tmp_path / "w.pth") as sets:
-        got = {name: make() for name, make in sets[""].items()}
-    assert set(got) == set(want)
-    for name, value in want.items():
-        assert (got[name].dtype, got[name].shape, got[name].stride()) == (value.dtype, value.shape, value.stride()), (
-            name
-        )
-        assert (
-            got[name].contiguous().flatten().view(torch.uint8).equal(value.contiguous().flatten().view(torch.uint8))
-        ), name
-
-
-def test_a_file_of_a_machine_with_the_other_byte_order(folder: Path) -> None:
-    from support.hostile import members_of, write_zip
-
-    torch.save(state_of(), "w.pth")
-    members = members_of(Path("w.pth"))
-    for member in members:
-        if member.name.endswith("byteorder"):
-            member.data = b"big"
-        elif "/data/" in member.name:
-            width = 8 if len(member.data) == 8 else 4  # the count of batches is the one int64
-            member.data = np.frombuffer(member.data, np.uint8).reshape(-1, width)[:, ::-1].tobytes()
-        member.__post_init__()
-    write_zip(Path("swapped.pth"), members)
-    assert same(load_source("net.py:Net", weights="swapped.pth").module, state_of())
-
-
-def test_a_changed_bit_of_a_weight_is_seen(folder: Path) -> None:
-    torch.save(state_of(), "w.pth")
-    content = bytearray(Path("w.pth").read_bytes())
-    at = content.find(state_of()["head.weight"].numpy().tobytes())
-    content[at + 5] ^= 1
-    Path("w.pth").write_bytes(bytes(content))
-    with pytest.raises(ModelError, match="does not have the size and checksum"):
-        load_source("net.py:Net", weights="w.pth")
-
-
-def test_quantized_and_conjugated_tensors_are_refused(folder: Path) -> None:
-    with no_warnings:
-        quantized = torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8)
-    assert "quantized" in refusal({**state_of(), "head.bias": quantized})
-    assert "resolve_conj" in refusal({**state_of(), "head.bias": torch.ones(3, dtype=torch.complex64).conj()})
 
 
 # files and folders

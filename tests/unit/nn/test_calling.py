@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import bnexport
 from bnexport.nn.calling import call_once, place_of, switches_itself, to_eval_mode, unchanged
 
 
@@ -96,3 +97,41 @@ def test_what_a_forward_keeps_is_undone_and_named() -> None:
     with unchanged(model.inner) as kept:
         model.inner(torch.ones(4, 3))
     assert kept == []
+
+
+class Late(nn.Module):
+    """A network that makes layers, a parameter and a buffer in its first call, and replaces a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first: nn.Module | None = None
+        self.more = nn.ModuleList()
+        self.norm = nn.BatchNorm1d(3)
+        self.names = {"a"}
+        self.register_parameter("scale", None)
+        self.register_buffer("shift", None)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.first is None:
+            self.first = nn.Linear(3, 3)
+            self.more.append(nn.Linear(3, 3))
+            self.add_module("late", nn.Linear(3, 3))
+            self.scale, self.shift = nn.Parameter(torch.ones(1)), torch.ones(1)
+            self.norm = nn.Identity()  # type: ignore[assignment]
+            self.names.add("b")
+        return self.norm(self.late(self.more[0](self.first(x)))) * self.scale + self.shift
+
+
+def test_layers_made_in_the_first_call_are_gone_afterwards() -> None:
+    model = Late().eval()
+    norm, before = model.norm, list(model.state_dict())
+    with unchanged(model) as changed:
+        model(torch.ones(2, 3))
+    assert changed == ["names"]
+    bnexport.fold(model, torch.ones(2, 3))
+    assert list(model.state_dict()) == before
+    assert model.norm is norm
+    assert model.names == {"a"}
+    assert model.first is model.scale is model.shift is None
+    assert not hasattr(model, "late")
+    assert len(model.more) == 0

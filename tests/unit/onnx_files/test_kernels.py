@@ -52,6 +52,7 @@ def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
     """Rows and samples of these small inputs are cut apart too, as those of large ones are."""
     if request.param == "small blocks":
         monkeypatch.setattr(kernels, "_ROOM", 64)
+        monkeypatch.setattr(kernels, "_MOST_ROOM", 64)
         monkeypatch.setattr(kernels, "_CACHED", 16)
 
 

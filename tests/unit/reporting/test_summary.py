@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from bnexport.reporting.summary import certified, flipped, groups, number, predicted_sentence, rate_bound, total_flips
-from bnexport.verification.verdict import Flips, Prediction, Row, VerificationReport
+from bnexport.reporting.summary import certified, flipped, predicted_sentence, rate_bound
+from bnexport.verification.verdict import Flips, Prediction, Row, VerificationReport, groups, number, total_flips
 
 
 def test_groups_gather_by_stage_and_subject(passing: VerificationReport) -> None:

@@ -13,8 +13,10 @@ from support.reports import full_report, large_report
 from bnexport.environment import environment
 from bnexport.folding.report import OUTCOMES, FoldReport, FoldRow
 from bnexport.reporting.tables import (
+    LEGEND,
     STYLES,
     make_console,
+    not_run,
     print_environment,
     print_fold_report,
     print_verification,
@@ -42,9 +44,13 @@ def test_fold_report_fits_80_columns_and_any_encoding(fold: FoldReport, encoding
     assert max(map(len, lines)) <= 80
     assert "the weights are 1.25 times as large as before: shared ones had to be cloned" in lines
     assert text.splitlines()[-1] == WHAT_BECAME
-    assert "0 (conv <-" in text
-    assert "dead channel" in text
-    assert "would go with: gammas of" in text
+    assert "backward, forward, through, merged: gone, now part of other layers' weights" in lines
+    assert "affine: left as one scale and one shift per channel" in lines
+    console, raw = console_with(encoding, width=200)
+    print_fold_report(fold, console)
+    text = raw.getvalue().decode(encoding)
+    assert "0 (conv <- batch norm); 1 dead channel" in text
+    assert "would go with: gammas of one sign" in text
     assert "0.25..3.2" in text
     assert "(root)" in text
     assert "second consumer" in text
@@ -103,20 +109,22 @@ def test_every_outcome_has_a_colour() -> None:
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
-def test_verdict_is_a_word_on_the_last_line(passing: VerificationReport, encoding: str) -> None:
+def test_verdict_is_a_word_on_the_first_line(passing: VerificationReport, encoding: str) -> None:
     console, raw = console_with(encoding)
     print_verification(passing, console)
     lines = raw.getvalue().decode(encoding).splitlines()
     assert max(map(len, lines)) <= 80
-    assert lines[-1] == passing.summary() == "PASS: 8 rows"
+    assert lines[0] == passing.summary() == "PASS: 8 comparisons on 1000 test images"
     runs = [line.replace("|", " ").split() for line in lines if "PASS" in line and "-cpu" in line]
     assert runs == [
         ["PASS", "onnxruntime-cpu", "2.1e-07", "3.8e-07", "-", "-", "0", "99.8", "%"],
         ["PASS", "torch-cpu", "-", "3.8e-07", "-", "-", "0", "99.8", "%"],
     ]
     proof = next(line for line in lines if "file-proof" in line)
-    assert proof.replace("|", " ").split() == ["PASS", "file-proof", "model.onnx", "64", "4.4e-08", "1e-06"]
-    assert "bound: strict 1e-05" in " ".join(lines)
+    numbers = ["64", "4.4e-08", "1e-06", "exact", "in", "float64"]
+    assert proof.replace("|", " ").split() == ["PASS", "file-proof", "model.onnx", *numbers]
+    assert "strict: full float32 arithmetic; max error at most 1e-05" in lines
+    assert set(LEGEND) <= set(lines), "each column of the table has its line"
     assert "not run: torch-cuda: torch sees no CUDA device" in lines
 
 
@@ -124,9 +132,10 @@ def test_failures_are_named_with_their_reasons(failing: VerificationReport) -> N
     console, raw = console_with("ascii", width=200)
     print_verification(failing, console)
     lines = raw.getvalue().decode("ascii").splitlines()
-    assert lines[-1].startswith("FAIL: 2 of 10 rows failed")
+    assert lines[0].startswith("FAIL: 2 of 10 comparisons failed")
     assert "FAIL strict, onnxruntime-cpu, ones: 12 values are not finite" in lines
     assert any(line.startswith("FAIL strict, torch-cpu, zeros: </td><script>") for line in lines)
+    assert all(line.startswith("FAIL ") for line in lines[1:3]), "the causes follow the verdict"
     table = [line.strip("|").split() for line in lines if line.startswith("|FAIL")]
     assert [row[0] for row in table] == ["FAIL", "FAIL"]
     assert all("FAIL" in row[2:] for row in table), "the stage that failed says so"
@@ -140,9 +149,9 @@ def test_every_report_fits_80_columns(report: VerificationReport, encoding: str)
     console, raw = console_with(encoding)
     print_verification(report, console)
     lines = raw.getvalue().decode(encoding).splitlines()
-    # Only the verdict runs on: a program reads it as one line.
-    assert max(map(len, lines[:-1])) <= 80
-    assert lines[-1] == "".join(char if char.isprintable() else "?" for char in report.summary())
+    # Only the verdict is longer: a program reads it as one line.
+    assert max(map(len, lines[1:])) <= 80
+    assert lines[0] == "".join(char if char.isprintable() else "?" for char in report.summary())
     assert "\x1b[31m" not in "".join(lines)
 
 
@@ -157,14 +166,15 @@ def test_everything_that_was_found_is_told_in_short() -> None:
     for expected in (
         "PASS onnxruntime-cuda, tf32 0.00038 0.00076 1.3 0.00019 3 98.7 %",
         "FAIL torchscript-cpu - FAIL - - 3 99 %",
-        "bound: strict 1e-05, shipping 0.0017",
-        "predicted: tf32 0.00076 of scale, 1 of 2000 labels change (images)",
-        "predicted: bfloat16 0.009 of scale (noise)",
+        "strict: full float32 arithmetic; max error at most 1e-05",
+        "shipping: the precision that is served; max error at most 0.0017",
+        "predicted in tf32: max error 0.00076, 1 of 2000 labels changed (images)",
+        "predicted in bfloat16: max error 0.009 (noise)",
         "onnxruntime-cuda, tf32: asked for tf32: it is",
-        "accuracy-change: 871 of 1000 labels right before, 870 after (2 lost, 1 won; exact McNemar p = 1): torch-cpu;"
+        "accuracy: 871 of 1000 labels right before, 870 after (2 lost, 1 won; exact McNemar p = 1): torch-cpu;"
         " onnxruntime-cuda; onnxruntime-cuda, tf32",
-        "onnxruntime-cuda, tf32: conv3 (Conv) is the first layer that leaves its prediction: 0.002 of scale, 0.00018",
-        "flip 2: 0 -> 3 (true 0), margin 0.001, NOT explained; onnxruntime-cuda, tf32; torchscript-cpu",
+        "onnxruntime-cuda, tf32: conv3 (Conv) is the first layer with more than its predicted error: 0.002, 0.00018",
+        "label changed, sample 2: 0 -> 3 (true 0), margin 0.001, NOT explained; onnxruntime-cuda, tf32; torchscript-cpu",
         "MISSED one flipped bit",
         "caught eps dropped model.onnx file-proof file-proof, golden",
         "self-test: 5 faults: 1 MISSED, 1 not tried here, 1 harmless to this model, 2 caught",
@@ -176,8 +186,44 @@ def test_everything_that_was_found_is_told_in_short() -> None:
 
 def test_flips_are_listed_up_to_a_number() -> None:
     words = words_of(large_report())
-    assert words.count("flip ") == 8
-    assert "and 492 more flips, all of them in the JSON report" in words
+    assert words.count("label changed, sample ") == 8
+    assert "and 492 more changed labels: --json lists them" in words
+
+
+DRIVER = "Found no NVIDIA driver on your system. Please check that you have an NVIDIA GPU and installed a driver"
+LOADER = "no NVIDIA driver (libcuda.so.1: cannot open shared object file: No such file or directory)"
+SKIPPED = {
+    "torch-cuda": DRIVER,
+    "torchscript-cuda": DRIVER,
+    "torch-export-cuda": DRIVER,
+    "onnxruntime-cuda": LOADER,
+    "onnxruntime-tensorrt": f"{LOADER}; TensorRT's provider can't be loaded (libnvinfer.so.10: no such file)",
+    "openvino-cpu, bfloat16": "this CPU has no bfloat16, so OpenVINO's bfloat16 kernels are its float32 kernels",
+    "weights": "x" * 100,
+}
+
+
+def test_runtimes_that_were_not_run_for_one_cause_are_one_line() -> None:
+    assert not_run(SKIPPED) == [
+        "not run: 5 GPU runtimes: no NVIDIA driver (--verbose lists them)",
+        "not run: openvino-cpu, bfloat16: this CPU has no bfloat16",
+        f"not run: weights: {'x' * 58} ...",
+    ]
+    assert not_run({"torch-cpu": "torch is not installed", "torchscript-cpu": "torch is not installed"}) == [
+        "not run: torch-cpu, torchscript-cpu: torch is not installed"
+    ]
+    whole = not_run(SKIPPED, verbose=True)
+    assert len(whole) == len(SKIPPED)
+    assert f"not run: onnxruntime-cuda: {LOADER}" in whole
+
+
+def test_no_cell_of_the_fold_table_has_more_than_five_lines() -> None:
+    path = "features.denseblock1.denselayer1.norm1"
+    reason = "before: " + "the output of this operation is needed by another one as it is " * 8
+    console, raw = console_with("ascii")
+    print_fold_report(FoldReport((FoldRow(path, "BatchNorm2d", "affine", reason=reason, channels=1024),), 1), console)
+    lines = [line for line in raw.getvalue().decode().splitlines() if line.startswith("|")]
+    assert len(lines) <= 7  # with the head
 
 
 def test_a_missed_fault_is_the_verdict() -> None:
@@ -190,13 +236,13 @@ def test_no_picture_is_made_for_a_terminal(monkeypatch: pytest.MonkeyPatch) -> N
     """Serving machines have no pillow."""
     monkeypatch.setitem(sys.modules, "PIL", None)
     monkeypatch.setitem(sys.modules, "markupsafe", None)
-    assert "flip 2" in words_of(full_report())
+    assert "label changed, sample 2" in words_of(full_report())
 
 
 def test_an_empty_report_fails_and_prints() -> None:
     console, raw = console_with("ascii")
     print_verification(VerificationReport(()), console)
-    assert raw.getvalue().decode().splitlines()[-1].startswith("FAIL")
+    assert raw.getvalue().decode().startswith("FAIL: nothing was checked")
     print_fold_report(FoldReport((), 0), console)
     assert "0 of 0 BatchNorm calls gone" in raw.getvalue().decode()
 

@@ -27,6 +27,7 @@ KINDS = [
 @pytest.mark.parametrize("layer", KINDS, ids=str)
 def test_the_numbers_are_torch_s(layer: nn.Module, room: int, inference: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wide_convolution, "_ROOM", room)
+    monkeypatch.setattr(wide_convolution, "_MOST_ROOM", room)
     rank = {"1": 1, "2": 2, "3": 3}[type(layer).__name__[-2]]
     x = torch.randn(3, 3, *(9, 8, 7)[:rank], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     layer = layer.double()

@@ -172,7 +172,7 @@ def test_a_full_queue_refuses_and_recovers() -> None:
         await asyncio.sleep(0.01)
         tasks += [asyncio.create_task(ask(batcher, 1.0)) for _ in range(2)]
         await asyncio.sleep(0.01)
-        with pytest.raises(NotServing, match="2 requests are waiting") as caught:
+        with pytest.raises(NotServing, match="2 requests wait") as caught:
             batcher.submit(rows(1.0), 1)
         assert caught.value.status == 503
         runner.gate.set()
@@ -195,7 +195,7 @@ def test_deadlines_hold_in_the_queue_and_while_a_batch_runs() -> None:
             await asyncio.sleep(0.01)
             batcher.expire()
         for future in (running, queued):
-            with pytest.raises(NotServing, match="not there in time") as caught:
+            with pytest.raises(NotServing, match="not ready before the deadline") as caught:
                 await future
             assert caught.value.status == 504
         runner.gate.set()

@@ -126,10 +126,10 @@ IMAGE_OUT = Signature(SIGNATURE.inputs, (TensorSpec("mask", "float32", ("batch",
 @pytest.mark.parametrize("changes", [{"preprocessing": None}, {"signature": WIDE}, {"signature": IMAGE_OUT}])
 def test_what_is_no_image_classifier_is_refused(bundle: Bundle, tmp_path: Path, changes) -> None:
     reseal(copy_bundle(bundle, tmp_path / "1"), **changes)
-    assert "is no image classifier" in refusal(BundleError, tmp_path / "1")
+    assert "is not an image classifier" in refusal(BundleError, tmp_path / "1")
     other = copy_bundle(bundle, tmp_path / "other")
     reseal(other, preprocessing=Preprocessing(height=32).to_json())
-    assert "takes float32 of 1x28x28, its preprocessing makes float32 of 1x32x28" in refusal(BundleError, other)
+    assert "takes float32 of 1x28x28, but its preprocessing makes float32 of 1x32x28" in refusal(BundleError, other)
 
 
 def test_the_remedy_names_options_that_exist(bundle: Bundle, tmp_path: Path) -> None:
@@ -175,7 +175,7 @@ def test_a_file_that_is_no_image_is_named(bundle: Bundle, tmp_path: Path) -> Non
 def test_an_answer_that_is_not_finite_is_an_error(bundle: Bundle, monkeypatch, value: float) -> None:
     with Predictor(bundle) as predictor:
         monkeypatch.setattr(predictor._runner, "run", lambda _: {"logits": np.full((1, 10), value, np.float32)})
-        with pytest.raises(DataError, match="holds NaN or infinity"):
+        with pytest.raises(DataError, match="contains NaN or infinity"):
             predictor.logits(IMAGES[:1])
 
 

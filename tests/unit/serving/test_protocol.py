@@ -231,7 +231,7 @@ def test_texts_in_binary() -> None:
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_an_answer_that_is_not_finite_is_told(value: float) -> None:
     wanted = (RequestedOutput("y", "FP32"),)
-    with pytest.raises(RequestError, match="holds NaN or infinity"):
+    with pytest.raises(RequestError, match="contains NaN or infinity"):
         answer({"y": np.array([[0.0, value]], np.float32)}, wanted, None)
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections import Counter
 from collections.abc import Iterator
 
-import orjson
 import pytest
 
 from bnexport.serving.counters import (
@@ -86,10 +86,11 @@ def test_slots_do_not_touch_each_other_and_what_is_too_large_is_not_written(memo
     assert records.read(0) == b"0"
 
 
-def test_a_record_holds_everything_that_was_counted() -> None:
-    before = totals(5, waiting=2)
+def test_a_record_holds_everything_that_was_counted(memory: int) -> None:
+    before, records = totals(5, waiting=2), Records(memory)
     before.processes, before.starts = {3: 1234}, {3: 2}
-    after = Totals.from_record(orjson.loads(orjson.dumps(before.to_record())))
+    records.write(3, pickle.dumps(before))
+    after = read_totals(records, 3)
     assert after == before
     assert after.models[KEY].statistics.to_json(*KEY) == statistics(5).to_json(*KEY) | {  # type: ignore[union-attr]
         "last_inference": before.models[KEY].statistics.last_ms  # type: ignore[union-attr]

@@ -141,7 +141,7 @@ def momentum_on_the_cpu(config: TrainingConfig, watch: Watch) -> None:
 
 def labels_on_the_cpu(config: TrainingConfig, watch: Watch) -> None:
     training = Training(config, watch)
-    training.data_parts.labels = torch.zeros(COUNT, dtype=torch.int64)
+    training.samples.labels = torch.zeros(COUNT, dtype=torch.int64)
     training.take()
 
 

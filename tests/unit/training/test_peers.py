@@ -43,6 +43,6 @@ def test_every_process_ends(tmp_path: Path, way: str, codes: list[int]) -> None:
             process.communicate()
     assert [process.returncode for process in processes] == codes, errors
     for code, error in zip(codes, errors, strict=True):
-        assert ("Error: another process of this training is gone" in error) == (code == 3)
+        assert ("Error: another process of this training ended" in error) == (code == 3)
         assert ("start again with --resume, with any number of processes." in error) == (code == 3)
         assert "Traceback" not in error

@@ -135,7 +135,7 @@ def test_one_process_tells(together):
     assert out.count("written: ") == 6
     ours = [line for line in error.splitlines() if line.startswith("Error: ")]
     assert len(ours) == 3
-    assert f"images is left for {len(found)} processes, and BatchNorm needs at least 2 in each" in ours[0]
+    assert f"images for {len(found)} processes, and BatchNorm needs at least 2 in each" in ours[0]
     assert "diverged: the loss or the weights are no longer finite in batch 2 of 4 of epoch 1" in ours[1]
     assert ours[2] == "Error: process 1: this one can't read it."
     assert "Traceback" not in error
@@ -179,7 +179,7 @@ def test_a_process_that_is_killed_ends_the_others_and_the_run_resumes(tmp_path):
         for rank in (0, 2):
             _, error = processes[rank].communicate(timeout=60)
             assert processes[rank].returncode == 3, error
-            assert "Error: another process of this training is gone" in error
+            assert "Error: another process of this training ended" in error
             assert "start again with --resume, with any number of processes" in error
             assert "Traceback" not in error
     finally:
@@ -276,7 +276,7 @@ def test_variables_that_contradict_each_other(monkeypatch, variables, message):
 
 def test_alone_nobody_is_asked():
     world = World()
-    assert world.told_by_leader(lambda: 3) == world.all_do(lambda: 3) == world.leader_first(lambda: 3) == 3
+    assert world.from_leader(lambda: 3) == world.all_do(lambda: 3) == world.leader_first(lambda: 3) == 3
 
     def broken():
         raise DataError("mine", remedy="none")

@@ -248,7 +248,7 @@ def test_obstacles() -> None:
     for found, words in (
         (obstacle(config, samples_on("cpu"), World()), "the training runs on cpu"),
         (obstacle(config, cuda, World(0, 2)), "2 processes train together"),
-        (obstacle(config, streamed, World()), "do not lie in the device's memory"),
+        (obstacle(config, streamed, World()), "are not in the device's memory"),
         (obstacle(replace(config, amp="float16"), cuda, World()), "float16"),
     ):
         assert found is not None

@@ -215,6 +215,6 @@ def test_a_loss_that_is_not_finite_names_epoch_batch_and_checkpoint(tmp_path, ca
     assert code == 2
     message, remedy = sentences(error)
     assert "no longer finite in batch 2 of 6 of epoch 3" in message
-    assert f"{out / 'checkpoint.safetensors'} holds epoch 2, which was sound" in remedy
+    assert f"{out / 'checkpoint.safetensors'} has epoch 2, which was finite" in remedy
     assert load_checkpoint(out / "checkpoint.safetensors").metadata["training"]["epoch"] == 2
     assert not (out / "model.safetensors").exists()

@@ -220,7 +220,7 @@ if sys.argv[2] == "batch":
 else:
     progress = None
     kill_in_write(int(sys.argv[3]))
-run.train(test_run.CONFIG, out=sys.argv[1], progress=progress)
+training_run.train(test_run.CONFIG, out=sys.argv[1], progress=progress)
 """
 
 

@@ -25,7 +25,7 @@ def test_an_existing_run_is_refused_before_anything_is_loaded(tmp_path, monkeypa
 
     with monkeypatch.context() as patch:
         patch.setattr("bnexport.training.preparation.load_dataset", never)
-        with pytest.raises(OutputError, match="holds a run already") as caught:
+        with pytest.raises(OutputError, match="has a run already") as caught:
             train(CONFIG, out=out)
     assert "--resume" in caught.value.remedy
     assert (out / "model.safetensors").read_bytes() == content
@@ -131,7 +131,7 @@ def test_a_diverged_run_keeps_its_last_whole_epoch(tmp_path):
 
 @pytest.mark.parametrize("batch_size", [1, 47, 329])
 def test_a_last_batch_of_one_image_is_refused_at_once(tmp_path, batch_size):
-    with pytest.raises(UsageError, match="a batch of one of the 330 images"):
+    with pytest.raises(UsageError, match="the last batch has one of the 330 images"):
         train(replace(CONFIG, batch_size=batch_size), out=tmp_path / "a")
     assert not (tmp_path / "a").exists()
     train(replace(CONFIG, batch_size=329, norm="none", epochs=1), out=tmp_path / "b")

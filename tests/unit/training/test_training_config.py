@@ -34,10 +34,10 @@ def test_the_defaults_are_the_chapters():
         ({"epochs": 2.5}, "epochs is 2.5"),
         ({"epochs": True}, "epochs is True"),
         ({"mean": (False,)}, "mean is False"),
-        ({"mean": (0.5, 0.5, 0.5)}, "3 means and 1 deviations for 1 channel"),
-        ({"input": "3x8x8", "mean": (0.5,)}, "1 means and 3 deviations for 3 channel"),
-        ({"input": "8x8"}, "no shape of an image"),
-        ({"dataset": "folder:x", "model": "net.py:net"}, "no one size"),
+        ({"mean": (0.5, 0.5, 0.5)}, "3 means and 1 standard deviations for 1 channel"),
+        ({"input": "3x8x8", "mean": (0.5,)}, "1 means and 3 standard deviations for 3 channel"),
+        ({"input": "8x8"}, "not the shape of an image"),
+        ({"dataset": "folder:x", "model": "net.py:net"}, "can differ in size"),
     ],
 )
 def test_values_out_of_range(options, message):
@@ -72,7 +72,7 @@ def test_the_recipe_says_whether_the_step_is_recorded(value):
     older = {name: item for name, item in config.to_json().items() if name != "cuda_graph"}
     assert TrainingConfig.from_json(older).cuda_graph is None
     TrainingConfig().check_continues(config)
-    with pytest.raises(UsageError, match="wrong kind"):
+    with pytest.raises(UsageError, match="wrong type"):
         TrainingConfig.from_json({**config.to_json(), "cuda_graph": "on"})
 
 
@@ -88,7 +88,7 @@ def test_bad_json(value):
 
 
 def test_values_of_a_wrong_kind():
-    with pytest.raises(UsageError, match="wrong kind"):
+    with pytest.raises(UsageError, match="wrong type"):
         TrainingConfig.from_json({**TrainingConfig().to_json(), "epochs": "many"})
 
 

@@ -64,8 +64,8 @@ def test_a_factory_is_built_from_the_seed(own):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"classes": 7}, "gives 7 scores per image, the data set has 10 classes"),
-        ({"pair": "always"}, "gives no table of scores"),
+        ({"classes": 7}, "returns 7 scores per image, the data set has 10 classes"),
+        ({"pair": "always"}, "does not return scores"),
         ({"nonsense": 1}, "nonsense"),
     ],
 )
@@ -77,7 +77,7 @@ def test_a_network_that_does_not_fit(own, options, message):
 
 def test_a_network_that_takes_other_images(own):
     config = TrainingConfig(dataset="digits", model=own)
-    with pytest.raises(ModelError, match="does not take images of 3x28x28") as caught:
+    with pytest.raises(ModelError, match="fails on images of 3x28x28") as caught:
         build_network(config, 10, Preprocessing(3, 28, 28, mean=(0.0,) * 3, std=(1.0,) * 3))
     assert "--input" in caught.value.remedy
 
@@ -86,14 +86,14 @@ def test_a_zoo_network_gets_the_classes():
     config = TrainingConfig(dataset="digits", model="torchvision:squeezenet1_1")
     preprocessing = Preprocessing(3, 32, 32, mean=(0.0,) * 3, std=(1.0,) * 3)
     assert build_network(config, 4, preprocessing)(torch.zeros(2, 3, 32, 32)).shape == (2, 4)
-    with pytest.raises(ModelError, match="does not take images of 1x28x28"):
+    with pytest.raises(ModelError, match="fails on images of 1x28x28"):
         build_network(config, 4, Preprocessing())
 
 
 def test_a_tuple_in_training_names_the_auxiliary_outputs(own):
     network = built(own, pair=True)
     step = Step(network, torch.optim.SGD(network.parameters(), lr=0.1))
-    with pytest.raises(ModelError, match="in training the network gives a tuple"):
+    with pytest.raises(ModelError, match="in training mode the network returns a tuple"):
         step(torch.zeros(2, 1, 28, 28), torch.zeros(2, dtype=torch.int64), 2, Sums.zeros(1, CPU))
     assert not leaves_parameters_unused(network, Preprocessing())
 
@@ -134,7 +134,7 @@ def test_weight_decay_leaves_vectors_alone(name, own):
 
 def test_nothing_to_train(own):
     network = built(own.replace(":Net", ":frozen"))
-    with pytest.raises(ModelError, match="no parameter to train"):
+    with pytest.raises(ModelError, match="no trainable parameter"):
         make_optimizer(network, TrainingConfig(model=own), CPU)
 
 

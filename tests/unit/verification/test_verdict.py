@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from bnexport.verification.metrics import Measurement
+from bnexport.verification.metrics import AccuracyChange, Measurement
 from bnexport.verification.stages import compare, judge
 from bnexport.verification.tolerances import TOLERANCES
 from bnexport.verification.verdict import REQUIRED_STAGES, Flips, Row, VerificationReport
@@ -17,7 +17,67 @@ GOOD = tuple(Row(stage, "a", "b", passed=True, n=3, error=1e-8, bound=1e-6) for 
 def test_a_complete_report_without_failure_passes() -> None:
     report = VerificationReport(GOOD)
     assert report.passed
-    assert report.summary() == "PASS: 4 rows"
+    assert report.summary() == "PASS: 4 comparisons on 3 synthetic samples (b)"
+
+
+@pytest.mark.parametrize(
+    ("inputs", "cases", "after", "words"),
+    [
+        (
+            "480 test images of shapes",
+            ("images", "noise"),
+            (480, 480),
+            "480 labels right before and after",
+        ),
+        (
+            "480 test images of shapes",
+            ("images",),
+            (479, 481),
+            "480 labels right before, 479 to 481 after",
+        ),
+        (
+            "30 images of x.npz, with labels",
+            ("samples",),
+            (479, 479),
+            "480 labels right before, 479 after",
+        ),
+        ("no real images: x", ("noise", "zeros"), (), "34 synthetic samples (noise, zeros)"),
+        ("no real images: x", ("golden",), (), "5 golden vectors (stored inputs and outputs)"),
+    ],
+)
+def test_a_pass_states_what_was_compared_on_which_data(
+    inputs: str, cases: tuple[str, ...], after: tuple[int, ...], words: str
+) -> None:
+    sizes = {"images": 480, "samples": 30, "noise": 32, "zeros": 2, "golden": 5}
+    rows = [Row(stage, "a", "b", passed=True, n=3) for stage in REQUIRED_STAGES]
+    rows += [Row("file-proof", "model.onnx", case, True, n=2, error=1e-9, bound=1e-6) for case in cases]
+    for runtime in ("torch-cpu", "onnxruntime-cpu"):
+        rows += [Row("strict", runtime, case, True, n=sizes[case], error=1e-8, bound=1e-6) for case in cases]
+    rows += [
+        Row("accuracy-change", "torch-cpu", "images", True, accuracy(480, right).sentence(), n=500) for right in after
+    ]
+    report = VerificationReport(tuple(rows), inputs=inputs)
+    data = f"{inputs.removesuffix(', with labels')}; " if after else ""
+    assert report.summary() == f"PASS: {len(rows)} comparisons on {data}{words}"
+
+
+def accuracy(before: int, after: int) -> AccuracyChange:
+    return AccuracyChange(500, before, after, 1, 1, 1.0)
+
+
+def test_a_report_prints_as_a_table_and_shows_as_html() -> None:
+    bad = Row("strict", "x\x1b[31m<b>", "noise", passed=False, reason="<i>", n=2, error=4e-3, bound=1e-5)
+    report = VerificationReport((*GOOD, bad))
+    lines = str(report).splitlines()
+    assert lines[0] == report.summary() == "FAIL: 1 of 5 comparisons failed, first strict: <i>"
+    assert lines[2].split("  ")[0] == "verdict"
+    assert lines[4].split() == ["PASS", "integrity", "files", "3", "1e-08", "1e-06"]
+    assert lines[-1].split() == ["FAIL", "strict", "x?[31m<b>", "2", "0.004", "1e-05"]
+    assert max(map(len, lines)) <= 80
+    shown = report._repr_html_()
+    assert "<b>FAIL: 1 of 5 comparisons failed, first strict: &lt;i&gt;</b>" in shown
+    assert "&lt;b&gt;</td>" in shown
+    assert shown.count("<tr>") == 6
 
 
 def test_an_empty_report_is_no_proof() -> None:

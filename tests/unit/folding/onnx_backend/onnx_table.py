@@ -112,8 +112,8 @@ CASES = (
     # the layer after it
     Case("before-conv", before(direct), OUT),
     Case("before-conv-grouped", before(direct, group=3), OUT),
-    Case("before-conv-padded", before(direct, pads=[1] * 4), STAYS, "puts zeros around its input"),
-    Case("before-conv-same", before(direct, auto_pad="SAME_LOWER"), STAYS, "puts zeros around its input"),
+    Case("before-conv-padded", before(direct, pads=[1] * 4), STAYS, "pads its input with zeros"),
+    Case("before-conv-same", before(direct, auto_pad="SAME_LOWER"), STAYS, "pads its input with zeros"),
     Case("before-conv-through-pool", before(through("AveragePool", **POOL)), GONE),
     Case("before-conv-edge-padding", before(through("Pad", [0, 0, 1, 1, 0, 0, 1, 1], mode="edge")), GONE),
     Case("before-gemm-flattened", flattened, GONE),

@@ -136,7 +136,7 @@ def test_a_dead_worker_is_a_sentence(bundle: Bundle, stack: Path, tmp_path: Path
         os.kill(children(process.pid)[-1], signal.SIGKILL)
         _, said = process.communicate(timeout=LIMIT)
     assert process.returncode == 3
-    assert "a process of a worker died" in said
+    assert "a worker's process died" in said
     assert "Traceback" not in said
 
 

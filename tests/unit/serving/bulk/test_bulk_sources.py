@@ -30,22 +30,22 @@ BAD_SOURCES = {
     "float.npy": "expected a stack of uint8",
     "flat.npy": "expected a stack of uint8",
     "fortran.npy": "in C order",
-    "empty.npy": "holds no image",
+    "empty.npy": "contains no image",
     "one_picture.npy": "one picture in colour is saved as image[None]",
     "one_picture.npz": "one picture in colour is saved as image[None]",
     "channels_first.npy": "(n, height, width, channels)",
     "no_pixels.npy": "holds images of 28x0 pixels",
     "no_pixels.npz": "holds images of 28x0 pixels",
     "huge.npy": "holds images of 8000x8000 pixels",
-    "two.npz": "no array 'image' but 'a', 'b'",
+    "two.npz": "no array 'image', only 'a', 'b'",
     "float.npz": "expected a stack of uint8",
     "cut.npz": "",
     "cut.npy": "not a whole .npy file",
     "text.parquet": "not a Parquet file",
-    "a.txt": "no folder and no .npy, .npz or Parquet file",
-    "none": "holds no image",
+    "a.txt": "neither a folder nor a .npy, .npz or Parquet file",
+    "none": "contains no image",
     "both": "Parquet files and pictures",
-    "named.parquet": "no column 'image', it has 'picture'",
+    "named.parquet": "no column 'image', only 'picture'",
     "texts.parquet": "is string, expected bytes",
     "twice.parquet": "several columns 'image'",
     "null.parquet": "null.parquet[1] has no image",
@@ -166,7 +166,7 @@ def test_ids_that_have_no_text(bundle: Bundle, tmp_path: Path, ids: pa.Array, to
 
 def test_predictions_are_not_written_into_their_source(bundle: Bundle, sources: dict[str, Path]) -> None:
     for out in (sources["pictures"] / "out", sources["pictures"]):
-        with pytest.raises(UsageError, match="lies in the source"):
+        with pytest.raises(UsageError, match="is inside the source"):
             predict(bundle, sources["pictures"], out)
 
 

@@ -1,0 +1,16 @@
+"""A folder with a user's network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from weights_files import NETWORK
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder; net.py in it defines the networks of ``weights_files``."""
+    (tmp_path / "net.py").write_text(NETWORK)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
