@@ -113,6 +113,7 @@ class _Propagation:
     def __init__(self, model: ModelProto, known: Mapping[str, Known], shapes: Mapping[str, tuple[int, ...]]) -> None:
         self._model, self._known, self._shapes = model, known, shapes
         self._engine: Any = wide_evaluator(model)
+        self._constants: dict[str, Any] = dict(self._engine.rt_inits_)
         self._bases = itertools.count()
         self._found: dict[str, Spread] = {}
 
@@ -121,11 +122,22 @@ class _Propagation:
             self._found[name] = self._normal(moments, len(self._shapes[name]))
         for node, runner in zip(self._model.graph.node, self._engine.rt_nodes_, strict=True):
             name = str(node.output[0]) if node.output else ""
-            if name in self._known:
+            if (constant := self._constant(node, runner)) is not None:
+                self._constants[name] = constant
+            elif name in self._known:
                 self._found[name] = self._normal(self._known[name], len(self._shapes[name]))
             elif name in self._shapes and (spread := self._derived(node, runner)) is not None:
                 self._found[name] = spread
         return self._found
+
+    def _constant(self, node: NodeProto, runner: Any) -> Any:
+        """Return the value of an operator that depends on no input; None for others."""
+        given = list(node.input)
+        if node.op_type == "CastLike":  # the second input gives its type alone, and all floats are float64 here
+            given = [given[0], given[0]]
+        if node.op_type.startswith("Random") or any(name and name not in self._constants for name in given):
+            return None
+        return runner.run(*(self._constants.get(name) for name in given))[0]
 
     def _normal(self, moments: Known, rank: int) -> Spread:
         values = moments.mean + moments.std * _POINTS[:, None]
@@ -146,9 +158,8 @@ class _Propagation:
         return None
 
     def _elementwise(self, node: NodeProto, runner: Any, given: list[Spread]) -> Spread | None:
-        constants = self._engine.rt_inits_
         others = [name for name in node.input if name and name not in self._found]
-        if any(name not in constants for name in others):
+        if any(name not in self._constants for name in others):
             return None
         if len({spread.base for spread in given}) > 1:
             return self._combined(node, given) if not others and len(given) == 2 else None
@@ -161,7 +172,7 @@ class _Propagation:
         elif first.values.shape[1] > 1:
             return None
         feeds = [
-            self._found[name].values.reshape(shape) if name in self._found else constants.get(name)
+            self._found[name].values.reshape(shape) if name in self._found else self._constants.get(name)
             for name in node.input
         ]
         try:
