@@ -76,7 +76,7 @@ def files(subject: Subject) -> Iterator[tuple[str, ModelProto]]:
 def _by_onnxruntime(subject: Subject, settings: Mapping[str, Any]) -> ModelProto:
     from onnxruntime.quantization import CalibrationDataReader, quantize_static
 
-    class Reader(CalibrationDataReader):
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:
             self._left = iter(np.array_split(subject.calibration, max(len(subject.calibration) // 16, 1)))
 
@@ -223,10 +223,7 @@ def main() -> int:
     subjects = [reference_bundle()]
     if given.photos is not None:
         subjects.append(efficientnet(given.photos))
-    tables = []
-    for subject in subjects:
-        tables.append((subject.name, len(subject.calibration), len(subject.images), table_of(subject)))
-    text = page(tables)
+    text = page([(item.name, len(item.calibration), len(item.images), table_of(item)) for item in subjects])
     print(text)
     if given.page:
         write_page(text.split("\n"), _PAGE)
