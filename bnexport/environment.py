@@ -1,4 +1,4 @@
-"""The record of hardware and versions that travels with every number."""
+"""The record of hardware and versions that is stored with every measurement."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 from bnexport.optional import installed
 
-#: Distributions whose versions decide numerical results; the first of a group that is installed speaks for it.
+#: Distributions whose versions affect numerical results; of each group the first installed one is recorded.
 PACKAGES: tuple[tuple[str, ...], ...] = (
     ("bnexport", "bnexport-runtime"),
     ("torch",),
@@ -30,9 +30,9 @@ _OWN_GROUPS, _GROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
 
 def environment() -> dict[str, Any]:
-    """Hardware and versions as plain JSON values; imports nothing heavy and never fails.
+    """Return hardware and versions as plain JSON values, without heavy imports or errors.
 
-    ``gpu`` is filled only when torch is loaded already: asking for it would cost seconds.
+    ``gpu`` is None unless torch is imported already, because its import takes seconds.
     """
     return {
         "python": platform.python_version(),
@@ -45,7 +45,7 @@ def environment() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Installed versions of PACKAGES; what is not installed is left out."""
+    """Return the installed versions of PACKAGES."""
     found: dict[str, str] = {}
     for group in PACKAGES:
         found |= dict(list(versions_of(*group).items())[:1])
@@ -53,7 +53,7 @@ def versions() -> dict[str, str]:
 
 
 def versions_of(*names: str) -> dict[str, str]:
-    """Installed versions of distributions by their names; what is not installed is left out."""
+    """Return the versions of those distributions that are installed."""
     found: dict[str, str] = {}
     for name in names:
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -62,22 +62,22 @@ def versions_of(*names: str) -> dict[str, str]:
 
 
 def runtime_only() -> bool:
-    """Whether bnexport-runtime is installed here, which is whole without torch, instead of bnexport."""
+    """Return True if bnexport-runtime, which needs no torch, is installed instead of bnexport."""
     return "bnexport-runtime" in versions()
 
 
 def available_cores() -> int:
-    """Cores that this process may use, which in a container can be fewer than the machine has.
+    """Return the number of cores that this process may use, by its affinity and its control groups.
 
-    Those that it is bound to, and no more than the time that its control groups allow (``docker run --cpus``, Kubernetes'
-    limits): with more threads than that, all of them are stopped for a part of each tenth of a second.
+    Control groups limit the CPU time (``docker run --cpus``, Kubernetes' limits). With more threads than that, all of them are
+    stopped for a part of each tenth of a second.
     """
     bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return math.ceil(min([bound, *_cpu_limits()]))
 
 
 def _cpu_limits() -> Iterator[float]:
-    """How many cores' time each of this process's control groups allows (Linux: cgroup-v2.rst, "cpu.max"; sched-bwc.rst)."""
+    """Yield the limit of each control group of this process, in cores (Linux: cgroup-v2.rst, "cpu.max"; sched-bwc.rst)."""
     for line in _lines(_OWN_GROUPS):
         _, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
@@ -85,19 +85,19 @@ def _cpu_limits() -> Iterator[float]:
             continue
         root = _GROUPS / controllers
         group = root / path.strip("/")
-        # In a container the group can be shown at the root, whatever the path says.
+        # In a container the group can be mounted at the root, independent of its path.
         for folder in [group, *group.parents] if group.is_dir() else [root]:
             if not folder.is_relative_to(root):
                 break
             words = " ".join(_lines(folder / "cpu.max")).split()
             words = words or [*_lines(folder / "cpu.cfs_quota_us"), *_lines(folder / "cpu.cfs_period_us")]
-            # Without a limit the first word is "max", or -1.
+            # Without a limit the first word is "max" or -1.
             if len(words) == 2 and all(word.isdigit() and int(word) > 0 for word in words):
                 yield int(words[0]) / int(words[1])
 
 
 def _lines(file: Path) -> list[str]:
-    """A file's lines; none where there is no such file, or it can't be read."""
+    """Return a file's lines; none if it is missing or can't be read."""
     try:
         return file.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -105,7 +105,7 @@ def _lines(file: Path) -> list[str]:
 
 
 def cpu_name() -> str:
-    """The processor's marketing name where the system tells it, else its architecture."""
+    """Return the processor's marketing name if the system provides it, else its architecture."""
     for line in _lines(Path("/proc/cpuinfo")):
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
@@ -113,9 +113,9 @@ def cpu_name() -> str:
 
 
 def gpu_name() -> str | None:
-    """Name of the first CUDA device that torch sees; None without one or while torch is not loaded.
+    """Return the name of torch's first CUDA device; None without a device or before torch is imported.
 
-    Where torch is not installed, as on serving machines, the first GPU that the driver lists.
+    If torch is not installed, as on serving machines, it is the first GPU that the driver lists.
     """
     if not installed("torch"):
         return _driver_gpu_name()
@@ -126,7 +126,7 @@ def gpu_name() -> str | None:
 
 
 def _driver_gpu_name() -> str | None:
-    """From what NVIDIA's driver writes of each GPU ("Model: <tab> NVIDIA H100 80GB HBM3")."""
+    """Return the name from the driver's files, which contain "Model: <tab> NVIDIA H100 80GB HBM3"."""
     for file in sorted(_DRIVER.glob("*/information")):
         with contextlib.suppress(OSError):
             for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -136,7 +136,7 @@ def _driver_gpu_name() -> str | None:
 
 
 def describe(record: dict[str, Any]) -> str:
-    """One line for a terminal or a caption: processor, cores, GPU, versions."""
+    """Return one line for a terminal or a caption: processor, cores, GPU, versions."""
     own = PACKAGES[0]
     packages = ", ".join(f"{name} {version}" for name, version in record["packages"].items() if name not in own)
     gpu = f", {record['gpu']}" if record.get("gpu") else ""

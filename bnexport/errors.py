@@ -1,44 +1,44 @@
-"""Every error that bnexport raises on purpose.
+"""The exceptions of bnexport.
 
-Each carries a message (what is wrong, and where) and a remedy (what to do about it); both are required::
+Each has a message (the fact and the value that was found) and a remedy (what to do); both are required::
 
     BnexportError
-    |-- BadInput                what was given can't be used
-    |   |-- UsageError          options or arguments that do not fit together
-    |   |   `-- Diverged        a training whose loss is no longer finite
-    |   |-- ModelError          a model, factory or weights file that can't be loaded
+    |-- BadInput                the input can't be used
+    |   |-- UsageError          options or arguments are invalid or contradict each other
+    |   |   `-- Diverged        the loss of a training is no longer finite
+    |   |-- ModelError          a model, factory or weights file can't be loaded
     |   |   `-- UntracedError   torch.export can't trace the model
-    |   |-- RefusedModel        a model that loads but must not be shipped (NaN weights, untrained statistics, ...)
-    |   |-- ExportError         a file that can't be written as asked (opset, IR version, size)
-    |   |-- DataError           a data set, image or array that can't be read
-    |   |-- FeedError           inputs that do not fit a model's signature
-    |   |-- BundleError         a bundle that is incomplete, changed or not a bundle
-    |   |-- RequestError        a request over the network that can't be answered as it was asked
-    |   `-- OutputError         an output path that exists already or can't be written
-    |-- Unavailable             this machine can't do it
+    |   |-- RefusedModel        a loaded model must not be shipped (NaN weights, untrained statistics, ...)
+    |   |-- ExportError         a file can't be written with these options (opset, IR version, size)
+    |   |-- DataError           a data set, image or array can't be read
+    |   |-- FeedError           inputs do not fit a model's signature
+    |   |-- BundleError         a bundle is incomplete or was changed, or the folder is not a bundle
+    |   |-- RequestError        a network request is invalid
+    |   `-- OutputError         an output path exists already or can't be written
+    |-- Unavailable             this machine lacks something
     |   |-- MissingDependency   a package is not installed
-    |   |-- RuntimeUnavailable  an engine or device that is not here, or fell back to another
-    |   |-- NotServing          a server that can't take a request now: not ready, full, too late
-    |   `-- NetworkError        a download that did not come
-    `-- ProofError              bnexport's own check of its own work failed; nothing was written
+    |   |-- RuntimeUnavailable  an engine or device is missing, or fell back to another
+    |   |-- NotServing          a server can't accept a request now: not ready, full, too late
+    |   `-- NetworkError        a download failed
+    `-- ProofError              a check of bnexport's own result failed; nothing was written
 """
 
 from __future__ import annotations
 
 import re
 
-#: Options without a value, which are True in Python.
+#: Options without a value; in Python they are True.
 _FLAGS = (
     "allow-low-accuracy", "allow-untrained", "clamps", "dynamic-size", "force", "rename-classes", "resume", "recalibrate",
 )  # fmt: skip
-#: Option -> argument in Python, where the names differ in more than hyphens.
+#: Option -> argument in Python, if the names differ in more than hyphens.
 _ARGUMENTS = {"model-option": "model_options", "format": "formats"}
-#: An option, its value in capitals or digits if one follows, and the command that is named before it, if any.
+#: An option, its value in capitals or digits, and the command before it; value and command are optional.
 _OPTION = re.compile(r"(?P<command>bnexport [a-z-]+ )?--(?P<name>[a-z][a-z-]*[a-z])(?P<value> (?=[A-Z0-9]|folder:))?")
 
 
 def _in_python(text: str) -> str:
-    """Return a text with options as arguments: "Pass --mean 0.5" becomes "Pass mean=0.5"; a command is kept as it is."""
+    """Return a text with options as arguments: "Pass --mean 0.5" becomes "Pass mean=0.5"; commands are unchanged."""
 
     def argument(found: re.Match[str]) -> str:
         if found["command"]:
@@ -50,11 +50,18 @@ def _in_python(text: str) -> str:
 
 
 class BnexportError(Exception):
-    """Base of the tree.
+    """Base class of all exceptions of bnexport.
+
+    Example:
+        >>> try:
+        ...     bnexport.Bundle.open("no/such/folder")
+        ... except bnexport.BnexportError as error:
+        ...     print(error.message)
+        no/such/folder does not exist
 
     Args:
-        message: One sentence: what is wrong, and where.
-        remedy: One sentence: what to do about it.
+        message: The fact and the value that was found, as one sentence without its full stop.
+        remedy: What to do, as one sentence without its full stop.
     """
 
     def __init__(self, message: str, *, remedy: str) -> None:
@@ -63,16 +70,16 @@ class BnexportError(Exception):
         self.remedy = remedy
 
     def __str__(self) -> str:
-        """Return fact and remedy for a caller in Python: options of the command line are named as arguments."""
+        """Return message and remedy for a caller in Python, with options of the command line as arguments."""
         return _in_python(self.sentence)
 
     @property
     def sentence(self) -> str:
-        """Fact and remedy, with the options of the command line."""
+        """Message and remedy, with options of the command line."""
         return f"{self.message}. {self.remedy}" if self.remedy else self.message
 
     def __reduce__(self) -> tuple[object, ...]:
-        # The keyword-only remedy does not survive the default pickling of exceptions (worker processes send errors so).
+        # The default pickling of exceptions, by which worker processes send errors, loses the keyword-only remedy.
         return _rebuild, (type(self), self.message, self.remedy)
 
 
@@ -81,53 +88,53 @@ def _rebuild(kind: type[BnexportError], message: str, remedy: str) -> BnexportEr
 
 
 class BadInput(BnexportError):
-    """What was given can't be used."""
+    """The input can't be used."""
 
 
 class UsageError(BadInput):
-    """Options or arguments that do not fit together."""
+    """Options or arguments are invalid or contradict each other."""
 
 
 class Diverged(UsageError):
-    """A training whose loss or weights are no longer finite."""
+    """The loss or the weights of a training are no longer finite."""
 
 
 class ModelError(BadInput):
-    """A model, factory or weights file that can't be loaded."""
+    """A model, factory or weights file can't be loaded."""
 
 
 class UntracedError(ModelError):
-    """A model that torch.export can't trace."""
+    """torch.export can't trace the model."""
 
 
 class RefusedModel(BadInput):
-    """A model that loads but must not be shipped as it is."""
+    """A loaded model must not be shipped."""
 
 
 class ExportError(BadInput):
-    """A file that can't be written as asked."""
+    """A file can't be written with these options."""
 
 
 class DataError(BadInput):
-    """A data set, image or array that can't be read."""
+    """A data set, image or array can't be read."""
 
 
 class FeedError(BadInput):
-    """Inputs that do not fit a model's signature."""
+    """Inputs do not fit a model's signature."""
 
 
 class BundleError(BadInput):
-    """A bundle that is incomplete, changed, or not a bundle."""
+    """A bundle is incomplete or was changed, or the folder is not a bundle."""
 
 
 class RequestError(BadInput):
-    """A request over the network that can't be answered as it was asked.
+    """A network request is invalid.
 
     Args:
-        message: As in BnexportError.
-        remedy: As in BnexportError.
-        status: The HTTP status that says so (RFC 9110, chapter 15.5); another protocol translates it.
-        allow: Of 405, the methods that would do.
+        message: See BnexportError.
+        remedy: See BnexportError.
+        status: HTTP status (RFC 9110, chapter 15.5), which other protocols translate.
+        allow: Allowed methods, for status 405.
     """
 
     def __init__(self, message: str, *, remedy: str, status: int = 400, allow: tuple[str, ...] = ()) -> None:
@@ -137,28 +144,28 @@ class RequestError(BadInput):
 
 
 class OutputError(BadInput):
-    """An output path that exists already or can't be written."""
+    """An output path exists already or can't be written."""
 
 
 class Unavailable(BnexportError):
-    """This machine can't do what was asked."""
+    """This machine lacks something."""
 
 
 class MissingDependency(Unavailable):
-    """A package that is not installed."""
+    """A package is not installed."""
 
 
 class RuntimeUnavailable(Unavailable):
-    """An engine or device that is not here, or that fell back to another."""
+    """An engine or device is missing, or fell back to another."""
 
 
 class NotServing(Unavailable):
-    """A server that can't take a request now.
+    """A server can't accept a request now.
 
     Args:
-        message: As in BnexportError.
-        remedy: As in BnexportError.
-        status: The HTTP status that says so (RFC 9110, chapter 15.6): 503, or 504 when it took too long.
+        message: See BnexportError.
+        remedy: See BnexportError.
+        status: HTTP status (RFC 9110, chapter 15.6): 503, or 504 after a time limit.
     """
 
     def __init__(self, message: str, *, remedy: str, status: int = 503) -> None:
@@ -167,8 +174,8 @@ class NotServing(Unavailable):
 
 
 class NetworkError(Unavailable):
-    """A download that did not come."""
+    """A download failed."""
 
 
 class ProofError(BnexportError):
-    """bnexport's own check of its own work failed."""
+    """A check of bnexport's own result failed."""

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: write beside, fsync, rename."""
+"""Files and folders that are complete or absent: written under another name, synchronised, renamed."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ class Refusal(ValueError):
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file, as 64 hexadecimal digits."""
+    """Return the SHA-256 of a file, as 64 hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a reader sees the old content or the new, never a part.
+    """Write a file so that a reader gets the old content or the new content, never a part.
 
     Raises:
-        OutputError: The folder can't be written, or the disk is full. The old file, if any, is untouched.
-        KeyboardInterrupt: Ctrl-C was pressed before, and the exception got lost.
+        OutputError: The folder can't be written, or the disk is full. The old file is unchanged.
+        KeyboardInterrupt: An earlier interrupt was swallowed (see ``interrupts``).
     """
     interrupts.check()
     with output_errors(path):
@@ -42,7 +42,7 @@ def write_atomically(path: Path, content: bytes) -> None:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            Path(beside).chmod(0o666 & ~_umask())  # mkstemp gives 0600; a service under another user must read it
+            Path(beside).chmod(0o666 & ~_umask())  # mkstemp sets 0600, but services of other users read the file
             Path(beside).replace(path)
         except BaseException:
             Path(beside).unlink(missing_ok=True)
@@ -52,14 +52,14 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def staged_directory(path: Path, *, force: bool = False) -> Iterator[Path]:
-    """A folder to write in, which becomes ``path`` when the block ends well and vanishes when it does not.
+    """Yield a temporary folder that becomes ``path`` at the end of the block, or is deleted after an exception.
 
     Args:
-        path: Where the folder ends up.
-        force: Replace ``path`` if it exists. The old folder stays whole until the new one is complete.
+        path: Final path of the folder.
+        force: Replace an existing ``path``. The old folder stays until the new one is complete.
 
     Raises:
-        OutputError: ``path`` exists and ``force`` is false, or the disk can't take it.
+        OutputError: ``path`` exists and ``force`` is false, or it can't be written.
     """
     refuse_existing(path, force=force)
     missing = [folder for folder in path.parents if not folder.exists()]
@@ -73,24 +73,24 @@ def staged_directory(path: Path, *, force: bool = False) -> Iterator[Path]:
             for file in (entry for entry in stage.rglob("*") if entry.is_file()):
                 _sync_file(file)
             interrupts.check()
-            refuse_existing(path, force=force)  # it may have appeared while the block ran
+            refuse_existing(path, force=force)  # it may have been created during the block
             _swap_in(stage, path)
             sync_folder(path.parent)
     except BaseException:
         shutil.rmtree(stage, ignore_errors=True)
-        with contextlib.suppress(OSError):  # another export may have begun in one of them
+        with contextlib.suppress(OSError):  # another process may have written into one of them
             for folder in missing:
                 folder.rmdir()
         raise
 
 
 def forget_reader() -> None:
-    """Send what is still to be printed nowhere, after the reader of standard output (head, less) went away."""
+    """Redirect standard output to the null device, after its reader (head, less) has ended."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def refuse_existing(path: Path, *, force: bool) -> None:
-    """Raise OutputError when ``path`` exists and may not be replaced; called early, before long work."""
+    """Raise OutputError if ``path`` exists and must not be replaced; called before long work."""
     if not path.exists() and not path.is_symlink():
         return
     if not force:
@@ -101,18 +101,18 @@ def refuse_existing(path: Path, *, force: bool) -> None:
 
 @contextlib.contextmanager
 def output_errors(path: Path) -> Iterator[None]:
-    """Turn the system's errors while writing below ``path`` into one clear sentence."""
+    """Convert an OSError while writing below ``path`` to OutputError."""
     try:
         yield
     except OSError as error:
         raise OutputError(
             f"{path} can't be written: {one_line(error)}",
-            remedy="Free some space or choose a folder that this user may write; what was there is unchanged",
+            remedy="Free some space or choose a folder that this user may write; existing files are unchanged",
         ) from error
 
 
 def _swap_in(stage: Path, path: Path) -> None:
-    """Rename ``stage`` to ``path``; an old folder is moved aside first and comes back if that fails."""
+    """Rename ``stage`` to ``path``; an old folder is moved aside first and moved back if that fails."""
     if not path.exists():
         stage.rename(path)
         return
@@ -132,21 +132,21 @@ def _sync_file(path: Path) -> None:
 
 
 def refuse_overlap(out: Path, source: Path) -> None:
-    """Raise OutputError when what is to be written would spoil what it is made from, or replace it."""
+    """Raise OutputError if the output folder is the source, contains it, or is inside it."""
     place, origin = out.resolve(), source.resolve()
     if place.is_relative_to(origin) or origin.is_relative_to(place):
-        relation = "lies in" if place.is_relative_to(origin) else "holds"
+        relation = "is inside" if place.is_relative_to(origin) else "contains"
         raise OutputError(f"{out} {'is' if place == origin else relation} {source}", remedy="Choose another folder")
 
 
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Let no other process be in such a block for the same folder, which is made if need be; a killed process lets go.
+    """Lock a folder for this process inside the block; the folder is created, and the lock ends with the process.
 
-    On Windows, and on file systems without locks, others are not kept out.
+    On Windows, and on file systems without locks, there is no lock.
 
     Raises:
-        OutputError: Another process holds it, or it can't be made.
+        OutputError: Another process has the lock, or the folder can't be created.
     """
     with output_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -171,7 +171,7 @@ def held(folder: Path) -> Iterator[None]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename inside ``folder`` durable where the system lets a folder be opened (not on Windows)."""
+    """Make a rename inside ``folder`` durable, on POSIX systems."""
     if os.name != "posix":
         return
     descriptor = os.open(folder, os.O_RDONLY)

@@ -1,8 +1,8 @@
-"""Ctrl-C that can't get lost, and SIGTERM that is one.
+"""Interrupts by Ctrl-C that can't be lost, and SIGTERM as an interrupt.
 
-Python raises KeyboardInterrupt in whatever code runs at that moment, and some of it swallows the exception: finalisers,
-weak reference callbacks, bare ``except`` clauses in compilers and tracers. So the signal is noted as well, and asked about
-at the points after which something new appears on disk.
+Python raises KeyboardInterrupt in the code that runs at that moment. Some code swallows the exception: finalisers, weak
+reference callbacks, bare ``except`` clauses in compilers and tracers. So the signal is also recorded, and ``check`` raises it
+again before new files are written.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import NoReturn
 
-#: What Python ends with when the last of the output can't be written.
+#: Exit code of Python if the rest of its output can't be written.
 _UNFLUSHED = 120
 
 _noted = threading.Event()
@@ -24,7 +24,7 @@ _noted = threading.Event()
 
 @contextlib.contextmanager
 def noted() -> Iterator[None]:
-    """Note interrupts inside the block; they are raised as usual, too. Outside the main thread nothing changes."""
+    """Record interrupts inside the block, in addition to raising them. Outside the main thread nothing changes."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -32,7 +32,7 @@ def noted() -> Iterator[None]:
     before, hook = signal.signal(signal.SIGINT, _note), sys.unraisablehook
 
     def report(lost: sys.UnraisableHookArgs) -> None:
-        if not isinstance(lost.exc_value, KeyboardInterrupt):  # a lost interrupt is noted; its traceback tells nothing
+        if not isinstance(lost.exc_value, KeyboardInterrupt):  # the interrupt is recorded already
             hook(lost)
 
     sys.unraisablehook = report
@@ -45,10 +45,10 @@ def noted() -> Iterator[None]:
 
 @contextlib.contextmanager
 def terminable() -> Iterator[None]:
-    """Inside the block SIGTERM is an interrupt as Ctrl-C is, after which everybody cleans up.
+    """Inside the block, SIGTERM raises KeyboardInterrupt as Ctrl-C does, so that files and processes are cleaned up.
 
-    Otherwise it ends a process at once, with other processes still there that it started; or, where the process is the first
-    one of a container, it does nothing at all. Outside the main thread nothing changes.
+    By default SIGTERM ends a process at once, without its child processes, and the first process of a container ignores it.
+    Outside the main thread nothing changes.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -61,11 +61,7 @@ def terminable() -> Iterator[None]:
 
 
 def check() -> None:
-    """Raise the KeyboardInterrupt that was noted and got lost.
-
-    Raises:
-        KeyboardInterrupt: Once per interrupt, so that what cleans up after it is not stopped again.
-    """
+    """Raise KeyboardInterrupt for a recorded interrupt, once, so that the clean-up after it is not interrupted."""
     if _noted.is_set():
         _noted.clear()
         raise KeyboardInterrupt
@@ -77,14 +73,13 @@ def _note(_number: int, _frame: FrameType | None) -> None:
 
 
 def exit_at_once(code: int) -> NoReturn:
-    """End the process with what it printed, without Python's own end, which would wait for threads or trip over them.
+    """Flush the output and end the process without Python's finalisation, which waits for threads and can fail on them.
 
-    Args:
-        code: As of ``sys.exit``; output that can't be written makes 0 the code that Python has for it.
+    Code 0 becomes Python's code for output that can't be written.
     """
     try:
         sys.stdout.flush()
         sys.stderr.flush()
-    except OSError:  # a full disk, a reader that went away
+    except OSError:  # a full disk, or a reader that has ended
         code = code or _UNFLUSHED
     os._exit(code)

@@ -1,4 +1,4 @@
-"""Foreign packages: importing those that may be missing, and keeping their chatter off the user's terminal."""
+"""Imports of packages that may be missing, and suppression of their output."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from types import ModuleType
 
 from bnexport.errors import MissingDependency
 
-#: Top-level import name -> what to install. A package that is missing here is installed under its own name.
+#: Top-level import name -> requirement for pip, if it is not the name itself.
 INSTALL: dict[str, str] = {
     "torch": "torch",
     "onnxruntime": "onnxruntime-gpu[cuda,cudnn]",
@@ -37,17 +37,14 @@ INSTALL: dict[str, str] = {
     "tensorboard": "bnexport[tensorboard]",
 }
 
-#: Extras that bnexport-runtime has, too.
+#: Extras that bnexport-runtime has too.
 RUNTIME_EXTRAS = ("bnexport[serve]", "bnexport[grpc]", "bnexport[deploy]", "bnexport[parquet]")
 
 
 def installed(name: str) -> bool:
-    """Whether a package is here, without importing it; whether it also works is ``require``'s question.
+    """Return True if a package, by its top-level import name, is installed, without importing it.
 
-    A folder of that name in the working directory is no package: Python would import it as an empty one.
-
-    Args:
-        name: Top-level import name, such as ``"torch"``.
+    A folder of that name in the working directory, which Python would import as an empty package, does not count.
     """
     if name in sys.modules:
         return sys.modules[name] is not None
@@ -59,49 +56,41 @@ def installed(name: str) -> bool:
 
 
 def need_packages(purpose: str, *names: str) -> None:
-    """Refuse what can't be done for want of packages, before any of them is imported.
+    """Raise MissingDependency if packages are missing, before any of them is imported.
 
     Args:
-        purpose: What needs them, as the start of a sentence: "bnexport train".
-        names: Top-level import names; on a serving machine (bnexport-runtime) most are missing.
-
-    Raises:
-        MissingDependency: Some are not here.
+        purpose: The feature that needs them, as the start of a sentence: "bnexport train".
+        names: Top-level import names; serving machines (bnexport-runtime) lack most of them.
     """
     missing = [INSTALL.get(name, name) for name in names if not installed(name)]
     if not missing:
         return
     listed = ", ".join(missing[:-1]) + " and " + missing[-1] if len(missing) > 1 else missing[0]
-    remedy = "Install the whole tool: pip install bnexport, after pip uninstall bnexport-runtime if that is here"
+    remedy = "Install the complete package: pip uninstall bnexport-runtime, then pip install bnexport"
     if installed("torch"):
-        remedy = f"Install what is missing: pip install {' '.join(missing)}"
+        remedy = f"Install the missing packages: pip install {' '.join(missing)}"
     raise MissingDependency(
-        f"{purpose} needs {listed}, which {'is' if len(missing) == 1 else 'are'} not installed here", remedy=remedy
+        f"{purpose} needs {listed}, which {'is' if len(missing) == 1 else 'are'} not installed", remedy=remedy
     )
 
 
 def require(name: str, *, purpose: str) -> ModuleType:
-    """Import a package, or say what needs it and how to get it.
+    """Import a module by name; MissingDependency if it, or a library that it loads, is missing.
 
-    Args:
-        name: Import name, such as ``"onnxruntime"``.
-        purpose: What needs it, as the start of a sentence: "the TorchScript runner".
-
-    Raises:
-        MissingDependency: The package, or a library that it loads, is not here.
+    ``purpose`` is the feature that needs it, as the start of a sentence: "the TorchScript runner".
     """
     try:
         return importlib.import_module(name)
     except ImportError as error:
         package = name.partition(".")[0]
         raise MissingDependency(
-            f"{purpose} needs {name}, which can't be imported here ({one_line(error)})",
+            f"{purpose} needs {name}, which can't be imported ({one_line(error)})",
             remedy=f"Install it: pip install '{_to_install(package)}'",
         ) from error
 
 
 def _to_install(package: str) -> str:
-    """What to give to pip; some extras are bnexport-runtime's too (pyproject.toml), which a machine without torch has."""
+    """Return the requirement for pip; without torch, an extra is that of bnexport-runtime (pyproject.toml)."""
     what = INSTALL.get(package, package)
     if what in RUNTIME_EXTRAS and not installed("torch"):
         return what.replace("bnexport", "bnexport-runtime")
@@ -109,19 +98,16 @@ def _to_install(package: str) -> str:
 
 
 def one_line(error: BaseException, limit: int = 300) -> str:
-    """The text of a foreign error as one line of at most ``limit`` characters."""
+    """Return the text of an error as one line of at most ``limit`` characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 class Shared:
-    """A process-wide setting that several threads may hold: the first one in makes it, the last one out undoes it.
+    """A process-wide setting for several threads: the first thread to enter sets it, the last one to leave restores it.
 
-    Each thread saving and restoring for itself would restore in the wrong order: ``warnings.catch_warnings`` of two threads
-    leaves the process without warnings, ``contextlib.redirect_stdout`` without its output.
-
-    Args:
-        make: Returns a context manager that makes the setting when it is entered, and undoes it when it is left.
+    If each thread saved and restored the setting, the order could be wrong: ``warnings.catch_warnings`` of two threads leaves
+    the process without warnings, ``contextlib.redirect_stdout`` without its output. ``make`` returns a context manager.
     """
 
     def __init__(self, make: Callable[[], contextlib.AbstractContextManager[None]]) -> None:

@@ -1,10 +1,10 @@
-"""Progress of a long job: the name of the stage, and the share of the job that is done."""
+"""Progress of a long job: the name of the stage, and the finished share of the job."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-#: Called before each step: the stage's name ("tracing"), the work done so far, and the work in all, in any unit.
+#: Called before each step with the stage's name ("tracing"), the finished work and the total work, in any unit.
 Progress = Callable[[str, float, float], None]
 
 
@@ -13,7 +13,7 @@ def silent(_stage: str, _done: float, _total: float) -> None:
 
 
 def part_of(progress: Progress, start: float, end: float) -> Progress:
-    """Return the progress of a part that takes a job from ``start`` to ``end``, as shares of 1; its calls count from 0."""
+    """Return a function that maps a part's progress to the range ``start`` to ``end``, shares of 1, of the whole job."""
 
     def report(stage: str, done: float, total: float) -> None:
         progress(stage, start + (end - start) * min(done / total, 1.0) if total else start, 1.0)

@@ -4,8 +4,8 @@
 
     python -m grpc_tools.protoc -I. --include_imports --descriptor_set_out=descriptors.binpb inference.proto health.proto
 
-The set is loaded into a separate pool. Generated code would put its names into the one pool of the process, where a second
-``inference`` package (Triton's client, KServe's) is an error, and it is tied to the protobuf release that made it.
+The set is loaded into a separate pool. Generated code would register its names in the process's default pool, where a second
+``inference`` package (Triton's client, KServe's) is an error, and it depends on the protobuf release that generated it.
 """
 
 from __future__ import annotations
@@ -25,16 +25,10 @@ INFERENCE, HEALTH = "inference", "grpc.health.v1"
 
 @functools.cache
 def message_classes(purpose: str) -> dict[str, Any]:
-    """Load the classes of all messages.
-
-    Args:
-        purpose: Feature that needs them, as the start of a sentence.
-
-    Returns:
-        Name without its package ("ModelInferRequest.InferInputTensor") -> class; without the entries of maps.
+    """Return name without package ("ModelInferRequest.InferInputTensor") -> class, for all messages except map entries.
 
     Raises:
-        MissingDependency: protobuf is not installed.
+        MissingDependency: protobuf, which ``purpose`` (the start of a sentence) needs, is not installed.
     """
     descriptors = require("google.protobuf.descriptor_pb2", purpose=purpose)
     pool = require("google.protobuf.descriptor_pool", purpose=purpose).DescriptorPool()

@@ -1,6 +1,6 @@
-"""Protobuf's wire format without protobuf: fields read in turn, with bounds, from untrusted bytes; messages written.
+"""Protobuf's wire format without protobuf: a bounded reader of fields from untrusted bytes, and a writer of messages.
 
-Source: protobuf.dev, "Encoding". Groups are refused: ONNX never used them.
+Source: protobuf.dev, "Encoding". Groups are refused, because ONNX does not use them.
 """
 
 from __future__ import annotations
@@ -16,25 +16,17 @@ _MAX_VARINT = 10
 
 
 class Field(NamedTuple):
-    """One field of a message.
+    """One field of a message."""
 
-    Attributes:
-        number: Number of the field.
-        wire: VARINT, FIXED64, BYTES or FIXED32.
-        value: The number of a VARINT, else 0.
-        start: Start of its bytes.
-        end: End of its bytes.
-    """
-
-    number: int
-    wire: int
-    value: int
-    start: int
-    end: int
+    number: int  # Number of the field
+    wire: int  # VARINT, FIXED64, BYTES or FIXED32
+    value: int  # The number of a VARINT, else 0
+    start: int  # Start of its bytes
+    end: int  # End of its bytes
 
 
 def read_fields(content: bytes, start: int, end: int) -> Iterator[Field]:
-    """Yield the fields between two places."""
+    """Yield the fields between two offsets."""
     at = start
     while at < end:
         tag, at = read_varint(content, at, end)
@@ -56,8 +48,8 @@ def read_fields(content: bytes, start: int, end: int) -> Iterator[Field]:
 
 
 def read_varint(content: bytes, at: int, end: int) -> tuple[int, int]:
-    """Return a number of variable length and the place behind it."""
-    if at < end and (first := content[at]) < 0x80:  # nearly all have one byte
+    """Return a number of variable length and the offset after it."""
+    if at < end and (first := content[at]) < 0x80:  # nearly all numbers have one byte
         return first, at + 1
     value = 0
     for place in range(at, min(end, at + _MAX_VARINT)):
@@ -71,12 +63,12 @@ def read_varint(content: bytes, at: int, end: int) -> tuple[int, int]:
 
 
 def signed(value: int) -> int:
-    """Return a 64-bit number as protobuf's int64 has it."""
+    """Return a 64-bit number as a signed int64."""
     return value - 2**64 if value >= 2**63 else value
 
 
 def read_packed(content: bytes, field: Field) -> Iterator[int]:
-    """Yield the numbers of one occurrence of a repeated int64: one, or several packed."""
+    """Yield the numbers of one occurrence of a repeated int64, packed or not."""
     if field.wire == VARINT:
         yield signed(field.value)
         return

@@ -1,4 +1,4 @@
-"""Strict float32, TF32 on purpose, deterministic algorithms, and seeds: set inside a block, restored after it."""
+"""Strict float32, TF32 on request, deterministic algorithms, and seeds: set inside a block, restored after it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 
 from bnexport.errors import UsageError
 
-#: Where torch keeps the precision of float32 kernels, parents before their children -> its value under "tf32".
-#: oneDNN, which computes on the CPU, stays strict: TF32 is a format of GPUs.
+#: torch's settings of the precision of float32 kernels, parents before their children -> value for "tf32".
+#: oneDNN, which computes on the CPU, stays strict, because TF32 is a format of GPUs.
 _PLACES: dict[str, str] = {
     "": "tf32",
     "cuda.matmul": "tf32",
@@ -25,20 +25,20 @@ _PLACES: dict[str, str] = {
     "mkldnn.conv": "ieee",
     "mkldnn.rnn": "ieee",
 }
-#: Value of a place that takes its parent's.
+#: Value of a setting that inherits its parent's.
 _INHERIT = "none"
-#: Setting of the number of CPU threads inside one operator. Each thread has its own, and a new thread takes the last one set.
+#: Setting of the CPU threads inside one operator. Each thread has its own number; a new thread gets the last number set.
 _THREADS = "threads"
-#: Kind of device -> the places that its convolutions and products obey.
+#: Kind of device -> the settings of its convolutions and products.
 _IN_EFFECT: dict[str, tuple[str, ...]] = {
     "cpu": ("mkldnn.matmul", "mkldnn.conv", "mkldnn.rnn"),
     "cuda": ("cuda.matmul", "cudnn.conv", "cudnn.rnn"),
 }
-#: What ``effective_precision`` returns for IEEE float32 everywhere.
+#: Result of ``effective_precision`` for IEEE float32 in all kernels.
 STRICT = "strict float32"
-#: Value of a place -> its words in a report.
+#: Value of a setting -> its name in a report.
 _WORDS = {"ieee": STRICT, "tf32": "TF32"}
-#: NVIDIA's libraries obey this variable before any setting: 0 switches TF32 off for good, 1 on.
+#: This variable overrides all settings of NVIDIA's libraries: 0 switches TF32 off, 1 on.
 OVERRIDE = "NVIDIA_TF32_OVERRIDE"
 _OVERRIDES = {"float32": "0", "tf32": "1"}
 
@@ -46,45 +46,43 @@ _OVERRIDES = {"float32": "0", "tf32": "1"}
 def float32_precision(
     precision: str, *, exhaustive: bool = False, threads: int | None = None
 ) -> contextlib.AbstractContextManager[None]:
-    """Set what torch's float32 kernels may round to inside a block, and restore every setting after it.
+    """Set the precision of torch's float32 kernels inside a block, and restore every setting after it.
 
-    Only the ``fp32_precision`` settings are used, also for users of the older ``allow_tf32`` flags: torch raises RuntimeError
-    where a flag is read that contradicts them (CUDA semantics notes, "TensorFloat-32"). Afterwards the older flags read
-    as before.
+    Only the ``fp32_precision`` settings are used, because torch raises RuntimeError when an older ``allow_tf32`` flag that
+    contradicts them is read (CUDA semantics notes, "TensorFloat-32"). After the block the older flags have their old values.
 
-    **Threads.** torch keeps these settings once per process. So the first thread that enters a block sets them, and the last
-    one that leaves restores them. Blocks with the same arguments run side by side. A block with other arguments waits until
-    those threads have left. Waiting threads are served in the order of their arrival; a later block of the precision in force
-    overtakes them only while a block is open that was entered before they arrived. So no thread waits forever, as long as
-    every block ends.
+    **Threads.** torch has these settings once per process. So the first thread that enters a block sets them, and the last one
+    that leaves restores them. Blocks with the same arguments run concurrently. A block with other arguments waits until these
+    threads have left. Waiting threads continue in the order of their arrival. A later block of the current precision overtakes
+    them only while a block is open that was entered before they arrived. So no thread waits forever if every block ends.
 
-    **Nesting.** Blocks may be nested. A thread takes part in the precision of its innermost block alone: while it waits for an
-    inner block of another precision, and inside that block, it holds nothing of the outer one. So two threads that nest the
-    precisions in opposite orders can't lock each other out. Leaving the inner block waits in the same way for the outer one.
+    **Nesting.** A thread takes part in the precision of its innermost block only: while it waits for an inner block of another
+    precision, and inside that block, it does not block the outer precision. So two threads that nest the precisions in opposite
+    orders can't deadlock. Leaving the inner block waits for the outer precision in the same way.
 
-    Two things can't work. A block whose code waits for another thread that enters a block of another precision waits
-    forever. And ``yield`` or ``await`` inside a block lets other code of the same thread run under its settings; the settings
-    are still restored when the last block ends, also when blocks of one thread end in another order than they began.
+    There are two limits. A block deadlocks if its code waits for another thread that enters a block of another precision. And
+    ``yield`` or ``await`` inside a block lets other code of the same thread run with its settings; they are still restored
+    when the last block ends, also if blocks of one thread end in another order than they began.
 
-    Code inside the block that changes the settings changes them for all threads in it. They are set again when the next thread
-    enters. ``effective_precision`` reads back what is in effect.
+    Code that changes the settings inside a block changes them for all threads in it. They are set again when the next thread
+    enters. ``effective_precision`` reads the current settings.
 
     Args:
-        precision: "float32": IEEE float32 everywhere. "tf32": TF32 in cuBLAS and cuDNN, for convolutions and products.
-        exhaustive: Let cuDNN choose algorithms by trying them, which may give other sums in each process. Otherwise its
-            heuristic chooses among the deterministic ones.
-        threads: CPU threads inside one operator; None leaves their number as it is.
+        precision: "float32": IEEE float32 in all kernels. "tf32": TF32 in cuBLAS and cuDNN, for convolutions and products.
+        exhaustive: Let cuDNN choose algorithms by trial, so sums may differ from process to process. Otherwise its heuristic
+            chooses among the deterministic ones.
+        threads: CPU threads inside one operator; None keeps their number.
 
     Raises:
-        UsageError: The precision is not known.
+        UsageError: The precision is unknown.
     """
     if precision not in _OVERRIDES:
-        raise UsageError(f"the precision {precision!r} is not known", remedy=f"Known: {', '.join(_OVERRIDES)}")
+        raise UsageError(f"the precision {precision!r} is unknown", remedy=f"Choose one of {', '.join(_OVERRIDES)}")
     return _TURNS.block(_Mode(precision, exhaustive, threads))
 
 
 def strict_float32() -> contextlib.AbstractContextManager[None]:
-    """IEEE float32 in torch inside the block (TF32 off, also for cuDNN), with deterministic cuDNN algorithms."""
+    """Set IEEE float32 in torch inside the block (TF32 off, also for cuDNN), with deterministic cuDNN algorithms."""
     return float32_precision("float32")
 
 
@@ -92,11 +90,11 @@ def strict_float32() -> contextlib.AbstractContextManager[None]:
 def seeded(seed: int, *, devices: Sequence[Any] = ()) -> Iterator[None]:
     """Start the generators of torch, numpy and Python from a seed inside the block, and restore their states after it.
 
-    The generators are the process's: a draw of another thread inside the block takes from the same numbers.
+    The generators belong to the process, so other threads draw from them too.
 
     Args:
-        seed: 0 to 2**63 - 1; numpy takes its lowest 32 bits.
-        devices: CUDA devices whose generators are put back too.
+        seed: 0 to 2**63 - 1; numpy uses its lowest 32 bits.
+        devices: CUDA devices whose generators are also restored.
     """
     import random
 
@@ -116,11 +114,7 @@ def seeded(seed: int, *, devices: Sequence[Any] = ()) -> Iterator[None]:
 
 
 def effective_precision(device: str) -> str:
-    """Return what torch's float32 kernels round to now, read back from torch: "strict float32", "TF32", or a list by library.
-
-    Args:
-        device: Kind of device: "cpu" or "cuda".
-    """
+    """Return the current precision of torch's float32 kernels on "cpu" or "cuda": STRICT, "TF32", or a list by library."""
     found = {place: str(_read(place)) for place in _IN_EFFECT[device]}
     if len(set(found.values())) == 1:
         return _WORDS.get(value := next(iter(found.values())), value)
@@ -130,17 +124,17 @@ def effective_precision(device: str) -> str:
 def override_problem(precision: str) -> str | None:
     """Return why a precision is impossible on an NVIDIA GPU in this process, as a sentence without its full stop, or None.
 
-    The variable is read by NVIDIA's libraries once, when they are loaded, so it can't be changed from inside.
+    NVIDIA's libraries read the variable once, when they are loaded, so this process can't change it.
     """
     value = os.environ.get(OVERRIDE)
     if value is None or value == _OVERRIDES[precision]:
         return None
-    return f"{OVERRIDE}={value} is set, which goes before every setting"
+    return f"{OVERRIDE}={value} is set, which overrides every setting"
 
 
 @dataclass(frozen=True)
 class _Mode:
-    """Arguments of a block; threads share a block where they are equal."""
+    """Arguments of a block; threads with equal arguments run concurrently."""
 
     precision: str
     exhaustive: bool
@@ -156,39 +150,33 @@ class _Mode:
 
 @dataclass(eq=False)
 class _Block:
-    """One open block.
+    """One open block."""
 
-    Attributes:
-        mode: Its arguments.
-        stack: All open blocks of its thread, the innermost last.
-        around: The settings inside the block around it, when it was entered.
-    """
-
-    mode: _Mode
-    stack: list[_Block]
-    around: dict[str, Any] = field(default_factory=dict)
+    mode: _Mode  # Its arguments
+    stack: list[_Block]  # All open blocks of its thread, the innermost last
+    around: dict[str, Any] = field(default_factory=dict)  # Settings of the enclosing block when this one was entered
 
 
 class _Turns:
-    """The threads that are inside blocks, and those that wait; ``float32_precision`` states the rules.
+    """The threads inside blocks and the waiting threads; ``float32_precision`` states the rules.
 
-    A thread is identified by its stack of blocks, since a generator may be closed by another thread. It is inside when the mode
-    of its innermost block is in force. A thread that waits is not inside.
+    A thread is identified by its stack of blocks, since another thread may close a generator. A thread is inside if the mode of
+    its innermost block is in force.
     """
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
         self._own = threading.local()
         self._arrivals = itertools.count()
-        self._mode: _Mode | None = None  # of all threads inside
-        self._outside: dict[str, Any] = {}  # the settings before the first one entered
-        self._inside: dict[int, int] = {}  # id of a stack -> its number of arrival
-        self._waiting: dict[int, _Mode] = {}  # number of arrival -> mode
-        self._threads: dict[int, int] = {}  # id of a stack -> CPU threads of its thread, to be put back
+        self._mode: _Mode | None = None  # mode of all threads inside
+        self._outside: dict[str, Any] = {}  # settings before the first thread entered
+        self._inside: dict[int, int] = {}  # id of a stack -> number of its arrival
+        self._waiting: dict[int, _Mode] = {}  # number of an arrival -> mode
+        self._threads: dict[int, int] = {}  # id of a stack -> CPU threads of its thread, to be restored
 
     @contextlib.contextmanager
     def block(self, mode: _Mode) -> Iterator[None]:
-        """A block of a mode."""
+        """Enter a block of a mode, and leave it at the end."""
         if not hasattr(self._own, "stack"):
             self._own.stack = []
         block = _Block(mode, self._own.stack)
@@ -217,7 +205,7 @@ class _Turns:
                 return
             at = stack.index(block)
             stack.remove(block)
-            if at < len(stack):  # a generator's block, left before one that was entered later
+            if at < len(stack):  # a generator's block, left before a later one
                 stack[at].around = block.around
                 return
             outer = stack[-1].mode if stack else None
@@ -230,16 +218,16 @@ class _Turns:
             _change(block.around if alone else outer.settings())
 
     def _step_in(self, stack: list[_Block], mode: _Mode) -> None:
-        """Wait until a mode may be in force for a thread, and put it in force."""
+        """Wait until a thread may enter a mode, and set the mode."""
         number = next(self._arrivals)
         self._waiting[number] = mode
         try:
             self._changed.wait_for(lambda: self._may_enter(number, mode))
         finally:
             del self._waiting[number]
-            self._changed.notify_all()  # the next one may be able to enter now
+            self._changed.notify_all()  # the next thread may enter now
         first = not self._inside
-        self._inside[id(stack)] = number  # from here on _step_out undoes whatever was done
+        self._inside[id(stack)] = number  # from here _step_out can restore the state
         if first:
             self._mode = mode
             _take(mode.settings(), into=self._outside)
@@ -255,7 +243,7 @@ class _Turns:
         return mode == self._mode and all(oldest < other for other in passed)
 
     def _step_out(self, stack: list[_Block]) -> None:
-        """Let go of the mode in force; the last one out puts back what was before it."""
+        """Leave the current mode; the last thread restores the settings before it."""
         if self._inside.pop(id(stack), None) is None:
             return
         if (threads := self._threads.pop(id(stack), None)) is not None:
@@ -267,7 +255,7 @@ class _Turns:
         self._changed.notify_all()
 
     def _threads_before(self, threads: int) -> int:
-        """CPU threads of a thread that joins others. One that never computed takes them from the block itself."""
+        """Return the CPU threads of a thread that joins others; before its first computation it has those of the block."""
         found = int(_read(_THREADS))
         return int(self._outside[_THREADS]) if found == threads else found
 
@@ -276,10 +264,10 @@ _TURNS = _Turns()
 
 
 def _take(names: Mapping[str, Any], *, into: dict[str, Any]) -> None:
-    """Read settings one by one into a dict, which an interrupt leaves with those that may have changed.
+    """Read settings one by one into a dict, so that after an interrupt it has all settings that may have changed.
 
-    A place without its own value returns its parent's. With the parents cleared first, what is read is a place's own value, and
-    a place that inherited before inherits afterwards.
+    A setting without a value returns its parent's. The parents are cleared first, so each setting returns its own value, and an
+    inherited setting is inherited afterwards.
     """
     for name in names:
         into[name] = _read(name)
@@ -288,7 +276,7 @@ def _take(names: Mapping[str, Any], *, into: dict[str, Any]) -> None:
 
 
 def _change(settings: Mapping[str, Any]) -> None:
-    """Write the settings that have another value now. Those that are right are not touched: other threads compute."""
+    """Write the settings that have another value now; the others are not written, because other threads compute."""
     for name, value in settings.items():
         if _read(name) != value:
             _write(name, value)

@@ -1,4 +1,4 @@
-"""Fields of request classes that are options of the command line too."""
+"""Fields of request classes that are also options of the command line."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ from typing import Any
 
 
 def option(help_text: str, default: Any, **more: Any) -> Any:
-    """Return a dataclass field whose metadata describe its option; ``cli/options.py`` makes the option.
+    """Return a dataclass field with the metadata from which ``cli/options.py`` makes the option.
 
-    Args:
-        help_text: The line of ``--help``.
-        default: The default; a class is a factory: ``dict``.
-        more: ``flag`` where it is not the field's name, ``choices``, ``metavar``, ``show_default``.
+    ``default`` may be a factory: ``dict``. ``more``: ``flag`` if it is not the field's name, ``choices``, ``metavar``,
+    ``show_default``.
     """
     metadata = {"help": help_text, **more}
     if isinstance(default, type):

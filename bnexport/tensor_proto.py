@@ -1,6 +1,6 @@
-"""Single tensors as ONNX keeps them in ``.pb`` files, read and written without onnx and protobuf.
+"""Reader and writer of ONNX tensors in ``.pb`` files, without onnx and protobuf.
 
-A serving machine has neither of the two, and golden vectors have to be read there. Source: TensorProto in onnx.proto
+Serving machines have neither package, and they read golden vectors. Source: TensorProto in onnx.proto
 (IR version 13), and protobuf.dev, "Encoding".
 """
 
@@ -19,26 +19,23 @@ from bnexport.validation.onnx_file import ELEMENTS, validate_tensor
 #: TensorProto.DataType -> numpy's name.
 _NAMES: Mapping[int, str] = {row.onnx: name for name, row in ELEMENT_TYPES.items()}
 _DIMS, _TYPE, _NAME, _RAW = 1, 2, 8, 9
-#: Field -> how its fixed-width numbers lie in the file; those of the others have variable length.
+#: Field -> type of its fixed-width numbers; the numbers of other fields have variable length.
 _FIXED: Mapping[int, str] = {4: "<f4", 10: "<f8"}
 #: int32_data, int64_data and uint64_data.
 _WHOLE_NUMBERS = frozenset({5, 7, 11})
-#: A float16 lies in int32_data as the 16 bits that it is.
+#: Type whose bits are stored as an integer in int32_data.
 _BITS: Mapping[str, str] = {"float16": "uint16"}
 
 
 def read_tensor(content: bytes) -> tuple[str, Array]:
-    """Read a serialised TensorProto.
-
-    Args:
-        content: The whole file; it is screened first.
+    """Read a serialised TensorProto, after its validation.
 
     Returns:
-        The tensor's name, and its values in native byte order; the array may be written to.
+        The tensor's name, and a writable array of its values in native byte order.
 
     Raises:
-        Refusal: It is damaged, its sizes do not fit its bytes, its type is none of ELEMENT_TYPES, or a number does not
-            fit its type.
+        Refusal: The file is damaged, its sizes do not fit its bytes, its type is not in ELEMENT_TYPES, or a number does not fit
+            its type.
     """
     validate_tensor(content)
     found: dict[int, list[Field]] = {}
@@ -56,12 +53,12 @@ def read_tensor(content: bytes) -> tuple[str, Array]:
         values = np.frombuffer(content[raw.start : raw.end], np.dtype(dtype).newbyteorder("<"))
     else:
         values = _typed(content, found.get(ELEMENTS[number].field, []), ELEMENTS[number].field, dtype)
-    name = b"".join(content[field.start : field.end] for field in found.get(_NAME, [])).decode()  # screened as UTF-8
+    name = b"".join(content[field.start : field.end] for field in found.get(_NAME, [])).decode()  # validated as UTF-8
     return name, _plain(values, dtype).reshape(shape)
 
 
 def _typed(content: bytes, fields: list[Field], number: int, dtype: str) -> Array:
-    """Return numbers that lie one by one in a field of the tensor, packed or not."""
+    """Return the numbers in a typed field of the tensor, packed or not."""
     if number in _FIXED:
         data = b"".join(content[field.start : field.end] for field in fields)
         return np.frombuffer(data, _FIXED[number])
@@ -69,19 +66,19 @@ def _typed(content: bytes, fields: list[Field], number: int, dtype: str) -> Arra
     bits = _BITS.get(dtype, "uint8" if dtype == "bool" else dtype)
     low, high = np.iinfo(bits).min, np.iinfo(bits).max
     if whole and not low <= min(whole) <= max(whole) <= high:
-        raise Refusal(f"has a number that is no {dtype}")
+        raise Refusal(f"has a number outside of {dtype}")
     return np.array(whole, bits).view(dtype) if dtype in _BITS else np.array(whole, bits)
 
 
 def _plain(values: Array, dtype: str) -> Array:
-    """Return the values as a separate array; a bool is stored as any byte, of which only 0 and 1 are bools."""
+    """Return a copy of the values; Refusal for a bool that is not stored as 0 or 1."""
     if dtype == "bool" and values.size and int(values.view(np.uint8).max()) > 1:
-        raise Refusal("has a number that is no bool")
+        raise Refusal("has a bool that is neither 0 nor 1")
     return values.astype(dtype)
 
 
 def write_tensor(array: Array, name: str) -> bytes:
-    """Serialise an array as onnx.numpy_helper does: sizes, type, name, raw bytes."""
+    """Serialise an array in the form of onnx.numpy_helper: sizes, type, name, raw bytes."""
     raw = np.ascontiguousarray(array, array.dtype.newbyteorder("<")).tobytes()
     sizes = ((_DIMS, size) for size in array.shape)
     named = ((_NAME, name),) if name else ()

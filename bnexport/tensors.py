@@ -1,4 +1,4 @@
-"""What goes into a model and what comes out: names, element types, shapes."""
+"""Signatures of models: names, element types and shapes of inputs and outputs."""
 
 from __future__ import annotations
 
@@ -17,22 +17,15 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 
 class ElementType(NamedTuple):
-    """Names of one element type elsewhere.
+    """Names of one element type in other systems."""
 
-    Attributes:
-        onnx: TensorProto.DataType's number.
-        onnxruntime: Type of an input or output in ONNX Runtime.
-        datatype: Open Inference Protocol's ("Tensor Data Types"); Triton's configuration puts "TYPE_" in front.
-        contents: Field of the protocol's InferTensorContents that holds it; "" if it comes as raw bytes only.
-    """
-
-    onnx: int
-    onnxruntime: str
-    datatype: str
-    contents: str
+    onnx: int  # Number in TensorProto.DataType
+    onnxruntime: str  # Type of an input or output in ONNX Runtime
+    datatype: str  # Open Inference Protocol ("Tensor Data Types"); Triton's configuration adds the prefix "TYPE_"
+    contents: str  # Field of the protocol's InferTensorContents; "" if the type is sent as raw bytes only
 
 
-#: Element types that a signature may hold: numpy's name -> its names elsewhere.
+#: Element types of signatures: numpy's name -> names in other systems.
 ELEMENT_TYPES: Mapping[str, ElementType] = {
     "float16": ElementType(10, "tensor(float16)", "FP16", ""),
     "float32": ElementType(1, "tensor(float)", "FP32", "fp32_contents"),
@@ -50,35 +43,31 @@ _NUMPY = {name: np.dtype(name) for name in DTYPES}
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One input or output.
+    """One input or output."""
 
-    Attributes:
-        name: Name in the exported file: "input", "logits".
-        dtype: numpy's name of the element type, one of DTYPES.
-        shape: Batch first; a name stands for a dimension that varies: ``("batch", 1, 28, 28)``.
-        smallest: Name of a dimension of ``shape`` -> the smallest size at which the model is what the network is. Engines
-            do not refuse smaller ones as the network does: ONNX Runtime pools what is smaller than the window.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[Dim, ...]
+    name: str  # Name in the exported file: "input", "logits"
+    dtype: str  # numpy's name of the element type, one of DTYPES
+    shape: tuple[Dim, ...]  # Batch axis first; a varying dimension has a name: ``("batch", 1, 28, 28)``
+    # Name of a dimension of ``shape`` -> the smallest size at which the model equals the network. The network refuses smaller
+    # sizes, engines do not: ONNX Runtime pools an input that is smaller than the window.
     smallest: Mapping[str, int] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
-            raise FeedError(f"{self.name!r} has the unknown element type {self.dtype!r}", remedy=f"Known: {DTYPES}")
+            raise FeedError(
+                f"{self.name!r} has the unknown element type {self.dtype!r}", remedy=f"Use one of {', '.join(DTYPES)}"
+            )
 
     @property
     def sample_shape(self) -> tuple[Dim, ...]:
-        """Shape of one sample: without the batch dimension."""
+        """Shape of one sample, without the batch axis."""
         return self.shape[1:]
 
     def problem(self, array: object) -> str | None:
-        """Return the reason why ``array`` does not fit, as a sentence without its full stop; None if it fits."""
+        """Return why ``array`` does not fit, as a sentence without its full stop; None if it fits."""
         if not isinstance(array, np.ndarray):
             return f"{self.name!r} is a {type(array).__name__}, expected a numpy array"
-        if array.dtype != _NUMPY[self.dtype]:  # a foreign byte order too: onnxruntime would misread it
+        if array.dtype != _NUMPY[self.dtype]:  # also another byte order, which onnxruntime would misread
             return f"{self.name!r} is {array.dtype}, expected {self.dtype}"
         shape = array.shape
         if len(shape) != len(self.shape) or any(
@@ -89,10 +78,10 @@ class TensorSpec:
         return self.too_small(shape)
 
     def too_small(self, shape: Sequence[int]) -> str | None:
-        """Return the reason why an array of this shape is too small; None if it is not."""
+        """Return why an array of this shape is too small; None if it is not."""
         for dim, size in zip(self.shape, shape, strict=True):
             if isinstance(dim, str) and size < (least := self.smallest.get(dim, 0)):
-                return f"{self.name!r} has {dim} = {size}, the model takes {least} and more"
+                return f"{self.name!r} has {dim} = {size}, the model needs at least {least}"
         return None
 
     def to_json(self) -> dict[str, Any]:
@@ -102,13 +91,13 @@ class TensorSpec:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> TensorSpec:
-        """Read from manifest.json; the caller explains KeyError and TypeError."""
+        """Read the value of ``to_json``; KeyError or TypeError for others."""
         shape = tuple(value["shape"])
         if not all(isinstance(dim, int | str) for dim in shape):
             raise TypeError(f"{value['name']!r} has a dimension that is neither a size nor a name")
         smallest = dict(value.get("smallest", {}))
         if not all(dim in shape and type(size) is int for dim, size in smallest.items()):
-            raise TypeError(f"{value['name']!r} has a smallest size of no dimension, or one that is no whole number")
+            raise TypeError(f"{value['name']!r} has a smallest size that is not an integer, or of an unknown dimension")
         return cls(str(value["name"]), str(value["dtype"]), shape, smallest)
 
 
@@ -121,9 +110,9 @@ class Signature:
 
     @property
     def batched(self) -> bool:
-        """True if samples of several requests can run together and be separated again.
+        """True if samples of several requests can run in one batch.
 
-        One named dimension is the first of every input and output, and no other dimension is as large as the batch.
+        The same named dimension is the first one of every input and output, and occurs at no other place.
         """
         specs = (*self.inputs, *self.outputs)
         first = next((dim for spec in specs for dim in spec.shape[:1]), None)
@@ -133,20 +122,20 @@ class Signature:
 
     @property
     def smallest(self) -> dict[str, int]:
-        """Name of a dimension -> the smallest size that every input with it takes; empty if none is known."""
+        """Name of a dimension -> the smallest size that every input accepts; empty if none is known."""
         found: dict[str, int] = {}
         for spec in self.inputs:
             found |= {dim: max(size, found.get(dim, 0)) for dim, size in spec.smallest.items()}
         return found
 
     def with_smallest(self, sizes: Mapping[str, int]) -> Signature:
-        """Return a copy whose inputs have these smallest sizes, each those of its own dimensions."""
+        """Return a copy whose inputs have these smallest sizes of their dimensions."""
         limits = ({dim: size for dim, size in sizes.items() if dim in spec.shape} for spec in self.inputs)
         inputs = (replace(spec, smallest=limit) for spec, limit in zip(self.inputs, limits, strict=True))
         return replace(self, inputs=tuple(inputs))
 
     def named_sizes(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, int]:
-        """Return name -> size of the dimensions that vary besides the batch."""
+        """Return name -> size of the varying dimensions except the batch."""
         return {
             dim: size
             for spec in self.inputs
@@ -168,11 +157,7 @@ class Signature:
 
 
 def check_feeds(signature: Signature, feeds: Mapping[str, Array]) -> None:
-    """Refuse inputs that do not fit: a missing or unknown name, an element type, a shape, unequal named dimensions.
-
-    Raises:
-        FeedError: Naming the input, what it is and what it should be.
-    """
+    """Raise FeedError for a missing or unknown input, another element type or shape, or unequal named dimensions."""
     specs = {spec.name: spec for spec in signature.inputs}
     for name in feeds:
         if name not in specs:
@@ -195,38 +180,38 @@ def _listed(specs: Mapping[str, TensorSpec]) -> str:
     return ", ".join(map(repr, specs))
 
 
-#: Number of dimensions of a batch of images, channels second -> what its sizes are called, from axis 2 on.
+#: Number of dimensions of a batch of images, channels second -> names of its sizes from axis 2.
 SIZE_WORDS: dict[int, tuple[str, ...]] = {3: ("length",), 4: ("height", "width"), 5: ("depth", "height", "width")}
 
 
 def size_axes(ndim: int) -> dict[int, str]:
-    """Return axis -> word of the sizes of a batch of images (or sounds, or volumes); empty for anything else."""
+    """Return axis -> name of the sizes of a batch of images, sounds or volumes; empty for other inputs."""
     return dict(enumerate(SIZE_WORDS.get(ndim, ()), start=2))
 
 
 def other_sizes(names: Sequence[str]) -> Iterator[dict[str, int]]:
-    """Return enlargements of the varying sizes to try a network at, the most informative first.
+    """Yield enlargements of the varying sizes at which a network is tried, the most informative first.
 
-    Odd and unequal steps come first: they show what was rounded, and what took width for height. Networks that halve
-    their input several times, or take squares only, need the later ones.
+    Odd and unequal steps come first, because they show rounding and exchanged width and height. Networks that halve their
+    input several times, or need squares, accept only the later ones.
     """
     for steps in ((7, 13, 5), (32, 64, 32), (32, 32, 32), (64, 128, 64), (128, 128, 128)):
         yield dict(zip(names, itertools.cycle(steps), strict=False))
 
 
 def declared_problem(spec: TensorSpec, dtype: str, shape: Sequence[int | str | None], *, strict: bool) -> str | None:
-    """Return how a file's declaration differs from the manifest's, as a sentence without its full stop; None when it fits.
+    """Return how a file's declaration differs from the manifest's, as a sentence without its full stop; None if it fits.
 
-    ``dtype`` is numpy's name, and anything but a number in ``shape`` is an open dimension. Where ``strict``, the file must
-    declare each size of the manifest. It may leave an output's size open, but not an input's.
+    ``dtype`` is numpy's name. A text or None in ``shape`` is an open dimension. With ``strict`` the file must declare
+    each size of the manifest; callers use it for inputs, since an output's size may be open.
     """
     if dtype != spec.dtype:
-        return f"{spec.name!r} is {dtype}, the manifest says {spec.dtype}"
+        return f"{spec.name!r} is {dtype}, the manifest states {spec.dtype}"
     fits = len(shape) == len(spec.shape) and all(
         (have == want if isinstance(have, int) else not strict) if isinstance(want, int) else not isinstance(have, int)
         for want, have in zip(spec.shape, shape, strict=True)
     )
     if not fits:
         have, want = ("x".join("?" if dim is None else str(dim) for dim in dims) for dims in (shape, spec.shape))
-        return f"{spec.name!r} has shape {have or 'scalar'}, the manifest says {want}"
+        return f"{spec.name!r} has shape {have or 'scalar'}, the manifest states {want}"
     return None

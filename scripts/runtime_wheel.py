@@ -1,4 +1,4 @@
-"""Build bnexport-runtime, the distribution for serving machines: the same package without torch, onnx and what they bring.
+"""Build bnexport-runtime, the distribution for serving machines: the same package without torch, onnx and their dependencies.
 
 Use: python scripts/runtime_wheel.py FOLDER     Needs pip, and a package index for the build backend.
 Its dependencies and extras are those of pyproject.toml that [tool.bnexport] names. Install it instead of bnexport.
@@ -18,18 +18,18 @@ DESCRIPTION = "Verify and run models exported by bnexport: the part of bnexport 
 
 
 def toml(value: object) -> str:
-    """A value as TOML; JSON's texts are TOML's."""
+    """Return a value as TOML; texts have the same form as in JSON."""
     if isinstance(value, dict):
         return "{ " + ", ".join(f"{json.dumps(key)} = {toml(item)}" for key, item in value.items()) + " }"
     return "[" + ", ".join(map(toml, value)) + "]" if isinstance(value, list) else json.dumps(value)
 
 
 def derived(source: dict) -> str:
-    """The pyproject.toml of bnexport-runtime."""
+    """Return the pyproject.toml of bnexport-runtime."""
     full, wanted = source["project"], source["tool"]["bnexport"]["runtime-dependencies"]
     light = {name: text for text in full["dependencies"] if (name := re.match(r"[\w.-]+", text).group()) in wanted}
     if missing := set(wanted) - set(light):
-        sys.exit(f"runtime_wheel: {', '.join(sorted(missing))} is no dependency of bnexport.")
+        sys.exit(f"runtime_wheel: {', '.join(sorted(missing))} is not a dependency of bnexport.")
     project = full | {"name": "bnexport-runtime", "description": DESCRIPTION, "dependencies": list(light.values())}
     extras = source["tool"]["bnexport"]["runtime-extras"]
     project["optional-dependencies"] = {name: full["optional-dependencies"][name] for name in extras}

@@ -238,8 +238,8 @@ def _forward() -> tuple[Case, ...]:
         Case("before-groups", sequential(bn(6), conv(6, 4, groups=2, bias=False)), SIX, gone),
         Case("before-depthwise", sequential(bn(6), conv(6, 12, groups=6)), SIX, gone),
         Case("before-reflect", sequential(bn(3), conv(padding=1, padding_mode="reflect")), IMAGE, one("0", "through")),
-        Case("before-zero-padding", sequential(bn(3), conv(padding=1)), IMAGE, left, "zeros around its input"),
-        Case("before-zero-padding-positive", sequential(bn(3), conv(padding=1)), IMAGE, left, "zeros around its input",
+        Case("before-zero-padding", sequential(bn(3), conv(padding=1)), IMAGE, left, "pads its input with zeros"),
+        Case("before-zero-padding-positive", sequential(bn(3), conv(padding=1)), IMAGE, left, "pads its input with zeros",
              positive=True),
         Case("before-zero-padding-map", sequential(bn(3), conv(3, 2, padding=1, stride=2)), IMAGE, gone, max_growth=4.0),
         Case("before-transposed-positive", sequential(bn(6), transposed(6, 12, groups=6)), SIX, left, "positions use different kernel taps",
@@ -325,7 +325,7 @@ def _branches_and_sharing() -> tuple[Case, ...]:
 
 
 def _left_alone() -> tuple[Case, ...]:
-    """What must stay, each with its reason."""
+    """Cases that must stay, each with its reason."""
     return (
         Case("declared-in-another-order", graph(lambda m, x: m.bn(torch.relu(m.conv(x))), conv=conv(), bn=bn()), IMAGE,
              one("bn", "affine"), "before: across relu"),

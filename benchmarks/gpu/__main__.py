@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from benchmarks.command import finish, options, progress
-from benchmarks.gpu.lane import Job, absent_runtimes, require, run_lane, table
+from benchmarks.gpu.lane import LaneInput, absent_runtimes, require, run_lane, table
 from benchmarks.gpu.measure import MAX_SAMPLES
 from benchmarks.gpu.page import refuse_replacing, write_document
 from benchmarks.gpu.refusals import REFUSALS
@@ -66,7 +66,7 @@ def _run(given: argparse.Namespace, files: _Files) -> int:
     lane = _merged(given, files) if given.merge else _measured(given, files)
     if lane.absent and not parts_of(lane) | set(lane.unreached):
         reasons = "; ".join(f"{name}: {reason}" for name, reason in lane.absent.items())
-        raise RuntimeUnavailable(reasons, remedy="bnexport doctor says what to install")
+        raise RuntimeUnavailable(reasons, remedy="Run bnexport doctor, which lists the missing packages")
     counts = {"settings": lane.runs, "speeds of training": lane.training, "refusals": lane.refused,
               "parts not reached": lane.unreached, "failures": lane.failed}  # fmt: skip
     found = ", ".join(f"{len(values)} {name}" for name, values in counts.items() if values)
@@ -97,7 +97,7 @@ def _merged(given: argparse.Namespace, files: _Files) -> Lane:
 def _measured(given: argparse.Namespace, files: _Files) -> Lane:
     require(os.environ.get("BNEXPORT_REQUIRE", ""))
     only = [runner_spec(name).name for name in given.only]
-    job = Job(Bundle.open(given.bundle), given.data_dir, given.max_samples, not given.rehearse)
+    job = LaneInput(Bundle.open(given.bundle), given.data_dir, given.max_samples, not given.rehearse)
     if job.real and not (only or given.sweep or given.no_sweeps):
         absent = absent_runtimes()
         job = replace(job, real=any(sweep.spec.name not in absent for sweep in table(job)))
@@ -112,12 +112,12 @@ def _measured(given: argparse.Namespace, files: _Files) -> Lane:
         refusals=() if given.no_refusals else REFUSALS,
         seconds=given.seconds,
         jobs=min(4, max(1, cores // 2)) if given.jobs is None else given.jobs,
-        tell=progress,
+        on_line=progress,
         keep=lambda lane: files.write(merge([*before, lane])),
     )
 
 
-def _chosen(job: Job, only: Sequence[str], names: Sequence[str]) -> tuple[Sweep, ...]:
+def _chosen(job: LaneInput, only: Sequence[str], names: Sequence[str]) -> tuple[Sweep, ...]:
     known = {sweep.name: sweep for sweep in table(job)}
     if unknown := [name for name in names if name not in known]:
         raise UsageError(f"there is no sweep {unknown[0]!r}", remedy=f"Known: {'; '.join(known)}")

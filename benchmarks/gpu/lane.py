@@ -1,8 +1,8 @@
-"""The GPU lane: every GPU runtime in every way in which people call it, judged by the stages of verification.
+"""The GPU lane: every GPU runtime in every setting, judged by the stages of verification.
 
-The lane consists of parts: the sweeps of a table (``sweeps.py``), the training speed, and the refusals of hidden
-libraries. Each part runs in a separate process, so that a crash loses one part, and its result is kept as soon as it is
-there. Where no GPU works, the same code measures an emulated engine and the CPU's engines, so that it is known to work.
+The lane consists of parts: the sweeps of a table (``sweeps.py``), the training speed, and the refusals of hidden libraries.
+Each part runs in a separate process, so that a crash loses one part, and its result is kept at once. Without a GPU the same
+code measures an emulated engine and the CPU's engines, which tests the lane itself.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 
 from benchmarks.gpu import sweeps as tables
 from benchmarks.gpu.measure import MAX_SAMPLES, gpu_machine, measure
-from benchmarks.gpu.refusals import REFUSALS, Refusal, refuse
+from benchmarks.gpu.refusals import REFUSALS, HiddenLibrary, refuse
 from benchmarks.gpu.results import TRAINING, Lane, merge, parts_of, read_results, runtime_of, write_results
 from benchmarks.gpu.sweeps import Sweep
 from bnexport.bundle import MANIFEST, Bundle
@@ -34,20 +34,20 @@ from bnexport.runtimes.base import plain_reason
 from bnexport.runtimes.catalogue import RUNNERS, RunnerSpec, runner_spec
 from bnexport.runtimes.isolation import how_ended, import_path
 
-#: A capability of the tests -> the runtime that shows it.
+#: Capability of the tests -> the runtime that needs it.
 REQUIRED = {"cuda": "torch-cuda", "ort-cuda": "onnxruntime-cuda", "tensorrt": "onnxruntime-tensorrt"}
 #: Seconds for one part; TensorRT may build engines for minutes.
 PART_SECONDS = 1800.0
 #: Seconds for which a part may continue after the budget is spent.
 _GRACE = 60.0
-#: Seconds between two looks at a part's process.
+#: Seconds between two checks of a part's process.
 _POLL = 0.05
 #: Images of an epoch and of its evaluation, and a batch, in a rehearsal of the training speed on a CPU.
 _SMALL = {"train": 512, "test": 64, "batch_sizes": (128,)}
 
 
 @dataclass(frozen=True)
-class Job:
+class LaneInput:
     """The inputs that all parts share."""
 
     bundle: Bundle  # The bundle to verify
@@ -61,29 +61,21 @@ class Job:
 
 
 def run_lane(
-    job: Job,
+    job: LaneInput,
     sweeps: Sequence[Sweep],
     *,
     training: bool = True,
-    refusals: Iterable[Refusal] = REFUSALS,
+    refusals: Iterable[HiddenLibrary] = REFUSALS,
     seconds: float | None = None,
     jobs: int = 1,
-    tell: Callable[[str], None] = lambda _line: None,
+    on_line: Callable[[str], None] = lambda _line: None,
     keep: Callable[[Lane], None] = lambda _lane: None,
 ) -> Lane:
     """Measure every part whose runtime works here.
 
-    Sweeps run side by side, then the training speed alone, then the refusals side by side.
-
-    Args:
-        job: The bundle and its inputs.
-        sweeps: The sweeps, in order of their value.
-        training: Whether to measure the training speed.
-        refusals: Libraries to hide. Other loaders than Linux's can't be made to miss them.
-        seconds: Budget. No part starts after it; a part that still runs a minute later is stopped.
-        jobs: Number of parts that run side by side, each in a separate process; 0: one by one in this process.
-        tell: Receives one line before each part.
-        keep: Receives the results after each part.
+    Sweeps run side by side, then the training speed alone, then the refusals (on Linux only) side by side. No part starts
+    after ``seconds``, and a part that still runs a minute later is stopped. ``jobs`` parts run side by side, each in a separate
+    process; 0: one by one in this process. ``on_line`` receives a line before each part, ``keep`` the results after it.
     """
     begun = time.monotonic()
     hidden = tuple(refusals) if sys.platform.startswith("linux") else ()
@@ -99,7 +91,7 @@ def run_lane(
         left = PART_SECONDS if seconds is None else begun + seconds - time.monotonic()
         if left <= 0 or runtime_of(part) in lane.absent:
             return None
-        tell(part)
+        on_line(part)
         return measurer(min(PART_SECONDS, left + (0 if seconds is None else _GRACE)))
 
     try:
@@ -136,17 +128,8 @@ def _with(lane: Lane, found: Lane, order: Sequence[str]) -> Lane:
     )
 
 
-def measure_part(job: Job, part: str, write: Callable[[Lane], None]) -> None:
-    """Measure one part of the tables in this process.
-
-    Args:
-        job: The bundle and its inputs.
-        part: Name of a sweep, or "training".
-        write: Receives the results, which can be partial.
-
-    Raises:
-        UsageError: There is no such part.
-    """
+def measure_part(job: LaneInput, part: str, write: Callable[[Lane], None]) -> None:
+    """Measure a sweep, or "training", in this process; ``write`` receives partial results. UsageError: the part is unknown."""
     if part == TRAINING:
         _measure_training(job, write)
         return
@@ -156,12 +139,12 @@ def measure_part(job: Job, part: str, write: Callable[[Lane], None]) -> None:
     write(_measure_sweep(job, sweep))
 
 
-def table(job: Job) -> tuple[Sweep, ...]:
+def table(job: LaneInput) -> tuple[Sweep, ...]:
     """Return the sweeps of a job's kind of device."""
     return tables.gpu_sweeps() if job.real else tables.cpu_sweeps()
 
 
-def _measure_sweep(job: Job, sweep: Sweep) -> Lane:
+def _measure_sweep(job: LaneInput, sweep: Sweep) -> Lane:
     empty = job.empty()
     if reason := plain_reason_of(sweep.spec):
         return replace(empty, absent={sweep.spec.name: reason})
@@ -169,11 +152,11 @@ def _measure_sweep(job: Job, sweep: Sweep) -> Lane:
     return replace(empty, sweeps={sweep.name: result}, machine=_machine(job))
 
 
-def _machine(job: Job) -> dict[str, str]:
+def _machine(job: LaneInput) -> dict[str, str]:
     return (gpu_machine() or {"GPU": "without a name"}) if job.real else {}
 
 
-def _measure_training(job: Job, write: Callable[[Lane], None]) -> None:
+def _measure_training(job: LaneInput, write: Callable[[Lane], None]) -> None:
     import torch
 
     from benchmarks.gpu.training import gpu_speeds
@@ -188,13 +171,13 @@ def _measure_training(job: Job, write: Callable[[Lane], None]) -> None:
         write(found)
 
 
-def _sweeping(job: Job, sweep: Sweep, stop: threading.Event | None) -> Callable[[float], Lane]:
+def _sweeping(job: LaneInput, sweep: Sweep, stop: threading.Event | None) -> Callable[[float], Lane]:
     if stop is not None:
         return lambda seconds: _in_child(job, sweep.name, seconds, stop)
     return lambda _seconds: _measure_sweep(job, sweep)
 
 
-def _training(job: Job, stop: threading.Event | None) -> Callable[[float], Lane]:
+def _training(job: LaneInput, stop: threading.Event | None) -> Callable[[float], Lane]:
     if stop is not None:
         return lambda seconds: _in_child(job, TRAINING, seconds, stop)
 
@@ -206,11 +189,11 @@ def _training(job: Job, stop: threading.Event | None) -> Callable[[float], Lane]
     return here
 
 
-def _refusing(job: Job, refusal: Refusal) -> Callable[[float], Lane]:
+def _refusing(job: LaneInput, refusal: HiddenLibrary) -> Callable[[float], Lane]:
     return lambda _seconds: replace(job.empty(), refused=(refuse(refusal, job.bundle.path),))
 
 
-def _in_child(job: Job, part: str, seconds: float, stop: threading.Event) -> Lane:
+def _in_child(job: LaneInput, part: str, seconds: float, stop: threading.Event) -> Lane:
     """Measure one part in a separate process; a process that ends without all results is a failure of this part."""
     with tempfile.TemporaryDirectory() as folder:
         out, printed = Path(folder) / "part.json", Path(folder) / "printed"
@@ -254,14 +237,7 @@ def _problem_of(command: Sequence[str], output: int, seconds: float, stop: threa
 
 
 def require(names: str) -> None:
-    """Refuse a machine that lacks a device that must be measured.
-
-    Args:
-        names: Capabilities separated by commas, as in BNEXPORT_REQUIRE; only those of REQUIRED concern the lane.
-
-    Raises:
-        RuntimeUnavailable: One of them is missing.
-    """
+    """Raise RuntimeUnavailable if a device is missing; ``names``: a list as in BNEXPORT_REQUIRE; others are ignored."""
     for name in (part.strip() for part in names.split(",")):
         if name in REQUIRED:
             runner_spec(REQUIRED[name]).require()
@@ -283,7 +259,7 @@ def main() -> None:
     """Measure the part that the request names, in this process, and write its results each time there are more."""
     request = json.loads(sys.argv[1])
     data_dir = None if request["data_dir"] is None else Path(request["data_dir"])
-    job = Job(Bundle.open(request["bundle"]), data_dir, request["max_samples"], request["real"])
+    job = LaneInput(Bundle.open(request["bundle"]), data_dir, request["max_samples"], request["real"])
     measure_part(job, request["part"], lambda found: write_results(found, Path(request["out"])))
 
 

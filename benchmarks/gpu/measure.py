@@ -26,7 +26,7 @@ _REPEATED = 64
 
 
 @dataclass(frozen=True)
-class Run:
+class RuntimeRun:
     """The results of one runtime in one setting."""
 
     runtime: str  # "onnxruntime-cuda"
@@ -51,7 +51,7 @@ class SweepResult:
     """The results of one sweep."""
 
     runtime: str  # The runtime
-    runs: tuple[Run, ...] = ()  # One value for each setting
+    runs: tuple[RuntimeRun, ...] = ()  # One value for each setting
     # Settings -> largest difference of scale between two sessions
     sessions: Mapping[str, float] = field(default_factory=dict)
     # Runtime and settings -> the first layer that leaves its prediction; None if every layer keeps it
@@ -66,16 +66,7 @@ class SweepResult:
 
 
 def measure(sweep: Sweep, bundle: Bundle, *, data_dir: Path | None, max_samples: int) -> SweepResult:
-    """Run one sweep in this process.
-
-    A fault of the runtime is a part of the result, not an exception.
-
-    Args:
-        sweep: The runtime and its settings.
-        bundle: The bundle to verify.
-        data_dir: The folder of the data set.
-        max_samples: Upper bound on the samples of each kind.
-    """
+    """RuntimeRun one sweep in this process; a fault of the runtime is a part of the result, not an exception."""
     scope = replace(sweep.scope, max_samples=sweep.scope.max_samples or max_samples)
     found = SweepResult(sweep.spec.name)
     try:
@@ -102,7 +93,7 @@ def _result(runtime: str, report: VerificationReport) -> SweepResult:
     return SweepResult(runtime, runs, {}, drift, broken, f"{report.reference}; {report.inputs}")
 
 
-def runs_of(report: VerificationReport) -> tuple[Run, ...]:
+def runs_of(report: VerificationReport) -> tuple[RuntimeRun, ...]:
     """Return one value for each setting of each runtime of a report, in order."""
     groups: dict[tuple[str, str], list[Row]] = {}
     names = {key.partition(",")[0] for key in report.runtimes}
@@ -112,14 +103,14 @@ def runs_of(report: VerificationReport) -> tuple[Run, ...]:
     return tuple(_run_of(name, settings, rows, report) for (name, settings), rows in groups.items())
 
 
-def _run_of(name: str, settings: str, rows: Sequence[Row], report: VerificationReport) -> Run:
+def _run_of(name: str, settings: str, rows: Sequence[Row], report: VerificationReport) -> RuntimeRun:
     compared = [row for row in rows if row.stage in ("strict", "shipping")]
     measured = [row for row in compared if row.error is not None]
     worst = max(measured, key=lambda row: (row.error or 0.0) / (row.bound or 1.0), default=None)
     failed = next((row for row in rows if not row.passed), None)
     described = report.runtimes.get(run_name(name, settings), {})
     flips = [row.flips for row in compared if row.flips is not None]
-    return Run(
+    return RuntimeRun(
         name,
         settings,
         compared[0].stage if compared else rows[0].stage,
@@ -142,12 +133,7 @@ def _largest(rows: Iterable[Row], stage: str) -> float | None:
 
 
 def between_sessions(spec: RunnerSpec, bundle: Bundle, settings: RunSettings) -> float:
-    """Return the largest difference of the same inputs between two sessions, as a share of the first's max |output|.
-
-    Args:
-        spec: The runtime.
-        bundle: Its golden inputs are repeated until there are enough samples.
-        settings: The settings of both sessions.
+    """Return the largest difference of the golden inputs' outputs between two sessions, as a share of max |output|.
 
     Raises:
         BnexportError: The runtime can't be opened or run.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from benchmarks.gpu import sweeps as tables
-from benchmarks.gpu.measure import Run
+from benchmarks.gpu.measure import RuntimeRun
 from benchmarks.gpu.refusals import Refused
 from benchmarks.gpu.results import GpuSpeed, Lane, parts_of, runtime_of
 from benchmarks.pages import render, write_page
@@ -26,7 +26,7 @@ def refuse_replacing(path: Path, *, real: bool) -> None:
     if not real and path.is_file() and NOT_MEASURED not in path.read_text(encoding="utf-8", errors="replace"):
         raise UsageError(
             f"{path} holds measurements of a GPU, which a rehearsal must not replace",
-            remedy="Run the lane on a machine with a GPU, or give another --out",
+            remedy="RuntimeRun the lane on a machine with a GPU, or give another --out",
         )
 
 
@@ -62,7 +62,7 @@ def page(lane: Lane) -> str:
     )
 
 
-def _run(run: Run) -> list[str]:
+def _run(run: RuntimeRun) -> list[str]:
     return [
         run.settings or "float32",
         run.stage,

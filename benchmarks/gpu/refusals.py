@@ -32,7 +32,7 @@ _COMMAND = "from bnexport.cli.main import main\nmain()\n"
 
 
 @dataclass(frozen=True)
-class Refusal:
+class HiddenLibrary:
     """One row of REFUSALS."""
 
     name: str  # The missing part, for a table
@@ -51,29 +51,24 @@ class Refusal:
 class Refused:
     """The result of one refusal."""
 
-    refusal: Refusal  # The row of REFUSALS
+    refusal: HiddenLibrary  # The row of REFUSALS
     passed: bool  # Whether the process ended with exit code 3 and named the missing part in one sentence
     code: int | None  # The exit code; None if the process did not end
     said: str  # The text that it printed
 
 
-REFUSALS: tuple[Refusal, ...] = (
-    Refusal("no NVIDIA driver", "onnxruntime-cuda", ("libcuda.so.1",)),
-    Refusal("no GPU in sight", "onnxruntime-cuda", environment={"CUDA_VISIBLE_DEVICES": ""}),
-    Refusal("no GPU in sight", "torch-cuda", environment={"CUDA_VISIBLE_DEVICES": ""}),
-    # What an onnxruntime-gpu without its extras lacks: its session runs on the CPU without a word.
-    Refusal("no cuRAND", "onnxruntime-cuda", ("libcurand.so.10",), preload=False),
-    Refusal("no TensorRT", "onnxruntime-tensorrt", ("libnvinfer.so.10",), preload=False),
+REFUSALS: tuple[HiddenLibrary, ...] = (
+    HiddenLibrary("no NVIDIA driver", "onnxruntime-cuda", ("libcuda.so.1",)),
+    HiddenLibrary("no GPU in sight", "onnxruntime-cuda", environment={"CUDA_VISIBLE_DEVICES": ""}),
+    HiddenLibrary("no GPU in sight", "torch-cuda", environment={"CUDA_VISIBLE_DEVICES": ""}),
+    # An onnxruntime-gpu without its extras lacks it: the session runs on the CPU without a message.
+    HiddenLibrary("no cuRAND", "onnxruntime-cuda", ("libcurand.so.10",), preload=False),
+    HiddenLibrary("no TensorRT", "onnxruntime-tensorrt", ("libnvinfer.so.10",), preload=False),
 )
 
 
-def refuse(refusal: Refusal, bundle: Path) -> Refused:
-    """Run ``bnexport verify BUNDLE --runtime NAME`` in a child process that lacks a library or a device.
-
-    Args:
-        refusal: What to hide.
-        bundle: Directory of a bundle.
-    """
+def refuse(refusal: HiddenLibrary, bundle: Path) -> Refused:
+    """Run ``bnexport verify BUNDLE --runtime NAME`` in a child process that lacks a library or a device."""
     alone = runner_spec(refusal.runtime).engine == "onnxruntime"
     code = (_WITHOUT_TORCH if alone else "") + ("" if refusal.preload else _WITHOUT_PRELOAD) + _COMMAND
     command = [sys.executable, "-P", "-c", code, "verify", str(Path(bundle).resolve()), "--runtime", refusal.runtime]
@@ -96,7 +91,7 @@ def refuse(refusal: Refusal, bundle: Path) -> Refused:
     return Refused(refusal, refused_rightly(refusal, done.returncode, said), done.returncode, said)
 
 
-def _environment(refusal: Refusal, folder: str) -> dict[str, str]:
+def _environment(refusal: HiddenLibrary, folder: str) -> dict[str, str]:
     """Return the child's environment: the folder's libraries come first, and those of Python packages can be found."""
     environ = child_environment("float32") | dict(refusal.environment)
     if refusal.hidden:
@@ -113,7 +108,7 @@ def _package_folders() -> Iterator[Path]:
         yield from sorted(path for path in place.glob("tensorrt_libs") if path.is_dir())
 
 
-def refused_rightly(refusal: Refusal, code: int, said: str) -> bool:
+def refused_rightly(refusal: HiddenLibrary, code: int, said: str) -> bool:
     """Return whether a process refused rightly: with its exit code, without a traceback, and naming the missing part."""
     if code != UNAVAILABLE or "Traceback" in said or refusal.runtime not in said:
         return False

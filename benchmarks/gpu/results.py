@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from benchmarks.clock import Spread
-from benchmarks.gpu.measure import Run, SweepResult
-from benchmarks.gpu.refusals import Refusal, Refused
+from benchmarks.gpu.measure import RuntimeRun, SweepResult
+from benchmarks.gpu.refusals import HiddenLibrary, Refused
 from bnexport.errors import DataError, UsageError
 from bnexport.files import write_atomically
 
@@ -53,9 +53,9 @@ class Lane:
         return self.real and bool(self.machine)
 
     @property
-    def runs(self) -> tuple[Run, ...]:
+    def runs(self) -> tuple[RuntimeRun, ...]:
         """Return each setting of each runtime once, in order; where a setting ran twice, the failed run if there is one."""
-        found: dict[tuple[str, str], Run] = {}
+        found: dict[tuple[str, str], RuntimeRun] = {}
         for run in (run for result in self.sweeps.values() for run in result.runs):
             key = (run.runtime, run.settings)
             if key not in found or found[key].passed:
@@ -211,12 +211,12 @@ def read_results(path: Path) -> Lane:
 
 
 def _sweep_result(value: dict[str, Any]) -> SweepResult:
-    return SweepResult(**{**value, "runs": tuple(Run(**run) for run in value["runs"])})
+    return SweepResult(**{**value, "runs": tuple(RuntimeRun(**run) for run in value["runs"])})
 
 
 def _refused(value: dict[str, Any]) -> Refused:
     refusal = value["refusal"]
-    return Refused(**{**value, "refusal": Refusal(**{**refusal, "hidden": tuple(refusal["hidden"])})})
+    return Refused(**{**value, "refusal": HiddenLibrary(**{**refusal, "hidden": tuple(refusal["hidden"])})})
 
 
 def _speed(value: dict[str, Any]) -> GpuSpeed:

@@ -25,16 +25,7 @@ _EPOCHS, _WARM_UP = 10, 2
 def gpu_speeds(
     device: torch.device, *, train: int = _TRAIN, test: int = _TEST, batch_sizes: Sequence[int] = (256, 1024)
 ) -> Iterator[GpuSpeed]:
-    """Measure every combination of BatchNorm, batch size and step; a row is complete when it is yielded.
-
-    Images are random, which costs a GPU the same as real ones.
-
-    Args:
-        device: A CUDA device; on a CPU no step is recorded.
-        train: Images per epoch.
-        test: Images per evaluation.
-        batch_sizes: Images per step.
-    """
+    """Measure every combination of BatchNorm, batch size and step on random images; on a CPU no step is recorded."""
     generator = torch.Generator().manual_seed(0)
     parts = [
         Resident(

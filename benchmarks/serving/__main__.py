@@ -34,7 +34,7 @@ def main() -> int:
     if min(given.rounds, given.seconds) < 1:
         parser.error("rounds and seconds start at 1")
     plan = ServingPlan(given.bundle, given.venvs.resolve(), given.rounds, given.seconds, given.memory_requests)
-    speeds = measure(servers, plan, tell=progress)
+    speeds = measure(servers, plan, on_line=progress)
     write_page([serving_page(speeds, f"{describe(environment())}. {given.note}".rstrip(". "))], given.out)
     return int(any(outcome.met is False for outcome in outcomes(speeds)))
 

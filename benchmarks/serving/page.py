@@ -21,7 +21,7 @@ _READINGS = 10
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TargetOutcome:
     """One target in one run."""
 
     words: str
@@ -29,7 +29,7 @@ class Outcome:
     met: bool | None  # None: not measured
 
 
-def outcomes(speeds: ServingSpeeds) -> tuple[Outcome, ...]:
+def outcomes(speeds: ServingSpeeds) -> tuple[TargetOutcome, ...]:
     """Judge every target, in the order of ``TARGETS``."""
     return tuple(judge(speeds) for judge in TARGETS)
 
@@ -67,45 +67,45 @@ def _each(spreads: Mapping[int, Spread], reached: Callable[[float], bool], aside
         yield f"{ranged(spread)} at {in_words(count)}{missed}"
 
 
-def _faster(speeds: ServingSpeeds) -> Outcome:
+def _faster(speeds: ServingSpeeds) -> TargetOutcome:
     words = "Binary tensors: at least 6 times the requests per CPU second of FastAPI with JSON"
     if "fastapi" not in speeds.samples:
-        return Outcome(words, (), None)
+        return TargetOutcome(words, (), None)
     found = {n: cpu_ratios(speeds, "binary", "fastapi", n) for n in speeds.samples["binary"]}
     met = min(spread.middle for spread in found.values()) >= 6.0
     # The echo is the bound: no inference, no protocol.
     echo = {n: f"; the echo has {cpu_ratios(speeds, 'echo', 'fastapi', n).middle:.2f}" for n in found}
     figures = tuple(_each(found, lambda ratio: ratio >= 6.0, echo))
-    return Outcome(words, figures, met and _clean(speeds, "binary", "fastapi"))
+    return TargetOutcome(words, figures, met and _clean(speeds, "binary", "fastapi"))
 
 
-def _tail(speeds: ServingSpeeds) -> Outcome:
+def _tail(speeds: ServingSpeeds) -> TargetOutcome:
     words = f"99th percentile at {_TAIL_CLIENTS} clients below 3 times the median"
     found: dict[str, Spread] = {}
     for name in JUDGED:
         if rows := speeds.samples.get(name, {}).get(_TAIL_CLIENTS):
             found[name] = Spread.of([row.load.p99_us / row.load.p50_us for row in rows])
     if not found:
-        return Outcome(words, (), None)
+        return TargetOutcome(words, (), None)
     figures = tuple(f"{ranged(spread)} for {WAYS[name].words}" for name, spread in found.items())
     met = max(spread.middle for spread in found.values()) < 3.0
-    return Outcome(words, figures, met and _clean(speeds, *found))
+    return TargetOutcome(words, figures, met and _clean(speeds, *found))
 
 
-def _overhead(speeds: ServingSpeeds) -> Outcome:
+def _overhead(speeds: ServingSpeeds) -> TargetOutcome:
     words = "CPU time of a binary request without inference at most 1.5 times that of a bare ASGI echo of the same body"
     found = {n: overheads(speeds, "binary", n) for n in speeds.samples["binary"]}
     met = max(spread.middle for spread in found.values()) <= 1.5
     figures = tuple(_each(found, lambda ratio: ratio <= 1.5, {}))
-    return Outcome(words, figures, met and _clean(speeds, "binary", "echo"))
+    return TargetOutcome(words, figures, met and _clean(speeds, "binary", "echo"))
 
 
-def _memory(speeds: ServingSpeeds) -> Outcome:
+def _memory(speeds: ServingSpeeds) -> TargetOutcome:
     words = "Memory flat within 5 % over 1 million requests"
     memory = speeds.memory
     if memory is None or memory.requests[-1] < 1_000_000:
-        return Outcome(words, () if memory is None else (_grown(speeds),), None)
-    return Outcome(words, (_grown(speeds),), memory.growth <= 0.05)
+        return TargetOutcome(words, () if memory is None else (_grown(speeds),), None)
+    return TargetOutcome(words, (_grown(speeds),), memory.growth <= 0.05)
 
 
 def _grown(speeds: ServingSpeeds) -> str:
@@ -116,7 +116,7 @@ def _grown(speeds: ServingSpeeds) -> str:
 
 
 #: Target -> outcome.
-TARGETS: tuple[Callable[[ServingSpeeds], Outcome], ...] = (_faster, _tail, _overhead, _memory)
+TARGETS: tuple[Callable[[ServingSpeeds], TargetOutcome], ...] = (_faster, _tail, _overhead, _memory)
 
 
 def serving_page(speeds: ServingSpeeds, conditions: str) -> str:

@@ -28,7 +28,7 @@ _PARENT, _SESSION, _UTIME, _STIME, _RSS = 1, 3, 11, 12, 21
 
 @dataclass(frozen=True)
 class Ports:
-    """Free ports: ``http`` and the two after it, and ``grpc``."""
+    """Free ports for HTTP and gRPC."""
 
     http: int
     grpc: int
@@ -165,16 +165,8 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 def free_ports() -> Ports:
     """Return ports without a listener at this moment."""
-    for _ in range(100):
-        with contextlib.ExitStack() as held:
-            try:
-                first = held.enter_context(_listener(0)).getsockname()[1]
-                for port in (first + 1, first + 2):
-                    held.enter_context(_listener(port))
-                return Ports(first, held.enter_context(_listener(0)).getsockname()[1])
-            except (OSError, OverflowError):
-                continue
-    raise RuntimeUnavailable("there are no free ports", remedy="End some servers")
+    with _listener(0) as first, _listener(0) as second:
+        return Ports(first.getsockname()[1], second.getsockname()[1])
 
 
 def _listener(port: int) -> socket.socket:

@@ -1,4 +1,4 @@
-"""Servers of one model, side by side: their start, their requests, and the environments of other people's servers.
+"""Servers of one model, side by side: their start, their requests, and the environments of other servers.
 
 An environment has pinned versions; pip makes it once, and it is kept.
 """
@@ -22,11 +22,9 @@ from bnexport.files import write_atomically
 from bnexport.optional import installed
 from bnexport.runtimes.isolation import import_path
 
-#: Name -> packages that pip installs next to the engine. MLServer's worker processes do not start with uvloop 0.22.
+#: Name -> packages that pip installs next to the engine.
 VENVS: Mapping[str, tuple[str, ...]] = {
     "fastapi": ("fastapi==0.165.0", "pydantic==2.14.4", "uvicorn[standard]==0.54.0"),
-    "litserve": ("litserve==0.2.19", "fastapi==0.165.0", "uvicorn[standard]==0.54.0"),
-    "mlserver": ("mlserver==1.7.1", "fastapi==0.115.14", "uvicorn==0.54.0", "uvloop==0.21.0"),
 }
 _PEERS = Path(__file__).parent / "peers"
 _PATIENCE = 600.0
@@ -111,8 +109,6 @@ WAYS: Mapping[str, ServerWay] = {
     ),
     "echo": ServerWay("bare ASGI echo of the binary body", "echo", _echo),
     "fastapi": ServerWay("FastAPI, pydantic, onnxruntime; JSON", "rows-json", _peer("fastapi_app.py"), venv="fastapi"),
-    "litserve": ServerWay("LitServe, onnxruntime; JSON", "rows-json", _peer("litserve_app.py"), venv="litserve"),
-    "mlserver": ServerWay("MLServer, onnxruntime; JSON", "oip-json", _peer("mlserver_app.py"), venv="mlserver"),
 }
 
 

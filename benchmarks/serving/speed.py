@@ -86,7 +86,9 @@ def in_words(clients: int) -> str:
     return f"{clients} client" + "s" * (clients > 1)
 
 
-def measure(names: Sequence[str], plan: ServingPlan, *, tell: Callable[[str], None] = lambda _: None) -> ServingSpeeds:
+def measure(
+    names: Sequence[str], plan: ServingPlan, *, on_line: Callable[[str], None] = lambda _: None
+) -> ServingSpeeds:
     """Measure rows of WAYS, and NEEDED, in turn; each server is started anew in every round.
 
     Raises:
@@ -95,7 +97,7 @@ def measure(names: Sequence[str], plan: ServingPlan, *, tell: Callable[[str], No
         ProofError: A server's answer is wrong.
         BundleError: The bundle is of another model.
     """
-    bench = _Bench(plan, tell)
+    bench = _Bench(plan, on_line)
     names = [name for name in WAYS if name in {*names, *NEEDED}]
     need_tools("wrk", *("h2load" for name in names if WIRES[WAYS[name].wire].grpc))
     pythons = bench.prepare(names)
@@ -114,8 +116,8 @@ def measure(names: Sequence[str], plan: ServingPlan, *, tell: Callable[[str], No
 class _Bench:
     """The image, its logits, and the results so far."""
 
-    def __init__(self, plan: ServingPlan, tell: Callable[[str], None]) -> None:
-        self.plan, self.tell = plan, tell
+    def __init__(self, plan: ServingPlan, on_line: Callable[[str], None]) -> None:
+        self.plan, self.on_line = plan, on_line
         self.bundle = Bundle.open(plan.bundle.resolve())
         if self.bundle.manifest.name != "bn_lenet":
             raise BundleError(f"{plan.bundle} is not a bundle of bn_lenet", remedy="Give models/bn_lenet/1")
@@ -138,7 +140,7 @@ class _Bench:
         if name in NEEDED:
             raise error
         self.failed[name] = error.message
-        self.tell(f"{WAYS[name].words}: not measured, {error.message}")
+        self.on_line(f"{WAYS[name].words}: not measured, {error.message}")
 
     def turn(self, name: str, python: Path, samples: Mapping[int, list[Sample]], prefix: str) -> None:
         """Measure one server from its start to its end: every number of clients once."""
@@ -147,7 +149,7 @@ class _Bench:
                 for clients, rows in samples.items():
                     rows.append(self._sample(WAYS[name], server, request, clients))
                     found = f"{rows[-1].load.per_second:,.0f}/s, {rows[-1].cpu_us:.0f} us of CPU each"
-                    self.tell(f"{prefix}  {WAYS[name].words}, {in_words(clients)}: {found}")
+                    self.on_line(f"{prefix}  {WAYS[name].words}, {in_words(clients)}: {found}")
         except RuntimeUnavailable as error:
             self._give_up(name, error)
 
@@ -222,7 +224,7 @@ class _Bench:
                 rate = load.per_second
                 requests.append(requests[-1] + load.requests)
                 resident.append(server.resident_bytes())
-                self.tell(f"memory  {requests[-1]:,} requests: {resident[-1] / 2**20:.1f} MiB")
+                self.on_line(f"memory  {requests[-1]:,} requests: {resident[-1] / 2**20:.1f} MiB")
             return ServerMemory(requests, resident, server.peak_bytes())
 
 

@@ -29,7 +29,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="write all results to this file as JSON")
     given = vars(parser.parse_args())
     out, bundle = given.pop("out"), Bundle.open(given.pop("bundle"))
-    soak = run_soak(bundle, SoakSettings(**given), tell=progress)
+    soak = run_soak(bundle, SoakSettings(**given), on_line=progress)
     print("\n".join([*lines(soak), describe(environment())]))
     found = to_json(soak) | {"environment": environment()}
     if out is not None:

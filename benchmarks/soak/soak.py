@@ -83,8 +83,8 @@ class Soak:
     stuck: int = 0  # clients that did not end
 
 
-def run_soak(bundle: Bundle, settings: SoakSettings, *, tell: Callable[[str], None] = lambda _: None) -> Soak:
-    """Soak an image classifier; ``tell`` gets lines of progress.
+def run_soak(bundle: Bundle, settings: SoakSettings, *, on_line: Callable[[str], None] = lambda _: None) -> Soak:
+    """Soak an image classifier; ``on_line`` gets lines of progress.
 
     Raises:
         BundleError: The bundle is not an image classifier in float32.
@@ -101,7 +101,7 @@ def run_soak(bundle: Bundle, settings: SoakSettings, *, tell: Callable[[str], No
         make = functools.partial(Client, server.port, traffic, ledger=soak.ledger, stop=stop, pause=settings.pause)
         clients = [make(rng=np.random.default_rng(seed)) for seed in seeds[1:]]
         try:
-            _Watch(soak, server, np.random.default_rng(seeds[0]), tell).run(clients)
+            _Watch(soak, server, np.random.default_rng(seeds[0]), on_line).run(clients)
         finally:
             stop.set()
         end = time.monotonic() + _END
@@ -117,9 +117,9 @@ class _Watch:
     """Watches the server under traffic, and kills its processes."""
 
     def __init__(
-        self, soak: Soak, server: ServerUnderSoak, rng: np.random.Generator, tell: Callable[[str], None]
+        self, soak: Soak, server: ServerUnderSoak, rng: np.random.Generator, on_line: Callable[[str], None]
     ) -> None:
-        self._soak, self._server, self._rng, self._tell = soak, server, rng, tell
+        self._soak, self._server, self._rng, self._on_line = soak, server, rng, on_line
 
     def run(self, clients: list[Client]) -> None:
         """Run the traffic to its end and to the last recovery."""
@@ -136,7 +136,7 @@ class _Watch:
                 next_kill = now + self._gap()
             if now - shown >= _TELL:
                 shown = now
-                self._tell(self._progress(now - start))
+                self._on_line(self._progress(now - start))
             time.sleep(_LOOK)
         self._soak.seconds = time.monotonic() - start
         self._until(lambda: not self._recovering(), _RECOVERY)

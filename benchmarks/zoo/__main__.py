@@ -31,7 +31,7 @@ def main() -> None:
     page, only = given.pop("page"), given.pop("only")
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # one thread a process: as many processes as --jobs
     given |= {"names": chosen(given["names"]), "parts": (only,) if only else tuple(PARTS)}
-    lines = run_zoo(ZooRun(**given), tell=progress)
+    lines = run_zoo(ZooRun(**given), on_line=progress)
     if page:
         write_document(lines, page)
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from benchmarks.folding.cost import cost_of
-from benchmarks.zoo.network import EXAMPLE, Subject, make_subject, outputs_of
-from bnexport.folding.fold import fold_traced
+from benchmarks.clock import Spread
+from benchmarks.zoo.network import EXAMPLE, ZooNetwork, make_zoo_network, outputs_of
+from bnexport.folding.fold import FoldResult, fold_traced
 from bnexport.folding.report import FoldReport, FoldRow
 from bnexport.folding.torch_backend.nodes import module_path
 from bnexport.folding.torch_backend.trace import trace
@@ -49,7 +49,7 @@ def measure_fold(source: str, *, seed: int = 0) -> dict[str, Any]:
     Raises:
         BnexportError: The network can't be made, traced or folded.
     """
-    subject = make_subject(source, seed=seed)
+    subject = make_zoo_network(source, seed=seed)
     found: dict[str, Any] = {"shape": list(subject.shape), "norms": subject.norms}
     if not subject.norms:
         return found
@@ -58,15 +58,23 @@ def measure_fold(source: str, *, seed: int = 0) -> dict[str, Any]:
     original = trace(subject.module, (example,))
     traced = time.perf_counter() - started
     result, plain = (fold_traced(original, (example,), name=source, prove=prove) for prove in (True, False))
-    cost = cost_of((plain, result), traced)
     parameters = sum(item.numel() for item in subject.module.parameters())
     found |= {"parameters": parameters, "nodes": len(original.graph.nodes)}
     places = places_of(original)
     found |= account(result.report, places)
-    found |= {"cost": cost.to_json()} | independent_check(subject, result.model, seed=seed + _OTHER_SEED)
+    found |= {"cost": cost_of(traced, plain, result)} | independent_check(
+        subject, result.model, seed=seed + _OTHER_SEED
+    )
     clamped = fold_traced(original, (example,), name=source, clamps=True)
     check = independent_check(subject, clamped.model, seed=seed + _OTHER_SEED)
     return found | {"clamped": account(clamped.report, places) | check}
+
+
+def cost_of(traced: float, plain: FoldResult, proved: FoldResult) -> dict[str, dict[str, float]]:
+    """Return the seconds of the trace and of a fold of its graph, without and with proofs, and their ratios to the trace."""
+    fold, proof = (sum(result.seconds.values()) for result in (plain, proved))
+    values = {"trace": traced, "fold": fold, "proved": proof, "ratio": fold / traced, "ratio_proved": proof / traced}
+    return {name: Spread.of([value]).to_json() for name, value in values.items()}
 
 
 def account(report: FoldReport, places: dict[str, list[str]]) -> dict[str, Any]:
@@ -104,7 +112,7 @@ def places_of(graph_module: GraphModule) -> dict[str, list[str]]:
     return found
 
 
-def independent_check(subject: Subject, folded: GraphModule, *, seed: int) -> dict[str, Any]:
+def independent_check(subject: ZooNetwork, folded: GraphModule, *, seed: int) -> dict[str, Any]:
     """Compare the folded graph in float32 with the original in float64, on other inputs and another batch size.
 
     The error of the original in float32 is the share of rounding that the network has without a fold.

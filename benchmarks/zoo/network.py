@@ -24,7 +24,7 @@ _EPS = (1e-5, 1e-3, 3e-2)
 
 
 @dataclass(frozen=True)
-class Subject:
+class ZooNetwork:
     """A network that is measured: in eval mode, float32."""
 
     module: nn.Module
@@ -36,7 +36,7 @@ class Subject:
         return torch.randn(size, *self.shape, generator=torch.Generator().manual_seed(seed))
 
 
-def make_subject(source: str, *, seed: int = 0) -> Subject:
+def make_zoo_network(source: str, *, seed: int = 0) -> ZooNetwork:
     """Build a network with random weights and statistics; the same seed gives the same network.
 
     Raises:
@@ -47,7 +47,7 @@ def make_subject(source: str, *, seed: int = 0) -> Subject:
     with quiet():
         module = to_eval_mode(build_from_zoo(source, {}))
     norms = [item for item in module.modules() if isinstance(item, _BatchNorm)]
-    subject = Subject(module, _sample_shape(source, module), len(norms))
+    subject = ZooNetwork(module, _sample_shape(source, module), len(norms))
     if norms:
         randomise(module, subject.batch(CALIBRATION, seed), seed=seed)
     return subject

@@ -44,7 +44,7 @@ class ZooRun:
     seed: int = 0  # of weights, statistics and inputs
 
 
-def run_zoo(run: ZooRun, *, tell: Callable[[str], None] = lambda _line: None) -> list[dict[str, Any]]:
+def run_zoo(run: ZooRun, *, on_line: Callable[[str], None] = lambda _line: None) -> list[dict[str, Any]]:
     """Measure the missing networks, append them to the file, and return its lines as ``read_lines`` does.
 
     Raises:
@@ -63,7 +63,7 @@ def run_zoo(run: ZooRun, *, tell: Callable[[str], None] = lambda _line: None) ->
             for number, done in enumerate(as_completed(waiting), 1):
                 line = done.result()
                 _append(run.out, line)
-                tell(f"{number}/{len(todo)} {line['name']} {line['part']}: {line.get('problem') or line['seconds']}")
+                on_line(f"{number}/{len(todo)} {line['name']} {line['part']}: {line.get('problem') or line['seconds']}")
     return read_lines(run.out)
 
 

@@ -1,1 +1,1 @@
-"""Which of the tools that also fold BatchNorm gives a wrong answer on a given network."""
+"""Audit of tools that fold BatchNorm: which of them changes the outputs of a given network."""

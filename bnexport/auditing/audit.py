@@ -1,4 +1,4 @@
-"""Run every tool on one network, judge each by the network in float64, and name the first BatchNorm that a tool gets wrong."""
+"""Run every tool on one network, compare it with float64, and name the first BatchNorm that a tool folds wrongly."""
 
 from __future__ import annotations
 
@@ -27,28 +27,28 @@ from bnexport.verification.tolerances import TOLERANCES
 
 
 class Hidden(nn.Module):
-    """A wrapped BatchNorm that no fold finds: its input and output are negated twice, which changes no bit."""
+    """A wrapper that hides a BatchNorm from folds: its input and output are negated twice, which changes no bit."""
 
     def __init__(self, batch_norm: nn.Module) -> None:
         super().__init__()
         self.batch_norm = batch_norm
 
     def forward(self, x: Tensor) -> Any:
-        """Normalise as the BatchNorm alone does."""
+        """Return the output of the BatchNorm."""
         output = self.batch_norm(x.neg().neg())
         return output.neg().neg() if isinstance(output, Tensor) else output
 
 
 def first_culprit(subject: AuditedNetwork, is_wrong: Callable[[nn.Module], bool]) -> str:
-    """Return the path of the first BatchNorm, in the order of the calls, that a tool gets wrong; "" if none can be named.
+    """Return the path of the first BatchNorm, in the order of the calls, that a tool folds wrongly; "" if none is found.
 
-    A search by halves: with the BatchNorms up to this one visible the tool is wrong, with only those before it the tool is
-    right. It costs one run of the tool per halving, and one to check that the tool is right when all are hidden. None can be
-    named without a BatchNorm, if the tool is wrong for another reason, or if it fails on the changed network.
+    A bisection: the tool is wrong with the BatchNorms up to this one visible, and right with only those before it. It takes one
+    run of the tool per step, and one to check that the tool is right with all BatchNorms hidden. The result is "" without a
+    BatchNorm, if the tool is wrong for another reason, or if it fails on the changed network.
 
     Args:
         subject: The network; it is not changed.
-        is_wrong: Runs the tool on an equivalent module, and judges it. An exception ends the search.
+        is_wrong: Runs the tool on an equivalent module and compares its outputs. An exception ends the search.
     """
     names = calls_in_order(subject)
     try:
@@ -67,7 +67,7 @@ def first_culprit(subject: AuditedNetwork, is_wrong: Callable[[nn.Module], bool]
 
 
 def hide(module: nn.Module, paths: list[str]) -> nn.Module:
-    """Return a copy of a network in which the BatchNorms at some paths, none the root, are hidden at all of their paths."""
+    """Return a copy of a network with the BatchNorms at some paths (not the root) hidden, at all paths of a shared one."""
     copied = copy.deepcopy(module)
     wanted = {id(copied.get_submodule(path)): to_eval_mode(Hidden(copied.get_submodule(path))) for path in paths}
     for path, inner in list(copied.named_modules(remove_duplicate=False)):
@@ -78,7 +78,7 @@ def hide(module: nn.Module, paths: list[str]) -> nn.Module:
 
 
 def calls_in_order(subject: AuditedNetwork) -> list[str]:
-    """Paths of the BatchNorms that forward calls, in the order of their first calls; not of blocks that hold some."""
+    """Return the paths of the BatchNorms that forward calls, in the order of their first calls."""
     copied = copy.deepcopy(subject.module)
     called: dict[str, None] = {}
     for path, inner in copied.named_modules():
@@ -90,27 +90,27 @@ def calls_in_order(subject: AuditedNetwork) -> list[str]:
 
 
 def is_batch_norm(module: nn.Module) -> bool:
-    """Return whether a module is a BatchNorm of any make, by the names of its class and its base classes."""
+    """Return True if the name of a module's class or base class contains BatchNorm."""
     return any("BatchNorm" in kind.__name__ for kind in type(module).__mro__)
 
 
-#: A fold reorders float32 arithmetic: it may be this many times as far off as the network itself in float32.
+#: A fold reorders float32 arithmetic. Allowed error of a tool as a multiple of the network's own float32 error.
 ALLOWANCE = 10.0
-#: A network that float32 alone takes this far from float64 leaves nothing to judge tools by.
+#: Largest float32 error of a network, of scale, at which tools can be judged.
 _HOPELESS = 1e-2
-#: Packages whose versions matter here and are not part of every record.
+#: Packages whose versions are recorded in addition to those of ``environment``.
 _EXTRA_PACKAGES = ("onnxslim", "onnxsim")
 _REASON = 200
 
 
 @dataclass(frozen=True)
 class _Finding:
-    """One tool's answers: the farthest off, how many BatchNorms were left, which batch sizes it took, and why not others."""
+    """The outputs of one tool, compared."""
 
-    worst: Deviation
-    batch_norms: int | None
-    batches: tuple[int, ...]
-    refusal: str
+    worst: Deviation  # The largest deviation
+    batch_norms: int | None  # Number of remaining BatchNorms
+    batches: tuple[int, ...]  # Accepted batch sizes
+    refusal: str  # Reason for a refused batch size
 
 
 def audit(
@@ -121,21 +121,21 @@ def audit(
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
 ) -> AuditReport:
-    """Compare what tools make of a network with the network itself in float64.
+    """Compare the outputs of tools that fold a network with the network's outputs in float64.
 
-    The network is never changed; it is taken in eval mode, on the CPU.
+    The network is not changed; it is evaluated in eval mode, on the CPU.
 
     Args:
         module: The network.
         inputs: One per argument of forward.
-        tools: Names in TOOLS; empty: all. The control always runs, because the bound rests on it.
-        seed: Of the probes.
-        progress: Is told the name of each tool before it runs.
+        tools: Names in TOOLS; empty: all. The control always runs, because the bound depends on it.
+        seed: Random seed of the inputs.
+        progress: Called with the name of each tool before it runs.
 
     Raises:
-        UsageError: An unknown tool.
-        RefusedModel: Weights that are not finite, or a BatchNorm in training mode.
-        ModelError: A network that can't be copied, run, or evaluated in float64.
+        UsageError: A tool is unknown.
+        RefusedModel: Weights are not finite, or a BatchNorm is in training mode.
+        ModelError: The network can't be copied, run, or evaluated in float64.
     """
     chosen = _chosen(tools)
     check_sound(module, allow_untrained=True)
@@ -157,31 +157,31 @@ def audit(
 def _chosen(names: Sequence[str]) -> tuple[Tool, ...]:
     known = [tool.name for tool in TOOLS]
     if unknown := [name for name in names if name not in known]:
-        raise UsageError(f"there is no tool {unknown[0]!r}", remedy=f"Known: {', '.join(known)}")
+        raise UsageError(f"the tool {unknown[0]!r} is unknown", remedy=f"Choose one of {', '.join(known)}")
     return tuple(tool for tool in TOOLS if tool.control or not names or tool.name in names)
 
 
 def _control_row(tool: Tool, subject: AuditedNetwork) -> AuditRow:
-    """Return the row of the network itself in float32; raises ModelError if it is too far from float64 to judge by."""
+    """Return the row of the network itself in float32; ModelError if its error is too large to judge tools by."""
     found = _examine(tool, subject, subject.module)
     if found.worst.problem or found.worst.error > _HOPELESS:
-        why = found.worst.problem or f"it is {found.worst.error:.1e} of scale away"
+        why = found.worst.problem or f"its error is {found.worst.error:.1e} of scale"
         raise ModelError(
-            f"in its own precision the network does not give its float64 answers: {why}",
-            remedy="Audit it in float32, and check its weights: no tool can be judged by it",
+            f"the network in its own precision does not match float64: {why}",
+            remedy="Audit it in float32, and check its weights: tools can't be judged by it",
         )
     return AuditRow(tool.name, "right", True, found.batch_norms, found.worst.error, batches=found.batches)
 
 
 def _bound_of(control: AuditRow) -> tuple[float, str]:
-    """The largest error that is right, and where it comes from."""
+    """Return the largest error of a right tool, and the rule of this bound."""
     noise, strict = ALLOWANCE * (control.error or 0.0), TOLERANCES["strict"].bound
     rule = f"the larger of {strict:g} and {ALLOWANCE:g} x the error of {control.tool}"
     return max(strict, noise), rule
 
 
 def _row(tool: Tool, subject: AuditedNetwork, bound: float) -> AuditRow:
-    """One tool, judged. Only a wrong answer is wrong: no answer is a failure that its user would notice."""
+    """Return the row of one tool. Only wrong outputs are wrong: an error is a failure that the user sees."""
     try:
         found = _examine(tool, subject, subject.module)
     except Unavailable as error:
@@ -193,14 +193,7 @@ def _row(tool: Tool, subject: AuditedNetwork, bound: float) -> AuditRow:
     refused = sorted({*subject.batches} - {*found.batches})
     reason = f"not with a batch of {' or '.join(map(str, refused))}: {found.refusal}" if refused else ""
     worst = found.worst
-    row = AuditRow(
-        tool.name,
-        "right",
-        batch_norms=found.batch_norms,
-        error=worst.error,
-        reason=reason,
-        batches=found.batches,
-    )
+    row = AuditRow(tool.name, "right", False, found.batch_norms, worst.error, reason=reason, batches=found.batches)
     if worst.error <= bound:
         return row
     return replace(
@@ -214,10 +207,9 @@ def _row(tool: Tool, subject: AuditedNetwork, bound: float) -> AuditRow:
 
 
 def _examine(tool: Tool, subject: AuditedNetwork, module: nn.Module) -> _Finding:
-    """Open a tool on a copy of a module and compare its answers.
+    """Run a tool on a copy of a module that computes the same as the network, and compare its outputs.
 
-    The module is the subject's, or one that computes the same. A refused batch size other than the traced one is not a wrong
-    answer; the finding names it.
+    A refused batch size other than the traced one is not wrong; the finding contains it.
     """
     deviations, batches, refusal = [], [], ""
     with contextlib.ExitStack() as stack:
@@ -243,7 +235,7 @@ def _notes(subject: AuditedNetwork) -> tuple[str, ...]:
     if not subject.untrained:
         return ()
     layers = "1 BatchNorm layer was" if subject.untrained == 1 else f"{subject.untrained} BatchNorm layers were"
-    return (f"{layers} never trained; for the audit alone they have random numbers, as a fresh one hides wrong folds",)
+    return (f"{layers} never trained and got random numbers for the audit, because a fresh one hides wrong folds",)
 
 
 def _environment() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The network under audit: what every tool is fed, what it should answer, and how far an answer is off."""
+"""The network under audit: its inputs, its outputs in float64, and the deviation of a tool's outputs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from bnexport.tensors import Array
 from bnexport.verification.metrics import common_scales
 from bnexport.verification.widening import wide_casts
 
-#: Batch sizes of the probes. The first is what tools trace; a fold that is right for one size alone shows on the others.
+#: Batch sizes of the inputs. Tools trace the first one; the others show a fold that is right for one size only.
 BATCHES = (2, 2, 3, 5)
 #: Two float64 runs of one input differ by less than this, unless the network draws random numbers.
 _REPEAT = 1e-9
@@ -29,24 +29,24 @@ _REPEAT = 1e-9
 
 @dataclass(frozen=True)
 class Deviation:
-    """The distance of one answer from the reference."""
+    """The deviation of a tool's outputs from the reference."""
 
-    # max |answer - reference| / max |reference| of the worst output; infinite when they can't be compared
+    # max |output - reference| / max |reference| of the worst output; infinite if they can't be compared
     error: float = 0.0
     output: str = ""  # Name of that output
     channel: int | None = None  # Index on axis 1 of its worst element; None without such an axis
-    problem: str = ""  # Why they can't be compared; "" when they can
+    problem: str = ""  # Reason why they can't be compared, or ""
 
 
 @dataclass(frozen=True)
 class AuditedNetwork:
-    """One network, its probes and its answers in float64."""
+    """One network, its inputs, and its outputs in float64."""
 
-    module: nn.Module  # A private copy in eval mode, in its own precision. Tools get copies of it.
+    module: nn.Module  # A private copy in eval mode, in its own precision; tools get copies of it
     probes: tuple[tuple[Tensor, ...], ...]  # Input batches, batch first; the first is the example that tools trace
     expected: tuple[dict[str, Array], ...]  # Per probe: output name -> float64 array
     scales: dict[str, float]  # Output name -> largest |value| over all probes
-    untrained: int = 0  # BatchNorm layers that got random statistics, because they had none of their own
+    untrained: int = 0  # Untrained BatchNorm layers, which got random statistics
 
     @property
     def example(self) -> tuple[Tensor, ...]:
@@ -60,19 +60,19 @@ class AuditedNetwork:
 
 
 def audited_network(module: nn.Module, inputs: tuple[InputSpec, ...], *, seed: int = 0) -> AuditedNetwork:
-    """Copy a network and compute its answers in float64; the network itself is never changed.
+    """Copy a network and compute its outputs in float64; the network itself is not changed.
 
-    A network that takes only the first batch size is probed with that size alone. BatchNorms that were never trained get
-    random numbers in the copy.
+    Batch sizes that the network refuses are left out, except the first one. Untrained BatchNorms get random numbers in the
+    copy.
 
     Args:
         module: The user's network.
         inputs: One per argument of forward.
-        seed: Of the probes.
+        seed: Random seed of the inputs.
 
     Raises:
-        ModelError: It can't be copied or run, or its answers in float64 are not finite, not float64, or not always the same.
-        UsageError: An input is too large to be made.
+        ModelError: It can't be copied or run, or its outputs in float64 are not finite, not float64, or not reproducible.
+        UsageError: An input is too large.
     """
     copied = private_copy(module, "cpu")
     untrained = _randomise_untrained(copied, torch.Generator().manual_seed(seed))
@@ -82,22 +82,22 @@ def audited_network(module: nn.Module, inputs: tuple[InputSpec, ...], *, seed: i
     expected = tuple(_answer(wide, probe) for probe in probes)
     if _largest_difference(_answer(wide, probes[0]), expected[0]) > _REPEAT:
         raise ModelError(
-            "the network gives another answer each time, so nothing can be compared",
-            remedy="Take the random numbers, and what it remembers between calls, out of its forward",
+            "the network's outputs change from call to call, so they can't be compared",
+            remedy="Remove random numbers and state between calls from its forward",
         )
     return AuditedNetwork(copied, probes, expected, common_scales(expected), untrained)
 
 
 def call(module: Any, probe: tuple[Tensor, ...]) -> list[Array]:
-    """Outputs of a torch callable as arrays, in order. The probe is copied: forward may change its inputs in place."""
+    """Return the outputs of a torch callable as arrays; the inputs are copied, because forward may change them."""
     outputs = [tensor.detach().cpu() for tensor in flatten(module(*(tensor.clone() for tensor in probe)))]
     return [(tensor.float() if tensor.dtype is torch.bfloat16 else tensor).numpy() for tensor in outputs]
 
 
 def deviation(answer: Sequence[Array], expected: dict[str, Array], scales: dict[str, float]) -> Deviation:
-    """Compare one answer with the reference, output by output; the worst one counts."""
+    """Return the largest deviation of outputs from the reference."""
     if len(answer) != len(expected):
-        problem = f"it gives {len(answer)} outputs, the network {len(expected)}"
+        problem = f"it has {len(answer)} outputs, the network {len(expected)}"
         return Deviation(float("inf"), "", None, problem)
     found = [
         _output_deviation(name, array, want, scales[name])
@@ -107,7 +107,7 @@ def deviation(answer: Sequence[Array], expected: dict[str, Array], scales: dict[
 
 
 def batch_of(probe: tuple[Tensor, ...]) -> int:
-    """Samples in a probe."""
+    """Return the batch size of an input."""
     return int(probe[0].shape[0])
 
 
@@ -120,7 +120,7 @@ def _output_deviation(name: str, array: Array, want: Array, scale: float) -> Dev
 
 
 def _randomise_untrained(module: nn.Module, generator: torch.Generator) -> int:
-    """Give BatchNorms that were never trained random numbers, and count them: a fresh one makes a wrong fold look right."""
+    """Randomise untrained BatchNorms, and return their number: a fresh one makes a wrong fold look right."""
     found = [NormView.of(layer) for layer in module.modules() if is_untrained(layer)]
     layers = [layer for layer in found if layer is not None]
     for layer in layers:
@@ -135,12 +135,12 @@ def _randomise_untrained(module: nn.Module, generator: torch.Generator) -> int:
 
 
 def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
-    """1 or, for about a quarter of the elements, -1."""
+    """Return -1 for about a quarter of the elements, and 1 for the others."""
     return (torch.rand(like.shape, generator=generator) - 0.25).sign().to(like.dtype)
 
 
 def _runs(module: nn.Module, probe: tuple[Tensor, ...], *, required: bool) -> bool:
-    """Return whether the network takes a probe; raises if it does not take a required one."""
+    """Return True if the network accepts an input; ModelError if it refuses a required one."""
     try:
         with torch.no_grad(), quiet():
             call(module, probe)
@@ -155,14 +155,14 @@ def _runs(module: nn.Module, probe: tuple[Tensor, ...], *, required: bool) -> bo
 
 
 def _answer(wide: nn.Module, probe: tuple[Tensor, ...]) -> dict[str, Array]:
-    """Outputs in float64 by name: "output", or "output 0", "output 1", ... for several."""
+    """Return the outputs in float64 by name: "output", or "output 0", "output 1", ... for several."""
     try:
         with torch.no_grad(), wide_casts(), quiet():
             arrays = call(wide, tuple(tensor.double() if tensor.is_floating_point() else tensor for tensor in probe))
     except Exception as error:  # the module is the user's code
         raise _no_reference(one_line(error, 200)) from error
     if not arrays:
-        raise _no_reference("it gives no tensor")
+        raise _no_reference("it returns no tensor")
     answer = {"output" if len(arrays) == 1 else f"output {index}": array for index, array in enumerate(arrays)}
     for name, array in answer.items():
         if array.dtype.kind == "f" and array.dtype != np.float64:

@@ -1,4 +1,4 @@
-"""The table of audited tools, imported when they are used, and the findings of an audit, tool by tool."""
+"""The table of audited tools, which are imported on use, and the report of an audit."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class ToolInput:
 
     module: nn.Module  # A separate copy of the network, in eval mode
     example: tuple[Tensor, ...]  # One batch of inputs, for tracing
-    folder: Path  # For its files; it vanishes afterwards
+    folder: Path  # Folder for its files, deleted afterwards
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Product:
     """The result of a tool."""
 
     run: Callable[[tuple[Tensor, ...]], Sequence[Array]]  # Input batch -> outputs in order
-    batch_norms: int | None  # BatchNorm operations left in what runs; None when they can't be counted
+    batch_norms: int | None  # Remaining BatchNorm operations; None if they can't be counted
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,13 @@ class Tool:
     """One row of TOOLS."""
 
     name: str  # Name on the command line and in the report
-    # Gives the product, and puts back on leaving whatever it changed. It raises ``Unavailable`` where the tool is not
-    # here.
+    # Returns a context manager of the product, which restores global state at its end; ``Unavailable`` if the tool is missing
     open: Callable[[ToolInput], AbstractContextManager[Product]]
-    control: bool = False  # It folds nothing; its error is the noise of float32 that the others are allowed
+    control: bool = False  # It folds nothing; its error is the float32 noise from which the bound is computed
 
 
 def _later(function: str, **options: Any) -> Callable[[ToolInput], AbstractContextManager[Product]]:
-    """Return a function of ``auditing.tools`` that is imported when a job comes."""
+    """Return a function of ``auditing.tools``, which is imported at the first call."""
 
     def open_tool(job: ToolInput) -> AbstractContextManager[Product]:
         opened: AbstractContextManager[Product] = getattr(importlib.import_module(f"{__package__}.tools"), function)(
@@ -56,7 +55,7 @@ def _later(function: str, **options: Any) -> Callable[[ToolInput], AbstractConte
     return open_tool
 
 
-#: The control comes first. A new tool is a new row.
+#: The control is the first row. A new tool is a new row.
 TOOLS: tuple[Tool, ...] = (
     Tool("torch.eager", _later("eager"), control=True),
     Tool("torch.jit.freeze", _later("jit_freeze")),
@@ -76,71 +75,70 @@ TOOLS: tuple[Tool, ...] = (
 
 Verdict = Literal["right", "wrong", "failed", "not run"]
 
-#: Verdict -> what it means.
+#: Verdict -> its meaning.
 VERDICTS: dict[Verdict, str] = {
-    "right": "its answers are those of the network, within the bound",
-    "wrong": "it gave an answer, and it is not the network's",
-    "failed": "it gave no answer for this network",
-    "not run": "it is not on this machine",
+    "right": "its outputs match the network within the bound",
+    "wrong": "its outputs differ from the network",
+    "failed": "it ended with an error on this network",
+    "not run": "it is not installed on this machine",
 }
 
 
 @dataclass(frozen=True)
 class AuditRow:
-    """One tool."""
+    """The finding on one tool."""
 
-    tool: str  # Its name in TOOLS
+    tool: str  # Name in TOOLS
     verdict: Verdict  # A key of VERDICTS
-    control: bool = False  # It is the network itself in float32; it can't be wrong
-    batch_norms: int | None = None  # BatchNorm operations left in what it runs; None when they can't be counted
-    # max |answer - reference| / max |reference|, worst output over all probes; infinite when they can't be compared
-    # (None in JSON), None without an answer
+    control: bool = False  # The network itself in float32, which can't be wrong
+    batch_norms: int | None = None  # Remaining BatchNorm operations; None if they can't be counted
+    # max |output - reference| / max |reference|, worst output over all inputs; infinite if they can't be compared (None in
+    # JSON), None without an output
     error: float | None = None
-    output: str = ""  # If wrong: the output with the largest error; "" if the answers can't be compared at all
+    output: str = ""  # If wrong: the output with the largest error; "" if the outputs can't be compared
     # If wrong: the index on axis 1 of that output's worst element; None without such an axis
     channel: int | None = None
-    # If wrong: path of the first BatchNorm, in the order of the calls, whose fold makes it wrong: with that
-    # BatchNorm and all later ones hidden from the tool it is right. "" when there is none.
+    # If wrong: path of the first BatchNorm, in the order of the calls, whose fold makes it wrong; "" if none is found
     batch_norm: str = ""
-    reason: str = ""  # One line: how a wrong one is wrong, why it failed or was not run, or what else to know; else ""
+    reason: str = ""  # One line: reason of the verdict, or a note; else ""
     batches: tuple[int, ...] = ()  # Batch sizes that were compared
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Return plain JSON values."""
         error = self.error if self.error is not None and math.isfinite(self.error) else None
         return {**asdict(self), "error": error, "batches": list(self.batches)}
 
 
 @dataclass(frozen=True)
 class AuditReport:
-    """All tools on one network."""
+    """The findings on all tools for one network."""
 
     rows: tuple[AuditRow, ...]  # In the order of TOOLS, the control first
-    bound: float  # Largest error that is right
-    rule: str  # Where the bound comes from
-    seed: int  # Seed of the probes
-    batches: tuple[int, ...]  # Batch size of each probe
-    notes: tuple[str, ...]  # Facts about the network for the reader
+    bound: float  # Largest error of a right tool
+    rule: str  # Rule of the bound
+    seed: int  # Random seed of the inputs
+    batches: tuple[int, ...]  # Batch size of each input
+    notes: tuple[str, ...]  # Notes on the network
     environment: Mapping[str, Any]  # Hardware and versions
 
     @property
     def wrong(self) -> tuple[AuditRow, ...]:
-        """Tools that gave a wrong answer without saying so."""
+        """Tools with wrong outputs."""
         return tuple(row for row in self.rows if row.verdict == "wrong")
 
     def summary(self) -> str:
-        """One line."""
+        """Return the result in one line."""
         judged = [row for row in self.rows if not row.control and row.verdict in ("right", "wrong")]
         tools = "1 tool" if len(judged) == 1 else f"{len(judged)} tools"
         if not judged:
-            return "no tool gave an answer"
+            return "no tool could be compared"
         if not self.wrong:
             return f"right: {tools}"
         names = ", ".join(row.tool for row in self.wrong)
         return f"wrong: {len(self.wrong)} of {tools}: {names}"
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Return plain JSON values."""
         return {
             "passed": not self.wrong,
             "summary": self.summary(),

@@ -45,14 +45,14 @@ class counted_calls(TorchFunctionMode):  # noqa: N801 -- used as a context manag
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Call ``func``; what it calls in turn is not counted again."""
+        """Call ``func``; calls inside it are not counted."""
         self.count += func in _CALLS
         return func(*args, **(kwargs or {}))
 
 
 @contextlib.contextmanager
 def eager(job: ToolInput) -> Iterator[Product]:
-    """The network as it is."""
+    """Run the unchanged network."""
     yield _called(job.module, job.example)
 
 
@@ -92,7 +92,7 @@ def _called(module: Any, example: tuple[Tensor, ...]) -> Product:
 
 
 def _traced(job: ToolInput) -> Any:
-    # Not strict, because a network that returns a dict is not wrong for that.
+    # Not strict, because strict tracing refuses networks that return a dict.
     return torch.jit.trace(job.module, job.example, check_trace=False, strict=False)  # type: ignore[no-untyped-call]
 
 
@@ -101,7 +101,7 @@ def _scripted(module: Any) -> Product:
 
 
 def _kinds(block: Any, kind: str) -> Iterator[bool]:
-    """For every node of a TorchScript graph, also in its inner blocks: whether it is of a kind."""
+    """Yield for every node of a TorchScript graph, with its inner blocks, whether it is of a kind."""
     for node in block.nodes():
         yield node.kind() == kind
         for inner in node.blocks():
@@ -111,9 +111,9 @@ def _kinds(block: Any, kind: str) -> Iterator[bool]:
 #: Inductor's configuration while it is audited.
 SETTINGS: dict[str, Any] = {
     "freezing": True,
-    "compile_threads": 1,  # no pool of worker processes that outlives the audit
-    "fx_graph_cache": False,  # a cached graph is not seen by the pass that counts
-    "cpp_cache_precompile_headers": False,  # it would leave files outside of the fresh cache
+    "compile_threads": 1,  # without worker processes, which would outlive the audit
+    "fx_graph_cache": False,  # the counting pass does not see a cached graph
+    "cpp_cache_precompile_headers": False,  # it writes files outside of the fresh cache
 }
 _CACHE = "TORCHINDUCTOR_CACHE_DIR"
 _UNKNOWN = object()
@@ -121,10 +121,7 @@ _UNKNOWN = object()
 
 @contextlib.contextmanager
 def compile_freezing(job: ToolInput) -> Iterator[Product]:
-    """Compile with ``torch._inductor.config.freezing``; configuration, caches and files are as before afterwards.
-
-    Raises RuntimeUnavailable without a C++ compiler.
-    """
+    """Compile with ``torch._inductor.config.freezing``, and restore configuration, caches and files afterwards."""
     with _files_in(job.folder):
         import torch._inductor.config as config
         from torch._inductor.utils import fresh_cache
@@ -144,7 +141,7 @@ def compile_freezing(job: ToolInput) -> Iterator[Product]:
 
 @contextlib.contextmanager
 def _files_in(folder: Path) -> Iterator[None]:
-    """Keep inductor's files in a folder, and undo what it sets in the environment: on import its usual folder, and more."""
+    """Keep inductor's files in a folder, and restore the environment variables that it sets on import."""
     before = dict(os.environ)
     os.environ[_CACHE] = str(folder)
     try:
@@ -156,7 +153,7 @@ def _files_in(folder: Path) -> Iterator[None]:
 
 
 def need_compiler(candidates: Any) -> None:
-    """Refuse (RuntimeUnavailable) a machine without inductor's compilers (``torch._inductor.config.cpp.cxx``) on its PATH."""
+    """Raise RuntimeUnavailable without a compiler of inductor (``torch._inductor.config.cpp.cxx``) on the PATH."""
     listed = candidates if isinstance(candidates, list | tuple) else (candidates,)
     commands = ["cl"] if sys.platform == "win32" else [str(command) for command in listed if command]
     if not any(shutil.which(shlex.split(command)[0]) for command in commands if command.strip()):
@@ -167,10 +164,10 @@ def need_compiler(candidates: Any) -> None:
 
 
 def sites_left(graph: Any) -> set[object]:
-    """BatchNorm calls of which an operation is left in inductor's final graph.
+    """Return the BatchNorm calls with a remaining operation in inductor's final graph.
 
-    Inductor writes BatchNorm out as arithmetic, so there is no operator to count; but each node keeps the operator that
-    it was written out of, and the name of the call.
+    Inductor decomposes BatchNorm into arithmetic, so there is no operator to count, but each node keeps its original operator
+    and the name of the call.
     """
     left: set[object] = set()
     for node in graph.nodes:
@@ -181,7 +178,7 @@ def sites_left(graph: Any) -> set[object]:
 
 
 def _total(graphs: list[set[object]]) -> int | None:
-    """Over all graphs; a graph break makes several. None where nodes have lost their origin."""
+    """Return the sum over all graphs (a graph break makes several); None if a node has lost its origin."""
     if not graphs or any(_UNKNOWN in sites for sites in graphs):
         return None
     return sum(len(sites) for sites in graphs)
@@ -219,15 +216,15 @@ def onnxsim(job: ToolInput) -> Iterator[Product]:
 
 
 def export(job: ToolInput, *, optimize: bool) -> onnx.ModelProto:
-    """Export with a varying batch dimension, or a fixed one if the network needs it.
+    """Export with a varying batch dimension, or with a fixed one if the network needs it.
 
-    ``optimize``: by the exporter's optimiser, which folds BatchNorm; without it, only constants are computed.
+    ``optimize`` runs the exporter's optimiser, which folds BatchNorm; without it only constants are computed.
     """
     arguments = inspect.signature(job.module.forward).bind(*job.example).arguments
     shapes = {name: pytree.tree_map(_varying, value) for name, value in arguments.items()}
     try:
         return _exported(job, shapes, optimize=optimize)
-    except Exception:  # torch.export's many classes; the second attempt decides
+    except Exception:  # torch.export has many classes; the second attempt decides
         return _exported(job, None, optimize=optimize)
 
 
@@ -242,7 +239,7 @@ def _exported(job: ToolInput, shapes: Any, *, optimize: bool) -> onnx.ModelProto
         verbose=False,
     )
     if not optimize:
-        # Without it a convolution's missing bias is a computed zero, and no other tool finds the BatchNorm after it.
+        # Otherwise a convolution's missing bias is a computed zero, and other tools do not find the BatchNorm after it.
         onnxscript.optimizer.fold_constants(program.model)
         common.RemoveUnusedNodesPass()(program.model)
     model: onnx.ModelProto = program.model_proto
@@ -250,7 +247,7 @@ def _exported(job: ToolInput, shapes: Any, *, optimize: bool) -> onnx.ModelProto
 
 
 def batch_norms(model: onnx.ModelProto) -> int:
-    """BatchNormalization nodes of a model, in subgraphs and in the functions that it calls, too."""
+    """Return the number of BatchNormalization nodes, including those in subgraphs and called functions."""
     if model.functions:
         model = inliner.inline_local_functions(model)
     return _count(model.graph)
@@ -270,7 +267,7 @@ def _session(model: onnx.ModelProto, level: str, *, optimised: str = "") -> Any:
     """Return a function that runs a model: input batch -> outputs in order."""
     ort = load_engine()
     options = ort.SessionOptions()
-    options.log_severity_level = 4  # it warns of every optimised file that it is for this machine alone
+    options.log_severity_level = 4  # it warns that each optimised file is for this machine only
     options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, level)
     options.optimized_model_filepath = optimised
     session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])

@@ -82,7 +82,7 @@ class _Seconds(click.FloatRange):
 )
 @click.option(
     "--limit", "limits", multiple=True, metavar="NAME=N",
-    help="Change a limit, as batch=64. Repeatable. docs/serving.md lists the limits.",
+    help="Change a limit, as batch=64. Repeatable. docs/serving_reference.md lists the limits.",
 )  # fmt: skip
 @click.option("--poll", type=_Seconds(0.1), help="Seconds between two searches for new versions.  [default: never]")
 @click.option(

@@ -193,8 +193,9 @@ def load_folder(
 
     The layout is ``PATH/train/CLASS/x.png`` with ``PATH/test`` or ``PATH/val`` (``test`` if both exist), or
     ``PATH/CLASS/x.png`` with a held-out share of each class as the test part. Class names are sorted. Images
-    (PNG, JPEG, BMP, WebP, the first frame of a GIF) are converted as ``data.images.load_images`` does for prediction. The pixels are kept
-    in the user's cache, see ``data.decoded.decode_once``, and later calls map that file.
+    (PNG, JPEG, BMP, WebP, the first frame of a GIF) are converted as ``data.images.load_images``
+    does for prediction. The pixels are kept in the user's cache, see ``data.decoded.decode_once``. Later calls map that
+    file.
 
     Args:
         path: The folder.

@@ -1,1 +1,1 @@
-"""A bundle on its way to other people's servers: files for Triton, KServe and Docker, each checked before it is written."""
+"""Deployment files of a bundle for Triton, KServe and Docker, each checked before it is written."""

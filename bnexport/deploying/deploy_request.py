@@ -1,4 +1,4 @@
-"""What a user asks for: where the model goes, under which name, on what it runs."""
+"""Options of a deployment: target, name, device, scaling."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from bnexport.deploying.releases import DEFAULT_RELEASE
 from bnexport.errors import UsageError
 
 DEVICES = ("cpu", "cuda", "tensorrt")
-#: The largest number that Triton's configuration and Kubernetes' resources hold.
+#: The largest integer in Triton's configuration and Kubernetes' resources.
 _INT32 = 2**31 - 1
 SCALE_METRICS = ("concurrency", "rps", "cpu", "memory")
-#: Where KServe's storage initialiser can fetch a repository from ("Storage", KServe's documentation).
+#: URI schemes of KServe's storage initialiser ("Storage", KServe's documentation).
 STORAGE_SCHEMES = ("s3", "gs", "pvc", "hdfs", "webhdfs", "https", "http")
 
 
@@ -22,7 +22,7 @@ STORAGE_SCHEMES = ("s3", "gs", "pvc", "hdfs", "webhdfs", "https", "http")
 class DeployRequest:
     """Options of every target."""
 
-    name: str | None = None  # Name there; None: the bundle's
+    name: str | None = None  # Name in the target; None: the bundle's
     triton: str = DEFAULT_RELEASE  # Release of Triton Inference Server, a key of ``releases.TRITON_RELEASES``
     device: str = "cpu"  # One of DEVICES, for Triton
     instances: int = 1  # Copies of the model that run at once; on a CPU one thread each
@@ -31,7 +31,7 @@ class DeployRequest:
 
     def __post_init__(self) -> None:
         if self.device not in DEVICES:
-            raise UsageError(f"the device {self.device!r} is not known", remedy=f"Known: {', '.join(DEVICES)}")
+            raise UsageError(f"the device {self.device!r} is unknown", remedy=f"Choose one of {', '.join(DEVICES)}")
         for what, value in (("instances", self.instances), ("the largest batch", self.max_batch_size)):
             if not 1 <= value <= _INT32:
                 raise UsageError(f"{what} can't be {value}", remedy=f"Give 1 to {_INT32}")
@@ -53,24 +53,26 @@ class Scaling:
         scheme = re.fullmatch(r"([a-z0-9]+)://\S+", self.storage_uri)
         if scheme is None or scheme[1] not in STORAGE_SCHEMES:
             raise UsageError(
-                f"the storage {self.storage_uri!r} is not a URI that KServe fetches from",
+                f"KServe can't load from the storage URI {self.storage_uri!r}",
                 remedy=f"Write it as s3://bucket/models; schemes: {', '.join(STORAGE_SCHEMES)}",
             )
         if self.metric not in SCALE_METRICS:
-            raise UsageError(f"the metric {self.metric!r} is not known", remedy=f"Known: {', '.join(SCALE_METRICS)}")
+            raise UsageError(
+                f"the metric {self.metric!r} is unknown", remedy=f"Choose one of {', '.join(SCALE_METRICS)}"
+            )
         if not 0 <= self.min_replicas <= self.max_replicas <= _INT32 or self.max_replicas < 1:
             raise UsageError(
-                f"{self.min_replicas} to {self.max_replicas} replicas is no range",
+                f"{self.min_replicas} to {self.max_replicas} replicas is not a valid range",
                 remedy="Give 0 <= min <= max, max >= 1",
             )
         if self.min_replicas == 0 and self.metric in ("cpu", "memory"):
             raise UsageError(
-                f"a service that is scaled by {self.metric} can't go down to 0 replicas",
+                f"a service that scales by {self.metric} can't have 0 replicas",
                 remedy="Pass --min-replicas 1, or scale by concurrency or rps",
             )
         most = 100 if self.metric in ("cpu", "memory") else 1_000_000
         if not 1 <= self.target <= most:
-            raise UsageError(f"the target {self.target} of {self.metric} is not 1 to {most}", remedy="Give another one")
+            raise UsageError(f"the target of {self.metric} is {self.target}", remedy=f"Give 1 to {most}")
 
 
 class NameRule(NamedTuple):
@@ -79,35 +81,37 @@ class NameRule(NamedTuple):
     pattern: str  # Regular expression of the whole name
     longest: int  # Characters
     joint: str  # Replacement in a suggestion for a character that is not allowed
-    words: str  # The rule as people read it
+    words: str  # The rule for the error message
 
 
 #: Target -> its rule. A new target is a new row.
 NAME_RULES: dict[str, NameRule] = {
-    # A folder's name and part of a URL: Triton itself would take more, clients and shells would not.
+    # A folder's name and part of a URL. Triton accepts more characters, but clients and shells do not.
     "triton": NameRule(r"[A-Za-z0-9][A-Za-z0-9_.\-]*", 128, "_", "letters, digits, _ . and -"),
     # A DNS label (RFC 1035); Knative appends "-predictor-00001" and Kubernetes ends labels at 63 characters.
     "kserve": NameRule(
-        r"[a-z]([a-z0-9\-]*[a-z0-9])?", 47, "-", "small letters, digits and -, a letter first, no - last"
+        r"[a-z]([a-z0-9\-]*[a-z0-9])?", 47, "-", "small letters, digits and -, with a letter first and no - last"
     ),
     # The project's name (Compose specification, "Version and name top-level elements").
-    "docker": NameRule(r"[a-z0-9][a-z0-9_\-]*", 63, "-", "small letters, digits, _ and -, no sign first"),
+    "docker": NameRule(
+        r"[a-z0-9][a-z0-9_\-]*", 63, "-", "small letters, digits, _ and -, with a letter or digit first"
+    ),
 }
 
 
 def deployed_name(target: str, request: DeployRequest, bundle_name: str) -> str:
-    """Return the name in the target; refuse one that the target does not take, with a suggestion."""
+    """Return the name in the target; UsageError with a suggestion for a name that the target refuses."""
     rule, name = NAME_RULES[target], request.name if request.name is not None else bundle_name
     if re.fullmatch(rule.pattern, name) and len(name) <= rule.longest:
         return name
     raise UsageError(
-        f"{target} takes no name like {name!r}: it takes up to {rule.longest} {rule.words}",
+        f"{target} refuses the name {name!r}: it allows up to {rule.longest} characters: {rule.words}",
         remedy=f"Pass --name {suggested_name(target, name)}",
     )
 
 
 def suggested_name(target: str, name: str) -> str:
-    """Return a name that the target takes, as near to the given one as possible."""
+    """Return a similar name that the target accepts."""
     rule = NAME_RULES[target]
     plain = re.sub(r"[^A-Za-z0-9]+", rule.joint, name).strip(rule.joint)[: rule.longest].strip(rule.joint)
     for tried in (plain, plain.lower(), f"model{rule.joint}{plain.lower()}"[: rule.longest].strip(rule.joint)):
@@ -121,5 +125,5 @@ class Deployment:
     """The written deployment."""
 
     path: Path  # The folder
-    files: tuple[str, ...]  # Inside it, as sorted POSIX paths
-    next_steps: tuple[str, ...]  # Next steps for the user, one command or sentence each
+    files: tuple[str, ...]  # Its files, as sorted POSIX paths
+    next_steps: tuple[str, ...]  # Next steps for the user, each a command or a sentence

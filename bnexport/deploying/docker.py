@@ -1,4 +1,4 @@
-"""A Dockerfile for ``bnexport serve`` and a compose file that also knows Triton."""
+"""A Dockerfile for ``bnexport serve``, and a Compose file for ``bnexport serve`` and Triton."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COMPOSE_FILE = "compose.yaml"
 IGNORED = ".dockerignore"
 MODELS = "models"
 WHEELS = "wheels"
-#: pip keeps these names: a wheel under another one is not installed.
+#: Names of wheels; pip does not install a wheel under another name.
 _WHEEL = re.compile(r"bnexport(_runtime)?-[\w.+!]+-py3-none-any\.whl")
 
 
@@ -31,24 +31,26 @@ def deploy_docker(
     *,
     wheel: Path | None = None,
 ) -> Deployment:
-    """Write a build context: Dockerfile, compose.yaml, and the bundle in a model repository that both servers read.
+    """Write a build context: Dockerfile, compose.yaml, and a model repository for both servers.
 
     Args:
         bundle: The bundle; its hashes are checked first.
         out: The folder.
-        request: Name (of the compose project), release and device of Triton.
+        request: Name of the Compose project, release and device of Triton.
         wheel: A wheel of bnexport to install; None: this version from pip's package index.
 
     Raises:
-        BundleError: The bundle is not as it was written.
+        BundleError: The bundle was changed.
         ExportError: The release can't load the model file.
         OutputError: ``out`` exists already, or can't be written.
-        UsageError: A name that Compose refuses, an unknown release, or a file that is no wheel of bnexport.
+        UsageError: Compose refuses the name, the release is unknown, or the file is not a wheel of bnexport.
     """
     name = deployed_name("docker", request, bundle.manifest.name)
     folder = _folder(bundle.manifest.name)
     if wheel is not None and not (_WHEEL.fullmatch(wheel.name) and wheel.is_file()):
-        raise UsageError(f"{wheel} is no wheel of bnexport", remedy="Make one: python scripts/runtime_wheel.py FOLDER")
+        raise UsageError(
+            f"{wheel} is not a wheel of bnexport", remedy="Make one: python scripts/runtime_wheel.py FOLDER"
+        )
     checked(bundle, out, request, writes=(DOCKERFILE, COMPOSE_FILE, IGNORED, MODELS, WHEELS))
     with staged_directory(out, force=request.force) as stage:
         (stage / MODELS).mkdir()
@@ -70,7 +72,7 @@ def deploy_docker(
 
 
 def _folder(name: str) -> str:
-    """Return the model's folder, as near to its name as Triton takes it; ``--name`` is the compose project's."""
+    """Return the name of the model's folder, changed if Triton refuses it; ``--name`` is for the Compose project."""
     try:
         return deployed_name("triton", DeployRequest(), name)
     except UsageError:
@@ -78,15 +80,15 @@ def _folder(name: str) -> str:
 
 
 def _let_read(folder: Path) -> None:
-    """Make files readable: COPY keeps permissions, and the server runs as another user."""
+    """Make files readable for all: COPY keeps permissions, and the server runs as another user."""
     for entry in (folder, *folder.rglob("*")):
         entry.chmod(0o755 if entry.is_dir() else 0o644)
 
 
 def dockerfile(wheel: str | None) -> str:
-    """Fill the template of the Dockerfile: it installs a wheel of the build context, or this version from a package index.
+    """Fill the template of the Dockerfile, which installs a wheel of the build context or this version from an index.
 
-    The health check does not use urllib, which would connect to the proxy in the environment of Docker's containers.
+    The health check does not use urllib, because urllib would connect to a proxy of the container's environment.
     """
     if wheel is None:
         return _filled("Dockerfile", source=f"bnexport-runtime[serve,grpc]=={__version__}", copy="")
@@ -94,7 +96,7 @@ def dockerfile(wheel: str | None) -> str:
 
 
 def compose(name: str, request: DeployRequest) -> str:
-    """Fill the template of compose.yaml (Compose specification); Triton needs ``--profile triton``, and ports are local."""
+    """Fill the template of compose.yaml (Compose specification): ports are local, Triton has the profile "triton"."""
     devices = "" if request.device == "cpu" else _filled("compose_gpu.yaml")
     return _filled("compose.yaml", name=name, image=image(request.triton), devices=devices)
 

@@ -1,4 +1,4 @@
-"""A KServe InferenceService, with the model repository that it fetches."""
+"""A KServe InferenceService, and the model repository that it loads."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bnexport.optional import one_line, require
 
 SERVICE = "inference_service.yaml"
 REPOSITORY = "repository"
-#: Memory of a pod beside the model: what Triton with its ONNX Runtime backend takes, rounded up; GPU libraries take more.
+#: GiB of a pod in addition to the model: Triton with its ONNX Runtime backend, rounded up; GPU libraries need more.
 _BASE_MEMORY = {"cpu": 1, "cuda": 4, "tensorrt": 4}
 _GIB = 2**30
 
@@ -35,11 +35,11 @@ def deploy_kserve(
         namespace: Namespace of the service; None: kubectl's.
 
     Raises:
-        BundleError: The bundle is not as it was written.
-        ExportError: The release can't load the model file, or a value that KServe would refuse.
-        MissingDependency: PyYAML or jsonschema is not here (extra ``deploy``).
+        BundleError: The bundle was changed.
+        ExportError: The release can't load the model file, or KServe would refuse a value.
+        MissingDependency: PyYAML or jsonschema is not installed (extra ``deploy``).
         OutputError: ``out`` exists already, or can't be written.
-        UsageError: A name that is no DNS label, or an unknown release.
+        UsageError: The name is not a DNS label, or the release is unknown.
     """
     name = deployed_name("kserve", request, bundle.manifest.name)
     checked(bundle, out, request, writes=(SERVICE, REPOSITORY))
@@ -54,9 +54,9 @@ def deploy_kserve(
         out,
         files,
         (
-            f"Upload what is in {out / REPOSITORY} to {scaling.storage_uri}",
+            f"Upload the files in {out / REPOSITORY} to {scaling.storage_uri}",
             f"kubectl apply -f {shlex.quote(str(out / SERVICE))}",
-            f"Ask it at /v2/models/{name}/infer",
+            f"Send requests to /v2/models/{name}/infer",
         ),
     )
 
@@ -67,7 +67,7 @@ def inference_service(
     """Return the document as plain JSON values.
 
     ``protocolVersion: v2`` is not the default, and without it KServe finds no runtime for ONNX. ``storageUri`` is the
-    repository's root, so the model's name in URLs is its folder's. Requests equal limits, which keeps the pod's cores.
+    repository's root, so the model's name in URLs is the name of its folder. Requests equal limits, so the pod keeps its cores.
 
     Source: KServe, "Control Plane API", serving.kserve.io/v1beta1.
     """
@@ -107,7 +107,7 @@ def checked_yaml(value: Mapping[str, Any]) -> str:
     text: str = yaml.safe_dump(dict(value), sort_keys=False, width=120)
     check_yaml(text)
     if yaml.safe_load(text) != value:
-        raise ExportError("the YAML text does not read as it was meant", remedy="Give a plainer name or address")
+        raise ExportError("the YAML text is read back as another document", remedy="Give a simpler name or address")
     return text
 
 
@@ -118,7 +118,7 @@ def check_yaml(text: str) -> None:
     try:
         document = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ExportError(f"this is no YAML: {one_line(error)}", remedy="Write it again") from error
+        raise ExportError(f"this is not YAML: {one_line(error)}", remedy="Write it again") from error
     rules = jsonschema.Draft202012Validator(json.loads(_SCHEMA.read_text(encoding="utf-8")))
     if (found := next(iter(rules.iter_errors(document)), None)) is not None:
         place = "/".join(map(str, found.absolute_path)) or "the document"

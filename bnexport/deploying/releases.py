@@ -1,4 +1,4 @@
-"""Which ONNX files a server can load: Triton's releases, the ONNX Runtime in each, and what that one reads."""
+"""ONNX versions that servers can load: Triton's releases, their ONNX Runtime, and its newest operator set and format."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from bnexport.protobuf_wire import Field, read_fields
 
 
 class Reads(NamedTuple):
-    """Newest versions that an ONNX Runtime reads."""
+    """The newest versions that an ONNX Runtime reads."""
 
     opset: int  # Version of the default operator set
     ir_version: int  # Version of the file format
 
 
-#: Minor version of ONNX Runtime -> what it reads. Measured: one Relu in every operator set and file format, loaded by the
-#: wheel of that version on a CPU; 1.14, which has none for a Python in use, by the ONNX version that it was released with.
+#: Minor version of ONNX Runtime -> newest versions. Measured: one Relu in every operator set and file format, loaded by the
+#: wheel of that version on a CPU. 1.14 has no wheel for a supported Python, so its row follows from its ONNX version.
 ONNX_RUNTIMES: dict[str, Reads] = {
     "1.14": Reads(18, 8),
     "1.15": Reads(19, 9),
@@ -53,7 +53,7 @@ def release_reads(release: str) -> Reads:
     if release not in TRITON_RELEASES:
         raise UsageError(
             f"the Triton release {release!r} is not in bnexport's table",
-            remedy=f"Known: {DEFAULT_RELEASE} down to {list(TRITON_RELEASES)[-1]}, such as 24.05; choose the next older one",
+            remedy=f"Choose the next older one: {DEFAULT_RELEASE} down to {list(TRITON_RELEASES)[-1]}, such as 24.05",
         )
     return ONNX_RUNTIMES[TRITON_RELEASES[release].rpartition(".")[0]]
 
@@ -69,7 +69,7 @@ def file_versions(file: Path) -> Reads:
             domain, version = _operator_set(content, field)
             opset = version if domain in ("", "ai.onnx") else opset
     if not opset or not ir_version:
-        raise ExportError(f"{file} does not say its operator set and file format", remedy="Export the model again")
+        raise ExportError(f"{file} does not state its operator set and file format", remedy="Export the model again")
     return Reads(opset, ir_version)
 
 
@@ -81,7 +81,7 @@ def _operator_set(content: bytes, field: Field) -> tuple[str, int]:
 
 
 def check_loads(file: Path, release: str, *, from_onnx: bool = False) -> Reads:
-    """Return an ONNX file's versions; refuse a file that a release of Triton can't load, before a container fails to start."""
+    """Return an ONNX file's versions; ExportError for a file that a release of Triton can't load."""
     able, has = release_reads(release), file_versions(file)
     engine = f"Triton {release} (ONNX Runtime {TRITON_RELEASES[release]})"
     opset, ir_version = min(has.opset, able.opset), min(has.ir_version, able.ir_version)

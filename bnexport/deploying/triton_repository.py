@@ -27,10 +27,10 @@ def deploy_triton(bundle: Bundle, out: Path, request: DeployRequest = DeployRequ
         request: Name, release, device.
 
     Raises:
-        BundleError: The bundle is not as it was written.
+        BundleError: The bundle was changed.
         ExportError: The release can't load the model file.
-        OutputError: ``out`` exists already, or is not what may be replaced, or can't be written.
-        UsageError: A name that can't be a folder of a repository, or an unknown release.
+        OutputError: ``out`` exists already, has other files, or can't be written.
+        UsageError: The name can't be a folder of a repository, or the release is unknown.
     """
     name = deployed_name("triton", request, bundle.manifest.name)
     checked(bundle, out, request, writes=(name,))
@@ -45,7 +45,7 @@ def deploy_triton(bundle: Bundle, out: Path, request: DeployRequest = DeployRequ
 
 
 def checked(bundle: Bundle, out: Path, request: DeployRequest, *, writes: Collection[str]) -> None:
-    """Check before writing, for every target: the bundle's hashes, the place, and that Triton can load the file."""
+    """Check the output folder, the bundle's hashes, and that Triton can load the model, before anything is written."""
     refuse_existing(out, force=request.force)
     refuse_overlap(out, bundle.path)
     if out.exists():
@@ -60,8 +60,8 @@ def _refuse_to_lose(out: Path, writes: Collection[str]) -> None:
         others = sorted(path.name for path in out.iterdir() if path.name not in writes)
     if others:
         raise OutputError(
-            f"{out} holds {others[0]}, which this deployment does not write, so --force does not replace it",
-            remedy="Choose another folder, or remove this one yourself",
+            f"{out} contains {others[0]}, which this deployment does not write, so --force does not replace it",
+            remedy="Choose another folder, or delete this one first",
         )
 
 
@@ -97,5 +97,5 @@ def write_model(bundle: Bundle, root: Path, name: str, request: DeployRequest, *
 
 
 def names_in(folder: Path) -> tuple[str, ...]:
-    """Return every file below a folder, as sorted POSIX paths."""
+    """Return the files below a folder, as sorted POSIX paths."""
     return tuple(sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()))

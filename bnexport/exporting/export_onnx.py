@@ -19,7 +19,7 @@ from bnexport.errors import ExportError
 from bnexport.exporting.request import DEFAULT_OPSET, OnnxTarget
 from bnexport.exporting.signature import export_flat, varying_axes
 from bnexport.files import write_atomically
-from bnexport.onnx_files.names import graphs_within
+from bnexport.onnx_files.models import nodes
 from bnexport.onnx_files.reshape_targets import simplify_reshapes
 from bnexport.optional import one_line, quiet
 from bnexport.tensors import Signature
@@ -73,7 +73,7 @@ def check_model(
 ) -> None:
     """Check the written model against the request, since the exporter sometimes writes something else; name the difference."""
     opsets = {entry.domain: entry.version for entry in model.opset_import}
-    found = sum(node.op_type == "BatchNormalization" for node in _nodes(model.graph))
+    found = sum(node.op_type == "BatchNormalization" for node in nodes(model))
     facts = (
         (opsets, {"": opset}, "operator sets"),
         (model.ir_version, ir_version, "IR version"),
@@ -151,7 +151,7 @@ def _convert(export: Callable[[], ExportedProgram], signature: Signature, opset:
 
 def _drop_newer_defaults(model: onnx.ModelProto, opset: int) -> None:
     """Remove attributes that an older operator lacks, if they state its behaviour; the converter leaves them in."""
-    for node in _nodes(model.graph):
+    for node in nodes(model):
         kept = [item for item in node.attribute if not (item.name == "noop_with_empty_axes" and item.i == 0)]
         if onnx.defs.get_schema(node.op_type, opset, node.domain).attributes.keys() >= {item.name for item in kept}:
             del node.attribute[:]
@@ -176,9 +176,9 @@ def expected_normalisations(folded: GraphModule) -> int:
     """Count the BatchNormalization nodes of the file: remaining batch norms, and instance norms by moving statistics."""
     aten = torch.ops.aten
     graphs = [module.graph for module in folded.modules() if isinstance(module, GraphModule)]  # branches too
-    nodes = [node for graph in graphs for node in graph.nodes]
-    batch = sum(node.target is aten.batch_norm.default for node in nodes)
-    return batch + sum(node.target is aten.instance_norm.default and not node.args[5] for node in nodes)
+    calls = [node for graph in graphs for node in graph.nodes]
+    batch = sum(node.target is aten.batch_norm.default for node in calls)
+    return batch + sum(node.target is aten.instance_norm.default and not node.args[5] for node in calls)
 
 
 def _clean(model: onnx.ModelProto, signature: Signature) -> None:
@@ -187,7 +187,7 @@ def _clean(model: onnx.ModelProto, signature: Signature) -> None:
     graph = model.graph
     graph.doc_string = ""
     del model.metadata_props[:], graph.metadata_props[:], graph.value_info[:]
-    for node in _nodes(graph):
+    for node in nodes(model):
         node.doc_string = ""
         del node.metadata_props[:]
     for tensor in graph.initializer:
@@ -201,16 +201,10 @@ def _clean(model: onnx.ModelProto, signature: Signature) -> None:
                 # Only a dimension that the exporter left open is named: a batch that it pinned must not look dynamic.
                 if isinstance(want, str) and not dim.HasField("dim_value"):
                     dim.dim_param = want
-    used = {entry.domain for entry in model.opset_import} & {node.domain for node in _nodes(graph)} | {""}
+    used = {entry.domain for entry in model.opset_import} & {node.domain for node in nodes(model)} | {""}
     kept = [entry for entry in model.opset_import if entry.domain in used]
     del model.opset_import[:]
     model.opset_import.extend(kept)
-
-
-def _nodes(graph: onnx.GraphProto) -> Iterable[onnx.NodeProto]:
-    """Yield every node, including those in subgraphs."""
-    for each in (graph, *graphs_within(graph.node)):
-        yield from each.node
 
 
 def _specs(values: Iterable[onnx.ValueInfoProto]) -> list[tuple[str, str, tuple[int | str, ...]]]:

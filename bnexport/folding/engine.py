@@ -51,7 +51,6 @@ class Engine:
         clamps: Allow a ReLU to become a maximum with a constant per channel.
         prove: Check each fold separately before it is made.
         in_place: As in ``FoldPlan``; parallel branches are not merged, since that removes operations.
-        seed: Random seed of the probes.
     """
 
     graph: Graph
@@ -59,7 +58,6 @@ class Engine:
     clamps: bool = False
     prove: bool = True
     in_place: bool = False
-    seed: int = 0
     sites: list[_Site] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     dropped: dict[Op, None] = field(default_factory=dict)
@@ -150,7 +148,7 @@ class Engine:
 
     def _error(self, site: _Site, plan: FoldPlan) -> float:
         """Return a plan's error, infinite if it is not a number, and record a warning if it is too large."""
-        error = plan_error(self.graph, plan, seed=self.seed) if self.prove else 0.0
+        error = plan_error(self.graph, plan) if self.prove else 0.0
         if error <= MAX_SITE_ERROR:
             return error
         self.warnings.append(

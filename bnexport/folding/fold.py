@@ -120,10 +120,8 @@ def fold_traced(
     clock = Clock()
     with torch.no_grad():
         folded, outcome, exact, growth = _fold_copy(original, max_growth, clamps, prove)
-        rows = [
-            *outcome.rows,
-            *(inner_row(node, folded) for node in batch_norm_nodes(folded) if node.graph is not folded.graph),
-        ]
+        inner = [node for node in batch_norm_nodes(folded) if node.graph is not folded.graph]
+        rows = (*outcome.rows, *(inner_row(node, folded) for node in inner))
         clock.note("fold")
         proof = torch_fold_error(original, folded, exact, inputs) if prove else None
         clock.note("proof")
@@ -134,7 +132,7 @@ def fold_traced(
         warnings += more
     remaining = sum(1 for _ in batch_norm_nodes(folded))
     follow_input(folded)
-    return FoldResult(folded, FoldReport(tuple(rows), remaining, error, growth, warnings), clock.seconds)
+    return FoldResult(folded, FoldReport(rows, remaining, error, growth, warnings), clock.seconds)
 
 
 def judged(
@@ -176,29 +174,24 @@ def _refuse_wrong(name: str, error: float | None, bound: float, types: str) -> N
 def _fold_copy(
     original: GraphModule, max_growth: float, clamps: bool, prove: bool
 ) -> tuple[GraphModule, EngineResult, dict[str, Tensor], float]:
-    """Fold a copy; fold again with stricter settings while the result exceeds the budget (calls that did not fold alike)."""
+    """Return the folded copy, the engine's result, the folded tensors in float64 by attribute, and the growth.
+
+    The copy is folded again with stricter settings while it exceeds the budget (calls that did not fold alike).
+    """
     for apart, biases in ATTEMPTS:
         folded = _copy(original)
-        outcome, exact, growth = _fold_graph(folded, max_growth, clamps, prove, apart=apart, biases=biases)
+        functionalise(folded)
+        drop_unused(folded)  # heads that eval mode never runs do not count for the budget
+        graph = TorchGraph(folded)
+        before = graph.elements
+        outcome = Engine(graph, GrowthBudget(before, max_growth, apart, biases), clamps=clamps, prove=prove).run()
+        writer = TorchWriter(graph)
+        writer.write(outcome.dropped)
+        drop_unused(folded)
+        growth = (graph.elements - writer.standalone) / max(before, 1)
         if growth <= max_growth:
             break
-    return folded, outcome, exact, growth
-
-
-def _fold_graph(
-    module: GraphModule, max_growth: float, clamps: bool, prove: bool, *, apart: bool, biases: bool
-) -> tuple[EngineResult, dict[str, Tensor], float]:
-    """Fold a graph in place; return the engine's result, the folded tensors in float64 by attribute, and the growth."""
-    functionalise(module)
-    drop_unused(module)  # heads that eval mode never runs do not count for the budget
-    graph = TorchGraph(module)
-    before = graph.elements
-    budget = GrowthBudget(before, max_growth, apart, biases)
-    outcome = Engine(graph, budget, clamps=clamps, prove=prove).run()
-    writer = TorchWriter(graph)
-    writer.write(outcome.dropped)
-    drop_unused(module)
-    return outcome, writer.exact, (graph.elements - writer.beside) / max(before, 1)
+    return folded, outcome, writer.exact, growth
 
 
 def inner_row(node: Node, root: GraphModule) -> FoldRow:
@@ -216,23 +209,33 @@ def inner_row(node: Node, root: GraphModule) -> FoldRow:
 
 def _copy(graph_module: GraphModule) -> GraphModule:
     """Return a graph module with separate memory; shared parameters stay shared."""
-    memo: dict[int, Any] = {}
-    for tensor in (*graph_module.parameters(), *graph_module.buffers()):
-        memo[id(tensor)] = _clone(tensor)
+
+    def clone(tensor: Tensor) -> Tensor:
+        copied = tensor.detach().clone()
+        return nn.Parameter(copied, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copied
+
+    memo: dict[int, Any] = {
+        id(tensor): clone(tensor) for tensor in (*graph_module.parameters(), *graph_module.buffers())
+    }
     copied = copy.deepcopy(graph_module, memo)
-    # torch.export's guards on input shapes stop other tracers; what does not fit fails in the operators anyway.
+    # torch.export's guards on input shapes stop other tracers; sizes that do not fit fail in the operators anyway.
     copied._forward_pre_hooks.clear()
     return copied
 
 
-def _clone(tensor: Tensor) -> Tensor:
-    copied = tensor.detach().clone()
-    return nn.Parameter(copied, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copied
-
-
 def drop_unused(graph_module: GraphModule) -> None:
-    """Remove constants and attributes without a reader: folded statistics must not stay in the file."""
-    for node in reversed(_constant_nodes(graph_module)):
+    """Remove constants and attributes without a reader: folded statistics must not stay in the file.
+
+    A node that reads an input stays, even without a reader: torch.export's assertions have no readers either.
+    """
+    constants: dict[Node, None] = {}  # attributes, and nodes that read only constants and have no side effects
+    for node in graph_module.graph.nodes:
+        mutable = getattr(getattr(node.target, "_schema", None), "is_mutable", False)
+        parents = node.all_input_nodes
+        computed = node.op == "call_function" and not mutable and parents and all(item in constants for item in parents)
+        if node.op == "get_attr" or computed:
+            constants[node] = None
+    for node in reversed(constants):
         if not node.users:
             graph_module.graph.erase_node(node)
     used = {str(node.target) for node in graph_module.graph.nodes if node.op in ("get_attr", "call_module")}
@@ -243,21 +246,6 @@ def drop_unused(graph_module: GraphModule) -> None:
     graph_module.delete_all_unused_submodules()
     graph_module.graph.lint()
     graph_module.recompile()
-
-
-def _constant_nodes(graph_module: GraphModule) -> list[Node]:
-    """Return attributes and what is computed from them alone, without side effects, in the graph's order.
-
-    A node that reads an input stays, even without a reader: torch.export's assertions have no readers either.
-    """
-    found: dict[Node, None] = {}
-    for node in graph_module.graph.nodes:
-        mutable = getattr(getattr(node.target, "_schema", None), "is_mutable", False)
-        parents = node.all_input_nodes
-        computed = node.op == "call_function" and not mutable and parents and all(item in found for item in parents)
-        if node.op == "get_attr" or computed:
-            found[node] = None
-    return list(found)
 
 
 class Clock:

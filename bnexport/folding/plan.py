@@ -8,10 +8,9 @@ proved before it is carried out.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any
 
@@ -123,14 +122,6 @@ class FoldPlan:
     _steps: int = field(default=0, init=False)
     _depth: int = field(default=0, init=False)
 
-    @contextlib.contextmanager
-    def _deeper(self) -> Iterator[None]:
-        self._depth += 1
-        try:
-            yield
-        finally:
-            self._depth -= 1
-
     def pull(self, op: Op, affine: Affine, reader: Op) -> None:
         """Make ``op`` return ``affine(op)`` to its only reader; after a ``Refused`` the plan is incomplete and dropped."""
         if not affine.has_scale and not affine.has_shift:
@@ -139,8 +130,9 @@ class FoldPlan:
         while isinstance(op.kind, Identity):  # also a folded BatchNorm; a loop, so that long chains need no deep stack
             reader, op = op, op.inputs[op.kind.index]
             self._reach(op, reader)
-        with self._deeper():
-            self.rules.pull[type(op.kind)](self, op, op.kind, affine)
+        self._depth += 1  # not restored after a refusal: attempt does that
+        self.rules.pull[type(op.kind)](self, op, op.kind, affine)
+        self._depth -= 1
 
     def _reach(self, op: Op, reader: Op) -> None:
         if not isinstance(op.kind, Opaque):  # an opaque operation refuses with its own reason
@@ -158,8 +150,9 @@ class FoldPlan:
             if len(places) > 1:
                 raise Refused(f"{user.name} reads it {len(places)} times")
             self.visit(user)
-            with self._deeper():
-                self.rules.push[type(user.kind)](self, user, user.kind, places[0], affine)
+            self._depth += 1
+            self.rules.push[type(user.kind)](self, user, user.kind, places[0], affine)
+            self._depth -= 1
 
     def visit(self, op: Op) -> None:
         """Record that the plan visits an operation; a second visit is refused, so that two changes can't meet."""
@@ -180,11 +173,11 @@ class FoldPlan:
 
     def attempt(self, action: Callable[[], None]) -> Refused | None:
         """Run an action; if it is refused, restore the plan and return the refusal."""
-        before = dict(self.edits), dict(self.path), dict(self.into), self.grown
+        before = dict(self.edits), dict(self.path), dict(self.into), self.grown, self._depth
         try:
             action()
         except Refused as refused:
-            self.edits, self.path, self.into, self.grown = before
+            self.edits, self.path, self.into, self.grown, self._depth = before
             return refused
         return None
 
@@ -313,7 +306,7 @@ def _underflows(value: Tensor, cast: Tensor) -> bool:
 
 
 def _next_norm(op: Op) -> Op | None:
-    """Return the norm that is the only reader of a value, behind identities."""
+    """Return the norm that is the only reader of a value, after identities."""
     while len(op.users) == 1:
         op = op.users[0]
         if isinstance(op.kind, ConstantAffine):

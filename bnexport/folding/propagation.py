@@ -12,28 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bnexport.folding import graph as kinds
 from bnexport.folding.affine import Affine, ChannelAffine, Dim
-from bnexport.folding.graph import (
-    Average,
-    Clamp,
-    Concat,
-    ConstantAffine,
-    Homogeneous,
-    Identity,
-    Kind,
-    Layer,
-    Mean,
-    Multiply,
-    Op,
-    Opaque,
-    Permute,
-    PixelShuffle,
-    Reorder,
-    Reshape,
-    Slice,
-    WeightedSum,
-    WindowMaximum,
-)
+from bnexport.folding.graph import Clamp, Identity, Kind, Layer, Op
 from bnexport.folding.layers import ABSORBERS, channels_of
 from bnexport.folding.plan import FoldPlan, PropagationRules, Refused
 
@@ -62,11 +43,11 @@ def refuse_negative(op: Op, affine: Affine, why: str = "keeps the order of value
 # --- one input, and an affine in another layout on its other side: the table ONE_INPUT ---------------------------------
 
 
-def _before_reshape(op: Op, _kind: Reshape, affine: Affine) -> Affine:
+def _before_reshape(op: Op, _kind: kinds.Reshape, affine: Affine) -> Affine:
     return _reshaped(op, affine, op.shape, op.inputs[0].shape)
 
 
-def _after_reshape(op: Op, _kind: Reshape, affine: Affine) -> Affine:
+def _after_reshape(op: Op, _kind: kinds.Reshape, affine: Affine) -> Affine:
     return _reshaped(op, affine, op.inputs[0].shape, op.shape)
 
 
@@ -78,16 +59,16 @@ def _reshaped(op: Op, affine: Affine, start: tuple[Dim, ...], end: tuple[Dim, ..
     raise Refused(f"{op.name} merges its channels with an axis whose size varies")
 
 
-def _before_permute(_op: Op, kind: Permute, affine: Affine) -> Affine:
+def _before_permute(_op: Op, kind: kinds.Permute, affine: Affine) -> Affine:
     inverse = [kind.axes.index(axis) for axis in range(len(kind.axes))]
     return affine.mapped(lambda tensor: tensor.permute(inverse))
 
 
-def _after_permute(_op: Op, kind: Permute, affine: Affine) -> Affine:
+def _after_permute(_op: Op, kind: kinds.Permute, affine: Affine) -> Affine:
     return affine.mapped(lambda tensor: tensor.permute(kind.axes))
 
 
-def _before_reorder(op: Op, kind: Reorder, affine: Affine) -> Affine:
+def _before_reorder(op: Op, kind: kinds.Reorder, affine: Affine) -> Affine:
     if not affine.varies_along(kind.axis):
         return affine
     if sorted(kind.index) != list(range(size_along(op.inputs[0], kind.axis))):
@@ -96,29 +77,29 @@ def _before_reorder(op: Op, kind: Reorder, affine: Affine) -> Affine:
     return affine.mapped(lambda tensor: tensor.index_select(kind.axis, inverse))
 
 
-def _after_reorder(_op: Op, kind: Reorder, affine: Affine) -> Affine:
+def _after_reorder(_op: Op, kind: kinds.Reorder, affine: Affine) -> Affine:
     order = torch.tensor(kind.index)
     if not affine.varies_along(kind.axis):
         return affine
     return affine.mapped(lambda tensor: tensor.index_select(kind.axis, order))
 
 
-def _before_pixels(op: Op, kind: PixelShuffle, affine: Affine) -> Affine:
+def _before_pixels(op: Op, kind: kinds.PixelShuffle, affine: Affine) -> Affine:
     return _gathered(op, kind, affine) if kind.inverse else _spread(op, kind, affine)
 
 
-def _after_pixels(op: Op, kind: PixelShuffle, affine: Affine) -> Affine:
+def _after_pixels(op: Op, kind: kinds.PixelShuffle, affine: Affine) -> Affine:
     return _spread(op, kind, affine) if kind.inverse else _gathered(op, kind, affine)
 
 
-def _spread(op: Op, kind: PixelShuffle, affine: Affine) -> Affine:
+def _spread(op: Op, kind: kinds.PixelShuffle, affine: Affine) -> Affine:
     """Return the affine of few channels for many: each channel becomes factor squared neighbours."""
     refuse_varying(op, affine, (-2, -1))
     copies = kind.factor**2
     return affine.mapped(lambda t: t.repeat_interleave(copies, -3) if t.shape[-3] > 1 else t)
 
 
-def _gathered(op: Op, kind: PixelShuffle, affine: Affine) -> Affine:
+def _gathered(op: Op, kind: kinds.PixelShuffle, affine: Affine) -> Affine:
     """Return the affine of many channels for few; refuse it where neighbours that become one channel differ."""
     refuse_varying(op, affine, (-2, -1))
     if not affine.varies_along(affine.rank - 3):
@@ -131,12 +112,12 @@ def _gathered(op: Op, kind: PixelShuffle, affine: Affine) -> Affine:
     return few
 
 
-def _before_slice(op: Op, kind: Slice, affine: Affine) -> Affine:
+def _before_slice(op: Op, kind: kinds.Slice, affine: Affine) -> Affine:
     size = size_along(op.inputs[0], kind.axis)
     return _padded(affine, kind.axis, kind.start, kind.stop - kind.start, size - kind.stop)
 
 
-def _after_slice(_op: Op, kind: Slice, affine: Affine) -> Affine:
+def _after_slice(_op: Op, kind: kinds.Slice, affine: Affine) -> Affine:
     if not affine.varies_along(kind.axis):
         return affine
     return affine.mapped(lambda tensor: tensor.narrow(kind.axis, kind.start, kind.stop - kind.start))
@@ -154,7 +135,7 @@ def _padded(affine: Affine, axis: int, before: int, size: int, after: int) -> Af
     return Affine.of(pad(affine.scale, 1.0), pad(affine.shift, 0.0))
 
 
-def _across_average(op: Op, kind: Average, affine: Affine) -> Affine:
+def _across_average(op: Op, kind: kinds.Average, affine: Affine) -> Affine:
     """A mean with weights that add up to one commutes with an affine per channel."""
     refuse_varying(op, affine, kind.axes)
     if not kind.exact and affine.has_shift:
@@ -165,7 +146,7 @@ def _across_average(op: Op, kind: Average, affine: Affine) -> Affine:
     return affine
 
 
-def _before_mean(op: Op, kind: Mean, affine: Affine) -> Affine:
+def _before_mean(op: Op, kind: kinds.Mean, affine: Affine) -> Affine:
     """The mean over whole axes commutes with an affine that is the same along them."""
 
     def with_axes(tensor: Tensor) -> Tensor:
@@ -178,7 +159,7 @@ def _before_mean(op: Op, kind: Mean, affine: Affine) -> Affine:
     return affine
 
 
-def _after_mean(op: Op, kind: Mean, affine: Affine) -> Affine:
+def _after_mean(op: Op, kind: kinds.Mean, affine: Affine) -> Affine:
     refuse_varying(op, affine, kind.axes)
     if kind.keepdim:
         return affine
@@ -186,14 +167,14 @@ def _after_mean(op: Op, kind: Mean, affine: Affine) -> Affine:
     return affine.mapped(lambda tensor: tensor.reshape([tensor.shape[axis] for axis in kept]))
 
 
-def _across_maximum(op: Op, kind: WindowMaximum, affine: Affine) -> Affine:
+def _across_maximum(op: Op, kind: kinds.WindowMaximum, affine: Affine) -> Affine:
     """``max(s x + t) = s max(x) + t`` for s >= 0."""
     refuse_varying(op, affine, kind.axes)
     refuse_negative(op, affine)
     return affine
 
 
-def _across_homogeneous(op: Op, _kind: Homogeneous, affine: Affine) -> Affine:
+def _across_homogeneous(op: Op, _kind: kinds.Homogeneous, affine: Affine) -> Affine:
     """``s f(x) = f(s x)`` for s >= 0."""
     if affine.has_shift:
         raise Refused(f"its shift can't cross {op.name}")
@@ -204,15 +185,15 @@ def _across_homogeneous(op: Op, _kind: Homogeneous, affine: Affine) -> Affine:
 #: Kind with one input -> two functions ``(op, kind, affine) -> affine``: the affine on the input that equals the given affine
 #: on the output, and the affine on the output that equals the given affine on the input. Each may raise Refused.
 ONE_INPUT: dict[type[Kind], tuple[Callable[[Op, Any, Affine], Affine], Callable[[Op, Any, Affine], Affine]]] = {
-    Reshape: (_before_reshape, _after_reshape),
-    Permute: (_before_permute, _after_permute),
-    Reorder: (_before_reorder, _after_reorder),
-    PixelShuffle: (_before_pixels, _after_pixels),
-    Slice: (_before_slice, _after_slice),
-    Average: (_across_average, _across_average),
-    Mean: (_before_mean, _after_mean),
-    WindowMaximum: (_across_maximum, _across_maximum),
-    Homogeneous: (_across_homogeneous, _across_homogeneous),
+    kinds.Reshape: (_before_reshape, _after_reshape),
+    kinds.Permute: (_before_permute, _after_permute),
+    kinds.Reorder: (_before_reorder, _after_reorder),
+    kinds.PixelShuffle: (_before_pixels, _after_pixels),
+    kinds.Slice: (_before_slice, _after_slice),
+    kinds.Average: (_across_average, _across_average),
+    kinds.Mean: (_before_mean, _after_mean),
+    kinds.WindowMaximum: (_across_maximum, _across_maximum),
+    kinds.Homogeneous: (_across_homogeneous, _across_homogeneous),
 }
 
 
@@ -240,7 +221,7 @@ def push_identity(plan: FoldPlan, op: Op, kind: Identity, index: int, affine: Af
         plan.push(op, affine)
 
 
-def pull_concat(plan: FoldPlan, op: Op, kind: Concat, affine: Affine) -> None:
+def pull_concat(plan: FoldPlan, op: Op, kind: kinds.Concat, affine: Affine) -> None:
     """Pull each run of the affine into its part."""
     start, varies = 0, affine.varies_along(kind.axis)
     for parent in op.inputs:
@@ -250,14 +231,14 @@ def pull_concat(plan: FoldPlan, op: Op, kind: Concat, affine: Affine) -> None:
         start += size
 
 
-def push_concat(plan: FoldPlan, op: Op, kind: Concat, index: int, affine: Affine) -> None:
+def push_concat(plan: FoldPlan, op: Op, kind: kinds.Concat, index: int, affine: Affine) -> None:
     """Push the affine on its own run of the result, and the identity on the others."""
     sizes = [size_along(parent, kind.axis) for parent in op.inputs]
     before, after = sum(sizes[:index]), sum(sizes[index + 1 :])
     plan.push(op, _padded(affine, kind.axis, before, sizes[index], after))
 
 
-def pull_add(plan: FoldPlan, op: Op, kind: WeightedSum, affine: Affine) -> None:
+def pull_add(plan: FoldPlan, op: Op, kind: kinds.WeightedSum, affine: Affine) -> None:
     """``s (a + b) + t = (s a + t) + s b``: the scale into both operands, the shift into the first that takes it."""
     refusals = []
     for taker in (0, 1):
@@ -275,7 +256,7 @@ def pull_add(plan: FoldPlan, op: Op, kind: WeightedSum, affine: Affine) -> None:
     raise refusals[0]
 
 
-def push_add(plan: FoldPlan, op: Op, kind: WeightedSum, index: int, affine: Affine) -> None:
+def push_add(plan: FoldPlan, op: Op, kind: kinds.WeightedSum, index: int, affine: Affine) -> None:
     """A shift passes through a sum; a scale would have to be on the other operand too."""
     if affine.has_scale:
         raise Refused(
@@ -285,7 +266,7 @@ def push_add(plan: FoldPlan, op: Op, kind: WeightedSum, index: int, affine: Affi
     plan.push(op, _widened(op, Affine.of(affine.scale, affine.shift * kind.factors[index])))
 
 
-def pull_multiply(plan: FoldPlan, op: Op, kind: Multiply, affine: Affine) -> None:
+def pull_multiply(plan: FoldPlan, op: Op, kind: kinds.Multiply, affine: Affine) -> None:
     """``s (a b) = (s a) b``: the scale into the first factor that takes it."""
     if affine.has_shift:
         raise Refused(f"its shift can't cross {op.name}, a {'quotient' if kind.inverse else 'product'} of two values")
@@ -297,7 +278,7 @@ def pull_multiply(plan: FoldPlan, op: Op, kind: Multiply, affine: Affine) -> Non
     raise refusals[0]
 
 
-def push_multiply(plan: FoldPlan, op: Op, kind: Multiply, index: int, affine: Affine) -> None:
+def push_multiply(plan: FoldPlan, op: Op, kind: kinds.Multiply, index: int, affine: Affine) -> None:
     """``(s a) b = s (a b)``: a scale passes through a product."""
     if affine.has_shift:
         raise Refused(f"its shift can't cross {op.name}, a {'quotient' if kind.inverse else 'product'} of two values")
@@ -381,7 +362,7 @@ def passes(clamp: Clamp) -> int:
     return int(bool((clamp.low > -torch.inf).any())) + int(bool((clamp.high < torch.inf).any()))
 
 
-def pull_norm(plan: FoldPlan, op: Op, kind: ConstantAffine, affine: Affine) -> None:
+def pull_norm(plan: FoldPlan, op: Op, kind: kinds.ConstantAffine, affine: Affine) -> None:
     """Two affines in a row are one affine. Pull it further if possible, else merge it into another BatchNorm's affine.
 
     Nothing is merged into plain arithmetic: a BatchNorm that ended there would be gone from the report but not from the graph.
@@ -395,7 +376,7 @@ def pull_norm(plan: FoldPlan, op: Op, kind: ConstantAffine, affine: Affine) -> N
     _onwards_or_here(plan, op, onwards, both, affine)
 
 
-def push_norm(plan: FoldPlan, op: Op, kind: ConstantAffine, _index: int, affine: Affine) -> None:
+def push_norm(plan: FoldPlan, op: Op, kind: kinds.ConstantAffine, _index: int, affine: Affine) -> None:
     """Merge the earlier of two affines into the later, which is folded in its turn; plain arithmetic is crossed."""
     both = kind.affine.after(affine)
 
@@ -423,12 +404,12 @@ def _onwards_or_here(plan: FoldPlan, op: Op, onwards: Callable[[], None], both: 
 _NO_RULE = ", which no rule moves a scale and shift across"
 
 
-def pull_opaque(_plan: FoldPlan, op: Op, kind: Opaque, _affine: Affine) -> None:
+def pull_opaque(_plan: FoldPlan, op: Op, kind: kinds.Opaque, _affine: Affine) -> None:
     """Refuse: no rule moves an affine across the operation."""
     raise Refused(f"it follows {op.name}" + (f": {kind.reason}" if kind.reason else _NO_RULE))
 
 
-def push_opaque(_plan: FoldPlan, op: Op, kind: Opaque, _index: int, _affine: Affine) -> None:
+def push_opaque(_plan: FoldPlan, op: Op, kind: kinds.Opaque, _index: int, _affine: Affine) -> None:
     """Refuse as ``pull_opaque``, with another reason for an output of the model."""
     if kind.is_output:
         raise Refused("it is an output of the model")
@@ -532,23 +513,23 @@ PROPAGATION_RULES = PropagationRules(
     pull={
         **dict.fromkeys(ONE_INPUT, pull_across),
         Layer: pull_layer,
-        ConstantAffine: pull_norm,
+        kinds.ConstantAffine: pull_norm,
         Identity: pull_identity,
         Clamp: pull_clamp,
-        Concat: pull_concat,
-        WeightedSum: pull_add,
-        Multiply: pull_multiply,
-        Opaque: pull_opaque,
+        kinds.Concat: pull_concat,
+        kinds.WeightedSum: pull_add,
+        kinds.Multiply: pull_multiply,
+        kinds.Opaque: pull_opaque,
     },
     push={
         **dict.fromkeys(ONE_INPUT, push_across),
         Layer: push_layer,
-        ConstantAffine: push_norm,
+        kinds.ConstantAffine: push_norm,
         Identity: push_identity,
         Clamp: push_clamp,
-        Concat: push_concat,
-        WeightedSum: push_add,
-        Multiply: push_multiply,
-        Opaque: push_opaque,
+        kinds.Concat: push_concat,
+        kinds.WeightedSum: push_add,
+        kinds.Multiply: push_multiply,
+        kinds.Opaque: push_opaque,
     },
 )

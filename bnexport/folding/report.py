@@ -122,8 +122,11 @@ class FoldReport:
         """Return the number of rows with this outcome."""
         return Counter(row.outcome for row in self.rows)[outcome]
 
-    def summary(self) -> str:
-        """Return the outcome in one line: "10 of 12 BatchNorm calls folded, 2 became affine layers (after: it feeds tanh)"."""
+    def summary(self, *, why: bool = True) -> str:
+        """Return the outcome in one line: "10 of 12 BatchNorm calls folded, 2 became affine layers (after: it feeds tanh)".
+
+        ``why`` adds the reasons in parentheses.
+        """
         if not self.rows:
             return "no BatchNorm call found, nothing to fold"
         left = [row for row in self.rows if not row.gone]
@@ -137,7 +140,11 @@ class FoldReport:
             ([row for row in left if row.outcome == "kept"], "was kept unchanged", "were kept unchanged"),
         )
         calls = f"{self.folded} of {len(self.rows)} BatchNorm call{'s' * (len(self.rows) != 1)} folded"
-        outcomes = [f"{len(rows)} {one if len(rows) == 1 else many}{_why(rows)}" for rows, one, many in parts if rows]
+        outcomes = [
+            f"{len(rows)} {one if len(rows) == 1 else many}{_why(rows) if why else ''}"
+            for rows, one, many in parts
+            if rows
+        ]
         return _printable(", ".join([calls, *outcomes]))
 
     def __str__(self) -> str:
@@ -225,7 +232,7 @@ def _why(rows: list[FoldRow]) -> str:
     reasons = {row.short_reason for row in rows if row.reason}
     if len(reasons) > 1:
         return f" ({len(reasons)} different reasons)"
-    return f" ({reasons.pop()})" if reasons else ""
+    return f" ({_start(reasons.pop(), _WIDTH)})" if reasons else ""
 
 
 def _start(text: str, size: int) -> str:

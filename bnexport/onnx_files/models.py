@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from bnexport.bundle import Manifest
 from bnexport.errors import BundleError
 from bnexport.files import Refusal
+from bnexport.onnx_files.names import graphs_within
 from bnexport.optional import one_line, require
 from bnexport.tensors import declared_problem
 from bnexport.validation.limits import limit, refusing
@@ -81,7 +82,7 @@ def graphs(model: ModelProto) -> Iterator[GraphProto]:
     """Yield the main graph and every graph inside a node (If, Loop, Scan), functions' nodes included."""
     yield model.graph
     for owner in (model.graph, *model.functions):
-        yield from _inner(owner.node)
+        yield from graphs_within(owner.node)
 
 
 def nodes(model: ModelProto) -> Iterator[NodeProto]:
@@ -104,14 +105,6 @@ def refill(group: Any, items: Sequence[Any]) -> None:
     copies = [type(item).FromString(item.SerializeToString()) for item in items]
     del group[:]
     group.extend(copies)
-
-
-def _inner(group: Any) -> Iterator[GraphProto]:
-    for node in group:
-        for attribute in node.attribute:
-            for graph in (attribute.g, *attribute.graphs) if attribute.type in (5, 10) else ():  # GRAPH, GRAPHS
-                yield graph
-                yield from _inner(graph.node)
 
 
 def declaration_problem(model: ModelProto, manifest: Manifest) -> str | None:

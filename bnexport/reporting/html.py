@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib import resources
 from typing import Any
 
@@ -31,7 +32,7 @@ from bnexport.reporting.summary import (
     rate_bound,
     runs,
 )
-from bnexport.reporting.tables import gain_of, growth_of, ordered_faults, self_test_sentence, tallies, verdict_of
+from bnexport.reporting.tables import gain_of, growth_of, ordered_faults, self_test_sentence, tallies
 from bnexport.tensors import Signature, TensorSpec
 from bnexport.verification.tolerances import TOLERANCES
 from bnexport.verification.verdict import Group, VerificationReport, groups, number, total_flips, word
@@ -179,7 +180,7 @@ def _environment() -> jinja2.Environment:
         certified=certified,
         module_name=module_name,
         gain=gain_of,
-        fold_verdict=verdict_of,
+        fold_verdict=partial(FoldReport.summary, why=False),
         growth=growth_of,
         compact=_compact,
         class_name=class_name,

@@ -84,20 +84,6 @@ def tallies(report: FoldReport) -> tuple[Tally, ...]:
     return tuple(Tally(outcome, rule, len(rows), sum(row.dead for row in rows)) for (outcome, rule), rows in ranked)
 
 
-def verdict_of(report: FoldReport) -> str:
-    """Return the fold report in one sentence; of calls that are not gone, what became of them."""
-    calls = f"{report.folded} of {len(report.rows)} BatchNorm call{'' if len(report.rows) == 1 else 's'} gone"
-    if report.folded == len(report.rows):
-        return f"{calls}, {report.remaining} norm operation{'' if report.remaining == 1 else 's'} left in the graph"
-    shifts = sum(row.outcome == "affine" and bool(row.rule) for row in report.rows)
-    counts = (
-        (shifts, "left as an addition"),
-        (report.count("affine") - shifts, "left as scale and shift"),
-        (report.count("kept"), "left as before"),
-    )
-    return f"{calls}, " + ", ".join(f"{count} {what}" for count, what in counts if count)
-
-
 def growth_of(report: FoldReport) -> str:
     """Return the growth of the weights as a sentence; "" if there is none."""
     if report.growth <= 1.005:
@@ -133,7 +119,7 @@ def short_account_of(row: FoldRow) -> str:
     """Return ``account_of`` if it is short; else the reason alone, each side up to its first comma, cut to the cell."""
     whole = account_of(row)
     if len(whole) > _LONGEST_CELL and row.reason:
-        whole = "; ".join(re.split(r", | \(docs", side, maxsplit=1)[0] for side in row.reason.split("; "))
+        whole = row.short_reason
     return whole if len(whole) <= _LONGEST_CELL else f"{whole[: _LONGEST_CELL - 3].rstrip()}..."
 
 
@@ -206,7 +192,7 @@ def print_fold_report(report: FoldReport, console: Console) -> None:
             if outcome not in GONE:
                 console.print(literal(f"{outcome}: {OUTCOMES[outcome]}", console, style="dim"))
         console.print(literal("|scale|: smallest..largest |gamma / sqrt(var + eps)|", console, style="dim"))
-    for sentence in (growth_of(report), verdict_of(report)):
+    for sentence in (growth_of(report), report.summary(why=False)):
         if sentence:
             console.print(literal(sentence, console), soft_wrap=True)
 

@@ -13,7 +13,7 @@ import time
 import zlib
 from bisect import bisect_left
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 #: Upper edges of the histogram of answer times, in seconds: a LeNet's 100 us to a slow model's 10 s.
@@ -108,31 +108,20 @@ class ModelStatistics:
 
     def to_json(self, name: str, version: str) -> dict[str, Any]:
         """Return one entry of "model_stats" (Triton, "Statistics Extension")."""
-        nothing = Duration()
-        durations = {
-            "success": self.success,
-            "fail": self.fail,
-            "queue": self.queue,
-            "compute_input": nothing,
-            "compute_infer": self.infer,
-            "compute_output": nothing,
-            "cache_hit": nothing,
-            "cache_miss": nothing,
-        }
+        nothing = {"count": 0, "ns": 0}
+        unmeasured = {"compute_input": nothing, "compute_output": nothing}
+        measured = {"success": self.success, "fail": self.fail, "queue": self.queue, "compute_infer": self.infer}
         return {
             "name": name,
             "version": version,
             "last_inference": self.last_ms,
             "inference_count": self.rows,
             "execution_count": self.executions,
-            "inference_stats": {key: {"count": found.count, "ns": found.ns} for key, found in durations.items()},
+            "inference_stats": {key: asdict(found) for key, found in measured.items()}
+            | unmeasured
+            | {"cache_hit": nothing, "cache_miss": nothing},
             "batch_stats": [
-                {
-                    "batch_size": size,
-                    "compute_input": {"count": 0, "ns": 0},
-                    "compute_infer": {"count": found.count, "ns": found.ns},
-                    "compute_output": {"count": 0, "ns": 0},
-                }
+                {"batch_size": size, "compute_infer": asdict(found), **unmeasured}
                 for size, found in sorted(self.by_size.items())
             ],
         }

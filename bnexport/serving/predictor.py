@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -34,13 +34,7 @@ class Prediction:
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""
-        return {
-            "image": self.image,
-            "index": self.index,
-            "label": self.label,
-            "probability": self.probability,
-            "logits": list(self.logits),
-        }
+        return asdict(self) | {"logits": list(self.logits)}
 
 
 def check_labels(bundle: Bundle) -> None:
@@ -95,7 +89,8 @@ class Predictor:
             if not named:
                 raise DataError(f"{path} contains no image", remedy="Give a file with at least one image")
             logits = self.logits(np.stack([image for _, image in named]))
-            predictions += [self._prediction(name, row) for (name, _), row in zip(named, logits, strict=True)]
+            labels = self.bundle.manifest.labels
+            predictions += [labelled(name, row, labels) for (name, _), row in zip(named, logits, strict=True)]
         return predictions
 
     def logits(self, images: Array) -> Array:
@@ -112,9 +107,6 @@ class Predictor:
         if not np.isfinite(logits).all():
             raise DataError("the model's answer contains NaN or infinity", remedy="Run bnexport verify on the bundle")
         return logits
-
-    def _prediction(self, image: str, logits: Array) -> Prediction:
-        return labelled(image, logits, self.bundle.manifest.labels)
 
 
 def batches(inputs: Array, spec: TensorSpec) -> Iterator[tuple[Array, int]]:

@@ -80,7 +80,7 @@ def failed(stage: str, subject: str, case: str, reason: str) -> Row:
 def integrity_rows(bundle: Bundle, problems: Mapping[str, str | None]) -> list[Row]:
     """Return one row per listed file, and one for each file that is not listed."""
     rows = [Row("integrity", name, "sha256", found is None, found or "", n=1) for name, found in problems.items()]
-    return rows + [failed("integrity", name, "listed", f"{name} is not in the manifest") for name in bundle.strangers()]
+    return rows + [failed("integrity", name, "listed", f"{name} is not in the manifest") for name in bundle.unlisted()]
 
 
 def proof_rows(bundle: Bundle, model: ModelProto, cases: Sequence[Case], forecast: Forecast) -> list[Row]:

@@ -1,4 +1,4 @@
-"""The page of bnexport serve in a browser: pictures dropped and drawn, words of strangers, small screens, tokens."""
+"""The page of bnexport serve in a browser: pictures dropped and drawn, untrusted texts, small screens, tokens."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ IMAGES = load_dataset("digits").test_images
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A good model with a version that is spoiled, one that takes no pictures, and one whose maker is no friend."""
+    """A good model with a damaged version, one that takes no pictures, and an untrusted one."""
     models = tmp_path_factory.mktemp("models")
     first = write_bundle(models / "bn_lenet" / "1")
     copies = {name: copy_bundle(first, models / name / "1") for name in ("hostile", "plain")}
@@ -148,7 +148,7 @@ def test_what_is_no_picture_gets_the_server_s_sentence(browser: Browser) -> None
     assert text(browser, "refusal") == ""
 
 
-def test_a_model_that_is_not_ready_says_why(browser: Browser) -> None:
+def test_a_model_that_is_not_ready_has_a_reason(browser: Browser) -> None:
     pick(browser, "bn_lenet 2")
     assert text(browser, "state").startswith("not ready: ")
     assert "model.onnx has 7 bytes" in text(browser, "state")
@@ -171,7 +171,7 @@ def test_the_verdict_and_the_report(browser: Browser) -> None:
     assert browser.evaluate("self.origin") == "null", "and it is a stranger here"
 
 
-def test_a_server_without_models_says_so(browser: Browser) -> None:
+def test_a_server_without_models_is_reported(browser: Browser) -> None:
     """Their folders may go while it runs; the page must not look as if it had not loaded."""
     browser.evaluate("ask = async () => ({json: async () => ({models: []})}); load()")
     assert browser.until("document.getElementById('problem').textContent") == "This server has no models now."
@@ -188,7 +188,7 @@ def test_the_smallest_size_is_shown_and_sent(browser: Browser) -> None:
     assert '"shape":[1,3,41,1]' in text(browser, "line")
 
 
-def test_words_of_strangers_are_words(browser: Browser) -> None:
+def test_untrusted_texts_stay_texts(browser: Browser) -> None:
     pick(browser, "hostile 1")
     drop(browser, png(IMAGES[0]))
     told = browser.until("document.getElementById('answer').textContent")
@@ -310,7 +310,7 @@ def test_all_can_be_read(browser: Browser, dark: bool, name: str) -> None:
     assert browser.evaluate(FAINT) == []
 
 
-def test_what_a_screen_reader_is_told(browser: Browser) -> None:
+def test_names_for_screen_readers(browser: Browser) -> None:
     tree = browser.call("Accessibility.getFullAXTree")["nodes"]
     found = {(node["role"]["value"], node.get("name", {}).get("value")) for node in tree if not node["ignored"]}
     assert {("button", "Clear"), ("button", "Refresh"), ("button", "Copy"), ("group", "Models")} <= found

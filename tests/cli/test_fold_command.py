@@ -65,7 +65,7 @@ def test_a_file_that_loads_again(
 ) -> None:
     out = tmp_path / "folded.safetensors"
     assert fold(source, weights, "--out", str(out)) == 0
-    assert "1 of 1 BatchNorm call gone" in capsys.readouterr().out
+    assert "1 of 1 BatchNorm call folded" in capsys.readouterr().out
     tensors = safetensors.torch.load_file(out)
     assert set(tensors) == {"0.weight", "0.bias", "3.weight", "3.bias", MARKER}
     assert bnexport.is_folded(tensors)

@@ -43,7 +43,7 @@ def test_a_file(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     out = tmp_path / "sub" / "folded.onnx"
     assert run(["fold-and-export", str(source), "--out", str(out)]) == 0
     printed = capsys.readouterr().out
-    assert "1 of 2 BatchNorm calls gone" in printed
+    assert "1 of 2 BatchNorm calls folded" in printed
     x = np.random.default_rng(0).standard_normal((2, 3, 8, 9)).astype(np.float32)
     before, after = (
         onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"x": x})[0]

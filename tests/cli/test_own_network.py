@@ -183,10 +183,10 @@ def test_a_verification_at_chance_is_a_fail(home: Home, exported: Bundle, tmp_pa
     ("words", "told"),
     [
         ((*IMAGE, "--dataset", "folder:typo"), "typo does not exist"),
-        (("--input", "3x32x32", "--dataset", "PHOTOS"), "it is not known how an image becomes an input of the network. Pass"),
+        (("--input", "3x32x32", "--dataset", "PHOTOS"), "the preprocessing of the network is unknown. Pass"),
         ((*IMAGE[:2], *IMAGE[2:4], "--dataset", "PHOTOS"), "--mean is given without --std"),
         ((*IMAGE, "--data-dir", "photos"), "--data-dir is given without a data set"),
-        ((*IMAGE, "--dataset", "mnist"), "MNIST is not here"),
+        ((*IMAGE, "--dataset", "mnist"), "MNIST is missing"),
         ((*IMAGE, "--dataset", "digits", "--data-dir", "x"), "the images of digits are part of bnexport"),
         ((*IMAGE, "--rename-classes"), "--rename-classes is given without --labels"),
         ((*IMAGE[:2], "--mean", "127.5,127.5,127.5", "--std", "64,64,64"), "--mean 127.5 is not a mean of pixels from 0 to 1"),

@@ -12,9 +12,9 @@ import pytest
 from support.bundles import fold_by_hand, network, write_exported, write_onnx, write_torchscript
 from support.runtimes import parameter
 
-from benchmarks.gpu.lane import Job, run_lane
-from benchmarks.gpu.measure import Run, between_sessions
-from benchmarks.gpu.refusals import REFUSALS, Refusal, refuse
+from benchmarks.gpu.lane import LaneInput, run_lane
+from benchmarks.gpu.measure import RuntimeRun, between_sessions
+from benchmarks.gpu.refusals import REFUSALS, HiddenLibrary, refuse
 from benchmarks.gpu.results import Lane
 from benchmarks.gpu.sweeps import Sweep, gpu_sweeps
 from bnexport.bundle import MODEL_EXPORTED, MODEL_ONNX, MODEL_TORCHSCRIPT, Bundle
@@ -39,10 +39,10 @@ def has_tf32() -> bool:
 
 def measured(bundle: Bundle, name: str, scope: Scope) -> Lane:
     sweep = Sweep(runner_spec(name), scope)
-    return run_lane(Job(bundle, max_samples=200), [sweep], training=False, refusals=(), jobs=0)
+    return run_lane(LaneInput(bundle, max_samples=200), [sweep], training=False, refusals=(), jobs=0)
 
 
-def right(run: Run) -> None:
+def right(run: RuntimeRun) -> None:
     assert run.passed, run.reason
     assert run.detected == "float32" if run.stage == "strict" else run.detected != ""
 
@@ -153,13 +153,13 @@ def test_a_wrong_fold_is_caught_in_both_stages(bundle: Bundle, tmp_path: Path, n
     assert "strict" in {row.stage for row in report.failures if row.subject == name}
 
 
-def capability(refusal: Refusal) -> object:
+def capability(refusal: HiddenLibrary) -> object:
     (needed,) = parameter(runner_spec(refusal.runtime)).marks
     return pytest.param(refusal, marks=needed, id=f"{refusal.name}, {refusal.runtime}")
 
 
 @pytest.mark.parametrize("refusal", [capability(row) for row in REFUSALS])
-def test_what_is_hidden_is_refused_by_name(bundle: Bundle, refusal: Refusal) -> None:
+def test_what_is_hidden_is_refused_by_name(bundle: Bundle, refusal: HiddenLibrary) -> None:
     """Everything else is there, so that only what is hidden can be the reason."""
     found = refuse(refusal, bundle.path)
     assert found.passed, found

@@ -47,7 +47,7 @@ def images(pixels: np.ndarray) -> np.ndarray:
 
 @pytest.fixture(scope="session")
 def logits(images: np.ndarray) -> np.ndarray:
-    """What the unfolded network says, in float64."""
+    """Logits of the unfolded network in float64."""
     with torch.no_grad():
         return copy.deepcopy(network()).double()(torch.from_numpy(images).double()).numpy()
 

@@ -1,8 +1,8 @@
-"""A program for an environment with KServe's SDK: every call of its inference clients that speaks protocol version 2.
+"""A program for an environment with KServe's SDK: every call of its inference clients with protocol version 2.
 
 Use: python kserve_program.py < task.json, with {"drive": a name of DRIVES, "url": of HTTP, "grpc": HOST:PORT, "token": text,
-"inputs": file, "logits": file}. Prints one JSON object: what was tried, and what was wrong. Nothing comes by the command
-line, for the SDK parses that of whoever imports it.
+"inputs": file, "logits": file}. Prints one JSON object with the checks and the failures. It takes no command line, because the
+SDK parses the command line at import.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ async def drive_rest(url: str) -> None:
         await answers(client, url)
         await refusals(client, url)
         check("live after all refusals", await client.is_server_live(url) is True)
-    # Retries take effect only in a transport: the SDK makes one of its own, and forgets it.
+    # Retries work only in a transport: the SDK creates one and does not use it.
     retrying = RESTConfig(protocol="v2", transport=httpx.AsyncHTTPTransport(retries=3), timeout=30, verbose=True)
     async with InferenceRESTClient(retrying) as client:
         calls = [client.infer(url, InferRequest("bn_lenet", [tensor()]), "bn_lenet") for _ in range(32)]

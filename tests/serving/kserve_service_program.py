@@ -1,7 +1,7 @@
-"""A program for an environment with KServe's SDK: InferenceServices read into its classes, and written again.
+"""A program for an environment with KServe's SDK: reads InferenceServices into its classes and writes them again.
 
-Use: python kserve_service_program.py < documents.json, a list. Prints one JSON list: for each document what the classes make
-of it, or {"refused": reason}. A field that they do not know is not in it.
+Use: python kserve_service_program.py < documents.json, a list. Prints one JSON list: each document as the classes
+write it, or {"refused": reason}. Unknown fields are missing in it.
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ def test_a_remembered_description_answers_each_request_by_its_own_data(channel: 
 
 
 def test_fields_in_any_order_are_one_message(channel: grpc.Channel, images: np.ndarray, logits: np.ndarray) -> None:
-    """Protobuf says that fields may come in any order, and that the last of several counts."""
+    """In protobuf, fields may come in any order, and the last of several values counts."""
     request = infer_request(images, id="last")
     raw = classes()["ModelInferRequest"](raw_input_contents=request.raw_input_contents).SerializeToString()
     del request.raw_input_contents[:]
@@ -118,7 +118,7 @@ def check(channel: grpc.Channel, service: str = "") -> str:
 
 
 class Watch:
-    """The statuses that Watch tells, as they come."""
+    """Yield the statuses that Watch sends."""
 
     def __init__(self, channel: grpc.Channel, service: str) -> None:
         data = message("HealthCheckRequest", service=service).SerializeToString()

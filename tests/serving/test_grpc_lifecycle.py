@@ -27,7 +27,7 @@ DOOR = ("--grpc-port", "0")
 
 
 class Clients(Threads):
-    """Threads that call without a pause, each on a connection of its own, until the server takes no calls any more."""
+    """Threads that call without a pause, each on its own connection, until the server takes no more calls."""
 
     def __init__(self, server: Server, images: np.ndarray, logits: np.ndarray, *, count: int = 4) -> None:
         super().__init__(count)
@@ -74,7 +74,7 @@ def test_sigterm_loses_nothing(models: Path, tmp_path: Path, images: np.ndarray,
     assert [event["event"] for event in server.events() if "event" in event][-1] == "stopped"
 
 
-def test_a_server_that_nobody_asks_stops_at_once(models: Path, tmp_path: Path, images: np.ndarray) -> None:
+def test_an_idle_server_stops_at_once(models: Path, tmp_path: Path, images: np.ndarray) -> None:
     """Idle connections, an idle stream and one who watches do not keep it."""
     requests: queue.Queue[bytes | None] = queue.Queue()
     with serving(models, tmp_path / "log", *DOOR, "--grace", "1000") as server, channel_to(server) as channel:
@@ -140,7 +140,7 @@ def test_a_model_is_loaded_again_under_way(models: Path, tmp_path: Path, images,
 
 
 def refused(code: str, *words: str) -> str:
-    """What the command says that ends with an error; ``code`` is run before it."""
+    """Return the output of the command, which ends with an error; ``code`` runs before it."""
     program = f"import sys; {code}; from bnexport.cli.main import main; sys.exit(main(sys.argv[1:]))"
     done = subprocess.run(
         [sys.executable, "-c", program, "serve", *words],
@@ -163,7 +163,7 @@ def test_what_can_not_be_opened_ends_with_a_sentence(server: Server, models: Pat
     assert refused("pass", *words, "70000").startswith("2: ")
 
 
-def test_nobody_listens_to_find_out_whether_a_port_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checking_a_free_port_does_not_listen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Clients of another server that shares the port would be sent there, and cut off a moment later."""
     with bound("127.0.0.1", 0, reuse=True) as listener:
         port = listener.getsockname()[1]

@@ -58,7 +58,7 @@ def test_bombs_leave_nothing_behind(server: Server, channel: grpc.Channel) -> No
     assert float(found[1]) < 700e6
 
 
-def test_what_the_log_says_of_them_is_json(server: Server) -> None:
+def test_log_lines_of_grpc_calls_are_json(server: Server) -> None:
     lines = server.log.read_text().splitlines()
     assert [line for line in lines if not line.startswith("{")] == [], "gRPC itself writes nothing there"
     assert not [event for event in server.events() if event.get("event") == "fault"]

@@ -19,7 +19,7 @@ CALLS = 24
 
 
 def inferences(server: Server) -> int:
-    """What the server's own statistics say of the model."""
+    """Return the server's statistics of the model."""
     request = classes()["ModelStatisticsRequest"](name="bn_lenet").SerializeToString()
     with channel_to(server) as channel:
         answer = classes()["ModelStatisticsResponse"].FromString(
@@ -35,7 +35,7 @@ def test_one_port_one_sum_and_a_killed_process(
         for _ in range(CALLS):
             with channel_to(server) as channel:
                 assert np.allclose(infer(channel, images), logits, atol=1e-3)
-        until(lambda: inferences(server) == CALLS)  # processes tell each other ten times a second
+        until(lambda: inferences(server) == CALLS)  # processes publish their counters ten times a second
         assert counted(server, r'bnexport_grpc_calls_total\{.*code="OK".*ModelInfer"') == CALLS
         # The system spreads the connections; lines of calls come a tenth of a second later.
         until(lambda: {line["process"] for line in server.events() if line.get("path") == INFER} == {0, 1})

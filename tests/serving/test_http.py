@@ -1,4 +1,4 @@
-"""The protocol over HTTP, asked as a client asks."""
+"""The protocol over HTTP, as a client uses it."""
 
 from __future__ import annotations
 

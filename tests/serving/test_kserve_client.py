@@ -1,6 +1,6 @@
-"""KServe's own SDK, unchanged, in an environment of its own: its protobuf is older than the one onnx brings.
+"""KServe's own SDK, unchanged, in a separate environment: its protobuf is older than onnx's.
 
-Its clients ask ``bnexport serve``, and its classes read what ``bnexport deploy kserve`` writes.
+Its clients send requests to ``bnexport serve``, and its classes read what ``bnexport deploy kserve`` writes.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def arrays(tmp_path_factory: pytest.TempPathFactory, images: np.ndarray, logits:
 
 
 def drive(python: Path, what: str, server: Server, arrays: dict[str, str], **more: str) -> Any:
-    """What the clients did, of which nothing was wrong."""
+    """Return what the clients did without failures."""
     task = {"drive": what, "url": f"http://127.0.0.1:{server.port}", **arrays, **more}
     told = run_program(python, HERE / "kserve_program.py", task)
     assert told["wrong"] == []
@@ -85,7 +85,7 @@ def changed(service: dict[str, Any], place: str, value: object) -> dict[str, Any
 
 
 def test_services_are_kserves_own(kserve_python: Path) -> None:
-    """Every field has the name and the type that the SDK's classes give it; one that does not is seen."""
+    """Every field has the name and the type of the SDK's classes; a wrong one is found."""
     services = [
         inference_service("m", DeployRequest(device=device), scaling, model_bytes=2**20, namespace=namespace)
         for device, metric, namespace in itertools.product(DEVICES, SCALE_METRICS, (None, "vision"))

@@ -1,4 +1,4 @@
-"""Starting and stopping: no request is lost, and what can't be served is told in a sentence."""
+"""Starting and stopping: no request is lost, and errors at the start are one sentence."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_sigterm_loses_nothing(models: Path, tmp_path: Path, images: np.ndarray,
     assert [event["event"] for event in server.events() if "event" in event][-1] == "stopped"
 
 
-def test_a_server_that_nobody_asks_stops_at_once(models: Path, tmp_path: Path) -> None:
+def test_an_idle_server_stops_at_once(models: Path, tmp_path: Path) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         with serving(models, tmp_path / "log", "--grace", "1000") as server:
             idle = http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)
@@ -51,7 +51,7 @@ def test_a_server_that_nobody_asks_stops_at_once(models: Path, tmp_path: Path) -
 
 
 def test_sigterm_while_models_are_loaded_ends_it_at_once(models: Path) -> None:
-    """Also where it is a container's first process, for which the system does nothing at a signal that nobody handles."""
+    """Also as a container's first process, for which the system ignores unhandled signals."""
     slow = "repository.open_served = lambda *_: (print('loading', flush=True), time.sleep(60))"
     code = f"import sys, time; from bnexport.serving import repository; {slow}; from bnexport.cli.main import main"
     words = [sys.executable, "-c", f"{code}; sys.exit(main(sys.argv[1:]))", "serve", str(models), "--port", "0"]
@@ -174,8 +174,8 @@ def test_a_full_queue(models: Path, tmp_path: Path, images: np.ndarray) -> None:
         assert server.infer({"inputs": [tensor(images)]}).status == 200
 
 
-def test_as_many_connections_as_the_limit_says(models: Path, tmp_path: Path) -> None:
-    """Also where a process may open few files by default, but more if it asks."""
+def test_connections_up_to_the_limit(models: Path, tmp_path: Path) -> None:
+    """Also with a low default limit of open files, which a process may raise."""
     started = (
         "import resource, runpy; resource.setrlimit(resource.RLIMIT_NOFILE, (64, {hard})); "
         "runpy.run_module('bnexport', run_name='__main__')"

@@ -59,7 +59,7 @@ def test_the_process_stayed_small(server: Server) -> None:
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A model that looks its input up in a table of ten: which values it takes, no signature says."""
+    """A model that looks its input up in a table of ten; its signature does not limit the values."""
     folder = tmp_path_factory.mktemp("table") / "lookup" / "1"
     folder.mkdir(parents=True)
     weights = np.arange(20, dtype=np.float32).reshape(10, 2)
@@ -128,7 +128,9 @@ SLOW = {
 
 
 @pytest.mark.parametrize("name", SLOW)
-def test_slow_clients_are_told_and_dropped(hasty: Server, images: np.ndarray, logits: np.ndarray, name: str) -> None:
+def test_slow_clients_get_a_reason_and_are_dropped(
+    hasty: Server, images: np.ndarray, logits: np.ndarray, name: str
+) -> None:
     start, more = SLOW[name]
     with socket.create_connection(("127.0.0.1", hasty.port), timeout=PATIENCE) as client:
         client.sendall(start)
@@ -151,12 +153,12 @@ def test_slow_clients_are_told_and_dropped(hasty: Server, images: np.ndarray, lo
     alive(hasty, images, logits)
 
 
-def test_a_client_that_says_nothing_is_dropped(hasty: Server) -> None:
+def test_a_silent_client_is_dropped(hasty: Server) -> None:
     with socket.create_connection(("127.0.0.1", hasty.port), timeout=PATIENCE) as client:
         assert read_answer(client).startswith(b"HTTP/1.1 408")
 
 
-def test_clients_that_leave_harm_nobody(server: Server, images: np.ndarray, logits: np.ndarray) -> None:
+def test_disconnecting_clients_harm_no_other(server: Server, images: np.ndarray, logits: np.ndarray) -> None:
     body = json.dumps(good()).encode()
     whole = _HEAD + b"content-length: %d\r\n\r\n" % len(body) + body
     for length in (10, 60, len(_HEAD) + 5, len(whole) - 1, len(whole)):

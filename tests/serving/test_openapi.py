@@ -113,7 +113,7 @@ def test_real_answers_to_posts_fit(server: Server, images: np.ndarray, pixels: n
 
 
 @pytest.mark.parametrize(("method", "path", "allow"), [("GET", "infer", "POST"), ("DELETE", "config", "GET, HEAD")])
-def test_a_wrong_method_is_told_the_right_one(server: Server, method: str, path: str, allow: str) -> None:
+def test_a_wrong_method_gets_the_right_one(server: Server, method: str, path: str, allow: str) -> None:
     answer = server.ask(method, f"/v2/models/bn_lenet/{path}")
     assert (answer.status, answer.headers["allow"]) == (405, allow)
 
@@ -138,7 +138,7 @@ def test_a_fuzzer_finds_no_fault(models: Path, tmp_path: Path, images: np.ndarra
     program = [str(Path(sys.executable).parent / "schemathesis"), "run", str(tmp_path / "plan.json")]
     program += ["--checks", CHECKS, "--phases", "fuzzing", "--max-examples", "40", "--seed", "7"]
     program += ["--max-time", str(BUDGET), "--no-color", "--warnings", "off", "--continue-on-failure"]
-    if options:  # a model that another request has unloaded is not ready, and 503 says so
+    if options:  # a model that another request has unloaded is not ready: 503
         program[program.index(CHECKS)] = CHECKS.replace("not_a_server_error,", "")
     with serving(models, tmp_path / "log", "--no-access-log", *options) as server:
         program += ["--url", f"http://127.0.0.1:{server.port}"]

@@ -1,4 +1,4 @@
-"""docs/serving.md can't rot: its blocks are run, its tables are those of the code."""
+"""docs/serving.md and serving_reference.md match the code: the blocks of the guide run, the tables are those of the code."""
 
 from __future__ import annotations
 
@@ -8,27 +8,32 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import click
 import numpy as np
 import pytest
 from PIL import Image
 from support.serving import ROOT, Server
 
 from bnexport.cli.main import run
+from bnexport.cli.serve import command
 from bnexport.serving.grpc.call import CODES
 from bnexport.serving.grpc.methods import METHODS, STREAM, WATCH
 from bnexport.serving.http.routes import ROUTES
 from bnexport.serving.serving_limits import rows
 
-TEXT = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
+GUIDE, REFERENCE = (
+    (ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("serving.md", "serving_reference.md")
+)
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
+    return re.findall(rf"^```{language}\n(.*?)^```", GUIDE, re.DOTALL | re.MULTILINE)
 
 
 def table(first: str) -> list[list[str]]:
-    lines = TEXT[TEXT.index(f"| {first} |") :].split("\n\n")[0].splitlines()[2:]
+    lines = REFERENCE[REFERENCE.index(f"| {first} |") :].split("\n\n")[0].splitlines()[2:]
     return [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in lines]
 
 
@@ -90,9 +95,8 @@ def test_the_deploy_lines_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_routes_are_those_of_the_code() -> None:
-    told = {row[0] for row in table("route")}
     names = {"{name}": "NAME", "{version}": "V"}
-    assert told == {
+    assert {row[0] for row in table("route")} == {
         f"{r.method} {re.sub(r'{name}|{version}', lambda m: names[m[0]], r.pattern) or '/'}" for r in ROUTES
     }
 
@@ -105,17 +109,38 @@ def test_methods_are_those_of_the_code() -> None:
 
 
 @pytest.mark.parametrize("code", sorted({code.name for code in CODES.values()}))
-def test_codes_are_told(code: str) -> None:
-    assert f"{code} " in TEXT.split("## gRPC")[1].split("## ")[0]
+def test_codes_are_documented(code: str) -> None:
+    assert f"{code} " in REFERENCE.split("\n## gRPC")[1].split("\n## ")[0].replace("\n", " ")
 
 
 def test_limits_are_those_of_the_code() -> None:
-    told = [(name, value.replace(",", ""), what, why) for name, value, what, why in table("limit")]
-    assert told == [
+    found = [(name, value.replace(",", ""), what, why) for name, value, what, why in table("limit")]
+    assert found == [
         (name, f"{value:g}" if isinstance(value, float) else str(value), what, why) for name, value, what, why in rows()
     ]
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 405, 408, 413, 415, 431, 503, 504])
-def test_statuses_are_told(status: int) -> None:
-    assert f"{status} " in TEXT.split("## Safety")[1]
+def test_statuses_are_documented(status: int) -> None:
+    assert f"{status} " in REFERENCE.split("## Errors and limits")[1].split("\n## ")[0]
+
+
+def test_options_are_those_of_the_command() -> None:
+    found = {name: default for name, default, _ in table("option")}
+    options = {option.opts[0]: option for option in command.params if isinstance(option, click.Option)}
+    assert found.keys() == options.keys()
+    for name, option in options.items():
+        default: Any = option.default
+        if option.is_flag:
+            default = "on" if default is True else "off"
+        elif not isinstance(default, int | float | str):
+            default = ""
+        assert found[name] == (f"{default:g}" if isinstance(default, float) else str(default)), name
+
+
+def test_metrics_are_those_of_the_server(server: Server) -> None:
+    text = server.ask("GET", "/metrics").body.decode()
+    types = dict(re.findall(r"^# TYPE (bnexport_\S+) (\S+)$", text, re.MULTILINE))
+    found = {name: kind for name, kind, _ in table("metric")}
+    assert found.pop("bnexport_process_starts_total") == "counter", "only several processes have it"
+    assert found == types

@@ -46,7 +46,7 @@ def test_all_processes_serve_and_the_supervisor_opens_no_model(
 
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stop_loses_nothing_and_leaves_nobody(
+def test_a_stop_loses_no_request_and_leaves_no_process(
     models: Path, tmp_path: Path, images: np.ndarray, logits: np.ndarray, number: int
 ) -> None:
     with serving_twice(models, tmp_path / "log", "--grace", "4") as server:
@@ -63,7 +63,7 @@ def test_a_stop_loses_nothing_and_leaves_nobody(
 
 
 @pytest.mark.slow
-def test_who_does_not_stop_in_time_is_killed_and_that_is_told(models: Path, tmp_path: Path) -> None:
+def test_a_process_that_does_not_stop_in_time_is_killed_and_reported(models: Path, tmp_path: Path) -> None:
     with serving_twice(models, tmp_path / "log", "--grace", "0.5") as server:
         stuck = running(server)[1]
         os.kill(stuck, signal.SIGSTOP)
@@ -124,7 +124,7 @@ def test_a_second_signal_that_is_seen_first_ends_it_at_once(models: Path, tmp_pa
 
 
 def test_a_killed_process_takes_only_its_own_requests(server: Server, images: np.ndarray, logits: np.ndarray) -> None:
-    """Of connections that are kept, those to the other process notice nothing; new ones are served in the meantime."""
+    """Kept connections to the other process continue, and new connections are served meanwhile."""
     kept = [http.client.HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE) for _ in range(16)]
     owners = []
     for index, connection in enumerate(kept):
@@ -144,7 +144,7 @@ def test_a_killed_process_takes_only_its_own_requests(server: Server, images: np
 
 
 def test_what_waits_for_a_killed_process_is_answered_by_the_next(server: Server) -> None:
-    """Connections that the system has made and nobody has accepted are no casualties."""
+    """Connections in the backlog, which no process has accepted, are not lost."""
     stopped = running(server)[0]
     os.kill(stopped, signal.SIGSTOP)
     with asked(server, 24) as connections:
@@ -165,10 +165,10 @@ def test_a_stop_waits_for_a_process_for_which_clients_wait(server: Server) -> No
     assert len(told(server, "stopped")) == 2
 
 
-def test_one_that_is_told_to_stop_alone_loses_nothing_and_its_successor_hears(
+def test_a_process_stopped_alone_loses_no_request_and_gets_a_successor(
     server: Server, images: np.ndarray, logits: np.ndarray
 ) -> None:
-    """Whoever drains makes its socket deaf, which is the supervisor's, too."""
+    """A draining process makes its socket deaf, which the supervisor shares."""
     with Clients(server, images, logits) as clients:
         until(lambda: len(clients.answers) > 50)
         os.kill(running(server)[0], signal.SIGTERM)
@@ -260,7 +260,7 @@ def test_processes_do_not_outlive_their_supervisor(server: Server) -> None:
     assert [line["process"] for line in told(server, "stopped")] in ([0, 1], [1, 0]), "they drained as they should"
 
 
-def test_a_supervisor_that_is_killed_at_the_start_leaves_nobody_and_no_traceback(models: Path, tmp_path: Path) -> None:
+def test_a_supervisor_killed_at_the_start_leaves_no_process_and_no_traceback(models: Path, tmp_path: Path) -> None:
     words = [*PROGRAM, "serve", str(models), "--port", "0", *TWO]
     with (tmp_path / "log").open("w") as log:
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -1,4 +1,4 @@
-"""The stock client of Triton, unchanged, in an environment of its own: its protobuf is older than the one onnx brings."""
+"""Triton's stock client, unchanged, in a separate environment: its protobuf is older than onnx's."""
 
 from __future__ import annotations
 

@@ -113,7 +113,7 @@ def test_a_bad_version_does_not_replace_a_good_one(
 
 
 def test_a_model_that_was_unloaded_does_not_take_the_others_out(models: Path, tmp_path: Path) -> None:
-    """A balancer would send nothing to the server any more; one that can't be loaded is another matter."""
+    """A balancer would send no more requests to the server. A model that can't be loaded differs."""
     for name in ("one", "other"):
         reseal(copy_bundle(Bundle.open(models / "bn_lenet" / "1"), tmp_path / "m" / name / "1"), name=name)
     with serving(tmp_path / "m", tmp_path / "log", "--allow-load") as server:

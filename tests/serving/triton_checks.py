@@ -1,4 +1,4 @@
-"""What both programs of Triton's client share: what they were told, and what they found."""
+"""Shared by both programs of Triton's client: their input, and their results."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A program for an environment with tritonclient[grpc]: every call of the protocol, plain, over asyncio, and as a stream.
 
-Use: python triton_grpc_program.py PORT INPUTS.npy LOGITS.npy. Prints one JSON object: what was tried, what was wrong, and the
-messages and methods that the client knows.
+Use: python triton_grpc_program.py PORT INPUTS.npy LOGITS.npy. Prints one JSON object: the checks, the failures, and the
+messages and methods of the client.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ import numpy as np
 
 ROOT = Path(__file__).parents[2]
 #: Seconds that anything may take here; a deadline and no measurement.
-PATIENCE = 60.0
+PATIENCE = 240.0
 PROGRAM = (sys.executable, "-m", "bnexport")
 INFER = "/v2/models/bn_lenet/infer"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bnexport.folding.torch_backend.torch_writer import flushed
 from bnexport.onnx_files.models import nodes
-from bnexport.onnx_files.names import mentioned_inside, subgraphs
+from bnexport.onnx_files.names import graphs_within, mentioned_inside
 from bnexport.tensors import ELEMENT_TYPES, Array
 
 BATCH_NORM = "BatchNormalization"
@@ -39,21 +39,12 @@ def count_batch_norms(model: ModelProto) -> int:
 
 
 def inner_batch_norms(model: ModelProto) -> Iterator[tuple[NodeProto, str]]:
-    """Yield each BatchNormalization outside the main graph with its place, as the end of a sentence."""
-    for node in _inside(model.graph.node):
-        if is_batch_norm(node):
-            yield node, "the body of an If, Loop or Scan"
+    """Return each BatchNormalization outside the main graph with its place, as the end of a sentence."""
+    inner = [(graph.node, "the body of an If, Loop or Scan") for graph in graphs_within(model.graph.node)]
     for function in model.functions:
-        for node in (*function.node, *_inside(function.node)):
-            if is_batch_norm(node):
-                yield node, f"the body of the function {function.name}"
-
-
-def _inside(group: Iterable[NodeProto]) -> Iterator[NodeProto]:
-    for node in group:
-        for graph in subgraphs(node):
-            yield from graph.node
-            yield from _inside(graph.node)
+        where = f"the body of the function {function.name}"
+        inner += [(function.node, where), *((graph.node, where) for graph in graphs_within(function.node))]
+    return ((node, where) for group, where in inner for node in group if is_batch_norm(node))
 
 
 def pinned(graph: GraphProto) -> set[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ _SMALLEST = 64
 
 
 def torch_fold_error(
-    original: GraphModule, folded: GraphModule, exact: dict[str, Tensor], inputs: tuple[Any, ...], *, seed: int = 0
+    original: GraphModule, folded: GraphModule, exact: dict[str, Tensor], inputs: tuple[Any, ...]
 ) -> tuple[float, float] | None:
     """Return the largest difference of any output, as a fraction of that output's largest value, in float64, and its bound.
 
@@ -43,15 +44,21 @@ def torch_fold_error(
         an output is not finite in one graph only. None if the original can't run in float64 (an operator pins another type) or
         has no finite number to compare.
     """
-    return compare(_double(original, {}), _double(folded, exact), inputs, image_sizes(original, inputs), seed=seed)
+    return compare(_double(original, {}), _double(folded, exact), inputs, image_sizes(original, inputs))
 
 
 def compare(
-    wide: nn.Module, narrow: nn.Module, inputs: tuple[Any, ...], sizes: list[int | None], *, seed: int = 0
+    wide: nn.Module, narrow: nn.Module, inputs: tuple[Any, ...], sizes: list[int | None]
 ) -> tuple[float, float] | None:
     """Compare two networks in float64 as ``torch_fold_error`` does; ``sizes`` is the result of ``image_sizes``."""
     # A network may return NaN for noise because it expects positive numbers: the user's example is the last try.
-    tries = [_cut(probes_like(inputs, seed), size) for size in sizes] + [_widened(inputs)]
+    noise = probes_like(inputs, 0)
+
+    def cut(size: int | None) -> tuple[Any, ...]:
+        return tuple(pytree.tree_map_only(Tensor, lambda t: t[..., :size, :size] if t.ndim == 4 else t, noise))
+
+    tries = [cut(size) for size in sizes]
+    tries.append(_floats_mapped(Tensor.double, inputs))
     found = None
     for number, probes in enumerate(tries):
         full = number >= len(sizes) - 1
@@ -90,23 +97,25 @@ def output_error(narrow: nn.Module, probes: tuple[Any, ...], reference: list[Ten
 
 
 def _rounding(wide: nn.Module, probes: tuple[Any, ...], reference: list[Tensor]) -> float:
-    """Return the error of float64 itself: the outputs' change when every input changes in its last digit.
+    """Return the bound that float64 rounding explains; infinity above the size that could hide a real fault."""
+    bound = last_digit_response(wide, probes, reference)
+    return bound if bound <= _MAX_ROUNDING else math.inf
+
+
+def last_digit_response(wide: nn.Module, probes: tuple[Any, ...], reference: list[Tensor]) -> float:
+    """Return the allowed error of float64 itself: a multiple of the outputs' change when every input's last digit changes.
 
     A fold changes the order of operations in every layer, not only the inputs, hence the factor. A deep network, or one with a
     steep softmax, amplifies the last digit of its input.
     """
     generator = torch.Generator().manual_seed(1)
 
-    def nudged(item: Any) -> Any:
-        if not isinstance(item, Tensor) or not item.is_floating_point():
-            return item
-        sign = torch.randint(0, 2, item.shape, generator=generator).to(item) * 2 - 1
-        return item * (1 + sign * torch.finfo(torch.float64).eps)
+    def nudged(tensor: Tensor) -> Tensor:
+        sign = torch.randint(0, 2, tensor.shape, generator=generator).to(tensor) * 2 - 1
+        return tensor * (1 + sign * torch.finfo(torch.float64).eps)
 
-    other = run(wide, tuple(pytree.tree_map(nudged, probes)))
-    change = max((scale_error(a, b) for a, b in zip(other, reference, strict=True)), default=0.0)
-    bound = _DEPTH * change
-    return bound if bound <= _MAX_ROUNDING else math.inf
+    other = run(wide, _floats_mapped(nudged, probes))
+    return _DEPTH * max((scale_error(a, b) for a, b in zip(other, reference, strict=True)), default=0.0)
 
 
 def image_sizes(original: GraphModule, inputs: tuple[Any, ...]) -> list[int | None]:
@@ -137,13 +146,9 @@ def multiplications(graph_module: GraphModule) -> int:
     return total
 
 
-def _cut(probes: tuple[Any, ...], size: int | None) -> tuple[Any, ...]:
-    def cut(item: Any) -> Any:
-        if size is None or not isinstance(item, Tensor) or item.ndim != 4:
-            return item
-        return item[..., :size, :size]
-
-    return tuple(pytree.tree_map(cut, probes))
+def _floats_mapped(change: Callable[[Tensor], Tensor], inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return inputs with every floating tensor changed."""
+    return tuple(pytree.tree_map_only(Tensor, lambda t: change(t) if t.is_floating_point() else t, inputs))
 
 
 def _double(graph_module: GraphModule, exact: dict[str, Tensor]) -> GraphModule:
@@ -175,20 +180,10 @@ def _double(graph_module: GraphModule, exact: dict[str, Tensor]) -> GraphModule:
 def probes_like(inputs: tuple[Any, ...], seed: int) -> tuple[Any, ...]:
     """Replace floating inputs by seeded noise in float64."""
     generator = torch.Generator().manual_seed(seed)
-
-    def probe(item: Any) -> Any:
-        if isinstance(item, Tensor) and item.is_floating_point():
-            return torch.randn(item.shape, generator=generator, dtype=torch.float64).to(item.device)
-        return item
-
-    return tuple(pytree.tree_map(probe, inputs))
-
-
-def _widened(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    def widened(item: Any) -> Any:
-        return item.double() if isinstance(item, Tensor) and item.is_floating_point() else item
-
-    return tuple(pytree.tree_map(widened, inputs))
+    return _floats_mapped(
+        lambda t: torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.device),
+        inputs,
+    )
 
 
 def comparable(output: Tensor) -> bool:
@@ -201,5 +196,5 @@ def run(module: nn.Module, inputs: tuple[Any, ...]) -> list[Tensor]:
     # Random operators that are kept (dropout in training mode on purpose) must draw the same numbers in both runs.
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        outputs = module(*pytree.tree_map(lambda item: item.clone() if isinstance(item, Tensor) else item, inputs))
+        outputs = module(*pytree.tree_map_only(Tensor, Tensor.clone, inputs))
     return [item for item in pytree.tree_leaves(outputs) if isinstance(item, Tensor)]

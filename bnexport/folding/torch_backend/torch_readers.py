@@ -17,34 +17,28 @@ from bnexport.folding.torch_backend.nodes import NodeReader, Surroundings, Torch
 aten = torch.ops.aten
 
 
-def read_conv(spatial: int, transposed: bool = False) -> NodeReader:
+def read_conv(spatial: int, transposed: bool, node: Node, graph: Surroundings) -> TorchReading | str | None:
     """Read a convolution; its weight is (out, in / groups, *kernel), transposed (in, out / groups, *kernel)."""
-
-    def read(node: Node, graph: Surroundings) -> TorchReading | str | None:
-        found = _weight_and_bias(node, graph)
-        if isinstance(found, str):
-            return found
-        (weight, bias), shape = found, shape_of(node)
-        batched = shape is not None and len(shape) == spatial + 2
-        where: int | str = 1
-        if not batched:
-            where = (
-                f"the convolution's input has no batch dimension, so its channels are not on axis 1 of {spatial + 2}"
-            )
-        geometry = _geometry(node, spatial, transposed, weight.shape)
-        layer = Layer.convolution(
-            weight,
-            bias,
-            transposed=transposed,
-            groups=int(argument(node, 6, "groups", 1)),
-            out_axis=where,
-            in_axis=where,
-            geometry=geometry,
-            zero_padded=geometry is None or any(geometry.padding) or _pads_after(node, weight.shape),
-        )
-        return TorchReading(layer, (node.args[0],), 1, 2)
-
-    return read
+    found = _weight_and_bias(node, graph)
+    if isinstance(found, str):
+        return found
+    (weight, bias), shape = found, shape_of(node)
+    batched = shape is not None and len(shape) == spatial + 2
+    where: int | str = 1
+    if not batched:
+        where = f"the convolution's input has no batch dimension, so its channels are not on axis 1 of {spatial + 2}"
+    geometry = _geometry(node, spatial, transposed, weight.shape)
+    layer = Layer.convolution(
+        weight,
+        bias,
+        transposed=transposed,
+        groups=int(argument(node, 6, "groups", 1)),
+        out_axis=where,
+        in_axis=where,
+        geometry=geometry,
+        zero_padded=geometry is None or any(geometry.padding) or _pads_after(node, weight.shape),
+    )
+    return TorchReading(layer, (node.args[0],), 1, 2)
 
 
 def _weight_and_bias(node: Node, graph: Surroundings) -> tuple[Weight, Weight | None] | str:
@@ -166,13 +160,9 @@ def read_index_select(node: Node, graph: Surroundings) -> TorchReading | None:
     return TorchReading(kinds.Reorder(int(node.args[1]) % len(shape), tuple(index.tolist())), (node.args[0],))  # type: ignore[arg-type]
 
 
-def read_pixels(inverse: bool) -> NodeReader:
+def read_pixels(inverse: bool, node: Node, _graph: Surroundings) -> TorchReading:
     """Read pixel_shuffle or pixel_unshuffle."""
-
-    def read(node: Node, _graph: Surroundings) -> TorchReading:
-        return TorchReading(kinds.PixelShuffle(int(node.args[1]), inverse), (node.args[0],))  # type: ignore[arg-type]
-
-    return read
+    return TorchReading(kinds.PixelShuffle(int(node.args[1]), inverse), (node.args[0],))  # type: ignore[arg-type]
 
 
 def read_slice(node: Node, _graph: Surroundings) -> TorchReading | None:
@@ -243,38 +233,29 @@ def read_concat(node: Node, _graph: Surroundings) -> TorchReading | None:
     return TorchReading(kinds.Concat(int(argument(node, 1, "dim", 0)) % len(shape)), tuple(parts))
 
 
-def read_pool(spatial: int) -> NodeReader:
+def read_pool(spatial: int, node: Node, _graph: Surroundings) -> TorchReading | None:
     """Read average pooling: exact unless zeros are averaged in or another divisor is used."""
-
-    def read(node: Node, _graph: Surroundings) -> TorchReading | None:
-        shape = shape_of(node)
-        if shape is None or len(shape) < spatial + 1:
-            return None
-        padding = argument(node, 3, "padding", 0)
-        padded = any(padding) if isinstance(padding, (list, tuple)) else bool(padding)
-        counted = bool(argument(node, 5, "count_include_pad", True))
-        divisor = argument(node, 6, "divisor_override")
-        exact = (not padded or not counted) and divisor is None
-        return TorchReading(kinds.Average(_last(len(shape), spatial), exact), (node.args[0],))
-
-    return read
+    shape = shape_of(node)
+    if shape is None or len(shape) < spatial + 1:
+        return None
+    padding = argument(node, 3, "padding", 0)
+    padded = any(padding) if isinstance(padding, (list, tuple)) else bool(padding)
+    counted = bool(argument(node, 5, "count_include_pad", True))
+    divisor = argument(node, 6, "divisor_override")
+    exact = (not padded or not counted) and divisor is None
+    return TorchReading(kinds.Average(_last(len(shape), spatial), exact), (node.args[0],))
 
 
-def read_window(kind: type[kinds.Average | kinds.WindowMaximum], spatial: int) -> NodeReader:
-    """Read adaptive pooling and interpolation (weights that add up to one), or max pooling (padded with minus infinity)."""
-
-    def read(node: Node, _graph: Surroundings) -> TorchReading | None:
-        shape = shape_of(node)
-        return None if shape is None else TorchReading(kind(_last(len(shape), spatial)), (node.args[0],))
-
-    return read
+def read_window(
+    kind: type[kinds.Average | kinds.WindowMaximum], spatial: int, node: Node, _graph: Surroundings
+) -> TorchReading | None:
+    """Read adaptive pooling or interpolation (weights that add up to one), or max pooling (padded with -inf)."""
+    shape = shape_of(node)
+    return None if shape is None else TorchReading(kind(_last(len(shape), spatial)), (node.args[0],))
 
 
 def _last(rank: int, spatial: int) -> tuple[int, ...]:
     return tuple(range(rank - spatial, rank))
-
-
-read_mixing, read_max_pool = partial(read_window, kinds.Average), partial(read_window, kinds.WindowMaximum)
 
 
 def read_mean(node: Node, _graph: Surroundings) -> TorchReading | None:
@@ -300,23 +281,20 @@ def read_pad(node: Node, _graph: Surroundings) -> TorchReading | None:
     )
 
 
-def read_clamp(low: Any, high: Any) -> NodeReader:
+def read_clamp(low: Any, high: Any, node: Node, _graph: Surroundings) -> TorchReading | None:
     """Read a clamp; a bound is a number, or position and name of the argument that holds it."""
 
     def bound(node: Node, given: Any, absent: float) -> Any:
         found = argument(node, *given) if isinstance(given, tuple) else given
         return absent if found is None else found
 
-    def read(node: Node, _graph: Surroundings) -> TorchReading | None:
-        shape = shape_of(node)
-        least, most = bound(node, low, -math.inf), bound(node, high, math.inf)
-        numbers = isinstance(least, int | float) and isinstance(most, int | float)
-        if shape is None or dtype_of(node) != dtype_of(node.args[0]) or not numbers:
-            return None
-        clamp = kinds.Clamp.of(float(least), float(most), len(shape))
-        return None if clamp is None else TorchReading(clamp, (node.args[0],))
-
-    return read
+    shape = shape_of(node)
+    least, most = bound(node, low, -math.inf), bound(node, high, math.inf)
+    numbers = isinstance(least, int | float) and isinstance(most, int | float)
+    if shape is None or dtype_of(node) != dtype_of(node.args[0]) or not numbers:
+        return None
+    clamp = kinds.Clamp.of(float(least), float(most), len(shape))
+    return None if clamp is None else TorchReading(clamp, (node.args[0],))
 
 
 def read_homogeneous(node: Node, graph: Surroundings) -> TorchReading | None:
@@ -326,29 +304,21 @@ def read_homogeneous(node: Node, graph: Surroundings) -> TorchReading | None:
     return TorchReading(kinds.Homogeneous(), (node.args[0],))
 
 
-def read_sum(sign: float) -> NodeReader:
+def read_sum(sign: float, node: Node, _graph: Surroundings) -> TorchReading | None:
     """Read ``a + alpha b`` or ``a - alpha b`` of two values."""
-
-    def read(node: Node, _graph: Surroundings) -> TorchReading | None:
-        left, right = node.args[:2]
-        if not _joins(node, left, right):
-            return None
-        alpha = float(node.kwargs.get("alpha", 1))  # type: ignore[arg-type]
-        return TorchReading(kinds.WeightedSum((1.0, sign * alpha)), (left, right)) if alpha else None
-
-    return read
+    left, right = node.args[:2]
+    if not _joins(node, left, right):
+        return None
+    alpha = float(node.kwargs.get("alpha", 1))  # type: ignore[arg-type]
+    return TorchReading(kinds.WeightedSum((1.0, sign * alpha)), (left, right)) if alpha else None
 
 
-def read_times(inverse: bool) -> NodeReader:
+def read_times(inverse: bool, node: Node, _graph: Surroundings) -> TorchReading | None:
     """Read the product of two values, or their quotient."""
-
-    def read(node: Node, _graph: Surroundings) -> TorchReading | None:
-        left, right = node.args[:2]
-        if not _joins(node, left, right) or "rounding_mode" in node.kwargs:
-            return None
-        return TorchReading(kinds.Multiply(inverse), (left, right))
-
-    return read
+    left, right = node.args[:2]
+    if not _joins(node, left, right) or "rounding_mode" in node.kwargs:
+        return None
+    return TorchReading(kinds.Multiply(inverse), (left, right))
 
 
 def _joins(node: Node, left: Any, right: Any) -> bool:
@@ -369,12 +339,12 @@ def _named(*names: str) -> list[Any]:
 
 #: Operator -> reader. A new operation that an affine can cross is a new row.
 TORCH_READERS: dict[Any, NodeReader] = {
-    **dict.fromkeys(_named("conv1d", "conv1d.padding"), read_conv(1)),
-    **dict.fromkeys(_named("conv2d", "conv2d.padding"), read_conv(2)),
-    **dict.fromkeys(_named("conv3d", "conv3d.padding"), read_conv(3)),
-    aten.conv_transpose1d.default: read_conv(1, True),
-    aten.conv_transpose2d.input: read_conv(2, True),
-    aten.conv_transpose3d.input: read_conv(3, True),
+    **dict.fromkeys(_named("conv1d", "conv1d.padding"), partial(read_conv, 1, False)),
+    **dict.fromkeys(_named("conv2d", "conv2d.padding"), partial(read_conv, 2, False)),
+    **dict.fromkeys(_named("conv3d", "conv3d.padding"), partial(read_conv, 3, False)),
+    aten.conv_transpose1d.default: partial(read_conv, 1, True),
+    aten.conv_transpose2d.input: partial(read_conv, 2, True),
+    aten.conv_transpose3d.input: partial(read_conv, 3, True),
     aten.linear.default: read_linear,
     **dict.fromkeys(_named("matmul", "mm", "bmm"), read_product),
     aten.addmm.default: read_addmm,
@@ -391,46 +361,52 @@ TORCH_READERS: dict[Any, NodeReader] = {
     **dict.fromkeys(_named("permute", "transpose.int", "t"), read_permute),
     **dict.fromkeys(_named("channel_shuffle", "native_channel_shuffle"), read_channel_shuffle),
     aten.index_select.default: read_index_select,
-    aten.pixel_shuffle.default: read_pixels(False),
-    aten.pixel_unshuffle.default: read_pixels(True),
+    aten.pixel_shuffle.default: partial(read_pixels, False),
+    aten.pixel_unshuffle.default: partial(read_pixels, True),
     aten.slice.Tensor: read_slice,
     operator.getitem: read_piece,
     **dict.fromkeys(_named("cat", "concat", "concatenate"), read_concat),
-    aten.avg_pool1d.default: read_pool(1),
-    aten.avg_pool2d.default: read_pool(2),
-    aten.avg_pool3d.default: read_pool(3),
-    aten.adaptive_avg_pool1d.default: read_mixing(1),
-    aten.adaptive_avg_pool2d.default: read_mixing(2),
-    aten.adaptive_avg_pool3d.default: read_mixing(3),
+    aten.avg_pool1d.default: partial(read_pool, 1),
+    aten.avg_pool2d.default: partial(read_pool, 2),
+    aten.avg_pool3d.default: partial(read_pool, 3),
     **dict.fromkeys(
-        _named("upsample_nearest1d.vec", "upsample_linear1d.vec", "_upsample_nearest_exact1d.vec"),
-        read_mixing(1),
+        _named(
+            "adaptive_avg_pool1d", "upsample_nearest1d.vec", "upsample_linear1d.vec", "_upsample_nearest_exact1d.vec"
+        ),
+        partial(read_window, kinds.Average, 1),
     ),
     **dict.fromkeys(
         _named(
-            *("upsample_nearest2d.vec", "_upsample_nearest_exact2d.vec", "upsample_bilinear2d.vec"),
+            *(
+                "adaptive_avg_pool2d",
+                "upsample_nearest2d.vec",
+                "_upsample_nearest_exact2d.vec",
+                "upsample_bilinear2d.vec",
+            ),
             *("upsample_bicubic2d.vec", "_upsample_bilinear2d_aa.vec", "_upsample_bicubic2d_aa.vec"),
         ),
-        read_mixing(2),
+        partial(read_window, kinds.Average, 2),
     ),
     **dict.fromkeys(
-        _named("upsample_nearest3d.vec", "upsample_trilinear3d.vec", "_upsample_nearest_exact3d.vec"),
-        read_mixing(3),
+        _named(
+            "adaptive_avg_pool3d", "upsample_nearest3d.vec", "upsample_trilinear3d.vec", "_upsample_nearest_exact3d.vec"
+        ),
+        partial(read_window, kinds.Average, 3),
     ),
     **dict.fromkeys(_named("mean", "mean.dim"), read_mean),
     **dict.fromkeys(_named("pad", "constant_pad_nd"), read_pad),
-    aten.max_pool1d.default: read_max_pool(1),
-    aten.max_pool2d.default: read_max_pool(2),
-    aten.max_pool3d.default: read_max_pool(3),
-    aten.relu.default: read_clamp(0.0, None),
-    aten.relu6.default: read_clamp(0.0, 6.0),
-    aten.hardtanh.default: read_clamp((1, "min_val", -1.0), (2, "max_val", 1.0)),
-    aten.clamp.default: read_clamp((1, "min"), (2, "max")),
-    aten.clamp_min.default: read_clamp((1, "min"), None),
-    aten.clamp_max.default: read_clamp(None, (1, "max")),
+    aten.max_pool1d.default: partial(read_window, kinds.WindowMaximum, 1),
+    aten.max_pool2d.default: partial(read_window, kinds.WindowMaximum, 2),
+    aten.max_pool3d.default: partial(read_window, kinds.WindowMaximum, 3),
+    aten.relu.default: partial(read_clamp, 0.0, None),
+    aten.relu6.default: partial(read_clamp, 0.0, 6.0),
+    aten.hardtanh.default: partial(read_clamp, (1, "min_val", -1.0), (2, "max_val", 1.0)),
+    aten.clamp.default: partial(read_clamp, (1, "min"), (2, "max")),
+    aten.clamp_min.default: partial(read_clamp, (1, "min"), None),
+    aten.clamp_max.default: partial(read_clamp, None, (1, "max")),
     **dict.fromkeys(_named("leaky_relu", "prelu"), read_homogeneous),
-    aten.add.Tensor: read_sum(1.0),
-    aten.sub.Tensor: read_sum(-1.0),
-    aten.mul.Tensor: read_times(False),
-    aten.div.Tensor: read_times(True),
+    aten.add.Tensor: partial(read_sum, 1.0),
+    aten.sub.Tensor: partial(read_sum, -1.0),
+    aten.mul.Tensor: partial(read_times, False),
+    aten.div.Tensor: partial(read_times, True),
 }

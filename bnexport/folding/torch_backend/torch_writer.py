@@ -54,14 +54,14 @@ class TorchWriter:
 
     Attributes:
         exact: The written tensors in float64 before their one cast, by attribute.
-        beside: Number of elements of the affines that stay, which are not copies.
+        standalone: Number of elements of the affines that stay, which are not copies.
     """
 
     def __init__(self, graph: TorchGraph) -> None:
         self.graph = graph
         self.module = graph.module
         self.exact: dict[str, Tensor] = {}
-        self.beside = 0
+        self.standalone = 0
         self._written: dict[Weight, str] = {}
         self._kept = self._names_still_read()
         self._obsolete: list[Node] = []
@@ -182,7 +182,7 @@ class TorchWriter:
     def _constant(self, op: Op, name: str, value: Tensor, dtype: torch.dtype) -> Node:
         """Add an attribute next to an operation, and return a node that reads it, at the graph's insertion point."""
         target = self._free_name(op, name)
-        self.beside += 0 if isinstance(op.kind, Layer) else value.numel()
+        self.standalone += 0 if isinstance(op.kind, Layer) else value.numel()
         self._set(target, value, dtype)
         node = self.module.graph.get_attr(target)
         node.meta["val"] = attribute(self.module, target)

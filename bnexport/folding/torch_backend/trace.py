@@ -192,10 +192,7 @@ def two_samples(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     tensors = [item for item in pytree.tree_leaves(inputs) if isinstance(item, Tensor) and item.ndim]
     if not tensors or any(item.shape[0] != 1 for item in tensors):
         return inputs
-    twice = pytree.tree_map(
-        lambda item: torch.cat([item, item]) if isinstance(item, Tensor) and item.ndim else item, inputs
-    )
-    return tuple(twice)
+    return tuple(pytree.tree_map_only(Tensor, lambda item: torch.cat([item, item]) if item.ndim else item, inputs))
 
 
 def size_shapes(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Any]:

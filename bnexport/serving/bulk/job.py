@@ -101,7 +101,7 @@ def folder_of(job: BulkJob) -> Iterator[None]:
     if out.exists() and not out.is_dir():
         raise _no_folder(out)
     with held(out):
-        open_folder(job)
+        _begin(job, out)
         yield
 
 
@@ -111,9 +111,8 @@ def _no_folder(out: Path) -> OutputError:
     )
 
 
-def open_folder(job: BulkJob) -> None:
-    """Begin a job in its folder, or resume it."""
-    out = Path(job.out)
+def _begin(job: BulkJob, out: Path) -> None:
+    """Begin a job in its locked folder, or resume it."""
     before = _description(out)
     if before == job.description:
         _remove(out.glob(".part-*.part"))  # unfinished files of a killed process

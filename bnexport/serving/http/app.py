@@ -9,8 +9,17 @@ from typing import Any
 
 from bnexport.errors import BnexportError, NotServing
 from bnexport.optional import one_line
-from bnexport.serving.http.exchange import Disconnected, Exchange, Receive, check_host, check_once
-from bnexport.serving.http.reply import Reply, error_reply, packed, reply_headers
+from bnexport.serving.http.exchange import (
+    Disconnected,
+    Exchange,
+    Receive,
+    Reply,
+    check_host,
+    check_once,
+    error_reply,
+    packed,
+    reply_headers,
+)
 from bnexport.serving.http.routes import find_route
 from bnexport.serving.state import ServerState
 

@@ -14,8 +14,7 @@ import numpy as np
 from bnexport.data.images import read_picture
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import RequestError
-from bnexport.serving.http.exchange import Exchange, read_body
-from bnexport.serving.http.reply import Reply, json_reply
+from bnexport.serving.http.exchange import Exchange, Reply, json_reply, read_body
 from bnexport.serving.predictor import labelled
 from bnexport.serving.state import ServerState
 from bnexport.tensors import Array
@@ -93,7 +92,7 @@ async def classify(state: ServerState, exchange: Exchange, name: str, version: s
     if preprocessing is None:
         raise RequestError(
             f"model {name!r} has no preprocessing for pictures, or is not an image classifier",
-            remedy="Send tensors to its infer route, or export it with --mean and --std",
+            remedy="Send tensors to its infer route, or export it by bnexport fold-and-export with --mean and --std",
         )
     body = await read_body(state, exchange)
     try:

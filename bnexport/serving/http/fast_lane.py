@@ -13,8 +13,7 @@ from typing import Any, NamedTuple, Protocol
 
 from bnexport.errors import BnexportError, RequestError
 from bnexport.serving.http.app import App
-from bnexport.serving.http.exchange import Exchange
-from bnexport.serving.http.reply import STATUS_LINES, Reply, reply_headers
+from bnexport.serving.http.exchange import STATUS_LINES, Exchange, Reply, reply_headers
 from bnexport.serving.http.routes import FoundRoute, find_route, infer, infer_reply, infer_request, infer_target
 from bnexport.serving.serving_limits import BoundedCache
 from bnexport.tensors import Array

@@ -13,8 +13,7 @@ from typing import Any
 from bnexport.bundle import REPORT, Bundle
 from bnexport.errors import BnexportError, NotServing, RequestError
 from bnexport.optional import one_line
-from bnexport.serving.http.exchange import Exchange
-from bnexport.serving.http.reply import Reply, json_reply
+from bnexport.serving.http.exchange import Exchange, Reply, json_reply
 from bnexport.serving.repository import Version
 from bnexport.serving.state import ServerState
 from bnexport.tensors import TensorSpec
@@ -65,11 +64,8 @@ async def models(state: ServerState, _exchange: Exchange) -> Reply:
 
 
 def _described(state: ServerState, name: str, version: str, entry: Version) -> dict[str, Any]:
-    value: dict[str, Any] = {
-        "name": name,
-        "version": version,
-        "state": entry.state,
-        "reason": entry.reason,
+    value: dict[str, Any] = {"name": name, "version": version, "state": entry.state, "reason": entry.reason}
+    value |= {
         "newest": False,
         "inputs": [],
         "outputs": [],

@@ -13,10 +13,9 @@ from bnexport import __version__
 from bnexport.errors import RequestError
 from bnexport.serving import metadata
 from bnexport.serving.http.classify import classify
-from bnexport.serving.http.exchange import Exchange, header_length, read_body
+from bnexport.serving.http.exchange import BINARY, JSON, TEXT, Exchange, Reply, header_length, json_reply, read_body
 from bnexport.serving.http.page import models, page, report
 from bnexport.serving.http.prometheus import render
-from bnexport.serving.http.reply import BINARY, JSON, TEXT, Reply, json_reply
 from bnexport.serving.protocol.decoding import load_json
 from bnexport.serving.protocol.encoding import encode_response
 from bnexport.serving.protocol.messages import InferRequest, InferResponse

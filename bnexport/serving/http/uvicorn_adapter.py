@@ -29,7 +29,7 @@ import uvicorn
 
 from bnexport.errors import BnexportError, UsageError
 from bnexport.optional import one_line
-from bnexport.serving.http.reply import STATUS_LINES
+from bnexport.serving.http.exchange import STATUS_LINES
 from bnexport.serving.listener import backlog, deafen
 from bnexport.serving.serving_limits import ServingLimits
 from bnexport.serving.state import ServerState

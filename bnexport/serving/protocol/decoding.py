@@ -211,8 +211,11 @@ class Decoder:
     def _request(
         self, plan: _RequestPlan, arrays: dict[str, Array], request_id: str, timeout: float | None
     ) -> InferRequest:
-        if len(arrays) > 1:
-            _check_together(self.signature, arrays)
+        if len(arrays) > 1:  # named dimensions must have one size in all inputs
+            try:
+                check_feeds(self.signature, arrays)
+            except FeedError as error:
+                raise RequestError(error.message, remedy=error.remedy) from error
         return InferRequest(arrays, plan.request.rows, plan.request.outputs, request_id, timeout)
 
     def _remember(self, key: bytes, description: object) -> _RequestPlan:
@@ -377,14 +380,6 @@ def _from_bytes(body: bytes, start: int, item: _Input) -> Array:
         return checked_flags(array, item.spec.name)
     check_finite(array, item.spec.name)
     return array
-
-
-def _check_together(signature: Signature, arrays: Mapping[str, Array]) -> None:
-    """Refuse named dimensions with different sizes in different inputs."""
-    try:
-        check_feeds(signature, arrays)
-    except FeedError as error:
-        raise RequestError(error.message, remedy=error.remedy) from error
 
 
 def _object(value: Mapping[str, Any], key: str) -> Mapping[str, Any]:

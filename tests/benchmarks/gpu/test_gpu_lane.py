@@ -20,9 +20,9 @@ from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import lane as gpu_lane
 from benchmarks.gpu import refusals
 from benchmarks.gpu import sweeps as tables
-from benchmarks.gpu.lane import Job, require, run_lane
+from benchmarks.gpu.lane import LaneInput, require, run_lane
 from benchmarks.gpu.page import NOT_MEASURED, page, write_document
-from benchmarks.gpu.refusals import REFUSALS, Refusal, Refused, refuse, refused_rightly
+from benchmarks.gpu.refusals import REFUSALS, HiddenLibrary, Refused, refuse, refused_rightly
 from benchmarks.gpu.results import GpuSpeed, Lane, merge, read_results, write_results
 from benchmarks.gpu.sweeps import Sweep, cpu_sweeps, emulated_spec, gpu_sweeps
 from benchmarks.gpu.training import gpu_speeds
@@ -70,7 +70,7 @@ def gpu(
 
 def lane(bundle: Bundle, spec: RunnerSpec, scope: Scope | None = None) -> Lane:
     scope = scope or Scope(BOTH, drift=False)
-    return run_lane(Job(bundle, max_samples=80), [Sweep(spec, scope)], training=False, refusals=(), jobs=0)
+    return run_lane(LaneInput(bundle, max_samples=80), [Sweep(spec, scope)], training=False, refusals=(), jobs=0)
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +158,7 @@ def test_an_engine_that_fails_midway_fails_the_lane(bundle: Bundle) -> None:
     assert found.broken == {"onnxruntime-cuda": "onnxruntime-cuda can't run here: no y"}
     assert "- onnxruntime-cuda: onnxruntime-cuda can't run here: no y" in page(found)
     sweeps = [Sweep(spec, Scope(("float32",), drift=False)) for spec in (emulated_spec(), replace(gpu(), opener=never))]
-    found = run_lane(Job(bundle, max_samples=20), sweeps, training=False, refusals=(), jobs=0)
+    found = run_lane(LaneInput(bundle, max_samples=20), sweeps, training=False, refusals=(), jobs=0)
     assert [run.passed for run in found.runs] == [True]
     assert not found.passed
 
@@ -261,14 +261,14 @@ def test_an_emulation_never_replaces_a_measurement(good: Lane, tmp_path: Path) -
     ],
 )
 def test_what_counts_as_a_refusal(code: int, said: str, passed: bool) -> None:
-    refusal = Refusal("no cuRAND", "onnxruntime-cuda", ("libcurand.so.10",))
+    refusal = HiddenLibrary("no cuRAND", "onnxruntime-cuda", ("libcurand.so.10",))
     assert refused_rightly(refusal, code, said) is passed
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux's loader can be made to miss a library")
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("refusal", REFUSALS, ids=lambda row: f"{row.name}, {row.runtime}")
-def test_a_hidden_library_is_named_with_exit_code_3(bundle: Bundle, refusal: Refusal) -> None:
+def test_a_hidden_library_is_named_with_exit_code_3(bundle: Bundle, refusal: HiddenLibrary) -> None:
     """On any machine: what is hidden is missing, whatever else is."""
     found = refuse(refusal, bundle.path)
     assert found.passed, found
@@ -278,14 +278,14 @@ def test_a_hidden_library_is_named_with_exit_code_3(bundle: Bundle, refusal: Ref
 
 @pytest.mark.slow
 def test_a_runtime_that_answers_all_the_same_is_no_refusal(bundle: Bundle) -> None:
-    found = refuse(Refusal("nothing", "onnxruntime-cpu", environment={"CUDA_VISIBLE_DEVICES": ""}), bundle.path)
+    found = refuse(HiddenLibrary("nothing", "onnxruntime-cpu", environment={"CUDA_VISIBLE_DEVICES": ""}), bundle.path)
     assert found.code == 0
     assert not found.passed
 
 
 def test_refusals_are_part_of_the_verdict(good: Lane) -> None:
     refused = Refused(
-        Refusal("no driver", "onnxruntime-cuda", ("libcuda.so.1",)), passed=False, code=0, said="PASS a|b"
+        HiddenLibrary("no driver", "onnxruntime-cuda", ("libcuda.so.1",)), passed=False, code=0, said="PASS a|b"
     )
     found = replace(good, refused=(refused,))
     assert not found.passed
@@ -398,8 +398,8 @@ def test_no_sweep_starts_after_the_budget(bundle: Bundle) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpu_lane.time, "monotonic", lambda: now[0])
         found = run_lane(
-            Job(bundle, max_samples=20), sweeps, training=False, refusals=(), seconds=50, jobs=0,
-            tell=begun.append, keep=kept.append,
+            LaneInput(bundle, max_samples=20), sweeps, training=False, refusals=(), seconds=50, jobs=0,
+            on_line=begun.append, keep=kept.append,
         )  # fmt: skip
     assert begun == ["onnxruntime-cuda, a"]
     assert list(found.sweeps) == ["onnxruntime-cuda, a"]
@@ -429,7 +429,7 @@ def test_a_crash_of_one_sweep_keeps_the_others(
 
     monkeypatch.setattr(gpu_lane.subprocess, "Popen", child)
     sweeps = [Sweep(emulated_spec(), Scope(), name) for name in code]
-    found = run_lane(Job(bundle, max_samples=20), sweeps, training=False, refusals=(), jobs=2)
+    found = run_lane(LaneInput(bundle, max_samples=20), sweeps, training=False, refusals=(), jobs=2)
     assert list(found.sweeps) == ["emulated-cpu, good"]
     assert found.sweeps["emulated-cpu, good"].passed
     assert dict(found.failed) == {
@@ -445,19 +445,19 @@ def test_the_order_is_that_of_the_table(bundle: Bundle, good: Lane, monkeypatch:
     """Not that in which the parts end."""
     result = next(iter(good.sweeps.values()))
 
-    def in_child(job: Job, part: str, *_rest: object) -> Lane:
+    def in_child(job: LaneInput, part: str, *_rest: object) -> Lane:
         time.sleep({"a": 0.4, "b": 0.2, "c": 0.0}[part[-1]])
         return replace(job.empty(), sweeps={part: result})
 
-    def refuse(refusal: Refusal, _bundle: Path) -> Refused:
+    def refuse(refusal: HiddenLibrary, _bundle: Path) -> Refused:
         time.sleep(0.2 if refusal.name == "first" else 0.0)
         return Refused(refusal, passed=True, code=3, said="no")
 
     monkeypatch.setattr(gpu_lane, "_in_child", in_child)
     monkeypatch.setattr(gpu_lane, "refuse", refuse)
     sweeps = [Sweep(emulated_spec(), Scope(), name) for name in "abc"]
-    hidden = [Refusal(name, "torch-cuda") for name in ("first", "second")]
-    found = run_lane(Job(bundle), sweeps, training=False, refusals=hidden, jobs=3)
+    hidden = [HiddenLibrary(name, "torch-cuda") for name in ("first", "second")]
+    found = run_lane(LaneInput(bundle), sweeps, training=False, refusals=hidden, jobs=3)
     assert list(found.sweeps) == [f"emulated-cpu, {name}" for name in "abc"]
     if sys.platform.startswith("linux"):
         assert [item.refusal.name for item in found.refused] == ["first", "second"]
@@ -483,7 +483,7 @@ def test_an_interrupt_ends_the_processes_of_the_parts(bundle: Bundle, monkeypatc
     monkeypatch.setattr(gpu_lane.subprocess, "Popen", child)
     sweeps = [Sweep(emulated_spec(), Scope(), name) for name in ("endless", "quick")]
     with pytest.raises(KeyboardInterrupt):
-        run_lane(Job(bundle), sweeps, training=False, refusals=(), jobs=2, keep=keep)
+        run_lane(LaneInput(bundle), sweeps, training=False, refusals=(), jobs=2, keep=keep)
     assert min(process.wait(60) for process in children) < 0
 
 
@@ -492,7 +492,7 @@ def test_a_part_that_does_not_end_is_stopped(bundle: Bundle, monkeypatch: pytest
     endless = [sys.executable, "-c", "print('half', flush=True); import time; time.sleep(600)"]
     monkeypatch.setattr(gpu_lane.subprocess, "Popen", lambda _arguments, **options: popen(endless, **options))
     monkeypatch.setattr(gpu_lane, "PART_SECONDS", 3.0)
-    found = run_lane(Job(bundle), [Sweep(emulated_spec(), Scope())], training=False, refusals=(), jobs=1)
+    found = run_lane(LaneInput(bundle), [Sweep(emulated_spec(), Scope())], training=False, refusals=(), jobs=1)
     assert found.failed["emulated-cpu"].startswith("its process was stopped after 3 s")
     assert found.verdict == "FAIL"
 
@@ -500,7 +500,7 @@ def test_a_part_that_does_not_end_is_stopped(bundle: Bundle, monkeypatch: pytest
 @pytest.mark.slow
 def test_a_sweep_runs_in_a_separate_process(bundle: Bundle) -> None:
     sweep = cpu_sweeps()[0]
-    found = run_lane(Job(bundle, max_samples=20, real=False), [sweep], training=False, refusals=(), jobs=1)
+    found = run_lane(LaneInput(bundle, max_samples=20, real=False), [sweep], training=False, refusals=(), jobs=1)
     assert found.verdict == "PASS", found.broken
     assert list(found.sweeps) == ["onnxruntime-cpu"]
     assert [run.runtime for run in found.runs] == ["onnxruntime-cpu"]
@@ -511,7 +511,9 @@ def test_an_absent_runtime_is_neither_a_failure_nor_unreached(bundle: Bundle, go
     row = replace(gpu(), prober=lambda _device: "no GPU")
     begun: list[str] = []
     sweeps = [Sweep(row, Scope(("float32",)), label) for label in ("", "wide")]
-    found = run_lane(Job(bundle, max_samples=20), sweeps, training=False, refusals=(), jobs=0, tell=begun.append)
+    found = run_lane(
+        LaneInput(bundle, max_samples=20), sweeps, training=False, refusals=(), jobs=0, on_line=begun.append
+    )
     assert dict(found.absent) == {"onnxruntime-cuda": "no GPU"}
     assert found.unreached == ()
     assert begun == ["onnxruntime-cuda"], "the second sweep of an absent runtime was tried"
@@ -536,7 +538,7 @@ def test_results_of_different_origin_are_not_merged(good: Lane) -> None:
 
 def test_results_are_read_as_they_were_written(good: Lane, tmp_path: Path) -> None:
     refused = Refused(
-        Refusal("no GPU", "torch-cuda", ("a.so",), environment={"A": "b"}), passed=True, code=3, said="no"
+        HiddenLibrary("no GPU", "torch-cuda", ("a.so",), environment={"A": "b"}), passed=True, code=3, said="no"
     )
     speed = GpuSpeed("torch", True, 256, 60_000, Spread(1.0, 2.0, 3.0, 10), 4.0)
     found = replace(good, refused=(refused,), training=(speed,), unreached=("torch-cuda",), failed={"training": "no"})

@@ -143,7 +143,7 @@ def test_no_answer_is_not_wrong(with_tools: Any) -> None:
     assert [row.verdict for row in report.rows] == ["right", "failed", "not run"]
     assert report.rows[1].reason.startswith("ValueError: first line second")
     assert report.rows[2].reason == "no such engine"
-    assert report.summary() == "no tool gave an answer"
+    assert report.summary() == "no tool could be compared"
     assert not report.wrong
 
 
@@ -256,9 +256,9 @@ class Overflows(nn.Module):
 @pytest.mark.parametrize(
     ("network", "told"),
     [
-        (Dice(), "another answer each time"),
+        (Dice(), "change from call to call"),
         (Infinite(), "not finite"),
-        (Overflows(), "does not give its float64 answers"),
+        (Overflows(), "does not match float64"),
         (nn.Linear(3, 2), "can't run on a batch of 2"),
     ],
 )
@@ -269,7 +269,7 @@ def test_networks_that_can_not_be_judged(network: nn.Module, told: str) -> None:
 
 def test_what_is_refused_at_once() -> None:
     network = trained(pair())
-    with pytest.raises(UsageError, match="there is no tool 'torch'"):
+    with pytest.raises(UsageError, match="the tool 'torch' is unknown"):
         audit(network, IMAGE, tools=("torch",))
     network[0].weight.data[0] = math.nan
     with pytest.raises(RefusedModel, match="NaN"):

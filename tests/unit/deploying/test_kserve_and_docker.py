@@ -50,7 +50,7 @@ def test_a_gpu_is_asked_for() -> None:
 
 
 def test_a_foreign_model_on_kserve(foreign: Bundle, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"takes no name like 'Foreign\.v2'") as caught:
+    with pytest.raises(UsageError, match=r"refuses the name 'Foreign\.v2'") as caught:
         deploy_kserve(foreign, tmp_path / "out", DeployRequest(), SCALING)
     assert caught.value.remedy == "Pass --name foreign-v2"
     deploy_kserve(foreign, tmp_path / "out", DeployRequest(name="foreign-v2"), SCALING)
@@ -60,16 +60,16 @@ def test_a_foreign_model_on_kserve(foreign: Bundle, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ({"storage_uri": "bucket/models"}, "not a URI"),
-        ({"storage_uri": "ftp://host/models"}, "not a URI"),
-        ({"storage_uri": "s3://a b"}, "not a URI"),
-        ({"min_replicas": 5, "max_replicas": 2}, "no range"),
-        ({"min_replicas": -1}, "no range"),
-        ({"max_replicas": 2**31}, "no range"),
-        ({"min_replicas": 0, "max_replicas": 0}, "no range"),
-        ({"min_replicas": 0, "metric": "cpu"}, "can't go down to 0"),
-        ({"metric": "cpu", "target": 101}, "not 1 to 100"),
-        ({"target": 0}, "not 1 to"),
+        ({"storage_uri": "bucket/models"}, "can't load from the storage URI"),
+        ({"storage_uri": "ftp://host/models"}, "can't load from the storage URI"),
+        ({"storage_uri": "s3://a b"}, "can't load from the storage URI"),
+        ({"min_replicas": 5, "max_replicas": 2}, "not a valid range"),
+        ({"min_replicas": -1}, "not a valid range"),
+        ({"max_replicas": 2**31}, "not a valid range"),
+        ({"min_replicas": 0, "max_replicas": 0}, "not a valid range"),
+        ({"min_replicas": 0, "metric": "cpu"}, "can't have 0 replicas"),
+        ({"metric": "cpu", "target": 101}, "the target of cpu is 101"),
+        ({"target": 0}, "is 0"),
         ({"metric": "latency"}, "latency"),
     ],
 )
@@ -209,11 +209,11 @@ def test_docker_refusals(bundle: Bundle, foreign: Bundle, tmp_path: Path) -> Non
     (tmp_path / "out").mkdir()
     with pytest.raises(OutputError, match="exists already"):
         deploy_docker(bundle, tmp_path / "out")
-    with pytest.raises(UsageError, match="docker takes no name like"):
+    with pytest.raises(UsageError, match="docker refuses the name"):
         deploy_docker(foreign, tmp_path / "new")
     (tmp_path / "other-1.0-py3-none-any.whl").write_bytes(b"")
     for wheel in ("other-1.0-py3-none-any.whl", "bnexport-0.1.0-py3-none-any.whl"):
-        with pytest.raises(UsageError, match="no wheel of bnexport"):
+        with pytest.raises(UsageError, match="not a wheel of bnexport"):
             deploy_docker(bundle, tmp_path / "new", wheel=tmp_path / wheel)
     assert not (tmp_path / "new").exists()
 

@@ -72,7 +72,7 @@ def test_without_data_there_is_no_warning(tmp_path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     subject = TrainedNetwork(lenet(), "fashion-mnist", Preprocessing().to_json())
     assert stale_warning(subject) == ""
-    with pytest.raises(BnexportError, match="is not here"):
+    with pytest.raises(BnexportError, match="is missing"):
         sampled_staleness(subject)
 
 

@@ -96,7 +96,7 @@ def refusal(network: nn.Module, specs: tuple[InputSpec, ...] = IMAGE, kind: type
     return caught.value.message
 
 
-def test_what_pins_a_size_is_said() -> None:
+def test_the_pinned_size_is_named() -> None:
     both = refusal(model(lambda m, y: m.fc(y.flatten(1)), fc=nn.Linear(4 * 30 * 30, 5)))
     assert "the height of the input of Graph is pinned to 32" in both
     assert "at test_dynamic_size.py:" in both

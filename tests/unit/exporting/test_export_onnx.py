@@ -1,4 +1,4 @@
-"""What is written is what was asked: operator set, format, names, batch, weights, and no trace of the machine."""
+"""The written file is as requested: operator set, format, names, batch, weights, and no trace of the machine."""
 
 from __future__ import annotations
 
@@ -206,7 +206,7 @@ def test_the_exporter_folds_nothing_behind_our_back(tmp_path: Path) -> None:
         assert operators.count("BatchNormalization") == 1
 
 
-def test_what_the_exporter_drops_without_a_word_is_refused(tmp_path: Path) -> None:
+def test_parts_that_the_exporter_drops_silently_are_refused(tmp_path: Path) -> None:
     """torch.onnx writes an average pooling without its divisor, which gives other numbers."""
     inputs = (torch.randn(2, 3, 8, 8),)
     graph = trace(nn.Sequential(nn.Conv2d(3, 6, 3), nn.AvgPool2d(2, divisor_override=3)).eval(), inputs)

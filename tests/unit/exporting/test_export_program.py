@@ -29,7 +29,7 @@ from bnexport.validation import validate_archive
 
 #: torch 2.11's, of its own buffers.
 pytestmark = pytest.mark.filterwarnings("ignore:The given buffer is not writable")
-#: torch.export can't trace it at all: its batch is no batch.
+#: torch.export can't trace it at all: its first dimension is not a batch.
 BATCHED = tuple(case for case in CASES if case.name != "unbatched-conv1d")
 #: Drawn anew in every call.
 RANDOM = ("monte-carlo-dropout",)
@@ -83,7 +83,7 @@ def test_nested_outputs_are_flat_and_in_order(tmp_path: Path) -> None:
     assert torch.equal(found[1], found[0] + 1)
 
 
-def test_sizes_vary_where_the_signature_says_so_and_not_elsewhere(tmp_path: Path) -> None:
+def test_only_the_sizes_named_in_the_signature_vary(tmp_path: Path) -> None:
     model, inputs = CONV.model(), (torch.randn(2, 3, 16, 16),)
     folded = bnexport.fold(model, inputs, dynamic_shapes=size_shapes(model, inputs)).model
     signature = signature_of(folded, inputs, input_names=("x",), dynamic_size=True)
@@ -139,7 +139,7 @@ def test_the_bytes_are_the_same_in_every_process(tmp_path: Path) -> None:
     assert (tmp_path / "here.pt2").read_bytes() == (tmp_path / "there.pt2").read_bytes()
 
 
-def test_nothing_in_it_is_unpickled_and_nothing_tells_of_the_machine(tmp_path: Path) -> None:
+def test_nothing_is_unpickled_and_nothing_names_the_machine(tmp_path: Path) -> None:
     write(CONV, file := tmp_path / "model.pt2")
     with zipfile.ZipFile(file) as archive:
         names = {name.partition("/")[2]: name for name in archive.namelist()}
@@ -152,7 +152,7 @@ def test_nothing_in_it_is_unpickled_and_nothing_tells_of_the_machine(tmp_path: P
     assert not any(entry["use_pickle"] for entry in config["config"].values())
 
 
-def test_what_can_t_be_written_names_the_formats_that_remain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refusal_names_the_other_formats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object) -> None:
         raise RuntimeError("no operator\nfor this")
 

@@ -32,7 +32,7 @@ def test_the_tables_agree() -> None:
     assert tuple(PRECISIONS) == STORED_PRECISIONS
 
 
-def test_float32_is_what_it_was(folded: torch.fx.GraphModule) -> None:
+def test_float32_is_unchanged(folded: torch.fx.GraphModule) -> None:
     assert in_precision(folded, (X,), "float32") is folded
 
 
@@ -85,7 +85,7 @@ class Several(nn.Module):
         return {"scores": scores.float(), "best": scores.argmax(1)}
 
 
-def test_integers_stay_and_what_names_float32_inside_follows() -> None:
+def test_integers_stay_and_float32_arguments_follow() -> None:
     torch.manual_seed(0)
     model = Several().eval()
     x, index = torch.randn(2, 4), torch.tensor([1, 3])

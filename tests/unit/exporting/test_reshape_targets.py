@@ -220,7 +220,7 @@ LEFT: dict[str, Build] = {
 
 
 @pytest.mark.parametrize("name", LEFT)
-def test_what_is_not_proved_is_left_byte_for_byte(name: str) -> None:
+def test_an_unproved_target_is_kept_byte_for_byte(name: str) -> None:
     before, after = pair(LEFT[name])
     assert after == before
 
@@ -284,7 +284,7 @@ def test_a_target_that_is_an_attribute_is_left() -> None:
 
 
 class Views(nn.Module):
-    """What users write: a view by the batch, a flatten, a channel shuffle."""
+    """Common spellings: a view by the batch, a flatten, a channel shuffle."""
 
     def __init__(self) -> None:
         super().__init__()

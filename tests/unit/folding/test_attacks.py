@@ -77,7 +77,7 @@ def through_broadcast(m: Graph, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("forward", [add_later, through_einsum, through_broadcast])
-def test_a_read_is_not_moved_past_a_change_of_what_it_reads(forward: Callable[..., Tensor]) -> None:
+def test_a_read_is_not_moved_past_a_change_of_its_memory(forward: Callable[..., Tensor]) -> None:
     report = check(model_of(forward, conv=conv(), bn=bn(), out=conv(6, 6, 1)), images())
     assert report.folded == 0
     assert report.rows[0].reason
@@ -213,7 +213,7 @@ def test_a_new_bias_counts_where_nothing_is_freed_for_it() -> None:
     assert 1.0 < loose.growth <= growth
 
 
-def test_the_advice_to_allow_growth_unlocks() -> None:
+def test_a_fold_succeeds_with_the_hinted_growth() -> None:
     def forward(m: Graph, x: Tensor) -> Tensor:
         return m.p(m.conv(x)) + m.q(m.conv(x.tanh())).tanh() + m.r(m.conv(x.sin())).tanh()
 
@@ -382,7 +382,7 @@ def test_a_scale_that_would_vanish_is_not_divided_by() -> None:
     check(model, images())
 
 
-def test_the_whole_that_can_not_be_compared_is_told() -> None:
+def test_a_network_that_can_not_be_compared_gets_a_warning() -> None:
     def forward(m: Graph, x: Tensor) -> Tensor:
         return m.bn(m.conv(x)) + functional.linear(x.float().mean((2, 3)), torch.ones(3, 3)).mean()
 
@@ -391,7 +391,7 @@ def test_the_whole_that_can_not_be_compared_is_told() -> None:
 
 
 @pytest.mark.slow
-def test_two_thousand_norms_in_a_row_are_accounted() -> None:
+def test_two_thousand_norms_in_a_row_have_rows() -> None:
     torch.manual_seed(0)
     model = positive(randomise(nn.Sequential(*(nn.BatchNorm2d(2) for _ in range(1500)), nn.GELU()))).eval()
     for layer in model[:-1]:
@@ -402,14 +402,14 @@ def test_two_thousand_norms_in_a_row_are_accounted() -> None:
     assert {row.into for row in report.rows[:-1]} == {"1499"}
 
 
-def test_what_is_stored_is_what_was_proved(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_stored_tensor_is_the_proved_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_writer, "flushed", lambda value, dtype: value.to(dtype) * 1.01)
     with pytest.raises(ProofError, match="rounded once"):
         bnexport.fold(model_of(lambda m, x: m.bn(m.conv(x)), conv=conv(), bn=bn()), images())
 
 
 @pytest.mark.parametrize("late", ["merge", "second"])
-def test_a_late_failure_leaves_what_was_right(monkeypatch: pytest.MonkeyPatch, late: str) -> None:
+def test_a_late_failure_keeps_the_earlier_folds(monkeypatch: pytest.MonkeyPatch, late: str) -> None:
     """A merge of branches, or of a norm that took in another one, fails its proof after folds were made."""
     if late == "merge":
         monkeypatch.setattr(branches, "_factor", lambda *_: 1.0)
@@ -454,7 +454,7 @@ def test_a_batch_norm_of_a_constant_has_a_row() -> None:
     assert "constant" in report.rows[0].reason
 
 
-def test_what_changes_nothing_says_so() -> None:
+def test_an_identity_norm_has_its_own_rule() -> None:
     model = nn.Sequential(nn.Tanh(), nn.BatchNorm2d(3, eps=2.0**-20), nn.GELU()).eval()
     model[1].running_var.fill_(1 - 2.0**-20)
     (row,) = bnexport.fold(model, images()).report.rows

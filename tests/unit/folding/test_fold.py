@@ -54,7 +54,7 @@ def test_outcome_and_reason_of_every_batch_norm(case: Case) -> None:
     assert report.warnings == ()
     left = [row for row in report.rows if not row.gone]
     if left:
-        assert case.because, "a case with a BatchNorm that stays must say why"
+        assert case.because, "a case with a BatchNorm that stays must state the reason"
         assert case.because in left[0].reason
 
 
@@ -189,7 +189,7 @@ def test_subnormal_results_are_flushed() -> None:
 
 
 def test_a_wrong_fold_is_rolled_back_alone_and_loudly(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A fault in one absorber: its sites stay as they were, the others are folded, and the report says so."""
+    """A fault in one absorber: its sites stay as they were, the others are folded, and the report states it."""
     right = layers.ABSORBERS["transposed"]
 
     def swapped(weight: Tensor, scale: Tensor, groups: int) -> Tensor:
@@ -211,7 +211,7 @@ def test_a_wrong_fold_is_rolled_back_alone_and_loudly(monkeypatch: pytest.Monkey
 
 
 def test_a_wrong_fold_that_no_site_shows_is_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is written differs from what was planned: only the proof of the whole can see that."""
+    """The written tensors differ from the plan: only the proof of the whole network detects it."""
     flushed = torch_writer.TorchWriter._set
 
     def damaged(self: torch_writer.TorchWriter, target: str, value: Tensor, dtype: torch.dtype) -> None:
@@ -242,7 +242,7 @@ def test_a_reading_that_misses_a_consumer_is_caught(monkeypatch: pytest.MonkeyPa
     ],
     ids=["then-arithmetic", "between-arithmetic", "written-out", "two-kinds"],
 )
-def test_what_stays_is_one_operation(build: Callable[[], nn.Module]) -> None:
+def test_an_affine_that_stays_is_one_operation(build: Callable[[], nn.Module]) -> None:
     model = randomise(build()).eval()
     x = torch.randn(2, 3, 8, 8)
     result = bnexport.fold(model, x)

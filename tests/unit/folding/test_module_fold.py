@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 import bnexport
 from bnexport.errors import ModelError, ProofError, UntracedError
-from bnexport.folding import module_fold
+from bnexport.folding.torch_backend import modules
 from bnexport.nn.folded import MARKER, ScaleShift
 
 IMAGE = torch.zeros(2, 3, 8, 8)
@@ -34,7 +34,7 @@ OTHERWISE: dict[str, tuple[str, str]] = {
     **dict.fromkeys(("weight-norm", "weight-norm-by-hook", "spectral-norm", "pruned"), ("affine", "computed in forward")),
     **dict.fromkeys(("relu-between-clamped", "before-relu-clamped", "before-relu6-clamped"), ("affine", "bound per channel")),
     "hook-on-bn": ("kept", "a hook reads its value"),
-    "before-zero-padding-map": ("affine", "zeros around its input"),
+    "before-zero-padding-map": ("affine", "pads its input with zeros"),
     **dict.fromkeys(
         ("rep-vgg", "rep-vgg-depthwise", "rep-vgg-dilated", "rep-vgg-even-kernel"), ("affine", "other operand is not scaled")
     ),
@@ -90,7 +90,7 @@ def folded(case: Case) -> tuple[nn.Module, dict[str, Tensor], bnexport.ModuleFol
 
 
 @pytest.mark.parametrize("case", _PARAMETERS)
-def test_the_module_computes_the_same_and_what_stays_has_its_reason(case: Case) -> None:
+def test_the_module_computes_the_same_and_reports_reasons(case: Case) -> None:
     model, before, result = folded(case)
     assert same(state(model), before), "the original was changed"
     assert type(result.model) is type(model)
@@ -398,7 +398,7 @@ KEPT: dict[str, tuple[Callable[[], nn.Module], str, str]] = {
 
 
 @pytest.mark.parametrize("name", KEPT)
-def test_what_has_no_place_in_the_modules_stays(name: str) -> None:
+def test_folds_without_a_place_in_the_modules_are_not_made(name: str) -> None:
     build, path, reason = KEPT[name]
     torch.manual_seed(0)
     model = randomise(build()).eval()
@@ -472,7 +472,7 @@ def test_the_rest_folds_where_forward_reads_one_norm() -> None:
 
 @pytest.mark.parametrize("hook", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"])
 @pytest.mark.parametrize("path", ["0", "1", "2"])
-def test_hooks_go_on_seeing_what_they_saw(hook: str, path: str) -> None:
+def test_hooks_see_the_same_values(hook: str, path: str) -> None:
     torch.manual_seed(0)
     build = sequential(conv(), nn.Identity, bn(), nn.ReLU)
     seen: list[Tensor] = []
@@ -496,7 +496,7 @@ def test_hooks_go_on_seeing_what_they_saw(hook: str, path: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*records, strict=True))
 
 
-def test_hooks_beside_a_fold_do_not_stop_it() -> None:
+def test_hooks_on_other_modules_do_not_stop_a_fold() -> None:
     torch.manual_seed(0)
     model = randomise(sequential(sequential(conv(), bn()), nn.ReLU, sequential(conv(6, 6), bn()))()).eval()
     model[0].register_forward_hook(lambda *_: None)
@@ -534,15 +534,32 @@ def test_training_heads_are_listed() -> None:
     assert len(result.model.train()(X)) == 2
 
 
-def test_the_proof_catches_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
-    written = module_fold.write
+class ZeroForOneSample(nn.Module):
+    """The mean of batch-normalised numbers, which is 0 for a single sample: its output is rounding there."""
 
-    def wrong(model: nn.Module, changes: module_fold.Changes, added: tuple[str, ...]) -> None:
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)
+        self.last = nn.BatchNorm2d(8, track_running_stats=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.relu(self.bn(self.conv(x)))).mean((2, 3))
+
+
+def test_an_output_that_is_only_rounding_is_not_another_branch() -> None:
+    result = bnexport.fold_modules(randomise(ZeroForOneSample()).eval(), torch.randn(2, 3, 16, 16))
+    assert [row.outcome for row in result.report.rows] == ["backward", "kept"]
+
+
+def test_the_proof_catches_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = modules.write
+
+    def wrong(model: nn.Module, changes: modules.Changes, added: tuple[str, ...]) -> None:
         written(model, changes, added)
         with torch.no_grad():
             model.conv1.bias.add_(1e-9)
 
-    monkeypatch.setattr(module_fold, "write", wrong)
+    monkeypatch.setattr(modules, "write", wrong)
     with pytest.raises(ProofError, match="differs from the original"):
         bnexport.fold_modules(residual(), X)
 

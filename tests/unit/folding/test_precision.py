@@ -16,7 +16,7 @@ HALVES = [torch.float16, torch.bfloat16]
 
 
 class KeepsStatisticsWide(nn.Module):
-    """What ``network.half()`` gives when the BatchNorms stay in float32, as many training recipes keep them."""
+    """The result of ``network.half()`` with the BatchNorms in float32, as in many training recipes."""
 
     def __init__(self, dtype: torch.dtype, activation: Callable[[Tensor], Tensor] = torch.relu) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ def onnx_types(result: bnexport.FoldResult, dtype: torch.dtype) -> set[int]:
     program = torch.export.export(result.model, (torch.randn(2, 3, 8, 8).to(dtype),))
     exported = torch.onnx.export(
         program, dynamo=True, verbose=False, optimize=False, opset_version=22
-    )  # older convolutions know no bfloat16
+    )  # older convolutions do not support bfloat16
     model = exported.model_proto
     onnx.checker.check_model(model, full_check=True)
     floating = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}

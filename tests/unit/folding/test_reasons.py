@@ -78,7 +78,7 @@ def _from_input(m: Graph, x: Tensor) -> Tensor:
         (_from_input, "its statistics or parameters are computed from the input", "that forward does not change"),
     ],
 )
-def test_why_a_batch_norm_can_not_be_read(forward: Forward, reason: str, hint: str) -> None:
+def test_the_reason_why_a_batch_norm_can_not_be_read(forward: Forward, reason: str, hint: str) -> None:
     model = one_norm(forward)
     model.bn.register_buffer("channel", torch.tensor([0, 1, 0, 0, 0, 0]))
     row = row_of(model, prove=False)

@@ -118,7 +118,7 @@ def _grad(m: Parts, x: Tensor) -> Tensor:
         (_grad, "a region with another gradient mode"),
     ],
 )
-def test_a_batch_norm_in_a_separate_region_is_accounted(forward: Callable[[Parts, Tensor], Tensor], where: str) -> None:
+def test_a_batch_norm_in_a_separate_region_has_a_row(forward: Callable[[Parts, Tensor], Tensor], where: str) -> None:
     report = check(parts(forward), images()).report
     assert [(row.outcome, row.channels) for row in report.rows] == [("kept", 4)]
     assert f"it is inside {where}," in report.rows[0].reason
@@ -140,14 +140,14 @@ def test_a_scale_that_is_infinite_is_kept_and_has_no_number() -> None:
 
 def test_a_folded_graph_that_fails_is_no_proof(monkeypatch: pytest.MonkeyPatch) -> None:
     """The original runs in float64, the folded graph does not: that is a fault, not "can't tell"."""
-    original = fold_module._fold_graph
+    original = fold_module._fold_copy
 
-    def broken(graph_module: torch.fx.GraphModule, *options: object, **more: object) -> object:
-        account, exact, growth = original(graph_module, *options, **more)  # type: ignore[arg-type]
-        exact["conv.bias"] = graph_module.get_parameter("conv.bias").new_zeros(5).double()
-        return account, exact, growth
+    def broken(*options: object) -> object:
+        folded, outcome, exact, growth = original(*options)  # type: ignore[arg-type]
+        exact["conv.bias"] = folded.get_parameter("conv.bias").new_zeros(5).double()
+        return folded, outcome, exact, growth
 
-    monkeypatch.setattr(fold_module, "_fold_graph", broken)
+    monkeypatch.setattr(fold_module, "_fold_copy", broken)
     with pytest.raises(ProofError, match="inf"):
         bnexport.fold(parts(lambda m, x: m.bn(m.conv(x))), images())
 

@@ -170,7 +170,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no digest": (manifest_text(lambda text: text.replace(',\n "digest"', ',\n "dig"')), "unknown keys: dig"),
     "other name": (manifest_text(lambda text: text.replace('"small"', '"large"')), "its digest does not match"),
     "wrong bytes": (spoil(MODEL_ONNX, b"A model"), "model.onnx was changed"),
-    "fewer bytes": (spoil(MODEL_ONNX, b"a mode"), "model.onnx has 6 bytes, the manifest says 7"),
+    "fewer bytes": (spoil(MODEL_ONNX, b"a mode"), "model.onnx has 6 bytes, the manifest states 7"),
     "missing file": (lambda folder: (folder / MODEL_ONNX).unlink(), "model.onnx is missing"),
     "folder for a file": (folder_for_file, "report.html is not a plain file"),
     "linked file": (link, "model.onnx is not a plain file"),
@@ -243,7 +243,7 @@ def test_names_that_leave_the_bundle_are_refused(folder: Path, name: str) -> Non
 )  # fmt: skip
 def test_entries_that_are_no_hash_and_size_are_refused(folder: Path, entry: object) -> None:
     forge(folder, lambda value: value["files"].update({MODEL_ONNX: entry}))
-    assert "can't be understood" in refused(folder)
+    assert "can't be read" in refused(folder)
 
 
 KINDS = {"name": str, "version": int, "network": dict, "onnx": dict, "environment": dict, "fold": dict, "files": dict,
@@ -286,7 +286,7 @@ SIGNATURES = {
 @pytest.mark.parametrize("name", SIGNATURES)
 def test_a_forged_signature_is_refused(folder: Path, name: str) -> None:
     forge(folder, lambda value: value.update(signature=SIGNATURES[name]))
-    assert "can't be understood" in refused(folder)
+    assert "can't be read" in refused(folder)
 
 
 def test_all_problems_are_listed(folder: Path) -> None:

@@ -31,7 +31,7 @@ def test_a_missing_package_is_named_with_what_to_install(name, install, monkeypa
         monkeypatch.setitem(sys.modules, name, None)  # import then raises ImportError
     with pytest.raises(MissingDependency) as caught:
         require(name, purpose="the example runner")
-    assert caught.value.message.startswith(f"the example runner needs {name}, which can't be imported here (")
+    assert caught.value.message.startswith(f"the example runner needs {name}, which can't be imported (")
     assert f"pip install '{install}'" in caught.value.remedy
 
 
@@ -122,9 +122,9 @@ def test_all_missing_packages_are_named_at_once(monkeypatch):
     need_packages("an example", "json", "logging")
     with pytest.raises(MissingDependency) as caught:
         need_packages("an example", "json", "no_such_a", "no_such_b", "no_such_c")
-    assert caught.value.message == "an example needs no_such_a, no_such_b and no_such_c, which are not installed here"
-    assert caught.value.remedy == "Install what is missing: pip install no_such_a no_such_b no_such_c"
-    with pytest.raises(MissingDependency, match="an example needs no_such_a, which is not installed here"):
+    assert caught.value.message == "an example needs no_such_a, no_such_b and no_such_c, which are not installed"
+    assert caught.value.remedy == "Install the missing packages: pip install no_such_a no_such_b no_such_c"
+    with pytest.raises(MissingDependency, match="an example needs no_such_a, which is not installed"):
         need_packages("an example", "no_such_a")
 
 

@@ -151,7 +151,7 @@ def test_the_two_precisions_nest():
 
 def test_an_unknown_precision_is_refused_before_anything_changes():
     before = state()
-    with pytest.raises(UsageError, match="'fp8' is not known"), float32_precision("fp8"):
+    with pytest.raises(UsageError, match="'fp8' is unknown"), float32_precision("fp8"):
         pass
     assert state() == before
 

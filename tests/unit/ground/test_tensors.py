@@ -52,7 +52,7 @@ WRONG = {
     "list": ({"tokens": [[1, 2, 3]]}, "input 'tokens' is a list, expected a numpy array"),
     "small": (
         {"image": np.zeros((2, 1, 4, 4), np.float32)},
-        "input 'image' has width = 4, the model takes 5 and more",
+        "input 'image' has width = 4, the model needs at least 5",
     ),
     "unequal batch": (
         {"tokens": np.zeros((3, 3), np.int64)},

@@ -103,7 +103,7 @@ def test_an_incomplete_report_is_no_proof(render: Render) -> None:
 def test_everything_is_told(render: Render, passing: VerificationReport) -> None:
     words = " ".join(Page(render(verification=passing)).words.split())
     for expected in (
-        "4 of 7 BatchNorm calls gone, 1 left as scale and shift, 2 left as before; the weights are",
+        "4 of 7 BatchNorm calls folded, 1 became an affine layer, 2 were kept unchanged; the weights are",
         "conv <- batch norm",
         "W' = s W, b' = s b + t",
         "(root) BatchNorm1d",
@@ -273,7 +273,7 @@ def test_confusions_and_drifts_beyond_their_limits_are_counted(render: Render) -
 
 def test_a_later_verification_has_the_page_of_its_bundle(tmp_path: Path, manifest: Manifest, fold: FoldReport) -> None:
     for account, expected in (
-        (fold.to_json(), "4 of 7 BatchNorm calls gone"),
+        (fold.to_json(), "4 of 7 BatchNorm calls folded"),
         ({}, "The bundle holds no account of a fold."),
     ):
         bundle = Bundle(tmp_path, dataclasses.replace(manifest, fold=account))

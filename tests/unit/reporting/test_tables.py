@@ -23,7 +23,7 @@ from bnexport.reporting.tables import (
 )
 from bnexport.verification.verdict import VerificationReport
 
-WHAT_BECAME = "4 of 7 BatchNorm calls gone, 1 left as scale and shift, 2 left as before"
+WHAT_BECAME = "4 of 7 BatchNorm calls folded, 1 became an affine layer, 2 were kept unchanged"
 ENCODINGS = ("utf-8", "ascii", "latin-1")
 
 
@@ -69,7 +69,7 @@ def test_of_many_calls_those_that_are_gone_are_counted(large: FoldReport, encodi
     counted = [line.replace("|", " ").split()[:2] for line in lines[:-1] if re.match(r"\W*\d+\W+[a-z]+", line)]
     assert counted == [["200", "backward"], ["47", "through"], ["3", "affine"]]
     assert text.count("it follows relu") == 3
-    assert "247 of 250 BatchNorm calls gone, 3 left as scale and shift" in text
+    assert "247 of 250 BatchNorm calls folded, 3 became affine layers" in text
 
 
 def test_thirty_calls_are_listed_one_by_one(large: FoldReport) -> None:
@@ -93,7 +93,7 @@ def test_a_long_reason_is_short_in_the_table_and_whole_in_the_json() -> None:
     assert "second" in text
     assert "ONNX Runtime" not in text
     assert "--json prints them whole" in text
-    assert text.splitlines()[-1] == ("1 of 3 BatchNorm calls gone, 1 left as an addition, 1 left as scale and shift")
+    assert text.splitlines()[-1] == "1 of 3 BatchNorm calls folded, 1 became an addition, 1 became an affine layer"
     assert report.to_json()["rows"][0]["reason"] == f"{before}; {after}"
 
 
@@ -244,7 +244,7 @@ def test_an_empty_report_fails_and_prints() -> None:
     print_verification(VerificationReport(()), console)
     assert raw.getvalue().decode().startswith("FAIL: nothing was checked")
     print_fold_report(FoldReport((), 0), console)
-    assert "0 of 0 BatchNorm calls gone" in raw.getvalue().decode()
+    assert "no BatchNorm call found" in raw.getvalue().decode()
 
 
 def test_environment_says_versions() -> None:

@@ -109,11 +109,11 @@ def test_a_bad_file_is_one_sentence(
     ("other", "words"),
     [
         (signature(name="image"), r"has the inputs \['input'\], the manifest says \['image'\]"),
-        (signature(dtype="float64"), "is float32, the manifest says float64"),
-        (signature(shape=("batch", 3, 28, 28)), "the manifest says batchx3x28x28"),
-        (signature(shape=("batch", 1, 784)), "the manifest says batchx1x784"),
-        (signature(shape=(1, 1, 28, 28)), "the manifest says 1x1x28x28"),
-        (signature(classes=7), "the manifest says batchx7"),
+        (signature(dtype="float64"), "is float32, the manifest states float64"),
+        (signature(shape=("batch", 3, 28, 28)), "the manifest states batchx3x28x28"),
+        (signature(shape=("batch", 1, 784)), "the manifest states batchx1x784"),
+        (signature(shape=(1, 1, 28, 28)), "the manifest states 1x1x28x28"),
+        (signature(classes=7), "the manifest states batchx7"),
         (Signature(signature().inputs, ()), "has the outputs"),
     ],
 )

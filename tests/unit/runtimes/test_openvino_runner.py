@@ -81,9 +81,9 @@ def test_an_engine_that_keeps_its_default_is_refused(bundle: Bundle, monkeypatch
     ("change", "words"),
     [
         ({"name": "image"}, r"has the inputs \['input'\], the manifest says \['image'\]"),
-        ({"dtype": "float64"}, "is float32, the manifest says float64"),
-        ({"shape": ("batch", 3, 28, 28)}, "the manifest says batchx3x28x28"),
-        ({"shape": (4, 1, 28, 28)}, "the manifest says 4x1x28x28"),
+        ({"dtype": "float64"}, "is float32, the manifest states float64"),
+        ({"shape": ("batch", 3, 28, 28)}, "the manifest states batchx3x28x28"),
+        ({"shape": (4, 1, 28, 28)}, "the manifest states 4x1x28x28"),
     ],
     ids=str,
 )

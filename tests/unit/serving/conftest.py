@@ -1,4 +1,4 @@
-"""What the tests of the server's parts share."""
+"""Shared fixtures of the tests of the server's parts."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from bnexport.serving.access_log import JsonLog
 
 
 class Stuck(io.StringIO):
-    """A stream whose reader does not read until told to."""
+    """A stream whose reader waits for a signal."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ def test_one_object_per_line_in_order() -> None:
     assert [(line["event"], line["index"], line["text"]) for line in lines] == [("step", i, "é\n") for i in range(5)]
 
 
-def test_a_slow_reader_stops_nobody_and_what_is_dropped_is_counted() -> None:
+def test_a_slow_reader_blocks_no_writer_and_dropped_lines_are_counted() -> None:
     stream = Stuck()
     log = JsonLog(stream)
     for index in range(1000):
@@ -54,7 +54,7 @@ def test_a_slow_reader_stops_nobody_and_what_is_dropped_is_counted() -> None:
     assert dropped > 500
 
 
-def test_a_reader_that_went_away_stops_nobody() -> None:
+def test_a_reader_that_went_away_blocks_no_writer() -> None:
     log = JsonLog(Gone())
     log.event("one")
     log.event("two")

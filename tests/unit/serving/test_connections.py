@@ -121,7 +121,7 @@ def test_a_client_that_never_reads_is_cut_off(repository: Repository) -> None:
 
 
 @pytest.mark.parametrize("images", [1, 21], ids=["fast lane", "application"])
-def test_a_client_that_sends_no_more_is_told_that_the_answer_is_the_last(repository: Repository, images: int) -> None:
+def test_a_half_closed_client_gets_connection_close(repository: Repository, images: int) -> None:
     async def main() -> None:
         house = House(repository)
         connection, wire = house.connect()

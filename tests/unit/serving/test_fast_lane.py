@@ -1,4 +1,4 @@
-"""Short requests take another way through the server than the rest, and nobody can tell."""
+"""Short requests take another path through the server, with the same answers."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def test_who_asks_alone_has_no_batch_to_wait_for(repository: Repository) -> None
         house = House(repository)
         statistics = repository.resolve("bn_lenet", None).statistics
         (first, wire), (second, other) = house.connect(), house.connect()
-        first.data_received(packed(ONE))  # the first one of all may have company
+        first.data_received(packed(ONE))  # the first one may have concurrent requests
         await quiet(house)
         wire.written = b""
         first.data_received(packed(ONE))

@@ -1,4 +1,4 @@
-"""Messages taken apart, decoded and encoded without a server; protobuf's own parser says what is right."""
+"""Messages are split, decoded and encoded without a server, and compared with protobuf's parser."""
 
 from __future__ import annotations
 

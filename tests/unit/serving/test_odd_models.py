@@ -1,4 +1,4 @@
-"""Models that are no batch of images to a batch of scores: what they answer must not depend on who else asks."""
+"""Models other than batch of images to batch of scores: answers must not depend on concurrent requests."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_clients_at_the_same_time_do_not_change_the_answer(repository: Repositor
 
 
 @pytest.mark.parametrize(("name", "largest"), [("four", 0), ("sum", 0), ("pairs", 0), ("factor", 0)])
-def test_the_configuration_says_who_takes_no_batch(repository: Repository, name: str, largest: int) -> None:
+def test_the_configuration_of_models_without_batch(repository: Repository, name: str, largest: int) -> None:
     config = repository.resolve(name).config()
     assert (config["max_batch_size"], "dynamic_batching" in config) == (largest, False)
     dims = [[-1 if isinstance(dim, str) else dim for dim in spec.shape] for spec in MODELS[name].signature.inputs]
@@ -240,7 +240,7 @@ def test_a_file_that_is_written_over_with_its_old_time_is_noticed(tmp_path: Path
     assert "was changed" in repository.problems()["four/1"]
 
 
-def test_bundles_whose_folders_have_other_names_are_told(tmp_path: Path) -> None:
+def test_misnamed_bundles_are_reported(tmp_path: Path) -> None:
     for place in ("my model/1", "four/v2", "four/01", ".new/1"):
         MODELS["four"].write(tmp_path / place)
     events: list[tuple[str, Any]] = []

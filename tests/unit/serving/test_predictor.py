@@ -16,7 +16,7 @@ from bnexport.bundle import MODEL_ONNX, Bundle
 from bnexport.data.datasets import load_dataset
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import BundleError, DataError, UsageError
-from bnexport.serving.predictor import Predictor, predict_images
+from bnexport.serving.predictor import Predictor, labelled, predict_images
 from bnexport.tensors import Signature, TensorSpec
 
 IMAGES = load_dataset("digits").test_images[:20]
@@ -76,7 +76,7 @@ def test_no_images_give_no_logits(bundle: Bundle) -> None:
 
 def test_softmax_of_large_logits_does_not_overflow(bundle: Bundle) -> None:
     with Predictor(bundle) as predictor:
-        prediction = predictor._prediction("x", np.array([-3e38, 3e38, 0.0], np.float32))
+        prediction = labelled("x", np.array([-3e38, 3e38, 0.0], np.float32), predictor.bundle.manifest.labels)
     assert (prediction.index, prediction.label, prediction.probability) == (1, "1", 1.0)
 
 
@@ -84,7 +84,7 @@ def test_softmax_of_large_logits_does_not_overflow(bundle: Bundle) -> None:
 def test_a_class_without_a_name_goes_by_its_index(bundle: Bundle, tmp_path: Path, labels, label: str) -> None:
     other = reseal(copy_bundle(bundle, tmp_path / "1"), labels=labels)
     with Predictor(other) as predictor:
-        assert predictor._prediction("x", np.array([0.0, 1.0, 2.0], np.float32)).label == label
+        assert labelled("x", np.array([0.0, 1.0, 2.0], np.float32), predictor.bundle.manifest.labels).label == label
 
 
 def test_the_bundle_s_own_preprocessing_is_used(bundle: Bundle, tmp_path: Path) -> None:

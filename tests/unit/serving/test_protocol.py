@@ -53,7 +53,7 @@ def test_a_tensor_below_the_smallest_size_is_refused(binary: bool) -> None:
     decoder = Decoder(Signature((spec,), (spec,)), LIMITS)
     fitting = np.ones((1, 2, 5), np.float32)
     assert decoder.decode(*message(fitting, "FP32", binary=binary)).inputs["x"].shape == (1, 2, 5)
-    with pytest.raises(RequestError, match="input 'x' has height = 4, the model takes 5 and more"):
+    with pytest.raises(RequestError, match="input 'x' has height = 4, the model needs at least 5"):
         decoder.decode(*message(fitting[:, :, :4], "FP32", binary=binary))
 
 
@@ -229,7 +229,7 @@ def test_texts_in_binary() -> None:
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_an_answer_that_is_not_finite_is_told(value: float) -> None:
+def test_an_answer_that_is_not_finite_is_an_error(value: float) -> None:
     wanted = (RequestedOutput("y", "FP32"),)
     with pytest.raises(RequestError, match="contains NaN or infinity"):
         answer({"y": np.array([[0.0, value]], np.float32)}, wanted, None)

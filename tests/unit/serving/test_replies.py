@@ -7,7 +7,7 @@ import zlib
 import pytest
 
 from bnexport import errors
-from bnexport.serving.http.reply import Reply, error_reply, packed
+from bnexport.serving.http.exchange import Reply, error_reply, packed
 
 
 @pytest.mark.parametrize(

@@ -89,15 +89,15 @@ def test_given_sizes_make_no_map_of_constants():
 
 
 @pytest.mark.parametrize(
-    ("inputs", "says"),
+    ("inputs", "message"),
     [
         ({"x": (4, 48, 40)}, "does not fit 'x'"),
         ({"x": (3, 48)}, "does not fit"),
         ({"a": (3,), "b": (3,)}, "the inputs x"),
     ],
 )
-def test_sizes_that_do_not_fit(inputs: dict[str, tuple[int, ...]], says: str):
-    with pytest.raises(UsageError, match=says):
+def test_sizes_that_do_not_fit(inputs: dict[str, tuple[int, ...]], message: str):
+    with pytest.raises(UsageError, match=message):
         bnexport.fold_onnx(only_48_high(), inputs=inputs)
 
 

@@ -77,7 +77,7 @@ def test_initializers_listed_as_inputs_stay_so_before_ir_4():
     assert [value.name for value in folded.graph.input] == ["x", "conv.w", "conv.b"]
 
 
-def test_what_the_fold_does_not_concern_is_not_touched():
+def test_parts_outside_the_fold_stay_unchanged():
     before = model("gather-some-twice")
     before.metadata_props.add(key="author", value="somebody")
     before.doc_string = "kept"
@@ -184,7 +184,7 @@ def external(folder: Path) -> ModelProto:
     return onnx.load(folder / "model.onnx", load_external_data=False)
 
 
-def test_external_data_beside_the_file(tmp_path: Path):
+def test_external_data_next_to_the_file(tmp_path: Path):
     external(tmp_path)
     result = bnexport.fold_onnx(tmp_path / "model.onnx")
     assert [row.outcome for row in result.report.rows] == ["backward"]
@@ -211,10 +211,10 @@ def test_external_data_that_is_short_or_gone(tmp_path: Path):
     (tmp_path / "weights.bin").write_bytes(content[:-4])
     assert "can't be used" in refusal(tmp_path / "model.onnx")
     (tmp_path / "weights.bin").unlink()
-    assert "is not there" in refusal(tmp_path / "model.onnx")
+    assert "does not exist" in refusal(tmp_path / "model.onnx")
 
 
-def test_a_file_that_can_not_be_evaluated_says_so():
+def test_a_file_that_can_not_be_evaluated_gets_a_warning():
     given = model()
     given.opset_import.append(helper.make_opsetid("elsewhere", 1))
     given.graph.node.append(helper.make_node("Strange", [given.graph.output[0].name], ["strange"], domain="elsewhere"))

@@ -196,8 +196,10 @@ def test_predictions_are_not_written_into_the_bundle(bundle: Bundle, sources: di
     bundle.check()
 
 
-def test_a_worker_that_can_not_open_its_file_says_so(bundle: Bundle, sources: dict[str, Path], tmp_path: Path) -> None:
-    """In a process of its own, too."""
+def test_a_worker_that_can_not_open_its_file_reports_it(
+    bundle: Bundle, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    """In a separate process, too."""
     folder = copy_bundle(bundle, tmp_path / "1")
     (folder / MODEL_TORCHSCRIPT).unlink()
     with pytest.raises(BundleError, match=r"has no model\.pt"):
@@ -210,8 +212,8 @@ def test_an_unknown_engine(bundle: Bundle, sources: dict[str, Path], tmp_path: P
 
 
 @pytest.mark.parametrize("gone", [True, False])
-def test_a_damaged_image_ends_the_run_and_the_mended_one_goes_on(bundle: Bundle, tmp_path: Path, gone: bool) -> None:
-    """In processes: the error comes back whole, what was written stays, also when the picture is mended or removed."""
+def test_a_damaged_image_ends_the_run_and_the_repaired_one_resumes(bundle: Bundle, tmp_path: Path, gone: bool) -> None:
+    """With processes: the error arrives complete, and written files stay, also after the picture is repaired or removed."""
     folder = tmp_path / "in"
     folder.mkdir()
     for index in range(12):

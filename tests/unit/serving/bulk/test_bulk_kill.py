@@ -1,4 +1,4 @@
-"""A bulk prediction as its own process: killed between shards, told to stop, watched for memory, on Ray."""
+"""A bulk prediction as its own process: killed between shards, interrupted, measured for memory, on Ray."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform == "win32", reas
 
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Enough rows that a kill falls between shards; every row another image, so that one row told twice can be seen."""
+    """Enough rows that a kill falls between shards; every row has another image, so that a duplicate row is found."""
     images = np.concatenate([np.roll(IMAGES, step, 2) for step in range(100)])
     np.save(file := tmp_path_factory.mktemp("stack") / "stack.npy", images)
     return file

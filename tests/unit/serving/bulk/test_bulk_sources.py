@@ -25,18 +25,18 @@ def test_every_kind_of_source_has_its_reader() -> None:
     assert set(SOURCES) == set(READERS)
 
 
-#: Source -> what is said of it.
+#: Source -> part of the error.
 BAD_SOURCES = {
     "float.npy": "expected a stack of uint8",
     "flat.npy": "expected a stack of uint8",
     "fortran.npy": "in C order",
     "empty.npy": "contains no image",
-    "one_picture.npy": "one picture in colour is saved as image[None]",
-    "one_picture.npz": "one picture in colour is saved as image[None]",
+    "one_picture.npy": "save one colour image as image[None]",
+    "one_picture.npz": "save one colour image as image[None]",
     "channels_first.npy": "(n, height, width, channels)",
-    "no_pixels.npy": "holds images of 28x0 pixels",
-    "no_pixels.npz": "holds images of 28x0 pixels",
-    "huge.npy": "holds images of 8000x8000 pixels",
+    "no_pixels.npy": "has images of 28x0 pixels",
+    "no_pixels.npz": "has images of 28x0 pixels",
+    "huge.npy": "has images of 8000x8000 pixels",
     "two.npz": "no array 'image', only 'a', 'b'",
     "float.npz": "expected a stack of uint8",
     "cut.npz": "",
@@ -184,7 +184,7 @@ def test_every_kind_of_picture_is_found(bundle: Bundle, tmp_path: Path) -> None:
 def test_a_source_that_changes_while_it_is_read(
     bundle: Bundle, sources: dict[str, Path], tmp_path: Path, name: str
 ) -> None:
-    """With as many rows as before it would be half the one and half the other, and nobody told."""
+    """With the same number of rows, the result would silently mix both versions."""
     (tmp_path / name).write_bytes(sources[name].read_bytes())
     job = make_job(bundle, (tmp_path / name,), tmp_path / "out", BulkRequest(workers=1, shard_rows=20))
     with contextlib.closing(ShardWorker(job)) as worker:

@@ -1,1 +1,0 @@
-"""The trainings behind docs/results/chapter.md."""
