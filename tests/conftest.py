@@ -93,6 +93,12 @@ def _ray() -> str | None:
     return None if installed("ray") else "ray is not installed"
 
 
+def _pdoc() -> str | None:
+    from bnexport.optional import installed
+
+    return None if installed("pdoc") else "pdoc is not installed (pip install -e '.[docs]')"
+
+
 def _wrk() -> str | None:
     return None if shutil.which("wrk") and shutil.which("h2load") else "wrk or h2load is not installed"
 
@@ -125,6 +131,7 @@ CAPABILITIES: dict[str, Callable[[], str | None]] = {
     "chromium": functools.cache(_chromium),
     "wrk": functools.cache(_wrk),
     "wheels": functools.cache(_wheels),
+    "pdoc": functools.cache(_pdoc),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from typing import TYPE_CHECKING
 
 import click
@@ -39,17 +40,34 @@ def command(ctx: click.Context, require: tuple[str, ...], as_json: bool) -> None
 
 
 def _print(diagnosis: Diagnosis) -> None:
-    from bnexport.reporting.tables import make_console, print_environment
+    """Print a summary, one line per runtime, then each cause of a missing runtime with its remedy."""
+    from bnexport.reporting.tables import cause_of, make_console, print_environment
 
+    console = make_console()
+    works = [health for health in diagnosis.runtimes if health.works]
+    click.echo(f"{len(works)} of {len(diagnosis.runtimes)} runtimes work on this machine.")
     width = max(len(health.runtime) for health in diagnosis.runtimes)
+    causes: dict[tuple[str, str], list[str]] = {}
     for health in diagnosis.runtimes:
+        result = "works  " if health.works else "missing"
+        text = cause_of(health.reason)
         if health.works:
-            ran = f"{health.details['engine']} {health.details['version']} on {health.device}"
-            click.echo(f"{health.runtime:{width}}  works    {ran}, error {health.error:.1e} of scale")
+            text = (
+                f"{health.details['engine']} {health.details['version']} on {health.device}, error {health.error:.1e}"
+            )
         else:
-            click.echo(f"{health.runtime:{width}}  missing  {health.reason}")
-            click.echo(f"{'':{width}}           {health.remedy}")
+            causes.setdefault((health.reason, health.remedy), []).append(health.runtime)
+        line = f"{health.runtime:{width}}  {result}  {text}"
+        click.echo(line if len(line) <= console.width else f"{line[: console.width - 4]} ...")
+    click.echo("error: largest |difference| / largest |output|, compared with numpy")
+    for (reason, remedy), names in causes.items():
+        _explain(", ".join(names), reason, remedy, console.width)
     for conflict in diagnosis.conflicts:
-        click.echo(f"{'CUDA packages':{width}}  conflict {conflict.reason}")
-        click.echo(f"{'':{width}}           {conflict.remedy}")
-    print_environment(diagnosis.environment, make_console())
+        _explain("CUDA packages that do not fit together", conflict.reason, conflict.remedy, console.width)
+    print_environment(diagnosis.environment, console)
+
+
+def _explain(what: str, reason: str, remedy: str, width: int) -> None:
+    click.echo()
+    for text in (f"{what}: {reason}", f"  To do: {remedy}"):
+        click.echo(textwrap.fill(text, width, subsequent_indent="    ", break_on_hyphens=False))

@@ -19,13 +19,14 @@ from bnexport.optional import need_packages
 )
 @options_of(InspectionRequest, first="dataset")
 @options_of(InspectionRequest, last="labels")
+@click.option("--all", "every", is_flag=True, help="Print the numbers of every channel too.")
 @click.option("--json", "as_json", is_flag=True, help="Print every number as JSON.")
-def command(path: Path, statistics: bool, as_json: bool, **options: Any) -> None:
-    """Show gamma, beta, the moving statistics and the folded scale of every BatchNorm channel.
+def command(path: Path, statistics: bool, every: bool, as_json: bool, **options: Any) -> None:
+    """Show the BatchNorm statistics of a network: a summary, each layer in the network's order, and unusual channels.
 
     PATH is a run directory or checkpoint, any other .safetensors file, or a bundle. Dead channels (constant output) and
-    exploding ones (scaled over 30 times the layer's median) are marked. With --statistics, or an option that it needs,
-    it also shows, layer by layer, how far the moving statistics are from the exact ones.
+    exploding ones (scale over 30 times the layer's median) are listed. --statistics, or an option that it needs, adds the
+    distance of the moving statistics from the exact ones, layer by layer.
     """
     from bnexport.loading.inspection import inspect_path
     from bnexport.reporting.results import print_statistics
@@ -37,4 +38,4 @@ def command(path: Path, statistics: bool, as_json: bool, **options: Any) -> None
         from bnexport.evaluating.network import sampled_staleness, trained_network
 
         stale = sampled_staleness(trained_network(path, request), data_dir=request.data_dir, download=True)
-    print_statistics(inspection, stale=stale, as_json=as_json)
+    print_statistics(inspection, stale=stale, as_json=as_json, every=every)

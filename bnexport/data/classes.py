@@ -110,8 +110,6 @@ def check_dataset(
             f"the images of {dataset} can't be used: the preprocessing of the network is unknown",
             remedy=remedy,
         )
-    if data_dir is not None and dataset in DATASETS and DATASETS[dataset].embedded:
-        raise UsageError(f"the images of {dataset} are part of bnexport", remedy="Leave --data-dir out")
     check_classes(labels, dataset_labels(dataset, data_dir=data_dir), dataset=dataset, scores=scores)
     load_test_images(dataset, data_dir=data_dir, preprocessing=Preprocessing.from_json(preprocessing))
 

@@ -59,7 +59,7 @@ def load_dataset(
         Images as uint8 (n, 28, 28); for a folder (n, channels, height, width).
 
     Raises:
-        UsageError: The name is unknown, or a folder is given without a preprocessing.
+        UsageError: The name is unknown, a folder is given without a preprocessing, or ``data_dir`` for embedded images.
         DataError: A file has a wrong MD5, is truncated or has another content; or it is missing and ``download`` is false.
         NetworkError: No mirror delivered a file.
         OutputError: A downloaded file, or the cache, can't be written.
@@ -68,7 +68,7 @@ def load_dataset(
         place = Path(data_dir) if data_dir else folder
         dataset = load_folder(place, preprocessing=_needed(preprocessing, name), progress=on_picture)
         return replace(dataset, name=name)
-    info = dataset_info(name)
+    info = _info(name, data_dir)
     if info.embedded:
         return Dataset(name, *digits.training_set(), *digits.test_set(), info.labels, "drawn by bnexport (embedded)")
     found = locate(info, (*info.train, *info.test), data_dir=data_dir, fetch=download, progress=progress)
@@ -102,7 +102,14 @@ def dataset_labels(name: str, *, data_dir: str | Path | None = None) -> tuple[st
     """Return the class names in the order of the labels; the classes of a folder are its sub-folders."""
     if (folder := folder_of(name)) is not None:
         return folder_labels(Path(data_dir) if data_dir else folder)
-    return dataset_info(name).labels
+    return _info(name, data_dir).labels
+
+
+def _info(name: str, data_dir: str | Path | None) -> DatasetInfo:
+    info = dataset_info(name)
+    if info.embedded and data_dir is not None:
+        raise UsageError(f"the images of {name} are part of bnexport", remedy="Leave --data-dir out")
+    return info
 
 
 def _load_part(
@@ -111,7 +118,7 @@ def _load_part(
     if (folder := folder_of(name)) is not None:
         place = Path(data_dir) if data_dir else folder
         return load_folder_part(place, part, preprocessing=_needed(preprocessing, name))
-    info = dataset_info(name)
+    info = _info(name, data_dir)
     if info.embedded:
         return digits.training_set() if part == "train" else digits.test_set()
     files = info.train if part == "train" else info.test

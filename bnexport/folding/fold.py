@@ -18,7 +18,7 @@ from bnexport.folding.engine import Engine, EngineResult
 from bnexport.folding.plan import ATTEMPTS, GrowthBudget
 from bnexport.folding.report import FoldReport, FoldRow, Reported
 from bnexport.folding.torch_backend.nodes import batch_norm_nodes, module_class, module_path, region_of, shape_of
-from bnexport.folding.torch_backend.torch_constants import functionalise
+from bnexport.folding.torch_backend.torch_constants import functionalise, is_pure
 from bnexport.folding.torch_backend.torch_graph import TorchGraph
 from bnexport.folding.torch_backend.torch_proof import ROUGH_ERROR, rough_error, torch_fold_error
 from bnexport.folding.torch_backend.torch_writer import TorchWriter, follow_input
@@ -228,11 +228,12 @@ def drop_unused(graph_module: GraphModule) -> None:
 
     A node that reads an input stays, even without a reader: torch.export's assertions have no readers either.
     """
-    constants: dict[Node, None] = {}  # attributes, and nodes that read only constants and have no side effects
+    constants: dict[Node, None] = {}  # attributes, tensors that the graph makes itself, nodes that read only constants
     for node in graph_module.graph.nodes:
         mutable = getattr(getattr(node.target, "_schema", None), "is_mutable", False)
         parents = node.all_input_nodes
-        computed = node.op == "call_function" and not mutable and parents and all(item in constants for item in parents)
+        alone = all(item in constants for item in parents) if parents else is_pure(node)
+        computed = node.op == "call_function" and not mutable and alone
         if node.op == "get_attr" or computed:
             constants[node] = None
     for node in reversed(constants):

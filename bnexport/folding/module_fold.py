@@ -218,13 +218,7 @@ def _attempt(
 
 
 def _traced(model: nn.Module, inputs: tuple[Any, ...], dynamic_shapes: Any) -> GraphModule:
-    before = [name for name, _ in model.named_modules()]
     traced = trace(model, inputs, dynamic_shapes=dynamic_shapes)
-    if made := [name for name, _ in model.named_modules() if name not in before]:
-        raise ModelError(
-            f"forward of {type(model).__name__} makes the layer {made[0]} in its first call",
-            remedy="Run the network once on an example, so that all its layers exist, and load its weights",
-        )
     if handles := modules.show_hooked(model, traced):
         traced = trace(model, inputs, dynamic_shapes=dynamic_shapes)
         for handle in handles:

@@ -1,8 +1,9 @@
-"""The BatchNorm statistics of whatever holds some: a run, a checkpoint, plain safetensors, a bundle."""
+"""The BatchNorm statistics of a run, a checkpoint, a plain safetensors file or a bundle."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+_BY_NAME = "the layers are sorted by name, because this file does not state their order"
 _ASSUMED = f"eps is not in this file: {DEFAULT_EPS:g} is assumed"
 
 
@@ -27,7 +29,7 @@ class Inspection:
     Attributes:
         file: The file that was read.
         layers: Every BatchNorm, in the network's order if that is known, else by name.
-        note: What the reader should know about the numbers; "" for nothing.
+        note: Assumptions behind the numbers and the order; "" for none.
     """
 
     file: Path
@@ -46,20 +48,25 @@ def inspect_path(path: Path) -> Inspection:
         bundle = Bundle.open(path)
         bundle.check()
         file = bundle.file(WEIGHTS)
+        rows = bundle.manifest.fold.get("rows")
+        order = [str(row.get("module")) for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
     else:
-        file = checkpoint_file(path)
+        file, order = checkpoint_file(path), []
     state, metadata = read_arrays(file)
     module = _network(file) if METADATA_KEY in metadata else None
-    layers = _in_order(layer_statistics(state, module=module), module)
+    if module is not None:
+        order = [name for name, _ in module.named_modules()]
+    layers = _in_order(layer_statistics(state, module=module), order)
     if not layers:
         raise ModelError(
             f"{file} holds no BatchNorm", remedy="Inspect a network that was trained with batch normalization"
         )
-    return Inspection(file, layers, _ASSUMED if module is None else "")
+    notes = ([] if module is not None else [_ASSUMED]) + ([] if order else [_BY_NAME])
+    return Inspection(file, layers, "; ".join(notes))
 
 
 def _network(file: Path) -> nn.Module | None:
-    """The network of a checkpoint, which knows the order of its layers and their eps; None where it can't be built."""
+    """Return the network of a checkpoint, for the order of its layers and their eps; None if it can't be built."""
     if not installed("torch"):
         return None
     from bnexport.loading.sources import build_known
@@ -70,13 +77,12 @@ def _network(file: Path) -> nn.Module | None:
         return None
 
 
-def _in_order(layers: list[LayerStatistics], module: nn.Module | None) -> tuple[LayerStatistics, ...]:
-    """Layers in a fixed order, which safetensors does not keep; in names, numbers count as numbers."""
-    names = [] if module is None else [name for name, _ in module.named_modules()]
-    places = {name: place for place, name in enumerate(names)}
+def _in_order(layers: list[LayerStatistics], order: Sequence[str]) -> tuple[LayerStatistics, ...]:
+    """Sort layers by their place in the network, and others by name, in which numbers count as numbers."""
+    places = {name: place for place, name in enumerate(dict.fromkeys(order))}
 
     def key(layer: LayerStatistics) -> tuple[int, list[str | int]]:
         parts = re.split(r"(\d+)", layer.name)  # text and numbers in turn
-        return places.get(layer.name, len(names)), [int(part) if at % 2 else part for at, part in enumerate(parts)]
+        return places.get(layer.name, len(places)), [int(part) if at % 2 else part for at, part in enumerate(parts)]
 
     return tuple(sorted(layers, key=key))

@@ -9,7 +9,7 @@ import os
 import traceback
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -90,16 +90,25 @@ def call_once(model: nn.Module, inputs: tuple[Any, ...], *, on_itself: bool = Fa
             )
 
 
+@dataclass(frozen=True)
+class Changes:
+    """What a block of ``unchanged`` changed: names of plain attributes, and of new layers with parameters or buffers."""
+
+    attributes: list[str] = field(default_factory=list)
+    layers: list[str] = field(default_factory=list)
+
+
 @contextlib.contextmanager
-def unchanged(model: nn.Module) -> Iterator[list[str]]:
+def unchanged(model: nn.Module) -> Iterator[Changes]:
     """Give every module its attributes back after the block: plain ones, layers, parameters, buffers, and what containers hold.
 
     A forward that stores something (``self.last = y``, ``self.seen.append(y)``, a layer made in the first call) would keep the
     tracer's tensors, which hold no numbers and can't be copied.
 
     Yields:
-        A list that, after the block, has the names of the plain attributes that were changed in it.
+        The changes, which are complete after the block.
     """
+    known = set(model.modules())
     kept = [
         (module, path, dict(vars(module)))
         for path, module in model.named_modules()
@@ -111,10 +120,13 @@ def unchanged(model: nn.Module) -> Iterator[list[str]]:
         for name, value in attributes.items()
         if type(value) in (list, dict, set, OrderedDict)
     ]
-    changed: list[str] = []
+    changes = Changes()
     try:
-        yield changed
+        yield changes
     finally:
+        for name, module in model.named_modules():
+            if module not in known and (*module.parameters(), *module.buffers()):
+                changes.layers.append(name)
         altered = [name for value, before, name in contents if not name.startswith("_") and not _same(value, before)]
         for value, before, _ in contents:
             value.clear()
@@ -124,7 +136,7 @@ def unchanged(model: nn.Module) -> Iterator[list[str]]:
             altered += [f"{path}.{name}".lstrip(".") for name in now if not _same(now[name], attributes.get(name))]
             now.clear()
             now.update(attributes)
-        changed += dict.fromkeys(altered)
+        changes.attributes.extend(dict.fromkeys(altered))
 
 
 def _same(value: Any, before: Any) -> bool:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bnexport.errors import BnexportError, BundleError, ProofError
-from bnexport.onnx_files.models import graphs, nodes, read_model
+from bnexport.onnx_files.models import graphs, nodes, read_model, without_weights
 from bnexport.optional import one_line, require
 from bnexport.tensors import Array
 
@@ -45,6 +45,8 @@ class Float64Evaluator:
         BundleError: Not a model, or one with an operator that onnx's reference implementation lacks.
     """
 
+    _weight_type: type[np.floating[Any]] = np.float64
+
     def __init__(self, source: bytes | Path | ModelProto, *, chunk: int | None = None) -> None:
         require("onnx", purpose="the float64 proof")
         model = read_model(source) if isinstance(source, bytes | Path) else source
@@ -54,7 +56,7 @@ class Float64Evaluator:
         self.varies = bool(first) and not first[0].HasField("dim_value")
         self._chunk = chunk
         try:
-            self._engine: Any = wide_evaluator(model)
+            self._engine: Any = wide_evaluator(model, to=self._weight_type)
         except BnexportError:
             raise
         except Exception as error:  # NotImplementedError, RuntimeError, onnx's own
@@ -117,12 +119,15 @@ def widen_array(array: Array) -> Array:
     return array.astype(np.float64) if array.dtype.kind == "f" else array
 
 
-def wide_evaluator(model: ModelProto, weights: Mapping[str, Array] | None = None) -> Evaluator:
+def wide_evaluator(
+    model: ModelProto, weights: Mapping[str, Array] | None = None, *, to: type[np.floating[Any]] = np.float64
+) -> Evaluator:
     """Return an evaluator of a model with every float widened to float64; the model's weights are read once.
 
     Args:
         model: A model, which is not changed.
         weights: Values that replace initializers, by name.
+        to: Type of the weights: float32 for an emulation, which would round them to that type anyway.
     """
     from onnx import numpy_helper
 
@@ -132,21 +137,8 @@ def wide_evaluator(model: ModelProto, weights: Mapping[str, Array] | None = None
     wide: dict[str, Array] = {}
     for tensor in model.graph.initializer:
         array = given[tensor.name] if tensor.name in given else numpy_helper.to_array(tensor)
-        wide[tensor.name] = array.astype(np.float64) if tensor.data_type in _NARROW else array
-    return evaluator_of(widen(_without_weights(model)), wide)
-
-
-def _without_weights(model: ModelProto) -> ModelProto:
-    """Return a copy of a model without the initializers of its main graph, which are most of its bytes."""
-    copy = type(model)()
-    for source, target in ((model, copy), (model.graph, copy.graph)):
-        for field, value in source.ListFields():
-            if field.name not in ("graph", "initializer"):
-                if field.is_repeated:
-                    getattr(target, field.name).extend(value)
-                else:
-                    setattr(target, field.name, value)
-    return copy
+        wide[tensor.name] = array.astype(to, copy=False) if tensor.data_type in _NARROW else array
+    return evaluator_of(widen(without_weights(model)), wide)
 
 
 def widen(model: ModelProto) -> ModelProto:

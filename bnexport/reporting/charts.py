@@ -85,7 +85,7 @@ def histogram(errors: Array, worst: Sequence[float], bound: float | None, axis: 
 
 
 def margins(errors: Array, margin: Array, bound: float | None, across: Axis, up: Axis) -> Markup:
-    """Error against margin of one run's samples as a map of counts; no label can change outside the shaded corner.
+    """Error against margin of one run's samples as a map of counts; a label can change in the shaded corner only.
 
     The margin is the reference's best score less its second best. While it exceeds twice the error, no error of that
     size can change the label.
@@ -113,7 +113,8 @@ def margins(errors: Array, margin: Array, bound: float | None, across: Axis, up:
         )
     for share, label in across.ticks(4):
         x = _n(left + width * share)
-        parts.append(f'<text class="x" x="{x}" y="{height + 13}">{label}</text>')
+        anchor = "start" if share < 0.03 else "end" if share > 0.97 else "middle"
+        parts.append(f'<text x="{x}" y="{height + 13}" style="text-anchor:{anchor}">{label}</text>')
     if counts.size and counts.max() > 0:
         levels = np.ceil(_LEVELS * np.log1p(counts) / np.log1p(counts.max())).astype(int)
         for level in range(1, _LEVELS + 1):
@@ -255,7 +256,8 @@ def maps(lines: Sequence[ReportedRun], samples: Samples) -> list[tuple[str, Mark
     shown = [run for run in lines if run.name in samples and run.first is not None and len(samples[run.name][0])]
     across = axis_of(samples[run.name][1] for run in shown)
     bounds = {run.name: run.first.bound for run in shown if run.first}
-    up = axis_of([*(samples[run.name][0] for run in shown), *bounds.values()])
+    corner = 10.0 ** (across.low + 1)  # Keeps the shaded corner in the picture.
+    up = axis_of([*(samples[run.name][0] for run in shown), *bounds.values(), corner])
     return [(run.name, margins(*samples[run.name], bounds[run.name], across, up)) for run in shown]
 
 

@@ -69,15 +69,24 @@ def learning_curves(history: Sequence[Mapping[str, Any]], path: Path, *, title: 
 
 def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
     """A figure of ``width`` x ``height`` inches with one panel."""
+    figure, ((axes,),) = new_panels(width, height, rows=1, columns=1)
+    return figure, axes
+
+
+def new_panels(
+    width: float, height: float, *, rows: int, columns: int, share: bool = False
+) -> tuple[Figure, list[list[Axes]]]:
+    """A figure of ``width`` x ``height`` inches with rows of panels; ``share``: those of a row have one vertical axis."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
-    axes: Axes = figure.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(labelsize=8, colors=INK)
-    axes.xaxis.label.set(fontsize=9, color=INK)
-    axes.yaxis.label.set(fontsize=9, color=INK)
-    return figure, axes
+    grid: list[list[Axes]] = figure.subplots(rows, columns, squeeze=False, sharey="row" if share else "none").tolist()
+    for axes in (panel for row in grid for panel in row):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(labelsize=8, colors=INK)
+        axes.xaxis.label.set(fontsize=9, color=INK)
+        axes.yaxis.label.set(fontsize=9, color=INK)
+    return figure, grid
 
 
 def check_suffix(path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from bnexport.serving.predictor import Prediction
 
 
-#: Marked channels that are listed by number; the rest is counted.
+#: Largest number of marked channels that are listed by number.
 _LISTED = 8
 
 
@@ -99,13 +99,16 @@ def print_predictions(predictions: Sequence[Prediction], *, as_json: bool = Fals
     console.print(table)
 
 
-def print_statistics(inspection: Inspection, *, stale: StalenessReport | None = None, as_json: bool = False) -> None:
-    """One table per BatchNorm, one row per channel, and a line that names the marked channels.
+def print_statistics(
+    inspection: Inspection, *, stale: StalenessReport | None = None, as_json: bool = False, every: bool = False
+) -> None:
+    """Print a summary, one row per BatchNorm, and the marked channels.
 
     Args:
-        inspection: What the file holds.
-        stale: Its moving statistics against exact ones, if they were compared; shown last.
+        inspection: The content of the file.
+        stale: The distance of its moving statistics from exact ones, if they were compared; printed after the table.
         as_json: Print JSON instead.
+        every: Also print one row per channel.
     """
     if as_json:
         layers = [layer.to_json() for layer in inspection.layers]
@@ -113,25 +116,49 @@ def print_statistics(inspection: Inspection, *, stale: StalenessReport | None = 
         print_json(value if stale is None else {**value, "staleness": stale.to_json()})
         return
     console = make_console()
+    console.print(literal(_summary(inspection), console), soft_wrap=True)
+    table = make_table(console)
+    table.add_column("BatchNorm", overflow="fold")
+    for heading in ("channels", "eps", "|gamma|", "moving var", "|scale|"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for layer in inspection.layers:
-        table = make_table(console)
-        title = f"{layer.name} ({len(layer.channels)} channels, eps {layer.eps:g})"
-        table.title, table.title_justify = literal(title, console), "left"
-        table.add_column("channel", justify="right")
-        for heading in ("gamma", "beta", "moving mean", "moving var", "scale"):
-            table.add_column(heading, justify="right", no_wrap=True)
-        table.add_column("")
-        for index, channel in enumerate(layer.channels):
-            numbers = (channel.gamma, channel.beta, channel.moving_mean, channel.moving_var, channel.scale)
-            table.add_row(str(index), *(f"{value:.4g}" for value in numbers), channel.mark)
-        console.print(table)
-        console.print(literal(_summary(layer), console))
-    if inspection.note:
-        console.print(literal(inspection.note, console))
+        spans = (_span(abs(getattr(channel, name)) for channel in layer.channels) for name in _SPANS)
+        table.add_row(literal(layer.name, console), str(len(layer.channels)), f"{layer.eps:g}", *spans)
+    console.print(table)
+    notes = ("ranges: smallest..largest over channels; scale = gamma / sqrt(moving var + eps)", inspection.note)
+    for line in (*filter(None, map(_marks, inspection.layers)), *filter(None, notes)):
+        console.print(literal(line, console))
     if stale is not None:
         print_staleness(stale, console)
         style = STYLES["FAIL"] if stale.stale else None
         console.print(literal(stale.sentence(), console, style=style), soft_wrap=True)
+    for layer in inspection.layers if every else ():
+        _print_channels(layer, console)
+    if not every:
+        console.print(literal("--all prints every channel.", console, style="dim"))
+
+
+#: Columns of a layer that are shown as ranges.
+_SPANS = ("gamma", "moving_var", "scale")
+
+
+def _span(values: Iterable[float]) -> str:
+    found = [value for value in values if math.isfinite(value)]
+    return f"{min(found):.2g}..{max(found):.2g}" if found else NOTHING
+
+
+def _print_channels(layer: LayerStatistics, console: Console) -> None:
+    table = make_table(console)
+    title = f"{layer.name} ({len(layer.channels)} channels, eps {layer.eps:g})"
+    table.title, table.title_justify = literal(title, console), "left"
+    table.add_column("channel", justify="right")
+    for heading in ("gamma", "beta", "moving mean", "moving var", "scale"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("")
+    for index, channel in enumerate(layer.channels):
+        numbers = (channel.gamma, channel.beta, channel.moving_mean, channel.moving_var, channel.scale)
+        table.add_row(str(index), *(f"{value:.4g}" for value in numbers), channel.mark)
+    console.print(table)
 
 
 def print_staleness(report: StalenessReport, console: Console) -> None:
@@ -165,13 +192,30 @@ def print_json(value: dict[str, Any]) -> None:
     click.echo(json.dumps(value, indent=1, allow_nan=False))
 
 
-def _summary(layer: LayerStatistics) -> str:
+#: Mark of a channel -> its meaning, for the summary.
+_MARKS = {
+    "dead": "dead (constant output)",
+    "exploding": "exploding (scale over 30 x the layer's median)",
+    "not finite": "not finite",
+}
+
+
+def _summary(inspection: Inspection) -> str:
+    layers = inspection.layers
+    channels = sum(len(layer.channels) for layer in layers)
+    marks = [(sum(len(layer.marked(mark)) for layer in layers), text) for mark, text in _MARKS.items()]
+    found = ", ".join(f"{count} {text}" for count, text in marks if count) or "none dead, exploding or not finite"
+    return f"{inspection.file}: {len(layers)} BatchNorm layers with {channels} channels: {found}"
+
+
+def _marks(layer: LayerStatistics) -> str:
+    """Return the marked channels of a layer: "bn2: 2 dead (channel 0, 3)"; "" for none."""
     parts = []
-    for mark in ("dead", "exploding", "not finite"):
+    for mark in _MARKS:
         if found := layer.marked(mark):
             shown = ", ".join(map(str, found[:_LISTED])) + (", ..." if len(found) > _LISTED else "")
             parts.append(f"{len(found)} {mark} (channel {shown})")
-    return f"{layer.name}: " + ("; ".join(parts) or "no dead or exploding channel")
+    return f"{layer.name}: {'; '.join(parts)}" if parts else ""
 
 
 #: Classes that have their row; of more, those with the lowest F1 have one.

@@ -99,28 +99,18 @@ def gain_of(row: FoldRow) -> str:
     return low if low == high else f"{low}..{high}"
 
 
-def target_of(row: FoldRow) -> str:
-    """Return the layer that holds a BatchNorm's numbers now, and the rule: 'conv1 (conv <- batch norm)'."""
-    return f"{row.into} ({row.rule})" if row.into and row.rule else row.into or row.rule
-
-
-def account_of(row: FoldRow) -> str:
-    """Everything about a row that is a sentence, joined: target, reason, hint, dead channels."""
-    hint = f"would go with: {row.hint}" if row.hint else ""
-    dead = f"{row.dead} dead channel{'' if row.dead == 1 else 's'}" if row.dead else ""
-    return "; ".join(part for part in (target_of(row), row.reason, hint, dead) if part) or NOTHING
-
-
 #: Largest number of letters in a cell of the terminal's table: at most four lines in 80 columns.
-_LONGEST_CELL = 120
+_LONGEST_CELL = 100
 
 
-def short_account_of(row: FoldRow) -> str:
-    """Return ``account_of`` if it is short; else the reason alone, each side up to its first comma, cut to the cell."""
-    whole = account_of(row)
-    if len(whole) > _LONGEST_CELL and row.reason:
-        whole = row.short_reason
-    return whole if len(whole) <= _LONGEST_CELL else f"{whole[: _LONGEST_CELL - 3].rstrip()}..."
+def outcome_cell(row: FoldRow) -> tuple[str, bool]:
+    """Return the layer that holds a BatchNorm's numbers now, or the reason and hint, as a cell; True if it is cut."""
+    whole = [row.into or row.rule, row.reason, f"would go with: {row.hint}" if row.hint else ""]
+    short = [row.into or row.rule, row.short_reason]
+    dead = f"{row.dead} dead channel{'' if row.dead == 1 else 's'}" if row.dead else ""
+    texts = ["; ".join(filter(None, (*parts, dead))) or NOTHING for parts in (whole, short)]
+    text = next((text for text in texts if len(text) <= _LONGEST_CELL), f"{texts[1][: _LONGEST_CELL - 3].rstrip()}...")
+    return text, text != texts[0]
 
 
 #: Colour of a word in a table; the word itself carries the meaning.
@@ -174,27 +164,18 @@ def make_console(stderr: bool = False) -> Console:
 
 
 def print_fold_report(report: FoldReport, console: Console) -> None:
-    """Print the outcome of each BatchNorm call. Warnings come first; of many calls, removed ones are counted only."""
+    """Print the outcome of each BatchNorm call, after a summary and the warnings; of many calls, count removed ones."""
+    console.print(literal(report.summary(why=False), console), soft_wrap=True)
     for warning in report.warnings:
         console.print(literal(f"WARNING: {warning}", console, style=STYLES["FAIL"]))
+    if growth := growth_of(report):
+        console.print(literal(growth, console), soft_wrap=True)
     rows = list(report.rows)
     if len(rows) > _LISTED_CALLS:
         _print_tallies(report, console)
         rows = [row for row in rows if not row.gone]
     if rows:
         _print_calls(rows, console)
-        if any(short_account_of(row) != account_of(row) for row in rows):
-            console.print(literal("Reasons are shortened: --json prints them whole, with what would help.", console))
-        shown = [outcome for outcome in OUTCOMES if any(row.outcome == outcome for row in rows)]
-        if gone := ", ".join(outcome for outcome in shown if outcome in GONE):
-            console.print(literal(f"{gone}: gone, now part of other layers' weights", console, style="dim"))
-        for outcome in shown:
-            if outcome not in GONE:
-                console.print(literal(f"{outcome}: {OUTCOMES[outcome]}", console, style="dim"))
-        console.print(literal("|scale|: smallest..largest |gamma / sqrt(var + eps)|", console, style="dim"))
-    for sentence in (growth_of(report), report.summary(why=False)):
-        if sentence:
-            console.print(literal(sentence, console), soft_wrap=True)
 
 
 def _print_tallies(report: FoldReport, console: Console) -> None:
@@ -218,17 +199,27 @@ def _print_tallies(report: FoldReport, console: Console) -> None:
 def _print_calls(rows: Sequence[FoldRow], console: Console) -> None:
     table = make_table(console)
     table.add_column("outcome", no_wrap=True)
-    table.add_column("BatchNorm", overflow="fold", max_width=26)
+    table.add_column("BatchNorm", overflow="fold", max_width=28)
     table.add_column("folded into, or why not", overflow="fold")
     table.add_column("|scale|", justify="right", no_wrap=True)
+    kinds = {row.kind for row in rows}
     for row in rows:
         table.add_row(
             literal(row.outcome, console),
-            literal(f"{module_name(row.module)} ({row.kind}, {row.channels})", console),
-            literal(short_account_of(row), console),
+            literal(module_name(row.module) + (f" ({row.kind})" if len(kinds) > 1 else ""), console),
+            literal(outcome_cell(row)[0], console),
             gain_of(row) if row.channels else NOTHING,
         )
     console.print(table)
+    shown = [outcome for outcome in OUTCOMES if any(row.outcome == outcome for row in rows)]
+    gone = ", ".join(outcome for outcome in shown if outcome in GONE)
+    notes = [f"{gone}: gone, now part of other layers' weights"] if gone else []
+    notes += [f"{outcome}: {OUTCOMES[outcome]}" for outcome in shown if outcome not in GONE]
+    notes.append("|scale|: smallest..largest |gamma / sqrt(var + eps)|")
+    if any(outcome_cell(row)[1] for row in rows):
+        notes.append("Reasons are shortened: --json prints them whole, with what would help.")
+    for note in notes:
+        console.print(literal(note, console, style="dim"))
 
 
 def print_verification(
@@ -291,8 +282,7 @@ def not_run(skipped: Mapping[str, str], width: int = 80, *, verbose: bool = Fals
         return [f"not run: {name}: {why}" for name, why in skipped.items()]
     causes: dict[str, list[str]] = {}
     for name, why in skipped.items():
-        cause = _NO_DRIVER if "NVIDIA driver" in why else re.split(r"; | \(|, so |\. ", why, maxsplit=1)[0]
-        causes.setdefault(cause, []).append(name)
+        causes.setdefault(cause_of(why), []).append(name)
     lines = []
     for cause, names in causes.items():
         line = f"not run: {', '.join(names)}: {cause}"
@@ -301,6 +291,11 @@ def not_run(skipped: Mapping[str, str], width: int = 80, *, verbose: bool = Fals
             line = f"not run: {len(names)} {kind}: {cause} (--verbose lists them)"
         lines.append(line if len(line) <= width else f"{line[: width - 4]} ...")
     return lines
+
+
+def cause_of(reason: str) -> str:
+    """Return the first clause of a reason; one text for a missing NVIDIA driver, which each engine words differently."""
+    return _NO_DRIVER if "NVIDIA driver" in reason else re.split(r"; | \(|, so |\. ", reason, maxsplit=1)[0]
 
 
 def _print_files(report: VerificationReport, console: Console) -> None:

@@ -21,7 +21,7 @@ from bnexport.runtimes.catalogue import RunnerSpec, runner_spec
 from bnexport.runtimes.replay import Replay, replay_golden
 from bnexport.serving.batcher import INLINE_SECONDS, Batcher, BatchLimits, Cost
 from bnexport.serving.counters import ModelStatistics
-from bnexport.serving.predictor import DEFAULT_RUNTIME, batches, image_preprocessing
+from bnexport.serving.predictor import DEFAULT_RUNTIME, batches, check_labels, image_preprocessing
 from bnexport.serving.protocol.decoding import Decoder
 from bnexport.serving.protocol.encoding import answer
 from bnexport.serving.protocol.messages import DATATYPES, InferRequest, InferResponse
@@ -126,6 +126,7 @@ def open_served(name: str, version: str, path: Path, settings: ServingSettings) 
     """Check a bundle, open its sessions, and replay the golden vectors on each of them."""
     bundle = Bundle.open(path)
     bundle.check()
+    check_labels(bundle)
     spec = runner_spec(settings.runtime)
     spec.require()
     with ExitStack() as opened:

@@ -352,8 +352,7 @@ class VerificationReport:
 
     def _labels(self) -> str:
         """Return the right labels before and after: "; 480 labels right before and after"; "" without labels."""
-        reasons = [row.reason for row in self.rows if row.stage == "accuracy-change"]
-        counts = [tuple(map(int, found.groups())) for found in map(_RIGHT.match, reasons) if found]
+        counts = [right for row in self.rows if row.stage == "accuracy-change" and (right := labels_right(row))]
         if not counts:
             return ""
         before, after = counts[0][0], sorted({after for _, after in counts})
@@ -473,6 +472,12 @@ def groups(report: VerificationReport) -> tuple[Group, ...]:
     for row in report.rows:
         gathered.setdefault((row.stage, FILE_STAGES.get(row.stage, row.run)), []).append(row)
     return tuple(Group(stage, subject, tuple(rows)) for (stage, subject), rows in gathered.items())
+
+
+def labels_right(row: Row) -> tuple[int, int] | None:
+    """Return the labels that the reference and the runtime get right, by a check "accuracy-change"."""
+    found = _RIGHT.match(row.reason)
+    return (int(found[1]), int(found[2])) if found else None
 
 
 def total_flips(flips: Iterable[Flips]) -> Flips:

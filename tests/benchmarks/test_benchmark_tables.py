@@ -12,14 +12,35 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from torch import nn
 
 from benchmarks.clock import Spread
 from benchmarks.command import finish, known, options
+from benchmarks.folding import cost
 from benchmarks.pages import ranged, render, write_page
 from benchmarks.training.accuracy import cell, row
+from benchmarks.training.stale_statistics import rows
+from benchmarks.zoo.network import ZooNetwork
 from bnexport.errors import BundleError, MissingDependency, ProofError
 
 ROOT = Path(__file__).parents[2]
+
+
+def test_a_fold_is_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).eval()
+    monkeypatch.setattr(cost, "make_zoo_network", lambda _source: ZooNetwork(module, (3, 8, 8), 1))
+    cells = cost.cost_row("timm:x", seconds=60, repeats=2)
+    assert (cells[0], cells[1], cells[-1], len(cells)) == ("timm:x", "1", "2", 8)
+    table = render("folding/cost.md.jinja", rows=[cells], machine="a machine").splitlines()
+    assert table[0].count("|") == table[1].count("|") == table[2].count("|") == 9
+    assert table[-1].endswith("a machine.")
+
+
+def test_stale_statistics_of_one_run() -> None:
+    ((lr, momentum, seed, epoch, error, accuracy, exact),) = rows("digits", [(0.1, 0.001, 3, (1,))])
+    assert (lr, momentum, seed, epoch) == ("0.1", "0.001", "3", "1")
+    assert float(error.split()[0]) > 0.15, "after 24 steps a momentum of 0.001 is stale"
+    assert float(exact) > float(accuracy)
 
 
 def test_accuracies_are_means_over_seeds() -> None:

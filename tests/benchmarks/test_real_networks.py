@@ -38,15 +38,7 @@ def test_its_outputs_are_the_originals(figures: Figures):
     assert figures.difference <= 1e-3
 
 
-#: Network -> part of the reason why it is not served. ONNX Runtime's Sigmoid is exact to 1e-7, and the detector answers noise
-#: with probabilities of 1e-4.
-_UNSERVED = {"PP-OCR det": "x the predicted noise"}
-
-
 def test_it_is_verified_and_served(figures: Figures):
-    if figures.network.name in _UNSERVED:
-        assert _UNSERVED[figures.network.name] in figures.unserved
-        return
     assert figures.unserved == ""
     assert figures.result.verification.passed
     assert figures.result.bundle is not None

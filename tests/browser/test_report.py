@@ -94,7 +94,7 @@ def test_the_page_asks_for_nothing_and_complains_of_nothing(browser: Browser, pa
     assert browser.evaluate("document.scripts.length") == 0
 
 
-@pytest.mark.parametrize("width", [320, 390, 800, 992, 993, 1100, 1920])
+@pytest.mark.parametrize("width", [320, 390, 800, 1056, 1057, 1100, 1920])
 def test_the_page_fits_the_screen(browser: Browser, page: tuple[str, str], width: int) -> None:
     _, address = page
     browser.screen(width)
@@ -103,6 +103,42 @@ def test_the_page_fits_the_screen(browser: Browser, page: tuple[str, str], width
     browser.evaluate("document.querySelectorAll('details').forEach(part => part.open = true)")
     assert browser.evaluate(BEYOND) == []
     assert browser.evaluate("document.documentElement.scrollWidth") <= width
+
+
+#: Labels of axes that wrap, that lie on one another, or that hang over the end of their axis.
+LABELS = """(() => {
+  const found = [];
+  for (const axis of document.querySelectorAll('.ticks, svg.map, svg.drift')) {
+    const all = [...axis.querySelectorAll('span, text')].map(label => [label.textContent, label.getBoundingClientRect()]);
+    for (const [at, [text, box]] of all.entries()) {
+      if (box.height > 28) found.push('wraps: ' + text);
+      if (axis.matches('.ticks') && box.right > axis.getBoundingClientRect().right + 2) found.push('hangs over: ' + text);
+      for (const [other, that] of all.slice(at + 1))
+        if (box.left < that.right && that.left < box.right && box.top + 1 < that.bottom && that.top + 1 < box.bottom)
+          found.push(text + ' on ' + other);
+    }
+  }
+  return found;
+})()"""
+#: Number of columns without a head.
+UNNAMED = "[...document.querySelectorAll('th')].filter(head => !head.innerText.trim()).length"
+
+
+@pytest.mark.parametrize("width", [390, 1100])
+def test_labels_of_axes_can_be_read_and_every_column_has_a_head(
+    browser: Browser, page: tuple[str, str], width: int
+) -> None:
+    name, address = page
+    browser.screen(width)
+    browser.open(address)
+    browser.evaluate("document.querySelectorAll('details').forEach(part => part.open = true)")
+    assert browser.evaluate(LABELS) == []
+    assert browser.evaluate(UNNAMED) == 0
+    if name == "pass":
+        kinds = "[...document.querySelectorAll('.folds td .nowrap')].map(part => part.getClientRects().length)"
+        assert set(browser.evaluate(kinds)) == {1}, "the kind of a BatchNorm is not broken"
+        risk = "[...document.querySelectorAll('svg.map')].every(map => map.querySelector('.risk').getBBox().y < 150"
+        assert browser.evaluate(f"{risk} && map.querySelector('.risk').getBBox().width > 20)")
 
 
 @pytest.mark.parametrize("dark", [False, True])
@@ -132,12 +168,12 @@ def test_what_was_found_is_there(browser: Browser, page: tuple[str, str]) -> Non
             "Labels that changed",
             "class 1 → class 4",
             "Layer by layer",
-            "Would it have seen a fault?",
+            "Self-test: would a fault be caught?",
             "bnexport verify models/bn_lenet/3 --runtime onnxruntime-cuda --precision tf32",
         ):
             assert expected in text, expected
     if name == "fail":
-        assert "conv3 is the first that leaves its prediction" in text
+        assert "conv3 is the first above its prediction" in text
         assert "NOT explained by its margin" in text
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from support.bundles import reseal
@@ -163,6 +164,28 @@ def test_an_export_at_chance_is_a_fail(home: Home, cli: Run) -> None:
     assert "WARNING: the accuracy is at or below chance" in out
 
 
+def test_an_onnx_file_at_chance_is_a_fail(home: Home, exported: Bundle, tmp_path: Path, cli: Run) -> None:
+    model = onnx.load(exported.path / MODEL_ONNX)
+    onnx.save(model, tmp_path / "good.onnx")
+    for tensor in model.graph.initializer:
+        if len(CLASSES) in tensor.dims:  # the last layer
+            rolled = np.roll(onnx.numpy_helper.to_array(tensor), 1, list(tensor.dims).index(len(CLASSES)))
+            tensor.CopyFrom(onnx.numpy_helper.from_array(rolled, tensor.name))
+    onnx.save(model, tmp_path / "rolled.onnx")
+    more = (*IMAGE, "--labels", home.labels, "--dataset", home.dataset)
+    out = home.out("onnx")
+    code, shown, _ = cli("fold-and-export", tmp_path / "rolled.onnx", *more, "--out", out)
+    assert code == 1
+    assert f"FAIL accuracy, reference, chance: 0 of {SAMPLES} labels right, at or below chance (0.167)" in shown
+    assert not out.exists()
+    assert cli("fold-and-export", tmp_path / "rolled.onnx", *more, "--out", out, "--allow-low-accuracy")[0] == 0
+    assert Bundle.open(out).manifest.verification["accuracy"]["accepted"] is True
+    assert cli("verify", out, *ENGINE)[0] == 0
+    assert cli("fold-and-export", tmp_path / "good.onnx", *more, "--out", home.out("onnx2"))[0] == 0
+    code, _, err = cli("fold-and-export", tmp_path / "good.onnx", "--out", tmp_path / "x.onnx", "--allow-low-accuracy")
+    assert (code, "--allow-low-accuracy" in err) == (2, True)
+
+
 def test_a_verification_at_chance_is_a_fail(home: Home, exported: Bundle, tmp_path: Path) -> None:
     """Samples whose folders are named wrongly: the reference gets none right, and no runtime changes a label."""
     for place, name in enumerate(CLASSES):
@@ -285,6 +308,9 @@ def test_plain_weights_are_evaluated_with_the_facts_that_others_take(home: Home,
     code, _, err = cli(*words[:-2])
     assert code == 2
     assert "--dataset" in err
+    code, _, err = cli(*(word for word in words if word not in IMAGE))
+    assert code == 2
+    assert "For plain weights, --input is the shape of one image" in err
 
 
 def test_plain_weights_are_recalibrated_and_the_result_is_a_checkpoint(home: Home, tmp_path: Path, cli: Run) -> None:

@@ -95,15 +95,51 @@ def test_recalibrate_by_layer_as_json(checkpoint: Path, tmp_path: Path, capfd: p
     assert err == "re-estimating: 360 images\n", "one pass per layer"
 
 
+def test_inspect_begins_with_a_summary_and_lists_channels_on_request(
+    checkpoint: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["inspect", str(checkpoint)]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert "4 BatchNorm layers with 226 channels: " in lines[0]
+    layers = [line.split()[:2] for line in lines if line.strip().startswith("bn") and "1e-05" in line]
+    assert layers == [["bn1", "6"], ["bn2", "16"], ["bn3", "120"], ["bn4", "84"]]
+    assert len(lines) < 25
+    assert max(map(len, lines[1:])) <= 80
+    assert run(["inspect", str(checkpoint), "--all"]) == 0
+    every = capfd.readouterr().out.splitlines()
+    assert every[: len(lines) - 1] == lines[:-1], "the summary comes first"
+    assert len(every) > 226
+
+
 def test_inspect_shows_stale_statistics(checkpoint: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert run(["inspect", str(checkpoint)]) == 0
-    assert "stale" not in capfd.readouterr().out
+    assert "mean off" not in capfd.readouterr().out
     assert run(["inspect", str(checkpoint), "--statistics", "--json"]) == 0
     value = json.loads(capfd.readouterr().out)
     assert value["staleness"]["images"] == 200
     assert [layer["name"] for layer in value["staleness"]["layers"]] == ["bn1", "bn2", "bn3", "bn4"]
-    assert run(["inspect", str(checkpoint), "--data-dir", "anywhere"]) == 0
+    assert run(["inspect", str(checkpoint), "--statistics"]) == 0
     assert "bnexport recalibrate" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("train", "--dataset", "digits", "--epochs", "1", "--out", "RUN"),
+        ("evaluate", "FILE", "--dataset", "digits"),
+        ("evaluate", "FILE"),
+        ("recalibrate", "FILE", "--out", "RUN"),
+        ("inspect", "FILE"),
+    ],
+)
+def test_a_folder_for_embedded_images_is_refused(
+    checkpoint: Path, tmp_path: Path, words: tuple[str, ...], capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    given = [{"FILE": str(checkpoint), "RUN": str(out)}.get(word, word) for word in words]
+    assert run([*given, "--data-dir", str(tmp_path)]) == 2
+    assert "the images of digits are part of bnexport.\nLeave --data-dir out" in capfd.readouterr().err
+    assert not out.exists()
 
 
 def test_evaluate(checkpoint: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

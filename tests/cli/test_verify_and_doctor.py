@@ -12,7 +12,11 @@ from support.bundles import copy_bundle, reseal
 from bnexport.bundle import Bundle
 from bnexport.cli.main import run
 from bnexport.cli.output import counting
+from bnexport.environment import environment
+from bnexport.runtimes import doctor
 from bnexport.runtimes.catalogue import RUNNERS
+from bnexport.runtimes.cuda_libraries import Conflict
+from bnexport.runtimes.doctor import Diagnosis, Health
 from bnexport.verification import budget as verifying
 from bnexport.verification import stages
 from bnexport.verification.self_test import faults
@@ -88,6 +92,29 @@ def test_the_code_of_a_users_network_makes_it_the_reference(
     assert json.loads(capsys.readouterr().out)["reference"] == "the original module, in float64"
 
 
+def test_doctor_fits_80_columns_and_states_each_cause_once(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loader = "no NVIDIA driver (libcuda.so.1: cannot open shared object file: No such file or directory)"
+    remedy = (
+        "Install an NVIDIA driver and pip install 'onnxruntime-gpu[cuda,cudnn]'; in a container hand the GPU through"
+    )
+    rows = [
+        Health("torch-cpu", True, "cpu", 1.5e-7, details={"engine": "torch eager", "version": "2.14.1+cu130"}),
+        Health("onnxruntime-cuda", False, reason=loader, remedy=remedy),
+        Health("onnxruntime-tensorrt", False, reason=loader, remedy=remedy),
+    ]
+    conflict = Conflict("torch for CUDA 12 and onnxruntime for CUDA 13 need different CUDA libraries " * 2, remedy)
+    monkeypatch.setattr(doctor, "diagnose", lambda: Diagnosis(tuple(rows), environment(), (conflict,)))
+    assert run(["doctor", "--require", "torch-cpu"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "1 of 3 runtimes work on this machine."
+    assert lines[1].split()[:2] == ["torch-cpu", "works"]
+    assert max(map(len, lines)) <= 80
+    assert " ".join(lines).count("libcuda.so.1") == 1
+    assert " ".join(" ".join(lines).split()).count(remedy) == 2, "once for the runtimes, once for the packages"
+
+
 def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["doctor"]) == 0
     told = capsys.readouterr().out
@@ -118,7 +145,7 @@ def test_the_verdict_as_a_page_and_for_ci(bundle: Bundle, tmp_path: Path) -> Non
     )
     text = page.read_text()
     assert "onnxruntime-cpu, IO binding, optimisation basic" in text
-    assert "What each precision does to this model" in text
+    assert "Predicted effect of each precision on this model" in text
     assert "layer by layer" in text
     assert f"bnexport verify {bundle.path}" in text
     assert b"<testsuite " in xml.read_bytes()

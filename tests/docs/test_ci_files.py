@@ -25,7 +25,8 @@ def test_the_workflow_runs_both_commands_on_every_python() -> None:
     # YAML 1.1 reads the key "on" as true.
     assert set(workflow) == {"name", True, "permissions", "concurrency", "jobs"}
     assert workflow["permissions"] == {"contents": "read"}
-    (job,) = workflow["jobs"].values()
+    assert set(workflow["jobs"]) == {"check", "docs"}
+    job = workflow["jobs"]["check"]
     assert job["timeout-minutes"] <= 90
     matrix = job["strategy"]["matrix"]
     assert matrix["command"] == ["scripts/check", "scripts/check --all"]
@@ -39,6 +40,14 @@ def test_the_workflow_runs_both_commands_on_every_python() -> None:
     assert [step["run"] for step in steps if "run" in step] == ["${{ matrix.command }}"]
 
 
+def test_the_workflow_builds_the_reference() -> None:
+    job = read(".github/workflows/check.yml")["jobs"]["docs"]
+    commands = [step["run"] for step in job["steps"] if "run" in step]
+    assert commands == ["scripts/make_venv -e '.[docs]'", "scripts/build_docs"]
+    assert all(os.access(ROOT / command.split()[0], os.X_OK) for command in commands)
+    assert PROJECT["optional-dependencies"]["docs"]
+
+
 def test_the_workflow_fits_the_published_schema() -> None:
     text = (ROOT / ".github" / "workflows" / "check.yml").read_text(encoding="utf-8")
     assert violations(text, "github-workflows") == []
@@ -46,7 +55,7 @@ def test_the_workflow_fits_the_published_schema() -> None:
 
 
 def test_the_workflow_uses_what_the_matrix_defines() -> None:
-    (job,) = read(".github/workflows/check.yml")["jobs"].values()
+    job = read(".github/workflows/check.yml")["jobs"]["check"]
     used = {part.split("}}")[0].strip() for part in yaml.safe_dump(job).split("${{")[1:]}
     assert used == {"matrix.command", "matrix.python"}
 

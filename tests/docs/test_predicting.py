@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from support.documents import commands
 
 from bnexport.bundle import MODEL_ONNX
 from bnexport.data.datasets import load_dataset
@@ -22,8 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 def lines(name: str) -> list[list[str]]:
     text = (ROOT / "docs" / name).read_text(encoding="utf-8")
-    blocks = re.findall(r"^```console\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    return [shlex.split(line[2:]) for block in blocks for line in block.splitlines() if line.startswith("$ bnexport ")]
+    return [words for words in commands(text) if words[0] == "bnexport"]
 
 
 def typed(words: list[str], folder: Path) -> str:
@@ -56,11 +55,11 @@ def test_every_line_of_deploying_runs(tmp_path: Path) -> None:
     for package in ("yaml", "jsonschema"):
         pytest.importorskip(package)
     (tmp_path / "models").symlink_to(ROOT / "models")
-    commands = lines("deploying.md")
-    for words in commands:
+    shown = lines("deploying.md")
+    for words in shown:
         if "--wheel" in words:
             (tmp_path / words[words.index("--wheel") + 1]).write_bytes(b"")
         assert "next: " in typed(words, tmp_path)
-    folders = [words[words.index("--out") + 1] for words in commands]
+    folders = [words[words.index("--out") + 1] for words in shown]
     assert len(folders) == len(set(folders)) == 6
     assert all(list((tmp_path / folder).rglob(MODEL_ONNX)) for folder in folders)

@@ -13,7 +13,7 @@ import click
 import pytest
 from support.documents import PAGES, blocks, commands
 
-from bnexport.bundle import GOLDEN, MANIFEST, MODEL_ONNX, MODEL_TORCHSCRIPT, REPORT, WEIGHTS
+from bnexport.bundle import GOLDEN, MANIFEST, MODEL_EXPORTED, MODEL_ONNX, MODEL_TORCHSCRIPT, REPORT, WEIGHTS
 from bnexport.cli.main import COMMANDS, EXIT_CODES, EXIT_FAULT, EXIT_INTERRUPTED, cli
 
 ROOT = Path(__file__).parents[2]
@@ -91,16 +91,19 @@ def test_exit_codes_are_those_of_the_code() -> None:
 
 def test_bundle_files_are_those_of_the_code() -> None:
     named = {row[0].strip("`") for row in table("What is in a bundle")}
-    assert named == {MODEL_ONNX, MODEL_TORCHSCRIPT, WEIGHTS, MANIFEST, f"{GOLDEN}/", REPORT}
+    files = {MODEL_ONNX, MODEL_TORCHSCRIPT, MODEL_EXPORTED, WEIGHTS, MANIFEST, REPORT}
+    assert named == files | {f"{GOLDEN}/", "../config.pbtxt"}
+    assert files | {GOLDEN} == {path.name for path in REFERENCE.iterdir()}
+    assert (REFERENCE.parent / "config.pbtxt").is_file()
 
 
-def test_code_map_names_folders() -> None:
-    named = [name.strip("` ") for row in table("Code map") for name in row[0].split(",")]
-    assert all((ROOT / name).is_dir() for name in named)
-    missing = {path.parent.name for path in (ROOT / "bnexport").glob("*/__init__.py")} - {
-        Path(name).name for name in named
-    }
-    assert missing == set()
+def test_the_first_screen_is_short() -> None:
+    assert README.count("\n") <= 200
+    assert (
+        README.index("docs/pictures/fold.svg")
+        < README.index("$ bnexport train")
+        < README.index("<!-- parity-table -->")
+    )
 
 
 def test_result_blocks_can_be_filled() -> None:

@@ -12,9 +12,10 @@ import pytest
 ROOT = Path(__file__).parents[2]
 ALL = [*sorted(path for path in (ROOT / "scripts").iterdir() if path.is_file()), ROOT / ".ci" / "run"]
 SHELL = [path for path in ALL if path.suffix != ".py"]
-NAMES = {f"scripts/{name}" for name in ("demo", "check", "make_venv", "train_reference", "gpu_lane", "gpu_session")} | {
-    ".ci/run"
-}
+NAMES = {
+    f"scripts/{name}"
+    for name in ("demo", "check", "make_venv", "train_reference", "gpu_lane", "gpu_session", "build_docs")
+} | {".ci/run"}
 
 
 def run(command: list[str], **kwargs: object) -> subprocess.CompletedProcess[str]:

@@ -89,12 +89,34 @@ def fold_onnx(
     if not max_growth >= 1.0:
         raise UsageError(f"max_growth is {max_growth:g}", remedy="Give a factor of 1 or more; 1 allows no copies")
     file = read_source(source)
-    original = file.model
-    sizes = _sizes(original, inputs or {})
+    original, sizes = file.model, _sizes(file.model, inputs or {})
     readable = _readable(file, sizes, prove=prove)
     sums = split_sums(readable)
+    model, outcome, exact, growth = _fold_copy(readable, original, sizes, max_growth, clamps, prove)
+    join_sums(model, sums)
+    changed = simplify_reshapes(model) > 0 or exact is not None or opset_of(model) != opset_of(original)
+    if changed:
+        _check_written(original, model)
+    rows = (*outcome.rows, *(_inner_row(node, where) for node, where in inner_batch_norms(original)))
+    error, unproved = _proof(original, model, exact or {} if changed else None, sizes) if prove else (None, ())
+    report = FoldReport(rows, count_batch_norms(model), error, growth, (*outcome.warnings, *unproved))
+    return OnnxFoldResult(model, report, original, changed, file.normalised)
+
+
+def _fold_copy(
+    readable: ModelProto,
+    original: ModelProto,
+    sizes: Mapping[str, Sequence[int]],
+    max_growth: float,
+    clamps: bool,
+    prove: bool,
+) -> tuple[ModelProto, EngineResult, dict[str, Tensor] | None, float]:
+    """Return the folded copy, the engine's result, the folded tensors in float64 (None if unchanged), and the growth.
+
+    The copy is folded again with stricter settings while it exceeds the budget.
+    """
     before = max(OnnxGraph(readable, sizes).elements, 1)
-    for apart, biases in ATTEMPTS:  # again and stricter where the result exceeds the budget
+    for apart, biases in ATTEMPTS:
         model = ModelProto()
         model.CopyFrom(readable)
         graph = OnnxGraph(model, sizes)
@@ -105,14 +127,7 @@ def fold_onnx(
         growth = OnnxGraph(model, sizes).elements / before
         if growth <= max_growth:
             break
-    join_sums(model, sums)
-    changed = simplify_reshapes(model) > 0 or folded or opset_of(model) != opset_of(original)
-    if changed:
-        _check_written(original, model)
-    rows = (*outcome.rows, *(_inner_row(node, where) for node, where in inner_batch_norms(original)))
-    error, unproved = _proof(original, model, writer.exact if changed else None, sizes) if prove else (None, ())
-    report = FoldReport(rows, count_batch_norms(model), error, growth, (*outcome.warnings, *unproved))
-    return OnnxFoldResult(model, report, original, changed, file.normalised)
+    return model, outcome, writer.exact if folded else None, growth
 
 
 def _readable(file: SourceFile, sizes: Mapping[str, Sequence[int]], *, prove: bool) -> ModelProto:

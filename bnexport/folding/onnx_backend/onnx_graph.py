@@ -91,7 +91,8 @@ class OnnxGraph:
             for name, users in self._users.items()
             if len(users) == count[name] == 1 and self._is_plain(users[0])
         }
-        return GraphContext(self.opset, self.shapes, self.constants, followers, count)
+        inputs = frozenset(value.name for value in self.model.graph.input)
+        return GraphContext(self.opset, self.shapes, self.constants, followers, count, inputs)
 
     def _add_input(self, value: ValueInfoProto) -> None:
         if not self.constants.known(value.name):

@@ -46,17 +46,18 @@ def _unreadable(view: NodeView) -> tuple[str, str]:
     training = view.attribute("training_mode", 0) if view.opset >= _TRAINING_MODE else len(view.outputs()) > 1
     shape = view.shape()
     indices = range(1, 5)
-    names = {view.input(index) for index in indices}
     if training:
         return "it is in training mode, so it uses batch statistics", "the network exported in eval mode"
     if view.opset < 9 and view.attribute("spatial", 1) == 0:
         return "it has statistics for each position (spatial=0)", ""
-    if names & view.context.constants.overridable:
-        return OVERRIDABLE.replace("weights", "parameters"), NOT_AN_INPUT
     if not all(view.is_constant(index) for index in indices):
-        return "its parameters are computed in the graph", "parameters and statistics stored as initializers"
-    if shape is None or len(shape) < 2 or not view.is_floating:
+        return view.why_not_constant(*indices, noun="parameters"), NOT_AN_INPUT
+    if shape is None:
         return UNKNOWN_SHAPE, "a file that shape inference can read"
+    if len(shape) < 2:
+        return "its input has no channel axis", "an input with a batch axis and a channel axis"
+    if not view.is_floating:
+        return "the file does not state the element type of its input", "a file that shape inference can read"
     sizes = {view.context.constants.shape(view.input(index)) for index in indices}
     if len(sizes) != 1 or len(next(iter(sizes))) != 1:
         return "its parameters have different lengths", ""

@@ -25,7 +25,7 @@ def read_conv(view: NodeView) -> OnnxReading | str | None:
     """Read Conv or ConvTranspose; the channels of an ONNX convolution are always on axis 1."""
     weight, bias = view.context.weight(view.input(1)), view.context.weight(view.input(2))
     if weight is None or (bias is None and view.input(2)):
-        return view.why_no_weight(1, 2)
+        return view.why_not_constant(1, 2)
     if len(weight.shape) < 3 or view.rank != len(weight.shape):
         return None
     transposed, groups = view.node.op_type == "ConvTranspose", int(view.attribute("group", 1))
@@ -68,7 +68,7 @@ def read_gemm(view: NodeView) -> OnnxReading | str | None:
     alpha, beta = float(view.attribute("alpha", 1.0)), float(view.attribute("beta", 1.0))
     weight = view.context.weight(view.input(1), alpha)
     if weight is None:
-        return view.why_no_weight(1)
+        return view.why_not_constant(1)
     if len(weight.shape) != 2:
         return None
     rows = bool(view.attribute("transB", 0))
@@ -84,11 +84,11 @@ def _gemm_bias(view: NodeView, beta: float, size: int) -> Weight | str | None:
     if not view.input(2):
         return None
     if not view.is_constant(2):
-        return view.why_no_weight(2)
+        return view.why_not_constant(2)
     shape = view.context.constants.shape(view.input(2))
     if shape not in ((size,), (1, size), (1,), (1, 1), ()):
         return "its bias differs between rows"
-    return view.context.weight(view.input(2), beta, size) or view.why_no_weight(2)
+    return view.context.weight(view.input(2), beta, size) or view.why_not_constant(2)
 
 
 def read_matmul(view: NodeView) -> OnnxReading | str | None:
@@ -97,7 +97,7 @@ def read_matmul(view: NodeView) -> OnnxReading | str | None:
     weight = right or left
     if weight is None:
         overridable = view.context.constants.overridable & set(view.node.input)
-        return view.why_no_weight(0, 1) if overridable else None
+        return view.why_not_constant(0, 1) if overridable else None
     value = 0 if right is not None else 1
     if view.rank is None:
         return "a product with a vector has no channel axis"

@@ -59,6 +59,7 @@ class GraphContext:
     constants: OnnxConstants
     followers: dict[str, NodeProto]
     readers: Counter[str]
+    inputs: frozenset[str] = frozenset()
     _weights: dict[tuple[str, float, int | None], Weight] = field(default_factory=dict, init=False)
 
     def weight(self, name: str, factor: float = 1.0, size: int | None = None) -> Weight | None:
@@ -164,7 +165,12 @@ class NodeView:
         """Return the names of the outputs that are not left out."""
         return [name for name in self.node.output if name]
 
-    def why_no_weight(self, *indices: int) -> str:
-        """Return the reason why these inputs are not weights."""
+    def why_not_constant(self, *indices: int, noun: str = "weights") -> str:
+        """Return the reason why these inputs are not constants."""
         names = {self.input(index) for index in indices}
-        return OVERRIDABLE if names & self.context.constants.overridable else "its weights are computed in the graph"
+        if names & self.context.constants.overridable:
+            return OVERRIDABLE.replace("weights", noun)
+        variable = {name for name in names if name and not self.context.constants.known(name)}
+        if variable & self.context.inputs:
+            return f"its {noun} are inputs of the model"
+        return f"its {noun} are computed in the graph"

@@ -139,6 +139,8 @@ def _owned(node: Node, order: dict[Node, int]) -> bool:
     return False
 
 
+#: Operators without inputs whose result has no defined values.
+_UNSET = _overloads("empty", "empty_strided", "empty_permuted", "empty_quantized", "_empty_affine_quantized")
 #: Casts to a wider floating type inside a constant are skipped, so that the constant keeps its float64 precision. A cast that
 #: rounds (to float16, to an integer) is part of the network's computation.
 _CASTS = (aten._to_copy.default, aten.to.dtype, aten.to.dtype_layout, aten.to.device)
@@ -186,9 +188,7 @@ class TorchConstants:
             parents = [parent for parent in node.all_input_nodes if not self.known(parent)]
             if not parents:
                 random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
-                return (
-                    "drawn at random in forward" if random else "made in forward by an operator that is not run ahead"
-                )
+                return "drawn at random in forward" if random else "made in forward without values"
             stack += [parent for parent in parents if parent not in seen]
             seen.update(parents)
         return "not constant"
@@ -211,7 +211,7 @@ class TorchConstants:
             missing = [parent for parent in node.all_input_nodes if parent not in self._values]
             if node in self._values:
                 stack.pop()
-            elif node.op == "call_function" and missing and _is_pure(node):
+            elif node.op == "call_function" and missing and is_pure(node):
                 stack.extend(missing)
             else:
                 self._values[stack.pop()] = self._compute(node)
@@ -223,7 +223,7 @@ class TorchConstants:
             value = attribute(self._module, str(node.target))
             return value.detach() if isinstance(value, Tensor) else None
         parents = node.all_input_nodes
-        if node.op != "call_function" or not _is_pure(node) or not parents:
+        if node.op != "call_function" or not is_pure(node) or node.target in _UNSET:
             return None
         if any(self._values[parent] is None for parent in parents):
             return None
@@ -282,7 +282,7 @@ def attribute(module: torch.nn.Module, target: str) -> Any:
     return value
 
 
-def _is_pure(node: Node) -> bool:
+def is_pure(node: Node) -> bool:
     """Return True if a node is deterministic and without side effects, so that it can be computed ahead of time."""
     schema = getattr(node.target, "_schema", None)
     if schema is None or schema.is_mutable:

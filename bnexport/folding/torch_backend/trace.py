@@ -157,13 +157,18 @@ def trace(model: nn.Module, inputs: tuple[Any, ...], *, dynamic_shapes: Any = No
     if model.training and switches_itself(model):
         model = _switched_copy(model)
     try:
-        with eval_mode(model), unchanged(model) as kept, quiet(), torch.no_grad():
+        with eval_mode(model), unchanged(model) as changes, quiet(), torch.no_grad():
             program = _export(model, inputs, shapes)
             graph_module = program.module(check_guards=False)
     except Exception as error:  # torch.export raises many unrelated classes
         raise _untraced(model, inputs, error) from error
-    if kept:
-        _refuse_memory(model, inputs, kept)
+    if changes.layers:
+        raise UntracedError(
+            f"forward of {type(model).__name__} makes the layer {changes.layers[0]} in its first call",
+            remedy="Run the network once on an example, so that all its layers exist, and load its weights",
+        )
+    if changes.attributes:
+        _refuse_memory(model, inputs, changes.attributes)
     if any(isinstance(item, _DimHint) for item in pytree.tree_leaves(shapes)):
         _refuse_pinned(program, model)
         refuse_forks(program, model)

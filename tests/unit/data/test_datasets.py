@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from bnexport.data import dataset_table, locate
-from bnexport.data.datasets import load_dataset, load_test_images, load_train_images
+from bnexport.data.datasets import dataset_labels, load_dataset, load_test_images, load_train_images
 from bnexport.errors import DataError, NetworkError, OutputError, UsageError
 
 NAMES = [file.name for file in (*dataset_table.DATASETS["mnist"].train, *dataset_table.DATASETS["mnist"].test)]
@@ -368,3 +368,10 @@ def test_the_training_part_alone(tiny, tmp_path):
     assert images.shape == (6, 28, 28)
     assert labels.tolist() == [0, 1, 2, 3, 4, 5]
     assert np.array_equal(load_train_images("digits")[0], load_dataset("digits").train_images)
+
+
+@pytest.mark.parametrize("read", [load_dataset, load_test_images, load_train_images, dataset_labels])
+def test_a_folder_for_embedded_images_is_refused(read, tmp_path):
+    read("digits")
+    with pytest.raises(UsageError, match="the images of digits are part of bnexport"):
+        read("digits", data_dir=tmp_path)

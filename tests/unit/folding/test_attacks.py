@@ -127,6 +127,49 @@ def test_a_weight_computed_by_an_operator_with_several_results_is_a_constant(nam
     assert [row.outcome for row in check(model, images()).rows] == ["backward"]
 
 
+#: Name -> a weight of 4 x 3 x 3 x 3 computed from a parameter and from a tensor that forward makes.
+MADE: dict[str, Callable[[Tensor], Tensor]] = {
+    "eye": lambda w: w * (torch.eye(3) + 0.5),
+    "eye of a type": lambda w: w + torch.eye(3, dtype=torch.float64).to(w.dtype),
+    "arange": lambda w: w * torch.arange(1, 4),
+    "arange in steps": lambda w: w + torch.arange(0.1, 0.7, 0.2),
+    "linspace": lambda w: w * torch.linspace(0.5, 2, 3),
+    "logspace": lambda w: w * torch.logspace(0, 1, 3),
+    "full": lambda w: w * torch.full((3, 1, 1), 0.3),
+    "ones and zeros": lambda w: w * torch.ones(3) + torch.zeros(3, 1),
+    "full_like": lambda w: w * torch.full_like(w, 0.3),
+    "triangles": lambda w: w * torch.ones(3, 3).triu() + torch.tril_indices(3, 3).sum(),
+    "a window": lambda w: w * torch.hann_window(3, periodic=False),
+    "a stack": lambda w: w * torch.stack([torch.arange(3) / 3, torch.full((3,), 2.0), torch.ones(3)]),
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_a_weight_computed_from_a_tensor_made_in_forward_is_a_constant(name: str) -> None:
+    def forward(m: Graph, x: Tensor) -> Tensor:
+        return m.bn(functional.conv2d(x, MADE[name](m.conv.weight), m.conv.bias))
+
+    model = model_of(forward, conv=conv(3, 4, 3), bn=bn(4))
+    assert [row.outcome for row in check(model, images()).rows] == ["backward"]
+
+
+def test_a_tensor_made_with_a_size_of_the_input_is_no_constant() -> None:
+    def forward(m: Graph, x: Tensor) -> Tensor:
+        return m.bn(functional.conv2d(x, m.conv.weight * torch.arange(x.shape[0]).sum(), m.conv.bias))
+
+    (row,) = check(model_of(forward, conv=conv(3, 4, 3), bn=bn(4)), images()).rows
+    assert (row.outcome, "computed from the input" in row.reason) == ("affine", True), row
+
+
+def test_a_tensor_made_and_changed_in_forward_is_no_wrong_constant() -> None:
+    def forward(m: Graph, x: Tensor) -> Tensor:
+        mask = torch.zeros(3)
+        mask[1] = 2.0
+        return m.bn(functional.conv2d(x, m.conv.weight * mask, m.conv.bias))
+
+    check(model_of(forward, conv=conv(3, 4, 3), bn=bn(4)), images())
+
+
 def test_results_that_depend_on_the_input_are_no_constants() -> None:
     def forward(m: Graph, x: Tensor) -> Tensor:
         var, _ = torch.var_mean(x)

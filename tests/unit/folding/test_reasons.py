@@ -37,7 +37,7 @@ WEIGHTS: dict[str, Forward] = {
     "computed from the input": lambda m, x: m.conv.weight * x.mean(),
     "changed in forward": _changed,
     "drawn at random in forward": lambda m, _x: m.conv.weight + torch.randn(6, 1, 1, 1),
-    "made in forward by an operator that is not run ahead": lambda m, _x: m.conv.weight * torch.eye(3),
+    "made in forward without values": lambda m, _x: m.conv.weight * torch.empty(6, 1, 1, 1),
 }
 
 

@@ -6,6 +6,7 @@ import pytest
 import safetensors.torch
 import torch
 from cases import randomise
+from support.bundles import reseal
 from torch import nn
 
 from bnexport.bundle import WEIGHTS, Manifest, seal
@@ -55,7 +56,7 @@ def test_plain_weights_and_a_user_s_network_say_that_eps_is_assumed(tmp_path):
     for name in ("plain", "user"):
         found = inspect_path(tmp_path / f"{name}.safetensors")
         assert [layer.name for layer in found.layers] == ["1"]
-        assert found.note == "eps is not in this file: 1e-05 is assumed"
+        assert found.note.startswith("eps is not in this file: 1e-05 is assumed; the layers are sorted by name")
 
 
 def test_layers_are_in_order(tmp_path):
@@ -70,6 +71,20 @@ def test_a_bundle(bundle):
     found = inspect_path(bundle)
     assert found.file == bundle / WEIGHTS
     assert list(found.layers) == layer_statistics(lenet().state_dict())
+
+
+def test_a_users_bundle_has_the_order_of_its_fold_report(bundle):
+    """The names are in the wrong order alphabetically, and only the fold report has the network's order."""
+    names = ["stem", "block10", "block9", "classifier"]
+    state = {f"{n}.running_{kind}": torch.ones(2) for n in sorted(names) for kind in ("mean", "var")}
+    safetensors.torch.save_file(state, bundle / WEIGHTS)
+    reseal(bundle, fold={"rows": [{"module": name} for name in names]})
+    assert [layer.name for layer in inspect_path(bundle).layers] == names
+    for odd in ({"rows": 3}, {"rows": [1]}, {}):
+        reseal(bundle, fold=odd)
+        found = inspect_path(bundle)
+        assert [layer.name for layer in found.layers] == ["block9", "block10", "classifier", "stem"]
+        assert "sorted by name" in found.note
 
 
 def test_a_changed_bundle_is_refused(bundle):

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import bnexport
+from bnexport.errors import UntracedError
 from bnexport.nn.calling import call_once, place_of, switches_itself, to_eval_mode, unchanged
 
 
@@ -89,14 +90,14 @@ def test_dropout_that_train_switches_on_stays_on():
 
 def test_what_a_forward_keeps_is_undone_and_named() -> None:
     model = Keeps().eval()
-    with unchanged(model) as kept:
+    with unchanged(model) as changes:
         model(torch.ones(4, 3))
-    assert set(kept) == {"seen", "last"}
+    assert set(changes.attributes) == {"seen", "last"}
     assert model.seen == []
     assert not hasattr(model, "last")
-    with unchanged(model.inner) as kept:
+    with unchanged(model.inner) as changes:
         model.inner(torch.ones(4, 3))
-    assert kept == []
+    assert changes.attributes == changes.layers == []
 
 
 class Late(nn.Module):
@@ -125,10 +126,11 @@ class Late(nn.Module):
 def test_layers_made_in_the_first_call_are_gone_afterwards() -> None:
     model = Late().eval()
     norm, before = model.norm, list(model.state_dict())
-    with unchanged(model) as changed:
+    with unchanged(model) as changes:
         model(torch.ones(2, 3))
-    assert changed == ["names"]
-    bnexport.fold(model, torch.ones(2, 3))
+    assert (changes.attributes, sorted(changes.layers)) == (["names"], ["first", "late", "more.0"])
+    with pytest.raises(UntracedError, match=r"makes the layer [a-z0.]+ in its first call"):
+        bnexport.fold(model, torch.ones(2, 3))
     assert list(model.state_dict()) == before
     assert model.norm is norm
     assert model.names == {"a"}

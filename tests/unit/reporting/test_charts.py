@@ -90,6 +90,16 @@ def test_the_corner_is_where_the_error_is_half_of_the_margin() -> None:
     assert y2 == pytest.approx(150 * share, abs=0.1)
 
 
+def test_the_corner_is_in_the_picture_of_errors_far_below_the_margins() -> None:
+    """Errors of 1e-8 with margins of 0.1 left the corner above the picture, whose text names it."""
+    report = full_report(passed=True)
+    known = {"torch-cpu": (np.full(50, 1e-8), np.geomspace(0.01, 1.0, 50))}
+    ((_, chart),) = maps(runs(report), known)
+    (corner,) = paths(chart, "risk")
+    _, y, _, _ = map(float, re.findall(r"-?[\d.]+", corner)[:4])
+    assert 0 < y < 75, "its lower end is inside the picture, whose height is 150"
+
+
 def test_layers_that_left_have_a_cross() -> None:
     assert len(paths(drift(layers(8, 5)), "left")) == 3
     assert len(paths(drift(layers(8, 5)), "dot")) == 5

@@ -103,7 +103,7 @@ def test_an_incomplete_report_is_no_proof(render: Render) -> None:
 def test_everything_is_told(render: Render, passing: VerificationReport) -> None:
     words = " ".join(Page(render(verification=passing)).words.split())
     for expected in (
-        "4 of 7 BatchNorm calls folded, 1 became an affine layer, 2 were kept unchanged; the weights are",
+        "4 of 7 BatchNorm calls folded, 1 became an affine layer, 2 were kept unchanged",
         "conv <- batch norm",
         "W' = s W, b' = s b + t",
         "(root) BatchNorm1d",
@@ -112,8 +112,8 @@ def test_everything_is_told(render: Render, passing: VerificationReport) -> None
         "0.25..3.2",
         "2.3e-16",
         "3.1e-15",
-        "strict: error 3.8e-07 of the scale, 1e-05 would pass",
-        "Not covered: torch-cuda",
+        "strict (full float32 arithmetic): max error 3.8e-07, bound 1e-05",
+        "Not run here: torch-cuda",
         "input: float32 (batch, 1, 28, 28)",
         "ONNX opset 18",
         "a processor",
@@ -130,7 +130,7 @@ def test_everything_is_told(render: Render, passing: VerificationReport) -> None
 def test_warnings_stand_in_the_verdict_and_before_the_calls(render: Render, passing: VerificationReport) -> None:
     words = " ".join(Page(render(verification=passing)).words.split())
     first, second = (match.start() for match in re.finditer("WARNING: ", words))
-    assert first < words.index("What was folded") < second < words.index("(root) BatchNorm1d")
+    assert first < words.index("Folded BatchNorm layers") < second < words.index("(root) BatchNorm1d")
 
 
 def test_many_calls_are_counted_first_and_listed_on_a_click(
@@ -138,13 +138,17 @@ def test_many_calls_are_counted_first_and_listed_on_a_click(
 ) -> None:
     text = render(verification=passing, fold=large)
     words = " ".join(Page(text).words.split())
-    account = text[text.index("What was folded") : text.index("<h2>Run by run")]
+    account = text[text.index("Folded BatchNorm layers") : text.index("<h2>Every comparison")]
     assert re.findall(r"<details( open)?>", account) == [" open", ""]
-    assert account.index("200") < account.index("The 3 that are not gone") < account.index("All 250 BatchNorm calls")
+    assert (
+        account.index("200")
+        < account.index("The 3 BatchNorm calls that remain")
+        < account.index("All 250 BatchNorm calls")
+    )
     assert account.index(OUTCOMES["through"]) < account.index("<details")
     assert words.count("stage0.block0.norm") == 1
     short = render(verification=passing, fold=FoldReport(large.rows[:OPEN_CALLS], 0))
-    assert "<details" not in short[short.index("What was folded") : short.index("<h2>Run by run")]
+    assert "<details" not in short[short.index("Folded BatchNorm layers") : short.index("<h2>Every comparison")]
 
 
 def test_hostile_texts_stay_text(render: Render, failing: VerificationReport) -> None:
@@ -187,20 +191,20 @@ def test_everything_that_was_found_is_told(render: Render) -> None:
         "onnxruntime-cuda tf32 PASS 0.00038",
         "PASS 0.00076 1.3 x predicted",
         "PASS tf32 3 of 1000",
-        "shipping: error 0.00076 of the scale, 0.0017 would pass; 1.3 x predicted at most",
+        "shipping (the precision that is served): max error 0.00076, bound 0.0017; at most 1.3 x the predicted noise",
         "TF32 is predicted to move outputs by 0.00076 of scale and to change 1 of 2000 labels (images).",
         "bfloat16 is predicted to move outputs by 0.009 of scale (noise).",
         "the float64 proof was not repeated here: onnx is not installed",
         "torch-cuda torch sees no CUDA device",
-        "onnxruntime-cuda, tf32: conv3 is the first that leaves its prediction",
+        "onnxruntime-cuda, tf32: conv3 is the first above its prediction",
         "torch-cpu: all 5 layers as predicted",
         "Trouser",
-        "sample 2, truly Trouser",
+        "sample 2, true class Trouser",
         "margin 0.001, error 0.0007 NOT explained by its margin onnxruntime-cuda, tf32; torchscript-cpu",
         "5 faults: 1 MISSED, 1 not tried here, 1 harmless to this model, 2 caught",
         "MISSED one flipped bit",
         "caught eps dropped model.onnx file-proof file-proof, golden above 1e-06 6.8e-05",
-        "What really ran: providers",
+        "Engine and device of this run: providers",
         "871 of 1000 labels right before, 870 after",
         "bnexport verify 'models/<name>/1' --runtime onnxruntime-cuda --precision tf32 --seed 3",
     ):
@@ -221,7 +225,12 @@ def test_what_was_missed_is_as_loud_as_a_failure(render: Render) -> None:
 
 def test_parts_without_content_are_not_there(render: Render, passing: VerificationReport) -> None:
     words = told(render(verification=passing))
-    for heading in ("Labels that changed", "Layer by layer", "What each precision does", "Would it have seen a fault"):
+    for heading in (
+        "Labels that changed",
+        "Layer by layer",
+        "Predicted effect of each precision",
+        "Self-test: would a fault be caught",
+    ):
         assert heading not in words
         assert heading in told(render(verification=full_report()))
 
@@ -245,7 +254,8 @@ def test_a_large_report_stays_small_and_says_what_is_left_out(
     assert text.count('<svg class="map"') == 24
     assert f"The other {24 - SHOWN_MAPS} runs" in words
     assert text.count('<svg class="drift"') == SHOWN_DRIFTS
-    assert f"The layers of {24 - SHOWN_DRIFTS} more runs are in the JSON report; none of these runs left" in words
+    more = f"The layers of {24 - SHOWN_DRIFTS} more runs are in the JSON report"
+    assert f"{more}; none of these runs have a layer above its prediction" in words
     assert "and 240 more layers" in words
     assert f"and {1000 - SHOWN_LABELS} more" in words
     assert "All 60 faults" in words
@@ -254,8 +264,8 @@ def test_a_large_report_stays_small_and_says_what_is_left_out(
 def test_many_failures_are_named_up_to_a_number(render: Render, failing: VerificationReport) -> None:
     rows = tuple(dataclasses.replace(failing.failures[0], case=f"case {k}") for k in range(50))
     words = told(render(verification=dataclasses.replace(failing, rows=(*failing.rows, *rows))))
-    assert f"and {52 - SHOWN_FAILURES} more, listed run by run below" in words
-    assert section(words, "Run by run").count("12 values are not finite") == 51
+    assert f"and {52 - SHOWN_FAILURES} more, listed below under every comparison" in words
+    assert section(words, "Every comparison").count("12 values are not finite") == 51
 
 
 def test_confusions_and_drifts_beyond_their_limits_are_counted(render: Render) -> None:
@@ -268,13 +278,15 @@ def test_confusions_and_drifts_beyond_their_limits_are_counted(render: Render) -
     )
     words = told(render(verification=report))
     assert "and 8 more pairs, in the JSON report" in words
-    assert "The layers of 2 more runs are in the JSON report; 2 of these runs left" in words
+    assert (
+        "The layers of 2 more runs are in the JSON report; 2 of these runs have a layer above its prediction" in words
+    )
 
 
 def test_a_later_verification_has_the_page_of_its_bundle(tmp_path: Path, manifest: Manifest, fold: FoldReport) -> None:
     for account, expected in (
         (fold.to_json(), "4 of 7 BatchNorm calls folded"),
-        ({}, "The bundle holds no account of a fold."),
+        ({}, "The bundle contains no fold report."),
     ):
         bundle = Bundle(tmp_path, dataclasses.replace(manifest, fold=account))
         words = told(verification_page(bundle, full_report(), command="bnexport verify x"))

@@ -17,6 +17,7 @@ from bnexport.data.datasets import load_dataset
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import BundleError, DataError, UsageError
 from bnexport.serving.predictor import Predictor, labelled, predict_images
+from bnexport.serving.served_model import ServingSettings, open_served
 from bnexport.tensors import Signature, TensorSpec
 
 IMAGES = load_dataset("digits").test_images[:20]
@@ -78,6 +79,14 @@ def test_softmax_of_large_logits_does_not_overflow(bundle: Bundle) -> None:
     with Predictor(bundle) as predictor:
         prediction = labelled("x", np.array([-3e38, 3e38, 0.0], np.float32), predictor.bundle.manifest.labels)
     assert (prediction.index, prediction.label, prediction.probability) == (1, "1", 1.0)
+
+
+def test_labels_in_another_order_are_refused_by_predict_and_serve(bundle: Bundle, tmp_path: Path) -> None:
+    other = reseal(copy_bundle(bundle, tmp_path / "1"), labels=tuple("0123456798"))
+    words = "the same names in another order; first difference at class 8: '9' and '8'"
+    assert words in refusal(UsageError, other)
+    with pytest.raises(UsageError, match=words):
+        open_served("lenet", "1", other.path, ServingSettings())
 
 
 @pytest.mark.parametrize(("labels", "label"), [(None, "2"), (("a", "b", "ç"), "ç"), (("a", "b"), "2")])

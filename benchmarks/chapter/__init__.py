@@ -1,0 +1,1 @@
+"""The trainings behind docs/results/chapter.md."""

@@ -1,0 +1,133 @@
+"""The accuracy of a runtime's own functions: measured, predicted, and no excuse for a fault."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from cases import randomise
+from onnx import helper, numpy_helper
+from torch import nn
+
+import bnexport
+from bnexport.exporting.request import ExportRequest
+from bnexport.onnx_files.emulation import APPROXIMATED, SUMMED_IN_LINE, ApproximatingEvaluator, approximated_operators
+from bnexport.onnx_files.float64 import Float64Evaluator
+from bnexport.runtimes.onnxruntime import OnnxRuntimeRunner
+from bnexport.tensors import Array
+from bnexport.verification.verify import verify
+
+ROWS = [(runtime, operator) for runtime, table in APPROXIMATED.items() for operator in table]
+EXACT = {
+    "Sigmoid": lambda x: 1 / (1 + np.exp(-x)),
+    "Tanh": np.tanh,
+    "Erf": lambda x: np.vectorize(math.erf)(x),
+    "Softplus": lambda x: np.log1p(np.exp(-np.abs(x))) + np.maximum(x, 0),
+}
+
+
+def one_node(operator: str, shape: list[Any], out: list[Any], **constants: Array) -> onnx.ModelProto:
+    node = helper.make_node(operator, ["x", *constants], ["y"])
+    given, made = (helper.make_tensor_value_info(name, 1, dims) for name, dims in (("x", shape), ("y", out)))
+    weights = [numpy_helper.from_array(array, name) for name, array in constants.items()]
+    graph = helper.make_graph([node], "g", [given], [made], weights)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+
+
+def computed(runtime: str, model: onnx.ModelProto, x: Array) -> Array:
+    content = model.SerializeToString()
+    if runtime == "openvino-cpu":
+        openvino = pytest.importorskip("openvino")
+        core = openvino.Core()
+        compiled = core.compile_model(core.read_model(content), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        return np.asarray(compiled([x])[0])
+    import onnxruntime
+
+    return np.asarray(onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"]).run(None, {"x": x})[0])
+
+
+@pytest.mark.parametrize(("runtime", "operator"), ROWS)
+def test_the_table_is_what_the_engine_does(runtime: str, operator: str) -> None:
+    x = np.linspace(-30, 30, 120_001).astype(np.float32)
+    found = computed(runtime, one_node(operator, ["n"], ["n"]), x)
+    error = float(np.abs(found - EXACT[operator](x.astype(np.float64))).max())
+    stated = APPROXIMATED[runtime][operator]
+    assert stated / 4 < error <= 1.2 * stated
+
+
+@pytest.mark.parametrize("operator", list(SUMMED_IN_LINE["onnxruntime-cpu"]))
+def test_sums_in_line_are_the_engine_s(operator: str) -> None:
+    axes = {} if operator == "GlobalAveragePool" else {"axes": np.array([2, 3])}
+    model = one_node(operator, ["n", 8, 112, 112], ["n", 8, 1, 1], **axes)
+    values = np.random.default_rng(0).standard_normal((1, 8, 1, 1)).astype(np.float32)
+    x = np.tile(values, (1, 1, 112, 112))
+    exact = Float64Evaluator(model).evaluate({"x": x})["y"]
+    predicted = ApproximatingEvaluator(model, "onnxruntime-cpu", seed=0).evaluate({"x": x})["y"] - exact
+    error = computed("onnxruntime-cpu", model, x) - exact
+    assert np.abs(error).max() > 4e-6 * np.abs(exact).max()
+    assert 0.5 < np.linalg.norm(predicted) / np.linalg.norm(error) < 2
+
+
+def test_equal_arguments_have_equal_errors() -> None:
+    model = one_node("Sigmoid", ["n"], ["n"])
+    feeds = {"x": np.array([-9.0, -9.0, -8.0])}
+    draws = [ApproximatingEvaluator(model, "onnxruntime-cpu", seed=seed).evaluate(feeds)["y"] for seed in range(3)]
+    exact = Float64Evaluator(model).evaluate(feeds)["y"]
+    assert all(draw[0] == draw[1] for draw in draws)
+    assert len({draw[0] for draw in draws}) == 3
+    assert all(0 < np.abs(draw - exact).max() <= 1.5e-7 for draw in draws)
+    assert approximated_operators(model, "torch-cpu") == ()
+
+
+@pytest.fixture(scope="module")
+def network() -> nn.Module:
+    """Probabilities near 2e-4, which ONNX Runtime's Sigmoid computes with three digits."""
+    torch.manual_seed(0)
+    head = nn.Conv2d(4, 3, 1)
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), head, nn.Sigmoid())
+    randomise(module)
+    nn.init.uniform_(head.weight, -0.02, 0.02)
+    nn.init.constant_(head.bias, -9.0)
+    return module.eval()
+
+
+@pytest.fixture(scope="module")
+def result(network: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    out = tmp_path_factory.mktemp("noise") / "network" / "1"
+    return bnexport.fold_and_export(network, out, request=ExportRequest(inputs=("3x16x16",), formats=("onnx",)))
+
+
+def test_the_accuracy_of_a_sigmoid_is_no_fault(result: Any) -> None:
+    assert result.verification.passed, result.verification.summary()
+    rows = [row for row in result.verification.rows if row.stage == "strict" and row.run == "onnxruntime-cpu"]
+    explained = [row for row in rows if "Sigmoid" in row.reason]
+    assert explained
+    assert all(row.error is not None and row.error > 1e-5 for row in explained)
+
+
+@pytest.mark.parametrize("share", [0.01, -0.004])
+def test_a_fault_of_the_kernels_is_caught(
+    result: Any, network: nn.Module, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = OnnxRuntimeRunner._run
+
+    def wrong(self: Any, *args: Any, **options: Any) -> Any:
+        return {name: array * np.float32(1 + share) for name, array in run(self, *args, **options).items()}
+
+    monkeypatch.setattr(OnnxRuntimeRunner, "_run", wrong)
+    report = verify(result.bundle, module=network, runtimes=("onnxruntime-cpu",))
+    assert any(row.stage == "strict" and not row.passed for row in report.rows)
+
+
+def test_a_wrong_file_is_caught(result: Any, network: nn.Module, tmp_path: Path) -> None:
+    other = copy.deepcopy(network)
+    with torch.no_grad():
+        other[1].running_var.mul_(256 / 255)
+    report = verify(result.bundle, module=other, runtimes=("onnxruntime-cpu",))
+    assert any(row.stage == "file-proof" and not row.passed for row in report.rows)
