@@ -2,46 +2,43 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 from onnx import ModelProto, TensorProto, ValueInfoProto
 
-from bnexport.bundle import MODEL_ONNX, REPORT, Bundle, Manifest, seal, write_golden
+from bnexport.bundle import MODEL_ONNX, Manifest, write_golden
 from bnexport.environment import environment
 from bnexport.errors import ExportError, OutputError, UsageError
-from bnexport.exporting.request import ExportRequest, InputSpec, model_and_version, parse_inputs
+from bnexport.exporting.request import ExportRequest, InputSpec, parse_inputs
 from bnexport.exporting.signature import check_labels
-from bnexport.exporting.triton_config import check_triton_config, write_triton_config
-from bnexport.files import refuse_existing, staged_directory, write_atomically
+from bnexport.files import write_atomically
 from bnexport.folding.fold import DEFAULT_MAX_GROWTH
 from bnexport.folding.onnx_backend.onnx_fold import OnnxFoldResult, fold_onnx
 from bnexport.folding.onnx_backend.onnx_proof import NotEvaluated, evaluator, first_that_works, run
 from bnexport.onnx_files.float64 import widen_array
-from bnexport.onnx_files.models import opset_of
-from bnexport.progress import Progress, part_of, silent
+from bnexport.onnx_files.models import multiplications, opset_of
+from bnexport.pipeline import Source, publish
+from bnexport.progress import Progress, silent
 from bnexport.quantization.moments import seen_in_file
-from bnexport.reporting.html import render_report
 from bnexport.reporting.results import ExportResult
 from bnexport.tensors import DTYPES, Array, Signature, TensorSpec
+from bnexport.verification.budget import budget_of
+from bnexport.verification.full_check import judge_accuracy
 from bnexport.verification.golden import golden_inputs, real_images
-from bnexport.verification.inputs import score_count
+from bnexport.verification.inputs import Case, build_suite, score_count
 from bnexport.verification.int8 import with_int8, within_range
-from bnexport.verification.scope import Scope
 from bnexport.verification.verdict import VerificationReport
-from bnexport.verification.verify import verify
 
 _FILE_ALONE = "Pass --out FILE.onnx to write the folded file alone"
+#: Images on which the accuracy of the original is judged at most, and those evaluated in one call.
+_MOST_JUDGED, _CHUNK = 1000, 64
 _HALVES = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
-
-
-class _Failed(Exception):
-    """Leaves the staged directory, so that it is removed."""
 
 
 def fold_onnx_file(
@@ -80,22 +77,15 @@ def fold_onnx_file(
 
 
 def fold_and_export_onnx(
-    source: str | Path,
-    out: str | Path,
-    *,
-    request: ExportRequest | None = None,
-    max_growth: float = DEFAULT_MAX_GROWTH,
-    clamps: bool = False,
-    progress: Progress = silent,
+    source: str | Path, out: str | Path, *, request: ExportRequest | None = None, progress: Progress = silent
 ) -> ExportResult:
     """Fold an ONNX file and write a bundle of it: ``model.onnx`` alone, with golden vectors of the original in float64.
 
     Args:
         source: The file.
         out: The bundle's directory, ``models/<name>/<version>``.
-        request: Labels, preprocessing, data set, sizes that vary, ``force``; the rest does not apply to a file.
-        max_growth: See ``fold_onnx``.
-        clamps: See ``fold_onnx``.
+        request: Labels, preprocessing, data set, sizes that vary, ``max_growth``, ``clamps``, ``force``; the rest does not
+            apply to a file.
         progress: Called before each stage.
 
     Raises:
@@ -104,41 +94,45 @@ def fold_and_export_onnx(
         BadInput: Another fault of the source, the request or the output path; nothing was written.
         ProofError: A fold is not exact; nothing was written.
     """
-    request, path = request or ExportRequest(), Path(out)
-    name, version = model_and_version(path)
-    refuse_existing(path, force=request.force)
+    given = request or ExportRequest()
+
+    def make(name: str, version: int) -> Source:
+        return _file_source(Path(source), name, version, given, progress)
+
+    return publish(make, Path(out), given, progress)
+
+
+def _file_source(file: Path, name: str, version: int, request: ExportRequest, progress: Progress) -> Source:
+    """Check and fold a file."""
     progress("folding and proving the fold", 0, 1)
-    result = fold_onnx(source, max_growth=max_growth, clamps=clamps, inputs=_requested(request.inputs))
+    result = fold_onnx(file, max_growth=request.max_growth, clamps=request.clamps, inputs=_requested(request.inputs))
     signature = signature_of_file(result.model)
     check_labels(signature, request.labels)
     image = request.image(parse_inputs(request.inputs) if request.inputs else ())
     request.check_dataset(request.dataset, preprocessing=image, labels=request.labels, scores=score_count(signature))
-    check_triton_config(path, name, signature, force=request.force)
     onnx_facts = {
         "opset": opset_of(result.model),
         "ir_version": result.model.ir_version,
         "precision": "float32",
     }
     manifest = Manifest(
-        name, version, signature, {"source": Path(source).name, "options": {}}, request.dataset, image,
+        name, version, signature, {"source": file.name, "options": {}}, request.dataset, image,
         request.labels, onnx_facts, environment(), result.report.to_json(), request.expected_accuracy(request.dataset),
     )  # fmt: skip
-    try:
-        with staged_directory(path, force=request.force) as stage:
-            write_atomically(stage / MODEL_ONNX, _stamped(result.model, manifest))
-            manifest = _int8(stage, manifest, result, request)
-            progress("writing golden vectors", 0.3, 1)
-            _write_golden(stage, manifest, result.original, request)
-            report = verify(
-                seal(stage, manifest), scope=Scope(thorough=request.thorough), progress=part_of(progress, 0.4, 1.0)
-            )
-            if not report.passed:
-                raise _Failed
-            _finish(stage, manifest, result, report, path)
-            write_triton_config(path, name, signature, force=request.force)
-    except _Failed:
-        return ExportResult(None, result.report, report)
-    return ExportResult(Bundle.open(path), result.report, report)
+
+    found: list[tuple[Any, dict[str, Array]]] = []
+
+    def write(stage: Path, report: Progress) -> Manifest:
+        write_atomically(stage / MODEL_ONNX, _stamped(result.model, manifest))
+        written = _int8(stage, manifest, result, request)
+        report("writing golden vectors", 0.2, 1)
+        found.append(_write_golden(stage, written, result.original, request))
+        return written
+
+    def judge(report: VerificationReport) -> VerificationReport:
+        return _judged(report, manifest, result.original, *found[0], request)
+
+    return Source(manifest, result.report, write, judge)
 
 
 def _int8(stage: Path, manifest: Manifest, result: OnnxFoldResult, request: ExportRequest) -> Manifest:
@@ -192,8 +186,10 @@ def _spec(value: ValueInfoProto) -> TensorSpec:
     return TensorSpec(value.name, dtype, shape)
 
 
-def _write_golden(stage: Path, manifest: Manifest, original: ModelProto, request: ExportRequest) -> None:
-    """Write inputs, and the original file's outputs for them in float64."""
+def _write_golden(
+    stage: Path, manifest: Manifest, original: ModelProto, request: ExportRequest
+) -> tuple[Any, dict[str, Array]]:
+    """Write inputs, and the original file's outputs for them in float64; return the evaluator and the inputs."""
     signature = manifest.signature
     try:
         engine = evaluator(original)
@@ -213,6 +209,35 @@ def _write_golden(stage: Path, manifest: Manifest, original: ModelProto, request
         ) from reason
     named = {spec.name: np.asarray(output) for spec, output in zip(signature.outputs, outputs, strict=True)}
     write_golden(stage, signature, feeds, named)
+    return engine, feeds
+
+
+def _judged(
+    report: VerificationReport,
+    manifest: Manifest,
+    original: ModelProto,
+    engine: Any,
+    golden: Mapping[str, Array],
+    request: ExportRequest,
+) -> VerificationReport:
+    """Return the report with a check of the original's accuracy on the data set's images, if it is at or below chance."""
+    if request.dataset is None or len(manifest.signature.inputs) != 1:
+        return report
+    cost = max(1, multiplications(original, {name: array.shape[1:] for name, array in golden.items()}))
+    budget = budget_of(cost, thorough=request.thorough, most=_MOST_JUDGED)
+    place = request.images_at(request.dataset)
+    suite = build_suite(manifest, golden, data_dir=place, seed=0, budget=budget)
+    if suite.labels is None:
+        return report
+    batch, (spec,) = suite.batches[0], manifest.signature.inputs
+    step = _CHUNK if isinstance(spec.shape[0], str) else batch.n
+    images = widen_array(batch.feeds[spec.name])
+    scores = np.concatenate(
+        [np.asarray(run(engine, {spec.name: images[at : at + step]})[0]) for at in range(0, batch.n, step)]
+    )
+    case = Case(batch, {manifest.signature.outputs[0].name: scores})
+    facts, rows = judge_accuracy(manifest, case, suite.labels, accept=request.allow_low_accuracy)
+    return replace(report, rows=(*report.rows, *rows), accuracy={**report.accuracy, **facts})
 
 
 def _of_fixed_batch(spec: TensorSpec, array: Array) -> Array:
@@ -265,22 +290,3 @@ def _stamped(model: ModelProto, manifest: Manifest) -> bytes:
         copy.metadata_props.add(key=key, value=entries[key])
     content: bytes = copy.SerializeToString(deterministic=True)
     return content
-
-
-def _finish(stage: Path, manifest: Manifest, result: OnnxFoldResult, report: VerificationReport, path: Path) -> None:
-    """Write the verdict into the page and the manifest; the model file stays as it was verified, byte for byte."""
-    page = render_report(
-        manifest,
-        fold=result.report,
-        verification=report,
-        environment=manifest.environment,
-        samples=report.samples or None,
-        commands=[shlex.join(["bnexport", "verify", str(path)])],
-    )
-    write_atomically(stage / REPORT, page.encode())
-    facts = report.to_json()
-    if (
-        manifest.classes != manifest.labels
-    ):  # no network labelled images, so the report does not state the renamed classes
-        facts["accuracy"] = {"classes": list(manifest.classes or ())}
-    seal(stage, replace(manifest, verification=facts))

@@ -1,11 +1,14 @@
-"""The whole flow on one page: check, fold, export, verify, and only then publish the bundle."""
+"""The whole flow on one page: check, fold, export, verify, and only then publish the bundle.
+
+``publish`` is the end of the flow for every kind of source; ``onnx_pipeline`` makes a ``Source`` of an ONNX file.
+"""
 
 from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,8 +55,59 @@ from bnexport.verification.verdict import VerificationReport
 from bnexport.verification.verify import verify
 
 
+@dataclass(frozen=True)
+class Source:
+    """A folded network that can be written as a bundle."""
+
+    manifest: Manifest
+    #: The fold report.
+    fold: FoldReport
+    #: Writes the model files and the golden vectors into a folder, and returns the manifest with facts of what was written.
+    write: Callable[[Path, Progress], Manifest]
+    #: Adds checks that need the original to the report of the written bundle.
+    judge: Callable[[VerificationReport], VerificationReport] = lambda report: report
+    #: The original network in eval mode; None for an ONNX file, which golden vectors of its float64 evaluation represent.
+    module: nn.Module | None = None
+    #: Folder of the data set for the verification; None: not requested, or not usable.
+    images: Path | None = None
+
+
 class _Failed(Exception):
     """Leaves the staged directory, so that it is removed."""
+
+
+def publish(make: Callable[[str, int], Source], path: Path, request: ExportRequest, progress: Progress) -> ExportResult:
+    """Write a source's bundle and verify it; the bundle is at ``path`` only after a PASS, and otherwise nothing is.
+
+    Args:
+        make: Makes the source for a bundle of this name and version.
+        path: The bundle's directory, ``models/<name>/<version>``.
+        request: The options of the export.
+        progress: Called before each stage.
+    """
+    name, version = model_and_version(path)
+    refuse_existing(path, force=request.force)
+    source = make(name, version)
+    check_triton_config(path, name, source.manifest.signature, force=request.force)
+    try:
+        with staged_directory(path, force=request.force) as stage:
+            manifest = source.write(stage, part_of(progress, 0.25, 0.6))
+            report = verify(
+                seal(stage, manifest),
+                module=source.module,
+                data_dir=source.images,
+                scope=Scope(thorough=request.thorough, allow_low_accuracy=request.allow_low_accuracy),
+                progress=part_of(progress, 0.6, 1.0),
+            )
+            report = source.judge(report)
+            if not report.passed:
+                raise _Failed
+            _finish(stage, replace(source, manifest=manifest), report, path, request.data_dir)
+            # Before the bundle: all of it, or nothing.
+            write_triton_config(path, name, manifest.signature, force=request.force)
+    except _Failed:
+        return ExportResult(None, source.fold, report)
+    return ExportResult(Bundle.open(path), source.fold, report)
 
 
 def fold_and_export(
@@ -98,19 +152,15 @@ def fold_and_export(
         input=input, mean=mean, std=std, labels=labels, dataset=dataset, data_dir=data_dir, force=force,
         model_options=model_options,
     )  # fmt: skip
-    return _export(source, Path(out), weights, request, progress)
+
+    def make(name: str, version: int) -> Source:
+        return _network_source(_loaded(source, weights, request), name, version, request, progress)
+
+    return publish(make, Path(out), request, progress)
 
 
-def _export(
-    source: str | Path | nn.Module | LoadedModel,
-    path: Path,
-    weights: str | Path | None,
-    request: ExportRequest,
-    progress: Progress,
-) -> ExportResult:
-    name, version = model_and_version(path)
-    refuse_existing(path, force=request.force)
-    loaded = _loaded(source, weights, request)
+def _network_source(loaded: LoadedModel, name: str, version: int, request: ExportRequest, progress: Progress) -> Source:
+    """Check and fold a network."""
     specs = parse_inputs(request.inputs, default_shape=loaded.input_shape)
     image = request.image(specs, stated=loaded.preprocessing)
     loaded = replace(loaded, preprocessing=image)
@@ -128,37 +178,25 @@ def _export(
     if request.dynamic_size:
         signature = with_smallest_sizes(signature, loaded.module, result.model, specs)
     check_labels(signature, loaded.labels)
-    check_triton_config(path, name, signature, force=request.force)
     manifest = Manifest(
         name, version, signature, loaded.network, loaded.dataset, loaded.preprocessing, loaded.labels,
         _onnx_facts(request), environment(), result.report.to_json(), request.expected_accuracy(loaded.dataset),
     )  # fmt: skip
-    try:
-        with staged_directory(path, force=request.force) as stage:
-            shipped = in_precision(result.model, inputs, request.precision)
-            job = ExportJob(shipped, inputs, signature, request.onnx)
-            _write_models(stage, job, request, part_of(progress, 0.25, 0.55))
-            manifest = _int8(stage, manifest, loaded.module, inputs, request)
-            if (stage / MODEL_ONNX).is_file():
-                stamp_metadata(stage / MODEL_ONNX, manifest.model_facts())
-            save_checkpoint(stage / WEIGHTS, checkpoint_of(loaded))
-            shapes = {spec.name: spec.shape for spec in specs}
-            progress("writing golden vectors", 0.55, 1)
-            write_golden_vectors(stage, manifest, loaded.module, shapes=shapes, data_dir=request.data_dir)
-            report = verify(
-                seal(stage, manifest),
-                module=loaded.module,
-                data_dir=request.images_at(loaded.dataset, usable=image is not None),
-                scope=Scope(thorough=request.thorough),
-                progress=part_of(progress, 0.6, 1.0),
-            )
-            if not report.passed:
-                raise _Failed
-            _finish(stage, manifest, result.report, report, path, request.data_dir)
-            write_triton_config(path, name, signature, force=request.force)  # before the bundle: all of it, or nothing
-    except _Failed:
-        return ExportResult(None, result.report, report)
-    return ExportResult(Bundle.open(path), result.report, report)
+
+    def write(stage: Path, report: Progress) -> Manifest:
+        shipped = in_precision(result.model, inputs, request.precision)
+        _write_models(stage, ExportJob(shipped, inputs, signature, request.onnx), request, part_of(report, 0, 0.9))
+        written = _int8(stage, manifest, loaded.module, inputs, request)
+        if (stage / MODEL_ONNX).is_file():
+            stamp_metadata(stage / MODEL_ONNX, manifest.model_facts())
+        save_checkpoint(stage / WEIGHTS, checkpoint_of(loaded))
+        report("writing golden vectors", 0.9, 1)
+        shapes = {spec.name: spec.shape for spec in specs}
+        write_golden_vectors(stage, written, loaded.module, shapes=shapes, data_dir=request.data_dir)
+        return written
+
+    images = request.images_at(loaded.dataset, usable=image is not None)
+    return Source(manifest, result.report, write, module=loaded.module, images=images)
 
 
 def fold_weights(
@@ -272,20 +310,23 @@ def _onnx_facts(request: ExportRequest) -> dict[str, str | int]:
     }
 
 
-def _finish(
-    stage: Path, manifest: Manifest, fold: FoldReport, report: VerificationReport, path: Path, data_dir: Path | None
-) -> None:
+def _finish(stage: Path, source: Source, report: VerificationReport, path: Path, data_dir: Path | None) -> None:
     """Write the verdict into the page and the manifest; the model files stay as they were verified, byte for byte."""
+    manifest = source.manifest
+    commands = [verify_command(manifest, path, report, data_dir=data_dir)]
+    if source.module is not None:
+        commands.append(shlex.join(["bnexport", "inspect", str(path)]))
     page = render_report(
         manifest,
-        fold=fold,
+        fold=source.fold,
         verification=report,
         environment=manifest.environment,
         samples=report.samples or None,
-        commands=[
-            verify_command(manifest, path, report, data_dir=data_dir),
-            shlex.join(["bnexport", "inspect", str(path)]),
-        ],
+        commands=commands,
     )
     write_atomically(stage / REPORT, page.encode())
-    seal(stage, replace(manifest, verification=report.to_json()))
+    facts = report.to_json()
+    if not facts["accuracy"] and manifest.classes != manifest.labels:
+        # No network labelled images, so the report does not state the renamed classes.
+        facts["accuracy"] = {"classes": list(manifest.classes or ())}
+    seal(stage, replace(manifest, verification=facts))

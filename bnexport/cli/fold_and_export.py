@@ -22,11 +22,21 @@ _REFUSED: dict[str, str] = {
     "opset": "an ONNX file keeps its operator set",
     "ir_version": "an ONNX file keeps its IR version",
     "allow_untrained": "an ONNX file is taken as it is",
-    "allow_low_accuracy": "the accuracy of an ONNX file is not judged",
     "allow_nonfinite": "an ONNX file is taken as it is",
 }
 #: Those that say something of a bundle and nothing of a file alone.
-_OF_BUNDLES = ("labels", "rename_classes", "mean", "std", "dataset", "data_dir", "thorough", "formats", "precision")
+_OF_BUNDLES = (
+    "labels",
+    "rename_classes",
+    "mean",
+    "std",
+    "dataset",
+    "data_dir",
+    "thorough",
+    "formats",
+    "allow_low_accuracy",
+    "precision",
+)
 
 
 def is_onnx(source: str) -> bool:
@@ -118,7 +128,7 @@ def _bundle(source: str, out: Path, options: dict[str, Any], *, as_json: bool, q
 
     request = export_request(**options)
     with stages(quiet=quiet) as progress:
-        result = fold_and_export_onnx(source, out, request=request, progress=progress, **_fold_options(options))
+        result = fold_and_export_onnx(source, out, request=request, progress=progress)
     print_export(result.fold, result.verification, result.bundle, as_json=as_json, verbose=verbose)
     return 0 if result.bundle is not None else 1
 

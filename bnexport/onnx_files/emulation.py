@@ -19,7 +19,7 @@ import numpy as np
 
 from bnexport.errors import BundleError, UsageError
 from bnexport.onnx_files.float64 import Float64Evaluator, widen_array
-from bnexport.onnx_files.models import read_model
+from bnexport.onnx_files.models import nodes, read_model
 from bnexport.optional import one_line
 from bnexport.tensors import Array
 
@@ -243,6 +243,8 @@ class Emulator(Float64Evaluator):
         UsageError: There is no such precision.
     """
 
+    _weight_type = np.float32  # without loss: a precision stores no wider numbers
+
     def __init__(self, source: bytes | Path | ModelProto, precision: str, *, chunk: int | None = None) -> None:
         self.precision = precision_of(precision)
         model = read_model(source) if isinstance(source, bytes | Path) else source
@@ -283,6 +285,89 @@ def precision_of(name: str) -> Precision:
     if name not in PRECISIONS:
         raise UsageError(f"the precision {name!r} is not known", remedy=f"Known: {', '.join(PRECISIONS)}")
     return PRECISIONS[name]
+
+
+#: Runtime -> operator -> largest absolute error of the engine's function, where that is more than rounding the exact result to
+#: float32. Measured over [-30, 30] with onnxruntime 1.31.1 and openvino 2026.4.1. ONNX Runtime computes the logistic function
+#: as a rational approximation plus 0.5 (MLAS, logistic.cpp, after Eigen), so that a result near 0 keeps the last digit of 0.5:
+#: microsoft/onnxruntime issues 22557 and 26281. torch's functions are exact to a few units in the last place.
+APPROXIMATED: dict[str, dict[str, float]] = {
+    "onnxruntime-cpu": {"Sigmoid": 1.5e-7, "Tanh": 2.7e-7},
+    "openvino-cpu": {"Erf": 4.9e-7, "Softplus": 1.9e-6},
+}
+#: Runtime -> operator -> lanes in which it sums number by number. On a constant image every addition rounds alike: means of
+#: 112 x 112 equal numbers are off by 1.2e-5 in 8 lanes and by 1.3e-4 in one; by pairwise summation (numpy, torch) by 1e-7.
+#: Measured with onnxruntime 1.31.1.
+SUMMED_IN_LINE: dict[str, dict[str, int]] = {
+    "onnxruntime-cpu": {"GlobalAveragePool": 1, "ReduceMean": 8, "ReduceSum": 8}
+}
+
+
+class ApproximatingEvaluator(Float64Evaluator):
+    """Evaluates an ONNX file in float64 with the errors of a runtime's functions: APPROXIMATED and SUMMED_IN_LINE.
+
+    The error of a function is a pseudo-random function of its argument in float32: an engine gives equal arguments equal
+    results, so on a constant image the errors of all pixels add up.
+    """
+
+    def __init__(self, model: ModelProto, runtime: str, *, seed: int) -> None:
+        super().__init__(model)
+        self._errors, self._summed = APPROXIMATED.get(runtime, {}), SUMMED_IN_LINE.get(runtime, {})
+        self._seed = seed
+        self._put_into(self._engine, set())
+
+    def _put_into(self, engine: Any, done: set[int]) -> None:
+        if id(engine) in done:  # a function that is called twice has one evaluator
+            return
+        done.add(id(engine))
+        for node in engine.rt_nodes_:
+            for inner in (*_graphs_inside(node), *filter(None, [_local_function(node)])):
+                self._put_into(inner, done)
+            if node.op_type in self._errors and not node.onnx_node.domain:
+                node.run = self._off(node.run, self._errors[node.op_type])
+            elif node.op_type in self._summed and not node.onnx_node.domain:
+                node.run = _in_line(node.run, self._summed[node.op_type])
+
+    def _off(self, run: Callable[..., tuple[Any, ...]], error: float) -> Callable[..., tuple[Any, ...]]:
+        def off(*inputs: Any, **options: Any) -> tuple[Any, ...]:
+            (result,) = run(*inputs, **options)
+            return (result + error * _scattered(np.asarray(inputs[0]), self._seed),)
+
+        return off
+
+
+def approximated_operators(model: ModelProto, runtime: str) -> tuple[str, ...]:
+    """Return the operators of a file whose results a runtime approximates by more than rounding."""
+    named = {*APPROXIMATED.get(runtime, {}), *SUMMED_IN_LINE.get(runtime, {})}
+    return tuple(sorted(named & {node.op_type for node in nodes(model) if not node.domain}))
+
+
+def _in_line(run: Callable[..., tuple[Any, ...]], width: int) -> Callable[..., tuple[Any, ...]]:
+    """Return the function of a sum or mean, with the relative error of summing in float32, number by number, in lanes."""
+
+    def in_line(x: Array, *rest: Any, **options: Any) -> tuple[Any, ...]:
+        (result,) = run(x, *rest, **options)
+        reduced = [at for at in range(x.ndim) if at >= np.ndim(result) or np.shape(result)[at] != x.shape[at]]
+        kept = [at for at in range(x.ndim) if at not in reduced]
+        numbers = x.transpose(*kept, *reduced).astype(np.float32).reshape(*(x.shape[at] for at in kept), -1)
+        n = numbers.shape[-1]
+        if np.ndim(result) != x.ndim or n <= width or not np.all(np.isfinite(numbers)):
+            return (result,)
+        lanes = numbers[..., : n - n % width].reshape(*numbers.shape[:-1], -1, width)
+        error = np.add.accumulate(lanes, axis=-2)[..., -1, :].astype(np.float64) - lanes.sum(axis=-2, dtype=np.float64)
+        exact = lanes.sum(axis=(-2, -1), dtype=np.float64)
+        share = np.divide(error.sum(axis=-1), exact, out=np.zeros_like(exact), where=exact != 0)
+        return (result * (1 + share.reshape(np.shape(result))),)
+
+    return in_line
+
+
+def _scattered(array: Array, seed: int) -> Array:
+    """Return a number in [-1, 1) for each element, by a hash of its float32 bit pattern and the seed."""
+    bits = np.ascontiguousarray(array, np.float32).view(np.uint32).reshape(array.shape)
+    bits = (bits + np.uint32(seed)) * np.uint32(0x9E3779B1)
+    bits = (bits ^ (bits >> np.uint32(15))) * np.uint32(0x85EBCA77)
+    return np.asarray((bits ^ (bits >> np.uint32(13))) * 2.0**-31 - 1.0)
 
 
 class _Rounding:

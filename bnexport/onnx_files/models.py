@@ -27,6 +27,8 @@ _NOT = "is not an ONNX model that bnexport opens: it"
 _FLOATS = {1: "float32", 10: "float16", 11: "float64", 16: "bfloat16"}
 #: Operators whose constant weight decides the work, and whose weight and bias are trained numbers.
 LINEAR = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+#: Most elements of a constant that may hold the sizes of a shape.
+_MOST_SIZES = 64
 
 
 def read_model(source: bytes | Path) -> ModelProto:
@@ -76,6 +78,19 @@ def _screened(content: bytes, name: str) -> bytes:
     with refusing(f"{name} {_NOT}", BundleError, remedy=_REBUILD):
         validate_onnx(content)
     return content
+
+
+def without_weights(model: ModelProto) -> ModelProto:
+    """Return a copy of a model without the initializers of its main graph, which are most of its bytes."""
+    copy = type(model)()
+    for source, target in ((model, copy), (model.graph, copy.graph)):
+        for field, value in source.ListFields():
+            if field.name not in ("graph", "initializer"):
+                if field.is_repeated:
+                    getattr(target, field.name).extend(value)
+                else:
+                    setattr(target, field.name, value)
+    return copy
 
 
 def graphs(model: ModelProto) -> Iterator[GraphProto]:
@@ -144,9 +159,12 @@ def _precision_problem(model: ModelProto, precision: str) -> str | None:
 
 
 def _sized(model: ModelProto, sizes: Mapping[str, Sequence[int]]) -> ModelProto:
-    """Return a copy of a model whose inputs have the given sizes after the batch, without the outputs' shapes."""
-    copy = type(model)()
-    copy.CopyFrom(model)
+    """Return a copy of a model whose inputs have the given sizes after the batch, without large weights and output shapes."""
+    copy = without_weights(model)
+    for tensor in model.graph.initializer:
+        bare = math.prod(tensor.dims) > _MOST_SIZES
+        stub = type(tensor)(name=tensor.name, dims=tensor.dims, data_type=tensor.data_type) if bare else tensor
+        copy.graph.initializer.append(stub)
     for value in copy.graph.input:
         for dim, size in zip(list(value.type.tensor_type.shape.dim)[1:], sizes.get(value.name, ()), strict=False):
             dim.dim_value = size
@@ -186,7 +204,7 @@ def multiplications(model: ModelProto, sizes: Mapping[str, Sequence[int]] | None
     """
     onnx = require("onnx", purpose="reading the written file")
     try:
-        inferred = onnx.shape_inference.infer_shapes(_sized(model, sizes) if sizes else model)
+        inferred = onnx.shape_inference.infer_shapes(_sized(model, sizes or {}))
     except Exception:  # an estimate may go without
         inferred = model
     shapes = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from functools import partial
 from importlib import resources
 from typing import Any
 
@@ -14,6 +13,7 @@ from bnexport.bundle import Bundle, Manifest
 from bnexport.folding.report import GONE, OUTCOMES, FoldReport
 from bnexport.reporting.charts import SHOWN_DRIFTS, SHOWN_MAPS, Samples, drifts, maps, strips
 from bnexport.reporting.summary import (
+    KERNEL_STAGES,
     SHOWN_CONFUSIONS,
     SHOWN_FLIPS,
     cell,
@@ -32,7 +32,16 @@ from bnexport.reporting.summary import (
     rate_bound,
     runs,
 )
-from bnexport.reporting.tables import gain_of, growth_of, ordered_faults, self_test_sentence, tallies
+from bnexport.reporting.tables import (
+    FILE_CHECKS,
+    LEGEND,
+    gain_of,
+    growth_of,
+    not_run,
+    ordered_faults,
+    self_test_sentence,
+    tallies,
+)
 from bnexport.tensors import Signature, TensorSpec
 from bnexport.verification.tolerances import TOLERANCES
 from bnexport.verification.verdict import Group, VerificationReport, groups, number, total_flips, word
@@ -102,7 +111,7 @@ def render_report(
         inputs=_specs(manifest.signature)[0],
         outputs=_specs(manifest.signature)[1],
         fold=account,
-        no_fold="The bundle holds no account of a fold." if fold is None else "The network has no BatchNorm.",
+        no_fold="The bundle contains no fold report." if fold is None else "The network has no BatchNorm.",
         outcomes=OUTCOMES,
         gone=GONE,
         tallies=tallies(account),
@@ -111,6 +120,9 @@ def render_report(
         runs=lines,
         columns=columns(lines),
         files=files,
+        legend=LEGEND,
+        meaning={**FILE_CHECKS, **KERNEL_STAGES},
+        not_run=[line.removeprefix("not run: ") for line in not_run(verification.skipped, 200)],
         file_rows=[row for group in files for row in group.rows],
         stages=_stages(verification),
         headline=_headline(verification),
@@ -180,7 +192,6 @@ def _environment() -> jinja2.Environment:
         certified=certified,
         module_name=module_name,
         gain=gain_of,
-        fold_verdict=partial(FoldReport.summary, why=False),
         growth=growth_of,
         compact=_compact,
         class_name=class_name,

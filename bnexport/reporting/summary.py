@@ -28,6 +28,7 @@ from bnexport.verification.verdict import (
     Row,
     VerificationReport,
     groups,
+    labels_right,
     number,
     run_name,
 )
@@ -77,11 +78,11 @@ def module_name(path: str) -> str:
 
 #: Stages that a run goes through -> heading of their column, in the order of the table. The others look at files.
 RUN_STAGES: dict[str, str] = {
-    "golden": "golden",
+    "golden": "golden vectors",
     "strict": "strict",
-    "shipping": "as served",
-    "batch-size": "batch size",
-    "repeat": "repeat",
+    "shipping": "shipping",
+    "batch-size": "across batch sizes",
+    "repeat": "repeated",
     "accuracy-change": "accuracy",
     "labels": "labels",
     "precision": "precision",
@@ -182,6 +183,10 @@ def cell(group: Group) -> Cell:
     """One stage of one run in two words."""
     if group.stage == "precision":
         return Cell(group.passed, next((row.detected for row in group.rows if row.detected), ""), "")
+    if group.stage == "accuracy-change":
+        return Cell(
+            group.passed, next((f"{right[1]} right" for row in group.rows if (right := labels_right(row))), ""), ""
+        )
     worst = group.worst
     value = number(worst.error) if worst is not None and worst.error is not None else ""
     ratio = group.ratio if group.stage in KERNEL_STAGES else None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bnexport.errors import BnexportError
-from bnexport.onnx_files.emulation import ROUNDINGS, Emulator
+from bnexport.onnx_files.emulation import ROUNDINGS, ApproximatingEvaluator, Emulator, approximated_operators
 from bnexport.onnx_files.float64 import Float64Evaluator
 from bnexport.quantization.emulation import EXACT, LAST_BIT, WAYS, IntegerEmulator, int8_layers
 from bnexport.tensors import Array
@@ -32,6 +32,8 @@ _ALL = 16
 _FEW = 8
 #: Samples that are evaluated of each batch from which on another evaluation takes no time worth mention.
 _CHEAP = 64
+#: Draws of random errors, where one is not enough; relative change of the inputs from one to the next.
+_DRAWS, _NUDGE = 3, 2.0**-12
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,21 @@ class Emulated:
     error: float
     rms: float
     flips: int | None
+
+
+@dataclass(frozen=True)
+class FunctionNoise:
+    """Change of the outputs by the accuracy of the functions that a runtime approximates."""
+
+    #: Operators of the file that the runtime approximates: "Sigmoid".
+    operators: tuple[str, ...]
+    #: Largest change, of scale.
+    error: float
+    #: Root mean square of the change, over scale.
+    rms: float
+
+    def __str__(self) -> str:
+        return f"{self.error:.1e} of scale is the accuracy of this runtime's {' and '.join(self.operators)}"
 
 
 class Forecast:
@@ -95,6 +112,7 @@ class Forecast:
         self._exact: dict[str, Outputs | BnexportError] = {}
         self._rounding: dict[str, float] = {}
         self._found: dict[tuple[str, str], Emulated | None] = {}
+        self._functions: dict[tuple[str, str], FunctionNoise | None] = {}
 
     @property
     def possible(self) -> bool:
@@ -167,16 +185,51 @@ class Forecast:
         return error + (self.rounding(case) or 0.0)
 
     def _noise_on_all(self, precision: str, case: Case, front: Emulated) -> float:
-        """Return the predicted noise of a whole batch of few samples; that of its front where it can't be evaluated."""
+        """Return the largest noise of several draws, each on a whole batch of few samples; ``front`` is the first draw.
+
+        Each draw scales the inputs by another factor close to 1, which changes every rounding. In a network where the errors of
+        all outputs follow one direction, a draw is one random number, and can be near 0 by chance.
+        """
         whole = case.head(_ALL) if self._varies else case
-        engine = self._engine(precision)
-        if whole.batch.n <= front.n or engine is None or self._evaluator is None:
-            return front.error
-        try:
-            outputs, exact = engine.evaluate(whole.batch.feeds), self._evaluator.evaluate(whole.batch.feeds)
-        except BnexportError:
-            return front.error
-        return _emulated(outputs, exact, whole).error
+        engine, worst = self._engine(precision), front.error
+        if engine is None or self._evaluator is None:
+            return worst
+        for draw in range(0 if whole.batch.n > front.n else 1, _DRAWS + 1):
+            factor = 1 + draw * _NUDGE
+            feeds = {
+                name: x * x.dtype.type(factor) if x.dtype.kind == "f" else x for name, x in whole.batch.feeds.items()
+            }
+            try:
+                outputs, exact = engine.evaluate(feeds), self._evaluator.evaluate(feeds)
+            except BnexportError:
+                break
+            worst = max(worst, _emulated(outputs, exact, whole).error)
+        return worst
+
+    def function_noise(self, runtime: str, case: Case) -> FunctionNoise | None:
+        """Return the effect of a runtime's approximated functions (``emulation.APPROXIMATED``) on at most 16 samples.
+
+        It is None where the file has no such function, or can't be evaluated.
+        """
+        key = (runtime, case.batch.name)
+        if key not in self._functions:
+            self._functions[key] = None
+            try:
+                self._functions[key] = self._function_noise(runtime, case)
+            except BnexportError:
+                return None
+        return self._functions[key]
+
+    def _function_noise(self, runtime: str, case: Case) -> FunctionNoise | None:
+        if self._model is None or not (operators := approximated_operators(self._model, runtime)):
+            return None
+        whole = case.head(_ALL) if self._varies else case
+        exact = Float64Evaluator(self._model).evaluate(whole.batch.feeds)
+        draws = [
+            _emulated(ApproximatingEvaluator(self._model, runtime, seed=seed).evaluate(whole.batch.feeds), exact, whole)
+            for seed in range(_DRAWS)
+        ]
+        return FunctionNoise(operators, max(draw.error for draw in draws), max(draw.rms for draw in draws))
 
     def emulated(self, precision: str, case: Case) -> Emulated | None:
         """Evaluate the front of a batch under an emulated precision; None when the file can't be evaluated."""

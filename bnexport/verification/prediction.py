@@ -86,6 +86,7 @@ def detect(
     emulated: Mapping[str, Mapping[str, Array]],
     *,
     same_weights: bool = True,
+    functions: float = 0.0,
 ) -> Detected:
     """Find the precision that made an error.
 
@@ -95,6 +96,7 @@ def detect(
         emulated: Precision -> its outputs for the same inputs; must contain "float32". One that overflows is left out.
         same_weights: The engine used the emulated weights. The unfolded network rounds other numbers, so its errors have
             the size of the emulated ones, but not their direction.
+        functions: Root mean square of the error, over scale, that the engine's approximated functions add to float32's.
     """
     error = _difference(candidate, exact)
     if not np.isfinite(error).all():
@@ -104,7 +106,7 @@ def detect(
     errors = {name: _difference(outputs, exact) for name, outputs in emulated.items()}
     errors = {name: values for name, values in errors.items() if np.isfinite(values).all()}
     sizes = {name: _rms(values) for name, values in errors.items()}
-    if size <= _limit_of_float32(sizes):
+    if size <= _limit_of_float32(sizes, functions):
         return Detected("float32", size, None, 0, f"the error (rms {size:.1e} of scale) is that of float32")
     coarse = [name for name in errors if name != "float32"]
     if not same_weights:
@@ -193,12 +195,12 @@ def _weights(model: ModelProto) -> Iterator[tuple[TensorProto, Format]]:
             yield tensor, formats[tensor.data_type]
 
 
-def _limit_of_float32(sizes: Mapping[str, float]) -> float:
+def _limit_of_float32(sizes: Mapping[str, float], functions: float) -> float:
     """Return the largest size of float32's error: halfway, by ratio, to the next coarser precision, but at least its spread.
 
     The order of summation differs between engines, and fast algorithms (Winograd) lose some bits more.
     """
-    own = sizes.get("float32", 0.0) or _LEAST
+    own = (sizes.get("float32", 0.0) or _LEAST) + functions
     next_up = min((value for name, value in sizes.items() if name != "float32" and value > 0), default=0.0)
     return max(_FLOAT32_SPREAD * own, math.sqrt(own * next_up))
 

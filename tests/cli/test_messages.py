@@ -65,7 +65,7 @@ RAISED_BY: dict[str, tuple[str, ...]] = {
 #: Messages of a module that only some of its commands raise: (module, option) -> the commands.
 _NARROWER: dict[tuple[str, str], tuple[str, ...]] = {
     ("evaluating/network", "--dataset"): _OWN,
-    ("evaluating/network", "--input"): ("inspect",),
+    ("evaluating/network", "--input"): _OWN,
     ("evaluating/network", "--source"): _OWN,
     ("evaluating/network", "--model-option"): _OWN,
     ("loading/sources", "--source"): _OWN,

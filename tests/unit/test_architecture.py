@@ -20,7 +20,8 @@ MAX_FUNCTION_LINES = 60
 #: From the top to the ground. A unit is a package or a module directly inside bnexport.
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("cli",),
-    ("pipeline", "onnx_pipeline"),
+    ("onnx_pipeline",),
+    ("pipeline",),
     ("reporting",),
     ("auditing", "evaluating"),
     ("verification", "serving", "deploying"),
