@@ -3,6 +3,7 @@
 ::
 
     models/bn_lenet/1/model.onnx            folded, dynamic batch
+    models/bn_lenet/1/model.float32.onnx    of an int8 bundle: the float32 file that model.onnx was made from
     models/bn_lenet/1/model.pt              TorchScript made from the same folded weights
     models/bn_lenet/1/model.pt2             torch.export's file of the same
     models/bn_lenet/1/weights.safetensors   the unfolded weights
@@ -37,13 +38,17 @@ FORMAT = "bnexport-bundle"
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 MODEL_ONNX = "model.onnx"
+#: The float32 model from which an int8 model.onnx was made: the reference of its file proof.
+MODEL_FLOAT32 = "model.float32.onnx"
 MODEL_TORCHSCRIPT = "model.pt"
 MODEL_EXPORTED = "model.pt2"
 WEIGHTS = "weights.safetensors"
 REPORT = "report.html"
 GOLDEN = "test_data_set_0"
 #: Precisions of the weights in a model file; ``Manifest.onnx`` states it under "precision".
-STORED_PRECISIONS = ("float32", "float16", "bfloat16")
+STORED_PRECISIONS = ("float32", "float16", "bfloat16", "int8")
+#: What an int8 file is written for (``quantization``).
+INT8_TARGETS = ("cpu", "tensorrt")
 #: Key of the manifest -> types of its JSON value; the other keys have objects.
 _KINDS: dict[str, tuple[type, ...]] = {
     "name": (str,),
@@ -57,7 +62,7 @@ _INNER_KEYS: dict[str, tuple[str, ...]] = {
     "signature": ("inputs", "outputs"),
     "network": ("source", "options"),
     "preprocessing": ("channels", "height", "width", "scale", "mean", "std"),
-    "onnx": ("opset", "ir_version", "precision"),
+    "onnx": ("opset", "ir_version", "precision", "quantization"),
 }
 _REBUILD = "Write the bundle again with bnexport fold-and-export, or copy it again from its source"
 
@@ -73,6 +78,7 @@ class Manifest:
     dataset: str | None = None  # Data set that the network was trained on, a row of ``DATASETS`` or ``folder:PATH``
     preprocessing: Mapping[str, Any] | None = None  # ``data.preprocessing.Preprocessing.to_json``
     labels: tuple[str, ...] | None = None  # Class names in the order of the logits
+    # Of an int8 file also "quantization": its ranges and their sources (``quantization.quantize.Int8Result.record``)
     onnx: Mapping[str, Any] = field(default_factory=dict)  # ``{"opset": 18, "ir_version": 8, "precision": "float32"}``
     environment: Mapping[str, Any] = field(default_factory=dict)  # Hardware and versions at export
     fold: Mapping[str, Any] = field(default_factory=dict)  # The fold report (``folding.FoldReport.to_json``)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,14 @@ from bnexport.onnx_files.float64 import widen_array
 from bnexport.onnx_files.models import multiplications, opset_of
 from bnexport.pipeline import Source, publish
 from bnexport.progress import Progress, silent
+from bnexport.quantization.moments import seen_in_file
 from bnexport.reporting.results import ExportResult
 from bnexport.tensors import DTYPES, Array, Signature, TensorSpec
 from bnexport.verification.budget import budget_of
 from bnexport.verification.full_check import judge_accuracy
 from bnexport.verification.golden import golden_inputs, real_images
 from bnexport.verification.inputs import Case, build_suite, score_count
+from bnexport.verification.int8 import with_int8, within_range
 from bnexport.verification.verdict import VerificationReport
 
 _FILE_ALONE = "Pass --out FILE.onnx to write the folded file alone"
@@ -121,14 +124,27 @@ def _file_source(file: Path, name: str, version: int, request: ExportRequest, pr
 
     def write(stage: Path, report: Progress) -> Manifest:
         write_atomically(stage / MODEL_ONNX, _stamped(result.model, manifest))
+        written = _int8(stage, manifest, result, request)
         report("writing golden vectors", 0.2, 1)
-        found.append(_write_golden(stage, manifest, result.original, request))
-        return manifest
+        found.append(_write_golden(stage, written, result.original, request))
+        return written
 
     def judge(report: VerificationReport) -> VerificationReport:
         return _judged(report, manifest, result.original, *found[0], request)
 
     return Source(manifest, result.report, write, judge)
+
+
+def _int8(stage: Path, manifest: Manifest, result: OnnxFoldResult, request: ExportRequest) -> Manifest:
+    """Make model.onnx int8 where that is requested, and return the manifest with the record of it."""
+    if request.precision != "int8":
+        return manifest
+    sizes = _requested(request.inputs)
+    try:
+        example, _ = first_that_works(evaluator(result.original), result.original, 0, sizes)
+    except NotEvaluated as reason:
+        raise ExportError(f"the file can't be evaluated in float64: {reason}", remedy=_FILE_ALONE) from reason
+    return with_int8(stage, manifest, example, partial(seen_in_file, result.original), request)
 
 
 def _requested(texts: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
@@ -183,6 +199,7 @@ def _write_golden(
         feeds = golden_inputs(
             signature, shapes=shapes, images=real_images(manifest, data_dir=request.images_at(request.dataset))
         )
+        feeds = within_range(manifest, feeds)
         feeds = {spec.name: _of_fixed_batch(spec, feeds[spec.name]) for spec in signature.inputs}
         outputs = run(engine, {name: widen_array(array) for name, array in feeds.items()})
     except NotEvaluated as reason:

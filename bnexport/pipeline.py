@@ -9,6 +9,7 @@ import json
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +44,12 @@ from bnexport.nn.batch_axis import check_batch
 from bnexport.nn.folded import MARKER
 from bnexport.nn.soundness import check_finite_output, check_sound
 from bnexport.progress import Progress, part_of, silent
+from bnexport.quantization.moments import seen_in_module
 from bnexport.reporting.html import render_report
 from bnexport.reporting.results import ExportResult
 from bnexport.verification.full_check import verify_command
 from bnexport.verification.golden import write_golden_vectors
+from bnexport.verification.int8 import with_int8
 from bnexport.verification.scope import Scope
 from bnexport.verification.verdict import VerificationReport
 from bnexport.verification.verify import verify
@@ -183,13 +186,14 @@ def _network_source(loaded: LoadedModel, name: str, version: int, request: Expor
     def write(stage: Path, report: Progress) -> Manifest:
         shipped = in_precision(result.model, inputs, request.precision)
         _write_models(stage, ExportJob(shipped, inputs, signature, request.onnx), request, part_of(report, 0, 0.9))
+        written = _int8(stage, manifest, loaded.module, inputs, request)
         if (stage / MODEL_ONNX).is_file():
             stamp_metadata(stage / MODEL_ONNX, manifest.model_facts())
         save_checkpoint(stage / WEIGHTS, checkpoint_of(loaded))
         report("writing golden vectors", 0.9, 1)
         shapes = {spec.name: spec.shape for spec in specs}
-        write_golden_vectors(stage, manifest, loaded.module, shapes=shapes, data_dir=request.data_dir)
-        return manifest
+        write_golden_vectors(stage, written, loaded.module, shapes=shapes, data_dir=request.data_dir)
+        return written
 
     images = request.images_at(loaded.dataset, usable=image is not None)
     return Source(manifest, result.report, write, module=loaded.module, images=images)
@@ -270,15 +274,32 @@ def _with_warnings(result: FoldResult, loaded: LoadedModel, request: ExportReque
     """Add to the fold report: choices in the weights file, and moving statistics that do not fit the network."""
     subject = TrainedNetwork(loaded.module, loaded.dataset, loaded.preprocessing)
     warning = stale_warning(subject, data_dir=request.data_dir) if result.report.rows else ""
+    if warning and request.precision == "int8" and request.calibrate in (None, "none"):
+        raise RefusedModel(
+            f"int8 ranges come from BatchNorm, and {warning[:1].lower()}{warning[1:]}",
+            remedy="Run bnexport recalibrate and export its result, or pass --calibrate with a data set or a folder",
+        )
     warnings = (*loaded.notes, *result.report.warnings, *([warning] if warning else []))
     return replace(result, report=replace(result.report, warnings=warnings))
 
 
 def _write_models(stage: Path, job: ExportJob, request: ExportRequest, progress: Progress) -> None:
-    rows = [row for row in FORMATS if row.name in request.formats]
+    formats = ("onnx",) if request.precision == "int8" else request.formats  # int8 is an ONNX format
+    rows = [row for row in FORMATS if row.name in formats]
     for number, row in enumerate(rows):
         progress(f"writing {row.file}", number, len(rows))
         row.write(job, stage / row.file)
+
+
+def _int8(
+    stage: Path, manifest: Manifest, module: nn.Module, inputs: tuple[Tensor, ...], request: ExportRequest
+) -> Manifest:
+    """Make model.onnx int8 where that is requested, and return the manifest with the record of it."""
+    if request.precision != "int8":
+        return manifest
+    names = [spec.name for spec in manifest.signature.inputs]
+    example = {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True)}
+    return with_int8(stage, manifest, example, partial(seen_in_module, module), request)
 
 
 def _onnx_facts(request: ExportRequest) -> dict[str, str | int]:

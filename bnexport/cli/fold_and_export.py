@@ -21,7 +21,6 @@ _REFUSED: dict[str, str] = {
     "dynamic_size": "an ONNX file keeps the sizes that it declares",
     "opset": "an ONNX file keeps its operator set",
     "ir_version": "an ONNX file keeps its IR version",
-    "precision": "an ONNX file keeps its precision",
     "allow_untrained": "an ONNX file is taken as it is",
     "allow_nonfinite": "an ONNX file is taken as it is",
 }
@@ -36,6 +35,7 @@ _OF_BUNDLES = (
     "thorough",
     "formats",
     "allow_low_accuracy",
+    "precision",
 )
 
 
@@ -72,6 +72,11 @@ def refuse_options(out: Path) -> None:
     words = {option.name: option.opts[0] for option in context.command.params if isinstance(option, click.Option)}
     given = [name for name in words if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
     for name in given:
+        if name == "precision" and context.params["precision"] not in ("float32", "int8"):
+            raise UsageError(
+                f"--precision does not go with {context.params['source']}",
+                remedy="Leave it out, or pass int8: an ONNX file keeps its precision otherwise",
+            )
         if name in _REFUSED:
             raise UsageError(
                 f"{words[name]} does not go with {context.params['source']}", remedy=f"Leave it out: {_REFUSED[name]}"

@@ -17,6 +17,7 @@ PRECISIONS: dict[str, torch.dtype] = {
     "float32": torch.float32,
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
+    "int8": torch.float32,  # an int8 file is made from the float32 file
 }
 
 

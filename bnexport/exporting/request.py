@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bnexport.bundle import STORED_PRECISIONS
+from bnexport.bundle import INT8_TARGETS, STORED_PRECISIONS
 from bnexport.data.classes import check_dataset
 from bnexport.data.dataset_table import folder_of
 from bnexport.data.datasets import dataset_labels
@@ -85,7 +85,12 @@ class ExportRequest:
         dynamic_size: Let height and width of image inputs vary, as the batch does.
         max_growth: Upper bound on parameter growth by a fold, as for ``folding.fold``.
         clamps: Fold across ReLU, at the price of a bound per channel, as for ``folding.fold``.
-        precision: A row of ``bundle.STORED_PRECISIONS``.
+        precision: A row of ``bundle.STORED_PRECISIONS``. "int8" writes model.onnx and its float32 original alone.
+        calibrate: Source of the int8 ranges: "none" for BatchNorm's gamma and beta, a data set, a folder of images, or an .npy
+            or .npz file; None: BatchNorm, or the data set where that is not enough.
+        target: One of ``bundle.INT8_TARGETS``.
+        allow_flips: Largest share of labels that int8 may change, as 0.01 or "1%"; None: judged by what the margins predict.
+        float_layers: Layers that stay in float in an int8 file.
         labels: Class names in the order of the logits; None: the checkpoint's.
         rename_classes: The labels are new names for the data set's classes, in the order of the data set.
         preprocessing: How an image becomes an input, or its JSON, in which form it is kept; None: that of the checkpoint or
@@ -119,6 +124,14 @@ class ExportRequest:
         "float32",
         choices=tuple(STORED_PRECISIONS),
     )
+    calibrate: str | None = option(
+        "int8: 'none' for ranges from BatchNorm; or a data set, folder, .npy or .npz file.",
+        None,
+        metavar="DATASET|PATH|none",
+    )
+    target: str = option("int8: what the file is for.", "cpu", choices=INT8_TARGETS)
+    allow_flips: float | str | None = option("int8: labels that may change, as 1%.", None, metavar="SHARE")
+    float_layers: tuple[str, ...] = option("int8: layer that stays in float; repeatable.", (), metavar="NAME")
     labels: tuple[str, ...] | None = option("Text file with one class name per line.", None)
     rename_classes: bool = option("Take --labels as new names of the data set's classes, in the same order.", False)
     preprocessing: Preprocessing | Mapping[str, Any] | None = None
@@ -211,11 +224,38 @@ class ExportRequest:
             raise UsageError(
                 f"the precision {self.precision!r} is not known", remedy=f"Known: {', '.join(STORED_PRECISIONS)}"
             )
+        object.__setattr__(self, "allow_flips", read_share(self.allow_flips, "--allow-flips"))
+        for flag, given in (
+            ("--calibrate", self.calibrate is not None),
+            ("--target", self.target != "cpu"),
+            ("--allow-flips", self.allow_flips is not None),
+            ("--float-layers", bool(self.float_layers)),
+        ):
+            if given and self.precision != "int8":
+                raise UsageError(f"{flag} is given without --precision int8", remedy="Pass both, or leave it out")
         if self.precision == "bfloat16" and self.onnx.opset < BFLOAT16_OPSET:
             raise UsageError(
                 f"operator set {self.onnx.opset} has no convolution in bfloat16",
                 remedy=f"Pass --opset {BFLOAT16_OPSET}",
             )
+
+
+def read_share(given: float | str | None, flag: str) -> float | None:
+    """Return a share from 0 to 1, given as a number or as "1%".
+
+    Raises:
+        UsageError: It is neither.
+    """
+    if given is None:
+        return None
+    try:
+        text = str(given).strip()
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise UsageError(f"{flag} {given!r} is not a share", remedy="Write it as 1% or 0.01")
+    return share
 
 
 def read_labels(path: Path) -> tuple[str, ...]:

@@ -163,7 +163,16 @@ _WORDS = {
     "tf32-convolutions": "TF32 in convolutions alone",
     "tf32-cut": "TF32 by truncation",
     "bfloat16-products": "bfloat16 factors",
+    "int8": "int8",
+    "int8-saturating": "int8 with 16-bit saturation",
 }
+
+
+def words_of(name: str) -> str:
+    """Return a precision's name in a sentence; of int8 too, which ``quantization.emulation`` emulates."""
+    return _WORDS.get(name) or precision_of(name).words
+
+
 _PRODUCTS = tuple(FACTORS)
 
 PRECISIONS: dict[str, Precision] = {

@@ -149,6 +149,8 @@ def declaration_problem(model: ModelProto, manifest: Manifest) -> str | None:
 
 def _precision_problem(model: ModelProto, precision: str) -> str | None:
     """Return the first weight of another float type than the manifest's: a wider bound would judge a coarser one."""
+    if precision == "int8":  # layers that stay in float
+        precision = "float32"
     for tensor in trained_tensors(model):
         stored = _FLOATS.get(tensor.data_type)
         if stored is not None and stored != precision:
@@ -210,6 +212,9 @@ def multiplications(model: ModelProto, sizes: Mapping[str, Sequence[int]] | None
         for value in (*inferred.graph.value_info, *inferred.graph.output)
     }
     stored = {tensor.name: math.prod(tensor.dims) for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type == "DequantizeLinear" and node.input[0] in stored:
+            stored[node.output[0]] = stored[node.input[0]]
     total = 0
     for node in model.graph.node:
         if node.op_type in LINEAR:

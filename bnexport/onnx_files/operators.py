@@ -10,6 +10,7 @@ Checked against onnx 1.23:
   and the operator's text since opset 19 count the elements inside.
 - Conv unfolds by index arrays of the size of the unfolded input.
 - Erf rounds to float32, whatever the type of its input.
+- DequantizeLinear rounds to float32, and both it and QuantizeLinear lack the operator sets from 11 to 18.
 - Relu and Sigmoid make several copies.
 
 A class is used only where it can compute all nodes of its kind.
@@ -141,6 +142,33 @@ class Erf(OpRun):
 _erf = np.frompyfunc(math.erf, 1, 1)
 
 
+class QuantizeLinear(OpRun):
+    """Codes of a tensor, with one scale or one for each channel: ties go to even."""
+
+    def _run(self, x: Array, step: Array, zero: Array | None = None, axis: int = 1, **_rest: Any) -> tuple[Array]:
+        zeros = np.zeros(step.shape, np.uint8) if zero is None else zero
+        ends = np.iinfo(zeros.dtype)
+        codes = np.rint(x / _along(step, x.ndim, axis))
+        codes += _along(zeros, x.ndim, axis)
+        return (np.clip(codes, ends.min, ends.max, out=codes).astype(zeros.dtype),)
+
+
+class DequantizeLinear(OpRun):
+    """Values of codes, in the type of the scale."""
+
+    def _run(self, codes: Array, step: Array, zero: Array | None = None, axis: int = 1, **_rest: Any) -> tuple[Array]:
+        values = codes.astype(step.dtype)
+        if zero is not None:
+            values -= _along(zero, codes.ndim, axis)
+        values *= _along(step, codes.ndim, axis)
+        return (values,)
+
+
+def _along(numbers: Array, rank: int, axis: int) -> Array:
+    """Return one number per channel in the shape that broadcasts along an axis."""
+    return numbers.reshape([-1 if place == axis % rank else 1 for place in range(rank)]) if numbers.ndim else numbers
+
+
 def _axes(x: Array, kernel: Sequence[int], options: dict[str, Any]) -> tuple[kernels.Axis, ...]:
     """Return the windows of a node from its attributes."""
     if x.ndim != len(kernel) + 2:
@@ -170,6 +198,12 @@ def _padded(node: NodeProto) -> bool:
     return all(number >= 0 for number in _values(node).get("pads", ()))
 
 
+def _by_channel(node: NodeProto) -> bool:
+    """Return whether codes have one scale, or one for each channel."""
+    values = _values(node)
+    return not any(values.get(name) for name in ("block_size", "output_dtype", "precision"))
+
+
 def _one_output(node: NodeProto) -> bool:
     return sum(bool(name) for name in node.output) == 1
 
@@ -187,6 +221,8 @@ _TABLE: dict[str, tuple[Any, int, Callable[[NodeProto], bool]]] = {
     "Relu": (Relu, 99, _one_output),
     "Sigmoid": (Sigmoid, 99, _one_output),
     "Erf": (Erf, 99, _one_output),
+    "QuantizeLinear": (QuantizeLinear, 99, _by_channel),
+    "DequantizeLinear": (DequantizeLinear, 99, _by_channel),
 }  # fmt: skip
 
 

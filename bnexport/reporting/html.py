@@ -67,11 +67,13 @@ STAGES: dict[str, str] = {
     "declaration": "Does model.onnx declare the names, types, shapes and versions of the manifest?",
     "weights": "Do all formats hold the same weights, bit by bit?",
     "file-proof": "Is the fold exact? The written file, evaluated in float64, against the unfolded network in float64.",
+    "quantization": "Is the int8 file the float32 file plus rounding, with no channel that can saturate? Number by number.",
     "strict": "Do the kernels compute it? Each runtime in strict float32 against the float64 reference.",
     "shipping": "Is the noise what this precision makes? Each runtime as it is served, against the float64 reference.",
     "precision": "Which precision does the error itself tell of, and was that asked for?",
     "batch-size": "Does the answer for a sample depend on how many others are fed with it?",
     "repeat": "Does the same input give the same answer twice?",
+    "labels": "Does int8 change more labels than the margins and its noise explain?",
     "accuracy": "Is the reference the trained network?",
     "accuracy-change": "Does the runtime label worse than the reference, by McNemar's exact test?",
 }

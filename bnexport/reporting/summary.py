@@ -84,6 +84,7 @@ RUN_STAGES: dict[str, str] = {
     "batch-size": "across batch sizes",
     "repeat": "repeated",
     "accuracy-change": "accuracy",
+    "labels": "labels",
     "precision": "precision",
 }
 #: Stages whose error is that of the kernels, against the unfolded network -> the arithmetic of the stage.

@@ -35,6 +35,7 @@ class RunSettings:
         conv_search: One of CONV_SEARCHES.
         binding: Inputs and outputs are bound to the device's memory, instead of being copied by each call.
         threads: Threads inside one operator; None leaves it to the engine.
+        precise: ONNX Runtime's slower int8 kernels, which add products in 32 bits (session.x64quantprecision).
         isolated: Run in a child process, so that no global state (TF32 flags, environment variables) leaks in or out.
     """
 
@@ -43,6 +44,7 @@ class RunSettings:
     conv_search: str = "heuristic"
     binding: bool = False
     threads: int | None = None
+    precise: bool = False
     isolated: bool = False
 
     def __post_init__(self) -> None:
@@ -63,6 +65,7 @@ class RunSettings:
             "IO binding" if self.binding else "",
             "" if self.optimisation == "all" else f"optimisation {self.optimisation}",
             "" if self.conv_search == "heuristic" else f"{self.conv_search} search",
+            "precise int8 kernels" if self.precise else "",
         ]
         return ", ".join(part for part in parts if part)
 

@@ -121,6 +121,8 @@ def open_session(ort: Any, model: bytes, device: str, settings: RunSettings) -> 
     options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, LEVELS[settings.optimisation])
     options.intra_op_num_threads = settings.threads or 0
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    if settings.precise:
+        options.add_session_config_entry("session.x64quantprecision", "1")
     if device != "cpu":
         options.use_deterministic_compute = settings.precision == "float32"
     providers = [(name, provider_options(name, settings)) for name in TARGETS[device].providers]

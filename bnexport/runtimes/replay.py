@@ -17,6 +17,8 @@ from bnexport.tensors import Array
 GOLDEN_BOUND = 1e-5
 #: Largest bound of a bundle in half precision. Its noise is 1e-4 to 1e-2 of scale; a tenth is another network.
 WIDEST_BOUND = 0.05
+#: The same of an int8 bundle: 3 times the noise of small networks, 0.01 to 0.1 of scale.
+_WIDEST_INT8 = 0.4
 #: The same in float32, for networks whose own float32 is noisier than GOLDEN_BOUND.
 _WIDEST_FLOAT32 = 1e-3
 
@@ -73,7 +75,8 @@ def golden_bound(manifest: Manifest, runtime: str) -> float:
     found = [float(row["bound"]) for row in _golden_rows(manifest) if str(row["subject"]).rpartition("-")[0] == engine]
     if manifest.onnx.get("precision", "float32") == "float32":
         return max(GOLDEN_BOUND, *(bound for bound in (*found, 0.0) if bound <= _WIDEST_FLOAT32))
-    if not found or not 0 < max(found) <= WIDEST_BOUND:
+    widest = _WIDEST_INT8 if manifest.onnx["precision"] == "int8" else WIDEST_BOUND
+    if not found or not 0 < max(found) <= widest:
         raise BundleError(
             f"the bundle {manifest.name!r} is in {manifest.onnx['precision']} and was not verified on {engine} at export",
             remedy="Export it again where bnexport can verify it on that engine",

@@ -168,6 +168,8 @@ def diagnose(
     """
     failed = next((i for i, row in enumerate(run.rows) if not row.passed and row.stage in _STAGES), None)
     forecast = evidence.forecast
+    if evidence.precision == "int8":
+        return (), run, "layers of an int8 file are not compared" if wanted else ""
     if wanted is False or spec.file != MODEL_ONNX or not evidence.cases or not forecast.possible:
         return (), run, ""
     if wanted is None and failed is None and not forecast.cheap:

@@ -6,7 +6,7 @@ Only files whose hash holds are opened. The original is evaluated once for each 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,11 +31,12 @@ from bnexport.verification.inputs import (
     other_sized_batches,
     smallest_batch,
 )
+from bnexport.verification.int8 import int8_file_rows, int8_notes, is_int8, record_of, within
 from bnexport.verification.metrics import common_scales, count_flips, has_labels
 from bnexport.verification.reference import Reference, find_reference, not_rebuilt, takes_empty_batch
 from bnexport.verification.samples import Samples
 from bnexport.verification.scope import Scope
-from bnexport.verification.stages import compare, failed, proof_rows
+from bnexport.verification.stages import compare, failed, proof_rows, proved_file
 from bnexport.verification.tolerances import TOLERANCES
 from bnexport.verification.verdict import REAL, Row
 
@@ -56,7 +57,8 @@ class Evidence:
     Attributes:
         module: The live original network, if its author gave it.
         problems: File of the bundle -> why it must not be opened; None for a file whose hash holds.
-        model: model.onnx as read; None when it can't be read here.
+        model: model.onnx as read, of an int8 bundle its float32 original; None when it can't be read here.
+        int8: model.onnx of an int8 bundle; None for others.
         cost: Multiplications per sample.
         budget: Number of samples of each kind.
         golden: The golden vectors; None when they can't be read.
@@ -78,6 +80,7 @@ class Evidence:
     module: nn.Module | None
     problems: Mapping[str, str | None]
     model: ModelProto | None
+    int8: ModelProto | None
     cost: int
     budget: Budget
     golden: Case | None
@@ -104,6 +107,9 @@ class Evidence:
 
     def warnings(self) -> tuple[str, ...]:
         """Return the warnings for the reader that no row contains."""
+        return (*int8_notes(record_of(self.bundle.manifest)), *self._input_warnings())
+
+    def _input_warnings(self) -> tuple[str, ...]:
         if not self.cases or self.cases[0].batch.name in REAL:
             return ()
         if not any(map(has_labels, self.cases[0].expected.values())):
@@ -135,33 +141,35 @@ def prepare(
         ModelError: ``module`` can't be evaluated in float64.
         UsageError: There are samples, but no original to compare with.
     """
-    # Once: a model of a gigabyte takes seconds to hash, and every stage asks.
-    problems = {name: bundle.problem(name) for name in bundle.manifest.files}
+    problems = {name: bundle.problem(name) for name in bundle.manifest.files}  # once: hashing a gigabyte takes seconds
     golden, rows = _golden(bundle, problems)
-    model, model_rows, skipped, waived = _model(bundle, problems)
+    model, model_rows, skipped, waived = _model(bundle, problems, proved_file(bundle))
+    int8, int8_rows = _model(bundle, problems)[:2] if is_int8(bundle.manifest) else (None, [])
     reference, description, reference_rows = _find_reference(bundle, module, problems)
-    rows += [*model_rows, *reference_rows]
+    rows += [*model_rows, *int8_rows, *reference_rows]
     if samples is not None and reference is None:
         _refuse_samples(description)
     cost = _cost(bundle, golden, model)
     budget = budget_of(cost, thorough=scope.thorough, most=scope.max_samples, given=samples is not None)
     answered = _Answered()
     if golden is not None and reference is not None:
-        feeds = golden.batch.feeds
-        suite = build_suite(bundle.manifest, feeds, data_dir=data_dir, seed=seed, budget=budget, samples=samples)
-        accept = scope.allow_low_accuracy
-        answered = _answers(bundle, reference, golden, suite, seed=seed, live=module is not None, accept=accept)
+        given = golden.batch.feeds
+        suite = build_suite(bundle.manifest, given, data_dir=data_dir, seed=seed, budget=budget, samples=samples)
+        live, accept = module is not None, scope.allow_low_accuracy
+        answered = _answers(bundle, reference, golden, suite, seed=seed, live=live, accept=accept)
     cases = answered.cases or (() if golden is None else (golden,))
     varies = all(isinstance(spec.shape[0], str) for spec in bundle.manifest.signature.inputs)
     sizes = next((case.batch for case in cases if case.batch.name in ("noise", "golden")), None)
     forecast = Forecast(
-        model, cases=cases, budget=budget, varies=varies, stored=stored_precision(bundle), recorded=_recorded(bundle)
-    )
+        model, cases=cases, budget=budget, varies=varies, stored=stored_precision(bundle), recorded=_recorded(bundle),
+        int8=int8,
+    )  # fmt: skip
     return Evidence(
         bundle=bundle,
         module=module,
         problems=problems,
         model=model,
+        int8=int8,
         cost=cost,
         budget=budget,
         golden=golden,
@@ -187,7 +195,9 @@ def file_checks(evidence: Evidence) -> tuple[list[Row], dict[str, str]]:
     if not cases:
         return rows, skipped
     if evidence.model is not None:
-        rows += proof_rows(evidence.bundle, evidence.model, cases, forecast)
+        rows += proof_rows(evidence.bundle, evidence.int8 or evidence.model, cases, forecast)
+    if is_int8(evidence.bundle.manifest):
+        rows += int8_file_rows(evidence.bundle, evidence.model, evidence.int8)
     for name in TORCH_PROOFS:
         if evidence.changed(name) is not None:
             continue  # it was not written, or its runtime's row says what is wrong
@@ -235,18 +245,18 @@ def _golden(bundle: Bundle, problems: Mapping[str, str | None]) -> tuple[Case | 
 
 
 def _model(
-    bundle: Bundle, problems: Mapping[str, str | None]
+    bundle: Bundle, problems: Mapping[str, str | None], name: str = MODEL_ONNX
 ) -> tuple[ModelProto | None, list[Row], dict[str, str], dict[str, str]]:
-    """Return model.onnx as read, failed rows, skipped parts and waived stages."""
-    if (problem := _changed(problems, MODEL_ONNX)) is not None:
-        return None, [failed("file-proof", MODEL_ONNX, "open", f"{problem}, so it was not opened")], {}, {}
+    """Return an ONNX file as read, failed rows, skipped parts and waived stages."""
+    if (problem := _changed(problems, name)) is not None:
+        return None, [failed("file-proof", name, "open", f"{problem}, so it was not opened")], {}, {}
     try:
-        return read_model(bundle.file(MODEL_ONNX)), [], {}, {}
+        return read_model(bundle.file(name)), [], {}, {}
     except MissingDependency:
         rows, waived = _proof_at_export(bundle)
         return None, rows, {"weights": "whether all formats hold the same weights: onnx is not installed"}, waived
     except BnexportError as error:
-        return None, [failed("file-proof", MODEL_ONNX, "open", error.message)], {}, {}
+        return None, [failed("file-proof", name, "open", error.message)], {}, {}
 
 
 def _proof_at_export(bundle: Bundle) -> tuple[list[Row], dict[str, str]]:
@@ -265,7 +275,7 @@ def _error_at_export(bundle: Bundle) -> float | None:
     errors = [
         row.get("error")
         for row in (rows if isinstance(rows, list) else ())
-        if isinstance(row, dict) and row.get("stage") == "file-proof" and row.get("subject") == MODEL_ONNX
+        if isinstance(row, dict) and row.get("stage") == "file-proof" and row.get("subject") == proved_file(bundle)
     ]
     bounds = {"float32": TOLERANCES["file-proof"].bound}  # in half precision the bound is the manifest's own word
     known = [error for error in errors if isinstance(error, float)]
@@ -345,6 +355,7 @@ def _answers(
     bundle: Bundle, reference: Reference, golden: Case, suite: Suite, *, seed: int, live: bool, accept: bool
 ) -> _Answered:
     """Evaluate the original on every batch, and compare it with the golden vectors and the accuracy at export."""
+    suite = replace(suite, batches=tuple(within(bundle.manifest, batch) for batch in suite.batches))
     answers = each_once([golden.batch, *suite.batches], reference.evaluate)
     if (problem := next((item for item in answers[1:] if isinstance(item, BnexportError)), None)) is not None:
         if live:

@@ -11,6 +11,7 @@ import numpy as np
 from bnexport.errors import BnexportError
 from bnexport.onnx_files.emulation import ROUNDINGS, ApproximatingEvaluator, Emulator, approximated_operators
 from bnexport.onnx_files.float64 import Float64Evaluator
+from bnexport.quantization.emulation import EXACT, LAST_BIT, WAYS, IntegerEmulator, int8_layers
 from bnexport.tensors import Array
 from bnexport.verification.budget import Budget
 from bnexport.verification.inputs import Case, Outputs, each_once, heads
@@ -87,6 +88,8 @@ class Forecast:
         varies: The batch dimension is free, so that a batch may be cut and joined to others.
         stored: Precision of the file's weights.
         recorded: Precision -> error of scale, predicted when the bundle was made.
+        int8: model.onnx of an int8 bundle, whose ways of computing (``quantization.emulation.WAYS``) are precisions too;
+            ``model`` is then the float32 file.
     """
 
     def __init__(
@@ -98,15 +101,17 @@ class Forecast:
         varies: bool,
         stored: str = "float32",
         recorded: Mapping[str, float] | None = None,
+        int8: ModelProto | None = None,
     ) -> None:
         self._model = model
+        self._int8 = int8
         self._cases = tuple(cases)
         self._budget = budget
         self._varies = varies
-        self._stored = stored
+        self._stored = "float32" if stored == "int8" else stored
         self._recorded = dict(recorded or {})
         self._evaluator: Float64Evaluator | None = None
-        self._engines: dict[str, Emulator | None] = {}
+        self._engines: dict[str, Float64Evaluator | None] = {}
         self._exact: dict[str, Outputs | BnexportError] = {}
         self._rounding: dict[str, float] = {}
         self._found: dict[tuple[str, str], Emulated | None] = {}
@@ -277,12 +282,28 @@ class Forecast:
             return None
         return Prediction(precision, found.error, found.rms, found.n, found.flips, case.batch.name)
 
-    def _engine(self, precision: str) -> Emulator | None:
+    def last_bit(self, case: Case) -> float | None:
+        """Return the largest disagreement, of scale, of kernels that compute an int8 file right; None when it is unknown."""
+        exact, other = self.emulated(EXACT, case), self.emulated(LAST_BIT, case)
+        if exact is None or other is None:
+            return None
+        return measure(other.outputs, exact.outputs, bound=0.0, scales=case.scales).error
+
+    def saturates(self) -> bool:
+        """Return whether 16-bit sums can saturate in the int8 file."""
+        return self._int8 is not None and any(layer.can_saturate for layer in int8_layers(self._int8))
+
+    def _engine(self, precision: str) -> Float64Evaluator | None:
         if self._model is None:
+            return None
+        if precision in WAYS and self._int8 is None:
             return None
         if precision not in self._engines:
             self._engines[precision] = None
-            self._engines[precision] = Emulator(self._model, precision)
+            if precision in WAYS and self._int8 is not None:
+                self._engines[precision] = IntegerEmulator(self._int8, precision)
+            else:
+                self._engines[precision] = Emulator(self._model, precision)
         return self._engines[precision]
 
 

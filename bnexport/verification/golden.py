@@ -18,6 +18,7 @@ from bnexport.data.prepare import prepared
 from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import BnexportError
 from bnexport.tensors import Array, Signature, TensorSpec
+from bnexport.verification.int8 import within_range
 from bnexport.verification.reference import Reference
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def write_golden_vectors(
     ``shapes`` holds the shape of one sample of each input. Without ``data_dir`` the usual places are searched for the data set.
     """
     feeds = golden_inputs(manifest.signature, shapes=shapes, images=real_images(manifest, data_dir=data_dir))
+    feeds = within_range(manifest, feeds)
     reference = Reference(module, manifest.signature, description="the original module, in float64")
     write_golden(folder, manifest.signature, feeds, reference.evaluate(feeds))
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bnexport.errors import ProofError
-from bnexport.onnx_files.emulation import BFLOAT16, FLOAT16, FLOAT32, SETTINGS, Format, precision_of, step_of
+from bnexport.onnx_files.emulation import BFLOAT16, FLOAT16, FLOAT32, SETTINGS, Format, step_of, words_of
 from bnexport.onnx_files.float64 import Float64Evaluator
 from bnexport.onnx_files.models import graphs, nodes
 from bnexport.runtimes.replay import incomparable, scale
@@ -33,6 +33,8 @@ _COARSENESS: dict[str, int] = {
     "float16": 14,
     "bfloat16-products": 16,
     "bfloat16": 17,
+    "int8": 18,
+    "int8-saturating": 20,
 }
 #: Coarser than any precision.
 _TOO_COARSE = 99
@@ -208,7 +210,7 @@ def _by_size(size: float, sizes: Mapping[str, float], names: list[str]) -> Detec
     if not fitting:
         return _unknown(size, sizes, names, {})
     nearest = min(fitting, key=lambda name: abs(math.log(size / sizes[name])))
-    told = f"the error (rms {size:.1e} of scale) has the size of {precision_of(nearest).words}'s"
+    told = f"the error (rms {size:.1e} of scale) has the size of {words_of(nearest)}'s"
     others = [name for name in fitting if name != nearest]
     told += f", as it has of {_listed(others)}'s" if others else ""
     return Detected(nearest, size, None, min(_COARSENESS[name] for name in fitting), told)
@@ -223,7 +225,7 @@ def _unknown(size: float, sizes: Mapping[str, float], names: list[str], cosines:
         return Detected(UNKNOWN, size, None, coarseness, told)
     nearest = min(some, key=lambda name: abs(math.log(size / sizes[name])))
     times, cosine = size / sizes[nearest], cosines.get(nearest)
-    compared = f"{times:.2g} x the noise of {precision_of(nearest).words}"
+    compared = f"{times:.2g} x the noise of {words_of(nearest)}"
     compared += "" if cosine is None else f", cosine {cosine:.2f} with it"
     if cosine is not None and cosine >= _PERHAPS and 1 / _SAME_SIZE <= times <= _SAME_SIZE:
         return Detected(
@@ -233,7 +235,7 @@ def _unknown(size: float, sizes: Mapping[str, float], names: list[str], cosines:
 
 
 def _listed(names: list[str]) -> str:
-    return " or ".join(precision_of(name).words for name in names)
+    return " or ".join(words_of(name) for name in names)
 
 
 def _difference(one: Mapping[str, Array], other: Mapping[str, Array]) -> Array:

@@ -11,16 +11,18 @@ import numpy as np
 from bnexport.bundle import WEIGHTS
 from bnexport.errors import BnexportError, BundleError
 from bnexport.onnx_files.emulation import ROUNDINGS
+from bnexport.quantization.emulation import EXACT, SATURATING
 from bnexport.runtimes.base import Runner, RunSettings
 from bnexport.runtimes.replay import incomparable
 from bnexport.tensors import Array
 from bnexport.verification.evidence import Evidence
 from bnexport.verification.forecast import FUNCTIONS
 from bnexport.verification.inputs import Batch, Case, Outputs, each_once, heads
+from bnexport.verification.int8 import labels_row, record_of
 from bnexport.verification.metrics import SIGNIFICANT, accuracy_change, flipped_samples, has_labels, per_sample
 from bnexport.verification.prediction import compatible, detect
 from bnexport.verification.stages import compare, failed
-from bnexport.verification.verdict import FlippedSample, Row
+from bnexport.verification.verdict import REAL, FlippedSample, Row
 
 _CHUNK = 1024
 
@@ -67,6 +69,8 @@ def run_runtime(runner: Runner, settings: RunSettings, evidence: Evidence, *, fi
     if run.stage == "shipping":
         evidence.forecast.emulate(run.rounding, list(named.values()))
     rows = [run.judged(stage, case, found) for stage, case, found in compared]
+    if run.precision == EXACT:
+        rows += run.against_emulation(compared)
     rows += run.batch_sizes(compared)
     rows += run.repeat()
     first = answers[run.lead.batch.name] if run.lead is not None else None
@@ -76,6 +80,7 @@ def run_runtime(runner: Runner, settings: RunSettings, evidence: Evidence, *, fi
         lead = next(at for at, (stage, case, _) in enumerate(compared) if case is run.lead and stage == run.stage)
         samples, flipped = run.details(first, rows[lead])
         rows += run.accuracy(first)
+        rows += run.labels(first)
         if (precision := _precision_row(run, first, file)) is not None:
             rows.append(precision)
     where, how = runner.effective_device, settings.describe()
@@ -146,6 +151,35 @@ class _Run:
     def _row(self, stage: str, case: Case, outputs: Outputs, predicted: float | None) -> Row:
         name = self.runner.name
         return compare(stage, name, case.batch.name, outputs, case.expected, scales=case.scales, predicted=predicted)
+
+    def against_emulation(self, compared: Sequence[tuple[str, Case, Outputs | BnexportError]]) -> list[Row]:
+        """Compare an int8 file's outputs with its integer emulation: the kernels compute what the file states."""
+        rows, forecast = [], self.evidence.forecast
+        for stage, case, found in compared:
+            emulated = forecast.emulated(EXACT, case)
+            if stage == "golden" or emulated is None or isinstance(found, BnexportError):
+                continue
+            rows.append(
+                compare(
+                    "strict", self.runner.name, case.batch.name, heads(found, emulated.n), heads(emulated.outputs, emulated.n),
+                    scales=case.scales, predicted=forecast.last_bit(case),
+                )
+            )  # fmt: skip
+        return rows
+
+    def labels(self, outputs: Outputs) -> list[Row]:
+        """Compare the changed labels of an int8 file on real samples with those that its noise explains."""
+        case = self.lead
+        emulated = None if case is None else self.evidence.forecast.emulated(EXACT, case)
+        if self.precision != EXACT or case is None or emulated is None or case.batch.name not in REAL:
+            return []
+        name = next((name for name, values in case.expected.items() if has_labels(values)), None)
+        if name is None or name not in outputs:
+            return []
+        errors = emulated.outputs[name] - emulated.exact[name]
+        allowed = record_of(self.evidence.bundle.manifest).get("allow_flips")
+        row = labels_row(self.runner.name, case.batch.name, outputs[name], case.expected[name], errors, allowed=allowed)
+        return [] if row is None else [row]
 
     def batch_sizes(self, compared: Sequence[tuple[str, Case, Outputs | BnexportError]]) -> list[Row]:
         """Compare the first 1, 2, 7, 64 samples alone with the same samples in a larger batch; check the shape for none."""
@@ -226,6 +260,8 @@ def _precision_row(run: _Run, first: Outputs, file: str) -> Row | None:
     if case is None:
         return None
     asked = ROUNDINGS.get(run.precision, (run.precision,))
+    if run.precision == EXACT and forecast.saturates():
+        asked += (SATURATING,)
     names = dict.fromkeys((*(_LOOKED_FOR if forecast.cheap else _AT_LEAST), *asked))
     found = {name: emulated for name in names if (emulated := forecast.emulated(name, case)) is not None}
     if run.precision not in found:

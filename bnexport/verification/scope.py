@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bnexport.errors import UsageError
 from bnexport.runtimes.base import CONV_SEARCHES, KERNEL_PRECISIONS, OPTIMISATIONS, RunSettings
@@ -69,10 +69,13 @@ class Scope:
             self.bindings if session else (False,),
             self.conv_searches if session and gpu else ("heuristic",),
         )
-        return tuple(
+        runs = [
             RunSettings(kernels, optimisation, search, binding, isolated=gpu)
             for kernels, optimisation, binding, search in chosen
-        )
+        ]
+        if precision == "int8" and session and not gpu:
+            runs += [replace(run, precise=True) for run in runs]
+        return tuple(runs)
 
     def check_used(self, specs: Sequence[RunnerSpec]) -> None:
         """Refuse (UsageError) settings that none of the runtimes has, which would be ignored."""

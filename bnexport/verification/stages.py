@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
-from bnexport.bundle import MODEL_ONNX, Bundle
+from bnexport.bundle import MODEL_FLOAT32, MODEL_ONNX, Bundle
 from bnexport.errors import BnexportError
 from bnexport.onnx_files.models import declaration_problem
 from bnexport.verification.forecast import FACTOR, Forecast
@@ -98,7 +98,13 @@ def proof_rows(bundle: Bundle, model: ModelProto, cases: Sequence[Case], forecas
         except BnexportError as error:
             found.append(error)
     fronts = [forecast.front(case) for case in cases]
-    return [declared, *float64_rows(MODEL_ONNX, fronts, found, forecast.rounding, device="float64 in numpy")]
+    name = proved_file(bundle)
+    return [declared, *float64_rows(name, fronts, found, forecast.rounding, device="float64 in numpy")]
+
+
+def proved_file(bundle: Bundle) -> str:
+    """Return the file that is compared with the original in float64: model.onnx, or the float32 file that an int8 one is of."""
+    return MODEL_FLOAT32 if bundle.manifest.onnx.get("precision") == "int8" else MODEL_ONNX
 
 
 def float64_rows(

@@ -251,7 +251,8 @@ def _predictions(evidence: Evidence) -> tuple[Prediction, ...]:
     """Return each precision's effect on the first batch; precisions that were not asked for only where that is cheap."""
     if not evidence.cases:
         return ()
-    names = _ALWAYS + (_WHERE_CHEAP if evidence.forecast.cheap else ())
+    stored = (evidence.precision,) if evidence.precision == "int8" else ()
+    names = stored + _ALWAYS + (_WHERE_CHEAP if evidence.forecast.cheap else ())
     found = [evidence.forecast.prediction(name, evidence.cases[0]) for name in names]
     return tuple(item for item in found if item is not None)
 

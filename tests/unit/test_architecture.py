@@ -25,7 +25,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("reporting",),
     ("auditing", "evaluating"),
     ("verification", "serving", "deploying"),
-    ("training", "folding", "exporting", "runtimes"),
+    ("training", "folding", "exporting", "runtimes", "quantization"),
     ("loading", "onnx_files"),
     ("nn", "data"),
 )

@@ -19,6 +19,7 @@ from bnexport.onnx_files.models import read_model
 from bnexport.tensors import Array
 from bnexport.verification.metrics import measure
 from bnexport.verification.reference import Reference, is_known
+from bnexport.verification.stages import proved_file
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -102,13 +103,18 @@ class Copy:
             raise NotTried(f"the bundle was written without {name}")
         return self.folder / name
 
-    def model(self) -> ModelProto:
-        """Return the copy's model.onnx as read, to be changed."""
-        return read_model(self.file(MODEL_ONNX))
+    @property
+    def folded_file(self) -> str:
+        """Return the file with the folded float weights: model.onnx, or the original of an int8 one."""
+        return proved_file(self.subject.bundle)
 
-    def write_model(self, model: ModelProto) -> None:
-        """Write model.onnx and seal the copy again."""
-        write_atomically(self.folder / MODEL_ONNX, model.SerializeToString(deterministic=True))
+    def model(self, name: str = MODEL_ONNX) -> ModelProto:
+        """Return an ONNX file of the copy as read, to be changed."""
+        return read_model(self.file(name))
+
+    def write_model(self, model: ModelProto, name: str = MODEL_ONNX) -> None:
+        """Write an ONNX file and seal the copy again."""
+        write_atomically(self.folder / name, model.SerializeToString(deterministic=True))
         self.seal()
 
     def seal(self, **changes: Any) -> None:
@@ -125,7 +131,7 @@ def folded_weights(network: nn.Module, example: tuple[Tensor, ...]) -> dict[str,
 
 def evaluate_onnx(bundle: Bundle, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
     """Evaluate model.onnx in float64."""
-    return Float64Evaluator(read_model(bundle.file(MODEL_ONNX))).evaluate(feeds)
+    return Float64Evaluator(read_model(bundle.file(proved_file(bundle)))).evaluate(feeds)
 
 
 def evaluate_tf32(bundle: Bundle, feeds: Mapping[str, Array]) -> Mapping[str, Array]:

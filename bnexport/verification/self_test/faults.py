@@ -13,11 +13,22 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bnexport.bundle import GOLDEN, MANIFEST, MODEL_EXPORTED, MODEL_ONNX, MODEL_TORCHSCRIPT, WEIGHTS, Bundle
+from bnexport.bundle import (
+    GOLDEN,
+    MANIFEST,
+    MODEL_EXPORTED,
+    MODEL_FLOAT32,
+    MODEL_ONNX,
+    MODEL_TORCHSCRIPT,
+    WEIGHTS,
+    Bundle,
+)
 from bnexport.onnx_files.models import trained_tensors
+from bnexport.quantization.proof import Int8File
 from bnexport.runtimes.catalogue import RunnerSpec
 from bnexport.runtimes.reference import EmulatedRunner
 from bnexport.tensors import Array
+from bnexport.verification.int8 import record_of
 from bnexport.verification.self_test.copies import (
     Copy,
     Evaluate,
@@ -69,8 +80,9 @@ def flip_weight(name: str, *, high: bool) -> Callable[[Copy], str]:
         from onnx import numpy_helper
 
         copy.file(name)
-        arrays = [numpy_helper.to_array(tensor) for tensor in trained_tensors(copy.model())]
-        return _flip_one_of(copy, name, _weights_last_first(arrays), high=high)
+        arrays = [numpy_helper.to_array(tensor) for tensor in trained_tensors(copy.model(copy.folded_file))]
+        file = copy.folded_file if name == MODEL_ONNX else name
+        return _flip_one_of(copy, file, _weights_last_first(arrays), high=high)
 
     return put
 
@@ -133,14 +145,14 @@ def put_nan(copy: Copy) -> str:
     """Put NaN in place of the largest number of the first weight of model.onnx."""
     from onnx import numpy_helper
 
-    model = copy.model()
+    model = copy.model(copy.folded_file)
     tensors = trained_tensors(model)
     if not tensors:
         raise NotTried(f"{MODEL_ONNX} has no weights")
     array = numpy_helper.to_array(tensors[0]).copy()
     array.reshape(-1)[int(np.abs(array.astype(np.float64)).argmax())] = np.nan
     tensors[0].CopyFrom(numpy_helper.from_array(array, tensors[0].name))
-    copy.write_model(model)
+    copy.write_model(model, copy.folded_file)
     return f"{tensors[0].name} in {MODEL_ONNX}"
 
 
@@ -237,6 +249,112 @@ def _preprocess(copy: Copy, changes: Mapping[str, Any]) -> str:
     return MANIFEST
 
 
+def spoil_int8(change: Callable[[Int8File], str]) -> Callable[[Copy], str]:
+    """Change numbers of an int8 model.onnx, and seal the copy again."""
+
+    def put(copy: Copy) -> str:
+        record = record_of(copy.subject.bundle.manifest)
+        if not record:
+            raise NotTried(f"{MODEL_ONNX} is not an int8 file")
+        file = Int8File(copy.model(MODEL_FLOAT32), copy.model(), record)
+        where = change(file)
+        copy.write_model(file.int8_model)
+        return f"{where} in {MODEL_ONNX}"
+
+    return put
+
+
+def _store(file: Int8File, name: str, array: Array) -> None:
+    from onnx import numpy_helper
+
+    file.stored[name].CopyFrom(numpy_helper.from_array(np.ascontiguousarray(array), name))
+
+
+def _scale_channel(file: Int8File) -> str:
+    layer, _, weight, _ = next(file.layers())
+    scales = file.array(weight.input[1]).copy()
+    scales[len(scales) // 2] *= np.float32(1.01)
+    _store(file, weight.input[1], scales)
+    return layer.name
+
+
+def _move_zero(file: Int8File) -> str:
+    _, given, _, _ = next(file.layers())
+    zero = file.array(given.input[2])
+    _store(file, given.input[2], (zero + (1 if zero < 100 else -1)).astype(zero.dtype))
+    return str(given.input[0])
+
+
+def _swap_scales(file: Int8File) -> str:
+    names = list(dict.fromkeys(node.input[1] for node in file.encoders.values()))
+    other = next((name for name in names if file.array(name) != file.array(names[0])), None)
+    if other is None:
+        raise NotTried("all tensors have one scale")
+    one, two = file.array(names[0]), file.array(other)
+    _store(file, names[0], two)
+    _store(file, other, one)
+    return f"{names[0]} and {other}"
+
+
+def _shrink_range(file: Int8File) -> str:
+    name = next(node.input[1] for node in file.encoders.values())
+    _store(file, name, (file.array(name) * np.float32(3 / 4)).astype(np.float32))
+    return str(name)
+
+
+def _drop_correction(file: Int8File) -> str:
+    from bnexport.quantization.codes import encode_bias
+
+    for layer, _, _, bias in file.layers():
+        plain = encode_bias(layer.bias, file.array(bias.input[1]))
+        if (plain != file.array(bias.input[0])).any():
+            _store(file, bias.input[0], plain)
+            return layer.name
+    raise NotTried("no bias is changed by its correction")
+
+
+def _use_full_range(file: Int8File) -> str:
+    from bnexport.quantization.codes import correction, encode, encode_bias, saturating_channels
+
+    for layer, given, weight, bias in file.layers():
+        exact = layer.outputs_first.astype(np.float64)
+        found = encode(exact, pair_safe=False)
+        if layer.depthwise or not saturating_channels(found.codes).any():
+            continue
+        mean = np.asarray(file.ranges[layer.input].mean)
+        steps = found.scales * file.array(given.input[1]).reshape(())
+        corrected = layer.bias - correction(exact, found.values, mean, layer.groups)
+        for name, array in (
+            (weight.input[0], layer.stored(found.codes)), (weight.input[1], found.scales),
+            (bias.input[0], encode_bias(corrected, steps)), (bias.input[1], steps),
+        ):  # fmt: skip
+            _store(file, name, array)
+        return layer.name
+    raise NotTried("no channel saturates at full range")
+
+
+def _transpose_codes(file: Int8File) -> str:
+    for layer, _, weight, _ in file.layers():
+        codes = file.array(weight.input[0])
+        swapped = np.ascontiguousarray(codes.swapaxes(-1, -2)).reshape(codes.shape)
+        if (swapped != codes).any():
+            _store(file, weight.input[0], swapped)
+            return layer.name
+    raise NotTried("all codes are symmetric")
+
+
+#: Fault of an int8 file -> the change that makes it.
+INT8_FAULTS: dict[str, Callable[[Int8File], str]] = {
+    "scale of one channel x 1.01": _scale_channel,
+    "zero point off by one": _move_zero,
+    "two scales swapped": _swap_scales,
+    "bias not corrected": _drop_correction,
+    "weights at full range": _use_full_range,
+    "range clipped at 3 sigma": _shrink_range,
+    "codes transposed": _transpose_codes,
+}
+
+
 @dataclass(frozen=True)
 class Fault:
     """One row of FAULTS.
@@ -310,4 +428,5 @@ FAULTS: tuple[Fault, ...] = (
     Fault("another output type", MODEL_ONNX, "declaration", retype_output),
     Fault("another opset claimed", MANIFEST, "declaration", claim_opset),
     Fault("labels permuted", MANIFEST, "declaration", permute_labels),
+    *(Fault(name, MODEL_ONNX, "quantization", spoil_int8(change)) for name, change in INT8_FAULTS.items()),
 )

@@ -88,7 +88,7 @@ def norms_of(network: nn.Module) -> list[Norm]:
 
 def _refold(copy: Copy, change: Change) -> str | None:
     """Fold with one wrong BatchNorm; None where the right fold's weights are not those of the file."""
-    subject, model = copy.subject, copy.model()
+    subject, model = copy.subject, copy.model(copy.folded_file)
     name, spoiled = _hardest(subject, change)
     try:
         right, wrong = subject.folded, folded_weights(spoiled, subject.example)
@@ -96,7 +96,7 @@ def _refold(copy: Copy, change: Change) -> str | None:
         return None
     if wrong.keys() - right.keys() or not _replace_weights(model, right, wrong):
         return None
-    copy.write_model(model)
+    copy.write_model(model, copy.folded_file)
     return f"{name} in {MODEL_ONNX}"
 
 
@@ -189,7 +189,7 @@ def _edit_layer(copy: Copy, edit: Edit | None) -> str:
 
     if edit is None:
         raise NotTried("the original network can't be folded again here, and its statistics are not known without it")
-    model = copy.model()
+    model = copy.model(copy.folded_file)
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
     node = _first_layer(model, stored, copy)
     targets = [stored[name] for name in node.input[1:3] if name in stored]
@@ -198,7 +198,7 @@ def _edit_layer(copy: Copy, edit: Edit | None) -> str:
     edit(np.moveaxis(wide[0], _out_axis(node), 0), wide[1] if len(wide) > 1 else None)
     for tensor, array, values in zip(targets, arrays, wide, strict=True):
         tensor.CopyFrom(numpy_helper.from_array(values.astype(array.dtype), tensor.name))
-    copy.write_model(model)
+    copy.write_model(model, copy.folded_file)
     return f"{node.name or node.output[0]} in {MODEL_ONNX}"
 
 

@@ -18,6 +18,7 @@ from bnexport.errors import ProofError
 from bnexport.onnx_files.emulation import PRECISIONS, Emulator
 from bnexport.onnx_files.float64 import Float64Evaluator
 from bnexport.onnx_files.models import read_model
+from bnexport.quantization.emulation import EXACT, SATURATING
 from bnexport.runtimes.catalogue import runner_spec
 from bnexport.verification.prediction import _COARSENESS, Detected, compatible, detect, rounding_noise
 
@@ -257,7 +258,7 @@ def test_what_was_asked_for_must_not_be_finer(asked: str, found: str, fits: bool
 
 
 def test_every_precision_has_a_rank() -> None:
-    assert set(_COARSENESS) == set(PRECISIONS)
+    assert set(_COARSENESS) == {*PRECISIONS, EXACT, SATURATING}
     assert dataclasses.is_dataclass(Detected)
 
 

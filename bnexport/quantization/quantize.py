@@ -1,0 +1,218 @@
+"""From a folded float32 model to an int8 model, with the record that a verification repeats it from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from onnx import ModelProto
+
+from bnexport.bundle import INT8_TARGETS
+from bnexport.data.preprocessing import Preprocessing
+from bnexport.errors import DataError, ModelError, UsageError
+from bnexport.onnx_files.float64 import Float64Evaluator
+from bnexport.quantization.codes import Range
+from bnexport.quantization.moments import Known, Seen, Spread, known_moments, refined_means, spreads
+from bnexport.quantization.plan import Plan
+from bnexport.quantization.writer import quantised_model
+from bnexport.tensors import Array
+
+#: Fewest samples of a calibration: the smallest and largest values of a few images are not those of the next ones.
+_FEWEST = 16
+#: Samples that are evaluated at once, with every tensor in float64.
+_CHUNK = 8
+#: A calibrated range beyond this many standard deviations of the trained one means other images than those of the training.
+_FAR = 8.0
+_UNKNOWN = (
+    "Pass --calibrate with a data set, a folder of images or an .npy file, or keep its layer in float: --float-layers"
+)
+
+
+@dataclass(frozen=True)
+class Int8Options:
+    """How a model becomes int8.
+
+    Attributes:
+        target: One of ``bundle.INT8_TARGETS``.
+        float_layers: Layers that stay in float.
+        allow_flips: Largest share of labels that may change; None: judged by what the margins predict.
+    """
+
+    target: str = "cpu"
+    float_layers: tuple[str, ...] = ()
+    allow_flips: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.target not in INT8_TARGETS:
+            raise UsageError(f"the target {self.target!r} is not known", remedy=f"Known: {', '.join(INT8_TARGETS)}")
+        if self.allow_flips is not None and not 0 <= self.allow_flips <= 1:
+            raise UsageError(f"--allow-flips is {self.allow_flips:g}", remedy="Give a share from 0% to 100%")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Inputs of a calibration, name -> (n, ...), and their description for the manifest."""
+
+    feeds: Mapping[str, Array]
+    described: str
+
+
+@dataclass(frozen=True)
+class Int8Result:
+    """The int8 model, and the record of its making: plain JSON values for the manifest."""
+
+    model: ModelProto
+    record: dict[str, Any]
+
+
+def quantise(
+    folded: ModelProto,
+    example: Mapping[str, Array],
+    norms: Callable[[Mapping[str, Array]], Sequence[Seen]],
+    *,
+    options: Int8Options | None = None,
+    preprocessing: Mapping[str, Any] | None = None,
+    calibration: Calibration | None = None,
+) -> Int8Result:
+    """Quantise a folded model.
+
+    Args:
+        folded: The folded float32 model; not changed.
+        example: A few samples, by which BatchNorms are found again in the folded model.
+        norms: Samples -> the original's BatchNorm outputs and inputs for them (``moments.known_moments``).
+        options: Target, layers in float, allowed flips.
+        preprocessing: JSON of the image preprocessing, which gives the range of the input.
+        calibration: Samples whose smallest and largest values are the ranges; None: ranges from BatchNorm.
+
+    Raises:
+        UsageError: A float layer that the model does not have.
+        ModelError: The graph can't be quantised, or moments are unknown and there is no calibration.
+        DataError: The calibration is too small, or the same everywhere.
+    """
+    options = options or Int8Options()
+    plan = Plan(folded, options.float_layers)
+    values = {**example, **Float64Evaluator(folded).intermediate(example)}
+    shapes = {name: array.shape for name, array in values.items()}
+    known = known_moments(norms(example), values)
+    if calibration is None and not known:
+        raise ModelError("the network has no BatchNorm from which ranges could be read", remedy=_UNKNOWN)
+    pixels = _pixel_range(folded, preprocessing)
+    given = {name: Known(*_moments(found), "pixels") for name, found in pixels.items()}
+    trained = spreads(plan, known, given, shapes)
+    if calibration is None:
+        ranges, warnings = _trained_ranges(plan, trained, known, shapes), []
+    else:
+        ranges = _calibrated(plan, calibration)
+        warnings = [text for name in plan.tensors if (text := _far_off(name, ranges[name], known.get(name)))]
+    for name, found in pixels.items():
+        if name in ranges:
+            ranges[name] = Range(found.low, found.high, ranges[name].mean, "pixels")
+    plan.drop(set(plan.tensors) - set(ranges))
+    ranges = {name: _shared(ranges[name], ranges[plan.tensors[name]]) for name in plan.tensors}
+    model = quantised_model(plan, ranges, options.target)
+    return Int8Result(model, _record(plan, ranges, options, calibration, warnings))
+
+
+def _record(
+    plan: Plan, ranges: Mapping[str, Range], options: Int8Options, calibration: Calibration | None, warnings: list[str]
+) -> dict[str, Any]:
+    exempt = [layer.name for layer in plan.layers if layer.depthwise]
+    safe = f"no channel of {len(plan.layers) - len(exempt)} layers can saturate 16 bits, in any order of its products"
+    return {
+        "target": options.target,
+        "calibration": "none: ranges from BatchNorm" if calibration is None else calibration.described,
+        "allow_flips": options.allow_flips,
+        "float_layers": list(options.float_layers),
+        "kept_in_float": dict(plan.kept),
+        "ranges": {name: found.to_json() for name, found in ranges.items()},
+        "pair_safe": safe,
+        "exempt": exempt,
+        "relies_on": "depthwise kernels of ONNX Runtime and OpenVINO add in 32 bits" if exempt else "",
+        "warnings": warnings,
+    }
+
+
+def _shared(own: Range, root: Range) -> Range:
+    return own if own is root else Range(root.low, root.high, own.mean, root.source)
+
+
+def _moments(found: Range) -> tuple[Array, Array]:
+    middle = np.array([(found.low + found.high) / 2])
+    return middle, np.array([(found.high - found.low) / 8])  # 4 standard deviations on each side
+
+
+def _pixel_range(model: ModelProto, preprocessing: Mapping[str, Any] | None) -> dict[str, Range]:
+    """Return the range of the only input as its preprocessing gives it; nothing without a preprocessing."""
+    if preprocessing is None or len(model.graph.input) != 1:
+        return {}
+    image = Preprocessing.from_json(preprocessing)
+    mean, std = np.array(image.mean), np.array(image.std)
+    low, high = -mean / std, (255 * image.scale - mean) / std
+    return {model.graph.input[0].name: Range.of(low.min(), high.max(), [0.0], "pixels")}
+
+
+def _trained_ranges(
+    plan: Plan, trained: Mapping[str, Spread], known: Mapping[str, Known], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, Range]:
+    """Return the ranges of all tensors whose moments are known.
+
+    Raises:
+        ModelError: The input of an int8 layer is not among them.
+    """
+    ranges = {}
+    for name in plan.tensors:
+        if name not in trained:
+            if name in plan.required:
+                raise ModelError(
+                    f"no BatchNorm gives the range of {name!r}, which an int8 layer reads", remedy=_UNKNOWN
+                )
+            continue
+        readers = [layer for layer in plan.layers if layer.input == name]
+        spread = trained[name]
+        mean = refined_means(readers, known, spread.mean, shapes) if readers else np.zeros(1)
+        ranges[name] = spread.range(mean)
+    return ranges
+
+
+def _calibrated(plan: Plan, calibration: Calibration) -> dict[str, Range]:
+    """Return the smallest and largest values on the samples, and the means of the channels, in a stream.
+
+    Raises:
+        DataError: Too few samples, or samples that are all the same.
+    """
+    n = len(next(iter(calibration.feeds.values())))
+    if n < _FEWEST:
+        raise DataError(
+            f"the calibration has {n} sample{'s' if n > 1 else ''}", remedy=f"Give at least {_FEWEST}, better 1,000"
+        )
+    if all((array == array[:1]).all() for array in calibration.feeds.values()):
+        raise DataError("all samples of the calibration are the same", remedy="Give images that the network will see")
+    evaluator = Float64Evaluator(plan.model)
+    lows: dict[str, float] = {}
+    highs: dict[str, float] = {}
+    sums: dict[str, Array] = {}
+    for at in range(0, n, _CHUNK):
+        part = {name: array[at : at + _CHUNK] for name, array in calibration.feeds.items()}
+        values = {**part, **evaluator.intermediate(part)}
+        for name in plan.tensors:
+            array = values[name].astype(np.float64)
+            lows[name] = min(lows.get(name, np.inf), float(array.min()))
+            highs[name] = max(highs.get(name, -np.inf), float(array.max()))
+            means = array.mean(axis=tuple(place for place in range(array.ndim) if place != 1))
+            sums[name] = sums.get(name, 0.0) + means * len(array)
+    return {name: Range.of(lows[name], highs[name], sums[name] / n, "calibration") for name in plan.tensors}
+
+
+def _far_off(name: str, found: Range, known: Known | None) -> str:
+    """Return a warning where the samples leave what the network was trained on; "" elsewhere."""
+    if known is None:
+        return ""
+    low, high = (known.mean - _FAR * known.std).min(), (known.mean + _FAR * known.std).max()
+    if low <= found.low and found.high <= high:
+        return ""
+    return (
+        f"{name} reaches {found.low:.3g} to {found.high:.3g} in the calibration, beyond {_FAR:g} standard deviations of its"
+        f" training ({low:.3g} to {high:.3g}): the images may not be what the network was trained on"
+    )

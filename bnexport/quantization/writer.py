@@ -1,0 +1,154 @@
+"""Write a float32 graph with QuantizeLinear and DequantizeLinear around its int8 layers.
+
+Every reader has a separate DequantizeLinear, since engines fuse a layer only with one that nothing else reads. Nodes stay in
+the order of the graph, names and bytes are the same for the same input, and onnx.checker accepts the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import ModelProto, NodeProto, helper, numpy_helper
+
+from bnexport.errors import ExportError
+from bnexport.onnx_files.models import refill
+from bnexport.onnx_files.names import Names, mentions
+from bnexport.optional import one_line
+from bnexport.quantization.codes import Coding, Range, coding_of, correction, encode, encode_bias, least_scales
+from bnexport.quantization.plan import Layer, Plan
+from bnexport.tensors import Array
+
+
+@dataclass(frozen=True)
+class LayerCodes:
+    """The stored numbers of one int8 layer: weight codes with output channels first, scales (out,), bias codes (out,)."""
+
+    codes: Array
+    scales: Array
+    bias: Array
+    bias_scales: Array
+
+
+def layer_codes(layer: Layer, coding: Coding, mean: Sequence[float]) -> LayerCodes:
+    """Return the numbers that a layer is stored with; a proof repeats this.
+
+    Args:
+        layer: The float32 layer.
+        coding: Of its input.
+        mean: E[x] of each input channel, or one number for all.
+    """
+    exact = layer.outputs_first.astype(np.float64)
+    step = float(coding.scale)
+    means = np.asarray(mean, np.float64)
+    least = least_scales(layer.bias, step)
+    found = encode(exact, pair_safe=not layer.depthwise, least=least)
+    bias = layer.bias - correction(exact, found.values, means, layer.groups)
+    scales = found.scales * coding.scale  # float32, as the file keeps them
+    return LayerCodes(found.codes, found.scales, encode_bias(bias, scales), scales)
+
+
+def quantised_model(plan: Plan, ranges: Mapping[str, Range], target: str) -> ModelProto:
+    """Return the int8 model of a plan.
+
+    Args:
+        plan: Of the folded float32 model, which is not changed.
+        ranges: Tensor -> its range, for every tensor with codes.
+        target: One of ``bundle.INT8_TARGETS``.
+
+    Raises:
+        ModelError: A range has no width or is not finite.
+        ExportError: The written model is not valid ONNX.
+    """
+    codings = {name: coding_of(name, ranges[name], target) for name in plan.tensors}
+    writer = _Writer(plan, codings, ranges)
+    model = writer.write()
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except Exception as error:  # the checker's and the shape inference's errors share no base class
+        raise ExportError(
+            f"the int8 file is not valid ONNX: {one_line(error)}", remedy="Report it with the model"
+        ) from error
+    return model
+
+
+class _Writer:
+    def __init__(self, plan: Plan, codings: Mapping[str, Coding], ranges: Mapping[str, Range]) -> None:
+        self._plan, self._codings, self._ranges = plan, codings, ranges
+        self._model = ModelProto()
+        self._model.CopyFrom(plan.model)
+        self._names = Names(plan.model)
+        self._layers = {layer.node.output[0]: layer for layer in plan.layers}
+        self._codes: dict[str, tuple[str, str, str]] = {}
+        self._nodes: list[NodeProto] = []
+        self._tensors: list[onnx.TensorProto] = []
+
+    def write(self) -> ModelProto:
+        graph = self._model.graph
+        for value in graph.input:
+            self._quantise(value.name)
+        for node in list(graph.node):
+            self._node(node)
+            for name in node.output:
+                self._quantise(name)
+        refill(graph.node, self._nodes)
+        graph.initializer.extend(self._tensors)
+        count = mentions(graph)
+        refill(graph.initializer, [tensor for tensor in graph.initializer if count[tensor.name]])
+        del graph.value_info[:]
+        return self._model
+
+    def _node(self, node: NodeProto) -> None:
+        copy = NodeProto()
+        copy.CopyFrom(node)
+        layer = self._layers.get(node.output[0]) if node.output else None
+        for place, name in enumerate(node.input):
+            if name in self._codes:
+                copy.input[place] = self._dequantised(name)
+        if layer is not None:
+            names = self._weights(layer)
+            del copy.input[1:]
+            copy.input.extend(names)
+        self._nodes.append(copy)
+
+    def _quantise(self, name: str) -> None:
+        coding = self._codings.get(name)
+        if coding is None:
+            return
+        scale, zero = self._store(name, "scale", np.array(coding.scale)), self._store(name, "zero", coding.zero_array)
+        codes = self._names.free(name, "codes")
+        self._add("QuantizeLinear", [name, scale, zero], codes)
+        self._codes[name] = (codes, scale, zero)
+
+    def _dequantised(self, name: str) -> str:
+        codes, scale, zero = self._codes[name]
+        value = self._names.free(name, "decoded")
+        self._add("DequantizeLinear", [codes, scale, zero], value)
+        return value
+
+    def _weights(self, layer: Layer) -> tuple[str, str]:
+        """Store the codes of a layer's weight and bias, and return the names of their decoded values."""
+        coding = self._codings[layer.input]
+        found = layer_codes(layer, coding, self._ranges[layer.input].mean)
+        name = str(layer.node.input[1])
+        bias = str(layer.node.input[2]) if len(layer.node.input) > 2 and layer.node.input[2] else f"{name}_bias"
+        codes = self._store(name, "codes", np.ascontiguousarray(layer.stored(found.codes)))
+        zeros = self._store(name, "zero", np.zeros(len(found.scales), np.int8))
+        scales = self._store(name, "scale", found.scales)
+        weight = self._names.free(name, "decoded")
+        self._add("DequantizeLinear", [codes, scales, zeros], weight, axis=layer.axis)
+        shift = self._names.free(bias, "decoded")
+        inputs = [self._store(bias, "codes", found.bias), self._store(bias, "scale", found.bias_scales)]
+        self._add("DequantizeLinear", inputs, shift, axis=0)
+        return weight, shift
+
+    def _store(self, name: str, what: str, array: Array) -> str:
+        free = self._names.free(name, what)
+        self._tensors.append(numpy_helper.from_array(array, free))
+        return free
+
+    def _add(self, operator: str, inputs: Sequence[str], output: str, **settings: Any) -> None:
+        self._nodes.append(helper.make_node(operator, inputs, [output], name=output, **settings))

@@ -1,0 +1,250 @@
+"""What a verification does for int8 files alone: calibration inputs, the file proof, kernels against emulation, labels.
+
+A float32 file has one right answer for each input, up to rounding. An int8 file has two: what the file states, which integer
+kernels compute up to a last bit, and what the network computes, from which the file differs by noise. So the strict stage
+compares a runtime with the emulated file, and the shipping stage with the network, by the noise that the emulated file makes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from bnexport.bundle import MODEL_FLOAT32, MODEL_ONNX, Bundle, Manifest
+from bnexport.data.dataset_table import is_dataset
+from bnexport.data.datasets import load_train_images
+from bnexport.data.prepare import prepared
+from bnexport.data.preprocessing import Preprocessing
+from bnexport.errors import BnexportError, DataError, ModelError, UsageError
+from bnexport.exporting.request import ExportRequest, read_share
+from bnexport.files import write_atomically
+from bnexport.onnx_files.models import read_model
+from bnexport.optional import installed
+from bnexport.quantization.moments import Seen
+from bnexport.quantization.proof import Int8File, findings
+from bnexport.quantization.quantize import Calibration, Int8Options, Int8Result, quantise
+from bnexport.runtimes.base import RunSettings
+from bnexport.runtimes.onnxruntime import OnnxRuntimeRunner
+from bnexport.tensors import Array, Signature
+from bnexport.verification.inputs import Batch
+from bnexport.verification.metrics import has_labels
+from bnexport.verification.samples import load_samples
+from bnexport.verification.stages import failed
+from bnexport.verification.verdict import Row
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
+
+#: Samples of a calibration; the ranges of a BN-LeNet do not change beyond.
+_CALIBRATION = 1000
+#: Runs of each file by which their times are compared; the shortest counts.
+_ROUNDS = 15
+#: Layers that are named.
+_SHOWN = 4
+#: Draws of the noise by which the expected number of changed labels is estimated.
+_DRAWS = 10
+#: More changed labels than this many times the expected number fail, where that is no accident.
+_TIMES, _SIGNIFICANT = 2.0, 0.01
+
+
+def is_int8(manifest: Manifest) -> bool:
+    """Return whether a bundle's model.onnx is an int8 file."""
+    return manifest.onnx.get("precision") == "int8"
+
+
+def record_of(manifest: Manifest) -> Mapping[str, Any]:
+    """Return the record of a quantisation (``quantize.Int8Result.record``); empty for other bundles."""
+    found = manifest.onnx.get("quantization")
+    return found if isinstance(found, dict) else {}
+
+
+def int8_notes(record: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return what a reader of an int8 bundle's report should know; nothing for other bundles."""
+    if not record:
+        return ()
+    kept = record.get("kept_in_float", {})
+    notes = [
+        f"int8 ({record.get('calibration')}): model.pt and model.pt2 are not written, since int8 is an ONNX format;"
+        f" {record.get('pair_safe')}"
+    ]
+    if kept:
+        shown = ", ".join(f"{name} ({why})" for name, why in list(kept.items())[:_SHOWN])
+        notes.append(f"{len(kept)} layers stay in float: {shown}" + (", ..." if len(kept) > _SHOWN else ""))
+    return (*notes, *map(str, record.get("warnings", ())))
+
+
+def speed_note(folder: Path, manifest: Manifest, feeds: Mapping[str, Array]) -> str:
+    """Return a warning where int8 is slower than float32 in ONNX Runtime here, on one thread and one sample; "" elsewhere."""
+    if not installed("onnxruntime"):
+        return ""
+    settings, fixed = RunSettings(threads=1), isinstance(manifest.signature.inputs[0].shape[0], int)
+    given = {name: array if fixed else array[:1] for name, array in feeds.items()}
+    with contextlib.suppress(BnexportError), contextlib.ExitStack() as stack:  # the verdict says what fails
+        runners = [
+            stack.enter_context(OnnxRuntimeRunner(folder / name, manifest.signature, settings=settings))
+            for name in (MODEL_FLOAT32, MODEL_ONNX)
+        ]
+        times: tuple[list[float], list[float]] = ([], [])
+        for _ in range(_ROUNDS):  # in turn, so that other work on the machine meets both
+            for runner, taken in zip(runners, times, strict=True):
+                start = time.perf_counter()
+                runner.run(given)
+                taken.append(time.perf_counter() - start)
+        ratio = min(times[1]) / min(times[0])
+        if ratio > 1.0:
+            return f"int8 takes {ratio:.2g} times as long as float32 here (ONNX Runtime, CPU, one thread, one sample)"
+    return ""
+
+
+def calibration_of(
+    request: ExportRequest, signature: Signature, preprocessing: Mapping[str, Any] | None, dataset: str | None
+) -> Calibration | None:
+    """Return the samples that a request names for calibration; None for "none", and where nothing is named.
+
+    Raises:
+        DataError: They can't be read, are not finite, or have another shape.
+        UsageError: A data set without a preprocessing.
+    """
+    named = request.calibrate
+    if named is None or named == "none":
+        return None
+    image = None if preprocessing is None else Preprocessing.from_json(preprocessing)
+    if not is_dataset(named):
+        samples = load_samples(named, signature, image, limit=_CALIBRATION)
+        return Calibration(samples.feeds, samples.described)
+    if image is None or len(signature.inputs) != 1:
+        raise UsageError(
+            f"--calibrate {named} needs a network that takes one image", remedy="Pass --mean and --std, or an .npz file"
+        )
+    pixels, _ = load_train_images(
+        named, data_dir=request.images_at(named) if named == dataset else request.data_dir, preprocessing=image
+    )
+    chosen = np.linspace(0, len(pixels) - 1, min(_CALIBRATION, len(pixels))).round().astype(int)
+    images = image.apply(prepared(pixels[chosen], image))
+    return Calibration({signature.inputs[0].name: images}, f"{len(chosen)} training images of {named}")
+
+
+def with_int8(
+    stage: Path,
+    manifest: Manifest,
+    example: Mapping[str, Array],
+    norms: Callable[[Mapping[str, Array]], Sequence[Seen]],
+    request: ExportRequest,
+) -> Manifest:
+    """Make the model.onnx of a folder int8, keep its float32 original next to it, and return the manifest with the record.
+
+    Ranges come from BatchNorm where the request names no calibration, and from the training images of the manifest's data set
+    where BatchNorm does not give all ranges. For the arguments see ``quantize.quantise``.
+
+    Raises:
+        BadInput: The model can't be quantised, or the calibration can't be used; the folder is unchanged.
+    """
+    model = read_model(stage / MODEL_ONNX)
+    options = Int8Options(request.target, request.float_layers, read_share(request.allow_flips, "--allow-flips"))
+
+    def made(request: ExportRequest) -> Int8Result:
+        calibration = calibration_of(request, manifest.signature, manifest.preprocessing, manifest.dataset)
+        return quantise(
+            model, example, norms, options=options, preprocessing=manifest.preprocessing, calibration=calibration
+        )
+
+    try:
+        result = made(request)
+    except ModelError as unknown:
+        if request.calibrate is not None or manifest.dataset is None:
+            raise
+        try:
+            result = made(replace(request, calibrate=manifest.dataset))
+        except DataError:  # its images are not here
+            raise unknown from None
+    write_atomically(stage / MODEL_FLOAT32, (stage / MODEL_ONNX).read_bytes())
+    write_atomically(stage / MODEL_ONNX, result.model.SerializeToString(deterministic=True))
+    record = dict(result.record)
+    if slow := speed_note(stage, manifest, within_range_of(record, example)):
+        record["warnings"] = [*record["warnings"], slow]
+    return replace(manifest, onnx={**manifest.onnx, "precision": "int8", "quantization": record})
+
+
+def within(manifest: Manifest, batch: Batch) -> Batch:
+    """Return a batch cut to the ranges that an int8 file represents."""
+    return replace(batch, feeds=within_range(manifest, batch.feeds))
+
+
+def within_range(manifest: Manifest, feeds: Mapping[str, Array]) -> dict[str, Array]:
+    """Return inputs cut to the ranges that an int8 file represents; other bundles' inputs are unchanged.
+
+    Noise beyond the pixels' range shows the file's clipping and hides everything else.
+    """
+    return within_range_of(record_of(manifest), feeds)
+
+
+def within_range_of(record: Mapping[str, Any], feeds: Mapping[str, Array]) -> dict[str, Array]:
+    """Return inputs cut to the ranges of a record of a quantisation."""
+    ranges = record.get("ranges", {})
+    return {
+        name: np.clip(array, ranges[name]["low"], ranges[name]["high"]).astype(array.dtype) if name in ranges else array
+        for name, array in feeds.items()
+    }
+
+
+def int8_file_rows(bundle: Bundle, float_model: ModelProto | None, int8_model: ModelProto | None) -> list[Row]:
+    """Return the file proof: one row of the stage "quantization" for each kind of number."""
+    if int8_model is None:
+        return []  # its own row says why
+    if float_model is None:
+        return [
+            failed("quantization", MODEL_ONNX, "structure", f"{MODEL_FLOAT32} can't be read, so nothing was compared")
+        ]
+    record = record_of(bundle.manifest)
+    if not record:
+        return [failed("quantization", MODEL_ONNX, "ranges", "the manifest has no record of the quantisation")]
+    found = findings(Int8File(float_model, int8_model, record))
+    return [Row("quantization", MODEL_ONNX, item.check, item.passed, item.reason, n=item.n) for item in found]
+
+
+def labels_row(
+    subject: str, case: str, scores: Array, expected: Array, errors: Array, *, allowed: float | None
+) -> Row | None:
+    """Compare the number of changed labels with the number that the margins and the predicted noise explain.
+
+    The noise of other samples is added to each sample's scores, in several draws, and the changed labels are counted.
+
+    Args:
+        subject: The runtime.
+        case: Name of the batch.
+        scores: The runtime's (n, classes).
+        expected: The reference's (n, classes).
+        errors: Emulated errors (m, classes) of some of the samples.
+        allowed: Largest share of labels that may change; None: at most twice the expected number.
+
+    Returns:
+        The row; None where there is not one score per class, or too little noise to draw from.
+    """
+    if not has_labels(expected) or len(errors) < 2 or not np.isfinite(scores).all():
+        return None
+    labels, n = expected.argmax(axis=1), len(expected)
+    flips = int((scores.argmax(axis=1) != labels).sum())
+    rng = np.random.default_rng(0)
+    drawn = [(expected + errors[rng.integers(0, len(errors), n)]).argmax(axis=1) != labels for _ in range(_DRAWS)]
+    likely = float(np.mean(drawn)) * n
+    told = f"{flips} of {n} labels changed, {likely:.3g} expected from the margins"
+    if allowed is not None:
+        passed, told = flips <= allowed * n, f"{told}, {allowed:.3g} of all allowed (--allow-flips)"
+    else:
+        passed = flips <= _TIMES * likely or _at_least(flips, _TIMES * likely) >= _SIGNIFICANT
+        told += "" if passed else f": more than {_TIMES:g} times as many"
+    return Row("labels", subject, case, passed, told, n=n)
+
+
+def _at_least(count: int, mean: float) -> float:
+    """Return the probability of ``count`` or more events of a Poisson distribution."""
+    if mean <= 0:
+        return float(count == 0)
+    return max(0.0, 1.0 - sum(math.exp(k * math.log(mean) - mean - math.lgamma(k + 1)) for k in range(count)))

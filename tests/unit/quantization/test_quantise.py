@@ -1,0 +1,197 @@
+"""A whole network in int8: ranges from BatchNorm and from calibration, the written graph, refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import ModelProto, TensorProto, helper, numpy_helper
+from support.int8 import PIXELS, folded, images, residual, snr
+from torch import nn
+
+from bnexport.errors import DataError, ModelError, UsageError
+from bnexport.onnx_files.float64 import Float64Evaluator
+from bnexport.quantization.emulation import EXACT, SATURATING, IntegerEmulator, int8_layers
+from bnexport.quantization.moments import seen_in_file, seen_in_module
+from bnexport.quantization.plan import Plan
+from bnexport.quantization.proof import Int8File, findings
+from bnexport.quantization.quantize import Calibration, Int8Options, Int8Result, quantise
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> ModelProto:
+    return folded(residual(), tmp_path_factory.mktemp("folded"))
+
+
+def made(model: ModelProto, *, network: nn.Module | None = None, **options: Any) -> Int8Result:
+    options = {"preprocessing": PIXELS, **options}
+    return quantise(model, {"input": images(2)}, lambda feeds: seen_in_module(network or residual(), feeds), **options)
+
+
+def outputs(model: ModelProto, feeds: np.ndarray) -> np.ndarray:
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return np.asarray(session.run(None, {"input": feeds})[0])
+
+
+def test_ranges_from_batchnorm_are_as_good_as_calibrated_ones(model: ModelProto) -> None:
+    feeds = images(64, seed=9)
+    exact = Float64Evaluator(model).evaluate({"input": feeds})["logits"]
+    free = made(model)
+    calibrated = made(model, calibration=Calibration({"input": images(64, seed=1)}, "64 images"))
+    assert free.record["calibration"] == "none: ranges from BatchNorm"
+    assert {entry["source"] for entry in free.record["ranges"].values()} == {
+        "pixels",
+        "BatchNorm",
+        "derived from BatchNorm",
+    }
+    assert snr(outputs(free.model, feeds), exact) > max(20.0, snr(outputs(calibrated.model, feeds), exact) - 3)
+    ranges = free.record["ranges"]["input"]
+    assert (ranges["low"], ranges["high"]) == pytest.approx(((0 - 0.4) / 0.25, (1 - 0.3) / 0.2))
+
+
+def test_the_bias_correction_makes_the_mean_output_right(model: ModelProto, monkeypatch: pytest.MonkeyPatch) -> None:
+    feeds = images(64, seed=9)
+    exact = Float64Evaluator(model).evaluate({"input": feeds})["logits"]
+    with_correction = snr(outputs(made(model).model, feeds), exact)
+    monkeypatch.setattr("bnexport.quantization.writer.correction", lambda exact, *_: np.zeros(len(exact)))
+    assert with_correction > snr(outputs(made(model).model, feeds), exact)
+
+
+def test_the_file_is_valid_reproducible_and_ends_in_float(model: ModelProto) -> None:
+    one, other = made(model), made(model)
+    assert one.model.SerializeToString(deterministic=True) == other.model.SerializeToString(deterministic=True)
+    assert json.loads(json.dumps(one.record)) == one.record
+    onnx.checker.check_model(one.model, full_check=True)
+    by_output = {node.output[0]: node for node in one.model.graph.node}
+    assert by_output[one.model.graph.output[0].name].op_type == "Gemm"  # no Q behind the logits
+    decoded = {node.output[0] for node in one.model.graph.node if node.op_type == "DequantizeLinear"}
+    readers = [name for node in one.model.graph.node for name in node.input if name in decoded]
+    assert len(readers) == len(set(readers))  # each DequantizeLinear has one reader
+    assert len(int8_layers(one.model)) == 5
+
+
+@pytest.mark.parametrize("target", ["cpu", "tensorrt"])
+def test_the_file_proof_passes_and_the_kernels_compute_what_the_file_states(model: ModelProto, target: str) -> None:
+    result = made(model, options=Int8Options(target))
+    assert [item.reason for item in findings(Int8File(model, result.model, result.record)) if not item.passed] == []
+    feeds = images(32, seed=5)
+    exact = IntegerEmulator(result.model, EXACT).evaluate({"input": feeds})["logits"]
+    assert np.abs(outputs(result.model, feeds) - exact).max() < 0.02 * np.abs(exact).max()
+    kinds = {
+        numpy_helper.to_array(item).dtype.name for item in result.model.graph.initializer if item.name.endswith("zero")
+    }
+    assert kinds == ({"uint8", "int8"} if target == "cpu" else {"int8"})
+
+
+def test_saturation_is_emulated_where_weights_have_full_range(
+    model: ModelProto, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bnexport.quantization import writer
+
+    plain = writer.encode
+    monkeypatch.setattr(
+        writer, "encode", lambda weight, *, pair_safe, least: plain(weight, pair_safe=False, least=least)
+    )
+    result = made(model)
+    assert any(layer.can_saturate for layer in int8_layers(result.model))
+    feeds = np.full((2, 3, 16, 16), 3.5, np.float32)
+    exact = IntegerEmulator(result.model, EXACT).evaluate({"input": feeds})["logits"]
+    saturated = IntegerEmulator(result.model, SATURATING).evaluate({"input": feeds})["logits"]
+    assert np.abs(exact - saturated).max() > 1e-3 * np.abs(exact).max()
+    failed = {
+        item.check: item.reason for item in findings(Int8File(model, result.model, result.record)) if not item.passed
+    }
+    assert list(failed) == ["saturation"]
+
+
+def test_layers_can_stay_in_float(model: ModelProto) -> None:
+    result = made(model, options=Int8Options(float_layers=("wide",)))
+    assert len(int8_layers(result.model)) == 4
+    assert result.record["kept_in_float"] == {Plan(model).layers[2].name: "--float-layers"}
+    assert all(item.passed for item in findings(Int8File(model, result.model, result.record)))
+    with pytest.raises(UsageError, match="there is no layer 'wider' to keep in float"):
+        made(model, options=Int8Options(float_layers=("wider",)))
+
+
+def test_an_unfolded_file_gives_the_same_moments_as_the_module(tmp_path: Path) -> None:
+    torch.onnx.export(
+        residual(), (torch.from_numpy(images(2)),), tmp_path / "m.onnx", dynamo=True, optimize=False, verbose=False,
+        input_names=["input"], external_data=False,
+    )  # fmt: skip
+    in_file = seen_in_file(onnx.load(tmp_path / "m.onnx"), {"input": images(2)})
+    in_module = seen_in_module(residual(), {"input": images(2)})
+    assert len(in_file) == len(in_module) == 8
+    for one, other in zip(in_file, in_module, strict=True):
+        np.testing.assert_allclose(one.moments.mean, other.moments.mean)
+        np.testing.assert_allclose(one.moments.std, other.moments.std)
+        np.testing.assert_allclose(one.values, other.values, atol=1e-5)
+
+
+def test_a_calibration_far_from_the_training_is_warned_of(model: ModelProto) -> None:
+    result = made(model, preprocessing=None, calibration=Calibration({"input": 40 * images(32)}, "wrong images"))
+    assert "may not be what the network was trained on" in result.record["warnings"][0]
+    assert made(model, calibration=Calibration({"input": images(32)}, "right images")).record["warnings"] == []
+
+
+def branching() -> ModelProto:
+    branch = helper.make_graph(
+        [helper.make_node("Identity", ["input"], ["b"])],
+        "b",
+        [],
+        [helper.make_tensor_value_info("b", TensorProto.FLOAT, None)],
+    )
+    node = helper.make_node("If", ["flag"], ["out"], then_branch=branch, else_branch=branch)
+    value = helper.make_tensor_value_info("input", TensorProto.FLOAT, ["n", 3])
+    flag = numpy_helper.from_array(np.array(True), "flag")
+    graph = helper.make_graph(
+        [node], "g", [value], [helper.make_tensor_value_info("out", TensorProto.FLOAT, None)], [flag]
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)])
+
+
+def half(model: ModelProto) -> ModelProto:
+    copy = ModelProto()
+    copy.CopyFrom(model)
+    for tensor in copy.graph.initializer:
+        if tensor.name == "stem.weight":
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float16), tensor.name))
+    return copy
+
+
+def test_what_can_not_be_quantised_is_refused_in_one_sentence(model: ModelProto) -> None:
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(768, 4))
+    same = Calibration({"input": np.repeat(images(1), 32, axis=0)}, "one image, 32 times")
+    cases: list[tuple[type[Exception], str, Any]] = [
+        (ModelError, "inner graphs", lambda: Plan(branching())),
+        (ModelError, "is in half precision", lambda: Plan(half(model))),
+        (ModelError, "no BatchNorm from which ranges", lambda: made(model, network=plain)),
+        (ModelError, "range of 'input'", lambda: made(model, preprocessing=None)),
+        (
+            DataError,
+            "the calibration has 1 sample",
+            lambda: made(model, calibration=Calibration({"input": images(1)}, "")),
+        ),
+        (DataError, "are the same", lambda: made(model, calibration=same)),
+        (UsageError, "target 'gpu'", lambda: Int8Options("gpu")),
+    ]
+    for kind, words, attempt in cases:
+        with pytest.raises(kind, match=words) as raised:
+            attempt()
+        assert "\n" not in str(raised.value)
+
+
+def test_a_network_whose_gammas_are_zero_has_ranges_without_width(tmp_path: Path) -> None:
+    dead = type(residual())()
+    with torch.no_grad():
+        for layer in dead.modules():
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.weight.zero_()
+    dead.eval()
+    with pytest.raises(ModelError, match="has no width"):
+        made(folded(dead, tmp_path), network=dead)
