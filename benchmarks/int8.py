@@ -25,7 +25,7 @@ from bnexport.environment import describe, environment
 from bnexport.errors import DataError
 from bnexport.onnx_files.models import read_model
 from bnexport.optional import require
-from bnexport.quantization.emulation import EXACT, IntegerEmulator, int8_layers
+from bnexport.quantization.integer_emulation import EXACT, IntegerEmulator, int8_layers
 from bnexport.quantization.moments import seen_in_module
 from bnexport.quantization.quantize import Calibration, quantise
 from bnexport.tensors import Array

@@ -257,7 +257,7 @@ def _elements(model: nn.Module) -> int:
 def _proved(
     original: nn.Module,
     folded: nn.Module,
-    changes: modules.Changes,
+    changes: modules.ModuleChanges,
     added: Sequence[str],
     traced: GraphModule,
     inputs: tuple[Any, ...],

@@ -106,7 +106,7 @@ def _place() -> str:
 
 
 @dataclass(frozen=True)
-class _Run:
+class _BatchRun:
     """A call with one batch size: what it gave, and its steps."""
 
     size: int
@@ -180,7 +180,7 @@ def batch_problem(model: nn.Module, inputs: tuple[Any, ...]) -> UntracedError | 
     return None
 
 
-def _runner(model: nn.Module, inputs: tuple[Any, ...]) -> Callable[..., _Run] | None:
+def _runner(model: nn.Module, inputs: tuple[Any, ...]) -> Callable[..., _BatchRun] | None:
     """Return a function that runs a copy on a number of samples; None for a module that can't be copied."""
     try:
         with quiet():
@@ -188,10 +188,10 @@ def _runner(model: nn.Module, inputs: tuple[Any, ...]) -> Callable[..., _Run] | 
     except Exception:  # the module is the user's code
         return None
 
-    def run(size: int, *, hold: bool = False) -> _Run:
+    def run(size: int, *, hold: bool = False) -> _BatchRun:
         record = _Record(hold=hold)
         with record:
-            return _Run(size, call_once(copied, _rows(inputs, size), on_itself=True), record)
+            return _BatchRun(size, call_once(copied, _rows(inputs, size), on_itself=True), record)
 
     return run
 
@@ -205,7 +205,7 @@ def _rows(inputs: tuple[Any, ...], size: int) -> tuple[Any, ...]:
     return tuple(pytree.tree_map(rows, inputs))
 
 
-def _irregular(model: nn.Module, one: _Run, two: _Run) -> UntracedError | None:
+def _irregular(model: nn.Module, one: _BatchRun, two: _BatchRun) -> UntracedError | None:
     """Return the error of the first step whose shape for one sample is not that for two with fewer rows."""
     for here, there in _pairs(one, two):
         for small, large in zip(here.shapes, there.shapes, strict=False):
@@ -221,7 +221,7 @@ def _irregular(model: nn.Module, one: _Run, two: _Run) -> UntracedError | None:
     return None
 
 
-def _lost(model: nn.Module, run: _Run) -> UntracedError | None:
+def _lost(model: nn.Module, run: _BatchRun) -> UntracedError | None:
     """Return the error of the step that makes a result without the batch as first axis, going back from the outputs."""
     steps = run.record.steps
     for output in run.outputs:
@@ -233,7 +233,7 @@ def _lost(model: nn.Module, run: _Run) -> UntracedError | None:
     return None
 
 
-def _written_size(model: nn.Module, few: _Run, many: _Run) -> UntracedError | None:
+def _written_size(model: nn.Module, few: _BatchRun, many: _BatchRun) -> UntracedError | None:
     """Return the error of the last step that gives one number of rows for every batch size."""
     for here, there in reversed(list(_pairs(few, many))):
         lost = here.before and there.before and (here.before[0], there.before[0]) == (few.size, many.size)
@@ -263,7 +263,7 @@ def _backwards(steps: list[_Step], start: int | None) -> Iterator[int]:
         seen.update(steps[number].parents)
 
 
-def _ways(one: _Run, two: _Run) -> _Step | None:
+def _ways(one: _BatchRun, two: _BatchRun) -> _Step | None:
     """Return the first step in which two runs differ; None if both take the same steps."""
     for here, there in zip(one.record.steps, two.record.steps, strict=False):
         if (here.name, here.place) != (there.name, there.place):
@@ -272,7 +272,7 @@ def _ways(one: _Run, two: _Run) -> _Step | None:
     return many[len(few)] if len(few) < len(many) and one.outcome.problem is two.outcome.problem is None else None
 
 
-def _pairs(one: _Run, two: _Run) -> Iterator[tuple[_Step, _Step]]:
+def _pairs(one: _BatchRun, two: _BatchRun) -> Iterator[tuple[_Step, _Step]]:
     """Return the steps of two runs side by side, as long as both take the same."""
     for here, there in zip(one.record.steps, two.record.steps, strict=False):
         if (here.name, here.place) != (there.name, there.place):
@@ -280,7 +280,7 @@ def _pairs(one: _Run, two: _Run) -> Iterator[tuple[_Step, _Step]]:
         yield here, there
 
 
-def _same_row(one: _Run, two: _Run) -> bool:
+def _same_row(one: _BatchRun, two: _BatchRun) -> bool:
     """Return True if the answer for the first sample does not depend on the batch size."""
     for small, large in zip(one.outputs, two.outputs, strict=True):
         here, there = small.double(), large[:1].double()

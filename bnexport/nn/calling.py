@@ -91,7 +91,7 @@ def call_once(model: nn.Module, inputs: tuple[Any, ...], *, on_itself: bool = Fa
 
 
 @dataclass(frozen=True)
-class Changes:
+class TracedChanges:
     """Changes inside a block of ``unchanged``: names of plain attributes, and of new layers with parameters or buffers."""
 
     attributes: list[str] = field(default_factory=list)
@@ -99,7 +99,7 @@ class Changes:
 
 
 @contextlib.contextmanager
-def unchanged(model: nn.Module) -> Iterator[Changes]:
+def unchanged(model: nn.Module) -> Iterator[TracedChanges]:
     """Give every module its attributes back after the block: plain ones, layers, parameters, buffers, and what containers hold.
 
     A forward that stores something (``self.last = y``, ``self.seen.append(y)``, a layer made in the first call) would keep the
@@ -120,7 +120,7 @@ def unchanged(model: nn.Module) -> Iterator[Changes]:
         for name, value in attributes.items()
         if type(value) in (list, dict, set, OrderedDict)
     ]
-    changes = Changes()
+    changes = TracedChanges()
     try:
         yield changes
     finally:

@@ -169,7 +169,7 @@ _WORDS = {
 
 
 def words_of(name: str) -> str:
-    """Return a precision's name in a sentence; of int8 too, which ``quantization.emulation`` emulates."""
+    """Return a precision's name in a sentence; of int8 too, which ``quantization.integer_emulation`` emulates."""
     return _WORDS.get(name) or precision_of(name).words
 
 

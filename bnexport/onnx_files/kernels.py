@@ -27,7 +27,7 @@ _CACHED = 1 << 14
 
 
 @dataclass(frozen=True)
-class Axis:
+class WindowAxis:
     """The windows along one spatial axis.
 
     Attributes:
@@ -88,25 +88,28 @@ def axes_of(
     dilations: Sequence[int] | None = None,
     auto_pad: str = "NOTSET",
     ceil: bool = False,
-) -> tuple[Axis, ...]:
+) -> tuple[WindowAxis, ...]:
     """Return the axes of a convolution or pooling from ONNX's attributes; ``pads`` has all beginnings, then all ends."""
     dims = len(kernel)
     strides, dilations = strides or (1,) * dims, dilations or (1,) * dims
     pads = pads if pads and auto_pad == "NOTSET" else (0,) * (2 * dims)
-    axes = [Axis(size[i], kernel[i], strides[i], pads[i], pads[dims + i], dilations[i], ceil=ceil) for i in range(dims)]
+    axes = [
+        WindowAxis(size[i], kernel[i], strides[i], pads[i], pads[dims + i], dilations[i], ceil=ceil)
+        for i in range(dims)
+    ]
     return tuple(_same(axis, auto_pad) if auto_pad.startswith("SAME") else axis for axis in axes)
 
 
-def _same(axis: Axis, auto_pad: str) -> Axis:
+def _same(axis: WindowAxis, auto_pad: str) -> WindowAxis:
     """Return an axis with as many windows as strides fit; an odd padding is larger at the side that the name states."""
     windows = -(-axis.size // axis.stride)
     total = max((windows - 1) * axis.stride + axis.span - axis.size, 0)
     less, more = total // 2, total - total // 2
     before, after = (less, more) if auto_pad == "SAME_UPPER" else (more, less)
-    return Axis(axis.size, axis.kernel, axis.stride, before, after, axis.dilation)
+    return WindowAxis(axis.size, axis.kernel, axis.stride, before, after, axis.dilation)
 
 
-def convolution(x: Array, weight: Array, bias: Array | None, axes: tuple[Axis, ...], groups: int = 1) -> Array:
+def convolution(x: Array, weight: Array, bias: Array | None, axes: tuple[WindowAxis, ...], groups: int = 1) -> Array:
     """Return a convolution: x (n, in, *size) and weight (out, in / groups, *kernel) to (n, out, *count).
 
     Blocks of windows are unfolded and multiplied by the weight. A depthwise convolution has too little work per element for
@@ -131,7 +134,7 @@ def convolution(x: Array, weight: Array, bias: Array | None, axes: tuple[Axis, .
     return result
 
 
-def _multiply_windows(x: Array, weight: Array, y: Array, axes: tuple[Axis, ...], groups: int) -> None:
+def _multiply_windows(x: Array, weight: Array, y: Array, axes: tuple[WindowAxis, ...], groups: int) -> None:
     """Fill y (out, n, *count) by matrix products; x is (in, n, *size)."""
     n, counts = y.shape[1], y.shape[2:]
     factors = weight.reshape(groups, y.shape[0] // groups, -1)
@@ -146,7 +149,7 @@ def _multiply_windows(x: Array, weight: Array, y: Array, axes: tuple[Axis, ...],
         np.matmul(factors, unfolded, out=sums[..., start : start + unfolded.shape[2]])
 
 
-def _sum_over_taps(x: Array, weight: Array, y: Array, axes: tuple[Axis, ...]) -> None:
+def _sum_over_taps(x: Array, weight: Array, y: Array, axes: tuple[WindowAxis, ...]) -> None:
     """Fill y (in * multiplier, n, *count) of a depthwise convolution; x is (in, n, *size)."""
     channels, n = x.shape[:2]
     sums = y.reshape(channels, -1, *y.shape[1:])  # (in, multiplier, n, *count)
@@ -185,7 +188,7 @@ def _blocks(many: int, parts: int, cost: int, room: int) -> Iterator[tuple[slice
             yield slice(first, min(first + items, many)), slice(start, min(start + pieces, parts))
 
 
-def _windows(x: Array, rows: slice, axes: tuple[Axis, ...], outside: float = 0.0) -> Array:
+def _windows(x: Array, rows: slice, axes: tuple[WindowAxis, ...], outside: float = 0.0) -> Array:
     """Return a view of the windows of (c, n, *size): (c, n, *count, *kernel), with the first axis limited to ``rows``."""
     limits = [(rows.start, rows.stop), *((0, axis.count) for axis in axes[1:])]
     padded = _reached(x, axes, limits, outside)
@@ -194,7 +197,7 @@ def _windows(x: Array, rows: slice, axes: tuple[Axis, ...], outside: float = 0.0
     return view[(slice(None), slice(None), *starts, *(slice(None, None, axis.dilation) for axis in axes))]
 
 
-def _reached(x: Array, axes: tuple[Axis, ...], limits: Sequence[tuple[int, int]], outside: float) -> Array:
+def _reached(x: Array, axes: tuple[WindowAxis, ...], limits: Sequence[tuple[int, int]], outside: float) -> Array:
     """Return the part of (c, n, *size) that windows see, with its padding; no copy where there is none."""
     reaches = [axis.reach(*limit) for axis, limit in zip(axes, limits, strict=True)]
     seen = x[(slice(None), slice(None), *(slice(first, end) for first, end, _, _ in reaches))]
@@ -207,7 +210,7 @@ def _reached(x: Array, axes: tuple[Axis, ...], limits: Sequence[tuple[int, int]]
 
 
 def transposed_convolution(
-    x: Array, weight: Array, bias: Array | None, axes: tuple[Axis, ...], more: Sequence[int], groups: int = 1
+    x: Array, weight: Array, bias: Array | None, axes: tuple[WindowAxis, ...], more: Sequence[int], groups: int = 1
 ) -> Array:
     """Return a transposed convolution: x (n, in, *size) and weight (in, out / groups, *kernel) to (n, out, *size).
 
@@ -234,12 +237,12 @@ def transposed_convolution(
     return result.swapaxes(0, 1)
 
 
-def max_pool(x: Array, axes: tuple[Axis, ...]) -> Array:
+def max_pool(x: Array, axes: tuple[WindowAxis, ...]) -> Array:
     """Return the maximum over windows, never the padding: (n, channels, *size) to (n, channels, *count)."""
     return _pooled(x, axes, -np.inf if x.dtype.kind == "f" else np.iinfo(x.dtype).min, np.maximum)
 
 
-def average_pool(x: Array, axes: tuple[Axis, ...], *, counted: bool) -> Array:
+def average_pool(x: Array, axes: tuple[WindowAxis, ...], *, counted: bool) -> Array:
     """Return the mean over windows: (n, channels, *size) to (n, channels, *count).
 
     What hangs out of the padded input is never counted. ``counted`` counts the padding's zeros.
@@ -251,11 +254,11 @@ def average_pool(x: Array, axes: tuple[Axis, ...], *, counted: bool) -> Array:
     return total
 
 
-def _pooled(x: Array, axes: tuple[Axis, ...], outside: Any, reduce: np.ufunc) -> Array:
+def _pooled(x: Array, axes: tuple[WindowAxis, ...], outside: Any, reduce: np.ufunc) -> Array:
     """Return windows reduced along one axis after the other, always a new array."""
     x = x.swapaxes(0, 1)
     for at, axis in enumerate(axes):
-        whole = [Axis(size, 1) for size in x.shape[2:]]
+        whole = [WindowAxis(size, 1) for size in x.shape[2:]]
         whole[at] = axis
         seen = _reached(x, tuple(whole), [(0, item.count) for item in whole], outside)
         before = (slice(None),) * (2 + at)

@@ -169,7 +169,7 @@ def _along(numbers: Array, rank: int, axis: int) -> Array:
     return numbers.reshape([-1 if place == axis % rank else 1 for place in range(rank)]) if numbers.ndim else numbers
 
 
-def _axes(x: Array, kernel: Sequence[int], options: dict[str, Any]) -> tuple[kernels.Axis, ...]:
+def _axes(x: Array, kernel: Sequence[int], options: dict[str, Any]) -> tuple[kernels.WindowAxis, ...]:
     """Return the windows of a node from its attributes."""
     if x.ndim != len(kernel) + 2:
         raise ValueError(f"an input of {x.shape} does not fit a kernel of {tuple(kernel)}")

@@ -28,7 +28,7 @@ from bnexport.nn.statistics import NormView
 from bnexport.onnx_files import kernels
 from bnexport.onnx_files.float64 import Float64Evaluator, wide_evaluator
 from bnexport.quantization.codes import Range, grouped
-from bnexport.quantization.plan import Layer, Plan, attributes
+from bnexport.quantization.int8_plan import QuantizationPlan, QuantizedLayer, attributes
 from bnexport.tensors import Array
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ _POOLS = ("MaxPool", "AveragePool", "GlobalAveragePool", "GlobalMaxPool", "Reduc
 
 
 @dataclass(frozen=True)
-class Known:
+class TrainedMoments:
     """The trained moments of a tensor: mean and standard deviation of each channel (channels,), and the channels' axis."""
 
     mean: Array
@@ -96,7 +96,10 @@ class Spread:
 
 
 def spreads(
-    plan: Plan, known: Mapping[str, Known], inputs: Mapping[str, Known], shapes: Mapping[str, tuple[int, ...]]
+    plan: QuantizationPlan,
+    known: Mapping[str, TrainedMoments],
+    inputs: Mapping[str, TrainedMoments],
+    shapes: Mapping[str, tuple[int, ...]],
 ) -> dict[str, Spread]:
     """Return the spread of every tensor whose moments are known or follow from known ones.
 
@@ -110,14 +113,16 @@ def spreads(
 
 
 class _Propagation:
-    def __init__(self, model: ModelProto, known: Mapping[str, Known], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    def __init__(
+        self, model: ModelProto, known: Mapping[str, TrainedMoments], shapes: Mapping[str, tuple[int, ...]]
+    ) -> None:
         self._model, self._known, self._shapes = model, known, shapes
         self._engine: Any = wide_evaluator(model)
         self._constants: dict[str, Any] = dict(self._engine.rt_inits_)
         self._bases = itertools.count()
         self._found: dict[str, Spread] = {}
 
-    def run(self, inputs: Mapping[str, Known]) -> dict[str, Spread]:
+    def run(self, inputs: Mapping[str, TrainedMoments]) -> dict[str, Spread]:
         for name, moments in inputs.items():
             self._found[name] = self._normal(moments, len(self._shapes[name]))
         for node, runner in zip(self._model.graph.node, self._engine.rt_nodes_, strict=True):
@@ -139,7 +144,7 @@ class _Propagation:
             return None
         return runner.run(*(self._constants.get(name) for name in given))[0]
 
-    def _normal(self, moments: Known, rank: int) -> Spread:
+    def _normal(self, moments: TrainedMoments, rank: int) -> Spread:
         values = moments.mean + moments.std * _POINTS[:, None]
         return Spread(values, next(self._bases), 1 if rank > 1 else -1, rank, moments.source)
 
@@ -239,7 +244,10 @@ def _derived_from(source: str) -> str:
 
 
 def refined_means(
-    layers: list[Layer], known: Mapping[str, Known], mean: Array, shapes: Mapping[str, tuple[int, ...]]
+    layers: list[QuantizedLayer],
+    known: Mapping[str, TrainedMoments],
+    mean: Array,
+    shapes: Mapping[str, tuple[int, ...]],
 ) -> Array:
     """Return E[x] of a tensor, improved by what its readers were trained to give.
 
@@ -275,7 +283,7 @@ def refined_means(
     return np.asarray(start + np.linalg.solve(normal + ridge * np.eye(width), matrix.T @ side))
 
 
-def _inside(layer: Layer, shapes: Mapping[str, tuple[int, ...]]) -> Array:
+def _inside(layer: QuantizedLayer, shapes: Mapping[str, tuple[int, ...]]) -> Array:
     """Return which share of the output positions each tap of the kernel sees inside the input: (*kernel)."""
     if layer.node.op_type != "Conv":
         return np.ones(())
@@ -303,7 +311,7 @@ class Seen:
     """Values of a BatchNorm's input or output (n, channels, ...) with the trained moments."""
 
     values: Array
-    moments: Known
+    moments: TrainedMoments
 
 
 def seen_in_module(module: nn.Module, feeds: Mapping[str, Array]) -> list[Seen]:
@@ -323,8 +331,8 @@ def seen_in_module(module: nn.Module, feeds: Mapping[str, Array]) -> list[Seen]:
         ones = np.ones_like(mean)
         gamma = ones if view.gamma is None else view.gamma.detach().reshape(-1).numpy()
         beta = 0 * ones if view.beta is None else view.beta.detach().reshape(-1).numpy()
-        outputs.append(Seen(result.detach().numpy().copy(), Known(beta, np.abs(gamma))))
-        inputs.append(Seen(given[0].detach().numpy().copy(), Known(mean, std)))
+        outputs.append(Seen(result.detach().numpy().copy(), TrainedMoments(beta, np.abs(gamma))))
+        inputs.append(Seen(given[0].detach().numpy().copy(), TrainedMoments(mean, std)))
 
     for layer in copied.modules():
         if NormView.of(layer) is not None:
@@ -350,19 +358,19 @@ def seen_in_file(original: ModelProto, feeds: Mapping[str, Array]) -> list[Seen]
         if node.op_type != "BatchNormalization":
             continue
         gamma, beta, mean, var = (values[name].astype(np.float64).reshape(-1) for name in node.input[1:5])
-        outputs.append(Seen(values[node.output[0]], Known(beta, np.abs(gamma))))
-        inputs.append(Seen(values[node.input[0]], Known(mean, np.sqrt(var))))
+        outputs.append(Seen(values[node.output[0]], TrainedMoments(beta, np.abs(gamma))))
+        inputs.append(Seen(values[node.input[0]], TrainedMoments(mean, np.sqrt(var))))
     return outputs + inputs
 
 
-def known_moments(seen: Sequence[Seen], values: Mapping[str, Array]) -> dict[str, Known]:
+def known_moments(seen: Sequence[Seen], values: Mapping[str, Array]) -> dict[str, TrainedMoments]:
     """Return tensor of the folded file -> trained moments, for each tensor with the numbers of a BatchNorm's output or input.
 
     Args:
         seen: Of the original network; an earlier entry wins.
         values: Tensor -> its values in the folded file, on the same samples.
     """
-    known: dict[str, Known] = {}
+    known: dict[str, TrainedMoments] = {}
     for entry in seen:
         moments = entry.moments
         if not (np.isfinite(moments.mean).all() and np.isfinite(moments.std).all()):

@@ -14,8 +14,8 @@ from bnexport.data.preprocessing import Preprocessing
 from bnexport.errors import DataError, ModelError, UsageError
 from bnexport.onnx_files.float64 import Float64Evaluator
 from bnexport.quantization.codes import Range
-from bnexport.quantization.moments import Known, Seen, Spread, known_moments, refined_means, spreads
-from bnexport.quantization.plan import Plan
+from bnexport.quantization.int8_plan import QuantizationPlan
+from bnexport.quantization.moments import Seen, Spread, TrainedMoments, known_moments, refined_means, spreads
 from bnexport.quantization.writer import quantised_model
 from bnexport.tensors import Array
 
@@ -46,7 +46,9 @@ class Int8Options:
 
     def __post_init__(self) -> None:
         if self.target not in INT8_TARGETS:
-            raise UsageError(f"the target {self.target!r} is not known", remedy=f"Known: {', '.join(INT8_TARGETS)}")
+            raise UsageError(
+                f"the target {self.target!r} is not known", remedy=f"TrainedMoments: {', '.join(INT8_TARGETS)}"
+            )
         if self.allow_flips is not None and not 0 <= self.allow_flips <= 1:
             raise UsageError(f"--allow-flips is {self.allow_flips:g}", remedy="Give a share from 0% to 100%")
 
@@ -92,14 +94,14 @@ def quantise(
         DataError: The calibration is too small, or the same everywhere.
     """
     options = options or Int8Options()
-    plan = Plan(folded, options.float_layers)
+    plan = QuantizationPlan(folded, options.float_layers)
     values = {**example, **Float64Evaluator(folded).intermediate(example)}
     shapes = {name: array.shape for name, array in values.items()}
     known = known_moments(norms(example), values)
     if calibration is None and not known:
         raise ModelError("the network has no BatchNorm from which ranges could be read", remedy=_UNKNOWN)
     pixels = _pixel_range(folded, preprocessing)
-    given = {name: Known(*_moments(found), "pixels") for name, found in pixels.items()}
+    given = {name: TrainedMoments(*_moments(found), "pixels") for name, found in pixels.items()}
     trained = spreads(plan, known, given, shapes)
     if calibration is None:
         ranges, warnings = _trained_ranges(plan, trained, known, shapes), []
@@ -116,7 +118,11 @@ def quantise(
 
 
 def _record(
-    plan: Plan, ranges: Mapping[str, Range], options: Int8Options, calibration: Calibration | None, warnings: list[str]
+    plan: QuantizationPlan,
+    ranges: Mapping[str, Range],
+    options: Int8Options,
+    calibration: Calibration | None,
+    warnings: list[str],
 ) -> dict[str, Any]:
     exempt = [layer.name for layer in plan.layers if layer.depthwise]
     safe = f"no channel of {len(plan.layers) - len(exempt)} layers can saturate 16 bits, in any order of its products"
@@ -154,7 +160,10 @@ def _pixel_range(model: ModelProto, preprocessing: Mapping[str, Any] | None) -> 
 
 
 def _trained_ranges(
-    plan: Plan, trained: Mapping[str, Spread], known: Mapping[str, Known], shapes: Mapping[str, tuple[int, ...]]
+    plan: QuantizationPlan,
+    trained: Mapping[str, Spread],
+    known: Mapping[str, TrainedMoments],
+    shapes: Mapping[str, tuple[int, ...]],
 ) -> dict[str, Range]:
     """Return the ranges of all tensors whose moments are known.
 
@@ -176,7 +185,7 @@ def _trained_ranges(
     return ranges
 
 
-def _calibrated(plan: Plan, calibration: Calibration) -> dict[str, Range]:
+def _calibrated(plan: QuantizationPlan, calibration: Calibration) -> dict[str, Range]:
     """Return the smallest and largest values on the samples, and the means of the channels, in a stream.
 
     Raises:
@@ -205,7 +214,7 @@ def _calibrated(plan: Plan, calibration: Calibration) -> dict[str, Range]:
     return {name: Range.of(lows[name], highs[name], sums[name] / n, "calibration") for name in plan.tensors}
 
 
-def _far_off(name: str, found: Range, known: Known | None) -> str:
+def _far_off(name: str, found: Range, known: TrainedMoments | None) -> str:
     """Return a warning where the samples leave what the network was trained on; "" elsewhere."""
     if known is None:
         return ""

@@ -19,7 +19,7 @@ from bnexport.onnx_files.models import refill
 from bnexport.onnx_files.names import Names, mentions
 from bnexport.optional import one_line
 from bnexport.quantization.codes import Coding, Range, coding_of, correction, encode, encode_bias, least_scales
-from bnexport.quantization.plan import Layer, Plan
+from bnexport.quantization.int8_plan import QuantizationPlan, QuantizedLayer
 from bnexport.tensors import Array
 
 
@@ -33,7 +33,7 @@ class LayerCodes:
     bias_scales: Array
 
 
-def layer_codes(layer: Layer, coding: Coding, mean: Sequence[float]) -> LayerCodes:
+def layer_codes(layer: QuantizedLayer, coding: Coding, mean: Sequence[float]) -> LayerCodes:
     """Return the numbers that a layer is stored with; a proof repeats this.
 
     Args:
@@ -51,7 +51,7 @@ def layer_codes(layer: Layer, coding: Coding, mean: Sequence[float]) -> LayerCod
     return LayerCodes(found.codes, found.scales, encode_bias(bias, scales), scales)
 
 
-def quantised_model(plan: Plan, ranges: Mapping[str, Range], target: str) -> ModelProto:
+def quantised_model(plan: QuantizationPlan, ranges: Mapping[str, Range], target: str) -> ModelProto:
     """Return the int8 model of a plan.
 
     Args:
@@ -76,7 +76,7 @@ def quantised_model(plan: Plan, ranges: Mapping[str, Range], target: str) -> Mod
 
 
 class _Writer:
-    def __init__(self, plan: Plan, codings: Mapping[str, Coding], ranges: Mapping[str, Range]) -> None:
+    def __init__(self, plan: QuantizationPlan, codings: Mapping[str, Coding], ranges: Mapping[str, Range]) -> None:
         self._plan, self._codings, self._ranges = plan, codings, ranges
         self._model = ModelProto()
         self._model.CopyFrom(plan.model)
@@ -129,7 +129,7 @@ class _Writer:
         self._add("DequantizeLinear", [codes, scale, zero], value)
         return value
 
-    def _weights(self, layer: Layer) -> tuple[str, str]:
+    def _weights(self, layer: QuantizedLayer) -> tuple[str, str]:
         """Store the codes of a layer's weight and bias, and return the names of their decoded values."""
         coding = self._codings[layer.input]
         found = layer_codes(layer, coding, self._ranges[layer.input].mean)

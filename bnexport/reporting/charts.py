@@ -25,7 +25,7 @@ _DOTTED = 40  # layers up to which each has its dot
 
 
 @dataclass(frozen=True)
-class Axis:
+class ChartAxis:
     """A logarithmic axis of whole decades."""
 
     low: int  # Exponent of 10 at its beginning
@@ -44,18 +44,18 @@ class Axis:
         ]
 
 
-def axis_of(parts: Iterable[Array | float | None]) -> Axis:
+def axis_of(parts: Iterable[Array | float | None]) -> ChartAxis:
     """The axis that holds every finite number; 1e-9 to 1 where there is none."""
     numbers = [np.asarray(part, dtype=np.float64).ravel() for part in parts if part is not None]
     joined = np.concatenate(numbers) if numbers else np.array([])
     finite = np.clip(joined[np.isfinite(joined)], LEAST, MOST)
     if finite.size == 0:
-        return Axis(-9, 0)
+        return ChartAxis(-9, 0)
     low = math.floor(math.log10(float(finite.min())) + 1e-9)
-    return Axis(low, max(low + 1, math.ceil(math.log10(float(finite.max())) - 1e-9)))
+    return ChartAxis(low, max(low + 1, math.ceil(math.log10(float(finite.max())) - 1e-9)))
 
 
-def histogram(errors: Array, worst: Sequence[float], bound: float | None, axis: Axis) -> Markup:
+def histogram(errors: Array, worst: Sequence[float], bound: float | None, axis: ChartAxis) -> Markup:
     """The distribution of one run's errors as a strip: an area for the samples, a dot for each batch's worst, its bound.
 
     The strip stretches with the page; every run of a page shares the axis. The height grows with the logarithm of the
@@ -84,7 +84,7 @@ def histogram(errors: Array, worst: Sequence[float], bound: float | None, axis: 
     return _svg("strip", 1000, 24, "errors of the samples on a logarithmic axis", "".join(parts), stretch=True)
 
 
-def margins(errors: Array, margin: Array, bound: float | None, across: Axis, up: Axis) -> Markup:
+def margins(errors: Array, margin: Array, bound: float | None, across: ChartAxis, up: ChartAxis) -> Markup:
     """Error against margin of one run's samples as a map of counts; a label can change in the shaded corner only.
 
     The margin is the reference's best score less its second best. While it exceeds twice the error, no error of that
@@ -94,8 +94,8 @@ def margins(errors: Array, margin: Array, bound: float | None, across: Axis, up:
         errors: Of each sample (n,), as a share of the scale.
         margin: Of each sample (n,), as a share of the scale.
         bound: The largest error that passes.
-        across: Axis of the margins.
-        up: Axis of the errors.
+        across: ChartAxis of the margins.
+        up: ChartAxis of the errors.
     """
     left, width, height = 46, 256, 150
     known = np.isfinite(errors) & np.isfinite(margin)
@@ -155,7 +155,7 @@ def drift(layers: Sequence[LayerDrift]) -> Markup:
     return _svg("drift", left + width + 12, height + 18, "error of each layer beside its prediction", "".join(parts))
 
 
-def _corner(across: Axis, up: Axis, left: int, width: int, height: int) -> str:
+def _corner(across: ChartAxis, up: ChartAxis, left: int, width: int, height: int) -> str:
     """The region where the error is at least half of the margin."""
     edge = np.logspace(across.low, across.high, 2)
     lower = np.log10(edge / 2)
@@ -164,7 +164,7 @@ def _corner(across: Axis, up: Axis, left: int, width: int, height: int) -> str:
     return f'<path class="risk" d="{points}"/>'
 
 
-def _grid(axis: Axis, height: int) -> str:
+def _grid(axis: ChartAxis, height: int) -> str:
     return "".join(f'<path class="grid" d="M{_n(1000 * share)} 0V{height}"/>' for share, _ in axis.ticks())
 
 
@@ -209,7 +209,7 @@ class Strips:
     """The errors of every run on one axis."""
 
     lines: tuple[Strip, ...]
-    axis: Axis
+    axis: ChartAxis
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from bnexport.verification.verdict import (
     FlippedSample,
     Flips,
     Group,
-    Prediction,
+    NoisePrediction,
     Row,
     VerificationReport,
     groups,
@@ -34,7 +34,7 @@ from bnexport.verification.verdict import (
 )
 
 
-def predicted_sentence(item: Prediction) -> str:
+def predicted_sentence(item: NoisePrediction) -> str:
     """Return the predicted effect of a precision on this model: "TF32 is predicted to move outputs by 0.0011 of scale ..."."""
     name = PRECISIONS[item.precision].words if item.precision in PRECISIONS else item.precision
     moves = f"{name} is predicted to move outputs by {number(item.error)} of scale"

@@ -15,7 +15,7 @@ from bnexport.validation.limits import count_elements, limit, shown
 from bnexport.validation.paths import name_problem, place_problem
 
 
-class Known(NamedTuple):
+class MessageField(NamedTuple):
     """A field of a message."""
 
     wire: int  # Wire type; a repeated number may also be packed into BYTES
@@ -23,19 +23,19 @@ class Known(NamedTuple):
     message: str = ""  # Name of the message inside; "" for a plain value
 
 
-def _one(message: str) -> Known:
-    return Known(BYTES, False, message)
+def _one(message: str) -> MessageField:
+    return MessageField(BYTES, False, message)
 
 
-def _many(message: str) -> Known:
-    return Known(BYTES, True, message)
+def _many(message: str) -> MessageField:
+    return MessageField(BYTES, True, message)
 
 
-_TEXT, _TEXTS = Known(BYTES), Known(BYTES, many=True)
-_NUMBER, _NUMBERS = Known(VARINT), Known(VARINT, many=True)
+_TEXT, _TEXTS = MessageField(BYTES), MessageField(BYTES, many=True)
+_NUMBER, _NUMBERS = MessageField(VARINT), MessageField(VARINT, many=True)
 
 #: Message -> field number -> what it is. A field that is not here may come from a newer version: it is only skipped.
-MESSAGES: dict[str, dict[int, Known]] = {
+MESSAGES: dict[str, dict[int, MessageField]] = {
     "Model": {
         1: _NUMBER, 2: _TEXT, 3: _TEXT, 4: _TEXT, 5: _NUMBER, 6: _TEXT, 7: _one("Graph"), 8: _many("Opset"),
         14: _many("Entry"), 20: _many("Training"), 25: _many("Function"),
@@ -49,13 +49,13 @@ MESSAGES: dict[str, dict[int, Known]] = {
         9: _many("Entry"),
     },
     "Attribute": {
-        1: _TEXT, 2: Known(FIXED32), 3: _NUMBER, 4: _TEXT, 5: _one("Tensor"), 6: _one("Graph"),
-        7: Known(FIXED32, many=True), 8: _NUMBERS, 9: _TEXTS, 10: _many("Tensor"), 11: _many("Graph"), 13: _TEXT,
+        1: _TEXT, 2: MessageField(FIXED32), 3: _NUMBER, 4: _TEXT, 5: _one("Tensor"), 6: _one("Graph"),
+        7: MessageField(FIXED32, many=True), 8: _NUMBERS, 9: _TEXTS, 10: _many("Tensor"), 11: _many("Graph"), 13: _TEXT,
         14: _one("Type"), 15: _many("Type"), 20: _NUMBER, 21: _TEXT, 22: _one("Sparse"), 23: _many("Sparse"),
     },
     "Tensor": {
-        1: _NUMBERS, 2: _NUMBER, 3: _one("Segment"), 4: Known(FIXED32, many=True), 5: _NUMBERS, 6: _TEXTS, 7: _NUMBERS,
-        8: _TEXT, 9: _TEXT, 10: Known(FIXED64, many=True), 11: _NUMBERS, 12: _TEXT, 13: _many("Entry"), 14: _NUMBER,
+        1: _NUMBERS, 2: _NUMBER, 3: _one("Segment"), 4: MessageField(FIXED32, many=True), 5: _NUMBERS, 6: _TEXTS, 7: _NUMBERS,
+        8: _TEXT, 9: _TEXT, 10: MessageField(FIXED64, many=True), 11: _NUMBERS, 12: _TEXT, 13: _many("Entry"), 14: _NUMBER,
         16: _many("Entry"),
     },
     "Sparse": {1: _one("Tensor"), 2: _one("Tensor"), 3: _NUMBERS},
@@ -383,7 +383,7 @@ def _call(domain: str, name: str, overload: str) -> Call:
     return "" if domain == "ai.onnx" else domain, name, overload
 
 
-def _check_wire(kind: str, row: Known, field: Field) -> None:
+def _check_wire(kind: str, row: MessageField, field: Field) -> None:
     packed = row.many and field.wire == BYTES and row.wire in (VARINT, FIXED32, FIXED64)
     if field.wire != row.wire and not packed:
         raise Refusal(f"is not ONNX: field {field.number} of its {kind} message is of another kind")

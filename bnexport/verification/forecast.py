@@ -11,13 +11,13 @@ import numpy as np
 from bnexport.errors import BnexportError
 from bnexport.onnx_files.emulation import ROUNDINGS, ApproximatingEvaluator, Emulator, approximated_operators
 from bnexport.onnx_files.float64 import Float64Evaluator
-from bnexport.quantization.emulation import EXACT, LAST_BIT, WAYS, IntegerEmulator, int8_layers
+from bnexport.quantization.integer_emulation import EXACT, LAST_BIT, WAYS, IntegerEmulator, int8_layers
 from bnexport.tensors import Array
 from bnexport.verification.budget import Budget
 from bnexport.verification.inputs import Case, Outputs, each_once, heads
 from bnexport.verification.metrics import measure
 from bnexport.verification.prediction import points_along, rounding_noise
-from bnexport.verification.verdict import Prediction
+from bnexport.verification.verdict import NoisePrediction
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -88,8 +88,8 @@ class Forecast:
         varies: The batch dimension is free, so that a batch may be cut and joined to others.
         stored: Precision of the file's weights.
         recorded: Precision -> error of scale, predicted when the bundle was made.
-        int8: model.onnx of an int8 bundle, whose ways of computing (``quantization.emulation.WAYS``) are precisions too;
-            ``model`` is then the float32 file.
+        int8: model.onnx of an int8 bundle; ``model`` is then the float32 file. The ways of computing it
+            (``quantization.integer_emulation.WAYS``) are precisions, too.
     """
 
     def __init__(
@@ -274,13 +274,13 @@ class Forecast:
                     return name
         return usual
 
-    def prediction(self, precision: str, case: Case) -> Prediction | None:
+    def prediction(self, precision: str, case: Case) -> NoisePrediction | None:
         """Return a precision's noise for the report, by its noisiest way of rounding; None when unknown or infinite."""
         ways = [self.emulated(name, case) for name in ROUNDINGS.get(precision, (precision,))]
         found = max((way for way in ways if way is not None), key=lambda way: way.error, default=None)
         if found is None or not np.isfinite(found.error):
             return None
-        return Prediction(precision, found.error, found.rms, found.n, found.flips, case.batch.name)
+        return NoisePrediction(precision, found.error, found.rms, found.n, found.flips, case.batch.name)
 
     def last_bit(self, case: Case) -> float | None:
         """Return the largest disagreement, of scale, of kernels that compute an int8 file right; None when it is unknown."""

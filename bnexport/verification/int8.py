@@ -27,8 +27,8 @@ from bnexport.exporting.request import ExportRequest, read_share
 from bnexport.files import write_atomically
 from bnexport.onnx_files.models import read_model
 from bnexport.optional import installed
+from bnexport.quantization.file_proof import Int8File, findings
 from bnexport.quantization.moments import Seen
-from bnexport.quantization.proof import Int8File, findings
 from bnexport.quantization.quantize import Calibration, Int8Options, Int8Result, quantise
 from bnexport.runtimes.base import RunSettings
 from bnexport.runtimes.onnxruntime import OnnxRuntimeRunner

@@ -11,7 +11,7 @@ import numpy as np
 from bnexport.bundle import WEIGHTS
 from bnexport.errors import BnexportError, BundleError
 from bnexport.onnx_files.emulation import ROUNDINGS
-from bnexport.quantization.emulation import EXACT, SATURATING
+from bnexport.quantization.integer_emulation import EXACT, SATURATING
 from bnexport.runtimes.base import Runner, RunSettings
 from bnexport.runtimes.replay import incomparable
 from bnexport.tensors import Array
@@ -56,7 +56,7 @@ def run_runtime(runner: Runner, settings: RunSettings, evidence: Evidence, *, fi
         file: The runtime's file; the original network (WEIGHTS) computes in float32 whatever the files do.
     """
     stored = "float32" if file == WEIGHTS else evidence.precision
-    run = _Run(runner, settings.precision if stored == "float32" else stored, evidence)
+    run = _RuntimeRun(runner, settings.precision if stored == "float32" else stored, evidence)
     asked = [(run.stage, case) for case in evidence.cases]
     if evidence.golden is not None:
         asked.insert(0, ("golden", evidence.golden))
@@ -88,7 +88,7 @@ def run_runtime(runner: Runner, settings: RunSettings, evidence: Evidence, *, fi
     return RuntimeRun(marked, runner.description, run.rounding, samples, flipped)
 
 
-class _Run:
+class _RuntimeRun:
     """One open runtime with the evidence that it is judged by."""
 
     def __init__(self, runner: Runner, precision: str, evidence: Evidence) -> None:
@@ -250,7 +250,7 @@ _LOOKED_FOR = ("float32", "tf32-convolutions", "tf32", "tf32-cut", "float16", "b
 _AT_LEAST = ("float32", "tf32")
 
 
-def _precision_row(run: _Run, first: Outputs, file: str) -> Row | None:
+def _precision_row(run: _RuntimeRun, first: Outputs, file: str) -> Row | None:
     """Compare the error on the first batch with the error that each precision would make; ``file`` is the runtime's file.
 
     The row has the stage "precision". It is None where the model can't be emulated, or where the outputs can't be compared,

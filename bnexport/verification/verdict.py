@@ -14,7 +14,7 @@ from bnexport.tensors import Array
 
 
 @dataclass(frozen=True)
-class Prediction:
+class NoisePrediction:
     """Effect of a precision on this model: the file evaluated with every rounding of that precision.
 
     Attributes:
@@ -118,7 +118,7 @@ class Findings:
         covers: The part of the proof that this verification covers; "" for all of it.
     """
 
-    predictions: tuple[Prediction, ...] = ()
+    predictions: tuple[NoisePrediction, ...] = ()
     drift: Mapping[str, tuple[LayerDrift, ...]] = field(default_factory=dict)
     flipped: Mapping[str, tuple[FlippedSample, ...]] = field(default_factory=dict)
     self_test: tuple[FaultResult, ...] | None = None
@@ -143,7 +143,7 @@ class Findings:
         """Rebuild from ``to_json``."""
         tests = value.get("self_test")
         return cls(
-            tuple(Prediction(**item) for item in value.get("predictions", ())),
+            tuple(NoisePrediction(**item) for item in value.get("predictions", ())),
             {name: tuple(LayerDrift(**item) for item in items) for name, items in value.get("drift", {}).items()},
             {name: tuple(FlippedSample(**item) for item in items) for name, items in value.get("flipped", {}).items()},
             None if tests is None else tuple(map(FaultResult.from_json, tests)),

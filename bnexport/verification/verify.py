@@ -27,7 +27,7 @@ from bnexport.verification.verdict import (
     Findings,
     FlippedSample,
     LayerDrift,
-    Prediction,
+    NoisePrediction,
     Row,
     VerificationReport,
     run_name,
@@ -247,7 +247,7 @@ def _is_missing(spec: RunnerSpec, error: BnexportError, evidence: Evidence) -> b
     return spec.available() is not None
 
 
-def _predictions(evidence: Evidence) -> tuple[Prediction, ...]:
+def _predictions(evidence: Evidence) -> tuple[NoisePrediction, ...]:
     """Return each precision's effect on the first batch; precisions that were not asked for only where that is cheap."""
     if not evidence.cases:
         return ()

@@ -85,7 +85,7 @@ def test_saturating_kernels_fail_and_are_named(
     int8_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from bnexport.quantization import writer
-    from bnexport.quantization.emulation import SATURATING, IntegerEmulator
+    from bnexport.quantization.integer_emulation import SATURATING, IntegerEmulator
     from bnexport.runtimes import onnxruntime
 
     plain = writer.encode

@@ -12,7 +12,7 @@ from bnexport.verification.verdict import (
     FlippedSample,
     Flips,
     LayerDrift,
-    Prediction,
+    NoisePrediction,
     Row,
     VerificationReport,
 )
@@ -119,9 +119,9 @@ def full_report(*, passed: bool = False) -> VerificationReport:
     rng = np.random.default_rng(1)
     findings = Findings(
         predictions=(
-            Prediction("float32", 3e-7, 8e-8, 2000, 0, "images"),
-            Prediction("tf32", 7.6e-4, 1e-4, 2000, 1, "images"),
-            Prediction("bfloat16", 9e-3, 2e-3, 16, None, "noise"),
+            NoisePrediction("float32", 3e-7, 8e-8, 2000, 0, "images"),
+            NoisePrediction("tf32", 7.6e-4, 1e-4, 2000, 1, "images"),
+            NoisePrediction("bfloat16", 9e-3, 2e-3, 16, None, "noise"),
         ),
         drift={"torch-cpu": layers(5), "onnxruntime-cuda, tf32": layers(5, None if passed else 3)},
         flipped={

@@ -40,7 +40,7 @@ _ARITHMETIC = "its numbers are in the code, which stays as it is"
 
 
 @dataclass
-class Changes:
+class ModuleChanges:
     """A fold to be written into modules.
 
     Attributes:
@@ -182,9 +182,9 @@ class ModuleGraph(TorchGraph):
                     found[op.path] = _OVERWRITTEN
         return found
 
-    def changes(self, added: Iterable[str]) -> Changes:
+    def changes(self, added: Iterable[str]) -> ModuleChanges:
         """Return the fold. ``added`` are the paths of layers that got a bias of zeros before tracing."""
-        changes = Changes()
+        changes = ModuleChanges()
         for old, new in weights_now(self.ops):
             if new is not None and new is not old:
                 changes.values[old.name] = new.load()
@@ -312,7 +312,7 @@ def add_bias(module: nn.Module) -> bool:
     return True
 
 
-def write(model: nn.Module, changes: Changes, added: Iterable[str]) -> None:
+def write(model: nn.Module, changes: ModuleChanges, added: Iterable[str]) -> None:
     """Write a fold into a copy of the network, in place: each value rounded once to the type of its tensor.
 
     ``added`` is the result of ``add_biases``; a bias that the fold does not use is removed again.

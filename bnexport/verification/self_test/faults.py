@@ -24,7 +24,7 @@ from bnexport.bundle import (
     Bundle,
 )
 from bnexport.onnx_files.models import trained_tensors
-from bnexport.quantization.proof import Int8File
+from bnexport.quantization.file_proof import Int8File
 from bnexport.runtimes.catalogue import RunnerSpec
 from bnexport.runtimes.reference import EmulatedRunner
 from bnexport.tensors import Array

@@ -276,7 +276,7 @@ def test_an_output_that_is_only_rounding_is_not_another_branch() -> None:
 def test_the_proof_catches_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     written = modules.write
 
-    def wrong(model: nn.Module, changes: modules.Changes, added: tuple[str, ...]) -> None:
+    def wrong(model: nn.Module, changes: modules.ModuleChanges, added: tuple[str, ...]) -> None:
         written(model, changes, added)
         with torch.no_grad():
             model.conv1.bias.add_(1e-9)

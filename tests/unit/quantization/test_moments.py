@@ -8,13 +8,13 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch.distributions import Normal
 
-from bnexport.quantization.moments import Known, spreads
-from bnexport.quantization.plan import Plan
+from bnexport.quantization.int8_plan import QuantizationPlan
+from bnexport.quantization.moments import TrainedMoments, spreads
 
 MEAN, STD = np.array([0.5, -1.0, 2.0]), np.array([1.0, 0.3, 0.7])
 
 
-def graph(nodes: list[tuple[str, list[str], str]], **settings: float) -> Plan:
+def graph(nodes: list[tuple[str, list[str], str]], **settings: float) -> QuantizationPlan:
     """Return the plan of operators on the value "x" of a convolution, and another convolution behind "y"."""
     rng = np.random.default_rng(0)
     tensors = {
@@ -34,7 +34,7 @@ def graph(nodes: list[tuple[str, list[str], str]], **settings: float) -> Plan:
         ),
         opset_imports=[helper.make_opsetid("", 18)],
     )
-    return Plan(model)
+    return QuantizationPlan(model)
 
 
 SPELLINGS = {
@@ -57,7 +57,9 @@ def test_elementwise_operators_have_the_moments_of_samples(name: str) -> None:
     nodes, function = SPELLINGS[name]
     plan = graph(nodes)
     shapes = dict.fromkeys(("x", "y", "s", "a", "c", "d", "r"), (2, 3, 4, 4))
-    found = spreads(plan, {"x": Known(MEAN, STD)}, {}, {**shapes, "input": (2, 2, 4, 4), "out": (2, 2, 4, 4)})["y"]
+    found = spreads(plan, {"x": TrainedMoments(MEAN, STD)}, {}, {**shapes, "input": (2, 2, 4, 4), "out": (2, 2, 4, 4)})[
+        "y"
+    ]
     samples = function(np.random.default_rng(0).normal(MEAN, STD, (400_000, 3)))
     np.testing.assert_allclose(found.mean, samples.mean(axis=0), atol=5e-3)
     np.testing.assert_allclose(found.std, samples.std(axis=0), rtol=0.02, atol=2e-3)
@@ -67,9 +69,9 @@ def test_elementwise_operators_have_the_moments_of_samples(name: str) -> None:
 
 
 def test_a_clipped_normal_has_the_moments_of_the_formula() -> None:
-    found = spreads(graph([("Relu", ["x"], "y")]), {"x": Known(MEAN, STD)}, {}, {"x": (2, 3, 4, 4), "y": (2, 3, 4, 4)})[
-        "y"
-    ]
+    found = spreads(
+        graph([("Relu", ["x"], "y")]), {"x": TrainedMoments(MEAN, STD)}, {}, {"x": (2, 3, 4, 4), "y": (2, 3, 4, 4)}
+    )["y"]
     z, unit = torch.from_numpy(MEAN / STD), Normal(0.0, 1.0)
     expected = MEAN * unit.cdf(z).numpy() + STD * unit.log_prob(z).exp().numpy()
     np.testing.assert_allclose(found.mean, expected, atol=1e-3)
@@ -78,6 +80,6 @@ def test_a_clipped_normal_has_the_moments_of_the_formula() -> None:
 def test_independent_tensors_add_means_and_variances() -> None:
     plan = graph([("GlobalAveragePool", ["x"], "p"), ("Add", ["x", "p"], "y")])
     shapes = {"x": (2, 3, 1, 1), "p": (2, 3, 1, 1), "y": (2, 3, 1, 1)}
-    found = spreads(plan, {"x": Known(MEAN, STD), "p": Known(2 * MEAN, STD)}, {}, shapes)["y"]
+    found = spreads(plan, {"x": TrainedMoments(MEAN, STD), "p": TrainedMoments(2 * MEAN, STD)}, {}, shapes)["y"]
     np.testing.assert_allclose(found.mean, 3 * MEAN, atol=1e-3)
     np.testing.assert_allclose(found.std, np.sqrt(2) * STD, rtol=2e-3)

@@ -17,10 +17,10 @@ from torch import nn
 
 from bnexport.errors import DataError, ModelError, UsageError
 from bnexport.onnx_files.float64 import Float64Evaluator
-from bnexport.quantization.emulation import EXACT, SATURATING, IntegerEmulator, int8_layers
+from bnexport.quantization.file_proof import Int8File, findings
+from bnexport.quantization.int8_plan import QuantizationPlan
+from bnexport.quantization.integer_emulation import EXACT, SATURATING, IntegerEmulator, int8_layers
 from bnexport.quantization.moments import seen_in_file, seen_in_module
-from bnexport.quantization.plan import Plan
-from bnexport.quantization.proof import Int8File, findings
 from bnexport.quantization.quantize import Calibration, Int8Options, Int8Result, quantise
 
 
@@ -113,7 +113,7 @@ def test_saturation_is_emulated_where_weights_have_full_range(
 def test_layers_can_stay_in_float(model: ModelProto) -> None:
     result = made(model, options=Int8Options(float_layers=("wide",)))
     assert len(int8_layers(result.model)) == 4
-    assert result.record["kept_in_float"] == {Plan(model).layers[2].name: "--float-layers"}
+    assert result.record["kept_in_float"] == {QuantizationPlan(model).layers[2].name: "--float-layers"}
     assert all(item.passed for item in findings(Int8File(model, result.model, result.record)))
     with pytest.raises(UsageError, match="there is no layer 'wider' to keep in float"):
         made(model, options=Int8Options(float_layers=("wider",)))
@@ -168,8 +168,8 @@ def test_what_can_not_be_quantised_is_refused_in_one_sentence(model: ModelProto)
     plain = nn.Sequential(nn.Flatten(), nn.Linear(768, 4))
     same = Calibration({"input": np.repeat(images(1), 32, axis=0)}, "one image, 32 times")
     cases: list[tuple[type[Exception], str, Any]] = [
-        (ModelError, "inner graphs", lambda: Plan(branching())),
-        (ModelError, "is in half precision", lambda: Plan(half(model))),
+        (ModelError, "inner graphs", lambda: QuantizationPlan(branching())),
+        (ModelError, "is in half precision", lambda: QuantizationPlan(half(model))),
         (ModelError, "no BatchNorm from which ranges", lambda: made(model, network=plain)),
         (ModelError, "range of 'input'", lambda: made(model, preprocessing=None)),
         (

@@ -11,7 +11,7 @@ from bnexport.reporting.charts import (
     LEAST,
     MOST,
     SHOWN_LAYERS,
-    Axis,
+    ChartAxis,
     axis_of,
     drift,
     drifts,
@@ -34,28 +34,28 @@ def paths(chart: str, kind: str) -> list[str]:
 @pytest.mark.parametrize(
     ("parts", "axis"),
     [
-        ([np.array([3e-7, 2e-3])], Axis(-7, -2)),
-        ([1e-5], Axis(-5, -4)),
-        ([np.array([1e-5, 1e-3]), None], Axis(-5, -3)),
-        ([np.zeros(3)], Axis(-10, -9)),
-        ([np.array([np.nan]), np.array([])], Axis(-9, 0)),
-        ([1e300], Axis(3, 4)),
+        ([np.array([3e-7, 2e-3])], ChartAxis(-7, -2)),
+        ([1e-5], ChartAxis(-5, -4)),
+        ([np.array([1e-5, 1e-3]), None], ChartAxis(-5, -3)),
+        ([np.zeros(3)], ChartAxis(-10, -9)),
+        ([np.array([np.nan]), np.array([])], ChartAxis(-9, 0)),
+        ([1e300], ChartAxis(3, 4)),
     ],
 )
-def test_an_axis_holds_every_number_in_whole_decades(parts: list, axis: Axis) -> None:
+def test_an_axis_holds_every_number_in_whole_decades(parts: list, axis: ChartAxis) -> None:
     assert axis_of(parts) == axis
 
 
 def test_places_on_an_axis() -> None:
-    axis = Axis(-8, -4)
+    axis = ChartAxis(-8, -4)
     assert axis.at(np.array([1e-8, 1e-6, 1e-4])).tolist() == pytest.approx([0.0, 0.5, 1.0])
     assert axis.at(np.array([0.0, 1e9])).tolist() == [0.0, 1.0]
     assert axis.ticks(3) == [(0.0, "1e-08"), (0.5, "1e-06"), (1.0, "0.0001")]
-    assert len(Axis(-10, 3).ticks(5)) <= 5
+    assert len(ChartAxis(-10, 3).ticks(5)) <= 5
 
 
 def test_one_bad_sample_of_thousands_is_seen() -> None:
-    axis = Axis(-8, -2)
+    axis = ChartAxis(-8, -2)
     errors = np.append(np.full(9999, 1e-7), 5e-3)
     (area,) = paths(histogram(errors, [], 1e-5, axis), "area")
     heights = [24 - float(height) for height in re.findall(r"V([\d.]+)H", area)]
@@ -65,15 +65,15 @@ def test_one_bad_sample_of_thousands_is_seen() -> None:
 
 
 def test_dots_and_bound_stand_where_their_numbers_are() -> None:
-    chart = histogram(np.array([]), [1e-7, 1e-5], 1e-6, Axis(-8, -4))
+    chart = histogram(np.array([]), [1e-7, 1e-5], 1e-6, ChartAxis(-8, -4))
     assert paths(chart, "dot") == ["M250 12v.01", "M750 12v.01"]
     assert paths(chart, "bound") == ["M500 0V24"]
     assert paths(chart, "area") == []
-    assert paths(histogram(np.array([]), [], None, Axis(-8, -4)), "bound") == []
+    assert paths(histogram(np.array([]), [], None, ChartAxis(-8, -4)), "bound") == []
 
 
 def test_a_map_shows_every_cell_that_holds_a_sample() -> None:
-    across, up = Axis(-4, 0), Axis(-8, -4)
+    across, up = ChartAxis(-4, 0), ChartAxis(-8, -4)
     chart = margins(np.array([2e-8, 2e-6, np.nan]), np.array([2e-3, 2e-3, 2e-1]), 1e-5, across, up)
     cells = "".join(d for level in range(1, 5) for d in paths(chart, f"level{level}"))
     assert cells.count("M") == 2
@@ -82,7 +82,7 @@ def test_a_map_shows_every_cell_that_holds_a_sample() -> None:
 
 
 def test_the_corner_is_where_the_error_is_half_of_the_margin() -> None:
-    (corner,) = paths(margins(np.array([]), np.array([]), None, Axis(-4, 0), Axis(-4, 0)), "risk")
+    (corner,) = paths(margins(np.array([]), np.array([]), None, ChartAxis(-4, 0), ChartAxis(-4, 0)), "risk")
     x, y, x2, y2 = map(float, re.findall(r"-?[\d.]+", corner)[:4])
     share = np.log10(2) / 4
     assert (x, x2) == (46, 302)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from bnexport.reporting.summary import certified, flipped, predicted_sentence, rate_bound
-from bnexport.verification.verdict import Flips, Prediction, Row, VerificationReport, groups, number, total_flips
+from bnexport.verification.verdict import Flips, NoisePrediction, Row, VerificationReport, groups, number, total_flips
 
 
 def test_groups_gather_by_stage_and_subject(passing: VerificationReport) -> None:
@@ -103,17 +103,20 @@ def test_ratio_is_the_largest_and_knows_what_has_no_prediction() -> None:
     ("prediction", "sentence"),
     [
         (
-            Prediction("tf32", 7.6e-4, 1e-4, 2000, 1, "images"),
+            NoisePrediction("tf32", 7.6e-4, 1e-4, 2000, 1, "images"),
             "TF32 is predicted to move outputs by 0.00076 of scale and to change 1 of 2000 labels (images)",
         ),
         (
-            Prediction("float32", 3e-7, 1e-8, 9, 0),
+            NoisePrediction("float32", 3e-7, 1e-8, 9, 0),
             "float32 is predicted to move outputs by 3e-07 of scale and to change none of 9 labels",
         ),
-        (Prediction("int4", 0.2, 0.1, 9, None, "noise"), "int4 is predicted to move outputs by 0.2 of scale (noise)"),
+        (
+            NoisePrediction("int4", 0.2, 0.1, 9, None, "noise"),
+            "int4 is predicted to move outputs by 0.2 of scale (noise)",
+        ),
     ],
 )
-def test_predicted_sentence(prediction: Prediction, sentence: str) -> None:
+def test_predicted_sentence(prediction: NoisePrediction, sentence: str) -> None:
     assert predicted_sentence(prediction) == sentence
 
 

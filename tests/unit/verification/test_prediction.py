@@ -18,7 +18,7 @@ from bnexport.errors import ProofError
 from bnexport.onnx_files.emulation import PRECISIONS, Emulator
 from bnexport.onnx_files.float64 import Float64Evaluator
 from bnexport.onnx_files.models import read_model
-from bnexport.quantization.emulation import EXACT, SATURATING
+from bnexport.quantization.integer_emulation import EXACT, SATURATING
 from bnexport.runtimes.catalogue import runner_spec
 from bnexport.verification.prediction import _COARSENESS, Detected, compatible, detect, rounding_noise
 

@@ -31,7 +31,7 @@ _SHOWN = 8
 
 
 @dataclass(frozen=True)
-class Layer:
+class QuantizedLayer:
     """A layer that becomes int8.
 
     Attributes:
@@ -70,7 +70,7 @@ class Layer:
         return outputs_first if self.axis == 0 else outputs_first.swapaxes(0, self.axis)
 
 
-class Plan:
+class QuantizationPlan:
     """The int8 layers and the tensors with codes.
 
     Args:
@@ -130,7 +130,7 @@ class Plan:
         self.kept |= {node.name or node.output[0]: "--float-layers" for node in found}
         return {id(node) for node in found}
 
-    def _layer(self, node: NodeProto) -> Layer | None:
+    def _layer(self, node: NodeProto) -> QuantizedLayer | None:
         """Return a node as a layer; None for other operators, and for layers without constant weights."""
         if node.domain not in ("", "ai.onnx") or node.op_type not in ("Conv", "Gemm", "MatMul", "ConvTranspose"):
             return None
@@ -144,7 +144,7 @@ class Plan:
         groups = int(settings.get("group", 1)) if node.op_type == "Conv" else 1
         bias = self._bias(node, weight.shape[axis])
         assert bias is not None
-        return Layer(node, weight, bias, axis, groups, groups > 1 and weight.shape[1] == 1)
+        return QuantizedLayer(node, weight, bias, axis, groups, groups > 1 and weight.shape[1] == 1)
 
     def _why_float(self, node: NodeProto) -> str:
         """Return why a linear operator stays in float; "" when it becomes int8."""

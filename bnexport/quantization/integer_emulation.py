@@ -20,7 +20,7 @@ from bnexport.onnx_files import kernels
 from bnexport.onnx_files.float64 import Float64Evaluator
 from bnexport.onnx_files.models import read_model
 from bnexport.quantization.codes import saturating_channels
-from bnexport.quantization.plan import attributes
+from bnexport.quantization.int8_plan import attributes
 from bnexport.tensors import Array
 
 #: Ways of computing an int8 file -> words for the report.

@@ -12,7 +12,7 @@ from onnx import ModelProto, NodeProto, numpy_helper
 from bnexport.errors import BnexportError
 from bnexport.onnx_files.names import mentions
 from bnexport.quantization.codes import LARGEST, Coding, Range, coding_of, correction, saturating_channels
-from bnexport.quantization.plan import Layer, Plan
+from bnexport.quantization.int8_plan import QuantizationPlan, QuantizedLayer
 from bnexport.tensors import Array
 
 #: A float32 scale carries a relative rounding of 6e-8; products of two and the quotient stay below.
@@ -29,7 +29,7 @@ class Finding:
     n: int
 
 
-class _Failed(Exception):
+class _NotProved(Exception):
     """Carries the reason of a failed check."""
 
 
@@ -47,19 +47,19 @@ class Int8File:
     def array(self, name: str) -> Array:
         """Return a stored tensor."""
         if name not in self.stored:
-            raise _Failed(f"{name!r} is not stored in the file")
+            raise _NotProved(f"{name!r} is not stored in the file")
         return numpy_helper.to_array(self.stored[name])
 
-    def layers(self) -> Iterator[tuple[Layer, NodeProto, NodeProto, NodeProto]]:
+    def layers(self) -> Iterator[tuple[QuantizedLayer, NodeProto, NodeProto, NodeProto]]:
         """Yield each int8 layer with the DequantizeLinear of its input, its weight and its bias."""
-        plan = Plan(self.float_model, tuple(self.record["float_layers"]))
+        plan = QuantizationPlan(self.float_model, tuple(self.record["float_layers"]))
         nodes = {node.output[0]: node for node in self.int8_model.graph.node}
         for layer in plan.layers:
             node = nodes.get(layer.node.output[0])
             decoders = [] if node is None else [self.decoders.get(name) for name in node.input]
             found = [decoder for decoder in decoders if decoder is not None]
             if len(found) != 3:
-                raise _Failed(f"{layer.name} does not read codes of its input, weight and bias")
+                raise _NotProved(f"{layer.name} does not read codes of its input, weight and bias")
             yield layer, found[0], found[1], found[2]
 
 
@@ -70,7 +70,7 @@ def findings(file: Int8File) -> list[Finding]:
         try:
             n, text = check(file)
             found.append(Finding(name, True, text, n))
-        except _Failed as failure:
+        except _NotProved as failure:
             found.append(Finding(name, False, str(failure), 0))
         except (BnexportError, KeyError, IndexError, ValueError, TypeError) as error:
             found.append(Finding(name, False, f"it can't be read: {error}", 0))
@@ -86,7 +86,7 @@ def _structure(file: Int8File) -> tuple[int, str]:
         renamed[name] = encoder.input[0] if encoder is not None else decoder.input[0]
     after = [node for node in file.int8_model.graph.node if node.output[0] not in {*file.decoders, *file.encoders}]
     if len(after) != len(before.node):
-        raise _Failed(f"without Q and DQ the file has {len(after)} nodes, the float32 file {len(before.node)}")
+        raise _NotProved(f"without Q and DQ the file has {len(after)} nodes, the float32 file {len(before.node)}")
     weights = {tensor.name for tensor in before.initializer}
     for one, other in zip(after, before.node, strict=True):
         names = [renamed.get(name, name) for name in one.input]
@@ -97,18 +97,20 @@ def _structure(file: Int8File) -> tuple[int, str]:
             other.op_type, other.domain, other.name, list(other.output)
         )  # fmt: skip
         if not same or list(one.attribute) != list(other.attribute) or plain != wanted:
-            raise _Failed(f"{other.name or other.output[0]} ({other.op_type}) is another node than in the float32 file")
+            raise _NotProved(
+                f"{other.name or other.output[0]} ({other.op_type}) is another node than in the float32 file"
+            )
     for tensor in before.initializer:
         kept = file.stored.get(tensor.name)
         if kept is not None and kept != tensor:
-            raise _Failed(f"{tensor.name!r} has other numbers than in the float32 file")
+            raise _NotProved(f"{tensor.name!r} has other numbers than in the float32 file")
     for kind in ("input", "output"):
         if list(getattr(file.int8_model.graph, kind)) != list(getattr(before, kind)):
-            raise _Failed(f"the {kind}s are not those of the float32 file")
+            raise _NotProved(f"the {kind}s are not those of the float32 file")
     if unused := [
         name for name, count in ((name, mentions(file.int8_model.graph)[name]) for name in file.stored) if not count
     ]:
-        raise _Failed(f"nothing reads {unused[0]!r}")
+        raise _NotProved(f"nothing reads {unused[0]!r}")
     return len(after), "without Q and DQ the graph is that of the float32 file, node by node"
 
 
@@ -120,15 +122,15 @@ def _weights(file: Int8File) -> tuple[int, str]:
         exact = layer.outputs_first.astype(np.float64)
         steps = scales.astype(np.float64).reshape(-1, *(1,) * (exact.ndim - 1))
         if not (np.isfinite(scales).all() and (scales > 0).all()):
-            raise _Failed(f"a scale of the weight of {layer.name} is not a positive number")
+            raise _NotProved(f"a scale of the weight of {layer.name} is not a positive number")
         off = np.abs(codes * steps - exact) > 0.5 * steps * (1 + _ROUNDING) + _ROUNDING * np.abs(exact)
         if off.any():
             channel = int(np.flatnonzero(off.reshape(len(off), -1).any(axis=1))[0])
-            raise _Failed(
+            raise _NotProved(
                 f"channel {channel} of the weight of {layer.name} is more than half a step off the float32 weight"
             )
         if np.abs(codes.astype(np.int64)).max(initial=0) > LARGEST:
-            raise _Failed(f"the weight of {layer.name} has the code -128")
+            raise _NotProved(f"the weight of {layer.name} has the code -128")
         count += codes.size
     return count, f"{count} weights are within half a step of the float32 weights, no code is clipped"
 
@@ -144,16 +146,16 @@ def _biases(file: Int8File) -> tuple[int, str]:
         steps = file.array(bias.input[1]).astype(np.float64)
         product = float(file.array(given.input[1]).reshape(-1)[0]) * scales.astype(np.float64)
         if steps.shape != product.shape or (np.abs(steps - product) > _ROUNDING * product).any():
-            raise _Failed(f"the scale of the bias of {layer.name} is not that of its input times that of its weight")
+            raise _NotProved(f"the scale of the bias of {layer.name} is not that of its input times that of its weight")
         stored = file.array(bias.input[0])
         if stored.dtype != np.int32 or len(bias.input) > 2:
-            raise _Failed(f"the bias of {layer.name} is not int32 with its zero at 0")
+            raise _NotProved(f"the bias of {layer.name} is not int32 with its zero at 0")
         # The float32 scale of a bias with a large code is off by more than half a step of that code.
         room = 0.5 * steps * (1 + _ROUNDING) + _ROUNDING * np.abs(wanted)
         off = np.abs(stored * steps - wanted) > room
         if off.any():
             channel = int(np.flatnonzero(off)[0])
-            raise _Failed(
+            raise _NotProved(
                 f"the bias of {layer.name} is not the corrected one: channel {channel} is more than half a step off"
             )
         count += stored.size
@@ -165,19 +167,19 @@ def _zeros(file: Int8File) -> tuple[int, str]:
     for decoder in file.decoders.values():
         encoder = file.encoders.get(decoder.input[0])
         if encoder is not None and list(decoder.input[1:]) != list(encoder.input[1:]):
-            raise _Failed(f"{decoder.output[0]} is decoded with another scale or zero than it was encoded with")
+            raise _NotProved(f"{decoder.output[0]} is decoded with another scale or zero than it was encoded with")
     named = {encoder.input[0]: encoder for encoder in file.encoders.values()}
     if odd := sorted(set(named) ^ set(file.ranges)):
-        raise _Failed(f"{odd[0]!r} has a range in the manifest and no codes in the file, or the reverse")
+        raise _NotProved(f"{odd[0]!r} has a range in the manifest and no codes in the file, or the reverse")
     for name, encoder in named.items():
         wanted = coding_of(name, file.ranges[name], file.target)
         scale, zero = file.array(encoder.input[1]).reshape(-1), file.array(encoder.input[2]).reshape(-1)
         if len(scale) != 1 or len(zero) != 1 or zero.dtype != wanted.zero_array.dtype:
-            raise _Failed(f"{name!r} does not have one scale and one zero point of the right type")
+            raise _NotProved(f"{name!r} does not have one scale and one zero point of the right type")
         if abs(float(scale[0]) - float(wanted.scale)) > _ROUNDING * float(wanted.scale):
-            raise _Failed(f"the scale of {name!r} is {scale[0]:.6g}, its range gives {wanted.scale:.6g}")
+            raise _NotProved(f"the scale of {name!r} is {scale[0]:.6g}, its range gives {wanted.scale:.6g}")
         if int(zero[0]) != wanted.zero:
-            raise _Failed(f"the zero point of {name!r} is {zero[0]}, its range gives {wanted.zero}")
+            raise _NotProved(f"the zero point of {name!r} is {zero[0]}, its range gives {wanted.zero}")
         _check_reach(name, wanted, file.ranges[name])
     return len(
         named
@@ -188,7 +190,7 @@ def _check_reach(name: str, coding: Coding, found: Range) -> None:
     ends = [float(coding.scale) * (end - coding.zero) for end in coding.limits]
     step = float(coding.scale)
     if ends[0] > min(found.low, 0.0) + step or ends[1] < max(found.high, 0.0) - step:
-        raise _Failed(f"the codes of {name!r} do not reach its range")
+        raise _NotProved(f"the codes of {name!r} do not reach its range")
 
 
 def _saturation(file: Int8File) -> tuple[int, str]:
@@ -201,22 +203,24 @@ def _saturation(file: Int8File) -> tuple[int, str]:
         codes, _ = _weight(file, layer, decoder)
         unsafe = saturating_channels(codes)
         if unsafe.any():
-            raise _Failed(f"{int(unsafe.sum())} of {len(unsafe)} channels of {layer.name} can saturate 16-bit sums")
+            raise _NotProved(f"{int(unsafe.sum())} of {len(unsafe)} channels of {layer.name} can saturate 16-bit sums")
         channels += len(unsafe)
     text = f"none of {channels} channels can saturate 16-bit sums, in any order of products"
     return channels, text + (f"; {len(exempt)} depthwise layers are exempt" if exempt else "")
 
 
-def _weight(file: Int8File, layer: Layer, decoder: NodeProto) -> tuple[Array, Array]:
+def _weight(file: Int8File, layer: QuantizedLayer, decoder: NodeProto) -> tuple[Array, Array]:
     """Return the codes of a weight, output channels first, and its scales (out,)."""
     codes, scales = file.array(decoder.input[0]), file.array(decoder.input[1])
     if codes.dtype != np.int8 or codes.shape != layer.weight.shape or scales.shape != (len(layer.bias),):
-        raise _Failed(f"the weight of {layer.name} is not stored as int8 codes of its shape with one scale per channel")
+        raise _NotProved(
+            f"the weight of {layer.name} is not stored as int8 codes of its shape with one scale per channel"
+        )
     if len(decoder.input) > 2 and file.array(decoder.input[2]).any():
-        raise _Failed(f"the weight of {layer.name} has a zero point that is not 0")
+        raise _NotProved(f"the weight of {layer.name} has a zero point that is not 0")
     axis = next((item.i for item in decoder.attribute if item.name == "axis"), 1)
     if axis != layer.axis:
-        raise _Failed(f"the scales of the weight of {layer.name} lie along axis {axis}, expected {layer.axis}")
+        raise _NotProved(f"the scales of the weight of {layer.name} lie along axis {axis}, expected {layer.axis}")
     return codes if layer.axis == 0 else codes.swapaxes(0, layer.axis), scales
 
 
