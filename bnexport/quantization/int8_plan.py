@@ -32,23 +32,14 @@ _SHOWN = 8
 
 @dataclass(frozen=True)
 class QuantizedLayer:
-    """A layer that becomes int8.
+    """A layer that becomes int8."""
 
-    Attributes:
-        node: Conv or Gemm.
-        weight: Its weight as the file stores it.
-        bias: Its bias (out,), zeros where it has none.
-        axis: Axis of the output channels in the weight.
-        groups: Groups of a convolution, else 1.
-        depthwise: Each output channel reads one input channel.
-    """
-
-    node: NodeProto
-    weight: Array
-    bias: Array
-    axis: int
-    groups: int
-    depthwise: bool
+    node: NodeProto  # Conv or Gemm
+    weight: Array  # Its weight as the file stores it
+    bias: Array  # Its bias (out,), zeros where it has none
+    axis: int  # Axis of the output channels in the weight
+    groups: int  # Groups of a convolution, else 1
+    depthwise: bool  # Each output channel reads one input channel
 
     @property
     def name(self) -> str:

@@ -59,21 +59,13 @@ class TrainedMoments:
 
 @dataclass(frozen=True)
 class Spread:
-    """The values of a tensor at the points of the normal distribution.
+    """The values of a tensor at the points of the normal distribution."""
 
-    Attributes:
-        values: (points, channels).
-        base: Tensors with one base are functions of the same variable; a number that is new for each independent one.
-        axis: Axis of the channels; -1 where they can't be followed, and there is one for all.
-        rank: Axes of the tensor.
-        source: As in ``Range``.
-    """
-
-    values: Array
-    base: int
-    axis: int
-    rank: int
-    source: str
+    values: Array  # (points, channels)
+    base: int  # Tensors with one base are functions of the same variable; a number that is new for each independent one
+    axis: int  # Axis of the channels; -1 where they can't be followed, and there is one for all
+    rank: int  # Axes of the tensor
+    source: str  # As in ``Range``
 
     @property
     def mean(self) -> Array:

@@ -32,16 +32,11 @@ _UNKNOWN = (
 
 @dataclass(frozen=True)
 class Int8Options:
-    """How a model becomes int8.
+    """How a model becomes int8."""
 
-    Attributes:
-        target: One of ``bundle.INT8_TARGETS``.
-        float_layers: Layers that stay in float.
-        allow_flips: Largest share of labels that may change; None: judged by what the margins predict.
-    """
-
-    target: str = "cpu"
-    float_layers: tuple[str, ...] = ()
+    target: str = "cpu"  # One of ``bundle.INT8_TARGETS``
+    float_layers: tuple[str, ...] = ()  # Layers that stay in float
+    #: Largest share of labels that may change; None: judged by what the margins predict
     allow_flips: float | None = None
 
     def __post_init__(self) -> None:

@@ -42,17 +42,11 @@ _LISTED = 8
 
 @dataclass(frozen=True)
 class ExportResult:
-    """The result of a flow that writes a bundle.
+    """The result of a flow that writes a bundle."""
 
-    Attributes:
-        bundle: The bundle; None when the verdict is FAIL, in which case nothing was written.
-        fold: What became of each BatchNorm.
-        verification: The verdict.
-    """
-
-    bundle: Bundle | None
-    fold: FoldReport
-    verification: VerificationReport
+    bundle: Bundle | None  # The bundle; None when the verdict is FAIL, in which case nothing was written
+    fold: FoldReport  # What became of each BatchNorm
+    verification: VerificationReport  # The verdict
 
 
 def print_export(

@@ -100,17 +100,11 @@ OPTIONS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class ReportedRun:
-    """One runtime in one setting.
+    """One runtime in one setting."""
 
-    Attributes:
-        subject: The runtime's name.
-        settings: As in its rows; "" for strict float32 as users serve it.
-        stages: Stage -> what it says of this run; a stage without a row is not there.
-    """
-
-    subject: str
-    settings: str
-    stages: Mapping[str, Group]
+    subject: str  # The runtime's name
+    settings: str  # As in its rows; "" for strict float32 as users serve it
+    stages: Mapping[str, Group]  # Stage -> what it says of this run; a stage without a row is not there
 
     @property
     def name(self) -> str:
@@ -146,17 +140,11 @@ class ReportedRun:
 
 @dataclass(frozen=True)
 class Cell:
-    """The result of one stage for one run, as text.
+    """The result of one stage for one run, as text."""
 
-    Attributes:
-        passed: Whether every comparison did.
-        value: The error nearest to its bound, the precision found, or "".
-        note: "1.3 x predicted", or "".
-    """
-
-    passed: bool
-    value: str
-    note: str
+    passed: bool  # Whether every comparison did
+    value: str  # The error nearest to its bound, the precision found, or ""
+    note: str  # "1.3 x predicted", or ""
 
 
 def runs(report: VerificationReport) -> tuple[ReportedRun, ...]:
@@ -235,34 +223,21 @@ _COLOURS = 64
 
 @dataclass(frozen=True)
 class Flip:
-    """One sample that got the same other class on one or more runs.
+    """One sample that got the same other class on one or more runs."""
 
-    Attributes:
-        sample: As the run saw it on which it is hardest to explain.
-        runs: Where it happened: "runtime" or "runtime, settings".
-    """
-
-    sample: FlippedSample
-    runs: tuple[str, ...]
+    sample: FlippedSample  # As the run saw it on which it is hardest to explain
+    runs: tuple[str, ...]  # Where it happened: "runtime" or "runtime, settings"
 
 
 @dataclass(frozen=True)
 class Confusion:
-    """The number of samples that changed from one class to another.
+    """The number of samples that changed from one class to another."""
 
-    Attributes:
-        reference: The reference's class.
-        candidate: The class that they got.
-        samples: Different samples.
-        unexplained: Of these, samples whose margin does not explain it on some run.
-        runs: On how many runs.
-    """
-
-    reference: int
-    candidate: int
-    samples: int
-    unexplained: int
-    runs: int
+    reference: int  # The reference's class
+    candidate: int  # The class that they got
+    samples: int  # Different samples
+    unexplained: int  # Of these, samples whose margin does not explain it on some run
+    runs: int  # On how many runs
 
 
 def flips(report: VerificationReport) -> list[Flip]:

@@ -59,19 +59,12 @@ def self_test_sentence(report: VerificationReport) -> str:
 
 @dataclass(frozen=True)
 class Tally:
-    """The number of BatchNorm calls with one outcome by one rule.
+    """The number of BatchNorm calls with one outcome by one rule."""
 
-    Attributes:
-        outcome: A key of OUTCOMES.
-        rule: "" for none.
-        count: At least 1.
-        dead: Channels whose scale is 0, over all of them.
-    """
-
-    outcome: FoldOutcome
-    rule: str
-    count: int
-    dead: int
+    outcome: FoldOutcome  # A key of OUTCOMES
+    rule: str  # "" for none
+    count: int  # At least 1
+    dead: int  # Channels whose scale is 0, over all of them
 
 
 def tallies(report: FoldReport) -> tuple[Tally, ...]:

@@ -26,25 +26,18 @@ CONV_SEARCHES = ("heuristic", "default", "exhaustive")
 
 @dataclass(frozen=True)
 class RunSettings:
-    """Settings of a runner. An engine without such a setting ignores it; an engine that can't obey it refuses.
+    """Settings of a runner. An engine without such a setting ignores it; an engine that can't obey it refuses."""
 
-    Attributes:
-        precision: "float32": IEEE float32, TF32 off. "tf32": the engine's TF32 kernels, for convolutions and products.
-            "bfloat16": what OpenVINO makes of a float32 file on CPUs that have it.
-        optimisation: Level of graph optimisation; one of OPTIMISATIONS.
-        conv_search: One of CONV_SEARCHES.
-        binding: Inputs and outputs are bound to the device's memory, instead of being copied by each call.
-        threads: Threads inside one operator; None leaves it to the engine.
-        precise: ONNX Runtime's slower int8 kernels, which add products in 32 bits (session.x64quantprecision).
-        isolated: Run in a child process, so that no global state (TF32 flags, environment variables) leaks in or out.
-    """
-
+    #: "float32": IEEE float32, TF32 off. "tf32": the engine's TF32 kernels, for convolutions and products. "bfloat16":
+    #: what OpenVINO makes of a float32 file on CPUs that have it
     precision: str = "float32"
-    optimisation: str = "all"
-    conv_search: str = "heuristic"
-    binding: bool = False
-    threads: int | None = None
+    optimisation: str = "all"  # Level of graph optimisation; one of OPTIMISATIONS
+    conv_search: str = "heuristic"  # One of CONV_SEARCHES
+    binding: bool = False  # Inputs and outputs are bound to the device's memory, instead of being copied by each call
+    threads: int | None = None  # Threads inside one operator; None leaves it to the engine
+    #: ONNX Runtime's slower int8 kernels, which add products in 32 bits (session.x64quantprecision)
     precise: bool = False
+    #: Run in a child process, so that no global state (TF32 flags, environment variables) leaks in or out
     isolated: bool = False
 
     def __post_init__(self) -> None:

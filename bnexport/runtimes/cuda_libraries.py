@@ -131,15 +131,10 @@ _CUDNN = ("nvidia-cudnn-cu11", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13", "nvidia
 
 @dataclass(frozen=True)
 class Conflict:
-    """Packages that do not fit together.
+    """Packages that do not fit together."""
 
-    Attributes:
-        reason: The packages and the consequence; one line.
-        remedy: What to install instead.
-    """
-
-    reason: str
-    remedy: str
+    reason: str  # The packages and the consequence; one line
+    remedy: str  # What to install instead
 
 
 def conflicts() -> tuple[Conflict, ...]:

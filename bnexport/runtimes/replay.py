@@ -25,16 +25,11 @@ _WIDEST_FLOAT32 = 1e-3
 
 @dataclass(frozen=True)
 class Replay:
-    """Result of a replay of n samples.
-
-    Attributes:
-        error: max |answer - golden| / max |golden|, the worst output's.
-        bound: The largest error that passes.
-    """
+    """Result of a replay of n samples."""
 
     n: int
-    error: float
-    bound: float
+    error: float  # max |answer - golden| / max |golden|, the worst output's
+    bound: float  # The largest error that passes
 
 
 def replay_golden(runner: Runner, bundle: Bundle) -> Replay:

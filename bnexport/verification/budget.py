@@ -28,27 +28,16 @@ _BATCH_SIZES, _ALWAYS = (1, 2, 7, 64), 2
 
 @dataclass(frozen=True)
 class Budget:
-    """Maximum number of samples of each kind.
+    """Maximum number of samples of each kind."""
 
-    Attributes:
-        real: Test images of the data set, or the caller's samples.
-        noise: Standard normal noise.
-        one_hot: Samples with one element of 1.
-        constant: Samples of zeros, and of ones.
-        proof: Samples of the first batch that are evaluated in float64 and under an emulated precision.
-        proof_other: The same of every other batch.
-        batch_sizes: Batch sizes whose answers are compared with those of the whole batch.
-        repeat: Samples that are run a second time.
-    """
-
-    real: int
-    noise: int
-    one_hot: int
-    constant: int
-    proof: int
-    proof_other: int
-    batch_sizes: tuple[int, ...]
-    repeat: int
+    real: int  # Test images of the data set, or the caller's samples
+    noise: int  # Standard normal noise
+    one_hot: int  # Samples with one element of 1
+    constant: int  # Samples of zeros, and of ones
+    proof: int  # Samples of the first batch that are evaluated in float64 and under an emulated precision
+    proof_other: int  # The same of every other batch
+    batch_sizes: tuple[int, ...]  # Batch sizes whose answers are compared with those of the whole batch
+    repeat: int  # Samples that are run a second time
 
     @property
     def synthetic(self) -> int:

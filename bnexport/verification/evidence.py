@@ -52,48 +52,31 @@ _SAME_IMAGE = 0.01
 
 @dataclass(frozen=True)
 class Evidence:
-    """The inputs of a verification with their right answers, and the checks that were made while they were prepared.
-
-    Attributes:
-        module: The live original network, if its author gave it.
-        problems: File of the bundle -> why it must not be opened; None for a file whose hash holds.
-        model: model.onnx as read, of an int8 bundle its float32 original; None when it can't be read here.
-        int8: model.onnx of an int8 bundle; None for others.
-        cost: Multiplications per sample.
-        budget: Number of samples of each kind.
-        golden: The golden vectors; None when they can't be read.
-        cases: The batches of stages 2 and 3, real images first.
-        sizes: The batch whose first samples are run in other batch sizes; None when the batch dimension is fixed.
-        empty: Zero samples have to work.
-        labels: True classes of the first batch, int64 (n,); None without.
-        forecast: Predicts the noise of precisions.
-        rows: The checks so far.
-        skipped: Part -> why it was not checked.
-        waived: Required stage -> why it can't be run here, and what replaces it.
-        reference: Description of the reference.
-        inputs: Description of the real inputs, or the reason why there are none.
-        accuracy: Accuracy of the reference on labelled samples, ``{"dataset", "n", "correct"}``, with mean and deviation of the
-            "first_image" as an input; empty without.
-    """
+    """The inputs of a verification with their right answers, and the checks that were made while they were prepared."""
 
     bundle: Bundle
-    module: nn.Module | None
+    module: nn.Module | None  # The live original network, if its author gave it
+    #: File of the bundle -> why it must not be opened; None for a file whose hash holds
     problems: Mapping[str, str | None]
+    #: model.onnx as read, of an int8 bundle its float32 original; None when it can't be read here
     model: ModelProto | None
-    int8: ModelProto | None
-    cost: int
-    budget: Budget
-    golden: Case | None
-    cases: tuple[Case, ...]
+    int8: ModelProto | None  # model.onnx of an int8 bundle; None for others
+    cost: int  # Multiplications per sample
+    budget: Budget  # Number of samples of each kind
+    golden: Case | None  # The golden vectors; None when they can't be read
+    cases: tuple[Case, ...]  # The batches of stages 2 and 3, real images first
+    #: The batch whose first samples are run in other batch sizes; None when the batch dimension is fixed
     sizes: Batch | None
-    empty: bool
-    labels: Any
-    forecast: Forecast
-    rows: tuple[Row, ...]
-    skipped: Mapping[str, str]
-    waived: Mapping[str, str]
-    reference: str
-    inputs: str
+    empty: bool  # Zero samples have to work
+    labels: Any  # True classes of the first batch, int64 (n,); None without
+    forecast: Forecast  # Predicts the noise of precisions
+    rows: tuple[Row, ...]  # The checks so far
+    skipped: Mapping[str, str]  # Part -> why it was not checked
+    waived: Mapping[str, str]  # Required stage -> why it can't be run here, and what replaces it
+    reference: str  # Description of the reference
+    inputs: str  # Description of the real inputs, or the reason why there are none
+    #: Accuracy of the reference on labelled samples, ``{"dataset", "n", "correct"}``, with mean and deviation of the
+    #: "first_image" as an input; empty without
     accuracy: Mapping[str, Any]
 
     @property

@@ -41,21 +41,14 @@ _DRAWS, _NUDGE = 3, 2.0**-12
 
 @dataclass(frozen=True)
 class Emulated:
-    """The front of a batch under an emulated precision; as many samples as time allows (n).
-
-    Attributes:
-        outputs: Output name -> (n, ...).
-        exact: The same of the file in float64. Only this precision causes the difference.
-        error: max |outputs - exact| / scale; infinite where the precision overflows.
-        rms: Root mean square of outputs - exact, over scale.
-        flips: Labels that differ from those of the file in float64; None where no output is one score per class.
-    """
+    """The front of a batch under an emulated precision; as many samples as time allows (n)."""
 
     n: int
-    outputs: Mapping[str, Array]
-    exact: Mapping[str, Array]
-    error: float
-    rms: float
+    outputs: Mapping[str, Array]  # Output name -> (n, ...)
+    exact: Mapping[str, Array]  # The same of the file in float64. Only this precision causes the difference
+    error: float  # max |outputs - exact| / scale; infinite where the precision overflows
+    rms: float  # Root mean square of outputs - exact, over scale
+    #: Labels that differ from those of the file in float64; None where no output is one score per class
     flips: int | None
 
 

@@ -15,24 +15,17 @@ from bnexport.verification.verdict import FlippedSample, Flips
 
 @dataclass(frozen=True)
 class Measurement:
-    """Distance of a candidate from its reference.
+    """Distance of a candidate from its reference."""
 
-    Attributes:
-        error: max |candidate - reference| / scale of the worst output; scale is max |reference|, or 1 (so that the error is
-            absolute) where a reference is all zeros.
-        max_abs: max |candidate - reference|.
-        rms: Root mean square of candidate - reference, of the worst output.
-        n: Samples compared.
-        problem: Why the numbers mean nothing (missing output, other shape, nothing to compare, not finite); else "".
-        flips: Top-1 labels of the first output that holds one score per class; None without one.
-    """
-
+    #: max |candidate - reference| / scale of the worst output; scale is max |reference|, or 1 (so that the error is
+    #: absolute) where a reference is all zeros
     error: float = 0.0
-    max_abs: float = 0.0
-    rms: float = 0.0
-    n: int = 0
+    max_abs: float = 0.0  # max |candidate - reference|
+    rms: float = 0.0  # Root mean square of candidate - reference, of the worst output
+    n: int = 0  # Samples compared
+    #: Why the numbers mean nothing (missing output, other shape, nothing to compare, not finite); else ""
     problem: str = ""
-    flips: Flips | None = None
+    flips: Flips | None = None  # Top-1 labels of the first output that holds one score per class; None without one
 
 
 def measure(
@@ -180,20 +173,15 @@ SIGNIFICANT = 0.01
 
 @dataclass(frozen=True)
 class AccuracyChange:
-    """Labels that each side gets right, of n labelled samples.
-
-    Attributes:
-        lost: Right by the reference alone.
-        won: Right by the candidate alone.
-        p: Two-sided exact p-value of McNemar's test: the probability of a split at least as uneven as lost : won when
-            either side is equally likely to be right.
-    """
+    """Labels that each side gets right, of n labelled samples."""
 
     n: int
     reference: int
     candidate: int
-    lost: int
-    won: int
+    lost: int  # Right by the reference alone
+    won: int  # Right by the candidate alone
+    #: Two-sided exact p-value of McNemar's test: the probability of a split at least as uneven as lost : won when
+    #: either side is equally likely to be right
     p: float
 
     def sentence(self) -> str:

@@ -60,24 +60,19 @@ _LEAST = 2.0**-26
 
 @dataclass(frozen=True)
 class Detected:
-    """The precision that an error shows.
+    """The precision that an error shows."""
 
-    Attributes:
-        precision: A key of ``emulation.PRECISIONS``, several indistinguishable ones joined by " or ", "none", or "undecided":
-            as large as a precision's error, but not clearly in its direction.
-        size: Root mean square of the error, over the scale of the outputs.
-        cosine: Cosine of the error with the emulated error of ``precision``, else of the precision with the nearest size. None
-            where directions mean nothing: for float32, and for weights other than those emulated.
-        coarseness: Rank of the precision, 0 for float32; of the finest one that fits where several do, and of the finest
-            one that makes errors this large where none does.
-        sentence: Text for the report.
-    """
-
+    #: A key of ``emulation.PRECISIONS``, several indistinguishable ones joined by " or ", "none", or "undecided": as
+    #: large as a precision's error, but not clearly in its direction
     precision: str
-    size: float
+    size: float  # Root mean square of the error, over the scale of the outputs
+    #: Cosine of the error with the emulated error of ``precision``, else of the precision with the nearest size. None
+    #: where directions mean nothing: for float32, and for weights other than those emulated
     cosine: float | None
+    #: Rank of the precision, 0 for float32; of the finest one that fits where several do, and of the finest one that
+    #: makes errors this large where none does
     coarseness: int
-    sentence: str
+    sentence: str  # Text for the report
 
 
 def detect(

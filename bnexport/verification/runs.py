@@ -29,21 +29,15 @@ _CHUNK = 1024
 
 @dataclass(frozen=True)
 class RuntimeRun:
-    """Result of one runtime in one setting.
+    """Result of one runtime in one setting."""
 
-    Attributes:
-        rows: Its checks.
-        description: Engine, version, device and providers that really ran.
-        rounding: The precision, or another way of rounding of that name that an error has shown (``Forecast.rounding_seen``).
-        samples: Error and margin of each sample of the first batch (``metrics.per_sample``).
-        flipped: Changed labels of the first batch.
-    """
-
-    rows: tuple[Row, ...]
-    description: Mapping[str, Any]
+    rows: tuple[Row, ...]  # Its checks
+    description: Mapping[str, Any]  # Engine, version, device and providers that really ran
+    #: The precision, or another way of rounding of that name that an error has shown (``Forecast.rounding_seen``)
     rounding: str
+    #: Error and margin of each sample of the first batch (``metrics.per_sample``)
     samples: tuple[Array, Array] | None = None
-    flipped: tuple[FlippedSample, ...] = ()
+    flipped: tuple[FlippedSample, ...] = ()  # Changed labels of the first batch
 
 
 def run_runtime(runner: Runner, settings: RunSettings, evidence: Evidence, *, file: str) -> RuntimeRun:

@@ -15,29 +15,22 @@ from bnexport.runtimes.catalogue import RunnerSpec
 class Scope:
     """Settings that each runtime is run with. Every combination is a separate run.
 
-    Attributes:
-        precisions: Precisions of the kernels: "float32" (stage 2), "tf32" (stage 3). None: float32, and each runtime's
-            serving precision where that is another one.
-        optimisations: ONNX Runtime's levels of graph optimisation; "all" is what users serve with.
-        bindings: False: a plain call. True: inputs and outputs bound to the device's memory.
-        conv_searches: How cuDNN chooses a convolution's algorithm.
-        max_samples: Maximum number of samples of each kind; None: what the budget allows (``budget``).
-        thorough: At least 16 samples of each kind and every batch size, however large the network is.
-        drift: Compare layer by layer: True, False, or None: where it is cheap, and where a runtime failed.
-        allow_low_accuracy: Accept an original network whose accuracy on labelled samples is at or below chance
-            (``data.classes``).
-
     Raises:
         UsageError: A value that is not known, or no value at all.
     """
 
+    #: Precisions of the kernels: "float32" (stage 2), "tf32" (stage 3). None: float32, and each runtime's serving
+    #: precision where that is another one
     precisions: tuple[str, ...] | None = None
+    #: ONNX Runtime's levels of graph optimisation; "all" is what users serve with
     optimisations: tuple[str, ...] = ("all",)
-    bindings: tuple[bool, ...] = (False,)
-    conv_searches: tuple[str, ...] = ("heuristic",)
-    max_samples: int | None = None
-    thorough: bool = False
+    bindings: tuple[bool, ...] = (False,)  # False: a plain call. True: inputs and outputs bound to the device's memory
+    conv_searches: tuple[str, ...] = ("heuristic",)  # How cuDNN chooses a convolution's algorithm
+    max_samples: int | None = None  # Maximum number of samples of each kind; None: what the budget allows (``budget``)
+    thorough: bool = False  # At least 16 samples of each kind and every batch size, however large the network is
+    #: Compare layer by layer: True, False, or None: where it is cheap, and where a runtime failed
     drift: bool | None = None
+    #: Accept an original network whose accuracy on labelled samples is at or below chance (``data.classes``)
     allow_low_accuracy: bool = False
 
     def __post_init__(self) -> None:

@@ -14,15 +14,10 @@ from bnexport.runtimes.replay import GOLDEN_BOUND
 
 @dataclass(frozen=True)
 class Tolerance:
-    """One row of TOLERANCES.
+    """One row of TOLERANCES."""
 
-    Attributes:
-        bound: Largest error of scale that passes.
-        reason: Why this and not more or less.
-    """
-
-    bound: float
-    reason: str
+    bound: float  # Largest error of scale that passes
+    reason: str  # Why this and not more or less
 
 
 TOLERANCES: dict[str, Tolerance] = {

@@ -160,19 +160,12 @@ def _specs(runtimes: Sequence[str | RunnerSpec] | None, scope: Scope) -> tuple[R
 
 @dataclass(frozen=True)
 class _RuntimeChecks:
-    """Checks of one runtime in all its settings.
+    """Checks of one runtime in all its settings."""
 
-    Attributes:
-        rows: The checks, also of settings that could not be opened.
-        runs: "runtime" or "runtime, settings" -> its run.
-        drift: The same name -> its layers.
-        skipped: Runtime or setting -> why it was not run.
-    """
-
-    rows: Sequence[Row] = ()
-    runs: Mapping[str, RuntimeRun] = field(default_factory=dict)
-    drift: Mapping[str, tuple[LayerDrift, ...]] = field(default_factory=dict)
-    skipped: Mapping[str, str] = field(default_factory=dict)
+    rows: Sequence[Row] = ()  # The checks, also of settings that could not be opened
+    runs: Mapping[str, RuntimeRun] = field(default_factory=dict)  # "runtime" or "runtime, settings" -> its run
+    drift: Mapping[str, tuple[LayerDrift, ...]] = field(default_factory=dict)  # The same name -> its layers
+    skipped: Mapping[str, str] = field(default_factory=dict)  # Runtime or setting -> why it was not run
 
 
 def _runtime_checks(spec: RunnerSpec, evidence: Evidence, scope: Scope, *, named: bool) -> _RuntimeChecks:

@@ -36,16 +36,12 @@ class NotTried(Exception):
 
 @dataclass(frozen=True)
 class FaultTarget:
-    """The bundle whose verification is tested, which never changes, and the original network, if the caller gave it.
-
-    Attributes:
-        harmless: Error of scale up to which a fault need not be caught.
-        accuracy: The original's accuracy on the self-test's samples: ``{"dataset", "n", "correct"}``; empty without labels.
-    """
+    """The bundle whose verification is tested, which never changes, and the original network, if the caller gave it."""
 
     bundle: Bundle
     module: nn.Module | None
-    harmless: float
+    harmless: float  # Error of scale up to which a fault need not be caught
+    #: The original's accuracy on the self-test's samples: ``{"dataset", "n", "correct"}``; empty without labels
     accuracy: Mapping[str, Any]
 
     @cached_property
