@@ -2,8 +2,8 @@
 
 It depends on multiplications and not on time, so two machines compare the same samples.
 
-A fault of a fold or a kernel changes the output of almost every sample, so the first few samples decide most stages. Counts of
-labels need many samples, which only small networks can afford in seconds.
+A fault of a fold or a kernel changes the output of almost every sample, so a few samples decide most stages. Counts of labels
+need many samples, which only small networks can afford in seconds.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ _REAL_WORK = 5e9
 _SYNTHETIC_WORK = 2e9
 #: The same for evaluations in numpy: 2,000 images of a BN-LeNet, which take about a second.
 _PROOF_WORK = 6e8
-#: Samples that a larger network gets nevertheless, by default and when thorough.
+#: Smallest number of samples of a larger network, by default and when thorough.
 _LEAST_REAL, _THOROUGH = 8, 16
 _LEAST_NOISE, _LEAST_ONE_HOT = 4, 1
 _MOST_NOISE, _MOST_ONE_HOT, _MOST_CONSTANT = 256, 784, 2
-#: The lead batch needs two samples: one alone can't show that samples are mixed up.
+#: The lead batch needs two samples: a single sample can't show that samples are mixed up.
 _LEAST_PROOF = 2
-#: Batch sizes whose answers are compared with those of the whole batch. The first two are always tried.
+#: Batch sizes whose answers are compared with those of the whole batch. The first two always are.
 _BATCH_SIZES, _ALWAYS = (1, 2, 7, 64), 2
 
 

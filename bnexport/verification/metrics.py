@@ -40,7 +40,7 @@ def measure(
     ``bound``, the allowed error of scale, is for the margin certificate of the labels.
     """
     if not reference:
-        return Measurement(problem="there is no output to compare")
+        return Measurement(problem="there are no outputs to compare")
     parts = []
     for name, expected in reference.items():
         if name not in candidate:
@@ -63,9 +63,9 @@ def measure(
 def count_flips(candidate: Array, reference: Array, *, bound: float, of: float | None = None) -> Flips:
     """Compare top-1 labels (n, classes), with the margin certificate.
 
-    No score may be off by more than ``bound`` times the scale ``of`` (default: the reference's). Where the reference's best
-    score leads by more than twice that, the label can't change: one score would have to fall and another rise by the allowed
-    error each.
+    The allowed error of a score is ``bound`` times the scale ``of`` (default: the reference's). If the reference's best score
+    leads by more than twice the allowed error, the label can't change: one score would have to fall, and another rise, by
+    the allowed error.
     """
     allowed = bound * (scale(reference) if of is None else of)
     top = np.sort(reference, axis=1)[:, -2:]
@@ -100,8 +100,8 @@ def per_sample(
 def common_scales(references: Iterable[Mapping[str, Array]]) -> dict[str, float]:
     """Return one scale per output over several batches: the largest |reference| of any.
 
-    A batch of zeros, or of one lit pixel, gives small answers by large terms that cancel. Measured against those answers
-    alone, correct float32 kernels come within a factor of 2 of the bound.
+    A batch of zeros, or with one pixel set, gives small outputs from large terms that cancel. As a share of these outputs
+    alone, the error of correct float32 kernels comes within a factor of 2 of the bound.
     """
     largest: dict[str, float] = {}
     for reference in references:
@@ -146,7 +146,7 @@ def flipped_samples(
         return ()
     scores, given = reference[name].astype(np.float64), candidate[name].astype(np.float64)
     if not np.isfinite(given).all():
-        return ()  # its row says so; a label among NaN is none
+        return ()  # another check reports NaN
     of = (scales or {}).get(name) or scale(scores)
     before, after = scores.argmax(axis=1), given.argmax(axis=1)
     found = []
@@ -167,7 +167,7 @@ def flipped_samples(
     return tuple(found)
 
 
-#: Probability below which a change of accuracy is no accident. One verification makes a handful of these tests.
+#: Significance level of a change of accuracy. One verification makes a handful of these tests.
 SIGNIFICANT = 0.01
 
 
@@ -178,8 +178,8 @@ class AccuracyChange:
     n: int
     reference: int
     candidate: int
-    lost: int  # Right by the reference alone
-    won: int  # Right by the candidate alone
+    lost: int  # Labels that only the reference gets right
+    won: int  # Labels that only the candidate gets right
     #: Two-sided exact p-value of McNemar's test: the probability of a split at least as uneven as lost : won when
     #: either side is equally likely to be right
     p: float

@@ -47,17 +47,17 @@ class Scope:
             raise UsageError(f"{self.max_samples} samples show nothing", remedy="Give at least 1")
 
     def settings_of(self, spec: RunnerSpec, *, precision: str = "float32") -> tuple[RunSettings, ...]:
-        """Return the runs of one runtime, strict float32 first; empty when it has none of the precisions asked for.
+        """Return the runs of one runtime, strict float32 first; empty if the runtime has none of the requested precisions.
 
         Optimisation levels and bindings exist for ONNX Runtime alone, and searches for its GPU providers. For a file in half
         ``precision`` the kernels have one setting: that precision.
         """
-        asked = self.precisions or tuple(dict.fromkeys(("float32", spec.served)))
+        wanted = self.precisions or tuple(dict.fromkeys(("float32", spec.served)))
         if precision != "float32":
-            asked = ("float32",)
+            wanted = ("float32",)
         session, gpu = spec.engine == "onnxruntime", spec.device != "cpu"
         chosen = itertools.product(
-            [name for name in KERNEL_PRECISIONS if name in asked and name in spec.precisions],
+            [name for name in KERNEL_PRECISIONS if name in wanted and name in spec.precisions],
             self.optimisations if session else ("all",),
             self.bindings if session else (False,),
             self.conv_searches if session and gpu else ("heuristic",),
@@ -89,7 +89,7 @@ class Scope:
                 )
 
     def require(self, spec: RunnerSpec) -> None:
-        """Refuse (UsageError) a named runtime that has none of the precisions asked for."""
+        """Refuse (UsageError) a named runtime that has none of the requested precisions."""
         if not self.settings_of(spec):
             raise UsageError(
                 f"{spec.name} has no {' or '.join(self.precisions or ())} kernels",

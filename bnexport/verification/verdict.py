@@ -58,7 +58,7 @@ class FaultResult:
     expected: str  # The stage that exists to catch it
     caught: tuple[str, ...]  # Every stage that failed, in order
     outcome: str  # "caught", "missed", "harmless" (it changes no output by more than the proof's bound), "not tried"
-    effect: float | None = None  # max |faulty - reference| / scale in float64; None where it has no such number
+    effect: float | None = None  # max |faulty - reference| / scale in float64; None if it can't be measured
     reason: str = ""  # The sentence of the row that caught it, or why it was not tried
 
     @classmethod
@@ -76,7 +76,7 @@ class Findings:
     drift: Mapping[str, tuple[LayerDrift, ...]] = field(default_factory=dict)
     #: "runtime" or "runtime, settings" -> its changed labels on the first batch
     flipped: Mapping[str, tuple[FlippedSample, ...]] = field(default_factory=dict)
-    #: The faults that were tried; None when the self-test was not asked for
+    #: The faults that were tried; None without a self-test
     self_test: tuple[FaultResult, ...] | None = None
     #: Required stage -> why it could not be run here and what replaces it
     waived: Mapping[str, str] = field(default_factory=dict)
@@ -114,7 +114,7 @@ def _listed(value: dict[str, Any]) -> dict[str, Any]:
     return {**value, "caught": list(value["caught"])}
 
 
-#: Stages without which a report is no proof, whatever its other rows say.
+#: Stages without which a report proves nothing.
 REQUIRED_STAGES = ("integrity", "golden", "file-proof", "strict")
 #: Accepted replacements: a file in half precision has no strict float32.
 INSTEAD: dict[str, str] = {"strict": "shipping"}
@@ -153,7 +153,7 @@ class Row:
 
     stage: str  # A key of ``tolerances.TOLERANCES``, or "integrity", "declaration", "weights", "accuracy"
     subject: str  # Tested runtime, file of the bundle, or "reference"
-    case: str  # Kind of inputs: "images", "noise", "zeros", "batch 7", ..
+    case: str  # Kind of inputs: "images", "noise", "zeros", "batch 7", ...
     passed: bool  # The verdict
     reason: str = ""  # Why it failed, one sentence. For a passed row: a note on the comparison, if any
     n: int = 0  # Samples (for "weights" and "integrity": tensors or files) compared
@@ -334,7 +334,7 @@ class VerificationReport:
         return cls(rows, findings=Findings.from_json(value.get("findings", {})), **rest)
 
 
-#: Shown where there is no number.
+#: Shown in place of a missing number.
 NOTHING = "-"
 
 #: Stages whose rows are one per file: gathered under one subject, because only a failure needs the file's name.
@@ -348,13 +348,13 @@ _INFINITE = 1e300
 class Group:
     """All comparisons of one subject in one stage."""
 
-    stage: str  # As in the rows
-    subject: str  # As in the rows, with the settings where there are some
+    stage: str
+    subject: str  # Subject of the rows, with the settings if any
     rows: tuple[Row, ...]  # In the report's order; never empty
 
     @property
     def passed(self) -> bool:
-        """True when every row passed."""
+        """Return True if every row passed."""
         return all(row.passed for row in self.rows)
 
     @property
@@ -364,29 +364,29 @@ class Group:
 
     @property
     def n(self) -> int:
-        """Samples (or tensors, or files) over all rows."""
+        """Return the number of samples (or tensors, or files) over all rows."""
         return sum(row.n for row in self.rows)
 
     @property
     def worst(self) -> Row | None:
-        """The row nearest to, or farthest over, its bound: a failed one without a finite error before all others."""
+        """Return the row with the largest error over bound; a failed row without a finite error comes first."""
         judged = [row for row in self.rows if row.bound is not None]
         return max(judged, key=_pressure, default=None)
 
     @property
     def ratio(self) -> float | None:
-        """The largest error in units of the noise predicted for the same inputs; None without a prediction."""
+        """Return the largest error over the noise predicted for the same inputs; None without a prediction."""
         return max((row.ratio for row in self.rows if row.ratio is not None), default=None)
 
     @property
     def flips(self) -> Flips | None:
-        """Top-1 labels over all rows; None where no row counts them."""
+        """Return the counts of top-1 labels over all rows; None if no row has them."""
         counted = [row.flips for row in self.rows if row.flips is not None]
         return total_flips(counted) if counted else None
 
 
 def groups(report: VerificationReport) -> tuple[Group, ...]:
-    """The report's rows by stage, subject and settings, in the order of first appearance."""
+    """Return the report's rows by stage, subject and settings, in the order of first appearance."""
     gathered: dict[tuple[str, str], list[Row]] = {}
     for row in report.rows:
         gathered.setdefault((row.stage, FILE_STAGES.get(row.stage, row.run)), []).append(row)
@@ -400,7 +400,7 @@ def labels_right(row: Row) -> tuple[int, int] | None:
 
 
 def total_flips(flips: Iterable[Flips]) -> Flips:
-    """The sum of several counts, without a bound of the rate: the same sample may be in several of them."""
+    """Return the sum of several counts, without a bound of the rate: the counts may share samples."""
     every = list(flips)
     return Flips(
         certified=sum(item.certified for item in every),
@@ -412,14 +412,14 @@ def total_flips(flips: Iterable[Flips]) -> Flips:
 
 
 def number(value: float | None) -> str:
-    """A measured size in two significant digits: '3.8e-07', '12', 'infinite', or NOTHING for what is no number."""
+    """Return a size with two significant digits: '3.8e-07', '12', 'infinite'; NOTHING for None and NaN."""
     if value is None or not math.isfinite(value):
         return NOTHING
     return "infinite" if abs(value) >= _INFINITE else f"{value:.2g}"
 
 
 def word(passed: bool) -> str:
-    """The verdict as a word: no reader has to see colours."""
+    """Return the verdict as a word, so that it does not depend on colours."""
     return "PASS" if passed else "FAIL"
 
 

@@ -154,7 +154,7 @@ def evaluate_torch(name: str) -> Evaluate:
 
 
 def effect_of(bundle: Bundle, evaluate: Evaluate | None) -> float | None:
-    """Return max |faulty - golden| / scale on the golden inputs of a spoiled bundle; None where there is no such number."""
+    """Return max |faulty - golden| / scale on the golden inputs of a spoiled bundle; None if it can't be measured."""
     if evaluate is None:
         return None
     try:

@@ -229,7 +229,7 @@ def _preprocessing(copy: Copy) -> Mapping[str, Any]:
     if manifest.preprocessing is None:
         raise NotTried("the bundle has no preprocessing")
     if not accuracy:
-        raise NotTried("there are no labelled images here, and without them nothing tells of it")
+        raise NotTried("there are no labelled images here, without which the fault can't be detected")
     recorded = manifest.verification.get("accuracy")
     if not isinstance(recorded, dict) or recorded.get("dataset") != accuracy["dataset"]:
         raise NotTried("the bundle records no accuracy on these samples that could be compared")
@@ -365,7 +365,7 @@ class Fault:
     #: Changes a copy and returns the exact place. All but the flipped bits of the stage "integrity" seal the copy
     #: again, so that no hash shows the fault
     put: Callable[[Copy], str]
-    #: Evaluates the changed part, for the size of the effect; None where there is no number
+    #: Evaluates the changed part, for the size of the effect; None if it can't be measured
     evaluate: Evaluate | None = None
     runner: RunnerSpec | None = None  # A faulty runtime that replaces a good one
     many: bool = False  # The fault shows only in the number of right labels, which takes more samples

@@ -275,7 +275,7 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "an unknown label": (lambda folder: pictures(folder, bird__a_png=PIXELS[0]), "bird is named after no label"),
     "pictures beside folders": (
         lambda folder: pictures(folder, a_png=PIXELS[0], cat__a_png=PIXELS[1]),
-        "holds pictures beside folders of pictures, such as a.png and cat",
+        "holds pictures next to folders of pictures, such as a.png and cat",
     ),
     "a folder of empty labels": (lambda folder: [(folder / "cat").mkdir(), folder][1], "holds no picture"),
 }
@@ -301,7 +301,7 @@ def test_a_damaged_picture_in_a_folder_is_named(tmp_path: Path) -> None:
 
 def test_images_need_a_preprocessing(tmp_path: Path) -> None:
     for path in (save(tmp_path / "p.npy", PIXELS), pictures(tmp_path / "s", a_png=PIXELS[0]), tmp_path / "s" / "a.png"):
-        with pytest.raises(DataError, match="does not say how an image becomes an input"):
+        with pytest.raises(DataError, match="has no preprocessing for images"):
             load(path, preprocessing=None)
 
 
