@@ -132,18 +132,18 @@ def declaration_problem(model: ModelProto, manifest: Manifest) -> str | None:
     ):
         names, expected = [value.name for value in values], [spec.name for spec in specs]
         if names != expected:
-            return f"the file has the {kind}s {names}, the manifest says {expected}"
+            return f"the file has the {kind}s {names}, the manifest states {expected}"
         for spec, value in zip(specs, values, strict=True):
             problem = declared_problem(spec, _dtype(value), _shape(value), strict=kind == "input")
             if problem is not None:
                 return f"{kind} {problem}"
     for what, have in (("opset", opset_of(model)), ("ir_version", model.ir_version)):
         if (want := manifest.onnx.get(what, have)) != have:
-            return f"the file has {what} {have}, the manifest says {want}"
+            return f"the file has {what} {have}, the manifest states {want}"
     facts = manifest.model_facts()
     for item in model.metadata_props:  # a file that was not stamped yet has none
         if facts.get(item.key, item.value) != item.value:
-            return f"the file's metadata {item.key!r} is not what the manifest says"
+            return f"the file's metadata {item.key!r} is not the value in the manifest"
     return _precision_problem(model, str(manifest.onnx.get("precision", "float32")))
 
 
@@ -154,7 +154,7 @@ def _precision_problem(model: ModelProto, precision: str) -> str | None:
     for tensor in trained_tensors(model):
         stored = _FLOATS.get(tensor.data_type)
         if stored is not None and stored != precision:
-            return f"the file holds {tensor.name!r} in {stored}, the manifest says {precision}"
+            return f"the file holds {tensor.name!r} in {stored}, the manifest states {precision}"
     return None
 
 

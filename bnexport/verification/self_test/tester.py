@@ -144,7 +144,7 @@ class _Tester:
                 spoiled = Bundle.open(copy.folder)
             except BundleError as error:  # the manifest's own digest, which ``verify`` meets first of all
                 return FaultResult(
-                    fault.name, where, fault.expected, ("integrity",), "caught", None, _told(error, copy)
+                    fault.name, where, fault.expected, ("integrity",), "caught", None, _reason_of(error, copy)
                 )
             effect = effect_of(spoiled, fault.evaluate)
             most = _MANY_SAMPLES if fault.many else few
@@ -173,7 +173,7 @@ def _not_tried(fault: Fault, reason: str) -> FaultResult:
     return FaultResult(fault.name, fault.where, fault.expected, (), "not tried", None, reason)
 
 
-def _told(error: BundleError, copy: Copy) -> str:
+def _reason_of(error: BundleError, copy: Copy) -> str:
     """Return the message without the temporary folder's name."""
     return error.message.replace(f"{copy.folder}/", "")
 
