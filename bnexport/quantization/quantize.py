@@ -19,7 +19,7 @@ from bnexport.quantization.moments import Seen, Spread, TrainedMoments, known_mo
 from bnexport.quantization.writer import quantised_model
 from bnexport.tensors import Array
 
-#: Fewest samples of a calibration: the smallest and largest values of a few images are not those of the next ones.
+#: Smallest number of calibration samples: a few images do not show the smallest and largest values of others.
 _FEWEST = 16
 #: Samples that are evaluated at once, with every tensor in float64.
 _CHUNK = 8
@@ -32,7 +32,7 @@ _UNKNOWN = (
 
 @dataclass(frozen=True)
 class Int8Options:
-    """How a model becomes int8."""
+    """Options of a quantisation."""
 
     target: str = "cpu"  # One of ``bundle.INT8_TARGETS``
     float_layers: tuple[str, ...] = ()  # Layers that stay in float
@@ -41,9 +41,7 @@ class Int8Options:
 
     def __post_init__(self) -> None:
         if self.target not in INT8_TARGETS:
-            raise UsageError(
-                f"the target {self.target!r} is not known", remedy=f"TrainedMoments: {', '.join(INT8_TARGETS)}"
-            )
+            raise UsageError(f"the target {self.target!r} is not known", remedy=f"Known: {', '.join(INT8_TARGETS)}")
         if self.allow_flips is not None and not 0 <= self.allow_flips <= 1:
             raise UsageError(f"--allow-flips is {self.allow_flips:g}", remedy="Give a share from 0% to 100%")
 
@@ -85,7 +83,7 @@ def quantise(
 
     Raises:
         UsageError: A float layer that the model does not have.
-        ModelError: The graph can't be quantised, or moments are unknown and there is no calibration.
+        ModelError: The graph can't be quantised, or moments are unknown without a calibration.
         DataError: The calibration is too small, or the same everywhere.
     """
     options = options or Int8Options()
@@ -210,7 +208,7 @@ def _calibrated(plan: QuantizationPlan, calibration: Calibration) -> dict[str, R
 
 
 def _far_off(name: str, found: Range, known: TrainedMoments | None) -> str:
-    """Return a warning where the samples leave what the network was trained on; "" elsewhere."""
+    """Return a warning if the samples exceed the trained ranges; "" otherwise."""
     if known is None:
         return ""
     low, high = (known.mean - _FAR * known.std).min(), (known.mean + _FAR * known.std).max()

@@ -177,10 +177,10 @@ def _n(value: float) -> str:
     return f"{float(value):.1f}".removesuffix(".0")
 
 
-def _svg(kind: str, width: int, height: int, words: str, content: str, *, stretch: bool = False) -> Markup:
+def _svg(kind: str, width: int, height: int, name: str, content: str, *, stretch: bool = False) -> Markup:
     ratio = ' preserveAspectRatio="none"' if stretch else ""
     top = 0 if stretch else -8  # half of the uppermost label
-    text = f'<svg class="{kind}" viewBox="0 {top} {width} {height - top}"{ratio} role="img" aria-label="{words}">{content}</svg>'
+    text = f'<svg class="{kind}" viewBox="0 {top} {width} {height - top}"{ratio} role="img" aria-label="{name}">{content}</svg>'
     return Markup(text)  # numbers and the fixed words of this file: nothing to escape
 
 
