@@ -65,7 +65,7 @@ class Spread:
     base: int  # Tensors with one base are functions of the same variable; a number that is new for each independent one
     axis: int  # Axis of the channels; -1 where they can't be followed, and there is one for all
     rank: int  # Axes of the tensor
-    source: str  # As in ``Range``
+    source: str  # Origin of the values, as in ``Range``
 
     @property
     def mean(self) -> Array:

@@ -103,7 +103,7 @@ class ReportedRun:
     """One runtime in one setting."""
 
     subject: str  # The runtime's name
-    settings: str  # As in its rows; "" for strict float32 as users serve it
+    settings: str  # Settings of its rows; "" for strict float32 as users serve it
     stages: Mapping[str, Group]  # Stage -> its rows of this run; no stage without a row
 
     @property

@@ -49,7 +49,7 @@ class RunnerSpec:
         Raises:
             BundleError: The file is missing, damaged, or does not fit the manifest.
             Unavailable: The engine, the device or a library is missing.
-            UsageError: The settings ask for a precision that this engine does not have.
+            UsageError: The settings have a precision that this engine lacks.
         """
         settings = settings or RunSettings()
         if settings.precision not in self.precisions:

@@ -134,7 +134,7 @@ class Conflict:
     """Packages that do not fit together."""
 
     reason: str  # The packages and the consequence; one line
-    remedy: str  # What to install instead
+    remedy: str  # Packages to install instead
 
 
 def conflicts() -> tuple[Conflict, ...]:

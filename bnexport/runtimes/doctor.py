@@ -35,7 +35,7 @@ class Health:
     device: str = ""  # Device of the run, read back from the engine; "" without a run
     error: float | None = None  # max |engine - numpy| / max |numpy|; None without a run
     reason: str = ""  # The fault in one line; "" when it works
-    remedy: str = ""  # What to do about it
+    remedy: str = ""  # Instruction for the user
     details: dict[str, Any] = field(default_factory=dict)  # Engine, version, providers
 
 

@@ -27,7 +27,7 @@ from bnexport.runtimes.wide_convolution import wide_convolutions
 from bnexport.tensors import Array, Signature
 
 _NARROW = (torch.float16, torch.bfloat16, torch.float32)
-#: The same as TorchScript counts types (c10::ScalarType), and float64.
+#: TorchScript's numbers of these types (c10::ScalarType), and of float64.
 _NARROW_NUMBERS, _DOUBLE_NUMBER = (5, 6, 15), 7
 
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 #: Multiplications that a batch of real images may cost. A BN-LeNet needs 2.8e5 per image, so all 10,000 test images fit.
 _REAL_WORK = 5e9
-#: The same for synthetic inputs, for each batch size, and for the repeated batch.
+#: Multiplications of synthetic inputs, of each batch size, and of the repeated batch.
 _SYNTHETIC_WORK = 2e9
-#: The same for evaluations in numpy: 2,000 images of a BN-LeNet, which take about a second.
+#: Multiplications of evaluations in numpy: 2,000 images of a BN-LeNet, which take about a second.
 _PROOF_WORK = 6e8
 #: Smallest number of samples of a larger network, by default and when thorough.
 _LEAST_REAL, _THOROUGH = 8, 16
@@ -35,7 +35,7 @@ class Budget:
     one_hot: int  # Samples with one element of 1
     constant: int  # Samples of zeros, and of ones
     proof: int  # Samples of the first batch that are evaluated in float64 and under an emulated precision
-    proof_other: int  # The same of every other batch
+    proof_other: int  # Such samples of every other batch
     batch_sizes: tuple[int, ...]  # Batch sizes whose answers are compared with those of the whole batch
     repeat: int  # Samples that are run a second time
 

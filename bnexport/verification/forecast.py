@@ -45,7 +45,7 @@ class Emulated:
 
     n: int
     outputs: Mapping[str, Array]  # Output name -> (n, ...)
-    exact: Mapping[str, Array]  # The same of the file in float64. Only this precision causes the difference
+    exact: Mapping[str, Array]  # Outputs of the file in float64; only the precision differs
     error: float  # max |outputs - exact| / scale; infinite where the precision overflows
     rms: float  # Root mean square of outputs - exact, over scale
     #: Labels that differ from those of the file in float64; None where no output is one score per class

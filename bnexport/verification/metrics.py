@@ -23,7 +23,7 @@ class Measurement:
     max_abs: float = 0.0  # max |candidate - reference|
     rms: float = 0.0  # Root mean square of candidate - reference, of the worst output
     n: int = 0  # Samples compared
-    #: Why the numbers mean nothing (missing output, other shape, nothing to compare, not finite); else ""
+    #: Reason why the numbers mean nothing (missing output, other shape, nothing to compare, not finite); else ""
     problem: str = ""
     flips: Flips | None = None  # Top-1 labels of the first output that holds one score per class; None without one
 

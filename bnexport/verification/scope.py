@@ -25,7 +25,7 @@ class Scope:
     #: ONNX Runtime's levels of graph optimisation; "all" is what users serve with
     optimisations: tuple[str, ...] = ("all",)
     bindings: tuple[bool, ...] = (False,)  # False: a plain call. True: inputs and outputs bound to the device's memory
-    conv_searches: tuple[str, ...] = ("heuristic",)  # How cuDNN chooses a convolution's algorithm
+    conv_searches: tuple[str, ...] = ("heuristic",)  # cuDNN's ways of choosing an algorithm
     max_samples: int | None = None  # Maximum number of samples of each kind; None: what the budget allows (``budget``)
     thorough: bool = False  # At least 16 samples of each kind and every batch size, however large the network is
     #: Compare layer by layer: True, False, or None: where it is cheap, and where a runtime failed

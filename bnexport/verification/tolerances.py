@@ -17,7 +17,7 @@ class Tolerance:
     """One row of TOLERANCES."""
 
     bound: float  # Largest error of scale that passes
-    reason: str  # Why this and not more or less
+    reason: str  # Reason for the bound
 
 
 TOLERANCES: dict[str, Tolerance] = {

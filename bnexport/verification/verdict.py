@@ -32,7 +32,7 @@ class LayerDrift:
     layer: str  # Name of the value in the file
     operator: str  # Operator that computes it: "Conv"
     error: float  # max |candidate - float64| / max |float64|
-    predicted: float  # The same for the emulated precision
+    predicted: float  # Error of the emulated precision
     left: bool  # The error is more than the prediction allows
 
 
@@ -155,7 +155,7 @@ class Row:
     subject: str  # Tested runtime, file of the bundle, or "reference"
     case: str  # Kind of inputs: "images", "noise", "zeros", "batch 7", ...
     passed: bool  # The verdict
-    reason: str = ""  # Why it failed, one sentence. For a passed row: a note on the comparison, if any
+    reason: str = ""  # Cause of the failure, one sentence. For a passed row: a note on the comparison, if any
     n: int = 0  # Samples (for "weights" and "integrity": tensors or files) compared
     #: max |candidate - reference| / max |reference|, worst output; None when it has no finite value
     error: float | None = None
@@ -207,7 +207,7 @@ class VerificationReport:
     environment: Mapping[str, Any] = field(default_factory=dict)  # Hardware and versions
     #: Predictions, drift by layer, changed labels, the self-test, waived stages
     findings: Findings = field(default_factory=Findings)
-    coverage: str = ""  # How many samples were compared, and how many more a thorough verification compares
+    coverage: str = ""  # Number of compared samples, and how many more a thorough verification compares
     #: Runtime -> error (n,) and margin (n,) of each sample, for the plots; not part of the JSON
     samples: Mapping[str, tuple[Array, Array]] = field(default_factory=dict, compare=False, repr=False)
     #: Index -> the input (channels, height, width) of each changed label; not part of the JSON

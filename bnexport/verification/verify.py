@@ -164,7 +164,7 @@ class _RuntimeChecks:
 
     rows: Sequence[Row] = ()  # The checks, also of settings that could not be opened
     runs: Mapping[str, RuntimeRun] = field(default_factory=dict)  # "runtime" or "runtime, settings" -> its run
-    drift: Mapping[str, tuple[LayerDrift, ...]] = field(default_factory=dict)  # The same name -> its layers
+    drift: Mapping[str, tuple[LayerDrift, ...]] = field(default_factory=dict)  # Name of the run -> its layers
     skipped: Mapping[str, str] = field(default_factory=dict)  # Runtime or setting -> why it was not run
 
 

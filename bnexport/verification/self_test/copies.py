@@ -75,7 +75,7 @@ class FaultTarget:
     @cached_property
     def folded(self) -> dict[str, Tensor]:
         """Return the weights of the folded network, as ``fold`` makes them."""
-        assert self.network is not None, "ask network first"
+        assert self.network is not None, "the network must be known"
         return folded_weights(self.network, self.example)
 
     def effect(self, module: nn.Module) -> float:
