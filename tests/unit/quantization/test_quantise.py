@@ -185,7 +185,7 @@ def test_what_can_not_be_quantised_is_refused_in_one_sentence(model: ModelProto)
             attempt()
         assert "\n" not in str(raised.value)
         if kind is UsageError:
-            assert raised.value.remedy == "Known: cpu, tensorrt"
+            assert raised.value.remedy == "Choose one of: cpu, tensorrt"
 
 
 def test_a_network_whose_gammas_are_zero_has_ranges_without_width(tmp_path: Path) -> None:
