@@ -141,9 +141,9 @@ def declaration_problem(model: ModelProto, manifest: Manifest) -> str | None:
         if (want := manifest.onnx.get(what, have)) != have:
             return f"the file has {what} {have}, the manifest states {want}"
     facts = manifest.model_facts()
-    for item in model.metadata_props:  # empty before the export adds them
+    for item in model.metadata_props:  # a file that was not stamped yet has none
         if facts.get(item.key, item.value) != item.value:
-            return f"the file's metadata {item.key!r} differs from the manifest's"
+            return f"the file's metadata {item.key!r} is not the value in the manifest"
     return _precision_problem(model, str(manifest.onnx.get("precision", "float32")))
 
 

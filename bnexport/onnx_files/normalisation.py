@@ -226,7 +226,7 @@ def upgraded(model: ModelProto, name: str) -> ModelProto:
     """Return a model of operator set 7 or newer: the same, or converted by onnx.
 
     Raises:
-        ModelError: onnx.version_converter can't convert the model, or an operator is in training mode, which the converter drops.
+        ModelError: onnx.version_converter fails, or an operator is in training mode, which the converter would drop.
     """
     opset = opset_of(model)
     if opset >= OLDEST_OPSET:

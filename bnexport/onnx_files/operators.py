@@ -235,9 +235,9 @@ def better_operators(model: ModelProto) -> list[Any] | None:
     opset = max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=0)
     found = []
     for kind, group in by_kind.items():
-        operator, newest, fits = _TABLE[kind]
+        operator, newest, supports = _TABLE[kind]
         plain = not any(item.ref_attr_name for node in group for item in node.attribute)
-        if plain and opset <= newest and all(map(fits, group)):
+        if plain and opset <= newest and all(map(supports, group)):
             found.append(operator)
     return found or None
 
