@@ -104,7 +104,7 @@ def _attempts(wanted: Collection[str], found: Collection[str]) -> Iterator[dict[
 
 
 def _turned(names: Mapping[str, str]) -> dict[str, str] | None:
-    """Return new name -> old name; None if two names became one."""
+    """Return new name -> old name; None if two names became equal."""
     turned = {new: old for old, new in names.items()}
     return turned if len(turned) == len(names) else None
 
@@ -151,7 +151,7 @@ def _common_starts(names: Collection[str]) -> Iterator[str]:
 def _candidates(
     wanted: Collection[str], found: Collection[str], aliases: Mapping[str, Collection[str]]
 ) -> tuple[str, ...]:
-    """Return the prefixes whose names would fit alone."""
+    """Return the prefixes below which the names would fit without the others."""
     anchor = next((name for name in wanted if _last(name) != BATCHES), "")
     starts = {name.removesuffix(anchor) for name in found if anchor and name.endswith("." + anchor)}
     fitting: list[str] = []

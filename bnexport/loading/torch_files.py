@@ -82,7 +82,7 @@ def _tensor(call: Made, saved: Saved, made: dict[tuple[Storage, str], Tensor]) -
 
 
 def _flat(storage: Storage, kind: str, saved: Saved) -> Tensor:
-    """Return all elements of a storage as one row."""
+    """Return all elements of a storage in one dimension."""
     found: Any = getattr(torch, kind.rpartition(".")[2])
     dtype: torch.dtype = found if isinstance(found, torch.dtype) else found.dtype
     content = saved.bytes_of(storage)

@@ -103,7 +103,7 @@ def build_from_zoo(source: str, options: Mapping[str, Any]) -> nn.Module:
 
 
 def zoo_facts(source: str, options: Mapping[str, Any], module: nn.Module) -> Facts:
-    """Return the package's facts of a network's input: the shape of one sample, and the preprocessing as JSON."""
+    """Return the shape of one sample and the preprocessing as JSON, as the package states them."""
     zoo, name = ZOOS[source.partition(":")[0]], source.partition(":")[2]
     return zoo.facts(name, options, module)
 
@@ -182,7 +182,7 @@ def _torchvision_facts(name: str, options: Mapping[str, Any], module: nn.Module)
     kind = _torchvision_kind(models.get_model_builder(name))
     transforms = next(iter([weights.DEFAULT] if len(weights) else []), None)
     recipe: Any = None if transforms is None else transforms.transforms()
-    # A transformer is built for one size of image, which may not be that of its newest weights.
+    # A transformer is built for one image size, which may differ from that of its newest weights.
     size = getattr(module, "image_size", None) or (getattr(recipe, "crop_size", None) or [224])[0]
     if kind == "segmentation":
         size = _SEGMENTATION_SIZE
@@ -227,7 +227,7 @@ def _image(shape: tuple[int, ...], mean: Any, std: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-#: Start of a source -> the zoo. A new one is a new row.
+#: Prefix of a source -> the zoo.
 ZOOS: dict[str, Zoo] = {
     "torchvision": Zoo("torchvision", "torchvision", _torchvision_names, _build_torchvision, _torchvision_facts),
     "timm": Zoo("timm", "bnexport[timm]", _timm_names, _build_timm, _timm_facts),

@@ -83,7 +83,7 @@ class _Record(TorchFunctionMode):
 
 
 def _place() -> str:
-    """Return `` at FILE:LINE`` of the innermost frame of the user's code that is running; empty where there is none."""
+    """Return `` at FILE:LINE`` of the innermost running frame of the user's code; empty without such a frame."""
     own = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
     frame, installed = sys._getframe(2), ""
     while frame is not None and not frame.f_code.co_filename.startswith(own):
@@ -189,7 +189,7 @@ def _runner(model: nn.Module, inputs: tuple[Any, ...]) -> Callable[..., _BatchRu
 
 
 def _rows(inputs: tuple[Any, ...], size: int) -> tuple[Any, ...]:
-    """Return inputs with another number of samples: the first ones, repeated where there are too few."""
+    """Return inputs with another number of samples: the first ones, repeated if there are too few."""
 
     def rows(item: Any) -> Any:
         return item[torch.arange(size) % len(item)] if isinstance(item, Tensor) and item.ndim and len(item) else item

@@ -1,4 +1,4 @@
-"""Calls of a user's module as plain Python, with the line at which one fails."""
+"""Calls of a user's module as plain Python, with the line of a failure."""
 
 from __future__ import annotations
 

@@ -21,9 +21,9 @@ _VARIANCES = tuple(names[3] for names in VOCABULARIES)
 
 
 def check_sound(model: nn.Module, *, allow_untrained: bool = False, allow_nonfinite: Collection[str] = ()) -> None:
-    """Refuse a model whose outputs would be nonsense.
+    """Refuse a model whose outputs would be meaningless.
 
-    Parameters and moving statistics have to be finite. Another buffer may hold infinities, as the mask of an attention does;
+    Parameters and moving statistics must be finite. Another buffer may hold infinities, as the mask of an attention does;
     ``check_finite_output`` shows whether they reach an output. NaN is refused everywhere.
 
     Args:

@@ -42,12 +42,12 @@ class NormView:
 
     @property
     def gamma(self) -> Tensor | None:
-        """The learned scale, if there is one."""
+        """The learned scale; None without one."""
         return _read(self.layer, self.names[0])
 
     @property
     def beta(self) -> Tensor | None:
-        """The learned shift, if there is one."""
+        """The learned shift; None without one."""
         return _read(self.layer, self.names[1])
 
     @property
@@ -72,12 +72,12 @@ class NormView:
 
     @property
     def batches(self) -> Tensor | None:
-        """The counter of training batches that layers of torch have."""
+        """The counter of training batches; None for layers from scratch."""
         return _read(self.layer, "num_batches_tracked")
 
     @property
     def statistics(self) -> list[Tensor]:
-        """The buffers that training changes: mean, variance and the counter if there is one."""
+        """The buffers that training changes: mean, variance and, if present, the counter."""
         return [self.mean, self.var, *([] if self.batches is None else [self.batches])]
 
 

@@ -53,7 +53,7 @@ class Format:
 
     @property
     def half_step(self) -> float:
-        """Return the largest relative error of one rounding of a normal number: half a unit in the last place of 1."""
+        """Return the largest relative error of one rounding of a normal number: half a unit in the last place of 1.0."""
         return float(2.0 ** -(self.mantissa + 1))
 
 
@@ -278,7 +278,7 @@ def precision_of(name: str) -> Precision:
     return PRECISIONS[name]
 
 
-#: Runtime -> operator -> largest absolute error of the engine's function, where that is more than rounding the exact result to
+#: Runtime -> operator -> largest absolute error of the engine's function, if that exceeds the rounding of the exact result to
 #: float32. Measured over [-30, 30] with onnxruntime 1.31.1 and openvino 2026.4.1. ONNX Runtime computes the logistic function
 #: as a rational approximation plus 0.5 (MLAS, logistic.cpp, after Eigen), so that a result near 0 keeps the last digit of 0.5:
 #: microsoft/onnxruntime issues 22557 and 26281. torch's functions are exact to a few units in the last place.

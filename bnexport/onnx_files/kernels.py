@@ -20,7 +20,7 @@ import numpy as np
 from bnexport.tensors import Array
 
 #: Elements of the unfolded windows of one matrix product. A small weight is fastest with windows that stay in the processor's
-#: cache (2 MB in float64); a large one needs more columns, because each product reads it anew, but no more than 16 MB.
+#: cache (2 MB in float64); a large one needs more columns, because each product reads it again, but no more than 16 MB.
 _ROOM, _MOST_ROOM, _PER_WEIGHT = 1 << 18, 1 << 21, 8
 #: Elements of one block of a depthwise convolution, whose sums over the taps stay in the processor's second cache.
 _CACHED = 1 << 14
@@ -245,7 +245,7 @@ def average_pool(x: Array, axes: tuple[WindowAxis, ...], *, counted: bool) -> Ar
 
 
 def _pooled(x: Array, axes: tuple[WindowAxis, ...], outside: Any, reduce: np.ufunc) -> Array:
-    """Return windows reduced along one axis after the other, always a new array."""
+    """Return the windows, reduced along one axis after the other, as a new array."""
     x = x.swapaxes(0, 1)
     for at, axis in enumerate(axes):
         whole = [WindowAxis(size, 1) for size in x.shape[2:]]

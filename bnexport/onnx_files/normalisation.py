@@ -62,7 +62,7 @@ def normalise(model: ModelProto) -> tuple[str, ...]:
 
 
 def _default_domain(model: ModelProto) -> bool:
-    """Write the domain ``ai.onnx`` as the empty one; two imports of one version become one."""
+    """Replace the domain ``ai.onnx`` by the empty domain; two imports of one version become one."""
     owners: list[Any] = [model, *model.functions]
     spelt = [item for owner in owners for item in owner.opset_import if item.domain == "ai.onnx"]
     spelt += [item for item in (*nodes(model), *model.functions) if item.domain == "ai.onnx"]
@@ -83,7 +83,7 @@ def _graph_names(model: ModelProto) -> bool:
 
 
 def _unknown_sizes(model: ModelProto) -> bool:
-    """Drop sizes of 0 and below, and the name "?", which Paddle's exporter gives to all unknown sizes alike."""
+    """Drop sizes of 0 and below, and the name "?", which Paddle's exporter gives to every unknown size."""
     found = False
     for graph in graphs(model):
         stored = {tensor.name for tensor in graph.initializer}

@@ -122,7 +122,7 @@ class Relu(OpRun):
 
 
 class Sigmoid(OpRun):
-    """1 / (1 + exp(-x)); where the exponential overflows, 1 / infinity is the right 0."""
+    """1 / (1 + exp(-x)); if the exponential overflows, 1 / infinity is the correct 0."""
 
     def _run(self, x: Array) -> tuple[Array]:
         y = np.negative(x)

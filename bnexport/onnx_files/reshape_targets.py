@@ -146,7 +146,7 @@ def _dims(graph: GraphProto) -> Dims:
 
 
 def _constants(model: ModelProto) -> dict[str, Sizes]:
-    """Return the short integer constants by name; an initializer that a caller may replace is not one."""
+    """Return the short integer constants by name, without initializers that a caller may replace."""
     replaceable = {value.name for value in model.graph.input} if model.ir_version >= 4 else set()
     tensors = {tensor.name: tensor for tensor in model.graph.initializer if tensor.name not in replaceable}
     found = {}
@@ -279,7 +279,7 @@ def _write(model: ModelProto, node: NodeProto, name: str, target: Sequence[int])
 
 
 def _drop_unread(model: ModelProto, names: Sequence[str]) -> None:
-    """Remove the nodes and initializers behind some values if they are no longer read."""
+    """Remove the nodes and initializers that compute some values if they are no longer read."""
     graph = model.graph
     count, producers = mentions(graph), {name: node for node in graph.node for name in node.output if name}
     inputs = {value.name for value in graph.input}

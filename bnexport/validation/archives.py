@@ -191,7 +191,7 @@ def _check_growth(entries: Sequence[Entry], most: int) -> None:
 
 
 def _common_folder(entries: Sequence[Entry]) -> str:
-    """Return the folder around every file. torch applies the first file's folder to all, so there must be just one."""
+    """Return the common folder of all files; torch applies the first file's folder to all, so there must be only one."""
     folder = entries[0].name.partition("/")[0] + "/"
     for entry in entries:
         if not entry.name.startswith(folder):
@@ -287,7 +287,7 @@ def _from_old_format(file: BinaryIO, vocabulary: Vocabulary) -> Saved:
 
 
 def _old_storages(file: BinaryIO, start: int, places: Mapping[str, Storage], order: Any) -> Callable[[Storage], bytes]:
-    """Return the reader of storages that lie one after the other, in the order of the last pickle."""
+    """Return the reader of consecutive storages in the order of the last pickle."""
     starts: dict[str, int] = {}
     for key in order.items if isinstance(order, Made) else ():
         if (storage := places.get(key) if isinstance(key, str) else None) is None:

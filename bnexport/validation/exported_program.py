@@ -47,7 +47,7 @@ _CONTAINERS = frozenset(
 
 
 def check_exported(sizes: Mapping[str, int], read: Callable[[str, int], bytes], pickled: Callable[[str], None]) -> None:
-    """Refuse a .pt2 file that holds more than one network's graph and tensors."""
+    """Refuse a .pt2 file that holds anything except one network's graph and tensors."""
     if _MODEL not in sizes:
         raise Refusal(f"is not a file of torch.export: it has no {_MODEL}")
     for name in sizes:
@@ -236,7 +236,7 @@ def _names_text(call: ast.Call) -> bool:
 
 
 def _is_large_power(call: ast.Call) -> bool:
-    """Return True for a power that takes too long to compute; Pow(x, Integer(2)) is harmless, a tower is not."""
+    """Return True for a power that takes too long to compute; Pow(x, Integer(2)) is harmless, nested powers are not."""
     if not isinstance(call.func, ast.Name) or call.func.id not in ("Pow", "PowByNatural", "FloatPow"):
         return False
     power = call.args[1] if len(call.args) == 2 else None

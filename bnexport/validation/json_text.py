@@ -1,4 +1,4 @@
-"""Untrusted JSON: one meaning only, and no more work than its size allows."""
+"""Strict parsing of untrusted JSON: a text has one meaning, and its cost is bounded by its size."""
 
 from __future__ import annotations
 

@@ -155,7 +155,7 @@ class Outside:
 
 
 def _check_tensor(content: bytes, found: Mapping[int, list[Field]], name: str, outside: Outside) -> None:
-    """Refuse a tensor whose sizes, type and data do not belong together."""
+    """Refuse a tensor whose sizes, type and data do not match."""
     elements = count_elements(numbers(content, found.get(1, [])))
     number = found[2][0].value if 2 in found else 0
     kind = ELEMENTS.get(number)
@@ -180,7 +180,7 @@ def _check_tensor(content: bytes, found: Mapping[int, list[Field]], name: str, o
 
 
 def numbers(content: bytes, fields: Sequence[Field]) -> list[int]:
-    """Return a repeated int64, up to one number more than a tensor may have dimensions."""
+    """Return a repeated int64, at most one number more than the allowed dimensions of a tensor."""
     values: list[int] = []
     for field in fields:
         for value in read_packed(content, field):
@@ -312,7 +312,7 @@ class _Scan:
         self._dense = 0
 
     def message(self, kind: str, start: int, end: int, depth: int) -> None:
-        """Walk through one message and those inside it."""
+        """Check one message and the messages inside it."""
         if depth > limit("onnx-depth"):
             raise Refusal(f"has messages more than {limit('onnx-depth')} levels deep")
         known, found = MESSAGES[kind], _Fields()

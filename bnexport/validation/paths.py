@@ -80,7 +80,7 @@ def check_twins(names: Iterable[str]) -> None:
 
 
 def place_problem(folder: Path, name: str) -> str | None:
-    """Return the reason why a file below a folder is not a separate plain file; None if it is one, or does not exist.
+    """Return the reason why a file below a folder is not a separate plain file; None if it is, or does not exist.
 
     Every part of the path is checked, because a linked folder leads out as well as a linked file. A file with a second name
     (a hard link) may be any file of the disk, and can be changed through its other name.

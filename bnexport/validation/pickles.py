@@ -157,7 +157,7 @@ _INT64 = 2**63
 
 @dataclass(frozen=True)
 class Storage:
-    """The elements of a tensor: a file of the archive, or a part of one as PyTorch before 0.4 wrote it."""
+    """The elements of a tensor: a file of the archive, or a part of a file as PyTorch before 0.4 wrote it."""
 
     key: str
     numel: int

@@ -1,4 +1,4 @@
-"""The header of a safetensors file: every byte of data belongs to exactly one tensor, and none lies outside.
+"""Validation of the header of a safetensors file: every byte of data belongs to exactly one tensor.
 
 Source: github.com/huggingface/safetensors, "Format". The data are not read.
 """

@@ -22,7 +22,7 @@ STORED, DEFLATED = 0, 8
 _END, _LOCATOR, _END64 = b"PK\x05\x06", b"PK\x06\x07", b"PK\x06\x06"
 _CENTRAL = b"PK\x01\x02"
 _FULL16, _FULL32 = 0xFFFF, 0xFFFFFFFF
-#: Bits that may be set: strength of packing, sizes behind the data, names in UTF-8. Others mean encryption or patches.
+#: Bits that may be set: strength of packing, sizes after the data, names in UTF-8. Others mean encryption or patches.
 _FLAGS = 0x0006 | 0x0008 | 0x0800
 _SYMLINK, _KIND = 0o120000, 0o170000
 
@@ -175,7 +175,7 @@ def _check_kind(name: str, flags: int, method: int, mode: int) -> None:
 
 
 def _widened(name: str, extra: bytes, size: int, packed: int, header: int) -> tuple[int, int, int]:
-    """Return sizes and place, from the 64-bit extra field if a short one is full (APPNOTE 4.5.3)."""
+    """Return sizes and place, from the 64-bit extra field if a 32-bit field is full (APPNOTE 4.5.3)."""
     wide = b""
     at = 0
     while at + 4 <= len(extra):
@@ -197,7 +197,7 @@ def _widened(name: str, extra: bytes, size: int, packed: int, header: int) -> tu
 
 
 def _placed(file: BinaryIO, entries: list[Entry], end: int) -> list[Entry]:
-    """Return the entries with the start of their bytes; refuse those that overlap or leave room in front."""
+    """Return the entries with the start of their bytes; refuse overlaps, and bytes before the first entry."""
     order = sorted(entries, key=lambda entry: entry.header)
     if order[0].header != 0:
         raise Refusal("is an archive with foreign bytes in front")

@@ -246,7 +246,7 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "another byte order": (npy(FLOATS.astype(">f4")), "is >f4, expected float32"),
     "NaN": (npy(spoiled(FLOATS, 4, np.nan)), "x.npy holds NaN or infinity in sample 4 of 'input'"),
     "infinity": (npy(spoiled(FLOATS, 0, -np.inf)), "in sample 0 of 'input'"),
-    "pixels channels first": (npy(PIXELS[:, None]), "which is not images"),
+    "pixels channels first": (npy(PIXELS[:, None]), "which is not a shape of images"),
     "a pickle": (file("x.npy", pickle.dumps(Evil())), "is not a PNG, JPEG, BMP, WebP, GIF, .npy or IDX file"),
     "objects": (npy(OBJECTS, allow_pickle=True), "not of plain numbers"),
     "texts": (npy(np.array(["a", "b"])), "not of plain numbers"),
