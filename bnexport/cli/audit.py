@@ -15,8 +15,8 @@ from bnexport.optional import need_packages
 _NAMES = [tool.name for tool in TOOLS]
 _OF_NETWORKS = ("weights", "weights_key", "model_options", "inputs", "tools", "seed")
 _OF_INT8 = ("reference", "samples", "mean", "std", "repair", "force")
-#: Kernels of ONNX Runtime in the table -> whether they add in 32 bits.
-_KERNELS = {"ONNX Runtime's default kernels here": False, "ONNX Runtime's precise kernels here": True}
+#: Kernels of ONNX Runtime in the table -> whether all of them add in 32 bits (session.x64quantprecision).
+_KERNELS = {"default kernels here": False, "precise kernels here": True}
 
 
 @click.command("audit", epilog="Example: bnexport audit net.int8.onnx --reference net.onnx --samples photos.npy")
@@ -129,7 +129,8 @@ def _audit_int8(
     need_packages("bnexport audit", "onnx", "onnxruntime")
     from bnexport.files import write_atomically
     from bnexport.onnx_files.models import read_model
-    from bnexport.quantization.int8_audit import audit_int8, is_int8_model, repaired
+    from bnexport.quantization.int8_audit import audit_int8, is_int8_model
+    from bnexport.quantization.writer import repaired
     from bnexport.reporting.results import print_int8_audit
 
     if repair is not None:

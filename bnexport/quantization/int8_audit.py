@@ -1,4 +1,4 @@
-"""Audit an int8 ONNX file of any tool, and repair it: can it saturate, and what do the kernels of this machine compute?
+"""Audit an int8 ONNX file of any tool: can it saturate, and what do the kernels of this machine compute?
 
 A file in the QOperator form (QLinearConv, QGemm, ...) is first written in the QDQ form, which states the same arithmetic. Then
 the integer emulation predicts the effect of 16-bit saturation on every machine, and the engine shows it on this one.
@@ -12,24 +12,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
-from onnx import ModelProto, NodeProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from bnexport.errors import BnexportError, DataError, ModelError
 from bnexport.onnx_files.float64 import Float64Evaluator
-from bnexport.onnx_files.models import LINEAR, multiplications, nodes, opset_of, refill
-from bnexport.onnx_files.names import Names, mentions
+from bnexport.onnx_files.models import LINEAR, multiplications, nodes, refill
+from bnexport.onnx_files.names import Names
 from bnexport.onnx_files.normalisation import normalise
 from bnexport.optional import one_line
-from bnexport.quantization.codes import correction, encode, encode_bias, least_scales, saturating_channels
-from bnexport.quantization.int8_plan import OLDEST_OPSET, attributes
+from bnexport.quantization.codes import saturating_channels
+from bnexport.quantization.int8_plan import attributes
 from bnexport.quantization.integer_emulation import EXACT, LAST_BIT, SATURATING, Int8Layer, IntegerEmulator, int8_layers
 from bnexport.tensors import Array
 
 #: Inputs -> outputs by name, of an engine.
 Run = Callable[[Mapping[str, Array]], Mapping[str, Array]]
 Outputs = Mapping[str, Array]
-#: QOperator -> the float operator, the number of inputs with codes, and whether a bias follows (QLinearConv's after the output).
+#: QOperator -> the float operator, and the number of inputs with codes. The bias of QLinearConv comes last.
 _QOPERATORS = {
     "QLinearConv": ("Conv", 2), "QLinearMatMul": ("MatMul", 2), "QGemm": ("Gemm", 2), "QLinearAdd": ("Add", 2),
     "QLinearMul": ("Mul", 2), "QLinearGlobalAveragePool": ("GlobalAveragePool", 1),
@@ -183,6 +182,7 @@ class Int8Audit:
     bound: float | None
     samples: str
     means: Mapping[str, Array]  # Layer's output -> E[x] of each input channel on the samples
+    unread: int = 0  # Layers with int8 inputs whose weights could not be read
 
     @property
     def saturating(self) -> int:
@@ -200,6 +200,8 @@ class Int8Audit:
             return f"wrong: {', '.join(check.name for check in self.wrong)}"
         if self.saturating:
             return f"right here on {self.samples}, but {self.saturating} channels can saturate"
+        if self.unread:
+            return f"right here on {self.samples}; {self.unread} layers could not be read"
         return "right: no channel can saturate"
 
     def to_json(self) -> dict[str, Any]:
@@ -212,7 +214,13 @@ class Int8Audit:
             "saturating_channels": self.saturating,
             "checks": [asdict(check) for check in self.checks],
             "layers": [asdict(layer) for layer in self.layers],
-            "differences": {name: asdict(found) for name, found in self.differences.items()},
+            "unread_layers": self.unread,
+            "differences": {
+                name: {
+                    key: value if value is None or np.isfinite(value) else None for key, value in asdict(found).items()
+                }
+                for name, found in self.differences.items()
+            },
         }
 
 
@@ -238,20 +246,23 @@ def audit_int8(
         DataError: The engine or the reference can't run the samples.
     """
     plain = as_qdq(model)
-    layers = int8_layers(plain)
-    risks = [LayerRisk(_name(layer.node), len(layer.codes), int(layer.unsafe.sum())) for layer in layers]
-    risks += _dynamic_risks(plain)
-    if not risks and not _unsigned(plain):
+    layers, dynamic = int8_layers(plain), dynamic_risks(plain)
+    risks = [LayerRisk(_name(layer.node), len(layer.codes), int(layer.unsafe.sum())) for layer in layers] + dynamic
+    unread = _unread(plain, layers)
+    if not risks and not unread and not _unsigned(plain):
         raise ModelError("the file has no int8 convolution or matrix product", remedy="Give an int8 ONNX file")
     size = max(1, int(np.clip(_BUDGET / multiplications(plain), _FEWEST, _MOST)))
     real = feeds is not None
     feeds = _front(feeds, size) if feeds is not None else _synthetic(plain, min(size, _SYNTHETIC))
-    n = len(next(iter(feeds.values())))
-    samples = f"{n} samples of {described}" if real and described else f"{n} {'given' if real else 'synthetic'} samples"
-    checks = [_risk_check(risks, layers, plain), AuditCheck("note", "this machine", instructions())]
+    samples = f"{len(next(iter(feeds.values())))} " + (
+        f"samples of {described or 'the caller'}" if real else "synthetic samples"
+    )
+    checks = [_risk_check(risks, layers, plain, unread), AuditCheck("note", "this machine", instructions())]
     found: dict[str, Outputs] = {}
+    # The emulation does not cover saturation in layers whose scales are computed at run time.
+    saturation = (SATURATING,) if any(layer.can_saturate for layer in layers) and not dynamic else ()
     try:
-        for way in (EXACT, SATURATING, LAST_BIT):
+        for way in (EXACT, *saturation, LAST_BIT):
             found[way] = _in_batches(IntegerEmulator(plain, way).evaluate, feeds, plain)
     except BnexportError as error:
         text = f"the file can't be emulated, so the effect is measured on this machine only ({one_line(error, 90)})"
@@ -259,7 +270,7 @@ def audit_int8(
         found.clear()
     for name, run in kernels.items():
         found[name] = _in_batches(run, feeds, plain)
-    bound, differences, more = _judged(found, tuple(kernels))
+    bound, differences, more = _judged(found, tuple(kernels), predicted=EXACT in found and not dynamic)
     checks += [*more, *_edges(plain)]
     means: dict[str, Array] = {}
     if real and EXACT in found:
@@ -267,14 +278,14 @@ def audit_int8(
         checks.append(clipped)
     if reference is not None:
         checks += _against(reference, feeds, found, differences)
-    return Int8Audit(tuple(checks), tuple(risks), differences, bound, samples, means)
+    return Int8Audit(tuple(checks), tuple(risks), differences, bound, samples, means, unread)
 
 
 def _name(node: NodeProto) -> str:
     return node.name or str(node.output[0])
 
 
-def _dynamic_risks(model: ModelProto) -> list[LayerRisk]:
+def dynamic_risks(model: ModelProto) -> list[LayerRisk]:
     """Return the layers whose activations get their scale while they run, with int8 weights stored in the file."""
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
     found = []
@@ -294,6 +305,22 @@ def _unsigned(model: ModelProto) -> int:
     return sum(_weight_type(node, model) == np.uint8 for node in model.graph.node if node.op_type in LINEAR + _DYNAMIC)
 
 
+def _unread(model: ModelProto, layers: Sequence[Int8Layer]) -> int:
+    """Return the number of layers that multiply codes by int8 codes which are not stored plainly in the file."""
+    stored = {tensor.name for tensor in model.graph.initializer}
+    types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    decoders = {node.output[0]: node for node in model.graph.node if node.op_type == "DequantizeLinear"}
+    read, count = {layer.output for layer in layers}, 0
+    for node in model.graph.node:
+        if node.op_type not in ("Conv", "Gemm", "MatMul") or node.output[0] in read or node.input[0] not in decoders:
+            continue
+        weight = decoders.get(node.input[1])
+        zero = weight.input[2] if weight is not None and len(weight.input) > 2 else ""
+        unsigned = weight is not None and types.get(zero or weight.input[0]) == TensorProto.UINT8
+        count += node.input[1] not in stored and not unsigned
+    return count
+
+
 def _weight_type(node: NodeProto, model: ModelProto) -> Any:
     """Return the type of a layer's stored weight codes; None for a weight in float."""
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
@@ -304,17 +331,18 @@ def _weight_type(node: NodeProto, model: ModelProto) -> Any:
     return kind if kind in (np.int8, np.uint8) else None
 
 
-def _risk_check(risks: Sequence[LayerRisk], layers: Sequence[Int8Layer], model: ModelProto) -> AuditCheck:
+def _risk_check(risks: Sequence[LayerRisk], layers: Sequence[Int8Layer], model: ModelProto, unread: int) -> AuditCheck:
     count, unsafe = sum(risk.channels for risk in risks), [risk for risk in risks if risk.saturating]
     notes = [f"{sum(layer.depthwise for layer in layers)} depthwise layers are exempt"] * any(
         layer.depthwise for layer in layers
     )
     notes += [f"{_unsigned(model)} layers have uint8 weights, which are exempt"] * (_unsigned(model) > 0)
+    notes += [f"the weights of {unread} layers could not be read"] * (unread > 0)
     if len(risks) > len(layers):
         notes.append("scales that are computed at run time: the effect is measured on this machine only")
     if not unsafe:
         text = "; ".join([f"no channel of {len(risks)} int8 layers can saturate, on any instruction set", *notes])
-        return AuditCheck("right", "16-bit saturation", text)
+        return AuditCheck("note" if unread else "right", "16-bit saturation", text)
     listed = ", ".join(f"{risk.name} ({risk.saturating} of {risk.channels})" for risk in unsafe[:_SHOWN])
     listed += ", ..." if len(unsafe) > _SHOWN else ""
     total = sum(risk.saturating for risk in unsafe)
@@ -381,15 +409,20 @@ def _limits(node: NodeProto, stored: Mapping[str, Any]) -> tuple[float, float] |
     return (codes.min - shift) * float(scale.reshape(-1)[0]), (codes.max - shift) * float(scale.reshape(-1)[0])
 
 
-def _in_batches(run: Run, feeds: Mapping[str, Array], model: ModelProto) -> dict[str, Array]:
-    """Run samples in batches of the size that the file declares, or of _CHUNK."""
+def _batches(feeds: Mapping[str, Array], model: ModelProto) -> Iterator[dict[str, Array]]:
+    """Yield samples in batches of the size that the file declares, or of _CHUNK."""
     stored = {tensor.name for tensor in model.graph.initializer}
-    first = next(value for value in model.graph.input if value.name not in stored).type.tensor_type.shape.dim
-    fixed = first[0].dim_value if first else 0
-    n, step = len(next(iter(feeds.values()))), fixed or _CHUNK
-    if n % step and fixed:
-        raise DataError(f"the file takes batches of {step}, {n} samples are not a multiple", remedy="Give a multiple")
-    parts = [run({name: array[at : at + step] for name, array in feeds.items()}) for at in range(0, n, step)]
+    dims = next(value for value in model.graph.input if value.name not in stored).type.tensor_type.shape.dim
+    n, fixed = len(next(iter(feeds.values()))), dims[0].dim_value if dims else 0
+    if fixed and n % fixed:
+        raise DataError(f"the file takes batches of {fixed}, but there are {n} samples", remedy="Give a multiple of it")
+    for at in range(0, n, fixed or _CHUNK):
+        yield {name: array[at : at + (fixed or _CHUNK)] for name, array in feeds.items()}
+
+
+def _in_batches(run: Run, feeds: Mapping[str, Array], model: ModelProto) -> dict[str, Array]:
+    """Run samples in batches, and return the outputs of all."""
+    parts = [run(part) for part in _batches(feeds, model)]
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
@@ -398,6 +431,7 @@ def compared(candidate: Outputs, expected: Outputs) -> Difference:
     worst, labels, signal, noise, n = (0.0, 0.0), None, 0.0, 0.0, 0
     for one, other in zip(candidate.values(), expected.values(), strict=True):
         wide, off = other.astype(np.float64), one.astype(np.float64) - other
+        off = np.where(np.isfinite(off), off, np.inf)
         scale, n = float(np.abs(wide).max()) or 1.0, len(other)
         worst = max(worst, (float(np.sqrt((off**2).mean())) / scale, float(np.abs(off).max()) / scale))
         signal, noise = signal + float((wide**2).sum()), noise + float((off**2).sum())
@@ -408,28 +442,30 @@ def compared(candidate: Outputs, expected: Outputs) -> Difference:
 
 
 def _judged(
-    found: Mapping[str, Outputs], kernels: Sequence[str]
+    found: Mapping[str, Outputs], kernels: Sequence[str], *, predicted: bool
 ) -> tuple[float | None, dict[str, Difference], list[AuditCheck]]:
-    """Judge the saturation by its labels, and the kernels by their distance from the emulation, or from the precise ones."""
+    """Judge saturation by the labels, and kernels by their distance from the emulation, or else from the last kernels.
+
+    ``predicted``: the disagreement of right kernels was emulated. Otherwise their rms has a fixed bound.
+    """
     differences: dict[str, Difference] = {}
-    checks = []
+    checks: list[AuditCheck] = []
     base = EXACT if EXACT in found else kernels[-1] if len(kernels) > 1 else ""
     if not base:
         return None, differences, checks
-    bound = _UNPREDICTED
-    if base == EXACT:
-        bound = max(_FLOOR, _FACTOR * compared(found[LAST_BIT], found[EXACT]).error)
+    bound = max(_FLOOR, _FACTOR * compared(found[LAST_BIT], found[EXACT]).error) if predicted else _UNPREDICTED
+    if SATURATING in found:
         effect = differences[SATURATING] = compared(found[SATURATING], found[EXACT])
-        verdict = "wrong" if effect.labels else "right"
-        checks.append(AuditCheck(verdict, "effect of saturation (emulated)", str(effect)))
+        checks.append(AuditCheck("wrong" if effect.labels else "right", "saturation (emulated)", str(effect)))
     for place, name in enumerate(kernels):
         if name == base:
             continue
         off = differences[name] = compared(found[name], found[base])
-        right = off.error <= bound
+        right = (off.error if predicted else off.rms) <= bound
         verdict = "right" if right else "note" if place else "wrong"
-        against = "the file states" if base == EXACT else f"{base} compute"
-        checks.append(AuditCheck(verdict, name, f"off from what {against}: {off} (bound {bound:.2g})"))
+        against = "the file states" if base == EXACT else f"the {base} compute"
+        limit = f"bound {bound:.2g}" if predicted else f"bound of the rms {bound:.2g}"
+        checks.append(AuditCheck(verdict, name, f"off from what {against}: {off} ({limit})"))
     return bound, differences, checks
 
 
@@ -461,9 +497,7 @@ def _inside(
     sums: dict[str, Array] = {}
     evaluator = IntegerEmulator(model)
     n = len(next(iter(feeds.values())))
-    step = 1 if not evaluator.varies else _CHUNK
-    for at in range(0, n, step):
-        part = {name: array[at : at + step] for name, array in feeds.items()}
+    for part in _batches(feeds, model):
         values = {**part, **evaluator.intermediate(part)}
         for node, (low, high) in coded:
             array, half = values[node.input[0]], (high - low) / 510
@@ -505,119 +539,7 @@ def _against(
         if shapes[0] != shapes[1]:
             raise ModelError("the reference has outputs of other shapes than the int8 file", remedy=remedy)
         off = differences[f"reference: {name}"] = compared(outputs, exact)
-        label = {EXACT: "as the file states", SATURATING: "with saturation (emulated)"}.get(name, name)
+        label = {EXACT: "as the file states", SATURATING: "saturation (emulated)"}.get(name, name)
         snr = "exact" if off.snr is None else f"{off.snr:.1f} dB"
         changed = "" if off.labels is None else f"; {off.labels} of {off.n} labels changed"
-        yield AuditCheck("note", f"against the reference: {label}", snr + changed)
-
-
-# --- the repair -------------------------------------------------------------------------------------------------------
-
-
-def repaired(model: ModelProto, means: Mapping[str, Array] | None = None) -> ModelProto:
-    """Return the model in the QDQ form with weights of which no channel can saturate.
-
-    Each layer with a saturating channel is rounded again, from its decoded weights, with one scale per output channel.
-
-    Args:
-        model: An int8 model, which is not changed.
-        means: Layer's output -> E[x] of each input channel, by which the bias is corrected; None: the bias keeps its value.
-
-    Raises:
-        ModelError: The model can't be repaired: dynamic scales, an operator set before 13, nothing to repair.
-    """
-    if (opset := opset_of(model)) < OLDEST_OPSET:
-        raise ModelError(
-            f"the file has operator set {opset}; scales per channel need {OLDEST_OPSET}",
-            remedy=f"Convert the float32 file to operator set {OLDEST_OPSET} and quantise it again",
-        )
-    result = as_qdq(model)
-    if any(risk.saturating for risk in _dynamic_risks(result)):
-        raise ModelError("layers with scales of run time can't be repaired", remedy="Quantise the network statically")
-    layers = {layer.output: layer for layer in int8_layers(result) if layer.can_saturate}
-    if not layers:
-        raise ModelError("no channel can saturate, so there is nothing to repair", remedy="Leave --repair out")
-    repair = _Repair(result)
-    written: list[NodeProto] = []
-    for node in result.graph.node:
-        if node.output[0] in layers:
-            layer = layers[node.output[0]]
-            written += repair.layer(layer, node, (means or {}).get(layer.output))
-        written.append(node)
-    refill(result.graph.node, written)
-    result.graph.initializer.extend(repair.tensors)
-    _drop_unread(result)
-    del result.graph.value_info[:]
-    try:
-        onnx.checker.check_model(result, full_check=True)
-    except Exception as error:  # the checker's and the shape inference's errors share no base class
-        raise ModelError(f"the repaired file is not valid ONNX: {one_line(error)}", remedy="Report it") from error
-    return result
-
-
-class _Repair:
-    """Rounds layers again; ``tensors`` are the new numbers."""
-
-    def __init__(self, model: ModelProto) -> None:
-        self.tensors: list[onnx.TensorProto] = []
-        self._names = Names(model)
-        self._stored = {tensor.name: tensor for tensor in model.graph.initializer}
-        self._decoders = {node.output[0]: node for node in model.graph.node if node.op_type == "DequantizeLinear"}
-
-    def layer(self, layer: Int8Layer, node: NodeProto, mean: Array | None) -> list[NodeProto]:
-        """Connect a layer to new weights, and return the nodes that decode them."""
-        old = self._decoded(node.input[1])
-        transposed = node.op_type == "MatMul" or (node.op_type == "Gemm" and not attributes(node).get("transB", 0))
-        exact = old.T if transposed else old
-        name = node.input[2] if len(node.input) > 2 else ""
-        bias = self._decoded(name).reshape(-1) if name else np.zeros(len(exact))
-        constant = len(bias) == len(exact)
-        new = encode(exact, pair_safe=True, least=least_scales(bias, layer.step) if constant else None)
-        codes = self._store(node.input[1], "codes", np.ascontiguousarray(new.codes.T if transposed else new.codes))
-        zero = self._store(node.input[1], "zero", np.zeros(len(exact), np.int8))
-        scales = self._store(node.input[1], "scale", new.scales)
-        weight = self._names.free(node.input[1], "decoded")
-        nodes = [helper.make_node("DequantizeLinear", [codes, scales, zero], [weight], axis=int(transposed))]
-        node.input[1] = weight
-        if not name or not constant:
-            return nodes
-        plain = attributes(node).get("alpha", 1.0) == 1 and attributes(node).get("beta", 1.0) == 1
-        if mean is not None and plain:
-            bias = bias - correction(exact, new.values, mean, layer.groups)
-        if name not in self._decoders:
-            node.input[2] = self._store(name, "corrected", bias.astype(np.float32))
-            return nodes
-        steps = new.scales * np.float32(layer.step)
-        shift = self._names.free(name, "decoded")
-        inputs = [self._store(name, "codes", encode_bias(bias, steps)), self._store(name, "scale", steps)]
-        node.input[2] = shift
-        return [*nodes, helper.make_node("DequantizeLinear", inputs, [shift], axis=0)]
-
-    def _decoded(self, name: str) -> Array:
-        """Return the real numbers of a stored or decoded tensor."""
-        decoder = self._decoders.get(name)
-        if (name if decoder is None else decoder.input[0]) not in self._stored:
-            raise ModelError(f"{name!r} is computed, so its layer can't be repaired", remedy="Leave --repair out")
-        if decoder is None:
-            return numpy_helper.to_array(self._stored[name]).astype(np.float64)
-        codes, scale, *zero = (
-            numpy_helper.to_array(self._stored[part]).astype(np.float64) for part in decoder.input if part
-        )
-        axis = int(attributes(decoder).get("axis", 1)) % codes.ndim
-        shape = [-1 if place == axis else 1 for place in range(codes.ndim)]
-        parts = [part.reshape(shape) if part.size > 1 else part.reshape(-1)[0] for part in (scale, *zero)]
-        return np.asarray((codes - (parts[1] if zero else 0.0)) * parts[0])
-
-    def _store(self, name: str, what: str, array: Array) -> str:
-        free = self._names.free(name, what)
-        self.tensors.append(numpy_helper.from_array(array, free))
-        return free
-
-
-def _drop_unread(model: ModelProto) -> None:
-    """Drop DequantizeLinear nodes and stored tensors that nothing reads."""
-    count = mentions(model.graph)
-    kept = [node for node in model.graph.node if node.op_type != "DequantizeLinear" or count[node.output[0]]]
-    refill(model.graph.node, kept)
-    count = mentions(model.graph)
-    refill(model.graph.initializer, [tensor for tensor in model.graph.initializer if count[tensor.name]])
+        yield AuditCheck("note", f"reference, {label}", snr + changed)
