@@ -139,7 +139,7 @@ def _audit_int8(
     if not is_int8_model(model):
         raise ModelError(
             f"{source} is not an int8 file: it has no QuantizeLinear, QLinearConv or ConvInteger",
-            remedy=f"Compare tools on the network itself, or fold the file: bnexport fold-and-export {source} --out OUT.onnx",
+            remedy="Give an int8 file, or the network itself to compare tools that fold",
         )
     feeds, described = (None, "") if samples is None else _samples(model, samples, options["mean"], options["std"])
     exact = None if reference is None else read_model(reference)

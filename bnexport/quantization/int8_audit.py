@@ -68,7 +68,7 @@ def as_qdq(model: ModelProto) -> ModelProto:
         values = attributes(node)
         if node.op_type == "Constant" and "value" in values:
             graph.initializer.append(numpy_helper.from_array(numpy_helper.to_array(values["value"]), node.output[0]))
-        elif node.op_type in _QOPERATORS:
+        elif node.op_type in _QOPERATORS and not values.get("channels_last", 0):
             written += _split(node, names, graph)
         else:
             written.append(node)
@@ -86,14 +86,17 @@ def _split(node: NodeProto, names: Names, graph: Any) -> Iterator[NodeProto]:
     for place in range(count):
         parts = [name for name in given[3 * place : 3 * place + 3] if name]
         inputs.append(names.free(parts[0], "decoded"))
-        axis = {"axis": settings.get("transB", 0) ^ 1 if operator == "Gemm" else 0} if place else {}
-        yield helper.make_node("DequantizeLinear", parts, inputs[-1:], **_axis(parts, axis, graph, operator))
+        decoder = helper.make_node("DequantizeLinear", parts, inputs[-1:])
+        if place and _stored(graph, parts[1]).size > 1:  # one scale for each output channel
+            axis = 1 if operator == "MatMul" or (operator == "Gemm" and not settings.get("transB", 0)) else 0
+            decoder.attribute.append(helper.make_attribute("axis", axis))
+        yield decoder
     bias = rest[0] if operator == "Gemm" else rest[2] if operator == "Conv" and len(rest) > 2 else ""
     output = rest[1:3] if operator == "Gemm" else rest[:2]
     if bias:
-        scales = [_stored(graph, given[place]) for place in (1, 4)]
+        scale = np.asarray(_stored(graph, given[1]) * _stored(graph, given[4]), np.float32)
         name = names.free(bias, "scale")
-        graph.initializer.append(numpy_helper.from_array((scales[0] * scales[1]).astype(np.float32), name))
+        graph.initializer.append(numpy_helper.from_array(scale if scale.size > 1 else scale.reshape(()), name))
         inputs.append(names.free(bias, "decoded"))
         yield helper.make_node("DequantizeLinear", [bias, name], inputs[-1:], axis=0)
     scaled = len(output) > 0 and bool(output[0])
@@ -102,13 +105,6 @@ def _split(node: NodeProto, names: Names, graph: Any) -> Iterator[NodeProto]:
     yield helper.make_node(operator, inputs, [result], name=node.name, **known)
     if scaled:
         yield helper.make_node("QuantizeLinear", [result, *filter(None, output[:2])], [node.output[0]])
-
-
-def _axis(parts: Sequence[str], wanted: dict[str, int], graph: Any, operator: str) -> dict[str, int]:
-    """Return the axis of a DequantizeLinear with one scale for each output channel; nothing for one scale."""
-    if not wanted or _stored(graph, parts[1]).size < 2:
-        return {}
-    return {"axis": 1} if operator == "MatMul" else wanted
 
 
 def _stored(graph: Any, name: str) -> Array:
