@@ -47,7 +47,7 @@ class Int8Options:
     def __post_init__(self) -> None:
         if self.target not in INT8_TARGETS:
             raise UsageError(
-                f"the target {self.target!r} is not known", remedy=f"TrainedMoments: {', '.join(INT8_TARGETS)}"
+                f"the target {self.target!r} is not known", remedy=f"Choose one of: {', '.join(INT8_TARGETS)}"
             )
         if self.allow_flips is not None and not 0 <= self.allow_flips <= 1:
             raise UsageError(f"--allow-flips is {self.allow_flips:g}", remedy="Give a share from 0% to 100%")

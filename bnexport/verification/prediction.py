@@ -106,13 +106,17 @@ def detect(
     errors = {name: _difference(outputs, exact) for name, outputs in emulated.items()}
     errors = {name: values for name, values in errors.items() if np.isfinite(values).all()}
     sizes = {name: _rms(values) for name, values in errors.items()}
-    if size <= _limit_of_float32(sizes, functions):
-        return Detected("float32", size, None, 0, f"the error (rms {size:.1e} of scale) is that of float32")
+    float32 = Detected("float32", size, None, 0, f"the error (rms {size:.1e} of scale) is that of float32")
+    if size <= _limit_of_float32(sizes, 0.0):
+        return float32
     coarse = [name for name in errors if name != "float32"]
+    cosines = {name: _cosine(error, errors[name]) for name in coarse} if same_weights else {}
+    alike = [name for name in cosines if cosines[name] >= ALIKE and size <= _SAME_SIZE * sizes[name]]
+    # A coarser kernel has the direction of its emulation, so the noise of functions does not hide it.
+    if functions and not alike and size <= _limit_of_float32(sizes, functions):
+        return float32
     if not same_weights:
         return _by_size(size, sizes, coarse)
-    cosines = {name: _cosine(error, errors[name]) for name in coarse}
-    alike = [name for name in coarse if cosines[name] >= ALIKE and size <= _SAME_SIZE * sizes[name]]
     if not alike:
         return _unknown(size, sizes, coarse, cosines)
     left = {name: _rms(error - errors[name]) / size for name in alike}

@@ -258,7 +258,8 @@ def test_a_verification_drops_no_request(
 def test_the_verdict_states_what_it_covers_and_prints_the_full_check(home: Home, exported: Bundle, cli: Run) -> None:
     code, out, _ = cli("verify", exported.path, *ENGINE)
     assert code == 0
-    first, second = out.splitlines()[-3:-1] if "Full check" in out.splitlines()[-2] else out.splitlines()[-4:-2]
+    lines = out.splitlines()
+    first, second = lines[0], next(line for line in lines if line.startswith("Full check: "))
     assert first.startswith("PASS, files and golden vectors only; give --source and --dataset for the full check: ")
     assert second == f"Full check: bnexport verify {exported.path} --source {home.source} --dataset {home.dataset}"
     code, out, _ = cli(*shlex.split(second)[3:], *ENGINE, "--json", "-")

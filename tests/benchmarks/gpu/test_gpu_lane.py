@@ -227,7 +227,7 @@ def test_without_a_gpu_the_emulation_stands_in_and_the_page_says_so(
     assert captured.out.startswith("PASS: 2 settings; ")
     text = (tmp_path / "gpu.md").read_text(encoding="utf-8")
     assert NOT_MEASURED in text
-    assert "nothing about any GPU" in " ".join(text.split())
+    assert "not a measurement of a GPU" in " ".join(text.split())
     assert "| tf32 | shipping |" in text
     assert "Measured on" not in text
     assert max(len(line) for line in text.splitlines() if not line.startswith("|")) <= 120

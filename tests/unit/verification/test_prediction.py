@@ -20,6 +20,7 @@ from bnexport.onnx_files.float64 import Float64Evaluator
 from bnexport.onnx_files.models import read_model
 from bnexport.quantization.integer_emulation import EXACT, SATURATING
 from bnexport.runtimes.catalogue import runner_spec
+from bnexport.verification import prediction
 from bnexport.verification.prediction import _COARSENESS, Detected, compatible, detect, rounding_noise
 
 X = np.random.default_rng(0).random((64, 1, 28, 28), dtype=np.float32)
@@ -56,6 +57,14 @@ def test_every_precision_is_told_from_every_other(exact: Outputs, emulated: dict
         assert seen.cosine > 0.99
     assert PRECISIONS[name].words in seen.sentence
     assert compatible(name, seen)
+
+
+@pytest.mark.parametrize("name", ["tf32", "bfloat16", "float16"])
+def test_the_noise_of_functions_hides_no_coarser_kernel(
+    exact: Outputs, emulated: dict[str, Outputs], name: str
+) -> None:
+    functions = 10 * prediction._rms(prediction._difference(emulated[name], exact))
+    assert name in detect(emulated[name], exact, emulated, functions=functions).precision
 
 
 def test_real_float32_engines_are_float32(bundle: Bundle, exact: Outputs, emulated: dict[str, Outputs]) -> None:
