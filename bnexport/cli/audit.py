@@ -9,7 +9,7 @@ import click
 from click.core import ParameterSource
 
 from bnexport.auditing.tool_table import TOOLS
-from bnexport.errors import BnexportError, DataError, ModelError, OutputError, UsageError
+from bnexport.errors import BnexportError, DataError, ModelError, OutputError, RuntimeUnavailable, UsageError
 from bnexport.optional import need_packages
 
 _NAMES = [tool.name for tool in TOOLS]
@@ -143,8 +143,12 @@ def _audit_int8(
         )
     feeds, described = (None, "") if samples is None else _samples(model, samples, options["mean"], options["std"])
     exact = None if reference is None else read_model(reference)
-    runs = {name: _kernels(source, precise=precise) for name, precise in _KERNELS.items()}
-    found = audit_int8(model, runs, feeds, described=described, reference=exact)
+    runs, unavailable = {}, ""
+    try:
+        runs = {name: _kernels(source, precise=precise) for name, precise in _KERNELS.items()}
+    except RuntimeUnavailable as error:
+        unavailable = error.message
+    found = audit_int8(model, runs, feeds, described=described, reference=exact, unavailable=unavailable)
     if repair is not None:
         written = repaired(model, found.means)
         write_atomically(repair, written.SerializeToString(deterministic=True))
@@ -199,9 +203,7 @@ def _kernels(source: Path, *, precise: bool) -> Any:
     except BnexportError:
         raise
     except Exception as error:  # onnxruntime's classes derive from Exception alone
-        raise ModelError(
-            f"onnxruntime can't load {source}: {one_line(error, 160)}", remedy="Check the file with onnx.checker"
-        ) from error
+        raise RuntimeUnavailable(f"ONNX Runtime can't load the file: {one_line(error, 120)}") from error
     names = [item.name for item in session.get_outputs()]
 
     def run(feeds: Any) -> dict[str, Any]:

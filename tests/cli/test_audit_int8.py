@@ -104,12 +104,12 @@ def test_a_saturating_file_is_wrong_by_the_emulation_on_every_machine(
     assert found["saturating_channels"] >= 16
     effect = found["differences"]["int8-saturating"]
     assert effect["labels"] > 0
-    assert effect["error"] > 3 * found["bound"]
+    assert effect["rms"] > 3 * found["bound"]
     wrong = [check["name"] for check in found["checks"] if check["verdict"] == "wrong"]
     assert "saturation (emulated)" in wrong
     if "which saturates" in instructions():
         assert "default kernels here" in wrong
-    assert found["differences"]["precise kernels here"]["error"] <= found["bound"]
+    assert found["differences"]["precise kernels here"]["rms"] <= found["bound"]
     snr = {name: entry["snr"] for name, entry in found["differences"].items() if name.startswith("reference: ")}
     assert snr["reference: int8"] > snr["reference: int8-saturating"] + 6
 
@@ -140,7 +140,7 @@ def test_the_repaired_file_can_not_saturate_and_is_as_near_to_the_reference(
 def test_our_own_file_is_right(files: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, found = audit(capsys, files / "ours.onnx", "--samples", files / "x.npy", "--reference", files / "net.onnx")
     assert (code, found["saturating_channels"], found["summary"]) == (0, 0, "right: no channel can saturate")
-    assert found["differences"]["default kernels here"]["error"] <= found["bound"]
+    assert found["differences"]["default kernels here"]["rms"] <= found["bound"]
     assert found["differences"]["reference: int8"]["snr"] > 25
     assert "int8-saturating" not in found["differences"]
     last = next(check["text"] for check in found["checks"] if check["name"] == "last layer")
@@ -169,6 +169,22 @@ def test_dynamic_scales_are_counted_and_measured_on_this_machine(
     assert "measured on this machine only" in found["checks"][0]["text"]
     with pytest.raises(ModelError, match="run time"):
         repaired(onnx.load(tmp_path / "dynamic.onnx"))
+
+
+def test_a_file_that_the_engine_can_not_load_is_judged_by_the_emulation(
+    files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quantize_static(  # onnxruntime has no QGemm for signed activations
+        files / "net.onnx", tmp_path / "s8.onnx", Reader(), quant_format=QuantFormat.QOperator, per_channel=True,
+        activation_type=QuantType.QInt8, weight_type=QuantType.QInt8,
+    )  # fmt: skip
+    code, found = audit(capsys, tmp_path / "s8.onnx", "--samples", files / "x.npy")
+    assert (code, found["saturating_channels"]) == (1, 30)
+    assert "QGemm" in next(check["text"] for check in found["checks"] if check["name"] == "default kernels here")
+    with pytest.raises(ModelError, match="neither be emulated nor run"):
+        model = onnx.load(tmp_path / "s8.onnx")
+        model.graph.node[-1].op_type = "Unknown"
+        audit_int8(model, {}, {"x": images(16)}, unavailable="no kernel")
 
 
 def test_uint8_weights_are_exempt(files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
