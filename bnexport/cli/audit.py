@@ -203,7 +203,9 @@ def _kernels(source: Path, *, precise: bool) -> Any:
     except BnexportError:
         raise
     except Exception as error:  # onnxruntime's classes derive from Exception alone
-        raise RuntimeUnavailable(f"ONNX Runtime can't load the file: {one_line(error, 120)}") from error
+        raise RuntimeUnavailable(
+            f"ONNX Runtime can't load the file: {one_line(error, 120)}", remedy="Check the file with onnx.checker"
+        ) from error
     names = [item.name for item in session.get_outputs()]
 
     def run(feeds: Any) -> dict[str, Any]:

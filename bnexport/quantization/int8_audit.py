@@ -256,16 +256,12 @@ def audit_int8(
         f"samples of {described or 'the caller'}" if real else "synthetic samples"
     )
     checks = [_risk_check(risks, layers, plain, unread), AuditCheck("note", "this machine", instructions())]
-    found: dict[str, Outputs] = {}
     # The emulation does not cover saturation in layers whose scales are computed at run time.
-    saturation = (SATURATING,) if any(layer.can_saturate for layer in layers) and not dynamic else ()
-    try:
-        for way in (EXACT, *saturation, LAST_BIT):
-            found[way] = _in_batches(IntegerEmulator(plain, way).evaluate, feeds, plain)
-    except BnexportError as error:
-        text = f"the file can't be emulated, so the effect is measured on this machine only ({one_line(error, 90)})"
+    saturates = any(layer.can_saturate for layer in layers) and not dynamic
+    found, problem = _emulated(plain, feeds, (EXACT, *[SATURATING] * saturates, LAST_BIT))
+    if problem:
+        text = f"the file can't be emulated, so the effect is measured on this machine only ({problem})"
         checks.append(AuditCheck("note", "emulation", text))
-        found.clear()
     if unavailable:
         checks.append(AuditCheck("note", "default kernels here", unavailable))
     if not found and not kernels:
@@ -283,6 +279,14 @@ def audit_int8(
     if reference is not None:
         checks += _against(reference, feeds, found, differences)
     return Int8Audit(tuple(checks), tuple(risks), differences, bound, samples, means, unread)
+
+
+def _emulated(model: ModelProto, feeds: Mapping[str, Array], ways: Sequence[str]) -> tuple[dict[str, Outputs], str]:
+    """Return the outputs of each way of computing the model; none, and the reason, where it can't be emulated."""
+    try:
+        return {way: _in_batches(IntegerEmulator(model, way).evaluate, feeds, model) for way in ways}, ""
+    except BnexportError as error:
+        return {}, one_line(error, 90)
 
 
 def _name(node: NodeProto) -> str:
