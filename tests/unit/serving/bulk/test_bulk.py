@@ -191,7 +191,7 @@ def test_bad_requests(options: dict[str, object]) -> None:
 
 
 def test_predictions_are_not_written_into_the_bundle(bundle: Bundle, sources: dict[str, Path]) -> None:
-    with pytest.raises(OutputError, match="lies in"):
+    with pytest.raises(OutputError, match="is inside"):
         predict(bundle, sources["a.npy"], bundle.path / "out")
     bundle.check()
 
