@@ -186,6 +186,8 @@ def _samples(model: Any, path: Path, mean: str | None, std: str | None) -> tuple
     sized = all(isinstance(size, int) for size in inputs[0].shape[1:])
     specs = [InputSpec(spec.name, tuple(map(int, spec.shape[1:]))) for spec in inputs] if sized else []
     image = image_preprocessing(specs, means, stds)
+    if image is None and path.is_dir():
+        raise UsageError(f"--samples {path} is a folder of images", remedy="Pass --mean and --std as well")
     given = None if image is None else Preprocessing.from_json(image)
     found = load_samples(path, replace(declared, inputs=inputs), given, limit=256)
     return found.feeds, path.name

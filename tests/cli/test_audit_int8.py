@@ -220,6 +220,7 @@ def test_a_wrong_kernel_is_found_where_nothing_can_saturate(files: Path) -> None
         (["QDQ.onnx", "--samples", "other.npy"], "other.npy"),
         (["QDQ.onnx", "--samples", "nan.npy"], "nan.npy"),
         (["QDQ.onnx", "--samples", "absent.npy"], "absent.npy"),
+        (["QDQ.onnx", "--samples", "."], "--mean and --std"),
         (["QDQ.onnx", "--reference", "absent.onnx"], "absent.onnx"),
         (["QDQ.onnx", "--repair", "ours.onnx"], "exists already"),
         (["QDQ.onnx", "--repair", "QDQ.onnx", "--force"], "is the audited file"),
