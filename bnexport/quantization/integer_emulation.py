@@ -162,12 +162,12 @@ def int8_layers(model: ModelProto) -> list[Int8Layer]:
         if node.op_type not in ("Conv", "Gemm", "MatMul") or node.domain not in ("", "ai.onnx"):
             continue
         given, weight = (decoders.get(name) for name in node.input[:2])
-        if given is None or weight is None or weight.input[0] not in stored:
+        if given is None or weight is None or not {*weight.input, *given.input[1:]} - {""} <= stored.keys():
             continue
         codes = numpy_helper.to_array(stored[weight.input[0]])
-        if codes.dtype != np.int8:
+        scales = numpy_helper.to_array(stored[weight.input[1]]).astype(np.float64).reshape(-1)
+        if codes.dtype != np.int8 or codes.ndim < 2 or (codes.ndim > 2 and node.op_type != "Conv"):
             continue
-        scales = numpy_helper.to_array(stored[weight.input[1]]).astype(np.float64)
         step = float(numpy_helper.to_array(stored[given.input[1]]).reshape(-1)[0])
         zero = numpy_helper.to_array(stored[given.input[2]]).reshape(-1)[0] if len(given.input) > 2 else np.uint8(0)
         unsigned = int(zero) + (128 if zero.dtype == np.int8 else 0)  # kernels shift signed inputs by 128

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from bnexport.auditing.tool_table import AuditReport, AuditRow
 from bnexport.bundle import REPORT, Bundle
+from bnexport.environment import environment
 from bnexport.evaluating.confusion import TOP_K, ClassScores, wilson_interval
 from bnexport.folding.report import FoldReport
 from bnexport.reporting.tables import (
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from bnexport.loading.inspection import Inspection
     from bnexport.nn.stale_statistics import StalenessReport
     from bnexport.nn.statistics import LayerStatistics
+    from bnexport.quantization.int8_audit import Int8Audit
     from bnexport.serving.predictor import Prediction
 
 
@@ -315,6 +317,28 @@ def print_audit(report: AuditReport, *, as_json: bool = False, console: Console 
     for note in report.notes:
         console.print(literal(f"note: {note}", console))
     print_environment(report.environment, console)
+    style = _STYLES["wrong" if report.wrong else "right"]
+    console.print(literal(report.summary(), console, style=style), soft_wrap=True)
+
+
+def print_int8_audit(report: Int8Audit, *, as_json: bool = False, console: Console | None = None) -> None:
+    """Print one line per check of an int8 file, then the verdict."""
+    if as_json:
+        print_json({**report.to_json(), "environment": environment()})
+        return
+    console = console or make_console()
+    table = make_table(console)
+    table.add_column("verdict", no_wrap=True)
+    table.add_column("check", overflow="fold", max_width=26)
+    table.add_column("result", overflow="fold")
+    for check in report.checks:
+        style = _STYLES.get(check.verdict, "")
+        table.add_row(
+            *(literal(text, console, style=style) for text in (check.verdict, check.name)), literal(check.text, console)
+        )
+    console.print(table)
+    console.print(literal(f"compared on {report.samples}", console, style="dim"))
+    print_environment(environment(), console)
     style = _STYLES["wrong" if report.wrong else "right"]
     console.print(literal(report.summary(), console, style=style), soft_wrap=True)
 

@@ -49,6 +49,7 @@ RAISED_BY: dict[str, tuple[str, ...]] = {
     "onnx_pipeline": _EXPORT,
     "pipeline": _EXPORT,
     "quantization": _EXPORT,
+    "quantization/int8_audit": ("audit",),
     "reporting/results": ("evaluate",),
     "reporting/tables": _EXPORT,
     "reporting/summary": ("verify",),
@@ -65,6 +66,7 @@ RAISED_BY: dict[str, tuple[str, ...]] = {
 #: Messages of a module that only some of its commands raise: (module, option) -> the commands.
 _NARROWER: dict[tuple[str, str], tuple[str, ...]] = {
     ("evaluating/network", "--dataset"): _OWN,
+    ("quantization/writer", "--repair"): ("audit",),
     ("reporting/results", "--all"): ("inspect",),
     ("evaluating/network", "--input"): _OWN,
     ("evaluating/network", "--source"): _OWN,

@@ -1,0 +1,558 @@
+"""Audit an int8 ONNX file of any tool: can it saturate, and what do the kernels of this machine compute?
+
+A file in the QOperator form (QLinearConv, QGemm, ...) is first written in the QDQ form, which states the same arithmetic. Then
+the integer emulation predicts the effect of 16-bit saturation on every machine, and the engine shows it on this one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from bnexport.errors import BnexportError, DataError, ModelError
+from bnexport.onnx_files.float64 import Float64Evaluator
+from bnexport.onnx_files.models import LINEAR, multiplications, nodes, refill
+from bnexport.onnx_files.names import Names
+from bnexport.onnx_files.normalisation import normalise
+from bnexport.optional import one_line
+from bnexport.quantization.codes import saturating_channels
+from bnexport.quantization.int8_plan import attributes
+from bnexport.quantization.integer_emulation import EXACT, LAST_BIT, SATURATING, Int8Layer, IntegerEmulator, int8_layers
+from bnexport.tensors import Array
+
+#: Inputs -> outputs by name, of an engine.
+Run = Callable[[Mapping[str, Array]], Mapping[str, Array]]
+Outputs = Mapping[str, Array]
+#: QOperator -> the float operator, and the number of inputs with codes. The bias of QLinearConv comes last.
+_QOPERATORS = {
+    "QLinearConv": ("Conv", 2), "QLinearMatMul": ("MatMul", 2), "QGemm": ("Gemm", 2), "QLinearAdd": ("Add", 2),
+    "QLinearMul": ("Mul", 2), "QLinearGlobalAveragePool": ("GlobalAveragePool", 1),
+    "QLinearAveragePool": ("AveragePool", 1), "QLinearSigmoid": ("Sigmoid", 1), "QLinearLeakyRelu": ("LeakyRelu", 1),
+}  # fmt: skip
+#: Operators whose activations get their scale while they run.
+_DYNAMIC = ("ConvInteger", "MatMulInteger", "DynamicQuantizeMatMul", "MatMulIntegerToFloat")
+_MARKS = {"QuantizeLinear", "DequantizeLinear", *_QOPERATORS, *_DYNAMIC}
+#: Kernels may disagree by this many times what another last bit at every requantisation makes, and never by less than _FLOOR.
+_FACTOR, _FLOOR = 3.0, 1e-5
+#: Largest error of scale of right kernels where a file can't be emulated: 3 x the usual disagreement of a last bit.
+_UNPREDICTED = 0.0075
+#: Multiplications that are emulated, which decides the number of samples; fewest and most samples; samples evaluated at once.
+_BUDGET, _FEWEST, _MOST, _CHUNK = 4e9, 8, 256, 8
+_SYNTHETIC = 64
+#: Share of the values of a tensor from which clipping is reported.
+_CLIPPED = 0.01
+_SHOWN = 4
+_SATURATE = "on CPUs with AVX2, or AVX-512 without VNNI; not with VNNI, AMX or ARM's dot product"
+
+
+def is_int8_model(model: ModelProto) -> bool:
+    """Return whether a model contains operators with int8 codes."""
+    return any(node.op_type in _MARKS for node in nodes(model))
+
+
+# --- one form ---------------------------------------------------------------------------------------------------------
+
+
+def as_qdq(model: ModelProto) -> ModelProto:
+    """Return a sorted copy in the QDQ form, with constants and quantised weights stored as initializers."""
+    result = ModelProto()
+    result.CopyFrom(model)
+    normalise(result)
+    graph, names, written = result.graph, Names(result), list[NodeProto]()
+    for node in graph.node:
+        values = attributes(node)
+        if node.op_type == "Constant" and "value" in values:
+            graph.initializer.append(numpy_helper.from_array(numpy_helper.to_array(values["value"]), node.output[0]))
+        elif node.op_type in _QOPERATORS and not values.get("channels_last", 0):
+            written += _split(node, names, graph)
+        else:
+            written.append(node)
+    stored = {tensor.name: tensor for tensor in graph.initializer}
+    kept = [node for node in written if not _encoded(node, stored, graph)]
+    refill(graph.node, kept)
+    return result
+
+
+def _split(node: NodeProto, names: Names, graph: Any) -> Iterator[NodeProto]:
+    """Yield DequantizeLinear nodes, the float operator and QuantizeLinear in place of one QOperator."""
+    operator, count = _QOPERATORS[node.op_type]
+    given, rest = list(node.input), list(node.input)[3 * count :]
+    inputs, settings = [], attributes(node)
+    for place in range(count):
+        parts = [name for name in given[3 * place : 3 * place + 3] if name]
+        inputs.append(names.free(parts[0], "decoded"))
+        decoder = helper.make_node("DequantizeLinear", parts, inputs[-1:])
+        if place and _stored(graph, parts[1]).size > 1:  # one scale for each output channel
+            axis = 1 if operator == "MatMul" or (operator == "Gemm" and not settings.get("transB", 0)) else 0
+            decoder.attribute.append(helper.make_attribute("axis", axis))
+        yield decoder
+    bias = rest[0] if operator == "Gemm" else rest[2] if operator == "Conv" and len(rest) > 2 else ""
+    output = rest[1:3] if operator == "Gemm" else rest[:2]
+    if bias:
+        scale = np.asarray(_stored(graph, given[1]) * _stored(graph, given[4]), np.float32)
+        name = names.free(bias, "scale")
+        graph.initializer.append(numpy_helper.from_array(scale if scale.size > 1 else scale.reshape(()), name))
+        inputs.append(names.free(bias, "decoded"))
+        yield helper.make_node("DequantizeLinear", [bias, name], inputs[-1:], axis=0)
+    scaled = len(output) > 0 and bool(output[0])
+    result = names.free(node.output[0], "float") if scaled else node.output[0]
+    known = {key: value for key, value in settings.items() if key != "channels_last"}
+    yield helper.make_node(operator, inputs, [result], name=node.name, **known)
+    if scaled:
+        yield helper.make_node("QuantizeLinear", [result, *filter(None, output[:2])], [node.output[0]])
+
+
+def _stored(graph: Any, name: str) -> Array:
+    for tensor in graph.initializer:
+        if tensor.name == name:
+            return numpy_helper.to_array(tensor)
+    raise ModelError(f"{name!r}, a scale, is not stored in the file", remedy="Give a file with static quantization")
+
+
+def _encoded(node: NodeProto, stored: dict[str, Any], graph: Any) -> bool:
+    """Store the codes of a QuantizeLinear of a stored weight; return whether the node was replaced by them."""
+    if node.op_type != "QuantizeLinear" or not all(name in stored for name in node.input):
+        return False
+    weight, scale, *zero = (numpy_helper.to_array(stored[name]) for name in node.input)
+    shift = zero[0] if zero else np.zeros(scale.shape, np.uint8)
+    if shift.dtype not in (np.int8, np.uint8):
+        return False
+    axis = int(attributes(node).get("axis", 1)) % weight.ndim
+    shape = [-1 if place == axis else 1 for place in range(weight.ndim)] if scale.size > 1 else [1] * weight.ndim
+    limits = np.iinfo(shift.dtype)
+    codes = np.clip(np.rint(weight / scale.reshape(shape)) + shift.reshape(shape), limits.min, limits.max)
+    graph.initializer.append(numpy_helper.from_array(codes.astype(shift.dtype), node.output[0]))
+    stored[node.output[0]] = graph.initializer[-1]
+    return True
+
+
+# --- the audit --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LayerRisk:
+    """The channels of one int8 layer, and how many of them can saturate in some order of pairs."""
+
+    name: str
+    channels: int
+    saturating: int
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Distance of outputs from others: rms and max of scale, changed labels (None without labels), samples, dB."""
+
+    rms: float
+    error: float
+    labels: int | None
+    n: int
+    snr: float | None
+
+    def __str__(self) -> str:
+        """Return the numbers as a phrase."""
+        labels = "" if self.labels is None else f"; {self.labels} of {self.n} labels changed"
+        return f"rms {self.rms:.2g}, max {self.error:.2g} of scale{labels}"
+
+
+@dataclass(frozen=True)
+class AuditCheck:
+    """One line of an audit: verdict is "right", "wrong" or "note"."""
+
+    verdict: str
+    name: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Int8Audit:
+    """The findings on one int8 file."""
+
+    checks: tuple[AuditCheck, ...]
+    layers: tuple[LayerRisk, ...]
+    differences: Mapping[str, Difference]
+    bound: float | None  # Largest rms of right kernels, of scale
+    samples: str
+    means: Mapping[str, Array]  # Layer's output -> E[x] of each input channel on the samples
+    unread: int = 0  # Layers with int8 inputs whose weights could not be read
+
+    @property
+    def saturating(self) -> int:
+        """Return the number of channels that can saturate."""
+        return sum(layer.saturating for layer in self.layers)
+
+    @property
+    def wrong(self) -> tuple[AuditCheck, ...]:
+        """Return the failed checks."""
+        return tuple(check for check in self.checks if check.verdict == "wrong")
+
+    def summary(self) -> str:
+        """Return the verdict as one sentence."""
+        if self.wrong:
+            return f"wrong: {', '.join(check.name for check in self.wrong)}"
+        if self.saturating:
+            return f"right here on {self.samples}, but {self.saturating} channels can saturate"
+        if self.unread:
+            return f"right here on {self.samples}; {self.unread} layers could not be read"
+        return "right: no channel can saturate"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return {
+            "passed": not self.wrong,
+            "summary": self.summary(),
+            "samples": self.samples,
+            "bound": self.bound,
+            "saturating_channels": self.saturating,
+            "checks": [asdict(check) for check in self.checks],
+            "layers": [asdict(layer) for layer in self.layers],
+            "unread_layers": self.unread,
+            "differences": {
+                name: {
+                    key: value if value is None or np.isfinite(value) else None for key, value in asdict(found).items()
+                }
+                for name, found in self.differences.items()
+            },
+        }
+
+
+def audit_int8(
+    model: ModelProto,
+    kernels: Mapping[str, Run],
+    feeds: Mapping[str, Array] | None = None,
+    *,
+    described: str = "",
+    reference: ModelProto | None = None,
+    unavailable: str = "",
+) -> Int8Audit:
+    """Audit an int8 model.
+
+    Args:
+        model: The model as its tool wrote it; not changed.
+        kernels: Name of a setting of an engine -> the model run with it; the first is the engine's default.
+        feeds: Samples by name of input; None: synthetic ones in the range of the input.
+        described: What the samples are.
+        reference: The float32 model from which the int8 model was made.
+        unavailable: Why there are no kernels, for the report.
+
+    Raises:
+        ModelError: The model has no int8 layer, can neither be emulated nor run, or the reference has other outputs.
+        DataError: The engine or the reference can't run the samples.
+    """
+    plain = as_qdq(model)
+    layers, dynamic = int8_layers(plain), dynamic_risks(plain)
+    risks = [LayerRisk(_name(layer.node), len(layer.codes), int(layer.unsafe.sum())) for layer in layers] + dynamic
+    unread = _unread(plain, layers)
+    if not risks and not unread and not _unsigned(plain):
+        raise ModelError("the file has no int8 convolution or matrix product", remedy="Give an int8 ONNX file")
+    size = max(1, int(np.clip(_BUDGET / multiplications(plain), _FEWEST, _MOST)))
+    real = feeds is not None
+    feeds = _front(feeds, size) if feeds is not None else _synthetic(plain, min(size, _SYNTHETIC))
+    samples = f"{len(next(iter(feeds.values())))} " + (
+        f"samples of {described or 'the caller'}" if real else "synthetic samples"
+    )
+    checks = [_risk_check(risks, layers, plain, unread), AuditCheck("note", "this machine", instructions())]
+    # The emulation does not cover saturation in layers whose scales are computed at run time.
+    saturates = any(layer.can_saturate for layer in layers) and not dynamic
+    found, problem = _emulated(plain, feeds, (EXACT, *[SATURATING] * saturates, LAST_BIT))
+    if problem:
+        text = f"the file can't be emulated, so the effect is measured on this machine only ({problem})"
+        checks.append(AuditCheck("note", "emulation", text))
+    if unavailable:
+        checks.append(AuditCheck("note", "default kernels here", unavailable))
+    if not found and not kernels:
+        raise ModelError(
+            f"the file can neither be emulated nor run: {unavailable}", remedy="Check it with onnx.checker"
+        )
+    for name, run in kernels.items():
+        found[name] = _in_batches(run, feeds, plain)
+    bound, differences, more = _judged(found, tuple(kernels), predicted=EXACT in found and not dynamic)
+    checks += [*more, *_edges(plain)]
+    means: dict[str, Array] = {}
+    if real and EXACT in found:
+        clipped, means = _inside(plain, layers, feeds)
+        checks.append(clipped)
+    if reference is not None:
+        checks += _against(reference, feeds, found, differences)
+    return Int8Audit(tuple(checks), tuple(risks), differences, bound, samples, means, unread)
+
+
+def _emulated(model: ModelProto, feeds: Mapping[str, Array], ways: Sequence[str]) -> tuple[dict[str, Outputs], str]:
+    """Return the outputs of each way of computing the model; none, and the reason, where it can't be emulated."""
+    try:
+        return {way: _in_batches(IntegerEmulator(model, way).evaluate, feeds, model) for way in ways}, ""
+    except BnexportError as error:
+        return {}, one_line(error, 90)
+
+
+def _name(node: NodeProto) -> str:
+    return node.name or str(node.output[0])
+
+
+def dynamic_risks(model: ModelProto) -> list[LayerRisk]:
+    """Return the layers whose activations get their scale while they run, with int8 weights stored in the file."""
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    found = []
+    for node in model.graph.node:
+        weight = stored.get(node.input[1]) if node.op_type in _DYNAMIC else None
+        codes = None if weight is None else numpy_helper.to_array(weight)
+        if codes is not None and codes.dtype == np.int8 and codes.ndim > 1:
+            first = codes if node.op_type == "ConvInteger" else codes.reshape(-1, codes.shape[-1]).T
+            depthwise = node.op_type == "ConvInteger" and attributes(node).get("group", 1) > 1 and codes.shape[1] == 1
+            unsafe = 0 if depthwise else int(saturating_channels(first).sum())
+            found.append(LayerRisk(_name(node), len(first), unsafe))
+    return found
+
+
+def _unsigned(model: ModelProto) -> int:
+    """Return the number of layers with stored uint8 weights."""
+    return sum(_weight_type(node, model) == np.uint8 for node in model.graph.node if node.op_type in LINEAR + _DYNAMIC)
+
+
+def _unread(model: ModelProto, layers: Sequence[Int8Layer]) -> int:
+    """Return the number of layers that multiply codes by int8 codes which are not stored plainly in the file."""
+    stored = {tensor.name for tensor in model.graph.initializer}
+    types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    decoders = {node.output[0]: node for node in model.graph.node if node.op_type == "DequantizeLinear"}
+    read, count = {layer.output for layer in layers}, 0
+    for node in model.graph.node:
+        if node.op_type not in ("Conv", "Gemm", "MatMul") or node.output[0] in read or node.input[0] not in decoders:
+            continue
+        weight = decoders.get(node.input[1])
+        zero = weight.input[2] if weight is not None and len(weight.input) > 2 else ""
+        unsigned = weight is not None and types.get(zero or weight.input[0]) == TensorProto.UINT8
+        count += node.input[1] not in stored and not unsigned
+    return count
+
+
+def _weight_type(node: NodeProto, model: ModelProto) -> Any:
+    """Return the type of a layer's stored weight codes; None for a weight in float."""
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    decoders = {other.output[0]: other for other in model.graph.node if other.op_type == "DequantizeLinear"}
+    name = node.input[1] if len(node.input) > 1 else ""
+    name = decoders[name].input[0] if name in decoders else name
+    kind = numpy_helper.to_array(stored[name]).dtype if name in stored else None
+    return kind if kind in (np.int8, np.uint8) else None
+
+
+def _risk_check(risks: Sequence[LayerRisk], layers: Sequence[Int8Layer], model: ModelProto, unread: int) -> AuditCheck:
+    count, unsafe = sum(risk.channels for risk in risks), [risk for risk in risks if risk.saturating]
+    notes = [f"{sum(layer.depthwise for layer in layers)} depthwise layers are exempt"] * any(
+        layer.depthwise for layer in layers
+    )
+    notes += [f"{_unsigned(model)} layers have uint8 weights, which are exempt"] * (_unsigned(model) > 0)
+    notes += [f"the weights of {unread} layers could not be read"] * (unread > 0)
+    if len(risks) > len(layers):
+        notes.append("scales that are computed at run time: the effect is measured on this machine only")
+    if not unsafe:
+        text = "; ".join([f"no channel of {len(risks)} int8 layers can saturate, on any instruction set", *notes])
+        return AuditCheck("note" if unread else "right", "16-bit saturation", text)
+    listed = ", ".join(f"{risk.name} ({risk.saturating} of {risk.channels})" for risk in unsafe[:_SHOWN])
+    listed += ", ..." if len(unsafe) > _SHOWN else ""
+    total = sum(risk.saturating for risk in unsafe)
+    text = (
+        f"{total} of {count} channels can saturate, in {len(unsafe)} of {len(risks)} int8 layers, {_SATURATE}: {listed}"
+    )
+    return AuditCheck("note", "16-bit saturation", "; ".join([text, *notes]))
+
+
+def instructions(file: Path = Path("/proc/cpuinfo")) -> str:
+    """Return the int8 instructions of this machine as a phrase, read from Linux's list of flags."""
+    try:
+        lines = [line for line in file.read_text().splitlines() if line.startswith(("flags", "Features"))]
+    except OSError:
+        return "its instructions are not listed here"
+    flags = set(lines[0].split()) if lines else set()
+    for names, text in (
+        (("amx_int8",), "AMX, which adds in 32 bits"),
+        (("avx512_vnni", "avx_vnni"), "VNNI, which adds in 32 bits"),
+        (("asimddp", "i8mm"), "ARM's dot product, which adds in 32 bits"),
+        (("avx512bw",), "AVX-512 without VNNI, which saturates at 16 bits"),
+        (("avx2",), "AVX2 without VNNI, which saturates at 16 bits"),
+    ):
+        if flags & set(names):
+            return text
+    return "no int8 instruction that is known"
+
+
+def _front(feeds: Mapping[str, Array], size: int) -> dict[str, Array]:
+    n = len(next(iter(feeds.values())))
+    chosen = np.linspace(0, n - 1, min(size, n)).round().astype(int)
+    return {name: array[chosen] for name, array in feeds.items()}
+
+
+def _synthetic(model: ModelProto, n: int) -> dict[str, Array]:
+    """Return samples of different brightness with noise, over the range that the input's codes represent."""
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    rng, feeds = np.random.default_rng(0), {}
+    for value in model.graph.input:
+        if value.name in stored:
+            continue
+        dims = [dim.dim_value for dim in value.type.tensor_type.shape.dim][1:]
+        kind = helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
+        if not all(dim > 0 for dim in dims) or kind.kind not in "fiu":
+            raise DataError(f"{value.name!r} has an open size", remedy="Give inputs with --samples FILE.npy")
+        low, high = (0.0, 255.0) if kind.kind in "iu" else (-1.0, 1.0)
+        for node in model.graph.node:
+            if node.op_type == "QuantizeLinear" and node.input[0] == value.name and (limits := _limits(node, stored)):
+                low, high = limits
+        bright = rng.random((n, *(1,) * len(dims)))
+        values = low + (high - low) * (bright + rng.random((n, *dims))) / 2
+        feeds[value.name] = values.astype(kind)
+    return feeds
+
+
+def _limits(node: NodeProto, stored: Mapping[str, Any]) -> tuple[float, float] | None:
+    """Return the smallest and largest value that a QuantizeLinear with one stored scale represents."""
+    if node.input[1] not in stored or len(node.input) < 3 or node.input[2] not in stored:
+        return None
+    scale, zero = (numpy_helper.to_array(stored[name]) for name in node.input[1:3])
+    if scale.size != 1 or zero.dtype not in (np.int8, np.uint8):
+        return None
+    codes, shift = np.iinfo(zero.dtype), int(zero.reshape(-1)[0])
+    return (codes.min - shift) * float(scale.reshape(-1)[0]), (codes.max - shift) * float(scale.reshape(-1)[0])
+
+
+def _batches(feeds: Mapping[str, Array], model: ModelProto) -> Iterator[dict[str, Array]]:
+    """Yield samples in batches of the size that the file declares, or of _CHUNK."""
+    stored = {tensor.name for tensor in model.graph.initializer}
+    dims = next(value for value in model.graph.input if value.name not in stored).type.tensor_type.shape.dim
+    n, fixed = len(next(iter(feeds.values()))), dims[0].dim_value if dims else 0
+    if fixed and n % fixed:
+        raise DataError(f"the file takes batches of {fixed}, but there are {n} samples", remedy="Give a multiple of it")
+    for at in range(0, n, fixed or _CHUNK):
+        yield {name: array[at : at + (fixed or _CHUNK)] for name, array in feeds.items()}
+
+
+def _in_batches(run: Run, feeds: Mapping[str, Array], model: ModelProto) -> dict[str, Array]:
+    """Run samples in batches, and return the outputs of all."""
+    parts = [run(part) for part in _batches(feeds, model)]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def compared(candidate: Outputs, expected: Outputs) -> Difference:
+    """Return the distance of the worst output, and the changed labels of the first output with one score per class."""
+    worst, labels, signal, noise, n = (0.0, 0.0), None, 0.0, 0.0, 0
+    for one, other in zip(candidate.values(), expected.values(), strict=True):
+        wide, off = other.astype(np.float64), one.astype(np.float64) - other
+        off = np.where(np.isfinite(off), off, np.inf)
+        scale, n = float(np.abs(wide).max()) or 1.0, len(other)
+        worst = max(worst, (float(np.sqrt((off**2).mean())) / scale, float(np.abs(off).max()) / scale))
+        signal, noise = signal + float((wide**2).sum()), noise + float((off**2).sum())
+        if labels is None and other.ndim == 2 and other.shape[1] > 1:
+            labels = int((one.argmax(axis=1) != other.argmax(axis=1)).sum())
+    snr = 10 * float(np.log10(signal / noise)) if signal and noise else None
+    return Difference(worst[0], worst[1], labels, n, snr)
+
+
+def _judged(
+    found: Mapping[str, Outputs], kernels: Sequence[str], *, predicted: bool
+) -> tuple[float | None, dict[str, Difference], list[AuditCheck]]:
+    """Judge saturation by the labels, and kernels by their distance from the emulation, or else from the last kernels.
+
+    Returns:
+        The bound of the kernels' rms, the differences, and the checks. ``predicted``: the disagreement of right kernels was
+        emulated. Otherwise the rms has a fixed bound, and the maximum has none.
+    """
+    differences: dict[str, Difference] = {}
+    checks: list[AuditCheck] = []
+    base = EXACT if EXACT in found else kernels[-1] if len(kernels) > 1 else ""
+    if not base:
+        return None, differences, checks
+    bound, rms_bound = float("inf"), _UNPREDICTED
+    if predicted:
+        usual = compared(found[LAST_BIT], found[EXACT])
+        bound, rms_bound = max(_FLOOR, _FACTOR * usual.error), max(_FLOOR, _FACTOR * usual.rms)
+    if SATURATING in found:
+        effect = differences[SATURATING] = compared(found[SATURATING], found[EXACT])
+        checks.append(AuditCheck("wrong" if effect.labels else "right", "saturation (emulated)", str(effect)))
+    for place, name in enumerate(kernels):
+        if name == base:
+            continue
+        off = differences[name] = compared(found[name], found[base])
+        right = off.error <= bound and off.rms <= rms_bound
+        verdict = "right" if right else "note" if place else "wrong"
+        against = "the file states" if base == EXACT else f"the {base} compute"
+        limit = f"bounds: rms {rms_bound:.2g}" + (f", max {bound:.2g}" if predicted else "")
+        checks.append(AuditCheck(verdict, name, f"off from what {against}: {off} ({limit})"))
+    return rms_bound, differences, checks
+
+
+def _edges(model: ModelProto) -> Iterator[AuditCheck]:
+    """Yield how the first and the last linear layer are stored."""
+    linear = [node for node in model.graph.node if node.op_type in LINEAR + _DYNAMIC]
+    if not linear:
+        return
+    readers = {name: node for node in model.graph.node for name in node.input}
+    kinds = ["float" if _weight_type(node, model) is None else "int8" for node in (linear[0], linear[-1])]
+    yield AuditCheck("note", "first layer", f"{_name(linear[0])}: {kinds[0]}")
+    after = readers.get(linear[-1].output[0])
+    coded = after is not None and after.op_type == "QuantizeLinear"
+    rounded = "; its output is rounded to 8 bits, which costs accuracy" if coded else "; its output stays in float"
+    yield AuditCheck("note", "last layer", f"{_name(linear[-1])}: {kinds[1]}{rounded}")
+
+
+def _inside(
+    model: ModelProto, layers: Sequence[Int8Layer], feeds: Mapping[str, Array]
+) -> tuple[AuditCheck, dict[str, Array]]:
+    """Return the ranges that clip on the samples, and the means of each layer's input channels."""
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    coded = [
+        (node, limits)
+        for node in model.graph.node
+        if node.op_type == "QuantizeLinear" and (limits := _limits(node, stored))
+    ]
+    outside: dict[str, float] = {}
+    sums: dict[str, Array] = {}
+    evaluator = IntegerEmulator(model)
+    n = len(next(iter(feeds.values())))
+    for part in _batches(feeds, model):
+        values = {**part, **evaluator.intermediate(part)}
+        for node, (low, high) in coded:
+            array, half = values[node.input[0]], (high - low) / 510
+            # A code of 0 at the low end is also how files state a ReLU.
+            off = (array > high + half) | ((array < low - half) if low < 0 else False)
+            outside[node.input[0]] = outside.get(node.input[0], 0.0) + float(off.mean()) * len(array) / n
+        for layer in layers:
+            array = values[layer.node.input[0]]
+            axis = 1 if layer.node.op_type == "Conv" else array.ndim - 1
+            means = array.mean(axis=tuple(place for place in range(array.ndim) if place != axis))
+            sums[layer.output] = sums.get(layer.output, 0.0) + means * len(array) / n
+    clipped = sorted(((share, name) for name, share in outside.items() if share > _CLIPPED), reverse=True)
+    listed = ", ".join(f"{name} ({share:.2g})" for share, name in clipped[:_SHOWN])
+    text = f"{len(clipped)} of {len(coded)} ranges cut more than {_CLIPPED:.0%} of the values" + f": {listed}" * bool(
+        listed
+    )
+    return AuditCheck("note" if clipped else "right", "ranges on the samples", text), sums
+
+
+def _against(
+    reference: ModelProto, feeds: Mapping[str, Array], found: Mapping[str, Outputs], differences: dict[str, Difference]
+) -> Iterator[AuditCheck]:
+    """Yield the distance of every way of computing the file from the float32 file in float64."""
+    names = [
+        value.name for value in reference.graph.input if value.name not in {t.name for t in reference.graph.initializer}
+    ]
+    remedy = "Give the float32 file from which the int8 file was made"
+    if len(names) != len(feeds):
+        raise ModelError(f"the reference takes {len(names)} inputs, the int8 file {len(feeds)}", remedy=remedy)
+    given = dict(zip(names, feeds.values(), strict=True))
+    try:
+        exact = _in_batches(Float64Evaluator(reference).evaluate, given, reference)
+    except BnexportError as error:
+        raise DataError(f"the reference can't be evaluated: {one_line(error, 120)}", remedy=remedy) from error
+    for name, outputs in found.items():
+        if name == LAST_BIT:
+            continue
+        shapes = [[array.shape for array in values.values()] for values in (outputs, exact)]
+        if shapes[0] != shapes[1]:
+            raise ModelError("the reference has outputs of other shapes than the int8 file", remedy=remedy)
+        off = differences[f"reference: {name}"] = compared(outputs, exact)
+        label = {EXACT: "as the file states", SATURATING: "saturation (emulated)"}.get(name, name)
+        snr = "exact" if off.snr is None else f"{off.snr:.1f} dB"
+        changed = "" if off.labels is None else f"; {off.labels} of {off.n} labels changed"
+        yield AuditCheck("note", f"reference, {label}", snr + changed)
