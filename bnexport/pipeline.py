@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from bnexport.bundle import MODEL_ONNX, REPORT, WEIGHTS, Bundle, Manifest, seal
@@ -239,6 +240,11 @@ def fold_weights(
 
 def _checked_example(module: nn.Module, specs: tuple[InputSpec, ...], request: ExportRequest) -> tuple[Tensor, ...]:
     """Return an example batch of a network that may be shipped: sound, finite on the example, right for every batch size."""
+    for name, weight in module.named_parameters() if request.precision == "int8" else ():
+        if weight.is_floating_point() and weight.dtype != torch.float32:
+            raise RefusedModel(
+                f"{name!r} is in {weight.dtype}; int8 is made from float32", remedy="Give the float32 network"
+            )
     check_sound(module, allow_untrained=request.allow_untrained, allow_nonfinite=request.allow_nonfinite)
     inputs = example_inputs(specs)
     check_finite_output(module, inputs)

@@ -167,7 +167,7 @@ def test_a_failed_verdict_leaves_no_folder_and_no_flood(here: Path, capfd: pytes
     assert export("overflow") == 1
     said = capfd.readouterr()
     assert said.out.count("\nFAIL ") <= 10
-    assert "more failed rows" in said.out
+    assert "more failed comparisons: --json lists them" in said.out
     assert "Warning" not in said.err
     assert not (here / "models").exists()
 

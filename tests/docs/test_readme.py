@@ -13,7 +13,16 @@ import click
 import pytest
 from support.documents import PAGES, blocks, commands
 
-from bnexport.bundle import GOLDEN, MANIFEST, MODEL_EXPORTED, MODEL_ONNX, MODEL_TORCHSCRIPT, REPORT, WEIGHTS
+from bnexport.bundle import (
+    GOLDEN,
+    MANIFEST,
+    MODEL_EXPORTED,
+    MODEL_FLOAT32,
+    MODEL_ONNX,
+    MODEL_TORCHSCRIPT,
+    REPORT,
+    WEIGHTS,
+)
 from bnexport.cli.main import COMMANDS, EXIT_CODES, EXIT_FAULT, EXIT_INTERRUPTED, cli
 
 ROOT = Path(__file__).parents[2]
@@ -92,7 +101,7 @@ def test_exit_codes_are_those_of_the_code() -> None:
 def test_bundle_files_are_those_of_the_code() -> None:
     named = {row[0].strip("`") for row in table("What is in a bundle")}
     files = {MODEL_ONNX, MODEL_TORCHSCRIPT, MODEL_EXPORTED, WEIGHTS, MANIFEST, REPORT}
-    assert named == files | {f"{GOLDEN}/", "../config.pbtxt"}
+    assert named == files | {f"{GOLDEN}/", MODEL_FLOAT32, "../config.pbtxt"}
     assert files | {GOLDEN} == {path.name for path in REFERENCE.iterdir()}
     assert (REFERENCE.parent / "config.pbtxt").is_file()
 

@@ -1,35 +1,49 @@
-"""int8 bundles: the good one passes, each fault of its file fails in the file proof, and saturating kernels are named."""
+"""int8 bundles: the good one passes, predicts and is served; each fault of its file fails; unfit networks are refused."""
 
 from __future__ import annotations
 
+import asyncio
+import copy
 import json
+import os
 from pathlib import Path
 
 import numpy as np
+import onnx
+import pyarrow.parquet as pq
 import pytest
+import torch
+from onnx import ModelProto, TensorProto, helper, numpy_helper
 from support.bundles import copy_bundle, reseal
-from support.int8 import PIXELS, residual
+from support.int8 import PIXELS, folded, residual
 from support.shared import made_once
 
 from bnexport.bundle import MODEL_EXPORTED, MODEL_FLOAT32, MODEL_ONNX, MODEL_TORCHSCRIPT, Bundle
-from bnexport.errors import UsageError
+from bnexport.cli.main import run
+from bnexport.data.preprocessing import Preprocessing
+from bnexport.errors import BadInput, BundleError, UsageError
 from bnexport.exporting.request import ExportRequest
+from bnexport.onnx_files.models import read_model
+from bnexport.onnx_pipeline import fold_and_export_onnx
 from bnexport.pipeline import fold_and_export
+from bnexport.quantization.integer_emulation import EXACT, IntegerEmulator
 from bnexport.runtimes.catalogue import runner_spec
 from bnexport.runtimes.replay import replay_golden
+from bnexport.serving.served_model import ServingSettings, open_served
 from bnexport.verification.int8 import labels_row
 from bnexport.verification.scope import Scope
 from bnexport.verification.self_test.copies import Copy, FaultTarget
 from bnexport.verification.self_test.faults import INT8_FAULTS, spoil_int8
+from bnexport.verification.self_test.tester import self_test
 from bnexport.verification.verdict import VerificationReport
 from bnexport.verification.verify import verify
 
 RUNTIME = "onnxruntime-cpu"
+REQUEST = ExportRequest(precision="int8", inputs=("3x16x16",), mean=PIXELS["mean"], std=PIXELS["std"])
 
 
 def export(folder: Path) -> None:
-    request = ExportRequest(precision="int8", inputs=("3x16x16",), mean=PIXELS["mean"], std=PIXELS["std"])
-    result = fold_and_export(residual(), folder / "net" / "1", request=request)
+    result = fold_and_export(residual(), folder / "net" / "1", request=REQUEST)
     assert result.bundle is not None, result.verification.failures
 
 
@@ -40,6 +54,13 @@ def int8_bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 
 def verified(bundle: Bundle) -> VerificationReport:
     return verify(bundle, module=residual(), runtimes=[RUNTIME], scope=Scope(max_samples=16, drift=False))
+
+
+def spoiled(bundle: Bundle, tmp_path: Path, fault: str) -> Bundle:
+    """Return a copy with one of INT8_FAULTS, whose hashes hold."""
+    copied = Copy(FaultTarget(bundle, residual(), 1e-6, {}), copy_bundle(bundle, tmp_path / "net" / "1"))
+    spoil_int8(INT8_FAULTS[fault])(copied)
+    return Bundle.open(copied.folder)
 
 
 def test_the_good_bundle_passes_with_both_kinds_of_kernels(int8_bundle: Bundle) -> None:
@@ -61,11 +82,162 @@ def test_the_bundle_is_replayed_as_a_server_does(int8_bundle: Bundle) -> None:
     assert 0 < replayed.error <= replayed.bound
 
 
+@pytest.fixture(scope="module")
+def pixels() -> np.ndarray:
+    """Images of random size of structure, so that their scores differ: uint8 (n, height, width, channels)."""
+    rng = np.random.default_rng(4)
+    coarse = rng.integers(0, 256, (24, 4, 4, 3), dtype=np.uint8)
+    return np.ascontiguousarray(coarse.repeat(4, 1).repeat(4, 2))
+
+
+@pytest.fixture(scope="module")
+def stated(int8_bundle: Bundle, pixels: np.ndarray) -> np.ndarray:
+    """Return the logits that the codes of the written file state, by exact integer arithmetic."""
+    feeds = {"input": Preprocessing(**PIXELS).apply(pixels)}
+    logits = IntegerEmulator(read_model(int8_bundle.path / MODEL_ONNX), EXACT).evaluate(feeds)["logits"]
+    assert len(set(logits.argmax(1))) > 1
+    return np.asarray(logits)
+
+
+def close(found: np.ndarray, stated: np.ndarray) -> bool:
+    """Return whether kernels that requantise with another last bit could give these logits."""
+    return bool(np.abs(found - stated).max() < 0.02 * np.abs(stated).max())
+
+
+def test_predict_gives_what_the_file_states(
+    int8_bundle: Bundle, pixels: np.ndarray, stated: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.save(tmp_path / "stack.npy", pixels)
+    words = ["predict", str(int8_bundle.path), str(tmp_path / "stack.npy")]
+    assert run([*words, "--json"]) == 0
+    printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    logits = np.array([row["logits"] for row in printed])
+    assert close(logits, stated)
+    assert [row["index"] for row in printed] == logits.argmax(1).tolist()
+    out = tmp_path / "out"
+    assert run([*words, "--out", str(out), "--workers", "1", "--shard-rows", "10", "--logits"]) == 0
+    written = pq.read_table(out).to_pydict()
+    assert close(np.array(written["logits"]), stated)
+    assert written["label"] == [row["label"] for row in printed]
+
+
+def test_a_server_loads_the_bundle_and_gives_what_the_file_states(
+    int8_bundle: Bundle, pixels: np.ndarray, stated: np.ndarray
+) -> None:
+    async def served() -> np.ndarray:
+        model = open_served("net", "1", int8_bundle.path, ServingSettings(workers=2))
+        try:
+            assert 0 < model.replay.error <= model.replay.bound
+            assert model.config()["platform"] == "onnxruntime_onnx"
+            return await model.logits(pixels)
+        finally:
+            await model.close()
+
+    assert close(asyncio.run(served()), stated)
+
+
+def test_a_server_refuses_a_file_with_other_codes(int8_bundle: Bundle, tmp_path: Path) -> None:
+    copied = spoiled(int8_bundle, tmp_path, "codes transposed")
+    with pytest.raises(BundleError, match="answers the golden vectors with an error of"):
+        open_served("net", "1", copied.path, ServingSettings(workers=1))
+
+
+@pytest.mark.slow
+def test_the_self_test_of_an_int8_bundle_catches_every_fault(int8_bundle: Bundle) -> None:
+    before = {name: os.stat(int8_bundle.path / name).st_mtime_ns for name in int8_bundle.manifest.files}
+    results = self_test(int8_bundle, module=residual())
+    assert {name: os.stat(int8_bundle.path / name).st_mtime_ns for name in before} == before
+    assert not [result for result in results if result.outcome == "missed"]
+    caught = {result.fault: result for result in results if result.outcome == "caught"}
+    assert set(INT8_FAULTS) <= set(caught)
+    for name in INT8_FAULTS:
+        assert "quantization" in caught[name].caught
+    absent = [result.reason for result in results if result.outcome == "not tried"]
+    assert "the bundle is int8, for which no engine computes in float32" in absent
+
+
+def looped() -> ModelProto:
+    """Return a file with a convolution, a BatchNorm, and a Loop that applies ReLU twice."""
+    values = {
+        name: helper.make_tensor_value_info(name, kind, shape)
+        for name, kind, shape in (
+            ("i", TensorProto.INT64, []), ("go", TensorProto.BOOL, []), ("still", TensorProto.BOOL, []),
+            ("x", TensorProto.FLOAT, None), ("y", TensorProto.FLOAT, None),
+            ("input", TensorProto.FLOAT, ["n", 3, 16, 16]), ("logits", TensorProto.FLOAT, ["n", 4, 14, 14]),
+        )
+    }  # fmt: skip
+    steps = [helper.make_node("Identity", ["go"], ["still"]), helper.make_node("Relu", ["x"], ["y"])]
+    body = helper.make_graph(
+        steps, "body", [values["i"], values["go"], values["x"]], [values["still"], values["y"]]
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    arrays = {
+        "weight": rng.standard_normal((4, 3, 3, 3)).astype(np.float32),
+        "times": np.array(2),
+        "start": np.array(True),
+    }
+    arrays |= {name: rng.uniform(0.5, 2, 4).astype(np.float32) for name in ("gamma", "beta", "mean", "var")}
+    nodes = [
+        helper.make_node("Conv", ["input", "weight"], ["conv"]),
+        helper.make_node("BatchNormalization", ["conv", "gamma", "beta", "mean", "var"], ["norm"]),
+        helper.make_node("Loop", ["times", "start", "norm"], ["logits"], body=body),
+    ]
+    stored = [numpy_helper.from_array(array, name) for name, array in arrays.items()]
+    graph = helper.make_graph(nodes, "looped", [values["input"]], [values["logits"]], stored)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+
+
+def in_bfloat16(model: ModelProto) -> ModelProto:
+    """Return a file whose inputs, outputs and weights are bfloat16."""
+    copied = ModelProto()
+    copied.CopyFrom(model)
+    for value in (*copied.graph.input, *copied.graph.output):
+        value.type.tensor_type.elem_type = TensorProto.BFLOAT16
+    del copied.graph.value_info[:]
+    for tensor in copied.graph.initializer:
+        if tensor.data_type == TensorProto.FLOAT:
+            bits = torch.from_numpy(numpy_helper.to_array(tensor).copy()).bfloat16().view(torch.int16).numpy()
+            name, dims = tensor.name, list(tensor.dims)
+            tensor.CopyFrom(helper.make_tensor(name, TensorProto.BFLOAT16, dims, bits.tobytes(), raw=True))
+    return copied
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("bfloat16", "in torch.bfloat16; int8 is made from float32"),
+        ("float16", "in torch.float16; int8 is made from float32"),
+        ("float64", "in torch.float64; int8 is made from float32"),
+        ("bfloat16.onnx", "is in half precision; bundles are verified in float32"),
+        ("loop.onnx", "the network has Loop, whose inner graphs can't be quantised"),
+    ],
+)
+def test_unfit_networks_are_refused_in_one_sentence(source: str, words: str, tmp_path: Path) -> None:
+    out = tmp_path / "models" / "net" / "1"
+    with pytest.raises(BadInput, match=words) as raised:
+        if source.endswith(".onnx"):
+            model = looped() if source == "loop.onnx" else in_bfloat16(folded(residual(), tmp_path))
+            onnx.save(model, tmp_path / source)
+            fold_and_export_onnx(tmp_path / source, out, request=ExportRequest(precision="int8"))
+        else:
+            fold_and_export(copy.deepcopy(residual()).to(getattr(torch, source)), out, request=REQUEST)
+    assert "\n" not in str(raised.value)
+    assert raised.value.remedy
+    assert not out.exists()
+
+
 @pytest.mark.parametrize("fault", INT8_FAULTS)
 def test_each_fault_of_the_file_fails_in_the_file_proof(int8_bundle: Bundle, tmp_path: Path, fault: str) -> None:
-    copy = Copy(FaultTarget(int8_bundle, residual(), 1e-6, {}), copy_bundle(int8_bundle, tmp_path / "net" / "1"))
-    spoil_int8(INT8_FAULTS[fault])(copy)
-    report = verified(Bundle.open(copy.folder))
+    copied = spoiled(int8_bundle, tmp_path, fault)
+    kept = [
+        [
+            (tensor.name, tensor.data_type, list(tensor.dims))
+            for tensor in read_model(path / MODEL_ONNX).graph.initializer
+        ]
+        for path in (int8_bundle.path, copied.path)
+    ]
+    assert kept[0] == kept[1]  # only numbers differ, so that engines load the file
+    report = verified(copied)
     assert "quantization" in {row.stage for row in report.failures}, fault
 
 
@@ -100,8 +272,7 @@ def test_saturating_kernels_fail_and_are_named(
             for name, array in IntegerEmulator(self._file, SATURATING).evaluate(feeds).items()
         },
     )
-    request = ExportRequest(precision="int8", inputs=("3x16x16",), mean=PIXELS["mean"], std=PIXELS["std"])
-    result = fold_and_export(residual(), tmp_path / "net" / "1", request=request)
+    result = fold_and_export(residual(), tmp_path / "net" / "1", request=REQUEST)
     assert result.bundle is None
     assert not (tmp_path / "net" / "1").exists()
     failed = {row.stage for row in result.verification.failures}

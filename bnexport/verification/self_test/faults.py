@@ -267,7 +267,7 @@ def spoil_int8(change: Callable[[Int8File], str]) -> Callable[[Copy], str]:
 def _store(file: Int8File, name: str, array: Array) -> None:
     from onnx import numpy_helper
 
-    file.stored[name].CopyFrom(numpy_helper.from_array(np.ascontiguousarray(array), name))
+    file.stored[name].CopyFrom(numpy_helper.from_array(np.asarray(array), name))
 
 
 def _scale_channel(file: Int8File) -> str:
