@@ -91,7 +91,7 @@ def test_the_doctor_prints_conflicts(monkeypatch: pytest.MonkeyPatch, capsys: py
     )
     run(["doctor"])
     said = capsys.readouterr().out
-    assert "CUDA packages  conflict a and b" in said
+    assert "CUDA packages that do not fit together: a and b" in said
     assert "Install c" in said
     run(["doctor", "--json"])
     told = json.loads(capsys.readouterr().out)
