@@ -36,7 +36,7 @@ from bnexport.verification.int8 import with_int8, within_range
 from bnexport.verification.verdict import VerificationReport
 
 _FILE_ALONE = "Pass --out FILE.onnx to write the folded file alone"
-#: Images on which the accuracy of the original is judged at most, and those evaluated in one call.
+#: Largest number of images on which the original's accuracy is judged, and of those evaluated in one call.
 _MOST_JUDGED, _CHUNK = 1000, 64
 _HALVES = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
 
@@ -84,8 +84,8 @@ def fold_and_export_onnx(
     Args:
         source: The file.
         out: The bundle's directory, ``models/<name>/<version>``.
-        request: Labels, preprocessing, data set, sizes that vary, ``max_growth``, ``clamps``, ``force``; the rest does not
-            apply to a file.
+        request: Labels, preprocessing, data set, sizes that vary, ``max_growth``, ``clamps``, ``force``; the other fields do
+            not apply to a file.
         progress: Called before each stage.
 
     Raises:
@@ -171,7 +171,7 @@ def _spec(value: ValueInfoProto) -> TensorSpec:
     kind = value.type.tensor_type
     if value.type.WhichOneof("value") != "tensor_type" or not kind.HasField("shape") or not kind.shape.dim:
         raise ExportError(
-            f"the file does not declare a shape with a batch for {value.name!r}, which a bundle must tell",
+            f"the file does not declare a shape with a batch for {value.name!r}, which a bundle needs",
             remedy=f"Run onnx.shape_inference over it first. {_FILE_ALONE}",
         )
     dtype = str(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type).name)
@@ -258,16 +258,16 @@ def _sample_shapes(signature: Signature, texts: tuple[str, ...]) -> dict[str, tu
         return fixed if whole else None
     given = _named(parse_inputs(texts), signature)
     for spec in signature.inputs:
-        asked = given[spec.name]
-        sizes = zip(spec.sample_shape, asked.shape, strict=False)
-        wrong = len(asked.shape) != len(spec.sample_shape) or any(isinstance(d, int) and d != s for d, s in sizes)
-        if wrong or asked.dtype != spec.dtype:
+        wanted = given[spec.name]
+        sizes = zip(spec.sample_shape, wanted.shape, strict=False)
+        wrong = len(wanted.shape) != len(spec.sample_shape) or any(isinstance(d, int) and d != s for d, s in sizes)
+        if wrong or wanted.dtype != spec.dtype:
             declared = "x".join(map(str, spec.sample_shape)) or "scalar"
             raise UsageError(
                 f"--input does not fit {spec.name!r}, which the file declares as {declared}:{spec.dtype}",
                 remedy="Give numbers for the sizes that vary, and leave the rest as it is",
             )
-    return {name: asked.shape for name, asked in given.items()}
+    return {name: wanted.shape for name, wanted in given.items()}
 
 
 def _named(specs: tuple[InputSpec, ...], signature: Signature) -> Mapping[str, InputSpec]:

@@ -70,11 +70,11 @@ def command(
         for note in loaded.notes:
             click.echo(note, err=True)
         specs = parse_inputs(inputs, default_shape=loaded.input_shape)
-        report = audit(loaded.module, specs, tools=tools, seed=seed, progress=_tell)
+        report = audit(loaded.module, specs, tools=tools, seed=seed, progress=_show)
     print_audit(report, as_json=options["as_json"])
     return 1 if report.wrong else 0
 
 
-def _tell(tool: str) -> None:
-    """On standard error, where it disturbs neither the table nor --json."""
+def _show(tool: str) -> None:
+    """Print progress on standard error, so that standard output has only the table or JSON."""
     click.echo(f"running {tool}", err=True)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-#: What every target takes.
+#: Arguments and options of every target.
 _COMMON = (
     click.argument("bundle", type=click.Path(path_type=Path)),
     click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder to write."),
@@ -66,7 +66,7 @@ def triton(bundle: Path, out: Path, **options: Any) -> None:
     from bnexport.bundle import Bundle
     from bnexport.deploying.triton_repository import deploy_triton
 
-    _tell(deploy_triton(Bundle.open(bundle), out, DeployRequest(**options)))
+    _print_result(deploy_triton(Bundle.open(bundle), out, DeployRequest(**options)))
 
 
 @command.command(
@@ -101,7 +101,7 @@ def kserve(bundle: Path, out: Path, storage_uri: str, namespace: str | None, **o
 
     sizes = {key: options.pop(key) for key in ("min_replicas", "max_replicas")}
     scaling = Scaling(storage_uri, **sizes, metric=options.pop("scale_metric"), target=options.pop("scale_target"))
-    _tell(deploy_kserve(Bundle.open(bundle), out, DeployRequest(**options), scaling, namespace=namespace))
+    _print_result(deploy_kserve(Bundle.open(bundle), out, DeployRequest(**options), scaling, namespace=namespace))
 
 
 @command.command(
@@ -120,10 +120,10 @@ def docker(bundle: Path, out: Path, wheel: Path | None, **options: Any) -> None:
     from bnexport.bundle import Bundle
     from bnexport.deploying.docker import deploy_docker
 
-    _tell(deploy_docker(Bundle.open(bundle), out, DeployRequest(**options), wheel=wheel))
+    _print_result(deploy_docker(Bundle.open(bundle), out, DeployRequest(**options), wheel=wheel))
 
 
-def _tell(done: Deployment) -> None:
+def _print_result(done: Deployment) -> None:
     for name in done.files:
         click.echo(f"written: {done.path / name}")
     for step in done.next_steps:

@@ -1,4 +1,4 @@
-"""``bnexport doctor``: what runs on this machine."""
+"""``bnexport doctor``: the runtimes that work on this machine."""
 
 from __future__ import annotations
 

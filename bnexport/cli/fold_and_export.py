@@ -13,7 +13,7 @@ from bnexport.errors import UsageError
 from bnexport.exporting.request import ExportRequest
 from bnexport.optional import need_packages
 
-#: Option of fold-and-export that a file can't follow -> why.
+#: Option of fold-and-export that does not apply to an ONNX file -> reason.
 _REFUSED: dict[str, str] = {
     "weights": "an ONNX file has its own weights",
     "weights_key": "an ONNX file has its own weights",
@@ -24,7 +24,7 @@ _REFUSED: dict[str, str] = {
     "allow_untrained": "an ONNX file is taken as it is",
     "allow_nonfinite": "an ONNX file is taken as it is",
 }
-#: Those that say something of a bundle and nothing of a file alone.
+#: Options that apply to a bundle only, not to a single file.
 _OF_BUNDLES = (
     "labels",
     "rename_classes",
@@ -82,7 +82,7 @@ def refuse_options(out: Path) -> None:
                 f"{words[name]} does not go with {context.params['source']}", remedy=f"Leave it out: {_REFUSED[name]}"
             )
         if name in _OF_BUNDLES and out.suffix == ".onnx":
-            raise UsageError(f"{words[name]} says something of a bundle", remedy="Pass --out models/<name>/<version>")
+            raise UsageError(f"{words[name]} applies to a bundle only", remedy="Pass --out models/<name>/<version>")
     if set(context.params.get("formats") or ()) - {"onnx"}:
         raise UsageError("an ONNX file can be written as ONNX alone", remedy="Leave --format out")
 

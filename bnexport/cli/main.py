@@ -42,7 +42,7 @@ SECTIONS: dict[str, dict[str, tuple[str, str]]] = {
 }
 COMMANDS: dict[str, tuple[str, str]] = {name: row for rows in SECTIONS.values() for name, row in rows.items()}
 
-#: Names that users try -> the command.
+#: Similar name -> the command.
 _SYNONYMS: dict[str, str] = {
     **dict.fromkeys(("export", "convert", "fold-export", "onnx"), "fold-and-export"),
     **dict.fromkeys(("fuse", "merge", "absorb"), "fold"),
@@ -59,7 +59,7 @@ _SYNONYMS: dict[str, str] = {
 #: 0 done, 1 the verdict is FAIL, 2 usage or bad input, 3 this machine can't run it.
 EXIT_CODES: tuple[tuple[type[BnexportError], int], ...] = ((BadInput, 2), (Unavailable, 3), (ProofError, 1))
 EXIT_INTERRUPTED = 130
-#: An error that bnexport does not know: a fault of its own (EX_SOFTWARE in sysexits.h).
+#: Exit code of an unexpected exception, which is a fault of bnexport (EX_SOFTWARE in sysexits.h).
 EXIT_FAULT = 70
 DEBUG = "BNEXPORT_DEBUG"
 
@@ -68,11 +68,11 @@ class LazyGroup(click.Group):
     """A group that imports a command's module only when that command runs."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 -- click's signature
-        """Names in the order of a user's work."""
+        """Return the names in the order of use."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
-        """The command itself; None for an unknown name."""
+        """Return a command; None for an unknown name."""
         if cmd_name not in COMMANDS:
             return None
         module, _, name = COMMANDS[cmd_name][0].partition(":")
@@ -83,7 +83,7 @@ class LazyGroup(click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Find the command; an unknown one is refused with the command that was probably meant."""
+        """Find the command; refuse an unknown one with the most similar command."""
         name = click.utils.make_str(args[0])
         if name not in COMMANDS and not name.startswith("-"):
             meant = _SYNONYMS.get(name.lower()) or next(iter(difflib.get_close_matches(name.lower(), COMMANDS)), None)
@@ -113,10 +113,10 @@ def main(arguments: list[str] | None = None) -> None:
     _tolerate_narrow_streams()
     try:
         code = run(arguments)
-    except BrokenPipeError:  # the reader (head, less) went away: not an error of ours
+    except BrokenPipeError:  # the reader (head, less) has closed the pipe, which is not an error
         forget_reader()
         code = 0
-    except SystemExit as left:  # a process of a training that leaves without a word
+    except SystemExit as left:  # a process of a training that ends without a message
         if not isinstance(left.code, int):
             raise
         code = left.code
@@ -144,7 +144,7 @@ def run(arguments: list[str] | None = None) -> int:
         return 3
     except BrokenPipeError:
         raise
-    except OSError as error:  # files are explained where they are read and written: what is left is standard output
+    except OSError as error:  # errors of files are converted where they occur, so this is standard output
         click.echo(f"Error: {one_line(error)}.\nCheck the disk, or where the output goes.", err=True)
         return 2
     except Exception as error:
@@ -163,16 +163,16 @@ def _sentences(error: BnexportError) -> Iterator[str]:
 
 
 def _ended(text: str) -> str:
-    """A sentence with its full stop; a question and a text cut short by "..." have their end already.
+    """Return a sentence with a full stop, unless it ends with "?", "!" or "...".
 
-    Names in it come from other people's files: what would steer a terminal is shown as "?".
+    Names come from untrusted files, so characters that control the terminal are replaced by "?".
     """
     text = "".join(char if char.isprintable() else "?" for char in text)
     return text if text.endswith((".", "?", "!")) else f"{text}."
 
 
 def _tolerate_narrow_streams() -> None:
-    """Under an ASCII locale a character that can't be shown becomes '?' instead of a crash."""
+    """Replace characters that the locale's encoding lacks by '?'."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")

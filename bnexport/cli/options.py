@@ -103,7 +103,7 @@ def export_request(**options: Any) -> ExportRequest:
 
 
 def read_model_options(texts: tuple[str, ...]) -> dict[str, bool | int | float | str]:
-    """``KEY=VALUE`` texts as a constructor's named arguments: whole numbers, numbers, true and false, else text.
+    """Return ``KEY=VALUE`` texts as a constructor's named arguments: whole numbers, numbers, true and false, else text.
 
     Raises:
         UsageError: A text of another form, or one key twice.
@@ -139,7 +139,7 @@ def preprocessing(inputs: tuple[str, ...], mean: str | None, std: str | None) ->
 
 
 def numbers(text: str, option: str) -> tuple[float, ...]:
-    """A text like "0.485,0.456,0.406" as numbers.
+    """Return a text like "0.485,0.456,0.406" as numbers.
 
     Raises:
         UsageError: It is not a list of numbers.
@@ -159,7 +159,7 @@ class DatasetName(click.Choice[str]):
         super().__init__(tuple(DATASETS))
 
     def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str | None:  # noqa: ARG002
-        """The choices for the help."""
+        """Return the choices for the help."""
         return f"[{'|'.join(DATASETS)}|{FOLDER}PATH]"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
@@ -200,11 +200,7 @@ def _kind(item: Field[Any]) -> _Kind:
 
 
 def config_option(table: str) -> Callable[..., Any]:
-    """The option itself.
-
-    Args:
-        table: Name of the table in the file that is this command's; a file without such a table is read as a whole.
-    """
+    """Return the option --config, which reads this command's ``table`` of the file, or a file without that table as a whole."""
 
     def read(context: click.Context, _: click.Parameter, path: Path | None) -> Path | None:
         if path is not None:
@@ -228,7 +224,7 @@ def was_given(context: click.Context, name: str) -> bool:
 
 
 def _file_values(command: click.Command, path: Path, table: str) -> dict[str, Any]:
-    """The file's values by the names that click has for the options."""
+    """Return the file's values by click's names of the options."""
     found = _read(path)
     options = {
         flag.removeprefix("--"): option
@@ -263,7 +259,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _file_value(path: Path, key: str, value: Any, option: click.Option) -> Any:
-    """A value as the command line would give it; TOML's own kinds must be the option's."""
+    """Return a value as the command line would give it; its TOML type must fit the option."""
     if isinstance(value, dict) and option.multiple:  # [model-option] with num_classes = 10
         return [f"{name}={_text(item)}" for name, item in value.items()]
     if isinstance(value, list) and (option.multiple or option.type is click.STRING):

@@ -27,7 +27,7 @@ def prints_aside() -> contextlib.AbstractContextManager[object]:
     return contextlib.redirect_stdout(sys.stderr)
 
 
-#: As a file's name: standard output.
+#: File name that stands for standard output.
 STDOUT = "-"
 
 
@@ -47,19 +47,16 @@ def write_result(target: str, content: bytes) -> None:
     if target == STDOUT:
         try:
             click.echo(content.decode(), nl=False)
-        except BrokenPipeError:  # the exit code still has to tell the verdict
+        except BrokenPipeError:  # the exit code still reports the verdict
             forget_reader()
     else:
         write_atomically(Path(target), content)
 
 
 def make_bar(console: Console, *, timed: bool = True, counted: bool = True) -> Progress:
-    """A bar that shows itself on a terminal alone and vanishes at the end.
+    """Return a bar that is shown only on a terminal, and removed at the end.
 
-    Args:
-        console: Where it is shown.
-        timed: Show the time left, for steps that take about the same.
-        counted: Show the number of steps; otherwise the share that is done.
+    ``timed`` shows the time left, for steps of similar length; ``counted`` shows the number of steps instead of their share.
     """
     from rich.progress import (
         BarColumn,
@@ -116,11 +113,7 @@ def stages(*, quiet: bool = False, logged: bool = True) -> Iterator[progress.Pro
 
 @contextlib.contextmanager
 def progress_bar(words: str) -> Iterator[Callable[[int, int], None]]:
-    """Yield a function that takes the number of finished images and of all images; a log gets one line.
-
-    Args:
-        words: What is done: "evaluating".
-    """
+    """Yield a function of the numbers of finished and of all images; a log gets one line, which starts with ``words``."""
     from bnexport.reporting.tables import make_console
 
     console = make_console(stderr=True)
@@ -139,13 +132,9 @@ def progress_bar(words: str) -> Iterator[Callable[[int, int], None]]:
 
 @contextlib.contextmanager
 def counting(what: str) -> Iterator[Callable[[int, int, str], None]]:
-    """Show steps of different length on standard error; a log gets one line for each.
+    """Show steps of different length on standard error; a log gets one line for each, which starts with ``what``.
 
-    Args:
-        what: What is done, as the start of each line.
-
-    Yields:
-        What to call before each step: its number from 1, how many there are, and what it is.
+    Yields a function to call before each step, with its number from 1, the number of steps, and the step's name.
     """
     from bnexport.reporting.tables import make_console
 

@@ -36,7 +36,7 @@ class BulkDisplay(BulkProgress):
         self._console = console
         self._bar = make_bar(self._console)
         self._task = self._bar.add_task("images", total=None, visible=False)
-        self._pause, self._told = pause, time.monotonic()
+        self._pause, self._printed = pause, time.monotonic()
         self._rows = self._done = 0
 
     def __enter__(self) -> BulkDisplay:
@@ -49,7 +49,7 @@ class BulkDisplay(BulkProgress):
         self._bar.stop()
 
     def on_start(self, rows: int, done: int, workers: int) -> None:
-        """Say how much there is to do."""
+        """Print the number of images and workers."""
         self._rows, self._done = rows, done
         before = f", {done} of them are there already" if done else ""
         self._console.print(f"{rows} images{before}; {workers} worker{'s' if workers > 1 else ''}")
@@ -59,13 +59,13 @@ class BulkDisplay(BulkProgress):
         """Move the bar; in a log, print a line from time to time."""
         self._done += rows
         self._bar.update(self._task, completed=self._done)
-        if not self._console.is_terminal and time.monotonic() - self._told >= self._pause:
-            self._told = time.monotonic()
+        if not self._console.is_terminal and time.monotonic() - self._printed >= self._pause:
+            self._printed = time.monotonic()
             self._console.print(f"{self._done} of {self._rows} images")
 
 
 _RUNTIME = click.Choice([spec.name for spec in RUNNERS])
-#: Options that mean something with --out alone -> their flags.
+#: Options that apply only with --out -> their flags.
 _BULK = {
     "engine": "--engine", "workers": "--workers", "batch_size": "--batch-size", "shard_rows": "--shard-rows",
     "column": "--column", "id_column": "--id-column", "logits": "--logits", "force": "--force",
@@ -129,17 +129,17 @@ def command(bundle: Path, images: tuple[Path, ...], runtime: str, as_json: bool,
 
 def _in_bulk(bundle: Path, sources: tuple[Path, ...], out: Path, options: dict[str, Any], *, as_json: bool) -> None:
     engine = options.pop("engine", "local")
-    for name in ("pyarrow",) if engine == "local" else ("ray", "pyarrow"):  # ray's extra brings pyarrow, too
+    for name in ("pyarrow",) if engine == "local" else ("ray", "pyarrow"):  # ray's extra installs pyarrow, too
         require(name, purpose=f"bnexport predict --out with --engine {engine}")
     from bnexport.serving.bulk.bulk_prediction import predict_in_bulk
     from bnexport.serving.bulk.bulk_request import BulkRequest
 
     with BulkDisplay() as display:
         result = predict_in_bulk(bundle, sources, out, engine=engine, request=BulkRequest(**options), progress=display)
-    _tell(result, as_json=as_json)
+    _print_result(result, as_json=as_json)
 
 
-def _tell(result: BulkResult, *, as_json: bool) -> None:
+def _print_result(result: BulkResult, *, as_json: bool) -> None:
     if as_json:
         from bnexport.reporting.results import print_json
 

@@ -21,7 +21,7 @@ class _Workers(click.ParamType[int | None]):
     name = "auto|N"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | None:
-        """A number from 1, or None for "auto"."""
+        """Return a number from 1, or None for "auto"."""
         if value in (None, "auto"):
             return None
         try:
@@ -32,10 +32,10 @@ class _Workers(click.ParamType[int | None]):
 
 class _Seconds(click.FloatRange):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """A finite number: NaN is in every range, and nobody waits for ever."""
+        """Return a finite number; click's ranges accept NaN and infinity."""
         found: float = super().convert(value, param, ctx)
         if not math.isfinite(found):
-            self.fail(f"{value} is no number of seconds.", param, ctx)
+            self.fail(f"{value} is not a number of seconds.", param, ctx)
         return found
 
 
@@ -107,7 +107,7 @@ def command(path: Path, **options: Any) -> None:
     for name in ("uvicorn", "httptools", "orjson", "prometheus_client"):
         require(name, purpose="bnexport serve")
     if options["grpc_port"] is not None:
-        import bnexport.serving.grpc  # noqa: F401 -- before gRPC itself, which it asks to be silent
+        import bnexport.serving.grpc  # noqa: F401 -- before gRPC, whose log it turns off
 
         for name in ("grpc", "google.protobuf"):
             require(name, purpose="bnexport serve --grpc-port")

@@ -64,7 +64,7 @@ def command(context: click.Context, /, out: Path, resume: bool, tensorboard: Pat
 
 
 def _config(context: click.Context, out: Path, resume: bool, options: dict[str, Any]) -> TrainingConfig:
-    """The recipe; of a resumed run, with what was given now."""
+    """Return the training's configuration; for a resumed run, the stored one with the options given now."""
     from bnexport.training.directory import RunDirectory
 
     values = values_of(TrainingConfig, options)

@@ -1,4 +1,4 @@
-"""How ``bnexport train`` shows a run: a progress bar on a terminal, plain lines in a log."""
+"""Display of ``bnexport train``: a progress bar on a terminal, plain lines in a log."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bnexport.training.processes import asked_rank
 from bnexport.training.training_run import TrainingResult
 
 _MEGABYTE = 1e6
-#: Values of a line; as many as a terminal of 80 columns has room for twice.
+#: Largest number of values that are printed: two lines of 80 columns.
 _MOST_VALUES = 16
 
 
@@ -66,7 +66,7 @@ class TrainingDisplay(TrainingListener):
         self._bar.update(self._task, description=file, completed=done, total=total, visible=True)
 
     def on_start(self, config: TrainingConfig, device: str, origin: str, first_epoch: int) -> None:
-        """Say what is trained on what."""
+        """Print the data set, the network, the configuration and the device."""
         self._config, self._epoch = config, first_epoch
         self._console.print(f"{config.dataset}: {origin}")
         network = f"BN-LeNet, norm {config.norm}" if config.model == LENET else config.model
@@ -80,14 +80,14 @@ class TrainingDisplay(TrainingListener):
             self._console.print(f"resuming after epoch {first_epoch - 1}")
 
     def on_files(self, done: int, total: int) -> None:
-        """Show the decoded files on the bar; in a log, say it once."""
+        """Show the decoded files on the bar; in a log, print one line."""
         if self._file != "images":
             self._file = "images"
             self._console.print(f"decoding {total} image files, once")
         self._bar.update(self._task, description="decoding", completed=done, total=total, visible=True)
 
     def on_note(self, text: str) -> None:
-        """Print it."""
+        """Print a note."""
         self._console.print(f"note: {text}")
 
     def on_batch(self, done: int, total: int) -> None:
@@ -127,7 +127,7 @@ def _schedule(config: TrainingConfig) -> str:
 
 
 def _row(values: Sequence[float]) -> str:
-    """All values of a small layer, the range of a large one."""
+    """Return all values of a small layer, the range of a large one."""
     if len(values) > _MOST_VALUES:
         return f"{min(values):.4f} to {max(values):.4f} ({len(values)} channels)"
     return " ".join(f"{value:.4f}" for value in values)

@@ -198,13 +198,13 @@ def _write_files(report: VerificationReport, opened: Bundle, path: Path, options
         )
 
 
-#: Options of the written files, and of each run, which the page adds to the command itself.
+#: Options of the written files, and options of each run, which the page adds to the command.
 _OF_FILES = ("verbose", "json_file", "junit_file", "html_file")
 _OF_RUNS = ("runtimes", "precisions", "optimisations", "io_binding", "conv_searches", "seed", "with_self_test")
 
 
 def _again(path: Path, options: dict[str, Any], *, runs: bool = True) -> str:
-    """Return the command that repeats this verification, as a shell takes it; without ``runs`` for any run."""
+    """Return the command that repeats this verification, for a shell; without ``runs``, without the options of a run."""
     words = ["bnexport", "verify", str(path)]
     for option in click.get_current_context().command.params:
         name = option.name or ""

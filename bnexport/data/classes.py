@@ -99,7 +99,7 @@ def check_dataset(
         remedy: Remedy for an unknown preprocessing.
 
     Raises:
-        UsageError: The name is unknown, there is no preprocessing, ``data_dir`` is given for embedded images, or the classes
+        UsageError: The name or the preprocessing is unknown, ``data_dir`` is given for embedded images, or the classes
             are not the network's.
         DataError: The images are missing or damaged.
     """

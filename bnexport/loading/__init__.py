@@ -1,1 +1,1 @@
-"""From what a user names to a network with its weights: sources, checkpoints, weight files, model zoos, user code."""
+"""Loading of networks and their weights: sources, checkpoints, weight files, model zoos, user code."""

@@ -3,14 +3,14 @@
 Safetensors holds no code, so opening an unknown file runs nothing. The metadata is JSON under the one key
 ``bnexport``::
 
-    format         number of this layout, FORMAT; files from before it had one have none
+    format         number of this layout, FORMAT; the oldest files have none
     network        {"source": "bn_lenet", "options": {"norm": "torch", "in_channels": 1, "num_classes": 10}}
     dataset        name of the data set
     labels         class names in the order of the logits
-    preprocessing  how an image becomes an input
+    preprocessing  conversion of an image to an input
     training       {"epoch": 3, "epochs": 10, "config": {...}, "history": [{...}, ...]}
-    recalibrated   whether the moving statistics were re-estimated over the training set
-    recalibration  how, if ``bnexport recalibrate`` did it:
+    recalibrated   true if the moving statistics were re-estimated over the training set
+    recalibration  settings, if ``bnexport recalibrate`` re-estimated them:
                    {"definition": "batch", "dataset": ..., "images": 60000, "batch_size": 256, "seed": 0}
 
 A checkpoint from which a training resumes also has the optimiser's state, under names that start with ``optimizer/``.
@@ -53,26 +53,22 @@ _NUMPY: dict[str, str] = {
     "F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "I16": "<i2", "I8": "i1",
     "U8": "u1", "BOOL": "?",
 }  # fmt: skip
-_REMEDY = "Give a file written by bnexport train, or another safetensors file that is whole"
+_REMEDY = "Give a file written by bnexport train, or another complete safetensors file"
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A network's weights and their metadata.
+    """A network's weights and their metadata."""
 
-    Attributes:
-        state: State dict, on the CPU when loaded.
-        metadata: JSON values; the keys are in this module's docstring, but for ``format``, which belongs to the file.
-        optimizer: The optimiser's tensors by its own names; {} for an optimiser without state.
-    """
-
-    state: dict[str, Tensor]
+    state: dict[str, Tensor]  # State dict, on the CPU when loaded
+    # JSON values with the keys of this module's docstring, except ``format``, which belongs to the file
     metadata: dict[str, Any]
+    # The optimiser's tensors by name; {} for an optimiser without state
     optimizer: dict[str, Tensor] = field(default_factory=dict)
 
 
 def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint so that a reader sees the old file or the new one, never a part.
+    """Write a checkpoint atomically: a reader sees the old file or the new one.
 
     Raises:
         OutputError: The file can't be written.
@@ -125,7 +121,9 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 
 def _check_format(path: str | Path, found: Any) -> None:
     if type(found) is not int or found < 1:
-        raise ModelError(f"the metadata of {path} names the format {found!r}, which is no number", remedy=_REMEDY)
+        raise ModelError(
+            f"the metadata of {path} names the format {found!r}, which is not a positive number", remedy=_REMEDY
+        )
     if found > FORMAT:
         raise ModelError(
             f"{path} has format {found}, this bnexport reads up to {FORMAT}",
@@ -160,7 +158,7 @@ def _read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def read_arrays(path: str | Path) -> tuple[dict[str, Array], dict[str, str]]:
-    """As ``read_safetensors``, but into numpy and without torch and safetensors: a serving machine has neither.
+    """Read a safetensors file into numpy arrays, without torch and safetensors, which serving machines lack.
 
     bfloat16 becomes float32; tensors of types that numpy lacks (8-bit floats) are left out.
 

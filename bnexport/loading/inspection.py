@@ -24,17 +24,11 @@ _ASSUMED = f"eps is not in this file: {DEFAULT_EPS:g} is assumed"
 
 @dataclass(frozen=True)
 class Inspection:
-    """The facts that ``bnexport inspect`` shows.
+    """The facts that ``bnexport inspect`` shows."""
 
-    Attributes:
-        file: The file that was read.
-        layers: Every BatchNorm, in the network's order if that is known, else by name.
-        note: Assumptions behind the numbers and the order; "" for none.
-    """
-
-    file: Path
-    layers: tuple[LayerStatistics, ...]
-    note: str = ""
+    file: Path  # The file that was read
+    layers: tuple[LayerStatistics, ...]  # Every BatchNorm, in the network's order if that is known, else by name
+    note: str = ""  # Assumptions behind the numbers and the order; "" for none
 
 
 def inspect_path(path: Path) -> Inspection:
@@ -73,12 +67,12 @@ def _network(file: Path) -> nn.Module | None:
 
     try:
         return build_known(load_checkpoint(file).metadata["network"])
-    except (ModelError, MissingDependency):  # a user's or timm's network: its statistics can be read all the same
+    except (ModelError, MissingDependency):  # a user's or timm's network: its statistics can still be read
         return None
 
 
 def _in_order(layers: list[LayerStatistics], order: Sequence[str]) -> tuple[LayerStatistics, ...]:
-    """Sort layers by their place in the network, and others by name, in which numbers count as numbers."""
+    """Sort layers by their place in the network, and others by name, with numbers in numerical order."""
     places = {name: place for place, name in enumerate(dict.fromkeys(order))}
 
     def key(layer: LayerStatistics) -> tuple[int, list[str | int]]:

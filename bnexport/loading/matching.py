@@ -1,8 +1,8 @@
-"""Match the names in a weights file with the names that a network wants. Only names are compared; no tensor is read.
+"""Match the names in a weights file with the names that a network expects. Only names are compared; no tensor is read.
 
-A name of the file may differ from the network's by what a wrapper added: ``module.`` (DataParallel, AveragedModel),
+A name of the file may differ from the network's by a part that a wrapper added: ``module.`` (DataParallel, AveragedModel),
 ``_orig_mod.`` (torch.compile), the attribute that held the network (``model.``, ``net.``), in any nesting. A part is left out
-only where every name of that place has it, so half a prefix or a second network never fits.
+only if every name at that place has it, so half a prefix or a second network never fits.
 """
 
 from __future__ import annotations
@@ -20,44 +20,32 @@ COUNTERS = frozenset({"n_averaged", "total_ops", "total_params"})
 BATCHES = "num_batches_tracked"
 #: Old names of published files -> the network's names: torchvision's DenseNets had norm.1 for norm1.
 RENAMES: tuple[tuple[re.Pattern[str], str], ...] = ((re.compile(r"(denselayer\d+\.(?:norm|conv))\.(\d)\."), r"\1\2."),)
-#: Names with more parts are compared as they are, and further prefixes are not tried: both could take very long.
+#: Names with more parts are compared unchanged, and more prefixes are not tried, because both could take very long.
 MAX_PARTS, MAX_CANDIDATES = 32, 16
 
 
 @dataclass(frozen=True)
 class Match:
-    """A file's names fit a network.
+    """The names of a file that fit a network."""
 
-    Attributes:
-        names: Name in the network -> name in the file.
-        absent: Names of the network that the file lacks and does not need.
-        ignored: Counters in the file.
-    """
-
-    names: Mapping[str, str]
-    absent: tuple[str, ...]
-    ignored: tuple[str, ...]
+    names: Mapping[str, str]  # Name in the network -> name in the file
+    absent: tuple[str, ...]  # Names of the network that the file lacks and does not need
+    ignored: tuple[str, ...]  # Counters in the file
 
 
 @dataclass(frozen=True)
 class Misfit:
-    """A file's names do not fit a network.
+    """The reason why a file's names do not fit a network."""
 
-    Attributes:
-        missing: Names of the network that the file lacks.
-        unexpected: Names of the file that the network lacks.
-        candidates: Prefixes; the names below each of them would fit without the others.
-    """
-
-    missing: tuple[str, ...]
-    unexpected: tuple[str, ...]
-    candidates: tuple[str, ...]
+    missing: tuple[str, ...]  # Names of the network that the file lacks
+    unexpected: tuple[str, ...]  # Names of the file that the network lacks
+    candidates: tuple[str, ...]  # Prefixes; the names below each of them would fit without the others
 
 
 def match_names(
     wanted: Collection[str], found: Collection[str], *, aliases: Mapping[str, Collection[str]] | None = None
 ) -> Match | Misfit:
-    """Return the one way in which a file's names are a network's, or the reason why there is none.
+    """Map a network's names to a file's names, or return the reason why they do not fit.
 
     Args:
         wanted: Names of the network's state dict.
@@ -100,7 +88,7 @@ def _is_optional(
 
 
 def _attempts(wanted: Collection[str], found: Collection[str]) -> Iterator[dict[str, str]]:
-    """Yield ways to read the file's names, from the plainest on, as name in the network -> name in the file."""
+    """Yield possible mappings, the plainest first: name in the network -> name in the file."""
     if any(name.count(".") > MAX_PARTS for name in (*wanted, *found)):  # a file may have any names
         yield {name: name for name in found if name in wanted}
         return
@@ -116,7 +104,7 @@ def _attempts(wanted: Collection[str], found: Collection[str]) -> Iterator[dict[
 
 
 def _turned(names: Mapping[str, str]) -> dict[str, str] | None:
-    """Return new name -> old name; None if two names became one."""
+    """Return new name -> old name; None if two names became equal."""
     turned = {new: old for old, new in names.items()}
     return turned if len(turned) == len(names) else None
 
@@ -133,7 +121,7 @@ def _renamed(names: Collection[str]) -> dict[str, str]:
 
 
 def _unwrapped(names: Collection[str], keys: Collection[str] | None = None) -> dict[str, str]:
-    """Leave out the attributes of wrappers, each where it is the only one of its place."""
+    """Leave out the attributes of wrappers, each if it is the only name at its place."""
     below: dict[tuple[str, ...], set[str]] = defaultdict(set)
     split = [tuple(name.split(".")) for name in names]
     for parts in split:
@@ -150,7 +138,7 @@ def _unwrapped(names: Collection[str], keys: Collection[str] | None = None) -> d
 
 
 def _common_starts(names: Collection[str]) -> Iterator[str]:
-    """Yield the starts that every name has and that end with a dot, the shortest first."""
+    """Yield the prefixes that all names share and that end with a dot, the shortest first."""
     parts = [name.split(".")[:-1] for name in names]
     start = ""
     for level in zip(*parts, strict=False):
@@ -163,7 +151,7 @@ def _common_starts(names: Collection[str]) -> Iterator[str]:
 def _candidates(
     wanted: Collection[str], found: Collection[str], aliases: Mapping[str, Collection[str]]
 ) -> tuple[str, ...]:
-    """Return the prefixes whose names would fit alone."""
+    """Return the prefixes below which the names would fit without the others."""
     anchor = next((name for name in wanted if _last(name) != BATCHES), "")
     starts = {name.removesuffix(anchor) for name in found if anchor and name.endswith("." + anchor)}
     fitting: list[str] = []

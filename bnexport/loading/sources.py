@@ -1,4 +1,4 @@
-"""From what a user names to a module in eval mode: the table of source kinds, and the networks that need no user code."""
+"""Loading of a user's source as a module in eval mode: the table of source kinds, and the networks that need no user code."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from bnexport.nn.lenet import bn_lenet
 from bnexport.optional import one_line
 from bnexport.validation.file_kinds import refuse_other_kinds
 
-#: bnexport's own networks. The networks of ``loading.zoo.ZOOS`` are known too, where their package is installed.
+#: bnexport's own networks. The networks of ``loading.zoo.ZOOS`` are known too, if their package is installed.
 KNOWN: dict[str, Callable[..., nn.Module]] = {"bn_lenet": bn_lenet}
 
 
@@ -44,7 +44,7 @@ def build_known(network: Mapping[str, Any]) -> nn.Module:
     """Build a known network from its entry in a checkpoint or manifest, without weights.
 
     Raises:
-        ModelError: Not a network that bnexport knows, or its options are not its own.
+        ModelError: The network is unknown, or does not accept these options.
         MissingDependency: The package that defines it is not installed.
     """
     source, options = network.get("source"), network.get("options") or {}
@@ -52,7 +52,7 @@ def build_known(network: Mapping[str, Any]) -> nn.Module:
         return build_from_zoo(source, options)
     if source not in KNOWN:
         raise ModelError(
-            f"bnexport does not know how to build {source!r} by itself",
+            f"bnexport can't build {source!r} without its code",
             remedy="Name its code: --source file.py:factory or --source package.module:factory",
         )
     try:
@@ -71,35 +71,23 @@ def sample_facts(network: Mapping[str, Any], module: nn.Module) -> tuple[tuple[i
     return (int(options.get("in_channels", 1)), 28, 28), None
 
 
-#: Metadata on moving statistics, which a loaded network has among the facts on its training.
+#: Metadata on moving statistics, which a loaded network has in ``training``.
 _RECALIBRATED = ("recalibrated", "recalibration")
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A network with its weights and the known facts about it.
+    """A network with its weights and the known facts about it."""
 
-    Attributes:
-        module: In eval mode, on the CPU.
-        name: A short name for titles and folders.
-        network: Source and options, to build it again: ``{"source": ..., "options": {...}}``.
-        input_shape: Shape of one sample, if the source states it.
-        dataset: Data set that it was trained on, if known.
-        labels: Class names in the order of the logits, if known.
-        preprocessing: JSON of the preprocessing, if known.
-        training: The checkpoint's metadata on the training.
-        notes: Sentences about choices in the weights file that the user should see.
-    """
-
-    module: nn.Module
-    name: str
-    network: Mapping[str, Any]
-    input_shape: tuple[int, ...] | None = None
-    dataset: str | None = None
-    labels: tuple[str, ...] | None = None
-    preprocessing: Mapping[str, Any] | None = None
-    training: Mapping[str, Any] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
+    module: nn.Module  # The network in eval mode, on the CPU
+    name: str  # Short name for titles and folders
+    network: Mapping[str, Any]  # Source and options to build it again: ``{"source": ..., "options": {...}}``
+    input_shape: tuple[int, ...] | None = None  # Shape of one sample, if known
+    dataset: str | None = None  # Data set of the training, if known
+    labels: tuple[str, ...] | None = None  # Class names in the order of the logits, if known
+    preprocessing: Mapping[str, Any] | None = None  # JSON of the preprocessing, if known
+    training: Mapping[str, Any] = field(default_factory=dict)  # The checkpoint's metadata on the training
+    notes: tuple[str, ...] = ()  # Sentences for the user about choices in the weights file
 
 
 def _from_path(source: str, weights: WeightsFile | None, options: Mapping[str, Any]) -> LoadedModel:
@@ -109,9 +97,9 @@ def _from_path(source: str, weights: WeightsFile | None, options: Mapping[str, A
             f"{source} names no factory", remedy=f"Write {source}:NAME, a function that returns the network"
         )
     if weights is not None:
-        raise UsageError(f"{source} brings its own weights", remedy="Name the network's code: file.py:factory")
+        raise UsageError(f"{source} contains its own weights", remedy="Name the network's code: file.py:factory")
     if options:
-        raise UsageError(f"{source} brings its own options", remedy="Leave --model-option out")
+        raise UsageError(f"{source} contains its own options", remedy="Leave --model-option out")
     if (path / MANIFEST).is_file():
         raise ModelError(
             f"{source} is a bundle, the result of fold-and-export",
@@ -189,21 +177,16 @@ def _described(
 
 @dataclass(frozen=True)
 class SourceKind:
-    """One row of SOURCE_KINDS.
+    """One row of SOURCE_KINDS."""
 
-    Attributes:
-        form: The kind as a user writes it.
-        matches: Return True if a source is of this kind.
-        load: Load it, from the source, the weights and the options.
-    """
-
-    form: str
-    matches: Callable[[str], bool]
+    form: str  # The kind as a user writes it
+    matches: Callable[[str], bool]  # Returns True if a source is of this kind
+    # Loads a network from the source, the weights and the options
     load: Callable[[str, WeightsFile | None, Mapping[str, Any]], LoadedModel]
 
 
 #: The kinds of source, in the order in which they are tried. A run directory and a checkpoint have their own weights. The
-#: function of a user's file or module returns the network; the checkpoint of a run that trained it also gives its options.
+#: function of a user's file or module returns the network; its options are in the checkpoint of a run that trained it.
 SOURCE_KINDS: tuple[SourceKind, ...] = (
     SourceKind("a run directory, a .safetensors checkpoint", lambda source: Path(source).exists(), _from_path),
     SourceKind("bn_lenet", KNOWN.__contains__, _from_name),
@@ -221,7 +204,7 @@ def load_source(
     weights_key: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> LoadedModel:
-    """Load what a user names.
+    """Load a network by the source that a user names.
 
     Args:
         source: One of SOURCE_KINDS. ``file.py:factory`` runs that file.
@@ -276,5 +259,5 @@ def _has_metadata(path: Path) -> bool:
 
 
 def _in_eval_mode(module: nn.Module) -> nn.Module:
-    """Switch a network to eval mode; one whose root is in eval mode already may hold layers in training mode on purpose."""
+    """Switch a network in training mode to eval mode; others may have layers in training mode on purpose."""
     return to_eval_mode(module) if module.training else module

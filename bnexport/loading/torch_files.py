@@ -18,7 +18,7 @@ from bnexport.validation.limits import refusing
 from bnexport.validation.pickles import REBUILD, Made, Name, Storage
 
 _PARAMETER = ("torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state")
-#: Levels of dictionaries in which sets of weights are looked for.
+#: Levels of dictionaries that are searched for sets of weights.
 _LEVELS = 4
 #: Values by name; a tensor is made when its function is called.
 Tensors = dict[str, Callable[[], Tensor]]
@@ -36,7 +36,7 @@ def tensor_sets(saved: Saved, path: Path) -> dict[str, Tensors]:
 
 
 def _tables(value: Any, place: str, levels: int, seen: set[int]) -> Iterator[tuple[str, list[tuple[str, Any]]]]:
-    """Yield the place and the named values of each dictionary; one that is there twice is yielded once."""
+    """Yield the place and the named values of each dictionary; a repeated dictionary is yielded once."""
     if not isinstance(value, Made) or not value.is_mapping or id(value) in seen:
         return
     seen.add(id(value))
@@ -58,7 +58,7 @@ def _maker(call: Made, saved: Saved, path: Path, made: dict[tuple[Storage, str],
         try:
             with refusing(path, ModelError, remedy="Copy or download the file again"):
                 return _tensor(call, saved, made)
-        except (RuntimeError, ValueError, TypeError, AttributeError, OSError) as error:  # torch's words on odd sizes
+        except (RuntimeError, ValueError, TypeError, AttributeError, OSError) as error:  # torch's errors for odd sizes
             raise ModelError(
                 f"{path} holds a tensor that can't be made: {one_line(error, 120)}",
                 remedy="Copy or download the file again",
@@ -82,7 +82,7 @@ def _tensor(call: Made, saved: Saved, made: dict[tuple[Storage, str], Tensor]) -
 
 
 def _flat(storage: Storage, kind: str, saved: Saved) -> Tensor:
-    """Return all elements of a storage as one row."""
+    """Return all elements of a storage in one dimension."""
     found: Any = getattr(torch, kind.rpartition(".")[2])
     dtype: torch.dtype = found if isinstance(found, torch.dtype) else found.dtype
     content = saved.bytes_of(storage)

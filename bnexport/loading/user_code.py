@@ -1,4 +1,4 @@
-"""A user's own code is imported and run; errors in it are reported with their line."""
+"""Import of a user's own code; errors in the code are reported with their line."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def call_factory(source: str, options: Mapping[str, Any]) -> nn.Module:
     """
     place = source.rpartition(":")[0]
     file = Path(place) if place.endswith(".py") else None
-    # A file finds its own neighbours, as by python FILE; a package in the current folder is found, as by python -m.
-    # The user's code may print; on standard output that would break --json.
+    # A file can import its neighbours, as with python FILE; a package in the current folder is found, as with python -m.
+    # The user's code may print, which on standard output would break --json.
     with (
         _importing_from("" if file is None else str(file.parent.resolve())),
         contextlib.redirect_stdout(sys.stderr),
@@ -78,7 +78,7 @@ def _import_file(path: Path) -> Any:
             raise
         raise ModelError(
             f"{path} can't be run{_line_of(error, str(path))}: {type(error).__name__}: {one_line(error)}",
-            remedy="Mend that line; python FILE shows the whole error",
+            remedy="Fix that line; python FILE shows the whole error",
         ) from error
     return module
 

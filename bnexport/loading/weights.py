@@ -1,4 +1,4 @@
-"""A user's weights file into a network: every tensor accounted for, and no code run. docs/weights.md is for users."""
+"""Loading of a user's weights file into a network: every tensor is accounted for, and no code runs (docs/weights.md)."""
 
 from __future__ import annotations
 
@@ -26,31 +26,26 @@ from bnexport.validation.json_text import parse_json
 from bnexport.validation.limits import limit, refusing
 from bnexport.validation.paths import check_name, check_regular
 
-#: Keys under which training scripts save weights, the first choice first; averaged weights only where they alone fit.
+#: Keys under which training scripts save weights, the first choice first; averaged weights count only if no others fit.
 KEYS = (
     "state_dict", "model_state_dict", "model", "net", "network", "module", "params", "weights",
     "state_dict_ema", "model_ema", "ema_state_dict", "ema", "ema_model", "params_ema",
 )  # fmt: skip
 _SAVE = "Save the weights alone: torch.save(model.state_dict(), FILE), or safetensors.torch.save_file"
-#: Names in a message, and characters of one of them.
+#: Limits of a message: number of names, and characters of one name.
 _SHOWN, _LONGEST = 6, 60
 
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """The weights that a user names.
+    """The weights that a user names."""
 
-    Attributes:
-        path: The file; a folder's best one.
-        key: The chosen set of weights, or the prefix of the chosen names; None: the set that fits.
-    """
-
-    path: Path
-    key: str | None = None
+    path: Path  # The file
+    key: str | None = None  # The chosen set of weights, or the prefix of the chosen names; None: the set that fits
 
     @classmethod
     def of(cls, weights: Any, key: str | None = None) -> WeightsFile | None:
-        """Return the file that a path stands for: a bundle's weights, a run directory's best file, the file itself.
+        """Return the weights file of a path: of a bundle, the best one of a run directory, or the file itself.
 
         Raises:
             UsageError: ``weights`` is not a path, or there is a key without weights.
@@ -80,17 +75,17 @@ class WeightsFile:
 
 
 def load_weights(module: nn.Module, weights: WeightsFile | Path) -> tuple[str, ...]:
-    """Load a weights file into a module, every tensor accounted for.
+    """Load a weights file into a module; every tensor must be accounted for.
 
     Accepts safetensors, files of ``torch.save`` and the index of either in several files. A file of ``torch.save`` is read as
     data and not unpickled. It may have the weights under keys, next to plain values. Names may have the prefixes of wrappers
     (``matching``).
 
     Returns:
-        Sentences about choices that the user should see.
+        Sentences for the user about choices in the file.
 
     Raises:
-        ModelError: The file is missing, empty, damaged, of another kind, names code, or its tensors are not this module's.
+        ModelError: The file is missing, empty, damaged, of another kind, names code, or its tensors do not fit the module.
     """
     weights = weights if isinstance(weights, WeightsFile) else WeightsFile(weights)
     expected = module.state_dict(keep_vars=True)
@@ -132,7 +127,7 @@ def _made(tensors: Tensors) -> dict[str, Tensor]:
 
 
 def _accepts(module: nn.Module, state: Mapping[str, Tensor]) -> bool:
-    """Return True if the network itself reads these names: some networks translate older names."""
+    """Return True if the network itself accepts these names; some networks translate older names."""
     try:
         copy.deepcopy(module).load_state_dict(state)
     except Exception:  # torch raises RuntimeError; the network's own code may raise anything
@@ -176,14 +171,14 @@ def _misfit(path: Path, title: str, misfit: Misfit, sets: Mapping[str, Tensors],
         )
     return ModelError(
         text + _listing(sets),
-        remedy="Give the weights of this very network, or the factory that builds the network of these weights",
+        remedy="Give the weights of this network, or the factory that builds the network of these weights",
     )
 
 
 def _ignored(path: Path, fit: Match) -> list[str]:
     if not fit.ignored:
         return []
-    return [f"{path} holds counters that are no weights; they were ignored: {_some(list(fit.ignored))}"]
+    return [f"{path} holds counters, which are not weights and were ignored: {_some(list(fit.ignored))}"]
 
 
 def _chosen(
@@ -211,7 +206,7 @@ def _chosen(
         return known[0], _several(path, known[0], others)
     if fitting:
         raise ModelError(
-            f"{path} holds several sets of weights, and which one is meant is not clear{_listing(sets)}",
+            f"{path} holds several sets of weights, and the choice is ambiguous{_listing(sets)}",
             remedy=f"Choose one: --weights-key {fitting[0]}; it fits {title}",
         )
     return min(serious, key=lambda place: (not _is_known(place), _rank(place), place)), ()
@@ -267,7 +262,7 @@ def _listing(sets: Mapping[str, Tensors]) -> str:
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[dict[str, Tensors]]:
-    """Open a weights file; its sets of weights by their keys, "" for the top level. Tensors are made while it is open."""
+    """Open a weights file and yield its sets of weights by key, "" for the top level; tensors are made while it is open."""
     if not path.exists():
         raise ModelError(f"{path} does not exist", remedy="Check the path of the weights")
     kind = refuse_other_kinds(path, "safetensors", "torch", "index", "pickle")
@@ -285,7 +280,7 @@ def _sets(path: Path, stack: contextlib.ExitStack) -> dict[str, Tensors]:
         with refusing(f"{path} is not a plain state dict: it", ModelError, remedy=_SAVE):
             check_regular(path)
             saved = read_saved(stack.enter_context(path.open("rb")))
-            stack.enter_context(no_warnings)  # torch's classes of storages remark on their age
+            stack.enter_context(no_warnings)  # torch's classes of storages warn that they are deprecated
             return tensor_sets(saved, path)
     except OSError as error:
         raise ModelError(f"{path} can't be read: {one_line(error)}", remedy="Check the file's permissions") from error
@@ -321,7 +316,7 @@ def _sharded(path: Path, stack: contextlib.ExitStack) -> Tensors:
 
 
 def is_safetensors(path: Path) -> bool:
-    """Return True for a safetensors file: by its content, or by its name if its content is of no known kind."""
+    """Return True for a safetensors file, by its content, or by its name if the content is of an unknown kind."""
     kind = kind_of(path)
     return path.is_file() and (path.suffix == ".safetensors" if kind is None else kind.name == "safetensors")
 

@@ -18,57 +18,49 @@ from torch import nn
 from bnexport.errors import MissingDependency, ModelError
 from bnexport.optional import installed, no_warnings, one_line, require
 
-#: Shape of one sample and preprocessing as JSON; None for what is not known.
+#: Shape of one sample and preprocessing as JSON; None for an unknown fact.
 Facts = tuple[tuple[int, ...] | None, dict[str, Any] | None]
 
-#: Options that would fetch or open something: weights come from the user's file alone.
+#: Options that would download or open files: weights come from the user's file alone.
 _FETCHING = (
     "weights", "weights_backbone", "pretrained", "progress", "quantize", "checkpoint_path", "cache_dir", "pretrained_cfg",
     "pretrained_cfg_overlay",
 )  # fmt: skip
-#: Sub-package of torchvision.models -> why its networks can't be exported; those not here can.
+#: Sub-package of torchvision.models -> the reason why its networks can't be exported.
 _REFUSED = {
-    "detection": "takes a list of images and gives boxes, not a batch of tensors",
+    "detection": "takes a list of images and returns boxes, not a batch of tensors",
     "quantization": "is meant for integer arithmetic; name the float network without quantized_",
-    "optical_flow": "gives a list of refinements that its training code reads, not one answer per sample",
+    "optical_flow": "returns a list of refinements for its training code, not one answer per sample",
 }
-#: Height and width for a segmentation network, which takes any. torchvision evaluates at 520, which is not a multiple of 32 and
-#: whose proof in float64 takes minutes. --input requests another size, --dynamic-size all of them.
+#: Height and width for a segmentation network, which accepts any. torchvision evaluates at 520, which is not a multiple of 32
+#: and whose proof in float64 takes minutes. --input requests another size, --dynamic-size all sizes.
 _SEGMENTATION_SIZE = 256
-#: Frames of a video: what torchvision's recipes train on.
+#: Frames of a video in torchvision's training recipes.
 _FRAMES = 16
-#: Networks that change their input when built with torchvision's own weights; what an image becomes hangs on an option.
+#: Networks that change their input when built with torchvision's own weights; an option decides their preprocessing.
 _TRANSFORMING = ("googlenet", "inception_v3")
 _MAX_HINTS = 3
 
 
 @dataclass(frozen=True)
 class Zoo:
-    """A package with networks by name.
+    """A package with networks by name."""
 
-    Attributes:
-        package: Import name.
-        install: What pip installs.
-        names: -> every name.
-        build: (name, options) -> the network, with random weights.
-        facts: (name, options, network) -> shape of one sample, preprocessing.
-    """
-
-    package: str
-    install: str
-    names: Callable[[], list[str]]
-    build: Callable[[str, Mapping[str, Any]], nn.Module]
-    facts: Callable[[str, Mapping[str, Any], nn.Module], Facts]
+    package: str  # Import name
+    install: str  # Name for pip install
+    names: Callable[[], list[str]]  # Returns all names
+    build: Callable[[str, Mapping[str, Any]], nn.Module]  # Returns a network with random weights
+    facts: Callable[[str, Mapping[str, Any], nn.Module], Facts]  # Returns the shape of one sample and the preprocessing
 
 
 def zoo_of(source: str) -> Zoo | None:
-    """The zoo that a source names by its start, ``torchvision:`` or ``timm:``; None for another kind of source."""
+    """Return the zoo of a source that starts with ``torchvision:`` or ``timm:``; None for another kind of source."""
     prefix, colon, _ = source.partition(":")
     return ZOOS.get(prefix) if colon else None
 
 
 def zoo_problem(source: str) -> str | None:
-    """Why a zoo's network can't be built here, without building it; None when it can be tried."""
+    """Return the reason why a zoo's network can't be built here, without building it; None if none is found."""
     zoo, name = ZOOS[source.partition(":")[0]], source.partition(":")[2]
     if not installed(zoo.package):
         return f"{zoo.package} is not installed (pip install '{zoo.install}')"
@@ -83,7 +75,7 @@ def build_from_zoo(source: str, options: Mapping[str, Any]) -> nn.Module:
         options: Named arguments of its constructor: numbers, flags, texts.
 
     Raises:
-        ModelError: There is no such network, or it takes no such option.
+        ModelError: The network is unknown, or does not accept an option.
         MissingDependency: The package is not installed.
     """
     zoo, name = ZOOS[source.partition(":")[0]], source.partition(":")[2]
@@ -102,7 +94,7 @@ def build_from_zoo(source: str, options: Mapping[str, Any]) -> nn.Module:
             remedy="Give the weights as a file",
         )
     try:
-        with no_warnings:  # remarks on initialisation: the weights come from a file
+        with no_warnings:  # warnings about initialisation: the weights come from a file
             return zoo.build(name, options)
     except ModelError:
         raise
@@ -111,7 +103,7 @@ def build_from_zoo(source: str, options: Mapping[str, Any]) -> nn.Module:
 
 
 def zoo_facts(source: str, options: Mapping[str, Any], module: nn.Module) -> Facts:
-    """Return the package's facts of a network's input: the shape of one sample, and the preprocessing as JSON."""
+    """Return the shape of one sample and the preprocessing as JSON, as the package states them."""
     zoo, name = ZOOS[source.partition(":")[0]], source.partition(":")[2]
     return zoo.facts(name, options, module)
 
@@ -149,7 +141,7 @@ def _build_torchvision(name: str, options: Mapping[str, Any]) -> nn.Module:
     if kind in _REFUSED:
         raise ModelError(
             f"torchvision:{name} {_REFUSED[kind]}",
-            remedy="Write a file.py:factory around the part of it that takes and gives tensors",
+            remedy="Write a file.py:factory around the part of it that takes and returns tensors",
         )
     if unknown := sorted(set(options) - _options_of(builder)):
         raise _no_option(f"torchvision:{name}", unknown[0])
@@ -160,17 +152,17 @@ def _build_torchvision(name: str, options: Mapping[str, Any]) -> nn.Module:
 
 
 def _torchvision_kind(builder: Callable[..., Any]) -> str:
-    """``"segmentation"`` for torchvision.models.segmentation.fcn; "" for a classifier, which lies in models itself."""
+    """Return "segmentation" for torchvision.models.segmentation.fcn; "" for a classifier, which is in models itself."""
     parts = builder.__module__.split(".")
     return parts[2] if len(parts) > 3 else ""
 
 
 def _options_of(builder: Callable[..., Any]) -> set[str]:
-    """Names that a builder takes.
+    """Return the names of the options that a builder accepts.
 
-    Some builders pass **options to a configuration or a class that ignores unknown ones, so there is no TypeError. If a builder
-    names the number of classes itself, only its own parameters count; otherwise also those of the functions and networks of its
-    module.
+    Some builders pass **options to a configuration or a class that ignores unknown ones without a TypeError. If a builder has
+    a parameter for the number of classes, only its own parameters count; otherwise also those of the functions and networks of
+    its module.
     """
     own = set(inspect.signature(builder).parameters)
     if "num_classes" in own:
@@ -190,7 +182,7 @@ def _torchvision_facts(name: str, options: Mapping[str, Any], module: nn.Module)
     kind = _torchvision_kind(models.get_model_builder(name))
     transforms = next(iter([weights.DEFAULT] if len(weights) else []), None)
     recipe: Any = None if transforms is None else transforms.transforms()
-    # A transformer is built for one size of image, which may not be that of its newest weights.
+    # A transformer is built for one image size, which may differ from that of its newest weights.
     size = getattr(module, "image_size", None) or (getattr(recipe, "crop_size", None) or [224])[0]
     if kind == "segmentation":
         size = _SEGMENTATION_SIZE
@@ -204,7 +196,7 @@ def _torchvision_facts(name: str, options: Mapping[str, Any], module: nn.Module)
 
 def _timm_names() -> list[str]:
     timm = require("timm", purpose="a timm network")
-    return [*timm.list_models(), *timm.list_models(pretrained=True)]  # the second with their tags: resnet18.a1_in1k
+    return [*timm.list_models(), *timm.list_models(pretrained=True)]  # the second list has tags: resnet18.a1_in1k
 
 
 def _build_timm(name: str, options: Mapping[str, Any]) -> nn.Module:
@@ -227,7 +219,7 @@ def _timm_facts(_name: str, options: Mapping[str, Any], module: nn.Module) -> Fa
 
 
 def _image(shape: tuple[int, ...], mean: Any, std: Any) -> dict[str, Any]:
-    """JSON of the preprocessing (``data.preprocessing.Preprocessing``), which both packages state for pixels of 0 to 1."""
+    """Return the JSON of a ``data.preprocessing.Preprocessing``; both packages state it for pixels of 0 to 1."""
     channels, height, width = shape
     return {
         "channels": channels, "height": height, "width": width, "scale": 1 / 255,
@@ -235,7 +227,7 @@ def _image(shape: tuple[int, ...], mean: Any, std: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-#: Start of a source -> the zoo. A new one is a new row.
+#: Prefix of a source -> the zoo.
 ZOOS: dict[str, Zoo] = {
     "torchvision": Zoo("torchvision", "torchvision", _torchvision_names, _build_torchvision, _torchvision_facts),
     "timm": Zoo("timm", "bnexport[timm]", _timm_names, _build_timm, _timm_facts),

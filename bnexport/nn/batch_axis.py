@@ -1,4 +1,4 @@
-"""Find the line of a user's forward at which the batch is lost, or at which another batch size takes another way.
+"""Find the line of a user's forward that loses the batch, or from which another batch size takes another path.
 
 ``x.squeeze()`` drops a batch of 1, ``x.reshape(4, -1)`` writes the batch size as a number, ``x.view(-1, 8)`` mixes samples. The
 network is run on batches of two sizes, and the shapes of all results are compared step by step.
@@ -22,45 +22,37 @@ from bnexport.errors import UntracedError
 from bnexport.nn.calling import INSTALLED, NOT_THEIRS, Outcome, call_once, place_of
 from bnexport.optional import quiet
 
-#: A share of the largest output: two sums in float32 of the same numbers differ by less.
+#: Two float32 sums of the same numbers differ by less than this share of the largest output.
 _ROUNDING = 1e-3
-#: Batch sizes that are tried where torch.export found that forward is different for some, the likely ones first.
+#: Batch sizes to try if torch.export reports that forward depends on the batch size, the likely ones first.
 _SIZES = (1, 3, 4, 5, 8, 9, 16, 17, 32, 33, 64, 65)
 _RESHAPES = ("reshape", "view", "flatten", "unflatten")
 _KEEP = "Keep the batch as the first axis there: take its size from x.shape[0], as in x.flatten(1) or x.reshape(x.shape[0], -1)"
 _SQUEEZE = "Name the axes to drop, as squeeze((2, 3)), or write flatten(1): squeeze without them drops a batch of 1 too"
-_NO_QUESTION = "Compute the same for every batch size there, without if or for over it in Python"
+_NO_QUESTION = "Compute the same for every batch size there, without if or for on the batch size in Python"
 
 
 @dataclass(frozen=True)
 class _Step:
-    """One call of torch in forward.
+    """One call of torch in forward."""
 
-    Attributes:
-        name: Name of the function.
-        place: " at FILE:LINE"; empty where no line of the user's code called it.
-        shapes: Of its results.
-        before: Shape of its first tensor; None without one.
-        parents: Numbers of the steps that made its tensors.
-    """
-
-    name: str
-    place: str
-    shapes: tuple[tuple[int, ...], ...]
-    before: tuple[int, ...] | None
-    parents: tuple[int, ...]
+    name: str  # Name of the function
+    place: str  # " at FILE:LINE"; empty if no line of the user's code called the function
+    shapes: tuple[tuple[int, ...], ...]  # Shapes of the results
+    before: tuple[int, ...] | None  # Shape of the first tensor argument; None without one
+    parents: tuple[int, ...]  # Numbers of the steps that made the arguments
 
     @property
     def where(self) -> str:
-        """The line as the end of a sentence, and the call."""
+        """The line and the call, as the end of a sentence."""
         return f"{self.place or ' in forward'}: {self.name}"
 
 
 class _Record(TorchFunctionMode):
-    """Notes every call of torch that gives tensors.
+    """Records every call of torch that returns tensors.
 
     Args:
-        hold: Keep all tensors, so that ``made`` and the steps' parents are known: an id is used again once a tensor is gone.
+        hold: Keep all tensors, so that ``made`` and the steps' parents are known: Python reuses the id of a freed tensor.
     """
 
     def __init__(self, *, hold: bool) -> None:
@@ -85,13 +77,13 @@ class _Record(TorchFunctionMode):
         return result
 
     def made(self, tensor: Tensor) -> int | None:
-        """Return the number of the step that gave a tensor."""
+        """Return the number of the step that made a tensor."""
         found = self._made.get(id(tensor))
         return None if found is None else found[0]
 
 
 def _place() -> str:
-    """Return `` at FILE:LINE`` of the innermost frame of the user's code that is running; empty where there is none."""
+    """Return `` at FILE:LINE`` of the innermost running frame of the user's code; empty without such a frame."""
     own = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
     frame, installed = sys._getframe(2), ""
     while frame is not None and not frame.f_code.co_filename.startswith(own):
@@ -107,7 +99,7 @@ def _place() -> str:
 
 @dataclass(frozen=True)
 class _BatchRun:
-    """A call with one batch size: what it gave, and its steps."""
+    """A call with one batch size: its outcome and its steps."""
 
     size: int
     outcome: Outcome
@@ -120,7 +112,7 @@ class _BatchRun:
 
 
 def check_batch(model: nn.Module, inputs: tuple[Any, ...]) -> None:
-    """Refuse a network whose answer for one sample is not the answer for a batch of 2 with one row less.
+    """Refuse a network whose output for one sample is not the output for a batch of 2 with one row less.
 
     Args:
         model: Not changed; a copy is run.
@@ -148,14 +140,14 @@ def check_batch(model: nn.Module, inputs: tuple[Any, ...]) -> None:
         if error := _irregular(model, one, two) or _lost(model, run(2, hold=True)) or _lost(model, run(3, hold=True)):
             raise error
         return
-    if _ways(one, two) is not None and not _same_row(one, two):  # a forward that caches takes another way once
+    if _ways(one, two) is not None and not _same_row(one, two):  # a forward that caches takes another path once
         two, one = run(2), run(1)
         if (step := _ways(one, two)) is not None and not _same_row(one, two):
             raise _other_way(model, one.size, step)
 
 
 def batch_problem(model: nn.Module, inputs: tuple[Any, ...]) -> UntracedError | None:
-    """Return why torch.export found that a forward does not take every batch size, with its line; None if no size shows it.
+    """Return the reason, with its line, why a forward does not accept every batch size; None if no tried size shows one.
 
     Args:
         model: Not changed; a copy is run.
@@ -197,7 +189,7 @@ def _runner(model: nn.Module, inputs: tuple[Any, ...]) -> Callable[..., _BatchRu
 
 
 def _rows(inputs: tuple[Any, ...], size: int) -> tuple[Any, ...]:
-    """Return inputs with another number of samples: the first ones, repeated where there are too few."""
+    """Return inputs with another number of samples: the first ones, repeated if there are too few."""
 
     def rows(item: Any) -> Any:
         return item[torch.arange(size) % len(item)] if isinstance(item, Tensor) and item.ndim and len(item) else item
@@ -206,7 +198,7 @@ def _rows(inputs: tuple[Any, ...], size: int) -> tuple[Any, ...]:
 
 
 def _irregular(model: nn.Module, one: _BatchRun, two: _BatchRun) -> UntracedError | None:
-    """Return the error of the first step whose shape for one sample is not that for two with fewer rows."""
+    """Return the error of the first step whose shape for one sample differs from that for two in more than the rows."""
     for here, there in _pairs(one, two):
         for small, large in zip(here.shapes, there.shapes, strict=False):
             fits = len(small) == len(large) and all(a in (b, b / 2) for a, b in zip(small, large, strict=True))
@@ -222,7 +214,7 @@ def _irregular(model: nn.Module, one: _BatchRun, two: _BatchRun) -> UntracedErro
 
 
 def _lost(model: nn.Module, run: _BatchRun) -> UntracedError | None:
-    """Return the error of the step that makes a result without the batch as first axis, going back from the outputs."""
+    """Return the error of the last step before an output that loses the batch as the first axis."""
     steps = run.record.steps
     for output in run.outputs:
         start = run.record.made(output) if output.ndim and output.shape[0] != run.size else None
@@ -234,7 +226,7 @@ def _lost(model: nn.Module, run: _BatchRun) -> UntracedError | None:
 
 
 def _written_size(model: nn.Module, few: _BatchRun, many: _BatchRun) -> UntracedError | None:
-    """Return the error of the last step that gives one number of rows for every batch size."""
+    """Return the error of the last step with the same number of rows for every batch size."""
     for here, there in reversed(list(_pairs(few, many))):
         lost = here.before and there.before and (here.before[0], there.before[0]) == (few.size, many.size)
         if lost and here.name in _RESHAPES and here.shapes[0][:1] == there.shapes[0][:1]:
@@ -252,7 +244,7 @@ def _without_batch(model: nn.Module, step: _Step) -> UntracedError:
 
 
 def _backwards(steps: list[_Step], start: int | None) -> Iterator[int]:
-    """Return the steps that a result is made of, the latest first."""
+    """Yield the steps from which a result is made, the latest first."""
     seen: set[int] = set()
     stack = [] if start is None else [start]
     while stack:
@@ -273,7 +265,7 @@ def _ways(one: _BatchRun, two: _BatchRun) -> _Step | None:
 
 
 def _pairs(one: _BatchRun, two: _BatchRun) -> Iterator[tuple[_Step, _Step]]:
-    """Return the steps of two runs side by side, as long as both take the same."""
+    """Yield the steps of two runs in pairs, as long as both take the same path."""
     for here, there in zip(one.record.steps, two.record.steps, strict=False):
         if (here.name, here.place) != (there.name, there.place):
             return
@@ -281,7 +273,7 @@ def _pairs(one: _BatchRun, two: _BatchRun) -> Iterator[tuple[_Step, _Step]]:
 
 
 def _same_row(one: _BatchRun, two: _BatchRun) -> bool:
-    """Return True if the answer for the first sample does not depend on the batch size."""
+    """Return True if the output for the first sample does not depend on the batch size."""
     for small, large in zip(one.outputs, two.outputs, strict=True):
         here, there = small.double(), large[:1].double()
         scale = float(there.abs().nan_to_num(posinf=0.0).max()) if there.numel() else 0.0
@@ -293,8 +285,8 @@ def _same_row(one: _BatchRun, two: _BatchRun) -> bool:
 def _other_way(model: nn.Module, size: int, step: _Step) -> UntracedError:
     place = step.place or place_of(None, model)
     return UntracedError(
-        f"forward of {type(model).__name__} takes another way for a batch of {size} than for a batch of 2, from"
-        f" {place.removeprefix(' at ') or 'its start'} on, and an exported file has one way",
+        f"forward of {type(model).__name__} takes another path for a batch of {size} than for a batch of 2, from"
+        f" {place.removeprefix(' at ') or 'its start'} on, but an exported file has only one path",
         remedy=_NO_QUESTION,
     )
 

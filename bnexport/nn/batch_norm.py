@@ -1,6 +1,6 @@
 """Batch normalization from scratch, as in "Dive into Deep Learning", section 8.5 (Ioffe and Szegedy, 2015).
 
-What is mended against the chapter's code, because it goes wrong in real use:
+Changes from the chapter's code, each because that code fails in real use:
 
 - The mode is ``self.training``. The chapter checks whether gradients are enabled, so ``model.eval()`` alone would keep
   using batch statistics, and a ``no_grad`` block in training would use the moving ones.
@@ -10,7 +10,7 @@ What is mended against the chapter's code, because it goes wrong in real use:
 - A user's mistake raises an error with a remedy; there are no asserts.
 - One value per channel in training is refused: its variance is 0, so the output would be beta, whatever the input.
 
-How it differs from ``torch.nn.BatchNorm1d/2d``: both normalise a training batch with its *biased* variance (divided
+Difference from ``torch.nn.BatchNorm1d/2d``: both normalise a training batch with its *biased* variance (divided
 by n), but torch puts the *unbiased* one (divided by n - 1) into the moving variance, the chapter the biased one.
 ``unbiased=True`` follows torch. The momentum here is the weight of the OLD value; torch's is the weight of the new
 one (0.9 here is 0.1 there).
@@ -82,7 +82,7 @@ def batch_norm(
 
 
 def _batch_statistics(X: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Mean and biased variance per channel, shaped to broadcast over X, and the number of values in each."""
+    """Return mean and biased variance per channel, shaped to broadcast over X, and the number of values per channel."""
     count = X.numel() // X.shape[1]
     if count < 2:
         raise FeedError(
@@ -125,7 +125,7 @@ class BatchNorm(nn.Module):
             unbiased: Keep the unbiased variance in ``moving_var``, as ``torch.nn.BatchNorm2d`` does.
 
         Raises:
-            UsageError: A value out of range.
+            UsageError: A value is out of range.
         """
         super().__init__()
         _check_options(num_features, num_dims, eps, momentum)
@@ -163,7 +163,7 @@ class BatchNorm(nn.Module):
         return Y
 
     def extra_repr(self) -> str:
-        """As shown by ``print(module)``."""
+        """Return the options that ``print(module)`` shows."""
         return (
             f"{self.num_features}, num_dims={self.num_dims}, eps={self.eps}, momentum={self.momentum}, "
             f"unbiased={self.unbiased}"

@@ -1,4 +1,4 @@
-"""Calls of a user's module as plain Python, with the line at which one fails."""
+"""Calls of a user's module as plain Python, with the line of a failure."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from torch.utils import _pytree as pytree
 
 from bnexport.optional import one_line, quiet
 
-#: Start of a file's name in a traceback that is torch's, bnexport's, or no file; Python's inspect calls for us.
+#: Starts of file names in a traceback that belong to torch, bnexport or inspect, or to code without a file.
 NOT_THEIRS = (
     os.path.dirname(torch.__file__) + os.sep,
     os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep,
     os.path.dirname(inspect.__file__) + os.sep + "inspect.py",
     "<",
 )
-#: Part of the path of code that was installed, and so is not the user's own.
+#: Part of the path of installed code, which is not the user's own.
 INSTALLED = f"{os.sep}site-packages{os.sep}"
 
 
@@ -36,8 +36,8 @@ def to_eval_mode(model: _Module) -> _Module:
     """Switch a module to eval mode in place, and return the module itself.
 
     ``eval()`` calls the author's ``train(False)``, which may return nothing, raise, or change nothing. Its return value is
-    never used. Where the root is in training mode afterwards, every flag is set directly. A part in training mode below a
-    root in eval mode is left alone: Monte Carlo dropout is switched on like that.
+    never used. If the root is in training mode afterwards, every flag is set directly. A part in training mode below a root
+    in eval mode is left unchanged, because Monte Carlo dropout is switched on this way.
     """
     with contextlib.suppress(Exception):  # the author's own code
         model.eval()
@@ -49,7 +49,7 @@ def to_eval_mode(model: _Module) -> _Module:
 
 
 def switches_itself(model: nn.Module) -> bool:
-    """Return True if some module has a separate ``train`` or ``eval``, which may change more than the flags."""
+    """Return True if a module overrides ``train`` or ``eval``, which may change more than the flags."""
     return any(
         getattr(type(module), name) is not getattr(nn.Module, name) or name in vars(module)
         for module in model.modules()
@@ -60,14 +60,10 @@ def switches_itself(model: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of one call.
+    """The result of one call."""
 
-    Attributes:
-        result: What forward returned; None when it failed.
-        problem: Where and why it failed, as the end of a sentence: "at net.py:7: ..."; None when it ran.
-    """
-
-    result: Any = None
+    result: Any = None  # Return value of forward; None if it failed
+    # Place and reason of a failure, as the end of a sentence: "at net.py:7: ..."; None without a failure
     problem: str | None = None
 
 
@@ -76,8 +72,8 @@ def call_once(model: nn.Module, inputs: tuple[Any, ...], *, on_itself: bool = Fa
 
     Args:
         model: Any module. A root in eval mode keeps layers that are in training mode on purpose.
-        inputs: Positional arguments of forward; copies are fed.
-        on_itself: Run the given module itself: the caller has made a copy.
+        inputs: Positional arguments of forward, which are copied.
+        on_itself: Run the given module itself, because the caller has made a copy.
     """
     feeds = pytree.tree_map(lambda item: item.clone() if isinstance(item, Tensor) else item, inputs)
     with quiet(), torch.no_grad():
@@ -100,7 +96,7 @@ class TracedChanges:
 
 @contextlib.contextmanager
 def unchanged(model: nn.Module) -> Iterator[TracedChanges]:
-    """Give every module its attributes back after the block: plain ones, layers, parameters, buffers, and what containers hold.
+    """Restore every module's attributes after the block: plain ones, layers, parameters, buffers, contents of containers.
 
     A forward that stores something (``self.last = y``, ``self.seen.append(y)``, a layer made in the first call) would keep the
     tracer's tensors, which hold no numbers and can't be copied.
@@ -153,8 +149,8 @@ def _same(value: Any, before: Any) -> bool:
 def place_of(error: BaseException | None, model: nn.Module | None = None) -> str:
     """Return `` at FILE:LINE`` of the innermost frame of the user's code.
 
-    Code of installed packages counts only if there is no other code. Without any frame: the line where forward of ``model``
-    is defined, if it is the user's; else empty.
+    Code of installed packages counts only without other code. Without any frame it is the line where forward of ``model`` is
+    defined, if that is the user's code; else empty.
     """
     frames = [
         (frame.filename, frame.lineno)

@@ -1,4 +1,4 @@
-"""Parts of a network that ``fold_modules`` folded: the rest of a norm, and the mark in the state dict."""
+"""Parts of a network that ``fold_modules`` folded: the remaining part of a norm, and the mark in the state dict."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class ScaleShift(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply it to a value of any shape that the two tensors fit."""
+        """Scale and shift a value of any shape that the two tensors fit."""
         if self.weight is not None:
             x = x * self.weight
         return x if self.bias is None else x + self.bias

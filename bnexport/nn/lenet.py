@@ -38,7 +38,7 @@ def bn_lenet(norm: str = "torch", *, in_channels: int = 1, num_classes: int = 10
         The network in training mode; its output is (N, num_classes) logits.
 
     Raises:
-        UsageError: An unknown norm, or a number below 1.
+        UsageError: The norm is unknown, or a number is below 1.
     """
     from torch import nn
 
@@ -88,20 +88,20 @@ def _norm(norm: str, num_features: int, num_dims: int) -> nn.Module | None:
 def convert_weights(state_dict: Mapping[str, Tensor], *, to: str) -> dict[str, Tensor]:
     """Move weights between the torch and the scratch variant of a network.
 
-    Every group of entries that holds moving statistics is renamed; all others are passed on. Values are shared, not
-    copied, and what has the target's names already stays. torch's count of batches has no twin in the scratch layer:
-    it is dropped on the way there, and on the way back it is 0 where the statistics are still the initial ones, else
-    1.
+    Every group of entries with moving statistics is renamed; all others are passed on. Values are shared, not copied,
+    and entries with the target's names stay. torch's count of batches has no counterpart in the scratch layer. It is
+    dropped in the conversion to "scratch". In the conversion to "torch" it is 0 if the statistics are the initial ones,
+    else 1.
 
     Args:
-        state_dict: Of a network with either kind of BatchNorm; not changed.
+        state_dict: State dict of a network with either kind of BatchNorm; not changed.
         to: "torch" or "scratch".
 
     Returns:
         A state dict for the same network with the other kind of BatchNorm.
 
     Raises:
-        UsageError: ``to`` is something else.
+        UsageError: ``to`` has another value.
     """
     if to not in ("torch", "scratch"):
         raise UsageError(f"weights can't be converted to {to!r}", remedy='Use to="torch" or to="scratch"')
@@ -114,7 +114,7 @@ def convert_weights(state_dict: Mapping[str, Tensor], *, to: str) -> dict[str, T
 
 
 def _rename(state_dict: Mapping[str, Tensor], marker: str, names: Mapping[str, str]) -> dict[str, Tensor]:
-    """Rename entries beside a ``marker`` entry, as vectors; drop torch's counters there."""
+    """Rename entries next to a ``marker`` entry, as vectors; drop torch's counters there."""
     prefixes = _prefixes(state_dict, marker)
     renamed: dict[str, Tensor] = {}
     for key, value in state_dict.items():
@@ -133,7 +133,7 @@ def _prefixes(state_dict: Mapping[str, Tensor], marker: str) -> tuple[str, ...]:
 
 
 def _split(key: str) -> tuple[str, str]:
-    """``"a.b.weight"`` -> ``("a.b.", "weight")``."""
+    """Split ``"a.b.weight"`` into ``("a.b.", "weight")``."""
     prefix, dot, name = key.rpartition(".")
     return prefix + dot, name
 

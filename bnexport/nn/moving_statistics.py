@@ -3,25 +3,26 @@
 An exponential average over the last few noisy batches is a poor estimate of the statistics that a network's weights
 were trained with. Here they are computed over a whole set of inputs instead, with the final weights.
 
-Which values a layer's statistics are those of depends on what the layers before it do. There are two definitions:
+The inputs of a layer depend on the layers before it. So there are two definitions of its statistics:
 
 batch
     "Precise BatchNorm" (Wu and Johnson, "Rethinking 'Batch' in BatchNorm", 2021, section 3). The data pass through the
     network once. Every BatchNorm normalises each batch with that batch's own statistics, as it did in training, so all
-    layers are estimated in one pass and none depends on old moving statistics. Exact for the inputs that layers see in
-    training; the first layer's do not depend on how the data are cut into batches, those of deeper layers do, a little.
+    layers are estimated in one pass and none depends on old moving statistics. The result is exact for the inputs that
+    layers see in training. The division of the data into batches has no effect on the first layer and a small effect on
+    deeper layers.
 population
-    Layer by layer: a layer's inputs are those that it sees in eval mode, when every layer before it has its exact
-    statistics already. It takes one pass per layer; in return neither the size nor the order nor the mixture of the
-    batches matters, and the result is consistent: the statistics of the network's own inputs in eval mode. A layer that
-    is called several times in one forward pass has no order of this kind; it normalises with its batch's statistics
-    during its own pass, so there the size of the batches does matter.
+    Layer by layer: a layer's inputs are those in eval mode, when every layer before it has its exact statistics already.
+    This takes one pass per layer. The size, order and mixture of the batches have no effect, and the result is
+    consistent: the statistics of the network's own inputs in eval mode. A layer that is called several times in one
+    forward pass has no such order. It normalises with its batch's statistics during its pass, so for this layer the size
+    of the batches has an effect.
 
 Per layer and channel the mean and the population variance are those of ALL values that reached the layer: batch
 variances and the spread of the batch means together (law of total variance), so batches count by their size. They are
-kept in float64 as (count, mean, sum of squared deviations) and merged by the formula of Chan, Golub and LeVeque (1979):
-memory is constant in the number of batches, their order changes the result by rounding only, and a mean that is large
-beside the deviation costs no digits.
+kept in float64 as (count, mean, sum of squared deviations) and merged by the formula of Chan, Golub and LeVeque (1979).
+So memory is constant in the number of batches, their order changes the result by rounding only, and a mean that is
+large compared with the deviation costs no digits.
 
 The forward passes run in strict float32, also on a GPU whose training steps round to TF32.
 """
@@ -53,7 +54,7 @@ class RunningMoments:
         count: Values per channel.
         mean: (channels,).
         squares: (channels,), the sum of ``(value - mean) ** 2``.
-        calls: How many times ``add`` was called.
+        calls: Number of calls of ``add``.
     """
 
     def __init__(self) -> None:
@@ -64,14 +65,14 @@ class RunningMoments:
 
     @property
     def var(self) -> Tensor:
-        """Population variance (channels,)."""
+        """The population variance (channels,)."""
         return self.squares / self.count
 
     def add(self, X: Tensor) -> None:
         """Add a batch (N, C) or (N, C, ...).
 
-        Its own deviations are summed in two passes, corrected by what the first left in the mean (Chan, Golub and LeVeque,
-        "Algorithms for computing the sample variance", 1983): what torch gives in one pass is off by eps * mean / deviation.
+        The batch's deviations are summed in two passes, corrected by the rounding error of the mean (Chan, Golub and LeVeque,
+        "Algorithms for computing the sample variance", 1983). torch's single pass has an error of eps * mean / deviation.
         """
         count = X.numel() // X.shape[1]
         dims, shape = [dim for dim in range(X.dim()) if dim != 1], (1, -1, *[1] * (X.dim() - 2))
@@ -90,21 +91,21 @@ class RunningMoments:
 def recalibrate(model: nn.Module, batches: Iterable[Batch], *, device: torch.device | str | None = None) -> int:
     """Replace the moving statistics of every BatchNorm by the exact ones over ``batches``, by the definition "batch".
 
-    Works on ``nn.BatchNorm1d/2d/3d`` with moving statistics and on ``BatchNorm`` from scratch; a layer called several
-    times in one forward pass gets the statistics of all its calls together, one that is never called keeps what it
-    has. Other layers run in eval mode (no dropout). The mode of every module is put back. All or nothing: after any
-    error, or an interrupt, the statistics are those from before.
+    Works on ``nn.BatchNorm1d/2d/3d`` with moving statistics and on ``BatchNorm`` from scratch. A layer that is called
+    several times in one forward pass gets the statistics of all its calls; a layer without a call keeps its statistics.
+    Other layers run in eval mode (no dropout). The mode of every module is restored. After an error or an interrupt no
+    statistics are changed.
 
     Args:
         model: Changed in place, its moving statistics only. ``num_batches_tracked`` becomes the number of calls seen.
         batches: Inputs (N, ...), or sequences whose first item is the input.
-        device: Where to put each batch; None means the device of the model's first parameter.
+        device: Device of each batch; None means that of the model's first parameter.
 
     Returns:
         The number of layers whose statistics were replaced.
 
     Raises:
-        DataError: No batches.
+        DataError: There are no batches.
         FeedError: A batch leaves one value per channel to a BatchNorm, whose statistics are then undefined.
         ModelError: Values that are not finite reach a BatchNorm.
     """
@@ -121,14 +122,14 @@ def recalibrate_by_layer(
 
     Args:
         model: Changed in place, its moving statistics only.
-        batches: Called once per layer and once before: begins the same batches anew.
-        device: Where to put each batch; None means the device of the model's first parameter.
+        batches: Called once per layer and once before; returns the same batches each time.
+        device: Device of each batch; None means that of the model's first parameter.
 
     Returns:
         The number of layers whose statistics were replaced.
 
     Raises:
-        DataError: No batches.
+        DataError: There are no batches.
         FeedError: A batch leaves one value per channel to a BatchNorm that is called several times.
         ModelError: Values that are not finite reach a BatchNorm.
     """
@@ -147,17 +148,9 @@ def recalibrate_by_layer(
 def exact_moments(
     model: nn.Module, batches: Iterable[Batch], *, device: torch.device | str | None = None
 ) -> dict[str, RunningMoments]:
-    """The exact statistics of every BatchNorm that is called, by path, by the definition "batch"; nothing is changed.
+    """Return the exact statistics of every BatchNorm that is called, by path, by the definition "batch".
 
-    Args:
-        model: Its modes and statistics are as before afterwards.
-        batches: As for ``recalibrate``.
-        device: As for ``recalibrate``.
-
-    Raises:
-        DataError: No batches.
-        FeedError: A batch leaves one value per channel to a BatchNorm, whose statistics are then undefined.
-        ModelError: Values that are not finite reach a BatchNorm.
+    The parameters and errors are those of ``recalibrate``, but the model is not changed.
     """
     layers = norm_layers(model)
     with _statistics_kept(layers):
@@ -175,7 +168,7 @@ def _pass(
     *,
     training: Sequence[nn.Module],
 ) -> dict[str, RunningMoments]:
-    """Moments of the inputs of the watched layers that are called, over one pass with some layers in training mode."""
+    """Return the moments of the inputs of called, watched layers, over one pass with some layers in training mode."""
     moments = {name: RunningMoments() for name in watched}
     where = device if device is not None else next((p.device for p in model.parameters()), None)
     seen = 0
@@ -221,7 +214,7 @@ def norm_layers(model: nn.Module) -> dict[str, NormView]:
 
 @contextlib.contextmanager
 def _statistics_kept(layers: dict[str, NormView]) -> Iterator[None]:
-    """Undo what the forward passes in training mode do to the statistics."""
+    """Restore the statistics, which forward passes in training mode change."""
     before = {name: [buffer.clone() for buffer in layer.statistics] for name, layer in layers.items()}
     try:
         yield
@@ -233,7 +226,7 @@ def _statistics_kept(layers: dict[str, NormView]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _estimation_mode(model: nn.Module, training: Sequence[nn.Module]) -> Iterator[None]:
-    """Some BatchNorm layers in training mode, all other modules in eval mode; every module's own mode is put back."""
+    """Put some BatchNorm layers in training mode and all other modules in eval mode; restore the modes after the block."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         to_eval_mode(model)

@@ -1,4 +1,4 @@
-"""Models that load but must not be shipped: broken weights, impossible or never-trained statistics."""
+"""Refusal of models that load but must not be shipped: broken weights, impossible or never-trained statistics."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _VARIANCES = tuple(names[3] for names in VOCABULARIES)
 
 
 def check_sound(model: nn.Module, *, allow_untrained: bool = False, allow_nonfinite: Collection[str] = ()) -> None:
-    """Refuse a model whose outputs would be nonsense.
+    """Refuse a model whose outputs would be meaningless.
 
-    Parameters and moving statistics have to be finite. Another buffer may hold infinities, as the mask of an attention does;
+    Parameters and moving statistics must be finite. Another buffer may hold infinities, as the mask of an attention does;
     ``check_finite_output`` shows whether they reach an output. NaN is refused everywhere.
 
     Args:
@@ -32,9 +32,9 @@ def check_sound(model: nn.Module, *, allow_untrained: bool = False, allow_nonfin
         allow_nonfinite: Names of parameters that may hold infinities, and of buffers that may hold NaN as well.
 
     Raises:
-        RefusedModel: Naming the tensor: without a value (a lazy layer), not finite, a negative variance, or a BatchNorm
-            that was never trained or, in a model in eval mode, is in training mode.
-        UsageError: ``allow_nonfinite`` has a name that no tensor has.
+        RefusedModel: A tensor has no value (a lazy layer), is not finite or is a negative variance; or a BatchNorm was never
+            trained or, in a model in eval mode, is in training mode. The error names the tensor or layer.
+        UsageError: ``allow_nonfinite`` has a name without a tensor.
     """
     _check_names(model, allow_nonfinite)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
@@ -52,7 +52,7 @@ def check_sound(model: nn.Module, *, allow_untrained: bool = False, allow_nonfin
     for name, module in model.named_modules():
         if not model.training and isinstance(module, BATCH_NORMS) and module.training:
             raise RefusedModel(
-                f"{name or 'the model'} is a {type(module).__name__} in training mode: what it gives for one sample depends"
+                f"{name or 'the model'} is a {type(module).__name__} in training mode: its output for one sample depends"
                 " on the others in the batch",
                 remedy="Call eval() on it, so that it uses its moving statistics",
             )
@@ -80,7 +80,7 @@ def _refuse_nonfinite(name: str, tensor: Tensor, *, allowed: bool) -> None:
     if not tensor.is_floating_point() or bool(torch.isfinite(tensor).all()):
         return
     statistic, parameter = _is_statistic(name), isinstance(tensor, nn.Parameter)
-    remedy = "The training diverged or the file is damaged: train again, with a lower learning rate if need be"
+    remedy = "The training diverged or the file is damaged: train again, if necessary with a lower learning rate"
     if bool(nan := torch.isnan(tensor).any()):
         accepted = allowed and not parameter and not statistic
         where = _first(torch.isnan(tensor))
@@ -117,11 +117,11 @@ def check_finite_output(model: nn.Module, inputs: tuple[Any, ...]) -> None:
     """Refuse a model whose infinities reach an output; a model of finite tensors is not run.
 
     Args:
-        model: Not changed; a copy is run. One that fails on the example is left to the caller's next step.
+        model: Not changed; a copy is run. A model that fails on the example passes, since the caller's next step reports it.
         inputs: An example.
 
     Raises:
-        RefusedModel: Naming the first tensor that holds infinities.
+        RefusedModel: The error names the first tensor that holds infinities.
     """
     if not (names := nonfinite_names(model)):
         return

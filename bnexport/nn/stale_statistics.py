@@ -1,21 +1,21 @@
 """Stale statistics: the distance of moving statistics from the exact ones of the same weights.
 
 In training a BatchNorm normalises with its batch's own statistics; in eval mode, and after folding, with the moving ones,
-an exponential average over batches that earlier weights made. Where the weights moved fast (a high learning rate), the
-average is slow (a small momentum) or short (few steps), it is of a network that no longer exists. Nothing in training shows
-it: only accuracy in eval mode falls.
+an exponential average over batches under earlier weights. If the weights moved fast (a high learning rate), or the average
+is slow (a small momentum) or short (few steps), it describes a network that no longer exists. No number of the training
+shows this: only accuracy in eval mode falls.
 
-With the exact mean m and variance v of a channel's inputs, and s = sqrt(v + eps) the deviation that it should be divided
-by, three numbers measure how far the moving mean m' and variance v' (s' = sqrt(v' + eps)) are off:
+m and v are the exact mean and variance of a channel's inputs, and s = sqrt(v + eps) is the deviation to divide by. Three
+numbers measure the error of the moving mean m' and variance v' (s' = sqrt(v' + eps)):
 
 - shift: (m' - m) / s, in standard deviations;
-- scale: s' / s, by which the output is divided too much;
-- error: the root mean square of what the layer's normalised output is off, (x - m) / s' + (m - m') / s' against
+- scale: s' / s, the factor by which the output is too small;
+- error: the root mean square error of the layer's normalised output, (x - m) / s' + (m - m') / s' against
   (x - m) / s, over all inputs x: ``sqrt(((s / s' - 1) ** 2 * v + (m - m') ** 2 * (s / s') ** 2) / s ** 2)``. 0 is exact, 1 is
-  as much as the output itself varies.
+  the standard deviation of the output itself.
 
-A layer's error is the root mean square over its channels, each weighted by gamma squared: what a dead channel is off can't
-be seen.
+A layer's error is the root mean square over its channels, each weighted by gamma squared, because the error of a dead
+channel has no effect.
 """
 
 from __future__ import annotations
@@ -34,53 +34,39 @@ from bnexport.nn.statistics import NormView
 #: A layer's error above which statistics count as stale: in the runs of docs/statistics.md those below lost at most 1.6 points
 #: of accuracy, those above up to 67. Training with a learning rate of 0.01 stays below 0.05.
 STALE_ABOVE = 0.15
-#: Sampling alone moves exact statistics by about 1 / sqrt(images); with few images only a larger error is significant.
+#: Sampling alone changes exact statistics by about 1 / sqrt(images); with few images only a larger error is significant.
 _SAMPLING = 3.0
 
 
 @dataclass(frozen=True)
 class LayerStaleness:
-    """One BatchNorm layer.
+    """One BatchNorm layer."""
 
-    Attributes:
-        name: Its path in the network.
-        shift: Root mean square over channels of the moving mean's distance, in standard deviations.
-        worst_shift: The largest.
-        scale: Root mean square over channels of ``ln(s' / s)``, as a factor: 1 is exact, 1.1 is 10 % off either way.
-        worst_scale: The largest such factor.
-        error: Root mean square of what the layer's output is off, as a share of what it varies.
-        worst_error: The largest of any channel that is not dead.
-    """
-
-    name: str
-    shift: float
-    worst_shift: float
+    name: str  # Path of the layer in the network
+    shift: float  # Root mean square over channels of the moving mean's error, in standard deviations
+    worst_shift: float  # The largest shift of a channel
+    # Root mean square over channels of ``ln(s' / s)``, as a factor: 1 is exact, 1.1 is 10 % off either way
     scale: float
-    worst_scale: float
-    error: float
-    worst_error: float
+    worst_scale: float  # The largest factor of a channel
+    error: float  # Root mean square error of the layer's output, as a share of its standard deviation
+    worst_error: float  # The largest error of a channel that is not dead
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values; numbers that are not finite become None."""
+        """Return plain JSON values; numbers that are not finite become None."""
         values = {key: value for key, value in vars(self).items() if key != "name"}
         return {"name": self.name, **{key: value if math.isfinite(value) else None for key, value in values.items()}}
 
 
 @dataclass(frozen=True)
 class StalenessReport:
-    """Every BatchNorm layer that was called.
+    """Every BatchNorm layer that was called."""
 
-    Attributes:
-        layers: In the order of the network.
-        images: Inputs that the exact statistics were computed over.
-    """
-
-    layers: tuple[LayerStaleness, ...]
-    images: int
+    layers: tuple[LayerStaleness, ...]  # Layers in the order of the network
+    images: int  # Number of inputs for the exact statistics
 
     @property
     def threshold(self) -> float:
-        """The error above which a layer is stale: STALE_ABOVE, or more where few images leave more to chance."""
+        """The error above which a layer is stale: STALE_ABOVE, or more for few images."""
         return max(STALE_ABOVE, _SAMPLING / math.sqrt(max(self.images, 1)))
 
     def is_stale(self, layer: LayerStaleness) -> bool:
@@ -98,14 +84,10 @@ class StalenessReport:
         return any(map(self.is_stale, self.layers))
 
     def sentence(self, *, remedy: str = "bnexport recalibrate re-estimates them") -> str:
-        """The report in one sentence without its full stop.
-
-        Args:
-            remedy: What to do about stale ones.
-        """
+        """Return the report as one sentence without its full stop; ``remedy`` is that for stale statistics."""
         if self.worst is None:
             return "the network has no moving statistics"
-        most = f"{self.worst.name}'s output is off by {self.worst.error:.2g} of what it varies"
+        most = f"{self.worst.name}'s output is off by {self.worst.error:.2g} of its standard deviation"
         if not self.stale:
             return f"the moving statistics are up to date on {self.images} training images: at most, {most}"
         return (
@@ -114,7 +96,7 @@ class StalenessReport:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """Return plain JSON values."""
         return {
             "images": self.images,
             "threshold": self.threshold,
@@ -128,17 +110,17 @@ def staleness(
 ) -> StalenessReport:
     """Compare moving statistics with the exact ones over some batches; the model is unchanged.
 
-    One forward pass. The exact statistics are by the definition "batch" of ``nn.moving_statistics``: those that moving
-    statistics are an average of. From n inputs the mean is known to about 1 / sqrt(n) standard deviations, so 1000 images
-    are enough to distinguish an error of 0.15 from chance.
+    This takes one forward pass. The exact statistics are by the definition "batch" of ``nn.moving_statistics``, because
+    moving statistics are an average of these. From n inputs the mean is known to about 1 / sqrt(n) standard deviations, so
+    1000 images are enough to distinguish an error of 0.15 from chance.
 
     Args:
-        model: With BatchNorm layers in any mode.
-        batches: As for ``nn.moving_statistics.recalibrate``; of the training set, mixed, of the size used in training.
-        device: Where to put each batch; None means the device of the model's first parameter.
+        model: A network in any mode.
+        batches: Mixed inputs of the training set as for ``nn.moving_statistics.recalibrate``, of the size used in training.
+        device: Device of each batch; None means that of the model's first parameter.
 
     Raises:
-        DataError: No batches.
+        DataError: There are no batches.
         FeedError: A batch leaves one value per channel to a BatchNorm.
         ModelError: Values that are not finite reach a BatchNorm.
     """
@@ -168,14 +150,7 @@ class _Counted:
 def compare(
     name: str, layer: NormView, *, moving: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor]
 ) -> LayerStaleness:
-    """One layer's moving statistics against exact ones.
-
-    Args:
-        name: Its path.
-        layer: For its gamma and eps.
-        moving: Mean and variance (channels,).
-        exact: Mean and population variance (channels,) of what reaches it.
-    """
+    """Compare one layer's moving mean and variance (channels,) with the exact mean and population variance of its inputs."""
     moving_mean, moving_var, mean, var = (value.detach().double().cpu() for value in (*moving, *exact))
     s, moving_s = torch.sqrt(var + layer.eps), torch.sqrt(moving_var + layer.eps)
     shift = (moving_mean - mean).abs() / s

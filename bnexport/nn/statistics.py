@@ -23,18 +23,14 @@ VOCABULARIES = (SCRATCH, TORCH)
 
 @dataclass(frozen=True)
 class NormView:
-    """A layer with moving statistics, whichever names its tensors (channels,) have.
+    """A layer with moving statistics, under any of the known names of its tensors (channels,).
 
-    Each access reads the layer anew, because moving a module to a device replaces its buffers. Writing into a tensor changes
+    Each access reads the layer again, because moving a module to a device replaces its buffers. Writing into a tensor changes
     the layer.
-
-    Attributes:
-        layer: The layer itself.
-        names: One of VOCABULARIES.
     """
 
-    layer: nn.Module
-    names: tuple[str, str, str, str]
+    layer: nn.Module  # The layer itself
+    names: tuple[str, str, str, str]  # One of VOCABULARIES
 
     @classmethod
     def of(cls, layer: nn.Module) -> NormView | None:
@@ -46,12 +42,12 @@ class NormView:
 
     @property
     def gamma(self) -> Tensor | None:
-        """The learned scale, if there is one."""
+        """The learned scale; None without one."""
         return _read(self.layer, self.names[0])
 
     @property
     def beta(self) -> Tensor | None:
-        """The learned shift, if there is one."""
+        """The learned shift; None without one."""
         return _read(self.layer, self.names[1])
 
     @property
@@ -76,12 +72,12 @@ class NormView:
 
     @property
     def batches(self) -> Tensor | None:
-        """The counter of training batches that layers of torch have."""
+        """The counter of training batches; None for layers from scratch."""
         return _read(self.layer, "num_batches_tracked")
 
     @property
     def statistics(self) -> list[Tensor]:
-        """The buffers that training changes: mean, variance and the counter if there is one."""
+        """The buffers that training changes: mean, variance and, if present, the counter."""
         return [self.mean, self.var, *([] if self.batches is None else [self.batches])]
 
 
@@ -96,9 +92,9 @@ if TYPE_CHECKING:
     Values = Tensor | Array
 
 _COLUMNS = (*SCRATCH, "scale")
-#: eps where only a state dict is there, which does not hold it: the default of torch and of the chapter.
+#: eps for a state dict without its network, since a state dict does not contain it: the default of torch and of the chapter.
 DEFAULT_EPS = 1e-5
-#: A channel whose output varies less than this, relative to the layer's liveliest channel, carries no information.
+#: A channel whose output varies less than this, relative to the layer's most variable channel, carries no information.
 DEAD_BELOW = 1e-3
 #: A channel that is scaled this many times more than the layer's median channel amplifies noise, TF32's and fp16's too.
 #: Dead channels are left out of the median.
@@ -107,45 +103,30 @@ EXPLODING_ABOVE = 30.0
 
 @dataclass(frozen=True)
 class Channel:
-    """One channel of one BatchNorm.
+    """One channel of one BatchNorm."""
 
-    Attributes:
-        gamma: Learned scale.
-        beta: Learned shift.
-        moving_mean: Of the layer's input.
-        moving_var: Of the layer's input.
-        scale: gamma / sqrt(moving_var + eps): what folding multiplies the layer before it with.
-        mark: "dead", "exploding", "not finite" or "".
-    """
-
-    gamma: float
-    beta: float
-    moving_mean: float
-    moving_var: float
-    scale: float
-    mark: str
+    gamma: float  # Learned scale
+    beta: float  # Learned shift
+    moving_mean: float  # Moving mean of the layer's input
+    moving_var: float  # Moving variance of the layer's input
+    scale: float  # gamma / sqrt(moving_var + eps), by which folding multiplies the layer before
+    mark: str  # "dead", "exploding", "not finite" or ""
 
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """One BatchNorm layer.
+    """One BatchNorm layer."""
 
-    Attributes:
-        name: Its path in the network.
-        eps: Added to the variance.
-        channels: Every channel in order.
-    """
-
-    name: str
-    eps: float
-    channels: tuple[Channel, ...]
+    name: str  # Path of the layer in the network
+    eps: float  # Number added to the variance
+    channels: tuple[Channel, ...]  # Every channel in order
 
     def marked(self, mark: str) -> list[int]:
-        """Indices of the channels with a mark."""
+        """Return the indices of the channels with a mark."""
         return [index for index, channel in enumerate(self.channels) if channel.mark == mark]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values; numbers that are not finite become None."""
+        """Return plain JSON values; numbers that are not finite become None."""
         rows = [{key: _json(getattr(channel, key)) for key in (*_COLUMNS, "mark")} for channel in self.channels]
         return {"name": self.name, "eps": self.eps, "channels": rows}
 
@@ -162,7 +143,7 @@ def layer_statistics(state: Mapping[str, Values], *, module: nn.Module | None = 
         module: The network, if known: it has each layer's eps, which a state dict lacks.
 
     Raises:
-        ModelError: The tensors of one layer do not have one size.
+        ModelError: The tensors of one layer differ in size.
     """
     layers = {name: float(eps) for name, child in _modules(module) if (eps := getattr(child, "eps", None)) is not None}
     return [
@@ -175,7 +156,7 @@ def _modules(module: nn.Module | None) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _groups(state: Mapping[str, Values]) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Prefix and entry names of each layer that has moving statistics."""
+    """Yield prefix and entry names of each layer that has moving statistics."""
     for key in state:
         prefix, dot, leaf = key.rpartition(".")
         for names in VOCABULARIES:
@@ -191,7 +172,7 @@ def _layer(prefix: str, names: tuple[str, ...], state: Mapping[str, Values], eps
         raise ModelError(
             f"the tensors of {prefix.rstrip('.')} differ in size", remedy="The file is damaged: write it again"
         )
-    with np.errstate(all="ignore"):  # what is not finite gets a mark below
+    with np.errstate(all="ignore"):  # numbers that are not finite get a mark below
         scale = gamma / np.sqrt(var + eps)
         liveliness = np.abs(gamma) * np.sqrt(var / (var + eps))
     columns = (gamma, beta, mean, var, scale)
@@ -215,7 +196,7 @@ def _layer(prefix: str, names: tuple[str, ...], state: Mapping[str, Values], eps
 
 
 def _numbers(values: Values) -> Array:
-    """A tensor or an array as float64 (channels,)."""
+    """Return a tensor or an array as float64 (channels,)."""
     array = values if isinstance(values, np.ndarray) else values.detach().double().cpu().numpy()
     return array.astype(np.float64).reshape(-1)
 

@@ -20,8 +20,8 @@ from bnexport.nn.batch_norm import BatchNorm
 def synchronised(model: nn.Module) -> nn.Module:
     """Replace every BatchNorm that has moving statistics by one over all processes.
 
-    Parameters and buffers are shared with the old layers, names stay: a state dict fits both. On CUDA torch's own layers
-    become ``nn.SyncBatchNorm``.
+    Parameters and buffers are shared with the old layers and keep their names, so a state dict fits both. On CUDA torch's own
+    layers become ``nn.SyncBatchNorm``.
 
     Args:
         model: Changed in place.
@@ -30,7 +30,7 @@ def synchronised(model: nn.Module) -> nn.Module:
         The model, or the new layer where the model is itself a BatchNorm.
 
     Raises:
-        ModelError: A layer of the user's own kind, whose forward does something else too.
+        ModelError: The forward of a user's class does more than BatchNorm.
     """
     made: dict[int, nn.Module] = {}  # a layer may have several names in the network
 
@@ -108,7 +108,7 @@ class SyncedScratchBatchNorm(BatchNorm):
 
 
 def _normalised(X: Tensor, gamma: Any, beta: Any, eps: float) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Y, and over all processes the mean and biased variance (float64 (C,)) and the number of values per channel.
+    """Return Y, and over all processes the mean and biased variance (float64 (C,)) and the number of values per channel.
 
     Half precision is widened, as torch's own kernels do.
     """
@@ -136,7 +136,7 @@ def _normalised(X: Tensor, gamma: Any, beta: Any, eps: float) -> tuple[Tensor, T
 
 
 def _merged(mean: Tensor, var: Tensor, count: int) -> tuple[Tensor, Tensor, int]:
-    """Moments of all processes' values from those of each."""
+    """Return the moments of all processes' values from those of each process."""
     mine = torch.cat([torch.full((1,), float(count), dtype=torch.float64, device=mean.device), mean, var])
     parts = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, mine)

@@ -1,8 +1,8 @@
 """Evaluate the written file with every rounding of a precision, and no other rounding.
 
-What a precision does to a model depends on the model, so it is computed. onnx's reference implementation runs the file, and
-every operator rounds what an engine of that precision rounds. All arithmetic is float32, in which tensor cores and
-half-precision kernels accumulate. For strict float32 the order of numpy's sums stands for the order of another engine's.
+The effect of a precision depends on the model, so it is computed. onnx's reference implementation runs the file, and
+every operator rounds the values that an engine of that precision rounds. All arithmetic is float32, in which tensor cores and
+half-precision kernels accumulate. For strict float32 the order of numpy's sums represents the order of another engine's.
 Rounding is deterministic, so the outputs show both the size and the direction of a precision's error.
 
 Rounding goes to nearest, ties to even, with gradual underflow and overflow to infinity.
@@ -53,7 +53,7 @@ class Format:
 
     @property
     def half_step(self) -> float:
-        """Return the largest relative error of one rounding of a normal number: half a unit in the last place of 1."""
+        """Return the largest relative error of one rounding of a normal number: half a unit in the last place of 1.0."""
         return float(2.0 ** -(self.mantissa + 1))
 
 
@@ -134,23 +134,14 @@ _CONVOLUTIONS = ("Conv", "ConvTranspose")
 
 @dataclass(frozen=True)
 class Precision:
-    """One row of PRECISIONS.
+    """One row of PRECISIONS."""
 
-    Attributes:
-        name: Its key: "tf32".
-        storage: Format of every stored value: weights, inputs and each operator's output.
-        factors: Format to which the factors of products are rounded before; None: no further rounding.
-        operators: Operators with rounded factors.
-        source: Engines with this precision, and the reference for it.
-        cuts: The factors lose their last bits (truncation) instead of being rounded to nearest.
-    """
-
-    name: str
-    storage: Format
-    factors: Format | None
-    operators: tuple[str, ...]
-    source: str
-    cuts: bool = False
+    name: str  # Key of the row, such as "tf32"
+    storage: Format  # Format of every stored value: weights, inputs and each operator's output
+    factors: Format | None  # Format to which the factors of products are rounded first; None: no further rounding
+    operators: tuple[str, ...]  # Operators with rounded factors
+    source: str  # Engines with this precision, and its reference
+    cuts: bool = False  # True if factors lose their last bits (truncation) instead of being rounded to nearest
 
     @property
     def words(self) -> str:
@@ -169,7 +160,7 @@ _WORDS = {
 
 
 def words_of(name: str) -> str:
-    """Return a precision's name in a sentence; of int8 too, which ``quantization.integer_emulation`` emulates."""
+    """Return a precision's name in a sentence; int8, which ``quantization.integer_emulation`` emulates, is included."""
     return _WORDS.get(name) or precision_of(name).words
 
 
@@ -216,17 +207,17 @@ PRECISIONS: dict[str, Precision] = {
     )
 }
 
-#: Precision -> the ways in which engines of that name round, the usual one first. Only its error shows how a GPU rounds.
+#: Precision -> the roundings of engines of that name, the usual one first. Only the error shows which one a GPU uses.
 ROUNDINGS: dict[str, tuple[str, ...]] = {"tf32": ("tf32", "tf32-cut")}
 
-#: Operators whose outputs are some of their inputs' numbers, rounded already, or no numbers at all.
+#: Operators whose outputs are numbers of their inputs, which are rounded already, or are not numbers.
 _MOVERS = (
     "Identity", "Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "Relu", "MaxPool", "Concat",
     "Slice", "Gather", "GatherElements", "GatherND", "Expand", "Tile", "Split", "DepthToSpace",
     "SpaceToDepth", "Neg", "Abs", "Max", "Min", "Where", "Shape", "Size", "If", "Loop", "Scan", "NonZero",
     "ArgMax", "ArgMin", "Compress",
 )  # fmt: skip
-#: (operator, place of an input): settings, no data, which engines keep in float32 whatever the precision.
+#: (operator, place of an input) of settings, which are not data: engines keep them in float32 in every precision.
 SETTINGS = {("Resize", 1), ("Resize", 2), ("Upsample", 1)}
 
 
@@ -236,14 +227,14 @@ class Emulator(Float64Evaluator):
     Args:
         source: The file, its bytes, or the model read from it (which is not changed).
         precision: A key of PRECISIONS.
-        chunk: As for ``Float64Evaluator``.
+        chunk: See ``Float64Evaluator``.
 
     Raises:
         BundleError: Not a model, or one with an operator that onnx's reference implementation lacks.
         UsageError: The precision is unknown.
     """
 
-    _weight_type = np.float32  # without loss: a precision stores no wider numbers
+    _weight_type = np.float32  # without loss, because no precision stores wider numbers
 
     def __init__(self, source: bytes | Path | ModelProto, precision: str, *, chunk: int | None = None) -> None:
         self.precision = precision_of(precision)
@@ -253,7 +244,7 @@ class Emulator(Float64Evaluator):
         _Rounding(self.precision).put_into(self._engine, _exempt(model.graph))
 
     def evaluate(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Return outputs as float32 arrays of the precision's numbers; otherwise as ``Float64Evaluator.evaluate``."""
+        """Return outputs like ``Float64Evaluator.evaluate``, as float32 arrays of the precision's numbers."""
         return super().evaluate(self._stored(feeds))
 
     def values(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
@@ -263,7 +254,7 @@ class Emulator(Float64Evaluator):
         """
         given = self._stored({name: feeds[name] for name in self.inputs if name in feeds})
         try:
-            with np.errstate(all="ignore"):  # infinity is an answer here
+            with np.errstate(all="ignore"):  # infinity is a valid result here
                 found = self._engine.run(None, given, intermediate=True)
         except Exception as error:  # numpy raises any class inside an operator
             raise _not_emulated(self.precision, error) from error
@@ -287,7 +278,7 @@ def precision_of(name: str) -> Precision:
     return PRECISIONS[name]
 
 
-#: Runtime -> operator -> largest absolute error of the engine's function, where that is more than rounding the exact result to
+#: Runtime -> operator -> largest absolute error of the engine's function, if that exceeds the rounding of the exact result to
 #: float32. Measured over [-30, 30] with onnxruntime 1.31.1 and openvino 2026.4.1. ONNX Runtime computes the logistic function
 #: as a rational approximation plus 0.5 (MLAS, logistic.cpp, after Eigen), so that a result near 0 keeps the last digit of 0.5:
 #: microsoft/onnxruntime issues 22557 and 26281. torch's functions are exact to a few units in the last place.
@@ -375,7 +366,7 @@ class _Rounding:
 
     def __init__(self, precision: Precision) -> None:
         self._precision = precision
-        self._weights: dict[int, Any] = {}  # id -> stored weight, held so that the id stays its own
+        self._weights: dict[int, Any] = {}  # id -> stored weight; while it is held, its id is not reused
         self._factors: dict[int, Any] = {}  # id -> that weight as a factor: rounded once, not in every chunk
         self._done: set[int] = set()
 
@@ -441,7 +432,7 @@ def _rounded(value: Any, to: Format) -> Any:
 
 
 def _cut(value: Any, to: Format) -> Any:
-    """Do as ``_rounded``, towards zero; for factors, which are arrays."""
+    """Return factors, which are arrays, rounded like ``_rounded`` but towards zero."""
     return cut_to(value, to) if getattr(value, "dtype", np.dtype(bool)).kind == "f" else value
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from bnexport.tensors import Array
 
 #: Elements of the unfolded windows of one matrix product. A small weight is fastest with windows that stay in the processor's
-#: cache (2 MB in float64); a large one needs more columns, because each product reads it anew, but no more than 16 MB.
+#: cache (2 MB in float64); a large one needs more columns, because each product reads it again, but no more than 16 MB.
 _ROOM, _MOST_ROOM, _PER_WEIGHT = 1 << 18, 1 << 21, 8
 #: Elements of one block of a depthwise convolution, whose sums over the taps stay in the processor's second cache.
 _CACHED = 1 << 14
@@ -28,25 +28,15 @@ _CACHED = 1 << 14
 
 @dataclass(frozen=True)
 class WindowAxis:
-    """The windows along one spatial axis.
+    """The windows along one spatial axis."""
 
-    Attributes:
-        size: Elements of the input.
-        kernel: Taps of a window.
-        stride: Distance of two windows.
-        before: Padding before the input.
-        after: Padding after it.
-        dilation: Distance of two taps.
-        ceil: Round the number of windows up.
-    """
-
-    size: int
-    kernel: int
-    stride: int = 1
-    before: int = 0
-    after: int = 0
-    dilation: int = 1
-    ceil: bool = False
+    size: int  # Elements of the input
+    kernel: int  # Taps of a window
+    stride: int = 1  # Distance between two windows
+    before: int = 0  # Padding before the input
+    after: int = 0  # Padding after the input
+    dilation: int = 1  # Distance between two taps
+    ceil: bool = False  # True to round the number of windows up
 
     @property
     def span(self) -> int:
@@ -61,7 +51,7 @@ class WindowAxis:
         return count - 1 if self.ceil and (count - 1) * self.stride >= self.size + self.before else count
 
     def inside(self, *, counted: bool) -> Array:
-        """Return how many taps of each window lie inside the input, or inside input and padding where that is counted."""
+        """Return how many taps of each window are inside the input, or inside input and padding if that is counted."""
         taps = np.arange(self.count)[:, None] * self.stride + np.arange(self.kernel) * self.dilation - self.before
         first, end = (-self.before, self.size + self.after) if counted else (0, self.size)
         found: Array = ((taps >= first) & (taps < end)).sum(axis=1)
@@ -74,7 +64,7 @@ class WindowAxis:
         return first, max(end, first), max(min(-low, high - low), 0), max(high - max(low, self.size), 0)
 
     def tap(self, number: int, windows: int) -> slice:
-        """Return the places of one tap of so many windows in the padded part that they see."""
+        """Return the places of one tap of ``windows`` windows in the padded part that they see."""
         first = number * self.dilation
         return slice(first, first + (windows - 1) * self.stride + 1, self.stride)
 
@@ -101,7 +91,7 @@ def axes_of(
 
 
 def _same(axis: WindowAxis, auto_pad: str) -> WindowAxis:
-    """Return an axis with as many windows as strides fit; an odd padding is larger at the side that the name states."""
+    """Return an axis with ceil(size / stride) windows; an odd padding is larger at the side that the name states."""
     windows = -(-axis.size // axis.stride)
     total = max((windows - 1) * axis.stride + axis.span - axis.size, 0)
     less, more = total // 2, total - total // 2
@@ -168,18 +158,18 @@ def _sum_over_taps(x: Array, weight: Array, y: Array, axes: tuple[WindowAxis, ..
 
 
 def _room_of(weights: int) -> int:
-    """Return the number of elements of unfolded windows in one product with that many weights."""
+    """Return the number of elements of unfolded windows in one product with a number of weights."""
     return max(_ROOM, min(_MOST_ROOM, _PER_WEIGHT * weights))
 
 
 def _blocks(many: int, parts: int, cost: int, room: int) -> Iterator[tuple[slice, slice]]:
-    """Yield blocks of several whole items, or of some parts of one item where an item has no room.
+    """Yield blocks of several whole items, or of some parts of one item if a whole item is too large.
 
     Args:
         many: Items.
         parts: Parts of an item.
-        cost: Elements that one part takes.
-        room: Elements that a block may take.
+        cost: Elements of one part.
+        room: Largest number of elements of a block.
     """
     room = max(room // max(cost, 1), 1)
     items, pieces = max(room // max(parts, 1), 1), max(min(room, parts), 1)
@@ -198,7 +188,7 @@ def _windows(x: Array, rows: slice, axes: tuple[WindowAxis, ...], outside: float
 
 
 def _reached(x: Array, axes: tuple[WindowAxis, ...], limits: Sequence[tuple[int, int]], outside: float) -> Array:
-    """Return the part of (c, n, *size) that windows see, with its padding; no copy where there is none."""
+    """Return the part of (c, n, *size) that windows see, with its padding; a view if there is none."""
     reaches = [axis.reach(*limit) for axis, limit in zip(axes, limits, strict=True)]
     seen = x[(slice(None), slice(None), *(slice(first, end) for first, end, _, _ in reaches))]
     if not any(before or after for _, _, before, after in reaches):
@@ -245,7 +235,7 @@ def max_pool(x: Array, axes: tuple[WindowAxis, ...]) -> Array:
 def average_pool(x: Array, axes: tuple[WindowAxis, ...], *, counted: bool) -> Array:
     """Return the mean over windows: (n, channels, *size) to (n, channels, *count).
 
-    What hangs out of the padded input is never counted. ``counted`` counts the padding's zeros.
+    Parts of windows outside of the padded input are never counted. ``counted`` counts the padding's zeros.
     """
     total = _pooled(x, axes, 0.0, np.add)
     for at, axis in enumerate(axes, 2):
@@ -255,7 +245,7 @@ def average_pool(x: Array, axes: tuple[WindowAxis, ...], *, counted: bool) -> Ar
 
 
 def _pooled(x: Array, axes: tuple[WindowAxis, ...], outside: Any, reduce: np.ufunc) -> Array:
-    """Return windows reduced along one axis after the other, always a new array."""
+    """Return the windows, reduced along one axis after the other, as a new array."""
     x = x.swapaxes(0, 1)
     for at, axis in enumerate(axes):
         whole = [WindowAxis(size, 1) for size in x.shape[2:]]

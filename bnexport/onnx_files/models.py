@@ -35,8 +35,8 @@ def read_model(source: bytes | Path) -> ModelProto:
     """Parse an ONNX file.
 
     Raises:
-        BundleError: Not an ONNX model, an empty one (zero bytes parse as a model without nodes), one that keeps its
-            weights in other files, or one that the validation refuses.
+        BundleError: The file is not an ONNX model, is empty (zero bytes parse as a model without nodes), keeps its weights in
+            other files, or is refused by the validation.
     """
     onnx = require("onnx", purpose="reading the written file")
     name = "the model" if isinstance(source, bytes) else str(source)
@@ -109,12 +109,12 @@ def nodes(model: ModelProto) -> Iterator[NodeProto]:
 
 
 def opset_of(model: ModelProto) -> int:
-    """Return the version of the default operator set; 0 when the file imports none."""
+    """Return the version of the default operator set; 0 if the file imports none."""
     return next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
 
 
 def refill(group: Any, items: Sequence[Any]) -> None:
-    """Make a repeated field hold exactly these messages; it stays untouched when it holds them already."""
+    """Make a repeated field hold exactly these messages; a field that holds them already is not changed."""
     if len(group) == len(items) and all(one is other for one, other in zip(group, items, strict=True)):
         return
     copies = [type(item).FromString(item.SerializeToString()) for item in items]
@@ -123,7 +123,7 @@ def refill(group: Any, items: Sequence[Any]) -> None:
 
 
 def declaration_problem(model: ModelProto, manifest: Manifest) -> str | None:
-    """Return how the file differs from the manifest: names, types, shapes, opset, IR version, metadata; None when it fits."""
+    """Return how the file differs from the manifest: names, types, shapes, opset, IR version, metadata; None if it fits."""
     stored = {tensor.name for tensor in model.graph.initializer}
     inputs = [value for value in model.graph.input if value.name not in stored]
     for kind, specs, values in (
@@ -132,29 +132,29 @@ def declaration_problem(model: ModelProto, manifest: Manifest) -> str | None:
     ):
         names, expected = [value.name for value in values], [spec.name for spec in specs]
         if names != expected:
-            return f"the file has the {kind}s {names}, the manifest says {expected}"
+            return f"the file has the {kind}s {names}, the manifest states {expected}"
         for spec, value in zip(specs, values, strict=True):
             problem = declared_problem(spec, _dtype(value), _shape(value), strict=kind == "input")
             if problem is not None:
                 return f"{kind} {problem}"
     for what, have in (("opset", opset_of(model)), ("ir_version", model.ir_version)):
         if (want := manifest.onnx.get(what, have)) != have:
-            return f"the file has {what} {have}, the manifest says {want}"
+            return f"the file has {what} {have}, the manifest states {want}"
     facts = manifest.model_facts()
     for item in model.metadata_props:  # a file that was not stamped yet has none
         if facts.get(item.key, item.value) != item.value:
-            return f"the file's metadata {item.key!r} is not what the manifest says"
+            return f"the file's metadata {item.key!r} is not the value in the manifest"
     return _precision_problem(model, str(manifest.onnx.get("precision", "float32")))
 
 
 def _precision_problem(model: ModelProto, precision: str) -> str | None:
-    """Return the first weight of another float type than the manifest's: a wider bound would judge a coarser one."""
+    """Return the first weight of another float type than the manifest's: a coarser type would get a wider bound."""
     if precision == "int8":  # layers that stay in float
         precision = "float32"
     for tensor in trained_tensors(model):
         stored = _FLOATS.get(tensor.data_type)
         if stored is not None and stored != precision:
-            return f"the file holds {tensor.name!r} in {stored}, the manifest says {precision}"
+            return f"the file holds {tensor.name!r} in {stored}, the manifest states {precision}"
     return None
 
 
@@ -205,7 +205,7 @@ def multiplications(model: ModelProto, sizes: Mapping[str, Sequence[int]] | None
     onnx = require("onnx", purpose="reading the written file")
     try:
         inferred = onnx.shape_inference.infer_shapes(_sized(model, sizes or {}))
-    except Exception:  # an estimate may go without
+    except Exception:  # the estimate then uses the declared shapes
         inferred = model
     shapes = {
         value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim]

@@ -1,4 +1,4 @@
-"""The names that the graph of an ONNX file reads, and the names that are taken."""
+"""The names that the graph of an ONNX file reads, and its used names."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def subgraphs(node: NodeProto) -> list[GraphProto]:
-    """Return the graphs that a node carries as attributes."""
+    """Return the graphs in a node's attributes."""
     found: list[GraphProto] = []
     for attribute in node.attribute:
         if attribute.type == attribute.GRAPH:
@@ -21,7 +21,7 @@ def subgraphs(node: NodeProto) -> list[GraphProto]:
 
 
 def graphs_within(nodes: Iterable[NodeProto]) -> Iterator[GraphProto]:
-    """Return every graph inside some nodes, at any depth."""
+    """Yield every graph inside some nodes, at any depth."""
     for node in nodes:
         for graph in subgraphs(node):
             yield graph
@@ -51,11 +51,7 @@ def mentions(graph: GraphProto) -> Counter[str]:
 
 
 class Names:
-    """Gives names that nothing in a model has.
-
-    Args:
-        model: Its names are taken.
-    """
+    """Creates names that a model does not use."""
 
     def __init__(self, model: ModelProto) -> None:
         self._taken: set[str] = set()
@@ -68,7 +64,7 @@ class Names:
                 self._taken.update([node.name, *node.input, *node.output])
 
     def free(self, *parts: str) -> str:
-        """Return the parts joined by "_", with a number where that name is taken."""
+        """Return the parts joined by "_", with a number if that name is used."""
         wanted = "_".join(parts)
         name, number = wanted, 1
         while name in self._taken:

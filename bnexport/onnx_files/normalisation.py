@@ -1,10 +1,10 @@
-"""ONNX files of other exporters, brought into the one form that the checker, the float64 evaluator and the readers expect.
+"""Conversion of other exporters' ONNX files to the form that the checker, the float64 evaluator and the readers expect.
 
-``NORMALISATIONS`` changes the spelling of a file, never its results: ONNX Runtime computes the same before and after. Checked
-against ONNX Runtime 1.31: it sorts nodes, infers types of outputs, and takes a negative size for an unknown one. It takes five
-*named* outputs of a BatchNormalization before operator set 14 for training mode, so those stay.
+``NORMALISATIONS`` changes the spelling of a file, never its results: ONNX Runtime computes the same before and after. This was
+checked with ONNX Runtime 1.31: it sorts nodes, infers types of outputs, and treats a negative size as unknown. Before operator
+set 14, five *named* outputs of a BatchNormalization mean training mode to it, so these outputs stay.
 
-``upgraded`` and ``split_sums`` rewrite operators. The proof of a fold compares the result with the file before them.
+``upgraded`` and ``split_sums`` rewrite operators. The proof of a fold compares the result with the file before these changes.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from bnexport.optional import one_line
 
 #: Older operator sets broadcast by an attribute, and their BatchNormalization has another attribute for training.
 OLDEST_OPSET = 7
-#: The first operator set whose BatchNormalization has the attribute training_mode; before, further outputs mean training.
+#: The first operator set whose BatchNormalization has the attribute training_mode; before it, more outputs mean training.
 _TRAINING_MODE = 14
 #: The first format in which an initializer that is not listed as an input is a constant.
 _CONSTANTS_UNLISTED = 4
 #: Operators that broadcast by the attribute axis before operator set 7.
 _BROADCASTING = ("Add", "Sub", "Mul", "Div", "Pow", "And", "Or", "Xor", "Equal", "Greater", "Less")
-#: A number for an open size during a conversion.
+#: A number for an unknown size during a conversion.
 _SIZE = 224
 #: Operators that are in training mode before operator set 7 unless is_test is set.
 _IS_TEST = ("BatchNormalization", "Dropout")
@@ -47,15 +47,10 @@ _WEIGHTS = {
 
 @dataclass(frozen=True)
 class Normalisation:
-    """One change of a file's spelling.
+    """One change of a file's spelling."""
 
-    Attributes:
-        name: In messages, as a noun phrase.
-        apply: Changes a model in place, and returns True if it found something to change.
-    """
-
-    name: str
-    apply: Callable[[ModelProto], bool]
+    name: str  # Noun phrase for messages
+    apply: Callable[[ModelProto], bool]  # Changes a model in place, and returns True if anything changed
 
 
 def normalise(model: ModelProto) -> tuple[str, ...]:
@@ -67,7 +62,7 @@ def normalise(model: ModelProto) -> tuple[str, ...]:
 
 
 def _default_domain(model: ModelProto) -> bool:
-    """Write the domain ``ai.onnx`` as the empty one; two imports of one version become one."""
+    """Replace the domain ``ai.onnx`` by the empty domain; two imports of one version become one."""
     owners: list[Any] = [model, *model.functions]
     spelt = [item for owner in owners for item in owner.opset_import if item.domain == "ai.onnx"]
     spelt += [item for item in (*nodes(model), *model.functions) if item.domain == "ai.onnx"]
@@ -88,7 +83,7 @@ def _graph_names(model: ModelProto) -> bool:
 
 
 def _unknown_sizes(model: ModelProto) -> bool:
-    """Drop sizes of 0 and below, and the name "?", which Paddle's exporter gives to all unknown sizes alike."""
+    """Drop sizes of 0 and below, and the name "?", which Paddle's exporter gives to every unknown size."""
     found = False
     for graph in graphs(model):
         stored = {tensor.name for tensor in graph.initializer}
@@ -101,13 +96,13 @@ def _unknown_sizes(model: ModelProto) -> bool:
 
 
 def _node_order(model: ModelProto) -> bool:
-    """Put every node after those that it reads; a circle is left for the checker to refuse."""
+    """Put every node after those that it reads; a cycle stays, and the checker refuses it."""
     owners: list[Any] = [*graphs(model), *model.functions]
     return sum(_sort(owner.node) for owner in reversed(owners)) > 0  # the inner ones first: sorting copies nodes
 
 
 def _sort(group: Any) -> bool:
-    """Sort nodes as they run, in their present order wherever that is free; return True if the order changed."""
+    """Sort nodes in the order in which they run, otherwise in their present order; return True if the order changed."""
     given = list(group)
     makers = {name: index for index, node in enumerate(given) for name in node.output if name}
     before = [{makers[name] for name in reads(node) if name in makers} for node in given]
@@ -132,7 +127,7 @@ def _sort(group: Any) -> bool:
 
 
 def _batch_norm_outputs(model: ModelProto) -> bool:
-    """Drop outputs of a BatchNormalization that mean nothing: those without a name, and unread ones outside of training."""
+    """Drop outputs of a BatchNormalization without a meaning: those without a name, and unread ones outside of training."""
     found, count, opset = False, mentions(model.graph), opset_of(model)
     for node in _batch_norms(model):
         training = any(item.name == "training_mode" and item.i for item in node.attribute)
@@ -146,9 +141,9 @@ def _batch_norm_outputs(model: ModelProto) -> bool:
 
 
 def _spatial(model: ModelProto) -> bool:
-    """Drop ``spatial=0`` where a BatchNormalization has one number per channel: there are no statistics for each position.
+    """Drop ``spatial=0`` of a BatchNormalization with one number per channel, which has no statistics for each position.
 
-    ONNX Runtime refuses these files of MXNet's exporter, whose own runtime normalised each channel.
+    MXNet's exporter writes these files, and its own runtime normalised each channel. ONNX Runtime refuses the files.
     """
     found = False
     lengths = {tensor.name: len(tensor.dims) for tensor in model.graph.initializer}
@@ -187,9 +182,9 @@ def _is_typed(value: ValueInfoProto) -> bool:
 
 
 def _listed_initializers(model: ModelProto) -> bool:
-    """Take initializers for constants where a file lists every one as an input, as exporters for the old format do.
+    """Treat initializers as constants if a file lists every one as an input, as exporters for the old format do.
 
-    A file that lists some of them lets a caller replace these, on purpose: they stay.
+    A file that lists some of its initializers lets a caller replace these on purpose, so they stay inputs.
     """
     if model.ir_version < _CONSTANTS_UNLISTED:
         return False  # the format demands the listing
@@ -211,12 +206,12 @@ def _listed_initializers(model: ModelProto) -> bool:
 NORMALISATIONS: tuple[Normalisation, ...] = (
     Normalisation("the domain ai.onnx, written as the empty one", _default_domain),
     Normalisation("graphs without a name", _graph_names),
-    Normalisation("sizes of 0 and below, taken for unknown ones", _unknown_sizes),
+    Normalisation("sizes of 0 and below, treated as unknown", _unknown_sizes),
     Normalisation("nodes that were not in the order in which they run", _node_order),
     Normalisation("outputs of BatchNormalization without a name or a reader", _batch_norm_outputs),
     Normalisation("spatial=0 with one number per channel", _spatial),
     Normalisation("outputs without a type", _output_types),
-    Normalisation("initializers that were all listed as inputs, taken for constants", _listed_initializers),
+    Normalisation("initializers that were all listed as inputs, treated as constants", _listed_initializers),
 )
 
 
@@ -231,7 +226,7 @@ def upgraded(model: ModelProto, name: str) -> ModelProto:
     """Return a model of operator set 7 or newer: the same, or converted by onnx.
 
     Raises:
-        ModelError: onnx.version_converter can't convert it, or an operator is in training mode, which the converter drops.
+        ModelError: onnx.version_converter fails, or an operator is in training mode, which the converter would drop.
     """
     opset = opset_of(model)
     if opset >= OLDEST_OPSET:
@@ -262,7 +257,7 @@ def upgraded(model: ModelProto, name: str) -> ModelProto:
 
 
 def _with_numbers(model: ModelProto) -> ModelProto:
-    """Return a copy whose inputs have numbers for sizes: the converter gives up on names."""
+    """Return a copy whose inputs have numbers for sizes, because the converter does not support names."""
     copy = ModelProto()
     copy.CopyFrom(model)
     for value in copy.graph.input:
@@ -276,7 +271,7 @@ def _with_numbers(model: ModelProto) -> ModelProto:
 
 
 def _aligned(model: ModelProto) -> ModelProto:
-    """Write out the axis from which on an old operator broadcasts: onnx 1.23 converts it to one axis too many."""
+    """Replace the axis at which an old operator starts to broadcast by explicit axes: onnx 1.23 converts it to one too many."""
     graph = onnx.shape_inference.infer_shapes(model).graph
     ranks = {tensor.name: len(tensor.dims) for tensor in graph.initializer}
     for value in (*graph.value_info, *graph.input):
@@ -299,7 +294,7 @@ def _aligned(model: ModelProto) -> ModelProto:
 
 
 def _declare_as(model: ModelProto, converted: ModelProto) -> None:
-    """Give the inputs and outputs of a converted model their declarations back."""
+    """Restore the declarations of a converted model's inputs and outputs."""
     for ours, theirs in ((model.graph.input, converted.graph.input), (model.graph.output, converted.graph.output)):
         declared = {value.name: value for value in ours}
         for value in theirs:
@@ -310,19 +305,14 @@ def _declare_as(model: ModelProto, converted: ModelProto) -> None:
 
 @dataclass(frozen=True)
 class SplitSum:
-    """A Sum of more than two values that became a chain of Adds.
+    """A Sum of more than two values that became a chain of Adds."""
 
-    Attributes:
-        node: The Sum as it was.
-        inner: Names of the values between the Adds.
-    """
-
-    node: NodeProto
-    inner: frozenset[str]
+    node: NodeProto  # The original Sum
+    inner: frozenset[str]  # Names of the values between the Adds
 
 
 def split_sums(model: ModelProto) -> tuple[SplitSum, ...]:
-    """Replace each Sum of three and more values by a chain of Adds, in place; ``join_sums`` is the way back."""
+    """Replace each Sum of three and more values by a chain of Adds, in place; ``join_sums`` reverses this."""
     if any(function.name in ("Sum", "Add") and not function.domain for function in model.functions):
         return ()
     found: list[SplitSum] = []
@@ -346,7 +336,7 @@ def split_sums(model: ModelProto) -> tuple[SplitSum, ...]:
 
 
 def join_sums(model: ModelProto, sums: tuple[SplitSum, ...]) -> None:
-    """Put the Sums back in place of the Adds that folding left, in place."""
+    """Replace the Adds that remain after folding by their Sums, in place."""
     for split in sums:
         makers = {name: node for node in model.graph.node for name in node.output}
         last = makers.get(split.node.output[0])

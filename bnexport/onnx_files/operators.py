@@ -1,13 +1,13 @@
-"""Operators that onnx's reference implementation computes wrongly or slowly, and its evaluator with less memory.
+"""Operators that onnx's reference implementation computes wrongly or slowly, and an evaluator that needs less memory.
 
 Checked against onnx 1.23:
 
 - Add, Sub, Mul and Div before operator set 7 broadcast by the attribute axis, which is not read.
 - BatchNormalization before operator set 14 takes the statistics of the batch although it is not training.
 - ConvTranspose with groups fails where the groups do not divide the weight evenly, and loops over samples and channels.
-- AveragePool and MaxPool loop over each output position. Where windows are rounded up and there is padding, their number is
-  wrong, and so is the mean: it divides by the whole kernel where the window hangs out of the padded input. torch, ONNX Runtime
-  and the operator's text since opset 19 count the elements inside.
+- AveragePool and MaxPool loop over each output position. If the number of windows is rounded up and there is padding, this
+  number is wrong, and so is the mean: it divides by the whole kernel for a window that is partly outside of the padded input.
+  torch, ONNX Runtime and the operator's text since opset 19 count the elements inside.
 - Conv unfolds by index arrays of the size of the unfolded input.
 - Erf rounds to float32, whatever the type of its input.
 - DequantizeLinear rounds to float32, and both it and QuantizeLinear lack the operator sets from 11 to 18.
@@ -122,7 +122,7 @@ class Relu(OpRun):
 
 
 class Sigmoid(OpRun):
-    """1 / (1 + exp(-x)); where the exponential overflows, 1 / infinity is the right 0."""
+    """1 / (1 + exp(-x)); if the exponential overflows, 1 / infinity is the correct 0."""
 
     def _run(self, x: Array) -> tuple[Array]:
         y = np.negative(x)
@@ -194,7 +194,7 @@ def _explicit(node: NodeProto) -> bool:
 
 
 def _padded(node: NodeProto) -> bool:
-    """Return whether nothing is cut from the input by a negative padding."""
+    """Return whether no negative padding cuts the input."""
     return all(number >= 0 for number in _values(node).get("pads", ()))
 
 
@@ -235,21 +235,17 @@ def better_operators(model: ModelProto) -> list[Any] | None:
     opset = max((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), default=0)
     found = []
     for kind, group in by_kind.items():
-        operator, newest, knows = _TABLE[kind]
+        operator, newest, supports = _TABLE[kind]
         plain = not any(item.ref_attr_name for node in group for item in node.attribute)
-        if plain and opset <= newest and all(map(knows, group)):
+        if plain and opset <= newest and all(map(supports, group)):
             found.append(operator)
     return found or None
 
 
 class Evaluator(ReferenceEvaluator):
-    """onnx's reference evaluator; a run frees each value after its last use, and can show each value as it is made.
+    """onnx's reference evaluator, with a callback for each value; a run frees each value after its last use."""
 
-    Attributes:
-        look: Called with the name and the value of each output of a node.
-    """
-
-    look: Callable[[str, Any], None] | None = None
+    look: Callable[[str, Any], None] | None = None  # Called with the name and the value of each output of a node
 
     def run(
         self,

@@ -1,9 +1,9 @@
-"""Reshape nodes whose target is computed from sizes get a constant target.
+"""Constant targets for Reshape nodes whose target is computed from sizes.
 
 torch.export writes ``x.flatten(1)`` as Shape, Squeeze, Concat and Reshape. ONNX Runtime places the integer nodes on the CPU,
-also when everything else runs on a GPU. In a target, 0 copies the size at the same place of the reshaped value. So a computed
-size becomes 0 where it provably is that size, and the node gives the same result for every batch, an empty one included. A
-single size that is not at the same place becomes -1 where the products of the sizes prove it.
+even if all other nodes run on a GPU. In a target, 0 copies the size at the same place of the reshaped value. So a computed
+size becomes 0 if it provably is that size, and the node gives the same result for every batch, including an empty batch. A
+single size that is not at the same place becomes -1 if the products of the sizes prove it.
 
 onnxscript's ``MaterializeReshapeShape`` does not fit: it trusts declared shapes, and writes -1 without comparing products.
 """
@@ -30,14 +30,14 @@ Dims: TypeAlias = dict[str, list[Size]]
 _INTEGERS = (TensorProto.INT32, TensorProto.INT64)
 #: Targets and indices are short; longer tensors are not sizes.
 _MAX_SIZES = 64
-#: Inferences in a row: each finds the shapes behind one more computed target that onnx does not follow.
+#: Number of inferences: each finds the shapes after one more computed target that onnx does not follow.
 _MAX_ROUNDS = 8
 #: Operators that pick or join sizes.
 _FOLLOWED = ("Shape", "Identity", "Cast", "Concat", "Gather", "Squeeze", "Unsqueeze", "Reshape", "Slice")
 
 
 def simplify_reshapes(model: ModelProto) -> int:
-    """Give each Reshape of the main graph a constant target where it provably computes the same, and drop dead size nodes.
+    """Give each Reshape of the main graph a constant target if it provably computes the same, and drop dead size nodes.
 
     Args:
         model: Valid; changed in place.
@@ -92,7 +92,7 @@ def _sizes_of(
 
 
 def _stated(node: NodeProto, known: Mapping[str, Sizes], dims: Dims) -> list[Size] | None:
-    """Return the output shape that a Reshape's target states; None where an entry may stand for another size."""
+    """Return the output shape that a Reshape's target states; None if an entry may mean another size."""
     sizes, own, literal = _resolved(node, known, dims), dims.get(node.input[0], ()), _has_real_zeros(node)
     if sizes is None:
         return None
@@ -130,7 +130,7 @@ def _without_claims(model: ModelProto) -> ModelProto:
 def _inferred(bare: ModelProto) -> GraphProto:
     try:
         return onnx.shape_inference.infer_shapes(bare, data_prop=True).graph
-    except Exception:  # onnx's inference raises several unrelated classes; what is unknown is left alone
+    except Exception:  # onnx's inference raises several unrelated classes; the shapes stay unknown
         return bare.graph
 
 
@@ -146,7 +146,7 @@ def _dims(graph: GraphProto) -> Dims:
 
 
 def _constants(model: ModelProto) -> dict[str, Sizes]:
-    """Return the short integer constants by name; an initializer that a caller may replace is not one."""
+    """Return the short integer constants by name, without initializers that a caller may replace."""
     replaceable = {value.name for value in model.graph.input} if model.ir_version >= 4 else set()
     tensors = {tensor.name: tensor for tensor in model.graph.initializer if tensor.name not in replaceable}
     found = {}
@@ -167,7 +167,7 @@ def _numbers(array: NDArray[Any]) -> Sizes:
 
 
 def _sizes(node: NodeProto, known: Mapping[str, Sizes], dims: Dims) -> Sizes | None:
-    """Return what a node computes from sizes; None where that is something else than picking and joining them."""
+    """Return the sizes that a node picks or joins from sizes; None for other operations."""
     if node.op_type not in _FOLLOWED or node.domain not in ("", "ai.onnx"):
         return None
     attributes = {item.name: helper.get_attribute_value(item) for item in node.attribute}
@@ -210,7 +210,7 @@ def _picked(data: Sizes, index: Sizes) -> Sizes | None:
 
 
 def _cut(data: Sizes, attributes: Mapping[str, Any], rest: Sequence[Sizes]) -> Sizes | None:
-    """Return a slice; its places are attributes before opset 10, and inputs since."""
+    """Return a slice; its places are attributes before opset 10, and inputs from opset 10."""
     keys = ("starts", "ends", "axes", "steps")
     given = dict(zip(keys, [list(item.flat) for item in rest], strict=False)) if rest else attributes
     parts = [given.get(key, default) for key, default in zip(keys, (None, None, [0], [1]), strict=True)]
@@ -224,7 +224,7 @@ def _cut(data: Sizes, attributes: Mapping[str, Any], rest: Sequence[Sizes]) -> S
 
 
 def _target(node: NodeProto, known: Mapping[str, Sizes], dims: Dims) -> list[int] | None:
-    """Return the constant target that computes the same; None where that is not proved."""
+    """Return the constant target that provably computes the same; None without a proof."""
     sizes, own = _resolved(node, known, dims), dims.get(node.input[0], ())
     if sizes is None:
         return None
@@ -238,9 +238,9 @@ def _target(node: NodeProto, known: Mapping[str, Sizes], dims: Dims) -> list[int
 
 
 def _resolved(node: NodeProto, known: Mapping[str, Sizes], dims: Dims) -> list[Size] | None:
-    """Return the target with the sizes that its 0 and -1 stand for; a -1 stays where its size is not known.
+    """Return the target with its 0 and -1 replaced by their sizes; a -1 of an unknown size stays.
 
-    Next to a batch of 0 a -1 is ambiguous, and engines refuse it; a number is not.
+    Next to a batch of 0 a -1 is ambiguous, and engines refuse it; a number is unambiguous.
     """
     if node.input[1] not in known or known[node.input[1]].ndim != 1:
         return None
@@ -279,7 +279,7 @@ def _write(model: ModelProto, node: NodeProto, name: str, target: Sequence[int])
 
 
 def _drop_unread(model: ModelProto, names: Sequence[str]) -> None:
-    """Remove what computed some values, as far as nothing reads it any more."""
+    """Remove the nodes and initializers that compute some values if they are no longer read."""
     graph = model.graph
     count, producers = mentions(graph), {name: node for node in graph.node for name in node.output if name}
     inputs = {value.name for value in graph.input}

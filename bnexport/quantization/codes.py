@@ -127,19 +127,12 @@ def _column(values: Array, rank: int) -> Array:
 
 @dataclass(frozen=True)
 class Range:
-    """The values that a tensor takes.
+    """The values that a tensor takes."""
 
-    Attributes:
-        low: Smallest value to represent.
-        high: Largest value to represent.
-        mean: E[x] of each channel, or one number for all.
-        source: Origin: "BatchNorm", "derived from BatchNorm", "pixels", "calibration".
-    """
-
-    low: float
-    high: float
-    mean: tuple[float, ...]
-    source: str
+    low: float  # Smallest value to represent
+    high: float  # Largest value to represent
+    mean: tuple[float, ...]  # E[x] of each channel, or one number for all
+    source: str  # Origin: "BatchNorm", "derived from BatchNorm", "pixels", "calibration"
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values."""

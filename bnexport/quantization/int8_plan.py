@@ -1,7 +1,7 @@
-"""Which layers of a float32 ONNX graph become int8, and which tensors need codes for that.
+"""Choose the layers of a float32 ONNX graph that become int8, and the tensors that need codes.
 
 Convolutions and Gemms with constant weights become int8. The input of each has codes, and so has its output where another int8
-layer follows; a ReLU or clamp behind a layer belongs to it. Operators that only move numbers hand on the codes of their input.
+layer follows; a ReLU or clamp after a layer belongs to it. Operators that only move numbers pass the codes of their input on.
 The output of the last layers stays in float: rounding the logits alone cost 0.16 of scale on a BN-LeNet, everything else 0.03.
 """
 
@@ -32,23 +32,14 @@ _SHOWN = 8
 
 @dataclass(frozen=True)
 class QuantizedLayer:
-    """A layer that becomes int8.
+    """A layer that becomes int8."""
 
-    Attributes:
-        node: Conv or Gemm.
-        weight: Its weight as the file stores it.
-        bias: Its bias (out,), zeros where it has none.
-        axis: Axis of the output channels in the weight.
-        groups: Groups of a convolution, else 1.
-        depthwise: Each output channel reads one input channel.
-    """
-
-    node: NodeProto
-    weight: Array
-    bias: Array
-    axis: int
-    groups: int
-    depthwise: bool
+    node: NodeProto  # Conv or Gemm
+    weight: Array  # Its weight as the file stores it
+    bias: Array  # Its bias (out,), zeros where it has none
+    axis: int  # Axis of the output channels in the weight
+    groups: int  # Groups of a convolution, else 1
+    depthwise: bool  # Each output channel reads one input channel
 
     @property
     def name(self) -> str:
@@ -125,7 +116,9 @@ class QuantizationPlan:
         if odd := [name for name in names if name not in called]:
             layers = list(dict.fromkeys(_usual_name(node) for nodes in called.values() for node in nodes))
             shown = ", ".join(layers[:_SHOWN]) + (", ..." if len(layers) > _SHOWN else "")
-            raise UsageError(f"there is no layer {odd[0]!r} to keep in float", remedy=f"Name one of: {shown}")
+            raise UsageError(
+                f"the layer {odd[0]!r}, to be kept in float, does not exist", remedy=f"Name one of: {shown}"
+            )
         found = [node for name in names for node in called[name]]
         self.kept |= {node.name or node.output[0]: "--float-layers" for node in found}
         return {id(node) for node in found}
@@ -172,7 +165,7 @@ class QuantizationPlan:
         return numpy_helper.to_array(stored).astype(np.float64).reshape(-1)
 
     def end(self, name: str) -> str:
-        """Return the output behind the ReLU or clamp that belongs to a layer, else the layer's output itself."""
+        """Return the output of the ReLU or clamp that belongs to a layer, or else the layer's output."""
         readers = self.readers.get(name, [])
         if name in self.outputs or len(readers) != 1 or readers[0].op_type not in _ABSORBED:
             return name
@@ -183,7 +176,7 @@ class QuantizationPlan:
         ends = {self.end(str(layer.node.output[0])) for layer in self.layers}
         marked = self.required | {name for name in ends if name in reaching}
         shares: dict[str, str] = {}
-        for node in reversed(self.model.graph.node):  # a mover hands the need for codes on to its input
+        for node in reversed(self.model.graph.node):  # the input of a mover needs codes, too
             name = str(node.output[0]) if node.output else ""
             if name in marked and self._moves(node):
                 source = str(node.input[0])

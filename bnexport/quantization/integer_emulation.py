@@ -28,7 +28,7 @@ EXACT, SATURATING, LAST_BIT = "int8", "int8-saturating", "int8-last-bit"
 WAYS = {EXACT: "int8", SATURATING: "int8 with 16-bit saturation", LAST_BIT: "int8 with another last bit"}
 _LARGEST, _SMALLEST = 32767, -32768
 _SEED = 0
-#: Steps by which a value may be off before it is requantised.
+#: Largest change of a value before it is requantised, in steps.
 _DITHER = 1 / 16
 
 

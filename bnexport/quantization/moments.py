@@ -59,21 +59,13 @@ class TrainedMoments:
 
 @dataclass(frozen=True)
 class Spread:
-    """The values of a tensor at the points of the normal distribution.
+    """The values of a tensor at the points of the normal distribution."""
 
-    Attributes:
-        values: (points, channels).
-        base: Tensors with one base are functions of the same variable; a number that is new for each independent one.
-        axis: Axis of the channels; -1 where they can't be followed, and there is one for all.
-        rank: Axes of the tensor.
-        source: As in ``Range``.
-    """
-
-    values: Array
-    base: int
-    axis: int
-    rank: int
-    source: str
+    values: Array  # (points, channels)
+    base: int  # Tensors with one base are functions of the same variable; a number that is new for each independent one
+    axis: int  # Axis of the channels; -1 where they can't be followed, and there is one for all
+    rank: int  # Axes of the tensor
+    source: str  # Origin of the values, as in ``Range``
 
     @property
     def mean(self) -> Array:
@@ -183,7 +175,7 @@ class _Propagation:
         try:
             with np.errstate(all="ignore"):
                 result = np.asarray(runner.run(*feeds)[0])
-        except Exception:  # whatever numpy says: the moments stay unknown
+        except Exception:  # any error of numpy: the moments stay unknown
             return None
         if list(result.shape) != shape or not np.isfinite(result).all():
             return None
@@ -249,11 +241,11 @@ def refined_means(
     mean: Array,
     shapes: Mapping[str, tuple[int, ...]],
 ) -> Array:
-    """Return E[x] of a tensor, improved by what its readers were trained to give.
+    """Return E[x] of a tensor, improved by the trained output means of the layers that read it.
 
     Each layer with a known output mean states W E[x] + b = beta: as many equations as it has outputs. The estimate is the ridge
     solution nearest to the given means. It corrects what pooling and sums of dependent tensors leave unknown, and gives the
-    mean of the pixels, of which no BatchNorm knows.
+    mean of the pixels, which no BatchNorm contains.
 
     Args:
         layers: Those that read the tensor.

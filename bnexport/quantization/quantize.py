@@ -19,7 +19,7 @@ from bnexport.quantization.moments import Seen, Spread, TrainedMoments, known_mo
 from bnexport.quantization.writer import quantised_model
 from bnexport.tensors import Array
 
-#: Fewest samples of a calibration: the smallest and largest values of a few images are not those of the next ones.
+#: Smallest number of calibration samples: a few images do not show the smallest and largest values of others.
 _FEWEST = 16
 #: Samples that are evaluated at once, with every tensor in float64.
 _CHUNK = 8
@@ -32,16 +32,11 @@ _UNKNOWN = (
 
 @dataclass(frozen=True)
 class Int8Options:
-    """How a model becomes int8.
+    """Options of a quantisation."""
 
-    Attributes:
-        target: One of ``bundle.INT8_TARGETS``.
-        float_layers: Layers that stay in float.
-        allow_flips: Largest share of labels that may change; None: judged by what the margins predict.
-    """
-
-    target: str = "cpu"
-    float_layers: tuple[str, ...] = ()
+    target: str = "cpu"  # One of ``bundle.INT8_TARGETS``
+    float_layers: tuple[str, ...] = ()  # Layers that stay in float
+    #: Largest share of labels that may change; None: judged by what the margins predict
     allow_flips: float | None = None
 
     def __post_init__(self) -> None:
@@ -90,7 +85,7 @@ def quantise(
 
     Raises:
         UsageError: A float layer that the model does not have.
-        ModelError: The graph can't be quantised, or moments are unknown and there is no calibration.
+        ModelError: The graph can't be quantised, or moments are unknown without a calibration.
         DataError: The calibration is too small, or the same everywhere.
     """
     options = options or Int8Options()
@@ -215,7 +210,7 @@ def _calibrated(plan: QuantizationPlan, calibration: Calibration) -> dict[str, R
 
 
 def _far_off(name: str, found: Range, known: TrainedMoments | None) -> str:
-    """Return a warning where the samples leave what the network was trained on; "" elsewhere."""
+    """Return a warning if the samples exceed the trained ranges; "" otherwise."""
     if known is None:
         return ""
     low, high = (known.mean - _FAR * known.std).min(), (known.mean + _FAR * known.std).max()

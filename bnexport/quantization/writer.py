@@ -34,7 +34,7 @@ class LayerCodes:
 
 
 def layer_codes(layer: QuantizedLayer, coding: Coding, mean: Sequence[float]) -> LayerCodes:
-    """Return the numbers that a layer is stored with; a proof repeats this.
+    """Return the stored numbers of a layer; the file proof repeats this computation.
 
     Args:
         layer: The float32 layer.

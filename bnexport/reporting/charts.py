@@ -1,6 +1,6 @@
 """Charts as inline SVG: a few kB each, sharp at any size, in the page's own colours by day, in the dark and on paper.
 
-A chart holds numbers and fixed words only. Names, which come from other people's files, stand beside it as HTML.
+A chart holds numbers and fixed words only. Names come from untrusted files, so they are next to the chart, as HTML.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from bnexport.reporting.summary import ReportedRun
 from bnexport.tensors import Array
 from bnexport.verification.verdict import LayerDrift, VerificationReport, number
 
-#: Logarithmic axes end here: what is smaller (an exact 0) or larger (infinity) is drawn at the end.
+#: Ends of logarithmic axes. Smaller values (an exact 0) and larger ones (infinity) are drawn at the end.
 LEAST, MOST = 1e-10, 1e3
 _BINS = 96
 _COLUMNS, _ROWS = 64, 44
 _LEVELS = 4
-_DOTTED = 40  # layers up to which each has its dot
+_DOTTED = 40  # largest number of layers that are drawn with a dot each
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class ChartAxis:
         return (np.log10(drawn) - self.low) / (self.high - self.low)
 
     def ticks(self, most: int = 5) -> list[tuple[float, str]]:
-        """(place from 0 to 1, label) of at most ``most`` whole decades, its ends among them where the step allows."""
+        """Return (place from 0 to 1, label) of at most ``most`` whole decades, with both ends if the step allows it."""
         step = max(1, math.ceil((self.high - self.low) / (most - 1)))
         return [
             ((at - self.low) / (self.high - self.low), number(10.0**at)) for at in range(self.low, self.high + 1, step)
@@ -45,7 +45,7 @@ class ChartAxis:
 
 
 def axis_of(parts: Iterable[Array | float | None]) -> ChartAxis:
-    """The axis that holds every finite number; 1e-9 to 1 where there is none."""
+    """Return the axis that holds every finite number; 1e-9 to 1 without finite numbers."""
     numbers = [np.asarray(part, dtype=np.float64).ravel() for part in parts if part is not None]
     joined = np.concatenate(numbers) if numbers else np.array([])
     finite = np.clip(joined[np.isfinite(joined)], LEAST, MOST)
@@ -56,13 +56,13 @@ def axis_of(parts: Iterable[Array | float | None]) -> ChartAxis:
 
 
 def histogram(errors: Array, worst: Sequence[float], bound: float | None, axis: ChartAxis) -> Markup:
-    """The distribution of one run's errors as a strip: an area for the samples, a dot for each batch's worst, its bound.
+    """Draw one run's errors as a strip: an area for the samples, a dot for each batch's largest error, and the bound.
 
     The strip stretches with the page; every run of a page shares the axis. The height grows with the logarithm of the
     count, so that one bad sample of thousands can be seen.
 
     Args:
-        errors: Of each sample (n,), as a share of the scale; may be empty.
+        errors: Error of each sample (n,), as a share of the scale; may be empty.
         worst: The largest error of each batch.
         bound: The largest error that passes.
         axis: From ``axis_of``.
@@ -85,17 +85,17 @@ def histogram(errors: Array, worst: Sequence[float], bound: float | None, axis: 
 
 
 def margins(errors: Array, margin: Array, bound: float | None, across: ChartAxis, up: ChartAxis) -> Markup:
-    """Error against margin of one run's samples as a map of counts; a label can change in the shaded corner only.
+    """Draw error against margin of one run's samples as a map of counts; labels can change in the shaded corner only.
 
     The margin is the reference's best score less its second best. While it exceeds twice the error, no error of that
     size can change the label.
 
     Args:
-        errors: Of each sample (n,), as a share of the scale.
-        margin: Of each sample (n,), as a share of the scale.
+        errors: Error of each sample (n,), as a share of the scale.
+        margin: Margin of each sample (n,), as a share of the scale.
         bound: The largest error that passes.
-        across: ChartAxis of the margins.
-        up: ChartAxis of the errors.
+        across: Axis of the margins.
+        up: Axis of the errors.
     """
     left, width, height = 46, 256, 150
     known = np.isfinite(errors) & np.isfinite(margin)
@@ -131,7 +131,7 @@ def margins(errors: Array, margin: Array, bound: float | None, across: ChartAxis
 
 
 def drift(layers: Sequence[LayerDrift]) -> Markup:
-    """Measured and predicted error layer by layer, in the order of computation; crosses where a layer left its prediction."""
+    """Draw measured and predicted error by layer, in the order of computation; crosses mark errors above the prediction."""
     left, width, height = 46, 256, 120
     measured = np.array([layer.error for layer in layers], dtype=np.float64)
     predicted = np.array([layer.predicted for layer in layers], dtype=np.float64)
@@ -152,11 +152,11 @@ def drift(layers: Sequence[LayerDrift]) -> Markup:
             parts.append(f'<path class="dot" d="M{_n(x)} {_n(y)}v.01"/>')
     parts.append(f'<text class="x" x="{left}" y="{height + 13}" style="text-anchor:start">first layer</text>')
     parts.append(f'<text class="x" x="{left + width}" y="{height + 13}" style="text-anchor:end">last layer</text>')
-    return _svg("drift", left + width + 12, height + 18, "error of each layer beside its prediction", "".join(parts))
+    return _svg("drift", left + width + 12, height + 18, "error of each layer and its prediction", "".join(parts))
 
 
 def _corner(across: ChartAxis, up: ChartAxis, left: int, width: int, height: int) -> str:
-    """The region where the error is at least half of the margin."""
+    """Draw the region where the error is at least half of the margin."""
     edge = np.logspace(across.low, across.high, 2)
     lower = np.log10(edge / 2)
     ys = height * (1 - (lower - up.low) / (up.high - up.low))
@@ -177,21 +177,21 @@ def _n(value: float) -> str:
     return f"{float(value):.1f}".removesuffix(".0")
 
 
-def _svg(kind: str, width: int, height: int, told: str, content: str, *, stretch: bool = False) -> Markup:
+def _svg(kind: str, width: int, height: int, name: str, content: str, *, stretch: bool = False) -> Markup:
     ratio = ' preserveAspectRatio="none"' if stretch else ""
     top = 0 if stretch else -8  # half of the uppermost label
-    text = f'<svg class="{kind}" viewBox="0 {top} {width} {height - top}"{ratio} role="img" aria-label="{told}">{content}</svg>'
+    text = f'<svg class="{kind}" viewBox="0 {top} {width} {height - top}"{ratio} role="img" aria-label="{name}">{content}</svg>'
     return Markup(text)  # numbers and the fixed words of this file: nothing to escape
 
 
 #: Run -> (error per sample, margin per sample), both (n,) and as shares of the reference's scale.
 Samples = Mapping[str, tuple[Array, Array]]
 
-#: Maps of error against margin that are shown at once; the others unfold on a click.
+#: Number of maps that are shown at once; the others unfold on a click.
 SHOWN_MAPS = 6
-#: Runs whose layers are shown, those that left their prediction first.
+#: Number of runs whose layers are shown, those above their prediction first.
 SHOWN_DRIFTS = 6
-#: Layers in a table, besides those that left their prediction.
+#: Number of layers in a table, in addition to those above their prediction.
 SHOWN_LAYERS = 40
 
 
@@ -200,8 +200,8 @@ class Strip:
     """The errors of one run."""
 
     name: str  # Name of the run
-    chart: Markup  # Its distribution
-    error: str  # The largest of all batches, as text
+    chart: Markup  # Distribution of its errors
+    error: str  # The largest error of all batches, as text
 
 
 @dataclass(frozen=True)
@@ -217,14 +217,14 @@ class Drift:
     """The layers of one run."""
 
     name: str  # Name of the run
-    layers: tuple[LayerDrift, ...]  # All of them
-    shown: tuple[LayerDrift, ...]  # Those of the table: the first SHOWN_LAYERS, and all that left their prediction
-    first: str  # Name of the first that left its prediction; "" where none did
-    chart: Markup  # Measured beside predicted
+    layers: tuple[LayerDrift, ...]
+    shown: tuple[LayerDrift, ...]  # Layers of the table: the first SHOWN_LAYERS, and all above their prediction
+    first: str  # Name of the first layer above its prediction, or ""
+    chart: Markup  # Measured and predicted errors
 
 
 def strips(lines: Sequence[ReportedRun], samples: Samples) -> Strips | None:
-    """Distribution of the errors of each run that has some; None where none has."""
+    """Return the distribution of the errors of each run that has some; None if none has."""
     measured = [run for run in lines if run.first is not None]
     if not measured:
         return None
@@ -252,7 +252,7 @@ def strips(lines: Sequence[ReportedRun], samples: Samples) -> Strips | None:
 
 
 def maps(lines: Sequence[ReportedRun], samples: Samples) -> list[tuple[str, Markup]]:
-    """(run, error against margin) of each run whose samples are known."""
+    """Return (run, error against margin) of each run whose samples are known."""
     shown = [run for run in lines if run.name in samples and run.first is not None and len(samples[run.name][0])]
     across = axis_of(samples[run.name][1] for run in shown)
     bounds = {run.name: run.first.bound for run in shown if run.first}
@@ -262,7 +262,7 @@ def maps(lines: Sequence[ReportedRun], samples: Samples) -> list[tuple[str, Mark
 
 
 def drifts(report: VerificationReport) -> list[Drift]:
-    """The layers of each run that was looked into, those that left their prediction first."""
+    """Return the layers of each run whose layers were compared, those above their prediction first."""
     found = []
     for name, layers in report.findings.drift.items():
         if layers:

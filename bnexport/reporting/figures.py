@@ -1,4 +1,4 @@
-"""The learning curves of a training run, and what all figures share. The charts of a verification are in ``charts.py``.
+"""Learning curves, confusion matrices, and functions that all figures share. The charts of a verification are in ``charts.py``.
 
 Only matplotlib's object API is used: pyplot keeps global state and may look for a display. The colours are those of
 Okabe and Ito (2008, "Color Universal Design"), and every curve also differs in its line style, so that no
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-#: File suffix -> metadata that would differ between two runs, switched off.
+#: File suffix -> metadata that is left out, because it would differ between two runs.
 FORMATS: dict[str, dict[str, None]] = {".png": {"Software": None}, ".svg": {"Date": None, "Creator": None}}
 
 #: key in a history row -> (legend, colour, line style); the three curves of the chapter.
@@ -34,7 +34,7 @@ CURVES: dict[str, tuple[str, str, str]] = {
     "test_accuracy": ("test accuracy", "#009E73", "-."),
 }
 
-#: Of all words in a figure.
+#: Colour of all words in a figure.
 INK = "#222222"
 
 
@@ -45,7 +45,7 @@ def learning_curves(history: Sequence[Mapping[str, Any]], path: Path, *, title: 
         history: One row per epoch with ``epoch``, ``train_loss`` (nats), ``train_accuracy`` and ``test_accuracy``
             (fractions). A missing, None or non-finite value leaves a gap.
         path: The picture, .png or .svg; written atomically.
-        title: Above the picture; taken literally.
+        title: Text above the picture; taken literally.
 
     Raises:
         OutputError: ``path`` has another suffix or can't be written.
@@ -68,7 +68,7 @@ def learning_curves(history: Sequence[Mapping[str, Any]], path: Path, *, title: 
 
 
 def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
-    """A figure of ``width`` x ``height`` inches with one panel."""
+    """Return a figure of ``width`` x ``height`` inches with one panel."""
     figure, ((axes,),) = new_panels(width, height, rows=1, columns=1)
     return figure, axes
 
@@ -76,7 +76,7 @@ def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
 def new_panels(
     width: float, height: float, *, rows: int, columns: int, share: bool = False
 ) -> tuple[Figure, list[list[Axes]]]:
-    """A figure of ``width`` x ``height`` inches with rows of panels; ``share``: those of a row have one vertical axis."""
+    """Return a figure of ``width`` x ``height`` inches with rows of panels; ``share``: one vertical axis per row."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
@@ -113,9 +113,9 @@ def _number(value: object) -> float:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else math.nan
 
 
-#: Classes up to which every cell shows its count.
+#: Largest number of classes for which every cell shows its count.
 COUNTED = 20
-#: Classes up to which every class has its name on the axes; of more, every second, fifth or tenth has.
+#: Largest number of classes that are all named on the axes; of more, every second, fifth or tenth is named.
 NAMED = 40
 _LONGEST = 18  # letters of a class name
 
@@ -123,13 +123,13 @@ _LONGEST = 18  # letters of a class name
 def confusion_picture(counts: Array, labels: Sequence[str], path: Path, *, title: str) -> None:
     """Draw each row as shares of its true class: the diagonal is recall, everything else a confusion.
 
-    The colour follows the square root of the share, so that a confusion of 1 % still shows beside a diagonal of 90 %.
+    The colour follows the square root of the share, so that a confusion of 1 % is visible next to a diagonal of 90 %.
 
     Args:
         counts: Integers (classes, classes): row the true class, column the given one.
         labels: Class names; taken literally.
         path: The picture, .png or .svg; written atomically.
-        title: Above the picture; taken literally.
+        title: Text above the picture; taken literally.
 
     Raises:
         OutputError: ``path`` has another suffix or can't be written.
@@ -169,7 +169,7 @@ def _name_classes(axes: Axes, labels: Sequence[str]) -> None:
 
 def _write_counts(axes: Axes, counts: Array, shares: Array) -> None:
     for row, column in np.argwhere(counts > 0):
-        light = shares[row, column] > 0.3  # the square root of it is where the colour turns dark
+        light = shares[row, column] > 0.3  # the colour is dark from the square root of 0.3 on
         colour = "white" if light else INK
         axes.text(column, row, str(counts[row, column]), ha="center", va="center", fontsize=6.5, color=colour)
 

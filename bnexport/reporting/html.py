@@ -48,18 +48,18 @@ from bnexport.verification.verdict import Group, VerificationReport, groups, num
 
 TEMPLATE = "report.html.jinja"
 
-#: BatchNorm calls up to which the page shows its table open; a longer one unfolds on a click.
+#: Largest number of BatchNorm calls whose table is shown open; a longer table unfolds on a click.
 OPEN_CALLS = 40
-#: Faults of the self-test up to which the page shows their table open; of more, only those that were not caught.
+#: Largest number of self-test faults whose table is shown open; of more, only uncaught faults are shown.
 OPEN_FAULTS = 12
-#: Failed rows in the verdict: one fault fails every run on every input, and the first ones tell it.
+#: Number of failed rows in the verdict: one fault fails every run on every input, so the first ones show the cause.
 SHOWN_FAILURES = 12
-#: Class names that are listed.
+#: Number of listed class names.
 SHOWN_LABELS = 40
-#: Stages that stand in the verdict, where they were reached: one for each cause.
+#: Stages in the verdict, if they were reached: one for each cause.
 HEADLINE = ("file-proof", "strict", "shipping")
 
-#: Stage of a verification -> the question that it answers. Why its bound is what it is stands in TOLERANCES.
+#: Stage of a verification -> the question that it answers. TOLERANCES has the reasons for the bounds.
 STAGES: dict[str, str] = {
     "integrity": "Is every file the one that was written?",
     "golden": "Do the stored inputs give the stored outputs on each runtime?",
@@ -70,8 +70,8 @@ STAGES: dict[str, str] = {
     "quantization": "Is the int8 file the float32 file plus rounding, with no channel that can saturate? Number by number.",
     "strict": "Do the kernels compute it? Each runtime in strict float32 against the float64 reference.",
     "shipping": "Is the noise what this precision makes? Each runtime as it is served, against the float64 reference.",
-    "precision": "Which precision does the error itself tell of, and was that asked for?",
-    "batch-size": "Does the answer for a sample depend on how many others are fed with it?",
+    "precision": "Which precision does the error itself show, and is it the requested one?",
+    "batch-size": "Does the answer for a sample depend on the number of other samples in its batch?",
     "repeat": "Does the same input give the same answer twice?",
     "labels": "Does int8 change more labels than the margins and its noise explain?",
     "accuracy": "Is the reference the trained network?",
@@ -140,13 +140,13 @@ def render_report(
 
 
 def verification_page(bundle: Bundle, report: VerificationReport, *, command: str, run_command: str = "") -> str:
-    """The page of a later verification, made on whatever machine it ran on.
+    """Return the page of a later verification, which may have run on another machine.
 
     Args:
-        bundle: What was verified; its manifest tells the model and the account of the fold.
+        bundle: The verified bundle; its manifest has the model's facts and the fold report.
         report: The verdict.
-        command: How to run it again.
-        run_command: The same without the options of a run; "" is ``command``.
+        command: Command that repeats the verification.
+        run_command: The command without the options of a run; "" is ``command``.
     """
     fold = bundle.manifest.fold
     return render_report(
@@ -161,7 +161,7 @@ def verification_page(bundle: Bundle, report: VerificationReport, *, command: st
 
 
 def _environment() -> jinja2.Environment:
-    """Autoescape is on for every template: labels and module paths come from other people's files."""
+    """Return the templates' environment, with autoescape: labels and module paths come from untrusted files."""
     folder = resources.files("bnexport.reporting").joinpath("templates")
     sources = {file.name: file.read_text(encoding="utf-8") for file in folder.iterdir() if file.name.endswith(".jinja")}
     environment = jinja2.Environment(
@@ -202,7 +202,7 @@ def _environment() -> jinja2.Environment:
 
 
 def _headline(verification: VerificationReport) -> list[tuple[str, str, str, str]]:
-    """(stage, error nearest to its bound, bound, "1.3" x predicted or "") of each cause, for the top of the page."""
+    """Return (stage, error nearest to its bound, bound, "1.3" x predicted or "") of each stage in HEADLINE."""
     found: list[tuple[str, str, str, str]] = []
     for stage in HEADLINE:
         gathered = [group for group in groups(verification) if group.stage == stage]
@@ -225,7 +225,7 @@ def _stages(verification: VerificationReport) -> dict[str, str]:
 
 
 def _specs(signature: Signature) -> tuple[list[str], list[str]]:
-    """Inputs and outputs as 'input: float32 (batch, 1, 28, 28)'."""
+    """Return inputs and outputs as 'input: float32 (batch, 1, 28, 28)'."""
     texts = [
         [f"{spec.name}: {spec.dtype} ({', '.join(map(str, spec.shape))}){_from(spec)}" for spec in specs]
         for specs in (signature.inputs, signature.outputs)
@@ -234,10 +234,10 @@ def _specs(signature: Signature) -> tuple[list[str], list[str]]:
 
 
 def _from(spec: TensorSpec) -> str:
-    """From which sizes on: ', height from 41'."""
+    """Return the smallest sizes: ', height from 41'."""
     return "".join(f", {dim} from {size}" for dim, size in spec.smallest.items())
 
 
 def _compact(value: Any) -> str:
-    """JSON values as text a person reads: strings bare, the rest as JSON with sorted keys."""
+    """Return a JSON value as text: strings bare, the rest as JSON with sorted keys."""
     return value if isinstance(value, str) else json.dumps(value, sort_keys=True, ensure_ascii=False, default=str)

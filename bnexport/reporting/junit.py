@@ -1,4 +1,4 @@
-"""The verdict as JUnit XML, the form in which CI systems show test results."""
+"""Write the verdict as JUnit XML, which CI systems show as test results."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from xml.etree import ElementTree
 from bnexport.environment import describe
 from bnexport.verification.verdict import FaultResult, Row, VerificationReport, number
 
-#: Times are no part of a verdict; 0 keeps readers that insist on the attribute.
+#: A verdict has no times; some readers require the attribute.
 _TIME = "0"
 
 
 def junit(report: VerificationReport, *, name: str) -> bytes:
-    """One test suite: a test case per comparison and per fault of the self-test, a failure with its reason.
+    """Return one test suite: a test case per comparison and per fault of the self-test; failures have their reason.
 
-    What did not run here is a skipped case. A report that fails without a failed case (a stage is missing) has one of its
-    own, so that no CI system takes it for a pass.
+    A part that did not run is a skipped case. If a report fails without a failed case (a stage is missing), a failed case
+    is added, so that CI systems do not count the report as passed.
 
     Args:
         report: The verdict.
-        name: Of the suite: the bundle's path as the user gave it.
+        name: Name of the suite: the bundle's path as the user gave it.
     """
     cases = [*(_case(row) for row in report.rows), *map(_fault, report.findings.self_test or ()), *_skipped(report)]
     if not report.passed and all(case.find("failure") is None for case in cases):
@@ -62,24 +62,24 @@ def _case(row: Row) -> ElementTree.Element:
     if not row.passed:
         return _failed(f"{row.stage}.{row.run}", row.case, row.reason or "over its bound", kind=row.stage)
     case = _named(f"{row.stage}.{row.run}", row.case)
-    told = [row.reason] if row.reason else []
+    notes = [row.reason] if row.reason else []
     if row.error is not None:
-        told.append(f"error {number(row.error)} of scale, bound {number(row.bound)}, n = {row.n}")
+        notes.append(f"error {number(row.error)} of scale, bound {number(row.bound)}, n = {row.n}")
     if row.ratio is not None:
-        told.append(f"{number(row.ratio)} x predicted")
-    return _with_output(case, "; ".join(told))
+        notes.append(f"{number(row.ratio)} x predicted")
+    return _with_output(case, "; ".join(notes))
 
 
 def _fault(fault: FaultResult) -> ElementTree.Element:
-    """A fault that was missed is a failure of the verifier."""
+    """Return the test case of a fault; a missed fault is a failure of the verifier."""
     where = f"{fault.fault} in {fault.where}"
     if fault.outcome == "missed":
         reason = f"no stage caught it; {fault.expected} exists to" + (f": {fault.reason}" if fault.reason else "")
         return _failed("self-test", where, reason, kind="self-test")
     if fault.outcome == "not tried":
         return _left_out("self-test", where, fault.reason or "not tried")
-    told = f"caught by {', '.join(fault.caught)}" if fault.caught else fault.outcome
-    return _with_output(_named("self-test", where), f"{told}: {fault.reason}" if fault.reason else told)
+    outcome = f"caught by {', '.join(fault.caught)}" if fault.caught else fault.outcome
+    return _with_output(_named("self-test", where), f"{outcome}: {fault.reason}" if fault.reason else outcome)
 
 
 def _skipped(report: VerificationReport) -> Iterator[ElementTree.Element]:
@@ -113,7 +113,7 @@ def _with_output(case: ElementTree.Element, text: str) -> ElementTree.Element:
 
 
 def _clean(text: str) -> str:
-    """Without what XML 1.0 can't hold: control characters, half characters and two non-characters (section 2.2)."""
+    """Return text without the characters that XML 1.0 forbids: control, surrogates, two non-characters (section 2.2)."""
     return "".join(char if _allowed(ord(char)) else "?" for char in text)
 
 

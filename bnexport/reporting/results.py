@@ -36,22 +36,16 @@ if TYPE_CHECKING:
     from bnexport.serving.predictor import Prediction
 
 
-#: Largest number of marked channels that are listed by number.
+#: Largest number of marked channels that are listed.
 _LISTED = 8
 
 
 @dataclass(frozen=True)
 class ExportResult:
-    """The result of a flow that writes a bundle.
+    """The result of a flow that writes a bundle."""
 
-    Attributes:
-        bundle: The bundle; None when the verdict is FAIL, in which case nothing was written.
-        fold: What became of each BatchNorm.
-        verification: The verdict.
-    """
-
-    bundle: Bundle | None
-    fold: FoldReport
+    bundle: Bundle | None  # None if the verdict is FAIL: nothing was written
+    fold: FoldReport  # Outcome of each BatchNorm
     verification: VerificationReport
 
 
@@ -82,7 +76,7 @@ def print_export(
 
 
 def print_predictions(predictions: Sequence[Prediction], *, as_json: bool = False) -> None:
-    """Label and probability per image, the image's name last so that the columns stay aligned."""
+    """Print label and probability per image; the image's name is last, so that the columns stay aligned."""
     if as_json:
         for prediction in predictions:
             click.echo(json.dumps(prediction.to_json(), allow_nan=False))
@@ -162,7 +156,7 @@ def _print_channels(layer: LayerStatistics, console: Console) -> None:
 
 
 def print_staleness(report: StalenessReport, console: Console) -> None:
-    """One row per BatchNorm: how far its moving statistics are from the exact ones. The sentence is the caller's to print."""
+    """Print the distance of each BatchNorm's moving statistics from the exact ones; the caller prints the sentence."""
     table = make_table(console)
     table.add_column("BatchNorm", overflow="fold")
     for heading in ("mean off", "at most", "scale off", "at most", "error"):
@@ -181,14 +175,14 @@ def print_staleness(report: StalenessReport, console: Console) -> None:
     console.print(table)
     notes = (
         "mean off: in standard deviations, root mean square over channels; scale off: a factor, either way",
-        f"error: what the layer's output is off, as a share of what it varies; stale above {report.threshold:.2g}",
+        f"error: change of the layer's output, as a share of its variation; stale above {report.threshold:.2g}",
     )
     for note in notes:
         console.print(literal(note, console, style="dim"))
 
 
 def print_json(value: dict[str, Any]) -> None:
-    """One JSON document on standard output, and nothing else."""
+    """Print one JSON document on standard output."""
     click.echo(json.dumps(value, indent=1, allow_nan=False))
 
 
@@ -218,17 +212,12 @@ def _marks(layer: LayerStatistics) -> str:
     return f"{layer.name}: {'; '.join(parts)}" if parts else ""
 
 
-#: Classes that have their row; of more, those with the lowest F1 have one.
+#: Largest number of printed classes; of more, those with the lowest F1 are printed.
 LISTED_CLASSES = 20
 
 
 def print_evaluation(evaluation: Evaluation, *, written: Sequence[str] = ()) -> None:
-    """The table of classes, then accuracy with its interval, loss and top-k.
-
-    Args:
-        evaluation: What was found.
-        written: Files that hold more of it.
-    """
+    """Print the table of classes, then accuracy with its interval, loss, top-k, and the ``written`` files."""
     console = make_console()
     _print_classes(evaluation.classes, console)
     what = f"{evaluation.n} test images of {evaluation.dataset}, {evaluation.runtime}"
@@ -261,8 +250,8 @@ def _print_classes(classes: Sequence[ClassScores], console: Console) -> None:
         table.add_row(literal(row.label, console), *numbers, str(row.support))
     console.print(table)
     if len(shown) < len(classes):
-        told = f"the {len(shown)} of {len(classes)} classes with the lowest F1; --json FILE has all of them"
-        console.print(literal(told, console, style="dim"))
+        note = f"the {len(shown)} of {len(classes)} classes with the lowest F1; --json FILE has all of them"
+        console.print(literal(note, console, style="dim"))
 
 
 def print_recalibration(done: Recalibration, *, as_json: bool = False) -> None:
@@ -298,7 +287,7 @@ _STYLES = {"right": "green", "wrong": "bold red", "failed": "yellow", "not run":
 
 
 def print_audit(report: AuditReport, *, as_json: bool = False, console: Console | None = None) -> None:
-    """One row per tool, then a line for each that is not simply right, then the verdict."""
+    """Print one row per tool, then a line for each tool that needs an explanation, then the verdict."""
     if as_json:
         print_json(report.to_json())
         return
@@ -331,7 +320,7 @@ def print_audit(report: AuditReport, *, as_json: bool = False, console: Console 
 
 
 def error_of(row: AuditRow) -> str:
-    """The error as a cell: "inf" for answers that can't be compared."""
+    """Return the error as a cell: "inf" for answers that can't be compared."""
     return "inf" if row.error == math.inf else number(row.error)
 
 

@@ -45,9 +45,9 @@ def predicted_sentence(item: NoisePrediction) -> str:
 
 
 def rate_bound(report: VerificationReport) -> float | None:
-    """95 % upper bound of the flip rate on real images, the weakest over the runtimes; None unless each has one.
+    """Return the 95 % upper bound of the flip rate on real images, the weakest over the runtimes; None unless each has one.
 
-    Of the runtimes alone: the proof of the file and the repeats look at the same images, but at fewer of them.
+    Only runtimes count: the file proof and the repeats compare the same images, but fewer of them.
     """
     rows = [row for row in report.rows if row.stage == "strict" and row.case in REAL]
     counted = [row.flips for row in rows if row.flips is not None]
@@ -56,7 +56,7 @@ def rate_bound(report: VerificationReport) -> float | None:
 
 
 def flipped(flips: Flips | None) -> str:
-    """Labels that changed: '0', '2', '2 (1 unexplained)'."""
+    """Return the number of changed labels: '0', '2', '2 (1 unexplained)'."""
     if flips is None:
         return NOTHING
     unexplained = f" ({flips.unexplained} unexplained)" if flips.unexplained else ""
@@ -64,7 +64,7 @@ def flipped(flips: Flips | None) -> str:
 
 
 def certified(flips: Flips | None) -> str:
-    """Share of the samples whose label provably can't change, rounded down so that 100 % means all."""
+    """Return the share of the samples whose label provably can't change, rounded down so that 100 % means all."""
     if flips is None:
         return NOTHING
     n = flips.certified + flips.uncertain + flips.explained + flips.unexplained
@@ -72,11 +72,11 @@ def certified(flips: Flips | None) -> str:
 
 
 def module_name(path: str) -> str:
-    """A module path, or what to call the root, whose path is empty."""
+    """Return a module path, or a name for the root, whose path is empty."""
     return path or "(root)"
 
 
-#: Stages that a run goes through -> heading of their column, in the order of the table. The others look at files.
+#: Stage of a run -> heading of its column, in the order of the table. The other stages check files.
 RUN_STAGES: dict[str, str] = {
     "golden": "golden vectors",
     "strict": "strict",
@@ -89,7 +89,7 @@ RUN_STAGES: dict[str, str] = {
 }
 #: Stages whose error is that of the kernels, against the unfolded network -> the arithmetic of the stage.
 KERNEL_STAGES: dict[str, str] = {"strict": "full float32 arithmetic", "shipping": "the precision that is served"}
-#: Part of ``RunSettings.describe`` -> options of ``bnexport verify`` that ask for it.
+#: Part of ``RunSettings.describe`` -> options of ``bnexport verify`` that select it.
 OPTIONS: dict[str, tuple[str, ...]] = {
     "IO binding": ("--io-binding",),
     **{name: ("--precision", name) for name in KERNEL_PRECISIONS},
@@ -100,41 +100,35 @@ OPTIONS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class ReportedRun:
-    """One runtime in one setting.
+    """One runtime in one setting."""
 
-    Attributes:
-        subject: The runtime's name.
-        settings: As in its rows; "" for strict float32 as users serve it.
-        stages: Stage -> what it says of this run; a stage without a row is not there.
-    """
-
-    subject: str
-    settings: str
-    stages: Mapping[str, Group]
+    subject: str  # The runtime's name
+    settings: str  # Settings of its rows; "" for strict float32 as users serve it
+    stages: Mapping[str, Group]  # Stage -> its rows of this run; no stage without a row
 
     @property
     def name(self) -> str:
-        """As in the findings: "onnxruntime-cuda, tf32"."""
+        """Return the name that the findings use: "onnxruntime-cuda, tf32"."""
         return run_name(self.subject, self.settings)
 
     @property
     def rows(self) -> tuple[Row, ...]:
-        """Every comparison of this run."""
+        """Return every comparison of this run."""
         return tuple(row for group in self.stages.values() for row in group.rows)
 
     @property
     def passed(self) -> bool:
-        """True when every comparison passed."""
+        """Return True if every comparison passed."""
         return all(row.passed for row in self.rows)
 
     @property
     def kernels(self) -> Group | None:
-        """The stage that judges its kernels; None when it was not reached."""
+        """Return the stage that judges its kernels; None if it was not reached."""
         return next((self.stages[name] for name in KERNEL_STAGES if name in self.stages), None)
 
     @property
     def first(self) -> Row | None:
-        """The comparison on the first batch that has a number: real inputs, where there are some."""
+        """Return the first comparison with an error: on real inputs, if there are some."""
         rows = self.kernels.rows if self.kernels else ()
         return next((row for row in rows if row.error is not None), None)
 
@@ -146,21 +140,15 @@ class ReportedRun:
 
 @dataclass(frozen=True)
 class Cell:
-    """The result of one stage for one run, as text.
+    """The result of one stage for one run, as text."""
 
-    Attributes:
-        passed: Whether every comparison did.
-        value: The error nearest to its bound, the precision found, or "".
-        note: "1.3 x predicted", or "".
-    """
-
-    passed: bool
-    value: str
-    note: str
+    passed: bool  # True if every comparison passed
+    value: str  # The error nearest to its bound, the precision found, or ""
+    note: str  # "1.3 x predicted", or ""
 
 
 def runs(report: VerificationReport) -> tuple[ReportedRun, ...]:
-    """The lines of the table, in the order in which they were run."""
+    """Return the lines of the table, in the order of the runs."""
     gathered: dict[tuple[str, str], dict[str, Group]] = {}
     for group in groups(report):
         if group.stage in RUN_STAGES:
@@ -170,7 +158,7 @@ def runs(report: VerificationReport) -> tuple[ReportedRun, ...]:
 
 
 def columns(lines: tuple[ReportedRun, ...]) -> dict[str, str]:
-    """Stage -> heading of those stages that at least one run has."""
+    """Return stage -> heading for the stages that at least one run has."""
     return {stage: heading for stage, heading in RUN_STAGES.items() if any(stage in line.stages for line in lines)}
 
 
@@ -180,7 +168,7 @@ def file_groups(report: VerificationReport) -> tuple[Group, ...]:
 
 
 def cell(group: Group) -> Cell:
-    """One stage of one run in two words."""
+    """Return the cell of one stage of one run."""
     if group.stage == "precision":
         return Cell(group.passed, next((row.detected for row in group.rows if row.detected), ""), "")
     if group.stage == "accuracy-change":
@@ -194,7 +182,7 @@ def cell(group: Group) -> Cell:
 
 
 def flips_on_real_inputs(run: ReportedRun) -> str:
-    """Labels that changed among the real inputs, "24 of 10000"; NOTHING where none were counted."""
+    """Return the changed labels among the real inputs, "24 of 10000"; NOTHING if labels were not counted."""
     rows = run.kernels.rows if run.kernels else ()
     counted = [row for row in rows if row.flips is not None and row.case in REAL]
     if not counted:
@@ -204,12 +192,9 @@ def flips_on_real_inputs(run: ReportedRun) -> str:
 
 
 def command_of(run: ReportedRun, verify: str, *, seed: int = 0) -> str:
-    """The command that does this run alone; "" for what no option asks for.
+    """Return the command that repeats this run alone; "" for a subject outside RUNNERS.
 
-    Args:
-        run: Its subject is looked up among the runtimes.
-        verify: The command that verifies the whole bundle: "bnexport verify BUNDLE".
-        seed: Of the synthetic inputs.
+    ``verify`` is the command that verifies the whole bundle: "bnexport verify BUNDLE"; ``seed`` is that of synthetic inputs.
     """
     spec = next((spec for spec in RUNNERS if spec.name == run.subject), None)
     if spec is None or not verify:
@@ -225,9 +210,9 @@ def command_of(run: ReportedRun, verify: str, *, seed: int = 0) -> str:
     return f"{verify} {shlex.join(words)}"
 
 
-#: Changed samples that the page shows, those that nothing explains first.
+#: Number of changed samples on the page, unexplained ones first.
 SHOWN_FLIPS = 24
-#: Pairs of classes that the page lists, the most frequent first.
+#: Number of pairs of classes on the page, the most frequent first.
 SHOWN_CONFUSIONS = 12
 _SIZE = 56  # pixels on the page; twice as many in the file, for sharp screens
 _COLOURS = 64
@@ -235,38 +220,25 @@ _COLOURS = 64
 
 @dataclass(frozen=True)
 class Flip:
-    """One sample that got the same other class on one or more runs.
+    """One sample whose class changed in the same way on one or more runs."""
 
-    Attributes:
-        sample: As the run saw it on which it is hardest to explain.
-        runs: Where it happened: "runtime" or "runtime, settings".
-    """
-
-    sample: FlippedSample
-    runs: tuple[str, ...]
+    sample: FlippedSample  # From the run where the change is hardest to explain
+    runs: tuple[str, ...]  # Runs with the change: "runtime" or "runtime, settings"
 
 
 @dataclass(frozen=True)
 class Confusion:
-    """The number of samples that changed from one class to another.
+    """The number of samples that changed from one class to another."""
 
-    Attributes:
-        reference: The reference's class.
-        candidate: The class that they got.
-        samples: Different samples.
-        unexplained: Of these, samples whose margin does not explain it on some run.
-        runs: On how many runs.
-    """
-
-    reference: int
-    candidate: int
-    samples: int
-    unexplained: int
-    runs: int
+    reference: int  # The reference's class
+    candidate: int  # The runs' class
+    samples: int  # Number of different samples
+    unexplained: int  # Samples whose margin does not explain the change on some run
+    runs: int  # Number of runs with the change
 
 
 def flips(report: VerificationReport) -> list[Flip]:
-    """Changed samples: what nothing explains first, then the largest margin."""
+    """Return the changed samples, unexplained ones first, then by largest margin."""
     gathered: dict[tuple[int, int, int], list[tuple[str, FlippedSample]]] = {}
     for name, items in report.findings.flipped.items():
         for item in items:
@@ -279,13 +251,13 @@ def flips(report: VerificationReport) -> list[Flip]:
 
 
 def pictures(report: VerificationReport, shown: Sequence[Flip]) -> dict[int, str]:
-    """Index -> data URI of the input of each sample that has a picture."""
+    """Return index -> data URI of the input, for each sample with a picture."""
     indices = {flip.sample.index for flip in shown} & set(report.pictures)
     return {index: uri for index in sorted(indices) if (uri := picture(report.pictures[index]))}
 
 
 def confusions(report: VerificationReport) -> list[Confusion]:
-    """Pairs of classes, the most frequent first."""
+    """Return the pairs of classes, the most frequent first."""
     gathered: dict[tuple[int, int], list[tuple[str, FlippedSample]]] = {}
     for name, items in report.findings.flipped.items():
         for item in items:
@@ -303,16 +275,16 @@ def confusions(report: VerificationReport) -> list[Confusion]:
 
 
 def class_name(index: int | None, labels: Sequence[str] | None) -> str:
-    """A class as its label, its number where there are none, "-" for None."""
+    """Return a class as its label, or as its number without labels; "-" for None."""
     if index is None:
         return "-"
     return labels[index] if labels is not None and 0 <= index < len(labels) else str(index)
 
 
 def picture(array: Array) -> str:
-    """An input (channels, height, width) as a small PNG in a data URI, its values stretched to black and white; "" for none.
+    """Return an input (channels, height, width) as a small PNG in a data URI, with its values stretched; "" if impossible.
 
-    Three channels are shown in colour, of any other number the first.
+    Three channels are shown in colour; of any other number, the first is shown.
     """
     from PIL import Image
 
@@ -324,14 +296,12 @@ def picture(array: Array) -> str:
     image = Image.fromarray(np.moveaxis(grey, 0, -1) if len(grey) == 3 else grey[0])
     if max(image.size) > 2 * _SIZE:
         image.thumbnail((2 * _SIZE, 2 * _SIZE))
-        image = (
-            image.quantize(_COLOURS) if image.mode == "RGB" else image
-        )  # photographs take 5 times the room otherwise
+        image = image.quantize(_COLOURS) if image.mode == "RGB" else image  # photographs are 5 times as large otherwise
     content = io.BytesIO()
     image.save(content, "PNG")
     return "data:image/png;base64," + base64.b64encode(content.getvalue()).decode("ascii")
 
 
 def _rank(item: FlippedSample) -> tuple[bool, float, int]:
-    """Unexplained before explained, then by margin: the larger it is, the less the change was to be expected."""
+    """Return the sort key: unexplained samples first, then the largest margin."""
     return (item.explained, -item.margin, item.index)

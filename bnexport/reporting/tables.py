@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from bnexport.verification.verdict import Flips, VerificationReport
 
 
-#: Outcome of a fault -> how a sentence counts it; in the order of the tables, what was missed first.
+#: Outcome of a fault -> its words in a sentence, in the order of the tables: missed faults first.
 FAULT_OUTCOMES: dict[str, str] = {
     "missed": "MISSED",
     "not tried": "not tried here",
@@ -41,14 +41,14 @@ FAULT_OUTCOMES: dict[str, str] = {
 
 
 def ordered_faults(report: VerificationReport) -> list[FaultResult]:
-    """Missed faults first, then what was not tried, harmless and caught; empty where the self-test was not asked for."""
+    """Return the faults: missed ones first, then not tried, harmless and caught ones; empty without a self-test."""
     order = list(FAULT_OUTCOMES)
     faults = report.findings.self_test or ()
     return sorted(faults, key=lambda fault: order.index(fault.outcome) if fault.outcome in order else len(order))
 
 
 def self_test_sentence(report: VerificationReport) -> str:
-    """Like "27 faults: 2 harmless to this model, 25 caught"; "" where the self-test was not asked for."""
+    """Return "27 faults: 2 harmless to this model, 25 caught"; "" without a self-test."""
     faults = report.findings.self_test
     if faults is None:
         return ""
@@ -59,23 +59,16 @@ def self_test_sentence(report: VerificationReport) -> str:
 
 @dataclass(frozen=True)
 class Tally:
-    """The number of BatchNorm calls with one outcome by one rule.
+    """The number of BatchNorm calls with one outcome by one rule."""
 
-    Attributes:
-        outcome: A key of OUTCOMES.
-        rule: "" for none.
-        count: At least 1.
-        dead: Channels whose scale is 0, over all of them.
-    """
-
-    outcome: FoldOutcome
-    rule: str
-    count: int
-    dead: int
+    outcome: FoldOutcome  # A key of OUTCOMES
+    rule: str  # "" for none
+    count: int  # At least 1
+    dead: int  # Number of channels with the scale 0, over all calls
 
 
 def tallies(report: FoldReport) -> tuple[Tally, ...]:
-    """Rows counted by outcome and rule: outcomes in the order of OUTCOMES, the most frequent rule first."""
+    """Return the rows counted by outcome and rule: outcomes in the order of OUTCOMES, the most frequent rule first."""
     gathered: dict[tuple[FoldOutcome, str], list[FoldRow]] = {}
     for row in report.rows:
         gathered.setdefault((row.outcome, row.rule), []).append(row)
@@ -92,7 +85,7 @@ def growth_of(report: FoldReport) -> str:
 
 
 def gain_of(row: FoldRow) -> str:
-    """Smallest and largest |scale| as '0.12..3.4', one number where they agree, NOTHING where they are not known."""
+    """Return the smallest and largest |scale| as '0.12..3.4', one number if they are equal, NOTHING if unknown."""
     if row.gain is None:
         return NOTHING
     low, high = map(number, row.gain)
@@ -149,17 +142,13 @@ _NO_DRIVER = "no NVIDIA driver"
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        """Go on in silence when the reader went away: the exit code still has to tell the verdict."""
+        """Print nothing more after the reader has closed the pipe; the exit code still reports the verdict."""
         self.quiet = True
         forget_reader()
 
 
 def make_console(stderr: bool = False) -> Console:
-    """A console for reports: no markup, no emoji codes, so that a hostile label is printed as it is.
-
-    Args:
-        stderr: Write to standard error, for what is not the result itself.
-    """
+    """Return a console without markup and emoji codes, so that labels are printed literally; ``stderr``: on standard error."""
     return _Console(stderr=stderr, markup=False, emoji=False, highlight=False)
 
 
@@ -447,20 +436,20 @@ def _print_self_test(report: VerificationReport, console: Console) -> None:
 
 
 def print_environment(record: Mapping[str, Any], console: Console) -> None:
-    """Hardware and versions in one paragraph, as the conditions of the numbers above it."""
+    """Print hardware and versions in one paragraph, as the conditions of the numbers above it."""
     console.print(literal(describe(dict(record)), console, style="dim"))
 
 
 def make_table(console: Console) -> Table:
-    """An empty table with the lines that the console's encoding can show."""
+    """Return an empty table with lines that the console's encoding can show."""
     plain = not console.encoding.lower().startswith("utf")
-    # ASCII lines touch the words beside them; the others are spaces, and a second space would cost a column its width.
+    # ASCII lines touch adjacent words; the other lines are spaces, and a second space would widen each column.
     style, padding = (box.ASCII, (0, 1, 0, 0)) if plain else (box.SIMPLE_HEAD, (0, 0, 0, 0))
     return Table(box=style, header_style="bold", padding=padding, pad_edge=False)
 
 
 def literal(value: str, console: Console, *, style: str | None = None) -> Text:
-    """Literal text that the console's encoding can take and that can't steer the terminal (no escape sequences)."""
+    """Return literal text in the console's encoding, without characters that control the terminal."""
     printable = "".join(char if char.isprintable() else "?" for char in value)
     safe = printable.encode(console.encoding, "replace").decode(console.encoding)
     return Text(safe, style=STYLES.get(safe, "") if style is None else style)

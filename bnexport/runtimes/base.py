@@ -17,34 +17,27 @@ from bnexport.tensors import Array, Signature, TensorSpec, check_feeds, declared
 
 #: Precisions to which float32 kernels may round. A file in float16 or bfloat16 keeps its own precision.
 KERNEL_PRECISIONS = ("float32", "tf32", "bfloat16")
-#: ONNX Runtime's levels of graph optimisation, the one that users serve with first.
+#: ONNX Runtime's levels of graph optimisation, the usual serving level first.
 OPTIMISATIONS = ("all", "extended", "basic", "none")
-#: How a convolution's algorithm is chosen. torch measures times for "exhaustive", so results may differ between sessions;
+#: Ways of choosing a convolution's algorithm. torch measures times for "exhaustive", so results may differ between sessions;
 #: onnxruntime selects modes of cuDNN's heuristics (``onnxruntime_session.provider_options``).
 CONV_SEARCHES = ("heuristic", "default", "exhaustive")
 
 
 @dataclass(frozen=True)
 class RunSettings:
-    """Settings of a runner. An engine without such a setting ignores it; an engine that can't obey it refuses.
+    """Settings of a runner. An engine without such a setting ignores it; an engine that can't obey it refuses."""
 
-    Attributes:
-        precision: "float32": IEEE float32, TF32 off. "tf32": the engine's TF32 kernels, for convolutions and products.
-            "bfloat16": what OpenVINO makes of a float32 file on CPUs that have it.
-        optimisation: Level of graph optimisation; one of OPTIMISATIONS.
-        conv_search: One of CONV_SEARCHES.
-        binding: Inputs and outputs are bound to the device's memory, instead of being copied by each call.
-        threads: Threads inside one operator; None leaves it to the engine.
-        precise: ONNX Runtime's slower int8 kernels, which add products in 32 bits (session.x64quantprecision).
-        isolated: Run in a child process, so that no global state (TF32 flags, environment variables) leaks in or out.
-    """
-
+    #: "float32": IEEE float32, TF32 off. "tf32": the engine's TF32 kernels, for convolutions and products. "bfloat16":
+    #: what OpenVINO makes of a float32 file on CPUs that have it
     precision: str = "float32"
-    optimisation: str = "all"
-    conv_search: str = "heuristic"
-    binding: bool = False
-    threads: int | None = None
+    optimisation: str = "all"  # Level of graph optimisation; one of OPTIMISATIONS
+    conv_search: str = "heuristic"  # One of CONV_SEARCHES
+    binding: bool = False  # Inputs and outputs are bound to the device's memory, instead of being copied by each call
+    threads: int | None = None  # Threads inside one operator; None leaves it to the engine
+    #: ONNX Runtime's slower int8 kernels, which add products in 32 bits (session.x64quantprecision)
     precise: bool = False
+    #: Run in a child process, so that no global state (TF32 flags, environment variables) leaks in or out
     isolated: bool = False
 
     def __post_init__(self) -> None:
@@ -146,14 +139,14 @@ class Runner(ABC):
         return self.run_fitting(feeds)
 
     def run_fitting(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Run feeds that are known to fit, since a server checked them at decoding; the other errors are those of ``run``."""
+        """Run feeds that a server has checked at decoding; the other errors are those of ``run``."""
         self._refuse_closed()
         contiguous = {spec.name: np.ascontiguousarray(feeds[spec.name]) for spec in self.signature.inputs}
         try:
             outputs = self._run(contiguous)
         except BnexportError:
             raise
-        except Exception as error:  # engines raise classes of their own without a common base
+        except Exception as error:  # engines raise various classes without a common base
             raise self._translated(error) from error
         return self._checked(outputs, named_sizes(self.signature, feeds))
 
@@ -166,7 +159,7 @@ class Runner(ABC):
         """Run feeds that were checked and are contiguous; foreign exceptions may pass."""
 
     def close(self) -> None:
-        """Free the engine's resources; the runner can't run afterwards."""
+        """Free the engine's resources; the runner is unusable afterwards."""
         self._closed = True
 
     def __enter__(self) -> Self:
@@ -205,7 +198,7 @@ class Runner(ABC):
             shape = tuple(sizes.get(dim, dim) if isinstance(dim, str) else dim for dim in spec.shape)
             if array.shape != shape or spec.problem(array) is not None:
                 problem = TensorSpec(spec.name, spec.dtype, shape).problem(array)
-                if problem is not None:  # a dimension may have a name that no input has
+                if problem is not None:  # a dimension's name may be missing in the inputs
                     raise BundleError(f"{self.name}: output {problem}", remedy=REBUILD)
             checked[spec.name] = array
         return checked
@@ -223,7 +216,7 @@ def check_declared(
     """
     names, expected = [name for name, _, _ in declared], [spec.name for spec in specs]
     if names != expected:
-        raise BundleError(f"{file} has the {kind}s {names or 'none'}, the manifest says {expected}", remedy=REBUILD)
+        raise BundleError(f"{file} has the {kind}s {names or 'none'}, the manifest states {expected}", remedy=REBUILD)
     for spec, (_, dtype, shape) in zip(specs, declared, strict=True):
         if (problem := declared_problem(spec, dtype, shape, strict=kind == "input")) is not None:
             raise BundleError(f"{file}: {kind} {problem}", remedy=REBUILD)

@@ -17,30 +17,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunnerSpec:
-    """One row of RUNNERS.
+    """One row of RUNNERS."""
 
-    Attributes:
-        engine: "torch", "torchscript", "torch-export", "onnxruntime", "openvino", "reference".
-        device: "cpu", "cuda", or "tensorrt": onnxruntime's provider of that name on the same GPU.
-        file: The file of the bundle that it reads.
-        opener: (bundle, device, module, settings) -> an open runner.
-        prober: device -> why it can't run here, or None.
-        served: Precision of its kernels by default, as users serve with it: TF32 on most GPU engines.
-        precisions: Values of ``RunSettings.precision`` that it accepts.
-        default: ``verify`` runs it without being asked.
-        same_as_float32: Precision -> why its kernels are those of float32 on this machine, or None.
-        extra: The package, and extra of bnexport, that it needs in addition to every installation's; "" when it needs none.
-    """
-
-    engine: str
-    device: str
-    file: str
+    engine: str  # "torch", "torchscript", "torch-export", "onnxruntime", "openvino", "reference"
+    device: str  # "cpu", "cuda", or "tensorrt": onnxruntime's provider of that name on the same GPU
+    file: str  # The file of the bundle that it reads
+    #: (bundle, device, module, settings) -> an open runner
     opener: Callable[[Bundle, str, nn.Module | None, RunSettings], Runner]
-    prober: Callable[[str], str | None]
-    served: str = "float32"
-    precisions: tuple[str, ...] = ("float32",)
-    default: bool = True
+    prober: Callable[[str], str | None]  # device -> why it can't run here, or None
+    served: str = "float32"  # Precision of its kernels by default, as users serve with it: TF32 on most GPU engines
+    precisions: tuple[str, ...] = ("float32",)  # Values of ``RunSettings.precision`` that it accepts
+    default: bool = True  # ``verify`` runs it by default
+    #: Precision -> why its kernels are those of float32 on this machine, or None
     same_as_float32: Callable[[str], str | None] = lambda _precision: None
+    #: The package, and extra of bnexport, that it needs in addition to every installation's; "" when it needs none
     extra: str = ""
 
     @property
@@ -59,7 +49,7 @@ class RunnerSpec:
         Raises:
             BundleError: The file is missing, damaged, or does not fit the manifest.
             Unavailable: The engine, the device or a library is missing.
-            UsageError: The settings ask for a precision that this engine does not have.
+            UsageError: The settings have a precision that this engine lacks.
         """
         settings = settings or RunSettings()
         if settings.precision not in self.precisions:
@@ -83,7 +73,7 @@ class RunnerSpec:
         """Raise RuntimeUnavailable, with the reason in one line, when it can't run here: before long work."""
         if (reason := self.available()) is not None:
             start = f"{self.name} can't run here: "
-            raise RuntimeUnavailable(start + reason.removeprefix(start), remedy="bnexport doctor says what to install")
+            raise RuntimeUnavailable(start + reason.removeprefix(start), remedy="bnexport doctor lists what to install")
 
 
 def _open_torch(bundle: Bundle, device: str, module: nn.Module | None, settings: RunSettings) -> Runner:
@@ -185,9 +175,9 @@ def runner_spec(name: str) -> RunnerSpec:
     """Return the row of a name.
 
     Raises:
-        UsageError: There is no such runtime.
+        UsageError: The name is unknown.
     """
     for spec in RUNNERS:
         if spec.name == name:
             return spec
-    raise UsageError(f"there is no runtime {name!r}", remedy=f"Known: {', '.join(spec.name for spec in RUNNERS)}")
+    raise UsageError(f"the runtime {name!r} is unknown", remedy=f"Known: {', '.join(spec.name for spec in RUNNERS)}")

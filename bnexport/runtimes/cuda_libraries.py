@@ -21,13 +21,13 @@ from bnexport.environment import versions_of
 from bnexport.errors import MissingDependency
 from bnexport.optional import installed, one_line, require
 
-#: Device -> what to do when onnxruntime does not get there.
+#: Device -> remedy if onnxruntime can't use it.
 REMEDIES = {
     "cuda": "Install an NVIDIA driver and pip install 'onnxruntime-gpu[cuda,cudnn]'; in a container hand the GPU through",
     "tensorrt": "Make onnxruntime-cuda work, then install the TensorRT that this onnxruntime was built for: "
     "pip install 'tensorrt-cu13<11' brings libnvinfer.so.10 for CUDA 13",
 }
-#: Device -> providers it needs, as onnxruntime names their libraries and as people say them.
+#: Device -> required providers: name in onnxruntime's libraries, and name in messages.
 _PROVIDERS = {
     "cuda": (("cuda", "CUDA"),),
     "tensorrt": (("cuda", "CUDA"), ("tensorrt", "TensorRT")),
@@ -37,12 +37,12 @@ _TENSORRT_PACKAGE = "tensorrt_libs"
 _TENSORRT_LIBRARIES = ("libnvinfer.so.*", "libnvinfer_plugin.so.*", "libnvonnxparser.so.*")
 
 
-#: ``preload`` imports torch before it loads a library.
+#: True if ``preload`` imports torch before it loads a library.
 _torch_first = True
 
 
 def leave_torch_out() -> None:
-    """Declare that this process needs onnxruntime alone: importing torch takes seconds, in each child process again."""
+    """Declare that this process needs onnxruntime alone: importing torch takes seconds in each child process."""
     global _torch_first
     _torch_first = False
 
@@ -85,7 +85,7 @@ def package_folders(ort: Any) -> list[Path]:
 
 
 def preload_tensorrt() -> None:
-    """Load TensorRT from its Python package; one that lies elsewhere is left to the loader."""
+    """Load TensorRT from its Python package; the system's loader finds an installation elsewhere."""
     for library in _tensorrt_files():
         _load(str(library), globally=True)
 
@@ -131,15 +131,10 @@ _CUDNN = ("nvidia-cudnn-cu11", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13", "nvidia
 
 @dataclass(frozen=True)
 class Conflict:
-    """Packages that do not fit together.
+    """Packages that do not fit together."""
 
-    Attributes:
-        reason: The packages and the consequence; one line.
-        remedy: What to install instead.
-    """
-
-    reason: str
-    remedy: str
+    reason: str  # The packages and the consequence; one line
+    remedy: str  # Packages to install instead
 
 
 def conflicts() -> tuple[Conflict, ...]:

@@ -28,40 +28,24 @@ _SERVING = ("onnxruntime",)
 
 @dataclass(frozen=True)
 class Health:
-    """Result of one runtime.
+    """Result of one runtime."""
 
-    Attributes:
-        runtime: Its name in RUNNERS.
-        works: It ran, on the device asked for, and its numbers are right.
-        device: Device of the run, read back from the engine; "" without a run.
-        error: max |engine - numpy| / max |numpy|; None without a run.
-        reason: The fault in one line; "" when it works.
-        remedy: What to do about it.
-        details: Engine, version, providers.
-    """
-
-    runtime: str
-    works: bool
-    device: str = ""
-    error: float | None = None
-    reason: str = ""
-    remedy: str = ""
-    details: dict[str, Any] = field(default_factory=dict)
+    runtime: str  # Its name in RUNNERS
+    works: bool  # It ran on the requested device with right numbers
+    device: str = ""  # Device of the run, read back from the engine; "" without a run
+    error: float | None = None  # max |engine - numpy| / max |numpy|; None without a run
+    reason: str = ""  # The fault in one line; "" when it works
+    remedy: str = ""  # Instruction for the user
+    details: dict[str, Any] = field(default_factory=dict)  # Engine, version, providers
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """The health of every runtime, and the machine.
+    """The health of every runtime, and the machine."""
 
-    Attributes:
-        runtimes: One row per row of RUNNERS.
-        environment: Hardware and versions.
-        conflicts: Installed CUDA packages that do not fit together.
-    """
-
-    runtimes: tuple[Health, ...]
-    environment: dict[str, Any]
-    conflicts: tuple[Conflict, ...] = ()
+    runtimes: tuple[Health, ...]  # One row per row of RUNNERS
+    environment: dict[str, Any]  # Hardware and versions
+    conflicts: tuple[Conflict, ...] = ()  # Installed CUDA packages that do not fit together
 
     def broken(self, names: Sequence[str] = ()) -> tuple[Health, ...]:
         """Return the named runtimes that fail; without names, the failing CPU runtimes that this distribution brings.
@@ -96,7 +80,7 @@ def diagnose() -> Diagnosis:
 
 
 def _examine(spec: RunnerSpec, bundle: Bundle) -> Health:
-    written = spec.file in bundle.manifest.files  # torch's formats are not, where torch is missing
+    written = spec.file in bundle.manifest.files  # torch's formats are missing without torch
     if (spec.engine == "torch" or not written) and (missing := spec.available()) is not None:
         remedy = TORCH_REMEDY if installed("torch") else "Install it: pip install torch"
         return Health(spec.name, works=False, reason=missing, remedy=remedy)
@@ -112,7 +96,7 @@ def _examine(spec: RunnerSpec, bundle: Bundle) -> Health:
         return Health(spec.name, works=False, reason=plain_reason(spec.name, error), remedy=error.remedy)
     truth = expected(images)
     difference = float(np.abs(answer - truth).max() / np.abs(truth).max())
-    works = difference <= BOUND  # NaN compares false: it does not work
+    works = difference <= BOUND  # false for NaN
     reason = "" if works else f"its numbers are wrong: error {difference:.1e} of scale, allowed {BOUND:.0e}"
     remedy = "" if works else "Check the driver's version, and for other settings of precision in the environment"
     return Health(spec.name, works, device, difference if np.isfinite(difference) else None, reason, remedy, details)

@@ -1,7 +1,7 @@
 """The child process of an isolated runner: ``python -m bnexport.runtimes.isolated_child``, started by ``isolation`` alone.
 
 It opens one runner, answers until its standard input ends, and exits. Output that an engine prints goes to standard error, so
-that it can't get between the messages.
+that it can't mix with the messages.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from bnexport.runtimes.isolation import receive, send
 
 def main() -> None:
     """Open the runner that the first message names, then run one batch per message."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the parent decides what ends
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C reaches all processes of the terminal; the parent ends its children
     requests, answers = sys.stdin.buffer, _private_output()
     try:
         request, _ = receive(requests)
@@ -30,13 +32,13 @@ def main() -> None:
             send(answers, _state(runner))
             _answer(runner, requests, answers)
     except BnexportError as error:
-        send(answers, _told(error))
+        send(answers, _error_message(error))
     except (EOFError, BrokenPipeError):
-        pass  # the parent is gone, or has had enough
+        pass  # the parent has ended or closed the pipe
 
 
 def _open(request: dict[str, Any]) -> Runner:
-    # The parent's manifest and not the folder's: what was checked is what is opened.
+    # The parent's manifest, which was checked; the folder's may have changed.
     bundle = Bundle(Path(request["bundle"]), Manifest.from_json(request["manifest"]))
     spec = runner_spec(request["runtime"])
     if spec.engine == "onnxruntime":
@@ -50,7 +52,7 @@ def _answer(runner: Runner, requests: BinaryIO, answers: BinaryIO) -> None:
         try:
             outputs = runner.run(feeds)
         except BnexportError as error:
-            send(answers, _told(error))
+            send(answers, _error_message(error))
         else:
             send(answers, _state(runner), outputs)
 
@@ -59,7 +61,7 @@ def _state(runner: Runner) -> dict[str, Any]:
     return {"device": runner.effective_device, "description": runner.description}
 
 
-def _told(error: BnexportError) -> dict[str, Any]:
+def _error_message(error: BnexportError) -> dict[str, Any]:
     return {"error": type(error).__name__, "message": error.message, "remedy": error.remedy}
 
 

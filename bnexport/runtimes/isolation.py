@@ -30,7 +30,7 @@ from bnexport.reproducibility import OVERRIDE
 from bnexport.runtimes.base import REBUILD, Runner, RunSettings
 from bnexport.tensors import DTYPES, Array
 
-#: A message's JSON is a request, a description or an error: small.
+#: Largest number of bytes of a message's JSON: a request, a description or an error.
 _MAX_HEAD = 2**26
 _ARRAYS = "arrays"
 
@@ -83,7 +83,7 @@ def _exactly(stream: BinaryIO, size: int) -> bytearray:
 
 #: Seconds for one answer, opening included: TensorRT may build an engine for minutes. A deadline, not a measurement.
 DEADLINE = 1800.0
-#: Seconds for a child to leave by itself.
+#: Seconds for a child to end by itself.
 _GRACE = 5.0
 _CHILD = "bnexport.runtimes.isolated_child"
 
@@ -106,7 +106,7 @@ ENVIRONMENT: tuple[Variable, ...] = (
     Variable("CUBLAS_EMULATE_*", None, None, "cuBLAS emulates float32 and float64 by narrower numbers"),
     Variable("CUBLAS_EMULATION_STRATEGY", None, None, "when cuBLAS emulates"),
     Variable("ONEDNN_DEFAULT_FPMATH_MODE", None, None, "oneDNN rounds float32 factors to TF32 or bfloat16 on the CPU"),
-    Variable("DNNL_DEFAULT_FPMATH_MODE", None, None, "its older name"),
+    Variable("DNNL_DEFAULT_FPMATH_MODE", None, None, "older name of ONEDNN_DEFAULT_FPMATH_MODE"),
     Variable("ORT_TENSORRT_*", None, None, "ONNX Runtime's TensorRT provider takes precisions and caches from them"),
     Variable("ORT_CUDA_GEMM_OPTIONS", None, None, "ONNX Runtime's half-precision products add up in half precision"),
     Variable("PYTHONINSPECT", None, None, "Python would wait for a user at its end"),
@@ -129,7 +129,7 @@ class IsolatedRunner(Runner):
     Raises:
         BnexportError: Any error of opening in the child.
         BundleError: The child died of its file on the CPU.
-        RuntimeUnavailable: There is no Python to start, or the child died on a GPU, or did not answer in time.
+        RuntimeUnavailable: Python can't be started, or the child died on a GPU, or did not answer in time.
     """
 
     def __init__(self, name: str, bundle: Bundle, settings: RunSettings, *, deadline: float = DEADLINE) -> None:
@@ -140,9 +140,9 @@ class IsolatedRunner(Runner):
         self.description: dict[str, Any] = {}
         self._dead: BnexportError | None = None
         self._turn = threading.Lock()
-        self._said: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 -- as long as the child
-        self._child = _start(self.name, settings.precision, self._said)
-        self._stop = weakref.finalize(self, _stop, self._child, self._said)
+        self._stderr: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 -- as long as the child
+        self._child = _start(self.name, settings.precision, self._stderr)
+        self._stop = weakref.finalize(self, _stop, self._child, self._stderr)
         request = {
             "runtime": name,
             "bundle": str(Path(bundle.path).resolve()),
@@ -168,14 +168,16 @@ class IsolatedRunner(Runner):
         with self._turn:  # two threads' messages must not mix
             if self._dead is not None:
                 raise self._dead
-            answer, outputs = self._ask(head, arrays)
+            answer, outputs = self._answer_to(head, arrays)
         if "error" in answer:
             raise _raised(answer)
         self.effective_device = str(answer["device"])
         self.description = {**answer["description"], "process": "its own"}
         return outputs
 
-    def _ask(self, head: Mapping[str, Any], arrays: Mapping[str, Array]) -> tuple[dict[str, Any], dict[str, Array]]:
+    def _answer_to(
+        self, head: Mapping[str, Any], arrays: Mapping[str, Array]
+    ) -> tuple[dict[str, Any], dict[str, Array]]:
         requests, answers = cast(BinaryIO, self._child.stdin), cast(BinaryIO, self._child.stdout)
         late = threading.Event()
         try:
@@ -183,7 +185,7 @@ class IsolatedRunner(Runner):
                 send(requests, head, arrays)
                 return receive(answers)
         except (EOFError, OSError, ValueError) as error:
-            self._child.kill()  # a child that talks nonsense, or has closed its pipe and lingers
+            self._child.kill()  # a child that sent garbage, or that closed its pipe and still runs
             self._dead = self._death(late=late.is_set())
             raise self._dead from error
         except BaseException:  # an interrupt in the middle of a message: the next one would be misread
@@ -195,11 +197,11 @@ class IsolatedRunner(Runner):
         """Return the error for a missing answer, in one sentence."""
         code = self._child.wait()
         how = f"did not answer for {self._deadline:g} s and was stopped" if late else f"ended: {how_ended(code)}"
-        words = "" if late else _last_words(self._said)
+        words = "" if late else _last_line(self._stderr)
         message = f"the process of {self.name} {how}" + (f" ({words})" if words else "")
         if self.effective_device == "cpu" and not late:
             return BundleError(message, remedy=REBUILD)
-        return RuntimeUnavailable(message, remedy="Check memory and drivers; bnexport doctor says what works here")
+        return RuntimeUnavailable(message, remedy="Check memory and drivers; bnexport doctor lists what works here")
 
     def close(self) -> None:
         """End the child."""
@@ -224,26 +226,26 @@ def _names(row: Variable, name: str) -> bool:
     return name.startswith(row.name[:-1]) if row.name.endswith("*") else name == row.name
 
 
-def _start(name: str, precision: str, said: IO[bytes]) -> subprocess.Popen[bytes]:
-    """Start a child: no fork, which takes libraries along, nor multiprocessing, which imports the user's script."""
-    # -P: nothing in the working directory may stand in for a package.
+def _start(name: str, precision: str, stderr: IO[bytes]) -> subprocess.Popen[bytes]:
+    """Start a child; fork would copy loaded libraries, and multiprocessing would import the user's script."""
+    # -P: a file of the working directory must not replace a package.
     command = [sys.executable, "-P", "-m", _CHILD]
     try:
         return subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, env=child_environment(precision)
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, env=child_environment(precision)
         )
     except (OSError, ValueError) as error:
-        said.close()
+        stderr.close()
         raise RuntimeUnavailable(
-            f"{name} can't start a process of its own: {one_line(error)}", remedy="Run it without isolation"
+            f"{name} can't start a separate process: {one_line(error)}", remedy="Run it without isolation"
         ) from error
 
 
-def _stop(child: subprocess.Popen[bytes], said: IO[bytes]) -> None:
+def _stop(child: subprocess.Popen[bytes], stderr: IO[bytes]) -> None:
     """Close a child's input, which ends it, and kill a child that stays."""
     try:
         for pipe in (child.stdin, child.stdout):
-            with contextlib.suppress(OSError):  # what was still to be sent has no reader
+            with contextlib.suppress(OSError):  # unsent data has no reader
                 pipe.close()  # type: ignore[union-attr]
         with contextlib.suppress(subprocess.TimeoutExpired):
             child.wait(_GRACE)
@@ -251,7 +253,7 @@ def _stop(child: subprocess.Popen[bytes], said: IO[bytes]) -> None:
         if child.poll() is None:
             child.kill()
             child.wait()
-        said.close()
+        stderr.close()
 
 
 @contextlib.contextmanager
@@ -288,8 +290,8 @@ def how_ended(code: int) -> str:
     return f"killed by signal {-code}"
 
 
-def _last_words(said: IO[bytes]) -> str:
+def _last_line(stderr: IO[bytes]) -> str:
     """Return the last line that the child wrote to standard error."""
-    said.seek(max(0, said.seek(0, os.SEEK_END) - 4096))
-    lines = [line.strip() for line in said.read().decode(errors="replace").split("\n")]
+    stderr.seek(max(0, stderr.seek(0, os.SEEK_END) - 4096))
+    lines = [line.strip() for line in stderr.read().decode(errors="replace").split("\n")]
     return next((one_line(Exception(line), 200) for line in reversed(lines) if line), "")

@@ -26,7 +26,7 @@ _INTEGERS = frozenset(
 #: onnx.proto: ModelProto.graph; GraphProto.node and .output; NodeProto.input, .output, .name and .op_type; ValueInfoProto.name.
 _GRAPH, _NODE, _OUTPUT = 7, 1, 12
 _NODE_INPUT, _NODE_OUTPUT, _NODE_NAME, _NODE_OPERATOR, _VALUE_NAME = 1, 2, 3, 4, 1
-#: Nodes that a sentence names.
+#: Number of nodes that a message names.
 _NAMED = 3
 
 
@@ -71,7 +71,7 @@ def _rebuilt(content: bytes, start: int, end: int, path: tuple[int, ...], new: M
             parts.append(content[before : field.end])
         elif len(path) > 1:
             parts.append(message((field.number, _rebuilt(content, field.start, field.end, path[1:], new))))
-        else:  # of a field that occurs twice, protobuf takes the last
+        else:  # protobuf takes the last of repeated fields
             name = message((_NODE_NAME, new[field.start])) if field.start in new else b""
             parts.append(message((field.number, content[field.start : field.end] + name)))
         before = field.end
@@ -108,7 +108,7 @@ def not_shape_arithmetic(ort: Any, model: bytes, nodes: Sequence[PlacedNode], le
     except Exception as error:  # onnxruntime's classes derive from Exception alone; the nodes are refused as unknown
         why = f" ({one_line(error, 100)})"
     for key, number in Counter(node[:2] for node in nodes).items():
-        if number > 1:  # names are unique in the main graph, so a twin is in a graph inside a node
+        if number > 1:  # names are unique in the main graph, so a duplicate is in a subgraph
             outputs.pop(key, None)
     refused = [node for node in wanted if not _is_shape(outputs.get(node[:2], ()), values)]
     if not refused:

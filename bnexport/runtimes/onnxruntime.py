@@ -46,7 +46,7 @@ class OnnxRuntimeRunner(Runner):
     Raises:
         BundleError: Not an ONNX model, a damaged one, or one with another signature.
         RuntimeUnavailable: The device or a library is missing, a node would run elsewhere, or another precision than the
-            one asked for is in effect.
+            requested one is in effect.
         MissingDependency: onnxruntime is not installed.
     """
 
@@ -78,11 +78,11 @@ class OnnxRuntimeRunner(Runner):
             "memory": "bound, not run yet" if self._settings.binding else "copied by each call",
         }
         self._refuse_other_settings()
-        self.probe()  # cuDNN is loaded by the first batch: before it, a GPU is only a promise
+        self.probe()  # the first batch loads cuDNN, so only a run shows that the GPU works
 
     def _opened(self) -> tuple[Any, bytes]:
         """Return the session, and the bytes that it was opened from."""
-        # The bytes and not the file's name, so that no external data next to it is followed.
+        # Bytes in place of the file's name, so that onnxruntime reads no external data next to the file.
         model = read_screened(self._file)
         if self._device != "cpu":
             model = with_unique_names(model)
@@ -117,12 +117,12 @@ class OnnxRuntimeRunner(Runner):
             check_declared(self._file, kind, specs, declared)
 
     def _refuse_other_settings(self) -> None:
-        """Refuse a session whose settings in effect are not those asked for."""
+        """Refuse a session whose settings in effect are not the requested ones."""
         found = self.description
-        for what, asked in (("precision", self._settings.precision), ("optimisation", self._settings.optimisation)):
-            if found[what] != asked:
+        for what, wanted in (("precision", self._settings.precision), ("optimisation", self._settings.optimisation)):
+            if found[what] != wanted:
                 raise RuntimeUnavailable(
-                    f"{self.name} was asked for the {what} {asked}, but {found[what]} is in effect",
+                    f"{self.name}: the {what} {wanted} was requested, but {found[what]} is in effect",
                     remedy="Update onnxruntime; this version does not obey the setting",
                 )
 
@@ -134,7 +134,7 @@ class OnnxRuntimeRunner(Runner):
     def _run_bound(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
         """Put inputs into the device's memory, and fetch the outputs that the engine left there."""
         where = self.effective_device.partition(":")[0]
-        binding = self._session.io_binding()  # a new one for each call: an old one keeps the last batch's sizes
+        binding = self._session.io_binding()  # a new binding for each call: an old one keeps the last batch's sizes
         inputs = {name: self._ort.OrtValue.ortvalue_from_numpy(array, where, 0) for name, array in feeds.items()}
         for name, value in inputs.items():
             binding.bind_ortvalue_input(name, value)

@@ -56,8 +56,8 @@ LEVELS = {
     "basic": "ORT_ENABLE_BASIC",
     "none": "ORT_DISABLE_ALL",
 }
-#: Options of providers that decide about numbers; the others (memory, streams) are left out of a description.
-_TOLD = (
+#: Options of providers that affect the results; the others (memory, streams) are left out of a description.
+_REPORTED_OPTIONS = (
     "device_id",
     "use_tf32",
     "cudnn_conv_algo_search",
@@ -117,7 +117,7 @@ def open_session(ort: Any, model: bytes, device: str, settings: RunSettings) -> 
     onnxruntime adds the CPU provider; ``check_placement`` judges the nodes that ended there.
     """
     options = ort.SessionOptions()
-    options.log_severity_level = 4  # what goes wrong comes as an exception, in our words
+    options.log_severity_level = 4  # errors are raised as exceptions, which bnexport converts
     options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, LEVELS[settings.optimisation])
     options.intra_op_num_threads = settings.threads or 0
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
@@ -147,13 +147,13 @@ def prepare_device(ort: Any, name: str, device: str, settings: RunSettings) -> N
     cuda_libraries.preload(ort)
     if device == "tensorrt":
         cuda_libraries.preload_tensorrt()
-        # Before the session: its own words for a missing library are a path in onnxruntime's source.
+        # Before the session, whose message for a missing library is a path in onnxruntime's source.
         if (problem := cuda_libraries.reason(ort, device)) is not None:
             raise RuntimeUnavailable(f"{name} can't run here: {problem}", remedy=cuda_libraries.REMEDIES[device])
     if (problem := environment_problem(device, settings.precision)) is not None:
         raise RuntimeUnavailable(
             f"{name} can't run here in {settings.precision}: {problem}",
-            remedy="Run it in a process of its own (RunSettings.isolated), as bnexport verify does",
+            remedy="Run it in a separate process (RunSettings.isolated), as bnexport verify does",
         )
 
 
@@ -161,7 +161,7 @@ def environment_problem(device: str, precision: str) -> str | None:
     """Return which variable of this process's environment keeps a GPU from a precision; None when none does."""
     override = tf32_override()
     if override == _CHANGED:
-        return f"{OVERRIDE} was changed after this process had started, so what its libraries read is not known"
+        return f"{OVERRIDE} was changed after this process had started, so the value that its libraries read is unknown"
     if precision == "tf32" and override == "0":
         return f"{OVERRIDE}=0 in the environment forbids TF32"
     if precision == "float32" and override == "1":
@@ -172,15 +172,15 @@ def environment_problem(device: str, precision: str) -> str | None:
         return f"TensorRT rounds to TF32 unless {OVERRIDE}=0 is in the environment when its process starts"
     for name, harmless in _TENSORRT_VARIABLES.items():
         if (value := os.environ.get(name, harmless)) != harmless:
-            return f"{name}={value} in the environment overrules what TensorRT is told"
+            return f"{name}={value} in the environment overrides TensorRT's options"
     return None
 
 
 def tf32_override() -> str | None:
     """Return NVIDIA_OVERRIDE as the libraries of this process read it; None when it is not set.
 
-    They may have read it long ago, so a value other than the one at the start of the process is "changed". Where the system
-    does not record the start's value (only Linux does), it is today's value.
+    The libraries may have read it long ago, so a value other than the one at the start of the process is "changed". Where the
+    system does not record the value at the start (only Linux does), the present value is returned.
     """
     now = os.environ.get(OVERRIDE)
     if not sys.platform.startswith("linux"):
@@ -201,7 +201,7 @@ def check_placement(ort: Any, session: Any, nodes: Sequence[PlacedNode], name: s
     the runner's, and ``model`` holds the bytes that the session was opened from.
 
     Raises:
-        RuntimeUnavailable: A node is on another device, or the provider asked for took none.
+        RuntimeUnavailable: A node is on another device, or the requested provider took none.
     """
     target, remedy = TARGETS[device], cuda_libraries.REMEDIES.get(device, "")
     if target.must not in session.get_providers():
@@ -232,14 +232,14 @@ def placement_note(device: str, nodes: Sequence[PlacedNode]) -> dict[str, str]:
 
 
 def in_effect(ort: Any, session: Any, device: str) -> dict[str, Any]:
-    """Return the settings that the session reports, not those asked for: plain JSON values.
+    """Return the settings in effect, as the session reports them: plain JSON values.
 
     The keys are "optimisation", "threads", "deterministic", "options" (provider -> option -> value); on a GPU "environment".
     """
     options = session.get_session_options()
     level = options.graph_optimization_level
-    told = {
-        provider: {key: str(value) for key, value in given.items() if key in _TOLD}
+    reported = {
+        provider: {key: str(value) for key, value in given.items() if key in _REPORTED_OPTIONS}
         for provider, given in session.get_provider_options().items()
     }
     found: dict[str, Any] = {
@@ -248,7 +248,7 @@ def in_effect(ort: Any, session: Any, device: str) -> dict[str, Any]:
         ),
         "threads": options.intra_op_num_threads or "one per core",
         "deterministic": bool(options.use_deterministic_compute),
-        "options": {provider: given for provider, given in told.items() if given},
+        "options": {provider: given for provider, given in reported.items() if given},
     }
     if device != "cpu":
         found["environment"] = {OVERRIDE: tf32_override() or "not set"}
@@ -261,5 +261,5 @@ def precision_of(device: str, effect: Mapping[str, Any]) -> str:
         return "float32"
     if device == "tensorrt":
         return "tf32"
-    told = effect["options"].get(CUDA, {})
-    return "float32" if told.get("use_tf32") == "0" else "tf32"  # one that does not tell has its default, TF32
+    options = effect["options"].get(CUDA, {})
+    return "float32" if options.get("use_tf32") == "0" else "tf32"  # the provider's default is TF32

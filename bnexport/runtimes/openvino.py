@@ -23,7 +23,7 @@ _PRECISIONS = {"f32": "float32", "f16": "float16", "bf16": "bfloat16", "float32"
 #: RunSettings.precision -> (inference precision, execution mode). Left alone, OpenVINO computes a float32 file in bfloat16 on
 #: every CPU that has it (OpenVINO, "Precision Control", "CPU Device").
 _HINTS = {"float32": ("f32", "ACCURACY"), "bfloat16": ("bf16", "PERFORMANCE")}
-#: How lines of its errors start that say nothing of the error.
+#: Starts of lines in OpenVINO's errors that do not describe the error.
 _ASIDE = ("Exception from ", "Check '", "To facilitate ")
 #: Layers that compute nothing.
 _PASSIVE = frozenset(
@@ -67,14 +67,14 @@ class OpenVinoRunner(Runner):
         self._engine = require("openvino", purpose="the OpenVINO runner")
         self._compiled = self._opened()
         self._refuse_other_signature()
-        self.effective_device = ", ".join(map(str.lower, self._told("EXECUTION_DEVICES")))
+        self.effective_device = ", ".join(map(str.lower, self._property("EXECUTION_DEVICES")))
         self.description = self._described()
         self._refuse_coarser()
         self._request = self._compiled.create_infer_request()
         self.probe()
 
     def _opened(self) -> Any:
-        # The bytes and not the file's name, so that no external data next to it is followed.
+        # Bytes in place of the file's name, so that OpenVINO reads no external data next to the file.
         content = read_screened(self._file)
         precision, mode = _HINTS[self._settings.precision]
         hints: dict[str, Any] = {"INFERENCE_PRECISION_HINT": precision, "EXECUTION_MODE_HINT": mode}
@@ -97,7 +97,7 @@ class OpenVinoRunner(Runner):
             check_declared(self._file, kind, specs, [_declared(port, wanted) for port in ports])
 
     def _described(self) -> dict[str, Any]:
-        precision = self._told("INFERENCE_PRECISION_HINT").get_type_name()
+        precision = self._property("INFERENCE_PRECISION_HINT").get_type_name()
         return {
             "engine": "openvino",
             "version": str(self._engine.__version__).partition("-")[0],
@@ -105,39 +105,39 @@ class OpenVinoRunner(Runner):
             "processor": cpu_name(),
             "file": self._file.name,
             "precision": _PRECISIONS.get(precision, precision),
-            "execution mode": str(self._told("EXECUTION_MODE_HINT")).rpartition(".")[2].lower(),
-            "threads": int(self._told("INFERENCE_NUM_THREADS")),
+            "execution mode": str(self._property("EXECUTION_MODE_HINT")).rpartition(".")[2].lower(),
+            "threads": int(self._property("INFERENCE_NUM_THREADS")),
             "layers": self._layers(),
         }
 
     def _layers(self) -> dict[str, int]:
-        """Return precision -> number of layers that compute in it, from the compiled graph; {} when it has no such record."""
+        """Return precision -> number of layers that compute in it, from the compiled graph; {} without a record."""
         try:
             infos = [operation.get_rt_info() for operation in self._compiled.get_runtime_model().get_ops()]
-            told = [(str(info["layerType"].astype(str)), str(info["runtimePrecision"].astype(str))) for info in infos]
-        except Exception:  # a report of what happened, not what happens: other versions may not have it
+            layers = [(str(info["layerType"].astype(str)), str(info["runtimePrecision"].astype(str))) for info in infos]
+        except Exception:  # only a record for the report; other versions may lack it
             return {}
-        counts = Counter(precision for kind, precision in told if kind not in _PASSIVE)
+        counts = Counter(precision for kind, precision in layers if kind not in _PASSIVE)
         return {_PRECISIONS.get(precision, precision): n for precision, n in sorted(counts.items())}
 
-    def _told(self, name: str) -> Any:
+    def _property(self, name: str) -> Any:
         return self._compiled.get_property(name)
 
     def _refuse_coarser(self) -> None:
-        """Refuse a layer in half precision where float32 was asked for and the file itself is float32."""
+        """Refuse a layer in half precision if float32 is requested and the file itself is float32."""
         if self._settings.precision != "float32" or any(spec.dtype != "float32" for spec in self.signature.inputs):
             return
         coarse = {name: n for name, n in self.description["layers"].items() if name in ("bfloat16", "float16")}
         if self.description["precision"] != "float32" or coarse:
-            layers = ", ".join(f"{n} layers in {name}" for name, n in coarse.items()) or "its own word"
+            layers = ", ".join(f"{n} layers in {name}" for name, n in coarse.items()) or "its property"
             raise RuntimeUnavailable(
-                f"openvino-cpu does not compute in float32 as it was asked to: {layers}",
+                f"openvino-cpu does not compute in the requested float32: {layers}",
                 remedy="Update openvino; this version does not obey the setting",
             )
 
     def _run(self, feeds: Mapping[str, Array]) -> Mapping[str, Array]:
         if any(array.size == 0 for array in feeds.values()):
-            # Some models raise there; others give the answer to the batch before.
+            # Some models raise an error; others return the answer to the previous batch.
             raise FeedError("OpenVINO takes no empty batch", remedy="Give at least one sample")
         try:
             outputs = self._request.infer(dict(feeds))
@@ -162,8 +162,8 @@ def _declared(port: Any, wanted: set[str]) -> tuple[str, str, list[int | None]]:
 def own_reason(error: Exception) -> str:
     """Return OpenVINO's own reason: the last sentence, without places in its source and links."""
     lines = [line.strip().removeprefix("-- ") for line in str(error).splitlines()]
-    said = [line for line in lines if line and not line.startswith(_ASIDE)]
-    return one_line(Exception(said[-1] if said else str(error)), 200).rstrip(".")
+    kept = [line for line in lines if line and not line.startswith(_ASIDE)]
+    return one_line(Exception(kept[-1] if kept else str(error)), 200).rstrip(".")
 
 
 @functools.cache

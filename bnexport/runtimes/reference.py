@@ -39,7 +39,7 @@ class ReferenceRunner(Runner):
         expected = tuple(spec.name for spec in self.signature.inputs)
         if self._evaluator.inputs != expected:
             raise BundleError(
-                f"{file} has the inputs {list(self._evaluator.inputs)}, the manifest says {list(expected)}",
+                f"{file} has the inputs {list(self._evaluator.inputs)}, the manifest states {list(expected)}",
                 remedy=REBUILD,
             )
         self.description = {
@@ -68,11 +68,11 @@ class ReferenceRunner(Runner):
 class EmulatedRunner(Runner):
     """Runs a bundle's model.onnx under an emulated precision (a key of ``emulation.PRECISIONS``), as a real engine would.
 
-    It replaces a GPU where there is none, and reports that: its device is the CPU. It proves nothing about any engine.
+    It replaces a missing GPU, and reports the CPU as its device. It proves nothing about any engine.
 
     Raises:
         BundleError: The file is missing, or can't be evaluated.
-        UsageError: There is no such precision.
+        UsageError: The precision is unknown.
     """
 
     def __init__(self, bundle: Bundle, precision: str) -> None:

@@ -15,26 +15,21 @@ from bnexport.tensors import Array
 
 #: Largest error of scale of a float32 file: golden outputs are float64 rounded once; the rest is the kernels' noise.
 GOLDEN_BOUND = 1e-5
-#: Largest bound of a bundle in half precision. Its noise is 1e-4 to 1e-2 of scale; a tenth is another network.
+#: Largest bound of a bundle in half precision. Its noise is 1e-4 to 1e-2 of scale; an error of 0.1 means another network.
 WIDEST_BOUND = 0.05
-#: The same of an int8 bundle: 3 times the noise of small networks, 0.01 to 0.1 of scale.
+#: Largest bound of an int8 bundle: 3 times the noise of small networks, 0.01 to 0.1 of scale.
 _WIDEST_INT8 = 0.4
-#: The same in float32, for networks whose own float32 is noisier than GOLDEN_BOUND.
+#: Largest bound in float32, for networks whose float32 noise exceeds GOLDEN_BOUND.
 _WIDEST_FLOAT32 = 1e-3
 
 
 @dataclass(frozen=True)
 class Replay:
-    """Result of a replay of n samples.
-
-    Attributes:
-        error: max |answer - golden| / max |golden|, the worst output's.
-        bound: The largest error that passes.
-    """
+    """Result of a replay of n samples."""
 
     n: int
-    error: float
-    bound: float
+    error: float  # max |answer - golden| / max |golden|, the worst output's
+    bound: float  # The largest error that passes
 
 
 def replay_golden(runner: Runner, bundle: Bundle) -> Replay:
@@ -57,7 +52,7 @@ def replay_golden(runner: Runner, bundle: Bundle) -> Replay:
         raise BundleError(
             f"{bundle.path}: {runner.name} answers the golden vectors with an error of {error:.1e} of scale, "
             f"more than {bound:.1e}",
-            remedy="Run bnexport verify on the bundle, here; it says which stage fails",
+            remedy="Run bnexport verify on the bundle on this machine; it reports which stage fails",
         )
     return Replay(len(next(iter(expected.values()))), error, bound)
 
@@ -102,9 +97,9 @@ def incomparable(name: str, candidate: Array, reference: Array) -> str | None:
         return f"output {name!r} has shape {candidate.shape}, the reference {reference.shape}"
     if reference.size == 0:
         return f"output {name!r} is empty: nothing was compared"
-    for who, array in (("the reference", reference), ("the candidate", candidate)):
+    for whose, array in (("the reference", reference), ("the candidate", candidate)):
         if not np.isfinite(array).all():
-            return f"output {name!r} of {who} has {int((~np.isfinite(array)).sum())} values that are not finite"
+            return f"output {name!r} of {whose} has {int((~np.isfinite(array)).sum())} values that are not finite"
     return None
 
 

@@ -165,7 +165,7 @@ def small_bundle(folder: Path) -> Bundle:
     write_onnx(folder / MODEL_ONNX)
     for name, write in ((MODEL_TORCHSCRIPT, write_torchscript), (MODEL_EXPORTED, write_exported)):
         try:
-            with quiet():  # torch 2.11 warns of its own classes
+            with quiet():  # torch 2.11 warns about its classes
                 write(folder / name)
         except ImportError:
             (folder / name).unlink(missing_ok=True)

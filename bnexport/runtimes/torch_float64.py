@@ -27,7 +27,7 @@ from bnexport.runtimes.wide_convolution import wide_convolutions
 from bnexport.tensors import Array, Signature
 
 _NARROW = (torch.float16, torch.bfloat16, torch.float32)
-#: The same as TorchScript counts types (c10::ScalarType), and float64.
+#: TorchScript's numbers of these types (c10::ScalarType), and of float64.
 _NARROW_NUMBERS, _DOUBLE_NUMBER = (5, 6, 15), 7
 
 
@@ -35,7 +35,7 @@ class TorchFloat64Evaluator:
     """Evaluates a file of torch, with the name of a row of TORCH_FILES, with every float widened to float64.
 
     Args:
-        file: The file, or what ``TorchFile.load`` returned for it.
+        file: The file, or the result of ``TorchFile.load``.
         signature: Inputs and outputs in the file's order.
         chunk: Samples evaluated at once where the batch dimension varies; bounds the memory.
 
@@ -76,12 +76,12 @@ class TorchFloat64Evaluator:
                 results = flatten(self._function(*tensors))
         except BnexportError:
             raise
-        except Exception as error:  # whatever torch says inside an operator
+        except Exception as error:  # any error of torch's operators
             raise self._not_evaluated(error) from error
         expected = len(self._signature.outputs)
         if len(results) != expected:
             raise BundleError(
-                f"{self._name} gives {len(results)} outputs, the manifest says {expected}",
+                f"{self._name} gives {len(results)} outputs, the manifest states {expected}",
                 remedy="Check that the file is the one that was exported",
             )
         for spec, tensor in zip(self._signature.outputs, results, strict=True):
@@ -133,7 +133,7 @@ def _widened_program(file: TorchFile) -> Callable[..., Any]:
     """Return an exported program's graph, run node by node, so that every value is checked."""
     with quiet():
         module = file.module.module(check_guards=False)
-    module._forward_pre_hooks.clear()  # they refuse inputs of another type than the exported one
+    module._forward_pre_hooks.clear()  # the hooks refuse inputs of another type than the exported one
     assert isinstance(module, GraphModule)
     module.double()
     for inner in module.modules():
@@ -147,7 +147,7 @@ def _widen_graph(module: GraphModule) -> None:
         if node.op == "get_attr":
             owner, _, name = str(node.target).rpartition(".")
             value = getattr(module.get_submodule(owner), name)
-            if isinstance(value, Tensor) and value.dtype in _NARROW:  # a constant that is no parameter and no buffer
+            if isinstance(value, Tensor) and value.dtype in _NARROW:  # a constant outside the parameters and buffers
                 setattr(module.get_submodule(owner), name, value.double())
         elif node.op == "call_function":
             node.args = tuple(pytree.tree_map(_wide_type, node.args))

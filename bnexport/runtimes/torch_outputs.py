@@ -68,7 +68,7 @@ class TorchRunner(Runner):
         self._device = need(self.name, device)
         if device == "cuda" and (reason := override_problem(self._settings.precision)) is not None:
             raise RuntimeUnavailable(
-                f"{self.name} can't run here: {reason}", remedy="Unset it, or run in a process of its own"
+                f"{self.name} can't run here: {reason}", remedy="Unset it, or run in a separate process"
             )
         self.effective_device = str(self._device)
         self.description = describe(name, self._device)
@@ -82,10 +82,10 @@ class TorchRunner(Runner):
             found = effective_precision(where.type)
         self.description["precision"] = found
         self.effective_device = self.description["device"] = str(where)
-        # On a CPU these settings take effect only where it has narrower kernels, so there the error itself is the judge.
+        # On a CPU these settings take effect only if it has narrower kernels, so there the error itself is judged.
         if where.type == "cuda" and settings.precision == "float32" and found != STRICT:
             raise RuntimeUnavailable(
-                f"{self.name} was asked for {STRICT}, but after its run torch is set to {found}",
+                f"{self.name}: {STRICT} was requested, but after the run torch is set to {found}",
                 remedy="Remove the code that changes torch's precision, in the network or in another thread, or run isolated",
             )
         return outputs
@@ -97,7 +97,7 @@ class TorchRunner(Runner):
             text = _RAISED.split(text)[-1]
         if any(words in text for words in _TWO_DEVICES) or _WEIGHT_ELSEWHERE.search(text):
             return BundleError(
-                f"{self.name}: the network keeps or makes a tensor on a device of its own choice: {_short(text)}",
+                f"{self.name}: the network keeps or makes a tensor on another device than its input: {_short(text)}",
                 remedy="Register the tensor as a buffer, or make it with device=x.device; then write the bundle again",
             )
         if not device_fault(error):

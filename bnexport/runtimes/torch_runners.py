@@ -65,7 +65,7 @@ def original_network(bundle: Bundle) -> nn.Module:
 
     Raises:
         BundleError: The bundle holds no weights.
-        ModelError: Not a network that bnexport knows, or the weights are damaged or another network's.
+        ModelError: Not a network of bnexport's sources, or the weights are damaged or another network's.
         MissingDependency: The package that defines the network is not installed.
     """
     from bnexport.loading.sources import build_known
@@ -98,7 +98,7 @@ class TorchScriptRunner(torch_outputs.TorchRunner):
         expected = len(self.signature.inputs)
         taken = len(list(self._module.graph.inputs())) - 1  # the first is the module itself
         if taken != expected:
-            raise BundleError(f"{file} takes {taken} inputs, the manifest says {expected}", remedy=REBUILD)
+            raise BundleError(f"{file} takes {taken} inputs, the manifest states {expected}", remedy=REBUILD)
 
 
 def load_torchscript(file: Path, device: str | torch.device = "cpu") -> Any:
@@ -111,7 +111,7 @@ def load_torchscript(file: Path, device: str | torch.device = "cpu") -> Any:
     validate_archive(file, "torchscript")
     torch = require("torch", purpose="the TorchScript runner")
     try:
-        with no_warnings:  # deprecated upstream; TorchScript is one of the formats asked of this project
+        with no_warnings:  # deprecated upstream; TorchScript is a required format of this project
             # Not .to(device) afterwards: it would leave constants of the graph where they are.
             module = torch.jit.load(str(file), map_location=device)
             module.eval()
@@ -149,7 +149,9 @@ class ExportedProgramRunner(torch_outputs.TorchRunner):
         program = load_exported_program(file)
         taken = len(program.graph_signature.user_inputs)
         if taken != len(signature.inputs):
-            raise BundleError(f"{file} takes {taken} inputs, the manifest says {len(signature.inputs)}", remedy=REBUILD)
+            raise BundleError(
+                f"{file} takes {taken} inputs, the manifest states {len(signature.inputs)}", remedy=REBUILD
+            )
         try:
             self._module = _on_device(program, self._device).module()
         except Exception as error:  # a full GPU, or a graph that can't be moved
@@ -166,7 +168,7 @@ def load_exported_program(file: Path) -> ExportedProgram:
     validate_archive(file, "pt2")
     torch: Any = require("torch", purpose="the torch.export runner")
     try:
-        with quiet():  # torch 2.11 warns of its own buffers
+        with quiet():  # torch 2.11 warns about its buffers
             program: ExportedProgram = torch.export.load(str(file))
     except Exception as error:  # torch.export raises many unrelated classes
         raise BundleError(f"{file} is not a file of torch.export: {one_line(error, 160)}", remedy=REBUILD) from error

@@ -19,8 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 #: weight, which each product reads anew.
 _ROOM, _MOST_ROOM, _PER_WEIGHT = 1 << 18, 1 << 21, 8
 _ATEN = torch.ops.aten
-#: Operator -> the place of ``transposed`` among its arguments; None: it is never transposed. In inference mode torch shows
-#: conv2d and conv3d, otherwise what they are made of.
+#: Operator -> the place of ``transposed`` among its arguments; None: it is never transposed. In inference mode torch dispatches
+#: conv2d and conv3d, otherwise the operators inside them.
 _OPERATORS = {_ATEN.conv2d.default: None, _ATEN.conv3d.default: None, _ATEN.convolution.default: 6}
 _NAMES = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 

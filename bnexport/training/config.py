@@ -74,7 +74,7 @@ class TrainingConfig:
     amp: str = option("Automatic mixed precision.", "off", choices=AMP)
     cuda_graph: bool | None = option(
         "Record the training step as a CUDA graph on a GPU, or run every step without a recording. "
-        "A network whose Python code changes state in a step is not recorded; the output says so.",
+        "A network whose Python code changes state in a step is not recorded; the output states this.",
         None,
         show_default="records bn_lenet and the networks of torchvision and timm",
     )

@@ -61,7 +61,7 @@ class Epochs:
     ) -> None:
         """Prepare steps of ``batch_size`` images, summed over all processes; ``capture`` records the step if that is safe.
 
-        ``record`` makes the recording, for one process only; ``on_note`` receives a sentence if there is no recording.
+        ``record`` makes the recording, for one process only; ``on_note`` receives the reason if no step is recorded.
         """
         self.step, self.samples, self.batch_size = step, samples, batch_size
         self.world = step.world

@@ -109,7 +109,7 @@ class Recording:
     ) -> None:
         """Prepare the recording, by ``record``, of steps of ``batch_size`` images; other batches run without it.
 
-        ``on_note`` receives a sentence if there is no recording.
+        ``on_note`` receives the reason if no step is recorded.
         """
         self.step, self.batch_size = step, batch_size
         self._record, self._on_note = record, on_note

@@ -29,12 +29,12 @@ from bnexport.validation.pickles import (
 from bnexport.validation.zip_directory import DEFLATED, MAGIC, Entry, read_directory, read_entry, read_start
 
 NPY_MAGIC = b"\x93NUMPY"
-#: Plain numbers: byte order, kind, bytes. Objects ("O"), records, texts and dates are none.
+#: Element types of plain numbers: byte order, kind, bytes. Objects ("O"), records, texts and dates do not match.
 _PLAIN = re.compile(r"[<>=|]?(?:b1|[iu][1248]|f[248]|c8|c16)")
 
 
 def check_header(start: bytes, size: int) -> None:
-    """Refuse a .npy header of an array of objects (pickles), or of an array larger than its file."""
+    """Refuse a .npy header that declares objects (pickles), or an array of another size than the file's."""
     if start[:6] != NPY_MAGIC or len(start) < 12 or start[6] not in (1, 2, 3):
         raise Refusal("is not a whole .npy file")
     wide = start[6] > 1
@@ -50,25 +50,25 @@ def check_header(start: bytes, size: int) -> None:
         raise Refusal("is not a whole .npy file: its header has no shape")
     needed = count_elements(shape) * int("".join(filter(str.isdigit, kind)))
     if needed != size - begin - length:
-        raise Refusal(f"says that its array has {needed} bytes; {size - begin - length} are there")
+        raise Refusal(f"declares an array of {needed} bytes, but has {size - begin - length}")
 
 
 def _parsed(text: bytes) -> dict[str, Any]:
     try:
-        with no_warnings:  # the compiler remarks on odd texts; what matters is raised
+        with no_warnings:  # the compiler warns about odd texts; errors are raised
             header = ast.literal_eval(text.decode("latin-1").strip())
     except (ValueError, SyntaxError, RecursionError, MemoryError, TypeError) as error:
         raise Refusal("is not a whole .npy file: its header can't be read") from error
     if not isinstance(header, dict):
-        raise Refusal("is not a whole .npy file: its header is no table")
+        raise Refusal("is not a whole .npy file: its header is not a dictionary")
     return header
 
 
 _REBUILD = "Write the bundle again with bnexport fold-and-export, or copy it again from its source"
-#: Pickles at the start of torch's format before 1.6: its number, its version, the system, the object, the storages.
+#: Number of pickles at the start of a file of torch before 1.6: magic number, version, system, object, storages.
 _OLD_PICKLES = 5
 _OLD_NUMBER = 0x1950A86A20F9469CFC6C
-#: The number as a step of the first pickle.
+#: The magic number as a step of the first pickle.
 OLD_TORCH = b"\x8a\x0a" + _OLD_NUMBER.to_bytes(10, "little")
 _PICKLE = b"\x80"
 
@@ -77,7 +77,7 @@ _PICKLE = b"\x80"
 class _Archive:
     """An archive with a valid table of contents."""
 
-    file: BinaryIO  # Open
+    file: BinaryIO  # The open file
     entries: dict[str, Entry]  # Name inside the archive's one folder -> its entry; the whole name for .npz
 
     def read(self, name: str, max_bytes: int) -> bytes:
@@ -93,15 +93,15 @@ class ArchiveKind:
     title: str  # Name of the kind of file, with its article
     error: type[BadInput]  # Class of the raised error
     remedy: str  # Second sentence of the error
-    inflated: str  # Row of LIMITS for the unpacked bytes in all
-    check: Callable[[_Archive], None]  # Looks at the contents
+    inflated: str  # Row of LIMITS for the total of unpacked bytes
+    check: Callable[[_Archive], None]  # Validates the contents
 
 
 def validate_archive(path: str | Path, kind: str, *, error: type[BadInput] | None = None) -> None:
     """Refuse an archive that could harm the process that opens it. It is not unpacked, and nothing in it runs.
 
-    Validated are declared and real sizes, names, nesting, every pickle's steps and names, TorchScript's code, the
-    expressions in a .pt2 file, object arrays in an .npz file. Weights are not read, so gigabytes take milliseconds.
+    The validation covers declared and real sizes, names, nesting, the steps and names of pickles, TorchScript's code,
+    expressions in a .pt2 file, and object arrays in an .npz file. Weights are not read, so gigabytes take milliseconds.
 
     Args:
         path: The file.
@@ -109,18 +109,18 @@ def validate_archive(path: str | Path, kind: str, *, error: type[BadInput] | Non
         error: Raised instead of the kind's own error.
 
     Raises:
-        UsageError: An unknown kind.
-        BadInput: The file is missing or refused; which one is in ARCHIVES.
+        UsageError: The kind is unknown.
+        BadInput: The file is missing or refused; ARCHIVES has the class of the error.
     """
     if kind not in ARCHIVES:
-        raise UsageError(f"there are no archives of the kind {kind!r}", remedy=f"Choose one of {', '.join(ARCHIVES)}")
+        raise UsageError(f"the kind of archive {kind!r} is unknown", remedy=f"Choose one of {', '.join(ARCHIVES)}")
     row = ARCHIVES[kind]
     raised = error or row.error
     try:
         with refusing(f"{path} is not {row.title} that bnexport opens: it", raised, remedy=row.remedy):
             check_regular(Path(path))
             with Path(path).open("rb") as file:
-                _screen(file, row)
+                row.check(_open_archive(file, row))
     except OSError as problem:
         what = "does not exist" if isinstance(problem, FileNotFoundError) else f"can't be read: {one_line(problem)}"
         raise raised(f"{path} {what}", remedy=row.remedy) from problem
@@ -128,17 +128,11 @@ def validate_archive(path: str | Path, kind: str, *, error: type[BadInput] | Non
 
 @dataclass(frozen=True)
 class Saved:
-    """The value of a file of torch.save as data. Nothing that the file names was called.
+    """The value of a file of torch.save as data. Nothing that the file names was called."""
 
-    Attributes:
-        value: Numbers, texts, ``pickles.Made`` and ``pickles.Name``.
-        bytes_of: Return the bytes of a storage; the file must still be open.
-        swapped: True if a machine with the most significant byte first wrote the file.
-    """
-
-    value: Any
-    bytes_of: Callable[[Storage], bytes]
-    swapped: bool
+    value: Any  # Numbers, texts, ``pickles.Made`` and ``pickles.Name``
+    bytes_of: Callable[[Storage], bytes]  # Returns the bytes of a storage; the file must still be open
+    swapped: bool  # True if the bytes are in big-endian order
 
 
 def validate_weights(file: BinaryIO) -> None:
@@ -172,15 +166,11 @@ def names_in(file: BinaryIO) -> frozenset[str]:
     return frozenset(entry.name.removeprefix(folder) for entry in entries)
 
 
-def _screen(file: BinaryIO, kind: ArchiveKind) -> None:
-    kind.check(_open_archive(file, kind))
-
-
 def _open_archive(file: BinaryIO, kind: ArchiveKind) -> _Archive:
     file.seek(0)
     start = file.read(4)
     if start != MAGIC:
-        raise Refusal("is no zip archive" if start else "is empty")
+        raise Refusal("is not a zip archive" if start else "is empty")
     entries = read_directory(file)
     _check_growth(entries, limit(kind.inflated))
     folder = "" if kind.inflated == "npz-inflated" else _common_folder(entries)
@@ -188,7 +178,7 @@ def _open_archive(file: BinaryIO, kind: ArchiveKind) -> _Archive:
 
 
 def _check_growth(entries: Sequence[Entry], most: int) -> None:
-    """Refuse packed data that are large in all, or that grow much."""
+    """Refuse packed data whose unpacked size or growth is above its limit."""
     packed = [entry for entry in entries if entry.method == DEFLATED]
     total = sum(entry.size for entry in packed)
     if total > most:
@@ -201,7 +191,7 @@ def _check_growth(entries: Sequence[Entry], most: int) -> None:
 
 
 def _common_folder(entries: Sequence[Entry]) -> str:
-    """Return the folder around every file. torch applies the first file's folder to all, so there must be just one."""
+    """Return the common folder of all files; torch applies the first file's folder to all, so there must be only one."""
     folder = entries[0].name.partition("/")[0] + "/"
     for entry in entries:
         if not entry.name.startswith(folder):
@@ -218,13 +208,13 @@ def _check_script(archive: _Archive) -> None:
             folder = {"data.pkl": "data", "constants.pkl": "constants"}.get(name, "data")
             _check_storages(archive, read_pickle(pickle, TORCHSCRIPT)[1], folder)
         elif name.partition("/")[0] not in _SCRIPT_FILES:
-            raise Refusal(f"holds {shown(name)}, which no TorchScript file has")
+            raise Refusal(f"holds {shown(name)}, which is not part of a TorchScript file")
     for name in ("data.pkl", "constants.pkl"):
         if name not in archive.entries:
-            raise Refusal(f"is no TorchScript file: it has no {name}")
+            raise Refusal(f"is not a TorchScript file: it has no {name}")
 
 
-#: Files and folders beside the pickles and the code. ``extra`` is what its author put there; nothing reads it.
+#: Files and folders in addition to the pickles and the code. ``extra`` contains files of its author, which are not read.
 _SCRIPT_FILES = frozenset({"data", "constants", "version", "byteorder", ".data", "extra", ".format_version"}) | {
     ".storage_alignment"
 }
@@ -254,7 +244,7 @@ def _check_storages(archive: _Archive, storages: Sequence[Storage], folder: str)
         if entry is None and needed:
             raise Refusal(f"has no data for the tensor storage {shown(storage.key)}")
         if entry is not None and entry.size < needed:
-            raise Refusal(f"says that a tensor storage has {needed} bytes; {shown(entry.name)} has {entry.size}")
+            raise Refusal(f"declares a tensor storage of {needed} bytes; {shown(entry.name)} has {entry.size}")
 
 
 def _check_exported(archive: _Archive) -> None:
@@ -270,7 +260,7 @@ def _check_arrays(archive: _Archive) -> None:
     for name, entry in archive.entries.items():
         check_header(read_start(archive.file, entry, limit("npy-header") + 12), entry.size)
         if not name.endswith(".npy"):
-            raise Refusal(f"holds {shown(name)}, which is no array")
+            raise Refusal(f"holds {shown(name)}, which is not an array")
 
 
 def _from_old_format(file: BinaryIO, vocabulary: Vocabulary) -> Saved:
@@ -286,22 +276,22 @@ def _from_old_format(file: BinaryIO, vocabulary: Vocabulary) -> Saved:
         storages += found
         if values[0] != _OLD_NUMBER:
             raise Refusal("is a pickle, and not a file of torch.save")
-    # A storage is named once for each tensor in it; its number of elements stands in front of it, in 8 bytes.
+    # A storage is named once for each tensor in it. In the file, 8 bytes before it contain its number of elements.
     places = {storage.key: storage for storage in storages}
     needed = sum(8 + storage.numel * storage.itemsize for storage in places.values())
     if needed > size - start.tell():
-        raise Refusal(f"says that its tensors have {needed} bytes; {size - start.tell()} are there")
+        raise Refusal(f"declares tensors of {needed} bytes, but has {size - start.tell()}")
     system, order = values[2], values[4]
     swapped = isinstance(system, Made) and ("little_endian", False) in system.pairs()
     return Saved(values[3], _old_storages(file, start.tell(), places, order), swapped)
 
 
 def _old_storages(file: BinaryIO, start: int, places: Mapping[str, Storage], order: Any) -> Callable[[Storage], bytes]:
-    """Return the reader of storages that lie one after the other, in the order of the last pickle."""
+    """Return the reader of consecutive storages in the order of the last pickle."""
     starts: dict[str, int] = {}
     for key in order.items if isinstance(order, Made) else ():
         if (storage := places.get(key) if isinstance(key, str) else None) is None:
-            break  # the places of what follows are unknown
+            break  # the places of the following storages are unknown
         starts[key] = start + 8
         start += 8 + storage.numel * storage.itemsize
 

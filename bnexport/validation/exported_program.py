@@ -2,8 +2,8 @@
 
 ``torch.export.load`` tries ``weights_only`` first and then unpickles without it, looks up an operator by walking from the
 module ``torch`` along any dotted name, and hands expressions to ``sympy.sympify``, which evaluates Python
-(torch/_export/serde/serialize.py, torch 2.11 to 2.15). So a model file may run code unless names, pickles and
-expressions are what a network needs.
+(torch/_export/serde/serialize.py, torch 2.11 to 2.15). So a model file may run code unless its names, pickles
+and expressions are limited to those of a network.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ _CONTAINERS = frozenset(
 
 
 def check_exported(sizes: Mapping[str, int], read: Callable[[str, int], bytes], pickled: Callable[[str], None]) -> None:
-    """Refuse a .pt2 file that holds more than one network's graph and tensors."""
+    """Refuse a .pt2 file that holds anything except one network's graph and tensors."""
     if _MODEL not in sizes:
-        raise Refusal(f"is no file of torch.export: it has no {_MODEL}")
+        raise Refusal(f"is not a file of torch.export: it has no {_MODEL}")
     for name in sizes:
         if _KNOWN.fullmatch(name) is None:
-            raise Refusal(f"holds {shown(name)}, which is no part of an exported network")
+            raise Refusal(f"holds {shown(name)}, which is not part of an exported network")
         if name.startswith(_SAMPLES):
-            if sizes[name]:  # an empty one is not unpickled: the author left the samples out
+            if sizes[name]:  # an empty file is not unpickled: the author left the samples out
                 pickled(name)
         elif name.startswith("models/"):
             _check_model(parse_json(read(name, limit("code-bytes")), max_bytes=limit("code-bytes")))
@@ -64,7 +64,7 @@ def check_exported(sizes: Mapping[str, int], read: Callable[[str, int], bytes], 
 
 def _check_model(model: Any) -> None:
     if not isinstance(model, dict):
-        raise Refusal(f"has a {_MODEL} that is no table")
+        raise Refusal(f"has a {_MODEL} that is not a table")
     sizes: set[str | None] = set()
     for key, value in _pairs(model):
         if key == "target":
@@ -78,7 +78,7 @@ def _check_model(model: Any) -> None:
                 _check_name(name, _WORD)
         elif key in ("in_spec", "out_spec", "dataclass_name", "as_custom_obj", "as_operator"):
             _check_spec(key, value)
-    for size in sizes:  # each text once: a network with varying sizes repeats a few thousand times
+    for size in sizes:  # each text once: a network with varying sizes repeats them a few thousand times
         check_size(size)
     for symbol in _table(model, "range_constraints"):
         if not is_symbol(symbol):  # torch counts up to the number in the name
@@ -106,26 +106,26 @@ def _check_target(target: Any) -> None:
         return
     found = _OPERATOR.fullmatch(target)
     if found is None:
-        raise Refusal(f"calls {shown(target)}, which is no operator of a network")
+        raise Refusal(f"calls {shown(target)}, which is not an operator of a network")
     namespace, name = found.groups()
     if namespace == "higher_order" and name in _GRAPHS:
         return
     if namespace not in NAMESPACES or name in FORBIDDEN:
-        raise Refusal(f"calls {shown(target)}, which is no operator of a network")
+        raise Refusal(f"calls {shown(target)}, which is not an operator of a network")
 
 
 def _check_name(value: Any, allowed: re.Pattern[str]) -> None:
     if isinstance(value, str) and not (value.isascii() and allowed.fullmatch(value)):
-        raise Refusal(f"has the name {shown(value)}, which is no plain word")
+        raise Refusal(f"has the name {shown(value)}, which is not a plain word")
     if value is not None and not isinstance(value, str | dict):
-        raise Refusal("has a name that is no text")
+        raise Refusal("has a name that is not a text")
 
 
 def _check_spec(key: str, value: Any) -> None:
     """Check the containers of a call's arguments, as JSON in a string."""
     if key not in ("in_spec", "out_spec"):
         if value:
-            raise Refusal(f"has an object of its own kind ({key})")
+            raise Refusal(f"has an object of a custom class ({key})")
         return
     if not isinstance(value, str):
         raise Refusal(f"has an odd {key}")
@@ -166,7 +166,7 @@ def _table(value: Any, key: str) -> dict[str, Any]:
     return found
 
 
-#: What torch writes into an expression (torch.utils._sympy.functions, and sympy's Max, Min and comparisons).
+#: Names that torch writes into an expression (torch.utils._sympy.functions, and sympy's Max, Min and comparisons).
 FUNCTIONS = frozenset(
     {"FloorDiv", "ModularIndexing", "Where", "PythonMod", "Mod", "CleanDiv", "CeilToInt", "FloorToInt", "CeilDiv"}
     | {"PowByNatural", "FloatPow", "FloatTrueDiv", "IntTrueDiv", "TruncToFloat", "TruncToInt", "RoundToInt", "ToFloat"}
@@ -189,9 +189,9 @@ FUNCTIONS = frozenset(
     }
     | {"Equality", "Unequality", "StrictLessThan", "StrictGreaterThan", "LessThan", "GreaterThan", "Symbol", "Float"}
 )
-#: A size that varies. Six digits: torch counts up to the number.
+#: Name of a size that varies. It has at most six digits, because torch counts up to the number.
 _SYMBOL = re.compile(r"[a-z]{1,8}\d{1,6}")
-#: Functions whose first argument is a text, and what that text may be.
+#: Function whose first argument is a text -> pattern of the text.
 _TEXTS = {"Symbol": _SYMBOL, "Float": re.compile(r"-?\d{1,20}(\.\d{1,20})?(e-?\d{1,3})?")}
 _KEYWORDS = frozenset({"positive", "nonnegative", "integer", "real", "zero", "finite", "precision"})
 _GUARD_NAMES = frozenset({"L", "args", "kwargs", "True", "False", "None", "len", "torch"}) | FUNCTIONS
@@ -227,7 +227,7 @@ def check_size(text: Any) -> None:
 
 
 def _names_text(call: ast.Call) -> bool:
-    """Return True if a call takes a text first and has a valid one."""
+    """Return True if the first argument of a call is a valid text by _TEXTS."""
     name = call.func.id if isinstance(call.func, ast.Name) else ""
     first = call.args[0] if call.args else None
     if name not in _TEXTS or not isinstance(first, ast.Constant) or not isinstance(first.value, str):
@@ -236,7 +236,7 @@ def _names_text(call: ast.Call) -> bool:
 
 
 def _is_large_power(call: ast.Call) -> bool:
-    """Return True for a power that takes too long to compute; Pow(x, Integer(2)) is harmless, a tower is not."""
+    """Return True for a power that takes too long to compute; Pow(x, Integer(2)) is harmless, nested powers are not."""
     if not isinstance(call.func, ast.Name) or call.func.id not in ("Pow", "PowByNatural", "FloatPow"):
         return False
     power = call.args[1] if len(call.args) == 2 else None
@@ -275,17 +275,17 @@ def check_tensor(meta: Any, size: int, name: str) -> None:
     except (TypeError, KeyError) as error:
         raise Refusal(f"has no plain sizes for {shown(name)}") from error
     if type(offset) is not int or size % width:
-        raise Refusal(f"has {size} bytes for {shown(name)}, which is no whole number of elements")
+        raise Refusal(f"has {size} bytes for {shown(name)}, which is not a whole number of elements")
     if count_elements(sizes) > size // width:
-        raise Refusal(f"says that {shown(name)} has {count_elements(sizes)} elements; {size // width} are there")
+        raise Refusal(f"declares {count_elements(sizes)} elements for {shown(name)}, but has {size // width}")
     check_view(size // width, offset, sizes, strides)
 
 
 def _tree(text: Any) -> ast.Expression:
     if not isinstance(text, str) or len(text) > limit("expression"):
-        raise Refusal(f"has an expression that is no text, or longer than {limit('expression')} characters")
+        raise Refusal(f"has an expression that is not a text, or is longer than {limit('expression')} characters")
     try:
-        with no_warnings:  # the compiler remarks on odd texts; what matters is raised
+        with no_warnings:  # the compiler warns about odd texts; errors are raised
             return ast.parse(text.strip(), mode="eval")
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise Refusal(f"has {shown(text)} where a size is expected") from error
@@ -300,13 +300,13 @@ def _is_small(value: object, most: int = 2**63) -> bool:
     return type(value) in (int, float, bool) and abs(value) <= most  # type: ignore[arg-type]
 
 
-#: Operators that write a file, map one or read one by its name: those of torch's operators that take a file's name.
+#: The operators of torch that take the name of a file: they write, map or read the file.
 FORBIDDEN = frozenset({"save", "from_file", "load_tensor"})
-#: ``ops.<namespace>.<operator>``: torch's own, torchvision's, and those of quantised layers.
+#: Namespaces in ``ops.<namespace>.<operator>``: those of torch, torchvision and quantised layers.
 NAMESPACES = frozenset({"aten", "prim", "prims", "torchvision", "quantized", "_quantized", "quantized_decomposed"})
-#: Classes written in C++; those of quantised and recurrent layers hold weights, others open files and sockets.
+#: Allowed classes in C++: those of quantised and recurrent layers hold weights. Other classes open files and sockets.
 NATIVE = frozenset({"quantized", "rnn"})
-#: Comments and texts. Whatever is inside quotes for torch's lexer must be so here too, so a quote left over is refused.
+#: Comments and texts. The same characters must be inside quotes as for torch's lexer, so an unmatched quote is refused.
 _TEXT = re.compile(
     r'#[^\n]*|"""(?:[^\\]|\\.)*?"""|\'\'\'(?:[^\\]|\\.)*?\'\'\'|"(?:[^"\\\n]|\\.)*"|\'(?:[^\'\\\n]|\\.)*\'', re.DOTALL
 )

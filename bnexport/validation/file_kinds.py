@@ -1,4 +1,4 @@
-"""Kinds of model files, recognised by content: the true name of a file that was given in the wrong place.
+"""Kinds of model files, recognised by content, so that an error can name the kind of a file in the wrong place.
 
 A file may have any name ending, so only its bytes count. Nothing in a file is run.
 """
@@ -44,19 +44,12 @@ class _Content:
 
 
 class FileKind(NamedTuple):
-    """A row of KINDS.
+    """A row of KINDS."""
 
-    Attributes:
-        name: Short name.
-        fact: Predicate of a sentence about such a file.
-        remedy: What to do with such a file; ``{path}`` is the file.
-        matches: Return True for a file of this kind.
-    """
-
-    name: str
-    fact: str
-    remedy: str
-    matches: Callable[[_Content], bool]
+    name: str  # Short name
+    fact: str  # Predicate of a sentence about such a file
+    remedy: str  # Remedy for such a file; ``{path}`` is the file
+    matches: Callable[[_Content], bool]  # Returns True for a file of this kind
 
 
 def _starts(*magics: bytes, at: int = 0) -> Callable[[_Content], bool]:
@@ -157,7 +150,7 @@ KINDS: tuple[FileKind, ...] = (
 
 
 def kind_of(path: Path) -> FileKind | None:
-    """Return the kind of a file, with its sentences completed; None for an unknown kind, and for what can't be read."""
+    """Return the kind of a file, with its sentences completed; None for an unknown kind or an unreadable file."""
     try:
         if not path.is_file():
             return None

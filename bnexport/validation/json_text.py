@@ -1,4 +1,4 @@
-"""Untrusted JSON: one meaning only, and no more work than its size allows."""
+"""Strict parsing of untrusted JSON: a text has one meaning, and its cost is bounded by its size."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bnexport.files import Refusal
 from bnexport.optional import one_line
 from bnexport.validation.limits import limit, shown
 
-#: A string, closed or not: a pattern that could fail at the end would be tried again from every quote.
+#: A string, closed or not. A pattern that can fail at the end would be tried again from every quote.
 _STRING = re.compile(rb'"(?:[^"\\]|\\.)*+(?:"|\\?\Z)', re.DOTALL)
 _NESTING = re.compile(rb"[\[\]{}]")
 
@@ -21,8 +21,8 @@ _NESTING = re.compile(rb"[\[\]{}]")
 def parse_json(content: bytes, *, max_bytes: int) -> Any:
     """Parse UTF-8 JSON strictly.
 
-    A key that is there twice means one thing to one parser and another to the next, so it is refused; so are NaN,
-    Infinity and numbers beyond 64 bits, which are no JSON, and single surrogates, which can't be written again.
+    A repeated key is refused, because parsers disagree on its meaning. NaN and Infinity are refused, because they are not
+    JSON. Numbers beyond 64 bits, and single surrogates, which can't be written again, are refused too.
     """
     if len(content) > max_bytes:
         raise Refusal(f"has more than {max_bytes} bytes of JSON")
@@ -93,7 +93,7 @@ def _has_surrogate(text: str) -> bool:
     return "\\u" in text and any(found.group(1) for found in _ESCAPES.finditer(text))
 
 
-#: A whole pair, an escaped backslash (so that what follows is no escape), or a lone half, which is the group.
+#: A whole pair, an escaped backslash (the characters after it are not an escape), or a lone half, which is the group.
 _ESCAPES = re.compile(
     r"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|\\\\|(\\u[dD][89a-fA-F][0-9a-fA-F]{2})"
 )

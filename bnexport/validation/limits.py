@@ -14,9 +14,9 @@ from bnexport.files import Refusal
 class Limit(NamedTuple):
     """One row of LIMITS."""
 
-    value: int  # The largest number that passes
+    value: int  # Largest allowed number
     what: str  # Counted thing
-    reason: str  # Why this number
+    reason: str  # Reason for the number
 
 
 _KB, _MB, _GB = 2**10, 2**20, 2**30
@@ -93,7 +93,7 @@ def refusing(name: object, kind: type[BadInput], *, remedy: str) -> Iterator[Non
 
 
 def shown(name: str, limit: int = 80) -> str:
-    """Quote a foreign name for a sentence: without invisible characters, and cut if it is long."""
+    """Quote an untrusted name for a sentence, without invisible characters and cut if it is long."""
     text = repr(name) if name.isprintable() and name.isascii() else ascii(name)
     return text if len(text) <= limit else f"{text[: limit - 4]}...'"
 
@@ -107,8 +107,8 @@ def count_elements(sizes: Sequence[object]) -> int:
         raise Refusal(f"has a tensor with {len(sizes)} dimensions, more than {limit('onnx-rank')}")
     whole = [size for size in sizes if isinstance(size, int) and not isinstance(size, bool)]
     if len(whole) != len(sizes) or min(whole, default=0) < 0:
-        raise Refusal("has a tensor with a negative size, or with one that is no number")
-    # With a zero among them the product is 0, but engines multiply the others first.
+        raise Refusal("has a tensor with a negative size, or a size that is not a number")
+    # A zero makes the product 0, but engines multiply the other sizes first.
     if math.prod(max(size, 1) for size in whole) >= _INT64:
         raise Refusal("has a tensor whose sizes multiply beyond 64 bits")
     return math.prod(whole)

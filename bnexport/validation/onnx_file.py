@@ -34,7 +34,7 @@ def _many(message: str) -> MessageField:
 _TEXT, _TEXTS = MessageField(BYTES), MessageField(BYTES, many=True)
 _NUMBER, _NUMBERS = MessageField(VARINT), MessageField(VARINT, many=True)
 
-#: Message -> field number -> what it is. A field that is not here may come from a newer version: it is only skipped.
+#: Message -> field number -> field. Other fields may come from a newer version and are skipped.
 MESSAGES: dict[str, dict[int, MessageField]] = {
     "Model": {
         1: _NUMBER, 2: _TEXT, 3: _TEXT, 4: _TEXT, 5: _NUMBER, 6: _TEXT, 7: _one("Graph"), 8: _many("Opset"),
@@ -137,7 +137,7 @@ def check_calls(main: Counter[Call], functions: Mapping[Call, Counter[Call]]) ->
 
 
 def _expanded(nodes: Counter[Call], sizes: Mapping[Call, int]) -> int:
-    """Count the nodes after calls are replaced; the number is cut off, since a tower of calls has millions of digits."""
+    """Count the nodes after calls are replaced, up to a limit, because nested calls give numbers of millions of digits."""
     return min(sum(count * sizes.get(call, 1) for call, count in nodes.items()), 10**18)
 
 
@@ -155,14 +155,14 @@ class Outside:
 
 
 def _check_tensor(content: bytes, found: Mapping[int, list[Field]], name: str, outside: Outside) -> None:
-    """Refuse a tensor whose sizes, type and data do not belong together."""
+    """Refuse a tensor whose sizes, type and data do not match."""
     elements = count_elements(numbers(content, found.get(1, [])))
     number = found[2][0].value if 2 in found else 0
     kind = ELEMENTS.get(number)
     if kind is None:
         raise Refusal(f"has the tensor {shown(name)} of the unknown element type {number}")
     if 3 in found:
-        raise Refusal(f"has the tensor {shown(name)} in segments, which no reader puts together")
+        raise Refusal(f"has the tensor {shown(name)} in segments, which readers do not support")
     typed = sum(_entries(content, number, found[number]) for number in TYPED if number in found)
     location = found[14][0].value if 14 in found else 0
     if location == _EXTERNAL or (13 in found and location):
@@ -176,11 +176,11 @@ def _check_tensor(content: bytes, found: Mapping[int, list[Field]], name: str, o
     elif typed != _needed_entries(kind, elements) or (
         typed and not all(n in (kind.field,) for n in TYPED if n in found)
     ):
-        raise Refusal(f"says that the tensor {shown(name)} has {elements} elements; {typed} entries of data are there")
+        raise Refusal(f"declares {elements} elements for the tensor {shown(name)}, but has {typed} entries of data")
 
 
 def numbers(content: bytes, fields: Sequence[Field]) -> list[int]:
-    """Return a repeated int64, up to one number more than a tensor may have dimensions."""
+    """Return a repeated int64, at most one number more than the allowed dimensions of a tensor."""
     values: list[int] = []
     for field in fields:
         for value in read_packed(content, field):
@@ -199,7 +199,7 @@ def _check_raw(field: Field, kind: Element, elements: int, name: str) -> None:
     if not kind.bits:
         raise Refusal(f"has the tensor {shown(name)} of texts as raw bytes")
     if there != needed:
-        raise Refusal(f"says that the tensor {shown(name)} has {needed} bytes; {there} are there")
+        raise Refusal(f"declares {needed} bytes for the tensor {shown(name)}, but has {there}")
 
 
 def _entries(content: bytes, number: int, fields: Sequence[Field]) -> int:
@@ -217,7 +217,7 @@ def _entries(content: bytes, number: int, fields: Sequence[Field]) -> int:
                 raise Refusal("has a tensor whose packed numbers are cut off")
             total += length // width
         else:
-            # Each number ends with a byte below 128; taking those out counts them without a loop.
+            # Each number ends with a byte below 128, so the number of these bytes is counted, without a loop.
             total += length - len(content[field.start : field.end].translate(None, _LAST_BYTES))
     return total
 
@@ -234,7 +234,7 @@ def _check_outside(content: bytes, fields: Sequence[Field], name: str, needed: i
         raise Refusal(f"{what}, which {problem}")
     offset, length = _whole(entries.get("offset", "0"), what), _whole(entries.get("length", str(needed)), what)
     if length != needed:
-        raise Refusal(f"{what}, of which it says {length} bytes; its sizes need {needed}")
+        raise Refusal(f"{what} with {length} bytes; its sizes need {needed}")
     if outside.folder is None:
         return
     try:
@@ -242,13 +242,13 @@ def _check_outside(content: bytes, fields: Sequence[Field], name: str, needed: i
             raise Refusal(f"{what}, which is not inside its folder as a plain file: {found}")
         place = outside.folder / location
         if place.exists() and offset + length > place.stat().st_size:
-            raise Refusal(f"{what}, which can't be used: the file is shorter than the model says")
+            raise Refusal(f"{what}, which is shorter than the model declares")
     except OSError as error:
         raise Refusal(f"{what}, which can't be read: {one_line(error)}") from error
 
 
 def _texts(content: bytes, fields: Sequence[Field], name: str) -> dict[str, str]:
-    """Return key -> value; the same key twice would mean different files to different readers."""
+    """Return key -> value; refuse a repeated key, because readers disagree on its meaning."""
     entries: dict[str, str] = {}
     for field in fields:
         parts = {
@@ -261,7 +261,7 @@ def _texts(content: bytes, fields: Sequence[Field], name: str) -> dict[str, str]
         except UnicodeDecodeError as error:
             raise Refusal(f"keeps {shown(name)} in a file whose name is not UTF-8") from error
         if key in entries:
-            raise Refusal(f"keeps {shown(name)} in another file and tells {shown(key)} twice")
+            raise Refusal(f"keeps {shown(name)} in another file and states {shown(key)} twice")
         entries[key] = value
     return entries
 
@@ -282,11 +282,11 @@ def validate_onnx(content: bytes, *, folder: Path | None = None, inside: bool = 
 
     Args:
         content: The file.
-        folder: Folder for data files of the model; each named one must be a plain file in it, and long enough.
+        folder: Folder of the model's data files; each named file must be a plain file in it, and long enough.
         inside: Refuse any model that keeps data in other files.
 
     Raises:
-        Refusal: Why.
+        Refusal: The file is damaged or could do harm.
     """
     if len(content) > limit("onnx-bytes"):
         raise Refusal("has more than 2 GB, which protobuf can't read")
@@ -312,7 +312,7 @@ class _Scan:
         self._dense = 0
 
     def message(self, kind: str, start: int, end: int, depth: int) -> None:
-        """Walk through one message and those inside it."""
+        """Check one message and the messages inside it."""
         if depth > limit("onnx-depth"):
             raise Refusal(f"has messages more than {limit('onnx-depth')} levels deep")
         known, found = MESSAGES[kind], _Fields()
@@ -325,7 +325,7 @@ class _Scan:
             if (row := known.get(field.number)) is None:
                 continue
             _check_wire(kind, row, field)
-            if not row.many and field.number in found:  # protobuf would melt two into one, unseen by a walk
+            if not row.many and field.number in found:  # protobuf would merge the two, this walk does not
                 raise Refusal(f"has field {field.number} twice in one {kind} message")
             if field.number in _KEPT.get(kind, ()) or not row.many:
                 found.setdefault(field.number, []).append(field)
@@ -337,7 +337,7 @@ class _Scan:
             self._define(found, outer)
 
     def text(self, found: _Fields, number: int) -> str:
-        """Return a text field; protobuf reads bytes that are not UTF-8 in more than one way."""
+        """Return a text field; refuse bytes that are not UTF-8, because readers disagree on their meaning."""
         field = found.get(number)
         if field is None:
             return ""
@@ -361,7 +361,7 @@ class _Scan:
             raise Refusal(f"has sparse tensors of {self._dense} elements, more than {limit('onnx-dense')}")
 
     def shape(self, found: _Fields) -> None:
-        """Check the declared sizes of a value; -1 and 0 mean that a size is open."""
+        """Check the declared sizes of a value; -1 and 0 stand for an unknown size."""
         if len(found.get(1, [])) > limit("onnx-rank"):
             raise Refusal(f"declares a value with {len(found[1])} dimensions, more than {limit('onnx-rank')}")
         sizes = [
@@ -395,5 +395,5 @@ _CHECKS: dict[str, Callable[[_Scan, _Fields], None]] = {
     "Sparse": _Scan.sparse,
     "Shape": _Scan.shape,
 }
-#: Repeated fields that a check needs; the others are counted and forgotten.
+#: Repeated fields that a check needs; the others are only counted.
 _KEPT: dict[str, tuple[int, ...]] = {"Tensor": (1, 4, 5, 6, 7, 10, 11, 13), "Sparse": (3,), "Shape": (1,)}

@@ -1,4 +1,4 @@
-"""Names and places of files: what could lead out of a folder, or show one name and mean another."""
+"""Refusal of names and places of files that lead out of a folder, or that look like another name."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from pathlib import Path
 from bnexport.files import Refusal
 from bnexport.validation.limits import limit, shown
 
-#: Characters that look like a separator or a dot and are none: they make "..∕x" look like a path that it is not.
+#: Characters that look like a separator or a dot: "..∕x" is one name and looks like a path.
 LOOK_ALIKES = "\u2044\u2215\u2216\u29f5\u29f8\u29f9\ufe68\uff0f\uff3c\u2024\uff0e\u2025\u2026\ua789\uff1a"
 #: Names that Windows gives to devices in every folder, with any ending ("Naming Files, Paths, and Namespaces").
 DEVICES = frozenset(
     ["con", "prn", "aux", "nul", "conin$", "conout$"]
     + [f"{port}{digit}" for port in ("com", "lpt") for digit in "0123456789\u00b9\u00b2\u00b3"]
 )
-#: Categories of Unicode that show nothing, or something else than they are: controls, formats (among them what turns
-#: the direction of text), surrogates, private and unassigned ones, line and paragraph ends.
+#: Categories of Unicode with invisible or misleading characters: controls, formats (some reverse the direction of text),
+#: surrogates, private and unassigned characters, line and paragraph ends.
 HIDDEN = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
 
 
@@ -54,7 +54,7 @@ def _characters_problem(name: str) -> str | None:
         if char in LOOK_ALIKES:
             return f"has U+{ord(char):04X}, which looks like another character"
     if any(char in ':*?"<>|' for char in name):
-        return "has a character that Windows keeps for itself"
+        return "has a character that Windows reserves"
     return None if unicodedata.is_normalized("NFC", name) else "is not in Unicode's composed form (NFC)"
 
 
@@ -71,7 +71,7 @@ def _part_problem(part: str) -> str | None:
 
 
 def check_twins(names: Iterable[str]) -> None:
-    """Refuse names that are one file where a system ignores case."""
+    """Refuse different names that are one file on a system that ignores case."""
     seen: dict[str, str] = {}
     for name in names:
         other = seen.setdefault(unicodedata.normalize("NFKC", name).casefold(), name)
@@ -80,10 +80,10 @@ def check_twins(names: Iterable[str]) -> None:
 
 
 def place_problem(folder: Path, name: str) -> str | None:
-    """Return the reason why a file below a folder is not a separate plain file; None if it is one, or does not exist.
+    """Return the reason why a file below a folder is not a separate plain file; None if it is, or does not exist.
 
-    Every part of the way is looked at: a linked folder leads out as well as a linked file. A file with a second name
-    (a hard link) can be one from anywhere on the disk, and can be changed through the other name.
+    Every part of the path is checked, because a linked folder leads out as well as a linked file. A file with a second name
+    (a hard link) may be any file of the disk, and can be changed through its other name.
     """
     place = folder
     for part in name.split("/"):

@@ -59,9 +59,9 @@ WEIGHTS = _TENSORS | {
     "builtins.set",
     "builtins.complex",
 }
-#: Named as a type only: called with a number they would take so much memory.
+#: Allowed as types only: a call with a number would allocate that amount of memory.
 NOT_CALLED = frozenset({*STORAGES, "torch.Tensor"})
-#: What TorchScript's own reader builds lists and dictionaries with.
+#: Names in TorchScript's pickles: those of tensors, and the functions that build lists and dictionaries.
 SCRIPT = _TENSORS | {
     "torch.jit._pickle.build_intlist",
     "torch.jit._pickle.build_doublelist",
@@ -157,7 +157,7 @@ _INT64 = 2**63
 
 @dataclass(frozen=True)
 class Storage:
-    """The elements of a tensor: a file of the archive, or a part of one as PyTorch before 0.4 wrote it."""
+    """The elements of a tensor: a file of the archive, or a part of a file as PyTorch before 0.4 wrote it."""
 
     key: str
     numel: int
@@ -193,7 +193,7 @@ class Made:
         items: Values of a container; keys and values in turn of a mapping.
         arguments: Arguments of the call; empty for a container.
         depth: Levels of containers, itself included.
-        used: True once it lies inside another one: from then on it must not grow, or it could contain itself.
+        used: True once it is inside another container. It must not grow then, because it could contain itself.
     """
 
     __slots__ = ("arguments", "depth", "items", "kind", "used")
@@ -233,12 +233,12 @@ def read_pickle(content: bytes, vocabulary: Vocabulary) -> tuple[Any, list[Stora
     stream = io.BytesIO(content)
     value, storages = read_one_pickle(stream, vocabulary)
     if stream.tell() != len(content):
-        raise Refusal("holds a pickle with bytes behind its end")
+        raise Refusal("holds a pickle with bytes after its end")
     return value, storages
 
 
 def read_one_pickle(stream: io.BytesIO, vocabulary: Vocabulary) -> tuple[Any, list[Storage]]:
-    """Read one of several pickles in a row, as ``read_pickle`` does; the stream is behind the pickle afterwards."""
+    """Read one of several consecutive pickles, as ``read_pickle`` does, and leave the stream at its end."""
     steps = {**_STEPS, **_MODERN_STEPS} if vocabulary.modern else _STEPS
     machine = _Machine(vocabulary)
     for _ in range(limit("pickle-steps")):
@@ -279,7 +279,7 @@ class _Machine:
         self._stack.append(value)
 
     def put(self, place: int) -> None:
-        if place > limit("pickle-steps"):  # torch's reader makes room for every number below it
+        if place > limit("pickle-steps"):  # torch's reader allocates memory for every smaller number
             raise Refusal(f"holds a pickle that puts a value at the place {place}")
         self._memo[place] = self._top()
 

@@ -1,4 +1,4 @@
-"""The header of a safetensors file: every byte of data belongs to exactly one tensor, and none lies outside.
+"""Validation of the header of a safetensors file: every byte of data belongs to exactly one tensor.
 
 Source: github.com/huggingface/safetensors, "Format". The data are not read.
 """
@@ -32,7 +32,7 @@ def validate_safetensors(file: BinaryIO) -> Any:
         raise Refusal(f"has a header of {length} bytes, more than {limit('safetensors-header')}")
     header = parse_json(file.read(length), max_bytes=limit("safetensors-header"))
     if not isinstance(header, dict):
-        raise Refusal("has a header that is no table of tensors")
+        raise Refusal("has a header that is not a table of tensors")
     _check_metadata(header.get(_METADATA, {}))
     spans = [_span(name, entry) for name, entry in header.items() if name != _METADATA]
     _check_cover(sorted(spans), size - 8 - length)
@@ -47,12 +47,12 @@ def _check_metadata(metadata: Any) -> None:
 def _span(name: str, entry: Any) -> tuple[int, int, str]:
     """Return start and end of a tensor's bytes; the sizes must need exactly these bytes."""
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise Refusal(f"has an entry for {shown(name)} that is no type, sizes and place")
+        raise Refusal(f"has an entry for {shown(name)} that is not a type, sizes and a place")
     kind, shape, place = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(kind, str) or kind not in WIDTHS:
         raise Refusal(f"has {shown(name)} of the unknown element type {shown(str(kind))}")
     if not isinstance(shape, list) or not isinstance(place, list) or len(place) != 2:
-        raise Refusal(f"has an entry for {shown(name)} that is no type, sizes and place")
+        raise Refusal(f"has an entry for {shown(name)} that is not a type, sizes and a place")
     start, end = place
     if type(start) is not int or type(end) is not int or not 0 <= start <= end:
         raise Refusal(f"has {shown(name)} at an impossible place")
@@ -70,4 +70,4 @@ def _check_cover(spans: list[tuple[int, int, str]], size: int) -> None:
             raise Refusal(f"has {shown(name)} at a place that {what}")
         at = end
     if at != size:
-        raise Refusal(f"says that its tensors have {at} bytes; {size} are there")
+        raise Refusal(f"declares tensors of {at} bytes, but has {size}")

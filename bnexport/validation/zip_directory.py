@@ -22,7 +22,7 @@ STORED, DEFLATED = 0, 8
 _END, _LOCATOR, _END64 = b"PK\x05\x06", b"PK\x06\x07", b"PK\x06\x06"
 _CENTRAL = b"PK\x01\x02"
 _FULL16, _FULL32 = 0xFFFF, 0xFFFFFFFF
-#: Bits that may be set: strength of packing, sizes behind the data, names in UTF-8. Others mean encryption or patches.
+#: Bits that may be set: strength of packing, sizes after the data, names in UTF-8. Others mean encryption or patches.
 _FLAGS = 0x0006 | 0x0008 | 0x0800
 _SYMLINK, _KIND = 0o120000, 0o170000
 
@@ -70,7 +70,7 @@ def read_entry(file: BinaryIO, entry: Entry, max_bytes: int) -> bytes:
     if entry.method == DEFLATED:
         content = _inflated(content, entry)
     if len(content) != entry.size or zlib.crc32(content) != entry.crc:
-        raise Refusal(f"is damaged: {shown(entry.name)} does not have the size and checksum that the archive says")
+        raise Refusal(f"is damaged: {shown(entry.name)} does not have its declared size and checksum")
     return content
 
 
@@ -88,27 +88,27 @@ def read_start(file: BinaryIO, entry: Entry, count: int) -> bytes:
 def _inflated(content: bytes, entry: Entry) -> bytes:
     worker = zlib.decompressobj(-15)
     try:
-        # One byte more than promised, so that a longer stream shows; never the whole of a bomb.
+        # At most one byte more than declared: this detects a longer stream without unpacking a bomb.
         return worker.decompress(content, entry.size + 1)
     except zlib.error as error:
         raise Refusal(f"is damaged: {shown(entry.name)} can't be unpacked") from error
 
 
 def _find_table(file: BinaryIO, size: int) -> _Table:
-    """Find the table from the end record, which must be the very last bytes, and its 64-bit twin if there is one."""
+    """Find the table by the end record, which must be the last bytes of the file, and by a 64-bit end record if present."""
     tail_size = min(size, 98)
     file.seek(size - tail_size)
     tail = file.read(tail_size)
     if len(tail) < 22 or tail[-22:-18] != _END:
-        raise Refusal("is no whole zip archive: its end is missing, or something follows it")
+        raise Refusal("is not a whole zip archive: its end is missing, or something follows it")
     disk, first_disk, here, count, length, start, comment = struct.unpack("<4H2IH", tail[-18:])
     if disk or first_disk or here != count or comment:
         raise Refusal("is an archive in several parts, or one with a comment")
     end = size - 22
     if tail[-42:-38] == _LOCATOR:
         end, table = _wide_table(tail, size)
-        told = ((count, table.count, _FULL16), (length, table.size, _FULL32), (start, table.start, _FULL32))
-        if any(short not in (wide, full) for short, wide, full in told):
+        declared = ((count, table.count, _FULL16), (length, table.size, _FULL32), (start, table.start, _FULL32))
+        if any(short not in (wide, full) for short, wide, full in declared):
             raise Refusal("is an archive whose two end records differ")
     else:
         table = _Table(count, start, length)
@@ -117,7 +117,7 @@ def _find_table(file: BinaryIO, size: int) -> _Table:
     if table.size > limit("archive-directory"):
         raise Refusal(f"has a table of contents of {table.size} bytes, more than {limit('archive-directory')}")
     if table.start + table.size != end:
-        raise Refusal("is an archive whose table of contents is not where its end record says")
+        raise Refusal("is an archive whose table of contents is not at the place in its end record")
     return table
 
 
@@ -152,7 +152,7 @@ def _central_entries(table: bytes, count: int) -> Iterator[Entry]:
         yield Entry(name, method, crc, sizes[1], sizes[0], sizes[2])
         at = end
     if at != len(table):
-        raise Refusal("is an archive whose table of contents has more entries than its end record says")
+        raise Refusal("is an archive whose table of contents has more entries than its end record declares")
 
 
 def _name(raw: bytes) -> str:
@@ -175,7 +175,7 @@ def _check_kind(name: str, flags: int, method: int, mode: int) -> None:
 
 
 def _widened(name: str, extra: bytes, size: int, packed: int, header: int) -> tuple[int, int, int]:
-    """Return sizes and place, from the 64-bit extra field if a short one is full (APPNOTE 4.5.3)."""
+    """Return sizes and place, from the 64-bit extra field if a 32-bit field is full (APPNOTE 4.5.3)."""
     wide = b""
     at = 0
     while at + 4 <= len(extra):
@@ -197,7 +197,7 @@ def _widened(name: str, extra: bytes, size: int, packed: int, header: int) -> tu
 
 
 def _placed(file: BinaryIO, entries: list[Entry], end: int) -> list[Entry]:
-    """Return the entries with the start of their bytes; refuse those that overlap or leave room in front."""
+    """Return the entries with the start of their bytes; refuse overlaps, and bytes before the first entry."""
     order = sorted(entries, key=lambda entry: entry.header)
     if order[0].header != 0:
         raise Refusal("is an archive with foreign bytes in front")
@@ -205,7 +205,7 @@ def _placed(file: BinaryIO, entries: list[Entry], end: int) -> list[Entry]:
     for entry, follower in zip(order, [*order[1:], None], strict=True):
         start = _local_start(file, entry)
         if start + entry.packed > (end if follower is None else follower.header):
-            raise Refusal(f"is an archive in which {shown(entry.name)} overlaps what follows it")
+            raise Refusal(f"is an archive in which {shown(entry.name)} overlaps the next file")
         starts[entry.name] = start
     return [
         Entry(item.name, item.method, item.crc, item.packed, item.size, item.header, starts[item.name])
@@ -218,12 +218,12 @@ def _local_start(file: BinaryIO, entry: Entry) -> int:
     file.seek(entry.header)
     fixed = file.read(30)
     if len(fixed) < 30 or fixed[:4] != MAGIC:
-        raise Refusal(f"is an archive in which {shown(entry.name)} is not where the table of contents says")
+        raise Refusal(f"is an archive in which {shown(entry.name)} is not at the place in the table of contents")
     _, flags, method, _, _, _, packed, size, name_size, extra_size = struct.unpack("<5H3I2H", fixed[4:])
     if flags & ~_FLAGS or method != entry.method or file.read(name_size) != entry.name.encode():
         raise Refusal(f"is an archive that describes {shown(entry.name)} in two ways")
     behind = bool(flags & 0x0008) and packed == size == 0  # the sizes follow the data
     for local, central in ((packed, entry.packed), (size, entry.size)):
         if local not in (central, _FULL32) and not behind:
-            raise Refusal(f"is an archive that tells two sizes of {shown(entry.name)}")
+            raise Refusal(f"is an archive that declares two sizes of {shown(entry.name)}")
     return entry.header + 30 + int(name_size) + int(extra_size)

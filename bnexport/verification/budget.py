@@ -2,8 +2,8 @@
 
 It depends on multiplications and not on time, so two machines compare the same samples.
 
-A fault of a fold or a kernel changes the output of almost every sample, so the first few samples decide most stages. Counts of
-labels need many samples, which only small networks can afford in seconds.
+A fault of a fold or a kernel changes the output of almost every sample, so a few samples decide most stages. Counts of labels
+need many samples, which only small networks can afford in seconds.
 """
 
 from __future__ import annotations
@@ -12,43 +12,32 @@ from dataclasses import dataclass
 
 #: Multiplications that a batch of real images may cost. A BN-LeNet needs 2.8e5 per image, so all 10,000 test images fit.
 _REAL_WORK = 5e9
-#: The same for synthetic inputs, for each batch size, and for the repeated batch.
+#: Multiplications of synthetic inputs, of each batch size, and of the repeated batch.
 _SYNTHETIC_WORK = 2e9
-#: The same for evaluations in numpy: 2,000 images of a BN-LeNet, which take about a second.
+#: Multiplications of evaluations in numpy: 2,000 images of a BN-LeNet, which take about a second.
 _PROOF_WORK = 6e8
-#: Samples that a larger network gets nevertheless, by default and when thorough.
+#: Smallest number of samples of a larger network, by default and when thorough.
 _LEAST_REAL, _THOROUGH = 8, 16
 _LEAST_NOISE, _LEAST_ONE_HOT = 4, 1
 _MOST_NOISE, _MOST_ONE_HOT, _MOST_CONSTANT = 256, 784, 2
-#: The lead batch needs two samples: one alone can't show that samples are mixed up.
+#: The lead batch needs two samples: a single sample can't show that samples are mixed up.
 _LEAST_PROOF = 2
-#: Batch sizes whose answers are compared with those of the whole batch. The first two are always tried.
+#: Batch sizes whose answers are compared with those of the whole batch. The first two always are.
 _BATCH_SIZES, _ALWAYS = (1, 2, 7, 64), 2
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Maximum number of samples of each kind.
+    """Maximum number of samples of each kind."""
 
-    Attributes:
-        real: Test images of the data set, or the caller's samples.
-        noise: Standard normal noise.
-        one_hot: Samples with one element of 1.
-        constant: Samples of zeros, and of ones.
-        proof: Samples of the first batch that are evaluated in float64 and under an emulated precision.
-        proof_other: The same of every other batch.
-        batch_sizes: Batch sizes whose answers are compared with those of the whole batch.
-        repeat: Samples that are run a second time.
-    """
-
-    real: int
-    noise: int
-    one_hot: int
-    constant: int
-    proof: int
-    proof_other: int
-    batch_sizes: tuple[int, ...]
-    repeat: int
+    real: int  # Test images of the data set, or the caller's samples
+    noise: int  # Standard normal noise
+    one_hot: int  # Samples with one element of 1
+    constant: int  # Samples of zeros, and of ones
+    proof: int  # Samples of the first batch that are evaluated in float64 and under an emulated precision
+    proof_other: int  # Such samples of every other batch
+    batch_sizes: tuple[int, ...]  # Batch sizes whose answers are compared with those of the whole batch
+    repeat: int  # Samples that are run a second time
 
     @property
     def synthetic(self) -> int:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 #: Error that every layer may have, whatever its emulation predicts: the bound of strict float32.
 _FLOOR = 1e-5
-#: Stands for infinity and NaN, which JSON has no words for.
+#: Stands for infinity and NaN, which JSON can't represent.
 _MOST = sys.float_info.max
 
 
@@ -40,9 +40,9 @@ def layer_drift(
 ) -> tuple[LayerDrift, ...]:
     """Compare the output of every linear layer on a runtime, for few samples, with its value in float64 and under emulation.
 
-    The runtime gets a copy of model.onnx that also outputs these values. The extra outputs can keep it from fusing operators,
-    so the numbers are a diagnosis and not a verdict. Both sides use the weights of this file, whose faults only the file proof
-    finds. A layer with a value that is not finite has the largest float as its error.
+    The runtime gets a copy of model.onnx that also outputs these values. The extra outputs can keep the runtime from fusing
+    operators, so the numbers are a diagnosis and not a verdict. Both sides use the weights of this file; only the file proof
+    finds faults in the weights. A layer with a value that is not finite has the largest float as its error.
 
     Raises:
         BundleError: The file can't be evaluated, or the runtime can't output its values.
@@ -51,7 +51,7 @@ def layer_drift(
     """
     if spec.file != MODEL_ONNX:
         raise UsageError(
-            f"the layers of {spec.name} can't be looked at: it reads {spec.file}",
+            f"the layers of {spec.name} can't be compared: it reads {spec.file}",
             remedy=f"Use one that reads {MODEL_ONNX}",
         )
     model = read_model(bundle.file(MODEL_ONNX))
@@ -104,7 +104,7 @@ def _element_types(model: ModelProto) -> dict[str, str]:
     types = {name: named(usual) for node in model.graph.node for name in node.output}
     try:
         inferred = shape_inference.infer_shapes(model)
-    except Exception:  # what the weights say is a fair guess, and the runtime refuses a wrong one
+    except Exception:  # the type of the weights is a fair guess, and the runtime refuses a wrong one
         return types
     known = (*inferred.graph.value_info, *inferred.graph.output)
     return types | {
@@ -130,18 +130,18 @@ def _run(
         outputs[name] = wanted[name]
         element = helper.np_dtype_to_tensor_dtype(np.dtype(wanted[name].dtype))
         copy.graph.output.append(helper.make_tensor_value_info(name, element, list(wanted[name].shape)))
-    told = replace(bundle.manifest, signature=Signature(bundle.manifest.signature.inputs, tuple(outputs.values())))
+    manifest = replace(bundle.manifest, signature=Signature(bundle.manifest.signature.inputs, tuple(outputs.values())))
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / MODEL_ONNX).write_bytes(copy.SerializeToString())
-        with spec.open(seal(Path(folder), told), settings=settings) as runner:
+        with spec.open(seal(Path(folder), manifest), settings=settings) as runner:
             return runner.run(feeds)
 
 
 def _compared(name: str, operator: str, given: Array, exact: Array, emulated: Array) -> LayerDrift:
-    there = np.isfinite(exact)  # what the file itself makes infinite tells nothing of the runtime
+    there = np.isfinite(exact)  # values that are infinite in float64, too, are no fault of the runtime
     of = scale(exact[there]) if there.any() else 1.0
     error, predicted = (_largest(value[there], exact[there]) / of for value in (given, emulated))
-    left = not error <= min(_MOST, max(_FLOOR, FACTOR * predicted))  # infinity has left whatever was predicted
+    left = not error <= min(_MOST, max(_FLOOR, FACTOR * predicted))  # infinity exceeds every prediction
     return LayerDrift(name, operator, min(error, _MOST), min(predicted, _MOST), left)
 
 

@@ -1,6 +1,6 @@
-"""Everything that a verification needs before any engine runs: files, the original's answers, inputs, predictions.
+"""Collect all that a verification needs before any engine runs: files, the original's answers, inputs, predictions.
 
-Only files whose hash holds are opened. The original is evaluated once for each input, and inputs of one size in one go.
+Only files whose hash holds are opened. The original is evaluated once for each input, and inputs of one size in one call.
 """
 
 from __future__ import annotations
@@ -52,48 +52,31 @@ _SAME_IMAGE = 0.01
 
 @dataclass(frozen=True)
 class Evidence:
-    """The inputs of a verification with their right answers, and the checks that were made while they were prepared.
-
-    Attributes:
-        module: The live original network, if its author gave it.
-        problems: File of the bundle -> why it must not be opened; None for a file whose hash holds.
-        model: model.onnx as read, of an int8 bundle its float32 original; None when it can't be read here.
-        int8: model.onnx of an int8 bundle; None for others.
-        cost: Multiplications per sample.
-        budget: Number of samples of each kind.
-        golden: The golden vectors; None when they can't be read.
-        cases: The batches of stages 2 and 3, real images first.
-        sizes: The batch whose first samples are run in other batch sizes; None when the batch dimension is fixed.
-        empty: Zero samples have to work.
-        labels: True classes of the first batch, int64 (n,); None without.
-        forecast: Predicts the noise of precisions.
-        rows: The checks so far.
-        skipped: Part -> why it was not checked.
-        waived: Required stage -> why it can't be run here, and what replaces it.
-        reference: Description of the reference.
-        inputs: Description of the real inputs, or the reason why there are none.
-        accuracy: Accuracy of the reference on labelled samples, ``{"dataset", "n", "correct"}``, with mean and deviation of the
-            "first_image" as an input; empty without.
-    """
+    """The inputs of a verification with their right answers, and the checks that were made while they were prepared."""
 
     bundle: Bundle
-    module: nn.Module | None
+    module: nn.Module | None  # The live original network, if the caller gave it
+    #: File of the bundle -> why it must not be opened; None for a file whose hash holds
     problems: Mapping[str, str | None]
+    #: model.onnx as read, of an int8 bundle its float32 original; None when it can't be read here
     model: ModelProto | None
-    int8: ModelProto | None
-    cost: int
-    budget: Budget
-    golden: Case | None
-    cases: tuple[Case, ...]
+    int8: ModelProto | None  # model.onnx of an int8 bundle; None for others
+    cost: int  # Multiplications per sample
+    budget: Budget  # Number of samples of each kind
+    golden: Case | None  # The golden vectors; None when they can't be read
+    cases: tuple[Case, ...]  # The batches of stages 2 and 3, real images first
+    #: The batch whose first samples are run in other batch sizes; None when the batch dimension is fixed
     sizes: Batch | None
-    empty: bool
-    labels: Any
-    forecast: Forecast
-    rows: tuple[Row, ...]
-    skipped: Mapping[str, str]
-    waived: Mapping[str, str]
-    reference: str
-    inputs: str
+    empty: bool  # Zero samples have to work
+    labels: Any  # True classes of the first batch, int64 (n,); None without
+    forecast: Forecast  # Predicts the noise of precisions
+    rows: tuple[Row, ...]  # The checks so far
+    skipped: Mapping[str, str]  # Part -> why it was not checked
+    waived: Mapping[str, str]  # Required stage -> why it can't be run here, and what replaces it
+    reference: str  # Description of the reference
+    inputs: str  # Description of the real inputs, or the reason why there are none
+    #: Accuracy of the reference on labelled samples, ``{"dataset", "n", "correct"}``, with mean and deviation of the
+    #: "first_image" as an input; empty without
     accuracy: Mapping[str, Any]
 
     @property
@@ -115,7 +98,7 @@ class Evidence:
         if not any(map(has_labels, self.cases[0].expected.values())):
             return ()
         return (
-            "the inputs are synthetic: how many labels change on noise says little of real samples; "
+            "the inputs are synthetic: the number of labels that change on noise is not that of real samples; "
             "give real ones with --dataset",
         )
 
@@ -200,7 +183,7 @@ def file_checks(evidence: Evidence) -> tuple[list[Row], dict[str, str]]:
         rows += int8_file_rows(evidence.bundle, evidence.model, evidence.int8)
     for name in TORCH_PROOFS:
         if evidence.changed(name) is not None:
-            continue  # it was not written, or its runtime's row says what is wrong
+            continue  # it was not written, or the check of its runtime states the fault
         try:
             fronts = [forecast.front(case) for case in cases]
             rows += format_rows(evidence.bundle, name, fronts, model=evidence.model, rounding=forecast.rounding)
@@ -218,13 +201,13 @@ def coverage(evidence: Evidence, rows: Sequence[Row]) -> str:
     kinds = ", ".join(f"{case.batch.n} {case.batch.name}" for case in evidence.cases)
     sizes = ", ".join(map(str, evidence.budget.batch_sizes))
     proof = sum(evidence.forecast.front(case).batch.n for case in evidence.cases)
-    told = f"each runtime: {kinds}; batch sizes {sizes}" if evidence.sizes is not None else f"each runtime: {kinds}"
+    text = f"each runtime: {kinds}; batch sizes {sizes}" if evidence.sizes is not None else f"each runtime: {kinds}"
     if not rows:
-        told = f"inputs: {kinds}"
-    told += f"; float64 proofs: {proof}"
+        text = f"inputs: {kinds}"
+    text += f"; float64 proofs: {proof}"
     more = budget_of(evidence.cost, thorough=True, given=True)
     times = more.synthetic / evidence.budget.synthetic
-    return told if times < 1.05 else f"{told}; --thorough compares {times:.1f} times as many synthetic samples"
+    return text if times < 1.05 else f"{text}; --thorough compares {times:.1f} times as many synthetic samples"
 
 
 def _changed(problems: Mapping[str, str | None], name: str) -> str | None:
@@ -232,7 +215,7 @@ def _changed(problems: Mapping[str, str | None], name: str) -> str | None:
 
 
 def _golden(bundle: Bundle, problems: Mapping[str, str | None]) -> tuple[Case | None, list[Row]]:
-    """Return the golden vectors, or the failed row that says why they can't be used."""
+    """Return the golden vectors, or a failed check with the reason why they can't be used."""
     found = [problem for name, problem in problems.items() if name.startswith(f"{GOLDEN}/") and problem is not None]
     if found:
         return None, [failed("golden", GOLDEN, "open", f"{found[0]}, so it was not opened")]
@@ -261,12 +244,12 @@ def _model(
 
 def _proof_at_export(bundle: Bundle) -> tuple[list[Row], dict[str, str]]:
     """Use the manifest, whose digest holds, in place of the proof without onnx; a bundle that was never proved fails."""
-    told = "the float64 proof was not repeated here: onnx is not installed"
+    text = "the float64 proof was not repeated here: onnx is not installed"
     error = _error_at_export(bundle)
     if error is None:
-        reason = f"{told}; the manifest holds no proof from export that passes"
+        reason = f"{text}; the manifest holds no proof from export that passes"
         return [failed("file-proof", MODEL_ONNX, "open", reason)], {}
-    return [], {"file-proof": f"{told}; at export it was {error:.1e} of scale (manifest, whose digest holds)"}
+    return [], {"file-proof": f"{text}; at export it was {error:.1e} of scale (manifest, whose digest holds)"}
 
 
 def _error_at_export(bundle: Bundle) -> float | None:
@@ -277,7 +260,7 @@ def _error_at_export(bundle: Bundle) -> float | None:
         for row in (rows if isinstance(rows, list) else ())
         if isinstance(row, dict) and row.get("stage") == "file-proof" and row.get("subject") == proved_file(bundle)
     ]
-    bounds = {"float32": TOLERANCES["file-proof"].bound}  # in half precision the bound is the manifest's own word
+    bounds = {"float32": TOLERANCES["file-proof"].bound}  # in half precision the manifest states the bound
     known = [error for error in errors if isinstance(error, float)]
     if not known or len(known) < len(errors):
         return None
@@ -344,7 +327,7 @@ class _Answered:
     """Inputs with the original's answers; the attributes are those of ``Evidence``."""
 
     cases: tuple[Case, ...] = ()
-    inputs: str = "golden vectors alone: they are all that is known here of the original network"
+    inputs: str = "golden vectors alone: nothing else represents the original network here"
     labels: Any = None
     empty: bool = False
     rows: Sequence[Row] = ()

@@ -24,38 +24,31 @@ if TYPE_CHECKING:
 
 #: Error over prediction that passes. A prediction is one draw of the same roundings in another order of summation.
 FACTOR = 3.0
-#: Share of the noise of approximated functions that counts as predicted, so that 1.5 times that noise passes. It is already the
-#: largest of several draws, each with the largest error of the engine; the noise of rounding is one draw.
+#: Share of the noise of approximated functions that counts as predicted, so that 1.5 times that noise passes. That
+#: noise is already the largest of several draws, each with the engine's largest error; the noise of rounding is one draw.
 FUNCTIONS = 0.5
 #: Samples on which the rounding of weights is measured: each needs several evaluations of the model.
 _ROUNDED = 64
-#: Samples of a batch on which the noise is predicted before it fails.
+#: Number of samples of a batch on which the noise is predicted before the batch fails.
 _ALL = 16
-#: Samples below which a batch's own noise is no bound.
+#: A batch with fewer samples is also bounded by the noise of the first batch.
 _FEW = 8
-#: Samples that are evaluated of each batch from which on another evaluation takes no time worth mention.
+#: An optional evaluation is cheap if the budget allows at least this number of samples.
 _CHEAP = 64
-#: Draws of random errors, where one is not enough; relative change of the inputs from one to the next.
+#: Number of draws of random errors; relative change of the inputs from one draw to the next.
 _DRAWS, _NUDGE = 3, 2.0**-12
 
 
 @dataclass(frozen=True)
 class Emulated:
-    """The front of a batch under an emulated precision; as many samples as time allows (n).
-
-    Attributes:
-        outputs: Output name -> (n, ...).
-        exact: The same of the file in float64. Only this precision causes the difference.
-        error: max |outputs - exact| / scale; infinite where the precision overflows.
-        rms: Root mean square of outputs - exact, over scale.
-        flips: Labels that differ from those of the file in float64; None where no output is one score per class.
-    """
+    """The front of a batch under an emulated precision; as many samples as time allows (n)."""
 
     n: int
-    outputs: Mapping[str, Array]
-    exact: Mapping[str, Array]
-    error: float
-    rms: float
+    outputs: Mapping[str, Array]  # Output name -> (n, ...)
+    exact: Mapping[str, Array]  # Outputs of the file in float64; only the precision differs
+    error: float  # max |outputs - exact| / scale; infinite where the precision overflows
+    rms: float  # Root mean square of outputs - exact, over scale
+    #: Labels that differ from those of the file in float64; None where no output is one score per class
     flips: int | None
 
 
@@ -83,7 +76,7 @@ class Forecast:
     Args:
         model: model.onnx as read; None when it can't be read here, so that only ``recorded`` predictions remain.
         cases: The batches of the verification. The first is the lead: its noise counts for smaller batches where it is
-            larger, since the largest error of a few samples says little about other roundings.
+            larger, since the largest error of a few samples does not bound other roundings.
         budget: Number of samples that are evaluated of the lead and of each other batch.
         varies: The batch dimension is free, so that a batch may be cut and joined to others.
         stored: Precision of the file's weights.
@@ -143,7 +136,7 @@ class Forecast:
             ProofError: The evaluation left float64.
         """
         if case.batch.name not in self._exact:
-            assert self._model is not None, "ask possible first"
+            assert self._model is not None, "the model must be readable"
             self._evaluator = self._evaluator or Float64Evaluator(self._model)
             named = {item.batch.name: item for item in (*self._cases, case)}
             fronts = [self.front(item).batch for item in named.values()]
@@ -157,8 +150,8 @@ class Forecast:
     def rounding(self, case: Case, *, always: bool = False) -> float | None:
         """Return the change of the outputs, of scale, by rounding the weights to the file's type; None for float32.
 
-        In float32 the fixed bound of the proof covers it, but for networks that turn the last digit of a weight into much of
-        their output: for these it is measured (``always``). In half precision it is most of the error of every network.
+        In float32 the fixed bound of the proof covers this change. A few networks turn the last digit of a weight into much of
+        their output; for these the change is measured (``always``). In half precision it is most of the error of every network.
         """
         if self._model is None or (self._stored == "float32" and not always):
             return None
@@ -171,8 +164,8 @@ class Forecast:
     def noise(self, precision: str, case: Case, *, on_all: bool = False) -> float | None:
         """Return the predicted max |candidate - reference| / scale of a batch; None when nothing is known.
 
-        The largest error of two samples says little of that of five. So a batch that would fail is judged by the noise of
-        ``on_all`` its samples, at most 16.
+        The largest error of two samples does not bound that of five. So a batch that would fail is judged by the noise of all
+        its samples (``on_all``), at most 16.
         """
         found = self.emulated(precision, case)
         if found is None:
@@ -183,7 +176,7 @@ class Forecast:
             error = max(error, 0.0 if lead is None else lead.error)
         if on_all:
             error = max(error, self._noise_on_all(precision, case, found))
-        if not np.isfinite(error):  # values that are no numbers have no rounding that could be measured
+        if not np.isfinite(error):  # the rounding of infinite values can't be measured
             return error
         return error + (self.rounding(case) or 0.0)
 

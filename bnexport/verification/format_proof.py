@@ -29,10 +29,10 @@ TORCH_PROOFS = (MODEL_TORCHSCRIPT, MODEL_EXPORTED)
 def weights_row(model: ModelProto, name: str, tensors: Sequence[Tensor]) -> Row:
     """Look for every weight and bias of model.onnx's linear operators among the tensors of a file of another format.
 
-    A tensor is identified by its type, its number of elements and its bits; where that finds none, by the bits in sorted order,
-    so that a transposed one is found. The other stages check the places of elements. Equal tensors (biases of zeros) may be
-    one: TorchScript stores equal constants once. A bias of zeros may be missing: the ONNX exporter writes one for some layers
-    that have none.
+    A tensor is identified by its type, its number of elements and its bits; or else by the bits in sorted order,
+    so that a transposed tensor matches. The other stages check the order of elements. Equal tensors (biases of zeros) may be
+    stored once, as TorchScript does. A bias of zeros may be missing: the ONNX exporter writes one for some layers without a
+    bias.
     """
     from onnx import numpy_helper
 
@@ -49,7 +49,7 @@ def weights_row(model: ModelProto, name: str, tensors: Sequence[Tensor]) -> Row:
     elif missing:
         named = ", ".join(map(repr, list(missing)[:3]))
         reason = f"{len(missing)} of {len(listed)} tensors are not the same in {name}: {named}"
-    # A network without a single weight has nothing that could differ.
+    # A network without weights passes.
     return Row("weights", name, "bits", not missing, reason, n=len(listed))
 
 

@@ -79,7 +79,7 @@ def _need_reference(bundle: Bundle, option: str, module: nn.Module | None) -> No
         return
     require("torch", purpose=f"{option}, which needs the original network in float64,")
     raise UsageError(
-        f"{option} gives images, and there is no original network to compare on them: it is one {why}",
+        f"{option} gives images, but the original network is missing: it is one {why}",
         remedy="Give the original network with --source FILE.py:FACTORY",
     )
 
@@ -89,8 +89,8 @@ def judge_accuracy(
 ) -> tuple[dict[str, Any], list[Row]]:
     """Return facts to record, and the failed or accepted check of a reference at or below chance (``data.classes``).
 
-    At or below chance, the labels, the preprocessing or the weights are wrong. There is no check where the accuracy is above
-    chance, or the first output is not one score for each class of the network.
+    At or below chance, the labels, the preprocessing or the weights are wrong. No check is made if the accuracy is above
+    chance, or if the first output is not one score for each class of the network.
 
     Args:
         manifest: The bundle's manifest.
@@ -120,8 +120,8 @@ def judge_accuracy(
 def full_check(bundle: Bundle, path: str | Path) -> tuple[str, str]:
     """Return the options that a verification without the original network lacks, and the command of the full check.
 
-    The command names the source and the data set that the manifest states. They come from the bundle: nothing of them is run
-    or read before the user repeats them. Both texts are empty where no option gives the original network.
+    The command names the source and the data set that the manifest states. They come from the bundle: neither is run
+    or read before the user repeats the command. Both texts are empty where no option gives the original network.
     """
     manifest = bundle.manifest
     if WEIGHTS not in manifest.files or not installed("torch"):

@@ -67,7 +67,7 @@ def build_suite(
 ) -> Suite:
     """Build a bundle's inputs within the budget, from the caller's samples or the data set's test images.
 
-    The golden inputs supply the sizes of dimensions that vary, and valid values of integer inputs. Nothing is downloaded.
+    The golden inputs give the sizes of dimensions that vary, and valid values of integer inputs. Nothing is downloaded.
 
     Raises:
         DataError: ``data_dir`` was given and does not hold the data set, or there are fewer samples than a fixed batch.
@@ -76,10 +76,10 @@ def build_suite(
     fixed = specs[0].shape[0] if isinstance(specs[0].shape[0], int) else None
     dataset = manifest.dataset
     if samples is not None:
-        batches, labels, told = _given(samples, budget.real, fixed)
+        batches, labels, description = _given(samples, budget.real, fixed)
         dataset = samples.described
     else:
-        images, labels, told = _images(manifest, data_dir, budget.real if fixed is None else fixed)
+        images, labels, description = _images(manifest, data_dir, budget.real if fixed is None else fixed)
         batches = [] if images is None or len(images) < (fixed or 1) else [Batch("images", {specs[0].name: images})]
     for name, size, fill in (
         ("noise", budget.noise, _noise),
@@ -93,7 +93,7 @@ def build_suite(
         n = fixed or size
         batches.append(Batch(name, {spec.name: _filled(fill, spec, golden[spec.name], n, rng) for spec in specs}))
     real = bool(batches) and batches[0].name in REAL
-    return Suite(tuple(batches), told, labels if real else None, dataset)
+    return Suite(tuple(batches), description, labels if real else None, dataset)
 
 
 def other_sized_batches(signature: Signature, golden: Mapping[str, Array], *, seed: int) -> Iterator[Batch]:
@@ -162,9 +162,9 @@ def _given(samples: Samples, limit: int, fixed: int | None) -> tuple[list[Batch]
             f"{samples.described} are fewer than the {fixed} of one batch", remedy="Give at least that many samples"
         )
     n = fixed or min(there, limit)
-    told = samples.described if n == there else f"the first {n} of {samples.described}"
+    description = samples.described if n == there else f"the first {n} of {samples.described}"
     labels = None if samples.labels is None else samples.labels[:n]
-    return [Batch("samples", samples.feeds).head(n)], labels, told
+    return [Batch("samples", samples.feeds).head(n)], labels, description
 
 
 def _images(manifest: Manifest, data_dir: str | Path | None, limit: int) -> tuple[Array | None, Array | None, str]:
@@ -174,10 +174,12 @@ def _images(manifest: Manifest, data_dir: str | Path | None, limit: int) -> tupl
         UsageError: The data set's classes are not the bundle's, or ``data_dir`` was given and there are no images.
         DataError: ``data_dir`` was given and does not hold the data set.
     """
-    images, labels, told = _found_images(manifest, data_dir, limit)
+    images, labels, description = _found_images(manifest, data_dir, limit)
     if images is None and data_dir is not None:
-        raise UsageError(f"the images in {data_dir} can't be used: {told}", remedy="Leave --data-dir and --dataset out")
-    return images, labels, told
+        raise UsageError(
+            f"the images in {data_dir} can't be used: {description}", remedy="Leave --data-dir and --dataset out"
+        )
+    return images, labels, description
 
 
 def _found_images(
@@ -185,9 +187,9 @@ def _found_images(
 ) -> tuple[Array | None, Array | None, str]:
     name = manifest.dataset
     if name is None:
-        return None, None, "no real images: the bundle names no data set that bnexport knows"
+        return None, None, "no real images: the bundle names no data set"
     if manifest.preprocessing is None or len(manifest.signature.inputs) != 1:
-        return None, None, f"no real images: the bundle does not say how an image of {name} becomes an input"
+        return None, None, f"no real images: the bundle has no preprocessing for an image of {name}"
     from bnexport.data.classes import check_classes
     from bnexport.data.dataset_table import folder_of, is_dataset
     from bnexport.data.datasets import dataset_labels, load_test_images
@@ -195,9 +197,9 @@ def _found_images(
     from bnexport.data.preprocessing import Preprocessing
 
     if not is_dataset(name):
-        return None, None, f"no real images: {name} is not a data set that bnexport knows"
+        return None, None, f"no real images: {name} is not a data set of bnexport"
     if data_dir is None and folder_of(name) is not None:
-        return None, None, "no real images: a bundle may name any folder, so its images are read where --data-dir says"
+        return None, None, "no real images: a bundle may name any folder, so its images are read only with --data-dir"
     try:
         preprocessing = Preprocessing.from_json(manifest.preprocessing)
         classes = dataset_labels(name, data_dir=data_dir)
@@ -206,7 +208,7 @@ def _found_images(
     except BnexportError:
         if data_dir is not None:
             raise
-        # Not the error's own words: they name folders of this machine, and this text travels in the bundle.
+        # The error's message is left out: it names folders of this machine, and this text becomes part of the bundle.
         return None, None, f"no real images: {name} can't be read here; BNEXPORT_DATA or --data-dir names its folder"
     check_classes(manifest.classes, classes, dataset=name, scores=score_count(manifest.signature))
     spec = manifest.signature.inputs[0]
@@ -269,7 +271,7 @@ def each_once(
 def _in_one_call(
     batches: Sequence[Batch], members: Sequence[int], evaluate: Callable[[Mapping[str, Array]], Mapping[str, Array]]
 ) -> dict[int, Outputs | BnexportError]:
-    """Evaluate batches of one sample shape together, or one by one where an error must be told apart."""
+    """Evaluate batches of one sample shape together, or one by one to find the batch that raises an error."""
     n = sum(batch.n for batch in batches)
     try:
         feeds = {name: np.concatenate([batch.feeds[name] for batch in batches]) for name in batches[0].feeds}

@@ -1,4 +1,4 @@
-"""What a verification does for int8 files alone: calibration inputs, the file proof, kernels against emulation, labels.
+"""The parts of a verification for int8 files alone: calibration inputs, the file proof, kernels against emulation, labels.
 
 A float32 file has one right answer for each input, up to rounding. An int8 file has two: what the file states, which integer
 kernels compute up to a last bit, and what the network computes, from which the file differs by noise. So the strict stage
@@ -44,13 +44,13 @@ if TYPE_CHECKING:
 
 #: Samples of a calibration; the ranges of a BN-LeNet do not change beyond.
 _CALIBRATION = 1000
-#: Runs of each file by which their times are compared; the shortest counts.
+#: Number of timed runs of each file; the shortest times are compared.
 _ROUNDS = 15
-#: Layers that are named.
+#: Number of layers that a note names.
 _SHOWN = 4
 #: Draws of the noise by which the expected number of changed labels is estimated.
 _DRAWS = 10
-#: More changed labels than this many times the expected number fail, where that is no accident.
+#: More changed labels than this multiple of the expected number fail, if the excess is statistically significant.
 _TIMES, _SIGNIFICANT = 2.0, 0.01
 
 
@@ -66,7 +66,7 @@ def record_of(manifest: Manifest) -> Mapping[str, Any]:
 
 
 def int8_notes(record: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return what a reader of an int8 bundle's report should know; nothing for other bundles."""
+    """Return the notes for the report of an int8 bundle; an empty tuple for other bundles."""
     if not record:
         return ()
     kept = record.get("kept_in_float", {})
@@ -86,13 +86,13 @@ def speed_note(folder: Path, manifest: Manifest, feeds: Mapping[str, Array]) -> 
         return ""
     settings, fixed = RunSettings(threads=1), isinstance(manifest.signature.inputs[0].shape[0], int)
     given = {name: array if fixed else array[:1] for name, array in feeds.items()}
-    with contextlib.suppress(BnexportError), contextlib.ExitStack() as stack:  # the verdict says what fails
+    with contextlib.suppress(BnexportError), contextlib.ExitStack() as stack:  # the verdict reports what fails
         runners = [
             stack.enter_context(OnnxRuntimeRunner(folder / name, manifest.signature, settings=settings))
             for name in (MODEL_FLOAT32, MODEL_ONNX)
         ]
         times: tuple[list[float], list[float]] = ([], [])
-        for _ in range(_ROUNDS):  # in turn, so that other work on the machine meets both
+        for _ in range(_ROUNDS):  # in turn, so that other load on the machine affects both
             for runner, taken in zip(runners, times, strict=True):
                 start = time.perf_counter()
                 runner.run(given)
@@ -180,7 +180,7 @@ def within(manifest: Manifest, batch: Batch) -> Batch:
 def within_range(manifest: Manifest, feeds: Mapping[str, Array]) -> dict[str, Array]:
     """Return inputs cut to the ranges that an int8 file represents; other bundles' inputs are unchanged.
 
-    Noise beyond the pixels' range shows the file's clipping and hides everything else.
+    Noise beyond the pixels' range would measure the file's clipping and hide other errors.
     """
     return within_range_of(record_of(manifest), feeds)
 
@@ -197,7 +197,7 @@ def within_range_of(record: Mapping[str, Any], feeds: Mapping[str, Array]) -> di
 def int8_file_rows(bundle: Bundle, float_model: ModelProto | None, int8_model: ModelProto | None) -> list[Row]:
     """Return the file proof: one row of the stage "quantization" for each kind of number."""
     if int8_model is None:
-        return []  # its own row says why
+        return []  # another check states why
     if float_model is None:
         return [
             failed("quantization", MODEL_ONNX, "structure", f"{MODEL_FLOAT32} can't be read, so nothing was compared")
@@ -234,13 +234,13 @@ def labels_row(
     rng = np.random.default_rng(0)
     drawn = [(expected + errors[rng.integers(0, len(errors), n)]).argmax(axis=1) != labels for _ in range(_DRAWS)]
     likely = float(np.mean(drawn)) * n
-    told = f"{flips} of {n} labels changed, {likely:.3g} expected from the margins"
+    reason = f"{flips} of {n} labels changed, {likely:.3g} expected from the margins"
     if allowed is not None:
-        passed, told = flips <= allowed * n, f"{told}, {allowed:.3g} of all allowed (--allow-flips)"
+        passed, reason = flips <= allowed * n, f"{reason}, {allowed:.3g} of all allowed (--allow-flips)"
     else:
         passed = flips <= _TIMES * likely or _at_least(flips, _TIMES * likely) >= _SIGNIFICANT
-        told += "" if passed else f": more than {_TIMES:g} times as many"
-    return Row("labels", subject, case, passed, told, n=n)
+        reason += "" if passed else f": more than {_TIMES:g} times as many"
+    return Row("labels", subject, case, passed, reason, n=n)
 
 
 def _at_least(count: int, mean: float) -> float:

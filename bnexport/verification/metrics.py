@@ -15,24 +15,17 @@ from bnexport.verification.verdict import FlippedSample, Flips
 
 @dataclass(frozen=True)
 class Measurement:
-    """Distance of a candidate from its reference.
+    """Distance of a candidate from its reference."""
 
-    Attributes:
-        error: max |candidate - reference| / scale of the worst output; scale is max |reference|, or 1 (so that the error is
-            absolute) where a reference is all zeros.
-        max_abs: max |candidate - reference|.
-        rms: Root mean square of candidate - reference, of the worst output.
-        n: Samples compared.
-        problem: Why the numbers mean nothing (missing output, other shape, nothing to compare, not finite); else "".
-        flips: Top-1 labels of the first output that holds one score per class; None without one.
-    """
-
+    #: max |candidate - reference| / scale of the worst output; scale is max |reference|, or 1 (so that the error is
+    #: absolute) where a reference is all zeros
     error: float = 0.0
-    max_abs: float = 0.0
-    rms: float = 0.0
-    n: int = 0
+    max_abs: float = 0.0  # max |candidate - reference|
+    rms: float = 0.0  # Root mean square of candidate - reference, of the worst output
+    n: int = 0  # Samples compared
+    #: Reason why the numbers mean nothing (missing output, other shape, nothing to compare, not finite); else ""
     problem: str = ""
-    flips: Flips | None = None
+    flips: Flips | None = None  # Top-1 labels of the first output that holds one score per class; None without one
 
 
 def measure(
@@ -47,7 +40,7 @@ def measure(
     ``bound``, the allowed error of scale, is for the margin certificate of the labels.
     """
     if not reference:
-        return Measurement(problem="there is no output to compare")
+        return Measurement(problem="there are no outputs to compare")
     parts = []
     for name, expected in reference.items():
         if name not in candidate:
@@ -70,9 +63,9 @@ def measure(
 def count_flips(candidate: Array, reference: Array, *, bound: float, of: float | None = None) -> Flips:
     """Compare top-1 labels (n, classes), with the margin certificate.
 
-    No score may be off by more than ``bound`` times the scale ``of`` (default: the reference's). Where the reference's best
-    score leads by more than twice that, the label can't change: one score would have to fall and another rise by the allowed
-    error each.
+    The allowed error of a score is ``bound`` times the scale ``of`` (default: the reference's). If the reference's best score
+    leads by more than twice the allowed error, the label can't change: one score would have to fall, and another rise, by
+    the allowed error.
     """
     allowed = bound * (scale(reference) if of is None else of)
     top = np.sort(reference, axis=1)[:, -2:]
@@ -107,8 +100,8 @@ def per_sample(
 def common_scales(references: Iterable[Mapping[str, Array]]) -> dict[str, float]:
     """Return one scale per output over several batches: the largest |reference| of any.
 
-    A batch of zeros, or of one lit pixel, gives small answers by large terms that cancel. Measured against those answers
-    alone, correct float32 kernels come within a factor of 2 of the bound.
+    A batch of zeros, or with one pixel set, gives small outputs from large terms that cancel. As a share of these outputs
+    alone, the error of correct float32 kernels comes within a factor of 2 of the bound.
     """
     largest: dict[str, float] = {}
     for reference in references:
@@ -153,7 +146,7 @@ def flipped_samples(
         return ()
     scores, given = reference[name].astype(np.float64), candidate[name].astype(np.float64)
     if not np.isfinite(given).all():
-        return ()  # its row says so; a label among NaN is none
+        return ()  # another check reports NaN
     of = (scales or {}).get(name) or scale(scores)
     before, after = scores.argmax(axis=1), given.argmax(axis=1)
     found = []
@@ -174,26 +167,21 @@ def flipped_samples(
     return tuple(found)
 
 
-#: Probability below which a change of accuracy is no accident. One verification makes a handful of these tests.
+#: Significance level of a change of accuracy. One verification makes a handful of these tests.
 SIGNIFICANT = 0.01
 
 
 @dataclass(frozen=True)
 class AccuracyChange:
-    """Labels that each side gets right, of n labelled samples.
-
-    Attributes:
-        lost: Right by the reference alone.
-        won: Right by the candidate alone.
-        p: Two-sided exact p-value of McNemar's test: the probability of a split at least as uneven as lost : won when
-            either side is equally likely to be right.
-    """
+    """Labels that each side gets right, of n labelled samples."""
 
     n: int
     reference: int
     candidate: int
-    lost: int
-    won: int
+    lost: int  # Labels that only the reference gets right
+    won: int  # Labels that only the candidate gets right
+    #: Two-sided exact p-value of McNemar's test: the probability of a split at least as uneven as lost : won when
+    #: either side is equally likely to be right
     p: float
 
     def sentence(self) -> str:

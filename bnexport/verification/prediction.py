@@ -24,7 +24,7 @@ from bnexport.tensors import Array
 if TYPE_CHECKING:
     from onnx import ModelProto, TensorProto
 
-#: Precision -> how coarse: bits of the mantissa lost against float32, and one more where every stored value loses them.
+#: Precision -> coarseness: bits of the mantissa fewer than float32, and one more if every stored value loses them.
 _COARSENESS: dict[str, int] = {
     "float32": 0,
     "tf32-convolutions": 13,
@@ -38,46 +38,41 @@ _COARSENESS: dict[str, int] = {
 }
 #: Coarser than any precision.
 _TOO_COARSE = 99
-#: (operator, place of an input) whose constant is no weight. A negative number to the power of 2.0000001 is NaN.
+#: (operator, index of an input) whose constant is not a weight. A negative number to the power of 2.0000001 is NaN.
 _FIXED = SETTINGS | {("Pow", 1)}
-#: Cosine from which on an error is the doing of the precision that it was compared with. Real engines against their
-#: emulation: 1.00 as a rule, 0.68 in networks of a hundred layers, where numbers close to a tie go either way.
+#: Minimum cosine for attributing an error to a precision. Real engines against their emulation: 1.00 as a rule, 0.68 in
+#: networks of a hundred layers, where numbers close to a tie are rounded either way.
 ALIKE = 0.5
-#: Cosine from which an error of the right size may be that of the precision. Faults are below 0.2 as a rule. Where one channel
-#: dominates all errors they reach 0.8, so a precision that is named does not excuse a failed strict stage.
+#: Minimum cosine at which an error of the right size may come from the precision. Faults are below 0.2 as a rule, but reach 0.8
+#: if one channel dominates all errors. So a detected precision does not excuse a failed strict stage.
 _PERHAPS = 0.25
-#: Names of an error that no precision makes, and of one that may be a precision's.
+#: Results for an error that no precision makes, and for an error that a precision may have made.
 UNKNOWN, UNDECIDED = "none", "undecided"
-#: Sizes of errors that are apart by less are the same size.
+#: Sizes of errors with a smaller ratio count as equal.
 _SAME_SIZE = 3.0
-#: How much noisier than numpy's float32 another engine's may be: 8.9 x was seen, where it sums thousands of numbers in line.
+#: Largest ratio of an engine's float32 noise to numpy's: 8.9 was measured for sums of thousands of numbers in sequence.
 _FLOAT32_SPREAD = 10.0
 #: Two emulations are distinguishable when one leaves this much more of the error unexplained than the other.
 _CLEARER = 1.25
-#: Noise of float32 where its emulation happens to be exact.
+#: Noise of float32 if its emulation happens to be exact.
 _LEAST = 2.0**-26
 
 
 @dataclass(frozen=True)
 class Detected:
-    """The precision that an error shows.
+    """The precision that an error shows."""
 
-    Attributes:
-        precision: A key of ``emulation.PRECISIONS``, several indistinguishable ones joined by " or ", "none", or "undecided":
-            as large as a precision's error, but not clearly in its direction.
-        size: Root mean square of the error, over the scale of the outputs.
-        cosine: Cosine of the error with the emulated error of ``precision``, else of the precision with the nearest size. None
-            where directions mean nothing: for float32, and for weights other than those emulated.
-        coarseness: Rank of the precision, 0 for float32; of the finest one that fits where several do, and of the finest
-            one that makes errors this large where none does.
-        sentence: Text for the report.
-    """
-
+    #: A key of ``emulation.PRECISIONS``, several indistinguishable ones joined by " or ", "none", or "undecided": as
+    #: large as a precision's error, but not clearly in its direction
     precision: str
-    size: float
+    size: float  # Root mean square of the error, over the scale of the outputs
+    #: Cosine of the error with the emulated error of ``precision``, else of the precision with the nearest size. None
+    #: where directions mean nothing: for float32, and for weights other than those emulated
     cosine: float | None
+    #: Rank of the precision, 0 for float32; of the finest one that fits where several do, and of the finest one that
+    #: makes errors this large where none does
     coarseness: int
-    sentence: str
+    sentence: str  # Text for the report
 
 
 def detect(
@@ -100,8 +95,8 @@ def detect(
     """
     error = _difference(candidate, exact)
     if not np.isfinite(error).all():
-        told = "the outputs are not all finite, so their error is that of no precision"
-        return Detected(UNKNOWN, math.inf, None, _TOO_COARSE, told)
+        sentence = "the outputs are not all finite, so no precision explains their error"
+        return Detected(UNKNOWN, math.inf, None, _TOO_COARSE, sentence)
     size = _rms(error)
     errors = {name: _difference(outputs, exact) for name, outputs in emulated.items()}
     errors = {name: values for name, values in errors.items() if np.isfinite(values).all()}
@@ -122,9 +117,9 @@ def detect(
     left = {name: _rms(error - errors[name]) / size for name in alike}
     found = [name for name in alike if left[name] <= _CLEARER * min(left.values())]
     best = max(cosines[name] for name in found)
-    told = f"the error is that of {_listed(found)} (cosine {best:.3f} with its emulation)"
-    told += ", which can't be told apart here" if len(found) > 1 else ""
-    return Detected(" or ".join(found), size, best, min(_COARSENESS[name] for name in found), told)
+    sentence = f"the error is that of {_listed(found)} (cosine {best:.3f} with its emulation)"
+    sentence += ", which can't be distinguished here" if len(found) > 1 else ""
+    return Detected(" or ".join(found), size, best, min(_COARSENESS[name] for name in found), sentence)
 
 
 def points_along(
@@ -143,16 +138,16 @@ def points_along(
     return bool(np.isfinite(error).all()) and _cosine(error, emulated) >= ALIKE
 
 
-def compatible(asked: str, seen: Detected) -> bool:
-    """Return whether the precision asked for explains the error: it must not be coarser. A finer precision is not a fault."""
-    return seen.coarseness <= _COARSENESS[asked]
+def compatible(requested: str, seen: Detected) -> bool:
+    """Return whether the requested precision explains the error: the detected one must not be coarser; a finer one may be."""
+    return seen.coarseness <= _COARSENESS[requested]
 
 
 def rounding_noise(model: ModelProto, feeds: Mapping[str, Array], *, seeds: int = 3) -> float:
     """Return the largest change of the outputs, of scale, by rounding the weights to the file's own types.
 
-    The weights before rounding are not in the file, but each was off by at most half a unit in the last place. So, for each
-    seed, each stored number is moved by a random part of that, in float64, and the outputs for few samples are compared.
+    The weights before rounding are not in the file, but each differed by at most half a unit in the last place. So, for each
+    seed, each stored number is moved by a random part of this, in float64, and the outputs for few samples are compared.
 
     Raises:
         BundleError: The file can't be evaluated.
@@ -179,7 +174,7 @@ def _moved(model: ModelProto, rng: np.random.Generator) -> ModelProto:
     copy.CopyFrom(model)
     for tensor, of in _weights(copy):
         wide = numpy_helper.to_array(tensor).astype(np.float64)
-        # A zero is exact more often than not: padding, pruning, a bias that never was.
+        # Most zeros are exact: padding, pruning, a bias that the layer did not have.
         reach = np.where(wide == 0, 0.0, 0.5 * step_of(wide, of))
         wide = wide + reach * rng.uniform(-1, 1, wide.shape)
         tensor.CopyFrom(numpy_helper.from_array(wide, tensor.name))
@@ -214,19 +209,19 @@ def _by_size(size: float, sizes: Mapping[str, float], names: list[str]) -> Detec
     if not fitting:
         return _unknown(size, sizes, names, {})
     nearest = min(fitting, key=lambda name: abs(math.log(size / sizes[name])))
-    told = f"the error (rms {size:.1e} of scale) has the size of {words_of(nearest)}'s"
+    sentence = f"the error (rms {size:.1e} of scale) has the size of {words_of(nearest)}'s"
     others = [name for name in fitting if name != nearest]
-    told += f", as it has of {_listed(others)}'s" if others else ""
-    return Detected(nearest, size, None, min(_COARSENESS[name] for name in fitting), told)
+    sentence += f", as it has of {_listed(others)}'s" if others else ""
+    return Detected(nearest, size, None, min(_COARSENESS[name] for name in fitting), sentence)
 
 
 def _unknown(size: float, sizes: Mapping[str, float], names: list[str], cosines: Mapping[str, float]) -> Detected:
     fine = [_COARSENESS[name] for name, own in sizes.items() if size <= _SAME_SIZE * own]
     coarseness = min(fine, default=_TOO_COARSE)
-    told = f"the error (rms {size:.1e} of scale) is that of no precision"
+    sentence = f"no precision explains the error (rms {size:.1e} of scale)"
     some = [name for name in names if sizes[name]]
     if not some:
-        return Detected(UNKNOWN, size, None, coarseness, told)
+        return Detected(UNKNOWN, size, None, coarseness, sentence)
     nearest = min(some, key=lambda name: abs(math.log(size / sizes[name])))
     times, cosine = size / sizes[nearest], cosines.get(nearest)
     compared = f"{times:.2g} x the noise of {words_of(nearest)}"
@@ -235,7 +230,7 @@ def _unknown(size: float, sizes: Mapping[str, float], names: list[str], cosines:
         return Detected(
             UNDECIDED, size, cosine, coarseness, f"the error may be that of a precision, or a fault: {compared}"
         )
-    return Detected(UNKNOWN, size, cosine, coarseness, f"{told}: {compared}")
+    return Detected(UNKNOWN, size, cosine, coarseness, f"{sentence}: {compared}")
 
 
 def _listed(names: list[str]) -> str:
@@ -244,7 +239,7 @@ def _listed(names: list[str]) -> str:
 
 def _difference(one: Mapping[str, Array], other: Mapping[str, Array]) -> Array:
     """Return all float outputs in one row, each over its scale."""
-    with np.errstate(invalid="ignore"):  # infinity less infinity: the caller looks for what is not finite
+    with np.errstate(invalid="ignore"):  # infinity - infinity: the caller checks for values that are not finite
         parts = [
             (one[name].astype(np.float64) - values).ravel() / scale(values)
             for name, values in other.items()

@@ -29,21 +29,15 @@ _CHUNK = 1024
 
 @dataclass(frozen=True)
 class RuntimeRun:
-    """Result of one runtime in one setting.
+    """Result of one runtime in one setting."""
 
-    Attributes:
-        rows: Its checks.
-        description: Engine, version, device and providers that really ran.
-        rounding: The precision, or another way of rounding of that name that an error has shown (``Forecast.rounding_seen``).
-        samples: Error and margin of each sample of the first batch (``metrics.per_sample``).
-        flipped: Changed labels of the first batch.
-    """
-
-    rows: tuple[Row, ...]
-    description: Mapping[str, Any]
+    rows: tuple[Row, ...]  # Its checks
+    description: Mapping[str, Any]  # Engine, version, device and providers that really ran
+    #: The precision, or another way of rounding of that name that an error has shown (``Forecast.rounding_seen``)
     rounding: str
+    #: Error and margin of each sample of the first batch (``metrics.per_sample``)
     samples: tuple[Array, Array] | None = None
-    flipped: tuple[FlippedSample, ...] = ()
+    flipped: tuple[FlippedSample, ...] = ()  # Changed labels of the first batch
 
 
 def run_runtime(runner: Runner, settings: RunSettings, evidence: Evidence, *, file: str) -> RuntimeRun:
@@ -57,14 +51,14 @@ def run_runtime(runner: Runner, settings: RunSettings, evidence: Evidence, *, fi
     """
     stored = "float32" if file == WEIGHTS else evidence.precision
     run = _RuntimeRun(runner, settings.precision if stored == "float32" else stored, evidence)
-    asked = [(run.stage, case) for case in evidence.cases]
+    planned = [(run.stage, case) for case in evidence.cases]
     if evidence.golden is not None:
-        asked.insert(0, ("golden", evidence.golden))
-    named = {case.batch.name: case for _, case in asked}  # the golden vectors may be all there is, and are run once
+        planned.insert(0, ("golden", evidence.golden))
+    named = {case.batch.name: case for _, case in planned}  # golden vectors may be the only case; each case is run once
     answers = dict(
         zip(named, each_once([case.batch for case in named.values()], run.outputs, together=run.varies), strict=True)
     )
-    compared = [(stage, case, answers[case.batch.name]) for stage, case in asked]
+    compared = [(stage, case, answers[case.batch.name]) for stage, case in planned]
     run.rounding = run.rounding_of(compared)
     if run.stage == "shipping":
         evidence.forecast.emulate(run.rounding, list(named.values()))
@@ -111,7 +105,7 @@ class _RuntimeRun:
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
     def rounding_of(self, compared: Sequence[tuple[str, Case, Outputs | BnexportError]]) -> str:
-        """Return the way of rounding that the first telling error shows."""
+        """Return the way of rounding that the first conclusive error shows."""
         for _, case, found in compared:
             if not isinstance(found, BnexportError):
                 seen = self.evidence.forecast.rounding_seen(self.precision, case, found)
@@ -128,13 +122,15 @@ class _RuntimeRun:
     def judged(self, stage: str, case: Case, found: Outputs | BnexportError) -> Row:
         """Return the check of one batch."""
         if isinstance(found, BnexportError):
-            # An engine that refuses the smallest images gives no wrong answer: OpenVINO takes no window beyond the padded map.
+            # Refusing the smallest images is not a wrong answer: OpenVINO takes no window beyond the padded map.
             refused = case.batch.smallest and isinstance(found, BundleError)
-            told = f"this engine refuses so small an image: {found.message}" if refused else found.message
-            return Row(stage, self.runner.name, case.batch.name, passed=refused, reason=told)
+            reason = f"this engine refuses so small an image: {found.message}" if refused else found.message
+            return Row(stage, self.runner.name, case.batch.name, passed=refused, reason=reason)
         row = self._compared(stage, case, found, exact=case is self.lead)
         if not row.passed and row.predicted is None and row.error is not None:
-            row = self._compared(stage, case, found, exact=True)  # a network whose own float32 is that noisy
+            row = self._compared(
+                stage, case, found, exact=True
+            )  # the network's float32 noise may exceed the fixed bound
         if not row.passed and row.predicted is not None and row.error is not None:
             row = self._compared(stage, case, found, exact=True, on_all=True)
         if not row.passed and row.predicted is not None and row.error is not None:
@@ -198,9 +194,9 @@ class _RuntimeRun:
         try:
             alone = self.runner.run(batch.head(size).feeds)
         except BnexportError as error:
-            # An engine that refuses an empty batch gives no wrong answer; one that refuses a sample is of no use.
-            told = f"this engine refuses an empty batch: {error.message}" if size == 0 else error.message
-            return Row("batch-size", name, f"batch {size}", passed=size == 0, reason=told)
+            # Refusing an empty batch is not a wrong answer; refusing a sample is a fault.
+            reason = f"this engine refuses an empty batch: {error.message}" if size == 0 else error.message
+            return Row("batch-size", name, f"batch {size}", passed=size == 0, reason=reason)
         if size:
             case = f"batch {size} of {batch.n}"
             return compare("batch-size", name, case, alone, heads(whole, size), predicted=self.predicted(self.lead))
@@ -240,13 +236,13 @@ class _RuntimeRun:
         if name is None or name not in outputs or not np.isfinite(outputs[name]).all():
             return []
         found = accuracy_change(case.expected[name], outputs[name], labels[: case.batch.n])
-        passed, told = found.p >= SIGNIFICANT or found.won > found.lost, found.sentence()
-        return [Row("accuracy-change", self.runner.name, case.batch.name, passed, told, n=found.n)]
+        passed, reason = found.p >= SIGNIFICANT or found.won > found.lost, found.sentence()
+        return [Row("accuracy-change", self.runner.name, case.batch.name, passed, reason, n=found.n)]
 
 
-#: Precisions that an engine may use without a report; a half precision needs a cast, which the file would show.
+#: Precisions that an engine may use without reporting it; a half precision needs a cast, which the file would contain.
 _LOOKED_FOR = ("float32", "tf32-convolutions", "tf32", "tf32-cut", "float16", "bfloat16")
-#: Where emulating costs more than the verdict is worth, only these and the roundings of the precision asked for are tried.
+#: If emulation is expensive, only these and the roundings of the requested precision are tried.
 _AT_LEAST = ("float32", "tf32")
 
 
@@ -259,17 +255,17 @@ def _precision_row(run: _RuntimeRun, first: Outputs, file: str) -> Row | None:
     case, forecast = run.lead, run.evidence.forecast
     if case is None:
         return None
-    asked = ROUNDINGS.get(run.precision, (run.precision,))
+    requested = ROUNDINGS.get(run.precision, (run.precision,))
     if run.precision == EXACT and forecast.saturates():
-        asked += (SATURATING,)
-    names = dict.fromkeys((*(_LOOKED_FOR if forecast.cheap else _AT_LEAST), *asked))
+        requested += (SATURATING,)
+    names = dict.fromkeys((*(_LOOKED_FOR if forecast.cheap else _AT_LEAST), *requested))
     found = {name: emulated for name in names if (emulated := forecast.emulated(name, case)) is not None}
     if run.precision not in found:
         return None
     n = min(emulated.n for emulated in found.values())
     candidate = heads(first, n)
-    # Kernels are judged by what they do to this very file, so that a fault of the file is not taken for theirs. The
-    # original network has other weights, so its reference is the original.
+    # Kernels are compared with this file in float64, so that a fault of the file is not attributed to them. The original
+    # network has other weights, so its reference is the original.
     exact = next(iter(found.values())).exact if file != WEIGHTS else case.expected
     expected = heads(exact, n)
     if any(name not in candidate or incomparable(name, candidate[name], expected[name]) for name in expected):
@@ -280,5 +276,5 @@ def _precision_row(run: _RuntimeRun, first: Outputs, file: str) -> Row | None:
     if not passed and (functions := forecast.function_noise(run.runner.name, case)) is not None:
         seen = detect(candidate, expected, outputs, same_weights=file != WEIGHTS, functions=functions.rms)
         passed = compatible(run.precision, seen)
-    reason = f"asked for {run.precision}: {seen.sentence}"
+    reason = f"{run.precision} requested: {seen.sentence}"
     return Row("precision", run.runner.name, case.batch.name, passed, reason, n=n, detected=seen.precision)

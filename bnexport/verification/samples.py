@@ -1,6 +1,6 @@
 """A user's own inputs for a verification: arrays, or images that go through the bundle's preprocessing.
 
-Wrong inputs are reported before any engine sees them: no engine can distinguish pixels from 0 to 255 from those between 0
+Wrong inputs are reported before any engine runs: no engine can distinguish pixels from 0 to 255 from those between 0
 and 1, and NaN inputs give NaN on both sides of a comparison.
 """
 
@@ -27,10 +27,10 @@ from bnexport.validation.limits import refusing
 
 #: Name of the array in an .npz file that holds the true classes.
 LABELS = "labels"
-#: Of any zip archive, also an empty one.
+#: First bytes of any zip archive, also an empty one.
 _ZIP = b"PK"
 _REMEDY = "Give a .npy or .npz file of inputs or uint8 images, an image, or a folder of images"
-#: Values this many times beyond what the preprocessing can give are worth a word: pixels that were not scaled are 255 times.
+#: Values beyond this multiple of the preprocessing's range cause a warning: pixels that were not scaled are at 255 times.
 _FAR = 4.0
 
 
@@ -38,7 +38,7 @@ _FAR = 4.0
 class Samples:
     """Inputs that fit a signature, input name -> (n, ...), and the true class of each sample, int64 (n,), if known.
 
-    ``described`` is for the report; it names no folder of this machine.
+    ``described`` is for the report; it does not name the folders of this machine.
     """
 
     feeds: Mapping[str, Array]
@@ -48,7 +48,7 @@ class Samples:
 
 @dataclass(frozen=True)
 class _Target:
-    """The bundle's side of the samples."""
+    """The facts of the bundle that samples must fit."""
 
     path: Path
     signature: Signature
@@ -170,8 +170,8 @@ def _checked(target: _Target, arrays: Mapping[str, Array], labels: Array | None)
     for name, array in feeds.items():
         _check_finite(target.path, name, array, kept)
     true = _check_labels(target, labels, n)
-    told = _told(target, len(kept), n, "samples", true) + _far_off(target, feeds)
-    return Samples(feeds, None if true is None else true[kept], told)
+    text = _description(target, len(kept), n, "samples", true) + _far_off(target, feeds)
+    return Samples(feeds, None if true is None else true[kept], text)
 
 
 def _is_image(spec: TensorSpec, array: Array) -> bool:
@@ -180,7 +180,7 @@ def _is_image(spec: TensorSpec, array: Array) -> bool:
 
 def _from_pixels(target: _Target, arrays: Mapping[str, Array], labels: Array | None) -> Samples:
     if len(arrays) != 1:
-        raise DataError(f"{target.path} holds uint8 images beside other inputs", remedy="Give inputs as they are fed")
+        raise DataError(f"{target.path} holds uint8 images next to other inputs", remedy="Give inputs as they are fed")
     preprocessing = _preprocessing(target)
     pixels = next(iter(arrays.values()))
     stack = fit_stack(target.path, np.asarray(pixels), preprocessing)
@@ -194,8 +194,8 @@ def _from_images(target: _Target, named: Sequence[tuple[str, Array]], labels: Ar
     kept = target.chosen(len(named))
     inputs = _preprocessing(target).apply(np.stack([named[index][1] for index in kept]))
     feeds = _as_feed(target, inputs)
-    told = _told(target, len(kept), len(named), "images", labels)
-    return Samples(feeds, None if labels is None else labels[kept], told)
+    text = _description(target, len(kept), len(named), "images", labels)
+    return Samples(feeds, None if labels is None else labels[kept], text)
 
 
 def _as_feed(target: _Target, inputs: Array) -> dict[str, Array]:
@@ -209,7 +209,7 @@ def _as_feed(target: _Target, inputs: Array) -> dict[str, Array]:
 def _preprocessing(target: _Target) -> Preprocessing:
     if target.preprocessing is None or len(target.signature.inputs) != 1:
         raise DataError(
-            f"{target.path} can only be read as images, and the bundle does not say how an image becomes an input",
+            f"{target.path} can only be read as images, and the bundle has no preprocessing for images",
             remedy="Give arrays as the network takes them, or export again by bnexport fold-and-export with --mean and --std",
         )
     return target.preprocessing
@@ -220,7 +220,7 @@ def _from_folder(target: _Target) -> Samples:
     files, folders, others = _listing(target.path)
     if folders and files:
         raise DataError(
-            f"{target.path} holds pictures beside folders of pictures, such as {files[0].name} and {folders[0].name}",
+            f"{target.path} holds pictures next to folders of pictures, such as {files[0].name} and {folders[0].name}",
             remedy="Put every picture into the folder of its label, or all of them into one",
         )
     true: list[int] = []
@@ -236,9 +236,9 @@ def _from_folder(target: _Target) -> Samples:
     kept = target.chosen(len(files))
     pixels = [load_images(files[index], preprocessing)[0][1] for index in kept]
     labels = np.array(true, np.int64)[kept] if folders else None
-    told = _told(target, len(kept), len(files), "images", labels)
+    text = _description(target, len(kept), len(files), "images", labels)
     left = f"; {others} other entries of the folder were left out" if others else ""
-    return Samples(_as_feed(target, preprocessing.apply(np.stack(pixels))), labels, told + left)
+    return Samples(_as_feed(target, preprocessing.apply(np.stack(pixels))), labels, text + left)
 
 
 def _listing(folder: Path) -> tuple[list[Path], list[Path], int]:
@@ -299,8 +299,8 @@ def _check_labels(target: _Target, labels: Array | None, n: int) -> Array | None
     return labels.astype(np.int64)
 
 
-def _told(target: _Target, n: int, there: int, what: str, labels: Array | None) -> str:
-    """Describe the samples: "20 of 100 images of shoes, with labels". The text travels, so it has only the end of the path."""
+def _description(target: _Target, n: int, there: int, what: str, labels: Array | None) -> str:
+    """Return "20 of 100 images of shoes, with labels"; reports contain it, so it has only the end of the path."""
     of = "" if n == there else f" of {there}"
     name = target.path.resolve().name
     return f"{n}{of} {what} of {name}, {'without' if labels is None else 'with'} labels"

@@ -15,29 +15,22 @@ from bnexport.runtimes.catalogue import RunnerSpec
 class Scope:
     """Settings that each runtime is run with. Every combination is a separate run.
 
-    Attributes:
-        precisions: Precisions of the kernels: "float32" (stage 2), "tf32" (stage 3). None: float32, and each runtime's
-            serving precision where that is another one.
-        optimisations: ONNX Runtime's levels of graph optimisation; "all" is what users serve with.
-        bindings: False: a plain call. True: inputs and outputs bound to the device's memory.
-        conv_searches: How cuDNN chooses a convolution's algorithm.
-        max_samples: Maximum number of samples of each kind; None: what the budget allows (``budget``).
-        thorough: At least 16 samples of each kind and every batch size, however large the network is.
-        drift: Compare layer by layer: True, False, or None: where it is cheap, and where a runtime failed.
-        allow_low_accuracy: Accept an original network whose accuracy on labelled samples is at or below chance
-            (``data.classes``).
-
     Raises:
         UsageError: A value that is not known, or no value at all.
     """
 
+    #: Precisions of the kernels: "float32" (stage 2), "tf32" (stage 3). None: float32, and each runtime's serving
+    #: precision where that is another one
     precisions: tuple[str, ...] | None = None
+    #: ONNX Runtime's levels of graph optimisation; "all" is what users serve with
     optimisations: tuple[str, ...] = ("all",)
-    bindings: tuple[bool, ...] = (False,)
-    conv_searches: tuple[str, ...] = ("heuristic",)
-    max_samples: int | None = None
-    thorough: bool = False
+    bindings: tuple[bool, ...] = (False,)  # False: a plain call. True: inputs and outputs bound to the device's memory
+    conv_searches: tuple[str, ...] = ("heuristic",)  # cuDNN's ways of choosing an algorithm
+    max_samples: int | None = None  # Maximum number of samples of each kind; None: what the budget allows (``budget``)
+    thorough: bool = False  # At least 16 samples of each kind and every batch size, however large the network is
+    #: Compare layer by layer: True, False, or None: where it is cheap, and where a runtime failed
     drift: bool | None = None
+    #: Accept an original network whose accuracy on labelled samples is at or below chance (``data.classes``)
     allow_low_accuracy: bool = False
 
     def __post_init__(self) -> None:
@@ -54,17 +47,17 @@ class Scope:
             raise UsageError(f"{self.max_samples} samples show nothing", remedy="Give at least 1")
 
     def settings_of(self, spec: RunnerSpec, *, precision: str = "float32") -> tuple[RunSettings, ...]:
-        """Return the runs of one runtime, strict float32 first; empty when it has none of the precisions asked for.
+        """Return the runs of one runtime, strict float32 first; empty if the runtime has none of the requested precisions.
 
         Optimisation levels and bindings exist for ONNX Runtime alone, and searches for its GPU providers. For a file in half
         ``precision`` the kernels have one setting: that precision.
         """
-        asked = self.precisions or tuple(dict.fromkeys(("float32", spec.served)))
+        wanted = self.precisions or tuple(dict.fromkeys(("float32", spec.served)))
         if precision != "float32":
-            asked = ("float32",)
+            wanted = ("float32",)
         session, gpu = spec.engine == "onnxruntime", spec.device != "cpu"
         chosen = itertools.product(
-            [name for name in KERNEL_PRECISIONS if name in asked and name in spec.precisions],
+            [name for name in KERNEL_PRECISIONS if name in wanted and name in spec.precisions],
             self.optimisations if session else ("all",),
             self.bindings if session else (False,),
             self.conv_searches if session and gpu else ("heuristic",),
@@ -96,7 +89,7 @@ class Scope:
                 )
 
     def require(self, spec: RunnerSpec) -> None:
-        """Refuse (UsageError) a named runtime that has none of the precisions asked for."""
+        """Refuse (UsageError) a named runtime that has none of the requested precisions."""
         if not self.settings_of(spec):
             raise UsageError(
                 f"{spec.name} has no {' or '.join(self.precisions or ())} kernels",

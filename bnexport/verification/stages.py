@@ -86,7 +86,7 @@ def integrity_rows(bundle: Bundle, problems: Mapping[str, str | None]) -> list[R
 def proof_rows(bundle: Bundle, model: ModelProto, cases: Sequence[Case], forecast: Forecast) -> list[Row]:
     """Stage 1: compare model.onnx in float64 with the reference, on the front of each case.
 
-    The file's declarations are compared with the manifest before. In half precision the weights alone carry more rounding
+    The file's declarations are compared with the manifest first. In half precision the weights alone carry more rounding
     than the fixed bound allows. The effect of that rounding on this model is measured, and is the bound.
     """
     problem = declaration_problem(model, bundle.manifest)
@@ -103,7 +103,7 @@ def proof_rows(bundle: Bundle, model: ModelProto, cases: Sequence[Case], forecas
 
 
 def proved_file(bundle: Bundle) -> str:
-    """Return the file that is compared with the original in float64: model.onnx, or the float32 file that an int8 one is of."""
+    """Return the file that is compared with the original in float64: model.onnx, or the float32 original of an int8 file."""
     return MODEL_FLOAT32 if bundle.manifest.onnx.get("precision") == "int8" else MODEL_ONNX
 
 

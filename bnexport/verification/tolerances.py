@@ -1,8 +1,8 @@
-"""How far apart is still equal, stage by stage, each bound with its reason.
+"""The error that each stage allows, with the reason for each bound.
 
 All bounds are shares of the reference's scale: max |candidate - reference| / max |reference|, per output. Measured on
 a BN-LeNet over 10,000 Fashion-MNIST images: float32 kernels 3.8e-7, TF32 7.6e-4, the fault "eps dropped" 6.8e-5. A
-fault can be ten times smaller than correct TF32, so no single bound would do; each stage isolates one cause.
+fault can be ten times smaller than correct TF32, so a single bound is not enough; each stage isolates one cause.
 """
 
 from __future__ import annotations
@@ -14,15 +14,10 @@ from bnexport.runtimes.replay import GOLDEN_BOUND
 
 @dataclass(frozen=True)
 class Tolerance:
-    """One row of TOLERANCES.
+    """One row of TOLERANCES."""
 
-    Attributes:
-        bound: Largest error of scale that passes.
-        reason: Why this and not more or less.
-    """
-
-    bound: float
-    reason: str
+    bound: float  # Largest error of scale that passes
+    reason: str  # Reason for the bound
 
 
 TOLERANCES: dict[str, Tolerance] = {

@@ -15,88 +15,51 @@ from bnexport.tensors import Array
 
 @dataclass(frozen=True)
 class NoisePrediction:
-    """Effect of a precision on this model: the file evaluated with every rounding of that precision.
+    """Effect of a precision on this model: the file evaluated with every rounding of that precision."""
 
-    Attributes:
-        precision: A key of ``onnx_files.emulation.PRECISIONS``: "float32", "tf32", "float16", "bfloat16".
-        error: max |emulated - reference| / scale.
-        rms: Root mean square of emulated - reference, over scale.
-        n: Samples.
-        flips: Top-1 labels that this precision changes; None where no output is one score per class.
-        inputs: Kind of inputs: "images", "noise", "golden".
-    """
-
-    precision: str
-    error: float
-    rms: float
-    n: int
-    flips: int | None = None
-    inputs: str = ""
+    precision: str  # A key of ``onnx_files.emulation.PRECISIONS``: "float32", "tf32", "float16", "bfloat16"
+    error: float  # max |emulated - reference| / scale
+    rms: float  # Root mean square of emulated - reference, over scale
+    n: int  # Samples
+    flips: int | None = None  # Top-1 labels that this precision changes; None where no output is one score per class
+    inputs: str = ""  # Kind of inputs: "images", "noise", "golden"
 
 
 @dataclass(frozen=True)
 class LayerDrift:
-    """Distance of one layer's output on one runtime from its float64 value.
+    """Distance of one layer's output on one runtime from its float64 value."""
 
-    Attributes:
-        layer: Name of the value in the file.
-        operator: Operator that computes it: "Conv".
-        error: max |candidate - float64| / max |float64|.
-        predicted: The same for the emulated precision.
-        left: The error is more than the prediction allows.
-    """
-
-    layer: str
-    operator: str
-    error: float
-    predicted: float
-    left: bool
+    layer: str  # Name of the value in the file
+    operator: str  # Operator that computes it: "Conv"
+    error: float  # max |candidate - float64| / max |float64|
+    predicted: float  # Error of the emulated precision
+    left: bool  # The error is more than the prediction allows
 
 
 @dataclass(frozen=True)
 class FlippedSample:
-    """One sample whose top-1 label is not the reference's.
+    """One sample whose top-1 label is not the reference's."""
 
-    Attributes:
-        index: Index in the first batch of the verification (the test images, if any).
-        label: The true class; None without labels.
-        reference: The reference's class.
-        candidate: The candidate's class.
-        margin: The reference's best score less its second best, as a share of the scale.
-        error: max |candidate - reference| of this sample, as a share of the scale.
-        explained: The margin is small enough for the allowed error to change the label.
-    """
-
-    index: int
-    label: int | None
-    reference: int
-    candidate: int
-    margin: float
-    error: float
-    explained: bool
+    index: int  # Index in the first batch of the verification (the test images, if any)
+    label: int | None  # The true class; None without labels
+    reference: int  # The reference's class
+    candidate: int  # The candidate's class
+    margin: float  # The reference's best score less its second best, as a share of the scale
+    error: float  # max |candidate - reference| of this sample, as a share of the scale
+    explained: bool  # The margin is small enough for the allowed error to change the label
 
 
 @dataclass(frozen=True)
 class FaultResult:
-    """Outcome of one fault that the self-test put into a copy of the bundle.
+    """Outcome of one fault that the self-test put into a copy of the bundle."""
 
-    Attributes:
-        fault: Name of the fault: "eps dropped".
-        where: The file, layer or runtime with the fault.
-        expected: The stage that exists to catch it.
-        caught: Every stage that failed, in order.
-        outcome: "caught", "missed", "harmless" (it changes no output by more than the proof's bound), "not tried".
-        effect: max |faulty - reference| / scale in float64; None where it has no such number.
-        reason: The sentence of the row that caught it, or why it was not tried.
-    """
-
-    fault: str
-    where: str
-    expected: str
-    caught: tuple[str, ...]
-    outcome: str
-    effect: float | None = None
-    reason: str = ""
+    fault: str  # Name of the fault: "eps dropped"
+    where: str  # The file, layer or runtime with the fault
+    expected: str  # The stage that exists to catch it
+    caught: tuple[str, ...]  # Every stage that failed, in order
+    outcome: str  # "caught", "missed", "harmless" (it changes no output by more than the proof's bound), "not tried"
+    effect: float | None = None  # max |faulty - reference| / scale in float64; None if it can't be measured
+    reason: str = ""  # The sentence of the row that caught it, or why it was not tried
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> FaultResult:
@@ -106,25 +69,19 @@ class FaultResult:
 
 @dataclass(frozen=True)
 class Findings:
-    """All results of a verification except its rows.
+    """All results of a verification except its rows."""
 
-    Attributes:
-        predictions: One per emulated precision.
-        drift: "runtime" or "runtime, settings" -> its layers in order of computation.
-        flipped: "runtime" or "runtime, settings" -> its changed labels on the first batch.
-        self_test: The faults that were tried; None when the self-test was not asked for.
-        waived: Required stage -> why it could not be run here and what replaces it.
-        warnings: Facts that no row contains: "synthetic inputs can't show flips".
-        covers: The part of the proof that this verification covers; "" for all of it.
-    """
-
-    predictions: tuple[NoisePrediction, ...] = ()
+    predictions: tuple[NoisePrediction, ...] = ()  # One per emulated precision
+    #: "runtime" or "runtime, settings" -> its layers in order of computation
     drift: Mapping[str, tuple[LayerDrift, ...]] = field(default_factory=dict)
+    #: "runtime" or "runtime, settings" -> its changed labels on the first batch
     flipped: Mapping[str, tuple[FlippedSample, ...]] = field(default_factory=dict)
+    #: The faults that were tried; None without a self-test
     self_test: tuple[FaultResult, ...] | None = None
+    #: Required stage -> why it could not be run here and what replaces it
     waived: Mapping[str, str] = field(default_factory=dict)
-    warnings: tuple[str, ...] = ()
-    covers: str = ""
+    warnings: tuple[str, ...] = ()  # Facts that no row contains: "synthetic inputs can't show flips"
+    covers: str = ""  # The part of the proof that this verification covers; "" for all of it
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON values; ``from_json`` reads them back."""
@@ -157,7 +114,7 @@ def _listed(value: dict[str, Any]) -> dict[str, Any]:
     return {**value, "caught": list(value["caught"])}
 
 
-#: Stages without which a report is no proof, whatever its other rows say.
+#: Stages without which a report proves nothing.
 REQUIRED_STAGES = ("integrity", "golden", "file-proof", "strict")
 #: Accepted replacements: a file in half precision has no strict float32.
 INSTEAD: dict[str, str] = {"strict": "shipping"}
@@ -180,60 +137,37 @@ def run_name(subject: str, settings: str) -> str:
 
 @dataclass(frozen=True)
 class Flips:
-    """Counts of top-1 labels (see ``metrics.count_flips``).
+    """Counts of top-1 labels (see ``metrics.count_flips``)."""
 
-    Attributes:
-        certified: Samples whose reference margin is too large for the allowed error to change the label.
-        uncertain: Samples with a smaller margin whose label stayed.
-        explained: Samples with a smaller margin whose label changed.
-        unexplained: Samples with a larger margin whose label changed nevertheless: a fault.
-        rate_bound: 95 % upper bound of the flip rate when none of the n samples flipped, 3 / n; None when one did.
-    """
-
-    certified: int
-    uncertain: int
-    explained: int
-    unexplained: int
+    certified: int  # Samples whose reference margin is too large for the allowed error to change the label
+    uncertain: int  # Samples with a smaller margin whose label stayed
+    explained: int  # Samples with a smaller margin whose label changed
+    unexplained: int  # Samples with a larger margin whose label changed nevertheless: a fault
+    #: 95 % upper bound of the flip rate when none of the n samples flipped, 3 / n; None when one did
     rate_bound: float | None
 
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison and its verdict.
+    """One comparison and its verdict."""
 
-    Attributes:
-        stage: A key of ``tolerances.TOLERANCES``, or "integrity", "declaration", "weights", "accuracy".
-        subject: Tested runtime, file of the bundle, or "reference".
-        case: Kind of inputs: "images", "noise", "zeros", "batch 7", ...
-        passed: The verdict.
-        reason: Why it failed, one sentence. For a passed row: a note on the comparison, if any.
-        n: Samples (for "weights" and "integrity": tensors or files) compared.
-        error: max |candidate - reference| / max |reference|, worst output; None when it has no finite value.
-        max_abs: max |candidate - reference|.
-        rms: Root mean square of candidate - reference.
-        bound: The largest ``error`` that passes.
-        device: Device of the candidate, as its engine reports.
-        flips: Top-1 labels, where an output is one score per class.
-        predicted: The error of scale that the emulated precision makes on the same inputs; None without a prediction.
-        detected: Precision that the error itself shows: "float32", "tf32", ...; "" where it was not examined.
-        settings: Settings other than strict float32 as users serve it: "tf32, IO binding".
-    """
-
-    stage: str
-    subject: str
-    case: str
-    passed: bool
-    reason: str = ""
-    n: int = 0
+    stage: str  # A key of ``tolerances.TOLERANCES``, or "integrity", "declaration", "weights", "accuracy"
+    subject: str  # Tested runtime, file of the bundle, or "reference"
+    case: str  # Kind of inputs: "images", "noise", "zeros", "batch 7", ...
+    passed: bool  # The verdict
+    reason: str = ""  # Cause of the failure, one sentence. For a passed row: a note on the comparison, if any
+    n: int = 0  # Samples (for "weights" and "integrity": tensors or files) compared
+    #: max |candidate - reference| / max |reference|, worst output; None when it has no finite value
     error: float | None = None
-    max_abs: float | None = None
-    rms: float | None = None
-    bound: float | None = None
-    device: str = ""
-    flips: Flips | None = None
+    max_abs: float | None = None  # max |candidate - reference|
+    rms: float | None = None  # Root mean square of candidate - reference
+    bound: float | None = None  # The largest ``error`` that passes
+    device: str = ""  # Device of the candidate, as its engine reports
+    flips: Flips | None = None  # Top-1 labels, where an output is one score per class
+    #: The error of scale that the emulated precision makes on the same inputs; None without a prediction
     predicted: float | None = None
-    detected: str = ""
-    settings: str = ""
+    detected: str = ""  # Precision that the error itself shows: "float32", "tf32", ...; "" where it was not examined
+    settings: str = ""  # Settings other than strict float32 as users serve it: "tf32, IO binding"
 
     @property
     def run(self) -> str:
@@ -258,34 +192,25 @@ class Row:
 
 @dataclass(frozen=True)
 class VerificationReport:
-    """The result of ``verify``. It passes only when every required stage is present and every row passes.
+    """The result of ``verify``. It passes only when every required stage is present and every row passes."""
 
-    Attributes:
-        rows: Every comparison.
-        skipped: Runtime -> why it was not run, so that this report does not cover it.
-        runtimes: Runtime -> engine, version, device and providers that really ran.
-        reference: Description of the reference.
-        inputs: Description of the real inputs, or the reason why there are none.
-        accuracy: Accuracy of the reference on the real images: ``{"dataset", "n", "correct"}``; empty without images.
-        seed: Random seed of the synthetic inputs.
-        environment: Hardware and versions.
-        findings: Predictions, drift by layer, changed labels, the self-test, waived stages.
-        coverage: How many samples were compared, and how many more a thorough verification compares.
-        samples: Runtime -> error (n,) and margin (n,) of each sample, for the plots; not part of the JSON.
-        pictures: Index -> the input (channels, height, width) of each changed label; not part of the JSON.
-    """
-
-    rows: tuple[Row, ...]
+    rows: tuple[Row, ...]  # Every comparison
+    #: Runtime -> why it was not run, so that this report does not cover it
     skipped: Mapping[str, str] = field(default_factory=dict)
+    #: Runtime -> engine, version, device and providers that really ran
     runtimes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    reference: str = ""
-    inputs: str = ""
+    reference: str = ""  # Description of the reference
+    inputs: str = ""  # Description of the real inputs, or the reason why there are none
+    #: Accuracy of the reference on the real images: ``{"dataset", "n", "correct"}``; empty without images
     accuracy: Mapping[str, Any] = field(default_factory=dict)
-    seed: int = 0
-    environment: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0  # Random seed of the synthetic inputs
+    environment: Mapping[str, Any] = field(default_factory=dict)  # Hardware and versions
+    #: Predictions, drift by layer, changed labels, the self-test, waived stages
     findings: Findings = field(default_factory=Findings)
-    coverage: str = ""
+    coverage: str = ""  # Number of compared samples, and how many more a thorough verification compares
+    #: Runtime -> error (n,) and margin (n,) of each sample, for the plots; not part of the JSON
     samples: Mapping[str, tuple[Array, Array]] = field(default_factory=dict, compare=False, repr=False)
+    #: Index -> the input (channels, height, width) of each changed label; not part of the JSON
     pictures: Mapping[int, Array] = field(default_factory=dict, compare=False, repr=False)
 
     @property
@@ -409,7 +334,7 @@ class VerificationReport:
         return cls(rows, findings=Findings.from_json(value.get("findings", {})), **rest)
 
 
-#: Shown where there is no number.
+#: Shown in place of a missing number.
 NOTHING = "-"
 
 #: Stages whose rows are one per file: gathered under one subject, because only a failure needs the file's name.
@@ -421,21 +346,15 @@ _INFINITE = 1e300
 
 @dataclass(frozen=True)
 class Group:
-    """All comparisons of one subject in one stage.
-
-    Attributes:
-        stage: As in the rows.
-        subject: As in the rows, with the settings where there are some.
-        rows: In the report's order; never empty.
-    """
+    """All comparisons of one subject in one stage."""
 
     stage: str
-    subject: str
-    rows: tuple[Row, ...]
+    subject: str  # Subject of the rows, with the settings if any
+    rows: tuple[Row, ...]  # In the report's order; never empty
 
     @property
     def passed(self) -> bool:
-        """True when every row passed."""
+        """Return True if every row passed."""
         return all(row.passed for row in self.rows)
 
     @property
@@ -445,29 +364,29 @@ class Group:
 
     @property
     def n(self) -> int:
-        """Samples (or tensors, or files) over all rows."""
+        """Return the number of samples (or tensors, or files) over all rows."""
         return sum(row.n for row in self.rows)
 
     @property
     def worst(self) -> Row | None:
-        """The row nearest to, or farthest over, its bound: a failed one without a finite error before all others."""
+        """Return the row with the largest error over bound; a failed row without a finite error comes first."""
         judged = [row for row in self.rows if row.bound is not None]
         return max(judged, key=_pressure, default=None)
 
     @property
     def ratio(self) -> float | None:
-        """The largest error in units of the noise predicted for the same inputs; None without a prediction."""
+        """Return the largest error over the noise predicted for the same inputs; None without a prediction."""
         return max((row.ratio for row in self.rows if row.ratio is not None), default=None)
 
     @property
     def flips(self) -> Flips | None:
-        """Top-1 labels over all rows; None where no row counts them."""
+        """Return the counts of top-1 labels over all rows; None if no row has them."""
         counted = [row.flips for row in self.rows if row.flips is not None]
         return total_flips(counted) if counted else None
 
 
 def groups(report: VerificationReport) -> tuple[Group, ...]:
-    """The report's rows by stage, subject and settings, in the order of first appearance."""
+    """Return the report's rows by stage, subject and settings, in the order of first appearance."""
     gathered: dict[tuple[str, str], list[Row]] = {}
     for row in report.rows:
         gathered.setdefault((row.stage, FILE_STAGES.get(row.stage, row.run)), []).append(row)
@@ -481,7 +400,7 @@ def labels_right(row: Row) -> tuple[int, int] | None:
 
 
 def total_flips(flips: Iterable[Flips]) -> Flips:
-    """The sum of several counts, without a bound of the rate: the same sample may be in several of them."""
+    """Return the sum of several counts, without a bound of the rate: the counts may share samples."""
     every = list(flips)
     return Flips(
         certified=sum(item.certified for item in every),
@@ -493,14 +412,14 @@ def total_flips(flips: Iterable[Flips]) -> Flips:
 
 
 def number(value: float | None) -> str:
-    """A measured size in two significant digits: '3.8e-07', '12', 'infinite', or NOTHING for what is no number."""
+    """Return a size with two significant digits: '3.8e-07', '12', 'infinite'; NOTHING for None and NaN."""
     if value is None or not math.isfinite(value):
         return NOTHING
     return "infinite" if abs(value) >= _INFINITE else f"{value:.2g}"
 
 
 def word(passed: bool) -> str:
-    """The verdict as a word: no reader has to see colours."""
+    """Return the verdict as a word, so that it does not depend on colours."""
     return "PASS" if passed else "FAIL"
 
 

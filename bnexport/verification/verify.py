@@ -36,9 +36,9 @@ from bnexport.verification.verdict import (
 if TYPE_CHECKING:
     from torch import nn
 
-#: Pictures of changed labels that the report keeps.
+#: Number of pictures of changed labels that the report keeps.
 _PICTURES = 64
-#: Shares of a verification that are done when the reference, and then the proofs, are: 0.2 and 0.4 of a ResNet-50's.
+#: Shares of the work done after the reference and after the proofs, measured with a ResNet-50.
 _REFERENCE, _PROOFS = 0.2, 0.4
 #: Precisions that the report predicts; optional ones only where that is cheap.
 _ALWAYS = ("float32", "tf32")
@@ -77,7 +77,7 @@ def verify(
 
     Raises:
         BundleError: Not a bundle, or its manifest is damaged.
-        UsageError: An unknown runtime, one that has none of the precisions asked for, or images that can't be used.
+        UsageError: An unknown runtime, one without the requested precisions, or images that can't be used.
         Unavailable: A named runtime can't run here, or refuses the file.
         DataError: ``dataset`` can't be read, ``data_dir`` does not hold it, or ``samples`` can't be used.
         ModelError: ``module`` can't be evaluated in float64.
@@ -160,19 +160,12 @@ def _specs(runtimes: Sequence[str | RunnerSpec] | None, scope: Scope) -> tuple[R
 
 @dataclass(frozen=True)
 class _RuntimeChecks:
-    """Checks of one runtime in all its settings.
+    """Checks of one runtime in all its settings."""
 
-    Attributes:
-        rows: The checks, also of settings that could not be opened.
-        runs: "runtime" or "runtime, settings" -> its run.
-        drift: The same name -> its layers.
-        skipped: Runtime or setting -> why it was not run.
-    """
-
-    rows: Sequence[Row] = ()
-    runs: Mapping[str, RuntimeRun] = field(default_factory=dict)
-    drift: Mapping[str, tuple[LayerDrift, ...]] = field(default_factory=dict)
-    skipped: Mapping[str, str] = field(default_factory=dict)
+    rows: Sequence[Row] = ()  # The checks, also of settings that could not be opened
+    runs: Mapping[str, RuntimeRun] = field(default_factory=dict)  # "runtime" or "runtime, settings" -> its run
+    drift: Mapping[str, tuple[LayerDrift, ...]] = field(default_factory=dict)  # Name of the run -> its layers
+    skipped: Mapping[str, str] = field(default_factory=dict)  # Runtime or setting -> why it was not run
 
 
 def _runtime_checks(spec: RunnerSpec, evidence: Evidence, scope: Scope, *, named: bool) -> _RuntimeChecks:
@@ -204,7 +197,7 @@ def _runtime_checks(spec: RunnerSpec, evidence: Evidence, scope: Scope, *, named
                 skipped[spec.name] = plain_reason(spec.name, error)
             else:  # the runtime works here, so it refuses this file or these settings
                 rows.append(failed("strict", spec.name, "open", error.message))
-            break  # its other settings would end the same
+            break  # the other settings would fail as well
         with runner:
             run = run_runtime(runner, settings, evidence, file=spec.file)
         layers, run, why_not = diagnose(spec, settings, run, evidence, wanted=scope.drift)
@@ -248,7 +241,7 @@ def _is_missing(spec: RunnerSpec, error: BnexportError, evidence: Evidence) -> b
 
 
 def _predictions(evidence: Evidence) -> tuple[NoisePrediction, ...]:
-    """Return each precision's effect on the first batch; precisions that were not asked for only where that is cheap."""
+    """Return each precision's effect on the first batch; optional precisions only if their emulation is cheap."""
     if not evidence.cases:
         return ()
     stored = (evidence.precision,) if evidence.precision == "int8" else ()

@@ -132,7 +132,7 @@ def test_options_of_bundles_for_a_file(
     source: Path, tmp_path: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]
 ):
     assert run(["fold-and-export", str(source), "--out", str(tmp_path / "o.onnx"), *arguments]) == 2
-    assert "something of a bundle" in capsys.readouterr().err
+    assert "applies to a bundle only" in capsys.readouterr().err
 
 
 def test_half_precision_is_a_file_and_no_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

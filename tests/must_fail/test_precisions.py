@@ -230,7 +230,7 @@ def test_a_manifest_that_claims_a_coarser_precision_to_widen_the_bounds_fails(bu
     lying = {**bundle.manifest.onnx, "precision": "float16"}
     report = verify(reseal(folder, onnx=lying), runtimes=["onnxruntime-cpu"], scope=Scope(max_samples=100))
     assert {"declaration", "file-proof"} <= {row.stage for row in report.failures}
-    assert any("in float32, the manifest says float16" in row.reason for row in report.failures)
+    assert any("in float32, the manifest states float16" in row.reason for row in report.failures)
 
 
 @pytest.mark.parametrize("precision", ["float16"])

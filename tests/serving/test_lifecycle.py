@@ -202,7 +202,7 @@ BAD = {
     ("--limit", "bodies=3"): (2, "the server has no limit 'bodies'"),
     ("--port", "0", "--token-file", "short"): (2, "contains no token"),
     **{
-        (option, value): (2, f"{value} is no number of seconds")
+        (option, value): (2, f"{value} is not a number of seconds")
         for option in ("--grace", "--poll")
         for value in ("nan", "inf")
     },

@@ -56,7 +56,7 @@ def reseal_file(folder: Path, name: str, content: bytes) -> Path:
 
 @dataclass
 class Member:
-    """One file of an archive, with everything that can be told wrongly."""
+    """One file of an archive, with every field that can be declared wrongly."""
 
     name: str
     data: bytes

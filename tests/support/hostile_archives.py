@@ -116,7 +116,7 @@ def npz(*members: Member, **options: Any) -> Callable[[Path, Good], Path]:
 
 ARRAY = npy("{'descr': '<f4', 'fortran_order': False, 'shape': (2,), }", bytes(8))
 PLAIN = Member("x.npy", ARRAY)
-#: Each level holds the one before in a tuple of its own, so a reader that walks down runs out of stack.
+#: Each level holds the one before in another tuple, so a recursive reader runs out of stack.
 DEEP = b"\x80\x02)" + b"\x85" * 5000 + b"."
 SELF = b"\x80\x02]q\x00h\x00\x85a."
 MANY = [Member(f"{index:05}.npy", b"") for index in range(65_537)]
@@ -154,7 +154,7 @@ def several_parts(folder: Path, good: Good) -> Path:
 
 
 def overlapping(members: list[Member]) -> None:
-    """Two entries over the same bytes, as in the bombs that unpack to much more than their ratio tells."""
+    """Two entries over the same bytes, as in the bombs that unpack to much more than their ratio implies."""
     first = next(member for member in members if member.name.endswith("data.pkl"))
     members.append(Member(first.name + "2", first.data, header=0))
 
@@ -239,15 +239,15 @@ SCRIPTS: dict[str, Hostile] = {
     "script: sizes of 64 bits without their field": Hostile(
         "torchscript", script_with(in_the_directory(size=2**32 - 1)), "odd 64-bit size"
     ),
-    "script: overlapping files": Hostile("torchscript", script_with(overlapping), "overlaps what follows"),
-    "script: bytes in front": Hostile("torchscript", script_with(lambda m: None, front=b"GIF89a"), "no zip archive"),
+    "script: overlapping files": Hostile("torchscript", script_with(overlapping), "overlaps the next file"),
+    "script: bytes in front": Hostile("torchscript", script_with(lambda m: None, front=b"GIF89a"), "not a zip archive"),
     "script: archive in front": Hostile("torchscript", script_with(lambda m: None, front=b"PK\x03\x04" * 9), "foreign bytes"),
     "script: bytes behind": Hostile("torchscript", script_with(lambda m: None, behind=b"x"), "something follows"),
     "script: comment": Hostile("torchscript", script_with(lambda m: None, comment=b"hi"), "its end is missing"),
     "script: fewer files than said": Hostile("torchscript", script_with(lambda m: None, count=99), "cut off"),
     "script: more files than said": Hostile("torchscript", script_with(lambda m: None, count=2), "more entries"),
     "script: table elsewhere": Hostile(
-        "torchscript", script_with(lambda m: None, gap=b"PK\x01\x02" * 9, table_size=7), "where its end record says"
+        "torchscript", script_with(lambda m: None, gap=b"PK\x01\x02" * 9, table_size=7), "not at the place in its end record"
     ),
     "script: cut off": Hostile(
         "torchscript",
@@ -255,7 +255,7 @@ SCRIPTS: dict[str, Hostile] = {
         "its end is missing",
     ),
     "script: no code, a checkpoint": Hostile(
-        "torchscript", lambda folder, good: raw("model.pt", good.checkpoint.read_bytes())(folder, good), "no TorchScript"
+        "torchscript", lambda folder, good: raw("model.pt", good.checkpoint.read_bytes())(folder, good), "is not a TorchScript"
     ),
     "script: values 5000 levels deep": Hostile("torchscript", script("constants.pkl", DEEP), "levels of values"),
     "script: place far away": Hostile(
@@ -270,7 +270,7 @@ SCRIPTS: dict[str, Hostile] = {
         "torchscript", script("constants.pkl", tensor((2**40,), (1,), 4)), "of a storage of 4"
     ),
     "script: storage beyond its file": Hostile(
-        "torchscript", script("constants.pkl", tensor((2,), (1,), 2**40)), "says that a tensor storage has"
+        "torchscript", script("constants.pkl", tensor((2,), (1,), 2**40)), "declares a tensor storage of"
     ),
     "script: step with a warning": Hostile("torchscript", script("constants.pkl", b"S'\\o'\n."), "do not need"),
     "script: text of negative length": Hostile(
@@ -279,7 +279,7 @@ SCRIPTS: dict[str, Hostile] = {
     "script: name cut off": Hostile("torchscript", script("constants.pkl", b"\x80\x02ctorch"), "inside a name"),
     "script: value that was never put": Hostile("torchscript", script("constants.pkl", b"\x80\x02h\x07."), "never put"),
     "script: no mark": Hostile("torchscript", script("constants.pkl", b"\x80\x02Nt."), "has no mark"),
-    "script: bytes behind a pickle": Hostile("torchscript", script("constants.pkl", b"\x80\x02).cos\n"), "behind its end"),
+    "script: bytes behind a pickle": Hostile("torchscript", script("constants.pkl", b"\x80\x02).cos\n"), "after its end"),
     "script: calls a number": Hostile("torchscript", script("constants.pkl", b"\x80\x02K\x01)R."), "which is not a name"),
     "script: something kept outside": Hostile("torchscript", script("constants.pkl", b"\x80\x02NQ."), "not the storage"),
     "script: storage of negative size": Hostile("torchscript", script("constants.pkl", tensor((1,), (1,), -4)), "-4 elements"),
@@ -303,7 +303,8 @@ SCRIPTS: dict[str, Hostile] = {
         "torchscript",
         script_with(append(Member("model/code/x.py", b"", 8, size=99, packed=b"\xff\xff\xff"))), "can't be unpacked",
     ),
-    "script: foreign file": Hostile("torchscript", script_with(append(Member("model/x.so", b"\x7fELF"))), "no TorchScript"),
+    "script: foreign file": Hostile("torchscript", script_with(append(Member("model/x.so", b"\x7fELF"))),
+        "not part of a TorchScript"),
 }  # fmt: skip
 
 CHECKPOINTS: dict[str, Hostile] = {
@@ -314,7 +315,7 @@ CHECKPOINTS: dict[str, Hostile] = {
     "checkpoint: code in the old format": Hostile(
         "weights", raw("weights.pt", pickle.dumps(0x1950A86A20F9469CFC6C, 2) + call("os.mkdir")), "names 'os.mkdir'"
     ),
-    "checkpoint: old format cut off": Hostile("weights", old_checkpoint_cut, "says that its tensors have"),
+    "checkpoint: old format cut off": Hostile("weights", old_checkpoint_cut, "declares tensors of"),
     "checkpoint: a whole module": Hostile("weights", saved(torch.nn.ReLU()), "names 'torch.nn.modules.activation.ReLU'"),
     "checkpoint: getattr": Hostile("weights", checkpoint(call("builtins.getattr")), "names 'builtins.getattr'"),
     "checkpoint: name with dots": Hostile(
@@ -331,7 +332,7 @@ CHECKPOINTS: dict[str, Hostile] = {
     ),
     "checkpoint: negative offset": Hostile("weights", checkpoint(tensor((2,), (1,), 4, -9)), "an offset that do"),
     "checkpoint: storage beyond its file": Hostile(
-        "weights", checkpoint(tensor((2,), (1,), 2**40)), "says that a tensor storage has"
+        "weights", checkpoint(tensor((2,), (1,), 2**40)), "declares a tensor storage of"
     ),
     "checkpoint: storage that is not there": Hostile(
         "weights", lambda folder, good: write_zip(folder / "weights.pt", [Member("x/data.pkl", tensor((2,), (1,), 4))]),
@@ -353,7 +354,8 @@ CHECKPOINTS: dict[str, Hostile] = {
         "weights", lambda folder, good: write_zip(folder / "weights.pt", [Member("x/version", b"3")]), "has no data.pkl"
     ),
     "checkpoint: an empty archive": Hostile("weights", lambda folder, good: write_zip(
-        folder / "weights.pt", [Member("x/data.pkl", b"")], count=0, table_size=0, gap=b""), "where its end record"),
+        folder / "weights.pt", [Member("x/data.pkl", b"")], count=0, table_size=0, gap=b""),
+        "not at the place in its end record"),
     "checkpoint: an archive of nothing": Hostile(
         "weights", lambda folder, good: write_zip(folder / "weights.pt", [], gap=b"PK\x03\x04"), "an empty archive"
     ),
@@ -367,7 +369,8 @@ ARRAYS: dict[str, Hostile] = {
         "not of plain numbers",
     ),
     "npz: larger than said": Hostile(
-        "npz", npz(Member("x.npy", npy("{'descr': '<f4', 'fortran_order': False, 'shape': (9999999999,), }"))), "says that"
+        "npz", npz(Member("x.npy", npy("{'descr': '<f4', 'fortran_order': False, 'shape': (9999999999,), }"))),
+        "declares an array of",
     ),
     "npz: sizes that overflow": Hostile(
         "npz", npz(Member("x.npy", npy(f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({2**33}, {2**33}), }}"))),
@@ -384,12 +387,12 @@ ARRAYS: dict[str, Hostile] = {
     "npz: no header": Hostile("npz", npz(Member("x.npy", b"\x93NUMPY")), "not a whole .npy"),
     "npz: header of 60 kB": Hostile("npz", npz(Member("x.npy", npy(" " * 60_000))), "header of 60001 bytes"),
     "npz: header without a shape": Hostile("npz", npz(Member("x.npy", npy("{'descr': '<f4'}"))), "has no shape"),
-    "npz: header that is a list": Hostile("npz", npz(Member("x.npy", npy("['<f4']"))), "is no table"),
+    "npz: header that is a list": Hostile("npz", npz(Member("x.npy", npy("['<f4']"))), "is not a dictionary"),
     "npz: name that is not UTF-8": Hostile("npz", not_utf8, "not UTF-8"),
-    "npz: foreign file": Hostile("npz", npz(PLAIN, Member("x.exe", ARRAY)), "which is no array"),
+    "npz: foreign file": Hostile("npz", npz(PLAIN, Member("x.exe", ARRAY)), "which is not an array"),
     "npz: name that climbs": Hostile("npz", npz(Member("../x.npy", ARRAY)), "has the part '..'"),
     "npz: hidden letters": Hostile("npz", npz(Member("x\u202eypn.npy", ARRAY)), "hidden character U+202E"),
     "npz: bomb": Hostile("npz", npz(Member("x.npy", b"", 8, size=_BIG, packed=zeros_deflated(_BIG))), "times"),
-    "npz: no archive": Hostile("npz", raw("samples.npz", ARRAY), "no zip archive"),
+    "npz: no archive": Hostile("npz", raw("samples.npz", ARRAY), "not a zip archive"),
     "npz: 65537 files": Hostile("npz", npz(*MANY[:20], count=0xFFFF), "cut off"),
 }  # fmt: skip

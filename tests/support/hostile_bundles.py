@@ -101,7 +101,7 @@ BUNDLES: dict[str, Hostile] = {
     "manifest: input of a terabyte": Hostile("bundle", first_input(shape=["batch", 2**20, 2**20]), "elements"),
     "manifest: input whose sizes overflow": Hostile("bundle", first_input(shape=["batch", 2**40, 2**40]), "64 bits"),
     "manifest: input of negative size": Hostile("bundle", first_input(shape=["batch", -1, 28, 28]), "negative size"),
-    "manifest: size that is a truth": Hostile("bundle", first_input(shape=["batch", True, 28, 28]), "no number"),
+    "manifest: size that is a truth": Hostile("bundle", first_input(shape=["batch", True, 28, 28]), "not a number"),
     "manifest: two inputs of one name": Hostile(
         "bundle", forged(lambda v: v["signature"]["inputs"].append(v["signature"]["inputs"][0])), "have one name"
     ),
@@ -122,7 +122,7 @@ BUNDLES: dict[str, Hostile] = {
     "name: device in a folder": Hostile("bundle", listed("a/COM1"), "a device on Windows"),
     "name: dot at the end": Hostile("bundle", listed("model.onnx."), "ends with a dot"),
     "name: space at the end": Hostile("bundle", listed("model.onnx "), "ends with a dot"),
-    "name: stream of Windows": Hostile("bundle", listed("model.onnx:x"), "Windows keeps for itself"),
+    "name: stream of Windows": Hostile("bundle", listed("model.onnx:x"), "Windows reserves"),
     "name: NUL": Hostile("bundle", listed("model.onnx\0.png"), "U+0000"),
     "name: escape": Hostile("bundle", listed("model\x1b[2J.onnx"), "U+001B"),
     "name: turned around": Hostile("bundle", listed("model\u202exnno."), "U+202E"),
@@ -191,7 +191,8 @@ PICTURES: dict[str, Hostile] = {
         "not of plain numbers",
     ),
     "npy: larger than said": Hostile(
-        "images", raw("x.npy", npy("{'descr': '|u1', 'fortran_order': False, 'shape': (99999999999,), }")), "says that"
+        "images", raw("x.npy", npy("{'descr': '|u1', 'fortran_order': False, 'shape': (99999999999,), }")),
+        "declares an array of",
     ),
     "npy: sizes that overflow": Hostile(
         "images", raw("x.npy", npy(f"{{'descr': '|u1', 'fortran_order': False, 'shape': ({2**40}, {2**40}), }}")), "64 bits"

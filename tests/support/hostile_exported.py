@@ -75,12 +75,14 @@ def first_node(**changes: Any) -> Callable[[Path, Good], Path]:
 
 
 PT2: dict[str, Hostile] = {
-    "pt2: operator by its path": Hostile("pt2", first_node(target="torch.serialization.os.system"), "no operator"),
-    "pt2: hub": Hostile("pt2", first_node(target="torch.hub.load"), "no operator"),
-    "pt2: attribute of the operator module": Hostile("pt2", first_node(target="_operator.attrgetter"), "no operator"),
-    "pt2: operator that writes a file": Hostile("pt2", first_node(target="torch.ops.aten.from_file.default"), "no operator"),
-    "pt2: operator of others": Hostile("pt2", first_node(target="torch.ops.evil.run.default"), "no operator"),
-    "pt2: extension": Hostile("pt2", first_node(target="#evil:run"), "no operator"),
+    "pt2: operator by its path": Hostile("pt2", first_node(target="torch.serialization.os.system"), "not an operator"),
+    "pt2: hub": Hostile("pt2", first_node(target="torch.hub.load"), "not an operator"),
+    "pt2: attribute of the operator module": Hostile("pt2", first_node(target="_operator.attrgetter"), "not an operator"),
+    "pt2: operator that writes a file": Hostile(
+        "pt2", first_node(target="torch.ops.aten.from_file.default"), "not an operator"
+    ),
+    "pt2: operator of others": Hostile("pt2", first_node(target="torch.ops.evil.run.default"), "not an operator"),
+    "pt2: extension": Hostile("pt2", first_node(target="#evil:run"), "not an operator"),
     "pt2: size that is code": Hostile("pt2", symbol("__import__('os').mkdir('hacked')"), "where a size is expected"),
     "pt2: size that is code in a symbol": Hostile(
         "pt2", symbol("Symbol(__import__('os').mkdir('hacked'))"), "where a size is expected"
@@ -106,30 +108,30 @@ PT2: dict[str, Hostile] = {
         "pt2", exported(lambda v: v.update(guards_code=["torch.sym_max(L['x'].__class__, 1) > 0"])), "condition on sizes"
     ),
     "pt2: name that is code": Hostile(
-        "pt2", first_node(name="x=__import__('os').mkdir('hacked')"), "no plain word"
+        "pt2", first_node(name="x=__import__('os').mkdir('hacked')"), "not a plain word"
     ),
     "pt2: name of an argument that is code": Hostile(
         "pt2",
         exported(lambda v: v["graph_module"]["module_call_graph"][0]["signature"].update(
             forward_arg_names=["x=__import__('os').mkdir('hacked')"])),
-        "no plain word",
+        "not a plain word",
     ),
     "pt2: key of an argument that is code": Hostile(
         "pt2",
         exported(lambda v: v["graph_module"]["module_call_graph"][0]["signature"].update(
             in_spec=json.dumps([1, {"type": "builtins.dict", "context": '["x=open(1)"]', "children_spec": []}]))),
-        "no plain word",
+        "not a plain word",
     ),
     "pt2: name of a parameter that is code": Hostile(
         "pt2",
         exported(lambda v: v["graph_module"]["signature"]["input_specs"][0]["parameter"].update(parameter_name='"]+x["')),
-        "no plain word",
+        "not a plain word",
     ),
     "pt2: no model": Hostile(
         "pt2", lambda folder, good: write_zip(folder / "model.pt2", [Member("m/version", b"1")]), "it has no models/"
     ),
-    "pt2: model that is a list": Hostile("pt2", exported_file("models/model.json", b"[]"), "no table"),
-    "pt2: name that is a number": Hostile("pt2", first_node(name=7), "no text"),
+    "pt2: model that is a list": Hostile("pt2", exported_file("models/model.json", b"[]"), "not a table"),
+    "pt2: name that is a number": Hostile("pt2", first_node(name=7), "not a text"),
     "pt2: arguments that are a number": Hostile(
         "pt2",
         exported(lambda v: v["graph_module"]["module_call_graph"][0]["signature"].update(in_spec=7)), "odd in_spec",
@@ -139,7 +141,7 @@ PT2: dict[str, Hostile] = {
         "pt2", exported_file("model_weights_config.json", b'{"config": {"w": 7}}'), "odd entry 'w'"
     ),
     "pt2: weights without sizes": Hostile("pt2", weights_config(lambda v: v.pop("tensor_meta")), "no plain sizes"),
-    "pt2: weights of a broken width": Hostile("pt2", exported_file("weights/weight_0", bytes(143)), "no whole number"),
+    "pt2: weights of a broken width": Hostile("pt2", exported_file("weights/weight_0", bytes(143)), "not a whole number"),
     "pt2: sample inputs with code": Hostile(
         "pt2", exported_file("sample_inputs/model.pt", pickle.dumps(Code(), protocol=2)), "names 'posix.mkdir'"
     ),
@@ -155,17 +157,17 @@ PT2: dict[str, Hostile] = {
         "pt2", weights_config(lambda v: v["tensor_meta"].update(sizes=[{"as_int": 2**40}])), "elements"
     ),
     "pt2: weights elsewhere": Hostile("pt2", weights_config(lambda v: v.update(path_name="../x")), "has no data"),
-    "pt2: native library": Hostile("pt2", exported_more("data/aotinductor/model/x.so", b"\x7fELF"), "no part of"),
-    "pt2: pickled constant": Hostile("pt2", exported_more("data/constants/opaque_obj_0", b"cos\nsystem\n."), "no part of"),
+    "pt2: native library": Hostile("pt2", exported_more("data/aotinductor/model/x.so", b"\x7fELF"), "not part of"),
+    "pt2: pickled constant": Hostile("pt2", exported_more("data/constants/opaque_obj_0", b"cos\nsystem\n."), "not part of"),
     "pt2: NaN in its JSON": Hostile("pt2", exported(lambda v: v.update(schema_version={"major": float("nan")})), "NaN"),
-    "pt2: container of its own kind": Hostile(
+    "pt2: container of a custom class": Hostile(
         "pt2",
         exported(lambda v: v["graph_module"]["module_call_graph"][0]["signature"].update(
             in_spec='[1, {"type": "os.path", "context": null, "children_spec": []}]')),
         "container of the kind 'os.path'",
     ),
-    "pt2: object of its own kind": Hostile(
+    "pt2: object of a custom class": Hostile(
         "pt2", first_node(inputs=[{"name": "x", "arg": {"as_custom_obj": {"name": "a", "class_fqn": "os"}}, "kind": 1}]),
-        "object of its own kind",
+        "object of a custom class",
     ),
 }  # fmt: skip

@@ -95,7 +95,7 @@ def many_fields(folder: Path, good: Good) -> Path:
 
 
 def in_training(folder: Path, good: Good) -> Path:
-    """A tensor of two parts: protobuf melts them into one with twice the dimensions."""
+    """A tensor of two parts: protobuf merges them into one with twice the dimensions."""
     one = field(5, field(1, b"v") + field(5, stored((2,), raw=bytes(8))) + field(5, stored((2,), raw=bytes(8))))
     return content(field(7, field(1, field(4, b"Constant") + one)))(folder, good)
 
@@ -123,7 +123,7 @@ ONNX: dict[str, Hostile] = {
     "onnx: name that is not UTF-8": Hostile("onnx", content(field(7, field(1, field(4, b"\xff\xfe")))), "not UTF-8"),
     "onnx: more elements than data": Hostile("onnx", content(model_with(stored((1000,), raw=bytes(8)))), "4000 bytes"),
     "onnx: a terabyte without data": Hostile("onnx", content(model_with(stored((2**38,)))), "0 entries"),
-    "onnx: more data than elements": Hostile("onnx", content(model_with(stored((1,), raw=bytes(8)))), "8 are there"),
+    "onnx: more data than elements": Hostile("onnx", content(model_with(stored((1,), raw=bytes(8)))), "but has 8"),
     "onnx: sizes that overflow": Hostile("onnx", content(model_with(stored(WIDE, raw=b"x"))), "beyond 64 bits"),
     "onnx: sizes that overflow to zero": Hostile(
         "onnx", content(model_with(stored((2**32, 2**32), raw=b"x"))), "beyond 64 bits"
@@ -139,9 +139,9 @@ ONNX: dict[str, Hostile] = {
     "onnx: data inside and outside": Hostile(
         "onnx", content(model_with(stored((1,), raw=bytes(4), more=number(14, 1)))), "inside and in another file"
     ),
-    "onnx: place told twice": Hostile(
+    "onnx: place stated twice": Hostile(
         "onnx", content(model_with(stored((1,), more=field(13, field(1, b"location") + field(2, b"a")) * 2 + number(14, 1)))),
-        "tells 'location' twice",
+        "states 'location' twice",
     ),
     "onnx: place that is not UTF-8": Hostile(
         "onnx", content(model_with(stored((1,), more=field(13, field(1, b"location") + field(2, b"\xff")) + number(14, 1)))),
@@ -187,7 +187,7 @@ ONNX: dict[str, Hostile] = {
     ),
     "onnx: data in a pipe": Hostile("onnx", with_data("w.bin", lambda inner: os.mkfifo(inner / "w.bin")), "plain file"),
     "onnx: data shorter than said": Hostile(
-        "onnx", with_data("w.bin", lambda inner: (inner / "w.bin").write_bytes(b"1234")), "shorter than the model says"
+        "onnx", with_data("w.bin", lambda inner: (inner / "w.bin").write_bytes(b"1234")), "shorter than the model declares"
     ),
     "onnx: data of another length": Hostile("onnx", with_data("w.bin", NO_DATA, length="17"), "its sizes need 16"),
     "onnx: data at a negative place": Hostile("onnx", with_data("w.bin", NO_DATA, offset="-4"), "odd number '-4'"),
@@ -218,7 +218,7 @@ def huge_golden(folder: Path, good: Good) -> Path:
 GOLDEN: dict[str, Hostile] = {
     "golden: three gigabytes": Hostile("golden", huge_golden, "more than 2 GB"),
     "golden: cut off": Hostile("golden", golden(stored((9,), raw=bytes(36))[:-5]), "cut off"),
-    "golden: larger than its data": Hostile("golden", golden(stored((2**38,), raw=bytes(8))), "8 are there"),
+    "golden: larger than its data": Hostile("golden", golden(stored((2**38,), raw=bytes(8))), "but has 8"),
     "golden: sizes that overflow": Hostile("golden", golden(stored((2**40, 2**40), raw=bytes(8))), "beyond 64 bits"),
     "golden: in another file": Hostile(
         "golden", golden(stored((4,), more=field(13, field(1, b"location") + field(2, b"/etc/passwd")) + number(14, 1))),
@@ -245,9 +245,9 @@ def entry(shape: list[Any], start: int, end: int, dtype: str = "F32") -> dict[st
 SAFETENSORS: dict[str, Hostile] = {
     "safetensors: header longer than the file": Hostile("safetensors", safe(b"{}", length=2**40), "longer than the file"),
     "safetensors: header of 20 MB": Hostile("safetensors", safe(b"{" + b" " * (20 * 2**20) + b"}"), "more than"),
-    "safetensors: outside the file": Hostile("safetensors", safe({"a": entry([2], 0, 8)}, bytes(4)), "4 are there"),
+    "safetensors: outside the file": Hostile("safetensors", safe({"a": entry([2], 0, 8)}, bytes(4)), "but has 4"),
     "safetensors: far outside the file": Hostile(
-        "safetensors", safe({"a": entry([2**40], 0, 2**42)}, bytes(4)), "are there"
+        "safetensors", safe({"a": entry([2**40], 0, 2**42)}, bytes(4)), "but has 4"
     ),
     "safetensors: overlapping": Hostile(
         "safetensors", safe({"a": entry([2], 0, 8), "b": entry([2], 4, 12)}, bytes(12)), "overlaps another"
@@ -263,9 +263,9 @@ SAFETENSORS: dict[str, Hostile] = {
     "safetensors: sizes that do not fit": Hostile("safetensors", safe({"a": entry([3], 0, 8)}, bytes(8)), "need 12"),
     "safetensors: unknown type": Hostile("safetensors", safe({"a": entry([1], 0, 4, "X9")}, bytes(4)), "type 'X9'"),
     "safetensors: sizes that are a text": Hostile(
-        "safetensors", safe({"a": {**entry([1], 0, 4), "shape": "1"}}, bytes(4)), "no type, sizes and place"
+        "safetensors", safe({"a": {**entry([1], 0, 4), "shape": "1"}}, bytes(4)), "not a type, sizes and a place"
     ),
-    "safetensors: truth for a number": Hostile("safetensors", safe({"a": entry([True], 0, 4)}, bytes(4)), "no number"),
+    "safetensors: truth for a number": Hostile("safetensors", safe({"a": entry([True], 0, 4)}, bytes(4)), "not a number"),
     "safetensors: key twice": Hostile(
         "safetensors",
         safe(b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}',
@@ -273,11 +273,11 @@ SAFETENSORS: dict[str, Hostile] = {
         "'a' twice",
     ),
     "safetensors: unknown key": Hostile(
-        "safetensors", safe({"a": {**entry([1], 0, 4), "code": "x"}}, bytes(4)), "no type, sizes and place"
+        "safetensors", safe({"a": {**entry([1], 0, 4), "code": "x"}}, bytes(4)), "not a type, sizes and a place"
     ),
     "safetensors: metadata of numbers": Hostile("safetensors", safe({"__metadata__": {"a": 1}}), "not texts"),
     "safetensors: nested deep": Hostile("safetensors", safe(b'{"a":' + b"[" * 100_000), "levels deep"),
-    "safetensors: a list": Hostile("safetensors", safe([1]), "no table"),
+    "safetensors: a list": Hostile("safetensors", safe([1]), "not a table"),
     "safetensors: infinity": Hostile("safetensors", safe(b'{"__metadata__":{"a":Infinity}}'), "Infinity"),
     "safetensors: not UTF-8": Hostile("safetensors", safe(b'{"\xff":1}'), "not UTF-8"),
     "safetensors: metadata with half a character": Hostile(

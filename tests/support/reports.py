@@ -46,7 +46,7 @@ def run_rows(
         Row("repeat", subject, "images", True, n=1000, error=0.0, bound=bound, **common),
         Row("accuracy-change", subject, "images", True, n=1000,
             reason="871 of 1000 labels right before, 870 after (2 lost, 1 won; exact McNemar p = 1)", **common),
-        Row("precision", subject, "images", True, f"asked for {'float32' if strict else 'tf32'}: it is", n=64,
+        Row("precision", subject, "images", True, f"{'float32' if strict else 'tf32'} requested: it is", n=64,
             detected="float32" if strict else "tf32", **common),
     ]  # fmt: skip
 

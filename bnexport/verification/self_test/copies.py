@@ -36,16 +36,12 @@ class NotTried(Exception):
 
 @dataclass(frozen=True)
 class FaultTarget:
-    """The bundle whose verification is tested, which never changes, and the original network, if the caller gave it.
-
-    Attributes:
-        harmless: Error of scale up to which a fault need not be caught.
-        accuracy: The original's accuracy on the self-test's samples: ``{"dataset", "n", "correct"}``; empty without labels.
-    """
+    """The bundle whose verification is tested, which never changes, and the original network, if the caller gave it."""
 
     bundle: Bundle
     module: nn.Module | None
-    harmless: float
+    harmless: float  # Error of scale up to which a fault need not be caught
+    #: The original's accuracy on the self-test's samples: ``{"dataset", "n", "correct"}``; empty without labels
     accuracy: Mapping[str, Any]
 
     @cached_property
@@ -79,7 +75,7 @@ class FaultTarget:
     @cached_property
     def folded(self) -> dict[str, Tensor]:
         """Return the weights of the folded network, as ``fold`` makes them."""
-        assert self.network is not None, "ask network first"
+        assert self.network is not None, "the network must be known"
         return folded_weights(self.network, self.example)
 
     def effect(self, module: nn.Module) -> float:
@@ -158,7 +154,7 @@ def evaluate_torch(name: str) -> Evaluate:
 
 
 def effect_of(bundle: Bundle, evaluate: Evaluate | None) -> float | None:
-    """Return max |faulty - golden| / scale on the golden inputs of a spoiled bundle; None where there is no such number."""
+    """Return max |faulty - golden| / scale on the golden inputs of a spoiled bundle; None if it can't be measured."""
     if evaluate is None:
         return None
     try:

@@ -229,7 +229,7 @@ def _preprocessing(copy: Copy) -> Mapping[str, Any]:
     if manifest.preprocessing is None:
         raise NotTried("the bundle has no preprocessing")
     if not accuracy:
-        raise NotTried("there are no labelled images here, and without them nothing tells of it")
+        raise NotTried("there are no labelled images here, without which the fault can't be detected")
     recorded = manifest.verification.get("accuracy")
     if not isinstance(recorded, dict) or recorded.get("dataset") != accuracy["dataset"]:
         raise NotTried("the bundle records no accuracy on these samples that could be compared")
@@ -357,26 +357,18 @@ INT8_FAULTS: dict[str, Callable[[Int8File], str]] = {
 
 @dataclass(frozen=True)
 class Fault:
-    """One row of FAULTS.
+    """One row of FAULTS."""
 
-    Attributes:
-        name: The change: "eps dropped".
-        where: The file or runtime that is changed.
-        expected: The stage that exists to catch it.
-        put: Changes a copy and returns the exact place. All but the flipped bits of the stage "integrity" seal the copy
-            again, so that no hash shows the fault.
-        evaluate: Evaluates the changed part, for the size of the effect; None where there is no number.
-        runner: A faulty runtime that replaces a good one.
-        many: The fault shows only in the number of right labels, which takes more samples.
-    """
-
-    name: str
-    where: str
-    expected: str
+    name: str  # The change: "eps dropped"
+    where: str  # The file or runtime that is changed
+    expected: str  # The stage that exists to catch it
+    #: Changes a copy and returns the exact place. All but the flipped bits of the stage "integrity" seal the copy
+    #: again, so that no hash shows the fault
     put: Callable[[Copy], str]
+    #: Evaluates the changed part, for the size of the effect; None if it can't be measured
     evaluate: Evaluate | None = None
-    runner: RunnerSpec | None = None
-    many: bool = False
+    runner: RunnerSpec | None = None  # A faulty runtime that replaces a good one
+    many: bool = False  # The fault shows only in the number of right labels, which takes more samples
 
 
 def faults_of(bundle: Bundle) -> tuple[Fault, ...]:

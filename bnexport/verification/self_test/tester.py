@@ -30,14 +30,14 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-#: Samples of each kind. The fewer there are, the harder a fault is to see; a verification uses up to 10,000.
+#: Number of samples of each kind. With fewer samples, faults are harder to detect; a verification uses up to 10,000.
 _SAMPLES = 64
-#: Fewer where a batch would cost more multiplications than this, but not fewer than these.
+#: Largest number of multiplications of a batch, which may reduce the number of samples, and the least number of samples.
 _WORK, _MIN_SAMPLES = 5e8, 8
-#: The same where a fault shows in the number of right labels alone.
+#: Number of samples for faults that show only in the number of right labels.
 _MANY_SAMPLES = 256
-#: Error of scale up to which a fault is none: rounding the folded weights to float32 is 1e-7. It is the proof's own bound, but
-#: not read from there: a bound made too wide must not excuse the faults that it lets pass.
+#: Error of scale up to which a fault is harmless: rounding the folded weights to float32 is 1e-7. The number equals the proof's
+#: bound, but is not read from it: a bound that is too wide must not excuse the faults that it lets pass.
 _HARMLESS = 1e-6
 #: One runtime that reads model.onnx: the proofs look at every file, whatever runs.
 _RUNTIME = "onnxruntime-cpu"
@@ -144,7 +144,7 @@ class _Tester:
                 spoiled = Bundle.open(copy.folder)
             except BundleError as error:  # the manifest's own digest, which ``verify`` meets first of all
                 return FaultResult(
-                    fault.name, where, fault.expected, ("integrity",), "caught", None, _told(error, copy)
+                    fault.name, where, fault.expected, ("integrity",), "caught", None, _reason_of(error, copy)
                 )
             effect = effect_of(spoiled, fault.evaluate)
             most = _MANY_SAMPLES if fault.many else few
@@ -163,8 +163,8 @@ def _judged(
     caught = tuple(dict.fromkeys((*(row.stage for row in report.failures), *report.missing_stages)))
     found = FaultResult(fault.name, where, fault.expected, caught, "caught" if caught else "missed", effect)
     if fault.expected not in caught and effect is not None and effect <= subject.harmless:
-        told = f"it changes no golden output by more than {subject.harmless:.0e} of scale"
-        return replace(found, outcome="harmless", reason=told)
+        reason = f"it changes no golden output by more than {subject.harmless:.0e} of scale"
+        return replace(found, outcome="harmless", reason=reason)
     rows = sorted(report.failures, key=lambda row: row.stage != fault.expected)
     return replace(found, reason=rows[0].reason if rows else "")
 
@@ -173,7 +173,7 @@ def _not_tried(fault: Fault, reason: str) -> FaultResult:
     return FaultResult(fault.name, fault.where, fault.expected, (), "not tried", None, reason)
 
 
-def _told(error: BundleError, copy: Copy) -> str:
+def _reason_of(error: BundleError, copy: Copy) -> str:
     """Return the message without the temporary folder's name."""
     return error.message.replace(f"{copy.folder}/", "")
 

@@ -406,7 +406,7 @@ def test_a_changed_bit_of_a_weight_is_seen(folder: Path) -> None:
     at = content.find(state_of()["head.weight"].numpy().tobytes())
     content[at + 5] ^= 1
     Path("w.pth").write_bytes(bytes(content))
-    with pytest.raises(ModelError, match="does not have the size and checksum"):
+    with pytest.raises(ModelError, match="does not have its declared size and checksum"):
         load_source("net.py:Net", weights="w.pth")
 
 

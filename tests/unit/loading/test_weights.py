@@ -69,7 +69,7 @@ def test_an_averaged_model_and_what_profilers_leave(folder: Path) -> None:
     averaged.update_parameters(network())
     found = loaded(averaged.state_dict())
     assert same(found.module, state_of())
-    assert found.notes == ("w.pth holds counters that are no weights; they were ignored: n_averaged",)
+    assert found.notes == ("w.pth holds counters, which are not weights and were ignored: n_averaged",)
     counters = {
         name: torch.zeros(1) for name in ("total_ops", "total_params", "head.total_ops", "backbone.0.total_params")
     }
@@ -261,12 +261,12 @@ def test_averaged_weights_are_taken_where_they_alone_fit(folder: Path) -> None:
 def test_two_networks_in_one_file_need_a_key(folder: Path) -> None:
     stored = {"generator": state_of(), "discriminator": {"0.weight": torch.ones(3, 2), "0.bias": torch.ones(3)}}
     said = refusal(stored)
-    assert "which one is meant is not clear. Found: generator (tensors: 9), discriminator (tensors: 2)" in said
+    assert "the choice is ambiguous. Found: generator (tensors: 9), discriminator (tensors: 2)" in said
     assert "--weights-key generator" in said
     assert same(loaded(stored, key="generator").module, state_of())
     assert "does not fit Net under 'discriminator'" in refusal(stored, key="discriminator")
     stored["discriminator"] = state_of(seed=9)
-    assert "which one is meant is not clear" in refusal(stored)
+    assert "the choice is ambiguous" in refusal(stored)
 
 
 def test_a_key_may_be_a_prefix(folder: Path) -> None:

@@ -129,8 +129,8 @@ def refusal(tail: Callable[[Net, Tensor], Tensor]) -> UntracedError:
         (written_whole, "fails on a batch of 1 at FILE:LINE: shape '[2, 5]' is invalid", "x.shape[0]"),
         (mixed, "loses the batch at FILE:LINE: view gives 72x4 for 2x4x6x6", "x.flatten(1)"),
         (reduced, "loses the batch at FILE:LINE: mean gives 4x6 for 2x4x6x6", "the first axis"),
-        (asks_for_one, "takes another way for a batch of 1 than for a batch of 2, from FILE:LINE on", "without if"),
-        (asks_for_many, "takes another way for a batch of 4 than for a batch of 2, from FILE:LINE on", "without if"),
+        (asks_for_one, "takes another path for a batch of 1 than for a batch of 2, from FILE:LINE on", "without if"),
+        (asks_for_many, "takes another path for a batch of 4 than for a batch of 2, from FILE:LINE on", "without if"),
     ],
 )
 def test_the_line_and_what_helps_are_named(tail: Callable[[Net, Tensor], Tensor], said: str, remedy: str) -> None:

@@ -136,7 +136,7 @@ def test_the_sentence() -> None:
 
     assert report(STALE_ABOVE).sentence() == (
         f"the moving statistics are up to date on 1024 training images: at most, bn0's output is off by {STALE_ABOVE:g}"
-        " of what it varies"
+        " of its standard deviation"
     )
     stale = report(0.1, 0.75, 0.3)
     assert stale.sentence().startswith(

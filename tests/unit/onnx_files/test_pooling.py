@@ -11,7 +11,7 @@ from onnx import TensorProto, helper
 from torch.nn import functional
 
 from bnexport.onnx_files.float64 import Float64Evaluator
-from bnexport.onnx_files.kernels import Axis, average_pool, axes_of, max_pool
+from bnexport.onnx_files.kernels import WindowAxis, average_pool, axes_of, max_pool
 from bnexport.onnx_files.models import read_model
 from bnexport.onnx_files.operators import better_operators
 
@@ -22,7 +22,7 @@ GEOMETRIES = [
 ]
 
 
-def _axes(x: np.ndarray, kernel: int, stride: int, pad: int, dilation: int, ceil: bool) -> tuple[Axis, ...]:
+def _axes(x: np.ndarray, kernel: int, stride: int, pad: int, dilation: int, ceil: bool) -> tuple[WindowAxis, ...]:
     pairs = {"strides": (stride,) * 2, "pads": (pad,) * 4, "dilations": (dilation,) * 2}
     return axes_of(x.shape[2:], (kernel,) * 2, **pairs, ceil=ceil)
 

@@ -115,7 +115,7 @@ def test_layers_can_stay_in_float(model: ModelProto) -> None:
     assert len(int8_layers(result.model)) == 4
     assert result.record["kept_in_float"] == {QuantizationPlan(model).layers[2].name: "--float-layers"}
     assert all(item.passed for item in findings(Int8File(model, result.model, result.record)))
-    with pytest.raises(UsageError, match="there is no layer 'wider' to keep in float"):
+    with pytest.raises(UsageError, match="the layer 'wider', to be kept in float, does not exist"):
         made(model, options=Int8Options(float_layers=("wider",)))
 
 
@@ -184,6 +184,8 @@ def test_what_can_not_be_quantised_is_refused_in_one_sentence(model: ModelProto)
         with pytest.raises(kind, match=words) as raised:
             attempt()
         assert "\n" not in str(raised.value)
+        if kind is UsageError:
+            assert raised.value.remedy == "Choose one of: cpu, tensorrt"
 
 
 def test_a_network_whose_gammas_are_zero_has_ranges_without_width(tmp_path: Path) -> None:

@@ -171,7 +171,7 @@ def test_everything_that_was_found_is_told_in_short() -> None:
         "shipping: the precision that is served; max error at most 0.0017",
         "predicted in tf32: max error 0.00076, 1 of 2000 labels changed (images)",
         "predicted in bfloat16: max error 0.009 (noise)",
-        "onnxruntime-cuda, tf32: asked for tf32: it is",
+        "onnxruntime-cuda, tf32: tf32 requested: it is",
         "accuracy: 871 of 1000 labels right before, 870 after (2 lost, 1 won; exact McNemar p = 1): torch-cpu;"
         " onnxruntime-cuda; onnxruntime-cuda, tf32",
         "onnxruntime-cuda, tf32: conv3 (Conv) is the first layer with more than its predicted error: 0.002, 0.00018",

@@ -22,7 +22,7 @@ def test_names_are_unique_and_found() -> None:
     assert not runner_spec("reference-cpu").default
     assert all(runner_spec(name).name == name for name in names)
     assert {spec.device for spec in RUNNERS} >= {"cpu", "cuda"}
-    with pytest.raises(UsageError, match="no runtime 'tensorflow'") as caught:
+    with pytest.raises(UsageError, match="runtime 'tensorflow' is unknown") as caught:
         runner_spec("tensorflow")
     assert "onnxruntime-cpu" in caught.value.remedy
 

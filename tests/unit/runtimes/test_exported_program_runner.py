@@ -50,7 +50,7 @@ SPECS = (TensorSpec("a", "float32", ("batch", 3)), TensorSpec("b", "float32", ("
 @pytest.mark.parametrize(
     ("other", "words"),
     [
-        (Signature(SPECS, SPECS[:1]), "takes 1 inputs, the manifest says 2"),
+        (Signature(SPECS, SPECS[:1]), "takes 1 inputs, the manifest states 2"),
         (Signature((TensorSpec("input", "float32", ("batch", 3, 28, 28)),), SPECS[:1]), "can't run its file"),
         (
             Signature(
@@ -138,7 +138,7 @@ def test_the_reference_is_float64_rounded_once(bundle: Bundle) -> None:
 def test_the_reference_refuses_another_signature(bundle: Bundle) -> None:
     signature = bundle.manifest.signature
     renamed = replace(signature, inputs=(replace(signature.inputs[0], name="image"),))
-    with pytest.raises(BundleError, match=r"has the inputs \['input'\], the manifest says \['image'\]"):
+    with pytest.raises(BundleError, match=r"has the inputs \['input'\], the manifest states \['image'\]"):
         ReferenceRunner(Bundle(bundle.path, replace(bundle.manifest, signature=renamed)))
     named = replace(signature, outputs=(replace(signature.outputs[0], name="scores"),))
     with pytest.raises(BundleError, match="gave no output 'scores'"):

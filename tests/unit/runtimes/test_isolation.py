@@ -187,7 +187,7 @@ def test_a_child_that_is_no_runner(bundle: Bundle, tmp_path: Path, monkeypatch: 
 
 def test_without_a_python_to_start_it_says_so(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/nowhere/python")
-    with pytest.raises(RuntimeUnavailable, match="can't start a process of its own"):
+    with pytest.raises(RuntimeUnavailable, match="can't start a separate process"):
         IsolatedRunner(QUICK, bundle, ISOLATED)
 
 

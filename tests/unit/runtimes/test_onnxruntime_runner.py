@@ -108,7 +108,7 @@ def test_a_bad_file_is_one_sentence(
 @pytest.mark.parametrize(
     ("other", "words"),
     [
-        (signature(name="image"), r"has the inputs \['input'\], the manifest says \['image'\]"),
+        (signature(name="image"), r"has the inputs \['input'\], the manifest states \['image'\]"),
         (signature(dtype="float64"), "is float32, the manifest states float64"),
         (signature(shape=("batch", 3, 28, 28)), "the manifest states batchx3x28x28"),
         (signature(shape=("batch", 1, 784)), "the manifest states batchx1x784"),

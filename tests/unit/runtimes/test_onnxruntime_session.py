@@ -247,7 +247,7 @@ def test_a_strict_tensorrt_session_in_the_wrong_process_is_refused(
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ALL_PROVIDERS)
     with pytest.raises(RuntimeUnavailable, match="can't run here in float32: TensorRT rounds to TF32 unless") as caught:
         OnnxRuntimeRunner(bundle.file(MODEL_ONNX), bundle.manifest.signature, device="tensorrt")
-    assert "process of its own" in caught.value.remedy
+    assert "separate process" in caught.value.remedy
 
 
 def test_tensorrt_without_its_libraries_names_them(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,10 +259,10 @@ def test_tensorrt_without_its_libraries_names_them(bundle: Bundle, monkeypatch: 
 
 
 def test_an_engine_that_does_not_obey_is_refused(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(RuntimeUnavailable, match="asked for the precision tf32, but float32 is in effect"):
+    with pytest.raises(RuntimeUnavailable, match="the precision tf32 was requested, but float32 is in effect"):
         OnnxRuntimeRunner(bundle.file(MODEL_ONNX), bundle.manifest.signature, settings=RunSettings("tf32"))
     monkeypatch.setitem(onnxruntime_session.LEVELS, "none", "ORT_ENABLE_ALL")
-    with pytest.raises(RuntimeUnavailable, match="asked for the optimisation none, but all is in effect"):
+    with pytest.raises(RuntimeUnavailable, match="the optimisation none was requested, but all is in effect"):
         OnnxRuntimeRunner(bundle.file(MODEL_ONNX), bundle.manifest.signature, settings=RunSettings(optimisation="none"))
 
 

@@ -153,7 +153,7 @@ def test_a_fault_of_the_file_is_no_missing_gpu(bundle: Bundle, monkeypatch: pyte
 @pytest.mark.usefixtures("gpu")
 def test_a_tensor_on_another_device_is_named(bundle: Bundle, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setattr(torch_outputs, "call", raising(RuntimeError, text))
-    with pytest.raises(BundleError, match="a tensor on a device of its own choice") as caught:
+    with pytest.raises(BundleError, match="a tensor on another device than its input") as caught:
         TorchEagerRunner(network(), bundle.manifest.signature, device="cuda")
     assert "device=x.device" in caught.value.remedy
 
@@ -171,7 +171,7 @@ class Fixed(nn.Module):
 
 def test_torchs_own_error_of_two_devices_is_recognised(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_outputs, "need", lambda name, device: torch.device("meta"))
-    with pytest.raises(BundleError, match="a tensor on a device of its own choice"):
+    with pytest.raises(BundleError, match="a tensor on another device than its input"):
         TorchEagerRunner(Fixed(), bundle.manifest.signature)
 
 
@@ -230,7 +230,7 @@ def test_a_strict_run_that_reads_back_tf32_refuses(bundle: Bundle, monkeypatch: 
 
     before = torch.backends.cudnn.conv.fp32_precision
     monkeypatch.setattr(torch_outputs, "call", spoilt)
-    with pytest.raises(RuntimeUnavailable, match=f"asked for strict float32, but .* {place} TF32") as caught:
+    with pytest.raises(RuntimeUnavailable, match=f"strict float32 was requested, but .* {place} TF32") as caught:
         TorchEagerRunner(network(), bundle.manifest.signature, device="cuda")
     assert "Remove the code that changes torch's precision" in caught.value.remedy
     assert torch.backends.cudnn.conv.fp32_precision == before

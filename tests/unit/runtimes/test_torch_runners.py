@@ -110,7 +110,7 @@ def test_a_bad_torchscript_file_is_one_sentence(bundle: Bundle, tmp_path: Path, 
 @pytest.mark.parametrize(
     ("other", "words"),
     [
-        (Signature(TWO.inputs, TWO.outputs), "takes 1 inputs, the manifest says 2"),
+        (Signature(TWO.inputs, TWO.outputs), "takes 1 inputs, the manifest states 2"),
         (Signature((TensorSpec("input", "float32", ("batch", 3, 28, 28)),), TWO.outputs[:1]), "can't run its file"),
         (
             Signature(

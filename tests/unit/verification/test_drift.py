@@ -172,7 +172,7 @@ def test_a_fixed_batch_is_run_as_it_is(bundle: Bundle, tmp_path: Path) -> None:
 
 
 def test_who_cannot_tell_says_why(bundle: Bundle) -> None:
-    with pytest.raises(UsageError, match=r"torchscript-cpu can't be looked at: it reads model\.pt"):
+    with pytest.raises(UsageError, match=r"torchscript-cpu can't be compared: it reads model\.pt"):
         layer_drift(bundle, runner_spec("torchscript-cpu"), STRICT, FEEDS, precision="float32")
     with pytest.raises(UsageError, match="has no tf32 kernels"):
         layer_drift(bundle, ORT, RunSettings(precision="tf32"), FEEDS, precision="tf32")

@@ -264,7 +264,7 @@ def test_chunks_are_put_together_in_order(right: Bundle, images: ComparedCase, n
 def test_another_number_of_outputs_is_refused(right: Bundle, name: str) -> None:
     signature = right.manifest.signature
     twice = Signature(signature.inputs, signature.outputs * 2)
-    with pytest.raises(BundleError, match="gives 1 outputs, the manifest says 2"):
+    with pytest.raises(BundleError, match="gives 1 outputs, the manifest states 2"):
         TorchFloat64Evaluator(right.file(name), twice).evaluate({"input": X})
 
 

@@ -150,7 +150,7 @@ def test_a_folder_is_read_only_where_data_dir_says(tmp_path: Path, monkeypatch: 
         patch.setattr("bnexport.data.datasets.load_folder_part", lambda *_, **__: pytest.fail("it was read"))
         patch.setattr("bnexport.data.datasets.folder_labels", lambda *_, **__: pytest.fail("it was looked at"))
         suite = suite_of(described, {"input": np.zeros((2, 3, 6, 5), np.float32)})
-    assert suite.images == "no real images: a bundle may name any folder, so its images are read where --data-dir says"
+    assert suite.images == "no real images: a bundle may name any folder, so its images are read only with --data-dir"
     assert suite.labels is None
     (tmp_path / "set").rename(tmp_path / "new")
     moved = suite_of(described, {"input": np.zeros((2, 3, 6, 5), np.float32)}, data_dir=tmp_path / "new")

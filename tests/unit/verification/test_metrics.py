@@ -44,7 +44,7 @@ def test_what_is_not_finite_is_a_problem_on_either_side(bad: float) -> None:
 
 
 def test_nothing_to_compare_is_a_problem() -> None:
-    assert measure({}, {}, bound=1).problem == "there is no output to compare"
+    assert measure({}, {}, bound=1).problem == "there are no outputs to compare"
     assert measure({}, {"y": REFERENCE}, bound=1).problem == "output 'y' is missing"
     assert "nothing was compared" in measure({"y": REFERENCE[:0]}, {"y": REFERENCE[:0]}, bound=1).problem
     assert "shape (2, 2), the reference (2, 3)" in (incomparable("y", REFERENCE[:, :2], REFERENCE) or "")

@@ -187,7 +187,7 @@ def test_what_cannot_be_told_apart_is_named_by_all_its_names() -> None:
     emulated = {name: Emulator(source, name).evaluate(feeds) for name in ("float32", "tf32", "tf32-convolutions")}
     seen = detect(emulated["tf32"], exact, emulated)
     assert seen.precision == "tf32 or tf32-convolutions"
-    assert "can't be told apart" in seen.sentence
+    assert "can't be distinguished here" in seen.sentence
     assert compatible("tf32", seen)
     assert not compatible("float32", seen)
 

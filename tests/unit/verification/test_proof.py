@@ -204,11 +204,13 @@ def test_what_the_file_declares_is_compared_with_the_manifest(bundle: Bundle) ->
 
     assert "has the inputs ['input']" in told(signature=Signature((replace(spec, name="x"),), (out,)))
     assert "has the outputs ['logits']" in told(signature=Signature((spec,), (out, out)))
-    assert "float32, the manifest says float16" in told(signature=Signature((replace(spec, dtype="float16"),), (out,)))
-    assert "says 3x1x28x28" in told(signature=Signature((replace(spec, shape=(3, 1, 28, 28)),), (out,)))
-    assert "says batchx9" in told(signature=Signature((spec,), (replace(out, shape=("batch", 9)),)))
-    assert told(onnx={"opset": 17}) == "the file has opset 18, the manifest says 17"
-    assert told(onnx={"ir_version": 9}) == "the file has ir_version 8, the manifest says 9"
+    assert "float32, the manifest states float16" in told(
+        signature=Signature((replace(spec, dtype="float16"),), (out,))
+    )
+    assert "states 3x1x28x28" in told(signature=Signature((replace(spec, shape=(3, 1, 28, 28)),), (out,)))
+    assert "states batchx9" in told(signature=Signature((spec,), (replace(out, shape=("batch", 9)),)))
+    assert told(onnx={"opset": 17}) == "the file has opset 18, the manifest states 17"
+    assert told(onnx={"ir_version": 9}) == "the file has ir_version 8, the manifest states 9"
     assert told(onnx={}) == ""
     for key, text in manifest.model_facts().items():  # what an export repeats in the file itself
         model.metadata_props.add(key=key, value=text)

@@ -246,12 +246,12 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "another byte order": (npy(FLOATS.astype(">f4")), "is >f4, expected float32"),
     "NaN": (npy(spoiled(FLOATS, 4, np.nan)), "x.npy holds NaN or infinity in sample 4 of 'input'"),
     "infinity": (npy(spoiled(FLOATS, 0, -np.inf)), "in sample 0 of 'input'"),
-    "pixels channels first": (npy(PIXELS[:, None]), "which is not images"),
+    "pixels channels first": (npy(PIXELS[:, None]), "which is not a shape of images"),
     "a pickle": (file("x.npy", pickle.dumps(Evil())), "is not a PNG, JPEG, BMP, WebP, GIF, .npy or IDX file"),
     "objects": (npy(OBJECTS, allow_pickle=True), "not of plain numbers"),
     "texts": (npy(np.array(["a", "b"])), "not of plain numbers"),
-    "cut off": (file("x.npy", npy_bytes(FLOATS)[:-1]), "says that its array has"),
-    "longer than it says": (file("x.npy", npy_bytes(FLOATS) + b"x"), "says that its array has"),
+    "cut off": (file("x.npy", npy_bytes(FLOATS)[:-1]), "declares an array of"),
+    "longer than declared": (file("x.npy", npy_bytes(FLOATS) + b"x"), "declares an array of"),
     "damaged header": (file("x.npy", npy_bytes(FLOATS).replace(b"'shape'", b"'shame'")), "has no shape"),
     "objects in an npz": (npz(input=OBJECTS), "not of plain numbers"),
     "objects as labels": (npz(input=FLOATS, labels=OBJECTS), "not of plain numbers"),
@@ -275,7 +275,7 @@ BAD: dict[str, tuple[Callable[[Path], Path], str]] = {
     "an unknown label": (lambda folder: pictures(folder, bird__a_png=PIXELS[0]), "bird is named after no label"),
     "pictures beside folders": (
         lambda folder: pictures(folder, a_png=PIXELS[0], cat__a_png=PIXELS[1]),
-        "holds pictures beside folders of pictures, such as a.png and cat",
+        "holds pictures next to folders of pictures, such as a.png and cat",
     ),
     "a folder of empty labels": (lambda folder: [(folder / "cat").mkdir(), folder][1], "holds no picture"),
 }
@@ -301,7 +301,7 @@ def test_a_damaged_picture_in_a_folder_is_named(tmp_path: Path) -> None:
 
 def test_images_need_a_preprocessing(tmp_path: Path) -> None:
     for path in (save(tmp_path / "p.npy", PIXELS), pictures(tmp_path / "s", a_png=PIXELS[0]), tmp_path / "s" / "a.png"):
-        with pytest.raises(DataError, match="does not say how an image becomes an input"):
+        with pytest.raises(DataError, match="has no preprocessing for images"):
             load(path, preprocessing=None)
 
 

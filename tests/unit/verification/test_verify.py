@@ -145,7 +145,7 @@ def test_what_is_not_a_bundle_is_an_error(tmp_path: Path) -> None:
 
 
 def test_runtimes_by_name(bundle: Bundle) -> None:
-    with pytest.raises(UsageError, match="no runtime 'tensorrt'"):
+    with pytest.raises(UsageError, match="runtime 'tensorrt' is unknown"):
         verify(bundle, runtimes=["tensorrt"])
     found = verify(bundle, runtimes=FAST)
     assert list(found.runtimes) == FAST
