@@ -20,8 +20,9 @@ from torch import nn
 print("chatter on import")
 
 
-def trained(network):
+def trained(kind):
     torch.manual_seed(0)
+    network = kind()
     for layer in network.modules():
         if isinstance(layer, nn.BatchNorm2d):
             nn.init.normal_(layer.weight), nn.init.normal_(layer.bias)
@@ -66,11 +67,11 @@ class Pool(Net):
 
 def net():
     print("chatter in the factory")
-    return trained(Net())
+    return trained(Net)
 
 
 def pixels():
-    return trained(Pixels())
+    return trained(Pixels)
 
 
 def through():
@@ -82,17 +83,17 @@ def control():
 
 
 def overflow():
-    network = trained(Overflow())
+    network = trained(Overflow)
     network.bn.weight.data.mul_(5)
     return network
 
 
 def region():
-    return trained(Pool())
+    return trained(Pool)
 
 
 def in_training():
-    network = trained(Net())
+    network = trained(Net)
     network.bn.train()
     return network
 """
