@@ -221,3 +221,10 @@ def multiplications(model: ModelProto, sizes: Mapping[str, Sequence[int]] | None
             positions = math.prod(max(dim, 1) for dim in shapes.get(node.output[0], [])[2:])
             total += sum(stored.get(name, 0) for name in node.input[1:2]) * positions
     return max(total, 1)
+
+
+def attributes(node: NodeProto) -> dict[str, Any]:
+    """Return the attributes of a node by name."""
+    from onnx import helper
+
+    return {item.name: helper.get_attribute_value(item) for item in node.attribute}

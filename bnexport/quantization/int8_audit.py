@@ -16,12 +16,11 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from bnexport.errors import BnexportError, DataError, ModelError
 from bnexport.onnx_files.float64 import Float64Evaluator
-from bnexport.onnx_files.models import LINEAR, multiplications, nodes, refill
+from bnexport.onnx_files.models import LINEAR, attributes, multiplications, nodes, refill
 from bnexport.onnx_files.names import Names
 from bnexport.onnx_files.normalisation import normalise
 from bnexport.optional import one_line
 from bnexport.quantization.codes import saturating_channels
-from bnexport.quantization.int8_plan import attributes
 from bnexport.quantization.integer_emulation import EXACT, LAST_BIT, SATURATING, Int8Layer, IntegerEmulator, int8_layers
 from bnexport.tensors import Array
 

@@ -10,13 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, numpy_helper
 
 from bnexport.errors import ModelError, UsageError
-from bnexport.onnx_files.models import opset_of
+from bnexport.onnx_files.models import attributes, opset_of
 from bnexport.onnx_files.names import subgraphs
 from bnexport.tensors import Array
 
@@ -216,11 +215,6 @@ def _root(name: str, shares: Mapping[str, str]) -> str:
 def _usual_name(node: NodeProto) -> str:
     module = node.input[1].rpartition(".")[0] if len(node.input) > 1 else ""
     return module or node.name or str(node.output[0])
-
-
-def attributes(node: NodeProto) -> dict[str, Any]:
-    """Return the attributes of a node by name."""
-    return {item.name: helper.get_attribute_value(item) for item in node.attribute}
 
 
 def _refuse_unfit(model: ModelProto) -> None:

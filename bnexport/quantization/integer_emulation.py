@@ -11,17 +11,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from onnx import ModelProto, NodeProto, numpy_helper
 
 from bnexport.onnx_files import kernels
 from bnexport.onnx_files.float64 import Float64Evaluator
-from bnexport.onnx_files.models import read_model
+from bnexport.onnx_files.models import attributes, read_model
 from bnexport.quantization.codes import saturating_channels
-from bnexport.quantization.int8_plan import attributes
 from bnexport.tensors import Array
+
+if TYPE_CHECKING:
+    from onnx import ModelProto, NodeProto
 
 #: Ways of computing an int8 file -> words for the report.
 EXACT, SATURATING, LAST_BIT = "int8", "int8-saturating", "int8-last-bit"
@@ -155,6 +156,8 @@ def _saturating(run: Callable[..., Any], layer: Int8Layer) -> Callable[..., Any]
 
 def int8_layers(model: ModelProto) -> list[Int8Layer]:
     """Return the layers of a QDQ file that integer kernels compute, in the order of the graph."""
+    from onnx import numpy_helper
+
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
     decoders = {node.output[0]: node for node in model.graph.node if node.op_type == "DequantizeLinear"}
     found = []

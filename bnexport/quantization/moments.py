@@ -27,8 +27,9 @@ from bnexport.errors import ModelError
 from bnexport.nn.statistics import NormView
 from bnexport.onnx_files import kernels
 from bnexport.onnx_files.float64 import Float64Evaluator, wide_evaluator
+from bnexport.onnx_files.models import attributes
 from bnexport.quantization.codes import Range, grouped
-from bnexport.quantization.int8_plan import QuantizationPlan, QuantizedLayer, attributes
+from bnexport.quantization.int8_plan import QuantizationPlan, QuantizedLayer
 from bnexport.tensors import Array
 
 if TYPE_CHECKING:

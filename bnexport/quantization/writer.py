@@ -16,12 +16,12 @@ import onnx
 from onnx import ModelProto, NodeProto, helper, numpy_helper
 
 from bnexport.errors import ExportError, ModelError
-from bnexport.onnx_files.models import opset_of, refill
+from bnexport.onnx_files.models import attributes, opset_of, refill
 from bnexport.onnx_files.names import Names, mentions
 from bnexport.optional import one_line
 from bnexport.quantization.codes import Coding, Range, coding_of, correction, encode, encode_bias, least_scales
 from bnexport.quantization.int8_audit import as_qdq, dynamic_risks
-from bnexport.quantization.int8_plan import OLDEST_OPSET, QuantizationPlan, QuantizedLayer, attributes
+from bnexport.quantization.int8_plan import OLDEST_OPSET, QuantizationPlan, QuantizedLayer
 from bnexport.quantization.integer_emulation import Int8Layer, int8_layers
 from bnexport.tensors import Array
 

@@ -27,9 +27,6 @@ from bnexport.exporting.request import ExportRequest, read_share
 from bnexport.files import write_atomically
 from bnexport.onnx_files.models import read_model
 from bnexport.optional import installed
-from bnexport.quantization.file_proof import Int8File, findings
-from bnexport.quantization.moments import Seen
-from bnexport.quantization.quantize import Calibration, Int8Options, Int8Result, quantise
 from bnexport.runtimes.base import RunSettings
 from bnexport.runtimes.onnxruntime import OnnxRuntimeRunner
 from bnexport.tensors import Array, Signature
@@ -41,6 +38,9 @@ from bnexport.verification.verdict import Row
 
 if TYPE_CHECKING:
     from onnx import ModelProto
+
+    from bnexport.quantization.moments import Seen
+    from bnexport.quantization.quantize import Calibration, Int8Result
 
 #: Samples of a calibration; the ranges of a BN-LeNet do not change beyond.
 _CALIBRATION = 1000
@@ -112,6 +112,8 @@ def calibration_of(
         DataError: They can't be read, are not finite, or have another shape.
         UsageError: A data set without a preprocessing.
     """
+    from bnexport.quantization.quantize import Calibration
+
     named = request.calibrate
     if named is None or named == "none":
         return None
@@ -146,6 +148,8 @@ def with_int8(
     Raises:
         BadInput: The model can't be quantised, or the calibration can't be used; the folder is unchanged.
     """
+    from bnexport.quantization.quantize import Int8Options, quantise
+
     model = read_model(stage / MODEL_ONNX)
     options = Int8Options(request.target, request.float_layers, read_share(request.allow_flips, "--allow-flips"))
 
@@ -202,6 +206,8 @@ def int8_file_rows(bundle: Bundle, float_model: ModelProto | None, int8_model: M
         return [
             failed("quantization", MODEL_ONNX, "structure", f"{MODEL_FLOAT32} can't be read, so nothing was compared")
         ]
+    from bnexport.quantization.file_proof import Int8File, findings
+
     record = record_of(bundle.manifest)
     if not record:
         return [failed("quantization", MODEL_ONNX, "ranges", "the manifest has no record of the quantisation")]
