@@ -112,7 +112,7 @@ def print_statistics(
         print_json(value if stale is None else {**value, "staleness": stale.to_json()})
         return
     console = make_console()
-    console.print(literal(_summary(inspection), console), soft_wrap=True)
+    console.print(literal(_summary(inspection), console))
     table = make_table(console)
     table.add_column("BatchNorm", overflow="fold")
     for heading in ("channels", "eps", "|gamma|", "moving var", "|scale|"):
@@ -201,7 +201,7 @@ def _summary(inspection: Inspection) -> str:
     channels = sum(len(layer.channels) for layer in layers)
     marks = [(sum(len(layer.marked(mark)) for layer in layers), text) for mark, text in _MARKS.items()]
     found = ", ".join(f"{count} {text}" for count, text in marks if count) or "none dead, exploding or not finite"
-    return f"{inspection.file}: {len(layers)} BatchNorm layers with {channels} channels: {found}"
+    return f"{inspection.file}:\n{len(layers)} BatchNorm layers with {channels} channels: {found}"
 
 
 def _marks(layer: LayerStatistics) -> str:

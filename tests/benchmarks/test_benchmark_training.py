@@ -100,7 +100,7 @@ def test_an_epoch_that_warms_up_is_not_counted():
 def test_a_child_without_data_says_so(monkeypatch, tmp_path):
     monkeypatch.setenv("BNEXPORT_DATA", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    with pytest.raises(RuntimeUnavailable, match="is not here"):
+    with pytest.raises(RuntimeUnavailable, match="is missing"):
         training_speed._in_child("plain", 0.0)
 
 

@@ -42,8 +42,8 @@ def test_targets(tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list
         (["kserve", *URI], "Pass --name bn-lenet"),
         (["kserve", "--name", "bn-lenet"], "--storage-uri"),
         (["kserve", "--name", "x", *URI, "--namespace", "A B"], "metadata/namespace"),
-        (["kserve", "--name", "x", *URI, "--min-replicas", "9"], "no range"),
-        (["docker", "--wheel", "none.whl"], "no wheel of bnexport"),
+        (["kserve", "--name", "x", *URI, "--min-replicas", "9"], "not a valid range"),
+        (["docker", "--wheel", "none.whl"], "not a wheel of bnexport"),
     ],
 )
 def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], told: str) -> None:

@@ -92,6 +92,9 @@ def contents(bundle: Bundle) -> dict[str, str]:
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: f"{fault.name}-{fault.where}")
 def test_every_fault_is_caught_by_its_stage(results: dict[tuple[str, str], FaultResult], fault: Fault) -> None:
     found = results[fault.name, fault.where]
+    if fault.expected == "quantization":  # tests/must_fail/test_int8.py has them in an int8 bundle
+        assert found.outcome == "not tried", found
+        return
     assert found.outcome == "caught", found
     assert found.expected == fault.expected
     assert fault.expected in found.caught, found
