@@ -201,7 +201,7 @@ def _summary(inspection: Inspection) -> str:
     channels = sum(len(layer.channels) for layer in layers)
     marks = [(sum(len(layer.marked(mark)) for layer in layers), text) for mark, text in _MARKS.items()]
     found = ", ".join(f"{count} {text}" for count, text in marks if count) or "none dead, exploding or not finite"
-    return f"{inspection.file}:\n{len(layers)} BatchNorm layers with {channels} channels: {found}"
+    return f"{len(layers)} BatchNorm layers with {channels} channels: {found}\nin {inspection.file}"
 
 
 def _marks(layer: LayerStatistics) -> str:
