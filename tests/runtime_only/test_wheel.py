@@ -150,7 +150,7 @@ def test_the_other_commands_there(machine: Path, files: Path) -> None:
     assert bnexport(machine, "verify", machine)[0] == 2
     code, out = bnexport(machine, "train", "--out", machine / "run")
     assert code == 3
-    assert "pip install bnexport, after pip uninstall bnexport-runtime" in out
+    assert "pip uninstall bnexport-runtime, then pip install bnexport" in out
 
 
 def test_a_bundle_is_served_there(machine: Path, tmp_path: Path) -> None:
