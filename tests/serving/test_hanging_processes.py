@@ -48,7 +48,7 @@ def test_one_that_hangs_is_killed_and_replaced(models: Path, tmp_path: Path) -> 
         with asked(server, 24) as connections:
             assert [connection.getresponse().status for connection in connections] == [200] * 24
         (death,) = told(server, "process died")
-        assert (death["pid"], "showed no life for 3 seconds" in death["reason"]) == (hanging, True)
+        assert (death["pid"], "sent no heartbeat for 3 seconds" in death["reason"]) == (hanging, True)
         assert not alive(hanging)
         until(lambda: sorted(running(server)) == [0, 1])
 
