@@ -6,13 +6,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
 from onnx import ModelProto, TensorProto, ValueInfoProto
 
-from bnexport.bundle import MODEL_ONNX, Manifest, write_golden
+from bnexport.bundle import MODEL_ONNX, Bundle, Manifest, write_golden
 from bnexport.environment import environment
 from bnexport.errors import ExportError, OutputError, UsageError
 from bnexport.exporting.request import ExportRequest, InputSpec, parse_inputs
@@ -120,17 +119,15 @@ def _file_source(file: Path, name: str, version: int, request: ExportRequest, pr
         request.labels, onnx_facts, environment(), result.report.to_json(), request.expected_accuracy(request.dataset),
     )  # fmt: skip
 
-    found: list[tuple[Any, dict[str, Array]]] = []
-
     def write(stage: Path, report: Progress) -> Manifest:
         write_atomically(stage / MODEL_ONNX, _stamped(result.model, manifest))
         written = _int8(stage, manifest, result, request)
         report("writing golden vectors", 0.2, 1)
-        found.append(_write_golden(stage, written, result.original, request))
+        _write_golden(stage, written, result.original, request)
         return written
 
-    def judge(report: VerificationReport) -> VerificationReport:
-        return _judged(report, manifest, result.original, *found[0], request)
+    def judge(bundle: Bundle, report: VerificationReport) -> VerificationReport:
+        return _judged(report, bundle, result.original, request)
 
     return Source(manifest, result.report, write, judge)
 
@@ -186,10 +183,8 @@ def _spec(value: ValueInfoProto) -> TensorSpec:
     return TensorSpec(value.name, dtype, shape)
 
 
-def _write_golden(
-    stage: Path, manifest: Manifest, original: ModelProto, request: ExportRequest
-) -> tuple[Any, dict[str, Array]]:
-    """Write inputs, and the original file's outputs for them in float64; return the evaluator and the inputs."""
+def _write_golden(stage: Path, manifest: Manifest, original: ModelProto, request: ExportRequest) -> None:
+    """Write inputs, and the original file's outputs for them in float64."""
     signature = manifest.signature
     try:
         engine = evaluator(original)
@@ -209,20 +204,17 @@ def _write_golden(
         ) from reason
     named = {spec.name: np.asarray(output) for spec, output in zip(signature.outputs, outputs, strict=True)}
     write_golden(stage, signature, feeds, named)
-    return engine, feeds
 
 
 def _judged(
-    report: VerificationReport,
-    manifest: Manifest,
-    original: ModelProto,
-    engine: Any,
-    golden: Mapping[str, Array],
-    request: ExportRequest,
+    report: VerificationReport, bundle: Bundle, original: ModelProto, request: ExportRequest
 ) -> VerificationReport:
     """Return the report with a check of the original's accuracy on the data set's images, if it is at or below chance."""
+    manifest = bundle.manifest
     if request.dataset is None or len(manifest.signature.inputs) != 1:
         return report
+    golden, _ = bundle.golden()
+    engine = evaluator(original)
     cost = max(1, multiplications(original, {name: array.shape[1:] for name, array in golden.items()}))
     budget = budget_of(cost, thorough=request.thorough, most=_MOST_JUDGED)
     place = request.images_at(request.dataset)

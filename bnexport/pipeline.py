@@ -66,7 +66,7 @@ class Source:
     #: Writes the model files and the golden vectors into a folder, and returns the manifest with facts of what was written.
     write: Callable[[Path, Progress], Manifest]
     #: Adds checks that need the original to the report of the written bundle.
-    judge: Callable[[VerificationReport], VerificationReport] = lambda report: report
+    judge: Callable[[Bundle, VerificationReport], VerificationReport] = lambda _bundle, report: report
     #: The original network in eval mode; None for an ONNX file, which golden vectors of its float64 evaluation represent.
     module: nn.Module | None = None
     #: Folder of the data set for the verification; None: not requested, or not usable.
@@ -93,14 +93,15 @@ def publish(make: Callable[[str, int], Source], path: Path, request: ExportReque
     try:
         with staged_directory(path, force=request.force) as stage:
             manifest = source.write(stage, part_of(progress, 0.25, 0.6))
+            sealed = seal(stage, manifest)
             report = verify(
-                seal(stage, manifest),
+                sealed,
                 module=source.module,
                 data_dir=source.images,
                 scope=Scope(thorough=request.thorough, allow_low_accuracy=request.allow_low_accuracy),
                 progress=part_of(progress, 0.6, 1.0),
             )
-            report = source.judge(report)
+            report = source.judge(sealed, report)
             if not report.passed:
                 raise _Failed
             _finish(stage, replace(source, manifest=manifest), report, path, request.data_dir)

@@ -27,6 +27,8 @@ def prints_aside() -> contextlib.AbstractContextManager[object]:
     return contextlib.redirect_stdout(sys.stderr)
 
 
+#: Seconds of the shortest stage that has a line in a log: a runtime that can't run here takes none.
+_SHOWN_FROM = 0.05
 #: File name that stands for standard output.
 STDOUT = "-"
 
@@ -81,7 +83,7 @@ def make_bar(console: Console, *, timed: bool = True, counted: bool = True) -> P
 
 @contextlib.contextmanager
 def stages(*, quiet: bool = False, logged: bool = True) -> Iterator[progress.Progress]:
-    """Show a job's stages on standard error: a bar with the time left on a terminal, or a line per finished stage in a log.
+    """Show a job's stages on standard error: a bar with the time left on a terminal, or a line per stage in a log.
 
     Args:
         quiet: Show nothing.
@@ -97,8 +99,9 @@ def stages(*, quiet: bool = False, logged: bool = True) -> Iterator[progress.Pro
         task, shown, begun = bar.add_task("", total=None), "", time.perf_counter()
 
         def end() -> None:
-            if shown and logged and not console.is_terminal:
-                console.print(f"{shown}: {time.perf_counter() - begun:.1f} s", soft_wrap=True)
+            seconds = time.perf_counter() - begun
+            if shown and logged and not console.is_terminal and seconds >= _SHOWN_FROM:
+                console.print(f"{shown}: {seconds:.1f} s", soft_wrap=True)
 
         def show(stage: str, done: float, total: float) -> None:
             nonlocal shown, begun

@@ -130,7 +130,7 @@ def _multiply_windows(x: Array, weight: Array, y: Array, axes: tuple[WindowAxis,
     factors = weight.reshape(groups, y.shape[0] // groups, -1)
     sums = y.reshape(groups, factors.shape[1], -1)
     row = math.prod(counts[1:])
-    room = _room_of(weight.size)
+    room = room_of(weight.size)
     for samples, rows in _blocks(n, counts[0], x.shape[0] * math.prod(weight.shape[2:]) * row, room):
         windows = _windows(x[:, samples], rows, axes)
         order = (0, *range(2 + len(axes), windows.ndim), *range(1, 2 + len(axes)))
@@ -157,7 +157,7 @@ def _sum_over_taps(x: Array, weight: Array, y: Array, axes: tuple[WindowAxis, ..
                 np.add(part, scratch, out=part)
 
 
-def _room_of(weights: int) -> int:
+def room_of(weights: int) -> int:
     """Return the number of elements of unfolded windows in one product with a number of weights."""
     return max(_ROOM, min(_MOST_ROOM, _PER_WEIGHT * weights))
 

@@ -24,9 +24,9 @@ from bnexport.tensors import Array
 if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto
 
-#: Ways of computing an int8 file -> words for the report.
+#: Ways of computing an int8 file; ``onnx_files.emulation.words_of`` has the words for the first two.
 EXACT, SATURATING, LAST_BIT = "int8", "int8-saturating", "int8-last-bit"
-WAYS = {EXACT: "int8", SATURATING: "int8 with 16-bit saturation", LAST_BIT: "int8 with another last bit"}
+WAYS = (EXACT, SATURATING, LAST_BIT)
 _LARGEST, _SMALLEST = 32767, -32768
 _SEED = 0
 #: Largest change of a value before it is requantised, in steps.
@@ -41,7 +41,7 @@ class IntegerEmulator(Float64Evaluator):
 
     Args:
         source: The file, its bytes, or the model read from it (which is not changed).
-        way: A key of WAYS.
+        way: One of WAYS.
 
     Raises:
         BundleError: Not a model, or one with an operator that onnx's reference implementation lacks.

@@ -283,8 +283,13 @@ def not_run(skipped: Mapping[str, str], width: int = 80, *, verbose: bool = Fals
 
 
 def cause_of(reason: str) -> str:
-    """Return the first clause of a reason; one text for a missing NVIDIA driver, which each engine words differently."""
-    return _NO_DRIVER if "NVIDIA driver" in reason else re.split(r"; | \(|, so |\. ", reason, maxsplit=1)[0]
+    """Return the first clause of a reason, without the runner's name, which the line has already.
+
+    A missing NVIDIA driver, which each engine words differently, has one text.
+    """
+    if "NVIDIA driver" in reason:
+        return _NO_DRIVER
+    return re.sub(r"^the \w+ runner ", "", re.split(r"; | \(|, so |\. ", reason, maxsplit=1)[0])
 
 
 def _print_files(report: VerificationReport, console: Console) -> None:

@@ -22,9 +22,8 @@ from bnexport.runtimes.isolation import receive, send
 
 def main() -> None:
     """Open the runner that the first message names, then run one batch per message."""
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches all processes of the terminal; the parent ends its children
+    # Ctrl-C reaches all processes of the terminal; the parent ends its children.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     requests, answers = sys.stdin.buffer, _private_output()
     try:
         request, _ = receive(requests)

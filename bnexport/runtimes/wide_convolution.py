@@ -15,9 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-#: Elements of unfolded windows at once: 2 MB in float64, so that they stay in the processor's cache; up to 16 MB for a large
-#: weight, which each product reads anew.
-_ROOM, _MOST_ROOM, _PER_WEIGHT = 1 << 18, 1 << 21, 8
+from bnexport.onnx_files import kernels
+
 _ATEN = torch.ops.aten
 #: Operator -> the place of ``transposed`` among its arguments; None: it is never transposed. In inference mode torch dispatches
 #: conv2d and conv3d, otherwise the operators inside them.
@@ -84,7 +83,7 @@ def _convolve(
         raise RuntimeError(f"a kernel of {kernel} is larger than the padded input of {size}")
     factors = weight.reshape(outputs, -1)
     row = factors.shape[1] * math.prod(counts[1:])
-    room = max(_ROOM, min(_MOST_ROOM, _PER_WEIGHT * factors.numel()))
+    room = kernels.room_of(factors.numel())
     samples, rows = max(room // (row * counts[0]), 1), min(max(room // row, 1), counts[0])
     y = x.new_empty((n, outputs, *counts))
     for first in range(0, n, samples):

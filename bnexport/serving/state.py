@@ -5,6 +5,7 @@ from __future__ import annotations
 import hmac
 import os
 import time
+from abc import ABC, abstractmethod
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,7 +46,7 @@ class Memory:
         self.held -= size
 
 
-class RequestContext:
+class RequestContext(ABC):
     """One request over HTTP or gRPC, with the data of its log line.
 
     Attributes:
@@ -63,9 +64,9 @@ class RequestContext:
         self.model: ServedModel | None = None
         self.rows = self.bytes_in = 0
 
+    @abstractmethod
     def origin(self) -> tuple[str, str, str]:
         """Return the method (HTTP's, or "gRPC"), the client's address, and ``traceparent`` or ""."""
-        raise NotImplementedError
 
 
 class ServerState:

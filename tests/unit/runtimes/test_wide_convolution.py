@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from bnexport.onnx_files import kernels
 from bnexport.runtimes import wide_convolution
 from bnexport.runtimes.wide_convolution import wide_convolutions
 
@@ -26,8 +27,8 @@ KINDS = [
 @pytest.mark.parametrize("room", [1, 200, 1 << 21])
 @pytest.mark.parametrize("layer", KINDS, ids=str)
 def test_the_numbers_are_torch_s(layer: nn.Module, room: int, inference: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wide_convolution, "_ROOM", room)
-    monkeypatch.setattr(wide_convolution, "_MOST_ROOM", room)
+    monkeypatch.setattr(kernels, "_ROOM", room)
+    monkeypatch.setattr(kernels, "_MOST_ROOM", room)
     rank = {"1": 1, "2": 2, "3": 3}[type(layer).__name__[-2]]
     x = torch.randn(3, 3, *(9, 8, 7)[:rank], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     layer = layer.double()
