@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from bnexport import interrupts
@@ -97,6 +97,25 @@ def refuse_existing(path: Path, *, force: bool) -> None:
         raise OutputError(f"{path} exists already", remedy="Choose another folder, or pass --force to replace it")
     if not path.is_dir() or path.is_symlink():
         raise OutputError(f"{path} is not a folder, so --force does not replace it", remedy="Choose another folder")
+
+
+def refuse_existing_file(
+    path: Path, *, force: bool, read: Iterable[Path] = (), role: str = "file that is read"
+) -> None:
+    """Raise OutputError if a file can't be written to ``path``; called before long work.
+
+    Args:
+        path: The output.
+        force: Replace an existing file.
+        read: Inputs, which are never replaced.
+        role: Name of these inputs in the message.
+    """
+    if any(file.exists() and path.exists() and file.samefile(path) for file in read):
+        raise OutputError(f"{path} is the {role}", remedy="Choose another file")
+    if path.is_dir():
+        raise OutputError(f"{path} is a folder", remedy="Choose another file")
+    if path.exists() and not force:
+        raise OutputError(f"{path} exists already", remedy="Choose another file, or pass --force to replace it")
 
 
 @contextlib.contextmanager

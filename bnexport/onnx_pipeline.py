@@ -13,10 +13,10 @@ from onnx import ModelProto, TensorProto, ValueInfoProto
 
 from bnexport.bundle import MODEL_ONNX, Bundle, Manifest, write_golden
 from bnexport.environment import environment
-from bnexport.errors import ExportError, OutputError, UsageError
+from bnexport.errors import ExportError, UsageError
 from bnexport.exporting.request import ExportRequest, InputSpec, parse_inputs
 from bnexport.exporting.signature import check_labels
-from bnexport.files import write_atomically
+from bnexport.files import refuse_existing_file, write_atomically
 from bnexport.folding.fold import DEFAULT_MAX_GROWTH
 from bnexport.folding.onnx_backend.onnx_fold import OnnxFoldResult, fold_onnx
 from bnexport.folding.onnx_backend.onnx_proof import NotEvaluated, evaluator, first_that_works, run
@@ -66,10 +66,7 @@ def fold_onnx_file(
         ProofError: See ``fold_onnx``; nothing was written.
     """
     path = Path(out)
-    if path.is_dir():
-        raise OutputError(f"{path} is a folder", remedy="Choose another file")
-    if path.exists() and not force:
-        raise OutputError(f"{path} exists already", remedy="Choose another file, or pass --force to replace it")
+    refuse_existing_file(path, force=force)
     result = fold_onnx(source, max_growth=max_growth, clamps=clamps, inputs=_requested(inputs))
     write_atomically(path, result.model.SerializeToString(deterministic=True))
     return result

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from bnexport.bundle import MODEL_ONNX, REPORT, WEIGHTS, Bundle, Manifest, seal
 from bnexport.environment import environment
-from bnexport.errors import OutputError, RefusedModel, UsageError
+from bnexport.errors import RefusedModel, UsageError
 from bnexport.evaluating.network import TrainedNetwork, stale_warning
 from bnexport.exporting.dynamic_size import check_sizes_vary, larger_example, with_smallest_sizes
 from bnexport.exporting.export_onnx import stamp_metadata
@@ -33,7 +33,7 @@ from bnexport.exporting.request import (
 )
 from bnexport.exporting.signature import check_labels, signature_of
 from bnexport.exporting.triton_config import check_triton_config, write_triton_config
-from bnexport.files import refuse_existing, staged_directory, write_atomically
+from bnexport.files import refuse_existing, refuse_existing_file, staged_directory, write_atomically
 from bnexport.folding.fold import FoldResult, fold
 from bnexport.folding.module_fold import ModuleFoldResult, fold_modules
 from bnexport.folding.report import FoldReport
@@ -226,11 +226,8 @@ def fold_weights(
     request, path = request or ExportRequest(), Path(out)
     if path.suffix != ".safetensors":
         raise UsageError(f"{path} is not named .safetensors", remedy="Pass --out FILE.safetensors")
-    if path.is_dir() or (path.exists() and not request.force):
-        raise OutputError(f"{path} exists already", remedy="Choose another file, or pass --force to replace a file")
     given = [Path(item) for item in (weights, source) if isinstance(item, str | Path)]
-    if any(item.exists() and path.exists() and item.samefile(path) for item in given):
-        raise OutputError(f"{path} is the file that is read", remedy="Choose another file: a fold can't be undone")
+    refuse_existing_file(path, force=request.force, read=given)
     loaded = _loaded(source, weights, request)
     specs = parse_inputs(request.inputs, default_shape=loaded.input_shape)
     result = fold_modules(loaded.module, _checked_example(loaded.module, specs, request))

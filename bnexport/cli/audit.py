@@ -9,7 +9,7 @@ import click
 from click.core import ParameterSource
 
 from bnexport.auditing.tool_table import TOOLS
-from bnexport.errors import BnexportError, DataError, ModelError, OutputError, RuntimeUnavailable, UsageError
+from bnexport.errors import BnexportError, DataError, ModelError, RuntimeUnavailable, UsageError
 from bnexport.optional import need_packages
 
 _NAMES = [tool.name for tool in TOOLS]
@@ -127,14 +127,14 @@ def _audit_int8(
     **options: Any,
 ) -> int:  # fmt: skip
     need_packages("bnexport audit", "onnx", "onnxruntime")
-    from bnexport.files import write_atomically
+    from bnexport.files import refuse_existing_file, write_atomically
     from bnexport.onnx_files.models import read_model
     from bnexport.quantization.int8_audit import audit_int8, is_int8_model
     from bnexport.quantization.writer import repaired
     from bnexport.reporting.results import print_int8_audit
 
     if repair is not None:
-        _refuse_target(repair, source, force=force)
+        refuse_existing_file(repair, force=force, read=[source], role="audited file")
     model = read_model(source)
     if not is_int8_model(model):
         raise ModelError(
@@ -155,15 +155,6 @@ def _audit_int8(
         click.echo(f"written: {repair}, in which no channel can saturate", err=True)
     print_int8_audit(found, as_json=as_json)
     return 1 if found.wrong else 0
-
-
-def _refuse_target(out: Path, source: Path, *, force: bool) -> None:
-    if out.is_dir():
-        raise OutputError(f"{out} is a folder", remedy="Choose another file")
-    if out.resolve() == source.resolve():
-        raise OutputError(f"--repair {out} is the audited file", remedy="Choose another file")
-    if out.exists() and not force:
-        raise OutputError(f"{out} exists already", remedy="Choose another file, or pass --force to replace it")
 
 
 def _samples(model: Any, path: Path, mean: str | None, std: str | None) -> tuple[Any, str]:

@@ -13,11 +13,12 @@ from torch import Tensor
 
 from bnexport.data.datasets import load_train_images
 from bnexport.environment import environment
-from bnexport.errors import BnexportError, ModelError, OutputError
+from bnexport.errors import BnexportError, ModelError
 from bnexport.evaluating.confusion import wilson_interval
 from bnexport.evaluating.evaluate import OnBatch, count_confusion
 from bnexport.evaluating.network import LoadedCheckpoint, NetworkClassifier, fails_on, input_batches, load_trained
 from bnexport.evaluating.network_options import RecalibrationRequest
+from bnexport.files import refuse_existing_file
 from bnexport.loading.checkpoint import Checkpoint, checkpoint_file, save_checkpoint
 from bnexport.nn.moving_statistics import norm_layers, recalibrate, recalibrate_by_layer
 from bnexport.nn.stale_statistics import StalenessReport, compare
@@ -129,7 +130,7 @@ def recalibrate_checkpoint(
     """
     file = checkpoint_file(path)
     target = file.with_name(file.stem + SUFFIX) if out is None else out
-    _refuse_target(file, target, force=request.force)
+    refuse_existing_file(target, force=request.force, read=[file], role="checkpoint that is read")
     device = choose_device(request.device)
     trained = load_trained(path, request)
     module = trained.model.module
@@ -210,13 +211,3 @@ class _Feed:
             self._done += len(X)
             if self._on_batch is not None:
                 self._on_batch(self._done, self._passes * len(self._order))
-
-
-def _refuse_target(file: Path, target: Path, *, force: bool) -> None:
-    """Refuse (OutputError) an output that can't be written, before long work."""
-    if target.exists() and file.exists() and target.samefile(file):
-        raise OutputError(f"{target} is the checkpoint that is read", remedy="Choose another --out")
-    if target.is_dir():
-        raise OutputError(f"{target} is a folder", remedy="Give --out a file name")
-    if target.exists() and not force:
-        raise OutputError(f"{target} exists already", remedy="Choose another --out, or pass --force to replace it")

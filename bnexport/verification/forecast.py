@@ -220,7 +220,8 @@ class Forecast:
         if self._model is None or not (operators := approximated_operators(self._model, runtime)):
             return None
         whole = case.head(_ALL) if self._varies else case
-        exact = Float64Evaluator(self._model).evaluate(whole.batch.feeds)
+        self._evaluator = self._evaluator or Float64Evaluator(self._model)
+        exact = self._evaluator.evaluate(whole.batch.feeds)
         draws = [
             _emulated(ApproximatingEvaluator(self._model, runtime, seed=seed).evaluate(whole.batch.feeds), exact, whole)
             for seed in range(_DRAWS)
