@@ -212,8 +212,11 @@ def test_what_is_no_data_set_is_refused_with_all_names(name, capsys):
 def test_stages_are_a_line_each_in_a_log_and_a_bar_on_a_terminal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from bnexport.cli import output
     from bnexport.cli.output import stages
     from bnexport.progress import part_of
+
+    monkeypatch.setattr(output, "_SHOWN_FROM", 0.0)
 
     def job() -> None:
         with stages() as progress:
@@ -228,6 +231,10 @@ def test_stages_are_a_line_each_in_a_log_and_a_bar_on_a_terminal(
     assert out == ""
     assert [line.partition(":")[0] for line in lines] == ["folding", "writing"]
     assert all(line.endswith(" s") for line in lines)
+    monkeypatch.setattr(output, "_SHOWN_FROM", 1e9)
+    job()
+    assert capsys.readouterr().err == "", "a stage that took no time has no line"
+    monkeypatch.setattr(output, "_SHOWN_FROM", 0.0)
     with pytest.raises(ValueError, match="x"), stages() as progress:
         progress("folding", 0, 1)
         raise ValueError("x")
